@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from kit.artifacts import publish_adapters, publish_base, some_ids
 from kit.commands import Command
 from mlxchat.errors import DataError
-from mlxchat.interop.adapter_import import find_files, import_adapter
+from mlxchat.interop.peft import find_files, import_adapter
 from mlxchat.interop.source import open_folder
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.manifest import read_manifest

@@ -16,7 +16,7 @@ from mlxchat.config.schema import ImportConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
-from mlxchat.interop.pickled_tokenizer import read_tokenizer
+from mlxchat.interop.nanochat import read_tokenizer
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.fingerprint import hash_file
 

@@ -22,10 +22,10 @@ import pytest
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import Vocabulary, spell_ranks
 from mlxchat.errors import DataError
+from mlxchat.interop.nanochat import check_token_bytes, read_tokenizer
 from mlxchat.interop.pickled import Made, Maker, OrderedNames, read_pickle
-from mlxchat.interop.pickled_tokenizer import check_token_bytes, read_tokenizer
 from mlxchat.interop.tensors import SafetensorsFile
-from mlxchat.interop.torch_file import TorchFile
+from mlxchat.interop.torch_files import TorchFile
 
 Lay = Any
 _MOST_GROWTH_BYTES = 64 << 20
@@ -428,7 +428,7 @@ def test_reading_needs_neither_torch_nor_pickle(tmp_path: Path, lay: Lay) -> Non
     path = tmp_path / "model_000001.pt"
     lay.write_torch(path, {"w": lay.Tensor(NUMBERS)})
     code = (
-        "import sys\nfrom pathlib import Path\nfrom mlxchat.interop.torch_file import TorchFile\n"
+        "import sys\nfrom pathlib import Path\nfrom mlxchat.interop.torch_files import TorchFile\n"
         "before = set(sys.modules)\n"
         f"with TorchFile(Path({str(path)!r})) as file: print(file.numbers(file.tensors()['w']).sum())\n"
         "print(sorted({'torch', 'tiktoken'} & (set(sys.modules) - before)))"

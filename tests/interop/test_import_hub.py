@@ -13,7 +13,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
-from mlxchat.interop.outside_folder import outside_folder
+from mlxchat.interop.source import outside_folder
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.fingerprint import hash_file
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model, pins_of
-from mlxchat.interop.pickled_tokenizer import read_tokenizer
+from mlxchat.interop.nanochat import read_tokenizer
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.fingerprint import hash_file
 

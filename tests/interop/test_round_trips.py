@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.interop import exporting
 from mlxchat.interop.importing import import_model
-from mlxchat.interop.torch_file import TorchFile
+from mlxchat.interop.torch_files import TorchFile
 
 Twin = Any
 Twins = Callable[..., Twin]

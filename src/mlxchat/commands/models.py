@@ -429,7 +429,7 @@ def _chat_with_another(options: Namespace) -> int:
     refused = [f"--{name.replace('_', '-')}" for name in ("python_tool", "bits", "kv_bits") if getattr(options, name)]
     if refused:
         raise ConfigError(f"{', '.join(refused)} requires a model of mlxchat; mlx-lm runs {options.model}")
-    from mlxchat.interop.outside_folder import outside_folder
+    from mlxchat.interop.source import outside_folder
     from mlxchat.terminal.outside import OutsideChat
 
     chat = OutsideChat.open(

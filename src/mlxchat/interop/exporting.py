@@ -18,19 +18,20 @@ import numpy as np
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.interop import fits
-from mlxchat.interop.adapted_weights import AdaptedWeights
 from mlxchat.interop.names import (
     COMPILED_PREFIX,
     HF_ARCHITECTURE,
     SOFT_CAP,
+    beyond_october,
+    check_hf,
     hf_from_ours,
     nanochat_from_sizes,
+    nanochat_snapshot,
     sizes_from_hf,
 )
 from mlxchat.interop.peft import check_peft, write_peft
-from mlxchat.interop.tensor_files import Array, Entry, StoredWeights, as_stored, write_safetensors
-from mlxchat.interop.torch_writer import write_encoding, write_state, write_tensor
+from mlxchat.interop.tensors import FLOATS, AdaptedWeights, Array, Entry, StoredWeights, as_stored, write_safetensors
+from mlxchat.interop.torch_files import write_encoding, write_state, write_tensor
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.store.bases import find_chain
 from mlxchat.store.manifest import MANIFEST, read_manifest
@@ -38,7 +39,7 @@ from mlxchat.store.manifest import MANIFEST, read_manifest
 if TYPE_CHECKING:
     from mlxchat.model.lora import Adapters
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+CODES = {dtype.name: code for code, dtype in FLOATS.items()}
 BITS = (8, 4)
 _GROUP_NUMBERS = (64, 32)
 _TABLES = ("transformer.wte.", "value_embeds.")
@@ -120,11 +121,11 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
     if bits is not None and checkpoint.sizes.width % _GROUP_NUMBERS[-1]:
         raise ConfigError(f"a width of {checkpoint.sizes.width} has no groups of 32 numbers, which --quantize needs")
     if target in ("hf", "peft"):
-        fits.check_hf(checkpoint.sizes)
+        check_hf(checkpoint.sizes)
     if target == "peft":
         check_peft(_read_adapters(checkpoint).sizes, checkpoint.folder.name)
     if target == "nanochat":
-        fits.nanochat_snapshot(checkpoint.sizes)
+        nanochat_snapshot(checkpoint.sizes)
 
 
 def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> None:
@@ -138,7 +139,7 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
     from mlxchat.ops.attention import RMS_NORM_EPSILON
 
     sizes, weights = checkpoint.sizes, checkpoint.weights
-    kinds = {name: DTYPES[dtype] if dtype else _kept_dtype(checkpoint, name, "hf") for name in weights.shapes}
+    kinds = {name: CODES[dtype] if dtype else _kept_dtype(checkpoint, name, "hf") for name in weights.shapes}
     ours = {hf_from_ours(name): name for name in weights.shapes}
     entries = [Entry(name, kinds[ours[name]], weights.shapes[ours[name]]) for name in sorted(ours)]
     write_safetensors(
@@ -168,7 +169,7 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
         "use_cache": True,
         **common,
         "pad_token_id": None,
-        "dtype": next((name for name, kind in DTYPES.items() if set(kinds.values()) == {kind}), "float32"),
+        "dtype": next((name for name, kind in CODES.items() if set(kinds.values()) == {kind}), "float32"),
     }
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", {**common, "pad_token_id": stop})
@@ -184,7 +185,7 @@ def write_nanochat(checkpoint: Checkpoint, out: Path) -> str:
         checkpoint: `check_export` has let it pass.
         out: an empty folder.
     """
-    snapshot = fits.nanochat_snapshot(checkpoint.sizes)
+    snapshot = nanochat_snapshot(checkpoint.sizes)
     weights, step = checkpoint.weights, checkpoint.iterations
     kinds = {name: _kept_dtype(checkpoint, name, "nanochat") for name in weights.shapes}
     prefix = COMPILED_PREFIX if _as_imported(checkpoint, "nanochat").get("compiled") else ""
@@ -219,7 +220,7 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
     """
     from mlxchat.model.checkpoint import config_of, write_model_file
 
-    weights, kind = checkpoint.weights, DTYPES[dtype or "float32"]
+    weights, kind = checkpoint.weights, CODES[dtype or "float32"]
     config = config_of(checkpoint.sizes, checkpoint.tokenizer)
     config["eos_token_id"] = checkpoint.tokenizer.special_ids[checkpoint.stop_token]
     if "model_file" in config:
@@ -289,7 +290,7 @@ def _read_adapters(checkpoint: Checkpoint) -> Adapters:
 
 def needs_model_file(checkpoint: Checkpoint) -> bool:
     """Tell whether mlx-lm has to run a model file of the folder's."""
-    return bool(fits.beyond_october(checkpoint.sizes))
+    return bool(beyond_october(checkpoint.sizes))
 
 
 def rounded(values: np.ndarray[Any, np.dtype[np.float32]], name: str, bits: int, dtype: str | None) -> Any:
@@ -341,7 +342,7 @@ def _kept_dtype(checkpoint: Checkpoint, name: str, target: str) -> str:
     """Return in which type a tensor is written so that no bit of it is lost."""
     imported = _as_imported(checkpoint, target)
     if "dtypes" in imported:
-        wanted = DTYPES[imported["dtypes"].get(name, "float32")]
+        wanted = CODES[imported["dtypes"].get(name, "float32")]
     else:
         wanted = "BF16" if target == "nanochat" and name.startswith(_TABLES) else "F32"
     return wanted if checkpoint.weights.fits(name, wanted) else "F32"

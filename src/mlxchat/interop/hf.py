@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
-from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE, RANKS_FILE
+from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE, RANKS_FILE, SPECIAL_TOKENS
 from mlxchat.errors import DataError
-from mlxchat.interop.names import expected_shapes, ours_from_hf, sizes_from_hf
-from mlxchat.interop.pickled_tokenizer import check_special_tokens
-from mlxchat.interop.source import ModelSource
+from mlxchat.interop.names import check_tensors, expected_shapes, ours_from_hf, sizes_from_hf
+from mlxchat.interop.pickled import brief
+from mlxchat.interop.source import ModelSource, read_json
 from mlxchat.interop.tensors import SafeTensor, SafetensorsFile
 from mlxchat.model.sizes import GPTSizes
 
 INDEX_FILE = "model.safetensors.index.json"
 _CONFIG, _WHOLE, _TEMPLATE = "config.json", "model.safetensors", "chat_template.jinja"
-_MOST_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,9 @@ def find_files(source: ModelSource) -> HfFiles:
         DataError: there is none, it is of another architecture, or a file is missing.
     """
     if not source.has(_CONFIG):
-        names = ", ".join(sorted(source.files)[:_MOST_SHOWN]) or "nothing"
         raise DataError(
-            f"{source.where} holds no config.json, so it is no model of Hugging Face's. It holds {names}. For a folder "
-            "with model_<step>.pt: mlxchat import nanochat"
+            f"{source.where} holds no config.json, so it is no model of Hugging Face's. It holds "
+            f"{source.listed()}. For a folder with model_<step>.pt: mlxchat import nanochat"
         )
     check_architecture(read_config(source), source.where)
     weights = sorted(set(_read_index(source).values())) if source.has(INDEX_FILE) else [_WHOLE]
@@ -81,7 +78,7 @@ def read_config(source: ModelSource) -> dict[str, Any]:
     Raises:
         DataError: it is damaged.
     """
-    return _read_json(source.small(_CONFIG), f"{source.where}: config.json")
+    return read_json(source.small(_CONFIG), f"{source.where}: config.json")
 
 
 def check_architecture(config: Mapping[str, Any], where: str) -> None:
@@ -128,28 +125,12 @@ def read_model(
         DataError: they are not those that config.json describes.
     """
     sizes = sizes_from_hf(config, f"{where}: config.json")
-    expected = expected_shapes(sizes)
-    found: dict[str, tuple[SafetensorsFile, SafeTensor]] = {}
-    problems = []
-    for file in files.values():
-        for name, tensor in file.tensors.items():
-            ours = ours_from_hf(name)
-            if ours is None or ours not in expected:
-                problems.append(f"{name} is unknown")
-            elif ours in found:
-                problems.append(f"{name} is there twice")
-            elif tensor.shape != expected[ours]:
-                problems.append(f"{name} is {list(tensor.shape)}, expected {list(expected[ours])}")
-            else:
-                found[ours] = (file, tensor)
-    problems += [f"{name} is missing" for name in expected.keys() - found.keys()] if not problems else []
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise DataError(
-            f"{where}: the weights are not what config.json describes: {'; '.join(sorted(problems)[:4])}{more}"
-        )
-    dtypes = {name: tensor.dtype.name for name, (_, tensor) in found.items() if tensor.dtype.name != "float32"}
-    return sizes, {name: found[name] for name in expected}, {"dtypes": dict(sorted(dtypes.items()))}
+    named = [(name, ours_from_hf(name), file, each) for file in files.values() for name, each in file.tensors.items()]
+    fault = f"{where}: the weights are not what config.json describes"
+    check_tensors(((name, ours, each.shape) for name, ours, _, each in named), sizes, fault)
+    found = {ours: (file, each) for _, ours, file, each in named if ours is not None}
+    dtypes = {name: each.dtype.name for name, (_, each) in found.items() if each.dtype.name != "float32"}
+    return sizes, {name: found[name] for name in expected_shapes(sizes)}, {"dtypes": dict(sorted(dtypes.items()))}
 
 
 def read_matching_tokenizer(paths: Mapping[str, Path], files: HfFiles, sizes: GPTSizes) -> Tokenizer:
@@ -176,24 +157,29 @@ def check_added_tokens(path: Path, tokenizer: Tokenizer) -> None:
     Raises:
         DataError: naming the first that differs.
     """
-    added = _read_json(path.read_bytes(), path.name).get("added_tokens") or []
+    added = read_json(path, path.name).get("added_tokens") or []
     check_special_tokens({token["content"]: token["id"] for token in added}, len(tokenizer.ranks), path.name)
 
 
+def check_special_tokens(special: dict[str, Any], num_tokens: int, where: str) -> None:
+    """Refuse special tokens that are not nanochat's, right after the others and in its order.
+
+    Raises:
+        DataError: naming the first that differs.
+    """
+    expected = {name: num_tokens + index for index, name in enumerate(SPECIAL_TOKENS)}
+    for name in sorted(expected.keys() | special.keys(), key=str):
+        if expected.get(name) != special.get(name):
+            raise DataError(
+                f"{where}: the special token {brief(name)} has id {brief(special.get(name))}, expected "
+                f"{expected.get(name)}. Only nanochat's nine special tokens, after all others, are read"
+            )
+
+
 def _read_index(source: ModelSource) -> dict[str, str]:
-    index = _read_json(source.small(INDEX_FILE), f"{source.where}: {INDEX_FILE}").get("weight_map")
+    index = read_json(source.small(INDEX_FILE), f"{source.where}: {INDEX_FILE}").get("weight_map")
     plain = isinstance(index, dict) and all(isinstance(name, str) and "/" not in name for name in index.values())
     if not plain or not index:
         raise DataError(f"{source.where}: {INDEX_FILE} does not say in which files the weights are")
     assert isinstance(index, dict)
     return index
-
-
-def _read_json(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is damaged ({error}). Fetch or copy it again.") from None
-    if not isinstance(content, dict):
-        raise DataError(f"{where} is no JSON object")
-    return content

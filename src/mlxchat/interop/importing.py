@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,11 +13,11 @@ from mlxchat.config.schema import ImportConfig
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub.cache import HubFile, check_space
-from mlxchat.interop import adapter_import, hf, nanochat
+from mlxchat.interop import hf, nanochat, peft
 from mlxchat.interop.names import sizes_from_hf, sizes_from_nanochat
-from mlxchat.interop.source import ModelSource, open_folder, open_repository
+from mlxchat.interop.source import ModelSource, open_folder, open_repository, read_json
 from mlxchat.interop.tensors import SafetensorsFile, Tensor, TensorFile, write_float32
-from mlxchat.interop.torch_file import TorchFile
+from mlxchat.interop.torch_files import TorchFile
 from mlxchat.model.sizes import GPTSizes, count_parameters
 
 FORMATS = ("nanochat", "hf", "adapter")
@@ -29,7 +28,7 @@ class Found:
     """A model's files in its source."""
 
     source: ModelSource
-    files: nanochat.NanochatFiles | hf.HfFiles | adapter_import.AdapterFiles
+    files: nanochat.NanochatFiles | hf.HfFiles | peft.AdapterFiles
 
 
 def open_source(config: ImportConfig) -> ModelSource:
@@ -57,7 +56,7 @@ def find(config: ImportConfig) -> Found:
     if config.format == "hf":
         return Found(source, hf.find_files(source))
     if config.format == "adapter":
-        return Found(source, adapter_import.find_files(source))
+        return Found(source, peft.find_files(source))
     return Found(source, nanochat.find_files(source, config.step))
 
 
@@ -92,7 +91,7 @@ def _sizes_of_meta(data: bytes, where: str) -> GPTSizes:
 def remark(config: ImportConfig) -> str:
     """Return how large a model is, what of it is to be fetched, and what it will take, for people."""
     found = find(config)
-    if isinstance(found.files, adapter_import.AdapterFiles):
+    if isinstance(found.files, peft.AdapterFiles):
         return f"adapters of {format_bytes(found.source.size(found.files.adapters))}"
     parameters = count_parameters(model_sizes(config))["total"]
     files = [found.source.files[name] for name in found.files.all()]
@@ -126,8 +125,8 @@ def import_model(
     """
     found = find(config)
     source, files = found.source, found.files
-    if isinstance(files, adapter_import.AdapterFiles):
-        sizes = adapter_import.import_adapter(source, files, base, out, chats=config.chat, check=check)
+    if isinstance(files, peft.AdapterFiles):
+        sizes = peft.import_adapter(source, files, base, out, chats=config.chat, check=check)
         return sizes, [source.record(name) for name in files.all()]
     if base is not None:
         raise DataError(f"{source.where} is a whole model, which has no base: only adapters have")
@@ -137,7 +136,7 @@ def import_model(
     with ExitStack() as opened:
         tensors: Mapping[str, tuple[TensorFile, Tensor]]
         if isinstance(files, hf.HfFiles):
-            about = _json_of(paths[files.about_tokenizer]) if files.about_tokenizer else {}
+            about = read_json(paths[files.about_tokenizer], files.about_tokenizer) if files.about_tokenizer else {}
             described = hf.read_config(source)
             weights = {name: opened.enter_context(SafetensorsFile(paths[name])) for name in files.weights}
             sizes, tensors, stored = hf.read_model(weights, described, source.where)
@@ -160,11 +159,3 @@ def import_model(
     facts["imported"] |= stored
     write_description(out, sizes, tokenizer, facts)
     return sizes, [source.record(name) for name in files.all()]
-
-
-def _json_of(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path.name} cannot be read ({error})") from None
-    return content if isinstance(content, dict) else {}

@@ -1,21 +1,21 @@
-"""The one map of parameters and sizes between nanochat's files, Hugging Face's `NanoChatForCausalLM` and ours.
+"""How nanochat, Hugging Face's `NanoChatForCausalLM` and we name parameters and sizes, and which can hold which model.
 
-Ours bear nanochat's names. nanochat's compiled models have `_orig_mod.` in front of each; Hugging Face renames what
-both have and knows the architecture of October 2025 only. No numbers move: nothing is permuted, transposed or scaled.
+Our names are nanochat's. nanochat's compiled models have `_orig_mod.` in front of each name; Hugging Face renames what
+both have and has the architecture of October 2025 only. No numbers move: nothing is permuted, transposed or scaled.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
-from mlxchat.errors import DataError
+from mlxchat.errors import ConfigError, DataError
 from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
 
 COMPILED_PREFIX = "_orig_mod."
@@ -182,6 +182,32 @@ def expected_shapes(sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def check_tensors(found: Iterable[tuple[str, str | None, tuple[int, ...]]], sizes: GPTSizes, fault: str) -> None:
+    """Refuse tensors that are not those of a model.
+
+    Args:
+        found: the file's name, our name (None: it has none) and the shape of each.
+        sizes: of the model.
+        fault: beginning of the message.
+
+    Raises:
+        DataError: naming what is unknown, missing, there twice or of another shape.
+    """
+    expected, seen, problems = expected_shapes(sizes), set(), []
+    for theirs, ours, shape in found:
+        if ours is None or ours not in expected:
+            problems.append(f"{theirs} is unknown")
+        elif ours in seen:
+            problems.append(f"{theirs} is there twice")
+        elif shape != expected[ours]:
+            problems.append(f"{theirs} is {list(shape)}, expected {list(expected[ours])}")
+        seen.add(ours)
+    problems += [f"{name} is missing" for name in expected.keys() - seen]
+    if problems:
+        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise DataError(f"{fault}: {'; '.join(sorted(problems)[:4])}{more}")
+
+
 @cache
 def architecture_values(name: str) -> dict[str, Any]:
     """Return the fields of GPTSizes that an architecture of conf/architecture/ sets."""
@@ -212,3 +238,73 @@ def _checked(values: Mapping[str, Any], where: str) -> GPTSizes:
             "is no model: heads must divide the width into even parts, key/value heads the heads"
         )
     return sizes
+
+
+_WORDS = {
+    "value_embeddings": "value embeddings",
+    "residual_scalars": "residual scalars",
+    "smear": "the smear",
+    "backout": "the backout",
+}
+# Fields of an architecture that do not change what is computed within the context.
+_NO_COMPUTATION = ("architecture", "window_pattern")
+
+
+def beyond_october(sizes: GPTSizes) -> list[str]:
+    """Return in words what a model computes within its context that nanochat's of October 2025 does not.
+
+    The base of the rotary positions does not count.
+    """
+    found = [words for name, words in _WORDS.items() if getattr(sizes, name)]
+    if any(window is not None and window < sizes.context_tokens for window in sizes.windows()):
+        found.append(f"sliding windows ({sizes.window_pattern})")
+    if sizes.query_key_scale != 1.0:
+        found.append(f"queries and keys scaled by {sizes.query_key_scale:g}")
+    if sizes.padded_vocab_size != sizes.vocab_size:
+        found.append(f"tables padded to {sizes.padded_vocab_size:,} rows")
+    return found
+
+
+def check_hf(sizes: GPTSizes) -> None:
+    """Refuse what transformers' NanoChatForCausalLM cannot express.
+
+    Raises:
+        ConfigError: with what works instead.
+    """
+    if more := beyond_october(sizes):
+        raise ConfigError(
+            f"transformers' NanoChatForCausalLM is nanochat's model of October 2025. This one has more: {_list(more)}. "
+            "What works instead: --to mlx (mlx-lm with --trust-remote-code), or --to nanochat"
+        )
+
+
+def nanochat_snapshot(sizes: GPTSizes) -> str:
+    """Return whose code computes a model: oct2025 or jul2026.
+
+    Raises:
+        ConfigError: neither does; with the reason, and what works instead.
+    """
+    october, july = architecture_values("oct2025"), architecture_values("jul2026")
+    differing = {}
+    for name, values in (("oct2025", october), ("jul2026", july)):
+        # Rows that pad the tables are the same ones however their number was chosen.
+        ours = {**asdict(sizes), "vocab_multiple": values["vocab_multiple"]}
+        differing[name] = [key for key in values if key not in _NO_COMPUTATION and ours[key] != values[key]]
+        if replace(sizes, vocab_multiple=values["vocab_multiple"]).padded_vocab_size != sizes.padded_vocab_size:
+            differing[name].append("padded_vocab_size")
+    if not beyond_october(sizes) and sizes.rope_theta == october["rope_theta"]:
+        return "oct2025"
+    if not differing["jul2026"]:
+        return "jul2026"
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    values = architecture_values(nearest)
+    wrong = [f"{key} {getattr(sizes, key)} instead of {values.get(key, 'its own')}" for key in differing[nearest]]
+    wrong += [] if nearest == "jul2026" else [more for more in beyond_october(sizes) if "windows" in more]
+    raise ConfigError(
+        f"nanochat's code has these fixed and this model has them otherwise than {nearest}: {_list(wrong)}. "
+        f"What works instead: --to mlx{'' if beyond_october(sizes) else ' or --to hf'}"
+    )
+
+
+def _list(parts: list[str]) -> str:
+    return ", ".join(parts)

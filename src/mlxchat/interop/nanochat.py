@@ -3,6 +3,8 @@
 model_000650.pt  meta_000650.json      at the top, or in a folder such as chatsft_checkpoints/d20/
 tokenizer.pkl    token_bytes.pt        beside them or in tokenizer/; the second one only to compare
 tokenizer.json                         instead of tokenizer.pkl: nanochat's earlier class wrote it
+
+tokenizer.pkl is a pickled tiktoken encoding; nothing of it is run.
 """
 
 from __future__ import annotations
@@ -13,19 +15,29 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
+
 from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
-from mlxchat.data.vocabulary import HF_FILE
+from mlxchat.data.vocabulary import HF_FILE, Vocabulary
 from mlxchat.errors import DataError
-from mlxchat.interop.hf import check_added_tokens
-from mlxchat.interop.names import COMPILED_PREFIX, expected_shapes, ours_from_nanochat, sizes_from_nanochat
-from mlxchat.interop.pickled_tokenizer import check_token_bytes, read_tokenizer
+from mlxchat.interop.hf import check_added_tokens, check_special_tokens
+from mlxchat.interop.names import (
+    COMPILED_PREFIX,
+    check_tensors,
+    expected_shapes,
+    ours_from_nanochat,
+    sizes_from_nanochat,
+)
+from mlxchat.interop.pickled import MOST_BYTES, Made, Maker, brief, read_pickle
 from mlxchat.interop.source import ModelSource
-from mlxchat.interop.torch_file import TorchFile, TorchTensor
+from mlxchat.interop.torch_files import TorchFile, TorchTensor
 from mlxchat.model.sizes import GPTSizes
 
 _MODEL = re.compile(r"model_(\d+)\.pt")
 _FLOATS = ("float32", "bfloat16", "float16")
 _MOST_SHOWN = 8
+_WHAT = "a tokenizer of nanochat's"
+_NAMES = {("tiktoken.core", "Encoding"): Maker(Made), ("tiktoken", "Encoding"): Maker(Made)}
 
 
 @dataclass(frozen=True)
@@ -56,9 +68,8 @@ def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
     models = {PurePosixPath(name): int(match[1]) for name in source.files if (match := _MODEL.fullmatch(_last(name)))}
     folders = sorted({path.parent for path in models})
     if not models:
-        names = ", ".join(sorted(source.files)[:_MOST_SHOWN]) or "nothing"
         raise DataError(
-            f"{source.where} holds no checkpoint of nanochat's: expected model_<step>.pt. It holds {names}. "
+            f"{source.where} holds no checkpoint of nanochat's: expected model_<step>.pt. It holds {source.listed()}. "
             "For a folder of Hugging Face's or mlx-lm's: mlxchat import hf"
         )
     if len(folders) > 1:
@@ -135,23 +146,13 @@ def read_model(
     where = file.where
     tensors = file.tensors()
     renamed = {ours_from_nanochat(name): tensor for name, tensor in tensors.items()}
-    if len(renamed) < len(tensors):
-        raise DataError(f"{where} holds some tensors twice, with and without {COMPILED_PREFIX}")
     sizes = sizes_from_nanochat(meta["model_config"], renamed, f"{where} with {meta_name}")
-    expected = expected_shapes(sizes)
-    problems = [f"{name} is missing" for name in expected.keys() - renamed.keys()]
-    problems += [f"{name} is unknown" for name in renamed.keys() - expected.keys()]
-    for name in expected.keys() & renamed.keys():
-        tensor = renamed[name]
-        if tensor.shape != expected[name]:
-            problems.append(f"{name} is {list(tensor.shape)}, expected {list(expected[name])}")
-        elif tensor.dtype.name not in _FLOATS:
-            problems.append(f"{name} holds {tensor.dtype.name}, expected one of {', '.join(_FLOATS)}")
-    if problems:
-        more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise DataError(f"{where} is not the model that {meta_name} describes: {'; '.join(sorted(problems)[:4])}{more}")
+    fault = f"{where} is not the model that {meta_name} describes"
+    check_tensors(((name, ours_from_nanochat(name), each.shape) for name, each in tensors.items()), sizes, fault)
     dtypes = {name: tensor.dtype.name for name, tensor in renamed.items() if tensor.dtype.name != "float32"}
-    order = {name: renamed[name] for name in expected}
+    if others := sorted(name for name, dtype in dtypes.items() if dtype not in _FLOATS):
+        raise DataError(f"{fault}: {others[0]} holds {dtypes[others[0]]}, expected one of {', '.join(_FLOATS)}")
+    order = {name: renamed[name] for name in expected_shapes(sizes)}
     stored = {
         "compiled": any(name.startswith(COMPILED_PREFIX) for name in tensors),
         "dtypes": dict(sorted(dtypes.items())),
@@ -187,3 +188,76 @@ def _last(name: str) -> str:
 
 def _join(folder: PurePosixPath, name: str) -> str:
     return str(folder / name)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.pkl: its tokens, how it cuts text, nanochat's special tokens after them.
+
+    Raises:
+        DataError: it is no such file, it is damaged, or it has other special tokens.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
+    where = path.name
+    if data.startswith(b"version https://git-lfs"):
+        raise DataError(f"{where} is a pointer of Git LFS, not the file itself. Get that with: git lfs pull")
+    content = read_pickle(data, _NAMES, where=where, what=_WHAT)
+    state = content.state if isinstance(content, Made) else None
+    if isinstance(state, str):
+        raise DataError(
+            f"{where} only names the encoding {brief(state)!r} and holds no vocabulary. Save the model's own tokenizer"
+        )
+    if not isinstance(state, dict):
+        raise DataError(f"{where} is not {_WHAT}: it holds no tiktoken encoding")
+    ranks, special, pattern = (state.get(key) for key in ("mergeable_ranks", "special_tokens", "pat_str"))
+    if not isinstance(ranks, dict) or not isinstance(special, dict) or not isinstance(pattern, str):
+        raise DataError(f"{where} is not {_WHAT}: it lacks tokens, special tokens or how text is cut")
+    _check_ranks(ranks, where)
+    check_special_tokens(special, len(ranks), where)
+    try:
+        vocabulary = Vocabulary(ranks, pattern)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    return Tokenizer(vocabulary.ranks, vocabulary.pattern)
+
+
+def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a token_bytes.pt that is not of this tokenizer: then model and tokenizer may not belong together.
+
+    Tokens that are no UTF-8 by themselves count as their bytes (nanochat since 2026) or as U+FFFD (before).
+
+    Raises:
+        DataError: it is damaged, or of another tokenizer.
+    """
+    with TorchFile(path) as file:
+        content = file.content
+        whole = isinstance(content, TorchTensor) and len(content.shape) == 1 and content.dtype.numpy[1] == "i"
+        if not whole:
+            raise DataError(f"{path.name} holds no list of whole numbers, as nanochat's does")
+        raw = tokenizer.token_bytes.astype(np.int64)
+        # The file may be of any size: it is read only if it has as many numbers as there are tokens.
+        given = file.numbers(content).astype(np.int64) if content.shape == raw.shape else None
+    if given is not None:
+        decoded = np.zeros_like(raw)
+        for token, rank in tokenizer.ranks.items():
+            decoded[rank] = len(token.decode("utf-8", "replace").encode())
+        differs = np.flatnonzero((given != raw) & (given != decoded))
+        if not len(differs):
+            return
+        at = int(differs[0])
+        reason = f"token {at} has {given[at]} bytes in the one and {raw[at]} in the other"
+    else:
+        reason = f"{content.count:,} tokens in the one, {len(raw):,} in the other"
+    raise DataError(
+        f"{path.name} and tokenizer.pkl do not belong together ({reason}). Take both from where the model was trained"
+    )
+
+
+def _check_ranks(ranks: dict[Any, Any], where: str) -> None:
+    numbers = [rank for rank in ranks.values() if type(rank) is int]
+    tokens = all(type(token) is bytes and token for token in ranks)
+    if not tokens or sorted(numbers) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        raise DataError(f"{where} is damaged: ids must be 0 … n − 1, and the 256 bytes among the tokens")

@@ -1,4 +1,4 @@
-"""Adapters as PEFT keeps them: adapter_config.json and adapter_model.safetensors, on transformers' names.
+"""Adapters that mlx-lm or PEFT trained on a model of ours, in and out: the same numbers, on the base named.
 
 PEFT has A as (rank, in) and B as (out, rank), and the scale as alpha / rank, or alpha / √rank with rank-stabilised LoRA
 (arXiv 2312.03732). Its DoRA is ours.
@@ -10,18 +10,20 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.interop.names import hf_from_ours, ours_from_hf
-from mlxchat.interop.tensor_files import Array, Entry, write_safetensors
-from mlxchat.model.sizes import AdapterSizes
+from mlxchat.interop.names import hf_from_ours, ours_from_hf, sizes_from_hf
+from mlxchat.interop.source import Check, ModelSource, read_json
+from mlxchat.interop.tensors import Array, Entry, SafetensorsFile, widen, write_safetensors
+from mlxchat.model.sizes import AdapterSizes, GPTSizes
 
 PEFT_FILE = "adapter_model.safetensors"
-_CONFIG_FILE = "adapter_config.json"
+_CONFIG, _ADAPTERS = "adapter_config.json", "adapters.safetensors"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
 _OURS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 _THEIRS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
@@ -121,7 +123,7 @@ def write_peft(adapters: Mapping[str, np.ndarray[Any, Any]], sizes: AdapterSizes
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    (out / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (out / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     entries = [Entry(name, "F32", peft_shape(theirs[name], adapters[theirs[name]].shape)) for name in sorted(theirs)]
 
     def read(name: str) -> Iterator[Array]:
@@ -143,3 +145,98 @@ def peft_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 def _peft_name(name: str) -> str:
     module, _, kind = name.rpartition(".")
     return f"base_model.model.{hf_from_ours(f'{module}.weight').removesuffix('.weight')}.{_THEIRS[kind]}"
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The names of adapters' files in their source."""
+
+    config: str = _CONFIG
+    adapters: str = _ADAPTERS
+
+    def identity(self) -> list[str]:
+        """Return the names of those that the adapters are made of."""
+        return [self.config, self.adapters]
+
+    def all(self) -> list[str]:
+        """Return the names of those that are read."""
+        return self.identity()
+
+
+def find_files(source: ModelSource) -> AdapterFiles:
+    """Return the files of adapters.
+
+    Raises:
+        DataError: one is missing.
+    """
+    files = AdapterFiles(adapters=PEFT_FILE if source.has(PEFT_FILE) and not source.has(_ADAPTERS) else _ADAPTERS)
+    missing = [name for name in files.all() if not source.has(name)]
+    if missing:
+        wanted = " and no ".join(missing)
+        raise DataError(
+            f"{source.where} holds no {wanted}, so these are no adapters of mlx-lm or PEFT. It holds {source.listed()}"
+        )
+    source.small(files.config)
+    return files
+
+
+def import_adapter(
+    source: ModelSource, files: AdapterFiles, base: Path | None, out: Path, *, chats: bool | None, check: Check
+) -> GPTSizes:
+    """Write adapters on one of our models into `out` as a checkpoint; return the sizes of the model.
+
+    Args:
+        source: where they are.
+        files: their names there.
+        base: the artifact that they were trained on.
+        out: exists.
+        chats: whether the model with them has learnt to chat; None: as its base.
+        check: may raise, to end the work.
+
+    Raises:
+        DataError: a file is missing or damaged, or they do not fit the base; there is none.
+    """
+    import mlx.core as mx
+
+    from mlxchat.data.tokenizer import Tokenizer
+    from mlxchat.model.checkpoint import save_adapters
+    from mlxchat.model.lora import check_shapes, read_adapter_config
+    from mlxchat.store.bases import ADAPTER_KEY
+
+    if base is None:
+        raise DataError("adapters need a base: mlxchat import adapter FOLDER --base REF")
+    described = f"{base.name}: config.json"
+    sizes = sizes_from_hf(read_json(base / "config.json", described), described)
+    paths = source.fetch(files.all(), check)
+    with SafetensorsFile(paths[files.adapters]) as file:
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        if files.adapters == PEFT_FILE:
+            adapter_sizes, ours = sizes_from_peft(
+                read_json(paths[files.config], f"{source.where}: {files.config}"), shapes, source.where
+            )
+            shapes = {ours[name]: peft_shape(ours[name], shape) for name, shape in shapes.items()}
+        else:
+            adapter_sizes = read_adapter_config(paths[files.config].parent, sizes)
+            ours = {name: name for name in shapes}
+        check_shapes(shapes, adapter_sizes, sizes, source.where)
+        arrays = {
+            ours[name]: np.concatenate([widen(piece, tensor.dtype) for piece in file.pieces(tensor)])
+            .reshape(tensor.shape)
+            for name, tensor in file.tensors.items()
+        }  # fmt: skip
+    if files.adapters == PEFT_FILE:
+        arrays = {name: as_peft(name, value) for name, value in arrays.items()}
+    strange = sorted(name for name, value in arrays.items() if not np.isfinite(value).all())
+    if strange:
+        raise DataError(f"{source.where}: {strange[0]} holds numbers that are not finite")
+    check()
+    facts = read_json(base / "checkpoint.json", f"{base.name}: checkpoint.json")
+    facts |= {"stage": "imported", "imported": {"format": "adapter"}}
+    facts.pop(ADAPTER_KEY, None)
+    if chats is not None:
+        facts["format"] = "chat" if chats else "base"
+    save_adapters(
+        out, {name: mx.array(value) for name, value in arrays.items()}, adapter_sizes, base=base, sizes=sizes,
+        tokenizer=Tokenizer.load(base), facts=facts,
+    )  # fmt: skip
+    return sizes

@@ -1,7 +1,9 @@
-"""Where a model of another make comes from: a repository of the Hub at one commit, or a folder."""
+"""Where a third-party model comes from: a repository of the Hub at one commit, or a folder."""
 
 from __future__ import annotations
 
+import fnmatch
+import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -13,11 +15,26 @@ from mlxchat.hub.cache import HubFile
 from mlxchat.hub.client import fetch_files, list_files, record
 from mlxchat.store.fingerprint import hash_file
 
-_MOST_FILES, _DEEPEST = 20_000, 4
+_MOST_FILES, _DEEPEST, _MOST_SHOWN = 20_000, 4, 8
 _READ_WHOLE, _SMALL_BYTES = (".jinja", ".json", ".pkl", ".tiktoken"), 32 << 20
 """What is read as a whole; a vocabulary of 400,000 tokens takes 8 MiB."""
 
 Check = Callable[[], None]
+
+
+def read_json(content: Path | bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object of a file or of its contents.
+
+    Raises:
+        DataError: it cannot be read or is no JSON object.
+    """
+    try:
+        found = json.loads(content.read_bytes() if isinstance(content, Path) else content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{where} is damaged ({error}). Fetch or copy it again.") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{where} is no JSON object")
+    return found
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,10 @@ class ModelSource:
     def has(self, name: str) -> bool:
         """Tell whether there is such a file."""
         return name in self.files
+
+    def listed(self) -> str:
+        """Return the first names, for messages."""
+        return ", ".join(sorted(self.files)[:_MOST_SHOWN]) or "nothing"
 
     def size(self, name: str) -> int:
         """Return a file's size in bytes; nothing is fetched."""
@@ -139,3 +160,37 @@ def _within(files: dict[str, HubFile], folder: str, repository: str) -> dict[str
         if path.startswith("tokenizer/"):
             inside.setdefault(path, file)
     return inside
+
+
+PREFIX = "hf:"
+# What mlx-lm reads of a repository. Neither pickles nor code are among them.
+_READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def outside_folder(reference: str) -> Path:
+    """Return the folder of a model of another make; what is not on this machine is fetched.
+
+    Args:
+        reference: hf:FOLDER, hf:ORGANISATION/NAME or hf:ORGANISATION/NAME@REVISION.
+
+    Raises:
+        ConfigError: it is neither.
+        DataError: there is no such folder or repository, or it holds no model.
+        PassingError: the Hub does not answer.
+    """
+    what = reference.removeprefix(PREFIX)
+    folder = Path(what).expanduser()
+    if folder.exists() or what.startswith((".", "/", "~")):
+        open_folder(folder)
+        return folder
+    repository, _, revision = what.partition("@")
+    if repository.count("/") != 1:
+        raise ConfigError(f'"{reference}" is no model: expected {PREFIX}FOLDER or {PREFIX}ORGANISATION/NAME')
+    source = open_repository(repository, revision or "main")
+    names = [name for name in source.files if "/" not in name and any(fnmatch.fnmatch(name, each) for each in _READ)]
+    if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
+        raise DataError(f"{repository} holds no model that mlx-lm opens: expected config.json and *.safetensors")
+    config = source.files["config.json"]
+    assert isinstance(config, HubFile)
+    source.fetch(names)
+    return config.place.parent

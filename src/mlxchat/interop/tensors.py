@@ -1,10 +1,14 @@
-"""Safetensors files in pieces: read without loading them, written as `safetensors` itself would write them."""
+"""Safetensors files, read and written a few megabytes at a time, however large the model is.
+
+Our checkpoints hold float32 alone; elsewhere a tensor may be bfloat16, which NumPy lacks: it travels as its bits, the
+upper half of a float32's.
+"""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -15,20 +19,51 @@ from typing import Any, BinaryIO, Protocol
 import numpy as np
 
 from mlxchat.errors import DataError
-from mlxchat.interop.torch_file import DTYPES, MOST_DIMENSIONS, Dtype
+from mlxchat.model.sizes import GPTSizes
 
-Numbers = np.ndarray[Any, np.dtype[Any]]
+Array = np.ndarray[Any, np.dtype[Any]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
-_PIECE_BYTES = 4 << 20
+MOST_DIMENSIONS = 8
+"""Of a tensor of any format that is read."""
+PIECE_BYTES = 4 << 20
+AGAIN = "Fetch or copy it again."
 _MOST_HEADER_BYTES = 32 << 20
-_AGAIN = "Fetch or copy it again."
-_KINDS = {"F32": "FloatStorage", "BF16": "BFloat16Storage", "F16": "HalfStorage"}
-_DTYPES = {kind: DTYPES[storage] for kind, storage in _KINDS.items()}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class Dtype:
+    """A type of numbers."""
+
+    name: str
+    bytes: int
+    numpy: str
+    """NumPy's type of the same width; bfloat16, which it lacks, as the 16 bits."""
+    storage: str
+    """PyTorch's name of it."""
+    code: str = ""
+    """That of safetensors, for types that a model's file may have."""
+
+
+DTYPES = (
+    Dtype("float32", 4, "<f4", "FloatStorage", "F32"),
+    Dtype("bfloat16", 2, "<u2", "BFloat16Storage", "BF16"),
+    Dtype("float16", 2, "<f2", "HalfStorage", "F16"),
+    Dtype("float64", 8, "<f8", "DoubleStorage"),
+    Dtype("int64", 8, "<i8", "LongStorage"),
+    Dtype("int32", 4, "<i4", "IntStorage"),
+    Dtype("int16", 2, "<i2", "ShortStorage"),
+    Dtype("int8", 1, "i1", "CharStorage"),
+    Dtype("uint8", 1, "u1", "ByteStorage"),
+    Dtype("bool", 1, "u1", "BoolStorage"),
+)
+FLOATS = {dtype.code: dtype for dtype in DTYPES if dtype.code}
+"""Code → the type, for the types of a model's parameters."""
 
 
 class Tensor(Protocol):
-    """What is known of a tensor in a file."""
+    """A tensor in a file."""
 
     @property
     def dtype(self) -> Dtype:
@@ -42,7 +77,7 @@ class Tensor(Protocol):
 class TensorFile(Protocol):
     """A file of tensors that are read in pieces."""
 
-    def pieces(self, tensor: Any) -> Iterator[Numbers]:
+    def pieces(self, tensor: Any) -> Iterator[Array]:
         """Yield a tensor's numbers in order, in its own type (bfloat16 as 16 bits)."""
 
 
@@ -86,12 +121,12 @@ class SafetensorsFile:
         """Close it."""
         self._file.close()
 
-    def pieces(self, tensor: SafeTensor) -> Iterator[Numbers]:
+    def pieces(self, tensor: SafeTensor) -> Iterator[Array]:
         """Yield a tensor's numbers in order, a few megabytes at a time, in its own type (bfloat16 as 16 bits)."""
         left, place = prod(tensor.shape) * tensor.dtype.bytes, tensor.start
         while left:
             self._file.seek(place)
-            data = self._file.read(min(left, _PIECE_BYTES))
+            data = self._file.read(min(left, PIECE_BYTES))
             if not data:
                 raise DataError(f"{self.where} became shorter while it was read")
             left, place = left - len(data), place + len(data)
@@ -105,23 +140,23 @@ class SafetensorsFile:
         if head.startswith(b"version "):
             raise DataError(f"{self.where} is a pointer of Git LFS, not the file itself. Get that with: git lfs pull")
         if 8 + length > size or length > _MOST_HEADER_BYTES:
-            raise DataError(f"{self.where} is cut off, or no safetensors file. {_AGAIN}")
+            raise DataError(f"{self.where} is cut off, or no safetensors file. {AGAIN}")
         try:
             listing = json.loads(self._file.read(length))
             entries = {name: entry for name, entry in listing.items() if name != "__metadata__"}
             found = {name: self._entry(name, entry, 8 + length, size) for name, entry in entries.items()}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DataError(f"{self.where} is no safetensors file that can be read ({error}). {_AGAIN}") from None
+            raise DataError(f"{self.where} is no safetensors file that can be read ({error}). {AGAIN}") from None
         ends = sorted((each.start, each.start + prod(each.shape) * each.dtype.bytes) for each in found.values())
         if any(second[0] < first[1] for first, second in pairwise(ends)):
             raise DataError(f"{self.where} cannot be read: its tensors lie over each other")
         return found
 
     def _entry(self, name: str, entry: Any, base: int, size: int) -> SafeTensor:
-        kind, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        if kind not in _DTYPES:
+        code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if code not in FLOATS:
             raise DataError(
-                f"{self.where}: {name} is stored as {kind}, expected {', '.join(_DTYPES)}. A quantised model cannot be "
+                f"{self.where}: {name} is stored as {code}, expected {', '.join(FLOATS)}. A quantised model cannot be "
                 "trained; import the one that it was made from"
             )
         if len(shape) > MOST_DIMENSIONS:  # before any arithmetic: a product of very many dimensions takes hours
@@ -131,13 +166,84 @@ class SafetensorsFile:
             )
         numbers = (start, end, *shape)
         if any(type(each) is not int or each < 0 for each in numbers) or base + end > size:
-            raise DataError(f"{self.where} is cut off or damaged: {name} lies outside of it. {_AGAIN}")
-        if end - start != prod(shape) * _DTYPES[kind].bytes:
-            raise DataError(f"{self.where} is damaged: {name} has {end - start:,} bytes, not {list(shape)} {kind}")
-        return SafeTensor(_DTYPES[kind], shape, base + start)
+            raise DataError(f"{self.where} is cut off or damaged: {name} lies outside of it. {AGAIN}")
+        if end - start != prod(shape) * FLOATS[code].bytes:
+            raise DataError(f"{self.where} is damaged: {name} has {end - start:,} bytes, not {list(shape)} {code}")
+        return SafeTensor(FLOATS[code], shape, base + start)
 
 
-def widen(numbers: Numbers, dtype: Dtype) -> Floats:
+class StoredWeights:
+    """The tensors of a checkpoint artifact, by our names."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look into model.safetensors.
+
+        Raises:
+            DataError: it is missing or damaged, or holds other numbers than float32.
+        """
+        self.path = folder / "model.safetensors"
+        with SafetensorsFile(self.path) as file:
+            self.shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+            wrong = [name for name, tensor in file.tensors.items() if tensor.dtype.name != "float32"]
+        if wrong:
+            raise DataError(f"{folder}: {wrong[0]} is not in float32, as our checkpoints are")
+
+    def pieces(self, name: str) -> Iterator[Floats]:
+        """Yield a tensor's numbers in order, a few megabytes at a time."""
+        with SafetensorsFile(self.path) as file:
+            yield from file.pieces(file.tensors[name])
+
+    def __call__(self, name: str) -> Floats:
+        """Return one tensor."""
+        return np.concatenate([*self.pieces(name)]).reshape(self.shapes[name])
+
+    def fits(self, name: str, code: str) -> bool:
+        """Return whether a type (F32, BF16 or F16) has every number of a tensor."""
+        return code == "F32" or all(_fits(piece, code) for piece in self.pieces(name))
+
+
+class AdaptedWeights(StoredWeights):
+    """The tensors of a model whose checkpoint holds adapters: those of its base, each fused when it is read."""
+
+    def __init__(self, chain: list[Path], sizes: GPTSizes) -> None:
+        """Look into all folders.
+
+        Args:
+            chain: of the adapters, of their base, of its base; the last has all weights.
+            sizes: of the model.
+
+        Raises:
+            DataError: a file is missing or damaged, or does not fit the model.
+        """
+        # Only models with adapters need MLX to be exported.
+        from mlxchat.model.lora import read_adapters
+
+        super().__init__(chain[-1])
+        self._adapters = [read_adapters(folder, sizes) for folder in reversed(chain[:-1])]
+
+    def pieces(self, name: str) -> Iterator[Floats]:
+        """Yield a tensor's numbers in order; of one with adapters, all at once."""
+        changing = [adapters for adapters in self._adapters if adapters.changes(name)]
+        if not changing:
+            yield from super().pieces(name)
+            return
+        import mlx.core as mx
+
+        value = mx.array(np.concatenate([*super().pieces(name)]).reshape(self.shapes[name]))
+        for adapters in changing:
+            value = adapters.on(name, value)
+        yield np.asarray(value).reshape(-1)
+
+
+def _fits(values: Floats, code: str) -> bool:
+    bits = values.view(np.uint32)
+    if code == "BF16":
+        return not bool((bits & 0xFFFF).any())
+    with np.errstate(over="ignore"):
+        return bool((values.astype(np.float16).astype(np.float32).view(np.uint32) == bits).all())
+
+
+def widen(numbers: Array, dtype: Dtype) -> Floats:
     """Return numbers as float32, exactly.
 
     Args:
@@ -151,25 +257,69 @@ def widen(numbers: Numbers, dtype: Dtype) -> Floats:
     return numbers.astype(np.float32, copy=False)
 
 
-def write_float32(path: Path, tensors: Mapping[str, tuple[TensorFile, Tensor]]) -> None:
-    """Write tensors as float32 to a safetensors file, a few megabytes at a time; the bytes depend on them alone.
+def as_stored(values: Floats, code: str) -> Array:
+    """Return float32 numbers as F32 or F16, or as the bits of the nearest BF16, ties to even, of finite numbers."""
+    if code == "BF16":
+        bits = np.ascontiguousarray(values).view(np.uint32)
+        rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
+        return rounded.astype(np.uint16)
+    return np.ascontiguousarray(values, dtype=np.float16 if code == "F16" else np.float32)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file that is to be written."""
+
+    name: str
+    code: str
+    """F32, BF16, F16 or U32."""
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its numbers."""
+        return prod(self.shape) * (FLOATS[self.code].bytes if self.code in FLOATS else 4)
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], read: Callable[[str], Iterable[Array]], *, made_for: str
+) -> None:
+    """Write a safetensors file; its bytes depend on the arguments alone.
 
     Args:
-        path: the file.
-        tensors: name → where it is read from.
+        path: of the file.
+        entries: in the order in which their numbers are written.
+        read: entries' names → the numbers, in one or several arrays; called once for each entry, in order.
+        made_for: pt or mlx, which some readers require.
     """
-    names = sorted(tensors)  # as safetensors sorts tensors of one type
-    header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
-    end = 0
-    for name in names:
-        _, tensor = tensors[name]
-        start, end = end, end + 4 * prod(tensor.shape)
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header: dict[str, Any] = {"__metadata__": {"format": made_for}}
+    start = 0
+    for entry in entries:
+        end = start + entry.num_bytes
+        header[entry.name] = {"dtype": entry.code, "shape": list(entry.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % _ALIGNMENT)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
-            source, tensor = tensors[name]
-            for numbers in source.pieces(tensor):
-                file.write(widen(numbers, tensor.dtype).data)
+        for entry in entries:
+            written = sum(file.write(bytes_of(part)) for part in read(entry.name))
+            assert written == entry.num_bytes, entry.name
+
+
+def write_float32(path: Path, tensors: Mapping[str, tuple[TensorFile, Tensor]]) -> None:
+    """Write tensors (name → where each is read from) as float32 to a safetensors file of ours."""
+
+    def read(name: str) -> Iterator[Array]:
+        source, tensor = tensors[name]
+        for numbers in source.pieces(tensor):
+            yield widen(numbers, tensor.dtype)
+
+    # Sorted, as safetensors sorts tensors of one type.
+    write_safetensors(path, [Entry(name, "F32", tensors[name][1].shape) for name in sorted(tensors)], read,
+                      made_for="mlx")  # fmt: skip
+
+
+def bytes_of(values: Array) -> memoryview:
+    """Return the bytes of numbers in order, without a copy where they are contiguous."""
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

@@ -1,0 +1,495 @@
+"""Files of torch.save, read and written without torch and without pickle.
+
+A .pt file is a zip archive whose data.pkl says how the tensors beside it are put together. Reading gives each tensor's
+place, and `pieces` reads its numbers a few megabytes at a time. Every place and size is checked against the file first:
+no member is compressed, overlaps another or is there twice, and no list is longer than a file of torch's could have.
+Writing spells the pickle from a few instructions; it names an ordered dict, one function that rebuilds a tensor, the
+kinds of storage and tiktoken's Encoding, so PyTorch's safe loader (`weights_only=True`) takes it.
+"""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mlxchat.errors import DataError
+from mlxchat.interop.pickled import MOST_BYTES, Maker, OrderedNames, brief, read_pickle
+from mlxchat.interop.tensors import AGAIN, DTYPES, FLOATS, MOST_DIMENSIONS, PIECE_BYTES, Array, Dtype, Entry, bytes_of
+
+_END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
+_ENTRY, _LOCAL = b"PK\1\2", b"PK\3\4"
+_MOST_DIRECTORY_BYTES = 16 << 20
+_LONGEST_COMMENT = 1 << 16
+# What torch.save wrote before 2020 begins with this number, pickled.
+_LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
+
+@dataclass(frozen=True)
+class Member:
+    """A file inside of the archive."""
+
+    name: str
+    start: int
+    """Where its content begins in the archive, in bytes."""
+    bytes: int
+    crc: int
+    """CRC-32 of the content; 0: none was computed."""
+
+
+def list_members(file: BinaryIO, where: str) -> dict[str, Member]:
+    """Return the members of a torch file by name, without the folder that all of them lie in.
+
+    Args:
+        file: open at any place.
+        where: its name, for messages.
+
+    Raises:
+        DataError: it is no such archive, or a damaged or made-up one.
+    """
+    size = file.seek(0, 2)
+    _check_beginning(file, where)
+    count, start, length = _directory(file, size, where)
+    if length > _MOST_DIRECTORY_BYTES or start + length > size:
+        raise DataError(f"{where} is damaged: the list of what it holds lies outside of it. {AGAIN}")
+    file.seek(start)
+    listing = file.read(length)
+    found: dict[str, Member] = {}
+    at = 0
+    for _ in range(count):
+        if listing[at : at + 4] != _ENTRY or len(listing) < at + 46:
+            raise DataError(f"{where} is damaged: the list of what it holds is shorter than it says. {AGAIN}")
+        flags, method, crc, packed, plain, names, extra, comment, header = struct.unpack(
+            "<HH4xIIIHHH8xI", listing[at + 8 : at + 46]
+        )
+        raw = listing[at + 46 : at + 46 + names]
+        fields = listing[at + 46 + names : at + 46 + names + extra]
+        at += 46 + names + extra + comment
+        name = raw.decode("utf-8", "replace")
+        plain, packed, header = _wide(fields, plain, packed, header, where)
+        if flags & 1 or method != 0 or packed != plain:
+            raise DataError(
+                f"{where} cannot be read: {name} is compressed or encrypted, which torch.save never does. Save it again"
+            )
+        if name in found:
+            raise DataError(f"{where} cannot be read: it holds {name} twice, which torch.save never does")
+        found[name] = Member(name, _content_start(file, header, raw, start, plain, where), plain, crc)
+    _check_overlaps(list(found.values()), where)
+    return _without_folder(found, where)
+
+
+def _check_beginning(file: BinaryIO, where: str) -> None:
+    file.seek(0)
+    beginning = file.read(512)
+    if beginning[:4] in (_LOCAL, _END):
+        return
+    if beginning.startswith(b"version https://git-lfs"):
+        reason = "is a pointer of Git LFS, not the file itself. Get that with: git lfs pull"
+    elif beginning.startswith(_LEGACY) or beginning[257:262] == b"ustar":
+        reason = (
+            "was written in the form that torch.save had before 2020 (no zip archive). Write it anew with torch: "
+            "torch.save(torch.load(OLD, weights_only=True), NEW)"
+        )
+    elif not beginning:
+        reason = f"is empty. {AGAIN}"
+    else:
+        reason = f"is no file of torch.save's: expected a zip archive. {AGAIN}"
+    raise DataError(f"{where} {reason}")
+
+
+def _directory(file: BinaryIO, size: int, where: str) -> tuple[int, int, int]:
+    """Return how many members there are, where their list begins, and its length."""
+    tail_start = max(0, size - _LONGEST_COMMENT - 22)
+    file.seek(tail_start)
+    tail = file.read()
+    at = tail.rfind(_END)
+    if at < 0 or len(tail) < at + 22:
+        raise DataError(
+            f"{where} is cut off: it has {size:,} bytes, and the end of the archive is not among them. {AGAIN}"
+        )
+    count, length, start = struct.unpack("<HII", tail[at + 10 : at + 20])
+    locator = tail[at - 20 : at] if at >= 20 else b""
+    if locator[:4] == _LOCATOR64:
+        (place,) = struct.unpack("<Q", locator[8:16])
+        if place + 56 > size:
+            raise DataError(f"{where} is damaged: its end points outside of it. {AGAIN}")
+        file.seek(place)
+        record = file.read(56)
+        if record[:4] != _END64:
+            raise DataError(f"{where} is damaged: its end is not where it says. {AGAIN}")
+        count, length, start = struct.unpack("<QQQ", record[32:56])
+    return count, start, length
+
+
+def _wide(fields: bytes, plain: int, packed: int, header: int, where: str) -> tuple[int, int, int]:
+    """Return the three numbers, those that do not fit into 32 bits from the extra field (zip64)."""
+    wanted = [index for index, value in enumerate((plain, packed, header)) if value == 0xFFFFFFFF]
+    values = [plain, packed, header]
+    at = 0
+    while wanted and at + 4 <= len(fields):
+        tag, length = struct.unpack("<HH", fields[at : at + 4])
+        if tag == 1 and length >= 8 * len(wanted) and at + 4 + length <= len(fields):
+            for place, index in enumerate(wanted):
+                (values[index],) = struct.unpack("<Q", fields[at + 4 + 8 * place : at + 12 + 8 * place])
+            return values[0], values[1], values[2]
+        at += 4 + length
+    if wanted:
+        raise DataError(f"{where} is damaged: a size is missing. {AGAIN}")
+    return plain, packed, header
+
+
+def _content_start(file: BinaryIO, header: int, raw: bytes, end: int, length: int, where: str) -> int:
+    file.seek(min(header, end))
+    local = file.read(30)
+    if len(local) < 30 or local[:4] != _LOCAL:
+        raise DataError(f"{where} is damaged: a member is not where its list says. {AGAIN}")
+    names, extra = struct.unpack("<HH", local[26:30])
+    if file.read(names) != raw:
+        raise DataError(f"{where} is damaged: a member has two names. {AGAIN}")
+    start = int(header + 30 + names + extra)
+    if start + length > end:
+        raise DataError(f"{where} is cut off or damaged: a member reaches beyond the end of the archive. {AGAIN}")
+    return start
+
+
+def _check_overlaps(members: list[Member], where: str) -> None:
+    end = 0
+    for member in sorted(members, key=lambda each: (each.start, each.bytes)):
+        if member.start < end:
+            raise DataError(f"{where} cannot be read: {member.name} lies over another member")
+        end = member.start + member.bytes
+
+
+def _without_folder(members: dict[str, Member], where: str) -> dict[str, Member]:
+    folders = {name.split("/", 1)[0] for name in members}
+    if len(folders) != 1 or any("/" not in name for name in members):
+        raise DataError(f"{where} is no file of torch.save's: its members do not lie in one folder")
+    return {name.split("/", 1)[1]: member for name, member in members.items()}
+
+
+_MOST_NUMBERS = 1 << 63
+"""Offsets, lengths and strides are 64-bit signed integers in torch."""
+_WHAT = "a file of torch.save's"
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Numbers in a row, as a member of the archive."""
+
+    dtype: Dtype
+    member: Member
+    count: int
+
+
+@dataclass(frozen=True)
+class TorchTensor:
+    """Where a tensor lies, row after row without gaps."""
+
+    storage: Storage
+    first: int
+    """Number of the storage with which it begins."""
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> Dtype:
+        """Type of its numbers."""
+        return self.storage.dtype
+
+    @property
+    def count(self) -> int:
+        """How many numbers."""
+        return prod(self.shape)
+
+
+class TorchFile:
+    """An open file of torch.save's; `content` is what was saved, with a `TorchTensor` for each tensor."""
+
+    def __init__(self, path: Path, where: str | None = None) -> None:
+        """Open a file and read what it holds, but for the numbers.
+
+        Raises:
+            DataError: it is none, it is damaged, or it holds more than tensors and plain data.
+        """
+        self.path, self.where = path, where or path.name
+        self._checked: set[Member] = set()
+        try:
+            self._file: BinaryIO = path.open("rb")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
+        try:
+            self._members = list_members(self._file, self.where)
+            self.content = self._read_content()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> TorchFile:
+        """Return the open file."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self._file.close()
+
+    def tensors(self) -> dict[str, TorchTensor]:
+        """Return the tensors of a file that holds a dictionary of them and nothing else (a state dict).
+
+        Raises:
+            DataError: it holds something else, or tensors that share numbers.
+        """
+        content = self.content
+        if not isinstance(content, dict) or not content:
+            raise DataError(f"{self.where} holds no dictionary of tensors, as a model's file does")
+        others = [
+            brief(key) for key, value in content.items() if type(key) is not str or type(value) is not TorchTensor
+        ]
+        if others:
+            raise DataError(f"{self.where} holds more than tensors by name: {', '.join(others[:3])}")
+        self._check_sharing(content)
+        return dict(content)
+
+    def pieces(self, tensor: TorchTensor) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
+        """Yield the numbers of a tensor in order, a few megabytes at a time, in its own type (bfloat16 as 16 bits).
+
+        Raises:
+            DataError: what was read is not what the archive's checksum says.
+        """
+        member = tensor.storage.member
+        whole = tensor.count == tensor.storage.count
+        if not whole:
+            self._check_sum(member)
+        width = tensor.dtype.bytes
+        self._file.seek(member.start + tensor.first * width)
+        left, crc = tensor.count * width, 0
+        while left:
+            data = self._file.read(min(left, PIECE_BYTES))
+            if not data:
+                raise DataError(f"{self.where} became shorter while it was read")
+            left -= len(data)
+            crc = zlib.crc32(data, crc) if whole else crc
+            place = self._file.tell()
+            yield np.frombuffer(data, tensor.dtype.numpy)
+            self._file.seek(place)
+        if whole:
+            self._compare(member, crc)
+
+    def numbers(self, tensor: TorchTensor) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return all numbers of a small tensor, in its shape."""
+        parts = list(self.pieces(tensor))
+        return np.concatenate(parts or [np.zeros(0, tensor.dtype.numpy)]).reshape(tensor.shape)
+
+    def _read_content(self) -> Any:
+        pickle = self._members.get("data.pkl")
+        if pickle is None:
+            raise DataError(f"{self.where} is no file of torch.save's: there is no data.pkl in it")
+        if pickle.bytes > MOST_BYTES:
+            raise DataError(f"{self.where} cannot be read: its data.pkl has {pickle.bytes:,} bytes")
+        order = self._members.get("byteorder")
+        if order is not None and self._bytes(order, 16) != b"little":
+            raise DataError(f"{self.where} was saved on a big-endian machine, which is not read")
+        names: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): Maker(OrderedNames),
+            ("torch._utils", "_rebuild_tensor_v2"): Maker(self._rebuild),
+            ("torch._utils", "_rebuild_parameter"): Maker(lambda data, grad, hooks: data),
+            **{("torch", dtype.storage): dtype for dtype in DTYPES},
+        }
+        data = self._bytes(pickle, MOST_BYTES)
+        self._compare(pickle, zlib.crc32(data))
+        return read_pickle(data, names, where=self.where, what=_WHAT, persistent=self._storage)
+
+    def _storage(self, key: Any) -> Storage:
+        if type(key) is not tuple or len(key) != 5 or key[0] != "storage" or not isinstance(key[1], Dtype):
+            raise DataError(f"{self.where} cannot be read: it refers to something that is no storage")
+        _, dtype, name, _device, count = key
+        if type(count) is not int or not 0 <= count < _MOST_NUMBERS:
+            raise DataError(f"{self.where} cannot be read: it refers to something that is no storage")
+        member = self._members.get(f"data/{name}") if type(name) is str else None
+        if member is None:
+            raise DataError(f"{self.where} is damaged: the numbers data/{brief(name)} are not in it")
+        if count * dtype.bytes != member.bytes:
+            raise DataError(
+                f"{self.where} is damaged: data/{name} has {member.bytes:,} bytes, not {count} {dtype.name}"
+            )
+        return Storage(dtype, member, count)
+
+    def _rebuild(self, storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
+        if type(shape) is not tuple or type(strides) is not tuple or not isinstance(storage, Storage):
+            raise DataError(f"{self.where} cannot be read: a tensor has an impossible place or shape")
+        # Before any arithmetic: the product of many or of huge dimensions would itself fill memory.
+        if max(len(shape), len(strides)) > MOST_DIMENSIONS:
+            raise DataError(
+                f"{self.where} cannot be read: a tensor has {max(len(shape), len(strides)):,} dimensions, at most "
+                f"{MOST_DIMENSIONS} are accepted"
+            )
+        if not all(type(each) is int and 0 <= each < _MOST_NUMBERS for each in (first, *shape, *strides)):
+            raise DataError(f"{self.where} cannot be read: a tensor has an impossible place or shape")
+        # Only rows without gaps: strides can make a small storage look like any amount of numbers.
+        expected: list[int] = []
+        step = 1
+        for length in reversed(shape):
+            expected.insert(0, step)
+            step *= length
+        plain = len(shape) == len(strides) and all(
+            length == 1 or stride == wanted for length, stride, wanted in zip(shape, strides, expected, strict=True)
+        )
+        if not plain:
+            raise DataError(f"{self.where} cannot be read: a tensor of shape {list(shape)} is not stored row by row")
+        if first + step > storage.count:
+            raise DataError(
+                f"{self.where} is damaged: a tensor of shape {list(shape)} needs {first + step:,} numbers, its storage "
+                f"has {storage.count:,}"
+            )
+        # The sizes of an empty tensor, which needs no storage, still have to fit NumPy's 64 bits without the zeros.
+        if prod(length or 1 for length in shape) >= _MOST_NUMBERS // storage.dtype.bytes:
+            raise DataError(f"{self.where} cannot be read: a tensor has the impossible shape {list(shape)}")
+        return TorchTensor(storage, first, shape)
+
+    def _check_sharing(self, tensors: dict[str, TorchTensor]) -> None:
+        places = sorted(
+            (tensor.storage.member.start, tensor.first, tensor.first + tensor.count, name)
+            for name, tensor in tensors.items()
+        )
+        for (member, _, end, name), (other, first, _, second) in pairwise(places):
+            if member == other and first < end:
+                raise DataError(f"{self.where} cannot be read: {name} and {second} share their numbers")
+
+    def _bytes(self, member: Member, most: int) -> bytes:
+        self._file.seek(member.start)
+        return self._file.read(min(member.bytes, most))
+
+    def _check_sum(self, member: Member) -> None:
+        """Read a whole member, once: there may be 60,000 tensors in it."""
+        if member in self._checked:
+            return
+        self._checked.add(member)
+        self._file.seek(member.start)
+        left, crc = member.bytes, 0
+        while left and (data := self._file.read(min(left, PIECE_BYTES))):
+            left, crc = left - len(data), zlib.crc32(data, crc)
+        self._compare(member, crc)
+
+    def _compare(self, member: Member, crc: int) -> None:
+        # torch can be told to compute none.
+        if member.crc not in (0, crc):
+            raise DataError(
+                f"{self.where} is damaged: {member.name} is not what its checksum says. Fetch or copy it again."
+            )
+
+
+_NUMBERS_ALIGNMENT = 64
+
+# The instructions of a pickle that are ever written (https://docs.python.org/3/library/pickletools.html).
+_PROTO, _GLOBAL, _EMPTY_TUPLE, _REDUCE, _MARK, _STOP = b"\x80", b"c", b")", b"R", b"(", b"."
+_TUPLE, _BINUNICODE, _BININT, _LONG, _BINPERSID, _FALSE = b"t", b"X", b"J", b"\x8a", b"Q", b"\x89"
+_SETITEMS, _NEWOBJ, _BUILD, _EMPTY_DICT = b"u", b"\x81", b"b", b"}"
+_BINBYTES, _SHORT_BINBYTES = b"B", b"C"
+
+
+def write_state(path: Path, entries: Sequence[Entry], read: Callable[[str], Iterable[Array]]) -> None:
+    """Write an ordered dict of tensors as `torch.save` does.
+
+    Args:
+        path: of the .pt file; its name without the suffix is that of the zip's top folder, as PyTorch has it.
+        entries: names, kinds (F32, BF16, F16) and shapes, in order.
+        read: name → the numbers in one or several arrays, BF16 as their bits; called once for each entry, in order.
+    """
+    body = [_PROTO, b"\x02", _GLOBAL, b"collections\nOrderedDict\n", _EMPTY_TUPLE, _REDUCE, _MARK]
+    for number, entry in enumerate(entries):
+        body += [_text(entry.name), *_tensor(number, FLOATS[entry.code].storage, entry.shape)]
+    _write_zip(path, b"".join([*body, _SETITEMS, _STOP]), [(entry.num_bytes, entry.name) for entry in entries], read)
+
+
+def write_tensor(path: Path, values: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+    """Write one tensor of int32 as `torch.save` does."""
+    body = b"".join([_PROTO, b"\x02", *_tensor(0, "IntStorage", values.shape), _STOP])
+    _write_zip(path, body, [(values.nbytes, "")], lambda name: [values])
+
+
+def write_encoding(path: Path, pattern: str, ranks: Mapping[bytes, int], special_ids: Mapping[str, int]) -> None:
+    """Write the tiktoken.Encoding that nanochat pickles as tokenizer.pkl.
+
+    Args:
+        path: of the file.
+        pattern: how text is cut.
+        ranks: token → id.
+        special_ids: special token → id.
+    """
+    ordered = sorted(ranks.items(), key=lambda item: item[1])
+    body = [_PROTO, b"\x03", _GLOBAL, b"tiktoken.core\nEncoding\n", _EMPTY_TUPLE, _NEWOBJ, _EMPTY_DICT, _MARK]
+    body += [_text("name"), _text("rustbpe"), _text("pat_str"), _text(pattern)]
+    body += [_text("mergeable_ranks"), _EMPTY_DICT, _MARK]
+    body += [part for token, rank in ordered for part in (_bytes(token), _integer(rank))]
+    body += [_SETITEMS, _text("special_tokens"), _EMPTY_DICT, _MARK]
+    body += [part for name, id_ in special_ids.items() for part in (_text(name), _integer(id_))]
+    path.write_bytes(b"".join([*body, _SETITEMS, _SETITEMS, _BUILD, _STOP]))
+
+
+def _tensor(number: int, storage: str, shape: Sequence[int]) -> list[bytes]:
+    """Return the call torch._utils._rebuild_tensor_v2(storage, 0, shape, stride, False, OrderedDict())."""
+    strides = [prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    count = prod(shape)
+    return [
+        _GLOBAL, b"torch._utils\n_rebuild_tensor_v2\n", _MARK,
+        _MARK, _text("storage"), _GLOBAL, b"torch\n" + storage.encode() + b"\n", _text(str(number)),
+        _text("cpu"), _integer(count), _TUPLE, _BINPERSID,
+        _integer(0), _tuple(shape), _tuple(strides), _FALSE,
+        _GLOBAL, b"collections\nOrderedDict\n", _EMPTY_TUPLE, _REDUCE, _TUPLE, _REDUCE,
+    ]  # fmt: skip
+
+
+def _tuple(numbers: Sequence[int]) -> bytes:
+    return b"".join([_MARK, *map(_integer, numbers), _TUPLE])
+
+
+def _integer(value: int) -> bytes:
+    if value < 1 << 31:
+        return _BININT + value.to_bytes(4, "little", signed=True)
+    content = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return _LONG + bytes([len(content)]) + content
+
+
+def _text(value: str) -> bytes:
+    content = value.encode()
+    return _BINUNICODE + len(content).to_bytes(4, "little") + content
+
+
+def _bytes(value: bytes) -> bytes:
+    if len(value) < 256:
+        return _SHORT_BINBYTES + bytes([len(value)]) + value
+    return _BINBYTES + len(value).to_bytes(4, "little") + value
+
+
+def _write_zip(
+    path: Path, pickled: bytes, storages: Sequence[tuple[int, str]], read: Callable[[str], Iterable[Array]]
+) -> None:
+    """Write the zip, uncompressed, each part at a multiple of 64 bytes so that it can be mapped into memory."""
+    top = path.stem
+    with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+
+        def add(name: str, num_bytes: int, content: Iterable[bytes | memoryview]) -> None:
+            info = zipfile.ZipInfo(f"{top}/{name}")
+            large = num_bytes >= zipfile.ZIP64_LIMIT
+            # A local header has 30 bytes, the name, a large file's sizes (20) and this filling, which PyTorch calls FB.
+            filled = file.tell() + 30 + len(info.filename) + 20 * large + 4
+            padding = -filled % _NUMBERS_ALIGNMENT
+            info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+            with archive.open(info, "w", force_zip64=large) as part:
+                written = sum(part.write(piece) for piece in content)
+            assert written == num_bytes, name
+
+        add("data.pkl", len(pickled), [pickled])
+        add("byteorder", 6, [b"little"])
+        for number, (num_bytes, name) in enumerate(storages):
+            add(f"data/{number}", num_bytes, map(bytes_of, read(name)))
+        add("version", 2, [b"3\n"])
