@@ -157,7 +157,7 @@ def test_a_hugging_face_folder_is_transformers_model(export: Any, made: Path, tm
     assert tokenizer.eos_token_id == ours.assistant_end
     # Pipelines pad batches; without a pad token they refuse.
     batch = tokenizer(["a", "a longer text"], padding=True)
-    assert batch["input_ids"][0][-1] == tokenizer.pad_token_id == ours.assistant_end
+    assert batch["input_ids"][0][0] == tokenizer.pad_token_id == ours.assistant_end
     assert 0 in batch["attention_mask"][0]
 
 
@@ -259,6 +259,43 @@ def test_transformers_computes_our_logits(export: Any, made: Path, tmp_path: Pat
     with torch.no_grad():
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.tensor(ids)).logits
     np.testing.assert_allclose(found.numpy(), logits_of_ours(made, "oct", ids), atol=1e-4)
+
+
+def test_batches_of_transformers_answer_as_single_prompts_do(export: Any, made: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    export("oct", "--to", "hf", tmp_path / "out")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+
+    def answers(*texts: str) -> list[str]:
+        chats = [[{"role": "user", "content": text}] for text in texts]
+        how = {"add_generation_prompt": True, "padding": True, "return_dict": True, "return_tensors": "pt"}
+        batch = tokenizer.apply_chat_template(chats, **how)
+        found = model.generate(**batch, max_new_tokens=8, do_sample=False)[:, batch["input_ids"].shape[1] :]
+        return list(tokenizer.batch_decode(found, skip_special_tokens=True))
+
+    texts = ("How many windows?", "Hi", "What is the colour of glass?")
+    assert answers(*texts) == [answer for text in texts for answer in answers(text)]
+
+
+@pytest.mark.parametrize("target", ["hf", "mlx"])
+def test_config_has_the_epsilon_and_batches_are_padded_on_the_left(export: Any, tmp_path: Path, target: str) -> None:
+    """mlx-swift-lm reads rms_norm_eps, with another default; transformers pads where the tokenizer says."""
+    export("oct", "--to", target, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == 1.1920929e-07
+    about = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert (about["pad_token"], about["padding_side"]) == ("<|assistant_end|>", "left")
+
+
+def test_card_names_license_and_languages(export: Any, tmp_path: Path) -> None:
+    export("oct", "--to", "mlx", tmp_path / "out", "--license", "cc-by-sa-4.0", "--language", "en,de")
+    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
+    assert (front["license"], front["language"]) == ("cc-by-sa-4.0", ["en", "de"])
+    for option, value in (("--license", "My Licence"), ("--language", "english")):
+        code, told = export("oct", "--to", "mlx", tmp_path / "not", option, value)
+        assert code == 2
+        assert f'{option} "{value}" is no' in told
 
 
 def test_a_base_model_has_no_chat_template_and_stops_where_a_document_begins(export: Any, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from argparse import BooleanOptionalAction, Namespace
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser, quoted
 from mlxchat.config.wording import format_bytes
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 FORMATS = ("hf", "nanochat", "mlx", "mlx-adapter", "peft")
 _FORMATS = """FORMAT: hf (transformers' NanoChatForCausalLM), nanochat (model_<step>.pt, meta, tokenizer), mlx (mlx-lm),
 mlx-adapter (the adapters alone, for mlx-lm beside their base), peft (the same, for peft)"""
+_LANGUAGE, _LICENSE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?"), re.compile(r"[a-z][a-z0-9.+-]{1,40}")
 _MEASURED_TOKENS = 8192
 _TOOLS = {
     "hf": "transformers' NanoChatForCausalLM",
@@ -49,6 +50,8 @@ def export(parser: Parser) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the other numbers (--to hf, mlx)")
     parser.add_argument("--hub", metavar="REPO", help="upload it to this repository of the Hub; PATH is optional then")
     parser.add_argument("--public", action="store_true", help="with --hub: everybody may see the repository")
+    parser.add_argument("--license", metavar="ID", help="of the weights, for the card: mit, apache-2.0, …")
+    parser.add_argument("--language", metavar="CODES", default="en", help="of the model, for the card: en, or en,de")
     parser.add_argument("--force", action="store_true", help="replace what is at PATH")
     parser.set_defaults(main=_export)
 
@@ -66,15 +69,24 @@ def _export(options: Namespace) -> int:
         raise ConfigError(f"expected mlxchat export ID --to {options.to} PATH, or --hub ORGANISATION/NAME")
     if options.public and not options.hub:
         raise ConfigError("--public requires --hub")
+    languages = options.language.split(",")
+    if wrong := [code for code in languages if not _LANGUAGE.fullmatch(code)]:
+        raise ConfigError(f'--language "{wrong[0]}" is no language code: expected for instance en, de or zh-CN')
+    if options.license is not None and not _LICENSE.fullmatch(options.license):
+        raise ConfigError(
+            f'--license "{options.license}" is no identifier of the Hub: expected for instance mit, apache-2.0 or '
+            "cc-by-sa-4.0 (https://huggingface.co/docs/hub/repositories-licenses)"
+        )
     return _write_model(
         Store(options.outputs), name, options.to, Path(rest[0]) if rest else None, bits=options.quantize,
         dtype=options.dtype, force=options.force, repository=options.hub, public=options.public,
+        card={"license": options.license, "language": languages},
     )  # fmt: skip
 
 
 def _write_model(
     store: Store, name: str, target: str, path: Path | None, *, bits: int | None, dtype: str | None, force: bool,
-    repository: str | None, public: bool,
+    repository: str | None, public: bool, card: dict[str, Any],
 ) -> int:  # fmt: skip
     from mlxchat.hub.upload import check_repository, push_folder
     from mlxchat.interop import exporting
@@ -97,7 +109,9 @@ def _write_model(
         else:
             to = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="mlxchat-export-"))) / place.name
         with whole_folder(to, force=force) as out:
-            notes = _write(store, place, checkpoint, target, out, bits=bits, dtype=dtype, repository=repository)
+            notes = _write(
+                store, place, checkpoint, target, out, bits=bits, dtype=dtype, repository=repository, card=card
+            )
         size = format_bytes(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))
         print(f"exported {place.name}{f' to {to}' if kept else ''} for {_TOOLS[target]} ({size})")
         for note in notes:
@@ -112,7 +126,7 @@ def _write_model(
 
 def _write(
     store: Store, place: Path, checkpoint: Checkpoint, target: str, out: Path, *, bits: int | None,
-    dtype: str | None, repository: str | None,
+    dtype: str | None, repository: str | None, card: dict[str, Any],
 ) -> list[str]:  # fmt: skip
     """Write an export's files and its model card; return notes for the user."""
     from mlxchat.interop import exporting
@@ -148,11 +162,11 @@ def _write(
     if bits:
         notes.append(_measure(store, place, checkpoint, bits, dtype))
     weights = "adapters.safetensors" if checkpoint.bases else "model.safetensors"
-    card = render_card(
+    text = render_card(
         store, place, target=target, how=how, notes=notes, sha256=hash_file(place / weights),
-        chats=checkpoint.chats, repository=repository,
+        chats=checkpoint.chats, repository=repository, **card,
     )  # fmt: skip
-    (out / "README.md").write_text(card, encoding="utf-8")
+    (out / "README.md").write_text(text, encoding="utf-8")
     return notes
 
 

@@ -168,7 +168,7 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
         "tie_word_embeddings": False,
         "use_cache": True,
         **common,
-        "pad_token_id": None,
+        "pad_token_id": None,  # transformers would not train this row of the embedding
         "dtype": next((name for name, kind in CODES.items() if set(kinds.values()) == {kind}), "float32"),
     }
     _write_json(out / "config.json", config)
@@ -355,7 +355,8 @@ def _write_tokenizer(checkpoint: Checkpoint, out: Path) -> None:
     if not checkpoint.chats:
         config.pop("chat_template", None)
     config |= {"eos_token": checkpoint.stop_token, "pad_token": checkpoint.stop_token}
-    config["model_max_length"] = checkpoint.sizes.context_tokens
+    # Left: a model continues each row of a batch at its end.
+    config |= {"model_max_length": checkpoint.sizes.context_tokens, "padding_side": "left"}
     _write_json(out / CONFIG_FILE, config)
 
 

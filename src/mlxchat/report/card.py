@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,7 +131,7 @@ _TOKENS_OF_TEXT = "A text begins with `<|bos|>`. This model continues text; it h
 
 def render_card(
     store: Store, place: Path, *, target: str, how: Mapping[str, str], notes: list[str], sha256: str, chats: bool,
-    repository: str | None = None,
+    repository: str | None = None, license: str | None = None, language: Sequence[str] = ("en",),
 ) -> str:  # fmt: skip
     """Return README.md.
 
@@ -144,6 +144,8 @@ def render_card(
         sha256: of the artifact's weights.
         chats: whether it has learnt to chat.
         repository: of the Hub, to which it will be pushed.
+        license: of the weights, by the Hub's identifier; None: not said.
+        language: codes of the languages that it continues or answers in.
     """
     entries = entries_of_artifacts(store.outputs, [place, *_scores_of(store, place)])
     report = collect_steps(store.outputs, place.name, entries, place)
@@ -180,8 +182,12 @@ def render_card(
     if sources := source_table(report):
         parts += [
             "## Data",
-            "What it was trained and measured on, with each source's licence. The licence of these weights is for "
-            "whoever publishes them to choose, within these.",
+            "What it was trained and measured on, with each source's licence. "
+            + (
+                f"These weights are published under `{license}`."
+                if license
+                else "The publisher chooses the licence of these weights, within these."
+            ),
             render_table(sources),
         ]
     parts += ["## Lineage", render_table(artifact_table(report)), "## Configuration"]
@@ -193,10 +199,13 @@ def render_card(
                 parts.append(render_table(Table(header=header, align="lr", rows=rows)))
     parts += ["## Provenance", render_table(_provenance(own, sha256))]
     body = "\n\n".join(part for part in parts if part)
-    return visible(f"{_front_matter(report, own, target, chats)}\n{body}\n")
+    front = _front_matter(report, own, target, chats, license, language)
+    return visible(f"{front}\n{body}\n")
 
 
-def _front_matter(report: RunReport, own: StepReport, target: str, chats: bool) -> str:
+def _front_matter(
+    report: RunReport, own: StepReport, target: str, chats: bool, license: str | None, language: Sequence[str]
+) -> str:
     """Return the YAML that the Hub reads: JSON values alone, so that no text can end it or add to it."""
     from huggingface_hub import ModelCardData
 
@@ -214,7 +223,8 @@ def _front_matter(report: RunReport, own: StepReport, target: str, chats: bool) 
     results = list(_eval_results(report, own))
     data = ModelCardData(
         library_name=library,
-        language="en",
+        language=language[0] if len(language) == 1 else list(language),
+        license=license,
         pipeline_tag="text-generation",
         tags=["nanochat", "mlxchat", *(["conversational"] if chats else []), *({"mlx"} & {library})],
         datasets=sorted(datasets) or None,
