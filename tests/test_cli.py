@@ -64,7 +64,10 @@ def test_every_verb_explains_itself(verb: str, say: Any) -> None:
     [verb for verb in VERBS if not verb.startswith(("run", "plan", "explain", "graph", "bench", "completion", "data"))],
 )
 def test_a_verb_refuses_what_it_would_not_use(verb: str, say: Any) -> None:
-    needed = {"distill": ["--teacher", "http://127.0.0.1:9/v1", "--out", "answers.jsonl"], "import": ["hf", "b"]}
+    needed = {
+        "distill": ["a.txt", "--teacher", "http://127.0.0.1:9/v1", "--out", "answers.jsonl"],
+        "import": ["hf", "b"],
+    }
     words = needed.get(verb, ["a"] * parser_of(verb).least)
     assert '"model=d4" is not used here' in say(verb, *words, "model=d4", code=2)
     told = say(verb, *words, "--qq", code=2)

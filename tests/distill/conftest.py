@@ -23,5 +23,5 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLXCHAT_TEACHER_API_KEY", raising=False)
-    monkeypatch.setattr(collect, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(collect, "FIRST_PAUSE_SECONDS", 0.001)
     return tmp_path

@@ -25,7 +25,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[A
     (tmp_path / "ask.txt").write_text("\n".join(QUESTIONS))
 
     def run(running: Any, *options: str) -> list[Any]:
-        arguments = ["--teacher", f"{running.url}/v1", "--model", "sft", "--questions", "ask.txt", "--out", "out.jsonl"]
+        arguments = ["ask.txt", "--teacher", f"{running.url}/v1", "--model", "sft", "--out", "out.jsonl"]
         assert dispatch(["distill", *arguments, *options]) == 0
         lines = (tmp_path / "out.jsonl").read_bytes().split(b"\n")
         return [json.loads(line)["messages"][-1]["content"] for line in lines if line]
@@ -34,12 +34,14 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[A
 
 
 def test_answers_of_a_server_of_ours_become_a_mixture(
-    start: Callable[..., Any], ask: Callable[..., list[Any]], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+    start: Callable[..., Any], ask: Callable[..., list[Any]], tokenizer: Tokenizer, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     with start(limits={"max_rows": 3, "max_queue": 1}) as running:  # so that some requests get 429 and Retry-After
-        options = ["--max-tokens", "8", "--temperature", "1", "--seed", "3", "--keep-cut", "--samples", "2"]
+        options = ["--max-tokens", "8", "--temperature", "1", "--body", "seed=3", "--keep-cut", "--samples", "2"]
         first = ask(running, *options, "--concurrency", "8")
-        again = ask(running, *options, "--concurrency", "1", "--cache", "elsewhere")
+        monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "elsewhere"))
+        again = ask(running, *options, "--concurrency", "1")
     assert first == again, "a seed's answer is the same alone and among others"
     item = TaskItem(task="jsonl", path=str(tmp_path / "out.jsonl"), options={"held_out_frac": 0.0})
     mixture = Mixture({"teacher": item}, seed=0)

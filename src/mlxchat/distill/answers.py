@@ -53,6 +53,11 @@ def request_key(url: str, body: dict[str, Any], sample: int, fingerprint: str | 
     return hashlib.sha256(canonical_json(parts).encode()).hexdigest()
 
 
+def public_url(url: str) -> str:
+    """Return an address without its query, which may hold a key."""
+    return urlunsplit(urlsplit(url)._replace(query="", fragment=""))
+
+
 class Answers:
     """The answers of one teacher; of each only its place in the file is kept in memory."""
 
@@ -68,8 +73,7 @@ class Answers:
         """Of the model that gave the latest answers, as far as it was known then."""
         self._places: dict[str, int] = {}
         self._synced = time.monotonic()
-        # Without the query, in which keys are sent at times.
-        self._about = {"teacher": urlunsplit(urlsplit(url)._replace(query="", fragment="")), "model": model}
+        self._about = {"teacher": public_url(url), "model": model}
         self._pending: list[dict[str, Any]] = []  # written before the next answer
         try:
             self._read()

@@ -1,30 +1,33 @@
-"""Asking a teacher all that is not answered yet: many at a time, patiently, within limits, until told to stop."""
+"""Asks a teacher every request that has no answer yet: several at a time, paced, with retries and a cost limit."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aiolimiter import AsyncLimiter
+
 from mlxchat.config.wording import format_count
 from mlxchat.distill.answers import Answer, Answers
 from mlxchat.distill.cost import Budget, Prices, Usage, most_tokens
-from mlxchat.distill.pace import Gate
-from mlxchat.distill.teacher import Passing, Refused, Teacher
-from mlxchat.distill.words import one_line
+from mlxchat.distill.questions import one_line
+from mlxchat.distill.teacher import Failed, Teacher
 from mlxchat.errors import MlxchatError, PassingError, StoreError
 from mlxchat.runner.progress import Progress
 
-# Before the first further try; doubled each time, and varied by half.
+RETRIES = 6
+"""Further attempts of a request that failed for a transient reason."""
 FIRST_PAUSE_SECONDS = 1.0
+"""Before the first of them; doubled each time, and varied by half."""
 _MOST_PAUSE_SECONDS = 60.0
-# A teacher that wants to be left alone for longer than this is asked again another day.
+# A teacher that sends a longer Retry-After is asked by a later run.
 _LONGEST_WAIT_SECONDS = 900.0
-# So many refusals without one answer, and it is not the questions that are wrong.
+# After so many refusals and no answer, the fault is in every request.
 _REFUSALS = 5
 
 
@@ -37,70 +40,65 @@ class Request:
     """Of its question, for people."""
     body: dict[str, Any]
 
-    def most_tokens(self, max_tokens: int) -> tuple[int, int]:
-        """Return the most tokens that it can cost, input and output."""
-        return most_tokens(self.body, max_tokens)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How a teacher is asked."""
+    """How fast a teacher is asked, and what it may cost."""
 
     concurrency: int = 8
     requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    retries: int = 6
-    """Further tries of a request that failed for a passing reason."""
     max_cost: float | None = None
     max_tokens: int = 1024
-    """The most that an answer may have, whatever field says so."""
+    """The most that an answer may have, whichever field of the request says so."""
 
 
 @dataclass
 class Collected:
-    """What came of it."""
+    """The result of a run."""
 
     asked: int = 0
-    """Answers that came now."""
+    """Answers of this run."""
     usage: Usage = field(default_factory=Usage)
-    """Of these."""
+    """Of these answers."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Request's key → question and reason, of those that failed."""
+    """Request's key → question and reason."""
     seconds: float = 0.0
     out_of_money: bool = False
     spent: float = 0.0
     """By all runs that --max-cost limits together."""
     spent_before: float = 0.0
     unanswered_cost: float = 0.0
-    """Counted now for requests that came to no answer and that the teacher may bill."""
+    """Counted by this run for requests without an answer that the teacher may bill."""
     fault: MlxchatError | None = None
-    """What ended everything."""
+    """What ended the run."""
 
 
 class Collector:
-    """Asks requests of a teacher and writes their answers down."""
+    """Sends requests to a teacher and keeps their answers."""
 
     def __init__(self, teacher: Teacher, answers: Answers, limits: Limits, prices: Prices, ledger: Path) -> None:
-        """Take what is needed; nothing is asked yet. `ledger` is where costs are kept if they are limited."""
+        """Take what is needed; nothing is sent yet. `ledger` keeps the costs if they are limited."""
         self.teacher, self.answers, self.limits, self.prices = teacher, answers, limits, prices
         self.collected = Collected()
         self._budget = Budget(limits.max_cost, prices, ledger)
-        self._gate = Gate(limits.requests_per_minute, limits.tokens_per_minute)
-        self._output_tokens: float = limits.max_tokens  # of an answer, on average, as far as is known
+        rate = limits.requests_per_minute
+        # Evenly spaced: some servers count requests by the second.
+        self._pace = None if rate is None else AsyncLimiter(1, 60 / rate)
+        self._closed_until = 0.0
         self._refusals = 0
         self._answered_at = -1.0
         self._stopped = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake = asyncio.Event()
 
-    def stop(self, number: int = 0) -> None:
-        """Ask nothing more; what is under way is waited for. May be called by a signal."""
+    def stop(self) -> None:
+        """Send nothing more; answers under way are awaited. May be called by a signal handler."""
         self._stopped = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
     async def run(self, requests: Sequence[Request], progress: Progress, done: int) -> Collected:
-        """Ask all of them, in their order as far as there is room; `done` were answered before."""
+        """Send all requests in order; `done` further ones were answered before."""
         self._loop = asyncio.get_running_loop()
         if self._stopped:
             self._wake.set()
@@ -121,97 +119,78 @@ class Collector:
         while not self._stopped and (request := next(queue, None)) is not None:
             try:
                 answer = await self._ask(request)
-            except Refused as error:
-                self._fail(request, str(error))
-                self._refusals += 1
-                if error.for_good or (self._refusals >= _REFUSALS and self._answered_at < 0):
-                    self._end(MlxchatError(f"the teacher refuses: {error}"))
-            except Passing as error:
-                self._fail(request, str(error))
-            except StoreError as error:  # its cost could not be written down
-                self._fail(request, "its cost could not be kept")
-                self._end(error)
-            else:
                 if answer is not None:
-                    self._keep(request, answer)
+                    self.answers.add(request.key, answer)
+            except Failed as error:
+                self._fail(request, str(error))
+                self._refusals += not error.retry
+                if error.for_all or (self._refusals >= _REFUSALS and self._answered_at < 0):
+                    self._end(MlxchatError(f"the teacher refuses: {error}"))
+            except StoreError as error:
+                self._fail(request, "its answer or its cost could not be kept")
+                self._end(error)
             progress.update(done + self.collected.asked, **self._numbers(time.monotonic() - began))
 
     async def _ask(self, request: Request) -> Answer | None:
-        """Return an answer, after as many tries as it needs and may have; None: it was not asked any more."""
-        most = request.most_tokens(self.limits.max_tokens)
+        """Return the answer after as many attempts as are needed and allowed; None if the run stopped before."""
+        most = most_tokens(request.body, self.limits.max_tokens)
         first, pause = time.monotonic(), FIRST_PAUSE_SECONDS
         failures, refused = 0, first
-        while True:
-            # Input as most of the world's tokenizers cut it: about four bytes a token.
-            guess = most[0] / 4 + self._output_tokens
-            if not await self._may_go(most):
-                return None
-            self._gate.enter(guess)
+        while await self._wait_for_turn(most):
             reserved = self._budget.reserve(most)
             try:
                 answer = await self.teacher.ask(request.body)
             except BaseException as error:
-                self._budget.settle_unanswered(reserved, free=isinstance(error, Passing | Refused) and error.free)
-                self._gate.tokens.give_back(guess)
-                if not isinstance(error, Passing):
+                self._budget.settle_unanswered(reserved, free=isinstance(error, Failed) and error.free)
+                if not (isinstance(error, Failed) and error.retry):
                     raise
-                # A teacher that has no room now, and answered others since it last had none, will have some.
+                # An overloaded teacher that has answered other requests since its last 429 will have room again.
                 failures = 1 if error.no_room and self._answered_at > refused else failures + 1
                 refused = time.monotonic()
-                if failures > self.limits.retries or (error.retry_after or 0) > _LONGEST_WAIT_SECONDS:
+                if failures > RETRIES or (error.retry_after or 0) > _LONGEST_WAIT_SECONDS:
                     if self._answered_at < first:
                         self._end(PassingError(f"the teacher does not answer now: {error}"))
                     raise
-                if error.retry_after is not None:
-                    self._gate.close(error.retry_after)
-                # After the wait, and not all at once again.
-                await self._sleep((error.retry_after or 0.0) + pause * random.uniform(0.5, 1.5))
+                wait = error.retry_after or 0.0
+                self._closed_until = max(self._closed_until, time.monotonic() + wait)  # for every request
+                await self._unless_stopped(asyncio.sleep(wait + pause * random.uniform(0.5, 1.5)))
                 pause = min(2 * pause, _MOST_PAUSE_SECONDS)
-                continue
-            self._budget.settle(reserved, most, answer.tokens)
-            self._count(answer, guess, most)
-            return answer
+            else:
+                self._budget.settle(reserved, most, answer.tokens)
+                self._answered_at = time.monotonic()
+                self.collected.asked += 1
+                self.collected.usage.add(answer.tokens)
+                return answer
+        return None
 
-    async def _may_go(self, most: tuple[int, int]) -> bool:
-        """Wait for the limits; tell whether to go on."""
+    async def _wait_for_turn(self, most: tuple[int, int]) -> bool:
+        """Wait until pace, Retry-After and cost limit allow a request; return False if the run stops first."""
+        is_paced = self._pace is None
         while not self._stopped:
             if not self._budget.fits(most):
                 if not self._budget.has_waiting():
                     self.collected.out_of_money = True
                     self.stop()
                     return False
-                await self._sleep(0.05)  # what is under way will cost less than was put aside
-            elif wait := self._gate.wait_seconds():
-                await self._sleep(wait)
+                await self._unless_stopped(asyncio.sleep(0.05))  # answers under way will free part of their reservation
+            elif (wait := self._closed_until - time.monotonic()) > 0:
+                await self._unless_stopped(asyncio.sleep(wait))
+            elif not is_paced:
+                assert self._pace is not None
+                await self._unless_stopped(self._pace.acquire())
+                is_paced = True
             else:
                 return True
         return False
 
-    async def _sleep(self, seconds: float) -> None:
-        """Wait, but not longer than until everything is to stop."""
+    async def _unless_stopped(self, awaited: Awaitable[None]) -> None:
+        """Await something, but not after the run is stopped."""
+        tasks = {asyncio.ensure_future(awaited), asyncio.ensure_future(self._wake.wait())}
         try:
-            async with asyncio.timeout(seconds):
-                await self._wake.wait()
-        except TimeoutError:
-            pass
-
-    def _count(self, answer: Answer, guess: float, most: tuple[int, int]) -> None:
-        self._answered_at = time.monotonic()
-        self.collected.asked += 1
-        self.collected.usage.add(answer.tokens)
-        if answer.tokens is not None:
-            # A false count, however large, must not hold up the next requests.
-            self._gate.tokens.give_back(guess - min(sum(answer.tokens), sum(most)))
-            # The first says more than no answer at all, the later ones less and less.
-            output = min(answer.tokens[1], most[1])
-            self._output_tokens += (output - self._output_tokens) / min(self.collected.asked, 20)
-
-    def _keep(self, request: Request, answer: Answer) -> None:
-        try:
-            self.answers.add(request.key, answer)
-        except MlxchatError as error:
-            self._fail(request, "its answer could not be kept")
-            self._end(error)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
 
     def _fail(self, request: Request, reason: str) -> None:
         self.collected.failed[request.key] = f"{one_line(request.name)}: {reason}"

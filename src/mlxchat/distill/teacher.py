@@ -1,89 +1,102 @@
-"""A teacher behind an OpenAI-compatible endpoint: one request, and what its answer or failure means."""
+"""A teacher behind an OpenAI-compatible endpoint: one request, and what its answer or failure means.
+
+The HTTP is `openai.AsyncOpenAI`'s. Added here, against endpoints that misbehave: a limit of bytes and of the whole
+request's time, no decompression, no redirects, no headers that the environment adds.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from typing import Any
+from urllib.parse import parse_qsl, quote, urlsplit, urlunsplit
+
+import httpx2
+import openai
 
 from mlxchat.distill.answers import Answer
-from mlxchat.distill.words import one_line
-from mlxchat.errors import ConfigError
+from mlxchat.distill.questions import one_line
 
-if TYPE_CHECKING:
-    import httpx2
-
-_ROUTE = "/chat/completions"
 _MOST_BYTES = 8 << 20
-_PASSING = (408, 409, 425, 429)
+_RETRIED = (408, 409, 425, 429)
 _NO_ROOM = (429, 503)
-# Said before anything is computed. Behind other statuses something may have been, and is billed: a content filter that
-# looks at the answer says 400, a gateway that waited for it 408 or 499, one that keeps the answer elsewhere 302 or 303.
+# Statuses sent before anything is computed. With others something may have been computed, and billed: a content filter
+# over the answer sends 400, a gateway that waited for it 408 or 499, one that keeps the answer elsewhere 302 or 303.
 _FREE = (401, 402, 403, 404, 405, 413, 415, 429)
-# What one question has done wrong; all other refusals are of everything that could be asked.
+# Faults of one question; other refusals hold for every request.
 _OF_THE_QUESTION = (400, 413, 415, 422, 451)
-_LOOPBACK = ("localhost", "127.0.0.1", "::1", "[::1]")
+_SENT_HEADERS = ("host", "accept", "connection", "content-type", "content-length")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _PARTS = ("text", "python", "python_output")
 
 
-class Passing(Exception):
-    """It did not work now and may in a while."""
+class Failed(Exception):
+    """A request without an answer."""
 
     def __init__(
-        self, reason: str, retry_after: float | None = None, *, no_room: bool = False, free: bool = False
-    ) -> None:
+        self, reason: str, *, retry: bool, for_all: bool = False, free: bool = False, no_room: bool = False,
+        retry_after: float | None = None,
+    ) -> None:  # fmt: skip
         """Take the reason, and what is known of the failure.
 
         Args:
             reason: for people.
-            retry_after: seconds to wait, if the teacher said so.
-            no_room: whether it only has too much to do.
-            free: whether it certainly computed nothing that it could bill.
+            retry: whether the same request may succeed later.
+            for_all: whether no other request can succeed either.
+            free: whether the teacher certainly computed nothing that it could bill.
+            no_room: whether the teacher is only overloaded.
+            retry_after: seconds to wait, if the teacher sent them.
         """
         super().__init__(reason)
-        self.retry_after, self.no_room, self.free = retry_after, no_room, free
+        self.retry, self.for_all, self.free = retry, for_all, free
+        self.no_room, self.retry_after = no_room, retry_after
 
 
-class Refused(Exception):
-    """It will not work, however often it is tried."""
+class _TooLong(Exception):
+    """A body exceeds `_MOST_BYTES`."""
 
-    def __init__(self, reason: str, *, for_good: bool, free: bool = False) -> None:
-        """Take the reason, whether it holds for every request, and whether certainly nothing was billed."""
-        super().__init__(reason)
-        self.for_good, self.free = for_good, free
+
+class _Capped(httpx2.AsyncByteStream):
+    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for part in self._stream:
+            size += len(part)
+            if size > _MOST_BYTES:
+                raise _TooLong
+            yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 class Teacher:
     """The endpoint. Used as an asynchronous context manager."""
 
     def __init__(self, base: str, key: str | None, *, timeout_seconds: float, concurrency: int) -> None:
-        """Take where it is, and the key for it.
-
-        Raises:
-            ConfigError: the HTTP library is not installed.
-        """
-        try:
-            import httpx2
-        except ImportError:
-            raise ConfigError("mlxchat distill needs httpx2: pip install 'mlxchat[distill]'") from None
-        self._http, self.base, self._key = httpx2, base, key
+        """Take the endpoint's address, which may have a query (?api-version=…), and the key for it."""
+        self._key, self._timeout = key, timeout_seconds
         self.fingerprint: str | None = None
-        """Of the model that must answer, of an endpoint that says it with every answer (mlxchat serve)."""
-        self._timeout = timeout_seconds
-        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "User-Agent": "mlxchat"}
-        if key is not None:
-            headers["Authorization"] = f"Bearer {key}"
-        self._client: httpx2.AsyncClient = httpx2.AsyncClient(
-            headers=headers,
-            # The whole of a request has a time limit of its own: a server may send a byte now and then for ever.
-            timeout=httpx2.Timeout(timeout_seconds, connect=min(timeout_seconds, 30.0)),
-            limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-            # No proxy leads to this machine. Redirects are not followed: the key is for one host.
-            trust_env=urlsplit(base).hostname not in _LOOPBACK,
+        """Of the model that must answer, if the endpoint sends it with every answer (mlxchat serve)."""
+        parts = urlsplit(base)
+        self._client = openai.AsyncOpenAI(
+            base_url=urlunsplit(parts._replace(query="", fragment="")),
+            default_query=dict(parse_qsl(parts.query, keep_blank_values=True)),
+            api_key=key or "none",
+            max_retries=0,
+            http_client=httpx2.AsyncClient(
+                timeout=httpx2.Timeout(timeout_seconds, connect=min(timeout_seconds, 30.0)),
+                limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+                follow_redirects=False,
+                trust_env=parts.hostname not in _LOOPBACK,  # a proxy does not lead to this machine
+                event_hooks={"request": [self._strip], "response": [self._cap]},
+            ),
         )
 
     async def __aenter__(self) -> Teacher:
@@ -92,84 +105,96 @@ class Teacher:
 
     async def __aexit__(self, *_: object) -> None:
         """Close all connections."""
-        await self._client.aclose()
+        await self._client.close()
 
     async def ask(self, body: dict[str, Any]) -> Answer:
         """Return the answer to a chat request.
 
         Raises:
-            Passing: a limit, an overload, a cut or silent connection, an answer that is no answer.
-            Refused: the teacher will not answer it.
+            Failed: there is none.
         """
-        value = await self._call("POST", _ROUTE, body)
-        if (
-            self.fingerprint is not None
-            and isinstance(value, dict)
-            and value.get("system_fingerprint") != self.fingerprint
-        ):
-            raise Refused(
-                f'the model behind "{one_line(str(body.get("model")))}" was replaced meanwhile. '
-                "The same command asks the new one",
-                for_good=True,
-            )
+        value = await self._call("/chat/completions", body)
+        told = value.get("system_fingerprint") if isinstance(value, dict) else None
+        if self.fingerprint is not None and isinstance(value, dict) and told != self.fingerprint:
+            model = one_line(str(body.get("model")))
+            raise Failed(
+                f'the model behind "{model}" was replaced meanwhile. The same command asks the new one',
+                retry=False, for_all=True,
+            )  # fmt: skip
         return _read_answer(value)
 
     async def find_fingerprint(self, model: str) -> str | None:
-        """Return what tells a model from others that had or will have its name; None: the endpoint does not say.
+        """Return a fingerprint of the model behind a name; None if the endpoint sends none.
 
-        mlxchat serve says it: a hash of the artifact's contents and of the server's settings. Raises Passing.
+        mlxchat serve sends one: a hash of the artifact's contents and of the server's settings.
+
+        Raises:
+            Failed: the endpoint does not answer now.
         """
         try:
-            value = await self._call("GET", f"/models/{quote(model)}", None)
-        except Refused:
+            value = await self._call(f"/models/{quote(model)}")
+        except Failed as error:
+            if error.retry:
+                raise
             return None
         own = value.get("mlxchat") if isinstance(value, dict) else None
         told = own.get("fingerprint") if isinstance(own, dict) else None
         return told if isinstance(told, str) else None
 
     async def models(self) -> list[str]:
-        """Return the names of its models. Raises as `ask`."""
-        value = await self._call("GET", "/models", None)
+        """Return the names of the endpoint's models. Raises as `ask`."""
+        value = await self._call("/models")
         rows = value.get("data") if isinstance(value, dict) else None
         names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         return [name for name in names if isinstance(name, str)]
 
-    def hide_key(self, text: str) -> str:
-        """Return a text of the teacher's as one line without our key, which error messages like to repeat."""
-        return one_line(text.replace(self._key, "<key>") if self._key else text)
+    async def _strip(self, request: httpx2.Request) -> None:
+        """Remove headers that openai takes from the environment or adds about this machine."""
+        for name in [name for name in request.headers if name.lower() not in _SENT_HEADERS]:
+            del request.headers[name]
+        request.headers.update({"User-Agent": "mlxchat", "Accept-Encoding": "identity"})
+        if self._key is not None:
+            request.headers["Authorization"] = f"Bearer {self._key}"
 
-    async def _call(self, method: str, route: str, body: dict[str, Any] | None) -> Any:
+    async def _cap(self, response: httpx2.Response) -> None:
+        """Limit the body's bytes, and keep it compressed: 2 KB that are compressed three times take 4 s to unpack."""
+        response.headers.pop("content-encoding", None)
+        assert isinstance(response.stream, httpx2.AsyncByteStream)
+        response.stream = _Capped(response.stream)
+
+    async def _call(self, route: str, body: dict[str, Any] | None = None) -> Any:
+        """Return the parsed JSON of a response."""
         try:
+            # httpx2's own limits hold for each read: a server that sends a byte now and then would be awaited for ever.
             async with asyncio.timeout(self._timeout):
-                content = None if body is None else json.dumps(body).encode()
-                headers = {} if content is None else {"Content-Type": "application/json"}
-                async with self._client.stream(
-                    method, place_of(self.base, route), content=content, headers=headers
-                ) as got:
-                    data = bytearray()
-                    async for part in got.aiter_raw():  # 2 KB that are compressed three times take 4 s to unpack
-                        data += part
-                        if len(data) > _MOST_BYTES:
-                            raise Refused(f"its answer is longer than {_MOST_BYTES >> 20} MB", for_good=False)
-        except TimeoutError:
-            raise Passing(f"no whole answer within {self._timeout:g} s") from None
-        except (self._http.HTTPError, self._http.StreamError, OSError) as error:
-            told = self.hide_key(str(error))
-            unsent = isinstance(error, self._http.ConnectError | self._http.ConnectTimeout | self._http.PoolTimeout)
-            raise Passing(f"{type(error).__name__}: {told}" if told else type(error).__name__, free=unsent) from None
-        except self._http.InvalidURL as error:
-            raise Refused(f"{self.base} is no address ({one_line(str(error))})", for_good=True, free=True) from None
+                if body is None:
+                    got = await self._client.get(route, cast_to=httpx2.Response)
+                else:
+                    got = await self._client.post(route, cast_to=httpx2.Response, body=body)
+        except (TimeoutError, openai.APITimeoutError) as error:
+            unsent = isinstance(error.__cause__, httpx2.ConnectTimeout | httpx2.PoolTimeout)
+            raise Failed(f"no whole answer within {self._timeout:g} s", retry=True, free=unsent) from None
+        except _TooLong:
+            raise Failed(f"its answer is longer than {_MOST_BYTES >> 20} MB", retry=False) from None
+        except openai.APIStatusError as error:
+            got = error.response
+        except openai.APIConnectionError as error:
+            cause = error.__cause__ or error
+            told = self._printable(str(cause))
+            reason = f"{type(cause).__name__}: {told}" if told else type(cause).__name__
+            raise Failed(reason, retry=True, free=isinstance(cause, httpx2.ConnectError)) from None
         try:
-            value = json.loads(data)
+            value = json.loads(got.content)
         except (ValueError, RecursionError):
             value = None
-        self._check_status(got, value, data)
+        self._check(got, value)
         if value is None:
-            raise Passing(f"its answer is not JSON ({self.hide_key(data[:80].decode('utf-8', 'replace'))!r})")
+            shown = self._printable(got.content[:80].decode("utf-8", "replace"))
+            raise Failed(f"its answer is not JSON ({shown!r})", retry=True)
         return value
 
-    def _check_status(self, got: httpx2.Response, value: Any, data: bytearray) -> None:
-        """Raise what a status means, or an error that is sent with a good one."""
+    def _check(self, got: httpx2.Response, value: Any) -> None:
+        """Raise the failure that a status means, or that an error in a successful response means."""
         fault = value.get("error") if isinstance(value, dict) else None
         status = got.status_code
         free = status in _FREE
@@ -180,50 +205,30 @@ class Teacher:
             if 200 <= status < 300:
                 status = code if isinstance(code, int) and code >= 400 else 502
         else:
-            message, code = str(fault or data[:300].decode("utf-8", "replace")), None
-        told = f"{status} {self.hide_key(message)}".strip()
+            message, code = str(fault or got.content[:300].decode("utf-8", "replace")), None
+        told = f"{status} {self._printable(message)}".strip()
         if 300 <= status < 400:
-            place = self.hide_key(got.headers.get("location", "elsewhere"))
-            raise Refused(f"{status}: it is at {place} now. Give that address", for_good=True, free=free)
-        if code == "insufficient_quota" or (status not in _PASSING and status < 500):
+            place = self._printable(got.headers.get("location", "elsewhere"))
+            raise Failed(f"{status}: it is at {place} now. Give that address", retry=False, for_all=True, free=free)
+        if code == "insufficient_quota" or (status not in _RETRIED and status < 500):
             hint = ". The address of OpenAI's interface mostly ends in /v1" if status in (404, 405) else ""
-            for_good = code == "insufficient_quota" or status not in _OF_THE_QUESTION
-            raise Refused(told + hint, for_good=for_good, free=free)
-        raise Passing(told, _retry_after(got.headers.get("retry-after")), no_room=status in _NO_ROOM, free=free)
+            for_all = code == "insufficient_quota" or status not in _OF_THE_QUESTION
+            raise Failed(told + hint, retry=False, for_all=for_all, free=free)
+        wait = _retry_after(got.headers.get("retry-after"))
+        raise Failed(told, retry=True, retry_after=wait, no_room=status in _NO_ROOM, free=free)
 
-
-def place_of(base: str, route: str) -> str:
-    """Return the address of a route; the base may end in a slash or have a query (?api-version=…)."""
-    parts = urlsplit(base)
-    return urlunsplit(parts._replace(path=parts.path.rstrip("/") + route, fragment=""))
-
-
-def find_url_problems(url: str) -> list[str]:
-    """Return what is wrong with the address of a teacher."""
-    try:
-        parts = urlsplit(url)
-        port_is_fine = parts.port != 0
-    except ValueError as error:
-        return [f"--teacher is {one_line(url)}: {error}"]
-    if parts.username or parts.password:
-        return ["--teacher holds a password. Keys come from the environment alone: --key-env NAME"]
-    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
-        return [f'--teacher is "{one_line(url)}", expected an address such as http://localhost:8000/v1']
-    return []
+    def _printable(self, text: str) -> str:
+        """Return a text of the teacher's as one line without our key, which error messages may repeat."""
+        return one_line(text.replace(self._key, "<key>") if self._key else text)
 
 
 def is_loopback(url: str) -> bool:
-    """Tell whether an address is this machine's own."""
+    """Return whether an address is this machine's own."""
     return urlsplit(url).hostname in _LOOPBACK
 
 
-def public_url(url: str) -> str:
-    """Return an address without its query, in which keys are sent at times."""
-    return urlunsplit(urlsplit(url)._replace(query="", fragment=""))
-
-
 def _retry_after(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header, a number or a date; None: it says nothing."""
+    """Return the seconds of a Retry-After header, a number or a date; None if it has neither."""
     if value is None:
         return None
     with suppress(ValueError):
@@ -236,22 +241,22 @@ def _retry_after(value: str | None) -> float | None:
 
 
 def _read_answer(value: Any) -> Answer:
-    """Return what an endpoint's JSON says."""
+    """Return the answer in an endpoint's JSON."""
     try:
         choice = value["choices"][0]
         message = choice["message"]
         content, parts = message.get("content"), message.get("parts")
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise Passing("its answer has no choices with a message") from None
+        raise Failed("its answer has no choices with a message", retry=True) from None
     if isinstance(content, list):
         content = "".join(
             part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
         )
     if content is not None and not isinstance(content, str):
-        raise Passing("its answer's content is no text")
+        raise Failed("its answer's content is no text", retry=True)
     finish, usage, model = choice.get("finish_reason"), value.get("usage"), value.get("model")
     counts = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
-    # Some endpoints report 0 tokens of everything, and then no limit of money would hold.
+    # Some endpoints report 0 tokens of everything; a cost limit would not hold then.
     known = [count for count in counts if type(count) is int and 1 <= count < 1 << 63]
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
     if len(known) == 2 and type(total) is int and sum(known) < total < 1 << 63:

@@ -144,17 +144,18 @@ class ConversationFile:
         try:
             with self._path.open("rb") as file:
                 file.seek(place)
-                return _conversation(json.loads(file.readline()), False)
+                return _conversation(json.loads(file.readline()), False, 1)
         except (OSError, ValueError) as error:
             raise DataError(f"{self._path} changed while it was read ({error}).") from error
 
 
-def read_conversations(path: Path, *, ends_answered: bool = True) -> ConversationFile:
+def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2) -> ConversationFile:
     """Check a .jsonl file of conversations and return them.
 
     Args:
         path: the file, in UTF-8; empty lines are skipped.
         ends_answered: whether one that ends with the user's message is a fault. nanochat takes it.
+        least: messages that a conversation has; 1 also accepts {"question"}, {"prompt"} and a JSON string.
 
     Raises:
         DataError: the file cannot be read, or lines of it are no conversations; all of them are named.
@@ -165,7 +166,7 @@ def read_conversations(path: Path, *, ends_answered: bool = True) -> Conversatio
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    fault = _find_fault(line, ends_answered)
+                    fault = _find_fault(line, ends_answered, least)
                     if fault:
                         faults.append(f"line {number}: {fault}")
                     places.append(place)
@@ -187,12 +188,12 @@ def read_conversations(path: Path, *, ends_answered: bool = True) -> Conversatio
     return ConversationFile(path, places)
 
 
-def _find_fault(line: bytes, ends_answered: bool) -> str:
+def _find_fault(line: bytes, ends_answered: bool, least: int) -> str:
     """Return what keeps a line from being a conversation, or an empty string."""
     if len(line) > _MOST_LINE_BYTES:
         return f"{len(line):,} bytes, expected at most {_MOST_LINE_BYTES:,}"
     try:
-        _conversation(json.loads(line), ends_answered)
+        _conversation(json.loads(line), ends_answered, least)
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg} at column {error.colno})"
     except UnicodeDecodeError:
@@ -204,17 +205,23 @@ def _find_fault(line: bytes, ends_answered: bool) -> str:
     return ""
 
 
-def _conversation(value: Any, ends_answered: bool) -> Conversation:
+def _conversation(value: Any, ends_answered: bool, least: int) -> Conversation:
     """Return the conversation in one parsed line, or raise ValueError with what is wrong."""
+    if isinstance(value, str) and least == 1:
+        value = {"question": value}
     if isinstance(value, dict):
         for asked, answered in (("question", "answer"), ("prompt", "completion")):
-            if asked in value and answered in value:
-                if not (isinstance(value[asked], str) and isinstance(value[answered], str)):
+            if asked in value and (answered in value or least == 1):
+                question, answer = value[asked], value.get(answered)
+                if not (isinstance(question, str) and (isinstance(answer, str) or answered not in value)):
                     raise ValueError(f"{asked} and {answered} must be text")
-                answer = value[answered]
-                return dialogue(value[asked], calculator_parts(answer) if "<<" in answer else answer)
+                if not question.strip() and least == 1:
+                    raise ValueError(f"{asked} is empty")
+                if answer is None:
+                    return {"messages": [{"role": "user", "content": question}]}
+                return dialogue(question, calculator_parts(answer) if "<<" in answer else answer)
     messages: Any = value.get("messages") if isinstance(value, dict) else value
-    if fault := find_fault(messages):
+    if fault := find_fault(messages, least=least):
         raise ValueError(fault)
     if ends_answered and messages[-1]["role"] != "assistant":
         raise ValueError("the last message is not from the assistant")
