@@ -258,10 +258,9 @@ def test_trickle_outside_of_the_body_ends(framed: Server, monkeypatch: pytest.Mo
     assert len(framed.asked) == downloads.TRIES
 
 
-def test_small_answer_that_trickles_outside_of_its_body_ends(framed: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "ANSWER_SECONDS", 0.05)
+def test_small_answer_that_trickles_outside_of_its_body_ends(framed: Server) -> None:
     with pytest.raises(TimeoutError, match="no whole answer within"):
-        downloads.read_answer(framed.url, {}, 5)
+        downloads.read_answer(framed.url, {}, downloads.within(0.05))
 
 
 def test_reading_can_be_ended_where_no_block_comes(framed: Server) -> None:
@@ -274,13 +273,13 @@ def test_reading_can_be_ended_where_no_block_comes(framed: Server) -> None:
             raise DataError("stopped")
 
     with pytest.raises(DataError, match="stopped"):
-        downloads.read_answer(framed.url, {}, 5, check)
+        downloads.read_answer(framed.url, {}, check)
 
 
 @pytest.mark.parametrize("sent", [b"HTTP/1.1 102 Processing\r\n\r\n", b"X"])
 def test_head_without_end_is_cut(sent: bytes, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interim answers and bytes of a header never let the read time out."""
-    monkeypatch.setattr(downloads, "_HEAD_SECONDS", 0.05)
+    monkeypatch.setattr(downloads, "_SLOW_SECONDS", 0.05)
     over = threading.Event()
 
     def answer(request: Any, number: int, start: int) -> None:
@@ -291,15 +290,15 @@ def test_head_without_end_is_cut(sent: bytes, server: Server, monkeypatch: pytes
     server.answer = answer
     threading.Timer(20, over.set).start()
     try:
-        with pytest.raises(PassingError, match="no whole head of an answer within"):
+        with pytest.raises(PassingError, match="fewer than"):
             server.fetch()
     finally:
         over.set()
     assert len(server.asked) == downloads.TRIES
 
 
-def heads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "head of an answer"]
+def watches() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "watch of an answer"]
 
 
 def test_the_time_for_a_head_is_one_for_all_redirects(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -308,11 +307,11 @@ def test_the_time_for_a_head_is_one_for_all_redirects(server: Server, monkeypatc
     monkeypatch.setattr(downloads.time, "monotonic", lambda: clock[0])
 
     def answer(request: Any, number: int, start: int) -> None:
-        clock[0] += 0.4 * downloads._HEAD_SECONDS
+        clock[0] += 0.4 * downloads._SLOW_SECONDS
         redirect(request, number, start)
 
     server.answer = answer
-    with pytest.raises(PassingError, match="no whole head of an answer within"):
+    with pytest.raises(PassingError, match="fewer than"):
         server.fetch()
     assert len(server.asked) <= 4 * downloads.TRIES, "instead of 21"
 
@@ -336,9 +335,7 @@ def test_waiting_for_a_head_can_be_ended_and_leaves_no_thread(server: Server) ->
     try:
         with pytest.raises(DataError, match="stopped"):
             download.fetch(target.with_name("lock"))
-        for thread in heads():
-            thread.join(20)
-        assert heads() == []
+        assert watches() == []
     finally:
         over.set()
 

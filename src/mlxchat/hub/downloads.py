@@ -12,7 +12,6 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +30,16 @@ FIRST_PAUSE_SECONDS = 0.5
 _MOST_PAUSE_SECONDS = 60.0
 # How often a whole file that is not what was promised is thrown away and fetched again.
 _WRONG_TRIES = 3
-_SILENCE_SECONDS = 30.0
-# A connection that delivers fewer bytes in this time is cut: single bytes keep the read timeout from ever expiring.
+_CONNECT_SECONDS, _SILENCE_SECONDS = 10.0, 30.0
+# A request that delivers fewer bytes of its body in this time is cut, also while its head or redirects arrive.
 _SLOW_SECONDS, _SLOW_BYTES = 60.0, 16 << 10
-# Until the head of the answer is there, after all redirects: interim answers (HTTP 102) and single bytes of a head keep
-# the read timeout away, too.
-_HEAD_SECONDS = 120.0
 _CHECK_SECONDS = 0.1
 # Bytes of a transfer of unknown length after which it is asked again whether the disk has room.
 _LOOK_BYTES = 64 << 20
 _PASSING_STATUS = (408, 425, 429)
 _MOST_REDIRECTS = 20
-# Bounds of an answer that is no file.
-ANSWER_SECONDS, MOST_ANSWER_BYTES = 120.0, 64 << 20
+# Bound of an answer that is no file.
+MOST_ANSWER_BYTES = 64 << 20
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 Check = Callable[[], None]
@@ -195,7 +191,17 @@ class Download:
             # Without a checksum the two halves might be of two files.
             if self.checksum is None and known.get("etag"):
                 headers["If-Range"] = known["etag"]
-        with open_url(self.url, headers, _SILENCE_SECONDS, self.check) as answer:
+        received, window = 0, (time.monotonic(), 0)
+
+        def look() -> None:
+            nonlocal window
+            self.check()
+            if (now := time.monotonic()) - window[0] >= _SLOW_SECONDS:
+                if received - window[1] < _SLOW_BYTES:
+                    raise _Busy(f"fewer than {_SLOW_BYTES} bytes in {_SLOW_SECONDS:g} s")
+                window = now, received
+
+        with open_url(self.url, headers, look) as answer:
             self._judge(answer)
             if answer.status_code == 416:
                 self._drop()
@@ -219,17 +225,7 @@ class Download:
             self.facts = {"bytes": self.size, "etag": answer.headers.get("ETag")}
             if not start:
                 write_json(self.note, self.facts)
-            received, window = 0, (time.monotonic(), 0)
-
-            def look() -> None:
-                nonlocal window
-                self.check()
-                if (now := time.monotonic()) - window[0] >= _SLOW_SECONDS:
-                    if received - window[1] < _SLOW_BYTES:
-                        raise _Busy(f"fewer than {_SLOW_BYTES} bytes in {_SLOW_SECONDS:g} s")
-                    window = now, received
-
-            with self.part.open("ab") as file, _watched(answer, look):
+            with self.part.open("ab") as file:
                 for block in answer.iter_raw():  # as it comes: what a cut leaves in a buffer of theirs would be lost
                     file.write(block)
                     received += len(block)
@@ -290,10 +286,12 @@ class _Busy(Exception):
 
 
 @contextmanager
-def open_url(url: str, headers: Mapping[str, str], timeout_seconds: float, check: Check = nothing) -> Iterator[Any]:
-    """Yield the answer to a GET, of which only the head is read; its body comes as it is, not compressed.
+def open_url(url: str, headers: Mapping[str, str], look: Check) -> Iterator[Any]:
+    """Yield the answer to a GET, its body unread and uncompressed; what `look` raises meanwhile ends the transfer.
 
-    The HTTP library would read the body of each redirect as a whole, and that may have no end.
+    The HTTP library bounds the time between two bytes alone, so single bytes of a head, a chunk's length or a trailer
+    and interim answers (HTTP 102) would keep a request alive for ever: a thread calls `look` and shuts the connection
+    down. The library would also read the body of each redirect as a whole, and that may have no end.
 
     Raises:
         HTTPError: the network, or redirects that lead nowhere.
@@ -301,70 +299,13 @@ def open_url(url: str, headers: Mapping[str, str], timeout_seconds: float, check
     from huggingface_hub import get_session
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
 
-    client = get_session()
-    request = client.build_request(
-        "GET", url, headers={**headers, "Accept-Encoding": "identity"}, timeout=timeout_seconds
-    )
-    ends = time.monotonic() + _HEAD_SECONDS
-    for _ in range(1 + _MOST_REDIRECTS):
-        answer = _send(client, request, ends, check)
-        try:
-            if not answer.has_redirect_location:
-                yield answer
-                return
-            if answer.next_request is None:
-                raise HTTPError(f"a redirect to no address ({answer.headers['Location'][:80]!r})")
-            request = answer.next_request
-        finally:
-            answer.close()
-    raise HTTPError(f"more than {_MOST_REDIRECTS} redirects")
+    over, raised, sockets = Event(), list[BaseException](), list[Any]()
 
-
-def _send(client: Any, request: Any, ends: float, check: Check) -> Any:
-    """Return the answer to a request when its head is there; the HTTP library has no limit of the time until then."""
-    from huggingface_hub import close_session
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
-
-    sent: Future[Any] = Future()
-
-    def trace(event: str, details: Any) -> None:
-        if sent.cancelled() and event.endswith("send_request_headers.started"):  # it was connecting: nothing to close
-            raise HTTPError(f"{event} after nobody waited any more")
-
-    request.extensions["trace"] = trace
-
-    def work() -> None:
-        try:
-            answer = client.send(request, stream=True, follow_redirects=False)
-            sent.set_result(answer)
-        except InvalidStateError:  # nobody waits any more
-            answer.close()
-        except BaseException as error:
-            if isinstance(error, UnicodeError):  # a host's name that cannot be encoded
-                error = HTTPError(f"{request.url.host[:80]} is no host's name")
-            with suppress(InvalidStateError):
-                sent.set_exception(error)
-
-    Thread(target=work, name="head of an answer", daemon=True).start()
-    try:
-        while not sent.done() and (left := ends - time.monotonic()) > 0:
-            wait([sent], min(_CHECK_SECONDS, left))
-            check()
-    finally:
-        if cut := sent.cancel():
-            close_session()  # else the thread would go on reading; the next request opens a new session
-    if cut:
-        raise HTTPError(f"no whole head of an answer within {_HEAD_SECONDS:g} s")
-    return sent.result()
-
-
-@contextmanager
-def _watched(answer: Any, look: Check) -> Iterator[None]:
-    """Call `look` while the body of an answer is read; what it raises ends the reading.
-
-    It needs a thread: bytes of a chunk's head or of a trailer keep the read timeout from expiring, and no block comes.
-    """
-    over, raised = Event(), []
+    def trace(event: str, details: dict[str, Any]) -> None:
+        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            sockets.append(details["return_value"].get_extra_info("socket"))
+            if raised:
+                raise raised[0]
 
     def watch() -> None:
         try:
@@ -372,15 +313,36 @@ def _watched(answer: Any, look: Check) -> Iterator[None]:
                 look()
         except BaseException as error:
             raised.append(error)
-            connection = answer.extensions["network_stream"].get_extra_info("socket")
-            with suppress(OSError):
-                # An SSLSocket's own method would drop the state that the other thread reads with.
-                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+            for each in sockets:
+                with suppress(OSError):
+                    # An SSLSocket's own method would drop the state that the other thread reads with.
+                    socket.socket.shutdown(each, socket.SHUT_RDWR)
 
     thread = Thread(target=watch, name="watch of an answer", daemon=True)
     thread.start()
     try:
-        yield
+        client = get_session()
+        # A connection of its own, so that its socket is known.
+        sent = {**headers, "Accept-Encoding": "identity", "Connection": "close"}
+        request = client.build_request("GET", url, headers=sent)
+        request.extensions |= {"trace": trace, "timeout": dict.fromkeys(("read", "write", "pool"), _SILENCE_SECONDS)}
+        request.extensions["timeout"]["connect"] = _CONNECT_SECONDS
+        for _ in range(1 + _MOST_REDIRECTS):
+            look()
+            try:
+                answer = client.send(request, stream=True, follow_redirects=False)
+            except UnicodeError:
+                raise HTTPError(f"{request.url.host[:80]} is no host's name") from None
+            try:
+                if not answer.has_redirect_location:
+                    yield answer
+                    return
+                if answer.next_request is None:
+                    raise HTTPError(f"a redirect to no address ({answer.headers['Location'][:80]!r})")
+                request = answer.next_request
+            finally:
+                answer.close()
+        raise HTTPError(f"more than {_MOST_REDIRECTS} redirects")
     finally:
         over.set()
         thread.join()
@@ -388,25 +350,27 @@ def _watched(answer: Any, look: Check) -> Iterator[None]:
             raise raised[0] from None
 
 
-def read_answer(
-    url: str, headers: Mapping[str, str], silence_seconds: float, check: Check = nothing
-) -> tuple[Any, bytes]:
-    """Return the answer to a GET and its body, which is small; `check` may raise, to end the request.
-
-    Raises:
-        HTTPError: the network.
-        OSError: the answer took too long.
-        ValueError: it is too long.
-    """
-    ends = time.monotonic() + ANSWER_SECONDS
+def within(seconds: float, check: Check = nothing) -> Check:
+    """Return a check that also raises TimeoutError once so many seconds have passed."""
+    ends = time.monotonic() + seconds
 
     def look() -> None:
         check()
         if time.monotonic() > ends:
-            raise TimeoutError(f"no whole answer within {ANSWER_SECONDS:g} s")
+            raise TimeoutError(f"no whole answer within {seconds:g} s")
 
+    return look
+
+
+def read_answer(url: str, headers: Mapping[str, str], look: Check) -> tuple[Any, bytes]:
+    """Return the answer to a GET and its body, which is small; `look` may raise, to end the request.
+
+    Raises:
+        HTTPError: the network.
+        ValueError: the body is too long.
+    """
     body = bytearray()
-    with open_url(url, headers, silence_seconds, check) as answer, _watched(answer, look):
+    with open_url(url, headers, look) as answer:
         for block in answer.iter_raw():
             body += block
             if len(body) > MOST_ANSWER_BYTES:

@@ -24,13 +24,12 @@ from mlxchat.hub.cache import (
     read_json,
     write_json,
 )
-from mlxchat.hub.downloads import Check, nothing, read_answer, retry_after
+from mlxchat.hub.downloads import Check, read_answer, retry_after, within
 
 # With pauses of 0.5, 1, 2, 4, 8 s between them; fewer where an earlier answer can serve.
 _TRIES, _TRIES_WITH_RECORD = 6, 2
 FIRST_PAUSE_SECONDS = 0.5
-_SILENCE_SECONDS = 20.0
-_PLAN_SECONDS = 10.0
+_PLAN_SECONDS, ANSWER_SECONDS = 10.0, 120.0
 # Bounds of a list of files; the Hub's pages have 1,000 files each.
 _MOST_PAGES, _MOST_FILES = 1000, 1_000_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -139,18 +138,13 @@ def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False
 
 def _request_commit(repository: str, revision: str, kind: str, *, is_plan: bool, is_recorded: bool) -> str:
     """Return the commit that the Hub says; for a plan it is requested once, and not from a Hub that did not answer."""
-    ends = time.monotonic() + _PLAN_SECONDS
-
-    def check() -> None:
-        if is_plan and time.monotonic() > ends:
-            raise TimeoutError(f"no answer within {_PLAN_SECONDS:g} s")
-
+    look = within(_PLAN_SECONDS) if is_plan else None
     hub = endpoint()
     if is_plan and hub in _silent:
         raise PassingError(f"{repository}: the Hub at {hub} did not answer before.")
     tries = 1 if is_plan else _TRIES_WITH_RECORD if is_recorded else _TRIES
     try:
-        return str(_ask(repository, kind, tries, lambda: _commit_of(repository, revision, kind, check)))
+        return str(_ask(repository, kind, tries, lambda: _commit_of(repository, revision, kind, look)))
     except PassingError:
         _silent.add(hub)
         raise
@@ -177,8 +171,8 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
     return files
 
 
-def _commit_of(repository: str, revision: str, kind: str, check: Check) -> str:
-    answer, _ = _get_json(f"{_api(repository, kind)}/revision/{quote(revision, safe='')}", check)
+def _commit_of(repository: str, revision: str, kind: str, look: Check | None) -> str:
+    answer, _ = _get_json(f"{_api(repository, kind)}/revision/{quote(revision, safe='')}", look)
     if not isinstance(answer, dict):
         raise ValueError("its answer is no JSON object")
     return str(answer.get("sha"))
@@ -220,7 +214,7 @@ def _api(repository: str, kind: str) -> str:
     return f"{endpoint()}/api/{kind}s/{repository}"
 
 
-def _get_json(url: str, check: Check = nothing) -> tuple[Any, str | None]:
+def _get_json(url: str, look: Check | None = None) -> tuple[Any, str | None]:
     """Return what an address of the Hub answers, and the address of the next page if there is one.
 
     Raises:
@@ -231,7 +225,7 @@ def _get_json(url: str, check: Check = nothing) -> tuple[Any, str | None]:
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # exported lazily
 
     headers = build_hf_headers(library_name="mlxchat")
-    answer, body = read_answer(url, headers, _SILENCE_SECONDS, check)
+    answer, body = read_answer(url, headers, look or within(ANSWER_SECONDS))
     hf_raise_for_status(answer)
     after = answer.links.get("next", {}).get("url")
     if after is not None and not after.startswith(f"{endpoint()}/"):  # a mirror's, or one that wants the token

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from mlxchat.config.wording import format_bytes, format_seconds
 from mlxchat.errors import ConfigError, PassingError, StoreError, filter_logs, visible
-from mlxchat.hub.downloads import open_url, read_answer
+from mlxchat.hub.downloads import open_url, read_answer, within
 from mlxchat.hub.remote import Place, short_of
 from mlxchat.store.manifest import MANIFEST, find_damage, read_manifest
 
@@ -199,9 +199,8 @@ def _find_xet_fault(api: Any, name: str, kind: str) -> str:
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
 
     try:
-        answer, body = read_answer(
-            f"{api.endpoint}/api/{kind}s/{name}/xet-write-token/main", build_hf_headers(token=api.token), _PROBE_SECONDS
-        )
+        place = f"{api.endpoint}/api/{kind}s/{name}/xet-write-token/main"
+        answer, body = read_answer(place, build_hf_headers(token=api.token), within(_PROBE_SECONDS))
         told = json.loads(body)
         if answer.status_code in (401, 403):
             return ""  # the upload says it better
@@ -210,9 +209,9 @@ def _find_xet_fault(api: Any, name: str, kind: str) -> str:
     except (HTTPError, OSError, ValueError, RecursionError):
         return "has no Xet storage"
     try:
-        with open_url(str(told["casUrl"]), {}, _PROBE_SECONDS):
+        with open_url(str(told["casUrl"]), {}, within(_PROBE_SECONDS)):
             pass  # that it answers is enough
-    except (HTTPError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         return f"has Xet storage at {told['casUrl']}, which does not answer ({type(error).__name__})"
     return ""
 
