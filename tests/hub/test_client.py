@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import DataError, MlxchatError, PassingError
-from mlxchat.hub import downloads, listings, progress
+from mlxchat.hub import downloads, listings
 from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.client import fetch_files, fetch_url, list_files, record
 from mlxchat.runner.run import is_passing
@@ -115,8 +115,8 @@ def test_a_record_names_address_commit_checksum_and_size(hub: Any, texts: Any) -
 def test_progress_ends_at_all_bytes(
     hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(progress, "_FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(progress, "_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(downloads, "_FIRST_SECONDS", 0.0)
+    monkeypatch.setattr(downloads, "_INTERVAL_SECONDS", 0.0)
     fetch("data/*")
     shown = capsys.readouterr().err
     assert "100%  800.0 kB of 800.0 kB" in shown

@@ -14,7 +14,7 @@ import pytest
 
 from kit.servers import Loopback, QuietHandler
 from mlxchat.errors import DataError, MlxchatError, PassingError
-from mlxchat.hub import cache, downloads, listings, upload
+from mlxchat.hub import cache, downloads, listings, places
 from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.client import HubFile, fetch_url, list_files
 
@@ -190,6 +190,6 @@ def test_upload_reads_no_endless_answer(hostile: Any, monkeypatch: pytest.Monkey
     if endless == "storage":
         answer = {"accessToken": "token", "casUrl": f"{hostile.url}/endless"}
         monkeypatch.setattr(json, "dumps", lambda value, encode=json.dumps: encode(answer))
-    fault = upload._find_xet_fault(api, name, "model")
+    fault = places._find_xet_fault(api, name, "model")
     assert fault == ("has no Xet storage" if endless == "token" else "")
     assert hostile.sent < 32 << 20

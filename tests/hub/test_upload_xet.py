@@ -10,7 +10,7 @@ import pytest
 
 from kit.hubs import UploadHub
 from mlxchat.errors import PassingError
-from mlxchat.hub import upload
+from mlxchat.hub import places
 
 pytest.importorskip("hf_xet", reason="without hf_xet the official client uploads over plain HTTP")
 # What huggingface_hub gives its HTTP library for large files.
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def push(hub: UploadHub, folder: Path) -> None:
-    upload.push_folder(folder, "me/model", hub.token, message="a model", public=False)
+    places.push_folder(folder, "me/model", hub.token, message="a model", public=False)
 
 
 def asked_for_a_token(hub: UploadHub) -> int:
@@ -68,10 +68,10 @@ def test_push_with_dead_xet_storage_goes_over_plain_http(
 def test_push_ends_when_xet_storage_falls_silent(
     hub: UploadHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(upload, "_find_xet_fault", lambda *_: "")
-    monkeypatch.setattr(upload, "_LEAST_SECONDS", 0.5)
-    monkeypatch.setattr(upload, "_LEAST_BYTES_PER_SECOND", 10**9)
-    monkeypatch.setattr(upload, "_LINE_SECONDS", 0.2)
+    monkeypatch.setattr(places, "_find_xet_fault", lambda *_: "")
+    monkeypatch.setattr(places, "_LEAST_SECONDS", 0.5)
+    monkeypatch.setattr(places, "_LEAST_BYTES_PER_SECOND", 10**9)
+    monkeypatch.setattr(places, "_LINE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         hub.xet = {
             "accessToken": "token", "casUrl": f"http://127.0.0.1:{silent.getsockname()[1]}", "exp": 2**32

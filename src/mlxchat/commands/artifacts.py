@@ -201,16 +201,14 @@ def _push(options: Namespace) -> int:
 
 def _push_elsewhere(url: str, folders: list[Path], *, public: bool) -> tuple[int, str]:
     """Copy artifacts to a URL; return how many were not there yet, and the URL in its usual form."""
-    from mlxchat.hub import remote
+    from mlxchat.hub.places import export_to, open_place, push_artifacts
 
-    place = remote.open_place(url)
+    place = open_place(url)
     if url.startswith("hf://"):
-        from mlxchat.hub.upload import push_artifacts
-
         return push_artifacts(place, folders, public=public), place.url
     if public:
         raise ConfigError("--public requires a place of the Hub: hf://ORGANISATION/NAME")
-    return remote.export_to(place, folders), place.url
+    return export_to(place, folders), place.url
 
 
 def pull(parser: Parser) -> None:
@@ -228,7 +226,7 @@ def _pull(options: Namespace) -> int:
         path = Path(source).resolve()
         source, wanted = str(path.parent), [path.name, *wanted]
     if is_url(source) or wanted:
-        from mlxchat.hub.remote import import_from, open_place
+        from mlxchat.hub.places import import_from, open_place
 
         if not is_url(source) and not Path(source).is_dir():
             raise ConfigError(f"{source} is no folder; of a tar file everything is taken in")

@@ -88,7 +88,7 @@ def _write_model(
     store: Store, name: str, target: str, path: Path | None, *, bits: int | None, dtype: str | None, force: bool,
     repository: str | None, public: bool, card: dict[str, Any],
 ) -> int:  # fmt: skip
-    from mlxchat.hub.upload import check_repository, push_folder
+    from mlxchat.hub.places import check_repository, push_folder
     from mlxchat.interop import exporting
     from mlxchat.store.files import check_free, whole_folder
     from mlxchat.store.manifest import find_damage

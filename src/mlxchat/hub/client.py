@@ -37,9 +37,8 @@ from mlxchat.hub.cache import (
     settle,
     write_json,
 )
-from mlxchat.hub.downloads import Check, Download, nothing
+from mlxchat.hub.downloads import Check, Download, TransferProgress, nothing
 from mlxchat.hub.listings import list_files, tell_command
-from mlxchat.hub.progress import TransferProgress
 
 __all__ = ["HubFile", "fetch_ahead", "fetch_files", "fetch_url", "list_files", "record", "stop_fetching"]
 

@@ -18,8 +18,8 @@ import pytest
 from kit.artifacts import find_faults
 from mlxchat.cli import dispatch
 from mlxchat.errors import ConfigError, PassingError, StoreError
-from mlxchat.hub import remote
-from mlxchat.hub.remote import Place, export_to, import_from, open_place
+from mlxchat.hub import places
+from mlxchat.hub.places import Place, export_to, import_from, open_place
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
@@ -236,18 +236,18 @@ def test_what_is_named_and_not_whole_is_told_however_it_is_named(
 RUN = """
 import sys
 from pathlib import Path
-from mlxchat.hub import remote
-from mlxchat.hub.remote import open_place
+from mlxchat.hub import places
+from mlxchat.hub.places import open_place
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
-remote._PIECE_BYTES = 1000
+places._PIECE_BYTES = 1000
 way, place, outputs = sys.argv[1:]
 store, place = Store(Path(outputs)), open_place(place)
 if way == "export":
-    remote.export_to(place, closure(store, [resolve(store, "second")]))
+    places.export_to(place, closure(store, [resolve(store, "second")]))
 else:
-    remote.import_from(store, place, [])
+    places.import_from(store, place, [])
 """
 
 
@@ -284,7 +284,7 @@ def test_an_interrupted_import_reads_only_the_rest_of_a_file(
     toys.run(toys.plan({"first": {"stage": "make"}}))
     place = open_place(f"memory://{tmp_path.name}")
     export_to(place, closure(toys.store, [resolve(toys.store, "first")]))
-    monkeypatch.setattr(remote, "_PIECE_BYTES", 1000)
+    monkeypatch.setattr(places, "_PIECE_BYTES", 1000)
     read: list[int] = []
     kind = type(place.files.open(place.path(resolve(toys.store, "first").name, "result.txt")))
     original = kind.read
@@ -368,7 +368,7 @@ def test_the_hub_gets_one_commit_and_gives_the_same_artifacts_back(
 
 
 def test_an_upload_to_the_hub_that_fails_leaves_nothing_there(upload_hub: Any, folders: list[Path]) -> None:
-    from mlxchat.hub.upload import push_artifacts
+    from mlxchat.hub.places import push_artifacts
 
     upload_hub.fail = "/commit/"
     with pytest.raises(PassingError, match="Nothing was committed"):

@@ -1,25 +1,33 @@
-"""Artifacts in places that fsspec opens: s3://bucket/path, gs://, hf://, memory:// and whatever else is installed.
+"""Places elsewhere that hold artifacts and models: what fsspec opens (s3://, gs://, hf://, memory://), and the Hub.
 
 A place has `store/<artifact>/…` as an exported folder has. An artifact is there if and only if its manifest is, which
 is written last, and after all it was made from: a transfer that ends anywhere leaves whole artifacts, or parts that
-nobody takes for one. The same command goes on with them, and hashes what it finds before it counts.
+are not taken for one. The same command continues, and hashes what it finds before it counts. A repository of the Hub
+is written in one commit, or not at all.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlxchat.config.secrets import redact
-from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError
+from mlxchat.config.wording import format_bytes, format_seconds
+from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError, filter_logs, visible
 from mlxchat.hub.cache import check_space, checksum_of
-from mlxchat.hub.progress import TransferProgress
+from mlxchat.hub.downloads import TransferProgress, open_url, read_answer, within
 from mlxchat.store import locks
 from mlxchat.store.catalog import references
 from mlxchat.store.crash import crash_point
@@ -50,6 +58,17 @@ _NEEDS = {
     "ssh": ("paramiko", "as sftp://"),
     "hf": ("huggingface_hub", "HF_TOKEN"),
 }
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_PROBE_SECONDS = 20.0
+# While an upload lasts a line comes as often as this. One by Xet may take a while, and longer the larger it is.
+_LINE_SECONDS = 30.0
+_LEAST_SECONDS, _LEAST_BYTES_PER_SECOND = 600.0, 50_000
+# Former weights of these kinds go with the commit: loaders take every file of such a name for the model's.
+_FORMER = (
+    "model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json", "adapters.safetensors",
+    "adapter_config.json",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -112,15 +131,15 @@ def open_place(url: str) -> Place:
 
     if scheme not in available_protocols():
         raise ConfigError(f"{url}: fsspec knows no {scheme}://. Those for transfers: {', '.join(_NEEDS)}, file, memory")
-    with told(url):
+    with _place_errors(url):
         options = {"endpoint": os.environ.get("HF_ENDPOINT") or None} if scheme == "hf" else {}
         files, root = url_to_fs(url, skip_instance_cache=True, **options)
         return Place(redact(url), files, str(root))
 
 
 @contextmanager
-def told(url: str) -> Iterator[None]:
-    """Turn what file systems raise into one message each: package, credentials, no such place, or something passing."""
+def _place_errors(url: str) -> Iterator[None]:
+    """Turn what file systems raise into one message each: package, credentials, no such place, or a passing fault."""
     scheme = url.partition("://")[0]
     package, variables = _NEEDS.get(scheme, (scheme, "its documentation"))
     try:
@@ -132,10 +151,10 @@ def told(url: str) -> Iterator[None]:
         raise ConfigError(f"{scheme}:// needs a package that is not installed ({error.name or package}): "
                           f"pip install {hint}") from None  # fmt: skip
     except FileNotFoundError as error:
-        raise ConfigError(f"{redact(url)}: there is no such place ({short_of(error)})") from None
+        raise ConfigError(f"{redact(url)}: there is no such place ({_short_of(error)})") from None
     except Exception as error:  # each file system has its own
         kinds = {kind.__name__ for each in _causes(error) for kind in type(each).__mro__}
-        text = short_of(error)
+        text = _short_of(error)
         if isinstance(error, PermissionError) or any("Credential" in kind or "Auth" in kind for kind in kinds):
             raise ConfigError(f"{redact(url)} refuses access ({text}). Credentials are read from {variables}") from None
         if isinstance(error, ValueError):
@@ -150,7 +169,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         each = each.__cause__ or each.__context__
 
 
-def short_of(error: BaseException) -> str:
+def _short_of(error: BaseException) -> str:
     """Return an error in one line, without secrets."""
     return redact(" ".join(str(error).split())[:300]) or type(error).__name__
 
@@ -167,16 +186,20 @@ def export_to(place: Place, folders: Sequence[Path]) -> int:
         ConfigError: the place cannot be written by us.
         PassingError: it does not answer as it should; what was sent is found again.
     """
-    with told(place.url):
+    with _place_errors(place.url):
         missing = [folder for folder in folders if not _is_there(place, folder.name)]
-        for folder in missing:
-            if damage := list(find_damage(folder, read_manifest(folder))):
-                raise StoreError(f"{folder.name} is not what was published: {damage[0]}. Nothing of it was sent")
+        _check_whole(missing)
         total = sum(path.stat().st_size for folder in missing for path in _files(folder))
         with TransferProgress(place.url, total, verb="send") as progress:
             for folder in missing:
                 _send(place, folder, progress)
     return len(missing)
+
+
+def _check_whole(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        if damage := list(find_damage(folder, read_manifest(folder))):
+            raise StoreError(f"{folder.name} is not what was published: {damage[0]}. Nothing of it was sent")
 
 
 def _is_there(place: Place, name: str) -> bool:
@@ -250,7 +273,7 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
     store.prepare()
     base = store.outputs / "work" / f".import-{hashlib.sha256(place.url.encode()).hexdigest()[:16]}"
     with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}, tell_waiting):
-        with told(place.url):
+        with _place_errors(place.url):
             bare = replace(place, folder="")
             if not place.names() and any(bare.files.exists(bare.path(name, MANIFEST)) for name in bare.names()):
                 place = bare
@@ -356,3 +379,202 @@ def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, pro
         progress.add(-done)
         part.unlink()
     raise StoreError(f"{place.url}: {file['path']} of {name} is not what its manifest says. Nothing was imported")
+
+
+def check_repository(name: str, *, public: bool, kind: str = "model", option: str = "--hub ") -> str:
+    """Return the token for an upload to a repository.
+
+    Args:
+        name: of the repository.
+        public: whether it may be seen by everybody.
+        kind: model or dataset.
+        option: how the user named it, for messages.
+
+    Raises:
+        ConfigError: the name is none, the environment holds no token, or the repository is public and must not be.
+        PassingError: the Hub does not answer as it should.
+    """
+    if not _REPOSITORY.fullmatch(name):
+        raise ConfigError(f'{option}"{name}" is no repository: expected ORGANISATION/NAME, or your name in front')
+    token = next((value for key in _TOKENS if (value := os.environ.get(key, "").strip())), None)
+    if token is None:
+        raise ConfigError(
+            f"{option.strip() or name} needs a token that may write: set HF_TOKEN in the environment (https://huggingface.co/settings/tokens)"
+        )
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    with _hub_errors(name):
+        api = _api(token)
+        try:
+            there = api.repo_info(name, repo_type=kind)
+        except RepositoryNotFoundError:
+            return token
+    if not there.private and not public:
+        raise ConfigError(f"{name} is there and everybody sees it. Add --public if that is meant, or name another one")
+    return token
+
+
+def push_folder(folder: Path, name: str, token: str, *, message: str, public: bool) -> str:
+    """Upload a folder's files in one commit and return the commit's address.
+
+    The repository is made if there is none. If the upload fails, it holds what it held before; one that was made for it
+    stays, empty.
+
+    Args:
+        folder: its files, in folders or not.
+        name: of the repository.
+        token: as `check_repository` returns it.
+        message: of the commit.
+        public: whether a repository that is made may be seen by everybody.
+
+    Raises:
+        ConfigError: the token may not write there.
+        PassingError: the Hub does not answer as it should.
+    """
+    with _hub_errors(name):
+        api = _api(token)
+        api.create_repo(name, private=not public, repo_type="model", exist_ok=True)
+        with _bounded(api, name, "model", [path for path in folder.rglob("*") if path.is_file()]):
+            info = api.upload_folder(
+                repo_id=name, folder_path=folder, repo_type="model", commit_message=message,
+                delete_patterns=list(_FORMER),
+            )  # fmt: skip
+        return str(info.commit_url)
+
+
+def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> int:
+    """Upload artifacts to hf://[datasets/]ORGANISATION/NAME/PATH in one commit; return how many were not there yet.
+
+    The repository is made if there is none. Large files that arrived are not sent again when the commit is tried again.
+
+    Args:
+        place: where to.
+        folders: the closure of what is to be exported.
+        public: whether a repository that everybody sees may be written, or is made.
+
+    Raises:
+        ConfigError: the place is none, or the token may not write there.
+        PassingError: the Hub does not answer as it should.
+        StoreError: an artifact here is not what was published.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    parts = place.root.strip("/").split("/")
+    kind = {"datasets": "dataset", "models": "model"}.get(parts[0])
+    name, rest = "/".join(parts[1:3] if kind else parts[:2]), parts[3:] if kind else parts[2:]
+    kind = kind or "model"
+    token = check_repository(name, public=public, kind=kind, option="hf://")
+    with _hub_errors(name):
+        api = _api(token)
+        api.create_repo(name, private=not public, repo_type=kind, exist_ok=True)
+        there = set(api.list_repo_files(name, repo_type=kind))
+        missing = [folder for folder in folders if "/".join((*rest, "store", folder.name, MANIFEST)) not in there]
+    operations = []
+    _check_whole(missing)
+    for folder in missing:
+        for path in _files(folder):
+            where = "/".join((*rest, "store", folder.name, path.relative_to(folder).as_posix()))
+            operations.append(CommitOperationAdd(where, str(path)))
+    if operations:
+        with _hub_errors(name):
+            message = f"{missing[-1].name} from mlxchat, with {len(missing) - 1} artifacts that it was made from"
+            with _bounded(api, name, kind, [Path(str(each.path_or_fileobj)) for each in operations]):
+                api.create_commit(name, operations, commit_message=message, repo_type=kind)
+    return len(missing)
+
+
+def _api(token: str) -> Any:
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    filter_logs()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
+
+
+@contextmanager
+def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[None]:
+    """Print a line while an upload lasts, and end one by Xet after a limit. Xet is left out where it does not work.
+
+    hf_xet tries for minutes without a word where a Hub answers its request for a token with anything but a token
+    (stand-ins, mirrors), or where the storage that the token names cannot be reached.
+    """
+    from huggingface_hub import constants
+
+    num_bytes = sum(file.stat().st_size for file in files)
+    limit = _LEAST_SECONDS + num_bytes / _LEAST_BYTES_PER_SECOND
+    uses_xet = not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
+    if uses_xet and (fault := _find_xet_fault(api, name, kind)):
+        print(visible(f"note: {api.endpoint} {fault}; files go over plain HTTP"), file=sys.stderr)
+        uses_xet = False
+    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, not uses_xet
+    began, ended, late = time.monotonic(), threading.Event(), False
+
+    def watch() -> None:
+        nonlocal late
+        while not ended.wait(_LINE_SECONDS):
+            seconds = time.monotonic() - began
+            print(f"  uploads {format_bytes(num_bytes)} to {name}, {format_seconds(seconds)} so far", file=sys.stderr)
+            if uses_xet and seconds > limit:
+                from huggingface_hub.utils import _xet
+
+                late = True
+                cast(Any, _xet).abort_xet_session()
+                return
+
+    thread = threading.Thread(target=watch, name="upload-watch", daemon=True)
+    thread.start()
+    try:
+        yield
+    except Exception:
+        if late:
+            raise TimeoutError(
+                f"Xet storage did not take {format_bytes(num_bytes)} within {format_seconds(limit)} "
+                "(HF_HUB_DISABLE_XET=1 uploads without it)"
+            ) from None
+        raise
+    finally:
+        ended.set()
+        thread.join()
+        constants.HF_HUB_DISABLE_XET = before
+
+
+def _find_xet_fault(api: Any, name: str, kind: str) -> str:
+    """Return why files cannot go to a repository's Xet storage, or an empty string."""
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
+
+    try:
+        place = f"{api.endpoint}/api/{kind}s/{name}/xet-write-token/main"
+        answer, body = read_answer(place, build_hf_headers(token=api.token), within(_PROBE_SECONDS))
+        told = json.loads(body)
+        if answer.status_code in (401, 403):
+            return ""  # the upload says it better
+        if answer.status_code >= 300 or not isinstance(told, dict) or not {"accessToken", "casUrl"} <= told.keys():
+            return "has no Xet storage"
+    except (HTTPError, OSError, ValueError, RecursionError):
+        return "has no Xet storage"
+    try:
+        with open_url(str(told["casUrl"]), {}, within(_PROBE_SECONDS)):
+            pass  # that it answers is enough
+    except (HTTPError, OSError, ValueError) as error:
+        return f"has Xet storage at {told['casUrl']}, which does not answer ({type(error).__name__})"
+    return ""
+
+
+@contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    """Turn what the client raises into one message."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except Exception as error:  # among them those of the HTTP library that the client uses
+        status = getattr(error.response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
+        if status in (401, 403, 404):
+            raise ConfigError(
+                f"{name} was not written: the Hub answers {status}. May the token of HF_TOKEN write there?"
+            ) from None
+        cause = _short_of(error.__cause__ or error)
+        raise PassingError(f"{name} was not written: {cause}. Nothing was committed; try again") from None
