@@ -8,14 +8,14 @@ import logging
 import sys
 import unicodedata
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from kit.commands import run_here
 from mlxchat.cli import main
+from mlxchat.engine.scheduler import Event, Request
 from mlxchat.errors import DataError, filter_logs, visible
 from mlxchat.store.files import seal
 from mlxchat.store.naming import Found, describe_model, resolve
@@ -59,38 +59,43 @@ def test_lines_of_windows_stay_lines() -> None:
     assert visible("a\r\nb\rc") == "a\nb\\x0dc"
 
 
+class Scripted:
+    """A `ChatBackend` and its scheduler whose answer is HOSTILE, a character at a time."""
+
+    context_tokens, team, bos, ends = 64, None, 0, (1,)
+    special_ids: ClassVar[dict[str, int]] = {}
+
+    def __init__(self) -> None:
+        self.tokenizer, self.idle = self, True
+
+    def encode(self, text: str) -> list[int]:
+        return [0] * len(text)
+
+    def render(self, messages: list[dict[str, str]]) -> list[int]:
+        if "refuse" in messages[-1]["content"]:
+            raise DataError(f"the template says {HOSTILE}")
+        return [0]
+
+    def scheduler(self, **_: Any) -> Scripted:
+        return self
+
+    def submit(self, _: Request) -> int:
+        self.idle = False
+        return 0
+
+    def step(self) -> list[Event]:
+        self.idle = True
+        return [Event(id=0, token=2, text=character) for character in HOSTILE]
+
+
 @pytest.fixture
 def third_party(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A chat with a model of which mlx-lm says that it wrote HOSTILE, a character at a time."""
-    mlx_lm = pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
-    from mlxchat.terminal.outside import OutsideChat
+    """A chat with a scripted third-party model."""
+    from mlxchat.terminal.chat import Chat
 
-    class Piece:
-        def __init__(self, text: str) -> None:
-            self.text = text
-
-    def stream(*_: Any, **__: Any) -> Iterator[Piece]:
-        yield from map(Piece, HOSTILE)
-
-    class Tokenizer:
-        has_chat_template, wrapper, bos = True, None, 0
-
-        def render_prompt(self, messages: list[dict[str, str]]) -> list[int]:
-            if "refuse" in messages[-1]["content"]:
-                raise DataError(f"the template says {HOSTILE}")
-            return [0]
-
-        def encode(self, text: str) -> list[int]:
-            return [0] * len(text)
-
-    class Model:
-        model, context_tokens = None, 64
-
-    monkeypatch.setattr(mlx_lm, "stream_generate", stream)
     monkeypatch.setenv("NO_COLOR", "1")
-    engine: Any = None
-    opened: Any = (Model(), Tokenizer())
-    return OutsideChat(engine, HOSTILE, 0.0, None, 8, 0, opened=opened)
+    engine: Any = Scripted()
+    return Chat(engine, HOSTILE, 0.0, None, 8, 0)
 
 
 def test_a_third_party_model_cannot_command_the_terminal(third_party: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +104,7 @@ def test_a_third_party_model_cannot_command_the_terminal(third_party: Any, monke
     third_party.ask("hello")
     assert commands_in(screen.getvalue()) == set()
     assert r"a\x1b]52;c;aGFsbG8=\x07" in screen.getvalue()
-    assert third_party.messages[-1]["content"] == HOSTILE
+    assert third_party.messages[-1]["content"] == [{"type": "text", "text": HOSTILE}]
 
 
 def test_text_that_a_base_model_continues_cannot_command_the_terminal(
@@ -132,7 +137,7 @@ def test_a_conversation_goes_on_after_its_template_refused_a_question(
 def test_an_error_of_a_chat_template_is_one_visible_line() -> None:
     """raise_exception of a template once ended in a traceback with the template's own characters."""
     pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
-    from mlxchat.evals.outside import OutsideTokenizer
+    from mlxchat.engine.third_party import ThirdPartyTokenizer
 
     class Inner:
         bos_token_id = eos_token_id = 0
@@ -144,7 +149,7 @@ def test_an_error_of_a_chat_template_is_one_visible_line() -> None:
             raise RuntimeError(HOSTILE)
 
     with pytest.raises(DataError) as caught:
-        OutsideTokenizer(Inner()).render_prompt([{"role": "user", "content": "hello"}])
+        ThirdPartyTokenizer(Inner()).render([{"role": "user", "content": "hello"}])
     assert commands_in(str(caught.value)) == set()
     assert "chat template does not render this conversation (RuntimeError: a" in str(caught.value)
 

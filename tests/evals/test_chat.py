@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -43,13 +42,15 @@ class Questions:
 class ScriptedEngine:
     """An engine that answers question i with `answers[i]` and notes what it is asked."""
 
-    team = None
+    team, context_tokens = None, 1000
 
     def __init__(self, tokenizer: Tokenizer, answers: list[str]) -> None:
         self.tokenizer, self.answers = tokenizer, answers
-        self.model = SimpleNamespace(sizes=SimpleNamespace(context_tokens=1000))
         self.batches: list[list[int]] = []
         self.settings: list[dict[str, Any]] = []
+
+    def render(self, messages: list[dict[str, Any]]) -> list[int]:
+        return render_for_completion(self.tokenizer, {"messages": messages})
 
     def complete(self, prompts: list[list[int]], **settings: Any) -> list[Completion]:
         numbers = [int(self.tokenizer.decode(prompt).split("<|user_start|>")[1].split(":")[0]) for prompt in prompts]

@@ -126,7 +126,7 @@ def test_a_model_without_a_template_continues_text(another: Path, capsys: pytest
     (another / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     dispatch(["chat", "--model", f"hf:{another}", "-p", "Once upon", "--max-tokens", "2"])
     assert capsys.readouterr().out.startswith("Once upon")
-    with pytest.raises(ConfigError, match="has no chat template: it continues text"):
+    with pytest.raises(ConfigError, match="continues text and knows no system prompt"):
         dispatch(["chat", "--model", f"hf:{another}", "-p", "x", "--system", "be brief"])
 
 

@@ -410,27 +410,28 @@ def _chat(options: Namespace) -> int:
     if names and " " in names[0]:
         raise ConfigError(f'"{names[0]}" is no model. To ask it: mlxchat chat -p {shlex.quote(names[0])}')
     options.model = options.model or (names[0] if names else None)
-    if (options.model or "").startswith("hf:"):
-        return _chat_with_another(options)
-    store = Store(options.outputs)
-    found = find_model(store, options.model)
-    check_model(found.place)
-    print(f"model: {describe_model(store, found)}", file=sys.stderr)
+    if options.temperature < 0 or options.max_tokens < 1 or options.top_k < 0:
+        raise ConfigError("--temperature and --top-k must be at least 0, --max-tokens at least 1")
+    if options.top_p is not None and not 0 < options.top_p <= 1:
+        raise ConfigError("--top-p must be more than 0 and at most 1")
+    settings = {name: getattr(options, name) for name in ("temperature", "max_tokens", "seed", "system", "top_p")}
+    settings["top_k"] = options.top_k or None
+    if (options.model or "").startswith(_THIRD_PARTY):
+        folder = _third_party(options, options.model)
 
-    from mlxchat.terminal.chat import Chat
+        from mlxchat.terminal.chat import Chat
 
-    chat = Chat.load(
-        found.place,
-        temperature=options.temperature,
-        top_k=options.top_k or None,
-        max_tokens=options.max_tokens,
-        seed=options.seed,
-        system=options.system,
-        top_p=options.top_p,
-        python=_python_tool() if options.python_tool else None,
-        bits=options.bits,
-        kv_bits=options.kv_bits,
-    )
+        chat = Chat.load_third_party(folder, options.model.removeprefix(_THIRD_PARTY), **settings)
+    else:
+        store = Store(options.outputs)
+        found = find_model(store, options.model)
+        check_model(found.place)
+        print(f"model: {describe_model(store, found)}", file=sys.stderr)
+
+        from mlxchat.terminal.chat import Chat
+
+        python = _python_tool() if options.python_tool else None
+        chat = Chat.load(found.place, bits=options.bits, kv_bits=options.kv_bits, python=python, **settings)
     if options.prompt is not None:
         chat.answer_once(options.prompt)
     else:
@@ -438,24 +439,18 @@ def _chat(options: Namespace) -> int:
     return 0
 
 
-def _chat_with_another(options: Namespace) -> int:
-    """Chat with a third-party model through mlx-lm."""
+def _third_party(options: Namespace, reference: str) -> Path:
+    """Return the folder of a third-party model, which mlx-lm runs.
+
+    Raises:
+        ConfigError: an option requires a model of ours.
+    """
     refused = [f"--{name.replace('_', '-')}" for name in ("python_tool", "bits", "kv_bits") if getattr(options, name)]
     if refused:
-        raise ConfigError(f"{', '.join(refused)} requires a model of mlxchat; mlx-lm runs {options.model}")
+        raise ConfigError(f"{', '.join(refused)} requires a model of mlxchat; mlx-lm runs {reference}")
     from mlxchat.interop.source import outside_folder
-    from mlxchat.terminal.outside import OutsideChat
 
-    chat = OutsideChat.open(
-        outside_folder(options.model), options.model.removeprefix("hf:"), system=options.system, seed=options.seed,
-        temperature=options.temperature, top_k=options.top_k or None, top_p=options.top_p,
-        max_tokens=options.max_tokens,
-    )  # fmt: skip
-    if options.prompt is not None:
-        chat.answer_once(options.prompt)
-    else:
-        chat.converse()
-    return 0
+    return outside_folder(reference)
 
 
 def _python_tool() -> PythonTool:
@@ -479,6 +474,7 @@ def _add_decoding(parser: Parser) -> None:
     add("--kv-bits", type=int, choices=(8, 4), help="keep keys and values in so many bits, for long contexts")
 
 
+_THIRD_PARTY = "hf:"
 _KEY = "MLXCHAT_API_KEY"
 _LIMITS = {
     "max-tokens": "tokens of an answer", "max-messages": "messages of a conversation",
@@ -493,7 +489,10 @@ _LIMITS = {
 def serve(parser: Parser) -> None:
     """Declare `mlxchat serve`."""
     parser.take_names("[ID]", least=0)
+    parser.description = "Serve all models of the outputs folder, with a page. The default is ID, or the first --model."
     add = parser.add_argument
+    add("--model", action="append", default=[], metavar="ID",
+        help="as ID; or hf:FOLDER, hf:ORGANISATION/NAME: one that mlx-lm opens; may be repeated")  # fmt: skip
     add("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1); others need a key")
     add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
     add("--api-key", metavar="KEY", help=f"what clients must send; better in {_KEY}")
@@ -514,8 +513,10 @@ def _serve(options: Namespace) -> int:
         raise ConfigError(f"--port is {options.port}, expected 0 to 65535")
     if not 0 <= options.temperature <= 2 or options.top_k < 0 or options.grace_seconds < 0:
         raise ConfigError("--temperature must be from 0 to 2, --top-k and --grace-seconds at least 0")
-    store = Store(options.outputs)
-    found = find_model(store, options.names[0] if options.names else None)
+    named = [*options.names, *options.model]
+    own = [name for name in named if not name.startswith(_THIRD_PARTY)]
+    if len(own) > 1:
+        raise ConfigError(f"{', '.join(own)} are named; expected one, the default: all models of the store are served")
 
     from mlxchat.serve.security import is_loopback  # FastAPI takes most of a second
 
@@ -527,7 +528,7 @@ def _serve(options: Namespace) -> int:
             "Clients send it as Authorization: Bearer KEY"
         )
     from mlxchat.serve.api import Service, make_app
-    from mlxchat.serve.models import Models, load_scheduler, read_model, rows_that_fit
+    from mlxchat.serve.models import Models, load_scheduler, read_model, read_third_party, rows_that_fit
     from mlxchat.serve.requests import Defaults
     from mlxchat.serve.run import run_server
     from mlxchat.serve.security import Limits
@@ -539,18 +540,34 @@ def _serve(options: Namespace) -> int:
         "bits": options.bits, "kv_bits": options.kv_bits, "python_tool": options.python_tool,
         "temperature": options.temperature, "top_k": options.top_k,
     }  # fmt: skip
-    models = Models(store, found.place, answering, within=run_of(store, found))
+    store, third_party = Store(options.outputs), {}
+    for reference in named:
+        if reference.startswith(_THIRD_PARTY):
+            folder = _third_party(options, reference)
+            what = reference.removeprefix(_THIRD_PARTY)
+            name = folder.resolve().name if folder == Path(what).expanduser() else what
+            read_third_party(name, folder)
+            if name in third_party:
+                raise ConfigError(f"two models are called {name}: rename one of the folders")
+            third_party[name] = folder
+    if named and named[0] not in own:
+        place, within = next(iter(third_party.values())), None
+        print(f"model: {next(iter(third_party))} (third-party, by mlx-lm)", file=sys.stderr)
+    else:
+        found = find_model(store, own[0] if own else None)
+        place, within = found.place, run_of(store, found)
+        read_model(place)
+        check_model(place)
+        print(f"model: {describe_model(store, found)}", file=sys.stderr)
+    models = Models(store, place, answering, within=within, third_party=third_party)
     model = models.find(None)
-    read_model(model.folder)
-    check_model(model.folder)
     rows_that_fit(model, limits, bits=options.bits, kv_bits=options.kv_bits)
-    print(f"model: {describe_model(store, found)}", file=sys.stderr)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
     python = _python_tool() if options.python_tool else None
     load = partial(load_scheduler, python=python, bits=options.bits, kv_bits=options.kv_bits)
     service = Service(models, Worker(limits, load), defaults)
     app = make_app(service, api_key=key, loopback_only=loopback and key is None, cors=options.cors)
     return run_server(
-        app, options.host, options.port, name=found.place.name, key_needed=key is not None,
+        app, options.host, options.port, name=model.name, key_needed=key is not None,
         grace_seconds=options.grace_seconds, log_requests=options.log_requests,
     )  # fmt: skip

@@ -73,6 +73,8 @@ class Tokenizer:
             raise DataError(f"text cannot be cut by {pattern} ({error})") from None
         self.bos = self.special_ids["<|bos|>"]
         self.assistant_end = self.special_ids["<|assistant_end|>"]
+        self.ends = (self.assistant_end, self.bos)
+        """Tokens that end an answer."""
 
     @property
     def vocab_size(self) -> int:

@@ -267,10 +267,13 @@ class KeptPasts:
                 best, most, exact = each, tokens, whole
         if best is None:
             return None, 0, 0
+        past = best.past.begun(most)
+        if past is None:
+            return None, 0, 0
         self._kept.remove(best)
         self._kept.append(best)
         self.num_found += most
-        return best.past.begun(most), most, exact
+        return past, most, exact
 
     def keep(self, ids: list[int], past: Past, exact: int) -> None:
         """Keep the beginning of a row; it replaces its own beginnings. The one used longest ago goes."""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
+
+    from mlxchat.engine.scheduler import TextTokenizer
 
 Array = np.ndarray[Any, Any]
 # Spaces as json.dumps writes them. With free white space a small model can fill its answer with line ends.
@@ -50,13 +51,11 @@ class Constraint:
 class JsonGrammars:
     """Constraints for the vocabulary of one tokenizer, whose tokens are sorted once."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Take the tokenizer: an answer ends with its assistant_end or bos."""
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        """Take the tokenizer: an answer ends with one of its `ends`."""
         from llguidance import LLTokenizer, TokenizerWrapper  # 20 ms that few commands need
 
-        self._tokenizer = LLTokenizer(
-            TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=[tokenizer.assistant_end, tokenizer.bos]
-        )
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=[*tokenizer.ends])
 
     def constraint(self, schema: dict[str, Any]) -> Constraint:
         """Return the constraint of a JSON Schema; {"type": "object"} is any object.
@@ -79,9 +78,9 @@ class JsonGrammars:
 class _Vocabulary:
     """A tokenizer as llguidance reads one."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
-        self.eos_token_id, self.bos_token_id = tokenizer.assistant_end, tokenizer.bos
+        self.eos_token_id, self.bos_token_id = tokenizer.ends[0], tokenizer.bos
         self.special_token_ids = sorted(tokenizer.special_ids.values())
         special = {id_: name.encode() for name, id_ in tokenizer.special_ids.items()}
         self.tokens = [

@@ -1,5 +1,8 @@
 """The engine: prompts in, answers out, for callers that have all prompts at once.
 
+`ChatBackend` is what the terminal, the server and evaluations of answers need of a model: ours is `Engine`, third-party
+models are `third_party.ThirdPartyEngine`.
+
 Counterpart of nanochat/engine.py. A row ends with <|assistant_end|> or <|bos|>. When the model closes a call with
 <|python_end|>, the calculator's answer is forced into the row; forced tokens have mask 0 and are never trained on.
 From prompt to token: `scheduler.py`, `cache.py`, `decode.py`.
@@ -10,18 +13,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.distributed.team import Team, name_of
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import Decoder, make_decoder
 from mlxchat.engine.quantise import packed_copy
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Request, Scheduler
+from mlxchat.engine.scheduler import Request, Scheduler, TextTokenizer
 from mlxchat.model.gpt import GPT, computing_in
 from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.machine import DECODED_ROWS
@@ -40,13 +44,41 @@ class Completion:
     finished: bool = False
     """Whether the row ended by itself."""
 
-    def text(self, tokenizer: Tokenizer) -> str:
+    def text(self, tokenizer: TextTokenizer) -> str:
         """Return the answer's text, without the token that ended it."""
         return tokenizer.decode(self.ids[:-1] if self.finished else self.ids)
 
 
+class ChatBackend(Protocol):
+    """A model in memory that answers or continues text."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The model's."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of a prompt and its answer, at most."""
+
+    @property
+    def team(self) -> Team | None:
+        """The ranks that share `complete`; None: this process alone."""
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Return the prompt of the assistant's next message. Raises DataError: it is no conversation."""
+
+    def scheduler(self, **options: Any) -> Scheduler:
+        """Return a scheduler without requests; `options` are `Scheduler`'s."""
+
+    def complete(
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+        seed: int | Sequence[int] = 0,
+    ) -> list[Completion]:  # fmt: skip
+        """Return one completion per prompt; see `Engine.complete`."""
+
+
 class Engine:
-    """A model that answers."""
+    """A model of ours that answers."""
 
     def __init__(
         self,
@@ -79,6 +111,15 @@ class Engine:
         self.team = team if team is not None and team.size > 1 else None
         self.bits, self.kv_bits, self.dtype, self.max_rows = bits, kv_bits, dtype, max_rows
         self._decoder: Decoder | None = None
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the rows that it was trained on."""
+        return self.model.sizes.context_tokens
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Return the prompt of the assistant's next message. Raises DataError: it is no conversation."""
+        return render_for_completion(self.tokenizer, {"messages": list(messages)})
 
     def forward(self) -> Slots:
         """Return the rows of a batch."""

@@ -12,18 +12,17 @@ from __future__ import annotations
 import codecs
 import threading
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.cache import KeptPasts, Past, Slots
+from mlxchat.engine.cache import KeptPasts
 from mlxchat.engine.constraint import Constraint
 from mlxchat.engine.sample import Sampling, log_probability, sample_token
-from mlxchat.engine.tools import PythonTool, ToolCalls
+from mlxchat.engine.tools import CALL_TOKENS, PythonTool, ToolCalls
 from mlxchat.errors import ConfigError
 from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 
@@ -34,6 +33,63 @@ _PATIENCE_SECONDS = 0.02
 Kind = Literal["text", "python", "python_output"]
 Scored = tuple[float, list[tuple[int, float]]]
 """The log-probability of a token, and the likely alternatives with theirs."""
+
+
+class TextTokenizer(Protocol):
+    """A tokenizer whose tokens become text one by one: ours (`data.tokenizer`), or a third-party one."""
+
+    @property
+    def bos(self) -> int:
+        """The token that begins a text."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens that end an answer."""
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        """Special token → id; these are no text."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text, nothing added."""
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of ids."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """Return the bytes of ids."""
+
+
+class Forward(Protocol):
+    """The rows of a batch: ours (`cache.Slots`), or a third-party model's. A past is what `read` returns."""
+
+    def read(self, ids: list[int], past: Any, last: int | None) -> Any:
+        """Return the past of a row that begins with `past`, whose last token is `last`, and goes on with `ids`."""
+
+    def score(self, ids: list[int]) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the logits (V,) after each of `ids`, which begin a row."""
+
+    def reserve(self, rows: int, tokens: int) -> None:
+        """Make room for so many rows of so many tokens; what there is stays."""
+
+    def keep(self, kept: list[int], tokens: int) -> None:
+        """Keep these rows only, renumbered from 0, with room for so many tokens."""
+
+    def clear(self) -> None:
+        """Forget all rows."""
+
+    def fill(self, row: int, past: Any) -> None:
+        """Set the past of a row; None: it has none."""
+
+    def past_of(self, row: int, tokens: int) -> Any:
+        """Return the first tokens of a row as a past, or None where that is impossible."""
+
+    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
+        """Return logits (B, V) after one more token of each row; a free row has position 0."""
 
 
 @dataclass(kw_only=True)
@@ -58,6 +114,8 @@ class Request:
     exact: only where results are bit-identical; close: also of decoded tokens, which differ by rounding."""
     text: bool = True
     """Whether events have text; False: tokens only, and no stop strings."""
+    skip_blank: bool = False
+    """Whether a blank at the beginning of the text is left out."""
     constraint: Constraint | None = None
     """What the answer may say, of this request alone; None: anything."""
 
@@ -93,7 +151,7 @@ class _Row:
     calls: ToolCalls | None
     ids: list[int] = field(default_factory=list)
     """Prompt and answer."""
-    past: Past | None = None
+    past: Any = None
     cached: int = 0
     """Tokens whose keys and values are there."""
     exact: int = 0
@@ -110,8 +168,8 @@ class Scheduler:
 
     def __init__(
         self,
-        forward: Slots,
-        tokenizer: Tokenizer,
+        forward: Forward,
+        tokenizer: TextTokenizer,
         *,
         max_rows: int = DECODED_ROWS,
         max_cached_tokens: int | None = None,
@@ -134,13 +192,13 @@ class Scheduler:
         self.forward, self.tokenizer = forward, tokenizer
         self.max_rows, self.max_cached_tokens = max_rows, max_cached_tokens
         self.prefill_tokens, self.kept, self.python = prefill_tokens, KeptPasts(kept_tokens), python
-        self._ends = (tokenizer.assistant_end, tokenizer.bos)
+        self._calls = has_calls(tokenizer)
         self._lock = threading.Lock()
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row | None] = []
         self._by_id: dict[int, _Row] = {}
         self._same: Counter[tuple[int, ...]] = Counter()
-        self._read: dict[tuple[int, ...], Past | None] = {}
+        self._read: dict[tuple[int, ...], Any] = {}
         self._next_id = 0
 
     @property
@@ -175,8 +233,9 @@ class Scheduler:
         with self._lock:
             row = _Row(
                 id=self._next_id, request=request, draws=draws,
-                shown=ShownText(self.tokenizer, request.stop) if request.text else None,
-                calls=ToolCalls(self.tokenizer, self.python, request.sampling.seed) if request.tools else None,
+                shown=ShownText(self.tokenizer, request.stop, skip_blank=request.skip_blank) if request.text else None,
+                calls=ToolCalls(self.tokenizer, self.python, request.sampling.seed)
+                if request.tools and self._calls else None,
                 ids=list(request.prompt),
             )  # fmt: skip
             self._next_id += 1
@@ -317,7 +376,7 @@ class Scheduler:
         if calls:
             calls.follow(token)
         text, reason = row.shown.add(token) if row.shown else "", None
-        if token in self._ends or (row.shown and row.shown.stopped):
+        if token in self.tokenizer.ends or (row.shown and row.shown.stopped):
             reason = "stop"
         elif len(row.ids) - len(request.prompt) >= request.max_new_tokens:
             reason = "length"
@@ -362,14 +421,14 @@ class Scheduler:
 class ShownText:
     """Turns a row's tokens into text to show: no special tokens, no half characters, no beginning of a stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+    def __init__(self, tokenizer: TextTokenizer, stop: tuple[str, ...] = (), *, skip_blank: bool = False) -> None:
         """Begin a row; `stop` are the strings before which the text ends."""
         self.stopped = False
         """Whether a stop string was found; it and what follows is never shown."""
         self._tokenizer, self._stop = tokenizer, tuple(filter(None, stop))
         self._special = set(tokenizer.special_ids.values())
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._held = ""
+        self._held, self._skips_blank = "", skip_blank
 
     def add(self, token: int) -> str:
         """Return what may be shown now that `token` has come."""
@@ -386,6 +445,8 @@ class ShownText:
     def _show(self, more: str) -> str:
         if self.stopped:
             return ""
+        if more and self._skips_blank:
+            more, self._skips_blank = more.removeprefix(" "), False
         text = self._held + more
         found = [place for place in map(text.find, self._stop) if place >= 0]
         if found:
@@ -400,20 +461,17 @@ class ShownText:
 class Parts:
     """Sorts the text of one row's events: what is said, what the calculator is asked, and its output."""
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     kind: Kind = "text"
     found: list[tuple[Kind, str]] = field(default_factory=list)
     """(kind, text) of every part so far."""
 
     def __post_init__(self) -> None:
         """Look up the special tokens that change the kind of what follows."""
+        kinds: tuple[Kind, ...] = ("python", "text", "python_output", "text")
         special = self.tokenizer.special_ids
-        self._turns: dict[int, Kind] = {
-            special["<|python_start|>"]: "python",
-            special["<|python_end|>"]: "text",
-            special["<|output_start|>"]: "python_output",
-            special["<|output_end|>"]: "text",
-        }
+        names = CALL_TOKENS if has_calls(self.tokenizer) else ()
+        self._turns = {special[name]: kind for name, kind in zip(names, kinds, strict=False)}
 
     def add(self, event: Event) -> Iterator[tuple[Kind, str]]:
         """Yield the kind and text of what may be shown now."""
@@ -439,6 +497,11 @@ class Parts:
     def as_content(self) -> list[dict[str, Any]]:
         """Return the parts as a conversation of a mixture holds them."""
         return [{"type": kind, "text": text} for kind, text in self.found]
+
+
+def has_calls(tokenizer: TextTokenizer) -> bool:
+    """Return whether a tokenizer has the special tokens of tool calls."""
+    return tokenizer.special_ids.keys() >= set(CALL_TOKENS)
 
 
 def _overlap(text: str, stop: str) -> int:

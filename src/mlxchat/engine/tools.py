@@ -17,11 +17,15 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError
 from mlxchat.sandbox.programs import protections_here, run_program
 
+if TYPE_CHECKING:
+    from mlxchat.engine.scheduler import TextTokenizer
+
+CALL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 _MOST_CODE_CHARS = 10_000
 # Parsed in the sandbox too: text of a model can exhaust a parser.
 _PROGRAM = """
@@ -67,7 +71,7 @@ _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
 class ToolCalls:
     """nanochat's protocol for one row: collects what stands in a call, and forces the answer when it closes."""
 
-    def __init__(self, tokenizer: Tokenizer, python: PythonTool | None = None, seed: int = 0) -> None:
+    def __init__(self, tokenizer: TextTokenizer, python: PythonTool | None = None, seed: int = 0) -> None:
         """Begin a row; `python` runs the calls that the calculator does not answer, with this seed."""
         self.forced: deque[int] = deque()
         """Tokens that come next instead of sampled ones."""

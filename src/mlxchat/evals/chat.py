@@ -17,12 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine, clear_caches
+from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat_scores import Score
 from mlxchat.evals.core_journal import Journal
 from mlxchat.evals.rank_model import language_model
+from mlxchat.evals.third_party import ThirdPartyModel
 from mlxchat.tasks.answers import content_text
 from mlxchat.tasks.base import Task
 
@@ -57,7 +58,7 @@ class Answering:
 
 
 def evaluate_task(
-    engine: Engine,
+    engine: Engine | ThirdPartyEngine,
     task: Task,
     answering: Answering,
     *,
@@ -122,10 +123,10 @@ def _open(work: Path | None, sample: int, about: dict[str, Any]) -> Journal | _M
 class _Asked:
     """A task's questions as prompts, in batches that do not depend on what was answered before."""
 
-    def __init__(self, engine: Engine, task: Task, answering: Answering) -> None:
+    def __init__(self, engine: Engine | ThirdPartyEngine, task: Task, answering: Answering) -> None:
         self.engine, self.task, self.answering = engine, task, answering
-        most = engine.model.sizes.context_tokens
-        rendered = [render_for_completion(engine.tokenizer, task[index]) for index in range(len(task))]
+        most = engine.context_tokens
+        rendered = [engine.render(task[index]["messages"][:-1]) for index in range(len(task))]
         # Of what is longer than the context the end is kept: there is the question, and where the answer begins.
         self.prompts = [ids if len(ids) <= most else [ids[0], *ids[1 - most :]] for ids in rendered]
         self.cropped = [len(ids) > most for ids in rendered]
@@ -198,18 +199,25 @@ class _Asked:
         return [(each.text(self.engine.tokenizer), len(each.ids), {"finished": each.finished}) for each in completions]
 
 
-def letter_logits(engine: Engine, prompts: list[list[int]], letters: Sequence[Sequence[str]]) -> list[list[float]]:
+def letter_logits(
+    engine: Engine | ThirdPartyEngine, prompts: list[list[int]], letters: Sequence[Sequence[str]]
+) -> list[list[float]]:
     """Return for each prompt the logits of its letters as what follows it.
 
     Raises:
-        DataError: a letter is no single token.
+        DataError: a letter is no single token, or two letters of a third-party model end in the same token.
     """
     tokens = [[engine.tokenizer.encode(letter) for letter in offered] for offered in letters]
     for offered, encoded in zip(letters, tokens, strict=True):
-        if any(len(token) != 1 for token in encoded):
+        if isinstance(engine, Engine) and any(len(token) != 1 for token in encoded):
             raise DataError(f"the letters {list(offered)} must be single tokens of this tokenizer")
-    model = language_model(engine.team, engine.model, padding=engine.tokenizer.bos)
-    return model.logits_of(prompts, [[token[0] for token in encoded] for encoded in tokens])
+        if len({token[-1] for token in encoded}) < len(encoded):  # SentencePiece begins with a token for the blank
+            raise DataError(f"the letters {list(offered)} do not end in different tokens of this tokenizer")
+    if isinstance(engine, Engine):
+        find = language_model(engine.team, engine.model, padding=engine.tokenizer.bos).logits_of
+    else:
+        find = ThirdPartyModel(engine.model, engine.context_tokens).logits_of
+    return find(prompts, [[token[-1] for token in encoded] for encoded in tokens])
 
 
 def question_text(conversation: dict[str, Any]) -> str:

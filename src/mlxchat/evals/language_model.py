@@ -1,4 +1,4 @@
-"""What evaluations ask of a model, and how ours answers; `outside.py` lets models of other makes answer the same."""
+"""What evaluations ask of a model, and how ours answers; `third_party.py` has those of mlx-lm."""
 
 from __future__ import annotations
 

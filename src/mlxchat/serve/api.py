@@ -201,7 +201,7 @@ def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     asked = requests_for(
         model, body, [prompt.ids], service.limits, service.defaults, max_tokens=most, logprobs=logprobs,
-        constraint=json_constraint(model, body.response_format, service.limits),
+        constraint=json_constraint(model, body.response_format, service.limits), skip_blank=model.skips_blank,
     )  # fmt: skip
     return model, prompt, asked
 

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.scheduler import Event, Kind, Parts
+from mlxchat.engine.scheduler import Event, Kind, Parts, TextTokenizer
 from mlxchat.serve.requests import Echo
 from mlxchat.serve.worker import Answer
 
@@ -21,7 +20,7 @@ Scored = tuple[Event, Kind, int]
 class Choice:
     """What came so far."""
 
-    tokenizer: Tokenizer
+    tokenizer: TextTokenizer
     parts: Parts
     echoed: list[int] = field(default_factory=list)
     """Tokens of the prompt that the text begins with."""

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.constraint import JsonGrammars
 from mlxchat.engine.scheduler import Scheduler
+from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, load_tokenizer
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest
+from mlxchat.interop.source import PREFIX
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.serve.security import Fault, Limits
@@ -30,6 +32,7 @@ from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import find
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
+from mlxchat.training.forecast_finetune import measure_teacher
 
 _log = logging.getLogger("mlxchat.serve")
 _LISTED_SECONDS = 2.0
@@ -39,20 +42,35 @@ _MOST_NAME_CHARS, _SHOWN_CHARS, _MOST_SHOWN = 300, 80, 8
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint that may be asked."""
+    """A checkpoint of the store, or a third-party model, without its weights."""
 
     name: str
-    """Of its folder."""
     folder: Path
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | ThirdPartyTokenizer
     context_tokens: int
     converses: bool
-    """False: it was only pretrained and continues text."""
+    """False: it continues text, as it was only pretrained or has no chat template."""
     digest: str = ""
-    """Of the artifact's contents."""
+    """Of its contents."""
+
+    @property
+    def third_party(self) -> bool:
+        """Whether mlx-lm runs it."""
+        return isinstance(self.tokenizer, ThirdPartyTokenizer)
+
+    @property
+    def skips_blank(self) -> bool:
+        """Whether the blank that begins an answer is left out."""
+        return isinstance(self.tokenizer, ThirdPartyTokenizer) and self.tokenizer.skips_blank
 
     def render(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Return the prompt of the assistant's next message."""
+        """Return the prompt of the assistant's next message.
+
+        Raises:
+            DataError: a third-party chat template refuses the conversation.
+        """
+        if isinstance(self.tokenizer, ThirdPartyTokenizer):
+            return self.tokenizer.render(messages)
         return render_for_completion(self.tokenizer, {"messages": messages})
 
     @cached_property
@@ -62,20 +80,24 @@ class Model:
 
 
 class Models:
-    """What a server offers: every checkpoint of the outputs folder, and one that is meant when none is named."""
+    """What a server offers: every checkpoint of the outputs folder, third-party models, and a default one."""
 
     def __init__(
-        self, store: Store, default: Path, settings: Mapping[str, Any] | None = None, *, within: str | None = None
-    ) -> None:
+        self, store: Store, default: Path, settings: Mapping[str, Any] | None = None, *, within: str | None = None,
+        third_party: Mapping[str, Path] | None = None,
+    ) -> None:  # fmt: skip
         """Take the store and the folder of the default model.
 
         Args:
             store: the outputs folder.
-            default: the model that is meant where none is named.
+            default: the model of requests that name none; one of the store's or of `third_party`.
             settings: the server's settings that change answers.
             within: the run whose steps go by their bare names; None: the latest one.
+            third_party: name → folder of models that mlx-lm runs.
         """
         self.store, self.default, self._settings, self.within = store, default, dict(settings or {}), within
+        self._third_party = dict(third_party or {})
+        self._names = {folder: name for name, folder in self._third_party.items()}
         self._listed: tuple[float, list[Summary]] = (-_LISTED_SECONDS, [])
         self._lock = threading.Lock()  # requests come from several threads; each file is read by one of them
 
@@ -88,7 +110,7 @@ class Models:
         try:
             place = self.default if name in (None, "", "default") else self._resolve(str(name))
             with self._lock:
-                return read_model(place)
+                return self._read(place)
         except StoreError as error:
             raise self._damaged(error) from None
         except DataError as error:
@@ -98,9 +120,15 @@ class Models:
         """Return OpenAI's entry of every model, the default one first, with an own field `mlxchat` of provenance."""
         found = self._summaries()
         scores = _scores(found)
-        checkpoints = [summary for summary in reversed(found) if summary.get("kind") == "checkpoint"]
-        checkpoints.sort(key=lambda summary: summary["folder"] != self.default.name)
-        return [_entry(summary, scores, self.fingerprint(summary["tree"])) for summary in checkpoints]
+        entries = [
+            _entry(summary, scores, self.fingerprint(summary["tree"]))
+            for summary in reversed(found)
+            if summary.get("kind") == "checkpoint"
+        ]
+        with self._lock:
+            others = [self._read(folder) for folder in self._third_party.values()]
+        entries += [_third_party_entry(model, self.fingerprint(model.digest)) for model in others]
+        return sorted(entries, key=lambda entry: entry["id"] != self._names.get(self.default, self.default.name))
 
     def fingerprint(self, digest: str) -> str:
         """Return the `system_fingerprint` of answers: it changes with the artifact's contents and server's settings."""
@@ -116,10 +144,18 @@ class Models:
             place = self.default if name == "default" else self._resolve(name)
         except StoreError as error:
             raise self._damaged(error) from None
-        found = next(entry for entry in self.entries() if entry["id"] == place.name)
+        found = next(entry for entry in self.entries() if entry["id"] == self._names.get(place, place.name))
+        if place in self._names:
+            config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            found["mlxchat"] |= {"config": config, "git": None, "seed": None}
+            return found
         manifest = read_manifest(place)
         found["mlxchat"] |= {"config": manifest.get("config"), "git": manifest.get("git"), "seed": manifest.get("seed")}
         return found
+
+    def _read(self, place: Path) -> Model:
+        name = self._names.get(place)
+        return read_model(place) if name is None else read_third_party(name, place)
 
     def _unknown(self, name: str) -> Fault:
         entries = self.entries()
@@ -139,6 +175,8 @@ class Models:
         return Fault(message, status=404, param="model", code="model_not_found")
 
     def _resolve(self, name: str) -> Path:
+        if (folder := self._third_party.get(name.removeprefix(PREFIX))) is not None:
+            return folder
         if len(name) > _MOST_NAME_CHARS or not _NAME.fullmatch(name) or ".." in name.split("/"):
             raise self._unknown(name)
         try:
@@ -175,6 +213,22 @@ def read_model(folder: Path) -> Model:
     return Model(folder.name, folder, Tokenizer.load(folder), context, facts.get("format") == "chat", digest)
 
 
+@lru_cache(maxsize=8)
+def read_third_party(name: str, folder: Path) -> Model:
+    """Return what is known of a third-party model without its weights.
+
+    Raises:
+        ConfigError: mlx-lm is not installed.
+        DataError: mlx-lm cannot open it.
+    """
+    tokenizer, context_tokens = load_tokenizer(folder)
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model"))
+    # Links of the Hub's cache lead to files that are named by their contents; elsewhere a new file has a new time.
+    facts = [(path.name, path.resolve().name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+    return Model(name, folder, tokenizer, context_tokens, tokenizer.has_chat_template, digest)
+
+
 def _scores(found: list[Summary]) -> dict[str, dict[str, float]]:
     """Return id of a checkpoint → what the latest evaluation measured of it."""
     scores: dict[str, dict[str, float]] = {}
@@ -208,6 +262,29 @@ def _entry(summary: Summary, scores: dict[str, dict[str, float]], fingerprint: s
     }
 
 
+def _third_party_entry(model: Model, fingerprint: str) -> dict[str, Any]:
+    made = datetime.fromtimestamp((model.folder / "config.json").stat().st_mtime, tz=UTC)
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": int(made.timestamp()),
+        "owned_by": "third-party",
+        "mlxchat": {
+            "rid": None,
+            "digest": model.digest,
+            "fingerprint": fingerprint,
+            "step": model.name,
+            "stage": None,
+            "run": None,
+            "published": made.isoformat(),
+            "converses": model.converses,
+            "inputs": {},
+            "metrics": {},
+            "scores": {},
+        },
+    }
+
+
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
     return {key: value for key, value in metrics.items() if isinstance(value, int | float) and value == value}
 
@@ -234,6 +311,8 @@ def rows_that_fit(
     Raises:
         ConfigError: there is no room for a single one.
     """
+    if model.third_party:
+        return _third_party_rows(model, limits, held_bytes)
     remedies = [f"--max-models {limits.max_models - 1}"] if held_bytes and limits.max_models > 1 else []
     remedies += ["--kv-bits 4"] if kv_bits is None else []
     remedies += ["a smaller --kept-tokens"] if limits.kept_tokens else []
@@ -242,6 +321,19 @@ def rows_that_fit(
         bits=bits, kv_bits=kv_bits, kept_tokens=limits.kept_tokens, remedies=tuple(remedies),
     )  # fmt: skip
     return decoding.rows(model.name, most=limits.max_rows, held_bytes=held_bytes)
+
+
+def _third_party_rows(model: Model, limits: Limits, held_bytes: int) -> int:
+    size, device = measure_teacher(model.folder), find_device(ask_mlx=True)
+
+    def bytes_of(rows: int) -> int:
+        row_tokens = rows * model.context_tokens + limits.kept_tokens
+        return held_bytes + size.weights + row_tokens * size.kept_per_token
+
+    if rows := device.most_rows(limits.max_rows, bytes_of):
+        return rows
+    row = f"its weights and one row of {model.context_tokens:,} tokens, prompt and answer"
+    raise ConfigError(f"{model.name} {device.excess(bytes_of(1), row, ('a smaller --kept-tokens',))}")
 
 
 def load_scheduler(
@@ -269,21 +361,24 @@ def load_scheduler(
     from mlxchat.engine.generate import Engine
     from mlxchat.model.checkpoint import load_for_inference
 
-    check_model(model.folder)
+    if not model.third_party:
+        check_model(model.folder)
     held = mx.get_active_memory()  # by other models
     try:
         rows = rows_that_fit(model, limits, bits=bits, kv_bits=kv_bits, held_bytes=held)
     except ConfigError as error:
         raise Fault(str(error), status=503) from None
+    # Rows of whole contexts; there may be more rows of short ones.
+    room = None if rows == limits.max_rows else rows * model.context_tokens
+    options: dict[str, Any] = {
+        "max_rows": limits.max_rows, "max_cached_tokens": room, "kept_tokens": limits.kept_tokens, "python": python,
+    }  # fmt: skip
+    if model.third_party:
+        return ThirdPartyEngine.load(model.folder).scheduler(**options)
     weights, tokenizer, _ = load_for_inference(model.folder)
     if bits is not None:
         from mlxchat.evals.quantised import measure_quantised
 
         weights, cost = measure_quantised(weights, tokenizer, bits)
         _log.log(logging.WARNING if cost.bad else logging.INFO, "%s: %s", model.name, cost)
-    engine = Engine(weights, tokenizer, kv_bits=kv_bits)
-    # Rows of whole contexts; there may be more rows of short ones.
-    room = None if rows == limits.max_rows else rows * model.context_tokens
-    return engine.scheduler(
-        max_rows=limits.max_rows, max_cached_tokens=room, kept_tokens=limits.kept_tokens, python=python
-    )
+    return Engine(weights, tokenizer, kv_bits=kv_bits).scheduler(**options)

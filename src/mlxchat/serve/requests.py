@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, mo
 from mlxchat.engine.constraint import Constraint
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.serve.models import Model
 from mlxchat.serve.security import Fault, Limits
 
@@ -268,7 +268,7 @@ def chat_prompt(
     """
     if not model.converses:
         raise Fault(
-            f"{model.name} was only pretrained: it continues text (POST /v1/completions) and cannot chat",
+            f"{model.name} continues text (POST /v1/completions) and cannot chat",
             param="model", code="unsupported_model",
         )  # fmt: skip
     said = _check_form(messages)
@@ -279,7 +279,10 @@ def chat_prompt(
         chosen = {index for turn in kept for index in turn}
         left = [each for index, each in enumerate(said) if each.role == "system" or index in chosen]
         _check_sizes(left, limits, truncate=truncate)
-        ids = model.render(_joined(left))
+        try:
+            ids = model.render(_joined(left, keep_system=model.third_party))
+        except DataError as error:
+            raise Fault(str(error), param="messages") from None
         if room is None or len(ids) <= room or len(kept) == 1:
             break
         kept = kept[1:]  # joined messages may have a few more tokens than each alone
@@ -324,7 +327,7 @@ def text_prompts(model: Model, body: TextRequest, limits: Limits) -> list[tuple[
 def requests_for(
     model: Model, body: Generation, prompts: Sequence[list[int]], limits: Limits, defaults: Defaults, *,
     max_tokens: int | None, logprobs: int | None = None, prompt_logprobs: bool = False,
-    constraint: Constraint | None = None,
+    constraint: Constraint | None = None, skip_blank: bool = False,
 ) -> list[Request]:  # fmt: skip
     """Return the engine's requests: `n` choices for each prompt, each with a seed of its own.
 
@@ -370,6 +373,7 @@ def requests_for(
                     prompt=prompt, max_new_tokens=most, sampling=sampling, stop=stop, logprobs=logprobs,
                     prompt_logprobs=prompt_logprobs, reuse="exact" if repeatable else "close",
                     tools=constraint is None, constraint=constraint.copy() if constraint else None,
+                    skip_blank=skip_blank,
                 )
             )  # fmt: skip
     return found
@@ -511,14 +515,20 @@ def _latest_turns(
     return kept
 
 
-def _joined(said: Sequence[_Said]) -> list[dict[str, Any]]:
-    """Return messages of user and assistant in alternation; system messages are joined to the user's that follows."""
+def _joined(said: Sequence[_Said], *, keep_system: bool) -> list[dict[str, Any]]:
+    """Return messages of user and assistant in alternation; system messages are joined to the user's that follows.
+
+    With `keep_system` those at the beginning become one system message.
+    """
     joined: list[dict[str, Any]] = []
     waiting: list[str] = []
     for each in said:
         if each.role == "system":
             waiting.append(each.text)
         elif each.role == "user":
+            if keep_system and waiting and not joined:
+                joined.append({"role": "system", "content": "\n\n".join(waiting)})
+                waiting = []
             text, waiting = "\n\n".join([*waiting, each.text]), []
             if joined and joined[-1]["role"] == "user":
                 joined[-1]["content"] += "\n\n" + text

@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlxchat.data.conversation import render_for_completion
-from mlxchat.engine.generate import Engine
+from mlxchat.engine.generate import ChatBackend, Engine
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Kind, Parts, Request, Scheduler
+from mlxchat.engine.scheduler import Kind, Parts, Request, Scheduler, TextTokenizer
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, suggest, visible
 from mlxchat.model.checkpoint import load_for_inference
@@ -43,16 +42,18 @@ _SHORT = {"/reset": "/clear", "/temp": "/temperature", "/exit": "/quit"}
 class Chat:
     """A model, its settings and the conversation so far."""
 
-    engine: Engine
+    engine: ChatBackend
     name: str
     temperature: float
     top_k: int | None
     max_tokens: int
     seed: int
     continues: bool = False
-    """Whether it is a base model, which was never taught to converse: it continues what it is given."""
+    """Whether the model has never learnt to converse: it continues what it is given."""
     system: str | None = None
     top_p: float | None = None
+    skip_blank: bool = False
+    """Whether the blank that begins an answer is left out."""
     python: PythonTool | None = None
     """Runs the programs that the model calls; None: sums alone are answered."""
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -60,22 +61,25 @@ class Chat:
     """What a base model continued last."""
     _scheduler: Scheduler | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse a system prompt where there is no conversation."""
+        if self.continues and self.system:
+            raise ConfigError(f"{self.name} continues text and knows no system prompt")
+
     @classmethod
-    def load(
-        cls, folder: Path, *, temperature: float, top_k: int | None, max_tokens: int, seed: int,
-        system: str | None = None, top_p: float | None = None, python: PythonTool | None = None,
-        bits: int | None = None, kv_bits: int | None = None,
-    ) -> Chat:  # fmt: skip
+    def load(cls, folder: Path, *, bits: int | None = None, kv_bits: int | None = None, **settings: Any) -> Chat:
         """Load a checkpoint artifact.
 
+        Args:
+            folder: of the artifact.
+            bits: of weights, as `Engine` takes them.
+            kv_bits: of keys and values.
+            settings: fields of the class.
+
         Raises:
-            ConfigError: a setting is impossible, or the model does not fit into memory.
+            ConfigError: the model does not fit into memory, or has no place for a system prompt.
             DataError: the checkpoint cannot be read.
         """
-        if temperature < 0 or max_tokens < 1 or (top_k is not None and top_k < 1):
-            raise ConfigError("--temperature must be at least 0, --max-tokens and --top-k at least 1")
-        if top_p is not None and not 0 < top_p <= 1:
-            raise ConfigError("--top-p must be more than 0 and at most 1")
         sizes = sizes_of_folder(folder)
         decoding = Decoding(
             sizes=sizes, device=find_device(ask_mlx=True), row_tokens=sizes.context_tokens, bits=bits, kv_bits=kv_bits,
@@ -83,26 +87,27 @@ class Chat:
         )  # fmt: skip
         decoding.rows(folder.name, most=1)
         model, tokenizer, facts = load_for_inference(folder)
-        continues = facts.get("format") != "chat"
-        if continues and system:
-            raise ConfigError(f"{folder.name} was only pretrained: it continues text and knows no system prompt")
         if bits is not None:
             from mlxchat.evals.quantised import measure_quantised
 
             model, cost = measure_quantised(model, tokenizer, bits)
             print(cost, file=sys.stderr)
-        return cls(
-            Engine(model, tokenizer, kv_bits=kv_bits),
-            folder.name,
-            temperature,
-            top_k,
-            max_tokens,
-            seed,
-            continues,
-            system,
-            top_p,
-            python,
-        )
+        engine = Engine(model, tokenizer, kv_bits=kv_bits)
+        return cls(engine, folder.name, continues=facts.get("format") != "chat", **settings)
+
+    @classmethod
+    def load_third_party(cls, folder: Path, name: str, **settings: Any) -> Chat:
+        """Load a folder that mlx-lm opens; a model whose tokenizer has no chat template continues text.
+
+        Raises:
+            ConfigError: mlx-lm is not installed, or the model has no place for a system prompt.
+            DataError: mlx-lm cannot open it.
+        """
+        from mlxchat.engine.third_party import ThirdPartyEngine
+
+        engine = ThirdPartyEngine.load(folder)
+        words = engine.tokenizer
+        return cls(engine, name, continues=not words.has_chat_template, skip_blank=words.skips_blank, **settings)
 
     def answer_once(self, prompt: str) -> None:
         """Print the answer to one question, or a text with its continuation; '-' reads it from standard input.
@@ -164,7 +169,7 @@ class Chat:
             self._stream(prompt)
             return
         question = {"role": "user", "content": text}
-        parts = self._stream(render_for_completion(self._tokenizer, {"messages": self._fitting(question)}))
+        parts = self._stream(self.engine.render(self._fitting(question)))
         self.messages += [question, {"role": "assistant", "content": parts.as_content()}]
 
     def last_question(self) -> str | None:
@@ -179,7 +184,11 @@ class Chat:
         scheduler = self._scheduler
         self.seed += 1
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
-        id_ = scheduler.submit(Request(prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, reuse="close"))
+        request = Request(
+            prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, reuse="close",
+            skip_blank=self.skip_blank and not self.continues,
+        )  # fmt: skip
+        id_ = scheduler.submit(request)
         parts, shown = Parts(self.engine.tokenizer), Shown()
         while not scheduler.idle:
             try:
@@ -192,12 +201,12 @@ class Chat:
         return parts
 
     @property
-    def _tokenizer(self) -> Any:
+    def _tokenizer(self) -> TextTokenizer:
         return self.engine.tokenizer
 
     @property
     def _context_tokens(self) -> int:
-        return self.engine.model.sizes.context_tokens
+        return self.engine.context_tokens
 
     def _room(self) -> int:
         """Return how many tokens may stand before an answer in the context: at least half of it."""
@@ -240,7 +249,7 @@ class Chat:
         return [*system, *turns, question]
 
     def _num_tokens(self, messages: list[dict[str, Any]]) -> int:
-        return len(render_for_completion(self.engine.tokenizer, {"messages": messages}))
+        return len(self.engine.render(messages))
 
     def _do_retry(self, _: str) -> str:
         return self._do_edit(self.last_question() or "")

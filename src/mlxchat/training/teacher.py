@@ -12,8 +12,8 @@ import mlx.core as mx
 from mlxchat.config.schema import TeacherConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import RANKS_FILE, byte_letters
+from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.evals.outside import load_outside
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.loss import Logits, Mix, soft_cap
@@ -104,12 +104,12 @@ def load_teacher(
         model = OwnTeacher(own, dtype)
     else:
         try:
-            outside, its_words = load_outside(folder)
+            engine = ThirdPartyEngine.load(folder)
         except ConfigError:
             raise ConfigError(f"the teacher {folder} needs mlx-lm: pip install 'mlxchat[outside]'") from None
-        theirs = its_words.vocabulary()
+        theirs = engine.tokenizer.vocabulary()
         context = teacher_context(folder)
-        model = OutsideTeacher(outside.model, tokenizer.vocab_size, folder)
+        model = OutsideTeacher(engine.model, tokenizer.vocab_size, folder)
     difference = compare_vocabularies(spell_tokens(tokenizer), theirs)
     if difference:
         raise DataError(

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.distributed.team import Team, name_of
-from mlxchat.evals.outside import load_outside
+from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.model.gpt import GPT
 from mlxchat.model.replicas import model_on, moving_on_all, sync_model
 from mlxchat.ops.loss import Mix
@@ -123,8 +123,7 @@ def _make_distillation(team: Team, request: dict[str, Any] | None, dtype: mx.Dty
     teacher: TeacherModel
     if "folder" in request:
         folder = Path(request["folder"])
-        outside, _ = load_outside(folder)
-        teacher = OutsideTeacher(outside.model, request["vocab_size"], folder)
+        teacher = OutsideTeacher(ThirdPartyEngine.load(folder).model, request["vocab_size"], folder)
     else:
         teacher = OwnTeacher(model_on(team, "teacher"), dtype)
     return Distillation(teacher=teacher, mix=Mix(**request["mix"]), size=TeacherSize(**request["size"]))

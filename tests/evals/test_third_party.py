@@ -1,4 +1,4 @@
-"""Models of other makes: our own checkpoint, opened by mlx-lm, is measured to be what it is."""
+"""Third-party models: our own checkpoint, opened by mlx-lm, has the results that it has with our code."""
 
 from __future__ import annotations
 
@@ -23,13 +23,16 @@ pytest.importorskip("mlx_lm", reason="outside models need mlx-lm")
 from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.scheduler import Request
+from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.branching import Continuation, make_rows
+from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.language_model import LanguageModel, OwnModel
-from mlxchat.evals.outside import OutsideModel, OutsideTokenizer, load_outside
-from mlxchat.evals.outside_chat import evaluate_outside_task
+from mlxchat.evals.third_party import ThirdPartyModel
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.runner.progress import Progress
@@ -50,12 +53,17 @@ def folder(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def outside(folder: Path) -> tuple[OutsideModel, OutsideTokenizer]:
-    return load_outside(folder)
+def engine(folder: Path) -> ThirdPartyEngine:
+    return ThirdPartyEngine.load(folder)
+
+
+@pytest.fixture
+def outside(engine: ThirdPartyEngine) -> tuple[ThirdPartyModel, ThirdPartyTokenizer]:
+    return ThirdPartyModel(engine.model, engine.context_tokens), engine.tokenizer
 
 
 def test_our_checkpoint_opened_by_mlx_lm_has_the_same_results_on_core(
-    outside: tuple[OutsideModel, OutsideTokenizer], model: GPT, tokenizer: Tokenizer, tmp_path: Path
+    outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], model: GPT, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     (tmp_path / "bundle" / "eval_data").mkdir(parents=True)
     kinds = {"choice": "multiple_choice", "schema": "schema", "language": "language_modeling"}
@@ -87,7 +95,7 @@ def test_our_checkpoint_opened_by_mlx_lm_has_the_same_results_on_core(
 
 
 def test_our_checkpoint_opened_by_mlx_lm_has_the_same_bits_per_byte(
-    outside: tuple[OutsideModel, OutsideTokenizer], model: GPT, tokenizer: Tokenizer
+    outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], model: GPT, tokenizer: Tokenizer
 ) -> None:
     ids = np.array(tokenizer.encode("the cat sat on the mat and the dog " * 20)[:121], np.int32)
     rows = [(ids[start : start + 30], ids[start + 1 : start + 31]) for start in range(0, 90, 30)]
@@ -98,7 +106,7 @@ def test_our_checkpoint_opened_by_mlx_lm_has_the_same_bits_per_byte(
 
 
 def test_our_tokenizer_read_as_theirs_is_the_same(
-    outside: tuple[OutsideModel, OutsideTokenizer], tokenizer: Tokenizer
+    outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], tokenizer: Tokenizer
 ) -> None:
     theirs = outside[1]
     assert (theirs.bos, theirs.vocab_size) == (tokenizer.bos, tokenizer.vocab_size)
@@ -107,7 +115,7 @@ def test_our_tokenizer_read_as_theirs_is_the_same(
         assert theirs.encode(text.replace("<|bos|>", "")) == tokenizer.encode(text.replace("<|bos|>", ""))
         assert theirs.decode([*theirs.encode(text), theirs.vocab_size + 5]) == text
     messages = [{"role": "user", "content": "the cat"}]
-    assert theirs.render_prompt(messages)[:2] == [tokenizer.bos, tokenizer.special_ids["<|user_start|>"]]
+    assert theirs.render(messages)[:2] == [tokenizer.bos, tokenizer.special_ids["<|user_start|>"]]
 
 
 def test_the_bytes_of_pieces_with_byte_fallback_are_those_of_the_text() -> None:
@@ -122,14 +130,16 @@ def test_the_bytes_of_pieces_with_byte_fallback_are_those_of_the_text() -> None:
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
     backend.add_special_tokens([AddedToken("<s>", special=True)])
-    tokenizer = OutsideTokenizer(TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")))
+    tokenizer = ThirdPartyTokenizer(
+        TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
+    )
     text = "ab abc é 你好\n"
     assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
     assert tokenizer.token_bytes[tokenizer.bos] == 0
 
 
 def test_next_logits_of_prompts_that_share_a_beginning_are_those_of_each_alone(
-    outside: tuple[OutsideModel, OutsideTokenizer],
+    outside: tuple[ThirdPartyModel, ThirdPartyTokenizer],
 ) -> None:
     prompts = [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 9, 4, 5]]
     for prompt, got in zip(prompts, outside[0].next_logits(prompts), strict=True):
@@ -163,41 +173,45 @@ class Texts(Letters):
         return isinstance(response, str)
 
 
+ANSWERING = Answering(batch_rows=1, max_new_tokens=3)
+
+
 def test_letters_are_chosen_by_their_logits_after_the_model_s_own_template(
-    outside: tuple[OutsideModel, OutsideTokenizer], tmp_path: Path
+    engine: ThirdPartyEngine, tmp_path: Path
 ) -> None:
-    model, tokenizer = outside
-    score, rows = evaluate_outside_task(
-        model, tokenizer, Letters("test"), name="letters", batch_rows=4, max_new_tokens=3, work=tmp_path / "work",
-        on_progress=lambda done: None,
-    )  # fmt: skip
+    score, rows = evaluate_task(engine, Letters("test"), ANSWERING, work=tmp_path / "work")
     for row in rows:
-        prompt = tokenizer.render_prompt([{"role": "user", "content": f"the cat {row['index']}"}])
-        logits = model(mx.array([prompt]))[0, -1]
-        a, b = (float(logits[tokenizer.encode(letter)[0]]) for letter in "AB")
+        prompt = engine.render([{"role": "user", "content": f"the cat {row['index']}"}])
+        logits = engine.model(mx.array([prompt]))[0, -1]
+        a, b = (float(logits[engine.tokenizer.encode(letter)[0]]) for letter in "AB")
         assert row["output"] == ("B" if b > a else "A")
     assert score.accuracy == np.mean([row["output"] == "B" for row in rows])
 
 
-def test_text_is_generated_and_finished_answers_are_not_asked_again(
-    outside: tuple[OutsideModel, OutsideTokenizer], tmp_path: Path
-) -> None:
+def test_text_is_generated_and_finished_answers_are_not_asked_again(engine: ThirdPartyEngine, tmp_path: Path) -> None:
     asked: list[int] = []
     for _ in range(2):
-        score, rows = evaluate_outside_task(
-            *outside,
-            Texts("test"),
-            name="texts",
-            batch_rows=1,
-            max_new_tokens=3,
-            work=tmp_path,
-            on_progress=asked.append,
-        )
-    assert (score.accuracy, [row["index"] for row in rows], asked) == (1.0, [0, 1], [1, 2])
+        score, rows = evaluate_task(engine, Texts("test"), ANSWERING, work=tmp_path, on_progress=asked.append)
+    assert (score.accuracy, [row["index"] for row in rows], asked) == (1.0, [0, 1], [0, 1, 2, 2])
+
+
+def test_batches_and_the_scheduler_give_the_answers_of_our_engine(
+    engine: ThirdPartyEngine, model: GPT, tokenizer: Tokenizer
+) -> None:
+    prompts = [engine.render([{"role": "user", "content": text}]) for text in ("the cat", "the dog sat on the")]
+    ours = Engine(model, tokenizer).complete(prompts, max_new_tokens=8)
+    assert [row.ids for row in engine.complete(prompts, max_new_tokens=8)] == [row.ids for row in ours]
+    scheduler = engine.scheduler(max_rows=2)
+    ids = [scheduler.submit(Request(prompt=prompt, max_new_tokens=8, tools=False)) for prompt in prompts]
+    said: dict[int, list[int | None]] = {id_: [] for id_ in ids}
+    while not scheduler.idle:
+        for event in scheduler.step():
+            said[event.id].append(event.token)
+    assert [said[id_] for id_ in ids] == [row.ids for row in ours]
 
 
 def test_our_export_for_transformers_has_the_same_logits(
-    model: GPT, folder: Path, outside: tuple[OutsideModel, OutsideTokenizer], tmp_path: Path
+    model: GPT, folder: Path, outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], tmp_path: Path
 ) -> None:
     """mlx-lm has other names of nanochat's parameters; the error ended where their list began."""
     from mlxchat.interop import exporting
@@ -205,9 +219,10 @@ def test_our_export_for_transformers_has_the_same_logits(
     checkpoint = exporting.open_checkpoint(folder)
     (tmp_path / "hf").mkdir()
     exporting.write_hf(checkpoint, tmp_path / "hf")
-    exported, tokenizer = load_outside(tmp_path / "hf")
+    exported = ThirdPartyEngine.load(tmp_path / "hf")
+    tokenizer = exported.tokenizer
     ids = mx.array([[tokenizer.bos, *tokenizer.encode("the cat sat on the mat")]])
-    assert np.array_equal(np.asarray(exported(ids)), np.asarray(outside[0](ids)))
+    assert np.array_equal(np.asarray(exported.model(ids)), np.asarray(outside[0](ids)))
     assert tokenizer.has_chat_template
 
 
@@ -215,10 +230,10 @@ def test_the_terminal_says_what_it_leaves_out_for_a_third_party_model(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The context was cut without a word."""
-    from mlxchat.terminal.outside import OutsideChat
+    from mlxchat.terminal.chat import Chat
 
-    settings = {"temperature": 0.0, "top_k": None, "top_p": None, "max_tokens": 8, "seed": 0}
-    chat = OutsideChat.open(folder, "theirs", system=None, **settings)
+    settings: dict[str, Any] = {"temperature": 0.0, "top_k": None, "max_tokens": 8, "seed": 0}
+    chat = Chat.load_third_party(folder, "theirs", **settings)
     chat.ask("the cat")
     assert capsys.readouterr().err == ""
     chat.ask("1 2 3 4 5 " * 30)
@@ -232,12 +247,12 @@ def test_the_terminal_says_what_it_leaves_out_for_a_third_party_model(
 
 def test_top_k_beyond_the_vocabulary_leaves_every_token(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The default of 50 ended in a traceback of mlx-lm where the vocabulary was smaller."""
-    from mlxchat.terminal.outside import OutsideChat
+    from mlxchat.terminal.chat import Chat
 
     answers = []
     for top_k in (100_000, None):
-        settings = {"temperature": 1.0, "top_k": top_k, "top_p": None, "max_tokens": 8, "seed": 0}
-        OutsideChat.open(folder, "theirs", system=None, **settings).ask("the cat")
+        settings: dict[str, Any] = {"temperature": 1.0, "top_k": top_k, "max_tokens": 8, "seed": 0}
+        Chat.load_third_party(folder, "theirs", **settings).ask("the cat")
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != ""
 
@@ -246,18 +261,18 @@ def test_weights_of_another_model_are_named_in_the_error(folder: Path) -> None:
     weights = dict(mx.load(str(folder / "model.safetensors")))
     mx.save_safetensors(str(folder / "model.safetensors"), {f"other.{name}": value for name, value in weights.items()})
     with pytest.raises(DataError, match=r"not in model: other\.\w"):
-        load_outside(folder)
+        ThirdPartyEngine.load(folder)
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"config\.json"):
-        load_outside(tmp_path)
+        ThirdPartyEngine.load(tmp_path)
 
 
 def test_pickles_are_not_loaded(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(DataError, match="safetensors"):
-        load_outside(folder)
+        ThirdPartyEngine.load(folder)
 
 
 def test_warnings_of_transformers_cannot_command_the_terminal(folder: Path) -> None:
@@ -270,7 +285,7 @@ def test_warnings_of_transformers_cannot_command_the_terminal(folder: Path) -> N
     handler = logging.StreamHandler(screen := io.StringIO())
     transformers.logging.add_handler(handler)
     try:
-        load_outside(folder)
+        ThirdPartyEngine.load(folder)
     finally:
         transformers.logging.remove_handler(handler)
     assert "aGFsbG8" in screen.getvalue()
@@ -281,7 +296,7 @@ def test_a_tokenizer_that_cannot_encode_is_refused_in_one_message(folder: Path) 
     place = folder / "tokenizer_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "model_max_length": "x"}))
     with pytest.raises(DataError, match="mlx-lm cannot open it"):
-        load_outside(folder)
+        ThirdPartyEngine.load(folder)
 
 
 def test_code_of_the_folder_s_is_not_run(folder: Path, tmp_path: Path) -> None:
@@ -289,7 +304,7 @@ def test_code_of_the_folder_s_is_not_run(folder: Path, tmp_path: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"model_file": "model.py"}))
     (folder / "model.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     with pytest.raises(DataError, match="custom module"):
-        load_outside(folder)
+        ThirdPartyEngine.load(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -309,7 +324,7 @@ def test_models_of_other_kinds_say_of_rows_what_they_say_of_each_sequence_alone(
     config = {"model_type": kind, **OTHERS[kind]}
     mx.random.seed(3)
     inner = module.Model(module.ModelArgs.from_dict(config))
-    model, rng = OutsideModel(inner, config), np.random.default_rng(0)
+    model, rng = ThirdPartyModel(inner, 2048), np.random.default_rng(0)
     groups = []
     for _ in range(5):
         shared = rng.integers(0, 80, 12 + int(rng.integers(0, 4))).tolist()

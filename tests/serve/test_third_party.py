@@ -1,0 +1,224 @@
+"""Third-party models: any that mlx-lm opens is served as ours are, from a folder that is made here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openai
+import pytest
+
+from kit.commands import Command
+from kit.serving import BASE, CHAT, Server
+from mlxchat.serve.api import Service
+from mlxchat.serve.models import Models, load_scheduler
+from mlxchat.serve.requests import Defaults
+from mlxchat.serve.security import Limits
+from mlxchat.serve.worker import Worker
+from mlxchat.store.store import Store
+
+pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
+
+NAME = "tiny-llama"
+SIZES = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
+         "tie_word_embeddings": False}  # fmt: skip
+TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' and message['content'] == '' %}"
+    "{{ raise_exception('an empty answer') }}{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_folder(folder: Path, template: str | None = TEMPLATE) -> Path:
+    """Write a random Llama whose tokens are the 256 bytes and two special ones."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import llama
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from mlxchat.data.vocabulary import byte_letters
+
+    folder.mkdir()
+    backend = Tokenizer(models.BPE({letter: byte for byte, letter in byte_letters().items()}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(name, special=True) for name in ("<|im_start|>", "<|im_end|>")])
+    words = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", chat_template=template)
+    words.save_pretrained(folder)
+    config = {**SIZES, "vocab_size": 258, "eos_token_id": 257}
+    (folder / "config.json").write_text(json.dumps(config))
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    weights = {name: 8 * mx.random.normal(value.shape) * 0.05 for name, value in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("hf") / NAME)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, served: Path) -> Iterator[Server]:
+    """A server whose default model is the third-party one; the store's are offered, too."""
+    limits = Limits()
+    models = Models(Store(served), folder, third_party={NAME: folder})
+    with Server(Service(models, Worker(limits, load_scheduler), Defaults())) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+def greedy(folder: Path, prompt: list[int], most: int) -> list[int]:
+    """Return what mlx-lm's own generation says after a prompt."""
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.generate import generate_step
+
+    model, _ = load(str(folder))
+    return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=most)]
+
+
+def test_a_chat_answer_is_mlx_lms(client: openai.OpenAI, folder: Path) -> None:
+    prompt = "<|im_start|>system\nbe brief<|im_end|><|im_start|>user\nhello<|im_end|><|im_start|>assistant\n"
+    specials = {"<|im_start|>": 256, "<|im_end|>": 257}
+    ids: list[int] = []
+    for part in prompt.replace("<|", "\0<|").replace("|>", "|>\0").split("\0"):
+        ids += [specials[part]] if part in specials else list(part.encode())
+    expected = greedy(folder, ids, 12)
+    messages: Any = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    whole = client.chat.completions.create(model=NAME, messages=messages, temperature=0, max_tokens=12)
+    said = bytes(id_ for id_ in expected if id_ < 256).decode(errors="replace")
+    assert (whole.choices[0].message.content, whole.model) == (said, NAME)
+    assert whole.usage is not None
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (len(ids), len(expected))
+    stream = client.chat.completions.create(
+        model=NAME, messages=messages, temperature=0, max_tokens=12, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == said
+    assert chunks[-1].usage == whole.usage
+
+
+def test_sampling_fields_work_as_for_our_models(server: Server) -> None:
+    body: dict[str, Any] = {"seed": 7, "temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_tokens": 8}
+    several = server.chat("hello", n=3, **body).json()["choices"]
+    texts = [choice["message"]["content"] for choice in several]
+    assert len(set(texts)) > 1
+    assert server.chat("hello", **body).json()["choices"][0]["message"]["content"] == texts[0]
+    certain = server.chat("hello", logit_bias={"101": 100}, max_tokens=4, temperature=0).json()["choices"][0]
+    assert (certain["message"]["content"], certain["finish_reason"]) == ("eeee", "length")
+    stopped = server.chat("hello", logit_bias={"101": 100}, stop="ee", temperature=0).json()["choices"][0]
+    assert (stopped["message"]["content"], stopped["finish_reason"]) == ("", "stop")
+
+
+def test_an_answer_follows_a_json_schema(server: Server) -> None:
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    told = server.chat("hello", response_format=form, max_tokens=60, temperature=1, seed=1).json()["choices"][0]
+    assert json.loads(told["message"]["content"]).keys() == {"yes"}
+
+
+def test_echoed_prompts_have_the_models_log_probabilities(client: openai.OpenAI, folder: Path) -> None:
+    import mlx.core as mx
+    from mlx_lm import load
+
+    ids = [*b"the cat"]
+    told = client.completions.create(model=NAME, prompt=ids, max_tokens=1, temperature=0, echo=True, logprobs=2)
+    logprobs: Any = told.choices[0].logprobs
+    model, _ = load(str(folder))
+    logits = np.asarray(model(mx.array([ids]))[0].astype(mx.float32), np.float64)
+    scores = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = [float(scores[place, id_]) for place, id_ in enumerate(ids[1:])]
+    assert logprobs.token_logprobs[0] is None
+    assert logprobs.token_logprobs[1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+    assert told.choices[0].text.startswith("the cat")
+
+
+def test_a_next_turn_reads_only_what_is_new(server: Server) -> None:
+    def reused() -> float:
+        text = server.client.get("/metrics").text
+        return float(text.split("\nmlxchat_reused_prompt_tokens_total ")[1].split("\n")[0])
+
+    before, messages = reused(), []
+    for turn in ("the cat sat on the mat", "the dog"):
+        messages.append({"role": "user", "content": turn})
+        told = server.chat(messages=messages, temperature=1.0, max_tokens=4, logit_bias={"97": 100}).json()
+        messages.append({"role": "assistant", "content": told["choices"][0]["message"]["content"]})
+    assert reused() - before >= 40
+
+
+def test_a_client_that_leaves_stops_the_answer(server: Server) -> None:
+    body = {
+        "messages": [{"role": "user", "content": "a"}],
+        "max_tokens": 200,
+        "logit_bias": {"97": 100},
+        "stream": True,
+    }
+    with server.client.stream("POST", "/v1/chat/completions", json=body) as response:
+        next(response.iter_lines())
+    server.until(lambda: server.worker.num_choices == 0)
+
+
+def test_models_of_both_kinds_are_listed_and_answer(server: Server, client: openai.OpenAI) -> None:
+    listed = [entry.id for entry in client.models.list()]
+    assert (listed[0], set(listed)) == (NAME, {NAME, CHAT, BASE})
+    one = server.client.get(f"/v1/models/{NAME}").json()
+    assert (one["owned_by"], one["mlxchat"]["converses"]) == ("third-party", True)
+    assert one["mlxchat"]["config"]["model_type"] == "llama"
+    named = {server.chat(model=name).json()["model"] for name in (NAME, f"hf:{NAME}", "default", "sft")}
+    assert named == {NAME, CHAT}
+    assert server.chat().json()["system_fingerprint"] == one["mlxchat"]["fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"logit_bias": {"258": 1}}, "logit_bias"),
+        ({"messages": [{"role": "user", "content": "a" * 300}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""},
+                       {"role": "user", "content": "a"}]}, "messages"),
+    ],
+    ids=["tools", "no such token", "beyond the context", "the template raises"],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_by_name(server: Server, body: dict[str, Any], param: str) -> None:
+    response = server.chat(**body)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_a_model_without_a_template_continues_text(tmp_path: Path, served: Path, start: Callable[..., Server]) -> None:
+    folder = make_folder(tmp_path / "base", template=None)
+    models = Models(Store(served), folder, third_party={"base": folder})
+    with Server(Service(models, Worker(Limits(), load_scheduler), Defaults())) as server:
+        assert server.chat().json()["error"]["code"] == "unsupported_model"
+        body = {"prompt": "a", "max_tokens": 2}
+        assert server.client.post("/v1/completions", json=body).status_code == 200
+
+
+def test_the_verb_serves_folders_and_says_what_it_refuses(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
+) -> None:
+    monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: print("served", options["name"]))
+    code, said = command("serve", "--model", f"hf:{folder}", f"outputs={tmp_path}/none")
+    assert (code or 0, f"model: {NAME} (third-party, by mlx-lm)" in said, f"served {NAME}" in said) == (0, True, True)
+    code, said = command("serve", f"hf:{folder}", "--bits", "4", "--python-tool", f"outputs={tmp_path}/none")
+    assert code == 2
+    assert f"--python-tool, --bits requires a model of mlxchat; mlx-lm runs hf:{folder}" in said
+    code, said = command("serve", f"hf:{folder}", "--model", f"hf:{folder}", f"outputs={tmp_path}/none")
+    assert (code, f"two models are called {NAME}" in said) == (2, True)
+    (tmp_path / "empty").mkdir()
+    code, said = command("serve", f"hf:{tmp_path}/empty", f"outputs={tmp_path}/none")
+    assert (code, "Traceback" in said) == (2, False)
