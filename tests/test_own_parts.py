@@ -27,7 +27,7 @@ from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 from mlxchat.tasks import load_item
 from mlxchat.trackers import Tracker
-from mlxchat.trackers.service import Results
+from mlxchat.trackers.services import Results
 
 WORDS = ("--config-dir", "conf", "experiment=words")
 OWN = ("my_stages", "doubles", "judging", "printing", "letters")

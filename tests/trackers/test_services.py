@@ -15,25 +15,29 @@ import pytest
 
 from mlxchat.config.schema import TrackerConfig
 from mlxchat.trackers import Tracker
-from mlxchat.trackers.service import Results
+from mlxchat.trackers.services import Published, Results
 
-RESULTS = Results(
-    numbers={"eval_sft": {"mean_centered": 0.25}}, header=["Metric", "SFT"], rows=[["mean | centred", "0.2500"]]
-)
 TRACK = """
 import sys
 from pathlib import Path
 from mlxchat.config.schema import TrackerConfig
 from mlxchat.trackers import Tracker
-from mlxchat.trackers.service import Results
+from mlxchat.trackers.services import Published, Results
 kind, run, begin, end, done = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5] == "done"
 run.mkdir(parents=True)
 config = TrackerConfig(kind=kind, project="parity", tags=["offline"])
-tracker = Tracker(config, run, ids=["a", "b"], settings={"seed": 42, "model": {"depth": 4}}, say=print)
+records = run.parent.parent / "records"
+records.mkdir(exist_ok=True)
+tracker = Tracker(config, run, ids=["a", "b"], settings={"seed": 42, "model": {"depth": 4}}, say=print,
+                  records=lambda step, name: records / f"{name}.jsonl")
+(records / "samples.jsonl").write_text('{"iteration": 1, "prompt": "once", "text": "upon a | time"}\\n')
+(run / "report.md").write_text("# all went well")
+(run / "report.html").write_text("<p>all went well</p>")
 for i in range(begin, end):
     tracker.log("pretrain", {"iteration": i, "loss": 8.0 / i})
 results = Results(numbers={"eval_sft": {"mean_centered": 0.25}}, header=["Metric", "SFT"],
-                  rows=[["mean | centred", "0.2500"]])
+                  rows=[["mean | centred", "0.2500"]], report=run / "report.html",
+                  artifacts={"pretrain": Published(id="a1b2", kind="checkpoint", folder=records)})
 tracker.finish(results if done else Results(is_done=False))
 """
 
@@ -77,23 +81,38 @@ def test_tensorboard_gets_one_curve_for_each_step_and_the_results(tmp_path: Path
     folder.mkdir(parents=True)
     said: list[str] = []
     config = TrackerConfig(kind="tensorboard", project="p", tags=["t"])
-    tracker = Tracker(config, folder, ids=["a"], say=said.append)
+    (folder / "samples.jsonl").write_text('{"iteration": 1, "prompt": "once", "text": "upon a | time\\nago"}\n')
+    (folder / "report.md").write_text("# all went well")
+    (folder / "report.html").write_text("<p>all went well</p>")
+    tracker = Tracker(config, folder, ids=["a"], say=said.append, records=lambda step, name: folder / f"{name}.jsonl")
     for iteration in (1, 2):
         tracker.log("pretrain", {"iteration": iteration, "loss": 8.0 / iteration})
         tracker.log("sft", {"iteration": iteration, "loss": 1.0})
-    tracker.finish(RESULTS)
+    results = Results(
+        numbers={"eval_sft": {"mean_centered": 0.25}}, header=["Metric", "SFT"], rows=[["mean | centred", "0.2500"]],
+        artifacts={"sft": Published(id="a1b2", kind="checkpoint", folder=Path("/store/sft-a1b2"))},
+        report=folder / "report.html",
+    )  # fmt: skip
+    tracker.finish(results)
     assert said == []
-    found = [
-        (event.step, value.tag, value.simple_value)
+    values = [
+        (event.step, value)
         for event in events_of(tmp_path / "tensorboard" / "1" / "pretrain")
         for value in event.summary.value
     ]
+    found = [(step, value.tag, value.simple_value) for step, value in values if value.tag == "loss"]
     assert found == [(1, "loss", 8.0), (2, "loss", 4.0)]
+    ((step, samples),) = [(step, value.tensor.string_val[0]) for step, value in values if "samples" in value.tag]
+    assert (step, samples.decode()) == (1, "| prompt | text |\n| --- | --- |\n| once | upon a \\| time<br>ago |")
     assert (tmp_path / "tensorboard" / "1" / "sft").is_dir()
-    results = [v for event in events_of(tmp_path / "tensorboard" / "1" / "results") for v in event.summary.value]
-    assert ("eval_sft/mean_centered", 0.25) in [(value.tag, value.simple_value) for value in results]
-    (table,) = [value.tensor.string_val[0] for value in results if value.tag.startswith("metrics")]
-    assert table.decode().splitlines()[2] == "| mean \\| centred | 0.2500 |"
+    last = [v for event in events_of(tmp_path / "tensorboard" / "1" / "results") for v in event.summary.value]
+    assert ("eval_sft/mean_centered", 0.25) in [(value.tag, value.simple_value) for value in last]
+    texts = {
+        value.tag.partition("/")[0]: value.tensor.string_val[0].decode() for value in last if value.tensor.string_val
+    }
+    assert texts["metrics"].splitlines()[2] == "| mean \\| centred | 0.2500 |"
+    assert texts["artifacts"].splitlines()[2] == "| sft | checkpoint | a1b2 | /store/sft-a1b2 |"
+    assert texts["report"] == "# all went well"
 
 
 def wandb_records(data: bytes) -> Iterator[bytes]:
@@ -128,11 +147,16 @@ def test_trackio_keeps_a_continued_run_in_its_database(tmp_path: Path, environ: 
     with sqlite3.connect(database) as connection:
         rows = connection.execute("SELECT run_name, step, metrics FROM metrics ORDER BY id").fetchall()
         configs = connection.execute("SELECT run_name, config FROM configs").fetchall()
+        everything = "\n".join(connection.iterdump())
     assert {run for run, _, _ in rows} == {"1-first"}
     losses = [(step, json.loads(m)["pretrain/loss"]) for _, step, m in rows if "pretrain/loss" in json.loads(m)]
     assert losses == [(i, 8.0 / i) for i in range(1, 6)]
     assert any("final/eval_sft/mean_centered" in json.loads(metrics) for _, _, metrics in rows)
     assert json.loads(configs[0][1])["model"]["depth"] == 4
+    samples = [(step, json.loads(m)["pretrain/samples"]) for _, step, m in rows if "pretrain/samples" in json.loads(m)]
+    assert [step for step, _ in samples] == [1]
+    assert any("report" in json.loads(metrics) for _, _, metrics in rows)
+    assert "pretrain-a1b2" in everything
 
 
 @pytest.mark.slow
@@ -141,7 +165,7 @@ def test_wandb_keeps_a_continued_run_in_its_offline_folder(tmp_path: Path, envir
     from wandb.proto import wandb_internal_pb2
 
     track("wandb", tmp_path, environ)
-    history, keys, summary, config = [], set(), {}, {}
+    history, keys, summary, config, artifacts = [], set(), {}, {}, []
     for path in sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb")):
         for data in wandb_records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
@@ -152,6 +176,10 @@ def test_wandb_keeps_a_continued_run_in_its_offline_folder(tmp_path: Path, envir
             if record.HasField("history"):
                 line = {".".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
                 history.append(line)
+            if record.HasField("artifact") and record.artifact.metadata:
+                (entry,) = record.artifact.manifest.contents
+                about = json.loads(record.artifact.metadata)
+                artifacts.append((record.artifact.name, record.artifact.type, about["id"], entry.ref))
             if record.HasField("summary"):
                 summary |= {".".join(i.nested_key) or i.key: i.value_json for i in record.summary.update}
     assert len(keys) == 1
@@ -160,6 +188,10 @@ def test_wandb_keeps_a_continued_run_in_its_offline_folder(tmp_path: Path, envir
     assert losses == [(i, 8.0 / i) for i in range(1, 6)]
     assert summary["eval_sft/mean_centered"] == "0.25"
     assert config["model"]["depth"] == 4
+    samples = [line for line in history if any(key.startswith("pretrain/samples") for key in line)]
+    assert [line["pretrain/iteration"] for line in samples] == [1]
+    assert any(key.startswith("report") for line in history for key in line)
+    assert artifacts == [("pretrain-a1b2", "checkpoint", "a1b2", (tmp_path / "records" / "samples.jsonl").as_uri())]
 
 
 @pytest.mark.slow

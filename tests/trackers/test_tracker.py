@@ -14,7 +14,7 @@ import pytest
 from mlxchat import trackers
 from mlxchat.config.schema import TrackerConfig
 from mlxchat.trackers import Tracker, numbers_of
-from mlxchat.trackers.service import Results, TrackedRun
+from mlxchat.trackers.services import Published, Results, TrackedRun
 
 
 class Notebook:
@@ -23,6 +23,7 @@ class Notebook:
     def __init__(self, *, fails_at: int | None = None) -> None:
         self.runs: list[TrackedRun] = []
         self.logged: list[tuple[str, int, dict[str, float]]] = []
+        self.tables: list[tuple[str, int, str, list[Any]]] = []
         self.results: Results | None = None
         self.fails_at = fails_at
 
@@ -34,6 +35,9 @@ class Notebook:
         if len(self.logged) == self.fails_at:
             raise RuntimeError("no route to host")
         self.logged.append((step, iteration, numbers))
+
+    def table(self, step: str, iteration: int, name: str, header: Any, rows: Any) -> None:
+        self.tables.append((step, iteration, name, list(rows)))
 
     def finish(self, results: Results) -> None:
         self.results = results
@@ -47,6 +51,83 @@ def start(
     config = TrackerConfig(kind=kind, project="mlxchat", tags=["first"])
     options = {"open_service": service.open} if service else {}
     return Tracker(config, folder, ids=ids, say=(said if said is not None else []).append, **options)
+
+
+def write(path: Path, *records: dict[str, Any]) -> None:
+    with path.open("a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def test_samples_and_rollouts_arrive_as_tables_of_an_iteration(tmp_path: Path) -> None:
+    """Iterations come once, when they are complete, and the last ones from the artifact."""
+    work, done = tmp_path / "work", tmp_path / "done"
+    (tmp_path / "runs" / "1").mkdir(parents=True)
+    work.mkdir()
+    notebook = Notebook()
+    tracker = Tracker(
+        TrackerConfig(kind="wandb", project="p", tags=[]), tmp_path / "runs" / "1", open_service=notebook.open,
+        records=lambda step, name: work / f"{name}.jsonl",
+    )  # fmt: skip
+    rollout = {"question": 7, "sample": 0, "prompt": "1+1", "output": "x" * 9999, "expected": None, "reward": 0.5,
+               "parts": {}, "right": True, "advantage": 0.0, "tokens": 3, "finished": True}  # fmt: skip
+    write(work / "samples.jsonl", *({"iteration": 1, "prompt": p, "text": f"{p}1"} for p in "ab"))
+    write(work / "rollouts.jsonl", {"iteration": 2, **rollout})
+    tracker.log("rl", {"iteration": 1, "loss": 1.0})
+    tracker.log("rl", {"iteration": 2, "loss": 1.0})
+    write(work / "rollouts.jsonl", {"iteration": 2, **rollout, "sample": 1})
+    tracker.log("rl", {"iteration": 3, "loss": 1.0})
+    write(work / "samples.jsonl", {"iteration": 3, "prompt": "a", "text": "a3"})
+    work.rename(done)
+    tracker.finish(Results(artifacts={"rl": Published(id="ab", kind="checkpoint", folder=done)}))
+    long = "x" * 1999 + "…"
+    assert notebook.tables == [
+        ("rl", 1, "samples", [["a", "a1"], ["b", "b1"]]),
+        ("rl", 2, "rollouts", [[7, sample, "1+1", long, "", 0.5, "True", 3] for sample in (0, 1)]),
+        ("rl", 3, "samples", [["a", "a3"]]),
+    ]
+
+
+def test_tables_that_a_killed_run_passed_on_are_not_repeated(tmp_path: Path) -> None:
+    config, tables = TrackerConfig(kind="wandb", project="p", tags=[]), []
+    write(tmp_path / "samples.jsonl", {"iteration": 1, "prompt": "a", "text": "b"})
+    for run in "12":
+        (tmp_path / "runs" / run).mkdir(parents=True)
+        notebook = Notebook()
+        tracker = Tracker(
+            config, tmp_path / "runs" / run, open_service=notebook.open,
+            records=lambda step, name: tmp_path / f"{name}.jsonl",
+        )  # fmt: skip
+        tracker.log("sft", {"iteration": 2, "loss": 1.0})
+        tracker.finish(Results(is_done=False))
+        tables += notebook.tables
+    assert len(tables) == 1
+
+
+def test_a_service_without_tables_is_not_given_any(tmp_path: Path) -> None:
+    class Plain:
+        def __init__(self) -> None:
+            self.ended = False
+
+        def open(self, run: TrackedRun) -> Any:
+            return self
+
+        def log(self, step: str, iteration: int, numbers: dict[str, float]) -> None:
+            pass
+
+        def finish(self, results: Results) -> None:
+            self.ended = True
+
+    write(tmp_path / "samples.jsonl", {"iteration": 1, "prompt": "a", "text": "b"})
+    (tmp_path / "runs" / "1").mkdir(parents=True)
+    said: list[str] = []
+    plain = Plain()
+    tracker = Tracker(
+        TrackerConfig(kind="wandb", project="p", tags=[]), tmp_path / "runs" / "1", open_service=plain.open,
+        records=lambda step, name: tmp_path / f"{name}.jsonl", say=said.append,
+    )  # fmt: skip
+    tracker.log("sft", {"iteration": 2, "loss": 1.0})
+    tracker.finish()
+    assert (plain.ended, said) == (True, [])
 
 
 def test_records_arrive_in_order_with_their_iteration_apart(tmp_path: Path) -> None:
@@ -117,22 +198,24 @@ def test_what_a_step_recorded_before_a_crash_is_passed_on_first(tmp_path: Path) 
     notebook = Notebook()
     folder = tmp_path / "runs" / "1"
     folder.mkdir(parents=True)
-    past = [{"iteration": i, "loss": float(i)} for i in (1, 2, 3, 4)]
+    write(tmp_path / "metrics.jsonl", *({"iteration": i, "loss": float(i)} for i in (1, 2, 3, 4)))
     config = TrackerConfig(kind="wandb", project="p", tags=[])
-    tracker = Tracker(config, folder, open_service=notebook.open, history=lambda step: past)
+    tracker = Tracker(config, folder, open_service=notebook.open, records=lambda step, name: tmp_path / f"{name}.jsonl")
     tracker.log("sft", {"iteration": 4, "loss": 4.0})
     tracker.log("sft", {"iteration": 5, "loss": 5.0})
     tracker.finish(Results())
     assert [iteration for _, iteration, _ in notebook.logged] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("history", [[{"loss": 1.0}], [{"iteration": "x"}], None, 3])
-def test_a_history_that_cannot_be_read_is_left_out(history: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"iteration": "x"}', "null", "3", '{"iter', "\x00"])
+def test_a_history_that_cannot_be_read_is_left_out(line: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    (tmp_path / "samples.jsonl").write_text(line + "\n")
     notebook = Notebook()
     folder = tmp_path / "runs" / "1"
     folder.mkdir(parents=True)
     config = TrackerConfig(kind="wandb", project="p", tags=[])
-    tracker = Tracker(config, folder, open_service=notebook.open, history=lambda step: history)
+    tracker = Tracker(config, folder, open_service=notebook.open, records=lambda step, name: tmp_path / f"{name}.jsonl")
     tracker.log("sft", {"iteration": 4, "loss": 4.0})
     tracker.finish(Results())
     assert [iteration for _, iteration, _ in notebook.logged] == [4]

@@ -40,7 +40,7 @@ from mlxchat.store.gc import remark_old
 from mlxchat.store.naming import LATEST, MODEL, called, links, runs
 from mlxchat.store.store import Store
 from mlxchat.trackers import Tracker, numbers_of
-from mlxchat.trackers.service import Results
+from mlxchat.trackers.services import Published, Results
 
 
 def run_pipeline(
@@ -97,7 +97,7 @@ def run_pipeline(
     planned = {step.name: step for step in plan}
     tracker = Tracker(
         config.tracker, folder, ids=[step.settings_key for step in plan], settings=redact(plain_of(config)), say=_say,
-        history=lambda step: Records(store.work(planned[step].key) / "ckpt" / "records" / "metrics.jsonl").read(),
+        records=lambda step, name: store.work(planned[step].key) / "ckpt" / "records" / f"{name}.jsonl",
     )  # fmt: skip
 
     def take(step: str, record: Record) -> None:
@@ -115,17 +115,20 @@ def run_pipeline(
     try:
         execute(plan, store, run)
         is_done = True
+        if not is_verb:
+            _show_report(store, folder)
     finally:
         tracker.finish(_results(config, store, folder, is_done=is_done))
-    if is_verb:
-        return folder
+    return folder
+
+
+def _show_report(store: Store, folder: Path) -> None:
     from mlxchat.report.terminal import show_report
 
     try:
         show_report(store.outputs, folder)
     except OSError as error:  # everything is done; the report can be had later
         _say(f"the report could not be written ({error.strerror}: {error.filename}). Mend that and run: mlxchat report")
-    return folder
 
 
 def remark_few_rows(plan: list[PlannedStep], ranks: int) -> list[str]:
@@ -294,12 +297,19 @@ def _results(config: Config, store: Store, folder: Path, *, is_done: bool) -> Re
         return Results(is_done=is_done)
     numbers = {step.name: numbers_of(step.manifest.get("metrics") or {}) for step in report.steps}
     table = metric_table(report)
+    page = folder / "report.html"
     return Results(
         numbers={step: found for step, found in numbers.items() if found},
         header=table.header if table else [],
         rows=[[" ".join(filter(None, (cell.text, cell.detail))) for cell in row] for row in table.rows]
         if table
         else [],
+        artifacts={
+            step.name: Published(id=step.rid, kind=step.kind, folder=step.folder)
+            for step in report.steps
+            if step.folder is not None
+        },
+        report=page if page.is_file() else None,
         is_done=is_done,
     )
 

@@ -1,20 +1,23 @@
-"""Metrics to a tracking service besides metrics.jsonl: Weights & Biases, Trackio or TensorBoard.
+"""Metrics, samples and rollouts to W&B, Trackio, TensorBoard or a user's own service, besides the .jsonl files.
 
-    service               what a service is given, and the three things that it does
-    continuing            which tracked run a command continues
-    wandb_service, trackio_service, tensorboard_service
+A tracker never fails or delays a training: it works in a thread of its own, and the first failure (package missing, no
+network, an error in the middle) is one warning; then the run goes on without it.
 
-A tracker is a convenience and never a reason to lose a training: it works in a thread of its own, and the first thing
-that goes wrong (package missing, no network, a fault in the middle) is told once; from then on the run goes on without.
+runs/<run>/tracker.json says who tracks a run, as what, and how far. The same command after a crash or Ctrl-C plans the
+same ids, so a run of the same ids that has not ended is continued. One that has ended is not: `force=[sft]` begins a
+new one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import json
 import math
 import queue
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,16 +25,23 @@ from typing import Any
 from mlxchat.config.parts import is_own, load_part
 from mlxchat.config.schema import TrackerConfig
 from mlxchat.config.secrets import redact
-from mlxchat.trackers.continuing import Journal
-from mlxchat.trackers.service import Results, Service, TrackedRun
+from mlxchat.store.files import Records, write_whole
+from mlxchat.trackers.services import Results, Service, TrackedRun
 
 # What the end of a run waits for a service that still has something to send.
 FINISH_SECONDS = 60.0
-_SERVICES = {
-    "wandb": ("wandb_service", "WandbService"),
-    "trackio": ("trackio_service", "TrackioService"),
-    "tensorboard": ("tensorboard_service", "TensorBoardService"),
+NOTE = "tracker.json"
+# How often the note follows what was logged, one such time behind, since a service writes with a delay of its own. So
+# after a kill what was sent in twice that time may be sent again.
+_NOTE_SECONDS = 10.0
+_SERVICES = {"wandb": "WandbService", "trackio": "TrackioService", "tensorboard": "TensorBoardService"}
+_TABLES = {
+    "samples": ("prompt", "text"),
+    "rollouts": ("question", "sample", "prompt", "output", "expected", "reward", "right", "tokens"),
 }
+"""Files of records beside metrics.jsonl, and the columns of their tables."""
+_MOST_ROWS = 64
+_MOST_CHARS = 2000
 
 
 class Tracker:
@@ -39,7 +49,7 @@ class Tracker:
 
     def __init__(
         self, config: TrackerConfig, folder: Path, *, ids: Iterable[str] = (), settings: dict[str, Any] | None = None,
-        history: Callable[[str], Iterable[dict[str, Any]]] = lambda step: (), say: Callable[[str], None] = print,
+        records: Callable[[str, str], Path] | None = None, say: Callable[[str], None] = print,
         open_service: Callable[[TrackedRun], Service] | None = None,
     ) -> None:  # fmt: skip
         """Begin to track, or continue a run of the same ids that has not ended.
@@ -49,14 +59,15 @@ class Tracker:
             folder: of the run, below outputs/runs.
             ids: of all steps of the plan.
             settings: the configuration, without secrets.
-            history: returns what a step has recorded so far; a service that lost some of it in a crash, or was chosen
-                after the step began, gets it before the first new record.
-            say: where a warning goes.
-            open_service: what begins to track in place of `config.kind`.
+            records: returns the path of a running step's records: metrics, samples, rollouts. A service that lost
+                metrics in a crash, or was chosen after the step began, gets them before the first new record.
+            say: prints a warning.
+            open_service: begins to track in place of `config.kind`.
         """
-        self._kind, self._say, self._history = config.kind, say, history
+        self._kind, self._say, self._records = config.kind, say, records
         self._begun: set[str] = set()
-        self._waiting: queue.Queue[tuple[str, int, dict[str, float]] | Results] = queue.Queue()
+        self._files: dict[tuple[str, str], _Growing] = {}
+        self._waiting: queue.Queue[tuple[str, Any] | Results] = queue.Queue()
         self._is_broken = False
         self._thread: threading.Thread | None = None
         if config.kind == "none":
@@ -73,28 +84,43 @@ class Tracker:
         self._thread.start()
 
     def log(self, step: str, record: dict[str, Any]) -> None:
-        """Pass the numbers of a metrics record on; their x is the record's iteration."""
+        """Pass the numbers of a metrics record on, and tables of earlier iterations; x is the record's iteration."""
         iteration = record.get("iteration")
         if self._thread is None or self._is_broken or not isinstance(iteration, int):
             return
         if step not in self._begun:
             self._begun.add(step)
-            with suppress(Exception):  # what cannot be read is left out
-                for past in self._history(step):
-                    if past["iteration"] < iteration:
-                        self._pass(step, past)
+            if self._records is not None:
+                with suppress(OSError):
+                    for past in Records(self._records(step, "metrics")).read():
+                        if isinstance(past.get("iteration"), int) and past["iteration"] < iteration:
+                            self._pass(step, past)
         self._pass(step, record)
+        if self._records is not None:
+            for name in _TABLES:
+                self._pass_tables(step, name, self._records(step, name), before=iteration)
 
     def _pass(self, step: str, record: dict[str, Any]) -> None:
         iteration, numbers = record["iteration"], numbers_of(record, without="iteration")
         if self._journal.is_new(step, iteration) and numbers:
-            self._waiting.put((step, iteration, numbers))
+            self._waiting.put(("log", (step, iteration, numbers)))
+
+    def _pass_tables(self, step: str, name: str, path: Path, *, before: float = math.inf) -> None:
+        """Pass on a table for each iteration below `before` of the records that a file has got since the last call."""
+        columns = _TABLES[name]
+        for iteration, records in self._files.setdefault((step, name), _Growing()).read(path, before):
+            if self._journal.is_new(f"{step}/{name}", iteration):
+                rows = [[_cell_of(record.get(column)) for column in columns] for record in records[:_MOST_ROWS]]
+                self._waiting.put(("table", (step, iteration, name, columns, rows)))
 
     def finish(self, results: Results | None = None) -> None:
-        """End the tracked run with what came of it; wait for what was not sent yet, but not for long."""
+        """End the tracked run with its results; wait for what was not sent yet, for `FINISH_SECONDS` at most."""
         if self._thread is None:
             return
         results = results or Results(is_done=False)
+        for step in self._begun & results.artifacts.keys():
+            for name in _TABLES:
+                self._pass_tables(step, name, results.artifacts[step].folder / f"{name}.jsonl")
         self._waiting.put(results)
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
@@ -109,7 +135,9 @@ class Tracker:
         try:
             service = open_service(run)
             while not isinstance(entry := self._waiting.get(), Results):
-                service.log(*entry)
+                method, arguments = entry
+                if method != "table" or hasattr(service, "table"):
+                    getattr(service, method)(*arguments)
             service.finish(entry)
         except ImportError as error:
             remedy = "" if is_own(self._kind) else f"; install it: pip install 'mlxchat[{self._kind}]'"
@@ -126,7 +154,38 @@ class Tracker:
             ))  # fmt: skip
 
 
-def numbers_of(record: dict[str, Any], *, without: str = "") -> dict[str, float]:
+class _Growing:
+    """A file of records that is being written, read once."""
+
+    def __init__(self) -> None:
+        self._offset = 0
+        self._waiting: dict[int, list[dict[str, Any]]] = {}
+
+    def read(self, path: Path, before: float) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Yield the new records of each iteration below `before`; later ones may not be complete yet."""
+        with suppress(OSError), path.open("rb") as file:
+            if path.stat().st_size < self._offset:  # a resumed step has cut it
+                self._offset = 0
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._offset += len(line)
+                record = Records.parse(line)
+                if record is not None and isinstance(record.get("iteration"), int):
+                    self._waiting.setdefault(record["iteration"], []).append(record)
+        for iteration in sorted(each for each in self._waiting if each < before):
+            yield iteration, self._waiting.pop(iteration)
+
+
+def _cell_of(value: Any) -> str | float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    text = "" if value is None else str(value)
+    return text if len(text) <= _MOST_CHARS else text[: _MOST_CHARS - 1] + "…"
+
+
+def numbers_of(record: Mapping[str, Any], *, without: str = "") -> dict[str, float]:
     """Return the entries of a record that are finite numbers; what is none of these breaks some services' plots."""
     return {
         name: value
@@ -142,8 +201,71 @@ def _open_service(kind: str) -> Callable[[TrackedRun], Service]:
         if is_own(kind):
             own: Service = load_part(kind)(run)
             return own
-        module, name = _SERVICES[kind]
-        service: Service = getattr(importlib.import_module(f"mlxchat.trackers.{module}"), name)(run)
+        service: Service = getattr(importlib.import_module("mlxchat.trackers.services"), _SERVICES[kind])(run)
         return service
 
     return begin
+
+
+class Journal:
+    """The note of one run: its tracked run and the last iteration of each step that was passed on."""
+
+    def __init__(self, folder: Path, kind: str, project: str, ids: Iterable[str]) -> None:
+        """Find what this run continues, if anything.
+
+        Args:
+            folder: the run's, below outputs/runs.
+            kind: of tracker.
+            project: as the tracker calls it.
+            ids: of all steps of the plan.
+        """
+        same = hashlib.sha256(json.dumps([kind, project, sorted(ids)]).encode()).hexdigest()
+        self._path = folder / NOTE
+        found = _unfinished(folder, same)
+        self.is_continued = found is not None
+        self.name: str = found["name"] if found else folder.name
+        self.key = hashlib.sha256(f"{same}/{self.name}".encode()).hexdigest()[:16]
+        self._before: dict[str, int] = dict(found["passed"]) if found else {}
+        self._passed = dict(self._before)
+        self._settled = dict(self._before)
+        self._note = {"kind": kind, "project": project, "same": same, "name": self.name, "key": self.key}
+        self._written = 0.0
+        self.write(is_ended=False)
+
+    def is_new(self, step: str, iteration: int) -> bool:
+        """Tell whether a record has not been passed on before; if so it counts as passed on from now on.
+
+        A step logs several records at an iteration (loss, then validation), each with its own numbers.
+        """
+        if iteration <= self._before.get(step, -1):
+            return False
+        self._passed[step] = max(iteration, self._passed.get(step, -1))
+        if time.monotonic() - self._written >= _NOTE_SECONDS:
+            self.write(is_ended=False)
+        return True
+
+    def settle(self, *, is_ended: bool) -> None:
+        """Write the note at the end, when the service has taken everything."""
+        self._settled = dict(self._passed)
+        self.write(is_ended=is_ended)
+
+    def write(self, *, is_ended: bool) -> None:
+        """Write the note."""
+        self._written = time.monotonic()
+        note = {**self._note, "ended": is_ended, "passed": self._settled}
+        with suppress(OSError):  # it is a help for the next run, no promise
+            write_whole(self._path, json.dumps(note))
+        self._settled = dict(self._passed)
+
+
+def _unfinished(folder: Path, same: str) -> dict[str, Any] | None:
+    """Return the note of the newest other run of the same ids, unless it has ended."""
+    for path in sorted(folder.parent.glob(f"*/{NOTE}"), reverse=True):
+        if path.parent == folder:
+            continue
+        with suppress(OSError, ValueError):
+            note = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(note, dict) and note.get("same") == same:
+                is_usable = isinstance(note.get("name"), str) and isinstance(note.get("passed"), dict)
+                return None if note.get("ended") or not is_usable else note
+    return None

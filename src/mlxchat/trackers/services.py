@@ -1,0 +1,261 @@
+"""The tracking services: Weights & Biases, Trackio, TensorBoard, and the protocol of a user's own.
+
+Each imports its package when a run begins with it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+Numbers = dict[str, float]
+Row = Sequence[str | float]
+
+_INIT_SECONDS = 60.0
+# What a killed process may lose of TensorBoard's files; the next one writes it again.
+_FLUSH_SECONDS = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackedRun:
+    """One run as a service sees it; a command that continues another's work continues its tracked run."""
+
+    project: str
+    name: str
+    """That of the folder of the run that began it."""
+    key: str
+    """Sixteen hexadecimal digits, the same whenever it is continued."""
+    outputs: Path
+    """The outputs folder, absolute; a service keeps its files in a folder of its own there."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The whole configuration, without secrets."""
+    tags: list[str] = field(default_factory=list)
+    is_continued: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A step's artifact."""
+
+    id: str
+    kind: str
+    """checkpoint, tokenizer, scores, …"""
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What a run ends with."""
+
+    numbers: dict[str, Numbers] = field(default_factory=dict)
+    """Step → its final numbers."""
+    header: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    """The table of metrics; empty if nothing was scored."""
+    artifacts: dict[str, Published] = field(default_factory=dict)
+    """Step → its artifact."""
+    report: Path | None = None
+    """report.html, with report.md beside it; None if none was written."""
+    is_done: bool = True
+    """Whether every step has its artifact."""
+
+
+class Service(Protocol):
+    """A destination of metrics. If it raises, that is reported once and it is not called again."""
+
+    def log(self, step: str, iteration: int, numbers: Numbers) -> None:
+        """Take the numbers of a step after so many of its iterations."""
+
+    def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
+        """Take a table of a step: its samples or its rollouts at an iteration. A user's service may lack this."""
+
+    def finish(self, results: Results) -> None:
+        """Take the results, and end. The run may begin again under the same key."""
+
+
+class WandbService:
+    """A run of Weights & Biases: online, or offline in outputs/wandb (WANDB_MODE=offline) for a later `wandb sync`.
+
+    Every step's curves have that step's iteration as their x.
+    """
+
+    def __init__(self, run: TrackedRun) -> None:
+        """Begin the run, or continue it.
+
+        Raises:
+            ImportError: wandb is not installed.
+            Exception: what wandb raises, for instance without a key or a network.
+        """
+        import wandb
+
+        self._library: Any = wandb
+        self._run: Any = wandb.init(
+            project=run.project, name=run.name, id=run.key, resume="allow", config=run.settings, tags=run.tags,
+            dir=os.environ.get("WANDB_DIR") or str(run.outputs),
+            # The terminal is the run's own: wandb neither takes its lines nor adds to them.
+            settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_SECONDS),
+        )  # fmt: skip
+        self._steps: set[str] = set()
+
+    def log(self, step: str, iteration: int, numbers: Numbers) -> None:
+        """Add a point to each of the step's curves."""
+        self._log(step, iteration, numbers)
+
+    def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
+        """Add a table at an iteration."""
+        self._log(step, iteration, {name: self._table(header, rows)})
+
+    def _log(self, step: str, iteration: int, values: dict[str, Any]) -> None:
+        if step not in self._steps:
+            self._steps.add(step)
+            self._run.define_metric(f"{step}/iteration")
+            self._run.define_metric(f"{step}/*", step_metric=f"{step}/iteration")
+        self._run.log({f"{step}/iteration": iteration, **{f"{step}/{name}": value for name, value in values.items()}})
+
+    def _table(self, header: Sequence[str], rows: Sequence[Row]) -> Any:
+        return self._library.Table(columns=list(header), data=[list(row) for row in rows])
+
+    def finish(self, results: Results) -> None:
+        """Set the summary, add the table of metrics and the report, link the artifacts, and end the run."""
+        for step, numbers in results.numbers.items():
+            self._run.summary.update({f"{step}/{name}": value for name, value in numbers.items()})
+        if results.rows:
+            self._run.log({"metrics": self._table(results.header, results.rows)})
+        if results.report is not None:
+            self._run.log({"report": self._library.Html(results.report.read_text("utf-8"), data_is_not_path=True)})
+        for step, published in results.artifacts.items():
+            self._run.log_artifact(_reference(self._library, step, published))
+        self._run.finish(exit_code=0 if results.is_done else 1)
+
+
+class TrackioService:
+    """A run of Trackio: a SQLite file of this machine (TRACKIO_DIR, `trackio show`), or a Space (TRACKIO_SPACE_ID)."""
+
+    def __init__(self, run: TrackedRun) -> None:
+        """Begin the run, or continue it.
+
+        Raises:
+            ImportError: trackio is not installed.
+            Exception: what trackio raises.
+        """
+        import trackio
+
+        self._library: Any = trackio
+        settings = {**run.settings, "tags": run.tags} if run.tags else run.settings
+        # Names that begin with an underscore are Trackio's own.
+        settings = {name: value for name, value in settings.items() if not name.startswith("_")}
+        self._run: Any = trackio.init(
+            project=run.project, name=run.name, config=settings, resume="allow", embed=False,
+            auto_log_gpu=False, auto_log_cpu=False,
+        )  # fmt: skip
+
+    def log(self, step: str, iteration: int, numbers: Numbers) -> None:
+        """Add a point to each of the step's curves."""
+        self._run.log({f"{step}/{name}": value for name, value in numbers.items()}, step=iteration)
+
+    def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
+        """Add a table at an iteration."""
+        self._run.log({f"{step}/{name}": self._table(header, rows)}, step=iteration)
+
+    def _table(self, header: Sequence[str], rows: Sequence[Row]) -> Any:
+        return self._library.Table(columns=list(header), data=[list(row) for row in rows])
+
+    def finish(self, results: Results) -> None:
+        """Add final numbers, the table of metrics and the report, link the artifacts, and end the run."""
+        final: dict[str, Any] = {
+            f"final/{step}/{name}": value for step, ns in results.numbers.items() for name, value in ns.items()
+        }
+        if results.rows:
+            final["metrics"] = self._table(results.header, results.rows)
+        if results.report is not None:
+            final["report"] = self._library.Html(results.report.read_text("utf-8"), data_is_not_path=True)
+        if final:
+            self._run.log(final)
+        for step, published in results.artifacts.items():
+            self._library.log_artifact(_reference(self._library, step, published))
+        self._run.finish()
+
+
+def _reference(library: Any, step: str, published: Published) -> Any:
+    """Return an artifact of wandb or trackio that links ours: its id and folder, no copy of its files."""
+    about = {"id": published.id, "step": step}
+    artifact = library.Artifact(f"{step}-{published.id}", type=published.kind, metadata=about)
+    artifact.add_reference(published.folder.absolute().as_uri(), checksum=False)
+    return artifact
+
+
+class TensorBoardService:
+    """TensorBoard's event files, written by tensorboardX: outputs/tensorboard/<run>/<step>.
+
+    A step has a folder, and so a curve, of its own: `tensorboard --logdir outputs/tensorboard` shows the losses of
+    pretraining and of fine-tuning one over the other. Tables and the report are text there.
+    """
+
+    def __init__(self, run: TrackedRun) -> None:
+        """Prepare the folder.
+
+        Raises:
+            ImportError: tensorboardX is not installed.
+        """
+        from tensorboardX import SummaryWriter
+
+        self._open: Any = SummaryWriter
+        self._folder = run.outputs / "tensorboard" / run.name
+        self._writers: dict[str, Any] = {}
+        self._is_continued = run.is_continued
+        self._tags = run.tags
+
+    def log(self, step: str, iteration: int, numbers: Numbers) -> None:
+        """Write one scalar for each number."""
+        for name, value in numbers.items():
+            self._writer(step, iteration).add_scalar(name, value, iteration)
+
+    def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
+        """Write a table as Markdown."""
+        self._writer(step, iteration).add_text(name, _markdown(header, rows), iteration)
+
+    def _writer(self, step: str, iteration: int) -> Any:
+        if step not in self._writers:
+            # What a killed run wrote of later iterations is computed again: the viewer drops the former.
+            purge = {"purge_step": iteration} if self._is_continued else {}
+            self._writers[step] = self._begin(step, **purge)
+        return self._writers[step]
+
+    def _begin(self, name: str, **options: Any) -> Any:
+        # Without the process in its name, the file of a run that continues within a second would replace the former.
+        return self._open(
+            str(self._folder / name), filename_suffix=f".{os.getpid()}", flush_secs=_FLUSH_SECONDS, **options
+        )
+
+    def finish(self, results: Results) -> None:
+        """Write final numbers, tables and the report, and close the files."""
+        links = [[step, each.kind, each.id, str(each.folder)] for step, each in results.artifacts.items()]
+        texts = {
+            "metrics": _markdown(results.header, results.rows) if results.rows else "",
+            "artifacts": _markdown(["step", "kind", "id", "folder"], links) if links else "",
+            "report": results.report.with_suffix(".md").read_text("utf-8") if results.report is not None else "",
+            "tags": ", ".join(self._tags),
+        }
+        if results.numbers or results.rows or links:
+            with self._begin("results") as writer:
+                for step, numbers in results.numbers.items():
+                    for name, value in numbers.items():
+                        writer.add_scalar(f"{step}/{name}", value, 0)
+                for name, text in texts.items():
+                    if text:
+                        writer.add_text(name, text, 0)
+        for writer in self._writers.values():
+            writer.close()
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Row]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(value: str | float) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", "<br>")
