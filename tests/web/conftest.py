@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
 import subprocess
@@ -19,22 +18,24 @@ from kit.serving import start as start
 
 PAGE = Path(mlxchat.__file__).parent / "serve" / "page"
 _NODE = """
-const [source, given] = JSON.parse(require("fs").readFileSync(0, "utf8"));
-import(source).then((page) => console.log(JSON.stringify((CODE)(page, given))));
+import { readFileSync } from "node:fs";
+const [place, given] = JSON.parse(readFileSync(0, "utf8"));
+console.log(JSON.stringify((CODE)(await import(place), given)));
 """
 
 
 @pytest.fixture(scope="session")
-def node() -> Callable[..., Any]:
+def node(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Call a JavaScript function with (a module of the page, JSON); without Node.js the test is skipped."""
     if shutil.which("node") is None:
         pytest.skip("no Node.js on this machine")
+    folder = shutil.copytree(PAGE, tmp_path_factory.mktemp("node") / "page")
+    (folder / "package.json").write_text('{"type": "module"}')
 
     def run(module: str, code: str, given: Any) -> Any:
-        # Before its version 22.7 Node.js takes a file named .js for an older kind of module.
-        source = "data:text/javascript;base64," + base64.b64encode((PAGE / module).read_bytes()).decode()
-        command = ["node", "--no-warnings", "-e", _NODE.replace("CODE", code)]
-        done = subprocess.run(command, input=json.dumps([source, given]), capture_output=True, text=True)
+        command = ["node", "--input-type=module", "-e", _NODE.replace("CODE", code)]
+        given = json.dumps([(folder / module).as_uri(), given])
+        done = subprocess.run(command, input=given, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

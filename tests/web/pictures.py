@@ -68,7 +68,7 @@ def take_page(folder: Path, chromium: str, settings: list[str]) -> None:
                         """() => localStorage.setItem('mlxchat.settings', '{"temperature": 0, "seed": "1"}')"""
                     )
                     page.reload()
-                    page.wait_for_selector("#model-step:not(:empty)")
+                    page.wait_for_selector("#model-name:not(:empty)")
                     for question in QUESTIONS:
                         page.fill("#input", question)
                         page.press("#input", "Enter")

@@ -23,6 +23,7 @@ from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, lo
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest
 from mlxchat.interop.source import PREFIX
+from mlxchat.model.sizes import count_parameters
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.serve.security import Fault, Limits
@@ -120,8 +121,9 @@ class Models:
         """Return OpenAI's entry of every model, the default one first, with an own field `mlxchat` of provenance."""
         found = self._summaries()
         scores = _scores(found)
+        store = self.store.outputs / "store"
         entries = [
-            _entry(summary, scores, self.fingerprint(summary["tree"]))
+            _entry(summary, scores, self.fingerprint(summary["tree"]), _num_parameters(store / summary["folder"]))
             for summary in reversed(found)
             if summary.get("kind") == "checkpoint"
         ]
@@ -239,7 +241,18 @@ def _scores(found: list[Summary]) -> dict[str, dict[str, float]]:
     return scores
 
 
-def _entry(summary: Summary, scores: dict[str, dict[str, float]], fingerprint: str) -> dict[str, Any]:
+@lru_cache(maxsize=10_000)
+def _num_parameters(folder: Path) -> int | None:
+    """Return the parameters of a checkpoint, of the base model if it holds adapters; None if it cannot be read."""
+    try:
+        return count_parameters(sizes_of_folder(folder))["total"]
+    except (OSError, ValueError, DataError):
+        return None
+
+
+def _entry(
+    summary: Summary, scores: dict[str, dict[str, float]], fingerprint: str, parameters: int | None
+) -> dict[str, Any]:
     made_from = {role: made.get("artifact") for role, made in (summary.get("inputs") or {}).items() if made}
     return {
         "id": summary["folder"],
@@ -252,6 +265,8 @@ def _entry(summary: Summary, scores: dict[str, dict[str, float]], fingerprint: s
             "fingerprint": fingerprint,
             "step": summary["step"],
             "stage": summary["stage"],
+            "label": summary["folder"].removeprefix(f"{summary['stage']}-").rpartition("-")[0],
+            "parameters": parameters,
             "run": summary.get("run"),
             "published": summary["published"],
             "converses": summary["stage"] != "pretrain",

@@ -1,10 +1,10 @@
 // The page: what happens when.
 
 import { append, choose, fresh, isUnanswered, parentOf, pathOf, readable, versionsOf } from "./conversation.js";
-import { fill, make, shown } from "./markdown.js";
+import { make, shown } from "./markdown.js";
 import { listModels, setKey, showModel, stream } from "./server.js";
-import { DEFAULTS, dropAll, dropConversation, keepConversation, readConversations, readSettings, writeSettings } from "./store.js";
-import { copy, editor, messageElement, omission, pace, provenance, renderParts, textOf, versionSwitch } from "./view.js";
+import { DEFAULTS, dropAll, dropConversation, keepConversation, keepOpen, readConversations, readOpen, readSettings, writeSettings } from "./store.js";
+import { copy, drawing, editor, messageElement, namesOf, omission, pace, provenance, renderWaiting, textOf, versionSwitch } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const settings = readSettings();
@@ -12,8 +12,10 @@ const EXAMPLES = ["What is the capital of France?", "Who are you?", "Mia has 12 
 const BEGINNINGS = ["The capital of France is", "Once upon a time"];
 
 let models = [];
+let names = new Map(); // id of a model → its name
+let followed = true; // whether the end of the conversation is in sight and stays there
 let conversation = fresh();
-let going = null; // the answer that is coming: {asked, path, element, controller, keep(note) what has come}
+let going = null; // the answer that is coming: {asked, path, message, element, controller, keep(note) what has come}
 let editing = null; // index of the message that is being edited
 
 function model() {
@@ -74,21 +76,22 @@ function showMessages() {
         buttons.at(to > at ? -1 : 0).focus();
       }));
     }
-    const name = several && message.role === "assistant" && message.model;
+    const name = several && message.role === "assistant" && (names.get(message.model) ?? message.model);
     const notes = [message.note, unanswered && "not answered: the model does not read it", name, message.pace];
     return messageElement(message, actions, notes.filter((note) => typeof note === "string").join(" · "));
   });
   $("messages").replaceChildren(...elements, ...(coming ? [coming.element] : []));
+  renderWaiting();
 }
 
 function showModelName() {
   const one = model();
-  $("model-name").textContent = one?.id ?? "…";
-  $("model-step").textContent = one?.mlxchat.step ?? "";
+  $("model-name").textContent = names.get(one?.id) ?? "";
+  $("model-open").title = one?.id ?? "";
   const converses = one?.mlxchat.converses ?? true;
   $("input").placeholder = converses ? "Ask something" : "Write a beginning, and the model goes on";
   $("empty-title").textContent = converses ? "What would you like to know?" : "How does it begin?";
-  $("empty-note").textContent = one ? `${one.id} ${converses ? "answers" : "was only pretrained: it continues text"}.` : "";
+  $("empty-note").textContent = one ? `${names.get(one.id)} ${converses ? "answers" : "was only pretrained: it continues text"}.` : "";
   $("examples").replaceChildren(...(converses ? EXAMPLES : BEGINNINGS).map((text) => {
     const button = make("button", { type: "button" }, text);
     button.addEventListener("click", () => say(text));
@@ -108,12 +111,17 @@ function atEnd() {
 }
 
 function toEnd() {
+  followed = true;
   $("scroll").scrollTop = $("scroll").scrollHeight;
-  showToEnd();
 }
 
-function showToEnd() {
-  $("to-end").hidden = atEnd();
+// Only the reader leaves the end: whatever else changes, texts that come or are rendered, the end stays in sight.
+function scrolled() {
+  const { scrollTop } = $("scroll");
+  if (atEnd()) followed = true;
+  else if (scrollTop < scrolled.before) followed = false;
+  scrolled.before = scrollTop;
+  $("to-end").hidden = followed;
 }
 
 // ---- talking ----
@@ -136,7 +144,6 @@ function showVersion(index) {
   $("problem").hidden = true;
   save(conversation);
   showAll();
-  showToEnd();
 }
 
 function edit(index) {
@@ -179,6 +186,7 @@ async function answer(parent) {
   const { messages, omitted } = readable(asked, path);
   const [address, body] = bodyFor(one, messages);
   const message = { role: "assistant", parts: [], model: one?.id ?? "", left_out: one?.mlxchat.converses === false ? 0 : omitted };
+  const show = drawing(message);
   const element = messageElement(message, []);
   element.classList.add("going");
   element.setAttribute("aria-busy", "true");
@@ -191,21 +199,21 @@ async function answer(parent) {
     asked.last = append(asked, message, parent);
     if (readConversations().some((other) => other.id === asked.id)) save(asked);
   };
-  going = { asked, path, element, controller, keep };
+  going = { asked, path, message, element, controller, keep };
   $("problem").hidden = true;
   busy(true);
   save(asked);
   showAll();
   toEnd();
-  let waiting = false;
+  let pending = false;
+  let cost = 0;
   const draw = () => {
-    waiting = false;
-    const follow = atEnd();
+    const before = performance.now();
+    pending = false;
     element.querySelector(".left-out")?.remove();
     element.prepend(...omission(message.left_out));
-    fill(element.querySelector(".said"), renderParts(message.parts));
-    if (follow) toEnd();
-    else showToEnd();
+    show();
+    cost = performance.now() - before;
   };
   let began = 0;
   let ended = 0;
@@ -221,23 +229,21 @@ async function answer(parent) {
       const last = message.parts.at(-1);
       if (last?.type === told.type) last.text += told.text;
       else message.parts.push({ type: told.type, text: told.text });
-      if (!waiting) {
-        waiting = true;
-        requestAnimationFrame(draw);
+      if (!pending) {
+        pending = true;
+        setTimeout(() => requestAnimationFrame(draw), 4 * cost); // a large block leaves most of the time to the reader
       }
     }
   } catch (error) {
     failed = error.name === "AbortError" ? "stopped" : "cut off";
     if (error.name !== "AbortError") complain(error, versionKept(asked, parent));
   }
-  const follow = atEnd();
+  draw();
   going = null;
   busy(false);
   if (message.parts.length) keep(failed);
   else if (!failed) keep("said nothing");
   showAll();
-  if (follow) toEnd();
-  else showToEnd();
   $("status").textContent = message.parts.length ? `The model said: ${shown(textOf(message))}` : "No answer.";
 }
 
@@ -264,27 +270,26 @@ function stop() {
 
 // ---- conversations ----
 
-function begin() {
+function open(one) {
   stop();
-  conversation = fresh();
+  conversation = one;
   editing = null;
-  $("problem").hidden = true;
-  showAll();
-  side(false);
-  $("input").focus();
-}
-
-function openConversation(id) {
-  const kept = readConversations().find((one) => one.id === id);
-  if (!kept || id === conversation.id) return side(false);
-  stop();
-  conversation = kept;
-  editing = null;
+  keepOpen(one.id);
   $("problem").hidden = true;
   showAll();
   toEnd();
   side(false);
   $("input").focus();
+}
+
+function begin() {
+  open(fresh());
+}
+
+function openConversation(id) {
+  const kept = readConversations().find((one) => one.id === id);
+  if (!kept || id === conversation.id) return side(false);
+  open(kept);
 }
 
 function side(shown) {
@@ -303,7 +308,8 @@ async function loadModels() {
   } catch (error) {
     complain(error);
   }
-  $("model-choice").replaceChildren(...models.map((one) => make("option", { value: one.id }, `${one.mlxchat.step} — ${one.id}`)));
+  names = namesOf(models);
+  $("model-choice").replaceChildren(...models.map(({ id }) => make("option", { value: id }, names.get(id))));
   showModelName();
 }
 
@@ -384,8 +390,12 @@ $("forget").addEventListener("click", () => {
   $("settings-dialog").close();
   begin();
 });
-$("scroll").addEventListener("scroll", showToEnd, { passive: true });
+$("scroll").addEventListener("scroll", scrolled, { passive: true });
+new ResizeObserver(() => { if (followed) toEnd(); else scrolled(); }).observe($("messages"));
 $("to-end").addEventListener("click", () => { toEnd(); $("input").focus(); });
+$("messages").addEventListener("click", ({ target }) => {
+  if (target.matches("figure .copy")) copy(target.closest("figure").querySelector("code").textContent, target);
+});
 $("key-form").addEventListener("submit", () => { setKey($("key").value.trim()); $("key").value = ""; loadModels(); });
 for (const dialog of document.querySelectorAll("dialog")) {
   dialog.querySelector("[data-close]")?.addEventListener("click", () => dialog.close());
@@ -399,9 +409,8 @@ document.addEventListener("keydown", (event) => {
   if (event.ctrlKey && event.shiftKey && event.code === "KeyO") { event.preventDefault(); begin(); }
 });
 window.addEventListener("storage", showList);
-window.addEventListener("pagehide", () => { if (going?.element.querySelector(".said").textContent) going.keep("cut off"); });
+window.addEventListener("pagehide", () => { if (going?.message.parts.length) going.keep("cut off"); });
 
 theme();
-showAll();
+open(readConversations().find(({ id }) => id === readOpen()) ?? conversation);
 loadModels();
-$("input").focus();

@@ -23,7 +23,7 @@ export function pathOf(conversation, end = conversation.last ?? conversation.mes
 /** Add a message after `parent` and return its index. The shown path goes on with it if it ended at `parent`. */
 export function append(conversation, message, parent) {
   const ended = pathOf(conversation).at(-1) ?? -1;
-  const index = conversation.messages.push({ ...message, parent }) - 1;
+  const index = conversation.messages.push(Object.assign(message, { parent })) - 1;
   conversation.last = ended === parent ? index : ended;
   return index;
 }

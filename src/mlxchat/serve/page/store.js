@@ -2,6 +2,7 @@
 
 const CONVERSATIONS = "mlxchat.conversations";
 const SETTINGS = "mlxchat.settings";
+const OPEN = "mlxchat.open";
 const MOST = 200;
 
 export const DEFAULTS = { temperature: 0.8, top_k: 50, top_p: 1, min_p: 0, repetition_penalty: 1, max_tokens: 512, seed: "", system: "", theme: "", model: "" };
@@ -31,6 +32,15 @@ export function readSettings() {
     if (typeof kept?.[key] === typeof usual && !Number.isNaN(kept[key])) settings[key] = kept[key];
   }
   return settings;
+}
+
+/** Return the conversation that is open in this tab, which a reload opens again. */
+export function readOpen() {
+  return sessionStorage.getItem(OPEN);
+}
+
+export function keepOpen(id) {
+  sessionStorage.setItem(OPEN, id);
 }
 
 export function writeSettings(settings) {

@@ -1,9 +1,13 @@
-// Messages as elements.
+// Messages and models as elements.
 
-import { fill, make, renderInline, renderMarkdown, shown } from "./markdown.js";
+import { growing, make, scrolling, shown } from "./markdown.js";
 
 const SUM = /^[\d\s.,+\-*/%()]*$/;
 const COUNT = /^\s{0,9}(['"])[^'"\n]{0,200}\1\s{0,9}\.\s{0,9}count\([^()\n]{0,200}\)\s{0,9}$/;
+// Characters of private use: between them stands the number of a call in the Markdown around it.
+const CALL = /\ue000(\d{1,9})\ue001/;
+const SLICE_MILLISECONDS = 8;
+const SLICE_CHARACTERS = 4000;
 
 /** Copy a text; the button says that it was. */
 export async function copy(text, button) {
@@ -22,52 +26,100 @@ export async function copy(text, button) {
   setTimeout(() => { button.textContent = label; }, 1200);
 }
 
-/** Return what was said, without calls and what they gave. */
+/** Return the text of a message, without calls and their results. */
 export function textOf(message) {
   return message.parts.filter((part) => part.type === "text").map((part) => part.text).join("");
 }
 
-/** Return a message's text as nodes: markdown, with calls of the calculator folded where they stand. */
-export function renderParts(parts) {
-  if (parts.every((part) => part.type === "text")) return renderMarkdown(parts.map((part) => part.text).join(""), copy);
-  const nodes = [];
-  for (let at = 0; at < parts.length; at += 1) {
-    const part = parts[at];
-    if (part.type === "text") {
-      placeText(nodes, part.text);
-    } else {
-      const answer = part.type === "python" && parts[at + 1]?.type === "python_output" ? parts[at += 1].text : null;
-      const [call, result] = part.type === "python" ? [part.text, answer] : ["", part.text];
-      if (SUM.test(call) || COUNT.test(call)) lastParagraph(nodes).append(calculation(shown(call), result));
-      else nodes.push(program(shown(call), result));
-    }
+// ---- texts of messages ----
+
+const texts = new WeakMap(); // message → element of its text
+const waiting = []; // what renders these texts in slices, the newest message last
+
+/** Return the element of a message's text, which is plain until `renderWaiting` has come to it. */
+export function textElement(message) {
+  if (!texts.has(message)) {
+    const element = make("div", { class: "said", dir: "auto" }, shown(textOf(message)));
+    if (message.role === "assistant") waiting.push(slices(message, element));
+    texts.set(message, element);
   }
-  return nodes;
+  return texts.get(message);
 }
 
-// Text around calls goes on in the paragraph that they stand in.
-function placeText(nodes, text) {
-  const [first, ...rest] = shown(text).split("\n");
-  const goesOn = nodes.length && nodes.at(-1).tagName === "P" && first.trim();
-  if (goesOn) for (const node of renderInline(first)) lastParagraph(nodes).append(node);
-  for (const node of renderMarkdown(goesOn ? rest.join("\n") : text, copy)) nodes.push(node);
+/** Return the function that shows what has come of a message so far. */
+export function drawing(message) {
+  const element = make("div", { class: "said", dir: "auto" });
+  const show = growing(element);
+  texts.set(message, element);
+  return () => {
+    const { text, calls } = asMarkdown(message.parts);
+    show(text, (fragment) => placeCalls(fragment, calls));
+  };
 }
 
-function lastParagraph(nodes) {
-  if (nodes.at(-1)?.tagName !== "P") nodes.push(make("p"));
-  return nodes.at(-1);
+function* slices({ parts }, element) {
+  const { text, calls } = asMarkdown(parts);
+  element.replaceChildren();
+  const show = growing(element);
+  let size = SLICE_CHARACTERS;
+  let kept = 0;
+  for (let end = size; ; end += size) {
+    const stays = show(text.slice(0, end), (fragment) => placeCalls(fragment, calls));
+    if (end >= text.length) return;
+    yield;
+    if (stays === kept) size *= 2; // a block of many slices is not made again in each of them
+    kept = stays;
+  }
 }
 
-function calculation(call, result) {
-  return make("details", { class: "tool" }, make("summary", {}, "calculator"),
-    make("div", {}, make("code", {}, call), result === null ? "" : " = ", make("code", {}, result ?? "")));
+/** Render what waits, the newest first, a few milliseconds in each frame. */
+export async function renderWaiting() {
+  for (let ends = performance.now() + SLICE_MILLISECONDS; waiting.length;) {
+    const next = waiting.pop();
+    if (!next.next().done) waiting.push(next);
+    if (performance.now() < ends) continue;
+    await new Promise(requestAnimationFrame);
+    ends = performance.now() + SLICE_MILLISECONDS;
+  }
 }
 
-function program(call, result) {
-  const pre = (name, text) => make("pre", { tabindex: "0", role: "region", "aria-label": name }, make("code", {}, text));
+/** Return the parts of a message as Markdown with a mark for each call, and the calls. */
+function asMarkdown(parts) {
+  const calls = [];
+  let text = "";
+  parts.forEach((part, at) => {
+    if (part.type === "text") text += part.text.replace(/[\ue000\ue001]/g, "\ufffd");
+    else if (part.type === "python_output" && parts[at - 1]?.type === "python") calls.at(-1).result = part.text;
+    else {
+      text += `\ue000${calls.length}\ue001`;
+      calls.push(part.type === "python" ? { call: part.text, result: null } : { call: "", result: part.text });
+    }
+  });
+  return { text, calls };
+}
+
+function placeCalls(fragment, calls) {
+  if (!calls.length) return;
+  const nodes = document.createTreeWalker(fragment, NodeFilter.SHOW_TEXT);
+  const marked = [];
+  while (nodes.nextNode()) if (CALL.test(nodes.currentNode.data)) marked.push(nodes.currentNode);
+  for (const node of marked) {
+    node.replaceWith(...node.data.split(CALL).map((piece, at) => (at % 2 ? callElement(calls[piece]) : piece)));
+  }
+}
+
+function callElement({ call, result }) {
+  const code = (text) => make("code", {}, shown(text));
+  if (SUM.test(call) || COUNT.test(call)) {
+    return make("details", { class: "tool" }, make("summary", {}, "calculator"),
+      make("div", {}, code(call), result === null ? "" : " = ", code(result ?? "")));
+  }
+  const pre = (name, text) => scrolling(make("pre", {}, code(text)), name);
   return make("details", { class: "tool program" }, make("summary", {}, result === null ? "Python" : "Python and its output"),
-    pre("Program", call.trim()), ...(result === null ? [] : [pre("Output", shown(result))]));
+    pre("Program", call.trim()), result === null ? [] : pre("Output", result));
 }
+
+// ---- messages ----
 
 /** Return the length of an answer, with its rate if `milliseconds` from its first text to its last one measure any. */
 export function pace(tokens, milliseconds) {
@@ -89,23 +141,13 @@ export function versionSwitch(place, count, show) {
 
 /** Return a message's element; `actions` are [label, what it does] of its buttons, or elements. */
 export function messageElement(message, actions, note) {
-  const said = make("div", { class: "said", dir: "auto" });
-  if (message.role === "user") said.textContent = shown(textOf(message));
-  else fill(said, renderParts(message.parts));
-  const row = make("div", { class: "actions" });
-  for (const action of actions) {
-    if (action instanceof Element) {
-      row.append(action);
-      continue;
-    }
-    const [label, act] = action;
-    const button = make("button", { type: "button" }, label);
-    button.addEventListener("click", () => act(button));
-    row.append(button);
-  }
+  const row = make("div", { class: "actions" }, actions.map((action) => {
+    if (action instanceof Element) return action;
+    return make("button", { type: "button", onclick: ({ target }) => action[1](target) }, action[0]);
+  }));
   if (note) row.append(make("span", { class: "note" }, note));
   const who = make("span", { class: "unseen" }, message.role === "user" ? "You said:" : "The model said:");
-  return make("li", { class: message.role }, ...omission(message.left_out), who, said, row);
+  return make("li", { class: message.role }, omission(message.left_out), who, textElement(message), row);
 }
 
 /** Return the line above an answer that says how many earlier turns the model did not read. */
@@ -129,31 +171,62 @@ export function editor(text, save, cancel) {
   return { form, field };
 }
 
-/** Return where a model comes from, as lists. */
+// ---- models ----
+
+const day = (time) => new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+
+/** Return id → name of each model: stage and parameters, then what tells models of one name apart. */
+export function namesOf(models) {
+  const names = models.map(({ mlxchat: { step, stage, label, parameters } }) => (
+    [stage === "imported" ? label : step, parameters && short(parameters)].filter(Boolean).join(" · ")));
+  for (const more of [({ mlxchat }) => day(mlxchat.published), ({ id }) => id.slice(-16, -8)]) {
+    const count = new Map();
+    for (const name of names) count.set(name, (count.get(name) ?? 0) + 1);
+    models.forEach((one, at) => { if (count.get(names[at]) > 1) names[at] += ` · ${more(one)}`; });
+  }
+  return new Map(models.map(({ id }, at) => [id, names[at]]));
+}
+
+/** Return where a model comes from and what was measured of it. */
 export function provenance(model, detail) {
   const own = model.mlxchat;
   const facts = [
-    ["id", model.id], ["step", own.step + (own.converses ? "" : " (continues text)")], ["run", own.run ?? "?"],
-    ["made", new Date(own.published).toLocaleString()], ["from", Object.values(own.inputs ?? {}).join(", ")],
-    ["seed", detail?.mlxchat.seed], ["git", detail?.mlxchat.git?.commit?.slice(0, 12)],
-  ].filter(([, value]) => value !== undefined && value !== "");
-  const nodes = [definitions(facts)];
-  for (const [title, numbers] of [["Scores", own.scores], ["Metrics of its training", own.metrics]]) {
-    const rows = Object.entries(numbers ?? {}).map(([key, value]) => [key, show(value)]);
-    if (rows.length) nodes.push(make("h3", {}, title), definitions(rows, "numbers"));
+    ["Parameters", own.parameters?.toLocaleString()], ["Made", day(own.published)],
+    ["From", Object.values(own.inputs ?? {}).join(", ")], ["Run", own.run], ["Seed", detail?.mlxchat.seed],
+    ["Commit", detail?.mlxchat.git?.commit?.slice(0, 12)], ["Id", model.id],
+  ].filter(([, value]) => value !== undefined && value !== null && value !== "");
+  const nodes = [make("dl", {}, facts.flatMap(([key, value]) => [make("dt", {}, key), make("dd", {}, String(value))]))];
+  if (!own.converses) nodes.unshift(make("p", { class: "note" }, "Only pretrained: it continues text and cannot converse."));
+  for (const [title, numbers] of [["Scores", own.scores], ["From its training", own.metrics]]) {
+    if (Object.keys(numbers ?? {}).length) nodes.push(measured(title, numbers));
   }
-  if (detail?.mlxchat.config.schema) {
+  if (detail?.mlxchat.config) {
     nodes.push(make("details", {}, make("summary", {}, "Configuration"),
-      make("pre", { tabindex: "0" }, JSON.stringify(detail.mlxchat.config.schema, null, 1))));
+      scrolling(make("pre", {}, JSON.stringify(detail.mlxchat.config, null, 1)), "Configuration")));
   }
-  nodes.push(make("p", { class: "note" }, `All about it: mlxchat show ${model.id}`));
   return nodes;
 }
 
-function show(value) {
-  return Number.isInteger(value) ? value.toLocaleString() : Number(value.toPrecision(4)).toString();
+function measured(title, numbers) {
+  const rows = Object.entries(numbers).filter(([key]) => !key.endsWith("_stderr")).map(([key, value]) => {
+    const name = key.replace(/_bytes$/, "").replaceAll("_per_second", " / s").replaceAll("_", " ");
+    const shown = key.endsWith("_bytes") ? size(value) : plain(value, numbers[`${key}_stderr`]);
+    return make("tr", {}, make("th", { scope: "row" }, name), make("td", {}, shown));
+  });
+  return make("table", { class: "numbers" }, make("caption", {}, title), make("tbody", {}, rows));
 }
 
-function definitions(rows, kind = "") {
-  return make("dl", { class: kind }, ...rows.flatMap(([key, value]) => [make("dt", {}, key), make("dd", {}, String(value))]));
+function short(value) {
+  return value.toLocaleString("en", { notation: "compact" });
+}
+
+function size(bytes) {
+  const at = Math.min(3, Math.floor(Math.log10(Math.max(1, bytes)) / 3));
+  return `${(bytes / 1000 ** at).toPrecision(3) * 1} ${["B", "kB", "MB", "GB"][at]}`;
+}
+
+function plain(value, error) {
+  if (!error) return value.toLocaleString([], { maximumSignificantDigits: 4 });
+  const decimals = Math.min(9, Math.max(0, -Math.floor(Math.log10(error))));
+  return `${value.toFixed(decimals)} ± ${error.toFixed(decimals)}`;
 }
