@@ -24,7 +24,7 @@ from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.scheduler import Request
+from mlxchat.engine.scheduler import Request, ShownText
 from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import text_loss
@@ -118,7 +118,8 @@ def test_our_tokenizer_read_as_theirs_is_the_same(
     assert theirs.render(messages)[:2] == [tokenizer.bos, tokenizer.special_ids["<|user_start|>"]]
 
 
-def test_the_bytes_of_pieces_with_byte_fallback_are_those_of_the_text() -> None:
+def sentencepiece(scheme: str) -> ThirdPartyTokenizer:
+    """Return a tokenizer of pieces with byte fallback; `scheme` says where a blank is put before a text."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
@@ -127,15 +128,27 @@ def test_the_bytes_of_pieces_with_byte_fallback_are_those_of_the_text() -> None:
     pieces = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcé", "ab", "▁ab"]
     backend = Backend(models.BPE({piece: place for place, piece in enumerate(pieces)}, [("a", "b"), ("▁", "ab")],
                                  byte_fallback=True))  # fmt: skip
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)])
     backend.add_special_tokens([AddedToken("<s>", special=True)])
-    tokenizer = ThirdPartyTokenizer(
-        TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>"))
-    )
-    text = "ab abc é 你好\n"
+    return ThirdPartyTokenizer(TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")))
+
+
+def test_the_bytes_of_pieces_with_byte_fallback_are_those_of_the_text() -> None:
+    tokenizer, text = sentencepiece("never"), "ab abc é 你好\n"
     assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
     assert tokenizer.token_bytes[tokenizer.bos] == 0
+    assert tokenizer.decode_bytes([tokenizer.bos, *tokenizer.encode(text)]) == text.encode()
+
+
+@pytest.mark.parametrize("scheme", ["always", "never"])
+def test_an_answer_begins_without_the_blank_that_a_tokenizer_adds(scheme: str) -> None:
+    """Answers are shown token by token, and their first one is "▁ab" where decoding the whole gives "ab"."""
+    tokenizer = sentencepiece(scheme)
+    ids = tokenizer.encode(" ab ab" if scheme == "never" else "ab ab")
+    shown = ShownText(tokenizer, skip_blank=tokenizer.skips_blank)
+    assert "".join(shown.add(id_) for id_ in ids) == tokenizer.decode(ids)
+    assert tokenizer.skips_blank == (scheme == "always")
 
 
 def test_next_logits_of_prompts_that_share_a_beginning_are_those_of_each_alone(

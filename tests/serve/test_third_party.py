@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from kit.commands import Command
 from kit.serving import BASE, CHAT, Server
+from mlxchat.engine.scheduler import Request
 from mlxchat.serve.api import Service
 from mlxchat.serve.models import Models, load_scheduler
 from mlxchat.serve.requests import Defaults
@@ -197,6 +200,23 @@ def test_models_of_both_kinds_are_listed_and_answer(server: Server, client: open
 def test_what_cannot_be_is_refused_by_name(server: Server, body: dict[str, Any], param: str) -> None:
     response = server.chat(**body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_an_unloaded_model_is_freed_at_once(folder: Path, served: Path) -> None:
+    model = Models(Store(served), folder, third_party={NAME: folder}).find(None)
+    scheduler = load_scheduler(model, Limits())
+    forward: Any = scheduler.forward
+    held = weakref.ref(forward.model)
+    gc.collect()
+    gc.disable()
+    try:
+        scheduler.submit(Request(prompt=[1, 2, 3], max_new_tokens=2, reuse="close"))
+        while not scheduler.idle:
+            scheduler.step()
+        del scheduler, forward
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_a_model_without_a_template_continues_text(tmp_path: Path, served: Path, start: Callable[..., Server]) -> None:
