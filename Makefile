@@ -52,6 +52,12 @@ pictures: setup ## the README's pictures: report of the latest run, chat page, t
 sweep: setup ## run every combination of SWEEP="experiment=quickstart model=d2,d4 ..."
 	$(BIN)/mlxchat -m $(SWEEP) $(ARGS)
 
+scaling-laws: setup ## five sizes at four budgets on bundled text: parabolas, best sizes, exponents
+	$(BIN)/mlxchat -m experiment=scaling_laws_cpu $(ARGS)
+
+miniseries: setup ## nanochat's models of many depths, best tokens per parameter each (a GPU)
+	$(BIN)/mlxchat -m experiment=miniseries $(ARGS)
+
 rehearsal: setup ## everything that the speedrun does, once and small, with its real data
 	$(BIN)/mlxchat experiment=speedrun_rehearsal $(ARGS)
 
@@ -138,4 +144,4 @@ ifneq ($(MADE_FOR),$(DEVICE) $(CURDIR))
 .venv/made-for: FORCE
 endif
 
-.PHONY: help setup run chat serve report pictures sweep rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check lock clean FORCE
+.PHONY: help setup run chat serve report pictures sweep scaling-laws miniseries rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check lock clean FORCE

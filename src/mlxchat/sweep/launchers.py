@@ -88,7 +88,7 @@ class HydraSettings:
             ConfigError: no such launcher or sweeper, it is not installed, or Hydra refuses a setting.
         """
         refuse_hydras([item for item in overrides if not item.lstrip("+~").startswith(_OF_SWEEPS)])
-        if not overrides and not config_dirs:
+        if not overrides and not config_dirs and not any(item.lstrip("+").startswith("experiment=") for item in tasks):
             return cls(tasks=tasks)
         from hydra.core.hydra_config import HydraConfig
         from omegaconf.errors import OmegaConfBaseException

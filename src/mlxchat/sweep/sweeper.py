@@ -52,6 +52,7 @@ from mlxchat.sweep.results import (
     settings_of,
     write_results,
 )
+from mlxchat.sweep.scaling import trainings_of, write_scaling
 
 _MOST_OPTIONS = 20
 
@@ -131,7 +132,9 @@ def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> Sweep:
     parsed = [parse(item, config_dirs) for item in overrides if item not in of_hydra]
     fixed = [item.input_line or "" for item in parsed if not item.is_sweep_override()]
     hydra = HydraSettings.read(of_hydra, fixed, config_dirs)
-    parsed = [*(parse(item, config_dirs) for item in hydra.params), *parsed]
+    given = {item.key_or_group for item in parsed}
+    params = [parse(item, config_dirs) for item in hydra.params]
+    parsed = [*(item for item in params if item.key_or_group not in given), *parsed]
     varying = [item.input_line or "" for item in parsed if item.is_sweep_override()]
     if hydra.sweeper == "basic":
         lists = [_values(item, config_dirs) for item in parsed]
@@ -457,6 +460,10 @@ class _Run:
         declared = {one.name: one.direction for plan in plans for one in metrics_of_plan(*plan)}
         direction = config.direction or declared.get(metric or "", "minimize")
         write_results(rows, self.folder.path, metric=metric, less_is_better=direction == "minimize")
+        store = self.sweep.jobs[0].store
+        made = [store.made(step["key"]) for job in self.state["jobs"].values() for step in job["steps"]]
+        if files := write_scaling(trainings_of(filter(None, made)), self.folder.path):
+            print(f"scaling: {', '.join(map(str, files))}", flush=True)
         self._report()
         self.folder.tidy()
 

@@ -1,0 +1,63 @@
+"""A sweep over sizes and budgets ends with nanochat's table, and with the laws in words and as a picture."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from tests.kit.commands import CommandLine
+
+from mlxchat.planning.scaling import Training, fit_scaling_laws
+from mlxchat.sweep.scaling import describe_laws, write_scaling
+
+
+@pytest.mark.slow
+def test_a_sweep_over_sizes_and_budgets_ends_with_its_laws(mlxchat: CommandLine, tmp_path: Path) -> None:
+    settings = ["experiment=smoke", "stage=pretrain", "model.aspect_ratio=8,16,32", "model.head_width=16"]
+    settings += ["pretrain.num_iterations=null", "pretrain.target_flops=1e10,3e10", "pretrain.eval_tokens=2048"]
+    done = mlxchat("-m", *settings, f"outputs={tmp_path / 'outputs'}", timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = (tmp_path / "outputs" / "multirun").iterdir()
+    rows = list(csv.DictReader((folder / "scaling.csv").open()))
+    assert [int(row["model_dim"]) for row in rows] == [16, 32, 64] * 2
+    for row in rows:  # two layers, a vocabulary of 512, tied to nothing
+        width = int(row["model_dim"])
+        assert int(row["params_transformer"]) == 2 * 12 * width**2
+        assert int(row["params_wte"]) == int(row["params_lm_head"]) == 512 * width
+        assert int(row["tokens_trained"]) == 2048 * int(row["num_iterations"])
+    assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder / "scaling.md").read_text().startswith("# Scaling laws")
+    assert f"scaling: {folder / 'scaling.csv'}" in done.stdout
+
+
+def training(size: int, flops: float, bpb: float) -> Training:
+    kinds = dict.fromkeys(("matrices", "embedding", "value_embeddings", "head", "scalars", "total"), size)
+    return Training(
+        name=f"{size}-{flops}", depth=1, width=1, parameters=kinds, horizon_parameters=size, num_iterations=1,
+        tokens=int(flops / 6 / size), flops=flops, bpb=bpb,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("middle", [2.5, 2.9])
+def test_budgets_with_and_without_a_minimum_are_drawn(middle: float, tmp_path: Path) -> None:
+    """Without any, matplotlib's logarithmic axis of no values was a traceback at the end of the sweep."""
+    found = [training(size, flops, bpb) for flops in (1e12, 1e13) for size, bpb in ((10, 3.0), (20, middle), (40, 2.8))]
+    files = write_scaling(found, tmp_path)
+    assert [file.name for file in files] == ["scaling.csv", "scaling.md", "scaling.png"]
+    assert files[2].read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_without_a_minimum_says_which_sizes_to_try() -> None:
+    falling = [training(size, 1e12, bpb) for size, bpb in ((10**5, 3.0), (2 * 10**5, 2.9), (4 * 10**5, 2.8))]
+    bowl = [training(size, 1e13, bpb) for size, bpb in ((10**5, 2.6), (2 * 10**5, 2.5), (4 * 10**5, 2.6))]
+    laws = fit_scaling_laws(falling + bowl)
+    assert laws is not None
+    text = describe_laws(laws)
+    assert "| 1e+12 | 3 | none among these sizes: try larger ones | | | 2.8000 |" in text
+    assert "| 1e+13 | 3 | 200,000 | 8,333,333 | 41.7 | 2.5000 |" in text
+
+
+def test_an_ordinary_sweep_of_two_sizes_writes_nothing(tmp_path: Path) -> None:
+    assert write_scaling([training(10, 1e9, 3.0), training(20, 1e9, 2.9)], tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
