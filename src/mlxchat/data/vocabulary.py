@@ -1,8 +1,8 @@
 """Byte-level vocabularies: tokens in the order of their merges, and how text is cut before they apply.
 
 An existing one comes from a package that ships GPT-2's or GPT-4's, from a .tiktoken file of ranks, from Hugging Face's
-tokenizer.json (byte-level BPE), or from a tokenizer's folder. Planning needs sizes, so only the standard library is
-imported here.
+tokenizer.json (byte-level BPE), from nanochat's tokenizer.pkl, or from a tokenizer's folder. Planning needs sizes, so
+only the standard library is imported here.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mlxchat.data.pickled import MOST_BYTES, Made, Maker, brief, read_pickle
 from mlxchat.errors import DataError, suggest
 
 SPECIAL_TOKENS = (
@@ -43,9 +44,13 @@ GPT4_PATTERN = (
     r"""|\s+(?!\S)|\s"""
 )
 RANKS_FILE, CONFIG_FILE, HF_FILE = "ranks.tiktoken", "tokenizer_config.json", "tokenizer.json"
+PICKLED_FILE = "tokenizer.pkl"
+"""nanochat's own."""
 PATTERN_KEY = "split_pattern"
 """In CONFIG_FILE: how text is cut; absent where it is nanochat's."""
 POSSESSIVE_INTERVAL = re.compile(r"(\{\d+(?:,\d*)?\})\+")
+_PICKLED = "a tokenizer of nanochat's"
+_PICKLED_NAMES = {("tiktoken.core", "Encoding"): Maker(Made), ("tiktoken", "Encoding"): Maker(Made)}
 _LONGEST_TOKEN, _MOST_SQUARES = 2048, 1 << 26
 
 
@@ -115,6 +120,8 @@ def read_vocabulary(source: str, *, check_merges: bool = True) -> Vocabulary:
         return _read_packaged(source, file)
     if file.suffix == ".json":
         return _read_hf(source, file, check_merges=check_merges)
+    if file.suffix == ".pkl":
+        return _read_pickled(file)
     ranks = read_ranks(file)
     if file != Path(source):
         return Vocabulary(ranks, read_pattern(file.parent))
@@ -221,12 +228,12 @@ def _locate(source: str) -> Path:
         raise DataError(
             f'"{source}" is none of {", ".join(known)}, and no file or folder has that name.{suggest(source, known)}'
         )
-    for file in (path / RANKS_FILE, path / HF_FILE) if path.is_dir() else (path,):
-        if file.exists() and file.suffix in (".tiktoken", ".json"):
+    for file in (path / RANKS_FILE, path / HF_FILE, path / PICKLED_FILE) if path.is_dir() else (path,):
+        if file.exists() and file.suffix in (".tiktoken", ".json", ".pkl"):
             return file
     raise DataError(
-        f"{source} is no vocabulary: expected a .tiktoken file, a tokenizer.json, or a folder with {RANKS_FILE} or "
-        f"{HF_FILE}"
+        f"{source} is no vocabulary: expected a .tiktoken file, a {HF_FILE}, nanochat's {PICKLED_FILE}, or a folder "
+        f"with {RANKS_FILE}, {HF_FILE} or {PICKLED_FILE}"
     )
 
 
@@ -250,6 +257,61 @@ def _read_packaged(source: str, file: Path) -> Vocabulary:
             f"{source}: package {packaged.package} holds {len(vocabulary.ranks)} tokens, expected {packaged.num_tokens}"
         )
     return vocabulary
+
+
+def _read_pickled(path: Path) -> Vocabulary:
+    """Return the vocabulary of nanochat's tokenizer.pkl, a pickled tiktoken encoding; nothing of it is run.
+
+    Raises:
+        DataError: it is no such file, it is damaged, or it has other special tokens than nanochat's, after all others.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
+    where = path.name
+    if data.startswith(b"version https://git-lfs"):
+        raise DataError(f"{where} is a pointer of Git LFS, not the file itself. Get that with: git lfs pull")
+    content = read_pickle(data, _PICKLED_NAMES, where=where, what=_PICKLED)
+    state = content.state if isinstance(content, Made) else None
+    if isinstance(state, str):
+        raise DataError(
+            f"{where} only names the encoding {brief(state)!r} and holds no vocabulary. Save the model's own tokenizer"
+        )
+    if not isinstance(state, dict):
+        raise DataError(f"{where} is not {_PICKLED}: it holds no tiktoken encoding")
+    ranks, special, pattern = (state.get(key) for key in ("mergeable_ranks", "special_tokens", "pat_str"))
+    if not isinstance(ranks, dict) or not isinstance(special, dict) or not isinstance(pattern, str):
+        raise DataError(f"{where} is not {_PICKLED}: it lacks tokens, special tokens or how text is cut")
+    _check_ranks(ranks, where)
+    check_special_tokens(special, len(ranks), where)
+    try:
+        return Vocabulary(ranks, pattern)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+
+
+def check_special_tokens(special: dict[str, Any], num_tokens: int, where: str) -> None:
+    """Refuse special tokens that are not nanochat's, right after the others and in its order.
+
+    Raises:
+        DataError: naming the first that differs.
+    """
+    expected = {name: num_tokens + index for index, name in enumerate(SPECIAL_TOKENS)}
+    for name in sorted(expected.keys() | special.keys(), key=str):
+        if expected.get(name) != special.get(name):
+            raise DataError(
+                f"{where}: the special token {brief(name)} has id {brief(special.get(name))}, expected "
+                f"{expected.get(name)}. Only nanochat's nine special tokens, after all others, are read"
+            )
+
+
+def _check_ranks(ranks: dict[Any, Any], where: str) -> None:
+    numbers = [rank for rank in ranks.values() if type(rank) is int]
+    tokens = all(type(token) is bytes and token for token in ranks)
+    if not tokens or sorted(numbers) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
+        raise DataError(f"{where} is damaged: ids must be 0 … n − 1, and the 256 bytes among the tokens")
 
 
 # tokenizer.json of Hugging Face, as far as tiktoken can do what it does

@@ -8,10 +8,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
-from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE, RANKS_FILE, SPECIAL_TOKENS
+from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE, RANKS_FILE, check_special_tokens
 from mlxchat.errors import DataError
 from mlxchat.interop.names import check_tensors, expected_shapes, ours_from_hf, sizes_from_hf
-from mlxchat.interop.pickled import brief
 from mlxchat.interop.source import ModelSource, read_json
 from mlxchat.interop.tensors import SafeTensor, SafetensorsFile
 from mlxchat.model.sizes import GPTSizes
@@ -159,21 +158,6 @@ def check_added_tokens(path: Path, tokenizer: Tokenizer) -> None:
     """
     added = read_json(path, path.name).get("added_tokens") or []
     check_special_tokens({token["content"]: token["id"] for token in added}, len(tokenizer.ranks), path.name)
-
-
-def check_special_tokens(special: dict[str, Any], num_tokens: int, where: str) -> None:
-    """Refuse special tokens that are not nanochat's, right after the others and in its order.
-
-    Raises:
-        DataError: naming the first that differs.
-    """
-    expected = {name: num_tokens + index for index, name in enumerate(SPECIAL_TOKENS)}
-    for name in sorted(expected.keys() | special.keys(), key=str):
-        if expected.get(name) != special.get(name):
-            raise DataError(
-                f"{where}: the special token {brief(name)} has id {brief(special.get(name))}, expected "
-                f"{expected.get(name)}. Only nanochat's nine special tokens, after all others, are read"
-            )
 
 
 def _read_index(source: ModelSource) -> dict[str, str]:

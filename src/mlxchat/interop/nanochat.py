@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
-from mlxchat.data.vocabulary import HF_FILE, Vocabulary
+from mlxchat.data.vocabulary import HF_FILE, PICKLED_FILE
 from mlxchat.errors import DataError
-from mlxchat.interop.hf import check_added_tokens, check_special_tokens
+from mlxchat.interop.hf import check_added_tokens
 from mlxchat.interop.names import (
     COMPILED_PREFIX,
     check_tensors,
@@ -28,7 +28,6 @@ from mlxchat.interop.names import (
     ours_from_nanochat,
     sizes_from_nanochat,
 )
-from mlxchat.interop.pickled import MOST_BYTES, Made, Maker, brief, read_pickle
 from mlxchat.interop.source import ModelSource
 from mlxchat.interop.torch_files import TorchFile, TorchTensor
 from mlxchat.model.sizes import GPTSizes
@@ -36,8 +35,6 @@ from mlxchat.model.sizes import GPTSizes
 _MODEL = re.compile(r"model_(\d+)\.pt")
 _FLOATS = ("float32", "bfloat16", "float16")
 _MOST_SHOWN = 8
-_WHAT = "a tokenizer of nanochat's"
-_NAMES = {("tiktoken.core", "Encoding"): Maker(Made), ("tiktoken", "Encoding"): Maker(Made)}
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,7 @@ def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
             "was trained"
         )
     places = [folder, PurePosixPath("tokenizer"), *folder.parents, *(each / "tokenizer" for each in folder.parents)]
-    wanted = [_join(place, name) for name in ("tokenizer.pkl", HF_FILE) for place in places]
+    wanted = [_join(place, name) for name in (PICKLED_FILE, HF_FILE) for place in places]
     tokenizer = next((name for name in wanted if source.has(name)), None)
     if tokenizer is None:
         raise DataError(
@@ -167,11 +164,9 @@ def read_matching_tokenizer(paths: dict[str, Path], files: NanochatFiles, sizes:
         DataError: it is damaged, or another model's.
     """
     path = paths[files.tokenizer]
+    tokenizer, _ = load_vocabulary(str(path))
     if path.name == HF_FILE:
-        tokenizer, _ = load_vocabulary(str(path))
         check_added_tokens(path, tokenizer)
-    else:
-        tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size != sizes.vocab_size:
         raise DataError(
             f"{files.tokenizer} has {tokenizer.vocab_size:,} tokens, {files.model} has {sizes.vocab_size:,}: it is the "
@@ -188,40 +183,6 @@ def _last(name: str) -> str:
 
 def _join(folder: PurePosixPath, name: str) -> str:
     return str(folder / name)
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Return the tokenizer of a tokenizer.pkl: its tokens, how it cuts text, nanochat's special tokens after them.
-
-    Raises:
-        DataError: it is no such file, it is damaged, or it has other special tokens.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
-    where = path.name
-    if data.startswith(b"version https://git-lfs"):
-        raise DataError(f"{where} is a pointer of Git LFS, not the file itself. Get that with: git lfs pull")
-    content = read_pickle(data, _NAMES, where=where, what=_WHAT)
-    state = content.state if isinstance(content, Made) else None
-    if isinstance(state, str):
-        raise DataError(
-            f"{where} only names the encoding {brief(state)!r} and holds no vocabulary. Save the model's own tokenizer"
-        )
-    if not isinstance(state, dict):
-        raise DataError(f"{where} is not {_WHAT}: it holds no tiktoken encoding")
-    ranks, special, pattern = (state.get(key) for key in ("mergeable_ranks", "special_tokens", "pat_str"))
-    if not isinstance(ranks, dict) or not isinstance(special, dict) or not isinstance(pattern, str):
-        raise DataError(f"{where} is not {_WHAT}: it lacks tokens, special tokens or how text is cut")
-    _check_ranks(ranks, where)
-    check_special_tokens(special, len(ranks), where)
-    try:
-        vocabulary = Vocabulary(ranks, pattern)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-    return Tokenizer(vocabulary.ranks, vocabulary.pattern)
 
 
 def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
@@ -254,10 +215,3 @@ def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
     raise DataError(
         f"{path.name} and tokenizer.pkl do not belong together ({reason}). Take both from where the model was trained"
     )
-
-
-def _check_ranks(ranks: dict[Any, Any], where: str) -> None:
-    numbers = [rank for rank in ranks.values() if type(rank) is int]
-    tokens = all(type(token) is bytes and token for token in ranks)
-    if not tokens or sorted(numbers) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-        raise DataError(f"{where} is damaged: ids must be 0 … n − 1, and the 256 bytes among the tokens")

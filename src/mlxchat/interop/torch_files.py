@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mlxchat.data.pickled import MOST_BYTES, Maker, OrderedNames, brief, read_pickle
 from mlxchat.errors import DataError
-from mlxchat.interop.pickled import MOST_BYTES, Maker, OrderedNames, brief, read_pickle
 from mlxchat.interop.tensors import AGAIN, DTYPES, FLOATS, MOST_DIMENSIONS, PIECE_BYTES, Array, Dtype, Entry, bytes_of
 
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
