@@ -87,6 +87,21 @@ def test_the_official_client_finds_what_was_fetched(hub: Any, texts: Any) -> Non
     assert hub.sent() == sent
 
 
+def test_shards_of_nanochat_are_used_if_they_have_the_content(
+    hub: Any, texts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "nanochat" / "base_data_climbmix"
+    folder.mkdir(parents=True)
+    (folder / "0.parquet").write_bytes(CONTENT["data/0.parquet"])
+    (folder / "1.parquet").write_bytes(bytes(len(CONTENT["data/1.parquet"])))
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nanochat"))
+    assert fetch() == CONTENT
+    assert hub.requests("0.parquet") == []
+    assert len(hub.requests("1.parquet")) == 1
+    (folder / "0.parquet").write_bytes(b"another content under the same inode")
+    assert fetch() == CONTENT, "a shard that changes later is fetched"
+
+
 def test_what_the_official_client_fetched_is_hashed_and_used(hub: Any, texts: Any) -> None:
     from huggingface_hub import hf_hub_download
 

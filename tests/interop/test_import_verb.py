@@ -67,6 +67,71 @@ def test_an_import_is_made_once_and_bears_names(twin: Twins, capfd: pytest.Captu
     assert "import:again is imported-some_model-" in capfd.readouterr().out
 
 
+@pytest.fixture
+def base(tmp_path: Path, lay: Lay, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nanochat's own folder: a base model, and two steps of one tag after SFT; one tokenizer for all."""
+    base = tmp_path / "nanochat"
+    for folder, step in (("base_checkpoints/d2", 9), ("chatsft_checkpoints/d2", 7), ("chatsft_checkpoints/d2", 3),
+                         ("chatrl_checkpoints/mine", 5)):  # fmt: skip
+        lay.make_twin(base / folder, step=step, seed=step)
+        for name in ("tokenizer.pkl", "token_bytes.pt"):
+            (base / "tokenizer").mkdir(exist_ok=True)
+            (base / folder / name).replace(base / "tokenizer" / name)
+    (base / "base_data").mkdir()
+    (base / "base_data" / "shard_00000.parquet").write_bytes(b"x" * 1000)
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(base))
+    return base
+
+
+def test_nanochats_own_folder_is_listed_with_commands(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dispatch(["import", "nanochat"]) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"^  (\S+) +steps ([\d, ]+) \(", said, re.MULTILINE) == [
+        ("base:d2", "9"), ("sft:d2", "3, 7"), ("rl:mine", "5"),
+    ]  # fmt: skip
+    assert f"tokenizer.source={base}/tokenizer/tokenizer.pkl" in said
+    assert "base_data    1 shard (1.0 kB)" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "step", "name"), [("sft:d2", 7, "d2-sft"), ("sft:d2@3", 3, "d2-sft"), ("mine", 5, "mine-rl")]
+)
+def test_checkpoint_of_nanochats_folder_is_named_by_source_tag_and_step(
+    base: Path, word: str, step: int, name: str
+) -> None:
+    place = take(word)
+    assert json.loads((place / "checkpoint.json").read_text())["iterations"] == step
+    assert resolve(Store(Path("outputs")), f"import:{name}") == place
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("d2", "several models of tag d2: expected one of base:d2, sft:d2"),
+        ("sft:d2@4", r"chatsft_checkpoints/d2 has no step 4; it has 3, 7"),
+        ("d3", "neither a folder nor a repository.*mlxchat import nanochat$"),
+    ],
+)
+def test_wrong_name_in_nanochats_folder_is_refused(base: Path, word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        dispatch(["import", "nanochat", word])
+
+
+def test_empty_nanochat_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="nothing holds nothing of nanochat's"):
+        dispatch(["import", "nanochat"])
+
+
+def test_nanochats_tokenizer_is_a_source(base: Path) -> None:
+    from mlxchat.data.tokenizer import load_vocabulary
+
+    config = compose_config([f"tokenizer.source={base}/tokenizer/tokenizer.pkl"]).config
+    tokenizer, keeps_ids = load_vocabulary(config.tokenizer.source)
+    assert (config.tokenizer.vocab_size, keeps_ids) == (tokenizer.vocab_size, True)
+    assert load_vocabulary(str(base / "tokenizer"))[0].ranks == tokenizer.ranks
+
+
 def test_the_seed_is_no_part_of_an_import_nor_is_its_place(twin: Twins) -> None:
     one, other = twin("one"), twin("other")
     rids = {
@@ -180,7 +245,7 @@ def test_an_exported_import_comes_in_elsewhere_with_its_id_and_its_name(twin: Tw
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (["nanochat"], ConfigError, "expected mlxchat import nanochat WHAT"),
+        (["hf"], ConfigError, "expected mlxchat import hf WHAT"),
         (["nanochat", "./nothing"], DataError, "nothing does not exist"),
         (["nanochat", "d32"], ConfigError, "neither a folder nor a repository of the Hub"),
         (["nanochat", ".", "--step", "x"], ConfigError, "invalid int value"),

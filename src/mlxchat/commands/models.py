@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser, quoted
-from mlxchat.config.wording import format_bytes
+from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, StoreError, suggest, visible
 from mlxchat.store.bases import is_adapter
 from mlxchat.store.manifest import read_manifest
@@ -233,7 +233,8 @@ IMPORT_FORMATS = ("nanochat", "hf", "adapter")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _WHAT = """FORMAT: nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (NanoChatForCausalLM: config.json,
 safetensors, tokenizer.json), adapter (adapters that mlx-lm trained on a model of ours)
-WHAT: ORGANISATION/NAME of the Hub, or a folder"""
+WHAT: ORGANISATION/NAME of the Hub, or a folder; of the format nanochat also [base:|mid:|sft:|rl:]TAG[@STEP], a model in
+nanochat's own folder ($NANOCHAT_BASE_DIR or ~/.cache/nanochat). `mlxchat import nanochat` lists these"""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/.+)?")
 
 
@@ -261,9 +262,11 @@ def _import_model(options: Namespace) -> int:
     store = Store(options.outputs)
     if options.forget is not None:
         return _forget(store, options.forget)
+    if options.names == ["nanochat"]:
+        return _list_nanochat()
     form, what = _form_and_source(options)
-    key, value = _place(what)
-    name = options.name or Path(value).resolve().name
+    key, value, default = _place(what, options)
+    name = options.name or default
     if not _NAME.fullmatch(name):
         raise ConfigError(f'"{name}" is no name for an import: letters, digits, . _ - and no / are. Give --name NAME')
     overrides = [
@@ -337,18 +340,54 @@ def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> 
     return 0
 
 
-def _place(what: str) -> tuple[str, str]:
-    """Return which setting a source belongs to, and its value."""
+def _place(what: str, options: Namespace) -> tuple[str, str, str]:
+    """Return which setting a source belongs to, its value, and what the import is called if nothing else is said."""
     path = Path(what).expanduser()
     if path.exists() or what.startswith((".", "/", "~")):
-        return "folder", str(path)
+        return "folder", str(path), path.resolve().name
     if _REPOSITORY.fullmatch(what):
-        return "repository", what.rstrip("/")
+        return "repository", what.rstrip("/"), Path(what).name
+    if options.names[0] == "nanochat":
+        from mlxchat.hub.cache import nanochat_folder
+        from mlxchat.interop.nanochat import choose_trained
+
+        if chosen := choose_trained(nanochat_folder(), what):
+            trained, step = chosen
+            options.step = step if step is not None else options.step
+            return "folder", str(trained.folder), f"{trained.tag}-{trained.source}"
     near = suggest(what, (each.name for each in Path().iterdir() if each.is_dir()))
     raise ConfigError(
         f'"{what}" is neither a folder nor a repository of the Hub: expected ORGANISATION/NAME, such as '
-        f"karpathy/nanochat-d32.{near}"
+        f"karpathy/nanochat-d32.{near} What nanochat trained on this machine: mlxchat import nanochat"
     )
+
+
+def _list_nanochat() -> int:
+    """Print what nanochat's own folder holds, and how to use it."""
+    from mlxchat.hub.cache import nanochat_folder
+    from mlxchat.interop.nanochat import list_trained
+
+    base = nanochat_folder()
+    models, tokenizer = list_trained(base), base / "tokenizer" / "tokenizer.pkl"
+    shards = {folder: sorted(folder.glob("*.parquet")) for folder in sorted(base.glob("base_data*"))}
+    if not models and not tokenizer.is_file() and not any(shards.values()):
+        raise ConfigError(
+            f"{base} holds nothing of nanochat's. Its folder is NANOCHAT_BASE_DIR; of the Hub: mlxchat import nanochat "
+            "ORGANISATION/NAME"
+        )
+    print(f"{base}")
+    for model in models:
+        steps, size = ", ".join(map(str, model.models)), max(path.stat().st_size for path in model.models.values())
+        print(visible(f"  {model.name:12} steps {steps} ({format_bytes(size)}): mlxchat import nanochat {model.name}"))
+    if tokenizer.is_file():
+        print(visible(f"  tokenizer    mlxchat tokenizer.source={tokenizer}"))
+    for folder, paths in shards.items():
+        size = sum(path.stat().st_size for path in paths)
+        print(
+            f"  {folder.name:12} {plural(len(paths), 'shard')} ({format_bytes(size)}): used where a corpus would fetch "
+            "the same file"
+        )
+    return 0
 
 
 def fuse(parser: Parser) -> None:

@@ -6,6 +6,7 @@ Listings, plain downloads and notes are in `cache_folder()`. Files of the Huggin
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -37,6 +38,11 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlxchat"
+
+
+def nanochat_folder() -> Path:
+    """Return where nanochat keeps its files: $NANOCHAT_BASE_DIR or ~/.cache/nanochat."""
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
 
 
 def is_offline() -> bool:
@@ -240,14 +246,34 @@ def check_commit(repository: str, commit: object) -> None:
 
 
 def settle(file: HubFile) -> bool:
-    """Return whether a file is in the cache with the right content, and link to it if only its blob is there."""
+    """Return whether a file is in the cache with the right content, and link to it if only its blob is there.
+
+    A shard that nanochat downloaded becomes the blob, if it has that content.
+    """
     if file.is_there():
         return True
-    if has_content(file.blob, file.etag):
+    if has_content(file.blob, file.etag) or _adopt(file):
         link(file)
         return True
     # Where there are no links, the official client puts the content itself there.
     return not file.place.is_symlink() and has_content(file.place, file.etag)
+
+
+def _adopt(file: HubFile) -> bool:
+    """Take a file over from nanochat's folders of shards, as a hard link where that is possible."""
+    for path in sorted(nanochat_folder().glob(f"base_data*/{glob.escape(PurePosixPath(file.path).name)}")):
+        with suppress(OSError):
+            if path.stat().st_size != file.bytes or checksum_of(path, like=file.etag) != file.etag:
+                continue
+            file.blob.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(file.blob, durable=False) as unfinished:
+                try:
+                    os.link(path, unfinished)
+                except OSError:  # of another disk
+                    shutil.copyfile(path, unfinished)
+            note_verified(file.etag, file.blob)
+            return True
+    return False
 
 
 def link(file: HubFile) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
 from mlxchat.data.vocabulary import HF_FILE, PICKLED_FILE
-from mlxchat.errors import DataError
+from mlxchat.errors import ConfigError, DataError
 from mlxchat.interop.hf import check_added_tokens
 from mlxchat.interop.names import (
     COMPILED_PREFIX,
@@ -33,6 +33,9 @@ from mlxchat.interop.torch_files import TorchFile, TorchTensor
 from mlxchat.model.sizes import GPTSizes
 
 _MODEL = re.compile(r"model_(\d+)\.pt")
+_SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
+            "rl": "chatrl_checkpoints"}  # fmt: skip
+_WORD = re.compile(rf"(?:({'|'.join(_SOURCES)}):)?([\w.-]+)(?:@(\d{{1,9}}))?")
 _FLOATS = ("float32", "bfloat16", "float16")
 _MOST_SHOWN = 8
 
@@ -93,6 +96,53 @@ def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
         )
     token_bytes = _join(PurePosixPath(tokenizer).parent, "token_bytes.pt")
     return NanochatFiles(chosen, str(model), meta, tokenizer, token_bytes if source.has(token_bytes) else None)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in nanochat's own folder: the checkpoints of one training."""
+
+    source: str
+    """base, mid, sft or rl, as nanochat's scripts name them."""
+    tag: str
+    folder: Path
+    models: dict[int, Path]
+    """Step → its model_<step>.pt, in order."""
+
+    @property
+    def name(self) -> str:
+        """SOURCE:TAG."""
+        return f"{self.source}:{self.tag}"
+
+
+def list_trained(base: Path) -> list[Trained]:
+    """Return the models in nanochat's folder (NANOCHAT_BASE_DIR), in the order of its pipeline."""
+    found = []
+    for source, name in _SOURCES.items():
+        for folder in sorted(path for path in (base / name).glob("*") if path.is_dir()):
+            models = {int(match[1]): path for path in folder.iterdir() if (match := _MODEL.fullmatch(path.name))}
+            if models:
+                found.append(Trained(source, folder.name, folder, dict(sorted(models.items()))))
+    return found
+
+
+def choose_trained(base: Path, word: str) -> tuple[Trained, int | None] | None:
+    """Return the model that [SOURCE:]TAG[@STEP] names in nanochat's folder, and the step; None: there is none.
+
+    Raises:
+        ConfigError: several models have the tag, or the model has no such step.
+    """
+    match = _WORD.fullmatch(word)
+    found = [each for each in list_trained(base) if match and match[2] == each.tag and match[1] in (None, each.source)]
+    if not found or match is None:
+        return None
+    if len(found) > 1:
+        names = ", ".join(each.name for each in found)
+        raise ConfigError(f"{base} has several models of tag {match[2]}: expected one of {names}")
+    step = int(match[3]) if match[3] else None
+    if step is not None and step not in found[0].models:
+        raise ConfigError(f"{found[0].folder} has no step {step}; it has {', '.join(map(str, found[0].models))}")
+    return found[0], step
 
 
 def read_meta(data: bytes, where: str) -> dict[str, Any]:
