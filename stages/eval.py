@@ -136,9 +136,11 @@ def _measure_tasks(ctx: Context, engine: Engine, examples: list[dict[str, Any]] 
     """Return the scores of the suite's tasks, and add their examples; None: the model cannot chat."""
     config, results = ctx.config.eval, dict[str, Score]()
     temperature = float(config.seeds > 1) if config.temperature is None else config.temperature
-    for name, item in sorted(ctx.config.suite.items()) if examples is not None else ():
+    chosen = sorted(ctx.config.suite.items()) if examples is not None else []
+    # All at first, so that a task that cannot be judged on this machine ends the step before any answer.
+    tasks = {name: open_item(ctx, item) for name, item in chosen}
+    for name, task in tasks.items():
         assert examples is not None
-        task = open_item(ctx, item)
         answering = Answering(
             batch_rows=config.batch_rows, batch_tokens=forward_tokens(ctx.config.machine, engine.model.sizes),
             max_new_tokens=config.max_new_tokens, seeds=config.seeds, temperature=temperature, top_k=config.top_k,

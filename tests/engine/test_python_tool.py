@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine import tools as python_tool
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
+from mlxchat.sandbox import programs
 
 RESULTS = {
     "2**100": "1267650600228229401496703205376",
@@ -65,8 +65,8 @@ def test_equal_seeds_give_equal_outputs_and_others_other_ones(python: PythonTool
 
 
 def test_a_machine_that_cannot_confine_programs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(python_tool, "protections_here", lambda: ("limits", "namespaces"))
-    with pytest.raises(ConfigError, match="needs a machine that confines programs"):
+    monkeypatch.setattr(programs, "protections_here", lambda: ("limits", "namespaces"))
+    with pytest.raises(ConfigError, match=r"cannot confine programs .* in force here: limits, namespaces"):
         PythonTool().check()
 
 

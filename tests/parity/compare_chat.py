@@ -12,7 +12,7 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.chat import Answering, evaluate_task, letter_logits
 from mlxchat.evals.chat_scores import CHATCORE_SETS, Score, chatcore
-from mlxchat.sandbox.programs import run_programs
+from mlxchat.sandbox.programs import run_program
 from mlxchat.tasks.base import Task
 from mlxchat.tasks.benchmarks import assemble_program
 
@@ -102,13 +102,13 @@ def executions(file: ParityFile) -> Iterator[Line]:
     cases = [case for case in data["evaluate"] if not any(word in case["completion"] for word in _DISABLED)]
     programs = [assemble_program(data["conversations"][case["index"]], case["completion"]) for case in cases]
     expected = [case["success"] and not any(word in case["completion"] for word in _LEAVES) for case in cases]
-    outcomes = run_programs(programs)
+    outcomes = [run_program(program) for program in programs]
     yield same("humaneval: verdicts of programs, by our rule", [
         (case["name"], outcome.passed, bool(verdict))
         for case, outcome, verdict in zip(cases, outcomes, expected, strict=True)
     ])  # fmt: skip
     printing = data["execute_code"]
-    found = zip(printing, run_programs([case["code"] for case in printing]), strict=True)
+    found = zip(printing, [run_program(case["code"]) for case in printing], strict=True)
     yield same("humaneval: what programs print, and their errors", [
         (
             case["code"],

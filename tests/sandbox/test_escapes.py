@@ -8,15 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from mlxchat.sandbox import execution
-from mlxchat.sandbox.programs import protections_here, run_program
-from mlxchat.sandbox.seccomp import ALLOWED, CHANGING, CONDITIONAL
-from mlxchat.sandbox.watch import Watch
+from mlxchat.errors import StepFailed
+from mlxchat.sandbox import programs
+from mlxchat.sandbox.programs import ALLOWED, CHANGING, CONDITIONAL, Watch, protections_here, run_program
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="attacks by Linux system calls")
 
@@ -284,11 +283,12 @@ probe("find", lambda: os.stat({file!r}))
 probe("read", lambda: open({file!r}).read())
 probe("write", lambda: open({file!r}, "a"))
 probe("signal", lambda: os.kill({victim}, 0))
+probe("cut", lambda: os.truncate({file!r}, 1))
 probe("connect", lambda: socket.create_connection(("127.0.0.1", {port}), 1))
 probe("fork", fork)
 """
 POSSIBLE = {
-    (): "find read write signal connect fork",
+    (): "find read write signal cut connect fork",
     ("namespaces",): "fork",
     ("landlock",): "find fork",
     ("seccomp",): "find read",
@@ -301,7 +301,7 @@ POSSIBLE = {
 def test_what_each_protection_leaves_possible(
     protections: tuple[str, ...], victim: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    """These are the rows of the table in the documentation of programs.py."""
+    """These are the rows of the table in docs/security.md."""
     if not set(protections) <= set(protections_here()) or ("landlock" in protections and landlock_version() < 6):
         pytest.skip("this system does not offer it")
     file = tmp_path / "file"
@@ -311,6 +311,91 @@ def test_what_each_protection_leaves_possible(
         outcome = run_program(code, seconds=20, protections=protections)
     assert outcome.passed, outcome.output
     assert outcome.output.split() == POSSIBLE[protections].split()
+
+
+LANDLOCK_LEAVES = {
+    1: "find signal cut connect fork",
+    2: "find signal cut connect fork",
+    3: "find signal connect fork",
+    4: "find signal fork",
+    5: "find signal fork",
+    6: "find fork",
+}
+"""What each version of Landlock leaves possible alone: since 3 no truncation, since 4 no TCP, since 6 no signals."""
+
+
+@pytest.fixture
+def older_landlock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Confine programs as on a kernel whose Landlock has this version."""
+
+    def use(version: int) -> None:
+        if landlock_version() < version or "landlock" not in protections_here():
+            pytest.skip("this system does not offer it")
+        source = programs._CHILD.read_text()
+        asked = "version = libc.syscall(_CREATE_RULESET, None, 0, 1)"
+        assert source.count(asked) == 1
+        child = tmp_path / "child.py"
+        child.write_text(source.replace(asked, f"version = min({version}, libc.syscall(_CREATE_RULESET, None, 0, 1))"))
+        monkeypatch.setattr(programs, "_CHILD", child)
+
+    return use
+
+
+@pytest.mark.parametrize("version", LANDLOCK_LEAVES)
+@pytest.mark.parametrize("others", [(), ("seccomp",)], ids=["alone", "with seccomp"])
+def test_each_version_of_landlock_confines_with_seccomp_and_leaves_more_without(
+    version: int, others: tuple[str, ...], older_landlock: Callable[[int], None], victim: subprocess.Popen[bytes],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    older_landlock(version)
+    file = tmp_path / "file"
+    file.write_text("text")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        code = PROBES.format(file=str(file), victim=victim.pid, port=server.getsockname()[1])
+        outcome = run_program(code, seconds=20, protections=("landlock", *others))
+    assert outcome.passed, outcome.output
+    assert outcome.protections == ("limits", "landlock", *others)
+    assert outcome.output.split() == (["find"] if others else LANDLOCK_LEAVES[version].split())
+
+
+@pytest.mark.parametrize("version", [1, 3, 5])
+@pytest.mark.parametrize("name", KILLS)
+def test_no_signal_passes_seccomp_beside_an_older_landlock(
+    name: str, version: int, older_landlock: Callable[[int], None], victim: subprocess.Popen[bytes]
+) -> None:
+    older_landlock(version)
+    output = attack(KILLS[name], victim, protections=["landlock", "seccomp"])
+    assert output.splitlines()[-1:] == ["finished"], output
+    assert not is_killed(victim)
+
+
+@pytest.mark.parametrize(
+    ("found", "holds"),
+    [
+        (("limits",), False),
+        (("limits", "namespaces"), False),
+        (("limits", "namespaces", "seccomp"), False),
+        (("limits", "namespaces", "landlock"), False),
+        (("limits", "landlock", "seccomp"), True),
+        (("limits", "namespaces", "landlock", "seccomp"), True),
+        (("limits", "sandbox-exec"), True),
+    ],
+)
+def test_humaneval_is_refused_where_programs_cannot_be_confined(
+    found: tuple[str, ...], holds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxchat.tasks import load_task
+
+    monkeypatch.setattr(programs, "protections_here", lambda: found)
+    load_task("humaneval", "test", unconfined=1.0).check()
+    if holds:
+        load_task("humaneval", "test").check()
+        return
+    with pytest.raises(StepFailed, match=rf"in force here: {', '.join(found)}\. Leave the task out, or accept"):
+        load_task("humaneval", "test").check()
+    talk = {"messages": [{"content": ""}], "entry_point": "f", "test": ""}
+    with pytest.raises(StepFailed):
+        load_task("humaneval", "test").evaluate(talk, "")
 
 
 def test_in_namespaces_only_pythons_files_exist(tmp_path: Path) -> None:
@@ -508,8 +593,8 @@ def test_a_namespace_without_a_file_system_of_its_own_is_bounded(
 ) -> None:
     """AppArmor lets a process enter a user namespace and then forbids it to mount: the folder stays on the disk."""
     child = tmp_path / "child.py"
-    child.write_text(execution._CHILD.read_text().replace('("uid_map"', '("no_such_map"'))
-    monkeypatch.setattr(execution, "_CHILD", child)
+    child.write_text(programs._CHILD.read_text().replace('("uid_map"', '("no_such_map"'))
+    monkeypatch.setattr(programs, "_CHILD", child)
     code = "import os, time\nfor n in range(1500):\n    os.symlink('x' * 4000, str(n))\ntime.sleep(15)"
     outcome = run_program(code, seconds=20)
     if "namespaces" not in outcome.protections:

@@ -108,16 +108,16 @@ def _device() -> Iterator[Finding]:
 
 
 def _programs() -> Iterator[Finding]:
-    from mlxchat.sandbox.programs import protections_here
+    from mlxchat.sandbox.programs import find_confinement_problem, protections_here
 
     try:
-        found = protections_here()
+        problem = find_confinement_problem()
     except MlxchatError as error:
-        yield ("note", "programs", f"{error}. HumanEval cannot be evaluated here")
-        return
-    confined = bool({"seccomp", "sandbox-exec"} & set(found))
-    remedy = "" if confined else ": other processes of a program are looked for and killed, but not forbidden"
-    yield ("ok" if confined else "note", "programs", f"of HumanEval run under {', '.join(found)}{remedy}")
+        problem = str(error)
+    if problem:
+        yield ("note", "programs", f"{problem}. HumanEval cannot be evaluated here")
+    else:
+        yield ("ok", "programs", f"of HumanEval run under {', '.join(protections_here())}")
 
 
 def _resources(outputs: Path) -> Iterator[Finding]:

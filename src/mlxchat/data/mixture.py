@@ -19,10 +19,12 @@ def open_item(ctx: Context, item: TaskItem) -> Task:
 
     Raises:
         ConfigError, DataError: as `load_item`.
+        StepFailed: as `Task.check`.
         PassingError: what it reads cannot be had now.
         Interrupted: a signal stopped the run.
     """
     task = load_item(item)
+    task.check()
 
     def check() -> None:
         if ctx.should_stop():

@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from mlxchat.errors import ConfigError
-from mlxchat.sandbox.programs import protections_here, run_program
+from mlxchat.sandbox.programs import find_confinement_problem, run_program
 
 if TYPE_CHECKING:
     from mlxchat.engine.scheduler import TextTokenizer
@@ -186,12 +186,8 @@ class PythonTool:
         Raises:
             ConfigError: it only sets limits, so a program could use files and the network.
         """
-        found = protections_here()
-        if not {"landlock", "seccomp"} <= set(found) and "sandbox-exec" not in found:
-            raise ConfigError(
-                f"the Python tool needs a machine that confines programs (Landlock with seccomp, or sandbox-exec); "
-                f"in force here: {', '.join(found)}. Leave it off"
-            )
+        if problem := find_confinement_problem():
+            raise ConfigError(f"the Python tool cannot be used: {problem}. Leave it off")
 
     def start(self, code: str, seed: int) -> Future[str]:
         """Begin a program and return what will be its output."""

@@ -1,6 +1,6 @@
 """The first thing that runs in the process of a program that is not trusted: shut the doors, then run it.
 
-A script, started by `execution.py` in an interpreter that sees no site-packages and no folder of ours; it imports
+A script, started by `programs.py` in an interpreter that sees no site-packages and no folder of ours; it imports
 only the standard library. Its standard input holds the orders, as one JSON line, and later the answer to the
 question whether the program has ended by itself.
 """

@@ -106,6 +106,13 @@ class Task(ABC):
         """
         return [path for source in self.needs() for path in source.fetch(check)]
 
+    def check(self) -> None:  # noqa: B027  (most tasks need nothing of the machine)
+        """Check that responses can be judged on this machine.
+
+        Raises:
+            StepFailed: they cannot.
+        """
+
     def sources(self) -> list[dict[str, Any]]:
         """Return a record of every download that the task read, for the manifest."""
         return [record for source in self.needs() for record in source.records()]

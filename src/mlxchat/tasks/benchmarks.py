@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import ConfigError, DataError, StepFailed
 from mlxchat.tasks.answers import Conversation, calculator_parts, final_number, is_right_by_nanochat
 from mlxchat.tasks.base import LETTERS, choice_dialogue, dialogue, find_fault
 from mlxchat.tasks.downloads import HubTask
@@ -131,10 +131,11 @@ class GSM8K(HubTask):
         return verdict, {"nanochat_verdict": is_right_by_nanochat(conversation, response)}
 
 
+@dataclass(eq=False, kw_only=True)
 class HumanEval(HubTask):
     """164 functions to write from their docstrings; right where the response's program passes the function's tests.
 
-    The sandbox runs programs and decides what counts as passing.
+    The sandbox runs programs and decides what counts as passing; docs/security.md says what it confines.
     """
 
     name = "humaneval"
@@ -143,6 +144,17 @@ class HumanEval(HubTask):
     training_splits = ()
     subsets = ("openai_humaneval",)
     columns = texts = ("prompt", "canonical_solution", "entry_point", "test")
+    unconfined: bool = False
+    """Whether programs also run where the system cannot keep them from the user's files, processes and network."""
+
+    def check(self) -> None:
+        """Check that this machine can confine programs."""
+        from mlxchat.sandbox.programs import find_confinement_problem  # only those who execute need it
+
+        if not self.unconfined and (problem := find_confinement_problem()):
+            raise StepFailed(
+                f"task humaneval: {problem}. Leave the task out, or accept the risk with options: {{unconfined: 1}}"
+            )
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         row = self.row(index)
@@ -155,8 +167,9 @@ class HumanEval(HubTask):
 
     def explain(self, conversation: Conversation, response: str) -> tuple[bool, dict[str, Any]]:
         """Return the verdict, and how the program ended and the last 1,000 characters that it printed."""
-        from mlxchat.sandbox.programs import run_program  # only those who execute need it
+        from mlxchat.sandbox.programs import run_program
 
+        self.check()
         outcome = run_program(assemble_program(conversation, response))
         printed = re.sub(r"0x[0-9a-f]{6,}", "0x…", outcome.output[-1000:])  # addresses differ each time
         return bool(outcome.passed), {"status": outcome.status, "printed": printed}
