@@ -456,11 +456,11 @@ def _chat(options: Namespace) -> int:
     settings = {name: getattr(options, name) for name in ("temperature", "max_tokens", "seed", "system", "top_p")}
     settings["top_k"] = options.top_k or None
     if (options.model or "").startswith(_THIRD_PARTY):
-        folder = _third_party(options, options.model)
+        name, folder = _third_party(options, options.model)
 
         from mlxchat.terminal.chat import Chat
 
-        chat = Chat.load_third_party(folder, options.model.removeprefix(_THIRD_PARTY), **settings)
+        chat = Chat.load_third_party(folder, name, **settings)
     else:
         store = Store(options.outputs)
         found = find_model(store, options.model)
@@ -478,8 +478,8 @@ def _chat(options: Namespace) -> int:
     return 0
 
 
-def _third_party(options: Namespace, reference: str) -> Path:
-    """Return the folder of a third-party model, which mlx-lm runs.
+def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
+    """Return the name and the folder of a third-party model, which mlx-lm runs.
 
     Raises:
         ConfigError: an option requires a model of ours.
@@ -489,7 +489,8 @@ def _third_party(options: Namespace, reference: str) -> Path:
         raise ConfigError(f"{', '.join(refused)} requires a model of mlxchat; mlx-lm runs {reference}")
     from mlxchat.interop.source import outside_folder
 
-    return outside_folder(reference)
+    folder, what = outside_folder(reference), reference.removeprefix(_THIRD_PARTY)
+    return (folder.resolve().name if folder == Path(what).expanduser() else what), folder
 
 
 def _python_tool() -> PythonTool:
@@ -579,15 +580,14 @@ def _serve(options: Namespace) -> int:
         "bits": options.bits, "kv_bits": options.kv_bits, "python_tool": options.python_tool,
         "temperature": options.temperature, "top_k": options.top_k,
     }  # fmt: skip
-    store, third_party = Store(options.outputs), {}
+    store = Store(options.outputs)
+    third_party = {}
     for reference in named:
         if reference.startswith(_THIRD_PARTY):
-            folder = _third_party(options, reference)
-            what = reference.removeprefix(_THIRD_PARTY)
-            name = folder.resolve().name if folder == Path(what).expanduser() else what
-            read_third_party(name, folder)
+            name, folder = _third_party(options, reference)
             if name in third_party:
                 raise ConfigError(f"two models are called {name}: rename one of the folders")
+            read_third_party(name, folder)
             third_party[name] = folder
     if named and named[0] not in own:
         place, within = next(iter(third_party.values())), None

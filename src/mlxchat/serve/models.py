@@ -121,12 +121,12 @@ class Models:
         """Return OpenAI's entry of every model, the default one first, with an own field `mlxchat` of provenance."""
         found = self._summaries()
         scores = _scores(found)
-        store = self.store.outputs / "store"
-        entries = [
-            _entry(summary, scores, self.fingerprint(summary["tree"]), _num_parameters(store / summary["folder"]))
-            for summary in reversed(found)
-            if summary.get("kind") == "checkpoint"
-        ]
+        entries = []
+        for summary in reversed(found):
+            if summary.get("kind") == "checkpoint":
+                parameters = _num_parameters(self.store.outputs / "store" / summary["folder"])
+                fingerprint = self.fingerprint(summary["tree"])
+                entries.append(_own_entry(summary, scores.get(summary["rid"], {}), fingerprint, parameters))
         with self._lock:
             others = [self._read(folder) for folder in self._third_party.values()]
         entries += [_third_party_entry(model, self.fingerprint(model.digest)) for model in others]
@@ -250,54 +250,40 @@ def _num_parameters(folder: Path) -> int | None:
         return None
 
 
-def _entry(
-    summary: Summary, scores: dict[str, dict[str, float]], fingerprint: str, parameters: int | None
-) -> dict[str, Any]:
-    made_from = {role: made.get("artifact") for role, made in (summary.get("inputs") or {}).items() if made}
+def _entry(name: str, owner: str, published: str, own: dict[str, Any]) -> dict[str, Any]:
+    """Return OpenAI's entry of a model; `mlxchat` holds what this server says besides."""
     return {
-        "id": summary["folder"],
-        "object": "model",
-        "created": _seconds(summary["published"]),
-        "owned_by": "mlxchat",
-        "mlxchat": {
-            "rid": summary["rid"],
-            "digest": summary["tree"],
-            "fingerprint": fingerprint,
-            "step": summary["step"],
-            "stage": summary["stage"],
-            "label": summary["folder"].removeprefix(f"{summary['stage']}-").rpartition("-")[0],
-            "parameters": parameters,
-            "run": summary.get("run"),
-            "published": summary["published"],
-            "converses": summary["stage"] != "pretrain",
-            "inputs": made_from,
-            "metrics": _numbers(summary["metrics"]),
-            "scores": scores.get(summary["rid"], {}),
-        },
+        "id": name, "object": "model", "created": _seconds(published), "owned_by": owner,
+        "mlxchat": {"published": published, **own},
+    }  # fmt: skip
+
+
+def _own_entry(summary: Summary, scores: dict[str, float], fingerprint: str, parameters: int | None) -> dict[str, Any]:
+    name, stage = summary["folder"], summary["stage"]
+    own = {
+        "rid": summary["rid"],
+        "digest": summary["tree"],
+        "fingerprint": fingerprint,
+        "step": summary["step"],
+        "stage": stage,
+        "label": name.removeprefix(f"{stage}-").rpartition("-")[0],
+        "parameters": parameters,
+        "run": summary.get("run"),
+        "converses": stage != "pretrain",
+        "inputs": {role: made.get("artifact") for role, made in (summary.get("inputs") or {}).items() if made},
+        "metrics": _numbers(summary["metrics"]),
+        "scores": scores,
     }
+    return _entry(name, "mlxchat", summary["published"], own)
 
 
 def _third_party_entry(model: Model, fingerprint: str) -> dict[str, Any]:
-    made = datetime.fromtimestamp((model.folder / "config.json").stat().st_mtime, tz=UTC)
-    return {
-        "id": model.name,
-        "object": "model",
-        "created": int(made.timestamp()),
-        "owned_by": "third-party",
-        "mlxchat": {
-            "rid": None,
-            "digest": model.digest,
-            "fingerprint": fingerprint,
-            "step": model.name,
-            "stage": None,
-            "run": None,
-            "published": made.isoformat(),
-            "converses": model.converses,
-            "inputs": {},
-            "metrics": {},
-            "scores": {},
-        },
-    }
+    changed = datetime.fromtimestamp((model.folder / "config.json").stat().st_mtime, tz=UTC)
+    own = {
+        "digest": model.digest, "fingerprint": fingerprint, "step": model.name, "converses": model.converses,
+        "inputs": {}, "metrics": {}, "scores": {},
+    }  # fmt: skip
+    return _entry(model.name, "third-party", changed.isoformat(timespec="seconds"), own)
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
