@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -274,6 +276,25 @@ def test_reading_can_be_ended_where_no_block_comes(framed: Server) -> None:
 
     with pytest.raises(DataError, match="stopped"):
         downloads.read_answer(framed.url, {}, check)
+
+
+def test_tls_handshake_that_trickles_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle() -> None:
+            connection, _ = listener.accept()
+            with contextlib.suppress(OSError), connection:
+                connection.sendall(b"\x16\x03\x03\x40\x00")  # a record of 16 kB, whose bytes come slowly
+                while True:
+                    connection.sendall(b"\0")
+                    time.sleep(0.01)
+
+        threading.Thread(target=trickle, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(TimeoutError, match="no whole answer within"):
+            downloads.read_answer(f"https://127.0.0.1:{listener.getsockname()[1]}/a", {}, downloads.within(0.2))
+        assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("sent", [b"HTTP/1.1 102 Processing\r\n\r\n", b"X"])

@@ -303,11 +303,12 @@ def open_url(url: str, headers: Mapping[str, str], look: Check) -> Iterator[Any]
     from huggingface_hub import get_session
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
 
-    over, raised, sockets = Event(), list[BaseException](), list[Any]()
+    over, raised, sockets = Event(), list[BaseException](), list[socket.socket]()
 
     def trace(event: str, details: dict[str, Any]) -> None:
-        if event.endswith((".connect_tcp.complete", ".start_tls.complete")):
-            sockets.append(details["return_value"].get_extra_info("socket"))
+        if event.endswith(".connect_tcp.complete"):
+            # A duplicate: TLS takes the socket itself over, and its handshake may be slow, too.
+            sockets.append(details["return_value"].get_extra_info("socket").dup())
             if raised:
                 raise raised[0]
 
@@ -319,8 +320,7 @@ def open_url(url: str, headers: Mapping[str, str], look: Check) -> Iterator[Any]
             raised.append(error)
             for each in sockets:
                 with suppress(OSError):
-                    # An SSLSocket's own method would drop the state that the other thread reads with.
-                    socket.socket.shutdown(each, socket.SHUT_RDWR)
+                    each.shutdown(socket.SHUT_RDWR)
 
     thread = Thread(target=watch, name="watch of an answer", daemon=True)
     thread.start()
@@ -350,6 +350,8 @@ def open_url(url: str, headers: Mapping[str, str], look: Check) -> Iterator[Any]
     finally:
         over.set()
         thread.join()
+        for each in sockets:
+            each.close()
         if raised:
             raise raised[0] from None
 
