@@ -1,7 +1,7 @@
-"""What was fetched and is no artifact: where it lies, whether its content is right, and room on the disk.
+"""The caches of downloads: where files are, whether their content is right, and free disk space.
 
 Listings, plain downloads and notes are in `cache_folder()`. Files of the Hugging Face Hub are in the Hub's own cache
-(HF_HOME), laid out as the official client does: other programs find what we fetched, and we find what they did.
+(HF_HOME), in the layout of the official client, so programs share what any of them fetched.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def nanochat_folder() -> Path:
 
 
 def is_offline() -> bool:
-    """Tell whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE, as the official client has it) forbids the network."""
+    """Return whether HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE, as in the official client) forbids the network."""
     value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return value.upper() in ("1", "ON", "YES", "TRUE")
 
@@ -110,12 +110,12 @@ def _stamp_of(path: Path) -> list[int]:
 
 
 def check_space(folder: Path, needed: int, what: str, beside: tuple[Path, int] | None = None) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Refuse a transfer for which the disk has no room.
 
     Args:
-        folder: where it will be.
+        folder: the target.
         needed: bytes.
-        what: whose bytes, for the message.
+        what: what needs them, for the message.
         beside: another folder and its bytes, which count if it is on the same disk.
 
     Raises:
@@ -171,7 +171,7 @@ class HubFile:
     """Git's id of the content, for the others."""
 
     def __post_init__(self) -> None:
-        """Refuse what would lead out of the cache: all of this is what a server, or an artifact of others, says.
+        """Refuse values that lead out of the cache; they come from a server or a third-party artifact.
 
         Raises:
             DataError: a name, checksum or size that none of the Hub's is.
@@ -203,7 +203,7 @@ class HubFile:
 
     @property
     def blob(self) -> Path:
-        """Where the content lies."""
+        """Path of the content."""
         return self.folder / "blobs" / self.etag
 
     @property
@@ -212,12 +212,12 @@ class HubFile:
         return self.folder / "snapshots" / self.revision / self.path
 
     def is_there(self) -> bool:
-        """Tell whether the file is in the cache and was verified; nothing is hashed."""
+        """Return whether the file is in the cache and was verified; nothing is hashed."""
         return self.place.exists() and is_verified(self.etag, self.blob if self.blob.exists() else self.place)
 
 
 def hub_cache() -> Path:
-    """Return the official client's cache, as its variables say now."""
+    """Return the official client's cache by the environment of now; its own constants are read once, at import."""
     chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if chosen:
         return Path(os.path.expandvars(chosen)).expanduser()

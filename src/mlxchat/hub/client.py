@@ -1,8 +1,8 @@
 """Files of the Hugging Face Hub and plain downloads: each is fetched once, verified, and shared by all runs.
 
-The Hub's files lie in its own cache (HF_HOME), laid out as the official client does, so that other programs find them
-and we find theirs. Listings are remembered in `cache_folder()`: with HF_HUB_OFFLINE, or when there is no network, what
-an earlier call recorded is used. huggingface_hub and its HTTP library are imported when something is to be fetched.
+The Hub's files are in its own cache (HF_HOME), in the layout of the official client. Listings are recorded in
+`cache_folder()`: with HF_HUB_OFFLINE, or without a network, the record of an earlier call is used. huggingface_hub and
+its HTTP library are imported by the first request.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mlxchat.hub.cache import (
     write_json,
 )
 from mlxchat.hub.downloads import Check, Download, TransferProgress, nothing
-from mlxchat.hub.listings import list_files, tell_command
+from mlxchat.hub.listings import fetch_command, list_files
 
 __all__ = ["HubFile", "fetch_ahead", "fetch_files", "fetch_url", "list_files", "record", "stop_fetching"]
 
@@ -48,22 +48,22 @@ _END_SECONDS = 2.0
 
 
 def fetch_files(files: Iterable[HubFile], *, workers: int = _WORKERS, check: Check = nothing) -> list[Path]:
-    """Return where the files lie, each whole and verified; what is not there is fetched. Nothing is hashed twice.
+    """Return the paths of files, each whole and verified; missing ones are fetched. Nothing is hashed twice.
 
     Args:
         files: of `list_files`.
         workers: how many to fetch at a time.
-        check: called again and again; it may raise, to end the work. What arrived is kept.
+        check: called repeatedly; it may raise to end the work. Received bytes are kept.
 
     Raises:
-        DataError: the disk has no room, the network may not be used, or what arrives is wrong again and again.
+        DataError: the disk has no room, the network is forbidden, or a file is damaged each time.
         PassingError: the Hub does not answer.
     """
     files = list(files)
     missing = list({file.etag: file for file in files if not settle(file)}.values())
     if missing:
         if is_offline():
-            raise DataError(_tell_missing(missing))
+            raise DataError(_missing_message(missing))
         left = missing_bytes((file.blob, file.bytes) for file in missing)
         check_space(hub_cache(), left, _name_of(missing))
         total = sum(file.bytes for file in missing)
@@ -78,32 +78,32 @@ def fetch_files(files: Iterable[HubFile], *, workers: int = _WORKERS, check: Che
 
 
 def fetch_ahead(files: Sequence[HubFile]) -> None:
-    """Fetch files in the background, in the order in which they will be read, unless the network may not be used.
+    """Fetch files in the background, in the order in which they will be read, unless the network is forbidden.
 
-    Later calls add to this list: what training the tokenizer began continues while the model trains. A reader whose
-    file is not there fetches it itself or waits for its lock, so a failure here costs nothing but time.
+    Later calls append to the same queue. A reader whose file is missing fetches it itself or waits for its lock, so a
+    failure here costs time alone.
     """
     if files and not is_offline():
         _ahead.want(files)
 
 
 def stop_fetching() -> None:
-    """End what is fetched in the background; what arrived is kept."""
+    """End the downloads in the background; received bytes are kept."""
     global _ahead
     ended, _ahead = _ahead, Fetching()
     ended.close()
 
 
 def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) -> Path:
-    """Return where the file of a plain address lies; it is fetched once.
+    """Return the path of the file of a plain address; it is fetched once.
 
     Args:
         url: http or https.
-        sha256: what it must be, in hex; None: what an address of the Hub says of it, or only its size.
-        check: may raise, to end the work.
+        sha256: of the content, in hex; None: an address of the Hub is checked by its ETag, others by size.
+        check: may raise to end the work.
 
     Raises:
-        DataError: it cannot be had, is not what it should be, or the network may not be used.
+        DataError: it is refused, has another content, or the network is forbidden.
         PassingError: the server does not answer.
     """
     place = url_place(url)
@@ -116,7 +116,7 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
     if is_there():
         return place
     if is_offline():
-        raise DataError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set. {tell_command()}")
+        raise DataError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set. {fetch_command()}")
     trusted = urlsplit(url).netloc in (urlsplit(endpoint()).netloc, urlsplit(HUB).netloc)
     with TransferProgress(place.name, 0) as progress:
         download = Download(
@@ -142,7 +142,7 @@ def url_place(url: str) -> Path:
 
 
 def record(source: HubFile | Path) -> dict[str, Any]:
-    """Return what manifests say of a fetched file: url, revision, sha256, bytes.
+    """Return the record of a fetched file for manifests: url, revision, sha256, bytes.
 
     Args:
         source: a file of the Hub, or what `fetch_url` returned.
@@ -158,7 +158,7 @@ def record(source: HubFile | Path) -> dict[str, Any]:
 
 
 class Fetching:
-    """Daemon threads that fetch files of the Hub side by side, in the order in which they were wanted."""
+    """Daemon threads that fetch files of the Hub in parallel, in the order of a queue."""
 
     def __init__(
         self, workers: int = _WORKERS, on_bytes: Callable[[int], None] = lambda count: None,
@@ -173,7 +173,7 @@ class Fetching:
         self._faults: list[Exception] = []
 
     def want(self, files: Iterable[HubFile]) -> None:
-        """Fetch files after those that were wanted before; files that failed since are tried again."""
+        """Append files to the queue; files that failed before are tried again."""
         for file in files:
             if file not in self._wanted:
                 self._wanted.add(file)
@@ -184,10 +184,10 @@ class Fetching:
             self._threads.append(thread)
 
     def finish(self, check: Check) -> None:
-        """Wait until every file has arrived or failed; a failure leaves the others to be finished.
+        """Wait until every file has arrived or failed; the others go on after a failure.
 
         Raises:
-            DataError, PassingError: files failed; one that will not pass with time comes first.
+            DataError, PassingError: files failed; a permanent fault is raised before a passing one.
         """
         try:
             self._end_queue()
@@ -205,7 +205,7 @@ class Fetching:
             raise type(fault)(f"{fault}{more}")
 
     def close(self) -> None:
-        """End the threads within seconds; what arrived is kept."""
+        """End the threads within seconds; received bytes are kept."""
         self._ended.set()
         self._end_queue()
         until = time.monotonic() + _END_SECONDS
@@ -222,7 +222,7 @@ class Fetching:
                 _fetch_file(file, self._on_bytes, self._look, self._on_wait)
             except _Ended:
                 return
-            except Exception as fault:  # raised in the thread that asks for the files
+            except Exception as fault:  # raised by `finish`
                 self._faults.append(fault)
                 self._wanted.discard(file)
 
@@ -232,7 +232,7 @@ class Fetching:
 
 
 class _Ended(Exception):
-    """The work is not needed any more."""
+    """`close` was called."""
 
 
 _ahead = Fetching()
@@ -266,16 +266,16 @@ def _fetch_file(
 
 def _print_once() -> Callable[[dict[str, Any]], None]:
     """Return a function that prints, when it is first called, which process fetches a file that we wait for."""
-    told = threading.Lock()
+    first = threading.Lock()
 
-    def tell(owner: dict[str, Any]) -> None:
-        if told.acquire(blocking=False):
+    def announce(owner: dict[str, Any]) -> None:
+        if first.acquire(blocking=False):
             pid = owner.get("pid", "?")
             process = "this one" if pid == os.getpid() else f"{pid} on {owner.get('host', '?')}"
-            said = f"  waits for {owner.get('fetches', 'a file')}, which process {process} is fetching"
-            print(visible(said), file=sys.stderr)
+            line = f"  waits for {owner.get('fetches', 'a file')}, which process {process} is fetching"
+            print(visible(line), file=sys.stderr)
 
-    return tell
+    return announce
 
 
 def _name_of(files: Sequence[HubFile]) -> str:
@@ -283,7 +283,7 @@ def _name_of(files: Sequence[HubFile]) -> str:
     return f"{', '.join(names)} ({len(files)} files to fetch)"
 
 
-def _tell_missing(files: Sequence[HubFile]) -> str:
+def _missing_message(files: Sequence[HubFile]) -> str:
     size = format_bytes(sum(file.bytes for file in files))
     names = ", ".join(file.path for file in files[:3]) + (" …" if len(files) > 3 else "")
-    return f"{_name_of(files)}: {size} are not on this machine ({names}), and HF_HUB_OFFLINE is set. {tell_command()}"
+    return f"{_name_of(files)}: {size} are not on this machine ({names}), and HF_HUB_OFFLINE is set. {fetch_command()}"

@@ -38,7 +38,7 @@ _CONNECT_SECONDS, _SILENCE_SECONDS = 10.0, 30.0
 # A request that delivers fewer bytes of its body in this time is cut, also while its head or redirects arrive.
 _SLOW_SECONDS, _SLOW_BYTES = 60.0, 16 << 10
 _CHECK_SECONDS = 0.1
-# Bytes of a transfer of unknown length after which it is asked again whether the disk has room.
+# A transfer of unknown length compares the free disk space after each so many bytes.
 _LOOK_BYTES = 64 << 20
 _PASSING_STATUS = (408, 425, 429)
 _MOST_REDIRECTS = 20
@@ -47,61 +47,61 @@ MOST_ANSWER_BYTES = 64 << 20
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 Check = Callable[[], None]
-"""Called now and then while a transfer goes on or waits; it may raise, to end it."""
+"""Called repeatedly during a transfer or a wait; it may raise to end it."""
 
 
 def nothing() -> None:
-    """Do nothing: the check of whoever has none."""
+    """Do nothing: the default check."""
 
 
 @dataclass(eq=False, kw_only=True)
 class Download:
-    """A download. Its bytes are collected in `<target>.part`, which is renamed to `target` at the end."""
+    """A download to `<target>.part`, which is renamed to `target` at the end."""
 
     target: Path
     url: str
     name: str
-    """For people."""
+    """For messages."""
     bytes: int | None = None
-    """Size; None: what the server says."""
+    """Size; None: that of the answer."""
     checksum: str | None = None
     """The sha256 of the content (64 digits) or git's id of it (40)."""
     headers: Callable[[], dict[str, str]] = dict
-    """Makes the headers to send; a token goes no further than to the host of `url`."""
+    """Returns the headers of a request; a token is sent to the host of `url` alone."""
     trusts_etag: bool = False
     """Whether an ETag of 64 hexadecimal digits is the sha256 of the content, as the Hub's are."""
     on_bytes: Callable[[int], None] = lambda count: None
     """Called with the number of bytes that are new in the part, negative if some were thrown away."""
     check: Check = nothing
-    """May raise, to end the transfer; what arrived is kept."""
+    """May raise to end the transfer; received bytes are kept."""
 
     def __post_init__(self) -> None:
         self.part = self.target.with_name(f"{self.target.name}.part")
         self.note = self.target.with_name(f"{self.target.name}.part.json")
         self.size = self.bytes
         self.sizes: set[int] = set()
-        """Sizes that the server said; more than one: it cannot be believed."""
+        """Sizes that the server has promised; more than one: none is believed."""
         self.facts: dict[str, Any] = {}
         self.mark = 0
         """Length of the part when an attempt last made enough progress."""
         self.ignores_range = False
         self.starts_over = False
-        """Whether an attempt had to begin again: then all attempts together may receive far more than the file has."""
+        """Whether an attempt began again: all attempts together may then receive far more than the file has."""
 
     def fetch(
         self, lock: Path, *, on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
         is_there: Callable[[], bool] | None = None,
     ) -> str | None:  # fmt: skip
-        """Fetch the file and return its checksum; None: it is there, perhaps since another process fetched it.
+        """Fetch the file and return its checksum; None: it is there, maybe fetched by another process.
 
         Args:
-            lock: file that processes hold while they fetch it.
-            on_wait: called once with the holder's record if another thread or process is at it.
-            is_there: whether the target is whole and right; None: whatever stands there is.
+            lock: file that is locked during the download.
+            on_wait: called once with the holder's record if another thread or process holds it.
+            is_there: returns whether the target is whole and right; None: any target is.
 
         Raises:
-            PassingError: the network or the server does not work now.
-            DataError: there is no such file, it may not be had, or what arrives is not what was promised.
+            PassingError: the network or the server fails now.
+            DataError: there is no such file, access is refused, or the content is not what was promised.
         """
         try:
             with locks.hold(lock, {"fetches": self.name}, on_wait, self.check):
@@ -111,7 +111,7 @@ class Download:
                 checksum = self._run()
                 note_verified(checksum, self.target)
                 return checksum
-        except StoreError as error:  # locks speak of the outputs folder, which this is not
+        except StoreError as error:  # its message names the outputs folder
             raise DataError(f"{self.name}: {error}".replace("outputs=PATH", "HF_HOME or MLXCHAT_CACHE")) from None
         except OSError as error:
             if isinstance(error, MlxchatError) or error.errno is None:
@@ -166,9 +166,9 @@ class Download:
     def _milestone(self) -> int:
         """Return how long the part must be for the failures to count from zero again.
 
-        Bytes below the longest part so far are no progress (a server without Range sends them again and again), and a
-        few more are not enough: a 64th of what is left, at most a block. What must begin again, and a file whose length
-        is unknown or another one in each answer, must double.
+        Only bytes beyond the longest part so far are progress (a server without Range repeats the others), and at least
+        a 64th of the rest, at most a block. After a new beginning, and where the length is unknown or changes with each
+        answer, the part must double.
         """
         if self.size is None or len(self.sizes) > 1 or self.starts_over:
             return max(2 * self.mark, _BLOCK_BYTES)
@@ -179,7 +179,7 @@ class Download:
         return self.part.stat().st_size if self.part.exists() else 0
 
     def _receive(self) -> None:
-        """Ask for what is missing and append it to the part."""
+        """Request the missing bytes and append them to the part."""
         start = self._arrived_bytes()
         known = (read_json(self.note) or {}) if start else {}
         self.size = self.size if self.size is not None else known.get("bytes")
@@ -211,11 +211,11 @@ class Download:
                 self._drop()
                 raise _Busy("the server has less than arrived before")
             if answer.status_code == 206:
-                told = answer.headers.get("Content-Range", "")
-                found = _CONTENT_RANGE.fullmatch(told)
+                range_ = answer.headers.get("Content-Range", "")
+                found = _CONTENT_RANGE.fullmatch(range_)
                 if not found or int(found[1]) != start or found[2] not in ("*", str(self.size or found[2])):
                     self._drop()
-                    raise _Busy(f"asked for bytes from {start} on, the server sent Content-Range {told[:60]!r}")
+                    raise _Busy(f"asked for bytes from {start} on, the server sent Content-Range {range_[:60]!r}")
             elif start:
                 self.ignores_range = True
                 self._drop()
@@ -230,19 +230,19 @@ class Download:
             if not start:
                 write_json(self.note, self.facts)
             with self.part.open("ab") as file:
-                for block in answer.iter_raw():  # as it comes: what a cut leaves in a buffer of theirs would be lost
+                for block in answer.iter_raw():  # unbuffered: a cut would lose what a buffer holds
                     file.write(block)
                     received += len(block)
                     self.on_bytes(len(block))
                     if self.size is not None and file.tell() > self.size:
-                        break  # more than was promised: it is wrong already, and may never end
+                        break  # more than was promised, maybe without end
                     if self.size is None and file.tell() // _LOOK_BYTES > (file.tell() - len(block)) // _LOOK_BYTES:
                         check_space(self.target.parent, _LOOK_BYTES, self.name)
                 file.flush()
                 os.fsync(file.fileno())
 
     def _judge(self, answer: Any) -> None:
-        """Raise what an answer that is no file means."""
+        """Raise the error that a status other than success means."""
         status = answer.status_code
         if status in (200, 206, 416):
             return
@@ -268,7 +268,7 @@ class Download:
         return "", checksum
 
     def _drop(self) -> None:
-        """Throw away what arrived, and the size that the server said."""
+        """Remove the part and forget the size that the server promised."""
         self.size, self.starts_over = self.bytes, True
         with suppress(FileNotFoundError):
             self.on_bytes(-self.part.stat().st_size)
@@ -282,7 +282,7 @@ class Download:
 
 
 class _Busy(Exception):
-    """An answer that another try may better."""
+    """A fault that another attempt may not meet."""
 
     def __init__(self, message: str, pause: float = 0.0) -> None:
         super().__init__(message)
@@ -385,7 +385,7 @@ def read_answer(url: str, headers: Mapping[str, str], look: Check) -> tuple[Any,
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Return the seconds to wait by a Retry-After header, a minute at most; 0: it says nothing."""
+    """Return the seconds of a Retry-After header, a minute at most; 0: there is none that can be read."""
     after = headers.get("Retry-After", "")
     return min(float(after), _MOST_PAUSE_SECONDS) if after.isdecimal() else 0.0
 
@@ -400,7 +400,7 @@ _INTERVAL_SECONDS = 0.2
 
 
 class TransferProgress:
-    """Counts the bytes of a transfer, from any thread, and shows them once it takes longer than a moment."""
+    """Counts the bytes of a transfer, from any thread, and shows them after the first second."""
 
     def __init__(self, title: str, total: int, *, start: int = 0, verb: str = "fetch") -> None:
         """Begin with `start` of `total` bytes (0: not known); `verb` heads the display."""
@@ -410,13 +410,13 @@ class TransferProgress:
         self._lock = threading.Lock()
 
     def __enter__(self) -> TransferProgress:
-        """Begin to measure."""
+        """Return the counter."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the display away; print one line about what a long transfer brought."""
+        """Remove the display; print one line about a long transfer."""
         if self._is_shown:
             self._bar.__exit__(kind, error, trace)
             brought, seconds = self.done - self.start, max(1e-9, time.monotonic() - self._bar.began)
@@ -424,7 +424,7 @@ class TransferProgress:
             self._bar.note(f"{self.title}: {format_bytes(brought)} in {format_seconds(seconds)}, {speed}")
 
     def add(self, count: int) -> None:
-        """Count bytes that arrived, or, below 0, that were thrown away."""
+        """Count bytes that arrived, or, below 0, that were discarded."""
         with self._lock:
             self.done += count
             now = time.monotonic()
@@ -443,5 +443,5 @@ class _ByteProgress(Progress):
     """A bar of bytes."""
 
     def amount(self, done: int) -> str:
-        """Return how much is done, as people read it."""
+        """Return how much is done, with units."""
         return f"{format_bytes(done)} of {format_bytes(self.total)}" if self.total > 1 else format_bytes(done)

@@ -1,4 +1,4 @@
-"""What was fetched and is on this machine: repositories of the Hub and plain downloads; who needs them; removal."""
+"""Repositories of the Hub and plain downloads on this machine: sizes, the artifacts that need them, removal."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def choose(holdings: Iterable[Holding], name: str) -> list[Holding]:
 
 
 def remove(holding: Holding) -> tuple[int, list[str]]:
-    """Remove a holding; return the bytes that are free now, and the files that stay since somebody is fetching them.
+    """Remove a holding; return the freed bytes, and the files that stay because a process is fetching them.
 
     Content that another commit shares stays. A kill leaves files that are whole, or missing.
     """

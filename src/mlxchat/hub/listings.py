@@ -59,7 +59,7 @@ def list_files(repository: str, *, revision: str = "main", pattern: str = "*", k
 
 
 def find_commit(repository: str, revision: str, kind: str = "dataset") -> str | None:
-    """Return the commit that a revision means, for a key; None: neither the Hub nor an earlier answer says it.
+    """Return the commit that a revision means, for a key; None: neither the Hub nor a record has it.
 
     A commit means itself. For a tag or a branch the Hub is requested once in a process, for at most 10 seconds.
 
@@ -118,7 +118,7 @@ def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False
     commit = (read_json(known) or {}).get("commit")
     if is_offline():
         if commit is None:
-            raise DataError(_tell_unknown(repository, revision, kind))
+            raise DataError(_unknown_message(repository, revision, kind))
         if is_plan:
             print(f"  {repository}: offline; {revision} is commit {commit[:12]}, as recorded", file=sys.stderr)
     elif revision != commit:  # a commit means itself
@@ -126,7 +126,7 @@ def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False
             commit = _request_commit(repository, revision, kind, is_plan=is_plan, is_recorded=commit is not None)
         except PassingError as error:
             if commit is None:
-                raise PassingError(f"{error} {tell_command()}") from None
+                raise PassingError(f"{error} {fetch_command()}") from None
             print(f"  {repository}: the Hub does not answer; commit {commit[:12]} is used, as before", file=sys.stderr)
         else:
             check_commit(repository, commit)
@@ -137,14 +137,14 @@ def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False
 
 
 def _request_commit(repository: str, revision: str, kind: str, *, is_plan: bool, is_recorded: bool) -> str:
-    """Return the commit that the Hub says; for a plan it is requested once, and not from a Hub that did not answer."""
+    """Return the commit by the Hub; a plan requests it once, and not from a Hub that did not answer before."""
     look = within(_PLAN_SECONDS) if is_plan else None
     hub = endpoint()
     if is_plan and hub in _silent:
         raise PassingError(f"{repository}: the Hub at {hub} did not answer before.")
     tries = 1 if is_plan else _TRIES_WITH_RECORD if is_recorded else _TRIES
     try:
-        return str(_ask(repository, kind, tries, lambda: _commit_of(repository, revision, kind, look)))
+        return str(_request(repository, kind, tries, lambda: _commit_of(repository, revision, kind, look)))
     except PassingError:
         _silent.add(hub)
         raise
@@ -156,11 +156,11 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
     files = read_listing(path)
     if is_offline():
         if files is None:
-            raise DataError(_tell_unknown(repository, commit, kind))
+            raise DataError(_unknown_message(repository, commit, kind))
     elif files is None or read_json(path).get("endpoint") != endpoint():
         try:
             tries = _TRIES if files is None else _TRIES_WITH_RECORD
-            files = _ask(repository, kind, tries, lambda: _files_of(repository, commit, kind))
+            files = _request(repository, kind, tries, lambda: _files_of(repository, commit, kind))
         except PassingError:
             if files is None:
                 raise
@@ -182,7 +182,7 @@ def _files_of(repository: str, commit: str, kind: str) -> list[HubFile]:
     """Return every file of a commit, sorted by path.
 
     Not by the official client: it follows pages in a circle, sends the token to any address that a page links to, and
-    waits for as long as Retry-After says.
+    sleeps for as long as Retry-After demands.
     """
     page: str | None = f"{_api(repository, kind)}/tree/{quote(commit, safe='')}?recursive=true"
     seen: set[str] = set()
@@ -236,13 +236,13 @@ def _get_json(url: str, look: Check | None = None) -> tuple[Any, str | None]:
         raise ValueError("its answer is nested too deeply") from None
 
 
-def _ask(repository: str, kind: str, tries: int, question: Callable[[], Any]) -> Any:
+def _request(repository: str, kind: str, tries: int, request: Callable[[], Any]) -> Any:
     """Return the Hub's answer; a fault that may pass is tried again with growing pauses."""
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
     for number in range(tries):
         try:
-            return question()
+            return request()
         except (HTTPError, OSError, ValueError) as error:
             response = getattr(error, "response", None)
             status = getattr(response, "status_code", None)
@@ -258,15 +258,15 @@ def _ask(repository: str, kind: str, tries: int, question: Callable[[], Any]) ->
     raise PassingError(f"{repository}: the Hub at {endpoint()} cannot be asked now ({reason}).")
 
 
-def _tell_unknown(repository: str, revision: str, kind: str) -> str:
+def _unknown_message(repository: str, revision: str, kind: str) -> str:
     return (
         f"{repository}: nothing of this {kind} at revision {revision} is on this machine, and HF_HUB_OFFLINE is set. "
-        f"{tell_command()}"
+        f"{fetch_command()}"
     )
 
 
-def tell_command() -> str:
-    """Return what to type where there is a network, with the settings of this command line."""
+def fetch_command() -> str:
+    """Return the command for a machine with a network, with the settings of this command line."""
     words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
     # What `data show` calls a mixture is one of sft to everybody else.
     words = [f"mixture@sft.{word}" if word.startswith("mixture=") else word for word in words]

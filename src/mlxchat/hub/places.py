@@ -46,7 +46,7 @@ from mlxchat.store.transfer import take_in, tell_waiting
 
 _PIECE_BYTES = 1 << 22
 _MANIFEST_BYTES = 1 << 26
-# Scheme → what brings it and what it asks of the environment.
+# Scheme → its package, and the credentials that it reads from the environment.
 _NEEDS = {
     "s3": ("s3fs", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or AWS_ENDPOINT_URL of another server"),
     "s3a": ("s3fs", "as s3://"),
@@ -61,7 +61,7 @@ _NEEDS = {
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _PROBE_SECONDS = 20.0
-# While an upload lasts a line comes as often as this. One by Xet may take a while, and longer the larger it is.
+# Interval of the lines during an upload, and the limit of one by Xet.
 _LINE_SECONDS = 30.0
 _LEAST_SECONDS, _LEAST_BYTES_PER_SECOND = 600.0, 50_000
 # Former weights of these kinds go with the commit: loaders take every file of such a name for the model's.
@@ -73,14 +73,14 @@ _FORMER = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where artifacts lie, and how it is reached."""
+    """A place of artifacts and its file system."""
 
     url: str
     files: Any
     """The file system of fsspec's."""
     root: str
     folder: str = "store"
-    """Of its artifacts; "": they lie in the root itself, as in a copy of a store."""
+    """Of its artifacts; "": the root itself, as in a copy of a store."""
 
     def path(self, *parts: str) -> str:
         """Return the path of something in its store."""
@@ -205,7 +205,7 @@ def _check_whole(folders: Sequence[Path]) -> None:
 def _is_there(place: Place, name: str) -> bool:
     try:
         return place.manifest(name) is not None
-    except StoreError:  # it is written anew, after its files were hashed
+    except StoreError:  # it is rewritten after its files were hashed
         return False
 
 
@@ -265,7 +265,7 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
         wanted: names of artifacts there, the start of one or of an id; none: everything.
 
     Raises:
-        StoreError: what is there is not what its manifest says, or lacks what it was made from; or there is no room.
+        StoreError: contents differ from a manifest, an input is missing, or there is no room.
             Nothing that is faulty reaches the store.
         ConfigError: the place cannot be read by us, or has nothing of a name.
         PassingError: it does not answer as it should; what arrived is found again.
@@ -310,7 +310,7 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
             raise ConfigError(f'"{word}" is {len(found) or "no"} artifacts of {place.url}: {which}')
         queue += found
     chosen: dict[str, Manifest] = {}
-    asked = set(queue)
+    named = set(queue)
     queue = queue or names
     while queue:
         name = queue.pop()
@@ -318,7 +318,7 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
             continue
         manifest = place.manifest(name) if is_plain(name) else None
         if manifest is None:
-            if name in asked:
+            if name in named:
                 raise ConfigError(f"{name} is not whole at {place.url}: its export has not ended")
             continue  # in the making, or no artifact
         chosen[name] = manifest
@@ -353,7 +353,7 @@ def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, pro
     """Bring one file, from where an earlier try was cut.
 
     Raises:
-        StoreError: it is not what the manifest says.
+        StoreError: its contents differ from the manifest.
     """
     if target.exists() and checksum_of(target) == file["sha256"]:
         progress.add(file["bytes"])
@@ -548,18 +548,18 @@ def _find_xet_fault(api: Any, name: str, kind: str) -> str:
     try:
         place = f"{api.endpoint}/api/{kind}s/{name}/xet-write-token/main"
         answer, body = read_answer(place, build_hf_headers(token=api.token), within(_PROBE_SECONDS))
-        told = json.loads(body)
+        access = json.loads(body)
         if answer.status_code in (401, 403):
-            return ""  # the upload says it better
-        if answer.status_code >= 300 or not isinstance(told, dict) or not {"accessToken", "casUrl"} <= told.keys():
+            return ""  # the upload raises a better error
+        if answer.status_code >= 300 or not isinstance(access, dict) or not {"accessToken", "casUrl"} <= access.keys():
             return "has no Xet storage"
     except (HTTPError, OSError, ValueError, RecursionError):
         return "has no Xet storage"
     try:
-        with open_url(str(told["casUrl"]), {}, within(_PROBE_SECONDS)):
+        with open_url(str(access["casUrl"]), {}, within(_PROBE_SECONDS)):
             pass  # that it answers is enough
     except (HTTPError, OSError, ValueError) as error:
-        return f"has Xet storage at {told['casUrl']}, which does not answer ({type(error).__name__})"
+        return f"has Xet storage at {access['casUrl']}, which does not answer ({type(error).__name__})"
     return ""
 
 

@@ -1,1 +1,1 @@
-"""Models of other makes become checkpoints of ours, and ours become theirs; nobody's code ever runs."""
+"""Third-party models become checkpoints of ours, and ours become theirs; no code of a file runs."""

@@ -1,4 +1,4 @@
-"""A checkpoint of ours as a folder of another tool's: transformers', nanochat's, mlx-lm's.
+"""A checkpoint of ours as a folder of another tool: transformers, nanochat, mlx-lm, PEFT.
 
 No numbers move but where they are rounded on request: tensors are renamed (`names`), and a tensor that came in as
 bfloat16, or an embedding all of whose numbers bfloat16 has, goes out as bfloat16, so a round trip changes no bit.
@@ -43,7 +43,7 @@ CODES = {dtype.name: code for code, dtype in FLOATS.items()}
 BITS = (8, 4)
 _GROUP_NUMBERS = (64, 32)
 _TABLES = ("transformer.wte.", "value_embeds.")
-# nanochat's scripts use it where they are told nothing else, and its base models alone have it in their meta file.
+# The default of nanochat's scripts; only base models have it in their meta file.
 _NANOCHAT_BATCH_ROWS = 32
 
 
@@ -210,7 +210,7 @@ def write_nanochat(checkpoint: Checkpoint, out: Path) -> str:
 
 
 def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dtype: str | None = None) -> None:
-    """Write a folder that mlx-lm opens, with its own model file where mlx-lm does not know the architecture.
+    """Write a folder that mlx-lm opens, with a model file of its own for architectures that mlx-lm lacks.
 
     Args:
         checkpoint: `check_export` has let it pass.
@@ -289,7 +289,7 @@ def _read_adapters(checkpoint: Checkpoint) -> Adapters:
 
 
 def needs_model_file(checkpoint: Checkpoint) -> bool:
-    """Tell whether mlx-lm has to run a model file of the folder's."""
+    """Return whether mlx-lm has to run a model file of the folder."""
     return bool(beyond_october(checkpoint.sizes))
 
 
@@ -331,7 +331,7 @@ def _groups_of(name: str, shape: tuple[int, ...]) -> int | None:
 
 
 def _as_imported(checkpoint: Checkpoint, target: str) -> dict[str, Any]:
-    """Return how the model was stored where it came from, if it is still that one and goes back there."""
+    """Return how an imported model was stored, if it is unchanged and is exported to the same format."""
     if checkpoint.facts.get("stage") != "imported":
         return {}
     imported = checkpoint.facts.get("imported")

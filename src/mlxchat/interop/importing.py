@@ -1,4 +1,4 @@
-"""A model of another make becomes the folder of a checkpoint of ours, named by the contents of its files."""
+"""A third-party model becomes the folder of a checkpoint of ours, named by the contents of its files."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Found:
 
 
 def open_source(config: ImportConfig) -> ModelSource:
-    """Return where a model comes from.
+    """Return the source of a model.
 
     Raises:
         ConfigError: neither or both of a repository and a folder are given.
@@ -75,7 +75,7 @@ def model_sizes(config: ImportConfig) -> GPTSizes:
     found = find(config)
     if isinstance(found.files, hf.HfFiles):
         return sizes_from_hf(hf.read_config(found.source), found.source.where)
-    assert isinstance(found.files, nanochat.NanochatFiles), "adapters say nothing of the model that they are for"
+    assert isinstance(found.files, nanochat.NanochatFiles), "adapters do not describe their model"
     meta = found.source.small(found.files.meta)
     return _sizes_of_meta(meta, found.files.meta)
 
@@ -83,13 +83,13 @@ def model_sizes(config: ImportConfig) -> GPTSizes:
 @lru_cache(maxsize=8)
 def _sizes_of_meta(data: bytes, where: str) -> GPTSizes:
     model_config = nanochat.read_meta(data, where)["model_config"]
-    # The tensors tell the architecture; where only the meta file is at hand, the key that July 2026 added does.
+    # The tensors decide the architecture; without them a key that July 2026 added does.
     later = ["value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda"]
     return sizes_from_nanochat(model_config, later if "window_pattern" in model_config else [], where)
 
 
 def remark(config: ImportConfig) -> str:
-    """Return how large a model is, what of it is to be fetched, and what it will take, for people."""
+    """Return a model's size, the bytes to fetch and the disk space that it needs, for messages."""
     found = find(config)
     if isinstance(found.files, peft.AdapterFiles):
         return f"adapters of {format_bytes(found.source.size(found.files.adapters))}"
@@ -109,14 +109,14 @@ def files_to_fetch(config: ImportConfig) -> list[HubFile]:
 def import_model(
     config: ImportConfig, out: Path, check: Callable[[], None], base: Path | None = None
 ) -> tuple[GPTSizes, list[dict[str, Any]]]:
-    """Write a model of another make into `out` as a checkpoint; return its sizes and a record of each of its files.
+    """Write a third-party model into `out` as a checkpoint; return its sizes and a record of each of its files.
 
     Numbers pass through in pieces: what is needed besides is a few megabytes.
 
     Args:
         config: which model.
         out: exists.
-        check: called again and again; it may raise, to end the work.
+        check: called repeatedly; it may raise to end the work.
         base: the artifact that adapters are for.
 
     Raises:

@@ -77,7 +77,7 @@ def hf_from_ours(name: str) -> str:
 
 
 def ours_from_hf(name: str) -> str | None:
-    """Return our name of a parameter of `NanoChatForCausalLM`, also of one that bears ours; None: it has none."""
+    """Return our name of a parameter of `NanoChatForCausalLM`, also of one with our name; None: it has none."""
     layer = _HF_LAYER.fullmatch(name)
     if name in _OUR_TABLES:
         return _OUR_TABLES[name]
@@ -93,7 +93,7 @@ def sizes_from_nanochat(model_config: Mapping[str, Any], names: Iterable[str], w
 
     Args:
         model_config: of its meta_*.json.
-        names: our names of its parameters, which tell the two architectures apart.
+        names: our names of its parameters, which distinguish the two architectures.
         where: what messages call it.
 
     Raises:
@@ -127,7 +127,7 @@ def nanochat_from_sizes(sizes: GPTSizes) -> dict[str, Any]:
 
 
 def sizes_from_hf(config: Mapping[str, Any], where: str) -> GPTSizes:
-    """Return the sizes that a config.json of `NanoChatForCausalLM` says, of mlx-lm's or of ours.
+    """Return the sizes in a config.json of `NanoChatForCausalLM`, of mlx-lm or of ours.
 
     Raises:
         DataError: a size is missing, or it computes otherwise than ours would.

@@ -1,4 +1,4 @@
-"""A checkpoint as nanochat writes and publishes it: which files it is, what they say, and its tensors under our names.
+"""A checkpoint as nanochat writes and publishes it: its files, their contents, and its tensors under our names.
 
 model_000650.pt  meta_000650.json      at the top, or in a folder such as chatsft_checkpoints/d20/
 tokenizer.pkl    token_bytes.pt        beside them or in tokenizer/; the second one only to compare
@@ -146,7 +146,7 @@ def choose_trained(base: Path, word: str) -> tuple[Trained, int | None] | None:
 
 
 def read_meta(data: bytes, where: str) -> dict[str, Any]:
-    """Return what a meta_*.json says.
+    """Return the contents of a meta_*.json.
 
     Raises:
         DataError: it is damaged, or of another kind.
@@ -162,7 +162,7 @@ def read_meta(data: bytes, where: str) -> dict[str, Any]:
 
 
 def facts_of(meta: dict[str, Any], files: NanochatFiles, chat: bool | None) -> dict[str, Any]:
-    """Return what checkpoint.json says of a checkpoint.
+    """Return the contents of checkpoint.json.
 
     Args:
         meta: of meta_*.json.

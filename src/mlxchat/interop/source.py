@@ -47,7 +47,7 @@ class ModelSource:
     """Name, with / between folders → where it is."""
 
     def has(self, name: str) -> bool:
-        """Tell whether there is such a file."""
+        """Return whether there is such a file."""
         return name in self.files
 
     def listed(self) -> str:
@@ -76,7 +76,7 @@ class ModelSource:
         return {name: file.place if isinstance(file := self.files[name], HubFile) else file for name in names}
 
     def sha256(self, name: str, hash_of: Callable[[Path], str] = hash_file) -> str:
-        """Return a file's sha256. Large ones of the Hub are not fetched for it: the listing says it."""
+        """Return a file's sha256. Large ones of the Hub are not fetched for it: the listing has it."""
         file = self.files[name]
         if isinstance(file, HubFile):
             return file.sha256 or hash_file(self.fetch([name])[name])
@@ -94,7 +94,7 @@ class ModelSource:
             raise DataError(f"{self.where}: {name} cannot be read ({error.strerror or error})") from None
 
     def record(self, name: str) -> dict[str, Any]:
-        """Return what manifests say of a file: url, revision, sha256, bytes."""
+        """Return the record of a file for manifests: url, revision, sha256, bytes."""
         file = self.files[name]
         if isinstance(file, HubFile):
             return record(file)
@@ -168,7 +168,7 @@ _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def outside_folder(reference: str) -> Path:
-    """Return the folder of a model of another make; what is not on this machine is fetched.
+    """Return the folder of a third-party model; missing files are fetched.
 
     Args:
         reference: hf:FOLDER, hf:ORGANISATION/NAME or hf:ORGANISATION/NAME@REVISION.

@@ -380,7 +380,7 @@ class TorchFile:
         self._compare(member, crc)
 
     def _compare(self, member: Member, crc: int) -> None:
-        # torch can be told to compute none.
+        # torch can be configured to compute none.
         if member.crc not in (0, crc):
             raise DataError(
                 f"{self.where} is damaged: {member.name} is not what its checksum says. Fetch or copy it again."

@@ -20,7 +20,7 @@ from mlxchat.config.secrets import redact
 from mlxchat.distributed.ranks import lead_ranks
 from mlxchat.errors import ConfigError, StoreError, visible
 from mlxchat.hub.cache import endpoint, is_offline
-from mlxchat.hub.listings import tell_command
+from mlxchat.hub.listings import fetch_command
 from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.given import check_given
 from mlxchat.planning.memory import check_memory, find_device, forecast_bytes, remark_apart
@@ -177,7 +177,7 @@ def plan_to_run(config: Config, store: Store) -> list[PlannedStep]:
             f"{place.removesuffix('.revision')}.revision=COMMIT"
             for place, what in branches.items()
         ]
-        raise ConfigError("\n".join([*lines, tell_command()]))
+        raise ConfigError("\n".join([*lines, fetch_command()]))
     from mlxchat.hub.client import fetch_url
 
     for address in dict.fromkeys(unknown.values()):
