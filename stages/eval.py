@@ -15,7 +15,6 @@ from mlxchat.data.tokens import open_documents
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import text_loss, uniform_bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
-from mlxchat.evals.chat_scores import Score, record_suite
 from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
 from mlxchat.evals.forecast import memory
@@ -23,6 +22,7 @@ from mlxchat.evals.ngram import ngram_bits_per_byte
 from mlxchat.evals.own import measure_own
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts, continue_prompts
+from mlxchat.evals.scores import Score, record_suite
 from mlxchat.evals.throughput import measure_throughput
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT

@@ -13,9 +13,9 @@ from mlxchat.data.tokens import open_documents
 from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.chat import Answering, evaluate_task
-from mlxchat.evals.chat_scores import record_suite
 from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
+from mlxchat.evals.scores import record_suite
 from mlxchat.evals.third_party import MOST_CONTEXT_TOKENS, ThirdPartyModel
 from mlxchat.ops.device import prepare_machine
 from mlxchat.runner.context import Context

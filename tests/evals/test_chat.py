@@ -15,7 +15,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat import Answering, evaluate_task, expected_text, question_text
-from mlxchat.evals.chat_scores import CHATCORE_SETS, Score, chatcore, mean_centered, mean_centered_stderr
+from mlxchat.evals.scores import CHATCORE_SETS, Score, chatcore, mean_centered, mean_centered_stderr
 from mlxchat.model.gpt import GPT
 from mlxchat.tasks.benchmarks import GSM8K
 

@@ -11,7 +11,7 @@ from parity_file import ParityFile
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.chat import Answering, evaluate_task, letter_logits
-from mlxchat.evals.chat_scores import CHATCORE_SETS, Score, chatcore
+from mlxchat.evals.scores import CHATCORE_SETS, Score, chatcore
 from mlxchat.sandbox.programs import run_program
 from mlxchat.tasks.base import Task
 from mlxchat.tasks.benchmarks import assemble_program

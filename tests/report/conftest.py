@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.report import RunReport, collect, write_report
+from mlxchat.report.collect import RunReport, collect
+from mlxchat.report.document import write_report
 
 PIPELINE: dict[str, dict[str, str]] = {
     "corpus": {"stage": "corpus"},

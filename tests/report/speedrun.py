@@ -6,10 +6,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from mlxchat.evals.chat_scores import Score, chatcore, mean_centered
 from mlxchat.evals.core import CoreResult, TaskScore
 from mlxchat.evals.core_bundle import CoreTask
 from mlxchat.evals.examples import write_examples
+from mlxchat.evals.scores import Score, chatcore, mean_centered
 
 # label, kind, shots, baseline
 CORE_TASKS = [

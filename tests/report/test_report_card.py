@@ -14,15 +14,20 @@ import pytest
 
 from mlxchat.evals.examples import write_examples
 from mlxchat.report.collect import collect_steps, entries_of_artifacts
-from mlxchat.report.examples import read_examples
-from mlxchat.report.html import render_html
-from mlxchat.report.markdown import render_markdown
+from mlxchat.report.document import document, render_html, render_markdown
+from mlxchat.report.examples import read_examples, telling_examples
 from mlxchat.report.plots import score_charts
-from mlxchat.report.published import GPT_CORE, references
-from mlxchat.report.scorecard import core_table, metric_table, published_tables
-from mlxchat.report.sections import groups_of, sections
-from mlxchat.report.tables import timing_table
-from mlxchat.report.wording import facts, headline
+from mlxchat.report.summary import answers, facts
+from mlxchat.report.tables import (
+    all_settings,
+    core_table,
+    metric_table,
+    published_core,
+    published_tables,
+    references,
+    step_tables,
+    timing_table,
+)
 
 _SPEC = importlib.util.spec_from_file_location("report_speedrun", Path(__file__).with_name("speedrun.py"))
 speedrun = importlib.util.module_from_spec(_SPEC)
@@ -56,11 +61,8 @@ def test_core_is_told_task_by_task(whole_recipe):
 
 
 def test_a_centred_error_is_that_of_the_accuracy_over_what_is_left_to_win(whole_recipe):
-    core = whole_recipe.read().step("eval_base").scores.core
-    task = core.tasks["boolq"]
-    assert task.centered_stderr == pytest.approx(
-        math.sqrt(task.accuracy * (1 - task.accuracy) / task.num_examples) / 0.38
-    )
+    task = whole_recipe.read().step("eval_base").scores.core_tasks["boolq"]
+    assert task.centered_stderr == pytest.approx(math.sqrt(task.value * (1 - task.value) / task.num_questions) / 0.38)
 
 
 def test_chatcore_takes_the_place_of_the_plain_mean(whole_recipe):
@@ -70,13 +72,14 @@ def test_chatcore_takes_the_place_of_the_plain_mean(whole_recipe):
 
 
 def test_the_published_d20_stands_beside_a_run_of_its_recipe(whole_recipe):
-    ((reference, table),) = published_tables(whole_recipe.read())
+    ((name, table),) = published_tables(whole_recipe.read())
     assert table.header == ["Published elsewhere", "BASE", "MID", "SFT", "RL"]
     assert row(table, "CORE")[1].text == "0.2219"
     assert row(table, "CORE")[1].detail.startswith("(here 0.")
     assert row(table, "gsm8k")[4].text == "7.6%"
     assert "Nothing of it was measured here" in table.notes[0]
-    assert reference.seconds == 13860
+    assert name.startswith("nanochat d20")
+    assert row(table, "wall clock")[1].text == "3h51m"
 
 
 def test_chatcore_of_another_set_of_tasks_is_not_put_beside_the_published_one(make):
@@ -161,7 +164,7 @@ def test_a_run_that_was_cut_short_is_not_the_published_recipe(whole_recipe):
 def test_core_is_drawn_beside_gpt2_and_says_what_was_published(whole_recipe):
     charts = {chart.name: chart for chart in score_charts(whole_recipe.read())}
     ladder = charts["core"]
-    assert {f"{name} (published)" for name in GPT_CORE} < {name for name, *_ in ladder.rows}
+    assert {f"{name} (published)" for name in published_core()} < {name for name, *_ in ladder.rows}
     values = [cells[0].value for _, cells, _ in ladder.rows]
     assert values == sorted(values)
     assert len(charts["core-tasks"].rows) == 22
@@ -175,7 +178,7 @@ def test_outside_models_are_columns_of_the_same_table(make):
     own = dict(facts(report))
     assert own["CORE"] == row(table, "CORE")[table.header.index("BASE")].text
     assert own["val bpb"] == "0.812"
-    assert "Held-out text takes 0.812 bits per byte" in " ".join(headline(report))
+    assert "held-out text takes 0.812 bits per byte" in answers(report)[0][1]
 
 
 def test_artifacts_of_several_outside_models_stand_beside_an_eval_of_ours(make):
@@ -194,7 +197,7 @@ def test_one_right_and_one_wrong_example_of_each_task_are_shown(whole_recipe):
     found = read_examples(whole_recipe.folder("eval_sft"))
     tasks = list(speedrun.CHAT_TASKS)[:5]
     assert [(e.task, e.is_right) for e in found] == [(task, right) for task in tasks for right in (True, False)]
-    page = render_html(whole_recipe.read())
+    page = render_html("x", document(whole_recipe.read()))
     assert "&lt;b&gt;mmlu&lt;/b&gt;" in page
     assert "<b>mmlu" not in page
 
@@ -218,14 +221,13 @@ def test_an_evaluation_that_asked_nothing_has_no_examples_and_no_complaint(whole
     assert caplog.records == []
 
 
-def test_every_step_has_a_section_with_settings_derived_numbers_and_results(whole_recipe):
-    found = {section.step.name: section for section in sections(whole_recipe.read())}
-    assert found["pretrain"].label == "BASE"
-    pairs = dict(groups_of(found["pretrain"]))
-    assert ("model.depth", "20") in pairs["Settings"]
-    assert ("num_parameters", "561,000,000") in pairs["Derived"]
-    assert "pretrain.tokens_per_parameter=20" in found["pretrain"].all_settings
-    assert "pretrain.num_iterations" not in dict(pairs["Settings"])
+def test_every_step_has_settings_derived_numbers_and_results(whole_recipe):
+    step = whole_recipe.read().step("pretrain")
+    pairs = {table.header[0]: {row[0].text: row[1].text for row in table.rows} for table in step_tables(step)}
+    assert pairs["Settings"]["model.depth"] == "20"
+    assert pairs["Derived"]["num_parameters"] == "561,000,000"
+    assert "pretrain.tokens_per_parameter=20" in all_settings(step)
+    assert "pretrain.num_iterations" not in pairs["Settings"]
 
 
 def test_costs_are_told_only_if_an_hour_has_a_price(whole):
@@ -243,7 +245,7 @@ def test_measurements_of_bench_are_shown_where_there_are_some(whole):
     record = {"kind": "train", "time": "2026-11-21T10:00:00+00:00", "command": "mlxchat bench train model=d4",
               "result": {"step": {"seconds": 1.25}, "tokens_per_second": 4096.0}}  # fmt: skip
     (folder / "20261121-train.json").write_text(json.dumps(record))
-    markdown = render_markdown(whole.read(), Path("report"))
+    markdown = render_markdown(document(whole.read()))
     assert "### Measured by mlxchat bench train" in markdown
     assert re.search(r"\| step.seconds \| 1.25 \|", markdown)
 
@@ -252,20 +254,38 @@ def test_a_score_that_says_less_than_usual_is_still_a_report(whole):
     whole.edit_json("eval_base", "scores.json", core={"tasks": {"x": {}}}, chatcore={"tasks": None}, throughput=[])
     whole.edit_json("eval_mid", "scores.json", core={"core": None, "tasks": {}}, chatcore=3)
     report = whole.read()
-    assert core_table(report).rows[0][0].text == "x"
-    render_html(report)
-    render_markdown(report, Path("report"))
+    assert core_table(report) is None
+    render_html("x", document(report))
+    render_markdown(document(report))
 
 
-def test_a_step_without_anything_to_tell_has_no_section_and_a_failed_one_says_why(make):
+def test_a_step_without_a_result_has_no_section_and_a_failed_one_says_why(make):
     fake = make(absent=["sft", "rl", "eval_sft", "eval_rl"])
     fake.append_event(event="step_failed", step="sft", error="out of <b>memory</b>")
-    names = [section.step.name for section in sections(fake.read())]
-    assert "sft" in names
-    assert "rl" not in names
-    page = render_html(fake.read())
+    page = render_html("x", document(fake.read()))
+    assert "<summary>sft (SFT) · failed" in page
+    assert "<summary>rl (RL)" not in page
     assert page.count("out of &lt;b&gt;memory") == 2  # at the top, and where it happened
-    assert 'href="#step-' in page
+
+
+def test_three_telling_answers_are_good_bad_and_typical(make):
+    fake = make()
+    rows = [
+        {"task": task, "index": i, "seed": None, "prompt": f"{task}?", "output": output, "expected": "e",
+         "verdict": verdict, "tokens": 1, "details": {}}
+        for task, share in (("easy", 9), ("middle", 6), ("hard", 1))
+        for i in range(10)
+        for verdict, output in ((i < share, f"answer {'x' * i}"),)
+    ]  # fmt: skip
+    write_examples(fake.folder("eval_rl") / "examples.parquet", rows)
+    tasks = {task: {"accuracy": share} for task, share in (("easy", 0.9), ("middle", 0.6), ("hard", 0.1))}
+    fake.edit_json("eval_rl", "scores.json", tasks=tasks)
+    step, found = telling_examples(fake.read())
+    assert step.name == "eval_rl"
+    assert {name: (each.task, each.is_right) for name, each in found.items()} == {
+        "Good": ("easy", True), "Bad": ("hard", False), "Typical": ("middle", True)
+    }  # fmt: skip
+    assert found["Good"].output == "answer xxxx", "the one of median length"
 
 
 def test_examples_are_found_wherever_in_a_long_file_they_stand(whole):

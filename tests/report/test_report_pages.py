@@ -1,22 +1,18 @@
 """The written report: whole files, pictures, and hostile texts that stay text."""
 
 import io
-import itertools
 import re
 from html.parser import HTMLParser
-from pathlib import PurePosixPath
 from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
 
 from mlxchat.errors import StoreError
-from mlxchat.report import print_summary, write_report
-from mlxchat.report.html import draw_graph
-from mlxchat.report.layout import arrange
-from mlxchat.report.markdown import escape, render_markdown
-from mlxchat.report.plots import all_charts, bpb_baselines
-from mlxchat.report.smoothing import smooth
+from mlxchat.report.document import Group, document, escape, render_html, render_markdown, write_report
+from mlxchat.report.plots import bpb_baselines, main_charts, score_charts
+from mlxchat.report.summary import print_summary
+from mlxchat.report.tables import metric_table
 
 HOSTILE = '</pre><script>alert("x")</script> | [red]no[/red] ``` \x1b[31m \u202eevil \ud800 *a* $x$ {{ 7*7 }}'
 
@@ -99,9 +95,9 @@ def test_page_holds_what_the_run_was(reported):
 
 def test_page_of_a_run_without_evals_or_training_has_neither_metrics_nor_curves(small):
     write_report(small.root, small.run)
-    assert "<h2>Pipeline" in read_page(small)
     page = read_page(small)
-    assert "<h2>Metrics" not in page
+    assert "<h2>Pipeline" in page
+    assert "<h2>Scores" not in page
     assert 'class="chart"' not in page
 
 
@@ -116,17 +112,48 @@ def test_hostile_text_stays_text_in_html(hostile):
 
 def test_page_asks_for_nothing_from_outside(reported):
     source = read_page(reported)
-    addresses = Page(source).addresses
-    assert addresses
-    assert all(address.startswith("#") for address in addresses)
-    assert not re.search(r"@import|url\((?!#arrow)|https?:", source)
+    assert all(address.startswith("#") for address in Page(source).addresses)
+    assert not re.search(r"@import|url\((?!#)|https?:", source)
+
+
+def test_parts_stand_in_the_order_in_which_they_answer(reported):
+    """Guards against a reader who has to scroll past tables of settings to learn whether the model did."""
+    for words in (read_page(reported), (reported.run / "report.md").read_text(encoding="utf-8")):
+        order = ["Did it learn?", "What next?", "Scores", "Samples of", "Curves", "Pipeline", "<summary>pretrain"]
+        places = [words.index(part, words.index("Did it learn?")) for part in order]
+        assert places == sorted(places)
+
+
+def test_a_cell_with_a_share_has_a_bar_with_error_and_chance(whole):
+    page = render_html("x", document(whole.read()))
+    shown = page[page.index("44.6%") :]
+    bar = shown[: shown.index("</td>")]
+    assert 'class="value" style="width:44.6%"' in bar
+    assert 'class="error" style="left:42.4%;width:4.4%"' in bar
+    assert 'class="chance" style="left:25.0%"' in bar
+    table = metric_table(whole.read())
+    drawn = sum(cell.measure is not None for row in table.rows for cell in row)
+    assert page.count('class="bar"') == drawn
+
+
+def test_no_column_is_without_a_heading(reported):
+    assert "<th></th>" not in re.sub(r"<th[^>]*>", "<th>", read_page(reported))
+
+
+def test_a_link_or_picture_in_a_text_stays_text():
+    """Guards against Markdown of a model or a setting that becomes an address, raw HTML or a heading."""
+    for hostile in ("[a](javascript:x)", "![a](http://x/y)", "<http://x>", "<details>", "# a", "1. a", "- a"):
+        page = Page(render_html("x", [escape(hostile), Group("fold", [escape(hostile)], hostile)]))
+        assert not page.addresses
+        assert not page.tags & {"a", "img", "h1", "ol", "ul", "blockquote"}
+        assert page.words.count(hostile) >= 3
 
 
 def test_hostile_sample_cannot_leave_its_markdown_fence(hostile):
-    lines = render_markdown(hostile.read(), PurePosixPath("report")).split("\n")
+    lines = render_markdown(document(hostile.read())).split("\n")
     fences = [line for line in lines if line.startswith("```") and "mermaid" not in line]
     assert fences.count("````text") == fences.count("````") == 2
-    assert fences.count("```text") == 3
+    assert fences.count("```text") == 4
 
 
 def test_markdown_marks_in_names_lose_their_meaning():
@@ -160,7 +187,8 @@ def test_pictures_say_in_words_where_curves_end(make):
     evals = ["eval_base", "eval_mid", "eval_sft", "eval_rl"]
     fake = make(without=["pretrain", "midtrain", "rl", *evals], sft={"stage": "sft"})
     fake.write_lines(fake.folder("sft") / "metrics.jsonl", [{"iteration": 3, "loss": 1.25}])
-    (chart,) = all_charts(fake.read())
+    report = fake.read()
+    (chart,) = main_charts(report, report.step("sft"))
     assert chart.alt == "Curve of the training loss of step sft over its iterations, nats per token: it ends at 1.250."
 
 
@@ -168,44 +196,14 @@ def test_many_tasks_and_one_eval_still_make_a_chart(make):
     fake = make(without=["midtrain", "sft", "rl", "eval_mid", "eval_sft", "eval_rl"])
     tasks = {f"task {i}": {"accuracy": i / 30, "chance": None if i % 2 else 0.25} for i in range(25)}
     fake.edit_json("eval_base", "scores.json", tasks=tasks)
-    assert "accuracy" in [chart.name for chart in all_charts(fake.read())]
+    assert "accuracy" in [chart.name for chart in score_charts(fake.read())]
 
 
-@pytest.mark.parametrize("window", [1, 5, 99])
-def test_smoothing_keeps_a_straight_line(window):
-    line = [3.0 - 0.5 * i for i in range(12)]
-    assert smooth(line, window) == pytest.approx(line)
-
-
-def test_smoothing_takes_the_mean_away_from_the_ends():
-    assert smooth([0.0, 0.0, 9.0, 0.0, 0.0], window=3)[1:4] == pytest.approx([3.0, 3.0, 3.0])
-
-
-def test_wide_graph_runs_from_left_to_right(whole):
-    boxes = {box.name: box for box, *_ in draw_graph(whole.read(), is_wide=True).boxes}
-    chain = ["corpus", "tokenizer", "pretrain", "midtrain", "sft", "rl", "eval_rl"]
-    for left, right in itertools.pairwise(chain):
-        assert boxes[left].x + boxes[left].width < boxes[right].x
-
-
-def test_chain_of_training_steps_is_drawn_straight(whole):
-    boxes = {box.name: box for box, *_ in draw_graph(whole.read(), is_wide=True).boxes}
-    heights = [boxes[step].y for step in ("tokenizer", "pretrain", "midtrain", "sft", "rl")]
-    assert max(heights) - min(heights) < 3
-
-
-@pytest.mark.parametrize("is_wide", [True, False])
-def test_boxes_never_overlap_and_lie_inside_the_drawing(is_wide):
-    names = [f"s{i}" for i in range(12)]
-    inputs = {name: names[max(0, i - 5) : i : 2] for i, name in enumerate(names)}
-    layout = arrange(dict.fromkeys(names, 90.0), inputs, height=40.0, is_wide=is_wide)
-    for a, b in itertools.combinations(layout.boxes, 2):
-        assert abs(a.x - b.x) >= 90.0 - 1e-6 or abs(a.y - b.y) >= 40.0 - 1e-6, (a, b)
-    for box in layout.boxes:
-        assert 0 <= box.x <= layout.width - box.width
-        assert 0 <= box.y <= layout.height - box.height
-
-
-def test_every_input_has_one_arrow_into_its_box():
-    layout = arrange({"a": 9, "b": 9, "c": 9}, {"b": ["a"], "c": ["a", "b", "gone"]}, height=9, is_wide=True)
-    assert sum(line.has_arrow for line in layout.lines) == 3
+def test_the_pipeline_has_a_box_for_each_step_to_the_right_of_its_inputs(whole):
+    page = render_html("x", document(whole.read()))
+    flow = page[page.index('class="flow"') :]
+    columns = [re.findall("<b>([^<]*)</b>", column) for column in flow[: flow.index("</div>")].split("</ul>")]
+    place = {step: at for at, column in enumerate(columns) for step in column}
+    assert place.keys() == whole.pipeline.keys()
+    for step in whole.pipeline:
+        assert all(place[source] < place[step] for source in whole.inputs(step).values())

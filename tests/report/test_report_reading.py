@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.report import collect, latest_run, write_report
-from mlxchat.report.wording import headline, sample_groups, troubles
+from mlxchat.report.collect import collect, latest_run
+from mlxchat.report.document import write_report
+from mlxchat.report.examples import sample_groups
+from mlxchat.report.summary import answers, troubles
 
 
 def test_nothing_done_yet_is_still_a_report(make):
@@ -18,7 +20,7 @@ def test_nothing_done_yet_is_still_a_report(make):
     fake.write_lines(fake.run / "events.jsonl", [])
     report = fake.read()
     assert {step.outcome for step in report.steps} == {"missing"}
-    assert headline(report) == ["None of the 9 steps has a result yet."]
+    assert dict(answers(report))["What did it cost?"] == "None of the 9 steps has a result yet."
     assert write_report(fake.root, fake.run).is_file()
 
 
@@ -124,13 +126,13 @@ def test_no_run_at_all_is_a_fault(tmp_path):
 
 def test_parameters_are_counted_from_the_weights_if_not_derived(whole):
     whole.edit_json("pretrain", "manifest.json", derived={})
-    assert "a 2.10M-parameter model" in headline(whole.read())[0]
+    assert "a 2.1M-parameter model" in answers(whole.read())[0][1]
 
 
 def test_damaged_weights_leave_the_size_out(whole):
     whole.edit_json("pretrain", "manifest.json", derived={})
     (whole.folder("pretrain") / "model.safetensors").write_bytes(b"\xff" * 20)
-    assert headline(whole.read())[0].startswith("Step pretrain trained a model of 4 layers in 14m 22s")
+    assert answers(whole.read())[0][1].startswith("Step pretrain trained a model of 4 layers in 14m22s")
 
 
 def test_samples_of_pretraining_are_those_of_the_last_iteration(whole):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlxchat.report import collect
+from mlxchat.report.collect import collect
+from mlxchat.report.document import document, render_html
 from mlxchat.report.examples import example_groups, rollout_examples
-from mlxchat.report.html import render_html
 
 CALL = "<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>"
 
@@ -41,10 +41,10 @@ def test_the_best_and_the_worst_of_a_question_that_taught_something_of_the_first
 
 def test_they_stand_in_the_report_as_text(whole: Any) -> None:
     write(whole)
-    page = render_html(collect(whole.root, whole.run))
+    page = render_html("x", document(collect(whole.root, whole.run)))
     assert "iteration 1, reward 1, advantage +0.5" in page
     assert "say 1&lt;&lt;1+1=2&gt;&gt; &lt;b&gt;" in page
-    assert "<b>" not in page
+    assert "2&gt;&gt; <b>" not in page
 
 
 def test_what_is_damaged_or_absent_is_left_out(whole: Any) -> None:

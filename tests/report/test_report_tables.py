@@ -5,23 +5,19 @@ import math
 
 import pytest
 
+from mlxchat.config.wording import format_bytes, format_count, format_seconds, format_time
 from mlxchat.errors import visible
-from mlxchat.report.scorecard import columns, metric_table
+from mlxchat.report.summary import answers
 from mlxchat.report.tables import (
     artifact_table,
+    columns,
     compression_tables,
+    format_value,
     machine_table,
+    metric_table,
     overrides,
     source_table,
     timing_table,
-)
-from mlxchat.report.wording import (
-    format_bytes,
-    format_count,
-    format_seconds,
-    format_time,
-    format_value,
-    headline,
 )
 
 
@@ -46,7 +42,7 @@ def test_skipped_midtrain_and_missing_rl_leave_their_columns_out(make):
 def test_two_sft_steps_go_by_their_own_names(make):
     more = {"stage": "sft", "checkpoint": "midtrain"}
     fake = make(sft_long=more, eval_long={"stage": "eval", "checkpoint": "sft_long"})
-    assert [column.label for column in columns(fake.read())] == ["BASE", "MID", "sft", "RL", "sft_long"]
+    assert [column.label for column in columns(fake.read())] == ["BASE", "MID", "sft", "sft_long", "RL"]
 
 
 def test_two_evals_of_one_checkpoint_go_by_their_own_names(make):
@@ -139,20 +135,54 @@ def test_mean_centred_over_different_tasks_has_no_best(whole):
     assert any("not comparable" in note for note in table.notes)
 
 
-def test_headline_says_size_data_time_and_hardware(whole):
-    expected = (
-        "Step pretrain trained a 12.6M-parameter model of 4 layers on 52.4M tokens in 14m 22s "
-        "on Apple M3 Max (metal, 16 cores)."
+def test_the_four_answers_say_what_was_learnt_and_what_it_cost(whole):
+    learnt, well, cost, then = (answer for _, answer in answers(whole.read()))
+    assert learnt == (
+        "Step pretrain trained a 12.6M-parameter model of 4 layers on 52.4M tokens in 14m22s. Yes: held-out text takes "
+        "1.119 bits per byte (order-2 n-gram 2.31, untrained model 3.25). After rl, 4 of 4 tasks are clearly above "
+        "chance."
     )
-    assert headline(whole.read())[0] == expected
+    assert "Best at spelling (92.9% ± 1.1), worst at trivia (33.9% ± 2.1)." in well
+    assert cost.startswith("23m28s of computing on Apple M3 Max (metal, 16 cores), at most 9.8 GB of memory.")
+    assert "2 of 10 steps came from the cache" in cost
+    assert then.endswith(f"`mlxchat chat {whole.artifact('rl')}`")
+
+
+@pytest.mark.parametrize(("bpb", "verdict"), [(1.0, "Yes"), (2.5, "Partly"), (3.3, "Hardly")])
+def test_learning_is_judged_by_the_baselines(whole, bpb, verdict):
+    whole.edit_json("eval_base", "scores.json", bpb={"val": bpb, "ngram_order2": 2.3, "untrained": 3.2})
+    assert f" {verdict}: held-out text takes {bpb:.3f}" in answers(whole.read())[0][1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "advice"),
+    [([3, 2, 1.5, 1.2], "still fell"), ([2, 1, 1, 1.2], "lowest at iteration 1"), ([2, 1, 1, 1], "Talk to it")],
+)
+def test_the_next_step_follows_from_the_validation(make, losses, advice):
+    fake = make(without=["pretrain", "midtrain", "rl", "eval_base", "eval_mid", "eval_rl"], sft={"stage": "sft"})
+    lines = [{"iteration": i, "val_loss": loss} for i, loss in enumerate(losses)]
+    fake.write_lines(fake.folder("sft") / "metrics.jsonl", lines)
+    (then,) = (answer for question, answer in answers(fake.read()) if question == "What next?")
+    assert advice in then
+
+
+def test_a_run_that_failed_is_continued(make):
+    fake = make(absent=["rl", "eval_rl"])
+    fake.append_event(event="step_failed", step="rl", error="out of memory")
+    assert answers(fake.read())[-1][1].startswith("Run the same command again")
+
+
+def test_measures_of_the_users_own_are_rows(whole):
+    whole.edit_json("eval_rl", "scores.json", own={"rhymes": 0.25})
+    assert words(metric_table(whole.read()), "rhymes") == ["rhymes", "—", "—", "—", "0.25"]
 
 
 def test_timings_show_state_attempts_and_total(whole):
     table = timing_table(whole.read())
     assert words(table, "corpus")[1] == "cached"
-    assert words(table, "pretrain") == ["pretrain", "run", "14m 22s", "61.2k", "9.81 GB", "1"]
+    assert words(table, "pretrain") == ["pretrain", "run", "14m22s", "61.2k", "9.8 GB", "1"]
     assert row(table, "rl")[-1].detail == "(1 interrupted)"
-    assert words(table, "all steps")[2] == "23m 28s"
+    assert words(table, "all steps")[2] == "23m28s"
 
 
 def test_machine_facts_that_differ_name_their_steps(whole):
@@ -208,15 +238,15 @@ def test_control_characters_and_half_characters_are_made_visible():
 @pytest.mark.parametrize(
     ("said", "expected"),
     [
-        (format_seconds(0.04), "0.0 s"),
-        (format_seconds(59.7), "1m 00s"),
-        (format_seconds(3599.8), "1h 00m"),
-        (format_seconds(13_860), "3h 51m"),
-        (format_seconds(None), "—"),
-        (format_count(999_999), "1.00M"),
+        (format_seconds(0.04), "0.0s"),
+        (format_seconds(59.97), "1m00s"),
+        (format_seconds(3599.8), "1h00m"),
+        (format_seconds(13_860), "3h51m"),
+        (format_count(999_999), "1M"),
         (format_count(11.22e9), "11.2B"),
         (format_count(17), "17"),
-        (format_bytes(9_800_000_000), "9.80 GB"),
+        (format_bytes(9_800_000_000), "9.8 GB"),
+        (format_bytes(999_999), "1.0 MB"),
         (format_bytes(12), "12 B"),
         (format_value(True), "true"),
         (format_value(0.02), "0.02"),

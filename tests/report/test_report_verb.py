@@ -64,8 +64,8 @@ def test_a_page_alone_can_be_asked_for(whole, tmp_path):
 def test_an_artifact_is_reported_with_all_it_was_made_from(whole, tmp_path, capsys):
     tell(whole, whole.artifact("eval_sft"), "--out", tmp_path / "there")
     words = (tmp_path / "there" / "report.md").read_text()
-    assert "## midtrain (MID)" in words
-    assert "## rl (RL)" not in words
+    assert "<summary>midtrain (MID)" in words
+    assert "<summary>rl (RL)" not in words
     assert re.search(r"Metric +SFT", capsys.readouterr().out)
 
 

@@ -102,7 +102,7 @@ def test_rewards_do_not_depend_on_the_order_of_their_parts() -> None:
 def test_scores_do_not_depend_on_the_order_of_the_suite(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxchat.stages import eval as stage
 
-    from mlxchat.evals.chat_scores import Score
+    from mlxchat.evals.scores import Score
 
     def evaluate(engine: Any, task: TaskItem, answering: Any, **more: Any) -> tuple[Score, list[dict[str, Any]]]:
         score = Score(kind="generative", accuracy=answering.seed / 2**33, chance=0.1, num_examples=3)

@@ -15,7 +15,7 @@ from typing import Any
 from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import print_json
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
-from mlxchat.report.wording import with_calls
+from mlxchat.report.examples import with_calls
 from mlxchat.store import attempts, locks
 from mlxchat.store.files import Records, list_folder
 from mlxchat.store.naming import resolve

@@ -200,25 +200,23 @@ def _report(options: Namespace) -> int:
 
 def _write_report(title: str, reports: list[RunReport], titles: list[str], out: Path | None) -> Path:
     """Write the report of one run, or the comparison of several; print the summary of one."""
-    from mlxchat.report.comparison import render_comparison, write_comparison
-    from mlxchat.report.writing import write_collected, write_page
+    from mlxchat.report.comparison import comparison
+    from mlxchat.report.document import document, title_of, write_document, write_page
 
-    folder = out or reports[0].folder
     if len(reports) > 1:
-        if out is not None and out.suffix == ".html":
-            return write_page(out, render_comparison(title, reports, titles))
-        return write_comparison(folder, title, reports, titles)
-    from rich.console import Console
-
-    from mlxchat.report.html import render_html
-    from mlxchat.report.terminal import print_summary
-
-    (report,) = reports
-    if out is not None and out.suffix == ".html":
-        place = write_page(out, render_html(report))
+        blocks = comparison(title, reports, titles)
     else:
-        place = write_collected(report, folder)
-    print_summary(report, Console())
+        title, blocks = title_of(reports[0]), document(reports[0])
+    if out is not None and out.suffix == ".html":
+        place = write_page(out, title, blocks)
+    else:
+        place = write_document(out or reports[0].folder, title, blocks)
+    if len(reports) == 1:
+        from rich.console import Console
+
+        from mlxchat.report.summary import print_summary
+
+        print_summary(reports[0], Console())
     return place
 
 

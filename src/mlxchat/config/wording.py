@@ -1,13 +1,17 @@
-"""Counts, sizes and durations as people read them."""
+"""Numbers, durations, sizes and times as people read them: the one formatter of the project."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
+
+ABSENT = "—"
+"""What stands where nothing was measured."""
 
 
 def format_seconds(seconds: float) -> str:
-    """Return a duration as people read it: 4.2s, 3m05s, 2h07m, 56d16h, 3.4 years."""
-    if seconds < 60:
+    """Return a duration: 4.2s, 3m05s, 2h07m, 56d16h, 3.4 years."""
+    if seconds < 59.95:
         return f"{seconds:.1f}s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
@@ -20,21 +24,11 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """Return a count with a thousands' letter: 950, 4.1k, 5.24M, 1.3B."""
-    for limit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(count) >= limit:
+    """Return a count in three digits with a thousands' letter: 950, 4.1k, 5.24M, 1.3B."""
+    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= limit * 0.9995:  # 999,999 is 1M, not 1e+03k
             return f"{count / limit:.3g}{letter}"
     return f"{count:.4g}"
-
-
-def plural(count: int, noun: str) -> str:
-    """Return "1 step", "2 steps"."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
-
-
-def first_of(names: Sequence[str], most: int) -> str:
-    """Return at most so many names in one line, and how many more there are: a, b and 3 more."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def format_number(number: float | None) -> str:
@@ -45,8 +39,39 @@ def format_number(number: float | None) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Return a size: 120 kB, 3.4 MB, 1.2 GB (powers of 1,000)."""
-    for limit, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= limit:
+    """Return a size in powers of 1,000: 812 B, 120.0 kB, 3.4 MB, 1.2 GB."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= limit * 0.99995:
             return f"{count / limit:.1f} {unit}"
     return f"{count:.0f} B"
+
+
+def format_share(share: float) -> str:
+    """Return a fraction of 1 as a percentage with one decimal."""
+    return f"{100 * share:.1f}%"
+
+
+def format_dollars(seconds: float | None, per_hour: float | None) -> str:
+    """Return what a duration costs, such as $92.40; empty if either is unknown."""
+    return "" if seconds is None or per_hour is None else f"${seconds / 3600 * per_hour:,.2f}"
+
+
+def format_time(stamp: str) -> str:
+    """Return an ISO time to the second, as 2026-11-21 10:15:02 +00:00; anything else as it is."""
+    return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d)?)(?:\.\d+)?(?=([+-]|Z?$))", r"\1 \2 ", stamp).strip()
+
+
+def plural(count: int, noun: str) -> str:
+    """Return "1 step", "2 steps"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def join(parts: Iterable[str], last: str = " and ") -> str:
+    """Return "a, b and c"."""
+    items = list(parts)
+    return last.join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+
+
+def first_of(names: Sequence[str], most: int) -> str:
+    """Return at most so many names in one line, and how many more there are: a, b and 3 more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,7 +1,7 @@
 """Chat tasks: multiple choice by the letters' logits, generated answers by the task's own verdict.
 
 Counterpart of nanochat's chat_eval. Answers are greedy, or sampled with several seeds. Each batch's results go to a
-journal, from which a killed evaluation continues. What the scores are: `chat_scores.py`.
+journal, from which a killed evaluation continues. What the scores are: `scores.py`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 from mlxchat.engine.generate import Engine, clear_caches
 from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.errors import DataError, Interrupted
-from mlxchat.evals.chat_scores import Score
 from mlxchat.evals.core_journal import Journal
 from mlxchat.evals.rank_model import language_model
+from mlxchat.evals.scores import Score
 from mlxchat.evals.third_party import ThirdPartyModel
 from mlxchat.tasks.answers import content_text
 from mlxchat.tasks.base import Task

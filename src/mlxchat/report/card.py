@@ -13,14 +13,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat import __version__
+from mlxchat.config.wording import format_count
 from mlxchat.errors import visible
-from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, collect_steps, entries_of_artifacts
-from mlxchat.report.markdown import escape, render_table
-from mlxchat.report.scorecard import core_table, metric_table
-from mlxchat.report.sections import groups_of, sections
-from mlxchat.report.sources import mapping, number, sequence, text
-from mlxchat.report.tables import Cell, Table, artifact_table, source_table
-from mlxchat.report.wording import format_count
+from mlxchat.report.collect import (
+    RunReport,
+    StepReport,
+    checkpoint_name,
+    collect_steps,
+    entries_of_artifacts,
+    mapping,
+    number,
+    sequence,
+    text,
+)
+from mlxchat.report.document import Block, escape, render_markdown
+from mlxchat.report.tables import (
+    Table,
+    artifact_table,
+    core_table,
+    known,
+    metric_table,
+    pairs_table,
+    settings_of,
+    source_table,
+)
 from mlxchat.store.catalog import by_rid, read_catalog
 from mlxchat.store.store import Store
 
@@ -122,6 +138,12 @@ _CONTINUE = {
                     break""",
 }
 
+# Metric of a measure → the Hub's type and name of the data set and type of the metric; empty: the measure's name.
+_HUB_METRICS = {
+    "val_bpb": ("text", "held-out text of the corpus", "bits_per_byte"),
+    "core": ("core", "CORE", "core"),
+    "task": ("", "", "accuracy"),
+}
 _TOKENS_OF_CHAT = (
     "The chat template puts the special tokens in: a prompt begins with `<|bos|>`, an answer ends with "
     "`<|assistant_end|>`."
@@ -150,7 +172,7 @@ def render_card(
     entries = entries_of_artifacts(store.outputs, [place, *_scores_of(store, place)])
     report = collect_steps(store.outputs, place.name, entries, place)
     own = next(step for step in report.steps if step.artifact == place.name)
-    parts = [
+    parts: list[Block] = [
         f"# {escape(place.name)}",
         escape(_what_it_is(own, chats)),
         "\n".join(f"- {escape(note)}" for note in notes),
@@ -175,10 +197,10 @@ def render_card(
                     "± is one standard error; chance is what guessing gets.",
                 ]
             ),
-            render_table(metrics),
+            metrics,
         ]
         if core := core_table(report):
-            parts += ["### CORE, task by task", render_table(core)]
+            parts += ["### CORE, task by task", core]
     if sources := source_table(report):
         parts += [
             "## Data",
@@ -188,19 +210,17 @@ def render_card(
                 if license
                 else "The publisher chooses the licence of these weights, within these."
             ),
-            render_table(sources),
+            sources,
         ]
-    parts += ["## Lineage", render_table(artifact_table(report)), "## Configuration"]
-    for section in sections(report):
-        for title, pairs in groups_of(section):
-            if title == "Settings" and section.step.kind in ("checkpoint", "tokenizer", "corpus"):
-                rows = [[Cell(name), Cell(_PLACE.sub("…/", value))] for name, value in pairs]
-                header = [f"{section.step.name}: settings", ""]
-                parts.append(render_table(Table(header=header, align="lr", rows=rows)))
-    parts += ["## Provenance", render_table(_provenance(own, sha256))]
-    body = "\n\n".join(part for part in parts if part)
-    front = _front_matter(report, own, target, chats, license, language)
-    return visible(f"{front}\n{body}\n")
+    parts += ["## Lineage", artifact_table(report), "## Configuration"]
+    for step in report.steps:
+        if step.kind in ("checkpoint", "tokenizer", "corpus") and (found := settings_of(step)):
+            parts.append(
+                pairs_table(f"{step.name}: settings", [(key, _PLACE.sub("…/", value)) for key, value in found])
+            )
+    parts += ["## Provenance", _provenance(own, sha256)]
+    body = render_markdown([part for part in parts if part])
+    return visible(f"{_front_matter(report, own, target, chats, license, language)}\n{body}")
 
 
 def _front_matter(
@@ -241,22 +261,14 @@ def _eval_results(report: RunReport, own: StepReport) -> Iterator[EvalResult]:
     """Yield the scores of a checkpoint as the Hub shows them; of tasks the accuracy, from 0 to 1."""
     from huggingface_hub import EvalResult
 
-    def result(kind: str, title: str, metric: str, value: float) -> EvalResult:
-        return EvalResult(
-            task_type="text-generation", dataset_type=kind, dataset_name=title, metric_type=metric, metric_value=value
-        )
-
     for step in report.evals:
-        scores = step.scores
-        if scores is None or checkpoint_name(step) != own.name:
-            continue
-        if scores.bpb is not None:
-            yield result("text", "held-out text of the corpus", "bits_per_byte", scores.bpb)
-        if scores.core is not None and scores.core.value is not None:
-            yield result("core", "CORE", "core", scores.core.value)
-        for task, score in scores.tasks.items():
-            if score.accuracy is not None:
-                yield result(task, task, "accuracy", score.accuracy)
+        for measure in step.scores.measures.values() if step.scores and checkpoint_name(step) == own.name else ():
+            if known_as := _HUB_METRICS.get(measure.metric):
+                kind, title, metric = (word or measure.name for word in known_as)
+                yield EvalResult(
+                    task_type="text-generation", dataset_type=kind, dataset_name=title, metric_type=metric,
+                    metric_value=measure.value,
+                )  # fmt: skip
 
 
 def _scores_of(store: Store, place: Path) -> list[Path]:
@@ -281,7 +293,7 @@ def _scores_of(store: Store, place: Path) -> list[Path]:
 
 def _what_it_is(step: StepReport, chats: bool) -> str:
     config = step.model
-    count = format_count(number(step.num_parameters))
+    count = known(format_count, number(step.num_parameters))
     sizes = ", ".join(
         f"{config[key]:,} {words}"
         for key, words in (
@@ -309,9 +321,7 @@ def _provenance(step: StepReport, sha256: str) -> Table:
         ("commit of the code", commit + (", with changes" if commit and git.get("dirty") else "")),
         ("exported by", f"mlxchat {__version__}"),
     ]  # fmt: skip
-    return Table(
-        header=["What", ""], align="ll", rows=[[Cell(name), Cell(value)] for name, value in rows if value]
-    )  # fmt: skip
+    return pairs_table("What", [(name, value) for name, value in rows if value])
 
 
 def _instructions(target: str, chats: bool, how: Mapping[str, str], repository: str | None) -> str:

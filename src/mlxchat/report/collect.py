@@ -1,29 +1,44 @@
-"""Read one run and the artifacts it made or reused into a `RunReport`.
+"""Reads one run and the artifacts that it made or reused into a `RunReport`.
 
-Everything here is tolerant: a report may be asked for while the run is still going, after it failed, or
-after some artifacts were removed. What is absent is None or empty, never an exception; only a run folder
-without a readable plan is a fault. Standard library only, so that importing this module costs nothing.
+A report may be written while the run is still going, after it failed, or after artifacts were removed: what is absent
+or damaged is None or empty, never an exception. Only a run folder without a readable plan is an error. Standard library
+only, so that importing this module is fast.
 """
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
-from mlxchat.report.scores import Sample, Scores, last_samples, parse_scores
-from mlxchat.report.sources import count_parameters, mapping, number, read_json, read_jsonl, sequence, text
+from mlxchat.evals.scores import Scores, read_scores
 from mlxchat.store.bases import folder_of_weights
 from mlxchat.store.manifest import Manifest
 from mlxchat.store.store import Store
 
+log = logging.getLogger(__name__)
+
+STAGE_LABELS = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "rl": "RL"}
 # How much of an id the name of an artifact's folder carries.
 RID_LETTERS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """A prompt and what the model made of it."""
+
+    prompt: str
+    text: str
+    iteration: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,8 +275,8 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
         error=error,
         manifest=manifest,
         records=_by_iteration(read_jsonl(records / "metrics.jsonl")),
-        samples=last_samples(read_jsonl(records / "samples.jsonl")),
-        scores=parse_scores(scores, mapping(manifest.get("metrics"))) if scores else None,
+        samples=_last_samples([*read_jsonl(records / "samples.jsonl"), *_dicts(scores.get("samples"))]),
+        scores=read_scores(scores) if scores else None,
         compression=read_json(folder / "compression.json"),
         model=read_json(folder / "config.json"),
         num_parameters=count_parameters(folder_of_weights(folder) / "model.safetensors"),
@@ -329,14 +344,107 @@ def _by_iteration(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _inputs_first(steps: list[StepReport]) -> list[StepReport]:
     """Sort topologically, otherwise as the plan has them."""
-    names = {step.name for step in steps}
-    placed: set[str] = set()
-    ordered: list[StepReport] = []
-    while len(ordered) < len(steps):
-        waiting = [step for step in steps if step.name not in placed]
-        ready = (s for s in waiting if placed.issuperset(names.intersection(s.inputs.values())))
-        # A cycle cannot come from the runner; should a plan hold one, keep its order.
-        chosen = next(ready, waiting[0])
-        ordered.append(chosen)
-        placed.add(chosen.name)
-    return ordered
+    named = {step.name: step for step in steps}
+    sorter = TopologicalSorter({name: step.inputs.values() & named.keys() for name, step in named.items()})
+    order = []
+    try:
+        sorter.prepare()
+    except CycleError:  # not from the runner: keep the order of the plan
+        return steps
+    while sorter.is_active():
+        ready = sorted(sorter.get_ready(), key=list(named).index)
+        order += ready
+        sorter.done(*ready)
+    return [named[name] for name in order]
+
+
+def _last_samples(records: list[dict[str, Any]]) -> list[Sample]:
+    """Return the samples of the last iteration that has any."""
+    found = [(number(record.get("iteration")), record) for record in records if "text" in record]
+    last = max((iteration or 0 for iteration, _ in found), default=0)
+    return [
+        Sample(prompt=text(record.get("prompt")), text=text(record["text"]),
+               iteration=None if iteration is None else int(iteration))
+        for iteration, record in found
+        if (iteration or 0) == last
+    ]  # fmt: skip
+
+
+def _dicts(value: object) -> list[dict[str, Any]]:
+    return [each for each in sequence(value) if isinstance(each, dict)]
+
+
+# The largest safetensors header worth reading, as in the format's own reader.
+HEADER_LIMIT_BYTES = 100_000_000
+
+
+def number(value: object) -> float | None:
+    """Return `value` if it is a finite number (booleans are not), else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def mapping(value: object) -> dict[str, Any]:
+    """Return `value` if it is a dict, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def sequence(value: object) -> list[Any]:
+    """Return `value` if it is a list, else an empty one."""
+    return value if isinstance(value, list) else []
+
+
+def text(value: object) -> str:
+    """Return a string as it is, None as nothing, and anything else as JSON."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file, empty if the file is absent or unreadable."""
+    try:
+        return mapping(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as fault:
+        log.warning("%s cannot be read and is left out of the report: %s", path, fault)
+        return {}
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a JSON-lines file; a last line cut short by a crash is ignored."""
+    try:
+        # A cut can fall inside a character, hence "replace".
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except FileNotFoundError:
+        return []
+    except OSError as fault:
+        log.warning("%s cannot be read and is left out of the report: %s", path, fault)
+        return []
+    records = []
+    for position, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            if any(rest.strip() for rest in lines[position + 1 :]):
+                log.warning("%s line %d is no JSON and is ignored", path, position + 1)
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def count_parameters(path: Path) -> int | None:
+    """Return how many numbers a safetensors file holds by its header, None if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = mapping(json.loads(file.read(length))) if length <= HEADER_LIMIT_BYTES else {}
+        shapes = [mapping(t).get("shape") for name, t in header.items() if name != "__metadata__"]
+        return sum(math.prod(shape) for shape in shapes if isinstance(shape, list)) or None
+    except (OSError, ValueError, TypeError):
+        return None

@@ -1,35 +1,21 @@
-"""Several runs side by side: what differs, what came of it, their losses in one picture, and how they scale."""
+"""Several runs side by side: what differs, what came of it, their curves in one picture, and how they scale."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass
 
-from mlxchat.config.wording import plural
-from mlxchat.errors import visible
-from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
-from mlxchat.report.drawing import COLOURS, Chart, Curve, Drawing
-from mlxchat.report.html import inline, render
-from mlxchat.report.markdown import escape, picture_links, render_table
-from mlxchat.report.plots import slug
-from mlxchat.report.scaling import points_of, scaling_chart
-from mlxchat.report.smoothing import smooth
-from mlxchat.report.sources import mapping
-from mlxchat.report.tables import Cell, Table
-from mlxchat.report.wording import (
-    ABSENT,
-    computing_seconds,
-    format_count,
-    format_dollars,
-    format_seconds,
-    format_value,
-    num_parameters,
-    trained_tokens,
-)
+from mlxchat.config.wording import ABSENT, format_count, format_dollars, format_seconds, plural
+from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, mapping
+from mlxchat.report.document import Block, Group, escape
+from mlxchat.report.plots import COLOURS, Chart, Curve, Drawing, slug, smooth
+from mlxchat.report.summary import num_parameters, trained_tokens
+from mlxchat.report.tables import Cell, Table, computing_seconds, format_value, known, shown
 from mlxchat.store.fingerprint import flatten
 
 # More curves than colours cannot be told apart.
-MOST_CURVES = COLOURS
+MOST_CURVES = len(COLOURS) - 1
 _MOST_SETTINGS = 12
 
 
@@ -66,29 +52,20 @@ def _columns(report: RunReport) -> dict[str, Cell]:
     for step in report.steps:
         if step.stage == "pretrain" and step.manifest:
             flops = step.fact("total_flops")
-            found["parameters"] = Cell(format_count(num_parameters(step)))
-            found["tokens"] = Cell(format_count(trained_tokens(step)))
+            found["parameters"] = Cell(known(format_count, num_parameters(step)))
+            found["tokens"] = Cell(known(format_count, trained_tokens(step)))
             found["FLOPs"] = Cell(f"{flops:.2e}".replace("e+", "e") if flops else ABSENT)
-    found["time"] = Cell(format_seconds(computing_seconds(report)))
+    found["time"] = Cell(known(format_seconds, computing_seconds(report)))
     if cost := format_dollars(computing_seconds(report), report.cost_per_hour):
         found["cost"] = Cell(cost)
     for step in report.steps:
         if step.stage == "pretrain" and (bpb := step.fact("val_bpb")) is not None:
             found["val bpb"] = Cell(f"{bpb:.4f}")
     for step in report.evals:
-        scores = step.scores
-        if scores is None:
-            continue
-        source = f"({checkpoint_name(step)})"
-        if scores.bpb is not None:
-            found["val bpb"] = Cell(f"{scores.bpb:.4f}")
-        if scores.core and scores.core.value is not None:
-            error = f"± {scores.core.stderr:.4f}" if scores.core.stderr is not None else source
-            found["CORE"] = Cell(f"{scores.core.value:.4f}", error)
-        if scores.chatcore is not None:
-            found["ChatCORE"] = Cell(f"{scores.chatcore:.4f}", source)
-        elif scores.mean_centered is not None:
-            found["mean centred"] = Cell(f"{scores.mean_centered:.4f}", source)
+        for metric in ("val_bpb", "core", "chatcore", "mean_centered"):
+            if step.scores and (measure := step.scores.find(metric)):
+                cell = shown(measure)
+                found[measure.name] = Cell(cell.text, cell.detail or f"({checkpoint_name(step)})", measure=cell.measure)
     return found
 
 
@@ -122,9 +99,8 @@ def _overlay(step: str, key: str, what: str, unit: str, found: list[tuple[str, S
     for name, one in found:
         xs, ys = one.series(key)
         if xs and len(curves) < MOST_CURVES:
-            shown = smooth(ys, max(9, len(ys) // 20) | 1) if "smoothed" in what else ys
-            curves.append(Curve(points=(xs, shown), label=name, colour=len(curves), end=f"{shown[-1]:.3f}",
-                                has_dots=False))  # fmt: skip
+            drawn = smooth(ys) if "smoothed" in what else ys
+            curves.append(Curve(points=(xs, drawn), label=name, colour=len(curves), end=f"{drawn[-1]:.3f}"))  # fmt: skip
     if len(curves) < 2 or (key == "loss" and found[0][1].series("reward")[0]):
         return []
     said = ", ".join(f"{curve.label} {curve.end}" for curve in curves)
@@ -136,34 +112,101 @@ def _overlay(step: str, key: str, what: str, unit: str, found: list[tuple[str, S
     ]  # fmt: skip
 
 
-def render_comparison(title: str, reports: Sequence[RunReport], names: Sequence[str]) -> str:
-    """Return the page of several runs."""
-    return render(
-        "comparison.html.jinja",
-        title=title,
-        count=plural(len(reports), "run"),
-        table=comparison_table(reports, names),
-        charts=inline(comparison_charts(reports, names)),
-        links=[(name, report.folder.name) for name, report in zip(names, reports, strict=True)],
-    )
+def comparison(title: str, reports: Sequence[RunReport], names: Sequence[str]) -> list[Block]:
+    """Return the report of several runs."""
+    blocks: list[Block] = [
+        f"# {escape(title)}",
+        Group("byline", [f"{plural(len(reports), 'run')} side by side"]),
+        "## Results",
+        comparison_table(reports, names),
+    ]
+    if charts := comparison_charts(reports, names):
+        blocks += ["## Curves", charts]
+    return [
+        *blocks,
+        "Written by mlxchat. Every number comes from the manifests, metrics.jsonl and scores.json of the runs.",
+    ]
 
 
-def render_comparison_markdown(
-    title: str, reports: Sequence[RunReport], names: Sequence[str], pictures: PurePosixPath
-) -> str:
-    """Return the same as Markdown."""
-    parts = [f"# {escape(title)}", render_table(comparison_table(reports, names))]
-    return visible("\n\n".join([*parts, *picture_links(comparison_charts(reports, names), pictures)]) + "\n")
+# Below this a line through the points says nothing.
+FIT_FROM_POINTS = 3
 
 
-def write_comparison(folder: Path, title: str, reports: Sequence[RunReport], names: Sequence[str]) -> Path:
-    """Write report.html, report.md and report/*.svg of several runs into a folder; return the page's path.
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One pretraining."""
 
-    Raises:
-        StoreError: the folder cannot be written.
+    name: str
+    flops: float
+    bpb: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """bpb = bpb_at · (FLOPs / at)^slope, by least squares of the logarithms."""
+
+    at: float
+    """The geometric mean of the FLOPs."""
+    bpb_at: float
+    slope: float
+    r2: float
+    """Share of the variance of log bpb that the line explains."""
+
+    def __call__(self, flops: float) -> float:
+        """Return what the line says for so many FLOPs."""
+        return self.bpb_at * math.exp(self.slope * math.log(flops / self.at))
+
+
+def points_of(reports: Sequence[RunReport], names: Sequence[str]) -> list[Point]:
+    """Return a point for each pretraining that was scored, by FLOPs; the same artifact in several runs counts once.
+
+    The score is the eval's of that checkpoint on its own corpus, else the last validation of the training.
     """
-    from mlxchat.report.writing import PICTURES, write_files
+    found: dict[str, Point] = {}
+    for report, name in zip(reports, names, strict=True):
+        for step in report.steps:
+            if step.stage != "pretrain" or not step.manifest:
+                continue
+            evals = [e.scores.find("val_bpb") for e in report.evals if checkpoint_name(e) == step.name and e.scores]
+            bpb = next((measure.value for measure in evals if measure), None) or step.fact("val_bpb")
+            flops = step.fact("total_flops")
+            if bpb and flops:
+                found.setdefault(step.rid, Point(name=name, flops=flops, bpb=bpb))
+    return sorted(found.values(), key=lambda point: point.flops)
 
-    page = render_comparison(title, reports, names)
-    markdown = render_comparison_markdown(title, reports, names, PurePosixPath(PICTURES))
-    return write_files(folder, page, markdown, comparison_charts(reports, names))
+
+def fit(points: Sequence[Point]) -> Fit | None:
+    """Return the power law through the points, None if they are too few or all of the same size."""
+    if len({point.flops for point in points}) < FIT_FROM_POINTS:
+        return None
+    xs, ys = [math.log(p.flops) for p in points], [math.log(p.bpb) for p in points]
+    middle_x, middle_y = sum(xs) / len(xs), sum(ys) / len(ys)
+    spread = sum((x - middle_x) ** 2 for x in xs)
+    slope = sum((x - middle_x) * (y - middle_y) for x, y in zip(xs, ys, strict=True)) / spread
+    rest = sum((y - middle_y - slope * (x - middle_x)) ** 2 for x, y in zip(xs, ys, strict=True))
+    total = sum((y - middle_y) ** 2 for y in ys)
+    return Fit(at=math.exp(middle_x), bpb_at=math.exp(middle_y), slope=slope, r2=1 - rest / total if total else 1.0)
+
+
+def scaling_chart(points: Sequence[Point]) -> Chart | None:
+    """Return bits per byte against FLOPs, both logarithmic; None with fewer than two sizes."""
+    if len({point.flops for point in points}) < 2:
+        return None
+    xs, ys = [p.flops for p in points], [p.bpb for p in points]
+    curves = [Curve(points=(xs, ys), has_line=False, names=[p.name for p in points])]
+    line = fit(points)
+    said = ", ".join(f"{p.name} {p.bpb:.4f} at {p.flops:.3g} FLOPs" for p in points)
+    if line is not None:
+        ends = [min(xs), max(xs)]
+        label = f"{line.bpb_at:.3f} · (FLOPs / {line.at:.2g})^{line.slope:.4f}, R² {line.r2:.3f}".replace("^-", "^−")
+        curves.append(Curve(points=(ends, [line(x) for x in ends]), label=label, colour=1))
+        said += f"; fitted: {label}"
+    return Chart(
+        name="scaling",
+        title="Held-out bits per byte against FLOPs",
+        alt=f"Points of {said}.",
+        x="FLOPs of pretraining",
+        y="bits per byte",
+        curves=curves,
+        is_log=True,
+    )

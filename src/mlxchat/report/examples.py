@@ -1,30 +1,38 @@
-"""Questions of the evals with what the model made of them: of each task one that is right and one that is wrong.
-
-Of RL answers that it sampled: of its first and its last iteration a question that taught something, best and worst.
-"""
+"""What the model wrote: three telling answers, questions of the evaluations, answers that RL sampled, and samples."""
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxchat.report.collect import RunReport
-from mlxchat.report.sources import mapping, number, read_jsonl, text
-from mlxchat.report.wording import cut, with_calls
-
-log = logging.getLogger(__name__)
+from mlxchat.config.wording import plural
+from mlxchat.report.collect import (
+    RunReport,
+    Sample,
+    StepReport,
+    checkpoint_name,
+    log,
+    mapping,
+    number,
+    read_jsonl,
+    text,
+)
 
 # Of a suite with more tasks, such as CORE's 22, only so many are shown.
 MOST_TASKS = 8
-_CHARACTERS = 700
+SAMPLES_SHOWN = 8
+_EXAMPLE_CHARACTERS = 700
+_SAMPLE_CHARACTERS = 1500
+_CALLS = (("<|python_end|><|output_start|>", "="), ("<|python_start|>", "<<"), ("<|output_end|>", ">>"))
+_SPECIAL = re.compile(r"<\|(bos|user_start|user_end|assistant_start|assistant_end|python_\w+|output_\w+)\|>")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question."""
+    """A question, the model's answer, and whether it is right."""
 
     task: str
     is_right: bool
@@ -33,8 +41,58 @@ class Example:
     expected: str
 
 
+def with_calls(output: str) -> str:
+    """Return a model's text with calls of the calculator as GSM8K writes them, <<12+7=19>>, and no special tokens."""
+    for token, shown in _CALLS:
+        output = output.replace(token, shown)
+    return _SPECIAL.sub("", output)
+
+
+def telling_examples(report: RunReport) -> tuple[StepReport, dict[str, Example]] | None:
+    """Return the last evaluation with examples, and of them a good, a bad and a typical answer.
+
+    Good and bad are the answers of median length among the right and the wrong ones that the model wrote (for a model
+    that wrote nothing, among its choices), each of another task where possible. Typical has the verdict that most
+    answers of its task have, in the task whose accuracy is nearest to the mean of all tasks.
+    """
+    for step in reversed(report.evals):
+        measured = {} if step.scores is None else {**step.scores.core_tasks, **step.scores.tasks}
+        accuracy = {task: measure.value for task, measure in measured.items()}
+        if step.folder is not None and (found := _telling(_rows(step.folder), accuracy)):
+            return step, found
+    return None
+
+
+def _telling(rows: list[dict[str, Any]], measured: dict[str, float]) -> dict[str, Example]:
+    # A choice shows the letter alone; a written answer shows how the model talks.
+    written = [row for row in rows if len(text(row.get("output", row.get("answer")))) > 2]
+    tasks: dict[str, list[dict[str, Any]]] = {}
+    for row in written or rows:
+        tasks.setdefault(text(row.get("task")), []).append(row)
+    if not tasks:
+        return {}
+    accuracy = {task: measured.get(task, sum(map(_is_right, found)) / len(found)) for task, found in tasks.items()}
+    mean = sum(accuracy.values()) / len(accuracy)
+    by_mean = sorted(tasks, key=lambda task: (abs(accuracy[task] - mean), task))
+    best, worst = (sorted(tasks, key=lambda task: (sign * accuracy[task], task)) for sign in (-1, 1))
+    chosen: dict[str, Example] = {}
+    used: set[str] = set()
+    for name, order, verdict in (("Good", best, True), ("Bad", worst, False), ("Typical", by_mean, None)):
+        for task in sorted(order, key=lambda each: each in used):
+            wanted = accuracy[task] >= 0.5 if verdict is None else verdict
+            matching = sorted(
+                (row for row in tasks[task] if _is_right(row) is wanted),
+                key=lambda row: len(text(row.get("output", row.get("answer")))),
+            )
+            if matching:
+                chosen[name] = _example(task, wanted, matching[len(matching) // 2])
+                used.add(task)
+                break
+    return chosen
+
+
 def example_groups(report: RunReport) -> dict[str, list[Example]]:
-    """Return step → some of its questions, for each that kept them: RL's and, last, those of the evals."""
+    """Return step → some of its questions, for each that kept them: RL's and those of the evaluations."""
     found = {step.name: rollout_examples(step.folder) for step in report.steps if step.folder is not None}
     found |= {step.name: read_examples(step.folder) for step in report.evals if step.folder is not None}
     return {name: examples for name, examples in found.items() if examples}
@@ -43,11 +101,10 @@ def example_groups(report: RunReport) -> dict[str, list[Example]]:
 def read_examples(folder: Path) -> list[Example]:
     """Return, of each task, the first question that was answered right and the first that was not.
 
-    Prefers questions that have an answer to show. What is absent or damaged is left out.
+    What is absent or damaged is left out.
     """
-    rows = _parquet_rows(folder / "examples.parquet") or read_jsonl(folder / "examples.jsonl")
     chosen: dict[tuple[str, bool], dict[str, Any]] = {}
-    for row in rows:
+    for row in _rows(folder):
         chosen.setdefault((text(row.get("task")), _is_right(row)), row)
     tasks = list(dict.fromkeys(task for task, _ in chosen))[:MOST_TASKS]
     pairs = [(task, verdict) for task in tasks for verdict in (True, False) if (task, verdict) in chosen]
@@ -57,7 +114,7 @@ def read_examples(folder: Path) -> list[Example]:
 def rollout_examples(folder: Path) -> list[Example]:
     """Return the best and the worst answer to a question of the first iteration and to one of the last.
 
-    None where nothing was kept; what is damaged is left out.
+    Questions whose answers differ in reward come first. What is absent or damaged is left out.
     """
     questions: dict[tuple[float, float], list[dict[str, Any]]] = {}
     for line in read_jsonl(folder / "rollouts.jsonl"):
@@ -77,17 +134,33 @@ def rollout_examples(folder: Path) -> list[Example]:
     return found
 
 
+def sample_groups(report: RunReport) -> list[tuple[str, str, list[Sample]]]:
+    """Return (step, title, samples) per step that has some, long texts cut and prompts not repeated."""
+    groups = []
+    for step in report.steps:
+        if step.samples:
+            iteration = step.samples[0].iteration
+            of = f"of {checkpoint_name(step)}" if iteration is None else f"at iteration {iteration:,}"
+            groups.append((step.name, f"Samples {of}", [_excerpt(sample) for sample in step.samples[:SAMPLES_SHOWN]]))
+    return groups
+
+
+def cut(body: str, most: int = _SAMPLE_CHARACTERS) -> str:
+    """Return a text, or its beginning and how much is left out."""
+    rest = len(body) - most
+    return body if rest <= 0 else f"{body[:most]} … ({plural(rest, 'character')} more)"
+
+
+def _excerpt(sample: Sample) -> Sample:
+    body = sample.text.removeprefix(sample.prompt).strip("\n")
+    return replace(sample, prompt=cut(sample.prompt.strip("\n")), text=cut(body))
+
+
 def _rollout_example(line: dict[str, Any]) -> Example:
     advantage = number(line.get("advantage"))
     told = f"iteration {line['iteration']:g}, reward {line['reward']:.3g}"
     told += f", advantage {advantage:+.3g}" if advantage is not None else ""
-    return Example(
-        task=told,
-        is_right=bool(line.get("right")),
-        prompt=cut(with_calls(text(line.get("prompt"))).strip("\n"), _CHARACTERS),
-        output=cut(with_calls(text(line.get("output"))).strip("\n"), _CHARACTERS),
-        expected=cut(text(line.get("expected")).strip("\n"), _CHARACTERS),
-    )
+    return _example(told, bool(line.get("right")), line | {"prompt": with_calls(text(line.get("prompt")))})
 
 
 def _is_right(row: dict[str, Any]) -> bool:
@@ -98,9 +171,38 @@ def _example(task: str, is_right: bool, row: dict[str, Any]) -> Example:
     prompt = text(row.get("prompt", row.get("question"))).strip("\n")
     output = with_calls(text(row.get("output", row.get("answer")))).strip("\n")
     # Few-shot prompts are long, and the question is at their end.
-    shown = prompt if len(prompt) <= _CHARACTERS else f"… {prompt[-_CHARACTERS:]}"
-    expected = cut(text(row.get("expected")).strip("\n"), _CHARACTERS)
-    return Example(task=task, is_right=is_right, prompt=shown, output=cut(output, _CHARACTERS), expected=expected)
+    shown = prompt if len(prompt) <= _EXAMPLE_CHARACTERS else f"… {prompt[-_EXAMPLE_CHARACTERS:]}"
+    expected = cut(text(row.get("expected")).strip("\n"), _EXAMPLE_CHARACTERS)
+    output = cut(output, _EXAMPLE_CHARACTERS)
+    return Example(task=task, is_right=is_right, prompt=shown, output=output, expected=expected)
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the examples of an evaluation: some of each task and verdict, which former versions kept as JSON."""
+    return _parquet_rows(folder / "examples.parquet") or read_jsonl(folder / "examples.jsonl")
+
+
+# Of each task and verdict, so that a large file is not read whole into Python.
+_MOST_ROWS = 64
+
+
+def _parquet_rows(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        from pyarrow import parquet
+
+        with parquet.ParquetFile(path) as file:
+            keys = file.read(columns=["task", "verdict"])
+            pairs = zip(keys.column("task").to_pylist(), keys.column("verdict").to_pylist(), strict=True)
+            positions: dict[tuple[Any, Any], list[int]] = {}
+            for position, key in enumerate(pairs):
+                if len(found := positions.setdefault(key, [])) < _MOST_ROWS:
+                    found.append(position)
+            return list(_rows_at(file, sorted(position for found in positions.values() for position in found)))
+    except Exception as fault:  # pyarrow has a dozen kinds of errors for damaged files
+        log.warning("%s cannot be read and is left out of the report: %s", path, fault)
+        return []
 
 
 def _rows_at(file: Any, positions: list[int]) -> Iterator[dict[str, Any]]:
@@ -111,22 +213,3 @@ def _rows_at(file: Any, positions: list[int]) -> Iterator[dict[str, Any]]:
         if inside := [position - begin for position in positions if begin <= position < end]:
             yield from map(mapping, file.read_row_group(group).take(inside).to_pylist())
         begin = end
-
-
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the first right and the first wrong row of each task; a large file is not read whole into Python."""
-    if not path.is_file():
-        return []
-    try:
-        from pyarrow import parquet
-
-        with parquet.ParquetFile(path) as file:
-            keys = file.read(columns=["task", "verdict"])
-            pairs = zip(keys.column("task").to_pylist(), keys.column("verdict").to_pylist(), strict=True)
-            first: dict[tuple[Any, Any], int] = {}
-            for position, key in enumerate(pairs):
-                first.setdefault(key, position)
-            return list(_rows_at(file, sorted(first.values())))
-    except Exception as fault:  # pyarrow has a dozen kinds of errors for damaged files
-        log.warning("%s cannot be read and is left out of the report: %s", path, fault)
-        return []

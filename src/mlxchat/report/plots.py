@@ -1,19 +1,340 @@
-"""Which pictures a run gives: curves of each training, accuracy against chance, CORE task by task, and beside GPT-2.
+"""Charts: what they show (`Chart`, `Bars`), how matplotlib draws them in our style, and which ones a run gives.
 
-They follow from what each step logged and measured, not from its name. The bars of a task are in the order of training.
+A chart is drawn once, in the colours of light screens, as an SVG whose colours are then replaced by the variables of
+page.css: so it follows the page into dark mode and onto paper. Its words are text, and `alt` describes it.
 """
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from html import escape
+from typing import TYPE_CHECKING, Any
 
+from mlxchat.config.wording import format_count, format_share
+from mlxchat.errors import visible
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
-from mlxchat.report.drawing import COLOURS, Bar, Bars, Chart, Curve, Drawing, last_value
-from mlxchat.report.published import GPT_CORE
-from mlxchat.report.scorecard import Column, columns, passes, task_names
-from mlxchat.report.wording import baseline_label, format_bytes, format_count
+from mlxchat.report.tables import Column, baseline_label, columns, passes, published_core
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# In pixels at the usual size: two charts stand side by side on a screen, one on a phone.
+WIDTH, HEIGHT = 460.0, 265.0
+LABEL_LETTERS = 34
+# Below this a curve is short enough to be shown as it is.
+SMOOTH_FROM_POINTS = 30
+INK, SOFT, LINE, PANEL = "#1f2328", "#59636e", "#d8dde3", "#f6f8fa"
+# By Okabe and Ito, which stay apart under every common form of colour blindness; the last one is for published results.
+COLOURS = ("#0072b2", "#b94a00", "#00825f", "#b5478f", "#8a6a00", "#5b5fc7", "#8c959f")
+_VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PANEL: "panel"} | {c: f"c{i}" for i, c in enumerate(COLOURS)}
+_STYLE: Any = {
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 12.5, "text.color": INK,
+    "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.labelsize": 12.5, "axes.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.axisbelow": True, "axes.formatter.useoffset": False, "grid.color": LINE, "grid.linewidth": 0.8, "xtick.color": SOFT,
+    "ytick.color": SOFT, "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "legend.frameon": False, "lines.linewidth": 1.9, "lines.markersize": 5, "path.simplify_threshold": 0.5,
+}  # fmt: skip
+
+Points = tuple[list[float], list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """A line through points, or points alone."""
+
+    points: Points
+    errors: list[float] = field(default_factory=list)
+    """Standard errors of the points, drawn as a band; empty: none."""
+    label: str = ""
+    colour: int = 0
+    is_smoothed: bool = False
+    """Whether a long curve is drawn faint, with a smoothed one over it."""
+    has_line: bool = True
+    end: str = ""
+    """Words at its last point."""
+    names: list[str] = field(default_factory=list)
+    """Words at each point."""
+
+    def drawn(self) -> list[float]:
+        """Return the values of the line that is drawn."""
+        ys = self.points[1]
+        return smooth(ys) if self.is_smoothed and len(ys) >= SMOOTH_FROM_POINTS else ys
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """Curves over one axis."""
+
+    name: str
+    """Of the file, without suffix."""
+    title: str
+    alt: str
+    y: str
+    """What is measured, with its unit."""
+    curves: list[Curve]
+    x: str = "iteration"
+    levels: list[tuple[str, float]] = field(default_factory=list)
+    """Horizontal lines to compare with, and what they are."""
+    is_log: bool = False
+    from_zero: bool = False
+
+    @cached_property
+    def svg(self) -> str:
+        """The chart as an SVG element."""
+        with styled(), _figure(HEIGHT) as (figure, axes):
+            _draw_curves(self, figure, axes)
+            return _svg(figure, self.name, self.alt)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One bar: how long, and its standard error."""
+
+    value: float
+    error: float = 0.0
+    colour: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bars:
+    """Rows of horizontal bars."""
+
+    name: str
+    title: str
+    alt: str
+    x: str
+    rows: list[tuple[str, list[Bar | None], list[float]]]
+    """What a row is called, its bars, and values that are marked across it."""
+    labels: list[str]
+    """What the bars of a row are; empty: each row has one, with its value beside it."""
+    mark: str = ""
+    """What the marks are."""
+
+    @cached_property
+    def svg(self) -> str:
+        """The chart as an SVG element."""
+        thick = max((len(bars) for _, bars, _ in self.rows), default=1)
+        height = 84 + len(self.rows) * max(20, 11 * thick + 8) + (20 if self.labels else 0)
+        with styled(), _figure(height) as (figure, axes):
+            _draw_bars(self, figure, axes)
+            return _svg(figure, self.name, self.alt)
+
+
+Drawing = Chart | Bars
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Draw in our style; nothing global is changed for longer."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        # A name in a script that the font lacks is measured as boxes, which is no reason to complain.
+        warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
+        yield
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Return, at each point, the least-squares line through a window of nearby points.
+
+    Away from the ends that is the centred mean. At the ends, where the points lie to one side, a mean would lag behind
+    a falling curve and a line does not.
+    """
+    import numpy as np
+
+    if len(values) < 3:
+        return list(values)
+    count, window = len(values), min(len(values), max(9, len(values) // 20) | 1)
+    positions = np.arange(count)
+    begin = np.clip(positions - window // 2, 0, count - window)
+    sums, moments = (np.concatenate([[0.0], np.cumsum(v)]) for v in (values, positions * np.asarray(values)))
+    middle = begin + (window - 1) / 2
+    total, moment = sums[begin + window] - sums[begin], moments[begin + window] - moments[begin]
+    slope = (moment - middle * total) / (window * (window * window - 1) / 12)
+    return list((total / window + slope * (positions - middle)).tolist())
+
+
+def one_line(words: str, letters: int = LABEL_LETTERS) -> str:
+    """Return a name as it may stand in a picture: on one line and not too long."""
+    # A leading underscore would hide a label from matplotlib's legend.
+    plain = " ".join(visible(words).split()).lstrip("_")
+    return plain if len(plain) <= letters else f"{plain[: letters - 1]}…"
+
+
+@contextmanager
+def _figure(height: float) -> Iterator[tuple[Figure, Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / 72, height / 72), facecolor="none")
+    yield figure, figure.subplots()
+
+
+def _place(figure: Figure, *, left: float, right: float, top: float, bottom: float = 46) -> None:
+    """Set the room around the axes, in pixels."""
+    height = 72 * figure.get_figheight()
+    figure.subplots_adjust(left=left / WIDTH, right=1 - right / WIDTH, top=1 - top / height, bottom=bottom / height)
+
+
+def _title(figure: Figure, axes: Axes, title: str) -> float:
+    """Write title and legend above the axes; return the room that they take."""
+    height = 72 * figure.get_figheight()
+    figure.text(0, 1 - 3 / height, one_line(title, 56), va="top", fontsize=13.5, fontweight="bold")
+    handles, labels = axes.get_legend_handles_labels()
+    if not labels:
+        return 30
+    across = max(1, int(WIDTH // (42 + 7.6 * max(map(len, labels)))))
+    figure.legend(
+        handles, labels, loc="upper left", bbox_to_anchor=(0, 1 - 22 / height), bbox_transform=figure.transFigure,
+        ncols=across, borderpad=0, borderaxespad=0, handlelength=1.3, columnspacing=1.4, handletextpad=0.5,
+    )  # fmt: skip
+    return 30 + 18 * -(-len(labels) // across)
+
+
+def _tick(value: float, _: object = None) -> str:
+    if value and (abs(value) >= 1e15 or abs(value) < 1e-4):
+        return re.sub(r"e([+-])0*", lambda match: "e" + match[1].strip("+"), f"{value:.0e}")
+    return format_count(value)
+
+
+def _draw_curves(chart: Chart, figure: Figure, axes: Axes) -> None:
+    for curve in chart.curves:
+        _draw_curve(curve, axes)
+    if chart.is_log:
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+    for _, value in chart.levels:
+        axes.axhline(value, color=SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
+    axes.margins(x=0.0 if any(len(curve.points[0]) > 1 and curve.has_line for curve in chart.curves) else 0.1, y=0.06)
+    if chart.from_zero and axes.get_ylim()[0] > 0:
+        axes.set_ylim(bottom=0)
+    axes.set_xlabel(one_line(chart.x))
+    axes.set_ylabel(one_line(chart.y))
+    _set_ticks(chart, axes)
+    ends = max((len(curve.end) for curve in chart.curves), default=0)
+    top = _title(figure, axes, chart.title)
+    marks = [_tick(value) for value in axes.yaxis.get_major_locator().tick_values(*axes.get_ylim())]
+    _place(figure, left=30 + 7.6 * max(map(len, marks), default=3), right=12 + 8.6 * ends, top=top)
+    height = 72 * figure.get_figheight() - top - 46
+    _name_levels(chart, axes, height)
+    _name_ends(chart, axes, height)
+
+
+def _draw_curve(curve: Curve, axes: Axes) -> None:
+    (xs, ys), drawn, colour = curve.points, curve.drawn(), COLOURS[curve.colour]
+    style: dict[str, Any] = {"color": colour, "solid_joinstyle": "round"}
+    if drawn is not ys:
+        axes.plot(xs, ys, linewidth=0.7, alpha=0.35, **style)
+    if len(curve.errors) == len(ys):
+        low, high = ([y + sign * error for y, error in zip(ys, curve.errors, strict=True)] for sign in (-1, 1))
+        axes.fill_between(xs, low, high, color=colour, alpha=0.16, linewidth=0)
+    is_dotted = not curve.has_line or (len(xs) < SMOOTH_FROM_POINTS and not curve.label)
+    label = one_line(curve.label) or "_"
+    axes.plot(xs, drawn, "-" if curve.has_line else "", marker="o" if is_dotted else "", label=label, **style)
+    for x, y, name in zip(xs, ys, curve.names, strict=False):
+        side: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False, "color": colour}
+        is_right = x <= (min(xs) * max(xs)) ** 0.5
+        axes.annotate(
+            one_line(name, 20), (x, y), (6 if is_right else -6, 7), ha="left" if is_right else "right", **side
+        )
+
+
+def _set_ticks(chart: Chart, axes: Axes) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        # A logarithmic axis of less than a power of ten has too few ticks of its own.
+        if chart.is_log and high >= 10 * low:
+            axis.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,), numticks=6))
+        else:
+            axis.set_major_locator(
+                MaxNLocator(5, steps=[1, 2, 5, 10], integer=axis is axes.xaxis and chart.x == "iteration")
+            )
+        axis.set_major_formatter(FuncFormatter(_tick))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _name_levels(chart: Chart, axes: Axes, height: float) -> None:
+    low, high = axes.get_ylim()
+    before = float("inf")
+    for label, value in sorted(chart.levels, key=lambda level: -level[1]):
+        place = (value - low) / (high - low) * height
+        # Above its line, or below where another one stands there or the room ends.
+        above = height - place > 16 and before - place > 32
+        before = place
+        axes.annotate(f"{one_line(label)} {value:.4g}", (0.5, value), (0, 3 if above else -3), color=SOFT, ha="center",
+                      xycoords=axes.get_yaxis_transform(), textcoords="offset points", va="bottom" if above else "top",
+                      annotation_clip=False)  # fmt: skip
+
+
+def _name_ends(chart: Chart, axes: Axes, height: float) -> None:
+    """Write at the ends of curves what they end at, apart from each other where they would collide."""
+    low, high = axes.get_ylim()
+    floor = -float("inf")
+    for curve in sorted((curve for curve in chart.curves if curve.end), key=lambda curve: curve.drawn()[-1]):
+        y = curve.drawn()[-1]
+        place = (y - low) / (high - low) * height
+        floor = max(place, floor + 15)
+        axes.annotate(curve.end, (curve.points[0][-1], y), (7, floor - place), textcoords="offset points", va="center",
+                      color=COLOURS[curve.colour], fontweight="bold", annotation_clip=False)  # fmt: skip
+
+
+def _draw_bars(bars: Bars, figure: Figure, axes: Axes) -> None:
+    thick = 0.84 / max((len(cells) for _, cells, _ in bars.rows), default=1)
+    for position, (_, cells, marks) in enumerate(bars.rows):
+        for at, bar in enumerate(cells):
+            if bar is None:
+                continue
+            y = position + (at - (len(cells) - 1) / 2) * thick
+            axes.barh(y, bar.value, thick * 0.92, color=COLOURS[bar.colour])
+            if bar.error:
+                axes.plot([bar.value - bar.error, bar.value + bar.error], [y, y], color=INK, linewidth=1.1)
+            if not bars.labels:
+                axes.annotate(f"{bar.value:.4f}", (max(bar.value + bar.error, 0), y), (5, 0), va="center",
+                              textcoords="offset points", color=SOFT, annotation_clip=False)  # fmt: skip
+        for mark in marks:
+            axes.plot([mark, mark], [position - 0.45, position + 0.45], color=INK, linestyle=(0, (1.5, 1.5)))
+    for at, label in enumerate(bars.labels):
+        axes.barh([0], [0], color=COLOURS[at % (len(COLOURS) - 1)], label=one_line(label))
+    if bars.mark and any(marks for *_, marks in bars.rows):
+        axes.plot([], [], color=INK, linestyle=(0, (1.5, 1.5)), label=bars.mark)
+    names = [one_line(name, 26) for name, *_ in bars.rows]
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.45, -0.55)
+    axes.grid(visible=False, axis="y")
+    axes.grid(axis="x")
+    axes.axvline(0, color=SOFT, linewidth=1)
+    axes.set_xlabel(one_line(bars.x, 60))
+    top = _title(figure, axes, bars.title)
+    _place(figure, left=14 + 7.4 * max(map(len, names), default=1), right=14 if bars.labels else 54, top=top)
+
+
+def _svg(figure: Figure, name: str, alt: str) -> str:
+    """Return a figure as an SVG element in the page's colours and fonts, its ids those of this chart alone."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    # SVG needs names of its own for markers, as all charts stand in one page.
+    with mpl.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    drawn = buffer.getvalue()
+    body = drawn[drawn.index('<g id="figure_1">') :]
+    # Nothing is clipped: a clip path that stands in a closed <details> would hide the picture.
+    body = re.sub(r' clip-path="[^"]*"|<defs>\s*<clipPath.*?</defs>', "", body, flags=re.DOTALL)
+    body = re.sub(r' id="(?!m[0-9a-f]{10}")[^"]*"', "", body)
+    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
+    body = re.sub("<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), body)
+    body = re.sub("#[0-9a-f]{6}\\b", lambda match: f"var(--{_VARIABLES[match[0]]})" if match[0] in _VARIABLES else
+                  match[0], body)  # fmt: skip
+    box = f'viewBox="0 0 {WIDTH:g} {72 * figure.get_figheight():g}"'
+    return f'<svg class="chart" {box} role="img" aria-label="{escape(visible(alt))}">\n{body}'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,123 +348,56 @@ class _Series:
     scale: float = 1.0
     is_smoothed: bool = False
     from_zero: bool = True
+    is_main: bool = False
+    """Whether it says how well the training went, and not how it was done."""
 
 
-_AFTERWARDS = (
+_SERIES = (
+    _Series(key="reward", title="mean reward", y="per sampled answer", is_smoothed=True, from_zero=False, is_main=True),
+    _Series(key="loss", title="training loss", y="nats per token", is_smoothed=True, from_zero=False, is_main=True),
+    _Series(key="val_bpb", title="validation", y="bits per byte", from_zero=False, is_main=True),
+    _Series(key="val_loss", title="validation", y="nats per token", from_zero=False, is_main=True),
+    _Series(key="val_perplexity", title="validation", y="perplexity", from_zero=False, is_main=True),
+    _Series(key="core_estimate", title="CORE estimate", y="mean centred accuracy", show="{:.4f}".format,
+            from_zero=False, is_main=True),
+    _Series(key="mean_centered", title="accuracy on tasks", y="mean centred accuracy", from_zero=False, is_main=True),
+    _Series(key="held_out_reward", title="held-out reward", y="per sampled answer", from_zero=False),
+    _Series(key="ce", title="cross-entropy", y="nats per token", is_smoothed=True, from_zero=False),
+    _Series(key="kl", title="divergence from the teacher", y="nats per token", is_smoothed=True),
+    _Series(key="teaching_frac", title="questions with answers of unequal reward", y="% of the asked", is_smoothed=True,
+            scale=100, show="{:.0f}%".format),
+    _Series(key="completion_tokens", title="length of answers", y="tokens", is_smoothed=True, show="{:.1f}".format),
+    _Series(key="entropy", title="entropy of the policy", y="nats per token"),
+    _Series(key="clip_frac", title="clipped tokens", y="% of the sampled", scale=100, show="{:.1f}%".format),
     _Series(key="lr_multiplier", title="learning rate", y="× the peak rate"),
     _Series(key="grad_norm", title="gradient norm", y="before clipping", is_smoothed=True),
     _Series(key="tokens_per_second", title="throughput", y="tokens/s", show=lambda v: f"{format_count(v)}/s"),
-    _Series(key="peak_memory_bytes", title="memory", y="peak so far, GB", scale=1e-9,
-            show=lambda v: format_bytes(v * 1e9)),
     _Series(key="data_wait_frac", title="waiting for data", y="% of the time", scale=100, show="{:.1f}%".format),
 )  # fmt: skip
-_LOSS = _Series(
-    key="loss", title="training loss (bold: smoothed)", y="nats per token", is_smoothed=True, from_zero=False
-)
-_TEACHER = (
-    _Series(key="ce", title="cross-entropy (bold: smoothed)", y="nats per token", is_smoothed=True, from_zero=False),
-    _Series(key="kl", title="divergence from the teacher", y="nats per token", is_smoothed=True),
-)
-_VALIDATION = (
-    _Series(key="val_bpb", title="validation", y="bits per byte", from_zero=False),
-    _Series(key="val_loss", title="validation", y="nats per token", from_zero=False),
-    _Series(key="val_perplexity", title="validation", y="perplexity", from_zero=False),
-    _Series(key="perplexity", title="validation", y="perplexity", from_zero=False),
-    _Series(
-        key="core_estimate",
-        title="CORE estimate",
-        y="mean centred accuracy",
-        show="{:.4f}".format,
-        from_zero=False,
-    ),
-    _Series(key="mean_centered", title="accuracy on tasks", y="mean centred accuracy", from_zero=False),
-)
-_REWARD = (
-    _Series(key="reward", title="mean reward (bold: smoothed)", y="per sampled answer", is_smoothed=True,
-            from_zero=False),
-    _Series(key="held_out_reward", title="held-out reward", y="per sampled answer", from_zero=False),
-    _Series(key="teaching_frac", title="questions with answers of unequal reward", y="% of the asked", is_smoothed=True,
-            scale=100, show="{:.0f}%".format),
-    _Series(key="completion_tokens", title="length of answers", y="tokens", is_smoothed=True,
-            show="{:.1f}".format),
-    _Series(key="entropy", title="entropy of the policy", y="nats per token"),
-    _Series(key="kl", title="divergence from the model that RL began with", y="nats per token"),
-    _Series(key="clip_frac", title="clipped tokens", y="% of the sampled", scale=100, show="{:.1f}%".format),
-)  # fmt: skip
+# One of these says it all.
+_VALIDATION = ("val_bpb", "val_loss", "val_perplexity")
 
 
-def step_charts(report: RunReport, step: StepReport) -> list[Drawing]:
-    """Return the curves of a training step: what it aimed at first, then how it went; none for other steps."""
-    if not (step.series("loss")[0] or step.series("reward")[0]):
-        return []
-    is_rl = bool(step.series("reward")[0])
-    charts: list[Drawing] = []
-    for series in _REWARD if is_rl else (_LOSS, *_TEACHER):
-        charts += _chart(step, series)
-    if is_rl:
-        charts += _pass_chart(step)
-    for series in _VALIDATION:
-        levels = list(bpb_baselines(report, step).items()) if series.key == "val_bpb" else []
-        charts += _chart(step, series, levels)
-    for series in _AFTERWARDS:
-        charts += _chart(step, series)
-    return charts
+def main_charts(report: RunReport, step: StepReport) -> list[Drawing]:
+    """Return the curves that say how well a training went: loss or reward, validation, pass@k."""
+    found: list[Drawing] = list(_charts(report, step, is_main=True))
+    return found[:1] + list(_pass_chart(step)) + found[1:]
+
+
+def more_charts(report: RunReport, step: StepReport) -> list[Drawing]:
+    """Return the curves that say how a training was done."""
+    return list(_charts(report, step, is_main=False))
 
 
 def score_charts(report: RunReport) -> list[Drawing]:
-    """Return the pictures of what the evals measured."""
+    """Return the pictures of what the evaluations measured."""
     chosen = columns(report)
-    chats = [column for column in chosen if column.scores and column.scores.tasks]
-    return [*_accuracy(chats), *_core_tasks(chosen), *_core_ladder(chosen)]
+    return [*_accuracy(chosen), *_core_ladder(chosen), *_core_tasks(chosen)]
 
 
-def all_charts(report: RunReport) -> list[Drawing]:
-    """Return every picture of a run, those of the scores first."""
-    return [*score_charts(report), *(chart for step in report.steps for chart in step_charts(report, step))]
-
-
-def _chart(step: StepReport, series: _Series, levels: list[tuple[str, float]] | None = None) -> Iterator[Chart]:
-    xs, ys = step.series(series.key)
-    if not xs or (series.key == "data_wait_frac" and _is_negligible(ys)):
-        return
-    ys = [y * series.scale for y in ys]
-    curve = Curve(points=(xs, ys), is_smoothed=series.is_smoothed)
-    end = series.show(last_value(curve))
-    title = series.title.partition(" (")[0]
-    said = f"{title} of step {step.name} over its iterations, {series.y}: it ends at {end}"
-    said += "".join(f"; {label} {value:.4g}" for label, value in levels or [])
-    yield Chart(
-        name=f"{slug(step.name)}-{slug(series.key)}",
-        title=f"{step.name}: {series.title}",
-        alt=f"Curve of the {said}.",
-        y=series.y,
-        curves=[Curve(points=(xs, ys), is_smoothed=series.is_smoothed, end=end)],
-        levels=levels or [],
-        from_zero=series.from_zero,
-    )
-
-
-def _is_negligible(shares: list[float]) -> bool:
-    """Tell whether a training never waited, but for its beginning."""
-    return max(shares[max(1, len(shares) // 10) :], default=0.0) < 0.02
-
-
-def _pass_chart(step: StepReport) -> Iterator[Chart]:
-    curves, said = [], []
-    for position, k in enumerate(passes(step)):
-        xs, ys = step.series(f"pass_at_{k}")
-        end = f"@{k} {100 * ys[-1]:.0f}%"
-        curves.append(Curve(points=(xs, [100 * y for y in ys]), colour=position % COLOURS, end=end))
-        said.append(f"pass@{k} ends at {100 * ys[-1]:.1f}%")
-    if curves:
-        yield Chart(
-            name=f"{slug(step.name)}-pass",
-            title=f"{step.name}: pass@k on held-out problems",
-            alt=f"Curves of step {step.name}: {'; '.join(said)}.",
-            y="% of problems",
-            curves=curves,
-            from_zero=True,
-        )
+def slug(name: str) -> str:
+    """Return a name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", name)
 
 
 def bpb_baselines(report: RunReport, step: StepReport) -> dict[str, float]:
@@ -157,80 +411,112 @@ def bpb_baselines(report: RunReport, step: StepReport) -> dict[str, float]:
     return {}
 
 
+def _charts(report: RunReport, step: StepReport, *, is_main: bool) -> Iterator[Chart]:
+    is_rl = bool(step.series("reward")[0])
+    if not (is_rl or step.series("loss")[0]):
+        return
+    validation = next((key for key in _VALIDATION if step.series(key)[0]), "")
+    for series in _SERIES:
+        xs, ys = step.series(series.key)
+        is_said = series.key in _VALIDATION and series.key != validation
+        is_empty = series.key == "data_wait_frac" and _is_negligible(ys)
+        if not xs or series.is_main is not is_main or is_said or is_empty or (is_rl and series.key == "loss"):
+            continue
+        end_of_errors, errors = step.series(f"{series.key}_stderr")
+        curve = Curve(points=(xs, [y * series.scale for y in ys]), is_smoothed=series.is_smoothed,
+                      errors=[e * series.scale for e in errors] if end_of_errors == xs else [])  # fmt: skip
+        end = series.show(curve.drawn()[-1])
+        title = "divergence from the model that RL began with" if is_rl and series.key == "kl" else series.title
+        levels = list(bpb_baselines(report, step).items()) if series.key == "val_bpb" else []
+        said = f"{title} of step {step.name} over its iterations, {series.y}: it ends at {end}"
+        yield Chart(
+            name=f"{slug(step.name)}-{slug(series.key)}",
+            title=f"{step.name}: {title}{' (bold: smoothed)' if curve.drawn() is not curve.points[1] else ''}",
+            alt=f"Curve of the {said}{''.join(f'; {label} {value:.4g}' for label, value in levels)}.", y=series.y,
+            curves=[Curve(points=curve.points, errors=curve.errors, is_smoothed=series.is_smoothed, end=end)],
+            levels=levels, from_zero=series.from_zero,
+        )  # fmt: skip
+
+
+def _is_negligible(shares: list[float]) -> bool:
+    """Tell whether a training never waited, but for its beginning."""
+    return max(shares[max(1, len(shares) // 10) :], default=0.0) < 0.02
+
+
+def _pass_chart(step: StepReport) -> Iterator[Chart]:
+    curves, said = [], []
+    for position, k in enumerate(passes(step)):
+        xs, ys = step.series(f"pass_at_{k}")
+        of_errors, errors = step.series(f"pass_at_{k}_stderr")
+        known = [100 * error for error in errors] if of_errors == xs else []
+        curves.append(Curve(points=(xs, [100 * y for y in ys]), errors=known, colour=position % (len(COLOURS) - 1),
+                            end=f"@{k} {100 * ys[-1]:.0f}%"))  # fmt: skip
+        said.append(f"pass@{k} ends at {format_share(ys[-1])}" + (f" ± {known[-1]:.1f}" if known else ""))
+    if curves:
+        band = " ± standard error" if any(curve.errors for curve in curves) else ""
+        yield Chart(
+            name=f"{slug(step.name)}-pass", title=f"{step.name}: pass@k on held-out problems",
+            alt=f"Curves of step {step.name}: {'; '.join(said)}.", y=f"% of problems{band}", curves=curves,
+            from_zero=True,
+        )  # fmt: skip
+
+
 def _accuracy(chosen: list[Column]) -> Iterator[Bars]:
-    tasks = task_names(chosen)
+    chosen = [column for column in chosen if column.scores.tasks]
+    tasks = list(dict.fromkeys(task for column in chosen for task in column.scores.tasks))
     if not tasks:
         return
     rows: list[tuple[str, list[Bar | None], list[float]]] = []
     for task in tasks:
-        results = [column.scores.tasks.get(task) if column.scores else None for column in chosen]
+        found = [column.scores.tasks.get(task) for column in chosen]
         cells = [
-            Bar(value=100 * r.accuracy, error=100 * (r.stderr or 0), colour=i % COLOURS)
-            if r and r.accuracy is not None
-            else None
-            for i, r in enumerate(results)
+            Bar(value=100 * m.value, error=100 * (m.stderr or 0), colour=i % (len(COLOURS) - 1)) if m else None
+            for i, m in enumerate(found)
         ]
         # A chance of nothing is the axis itself.
-        rows.append((task, cells, sorted({100 * r.chance for r in results if r and r.chance})))
+        rows.append((task, cells, sorted({100 * measure.chance for measure in found if measure and measure.chance})))
     labels = [column.label for column in chosen]
     yield Bars(
-        name="accuracy",
-        title="Accuracy on each task",
-        alt=f"Bars of the accuracy on {', '.join(tasks)} for {', '.join(labels)}, with chance marked.",
-        x="% of questions right, ± one standard error",
-        rows=rows,
-        labels=labels,
+        name="accuracy", title="Accuracy on each task", x="% of questions right, ± one standard error", rows=rows,
+        alt=f"Bars of the accuracy on {', '.join(tasks)} for {', '.join(labels)}, with chance marked.", labels=labels,
         mark="chance",
-    )
+    )  # fmt: skip
 
 
 def _core_tasks(chosen: list[Column]) -> Iterator[Bars]:
-    measured = [column for column in chosen if column.scores and column.scores.core]
-    names = list(dict.fromkeys(task for c in measured if c.scores and c.scores.core for task in c.scores.core.tasks))
+    measured = [column for column in chosen if column.scores.core_tasks]
+    names = list(dict.fromkeys(task for column in measured for task in column.scores.core_tasks))
     if not names:
         return
     rows: list[tuple[str, list[Bar | None], list[float]]] = []
     for name in names:
         cells: list[Bar | None] = []
         for position, column in enumerate(measured):
-            task = column.scores.core.tasks.get(name) if column.scores and column.scores.core else None
-            known = task is not None and task.centered is not None
+            task = column.scores.core_tasks.get(name)
+            value = task.centered if task else None
             cells.append(
-                Bar(value=task.centered, error=task.centered_stderr or 0, colour=position % COLOURS)  # type: ignore[union-attr, arg-type]
-                if known
+                Bar(value=value, error=task.centered_stderr or 0, colour=position % (len(COLOURS) - 1))
+                if task and value is not None
                 else None
             )
         rows.append((name, cells, []))
     labels = [column.label for column in measured]
     yield Bars(
-        name="core-tasks",
-        title=f"CORE: its {len(names)} tasks",
-        alt=f"Bars of the centred accuracy on each of CORE's tasks for {', '.join(labels)}.",
-        x="centred accuracy: 0 is guessing, 1 is perfect",
-        rows=rows,
-        labels=labels if len(labels) > 1 else [],
-    )
+        name="core-tasks", title=f"CORE: its {len(names)} tasks", x="centred accuracy: 0 is guessing, 1 is perfect",
+        alt=f"Bars of the centred accuracy on each of CORE's tasks for {', '.join(labels)}.", rows=rows, labels=labels,
+    )  # fmt: skip
 
 
 def _core_ladder(chosen: list[Column]) -> Iterator[Bars]:
-    ours = [(c.label, c.scores.core) for c in chosen if c.scores and c.scores.core and c.scores.core.value is not None]
+    ours = [(column.label, measure) for column in chosen if (measure := column.scores.find("core"))]
     if not ours:
         return
-    rows = [(label, Bar(value=core.value or 0, error=core.stderr or 0)) for label, core in ours]
-    rows += [(f"{name} (published)", Bar(value=value, colour=COLOURS)) for name, value in GPT_CORE.items()]
+    rows = [(label, Bar(value=core.value, error=core.stderr or 0)) for label, core in ours]
+    published = [(f"{name} (published)", value) for name, value in published_core().items()]
+    rows += [(name, Bar(value=value, colour=len(COLOURS) - 1)) for name, value in published]
     rows.sort(key=lambda row: row[1].value)
     said = ", ".join(f"{name} {bar.value:.4f}" for name, bar in rows)
     yield Bars(
-        name="core",
-        title="CORE beside GPT-2",
-        alt=f"Bars of CORE: {said}.",
-        x="CORE; grey: published elsewhere, not measured here",
-        rows=[(name, [bar], []) for name, bar in rows],
-        labels=[],
-        has_values=True,
-    )
-
-
-def slug(name: str) -> str:
-    """Return a name as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9_-]", "-", name)
+        name="core", title="CORE beside GPT-2", alt=f"Bars of CORE: {said}.", labels=[],
+        x="CORE; grey: published elsewhere, not measured here", rows=[(name, [bar], []) for name, bar in rows],
+    )  # fmt: skip

@@ -1,35 +1,62 @@
-"""The tables of the report, free of any output format.
+"""The tables of the report, free of any output format: scores, published results, times, machines, artifacts, settings.
 
-A `Table` holds plain text; markdown.py, html.py and terminal.py escape and lay it out. Which rows there are
-follows from the steps of the run alone. The table of metrics is in scorecard.py.
+A `Table` holds plain text; document.py and summary.py escape it and lay it out. Which rows and columns there are
+follows from the steps of the run and from what they measured.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
 
-from mlxchat.report.collect import RunReport, StepReport
-from mlxchat.report.sources import mapping, number, sequence, text
-from mlxchat.report.wording import (
+from mlxchat.config.wording import (
     ABSENT,
-    computing_seconds,
     format_bytes,
     format_count,
     format_dollars,
+    format_number,
     format_seconds,
+    format_share,
+    format_time,
     join,
+    plural,
 )
+from mlxchat.evals.scores import METRICS, Measure, Scores
+from mlxchat.report.collect import (
+    STAGE_LABELS,
+    RunReport,
+    StepReport,
+    checkpoint_name,
+    mapping,
+    number,
+    read_json,
+    sequence,
+    text,
+)
+from mlxchat.runner.stage import best_of
+from mlxchat.store.fingerprint import flatten
+
+Pairs = list[tuple[str, str]]
+
+_DIGITS = {"val_bpb": 4, "train_bpb": 4, "perplexity": 2, "core": 4, "chatcore": 4, "mean_centered": 3}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry: its text, a lesser remark beside it, and whether it is the best of its row."""
+    """One entry: its text, a lesser remark beside it, whether it is the best of its row, and a bar to draw."""
 
     text: str
     detail: str = ""
     is_best: bool = False
+    measure: Measure | None = None
+    """What the text says, where it may be drawn as a bar from 0 to 1 with its error and chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +67,324 @@ class Table:
     align: str
     rows: list[list[Cell]]
     notes: list[str] = field(default_factory=list)
+
+
+def pairs_table(title: str, pairs: Pairs, value: str = "Value") -> Table:
+    """Return a table of names and values."""
+    return Table(header=[title, value], align="lr", rows=[[Cell(name), Cell(shown)] for name, shown in pairs])
+
+
+def known(show: Callable[[float], str], value: float | None) -> str:
+    """Return a number as `show` formats it, or a dash."""
+    return ABSENT if value is None else show(value)
+
+
+def format_value(value: object) -> str:
+    """Return a setting or version as text; numbers are grouped by thousands, below a million with up to 6 digits."""
+    if isinstance(value, bool) or number(value) is None:
+        return text(value) or ABSENT
+    assert isinstance(value, int | float)
+    if abs(value) < 1e15 and (value == round(value) or abs(value) >= 1e6):
+        return f"{value:,.0f}"
+    return f"{value:,.6g}".replace("e+", "e")
+
+
+def baseline_label(name: str) -> str:
+    """Return the words for a baseline of bits per byte: ngram_order2 is "order-2 n-gram"."""
+    if match := re.fullmatch(r"ngram_order(\d+)", name):
+        return f"order-{match[1]} n-gram"
+    return {"untrained": "untrained model"}.get(name, name.replace("_", " "))
+
+
+def computing_seconds(report: RunReport) -> float | None:
+    """Return the wall clock of all steps together, cached ones at what they once took."""
+    found = [step.seconds for step in report.steps if step.seconds is not None]
+    return sum(found) if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """An eval step as a column of the table of scores."""
+
+    label: str
+    step: StepReport
+    scores: Scores
+    measures: dict[str, Measure]
+    """What it measured, and pass@k where RL measured its checkpoint."""
+
+
+def columns(report: RunReport) -> list[Column]:
+    """Return one column per eval step, in order of training, each with a label of its own."""
+    evals = report.evals
+    scored = [checkpoint_name(step) for step in evals]
+    sources = [report.step(name) for name in scored]
+    stages = [STAGE_LABELS.get(source.stage, "") if source else "" for source in sources]
+    choices = [[*pair, step.name] for *pair, step in zip(stages, scored, evals, strict=True)]
+    # The first kind of name that no other eval shares: the stage's, the checkpoint's, its own.
+    counts = [Counter(kind) for kind in zip(*choices, strict=True)]
+    found = []
+    for choice, step in zip(choices, evals, strict=True):
+        label = next((c for c, count in zip(choice, counts, strict=True) if c and count[c] == 1), step.name)
+        scores = step.scores or Scores()
+        passed = {} if scores.find("pass_at_k") else _pass_at_k(report, checkpoint_name(step))
+        found.append(Column(label=label, step=step, scores=scores, measures={**scores.measures, **passed}))
+    return found
+
+
+def passes(step: StepReport) -> list[int]:
+    """Return the k for which a step logged pass@k, ascending: powers of two and the largest."""
+    found = (re.fullmatch(r"pass_at_(\d{1,6})", name) for name in step.all_series)
+    ks = sorted(int(match[1]) for match in found if match)
+    return [k for k in ks if k.bit_count() == 1 or k == ks[-1]]
+
+
+def _pass_at_k(report: RunReport, checkpoint: str) -> dict[str, Measure]:
+    """Return pass@k as RL measured it: of its own checkpoint at its end, of the one that it began with at its start."""
+    for step in report.steps:
+        for position, is_of_it in (
+            (-1, step.name == checkpoint and bool(step.manifest)),
+            (0, step.inputs.get("checkpoint") == checkpoint),
+        ):
+            found = {}
+            for k in passes(step) if is_of_it else ():
+                xs, ys = step.series(f"pass_at_{k}")
+                errors = dict(zip(*step.series(f"pass_at_{k}_stderr"), strict=True))
+                if position == -1 or xs[0] == 0:
+                    found[f"pass@{k}"] = Measure(name=f"pass@{k}", metric="pass_at_k", value=ys[position],
+                                                 stderr=errors.get(xs[position]))  # fmt: skip
+            if found:
+                return found
+    return {}
+
+
+def metric_table(report: RunReport) -> Table | None:
+    """Return Metric | BASE | MID | SFT | RL as far as there are eval steps, None if there is none."""
+    chosen = columns(report)
+    if not chosen:
+        return None
+    measures = [measure for column in chosen for measure in column.measures.values()]
+    names = list(dict.fromkeys(each.name for each in sorted(measures, key=lambda each: METRICS.index(each.metric))))
+    rows = [_row(name, [column.measures.get(name) for column in chosen]) for name in names]
+    header = ["Metric", *(column.label for column in chosen)]
+    return Table(header=header, align="l" + "r" * len(chosen), rows=rows, notes=list(_metric_notes(chosen)))
+
+
+def _row(name: str, found: list[Measure | None]) -> list[Cell]:
+    measured = [measure for measure in found if measure is not None]
+    chances = sorted({measure.chance for measure in measured if measure.chance is not None})
+    detail = f"chance {' or '.join(map(format_share, chances))}" if chances else ""
+    detail = "per token" if measured[0].metric == "perplexity" else detail
+    best = _clear_best(measured, chances)
+    return [Cell(name, detail), *(shown(m, is_best=m is not None and m.value == best) for m in found)]
+
+
+def shown(measure: Measure | None, *, is_best: bool = False) -> Cell:
+    """Return a measure with its standard error, a dash where there is none."""
+    if measure is None:
+        return Cell(ABSENT)
+    digits = _DIGITS.get(measure.metric)
+    if measure.is_share:
+        words, error = format_share(measure.value), f"± {100 * (measure.stderr or 0):.1f}"
+    elif digits is None:
+        words, error = format_number(measure.value), f"± {format_number(measure.stderr)}"
+    else:
+        words, error = f"{measure.value:.{digits}f}", f"± {measure.stderr or 0:.{digits}f}"
+    is_drawn = measure.is_share or measure.metric in ("core", "chatcore", "mean_centered")
+    return Cell(words, "" if measure.stderr is None else error, is_best, measure if is_drawn else None)
+
+
+def _clear_best(measured: list[Measure], chances: list[float]) -> float | None:
+    """Return the best of comparable values; None unless it is beyond all others and beyond chance.
+
+    Beyond: by more than two standard errors of the difference. With one value, or all alike, nothing is best.
+    """
+    best = _direction(measured[0])
+    if best is None or len({each.conditions for each in measured}) > 1 or len({each.value for each in measured}) < 2:
+        return None
+    top: float = best(each.value for each in measured)
+    error = max(each.stderr or 0.0 for each in measured if each.value == top)
+    others = [(each.value, each.stderr or 0.0) for each in measured if each.value != top]
+    if chances:
+        if top <= chances[-1]:
+            return None
+        others.append((chances[-1], 0.0))
+    return top if all(abs(top - value) > 2 * math.hypot(error, other) for value, other in others) else None
+
+
+def _direction(measure: Measure) -> Callable[..., float] | None:
+    """Return min or max as the stage declares the metric; None: neither is better."""
+    if measure.is_share:
+        return max
+    return best_of("pretrain" if measure.metric == "train_bpb" else "eval", measure.metric)
+
+
+def _metric_notes(chosen: list[Column]) -> Iterator[str]:
+    metrics = {measure.metric for column in chosen for measure in column.measures.values()}
+    if "val_bpb" in metrics:
+        yield "val bpb: bits per byte of held-out text, lower is better; it does not depend on the vocabulary."
+        for column in chosen:
+            if column.scores.baselines:
+                others = [f"the {baseline_label(n)} {v:.4f}" for n, v in column.scores.baselines.items()]
+                yield f"Baselines on the same text as {column.label}: {join(others)}."
+    tasks = {name: task for column in chosen for name, task in column.scores.tasks.items()}
+    for kind, meaning in (
+        ("categorical", "the answer letter that the model finds likeliest is right"),
+        ("generative", "the answer that the model writes is right"),
+    ):
+        if of_kind := [task for task in tasks.values() if task.kind == kind]:
+            sized = [
+                f"{t.name} ({plural(t.num_questions, 'question')})" if t.num_questions else t.name for t in of_kind
+            ]
+            yield f"{join(sized)}: share of questions in which {meaning}."
+    if tasks:
+        yield "chance: what guessing scores. ±: one standard error, in percentage points."
+    if "core" in metrics or any(column.scores.core_tasks for column in chosen):
+        cores = [column.scores for column in chosen if column.scores.core_tasks]
+        limits = dict.fromkeys(scores.core_conditions.get("max_per_task") for scores in cores)
+        sizes = join(f"at most {limit:,} of each" if limit else "all" for limit in limits)
+        yield f"CORE: mean centred accuracy over the DCLM bundle's 22 tasks (examples: {sizes}); 0 is guessing."
+        yield from (f"CORE of {column.label}: {rule}" for column in chosen if (rule := _long_prompts(column.scores)))
+    if chat := next((column.scores for column in chosen if column.scores.find("chatcore")), None):
+        yield f"ChatCORE: mean centred accuracy over {join(chat.chatcore_tasks) or 'its tasks'}."
+    if "mean_centered" in metrics:
+        yield (
+            "mean centred: mean over the tasks of (accuracy − chance) / (1 − chance), the formula of nanochat's "
+            "ChatCORE; 0 is guessing, 1 is perfect."
+        )
+        if len({m.conditions for column in chosen if (m := column.scores.find("mean_centered"))}) > 1:
+            yield "The columns were scored on different tasks: their mean centred are not comparable."
+    if "pass_at_k" in metrics:
+        yield "pass@k: share of held-out problems for which at least one of k sampled answers is right."
+    yield (
+        "Bold: best of the row and above chance, where ± is given by more than two standard errors of the difference. "
+        f"{ABSENT}: not measured."
+    )
+
+
+def _long_prompts(scores: Scores) -> str:
+    """Return what was done with prompts longer than the context, empty where none was."""
+    found = scores.core_conditions
+    context = f"the context of {found['context_tokens']:,} tokens" if "context_tokens" in found else "the context"
+    if cropped := found.get("cropped"):
+        return f"{plural(cropped, 'prompt')} longer than {context} lost their beginning; nanochat computes them whole."
+    if extended := found.get("extended"):
+        return f"{plural(extended, 'prompt')} longer than {context} computed beyond it, as nanochat does."
+    return ""
+
+
+def core_table(report: RunReport) -> Table | None:
+    """Return CORE task by task, for each eval that measured it; None if none did."""
+    measured = [column for column in columns(report) if column.scores.core_tasks]
+    tasks = {name: task for column in reversed(measured) for name, task in column.scores.core_tasks.items()}
+    if not tasks:
+        return None
+    rows = []
+    for name, task in tasks.items():
+        cells = [Cell(name), Cell(task.kind.replace("_", " ")), Cell(known("{:.0f}".format, task.shots)),
+                 Cell(known("{:,}".format, task.num_questions)), Cell(known(format_share, task.chance))]  # fmt: skip
+        for column in measured:
+            found = column.scores.core_tasks.get(name)
+            cells += [shown(found), Cell(known("{:.3f}".format, found.centered if found else None))]
+        rows.append(cells)
+    total = [Cell("CORE"), *[Cell("")] * 4]
+    for column in measured:
+        total += [Cell(""), shown(column.scores.find("core"))]
+    labels = [f"{column.label}{part}" for column in measured for part in ("", " centred")]
+    header = ["Task", "Type", "Shots", "Examples", "Baseline", *labels]
+    return Table(header=header, align="llrrr" + "r" * len(labels), rows=[*rows, total])
+
+
+@cache
+def _published() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(files("mlxchat.report").joinpath("published.json").read_text(encoding="utf-8"))
+    return found
+
+
+def published_core() -> dict[str, float]:
+    """Return model → CORE as the DCLM bundle and nanochat give it."""
+    return dict(_published()["core"])
+
+
+def references(report: RunReport) -> list[dict[str, Any]]:
+    """Return the rows of published.json for the recipe that a run followed, if any.
+
+    A row belongs beside a run only if architecture, depth, horizon and corpus are those it was measured with.
+    """
+    recipes = [_recipe(report, step) for step in report.steps if step.stage == "pretrain"]
+    return [row for row in _published()["rows"] if any(_is_same(recipe, row["match"]) for recipe in recipes)]
+
+
+def _recipe(report: RunReport, step: StepReport) -> dict[str, Any]:
+    """Return architecture, depth, tokens per parameter and corpus of a pretraining, as far as its manifests tell."""
+    config, derived = (mapping(step.manifest.get(key)) for key in ("full_config", "derived"))
+    corpus = report.step(step.inputs.get("corpus", ""))
+    hub = mapping(mapping(mapping(corpus.manifest.get("full_config")).get("corpus")).get("hub")) if corpus else {}
+    horizon = mapping(config.get("pretrain"))
+    is_cut = horizon.get("num_iterations") is not None or horizon.get("target_flops") is not None
+    return {
+        "architecture": text(mapping(config.get("architecture")).get("name")),
+        "depth": number(derived.get("num_layers")),
+        "tokens_per_parameter": None if is_cut else number(horizon.get("tokens_per_parameter")),
+        "repository": text(hub.get("repository")),
+    }
+
+
+def _is_same(recipe: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    ratio = recipe["tokens_per_parameter"]
+    is_as_long = bool(ratio) and abs(ratio / wanted["tokens_per_parameter"] - 1) <= 0.05
+    return is_as_long and all(recipe[key] == value for key, value in wanted.items() if key != "tokens_per_parameter")
+
+
+def published_tables(report: RunReport) -> list[tuple[str, Table]]:
+    """Return the name of each published recipe that this run followed, and its results beside those of the run."""
+    return [(reference["name"], _published_table(report, reference)) for reference in references(report)]
+
+
+def _published_table(report: RunReport, reference: Mapping[str, Any]) -> Table:
+    by_stage = {}
+    for column in columns(report):
+        source = report.step(checkpoint_name(column.step))
+        by_stage[source.stage if source else ""] = column
+    stages = list(reference["columns"])
+    rows, used = [], []
+    for name in dict.fromkeys(name for values in reference["columns"].values() for name in values):
+        cells = [Cell(name)]
+        for stage in stages:
+            value = reference["columns"][stage].get(name)
+            ours = by_stage[stage].measures.get(name) if value is not None and stage in by_stage else None
+            here = _comparable(ours, by_stage[stage].scores, reference) if ours else None
+            used += [name] if here and here is not ours else []
+            is_share = name not in ("val bpb", "CORE", "ChatCORE")
+            there = ABSENT if value is None else format_share(value) if is_share else f"{value:g}"
+            cell = shown(here)
+            cells.append(Cell(there, f"(here {cell.text} {cell.detail}".rstrip() + ")" if here else ""))
+        rows.append(cells)
+    seconds = known(format_seconds, computing_seconds(report))
+    rows.append([Cell("wall clock"), Cell(format_seconds(reference["seconds"]), f"(here {seconds})"),
+                 *[Cell("")] * (len(stages) - 1)])  # fmt: skip
+    notes = [f"{reference['name']}: {reference['where']}; {reference['how']}. Nothing of it was measured here."]
+    if others := {n for c in by_stage.values() if (n := len(c.scores.chatcore_tasks))} - {reference["chatcore_tasks"]}:
+        counts = join(map(str, sorted(others)))
+        notes.append(f"ChatCORE there is over {reference['chatcore_tasks']} tasks, here over {counts}: not comparable.")
+    if cut := [column.label for column in by_stage.values() if "cropped" in column.scores.core_conditions]:
+        notes.append(
+            f"CORE here is of another rule (prompts of {join(cut)} were cut to the context): not comparable. "
+            "eval.core.long_prompts=extend computes them as nanochat does."
+        )
+    if used:
+        rule = f"{join(dict.fromkeys(used))} here: by nanochat's verdicts, as there; the table above has our own."
+        notes.append(rule)
+    header = ["Published elsewhere", *(STAGE_LABELS.get(stage, stage) for stage in stages)]
+    return Table(header=header, align="l" + "r" * len(stages), rows=rows, notes=notes)
+
+
+def _comparable(ours: Measure, scores: Scores, reference: Mapping[str, Any]) -> Measure | None:
+    """Return a measure by the rule of a published one, None if it was not measured by it."""
+    if ours.metric == "core" and "cropped" in scores.core_conditions:
+        return None
+    if ours.metric == "chatcore" and len(scores.chatcore_tasks) != reference["chatcore_tasks"]:
+        return None
+    return ours.by_published_rule() if ours.name in _published()["nanochat_verdicts"] else ours
 
 
 def timing_table(report: RunReport) -> Table:
@@ -54,14 +399,14 @@ def timing_table(report: RunReport) -> Table:
             [
                 Cell(step.name),
                 Cell(step.outcome),
-                Cell(format_seconds(step.seconds)),
+                Cell(known(format_seconds, step.seconds)),
                 *([Cell(cost or ABSENT)] if priced else []),
-                Cell(format_count(speed)),
-                Cell(format_bytes(number(manifest.get("peak_memory_bytes")))),
+                Cell(known(format_count, speed)),
+                Cell(known(format_bytes, number(manifest.get("peak_memory_bytes")))),
                 Cell(*_attempts(step)),
             ]
         )
-    total = [Cell("all steps"), Cell(""), Cell(format_seconds(computing_seconds(report)))]
+    total = [Cell("all steps"), Cell(""), Cell(known(format_seconds, computing_seconds(report)))]
     total += [Cell(format_dollars(computing_seconds(report), report.cost_per_hour))] if priced else []
     rows.append(total + [Cell("")] * 3)
     notes = [
@@ -129,11 +474,16 @@ def compression_tables(report: RunReport) -> list[tuple[StepReport, Table]]:
         for row in texts:
             size, ours = number(row.get("bytes")), number(row.get("ours"))
             ratio = f"{size / ours:.2f}" if size and ours else ABSENT
-            cells = [Cell(text(row.get("text"))), Cell(_whole(size)), Cell(_whole(ours)), Cell(ratio)]
+            cells = [
+                Cell(text(row.get("text"))),
+                Cell(known("{:,.0f}".format, size)),
+                Cell(known("{:,.0f}".format, ours)),
+                Cell(ratio),
+            ]
             for key, _ in rivals:
                 theirs = number(row.get(key))
                 gain = f"({(theirs - ours) / theirs:+.1%})" if theirs and ours is not None else ""
-                cells.append(Cell(_whole(theirs), gain.replace("-", "−")))
+                cells.append(Cell(known("{:,.0f}".format, theirs), gain.replace("-", "−")))
             rows.append(cells)
         notes = []
         if vocabulary := number(step.compression.get("vocab_size")):
@@ -143,10 +493,6 @@ def compression_tables(report: RunReport) -> list[tuple[StepReport, Table]]:
         header = ["Text", "Bytes", "Tokens", "Bytes/token", *(label for _, label in rivals)]
         found.append((step, Table(header=header, align="l" + "r" * (len(header) - 1), rows=rows, notes=notes)))
     return found
-
-
-def _whole(value: float | None) -> str:
-    return ABSENT if value is None else f"{value:,.0f}"
 
 
 def artifact_table(report: RunReport) -> Table:
@@ -221,3 +567,113 @@ def overrides(report: RunReport) -> list[tuple[str, list[str]]]:
             given = tuple(text(override) for override in sequence(step.manifest.get("overrides")))
             groups.setdefault(given, []).append(step.name)
     return [(join(names), list(given)) for given, names in groups.items()]
+
+
+# Sections that every training reads, of which only these say something about the recipe.
+_TELLING = {
+    "model": ("depth", "aspect_ratio", "head_width", "num_kv_heads", "context_tokens"),
+    "optimizer": ("kind", "variant", "matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay"),
+    "training": (),
+}
+# Long, or told elsewhere.
+_LEFT_OUT = ("prompts", "fields", "adamw_groups", "validation", "extend", "save_training_state")
+
+
+def step_tables(step: StepReport) -> list[Table]:
+    """Return results, derived numbers and settings of a step, as far as there are some."""
+    groups = [
+        ("Results", [(key, format_value(value)) for key, value in mapping(step.manifest.get("metrics")).items()]),
+        ("Derived", [(key, format_value(value)) for key, value in mapping(step.manifest.get("derived")).items()]),
+        ("Settings", settings_of(step)),
+    ]
+    return [pairs_table(title, pairs) for title, pairs in groups if pairs]
+
+
+def all_settings(step: StepReport) -> list[str]:
+    """Return every setting that a step read, as key=value."""
+    return [f"{key}={_plain(value)}" for key, value in flatten(mapping(step.manifest.get("full_config"))).items()]
+
+
+def settings_of(step: StepReport) -> Pairs:
+    """Return the settings that say what was done: the step's own, and of shared ones what tells recipes apart."""
+    found: Pairs = []
+    for section, values in mapping(step.manifest.get("full_config")).items():
+        inside = mapping(values)
+        if section == "architecture":
+            features = [name for name, value in inside.items() if value is True]
+            name = text(inside.get("name"))
+            found.append((section, f"{name} ({join(features)})" if features else name))
+        elif section == "suite":
+            found.append((section, _mixture(inside)))
+        else:
+            shown = {name: inside.get(name) for name in _TELLING[section]} if section in _TELLING else inside
+            found += _leaves(shown, f"{section}.")
+    return [(name, value) for name, value in found if value]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if value is None or value is False or value in ([], {}) or key in _LEFT_OUT:
+            continue
+        if key in ("mixture", "suite"):
+            yield f"{prefix}{key}", _mixture(mapping(value))
+        elif isinstance(value, Mapping) and "task" in value:
+            yield f"{prefix}{key}", _task(text(value["task"]), value)
+        elif isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", format_value(value) if number(value) is not None else _plain(value)
+
+
+def _mixture(items: Mapping[str, Any]) -> str:
+    return ", ".join(_task(name, mapping(item)) for name, item in items.items())
+
+
+def _task(name: str, item: Mapping[str, Any]) -> str:
+    """Return a task of a mixture, as in "gsm8k train 7,473 ×4"."""
+    epochs, size = number(item.get("epochs")), number(item.get("size"))
+    split = text(item.get("split"))
+    parts = [name, split if split not in ("train", "") else "", format_value(size) if size else ""]
+    parts.append(f"×{epochs:g}" if epochs and epochs != 1 else "")
+    return " ".join(part for part in parts if part)
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_plain, value))}]"
+    if isinstance(value, bool) or value is None or not isinstance(value, int | float):
+        return "null" if value is None else text(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# The newest measurements of each kind that are shown.
+_MOST_BENCHES = 3
+_LETTERS = 120
+# What was measured with, and not what was measured.
+_CIRCUMSTANCES = ("sizes.", "bench.", "device.", "versions.", "optimizer.", "seed")
+
+
+def bench_tables(report: RunReport) -> list[tuple[str, Table]]:
+    """Return (title, table) for each kind that `mlxchat bench` measured, a column for each of the newest."""
+    folder = report.folder.parent.parent / "bench"
+    kinds: dict[str, list[dict[str, object]]] = {}
+    for path in sorted(folder.glob("*.json"), reverse=True):
+        record = read_json(path)
+        if (kind := text(record.get("kind"))) and len(kinds.setdefault(kind, [])) < _MOST_BENCHES:
+            kinds[kind].append(record)
+    return [(f"Measured by mlxchat bench {kind}", _bench_table(records)) for kind, records in sorted(kinds.items())]
+
+
+def _bench_table(records: list[dict[str, object]]) -> Table:
+    columns = [flatten(mapping(record.get("result"))) for record in records]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    rows = []
+    for name in names:
+        if name.startswith(_CIRCUMSTANCES):
+            continue
+        values = [column.get(name) for column in columns]
+        if any(number(value) is not None or (isinstance(value, str) and len(value) < _LETTERS) for value in values):
+            rows.append([Cell(name), *(Cell(format_value(value)) for value in values)])
+    header = ["Quantity", *(format_time(text(record.get("time"))).partition(".")[0] for record in records)]
+    commands = [f"{title}: {text(record.get('command'))}" for title, record in zip(header[1:], records, strict=True)]
+    return Table(header=header, align="l" + "r" * len(records), rows=rows, notes=commands)

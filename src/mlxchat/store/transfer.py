@@ -16,6 +16,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import IO, Any
 
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import StoreError
 from mlxchat.store import locks
 from mlxchat.store.catalog import references
@@ -214,8 +215,8 @@ def _unpack(source: Path, base: Path) -> None:
         for name, size, content in _files_in_tar(source) if source.is_file() else _files_below(source):
             if size + _ROOM_BYTES > (free := shutil.disk_usage(base).free):
                 raise StoreError(
-                    f"{source} holds {name} with {size / 1e9:,.1f} GB, and {base.parent.parent} has "
-                    f"{free / 1e9:,.1f} GB free"
+                    f"{source} holds {name} with {format_bytes(size)}, and {base.parent.parent} has "
+                    f"{format_bytes(free)} free"
                 )
             target = base / name
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -123,7 +123,7 @@ def run_pipeline(
 
 
 def _show_report(store: Store, folder: Path) -> None:
-    from mlxchat.report.terminal import show_report
+    from mlxchat.report.document import show_report
 
     try:
         show_report(store.outputs, folder)
@@ -289,7 +289,7 @@ def _results(config: Config, store: Store, folder: Path, *, is_done: bool) -> Re
     if config.tracker.kind == "none":
         return Results(is_done=is_done)
     from mlxchat.report.collect import collect
-    from mlxchat.report.scorecard import metric_table
+    from mlxchat.report.tables import metric_table
 
     try:
         report = collect(store.outputs, folder)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.report.canvas import LIGHT, add_legend, add_titles, make_panels, plain_label, render_png
+from mlxchat.report.plots import COLOURS, INK, one_line, styled
 from mlxchat.sweep.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MOST_PANELS = 4
 _MOST_CURVES = 6
@@ -17,7 +19,6 @@ _MOST_CELLS = 150
 _MOST_WORDS = 40
 # Values that span more than this are shown on a logarithmic axis.
 _WIDE = 20.0
-_CURVE_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def draw_sweep(rows: Sequence[Row], keys: Sequence[str], metric: str, *, less_is_better: bool) -> bytes | None:
@@ -39,13 +40,39 @@ def draw_sweep(rows: Sequence[Row], keys: Sequence[str], metric: str, *, less_is
     values = [float(row["metrics"][metric]) for row in rows]
     columns = {key: [row["overrides"].get(key, "") for row in rows] for key in keys}
     best = (min if less_is_better else max)(range(len(rows)), key=values.__getitem__)
-    if len(keys) == 2:
-        return _draw_two(columns, values, metric, best)
-    shown = keys[:_MOST_PANELS]
-    figure, panels = make_panels(len(shown), LIGHT)
-    for panel, key in zip(panels, shown, strict=True):
-        _draw_one(panel, key, columns[key], values, metric, best, is_curve=len(keys) == 1)
-    return render_png(figure)
+    with styled():
+        if len(keys) == 2:
+            return _draw_two(columns, values, metric, best)
+        shown = keys[:_MOST_PANELS]
+        figure, panels = _make_panels(len(shown))
+        for panel, key in zip(panels, shown, strict=True):
+            _draw_one(panel, key, columns[key], values, metric, best, is_curve=len(keys) == 1)
+        return render_png(figure)
+
+
+def render_png(figure: Figure) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def _make_panels(count: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
+    """Return a figure `height` inches high with `count` empty panels side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, height), layout="constrained", facecolor="white")
+    grid: Any = figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.08})
+    for panel in grid[0]:
+        panel.tick_params(labelsize=9)
+        panel.grid(visible=True, axis="both")
+    return figure, list(grid[0])
+
+
+def _name_axes(panel: Axes, title: str, x: str, y: str) -> None:
+    panel.set_title(one_line(title), loc="left", fontsize=11, fontweight="bold")
+    panel.set_xlabel(one_line(x), fontsize=9.5)
+    panel.set_ylabel(one_line(y), fontsize=9.5)
 
 
 def is_numeric(column: Sequence[Any]) -> bool:
@@ -56,38 +83,38 @@ def is_numeric(column: Sequence[Any]) -> bool:
 def _draw_one(
     panel: Axes, key: str, column: list[Any], values: list[float], metric: str, best: int, *, is_curve: bool
 ) -> None:
-    add_titles(panel, f"{metric} by {key}", metric, LIGHT, x=plain_label(key))
+    _name_axes(panel, f"{metric} by {key}", key, metric)
     if is_numeric(column):
         order = sorted(range(len(column)), key=column.__getitem__)
         line = "-" if is_curve else ""
-        panel.plot([column[i] for i in order], [values[i] for i in order], line, marker="o", color=LIGHT.train, ms=4)
+        panel.plot([column[i] for i in order], [values[i] for i in order], line, marker="o", color=COLOURS[0], ms=4)
         _scale(panel, column, "x")
         place = column[best]
     else:
         names = _names(column)
         at = [names.index(str(value)) for value in column]
-        panel.plot(at, values, "o", color=LIGHT.train, ms=5)
+        panel.plot(at, values, "o", color=COLOURS[0], ms=5)
         _name_ticks(panel, names, "x")
         place = at[best]
-    panel.plot([place], [values[best]], "o", ms=10, mfc="none", mec=LIGHT.validation, mew=1.8, label="best")
-    add_legend(panel, LIGHT)
+    panel.plot([place], [values[best]], "o", ms=10, mfc="none", mec=COLOURS[1], mew=1.8, label="best")
+    panel.legend(fontsize=9)
 
 
 def _draw_two(columns: dict[str, list[Any]], values: list[float], metric: str, best: int) -> bytes:
     """Draw a metric against two settings."""
     first, second = sorted(columns, key=lambda key: (not is_numeric(columns[key]), -len(set(map(str, columns[key])))))
     across, other = columns[first], columns[second]
-    figure, (panel,) = make_panels(1, LIGHT, height=4.2)
+    figure, (panel,) = _make_panels(1, height=4.2)
     cells = len(set(map(str, across))) * len(set(map(str, other)))
     if is_numeric(across) and len(set(map(str, other))) <= _MOST_CURVES:
-        for colour, name in zip(_CURVE_COLOURS, _names(other), strict=False):
+        for colour, name in zip(COLOURS, _names(other), strict=False):
             points = sorted((x, y) for x, o, y in zip(across, other, values, strict=True) if str(o) == name)
-            label = plain_label(f"{second}={name}")
+            label = one_line(f"{second}={name}")
             panel.plot([x for x, _ in points], [y for _, y in points], "-o", color=colour, ms=4, label=label)
-        panel.plot([across[best]], [values[best]], "o", ms=10, mfc="none", mec=LIGHT.ink, mew=1.5, label="best")
+        panel.plot([across[best]], [values[best]], "o", ms=10, mfc="none", mec=INK, mew=1.5, label="best")
         _scale(panel, across, "x")
-        add_titles(panel, f"{metric} by {first}", metric, LIGHT, x=plain_label(first))
-        add_legend(panel, LIGHT, outside=True)
+        _name_axes(panel, f"{metric} by {first}", first, metric)
+        panel.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return render_png(figure)
     if cells <= min(_MOST_CELLS, 2 * len(values)) or not (is_numeric(across) and is_numeric(other)):
         _draw_cells(panel, across, other, values, best)
@@ -95,10 +122,10 @@ def _draw_two(columns: dict[str, list[Any]], values: list[float], metric: str, b
         dots: Any = panel.scatter(across, other, c=values, cmap="viridis", s=45)
         _scale(panel, across, "x")
         _scale(panel, other, "y")
-        panel.plot([across[best]], [other[best]], "o", ms=12, mfc="none", mec=LIGHT.ink, mew=1.5, label="best")
-        figure.colorbar(dots, ax=panel, label=plain_label(metric))
-        add_legend(panel, LIGHT)
-    add_titles(panel, metric, plain_label(second), LIGHT, x=plain_label(first))
+        panel.plot([across[best]], [other[best]], "o", ms=12, mfc="none", mec=INK, mew=1.5, label="best")
+        figure.colorbar(dots, ax=panel, label=one_line(metric))
+        panel.legend(fontsize=9)
+    _name_axes(panel, metric, first, second)
     return render_png(figure)
 
 
@@ -130,7 +157,7 @@ def _names(column: Sequence[Any]) -> list[str]:
 
 
 def _name_ticks(panel: Axes, names: list[str], axis: str) -> None:
-    labels = [plain_label(name) for name in names]
+    labels = [one_line(name) for name in names]
     if axis == "x":
         turned = 30 if sum(map(len, labels)) > 50 else 0
         panel.set_xticks(range(len(names)), labels, rotation=turned, ha="right" if turned else "center")

@@ -22,7 +22,7 @@ from typing import Any
 from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
 from mlxchat.errors import ConfigError, visible
-from mlxchat.evals.chat_scores import chatcore_set
+from mlxchat.evals.scores import chatcore_set
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import FORMATS
 from mlxchat.store.files import write_whole

@@ -470,7 +470,8 @@ class _Run:
     def _report(self) -> None:
         """Write the report of all jobs side by side, and say where it is."""
         from mlxchat.report.collect import collect_steps
-        from mlxchat.report.comparison import write_comparison
+        from mlxchat.report.comparison import comparison
+        from mlxchat.report.document import write_document
 
         outputs, place = self.sweep.jobs[0].store.outputs, self.folder.path
         jobs = self.state["jobs"]
@@ -480,7 +481,8 @@ class _Run:
             collect_steps(stores.get(number, outputs), title, job["steps"], place)
             for (number, job), title in zip(jobs.items(), titles, strict=True)
         ]
+        title = f"Sweep {place.name}"
         try:
-            print(f"report: {write_comparison(place, f'Sweep {place.name}', reports, titles)}", flush=True)
+            print(f"report: {write_document(place, title, comparison(title, reports, titles))}", flush=True)
         except StoreError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -20,10 +20,10 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
-from mlxchat.evals.chat_scores import Score, mean_centered
 from mlxchat.evals.core import evaluate_core
 from mlxchat.evals.core_step import open_bundle
 from mlxchat.evals.rank_model import language_model, text_model
+from mlxchat.evals.scores import Score, mean_centered
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.memory import forward_tokens

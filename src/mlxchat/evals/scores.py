@@ -1,0 +1,319 @@
+"""The one schema of scores: evaluations write it into scores.json, and report, comparison and model cards read it.
+
+`Score` is what an evaluation measured of one task. `read_scores` turns scores.json into `Measure`s: every number with
+its metric, unit, chance, count of questions and standard error. Whether less or more of a metric is better is declared
+in METRICS of the stages (`runner.stage.best_of`). Counterpart of nanochat's chat_eval: centred =
+(accuracy − chance) / (1 − chance), 0 is guessing, 1 is perfect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlxchat.runner.context import Context
+
+CHATCORE_SETS: dict[str, tuple[str, ...]] = {
+    "oct2025": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee"),
+    "jul2026": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval"),
+}
+"""Which tasks nanochat's snapshots average; numbers of the two are not comparable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """The result of one task."""
+
+    kind: str
+    accuracy: float
+    """Mean over the questions, and over the samples of each."""
+    chance: float
+    num_examples: int
+    """Questions."""
+    per_seed: tuple[float, ...] = ()
+    """Accuracy of each sample of all questions, where there are several."""
+    variance: float | None = None
+    """Variance, over the questions, of the share of right samples; None: that of one sample, p (1 − p)."""
+    cropped: int = 0
+    """Questions whose prompt was longer than the model's context."""
+    nanochat: Score | None = None
+    """The score by nanochat's verdicts, where they differ from the task's own (GSM8K)."""
+
+    @classmethod
+    def of_examples(
+        cls, passes: Sequence[Sequence[Mapping[str, Any]]], *, kind: str, chance: float, cropped: int = 0
+    ) -> Score:
+        """Return the score of examples by sample and question, with nanochat's verdicts where they are recorded."""
+        score = cls.of([[each["verdict"] for each in one] for one in passes], kind=kind, chance=chance, cropped=cropped)
+        theirs = [[each["details"].get("nanochat_verdict") for each in one] for one in passes]
+        if any(verdict is None for one in theirs for verdict in one) or not score.num_examples:
+            return score
+        return replace(score, nanochat=cls.of(theirs, kind=kind, chance=chance))
+
+    @classmethod
+    def of(cls, verdicts: Sequence[Sequence[bool]], *, kind: str, chance: float, cropped: int = 0) -> Score:
+        """Return the score of verdicts by sample and question."""
+        import numpy as np  # readers of scores do without it
+
+        table = np.array(verdicts, dtype=np.float64)
+        count = table.shape[1]
+        several = len(table) > 1 and count > 0
+        return cls(
+            kind=kind, accuracy=float(table.mean()) if count else 0.0, chance=chance, num_examples=count,
+            per_seed=tuple(float(row.mean()) for row in table) if several else (),
+            variance=float(table.mean(0).var()) if several else None, cropped=cropped,
+        )  # fmt: skip
+
+    @property
+    def centered(self) -> float:
+        """Accuracy rescaled: 0 is chance, 1 is perfect."""
+        return (self.accuracy - self.chance) / (1 - self.chance)
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy, for other questions and other samples: the samples of a question are one."""
+        variance = self.accuracy * (1 - self.accuracy) if self.variance is None else self.variance
+        return math.sqrt(variance / max(1, self.num_examples))
+
+    @property
+    def seed_stderr(self) -> float | None:
+        """Standard error of the accuracy for other samples of the same questions; None with one sample."""
+        if len(self.per_seed) < 2:
+            return None
+        import numpy as np
+
+        return float(np.std(self.per_seed, ddof=1)) / math.sqrt(len(self.per_seed))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for scores.json."""
+        numbers: dict[str, Any] = {
+            "kind": self.kind, "accuracy": self.accuracy, "chance": self.chance, "centered": self.centered,
+            "num_examples": self.num_examples, "num_questions": self.num_examples, "stderr": self.stderr,
+        }  # fmt: skip
+        if self.cropped:
+            numbers["cropped"] = self.cropped
+        if self.nanochat is not None:
+            numbers |= {"nanochat_accuracy": self.nanochat.accuracy, "nanochat_stderr": self.nanochat.stderr}
+        if self.per_seed:
+            numbers |= {
+                "seeds": len(self.per_seed), "per_seed": list(self.per_seed), "seed_stderr": self.seed_stderr,
+            }  # fmt: skip
+        return numbers
+
+
+def mean_centered(scores: Sequence[Score]) -> float | None:
+    """Return the mean of the centred scores (ChatCORE's formula), or None without scores."""
+    import numpy as np
+
+    return float(np.mean([score.centered for score in scores])) if scores else None
+
+
+def mean_centered_stderr(scores: Sequence[Score]) -> float | None:
+    """Return the standard error of `mean_centered`, from the questions' chance alone: the tasks are what they are."""
+    if not scores:
+        return None
+    return math.sqrt(sum((score.stderr / (1 - score.chance)) ** 2 for score in scores)) / len(scores)
+
+
+def chatcore(scores: Mapping[str, Score], tasks: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return ChatCORE with its standard error and the tasks it is of, None unless there is a whole set of them.
+
+    By the tasks' own verdicts, and by nanochat's.
+
+    Args:
+        scores: by the suite's names.
+        tasks: the registered task, on its test split, that each of the suite's names stands for.
+    """
+    found = {task: name for name, task in tasks.items() if name in scores}
+    which = chatcore_set(found)
+    if which is None:
+        return None
+    names = [found[task] for task in CHATCORE_SETS[which]]
+    chosen = [scores[name] for name in names]
+    theirs = [score.nanochat or score for score in chosen]
+    return {
+        "value": mean_centered(chosen), "stderr": mean_centered_stderr(chosen),
+        "nanochat_value": mean_centered(theirs), "nanochat_stderr": mean_centered_stderr(theirs), "tasks": names,
+        "set": which,
+    }  # fmt: skip
+
+
+def chatcore_set(tasks: Container[str]) -> str | None:
+    """Return the first set whose tasks are all among these registered ones, evaluated on their test split."""
+    return next((which for which, members in CHATCORE_SETS.items() if all(task in tasks for task in members)), None)
+
+
+def record_suite(ctx: Context, results: Mapping[str, Score]) -> dict[str, Any]:
+    """Return results on the configured suite as data of scores.json; their means become metrics of the step."""
+    mean = mean_centered(list(results.values()))
+    tasks = {name: item.task for name, item in sorted(ctx.config.suite.items()) if item.split == "test"}
+    whole = chatcore(results, tasks)
+    measured = {"mean_centered": mean, "chatcore": None if whole is None else whole["value"]}
+    ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
+    scores = {name: score.to_dict() for name, score in results.items()}
+    return {"tasks": scores, "mean_centered": mean, "chatcore": whole}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """One number of an evaluation, with all that is needed to show it and to compare it."""
+
+    name: str
+    """As tables call it: val bpb, CORE, the name of a task, pass@4."""
+    metric: str
+    """One of METRICS."""
+    value: float
+    stderr: float | None = None
+    chance: float | None = None
+    """What guessing scores; of accuracies."""
+    num_questions: int | None = None
+    kind: str = ""
+    """Of a task: categorical, generative, multiple_choice, schema or language_modeling."""
+    shots: int | None = None
+    published_rule: tuple[float, float | None] | None = None
+    """Value and standard error by the rule of published results (nanochat's verdicts), where it differs from ours."""
+    conditions: Hashable = None
+    """Measures of one name are comparable if these are equal."""
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a share of questions, shown as a percentage."""
+        return self.metric in ("task", "pass_at_k")
+
+    @property
+    def centered(self) -> float | None:
+        """Accuracy rescaled: 0 is chance, 1 is perfect."""
+        return None if self.chance is None or self.chance >= 1 else (self.value - self.chance) / (1 - self.chance)
+
+    @property
+    def centered_stderr(self) -> float | None:
+        """Standard error of the centred accuracy."""
+        if self.stderr is None or self.chance is None or self.chance >= 1:
+            return None
+        return self.stderr / (1 - self.chance)
+
+    def by_published_rule(self) -> Measure | None:
+        """Return what may stand beside published results; None: it was not measured by their rule."""
+        if self.published_rule is None:
+            return None
+        return replace(self, value=self.published_rule[0], stderr=self.published_rule[1])
+
+
+METRICS = ("val_bpb", "train_bpb", "perplexity", "core", "task", "chatcore", "mean_centered", "pass_at_k", "own")
+"""The metrics of measures in the order of tables. task, pass_at_k: shares, more is better; own: of the user's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What one evaluation measured; empty where it did not measure."""
+
+    checkpoint: str = ""
+    measures: dict[str, Measure] = field(default_factory=dict)
+    """By name, in the order of METRICS."""
+    baselines: dict[str, float] = field(default_factory=dict)
+    """Bits per byte of other predictors of the same text: ngram_order2 and untrained."""
+    core_tasks: dict[str, Measure] = field(default_factory=dict)
+    core_conditions: dict[str, int] = field(default_factory=dict)
+    """max_per_task, context_tokens, and the examples whose prompts were `extended` or `cropped`, as far as known."""
+    chatcore_tasks: tuple[str, ...] = ()
+
+    @property
+    def tasks(self) -> dict[str, Measure]:
+        """Accuracies on the suite's tasks."""
+        return {name: measure for name, measure in self.measures.items() if measure.metric == "task"}
+
+    def find(self, metric: str) -> Measure | None:
+        """Return the first measure of a metric."""
+        return next((measure for measure in self.measures.values() if measure.metric == metric), None)
+
+
+def read_scores(raw: Mapping[str, Any]) -> Scores:
+    """Return what scores.json says, whatever version wrote it; what is absent or of another type is left out."""
+    bpb, core, chat = (_mapping(raw.get(key)) for key in ("bpb", "core", "chatcore"))
+    in_core = _mapping(core.get("tasks"))
+    core_tasks = {name: task for name, entry in in_core.items() if (task := _read_task(name, entry))}
+    conditions = {key: count for key in ("max_per_task", "context_tokens") if (count := _whole(core.get(key)))}
+    for key in ("extended", "cropped"):
+        if count := sum(_whole(_mapping(task).get(key)) or 0 for task in in_core.values()):
+            conditions[key] = count
+    chat_names = chat.get("tasks")
+    chat_tasks = tuple(map(str, chat_names)) if isinstance(chat_names, list) else ()
+    found = [
+        _measure("val bpb", "val_bpb", bpb.get("val")),
+        _measure("train bpb", "train_bpb", bpb.get("train")),
+        # Per token, so that only models of one vocabulary compare: that of this checkpoint.
+        _measure("perplexity", "perplexity", bpb.get("perplexity"), conditions=str(raw.get("checkpoint"))),
+        _measure("CORE", "core", core.get("core"), core.get("stderr"),
+                 conditions=(conditions.get("max_per_task"), "cropped" in conditions)),
+        *(_read_task(name, entry) for name, entry in _mapping(raw.get("tasks")).items()),
+        _measure("ChatCORE", "chatcore", chat.get("value"), chat.get("stderr"), conditions=chat_tasks,
+                 published=(chat.get("nanochat_value"), chat.get("nanochat_stderr"))),
+        *_read_pass_at_k(_mapping(raw.get("pass_at_k")), _mapping(raw.get("pass_at_k_stderr"))),
+        *(_measure(name, "own", value) for name, value in _mapping(raw.get("own")).items()),
+    ]  # fmt: skip
+    measures = [measure for measure in found if measure is not None]
+    if not any(measure.metric == "chatcore" for measure in measures):
+        measures += _read_mean(raw.get("mean_centered"), [each for each in measures if each.metric == "task"])
+    return Scores(
+        checkpoint=str(raw.get("checkpoint") or ""),
+        measures={each.name: each for each in sorted(measures, key=lambda each: METRICS.index(each.metric))},
+        baselines={key: value for key in ("ngram_order2", "untrained") if (value := _number(bpb.get(key))) is not None},
+        core_tasks=core_tasks, core_conditions=conditions, chatcore_tasks=chat_tasks,
+    )  # fmt: skip
+
+
+def _read_task(name: str, entry: object) -> Measure | None:
+    raw = _mapping(entry)
+    return _measure(
+        name, "task", raw.get("accuracy"), raw.get("stderr"),
+        chance=_number(raw.get("chance", raw.get("baseline"))), kind=str(raw.get("kind") or raw.get("type") or ""),
+        num_questions=_whole(raw.get("num_questions")) or _whole(raw.get("num_examples")),
+        shots=_whole(raw.get("num_fewshot")), published=(raw.get("nanochat_accuracy"), raw.get("nanochat_stderr")),
+    )  # fmt: skip
+
+
+def _read_mean(value: object, tasks: Sequence[Measure]) -> Iterator[Measure]:
+    """Yield the mean of the centred accuracies, its standard error from those of its tasks where all have one."""
+    errors = [task.centered_stderr for task in tasks]
+    known = [error for error in errors if error is not None]
+    stderr = math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
+    same = frozenset(task.name for task in tasks)
+    if measure := _measure("mean centred", "mean_centered", value, stderr, conditions=same):
+        yield measure
+
+
+def _read_pass_at_k(values: Mapping[str, Any], errors: Mapping[str, Any]) -> Iterator[Measure | None]:
+    for k, value in values.items():
+        if k.isdecimal():
+            yield _measure(f"pass@{k}", "pass_at_k", value, errors.get(k))
+
+
+def _measure(
+    name: str, metric: str, value: object, stderr: object = None, *, published: Iterable[object] = (None, None),
+    **more: Any,
+) -> Measure | None:  # fmt: skip
+    known = _number(value)
+    if known is None:
+        return None
+    theirs, error = map(_number, published)
+    rule = None if theirs is None else (theirs, error)
+    return Measure(name=name, metric=metric, value=known, stderr=_number(stderr), published_rule=rule, **more)
+
+
+def _mapping(value: object) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _number(value: object) -> float | None:
+    """Return a finite number, or None; booleans are not numbers."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _whole(value: object) -> int | None:
+    found = _number(value)
+    return None if found is None else int(found)

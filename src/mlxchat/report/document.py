@@ -1,0 +1,452 @@
+"""The report as a document of blocks: written as Markdown, from which one HTML page is made.
+
+Every block is Markdown. HTML is made of each block's Markdown by markdown-it, which passes no HTML through, so that no
+text can leave its block or become markup. Charts, folds and the pipeline have a form of their own in the page.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import escape as escape_html
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from mlxchat.config.wording import format_bytes, format_seconds, format_time
+from mlxchat.errors import StoreError, visible
+from mlxchat.evals.scores import Measure
+from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, collect, number
+from mlxchat.report.examples import Example, example_groups, sample_groups, telling_examples
+from mlxchat.report.plots import Drawing, main_charts, more_charts, score_charts
+from mlxchat.report.summary import answers, facts, print_summary, troubles
+from mlxchat.report.tables import (
+    Cell,
+    Table,
+    all_settings,
+    artifact_table,
+    bench_tables,
+    compression_tables,
+    core_table,
+    machine_table,
+    metric_table,
+    overrides,
+    published_tables,
+    source_table,
+    step_tables,
+    timing_table,
+)
+from mlxchat.store.files import write_whole
+
+PICTURES = "report"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Blocks that belong together: a part of the page of a kind, or what is folded below a summary."""
+
+    kind: str
+    """Its class in the page."""
+    blocks: Sequence[Block]
+    summary: str = ""
+    """Folded, with these words to unfold it; empty: not folded."""
+    is_open: bool = False
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The steps and which feeds which."""
+
+    report: RunReport
+
+
+Block = str | Table | Group | Pipeline | list[Drawing]
+
+
+def show_report(outputs: Path, run: Path) -> None:
+    """Write report.md and report.html into a run's folder, print a summary and where they are.
+
+    Raises:
+        StoreError: the run has no readable plan, or its folder cannot be written.
+    """
+    from rich.console import Console
+
+    report = collect(outputs, run)
+    place = write_document(report.folder, title_of(report), document(report))
+    print_summary(report, Console())
+    print(f"report: {place}")
+
+
+def write_report(outputs: Path, run: Path) -> Path:
+    """Write report.md, report.html and report/*.svg into a run's folder; return the path of report.html.
+
+    Raises:
+        StoreError: the run has no readable plan, or its folder cannot be written.
+    """
+    report = collect(outputs, run)
+    return write_document(run, title_of(report), document(report))
+
+
+def title_of(report: RunReport) -> str:
+    """Return what the report is called."""
+    return report.experiment or report.name
+
+
+def document(report: RunReport) -> list[Block]:
+    """Return the report of a run: the answers first, then scores, examples and curves, then everything else, folded."""
+    run = f"run {report.name}" if report.experiment else ""
+    started = f"started {format_time(report.started)}" if report.started else ""
+    blocks: list[Block] = [
+        f"# {escape(title_of(report))}",
+        Group("byline", [escape(" · ".join(part for part in (run, started, report.outcome) if part))]),
+    ]
+    if faults := troubles(report):
+        blocks.append(Group("troubles", ["\n".join(["> **Incomplete**", *(f"> - {escape(each)}" for each in faults)])]))
+    if found := facts(report):
+        blocks.append(Group("facts", ["\n".join(f"- {escape(what)} **{escape(value)}**" for what, value in found)]))
+    blocks.append(
+        Group("answers", ["\n".join(f"- **{question}** {_sentences(said)}" for question, said in answers(report))])
+    )
+    if metrics := metric_table(report):
+        blocks += ["## Scores", metrics]
+        for name, table in published_tables(report):
+            blocks += [f"### Beside it: {escape(name)}", Group("published", [table])]
+    blocks += _telling(report)
+    if curves := [chart for step in report.steps for chart in main_charts(report, step)]:
+        blocks += ["## Curves", curves]
+    blocks += ["## Pipeline", Pipeline(report), Group("fold", [timing_table(report)], "Time and memory of each step")]
+    blocks += ["## Details"]
+    if metrics and (charts := score_charts(report)):
+        pictures: list[Block] = [charts]
+        if core := core_table(report):
+            pictures += ["### CORE, task by task", core]
+        blocks.append(Group("fold", pictures, "Scores in pictures"))
+    return [*blocks, *_steps(report), Group("fold", [*_environment(report)], "Environment and artifacts")]
+
+
+def _telling(report: RunReport) -> Iterator[Block]:
+    """Yield three answers of the best evaluated model, or samples of the last training if there are none."""
+    if found := telling_examples(report):
+        step, examples = found
+        yield f"## Three answers ({escape(step.name)})"
+        yield Group("cards", [_card(example, name) for name, example in examples.items()])
+    elif samples := sample_groups(report):
+        name, title, texts = samples[-1]
+        yield f"## {escape(title)} ({escape(name)})"
+        yield Group("cards", [Group("card", [fenced(f"{one.prompt}\n→ {one.text}")]) for one in texts[:3]])
+
+
+def _card(example: Example, name: str = "") -> Group:
+    verdict = "right" if example.is_right else "wrong"
+    title = f"**{name}:** {escape(example.task)}, " if name else f"{escape(example.task)}, "
+    last = example.expected.strip().rpartition("\n")[2].removeprefix("#### ")
+    expected = f", expected {escape(last)}" if last else ""
+    words: list[Block] = [
+        f"{title}**{verdict}**{expected}",
+        Group("prompt", [fenced(example.prompt)]),
+        fenced(f"→ {example.output}"),
+    ]
+    return Group(f"card {verdict}", words)
+
+
+def _steps(report: RunReport) -> Iterator[Block]:
+    """Yield one folded part for each step of which there is something to say, inputs first."""
+    samples, examples = sample_groups(report), example_groups(report)
+    compression = compression_tables(report)
+    for step in report.steps:
+        if not (step.manifest or step.records or step.error):
+            continue
+        blocks: list[Block] = [escape(f"Artifact {step.artifact}{_published(step)}") if step.manifest else ""]
+        blocks += [Group("troubles", [f"> {escape(step.error)}"])] if step.error else []
+        blocks += [table for other, table in compression if other is step]
+        if charts := more_charts(report, step):
+            blocks.append(charts)
+        if tables := step_tables(step):
+            blocks.append(Group("tables", tables))
+        for name, title, texts in samples:
+            if name == step.name:
+                cards = [Group("card", [fenced(f"{one.prompt}\n→ {one.text}")]) for one in texts]
+                blocks += [f"#### {escape(title)}", Group("cards", cards)]
+        if step.name in examples:
+            cards = [_card(example) for example in examples[step.name]]
+            blocks += ["#### Questions and answers", Group("cards", cards)]
+        if settings := all_settings(step):
+            blocks.append(Group("fold long", [fenced("\n".join(settings))], "All settings"))
+        yield Group("fold step", [block for block in blocks if block], _heading(step))
+
+
+def _heading(step: StepReport) -> str:
+    memory = number(step.manifest.get("peak_memory_bytes"))
+    found = [
+        f"{step.name} ({STAGE_LABELS[step.stage]})" if step.stage in STAGE_LABELS else step.name,
+        step.outcome,
+        "" if step.seconds is None else format_seconds(step.seconds),
+        format_bytes(memory) if memory else "",
+    ]
+    return " · ".join(part for part in found if part)
+
+
+def _published(step: StepReport) -> str:
+    published = format_time(str(step.manifest.get("published") or "")).partition(".")[0]
+    return f", published {published}" if published else ""
+
+
+def _environment(report: RunReport) -> Iterator[Block]:
+    if machine := machine_table(report):
+        yield machine
+    if report.command:
+        yield f"Command: {_code(report.command)}"
+    for names, given in overrides(report):
+        yield f"Overrides of {escape(names)}: {' '.join(map(_code, given)) or 'none'}"
+    for title, table in bench_tables(report):
+        yield from (f"### {escape(title)}", table)
+    if sources := source_table(report):
+        yield from ("### Outside data", sources)
+    yield from ("### Artifacts", artifact_table(report))
+    yield (
+        f"Written by mlxchat from {escape(report.folder.name)}. Every number comes from a manifest, metrics.jsonl or "
+        "scores.json of this run's artifacts, except what is marked as published."
+    )
+
+
+def escape(words: str) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    line = " ".join(words.split())
+    line = re.sub(r"[\\`*{}\[\]<>|&$~]", r"\\\g<0>", line)
+    # Inside a word an underscore means nothing; leave names readable.
+    line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
+    return re.sub(r"^([#+=-]|\d+(?=[.)](?: |$)))", lambda m: f"{m[0]}\\" if m[0].isdigit() else f"\\{m[0]}", line)
+
+
+def fenced(words: str) -> str:
+    """Return text as a block of code."""
+    # A fence longer than any run of backticks inside cannot be closed from within.
+    longest = max((len(run) for run in re.findall(r"`+", words)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}text\n{words}\n{fence}"
+
+
+def _sentences(words: str) -> str:
+    """Return text with `commands` in it."""
+    parts = enumerate(words.split("`"))
+    return " ".join(_code(part) if at % 2 else escape(part) for at, part in parts if part.strip())
+
+
+def _code(words: str) -> str:
+    return f"`{' '.join(words.split()).replace('`', chr(39))}`"
+
+
+def render_markdown(blocks: Iterable[Block]) -> str:
+    """Return blocks as GitHub-flavoured Markdown, the charts linked as report/<name>.svg."""
+    return visible("\n\n".join(_markdown(block) for block in blocks) + "\n")
+
+
+def _markdown(block: Block) -> str:
+    match block:
+        case str():
+            return block
+        case Table():
+            return _table_markdown(block)
+        case Pipeline():
+            return _mermaid(block.report)
+        case Group():
+            inside = "\n\n".join(map(_markdown, block.blocks))
+            if not block.summary:
+                return inside
+            summary = escape_html(" ".join(block.summary.split()))
+            return f"<details>\n<summary>{summary}</summary>\n\n{inside}\n\n</details>"
+        case charts:
+            # One paragraph, so that they stand side by side where there is room.
+            return " ".join(f"![{escape(chart.alt)}]({PICTURES}/{chart.name}.svg)" for chart in charts)
+
+
+def _table_markdown(table: Table) -> str:
+    """Return a table with its notes as a list beneath."""
+    marks = {"l": ":--", "r": "--:"}
+    lines = [map(escape, table.header), (marks[letter] for letter in table.align)]
+    lines += [map(_cell, row) for row in table.rows]
+    notes = "\n".join(f"- {escape(note)}" for note in table.notes)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + (f"\n\n{notes}" if notes else "")
+
+
+def _cell(cell: Cell) -> str:
+    words = escape(cell.text)
+    words = f"**{words}**" if cell.is_best and words else words
+    return f"{words} *{escape(cell.detail)}*" if cell.detail else words
+
+
+def _mermaid(report: RunReport) -> str:
+    """Return the steps and their inputs as a Mermaid flowchart."""
+    ids = {step.name: f"n{position}" for position, step in enumerate(report.steps)}
+    lines = ["```mermaid", "flowchart LR"]
+    for step in report.steps:
+        time = f", {format_seconds(step.seconds)}" if step.seconds is not None else ""
+        label = f"{_mermaid_text(step.name)}<br/>{_mermaid_text(step.outcome + time)}"
+        lines.append(f'    {ids[step.name]}["{label}"]:::{step.outcome}')
+    for step in report.steps:
+        sources = dict.fromkeys(source for source in step.inputs.values() if source in ids)
+        lines += [f"    {ids[source]} --> {ids[step.name]}" for source in sources]
+    lines += [
+        "    classDef run stroke:#0072b2,stroke-width:2px",
+        "    classDef cached stroke:#009e73",
+        "    classDef failed stroke:#d55e00,stroke-width:3px",
+        "    classDef unfinished stroke:#e69f00,stroke-dasharray:5 3",
+        "    classDef missing stroke:#8c959f,stroke-dasharray:3 3",
+        "```",
+    ]
+    return "\n".join(lines)
+
+
+def _mermaid_text(words: str) -> str:
+    names = {"#": "#35;", '"': "#quot;", "<": "#lt;", ">": "#gt;", "&": "#amp;", "`": "#96;", "\\": "#92;"}
+    return "".join(names.get(character, character) for character in " ".join(words.split()))
+
+
+@cache
+def _parser() -> Any:
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink"])
+
+
+def render_html(title: str, blocks: Sequence[Block]) -> str:
+    """Return blocks as one page: nothing is fetched, nothing is executed, and it prints."""
+    style = files("mlxchat.report").joinpath("page.css").read_text(encoding="utf-8")
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{escape_html(visible(title))} – mlxchat report</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{''.join(map(_html, blocks))}</main>\n</body>\n</html>\n"
+    )
+
+
+def _html(block: Block) -> str:
+    match block:
+        case str():
+            return str(_parser().render(visible(block)))
+        case Table():
+            return _table_html(block)
+        case Pipeline():
+            return _flow(block.report)
+        case Group():
+            inside = "".join(map(_html, block.blocks))
+            if not block.summary:
+                return f'<div class="{block.kind}" dir="auto">\n{inside}</div>\n'
+            shown = " open" if block.is_open else ""
+            summary = escape_html(visible(block.summary))
+            return f'<details class="{block.kind}"{shown}>\n<summary>{summary}</summary>\n{inside}</details>\n'
+        case charts:
+            return f'<div class="charts">\n{"".join(f"<figure>{chart.svg}</figure>" for chart in charts)}</div>\n'
+
+
+def _table_html(table: Table) -> str:
+    """Return a table with a bar below each cell that has a measure; its notes are folded where they are many."""
+    from markdown_it.token import Token
+
+    parser, bars = _parser(), iter([cell.measure for row in table.rows for cell in row])
+    tokens = []
+    for token in parser.parse(visible(_table_markdown(Table(header=table.header, align=table.align, rows=table.rows)))):
+        if token.type == "td_close" and (measure := next(bars)):
+            tokens.append(Token("html_block", "", 0, content=_bar(measure)))
+        tokens.append(token)
+    drawn = parser.renderer.render(tokens, parser.options, {})
+    notes = "\n".join(f"- {escape(note)}" for note in table.notes)
+    listed = f'<div class="notes">\n{parser.render(visible(notes))}</div>\n' if notes else ""
+    if len(table.notes) > 3:
+        listed = f"<details>\n<summary>How to read this table</summary>\n{listed}</details>\n"
+    return f'<div class="scroll" tabindex="0">\n{drawn}</div>\n{listed}'
+
+
+def _bar(measure: Measure) -> str:
+    """Return a bar from 0 to 1, with its standard error and with chance marked."""
+    value, error = measure.value, measure.stderr or 0.0
+    low, high = (min(1.0, max(0.0, value + sign * error)) for sign in (-1, 1))
+    parts = [f'<i class="value" style="width:{100 * min(1.0, max(0.0, value)):.1f}%"></i>']
+    if measure.stderr is not None:
+        parts.append(f'<i class="error" style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>')
+    if measure.chance:
+        parts.append(f'<i class="chance" style="left:{100 * measure.chance:.1f}%"></i>')
+    return f'<span class="bar">{"".join(parts)}</span>'
+
+
+def _flow(report: RunReport) -> str:
+    """Return the steps in columns, each to the right of all that feed it."""
+    ranks: dict[str, int] = {}
+    for step in report.steps:
+        ranks[step.name] = 1 + max((ranks.get(source, -1) for source in step.inputs.values()), default=-1)
+    columns: dict[int, list[str]] = {}
+    for step in report.steps:
+        time = f" · {format_seconds(step.seconds)}" if step.seconds is not None else ""
+        sources = ", ".join(dict.fromkeys(source for source in step.inputs.values() if report.step(source)))
+        origin = f"<small>from {escape_html(visible(sources))}</small>" if sources else ""
+        columns.setdefault(ranks[step.name], []).append(
+            f'<li class="{step.outcome}"><b>{escape_html(visible(step.name))}</b>'
+            f"<span>{escape_html(visible(step.outcome))}{time}</span>{origin}</li>"
+        )
+    shown = "".join(f"<ul>{''.join(columns[rank])}</ul>\n" for rank in sorted(columns))
+    return (
+        f'<div class="flow" role="img" aria-label="The steps of the run and which step feeds which">\n{shown}</div>\n'
+    )
+
+
+def write_document(folder: Path, title: str, blocks: Sequence[Block]) -> Path:
+    """Write report.html, report.md and report/*.svg into a folder, each whole; return the path of report.html.
+
+    Pictures of an earlier report that no longer apply are removed.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    pictures = folder / PICTURES
+    charts = {f"{chart.name}.svg": chart for chart in _charts(blocks)}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if charts:
+            pictures.mkdir(exist_ok=True)
+        for name, chart in charts.items():
+            write_whole(pictures / name, standalone(chart), durable=False)
+        for path in (*pictures.glob("*.svg"), *pictures.glob("*.png")):  # PNG: those of former versions
+            if path.name not in charts:
+                path.unlink(missing_ok=True)
+        write_whole(folder / "report.md", render_markdown(blocks), durable=False)
+        write_whole(folder / "report.html", render_html(title, blocks), durable=False)
+    except OSError as fault:
+        raise StoreError(f"the report cannot be written to {folder}: {fault}; make the folder writable") from fault
+    return folder / "report.html"
+
+
+def write_page(path: Path, title: str, blocks: Sequence[Block]) -> Path:
+    """Write the page alone; return its path.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, render_html(title, blocks), durable=False)
+    except OSError as fault:
+        raise StoreError(f"{path} cannot be written: {fault}") from fault
+    return path
+
+
+def standalone(chart: Drawing) -> str:
+    """Return a picture as a file of its own, which is light or dark as its reader's screen."""
+    style = files("mlxchat.report").joinpath("page.css").read_text(encoding="utf-8")
+    colours, _, rest = style.partition("/* page */")
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head, _, body = chart.svg.partition(">\n")
+    fonts = next(line for line in rest.splitlines() if line.startswith(".chart text"))
+    shown = "svg { background: var(--panel); }"
+    return f"{head.replace('<svg ', f'<svg {spaces} ')}>\n<style>\n{colours}{fonts}\n{shown}\n</style>\n{body}"
+
+
+def _charts(blocks: Iterable[Block]) -> Iterator[Drawing]:
+    for block in blocks:
+        if isinstance(block, Group):
+            yield from _charts(block.blocks)
+        elif isinstance(block, list):
+            yield from block

@@ -1,0 +1,285 @@
+"""What a reader must know first: did it learn, how well, what did it cost, what next; on the console too."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mlxchat.config.wording import (
+    format_bytes,
+    format_count,
+    format_dollars,
+    format_seconds,
+    format_time,
+    join,
+    plural,
+)
+from mlxchat.errors import visible
+from mlxchat.evals.scores import Measure, Scores
+from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, mapping, number, text
+from mlxchat.report.tables import Table, baseline_label, columns, computing_seconds, metric_table, published_core, shown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+# Relative change of the validation over its last quarter below which a training is called flat.
+_FLAT = 0.01
+
+
+def answers(report: RunReport) -> list[tuple[str, str]]:
+    """Return the four questions of a reader and their answers, those that can be answered."""
+    found = [
+        ("Did it learn?", " ".join(_learnt(report))),
+        ("How well?", " ".join(_how_well(report))),
+        ("What did it cost?", " ".join(_cost(report))),
+        ("What next?", " ".join(_next(report))),
+    ]
+    return [(question, answer) for question, answer in found if answer]
+
+
+def facts(report: RunReport) -> list[tuple[str, str]]:
+    """Return (what, value) pairs for the head of the report, those known only."""
+    pretrain = next((s for s in report.steps if s.stage == "pretrain" and s.manifest), None)
+    parameters, tokens = (num_parameters(pretrain), trained_tokens(pretrain)) if pretrain else (None, None)
+    spent = computing_seconds(report)
+    found = [
+        ("parameters", "" if parameters is None else format_count(parameters)),
+        ("pretraining tokens", "" if tokens is None else format_count(tokens)),
+        ("computing time", "" if spent is None else format_seconds(spent)),
+        ("cost", format_dollars(spent, report.cost_per_hour)),
+    ]
+    scored = [scores for _, scores in _own_scores(report)]
+    for metric, best in (("val_bpb", min), ("core", max), ("chatcore", max), ("mean_centered", max)):
+        measures = [measure for scores in scored if (measure := scores.find(metric))]
+        if measures and not (metric == "mean_centered" and any(scores.find("chatcore") for scores in scored)):
+            measure = best(measures, key=lambda each: each.value)
+            found.append((measure.name, f"{measure.value:.3f}" if metric == "val_bpb" else shown(measure).text))
+    return [(what, value) for what, value in found if value]
+
+
+def troubles(report: RunReport) -> list[str]:
+    """Return what the reader must know before trusting the report: errors and gaps."""
+    failed = [step for step in report.steps if step.outcome == "failed"]
+    lines = [_sentence(f"Step {step.name} failed", step.error) for step in failed]
+    # The error that ended the run is most often that of its last step, which is there already.
+    if report.outcome == "failed" and not failed:
+        lines.append(_sentence("This run failed", report.error))
+    for outcome, words in (
+        ("unfinished", "begun and without a result (running, or stopped)"),
+        ("missing", "without a result"),
+    ):
+        if names := [step.name for step in report.steps if step.outcome == outcome]:
+            verb = "is" if len(names) == 1 else "are"
+            lines.append(f"{join(names)} {verb} {words}.")
+    return lines
+
+
+def trained_tokens(step: StepReport) -> float | None:
+    """Return how many tokens a training step saw, None if its manifest does not say."""
+    if (tokens := step.fact("total_tokens")) is not None:
+        return tokens
+    batch, iterations = step.fact("tokens_per_iteration"), num_iterations(step)
+    return batch * iterations if batch and iterations else None
+
+
+def num_iterations(step: StepReport) -> int | None:
+    """Return how many iterations a training step made or, while it runs, has logged."""
+    planned = step.fact("num_iterations")
+    logged = max((number(record.get("iteration")) or 0 for record in step.records), default=0)
+    count = planned if planned is not None else logged
+    return int(count) or None
+
+
+def num_parameters(step: StepReport) -> float | None:
+    """Return the parameters of a checkpoint: as its step derived them, else counted from the weights."""
+    derived = step.fact("num_parameters")
+    return step.num_parameters if derived is None else derived
+
+
+def print_summary(report: RunReport, console: Console) -> None:
+    """Print what was trained, how well, the table of scores, and what is missing.
+
+    All text of the run is printed as it is: neither rich's markup nor escape sequences in it have effect.
+    """
+    from rich.text import Text
+
+    experiment = f"experiment {report.experiment}" if report.experiment else ""
+    counts = Counter(step.outcome for step in report.steps)
+    states = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
+    details = [experiment, format_time(report.started), f"{plural(len(report.steps), 'step')}: {states}"]
+    console.print(Text(visible(report.name), style="bold"))
+    console.print(Text(visible(" · ".join(detail for detail in details if detail)), style="dim"))
+    for question, answer in answers(report):
+        console.print(Text.assemble((f"{question} ", "bold"), visible(answer)))
+    for trouble in troubles(report):
+        console.print(Text(visible(trouble), style="yellow"))
+    if metrics := metric_table(report):
+        console.print(_rich_table(metrics))
+
+
+def _rich_table(table: Table) -> RichTable:
+    from rich import box
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for title, letter in zip(table.header, table.align, strict=True):
+        drawn.add_column(Text(visible(title)), justify="right" if letter == "r" else "left")
+    for row in table.rows:
+        cells = []
+        for cell in row:
+            words = Text(visible(cell.text), style="bold green" if cell.is_best else "")
+            if cell.detail:
+                # Without its space "±" leaves room for four columns at 80 characters.
+                words.append(f" {visible(cell.detail).replace('± ', '±')}", style="dim")
+            cells.append(words)
+        drawn.add_row(*cells)
+    return drawn
+
+
+def _is_training(step: StepReport) -> bool:
+    """Tell whether a step trained a model; an import is a checkpoint too."""
+    return step.kind == "checkpoint" and (step.stage in STAGE_LABELS or bool(step.records))
+
+
+def _own_scores(report: RunReport) -> list[tuple[str, Scores]]:
+    """Return checkpoint and scores of what was trained here; those of third-party models if there are no others."""
+    trained = {step.name for step in report.steps if _is_training(step)}
+    scored = [(checkpoint_name(column.step), column) for column in columns(report)]
+    own = [(name, column) for name, column in scored if name in trained]
+    return [(name, column.scores) for name, column in own or scored if column.scores.measures]
+
+
+def _learnt(report: RunReport) -> Iterator[str]:
+    for step in report.steps:
+        if step.stage == "pretrain" and step.manifest:
+            yield _trained(step)
+    texts = [(scores, bpb) for _, scores in _own_scores(report) if (bpb := scores.find("val_bpb"))]
+    if texts:
+        scores, bpb = min(texts, key=lambda each: each[1].value)
+        others = scores.baselines
+        beaten = [name for name, value in others.items() if bpb.value < value]
+        verdict = (
+            "" if not others else "Yes: " if len(beaten) == len(others) else "Hardly: " if not beaten else "Partly: "
+        )
+        beside = ", ".join(f"{baseline_label(name)} {value:.2f}" for name, value in others.items())
+        yield f"{verdict}held-out text takes {bpb.value:.3f} bits per byte{f' ({beside})' if beside else ''}."
+    tasks = [(name, scores.tasks) for name, scores in _own_scores(report) if scores.tasks]
+    if tasks:
+        name, measured = tasks[-1]
+        above = [task.name for task in measured.values() if _is_above_chance(task)]
+        which = f": {join(above)}" if 0 < len(above) < len(measured) else ""
+        verb = "is" if len(above) == 1 else "are"
+        yield f"After {name}, {len(above)} of {plural(len(measured), 'task')} {verb} clearly above chance{which}."
+
+
+def _trained(step: StepReport) -> str:
+    """Return what a pretraining trained, on what, how long."""
+    parameters, layers = num_parameters(step), number(step.model.get("num_hidden_layers"))
+    size = f"{format_count(parameters)}-parameter model" if parameters else "model"
+    depth = f" of {plural(int(layers), 'layer')}" if layers else ""
+    tokens = trained_tokens(step)
+    data = f" on {format_count(tokens)} tokens" if tokens else ""
+    time = f" in {format_seconds(step.seconds)}" if step.seconds is not None else ""
+    return f"Step {step.name} trained a {size}{depth}{data}{time}."
+
+
+def _is_above_chance(task: Measure) -> bool:
+    return task.value > (task.chance or 0.0) + 2 * (task.stderr or 0.0)
+
+
+def _how_well(report: RunReport) -> Iterator[str]:
+    scored = _own_scores(report)
+    for metric in ("core", "chatcore", "mean_centered"):
+        found = [(name, scores, measure) for name, scores in scored if (measure := scores.find(metric))]
+        if not found or (metric == "mean_centered" and any(scores.find("chatcore") for _, scores in scored)):
+            continue
+        name, scores, best = max(found, key=lambda each: each[2].value)
+        cell = shown(best)
+        said = f"{cell.text} {cell.detail}".strip()
+        if metric == "core":
+            yield f"CORE is {said}, after {name} (GPT-2 XL, as published: {published_core()['GPT-2 XL 1.6B']:.4f})."
+        elif metric == "chatcore":
+            yield f"The best ChatCORE is {said}, after {name}."
+        else:
+            over = plural(len(scores.tasks), "task")
+            yield f"The best mean centred accuracy over {over} is {said}, after {name} (0 is guessing, 1 is perfect)."
+    if tasks := [task for _, scores in scored[-1:] for task in scores.tasks.values()]:
+        best, worst = (choose(tasks, key=lambda task: task.centered or 0.0) for choose in (max, min))
+        if best is not worst:
+            yield f"Best at {best.name} ({_said(best)}), worst at {worst.name} ({_said(worst)})."
+
+
+def _said(measure: Measure) -> str:
+    cell = shown(measure)
+    return f"{cell.text} {cell.detail}".strip()
+
+
+def _cost(report: RunReport) -> Iterator[str]:
+    spent = computing_seconds(report)
+    if spent is None:
+        yield f"None of the {plural(len(report.steps), 'step')} has a result yet."
+        return
+    places = join(dict.fromkeys(place for step in report.steps if (place := _hardware(step))))
+    dollars = format_dollars(spent, report.cost_per_hour)
+    memory = max((number(step.manifest.get("peak_memory_bytes")) or 0 for step in report.steps), default=0)
+    yield (
+        f"{format_seconds(spent)} of computing{f' on {places}' if places else ''}{f', {dollars}' if dollars else ''}"
+        f"{f', at most {format_bytes(memory)} of memory' if memory else ''}."
+    )
+    phases = [
+        f"{step.name} ({', '.join(filter(None, (_iterations(step), format_seconds(step.seconds))))})"
+        for step in report.steps
+        if _is_training(step) and step.stage != "pretrain" and step.manifest and step.seconds is not None
+    ]
+    if phases:
+        yield f"Of this: {join(phases)}."
+    cached = sum(step.outcome == "cached" for step in report.steps)
+    if cached:
+        this_run = f"; this run took {format_seconds(report.seconds)}" if report.seconds is not None else ""
+        yield f"{cached} of {plural(len(report.steps), 'step')} came from the cache{this_run}."
+
+
+def _iterations(step: StepReport) -> str:
+    count = num_iterations(step)
+    return plural(count, "iteration") if count else ""
+
+
+def _hardware(step: StepReport) -> str:
+    """Return a phrase such as "Apple M3 Max (metal, 16 cores)", empty if unknown."""
+    device = mapping(step.manifest.get("device"))
+    name = text(device.get("name")).replace("unknown", "")
+    backend, cores = text(device.get("backend")), number(device.get("cores"))
+    details = [backend if backend != name else "", plural(int(cores), "core") if cores else ""]
+    inside = ", ".join(detail for detail in details if detail)
+    return f"{name} ({inside})" if name and inside else name or inside
+
+
+def _next(report: RunReport) -> Iterator[str]:
+    if report.outcome in ("failed", "unfinished") or any(step.outcome == "failed" for step in report.steps):
+        yield "Run the same command again: it continues where this run ended."
+        return
+    for step in report.steps:
+        xs, ys = step.series("val_bpb") if step.series("val_bpb")[0] else step.series("val_loss")
+        if not _is_training(step) or len(ys) < 4:
+            continue
+        quarter = ys[-max(1, len(ys) // 4) - 1]
+        change = ys[-1] / quarter - 1 if quarter else 0.0
+        lowest = xs[min(range(len(ys)), key=ys.__getitem__)]
+        if change < -_FLAT:
+            yield f"The validation of {step.name} still fell at its end ({_signed(change)}): train it longer."
+        elif ys[-1] > min(ys) * (1 + _FLAT):
+            yield f"The validation of {step.name} was lowest at iteration {lowest:,.0f} and rose since: train it less."
+    last = next((step for step in reversed(report.steps) if _is_training(step) and step.manifest), None)
+    if last is not None:
+        yield f"Talk to it: `mlxchat chat {last.artifact or last.name}`"
+
+
+def _signed(change: float) -> str:
+    return f"{change:+.1%}".replace("-", "−")
+
+
+def _sentence(claim: str, detail: str) -> str:
+    return f"{claim}: {detail.strip().rstrip('.')}." if detail.strip() else f"{claim}."
