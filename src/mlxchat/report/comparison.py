@@ -100,7 +100,8 @@ def _overlay(step: str, key: str, what: str, unit: str, found: list[tuple[str, S
         xs, ys = one.series(key)
         if xs and len(curves) < MOST_CURVES:
             drawn = smooth(ys) if "smoothed" in what else ys
-            curves.append(Curve(points=(xs, drawn), label=name, colour=len(curves), end=f"{drawn[-1]:.3f}"))  # fmt: skip
+            end = f"{drawn[-1]:.3f}"
+            curves.append(Curve(points=(xs, drawn), label=name, colour=len(curves), end=end))
     if len(curves) < 2 or (key == "loss" and found[0][1].series("reward")[0]):
         return []
     said = ", ".join(f"{curve.label} {curve.end}" for curve in curves)

@@ -38,8 +38,9 @@ _STYLE: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 12.5, "text.color": INK,
     "axes.edgecolor": LINE, "axes.labelcolor": SOFT, "axes.labelsize": 12.5, "axes.facecolor": "none",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y",
-    "axes.axisbelow": True, "axes.formatter.useoffset": False, "grid.color": LINE, "grid.linewidth": 0.8, "xtick.color": SOFT,
-    "ytick.color": SOFT, "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
+    "axes.axisbelow": True, "axes.formatter.useoffset": False, "grid.color": LINE, "grid.linewidth": 0.8,
+    "xtick.color": SOFT, "ytick.color": SOFT,
+    "xtick.major.size": 0, "ytick.major.size": 0, "xtick.minor.size": 0, "ytick.minor.size": 0,
     "legend.frameon": False, "lines.linewidth": 1.9, "lines.markersize": 5, "path.simplify_threshold": 0.5,
 }  # fmt: skip
 

@@ -261,24 +261,23 @@ def _next(report: RunReport) -> Iterator[str]:
     if report.outcome in ("failed", "unfinished") or any(step.outcome == "failed" for step in report.steps):
         yield "Run the same command again: it continues where this run ended."
         return
+    falling = []
     for step in report.steps:
         xs, ys = step.series("val_bpb") if step.series("val_bpb")[0] else step.series("val_loss")
         if not _is_training(step) or len(ys) < 4:
             continue
         quarter = ys[-max(1, len(ys) // 4) - 1]
         change = ys[-1] / quarter - 1 if quarter else 0.0
-        lowest = xs[min(range(len(ys)), key=ys.__getitem__)]
         if change < -_FLAT:
-            yield f"The validation of {step.name} still fell at its end ({_signed(change)}): train it longer."
+            falling.append(f"{step.name} (by {-change:.1%} over its last quarter)")
         elif ys[-1] > min(ys) * (1 + _FLAT):
+            lowest = xs[min(range(len(ys)), key=ys.__getitem__)]
             yield f"The validation of {step.name} was lowest at iteration {lowest:,.0f} and rose since: train it less."
+    if falling:
+        yield f"Train longer: validation still fell at the end of {join(falling)}."
     last = next((step for step in reversed(report.steps) if _is_training(step) and step.manifest), None)
     if last is not None:
         yield f"Talk to it: `mlxchat chat {last.artifact or last.name}`"
-
-
-def _signed(change: float) -> str:
-    return f"{change:+.1%}".replace("-", "−")
 
 
 def _sentence(claim: str, detail: str) -> str:
