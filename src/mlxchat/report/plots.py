@@ -170,6 +170,32 @@ def one_line(words: str, letters: int = LABEL_LETTERS) -> str:
     return plain if len(plain) <= letters else f"{plain[: letters - 1]}…"
 
 
+def render_png(figure: Figure) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def make_panels(count: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
+    """Return a figure `height` inches high with `count` empty panels side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.0, height), layout="constrained", facecolor="white")
+    grid: Any = figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.08})
+    for panel in grid[0]:
+        panel.tick_params(labelsize=9)
+        panel.grid(visible=True, axis="both")
+    return figure, list(grid[0])
+
+
+def name_axes(panel: Axes, title: str, x: str, y: str) -> None:
+    """Write a panel's title and what its axes measure."""
+    panel.set_title(one_line(title), loc="left", fontsize=11, fontweight="bold")
+    panel.set_xlabel(one_line(x), fontsize=9.5)
+    panel.set_ylabel(one_line(y), fontsize=9.5)
+
+
 @contextmanager
 def _figure(height: float) -> Iterator[tuple[Figure, Axes]]:
     from matplotlib.figure import Figure

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.report.plots import COLOURS, INK, one_line, styled
+from mlxchat.report.plots import COLOURS, INK, make_panels, name_axes, one_line, render_png, styled
 from mlxchat.sweep.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 _MOST_PANELS = 4
 _MOST_CURVES = 6
@@ -44,35 +42,10 @@ def draw_sweep(rows: Sequence[Row], keys: Sequence[str], metric: str, *, less_is
         if len(keys) == 2:
             return _draw_two(columns, values, metric, best)
         shown = keys[:_MOST_PANELS]
-        figure, panels = _make_panels(len(shown))
+        figure, panels = make_panels(len(shown))
         for panel, key in zip(panels, shown, strict=True):
             _draw_one(panel, key, columns[key], values, metric, best, is_curve=len(keys) == 1)
         return render_png(figure)
-
-
-def render_png(figure: Figure) -> bytes:
-    """Return a figure as the bytes of a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
-
-
-def _make_panels(count: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
-    """Return a figure `height` inches high with `count` empty panels side by side."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.0, height), layout="constrained", facecolor="white")
-    grid: Any = figure.subplots(1, count, squeeze=False, gridspec_kw={"wspace": 0.08})
-    for panel in grid[0]:
-        panel.tick_params(labelsize=9)
-        panel.grid(visible=True, axis="both")
-    return figure, list(grid[0])
-
-
-def _name_axes(panel: Axes, title: str, x: str, y: str) -> None:
-    panel.set_title(one_line(title), loc="left", fontsize=11, fontweight="bold")
-    panel.set_xlabel(one_line(x), fontsize=9.5)
-    panel.set_ylabel(one_line(y), fontsize=9.5)
 
 
 def is_numeric(column: Sequence[Any]) -> bool:
@@ -83,7 +56,7 @@ def is_numeric(column: Sequence[Any]) -> bool:
 def _draw_one(
     panel: Axes, key: str, column: list[Any], values: list[float], metric: str, best: int, *, is_curve: bool
 ) -> None:
-    _name_axes(panel, f"{metric} by {key}", key, metric)
+    name_axes(panel, f"{metric} by {key}", key, metric)
     if is_numeric(column):
         order = sorted(range(len(column)), key=column.__getitem__)
         line = "-" if is_curve else ""
@@ -104,7 +77,7 @@ def _draw_two(columns: dict[str, list[Any]], values: list[float], metric: str, b
     """Draw a metric against two settings."""
     first, second = sorted(columns, key=lambda key: (not is_numeric(columns[key]), -len(set(map(str, columns[key])))))
     across, other = columns[first], columns[second]
-    figure, (panel,) = _make_panels(1, height=4.2)
+    figure, (panel,) = make_panels(1, height=4.2)
     cells = len(set(map(str, across))) * len(set(map(str, other)))
     if is_numeric(across) and len(set(map(str, other))) <= _MOST_CURVES:
         for colour, name in zip(COLOURS, _names(other), strict=False):
@@ -113,7 +86,7 @@ def _draw_two(columns: dict[str, list[Any]], values: list[float], metric: str, b
             panel.plot([x for x, _ in points], [y for _, y in points], "-o", color=colour, ms=4, label=label)
         panel.plot([across[best]], [values[best]], "o", ms=10, mfc="none", mec=INK, mew=1.5, label="best")
         _scale(panel, across, "x")
-        _name_axes(panel, f"{metric} by {first}", first, metric)
+        name_axes(panel, f"{metric} by {first}", first, metric)
         panel.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return render_png(figure)
     if cells <= min(_MOST_CELLS, 2 * len(values)) or not (is_numeric(across) and is_numeric(other)):
@@ -125,7 +98,7 @@ def _draw_two(columns: dict[str, list[Any]], values: list[float], metric: str, b
         panel.plot([across[best]], [other[best]], "o", ms=12, mfc="none", mec=INK, mew=1.5, label="best")
         figure.colorbar(dots, ax=panel, label=one_line(metric))
         panel.legend(fontsize=9)
-    _name_axes(panel, metric, first, second)
+    name_axes(panel, metric, first, second)
     return render_png(figure)
 
 

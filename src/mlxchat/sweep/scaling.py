@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlxchat.planning.scaling import IsoFlop, PowerLaw, ScalingLaws, Training, fit_scaling_laws, table_of
-from mlxchat.report.canvas import LIGHT, add_legend, add_titles, make_panels, render_png
+from mlxchat.report.plots import COLOURS, make_panels, name_axes, render_png, styled
 from mlxchat.store.files import write_whole
 from mlxchat.store.manifest import Manifest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _KINDS = {
     "matrices": "num_matrix_parameters", "embedding": "num_embedding_parameters",
@@ -24,6 +25,7 @@ _KINDS = {
     "scalars": "num_scalar_parameters", "total": "num_parameters",
 }  # fmt: skip
 """What manifests call the parameters of each kind."""
+_RAMP = ("#b5d3ea", "#0b4a7a")  # from the least to the largest budget
 _FEWEST = 3
 """Pretrainings of different sizes that make a table of them worth a file."""
 
@@ -111,9 +113,14 @@ def format_exponent(law: PowerLaw) -> str:
 
 def draw_laws(laws: ScalingLaws) -> bytes:
     """Return a PNG: the parabolas with their minima, and N* and D* against the budget."""
-    figure, (left, right) = make_panels(2, LIGHT, height=4.0)
-    add_titles(left, "The best size for a budget", "held-out bits per byte", LIGHT, x="N, parameters")
-    add_titles(right, "How it grows", "parameters, tokens", LIGHT, x="C, FLOPs of pretraining")
+    with styled():
+        return render_png(_draw(laws))
+
+
+def _draw(laws: ScalingLaws) -> Figure:
+    figure, (left, right) = make_panels(2, height=4.0)
+    name_axes(left, "The best size for a budget", "N, parameters", "held-out bits per byte")
+    name_axes(right, "How it grows", "C, FLOPs of pretraining", "parameters, tokens")
     colours = _ramp(len(laws.budgets))
     for one, colour in zip(laws.budgets, colours, strict=True):
         _draw_parabola(left, one, colour)
@@ -121,8 +128,8 @@ def draw_laws(laws: ScalingLaws) -> bytes:
     found = [one for one in laws.budgets if one.best_parameters]
     flops = [one.flops for one in found]
     for label, values, law, colour in (
-        ("N*", [one.best_parameters or 0.0 for one in found], laws.parameters, LIGHT.train),
-        ("D*", [one.best_tokens or 0.0 for one in found], laws.tokens, LIGHT.validation),
+        ("N*", [one.best_parameters or 0.0 for one in found], laws.parameters, COLOURS[0]),
+        ("D*", [one.best_tokens or 0.0 for one in found], laws.tokens, COLOURS[1]),
     ):
         if law is not None:
             label = f"{label} ∝ C^{format_exponent(law).partition(' (')[0]}"
@@ -131,9 +138,10 @@ def draw_laws(laws: ScalingLaws) -> bytes:
     if found:  # matplotlib refuses logarithms of nothing
         right.set_xscale("log")
         right.set_yscale("log")
-    add_legend(left, LIGHT)
-    add_legend(right, LIGHT)
-    return render_png(figure)
+    for panel in (left, right):
+        if panel.get_legend_handles_labels()[1]:
+            panel.legend(fontsize=9)
+    return figure
 
 
 def _draw_parabola(panel: Axes, one: IsoFlop, colour: str) -> None:
@@ -142,12 +150,12 @@ def _draw_parabola(panel: Axes, one: IsoFlop, colour: str) -> None:
     panel.plot(sizes, [training.bpb for training in one.trainings], "o", color=colour, ms=4)
     panel.plot(between, [one.bpb_at(float(x)) for x in between], color=colour, lw=1.3, label=f"{one.flops:.2g} FLOPs")
     if one.best_parameters and one.best_bpb:
-        panel.plot([one.best_parameters], [one.best_bpb], "*", color=LIGHT.validation, ms=11, zorder=3)
+        panel.plot([one.best_parameters], [one.best_bpb], "*", color=COLOURS[1], ms=11, zorder=3)
 
 
 def _ramp(count: int) -> list[str]:
     """Return so many colours, from light to dark."""
-    ends = [np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) for colour in LIGHT.ramp]
+    ends = [np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) for colour in _RAMP]
     steps = np.linspace(0.15, 1.0, count)
     mixed = [np.rint(ends[0] + step * (ends[1] - ends[0])).astype(int) for step in steps]
     return ["#" + "".join(f"{value:02x}" for value in colour) for colour in mixed]
