@@ -28,7 +28,8 @@ FORMS = {
     "an import's name": "mine",
 }  # fmt: skip
 VERBS = {
-    "chat": ("chat", "NAME", "-p", "hello"), "chat --model": ("chat", "--model", "NAME", "-p", "hello"),
+    "chat": ("chat", "NAME", "-p", "hello", "--max-tokens", "1"),
+    "chat --model": ("chat", "--model", "NAME", "-p", "hello", "--max-tokens", "1"),
     "serve": ("serve", "NAME", "--port", "0"), "show": ("show", "NAME"), "report": ("report", "NAME"),
     "lineage": ("lineage", "NAME"), "diff": ("diff", "NAME", "NAME"), "pin": ("pin", "NAME", "again"),
     "verify": ("verify", "NAME"), "fuse": ("fuse", "NAME"), "push": ("push", "NAME", "PLACE"),

@@ -28,7 +28,7 @@ pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
 NAME = "tiny-llama"
 SIZES = {"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
          "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
-         "tie_word_embeddings": False}  # fmt: skip
+         "tie_word_embeddings": False, "time_step_limit": [0.0, float("inf")]}  # fmt: skip
 TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' and message['content'] == '' %}"
     "{{ raise_exception('an empty answer') }}{% endif %}"
@@ -180,7 +180,8 @@ def test_models_of_both_kinds_are_listed_and_answer(server: Server, client: open
     assert (listed[0], set(listed)) == (NAME, {NAME, CHAT, BASE})
     one = server.client.get(f"/v1/models/{NAME}").json()
     assert (one["owned_by"], one["mlxchat"]["converses"]) == ("third-party", True)
-    assert one["mlxchat"]["config"]["model_type"] == "llama"
+    config = one["mlxchat"]["config"]
+    assert (config["model_type"], config["time_step_limit"]) == ("llama", [0.0, "Infinity"])
     named = {server.chat(model=name).json()["model"] for name in (NAME, f"hf:{NAME}", "default", "sft")}
     assert named == {NAME, CHAT}
     assert server.chat().json()["system_fingerprint"] == one["mlxchat"]["fingerprint"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -148,7 +149,8 @@ class Models:
             raise self._damaged(error) from None
         found = next(entry for entry in self.entries() if entry["id"] == self._names.get(place, place.name))
         if place in self._names:
-            config = json.loads((place / "config.json").read_text(encoding="utf-8"))
+            # Infinity, which some config.json have, is no JSON.
+            config = json.loads((place / "config.json").read_text(encoding="utf-8"), parse_constant=str)
             found["mlxchat"] |= {"config": config, "git": None, "seed": None}
             return found
         manifest = read_manifest(place)
@@ -287,7 +289,7 @@ def _third_party_entry(model: Model, fingerprint: str) -> dict[str, Any]:
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    return {key: value for key, value in metrics.items() if isinstance(value, int | float) and value == value}
+    return {key: value for key, value in metrics.items() if isinstance(value, int | float) and math.isfinite(value)}
 
 
 def _seconds(published: str) -> int:
