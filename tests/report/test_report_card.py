@@ -178,7 +178,7 @@ def test_outside_models_are_columns_of_the_same_table(make):
     own = dict(facts(report))
     assert own["CORE"] == row(table, "CORE")[table.header.index("BASE")].text
     assert own["val bpb"] == "0.812"
-    assert "held-out text takes 0.812 bits per byte" in answers(report)[0][1]
+    assert "Held-out text takes 0.812 bits per byte" in answers(report)[0][1]
 
 
 def test_artifacts_of_several_outside_models_stand_beside_an_eval_of_ours(make):

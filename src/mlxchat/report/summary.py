@@ -161,11 +161,10 @@ def _learnt(report: RunReport) -> Iterator[str]:
         scores, bpb = min(texts, key=lambda each: each[1].value)
         others = scores.baselines
         beaten = [name for name, value in others.items() if bpb.value < value]
-        verdict = (
-            "" if not others else "Yes: " if len(beaten) == len(others) else "Hardly: " if not beaten else "Partly: "
-        )
+        verdict = "Yes" if len(beaten) == len(others) else "Partly" if beaten else "Hardly"
+        begins = f"{verdict}: held-out" if others else "Held-out"
         beside = ", ".join(f"{baseline_label(name)} {value:.2f}" for name, value in others.items())
-        yield f"{verdict}held-out text takes {bpb.value:.3f} bits per byte{f' ({beside})' if beside else ''}."
+        yield f"{begins} text takes {bpb.value:.3f} bits per byte{f' ({beside})' if beside else ''}."
     tasks = [(name, scores.tasks) for name, scores in _own_scores(report) if scores.tasks]
     if tasks:
         name, measured = tasks[-1]
