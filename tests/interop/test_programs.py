@@ -1,0 +1,206 @@
+"""Programs of others on an exported model: each is run as its users run it, and answers as we do.
+
+nanochat's engine runs where torch is installed and MLXCHAT_NANOCHAT names a checkout of nanochat, of October 2025
+(dfc8833) or July 2026 (92d63d4).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from kit.artifacts import make_model, make_tokenizer, publish
+from kit.commands import run_here
+from mlxchat.data.conversation import render_for_completion
+from mlxchat.engine.generate import Engine
+from mlxchat.evals.bpb import mean_loss
+from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
+from mlxchat.store.naming import resolve
+from mlxchat.store.store import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+QUESTION = "How many windows?"
+TEXT = "The quick brown fox jumps over the lazy dog near the river. " * 40
+ANSWER_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("programs") / "outputs"
+    for name, architecture in (("oct", "oct2025"), ("jul", "jul2026")):
+        model, tokenizer = make_model(architecture), make_tokenizer()
+        facts = {"stage": "sft", "format": "chat"}
+        publish(found, name, partial(save_checkpoint, model=model, tokenizer=tokenizer, facts=facts))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(outputs: Path) -> Path:
+    """The model for mlx-lm, with data for its trainer beside it."""
+    pytest.importorskip("mlx_lm")
+    assert run_here("export", "oct", "--to", "mlx", outputs.parent / "model", f"outputs={outputs}") == 0
+    for name in ("chats", "texts"):
+        (outputs.parent / name).mkdir()
+        for split in ("train", "valid", "test"):
+            chat = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Four."}]}
+            line = json.dumps(chat if name == "chats" else {"text": TEXT}) + "\n"
+            (outputs.parent / name / f"{split}.jsonl").write_text(line * 4)
+    return outputs.parent / "model"
+
+
+@pytest.fixture(scope="module")
+def expected(outputs: Path) -> str:
+    return answer_of_ours(outputs, "oct")
+
+
+def answer_of_ours(outputs: Path, name: str) -> str:
+    """Return our engine's greedy answer."""
+    model, tokenizer, _ = load_checkpoint(resolve(Store(outputs), name))
+    prompt = render_for_completion(tokenizer, {"messages": [{"role": "user", "content": QUESTION}]})
+    [found] = Engine(model, tokenizer).complete([prompt], max_new_tokens=ANSWER_TOKENS, temperature=0.0)
+    return tokenizer.decode([token for token in found.ids if token != tokenizer.assistant_end])
+
+
+def run(program: str, *arguments: str | Path, stdin: str = "") -> str:
+    """Run one of mlx-lm's programs without a network; return what it printed, without colours."""
+    command = [sys.executable, "-m", "mlx_lm", program, *map(str, arguments)]
+    done = subprocess.run(
+        command, env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}, input=stdin, capture_output=True,
+        text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout)
+
+
+def answer_of(said: str) -> str:
+    """Return what `mlx_lm.generate` prints between its two lines."""
+    return said.split("==========")[1].strip("\n")
+
+
+def generate(model: Path, *more: str | Path) -> str:
+    arguments = ["--model", model, "--prompt", QUESTION, "--max-tokens", str(ANSWER_TOKENS), "--temp", "0.0", *more]
+    return answer_of(run("generate", *arguments))
+
+
+def test_generate_answers_as_we_do(folder: Path, expected: str) -> None:
+    assert generate(folder).strip() == expected.strip()
+
+
+def test_chat_answers_as_we_do(folder: Path, expected: str) -> None:
+    said = run("chat", "--model", folder, "--max-tokens", str(ANSWER_TOKENS), "--temp", "0.0", stdin=f"{QUESTION}\nq\n")
+    assert expected.strip() in said
+
+
+def test_server_answers_as_we_do(folder: Path, expected: str) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlx_lm", "server", "--model", str(folder), "--port", str(port)]
+    body = {
+        "messages": [{"role": "user", "content": QUESTION}], "max_tokens": ANSWER_TOKENS, "temperature": 0,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.DEVNULL) as server:
+        try:
+            for _ in range(600):
+                assert server.poll() is None
+                try:
+                    found = json.load(urllib.request.urlopen(request, timeout=120))
+                    break
+                except OSError:
+                    time.sleep(0.2)
+        finally:
+            server.kill()
+    assert found["choices"][0]["message"]["content"].strip() == expected.strip()
+
+
+def test_convert_makes_a_quantised_folder_that_generates(folder: Path, tmp_path: Path) -> None:
+    run("convert", "--hf-path", folder, "--mlx-path", tmp_path / "q8", "-q", "--q-bits", "8", "--q-group-size", "32")
+    assert json.loads((tmp_path / "q8" / "config.json").read_text())["quantization"]["bits"] == 8
+    generate(tmp_path / "q8")
+
+
+def test_lora_trains_and_fuse_makes_a_whole_model(folder: Path, tmp_path: Path) -> None:
+    """The same greedy answer with the adapters beside the model and within it."""
+    run(
+        "lora", "--model", folder, "--train", "--data", folder.parent / "chats", "--iters", "20", "--batch-size", "2",
+        "--num-layers", "2", "--learning-rate", "1e-2", "--max-seq-length", "64", "--val-batches", "1",
+        "--adapter-path", tmp_path / "adapters",
+    )  # fmt: skip
+    run("fuse", "--model", folder, "--adapter-path", tmp_path / "adapters", "--save-path", tmp_path / "fused")
+    beside = generate(folder, "--adapter-path", tmp_path / "adapters")
+    assert generate(tmp_path / "fused") == beside
+    assert beside != generate(folder)
+
+
+def test_perplexity_is_that_of_our_own_loss(folder: Path, outputs: Path) -> None:
+    """Four rows of 128 tokens of its stream of documents, each ended by the answer's last token; to 1e-3."""
+    pytest.importorskip("datasets")
+    said = run(
+        "perplexity", "--model", folder, "--data-path", folder.parent / "texts", "--num-samples", "4",
+        "--sequence-length", "128", "--batch-size", "2",
+    )  # fmt: skip
+    printed = re.search(r"Perplexity: ([0-9.]+)", said)
+    assert printed is not None
+    model, tokenizer, _ = load_checkpoint(resolve(Store(outputs), "oct"))
+    document = [*Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids, tokenizer.assistant_end]
+    rows = np.array(document * 4, dtype=np.int32)[: 4 * 128].reshape(4, 128)
+    ours = math.exp(mean_loss(model, [(row[:-1], row[1:]) for row in rows], micro_tokens=1024))
+    assert float(printed[1]) == pytest.approx(ours, rel=1e-3)
+
+
+def test_transformers_pipeline_answers_as_we_do(outputs: Path, expected: str, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    assert run_here("export", "oct", "--to", "hf", tmp_path / "hf", f"outputs={outputs}") == 0
+    pipeline = transformers.pipeline("text-generation", model=str(tmp_path / "hf"))
+    messages = [{"role": "user", "content": QUESTION}]
+    found = pipeline(messages, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+    assert found[0]["generated_text"][-1]["content"].strip() == expected.strip()
+
+
+_NANOCHAT = """
+import json, sys
+import torch
+from nanochat.checkpoint_manager import build_model, find_last_step
+from nanochat.engine import Engine
+
+folder, question, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model, tokenizer, _ = build_model(folder, find_last_step(folder), torch.device("cpu"), "eval")
+messages = [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+prompt = tokenizer.render_for_completion({"messages": messages})
+(ids,), _ = Engine(model, tokenizer).generate_batch(prompt, max_tokens=tokens, temperature=0.0)
+print("ANSWER " + json.dumps(tokenizer.decode(ids[len(prompt):])))
+"""
+
+
+def test_nanochats_engine_answers_as_we_do(outputs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    checkout = os.environ.get("MLXCHAT_NANOCHAT")
+    if checkout is None:
+        pytest.skip("MLXCHAT_NANOCHAT names no checkout of nanochat")
+    name = "jul" if (Path(checkout) / "nanochat" / "optim.py").exists() else "oct"
+    assert run_here("export", name, "--to", "nanochat", tmp_path / "out", f"outputs={outputs}") == 0
+    done = subprocess.run(
+        [sys.executable, "-c", _NANOCHAT, str(tmp_path / "out"), QUESTION, str(ANSWER_TOKENS)],
+        env=os.environ | {"PYTHONPATH": checkout, "NANOCHAT_BASE_DIR": str(tmp_path / "out")},
+        capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.split("ANSWER ")[1])
+    assert found == answer_of_ours(outputs, name)
