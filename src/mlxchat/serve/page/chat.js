@@ -4,7 +4,7 @@ import { append, choose, fresh, isUnanswered, parentOf, pathOf, readable, versio
 import { make, shown } from "./markdown.js";
 import { listModels, setKey, showModel, stream } from "./server.js";
 import { DEFAULTS, dropAll, dropConversation, keepConversation, keepOpen, readConversations, readOpen, readSettings, writeSettings } from "./store.js";
-import { copy, drawing, editor, messageElement, namesOf, omission, pace, provenance, renderWaiting, textOf, versionSwitch } from "./view.js";
+import { copy, editor, messageElement, namesOf, omission, pace, provenance, renderWaiting, slices, textOf, versionSwitch } from "./view.js";
 
 const $ = (id) => document.getElementById(id);
 const settings = readSettings();
@@ -34,17 +34,16 @@ function showList() {
   const all = readConversations();
   $("list").replaceChildren(...all.map((one) => {
     const title = titleOf(one);
-    const open = make("button", { class: "name", type: "button", title, dir: "auto" }, title);
-    open.addEventListener("click", () => openConversation(one.id));
-    if (one.id === conversation.id) open.setAttribute("aria-current", "true");
-    const drop = make("button", { class: "drop", type: "button", "aria-label": `Delete “${title}”` }, "✕");
-    drop.addEventListener("click", () => {
+    const isOpen = one.id === conversation.id;
+    const drop = () => {
       if (!window.confirm(`Delete “${title}”?`)) return;
       dropConversation(one.id);
-      if (one.id === conversation.id) begin();
+      if (isOpen) begin();
       else showList();
-    });
-    return make("li", { class: one.id === conversation.id ? "open" : "" }, open, drop);
+    };
+    return make("li", { class: isOpen ? "open" : "" },
+      make("button", { class: "name", type: "button", title, dir: "auto", "aria-current": isOpen, onclick: () => openConversation(one.id) }, title),
+      make("button", { class: "drop", type: "button", "aria-label": `Delete “${title}”`, onclick: drop }, "✕"));
   }));
 }
 
@@ -80,7 +79,13 @@ function showMessages() {
     const notes = [message.note, unanswered && "not answered: the model does not read it", name, message.pace];
     return messageElement(message, actions, notes.filter((note) => typeof note === "string").join(" · "));
   });
-  $("messages").replaceChildren(...elements, ...(coming ? [coming.element] : []));
+  if (coming) elements.push(coming.element);
+  // What stays in its place is not laid out again.
+  elements.forEach((element, at) => {
+    const there = $("messages").children[at];
+    if (there !== element) $("messages").insertBefore(element, there ?? null);
+  });
+  while ($("messages").children.length > elements.length) $("messages").lastChild.remove();
   renderWaiting();
 }
 
@@ -92,22 +97,14 @@ function showModelName() {
   $("input").placeholder = converses ? "Ask something" : "Write a beginning, and the model goes on";
   $("empty-title").textContent = converses ? "What would you like to know?" : "How does it begin?";
   $("empty-note").textContent = one ? `${names.get(one.id)} ${converses ? "answers" : "was only pretrained: it continues text"}.` : "";
-  $("examples").replaceChildren(...(converses ? EXAMPLES : BEGINNINGS).map((text) => {
-    const button = make("button", { type: "button" }, text);
-    button.addEventListener("click", () => say(text));
-    return button;
-  }));
+  $("examples").replaceChildren(...(converses ? EXAMPLES : BEGINNINGS).map(
+    (text) => make("button", { type: "button", onclick: () => say(text) }, text)));
 }
 
 function complain(error, more = "") {
   $("problem").textContent = String(error?.message ?? error) + more;
   $("problem").hidden = false;
   if (error.status === 401 && !$("key-dialog").open) $("key-dialog").showModal();
-}
-
-function atEnd() {
-  const view = $("scroll");
-  return view.scrollHeight - view.scrollTop - view.clientHeight < 60;
 }
 
 function toEnd() {
@@ -117,8 +114,8 @@ function toEnd() {
 
 // Only the reader leaves the end: whatever else changes, texts that come or are rendered, the end stays in sight.
 function scrolled() {
-  const { scrollTop } = $("scroll");
-  if (atEnd()) followed = true;
+  const { scrollHeight, scrollTop, clientHeight } = $("scroll");
+  if (scrollHeight - scrollTop - clientHeight < 60) followed = true;
   else if (scrollTop < scrolled.before) followed = false;
   scrolled.before = scrollTop;
   $("to-end").hidden = followed;
@@ -186,8 +183,8 @@ async function answer(parent) {
   const { messages, omitted } = readable(asked, path);
   const [address, body] = bodyFor(one, messages);
   const message = { role: "assistant", parts: [], model: one?.id ?? "", left_out: one?.mlxchat.converses === false ? 0 : omitted };
-  const show = drawing(message);
   const element = messageElement(message, []);
+  const steps = slices(message);
   element.classList.add("going");
   element.setAttribute("aria-busy", "true");
   const controller = new AbortController();
@@ -212,8 +209,13 @@ async function answer(parent) {
     pending = false;
     element.querySelector(".left-out")?.remove();
     element.prepend(...omission(message.left_out));
-    show();
+    if (!steps.next().value) plan();
     cost = performance.now() - before;
+  };
+  const plan = () => {
+    if (pending || going?.message !== message) return;
+    pending = true;
+    setTimeout(() => requestAnimationFrame(draw), 3 * cost); // a large block leaves most of the time to the reader
   };
   let began = 0;
   let ended = 0;
@@ -229,22 +231,19 @@ async function answer(parent) {
       const last = message.parts.at(-1);
       if (last?.type === told.type) last.text += told.text;
       else message.parts.push({ type: told.type, text: told.text });
-      if (!pending) {
-        pending = true;
-        setTimeout(() => requestAnimationFrame(draw), 4 * cost); // a large block leaves most of the time to the reader
-      }
+      plan();
     }
   } catch (error) {
     failed = error.name === "AbortError" ? "stopped" : "cut off";
     if (error.name !== "AbortError") complain(error, versionKept(asked, parent));
   }
-  draw();
   going = null;
+  renderWaiting(steps);
   busy(false);
   if (message.parts.length) keep(failed);
   else if (!failed) keep("said nothing");
   showAll();
-  $("status").textContent = message.parts.length ? `The model said: ${shown(textOf(message))}` : "No answer.";
+  $("status").textContent = message.parts.length ? `The model said: ${shown(textOf(message).slice(0, 2000))}` : "No answer.";
 }
 
 function save(one) {
@@ -322,13 +321,10 @@ async function showFacts() {
   if (detail && model()?.id === one.id) $("model-facts").replaceChildren(...provenance(one, detail));
 }
 
-function fillSettings() {
-  for (const key of Object.keys(DEFAULTS)) {
-    const field = $(`set-${key}`);
-    if (field) field.value = settings[key];
-    const shown = $(`out-${key}`);
-    if (shown) shown.textContent = Number(settings[key]).toFixed(2);
-  }
+function showSetting(key) {
+  const [field, number] = [$(`set-${key}`), $(`out-${key}`)];
+  if (field && field !== document.activeElement) field.value = settings[key];
+  if (number) number.textContent = Number(settings[key]).toFixed(2);
 }
 
 function changeSetting(key, field) {
@@ -336,14 +332,12 @@ function changeSetting(key, field) {
   if (!field.checkValidity() || (numeric && field.value === "")) return;
   settings[key] = numeric ? Number(field.value) : field.value;
   writeSettings(settings);
-  const shown = $(`out-${key}`);
-  if (shown) shown.textContent = Number(field.value).toFixed(2);
-  if (key === "theme") theme();
+  showSetting(key);
+  theme();
 }
 
 function theme() {
-  if (settings.theme) document.documentElement.dataset.theme = settings.theme;
-  else delete document.documentElement.dataset.theme;
+  document.documentElement.dataset.theme = settings.theme;
 }
 
 // ---- wiring ----
@@ -381,7 +375,7 @@ $("model-choice").addEventListener("change", (event) => {
   showModelName();
   showFacts();
 });
-$("settings-open").addEventListener("click", () => { fillSettings(); $("settings-dialog").showModal(); });
+$("settings-open").addEventListener("click", () => { Object.keys(DEFAULTS).forEach(showSetting); $("settings-dialog").showModal(); });
 for (const key of Object.keys(DEFAULTS)) $(`set-${key}`)?.addEventListener("input", (event) => changeSetting(key, event.target));
 $("forget").addEventListener("click", () => {
   const count = readConversations().length;

@@ -37,46 +37,37 @@ const texts = new WeakMap(); // message → element of its text
 const waiting = []; // what renders these texts in slices, the newest message last
 
 /** Return the element of a message's text, which is plain until `renderWaiting` has come to it. */
-export function textElement(message) {
+function textElement(message) {
   if (!texts.has(message)) {
     const element = make("div", { class: "said", dir: "auto" }, shown(textOf(message)));
-    if (message.role === "assistant") waiting.push(slices(message, element));
     texts.set(message, element);
+    if (message.role === "assistant" && message.parts.length) waiting.push(slices(message));
   }
   return texts.get(message);
 }
 
-/** Return the function that shows what has come of a message so far. */
-export function drawing(message) {
-  const element = make("div", { class: "said", dir: "auto" });
-  const show = growing(element);
-  texts.set(message, element);
-  return () => {
-    const { text, calls } = asMarkdown(message.parts);
-    show(text, (fragment) => placeCalls(fragment, calls));
-  };
-}
-
-function* slices({ parts }, element) {
-  const { text, calls } = asMarkdown(parts);
+/** Render what has come of a message, a slice at each step, and yield whether that is all of it. */
+export function* slices(message) {
+  const element = textElement(message);
   element.replaceChildren();
   const show = growing(element);
-  let size = SLICE_CHARACTERS;
-  let kept = 0;
-  for (let end = size; ; end += size) {
+  let [size, end, kept] = [SLICE_CHARACTERS, 0, 0];
+  for (;;) {
+    const { text, calls } = asMarkdown(message.parts);
+    end = Math.min(end + size, text.length);
     const stays = show(text.slice(0, end), (fragment) => placeCalls(fragment, calls));
-    if (end >= text.length) return;
-    yield;
-    if (stays === kept) size *= 2; // a block of many slices is not made again in each of them
+    if (stays === kept && end < text.length) size *= 2; // a block of many slices is not made again in each of them
     kept = stays;
+    yield end === text.length;
   }
 }
 
-/** Render what waits, the newest first, a few milliseconds in each frame. */
-export async function renderWaiting() {
+/** Render what waits, and `more`, the newest first, a few milliseconds in each frame. */
+export async function renderWaiting(...more) {
+  waiting.push(...more);
   for (let ends = performance.now() + SLICE_MILLISECONDS; waiting.length;) {
     const next = waiting.pop();
-    if (!next.next().done) waiting.push(next);
+    if (!next.next().value) waiting.push(next);
     if (performance.now() < ends) continue;
     await new Promise(requestAnimationFrame);
     ends = performance.now() + SLICE_MILLISECONDS;
@@ -139,7 +130,7 @@ export function versionSwitch(place, count, show) {
     button("Earlier version", "‹", place - 1), make("span", {}, `${place + 1} of ${count}`), button("Later version", "›", place + 1));
 }
 
-/** Return a message's element; `actions` are [label, what it does] of its buttons, or elements. */
+/** Return a message's element, always the same one; `actions` are [label, what it does] of its buttons, or elements. */
 export function messageElement(message, actions, note) {
   const row = make("div", { class: "actions" }, actions.map((action) => {
     if (action instanceof Element) return action;
@@ -147,7 +138,14 @@ export function messageElement(message, actions, note) {
   }));
   if (note) row.append(make("span", { class: "note" }, note));
   const who = make("span", { class: "unseen" }, message.role === "user" ? "You said:" : "The model said:");
-  return make("li", { class: message.role }, omission(message.left_out), who, textElement(message), row);
+  const said = textElement(message);
+  const item = said.parentElement ?? make("li", {}, said);
+  item.className = message.role;
+  item.removeAttribute("aria-busy");
+  for (const other of [...item.children]) if (other !== said) other.remove();
+  said.before(...omission(message.left_out), who);
+  said.after(row);
+  return item;
 }
 
 /** Return the line above an answer that says how many earlier turns the model did not read. */
