@@ -6,10 +6,9 @@ import math
 import re
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 
-from mlxchat.report.comparison import Point, fit, scaling_chart
+from mlxchat.report.comparison import Point, scaling_chart
 from mlxchat.report.document import standalone
 from mlxchat.report.plots import Bar, Bars, Chart, Curve, main_charts, more_charts, smooth
 
@@ -102,20 +101,11 @@ def test_smoothing_takes_the_mean_away_from_the_ends():
     assert smooth(values)[16:25] == pytest.approx([1.0] * 9)
 
 
-def test_the_fit_is_least_squares_of_the_logarithms():
-    draw = np.random.default_rng(3)
-    flops = np.array([1e15, 5e15, 2e16, 9e16, 4e17])
-    bpb = 2.1 * (flops / 1e16) ** -0.051 * np.exp(draw.normal(0, 0.004, 5))
-    found = fit([Point(name="", flops=f, bpb=b) for f, b in zip(flops, bpb, strict=True)])
-    slope, offset = np.polyfit(np.log(flops), np.log(bpb), 1)
-    assert found.slope == pytest.approx(slope, rel=1e-9)
-    assert found(3e16) == pytest.approx(np.exp(offset + slope * np.log(3e16)), rel=1e-9)
-    assert found.r2 == pytest.approx(np.corrcoef(np.log(flops), np.log(bpb))[0, 1] ** 2, rel=1e-9)
-
-
-@pytest.mark.parametrize("flops", [[1e15], [1e15, 2e15], [1e15, 1e15, 1e15]])
-def test_a_line_needs_three_sizes(flops):
-    assert fit([Point(name="", flops=f, bpb=1.0) for f in flops]) is None
+def test_three_sizes_are_drawn_with_a_power_law():
+    points = [Point(name="", flops=1e15 * 10**i, bpb=2.0 * 10 ** (-0.05 * i)) for i in range(3)]
+    _, line = scaling_chart(points).curves
+    assert "(FLOPs / 1e+16)^(−0.050" in line.label
+    assert line.points[1] == pytest.approx([2.0, 2.0 * 10**-0.1])
 
 
 def test_two_sizes_are_drawn_without_a_line_and_one_is_not_drawn():

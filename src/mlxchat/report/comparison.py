@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxchat.config.wording import ABSENT, format_count, format_dollars, format_seconds, plural
+from mlxchat.planning.scaling import fit_power_law
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, mapping
 from mlxchat.report.document import Block, Group, escape
 from mlxchat.report.plots import COLOURS, Chart, Curve, Drawing, slug, smooth
@@ -129,10 +129,6 @@ def comparison(title: str, reports: Sequence[RunReport], names: Sequence[str]) -
     ]
 
 
-# Below this a line through the points says nothing.
-FIT_FROM_POINTS = 3
-
-
 @dataclass(frozen=True, kw_only=True)
 class Point:
     """One pretraining."""
@@ -140,22 +136,6 @@ class Point:
     name: str
     flops: float
     bpb: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Fit:
-    """bpb = bpb_at · (FLOPs / at)^slope, by least squares of the logarithms."""
-
-    at: float
-    """The geometric mean of the FLOPs."""
-    bpb_at: float
-    slope: float
-    r2: float
-    """Share of the variance of log bpb that the line explains."""
-
-    def __call__(self, flops: float) -> float:
-        """Return what the line says for so many FLOPs."""
-        return self.bpb_at * math.exp(self.slope * math.log(flops / self.at))
 
 
 def points_of(reports: Sequence[RunReport], names: Sequence[str]) -> list[Point]:
@@ -176,31 +156,20 @@ def points_of(reports: Sequence[RunReport], names: Sequence[str]) -> list[Point]
     return sorted(found.values(), key=lambda point: point.flops)
 
 
-def fit(points: Sequence[Point]) -> Fit | None:
-    """Return the power law through the points, None if they are too few or all of the same size."""
-    if len({point.flops for point in points}) < FIT_FROM_POINTS:
-        return None
-    xs, ys = [math.log(p.flops) for p in points], [math.log(p.bpb) for p in points]
-    middle_x, middle_y = sum(xs) / len(xs), sum(ys) / len(ys)
-    spread = sum((x - middle_x) ** 2 for x in xs)
-    slope = sum((x - middle_x) * (y - middle_y) for x, y in zip(xs, ys, strict=True)) / spread
-    rest = sum((y - middle_y - slope * (x - middle_x)) ** 2 for x, y in zip(xs, ys, strict=True))
-    total = sum((y - middle_y) ** 2 for y in ys)
-    return Fit(at=math.exp(middle_x), bpb_at=math.exp(middle_y), slope=slope, r2=1 - rest / total if total else 1.0)
-
-
 def scaling_chart(points: Sequence[Point]) -> Chart | None:
-    """Return bits per byte against FLOPs, both logarithmic; None with fewer than two sizes."""
+    """Return bits per byte against FLOPs, both logarithmic, with a power law; None with fewer than two sizes."""
     if len({point.flops for point in points}) < 2:
         return None
     xs, ys = [p.flops for p in points], [p.bpb for p in points]
     curves = [Curve(points=(xs, ys), has_line=False, names=[p.name for p in points])]
-    line = fit(points)
     said = ", ".join(f"{p.name} {p.bpb:.4f} at {p.flops:.3g} FLOPs" for p in points)
-    if line is not None:
+    # With fewer sizes a line says nothing.
+    law = fit_power_law(xs, ys) if len(set(xs)) >= 3 else None
+    if law is not None:
         ends = [min(xs), max(xs)]
-        label = f"{line.bpb_at:.3f} · (FLOPs / {line.at:.2g})^{line.slope:.4f}, R² {line.r2:.3f}".replace("^-", "^−")
-        curves.append(Curve(points=(ends, [line(x) for x in ends]), label=label, colour=1))
+        interval = "" if law.half_width is None else f" ± {law.half_width:.3f}"
+        label = f"{law.at_centre:.3f} · (FLOPs / {law.centre:.2g})^({law.exponent:.3f}{interval})".replace("-", "−")
+        curves.append(Curve(points=(ends, [law(x) for x in ends]), label=label, colour=1))
         said += f"; fitted: {label}"
     return Chart(
         name="scaling",

@@ -11,13 +11,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.wording import format_count, format_share
 from mlxchat.errors import visible
+from mlxchat.evals.scores import Measure
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
 from mlxchat.report.tables import Column, baseline_label, columns, passes, published_core
 
@@ -419,7 +420,20 @@ def more_charts(report: RunReport, step: StepReport) -> list[Drawing]:
 def score_charts(report: RunReport) -> list[Drawing]:
     """Return the pictures of what the evaluations measured."""
     chosen = columns(report)
-    return [*_accuracy(chosen), *_core_ladder(chosen), *_core_tasks(chosen)]
+    accuracy = Bars(
+        name="accuracy", title="Accuracy on each task", x="% of questions right, ± one standard error", rows=[],
+        alt="Bars of the accuracy on each task, with chance marked; the numbers are in the table of scores.",
+        labels=[], mark="chance",
+    )  # fmt: skip
+    core = Bars(
+        name="core-tasks", title="CORE, task by task", x="centred accuracy: 0 is guessing, 1 is perfect", rows=[],
+        alt="Bars of the centred accuracy on each of CORE's tasks; the numbers are in its table.", labels=[],
+    )  # fmt: skip
+    return [
+        *_task_bars(accuracy, [(column.label, column.scores.tasks) for column in chosen], is_centered=False),
+        *_core_ladder(chosen),
+        *_task_bars(core, [(column.label, column.scores.core_tasks) for column in chosen], is_centered=True),
+    ]
 
 
 def slug(name: str) -> str:
@@ -488,50 +502,25 @@ def _pass_chart(step: StepReport) -> Iterator[Chart]:
         )  # fmt: skip
 
 
-def _accuracy(chosen: list[Column]) -> Iterator[Bars]:
-    chosen = [column for column in chosen if column.scores.tasks]
-    tasks = list(dict.fromkeys(task for column in chosen for task in column.scores.tasks))
-    if not tasks:
-        return
-    rows: list[tuple[str, list[Bar | None], list[float]]] = []
-    for task in tasks:
-        found = [column.scores.tasks.get(task) for column in chosen]
-        cells = [
-            Bar(value=100 * m.value, error=100 * (m.stderr or 0), colour=i % (len(COLOURS) - 1)) if m else None
-            for i, m in enumerate(found)
-        ]
-        # A chance of nothing is the axis itself.
-        rows.append((task, cells, sorted({100 * measure.chance for measure in found if measure and measure.chance})))
-    labels = [column.label for column in chosen]
-    yield Bars(
-        name="accuracy", title="Accuracy on each task", x="% of questions right, ± one standard error", rows=rows,
-        alt=f"Bars of the accuracy on {', '.join(tasks)} for {', '.join(labels)}, with chance marked.", labels=labels,
-        mark="chance",
-    )  # fmt: skip
-
-
-def _core_tasks(chosen: list[Column]) -> Iterator[Bars]:
-    measured = [column for column in chosen if column.scores.core_tasks]
-    names = list(dict.fromkeys(task for column in measured for task in column.scores.core_tasks))
-    if not names:
-        return
-    rows: list[tuple[str, list[Bar | None], list[float]]] = []
-    for name in names:
+def _task_bars(bars: Bars, chosen: list[tuple[str, dict[str, Measure]]], *, is_centered: bool) -> Iterator[Bars]:
+    """Yield bars of the accuracies of each task, a colour for each (label, measures)."""
+    chosen = [(label, tasks) for label, tasks in chosen if tasks]
+    for task in dict.fromkeys(task for _, tasks in chosen for task in tasks):
         cells: list[Bar | None] = []
-        for position, column in enumerate(measured):
-            task = column.scores.core_tasks.get(name)
-            value = task.centered if task else None
-            cells.append(
-                Bar(value=value, error=task.centered_stderr or 0, colour=position % (len(COLOURS) - 1))
-                if task and value is not None
-                else None
-            )
-        rows.append((name, cells, []))
-    labels = [column.label for column in measured]
-    yield Bars(
-        name="core-tasks", title=f"CORE: its {len(names)} tasks", x="centred accuracy: 0 is guessing, 1 is perfect",
-        alt=f"Bars of the centred accuracy on each of CORE's tasks for {', '.join(labels)}.", rows=rows, labels=labels,
-    )  # fmt: skip
+        found = [tasks.get(task) for _, tasks in chosen]
+        for position, measure in enumerate(found):
+            colour = position % (len(COLOURS) - 1)
+            if measure is None or (is_centered and measure.centered is None):
+                cells.append(None)
+            elif is_centered:
+                cells.append(Bar(value=measure.centered or 0, error=measure.centered_stderr or 0, colour=colour))
+            else:
+                cells.append(Bar(value=100 * measure.value, error=100 * (measure.stderr or 0), colour=colour))
+        # A chance of nothing is the axis itself.
+        chances = [] if is_centered else sorted({100 * each.chance for each in found if each and each.chance})
+        bars.rows.append((task, cells, chances))
+    if bars.rows:
+        yield replace(bars, labels=[label for label, _ in chosen] if len(chosen) > 1 or not is_centered else [])
 
 
 def _core_ladder(chosen: list[Column]) -> Iterator[Bars]:
