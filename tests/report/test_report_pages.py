@@ -66,14 +66,6 @@ def test_report_writes_page_markdown_and_pictures(reported):
         assert f"(report/{name})" in markdown
 
 
-def test_no_temporary_file_is_left(reported):
-    assert not [path for path in reported.run.rglob("*") if "tmp" in path.suffix]
-
-
-def test_address_of_the_page_is_returned(small):
-    assert write_report(small.root, small.run) == small.run / "report.html"
-
-
 def test_second_report_removes_pictures_that_no_longer_apply(small):
     (small.run / "report").mkdir()
     (small.run / "report" / "curve-gone.svg").write_bytes(b"")

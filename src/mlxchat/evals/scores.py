@@ -232,12 +232,12 @@ class Scores:
 
 def read_scores(raw: Mapping[str, Any]) -> Scores:
     """Return what scores.json says, whatever version wrote it; what is absent or of another type is left out."""
-    bpb, core, chat = (_mapping(raw.get(key)) for key in ("bpb", "core", "chatcore"))
-    in_core = _mapping(core.get("tasks"))
+    bpb, core, chat = (mapping(raw.get(key)) for key in ("bpb", "core", "chatcore"))
+    in_core = mapping(core.get("tasks"))
     core_tasks = {name: task for name, entry in in_core.items() if (task := _read_task(name, entry))}
     conditions = {key: count for key in ("max_per_task", "context_tokens") if (count := _whole(core.get(key)))}
     for key in ("extended", "cropped"):
-        if count := sum(_whole(_mapping(task).get(key)) or 0 for task in in_core.values()):
+        if count := sum(_whole(mapping(task).get(key)) or 0 for task in in_core.values()):
             conditions[key] = count
     chat_names = chat.get("tasks")
     chat_tasks = tuple(map(str, chat_names)) if isinstance(chat_names, list) else ()
@@ -248,11 +248,11 @@ def read_scores(raw: Mapping[str, Any]) -> Scores:
         _measure("perplexity", "perplexity", bpb.get("perplexity"), conditions=str(raw.get("checkpoint"))),
         _measure("CORE", "core", core.get("core"), core.get("stderr"),
                  conditions=(conditions.get("max_per_task"), "cropped" in conditions)),
-        *(_read_task(name, entry) for name, entry in _mapping(raw.get("tasks")).items()),
+        *(_read_task(name, entry) for name, entry in mapping(raw.get("tasks")).items()),
         _measure("ChatCORE", "chatcore", chat.get("value"), chat.get("stderr"), conditions=chat_tasks,
                  published=(chat.get("nanochat_value"), chat.get("nanochat_stderr"))),
-        *_read_pass_at_k(_mapping(raw.get("pass_at_k")), _mapping(raw.get("pass_at_k_stderr"))),
-        *(_measure(name, "own", value) for name, value in _mapping(raw.get("own")).items()),
+        *_read_pass_at_k(mapping(raw.get("pass_at_k")), mapping(raw.get("pass_at_k_stderr"))),
+        *(_measure(name, "own", value) for name, value in mapping(raw.get("own")).items()),
     ]  # fmt: skip
     measures = [measure for measure in found if measure is not None]
     if not any(measure.metric == "chatcore" for measure in measures):
@@ -260,16 +260,16 @@ def read_scores(raw: Mapping[str, Any]) -> Scores:
     return Scores(
         checkpoint=str(raw.get("checkpoint") or ""),
         measures={each.name: each for each in sorted(measures, key=lambda each: METRICS.index(each.metric))},
-        baselines={key: value for key in ("ngram_order2", "untrained") if (value := _number(bpb.get(key))) is not None},
+        baselines={key: value for key in ("ngram_order2", "untrained") if (value := number(bpb.get(key))) is not None},
         core_tasks=core_tasks, core_conditions=conditions, chatcore_tasks=chat_tasks,
     )  # fmt: skip
 
 
 def _read_task(name: str, entry: object) -> Measure | None:
-    raw = _mapping(entry)
+    raw = mapping(entry)
     return _measure(
         name, "task", raw.get("accuracy"), raw.get("stderr"),
-        chance=_number(raw.get("chance", raw.get("baseline"))), kind=str(raw.get("kind") or raw.get("type") or ""),
+        chance=number(raw.get("chance", raw.get("baseline"))), kind=str(raw.get("kind") or raw.get("type") or ""),
         num_questions=_whole(raw.get("num_questions")) or _whole(raw.get("num_examples")),
         shots=_whole(raw.get("num_fewshot")), published=(raw.get("nanochat_accuracy"), raw.get("nanochat_stderr")),
     )  # fmt: skip
@@ -295,19 +295,20 @@ def _measure(
     name: str, metric: str, value: object, stderr: object = None, *, published: Iterable[object] = (None, None),
     **more: Any,
 ) -> Measure | None:  # fmt: skip
-    known = _number(value)
+    known = number(value)
     if known is None:
         return None
-    theirs, error = map(_number, published)
+    theirs, error = map(number, published)
     rule = None if theirs is None else (theirs, error)
-    return Measure(name=name, metric=metric, value=known, stderr=_number(stderr), published_rule=rule, **more)
+    return Measure(name=name, metric=metric, value=known, stderr=number(stderr), published_rule=rule, **more)
 
 
-def _mapping(value: object) -> dict[str, Any]:
+def mapping(value: object) -> dict[str, Any]:
+    """Return `value` if it is a dict, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
-def _number(value: object) -> float | None:
+def number(value: object) -> float | None:
     """Return a finite number, or None; booleans are not numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -315,5 +316,5 @@ def _number(value: object) -> float | None:
 
 
 def _whole(value: object) -> int | None:
-    found = _number(value)
+    found = number(value)
     return None if found is None else int(found)

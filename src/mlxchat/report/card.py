@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING, Any
 from mlxchat import __version__
 from mlxchat.config.wording import format_count
 from mlxchat.errors import visible
+from mlxchat.evals.scores import mapping, number
 from mlxchat.report.collect import (
     RunReport,
     StepReport,
     checkpoint_name,
     collect_steps,
     entries_of_artifacts,
-    mapping,
-    number,
     sequence,
     text,
 )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
-from mlxchat.evals.scores import Scores, read_scores
+from mlxchat.evals.scores import Scores, mapping, number, read_scores
 from mlxchat.store.bases import folder_of_weights
 from mlxchat.store.manifest import Manifest
 from mlxchat.store.store import Store
@@ -105,20 +105,19 @@ class RunReport:
     """One run: its plan, what became of each step, and how long it took."""
 
     name: str
-    experiment: str | None
-    started: str
     folder: Path
-    outcome: str
-    """done, failed or unfinished."""
-    error: str
-    seconds: float | None
+    steps: list[StepReport]
+    """Inputs come before the steps that use them."""
+    experiment: str | None = None
+    started: str = ""
+    outcome: str = ""
+    """done, failed or unfinished; empty: of artifacts, not of one run."""
+    error: str = ""
+    seconds: float | None = None
     """From the first to the last event of this run."""
-    targets: list[str]
     cost_per_hour: float | None = None
     """In US dollars, if the configuration says what this machine costs."""
     command: str = ""
-    steps: list[StepReport]
-    """Inputs come before the steps that use them."""
 
     def step(self, name: str) -> StepReport | None:
         """Return the step called `name`, or None if the plan has none."""
@@ -184,7 +183,6 @@ def collect(outputs: Path, run: Path) -> RunReport:
         outcome=outcome,
         error=error,
         seconds=_elapsed_seconds(events),
-        targets=[text(target) for target in sequence(plan.get("targets"))],
         cost_per_hour=number(plan.get("cost_per_hour")),
         command=text(plan.get("command")),
         steps=_inputs_first([_read_step(outputs, entry, events) for entry in entries]),
@@ -200,17 +198,8 @@ def collect_steps(outputs: Path, name: str, entries: list[dict[str, Any]], folde
         entries: as in plan.json: step, stage, kind, artifact, rid, inputs.
         folder: where the report belongs.
     """
-    return RunReport(
-        name=name,
-        experiment=None,
-        started="",
-        folder=folder,
-        outcome="",
-        error="",
-        seconds=None,
-        targets=[],
-        steps=_inputs_first([_read_step(outputs, mapping(entry), []) for entry in entries]),
-    )
+    steps = _inputs_first([_read_step(outputs, mapping(entry), []) for entry in entries])
+    return RunReport(name=name, folder=folder, steps=steps)
 
 
 def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, Any]]:
@@ -376,18 +365,6 @@ def _dicts(value: object) -> list[dict[str, Any]]:
 
 # The largest safetensors header worth reading, as in the format's own reader.
 HEADER_LIMIT_BYTES = 100_000_000
-
-
-def number(value: object) -> float | None:
-    """Return `value` if it is a finite number (booleans are not), else None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if math.isfinite(value) else None
-
-
-def mapping(value: object) -> dict[str, Any]:
-    """Return `value` if it is a dict, else an empty one."""
-    return value if isinstance(value, dict) else {}
 
 
 def sequence(value: object) -> list[Any]:

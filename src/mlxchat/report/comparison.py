@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxchat.config.wording import ABSENT, format_count, format_dollars, format_seconds, plural
+from mlxchat.evals.scores import mapping
 from mlxchat.planning.scaling import fit_power_law
-from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, mapping
+from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
 from mlxchat.report.document import Block, Group, escape
 from mlxchat.report.plots import COLOURS, Chart, Curve, Drawing, slug, smooth
 from mlxchat.report.summary import num_parameters, trained_tokens
@@ -65,7 +66,8 @@ def _columns(report: RunReport) -> dict[str, Cell]:
         for metric in ("val_bpb", "core", "chatcore", "mean_centered"):
             if step.scores and (measure := step.scores.find(metric)):
                 cell = shown(measure)
-                found[measure.name] = Cell(cell.text, cell.detail or f"({checkpoint_name(step)})", measure=cell.measure)
+                detail = f"{cell.detail} ({checkpoint_name(step)})".lstrip()
+                found[measure.name] = Cell(cell.text, detail, measure=cell.measure)
     return found
 
 

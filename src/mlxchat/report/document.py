@@ -17,8 +17,8 @@ from typing import Any
 
 from mlxchat.config.wording import format_bytes, format_seconds, format_time
 from mlxchat.errors import StoreError, visible
-from mlxchat.evals.scores import Measure
-from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, collect, number
+from mlxchat.evals.scores import Measure, number
+from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, collect
 from mlxchat.report.examples import Example, example_groups, sample_groups, telling_examples
 from mlxchat.report.plots import Drawing, main_charts, more_charts, score_charts
 from mlxchat.report.summary import answers, facts, print_summary, troubles

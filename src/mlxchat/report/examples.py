@@ -9,17 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config.wording import plural
-from mlxchat.report.collect import (
-    RunReport,
-    Sample,
-    StepReport,
-    checkpoint_name,
-    log,
-    mapping,
-    number,
-    read_jsonl,
-    text,
-)
+from mlxchat.evals.scores import mapping, number
+from mlxchat.report.collect import RunReport, Sample, StepReport, checkpoint_name, log, read_jsonl, text
 
 # Of a suite with more tasks, such as CORE's 22, only so many are shown.
 MOST_TASKS = 8

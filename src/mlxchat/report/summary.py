@@ -16,8 +16,8 @@ from mlxchat.config.wording import (
     plural,
 )
 from mlxchat.errors import visible
-from mlxchat.evals.scores import Measure, Scores
-from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, mapping, number, text
+from mlxchat.evals.scores import Measure, Scores, mapping, number
+from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, text
 from mlxchat.report.tables import Table, baseline_label, columns, computing_seconds, metric_table, published_core, shown
 
 if TYPE_CHECKING:

@@ -28,18 +28,8 @@ from mlxchat.config.wording import (
     join,
     plural,
 )
-from mlxchat.evals.scores import METRICS, Measure, Scores
-from mlxchat.report.collect import (
-    STAGE_LABELS,
-    RunReport,
-    StepReport,
-    checkpoint_name,
-    mapping,
-    number,
-    read_json,
-    sequence,
-    text,
-)
+from mlxchat.evals.scores import METRICS, Measure, Scores, mapping, number
+from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, read_json, sequence, text
 from mlxchat.runner.stage import best_of
 from mlxchat.store.fingerprint import flatten
 
