@@ -104,7 +104,7 @@ def test_loss_that_is_no_number_is_left_out_of_the_curve(whole):
 def test_manifest_of_wrong_types_does_not_stop_the_report(whole):
     wrong = {"device": "M3", "outputs": None, "attempts": {}, "seconds": "long", "versions": [1], "git": 3}
     whole.edit_json("pretrain", "manifest.json", **wrong)
-    scores = {"tasks": {"t": None}, "pass_at_k": {"x": 1}, "samples": [4], "bpb": 3}
+    scores = {"tasks": {"t": None, "u": {"accuracy": 10**400}}, "pass_at_k": {"x": 1}, "samples": [4], "bpb": 3}
     whole.write_json("eval_sft", "scores.json", scores)
     assert write_report(whole.root, whole.run).is_file()
 

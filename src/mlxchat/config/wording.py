@@ -38,6 +38,13 @@ def format_number(number: float | None) -> str:
     return format_count(number) if abs(number) >= 1000 else f"{number:.4g}"
 
 
+def format_exact(number: float) -> str:
+    """Return a number grouped by thousands, below a million with up to 6 digits: 5,672,310, 0.02, 3.9171e19."""
+    if abs(number) < 1e15 and (number == round(number) or abs(number) >= 1e6):
+        return f"{number:,.0f}"
+    return f"{number:,.6g}".replace("e+", "e")
+
+
 def format_bytes(count: float) -> str:
     """Return a size in powers of 1,000: 812 B, 120.0 kB, 3.4 MB, 1.2 GB."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):

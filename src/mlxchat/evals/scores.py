@@ -9,6 +9,7 @@ in METRICS of the stages (`runner.stage.best_of`). Counterpart of nanochat's cha
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -309,10 +310,10 @@ def mapping(value: object) -> dict[str, Any]:
 
 
 def number(value: object) -> float | None:
-    """Return a finite number, or None; booleans are not numbers."""
+    """Return `value` if it is a finite number that a float can hold (booleans are not), else None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value if math.isfinite(value) else None
+    return value if abs(value) <= sys.float_info.max else None
 
 
 def _whole(value: object) -> int | None:

@@ -21,6 +21,7 @@ from mlxchat.config.wording import (
     format_bytes,
     format_count,
     format_dollars,
+    format_exact,
     format_number,
     format_seconds,
     format_share,
@@ -70,13 +71,9 @@ def known(show: Callable[[float], str], value: float | None) -> str:
 
 
 def format_value(value: object) -> str:
-    """Return a setting or version as text; numbers are grouped by thousands, below a million with up to 6 digits."""
-    if isinstance(value, bool) or number(value) is None:
-        return text(value) or ABSENT
-    assert isinstance(value, int | float)
-    if abs(value) < 1e15 and (value == round(value) or abs(value) >= 1e6):
-        return f"{value:,.0f}"
-    return f"{value:,.6g}".replace("e+", "e")
+    """Return a setting, version or number as text."""
+    known_number = None if isinstance(value, bool) else number(value)
+    return text(value) or ABSENT if known_number is None else format_exact(known_number)
 
 
 def baseline_label(name: str) -> str:
