@@ -16,7 +16,7 @@ from mlxchat.model.gpt import trained_parameters
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import Optimizer
 from mlxchat.planning.memory import choose_micro_batch
-from mlxchat.rl.forecast import describe
+from mlxchat.rl.forecast import describe, longest_answer
 from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pass_at_k, updates_per_rollout
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
@@ -62,12 +62,13 @@ def run(ctx: Context) -> None:
         ctx.metrics["rollout_loss_change"] = check_quantised(model, config.rollout_bits, rows)
     rule = begin_adapters(ctx, config.adapter, model, dtype)
     optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac, adapter=rule)
-    num_iterations = config.num_iterations or max(1, len(practice) // config.questions_per_iteration)
+    questions = config.num_epochs * len(practice)
+    num_iterations = config.num_iterations or max(1, questions // config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question
     updates = updates_per_rollout(config)
     # A copy of the trained weights. Of adapters it is small: adapters that are not trained yet leave the base as it is.
     reference = trained_parameters(model) if config.kl_coefficient > 0 else None
-    row_tokens = longest_prompt(tokenizer, practice, held_out) + config.max_new_tokens
+    row_tokens = longest_prompt(tokenizer, config, practice, held_out) + longest_answer(config)
     micro_batch = choose_micro_batch(ctx, describe(config, ctx.config.optimizer, model.sizes, row_tokens))
     ctx.derive(
         {

@@ -13,6 +13,7 @@ import pytest
 
 from kit.models import make_model
 from kit.training import make_optimizer, rl_config
+from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.engine.quantise import packed_copy
@@ -21,7 +22,15 @@ from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.ops.loss import token_losses
 from mlxchat.optim.optimizer import Rates
 from mlxchat.rl.loss import policy_loss
-from mlxchat.rl.rollouts import Rollout, Rollouts, conversation_rows, pass_at_k, summarise
+from mlxchat.rl.rollouts import (
+    Rollout,
+    Rollouts,
+    conversation_rows,
+    longest_prompt,
+    pass_at_k,
+    render_question,
+    summarise,
+)
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.training.batches import Batch
 from mlxchat.training.step import TrainStep
@@ -168,10 +177,13 @@ class ScriptedEngine:
         self.tokenizer, self.right = tokenizer, right
         self.asked: list[list[int]] = []
         self.seeds: list[int] = []
+        self.prompts: list[list[int]] = []
+        self.settings: dict[str, Any] = {}
 
     def complete(self, prompts: list[list[int]], *, seed: int, **settings: Any) -> list[Completion]:
         questions = [int("".join(c for c in self.tokenizer.decode(prompt[1:]) if c.isdigit())) for prompt in prompts]
         self.asked.append(questions)
+        self.prompts, self.settings = prompts, settings
         self.seeds.append(seed)
         counts: dict[int, int] = {}
         found = []
@@ -437,3 +449,32 @@ def test_the_sampling_engine_keeps_no_copy_of_the_weights(tokenizer: Tokenizer) 
         mx.eval(matrix.weight)
         engine.complete([[tokenizer.bos]], max_new_tokens=2)
     assert mx.get_active_memory() - before < matrix.weight.nbytes
+
+
+# The system prompt, and the longest held-out answer
+
+
+def test_a_system_prompt_stands_before_every_question(tokenizer: Tokenizer) -> None:
+    """Joined to the question with an empty line, as nanochat renders system messages."""
+    config = rl_config(system_prompt="Be brief.", eval_max_new_tokens=5)
+    engine: Any = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
+    task: Any = Numbers(3)
+
+    def rendered(question: int) -> list[int]:
+        message = {"role": "user", "content": f"Be brief.\n\n{question}"}
+        return render_for_completion(tokenizer, {"messages": [message, {"role": "assistant", "content": ""}]})
+
+    source = scripted(engine, 3, system_prompt="Be brief.")
+    source.next_batch(0)
+    assert engine.prompts == [rendered(question) for question in engine.asked[0]]
+    assert engine.settings["max_new_tokens"] == 8
+    pass_at_k(engine, task, config, seed=0)
+    assert engine.prompts == [rendered(question) for question in (0, 1, 2) for _ in range(4)]
+    assert engine.settings["max_new_tokens"] == 5
+    assert longest_prompt(tokenizer, config, task) == len(rendered(0))
+
+
+def test_a_task_that_brings_a_system_message_keeps_it(tokenizer: Tokenizer) -> None:
+    messages = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
+    given = render_question(tokenizer, {"messages": messages}, rl_config(system_prompt="Be brief."))
+    assert given == render_for_completion(tokenizer, {"messages": messages})

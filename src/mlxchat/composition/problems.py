@@ -468,6 +468,8 @@ def find_zeros(config: Config) -> Iterator[str]:
         "sft.num_iterations",
         "sft.eval_every",
         "rl.num_iterations",
+        "rl.num_epochs",
+        "rl.eval_max_new_tokens",
         "rl.questions_per_iteration",
         "rl.max_new_tokens",
         "rl.eval_samples",

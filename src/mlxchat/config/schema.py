@@ -344,8 +344,12 @@ class RLConfig:
     """Questions to train on; the task rewards the answers, unless `rewards` is set."""
     evaluation: TaskItem = MISSING
     """Held-out questions for pass@k."""
+    system_prompt: str | None = field(default=MISSING, metadata={"since_default": None})
+    """Said before each question, in practice and evaluation, unless the task brings one; null: nothing."""
+    num_epochs: int = field(default=MISSING, metadata={"since_default": 1})
+    """Passes over the task; num_iterations takes its place."""
     num_iterations: int | None = MISSING
-    """Number of rollouts; null: one pass over the task. Each has minibatches_per_rollout × passes_per_rollout updates,
+    """Number of rollouts; null: num_epochs passes. Each has minibatches_per_rollout × passes_per_rollout updates,
     which are the iterations of the metrics."""
     questions_per_iteration: int = MISSING
     samples_per_question: int = MISSING
@@ -396,6 +400,8 @@ class RLConfig:
     """Rollouts between evaluations; null: only before and after the training."""
     eval_samples: int = MISSING
     """Samples per held-out question, for pass@1 … pass@eval_samples."""
+    eval_max_new_tokens: int | None = field(default=MISSING, metadata={"since_default": None})
+    """Longest held-out answer; null: max_new_tokens."""
     entropy_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Rollouts between measurements of the policy's entropy, one forward pass each; null: only where the loss needs
     log-probabilities anyway (several updates, a KL term or rollout_bits), and then in each rollout."""

@@ -17,8 +17,16 @@ def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
     """
     limits = [task_class(item.task).prompt_tokens for item in (config.rl.task, config.rl.evaluation)]
     known = [limit for limit in limits if limit is not None]
-    row_tokens = max(known) + config.rl.max_new_tokens if len(known) == len(limits) else sizes.context_tokens
+    row_tokens = sizes.context_tokens
+    if len(known) == len(limits):  # a token is a byte or more
+        prompt_tokens = max(known) + len((config.rl.system_prompt or "").encode())
+        row_tokens = prompt_tokens + longest_answer(config.rl)
     return describe(config.rl, config.optimizer, sizes, row_tokens)
+
+
+def longest_answer(config: RLConfig) -> int:
+    """Return the most tokens that an answer may have, in practice or evaluation."""
+    return max(config.max_new_tokens, config.eval_max_new_tokens or 0)
 
 
 def describe(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, row_tokens: int) -> Training:

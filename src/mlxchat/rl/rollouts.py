@@ -24,7 +24,7 @@ from mlxchat.optim.optimizer import Flat
 from mlxchat.rl.loss import Floats, advantages_of, check_rollout_drift, importance_weights, policy_loss
 from mlxchat.rl.rewards import Reward
 from mlxchat.rl.scores import ROWS_STEP, PolicyScores, round_up
-from mlxchat.tasks.answers import answer_text
+from mlxchat.tasks.answers import Conversation, answer_text
 from mlxchat.tasks.base import Task
 from mlxchat.training.batches import Batch
 
@@ -283,7 +283,7 @@ class Rollouts:
         config, tokenizer = self._config, self.engine.tokenizer
         questions = [int(self._order[(first + place) % len(self._order)]) for place in range(count)]
         conversations = [self._task[question] for question in questions]
-        prompts = [render_for_completion(tokenizer, conversation) for conversation in conversations]
+        prompts = [render_question(tokenizer, conversation, config) for conversation in conversations]
         sampled = sample(self.engine, prompts, config, samples=config.samples_per_question, seed=seed,
                          log_probabilities=config.rollout_bits is not None)  # fmt: skip
         groups = []
@@ -360,12 +360,13 @@ def needs_log_probs(config: RLConfig) -> bool:
 
 
 def sample(
-    engine: Engine, prompts: list[list[int]], config: RLConfig, *, samples: int, seed: int, log_probabilities: bool
-) -> list[list[Completion]]:
-    """Return `samples` completions per prompt, sampled as the configuration says."""
+    engine: Engine, prompts: list[list[int]], config: RLConfig, *, samples: int, seed: int, log_probabilities: bool,
+    max_new_tokens: int | None = None,
+) -> list[list[Completion]]:  # fmt: skip
+    """Return `samples` completions per prompt, sampled as the configuration says; None: of max_new_tokens at most."""
     found = engine.complete(
         [prompt for prompt in prompts for _ in range(samples)],
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=max_new_tokens or config.max_new_tokens,
         temperature=config.temperature,
         top_k=config.top_k,
         seed=seed,
@@ -384,8 +385,11 @@ def pass_at_k(engine: Engine, task: Task, config: RLConfig, *, seed: int) -> dic
     per_pass = max(1, _EVALUATED_ROWS // samples)
     for start in range(0, len(task), per_pass):
         conversations = [task[index] for index in range(start, min(start + per_pass, len(task)))]
-        prompts = [render_for_completion(tokenizer, conversation) for conversation in conversations]
-        groups = sample(engine, prompts, config, samples=samples, seed=draw_seed(seed, start), log_probabilities=False)
+        prompts = [render_question(tokenizer, conversation, config) for conversation in conversations]
+        groups = sample(
+            engine, prompts, config, samples=samples, seed=draw_seed(seed, start), log_probabilities=False,
+            max_new_tokens=config.eval_max_new_tokens,
+        )  # fmt: skip
         for place, (conversation, completions) in enumerate(zip(conversations, groups, strict=True)):
             solved[start + place] = [task.evaluate(conversation, row.text(tokenizer)) for row in completions]
     return summarise(solved)
@@ -400,9 +404,17 @@ def summarise(solved: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[str, float]:
     return means | {f"{name}_stderr": float(values.std() / np.sqrt(count)) for name, values in each.items()}
 
 
-def longest_prompt(tokenizer: Tokenizer, *tasks: Task) -> int:
+def render_question(tokenizer: Tokenizer, conversation: Conversation, config: RLConfig) -> list[int]:
+    """Return the ids of a question up to where the answer begins, the system prompt before it if it brings none."""
+    messages = conversation["messages"]
+    if config.system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": config.system_prompt}, *messages]
+    return render_for_completion(tokenizer, {**conversation, "messages": messages})
+
+
+def longest_prompt(tokenizer: Tokenizer, config: RLConfig, *tasks: Task) -> int:
     """Return the tokens of the longest prompt of some tasks."""
-    return max(len(render_for_completion(tokenizer, task[index])) for task in tasks for index in range(len(task)))
+    return max(len(render_question(tokenizer, task[index], config)) for task in tasks for index in range(len(task)))
 
 
 def conversation_rows(tokenizer: Tokenizer, task: Task) -> list[Row]:
