@@ -105,7 +105,7 @@ def document(report: RunReport) -> list[Block]:
     if faults := troubles(report):
         blocks.append(Group("troubles", ["\n".join(["> **Incomplete**", *(f"> - {escape(each)}" for each in faults)])]))
     if found := facts(report):
-        blocks.append(Group("facts", ["\n".join(f"- {escape(what)} **{escape(value)}**" for what, value in found)]))
+        blocks.append(Group("facts", ["\n".join(f"* {escape(what)} **{escape(value)}**" for what, value in found)]))
     blocks.append(
         Group("answers", ["\n".join(f"- **{question}** {_sentences(said)}" for question, said in answers(report))])
     )
