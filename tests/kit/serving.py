@@ -176,7 +176,7 @@ def start(served: Path) -> Callable[..., Server]:
 
     def make(
         *, limits: dict[str, int] | None = None, seconds: float | None = None, says: str | list[int] | None = None,
-        python: PythonTool | None = None, loads: float = 0.0, **options: Any,
+        python: PythonTool | None = None, loads: float = 0.0, outputs: Path = served, **options: Any,
     ) -> Server:  # fmt: skip
         def load(model: Model, limits: Limits) -> Scheduler:
             time.sleep(loads)
@@ -189,7 +189,7 @@ def start(served: Path) -> Callable[..., Server]:
             return scheduler
 
         bounds = Limits(**limits or {})
-        models = Models(Store(served), served / "store" / CHAT)
+        models = Models(Store(outputs), outputs / "store" / CHAT)
         return Server(Service(models, Worker(bounds, load), Defaults()), **options)
 
     return make

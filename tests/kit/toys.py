@@ -85,7 +85,7 @@ class Toys:
         store.prepare()
         self.invocations += 1
         folder = self.outputs / "runs" / f"run{self.invocations}"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         options = {"say": self.said.append, **options}
         run = Run(
             folder=folder, seed=1, overrides=["toy.number=1"],

@@ -136,14 +136,14 @@ def test_vendored_files_have_their_recorded_digests_and_licences() -> None:
     rows = [
         [cell.strip() for cell in line.strip("| ").split("|")]
         for line in (folder / "README.md").read_text().splitlines()
-        if line.startswith("| ") and ".js" in line
+        if re.match(r"\| \S+\.min\.", line)
     ]
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.js")}
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.min.*")}
     assert {file: digest for file, *_, digest in rows} == digests
-    assert len(rows) == 2
+    assert len(rows) == 4
     for _, package, version, licence, _ in rows:
         assert re.fullmatch(r"[\d.]+", version)
-        assert package in ("markdown-it", "dompurify")
+        assert package in ("markdown-it", "dompurify", "uplot")
         assert (folder / licence.split(", ")[1]).read_text()
 
 

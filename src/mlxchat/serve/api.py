@@ -44,6 +44,7 @@ from mlxchat.serve.requests import (
     requests_for,
     text_prompts,
 )
+from mlxchat.serve.runs import run_routes
 from mlxchat.serve.security import Fault, Guard, Limits, add_fault_handlers
 from mlxchat.serve.worker import Answer, Worker
 
@@ -95,6 +96,7 @@ def make_app(
     add_fault_handlers(app)
     app.include_router(openai_routes(service))
     app.include_router(responses_routes(service))
+    app.include_router(run_routes(service.models.store))
     metrics = service.worker.metrics
 
     @app.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
@@ -111,6 +113,10 @@ def make_app(
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/runs", include_in_schema=False)
+    async def runs() -> FileResponse:
+        return FileResponse(PAGE / "runs.html", headers={"Cache-Control": "no-cache"})
 
     @app.get("/logo.svg", include_in_schema=False)
     @app.get("/favicon.ico", include_in_schema=False)

@@ -32,7 +32,7 @@ READ_SECONDS, _READ_BYTES = 60.0, 16 << 10
 # Files that are no connections: models, logs, the programs of answers.
 _OTHER_FILES = 64
 # Paths that need no key, and those below /page/.
-_OPEN = ("/", "/health", "/logo.svg", "/favicon.ico")
+_OPEN = ("/", "/runs", "/health", "/logo.svg", "/favicon.ico")
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _HEADERS = {
     # The page loads nothing from elsewhere, and no script runs but its own.

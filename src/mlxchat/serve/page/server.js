@@ -49,12 +49,17 @@ async function ask(path, options = {}) {
   throw refusal(response.status, body?.error, wait);
 }
 
+/** Return what the server answers to GET. */
+export async function readJson(path) {
+  return (await ask(path)).json();
+}
+
 export async function listModels() {
-  return (await (await ask("/v1/models")).json()).data;
+  return (await readJson("/v1/models")).data;
 }
 
 export async function showModel(id) {
-  return (await ask(`/v1/models/${encodeURIComponent(id)}`)).json();
+  return readJson(`/v1/models/${encodeURIComponent(id)}`);
 }
 
 /** Yield {truncated_turns} and {type, text} of an answer as they come, then {finish_reason} and {usage}. */

@@ -171,7 +171,7 @@ export function editor(text, save, cancel) {
 
 // ---- models ----
 
-const day = (time) => new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
+export const day = (time) => new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 
 /** Return id → name of each model: stage and parameters, then what tells models of one name apart. */
 export function namesOf(models) {
@@ -205,7 +205,8 @@ export function provenance(model, detail) {
   return nodes;
 }
 
-function measured(title, numbers) {
+/** Return numbers as a table: errors beside values, sizes for people. */
+export function measured(title, numbers) {
   const rows = Object.entries(numbers).filter(([key]) => !key.endsWith("_stderr")).map(([key, value]) => {
     const name = key.replace(/_bytes$/, "").replaceAll("_per_second", " / s").replaceAll("_", " ");
     const shown = key.endsWith("_bytes") ? size(value) : plain(value, numbers[`${key}_stderr`]);

@@ -1,0 +1,119 @@
+"""The page of runs: a run that is finished beside one that runs, of the real runner with toy stages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kit.toys import CHAIN, Toys
+
+FINISHED, RUNNING = "run1", "run2"
+
+
+@pytest.fixture
+def watched(toys: Toys, served: Path, tmp_path: Path, start: Callable[..., Any]) -> Iterator[Any]:
+    """A server whose outputs folder has a run that ended, and one whose second step runs until `go` is called."""
+    toys.outputs = shutil.copytree(served, tmp_path / "served", symlinks=True)
+    steps = """
+        for iteration in range(1, 21):
+            ctx.log({"iteration": iteration, "loss": 5 / iteration})
+        go = ctx.out.parents[2] / "go"
+        while ctx.config.other.number == 2 and not go.exists():
+            time.sleep(0.02)
+        ctx.log({"iteration": 21, "loss": 0.125})
+        (ctx.out / "result.txt").write_text("done")
+        ctx.metrics["accuracy"] = 0.75
+    """
+    toys.add("copy", steps, inputs={"source": "thing"}, config=("other",), metrics={"accuracy": "higher"})
+
+    def run(number: int) -> None:
+        toys.config.other.number = number
+        plan = toys.plan(CHAIN)
+        folder = toys.outputs / "runs" / f"run{number}"
+        folder.mkdir(parents=True)
+        entries = [{"step": step.name, "stage": step.stage.name, "inputs": step.inputs} for step in plan]
+        record = {"experiment": f"toy{number}", "started": f"2026-01-0{number}T10:00:00+00:00", "steps": entries}
+        (folder / "plan.json").write_text(json.dumps(record))
+        toys.run(plan)
+
+    run(1)
+    running = threading.Thread(target=run, args=(2,))
+    running.start()
+    with start(seconds=0.001, outputs=toys.outputs) as server:
+
+        def go() -> None:
+            (toys.outputs / "go").touch()
+            running.join(30)
+
+        server.go = go
+        try:
+            server.until(lambda: step(server, RUNNING)["state"] == "running", seconds=30)
+            server.until(lambda: bool(step(server, RUNNING)["series"]), seconds=30)
+            yield server
+        finally:
+            go()
+
+
+def step(server: Any, run: str) -> Any:
+    return server.client.get(f"/api/runs/{run}/two").json()
+
+
+def test_runs_are_listed_with_what_they_recorded(watched: Any) -> None:
+    runs = watched.client.get("/api/runs").json()["data"]
+    assert [(run["run"], run["experiment"]) for run in runs] == [(RUNNING, "toy2"), (FINISHED, "toy1")]
+    finished = watched.client.get(f"/api/runs/{FINISHED}").json()
+    assert [(each["step"], each["state"], each["inputs"]) for each in finished["steps"]] == [
+        ("one", "run", {}), ("two", "run", {"source": "one"})
+    ]  # fmt: skip
+    two = step(watched, FINISHED)
+    assert two["metrics"] == {"accuracy": 0.75}
+    assert two["series"]["loss"][0] == list(range(1, 22))
+    assert two["series"]["loss"][1][:2] == [5, 2.5]
+    watched.until(lambda: step(watched, RUNNING)["iteration"] == 20, seconds=30)
+    watched.go()
+    assert (step(watched, RUNNING)["state"], step(watched, RUNNING)["iteration"]) == ("run", None)
+
+
+@pytest.mark.parametrize("name", ["run9", "..%2fstore", "run1%00", "run1/three"])
+def test_names_of_no_run_or_step_are_refused(watched: Any, name: str) -> None:
+    assert watched.client.get(f"/api/runs/{name}").status_code == 404
+
+
+def test_runs_need_the_key_and_their_page_does_not(start: Callable[..., Any]) -> None:
+    with start(seconds=0.001, api_key="secret", loopback_only=False) as server:
+        assert server.client.get("/runs").status_code == 200
+        assert server.client.get("/api/runs").status_code == 401
+        assert server.client.get("/api/runs", headers={"authorization": "Bearer secret"}).status_code == 200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [375, 1280])
+def test_page_draws_what_runs_and_goes_on(watched: Any, browser: Any, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.set_default_timeout(15_000)
+    asked: list[str] = []
+    told: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("console", lambda message: told.append(message.text))
+    page.on("pageerror", lambda error: told.append(str(error)))
+    page.goto(f"{watched.url}/runs")
+    page.get_by_role("button", name="two").click()
+    page.wait_for_selector(".step.running:has-text('iteration 20')")
+    page.wait_for_selector(".curve canvas")
+    watched.go()
+    page.wait_for_selector(".step.run >> text=two")
+    page.wait_for_selector("#facts >> text=0.75")
+    page.select_option("#other", FINISHED)
+    page.wait_for_selector("#step-state:has-text('toy1')")
+    assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+    page.reload()
+    page.wait_for_selector("#step-state:has-text('toy1')")
+    assert told == []
+    assert all(url.startswith(watched.url) for url in asked)
+    page.close()
