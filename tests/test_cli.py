@@ -61,7 +61,11 @@ def test_every_verb_explains_itself(verb: str, say: Any) -> None:
 
 @pytest.mark.parametrize(
     "verb",
-    [verb for verb in VERBS if not verb.startswith(("run", "plan", "explain", "graph", "bench", "completion", "data"))],
+    [
+        verb
+        for verb in VERBS
+        if not verb.startswith(("run", "plan", "explain", "graph", "eval", "bench", "completion", "data"))
+    ],
 )
 def test_a_verb_refuses_what_it_would_not_use(verb: str, say: Any) -> None:
     needed = {

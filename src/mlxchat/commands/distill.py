@@ -89,8 +89,7 @@ def _distill(options: Namespace) -> int:
     if problems:
         raise ConfigError("\n".join(problems))
     assert source is not None
-    questions, about = _questions(source)
-    questions = questions[: options.limit]
+    questions, about = _questions(source, options.limit)
     if options.only_correct and (unknown := [each.name for each in questions if each.judge is None]):
         raise ConfigError(f"--only-correct: {len(unknown)} questions have no answer to compare with ({unknown[0]}, …)")
     base = options.teacher.removesuffix("/").removesuffix("/chat/completions").rstrip("/")
@@ -221,11 +220,11 @@ def _read_source(options: Namespace, problems: list[str]) -> Path | TaskItem | N
     return item
 
 
-def _questions(source: Path | TaskItem) -> tuple[list[Question], dict[str, Any]]:
+def _questions(source: Path | TaskItem, limit: int | None) -> tuple[list[Question], dict[str, Any]]:
     """Return the questions, and where they come from."""
     from mlxchat.distill.questions import questions_of_file, questions_of_task
     from mlxchat.store.fingerprint import hash_file, plain_of
 
     if isinstance(source, Path):
-        return questions_of_file(source), {"file": source.name, "sha256": hash_file(source)}
-    return questions_of_task(source), {"task": plain_of(source)}
+        return questions_of_file(source)[:limit], {"file": source.name, "sha256": hash_file(source)}
+    return questions_of_task(source, limit), {"task": plain_of(source)}

@@ -32,6 +32,10 @@ VERBS = {
     "fuse": ("models:fuse", "put a model's adapters into its weights, which makes it a checkpoint of its own"),
     "chat": ("models:chat", "talk to a model (-p QUESTION for one answer)"),
     "serve": ("models:serve", "serve models over HTTP: OpenAI's interface, nanochat's, and a page to chat in"),
+    "eval": (
+        "evaluate:evaluate",
+        "measure a model on a task or a suite: eval sft --task gsm8k --limit 100 --samples 8",
+    ),
     "distill": ("distill:distill", "have a teacher behind an OpenAI-compatible endpoint answer questions to train on"),
     "data": ("data:data", "fetch, list, remove and show what comes from the Hub: data fetch|ls|rm|show"),
     "data fetch": ("data:fetch", "fetch everything that a run needs, so that it can run without a network"),

@@ -38,15 +38,15 @@ class Question:
         return [{"role": each["role"], "content": clean(answer_text({"messages": [each]}))} for each in self.messages]
 
 
-def questions_of_task(item: TaskItem) -> list[Question]:
-    """Return the questions of a task; its data are downloaded if necessary.
+def questions_of_task(item: TaskItem, limit: int | None = None) -> list[Question]:
+    """Return the first `limit` questions of a task; its data are downloaded if necessary.
 
     Raises:
         ConfigError, DataError, PassingError: as `load_item` and `Task.fetch`.
     """
     task = load_item(item)
     task.fetch()
-    conversations = (task[index] for index in range(len(task)))
+    conversations = (task[index] for index in range(len(task))[:limit])
     return _distinct([
         _question(conversation, f"{item.task} conversation {index}", partial(task.evaluate, conversation))
         for index, conversation in enumerate(conversations)

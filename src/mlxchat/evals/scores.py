@@ -36,6 +36,8 @@ class Score:
     """Questions."""
     per_seed: tuple[float, ...] = ()
     """Accuracy of each sample of all questions, where there are several."""
+    any_right: float | None = None
+    """Share of the questions with a right sample among several: nanochat's pass rate with -n above 1."""
     variance: float | None = None
     """Variance, over the questions, of the share of right samples; None: that of one sample, p (1 − p)."""
     cropped: int = 0
@@ -65,6 +67,7 @@ class Score:
         return cls(
             kind=kind, accuracy=float(table.mean()) if count else 0.0, chance=chance, num_examples=count,
             per_seed=tuple(float(row.mean()) for row in table) if several else (),
+            any_right=float(table.max(0).mean()) if several else None,
             variance=float(table.mean(0).var()) if several else None, cropped=cropped,
         )  # fmt: skip
 
@@ -101,7 +104,10 @@ class Score:
         if self.per_seed:
             numbers |= {
                 "seeds": len(self.per_seed), "per_seed": list(self.per_seed), "seed_stderr": self.seed_stderr,
+                "any_right": self.any_right,
             }  # fmt: skip
+            if self.nanochat is not None:
+                numbers["nanochat_any_right"] = self.nanochat.any_right
         return numbers
 
 

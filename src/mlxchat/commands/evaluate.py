@@ -1,0 +1,186 @@
+"""mlxchat eval: measure any model on a task, a suite, CORE or held-out text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from mlxchat.commands.arguments import Parser, quoted
+from mlxchat.commands.columns import aligned, print_json
+from mlxchat.errors import ConfigError, suggest
+from mlxchat.store.naming import find_model
+from mlxchat.store.store import Store
+from mlxchat.store.verify import check_model
+
+_THIRD_PARTY = "hf:"
+_BASE_TASKS = ("core", "bpb")
+_ABOUT = """MODEL: as ID, or hf:FOLDER, hf:ORGANISATION/NAME (a model that mlx-lm opens); without it, the latest run's
+
+examples
+  mlxchat eval sft --task gsm8k --limit 100 --samples 8     pass rate, any of 8, and both by nanochat's verdict
+  mlxchat eval import:d32 --suite chatcore                  nanochat's ChatCORE
+  mlxchat eval pretrain --task core --task bpb              a base model; settings such as corpus=climbmix follow"""
+
+
+def evaluate(parser: Parser) -> None:
+    """Declare `mlxchat eval`."""
+    parser.take_settings()
+    parser.take_names("[MODEL]", least=0, about=_ABOUT)
+    parser.use("(--task TASK | --suite SUITE) [SETTINGS]")
+    parser.description = "Measure a model. The evaluation is a step like any other: cached, resumed, with a manifest."
+    add = parser.add_argument
+    add("--task", action="append", default=[], help="a task, such as gsm8k; core, bpb for base models; may be repeated")
+    add("--suite", help="the tasks of conf/suite/SUITE.yaml, such as chatcore")
+    add("--limit", type=int, metavar="N", help="only the first N questions of each task")
+    add("--samples", type=int, default=1, metavar="N", help="answers to each question, at temperature 1 (default: 1)")
+    parser.add_json()
+    parser.set_defaults(main=_evaluate)
+
+
+def _evaluate(options: Namespace) -> int:
+    """Run the evaluation unless it is done, and print its scores."""
+    from mlxchat.composition.compose import compose_config, split_options
+    from mlxchat.sweep.job import plan_to_run, run_pipeline
+
+    problems = list(_find_problems(options))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    given = split_options(options.settings)
+    store = Store(Path(compose_config(*given).config.outputs))
+    reference = next(iter(options.names), None)
+    settings = _third_party(options, reference) if reference and reference.startswith(_THIRD_PARTY) else None
+    settings = settings or _ours(options, store, reference)
+    composed = compose_config([*settings, *given[0]], *given[1:])
+    plan = plan_to_run(composed.config, store)
+    # Lines of the run do not belong to the JSON.
+    with redirect_stdout(sys.stderr) if options.json else nullcontext():
+        if not plan[-1].done:
+            run_pipeline(composed, plan, is_verb=True)
+            store.forget()
+    place = store.find(plan[-1].rid)
+    assert place is not None, "a run that ends has made it"
+    scores = json.loads((place / "scores.json").read_text(encoding="utf-8"))
+    if options.json:
+        print_json({"artifact": place.name, **scores})
+        return 0
+    for line in _describe(scores):
+        print(line)
+    print(f"\n{place}" + (": mlxchat show ID --examples wrong shows its answers" if scores["tasks"] else ""))
+    return 0
+
+
+def _find_problems(options: Namespace) -> Iterator[str]:
+    from mlxchat.composition.compose import group_options
+    from mlxchat.tasks import task_class, task_names
+
+    if not options.task and options.suite is None:
+        yield f"expected --task TASK ({', '.join((*_BASE_TASKS, *task_names()))}) or --suite SUITE"
+    for name in options.task:
+        if name not in _BASE_TASKS:
+            try:
+                task_class(name)
+            except ConfigError as error:
+                yield f"--task: {error}"
+    suites = group_options("suite")
+    if options.suite is not None and options.suite not in suites:
+        yield f"--suite is {options.suite}, expected one of {', '.join(suites)}.{suggest(options.suite, suites)}"
+    for name in ("limit", "samples"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            yield f"--{name} is {value}, expected at least 1"
+
+
+def _ours(options: Namespace, store: Store, name: str | None) -> list[str]:
+    """Return the settings of an evaluation of a model of the store.
+
+    Raises:
+        ConfigError: the tasks are of chat models and it is a base model, or the other way round.
+    """
+    found = find_model(store, name)
+    check_model(found.place)
+    chats = json.loads((found.place / "checkpoint.json").read_text(encoding="utf-8"))["format"] == "chat"
+    asked = [task for task in options.task if task not in _BASE_TASKS]
+    if not chats and (asked or options.suite):
+        raise ConfigError(
+            f"{found.place.name} is a base model, which answers no questions: expected --task core or --task bpb"
+        )
+    if chats and "core" in options.task:
+        raise ConfigError(f"{found.place.name} is a chat model; CORE is of base models. For it: --suite chatcore")
+    node = f'stage: eval, checkpoint: "artifact:{found.place.name}"'
+    return [*_pipeline(options, "eval", node), f"eval.seeds={options.samples}", *_suite(options)]
+
+
+def _third_party(options: Namespace, reference: str) -> list[str]:
+    """Return the settings of an evaluation of a third-party model."""
+    from mlxchat.interop.source import outside_folder
+
+    if options.samples > 1:
+        raise ConfigError("--samples requires a model of mlxchat: mlx-lm's answers are greedy here")
+    folder = outside_folder(reference)
+    name = reference.removeprefix(_THIRD_PARTY).rstrip("/").rpartition("/")[2]
+    return [
+        *_pipeline(options, "outside", "stage: outside"), f"outside.path={quoted(str(folder))}",
+        f"outside.name={quoted(name)}", *_suite(options),
+    ]  # fmt: skip
+
+
+def _pipeline(options: Namespace, step: str, node: str) -> list[str]:
+    """Return the settings of a pipeline of one step, with a corpus before it where its text is measured."""
+    corpus = "bpb" in options.task
+    node = f"{{{node}, corpus: corpus}}" if corpus else f"{{{node}}}"
+    first = ["~pipeline.outside"] if corpus else ["~pipeline.corpus", "~pipeline.outside"]
+    return ["name=eval", "pipeline=outside", *first, f"+pipeline.{step}={node}"]
+
+
+def _suite(options: Namespace) -> list[str]:
+    """Return the settings that choose tasks."""
+    from mlxchat.tasks import task_class
+
+    chosen = ["core=nanochat" if "core" in options.task else "core=none", f"suite={options.suite or 'none'}"]
+    if "core" in options.task and options.limit is not None:
+        chosen.append(f"eval.core.max_per_task={options.limit}")
+    for name in options.task:
+        if name in _BASE_TASKS:
+            continue
+        splits = task_class(name).splits
+        split = "test" if "test" in splits else splits[0]
+        chosen.append(f"+suite.{name.replace(':', '_').replace('.', '_')}={{task: {quoted(name)}, split: {split}}}")
+    if options.limit is not None:
+        chosen += [f"++suite.{name}.stop={options.limit}" for name in _names_of(chosen)]
+    return chosen
+
+
+def _names_of(chosen: list[str]) -> list[str]:
+    """Return the names of the tasks that settings choose."""
+    from mlxchat.composition.compose import compose_config
+
+    return list(compose_config(chosen).config.suite)
+
+
+def _describe(scores: dict[str, Any]) -> Iterator[str]:
+    """Yield the lines of a table of scores."""
+    if bpb := scores["bpb"]:
+        yield f"bits per byte   {bpb['val']:.4f} over {bpb['tokens']:,} tokens"
+    if core := scores["core"]:
+        yield f"CORE            {core['core']:.4f}" if core.get("core") is not None else "CORE            of some tasks"
+    tasks = scores["tasks"]
+    if not tasks:
+        return
+    header = ["task", "right", "±", "any", "nanochat", "any", "chance", "questions", "samples"]
+    rows = [header]
+    for name, each in tasks.items():
+        shares = [
+            each["accuracy"], each["stderr"], each.get("any_right"), each.get("nanochat_accuracy"),
+            each.get("nanochat_any_right"), each["chance"],
+        ]  # fmt: skip
+        cells = ["" if share is None else f"{share:.1%}" for share in shares]
+        rows.append([name, *cells, f"{each['num_questions']:,}", str(each.get("seeds", 1))])
+    used = [column for column in range(len(header)) if any(row[column] for row in rows[1:])]
+    yield aligned([[row[column] for column in used] for row in rows], right=range(1, len(used)))
+    if chatcore := scores["chatcore"]:
+        yield f"ChatCORE {chatcore['value']:.4f}, by nanochat's verdicts {chatcore['nanochat_value']:.4f}"

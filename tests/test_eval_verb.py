@@ -1,0 +1,114 @@
+"""mlxchat eval MODEL: one evaluation of any model, cached as a step."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kit.artifacts import make_model, make_tokenizer, publish
+from kit.commands import Say
+from mlxchat.evals.scores import Score
+from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.store.store import Store
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An outputs folder with a chat model and a base model."""
+    outputs = tmp_path_factory.mktemp("eval") / "outputs"
+    for name, form in (("talks", "chat"), ("base", "base")):
+        model, tokenizer = make_model("oct2025"), make_tokenizer()
+        facts = {"stage": "sft", "format": form}
+        publish(outputs, name, lambda out, m=model, t=tokenizer, f=facts: save_checkpoint(out, m, t, f))
+    return outputs
+
+
+def evaluations(outputs: Path) -> list[Path]:
+    return sorted(outputs.glob("store/eval-*"))
+
+
+def test_an_evaluation_is_a_cached_step_that_changes_no_name(made: Path, say: Say) -> None:
+    settings = ["eval.max_new_tokens=4", f"outputs={made}"]
+    latest = sorted((made / "refs" / "latest").iterdir())
+    first = say("eval", "talks", "--task", "arithmetic", "--limit", "3", "--samples", "2", *settings)
+    assert "eval       starts" in first
+    again = say("eval", "talks", "--task", "arithmetic", "--limit", "3", "--samples", "2", *settings)
+    assert again in first
+    header, row = again.splitlines()[:2]
+    assert header.split() == ["task", "right", "±", "any", "chance", "questions", "samples"]
+    assert row.split()[0] == "arithmetic"
+    assert row.split()[-2:] == ["3", "2"]
+    assert len(evaluations(made)) == 1
+    assert sorted((made / "refs" / "latest").iterdir()) == latest
+    say("eval", "talks", "--task", "arithmetic", "--limit", "2", "--samples", "2", *settings)
+    assert len(evaluations(made)) == 2, "another limit is another key"
+
+
+def test_gsm8k_has_nanochats_verdict_and_any_of_n_beside_ours(
+    hub: Any, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxchat.engine.generate import Completion
+
+    outputs = tmp_path / "outputs"
+    model, tokenizer = make_model("oct2025"), make_tokenizer()
+    publish(outputs, "talks", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat"}))
+    rows = [{"question": f"{n}?", "answer": "#### 7"} for n in range(4)]
+    data = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), data)
+    hub.add("openai/gsm8k", {"main/test-00000-of-00001.parquet": data.getvalue()})
+    said = iter(["#### 7", "#### 7.", "no", "#### 8", "#### 7", "no", "#### 7.", "no"])
+    monkeypatch.setattr(Completion, "text", lambda self, tokenizer: next(said))
+    settings = ["eval.max_new_tokens=2", f"outputs={outputs}"]
+    text = say("eval", "talks", "--task", "gsm8k", "--samples", "2", *settings)
+    header, row = [line for line in text.splitlines() if line.startswith(("task ", "gsm8k "))]
+    assert header.split() == ["task", "right", "±", "any", "nanochat", "any", "chance", "questions", "samples"]
+    # Right in ours: 1 1 0 0 and 1 0 1 0. In nanochat's, to whom "7." is no 7: 1 0 0 0 and 1 0 0 0.
+    right, _, any_of_two, theirs, any_of_theirs = row.split()[1:6]
+    assert (right, any_of_two, theirs, any_of_theirs) == ("50.0%", "75.0%", "25.0%", "25.0%")
+
+
+def test_text_is_measured_of_a_base_model_and_json_is_alone_on_stdout(made: Path, mlxchat: Any) -> None:
+    done = mlxchat(
+        "eval", "base", "--task", "bpb", "--json", "corpus=bundled_small", "eval.bpb_tokens=2000", f"outputs={made}"
+    )
+    assert done.returncode == 0, done.stderr
+    scores = json.loads(done.stdout)
+    assert 5 < scores["bpb"]["val"] < 15
+    assert Store(made).find(scores["artifact"].rpartition("-")[2]) is not None
+
+
+def test_a_folder_of_hugging_face_is_measured_as_ours_are(made: Path, tmp_path: Path, say: Say) -> None:
+    say("export", "talks", "--to", "hf", tmp_path / "hf", f"outputs={made}")
+    settings = ["--limit", "4", "eval.max_new_tokens=4", f"outputs={made}", "--task", "facts_mc"]
+    theirs = say("eval", f"hf:{tmp_path / 'hf'}", *settings).splitlines()
+    ours = say("eval", "talks", *settings).splitlines()
+    rows = [next(line for line in text if line.startswith("facts_mc")) for text in (theirs, ours)]
+    assert rows[0] == rows[1]
+
+
+def test_a_model_without_the_needed_format_is_refused(made: Path, say: Say) -> None:
+    place = f"outputs={made}"
+    assert "answers no questions: expected --task core" in say("eval", "base", "--task", "gsm8k", place, code=2)
+    assert "CORE is of base models" in say("eval", "talks", "--task", "core", place, code=2)
+    assert "requires a model of mlxchat" in say(
+        "eval", f"hf:{made}", "--task", "facts", "--samples", "2", place, code=2
+    )
+
+
+def test_all_mistakes_are_named_at_once(made: Path, say: Say) -> None:
+    told = say("eval", "talks", "--task", "gsn8k", "--suite", "chatcor", "--limit", "0", f"outputs={made}", code=2)
+    for part in ('Did you mean "gsm8k"', 'Did you mean "chatcore"', "--limit is 0"):
+        assert part in told
+    assert "expected --task TASK (core, bpb, facts" in say("eval", "talks", f"outputs={made}", code=2)
+
+
+def test_any_right_is_the_share_of_questions_with_a_right_sample() -> None:
+    score = Score.of([[True, False, False], [True, True, False]], kind="generative", chance=0.0)
+    assert (score.accuracy, score.any_right) == (0.5, pytest.approx(2 / 3))
+    assert Score.of([[True, False]], kind="generative", chance=0.0).any_right is None
