@@ -19,7 +19,7 @@ def test_a_sweep_over_sizes_and_budgets_ends_with_its_laws(mlxchat: CommandLine,
     done = mlxchat("-m", *settings, f"outputs={tmp_path / 'outputs'}", timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "outputs" / "multirun").iterdir()
-    rows = list(csv.DictReader((folder / "scaling.csv").open()))
+    rows = list(csv.DictReader((folder / "scaling.csv").read_text().splitlines()))
     assert [int(row["model_dim"]) for row in rows] == [16, 32, 64] * 2
     for row in rows:  # two layers, a vocabulary of 512, tied to nothing
         width = int(row["model_dim"])

@@ -181,10 +181,9 @@ def fit_budget(trainings: Sequence[Training]) -> IsoFlop:
 
 def table_of(trainings: Sequence[Training]) -> list[dict[str, Any]]:
     """Return a row for each training, with the columns of nanochat's scaling_laws.sh; those with no score are empty."""
-    budget = {one.name: group[0].flops for group in group_by_budget(trainings) for one in group}
     return [
         {
-            "flops_budget": f"{budget[one.name]:.4g}",
+            "flops_budget": f"{group[0].flops:.4g}",
             "depth": one.depth,
             "model_dim": one.width,
             **{column: one.parameters[kind] for kind, column in _COLUMNS.items()},
@@ -195,5 +194,6 @@ def table_of(trainings: Sequence[Training]) -> list[dict[str, Any]]:
             "core_score": "" if one.core is None else one.core,
             "train_time_sec": "" if one.seconds is None else round(one.seconds, 1),
         }
-        for one in sorted(trainings, key=lambda one: (one.flops, one.horizon_parameters))
+        for group in group_by_budget(trainings)
+        for one in group
     ]
