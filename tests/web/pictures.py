@@ -69,11 +69,13 @@ def take_page(folder: Path, chromium: str, settings: list[str]) -> None:
                     )
                     page.reload()
                     page.wait_for_selector("#model-name:not(:empty)")
-                    for question in QUESTIONS:
+                    for asked, question in enumerate(QUESTIONS, start=1):
                         page.fill("#input", question)
                         page.press("#input", "Enter")
-                        page.wait_for_selector("#stop:not([hidden])")
-                        page.wait_for_selector("#stop", state="hidden", timeout=120_000)
+                        answered = (
+                            f":nth-match(li.assistant:not(.going) .actions button:has-text('Regenerate'), {asked})"
+                        )
+                        page.wait_for_selector(answered, timeout=120_000)
                     for fold in page.locator(".tool summary").all()[:1]:
                         fold.click()
                     # What differs from one time to the next.
