@@ -31,7 +31,7 @@ from mlxchat.planning.memory import forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.store.files import Records
 
-VERSION = 5
+VERSION = 6
 CONFIG = ["suite", "eval"]
 READS_IF = {
     "suite": "chat",

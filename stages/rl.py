@@ -23,7 +23,7 @@ from mlxchat.runner.context import Context
 from mlxchat.training.finetune import begin_adapters, save_trained
 from mlxchat.training.loop import Hook, fit
 
-VERSION = 5
+VERSION = 6
 CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
