@@ -312,6 +312,18 @@ def test_a_tokenizer_that_cannot_encode_is_refused_in_one_message(folder: Path) 
         ThirdPartyEngine.load(folder)
 
 
+def test_half_a_character_is_read_as_the_sign_of_a_missing_one(engine: ThirdPartyEngine) -> None:
+    assert engine.tokenizer.encode("a\ud800b") == engine.tokenizer.encode("a\ufffdb")
+
+
+def test_a_template_that_writes_nothing_is_refused(folder: Path) -> None:
+    place = folder / "tokenizer_config.json"
+    place.write_text(json.dumps({**json.loads(place.read_text()), "chat_template": "{{ '' }}"}))
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(DataError, match="makes nothing of this conversation"):
+        ThirdPartyEngine.load(folder).render([{"role": "user", "content": "a"}])
+
+
 def test_code_of_the_folder_s_is_not_run(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_file": "model.py"}))

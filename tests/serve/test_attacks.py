@@ -57,6 +57,15 @@ def test_any_whole_number_is_a_seed(server: Any, seed: int) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_character_in_instructions_comes_back_as_it_was_sent(server: Any, stream: bool) -> None:
+    body = json.dumps({"input": "a", "instructions": "\ud800", "max_output_tokens": 2, "stream": stream})
+    response = post(server, body, path="/v1/responses")
+    told = response.text.partition("data: ")[2].partition("\n")[0] if stream else response.text
+    assert response.status_code == 200
+    assert (json.loads(told)["response"] if stream else json.loads(told))["instructions"] == "\ud800"
+
+
 @pytest.mark.parametrize("stop", ["", [], [""], ["", ""], None, "\0", ["\ud800"]], ids=ascii)
 def test_stop_strings_that_stop_nothing_are_fine(server: Any, stop: Any) -> None:
     assert post(server, json.dumps({"messages": MESSAGES, "max_tokens": 2, "stop": stop})).status_code == 200

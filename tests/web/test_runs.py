@@ -85,6 +85,33 @@ def test_names_of_no_run_or_step_are_refused(watched: Any, name: str) -> None:
     assert watched.client.get(f"/api/runs/{name}").status_code == 404
 
 
+PLANS = {
+    "deep": "[" * 50_000,
+    "half": r'{"experiment": "\ud800", "steps": [{"step": "\ud800", "error": "\ud800"}]}',
+    "nul": r'{"experiment": "nul", "steps": [{"step": "one", "key": "a\u0000b"}]}',
+    "elsewhere": '{"experiment": "elsewhere", "steps": [{"step": "one", "key": "../../private"}]}',
+}
+
+
+def test_a_hostile_plan_hides_no_other_run_and_names_no_file_elsewhere(
+    served: Path, start: Callable[..., Any], tmp_path: Path
+) -> None:
+    outputs = shutil.copytree(served, tmp_path / "outputs", symlinks=True)
+    for name, plan in PLANS.items():
+        (outputs / "runs" / name).mkdir(parents=True)
+        (outputs / "runs" / name / "plan.json").write_text(plan)
+    records = tmp_path / "private" / "ckpt" / "records"
+    records.mkdir(parents=True)
+    (records / "samples.jsonl").write_text('{"prompt": "a", "text": "secret"}')
+    (outputs / "work").mkdir(exist_ok=True)
+    with start(seconds=0.001, outputs=outputs) as server:
+        listed = {run["run"]: run["experiment"] for run in server.client.get("/api/runs").json()["data"]}
+        assert listed.items() >= {"nul": "nul", "half": r"\ud800", "elsewhere": "elsewhere", "deep": None}.items()
+        found = {name: server.client.get(f"/api/runs/{name}").status_code for name in PLANS}
+        assert found == {"deep": 404, "half": 200, "nul": 200, "elsewhere": 200}
+        assert server.client.get("/api/runs/elsewhere/one").json()["samples"] == []
+
+
 def test_runs_need_the_key_and_their_page_does_not(start: Callable[..., Any]) -> None:
     with start(seconds=0.001, api_key="secret", loopback_only=False) as server:
         assert server.client.get("/runs").status_code == 200

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -28,6 +29,7 @@ MOST_CONTEXT_TOKENS = 8192
 """Of a third-party model: the memory of a row grows with them."""
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 _MOST_REASON_CHARS = 300
+_HALF = re.compile("[\ud800-\udfff]")
 # Tokens whose logits are held at a time.
 _SCORED_TOKENS = 128
 
@@ -284,6 +286,7 @@ class ThirdPartyTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text, nothing added."""
+        text = _HALF.sub("\ufffd", text)  # half a character has no UTF-8, and the library refuses it
         return list(self._inner.encode(text, add_special_tokens=False))
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
@@ -312,7 +315,9 @@ class ThirdPartyTokenizer:
         except Exception as error:  # a template may raise any error, with any text
             said = f"{type(error).__name__}: {error}"[:500]
             raise DataError(f"the model's chat template does not render this conversation ({said})") from None
-        return self.encode(str(text))
+        if not (ids := self.encode(str(text))):
+            raise DataError("the model's chat template makes nothing of this conversation")
+        return ids
 
     @cached_property
     def special_ids(self) -> dict[str, int]:

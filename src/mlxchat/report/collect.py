@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -231,8 +232,13 @@ def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, An
     return list(entries.values())
 
 
+# It becomes a part of paths.
+_KEY = re.compile(r"[\w-]{1,100}")
+
+
 def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]]) -> StepReport:
     name, artifact, key, rid = (text(entry.get(part)) for part in ("step", "artifact", "key", "rid"))
+    key = key if _KEY.fullmatch(key) else ""
     own = [e for e in events if e.get("step") == name and text(e.get("event")).startswith("step_")]
     named = [text(event.get("artifact")) for event in reversed(own)]
     made = _find_made(outputs, key, rid)
@@ -376,7 +382,8 @@ def text(value: object) -> str:
     """Return a string as it is, None as nothing, and anything else as JSON."""
     if value is None:
         return ""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    found = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return found.encode(errors="backslashreplace").decode()  # half a character has no UTF-8
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -385,7 +392,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return mapping(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as fault:
+    except (OSError, ValueError, RecursionError) as fault:
         log.warning("%s cannot be read and is left out of the report: %s", path, fault)
         return {}
 
@@ -406,7 +413,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if any(rest.strip() for rest in lines[position + 1 :]):
                 log.warning("%s line %d is no JSON and is ignored", path, position + 1)
             continue

@@ -441,7 +441,8 @@ async def _encoded(data: AsyncIterator[Any]) -> AsyncIterator[bytes | dict[str, 
             if isinstance(item, bytes):
                 yield item
             else:
-                yield {"data": item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)}
+                text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
+                yield {"data": text.encode(errors="backslashreplace").decode()}
     except Fault as fault:  # the status has been sent long ago
         yield {"data": json.dumps(fault.body())}
 
@@ -456,7 +457,7 @@ class LargeAnswer(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         """Return the body."""
-        return large_json(content).encode()
+        return large_json(content).encode(errors="backslashreplace")  # JSON's form of half a character
 
 
 def large_json(value: Any) -> str:

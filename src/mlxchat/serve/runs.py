@@ -13,7 +13,7 @@ from fastapi import APIRouter
 
 from mlxchat.errors import StoreError
 from mlxchat.evals.scores import number
-from mlxchat.report.collect import RunReport, StepReport, collect, read_json
+from mlxchat.report.collect import RunReport, StepReport, collect, read_json, text
 from mlxchat.serve.security import Fault
 from mlxchat.store import locks
 from mlxchat.store.store import Store
@@ -42,7 +42,10 @@ def run_routes(store: Store) -> APIRouter:
     @routes.get("")
     def list_runs() -> Json:
         plans = [(folder.name, read_json(folder / "plan.json")) for folder in folders()]
-        data = [{"run": name, **{key: plan.get(key) for key in ("experiment", "started")}} for name, plan in plans]
+        data = [
+            {"run": name, **{key: text(plan.get(key)) or None for key in ("experiment", "started")}}
+            for name, plan in plans
+        ]
         return {"data": data}
 
     @routes.get("/{name}")
