@@ -373,7 +373,7 @@ runtime.set_blas_threads(2)
 model = GPT(GPTSizes(**asked.sizes))
 init_weights(model, 0)
 mx.eval(model.parameters())
-tokenizer = SimpleNamespace(assistant_end=-1, bos=-2, special_ids=dict.fromkeys(SPECIAL_TOKENS, -3))
+tokenizer = SimpleNamespace(assistant_end=-1, bos=-2, ends=(-1, -2), special_ids=dict.fromkeys(SPECIAL_TOKENS, -3))
 engine = Engine(model, tokenizer, trained=True, bits=asked.bits, dtype=getattr(mx, asked.dtype))
 ids = np.random.default_rng(0).integers(0, 2048, asked.prompt).tolist()
 for time in range(2):  # compiled functions and their constants, kept for the process, are made the first time
