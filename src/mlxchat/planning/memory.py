@@ -2,7 +2,7 @@
 
 A training step peaks at one of four moments: when the backward pass begins (activations, logits, gradients of the
 head), when it ends and its gradients are added to earlier ones, when the lanes' gradients are added up, or while the
-optimizer moves the parameters. The factors were fitted to `mx.get_peak_memory()` (DECISIONS.md: the table);
+optimizer moves the parameters. The factors were fitted to `mx.get_peak_memory()` (docs/measurements.md);
 tests/planning/test_memory.py compares predictions with it.
 """
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # Share of the device's memory that may be used. On a CPU the rest is for Python, the system and malloc's reserves; a
 # Mac wires at most three quarters for its GPU; on CUDA the driver and MLX's kernels take some.
 MEMORY_SHARE = {"cpu": 0.8, "metal": 0.7, "cuda": 0.9}
-# Larger micro-batches were no faster per token on a CPU (DECISIONS.md); on GPUs what nanochat and the Mac
+# Larger micro-batches were no faster per token on a CPU (docs/measurements.md); on GPUs what nanochat and the Mac
 # configurations use.
 MOST_TOKENS = {"cpu": 8192, "metal": 32768, "cuda": 65536}
 _DEFAULT = MachineConfig(
