@@ -86,12 +86,21 @@ type: setup ## mypy, strict
 wheel-check: setup ## install the wheel in a fresh environment and run it from another folder
 	$(BIN)/python -m pytest -m slow tests/test_packaging.py
 
-# Versions already locked stay; ARGS=--upgrade takes the newest. A CUDA lock holds what CUDA adds to the first one.
+docs: .venv/docs ## build the site into site/, every link checked, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: .venv/docs ## show the site at http://127.0.0.1:8001 and rebuild it as files change
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8001
+
+# Versions already locked stay; ARGS=--upgrade takes the newest. The other locks hold what is added to the first.
 COMPILE = uv pip compile --quiet --universal --fork-strategy fewest --python-version 3.11 \
 	--generate-hashes --no-emit-index-url --custom-compile-command 'make lock' $(ARGS)
 lock: ## resolve pyproject.toml into the lock files anew (needs uv)
 	$(if $(UV),,$(error `make lock` needs uv; install it with: pip install uv))
 	$(COMPILE) pyproject.toml --extra test -o requirements.lock
+	$(COMPILE) pyproject.toml --extra docs -c requirements.lock -o docs.tmp \
+	  $$(sed -n "/win32/d; s/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p" requirements.lock)
+	sed '/^# The following packages were excluded/,$$d' docs.tmp > requirements-docs.lock && rm docs.tmp
 	for device in cuda12 cuda13; do \
 	  echo "mlx[$$device]" | $(COMPILE) - -c requirements.lock -o requirements-$$device.lock \
 	    $$(sed -n 's/^\([a-z0-9._-]*\)==.*/--no-emit-package \1/p' requirements.lock) && \
@@ -100,7 +109,7 @@ lock: ## resolve pyproject.toml into the lock files anew (needs uv)
 	done
 
 clean: ## remove .venv, caches and build output, never outputs/
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find conf src stages tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,OPTIONS): by uv where it works, else by pip. Building without isolation keeps to the locked setuptools.
@@ -140,8 +149,12 @@ PROBE = import sys, venv$(if $(UV),,, ensurepip); \
 	@$(call install,--no-deps --force-reinstall -e .)
 	@touch $@
 
+.venv/docs: .venv/installed requirements-docs.lock
+	@$(call install,--require-hashes --no-deps -r requirements-docs.lock)
+	@touch $@
+
 ifneq ($(MADE_FOR),$(DEVICE) $(CURDIR))
 .venv/made-for: FORCE
 endif
 
-.PHONY: help setup run chat serve report pictures sweep scaling-laws miniseries rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check lock clean FORCE
+.PHONY: help setup run chat serve report pictures sweep scaling-laws miniseries rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check docs docs-serve lock clean FORCE

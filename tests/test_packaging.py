@@ -108,8 +108,9 @@ def test_every_file_travels_as_code_or_data(package: str) -> None:
     assert left_behind == set()
 
 
-def test_there_is_one_lock_for_every_machine_and_one_more_per_cuda() -> None:
-    assert LOCKS == ["requirements-cuda12.lock", "requirements-cuda13.lock", "requirements.lock"]
+def test_there_is_one_lock_and_one_more_per_cuda_and_for_the_site() -> None:
+    names = ["requirements-cuda12.lock", "requirements-cuda13.lock", "requirements-docs.lock", "requirements.lock"]
+    assert names == LOCKS
 
 
 @pytest.mark.parametrize("name", LOCKS)
@@ -126,9 +127,9 @@ def test_every_lock_entry_has_a_hash(name: str) -> None:
     assert [package for package, (_, hashes) in entries.items() if not hashes] == []
 
 
-@pytest.mark.parametrize("extra", ["test"])
+@pytest.mark.parametrize("extra", ["test", "docs"])
 def test_lock_satisfies_every_requirement(extra: str) -> None:
-    locked = lock_entries("requirements.lock")
+    locked = lock_entries("requirements.lock") | (lock_entries("requirements-docs.lock") if extra == "docs" else {})
     unmet = [
         str(requirement)
         for requirement in requirements(extra)

@@ -1,0 +1,76 @@
+"""The reference: pages generated from the code, and pages written by hand that must name every metric and file."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mlxchat.composition.compose import compose_config, conf_folder
+from mlxchat.config.verbs import VERBS
+from mlxchat.runner.stage import Stages
+from mlxchat.store.fingerprint import flatten, plain_of
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+@pytest.fixture(scope="module")
+def reference() -> Iterator[ModuleType]:
+    """Load docs/reference.py, which is in no package."""
+    spec = importlib.util.spec_from_file_location("reference", DOCS / "reference.py")
+    assert spec
+    assert spec.loader
+    module = sys.modules["reference"] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["reference"]
+
+
+@pytest.fixture(scope="module")
+def pages(reference: ModuleType) -> dict[str, str]:
+    return {Path(path).stem: text for path, text in reference.pages().items()}
+
+
+def test_every_composed_key_has_a_row(pages: dict[str, str]) -> None:
+    anchors = re.findall(r'<code id="([^"]+)"', pages["config"])
+    parents = {anchor.partition(".*.")[0] for anchor in anchors if ".*." in anchor}
+    # Any word may follow a mapping whose entries have no rows of their own.
+    ends = ["" if anchor in parents else r"(\..+)?" for anchor in anchors]
+    forms = [re.escape(anchor).replace(r"\*", "[^.]+") + end for anchor, end in zip(anchors, ends, strict=True)]
+    known = re.compile("|".join(forms))
+    keys = flatten(plain_of(compose_config(["model=d20", "rl=dapo", "core=nanochat", "corpus=climbmix"]).config))
+    assert len(keys) > 300
+    assert [key for key in keys if not known.fullmatch(key)] == []
+
+
+def test_rows_show_default_bounds_and_identity(pages: dict[str, str]) -> None:
+    rows = {
+        match[1]: line for line in pages["config"].splitlines() if (match := re.search(r'<code id="([^"]+)"', line))
+    }
+    assert "| `48`<br>d20: `64` | yes |" in rows["model.aspect_ratio"]
+    assert "Accepted: last or best" in rows["pretrain.keep"]
+    assert "| no |" in rows["pretrain.eval_every"]
+    assert "| no |" in rows["machine.device"]
+    assert "| contents |" in rows["corpus.hub.revision"]
+
+
+def test_every_verb_has_its_help(pages: dict[str, str]) -> None:
+    assert [verb for verb in VERBS if f"\n## {verb}\n" not in pages["commands"]] == []
+    assert "--max-cost C" in pages["commands"]
+
+
+def test_every_group_option_is_listed(pages: dict[str, str]) -> None:
+    options = [path for path in conf_folder().glob("*/*.yaml") if path.stem != "_depth"]
+    assert [path for path in options if f"/conf/{path.parent.name}/{path.name})" not in pages["groups"]] == []
+
+
+def test_every_stage_lists_its_metrics_and_files(pages: dict[str, str]) -> None:
+    for name, stage in Stages().items():
+        section = pages["stages"].partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+        for word in [*stage.metrics, *(file for names in stage.outputs for file in names.split("|"))]:
+            assert f"`{word}`" in section, f"{name}: {word}"
