@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kit.commands import Command
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import ConfigError
@@ -73,6 +74,8 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(folder: Path, monkeypa
         Chat.load(folder, **SETTINGS)
 
 
-def test_impossible_settings_are_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="--temperature must be at least 0"):
-        Chat.load(folder, **SETTINGS | {"temperature": -1.0})
+@pytest.mark.parametrize("settings", [("--temperature", "-1"), ("--max-tokens", "0"), ("--top-k", "-1")])
+def test_impossible_settings_are_refused(command: Command, tmp_path: Path, settings: tuple[str, str]) -> None:
+    code, said = command("chat", "-p", "Hi", *settings, f"outputs={tmp_path / 'outputs'}")
+    assert code == 2
+    assert "--temperature and --top-k must be at least 0, --max-tokens at least 1" in said
