@@ -45,9 +45,9 @@ CHROMIUM ?= chromium
 pictures: setup ## the README's pictures: report of the latest run, chat page, terminal (needs Chromium)
 	$(BIN)/mlxchat report --out .venv/report $(ARGS)
 	$(CHROMIUM) --headless=new --no-sandbox --hide-scrollbars --window-size=1100,960 \
-	  --screenshot=.github/report.png file://$(CURDIR)/.venv/report/report.html
-	cp $(addprefix .venv/report/report/,pretrain-loss.svg pretrain-val_bpb.svg rl-pass.svg) .github/
-	$(BIN)/python tests/web/pictures.py .github --chromium $(CHROMIUM) $(ARGS)
+	  --screenshot=docs/pictures/report.png file://$(CURDIR)/.venv/report/report.html
+	cp $(addprefix .venv/report/report/,pretrain-loss.svg pretrain-val_bpb.svg rl-pass.svg) docs/pictures/
+	$(BIN)/python tests/web/pictures.py docs/pictures --chromium $(CHROMIUM) $(ARGS)
 
 sweep: setup ## run every combination of SWEEP="experiment=quickstart model=d2,d4 ..."
 	$(BIN)/mlxchat -m $(SWEEP) $(ARGS)

@@ -258,7 +258,7 @@ def test_an_impossible_value_is_refused_with_what_was_expected(
     ],
 )
 def test_an_override_that_leaves_out_brackets_or_a_plus_is_understood(typed: str, meant: str) -> None:
-    """README's timeout.pretrain=3600 was refused without a plus, +experiment=smoke and force=sft by Hydra."""
+    """`timeout.pretrain=3600` was refused without a plus, +experiment=smoke and force=sft by Hydra."""
     assert compose.compose_config([typed]).config == compose.compose_config([meant]).config
 
 

@@ -1,4 +1,4 @@
-"""Stages, tasks, evaluations, trackers and groups of a user's own: docs/own_parts.md, through the checkout."""
+"""Stages, tasks, evaluations, trackers and groups of a user's own: docs/guides/own_parts.md, through the checkout."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config
 from mlxchat.planning.memory import Device, Training
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "internals"
 D32 = ["experiment=speedrun_d20", "model=d32"]
 
 
@@ -114,4 +114,4 @@ def test_the_rows_at_a_time_are_the_most_that_fit(config: Config) -> None:
 
 def test_the_page_has_the_tables_that_the_script_prints(config: Config) -> None:
     text, printed = (DOCS / "several_machines.md").read_text(encoding="utf-8"), "\n".join(plan.tables(config))
-    assert all(table in text for table in printed.split("\n\n")), "paste what `python docs/several_machines.py` prints"
+    assert all(table in text for table in printed.split("\n\n")), "paste what `python several_machines.py` prints"

@@ -1,4 +1,4 @@
-"""The bytes that docs/several_machines.md reckons with are those that ranks really send in a step."""
+"""The bytes that docs/internals/several_machines.md reckons with are those that ranks really send in a step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def count_bytes(team: Team) -> float:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_step_sends_the_predicted_bytes(size: int) -> None:
-    """The formula of docs/several_machines.md, to 6 %: matrices are not cut, so some ranks gather more than an n-th."""
+    """To 6 %: matrices are not cut, so some ranks gather more than an n-th of the weights."""
     found = ranks.lead_ranks(count_bytes, size)
     batch, parameters = 12 * ROWS * TOKENS, 4 * count_parameters(SIZES)["total"]
     expected = (size - 1) / size * (2 * batch + 2 * parameters + parameters)

@@ -1,4 +1,4 @@
-"""The files and commands of docs/own_parts.md."""
+"""The files and commands of docs/guides/own_parts.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
-PAGE = (Path(__file__).parents[2] / "docs" / "own_parts.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "own_parts.md").read_text(encoding="utf-8")
 COMMANDS = [shlex.split(line)[1:] for line in re.findall(r"^\$ (mlxchat .*)$", PAGE, re.M)]
 
 

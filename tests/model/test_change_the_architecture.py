@@ -1,4 +1,4 @@
-"""docs/change_the_architecture.md: its diff is applied to a copy of the package, which then trains."""
+"""docs/internals/change_the_architecture.md: its diff is applied to a copy of the package, which then trains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "change_the_architecture.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "internals" / "change_the_architecture.md").read_text(encoding="utf-8")
 
 TRAIN = """
 import json, sys

@@ -301,7 +301,7 @@ POSSIBLE = {
 def test_what_each_protection_leaves_possible(
     protections: tuple[str, ...], victim: subprocess.Popen[bytes], tmp_path: Path
 ) -> None:
-    """These are the rows of the table in docs/security.md."""
+    """These are the rows of the table in docs/internals/security.md."""
     if not set(protections) <= set(protections_here()) or ("landlock" in protections and landlock_version() < 6):
         pytest.skip("this system does not offer it")
     file = tmp_path / "file"

@@ -212,10 +212,10 @@ def test_an_interruption_by_the_queue_leaves_no_row_and_does_not_stop_the_sweep(
 
 
 @pytest.mark.slow
-def test_the_readmes_array_of_plain_commands_is_queued_again_and_ends(
+def test_array_of_plain_commands_in_the_guide_requeues_and_ends(
     stub: Path, outputs: Path, tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
-    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "guides" / "sweeps.md").read_text(encoding="utf-8")
     recipe = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH --array.*?)```", text, re.DOTALL)
     assert len(recipe) == 1
     settings = " ".join([*tiny, "stage=pretrain", "pretrain.num_iterations=120", "machine.checkpoint_seconds=0"])

@@ -1,6 +1,6 @@
 """Runs programs that a model wrote, confined by the operating system. Counterpart of nanochat/execution.py.
 
-docs/security.md has the threat model: what is trusted, what is confined, by which feature of which kernel.
+docs/internals/security.md has the threat model: what is trusted, what is confined, by which feature of which kernel.
 
 Each program runs in a fresh interpreter (`child.py`) with an empty environment, in a session and a folder of its own,
 under limits, and is killed with everything that it started. The rest is used where the system has it, and is named in

@@ -135,7 +135,7 @@ class GSM8K(HubTask):
 class HumanEval(HubTask):
     """164 functions to write from their docstrings; right where the response's program passes the function's tests.
 
-    The sandbox runs programs and decides what counts as passing; docs/security.md says what it confines.
+    The sandbox runs programs and decides what counts as passing; docs/internals/security.md says what it confines.
     """
 
     name = "humaneval"

@@ -1,6 +1,6 @@
 """Print the tables of several_machines.md: what a recipe would take on other machines, on paper. Nothing is measured.
 
-    python docs/several_machines.py [experiment=… model=…]
+    python docs/internals/several_machines.py [experiment=… model=…]
 
 A step on n ranks with P parameters of float32: rank 0 sends the batch to all, each rank computes its n-th of the rows,
 gradients are summed around a ring, each rank moves an n-th of the parameters, and new weights are gathered. Nothing of
