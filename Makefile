@@ -87,7 +87,7 @@ wheel-check: setup ## install the wheel in a fresh environment and run it from a
 	$(BIN)/python -m pytest -m slow tests/test_packaging.py
 
 docs: .venv/docs ## build the site into site/, every link checked, without a network
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 docs-serve: .venv/docs ## show the site at http://127.0.0.1:8001 and rebuild it as files change
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve --dev-addr 127.0.0.1:8001

@@ -74,3 +74,24 @@ def test_every_stage_lists_its_metrics_and_files(pages: dict[str, str]) -> None:
         section = pages["stages"].partition(f"\n## {name}\n")[2].partition("\n## ")[0]
         for word in [*stage.metrics, *(file for names in stage.outputs for file in names.split("|"))]:
             assert f"`{word}`" in section, f"{name}: {word}"
+
+
+def test_metrics_page_explains_every_metric() -> None:
+    text = (DOCS / "reference" / "metrics.md").read_text(encoding="utf-8")
+    metrics = {metric for stage in Stages().values() for metric in stage.metrics}
+    assert sorted(metric for metric in metrics if f"`{metric}`" not in text) == []
+
+
+def test_artifacts_page_explains_every_file() -> None:
+    text = (DOCS / "reference" / "artifacts.md").read_text(encoding="utf-8")
+    files = {file for stage in Stages().values() for names in stage.outputs for file in names.split("|")}
+    assert sorted(file for file in files if f"`{file}`" not in text) == []
+
+
+def test_nanochat_page_names_keys_that_exist(reference: ModuleType) -> None:
+    text = (DOCS / "reference" / "nanochat.md").read_text(encoding="utf-8").partition("\n## Files")[0]
+    forms = [re.escape(each.key).replace(r"\*", r"\w+") for each in reference.settings()]
+    sections = "|".join({form.partition(r"\.")[0] for form in forms if r"\." in form})
+    keys = re.findall(rf"`((?:{sections})\.[\w.]+)[=`]", text.replace("{stage}", "sft"))
+    assert len(keys) > 50
+    assert [key for key in keys if not re.fullmatch("|".join(forms), key)] == []
