@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from mlxchat.engine.scheduler import Request
 from mlxchat.serve.api import Service
 from mlxchat.serve.models import Models, load_scheduler
 from mlxchat.serve.requests import Defaults
-from mlxchat.serve.security import Limits
+from mlxchat.serve.security import Fault, Limits
 from mlxchat.serve.worker import Worker
 from mlxchat.store.store import Store
 
@@ -243,3 +244,18 @@ def test_the_verb_serves_folders_and_says_what_it_refuses(
     (tmp_path / "empty").mkdir()
     code, said = command("serve", f"hf:{tmp_path}/empty", f"outputs={tmp_path}/none")
     assert (code, "Traceback" in said) == (2, False)
+
+
+@pytest.mark.parametrize("said", [{"max_position_embeddings": -5}, {"num_hidden_layers": "two", "eos_token_id": {}}])
+def test_a_folder_that_cannot_be_opened_is_told_without_its_place(
+    tmp_path: Path, folder: Path, served: Path, said: dict[str, Any]
+) -> None:
+    """A context of -5 tokens was taken, and every request refused; errors named the folder of this machine."""
+    bad = tmp_path / "bad"
+    shutil.copytree(folder, bad)
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps(config | said))
+    models = Models(Store(served), folder, third_party={"bad": bad})
+    with pytest.raises(Fault, match=r"^bad: mlx-lm cannot open it") as told:
+        models.find("bad")
+    assert str(tmp_path) not in str(told.value)

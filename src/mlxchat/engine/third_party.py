@@ -138,10 +138,18 @@ def _load_tokenizer(loading: Any, folder: Path, config: dict[str, Any]) -> Third
 
 
 def _context_of(config: dict[str, Any]) -> int:
-    """Return a model's longest input as its config.json says, at most 8192 tokens."""
+    """Return a model's longest input as its config.json says, at most 8192 tokens.
+
+    Raises:
+        ValueError: it says less than one token.
+    """
     sources = (config, config.get("text_config", {}))
-    said = [int(source[key]) for source in sources for key in _CONTEXT_KEYS if source.get(key)]
-    return min([MOST_CONTEXT_TOKENS, *said[:1]])
+    said = [(key, int(source[key])) for source in sources for key in _CONTEXT_KEYS if source.get(key)]
+    for key, tokens in said[:1]:
+        if tokens < 1:
+            raise ValueError(f"{key} is {tokens}, expected at least 1")
+        return min(MOST_CONTEXT_TOKENS, tokens)
+    return MOST_CONTEXT_TOKENS
 
 
 def _nanochat_options(config: dict[str, Any]) -> dict[str, Any]:

@@ -116,7 +116,8 @@ class Models:
         except StoreError as error:
             raise self._damaged(error) from None
         except DataError as error:
-            raise Fault(str(error), status=500) from None
+            # Where it lies is nobody's business who asks over the network.
+            raise Fault(str(error).replace(f"{place.parent}/", ""), status=500) from None
 
     def entries(self) -> list[dict[str, Any]]:
         """Return OpenAI's entry of every model, the default one first, with an own field `mlxchat` of provenance."""
