@@ -33,7 +33,9 @@ def on_files(files: Files, config: Any) -> Files:
             if source and files.get_file_from_path(f"source/{source}.md") is None:
                 content, hidden = _source_page(source), InclusionLevel.NOT_IN_NAV
                 files.append(File.generated(config, f"source/{source}.md", content=content, inclusion=hidden))
-    config.nav = _navigation([file.src_uri for file in files.documentation_pages() if file.inclusion.is_in_nav()])
+    paths = [file.src_uri for file in files.documentation_pages() if file.inclusion.is_in_nav()]
+    front = files.get_file_from_path("index.md")
+    config.nav = _navigation(paths, re.findall(r"\]\(([^)#]+\.md)", front.content_string if front else ""))
     return files
 
 
@@ -71,11 +73,12 @@ def _source_page(path: str) -> str:
     return f'---\nsearch: {{exclude: true}}\n---\n# {path}\n\n`````{language} linenums="1"\n{text}\n`````\n'
 
 
-def _navigation(paths: list[str]) -> list[Any]:
-    """Return mkdocs's `nav`: the first page, then a section for each folder; other pages are guides."""
+def _navigation(paths: list[str], linked: list[str]) -> list[Any]:
+    """Return mkdocs's `nav`: the first page, then a section per folder, in the order of the first page's links."""
+    order = {path: place for place, path in reversed(list(enumerate(linked)))}
     found: dict[str, list[str]] = {section: [] for section in SECTIONS}
-    for path in sorted(paths, key=lambda path: (posixpath.basename(path) != "index.md", path)):
+    for path in sorted(paths, key=lambda path: (not path.endswith("index.md"), order.get(path, len(linked)), path)):
         if path != "index.md":
-            found.setdefault(path.partition("/")[0] if "/" in path else "guides", []).append(path)
+            found.setdefault(path.partition("/")[0] if "/" in path else "internals", []).append(path)
     sections = [{section.capitalize(): entries} for section, entries in found.items() if entries]
-    return [*(path for path in paths if path == "index.md"), *sections]
+    return ["index.md", *sections]

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
+from unittest.mock import patch
 
 from mlxchat.commands.arguments import parser_of
 from mlxchat.composition.compose import compose_config, conf_folder, group_names
@@ -25,7 +26,6 @@ from mlxchat.config.verbs import VERBS
 from mlxchat.errors import MlxchatError
 from mlxchat.runner.stage import Stage, Stages
 
-_WIDTH = "100"  # columns of the help texts
 _PROBES: dict[type, tuple[Any, ...]] = {int: (-1, 0), float: (-1.0, 0.0), str: ("?",)}
 """Impossible values. The message that refuses one says what is accepted."""
 
@@ -141,9 +141,9 @@ def settings_page() -> str:
     quickstart, nanochat = compose_config([]).config, compose_config(["model=d20"]).config
     accepted, readers = accepted_values(quickstart), _readers()
     out = [_SETTINGS_INTRO]
-    section = None
+    section, sections = None, {setting.key.partition(".")[0] for setting in settings() if "." in setting.key}
     for setting in settings():
-        name = setting.key.partition(".")[0] if "." in setting.key else ""
+        name = top if (top := setting.key.partition(".")[0]) in sections else ""
         if name != section:
             section = name
             out += ["", f"## {section or 'The run'}", "", _about_section(section, readers.get(section, [])), ""]
@@ -151,14 +151,10 @@ def settings_page() -> str:
         default, other = value_of(quickstart, setting.key), value_of(nanochat, setting.key)
         shown = _shown(default) + (f"<br>d20: {_shown(other)}" if default != other and other is not _ABSENT else "")
         bounds = f" *Accepted: {accepted[setting.key]}.*" if setting.key in accepted else ""
-        identity = setting.identity
-        if section and section not in readers:
-            identity = "no"
-        elif not section:
-            identity = "yes" if "seed" in setting.key else "no"
+        identity = setting.identity if section in readers or "seed" in setting.key else "no"
         label = setting.key.replace("*", "&#42;").replace(".", ".<wbr>")
         cells = [f'<code id="{setting.key}">{label}</code>', setting.type, shown, identity]
-        out.append(f"| {' | '.join(_cell(cell) for cell in [*cells, setting.meaning + bounds])} |")
+        out.append(f"| {' | '.join([*cells, _cell(setting.meaning + bounds)])} |")
     return "\n".join(out) + "\n"
 
 
@@ -195,7 +191,7 @@ Every key of the configuration. Set one with `mlxchat key=value`; a list is `'ke
   artifact. *no*: the value changes speed, reporting or places, never results. *contents*: what the value refers to (a
   file, a folder, a commit, another artifact) is part of the key instead of its name.
 - `*` stands for a name of your choice: `sft.mixture.*.task` is `sft.mixture.jokes.task` for an entry `jokes`.
-- A setting is read only by the stages named at its section; [READS_IF](stages.md) narrows this further."""
+- Some [stages](stages.md) read a setting only under a condition."""
 
 
 # Groups
@@ -220,11 +216,8 @@ def groups_page() -> str:
 def first_comment(path: Path) -> str:
     """Return the first sentence of the comment at the head of a YAML file; else what it is based on."""
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package")]
-    head = []
-    for line in lines:
-        if not line.startswith("# "):
-            break
-        head.append(line[2:].strip().removesuffix("\\"))
+    comment = itertools.takewhile(lambda line: line.startswith("# "), lines)
+    head = [line[2:].strip().removesuffix("\\") for line in comment]
     sentence = re.split(r"(?<=[^A-Z]\.) (?=[A-Z])", " ".join(head))[0]
     based_on = re.search(r"^defaults: \[(\w+)\]|^defaults:\n  - (\w+)", "\n".join(lines), re.M)
     return sentence or (f"Based on `{based_on[1] or based_on[2]}`." if based_on else "")
@@ -241,14 +234,9 @@ def commands_page() -> str:
     ]
     out += ["in the command or the configuration, 128 + n after signal n.\n", "| verb | what it does |", "|---|---|"]
     out += [f"| [`{verb}`](#{verb.replace(' ', '-')}) | {_cell(about)} |" for verb, (_, about) in VERBS.items()]
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = _WIDTH  # argparse wraps to the terminal's width
-    try:
+    with patch.dict(os.environ, COLUMNS="100"):  # argparse wraps to the terminal's width
         for verb in VERBS:
             out += [f"\n## {verb}\n", "```text", parser_of(verb).format_help().rstrip(), "```"]
-    finally:
-        os.environ.pop("COLUMNS")
-        os.environ |= {} if before is None else {"COLUMNS": before}
     return "\n".join(out) + "\n"
 
 
@@ -279,4 +267,4 @@ def _about_stage(stage: Stage) -> Iterator[str]:
     for metric, declared in stage.metrics.items():
         better, _, rest = declared.partition(" ")
         better = {"minimize": "lower", "maximize": "higher", "neither": "—"}[better]
-        yield f"| `{metric}` | {better} | {_cell(rest) or 'at the end'} |"
+        yield f"| `{metric}` | {better} | {rest or 'at the end'} |"

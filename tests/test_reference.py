@@ -59,6 +59,13 @@ def test_rows_show_default_bounds_and_identity(pages: dict[str, str]) -> None:
     assert "| contents |" in rows["corpus.hub.revision"]
 
 
+def test_rows_of_a_table_have_equally_many_cells(pages: dict[str, str]) -> None:
+    for name, text in pages.items():
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+            counts = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
+            assert len(counts) == 1, f"{name}: {table[:200]}"
+
+
 def test_every_verb_has_its_help(pages: dict[str, str]) -> None:
     assert [verb for verb in VERBS if f"\n## {verb}\n" not in pages["commands"]] == []
     assert "--max-cost C" in pages["commands"]
