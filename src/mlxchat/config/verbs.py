@@ -27,7 +27,7 @@ VERBS = {
         "copy artifacts or a run, with what they were made from, to a folder, tar file or URL",
     ),
     "pull": ("artifacts:pull", "take in artifacts that were pushed, from a folder, tar file or URL"),
-    "export": ("models:export", "write a model for another tool: export ID --to hf|nanochat|mlx|mlx-adapter PATH"),
+    "export": ("models:export", "write a model for another tool: export ID --to hf|nanochat|mlx|mlx-adapter|peft PATH"),
     "import": ("models:import_model", "take in a model or adapters of another tool: import nanochat|hf|adapter WHAT"),
     "fuse": ("models:fuse", "put a model's adapters into its weights, which makes it a checkpoint of its own"),
     "chat": ("models:chat", "talk to a model (-p QUESTION for one answer)"),
