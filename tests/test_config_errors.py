@@ -335,3 +335,18 @@ def test_a_mistake_beside_hydras_own_options_is_the_only_one_named(refuse: Refus
     lines = refuse("--cfg", "job", "-p", "sft", "sft.num_epoch=2", verb="run").splitlines()
     assert len(lines) == 1
     assert "sft.num_epoch" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.context_tokens=-1", "model.context_tokens is -1, expected at least 1"),
+        ("model.depth=99999999999", "num_layers is 99999999999"),
+        ("tokenizer.vocab_size=99999999999", "vocab_size is 99999999999"),
+    ],
+)
+def test_sizes_of_no_model_are_told_with_all_other_problems(refuse: Refuse, override: str, expected: str) -> None:
+    """They ended the search for problems, so that the others were told one run later."""
+    said = refuse("experiment=smoke", override, "sft.num_epochs=0")
+    assert expected in said
+    assert "sft.num_epochs is 0, expected at least 1" in said

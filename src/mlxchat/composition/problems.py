@@ -25,7 +25,7 @@ from mlxchat.config.schema import (
     TeacherConfig,
 )
 from mlxchat.data.vocabulary import problems_of_vocabulary
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.model.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
 from mlxchat.model.sizes import count_heads, sizes_of
 from mlxchat.runner.plan import Pipeline, roles_of
@@ -145,6 +145,8 @@ def _model(config: Config) -> Iterator[str]:
     if min(model.depth, model.aspect_ratio, model.head_width) < 1:
         yield "model.depth, model.aspect_ratio and model.head_width must be at least 1"
         return
+    if model.context_tokens < 1:
+        yield f"model.context_tokens is {model.context_tokens}, expected at least 1"
     architecture = config.architecture
     width = model.depth * model.aspect_ratio
     if architecture.whole_heads:
@@ -167,6 +169,11 @@ def _model(config: Config) -> Iterator[str]:
         )
     elif model.num_kv_heads is not None and (model.num_kv_heads < 1 or heads % model.num_kv_heads):
         yield f"model.num_kv_heads={model.num_kv_heads} must divide the {heads} heads"
+    elif model.context_tokens >= 1 and architecture.window_pattern and not set(architecture.window_pattern) - set("SL"):
+        try:
+            sizes_of(model, architecture, max(1, config.tokenizer.vocab_size))
+        except DataError as error:
+            yield f"model: {error}"
 
 
 def _choices(config: Config) -> Iterator[str]:
@@ -443,7 +450,6 @@ def find_unbounded(config: Config, told: Sequence[str]) -> Iterator[str]:
 def find_zeros(config: Config) -> Iterator[str]:
     """Yield a line for each count that would silently do nothing at zero."""
     for key in (
-        "model.context_tokens",
         "corpus.validation_documents",
         "corpus.shard_documents",
         "corpus.row_group_documents",
