@@ -1,4 +1,4 @@
-"""One run of `mlxchat distill`, from questions to a file: what is asked, what is kept, what is written."""
+"""One run of `mlxchat distill`: choose the questions, keep the usable answers, write the file."""
 
 from __future__ import annotations
 

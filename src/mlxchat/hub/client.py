@@ -222,7 +222,7 @@ class Fetching:
                 _fetch_file(file, self._on_bytes, self._look, self._on_wait)
             except _Ended:
                 return
-            except Exception as fault:  # raised by `finish`
+            except Exception as fault:  # of whatever kind: `finish` raises it in the caller's thread
                 self._faults.append(fault)
                 self._wanted.discard(file)
 

@@ -527,7 +527,7 @@ def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[
     thread.start()
     try:
         yield
-    except Exception:
+    except Exception:  # an aborted session ends in whatever error the client makes of it
         if late:
             raise TimeoutError(
                 f"Xet storage did not take {format_bytes(num_bytes)} within {format_seconds(limit)} "

@@ -98,7 +98,7 @@ class StepReport:
                     xs, ys = found.setdefault(name, ([], []))
                     xs.append(iteration)
                     ys.append(known)
-        return found
+        return {text(name): points for name, points in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +234,7 @@ def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, An
 
 # It becomes a part of paths.
 _KEY = re.compile(r"[\w-]{1,100}")
+_MOST_NAME_BYTES = 255  # of a folder, on every common file system
 
 
 def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]]) -> StepReport:
@@ -264,7 +265,7 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
         artifact=artifact,
         key=key,
         rid=text(manifest.get("rid")) or rid,
-        inputs={role: text(step) for role, step in mapping(entry.get("inputs")).items()},
+        inputs={text(role): text(step) for role, step in mapping(entry.get("inputs")).items()},
         outcome=outcome,
         reason=text(entry.get("reason")),
         error=error,
@@ -291,7 +292,8 @@ def _find_artifact(store: Path, rid: str, names: Iterable[str]) -> Path | None:
     short = rid[:RID_LETTERS]
     # A run that found the artifact of another one keeps that one's name, which may have another label.
     same = sorted(store.glob(f"*-{short}")) if short.isalnum() else []
-    folders = [*(store / name for name in names if name and Path(name).name == name), *same]
+    fitting = (name for name in names if Path(name).name == name and len(name.encode()) <= _MOST_NAME_BYTES)
+    folders = [*(store / name for name in fitting if name), *same]
     return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
 
 

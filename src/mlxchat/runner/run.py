@@ -254,7 +254,7 @@ class _Making:
                 place, made = self._publish(*self._run_stage())
             except Interrupted:
                 raise
-            except Exception as error:  # of any kind: hooks are told, and it goes on
+            except Exception as error:  # any error: the failure hook runs, then the error goes on
                 run.hooks.tell("on_failure", error=str(error), **facts)
                 raise
             shutil.rmtree(self.work, ignore_errors=True)

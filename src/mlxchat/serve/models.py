@@ -116,7 +116,7 @@ class Models:
         except StoreError as error:
             raise self._damaged(error) from None
         except DataError as error:
-            # Where it lies is nobody's business who asks over the network.
+            # Clients must not learn this machine's paths.
             raise Fault(str(error).replace(f"{place.parent}/", ""), status=500) from None
 
     def entries(self) -> list[dict[str, Any]]:
@@ -175,7 +175,7 @@ class Models:
         )  # fmt: skip
 
     def _damaged(self, error: StoreError) -> Fault:
-        # Where things lie on this machine is nobody's business who asks over the network.
+        # Clients must not learn this machine's paths.
         message = str(error).replace(str(self.store.outputs), "the outputs folder")
         return Fault(message, status=404, param="model", code="model_not_found")
 

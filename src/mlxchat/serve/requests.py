@@ -25,7 +25,7 @@ _HARMLESS = {
     "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "service_tier", "store", "user",
 }  # fmt: skip
-# Fields of OpenAI's that would change an answer, and the values that ask for nothing.
+# Fields of OpenAI's API that this server lacks, with the values that change no answer; other values are refused.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
     "suffix": ("",), "modalities": (["text"],), "include": ([],),
