@@ -15,6 +15,7 @@ from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import trained_parameters
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import Optimizer
+from mlxchat.planning.horizon import count_later_iterations
 from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.rl.forecast import describe, longest_answer
 from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pass_at_k, updates_per_rollout
@@ -62,8 +63,7 @@ def run(ctx: Context) -> None:
         ctx.metrics["rollout_loss_change"] = check_quantised(model, config.rollout_bits, rows)
     rule = begin_adapters(ctx, config.adapter, model, dtype)
     optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac, adapter=rule)
-    questions = config.num_epochs * len(practice)
-    num_iterations = config.num_iterations or max(1, questions // config.questions_per_iteration)
+    num_iterations = count_later_iterations(config, len(practice), config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question
     updates = updates_per_rollout(config)
     # A copy of the trained weights. Of adapters it is small: adapters that are not trained yet leave the base as it is.
@@ -108,6 +108,8 @@ def run(ctx: Context) -> None:
         schedule=config.schedule,
         hooks=[Hook(run=evaluate, every=config.eval_every and config.eval_every * updates, at_start=True)],
         micro_tokens=micro_batch.tokens,
+        extends=ctx.inputs.get("extends"),
+        keep_state=config.save_training_state,
     )
     ctx.metrics["reward"] = rollouts.mean_reward
     facts = {**facts, "stage": "rl", "format": "chat"}

@@ -177,7 +177,7 @@ def test_a_value_of_the_wrong_type_is_refused_with_the_key_the_value_and_the_typ
         (["sft.mixture.facts.epochs=0"], r"sft\.mixture\.facts\.epochs is 0"),
         (["sft.mixture.facts.size=-3"], r"sft\.mixture\.facts.*size.*-3"),
         (["suite.facts_mc.size=0"], r"suite\.facts_mc.*size.*0"),
-        (["sft.warm_start=true"], r"sft\.warm_start is true, but step sft starts from midtrain"),
+        (["sft.warm_start=true"], r"sft\.warm_start is true, which needs midtrain\.save_training_state=true"),
         (
             [
                 "~pipeline.midtrain",

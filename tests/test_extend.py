@@ -1,14 +1,15 @@
-"""`pretrain.extend=ID`: planned, refused and recorded on the command line. The numbers: training/test_extension.py."""
+"""`<stage>.extend=ID`: planned, refused and recorded on the command line. Pretraining's numbers: test_extension.py."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kit.commands import CommandLine
+from kit.commands import CommandLine, Say
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import MlxchatError
 from mlxchat.runner.plan import PlannedStep
@@ -116,8 +117,8 @@ def test_rates_batches_dropout_and_what_is_kept_may_differ(plan: Callable[..., P
     assert plan("pretrain.extend=pretrain", "pretrain.num_iterations=6", *settings).state == "run"
 
 
-def test_only_a_pretraining_can_be_extended(plan: Callable[..., PlannedStep]) -> None:
-    with pytest.raises(MlxchatError, match="is made by stage sft; only a pretraining can be extended"):
+def test_a_training_of_another_stage_is_refused(plan: Callable[..., PlannedStep]) -> None:
+    with pytest.raises(MlxchatError, match="is made by stage sft; only stage pretrain's own can be extended"):
         plan("pretrain.extend=sft", "pretrain.num_iterations=6")
 
 
@@ -158,3 +159,40 @@ def test_an_extension_records_what_it_extends_and_is_done_when_it_is_repeated(
     assert "nothing to do" in again.stdout, again.stdout + again.stderr
     further = mlxchat("plan", *settings[:-1], "pretrain.num_iterations=8")
     assert f"extends {manifest['name']}" in further.stdout
+
+
+LATER_STAGES = {
+    "sft": ("sft.packing=stream",),
+    "rl": ("rl.minibatches_per_rollout=2", "adapter=lora", "+rl.rewards={y: {kind: format, pattern: y}}"),
+}
+
+
+@pytest.mark.parametrize("stage", LATER_STAGES)
+def test_two_iterations_extended_to_four_equal_four_bit_for_bit(
+    say: Say, tiny: tuple[str, ...], outputs: Path, stage: str
+) -> None:
+    settings = [f"stage={stage}", f"{stage}.schedule.warmdown_frac=0", f"{stage}.save_training_state=true"]
+    settings += LATER_STAGES[stage]
+
+    def train(iterations: int, *more: str) -> dict[str, Any]:
+        say(*tiny, *settings, f"outputs={outputs}", f"{stage}.num_iterations={iterations}", *more)
+        place = refs_of(Store(outputs))[stage]
+        weights = next(place.glob("*[ls].safetensors"))
+        names = (weights.name, *CONTINUATION)
+        records = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
+        losses = [record["loss"] for record in records if "loss" in record]
+        return {"losses": losses} | {name: (place / name).read_bytes() for name in names}
+
+    straight, short = train(4), train(2)
+    extended = train(4, f"{stage}.extend={stage}")
+    for name in straight:
+        assert extended[name] == straight[name] != short[name], name
+
+
+def test_a_fine_tuning_is_extended_on_the_same_data_and_seed_only(tiny: tuple[str, ...], finished: Any) -> None:
+    settings = ["targets=[sft]", "sft.extend=sft", "sft.num_iterations=4", "seed=7", "sft.mixture.facts.size=5"]
+    with pytest.raises(MlxchatError) as caught:
+        plan_of(compose_config([*tiny, *settings, f"outputs={finished.outputs}"]).config, Store(finished.outputs))
+    for line in ("has no training state", "sft.mixture.facts.size is 5, but", "seed is 7, but", "its checkpoint is"):
+        assert line in str(caught.value)
+    assert "sft.save_training_state=true 'force=[sft]'" in str(caught.value)

@@ -48,6 +48,8 @@ NOT_IDENTITY = {
     "pretrain.prompts",
     "pretrain.sample_temperature",
     "pretrain.sample_top_k",
+    "midtrain.extend",
+    "midtrain.save_training_state",
     "midtrain.eval_every",
     "midtrain.teacher.path",  # what is in the folder counts instead (tests/training/test_teacher.py)
     "midtrain.teacher.artifact",  # its id is an input instead
@@ -55,6 +57,8 @@ NOT_IDENTITY = {
     "midtrain.suite_every",
     "midtrain.suite_max_new_tokens",
     "midtrain.suite_batch_rows",
+    "sft.extend",
+    "sft.save_training_state",
     "sft.eval_every",
     "sft.teacher.path",
     "sft.teacher.artifact",
@@ -62,6 +66,8 @@ NOT_IDENTITY = {
     "sft.suite_every",
     "sft.suite_max_new_tokens",
     "sft.suite_batch_rows",
+    "rl.extend",
+    "rl.save_training_state",
     "rl.entropy_every",
     "rl.eval_every",
     "rl.rollouts_kept",
@@ -321,7 +327,7 @@ def test_an_identity_field_changes_the_ids_of_the_steps_that_read_it_and_of_no_o
 
 def identity_around(path: str, config: Config) -> Any:
     """Return what an excluded field must not change: ids, or the identity of what cannot be planned here."""
-    if path == "pretrain.extend":  # must exist for a plan
+    if path.endswith(".extend"):  # must exist for a plan
         return identity_of(config)
     if ".teacher." in path:  # so must a teacher, whose settings come with it
         return identity_of(getattr(config, path.split(".")[0]).teacher)

@@ -277,13 +277,14 @@ def _finetune(name: str, finetune: FinetuneConfig, config: Config, steps: Pipeli
         source = config.pipeline.get(wiring.get("checkpoint", ""), {})
         if not finetune.warm_start or wiring.get("stage") != name or source.get("stage") in (None, "outside"):
             continue
-        if source["stage"] != "pretrain":
+        keeps = getattr(getattr(config, source["stage"], None), "save_training_state", None)
+        if keeps is None:
             yield (
-                f"{name}.warm_start is true, but step {step} starts from {wiring['checkpoint']}: only pretraining "
-                f"keeps its moments. Give {name}.warm_start=false, or pipeline.{step}.checkpoint=pretrain"
+                f"{name}.warm_start is true, but step {step} starts from {wiring['checkpoint']}, which keeps no "
+                f"moments. Give {name}.warm_start=false, or pipeline.{step}.checkpoint=pretrain"
             )
-        elif not config.pretrain.save_training_state:
-            yield f"{name}.warm_start is true, which needs pretrain.save_training_state=true"
+        elif not keeps:
+            yield f"{name}.warm_start is true, which needs {source['stage']}.save_training_state=true"
 
 
 def _batch(name: str, batch: BatchConfig, context_tokens: int) -> Iterator[str]:

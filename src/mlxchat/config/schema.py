@@ -337,7 +337,19 @@ class RewardConfig:
 
 
 @dataclass(kw_only=True)
-class RLConfig:
+class ExtendableConfig:
+    """A training that can continue a finished one, and be continued."""
+
+    extend: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "extends"})
+    """A finished training of this stage to continue under this horizon, which counts from its beginning: a step of the
+    latest run, a folder's name in the store, or the start of an id. What it stands for is an input, part of the
+    identity."""
+    save_training_state: bool = field(default=MISSING, metadata={"identity": False})
+    """Whether the artifact keeps the moments and the position in the data, without which it cannot be extended."""
+
+
+@dataclass(kw_only=True)
+class RLConfig(ExtendableConfig):
     """Policy gradient on sampled completions: nanochat's simplified GRPO and the GRPO family."""
 
     task: TaskItem = MISSING
@@ -639,14 +651,9 @@ class BatchConfig:
 
 
 @dataclass(kw_only=True)
-class PretrainConfig:
+class PretrainConfig(ExtendableConfig):
     """Pretraining. Exactly one of the three horizons is set."""
 
-    extend: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "extends"})
-    """A finished pretraining to continue under this horizon, which counts from its beginning: a step of the latest
-    run, a folder's name in the store, or the start of an id. What it stands for is an input, part of the identity."""
-    save_training_state: bool = field(default=MISSING, metadata={"identity": False})
-    """Whether the artifact keeps the moments and the position in the data, without which it cannot be extended."""
     num_iterations: int | None = MISSING
     target_flops: float | None = MISSING
     tokens_per_parameter: float | None = MISSING
@@ -693,7 +700,7 @@ class PretrainConfig:
 
 
 @dataclass(kw_only=True)
-class FinetuneConfig:
+class FinetuneConfig(ExtendableConfig):
     """Training on conversations: midtrain and sft."""
 
     mixture: dict[str, TaskItem] = MISSING
@@ -706,7 +713,7 @@ class FinetuneConfig:
     train_on: str = MISSING
     """assistant: only the assistant's tokens; all: every token (nanochat's midtraining)."""
     warm_start: bool = field(default=MISSING, metadata={"since_default": False})
-    """Whether the optimizer goes on with the moments of the pretraining that the checkpoint comes from."""
+    """Whether the optimizer begins with the moments of the training that made the checkpoint."""
     clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
     """Whether optimizer.grad_clip holds in this stage."""
     batch: BatchConfig = MISSING

@@ -1,13 +1,25 @@
-"""What is known of RL before it runs: its memory. Imports no MLX."""
+"""What is known of RL before it runs: its memory, and why it cannot extend another. Imports no MLX."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from mlxchat.config.schema import Config, OptimizerConfig, RLConfig
 from mlxchat.model.adapter_problems import adapter_remedies, adapter_sizes_of
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.machine import DECODED_ROWS
+from mlxchat.planning.horizon import count_later_iterations
 from mlxchat.planning.memory import Training
+from mlxchat.runner.plan import PlannedStep
 from mlxchat.tasks import task_class
+from mlxchat.training.extension import find_extension_problems
+
+# What weights, moments or the position in the data depend on.
+_SAME = (
+    "seed", "optimizer.kind", "optimizer.variant", "rl.task", "rl.adapter", "rl.questions_per_iteration",
+    "rl.minibatches_per_rollout", "rl.passes_per_rollout", "rl.resample_rounds",
+)  # fmt: skip
 
 
 def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
@@ -22,6 +34,15 @@ def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
         prompt_tokens = max(known) + len((config.rl.system_prompt or "").encode())
         row_tokens = prompt_tokens + longest_answer(config.rl)
     return describe(config.rl, config.optimizer, sizes, row_tokens)
+
+
+def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: GPTSizes | None) -> Iterator[str]:
+    """Yield why a step cannot extend the finished training that it names."""
+
+    def count_wanted(derived: Mapping[str, Any]) -> int:
+        return count_later_iterations(config.rl, derived["num_questions"], config.rl.questions_per_iteration)
+
+    yield from find_extension_problems(step, plan, same=_SAME, count_wanted=count_wanted)
 
 
 def longest_answer(config: RLConfig) -> int:

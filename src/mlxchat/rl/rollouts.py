@@ -185,6 +185,7 @@ class Rollouts:
         self._reward.try_out(task[0])
         self._order = np.random.default_rng(seed).permutation(len(task))
         self._rollout: Rollout | None = None
+        self._partway = False  # whether further updates train on the rollout
         self._questions: list[int] = []
         self._num_asked = 0
         self.mean_reward = 0.0
@@ -199,6 +200,7 @@ class Rollouts:
         assert self._rollout is not None, "restored, or sampled by an earlier update"
         part = self._rollout.minibatch(update % config.minibatches_per_rollout, config.minibatches_per_rollout)
         self._questions = part.questions
+        self._partway = update + 1 < updates_per_rollout(config)
         log_probs = part.old_log_probs if update == 0 else self._score(part)[0]
         importance = None
         if part.rollout_log_probs is not None and part.old_log_probs is not None:
@@ -221,11 +223,11 @@ class Rollouts:
         return [f"question {question}" for question in self._questions]
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed training needs, as JSON data; with several updates per rollout, the rollout too."""
+        """Return what a resumed training needs, as JSON data; between the updates of a rollout, the rollout too."""
         state: dict[str, Any] = {"mean_reward": self.mean_reward}
         if self._config.resample_rounds:  # otherwise the iteration determines the next question
             state["num_asked"] = self._num_asked
-        if self._rollout is not None and updates_per_rollout(self._config) > 1:
+        if self._rollout is not None and self._partway:
             state["rollout"] = self._rollout.state()
         return state
 
@@ -233,6 +235,7 @@ class Rollouts:
         """Continue from a state."""
         self.mean_reward, self._num_asked = state["mean_reward"], state.get("num_asked", 0)
         self._rollout = Rollout.of_state(state["rollout"]) if "rollout" in state else None
+        self._partway = self._rollout is not None
 
     def _sample(self, number: int, iteration: int) -> Rollout:
         """Sample, reward and score the completions of the `number`-th rollout; log them under `iteration`."""

@@ -24,7 +24,7 @@ from mlxchat.model.gpt import GPT, trained_parameters
 from mlxchat.model.lora import adapters_of, attach_adapters
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, adapter_rule
-from mlxchat.planning.horizon import whole_rows
+from mlxchat.planning.horizon import count_later_iterations, whole_rows
 from mlxchat.planning.memory import choose_micro_batch, forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
@@ -75,7 +75,7 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         )
 
     rows_per_epoch = count_rows(pack(encoded))
-    num_iterations = config.num_iterations or max(1, config.num_epochs * rows_per_epoch // rows_per_iteration)
+    num_iterations = count_later_iterations(config, rows_per_epoch, rows_per_iteration)
     validation = take_validation(
         pack(open_mixture(ctx, "validation", held_out_mixture, tokenizer), once=True),
         row_tokens=row_tokens,
@@ -117,6 +117,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
                 *suite_hooks(ctx, config, model, tokenizer),
             ],
             micro_tokens=micro_batch.tokens,
+            extends=ctx.inputs.get("extends"),
+            keep_state=config.save_training_state,
             distillation=distillation,
         )
     ctx.metrics |= batches.counts()

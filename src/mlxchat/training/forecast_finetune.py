@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from mlxchat.errors import MlxchatError
 from mlxchat.model.adapter_problems import adapter_remedies, adapter_sizes_of
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.machine import DECODED_ROWS
-from mlxchat.planning.horizon import derive_hyperparameters
+from mlxchat.planning.horizon import count_later_iterations, derive_hyperparameters
 from mlxchat.planning.memory import TeacherSize, Training
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.bases import find_chain, folder_of_weights, is_adapter
+from mlxchat.store.manifest import Manifest
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.tasks import task_class
-from mlxchat.training.forecast_pretrain import keeps_state
+from mlxchat.training.extension import find_extension_problems, keeps_state
 
+# What weights, moments or the position in the data depend on.
+_SAME = ("mixture", "packing", "packing_buffer_conversations", "batch.row_tokens", "adapter")
 # Numbers per token and channel of a teacher's forward pass, one layer at a time.
 _FORWARD = 20.0
 _BYTES = 4
@@ -62,6 +66,10 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
     """Yield why a step cannot go on from its model, or with that one's moments, or learn from its teacher."""
     stage = step.stage.name
     section: FinetuneConfig = getattr(config, stage)
+    yield from find_extension_problems(
+        step, plan, same=("seed", "optimizer.kind", "optimizer.variant", *(f"{stage}.{name}" for name in _SAME)),
+        count_wanted=partial(_count_wanted, section, step.artifacts.get("extends")),
+    )  # fmt: skip
     if section.warm_start:
         yield from _warm_start_problems(config, step, plan)
     rows = section.batch.row_tokens
@@ -75,6 +83,16 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
         yield from (f"{stage}.teacher: {line}" for line in _teacher_problems(config, section, trained))
 
 
+def _count_wanted(section: FinetuneConfig, extended: Manifest | None, derived: Mapping[str, Any]) -> int | None:
+    tokens = section.batch.tokens
+    if tokens is None and extended is not None and extended["config"][extended["stage"]]["batch"]["tokens"] is None:
+        tokens = derived["tokens_per_iteration"]  # pretraining's, in both
+    if tokens is None:
+        return section.num_iterations
+    rows = max(1, tokens // section.batch.row_tokens)
+    return count_later_iterations(section, derived["rows_per_epoch"], rows)
+
+
 def _warm_start_problems(config: Config, step: PlannedStep, plan: list[PlannedStep]) -> Iterator[str]:
     source = next((each for each in plan if each.name == step.inputs.get("checkpoint")), None)
     made = step.artifacts.get("checkpoint")
@@ -83,7 +101,7 @@ def _warm_start_problems(config: Config, step: PlannedStep, plan: list[PlannedSt
     if made is not None and not keeps_state(made):
         yield (
             f"{step.stage.name}.warm_start is true, but {made['name']} was made without a training state. Train it "
-            f"again with pretrain.save_training_state=true 'force=[{made['step']}]', or give "
+            f"again with {made['stage']}.save_training_state=true 'force=[{made['step']}]', or give "
             f"{step.stage.name}.warm_start=false"
         )
 

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.errors import DataError, Interrupted, PeerLost, StepFailed
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.lora import ADAPTERS_FILE, adapters_of
 from mlxchat.optim.optimizer import Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.store.crash import crash_point
@@ -186,9 +187,11 @@ class Checkpointer:
         """Set model, optimizer and best weights to the end of a finished training; return its state."""
         moments, last = _read_moments(folder)
         with _reading(folder):
-            kept = load_file(folder / "model.safetensors")
+            kept = load_file(folder / ("model.safetensors" if adapters_of(self.model) is None else ADAPTERS_FILE))
             state: dict[str, Any] = json.loads((folder / _FINISHED_STATE).read_text(encoding="utf-8"))
-        _check_arrays(folder, flatten_parameters(self.model), kept)
+        if state["iteration"] >= (total := self.monitor.num_iterations):
+            raise DataError(f"{folder} has {state['iteration']} updates already, and {total} are wanted in all")
+        _check_arrays(folder, trained_parameters(self.model), kept)
         _check_arrays(folder, self.optimizer.state, moments)
         if last:
             _check_arrays(folder, kept, last)
@@ -229,7 +232,7 @@ def _reading(folder: Path, advice: str = "") -> Iterator[None]:
     except Exception as error:  # the safetensors reader has several error types of its own
         raise DataError(
             f"{folder} has no readable training state ({type(error).__name__}: {error}). Train it with "
-            f"pretrain.save_training_state=true{advice}"
+            f"its stage's save_training_state=true{advice}"
         ) from None
 
 

@@ -1,0 +1,91 @@
+"""Whether a step can extend the finished training that its `extend` names. Imports no MLX."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.store.fingerprint import changes, flatten, left_out_of
+from mlxchat.store.manifest import CONTINUATION, Manifest
+from mlxchat.store.store import Store
+
+_MOST_SHOWN = 12  # settings that differ
+
+
+def find_extension_problems(
+    step: PlannedStep,
+    plan: list[PlannedStep],
+    *,
+    same: tuple[str, ...],
+    may_differ: tuple[str, ...] = (),
+    count_wanted: Callable[[Mapping[str, Any]], int | None],
+) -> Iterator[str]:
+    """Yield why a step cannot extend the training that it names; nothing if it names none.
+
+    Args:
+        step: its artifact in the role `extends` is the finished training.
+        plan: all steps.
+        same: sections and settings that weights, moments or the position in the data depend on.
+        may_differ: exceptions from these.
+        count_wanted: takes what the finished training derived, returns the iterations that the step is to have in all;
+            None: not known before it runs.
+    """
+    extended = step.artifacts.get("extends")
+    if extended is None:
+        return
+    stage = step.stage.name
+    if extended["stage"] != stage:
+        found = [f"{extended['name']} is made by stage {extended['stage']}; only stage {stage}'s own can be extended"]
+    else:
+        found = [*_what_lacks(extended), *_settings(step, extended, same, may_differ), *_inputs(step, plan, extended)]
+        wanted, done = None if found else count_wanted(extended["derived"]), extended["derived"]["num_iterations"]
+        if wanted is not None and wanted <= done:
+            found = [
+                f"{extended['name']} already has {done} iterations, and the horizon counts {wanted} from the start: "
+                f"give {stage}.num_iterations more than {done}"
+            ]
+    yield from (f"{stage}.extend={getattr(step.config, stage).extend}: {line}" for line in found)
+
+
+def keeps_state(manifest: Manifest) -> bool:
+    """Tell whether a finished training has what a further one begins with: moments and position."""
+    return {file["path"] for file in manifest["outputs"]}.issuperset(CONTINUATION)
+
+
+def _what_lacks(extended: Manifest) -> Iterator[str]:
+    if not keeps_state(extended):
+        yield (
+            f"{extended['name']} has no training state. Train it again with its settings and "
+            f"{extended['stage']}.save_training_state=true 'force=[{extended['step']}]'"
+        )
+
+
+def _settings(
+    step: PlannedStep, extended: Manifest, same: tuple[str, ...], may_differ: tuple[str, ...]
+) -> Iterator[str]:
+    def of(names: tuple[str, ...], key: str) -> bool:
+        return any(f"{key}.".startswith(f"{name}.") for name in names)
+
+    before, now = (
+        flatten(identity) | {pin.partition(" ")[2]: digest for pin, digest in pins.items()}
+        for identity, pins in ((extended["config"], extended["pins"]), (step.identity, step.externals))
+    )
+    differing = changes(before, now, flatten(left_out_of(step.sections)))
+    keys = sorted(key for key in differing if of(same, key) and not of(may_differ, key))
+    for key in islice(keys, _MOST_SHOWN):
+        yield f"{key} is {differing[key][1]}, but {extended['name']} was made with {differing[key][0]}"
+    if len(keys) > _MOST_SHOWN:
+        yield f"{len(keys) - _MOST_SHOWN} more settings differ: mlxchat show {extended['name']}"
+
+
+def _inputs(step: PlannedStep, plan: list[PlannedStep], extended: Manifest) -> Iterator[str]:
+    planned = {each.name: each for each in plan}
+    now = step.inputs_made(Store(Path(step.config.outputs)), planned)
+    for role in step.stage.inputs:
+        made = extended["inputs"].get(role, {})
+        if role not in now or made.get("tree") != now[role]["tree"]:
+            here = now[role]["name"] if role in now else planned[step.inputs[role]].title
+            yield f"its {role} is {here}, but {extended['name']} was made with {made.get('artifact')}"
