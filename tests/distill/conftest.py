@@ -19,7 +19,7 @@ def teacher() -> Iterator[Teacher]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with a cache of its own, where nobody waits long."""
+    """The current folder, empty, with its own cache and short pauses between retries."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLXCHAT_TEACHER_API_KEY", raising=False)

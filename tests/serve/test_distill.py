@@ -67,11 +67,11 @@ def test_server_with_other_settings_is_asked_anew(
     with start() as running:
         ask(running, *options)
         ask(running, *options)
-        assert "0 asked, 4 known before" in capsys.readouterr().out
+        assert "0 new, 4 cached" in capsys.readouterr().out
         running.service.models._settings["bits"] = 4
         ask(running, *options)
     told = capsys.readouterr()
-    assert "4 asked" in told.out
-    assert "does not say" not in told.err
+    assert "4 new" in told.out
+    assert "no fingerprint" not in told.err
     known = json.loads((tmp_path / "out.provenance.json").read_text())["teacher"]
     assert known["fingerprint"] == running.service.models.fingerprint("0" * 64)

@@ -1,6 +1,6 @@
-"""Every answer that a teacher ever gave, by the content of its request: one file for each teacher, only added to.
+"""A cache of teachers' answers, keyed by the hash of the request: one append-only JSONL file for each teacher.
 
-Whatever asks the same again finds it there, so a killed command goes on where it was, and no request is paid twice.
+A killed command resumes from it, and no request is paid for twice.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ _SYNC_SECONDS = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a teacher said to one request."""
+    """A teacher's answer to one request."""
 
     text: str
     parts: list[dict[str, str]] | None = None
-    """Text and calculator calls, of a teacher that tells them apart (mlxchat serve)."""
+    """Text and calculator calls, if the teacher separates them (mlxchat serve)."""
     finish: str | None = None
-    """Why it ended: stop, length, …"""
+    """The finish reason: stop, length, …"""
     tokens: tuple[int, int] | None = None
-    """Input and output, as the teacher counts; None: not told."""
+    """Input and output tokens, as the teacher counts them; None: unknown."""
     model: str | None = None
-    """What the teacher calls itself."""
+    """The model's name in the response."""
 
 
 def request_key(url: str, body: dict[str, Any], sample: int, fingerprint: str | None = None) -> str:
-    """Return the name of a request: a hash of its address, body, sample number, and of the model that answers there.
+    """Return the cache key of a request: a SHA-256 of these values.
 
     Args:
         url: the endpoint.
         body: of the request.
-        sample: which of several answers it asks for.
-        fingerprint: of the model behind the name in `body`; None: the endpoint does not say.
+        sample: index among several answers to one question.
+        fingerprint: of the model's weights; None if the endpoint sends none.
     """
     parts = {"url": url, "body": body, "sample": sample}
     if fingerprint is not None:
@@ -54,15 +54,15 @@ def request_key(url: str, body: dict[str, Any], sample: int, fingerprint: str | 
 
 
 def public_url(url: str) -> str:
-    """Return an address without its query, which may hold a key."""
+    """Return an address without its query, which may contain a key."""
     return urlunsplit(urlsplit(url)._replace(query="", fragment=""))
 
 
 class Answers:
-    """The answers of one teacher; of each only its place in the file is kept in memory."""
+    """The cached answers of one teacher. Only their file offsets are kept in memory."""
 
     def __init__(self, folder: Path, url: str, model: str) -> None:
-        """Look through what is there. Lines that a kill cut off or that are damaged count for nothing.
+        """Index the file. Truncated and damaged lines are skipped and counted in `num_damaged`.
 
         Raises:
             StoreError: the file cannot be read.
@@ -70,26 +70,26 @@ class Answers:
         self.path = folder / f"{hashlib.sha256(f'{url} {model}'.encode()).hexdigest()[:16]}.jsonl"
         self.num_damaged = 0
         self.fingerprint: str | None = None
-        """Of the model that gave the latest answers, as far as it was known then."""
+        """Of the model that gave the latest answers; None: unknown."""
         self._places: dict[str, int] = {}
         self._synced = time.monotonic()
         self._about = {"teacher": public_url(url), "model": model}
-        self._pending: list[dict[str, Any]] = []  # written before the next answer
+        self._pending: list[dict[str, Any]] = []  # records to write before the next answer
         try:
             self._read()
         except FileNotFoundError:
             self._pending.append(self._about)
         except OSError as error:
             raise StoreError(
-                f"{self.path} cannot be read ({error.strerror}). Choose another place: --cache DIR"
+                f"{self.path} cannot be read ({error.strerror}). Choose another folder: --cache DIR"
             ) from None
 
     def __contains__(self, key: str) -> bool:
-        """Tell whether the request was answered."""
+        """Return True if the request was answered."""
         return key in self._places
 
     def __getitem__(self, key: str) -> Answer:
-        """Return an answer."""
+        """Return the answer to a request."""
         with self.path.open("rb") as file:
             file.seek(self._places[key])
             record = json.loads(file.readline())["answer"]
@@ -97,24 +97,24 @@ class Answers:
         return Answer(**{**record, "tokens": None if tokens is None else (tokens[0], tokens[1])})
 
     def identify(self, fingerprint: str | None) -> None:
-        """Record with the next answer that the model behind the name has this fingerprint."""
+        """Record the model's fingerprint together with the next answer."""
         if fingerprint != self.fingerprint:
             self.fingerprint = fingerprint
             self._pending.append({**self._about, "fingerprint": fingerprint})
 
     def forget(self, keys: Iterable[str]) -> None:
-        """Forget these answers; on disk once the first new one comes, so that a teacher that is gone loses none."""
+        """Forget these answers. The file changes with the first new answer: an unreachable teacher loses none."""
         known = [key for key in keys if self._places.pop(key, None) is not None]
         if known:
             self._pending.append({"forgotten": known})
 
     def add(self, key: str, answer: Answer) -> None:
-        """Write an answer down: it is in the system's hands when this returns, and on the disk a second later at most.
+        """Append an answer to the file, which is synced at most every second.
 
         Raises:
-            StoreError: the disk does not take it.
+            StoreError: the file cannot be written.
         """
-        # ASCII: halves of characters have no other form. One write at the end, since others may add at the same time.
+        # ASCII can represent lone surrogates. A single write, since other processes may append at the same time.
         line = json.dumps({"key": key, "answer": asdict(answer), "time": now()}).encode("ascii") + b"\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ class Answers:
                 file.seek(max(0, end - 1))
                 cut = file.read(1) not in (b"\n", b"")
                 written = file.write(b"\n" + line if cut else line)
-                # Wherever it ended up: another process may have been quicker.
+                # Not `end`: another process may have appended meanwhile.
                 self._places[key] = file.tell() - len(line)
                 if written < len(line):
                     raise OSError(28, "no space is left on its disk")
@@ -136,8 +136,8 @@ class Answers:
                     self._synced = time.monotonic()
         except OSError as error:
             raise StoreError(
-                f"{self.path} cannot be written ({error.strerror}). Mend that, or choose another place with "
-                "--cache DIR, and run the same command again."
+                f"{self.path} cannot be written ({error.strerror}). Correct that or choose another folder with "
+                "--cache DIR, then run the same command again."
             ) from None
 
     def _read(self) -> None:
@@ -153,8 +153,8 @@ class Answers:
                     for key in record["forgotten"]:
                         self._places.pop(str(key), None)
                 elif record and "teacher" in record:
-                    told = record.get("fingerprint")
-                    self.fingerprint = told if isinstance(told, str) else None
+                    fingerprint = record.get("fingerprint")
+                    self.fingerprint = fingerprint if isinstance(fingerprint, str) else None
                 place += len(line)
 
 

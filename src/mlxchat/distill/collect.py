@@ -1,4 +1,4 @@
-"""Asks a teacher every request that has no answer yet: several at a time, paced, with retries and a cost limit."""
+"""Sends requests to a teacher concurrently, with a rate limit, retries and a cost limit."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from mlxchat.errors import MlxchatError, PassingError, StoreError
 from mlxchat.runner.progress import Progress
 
 RETRIES = 6
-"""Further attempts of a request that failed for a transient reason."""
+"""Further attempts after a transient failure."""
 FIRST_PAUSE_SECONDS = 1.0
-"""Before the first of them; doubled each time, and varied by half."""
+"""Pause before the first retry; doubled each time, with a jitter of ±50%."""
 _MOST_PAUSE_SECONDS = 60.0
-# A teacher that sends a longer Retry-After is asked by a later run.
+# A longer Retry-After counts as a failure.
 _LONGEST_WAIT_SECONDS = 900.0
-# After so many refusals and no answer, the fault is in every request.
+# This many refusals without any answer end the run: every request has the same fault.
 _REFUSALS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One question to ask, once."""
+    """One chat request."""
 
     key: str
     name: str
-    """Of its question, for people."""
+    """Of its question, for messages."""
     body: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How fast a teacher is asked, and what it may cost."""
+    """Limits of rate, cost and answer length."""
 
     concurrency: int = 8
     requests_per_minute: float | None = None
     max_cost: float | None = None
     max_tokens: int = 1024
-    """The most that an answer may have, whichever field of the request says so."""
+    """Maximum length of an answer, whichever field of the request sets it."""
 
 
 @dataclass
@@ -57,27 +57,27 @@ class Collected:
     """The result of a run."""
 
     asked: int = 0
-    """Answers of this run."""
+    """Answers received in this run."""
     usage: Usage = field(default_factory=Usage)
     """Of these answers."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Request's key → question and reason."""
+    """Request key → question and reason."""
     seconds: float = 0.0
     out_of_money: bool = False
     spent: float = 0.0
-    """By all runs that --max-cost limits together."""
+    """By all runs that share the ledger of --max-cost."""
     spent_before: float = 0.0
     unanswered_cost: float = 0.0
-    """Counted by this run for requests without an answer that the teacher may bill."""
+    """Cost counted in this run for unanswered requests that the teacher may bill."""
     fault: MlxchatError | None = None
-    """What ended the run."""
+    """The error that ended the run."""
 
 
 class Collector:
-    """Sends requests to a teacher and keeps their answers."""
+    """Sends requests to a teacher and stores their answers."""
 
     def __init__(self, teacher: Teacher, answers: Answers, limits: Limits, prices: Prices, ledger: Path) -> None:
-        """Take what is needed; nothing is sent yet. `ledger` keeps the costs if they are limited."""
+        """Send nothing yet. `ledger` is the file of costs, used if `limits.max_cost` is set."""
         self.teacher, self.answers, self.limits, self.prices = teacher, answers, limits, prices
         self.collected = Collected()
         self._budget = Budget(limits.max_cost, prices, ledger)
@@ -92,13 +92,13 @@ class Collector:
         self._wake = asyncio.Event()
 
     def stop(self) -> None:
-        """Send nothing more; answers under way are awaited. May be called by a signal handler."""
+        """Send no further requests; requests in flight are awaited. Safe to call from a signal handler."""
         self._stopped = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._wake.set)
 
     async def run(self, requests: Sequence[Request], progress: Progress, done: int) -> Collected:
-        """Send all requests in order; `done` further ones were answered before."""
+        """Send the requests in order. `done` others, answered before, count in the progress."""
         self._loop = asyncio.get_running_loop()
         if self._stopped:
             self._wake.set()
@@ -127,12 +127,12 @@ class Collector:
                 if error.for_all or (self._refusals >= _REFUSALS and self._answered_at < 0):
                     self._end(MlxchatError(f"the teacher refuses: {error}"))
             except StoreError as error:
-                self._fail(request, "its answer or its cost could not be kept")
+                self._fail(request, "its answer or its cost could not be written")
                 self._end(error)
             progress.update(done + self.collected.asked, **self._numbers(time.monotonic() - began))
 
     async def _ask(self, request: Request) -> Answer | None:
-        """Return the answer after as many attempts as are needed and allowed; None if the run stopped before."""
+        """Return the answer, retrying transient failures; None if the run stopped first."""
         most = most_tokens(request.body, self.limits.max_tokens)
         first, pause = time.monotonic(), FIRST_PAUSE_SECONDS
         failures, refused = 0, first
@@ -144,7 +144,7 @@ class Collector:
                 self._budget.settle_unanswered(reserved, free=isinstance(error, Failed) and error.free)
                 if not (isinstance(error, Failed) and error.retry):
                     raise
-                # An overloaded teacher that has answered other requests since its last 429 will have room again.
+                # A teacher that has answered other requests since its last 429 is only overloaded.
                 failures = 1 if error.no_room and self._answered_at > refused else failures + 1
                 refused = time.monotonic()
                 if failures > RETRIES or (error.retry_after or 0) > _LONGEST_WAIT_SECONDS:
@@ -152,7 +152,7 @@ class Collector:
                         self._end(PassingError(f"the teacher does not answer now: {error}"))
                     raise
                 wait = error.retry_after or 0.0
-                self._closed_until = max(self._closed_until, time.monotonic() + wait)  # for every request
+                self._closed_until = max(self._closed_until, time.monotonic() + wait)  # holds for all requests
                 await self._unless_stopped(asyncio.sleep(wait + pause * random.uniform(0.5, 1.5)))
                 pause = min(2 * pause, _MOST_PAUSE_SECONDS)
             else:
@@ -164,7 +164,7 @@ class Collector:
         return None
 
     async def _wait_for_turn(self, most: tuple[int, int]) -> bool:
-        """Wait until pace, Retry-After and cost limit allow a request; return False if the run stops first."""
+        """Wait until rate limit, Retry-After and cost limit allow a request; return False if the run stops first."""
         is_paced = self._pace is None
         while not self._stopped:
             if not self._budget.fits(most):
@@ -172,7 +172,7 @@ class Collector:
                     self.collected.out_of_money = True
                     self.stop()
                     return False
-                await self._unless_stopped(asyncio.sleep(0.05))  # answers under way will free part of their reservation
+                await self._unless_stopped(asyncio.sleep(0.05))  # until answers free part of their reservations
             elif (wait := self._closed_until - time.monotonic()) > 0:
                 await self._unless_stopped(asyncio.sleep(wait))
             elif not is_paced:
@@ -184,7 +184,7 @@ class Collector:
         return False
 
     async def _unless_stopped(self, awaited: Awaitable[None]) -> None:
-        """Await something, but not after the run is stopped."""
+        """Await something, at most until the run stops."""
         tasks = {asyncio.ensure_future(awaited), asyncio.ensure_future(self._wake.wait())}
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

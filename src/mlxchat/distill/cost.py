@@ -1,4 +1,4 @@
-"""What answers cost, and how much may still be spent."""
+"""The cost of answers, and the budget that limits it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mlxchat.errors import StoreError
 from mlxchat.store.files import Records
 
 _MILLION = 1e6
-# Tokens around a message in any chat format that is known, and those that formats put before all of them (a system
-# prompt of their own); a text has no more tokens than bytes.
+# Upper bounds of the tokens that known chat formats add around each message, and before the first one (a default
+# system prompt).
 _MESSAGE_TOKENS, _FORMAT_TOKENS = 16, 64
 _OWN_FIELDS = ("model", "messages", "temperature", "top_p", "max_tokens", "max_completion_tokens", "seed")
 
@@ -30,10 +30,10 @@ class Usage:
     input: int = 0
     output: int = 0
     unknown: int = 0
-    """Answers of which the teacher did not say."""
+    """Number of answers without token counts."""
 
     def add(self, tokens: tuple[int, int] | None) -> None:
-        """Count one answer's tokens; None: not told."""
+        """Add one answer's tokens; None: unknown."""
         if tokens is None:
             self.unknown += 1
         else:
@@ -43,7 +43,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Prices:
-    """Of a million tokens, in any currency; None: unknown."""
+    """Prices of a million tokens, in any currency; None: unknown."""
 
     input: float | None = None
     output: float | None = None
@@ -56,25 +56,30 @@ class Prices:
 
 
 class Budget:
-    """Money that may be spent. The most that a request can cost is reserved, in a file, before the request is sent.
+    """A cost limit across runs. A request's maximum cost is recorded in a ledger file before the request is sent.
 
-    A reservation that nothing settled, since the process was killed, counts in full: the teacher may bill the request.
+    Reservations left by a killed process count in full, since the teacher may bill those requests.
     """
 
     def __init__(self, most: float | None, prices: Prices, ledger: Path | None = None) -> None:
-        """Take the limit (None: none) and the file with the costs of earlier runs (None: they do not count).
+        """Read the ledger and lock it.
+
+        Args:
+            most: the limit; None: no limit.
+            prices: of tokens.
+            ledger: the file with the costs of earlier runs; None: they do not count.
 
         Raises:
-            StoreError: the file cannot be used, or another process spends by it now.
+            StoreError: the file cannot be used, or another process holds its lock.
         """
         self.most, self._prices, self._path = most, prices, ledger
         self.spent = 0.0
-        """Cost of all requests that were settled, those of earlier runs among them."""
+        """Cost of all settled requests, including earlier runs."""
         self.unanswered = 0.0
-        """Part of it: reserved by this run for requests without an answer."""
+        """Part of `spent`: unanswered requests of this run."""
         self._reserved: dict[str, float] = {}
         self._answered = False
-        self._more = (0, 0)  # tokens that answers had beyond what was thought to be the most
+        self._more = (0, 0)  # largest excess of an answer's tokens over their predicted maximum
         self._file: BinaryIO | None = None
         if most is None or ledger is None:
             return
@@ -85,7 +90,7 @@ class Budget:
             data = self._file.read()
         except BlockingIOError:
             self.close()
-            raise StoreError(f"another mlxchat distill --max-cost works on {ledger}: wait until it has ended") from None
+            raise StoreError(f"another mlxchat distill --max-cost uses {ledger}: wait until it ends") from None
         except OSError as error:
             self.close()
             raise self._fault(error) from None
@@ -94,10 +99,9 @@ class Budget:
             self._write_bytes(b"\n")
 
     def fits(self, most_tokens: tuple[int, int]) -> bool:
-        """Tell whether a request of at most so many input and output tokens may be sent now.
+        """Return True if a request of at most these (input, output) tokens may be sent now.
 
-        Before the first answer, only one request is sent at a time, since only an answer shows how many tokens the
-        teacher's own format adds.
+        Before the first answer only one request is sent at a time: its token count shows what the chat format adds.
         """
         if self.most is None:
             return True
@@ -106,14 +110,14 @@ class Budget:
         return math.fsum((self.spent, *self._reserved.values(), self._most(most_tokens))) <= self.most
 
     def has_waiting(self) -> bool:
-        """Tell whether something is reserved, part of which will be free again."""
+        """Return True if there are reservations that answers may still reduce."""
         return bool(self._reserved)
 
     def reserve(self, most_tokens: tuple[int, int]) -> str:
-        """Count a request that is about to be sent at its maximum; return the reservation.
+        """Reserve the maximum cost of a request and return the reservation's name.
 
         Raises:
-            StoreError: it cannot be written down, so the request must not be sent.
+            StoreError: the ledger cannot be written, so the request must not be sent.
         """
         name, cost = secrets.token_hex(8), self._most(most_tokens)
         self._write({"id": name, "most": cost})
@@ -121,7 +125,7 @@ class Budget:
         return name
 
     def settle(self, name: str, most_tokens: tuple[int, int], tokens: tuple[int, int] | None) -> None:
-        """Count an answer: by its tokens, or at the maximum if the teacher did not say them."""
+        """Replace a reservation by the cost of the answer's tokens; by its maximum if they are unknown."""
         self._answered = True
         if tokens is None:
             self._settle(name, self._reserved[name])
@@ -130,13 +134,13 @@ class Budget:
         self._settle(name, self._cost(tokens))
 
     def settle_unanswered(self, name: str, *, free: bool) -> None:
-        """Count a request without an answer: at the maximum, unless the teacher certainly did no work (`free`)."""
+        """Count an unanswered request at its maximum, or at nothing if it is certainly not billed (`free`)."""
         cost = 0.0 if free else self._reserved[name]
         self.unanswered += cost
         self._settle(name, cost)
 
     def close(self) -> None:
-        """Let other processes use the file."""
+        """Release the ledger's lock."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -159,7 +163,7 @@ class Budget:
             raise self._fault(error) from None
 
     def _fault(self, error: OSError) -> StoreError:
-        return StoreError(f"{self._path}, the costs that --max-cost limits, cannot be used ({error.strerror})")
+        return StoreError(f"{self._path}, the ledger of --max-cost, cannot be used ({error.strerror})")
 
     def _most(self, tokens: tuple[int, int]) -> float:
         return self._cost((tokens[0] + self._more[0], tokens[1] + self._more[1]))
@@ -169,7 +173,7 @@ class Budget:
 
 
 def _sum_ledger(data: bytes) -> float:
-    """Return what the lines of a ledger add up to; a reservation without its settlement counts in full."""
+    """Return the sum of a ledger; reservations that were never settled count in full."""
     costs: dict[str, float] = {}
     for line in data.split(b"\n"):
         record = Records.parse(line) or {}
@@ -181,13 +185,13 @@ def _sum_ledger(data: bytes) -> float:
 
 
 def most_tokens(body: dict[str, Any], max_tokens: int) -> tuple[int, int]:
-    """Return the most input and output tokens that a request can have: a text has no more tokens than bytes.
+    """Return an upper bound of a request's (input, output) tokens: a text has at most as many tokens as bytes.
 
-    Some tokenizers normalize text by NFKC first, which can make 18 letters of one character.
+    The longer of the text and its NFKC form counts, since some tokenizers normalize (one character may become 18).
 
     Args:
-        body: of the request. Fields that mlxchat does not set itself (tools, a schema) may become part of the prompt.
-        max_tokens: longest answer.
+        body: of the request. Fields that mlxchat does not set (tools, a schema) count as part of the prompt.
+        max_tokens: maximum length of the answer.
     """
     texts = [message["content"] for message in body["messages"]]
     size = sum(max(_num_bytes(text), _num_bytes(normalize("NFKC", text))) + _MESSAGE_TOKENS for text in texts)

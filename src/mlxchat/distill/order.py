@@ -1,4 +1,4 @@
-"""One run of `mlxchat distill`: choose the questions, keep the usable answers, write the file."""
+"""One run of `mlxchat distill`: collect answers, filter them, write the file and its provenance."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from mlxchat.tasks.base import held_out
 
 _MOST_SHOWN = 5
 _IDENTITY_SECONDS = 20.0
-_HELD_OUT_FRAC = 0.1  # of the task jsonl
-# Finish reasons of an answer that was not finished.
+_HELD_OUT_FRAC = 0.1  # default of the task jsonl
+# Finish reasons of incomplete answers.
 _CUT = ("length", "content_filter")
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
@@ -43,33 +43,33 @@ class Order:
     teacher: str
     """Address of the endpoint, without the route."""
     key: str | None
-    """For it; never written down."""
+    """API key of the endpoint; never written to disk."""
     model: str
     questions: Sequence[Question]
     source: dict[str, Any]
-    """Where the questions come from, for the provenance."""
+    """Origin of the questions, for the provenance."""
     system: str | None = None
-    """System prompt of each request; it is not part of the conversations that are written."""
+    """System prompt of each request; not written to the conversations."""
     samples: int = 1
     """Answers to each question."""
     body: dict[str, Any] = field(default_factory=dict)
-    """Further fields of each request. A seed is that of the first sample; the next ones count on."""
+    """Further fields of each request. Sample number i gets seed + i."""
     limits: Limits = field(default_factory=Limits)
     timeout_seconds: float = 300.0
     prices: Prices = field(default_factory=Prices)
     only_correct: bool = False
     keep_cut: bool = False
-    """Whether answers that max_tokens cut are kept."""
+    """Whether answers that max_tokens truncated are kept."""
     out: Path
     cache: Path
     refresh: bool = False
-    """Whether kept answers are asked again."""
+    """Whether cached answers are replaced."""
     fingerprint: str | None = None
-    """Of the model behind the name, if the endpoint sends it; found by `_open_answers`."""
+    """Of the model's weights, if the endpoint sends one; set by `_open_answers`."""
 
     @property
     def ledger(self) -> Path:
-        """The file beside the output with the costs of all its runs that have a limit."""
+        """The file beside the output that records the costs of its runs with --max-cost."""
         return self.out.with_name(f"{self.out.name.removesuffix('.jsonl')}.costs.log")
 
     def requests(self) -> list[list[Request]]:
@@ -95,7 +95,7 @@ class Order:
 
 @dataclass
 class Tally:
-    """How many answers were kept and left out."""
+    """Counts of answers kept and left out."""
 
     kept: int = 0
     missing: int = 0
@@ -107,14 +107,14 @@ class Tally:
     """Equal to an earlier answer to the same question."""
     judged: int = 0
     usage: Usage = field(default_factory=Usage)
-    """Of all answers that there are."""
+    """Of all answers, cached ones included."""
     models: set[str] = field(default_factory=set)
-    """Names that the teacher gives itself."""
+    """Model names in the responses."""
 
     def describe(self) -> str:
-        """Return what was left out, for people; empty: nothing."""
+        """Return what was left out as text; empty if nothing was."""
         counts = {
-            "wrong": self.wrong, "cut off": self.cut, "empty": self.empty, "the same again": self.repeated,
+            "wrong": self.wrong, "truncated": self.cut, "empty": self.empty, "duplicate": self.repeated,
             "not answered": self.missing,
         }  # fmt: skip
         return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
@@ -124,7 +124,7 @@ async def find_model(base: str, key: str | None, timeout_seconds: float) -> str:
     """Return the name of a teacher's only model.
 
     Raises:
-        ConfigError: it has several or none, or does not list them.
+        ConfigError: it has several models or none, or does not list them.
         PassingError: it does not answer.
     """
     async with Teacher(base, key, timeout_seconds=timeout_seconds, concurrency=1) as teacher:
@@ -133,15 +133,15 @@ async def find_model(base: str, key: str | None, timeout_seconds: float) -> str:
         except Failed as error:
             if error.retry:
                 raise PassingError(f"{public_url(base)} does not answer: {error}") from None
-            raise ConfigError(f"--model is missing, and {public_url(base)} names none: {error}") from None
+            raise ConfigError(f"--model is missing, and {public_url(base)} lists none: {error}") from None
     if len(names) == 1:
         return names[0]
-    told = ", ".join(one_line(name, 80) for name in names[:20]) or "none"
-    raise ConfigError(f"--model is missing; {public_url(base)} has {told}")
+    listed = ", ".join(one_line(name, 80) for name in names[:20]) or "none"
+    raise ConfigError(f"--model is missing; {public_url(base)} has {listed}")
 
 
 def estimate(order: Order) -> str:
-    """Return what a run would ask and the most that it can cost, for people; nothing is asked."""
+    """Return a text about the number of requests of a run and their maximum cost; no question is sent."""
     answers = _open_answers(order)
     missing = [each for samples in order.requests() for each in samples if each.key not in answers]
     total = Usage()
@@ -150,18 +150,18 @@ def estimate(order: Order) -> str:
     cost = order.prices.of(total)
     count = len(order.questions) * order.samples
     return (
-        f"{len(order.questions):,} questions, {count:,} answers, {count - len(missing):,} of them known, "
-        f"{len(missing):,} to ask: at most {format_count(total.input)} + {format_count(total.output)} tokens"
+        f"{len(order.questions):,} questions, {count:,} answers, {count - len(missing):,} of them cached, "
+        f"{len(missing):,} to request: at most {format_count(total.input)} + {format_count(total.output)} tokens"
         + ("" if cost is None else f", cost at most {cost:.4f}")
     )
 
 
 def distill(order: Order) -> int:
-    """Ask what has no answer yet, write the file and print a summary; return the exit code.
+    """Collect the missing answers, write the file, print a summary and return the exit code.
 
     Raises:
-        MlxchatError: the teacher refuses or does not answer, or the disk fails. Answers so far are kept, and written
-            if there are any.
+        MlxchatError: the teacher refuses or does not answer, or the disk fails. The file is written from the answers
+            so far, if there are any.
         Interrupted: a signal stopped the run.
     """
     began = now()
@@ -193,39 +193,39 @@ def distill(order: Order) -> int:
         raise collected.fault
     if stopped:
         raise Interrupted(
-            f"stopped: {tally.missing:,} answers are missing. The same command asks for these alone.", stopped[0]
+            f"stopped: {tally.missing:,} answers are missing. Run the same command to get them.", stopped[0]
         )
     if not lines:
         reasons = [*list(collected.failed.values())[:_MOST_SHOWN], *_describe_costs(order, collected)]
-        first = f"no answer is left, so {order.out} is not written: {tally.describe() or 'no question was answered'}"
+        first = f"no usable answer, so {order.out} is not written: {tally.describe() or 'no question was answered'}"
         raise DataError("\n".join([first, *reasons]))
     return 1 if collected.failed else 0
 
 
 def find_out_problems(out: Path) -> list[str]:
-    """Return why a file must not be written, or be replaced."""
+    """Return the reasons why a file must not be written or replaced."""
     if out.suffix != ".jsonl":
         return [f"--out is {out}, expected a file that ends in .jsonl"]
     if out.is_dir():
         return [f"--out: {out} is a folder"]
     if not out.absolute().parent.is_dir():
-        return [f"--out: there is no folder {out.absolute().parent}"]
+        return [f"--out: no folder {out.absolute().parent}"]
     if not out.exists():
         return []
     known = read_json(_provenance_place(out))
     ours = [known.get("sha256"), known.get("replaces")] if isinstance(known, dict) else []
     if hash_file(out) in ours:
         return []
-    return [f"--out: {out} is there and is not as mlxchat distill left it. Move it away"]
+    return [f"--out: {out} exists and was not written by mlxchat distill, or was changed since. Move it away"]
 
 
 def next_setting(order: Order) -> str:
-    """Return the setting that puts the file into SFT's mixture, quoted for a shell and for Hydra."""
+    """Return the setting that adds the file to SFT's mixture, quoted for a shell and for Hydra."""
     path = str(order.out)
     if not all(char.isalnum() or char in "._-/" for char in path):
         path = '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
     first = [next(str(m["content"]) for m in question.messages if m["role"] == "user") for question in order.questions]
-    # The task jsonl holds conversations out by their first user message; of very few it may hold out all.
+    # The task jsonl holds conversations out by their first user message: of very few, possibly all.
     trained = any(not held_out(f"jsonl/{text}", _HELD_OUT_FRAC) for text in first)
     options = "" if trained else ", options: {held_out_frac: 0}"
     setting = f"+sft.mixture.teacher={{task: jsonl, path: {path}{options}}}"
@@ -233,7 +233,7 @@ def next_setting(order: Order) -> str:
 
 
 def _open_answers(order: Order) -> Answers:
-    """Find the model's fingerprint, and return its kept answers without those to ask again."""
+    """Set `order.fingerprint` and return the cached answers, without those that --refresh replaces."""
     answers = Answers(order.cache, order.teacher, order.model)
     place = public_url(order.teacher)
     try:
@@ -241,14 +241,12 @@ def _open_answers(order: Order) -> Answers:
     except Failed as error:
         order.fingerprint = answers.fingerprint
         if order.fingerprint is not None:
-            print(
-                f"note: {place} does not answer ({error}); kept answers are those of its latest model", file=sys.stderr
-            )
+            print(f"note: {place} does not answer ({error}); uses cached answers of its latest model", file=sys.stderr)
     else:
         if order.fingerprint is None:
             print(
-                f"note: {place} does not say which weights are behind {one_line(order.model)!r}: all answers kept "
-                "under that name count as its own. --refresh asks again",
+                f"note: {place} sends no fingerprint of the weights of {one_line(order.model)!r}: all answers cached "
+                "under that name are used. --refresh replaces them",
                 file=sys.stderr,
             )
         answers.identify(order.fingerprint)
@@ -277,7 +275,7 @@ async def _collect(order: Order, answers: Answers, missing: list[Request], known
         with Progress("distill", known + len(missing), "answers", start=known) as progress:
 
             def announce() -> None:
-                progress.note("stopping: waits for the answers under way; again to leave at once, nothing is lost")
+                progress.note("stopping after the requests in flight; press Ctrl-C again to stop now, nothing is lost")
 
             with stop_on_signals(request_stop, announce):
                 return await collector.run(missing, progress, known)
@@ -286,7 +284,7 @@ async def _collect(order: Order, answers: Answers, missing: list[Request], known
 def _choose(
     order: Order, requests: Sequence[Sequence[Request]], answers: Answers, tally: Tally
 ) -> Iterator[dict[str, Any]]:
-    """Yield a conversation for each answer that is kept, in the order of questions and samples; count in `tally`."""
+    """Yield a conversation for each kept answer, in the order of questions and samples; update `tally`."""
     for question, samples in zip(order.questions, requests, strict=True):
         seen: set[str] = set()
         for request in samples:
@@ -314,13 +312,13 @@ def _choose(
 
 
 def _is_right(question: Question, text: str, tally: Tally) -> bool:
-    assert question.judge is not None, "checked before anything was asked"
+    assert question.judge is not None, "checked before the first request"
     tally.judged += 1
     return question.judge(text)
 
 
 def _content_of(answer: Answer) -> str | list[dict[str, str]]:
-    """Return an answer as a message's content, without the <think> … </think> that reasoning models begin with."""
+    """Return an answer as a message's content, without the leading <think> … </think> of reasoning models."""
     if answer.parts is not None:
         parts = [{"type": part["type"], "text": clean(part["text"])} for part in answer.parts]
         if any(part["type"] != "text" for part in parts):
@@ -329,7 +327,7 @@ def _content_of(answer: Answer) -> str | list[dict[str, str]]:
 
 
 def _with_system(messages: list[Message], system: str | None) -> list[Message]:
-    """Return messages that begin with a system prompt; one that is there already follows it in the same message."""
+    """Return the messages with a system prompt in front; an existing one is appended to it."""
     if system is None:
         return messages
     if messages[0]["role"] == "system":
@@ -338,7 +336,7 @@ def _with_system(messages: list[Message], system: str | None) -> list[Message]:
 
 
 def _line_of(conversation: dict[str, Any]) -> bytes:
-    """Return a conversation as a line of JSON, in which no reader finds another line end."""
+    """Return a conversation as one line of JSON with Unicode line separators escaped."""
     text = json.dumps(conversation, ensure_ascii=False).replace("\u2028", "\\u2028")
     return text.replace("\u2029", "\\u2029").replace("\x85", "\\u0085").encode("utf-8", "replace") + b"\n"
 
@@ -351,13 +349,13 @@ def _write(order: Order, data: bytes, record: dict[str, Any]) -> None:
         record = redact(record) | {"sha256": hashlib.sha256(data).hexdigest(), "replaces": replaces}
         if order.key:
             record = _without(record, order.key)
-        # First, with both hashes: whichever of the two files a kill leaves there is recognised as ours.
+        # First, with both hashes: after a kill between the two writes, the old file is still recognised as ours.
         write_whole(_provenance_place(out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
         write_whole(out, data)
         sync(out.absolute().parent)
     except OSError as error:
         raise StoreError(
-            f"{out} cannot be written ({error.strerror}). The answers are kept: mend that and run the command again."
+            f"{out} cannot be written ({error.strerror}). The answers are cached: run the same command again."
         ) from None
 
 
@@ -366,7 +364,7 @@ def _provenance_place(out: Path) -> Path:
 
 
 def _report(order: Order, tally: Tally, collected: Collected, known: int, answers: Answers) -> None:
-    """Print the summary, and the command that trains on the file."""
+    """Print a summary and the command that trains on the file."""
     left_out = tally.describe()
     print(f"{order.out}: {tally.kept:,} conversations of {len(order.questions):,} questions"
           + (f" ({left_out})" if left_out else ""))  # fmt: skip
@@ -377,17 +375,17 @@ def _report(order: Order, tally: Tally, collected: Collected, known: int, answer
         if collected.asked
         else ""
     )
-    print(f"  answers  {collected.asked:,} asked{rate}, {known:,} known before"
+    print(f"  answers  {collected.asked:,} new{rate}, {known:,} cached"
           + (f", {len(collected.failed):,} failed" if collected.failed else ""))  # fmt: skip
     print(f"  tokens   {_format_usage(order.prices, collected.usage)}" + (
         f"; of all answers {_format_usage(order.prices, tally.usage)}" if known else ""))  # fmt: skip
     print(f"  teacher  {one_line(order.model)} at {public_url(order.teacher)}, see {_provenance_place(order.out)}")
     if answers.num_damaged:
-        print(f"  {answers.num_damaged:,} damaged lines of {answers.path} counted for nothing")
+        print(f"  skipped  {answers.num_damaged:,} damaged lines of {answers.path}")
     for reason in list(collected.failed.values())[:_MOST_SHOWN]:
         print(f"  failed   {reason}")
     if collected.failed:
-        print("  The same command asks for these again.")
+        print("  Run the same command to retry them.")
     for line in _describe_costs(order, collected):
         print(f"  {line}")
     print(f"Train on it:\n  mlxchat {next_setting(order)}")
@@ -395,24 +393,23 @@ def _report(order: Order, tally: Tally, collected: Collected, known: int, answer
 
 def _describe_costs(order: Order, collected: Collected) -> Iterable[str]:
     if collected.unanswered_cost:
-        yield f"cut      cost {collected.unanswered_cost:.4f} counted for requests without an answer (may be billed)"
+        yield f"unanswered requests count with {collected.unanswered_cost:.4f}, since they may be billed"
     if collected.out_of_money:
         yield (
             f"stopped at --max-cost {order.limits.max_cost:g}: {collected.spent:.4f} is spent, "
-            f"{collected.spent_before:.4f} of it by earlier runs ({order.ledger}). With a larger one the same command "
-            "goes on"
+            f"{collected.spent_before:.4f} of it by earlier runs ({order.ledger}). Raise it to continue"
         )
 
 
 def _format_usage(prices: Prices, usage: Usage) -> str:
     cost = prices.of(usage)
-    told = f"{format_count(usage.input)} + {format_count(usage.output)}"
-    told += "" if cost is None else f", cost {cost:.4f}"
-    return told + (f" (not told for {usage.unknown:,} answers)" if usage.unknown else "")
+    text = f"{format_count(usage.input)} + {format_count(usage.output)}"
+    text += "" if cost is None else f", cost {cost:.4f}"
+    return text + (f" ({usage.unknown:,} answers without token counts)" if usage.unknown else "")
 
 
 def _without(value: Any, key: str) -> Any:
-    """Return plain nested data in which a key is hidden."""
+    """Return nested plain data with the key replaced by <key>."""
     if isinstance(value, str):
         return value.replace(key, "<key>")
     if isinstance(value, dict):

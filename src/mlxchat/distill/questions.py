@@ -1,4 +1,4 @@
-"""The questions for a teacher: the lines of a file, or the conversations of a task, each without its answer."""
+"""Reads questions for a teacher from a file or a task; reference answers are removed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlxchat.tasks import load_item
 from mlxchat.tasks.answers import Conversation, answer_text, is_answer
 from mlxchat.tasks.jsonl import read_conversations
 
-# Control characters except tab and newline, and halves of surrogate pairs.
+# Control characters except tab and newline, and lone surrogates.
 _UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 Message = dict[str, Any]
@@ -27,14 +27,14 @@ class Question:
     """A conversation that ends with the user's message."""
 
     messages: list[Message]
-    """A system message or none, then user and assistant in turn."""
+    """An optional system message, then user and assistant alternately."""
     name: str
-    """For people: file and line, or task and number."""
+    """For messages: file and number, or task and number."""
     judge: Callable[[str], bool] | None = None
-    """Returns whether an answer is right; None: there is no reference answer."""
+    """Returns True for a right answer; None: there is no reference answer."""
 
     def asked(self) -> list[dict[str, str]]:
-        """Return the messages as endpoints accept them: contents of parts become text."""
+        """Return the messages in OpenAI's format: contents made of parts become plain text."""
         return [{"role": each["role"], "content": clean(answer_text({"messages": [each]}))} for each in self.messages]
 
 
@@ -42,7 +42,7 @@ def questions_of_task(item: TaskItem, limit: int | None = None) -> list[Question
     """Return the first `limit` questions of a task; its data are downloaded if necessary.
 
     Raises:
-        ConfigError, DataError, PassingError: as `load_item` and `Task.fetch`.
+        ConfigError, DataError, PassingError: as in `load_item` and `Task.fetch`.
     """
     task = load_item(item)
     task.fetch()
@@ -54,10 +54,10 @@ def questions_of_task(item: TaskItem, limit: int | None = None) -> list[Question
 
 
 def questions_of_file(path: Path) -> list[Question]:
-    """Return the questions of a .txt file (one a line) or a .jsonl file; empty lines are skipped.
+    """Return the questions of a .txt file (one per line) or a .jsonl file; empty lines are skipped.
 
     Raises:
-        DataError: the file cannot be read or has no question, or lines of it are no questions; all of them are named.
+        DataError: the file cannot be read, has no question, or has invalid lines (the message names all of them).
     """
     if path.suffix == ".jsonl":
         conversations = list(read_conversations(path, ends_answered=False, least=1))
@@ -68,7 +68,7 @@ def questions_of_file(path: Path) -> list[Question]:
             raise DataError(f"{path} cannot be read as UTF-8 text ({error}).") from None
         conversations = [{"messages": [{"role": "user", "content": line.strip()}]} for line in lines if line.strip()]
     if not conversations:
-        raise DataError(f"{path} has no question. Expected a question on each line.")
+        raise DataError(f"{path} has no questions. Expected one on each line.")
     questions = []
     for number, conversation in enumerate(conversations, start=1):
         answered = conversation["messages"][-1]["role"] == "assistant"
@@ -81,7 +81,7 @@ def _question(conversation: Conversation, name: str, judge: Callable[[str], bool
     messages = conversation["messages"]
     last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=-1)
     if last < 0:
-        raise DataError(f"{name} has no message of a user")
+        raise DataError(f"{name} has no user message")
     return Question(
         [
             {
@@ -96,19 +96,19 @@ def _question(conversation: Conversation, name: str, judge: Callable[[str], bool
 
 
 def _distinct(questions: Sequence[Question]) -> list[Question]:
-    """Return the questions; of equal ones only the first."""
+    """Return the questions without duplicates."""
     return list({json.dumps(question.asked()): question for question in reversed(questions)}.values())[::-1]
 
 
 def clean(text: str) -> str:
-    """Return a text without control characters and halves of surrogate pairs, with a newline as its only line end.
+    r"""Return a text without control characters and lone surrogates, with \n as its only line end.
 
-    Special tokens of a chat format (<|assistant_end|>) stay: conversations are rendered with them as ordinary text.
+    Special tokens of a chat format (<|assistant_end|>) stay: rendering encodes them as ordinary text.
     """
     return _UNFIT.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
 def one_line(text: str, longest: int = 200) -> str:
-    """Return a text that is safe to print: one line, no control characters, at most so many characters."""
+    """Return a text on one line, without control characters, cut to `longest` characters."""
     line = visible(" ".join(text.split()))
     return line if len(line) <= longest else line[: longest - 1] + "…"

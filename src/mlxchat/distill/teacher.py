@@ -1,7 +1,7 @@
-"""A teacher behind an OpenAI-compatible endpoint: one request, and what its answer or failure means.
+"""A client of an OpenAI-compatible endpoint that reads answers and classifies failures.
 
-The HTTP is `openai.AsyncOpenAI`'s. Added here, against endpoints that misbehave: a limit of bytes and of the whole
-request's time, no decompression, no redirects, no headers that the environment adds.
+`openai.AsyncOpenAI` does the HTTP. Hardened against endpoints that misbehave: the response's size and the total time
+are limited; nothing is decompressed or redirected, and no header comes from the environment.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from mlxchat.distill.questions import one_line
 _MOST_BYTES = 8 << 20
 _RETRIED = (408, 409, 425, 429)
 _NO_ROOM = (429, 503)
-# Statuses sent before anything is computed. With others something may have been computed, and billed: a content filter
-# over the answer sends 400, a gateway that waited for it 408 or 499, one that keeps the answer elsewhere 302 or 303.
+# Statuses sent before anything is computed. After others the answer may have been computed and billed: content filters
+# send 400 after the answer, gateways 408 or 499 after waiting, 302 or 303 if the answer is kept elsewhere.
 _FREE = (401, 402, 403, 404, 405, 413, 415, 429)
-# Faults of one question; other refusals hold for every request.
+# Statuses caused by one question; other refusals apply to all requests.
 _OF_THE_QUESTION = (400, 413, 415, 422, 451)
 _SENT_HEADERS = ("host", "accept", "connection", "content-type", "content-length")
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -41,14 +41,14 @@ class Failed(Exception):
         self, reason: str, *, retry: bool, for_all: bool = False, free: bool = False, no_room: bool = False,
         retry_after: float | None = None,
     ) -> None:  # fmt: skip
-        """Take the reason, and what is known of the failure.
+        """Create the failure.
 
         Args:
-            reason: for people.
-            retry: whether the same request may succeed later.
-            for_all: whether no other request can succeed either.
-            free: whether the teacher certainly computed nothing that it could bill.
-            no_room: whether the teacher is only overloaded.
+            reason: for messages.
+            retry: the same request may succeed later.
+            for_all: no other request can succeed either.
+            free: the request is certainly not billed.
+            no_room: the teacher is overloaded.
             retry_after: seconds to wait, if the teacher sent them.
         """
         super().__init__(reason)
@@ -77,13 +77,13 @@ class _Capped(httpx2.AsyncByteStream):
 
 
 class Teacher:
-    """The endpoint. Used as an asynchronous context manager."""
+    """A connection to the endpoint; an asynchronous context manager."""
 
     def __init__(self, base: str, key: str | None, *, timeout_seconds: float, concurrency: int) -> None:
-        """Take the endpoint's address, which may have a query (?api-version=…), and the key for it."""
+        """Open no connection yet. `base` may have a query (?api-version=…); `key` is sent as a bearer token."""
         self._key, self._timeout = key, timeout_seconds
         self.fingerprint: str | None = None
-        """Of the model that must answer, if the endpoint sends it with every answer (mlxchat serve)."""
+        """Expected `system_fingerprint` of all answers (mlxchat serve sends one); None: not checked."""
         parts = urlsplit(base)
         self._client = openai.AsyncOpenAI(
             base_url=urlunsplit(parts._replace(query="", fragment="")),
@@ -94,7 +94,7 @@ class Teacher:
                 timeout=httpx2.Timeout(timeout_seconds, connect=min(timeout_seconds, 30.0)),
                 limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
                 follow_redirects=False,
-                trust_env=parts.hostname not in _LOOPBACK,  # a proxy does not lead to this machine
+                trust_env=parts.hostname not in _LOOPBACK,  # no proxy for this machine
                 event_hooks={"request": [self._strip], "response": [self._cap]},
             ),
         )
@@ -111,25 +111,24 @@ class Teacher:
         """Return the answer to a chat request.
 
         Raises:
-            Failed: there is none.
+            Failed: there is no usable answer.
         """
         value = await self._call("/chat/completions", body)
-        told = value.get("system_fingerprint") if isinstance(value, dict) else None
-        if self.fingerprint is not None and isinstance(value, dict) and told != self.fingerprint:
+        if isinstance(value, dict) and self.fingerprint not in (None, value.get("system_fingerprint")):
             model = one_line(str(body.get("model")))
             raise Failed(
-                f'the model behind "{model}" was replaced meanwhile. The same command asks the new one',
+                f'the model behind "{model}" was replaced. Run the same command again to get answers of the new one',
                 retry=False, for_all=True,
             )  # fmt: skip
         return _read_answer(value)
 
     async def find_fingerprint(self, model: str) -> str | None:
-        """Return a fingerprint of the model behind a name; None if the endpoint sends none.
+        """Return the fingerprint of a model's weights; None if the endpoint sends none.
 
-        mlxchat serve sends one: a hash of the artifact's contents and of the server's settings.
+        That of mlxchat serve is a hash of the artifact's contents and the server's settings.
 
         Raises:
-            Failed: the endpoint does not answer now.
+            Failed: a transient failure.
         """
         try:
             value = await self._call(f"/models/{quote(model)}")
@@ -138,18 +137,18 @@ class Teacher:
                 raise
             return None
         own = value.get("mlxchat") if isinstance(value, dict) else None
-        told = own.get("fingerprint") if isinstance(own, dict) else None
-        return told if isinstance(told, str) else None
+        found = own.get("fingerprint") if isinstance(own, dict) else None
+        return found if isinstance(found, str) else None
 
     async def models(self) -> list[str]:
-        """Return the names of the endpoint's models. Raises as `ask`."""
+        """Return the names of the endpoint's models. Raises Failed."""
         value = await self._call("/models")
         rows = value.get("data") if isinstance(value, dict) else None
         names = [row.get("id") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
         return [name for name in names if isinstance(name, str)]
 
     async def _strip(self, request: httpx2.Request) -> None:
-        """Remove headers that openai takes from the environment or adds about this machine."""
+        """Remove the headers that openai reads from the environment or that describe this machine."""
         for name in [name for name in request.headers if name.lower() not in _SENT_HEADERS]:
             del request.headers[name]
         request.headers.update({"User-Agent": "mlxchat", "Accept-Encoding": "identity"})
@@ -157,7 +156,7 @@ class Teacher:
             request.headers["Authorization"] = f"Bearer {self._key}"
 
     async def _cap(self, response: httpx2.Response) -> None:
-        """Limit the body's bytes, and keep it compressed: 2 KB that are compressed three times take 4 s to unpack."""
+        """Limit the body's size, and prevent decompression: 2 KB compressed three times take 4 s to unpack."""
         response.headers.pop("content-encoding", None)
         assert isinstance(response.stream, httpx2.AsyncByteStream)
         response.stream = _Capped(response.stream)
@@ -165,7 +164,7 @@ class Teacher:
     async def _call(self, route: str, body: dict[str, Any] | None = None) -> Any:
         """Return the parsed JSON of a response."""
         try:
-            # httpx2's own limits hold for each read: a server that sends a byte now and then would be awaited for ever.
+            # httpx2's timeouts apply to each read, so a server that drips bytes would never time out.
             async with asyncio.timeout(self._timeout):
                 if body is None:
                     got = await self._client.get(route, cast_to=httpx2.Response)
@@ -173,15 +172,15 @@ class Teacher:
                     got = await self._client.post(route, cast_to=httpx2.Response, body=body)
         except (TimeoutError, openai.APITimeoutError) as error:
             unsent = isinstance(error.__cause__, httpx2.ConnectTimeout | httpx2.PoolTimeout)
-            raise Failed(f"no whole answer within {self._timeout:g} s", retry=True, free=unsent) from None
+            raise Failed(f"no complete answer within {self._timeout:g} s", retry=True, free=unsent) from None
         except _TooLong:
             raise Failed(f"its answer is longer than {_MOST_BYTES >> 20} MB", retry=False) from None
         except openai.APIStatusError as error:
             got = error.response
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
-            told = self._printable(str(cause))
-            reason = f"{type(cause).__name__}: {told}" if told else type(cause).__name__
+            text = self._printable(str(cause))
+            reason = f"{type(cause).__name__}: {text}" if text else type(cause).__name__
             raise Failed(reason, retry=True, free=isinstance(cause, httpx2.ConnectError)) from None
         try:
             value = json.loads(got.content)
@@ -194,7 +193,7 @@ class Teacher:
         return value
 
     def _check(self, got: httpx2.Response, value: Any) -> None:
-        """Raise the failure that a status means, or that an error in a successful response means."""
+        """Raise Failed for an error status, or for an error object in a successful response."""
         fault = value.get("error") if isinstance(value, dict) else None
         status = got.status_code
         free = status in _FREE
@@ -206,29 +205,29 @@ class Teacher:
                 status = code if isinstance(code, int) and code >= 400 else 502
         else:
             message, code = str(fault or got.content[:300].decode("utf-8", "replace")), None
-        told = f"{status} {self._printable(message)}".strip()
+        reason = f"{status} {self._printable(message)}".strip()
         if 300 <= status < 400:
             place = self._printable(got.headers.get("location", "elsewhere"))
-            raise Failed(f"{status}: it is at {place} now. Give that address", retry=False, for_all=True, free=free)
+            raise Failed(f"{status}: redirected to {place}. Use that address", retry=False, for_all=True, free=free)
         if code == "insufficient_quota" or (status not in _RETRIED and status < 500):
-            hint = ". The address of OpenAI's interface mostly ends in /v1" if status in (404, 405) else ""
+            hint = ". Addresses of OpenAI-compatible endpoints usually end in /v1" if status in (404, 405) else ""
             for_all = code == "insufficient_quota" or status not in _OF_THE_QUESTION
-            raise Failed(told + hint, retry=False, for_all=for_all, free=free)
+            raise Failed(reason + hint, retry=False, for_all=for_all, free=free)
         wait = _retry_after(got.headers.get("retry-after"))
-        raise Failed(told, retry=True, retry_after=wait, no_room=status in _NO_ROOM, free=free)
+        raise Failed(reason, retry=True, retry_after=wait, no_room=status in _NO_ROOM, free=free)
 
     def _printable(self, text: str) -> str:
-        """Return a text of the teacher's as one line without our key, which error messages may repeat."""
+        """Return the teacher's text on one line, without the key, which error messages may repeat."""
         return one_line(text.replace(self._key, "<key>") if self._key else text)
 
 
 def is_loopback(url: str) -> bool:
-    """Return whether an address is this machine's own."""
+    """Return True if an address is this machine's."""
     return urlsplit(url).hostname in _LOOPBACK
 
 
 def _retry_after(value: str | None) -> float | None:
-    """Return the seconds of a Retry-After header, a number or a date; None if it has neither."""
+    """Return the seconds of a Retry-After header (a number or a date); None if it is invalid."""
     if value is None:
         return None
     with suppress(ValueError):
@@ -253,14 +252,15 @@ def _read_answer(value: Any) -> Answer:
             part["text"] for part in content if isinstance(part, dict) and isinstance(part.get("text"), str)
         )
     if content is not None and not isinstance(content, str):
-        raise Failed("its answer's content is no text", retry=True)
+        raise Failed("its answer's content is not text", retry=True)
     finish, usage, model = choice.get("finish_reason"), value.get("usage"), value.get("model")
     counts = [usage.get(key) if isinstance(usage, dict) else None for key in ("prompt_tokens", "completion_tokens")]
-    # Some endpoints report 0 tokens of everything; a cost limit would not hold then.
+    # Some endpoints report 0 tokens; counting them would disable the cost limit.
     known = [count for count in counts if type(count) is int and 1 <= count < 1 << 63]
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
     if len(known) == 2 and type(total) is int and sum(known) < total < 1 << 63:
-        known[1] = total - known[0]  # Gemini's endpoint leaves thoughts out of completion_tokens, and bills them
+        # Gemini's endpoint bills reasoning tokens but leaves them out of completion_tokens.
+        known[1] = total - known[0]
     return Answer(
         text=content or "",
         parts=parts if _are_parts(parts) else None,
