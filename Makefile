@@ -86,6 +86,9 @@ type: setup ## mypy, strict
 wheel-check: setup ## install the wheel in a fresh environment and run it from another folder
 	$(BIN)/python -m pytest -m slow tests/test_packaging.py
 
+dist: setup ## build the sdist, and from it the wheel, into dist/
+	rm -rf dist && $(BIN)/python -m build --no-isolation
+
 docs: .venv/docs ## build the site into site/, every link checked, without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
@@ -157,4 +160,4 @@ ifneq ($(MADE_FOR),$(DEVICE) $(CURDIR))
 .venv/made-for: FORCE
 endif
 
-.PHONY: help setup run chat serve report pictures sweep scaling-laws miniseries rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check docs docs-serve lock clean FORCE
+.PHONY: help setup run chat serve report pictures sweep scaling-laws miniseries rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check dist docs docs-serve lock clean FORCE

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ def data_files(package: str) -> set[Path]:
 def copy_sources(target: Path) -> Path:
     """Copy what a build reads, so that building leaves nothing in the checkout."""
     target.mkdir()
-    for name in ("pyproject.toml", PYPROJECT["project"]["readme"], "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", PYPROJECT["project"]["readme"], "LICENSE"):
         shutil.copy2(ROOT / name, target / name)
     for folder in PACKAGE_DIR.values():
         shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns(*CACHES))
@@ -81,9 +82,9 @@ def run(command: list[str | Path], folder: Path) -> None:
 
 
 def build_wheel(folder: Path) -> Path:
-    """Build the wheel with the setuptools at hand, without network."""
+    """Build the sdist and from it the wheel, with the setuptools at hand, without network; return the wheel."""
     sources, wheels = copy_sources(folder / "sources"), folder / "wheels"
-    run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", wheels, sources], folder)
+    run([sys.executable, "-m", "build", "--no-isolation", "--outdir", wheels, sources], folder)
     (wheel,) = wheels.glob("*.whl")
     return wheel
 
@@ -200,3 +201,64 @@ def test_examples_of_own_parts_run_from_the_wheel_in_an_empty_folder(installed: 
     run([installed, "experiment=verse"], tmp_path / "elsewhere")
     assert len(list(tmp_path.glob("**/outputs/store/rhyme-*/text.txt"))) == 1
     assert "finished" in (tmp_path / "outputs" / "printed.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [("uvx", ("uvx", "--from", "{wheel}", "mlxchat")), ("pipx", ("pipx", "run", "--spec", "{wheel}", "mlxchat"))],
+)
+def test_wheel_runs_without_an_installation(program: str, command: tuple[str, ...], tmp_path: Path) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+    wheel = str(build_wheel(tmp_path))
+    (tmp_path / "empty").mkdir()
+    start = [word.format(wheel=wheel) for word in command]
+    run([*start, "experiment=smoke"], tmp_path / "empty")
+    assert (tmp_path / "empty" / "outputs" / "refs" / "latest" / "rl").exists()
+    run([*start, "chat", "-p", "Hello!"], tmp_path / "empty")
+
+
+def table_rows(title: str) -> list[list[str]]:
+    """Return the cells of each row below a title of docs/internals/dependencies.md."""
+    text = (ROOT / "docs" / "internals" / "dependencies.md").read_text(encoding="utf-8")
+    lines = text.partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
+
+
+def test_table_of_dependencies_names_each_with_its_extras() -> None:
+    project = PYPROJECT["project"]
+    expected = {requirement.name: set[str]() for requirement in requirements()}
+    for extra in project["optional-dependencies"]:
+        for requirement in requirements(extra)[len(project["dependencies"]) :]:
+            expected.setdefault(requirement.name, set()).add(extra)
+    plain = {row[0]: set[str]() for row in table_rows("What a plain installation brings")}
+    assert plain | {row[1]: set(row[0].split(", ")) for row in table_rows("Extras")} == expected
+
+
+CLASSIFIED = {
+    "Apache Software License": "Apache-2.0",
+    "BSD License": "BSD-3-Clause",
+    "MIT License": "MIT",
+    "Python Software Foundation License": "PSF-2.0",
+}
+
+
+def licence_of(package: str) -> str | None:
+    """Return the SPDX expression of an installed package's licence from its metadata; None: it is not installed."""
+    try:
+        metadata = distribution(package).metadata
+    except PackageNotFoundError:
+        return None
+    classifiers = metadata.get_all("Classifier", [])
+    for classifier in (each.rpartition(" :: ")[2] for each in classifiers if each.startswith("License :: ")):
+        return metadata["License-Expression"] or CLASSIFIED[classifier]
+    return metadata["License-Expression"] or str(metadata["License"]).partition(" License")[0]
+
+
+def test_table_of_dependencies_has_the_licences_of_the_metadata() -> None:
+    rows = [(row[0], row[1]) for row in table_rows("What a plain installation brings")]
+    rows += [(row[1], row[2]) for row in table_rows("Extras")]
+    found = {package: licence_of(package) for package, _ in rows}
+    assert sum(licence is not None for licence in found.values()) > 30
+    assert {name: licence for name, licence in rows if found[name] not in (None, licence)} == {}
