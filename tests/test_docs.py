@@ -1,13 +1,22 @@
-"""README and docs: links lead somewhere, and commands name verbs, groups and options that exist."""
+"""README and docs: links lead somewhere, commands are accepted, those of README and course do what is shown."""
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from mlxchat.config.verbs import VERBS
+from kit.commands import clean_environment
+from kit.own_parts import write_files
+from mlxchat.commands.arguments import parser_of
+from mlxchat.composition.compose import compose_config, split_options
+from mlxchat.config.verbs import VERBS, split_verb
+from mlxchat.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -19,6 +28,9 @@ _NAMES = re.findall(r'"(\w+)": \w+_page', (ROOT / "docs" / "reference.py").read_
 GENERATED = [ROOT / "docs" / "reference" / f"{name}.md" for name in _NAMES]
 # Options that a page adds itself.
 OWN = {"my_mixture", "words", "verse"}
+# A setting that code on the page adds, a file to replace by one of yours, no setting of a run, a shell's variable.
+NOT_HERE = ("architecture.activation", "path/to/tokenizer.json", "data show mixture=", "$SLURM_ARRAY_TASK_ID")
+RUN = [PAGES[0], *sorted((ROOT / "docs" / "course").glob("*.md"))]
 
 
 def commands(text: str) -> list[str]:
@@ -27,6 +39,30 @@ def commands(text: str) -> list[str]:
     lines = re.findall(r"^(?:\$ )?(?:\S*/)?mlxchat\b(.*)$", blocks, re.M)
     spans = re.findall(r"`mlxchat\b([^`]*)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
     return [line.split("  #")[0].split(" && ")[0] for line in lines + spans]
+
+
+def lines(page: Path) -> list[str]:
+    """Return the shell lines with a command of mlxchat in the fenced blocks of a page: all of bash, `$ ` of others."""
+    text, found = page.read_text(encoding="utf-8").replace("\\\n", " "), []
+    for kind, block in re.findall(r"^```(bash|console|text)\n(.*?)^```", text, re.M | re.S):
+        start = "(?!)" if kind != "bash" else ""
+        found += re.findall(rf"^(?:\$ |{start})(.*\bmlxchat\b.*)$", block, re.M)
+    return [line for line in found if not re.match(r"#|pip |make |python ", line)]
+
+
+def words(line: str) -> list[str]:
+    """Return the arguments of the first command of mlxchat in a shell line."""
+    parts = shlex.shlex(line, posix=True, punctuation_chars=";&|<>")
+    parts.whitespace_split, parts.commenters = True, "#"
+    found = list(parts)
+    found = found[next(place for place, word in enumerate(found) if Path(word).name == "mlxchat") + 1 :]
+    return found[: next((place for place, word in enumerate(found) if set(word) <= set(";&|<>")), None)]
+
+
+def first_job(settings: list[str]) -> list[str]:
+    """Return the settings of a sweep's first job."""
+    kept = [setting for setting in settings if "(" not in setting]
+    return [re.sub(r"(=[^\[{,]*),.*", r"\1", setting) for setting in kept]
 
 
 def anchors(page: Path) -> list[str]:
@@ -65,6 +101,57 @@ def test_commands_name_existing_verbs_and_options(page: Path) -> None:
                 if not (deep or name in OWN or name in ("NAME", "…") or (CONF / group / f"{name}.yaml").is_file()):
                     unknown.append(f"{group}={name}")
     assert unknown == []
+
+
+COMMANDED = [page for page in PAGES if lines(page)]
+
+
+@pytest.mark.parametrize("page", COMMANDED, ids=[str(page.relative_to(ROOT)) for page in COMMANDED])
+def test_commands_in_blocks_are_parsed(page: Path) -> None:
+    for line in lines(page):
+        verb, rest = split_verb(words(line))
+        parser_of(verb).read(rest)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", COMMANDED, ids=[str(page.relative_to(ROOT)) for page in COMMANDED])
+def test_settings_in_blocks_are_composed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_files(tmp_path)
+    for name in ("mine", "me", "gsm8k_teacher"):
+        Path(f"{name}.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    for line in lines(page):
+        verb, rest = split_verb(words(line))
+        options = parser_of(verb).read(rest)
+        if not options.settings or not parser_of(verb).composes or any(word in line for word in NOT_HERE):
+            continue
+        settings = options.settings
+        if "-m" in rest or any(setting.startswith("sweep=") for setting in settings):
+            settings = first_job(settings)
+        try:
+            compose_config(*split_options(settings))
+        except ConfigError as error:
+            if "which is missing: pip install" not in str(error):
+                raise
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which README's and the course's commands run, one after the other."""
+    return tmp_path_factory.mktemp("student")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUN, ids=[page.name for page in RUN])
+def test_commands_run(page: Path, student: Path) -> None:
+    environ = clean_environment(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    commands = ["mlxchat experiment=smoke"] if page == RUN[0] else []
+    for line in [*commands, *lines(page)]:
+        command = line.replace(".venv/bin/", "")
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=student, env=environ, capture_output=True, text=True, timeout=900, check=False
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
 def test_front_pages_are_short() -> None:
