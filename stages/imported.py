@@ -1,4 +1,4 @@
-"""Imported: a model of another make becomes a checkpoint, which every later stage takes as one of ours.
+"""Imported: converts a third-party model to a checkpoint, which later stages use like one of ours.
 
 Counterpart of nanochat's checkpoint_manager.py. Options: conf/settings/imported.yaml. Its files are read without
 running anything of them, and the artifact is named by their contents: the same wherever they come from. Adapters that

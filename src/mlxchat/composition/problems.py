@@ -371,7 +371,7 @@ def _eval(config: Config) -> Iterator[str]:
     if core is not None and core.tasks is not None and not core.tasks:
         yield "eval.core.tasks is empty: name tasks, or null for all"
     if config.outside.path is None and any(step.get("stage") == "outside" for step in config.pipeline.values()):
-        yield "outside.path is null, but the pipeline evaluates a model of another make: outside.path=FOLDER"
+        yield "outside.path is null, but the pipeline evaluates a third-party model: give outside.path=FOLDER"
 
 
 def _imported(config: Config) -> Iterator[str]:

@@ -1,6 +1,7 @@
-"""The schema: one dataclass per section, with each field's meaning and unit. Values stand in conf/.
+"""The schema: one dataclass per section, with each field's meaning and unit. The values are in conf/.
 
-`metadata={"identity": False}` keeps a field out of artifact ids: it may change speed or reporting, never results.
+`metadata={"identity": False}` keeps a field out of artifact ids: such a field may change speed or reporting, never
+results.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MISSING: Any = "???"
-"""The mark of a value that YAML has to give: OmegaConf's own, without importing OmegaConf to say so."""
+"""OmegaConf's mark of a value that YAML must give, here without importing OmegaConf."""
 
 MODELS = [f"d{depth}" for depth in range(1, 65)]
 """Options of the group `model`: conf/model/_depth.yaml with each of these depths."""
@@ -17,49 +18,50 @@ MODELS = [f"d{depth}" for depth in range(1, 65)]
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """Sizes of the transformer, by the one dial of depth."""
+    """Sizes of the transformer, derived from its depth."""
 
     name: str = field(default=MISSING, metadata={"identity": False})
-    """What artifacts are called."""
+    """Name of the model's artifacts."""
     depth: int = MISSING
     """Number of layers."""
     aspect_ratio: int = MISSING
     """Width per layer of depth."""
     head_width: int = MISSING
-    """Wished width of a head; heads = ceil(width / head_width), or the next number that divides the width evenly."""
+    """Target width of a head; heads = ceil(width / head_width), or the next number that divides the width evenly."""
     num_kv_heads: int | None = MISSING
-    """Key/value heads; null: as many as query heads."""
+    """Number of key/value heads; null: as many as query heads."""
     context_tokens: int = MISSING
     """Tokens per row in training, and the longest context."""
 
 
 @dataclass(kw_only=True)
 class ArchitectureConfig:
-    """Which transformer: a snapshot of nanochat's, whose features can be switched one by one."""
+    """The transformer's architecture: a snapshot of nanochat's, each feature of which can be switched."""
 
     name: str = MISSING
-    """oct2025 (nanochat's published speedrun) or jul2026: whose initial weights are drawn."""
+    """oct2025 (nanochat's published speedrun) or jul2026: the distribution of the initial weights."""
     rope_theta: float = MISSING
-    """Base of the rotary wavelengths."""
+    """Base of the rotary embedding's wavelengths."""
     whole_heads: bool = MISSING
-    """Whether the width is rounded up to a multiple of model.head_width."""
+    """Round the width up to a multiple of model.head_width."""
     vocab_multiple: int = MISSING
-    """The embedding and the head have a multiple of so many rows; logits are cropped to the vocabulary."""
+    """The rows of embedding and head are padded to a multiple of this; logits are cropped to the vocabulary."""
     window_pattern: str = MISSING
-    """S (a quarter of the context, in whole 128 tokens) or L (all of it) for each layer, repeated; the last is L."""
+    """Attention window of each layer, repeated: S (a quarter of the context, rounded up to 128 tokens) or L (all of
+    it). The last layer is always L."""
     query_key_scale: float = MISSING
-    """Factor of the normalised queries and of the normalised keys."""
+    """Factor applied to queries and keys after their normalisation."""
     value_embeddings: bool = MISSING
-    """Whether every second layer adds a gated embedding table of its own to the values."""
+    """Every second layer adds its own gated embedding table to the values."""
     residual_scalars: bool = MISSING
-    """Whether each layer scales the stream and adds the first embedding to it, by learnt scalars."""
+    """Each layer scales the residual stream and adds the input embedding to it, by learnt scalars."""
     smear: bool = MISSING
-    """Whether a gated share of the previous token's embedding is added to each token's."""
+    """Add a gated share of the previous token's embedding to each token's."""
     backout: bool = MISSING
-    """Whether a learnt share of the middle layer's stream is subtracted before the head."""
+    """Subtract a learnt share of the middle layer's residual stream before the head."""
     dropout: float = field(default=MISSING, metadata={"since_default": 0.0})
-    """Share of the embedding's numbers, and of those that each attention and MLP adds to it, which pretraining leaves
-    out at random; 0: none. Nothing is left out in later stages, evaluations and answers."""
+    """Dropout probability in pretraining, applied to the embedding and to the output of each attention and MLP; 0: no
+    dropout. Later stages, evaluations and inference use none."""
 
 
 ADAMW_GROUPS = (
@@ -71,25 +73,25 @@ ADAMW_GROUPS = (
     "smear",
     "matrices",
 )
-"""Kinds of parameters that AdamW has numbers for; the matrices are AdamW's with kind adamw only."""
+"""AdamW's parameter groups; `matrices` is used with optimizer.kind=adamw only."""
 
 
 @dataclass(kw_only=True)
 class AdamWGroupConfig:
-    """AdamW's numbers for one kind of parameter."""
+    """AdamW's hyperparameters for one parameter group."""
 
     lr: float = MISSING
-    """Rate before every scaling."""
+    """Learning rate before any scaling."""
     lr_frac: float = MISSING
-    """Factor of it, where a group's rate is a share of another's."""
+    """Factor of lr, for a group whose rate is a share of another group's."""
     beta1: float = MISSING
     beta2: float = MISSING
     weight_decay: float = MISSING
-    """Decoupled: a parameter shrinks by rate × weight_decay in an iteration."""
+    """Decoupled: each iteration shrinks the parameters by learning rate × weight_decay."""
     scale_with_width: bool = MISSING
-    """Whether the rate is multiplied with (width / reference_width)^-0.5."""
+    """Multiply the rate by (width / reference_width)^-0.5."""
     scale_with_batch: bool = MISSING
-    """Whether the rate is multiplied with the root of the batch's size, where `scaling` is set."""
+    """Multiply the rate by the square root of the relative batch size, if `scaling` is set."""
 
 
 @dataclass(kw_only=True)
@@ -97,63 +99,65 @@ class ScalingConfig:
     """How batch, rates and weight decay follow from the number of parameters (nanochat of 2026)."""
 
     reference_depth: int = MISSING
-    """Depth at which the rates were tuned; its number of parameters is the unit of the rules."""
+    """Depth at which the rates were tuned; scaling is relative to its number of parameters."""
     reference_batch_tokens: int = MISSING
-    """Tokens per iteration at that depth; rates are multiplied with sqrt(tokens / reference_batch_tokens)."""
+    """Tokens per iteration at that depth; rates are multiplied by sqrt(tokens / reference_batch_tokens)."""
     batch_exponent: float = MISSING
-    """The best batch grows with the training's tokens to this power (Power Lines, arXiv 2505.13738)."""
+    """The best batch size grows as the training's tokens to this power (Power Lines, arXiv 2505.13738)."""
     max_weight_decay: float | None = MISSING
-    """Largest weight decay that scaling may reach; null: no bound, as in nanochat."""
+    """Upper bound of the scaled weight decay; null: no bound, as in nanochat."""
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """Rules and rates. Each stage multiplies the rates by its own init_lr_frac."""
+    """The optimizer and its learning rates. Each stage multiplies the rates by its schedule's init_lr_frac."""
 
     kind: str = MISSING
     """muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all."""
     variant: str = MISSING
-    """Of Muon: oct2025 (Newton-Schulz), or jul2026 (balanced rows, Polar Express, NorMuon, cautious weight decay)."""
+    """Muon's variant: oct2025 (Newton-Schulz), or jul2026 (balanced rows, Polar Express, NorMuon, cautious weight
+    decay)."""
     matrix_lr: float = MISSING
-    """Rate of the blocks' matrices."""
+    """Learning rate of the transformer blocks' matrices."""
     embedding_lr: float = MISSING
-    """AdamW rate of the embedding at reference_width; half of it is that of value embeddings."""
+    """AdamW rate of the embedding at reference_width; value embeddings use half of it."""
     unembedding_lr: float = MISSING
     """AdamW rate of the head at reference_width."""
     scalar_lr: float = MISSING
-    """AdamW rate of the learnt scalars of the architecture jul2026."""
+    """AdamW rate of the learnt scalars of architecture=jul2026."""
     reference_width: int = MISSING
-    """AdamW's rates of tables scale with (width / reference_width)^-0.5."""
+    """AdamW's rates of embeddings and head scale with (width / reference_width)^-0.5."""
     weight_decay: float = MISSING
-    """Of the blocks' matrices, decoupled: in an iteration they shrink by rate × weight_decay. Muon's follows the
-    schedule (weight_decay_frac) and applies, in jul2026, only where it agrees with the step. Others: adamw_groups."""
+    """Weight decay of the blocks' matrices, decoupled: each iteration shrinks them by learning rate × weight_decay.
+    Muon's follows the schedule (weight_decay_frac); in jul2026 it applies only where its sign agrees with the update.
+    For other parameters see adamw_groups."""
     adam_beta1: float = MISSING
-    """Decay of AdamW's mean of gradients, where a group does not differ."""
+    """AdamW's decay of the mean gradient, unless its group sets another."""
     adam_beta2: float = MISSING
-    """Decay of AdamW's mean of squared gradients, where a group does not differ."""
+    """AdamW's decay of the mean squared gradient, unless its group sets another."""
     adam_epsilon: float = MISSING
     adamw_groups: dict[str, AdamWGroupConfig] = MISSING
-    """AdamW's numbers for each of ADAMW_GROUPS."""
+    """AdamW's hyperparameters for each parameter group."""
     momentum_start: float = MISSING
     """Muon's momentum at iteration 0."""
     momentum_end: float = MISSING
     """Muon's momentum after momentum_warmup_iterations."""
     momentum_warmup_iterations: int = MISSING
     momentum_final: float | None = MISSING
-    """What Muon's momentum falls to while the rates fall; null: it stays."""
+    """Muon's momentum at the end of the warmdown; null: momentum_end."""
     muon_beta2: float = MISSING
     """Decay of jul2026's mean of squares, one number per row or column (NorMuon)."""
     newton_schulz_iterations: int = MISSING
     """Iterations of the orthogonalisation; jul2026 has coefficients for five."""
     scaling: ScalingConfig | None = None
-    """How batch, rates and weight decay follow from the model's size; null: they are as given."""
+    """How batch, rates and weight decay follow from the model's size; null: no scaling."""
     grad_clip: float | None = MISSING
-    """Largest 2-norm of all gradients together; null: no clipping."""
+    """Largest 2-norm of the whole gradient; null: no clipping."""
 
 
 @dataclass(kw_only=True)
 class MomentumConfig:
-    """Muon's momentum over the iterations, as in the optimizer section."""
+    """Muon's momentum in one stage; the fields mean what optimizer.momentum_* mean."""
 
     start: float = MISSING
     end: float = MISSING
@@ -166,21 +170,21 @@ class ScheduleConfig:
     """Learning rates over the iterations."""
 
     init_lr_frac: float = MISSING
-    """Factor of every rate of the optimizer section."""
+    """Factor of every learning rate of the optimizer section."""
     warmup_frac: float = MISSING
-    """Share of iterations that rise."""
+    """Share of the iterations in which the rates rise."""
     warmup_iterations: int | None = field(default=None)
-    """Number of iterations that rise, instead of a share; null: warmup_frac."""
+    """Number of iterations in which the rates rise; null: warmup_frac decides."""
     warmdown_frac: float = MISSING
-    """Share of iterations that fall, at the end; along a cosine at most those after the rise."""
+    """Share of the iterations, at the end, in which the rates fall; a cosine starts no sooner than the warmup ends."""
     shape: str = field(default=MISSING, metadata={"since_default": "linear"})
-    """Of the fall: linear, or cosine (half a period)."""
+    """Shape of the warmdown: linear, or cosine (half a period)."""
     final_lr_frac: float = MISSING
-    """What the fall reaches at the end."""
+    """Factor of the rates at the end of the warmdown."""
     weight_decay_frac: float = MISSING
-    """Factor of Muon's weight decay at the start, falling to 0 at the end along a cosine; 0: none."""
+    """Factor of Muon's weight decay at the start; it falls to 0 at the end along a cosine. 0: no weight decay."""
     momentum: MomentumConfig | None = None
-    """Muon's momentum in this stage; null: the optimizer's."""
+    """Muon's momentum in this stage; null: that of the optimizer section."""
 
 
 @dataclass(kw_only=True)
@@ -190,34 +194,34 @@ class TaskItem:
     task: str = field(default=MISSING, metadata={"external": "code"})
     """Name in mlxchat.tasks, or module:Class of your own."""
     split: str = "train"
-    """train or test, or another of the task's splits."""
+    """train, test, or another of the task's splits."""
     size: int | None = None
-    """Number of conversations; null: the task's own."""
+    """Number of conversations; null: the task's default."""
     start: int = field(default=0, metadata={"since_default": 0})
-    """The first conversation that is used, counted from 0."""
+    """Index of the first conversation to use, from 0."""
     stop: int | None = field(default=None, metadata={"since_default": None})
-    """The first that is used no more; null: all to the end."""
+    """Index after the last conversation to use; null: use all to the end."""
     step: int = field(default=1, metadata={"since_default": 1})
-    """Every step-th conversation is used."""
+    """Use every step-th conversation."""
     epochs: int = 1
     """How often each conversation occurs in one pass over the mixture."""
     weight: float | None = field(default=None, metadata={"since_default": None})
-    """Share of the mixture's conversations, relative to the weights of all its tasks; null: as epochs say."""
+    """Share of the mixture's conversations, relative to the weights of its other tasks; null: epochs decides."""
     path: str | None = field(default=None, metadata={"external": "file", "identity": False})
     """File of a task that reads one (jsonl, identity, a list of words)."""
     source: dict[str, str] = field(
         default_factory=dict, metadata={"identity": False, "external": "contents", "by": "mlxchat.tasks:contents_of"}
     )
-    """Where a task gets its data: repository, revision, subset of the Hub; url, words, sha256."""
+    """Where the task's data come from: repository, revision and subset of the Hub, or url, words, sha256."""
     fields: list[str] | None = None
-    """Fields of the Factbook, for the tasks that ask about countries; null: the task's own."""
+    """Fields of the Factbook, for tasks about countries; null: the task's default."""
     options: dict[str, float | None] = field(default_factory=dict)
-    """Further numbers that the task takes; null: the task's own."""
+    """Further numeric options of the task; null: the task's default."""
 
 
 @dataclass(kw_only=True)
 class TokenizerConfig:
-    """The byte-pair encoding: trained, or taken over."""
+    """The byte-pair encoding: trained, or an existing vocabulary."""
 
     source: str = field(
         default=MISSING,
@@ -228,55 +232,56 @@ class TokenizerConfig:
             "folder": ("ranks.tiktoken", "tokenizer_config.json", "tokenizer.json", "tokenizer.pkl"),
         },
     )
-    """train; gpt2 or cl100k (GPT-4), as packages ship them; or an existing vocabulary: a .tiktoken file, a
-    tokenizer.json of Hugging Face's (byte-level BPE), nanochat's tokenizer.pkl, a folder of a tokenizer. Our special
-    tokens come after it."""
+    """train; gpt2 or cl100k (GPT-4) from an installed package; or the path of an existing vocabulary: a .tiktoken
+    file, a tokenizer.json of Hugging Face (byte-level BPE), nanochat's tokenizer.pkl, or a tokenizer's folder. The
+    9 special tokens are appended to it."""
     vocab_size: int = MISSING
-    """Tokens, the 9 special ones included; at least 265. What is taken over has its own size."""
+    """Number of tokens, including the 9 special ones; at least 265. An existing vocabulary keeps its own size."""
     max_chars: int = MISSING
     """Characters of text to train on."""
     document_chars: int = MISSING
-    """Characters of one document that are used."""
+    """Characters of each document to train on, at most."""
 
 
 @dataclass(kw_only=True)
 class AdapterConfig:
-    """Small matrices that are trained in place of the model's own, which stay as they are."""
+    """Low-rank adapters, which are trained while the model's own weights stay frozen."""
 
     kind: str = MISSING
-    """none: all weights are trained; lora (arXiv 2106.09685) or dora (2402.09353)."""
+    """none (train all weights), lora (arXiv 2106.09685) or dora (arXiv 2402.09353)."""
     rank: int = MISSING
-    """Columns of A and rows of B, whose product is added to a matrix."""
+    """Rank: columns of A and rows of B, whose product is added to a matrix."""
     scale: float = MISSING
-    """Factor of the product, as in mlx-lm; the paper and PEFT give alpha, which is scale × rank."""
+    """Factor of the product, as in mlx-lm; the paper and PEFT give alpha = scale × rank."""
     targets: list[str] = MISSING
-    """Matrices that get adapters: attention, mlp, all (both), or ends of their names: c_q, mlp.c_proj, h.0.attn.c_v."""
+    """Matrices that get adapters: attention, mlp, all (both), or the ends of matrix names: c_q, mlp.c_proj,
+    h.0.attn.c_v."""
     dropout: float = MISSING
-    """Share of their input that adapters do not see in training, at random; 0: they see all."""
+    """Dropout probability applied to adapter inputs in training; 0: no dropout."""
     bits: int | None = MISSING
-    """4 or 8: the layers' matrices are rounded to so many bits and stay so (QLoRA, arXiv 2305.14314); null: they are
-    as they were."""
+    """4 or 8: quantise the layers' frozen matrices to this many bits (QLoRA, arXiv 2305.14314); null: do not
+    quantise."""
     group_size: int = MISSING
-    """With bits: numbers of a row that share a scale; 32, 64 or 128."""
+    """With bits: consecutive numbers of a row that share a scale; 32, 64 or 128."""
     learning_rate: float = MISSING
-    """AdamW's, of adapters, at its highest, where the model's width is optimizer.reference_width. The optimizer's own
-    rates and the schedule's init_lr_frac do not count."""
+    """AdamW's peak learning rate of the adapters, for a model of width optimizer.reference_width. The optimizer
+    section's rates and the schedule's init_lr_frac do not apply."""
     width_exponent: float = MISSING
-    """The rate is multiplied with (optimizer.reference_width / width)^width_exponent; 0: it is the same everywhere."""
+    """The rate is multiplied by (optimizer.reference_width / width)^width_exponent; 0: no scaling."""
     beta1: float = MISSING
     beta2: float = MISSING
     weight_decay: float = MISSING
-    """Decoupled: a parameter shrinks by rate × weight_decay in an iteration."""
+    """Decoupled: each iteration shrinks the parameters by learning rate × weight_decay."""
 
     def __eq__(self, other: object) -> bool:
-        """Tell whether both mean the same: of two that are no adapters the rest is read by nobody."""
+        """Return True if both have the same effect: with kind none, the other fields have none."""
         if not isinstance(other, AdapterConfig):
             return NotImplemented
         return (not self.is_there and not other.is_there) or vars(self) == vars(other)
 
     @property
     def is_there(self) -> bool:
-        """Whether there are adapters."""
+        """Whether adapters are trained."""
         return self.kind != "none"
 
 
@@ -284,24 +289,25 @@ NO_ADAPTER = AdapterConfig(
     kind="none", rank=16, scale=2.0, targets=["all"], dropout=0.0, bits=None, group_size=64, learning_rate=1e-3,
     width_exponent=0.78, beta1=0.9, beta2=0.999, weight_decay=0.0,
 )  # fmt: skip
-"""What a stage without adapters has. Identities leave it out, which they did not know before there were adapters."""
+"""A stage without adapters. Keys leave it out, so that keys from before adapters existed stay valid."""
 
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """A frozen model of the same vocabulary: loss = (1 − weight) × cross-entropy + weight × T² × KL(it ‖ model)."""
+    """Distillation from a frozen model: loss = (1 − weight) × cross-entropy + weight × T² × KL(teacher ‖ model)."""
 
     path: str | None = field(default=MISSING, metadata={"external": "folder", "identity": False})
-    """A folder that holds a checkpoint of ours, or that mlx-lm opens. What is in it counts, not where it lies."""
+    """Folder of a model with the same vocabulary: a checkpoint of mlxchat, or one that mlx-lm opens. The key covers its
+    contents, not its place."""
     artifact: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "teacher"})
-    """A checkpoint of the store: a step of the latest run, a folder's name, or the start of an id. What it stands for
-    is an input, part of the identity."""
+    """A checkpoint in the store: a step of the latest run, the name of its folder, or the start of an id. The
+    checkpoint becomes an input of the step and so part of its key."""
     weight: float = MISSING
-    """Share of the divergence in the loss, above 0 to 1."""
+    """Weight of the divergence in the loss, above 0 and at most 1."""
     temperature: float = MISSING
-    """T: both distributions are softened by it in the divergence."""
+    """T, which softens both distributions in the divergence."""
     top_k: int | None = MISSING
-    """Only the teacher's so many likeliest tokens are matched one by one, all others together; null: every token."""
+    """Match the teacher's k most likely tokens one by one and all others as one sum; null: match every token."""
 
     @property
     def is_there(self) -> bool:
@@ -310,7 +316,7 @@ class TeacherConfig:
 
 
 NO_TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0, top_k=None)
-"""Identities from before there were teachers have none."""
+"""A stage without a teacher. Keys leave it out, so that keys from before distillation stay valid."""
 
 
 @dataclass(kw_only=True)
@@ -338,14 +344,14 @@ class RewardConfig:
 
 @dataclass(kw_only=True)
 class ExtendableConfig:
-    """A training that can continue a finished one, and be continued."""
+    """A training that can continue a finished training of its stage."""
 
     extend: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "extends"})
-    """A finished training of this stage to continue under this horizon, which counts from its beginning: a step of the
-    latest run, a folder's name in the store, or the start of an id. What it stands for is an input, part of the
-    identity."""
+    """A finished training of this stage to continue up to this horizon, which counts from its first iteration: a step
+    of the latest run, the name of a folder in the store, or the start of an id. It becomes an input of the step and so
+    part of its key."""
     save_training_state: bool = field(default=MISSING, metadata={"identity": False})
-    """Whether the artifact keeps the moments and the position in the data, without which it cannot be extended."""
+    """Keep optimizer moments and data position in the artifact; extending it needs them."""
 
 
 @dataclass(kw_only=True)
@@ -357,9 +363,9 @@ class RLConfig(ExtendableConfig):
     evaluation: TaskItem = MISSING
     """Held-out questions for pass@k."""
     system_prompt: str | None = field(default=MISSING, metadata={"since_default": None})
-    """Said before each question, in practice and evaluation, unless the task brings one; null: nothing."""
+    """System prompt before each question, in training and evaluation, unless the task has its own; null: none."""
     num_epochs: int = field(default=MISSING, metadata={"since_default": 1})
-    """Passes over the task; num_iterations takes its place."""
+    """Passes over the task; num_iterations overrides it."""
     num_iterations: int | None = MISSING
     """Number of rollouts; null: num_epochs passes. Each has minibatches_per_rollout × passes_per_rollout updates,
     which are the iterations of the metrics."""
@@ -429,16 +435,16 @@ class CoreConfig:
         default=MISSING,
         metadata={"identity": False, "external": "contents", "by": "mlxchat.evals.core_bundle:contents_of"},
     )
-    """nanochat's eval_bundle.zip: its address, or a file. Its sha256 is in the key."""
+    """URL or file of nanochat's eval_bundle.zip. The key holds its sha256."""
     sha256: str | None = field(default=None, metadata={"identity": False})
-    """What the bundle must be; null: whatever is there when it is first fetched."""
+    """Expected sha256 of the bundle; null: accept what the first download returns."""
     max_per_task: int | None = None
-    """Examples of each task, at most; null: all, of which CORE is made."""
+    """Examples of each task, at most; null: all. Only all give the published metric."""
     tasks: list[str] | None = None
-    """Labels of the tasks to compute; null: all, or there is no CORE."""
+    """Labels of the tasks to compute; null: all. A subset gives no CORE score."""
     long_prompts: str = field(default="extend", metadata={"since_default": "extend"})
-    """Prompts longer than the model's context: extend (nanochat's rule: computed beyond it) or cut (their beginning is
-    left out). Third-party models always cut."""
+    """Prompts longer than the model's context: extend (as nanochat: compute beyond it) or cut (drop their beginning).
+    Third-party models always cut."""
 
 
 @dataclass(kw_only=True)
@@ -452,18 +458,20 @@ class EvalConfig:
     max_new_tokens: int = MISSING
     """Longest generated answer."""
     seeds: int = field(default=MISSING, metadata={"since_default": 1})
-    """How often each generated answer is sampled; multiple choice draws nothing. Scores are means over all of them."""
+    """How often each generated answer is sampled; scores are means over all samples. Multiple choice samples
+    nothing."""
     temperature: float | None = field(default=MISSING, metadata={"since_default": None})
-    """Of generated answers, and of a base model's samples; 0 is greedy. null: 0 with one seed, 1 with several."""
+    """Temperature of generated answers and of a base model's samples; 0: greedy; null: 0 with one seed, 1 with
+    several."""
     top_k: int | None = field(default=MISSING, metadata={"since_default": None})
-    """Sampled answers draw among the k most likely tokens; null: all."""
+    """Sample among the k most likely tokens; null: all."""
     own: dict[str, str] = field(default_factory=dict, metadata={"external": "code", "since_default": {}})
-    """Evaluations of your own: name → module:function, called with the engine; returns a number, which is recorded
-    under the name. All code of your own that it uses is part of the identity."""
+    """Your own evaluations: name → module:function, called with the engine; returns a number, which is recorded under
+    the name. The function's module and every module of your own that it imports are part of the key."""
     batch_rows: int = field(default=MISSING, metadata={"identity": False})
     """Questions answered at a time."""
     prompts: list[str] = field(default=MISSING, metadata={"identity": False})
-    """Questions, or beginnings for a base model, whose answers the report shows. A change reruns nothing: it applies
+    """Questions (base models: texts to continue) whose answers the report shows. A change reruns nothing; it applies
     from the next evaluation on."""
 
 
@@ -472,13 +480,13 @@ class OutsideConfig:
     """A third-party model, evaluated like ours (pipeline=outside)."""
 
     name: str = MISSING
-    """What tables and the artifact call it."""
+    """Name of the model in tables and of the artifact."""
     path: str | None = field(default=MISSING, metadata={"external": "folder", "identity": False})
-    """A folder that mlx-lm opens: config.json, safetensors, a tokenizer. What is in it counts, not where it lies."""
+    """A folder that mlx-lm opens: config.json, safetensors, a tokenizer. The key covers its contents, not its place."""
     context_tokens: int | None = MISSING
-    """Longest input; null: what its config.json says, up to 2048 tokens."""
+    """Longest input; null: the value of its config.json, up to 2048 tokens."""
     chat: bool | None = MISSING
-    """Whether it answers the suite's tasks; null: if its tokenizer has a chat template."""
+    """Evaluate it on the suite's tasks; null: if its tokenizer has a chat template."""
 
 
 @dataclass(kw_only=True)
@@ -486,52 +494,52 @@ class ImportConfig:
     """A third-party model that becomes a checkpoint. The key covers the contents of its files, not their place."""
 
     name: str = field(default=MISSING, metadata={"identity": False})
-    """What the artifact is called."""
+    """Name of the artifact."""
     format: str = field(default=MISSING, metadata={"external": "section", "by": "mlxchat.interop.importing:pins_of"})
-    """nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl) or hf (a folder of NanoChatForCausalLM);
-    or adapter (adapters of mlx-lm's on the model that fills the step's role checkpoint)."""
+    """nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (a folder of NanoChatForCausalLM), or adapter
+    (mlx-lm adapters for the checkpoint that the step reads)."""
     repository: str | None = field(default=MISSING, metadata={"identity": False})
     """A model of the Hugging Face Hub, <organisation>/<name>, or a folder in it, <organisation>/<name>/<folder>."""
     revision: str = field(default=MISSING, metadata={"identity": False})
     """Commit, tag or branch of the repository."""
     folder: str | None = field(default=MISSING, metadata={"identity": False})
-    """A folder of this machine, instead of a repository."""
+    """A local folder, instead of a repository."""
     step: int | None = field(default=MISSING, metadata={"identity": False})
-    """Of nanochat's steps in one place, which; null: the last."""
+    """The training step to import where a folder holds several of nanochat's; null: the last."""
     chat: bool | None = MISSING
-    """Whether it has learnt to chat; null: what its files say."""
+    """Whether the model is a chat model; null: its files decide."""
 
 
 @dataclass(kw_only=True)
 class BenchConfig:
-    """What `mlxchat bench` measures and how often. No stage reads it, so it is no part of any identity."""
+    """What `mlxchat bench` measures and how often. No stage reads it, so it is not part of any key."""
 
     vocab_size: int = MISSING
-    """Tokens of the vocabulary: rows of the embedding and of the head, before architecture.vocab_multiple."""
+    """Size of the vocabulary: rows of embedding and head, before architecture.vocab_multiple."""
     batch_rows: int = MISSING
-    """Rows of a batch; machine.device_batch_tokens cuts it into micro-batches."""
+    """Rows of a batch; machine.device_batch_tokens splits it into micro-batches."""
     row_tokens: int = MISSING
-    """Tokens per row, and the context that windows and FLOPs are reckoned with instead of model.context_tokens."""
+    """Tokens per row, and the context for windows and FLOPs in place of model.context_tokens."""
     steps: int = MISSING
-    """Timed repetitions, of which the median counts."""
+    """Timed repetitions; their median is reported."""
     warmup_steps: int = MISSING
-    """Repetitions before them, not counted: the first one also compiles."""
+    """Untimed repetitions before them; the first one compiles."""
     split: bool = MISSING
-    """Whether the parts of a step are measured too, each alone; takes about as long again."""
+    """Also measure each part of a step alone; takes about twice as long."""
     bits: int | None = MISSING
-    """8 or 4: of the weights that answers are decoded with; null: float32."""
+    """8 or 4: bits of the weights in decoding; null: float32."""
     kv_bits: int | None = MISSING
-    """8 or 4: of the keys and values that answers look back on; null: float32."""
+    """8 or 4: bits of the KV cache in decoding; null: float32."""
     past_tokens: int = MISSING
-    """Tokens that each row has when decoding is measured."""
+    """Tokens in the KV cache of each row when decoding is measured."""
     chars: int = MISSING
-    """Characters of text on which a tokenizer is trained; a quarter of them is encoded."""
+    """Characters of text to train a tokenizer on; a quarter of them is then encoded."""
     core_examples: int = MISSING
-    """Examples of each of CORE's tasks; more where the shots need it."""
+    """Examples of each CORE task; more where its shots need more."""
     core_tasks: list[str] | None = MISSING
-    """Tasks of CORE to measure; null: all."""
+    """CORE tasks to measure; null: all."""
     bundle: str | None = MISSING
-    """nanochat's eval_bundle.zip, whose examples are used; null: made-up ones of the same shapes."""
+    """nanochat's eval_bundle.zip to take examples from; null: synthetic examples of the same shapes."""
 
 
 @dataclass(kw_only=True)
@@ -539,60 +547,60 @@ class SweepConfig:
     """Many runs from one command."""
 
     kind: str = MISSING
-    """none; tpe: each trial is chosen by the results of those before; halving: the same, and the worse ones stop
-    early."""
+    """none; tpe: earlier results guide the choice of trials; halving: tpe that stops bad trials early."""
     name: str | None = MISSING
     """Folder of a search under outputs/multirun; null: the run's name and "-search". The same name continues the same
     search."""
     metric: str | None = MISSING
-    """step.metric that is looked for or sorted by, any number that a step records; null (only for -m): the last of the
-    pipeline that differs."""
+    """step.metric to optimise or sort by: any number that a step records. null (only for -m): the last metric of the
+    pipeline that differs between jobs."""
     direction: str | None = MISSING
-    """minimize or maximize; null: the direction that the metric's stage declares."""
+    """minimize or maximize; null: as the metric's stage declares."""
     trials: int = MISSING
-    """Trials of a search, those of earlier commands included."""
+    """Number of trials, including those of earlier commands."""
     first_rung: int = MISSING
-    """halving: iterations of the first rung, where trials are first compared, at the next record of the metric."""
+    """halving: iterations before the first comparison of trials, which uses the next record of the metric."""
     factor: int = MISSING
-    """halving: of so many trials one goes on at a rung; the next rung is after so many times the iterations."""
+    """halving: one in this many trials continues past a rung; the next rung comes after this many times the
+    iterations."""
     random_trials: int = MISSING
-    """Trials before the results so far begin to decide."""
+    """Random trials before earlier results guide the choice."""
     seed: int = MISSING
-    """Seed of the choices."""
+    """Seed of the choice of trials."""
     job: int | None = None
-    """Set by a sweep in processes of its own: the number of the job to run."""
+    """Set by a sweep whose jobs run in separate processes: number of the job to run."""
     space: dict[str, str] = field(default_factory=dict)
-    """Key or group → what is tried: choice(a,b), range(1,9), interval(0.1,1), int(interval(1,8)), tag(log,…)."""
+    """Key or group → values to try: choice(a,b), range(1,9), interval(0.1,1), int(interval(1,8)), tag(log,…)."""
 
 
 @dataclass(kw_only=True)
 class RetryConfig:
-    """Another try for errors that may pass: a network that is down, a hub that is busy. Any other error ends a step."""
+    """Retries after transient errors, such as a network failure or a busy Hub. Other errors fail the step at once."""
 
     attempts: int = MISSING
-    """How often a step is tried; 1: once."""
+    """Attempts per step; 1: no retry."""
     seconds: float = MISSING
-    """Seconds before the second try; twice as many before each further one."""
+    """Seconds before the second attempt; doubles with each further one."""
 
 
 @dataclass(kw_only=True)
 class HooksConfig:
-    """Whom to tell. An http(s) address gets JSON, a command (text for the shell, or a list) MLXCHAT_STEP and others."""
+    """Notifications: an http(s) URL receives JSON, a command (shell text or a list) variables such as MLXCHAT_STEP."""
 
     on_start: Any = MISSING
-    """When a step starts; null: nobody."""
+    """When a step starts; null: no notification."""
     on_success: Any = MISSING
-    """When its artifact is there."""
+    """When a step has published its artifact; null: no notification."""
     on_failure: Any = MISSING
-    """When it has failed."""
+    """When a step has failed; null: no notification."""
 
 
 @dataclass(kw_only=True)
 class ReportConfig:
-    """What the report says besides what was measured."""
+    """Settings of the report."""
 
     cost_per_hour: float | None = MISSING
-    """What an hour of this machine costs, in US dollars; null: nothing is said of costs."""
+    """Cost of one hour of this machine in US dollars; null: the report shows no costs."""
 
 
 @dataclass(kw_only=True)
@@ -604,48 +612,50 @@ class HubConfig:
     revision: str = field(
         default=MISSING, metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of"}
     )
-    """Commit, tag or branch. The key holds the commit: a plan requests what a tag or a branch means."""
+    """Commit, tag or branch. The key holds the commit; planning resolves tags and branches."""
     train_files: str = MISSING
-    """Shell pattern of the training files in the repository, all parquet; those that the horizon needs are fetched."""
+    """Glob pattern of the training files in the repository, all parquet. Only those that the horizon needs are
+    downloaded."""
     num_train_files: int | None = MISSING
-    """For experiments: the first so many alone, in order of their names; null: as many as the horizon needs."""
+    """Use only this many training files, in order of their names; null: as many as the horizon needs."""
     validation_files: str | None = MISSING
-    """Shell pattern of the files held out for validation, never trained on; null: the first
-    corpus.validation_documents of the first file."""
+    """Glob pattern of the validation files, never trained on; null: the first corpus.validation_documents documents
+    of the first file."""
     column: str = MISSING
     """Column that holds the text."""
 
 
 @dataclass(kw_only=True)
 class CorpusConfig:
-    """Where the pretraining text comes from, and how it is cut into shards."""
+    """Where the pretraining text comes from, and how it is split into shards."""
 
     name: str = MISSING
-    """What the artifact is called."""
+    """Name of the artifact."""
     packages: list[str] = field(default_factory=list, metadata={"external": "package"})
-    """Bundled text: names of installed packages that ship it."""
+    """Installed packages that ship text."""
     paths: list[str] = field(default_factory=list, metadata={"external": "file", "identity": False})
-    """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files. What is in them counts, not where they
-    are."""
+    """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files. The key covers their contents, not their
+    place."""
     hub: HubConfig | None = None
-    """A dataset on the Hub; its files are used as they are, one shard each, and never copied."""
+    """A dataset on the Hub; each of its files is one shard, used in place."""
     document_chars: int | None = MISSING
-    """Bundled documents are cut at sentence ends into parts of at most so many characters; null: kept whole."""
+    """Split documents of packages at sentence ends into parts of at most this many characters; null: keep them
+    whole."""
     validation_documents: int = MISSING
-    """Documents held out as the validation shard (of the Hub: only where hub.validation_files is null)."""
+    """Documents held out as the validation shard (for the Hub: only if hub.validation_files is null)."""
     shard_documents: int = MISSING
-    """Documents per training shard (bundled and local text)."""
+    """Documents per training shard, for text of packages and local files."""
     row_group_documents: int = MISSING
     """Documents per parquet row group."""
 
 
 @dataclass(kw_only=True)
 class BatchConfig:
-    """One iteration's tokens."""
+    """Size of one iteration's batch."""
 
     tokens: int | None = MISSING
-    """Tokens per iteration, a multiple of row_tokens. null, in pretraining: what optimizer.scaling finds best for the
-    model; on conversations: as many as pretraining had."""
+    """Tokens per iteration, a multiple of row_tokens; null: computed by optimizer.scaling in pretraining, and in later
+    stages as many as pretraining used."""
     row_tokens: int = MISSING
     """Tokens per row."""
 
@@ -659,40 +669,40 @@ class PretrainConfig(ExtendableConfig):
     tokens_per_parameter: float | None = MISSING
     """nanochat's param-data ratio; 20 is Chinchilla's."""
     horizon_parameters: str = MISSING
-    """Which parameters tokens_per_parameter and the optimizer's scaling count: all, or matrices_and_head."""
+    """Parameters that tokens_per_parameter and optimizer.scaling count: all, or matrices_and_head."""
     batch: BatchConfig = MISSING
     schedule: ScheduleConfig = MISSING
     packing: str = field(default=MISSING, metadata={"since_default": "best_fit"})
-    """best_fit: what is cropped off is dropped, as nanochat does since 2026; best_fit_whole: it waits for another row;
-    stream: rows are cut out of one stream of tokens, as nanochat did in 2025."""
+    """How documents fill rows: best_fit (drop what is cropped off, as nanochat since 2026), best_fit_whole (continue it
+    in another row) or stream (cut rows out of one stream of tokens, as nanochat in 2025)."""
     packing_buffer_documents: int = MISSING
     """Documents that best-fit packing chooses from."""
     eval_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between validations; null: only at the end."""
     eval_tokens: int = MISSING
-    """Tokens of each validation, at most: held-out text is read once."""
+    """Tokens of each validation, at most; the held-out text is read once."""
     keep: str = field(default=MISSING, metadata={"since_default": "last"})
-    """Which weights the checkpoint gets: the last, or the best by validation bits per byte. An extension of either
-    continues from the last."""
+    """Weights of the checkpoint: last, or best (by validation bits per byte). pretrain.extend continues from the last
+    weights either way."""
     keep_every: int | None = field(default=MISSING, metadata={"since_default": None})
-    """Iterations between candidates of keep=best, and between looks at target_bpb; null: a twentieth of all."""
+    """Iterations between the validations of keep=best and of target_bpb; null: a twentieth of all iterations."""
     target_bpb: float | None = field(default=MISSING, metadata={"since_default": None})
-    """The training ends as soon as validation has this many bits per byte or fewer; null: at its horizon. The schedule
-    is that of the whole horizon."""
+    """Stop as soon as validation reaches this many bits per byte; null: run to the horizon. The schedule is that of
+    the whole horizon."""
     core: CoreConfig | None = field(default=None, metadata={"identity": False})
-    """CORE to estimate while training, as eval.core says what it is; null: it is not."""
+    """CORE to estimate during training, with the fields of eval.core; null: none."""
     core_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between estimates; null: only at the end."""
     core_max_per_task: int | None = field(default=MISSING, metadata={"identity": False})
-    """Examples of each task that an estimate is of, at most; null: as many as core.max_per_task allows."""
+    """Examples of each task in an estimate, at most; null: core.max_per_task."""
     train_bpb_tokens: int | None = field(default=MISSING, metadata={"identity": False})
-    """Tokens of training text whose bits per byte are measured at the end; null: they are not."""
+    """Tokens of training text to measure bits per byte on at the end; null: no measurement."""
     sample_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between samples; null: only at the end."""
     sample_temperature: float = field(default=MISSING, metadata={"identity": False})
-    """0 takes the likeliest token; above, logits are divided by it and one is drawn."""
+    """Temperature of samples; 0: greedy."""
     sample_top_k: int | None = field(default=MISSING, metadata={"identity": False})
-    """Samples are drawn among so many likeliest tokens; null: among all."""
+    """Sample among the k most likely tokens; null: all."""
     sample_tokens: int = field(default=MISSING, metadata={"identity": False})
     """Longest sample, in tokens."""
     prompts: list[str] = field(default=MISSING, metadata={"identity": False})
@@ -709,30 +719,31 @@ class FinetuneConfig(ExtendableConfig):
     num_epochs: int = MISSING
     """Passes over the mixture."""
     num_iterations: int | None = MISSING
-    """Stop after so many iterations; null: after num_epochs."""
+    """Stop after this many iterations; null: after num_epochs."""
     train_on: str = MISSING
-    """assistant: only the assistant's tokens; all: every token (nanochat's midtraining)."""
+    """Tokens with a loss: assistant (only the assistant's), or all (as nanochat's midtraining)."""
     warm_start: bool = field(default=MISSING, metadata={"since_default": False})
-    """Whether the optimizer begins with the moments of the training that made the checkpoint."""
+    """Start with the optimizer moments of the training that produced the checkpoint."""
     clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
-    """Whether optimizer.grad_clip holds in this stage."""
+    """Whether optimizer.grad_clip applies in this stage."""
     batch: BatchConfig = MISSING
     schedule: ScheduleConfig = MISSING
     packing: str = field(default=MISSING, metadata={"since_default": "best_fit"})
-    """best_fit, as nanochat since 2026; stream and alone (one in a row), as its midtraining and SFT of 2025."""
+    """How conversations fill rows: best_fit, as nanochat since 2026; stream, as its midtraining of 2025; alone (one
+    per row), as its SFT of 2025."""
     packing_buffer_conversations: int = MISSING
     teacher: TeacherConfig = field(default_factory=TeacherConfig, metadata={"since_default": NO_TEACHER})
-    """Whose distributions are learnt besides the conversations' tokens."""
+    """Model whose distributions are distilled into this one."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata={"since_default": NO_ADAPTER})
-    """Small matrices that are trained in place of the model's; the group `adapter` sets those of all stages."""
+    """LoRA adapters, trained in place of the model's weights; the group `adapter` sets those of all stages."""
     eval_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between validations; null: only at the end."""
     eval_tokens: int = MISSING
     """Tokens of each validation."""
     suite: dict[str, TaskItem] = field(default=MISSING, metadata={"identity": False})
-    """Tasks whose accuracy is looked at while training; empty: none is. Generated answers are greedy."""
+    """Tasks whose accuracy is measured during training, with greedy answers; empty: none."""
     suite_every: int | None = field(default=MISSING, metadata={"identity": False})
-    """Iterations between looks at the suite; null: only at the end."""
+    """Iterations between measurements of the suite; null: only at the end."""
     suite_max_new_tokens: int = field(default=MISSING, metadata={"identity": False})
     """Longest generated answer."""
     suite_batch_rows: int = field(default=MISSING, metadata={"identity": False})
@@ -741,34 +752,35 @@ class FinetuneConfig(ExtendableConfig):
 
 @dataclass(kw_only=True)
 class MachineConfig:
-    """Speed and limits of this machine; no part of any identity."""
+    """Speed and limits of this machine; not part of any key."""
 
     device: str = MISSING
     """auto, cpu or gpu."""
     compute_dtype: str = MISSING
     """auto (bfloat16 on a GPU that has it, else float32), float32 or bfloat16."""
     device_batch_tokens: int | None = MISSING
-    """Tokens per micro-batch, at most; the rest of an iteration is accumulated. null: as many as fit and still help."""
+    """Tokens per micro-batch, at most; null: as many as fit into memory and still raise the speed. Gradients
+    accumulate over an iteration's micro-batches."""
     grad_checkpointing: bool = MISSING
-    """Whether each layer's activations are computed again for the gradient instead of being kept: less memory."""
+    """Recompute each layer's activations in the backward pass instead of keeping them: less memory, more time."""
     checkpoint_seconds: float = MISSING
     """Seconds between resumable states; 0: every iteration."""
     log_every: int = MISSING
     """Iterations between metrics records."""
     memory_limit_bytes: int | None = MISSING
-    """MLX's memory limit; null: its own."""
+    """MLX's memory limit; null: MLX's default."""
     cache_limit_bytes: int | None = MISSING
-    """Memory MLX may keep for reuse; null: its own."""
+    """Memory that MLX may keep for reuse; null: MLX's default."""
     wired_limit_bytes: int | None = MISSING
-    """Memory MLX may keep resident on a Mac; null: its own. Elsewhere it has no meaning."""
+    """Memory that MLX may keep resident on a Mac; null: MLX's default. Ignored elsewhere."""
     training_flops: float | None = MISSING
-    """FLOPs per second that training is expected to reach, to predict times until one was measured; null: unknown."""
+    """Expected FLOP/s in training, to predict durations until a training has measured it; null: unknown."""
     max_parallel_steps: int = MISSING
-    """Steps at a time; above 1 each runs in a process of its own. A GPU computes one at a time all the same."""
+    """Steps that run at the same time, each in its own process if above 1. A GPU still runs one step at a time."""
     blas_threads: int | None = MISSING
-    """Cores of a matrix product on a Linux CPU; null: all available, shared by the ranks of this machine."""
+    """Threads per matrix product on a Linux CPU; null: all available, shared by this machine's ranks."""
     num_processes: int = MISSING
-    """Processes on this machine that train and evaluate together as ranks; under mlx.launch, which starts them: 1."""
+    """Processes (ranks) on this machine that train and evaluate together; 1 under mlx.launch, which starts them."""
 
 
 EXECUTORS = ("local", "slurm", "submitit_local", "ray")
@@ -776,66 +788,65 @@ EXECUTORS = ("local", "slurm", "submitit_local", "ray")
 
 @dataclass(kw_only=True)
 class ExecutorConfig:
-    """Where steps run; no part of any identity. Names are those of submitit and sbatch."""
+    """Where steps run; not part of any key. Names are those of submitit and sbatch."""
 
     kind: str = MISSING
-    """local; slurm: a job of SLURM's; submitit_local: the same without SLURM, on this machine; ray: a task of Ray's."""
+    """local; slurm: a SLURM job; submitit_local: the same on this machine, without SLURM; ray: a Ray task."""
     timeout_min: int = MISSING
-    """Minutes after which a job is stopped, saved, and queued again."""
+    """Time limit of a job in minutes; the job then saves its state and is queued again."""
     cpus_per_task: int = MISSING
-    """Cores of a job."""
+    """CPU cores per job."""
     gpus_per_node: int | None = MISSING
-    """GPUs of a job."""
+    """GPUs per job."""
     mem_gb: float | None = MISSING
-    """Memory of a job in GB; null: what the cluster gives."""
+    """Memory per job in GB; null: the cluster's default."""
     requeues: int = MISSING
-    """How often a job whose time was up (SLURM) or whose machine was lost (Ray) starts again."""
+    """How often a job is queued again after its time limit (SLURM) or the loss of its machine (Ray)."""
     partition: str | None = MISSING
-    """SLURM's, as the next three."""
+    """SLURM partition."""
     account: str | None = MISSING
-    """Who pays."""
+    """SLURM account to charge."""
     qos: str | None = MISSING
-    """Quality of service."""
+    """SLURM quality of service."""
     constraint: str | None = MISSING
-    """Features that nodes must have."""
+    """Features that SLURM nodes must have."""
     setup: list[str] = MISSING
-    """Lines of shell that run before the job, such as `module load cuda`."""
+    """Shell lines that run before the job, such as `module load cuda`."""
     options: dict[str, Any] = MISSING
     """Further options of sbatch: name → value."""
     signal_delay_s: int = MISSING
-    """Seconds before the end of its time at which a job begins to save; an iteration may take long."""
+    """Seconds before the time limit at which a job starts to save; must cover one iteration."""
     array_parallelism: int = MISSING
-    """Jobs of a sweep at a time."""
+    """Jobs of a sweep that run at the same time."""
     address: str | None = MISSING
-    """Ray's cluster: auto, or HOST:PORT; null: one that is started on this machine."""
+    """Ray cluster: auto, or HOST:PORT; null: start one on this machine."""
 
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """What every training does when numbers go wrong.
+    """What every training does about NaN, infinite and unusually large gradients.
 
-    No part of any identity: a training in which nothing goes wrong gives the same result under all of it, one that is
-    stopped gives none, and one that leaves updates out can only have been told to.
+    Not part of any key: without such an event the settings change no result, and a stopped training has none.
     """
 
     on_nan: str = field(default=MISSING, metadata={"identity": False})
-    """stop: a loss or gradient norm that is NaN or infinite ends the training; skip: its update is left out."""
+    """If the loss or gradient norm is NaN or infinite: stop the training, or skip the update."""
     max_skipped_in_a_row: int = field(default=MISSING, metadata={"identity": False})
-    """Updates that may be left out one after the other before the training ends all the same."""
+    """Consecutive updates that may be skipped before the training stops."""
     norm_warning_factor: float | None = field(default=MISSING, metadata={"identity": False})
-    """A gradient norm so many times the median of the last 100 is warned of; null: none is."""
+    """Warn if a gradient norm exceeds this many times the median of the last 100; null: no warning."""
 
 
 @dataclass(kw_only=True)
 class TrackerConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """An experiment tracker, which receives metrics in addition to metrics.jsonl."""
 
     kind: str = MISSING
     """none, wandb, trackio, tensorboard, or module:Class of your own."""
     project: str = MISSING
-    """What the tracker groups runs under."""
+    """The tracker's project."""
     tags: list[str] = MISSING
-    """Words to find the run by."""
+    """Tags of the tracked run."""
 
 
 @dataclass(kw_only=True)
@@ -845,28 +856,28 @@ class Config:
     name: str = MISSING
     """Name of the run."""
     seed: int = MISSING
-    """Of training: initial weights, the order of conversations, dropout, sampled answers."""
+    """Seed of training: initial weights, order of conversations, dropout, sampled answers."""
     data_seed: int = MISSING
-    """Of the data: which text is held out, with it the tokenizer, and the conversations of validation losses. Runs that
-    differ in `seed` alone share all of it."""
+    """Seed of the data: held-out text (and so the tokenizer) and the conversations of validation losses. Runs that
+    differ in `seed` alone share their data."""
     outputs: str = MISSING
     """Folder of the store."""
     targets: list[str] | None = MISSING
-    """Steps or stages to complete, with what they need; null: the whole pipeline. `stage=NAME` sets it."""
+    """Steps or stages to complete, with the steps that they need; null: the whole pipeline. `stage=NAME` sets it."""
     force: list[str] = MISSING
-    """Steps to run although their artifact is there; "all" for every one."""
+    """Steps to run although their artifact exists; "all": every step."""
     code: str = MISSING
-    """What a changed module of a stage that is done leads to: warn (a remark), strict (it runs again) or ignore."""
+    """If the code of a finished step has changed: warn, strict (run the step again) or ignore."""
     fail_fast: bool = MISSING
-    """Whether a step that fails stops those that do not need it."""
+    """Whether a failed step also stops the steps that do not need it."""
     timeout: dict[str, float] = MISSING
-    """Step → seconds after which it saves what it has and fails; the same command continues it."""
+    """Step → time limit in seconds; the step then saves its state and fails. The same command continues it."""
     stages: list[str] = MISSING
-    """Where own stages are: folders, such as ./my_stages, and modules; besides those of installed packages."""
+    """Your own stages: folders, such as ./my_stages, and modules. Those of installed packages are always found."""
     pipeline: dict[str, dict[str, Any]] = MISSING
-    """Step → {stage, role: step}; or role: import:NAME, a model that was imported under that name, or role:
-    artifact:NAME, any model of the store. with: {setting: value} are settings of the stage's section for this step
-    alone; executor: slurm, or {kind: slurm, …}, is where this step runs."""
+    """Step → {stage: STAGE, ROLE: STEP}. A role may also be import:NAME (an imported model) or artifact:NAME (any
+    model of the store). with: {setting: value} overrides the stage's section for this step; executor: slurm, or
+    {kind: slurm, …}, says where this step runs."""
     model: ModelConfig = field(default_factory=ModelConfig)
     architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -877,12 +888,12 @@ class Config:
     sft: FinetuneConfig = field(default_factory=FinetuneConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """What midtrain.adapter, sft.adapter and rl.adapter take; no stage reads it itself."""
+    """Default of midtrain.adapter, sft.adapter and rl.adapter; no stage reads it directly."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     outside: OutsideConfig = field(default_factory=OutsideConfig)
     imported: ImportConfig = field(default_factory=ImportConfig)
     suite: dict[str, TaskItem] = MISSING
-    """Tasks that chat models are evaluated on."""
+    """Tasks to evaluate chat models on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
