@@ -1,4 +1,4 @@
-"""Kept configurations: equal to composed ones in every bit, never older than what they were made of."""
+"""The cache of composed configurations: exact, never stale."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlxchat.config.schema import MISSING
 from mlxchat.errors import ConfigError
 
 OPTIONS = [
-    # The vocabulary that the storyteller takes over comes with an extra.
+    # Its vocabulary comes with an extra.
     *(
         [f"experiment={name}", *["tokenizer.source=train"] * name.startswith("tiny")]
         for name in group_options("experiment")
@@ -47,14 +47,14 @@ def refuse(overrides: list[str], primary: Path | None) -> None:
 
 
 def aged(path: Path, text: str, seconds: float = 60.0) -> None:
-    """Write a file as if it had been written a while ago."""
+    """Write a file with an mtime this many seconds ago."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     os.utime(path, (time.time() - seconds, time.time() - seconds))
 
 
 @pytest.mark.parametrize("overrides", OPTIONS, ids=lambda overrides: overrides[0])
-def test_what_was_kept_equals_what_is_composed_to_the_type_of_every_value(
+def test_cached_configuration_equals_the_composed_one(
     overrides: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
@@ -65,11 +65,11 @@ def test_what_was_kept_equals_what_is_composed_to_the_type_of_every_value(
     assert (kept, repr(kept)) == (composed, repr(composed))
 
 
-def test_folders_of_outputs_share_an_entry(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_folders_share_an_entry(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXCHAT_COMPOSED_CACHE", "off")
     monkeypatch.setattr(compose, "_place_of_outputs", lambda overrides: None)
     composed = compose_config(["seed=7", "outputs=/a-b/c.d"])
-    assert not home.exists(), "nothing is kept where that is switched off"
+    assert not home.exists(), "switched off"
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(home.parents[1]))
     monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
@@ -80,7 +80,7 @@ def test_folders_of_outputs_share_an_entry(home: Path, monkeypatch: pytest.Monke
     assert compose_config(["outputs=/first/one", "seed=7", "outputs=second/"]).config.outputs == "second/"
 
 
-def test_a_changed_added_or_removed_file_of_ones_own_is_composed_anew(tmp_path: Path) -> None:
+def test_changed_own_file_invalidates_the_entry(tmp_path: Path) -> None:
     mine = tmp_path / "conf" / "model" / "mine.yaml"
     aged(mine, "defaults: [d4, _self_]\nname: mine\ndepth: 6\n", 70)
     arguments = (["model=mine"], [str(tmp_path / "conf")])
@@ -93,7 +93,7 @@ def test_a_changed_added_or_removed_file_of_ones_own_is_composed_anew(tmp_path: 
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
-def test_a_damaged_entry_is_ignored(damage: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_entry_is_ignored_and_rewritten(damage: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
     composed = compose_config(["model=d6"])
     (entry,) = home.iterdir()
@@ -107,10 +107,10 @@ def test_a_damaged_entry_is_ignored(damage: str, home: Path, monkeypatch: pytest
         content[len(content) // 2] ^= 1
     entry.write_bytes(content)
     assert repr(compose_config(["model=d6"])) == repr(composed)
-    assert entry.read_bytes() == whole, "and written anew"
+    assert entry.read_bytes() == whole
 
 
-def test_nothing_is_kept_that_may_come_out_otherwise_next_time(
+def test_resolvers_and_hydra_settings_are_not_cached(
     home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
@@ -123,20 +123,20 @@ def test_nothing_is_kept_that_may_come_out_otherwise_next_time(
     assert not home.exists()
 
 
-def test_a_file_that_was_changed_just_now_keeps_its_entry_from_being_made(home: Path, tmp_path: Path) -> None:
+def test_recently_changed_file_prevents_caching(home: Path, tmp_path: Path) -> None:
     aged(tmp_path / "conf" / "model" / "mine.yaml", "defaults: [d4, _self_]\n", -60.0)  # however long composing takes
     compose_config(["model=mine"], [str(tmp_path / "conf")])
     assert not home.exists()
 
 
-def test_a_mistake_in_a_value_is_told_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_value_is_refused_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
     for _ in range(2):
         with pytest.raises(ConfigError, match="window_pattern"):
             compose_config(["architecture.window_pattern=XYZ"])
 
 
-def test_the_yaml_that_ships_refers_to_nothing_outside_but_the_time_in_a_sweeps_folder() -> None:
+def test_shipped_yaml_uses_no_resolver_but_now() -> None:
     resolvers = [
         (path.name, found)
         for path in conf_folder().rglob("*.yaml")
@@ -145,11 +145,11 @@ def test_the_yaml_that_ships_refers_to_nothing_outside_but_the_time_in_a_sweeps_
     assert set(resolvers) <= {("config.yaml", "${now:%Y%m%d-%H%M%S-%f}")}, resolvers
 
 
-def test_our_mark_of_a_missing_value_is_omegaconfs() -> None:
+def test_missing_value_is_omegaconfs() -> None:
     assert MISSING == omegaconf.MISSING
 
 
-def test_a_kept_configuration_needs_neither_hydra_nor_omegaconf(home: Path, tmp_path: Path) -> None:
+def test_cached_configuration_imports_no_hydra(home: Path, tmp_path: Path) -> None:
     code = (
         "import sys, mlxchat.composition.cache as cache; cache._SETTLED_SECONDS = -1e9\n"
         "from mlxchat.composition.compose import compose_config\ncompose_config(['model=d6'])\n"

@@ -1,4 +1,4 @@
-"""conf/: every file composes, the recipes derive nanochat's numbers, and no key is there in vain."""
+"""conf/: every file composes, recipes derive nanochat's numbers, and every key is used."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from mlxchat.store.fingerprint import flatten
 from mlxchat.store.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
-# Those in hydra/ add to Hydra's own groups: the tests of what launches sweeps compose them.
+# The tests of launchers compose those in hydra/, which extend Hydra's groups.
 FILES = sorted(
     path.relative_to(ROOT / "conf")
     for path in (ROOT / "conf").rglob("*.yaml")
@@ -43,21 +43,21 @@ FILES = sorted(
 
 @cache
 def composed(*overrides: str) -> Composed:
-    """Compose once what several tests look at."""
+    """Compose overrides once for several tests."""
     return compose_config(list(overrides))
 
 
 def selecting(file: Path, text: Path) -> list[str]:
-    """Return the overrides that choose an option: `model=d4`, a list for the settings, a place for the mixtures."""
+    """Return the overrides that choose a file's option."""
     group, option = file.parent.as_posix(), file.stem
     if group == "settings":
-        return []  # all of them are always composed
+        return []  # always composed
     if group == "mixture":
         place = "validation" if option.endswith("validation") else "mixture"
         return [f"mixture@{stage}.{place}={option}" for stage in ("midtrain", "sft")]
     if (group, option) == ("pipeline", "outside"):
         return ["pipeline=outside", f"outside.path={text.parent}"]
-    if option.startswith(("imported", "grpo_")):  # planning looks at the contents of somebody's model
+    if option.startswith(("imported", "grpo_")):  # planning reads the imported model's files
         for name in ("model_000001.pt", "meta_000001.json", "tokenizer.pkl"):
             (text.parent / name).touch()
         return [f"{group}={option}", "imported.repository=null", f"imported.folder={text.parent}"]
@@ -67,7 +67,7 @@ def selecting(file: Path, text: Path) -> list[str]:
     return [f"{group}={option}", *given.get(file.name, [])]
 
 
-# Options of these groups stand in one experiment together: the first of each, the second of each, and so on.
+# One option of each of these groups is composed together, to save time.
 TOGETHER = (
     "adapter", "architecture", "core", "corpus", "machine", "mixture", "optimizer", "rl", "suite", "sweep", "tracker"
 )  # fmt: skip
@@ -77,7 +77,7 @@ ROWS += [[file] for file in FILES if file.parts[0] not in TOGETHER]
 
 
 @pytest.mark.parametrize("files", ROWS, ids=lambda files: " ".join(map(str, files)))
-def test_every_file_composes_to_a_plan_of_every_step(files: list[Path], tmp_path: Path) -> None:
+def test_every_file_composes_and_plans(files: list[Path], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Some text.")
     found = composed(*chain.from_iterable(selecting(file, text) for file in files))
@@ -92,7 +92,7 @@ def test_every_file_composes_to_a_plan_of_every_step(files: list[Path], tmp_path
     assert len({step.key for step in plan}) == len(plan) >= 1
 
 
-def test_the_groups_on_disk_are_the_groups_that_help_lists() -> None:
+def test_groups_are_the_folders_of_conf() -> None:
     on_disk = {file.parent.as_posix() for file in FILES}
     assert set(group_names()) == on_disk | {"model"}
     assert {f"{group}/{option}.yaml" for group in on_disk for option in group_options(group)} == {
@@ -101,7 +101,7 @@ def test_the_groups_on_disk_are_the_groups_that_help_lists() -> None:
     assert group_options("model") == [f"d{depth}" for depth in range(1, 65)]
 
 
-def test_stage_selects_targets_and_changes_nothing_else() -> None:
+def test_stage_only_selects_targets() -> None:
     in_pipeline = {step["stage"] for step in composed().config.pipeline.values()}
     assert set(Stages()) - in_pipeline == {"outside", "imported", "fused"}  # which have pipelines of their own
     for stage in in_pipeline:
@@ -113,7 +113,7 @@ def test_stage_selects_targets_and_changes_nothing_else() -> None:
     assert composed("+stage=all").config == composed().config
 
 
-def test_the_machine_and_tracker_groups_change_no_identity() -> None:
+def test_machine_and_tracker_change_no_key() -> None:
     def ids(*overrides: str) -> list[str]:
         config = composed(*overrides).config
         plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
@@ -124,13 +124,13 @@ def test_the_machine_and_tracker_groups_change_no_identity() -> None:
     assert {tuple(ids(*choices)) for choices in both} == {tuple(ids())}
 
 
-def test_mixtures_are_chosen_at_the_place_they_are_for() -> None:
+def test_mixture_group_selects_one_stages_mixture() -> None:
     config = composed("mixture@sft.mixture=bundled_mid").config
     assert config.sft.mixture == config.midtrain.mixture != composed().config.sft.mixture
 
 
 def sizes(config: Config) -> GPTSizes:
-    """Return the transformer's sizes as the pretrain stage makes them."""
+    """Return the transformer's sizes as in the pretrain stage."""
     return sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
 
 
@@ -142,7 +142,7 @@ D20 = {
 }  # fmt: skip
 
 
-def test_speedrun_d20_derives_the_numbers_that_nanochat_published() -> None:
+def test_speedrun_d20_derives_nanochats_numbers() -> None:
     config = composed("experiment=speedrun_d20").config
     derived = derive_numbers(derive_hyperparameters(config, sizes(config)), sizes(config), 32 * 2048)
     assert {key: derived[key] for key in D20} == D20
@@ -153,7 +153,7 @@ def test_speedrun_d20_derives_the_numbers_that_nanochat_published() -> None:
     assert config.model.context_tokens == 2048
 
 
-def test_speedrun_d20_has_the_learning_rates_that_nanochat_published() -> None:
+def test_speedrun_d20_has_nanochats_learning_rates() -> None:
     config = composed("experiment=speedrun_d20").config
     rates = config.optimizer
     assert (rates.matrix_lr, rates.embedding_lr, rates.unembedding_lr) == (0.02, 0.2, 0.004)
@@ -175,7 +175,7 @@ NANOCHAT = {
 
 
 @pytest.mark.parametrize("depth", [depth for depth in range(1, 65) if not 64 * depth % -(-64 * depth // 128)])
-def test_a_depth_gives_the_sizes_that_nanochat_gives_it(depth: int) -> None:
+def test_depth_gives_nanochats_sizes(depth: int) -> None:
     config = composed("model=d20").config
     config = replace(config, model=replace(config.model, depth=depth))
     found = sizes(config)
@@ -192,8 +192,8 @@ def test_a_depth_gives_the_sizes_that_nanochat_gives_it(depth: int) -> None:
 
 
 @pytest.mark.parametrize("depth", range(1, 65))
-def test_every_depth_has_heads_of_a_whole_even_width(depth: int) -> None:
-    """Depths 5, 9, 11 and others were refused: nanochat's ceil(width / 128) heads do not divide their width."""
+def test_every_depth_has_even_head_widths(depth: int) -> None:
+    """nanochat's ceil(width / 128) heads do not divide the width of depths 5, 9, 11 and others."""
     config = composed("model=d20").config
     config = replace(config, model=replace(config.model, depth=depth))
     found = sizes(config)
@@ -203,21 +203,18 @@ def test_every_depth_has_heads_of_a_whole_even_width(depth: int) -> None:
 
 
 @pytest.mark.parametrize("option", ["d1", "d2", "d10", "d14", "d22", "d28", "d30", "d64"])
-def test_a_model_of_any_depth_composes_and_is_called_by_it(option: str) -> None:
-    """d10, d14, d22, d28 and d30 were no options."""
+def test_any_depth_is_an_option_of_model(option: str) -> None:
     config = composed(f"model={option}").config
     assert (config.model.name, config.model.depth) == (option, int(option[1:]))
 
 
-def test_a_models_name_follows_its_depth_unless_it_is_set() -> None:
-    """model.depth=14 named its artifacts d4."""
+def test_model_name_defaults_to_its_depth() -> None:
     assert composed("model.depth=14").config.model.name == "d14"
     assert composed("model=d4", "model.depth=14").config.model.name == "d14"
     assert composed("model.depth=14", "model.name=mine").config.model.name == "mine"
 
 
-def test_choosing_a_model_gives_nanochats_recipe() -> None:
-    """model=d20 kept the quickstart's width, vocabulary, context, text and batch, and was named d20."""
+def test_model_option_implies_nanochats_recipe() -> None:
     config = composed("model=d20").config
     derived = derive_numbers(derive_hyperparameters(config, sizes(config)), sizes(config), 32 * 2048)
     assert {key: derived[key] for key in D20} == D20
@@ -239,7 +236,7 @@ def test_every_experiment_composes_at_another_depth(experiment: str) -> None:
     assert find_problems(config) == []
 
 
-def test_plain_mlxchat_stays_the_quickstart() -> None:
+def test_default_is_the_quickstart() -> None:
     config = composed().config
     assert composed().choices["experiment"] == "quickstart"
     assert (config.model.depth, config.model.aspect_ratio, config.pretrain.num_iterations) == (4, 48, 340)
@@ -248,7 +245,7 @@ def test_plain_mlxchat_stays_the_quickstart() -> None:
     assert composed("model.depth=6").config == deeper
 
 
-def test_a_model_on_the_bundled_corpus_needs_nothing_from_elsewhere() -> None:
+def test_model_on_bundled_corpus_downloads_nothing() -> None:
     config = composed("model=d20", "corpus=bundled").config
     full = composed("model=d20").config
     plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
@@ -278,11 +275,11 @@ def test_a_model_on_the_bundled_corpus_needs_nothing_from_elsewhere() -> None:
     ],
     ids=lambda part: " ".join(part),
 )
-def test_a_model_implies_an_experiment_where_none_is_chosen(overrides: list[str], implied: list[str]) -> None:
+def test_model_implies_an_experiment_unless_chosen(overrides: list[str], implied: list[str]) -> None:
     assert implied_experiment(overrides) == implied
 
 
-# Where the options of a group put their values. Sizes, rates and dropout of the model are the recipe's own.
+# Sections that options of groups set. An experiment may set sizes, rates and dropout.
 SECTIONS_OF_OPTIONS = (
     "corpus", "suite", "midtrain.suite", "sft.suite", "midtrain.mixture", "midtrain.validation", "sft.mixture",
     "sft.validation", "eval.core", "pretrain.core", "pipeline", "machine", "tracker", "sweep", "targets", "adapter",
@@ -290,8 +287,8 @@ SECTIONS_OF_OPTIONS = (
 
 
 @pytest.mark.parametrize("name", group_options("experiment"))
-def test_an_experiment_sets_no_part_of_another_groups_option(name: str) -> None:
-    """experiment=smoke set corpus.packages, which then was trained on beside corpus=files' own text."""
+def test_experiment_sets_no_part_of_other_groups(name: str) -> None:
+    """A part would stay when the command line chooses another option of the group."""
     file = ROOT / "conf" / "experiment" / f"{name}.yaml"
     keys = flatten({key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"})
     assert [key for key in keys if f"{key}.".startswith(tuple(f"{section}." for section in SECTIONS_OF_OPTIONS))] == []
@@ -306,8 +303,7 @@ def test_an_experiment_sets_no_part_of_another_groups_option(name: str) -> None:
         for name in group_options("experiment")
     ],
 )
-def test_every_corpus_has_its_own_values_in_every_experiment(name: str) -> None:
-    """experiment=smoke corpus=tinystories was refused: smoke's packages cannot be mixed with files of the Hub."""
+def test_corpus_option_is_independent_of_the_experiment(name: str) -> None:
     compose.register_schema(Config)
     for option in group_options("corpus"):
         given = {"files": ["corpus.paths=[a.txt]"], "hub": ["corpus.hub.repository=somebody/something"]}.get(option, [])
@@ -328,7 +324,7 @@ def corpus_alone(option: str) -> DictConfig:
     return file
 
 
-def test_text_of_ones_own_is_the_only_text_of_a_smoke_run(tmp_path: Path) -> None:
+def test_own_text_replaces_the_smoke_corpus(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("Some text.")
     corpus = compose_config(["experiment=smoke", "corpus=files", f"corpus.paths=[{text}]"]).config.corpus
@@ -337,7 +333,7 @@ def test_text_of_ones_own_is_the_only_text_of_a_smoke_run(tmp_path: Path) -> Non
         compose_config(["experiment=smoke", "corpus=files"])
 
 
-def test_runs_of_two_seeds_validate_on_the_same_conversations_and_ask_the_same_questions() -> None:
+def test_seed_changes_no_validation_data() -> None:
     first, second = (composed(f"seed={seed}").config for seed in (1, 2))
     assert first == replace(second, seed=1)
 
@@ -353,19 +349,19 @@ def test_runs_of_two_seeds_validate_on_the_same_conversations_and_ask_the_same_q
     assert one.seed("order") != two.seed("order")
 
 
-def test_ids_tell_runs_apart_whose_data_have_another_seed() -> None:
+def test_data_seed_changes_keys() -> None:
     def ids(seed: int, data_seed: int | None) -> dict[str, str]:
         config = composed().config
         store = Store(Path("/none"))
         plan = make_plan(config, config.pipeline, store, targets=["sft"], seed=seed, data_seed=data_seed, force=[])
         return {step.name: step.key for step in plan}
 
-    assert ids(42, 42) == ids(42, None), "ids of a time with one seed"
+    assert ids(42, 42) == ids(42, None), "keys from before data_seed"
     of_data = {"corpus", "tokenizer"}
     assert {step for step, rid in ids(1, 42).items() if rid == ids(2, 42)[step]} == of_data
     assert {step for step, rid in ids(1, 42).items() if rid == ids(1, 43)[step]} == set()
     midtrain = Stages()["midtrain"]
-    assert midtrain.seeds(1, 42) != midtrain.seeds(1, 1), "its validation is of other conversations"
+    assert midtrain.seeds(1, 42) != midtrain.seeds(1, 1), "its validation data differ"
 
 
 def leaf_names(schema: type) -> Iterator[tuple[str, str]]:
@@ -383,7 +379,7 @@ def leaf_names(schema: type) -> Iterator[tuple[str, str]]:
 
 @cache
 def attributes_read() -> set[str]:
-    """Return every name that the library, a stage or another value of conf/ reads, except where keys are checked."""
+    """Return every name that the library, a stage or an interpolation in conf/ reads, except in checks."""
     files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "stages").glob("*.py")]
     trees = [ast.parse(path.read_text()) for path in files if path.name not in ("schema.py", "problems.py")]
     interpolated = re.findall(r"\$\{\w+\.(\w+)\}", "".join((ROOT / "conf" / file).read_text() for file in FILES))
@@ -395,12 +391,12 @@ def attributes_read() -> set[str]:
 
 
 @pytest.mark.parametrize(("schema", "name"), sorted(set(leaf_names(Config))), ids=lambda part: str(part))
-def test_every_key_of_the_configuration_is_used_somewhere(schema: str, name: str) -> None:
+def test_every_configuration_key_is_used(schema: str, name: str) -> None:
     assert name in attributes_read()
 
 
 @pytest.mark.parametrize("stage", list(Stages()))
-def test_a_stage_declares_sections_and_a_label_that_exist(stage: str) -> None:
+def test_stage_declares_existing_sections_and_label(stage: str) -> None:
     declared = Stages()[stage]
     config = composed().config
     assert [
@@ -412,8 +408,8 @@ def test_a_stage_declares_sections_and_a_label_that_exist(stage: str) -> None:
     assert isinstance(value, str | int)
 
 
-def test_a_task_of_ones_own_is_added_to_a_mixture_on_the_command_line(tmp_path: Path) -> None:
-    """OmegaConf merges such an item, but refuses to set it."""
+def test_own_task_is_added_on_the_command_line(tmp_path: Path) -> None:
+    """OmegaConf can merge such an item but not set it."""
     own = tmp_path / "mine.jsonl"
     own.touch()
     mixture = compose_config([f"+sft.mixture.mine={{task: jsonl, path: '{own}'}}"]).config.sft.mixture

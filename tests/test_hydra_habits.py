@@ -1,4 +1,4 @@
-"""What Hydra's users expect: files of their own by --config-name and --config-path, --cfg, --info, hydra.* settings."""
+"""Hydra's command line: --config-name and --config-path, --cfg, --info, hydra.* settings."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def own(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_file_of_ones_own_is_the_configuration(own: Path) -> None:
-    """-cn and -cp were unknown options."""
+def test_config_name_replaces_the_primary_file(own: Path) -> None:
     for words in (["-cn", "mine", "-cd", str(own)], [f"--config-path={own}", "--config-name", "mine.yaml", "model=d3"]):
         overrides, folders, primary = split_options(words)
         composed = compose_config(overrides, folders, primary)
@@ -39,7 +38,7 @@ def test_a_file_of_ones_own_is_the_configuration(own: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", ["", "+"])
-def test_a_recipe_of_ones_own_is_chosen_with_or_without_a_plus(sign: str, own: Path) -> None:
+def test_own_experiment_needs_no_plus(sign: str, own: Path) -> None:
     composed = compose_config([f"{sign}experiment=recipe"], [str(own)])
     assert composed.config.name == "recipe"
     assert composed.command == f"mlxchat --config-dir {own} {sign}experiment=recipe"
@@ -54,12 +53,10 @@ def test_missing_files_and_folders_are_named(own: Path) -> None:
         split_options(["-cp", "/nowhere", "-cn", "mine"])
 
 
-def test_a_file_without_the_schema_is_refused_with_what_to_write(own: Path) -> None:
+def test_primary_file_needs_the_schema(own: Path) -> None:
     (own / "bare.yaml").write_text("name: x\n")
     for overrides in ([], ["seed=1"]):
-        with pytest.raises(
-            ConfigError, match=r"bare\.yaml has not our schema: begin its defaults list with `- config`"
-        ):
+        with pytest.raises(ConfigError, match=r"bare\.yaml does not have mlxchat's schema: .*start with `- config`"):
             compose_config(overrides, [], own / "bare.yaml")
 
 
@@ -68,7 +65,7 @@ def test_a_file_without_the_schema_is_refused_with_what_to_write(own: Path) -> N
     [
         ("hydra.run.dir=x", r"a run's folder is OUTPUTS/runs/.*outputs=PATH"),
         ("hydra.run.dir=${now:%Y}", r"a run's folder is"),
-        ("hydra.output_subdir=x", r"config\.yaml of a run"),
+        ("hydra.output_subdir=x", r"config\.yaml to OUTPUTS"),
         ("hydra.job.chdir=true", r"working directory"),
         ("hydra.sweep.dir=x", r"add -m"),
         ("hydra/launcher=joblib", r"add -m"),
@@ -76,12 +73,12 @@ def test_a_file_without_the_schema_is_refused_with_what_to_write(own: Path) -> N
         ("hydra.verbose=true", r"no effect on a run"),
     ],
 )
-def test_a_setting_of_hydra_is_refused_where_it_would_be_ignored(override: str, reason: str) -> None:
+def test_ignored_hydra_settings_are_refused(override: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{re.escape(override)}: .*{reason}"):
         compose_config([override])
 
 
-def test_a_setting_of_hydra_in_a_file_is_refused_too(own: Path) -> None:
+def test_ignored_hydra_settings_in_files_are_refused(own: Path) -> None:
     (own / "moved.yaml").write_text("defaults: [config, _self_]\nhydra: {run: {dir: elsewhere}, job: {chdir: true}}\n")
     with pytest.raises(ConfigError, match=r"hydra\.run in a YAML file: .*\nhydra\.job\.chdir in a YAML file"):
         compose_config([], [], own / "moved.yaml")
@@ -97,15 +94,13 @@ def test_a_setting_of_hydra_in_a_file_is_refused_too(own: Path) -> None:
     ],
     ids=lambda part: part[-1] if isinstance(part, list) else "",
 )
-def test_hydras_own_options_show_a_file_of_ones_own(
-    words: list[str], shown: str, own: Path, mlxchat: CommandLine
-) -> None:
-    """In processes of their own, since --info makes Hydra set up Python's logging."""
+def test_hydra_options_show_the_primary_file(words: list[str], shown: str, own: Path, mlxchat: CommandLine) -> None:
+    """In new processes, since --info makes Hydra configure logging."""
     done = mlxchat(*words, "-cn", "mine", "-cd", own)
     assert done.returncode == 0, done.stderr
     assert re.search(shown, done.stdout)
 
 
-def test_hydras_own_options_are_refused_after_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_hydra_options_are_refused_after_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("plan", "--info") == 2
     assert capsys.readouterr().err == "error: --info goes without a verb: mlxchat --info …\n"

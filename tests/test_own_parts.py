@@ -154,9 +154,9 @@ DATACLASS = "from dataclasses import dataclass\n@dataclass\n"
     ("name", "text", "message"),
     [
         ("sft", STAGE, "two stages are called sft"),
-        ("machine", f"{STAGE}{DATACLASS}class Settings:\n    x: int = 1\n", "machine is a section of mlxchat's own"),
+        ("machine", f"{STAGE}{DATACLASS}class Settings:\n    x: int = 1\n", 'mlxchat already has a section "machine"'),
         ("odd", "VERSION = 1\nINPUTS = {}\n", "a stage must declare PRODUCES, OUTPUTS as literals"),
-        ("odd", f"{STAGE}class Settings: pass\n", "my_stages.odd:Settings is no dataclass"),
+        ("odd", f"{STAGE}class Settings: pass\n", "my_stages.odd:Settings is not a dataclass"),
         ("odd", f"{STAGE}{DATACLASS}class Settings:\n    x: set = None\n", "odd.py: Settings: .*x"),
         ("odd", f"{STAGE}SETTINGS = 'my_stages.absent:Odd'\n", "importing my_stages.absent for the settings failed"),
         ("odd", f"{STAGE}{DATACLASS}class Settings:\n    x: int\n", "odd.x has no value: give odd.x="),

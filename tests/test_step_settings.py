@@ -1,4 +1,4 @@
-"""`with`: settings of one step alone, typed and checked as the stage's section, part of that step's key only."""
+"""`with`: settings of one step, typed and checked like the stage's section, and part of that step's key only."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def refusal(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_a_step_with_settings_of_its_own_has_the_key_of_a_run_with_these_settings() -> None:
+def test_step_settings_give_the_key_of_equal_run_settings() -> None:
     steps = plan("pipeline.sft_long.with={num_epochs: 4, batch: {tokens: 1024}}")
     section = steps["sft_long"].config.sft
     assert (section.num_epochs, section.batch.tokens) == (4, 1024)
@@ -40,44 +40,42 @@ def test_a_step_with_settings_of_its_own_has_the_key_of_a_run_with_these_setting
     assert steps["eval_short"].key != steps["eval_long"].key
 
 
-def test_a_setting_of_one_step_leaves_the_other_steps_keys() -> None:
+def test_step_settings_leave_keys_of_other_steps() -> None:
     before, after = plan(), plan("pipeline.sft_long.with.num_epochs=9", "pipeline.sft_long.with.num_iterations=null")
     changed = {name for name, step in before.items() if after[name].key != step.key}
     assert changed == {"sft_long", "eval_long"}
     assert after["sft_long"].config.sft.num_iterations is None
 
 
-def test_every_mistake_in_settings_of_steps_is_told_at_once_with_its_place() -> None:
-    said = refusal(
+def test_mistakes_in_step_settings_are_reported_together() -> None:
+    lines = refusal(
         "pipeline.sft_long.with.num_epoch=2", "pipeline.sft_short.with.num_epochs=many",
         "+pipeline.midtrain.with={train_on: everything}", "+pipeline.eval_long.with=5",
     ).splitlines()  # fmt: skip
-    assert any('no "sft.num_epoch" for pipeline.sft_long.with. Did you mean "num_epochs"?' in line for line in said)
-    assert any(line.startswith("pipeline.sft_short.with.num_epochs: Value 'many'") for line in said)
-    assert any(line.startswith('pipeline.midtrain.with: midtrain.train_on is "everything"') for line in said)
-    assert any("pipeline.eval_long.with is 5, expected a mapping of settings of eval" in line for line in said)
-    assert len(said) == 4
+    assert any('no "sft.num_epoch" for pipeline.sft_long.with. Did you mean "num_epochs"?' in line for line in lines)
+    assert any(line.startswith("pipeline.sft_short.with.num_epochs: Value 'many'") for line in lines)
+    assert any(line.startswith('pipeline.midtrain.with: midtrain.train_on is "everything"') for line in lines)
+    assert any("pipeline.eval_long.with is 5, expected settings of eval as a mapping" in line for line in lines)
+    assert len(lines) == 4
 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
     [("{num_epochs: 0}", "sft.num_epochs is 0, expected at least 1"), ("{warm_start: true}", "only pretraining keeps")],
 )
-def test_settings_of_a_step_are_checked_as_the_section_is(value: str, expected: str) -> None:
-    said = refusal(f"pipeline.sft_long.with={value}")
-    assert said.startswith("pipeline.sft_long.with: ")
-    assert expected in said
-    assert len(said.splitlines()) == 1, "of the other step of the stage nothing is wrong"
+def test_step_settings_are_checked_like_the_section(value: str, expected: str) -> None:
+    lines = refusal(f"pipeline.sft_long.with={value}")
+    assert lines.startswith("pipeline.sft_long.with: ")
+    assert expected in lines
+    assert len(lines.splitlines()) == 1, "the stage's other step has no problem"
 
 
-def test_a_stage_without_a_section_of_its_own_takes_no_settings() -> None:
-    said = refusal("+pipeline.fused={stage: fused, checkpoint: sft_long, with: {number: 3}}")
-    assert said.startswith("pipeline.fused.with is {'number': 3}, expected nothing")
+def test_stage_without_section_refuses_step_settings() -> None:
+    lines = refusal("+pipeline.fused={stage: fused, checkpoint: sft_long, with: {number: 3}}")
+    assert lines.startswith("pipeline.fused.with is {'number': 3}, expected nothing")
 
 
-def test_two_branches_of_one_stage_are_made_and_reported_side_by_side(
-    tmp_path: Path, tiny: tuple[str, ...], mlxchat: Any
-) -> None:
+def test_two_steps_of_one_stage_run_and_are_reported(tmp_path: Path, tiny: tuple[str, ...], mlxchat: Any) -> None:
     outputs = tmp_path / "outputs"
     command = (*tiny, "pipeline=two_sft", "pipeline.sft_long.with.num_iterations=4", f"outputs={outputs}")
     done = mlxchat(*command)

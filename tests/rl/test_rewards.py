@@ -142,7 +142,7 @@ def test_a_time_limit_preserves_other_alarms(functions: Path) -> None:
         ("{kind: function, function: 'nowhere_at_all:f'}", "there is no module nowhere_at_all"),
         ("{kind: function, function: 'judging_of_tests:absent'}", "judging_of_tests has no absent"),
         ("{kind: function, function: rewards}", "expected module:name"),
-        ("{kind: format, pattern: '('}", "is no regular expression"),
+        ("{kind: format, pattern: '('}", "is not a regular expression"),
         ("{kind: length, free_tokens: 9, most_tokens: 9}", "expected 0 <= free < most"),
         ("{kind: exat}", 'Did you mean "exact"'),
         ("{kind: function, function: 'judging_of_tests:brief', timeout_seconds: 0}", "expected more than 0"),

@@ -1,9 +1,9 @@
-"""Configurations that were composed before, so that a command that changes nothing does not wait for Hydra.
+"""Cache of composed configurations, so that repeated commands skip Hydra.
 
-A file in the user's cache folder for each command line. Its name is a hash of the overrides and of (path, size,
-mtime_ns, inode) of everything that composing reads: every YAML that is searched, the schema's source, Hydra and
-OmegaConf. Nothing is kept that could come out otherwise next time (resolvers such as `${oc.env:…}`, settings of Hydra
-itself), that a file was changed for a moment ago, or that does not come back exactly equal. What is damaged is ignored.
+Each command line has one file in the user's cache folder. Its name is a hash of the overrides and of (path, size,
+mtime_ns, inode) of everything that composing reads: every searched YAML, the schema's source, Hydra and OmegaConf.
+A configuration is not cached if it uses resolvers such as `${oc.env:…}` or settings of Hydra, if a file changed within
+the last seconds, or if it does not load back exactly equal. Damaged entries are ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mlxchat.store.fingerprint import plain_of
 _FORMAT = 2
 _MOST_ENTRIES = 200
 _MOST_FILES = 2000
-# A file changed within this time may change again without its mtime moving on.
+# A file may change twice within this time and keep its mtime.
 _SETTLED_SECONDS = 2.0
 _RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:|searchpath")
 
@@ -41,7 +41,7 @@ class ComposedCache:
     """The entry of one command line."""
 
     def __init__(self, overrides: list[str], config_dirs: list[str], conf: Path, schema: type[Config] = Config) -> None:
-        """Look at the files that composing would read; `conf` is the folder with the built-in YAML."""
+        """Stamp the files that composing would read; `conf` is the folder with the built-in YAML."""
         self._schema = schema
         self._own, self._folders = [Path(folder) for folder in config_dirs], [conf, *map(Path, config_dirs)]
         self._entry: Path | None = None
@@ -59,7 +59,7 @@ class ComposedCache:
         self._entry = home / "mlxchat" / "composed" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
     def recall(self) -> tuple[Config, dict[str, str]] | None:
-        """Return the configuration and the choices of groups, or None if they must be composed."""
+        """Return the cached configuration and group → option; None if there is none."""
         if self._entry is None:
             return None
         try:
@@ -74,24 +74,24 @@ class ComposedCache:
             return None
 
     def keep(self, config: Config, choices: dict[str, str], packages: Iterable[str] = ()) -> None:
-        """Keep what was composed, if it is certain to come out the same next time.
+        """Cache a composed configuration if composing it again is certain to give the same result.
 
         Args:
-            config: what was composed.
+            config: the composed configuration.
             choices: group → chosen option.
             packages: folders that packages added to the search path of YAML files.
         """
-        if self._entry is None or self._is_in_motion() or any(map(_has_resolver, self._own)):
+        if self._entry is None or self._is_changing() or any(map(_has_resolver, self._own)):
             return
         plain = {
             "config": plain_of(config),
             "choices": choices,
             "packages": {folder: _stamps_in(folder) for folder in packages},
         }
-        if redact(plain) != plain:  # secrets are nothing to keep
+        if redact(plain) != plain:  # secrets are never written
             return
         text = json.dumps(plain)
-        # repr tells 1 from 1.0 and True, which are equal.
+        # repr distinguishes 1, 1.0 and True, which compare equal.
         if repr(restore(self._schema, json.loads(text)["config"])) != repr(config):
             return
         with contextlib.suppress(OSError):
@@ -102,14 +102,14 @@ class ComposedCache:
             for entry in entries[:-_MOST_ENTRIES]:
                 entry.unlink(missing_ok=True)
 
-    def _is_in_motion(self) -> bool:
-        """Tell whether a file was changed just now, or since we looked."""
+    def _is_changing(self) -> bool:
+        """Return True if a file changed just now, or since it was stamped."""
         newest = max(stamp[2] for stamp in self._stamps) / 1e9
         return newest > time.time() - _SETTLED_SECONDS or _stamp_all(self._folders, self._schema) != self._stamps
 
 
 def _is_unsteady(override: str) -> bool:
-    """Tell whether an override says something about Hydra itself, or something that may differ next time."""
+    """Return True for an override of Hydra's settings, or one whose value may differ next time."""
     return override.lstrip("+~").startswith("hydra") or _RESOLVER.search(override) is not None
 
 
@@ -120,11 +120,11 @@ def _has_resolver(folder: Path) -> bool:
 
 def _stamp_all(folders: list[Path], schema: type[Config]) -> list[Stamp]:
     stamps = [stamp for folder in folders for stamp in stamp_folder(folder)]
-    sources = sorted(map(str, Path(__file__).parent.glob("*.py")))  # the schema, and how it is made of YAML
+    sources = sorted(map(str, Path(__file__).parent.glob("*.py")))
     sources += _own_sources(schema)
     plugins = find_spec("hydra_plugins")
-    sources += plugins.submodule_search_locations or [] if plugins else []  # one may add a folder of YAML files
-    for package, name in (("hydra", "__init__.py"), ("omegaconf", "version.py")):  # where their versions stand
+    sources += plugins.submodule_search_locations or [] if plugins else []  # plugins may add folders of YAML files
+    for package, name in (("hydra", "__init__.py"), ("omegaconf", "version.py")):  # contain their versions
         spec = find_spec(package)
         assert spec is not None
         assert spec.origin is not None
@@ -133,7 +133,7 @@ def _stamp_all(folders: list[Path], schema: type[Config]) -> list[Stamp]:
 
 
 def _own_sources(schema: type[Config]) -> list[str]:
-    """Return the files of the modules that declare own sections, and of what they imported from their packages."""
+    """Return the files of the modules that declare own sections, and of all loaded modules of their packages."""
     packages = {item.type.__module__.partition(".")[0] for item in fields(schema) if isinstance(item.type, type)}
     modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in packages - {"builtins"}]
     return sorted({file for module in modules if (file := getattr(module, "__file__", None))})
@@ -151,7 +151,7 @@ def stamp_folder(folder: Path) -> list[Stamp]:
 
 
 def _stamps_in(folder: str) -> list[list[Any]]:
-    """Return the stamps of a folder's YAML files as JSON gives them back."""
+    """Return the stamps of a folder's YAML files in the types that JSON loads."""
     return [list(stamp) for stamp in stamp_folder(Path(folder))]
 
 
@@ -165,7 +165,7 @@ def _digest(text: str) -> str:
 
 
 def restore(hint: Any, value: Any) -> Any:
-    """Return plain data as the type that a field of the schema declares."""
+    """Return plain data converted to a type that a field of the schema declares."""
     origin, arguments = get_origin(hint), get_args(hint)
     if value is None:
         return None

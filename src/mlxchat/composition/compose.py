@@ -1,4 +1,4 @@
-"""From conf/ and overrides to a typed, checked Config; from Hydra's errors to ours."""
+"""Composes conf/ and overrides to a typed, checked Config; translates Hydra's errors."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ if TYPE_CHECKING:  # Hydra takes longer to import than everything else together,
     _Compose = Callable[[list[str]], DictConfig]
 
 CONF_MODULE = "mlxchat.conf"
-# Paths that Hydra's grammar takes as they stand, as text.
+# Paths that Hydra's grammar parses as plain text.
 _PLAIN_OUTPUTS = re.compile(r"outputs=[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*")
 _CONFIG_OPTIONS = {
     "--config-dir": "--config-dir", "-cd": "--config-dir",
     "--config-path": "--config-path", "-cp": "--config-path",
     "--config-name": "--config-name", "-cn": "--config-name",
 }  # fmt: skip
-# Why Hydra's settings are refused in a run. Those of sweeps go with -m.
+# Why a run refuses settings of Hydra. Those of sweeps need -m.
 _HYDRAS_SETTINGS = {
     "hydra.run.": "a run's folder is OUTPUTS/runs/<time>-<name>: set outputs=PATH and name=NAME",
-    "hydra.output_subdir": "config.yaml of a run lies in OUTPUTS/runs/<time>-<name>",
-    "hydra.job.chdir": "a run stays in its working directory; outputs=PATH says where artifacts go",
-    "hydra.sweep.subdir": "jobs of a sweep have no folders of their own; their runs are in OUTPUTS/runs",
+    "hydra.output_subdir": "a run writes its config.yaml to OUTPUTS/runs/<time>-<name>",
+    "hydra.job.chdir": "a run stays in its working directory; outputs=PATH sets where artifacts go",
+    "hydra.sweep.subdir": "jobs of a sweep have no folders; their runs are in OUTPUTS/runs",
     "hydra.sweep": "is for sweeps: add -m",
     "hydra/sweeper": "is for sweeps: add -m",
     "hydra.launcher": "is for sweeps: add -m",
@@ -51,17 +51,17 @@ _HYDRAS_SETTINGS = {
 
 @dataclass(frozen=True)
 class Composed:
-    """A configuration and how it came about."""
+    """A configuration and the command line that it comes from."""
 
     config: Config
     overrides: list[str]
-    """What the command line changed."""
+    """Overrides of the command line."""
     choices: dict[str, str]
     """Group → chosen option."""
     implied: list[str] = field(default_factory=list)
     """The experiment that the overrides imply, as an override."""
     options: list[str] = field(default_factory=list)
-    """`--config-dir` and its like."""
+    """`--config-dir`, `--config-path` and `--config-name`, with their values."""
 
     @property
     def command(self) -> str:
@@ -70,10 +70,10 @@ class Composed:
 
 
 def split_options(arguments: list[str]) -> tuple[list[str], list[str], Path | None]:
-    """Return the overrides among arguments, the folders of `--config-dir`, and the file that is composed.
+    """Return the overrides among arguments, the folders of `--config-dir`, and the file to compose.
 
-    `--config-name NAME` is the file NAME.yaml of the folder of `--config-path`, of a `--config-dir` or of ours. None
-    stands for our config.yaml.
+    `--config-name NAME` is NAME.yaml in the folder of `--config-path`, in a `--config-dir` or in ours. The file is None
+    for our config.yaml.
 
     Raises:
         ConfigError: another option is left, or a folder or file is missing.
@@ -119,14 +119,14 @@ def split_config_dirs(arguments: list[str]) -> tuple[list[str], list[str]]:
     overrides, folders, primary = split_options(arguments)
     if primary is not None:
         raise ConfigError(
-            f"{primary}: sweeps and `data show` compose config.yaml. Make the file a recipe, DIR/experiment/NAME.yaml, "
+            f"{primary}: sweeps and `data show` support only config.yaml. Save the file as DIR/experiment/NAME.yaml "
             "and give --config-dir DIR experiment=NAME"
         )
     return overrides, folders
 
 
 def register_schema(schema: type[Config] = Config) -> None:
-    """Register with Hydra the types, which config.yaml's defaults list names `schema`, and a model of every depth."""
+    """Register with Hydra the schema, which config.yaml's defaults list names `schema`, and a model of each depth."""
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
@@ -145,7 +145,7 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
             the built-in files, and no experiment is implied.
 
     Raises:
-        ConfigError: everything that is wrong, with the nearest right names.
+        ConfigError: names everything that is wrong, with the nearest valid names.
     """
     folders = config_dirs or []
     place = _place_of_outputs(overrides) if not folders and primary is None else None
@@ -190,10 +190,10 @@ def search_path(config_dirs: list[str], primary: Path | None = None) -> list[str
 
 
 def refuse_hydras(overrides: list[str]) -> None:
-    """Refuse settings of Hydra's own, which a single run would ignore.
+    """Refuse settings of Hydra that a single run would ignore.
 
     Raises:
-        ConfigError: each, with the reason.
+        ConfigError: names each, with the reason.
     """
     problems = []
     for override in overrides:
@@ -206,7 +206,7 @@ def refuse_hydras(overrides: list[str]) -> None:
 
 
 def _check_hydras(composed: DictConfig, schema: type[Config]) -> None:
-    """Refuse settings of Hydra's own in YAML files that a run would ignore, and a file without our schema."""
+    """Refuse settings of Hydra in YAML files that a run would ignore, and a file without our schema."""
     from omegaconf import OmegaConf
 
     found = {
@@ -218,17 +218,17 @@ def _check_hydras(composed: DictConfig, schema: type[Config]) -> None:
     if OmegaConf.get_type(composed) is not schema:
         name = composed.hydra.job.config_name
         problems = [
-            f"{name}.yaml has not our schema: begin its defaults list with `- config`, and end it with `- _self_`"
+            f"{name}.yaml does not have mlxchat's schema: its defaults list must start with `- config` and end with "
+            "`- _self_`"
         ]
     if problems:
         raise ConfigError("\n".join(problems))
 
 
 def places_of_stages(overrides: list[str], config_dirs: list[str], primary: Path | None = None) -> list[str]:
-    """Return what `stages` may be, before anything is composed: the schema depends on it.
+    """Return the possible values of `stages` before composing, since the schema depends on it.
 
-    That is its value on the command line, or all that the user's YAML files say; more sections than are used do no
-    harm.
+    That is its value on the command line, or the values in all of the user's YAML files; unused sections do no harm.
     """
     given = [each.partition("=")[2] for each in overrides if each.lstrip("+").startswith("stages=")]
     if given:
@@ -245,7 +245,7 @@ def _stages_in(text: str) -> list[str]:
     try:
         record = yaml.safe_load(text)
     except yaml.YAMLError:
-        return []  # Hydra says what is wrong with it
+        return []  # Hydra reports it later
     places = record.get("stages") if isinstance(record, dict) else None
     return [each for each in places if isinstance(each, str)] if isinstance(places, list) else []
 
@@ -258,7 +258,7 @@ def _folders_of_packages(composed: DictConfig) -> list[str]:
 
 
 def _place_of_outputs(overrides: list[str]) -> str | None:
-    """Return the path of a plain `outputs=PATH` that nothing else refers to: all such folders share a cache entry."""
+    """Return the path of a plain `outputs=PATH` that nothing refers to; all such folders share a cache entry."""
     found = [each for each in overrides if each.lstrip("+~").startswith("outputs")]
     if any("outputs}" in each for each in overrides) or not all(map(_PLAIN_OUTPUTS.fullmatch, found)):
         return None
@@ -266,10 +266,10 @@ def _place_of_outputs(overrides: list[str]) -> str | None:
 
 
 def to_typed(composed: DictConfig) -> Config:
-    """Return the dataclasses of a composed configuration, checked; Hydra's own section is taken out of it.
+    """Return a composed configuration as checked dataclasses; removes Hydra's section from it.
 
     Raises:
-        ConfigError: every value that is missing or impossible.
+        ConfigError: names every missing or impossible value.
     """
     from omegaconf import OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
@@ -281,14 +281,13 @@ def to_typed(composed: DictConfig) -> Config:
         raise ConfigError("\n".join(strangers))
     with open_dict(composed):
         composed.pop("hydra", None)
-    # The types of the schema are still there: merging into it once more would only take time.
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
         missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
         lines = [f"{key} has no value: give {key}=…" for key in missing] or [first_line(error)]
         raise ConfigError("\n".join(lines)) from None
-    except (ValueError, TypeError) as error:  # of a user's __post_init__
+    except (ValueError, TypeError) as error:  # raised by a user's __post_init__
         raise ConfigError(str(error)) from None
     assert isinstance(config, Config)
     _check(config)
@@ -299,7 +298,7 @@ def _check(config: Config) -> None:
     problems = find_problems(config)
     if problems:
         raise ConfigError("\n".join(problems))
-    if config.tokenizer.source != "train":  # each time: a file may be another one than when this was composed
+    if config.tokenizer.source != "train":  # not cached: the file may have changed since
         config.tokenizer.vocab_size = vocab_size_of(config.tokenizer.source)
 
 
@@ -321,7 +320,7 @@ def group_options(group: str) -> list[str]:
 
 
 def describe_options(options: list[str]) -> str:
-    """Return the options of a group for a message; those of `model` shortened."""
+    """Return the options of a group for a message; abbreviated for `model`."""
     return f"{options[0]} … {options[-1]}" if options == MODELS else ", ".join(options)
 
 
@@ -331,7 +330,7 @@ def group_names() -> list[str]:
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """Return what composing raises; Hydra lets a ValueError through when a group is given a number."""
+    """Return the exceptions of composing; Hydra raises a ValueError if a group gets a number."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -339,10 +338,10 @@ def _refusals() -> tuple[type[Exception], ...]:
 
 
 def _compose(overrides: list[str], *, primary: Path | None, schema: type[Config]) -> DictConfig:
-    """Return what Hydra composes.
+    """Return the configuration that Hydra composes.
 
-    Nearly all of its time goes into the files. Those of a choice of groups are therefore composed once in a process;
-    Hydra's own function then sets single values in a copy.
+    Reading the files takes nearly all of the time, so they are composed once per process and choice of groups; single
+    values are then set in a copy, by Hydra's function.
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -360,7 +359,7 @@ def _compose(overrides: list[str], *, primary: Path | None, schema: type[Config]
 
 
 def _sets_value(override: Override, schema: type[Config]) -> bool:
-    """Tell whether an override sets a value, as one of any dotted key does, and chooses no option of a group."""
+    """Return True if an override sets a value instead of choosing a group's option."""
     key = override.key_or_group
     if override.package is not None or "/" in key:
         return False
@@ -369,7 +368,7 @@ def _sets_value(override: Override, schema: type[Config]) -> bool:
 
 @lru_cache(maxsize=8)
 def _compose_once(overrides: tuple[str, ...], schema: type[Config], stamps: tuple[Stamp, ...]) -> DictConfig:
-    """Return what `_compose_files` returns while neither the schema nor the built-in YAML files change."""
+    """Cache `_compose_files` until the schema or the built-in YAML files change."""
     return _compose_files(list(overrides), None)
 
 
@@ -386,11 +385,11 @@ def _compose_files(overrides: list[str], primary: Path | None) -> DictConfig:
 def _diagnose(
     overrides: list[str], search: list[str], error: Exception, compose: _Compose, schema: type[Config]
 ) -> str:
-    """Return one line per override that is wrong; Hydra itself stops at the first."""
+    """Return one line per wrong override; Hydra itself stops at the first."""
     from mlxchat.composition.misspelling import explain_override, first_line
 
     groups = {group: group_options(group) for group in group_names()}
-    # Groups first, one after the other: what a key may be depends on what they bring.
+    # Groups first, one at a time: they determine which keys exist.
     of_groups = [override for override in overrides if re.split("[@=]", override)[0] in groups]
     found: dict[str, str] = {}
     around = list(search)
@@ -409,9 +408,9 @@ def _diagnose(
 
 
 def _wrong_ones(overrides: list[str], around: list[str], compose: _Compose) -> list[tuple[str, Exception]]:
-    """Return the overrides that do not compose with those around them, each with what that raises.
+    """Return the overrides that do not compose in addition to `around`, each with the exception.
 
-    Halves of them are tried together, since composing takes half a second and most are right.
+    Bisects, since composing takes half a second and most overrides are valid.
     """
     if not overrides:
         return []

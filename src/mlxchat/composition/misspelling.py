@@ -1,4 +1,4 @@
-"""What is wrong with a command line that Hydra refused, override by override, with the nearest right names."""
+"""Explains why Hydra refused overrides, one by one, and suggests the nearest valid names."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mlxchat.config.verbs import VERBS
 from mlxchat.errors import suggest
 from mlxchat.store.fingerprint import flatten
 
-# Below these the names are the user's own.
+# Keys below these are names that users choose.
 _MAPPINGS = ("pipeline", "suite", "midtrain.mixture", "midtrain.validation", "sft.mixture", "sft.validation")
 _HYDRAS_OWN = ("hydra",)
-# OmegaConf's words for a value of another type, and ours for the type.
+# OmegaConf's message about a value of the wrong type, and our names for the types.
 _WRONG_TYPE = re.compile(
     r"Value '(?P<value>.*)' (?:of type '\w+' could not be converted to |is not a valid )(?P<type>\w+)"
     r"|field '.*' is not Optional"
@@ -32,14 +32,14 @@ _TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or fal
 def explain_override(
     override: str, error: Exception, groups: dict[str, list[str]], default: Callable[[], DictConfig], schema: type
 ) -> str:
-    """Return one line about an override that does not compose.
+    """Return one line that says why an override does not compose.
 
     Args:
         override: as typed.
-        error: what composing it alone raised.
+        error: exception from composing it alone.
         groups: config group → options.
         default: composes the configuration without overrides.
-        schema: of the configuration.
+        schema: schema of the configuration.
     """
     try:
         parsed = OverridesParser.create().parse_override(override)
@@ -48,11 +48,11 @@ def explain_override(
         key = ""
     if override.isidentifier():
         hint = suggest(override, VERBS)
-        return f'"{override}" is no verb and no setting. Verbs: {", ".join(VERBS)}. Settings: key=value.{hint}'
+        return f'"{override}" is neither a verb nor a setting. Verbs: {", ".join(VERBS)}. Settings: key=value.{hint}'
     if not key:
-        return f'"{override}" is no override: expected key=value (quote special characters in the shell)'
+        return f'"{override}" is not an override: expected key=value (quote special characters in the shell)'
     group, value = key.split("@")[0], override.partition("=")[2]
-    several = f"{override}: several values are a sweep; add -m"
+    several = f"{override}: several values need a sweep; add -m"
     if group in groups and value not in groups[group] and "@" not in key:
         if parsed.is_sweep_override():
             return several
@@ -67,7 +67,7 @@ def explain_override(
     if not key.startswith(_HYDRAS_OWN) and not override.startswith("+"):
         hint = suggest(key, [*known, *present])
         if any(key.startswith(f"{mapping}.") for mapping in _MAPPINGS) and key not in present:
-            adding = "" if override.startswith("~") else f"; +{override} would add it"
+            adding = "" if override.startswith("~") else f"; +{override} adds it"
             return f'there is no "{key}" to {"remove" if override.startswith("~") else "set"}{adding}.{hint}'
         if group not in known and key not in present:
             return f'there is no "{key}" to set.{hint}'
@@ -75,20 +75,20 @@ def explain_override(
 
 
 def _nearest_model(value: str) -> str:
-    """Return ' Did you mean "dN"?' for the depth in a misspelt model, within the depths that there are."""
+    """Return ' Did you mean "dN"?' for the depth in a misspelt model, limited to the depths that exist."""
     digits = re.search(r"\d+", value)
     depth = min(max(int(digits[0]), 1), len(MODELS)) if digits and len(digits[0]) < 9 else None
     return f' Did you mean "d{depth}"?' if depth else " Give a depth, for example model=d20."
 
 
 def unknown_keys(composed: DictConfig) -> list[str]:
-    """Return a line for every key of a composed configuration that the schema does not have (added with +)."""
+    """Return a line for every key of a composed configuration (added with +) that the schema lacks."""
     schema = OmegaConf.get_type(composed)
-    return [f'there is no "{key}" to set.{suggest(key, _known_keys(schema))}' for key in _strangers(composed, schema)]
+    return [f'there is no "{key}" to set.{suggest(key, _known_keys(schema))}' for key in _unknown(composed, schema)]
 
 
 def first_line(error: Exception) -> str:
-    """Return what a Hydra or OmegaConf error says in its first line, with the key that it is about."""
+    """Return the first line of a Hydra or OmegaConf error, with the key that it concerns."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     where = next((line.partition(":")[2].strip() for line in lines if line.startswith("full_key")), "")
     if where and (wrong := _WRONG_TYPE.match(lines[0])):
@@ -96,13 +96,13 @@ def first_line(error: Exception) -> str:
     return f"{where}: {lines[0]}" if where and where not in lines[0] else lines[0]
 
 
-def _strangers(node: Any, schema: Any, prefix: str = "") -> Iterator[str]:
+def _unknown(node: Any, schema: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(node, ListConfig) or not isinstance(node, DictConfig) or node._is_none() or node._is_missing():
         return
     names = [str(key) for key in node.keys()]  # noqa: SIM118  (iterating a DictConfig resolves its values)
     if get_origin(schema) is dict:
         for name in names:
-            yield from _strangers(node._get_node(name), get_args(schema)[1], f"{prefix}{name}.")
+            yield from _unknown(node._get_node(name), get_args(schema)[1], f"{prefix}{name}.")
         return
     kinds = [kind for kind in (schema, *get_args(schema)) if is_dataclass(kind)]
     if not kinds:
@@ -110,7 +110,7 @@ def _strangers(node: Any, schema: Any, prefix: str = "") -> Iterator[str]:
     hints = get_type_hints(kinds[0])
     for name in names:
         if name in hints:
-            yield from _strangers(node._get_node(name), hints[name], f"{prefix}{name}.")
+            yield from _unknown(node._get_node(name), hints[name], f"{prefix}{name}.")
         elif f"{prefix}{name}" not in _HYDRAS_OWN:
             yield f"{prefix}{name}"
 

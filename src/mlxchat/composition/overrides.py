@@ -1,4 +1,4 @@
-"""Overrides as people type them, turned into overrides that Hydra accepts with the meaning intended."""
+"""Translates overrides as people type them to Hydra's syntax."""
 
 from __future__ import annotations
 
@@ -13,30 +13,29 @@ _LISTED_GROUPS = (
     "pipeline", "model", "architecture", "optimizer", "corpus", "adapter", "rl", "suite", "core", "machine", "executor",
     "tracker", "sweep", "experiment",
 )  # fmt: skip
-# Several values, which -m makes jobs of; a comma in quotation marks is none of theirs.
+# Several values (the jobs of a sweep); a comma inside quotation marks does not separate values.
 _SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
 
 
 def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool = True) -> list[str]:
-    """Return overrides for Hydra, with `imply` the implied experiment included.
+    """Return overrides for Hydra; with `imply`, including the implied experiment.
 
     - `stage=sft` becomes `targets=[sft]`; `stage=all` the whole pipeline.
     - `+experiment=smoke` becomes `experiment=smoke`.
     - One value for a list (`force=sft`) becomes a list of one.
     - A new key of a mapping that starts empty (`timeout.sft=60`, `rl.rewards={…}`), and of a step's settings
       (`pipeline.sft.with.num_epochs=2`, `pipeline.sft.executor=slurm`), needs no `+`.
-    - `+sft.mixture.mine={…}` becomes `+sft.mixture={mine: {…}}`: OmegaConf merges a new task, but sets none.
+    - `+sft.mixture.mine={…}` becomes `+sft.mixture={mine: {…}}`: OmegaConf can merge a new task but not set it.
     """
     implied = implied_experiment(overrides) if imply else []
     return [*implied, *(_as_hydra(override, schema) for override in overrides)]
 
 
 def implied_experiment(overrides: list[str]) -> list[str]:
-    """Return the override `experiment=…` that overrides imply: nanochat's recipe for a model, else nothing.
+    """Return the override `experiment=…` that overrides imply: nanochat's recipe if they choose a model, else nothing.
 
-    Plain `mlxchat` is the quickstart, whose sizes suit its own depth alone. Choosing a model without choosing an
-    experiment therefore means nanochat's recipe; with `corpus=bundled`, the variant that downloads nothing. Whatever
-    composes for a command line applies this rule.
+    Plain `mlxchat` runs the quickstart, whose sizes fit its own depth only. Choosing a model without an experiment
+    therefore implies nanochat's recipe; with `corpus=bundled`, the variant that downloads nothing.
     """
     chosen = dict(override.lstrip("+~").partition("=")[::2] for override in overrides)
     if "model" not in chosen or "experiment" in chosen:
@@ -66,14 +65,14 @@ def _as_hydra(override: str, schema: type[Config]) -> str:
 
 
 def _is_list(key: str, schema: type[Config]) -> bool:
-    """Tell whether the schema has a list at a dotted key, and nothing else than a list or null."""
+    """Return True if the schema declares a list, or a list or null, at a dotted key."""
     declared = _type_of(key, schema)
     kinds = [kind for kind in (get_args(declared) or (declared,)) if kind is not type(None)]
     return get_origin(declared) is list or (len(kinds) == 1 and get_origin(kinds[0]) is list)
 
 
 def _starts_empty(key: str, schema: type[Config]) -> bool:
-    """Tell whether the schema has a mapping to plain values at a dotted key: timeout, sweep.space, a task's options."""
+    """Return True if the schema declares a mapping to plain values at a dotted key, such as timeout or sweep.space."""
     declared = _type_of(key, schema)
     if get_origin(declared) is not dict or key.startswith("pipeline"):
         return False
@@ -81,7 +80,7 @@ def _starts_empty(key: str, schema: type[Config]) -> bool:
 
 
 def _type_of(key: str, schema: Any) -> Any:
-    """Return the type that the schema declares at a dotted key; None: it has no such key."""
+    """Return the type that the schema declares at a dotted key; None if there is no such key."""
     for part in key.split("."):
         kinds = [kind for kind in (schema, *get_args(schema)) if is_dataclass(kind)]
         if get_origin(schema) is dict:

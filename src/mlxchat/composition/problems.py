@@ -1,4 +1,4 @@
-"""Impossible values, all found before anything runs."""
+"""Finds impossible values in a configuration before anything runs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _POLAR_EXPRESS_ITERATIONS = 5
 
 
 def find_problems(config: Config) -> list[str]:
-    """Return a line for every value that cannot be, with what was expected; empty if all is well."""
+    """Return a line for every impossible value, with what was expected; empty if there is none."""
     steps = {step: entry for step, entry in config.pipeline.items() if not entry.get("with")}
     problems = _find_problems(config, steps)
     stages = Stages(config.stages)
@@ -94,7 +94,7 @@ def _execution(config: Config) -> Iterator[str]:
     if config.machine.num_processes > 1 and config.machine.max_parallel_steps > 1:
         yield (
             f"machine.num_processes is {config.machine.num_processes} and machine.max_parallel_steps "
-            f"{config.machine.max_parallel_steps}: either processes compute one step together, or each one of its own"
+            f"{config.machine.max_parallel_steps}: processes share one step or run steps in parallel; set one to 1"
         )
     yield from _executor("executor", config.executor, config.machine)
     for step in (step for step, entry in config.pipeline.items() if "executor" in entry):
@@ -106,7 +106,7 @@ def _execution(config: Config) -> Iterator[str]:
         target = getattr(config.hooks, name)
         parts = target if isinstance(target, list) and target else [target]
         if target is not None and not all(isinstance(part, str) and part for part in parts):
-            yield f"hooks.{name} is {target!r}, expected a command, a list of its words, an http(s) address or null"
+            yield f"hooks.{name} is {target!r}, expected a command, a list of its words, an http(s) URL or null"
 
 
 def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> Iterator[str]:
@@ -123,20 +123,20 @@ def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:
     stages = {"midtrain": config.midtrain.adapter, "sft": config.sft.adapter, "rl": config.rl.adapter}
     yield from find_unread_problems(config.adapter, list(stages.values()))
     yield from find_fusing_problems(config.pipeline, stages)
-    # Of somebody's model the sizes are known when the plan is made.
+    # Sizes of existing models are known only when the plan is made.
     steps = config.pipeline.values()
     others = any(source.startswith(("import:", "artifact:")) for step in steps for source in roles_of(step).values())
     ours = model_is_good and not others and any(step.get("stage") == "pretrain" for step in steps)
     sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size) if ours else None
-    told: list[str] = []
+    seen: list[str] = []
     for name, adapter in {
         "adapter": config.adapter,
         **{f"{name}.adapter": each for name, each in stages.items()},
     }.items():
-        # What the group says of all stages is told once.
+        # Problems that stages take over from the group are reported once.
         for line in find_adapter_problems(name, adapter, sizes):
-            if (what := line.replace(f"{name}.", "")) not in told:
-                told.append(what)
+            if (what := line.replace(f"{name}.", "")) not in seen:
+                seen.append(what)
                 yield line
 
 
@@ -152,7 +152,7 @@ def _model(config: Config) -> Iterator[str]:
     if architecture.whole_heads:
         width = -(-width // model.head_width) * model.head_width
     if not 0 <= architecture.dropout < 1:
-        yield f"architecture.dropout is {architecture.dropout}, expected 0 (off) up to, but not, 1"
+        yield f"architecture.dropout is {architecture.dropout}, expected at least 0 (off) and below 1"
     if architecture.vocab_multiple < 1:
         yield f"architecture.vocab_multiple is {architecture.vocab_multiple}, expected at least 1"
     if not architecture.window_pattern or set(architecture.window_pattern) - set("SL"):
@@ -270,8 +270,8 @@ def _finetune(name: str, finetune: FinetuneConfig, config: Config, steps: Pipeli
         yield f"{name}.num_epochs is {finetune.num_epochs}, expected at least 1"
     if finetune.warm_start and finetune.adapter.is_there:
         yield (
-            f"{name}.warm_start is true, but {name}.adapter.kind is {finetune.adapter.kind}: pretraining's moments are "
-            f"of other parameters. Give {name}.warm_start=false, or {name}.adapter.kind=none"
+            f"{name}.warm_start is true, but {name}.adapter.kind is {finetune.adapter.kind}: pretraining's moments "
+            f"belong to other parameters. Give {name}.warm_start=false, or {name}.adapter.kind=none"
         )
     for step, wiring in steps.items():
         source = config.pipeline.get(wiring.get("checkpoint", ""), {})
@@ -309,7 +309,7 @@ def _schedule(name: str, schedule: ScheduleConfig) -> Iterator[str]:
         for key in ("start", "end", "final"):
             value = getattr(schedule.momentum, key)
             if value is not None and not 0 <= value < 1:
-                yield f"{name}.schedule.momentum.{key} is {value}, expected 0 up to, but not, 1"
+                yield f"{name}.schedule.momentum.{key} is {value}, expected at least 0 and below 1"
     if schedule.warmup_iterations is None and schedule.warmup_frac + schedule.warmdown_frac > 1:
         yield f"{name}.schedule: warmup_frac and warmdown_frac together are more than 1"
     if schedule.shape not in (shapes := ("linear", "cosine")):
@@ -327,7 +327,7 @@ def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
     for key in ("adam_beta1", "adam_beta2", "momentum_start", "momentum_end", "momentum_final", "muon_beta2"):
         value = getattr(optimizer, key)
         if value is not None and not 0 <= value < 1:
-            yield f"optimizer.{key} is {value}, expected 0 up to, but not, 1"
+            yield f"optimizer.{key} is {value}, expected at least 0 and below 1"
     if optimizer.grad_clip is not None and not optimizer.grad_clip > 0:
         yield f"optimizer.grad_clip is {optimizer.grad_clip}, expected more than 0, or null for no clipping"
     if optimizer.weight_decay < 0:
@@ -335,19 +335,19 @@ def _optimizer(optimizer: OptimizerConfig) -> Iterator[str]:
     if optimizer.variant == "jul2026" and optimizer.newton_schulz_iterations > _POLAR_EXPRESS_ITERATIONS:
         yield (
             f"optimizer.newton_schulz_iterations is {optimizer.newton_schulz_iterations}, expected at most "
-            f"{_POLAR_EXPRESS_ITERATIONS}: jul2026 has coefficients for so many"
+            f"{_POLAR_EXPRESS_ITERATIONS}: variant jul2026 has no further coefficients"
         )
     if missing := [name for name in ADAMW_GROUPS if name not in optimizer.adamw_groups]:
-        yield f"optimizer.adamw_groups has no {', '.join(missing)}: every kind of parameter needs its numbers"
+        yield f"optimizer.adamw_groups has no {', '.join(missing)}: every parameter group needs an entry"
     for name, group in optimizer.adamw_groups.items():
         if name not in ADAMW_GROUPS:
-            yield f'optimizer.adamw_groups: there is no kind of parameter "{name}".{suggest(name, ADAMW_GROUPS)}'
+            yield f'optimizer.adamw_groups: there is no parameter group "{name}".{suggest(name, ADAMW_GROUPS)}'
         for key in ("lr", "lr_frac", "weight_decay"):
             if not getattr(group, key) >= 0:
                 yield f"optimizer.adamw_groups.{name}.{key} is {getattr(group, key)}, expected at least 0"
         for key in ("beta1", "beta2"):
             if not 0 <= getattr(group, key) < 1:
-                yield f"optimizer.adamw_groups.{name}.{key} is {getattr(group, key)}, expected 0 up to, but not, 1"
+                yield f"optimizer.adamw_groups.{name}.{key} is {getattr(group, key)}, expected at least 0 and below 1"
     if optimizer.scaling is not None:
         for key in ("reference_depth", "reference_batch_tokens"):
             if getattr(optimizer.scaling, key) < 1:
@@ -360,7 +360,7 @@ def _eval(config: Config) -> Iterator[str]:
         yield f"eval.temperature is {temperature:g}, expected at least 0, or null"
     if temperature == 0 and config.eval.seeds > 1:
         yield (
-            f"eval.seeds is {config.eval.seeds} and eval.temperature is 0: greedy answers are all the same. "
+            f"eval.seeds is {config.eval.seeds} and eval.temperature is 0: greedy answers are all equal. "
             "Set eval.seeds=1, or another temperature (null: 1)"
         )
     if core is not None and core.max_per_task is not None and core.max_per_task < 1:
@@ -369,7 +369,7 @@ def _eval(config: Config) -> Iterator[str]:
         hint = suggest(core.long_prompts, known)
         yield f'eval.core.long_prompts is "{core.long_prompts}", expected extend or cut.{hint}'
     if core is not None and core.tasks is not None and not core.tasks:
-        yield "eval.core.tasks is empty: name tasks, or null for all"
+        yield "eval.core.tasks is empty, expected names of tasks, or null for all"
     if config.outside.path is None and any(step.get("stage") == "outside" for step in config.pipeline.values()):
         yield "outside.path is null, but the pipeline evaluates a third-party model: give outside.path=FOLDER"
 
@@ -399,13 +399,13 @@ def _sweep(config: Config) -> Iterator[str]:
         if getattr(sweep, key) < least:
             yield f"sweep.{key} is {getattr(sweep, key)}, expected at least {least}"
     if sweep.name is not None and (Path(sweep.name).name != sweep.name or sweep.name.startswith(".")):
-        yield f'sweep.name is "{sweep.name}", expected the name of a folder, without a path'
+        yield f'sweep.name is "{sweep.name}", expected a folder name without a path'
     if sweep.metric is None and sweep.kind != "none":
         yield "sweep.metric has no value: give sweep.metric=STEP.METRIC, such as pretrain.val_bpb"
 
 
 def find_range_problems(config: Config) -> Iterator[str]:
-    """Yield a line for each plain number that is out of its range."""
+    """Yield a line for each number out of its range."""
     machine = config.machine
     factor = config.training.norm_warning_factor
     if factor is not None and not factor > 1:
@@ -422,7 +422,7 @@ def find_range_problems(config: Config) -> Iterator[str]:
 
 
 def find_bound_problems(config: Config) -> Iterator[str]:
-    """Yield a line for each value beyond the bounds that its field declares: at_least, at_most, one_of."""
+    """Yield a line for each value outside the bounds in its field's metadata: at_least, at_most, one_of."""
     sections = [(item.name, getattr(config, item.name)) for item in fields(config)]
     while sections:
         key, section = sections.pop(0)
@@ -440,16 +440,16 @@ def find_bound_problems(config: Config) -> Iterator[str]:
                 yield f"{where} is {value}, expected at most {most}"
 
 
-def find_unbounded(config: Config, told: Sequence[str]) -> Iterator[str]:
-    """Yield a line for each number that is infinite or NaN, unless another line names it already."""
-    keys = {key for line in told for key in re.findall(r"\w+(?:\.\w+)+", line.partition(": ")[0])}
+def find_unbounded(config: Config, found: Sequence[str]) -> Iterator[str]:
+    """Yield a line for each number that is infinite or NaN, unless a line in `found` names it already."""
+    keys = {key for line in found for key in re.findall(r"\w+(?:\.\w+)+", line.partition(": ")[0])}
     for key, value in flatten(plain_of(config)).items():
         if isinstance(value, float) and not math.isfinite(value) and key not in keys:
-            yield f"{key} is {value}, expected a number"
+            yield f"{key} is {value}, expected a finite number"
 
 
 def find_zeros(config: Config) -> Iterator[str]:
-    """Yield a line for each count that would silently do nothing at zero."""
+    """Yield a line for each count below 1."""
     for key in (
         "corpus.validation_documents",
         "corpus.shard_documents",
@@ -516,13 +516,13 @@ _REWARDS = ("exact", "format", "length", "function")
 
 
 def find_rl_problems(rl: RLConfig) -> Iterator[str]:
-    """Yield a line for every value that cannot be, with what was expected."""
+    """Yield a line for every impossible value, with what was expected."""
     yield from find_item_problems("rl", {"task": rl.task}, training=True)
     yield from find_item_problems("rl", {"evaluation": rl.evaluation}, training=False)
     if rl.temperature <= 0:
-        yield f"rl.temperature is {rl.temperature}, expected more than 0: equal samples teach nothing"
+        yield f"rl.temperature is {rl.temperature}, expected more than 0: equal samples give no gradient"
     if rl.samples_per_question < 2:
-        yield f"rl.samples_per_question is {rl.samples_per_question}, expected at least 2: the mean is the baseline"
+        yield f"rl.samples_per_question is {rl.samples_per_question}, expected at least 2: their mean is the baseline"
     if rl.top_k is not None and rl.top_k < 1:
         yield f"rl.top_k is {rl.top_k}, expected at least 1, or null for all"
     for key, known in _CHOICES.items():
@@ -533,11 +533,11 @@ def find_rl_problems(rl: RLConfig) -> Iterator[str]:
     if rl.clip_high is not None and not rl.clip_high > 0:
         yield f"rl.clip_high is {rl.clip_high}, expected above 0, or null for no bound"
     if not rl.kl_coefficient >= 0:
-        yield f"rl.kl_coefficient is {rl.kl_coefficient}, expected at least 0 (no divergence)"
+        yield f"rl.kl_coefficient is {rl.kl_coefficient}, expected at least 0 (no KL term)"
     if rl.rollout_bits not in (None, 8, 4):
         yield f"rl.rollout_bits is {rl.rollout_bits}, expected 8, 4, or null for the model's own weights"
     if not rl.rollout_correction >= 1:
-        yield f"rl.rollout_correction is {rl.rollout_correction}, expected at least 1 (no token counts more than once)"
+        yield f"rl.rollout_correction is {rl.rollout_correction}, expected at least 1 (no importance weight above 1)"
     parts, questions = rl.minibatches_per_rollout, rl.questions_per_iteration
     if parts >= 1 and questions % parts:
         yield f"rl.questions_per_iteration={questions} must be a multiple of rl.minibatches_per_rollout={parts}"
@@ -556,7 +556,7 @@ def _reward(where: str, reward: RewardConfig) -> Iterator[str]:
         try:
             re.compile(reward.pattern or "")
         except re.error as error:
-            yield f"{where}.pattern is no regular expression: {error}"
+            yield f"{where}.pattern is not a regular expression: {error}"
         if not reward.pattern:
             yield f"{where}.pattern has no value, expected a regular expression"
     free, most = reward.free_tokens, reward.most_tokens
@@ -565,7 +565,7 @@ def _reward(where: str, reward: RewardConfig) -> Iterator[str]:
     if reward.timeout_seconds is not None and not reward.timeout_seconds > 0:
         yield f"{where}.timeout_seconds is {reward.timeout_seconds}, expected more than 0, or null for no bound"
     if reward.failure_value is not None and not math.isfinite(reward.failure_value):
-        yield f"{where}.failure_value is {reward.failure_value}, expected a finite number, or null to end there"
+        yield f"{where}.failure_value is {reward.failure_value}, expected a finite number, or null to stop RL"
     if reward.kind == "function":
         try:
             load_part(reward.function or "")
@@ -577,16 +577,16 @@ def _shown(value: int | None) -> str:
     return "null" if value is None else str(value)
 
 
-# Below, exponentials of 15 / T are beyond float32.
+# Logits are capped at ±15: at lower temperatures exp(30 / T) nears the limit of float32.
 _LEAST_TEMPERATURE = 0.5
 
 
 def find_teacher_problems(where: str, teacher: TeacherConfig) -> Iterator[str]:
-    """Yield a line for every value that cannot be, with what was expected."""
+    """Yield a line for every impossible value, with what was expected."""
     if teacher.path is not None and teacher.artifact is not None:
-        yield f"{where}.path and {where}.artifact are both set: there is one teacher"
+        yield f"{where}.path and {where}.artifact are both set: give one of them"
     if not 0 < teacher.weight <= 1:
-        yield f"{where}.weight is {teacher.weight}, expected above 0 and at most 1; no teacher: {where}.path=null"
+        yield f"{where}.weight is {teacher.weight}, expected above 0 and at most 1. For no teacher: {where}.path=null"
     if not teacher.temperature >= _LEAST_TEMPERATURE:
         yield f"{where}.temperature is {teacher.temperature}, expected at least {_LEAST_TEMPERATURE}"
     if teacher.top_k is not None and teacher.top_k < 1:

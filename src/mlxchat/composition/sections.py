@@ -1,4 +1,4 @@
-"""The schema of a configuration, with a section for each own stage that has settings; and a step's own settings."""
+"""The schema with a section for each of the user's stages that has settings; settings of single steps."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from mlxchat.runner.stage import Stage, Stages
 
 
 def schema_of(places: Sequence[str]) -> type[Config]:
-    """Return `Config` with the sections of the own stages that these places and installed packages hold.
+    """Return `Config` with the sections of the user's stages in these places and in installed packages.
 
     Raises:
-        ConfigError: a place holds no stage, or the settings of one are no dataclass that YAML can fill.
+        ConfigError: a place has no stage, or a stage's settings are not a dataclass that YAML can fill.
     """
     return _schema_of(tuple(places), Path.cwd())
 
 
 @cache
 def _schema_of(places: tuple[str, ...], here: Path) -> type[Config]:
-    del here  # relative places mean others elsewhere
+    del here  # a key of the cache, since places may be relative paths
     stages = [stage for stage in Stages(places).own.values() if stage.settings is not None]
     if not stages:
         return Config
     known = {item.name for item in fields(Config)}
     if taken := [stage for stage in stages if stage.name in known]:
-        raise ConfigError(f"{taken[0].path}: {taken[0].name} is a section of mlxchat's own. Rename the file")
+        raise ConfigError(f'{taken[0].path}: mlxchat already has a section "{taken[0].name}". Rename the file')
     sections = [(stage.name, kind, _section(kind)) for stage in stages for kind in [_settings_class(stage)]]
 
     def reduce(config: Any) -> tuple[Any, ...]:
@@ -45,31 +45,26 @@ def _schema_of(places: tuple[str, ...], here: Path) -> type[Config]:
 
 
 def config_of(config: Config, step: str, stage: Stage) -> Config:
-    """Return the configuration as a step sees it: its `with` in place of settings of the stage's own section.
-
-    Args:
-        config: of the whole run.
-        step: its name.
-        stage: the step's.
+    """Return the configuration of one step: the step's `with` overrides settings of its stage's section.
 
     Raises:
-        ConfigError: a setting is unknown or has another type, or the stage has no section of its own.
+        ConfigError: a setting is unknown or has the wrong type, or the stage has no section.
     """
     given, where = config.pipeline[step].get("with"), f"pipeline.{step}.with"
     if not given:
         return config
     section = getattr(config, stage.name, None) if stage.name in stage.config else None
     if not is_dataclass(section) or not isinstance(given, Mapping):
-        expected = f"a mapping of settings of {stage.name}" if is_dataclass(section) else "nothing"
-        raise ConfigError(f"{where} is {given}, expected {expected}: `with` sets what the stage has in its own section")
+        expected = f"settings of {stage.name} as a mapping" if is_dataclass(section) else "nothing"
+        raise ConfigError(f"{where} is {given}, expected {expected}: `with` overrides settings of the stage's section")
     return replace(config, **{stage.name: _with(section, given, stage.name, where)})
 
 
 def executor_of(config: Config, step: str) -> ExecutorConfig:
-    """Return where a step runs: its own `executor` over the run's, or over conf/executor if that is of another kind.
+    """Return where a step runs: its `executor` overrides the run's, or conf/executor/KIND.yaml if the kind differs.
 
     Raises:
-        ConfigError: there is no such executor, or a setting is unknown or has another type.
+        ConfigError: there is no such executor, or a setting is unknown or has the wrong type.
     """
     given, where = config.pipeline[step].get("executor"), f"pipeline.{step}.executor"
     if given is None:
@@ -86,7 +81,7 @@ def executor_of(config: Config, step: str) -> ExecutorConfig:
 
 
 def _executor_settings(kind: str) -> dict[str, Any]:
-    """Return what conf/executor/<kind>.yaml says, with the file that it is based on."""
+    """Return the settings of conf/executor/<kind>.yaml, including those of the file in its defaults list."""
     import yaml
 
     own: dict[str, Any] = yaml.safe_load(files("mlxchat.conf").joinpath("executor", f"{kind}.yaml").read_text("utf-8"))
@@ -95,16 +90,16 @@ def _executor_settings(kind: str) -> dict[str, Any]:
 
 
 def _with(section: Any, given: Mapping[str, Any], name: str, where: str) -> Any:
-    """Return a section with other settings.
+    """Return a section (a dataclass) with some settings replaced.
 
     Args:
-        section: a dataclass.
+        section: the dataclass.
         given: setting → value.
-        name: of the section, for messages.
-        where: the key of `given`, for messages.
+        name: name of the section, for messages.
+        where: key of `given`, for messages.
 
     Raises:
-        ConfigError: a setting is unknown or has another type.
+        ConfigError: a setting is unknown or has the wrong type.
     """
     known = [item.name for item in fields(section)]
     if unknown := [key for key in given if key not in known]:
@@ -119,12 +114,12 @@ def _with(section: Any, given: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def _restore(places: tuple[str, ...], values: dict[str, Any]) -> Config:
-    """Return a configuration in another process."""
+    """Unpickle a configuration in another process."""
     return schema_of(places)(**values)
 
 
 def _section(kind: type) -> Any:
-    # OmegaConf takes the class itself for a section whose values are not known yet.
+    # OmegaConf takes the class as a section whose values are still missing.
     return field(default_factory=lambda: kind)
 
 
@@ -132,7 +127,7 @@ def _settings_class(stage: Stage) -> type:
     """Import the dataclass of a stage's settings.
 
     Raises:
-        ConfigError: it cannot be imported, loads MLX, or has fields of a type that YAML cannot fill.
+        ConfigError: it cannot be imported, imports MLX, or has fields that YAML cannot fill.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -148,11 +143,11 @@ def _settings_class(stage: Stage) -> type:
         ) from None
     if "mlx" in sys.modules and not was_there:
         raise ConfigError(
-            f"{stage.path}: importing {module} for the settings loads MLX, which each start would wait for. Import it "
-            f'inside run, or move the dataclass to a file of its own: SETTINGS = "module:Class"'
+            f"{stage.path}: importing {module} for the settings loads MLX, which slows down every start. Import MLX "
+            f'inside run, or move the dataclass to another file: SETTINGS = "module:Class"'
         )
     if not (isinstance(kind, type) and is_dataclass(kind)):
-        raise ConfigError(f"{stage.path}: {stage.settings} is no dataclass")
+        raise ConfigError(f"{stage.path}: {stage.settings} is not a dataclass")
     try:
         OmegaConf.structured(kind)
     except OmegaConfBaseException as error:

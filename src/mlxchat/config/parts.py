@@ -1,6 +1,6 @@
-"""Parts of a user's own by name: `module:Class` or `module:function`, found in the current folder or installed.
+"""Finds users' own parts by name: `module:Class` or `module:function`, in the current folder or installed.
 
-The same search serves rewards, tasks, evaluations, trackers and stages.
+Parts are rewards, tasks, evaluations, trackers and stages.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FORM = "expected module:name, such as rewards:brevity for brevity in rewards.py
 
 
 def is_own(name: str) -> bool:
-    """Return whether a configuration's name of a part is `module:name` and not one of ours."""
+    """Return True if a part's name in the configuration is `module:name` instead of one of ours."""
     return ":" in name
 
 
@@ -38,8 +38,8 @@ def load_part(name: str) -> Callable[..., Any]:
     except Exception as error:  # the user's code may raise anything
         raise ConfigError(f"{name}: importing {module} failed ({type(error).__name__}: {error})") from None
     if not callable(found):
-        what = "has no" if found is None else "has something that cannot be called, named"
-        raise ConfigError(f"{name}: {module} {what} {attribute}")
+        problem = f"has no {attribute}" if found is None else f"has {attribute}, which cannot be called"
+        raise ConfigError(f"{name}: {module} {problem}")
     part: Callable[..., Any] = found
     return part
 
@@ -48,7 +48,7 @@ def part_file(name: str) -> Path:
     """Return the file of the module in `module:name` without importing it.
 
     Raises:
-        ConfigError: there is no such module, or the name has another form.
+        ConfigError: there is no such module, or the name is malformed.
     """
     module = _split(name)[0]
     file = module_files(module).get(module)
@@ -58,7 +58,7 @@ def part_file(name: str) -> Path:
 
 
 def import_module(module: str, root: Path | None = None) -> Any:
-    """Import a module, of the folder `root` if it is there; None: an installed one."""
+    """Import a module, searching the folder `root` first; None: installed modules only."""
     if root is None:
         return importlib.import_module(module)
     with _on_path(root):
@@ -66,9 +66,9 @@ def import_module(module: str, root: Path | None = None) -> Any:
 
 
 def module_files(module: str, root: Path | None = None) -> dict[str, Path]:
-    """Return dotted name → file of a module and the packages around it, without importing any of them.
+    """Return dotted name → file of a module and its parent packages, without importing any of them.
 
-    Names after the last module are ignored, so `rewards.brevity` leads to rewards.py.
+    Names after the last module are ignored, so `rewards.brevity` gives rewards.py.
     """
     found: dict[str, Path] = {}
     place, name = None, ""
@@ -78,7 +78,7 @@ def module_files(module: str, root: Path | None = None) -> dict[str, Path]:
             spec = PathFinder.find_spec(name, place)
             if spec is None and place is None:
                 try:
-                    spec = importlib.util.find_spec(name)  # editable installs have finders of their own
+                    spec = importlib.util.find_spec(name)  # editable installs use other finders
                 except ValueError:
                     spec = None
             if spec is None:
@@ -92,7 +92,7 @@ def module_files(module: str, root: Path | None = None) -> dict[str, Path]:
 
 
 def own_files(module: str, root: Path | None = None) -> dict[str, Path]:
-    """Return `module_files` of a module of the user's own; nothing for Python's, ours and installed ones."""
+    """Return `module_files` of a user's module; nothing for modules of Python, of mlxchat and installed ones."""
     top = module.partition(".")[0]
     if top in sys.stdlib_module_names or top == "mlxchat":
         return {}
@@ -101,15 +101,15 @@ def own_files(module: str, root: Path | None = None) -> dict[str, Path]:
 
 
 def installed_version(module: str) -> tuple[str, str] | None:
-    """Return name and version of the installed package of a module; None for Python's, ours and the user's own."""
+    """Return name and version of a module's installed package; None for modules of Python, mlxchat and the user."""
     top = module.partition(".")[0]
     if top in sys.stdlib_module_names or top == "mlxchat" or own_files(top):
         return None
-    import importlib.metadata  # takes as long to import as a verb that prints a line
+    import importlib.metadata  # slow to import
 
     try:
         return top, importlib.metadata.version(top)
-    except importlib.metadata.PackageNotFoundError:  # a package may be called otherwise than its module
+    except importlib.metadata.PackageNotFoundError:  # the package's name may differ from the module's
         names = importlib.metadata.packages_distributions().get(top, [])
         return (names[0], importlib.metadata.version(names[0])) if names else None
 
@@ -121,13 +121,13 @@ def _is_installed(path: Path) -> bool:
 def _split(name: str) -> tuple[str, str]:
     module, colon, attribute = name.partition(":")
     if not (colon and attribute.isidentifier() and all(part.isidentifier() for part in module.split("."))):
-        raise ConfigError(f'"{name}" names nothing to import; {_FORM}')
+        raise ConfigError(f'"{name}" cannot be imported; {_FORM}')
     return module, attribute
 
 
 @contextmanager
 def _on_path(root: Path | None) -> Iterator[None]:
-    """Search a folder before all others; later imports inside functions search it after all others."""
+    """Search a folder first; afterwards, for imports inside functions, last."""
     folder = str(Path.cwd() if root is None else root)
     sys.path.insert(0, folder)
     importlib.invalidate_caches()

@@ -1,4 +1,4 @@
-"""Passwords and tokens of the environment, kept out of everything that is written or shown."""
+"""Removes passwords and tokens of the environment from everything that is written or shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 
 # HF_TOKEN, WANDB_API_KEY, AWS_SECRET_ACCESS_KEY, DB_PASSWORD, but not TOKENIZERS_PARALLELISM.
 _NAME = re.compile(r"(^|_)(TOKEN|(API|ACCESS|PRIVATE)_?KEY)$|SECRET|PASSWORD|PASSWD|CREDENTIAL", re.IGNORECASE)
-# What is shorter occurs by chance in everything that is written.
+# Shorter values occur in other text by chance.
 _SHORTEST = 6
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ def redact(value: T) -> T:
 
 
 def _secrets() -> dict[str, str]:
-    """Return secret → what to write instead, the longest first, since one may hold another."""
+    """Return secret → replacement, the longest first, since one may contain another."""
     found: dict[str, str] = {}
     for name, value in os.environ.items():
         if _NAME.search(name) and len(value.strip()) >= _SHORTEST:

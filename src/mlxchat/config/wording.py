@@ -1,4 +1,4 @@
-"""Numbers, durations, sizes and times as people read them: the one formatter of the project."""
+"""Formats numbers, durations, sizes and times for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 ABSENT = "—"
-"""What stands where nothing was measured."""
+"""Shown in place of a missing measurement."""
 
 
 def format_seconds(seconds: float) -> str:
@@ -32,7 +32,7 @@ def format_count(count: float) -> str:
 
 
 def format_number(number: float | None) -> str:
-    """Return a number of any kind: four digits, or a count with a thousands' letter; None, which was no number: "-"."""
+    """Return a number with four digits, or as a count from 1,000 on; "-" for None (NaN)."""
     if number is None:
         return "-"
     return format_count(number) if abs(number) >= 1000 else f"{number:.4g}"
@@ -59,12 +59,12 @@ def format_share(share: float) -> str:
 
 
 def format_dollars(seconds: float | None, per_hour: float | None) -> str:
-    """Return what a duration costs, such as $92.40; empty if either is unknown."""
+    """Return the cost of a duration, such as $92.40; empty if either is unknown."""
     return "" if seconds is None or per_hour is None else f"${seconds / 3600 * per_hour:,.2f}"
 
 
 def format_time(stamp: str) -> str:
-    """Return an ISO time to the second, as 2026-11-21 10:15:02 +00:00; anything else as it is."""
+    """Return an ISO time to the second, such as 2026-11-21 10:15:02 +00:00; other text unchanged."""
     return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d(?::\d\d)?)(?:\.\d+)?(?=([+-]|Z?$))", r"\1 \2 ", stamp).strip()
 
 
@@ -80,5 +80,5 @@ def join(parts: Iterable[str], last: str = " and ") -> str:
 
 
 def first_of(names: Sequence[str], most: int) -> str:
-    """Return at most so many names in one line, and how many more there are: a, b and 3 more."""
+    """Return the first `most` names in one line and the number of others: a, b and 3 more."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
