@@ -1,4 +1,4 @@
-"""mlxchat data show: what is trained on can be told from the rest, with and without colour; everything is counted."""
+"""`mlxchat data show`: marks of trained text, counts, order, escaping."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     return run
 
 
-def test_the_conversations_of_each_task_are_counted(show: Show) -> None:
+def test_conversations_of_each_task_are_counted(show: Show) -> None:
     lines = show("mixture=my_mixture", "-n", "0").splitlines()
     assert lines[0].startswith("mixture my_mixture: 20 conversations, tokens are bytes")
     assert any(re.match(r" mine +16 +80\.0% +\d+ +\d+% +\d+ *$", line) for line in lines)
@@ -44,31 +44,29 @@ def test_the_conversations_of_each_task_are_counted(show: Show) -> None:
     assert any(re.match(r" all +20 ", line) for line in lines)
 
 
-def test_what_is_trained_on_stands_between_marks_in_a_pipe(show: Show) -> None:
-    told = show("mixture=my_mixture", "-n", "1", "--task", "mine")
-    n = int(re.search(r"mine conversation (\d)", told)[1])  # type: ignore[index]
+def test_trained_text_is_between_marks_in_a_pipe(show: Show) -> None:
+    printed = show("mixture=my_mixture", "-n", "1", "--task", "mine")
+    n = int(re.search(r"mine conversation (\d)", printed)[1])  # type: ignore[index]
     assert (
         f"<|bos|><|user_start|>q{n}?<|user_end|><|assistant_start|>⟦sum <|python_start|>{n}+1<|python_end|>⟧"
         f"<|output_start|>{n + 1}<|output_end|>⟦{n + 1}<|assistant_end|>⟧"
-    ) in told
-    assert "\x1b" not in told
+    ) in printed
+    assert "\x1b" not in printed
 
 
-def test_what_is_trained_on_is_coloured_and_underlined_on_a_terminal(
-    show: Show, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trained_text_is_coloured_on_a_terminal(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
-    told = show("mixture=my_mixture", "-n", "1", "--task", "spelling")
-    assert re.search(r"\x1b\[4;32m\w+:\w,", told)
-    assert "⟦" not in told
+    printed = show("mixture=my_mixture", "-n", "1", "--task", "spelling")
+    assert re.search(r"\x1b\[4;32m\w+:\w,", printed)
+    assert "⟦" not in printed
     monkeypatch.setenv("NO_COLOR", "1")
-    told = show("mixture=my_mixture", "-n", "1", "--task", "spelling")
-    assert "\x1b[4;32m" not in told
-    assert re.search(r"⟦.*<\|assistant_end\|>.*⟧", told)
+    printed = show("mixture=my_mixture", "-n", "1", "--task", "spelling")
+    assert "\x1b[4;32m" not in printed
+    assert re.search(r"⟦.*<\|assistant_end\|>.*⟧", printed)
 
 
-def test_the_order_is_the_one_of_training_or_of_a_seed(show: Show) -> None:
+def test_order_is_that_of_training_or_of_the_seed(show: Show) -> None:
     def names(*arguments: str) -> list[str]:
         return re.findall(r"── \d+ · (\w+ conversation \d+)", show("mixture=my_mixture", *arguments))
 
@@ -78,7 +76,7 @@ def test_the_order_is_the_one_of_training_or_of_a_seed(show: Show) -> None:
     assert sorted(names("-n", "20", "--seed", "1")) == sorted(names("-n", "20"))
 
 
-def test_a_tokenizer_can_be_named_and_is_said(show: Show, tmp_path: Path) -> None:
+def test_tokenizer_is_an_option(show: Show, tmp_path: Path) -> None:
     folder = tmp_path / "tok"
     folder.mkdir()
     Tokenizer({bytes([byte]): byte for byte in range(256)} | {b"su": 256}).save(folder)
@@ -94,12 +92,12 @@ def test_other_stages_and_suites_are_shown(show: Show) -> None:
     assert show("suite=bundled", "-n", "1", "--task", "kinds_mc").startswith("suite bundled: ")
 
 
-def test_what_would_steer_the_terminal_is_shown_and_not_sent(show: Show, tmp_path: Path) -> None:
+def test_control_characters_are_escaped(show: Show, tmp_path: Path) -> None:
     path = tmp_path / "evil.jsonl"
     path.write_text(json.dumps({"question": "\x1b[31m", "answer": "[bold]x[/bold]"}) + "\n")
-    told = show(f"+sft.mixture.evil={{task: identity_conversations, path: '{path}'}}", "--task", "evil")
-    assert "\\x1b[31m" in told
-    assert "[bold]x[/bold]" in told
+    printed = show(f"+sft.mixture.evil={{task: identity_conversations, path: '{path}'}}", "--task", "evil")
+    assert "\\x1b[31m" in printed
+    assert "[bold]x[/bold]" in printed
 
 
 @pytest.mark.parametrize(
@@ -114,6 +112,6 @@ def test_what_would_steer_the_terminal_is_shown_and_not_sent(show: Show, tmp_pat
         (["--foo"], "unrecognized arguments: --foo"),
     ],
 )
-def test_mistakes_are_refused_with_what_was_expected(arguments: list[str], expected: str, show: Show) -> None:
+def test_wrong_arguments_are_refused(arguments: list[str], expected: str, show: Show) -> None:
     with pytest.raises(ConfigError, match=expected):
         show(*arguments)

@@ -232,7 +232,7 @@ def test_an_own_task_is_an_item_of_a_suite(example: Path) -> None:
     ("task", "message"),
     [
         ("doubles:Triples", "suite.doubles: doubles:Triples: doubles has no Triples"),
-        ("doubles:dialogue", "doubles:dialogue is no task: a task is a class derived from"),
+        ("doubles:dialogue", "doubles:dialogue is not a task: expected a class derived from"),
         ("dobules:Doubles", "dobules:Doubles: there is no module dobules"),
     ],
 )

@@ -33,7 +33,7 @@ def test_broken_lines_are_found_before_anything_is_computed(
         main([*verb, "experiment=smoke", *settings, f"outputs={tmp_path}/outputs"])
     output = capsys.readouterr()
     assert caught.value.code == 2
-    assert f"sft.mixture.mine: {conversations} has 2 lines that are no conversations" in output.err
+    assert f"sft.mixture.mine: {conversations} has 2 lines that are not conversations" in output.err
     assert "line 2: question and answer must be text" in output.err
     assert "line 4: not JSON" in output.err
     assert f'{text}: lines 2 are no JSON objects with a field "text"' in output.err

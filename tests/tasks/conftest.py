@@ -1,4 +1,4 @@
-"""A Hub in a folder: repositories that tests write, read through the functions that the tasks call."""
+"""A Hub in a folder, in place of the functions that tasks download with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMMIT = "5ca1ab1e" * 5
 
 @dataclass
 class FolderHub:
-    """Files by repository and address, and what was asked of them."""
+    """Files by repository and address, and the requests for them."""
 
     folder: Path
     asked: list[str] = field(default_factory=list)

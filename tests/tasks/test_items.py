@@ -1,4 +1,4 @@
-"""Lines of mixtures: nanochat's exact ones, and everything that can be wrong with one, told without reading data."""
+"""Items of mixtures and suites: nanochat's exact ones, and problems found without reading data."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def items(lines: dict[str, dict[str, Any]]) -> dict[str, TaskItem]:
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_mixture_is_nanochats(name: str) -> None:
+def test_mixtures_are_nanochats(name: str) -> None:
     config = compose_config([f"mixture@sft.mixture={name}"]).config
     assert config.sft.mixture == items(MIXTURES[name])
 
 
 @pytest.mark.parametrize("name", VALIDATION)
-def test_a_validation_mixture_is_nanochats(name: str) -> None:
+def test_validation_mixtures_are_nanochats(name: str) -> None:
     config = compose_config([f"mixture@sft.validation={name}"]).config
     assert config.sft.validation == items(VALIDATION[name])
 
 
 @pytest.mark.parametrize("name", SUITES)
-def test_a_chatcore_suite_is_nanochats(name: str) -> None:
+def test_chatcore_suites_are_nanochats(name: str) -> None:
     assert compose_config([f"suite={name}"]).config.suite == items(SUITES[name])
 
 
@@ -95,20 +95,20 @@ def test_the_default_subsets_and_seeds_are_nanochats(name: str) -> None:
         ({**GSM8K, "weight": 0.0}, "all weights are 0"),
     ],
 )
-def test_what_is_wrong_with_a_line_is_told_in_one_message(line: dict[str, Any], expected: str) -> None:
+def test_each_problem_is_one_message(line: dict[str, Any], expected: str) -> None:
     problems = list(find_item_problems("sft.mixture", {"mine": TaskItem(**line)}, training=True))
     assert len(problems) == 1
     assert re.search(expected, problems[0]), problems[0]
     assert problems[0].startswith("sft.mixture")
 
 
-def test_all_faults_of_all_lines_are_told_at_once() -> None:
+def test_all_problems_of_all_items_are_reported() -> None:
     lines = items({"a": {**GSM8K, "size": 0, "epochs": 0}, "b": {"task": "mmlu", "split": "x", "stop": 0}})
     assert len(list(find_item_problems("suite", lines, training=False))) == 4
 
 
-def test_weights_are_for_all_lines_or_none() -> None:
+def test_weights_are_for_all_items_or_none() -> None:
     lines = items({"a": {**GSM8K, "weight": 1.0}, "b": SMOLTALK})
     assert list(find_item_problems("m", lines, training=True)) == [
-        "m: a has a weight, b none: give every task one, or none"
+        "m: a has a weight, b has none: give every task one, or none"
     ]

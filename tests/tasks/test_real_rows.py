@@ -1,4 +1,4 @@
-"""Every line of nanochat's mixtures and suites over the loopback hub's data sets, where that hub stands beside us."""
+"""nanochat's mixtures and suites on complete data sets, if a local hub of them is present."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlxchat.tasks import load_item
 from mlxchat.tasks.answers import final_number
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "hub"
-# What the hub's page says of its data sets; SmolTalk and MMLU's training rows are small stand-ins there.
+# Sizes of the hub's data sets; SmolTalk and MMLU's training split are reduced there.
 ROWS = {
     ("smoltalk", "train"): 5600, ("smoltalk", "test"): 400, ("mmlu", "auxiliary_train"): 5000, ("mmlu", "test"): 14_042,
     ("mmlu", "validation"): 1531, ("mmlu", "dev"): 285, ("gsm8k", "train"): 7473, ("gsm8k", "test"): 1319,
@@ -29,7 +29,7 @@ ROWS = {
     ("identity_conversations", "train"): 1000,
 }  # fmt: skip
 
-pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="there is no loopback hub")
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no local hub")
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +51,14 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def here(item: TaskItem, url: str) -> TaskItem:
-    """Return a line with what lies elsewhere in the world taken from the hub or the bundled words."""
+    """Return an item that reads from the hub or the bundled words instead of other addresses."""
     if item.task == "identity_conversations":
         return replace(item, source={"url": f"{url}/files/identity_conversations.jsonl"})
     return replace(item, source={"words": "bundled"}) if "spelling" in item.task else item
 
 
 @pytest.mark.parametrize(("name", "split"), ROWS, ids=["-".join(key) for key in ROWS])
-def test_every_row_of_a_data_set_is_a_conversation(name: str, split: str, served: str) -> None:
+def test_every_row_is_a_conversation(name: str, split: str, served: str) -> None:
     task = load_item(here(TaskItem(task=name, split=split), served))
     assert len(task) == ROWS[name, split]
     for index in range(0, len(task), 1 + len(task) // 500):
@@ -82,7 +82,7 @@ def test_every_row_of_a_data_set_is_a_conversation(name: str, split: str, served
         ("oct2025_sft_validation", 400),
     ],
 )
-def test_a_mixture_of_nanochats_has_as_many_conversations_as_its_lines_say(name: str, count: int, served: str) -> None:
+def test_nanochats_mixtures_have_the_expected_size(name: str, count: int, served: str) -> None:
     place = "validation" if name.endswith("validation") else "mixture"
     lines = getattr(compose_config([f"mixture@sft.{place}={name}"]).config.sft, place)
     mixture = Mixture({entry: here(item, served) for entry, item in lines.items()}, seed=42)
@@ -93,7 +93,7 @@ def test_a_mixture_of_nanochats_has_as_many_conversations_as_its_lines_say(name:
         assert 0 < sum(mask) < len(ids)
 
 
-def test_every_task_of_chatcore_can_be_asked(served: str) -> None:
+def test_every_chatcore_task_renders_a_prompt(served: str) -> None:
     tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
     for item in compose_config(["suite=chatcore"]).config.suite.values():
         task = load_item(here(item, served))

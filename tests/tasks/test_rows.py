@@ -1,4 +1,4 @@
-"""Rows of parquet files: their order, and where their memory is."""
+"""Rows of parquet files: order and memory."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def texts(rows: Rows) -> list[str]:
     return [rows[index]["text"] for index in range(len(rows))]
 
 
-def test_files_follow_each_other_without_a_seed(tmp_path: Path) -> None:
+def test_files_are_concatenated_without_a_seed(tmp_path: Path) -> None:
     files = [write(tmp_path / "b", ["b0", "b1"]), write(tmp_path / "a", ["a0"])]
     assert texts(Rows(files, ["text"])) == ["b0", "b1", "a0"]
 
 
-def test_the_order_of_seed_42_is_that_of_datasets_shuffle(tmp_path: Path) -> None:
+def test_seed_42_gives_the_order_of_datasets_shuffle(tmp_path: Path) -> None:
     """As `datasets.Dataset.shuffle(seed=42)` orders six rows: nanochat's HumanEval rows show it."""
     rows = Rows([write(tmp_path / "a", list("012345"), row_group_size=2)], ["text"], seed=42)
     assert texts(rows) == list("325410")
     assert [rows.number(index) for index in range(6)] == [3, 2, 5, 4, 1, 0]
 
 
-def test_only_the_columns_that_were_asked_for_are_there(tmp_path: Path) -> None:
+def test_rows_have_only_the_requested_columns(tmp_path: Path) -> None:
     assert Rows([write(tmp_path / "a", ["x"])], ["text"])[0] == {"text": "x"}
 
 
-def test_a_table_takes_no_memory_of_its_own_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_is_memory_mapped_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [f"{n:07d}" * 100 for n in range(20_000)]  # 14 MB
     path = write(tmp_path / "a", values, row_group_size=500)
     cache = tmp_path / "cache"
@@ -49,14 +49,14 @@ def test_a_table_takes_no_memory_of_its_own_and_leaves_no_file(tmp_path: Path, m
     assert list(cache.iterdir()) == []
 
 
-def test_an_index_outside_is_refused(tmp_path: Path) -> None:
+def test_index_out_of_range_is_refused(tmp_path: Path) -> None:
     rows = Rows([write(tmp_path / "a", ["x"])], ["text"])
     for index in (-1, 1):
-        with pytest.raises(IndexError, match="there are 1 rows"):
+        with pytest.raises(IndexError, match="out of range, there are 1 rows"):
             rows[index]
 
 
-def test_a_missing_column_and_a_damaged_file_are_named(tmp_path: Path) -> None:
+def test_missing_columns_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no column answer; it has text, other"):
         Rows([write(tmp_path / "a", ["x"])], ["text", "answer"])
     damaged = tmp_path / "b"
@@ -65,6 +65,6 @@ def test_a_missing_column_and_a_damaged_file_are_named(tmp_path: Path) -> None:
         Rows([damaged], ["text"])
 
 
-def test_an_empty_file_has_no_rows(tmp_path: Path) -> None:
+def test_empty_file_has_no_rows(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a")
     assert len(Rows([tmp_path / "a"], ["text"], seed=42)) == 0

@@ -14,23 +14,18 @@ import pytest
 
 from kit.text import conversations_of
 from mlxchat.errors import ConfigError
-from mlxchat.tasks import Task, arithmetic, load_task, task_class, task_names
+from mlxchat.tasks import arithmetic, load_task
 from mlxchat.tasks.answers import answer_text, calculator_parts
 from mlxchat.tasks.arithmetic import Arithmetic
 from mlxchat.tasks.base import dialogue, held_out
-from mlxchat.tasks.facts import FIELDS, Fact, facts, is_test_pair, with_article
+from mlxchat.tasks.facts import FIELDS, facts, is_test_pair, with_article
 
 BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_count", "identity"]
-CATEGORICAL = ["facts_mc", "reading_mc", "kinds_mc", "mmlu", "arc_easy", "arc_challenge"]
-
-
-def load(name: str, split: str, **options: Any) -> Task:
-    return load_task(name, split, **options)
 
 
 @cache
 def user_messages(name: str, split: str) -> set[str]:
-    more = load(name, split, steps=2, size=2000) if name == "arithmetic" else []
+    more = load_task(name, split, steps=2, size=2000) if name == "arithmetic" else []
     return {
         message["content"]
         for conversation in [*conversations_of(name, split), *(more[i] for i in range(len(more)))]
@@ -39,11 +34,8 @@ def user_messages(name: str, split: str) -> set[str]:
     }
 
 
-# Splits
-
-
 @pytest.mark.parametrize("test_name", BUNDLED)
-def test_no_user_message_of_any_training_task_is_in_a_test_split(test_name: str) -> None:
+def test_splits_of_all_tasks_share_no_user_message(test_name: str) -> None:
     asked = user_messages(test_name, "test")
     for name in BUNDLED:
         assert not user_messages(name, "train") & asked
@@ -62,7 +54,7 @@ def _markers() -> list[tuple[str, tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("name", ["facts", "facts_mc", "reading_mc"])
-def test_no_held_out_fact_is_asked_or_told_in_training(name: str) -> None:
+def test_held_out_facts_are_in_no_training_sentence(name: str) -> None:
     training = {
         sentence.strip()
         for conversation in conversations_of(name, "train")
@@ -73,38 +65,28 @@ def test_no_held_out_fact_is_asked_or_told_in_training(name: str) -> None:
     assert not [pair for marker, pair in _markers() if marker in training]
 
 
-def test_no_held_out_fact_is_in_a_training_list() -> None:
+def test_held_out_facts_are_in_no_training_list() -> None:
+    tags = {(fact.country, FIELDS[fact.field].tag(fact.value)) for fact in facts() if is_test_pair(fact)}
     for conversation in conversations_of("reading_mc", "train"):
         question = conversation["messages"][0]["content"]
         listed = re.match(r"Multiple Choice question: ([A-Z][A-Za-z' -]+): (.*?)\. [A-Z]", question)
-        if listed:
-            told = [
-                fact
-                for fact in _facts_of(listed[1])
-                if FIELDS[fact.field].tag(fact.value) in listed[2] and is_test_pair(fact)
-            ]
-            assert not told
+        assert not listed or not [tag for country, tag in tags if country == listed[1] and tag in listed[2]]
 
 
-@cache
-def _facts_of(country: str) -> list[Fact]:
-    return [fact for fact in facts() if fact.country == country]
-
-
-def test_about_fifteen_in_a_hundred_facts_of_each_field_are_held_out() -> None:
+def test_about_15_percent_of_each_field_are_held_out() -> None:
     for field in FIELDS:
         chosen = [is_test_pair(fact) for fact in facts() if fact.field == field]
         assert 0.05 < sum(chosen) / len(chosen) < 0.25
 
 
-def test_the_capitals_of_examples_are_trained_on() -> None:
+def test_capitals_of_examples_are_trained_on() -> None:
     asked = user_messages("facts", "train")
     for country in ("France", "Japan", "Peru", "United States"):
         questions = {FIELDS["capital"].ask(country, i) for i in range(4)}
         assert questions & asked
 
 
-def test_arithmetic_tests_numbers_that_no_training_problem_of_the_template_has() -> None:
+def test_arithmetic_splits_share_no_template_with_equal_numbers() -> None:
     def frame(question: str) -> str:
         question = re.sub(r"\b(he|she|him|her)\b", "they", question, flags=re.IGNORECASE)
         words = arithmetic.texts()
@@ -117,13 +99,10 @@ def test_arithmetic_tests_numbers_that_no_training_problem_of_the_template_has()
     assert not train & test
 
 
-def test_a_hash_decides_the_split_and_not_the_process() -> None:
+def test_split_is_a_stable_hash() -> None:
     assert [key for key in "abcdefgh" if held_out(key, 0.5)] == ["b", "c", "d", "e", "f"]
     assert not held_out("a", 0.0)
     assert held_out("a", 1.0)
-
-
-# Determinism
 
 
 def test_golden_problems_never_change() -> None:
@@ -154,129 +133,69 @@ def test_conversations_do_not_depend_on_the_hash_seed(hash_seed: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_a_smaller_size_is_a_prefix_and_another_seed_differs(name: str) -> None:
-    small, other = load(name, "train", size=20), load(name, "train", size=20, seed=5)
+def test_size_takes_a_prefix_and_the_seed_other_conversations(name: str) -> None:
+    small, other = load_task(name, "train", size=20), load_task(name, "train", size=20, seed=5)
     assert [small[i] for i in range(20)] == conversations_of(name, "train")[:20]
     assert [other[i] for i in range(20)] != conversations_of(name, "train")[:20]
     with pytest.raises(IndexError):
         small[20]
 
 
-def test_a_size_beyond_the_facts_asks_them_again() -> None:
-    task = load("facts", "test", size=1000, fields=["capital"])
-    assert len(task) == len([task[i] for i in range(1000)])
-
-
-# Verdicts
-
-
 @pytest.mark.parametrize("name", BUNDLED)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_the_given_answer_is_right_and_an_empty_one_wrong(name: str, split: str) -> None:
-    task = load(name, split)
+def test_reference_answer_is_right_and_an_empty_one_wrong(name: str, split: str) -> None:
+    task = load_task(name, split)
     for conversation in conversations_of(name, split)[:200]:
         assert task.evaluate(conversation, answer_text(conversation))
         assert task.reward(conversation, "") == 0.0
 
 
 @pytest.mark.parametrize(
-    ("response", "right"),
+    ("name", "conversation", "right", "wrong"),
     [
-        ("Tom has 12+7=19 apples.\n#### 19", True),
-        ("#### 19.", True),
-        ("#### 1,9", True),
-        ("#### 19 apples", True),
-        ("#### 119", False),
-        ("#### 19.5", False),
-        ("#### -19", False),
-        ("####19", False),
-        ("19", False),
-        ("#### 18\n#### 19", False),
+        ("arithmetic", dialogue("?", calculator_parts("Tom has 12+7=<<12+7=19>>19 apples.\n#### 19")),
+         ["Tom has 12+7=19 apples.\n#### 19", "#### 19.", "#### 1,9", "#### 19 apples"],
+         ["#### 119", "#### 19.5", "#### -19", "####19", "19", "#### 18\n#### 19"]),
+        ("facts", dialogue("?", "The capital of Oman is Muscat.", answer="Muscat"),
+         ["The capital of Oman is Muscat.", "muscat"], ["Muscats", "Oman"]),
+        ("facts_mc", dialogue("?", "B", answer="B"), ["B", " B\n"], ["A", "B.", "AB"]),
+    ],
+    ids=["arithmetic", "facts", "facts_mc"],
+)  # fmt: skip
+def test_verdicts(name: str, conversation: dict[str, Any], right: list[str], wrong: list[str]) -> None:
+    task = load_task(name, "test")
+    assert [task.evaluate(conversation, response) for response in right + wrong] == [
+        response in right for response in right + wrong
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("arithmatic", {}, r'task is "arithmatic", expected one of facts, .*Did you mean "arithmetic"\?'),
+        ("facts", {"split": "validation"}, r'split of task facts is "validation", expected train or test'),
+        ("facts", {"split": "trian"}, r'Did you mean "train"\?'),
+        ("arithmetic", {"stepz": 2}, r'no option "stepz", expected one of size, .*Did you mean "steps"\?'),
+        ("arithmetic", {"steps": 3}, r"steps of task arithmetic is 3, expected 1 or 2"),
+        ("arithmetic", {"two_step_frac": 2}, r"two_step_frac of task arithmetic is 2, expected 0 to 1"),
+        ("facts", {"fields": ["capitol"]}, r'fields of task facts has "capitol".*Did you mean "capital"\?'),
+        ("facts", {"fields": []}, r"fields of task facts is empty"),
+        ("spelling", {"size": 0}, r"size of task spelling is 0, expected 1 or more"),
+        ("jsonl", {}, r"task jsonl has no path"),
+        ("identity", {"held_out_frac": 1}, r"held_out_frac of task identity is 1, expected 0 to below 1"),
     ],
 )
-def test_arithmetic_compares_the_number_after_the_marker(response: str, right: bool) -> None:
-    conversation = dialogue("?", calculator_parts("Tom has 12+7=<<12+7=19>>19 apples.\n#### 19"))
-    assert Arithmetic("test").evaluate(conversation, response) is right
-    assert Arithmetic("test").reward(conversation, response) == float(right)
-
-
-@pytest.mark.parametrize(
-    ("response", "right"),
-    [("The capital of Oman is Muscat.", True), ("muscat", True), ("Muscats", False), ("Oman", False)],
-)
-def test_a_fact_is_right_where_its_value_stands_as_a_word(response: str, right: bool) -> None:
-    conversation = dialogue("?", "The capital of Oman is Muscat.", answer="Muscat")
-    assert load("facts", "test").evaluate(conversation, response) is right
-
-
-@pytest.mark.parametrize(
-    ("response", "right"), [("B", True), (" B\n", True), ("A", False), ("B.", False), ("AB", False)]
-)
-def test_a_choice_is_right_as_the_bare_letter(response: str, right: bool) -> None:
-    assert load("facts_mc", "test").evaluate(dialogue("?", "B", answer="B"), response) is right
-
-
-def test_kinds_and_chances_are_known_without_data() -> None:
-    for name in task_names():
-        cls = task_class(name)
-        assert (cls.kind, cls.chance) == (("categorical", 0.25) if name in CATEGORICAL else ("generative", 0.0))
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "options", "message"),
-    [
-        (
-            "arithmatic",
-            "train",
-            {},
-            r'task is "arithmatic", expected one of facts, .*Did you mean "arithmetic"\?',
-        ),
-        ("facts", "validation", {}, r'split of task facts is "validation", expected train or test'),
-        ("facts", "trian", {}, r'Did you mean "train"\?'),
-        (
-            "arithmetic",
-            "train",
-            {"stepz": 2},
-            r'no option "stepz", expected one of size, .*Did you mean "steps"\?',
-        ),
-        ("arithmetic", "train", {"steps": 3}, r"steps of task arithmetic is 3, expected 1 or 2"),
-        (
-            "arithmetic",
-            "train",
-            {"two_step_frac": 2},
-            r"two_step_frac of task arithmetic is 2, expected 0 to 1",
-        ),
-        (
-            "facts",
-            "train",
-            {"fields": ["capitol"]},
-            r'fields of task facts has "capitol".*Did you mean "capital"\?',
-        ),
-        ("facts", "train", {"fields": []}, r"fields of task facts is empty"),
-        ("spelling", "train", {"size": 0}, r"size of task spelling is 0, expected 1 or more"),
-        ("jsonl", "train", {}, r"task jsonl has no path"),
-        (
-            "identity",
-            "train",
-            {"held_out_frac": 1},
-            r"held_out_frac of task identity is 1, expected 0 to below 1",
-        ),
-    ],
-)
-def test_a_wrong_name_or_option_is_refused(name: str, split: str, options: dict[str, Any], message: str) -> None:
+def test_wrong_names_and_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_task(name, split, **options)
+        load_task(name, **{"split": "train", **options})
 
 
-def test_the_bundled_identity_speaks_of_mlxchat() -> None:
+def test_bundled_identity_names_mlxchat() -> None:
     both = conversations_of("identity", "train") + conversations_of("identity", "test")
     assert len(both) > 50
     assert "mlxchat" in next(answer_text(c) for c in both if c["messages"][0]["content"] == "Who are you?")
 
 
-def test_places_keep_their_article_in_questions() -> None:
+def test_place_names_have_their_article() -> None:
     assert with_article("Gambia") == "the Gambia"
     assert FIELDS["capital"].ask("Gambia") == "What is the capital of the Gambia?"

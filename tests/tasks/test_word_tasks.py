@@ -1,4 +1,4 @@
-"""SpellingBee, SimpleSpelling and identity conversations: made from lists and files, wherever these lie."""
+"""SpellingBee, SimpleSpelling and identity conversations, from files and addresses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def words(tmp_path: Path) -> Path:
     return path
 
 
-def test_every_count_is_right_by_hand_by_calculator_and_in_the_end(words: Path) -> None:
+def test_spelling_bee_counts_are_consistent(words: Path) -> None:
     task = load_task("spelling_bee", "train", size=60, path=words)
     for index in range(60):
         by_hand, _, call, output, end = (part["text"] for part in task[index]["messages"][1]["content"])
@@ -54,19 +54,19 @@ def test_words_follow_nanochats_draws(words: Path) -> None:
         ]
 
 
-def test_the_test_split_is_not_the_training_split_shifted_by_one(words: Path) -> None:
+def test_test_split_is_not_the_shifted_training_split(words: Path) -> None:
     train, test = (load_task("spelling_bee", split, size=50, path=words) for split in ("train", "test"))
     assert sum(test[index] == train[index + 1] for index in range(49)) < 5
     theirs = load_task("spelling_bee", "test", size=50, path=words, nanochat_seeds=True)
     assert all(theirs[index] == train[index + 1] for index in range(49))
 
 
-def test_another_seed_gives_other_conversations(words: Path) -> None:
+def test_seed_changes_conversations(words: Path) -> None:
     first, other = (load_task("spelling_bee", "train", size=20, seed=seed, path=words) for seed in (0, 1))
     assert [first[index] for index in range(20)] != [other[index] for index in range(20)]
 
 
-def test_words_come_from_an_address_and_are_recorded(hub: Any) -> None:
+def test_words_are_downloaded_and_recorded(hub: Any) -> None:
     hub.write_text("http://a/words_alpha.txt", "aardvark\n")
     task = load_task("simple_spelling", "train", words="http://a/words_alpha.txt")
     assert hub.asked == []
@@ -81,13 +81,13 @@ def test_bundled_words_need_no_network(hub: Any) -> None:
     assert hub.asked == []
 
 
-def test_a_list_without_words_is_refused(tmp_path: Path) -> None:
+def test_empty_word_list_is_refused(tmp_path: Path) -> None:
     (tmp_path / "none.txt").write_text("\n\n")
-    with pytest.raises(DataError, match=r"none\.txt has no word"):
+    with pytest.raises(DataError, match=r"none\.txt has no words"):
         load_task("spelling_bee", "train", path=tmp_path / "none.txt")[0]
 
 
-def test_a_file_is_no_address() -> None:
+def test_path_as_address_is_refused() -> None:
     with pytest.raises(ConfigError, match=r'words of task spelling_bee is "words\.txt".*path=FILE'):
         load_task("spelling_bee", "train", words="words.txt")
 
@@ -97,7 +97,7 @@ def talk(question: str, *more: str) -> str:
     return json.dumps([{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)])
 
 
-def test_identity_conversations_are_all_there_in_their_order(hub: Any) -> None:
+def test_identity_conversations_keep_the_files_order(hub: Any) -> None:
     lines = [talk(f"q{n}", f"a{n}") for n in range(30)]
     hub.write_text("http://a/me.jsonl", "\n".join(lines) + "\n")
     task = load_task("identity_conversations", "train", url="http://a/me.jsonl")
@@ -105,13 +105,13 @@ def test_identity_conversations_are_all_there_in_their_order(hub: Any) -> None:
     assert len(load_task("identity_conversations", "train", url="http://a/me.jsonl", size=7)) == 7
 
 
-def test_identity_conversations_of_ones_own_come_from_a_file(tmp_path: Path) -> None:
+def test_identity_conversations_read_a_local_file(tmp_path: Path) -> None:
     path = tmp_path / "me.jsonl"
-    path.write_text(talk("Who?", "I am Ada.", "Bye") + "\n")  # nanochat takes one that ends with the user's message
+    path.write_text(talk("Who?", "I am Ada.", "Bye") + "\n")  # nanochat accepts a user message at the end
     assert load_task("identity_conversations", "train", path=path)[0]["messages"][2]["content"] == "Bye"
 
 
-def test_another_content_than_was_said_is_refused(hub: Any) -> None:
+def test_wrong_sha256_is_refused(hub: Any) -> None:
     hub.write_text("http://a/me.jsonl", talk("q", "a"))
     with pytest.raises(DataError, match="not what it should be"):
         len(load_task("identity_conversations", "train", url="http://a/me.jsonl", sha256="0" * 64))

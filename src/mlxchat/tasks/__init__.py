@@ -1,10 +1,10 @@
-"""Tasks: conversations to train on, questions to evaluate with. Loading one imports only its own module.
+"""Tasks: conversations to train on and questions to evaluate with. Loading a task imports only its module.
 
-To add a task: a class derived from `Task` in a module of this folder, a line in _TASKS, and an entry in a mixture
-(`conf/mixture`) or a suite (`conf/suite`). A user's own class is named `module:Class`. Conversations need no code: task
-`jsonl` reads a file.
+To add a task: derive a class from `Task` in a module of this folder, add it to _TASKS, and use it in a mixture
+(`conf/mixture`) or a suite (`conf/suite`). Users name their own classes as `module:Class`; the task `jsonl` reads
+conversations from a file.
 
-A line of a mixture or suite (`TaskItem`) names a task with its options; `find_item_problems` checks it without data.
+An item of a mixture or suite (`TaskItem`) names a task and its options; `find_item_problems` checks it without data.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def task_names() -> list[str]:
 
 
 def task_class(name: str) -> type[Task]:
-    """Return the class of a task; its `kind` and `chance` are there without loading any data.
+    """Return the class of a task; no data is loaded.
 
     Args:
         name: one of `task_names()`, or a user's `module:Class`.
@@ -74,7 +74,7 @@ def task_class(name: str) -> type[Task]:
     if is_own(name):
         found = load_part(name)
         if not (isinstance(found, type) and issubclass(found, Task)):
-            raise ConfigError(f"{name} is no task: a task is a class derived from mlxchat.tasks.Task")
+            raise ConfigError(f"{name} is not a task: expected a class derived from mlxchat.tasks.Task")
         return found
     if name not in _TASKS:
         raise ConfigError(
@@ -85,7 +85,7 @@ def task_class(name: str) -> type[Task]:
 
 
 def task_options(name: str) -> list[str]:
-    """Return the names of the options that a task takes.
+    """Return the names of a task's options.
 
     Raises:
         ConfigError: no task has this name.
@@ -95,16 +95,16 @@ def task_options(name: str) -> list[str]:
 
 
 def load_task(name: str, split: str, **options: Any) -> Task:
-    """Make a task ready to use.
+    """Return a task.
 
     Args:
-        name: as `task_class` takes it.
+        name: one of `task_names()`, or `module:Class`.
         split: one of the task's `splits`.
-        options: those of the task's class: `size` and `seed` everywhere, others by task.
+        options: fields of the task's class; all tasks have `size` and `seed`.
 
     Raises:
         ConfigError: the name, the split or an option is unknown, or an option's value is out of range.
-        DataError: the data behind the task is missing or unreadable.
+        DataError: the task's data is missing or unreadable.
 
     """
     cls = task_class(name)
@@ -118,7 +118,7 @@ def load_task(name: str, split: str, **options: Any) -> Task:
 
 
 def load_item(item: TaskItem) -> Task:
-    """Return the task that a line of a mixture or suite names.
+    """Return the task that an item of a mixture or suite describes.
 
     Raises:
         ConfigError: its name, split or options are wrong.
@@ -130,22 +130,22 @@ def load_item(item: TaskItem) -> Task:
 
 
 def contents_of(item: TaskItem, hash_of: Callable[[Path], str]) -> list[str]:
-    """Return what a task downloads, by repository, files and commit or by sha256, for a key."""
-    # A user's task may use its source in any way, so all of it counts.
+    """Return what a task downloads for the step's key: repository, files and commit, or the sha256 of an address."""
+    # A user's task may use its source in any way, so all of it is part of the key.
     own = [f"{key}={value}" for key, value in sorted(item.source.items())] if is_own(item.task) else []
-    # Bundled tasks need nothing, and reading their text takes seconds.
+    # Bundled tasks download nothing, and reading their text takes seconds.
     if task_class(item.task).needs is Task.needs:
         return own
     return [*own, *(source.content() for source in load_item(item).needs())]
 
 
 def find_item_problems(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iterator[str]:
-    """Yield a line for everything that is wrong with the lines of a mixture or suite; no data is read for it.
+    """Yield a message for each problem of the items of a mixture or suite; no data is read.
 
     Args:
-        where: what the configuration calls them.
-        items: the lines.
-        training: whether they are trained on, which held-out conversations never are.
+        where: the key of the items in the configuration.
+        items: name → item.
+        training: whether they are trained on, so that held-out splits are refused.
     """
     if not items:
         yield f"{where} is empty: give it at least one task"
@@ -154,7 +154,7 @@ def find_item_problems(where: str, items: Mapping[str, TaskItem], *, training: b
     weighted = [name for name, item in items.items() if item.weight is not None]
     if weighted and len(weighted) < len(items):
         missing = ", ".join(name for name in items if name not in weighted)
-        yield f"{where}: {', '.join(weighted)} has a weight, {missing} none: give every task one, or none"
+        yield f"{where}: {', '.join(weighted)} has a weight, {missing} has none: give every task one, or none"
     elif weighted and not any(items[name].weight for name in weighted):
         yield f"{where}: all weights are 0"
 
@@ -200,4 +200,4 @@ def _item_problems(where: str, item: TaskItem, *, training: bool) -> Iterator[st
     if item.size is not None and 1 <= item.size <= item.start:
         yield f"{where}.start is {item.start}, expected less than size ({item.size}): no conversation is left"
     if item.path is not None and not Path(item.path).is_file():
-        yield f"{where}.path: there is no file {item.path}"
+        yield f"{where}.path: no file {item.path}"

@@ -1,4 +1,4 @@
-"""Answers: calls of the calculator in them, the number after ####, and whether a response gives the same answer."""
+"""Reference answers: calculator calls, the number after ####, and comparison with a response."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CALL = re.compile(r"(<<[^>]+>>)")
 _VALUE = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?<=[0-9])")
 _GAPS = re.compile(r"[\s—…]|\.{2,}|--+")
 _SAME_SIGNS = str.maketrans("−’‘“”", "-''\"\"")
-# Signs such as + - # % $ change what a word means: C and C++, 5 and -5.
+# Not stripped: signs such as + - # % $, which change the meaning (C and C++, 5 and -5).
 _OPENING = "([{\"'«¿¡,;:"
 _CLOSING = ")]}\"'».,;:!?"
 _EMPHASIS = "*_`"
@@ -30,7 +30,7 @@ def answer_text(conversation: Conversation) -> str:
 
 
 def content_text(content: str | list[dict[str, str]]) -> str:
-    """Return a message's content as people read it: calls of the calculator as GSM8K writes them, <<12+7=19>>."""
+    """Return a message's content as text, with calculator calls in GSM8K's notation, <<12+7=19>>."""
     if isinstance(content, str):
         return content
     marks = {"text": "{}", "python": "<<{}", "python_output": "={}>>"}
@@ -38,10 +38,10 @@ def content_text(content: str | list[dict[str, str]]) -> str:
 
 
 def calculator_parts(answer: str, *, keep_empty: bool = False) -> list[dict[str, str]]:
-    """Return an answer in GSM8K's form as parts: every <<12+7=19>> becomes a python and a python_output part.
+    """Return the parts of an answer in GSM8K's notation: each <<12+7=19>> becomes a python and a python_output part.
 
-    What follows the last = of a call is its output, empty if there is none. With `keep_empty`, empty texts between
-    calls are kept, as nanochat keeps them.
+    The output is the text after the last =, or empty. With `keep_empty`, empty texts between calls are kept, as in
+    nanochat.
     """
     parts = []
     for piece in _CALL.split(answer):
@@ -55,21 +55,21 @@ def calculator_parts(answer: str, *, keep_empty: bool = False) -> list[dict[str,
 
 
 def nanochat_number(text: str) -> str | None:
-    """Return what nanochat takes for the number after the first ####: commas removed, full stops kept; or None."""
+    """Return the number after the first #### as nanochat extracts it, without commas but with full stops; or None."""
     found = _NUMBER.search(text)
     return found[1].replace(",", "") if found else None
 
 
 def final_number(text: str) -> str | None:
-    """Return the number after the first ####, without commas and a closing full stop, or None."""
+    """Return the number after the first ####, without commas and a trailing full stop; or None."""
     number = nanochat_number(text)
     return number.rstrip(".") or None if number is not None else None
 
 
 def is_right(conversation: Conversation, response: str) -> bool:
-    """Return whether a response gives the answer of a conversation: the number after ####, or else the whole text.
+    """Return True if a response has the conversation's number after ####, or equals its answer if that has no number.
 
-    A response without #### is wrong where the answer has it. White space around texts does not count.
+    Leading and trailing white space is ignored.
     """
     answer = answer_text(conversation)
     number = final_number(answer)
@@ -77,21 +77,21 @@ def is_right(conversation: Conversation, response: str) -> bool:
 
 
 def is_right_by_nanochat(conversation: Conversation, response: str) -> bool:
-    """Return nanochat's verdict on a response to GSM8K: two missing numbers are equal, and "18." is not "18"."""
+    """Return nanochat's verdict on a GSM8K response: two missing numbers are equal, and "18." differs from "18"."""
     answer = str(conversation["messages"][-1]["content"][-1]["text"])
     return nanochat_number(response) == nanochat_number(answer)
 
 
 def is_answer(conversation: Conversation, response: str, *, contains: bool = False) -> bool:
-    """Return whether a response equals a conversation's answer after normalisation.
+    """Return True if a response equals a conversation's answer after normalisation.
 
-    Numbers are compared by value (4, 4.0; 1000, 1,000). Words are compared without letter case and without the
-    punctuation around them. If the answer has a number after ####, only that number is compared.
+    Numbers are compared by value (4, 4.0; 1000, 1,000), words without letter case and surrounding punctuation. If the
+    answer has a number after ####, only that number is compared.
 
     Args:
         conversation: with the answer as its last message.
         response: to judge.
-        contains: whether it is enough that the answer's words occur in the response, one after the other.
+        contains: accept a response that contains the answer's words in sequence.
     """
     answer = answer_text(conversation)
     number = final_number(answer)
@@ -106,14 +106,14 @@ def is_answer(conversation: Conversation, response: str, *, contains: bool = Fal
 
 
 def _words(text: str) -> list[str | Decimal]:
-    """Return the words of a text in normal form; of a text of punctuation alone, that punctuation."""
+    """Return the normalised words of a text, or its punctuation if it has no words."""
     plain = unicodedata.normalize("NFC", text).casefold().translate(_SAME_SIGNS)
     words = [word for word in map(_word, _GAPS.split(plain)) if word != ""]
     return words or list(plain.split())
 
 
 def _word(word: str) -> str | Decimal:
-    """Return a word without the punctuation around it, or the value of a number."""
+    """Return a word without surrounding punctuation, or the value of a number."""
     bare = word.rstrip(_CLOSING).lstrip(_OPENING)
     bare = bare.strip(_EMPHASIS).rstrip(_CLOSING) or bare
     return Decimal(bare.replace(",", "")) if _VALUE.fullmatch(bare) else bare

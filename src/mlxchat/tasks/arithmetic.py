@@ -1,7 +1,7 @@
-"""Word problems of one or two steps, in the form of GSM8K: a calculator call, then #### and the number.
+"""Word problems of one or two steps in GSM8K's format: calculator calls, then #### and the number.
 
-The names, things and templates are in word_problems.json. A hash of a problem's template and numbers, not of its names
-and things, decides whether it belongs to the test split.
+Names, things and templates are in word_problems.json. The hash of a problem's template and numbers, without its names
+and things, decides its split.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _TEST_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class _Template:
-    """A question and the words of its answer; each `{work}` is a calculator call, one of `steps`."""
+    """A question and its answer, in which each `{work}` stands for the next calculator call of `steps`."""
 
     question: str
     answer: str
@@ -32,23 +32,23 @@ class _Template:
 
 @cache
 def texts() -> dict[str, list[Any]]:
-    """Return the names, the things, and the templates of one and of two steps."""
+    """Return the contents of word_problems.json: names, things, and templates of one and two steps."""
     found = json.loads(Path(__file__).with_name("word_problems.json").read_text(encoding="ascii"))
     return {**found, **{key: [_Template(**template) for template in found[key]] for key in ("one_step", "two_step")}}
 
 
 @dataclass(eq=False, kw_only=True)
 class Arithmetic(Task):
-    """Sums about people and things; right where the response holds #### and the right number.
+    """Word problems; a response is right if the number after #### is.
 
-    One step by default. Numbers are 2 to 99, products and dividends below 250, results whole and at least 2.
+    Numbers are 2 to 99, products and dividends below 250, results integers of at least 2.
     """
 
     name = "arithmetic"
     steps: int = 1
     """Calculations in each problem, 1 or 2."""
     two_step_frac: float | None = None
-    """Part of the problems with two steps, 0 to 1; None: as `steps` says."""
+    """Fraction of problems with two steps, 0 to 1; None: `steps` applies to all."""
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -97,7 +97,7 @@ def _words(rng: random.Random) -> dict[str, str]:
 
 
 def _numbers(template: _Template, rng: random.Random) -> tuple[int, ...]:
-    """Draw numbers for which every step of the template gives a whole number of 2 or more."""
+    """Draw numbers for which every step of the template gives an integer of at least 2."""
     while True:
         first = template.steps[0][3]
         if first == "/":
@@ -114,7 +114,7 @@ def _numbers(template: _Template, rng: random.Random) -> tuple[int, ...]:
 
 
 def _solve(template: _Template, numbers: tuple[int, ...]) -> list[tuple[str, int]]:
-    """Return each step's calculation and result, up to the first result that is below 2 or not whole."""
+    """Return each step's calculation and result, up to the first result that is below 2 or not an integer."""
     a, b, c = (*numbers, 0)[:3]
     solved, result = [], 0
     for step in template.steps:
@@ -127,7 +127,7 @@ def _solve(template: _Template, numbers: tuple[int, ...]) -> list[tuple[str, int
 
 
 def _calculate(work: str) -> int:
-    """Return the result of one operation on two whole numbers, or 0 where a division leaves a rest."""
+    """Return the result of one operation on two integers, or 0 if a division leaves a remainder."""
     left, sign, right = re.fullmatch(r"(\d+)([-+*/])(\d+)", work).groups()  # type: ignore[union-attr]
     a, b = int(left), int(right)
     if sign == "/":

@@ -1,7 +1,7 @@
-"""What every task is: conversations by index, and a verdict on a response.
+"""The base class of tasks: conversations by index, and a verdict on a response.
 
-A train and a test split of the bundled tasks never share a user message: what a conversation is about is hashed, and
-the hash decides the split. Conversations are plain dictionaries in the form of `render_conversation`.
+Train and test splits of the bundled tasks never share a user message: a hash of the conversation's subject decides the
+split. Conversations are dictionaries as `render_conversation` expects them.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ PARTS = ("text", "python", "python_output")
 
 @dataclass(eq=False)
 class Task(ABC):
-    """Conversations numbered from 0, the same for the same options, on every machine.
+    """A sequence of conversations, equal for equal options on every machine.
 
-    A task's fields are its options: what a line of a mixture or suite may set. A class that adds options is a
+    The fields are the options that an item of a mixture or suite may set. A subclass that adds options must be a
     dataclass, too.
 
     Attributes:
-        name: as in the registry; by default the class's own.
+        name: in the registry; by default the class's name.
         kind: "categorical" if the answer is one of conversation["letters"], "generative" if it is free text.
-        chance: accuracy of blind guessing, 0 to 1.
-        splits: what `split` may be.
-        training_splits: those of them that may be trained on.
-        source_options: options that say where the data come from; the others are numbers.
-        is_lazy: whether making the task reads nothing yet.
-        repeats: whether a `size` beyond the task's own repeats conversations; otherwise it takes all there are.
-        prompt_tokens: more than its longest prompt has, for predictions of memory; None: not known.
+        chance: accuracy of random guessing, 0 to 1.
+        splits: allowed values of `split`.
+        training_splits: the splits that may be trained on.
+        source_options: options that locate the data; all other options are numbers.
+        is_lazy: whether creating the task reads no data.
+        repeats: whether a `size` above the number of conversations repeats them; otherwise all are taken once.
+        prompt_tokens: an upper bound of the prompt length, for predictions of memory; None: unknown.
 
     """
 
@@ -60,32 +60,32 @@ class Task(ABC):
     size: int | None = None
     """Number of conversations; None: the task's own."""
     seed: int = 0
-    """Another seed gives other conversations of the same split."""
+    """Selects other conversations of the same split."""
 
     def __init_subclass__(cls) -> None:
         cls.name = cls.name or cls.__name__
 
     def __post_init__(self) -> None:
-        """Check the options; a task that is lazy reads nothing yet.
+        """Check the options.
 
         Raises:
             ConfigError: the split is unknown, or an option is out of range.
-            DataError: the data behind the task is missing or unreadable.
+            DataError: the task's data is missing or unreadable.
         """
         if self.split not in self.splits:
             expected, hint = " or ".join(self.splits), suggest(self.split, self.splits)
             raise ConfigError(f'split of task {self.name} is "{self.split}", expected {expected}.{hint}')
         if self.size is not None and self.size < 1:
             raise ConfigError(f"size of task {self.name} is {self.size}, expected 1 or more, or null for all.")
-        # Numbers from a configuration may come as floats.
+        # Options of a configuration are floats.
         self.seed, self.size = int(self.seed), None if self.size is None else int(self.size)
         self._slice = slice(0, None, 1)
 
     def select(self, start: int = 0, stop: int | None = None, step: int = 1) -> Self:
-        """Keep every `step`-th conversation from `start` up to, but not, `stop` (None: the end); return the task.
+        """Restrict the task to conversations[start:stop:step] and return it.
 
         Raises:
-            ConfigError: these numbers select nothing from any data.
+            ConfigError: the slice is always empty or goes backwards.
         """
         if start < 0 or step < 1 or (stop is not None and stop <= start):
             raise ConfigError(
@@ -96,45 +96,45 @@ class Task(ABC):
         return self
 
     def needs(self) -> Sequence[Any]:
-        """Return the `HubSource`s and `UrlSource`s that the task reads; fetches nothing."""
+        """Return the `HubSource`s and `UrlSource`s of the task; nothing is downloaded."""
         return []
 
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
-        """Return the files that the task downloads, fetched if they are not there.
+        """Download the task's files where they are missing, and return their paths.
 
-        `check` is called often while fetching and may raise, to end that.
+        `check` is called often during downloads and may raise to end them.
         """
         return [path for source in self.needs() for path in source.fetch(check)]
 
     def check(self) -> None:  # noqa: B027  (most tasks need nothing of the machine)
-        """Check that responses can be judged on this machine.
+        """Check that this machine can judge responses.
 
         Raises:
-            StepFailed: they cannot.
+            StepFailed: it cannot.
         """
 
     def sources(self) -> list[dict[str, Any]]:
-        """Return a record of every download that the task read, for the manifest."""
+        """Return a record of each file that the task downloaded, for the manifest."""
         return [record for source in self.needs() for record in source.records()]
 
     @abstractmethod
     def _own_size(self) -> int:
-        """Return the number of conversations where the option `size` is None."""
+        """Return the number of conversations if `size` is None."""
 
     @abstractmethod
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        """Make conversation `index`; all chance comes from `rng`, which belongs to this index alone."""
+        """Return conversation `index`. All randomness comes from `rng`, which is seeded for this index."""
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Return whether a response is right: by default, whether it gives the conversation's answer (`is_right`)."""
+        """Return True if a response is right; by default judged by `is_right`."""
         return is_right(conversation, response)
 
     def reward(self, conversation: Conversation, response: str) -> float:
-        """Return 1.0 for a right response and 0.0 for a wrong one."""
+        """Return 1.0 for a right response, 0.0 for a wrong one."""
         return float(self.evaluate(conversation, response))
 
     def _indices(self) -> range:
-        """Return the numbers, before slicing, of the conversations that are there."""
+        """Return the indices of the selected conversations in the whole task."""
         if self.size is None:
             count = self._own_size()
         else:
@@ -147,22 +147,22 @@ class Task(ABC):
     def __getitem__(self, index: int) -> Conversation:
         indices = self._indices()
         if not 0 <= index < len(indices):
-            raise IndexError(f"task {self.name} has {len(indices)} conversations, none is number {index}")
+            raise IndexError(f"index {index} of task {self.name} is out of range, it has {len(indices)} conversations")
         number = indices[index]
         return self._conversation(number, random.Random(f"{self.name}/{self.split}/{self.seed}/{number}"))
 
     def _shuffled(self, items: Sequence[_T]) -> list[_T]:
-        """Return the items in an order of this task, split and seed."""
+        """Return the items shuffled by the task's name, split and seed."""
         return random.Random(f"{self.name}/{self.split}/{self.seed}").sample(items, len(items))
 
 
 def held_out(key: str, fraction: float) -> bool:
-    """Return whether `key` belongs to the test split: a stable hash of it is below `fraction` (0 to 1)."""
+    """Return True if `key` belongs to the test split, which is a share `fraction` (0 to 1) of all hashes."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") < fraction * 2.0**64
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
-    """Return a multiple-choice question in nanochat's words; letters without a choice are left out, and vice versa.
+    """Return a multiple-choice question in nanochat's wording; surplus letters or choices are left out.
 
     The letter follows its choice without a space, so that it is the same token as in the answer.
     """
@@ -173,21 +173,21 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
 def choice_dialogue(
     question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **extra: Any
 ) -> Conversation:
-    """Return a multiple-choice conversation with its letters and its answer."""
+    """Return a multiple-choice conversation with the keys "letters" and "answer"."""
     return dialogue(render_mc(question, letters, choices), answer, **extra, letters=list(letters), answer=answer)
 
 
 def dialogue(user: str, assistant: str | list[dict[str, str]], **extra: Any) -> Conversation:
-    """Return a conversation of one question and one answer; `extra` keys are added beside its messages."""
+    """Return a conversation of one question and one answer, with `extra` keys beside its messages."""
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
     return {"messages": messages, **extra}
 
 
 def find_fault(messages: Any, *, least: int = 2) -> str:
-    """Return what keeps messages from being a conversation, or an empty string.
+    """Return why messages are not a conversation, or an empty string if they are.
 
-    A system message may be the first; then user and assistant alternate, `least` messages or more, and the last may be
-    the user's. Contents are text; the assistant's may also be a list of parts.
+    A conversation is an optional system message, then at least `least` messages alternating between user and assistant.
+    Contents are text; the assistant's may also be a list of parts.
     """
     if not isinstance(messages, list):
         return "no messages"

@@ -1,6 +1,6 @@
 """The data sets of the Hub that nanochat trains on and evaluates with. Counterparts of its tasks/*.py.
 
-To add one: a class here with its home, subsets, splits and columns, and a line in `tasks/__init__.py`.
+To add one: a class here with its repository, subsets, splits and columns, and an entry in `tasks/__init__.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from mlxchat.tasks.downloads import HubTask
 
 
 class SmolTalk(HubTask):
-    """General conversations of one turn or more, 460 thousand of them in train, some with a system message.
+    """General conversations, some with a system message; 460 thousand in train.
 
-    A verdict compares with the data's own answer, which few good answers equal: SmolTalk is for training.
+    Meant for training: verdicts require the exact text of the data set's answer.
     """
 
     name = "smoltalk"
     home = "HuggingFaceTB/smol-smoltalk"
     subsets = ("data",)
-    columns = may_be_null = ("messages",)  # find_fault says better what is missing
+    columns = may_be_null = ("messages",)  # find_fault gives better messages
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         messages = self.row(index)["messages"]
@@ -35,10 +35,10 @@ class SmolTalk(HubTask):
 
 
 class MMLU(HubTask):
-    """Questions over 57 subjects with four choices; the answer is a letter.
+    """Questions of 57 subjects with four choices; the answer is a letter.
 
-    The split auxiliary_train, questions of other data sets to train on, is on the Hub twice: in subset `all`, and
-    in a subset of its own with each row inside a column `train`. Both are read.
+    The split auxiliary_train (training questions of other data sets) is in the subset `all` and in the subset
+    `auxiliary_train`, there inside a column `train`. Both can be read.
     """
 
     name = "mmlu"
@@ -54,7 +54,7 @@ class MMLU(HubTask):
     nested = "train"
 
     def pattern(self) -> str:
-        """Return the shell pattern of the files; the subset auxiliary_train has no other split."""
+        """Return the shell pattern of the split's files; the subset auxiliary_train has only its own split."""
         if self.subset == "all":
             return super().pattern()
         if self.split != self.subset:
@@ -70,7 +70,7 @@ class MMLU(HubTask):
 
 
 class ArcEasy(HubTask):
-    """Science questions of school tests with three to five choices, labelled as in the data: A, B, ... or 1, 2, ..."""
+    """Science questions of school tests with three to five choices, labelled A, B, ... or 1, 2, ..."""
 
     name = "arc_easy"
     kind = "categorical"
@@ -85,14 +85,14 @@ class ArcEasy(HubTask):
         row = self.row(index)
         letters, answer = row["choices"]["label"], row["answerKey"]
         if answer not in letters:
-            raise DataError(f'{self.place(index)} has the answer "{answer}", which is none of {", ".join(letters)}')
+            raise DataError(f'{self.place(index)} has the answer "{answer}", expected one of {", ".join(letters)}')
         if len(letters) != len(row["choices"]["text"]):
             raise DataError(f"{self.place(index)} has {len(letters)} labels for {len(row['choices']['text'])} choices")
         return choice_dialogue(row["question"], letters, row["choices"]["text"], answer)
 
 
 class ArcChallenge(ArcEasy):
-    """The questions that simple methods of 2018 got wrong."""
+    """Questions that retrieval and word co-occurrence methods of 2018 answered wrong."""
 
     name = "arc_challenge"
     subsets = ("ARC-Challenge",)
@@ -100,10 +100,10 @@ class ArcChallenge(ArcEasy):
 
 @dataclass(eq=False, kw_only=True)
 class GSM8K(HubTask):
-    """Grade-school word problems whose answers call the calculator; right by the number after the first ####.
+    """Grade-school word problems whose answers call the calculator, judged by the number after the first ####.
 
     Conversations are nanochat's. Verdicts differ in two cases: a response without a number after #### is always wrong,
-    and a full stop after the number is not part of it.
+    and a full stop after the number is ignored.
     """
 
     name = "gsm8k"
@@ -112,30 +112,30 @@ class GSM8K(HubTask):
     columns = texts = ("question", "answer")
     prompt_tokens = 320
     nanochat_verdict: bool = False
-    """Whether scores and rewards are nanochat's verdicts. Evaluations record these in either case."""
+    """Use nanochat's verdicts as scores and rewards. Evaluations always record them."""
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         row = self.row(index)
         return dialogue(row["question"], calculator_parts(row["answer"], keep_empty=True))
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Compare the number after the first ####. By our verdict a response without one is wrong."""
+        """Return True if the number after the first #### is right; a response without one is wrong."""
         if self.nanochat_verdict:
             return is_right_by_nanochat(conversation, response)
         number = final_number(str(conversation["messages"][-1]["content"][-1]["text"]))
         return number is not None and number == final_number(response)
 
     def explain(self, conversation: Conversation, response: str) -> tuple[bool, dict[str, Any]]:
-        """Return the verdict, and nanochat's, which published scores use."""
+        """Return the verdict and nanochat's, on which published scores are based."""
         verdict = self.evaluate(conversation, response)
         return verdict, {"nanochat_verdict": is_right_by_nanochat(conversation, response)}
 
 
 @dataclass(eq=False, kw_only=True)
 class HumanEval(HubTask):
-    """164 functions to write from their docstrings; right where the response's program passes the function's tests.
+    """164 functions to write from their docstrings; a response is right if its program passes the function's tests.
 
-    The sandbox runs programs and decides what counts as passing; docs/internals/security.md says what it confines.
+    Programs run in the sandbox; docs/internals/security.md describes its limits.
     """
 
     name = "humaneval"
@@ -145,11 +145,11 @@ class HumanEval(HubTask):
     subsets = ("openai_humaneval",)
     columns = texts = ("prompt", "canonical_solution", "entry_point", "test")
     unconfined: bool = False
-    """Whether programs also run where the system cannot keep them from the user's files, processes and network."""
+    """Run programs even if the system cannot isolate them from the user's files, processes and network."""
 
     def check(self) -> None:
         """Check that this machine can confine programs."""
-        from mlxchat.sandbox.programs import find_confinement_problem  # only those who execute need it
+        from mlxchat.sandbox.programs import find_confinement_problem  # imported only for evaluations
 
         if not self.unconfined and (problem := find_confinement_problem()):
             raise StepFailed(
@@ -162,27 +162,27 @@ class HumanEval(HubTask):
         return dialogue(row["prompt"], solution, entry_point=row["entry_point"], test=row["test"])
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Run the program that the response makes, isolated, and return whether its tests passed."""
+        """Run the response's program in the sandbox and return True if its tests passed."""
         return self.explain(conversation, response)[0]
 
     def explain(self, conversation: Conversation, response: str) -> tuple[bool, dict[str, Any]]:
-        """Return the verdict, and how the program ended and the last 1,000 characters that it printed."""
+        """Return the verdict, the program's status, and the last 1,000 characters of its output."""
         from mlxchat.sandbox.programs import run_program
 
         self.check()
         outcome = run_program(assemble_program(conversation, response))
-        printed = re.sub(r"0x[0-9a-f]{6,}", "0x…", outcome.output[-1000:])  # addresses differ each time
+        printed = re.sub(r"0x[0-9a-f]{6,}", "0x…", outcome.output[-1000:])  # addresses are not reproducible
         return bool(outcome.passed), {"status": outcome.status, "printed": printed}
 
 
 def extract_program(response: str) -> str:
-    """Return the first fenced block of a response (```python or ```), or all of it, without spaces around."""
+    """Return the first fenced block (```python or ```) of a response, or all of it, stripped."""
     found = re.search(r"```(?:python)?\s*\n(.*?)\n```", response, re.DOTALL)
     return (found[1] if found else response).strip()
 
 
 def extract_imports(prompt: str) -> str:
-    """Return the import lines at the beginning of a prompt, up to its first line of other code."""
+    """Return the import lines of a prompt before its first other line of code."""
     imports = []
     for line in map(str.strip, prompt.split("\n")):
         if line.startswith(("import ", "from ")):
@@ -193,7 +193,7 @@ def extract_imports(prompt: str) -> str:
 
 
 def assemble_program(conversation: Conversation, response: str) -> str:
-    """Return the program that decides on a response: the prompt's imports, the response's code, tests, their call."""
+    """Return the program that tests a response: the prompt's imports, the response's code, the tests and their call."""
     imports = extract_imports(conversation["messages"][0]["content"])
     call = f"check({conversation['entry_point']})"
     return f"{imports}\n\n{extract_program(response)}\n\n{conversation['test']}\n{call}"

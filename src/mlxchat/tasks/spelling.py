@@ -1,9 +1,9 @@
-"""Words letter by letter: spelling one, and counting a letter in it with the calculator.
+"""Spelling words, and counting letters with the calculator.
 
-`spelling` and `letter_count` take common words of the bundled texts, split by the word's hash. `simple_spelling` and
-`spelling_bee` are nanochat's tasks/spellingbee.py: word, letter, quotes and the assistant's words follow the same
-draws; the questions are in spelling_questions.json, and a draw picks one by its place. nanochat's test conversations
-are its training ones shifted by one (Random(-n) draws what Random(n) draws); ours have seeds of their own.
+`spelling` and `letter_count` use common words of the bundled texts, split by the word's hash. `simple_spelling` and
+`spelling_bee` are the counterparts of nanochat's tasks/spellingbee.py, with the same random draws of word, letter,
+question (spelling_questions.json), quotes and answer. nanochat's test conversations are its training conversations
+shifted by one, since Random(-n) equals Random(n); ours have separate seeds.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ _QUOTES = ("", "'", '"')
 
 @cache
 def common_words() -> list[str]:
-    """Return the everyday words that come with mlxchat, in alphabetical order."""
+    """Return the bundled common words in alphabetical order."""
     return WORDS_FILE.read_text(encoding="ascii").split()
 
 
 class _WordTask(Task):
-    """A task about the everyday words of a split, each once by default."""
+    """A task about the common words of a split, by default each once."""
 
     def __post_init__(self) -> None:
-        """Choose the words."""
+        """Select the words."""
         super().__post_init__()
         is_test = self.split == "test"
         self._words = self._shuffled(
@@ -63,7 +63,7 @@ class _WordTask(Task):
 
 
 class Spelling(_WordTask):
-    """Spell the word: apple -> apple:a,p,p,l,e; right only letter for letter."""
+    """Spell the word: apple -> apple:a,p,p,l,e; the response must be exact."""
 
     name = "spelling"
 
@@ -74,13 +74,13 @@ class Spelling(_WordTask):
 
 
 class LetterCount(_WordTask):
-    """How many of one letter are in a word; right where the number after #### is."""
+    """Count a letter in a word; judged by the number after ####."""
 
     name = "letter_count"
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         word = self._word(index)
-        # Else the count would nearly always be one: letters that repeat are sought, and some that are absent.
+        # Favours repeated and absent letters: otherwise the count would nearly always be one.
         repeated = [letter for letter in word if word.count(letter) > 1]
         letter = rng.choice([*word, *repeated * 3] if rng.random() < 0.85 else string.ascii_lowercase)
         question = rng.choice(_COUNT_QUESTIONS).format(letter=letter, word=word)
@@ -91,19 +91,16 @@ class LetterCount(_WordTask):
 
 @dataclass(eq=False, kw_only=True)
 class _WordListTask(UrlTask):
-    """A task about words of a list; `size` conversations, each from a draw of its own.
-
-    With seed 0 the training split has nanochat's conversations.
-    """
+    """A task about words drawn from a list. With seed 0 the training split has nanochat's conversations."""
 
     source_options: ClassVar[tuple[str, ...]] = ("words", "sha256")
     bundled: ClassVar[str | None] = "bundled"
     is_shuffled: ClassVar[bool] = False
-    """Whether words are drawn from another order than the list's."""
+    """Whether the list is shuffled before words are drawn."""
     words: str = WORDS_URL
     """Address of a list with one word per line, or "bundled": the common words of the bundled texts."""
     nanochat_seeds: bool = False
-    """Whether the test split is drawn as nanochat draws it, from the training split's seeds."""
+    """Draw the test split from the training split's seeds, as nanochat does."""
 
     @cached_property
     def _words(self) -> list[str]:
@@ -116,14 +113,14 @@ class _WordListTask(UrlTask):
         return 1000
 
     def _draw(self, index: int) -> random.Random:
-        """Return the source of a conversation's chances."""
+        """Return the random generator of a conversation."""
         if self.seed or (self.split == "test" and not self.nanochat_seeds):
             return random.Random(f"{self.name}/{self.split}/{self.seed}/{index}")
         return random.Random(index if self.split == "train" else -(index + 1))
 
 
 class SpellingBee(_WordListTask):
-    """How many of a letter are in a word; right where the number after #### is."""
+    """Count a letter in a word; judged by the number after ####."""
 
     name = "spelling_bee"
 
@@ -142,7 +139,7 @@ class SpellingBee(_WordListTask):
 
 
 class SimpleSpelling(_WordListTask):
-    """Spell the word: apple -> apple:a,p,p,l,e; right only letter for letter."""
+    """Spell the word: apple -> apple:a,p,p,l,e; the response must be exact."""
 
     name = "simple_spelling"
     is_shuffled = True
@@ -153,11 +150,11 @@ class SimpleSpelling(_WordListTask):
 
 
 def _count_aloud(word: str, letter: str) -> list[dict[str, str]]:
-    """Return an answer that spells the word, counts along, asks the calculator and ends with the number."""
+    """Return an answer that spells the word, counts the letter, calls the calculator and ends with the number."""
     lines, count = [], 0
     for place, char in enumerate(word, start=1):
         count += char == letter
-        # No space after the colon: with one a letter would be another token than in the word spelled out.
+        # No space after the colon, so that letters are the same tokens as in the spelled word.
         lines.append(f"{place}:{char} hit! count={count}\n" if char == letter else f"{place}:{char}\n")
     by_hand = (
         f"We are asked to find the number '{letter}' in the word '{word}'. Let me try a manual approach first.\n\n"
@@ -180,7 +177,7 @@ def _questions() -> list[str]:
 
 @cache
 def _words_of(path: Path | None) -> list[str]:
-    """Return the words of a file (None: the bundled ones), in its order."""
+    """Return the words of a file in its order; None: the bundled words."""
     if path is None:
         return common_words()
     try:
@@ -188,5 +185,5 @@ def _words_of(path: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as a UTF-8 list of words ({error}).") from error
     if not words:
-        raise DataError(f"{path} has no word; expected one on each line.")
+        raise DataError(f"{path} has no words; expected one on each line.")
     return words
