@@ -4,6 +4,7 @@ Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain
 """
 
 from contextlib import nullcontext
+from pathlib import Path
 
 from mlxchat.data.packing import RowStream, pack_documents, take_rows, take_validation
 from mlxchat.data.tokenizer import Tokenizer
@@ -24,7 +25,7 @@ from mlxchat.training.batches import RowBatches
 from mlxchat.training.best import Best
 from mlxchat.training.forecast_pretrain import memory
 from mlxchat.training.hooks import core_hooks, train_text_hooks
-from mlxchat.training.loop import Hook, Target, fit
+from mlxchat.training.loop import Hook, Target, derived_after, fit
 
 VERSION = 4
 CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]
@@ -103,6 +104,11 @@ def run(ctx: Context) -> None:
         best = Best(every=candidate_every, eval_tokens=config.eval_tokens)
     if config.target_bpb is not None:
         target = Target(val_bpb=config.target_bpb, every=candidate_every)
+    candidates = candidate_every if best or target else None
+    facts: dict[str, object] = {"stage": "pretrain", "format": "base", "pretrain_batch_tokens": derived.batch_tokens}
+
+    def save(folder: Path) -> None:
+        save_checkpoint(folder, model, tokenizer, facts)
 
     def validate(iteration: int) -> dict[str, float]:
         micro_tokens = forward_tokens(machine, sizes, training_peak_bytes=micro_batch.predicted_peak_bytes)
@@ -134,7 +140,7 @@ def run(ctx: Context) -> None:
             num_iterations=num_iterations,
             schedule=config.schedule,
             hooks=[
-                Hook(run=validate, every=config.eval_every, also_every=candidate_every if best or target else None),
+                Hook(run=validate, every=config.eval_every, also_every=(candidates, config.save_every)),
                 *core_hooks(ctx, config, model, tokenizer),
                 Hook(run=sample, every=config.sample_every),
                 *train_text_hooks(
@@ -146,14 +152,13 @@ def run(ctx: Context) -> None:
             keep_state=config.save_training_state,
             best=best,
             target=target,
+            save=save,
+            save_every=config.save_every,
             dropout=ctx.config.architecture.dropout,
         )
     if target is not None:  # which may have ended it: what is said of the training is what was made
-        made = int(ctx.metrics["iterations"])
-        ctx.derived |= {"num_iterations": made}
-        ctx.derived |= {name: numbers[name] * made // num_iterations for name in ("total_tokens", "total_flops")}
+        ctx.derived = derived_after(int(ctx.metrics["iterations"]), num_iterations, ctx.derived)
     ctx.metrics |= batches.counts()
-    facts: dict[str, object] = {"stage": "pretrain", "format": "base", "pretrain_batch_tokens": derived.batch_tokens}
     if best is not None:
         facts["best_iteration"] = best.iteration
-    save_checkpoint(ctx.out, model, tokenizer, facts)
+    save(ctx.out)

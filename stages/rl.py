@@ -5,6 +5,7 @@ token-level normalisation; no KL penalty, ratio or clipping. Other losses: conf/
 """
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from mlxchat.config.schema import OptimizerConfig, RLConfig
@@ -99,6 +100,11 @@ def run(ctx: Context) -> None:
         keep=ctx.records("rollouts").append,
         reference=reference,
     )
+
+    def save(folder: Path) -> None:
+        save_trained(ctx, folder, model, tokenizer, {**facts, "stage": "rl", "format": "chat"})
+
+    eval_every, save_every = (every and every * updates for every in (config.eval_every, config.save_every))
     fit(
         ctx,
         model,
@@ -106,14 +112,15 @@ def run(ctx: Context) -> None:
         rollouts,
         num_iterations=num_iterations * updates,
         schedule=config.schedule,
-        hooks=[Hook(run=evaluate, every=config.eval_every and config.eval_every * updates, at_start=True)],
+        hooks=[Hook(run=evaluate, every=eval_every, also_every=(save_every,), at_start=True)],
         micro_tokens=micro_batch.tokens,
         extends=ctx.inputs.get("extends"),
         keep_state=config.save_training_state,
+        save=save,
+        save_every=save_every,
     )
     ctx.metrics["reward"] = rollouts.mean_reward
-    facts = {**facts, "stage": "rl", "format": "chat"}
-    save_trained(ctx, model, tokenizer, facts)
+    save(ctx.out)
 
 
 def rates_of(optimizer: OptimizerConfig, config: RLConfig) -> OptimizerConfig:

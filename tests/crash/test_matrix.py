@@ -133,6 +133,23 @@ def test_a_kill_costs_no_more_than_what_was_done_since_the_last_save(
     assert manifest["attempts"][-1]["resumed_from"] == continued
 
 
+def test_an_intermediate_model_is_published_once_wherever_its_training_is_killed(
+    scenarios: dict[str, Scenario], tmp_path: Path
+) -> None:
+    """It is published after the second iteration, before the second save."""
+    before = scenarios["made"].before
+    passed = before.copy(tmp_path / "traced").trace()
+    third = [number for number, each in enumerate(passed) if each == "train.iteration"][2]
+    for point in ("publish.written", "publish.renamed", "ref.made"):
+        stubs = before.copy(tmp_path / point)
+        assert stubs.run(AT=f"{point}:{passed[:third].count(point)}")[0] == -9
+        stubs.check_whole()
+        assert stubs.run()[0] == 0
+        stubs.check_clean()
+        assert stubs.trees() == scenarios["made"].trees
+        assert len([manifest for manifest in Store(stubs.outputs).manifests() if manifest["step"] == "train@2"]) == 1
+
+
 # A stop may come when nothing is left to stop: then the run is done.
 STOPPED = {"TERM": (143, 0), "INT": (130, 0)}
 

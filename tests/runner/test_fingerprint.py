@@ -35,6 +35,7 @@ NOT_IDENTITY = {
     "pretrain.extend",  # names an artifact, whose id is an input instead (tests/test_extend.py)
     "pretrain.save_training_state",
     "pretrain.eval_every",
+    "pretrain.save_every",
     "pretrain.core.bundle",  # CORE is only looked at there
     "pretrain.core.sha256",
     "pretrain.core.max_per_task",
@@ -51,6 +52,7 @@ NOT_IDENTITY = {
     "midtrain.extend",
     "midtrain.save_training_state",
     "midtrain.eval_every",
+    "midtrain.save_every",
     "midtrain.teacher.path",  # what is in the folder counts instead (tests/training/test_teacher.py)
     "midtrain.teacher.artifact",  # its id is an input instead
     "midtrain.suite",
@@ -60,6 +62,7 @@ NOT_IDENTITY = {
     "sft.extend",
     "sft.save_training_state",
     "sft.eval_every",
+    "sft.save_every",
     "sft.teacher.path",
     "sft.teacher.artifact",
     "sft.suite",
@@ -70,6 +73,7 @@ NOT_IDENTITY = {
     "rl.save_training_state",
     "rl.entropy_every",
     "rl.eval_every",
+    "rl.save_every",
     "rl.rollouts_kept",
     "eval.batch_rows",
     "eval.prompts",

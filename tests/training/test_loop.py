@@ -207,7 +207,7 @@ def test_a_hook_with_two_cadences_is_called_once_where_both_are_due(
         calls.append(iteration)
         return {}
 
-    train("run", hooks=[Hook(run=note, every=every, also_every=also_every)])
+    train("run", hooks=[Hook(run=note, every=every, also_every=(also_every,))])
     assert calls == called
 
 

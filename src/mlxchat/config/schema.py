@@ -344,7 +344,7 @@ class RewardConfig:
 
 @dataclass(kw_only=True)
 class ExtendableConfig:
-    """A training that can continue a finished training of its stage."""
+    """A training that can continue a finished training of its stage, and publish intermediate models."""
 
     extend: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "extends"})
     """A finished training of this stage to continue up to this horizon, which counts from its first iteration: a step
@@ -352,6 +352,9 @@ class ExtendableConfig:
     part of its key."""
     save_training_state: bool = field(default=MISSING, metadata={"identity": False})
     """Keep optimizer moments and data position in the artifact; extending it needs them."""
+    save_every: int | None = field(default=MISSING, metadata={"identity": False})
+    """Iterations (RL: rollouts) between intermediate models, each published as the artifact STEP@ITERATION; null: none.
+    RL's ITERATION counts updates. With save_training_state each can be extended."""
 
 
 @dataclass(kw_only=True)

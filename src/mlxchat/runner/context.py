@@ -82,6 +82,8 @@ class Context:
     characters of training text that its steps will read."""
     team: Team | None = None
     """The ranks that compute this step together, this process being the first; None: it is alone."""
+    publisher: Callable[[int, Callable[[Path], None], Mapping[str, Any]], str] | None = None
+    """What `publish` calls; None where there is no store."""
     resumed_from: int | None = None
     """Iteration at which this attempt continued, if it did."""
 
@@ -127,6 +129,20 @@ class Context:
         for path in folder.glob("*.jsonl"):
             self.records(path.stem).path.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, self.records(path.stem).path)
+
+    def publish(self, iteration: int, write: Callable[[Path], None], derived: Mapping[str, Any]) -> str:
+        """Publish the model after `iteration` iterations as an artifact of its own, unless this training already has.
+
+        Args:
+            iteration: from 1; part of the artifact's key.
+            write: fills a folder with the outputs that the stage promises.
+            derived: what `derive` recorded, with the counts of the training so far.
+
+        Returns:
+            the artifact's name.
+        """
+        assert self.publisher is not None, "this context was made without a store"
+        return self.publisher(iteration, write, derived)
 
     def progress(self, total: int, unit: str, *, start: int = 0) -> Progress:
         """Return a progress display for this step."""

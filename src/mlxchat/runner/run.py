@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import shutil
 import signal
 import threading
@@ -29,10 +30,11 @@ from mlxchat.store.bases import bases_of
 from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment, peak_array_bytes, peak_memory_bytes, reset_peak_memory
 from mlxchat.store.files import Record, Records, now
-from mlxchat.store.fingerprint import plain_of
+from mlxchat.store.fingerprint import compute_key, plain_of
 from mlxchat.store.manifest import MEASURED, SCHEMA, Manifest, find_damage
+from mlxchat.store.naming import link_saved
 from mlxchat.store.shared import SharedArtifacts
-from mlxchat.store.store import Store
+from mlxchat.store.store import SAVED, Store
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import ExecutorConfig
@@ -304,6 +306,7 @@ class _Making:
         crash_point("step.prepared")
         limit = TimeLimit(run.policy.timeouts.get(step.name))
         ctx = self._context(out, lambda: run.stop_signal or (signal.SIGTERM if limit.passed else None))
+        link_saved(self.store, run.name, step.name, attempt_log.read(self.work))
         attempt = attempt_log.start(self.work, run.name, step.name)
         run.event("step_started", step=step.name, key=step.key, reason=step.reason)
         crash_point("step.started")
@@ -348,17 +351,69 @@ class _Making:
         """Return what the stage gets."""
         step, run, work = self.step, self.run, self.work / "ckpt"
         is_shared = run.ranks is not None and "gpu" in step.stage.resources
-        return Context(
+        ctx = Context(
             step=step.name, stage=step.stage.name, inputs=self.folders, out=out,
             input_steps={role: made["step"] for role, made in self.lineage.items()},
             config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]  # it acts as a Config
             work=work, root_seed=run.seed, root_data_seed=run.data_seed,
             hints=run.policy.hints, stop_signal=stop_signal, on_metrics=run.on_metrics,
+            publisher=lambda *model: self._publish_intermediate(ctx, *model),
             team=run.ranks.start(run, work) if is_shared else None,  # type: ignore[union-attr]  # shared only with ranks
             shared=SharedArtifacts(
                 outputs=self.store.outputs, run=run.name, inputs=self.lineage, facts=run.environment.record, say=run.say
             ),
         )  # fmt: skip
+        return ctx
+
+    def _publish_intermediate(
+        self, ctx: Context, iteration: int, write: Callable[[Path], None], derived: Mapping[str, Any]
+    ) -> str:
+        """Publish a model as `Context.publish` says, and name it refs/<run>/<step>@<iteration>.
+
+        Its key is the step's with the iteration in it, so it changes neither the step's key nor its artifact.
+        """
+        step, store = self.step, self.store
+        contents = {role: made["tree"] for role, made in self.lineage.items()}
+        identity = {**step.identity, "iteration": iteration}
+        key = compute_key(step.stage.name, step.stage.version, identity, contents, step.externals)
+        began = attempt_log.read(self.work)[0]["started"]
+        store.forget()
+        made = store.made(key)
+        if made is None or made["attempts"][0]["started"] != began:  # not by an earlier attempt of this training
+            out = self.work / "intermediate"
+            shutil.rmtree(out, ignore_errors=True)
+            out.mkdir()
+            write(out)
+            for path in (ctx.work / "records").glob("*.jsonl"):
+                shutil.copyfile(path, out / path.name)
+            if missing := step.stage.missing_outputs(out):
+                raise StepFailed(f"step {step.name} did not make {', '.join(missing)} after iteration {iteration}")
+            manifest = self._describe(ctx) | {"key": key, "step": f"{step.name}{SAVED}{iteration}", "config": identity}
+            own: dict[str, Any] = {}  # metrics of earlier iterations are not this model's
+            for record in ctx.records("metrics").read():
+                own |= record if record.get("iteration") == iteration else {}
+            manifest["metrics"] = {name: own[name] for name in ctx.metrics if math.isfinite(own.get(name, math.nan))}
+            manifest["derived"] = dict(derived)
+            self._check_lock()
+            store.publish(out, f"{step.label}_{iteration}", manifest)
+            shutil.rmtree(store.work(key), ignore_errors=True)
+            made = store.made(key)
+            assert made is not None, "it was just published"
+            self.run.event("model_published", step=step.name, iteration=iteration, artifact=made["name"])
+        store.set_ref(self.run.name, made["step"], store.outputs / "store" / made["name"])
+        return str(made["name"])
+
+    def _check_lock(self) -> None:
+        """Refuse to publish where another process may publish the same.
+
+        Raises:
+            StoreError: the lock was removed.
+        """
+        if not locks.owns(self.store.lock(self.step.key)):
+            raise StoreError(
+                f"{self.store.outputs} was removed or exchanged while {self.step.name} was made, and with it the lock "
+                "that kept others from making it too. Nothing was published; run the same command again."
+            )
 
     def _publish(self, ctx: Context, attempt: int) -> tuple[Path, Manifest]:
         """Publish what the stage made; return the artifact and its manifest.
@@ -373,11 +428,7 @@ class _Making:
             attempt_log.finish(self.work, attempt, "done", None, ctx.resumed_from)
             crash_point("step.recorded")
             manifest = self._describe(ctx)
-            if not locks.owns(store.lock(step.key)):
-                raise StoreError(
-                    f"{store.outputs} was removed or exchanged while {step.name} was made, and with it the lock that "
-                    "kept others from making it too. Nothing was published; run the same command again."
-                )
+            self._check_lock()
             place = store.publish(ctx.out, step.label, manifest)
             made = store.made(step.key)
             if made is None:

@@ -29,7 +29,7 @@ from mlxchat.runner.run import REFRESH_SECONDS, Run, complete, find_done, ignore
 from mlxchat.store import attempts
 from mlxchat.store.files import Record, Records, write_whole
 from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import LATEST, MODEL
+from mlxchat.store.naming import LATEST, MODEL, link_saved
 from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ class Outcome:
         self.store.set_ref(self.run.name, step.name, place)
         made = self.store.made(step.key)
         step.take(made)
+        link_saved(self.store, self.run.name, step.name, made["attempts"] if made is not None else ())
         self.note(step)
         if step.stage.produces == MODEL and made is not None and made["run"] == self.run.name:
             self._become_latest()

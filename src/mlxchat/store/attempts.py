@@ -36,11 +36,17 @@ def finish(work: Path, number: int, outcome: str, error: str | None, resumed_fro
 
 
 def read(work: Path) -> list[Record]:
-    """Return a record per execution: attempt, started, ended, outcome, seconds, pid, host, run, resumed_from, error."""
+    """Return a record per execution: attempt, started, ended, outcome, seconds, pid, host, run, resumed_from, error.
+
+    One that runs in this process has the outcome `running` and the seconds so far.
+    """
     merged: dict[int, Record] = {}
     for record in Records(work / "attempts.jsonl").read():
         if isinstance(record.get("attempt"), int):
             merged.setdefault(record["attempt"], {"outcome": "killed", "ended": None, "seconds": None}).update(record)
+    for number, record in merged.items():
+        if (began := _began.get((work, number))) is not None:
+            record |= {"outcome": "running", "seconds": round(time.monotonic() - began, 3)}
     return list(merged.values())
 
 

@@ -30,8 +30,8 @@ from mlxchat.store.catalog import Summary, by_rid, read_catalog, references
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import list_folder
 from mlxchat.store.manifest import MANIFEST, SHARED_KIND
-from mlxchat.store.naming import IMPORTS, LATEST, PINS, Found, Run, groups, latest, links
-from mlxchat.store.store import Store, rid_of_record
+from mlxchat.store.naming import IMPORTS, LATEST, PINS, Found, Run, groups, latest, links, running_steps
+from mlxchat.store.store import SAVED, Store, rid_of_record
 
 DAY_SECONDS = 86400.0
 _LEFT_OVER_DAYS = 7
@@ -42,7 +42,7 @@ class Limits:
     """What is kept of ended runs; None: everything that a run's refs lead to."""
 
     keep_last: int | None = None
-    """So many artifacts of each step, the newest."""
+    """So many artifacts of each step, the newest; intermediate models do not count."""
     older_than_seconds: float | None = None
     """Whatever was published later is kept; also the age from which work that was left over may go."""
     max_bytes: float | None = None
@@ -350,12 +350,7 @@ def _delete(store: Store, verb: str, find: Callable[[], Collection]) -> Collecti
 
 def running_runs(store: Store) -> set[str]:
     """Return the names of the runs that hold a step's lock now."""
-    found = set()
-    for path in _entries(store.outputs / "work"):
-        lock = store.lock(path.name)
-        if lock.exists() and locks.is_held(lock):
-            found.add(str(locks.read_owner(lock).get("run") or path.name[:16]))
-    return found
+    return {run for run, _ in running_steps(store)}
 
 
 def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[str, str]:
@@ -394,7 +389,8 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
             keep(rid, "younger than a run in progress")
         if limits.older_than_seconds is not None and now - _seconds(summary["published"]) < limits.older_than_seconds:
             keep(rid, "young")
-        by_step.setdefault(str(summary["step"]), []).append(summary)
+        if SAVED not in str(summary["step"]):
+            by_step.setdefault(str(summary["step"]), []).append(summary)
     if limits.keep_last is not None:
         for step, made in by_step.items():
             newest = sorted(made, key=lambda summary: summary["published"], reverse=True)[: limits.keep_last]
@@ -447,7 +443,9 @@ def _why(summary: Summary, limits: Limits) -> str:
         return "nothing refers to it"
     reasons = []
     if limits.keep_last is not None:
-        reasons.append(f"not one of the last {limits.keep_last} of {summary['step']}")
+        step, intermediate, _ = str(summary["step"]).partition(SAVED)
+        which = "an intermediate model of" if intermediate else f"not one of the last {limits.keep_last} of"
+        reasons.append(f"{which} {step}")
     if limits.older_than_seconds is not None:
         reasons.append(f"{(time.time() - _seconds(summary['published'])) / DAY_SECONDS:.0f} days old")
     if limits.max_bytes is not None:

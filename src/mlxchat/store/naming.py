@@ -1,7 +1,8 @@
 """Names of artifacts and runs: every verb resolves them here.
 
 sft                             a step of the latest run; if that run lacks it, of the last run that has it
-latest/sft, RUN/sft             a step of a run
+latest/sft, RUN/sft             a step of a run; of a training in progress, its last intermediate model
+sft@500, RUN/sft@500            the model after 500 iterations of a training (save_every)
 latest, RUN                     a run; where one artifact is expected, the run's model
 best, pins/best                 a pin
 d32, import:d32                 a model that was imported under this name
@@ -17,14 +18,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlxchat.config.wording import first_of
 from mlxchat.errors import StoreError, suggest, visible
+from mlxchat.store import locks
 from mlxchat.store.files import list_folder
 from mlxchat.store.manifest import MANIFEST, Manifest, read_manifest
-from mlxchat.store.store import Store, clean_label
+from mlxchat.store.store import SAVED, Store, clean_label
 
 LATEST, PINS, IMPORTS = "latest", "pins", "imports"
 MODEL = "checkpoint"
@@ -79,9 +82,9 @@ def find(store: Store, name: str, *, within: str | None = None, paths: bool = Tr
     if isinstance(meant, Found):
         return meant
     steps = links(store, meant.name)
-    if (place := _model_of(steps)) is None:
+    if (place := _model_of(steps) or last_saved(steps)) is None:
         has = f"has no model, only {', '.join(steps)}: say {name}/STEP" if steps else "has no artifacts"
-        raise StoreError(f"run {meant.name} {has}")
+        raise StoreError(f"run {meant.name} {has}{_hint_of_saving(store, meant.name)}")
     return Found(place, meant.name)
 
 
@@ -193,6 +196,41 @@ def describe_model(store: Store, found: Found) -> str:
     return visible(f"{what} ({', '.join(filter(None, (found.place.name, when)))})")
 
 
+def last_saved(steps: Mapping[str, Path], step: str = "") -> Path | None:
+    """Return the last intermediate model of a training: of a step; "": of any."""
+    made = [place for name, place in steps.items() if SAVED in name and step in ("", name.partition(SAVED)[0])]
+    return max(made, key=lambda place: str(_manifest(place).get("published")), default=None)
+
+
+def link_saved(store: Store, run: str, step: str, attempts: Iterable[Mapping[str, Any]]) -> None:
+    """Give a run the names of a training's intermediate models, which the runs of its attempts have published."""
+    for made in dict.fromkeys(str(attempt.get("run")) for attempt in attempts):
+        for name, place in links(store, made).items() if made != run else ():
+            if name.startswith(f"{step}{SAVED}"):
+                store.set_ref(run, name, place)
+
+
+def running_steps(store: Store) -> list[tuple[str, str]]:
+    """Return the run and the step of everything that some process is making now."""
+    found = []
+    for key in list_folder(store.outputs / "work"):
+        if (lock := store.lock(key)).exists() and locks.is_held(lock):
+            owner = locks.read_owner(lock)
+            found.append((str(owner.get("run") or key[:_ID_CHARS]), str(owner.get("step"))))
+    return found
+
+
+def _hint_of_saving(store: Store, run: str) -> str:
+    """Return how the training of a run in progress gets intermediate models; "": nothing is in progress."""
+    making = [step for each, step in running_steps(store) if each == run]
+    if not making:
+        return ""
+    return (
+        f". {', '.join(making)} is running. A training publishes intermediate models with STAGE.save_every=N: press "
+        "Ctrl-C and repeat the command with it; the training resumes"
+    )
+
+
 def resolve_import(store: Store, name: str) -> Path:
     """Return the folder of the model that was imported under a name, or by a pipeline that calls it so.
 
@@ -277,8 +315,8 @@ def _rank(store: Store, run: str) -> int:
 def _model_of(steps: dict[str, Path]) -> Path | None:
     """Return the chat model among a run's artifacts, or the base model; of several of a stage the newest."""
     made = []
-    for place in steps.values():
-        manifest = _manifest(place)
+    for name, place in steps.items():
+        manifest = _manifest(place) if SAVED not in name else {}
         if manifest.get("kind") == MODEL:
             stage = manifest["stage"]
             rank = _STAGES.index(stage) if stage in _STAGES else len(_STAGES)
@@ -305,7 +343,10 @@ def _exact(store: Store, name: str, within: str | None) -> Found | None:
     elsewhere = [run for run in elsewhere if name in links(store, run)]
     if elsewhere and within is not None:
         raise StoreError(f'{within} has no "{name}": {", ".join(steps)}. Other runs have: {elsewhere[0]}/{name}')
-    return Found(links(store, elsewhere[0])[name], elsewhere[0]) if elsewhere else None
+    if elsewhere:
+        return Found(links(store, elsewhere[0])[name], elsewhere[0])
+    begun = [within] if within is not None else reversed(runs(store))
+    return next((Found(place, run) for run in begun if (place := last_saved(links(store, run), name))), None)
 
 
 def _run_called(store: Store, name: str) -> str | None:
@@ -340,11 +381,13 @@ def _in_group(store: Store, group: str, step: str) -> Found:
     if not run:
         raise _unknown(store, f"{group}/{step}", f'there is no run "{group}" with artifacts')
     steps = links(store, run)
-    if step not in steps:
+    place = steps.get(step) or last_saved(steps, step)
+    if place is None:
         raise StoreError(
             f'{run} has no "{step}": {", ".join(steps) or "nothing that is still there"}.{suggest(step, steps)}'
+            f"{_hint_of_saving(store, run)}"
         )
-    return Found(steps[step], None if run in (PINS, IMPORTS) else run)
+    return Found(place, None if run in (PINS, IMPORTS) else run)
 
 
 def _without_path(store: Store, name: str) -> str:

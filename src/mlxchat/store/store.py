@@ -4,7 +4,8 @@
     records/<stage>-<key>-<time>-<rid16>.json   one per execution: what the key gave, as a manifest
     work/<key>/                      out/ (the artifact in the making), ckpt/, attempts.jsonl; survives crashes
     locks/<key>.lock                 flock files; one-host.json, hosts.json: store/locks.py
-    refs/<run>/<step>, refs/latest -> <run>   relative symlinks: names for people (store/naming.py)
+    refs/<run>/<step>, refs/latest -> <run>   relative symlinks: names for people (store/naming.py);
+                                     <step>@<iteration>: intermediate models of a training
     runs/<timestamp-pid-name>/       plan.json, events.jsonl, config.yaml, report
 
 A key says what a step is asked for, an id (rid) also what came out, so an artifact is never replaced by another one.
@@ -45,6 +46,8 @@ from mlxchat.store.manifest import (
 
 # How many executions of a stage are compared with a step; more would make planning slow.
 MOST_RECENT = 200
+SAVED = "@"
+"""Between step and iteration in the name of an intermediate model: pretrain@500."""
 _SHORT = 16
 _MOST_SHOWN = 5
 
@@ -143,7 +146,9 @@ class Store:
     def record(self, manifest: Manifest) -> None:
         """Keep what an execution gave: from here on its key leads to the artifact, if that is there."""
         moment = time.time_ns()  # of this machine: what a manifest from elsewhere says may be in the future
-        name = f"{manifest['stage']}-{manifest['key']}-{moment}-{manifest['rid'][:_SHORT]}.json"
+        # The mark keeps intermediate models out of `recent`, so that plans do not compare steps with them.
+        stage = manifest["stage"] + (SAVED if SAVED in str(manifest["step"]) else "")
+        name = f"{stage}-{manifest['key']}-{moment}-{manifest['rid'][:_SHORT]}.json"
         draft = self.work(manifest["key"]) / f"record-{os.getpid()}.json"
         draft.parent.mkdir(exist_ok=True)
         draft.write_bytes(describe(manifest))

@@ -10,7 +10,7 @@ from typing import Any
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.fingerprint import changes, flatten, left_out_of
 from mlxchat.store.manifest import CONTINUATION, Manifest
-from mlxchat.store.store import Store
+from mlxchat.store.store import SAVED, Store
 
 _MOST_SHOWN = 12  # settings that differ
 
@@ -59,7 +59,7 @@ def _what_lacks(extended: Manifest) -> Iterator[str]:
     if not keeps_state(extended):
         yield (
             f"{extended['name']} has no training state. Train it again with its settings and "
-            f"{extended['stage']}.save_training_state=true 'force=[{extended['step']}]'"
+            f"{extended['stage']}.save_training_state=true 'force=[{extended['step'].partition(SAVED)[0]}]'"
         )
 
 

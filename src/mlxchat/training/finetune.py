@@ -103,6 +103,9 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         micro_tokens = forward_tokens(machine, model.sizes, training_peak_bytes=peak)
         return {"val_loss": mean_loss(text_model(ctx.team, model), validation, micro_tokens=micro_tokens)}
 
+    def save(folder: Path) -> None:
+        save_trained(ctx, folder, model, tokenizer, {**facts, "stage": ctx.stage, "format": "chat"})
+
     alone = config.packing == "alone"  # then most of a row is padding
     with RowBatches(pack(encoded), rows_per_iteration, trimmed=alone) as batches:
         fit(
@@ -113,17 +116,18 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
             num_iterations=num_iterations,
             schedule=config.schedule,
             hooks=[
-                Hook(run=validate, every=config.eval_every, at_start=True),
+                Hook(run=validate, every=config.eval_every, also_every=(config.save_every,), at_start=True),
                 *suite_hooks(ctx, config, model, tokenizer),
             ],
             micro_tokens=micro_batch.tokens,
             extends=ctx.inputs.get("extends"),
             keep_state=config.save_training_state,
+            save=save,
+            save_every=config.save_every,
             distillation=distillation,
         )
     ctx.metrics |= batches.counts()
-    facts = {**facts, "stage": ctx.stage, "format": "chat"}
-    save_trained(ctx, model, tokenizer, facts)
+    save(ctx.out)
 
 
 def _batch_tokens(stage: str, config: FinetuneConfig, checkpoint: Path, facts: dict[str, Any]) -> int:
@@ -150,10 +154,10 @@ def begin_adapters(ctx: Context, config: AdapterConfig, model: GPT, dtype: mx.Dt
     return rule
 
 
-def save_trained(ctx: Context, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-    """Write what a stage has trained: the model, or its adapters, which name the base."""
+def save_trained(ctx: Context, folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
+    """Write what a stage has trained into a folder: the model, or its adapters, which name the base."""
     if (adapters := adapters_of(model)) is None:
-        save_checkpoint(ctx.out, model, tokenizer, facts)
+        save_checkpoint(folder, model, tokenizer, facts)
         return
     base, trained = ctx.inputs["checkpoint"], trained_parameters(model)
-    save_adapters(ctx.out, trained, adapters, base=base, sizes=model.sizes, tokenizer=tokenizer, facts=facts)
+    save_adapters(folder, trained, adapters, base=base, sizes=model.sizes, tokenizer=tokenizer, facts=facts)

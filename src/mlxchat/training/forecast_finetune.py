@@ -21,7 +21,7 @@ from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.bases import find_chain, folder_of_weights, is_adapter
 from mlxchat.store.manifest import Manifest
 from mlxchat.store.naming import resolve
-from mlxchat.store.store import Store
+from mlxchat.store.store import SAVED, Store
 from mlxchat.tasks import task_class
 from mlxchat.training.extension import find_extension_problems, keeps_state
 
@@ -101,8 +101,8 @@ def _warm_start_problems(config: Config, step: PlannedStep, plan: list[PlannedSt
     if made is not None and not keeps_state(made):
         yield (
             f"{step.stage.name}.warm_start is true, but {made['name']} was made without a training state. Train it "
-            f"again with {made['stage']}.save_training_state=true 'force=[{made['step']}]', or give "
-            f"{step.stage.name}.warm_start=false"
+            f"again with {made['stage']}.save_training_state=true 'force=[{made['step'].partition(SAVED)[0]}]', or "
+            f"give {step.stage.name}.warm_start=false"
         )
 
 

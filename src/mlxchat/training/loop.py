@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -22,6 +23,9 @@ from mlxchat.training.state import Checkpointer
 from mlxchat.training.teacher import Distillation
 from mlxchat.training.team_step import make_step
 
+# Derived numbers that are proportional to the iterations.
+_COUNTED = ("num_iterations", "num_updates", "total_tokens", "total_flops")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Hook:
@@ -31,7 +35,7 @@ class Hook:
     """Takes the number of iterations done; returns numbers to log."""
     every: int | None
     """Iterations between calls; None: only at the end."""
-    also_every: int | None = None
+    also_every: tuple[int | None, ...] = ()
     """Iterations between further calls."""
     at_start: bool = False
     """Whether to call it before the first iteration too."""
@@ -42,7 +46,7 @@ class Hook:
         """Return whether to call it after `done` of `total` iterations."""
         if done == 0:
             return self.at_start
-        return done == total or any(every and done % every == 0 for every in (self.every, self.also_every))
+        return done == total or any(every and done % every == 0 for every in (self.every, *self.also_every))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +76,8 @@ def fit(
     keep_state: bool = False,
     best: Best | None = None,
     target: Target | None = None,
+    save: Callable[[Path], None] | None = None,
+    save_every: int | None = None,
     dropout: float = 0.0,
     distillation: Distillation | None = None,
 ) -> None:
@@ -94,6 +100,9 @@ def fit(
         best: keeps the best weights, with which the model ends; an extension starts with the last ones.
         target: ends the training when it is reached; the first hook validates at its cadence. The metrics get
             reached_target (1 or 0), iterations and seconds_to_target.
+        save: fills a folder with what the stage promises.
+        save_every: iterations between intermediate models, which are published as artifacts; with `keep_state` each
+            can be extended.
         dropout: share of the residual stream that is zeroed.
         distillation: a teacher whose distributions are learnt besides the targets.
 
@@ -123,9 +132,21 @@ def fit(
                     if target is not None:
                         target.look(done, ctx.metrics)
 
+    def write(folder: Path) -> None:
+        assert save is not None
+        save(folder)
+        if keep_state:
+            checkpointer.save_finished(done, folder, intermediate=True)
+
+    def publish() -> None:
+        if save_every and done and done % save_every == 0 and not ended():
+            name = ctx.publish(done, write, derived_after(done, num_iterations, ctx.derived))
+            monitor.progress.note(f"published {name}")
+
     with ctx.progress(num_iterations, "iterations", start=done) as monitor.progress:
         if first_hook is not None:
             run_hooks(first_hook)
+            publish()
         while not ended():
             with checkpointer.saving_on_stop(done):
                 monitor.begin_iteration()
@@ -136,13 +157,14 @@ def fit(
             done += 1
             crash_point("train.iteration")
             run_hooks()
+            publish()  # before it is saved that this iteration is done: a killed training comes here again
             if ctx.should_stop() and not ended():
                 checkpointer.save(done)
                 raise ctx.stop(f"iteration {done:,} of {num_iterations:,}", saved=True)
             checkpointer.save_if_due(done)
         crash_point("train.finished")
         if keep_state:
-            checkpointer.save_finished(done)
+            checkpointer.save_finished(done, ctx.out)
         monitor.finish()
         if target is not None:
             reached = ctx.metrics["val_bpb"] <= target.val_bpb
@@ -154,3 +176,9 @@ def fit(
                 f"val_bpb {target.val_bpb} {verb}: {ctx.metrics['val_bpb']:.4f} after {done:,} of {num_iterations:,} "
                 f"iterations"
             )
+
+
+def derived_after(done: int, total: int, derived: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was derived of a training of `total` iterations, with the counts of its first `done`."""
+    counts = {name: derived[name] * done // total for name in _COUNTED if name in derived}
+    return {**derived, **counts}

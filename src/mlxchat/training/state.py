@@ -149,20 +149,21 @@ class Checkpointer:
             )
             raise StepFailed(f"{error}\n{saved}; the same command continues there.") from error
 
-    def save_finished(self, iteration: int) -> None:
+    def save_finished(self, iteration: int, folder: Path, *, intermediate: bool = False) -> None:
         """Write what an extension needs: moments, state and, where the best weights are earlier ones, the last.
 
-        No observation is among it, so that trainings of one key leave equal files.
+        No observation is among it, so that trainings of one key leave equal files. An intermediate model has the
+        present weights, so its extension begins without best ones.
         """
         state: dict[str, Any] = {"batches": self.batches.state(), "meter": self.monitor.meter.loss_state()}
         arrays = _numpy(self.optimizer.whole_state())
-        if self.best is not None:
+        if self.best is not None and not intermediate:
             state["best"] = self.best.state()
             if self.best.iteration not in (None, iteration):
                 arrays |= _numpy(flatten_parameters(self.model), _LAST)
-        save_file(arrays, self.ctx.out / _FINISHED_ARRAYS)
+        save_file(arrays, folder / _FINISHED_ARRAYS)
         text = json.dumps({"iteration": iteration, **state})
-        (self.ctx.out / _FINISHED_STATE).write_text(text, encoding="utf-8")
+        (folder / _FINISHED_STATE).write_text(text, encoding="utf-8")
 
     def _state(self) -> dict[str, Any]:
         return {"batches": self.batches.state(), **self.monitor.state()}

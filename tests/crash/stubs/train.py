@@ -36,6 +36,8 @@ def run(ctx):
         crash_point("train.iteration")
         ctx.log({"iteration": done, "norm": float(np.linalg.norm(weights)), "elapsed_seconds": time.monotonic()})
         time.sleep(settings.pause)
+        if done == settings.iterations // 2:
+            ctx.publish(done, lambda folder: (folder / "model.bin").write_bytes(weights.tobytes()), {})  # noqa: B023
         write_save(ctx.work, done, {"weights": weights}, {"rate": 0.5})
         if ctx.should_stop() and done < settings.iterations:
             raise ctx.stop(f"iteration {done} of {settings.iterations}")

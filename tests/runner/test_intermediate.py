@@ -1,0 +1,126 @@
+"""Intermediate models of a training: contents, names, and that they change nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kit.artifacts import find_faults
+from kit.toys import ONE
+from mlxchat.errors import DataError, StepFailed, StoreError
+from mlxchat.store.gc import Limits, find_garbage
+from mlxchat.store.manifest import read_manifest
+from mlxchat.store.naming import find, find_model, latest, links, resolve
+from mlxchat.store.store import Store
+
+# Publishes after two and four of six iterations; a file called fail-N makes it fail after the Nth.
+TRAINING = """
+    import pathlib
+    done = len(list(ctx.work.glob("done-*")))
+    ctx.rewind_records(done)
+    while done < 6:
+        done += 1
+        ctx.log({"iteration": done, "val": 1 / done})
+        ctx.metrics["val"] = 1 / done
+        if done % 2 == 0 and done < 6 and ctx.config.toy.cadence:
+            write = lambda folder: [(folder / name).write_text(str(done)) for name in ("result.txt", "more.txt")]
+            ctx.publish(done, write, {"num_iterations": done})
+        ctx.work.mkdir(exist_ok=True)
+        (ctx.work / f"done-{done}").touch()
+        if pathlib.Path(f"fail-{done}").exists():
+            pathlib.Path(f"fail-{done}").unlink()
+            raise DataError("stopped")
+    for name in ("result.txt", "more.txt"):
+        (ctx.out / name).write_text("6")
+"""
+
+
+@pytest.fixture
+def training(toys: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    toys.add("make", TRAINING, produces="checkpoint", outputs=("result.txt", "more.txt"))
+    monkeypatch.chdir(tmp_path)
+    return toys
+
+
+def fail_after(training: Any, iteration: int, folder: Any) -> None:
+    """Run until it fails after so many iterations."""
+    (folder / f"fail-{iteration}").touch()
+    with pytest.raises(DataError):
+        training.run(training.plan(ONE))
+
+
+def test_they_are_whole_artifacts_that_say_of_which_training_and_iteration(training: Any) -> None:
+    training.run(training.plan(ONE))
+    store: Store = training.store
+    place = resolve(store, "one@4")
+    manifest, final = read_manifest(place), read_manifest(resolve(store, "one"))
+    assert (place / "result.txt").read_text() == "4"
+    assert find_faults(store, place) == []
+    assert manifest["config"] == {**final["config"], "iteration": 4}
+    assert (manifest["step"], manifest["kind"], manifest["inputs"]) == ("one@4", "checkpoint", final["inputs"])
+    assert (manifest["metrics"], manifest["derived"]) == ({"val": 0.25}, {"num_iterations": 4})
+    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["running"]
+
+
+def test_they_change_neither_key_nor_id_of_the_training_nor_its_plan(training: Any) -> None:
+    training.config.toy.cadence = 0
+    training.run(training.plan(ONE))
+    (without,) = training.plan(ONE)
+    training.config.toy.cadence = 1
+    training.run(training.plan(ONE, force=["one"]))
+    (with_models,) = training.plan(ONE)
+    assert (with_models.key, with_models.rid, with_models.state) == (without.key, without.rid, "done")
+    assert sorted(links(training.store, "run2")) == ["one", "one@2", "one@4"]
+    training.config.toy.number = 2
+    assert training.plan(ONE)[0].reason == "config changed: toy.number 1 → 2"
+
+
+def test_a_training_that_failed_publishes_each_once_and_its_runs_share_the_names(training: Any, tmp_path: Any) -> None:
+    fail_after(training, 3, tmp_path)
+    assert sorted(links(training.store, "run1")) == ["one@2"]
+    training.run(training.plan(ONE))
+    training.run(training.plan(ONE))
+    assert sorted(links(training.store, "run2")) == sorted(links(training.store, "run3")) == ["one", "one@2", "one@4"]
+    assert [path.name[:5] for path in sorted((training.outputs / "records").iterdir())] == ["make-", "make@", "make@"]
+    assert list((training.outputs / "work").iterdir()) == []
+
+
+def test_a_forced_training_publishes_its_own(training: Any) -> None:
+    training.run(training.plan(ONE))
+    training.add("make", TRAINING.replace("str(done)", "str(-done)"), produces="checkpoint", outputs=("result.txt",))
+    training.run(training.plan(ONE, force=["one"]))
+    assert (resolve(training.store, "run2/one@2") / "result.txt").read_text() == "-2"
+    assert (resolve(training.store, "run1/one@2") / "result.txt").read_text() == "2"
+
+
+def test_until_a_training_ends_its_name_is_that_of_the_last_model(training: Any, tmp_path: Any) -> None:
+    fail_after(training, 5, tmp_path)
+    store = training.store
+    names = ("one", "run1/one", "run1", "one@4", "run1/one@4")
+    assert {find(store, name).place for name in names} == {resolve(store, "one@4")}
+    assert (find_model(store, "one").run, latest(store)) == ("run1", "run1")
+    training.run(training.plan(ONE))
+    assert {find(training.store, name).place.joinpath("result.txt").read_text() for name in names[:1]} == {"6"}
+    with pytest.raises(StoreError, match=r'run1 has no "two": one@2, one@4'):
+        find(store, "run1/two")
+
+
+def test_a_model_that_lacks_a_promised_file_ends_the_training(training: Any) -> None:
+    training.add("make", TRAINING, produces="checkpoint", outputs=("result.txt", "third.txt"))
+    with pytest.raises(StepFailed, match=r"step one did not make third\.txt after iteration 2"):
+        training.run(training.plan(ONE))
+    assert list(training.store.manifests()) == []
+
+
+def test_gc_keeps_them_with_their_run_and_collects_them_under_a_limit(training: Any) -> None:
+    old = training.run(training.plan(ONE)).name
+    training.config.toy.number = 2
+    training.run(training.plan(ONE))
+    named = training.outputs / "refs" / "20260101-000000-1-toy"
+    (training.outputs / "refs" / old).rename(named)
+    (training.outputs / "runs" / old).rename(training.outputs / "runs" / named.name)
+    assert find_garbage(training.store, Limits()).garbage == []
+    going = [item for item in find_garbage(training.store, Limits(keep_last=2)).garbage if item.kind == "artifact"]
+    assert {item.path for item in going} == {resolve(training.store, f"{named.name}/one@{n}") for n in (2, 4)}
+    assert {item.reason for item in going} == {"an intermediate model of one"}
