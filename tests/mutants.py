@@ -12,6 +12,7 @@ import ast
 import copy
 import difflib
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the file is restored
     pytest = [sys.executable, "-m", "pytest", "-qx", "-m", "not slow", "-p", "no:cacheprovider", *asked.tests]
     dirty = subprocess.run(["git", "status", "--porcelain", "src"], cwd=ROOT, capture_output=True, text=True).stdout
     if dirty:
