@@ -20,7 +20,7 @@ from mlxchat.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("[ACS]*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 GROUPS = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"settings", "__pycache__", "sweep"}
 # Pages that docs/reference.py generates when the site is built.
