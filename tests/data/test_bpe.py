@@ -1,4 +1,4 @@
-"""Training in another process: nanochat's ranks, bounded, stopped at once, and gone when its parent is."""
+"""The tokenizer's worker process: nanochat's ranks, bounded memory, and its end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ KEPT: set[psutil.Process] = set()
 
 @pytest.fixture(autouse=True)
 def others_children() -> None:
-    """Ranks that other tests keep for later ones are none of this file's processes."""
+    """Ignore processes that other tests keep running."""
     KEPT.clear()
     KEPT.update(psutil.Process().children(recursive=True))
 
@@ -60,11 +60,11 @@ def children() -> list[psutil.Process]:
 
 @settings(max_examples=12)
 @given(texts=st.lists(st.text() | st.sampled_from(TEXTS), max_size=30), merges=st.integers(0, 40))
-def test_the_ranks_are_those_of_nanochats_call(texts: list[str], merges: int) -> None:
+def test_ranks_are_nanochats(texts: list[str], merges: int) -> None:
     assert train(texts, 256 + merges).ranks == nanochats_ranks(texts, 256 + merges)
 
 
-def test_more_documents_than_are_counted_at_a_time_and_long_ones_give_the_same_ranks(
+def test_ranks_do_not_depend_on_the_buffer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     texts = [*TEXTS * 3, "", "long " * 400_000, *TEXTS, "\x00", "é" * 1000]
@@ -74,19 +74,19 @@ def test_more_documents_than_are_counted_at_a_time_and_long_ones_give_the_same_r
     assert train(iter(texts), 400).ranks == expected
 
 
-def test_what_was_done_is_reported_and_counted() -> None:
+def test_progress_is_reported() -> None:
     *seen, made = train_ranks(TEXTS, 300)
     assert made.chars == sum(map(len, TEXTS))
     assert made.pieces is not None
     assert made.pieces > 100
     assert made.merges == 44
-    assert 1 << 20 < made.peak_bytes < 100 << 20  # its own, not what this process holds
+    assert 1 << 20 < made.peak_bytes < 100 << 20  # the worker's, not this process's
     counted = [(now.chars, now.merges) for now in seen]
     assert counted == sorted(counted)
 
 
-def test_documents_are_read_as_they_are_needed_and_never_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between what was counted and what was asked for lie at most the two buffers, the pipe and a frame."""
+def test_documents_are_read_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At most the two buffers, the pipe and a part are read ahead of the counting."""
     monkeypatch.setattr(bpe, "_BUFFER_DOCUMENTS", 8)
     asked, ahead = 0, []
 
@@ -108,7 +108,7 @@ def endless() -> Iterator[str]:
     return itertools.cycle(TEXTS)
 
 
-def test_it_stops_while_it_counts_and_leaves_no_process() -> None:
+def test_counting_stops_at_once() -> None:
     began = time.monotonic()
     with closing(train_ranks(endless(), 300)) as training:
         for _ in training:
@@ -118,11 +118,8 @@ def test_it_stops_while_it_counts_and_leaves_no_process() -> None:
     assert children() == []
 
 
-def test_it_stops_while_rustbpe_holds_the_interpreter_for_the_merges() -> None:
-    """Minutes of merges of random words: the worker answers nobody, and ends all the same.
-
-    Words of few patterns had no merges left after a hundredth of a second, and the training was over instead.
-    """
+def test_merging_stops_at_once() -> None:
+    """Merging random words takes minutes; words of few patterns would have no merges left at once."""
     letters = random.Random(0)
     texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=40)) for _ in range(150_000)]
     with closing(train_ranks(texts, 1_000_000)) as training:
@@ -133,7 +130,7 @@ def test_it_stops_while_rustbpe_holds_the_interpreter_for_the_merges() -> None:
     assert children() == []
 
 
-def test_a_document_that_cannot_be_read_ends_it_with_its_own_error() -> None:
+def test_unreadable_document_raises_its_error() -> None:
     def broken() -> Iterator[str]:
         yield "one"
         raise DataError("shard 7 is damaged")
@@ -145,13 +142,13 @@ def test_a_document_that_cannot_be_read_ends_it_with_its_own_error() -> None:
     assert children() == []
 
 
-def test_more_memory_than_it_may_have_is_told_with_what_to_lower() -> None:
-    with pytest.raises(DataError, match=r"more than the 1\.0 MB it may have.*Lower tokenizer\.max_chars"):
+def test_memory_limit_is_enforced() -> None:
+    with pytest.raises(DataError, match=r"more than its limit of 1\.0 MB.*Lower tokenizer\.max_chars"):
         list(train_ranks(endless(), 300, memory_limit_bytes=1_000_000))
     assert children() == []
 
 
-def test_a_worker_that_is_killed_is_told() -> None:
+def test_killed_worker_is_reported() -> None:
     def kill_at_once() -> None:
         for _ in train_ranks(endless(), 300):
             for child in children():
@@ -162,10 +159,8 @@ def test_a_worker_that_is_killed_is_told() -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_stop_signal_to_the_worker_as_it_starts_ends_no_training(
-    number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """At Ctrl-C a run ended with "the process that trains the tokenizer ended by signal 2" if the worker was first."""
+def test_worker_ignores_stop_signals_at_its_start(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At Ctrl-C a run ended with "training process ended by signal 2" if the worker got the signal first."""
 
     class Signalled(subprocess.Popen[bytes]):
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -179,7 +174,7 @@ def test_a_stop_signal_to_the_worker_as_it_starts_ends_no_training(
 PARENT = """
     import itertools, psutil, signal, sys
     from mlxchat.data.bpe import train_ranks
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # may be ignored by pytest's parent
     training = train_ranks(itertools.cycle(["the weather " * 50]), 300)
     next(training)
     print(psutil.Process().children()[0].pid, flush=True)
@@ -189,7 +184,7 @@ PARENT = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_worker_ends_with_its_parent(number: int) -> None:
+def test_worker_ends_with_its_parent(number: int) -> None:
     with subprocess.Popen([sys.executable, "-c", dedent(PARENT)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         worker = psutil.Process(int(parent.stdout.readline()))
@@ -199,7 +194,7 @@ def test_the_worker_ends_with_its_parent(number: int) -> None:
     assert alive == []
 
 
-def test_the_terminals_interrupt_does_not_reach_the_worker_before_its_parent() -> None:
+def test_ctrl_c_reaches_only_the_parent() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", dedent(PARENT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -214,10 +209,10 @@ def test_the_terminals_interrupt_does_not_reach_the_worker_before_its_parent() -
 
 
 @pytest.mark.parametrize("size", [0, 264])
-def test_a_vocabulary_without_room_for_the_bytes_is_refused(size: int) -> None:
+def test_vocabulary_below_265_is_refused(size: int) -> None:
     with pytest.raises(DataError, match=rf"vocab_size is {size}, expected at least 265"):
         train_tokenizer(TEXTS, size)
 
 
-def test_a_vocabulary_of_bytes_alone_needs_no_merges() -> None:
+def test_vocabulary_of_265_has_no_merges() -> None:
     assert train_tokenizer([], 265).ranks == {bytes([byte]): byte for byte in range(256)}

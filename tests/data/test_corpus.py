@@ -1,4 +1,4 @@
-"""Documents of local files of three kinds; the Hub without a network (with one: test_hub_corpus.py)."""
+"""Documents of local files in three formats, and the Hub without a network."""
 
 from __future__ import annotations
 
@@ -24,94 +24,68 @@ def jsonl(path: Path, *lines: str) -> Path:
     return path
 
 
-# Local files
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "one\n\nstill one\n\n\ntwo é", ["one\n\nstill one", "two é"]),
+        ("a.jsonl", '{"text": "one\\ntwo", "id": 1}\n{"text": "é"}\n', ["one\ntwo", "é"]),
+        # Web text has these line separators; JSON allows them in strings.
+        ("a.jsonl", '{"text": "one\u2028two\u2029three\u0085four"}', ["one\u2028two\u2029three\u0085four"]),
+        ("a.jsonl", '\ufeff{"text": "one"}\n{"text": "t\\ud800wo"}\n', ["one", "t?wo"]),
+    ],
+    ids=["txt", "jsonl", "separators", "byte order mark, surrogate"],
+)
+def test_text_and_jsonl_files_are_read(name: str, content: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    assert read(tmp_path / name) == expected
 
 
-def test_a_text_file_is_cut_at_two_empty_lines(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_text("one\n\nstill one\n\n\ntwo é", encoding="utf-8")
-    assert read(path) == ["one\n\nstill one", "two é"]
-
-
-def test_a_jsonl_file_gives_its_text_fields(tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "a.jsonl", '{"text": "one\\ntwo", "id": 1}', '{"text": "é"}')
-    assert read(path) == ["one\ntwo", "é"]
-
-
-def test_a_jsonl_line_may_hold_unicode_line_separators(tmp_path: Path) -> None:
-    """JSON allows U+2028, U+2029 and U+0085 in strings as they are, and text from the web has them."""
-    text = "one\u2028two\u2029three\u0085four"
-    path = jsonl(tmp_path / "a.jsonl", json.dumps({"text": text}, ensure_ascii=False))
-    assert read(path) == [text]
-
-
-def test_a_parquet_file_gives_its_text_column(tmp_path: Path) -> None:
+def test_parquet_files_are_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": [1, 2, 3], "text": ["one", "two", "é"]}), tmp_path / "a.parquet", row_group_size=2)
     assert read(tmp_path / "a.parquet") == ["one", "two", "é"]
 
 
-def test_every_bad_line_of_a_jsonl_file_is_listed(tmp_path: Path) -> None:
-    path = jsonl(
-        tmp_path / "a.jsonl", '{"text": "good"}', "{", '{"txt": "x"}', '["text"]', "5", '{"text": 5}', '{"text": null}'
-    )
-    with pytest.raises(DataError, match=r"a\.jsonl: lines 2, 3, 4, 5, 6, 7 are"):
-        read(path)
-
-
-def test_a_jsonl_file_may_begin_with_a_byte_order_mark_and_hold_half_a_character(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\n{"text": "t\\ud800wo"}\n')
-    assert read(tmp_path / "a.jsonl") == ["one", "t?wo"]
-
-
-def test_a_jsonl_line_that_is_nested_too_deeply_is_listed(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n' + "[" * 100_000)
-    with pytest.raises(DataError, match="lines 2 are no JSON objects"):
-        read(tmp_path / "a.jsonl")
+def test_all_invalid_jsonl_lines_are_listed(tmp_path: Path) -> None:
+    lines = ['{"text": "good"}', "{", '{"txt": "x"}', '["text"]', "5", '{"text": 5}', '{"text": null}', "[" * 100_000]
+    with pytest.raises(DataError, match=r"a\.jsonl: lines 2, 3, 4, 5, 6, 7, 8 are not JSON objects"):
+        read(jsonl(tmp_path / "a.jsonl", *lines))
 
 
 def test_a_parquet_file_without_the_column_lists_those_it_has(tmp_path: Path) -> None:
     pq.write_table(pa.table({"story": ["x"], "id": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match='no column "text"; there are story, id'):
+    with pytest.raises(DataError, match='no column "text"; it has story, id'):
         read(tmp_path / "a.parquet")
 
 
-def test_empty_cells_of_a_parquet_column_are_left_out(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
-    documents, _ = gather_documents([], [str(tmp_path / "a.parquet")], document_chars=None, seed=0)
-    assert sorted(documents) == ["one", "two"]
-
-
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_a_missing_file_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_missing_and_invalid_files_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match=name):
         read(tmp_path / name)
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"\xff\xfe\x00 neither text nor parquet")
     with pytest.raises(DataError, match=name):
         read(tmp_path / name)
-
-
-def test_another_ending_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected a \.txt, \.jsonl or \.parquet file"):
         read(tmp_path / "a.csv")
 
 
 @pytest.fixture
 def three_files(tmp_path: Path) -> list[str]:
+    """Three files of twenty documents, one of them also with blank and null ones."""
     (tmp_path / "a.txt").write_text("\n\n\n".join(f"text {number}" for number in range(20)))
     jsonl(tmp_path / "b.jsonl", *(json.dumps({"text": f"json {number}"}) for number in range(20)), '{"text": "  "}')
-    pq.write_table(pa.table({"text": [f"parquet {number}" for number in range(20)]}), tmp_path / "c.parquet")
+    table = pa.table({"text": [*(f"parquet {number}" for number in range(20)), None]})
+    pq.write_table(table, tmp_path / "c.parquet")
     return [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet")]
 
 
-def test_documents_of_all_files_are_gathered_and_blank_ones_left_out(three_files: list[str]) -> None:
-    documents, _ = gather_documents([], three_files, document_chars=None, seed=0)
+def test_files_are_gathered_without_blank_documents_and_recorded(three_files: list[str]) -> None:
+    documents, sources = gather_documents([], three_files, document_chars=None, seed=0)
     assert sorted(documents) == sorted(
         f"{kind} {number}" for kind in ("text", "json", "parquet") for number in range(20)
     )
+    for path, source in zip(map(Path, three_files), sources, strict=True):
+        assert source["name"] == path.name
+        assert hashlib.sha256(path.read_bytes()).hexdigest() in source["sha256"]
 
 
 def test_a_seed_decides_the_order(three_files: list[str]) -> None:
@@ -121,25 +95,11 @@ def test_a_seed_decides_the_order(three_files: list[str]) -> None:
     assert first != sorted(first)
 
 
-def test_each_file_is_recorded_with_its_digest(three_files: list[str]) -> None:
-    _, sources = gather_documents([], three_files, document_chars=None, seed=0)
-    for path, source in zip(map(Path, three_files), sources, strict=True):
-        assert source["name"] == path.name
-        assert hashlib.sha256(path.read_bytes()).hexdigest() in source["sha256"]
-
-
-def test_nothing_at_all_is_refused() -> None:
-    with pytest.raises(DataError, match="corpus is empty"):
-        gather_documents([], [], document_chars=None, seed=0)
-
-
-def test_files_with_blank_text_only_are_refused(tmp_path: Path) -> None:
+def test_empty_corpus_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n\n\n \n")
-    with pytest.raises(DataError, match="corpus is empty"):
-        gather_documents([], [str(tmp_path / "a.txt")], document_chars=None, seed=0)
-
-
-# The Hub
+    for paths in ([], [str(tmp_path / "a.txt")]):
+        with pytest.raises(DataError, match="corpus is empty"):
+            gather_documents([], paths, document_chars=None, seed=0)
 
 
 def test_a_cold_cache_without_a_network_says_what_to_type(mlxchat: CommandLine, tmp_path: Path) -> None:

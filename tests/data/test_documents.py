@@ -1,4 +1,4 @@
-"""Documents as token ids: in order, from any position; their shards are encoded when needed, the next one ahead."""
+"""Tokenized documents: order, positions, and encoding on demand and ahead."""
 
 from __future__ import annotations
 
@@ -24,34 +24,25 @@ def texts(cursor: Documents, count: int, tokenizer: Tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [1, 7, 64])
-def test_a_cursor_gives_every_document_in_order_over_and_over(
+def test_documents_repeat_in_order_and_count_epochs(
     hundred: Path, read_documents: Read, tokenizer: Tokenizer, count: int
 ) -> None:
     cursor, found = read_documents(hundred), []
     while len(found) < 200:
         found += texts(cursor, count, tokenizer)
+        assert cursor.epoch == (len(found) - 1) // 90
     assert found == (DOCUMENTS[10:] * 3)[: len(found)]
 
 
-def test_a_document_has_the_ids_of_its_text_after_bos(
-    hundred: Path, read_documents: Read, tokenizer: Tokenizer
-) -> None:
+def test_document_is_bos_and_the_ids_of_its_text(hundred: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
     cursor = read_documents(hundred, "validation")
     for (address, length), text in zip(cursor.next(10), DOCUMENTS, strict=False):
         expected = [tokenizer.bos, *tokenizer.encode(text)]
         assert (cursor.ids(address).tolist(), length, cursor.length(address)) == (expected, len(expected), length)
 
 
-def test_an_epoch_is_counted_when_the_next_one_begins(hundred: Path, read_documents: Read) -> None:
-    cursor = read_documents(hundred)
-    cursor.next(90)
-    assert cursor.epoch == 0
-    cursor.next(1)
-    assert cursor.epoch == 1
-
-
 @pytest.mark.parametrize("position", [0, 1, 7, 39, 40, 89, 90, 91, 150])
-def test_a_restored_cursor_goes_on_from_any_position(hundred: Path, read_documents: Read, position: int) -> None:
+def test_restored_cursor_continues_from_any_position(hundred: Path, read_documents: Read, position: int) -> None:
     first = read_documents(hundred)
     first.next(position)
     second = read_documents(hundred)
@@ -60,34 +51,27 @@ def test_a_restored_cursor_goes_on_from_any_position(hundred: Path, read_documen
     assert second.epoch == first.epoch
 
 
-def test_a_name_leads_to_the_document(hundred: Path, read_documents: Read) -> None:
+def test_name_locates_the_document(hundred: Path, read_documents: Read) -> None:
     cursor = read_documents(hundred)
     address, _ = cursor.next(44)[-1]
     assert cursor.name(address) == "shard_00001.parquet document 3"
     assert pq.read_table(hundred / "shard_00001.parquet")["text"][3].as_py() == DOCUMENTS[10 + 43]
 
 
-def test_a_shard_without_documents_is_passed_over(
+def test_empty_shards_are_skipped_and_an_empty_corpus_refused(
     make_corpus: Callable[..., Path], read_documents: Read, tokenizer: Tokenizer
 ) -> None:
     folder = make_corpus(["held", "a", "b"], validation=1, shard=1, row_group=1)
     empty = pq.read_table(folder / "shard_00000.parquet").slice(0, 0)
     pq.write_table(empty, folder / "shard_00000.parquet")
     assert texts(read_documents(folder), 3, tokenizer) == ["b", "b", "b"]
-
-
-def test_shards_without_any_document_are_refused(make_corpus: Callable[..., Path], read_documents: Read) -> None:
-    folder = make_corpus(["held", "a"], validation=1)
-    pq.write_table(pq.read_table(folder / "shard_00000.parquet").slice(0, 0), folder / "shard_00000.parquet")
-    with pytest.raises(DataError, match=r"holds no document in shard_00000\.parquet"):
+    pq.write_table(empty.slice(0, 0), folder / "shard_00001.parquet")
+    with pytest.raises(DataError, match=r"has no documents in shard_00000\.parquet"):
         read_documents(folder).next(1)
 
 
-# When shards are encoded
-
-
 class Maker:
-    """Encodes shards, and remembers which, whether somebody waited, and in which thread."""
+    """Encodes shards and records each call: shard, is_awaited, thread."""
 
     def __init__(self, corpus: Path, tokenizer: Tokenizer, work: Path) -> None:
         self.tokenizer, self.work, self.shards = tokenizer, work, Corpus.open(corpus).train
@@ -111,9 +95,9 @@ def maker(hundred: Path, tokenizer: Tokenizer, tmp_path: Path) -> Maker:
     return Maker(hundred, tokenizer, tmp_path)
 
 
-def test_only_the_shard_that_is_read_and_the_next_one_are_encoded(maker: Maker) -> None:
+def test_only_the_current_and_the_next_shard_are_encoded(maker: Maker) -> None:
     cursor = Documents(maker.shards, maker)
-    assert maker.asked == [], "nothing is encoded before a document is wanted"
+    assert maker.asked == [], "nothing is encoded before the first document is read"
     cursor.next(1)
     cursor.close()
     assert maker.asked == [
@@ -122,7 +106,7 @@ def test_only_the_shard_that_is_read_and_the_next_one_are_encoded(maker: Maker) 
     ]
 
 
-def test_a_shard_that_the_background_is_at_is_waited_for(maker: Maker) -> None:
+def test_reader_waits_for_the_background_encoding(maker: Maker) -> None:
     shards = Documents(maker.shards, maker)
     maker.block.clear()
     shards.prepare(1)
@@ -132,7 +116,7 @@ def test_a_shard_that_the_background_is_at_is_waited_for(maker: Maker) -> None:
     assert sorted(path.name for path in maker.work.iterdir()) == ["shard_00001"]
 
 
-def test_closing_ends_the_background_work(maker: Maker) -> None:
+def test_closing_ends_the_background_encoding(maker: Maker) -> None:
     shards, before = Documents(maker.shards, maker), threading.active_count()
     maker.block.clear()
     shards.prepare(1)
@@ -142,7 +126,7 @@ def test_closing_ends_the_background_work(maker: Maker) -> None:
     assert list(maker.work.iterdir()) == []
 
 
-def test_what_fails_in_the_background_is_told_when_the_shard_is_needed(maker: Maker) -> None:
+def test_failed_background_encoding_is_raised_to_the_reader(maker: Maker) -> None:
     def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
         if shard.stem == "shard_00001":
             raise OSError("disk is full")
@@ -154,7 +138,7 @@ def test_what_fails_in_the_background_is_told_when_the_shard_is_needed(maker: Ma
         cursor.next(1)
 
 
-def test_few_shards_are_open_at_a_time(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_open_shards_is_limited(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(documents_module, "_MOST_OPEN_SHARDS", 2)
     shards = Documents(maker.shards, maker)
     cursor = shards

@@ -1,4 +1,4 @@
-"""Encoded text as artifacts: equal to the text, shared by whoever reads the same, and made only where it is needed."""
+"""Artifacts of encoded text: contents, sharing, encoding on demand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mlxchat.store.store import Store
 
 @pytest.fixture
 def make_context(corpus: Path, tmp_path: Path) -> Callable[..., Context]:
-    """Return the context of a step that reads the corpus, as an artifact in a place of its own."""
+    """Return the context of a step that reads a copy of the corpus as an artifact."""
 
     def make(place: str = "corpus", stop_signal: Callable[[], int | None] = lambda: None) -> Context:
         folder = tmp_path / place
@@ -61,7 +61,7 @@ def names(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_a_shard_holds_the_ids_of_its_texts_whatever_the_threads(
+def test_encoded_shard_does_not_depend_on_threads(
     corpus: Path, tokenizer: Tokenizer, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(encoded_module, "_PART_DOCUMENTS", 2)  # so that row groups of 7 make several parts
@@ -74,7 +74,7 @@ def test_a_shard_holds_the_ids_of_its_texts_whatever_the_threads(
     assert (numbers["documents"], numbers["tokens"]) == (len(expected), len(arrays["ids"]))
 
 
-def test_documents_of_a_step_are_those_of_its_corpus(
+def test_step_reads_the_documents_of_its_corpus(
     make_context: Callable[..., Context], corpus: Path, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     cursor = open_documents(make_context(), "train", tokenizer)
@@ -84,7 +84,7 @@ def test_documents_of_a_step_are_those_of_its_corpus(
     assert names(tmp_path) == [f"tokens-shard_0000{index}" for index in range(5)]
 
 
-def test_shards_that_nobody_reads_are_not_encoded(
+def test_unread_shards_are_not_encoded(
     make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     cursor = open_documents(make_context(), "train", tokenizer)
@@ -94,7 +94,7 @@ def test_shards_that_nobody_reads_are_not_encoded(
     assert names(tmp_path) == ["tokens-shard_00000", "tokens-shard_00001"]
 
 
-def test_equal_text_and_tokenizers_share_and_others_do_not(
+def test_tokens_are_shared_by_text_and_tokenizer(
     make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(place: str, by: Tokenizer) -> None:
@@ -110,7 +110,7 @@ def test_equal_text_and_tokenizers_share_and_others_do_not(
     assert names(tmp_path) == ["tokens-validation", "tokens-validation"]
 
 
-def test_a_stop_signal_ends_the_encoding_and_leaves_nothing(
+def test_stop_signal_ends_the_encoding(
     make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     cursor = open_documents(make_context(stop_signal=lambda: 15), "train", tokenizer)
@@ -119,7 +119,7 @@ def test_a_stop_signal_ends_the_encoding_and_leaves_nothing(
     assert names(tmp_path) == list((tmp_path / "outputs" / "work").iterdir()) == []
 
 
-def test_a_mixture_holds_what_rendering_its_conversations_gives(
+def test_encoded_mixture_equals_its_rendering(
     make_context: Callable[..., Context], mixture: Mixture, tokenizer: Tokenizer
 ) -> None:
     tokens = open_mixture(make_context(), "mixture", mixture, tokenizer)
@@ -130,7 +130,7 @@ def test_a_mixture_holds_what_rendering_its_conversations_gives(
     assert len(tokens) == len(mixture) == 25
 
 
-def test_a_mixture_is_rendered_once(
+def test_mixture_is_rendered_once(
     make_context: Callable[..., Context], mixture: Mixture, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = open_mixture(make_context(), "mixture", mixture, tokenizer)

@@ -1,4 +1,4 @@
-"""A corpus on the Hub: pinned, listed, never copied; which files are read, held out, needed, and fetched ahead."""
+"""A corpus on the Hub: pinning, choice of files, measured density, and downloads ahead of the reader."""
 
 from __future__ import annotations
 
@@ -60,12 +60,7 @@ def pin(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-# Which files
-
-
-def test_the_artifact_pins_the_commit_and_every_file_and_holds_no_text(
-    hub: Any, five: Any, pin: Callable[..., Path]
-) -> None:
+def test_artifact_pins_commit_and_files_without_text(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
     folder = pin()
     assert [path.name for path in folder.iterdir()] == ["corpus.json"]
     listing = json.loads((folder / "corpus.json").read_text())
@@ -76,56 +71,32 @@ def test_the_artifact_pins_the_commit_and_every_file_and_holds_no_text(
     assert [row[0] for row in listing["validation"]] == ["shard_00004.parquet"]
 
 
-def test_documents_are_those_of_the_files_in_order(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
-    folder = pin()
-    assert list(Corpus.open(folder).documents("train")) == [text for index in range(4) for text in texts(index)]
-    assert list(Corpus.open(folder).documents("validation")) == texts(4)
+def test_documents_have_the_files_order(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+    corpus = Corpus.open(pin())
+    assert list(corpus.documents("train")) == [text for index in range(4) for text in texts(index)]
+    assert list(corpus.documents("validation")) == texts(4)
+    two = Corpus.open(pin(num_train_files=2))
+    assert (len(two.train), list(two.documents("validation"))) == (2, texts(4))
 
 
-def test_the_validation_file_is_the_same_however_many_files_train(
-    hub: Any, five: Any, pin: Callable[..., Path]
-) -> None:
-    assert list(Corpus.open(pin(num_train_files=1)).documents("validation")) == texts(4)
-    assert len(Corpus.open(pin(num_train_files=2)).train) == 2
+def test_first_documents_are_held_out_without_validation_files(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+    corpus = Corpus.open(pin(validation_files=None, validation_documents=12))
+    assert list(corpus.documents("validation")) == texts(0)[:12]
+    assert list(corpus.documents("train"))[:19] == [*texts(0)[12:], texts(1)[0]]
+    assert corpus.train[0].count() == 18
+    assert corpus.train[0].identity() != Corpus.open(pin()).train[0].identity()
 
 
-def test_a_corpus_without_validation_files_holds_out_the_first_documents(
-    hub: Any, five: Any, pin: Callable[..., Path]
-) -> None:
-    folder = pin(validation_files=None, validation_documents=12)
-    assert list(Corpus.open(folder).documents("validation")) == texts(0)[:12]
-    assert list(Corpus.open(folder).documents("train"))[:19] == [*texts(0)[12:], texts(1)[0]]
-    assert Corpus.open(folder).train[0].count() == 18
-
-
-def test_a_file_and_a_part_of_it_are_encoded_under_different_names(
-    hub: Any, five: Any, pin: Callable[..., Path]
-) -> None:
-    whole, part = (
-        Corpus.open(pin(validation_files=held_out)).train[0].identity() for held_out in ("shard_00004.parquet", None)
-    )
-    assert whole != part
-
-
-def test_a_column_of_another_name_is_read(hub: Any, pin: Callable[..., Path]) -> None:
-    hub.add(NAME, {f"shard_{index:05d}.parquet": parquet(texts(index), column="story") for index in range(5)})
-    folder = pin(column="story")
-    assert next(Corpus.open(folder).documents("train")) == texts(0)[0]
-    assert Corpus.open(folder).train[0].identity()["column"] == "story"
-
-
-def test_an_empty_cell_is_an_empty_document_so_that_numbers_of_documents_stay(
-    hub: Any, five: Any, pin: Callable[..., Path]
-) -> None:
-    five.files["shard_00000.parquet"] = parquet(["one", None, "three"])
-    assert list(Corpus.open(pin()).train[0].documents()) == ["one", "", "three"]
-
-
-# nanochat's corpora: `conf/corpus`
+def test_other_columns_are_read_and_null_is_an_empty_document(hub: Any, pin: Callable[..., Path]) -> None:
+    files = {f"shard_{index:05d}.parquet": parquet(texts(index), column="story") for index in range(5)}
+    hub.add(NAME, {**files, "shard_00000.parquet": parquet(["one", None, "three"], column="story")})
+    shard = Corpus.open(pin(column="story")).train[0]
+    assert list(shard.documents()) == ["one", "", "three"]
+    assert shard.identity()["column"] == "story"
 
 
 @pytest.mark.parametrize(("name", "shards"), [("fineweb_edu", 1823), ("climbmix", 6543)])
-def test_nanochats_corpora_train_on_all_shards_but_the_last(hub: Any, name: str, shards: int) -> None:
+def test_nanochats_corpora_hold_out_the_last_shard(hub: Any, name: str, shards: int) -> None:
     """`shard_00000.parquet` to `MAX_SHARD`, as in nanochat's dataset.py, which validates on the last one."""
     config = composed(f"corpus={name}").corpus
     assert config.hub is not None
@@ -140,9 +111,7 @@ def test_nanochats_corpora_train_on_all_shards_but_the_last(hub: Any, name: str,
     ("name", "held_out"),
     [("fineweb_edu", "shard_00005.parquet"), ("climbmix", None), ("tinystories", None)],
 )
-def test_files_of_nanochats_corpora_are_pinned_as_they_are(
-    hub: Any, name: str, held_out: str | None, tmp_path: Path
-) -> None:
+def test_nanochats_corpora_are_pinned_unchanged(hub: Any, name: str, held_out: str | None, tmp_path: Path) -> None:
     config = composed(f"corpus={name}").corpus
     assert config.hub is not None
     source = SHARED / "datasets" / config.hub.repository
@@ -168,28 +137,28 @@ def test_files_of_nanochats_corpora_are_pinned_as_they_are(
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no training file": ({"train_files": "nothing-*"}, "has 0 files like nothing-.* and 1 like shard_00004"),
     "no validation file": ({"validation_files": "none"}, "has 5 files like shard_.* and 0 like none"),
-    "no such column": ({"column": "story"}, 'no column "story"; there are id, text'),
-    "a column of numbers": ({"column": "id"}, 'column "id" holds int64, expected text'),
-    "files of another kind": ({"train_files": "*.json"}, r"notes\.json is no parquet file.*refs/convert/parquet"),
+    "no such column": ({"column": "story"}, 'no column "story"; it has id, text'),
+    "a column of numbers": ({"column": "id"}, 'column "id" has type int64, expected text'),
+    "files of another kind": ({"train_files": "*.json"}, r"notes\.json is not a parquet file.*refs/convert/parquet"),
     "no such revision": ({"revision": "v9"}, "org/texts.*no such dataset or revision"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_the_data_set_does_not_have_is_refused(hub: Any, five: Any, pin: Callable[..., Path], name: str) -> None:
+def test_missing_files_and_columns_are_refused(hub: Any, five: Any, pin: Callable[..., Path], name: str) -> None:
     five.files["notes.json"] = b"{}"
     changes, message = REFUSED[name]
     with pytest.raises(DataError, match=message):
         pin(**changes)
 
 
-def test_a_listing_of_the_same_commit_is_the_same_to_the_byte(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_listing_of_a_commit_is_reproducible(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
     first = (pin() / "corpus.json").read_bytes()
     forget()
     assert (pin() / "corpus.json").read_bytes() == first
 
 
-def test_a_file_of_one_row_group_is_never_in_memory_as_a_whole(
+def test_large_row_groups_are_read_in_batches(
     hub: Any, five: Any, pin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards_module, "_BATCH_DOCUMENTS", 8)
@@ -206,18 +175,13 @@ def test_a_file_of_one_row_group_is_never_in_memory_as_a_whole(
     assert max(sizes) <= 8
 
 
-# How many files
-
-
-def test_characters_of_a_byte_are_measured_on_the_validation_file(
-    hub: Any, five: Any, pin: Callable[..., Path]
-) -> None:
+def test_density_is_measured_on_the_validation_file(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
     expected = sum(map(len, texts(4))) / len(five.files["shard_00004.parquet"])
     assert Corpus.open(pin()).chars_per_byte == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("wanted", "count"), [(0, 1), (1, 1), (1.01, 2), (4, 4), (9, 4)])
-def test_as_many_files_are_needed_as_have_the_characters(
+def test_first_returns_the_files_with_enough_characters(
     hub: Any, five: Any, pin: Callable[..., Path], wanted: float, count: int
 ) -> None:
     five.files.update({f"shard_{index:05d}.parquet": parquet(texts(0)) for index in range(5)})
@@ -227,7 +191,7 @@ def test_as_many_files_are_needed_as_have_the_characters(
     ]
 
 
-def test_a_run_whose_text_has_no_room_is_refused_before_it_is_fetched(
+def test_full_disk_is_refused_before_downloads(
     hub: Any, five: Any, pin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import shutil
@@ -242,19 +206,14 @@ def test_a_run_whose_text_has_no_room_is_refused_before_it_is_fetched(
     assert len(hub.requests("parquet")) == asked
 
 
-# Ahead of the reader
-
-
 def wait_for(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + 10
-    while not condition() and time.monotonic() < until:
+    while not condition():
+        assert time.monotonic() < until
         time.sleep(0.01)
-    assert condition()
 
 
-def test_what_the_run_needs_is_fetched_while_something_else_goes_on(
-    hub: Any, five: Any, pin: Callable[..., Path]
-) -> None:
+def test_needed_files_are_downloaded_in_the_background(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
     density = Corpus.open(pin()).chars_per_byte
     stop_fetching()
     pin(train_chars=2.5 * density * len(five.files["shard_00000.parquet"]))
@@ -264,7 +223,7 @@ def test_what_the_run_needs_is_fetched_while_something_else_goes_on(
     assert not hub.requests("shard_00003.parquet")
 
 
-def test_files_are_fetched_in_the_order_in_which_they_are_read(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_background_downloads_have_the_reading_order(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
     files = Corpus.open(pin()).files()
     stop_fetching()
     before = len(hub.log)
@@ -275,7 +234,7 @@ def test_files_are_fetched_in_the_order_in_which_they_are_read(hub: Any, five: A
     assert [each.path.rpartition("/")[2] for each in hub.log[before:]] == ["shard_00002.parquet", "shard_00003.parquet"]
 
 
-def test_a_file_that_the_background_is_at_is_waited_for_and_sent_once(
+def test_reader_waits_for_the_background_download(
     hub: Any, five: Any, pin: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus = Corpus.open(pin())
@@ -288,7 +247,7 @@ def test_a_file_that_the_background_is_at_is_waited_for_and_sent_once(
     assert "waits for org/texts/shard_00002.parquet, which process this one is fetching" in capsys.readouterr().err
 
 
-def test_what_fails_in_the_background_is_told_to_who_reads_it(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_background_failure_is_raised_to_the_reader(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
     corpus = Corpus.open(pin())
     stop_fetching()
     hub.faults.corrupt, hub.faults.times = "shard_00002.parquet", 0
@@ -298,7 +257,7 @@ def test_what_fails_in_the_background_is_told_to_who_reads_it(hub: Any, five: An
         list(corpus.train[2].documents())
 
 
-def test_closing_ends_the_threads_in_the_middle_of_a_file(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_closing_ends_threads_within_a_file(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
     five.files["shard_00001.parquet"] = random.Random(0).randbytes(1_000_000)
     hub.faults.block_seconds = 0.05
     corpus = Corpus.open(pin())
@@ -308,15 +267,12 @@ def test_closing_ends_the_threads_in_the_middle_of_a_file(hub: Any, five: Any, p
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch ")]
 
 
-def test_nothing_is_fetched_ahead_of_a_local_corpus(corpus: Path) -> None:
+def test_local_corpus_downloads_nothing(corpus: Path) -> None:
     Corpus.open(corpus).fetch_ahead("train", 0)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch ")]
 
 
-# Reading and encoding
-
-
-def test_a_saved_position_is_good_for_the_same_listing_whatever_is_on_the_machine(
+def test_saved_position_is_valid_on_another_machine(
     hub: Any, five: Any, pin: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     import shutil
@@ -337,7 +293,7 @@ def test_a_saved_position_is_good_for_the_same_listing_whatever_is_on_the_machin
     rest = first.next(60)
     first.close()
     stop_fetching()
-    shutil.rmtree(tmp_path / "hf")  # as if the run went on where nothing was fetched yet
+    shutil.rmtree(tmp_path / "hf")  # as if the run continued on another machine
     forget()
     second = cursor(pin(), "two")
     second.restore(state)
@@ -345,7 +301,7 @@ def test_a_saved_position_is_good_for_the_same_listing_whatever_is_on_the_machin
     second.close()
 
 
-def test_a_shard_whose_tokens_are_there_is_not_fetched(
+def test_encoded_shard_is_not_downloaded(
     hub: Any, five: Any, pin: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     shards = Corpus.open(pin()).train
@@ -359,6 +315,6 @@ def test_a_shard_whose_tokens_are_there_is_not_fetched(
     assert len(hub.requests("shard_00003.parquet")) == before
 
 
-def test_listing_fetches_nothing(hub: Any, five: Any) -> None:
+def test_listing_downloads_no_file(hub: Any, five: Any) -> None:
     Corpus.listed(hub_config(), 5)
     assert hub.requests("parquet") == []

@@ -1,4 +1,4 @@
-"""A mixture holds each conversation as often as its task has epochs, in one order that the seed decides."""
+"""Mixtures: epochs, weights, slices, order by seed."""
 
 from __future__ import annotations
 
@@ -33,43 +33,36 @@ def questions(mixture: Mixture) -> list[str]:
     return [mixture[index]["messages"][0]["content"] for index in range(len(mixture))]
 
 
-def test_each_conversation_occurs_as_often_as_its_task_has_epochs(items: dict[str, TaskItem]) -> None:
-    counts = Counter(questions(Mixture(items, seed=0)))
+def test_epochs_repeat_conversations_and_the_seed_shuffles_them(items: dict[str, TaskItem]) -> None:
+    first, same, other = (questions(Mixture(items, seed=seed)) for seed in (1, 1, 2))
+    counts = Counter(first)
     assert {key: counts.pop(key) for key in ("q0", "q1", "q2")} == {"q0": 2, "q1": 2, "q2": 2}
     assert sum(counts.values()) == 5
-
-
-def test_tasks_are_mixed_and_not_one_after_the_other(items: dict[str, TaskItem]) -> None:
-    mine = [question in ("q0", "q1", "q2") for question in questions(Mixture(items, seed=0))]
-    assert mine != sorted(mine)
-    assert mine != sorted(mine, reverse=True)
-
-
-def test_a_seed_gives_the_same_order_and_another_seed_another(items: dict[str, TaskItem]) -> None:
-    first, same, other = (questions(Mixture(items, seed=seed)) for seed in (1, 1, 2))
-    assert first == same
-    assert first != other
+    assert first == same != other
     assert sorted(first) == sorted(other)
+    mine = [question in ("q0", "q1", "q2") for question in first]
+    assert mine not in (sorted(mine), sorted(mine, reverse=True)), "tasks are mixed"
 
 
-def test_an_empty_mixture_is_refused() -> None:
-    with pytest.raises(ConfigError, match="no conversation"):
-        Mixture({}, seed=0)
+def test_empty_mixtures_and_empty_slices_are_refused(tmp_path: Path) -> None:
+    for nothing in ({}, {"sums": TaskItem(task="arithmetic", size=5, epochs=0)}):
+        with pytest.raises(ConfigError, match="no conversation"):
+            Mixture(nothing, seed=0)
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
+    item = TaskItem(task="identity_conversations", path=str(path), start=5)
+    with pytest.raises(ConfigError, match="no conversation of mine is left"):
+        Mixture({"mine": item, "sums": TaskItem(task="arithmetic", size=5)}, seed=0)
 
 
-def test_no_epochs_leave_nothing(items: dict[str, TaskItem]) -> None:
-    with pytest.raises(ConfigError, match="no conversation"):
-        Mixture({"sums": TaskItem(task="arithmetic", size=5, epochs=0)}, seed=0)
-
-
-def test_start_stop_and_step_choose_from_the_task(tmp_path: Path) -> None:
+def test_start_stop_and_step_slice_the_task(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(10)))
     item = TaskItem(task="identity_conversations", path=str(path), start=2, stop=9, step=3, epochs=2)
     assert sorted(questions(Mixture({"mine": item}, seed=0))) == ["q2", "q2", "q5", "q5", "q8", "q8"]
 
 
-def test_weights_share_out_as_many_conversations_as_there_are(tmp_path: Path) -> None:
+def test_weights_divide_the_total_size(tmp_path: Path) -> None:
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(4)))
     mixture = Mixture(
@@ -84,22 +77,14 @@ def test_weights_share_out_as_many_conversations_as_there_are(tmp_path: Path) ->
     assert [asked[f"q{i}"] for i in range(4)] == [3, 3, 3, 3]
 
 
-def test_the_order_is_that_of_nanochats_list_of_pairs() -> None:
+def test_order_is_nanochats() -> None:
     pairs = [(task, place) for task, size in enumerate((5, 3, 3, 1, 8)) for place in range(size)]
     expected = list(pairs)
     random.Random(42).shuffle(expected)
     assert [pairs[place] for place in shuffled_places(len(pairs), 42)] == expected
 
 
-def test_a_task_whose_slice_lies_behind_its_end_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
-    item = TaskItem(task="identity_conversations", path=str(path), start=5)
-    with pytest.raises(ConfigError, match="no conversation of mine is left"):
-        Mixture({"mine": item, "sums": TaskItem(task="arithmetic", size=5)}, seed=0)
-
-
-def test_a_conversation_is_called_by_its_entry_and_its_number_there(items: dict[str, TaskItem]) -> None:
+def test_conversation_names_have_item_and_number(items: dict[str, TaskItem]) -> None:
     mixture = Mixture(items, seed=0)
     for index in range(len(mixture)):
         entry, place = mixture.name(index).split(" conversation ")
@@ -108,11 +93,11 @@ def test_a_conversation_is_called_by_its_entry_and_its_number_there(items: dict[
 
 
 class StageContext:
-    """What opening a task uses of a stage's context."""
+    """The part of a stage's context that `open_item` uses."""
 
-    def __init__(self, *, stops: bool = False) -> None:
+    def __init__(self) -> None:
         self.externals: list[dict[str, str]] = []
-        self.stops = stops
+        self.stops = False
 
     def should_stop(self) -> bool:
         return self.stops
@@ -122,7 +107,7 @@ class StageContext:
 
 
 def fetching(monkeypatch: pytest.MonkeyPatch) -> TaskItem:
-    """Return a line whose task has something to fetch."""
+    """Return an item whose task has a download."""
 
     def fetch(self: object, check: Callable[[], None] = lambda: None) -> list[Path]:
         check()
@@ -134,14 +119,11 @@ def fetching(monkeypatch: pytest.MonkeyPatch) -> TaskItem:
     return item
 
 
-def test_what_tasks_read_from_outside_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloads_are_recorded_once_and_end_at_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     ctx: Any = StageContext()
     item = fetching(monkeypatch)
     Mixture({"a": item, "b": item}, seed=0, load=partial(open_item, ctx))
     assert ctx.externals == [{"url": "u"}]
-
-
-def test_a_stop_ends_the_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    ctx: Any = StageContext(stops=True)
+    ctx.stops = True
     with pytest.raises(Interrupted, match="the download for task arithmetic"):
-        open_item(ctx, fetching(monkeypatch))
+        open_item(ctx, item)

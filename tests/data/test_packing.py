@@ -1,4 +1,4 @@
-"""Packing: rows are full, what fits best goes first, nothing is lost, and any position can be returned to."""
+"""Best-fit packing against a naive search: full rows, complete epochs, targets."""
 
 from __future__ import annotations
 
@@ -33,11 +33,9 @@ from mlxchat.data.tokens import Documents
 
 Read = Callable[..., Documents]
 
-# The buffer
-
 
 @given(st.lists(st.tuples(st.sampled_from(["add", "largest", "shortest"]), st.integers(0, 12)), max_size=60))
-def test_the_buffer_gives_what_a_search_of_a_list_gives(operations: list[tuple[str, int]]) -> None:
+def test_buffer_equals_a_linear_search(operations: list[tuple[str, int]]) -> None:
     buffer, waiting = BestFitBuffer(), []
     for number, (operation, size) in enumerate(operations):
         if operation == "add":
@@ -55,9 +53,6 @@ def test_the_buffer_gives_what_a_search_of_a_list_gives(operations: list[tuple[s
             waiting.remove(chosen)
     assert len(buffer) == len(waiting)
     assert buffer.addresses() == [number for _, number in waiting]
-
-
-# Documents
 
 
 def naive_document_rows(
@@ -88,7 +83,7 @@ def naive_document_rows(
 
 @settings(max_examples=25)
 @given(row_tokens=st.integers(3, 120), wanted=st.integers(1, 250), count=st.sampled_from([30, 30, 400]))
-def test_document_rows_are_those_of_a_search_of_a_list_of_texts_encoded_as_they_come(
+def test_document_rows_equal_a_naive_best_fit(
     corpus: Path, read_documents: Read, tokenizer: Tokenizer, row_tokens: int, wanted: int, count: int
 ) -> None:
     """400 rows of 120 tokens are several epochs."""
@@ -101,14 +96,11 @@ def test_document_rows_are_those_of_a_search_of_a_list_of_texts_encoded_as_they_
     assert rows.cropped_tokens == cropped
 
 
-# Conversations
-
-
 @pytest.mark.parametrize("packing_name", ["best_fit", "best_fit_whole", "stream"])
-def test_text_that_is_read_once_makes_every_token_a_target_once(
+def test_validation_counts_every_token_once(
     corpus: Path, read_documents: Read, tokenizer: Tokenizer, packing_name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Guards against small validation sets that are counted many times, without a word, when more is asked for."""
+    """Guards against small validation sets that silently count several times."""
     texts = [[tokenizer.bos, *tokenizer.encode(text)] for text in Corpus.open(corpus).documents("validation")]
     size = sum(map(len, texts))
 
@@ -121,7 +113,7 @@ def test_text_that_is_read_once_makes_every_token_a_target_once(
 
     ((ids, targets),) = read(2 * size, 100 * size)
     assert capsys.readouterr().out.endswith(
-        f"hold {size - 1:,} tokens, fewer than eval_tokens={100 * size:,}; each counts once\n"
+        f"has only {size - 1:,} tokens in rows, fewer than eval_tokens={100 * size:,}\n"
     )
     counted = np.concatenate([ids[:1], targets[targets != IGNORED]])
     assert Counter(counted.tolist()) == Counter(token for text in texts for token in text)
@@ -165,7 +157,7 @@ CONVERSATIONS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_si
 
 @settings(max_examples=40)
 @given(conversations=CONVERSATIONS, row_tokens=st.integers(30, 100), wanted=st.integers(1, 40), seed=st.integers(0, 9))
-def test_the_rows_of_an_epoch_hold_every_conversation_whole_and_once(
+def test_epoch_has_every_conversation_once(
     tokenizer: Tokenizer, conversations: list[dict[str, Any]], row_tokens: int, wanted: int, seed: int
 ) -> None:
     def make() -> ConversationRows:
@@ -179,7 +171,7 @@ def test_the_rows_of_an_epoch_hold_every_conversation_whole_and_once(
 
 @settings(max_examples=25)
 @given(conversations=CONVERSATIONS, row_tokens=st.integers(30, 100), wanted=st.integers(1, 40))
-def test_targets_are_the_next_tokens_that_are_trained_on_and_nothing_else(
+def test_targets_are_the_trained_next_tokens(
     tokenizer: Tokenizer, conversations: list[dict[str, Any]], row_tokens: int, wanted: int
 ) -> None:
     masks = {tuple(ids): mask for ids, mask in (render_conversation(tokenizer, each) for each in conversations)}
@@ -194,14 +186,14 @@ def test_targets_are_the_next_tokens_that_are_trained_on_and_nothing_else(
         assert targets.tolist() == [token if bit else IGNORED for token, bit in zip(ids[1:], mask[1:], strict=True)]
 
 
-def test_training_on_all_makes_every_token_but_bos_and_padding_a_target(tokenizer: Tokenizer) -> None:
+def test_train_on_all_targets_all_but_bos_and_padding(tokenizer: Tokenizer) -> None:
     rows = chat_rows(some_conversations(20), tokenizer, train_on="all")
     for inputs, targets in (rows.next_row() for _ in range(10)):
         following = inputs[1:]
         np.testing.assert_array_equal(targets[:-1], np.where(following == tokenizer.bos, IGNORED, following))
 
 
-def test_a_conversation_longer_than_a_row_is_cut_and_counted(tokenizer: Tokenizer) -> None:
+def test_long_conversation_is_truncated_and_counted(tokenizer: Tokenizer) -> None:
     """nanochat's loader of 2026 never places such a conversation, and its buffer fills up with them."""
     long = conversation(0, 0, 50)
     rows = chat_rows([long], tokenizer, row_tokens=20, wanted=1)
@@ -212,14 +204,14 @@ def test_a_conversation_longer_than_a_row_is_cut_and_counted(tokenizer: Tokenize
     assert rows.truncated == 1
 
 
-def test_a_seed_gives_the_same_rows_and_another_seed_another_order(tokenizer: Tokenizer) -> None:
+def test_seed_determines_the_rows(tokenizer: Tokenizer) -> None:
     first, same, other = (chat_rows(some_conversations(40), tokenizer, wanted=3, seed=seed) for seed in (1, 1, 2))
     one, two = first.next_row(), other.next_row()
     assert [part.tobytes() for part in one] == [part.tobytes() for part in same.next_row()]
     assert placed(one, tokenizer) != placed(two, tokenizer)
 
 
-def test_every_epoch_has_an_order_of_its_own(tokenizer: Tokenizer) -> None:
+def test_epochs_differ_in_order(tokenizer: Tokenizer) -> None:
     """One conversation per row, so that the order is seen as it is."""
     rows = chat_rows([conversation(number, 9, 9) for number in range(20)], tokenizer, row_tokens=36, wanted=1)
     order = [placed(rows.next_row(), tokenizer)[0] for _ in range(40)]
@@ -227,10 +219,7 @@ def test_every_epoch_has_an_order_of_its_own(tokenizer: Tokenizer) -> None:
     assert order[:20] != order[20:]
 
 
-# Positions
-
-
-def test_a_row_is_made_of_the_documents_it_names(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
+def test_rows_name_their_documents(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
     texts = list(Corpus.open(corpus).documents("train"))
     rows = DocumentRows(read_documents(corpus), 50, 100)
     for _ in range(30):
@@ -245,9 +234,7 @@ def test_a_row_is_made_of_the_documents_it_names(corpus: Path, read_documents: R
 @given(
     st.lists(st.integers(0, 300), min_size=1, max_size=4), st.sampled_from([1, 127, 128, 129, 300]), st.integers(0, 9)
 )
-def test_trimming_leaves_out_padding_alone_and_as_much_as_whole_steps_allow(
-    used: list[int], width: int, seed: int
-) -> None:
+def test_trimming_removes_only_padding(used: list[int], width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 50, (len(used), width)).astype(np.int32)
     targets = np.full_like(ids, IGNORED)

@@ -1,4 +1,4 @@
-"""Shards: every document once, in nanochat's format, and readable again from any position."""
+"""Shards: every document once, nanochat's format, few documents in memory."""
 
 from __future__ import annotations
 
@@ -14,43 +14,34 @@ from mlxchat.data.sources import Corpus, Shard, write_shards
 from mlxchat.errors import DataError
 
 
-def test_each_document_is_in_one_split_once_in_order(hundred: Path) -> None:
-    assert list(Corpus.open(hundred).documents("validation")) == DOCUMENTS[:10]
-    assert list(Corpus.open(hundred).documents("train")) == DOCUMENTS[10:]
-
-
-def test_shards_have_nanochats_names_and_sizes(hundred: Path) -> None:
-    names = [shard.name for shard in Corpus.open(hundred).train]
-    assert names == [f"shard_0000{index}.parquet" for index in range(3)]
-    assert [shard.count() for shard in Corpus.open(hundred).train] == [40, 40, 10]
-
-
-def test_a_shard_is_one_text_column_in_zstd_and_small_row_groups(hundred: Path) -> None:
+def test_shards_have_nanochats_format_and_every_document_once(hundred: Path) -> None:
+    corpus = Corpus.open(hundred)
+    assert list(corpus.documents("validation")) == DOCUMENTS[:10]
+    assert list(corpus.documents("train")) == DOCUMENTS[10:]
+    assert [shard.name for shard in corpus.train] == [f"shard_0000{index}.parquet" for index in range(3)]
+    assert [shard.count() for shard in corpus.train] == [40, 40, 10]
     metadata = pq.ParquetFile(hundred / "shard_00000.parquet").metadata
     assert metadata.schema.names == ["text"]
     assert metadata.row_group(0).column(0).compression == "ZSTD"
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [7, 7, 7, 7, 7, 5]
 
 
-def test_the_same_documents_make_the_same_bytes(hundred: Path, make_corpus: Callable[..., Path]) -> None:
+def test_shards_are_reproducible(hundred: Path, make_corpus: Callable[..., Path]) -> None:
     again = make_corpus(DOCUMENTS, validation=10, shard=40, row_group=7)
     for path in hundred.iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes()
 
 
-def test_a_corpus_without_training_documents_is_refused(tmp_path: Path) -> None:
+def test_corpora_without_training_documents_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"corpus has 3 documents, of which corpus\.validation_documents=3"):
         write_shards(tmp_path, DOCUMENTS[:3], validation_documents=3, shard_documents=10, row_group_documents=5)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_folder_without_shards_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no shard_\*\.parquet and no validation\.parquet"):
+    with pytest.raises(DataError, match=r"has no shard_\*\.parquet and no validation\.parquet"):
         Corpus.open(tmp_path)
 
 
-def test_few_long_documents_are_in_memory_at_a_time(tmp_path: Path) -> None:
-    """A kilobyte of parquet can hold 1,024 equal documents of many megabytes."""
+def test_few_long_documents_are_in_memory(tmp_path: Path) -> None:
+    """A kilobyte of parquet can contain 1,024 equal documents of many megabytes."""
     path = tmp_path / "long.parquet"
     pq.write_table(pa.table({"text": ["x" * (2 << 20)] * 64}), path, compression="zstd")
     assert path.stat().st_size < 2000

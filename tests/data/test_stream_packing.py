@@ -1,4 +1,4 @@
-"""Rows cut out of one stream, one conversation in a row, and best fit that keeps what it crops off."""
+"""Stream packing, one conversation per row, best fit without loss, and resuming of all packings."""
 
 from __future__ import annotations
 
@@ -45,12 +45,9 @@ def encode_all(corpus: Path, tokenizer: Tokenizer) -> list[list[int]]:
     return [ids.tolist() for ids in tokenizer.encode_documents(list(Corpus.open(corpus).documents("train")))]
 
 
-# Documents as one stream
-
-
 @settings(max_examples=25)
 @given(row_tokens=st.integers(1, 90), batch_rows=st.integers(1, 7), count=st.integers(1, 60))
-def test_batches_are_slices_of_all_tokens_in_order_of_which_the_last_is_a_target_only(
+def test_stream_batches_are_slices_of_all_tokens(
     corpus: Path, read_documents: Read, tokenizer: Tokenizer, row_tokens: int, batch_rows: int, count: int
 ) -> None:
     rows = document_rows("stream", read_documents(corpus), tokenizer, row_tokens=row_tokens, batch_rows=batch_rows)
@@ -65,9 +62,7 @@ def test_batches_are_slices_of_all_tokens_in_order_of_which_the_last_is_a_target
     assert rows.counts()["cropped_frac"] == 0
 
 
-def test_a_pass_is_behind_us_when_its_last_token_has_been_used(
-    corpus: Path, read_documents: Read, tokenizer: Tokenizer
-) -> None:
+def test_stream_counts_an_epoch_with_its_last_token(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
     total = sum(map(len, encode_all(corpus, tokenizer)))
     rows = document_rows("stream", read_documents(corpus), tokenizer, row_tokens=10, batch_rows=1)
     passes = []
@@ -77,12 +72,9 @@ def test_a_pass_is_behind_us_when_its_last_token_has_been_used(
     assert [passes.index(epoch) for epoch in (1, 2)] == [-(-total // 11) - 1, -(-2 * total // 11) - 1]
 
 
-# Best fit that keeps what it crops off
-
-
 @settings(max_examples=25)
 @given(row_tokens=st.integers(2, 90), wanted=st.integers(1, 20))
-def test_every_token_of_an_epoch_is_placed_once_behind_a_bos_of_its_row(
+def test_best_fit_whole_places_every_token_once(
     corpus: Path, read_documents: Read, tokenizer: Tokenizer, row_tokens: int, wanted: int
 ) -> None:
     """Pieces of one document follow each other, whatever rows they are in."""
@@ -105,16 +97,13 @@ def test_every_token_of_an_epoch_is_placed_once_behind_a_bos_of_its_row(
     assert rows.counts()["cropped_tokens"] == 0
 
 
-def test_the_share_that_best_fit_crops_is_reported(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
+def test_cropped_fraction_is_reported(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
     rows = document_rows("best_fit", read_documents(corpus), tokenizer, row_tokens=20)
     for _ in range(50):
         rows.next_row()
     counts = rows.counts()
     assert counts["cropped_tokens"] > 0
     assert counts["cropped_frac"] == counts["cropped_tokens"] / (counts["cropped_tokens"] + 50 * 21)
-
-
-# Conversations
 
 
 def chat_rows(
@@ -133,7 +122,7 @@ def chat_rows(
     )  # fmt: skip
 
 
-def test_a_conversation_alone_has_a_row_with_padding_that_no_loss_counts(tokenizer: Tokenizer) -> None:
+def test_alone_rows_have_one_conversation_and_padding(tokenizer: Tokenizer) -> None:
     rows = chat_rows("alone", tokenizer, count=12, row_tokens=50)
     seen = []
     for _ in range(12):
@@ -167,12 +156,12 @@ def test_conversations_read_once_are_targets_once(tokenizer: Tokenizer, packing:
     assert counted == expected
 
 
-def test_an_epoch_has_as_many_rows_as_conversations_where_each_is_alone(tokenizer: Tokenizer) -> None:
+def test_alone_epoch_has_a_row_per_conversation(tokenizer: Tokenizer) -> None:
     assert count_rows(chat_rows("alone", tokenizer, count=17)) == 17
 
 
 @pytest.mark.parametrize("train_on", ["all", "assistant"])
-def test_conversations_as_a_stream_are_all_tokens_in_the_epochs_order(tokenizer: Tokenizer, train_on: str) -> None:
+def test_conversation_stream_has_the_epochs_order(tokenizer: Tokenizer, train_on: str) -> None:
     order = list(range(30))
     random.Random("1/0").shuffle(order)
     rendered = [render_conversation(tokenizer, conversations(30)[number]) for number in order]
@@ -187,16 +176,13 @@ def test_conversations_as_a_stream_are_all_tokens_in_the_epochs_order(tokenizer:
         assert targets.tolist() == [id_ if bit else IGNORED for id_, bit in following]
 
 
-# Positions
-
-
 @settings(max_examples=40)
 @given(
     stops=st.lists(st.integers(0, 60), min_size=1, max_size=3),
     packing=st.sampled_from([*DOCUMENT_PACKINGS, *(f"chat {name}" for name in CONVERSATION_PACKINGS)]),
     row_tokens=st.integers(30, 70),
 )
-def test_rows_that_are_stopped_anywhere_go_on_with_the_same_rows(
+def test_resumed_rows_are_equal(
     corpus: Path, read_documents: Read, tokenizer: Tokenizer, stops: list[int], packing: str, row_tokens: int
 ) -> None:
     def start() -> RowStream:
@@ -213,7 +199,7 @@ def test_rows_that_are_stopped_anywhere_go_on_with_the_same_rows(
         position = json.loads(json.dumps(stopped.state()))
         stopped.close()
         stopped = start()
-        stopped.next_row()  # a stream that has moved on is brought back as well
+        stopped.next_row()  # restore works from any position
         stopped.restore(position)
     for _ in range(10):
         for one, other in zip(straight.next_row(), stopped.next_row(), strict=True):

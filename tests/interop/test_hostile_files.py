@@ -76,7 +76,7 @@ def refused(data: bytes, message: str | None = None, *, watched: bool = True) ->
 def test_no_function_is_called(call: Calls, protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for content in (call, {"weights": [call]}, [call, 1]):
-        refused(pickle.dumps(content, protocol), "which such a file does not need. Nothing of it was run")
+        refused(pickle.dumps(content, protocol), "which such a file does not need. No code of it was executed")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,7 +227,7 @@ def test_a_model_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model_000001.pt"
     lay.write_zip(path, {"data.pkl": pickle.dumps({"w": Calls(os.system, "touch ran")}, 2)})
-    refuse_file(path, r"posix\.system.*Nothing of it was run")
+    refuse_file(path, r"posix\.system.*No code of it was executed")
     assert [each.name for each in tmp_path.iterdir()] == ["model_000001.pt"]
 
 

@@ -216,7 +216,7 @@ def empty_folder(folder: Path, lay: Lay) -> None:
         (flip_model, r"model_000007\.pt is damaged: archive/data/1 is not what its checksum says"),
         (empty_model, r"model_000007\.pt is empty"),
         (point_at_model, r"pointer of Git LFS.*git lfs pull"),
-        (cut_tokenizer, r"tokenizer\.pkl is cut off or damaged"),
+        (cut_tokenizer, r"tokenizer\.pkl is truncated or damaged"),
         (
             exchange_tokenizer,
             r"tokenizer\.pkl has 295 tokens, model_000007\.pt has 285: it is the tokenizer of another",

@@ -1,1 +1,1 @@
-"""Text, tokens, conversations, and the rows that training reads."""
+"""Corpora, tokenizers, conversations, and packing into training rows."""

@@ -1,6 +1,6 @@
-"""Training of a tokenizer: byte-pair encoding by rustbpe in a process of its own (`bpe_worker.py`), fed through a pipe.
+"""Trains a tokenizer with rustbpe in a separate process (`bpe_worker.py`), fed through a pipe.
 
-It can be stopped at any moment, gives its memory back when it ends, and never holds more than a few thousand documents.
+The process can be killed at any moment, frees its memory at exit, and holds at most a few thousand documents.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mlxchat.hub.cache import read_json
 from mlxchat.runner.context import Context
 from mlxchat.runner.process import SIGNALS
 
-# Documents that rustbpe counts at a time, and as many that wait. Twice as many (its own default) are no faster and take
+# Documents that rustbpe counts at a time; as many more are queued. Twice as many (its default) are not faster and take
 # more memory; a quarter is slower.
 _BUFFER_DOCUMENTS = 4096
 _PART_CHARS = 1 << 18
@@ -48,21 +48,21 @@ class Trained:
     chars: int = 0
     """Characters counted."""
     pieces: int | None = None
-    """Distinct pieces, known once everything is counted; they decide how much memory the merging takes."""
+    """Distinct pieces, known after counting; they determine the memory of the merging."""
     merges: int = 0
     """Merges made."""
     peak_bytes: int = 0
-    """Peak memory of the process that trained, at the end."""
+    """Peak memory of the worker process, at the end."""
     ranks: dict[bytes, int] | None = None
     """Token → id, at the end."""
 
 
 def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Tokenizer:
-    """Return a tokenizer trained on the first `max_chars` of a corpus, and record how it went in the step's metrics.
+    """Return a tokenizer trained on the first `max_chars` of a corpus; numbers go to the step's metrics.
 
     Raises:
-        DataError: the text yields too few tokens, or takes more memory than there is.
-        Interrupted: a signal arrived; the same command starts over.
+        DataError: the text yields too few tokens, or needs more memory than allowed.
+        Interrupted: a signal arrived; the same command starts from the beginning.
     """
     began = time.monotonic()
     used_chars = 0
@@ -89,7 +89,7 @@ def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Toke
         with ctx.progress(total, "chars") as bar:
             for last in training:
                 check()
-                if last.pieces is not None:  # all is counted
+                if last.pieces is not None:  # counting is finished
                     break
                 speed = last.chars / max(1e-9, time.monotonic() - began)
                 bar.update(min(last.chars, total), speed=f"{format_count(speed)} chars/s")
@@ -110,7 +110,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train on texts, most frequent pair first, until the vocabulary (special tokens included) is full.
 
     Raises:
-        DataError: the text is too small for the vocabulary, or what `train_ranks` refuses.
+        DataError: the text yields fewer tokens than `vocab_size`; or as in `train_ranks`.
     """
     if vocab_size < 256 + len(SPECIAL_TOKENS):
         raise DataError(f"tokenizer.vocab_size is {vocab_size}, expected at least {256 + len(SPECIAL_TOKENS)}")
@@ -119,7 +119,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _tokenizer_of(trained: Trained, vocab_size: int) -> Tokenizer:
-    assert trained.ranks is not None, "a training that ends has them"
+    assert trained.ranks is not None, "the last report has them"
     found = len(trained.ranks) + len(SPECIAL_TOKENS)
     if found < vocab_size:
         raise DataError(
@@ -132,18 +132,18 @@ def _tokenizer_of(trained: Trained, vocab_size: int) -> Tokenizer:
 def train_ranks(
     texts: Iterable[str], num_tokens: int, *, memory_limit_bytes: int | None = None
 ) -> Generator[Trained, None, None]:
-    """Train on texts, most frequent pair first; yield the progress several times a second, and the result at the end.
+    """Train on texts, most frequent pair first; yield the progress several times a second, and at last the result.
 
-    The process that trains ends with the generator: close it to stop the work at once.
+    Closing the generator kills the worker process.
 
     Args:
-        texts: read once, as they are needed.
-        num_tokens: the 256 bytes included; the result has fewer where the text runs out of pairs.
-        memory_limit_bytes: of the process that trains; None: no limit.
+        texts: read once, on demand.
+        num_tokens: including the 256 bytes; the result has fewer if the text runs out of pairs.
+        memory_limit_bytes: of the worker process; None: no limit.
 
     Raises:
-        DataError: a text is not valid Unicode, or more memory is needed than the limit.
-        StepFailed: the process was ended from outside.
+        DataError: a text is not valid Unicode, or the memory limit is exceeded.
+        StepFailed: the worker process was killed.
     """
     worker = _Worker(memory_limit_bytes)
     settings = {"num_tokens": num_tokens, "pattern": SPLIT_PATTERN, "buffer": _BUFFER_DOCUMENTS, "parent": os.getpid()}
@@ -174,13 +174,13 @@ def _parts(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class _Worker:
-    """The process that trains. No wait for its pipes exceeds _LOOK_SECONDS."""
+    """The worker process. No wait for its pipes exceeds _LOOK_SECONDS."""
 
     def __init__(self, memory_limit_bytes: int | None) -> None:
         self._limit = memory_limit_bytes
         command = [sys.executable, "-P", str(Path(__file__).with_name("bpe_worker.py"))]
-        # A child inherits blocked signals. Ctrl-C in a terminal, or SIGTERM to every process of a job, therefore
-        # stops this process alone, which then ends the child.
+        # The child inherits blocked signals: Ctrl-C in a terminal, or SIGTERM to all processes of a job, stops only
+        # this process, which then kills the child.
         former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
@@ -225,7 +225,7 @@ class _Worker:
         return bool(writable)
 
     def kill(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process and wait for it."""
         self._process.kill()
         self._process.communicate()
 
@@ -241,11 +241,11 @@ class _Worker:
         if used > self._limit:
             raise DataError(
                 f"training the tokenizer took {format_bytes(used)} after {self.trained.chars:,} characters, more than "
-                f"the {format_bytes(self._limit)} it may have: every distinct piece of text is kept. Lower "
-                "tokenizer.max_chars, or raise machine.memory_limit_bytes."
+                f"its limit of {format_bytes(self._limit)}. Lower tokenizer.max_chars, or raise "
+                "machine.memory_limit_bytes."
             )
 
     def _fail(self) -> NoReturn:
         code = self._process.wait()
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        raise StepFailed(f"the process that trains the tokenizer ended {how}; its output is above")
+        raise StepFailed(f"the tokenizer's training process ended {how}; its output is above")

@@ -1,8 +1,8 @@
-"""The process in which rustbpe counts and merges, since merging holds the interpreter for minutes.
+"""The worker process of `data/bpe.py`, since rustbpe's merging holds the interpreter's lock for minutes.
 
-`data/bpe.py` starts it. It runs as a file and imports nothing of mlxchat. On stdin: lines of JSON, first the settings
-(pattern, num_tokens, buffer, parent), then lists of texts; an empty list ends them. On stdout: lines of JSON with the
-progress, and the ranks at the end. It holds at most two buffers of texts. It starts with SIGINT and SIGTERM blocked.
+It runs as a file and imports nothing of mlxchat. It reads lines of JSON from stdin: the settings (pattern, num_tokens,
+buffer, parent), then lists of texts, of which an empty one is the last. It writes lines of JSON to stdout: the
+progress, and finally the ranks. It holds at most two buffers of texts and starts with SIGINT and SIGTERM blocked.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def read_texts(pipe: BinaryIO, most_waiting: int) -> Iterator[str]:
 
 
 class Listener(logging.Handler):
-    """Reports progress that rustbpe writes to its log."""
+    """Reports the progress in rustbpe's log."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Report the number of distinct pieces, and of merges."""
+        """Report the number of distinct pieces or of merges."""
         message = record.getMessage()
         if found := _UNIQUE.search(message):
             report(pieces=int(found[1]))
@@ -64,7 +64,7 @@ class Listener(logging.Handler):
 
 
 def report(**facts: Any) -> None:
-    """Write a line of JSON; end the process if the parent is gone."""
+    """Write a line of JSON; exit if the parent is gone."""
     try:
         print(json.dumps(facts), file=OUT, flush=True)
     except BrokenPipeError:
@@ -72,7 +72,7 @@ def report(**facts: Any) -> None:
 
 
 def end_with(parent: int) -> None:
-    """End with the parent: by a signal of the kernel on Linux, elsewhere when the pipe closes."""
+    """End this process with its parent: on Linux by the kernel's signal, elsewhere when the pipe closes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
@@ -80,7 +80,7 @@ def end_with(parent: int) -> None:
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process has held. Linux's getrusage counts what the parent held, too."""
+    """Return this process's peak memory. On Linux, getrusage would include the parent's before the fork."""
     if sys.platform == "linux":
         with open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123
             found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
@@ -106,5 +106,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     OUT = os.fdopen(os.dup(1), "w", encoding="ascii")
-    os.dup2(2, 1)  # what a library prints is no report
+    os.dup2(2, 1)  # libraries print to stderr
     main()

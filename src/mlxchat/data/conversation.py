@@ -1,8 +1,8 @@
-"""Conversations to tokens and loss masks. Counterpart of `render_conversation` in nanochat/tokenizer.py.
+"""Renders conversations to tokens and loss masks. Counterpart of `render_conversation` in nanochat/tokenizer.py.
 
-<|bos|> user: <|user_start|> text <|user_end|>; assistant: <|assistant_start|> parts <|assistant_end|>. Trained on
-(mask 1): the assistant's text, its calculator calls with their delimiters, and <|assistant_end|>. Never trained on:
-everything else, a tool's output included.
+<|bos|>, then for the user <|user_start|> text <|user_end|>, for the assistant <|assistant_start|> parts
+<|assistant_end|>. The mask is 1 for the assistant's text, its calculator calls with their delimiters, and
+<|assistant_end|>, and 0 for everything else, including a tool's output.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mlxchat.errors import DataError
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import find_fault
 
-# Delimiters of each kind of part, and whether the part is trained on.
+# Delimiters of each type of part, and its mask.
 _PARTS = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
@@ -25,20 +25,20 @@ _PARTS = {
 def render_conversation(
     tokenizer: Tokenizer, conversation: Conversation, max_tokens: int | None = 2048
 ) -> tuple[list[int], list[int]]:
-    """Return the ids of a conversation and, for each, 1 if it is trained on.
+    """Return the ids of a conversation and its loss mask (1: trained on).
 
     Args:
         tokenizer: of the model.
-        conversation: {"messages": [{"role", "content"}]}; a system message may come first and is joined to the
-            first user message by an empty line; then user and assistant alternate.
-        max_tokens: the rest is cut off; None: keep all.
+        conversation: {"messages": [{"role", "content"}]}, user and assistant alternating. An optional system message
+            in front is prepended to the first user message with an empty line.
+        max_tokens: maximum length; None: no truncation.
 
     Raises:
-        DataError: roles or contents are not as above.
+        DataError: the roles or contents are invalid.
     """
     messages: Any = conversation.get("messages")
     if fault := find_fault(messages, least=1):
-        raise DataError(f"a conversation cannot be made into tokens: {fault}")
+        raise DataError(f"a conversation cannot be tokenized: {fault}")
     if messages[0]["role"] == "system":
         system, first, *rest = messages
         messages = [{"role": "user", "content": f"{system['content']}\n\n{first['content']}"}, *rest]
@@ -64,7 +64,7 @@ def render_conversation(
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
-    """Return the ids that prompt the assistant for its next message; a final assistant message is left out."""
+    """Return the ids that prompt the assistant for its next message; a final assistant message is dropped."""
     messages = conversation.get("messages") or []
     if messages and messages[-1].get("role") == "assistant":
         messages = messages[:-1]

@@ -1,4 +1,4 @@
-"""A mixture: conversations of several tasks in one deterministic order."""
+"""Mixtures: conversations of several tasks in one deterministic order."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mlxchat.tasks import Conversation, Task, load_item
 
 
 def open_item(ctx: Context, item: TaskItem) -> Task:
-    """Return the task of a line, its downloads fetched and recorded in `ctx.externals`; a stop ends the fetching.
+    """Return the task of an item, after its downloads, which are recorded in `ctx.externals`.
 
     Raises:
-        ConfigError, DataError: as `load_item`.
-        StepFailed: as `Task.check`.
-        PassingError: what it reads cannot be had now.
+        ConfigError, DataError: as in `load_item`.
+        StepFailed: as in `Task.check`.
+        PassingError: a download fails now.
         Interrupted: a signal stopped the run.
     """
     task = load_item(item)
@@ -36,7 +36,7 @@ def open_item(ctx: Context, item: TaskItem) -> Task:
 
 
 def shuffled_places(count: int, seed: int) -> array[int]:
-    """Return 0 … count − 1 in the order in which nanochat, with seed 42, mixes conversations that were listed."""
+    """Return 0 … count − 1 shuffled; with seed 42 this is the order of nanochat's TaskMixture."""
     places = array("Q", range(count))
     random.Random(seed).shuffle(places)
     return places
@@ -48,12 +48,17 @@ class Mixture:
     def __init__(
         self, items: Mapping[str, TaskItem], *, seed: int, load: Callable[[TaskItem], Task] = load_item
     ) -> None:
-        """Load the tasks of the lines, in a stage by `open_item`; `seed` decides their order.
+        """Load the tasks.
+
+        Args:
+            items: name → item.
+            seed: of the shuffle.
+            load: returns the task of an item; stages use `open_item`.
 
         Raises:
-            ConfigError: the mixture or a task of it is empty.
+            ConfigError: the mixture or one of its tasks is empty.
         """
-        # By name: the order in which a file lists its tasks is not part of its identity.
+        # By name, since the order of tasks in a file is not part of the key.
         ordered = dict(sorted(items.items()))
         self._tasks = [load(item) for item in ordered.values()]
         self._names = list(ordered)
@@ -61,12 +66,12 @@ class Mixture:
         empty = [name for name, size in zip(ordered, self._sizes, strict=True) if not size]
         if empty:
             raise ConfigError(
-                f"no conversation of {', '.join(empty)} is left: start is beyond the last one of its split"
+                f"no conversation of {', '.join(empty)} is left: start is beyond the last one of the split"
             )
         self._counts = _count(list(ordered.values()), self._sizes)
         self._ends = list(accumulate(self._counts))
         if not self._ends or not self._ends[-1]:
-            raise ConfigError("the mixture holds no conversation")
+            raise ConfigError("the mixture has no conversations")
         self._order = shuffled_places(self._ends[-1], seed)
 
     def __len__(self) -> int:
@@ -80,34 +85,34 @@ class Mixture:
         return (self[index] for index in range(len(self)))
 
     def name(self, index: int) -> str:
-        """Return the name of a conversation for messages: its task's entry and its number there, from 0."""
+        """Return a conversation's name for messages: its item and its number in the task, from 0."""
         task, place = self._find(index)
         return f"{self._names[task]} conversation {place}"
 
     def task_of(self, index: int) -> str:
-        """Return the entry whose task a conversation is of."""
+        """Return the name of a conversation's item."""
         return self._names[self._find(index)[0]]
 
     def counts(self) -> dict[str, int]:
-        """Return the number of conversations of each entry, repetitions included."""
+        """Return the number of conversations of each item, including repetitions."""
         return dict(zip(self._names, self._counts, strict=True))
 
     def tasks(self) -> dict[str, Task]:
-        """Return the tasks by entry."""
+        """Return item name → task."""
         return dict(zip(self._names, self._tasks, strict=True))
 
     def _find(self, index: int) -> tuple[int, int]:
-        """Return the number of a conversation's task, and its place there."""
+        """Return the index of a conversation's task, and its index in the task."""
         place = self._order[index]
         task = bisect_right(self._ends, place)
         return task, (place - self._ends[task] + self._counts[task]) % self._sizes[task]
 
 
 def _count(items: Sequence[TaskItem], sizes: Sequence[int]) -> list[int]:
-    """Return how many conversations of each task there are in one pass.
+    """Return the number of conversations of each task in one pass.
 
-    With weights, the total is that of all tasks, divided in proportion to the weights; a task with too few begins
-    again, of one with too many the first are taken.
+    With weights, the total size of all tasks is divided in proportion to the weights; tasks with fewer conversations
+    repeat, of others only the first are taken.
     """
     weights = [item.weight for item in items]
     if all(weight is None for weight in weights):

@@ -1,19 +1,19 @@
-"""Packing of documents and conversations into rows of one length.
+"""Packs documents and conversations into rows of equal length.
 
-Of documents:
-- best_fit (nanochat's pretraining of 2026): rows begin with <|bos|> and are full. The longest waiting document that
-  fits is placed; if none fits, the shortest is cropped, and its rest dropped.
-- best_fit_whole: the rest waits for another row instead, behind a <|bos|> of its own.
+Documents:
+- best_fit (nanochat's pretraining of 2026): rows begin with <|bos|> and are full. The longest buffered document that
+  fits is placed; if none fits, the shortest is cropped, and its rest is dropped.
+- best_fit_whole: the rest goes back to the buffer with its own <|bos|>.
 - stream (nanochat's pretraining of 2025): slices of one stream of tokens.
 
-Of conversations:
-- best_fit (nanochat's SFT of 2026): whole conversations, then padding that no loss counts.
-- alone (its SFT of 2025): one conversation a row.
+Conversations:
+- best_fit (nanochat's SFT of 2026): whole conversations, then padding without loss.
+- alone (its SFT of 2025): one conversation per row.
 - stream (its midtraining of 2025).
 
-Rows come one at a time, so the micro-batch size never changes the order of the data. The state of a stream names the
-documents that wait in its buffer, so a resumed training sees the same rows. Only addresses and lengths wait; tokens are
-copied from their file when a row is made.
+Rows are produced one at a time, so the micro-batch size does not affect the data order. The state contains the buffered
+documents, so a resumed training gets the same rows. The buffer holds addresses and lengths; tokens are copied from
+their file when a row is built.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ _WIDTH_STEP = 128
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Row = tuple[Ints, Ints]
-"""Inputs (T,) and targets (T,), IGNORED where no loss is taken."""
+"""Inputs (T,) and targets (T,), which are IGNORED where there is no loss."""
 
 
 class EndOfText(Exception):
-    """A source that is read once holds no further token."""
+    """A source that is read once has no further tokens."""
 
 
 class ShuffledConversations:
-    """Conversations in an order that follows from seed and epoch alone, as a source; endless or `once`."""
+    """A source of conversations in an order that depends on seed and epoch only; endless unless `once`."""
 
     def __init__(
         self, conversations: Tokens, seed: int, name_of: Callable[[int], str] = "conversation {}".format, *,
@@ -57,17 +57,17 @@ class ShuffledConversations:
 
     @property
     def left(self) -> int:
-        """Conversations of this epoch that `next` has not returned yet."""
+        """Conversations left in this epoch."""
         return len(self._order) - self._next
 
     def begin_epoch(self) -> None:
-        """End this epoch; a source that is read once stays at its end."""
+        """Begin the next epoch; a source that is read once stays at its end."""
         self.epoch += 1
         if not self._once:
             self._next, self._order = 0, self._shuffle()
 
     def next(self, count: int) -> list[tuple[int, int]]:
-        """Return number and length of the next ones, of one epoch."""
+        """Return the indices and lengths of the next conversations of one epoch."""
         if not self.left:
             self.begin_epoch()
         found = self._order[self._next : self._next + count]
@@ -83,20 +83,20 @@ class ShuffledConversations:
         return self._conversations.ids(address)
 
     def trained(self, address: int) -> Array:
-        """Return which tokens of a conversation are the assistant's."""
+        """Return the loss mask of a conversation."""
         return self._conversations.trained(address)
 
     def state(self) -> dict[str, Any]:
-        """Return the epoch and the place in its order."""
+        """Return the epoch and the position in it."""
         return {"epoch": self.epoch, "next": self._next}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Return to a position."""
+        """Restore a position."""
         self.epoch, self._next = state["epoch"], state["next"]
         self._order = self._shuffle()
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Do nothing: there is no background work."""
 
     def _shuffle(self) -> list[int]:
         order = list(range(len(self._conversations)))
@@ -105,7 +105,7 @@ class ShuffledConversations:
 
 
 class BestFitBuffer:
-    """Waiting sequences, found by length in logarithmic time. Among equals the first to arrive comes first."""
+    """A buffer of sequences, searched by length in logarithmic time; first in, first out among equal lengths."""
 
     def __init__(self) -> None:
         self._waiting: list[tuple[int, int, Any]] = []  # sorted by length and arrival
@@ -132,7 +132,7 @@ class BestFitBuffer:
         return self._remove(0)
 
     def addresses(self) -> list[Any]:
-        """Return the addresses of what waits, in order of arrival."""
+        """Return the buffered addresses in order of arrival."""
         return [address for _, _, address in sorted(self._waiting, key=itemgetter(1))]
 
     def _remove(self, index: int) -> tuple[Any, int]:
@@ -141,20 +141,20 @@ class BestFitBuffer:
 
 
 class RowStream(ABC):
-    """Rows of a source. Endless unless its source is read once."""
+    """Rows of a source; endless unless the source is read once."""
 
     def __init__(self, source: Any, row_tokens: int, padding: int | None = None) -> None:
-        """Start at the position of the source.
+        """Start at the source's position.
 
         Args:
             source: `Documents` or `ShuffledConversations`.
             row_tokens: T.
-            padding: the id that fills the rest of a row; None: the row's first.
+            padding: id that fills the end of a row; None: the row's first id.
         """
         self._source, self._row_tokens = source, row_tokens
         self._padding: Any = padding
         self.placed: list[Any] = []
-        """The addresses of what the last row holds."""
+        """The addresses in the last row."""
 
     @property
     def epoch(self) -> int:
@@ -165,7 +165,7 @@ class RowStream(ABC):
         """Return the next row.
 
         Raises:
-            EndOfText: there is none.
+            EndOfText: the source has ended.
         """
         row, trained = np.empty(self._row_tokens + 1, dtype=np.int32), np.zeros(self._row_tokens + 1, dtype=np.bool_)
         filled, self.placed = 0, []
@@ -174,22 +174,22 @@ class RowStream(ABC):
             row[filled:end], trained[filled:end] = ids, is_trained
             filled = end
             self.placed.append(address)
-        if filled < 2 and self._padding is None:  # too few to predict one
+        if filled < 2 and self._padding is None:  # no target
             raise EndOfText
         row[filled:] = row[0] if self._padding is None else self._padding
         return row[:-1], np.where(trained[1:], row[1:], np.int32(IGNORED))
 
     @abstractmethod
     def _pieces(self, space: int) -> Iterator[tuple[Any, Array, Array | bool]]:
-        """Yield what the next row holds: address, ids, and which of them are trained on; at most `space` ids."""
+        """Yield the pieces of the next row: address, ids and loss mask; at most `space` ids together."""
 
     def name(self, address: Any) -> str:
-        """Return the name of what is at an address, for messages."""
+        """Return an address's name for messages."""
         return str(self._source.name(address))
 
     @abstractmethod
     def counts(self) -> dict[str, float]:
-        """Return what was counted up to the last row: epochs, losses to cropping."""
+        """Return counts up to the last row: epochs, cropped tokens, truncated conversations."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -197,7 +197,7 @@ class RowStream(ABC):
 
     @abstractmethod
     def restore(self, state: dict[str, Any]) -> None:
-        """Return to a position."""
+        """Restore a position."""
 
     def close(self) -> None:
         """End the source's background work, until the next `restore`."""
@@ -207,20 +207,20 @@ class RowStream(ABC):
 class DocumentRows(RowStream):
     """Rows of documents, best fit with cropping; every token but the row's first is a target.
 
-    Where the source ends, so do the rows; the last one is padded, and its padding is no target.
+    If the source ends, the last row is padded without targets.
     """
 
     def __init__(
         self, documents: Documents, row_tokens: int, buffer_documents: int, *, rest_begins: int | None = None
     ) -> None:
-        """Start where the source is.
+        """Start at the source's position.
 
         Args:
             documents: the source, whose addresses are pairs.
             row_tokens: T.
-            buffer_documents: how many best fit chooses from.
-            rest_begins: None: what is cropped off is dropped, as nanochat does; an id (<|bos|>): it waits for another
-                row and begins with that. Its address is the document's with the place where it goes on.
+            buffer_documents: size of the best-fit buffer.
+            rest_begins: None: cropped tokens are dropped, as in nanochat; an id (<|bos|>): they return to the buffer
+                behind this id, with the document's address and the offset of the rest as the address.
         """
         super().__init__(documents, row_tokens)
         self._wanted, self._rest_begins = buffer_documents, rest_begins
@@ -243,7 +243,7 @@ class DocumentRows(RowStream):
             self.placed_tokens += used
 
     def counts(self) -> dict[str, float]:
-        """Return the passes over the corpus, the tokens lost to cropping, and their share of all that were read."""
+        """Return the epochs, the cropped tokens, and their share of all tokens read."""
         used = self.cropped_tokens + self.placed_tokens
         return {
             "epochs": self.epoch,
@@ -252,7 +252,7 @@ class DocumentRows(RowStream):
         }
 
     def state(self) -> dict[str, Any]:
-        """Return the source's position and the addresses of the waiting documents."""
+        """Return the source's position and the buffered addresses."""
         return {
             "cursor": self._source.state(),
             "waiting": self._buffer.addresses(),
@@ -279,7 +279,7 @@ class DocumentRows(RowStream):
                 self._buffer.add(address, length)
 
     def _crop(self, address: Any, length: int, space: int) -> None:
-        """Drop what `space` tokens do not hold of a document, or let it wait."""
+        """Drop a document's tokens beyond `space`, or return them to the buffer."""
         if self._rest_begins is None:
             self.cropped_tokens += length - space
         else:
@@ -294,7 +294,7 @@ class DocumentRows(RowStream):
 
 
 class ConversationRows(RowStream):
-    """Rows of conversations, best fit with padding; no row holds conversations of two epochs."""
+    """Rows of conversations, best fit with padding; no row has conversations of two epochs."""
 
     def __init__(
         self, conversations: ShuffledConversations, *, padding: int, row_tokens: int, buffer_conversations: int,
@@ -304,11 +304,11 @@ class ConversationRows(RowStream):
 
         Args:
             conversations: the mixture, encoded.
-            padding: the id that fills the rest of a row.
-            row_tokens: T; a longer conversation is cut at T + 1 and counted in `truncated`.
-            buffer_conversations: how many best fit chooses from.
+            padding: id that fills the end of a row.
+            row_tokens: T; longer conversations are truncated to T + 1 and counted in `truncated`.
+            buffer_conversations: size of the best-fit buffer.
             train_on: 'assistant' or 'all'.
-            alone: whether a row holds one conversation, and is padded however short that is.
+            alone: one conversation per row.
         """
         super().__init__(conversations, row_tokens, padding)
         self._wanted, self._train_on, self._alone = buffer_conversations, train_on, alone
@@ -318,7 +318,7 @@ class ConversationRows(RowStream):
     def next_row(self) -> Row:
         """Return the next row."""
         inputs, targets = super().next_row()
-        if self._alone:  # nothing follows the last id: it is a target only
+        if self._alone:  # the last id is only a target
             inputs[self._source.length(self.placed[0]) - 1 :] = self._padding
         return inputs, targets
 
@@ -340,11 +340,11 @@ class ConversationRows(RowStream):
             self._source.begin_epoch()
 
     def counts(self) -> dict[str, float]:
-        """Return how many conversations were cut."""
+        """Return the number of truncated conversations."""
         return {"truncated_conversations": self.truncated}
 
     def state(self) -> dict[str, Any]:
-        """Return the epoch, the place in its order and the waiting conversations."""
+        """Return the source's position and the buffered conversations."""
         return {**self._source.state(), "waiting": self._buffer.addresses(), "truncated": self.truncated}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -372,36 +372,36 @@ class ConversationRows(RowStream):
 
 
 class StreamRows(RowStream):
-    """Rows cut out of one stream of tokens.
+    """Slices of one stream of tokens; rows begin anywhere, and no token is dropped.
 
-    A batch of B rows takes B × T + 1 tokens: each row's last target begins the next row, except for the last one's,
-    which is a target and never an input. Rows begin anywhere, and nothing is lost.
+    A batch of B rows takes B × T + 1 tokens: each row's last target is the next row's first input, except in the
+    batch's last row, whose last target is never an input.
     """
 
     def __init__(self, source: Any, row_tokens: int, batch_rows: int, *, train_on: str | None = None) -> None:
-        """Start where the source is.
+        """Start at the source's position.
 
         Args:
             source: of documents or conversations.
             row_tokens: T.
-            batch_rows: rows that share a batch.
-            train_on: of conversations: 'assistant' or 'all', which is what nanochat does here; None: documents.
+            batch_rows: rows per batch.
+            train_on: for conversations 'assistant' or 'all' (nanochat's choice); None: documents.
         """
         super().__init__(source, row_tokens)
         self._batch_rows, self._train_on = batch_rows, train_on
-        # Address, length and epoch of what is not used up.
+        # Address, length and epoch of sequences that are not used up.
         self._waiting: deque[tuple[Any, int, int]] = deque()
         self._offset = self._available = self._rows = 0
 
     @property
     def epoch(self) -> int:
-        """Passes whose last token has been used."""
+        """Completed passes, whose last token was used."""
         return self._waiting[0][2] if self._waiting else int(self._source.epoch)
 
     def _pieces(self, space: int) -> Iterator[tuple[Any, Array, Array | bool]]:
         needed = space
         while self._available < needed:
-            if not (found := self._source.next(1)):  # one, so that the source's epoch is that of what it gave
+            if not (found := self._source.next(1)):  # one at a time, so that the source's epoch is the sequence's
                 break
             self._waiting += ((address, length, self._source.epoch) for address, length in found)
             self._available += sum(length for _, length in found)
@@ -422,13 +422,13 @@ class StreamRows(RowStream):
             self._offset -= self._waiting.popleft()[1]
 
     def counts(self) -> dict[str, float]:
-        """Return the passes over documents; nothing is cropped or cut."""
+        """Return the epochs; nothing is cropped or truncated."""
         if self._train_on is not None:
             return {"truncated_conversations": 0}
         return {"epochs": self.epoch, "cropped_tokens": 0, "cropped_frac": 0.0}
 
     def state(self) -> dict[str, Any]:
-        """Return the source's position and what is not used up."""
+        """Return the source's position and the sequences that are not used up."""
         return {
             "cursor": self._source.state(),
             "stream": [list(waiting) for waiting in self._waiting],
@@ -450,9 +450,15 @@ class StreamRows(RowStream):
 def pack_documents(
     packing: str, source: Documents, *, row_tokens: int, buffer_documents: int, batch_rows: int, bos: int
 ) -> RowStream:
-    """Return rows of T = `row_tokens`: best_fit, best_fit_whole or stream.
+    """Return rows of documents.
 
-    Best fit chooses from `buffer_documents`; `batch_rows` of the stream share a batch.
+    Args:
+        packing: best_fit, best_fit_whole or stream.
+        source: of documents.
+        row_tokens: T.
+        buffer_documents: size of the best-fit buffer.
+        batch_rows: rows per batch, for stream.
+        bos: id of <|bos|>.
     """
     if packing == "stream":
         return StreamRows(source, row_tokens, batch_rows)
@@ -463,9 +469,9 @@ def pack_conversations(
     packing: str, conversations: ShuffledConversations, *, row_tokens: int, buffer_conversations: int, batch_rows: int,
     train_on: str, bos: int, assistant_end: int,
 ) -> RowStream:  # fmt: skip
-    """Return rows of conversations: best_fit behind <|bos|> padding, alone behind <|assistant_end|>, or stream.
+    """Return rows of conversations: best_fit (padded with <|bos|>), alone (padded with <|assistant_end|>) or stream.
 
-    The arguments are those of `pack_documents` and `ConversationRows`.
+    The other arguments are those of `pack_documents` and `ConversationRows`.
     """
     if packing == "stream":
         return StreamRows(conversations, row_tokens, batch_rows, train_on=train_on)
@@ -477,9 +483,9 @@ def pack_conversations(
 
 
 def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:
-    """Return ids and targets (B, T) without the columns at the end in which no row has a target.
+    """Return ids and targets (B, T) without the trailing columns that have no targets, which do not affect the loss.
 
-    What comes after its last target has no part in a row's loss. Widths are multiples of 128, so that few are compiled.
+    Widths are multiples of 128, so that few are compiled.
     """
     used = np.flatnonzero((targets >= 0).any(axis=0))
     width = min(ids.shape[1], -(-(used[-1] + 1 if len(used) else 1) // _WIDTH_STEP) * _WIDTH_STEP)
@@ -487,7 +493,7 @@ def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:
 
 
 def take_rows(rows: RowStream, count: int) -> list[Row]:
-    """Return the first `count` rows of a stream, fewer where it ends, and close it."""
+    """Return the first `count` rows of a stream, or fewer if it ends, and close it."""
     found: list[Row] = []
     try:
         while len(found) < count:
@@ -500,23 +506,23 @@ def take_rows(rows: RowStream, count: int) -> list[Row]:
 
 
 def take_validation(rows: RowStream, *, row_tokens: int, tokens: int, setting: str) -> list[Row]:
-    """Return rows of held-out text with `tokens` tokens, one row at least; prints a line where there are fewer.
+    """Return validation rows with `tokens` tokens together, at least one row; print a line if there are fewer.
 
-    The source is read once, so that each token counts once. `setting` is where the number of tokens comes from.
+    The source must be read once, so that no token counts twice. `setting` is the key that `tokens` comes from.
     """
     count = max(1, tokens // row_tokens)
     found = take_rows(rows, count)
     if len(found) < count:
         held = sum(int((targets >= 0).sum()) for _, targets in found)
         print(
-            f"  rows of validation text hold {held:,} tokens, fewer than {setting}={tokens:,}; each counts once",
+            f"  the validation text has only {held:,} tokens in rows, fewer than {setting}={tokens:,}",
             flush=True,
         )
     return found
 
 
 def count_rows(rows: RowStream) -> int:
-    """Return how many rows the first epoch of a new stream fills, by packing it."""
+    """Return the number of rows in the first epoch of a new stream, by packing it."""
     count = 0
     while rows.epoch == 0:
         rows.next_row()

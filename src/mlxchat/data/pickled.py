@@ -1,8 +1,8 @@
-"""Reading a pickle without running anything of it: a small machine that knows plain data and a list of names.
+"""A safe unpickler for plain data and an allow-list of names; it executes no code of the pickle.
 
-Python's own unpickler, even with `find_class` overridden, can be made to allocate without bound and to recurse in C.
-This one takes the opcodes that torch.save and pickle.dump write for plain data, refuses every name that its caller did
-not list, calls nothing but the caller's own functions, and bounds size and work before anything else.
+Python's unpickler, even with `find_class` overridden, can be made to allocate without bound and to recurse in C. This
+one supports the opcodes that torch.save and pickle.dump write for plain data, refuses names that its caller did not
+list, calls only the caller's functions, and limits size and number of operations.
 """
 
 from __future__ import annotations
@@ -14,82 +14,82 @@ from typing import Any
 from mlxchat.errors import DataError
 
 MOST_BYTES = 32 << 20
-"""Of a pickle: a vocabulary of 400,000 tokens takes 8 MiB."""
+"""Maximum size of a pickle; a vocabulary of 400,000 tokens has 8 MiB."""
 _MOST_OPERATIONS = 2_000_000
 _KEYS = (str, bytes)
 
 Names = Mapping[tuple[str, str], Any]
-"""(module, name) → what stands for it. Of these, only a `Maker` can be called."""
+"""(module, name) → its replacement. Only `Maker`s can be called."""
 
 
 class Maker:
-    """Stands for a function or class that a pickle calls: the caller's own replacement of it."""
+    """The caller's replacement of a function or class that a pickle calls."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
-        """Take the replacement."""
+        """`make` is called with the pickle's arguments."""
         self.make = make
 
 
 class Made:
-    """Stands for an object: what its class was called with, and the state that it was given."""
+    """A placeholder of an object: its constructor's arguments and its state."""
 
     def __init__(self, *arguments: Any) -> None:
-        """Keep the arguments."""
+        """Store the arguments."""
         self.arguments: tuple[Any, ...] = arguments
         self.state: Any = None
 
 
 class OrderedNames(dict[Any, Any]):
-    """Stands for a collections.OrderedDict; attributes that it had (torch keeps versions there) are dropped."""
+    """Replaces collections.OrderedDict; its attributes (torch stores versions there) are dropped."""
 
     def __init__(self) -> None:
-        """Begin empty. Items come one by one: those of an argument would be hashed, however deep they are."""
+        """Take no argument, whose items would be hashed to any depth; items are set one by one."""
         super().__init__()
 
 
 class _Mark:
-    """Where a group of the stack begins."""
+    """Marks the beginning of a group on the stack."""
 
 
 _MARK = _Mark()
 
 
 class _Refused(Exception):
-    """The pickle is not one that is read; the text says why."""
+    """The pickle is refused; the text is the reason."""
 
 
 def read_pickle(
     data: bytes, names: Names, *, where: str, what: str, persistent: Callable[[Any], Any] | None = None
 ) -> Any:
-    """Return the object of a pickle, made of plain data and of what stands for the listed names.
+    """Return the object of a pickle: plain data and replacements of the allowed names.
 
     Args:
         data: protocols 2 to 5, at most MOST_BYTES.
-        names: what it may name.
+        names: the allowed names.
         where: the file, for messages.
-        what: what it should be, for messages: "a torch file", "a tokenizer of nanochat's".
-        persistent: makes an object of a persistent id; None: there are none.
+        what: the expected content, for messages, such as "a torch file".
+        persistent: returns the object of a persistent id; None: persistent ids are refused.
 
     Raises:
-        DataError: it names or does something else, or is damaged. Nothing of it was run.
+        DataError: the pickle is damaged or uses anything else. No code of it was executed.
     """
     try:
         if len(data) > MOST_BYTES:
-            raise _Refused(f"its pickle has {len(data):,} bytes, at most {MOST_BYTES:,} are read")
+            raise _Refused(f"its pickle has {len(data):,} bytes, more than {MOST_BYTES:,}")
         return _Machine(data, names, persistent).run()
     except _Refused as error:
-        raise DataError(f"{where} is not {what} that can be read: {error}. Nothing of it was run.") from None
+        raise DataError(f"{where} is not {what} that can be read: {error}. No code of it was executed.") from None
     except (struct.error, IndexError):
-        raise DataError(f"{where} is cut off or damaged (its pickle ends too early). Fetch or copy it again.") from None
+        raise DataError(f"{where} is truncated or damaged (its pickle ends too early). Copy it again.") from None
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise DataError(f"{where} is not {what} that can be read ({reason}). Nothing of it was run.") from None
+        raise DataError(f"{where} is not {what} that can be read ({reason}). No code of it was executed.") from None
 
 
 def brief(value: Any) -> str:
-    """Return a value of a pickle for a message: the beginning of a text, a number, or the name of another type.
+    """Return a value of a pickle for a message: the beginning of a text, a number, or the name of its type.
 
-    A container is never written out: a few bytes can make one whose text fills any memory.
+    Containers are never formatted: those of a few bytes can have texts that exceed the memory.
     """
     if type(value) is str:
         return value[:80]
@@ -113,11 +113,11 @@ class _Machine:
             code = self._take(1)[0]
             if code == 0x2E:  # STOP
                 if len(self._stack) != 1:
-                    raise _Refused("it ends with something left over")
+                    raise _Refused("its stack is not empty at the end")
                 return self._stack[0]
             operation = _OPERATIONS.get(code)
             if operation is None:
-                raise _Refused(f"it uses the opcode {chr(code)!r}, which plain data does not need")
+                raise _Refused(f"it uses the opcode {chr(code)!r}, which plain data do not need")
             operation(self)
         raise _Refused(f"it takes more than {_MOST_OPERATIONS:,} operations")
 
@@ -144,7 +144,7 @@ class _Machine:
         return value
 
     def _group(self) -> list[Any]:
-        """Take what stands after the last mark, and the mark."""
+        """Remove the last mark and everything after it; return the latter."""
         for index in range(len(self._stack) - 1, -1, -1):
             if isinstance(self._stack[index], _Mark):
                 group = self._stack[index + 1 :]
@@ -166,20 +166,20 @@ class _Machine:
 
     def _remember(self, place: int) -> None:
         if not self._stack or isinstance(self._stack[-1], _Mark):
-            raise _Refused("it remembers nothing")
+            raise _Refused("it stores an empty stack in its memo")
         self._memo[place] = self._stack[-1]
 
     def _recall(self, place: int) -> None:
         if place not in self._memo:
-            raise _Refused(f"it recalls place {place}, where nothing was remembered")
+            raise _Refused(f"it reads the empty memo entry {place}")
         self._push(self._memo[place])
 
     def _set_items(self, pairs: list[Any]) -> None:
         target = self._stack[-1]
         if not isinstance(target, dict) or len(pairs) % 2:
-            raise _Refused("it puts items into something that takes none")
+            raise _Refused("it puts items into something that is not a dictionary")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            # Others would be hashed by walking through them, however deep they are, or could be made to collide.
+            # Hashing other types could recurse to any depth or collide.
             if type(key) not in _KEYS:
                 raise _Refused(f"a dictionary has a key of type {type(key).__name__}")
             target[key] = value
@@ -187,13 +187,13 @@ class _Machine:
     def _append(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if type(target) is not list:
-            raise _Refused("it appends to something that is no list")
+            raise _Refused("it appends to something that is not a list")
         target.extend(items)
 
     def _name(self, module: Any, name: Any) -> None:
         known = self._names.get((module, name)) if type(module) is str and type(name) is str else None
         if known is None:
-            raise _Refused(f"it asks for {brief(module)}.{brief(name)}, which such a file does not need")
+            raise _Refused(f"it names {brief(module)}.{brief(name)}, which such a file does not need")
         self._push(known)
 
     def _stack_name(self) -> None:
@@ -203,7 +203,7 @@ class _Machine:
     def _call(self) -> None:
         arguments, function = self._pop(), self._pop()
         if not isinstance(function, Maker) or type(arguments) is not tuple:
-            raise _Refused("it calls something that is no function of such a file")
+            raise _Refused("it calls something that is not an allowed function")
         self._push(function.make(*arguments))
 
     def _build(self) -> None:
@@ -211,7 +211,7 @@ class _Machine:
         if isinstance(target, Made):
             target.state = state
         elif not isinstance(target, OrderedNames):
-            raise _Refused("it gives a state to something that has none")
+            raise _Refused("it sets the state of something that has none")
 
     def _persist(self) -> None:
         if self._persistent is None:
@@ -219,11 +219,11 @@ class _Machine:
         self._push(self._persistent(self._pop()))
 
     def _skip_frame(self) -> None:
-        self._take(8)  # how much follows, which the end of the data says as well
+        self._take(8)  # the frame's size is redundant
 
     def _protocol(self) -> None:
         if self._number("<B") > 5:
-            raise _Refused("it is of a later protocol than 5")
+            raise _Refused("its protocol is above 5")
 
 
 _OPERATIONS: dict[int, Callable[[_Machine], None]] = {

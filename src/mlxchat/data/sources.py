@@ -1,14 +1,14 @@
-"""Text: where documents come from, and the shards of a corpus.
+"""Corpora: shards of documents from packages, local files, or the Hugging Face Hub.
 
-A corpus artifact of packages and local files holds parquet files with a column `text`: shard_00000.parquet … for
-training, validation.parquet held out, as nanochat's. A corpus on the Hugging Face Hub is pinned, not copied:
-corpus.json names the commit and lists every file with its checksum. The files are in the Hub's cache, once for all
-runs; they are fetched when they are read, or ahead of it in the background (`fetch_ahead`).
+A corpus artifact of packages and local files has parquet files with a column `text`: shard_00000.parquet … for
+training and validation.parquet, as in nanochat. A corpus on the Hub is pinned, not copied: corpus.json has the commit
+and lists every file with its checksum. These files are in the Hub's cache and downloaded on demand, or ahead in the
+background (`fetch_ahead`).
 
-To add a corpus: a YAML in `conf/corpus` that names a data set of the Hub, local files (.txt, .jsonl, .parquet), or
-packages with text (`tasks/bundled.py`).
+To add a corpus: a YAML in `conf/corpus` with a data set of the Hub, local files (.txt, .jsonl, .parquet), or packages
+(`tasks/bundled.py`).
 
-Planning imports this module, so pyarrow is imported where files are read.
+Planning imports this module, so pyarrow is imported only where files are read.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ from mlxchat.store.manifest import MANIFEST
 LISTING = "corpus.json"
 VALIDATION = "validation.parquet"
 COLUMN = "text"
-# Of FineWeb-Edu and ClimbMix: files of some 95 MB with 0.25 billion characters. Measured once a file is there.
+# For FineWeb-Edu and ClimbMix: files of 95 MB with 250 million characters. Measured after the first download.
 ESTIMATED_CHARS_PER_BYTE = 2.6
 
-# Documents in memory at a time, whatever the size of a file's row groups.
-# Few, since a file of a kilobyte can hold many of megabytes; 8 are as fast as 1,024.
+# Documents in memory at a time. Few, since a compressed file of a kilobyte can have many of megabytes; 8 are as fast
+# as 1,024.
 _BATCH_DOCUMENTS = 8
 _NAMES_SHOWN = 10
-# Without a horizon: files fetched beyond the one that is read.
+# Files downloaded ahead of the one being read, if the run's total is unknown.
 _AHEAD_FILES = 1
 
 Check = Callable[[], None]
-"""Called during long work; it may raise, to end that."""
+"""Called often during long work; may raise to end it."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of documents, or a range of its rows: on this machine, or on the Hub until it is needed."""
+    """A file of documents or a range of its rows, local or on the Hub."""
 
     name: str
     sha256: str
-    """Of the file (git's id where the Hub lists no sha256); its tokens are named by it."""
+    """Of the file; git's id if the Hub lists no sha256. Part of the key of its tokens."""
     local: Path | None = None
     file: HubFile | None = None
     column: str = COLUMN
     first: int = 0
-    """The first row that counts."""
+    """First row of the range."""
     stop: int | None = None
-    """The row after the last one that counts; None: all to the end."""
+    """End of the range, exclusive; None: end of the file."""
 
     @classmethod
     def of(cls, path: Path, sha256: str | None = None) -> Shard:
@@ -72,17 +72,17 @@ class Shard:
 
     @classmethod
     def on_hub(cls, file: HubFile, column: str, *rows: int | None) -> Shard:
-        """Return the shard of a file on the Hub, or of the rows `first`, `stop` of it."""
+        """Return the shard of a file on the Hub; `rows` are `first` and `stop`."""
         content = file.sha256 or f"git:{file.git_sha1}"
         return cls(Path(file.path).name, content, None, file, column, *rows)  # type: ignore[arg-type]
 
     @property
     def stem(self) -> str:
-        """The name without its ending."""
+        """The name without its extension."""
         return Path(self.name).stem
 
     def identity(self) -> dict[str, Any]:
-        """Return what determines the documents, as plain data."""
+        """Return everything that determines the documents, as plain data."""
         rows = {} if (self.first, self.stop) == (0, None) else {"rows": [self.first, self.stop]}
         return {"text": self.sha256, **({} if self.column == COLUMN else {"column": self.column}), **rows}
 
@@ -93,17 +93,17 @@ class Shard:
         return [self.file.path, self.file.bytes, self.file.sha256, self.file.git_sha1, *rows]
 
     def path(self, check: Check = lambda: None) -> Path:
-        """Return where the file is; it is fetched and verified now if need be.
+        """Return the file's path, after downloading and verifying it if necessary.
 
         Raises:
-            DataError: it cannot be had.
-            PassingError: the network or the Hub does not work now.
+            DataError: it cannot be downloaded.
+            PassingError: the network or the Hub fails now.
         """
         if self.local is not None:
             return self.local
         from mlxchat.hub.client import fetch_files
 
-        assert self.file is not None, "a shard is on this machine or on the Hub"
+        assert self.file is not None, "a shard is local or on the Hub"
         return fetch_files([self.file], check=check)[0]
 
     def count(self, check: Check = lambda: None) -> int:
@@ -112,10 +112,10 @@ class Shard:
         return int(min(rows, self.stop if self.stop is not None else rows) - self.first)
 
     def documents(self, check: Check = lambda: None) -> Iterator[str]:
-        """Yield the documents in order, a few in memory at a time; an empty cell is an empty document.
+        """Yield the documents in order, with few in memory at a time; null is an empty document.
 
         Raises:
-            DataError: the file cannot be read, or has no such column of text.
+            DataError: the file cannot be read, or the column is missing or not text.
         """
         import pyarrow as pa
 
@@ -137,28 +137,28 @@ class Shard:
             raise DataError(f"{path}: cannot be read ({error})") from None
         names = file.schema_arrow.names
         if self.column not in names:
-            raise DataError(f'{self.name}: no column "{self.column}"; there are {", ".join(names)}')
+            raise DataError(f'{self.name}: no column "{self.column}"; it has {", ".join(names)}')
         kind = file.schema_arrow.field(self.column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(f'{self.name}: column "{self.column}" holds {kind}, expected text')
+            raise DataError(f'{self.name}: column "{self.column}" has type {kind}, expected text')
         return file
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """The shards of a corpus: those of an artifact, or what the Hub lists."""
+    """The shards of a corpus, from an artifact or a listing of the Hub."""
 
     train: list[Shard]
-    """In the order in which they are read."""
+    """In reading order."""
     validation: list[Shard]
     chars_per_byte: float = ESTIMATED_CHARS_PER_BYTE
-    """Characters of text in a byte of a file on the Hub."""
+    """Characters of text per byte of a file on the Hub."""
     is_measured: bool = False
     """Whether `chars_per_byte` was measured on the validation files."""
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:
-        """Return the corpus of an artifact; nothing is fetched or read.
+        """Return the corpus of an artifact; nothing is downloaded.
 
         Raises:
             DataError: it has no shards.
@@ -178,7 +178,7 @@ class Corpus:
             return cls(train, validation, float(listing["chars_per_byte"]), True)
         paths = {pattern: sorted(folder.glob(pattern)) for pattern in ("shard_*.parquet", VALIDATION)}
         if missing := [pattern for pattern, found in paths.items() if not found]:
-            raise DataError(f"{folder} holds no {' and no '.join(missing)}")
+            raise DataError(f"{folder} has no {' and no '.join(missing)}")
         manifest = read_json(folder / MANIFEST) or {}
         hashes = {file["path"]: file["sha256"] for file in manifest.get("outputs", ())}
         train, validation = ([Shard.of(path, hashes.get(path.name)) for path in found] for found in paths.values())
@@ -186,13 +186,13 @@ class Corpus:
 
     @classmethod
     def listed(cls, hub: HubConfig, validation_documents: int) -> Corpus:
-        """Return what a data set of the Hub has; nothing but the listing is fetched.
+        """Return the corpus of a data set of the Hub; only the listing is downloaded.
 
-        Validation files are chosen by name alone. Without such names the first `validation_documents` of the first
-        file are held out.
+        Validation files are chosen by their names. Without a pattern for them, the first `validation_documents` of the
+        first file are held out.
 
         Raises:
-            DataError: there is no such data set, or no file matches.
+            DataError: the data set does not exist, or no file matches.
         """
         from mlxchat.hub.client import list_files
 
@@ -209,7 +209,7 @@ class Corpus:
             )
         if others := [file for file in train if not file.path.endswith(".parquet")]:
             raise DataError(
-                f"{hub.repository}: {others[0].path} is no parquet file. The Hub converts most data sets: try "
+                f"{hub.repository}: {others[0].path} is not a parquet file. The Hub converts most data sets: try "
                 "corpus.hub.revision=refs/convert/parquet 'corpus.hub.train_files=default/train/*.parquet'"
             )
         shards = [Shard.on_hub(file, hub.column) for file in train[: hub.num_train_files]]
@@ -220,7 +220,7 @@ class Corpus:
 
     @classmethod
     def recorded(cls, hub: HubConfig) -> Corpus | None:
-        """Return the training files that an earlier listing recorded; None: there is none. Uses no network."""
+        """Return the training files of an earlier listing, or None; uses no network."""
         train, _ = _choose(hub, listings.recorded_files(hub.repository, hub.revision) or ())
         return cls([Shard.on_hub(file, hub.column) for file in train[: hub.num_train_files]], []) if train else None
 
@@ -229,9 +229,9 @@ class Corpus:
         return self.validation if split == "validation" else self.train
 
     def documents(self, split: str, chars: float | None = None) -> Iterator[str]:
-        """Yield every document of a split once, in order. The next files of the Hub are fetched in the background.
+        """Yield every document of a split once, in order. The next files are downloaded in the background.
 
-        `chars` is how much the run will read; no more is fetched. None: one file ahead.
+        `chars` is how much the run will read, and limits the downloads; None: one file ahead.
         """
         for index, shard in enumerate(self.shards(split)):
             self.fetch_ahead(split, index + 1, chars)
@@ -247,19 +247,19 @@ class Corpus:
         return self.chars_per_byte * sum(file.bytes for file in self.files())
 
     def first(self, chars: float, split: str = "train") -> list[HubFile]:
-        """Return as many files, from the first, as have so many characters together; all, if all have fewer."""
+        """Return the first files that have `chars` characters together; all if they have fewer."""
         files = self.files(split)
         sizes = list(accumulate(file.bytes for file in files))
         return files[: bisect_left(sizes, chars / self.chars_per_byte) + 1]
 
     def missing_bytes(self, chars: float) -> int:
-        """Return the bytes of these files that are not on this machine."""
+        """Return the bytes of the first files with `chars` characters that are not on this machine."""
         return missing_bytes((file.blob, file.bytes) for file in self.first(chars) if not file.is_there())
 
     def fetch_ahead(self, split: str, start: int, chars: float | None = None) -> None:
-        """Fetch a split's files from number `start` on in the background.
+        """Download a split's files in the background, from index `start` until all have `chars` characters together.
 
-        As many are fetched as have `chars` characters from the beginning; None: one file.
+        None: one file.
         """
         if files := self.files(split):
             from mlxchat.hub import client
@@ -268,16 +268,16 @@ class Corpus:
             client.fetch_ahead(files[start:stop])
 
     def measure(self, check: Check = lambda: None) -> tuple[Corpus, int, int]:
-        """Return the corpus with the measured characters in a byte, and the validation's documents and characters.
+        """Return the corpus with measured characters per byte, and the validation's documents and characters.
 
-        The validation files are fetched if they are not there; see `pin_corpus` for what is raised.
+        Downloads the validation files if necessary; raises as `pin_corpus`.
         """
         documents = chars = 0
         size = 0.0
         for shard, file in zip(self.validation, self.files("validation"), strict=True):
             for document in shard.documents(check):
                 documents, chars = documents + 1, chars + len(document)
-            # Of a part of the rows: the bytes that they take as far as one row is like another.
+            # A range of rows counts with its share of the file, assuming rows of equal size.
             share = 1.0 if shard.stop is None else shard.count() / max(1, replace(shard, stop=None).count())
             size += file.bytes * share
         density = chars / max(1.0, size) or ESTIMATED_CHARS_PER_BYTE
@@ -285,7 +285,7 @@ class Corpus:
 
 
 def contents_of(hub: HubConfig, hash_of: Callable[[Path], str]) -> list[str]:
-    """Return the commit of a data set, for a key."""
+    """Return the commit of a data set, for the step's key."""
     return [listings.find_commit(hub.repository, hub.revision) or f"{UNKNOWN}{hub.repository} at {hub.revision}"]
 
 
@@ -302,12 +302,12 @@ def _choose(hub: HubConfig, files: Sequence[HubFile]) -> tuple[list[HubFile], li
 def gather_documents(
     packages: list[str], paths: list[str], *, document_chars: int | None, seed: int
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the documents of packages and local files, shuffled once, and a record of each source.
+    """Return the shuffled documents of packages and local files, and a record of each source.
 
-    Documents of packages are cut at sentence ends into parts of at most `document_chars`; None: they stay whole.
+    Documents of packages are split at sentence ends into parts of at most `document_chars`; None: not split.
 
     Raises:
-        DataError: a package or file is missing, cannot be read or holds no text.
+        DataError: a package or file is missing, cannot be read or has no text.
     """
     from mlxchat.tasks import bundled
 
@@ -329,10 +329,10 @@ def gather_documents(
 
 
 def read_file(path: Path) -> Iterator[str]:
-    """Yield the documents of a .txt (parts between blank-line pairs), .jsonl (`text`) or .parquet (`text`) file.
+    """Yield the documents of a .txt (separated by two blank lines), .jsonl or .parquet file (field `text`).
 
     Raises:
-        DataError: another ending, no such field, or lines that are not JSON, all of them by number.
+        DataError: another extension, no such field, or invalid JSON (the message has the line numbers).
     """
     try:
         if path.suffix == ".parquet":
@@ -349,7 +349,7 @@ def read_file(path: Path) -> Iterator[str]:
 
 def _read_jsonl(path: Path) -> Iterator[str]:
     bad = []
-    # Not splitlines: JSON allows U+2028 and its like inside a line.
+    # Not splitlines, which also splits at U+2028; JSON allows it within a line.
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), 1):
         if not line.strip():
             continue
@@ -358,21 +358,21 @@ def _read_jsonl(path: Path) -> Iterator[str]:
         except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if isinstance(text, str):
-            yield text.encode(errors="replace").decode()  # half a character is in no file of ours
+            yield text.encode(errors="replace").decode()  # replaces lone surrogates, which parquet cannot store
         else:
             bad.append(str(number))
     if bad:
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        raise DataError(f'{path}: lines {", ".join(bad[:20])}{more} are no JSON objects with a field "text"')
+        raise DataError(f'{path}: lines {", ".join(bad[:20])}{more} are not JSON objects with a field "text"')
 
 
 def write_shards(
     folder: Path, documents: list[str], *, validation_documents: int, shard_documents: int, row_group_documents: int
 ) -> None:
-    """Write documents as shards: the first `validation_documents` are held out, the rest is for training.
+    """Write documents as shards; the first `validation_documents` are held out.
 
     Raises:
-        DataError: nothing would be left to train on.
+        DataError: no document is left to train on.
     """
     if len(documents) <= validation_documents:
         raise DataError(
@@ -395,13 +395,13 @@ def write_shards(
 def pin_corpus(
     hub: HubConfig, out: Path, *, validation_documents: int, train_chars: float | None, check: Check = lambda: None
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Write the artifact of a corpus on the Hub; return its numbers, and a record of what it pins.
+    """Write the artifact of a corpus on the Hub; return its numbers, and records of the pinned files.
 
-    The validation files and the first training file are fetched and looked at; then, in the background, as many as
-    the run will read for training (`train_chars`, if known), for which there must be room on the disk.
+    Downloads and checks the validation files and the first training file. The files that the run will read
+    (`train_chars`, if known) follow in the background.
 
     Raises:
-        DataError: a file is not what it should be, or the disk has no room for what the run needs.
+        DataError: a file is invalid, or the disk has no space for the run's text.
         PassingError: the Hub does not answer.
     """
     from mlxchat.hub.client import fetch_files, record
@@ -430,7 +430,7 @@ def pin_corpus(
     all_files = {
         "url": f"hf://{files[0].kind}s/{files[0].repository}",
         "revision": files[0].revision,
-        "sha256": digest,  # of the listing, which stands for the files
+        "sha256": digest,  # of the listing
         "bytes": numbers["train_bytes"],
         "files": len(files),
     }

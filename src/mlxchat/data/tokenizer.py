@@ -1,7 +1,7 @@
 """The tokenizer: byte-pair encoding, trained by rustbpe (`bpe.py`), applied by tiktoken, saved without pickle.
 
-Counterpart of nanochat/tokenizer.py. Files of an artifact: ranks.tiktoken (base64 token and rank per line, the
-truth), tokenizer.json and tokenizer_config.json (the same for the Hugging Face ecosystem), token_bytes.safetensors.
+Counterpart of nanochat/tokenizer.py. Files of an artifact: ranks.tiktoken (base64 token and rank per line;
+authoritative), tokenizer.json and tokenizer_config.json (the same for Hugging Face), token_bytes.safetensors.
 """
 
 from __future__ import annotations
@@ -51,17 +51,21 @@ _CHAT_TEMPLATE = """{{- '<|bos|>' -}}
 
 
 _EVERY_KIND = "The cat's 12 naïve CATS don't; 345,678 \t\n\r\n   你好 مرحبا नमस्ते 😀 _x_ {}\u0301\x00\u2028 end  "
-"""Letters, marks, digits, signs, blanks and controls, alone and side by side: a pattern must find all of it."""
+"""Letters, marks, digits, signs, blanks and control characters, single and adjacent, which a pattern must cover."""
 
 
 class Tokenizer:
     """Text to token ids and back. Special tokens have the highest ids, in the order of SPECIAL_TOKENS."""
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = SPLIT_PATTERN) -> None:
-        """Take the mergeable ranks (token bytes → id, 0 … n − 1, the 256 bytes among them) and how text is cut.
+        """Create a tokenizer.
+
+        Args:
+            ranks: mergeable tokens: bytes → id, 0 … n − 1, including the 256 single bytes.
+            pattern: regular expression that splits text into pieces.
 
         Raises:
-            DataError: the pattern is no regular expression.
+            DataError: the pattern is not a regular expression.
         """
         self.ranks, self.pattern = ranks, pattern
         self.special_ids = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}
@@ -70,7 +74,7 @@ class Tokenizer:
                 name="mlxchat", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special_ids
             )
         except ValueError as error:
-            raise DataError(f"text cannot be cut by {pattern} ({error})") from None
+            raise DataError(f"{pattern} is not a regular expression that tiktoken reads ({error})") from None
         self.bos = self.special_ids["<|bos|>"]
         self.assistant_end = self.special_ids["<|assistant_end|>"]
         self.ends = (self.assistant_end, self.bos)
@@ -78,19 +82,19 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, the special ones included."""
+        """Number of tokens, including special ones."""
         return len(self.ranks) + len(SPECIAL_TOKENS)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text. What looks like a special token in it is ordinary text."""
+        """Return the ids of a text. Names of special tokens in it are ordinary text."""
         try:
             return [id_ for part in self._encode_to_numpy(text) for id_ in part.tolist()]
-        except UnicodeEncodeError:  # half a character, which tiktoken replaces here
+        except UnicodeEncodeError:  # lone surrogates, which encode_ordinary replaces
             return self.encoding.encode_ordinary(text)
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
-        """Return each document's ids, with <|bos|> in front. Other threads run meanwhile."""
-        # Without lists of Python numbers it takes half the time, and most of that without Python's lock.
+        """Return each document's ids, with <|bos|> in front. Releases the interpreter's lock."""
+        # Arrays instead of lists halve the time, most of which then runs without the interpreter's lock.
         bos = np.array([self.bos], dtype=np.uint32)
         return [np.concatenate((bos, *self._encode_to_numpy(text))) for text in texts]
 
@@ -99,12 +103,12 @@ class Tokenizer:
             return [self.encoding.encode_to_numpy(text, disallowed_special=())]
         except UnicodeEncodeError:
             raise
-        except ValueError:  # a run of hundreds of thousands of blanks: too far for the pattern to step back over
+        except ValueError:  # hundreds of thousands of blanks exceed the pattern's backtracking limit
             parts = (text[start : start + _PART_CHARS] for start in range(0, len(text), _PART_CHARS))
             return [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of ids; invalid UTF-8 becomes U+FFFD."""
         return self.encoding.decode(list(ids))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -113,7 +117,7 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 of everything that decides how a text is encoded, in hex."""
+        """The sha256 of everything that determines the encoding, in hexadecimal."""
         lines = [
             self.pattern,
             *SPECIAL_TOKENS,
@@ -123,7 +127,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Raw bytes of each id, 0 for special tokens: (vocab_size,)."""
+        """Number of bytes of each id, 0 for special tokens: (vocab_size,)."""
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for token, rank in self.ranks.items():
             lengths[rank] = len(token)
@@ -203,22 +207,20 @@ class Tokenizer:
         }  # fmt: skip
 
     def _merges(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the pair that each token above the bytes was merged from."""
+        """Yield the pair that each token of several bytes was merged from."""
         for token in sorted(self.ranks, key=self.ranks.__getitem__):
             if len(token) > 1:
                 yield split_token(token, self.ranks)
 
 
 def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:
-    """Return a tokenizer with an existing vocabulary and our special tokens, and whether the source's ids are kept.
+    """Return a tokenizer with an existing vocabulary and our special tokens, and whether it keeps the source's ids.
 
     Raises:
-        DataError: it is not there, is damaged, or encodes in a way that ours would not.
+        DataError: the vocabulary is missing or damaged, or its encoding cannot be reproduced.
     """
     vocabulary = read_vocabulary(source)
     tokenizer = Tokenizer(vocabulary.ranks, vocabulary.pattern)
     if tokenizer.decode(tokenizer.encode(_EVERY_KIND)) != _EVERY_KIND:
-        raise DataError(
-            f"{source} cannot be taken over: tiktoken drops what its pattern leaves out ({tokenizer.pattern})"
-        )
+        raise DataError(f"{source} cannot be imported: its pattern does not cover all text ({tokenizer.pattern})")
     return tokenizer, vocabulary.keeps_ids

@@ -1,10 +1,10 @@
-"""Token ids: their file format, and the documents of a corpus, whose shards are encoded when they are needed.
+"""Token files, and the documents of a corpus, whose shards are encoded on demand.
 
-Text and conversations become artifacts (`tokens-…`), once per content and tokenizer, shared by every run. Each is one
-safetensors file, written as a stream and memory-mapped:
-- offsets (n + 1,) int64: where each sequence begins, and the end of the last;
-- ids (tokens,) uint16 or, for vocabularies beyond 65,536, uint32;
-- for conversations also trained (tokens,) bool.
+Text and conversations are encoded once per content and tokenizer into artifacts (`tokens-…`) that all runs share. Each
+is a safetensors file, written as a stream and memory-mapped:
+- offsets (n + 1,) int64: the start of each sequence, and the end of the last;
+- ids (tokens,) uint16, or uint32 for vocabularies above 65,536;
+- trained (tokens,) bool, for conversations: the loss mask.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from mlxchat.store.fingerprint import canonical_json
 FORMAT = 1
 FILE = "tokens.safetensors"
 
-# The header is written last, into space that is kept for it; the format allows spaces after the JSON.
+# The header is written last into reserved space; the format allows spaces after the JSON.
 _HEADER_BYTES = 512
 _TYPES = {"I64": np.int64, "U16": np.uint16, "U32": np.uint32, "BOOL": np.bool_}
-# Documents that one thread encodes at a time: a fraction of a second, after which a stop is noticed.
+# Documents that one thread encodes between two checks for a stop: a fraction of a second.
 _PART_DOCUMENTS = 128
 _MOST_OPEN_SHARDS = 16
 
@@ -51,14 +51,14 @@ Address = tuple[int, int]
 
 @dataclass(frozen=True)
 class Tokens:
-    """Sequences of token ids, by number."""
+    """Sequences of token ids."""
 
     offsets: Array
     """(n + 1,)"""
     flat: Array
-    """(tokens,): the ids of all sequences, one after the other."""
+    """(tokens,): the concatenated ids of all sequences."""
     flat_trained: Array | None
-    """(tokens,): whether a token is trained on; None: where the question does not arise."""
+    """(tokens,): the loss mask; None: documents."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -73,24 +73,24 @@ class Tokens:
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
     def trained(self, index: int) -> Array:
-        """Return which tokens of a sequence are trained on, as a view of the file."""
-        assert self.flat_trained is not None, "these sequences were written without"
+        """Return the loss mask of a sequence, as a view of the file."""
+        assert self.flat_trained is not None, "documents have no loss mask"
         return self.flat_trained[self.offsets[index] : self.offsets[index + 1]]
 
 
 def write_tokens(
     file: BinaryIO, sequences: Iterable[tuple[Array, Array | None]], *, count: int, vocab_size: int
 ) -> int:
-    """Write sequences as they come into an empty file; return how many tokens they have together.
+    """Write sequences to an empty file as a stream; return their total number of tokens.
 
     Args:
         file: seekable.
-        sequences: ids, and which of them are trained on: for all sequences, or None for all.
+        sequences: ids and loss masks; either all or no masks are None.
         count: number of sequences.
-        vocab_size: decides the width of an id on disk.
+        vocab_size: determines the type of the ids.
 
     Raises:
-        DataError: there are more or fewer than `count`.
+        DataError: there are more or fewer than `count` sequences.
     """
     width = np.uint16 if vocab_size <= 1 << 16 else np.uint32
     offsets = np.zeros(count + 1, dtype=np.int64)
@@ -105,7 +105,7 @@ def write_tokens(
         if trained is not None:
             masks.append(trained.astype(np.bool_))
     if found != count:
-        raise DataError(f"{found} sequences were encoded where {count} were expected: the text changed meanwhile")
+        raise DataError(f"{found} sequences were encoded, expected {count}: the text changed meanwhile")
     total = int(offsets[-1])
     for mask in masks:
         file.write(mask.tobytes())
@@ -121,24 +121,24 @@ def write_tokens(
 
 
 def open_tokens(folder: Path) -> Tokens:
-    """Return the sequences of a folder; their bytes are read when they are looked at.
+    """Return the memory-mapped sequences of a folder.
 
     Raises:
-        DataError: the file is missing, cut or something else.
+        DataError: the file is missing, truncated or invalid.
     """
     path = folder / FILE
     try:
         with path.open("rb") as file:
             return read_tokens(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}). Remove the folder; the next run makes it again.") from None
+        raise DataError(f"{path} is damaged ({error}). Remove the folder; the next run recreates it.") from None
 
 
 def read_tokens(buffer: Any) -> Tokens:
-    """Return the sequences of a file's bytes as views of them.
+    """Return the sequences of a file's bytes, as views.
 
     Raises:
-        ValueError, KeyError, TypeError: they are not what `write_tokens` wrote.
+        ValueError, KeyError, TypeError: the bytes are not in `write_tokens`'s format.
     """
     size = int.from_bytes(buffer[:8], "little")
     header = json.loads(bytes(buffer[8 : 8 + size]))
@@ -147,7 +147,7 @@ def read_tokens(buffer: Any) -> Tokens:
         start, stop = header[name]["data_offsets"]
         (count,) = header[name]["shape"]
         if 8 + size + stop > len(buffer):
-            raise ValueError("it is cut")
+            raise ValueError("it is truncated")
         dtype = _TYPES[header[name]["dtype"]]
         return np.frombuffer(buffer, dtype, count, 8 + size + start) if count else np.zeros(0, dtype)
 
@@ -155,13 +155,13 @@ def read_tokens(buffer: Any) -> Tokens:
 
 
 Obtain = Callable[[Shard, bool, Check], Path]
-"""Takes a text shard, whether its tokens are needed now, and a check; returns the folder with its tokens."""
+"""(shard, whether a caller waits for it, check) → folder with the shard's tokens."""
 
 
 class Documents:
-    """The documents of a split as token ids, in order, endless or once, with a position that can be saved and restored.
+    """The tokenized documents of a split in order, endless or once; the position can be saved and restored.
 
-    Each shard is encoded when it is needed. While it is read, the next one is encoded in a thread.
+    Each shard is encoded on demand. While it is read, a thread encodes the next one.
     """
 
     def __init__(
@@ -172,24 +172,24 @@ class Documents:
 
         Args:
             shards: of text, in order.
-            obtain: encodes a shard, or finds it encoded.
-            once: after the last document there are no more.
-            on_open: called with the number of a shard that is about to be read.
+            obtain: encodes a shard, unless it is encoded already.
+            once: end after the last document instead of starting over.
+            on_open: called with the index of a shard before it is read.
         """
         self._shards, self._obtain, self._once, self._on_open = list(shards), obtain, once, on_open
         self.epoch = 0
         self._position: Address = (0, 0)
         self._empty = 0  # consecutive shards without a document
-        # Few at a time: every open file takes a handle, and documents that wait for a row come from few shards.
+        # Few are open, since each takes a file handle; buffered documents come from few shards.
         self._open: OrderedDict[int, Tokens] = OrderedDict()
         self._closing = threading.Event()
         self._worker: tuple[int, threading.Thread] | None = None
 
     def next(self, count: int) -> list[tuple[Address, int]]:
-        """Return addresses and lengths in tokens of the next `count` documents; fewer at the end, if it has one.
+        """Return addresses and lengths in tokens of the next `count` documents; fewer at the end if read `once`.
 
         Raises:
-            DataError: the corpus has none.
+            DataError: the corpus has no documents.
         """
         found: list[tuple[Address, int]] = []
         while len(found) < count:
@@ -204,7 +204,7 @@ class Documents:
             self._empty = 0 if len(tokens) else self._empty + 1
             if self._empty > len(self._shards):
                 names = [shard.name for shard in self._shards]
-                raise DataError(f"the corpus holds no document in {', '.join(names[:5])}{' …' * (len(names) > 5)}")
+                raise DataError(f"the corpus has no documents in {', '.join(names[:5])}{' …' * (len(names) > 5)}")
             stop = min(len(tokens), start + count - len(found))
             found += (((shard, start + i), length) for i, length in enumerate(tokens.lengths(start, stop)))
             self._position = (shard, stop) if stop < len(tokens) else (shard + 1, 0)
@@ -221,27 +221,27 @@ class Documents:
         return self.tokens(shard).ids(document)
 
     def name(self, address: Address) -> str:
-        """Return the shard's file and the document's number in it, from 0."""
+        """Return a document's name: the shard's file and the number in it, from 0."""
         shard, document = address
         return f"{self._shards[shard].name} document {document}"
 
     def state(self) -> dict[str, Any]:
-        """Return the position as plain numbers."""
+        """Return the position as JSON data."""
         return {"epoch": self.epoch, "position": list(self._position)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Return to a position; closed documents work again."""
+        """Restore a position; also reopens closed documents."""
         self.epoch = state["epoch"]
         shard, document = state["position"]
         self._position = (shard, document)
 
     def tokens(self, index: int) -> Tokens:
-        """Return a shard's tokens, encoding it first if need be."""
+        """Return a shard's tokens, after encoding it if necessary."""
         found = self._open.get(index)
         if found is None:
             self._on_open(index)
             if self._worker is not None and self._worker[0] == index:
-                self._worker[1].join()  # it checks for stops as encoding here would
+                self._worker[1].join()  # checks for stops, too
             found = self._open[index] = open_tokens(self._obtain(self._shards[index], True, lambda: None))
             while len(self._open) > _MOST_OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -249,7 +249,7 @@ class Documents:
         return found
 
     def prepare(self, index: int) -> None:
-        """Begin to encode a shard in the background, unless another one still is."""
+        """Start encoding a shard in the background, unless the thread is busy."""
         if index in self._open or (self._worker is not None and self._worker[1].is_alive()):
             return
         self._closing.clear()
@@ -259,7 +259,7 @@ class Documents:
                 raise _Closed
 
         def work() -> None:
-            with suppress(Exception):  # it fails again, with a message, when the shard is needed
+            with suppress(Exception):  # fails again, with a message, when the shard is needed
                 self._obtain(self._shards[index], False, check)
 
         worker = threading.Thread(target=work, name=f"encode {self._shards[index].name}", daemon=True)
@@ -267,7 +267,7 @@ class Documents:
         self._worker = index, worker
 
     def close(self) -> None:
-        """End background work, until the next `restore`."""
+        """End the background work until the next `restore`."""
         self._closing.set()
         if self._worker is not None:
             self._worker[1].join()
@@ -275,29 +275,29 @@ class Documents:
 
 
 class _Closed(Exception):
-    """The background work is not needed any more."""
+    """Ends the background work."""
 
 
 class DocumentTokenizer(Protocol):
-    """Encodes documents: our tokenizer, or that of a third-party model."""
+    """Encodes documents: our tokenizer or a third-party model's."""
 
     @property
     def digest(self) -> str:
-        """A hash of everything that determines how a text is encoded."""
+        """A hash of everything that determines the encoding."""
 
     @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
 
     def encode_documents(self, texts: list[str]) -> list[Array]:
-        """Return each document's ids, with the token that begins it in front."""
+        """Return each document's ids, with the begin token in front."""
 
 
 def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, once: bool = False) -> Documents:
-    """Return the documents of a split ('train' or 'validation') of the step's corpus, again and again or `once`.
+    """Return the documents of a split ('train' or 'validation') of the step's corpus, endless or `once`.
 
-    Each shard is encoded when it is needed, on all cores; the one after it meanwhile, on a quarter of them. Files of
-    the Hub are fetched ahead of that, as many as the run is known to need.
+    Shards are encoded on demand with all cores, and the next one in the background with a quarter of them. The files
+    that the run will need are downloaded ahead.
     """
     corpus = Corpus.open(ctx.inputs["corpus"])
     chars = ctx.hints.get("train_chars") if split == "train" else None
@@ -327,9 +327,9 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
 def encode_shard(
     shard: Shard, tokenizer: DocumentTokenizer, folder: Path, *, threads: int, check: Check = lambda: None
 ) -> dict[str, float]:
-    """Encode a text shard into a folder, fetched first if need be; return the numbers for its manifest.
+    """Encode a text shard into a folder, after downloading it if necessary; return the numbers for the manifest.
 
-    `check` is called every few hundred documents and may raise, to end the work.
+    `check` is called every few hundred documents and may raise to end the work.
     """
 
     def encode() -> Iterator[tuple[Array, None]]:
@@ -346,7 +346,7 @@ def encode_shard(
 
 
 def open_mixture(ctx: Context, name: str, mixture: Mixture, tokenizer: Tokenizer) -> Tokens:
-    """Return the conversations of a mixture, each with what is trained on in it; `name` is for people."""
+    """Return the tokenized conversations of a mixture; `name` becomes part of the artifact's label."""
     digest = hashlib.sha256()
     for conversation in mixture:
         digest.update(canonical_json(conversation.get("messages")).encode() + b"\n")
@@ -368,7 +368,7 @@ def open_mixture(ctx: Context, name: str, mixture: Mixture, tokenizer: Tokenizer
 def _write(
     folder: Path, sequences: Iterable[tuple[Array, Array | None]], kind: str, count: int, vocab_size: int
 ) -> dict[str, float]:
-    """Write sequences into a folder; return the numbers for its manifest."""
+    """Write sequences to a folder; return the numbers for the manifest."""
     began = time.monotonic()
     with (folder / FILE).open("wb") as file:
         tokens = write_tokens(file, sequences, count=count, vocab_size=vocab_size)

