@@ -10,12 +10,16 @@ import statistics
 import subprocess
 from collections.abc import Callable
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.artifacts import make_model as artifacts_model
+from kit.artifacts import make_tokenizer, publish
+from kit.commands import Say
 from mlxchat.bench import generate
 from mlxchat.bench.parts import parts_of_step, phases_of_step
 from mlxchat.bench.tables import print_tables
@@ -23,6 +27,7 @@ from mlxchat.bench.timing import fill_zero_weights, random_rows
 from mlxchat.cli import main
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config
+from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.optim.optimizer import Optimizer, Rates
@@ -303,19 +308,56 @@ def test_core_is_measured_both_ways_with_equal_verdicts(mlxchat: Callable[..., D
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8])
-def test_a_step_of_decoding_reads_all_weights_but_the_embedding_and_what_rows_look_back_on(
+def test_a_step_reads_all_weights_but_the_embedding_and_the_past(
     monkeypatch: pytest.MonkeyPatch, kv_bits: int | None
 ) -> None:
     """Two layers 64 wide with heads of 32, of October 2025: 12 C² a layer and the head, in float32."""
-    for name, value in {"_BATCH_ROWS": (1, 3), "_PROMPT_TOKENS": 96, "_BANDWIDTH_BYTES": 1_000_000}.items():
-        monkeypatch.setattr(generate, name, value)
+    monkeypatch.setattr(generate, "_BANDWIDTH_BYTES", 1_000_000)
+    monkeypatch.setattr(generate, "peak_flops", lambda dtype: 1e9)
     overrides = ["model=d2", "model.aspect_ratio=32", "model.head_width=32", "bench.vocab_size=320", "machine=cpu"]
+    asked = ["bench.rows=[1,3]", "bench.prompt_tokens=[36]", "bench.new_tokens=8", "bench.steps=1"]
     kv = [] if kv_bits is None else [f"bench.kv_bits={kv_bits}"]
-    found = generate.measure_generation(compose_config([*overrides, *kv, "bench.past_tokens=40"]).config)
-    assert found["weight_bytes_per_step"] == 4 * (2 * 12 * 64 * 64 + 320 * 64)
-    for row in found["decode"]:
+    found = generate.measure_generation(compose_config([*overrides, *asked, *kv]).config)
+    matrices, head = 2 * 12 * 64 * 64, 320 * 64
+    assert found["weight_bytes_per_step"] == 4 * (matrices + head)
+    assert [row["rows"] for row in found["results"]] == [1, 3]
+    for row in found["results"]:
         bits = 32 if kv_bits is None else 10
         assert row["past_bytes"] == row["rows"] * 40 * 2 * 2 * 64 * bits // 8
         assert row["step_bytes"] == found["weight_bytes_per_step"] + row["past_bytes"]
-        assert row["tokens_per_second"] == pytest.approx(row["rows"] / row["step_seconds"])
-    assert found["prefill"]["first_token_seconds"] > 0
+        assert row["decode_tokens_per_second"] == pytest.approx(row["rows"] / row["step_seconds"])
+        assert row["prompt_tokens_per_second"] == pytest.approx(row["rows"] * 36 / row["first_token_seconds"])
+        # 2 FLOPs a weight; queries and values of 64 channels meet each of the past tokens in two layers.
+        decoding, reading = (2 * w + 2 * 4 * 64 * past for w, past in ((matrices + head, 40), (matrices, 18)))
+        assert row["decode_mfu"] == pytest.approx(row["decode_tokens_per_second"] * decoding / 1e9)
+        assert row["prompt_mfu"] == pytest.approx(row["prompt_tokens_per_second"] * reading / 1e9)
+        assert row["peak_bytes"] > found["weight_bytes_per_step"]
+
+
+def test_a_given_model_and_its_export_read_the_same_bytes(tmp_path: Path, say: Say) -> None:
+    outputs = tmp_path / "outputs"
+    model, tokenizer = artifacts_model("oct2025"), make_tokenizer()
+    publish(outputs, "talks", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat"}))
+    say("export", "talks", "--to", "hf", tmp_path / "hf", f"outputs={outputs}")
+    asked = ["--batch", "1,2", "--prompt", "20", "--new", "4", "bench.steps=1", f"outputs={outputs}"]
+    said = [say("bench", "generate", name, *asked, "--json") for name in ("talks", f"hf:{tmp_path / 'hf'}")]
+    ours, theirs = (json.loads(next(line for line in text.splitlines() if line[:1] == "{")) for text in said)
+    assert (ours["num_parameters"], ours["weight_bytes_per_step"]) == (
+        theirs["num_parameters"], theirs["weight_bytes_per_step"]
+    )  # fmt: skip
+    assert [row["past_bytes"] for row in ours["results"]] == [row["past_bytes"] for row in theirs["results"]]
+    kept = [json.loads(path.read_text())["command"] for path in sorted((outputs / "bench").iterdir())]
+    assert "mlxchat bench generate talks bench.steps=1" in kept[0]
+    table = say("bench", "generate", "talks", *asked, "--bits", "4")
+    assert "MFU" in table
+    context = model.sizes.context_tokens
+    for arguments, told in (
+        ([f"hf:{tmp_path / 'hf'}", "--prompt", context, "--bits", "8"], f"takes {context} tokens"),
+        ([f"hf:{tmp_path / 'hf'}", "--prompt", context, "--bits", "8"], "bench.bits requires a model of mlxchat"),
+        (["talks", "--batch", "0", "--new", "1"], "bench.rows is [0], expected one or more"),
+        (["talks", "--batch", "0", "--new", "1"], "bench.new_tokens is 1, expected at least 2"),
+        (["talks", "model=d4"], "model=d4: no effect on talks"),
+        (["talks", "--batch", "100000000"], "To lower the need: a smaller --batch"),
+    ):
+        assert told in say("bench", "generate", *arguments, f"outputs={outputs}", code=2)
+    assert "bench train takes no model" in say("bench", "train", "talks", f"outputs={outputs}", code=2)

@@ -1,71 +1,120 @@
-"""How fast this machine answers: reading a prompt, decoding at several batch sizes, and what memory would allow."""
+"""How fast a model answers here: reading prompts and decoding at several batch sizes, what memory allows, the peak."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
-from typing import Any, TextIO
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TextIO
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from mlxchat.bench.timing import fill_zero_weights
-from mlxchat.config.schema import Config
+from mlxchat.bench.timing import fill_zero_weights, median
+from mlxchat.config.schema import BenchConfig, Config
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.engine.cache import Slots
-from mlxchat.engine.decode import Decoder, make_decoder
+from mlxchat.engine.decode import make_decoder
 from mlxchat.engine.quantise import packed_copy
-from mlxchat.model.gpt import GPT, init_weights
-from mlxchat.model.sizes import count_parameters, sizes_of
+from mlxchat.engine.third_party import ThirdPartyEngine
+from mlxchat.errors import ConfigError
+from mlxchat.model.checkpoint import load_for_inference
+from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, init_weights, set_parameters
+from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, make_lanes, prepare_machine
+from mlxchat.ops.machine import PREFILL_TOKENS
+from mlxchat.planning.given import sizes_of_folder
+from mlxchat.planning.memory import Decoding, find_device
+from mlxchat.planning.peak import peak_flops
 from mlxchat.runner.progress import Progress
-from mlxchat.store.environment import versions
+from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, versions
+from mlxchat.training.forecast_finetune import measure_teacher, teacher_context
 
-_BATCH_ROWS = (1, 8, 32)
-_PROMPT_TOKENS, _READ_AT_A_TIME = 1024, 512
-_STEPS, _WARMUP_STEPS = 12, 3
+# Readings of a prompt end once they took so long together.
+_ENOUGH_SECONDS = 3.0
 _BANDWIDTH_BYTES, _BANDWIDTH_TIMES = 256_000_000, 5
 
 
-def measure_generation(config: Config) -> dict[str, Any]:
+@dataclass(frozen=True)
+class GivenModel:
+    """A model in a folder."""
+
+    name: str
+    folder: Path
+    third_party: bool
+    """Whether mlx-lm runs it."""
+
+
+class _Rows(Protocol):
+    """The rows of a model that is measured."""
+
+    vocab_size: int
+    num_parameters: int
+    weight_bytes: int
+    """Of weights that a decoding step reads."""
+
+    def read(self, prompts: list[list[int]], new_tokens: int) -> None:
+        """Read prompts of one length, and compute the first token after each."""
+
+    def step(self) -> None:
+        """Compute one more token of each row."""
+
+    def past_bytes(self, rows: int, tokens: int) -> int:
+        """Return the bytes of keys and values that a decoding step reads after so many tokens of each row."""
+
+    def flops(self, tokens: float, *, decoding: bool) -> float:
+        """Return the FLOPs of one token after so many others; the head is computed in decoding alone."""
+
+
+def measure_generation(config: Config, given: GivenModel | None = None) -> dict[str, Any]:
     """Return what `mlxchat bench generate --json` prints: plain data, seconds, bytes, tokens per second.
 
-    'decode' has for each batch size tokens per second, of the median step after `bench.past_tokens`, and the bytes that
-    a step reads (weights once, keys and values of every row), as a share of what this machine can read in that time.
-    'prefill' is a prompt of 1,024 tokens; its 'first_token_seconds' include the step that makes the first token.
+    'results' has an entry for each number of rows and each length of prompts. 'prompt_tokens_per_second' counts the
+    time to every row's first token, the median of `bench.steps` readings; 'decode_tokens_per_second' the median step
+    after it. 'share_of_bandwidth' is what a step reads (weights once, keys and values of every row), of what this
+    machine can read in that time. 'prompt_mfu' and 'decode_mfu' are shares of the device's peak (null: unknown). FLOPs
+    of third-party models are those of their weights alone, of all experts where they have some. 'peak_bytes' is what
+    MLX held at most, weights included; on a CPU the process.
+
+    Args:
+        config: the section bench, the machine; the model's sizes if none is given.
+        given: what is measured; None: random weights.
+
+    Raises:
+        ConfigError: it does not fit into memory, or the model takes fewer tokens.
     """
-    bench = config.bench
-    prepare_machine(config.machine)
-    sizes = sizes_of(replace(config.model, context_tokens=2 * _PROMPT_TOKENS), config.architecture, bench.vocab_size)
-    model = GPT(sizes)
-    init_weights(model, config.seed)
-    fill_zero_weights(model, config.seed + 1)
-    mx.eval(model.parameters())  # type: ignore[no-untyped-call]
-    if bench.bits is not None:
-        model = packed_copy(model, bench.bits)
-    decoder = make_decoder(model, kv_bits=bench.kv_bits)
-    with Progress("bench", len(_BATCH_ROWS) + 2, "measurements") as progress:
-        bandwidth = _bandwidth()
-        progress.update(1, measuring="memory")
-        prefill = _prefill(decoder, config.seed)
-        progress.update(2, measuring="prefill")
-        decode = []
-        for place, rows in enumerate(_BATCH_ROWS):
-            decode.append(_decode(decoder, rows, bench.past_tokens, bandwidth))
-            progress.update(3 + place, measuring=f"{rows} rows")
+    bench, dtype = config.bench, prepare_machine(config.machine)
+    longest = max(bench.prompt_tokens) + bench.new_tokens
+    sizes = _sizes(config, given, longest)
+    if problems := list(_find_problems(config, given, sizes, longest)):
+        raise ConfigError("\n".join(problems))
+    results = []
+    with Progress("bench", len(bench.rows) * len(bench.prompt_tokens), "measurements") as progress:
+        bandwidth, peak = _bandwidth(), peak_flops(dtype)
+        model = _load(config, given, sizes, dtype)
+        for rows in bench.rows:
+            for tokens in bench.prompt_tokens:
+                mx.clear_cache()
+                results.append(_measure(model, rows, tokens, bench, config.seed, bandwidth, peak))
+                progress.update(len(results), measuring=f"{rows} × {tokens}")
     return {
-        "decode": decode,
-        "prefill": prefill,
+        "results": results,
         "memory_bytes_per_second": bandwidth,
-        "weight_bytes_per_step": decoder.bytes_per_step(),
-        "model": config.model.name,
-        "architecture": config.architecture.name,
-        "num_parameters": count_parameters(sizes)["total"],
+        "peak_gflops": peak / 1e9 if peak else None,
+        "weight_bytes_per_step": model.weight_bytes,
+        "model": config.model.name if given is None else given.name,
+        "architecture": config.architecture.name if given is None else None,
+        "num_parameters": model.num_parameters,
         "bench": asdict(bench),
         "seed": config.seed,
+        "dtype": str(dtype).removeprefix("mlx.core."),
         "device": describe_device(),
         "versions": versions(),
     }
@@ -74,28 +123,223 @@ def measure_generation(config: Config) -> dict[str, Any]:
 def print_tables(record: dict[str, Any], stream: TextIO) -> None:
     """Print what `measure_generation` returned."""
     console = Console(file=stream, highlight=False)
-    device, prefill = record["device"], record["prefill"]
+    device = record["device"]
+    name = " ".join(filter(None, (record["model"], record["architecture"])))
     console.print(
-        f"{record['model']} {record['architecture']}: {format_count(record['num_parameters'])} parameters, "
-        f"{device['name']} ({device['backend']}), {device['cores']} cores, {device['blas']}"
+        Text(
+            f"{name}: {format_count(record['num_parameters'])} parameters, a step of decoding reads "
+            f"{format_bytes(record['weight_bytes_per_step'])} of weights",
+            style="bold",
+        )
     )
+    console.print(Text(f"{device['name']} ({device['backend']}), {device['cores']} cores, {device['blas']}"))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for title in ("", "tok/s", "step", "read per step", "of the memory's rate"):
-        table.add_column(title, justify="right" if title else "left")
-    rate, seconds = prefill["tokens_per_second"], prefill["first_token_seconds"]
-    table.add_row(f"prefill, {prefill['tokens']:,} tokens", f"{rate:,.0f}", f"{1000 * seconds:,.0f} ms", "", "")
-    for row in record["decode"]:
+    titles = "batch", "prompt", "prompt\ntok/s", "MFU", "first\ntoken", "decode\ntok/s", "MFU", "band-\nwidth", "memory"
+    for title in titles:
+        table.add_column(title, justify="right")
+    for row in record["results"]:
         table.add_row(
-            f"decode, {row['rows']} rows",
-            f"{row['tokens_per_second']:,.0f}",
-            f"{1000 * row['step_seconds']:,.1f} ms",
-            format_bytes(row["step_bytes"]),
-            f"{row['share_of_bandwidth']:.0%}",
+            f"{row['rows']}",
+            f"{row['prompt_tokens']:,}",
+            f"{row['prompt_tokens_per_second']:,.0f}",
+            _share(row["prompt_mfu"]),
+            f"{row['first_token_seconds']:,.3f} s",
+            f"{row['decode_tokens_per_second']:,.0f}",
+            _share(row["decode_mfu"]),
+            _share(row["share_of_bandwidth"]),
+            format_bytes(row["peak_bytes"]),
         )
     console.print(table)
+    peak = "unknown" if record["peak_gflops"] is None else f"{record['peak_gflops']:,.0f} GFLOP/s"
     console.print(
-        f"memory: {format_bytes(record['memory_bytes_per_second'])}/s read by all cores together", style="dim"
+        Text(
+            f"bandwidth: of {format_bytes(record['memory_bytes_per_second'])}/s that all cores read together; MFU: of "
+            f"the peak, {peak} in {record['dtype']}",
+            style="dim",
+        )
     )
+
+
+def _share(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}" if share >= 0.1 else f"{share:.1%}"
+
+
+def _sizes(config: Config, given: GivenModel | None, longest: int) -> GPTSizes | None:
+    """Return the sizes of a model of ours; None: it is a third-party model."""
+    if given is None:
+        model = replace(config.model, context_tokens=longest)
+        return sizes_of(model, config.architecture, config.bench.vocab_size)
+    return None if given.third_party else sizes_of_folder(given.folder)
+
+
+def _find_problems(config: Config, given: GivenModel | None, sizes: GPTSizes | None, longest: int) -> Iterator[str]:
+    bench, device = config.bench, find_device(config.machine, ask_mlx=True)
+    rows = max(bench.rows)
+    what = f"{rows} rows of {longest:,} tokens, prompts and answers, with the weights"
+    remedies = ("a smaller --batch", "a smaller --prompt", "a smaller --new")
+    if sizes is not None:
+        needed = Decoding(sizes=sizes, device=device, row_tokens=longest, bits=bench.bits, kv_bits=bench.kv_bits)
+        if not device.fits(needed.peak_bytes(rows)):
+            yield f"bench generate {device.excess(needed.peak_bytes(rows), what, remedies)}"
+        return
+    assert given is not None
+    context, size = teacher_context(given.folder), measure_teacher(given.folder)
+    if context is not None and longest > context:
+        yield (
+            f"{given.name} takes {context:,} tokens; the longest prompt and answer have {longest:,}: "
+            "give a smaller --prompt or --new"
+        )
+    if not device.fits(total := size.weights + rows * longest * size.kept_per_token):
+        yield f"bench generate {device.excess(total, what, remedies)}"
+    for key in ("bits", "kv_bits"):
+        if getattr(bench, key) is not None:
+            yield f"bench.{key} requires a model of mlxchat; mlx-lm runs {given.name} as it is"
+
+
+def _load(config: Config, given: GivenModel | None, sizes: GPTSizes | None, dtype: mx.Dtype) -> _Rows:
+    if sizes is None:
+        assert given is not None
+        return _ThirdPartyRows(ThirdPartyEngine.load(given.folder).model)
+    if given is not None:
+        model, _, _ = load_for_inference(given.folder, dtype)
+    else:
+        model = GPT(sizes)
+        init_weights(model, config.seed)
+        fill_zero_weights(model, config.seed + 1)
+        set_parameters(model, cast_parameters(flatten_parameters(model), dtype))
+        mx.eval(flatten_parameters(model))
+    if config.bench.bits is not None:
+        model = packed_copy(model, config.bench.bits)
+    return _OwnRows(model, config.bench.kv_bits)
+
+
+def _measure(
+    model: _Rows, rows: int, tokens: int, bench: BenchConfig, seed: int, bandwidth: float, peak: float | None
+) -> dict[str, Any]:
+    prompts = np.random.default_rng(seed).integers(0, model.vocab_size, (rows, tokens)).tolist()
+    reset_peak_memory()
+    model.read(prompts, bench.new_tokens)  # compiles
+    model.step()
+    reading: list[float] = []
+    while not reading or (len(reading) < bench.steps and sum(reading) < _ENOUGH_SECONDS):
+        began = time.perf_counter()
+        model.read(prompts, bench.new_tokens)
+        reading.append(time.perf_counter() - began)
+    steps = []
+    for _ in range(bench.new_tokens - 1):
+        began = time.perf_counter()
+        model.step()
+        steps.append(time.perf_counter() - began)
+    first, step, past = median(reading), median(steps), tokens + bench.new_tokens // 2
+    past_bytes = model.past_bytes(rows, past)
+    step_bytes = model.weight_bytes + past_bytes
+    prompt_rate, decode_rate = rows * tokens / first, rows / step
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return {
+        "rows": rows,
+        "prompt_tokens": tokens,
+        "new_tokens": bench.new_tokens,
+        "prompt_tokens_per_second": prompt_rate,
+        "first_token_seconds": first,
+        "prompt_mfu": prompt_rate * model.flops(tokens / 2, decoding=False) / peak if peak else None,
+        "decode_tokens_per_second": decode_rate,
+        "step_seconds": step,
+        "decode_mfu": decode_rate * model.flops(past, decoding=True) / peak if peak else None,
+        "step_bytes": step_bytes,
+        "past_bytes": past_bytes,
+        "share_of_bandwidth": step_bytes / step / bandwidth,
+        "peak_bytes": peak_memory_bytes() if on_cpu else mx.get_peak_memory(),
+    }
+
+
+class _OwnRows:
+    """`_Rows` of a model of ours, read and decoded as the engine does."""
+
+    def __init__(self, model: GPT, kv_bits: int | None) -> None:
+        self._decoder = make_decoder(model, kv_bits=kv_bits)
+        self._sizes, self._counts = model.sizes, count_parameters(model.sizes)
+        self.vocab_size, self.num_parameters = model.sizes.vocab_size, self._counts["total"]
+        self.weight_bytes = self._decoder.bytes_per_step()
+
+    def read(self, prompts: list[list[int]], new_tokens: int) -> None:
+        self._slots, self._last, self._position = (
+            Slots(self._decoder),
+            [ids[-1] for ids in prompts],
+            len(prompts[0]) - 1,
+        )
+        self._slots.reserve(len(prompts), len(prompts[0]) + new_tokens)
+        for row, ids in enumerate(prompts):
+            past = None
+            for start in range(0, len(ids) - 1, PREFILL_TOKENS):
+                piece = ids[start : min(start + PREFILL_TOKENS, len(ids) - 1)]
+                past = self._slots.read(piece, past, ids[start - 1] if start else None)
+            self._slots.fill(row, past)
+        self.step()
+
+    def step(self) -> None:
+        self._slots.step(self._last, self._last, [self._position] * len(self._last))
+        self._position += 1
+
+    def past_bytes(self, rows: int, tokens: int) -> int:
+        return rows * self._seen(tokens) * self._sizes.num_kv_heads * self._decoder.format.bytes_per_token()
+
+    def flops(self, tokens: float, *, decoding: bool) -> float:
+        weights = self._counts["matrices"] + (self._counts["head"] if decoding else 0)
+        return 2 * weights + 4 * self._sizes.width * self._seen(int(tokens))
+
+    def _seen(self, tokens: int) -> int:
+        """Return how many tokens all layers together look back on after so many."""
+        return sum(tokens if window is None else min(tokens, window + 1) for window in self._sizes.windows())
+
+
+class _ThirdPartyRows:
+    """`_Rows` of mlx-lm's model: all rows go through it together."""
+
+    def __init__(self, model: Any) -> None:
+        from mlx_lm.utils import get_total_parameters
+
+        self._model = model
+        self.vocab_size = int(model(mx.array([[0]])).shape[-1])
+        self.num_parameters = int(get_total_parameters(model))  # type: ignore[no-untyped-call]
+        leaves = dict(tree_flatten(model.leaf_modules(), is_leaf=lambda each: isinstance(each, nn.Module)))
+        untied = any("lm_head" in name for name in leaves)
+        tables: list[Any] = [
+            each for each in leaves.values() if untied and isinstance(each, nn.Embedding | nn.QuantizedEmbedding)
+        ]
+        self.weight_bytes = _bytes_of(model.parameters()) - sum(_bytes_of(each.parameters()) for each in tables)
+        self._multiplied: int = self.num_parameters - sum(
+            each.weight.size * 32 // getattr(each, "bits", 32) for each in tables
+        )
+
+    def read(self, prompts: list[list[int]], new_tokens: int) -> None:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        ids = mx.array(prompts)
+        self._cache, self._last = make_prompt_cache(self._model), ids[:, -1:]
+        for start in range(0, ids.shape[1] - 1, PREFILL_TOKENS):
+            self._model(ids[:, start : min(start + PREFILL_TOKENS, ids.shape[1] - 1)], cache=self._cache)
+            mx.eval([each.state for each in self._cache])  # the logits are not computed
+        self.step()
+
+    def step(self) -> None:
+        self._last = self._model(self._last, cache=self._cache).argmax(-1)
+        mx.eval(self._last, [each.state for each in self._cache])
+
+    def past_bytes(self, rows: int, tokens: int) -> int:
+        # Of keys and values (B, K, S, D) mlx-lm holds more than are there.
+        leaves = _arrays_of([each.state for each in self._cache])
+        return sum(leaf.nbytes * tokens // max(tokens, leaf.shape[2] if leaf.ndim == 4 else 0) for leaf in leaves)
+
+    def flops(self, tokens: float, *, decoding: bool) -> float:
+        return 2.0 * self._multiplied
+
+
+def _arrays_of(tree: Any) -> list[mx.array]:
+    return [leaf for leaf in dict(tree_flatten(tree)).values() if isinstance(leaf, mx.array)]
+
+
+def _bytes_of(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in _arrays_of(tree))
 
 
 def _bandwidth() -> float:
@@ -109,47 +353,3 @@ def _bandwidth() -> float:
         mx.eval(lanes.run([lambda array=array: array.sum(0) for array in arrays]))  # type: ignore[misc]
         best = min(best, time.perf_counter() - began)
     return float(sum(array.nbytes for array in arrays) / best)
-
-
-def _prefill(decoder: Decoder, seed: int) -> dict[str, Any]:
-    ids = np.random.default_rng(seed).integers(0, decoder.sizes.vocab_size, _PROMPT_TOKENS).tolist()
-    slots = Slots(decoder)
-    reading, first = [], []
-    for _ in range(3):
-        began, past = time.perf_counter(), None
-        for start in range(0, _PROMPT_TOKENS - 1, _READ_AT_A_TIME):
-            piece = ids[start : min(start + _READ_AT_A_TIME, _PROMPT_TOKENS - 1)]
-            past = slots.read(piece, past, ids[start - 1] if start else None)
-        reading.append(time.perf_counter() - began)
-        slots.reserve(1, _PROMPT_TOKENS)
-        slots.fill(0, past)
-        slots.step(ids[-1:], ids[-2:-1], [_PROMPT_TOKENS - 1])
-        first.append(time.perf_counter() - began)
-    return {
-        "tokens": _PROMPT_TOKENS,
-        "tokens_per_second": (_PROMPT_TOKENS - 1) / float(np.median(reading[1:])),
-        "first_token_seconds": float(np.median(first[1:])),
-    }
-
-
-def _decode(decoder: Decoder, rows: int, past_tokens: int, bandwidth: float) -> dict[str, Any]:
-    slots, ids = Slots(decoder), list(range(rows))
-    slots.reserve(rows, past_tokens + _WARMUP_STEPS + _STEPS)
-    seconds = []
-    for step in range(_WARMUP_STEPS + _STEPS):
-        began = time.perf_counter()
-        slots.step(ids, ids, [past_tokens + step] * rows)
-        seconds.append(time.perf_counter() - began)
-    median, sizes = float(np.median(seconds[_WARMUP_STEPS:])), decoder.sizes
-    seen = sum(past_tokens if window is None else min(past_tokens, window + 1) for window in sizes.windows())
-    past_bytes = rows * seen * sizes.num_kv_heads * decoder.format.bytes_per_token()
-    step_bytes = decoder.bytes_per_step() + past_bytes
-    return {
-        "rows": rows,
-        "tokens_per_second": rows / median,
-        "step_seconds": median,
-        "step_bytes": step_bytes,
-        "bytes_per_token": step_bytes / rows,
-        "past_bytes": past_bytes,
-        "share_of_bandwidth": step_bytes / median / bandwidth,
-    }

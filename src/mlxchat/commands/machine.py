@@ -22,9 +22,12 @@ from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes
-from mlxchat.errors import MlxchatError
+from mlxchat.errors import ConfigError, MlxchatError
 from mlxchat.store.environment import versions
 from mlxchat.store.files import now, write_whole
+from mlxchat.store.naming import find_model
+from mlxchat.store.store import Store
+from mlxchat.store.verify import check_model
 
 _SLOW_GFLOPS = 30
 _LITTLE_DISK_BYTES = 5e9
@@ -178,7 +181,7 @@ def _version(package: str) -> str | None:
 KINDS = {
     "train": ("train", "measure_training", "training steps, validation's forward pass, memory, share of the peak"),
     "core": ("core", "measure_core", "CORE's examples, against computing them one at a time"),
-    "generate": ("generate", "measure_generation", "reading prompts, decoding 1, 8 and 32 rows, what memory allows"),
+    "generate": ("generate", "measure_generation", "reading prompts and decoding, of ID or of random weights"),
     "tokenizer": ("tokenizer", "measure_tokenizer", "training of a tokenizer and encoding, against nanochat's ways"),
 }
 
@@ -186,21 +189,34 @@ _BENCH_SETTINGS = """
   bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps, split: conf/settings/bench.yaml
                        tokenizer: chars, vocab_size
                        core: bundle (made-up examples without one), core_tasks, core_examples
+                       generate: rows, prompt_tokens, new_tokens, bits, kv_bits, as the options do
   model=d8             nanochat's own sizes, since experiment=bench is the default here
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise
   experiment=NAME      its model, architecture, optimizer, vocabulary and rows: quickstart is what plain mlxchat trains
 """
 
 
+_OF_GENERATE = ("rows", "prompt_tokens", "new_tokens", "bits", "kv_bits")
+_LISTS = ("rows", "prompt_tokens")
+_BESIDE_MODEL = ("bench.", "machine", "outputs=", "seed=")
+
+
 def bench(parser: Parser) -> None:
     """Declare `mlxchat bench`."""
     kinds = aligned(([kind, purpose] for kind, (_, _, purpose) in KINDS.items()), indent="  ")
-    parser.take_names("KIND", first=KINDS, about=f"{kinds}\n{_BENCH_SETTINGS}")
+    parser.take_names("KIND [ID]", most=2, first=KINDS, about=f"{kinds}\n{_BENCH_SETTINGS}")
     parser.take_settings()
     parser.description = (
-        "Measure how fast this machine works, with random weights and text. What was measured is kept in "
-        "outputs/bench, if there is an outputs folder, and shown in its reports. Progress goes to stderr."
+        "Measure how fast this machine works, with random weights and text; bench generate also with a model: ID, or "
+        "hf:FOLDER, hf:ORGANISATION/NAME (one that mlx-lm opens). What was measured is kept in outputs/bench, if there "
+        "is an outputs folder, and shown in its reports. Progress goes to stderr."
     )
+    add = parser.add_argument
+    add("--batch", dest="rows", metavar="N,…", help="generate: prompts that are answered together (default: 1,8)")
+    add("--prompt", dest="prompt_tokens", metavar="N,…", help="generate: tokens of a prompt (default: 128,1024)")
+    add("--new", dest="new_tokens", metavar="N", help="generate: tokens of an answer (default: 64)")
+    add("--bits", type=int, choices=(8, 4), help="generate: with weights of so many bits")
+    add("--kv-bits", type=int, choices=(8, 4), help="generate: with keys and values of so many bits")
     parser.add_json("print one JSON object instead of tables")
     parser.set_defaults(main=_bench)
 
@@ -209,13 +225,23 @@ def _bench(options: Namespace) -> int:
     """Measure and print tables, or one JSON object."""
     from mlxchat.composition.compose import compose_config, split_options
 
-    kind = options.names[0]
-    overrides, config_dirs, primary = split_options(options.settings)
+    kind, *names = options.names
+    given = {key: value for key in _OF_GENERATE if (value := getattr(options, key)) is not None}
+    if kind != "generate" and (names or given):
+        raise ConfigError(
+            f"bench {kind} takes no {'model' if names else 'option of bench generate'}: expected mlxchat bench {kind} "
+            "[SETTINGS], or mlxchat bench generate [ID]"
+        )
+    settings = [f"bench.{key}={f'[{value}]' if key in _LISTS else value}" for key, value in given.items()]
+    overrides, config_dirs, primary = split_options([*options.settings, *settings])
+    if names and (unused := [each for each in overrides if not each.lstrip("+").startswith(_BESIDE_MODEL)]):
+        raise ConfigError(f"{', '.join(unused)}: no effect on {names[0]}, whose sizes are given. Leave it out")
     config = compose_config(_with_defaults(overrides), config_dirs, primary).config
     module, function, _ = KINDS[kind]
     measuring = import_module(f"mlxchat.bench.{module}")
-    record: dict[str, Any] = getattr(measuring, function)(config)
-    _keep(kind, record, options.settings, Path(config.outputs))
+    model = [_model(names[0], Path(config.outputs))] if names else []
+    record: dict[str, Any] = getattr(measuring, function)(config, *model)
+    _keep(kind, record, [*names, *options.settings, *settings], Path(config.outputs))
     if options.json:
         print(json.dumps(record, allow_nan=False))
     else:
@@ -223,6 +249,24 @@ def _bench(options: Namespace) -> int:
 
         getattr(measuring, "print_tables", tables.print_tables)(record, sys.stdout)
     return 0
+
+
+def _model(name: str, outputs: Path) -> Any:
+    """Return the model that a name means, a `GivenModel`.
+
+    Raises:
+        MlxchatError: there is none, or it is damaged.
+    """
+    from mlxchat.bench.generate import GivenModel
+    from mlxchat.interop.source import PREFIX, outside_folder
+
+    if name.startswith(PREFIX):
+        return GivenModel(
+            name.rstrip("/").rpartition("/")[2].removeprefix(PREFIX), outside_folder(name), third_party=True
+        )
+    place = find_model(Store(outputs), name).place
+    check_model(place)
+    return GivenModel(place.name, place, third_party=False)
 
 
 def _keep(kind: str, record: dict[str, Any], settings: list[str], outputs: Path) -> None:

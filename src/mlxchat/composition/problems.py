@@ -419,6 +419,9 @@ def find_range_problems(config: Config) -> Iterator[str]:
         yield f"machine.checkpoint_seconds is {machine.checkpoint_seconds}, expected at least 0 (every iteration)"
     if config.bench.warmup_steps < 0:
         yield f"bench.warmup_steps is {config.bench.warmup_steps}, expected at least 0"
+    for key in ("rows", "prompt_tokens"):
+        if min(counts := getattr(config.bench, key), default=0) < 1:
+            yield f"bench.{key} is {counts}, expected one or more numbers of at least 1"
 
 
 def find_bound_problems(config: Config) -> Iterator[str]:
@@ -433,7 +436,8 @@ def find_bound_problems(config: Config) -> Iterator[str]:
             if value is None:
                 continue
             if known is not None and value not in known:
-                yield f'{where} is "{value}", expected {" or ".join(map(str, known))}.{suggest(str(value), known)}'
+                named = [str(each) for each in known]
+                yield f'{where} is "{value}", expected {" or ".join(named)}.{suggest(str(value), named)}'
             if least is not None and not value >= least:
                 yield f"{where} is {value}, expected at least {least}"
             if most is not None and not value <= most:

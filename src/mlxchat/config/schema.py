@@ -529,12 +529,16 @@ class BenchConfig:
     """Untimed repetitions before them; the first one compiles."""
     split: bool = MISSING
     """Also measure each part of a step alone; takes about twice as long."""
-    bits: int | None = MISSING
-    """8 or 4: bits of the weights in decoding; null: float32."""
-    kv_bits: int | None = MISSING
-    """8 or 4: bits of the KV cache in decoding; null: float32."""
-    past_tokens: int = MISSING
-    """Tokens in the KV cache of each row when decoding is measured."""
+    bits: int | None = field(default=MISSING, metadata={"one_of": (8, 4)})
+    """8 or 4: bits of the weights in decoding; null: the model's own."""
+    kv_bits: int | None = field(default=MISSING, metadata={"one_of": (8, 4)})
+    """8 or 4: bits of the KV cache in decoding; null: the compute type."""
+    rows: list[int] = MISSING
+    """Batch sizes to measure generation with."""
+    prompt_tokens: list[int] = MISSING
+    """Lengths of prompts; each is measured with each batch size."""
+    new_tokens: int = field(default=MISSING, metadata={"at_least": 2})
+    """Tokens of each answer; the first one counts as part of reading the prompt."""
     chars: int = MISSING
     """Characters of text to train a tokenizer on; a quarter of them is then encoded."""
     core_examples: int = MISSING
