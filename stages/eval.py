@@ -23,6 +23,7 @@ from mlxchat.evals.own import measure_own
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts, continue_prompts
 from mlxchat.evals.scores import Score, record_suite
+from mlxchat.evals.text import measure_text
 from mlxchat.evals.throughput import measure_throughput
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT
@@ -50,6 +51,8 @@ OUTPUTS = ["scores.json", "examples.parquet"]
 METRICS = {
     "val_bpb": "minimize if corpus",
     "perplexity": "minimize if corpus",
+    "text_bpb": "minimize if eval.text",
+    "text_perplexity": "minimize if eval.text",
     "core": "maximize if base and eval.core and not eval.core.tasks",
     "{suite}": "maximize if chat",
     "own_{eval.own}": "neither",
@@ -80,6 +83,11 @@ def run(ctx: Context) -> None:
         **_measure_tasks(ctx, engine, examples if chats else None),
         "pass_at_k": None,
     }
+    if config.text is not None:
+        scores["text"] = measure_text(
+            ctx, text_model(ctx.team, model), tokenizer, tokenizer.token_bytes,
+            context_tokens=model.sizes.context_tokens, micro_tokens=forward_tokens(ctx.config.machine, model.sizes),
+        )  # fmt: skip
     if config.own:
         scores["own"] = measure_own(engine, config.own)
         ctx.metrics |= {f"own_{name}": value for name, value in scores["own"].items()}

@@ -16,6 +16,7 @@ from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
 from mlxchat.evals.scores import record_suite
+from mlxchat.evals.text import measure_text
 from mlxchat.evals.third_party import MOST_CONTEXT_TOKENS, ThirdPartyModel
 from mlxchat.ops.device import prepare_machine
 from mlxchat.runner.context import Context
@@ -30,6 +31,8 @@ OUTPUTS = ["scores.json", "examples.parquet"]
 METRICS = {
     "val_bpb": "minimize if corpus",
     "perplexity": "minimize if corpus",
+    "text_bpb": "minimize if eval.text",
+    "text_perplexity": "minimize if eval.text",
     "core": "maximize if eval.core and not eval.core.tasks",
     "{suite}": "maximize",
     "mean_centered": "maximize if suite",
@@ -58,6 +61,11 @@ def run(ctx: Context) -> None:
         "bpb": _measure_text(ctx, model, engine) if "corpus" in ctx.inputs else None,
         "core": measure_core(ctx, model, engine.tokenizer, batch_tokens=_BATCH_TOKENS, examples=examples),
     }
+    if ctx.config.eval.text is not None:
+        scores["text"] = measure_text(
+            ctx, model, engine.tokenizer, engine.tokenizer.token_bytes, context_tokens=model.context_tokens,
+            micro_tokens=_BATCH_TOKENS,
+        )  # fmt: skip
     chats = engine.tokenizer.has_chat_template if config.chat is None else config.chat
     scores |= _measure_tasks(ctx, engine, examples if chats else None) | {"pass_at_k": None}
     write_examples(ctx.out / "examples.parquet", examples)

@@ -88,7 +88,7 @@ NOT_IDENTITY = {
     "training.norm_warning_factor",
 }
 # What is in the files counts instead, wherever they are: tests/runner/test_keys.py, test_remote_keys.py.
-PINNED = {"paths", "path", "source", "revision", "bundle", "sha256"}
+PINNED = {"paths", "path", "text", "source", "revision", "bundle", "sha256"}
 # Settings that only some evaluations read: those of base models, of chat models, or with a corpus.
 READ_BY_SOME = {
     "suite": {"eval_mid", "eval_sft", "eval_rl"},

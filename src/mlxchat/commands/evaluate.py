@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
@@ -12,6 +13,7 @@ from typing import Any
 
 from mlxchat.commands.arguments import Parser, quoted
 from mlxchat.commands.columns import aligned, print_json
+from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.store.naming import find_model
 from mlxchat.store.store import Store
@@ -24,17 +26,20 @@ _ABOUT = """MODEL: as ID, or hf:FOLDER, hf:ORGANISATION/NAME (a model that mlx-l
 examples
   mlxchat eval sft --task gsm8k --limit 100 --samples 8     pass rate, any of 8, and both by nanochat's verdict
   mlxchat eval import:d32 --suite chatcore                  nanochat's ChatCORE
-  mlxchat eval pretrain --task core --task bpb              a base model; settings such as corpus=climbmix follow"""
+  mlxchat eval pretrain --task core --task bpb              a base model; settings such as corpus=climbmix follow
+  mlxchat eval hf:FOLDER --text book.txt                    bits per byte and perplexity of any text"""
 
 
 def evaluate(parser: Parser) -> None:
     """Declare `mlxchat eval`."""
     parser.take_settings()
     parser.take_names("[MODEL]", least=0, about=_ABOUT)
-    parser.use("(--task TASK | --suite SUITE) [SETTINGS]")
+    parser.use("(--task TASK | --suite SUITE | --text PATH) [SETTINGS]")
     parser.description = "Measure a model. The evaluation is a step like any other: cached, resumed, with a manifest."
     add = parser.add_argument
     add("--task", action="append", default=[], help="a task, such as gsm8k; core, bpb for base models; may be repeated")
+    add("--text", metavar="PATH", help="bits per byte and perplexity of a file, or a folder of files; - reads stdin")
+    add("--column", metavar="NAME", help="of .jsonl and .parquet files: the text (default: text)")
     add("--suite", help="the tasks of conf/suite/SUITE.yaml, such as chatcore")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--samples", type=int, default=1, metavar="N", help="answers to each question, at temperature 1 (default: 1)")
@@ -44,12 +49,21 @@ def evaluate(parser: Parser) -> None:
 
 def _evaluate(options: Namespace) -> int:
     """Run the evaluation unless it is done, and print its scores."""
-    from mlxchat.composition.compose import compose_config, split_options
-    from mlxchat.sweep.job import plan_to_run, run_pipeline
-
     problems = list(_find_problems(options))
     if problems:
         raise ConfigError("\n".join(problems))
+    if options.text == "-":
+        with tempfile.TemporaryDirectory() as folder:
+            options.text = str(Path(folder, "stdin.txt"))
+            Path(options.text).write_bytes(sys.stdin.buffer.read())
+            return _run(options)
+    return _run(options)
+
+
+def _run(options: Namespace) -> int:
+    from mlxchat.composition.compose import compose_config, split_options
+    from mlxchat.sweep.job import plan_to_run, run_pipeline
+
     given = split_options(options.settings)
     store = Store(Path(compose_config(*given).config.outputs))
     reference = next(iter(options.names), None)
@@ -78,8 +92,10 @@ def _find_problems(options: Namespace) -> Iterator[str]:
     from mlxchat.composition.compose import group_options
     from mlxchat.tasks import task_class, task_names
 
-    if not options.task and options.suite is None:
-        yield f"expected --task TASK ({', '.join((*_BASE_TASKS, *task_names()))}) or --suite SUITE"
+    if not options.task and options.suite is None and options.text is None:
+        yield f"expected --task TASK ({', '.join((*_BASE_TASKS, *task_names()))}), --suite SUITE or --text PATH"
+    if options.column is not None and options.text is None:
+        yield "--column requires --text"
     for name in options.task:
         if name not in _BASE_TASKS:
             try:
@@ -142,6 +158,8 @@ def _suite(options: Namespace) -> list[str]:
     from mlxchat.tasks import task_class
 
     chosen = ["core=nanochat" if "core" in options.task else "core=none", f"suite={options.suite or 'none'}"]
+    if options.text is not None:
+        chosen += [f"eval.text={quoted(options.text)}", f"eval.text_column={quoted(options.column or 'text')}"]
     if "core" in options.task and options.limit is not None:
         chosen.append(f"eval.core.max_per_task={options.limit}")
     for name in options.task:
@@ -166,6 +184,10 @@ def _describe(scores: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of a table of scores."""
     if bpb := scores["bpb"]:
         yield f"bits per byte   {bpb['val']:.4f} over {bpb['tokens']:,} tokens"
+    if text := scores.get("text"):
+        counts = f"{text['tokens']:,} tokens, {text['bytes']:,} bytes, {plural(text['documents'], 'document')}"
+        yield f"bits per byte   {_with_error(text['bpb'], text['stderr'])} of {counts}"
+        yield f"perplexity      {_with_error(text['perplexity'], text['perplexity_stderr'])} per token"
     if core := scores["core"]:
         yield f"CORE            {core['core']:.4f}" if core.get("core") is not None else "CORE            of some tasks"
     tasks = scores["tasks"]
@@ -184,3 +206,7 @@ def _describe(scores: dict[str, Any]) -> Iterator[str]:
     yield aligned([[row[column] for column in used] for row in rows], right=range(1, len(used)))
     if chatcore := scores["chatcore"]:
         yield f"ChatCORE {chatcore['value']:.4f}, by nanochat's verdicts {chatcore['nanochat_value']:.4f}"
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")

@@ -471,6 +471,14 @@ class EvalConfig:
     own: dict[str, str] = field(default_factory=dict, metadata={"external": "code", "since_default": {}})
     """Your own evaluations: name → module:function, called with the engine; returns a number, which is recorded under
     the name. The function's module and every module of your own that it imports are part of the key."""
+    text: str | None = field(
+        default=MISSING,
+        metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of_text"},
+    )
+    """Text whose bits per byte and perplexity are measured: a .jsonl, a .parquet, any other text file, or a folder of
+    such files. Its contents are in the key."""
+    text_column: str = field(default=MISSING, metadata={"since_default": "text"})
+    """The column of .jsonl and .parquet files that holds the text."""
     batch_rows: int = field(default=MISSING, metadata={"identity": False})
     """Questions answered at a time."""
     prompts: list[str] = field(default=MISSING, metadata={"identity": False})

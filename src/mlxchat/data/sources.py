@@ -24,9 +24,9 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.schema import HubConfig
+from mlxchat.config.schema import EvalConfig, HubConfig
 from mlxchat.config.wording import plural
-from mlxchat.errors import DataError
+from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
 from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes, read_json
 from mlxchat.runner.keys import UNKNOWN
@@ -328,17 +328,17 @@ def gather_documents(
     return documents, sources
 
 
-def read_file(path: Path) -> Iterator[str]:
-    """Yield the documents of a .txt (separated by two blank lines), .jsonl or .parquet file (field `text`).
+def read_file(path: Path, column: str = COLUMN) -> Iterator[str]:
+    """Yield the documents of a .txt (separated by two blank lines), or a `column` of a .jsonl or .parquet file.
 
     Raises:
-        DataError: another extension, no such field, or invalid JSON (the message has the line numbers).
+        DataError: another extension, no such column, or invalid JSON (the message has the line numbers).
     """
     try:
         if path.suffix == ".parquet":
-            yield from Shard(str(path), "", local=path).documents()
+            yield from Shard(str(path), "", local=path, column=column).documents()
         elif path.suffix == ".jsonl":
-            yield from _read_jsonl(path)
+            yield from _read_jsonl(path, column)
         elif path.suffix == ".txt":
             yield from path.read_text(encoding="utf-8").split("\n\n\n")
         else:
@@ -347,14 +347,14 @@ def read_file(path: Path) -> Iterator[str]:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
+def _read_jsonl(path: Path, column: str) -> Iterator[str]:
     bad = []
     # Not splitlines, which also splits at U+2028; JSON allows it within a line.
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), 1):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
+            text = json.loads(line)[column]
         except (ValueError, KeyError, TypeError, RecursionError):
             text = None
         if isinstance(text, str):
@@ -363,7 +363,41 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             bad.append(str(number))
     if bad:
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        raise DataError(f'{path}: lines {", ".join(bad[:20])}{more} are not JSON objects with a field "text"')
+        raise DataError(f'{path}: lines {", ".join(bad[:20])}{more} are not JSON objects with a field "{column}"')
+
+
+def read_texts(path: Path, column: str) -> Iterator[str]:
+    """Yield the documents of `eval.text`: lines of a .jsonl, rows of a .parquet, any other file of UTF-8 as a whole.
+
+    Of a folder all files count, in the order of their names; hidden ones do not.
+
+    Raises:
+        ConfigError: the folder has no files.
+        DataError: a file cannot be read, is no text, or has no such column.
+    """
+    for file in _files_of(path):
+        if file.suffix in (".jsonl", ".parquet"):
+            yield from read_file(file, column)
+            continue
+        try:
+            yield file.read_bytes().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+
+
+def contents_of_text(config: EvalConfig, hash_of: Callable[[Path], str]) -> list[str]:
+    """Return the ending and the sha256 of each file of `eval.text`, for a key."""
+    return [] if config.text is None else [f"{file.suffix} {hash_of(file)}" for file in _files_of(Path(config.text))]
+
+
+def _files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(file for file in path.rglob("*") if file.is_file())
+    found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if not found:
+        raise ConfigError(f"{path} holds no files")
+    return found
 
 
 def write_shards(

@@ -101,9 +101,14 @@ def _losses(
         trim_rows(*(np.stack([row[side] for row in rows[start : start + per_pass]]) for side in (0, 1)))
         for start in range(0, len(rows), per_pass)
     ]
+    return [(losses_of(model, ids, targets).reshape(-1), targets.reshape(-1)) for ids, targets in batches]
+
+
+def losses_of(model: GPT | LanguageModel, ids: Ints, targets: Ints) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Return the loss in nats of every target (B, T) after ids (B, T); 0 where a target is negative."""
     if not isinstance(model, GPT):
-        return [(model.token_losses(ids, targets).reshape(-1), targets.reshape(-1)) for ids, targets in batches]
-    return [(own_losses(model, ids, targets), targets.reshape(-1)) for ids, targets in batches]
+        return model.token_losses(ids, targets)
+    return own_losses(model, ids, targets).reshape(targets.shape)
 
 
 def own_losses(model: GPT, ids: Ints, targets: Ints) -> np.ndarray[Any, np.dtype[np.float32]]:

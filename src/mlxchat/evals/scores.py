@@ -209,7 +209,18 @@ class Measure:
         return replace(self, value=self.published_rule[0], stderr=self.published_rule[1])
 
 
-METRICS = ("val_bpb", "train_bpb", "perplexity", "core", "task", "chatcore", "mean_centered", "pass_at_k", "own")
+METRICS = (
+    "val_bpb",
+    "train_bpb",
+    "perplexity",
+    "text_bpb",
+    "core",
+    "task",
+    "chatcore",
+    "mean_centered",
+    "pass_at_k",
+    "own",
+)
 """The metrics of measures in the order of tables. task, pass_at_k: shares, more is better; own: of the user's own."""
 
 
@@ -239,7 +250,7 @@ class Scores:
 
 def read_scores(raw: Mapping[str, Any]) -> Scores:
     """Return what scores.json says, whatever version wrote it; what is absent or of another type is left out."""
-    bpb, core, chat = (mapping(raw.get(key)) for key in ("bpb", "core", "chatcore"))
+    bpb, core, chat, text = (mapping(raw.get(key)) for key in ("bpb", "core", "chatcore", "text"))
     in_core = mapping(core.get("tasks"))
     core_tasks = {name: task for name, entry in in_core.items() if (task := _read_task(name, entry))}
     conditions = {key: count for key in ("max_per_task", "context_tokens") if (count := _whole(core.get(key)))}
@@ -253,6 +264,8 @@ def read_scores(raw: Mapping[str, Any]) -> Scores:
         _measure("train bpb", "train_bpb", bpb.get("train")),
         # Per token, so that only models of one vocabulary compare: that of this checkpoint.
         _measure("perplexity", "perplexity", bpb.get("perplexity"), conditions=str(raw.get("checkpoint"))),
+        _measure("text bpb", "text_bpb", text.get("bpb"), text.get("stderr"),
+                 conditions=(_whole(text.get("documents")), _whole(text.get("bytes")))),
         _measure("CORE", "core", core.get("core"), core.get("stderr"),
                  conditions=(conditions.get("max_per_task"), "cropped" in conditions)),
         *(_read_task(name, entry) for name, entry in mapping(raw.get("tasks")).items()),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.schema import Config, CorpusConfig, TaskItem
-from mlxchat.data.sources import read_file
+from mlxchat.config.schema import Config, CorpusConfig, EvalConfig, TaskItem
+from mlxchat.data.sources import read_file, read_texts
 from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.runner.plan import PlannedStep
@@ -101,6 +102,11 @@ def _faults(where: str, value: Any) -> Iterator[tuple[str, str]]:
         for path in value.paths:
             if fault := _fault(path, path, partial(_read_text, path)):
                 yield f"{where}.paths", fault
+    elif isinstance(value, EvalConfig) and value.text is not None:
+        texts = partial(read_texts, Path(value.text), value.text_column)
+        if fault := _fault(f"{value.text} {value.text_column}", value.text, lambda: deque(texts(), maxlen=0)):
+            yield f"{where}.text", fault
+        yield from _faults(where, replace(value, text=None))
     elif is_dataclass(value):
         for field in fields(value):
             yield from _faults(f"{where}.{field.name}", getattr(value, field.name))
@@ -110,8 +116,7 @@ def _faults(where: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _read_text(path: str) -> None:
-    for _ in read_file(Path(path)):
-        pass
+    deque(read_file(Path(path)), maxlen=0)
 
 
 # The jobs of a sweep and the trials of a search are planned one after the other in one process.

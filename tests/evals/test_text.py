@@ -1,0 +1,101 @@
+"""`mlxchat eval MODEL --text PATH`: every token of every document once, against NumPy."""
+
+from __future__ import annotations
+
+import mlxchat  # isort: split
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kit.artifacts import make_model, make_tokenizer, publish
+from kit.commands import Say
+from kit.numpy_gpt import numpy_logits
+from mlxchat.evals.text import ratio_error
+from mlxchat.model.checkpoint import save_checkpoint
+
+assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
+
+# The last one is longer than the context of 64 tokens.
+DOCUMENTS = ["The house in the garden.", "It isn't so.", "", "12 windows had the house in the garden. " * 12]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An outputs folder with a base model."""
+    place = tmp_path_factory.mktemp("text") / "outputs"
+    model, tokenizer = make_model("jul2026", context_tokens=64), make_tokenizer()
+    publish(place, "base", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "pretrain", "format": "base"}))
+    return place
+
+
+def measured(say: Say, outputs: Path, *arguments: object) -> dict[str, Any]:
+    said = say("eval", "base", "--text", *arguments, "--json", "eval.prompts=[]", f"outputs={outputs}")
+    found: dict[str, Any] = json.JSONDecoder().raw_decode(said)[0]
+    return {**found["text"], "artifact": found["artifact"]}
+
+
+def numpy_sums() -> tuple[list[float], list[int], int]:
+    """Return nats and bytes of each document, and tokens of all: rows of 64 after the token before them, in float64."""
+    model, tokenizer = make_model("jul2026", context_tokens=64), make_tokenizer()
+    nats, num_bytes, tokens = [], [], 0
+    for text in DOCUMENTS:
+        ids, total = [tokenizer.bos, *tokenizer.encode(text)], 0.0
+        for start in range(0, len(ids) - 1, 64):
+            piece = ids[start : start + 65]
+            logits = numpy_logits(model, np.array([piece[:-1]]))[0]
+            total -= sum(row[target] - np.log(np.exp(row).sum()) for row, target in zip(logits, piece[1:], strict=True))
+        nats, num_bytes, tokens = [*nats, total], [*num_bytes, len(text.encode())], tokens + len(ids) - 1
+    return nats, num_bytes, tokens
+
+
+def test_text_of_any_form_has_the_loss_of_numpy(outputs: Path, tmp_path: Path, say: Say) -> None:
+    nats, num_bytes, tokens = numpy_sums()
+    (tmp_path / "folder").mkdir()
+    for number, text in enumerate(DOCUMENTS):
+        (tmp_path / "folder" / f"{number}.md").write_text(text)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in DOCUMENTS))
+    pq.write_table(pa.table({"story": DOCUMENTS}), tmp_path / "a.parquet")
+    folder = measured(say, outputs, tmp_path / "folder")
+    assert (folder["tokens"], folder["bytes"], folder["documents"]) == (tokens, sum(num_bytes), 4)
+    assert folder["bpb"] == pytest.approx(sum(nats) / sum(num_bytes) / math.log(2), rel=1e-5)
+    assert folder["perplexity"] == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-5)
+    for name in ("a.jsonl", "a.parquet"):
+        found = measured(say, outputs, tmp_path / name, "--column", "story")
+        assert {key: found[key] for key in folder if key != "artifact"} == {
+            key: folder[key] for key in folder if key != "artifact"
+        }
+
+
+def test_the_key_is_of_the_contents(outputs: Path, tmp_path: Path, say: Say) -> None:
+    (tmp_path / "a.txt").write_text("The garden.")
+    (tmp_path / "b.txt").write_text("The garden.")
+    (tmp_path / "c.txt").write_text("The gardens.")
+    names = [measured(say, outputs, tmp_path / f"{name}.txt")["artifact"] for name in "abc"]
+    assert names[0] == names[1] != names[2]
+
+
+def test_what_cannot_be_read_is_refused_before_anything_runs(outputs: Path, tmp_path: Path, say: Say) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "a.jsonl").write_text('{"other": 1}\n')
+    for arguments, told in (
+        ([tmp_path / "none.txt"], "cannot be read (No such file or directory)"),
+        ([tmp_path / "empty"], "holds no files"),
+        ([tmp_path / "bad.txt"], "cannot be read as UTF-8 text"),
+        ([tmp_path / "a.jsonl"], 'lines 1 are not JSON objects with a field "text"'),
+    ):
+        assert told in say("eval", "base", "--text", *arguments, f"outputs={outputs}", code=2)
+    assert "--column requires --text" in say("eval", "base", "--task", "bpb", "--column", "x", code=2)
+
+
+def test_error_of_a_ratio_over_equal_documents_is_that_of_a_mean() -> None:
+    x, y = np.random.default_rng(1).normal(5, 1, 30), np.full(30, 4.0)
+    assert ratio_error(x, y) == pytest.approx(np.std(x / 4, ddof=1) / math.sqrt(30))
+    assert ratio_error(x[:1], y[:1]) is None
