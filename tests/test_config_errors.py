@@ -108,7 +108,9 @@ TOGETHER = {
         "sft.schedule.init_lr_frac=0": r"sft\.schedule\.init_lr_frac is 0",
         "sft.mixture.facts.split=test": r"sft\.mixture\.facts\.split is test: .*never trained on",
         "sft.num_epochs=0": r"sft\.num_epochs is 0, expected at least 1",
+        "sft.context_tokens=1": r"sft\.context_tokens is 1, expected at least 2",
         "sft.warm_start=true": r"sft\.warm_start is true, which needs midtrain\.save_training_state=true",
+        "sft.mixture_order=[facts,facts]": r"sft\.mixture_order is \[facts, facts\], expected each task of .* once",
         "rl.schedule.warmup_frac=0.5": r"rl\.schedule: warmup_frac and warmdown_frac together are more than 1",
         "rl.task.split=test": r"rl\.task\.split is test: .*never trained on",
         "rl.temperature=0": r"rl\.temperature is 0",
@@ -184,6 +186,7 @@ def test_all_mistakes_are_reported_at_once(mistakes: dict[str, str], refuse: Ref
             r"model\.depth=4 gives width 256 .*Depths that fit head_width=7: 7, 14, 21",
         ),
         (["model.depth=0"], r"at least 1"),
+        (["sft.context_tokens=4096", "adapter=lora"], r"sft\.context_tokens is 4096, but adapters keep"),
         (
             [
                 "~pipeline.midtrain",

@@ -127,3 +127,13 @@ def test_downloads_are_recorded_once_and_end_at_a_stop(monkeypatch: pytest.Monke
     ctx.stops = True
     with pytest.raises(Interrupted, match="the download for task arithmetic"):
         open_item(ctx, item)
+
+
+def test_a_given_order_learns_one_task_after_the_other(items: dict[str, TaskItem]) -> None:
+    for order in (["sums", "mine"], ["mine", "sums"]):
+        mixture = Mixture(items, seed=0, order=order)
+        tasks = [mixture.task_of(index) for index in range(len(mixture))]
+        assert tasks == [name for name in order for _ in range({"mine": 6, "sums": 5}[name])]
+        asked = [question for question in questions(mixture) if question.startswith("q")]
+        assert asked == 2 * asked[:3], "twice in the task's own order"
+        assert sorted(asked[:3]) == ["q0", "q1", "q2"]

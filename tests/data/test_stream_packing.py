@@ -114,9 +114,10 @@ def chat_rows(
     row_tokens: int = 50,
     train_on: str = "assistant",
     once: bool = False,
+    seed: int | None = 1,
 ) -> RowStream:
     return pack_conversations(
-        packing, ShuffledConversations(render(conversations(count), tokenizer), 1, once=once), batch_rows=3,
+        packing, ShuffledConversations(render(conversations(count), tokenizer), seed, once=once), batch_rows=3,
         bos=tokenizer.bos, assistant_end=tokenizer.assistant_end, row_tokens=row_tokens, buffer_conversations=10,
         train_on=train_on,
     )  # fmt: skip
@@ -135,6 +136,15 @@ def test_alone_rows_have_one_conversation_and_padding(tokenizer: Tokenizer) -> N
         assert targets.tolist() == wanted + [IGNORED] * (50 - len(wanted))
     assert sorted(seen) == list(range(12))
     assert (seen != sorted(seen), rows.epoch) == (True, 1)
+
+
+def test_without_a_seed_every_epoch_has_the_given_order(tokenizer: Tokenizer) -> None:
+    rows = chat_rows("alone", tokenizer, count=12, seed=None)
+    placed = []
+    for _ in range(24):
+        rows.next_row()
+        placed += rows.placed
+    assert placed == [*range(12), *range(12)]
 
 
 @pytest.mark.parametrize("packing", CONVERSATION_PACKINGS)

@@ -34,7 +34,8 @@ def numpy_windows(sizes: GPTSizes) -> list[int]:
     """
     letters = (sizes.window_pattern * sizes.num_layers)[: sizes.num_layers - 1] + "L"
     long = 10**9 if sizes.architecture == "oct2025" else sizes.context_tokens
-    return [long if letter == "L" else 128 * math.ceil(sizes.context_tokens / 4 / 128) for letter in letters]
+    short = sizes.short_window or 128 * math.ceil(sizes.context_tokens / 4 / 128)
+    return [long if letter == "L" else short for letter in letters]
 
 
 def weights_of(model: GPT) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ from mlxchat.model.gpt import (
     computing_in,
     flatten_parameters,
     init_weights,
+    lengthen_context,
     rms_norm,
     set_parameters,
 )
@@ -113,6 +114,18 @@ def test_long_windows_of_july_2026_end_at_the_context_size() -> None:
     np.testing.assert_array_equal(after[196:], before[196:])
     assert np.abs(after[195] - before[195]).max() > 1e-4
     assert np.abs(logits["oct2025"][1][209] - logits["oct2025"][0][209]).max() > 1e-4
+
+
+def test_a_longer_context_changes_no_logit_within_the_old_one(path: str) -> None:
+    """Short windows stay at 128 (a quarter of the new context is 512); the last layer's grows from 512 to 2048."""
+    model = make_model("jul2026", window_pattern="SSL", context_tokens=512)
+    longer, ids = lengthen_context(model, 2048), random_ids(1, 600)
+    logits = np.asarray(longer(mx.array(ids)))
+    np.testing.assert_allclose(logits[:, :512], numpy_logits(model, ids[:, :512]), atol=2e-4)
+    np.testing.assert_allclose(logits, numpy_logits(longer, ids), atol=2e-4)
+    assert np.abs(logits - numpy_logits(model, ids))[:, 520:].max() > 1e-3, "beyond it, the whole input is seen"
+    assert longer.sizes.windows() == [128, 128, 2048]
+    assert longer.sizes.lengthened(4096).windows() == [128, 128, 4096]
 
 
 def test_a_token_beyond_the_window_reaches_a_short_layer_no_more() -> None:

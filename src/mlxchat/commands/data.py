@@ -253,7 +253,8 @@ def _show(options: Namespace) -> int:
     root = config.data_seed if options.validation else config.seed
     seed = stage_seed(root, stage, purpose) if options.seed is None else options.seed
     tokenizer, which = _find_tokenizer(Store(Path(config.outputs)), config, options.tokenizer)
-    mixture = Mixture(items, seed=seed)
+    is_mixture = stage in ("midtrain", "sft") and not options.validation
+    mixture = Mixture(items, seed=seed, order=getattr(config, stage).mixture_order if is_mixture else None)
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     heading = f"{title}{' (validation)' if options.validation else ''}: {len(mixture):,} conversations, {which}"
     console.print(heading, style="bold")

@@ -259,10 +259,22 @@ def _pretrain(config: Config) -> Iterator[str]:
 
 
 def _finetune(name: str, finetune: FinetuneConfig, config: Config, steps: Pipeline) -> Iterator[str]:
-    yield from _batch(name, finetune.batch, config.model.context_tokens)
+    longer = finetune.context_tokens
+    context = config.model.context_tokens
+    is_lengthened = any((each.context_tokens or 0) > context for each in (config.midtrain, config.sft))
+    yield from _batch(name, finetune.batch, None if is_lengthened else context)
+    if longer is not None and longer < 2:
+        yield f"{name}.context_tokens is {longer}, expected at least 2, or null: as the model's"
+    elif longer is not None and finetune.adapter.is_there:
+        yield f"{name}.context_tokens is {longer}, but adapters keep their base's context: {name}.adapter.kind=none"
     yield from _schedule(name, finetune.schedule)
     yield from find_teacher_problems(f"{name}.teacher", finetune.teacher)
     yield from find_item_problems(f"{name}.mixture", finetune.mixture, training=True)
+    if finetune.mixture_order is not None and sorted(finetune.mixture_order) != sorted(finetune.mixture):
+        yield (
+            f"{name}.mixture_order is [{', '.join(finetune.mixture_order)}], expected each task of {name}.mixture once "
+            f"({', '.join(finetune.mixture)}), or null: shuffled"
+        )
     yield from find_item_problems(f"{name}.validation", finetune.validation, training=False)
     if finetune.suite:
         yield from find_item_problems(f"{name}.suite", finetune.suite, training=False)
@@ -287,12 +299,12 @@ def _finetune(name: str, finetune: FinetuneConfig, config: Config, steps: Pipeli
             yield f"{name}.warm_start is true, which needs {source['stage']}.save_training_state=true"
 
 
-def _batch(name: str, batch: BatchConfig, context_tokens: int) -> Iterator[str]:
+def _batch(name: str, batch: BatchConfig, context_tokens: int | None) -> Iterator[str]:
     if batch.row_tokens < 2 or (batch.tokens is not None and batch.tokens < 1):
         yield f"{name}.batch: tokens and row_tokens must be positive (row_tokens at least 2)"
     elif batch.tokens is not None and batch.tokens % batch.row_tokens:
         yield f"{name}.batch.tokens={batch.tokens} must be a multiple of {name}.batch.row_tokens={batch.row_tokens}"
-    if batch.row_tokens > context_tokens:
+    if context_tokens is not None and batch.row_tokens > context_tokens:
         yield f"{name}.batch.row_tokens={batch.row_tokens} is longer than model.context_tokens={context_tokens}"
 
 

@@ -729,6 +729,9 @@ class FinetuneConfig(ExtendableConfig):
     """Training on conversations: midtrain and sft."""
 
     mixture: dict[str, TaskItem] = MISSING
+    mixture_order: list[str] | None = field(default=MISSING, metadata={"since_default": None})
+    """All tasks of the mixture in the order in which they are learnt, one after the other (nanochat's TaskSequence);
+    null: their conversations are shuffled together."""
     validation: dict[str, TaskItem] = MISSING
     """Conversations held out for the validation loss."""
     num_epochs: int = MISSING
@@ -737,6 +740,8 @@ class FinetuneConfig(ExtendableConfig):
     """Stop after this many iterations; null: after num_epochs."""
     train_on: str = MISSING
     """Tokens with a loss: assistant (only the assistant's), or all (as nanochat's midtraining)."""
+    context_tokens: int | None = field(default=MISSING, metadata={"since_default": None})
+    """Longer context of the model from this stage on, equal to batch.row_tokens; null: unchanged."""
     warm_start: bool = field(default=MISSING, metadata={"since_default": False})
     """Start with the optimizer moments of the training that produced the checkpoint."""
     clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})

@@ -1,4 +1,4 @@
-"""Mixtures: conversations of several tasks in one deterministic order."""
+"""Mixtures: conversations of several tasks in one deterministic order, shuffled or task by task."""
 
 from __future__ import annotations
 
@@ -43,23 +43,29 @@ def shuffled_places(count: int, seed: int) -> array[int]:
 
 
 class Mixture:
-    """The conversations of all tasks, repeated by their epochs or weights, shuffled."""
+    """The conversations of all tasks, repeated by their epochs or weights, shuffled or task by task."""
 
     def __init__(
-        self, items: Mapping[str, TaskItem], *, seed: int, load: Callable[[TaskItem], Task] = load_item
+        self,
+        items: Mapping[str, TaskItem],
+        *,
+        seed: int,
+        order: Sequence[str] | None = None,
+        load: Callable[[TaskItem], Task] = load_item,
     ) -> None:
         """Load the tasks.
 
         Args:
             items: name → item.
             seed: of the shuffle.
+            order: all names, for conversations task by task; None: all are shuffled together.
             load: returns the task of an item; stages use `open_item`.
 
         Raises:
             ConfigError: the mixture or one of its tasks is empty.
         """
         # By name, since the order of tasks in a file is not part of the key.
-        ordered = dict(sorted(items.items()))
+        ordered = {name: items[name] for name in (sorted(items) if order is None else order)}
         self._tasks = [load(item) for item in ordered.values()]
         self._names = list(ordered)
         self._sizes = [len(task) for task in self._tasks]
@@ -72,7 +78,8 @@ class Mixture:
         self._ends = list(accumulate(self._counts))
         if not self._ends or not self._ends[-1]:
             raise ConfigError("the mixture has no conversations")
-        self._order = shuffled_places(self._ends[-1], seed)
+        count = self._ends[-1]
+        self._order = array("Q", range(count)) if order is not None else shuffled_places(count, seed)
 
     def __len__(self) -> int:
         return len(self._order)

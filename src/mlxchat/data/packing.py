@@ -44,10 +44,10 @@ class EndOfText(Exception):
 
 
 class ShuffledConversations:
-    """A source of conversations in an order that depends on seed and epoch only; endless unless `once`."""
+    """Conversations in an order that depends on seed and epoch only (seed None: unshuffled); endless unless `once`."""
 
     def __init__(
-        self, conversations: Tokens, seed: int, name_of: Callable[[int], str] = "conversation {}".format, *,
+        self, conversations: Tokens, seed: int | None, name_of: Callable[[int], str] = "conversation {}".format, *,
         once: bool = False,
     ) -> None:  # fmt: skip
         self._conversations, self._seed, self.name, self._once = conversations, seed, name_of, once
@@ -100,7 +100,8 @@ class ShuffledConversations:
 
     def _shuffle(self) -> list[int]:
         order = list(range(len(self._conversations)))
-        random.Random(f"{self._seed}/{self.epoch}").shuffle(order)
+        if self._seed is not None:
+            random.Random(f"{self._seed}/{self.epoch}").shuffle(order)
         return order
 
 

@@ -292,6 +292,8 @@ def nanochat_snapshot(sizes: GPTSizes) -> str:
         differing[name] = [key for key in values if key not in _NO_COMPUTATION and ours[key] != values[key]]
         if replace(sizes, vocab_multiple=values["vocab_multiple"]).padded_vocab_size != sizes.padded_vocab_size:
             differing[name].append("padded_vocab_size")
+        if sizes.short_window is not None:
+            differing[name].append("short_window")
     if not beyond_october(sizes) and sizes.rope_theta == october["rope_theta"]:
         return "oct2025"
     if not differing["jul2026"]:

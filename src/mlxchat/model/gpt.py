@@ -343,6 +343,13 @@ def trained_parameters(model: nn.Module) -> dict[str, mx.array]:
     return cast(dict[str, mx.array], tree_flatten(parameters, destination={}))
 
 
+def lengthen_context(model: GPT, context_tokens: int) -> GPT:
+    """Return a model with the same weights and a longer context; up to the old one it computes the same logits."""
+    longer = GPT(model.sizes.lengthened(context_tokens))
+    set_parameters(longer, flatten_parameters(model))
+    return longer
+
+
 def cast_parameters(parameters: Mapping[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
     """Return parameters in what is computed in; packed numbers and the lengths of DoRA's rows stay as they are."""
     return {

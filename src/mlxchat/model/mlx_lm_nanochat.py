@@ -36,6 +36,7 @@ class ModelArgs(BaseModelArgs):
     rope_theta: float = 10000.0
     vocab_multiple: int = 1
     window_pattern: str = "L"
+    short_window: int | None = None
     query_key_scale: float = 1.0
     value_embeddings: bool = False
     residual_scalars: bool = False
@@ -45,7 +46,7 @@ class ModelArgs(BaseModelArgs):
     def windows(self) -> list[int | None]:
         """Return for each layer how many tokens one sees, itself included; None: all of them."""
         long = None if self.architecture == "oct2025" else self.max_position_embeddings + 1
-        short = -(-self.max_position_embeddings // 4 // _WINDOW_TILE) * _WINDOW_TILE + 1
+        short = (self.short_window or -(-self.max_position_embeddings // 4 // _WINDOW_TILE) * _WINDOW_TILE) + 1
         kinds = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.num_hidden_layers)]
         return [short if kind == "S" else long for kind in kinds[:-1]] + [long]
 

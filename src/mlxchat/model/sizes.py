@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from mlxchat.config.schema import ArchitectureConfig, ModelConfig
@@ -39,6 +39,8 @@ class GPTSizes:
     """The tables have this many rows or a multiple; logits are cropped to vocab_size."""
     window_pattern: str = "L"
     """S (short window) or L (whole context) for each layer, repeated; the last layer is always L."""
+    short_window: int | None = None
+    """Earlier tokens that a short window sees; None: a quarter of the context, in whole 128 tokens."""
     query_key_scale: float = 1.0
     """Factor of the normalised queries and keys."""
     value_embeddings: bool = False
@@ -62,9 +64,10 @@ class GPTSizes:
             value = getattr(self, field.name)
             if field.type == "bool":
                 fits = isinstance(value, bool)
-            elif field.type == "int":
+            elif field.type.startswith("int"):
                 fits = isinstance(value, int) and not isinstance(value, bool)
                 fits = fits and 1 <= value <= most.get(field.name, _MOST_SIZE)
+                fits = fits or (value is None and field.default is None)
             elif field.type == "float":
                 fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST_FACTOR
             else:
@@ -97,9 +100,15 @@ class GPTSizes:
         2025 has no windows.
         """
         long = None if self.architecture == "oct2025" else self.context_tokens
-        short = -(-self.context_tokens // 4 // _WINDOW_TILE) * _WINDOW_TILE
+        short = self.short_window or _short_window(self.context_tokens)
         kinds = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.num_layers)]
         return [short if kind == "S" else long for kind in kinds[:-1]] + [long]
+
+    def lengthened(self, context_tokens: int) -> GPTSizes:
+        """Return the sizes with a longer context: long windows grow, short ones stay as the weights learnt them."""
+        short = self.short_window or _short_window(self.context_tokens)
+        kept = short if "S" in self.window_pattern and short != _short_window(context_tokens) else None
+        return replace(self, context_tokens=context_tokens, short_window=kept)
 
     def has_value_embedding(self, layer: int) -> bool:
         """Tell whether a layer has a value embedding."""
@@ -108,6 +117,10 @@ class GPTSizes:
     def to_dict(self) -> dict[str, Any]:
         """Return the sizes as plain numbers."""
         return asdict(self)
+
+
+def _short_window(context_tokens: int) -> int:
+    return -(-context_tokens // 4 // _WINDOW_TILE) * _WINDOW_TILE
 
 
 def count_heads(width: int, head_width: int) -> int:

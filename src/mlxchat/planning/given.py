@@ -42,7 +42,7 @@ def check_given(config: Config, plan: list[PlannedStep]) -> None:
 
 
 def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, GPTSizes]:
-    """Return step → sizes, of the steps that import a model and those that train or measure one further.
+    """Return step → sizes, of the steps that import or lengthen a model and those that train or measure it further.
 
     Raises:
         DataError: a model to be imported is missing, or what describes it is damaged.
@@ -61,6 +61,10 @@ def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
             found[step.name] = found[step.inputs[_ROLE]]
         elif artifact is not None and (folder := store.find(str(artifact["rid"]))) is not None:
             found[step.name] = sizes_of_folder(folder)
+        change = getattr(step.stage.load_forecast(), "sizes_after", None)
+        after = None if change is None else change(step.config, step.stage.name, found.get(step.name))
+        if after is not None:
+            found[step.name] = after
     return found
 
 

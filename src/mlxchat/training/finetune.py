@@ -20,7 +20,7 @@ from mlxchat.evals.bpb import mean_loss
 from mlxchat.evals.rank_model import text_model
 from mlxchat.model.adapter_problems import adapter_sizes_of
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
-from mlxchat.model.gpt import GPT, trained_parameters
+from mlxchat.model.gpt import GPT, lengthen_context, trained_parameters
 from mlxchat.model.lora import adapters_of, attach_adapters
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, adapter_rule
@@ -45,6 +45,8 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
     machine, rates = ctx.config.machine, ctx.config.optimizer
     dtype = prepare_machine(machine)
     model, tokenizer, facts = load_checkpoint(checkpoint)
+    if config.context_tokens is not None:
+        model = lengthen_context(model, config.context_tokens)
     if not config.clip_gradients:
         rates = replace(rates, grad_clip=None)
     rule = begin_adapters(ctx, config.adapter, model, dtype)
@@ -57,15 +59,16 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         folder = ctx.inputs["teacher"] if config.teacher.artifact is not None else Path(config.teacher.path or "")
         distillation = load_teacher(config.teacher, folder, tokenizer, row_tokens=row_tokens, dtype=dtype)
     rows_per_iteration = _batch_tokens(ctx.stage, config, checkpoint, facts) // row_tokens
-    mixture = Mixture(config.mixture, seed=ctx.seed("mixture"), load=partial(open_item, ctx))
-
+    order = config.mixture_order
+    mixture = Mixture(config.mixture, seed=ctx.seed("mixture"), order=order, load=partial(open_item, ctx))
     encoded = open_mixture(ctx, "mixture", mixture, tokenizer)
     held_out_mixture = Mixture(config.validation, seed=ctx.data_seed("validation"), load=partial(open_item, ctx))
 
     def pack(conversations: Tokens, *, once: bool = False) -> RowStream:
+        seed = ctx.seed("order") if once or order is None else None
         return pack_conversations(
             config.packing,
-            ShuffledConversations(conversations, ctx.seed("order"), mixture.name, once=once),
+            ShuffledConversations(conversations, seed, mixture.name, once=once),
             batch_rows=rows_per_iteration,
             bos=tokenizer.bos,
             assistant_end=tokenizer.assistant_end,

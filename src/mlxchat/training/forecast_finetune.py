@@ -13,7 +13,7 @@ from mlxchat.config.schema import Config, FinetuneConfig, OptimizerConfig, Teach
 from mlxchat.data.vocabulary import HF_FILE, RANKS_FILE
 from mlxchat.errors import MlxchatError
 from mlxchat.model.adapter_problems import adapter_remedies, adapter_sizes_of
-from mlxchat.model.sizes import GPTSizes
+from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import count_later_iterations, derive_hyperparameters
 from mlxchat.planning.memory import TeacherSize, Training
@@ -26,7 +26,15 @@ from mlxchat.tasks import task_class
 from mlxchat.training.extension import find_extension_problems, keeps_state
 
 # What weights, moments or the position in the data depend on.
-_SAME = ("mixture", "packing", "packing_buffer_conversations", "batch.row_tokens", "adapter")
+_SAME = (
+    "mixture",
+    "mixture_order",
+    "context_tokens",
+    "packing",
+    "packing_buffer_conversations",
+    "batch.row_tokens",
+    "adapter",
+)
 # Numbers per token and channel of a teacher's forward pass, one layer at a time.
 _FORWARD = 20.0
 _BYTES = 4
@@ -40,6 +48,19 @@ def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
     folder = teacher_folder(section.teacher, Path(config.outputs)) if section.teacher.is_there else None
     teacher = None if folder is None else measure_teacher(folder)
     return describe(stage, section, config.optimizer, sizes, tokens // section.batch.row_tokens, teacher)
+
+
+def sizes_after(config: Config, stage: str, sizes: GPTSizes | None) -> GPTSizes | None:
+    """Return the sizes of the model that is trained, of those that it has before; None: the configuration's."""
+    tokens = getattr(config, stage).context_tokens
+    if tokens is None:
+        return sizes
+    sizes = sizes or _sizes_of(config)
+    return sizes.lengthened(max(tokens, sizes.context_tokens))
+
+
+def _sizes_of(config: Config) -> GPTSizes:
+    return sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
 
 
 def describe(
@@ -63,7 +84,7 @@ def describe(
 
 
 def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: GPTSizes | None) -> Iterator[str]:
-    """Yield why a step cannot go on from its model, or with that one's moments, or learn from its teacher."""
+    """Yield why a step cannot extend another, or go on from its model or its moments, or learn from its teacher."""
     stage = step.stage.name
     section: FinetuneConfig = getattr(config, stage)
     yield from find_extension_problems(
@@ -72,11 +93,22 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
     )  # fmt: skip
     if section.warm_start:
         yield from _warm_start_problems(config, step, plan)
-    rows = section.batch.row_tokens
-    if sizes is not None and rows > sizes.context_tokens:
+    rows, wanted = section.batch.row_tokens, section.context_tokens
+    context = (sizes or _sizes_of(config)).context_tokens
+    if wanted is not None and wanted < context:
+        yield (
+            f"{stage}.context_tokens={wanted} is shorter than the context of the model that {step.name} goes on from: "
+            f"{context}. It can only become longer: give more, or null"
+        )
+    elif wanted is not None and rows != wanted:
+        yield (
+            f"{stage}.context_tokens={wanted}, but rows have {rows} tokens, and no position beyond a row is learnt: "
+            f"give {stage}.batch.row_tokens={wanted}"
+        )
+    elif rows > context:
         yield (
             f"{stage}.batch.row_tokens={rows} is longer than the context of the model that {step.name} goes on from: "
-            f"{sizes.context_tokens}. Give {stage}.batch.row_tokens={sizes.context_tokens}"
+            f"{context}. Give {stage}.batch.row_tokens={context}, or {stage}.context_tokens={rows}"
         )
     if section.teacher.is_there:
         trained = any(each.stage.produces == "tokenizer" for each in plan)

@@ -1,0 +1,58 @@
+"""Later stages may train a model on rows longer than its context; from there on it has the longer one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kit.commands import Say
+from mlxchat.composition.compose import compose_config
+from mlxchat.errors import ConfigError
+from mlxchat.planning.given import check_given, find_given_sizes
+from mlxchat.store.naming import refs_of
+from mlxchat.store.store import Store
+from mlxchat.sweep.job import plan_of
+
+LONGER = ["midtrain.context_tokens=512", "midtrain.batch.row_tokens=512"]
+
+
+def test_rows_longer_than_the_context_lengthen_it_for_all_that_follows(
+    say: Say, tiny: tuple[str, ...], outputs: Path
+) -> None:
+    """The finished run's context is 256; SFT keeps its rows of 256 tokens."""
+    say(*tiny, "targets=[sft]", f"outputs={outputs}", *LONGER)
+    contexts = {}
+    for step, place in refs_of(Store(outputs)).items():
+        if (place / "config.json").is_file():
+            contexts[step] = json.loads((place / "config.json").read_text())["max_position_embeddings"]
+    assert {step: contexts[step] for step in ("pretrain", "midtrain", "sft")} == {
+        "pretrain": 256, "midtrain": 512, "sft": 512,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["midtrain.context_tokens=512"], "rows have 256 tokens.* midtrain.batch.row_tokens=512"),
+        (["midtrain.context_tokens=128", "midtrain.batch.row_tokens=128"], "shorter than the context .*: 256"),
+        (["sft.context_tokens=384", "sft.batch.row_tokens=384", *LONGER], "sft.context_tokens=384 is shorter .*: 512"),
+        (["sft.batch.row_tokens=768", *LONGER], "768 is longer than the context .*: 512.*, or sft.context_tokens=768"),
+    ],
+)
+def test_a_context_that_is_not_learnt_or_shrinks_is_refused(
+    tiny: tuple[str, ...], tmp_path: Path, settings: list[str], said: str
+) -> None:
+    batches = ["midtrain.batch.tokens=null", "sft.batch.tokens=null"]
+    config = compose_config([*tiny, *batches, *settings, f"outputs={tmp_path}"]).config
+    with pytest.raises(ConfigError, match=said):
+        plan_of(config, Store(tmp_path))
+
+
+def test_the_plan_knows_the_longer_context_of_each_step(tiny: tuple[str, ...], tmp_path: Path) -> None:
+    config = compose_config([*tiny, *LONGER, f"outputs={tmp_path}"]).config
+    plan = plan_of(config, Store(tmp_path))
+    check_given(config, plan)
+    found = {step: sizes.context_tokens for step, sizes in find_given_sizes(config, plan).items()}
+    assert found == dict.fromkeys(("midtrain", "sft", "rl", "eval_mid", "eval_sft", "eval_rl"), 512)
