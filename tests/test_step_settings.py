@@ -61,7 +61,10 @@ def test_mistakes_in_step_settings_are_reported_together() -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [("{num_epochs: 0}", "sft.num_epochs is 0, expected at least 1"), ("{warm_start: true}", "only pretraining keeps")],
+    [
+        ("{num_epochs: 0}", "sft.num_epochs is 0, expected at least 1"),
+        ("{warm_start: true}", "sft.warm_start is true, which needs midtrain.save_training_state=true"),
+    ],
 )
 def test_step_settings_are_checked_like_the_section(value: str, expected: str) -> None:
     lines = refusal(f"pipeline.sft_long.with={value}")

@@ -45,7 +45,7 @@ async def answer():
     worker.start()
     model = Models(store, resolve(store, "sft")).find(None)
     request = Request(prompt=[1, 2, 3], max_new_tokens=4, sampling=Sampling(temperature=0.0))
-    assert [event async for event in worker.ask(model, [request])]
+    assert [event async for event in worker.submit(model, [request])]
 
 asyncio.run(answer())
 worker.commands.put(None)

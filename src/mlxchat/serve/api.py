@@ -1,7 +1,7 @@
-"""The app: OpenAI's interface, /health, /metrics, the page and the guard before them.
+"""The HTTP app: OpenAI's API, /health, /metrics, the chat page, and the guard in front of them.
 
-A route reads its request in a thread, hands it to the worker, and writes the events as a stream or as one answer. When
-the client leaves, what is computed for it ends.
+A route parses its request in a thread, passes it to the worker, and sends the events as a stream or as one answer.
+Generation is cancelled when the client disconnects.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from mlxchat import __version__
 from mlxchat.engine.scheduler import Event
-from mlxchat.engine.scheduler import Request as Asked
+from mlxchat.engine.scheduler import Request as EngineRequest
 from mlxchat.serve.choices import Choice, choices_of, usage_of
 from mlxchat.serve.models import Model, Models
 from mlxchat.serve.requests import (
@@ -55,13 +55,13 @@ Json = dict[str, Any]
 Result = TypeVar("Result")
 _write_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
-# Streams end by themselves when the server is asked to stop, and are cut off when its patience ends.
+# At shutdown streams may finish within the server's grace period.
 AppStatus.enable_automatic_graceful_drain = False
 
 
 @dataclass(frozen=True)
 class Service:
-    """Models, the worker that computes with them, and the settings of requests that name none."""
+    """Models, the worker that runs them, and default settings of requests."""
 
     models: Models
     worker: Worker
@@ -69,7 +69,7 @@ class Service:
 
     @property
     def limits(self) -> Limits:
-        """The worker's."""
+        """The worker's limits."""
         return self.worker.limits
 
 
@@ -79,9 +79,9 @@ def make_app(
     """Return the app.
 
     Args:
-        service: what it serves.
-        api_key: the key that clients must send; None: they need none.
-        loopback_only: refuse requests whose Host is another name than this machine's.
+        service: models, worker and defaults.
+        api_key: key that clients must send; None: no key.
+        loopback_only: refuse requests whose Host header is not this machine (DNS rebinding).
         cors: origins of other sites whose pages may send requests.
     """
 
@@ -91,7 +91,7 @@ def make_app(
         yield
         await service.worker.stop()
 
-    # FastAPI's own pages about the interface load scripts from elsewhere.
+    # FastAPI's documentation pages load scripts from other hosts.
     app = FastAPI(title="mlxchat", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     add_fault_handlers(app)
     app.include_router(openai_routes(service))
@@ -102,7 +102,7 @@ def make_app(
     @app.api_route("/health", methods=["GET", "HEAD"], include_in_schema=False)
     async def health(response: Response) -> Json:
         alive, ready = service.worker.alive, service.worker.alive and service.worker.has_loaded
-        response.status_code = 200 if ready else 503  # what probes look at
+        response.status_code = 200 if ready else 503  # for health probes
         return {"status": "ok" if ready else "loading" if alive else "stopping", "ready": ready}
 
     @app.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
@@ -137,10 +137,10 @@ def make_app(
 
 
 def openai_routes(service: Service) -> APIRouter:
-    """Return the routes."""
+    """Return the routes of models, chat completions and text completions."""
     routes = APIRouter(prefix="/v1")
 
-    # Functions that are not async run in a thread: the event loop does not wait for files.
+    # Functions that are not async run in a thread, so reading files does not block the event loop.
     @routes.get("/models", response_model=None)
     def list_models() -> Response:
         return LargeAnswer({"object": "list", "data": service.models.entries()})
@@ -151,8 +151,8 @@ def openai_routes(service: Service) -> APIRouter:
 
     @routes.post("/chat/completions", response_model=None)
     async def chat(body: ChatRequest, request: Request) -> Response:
-        model, prompt, asked = await run_in_threadpool(prepare_chat, service, body)
-        answer = service.worker.ask(model, asked)
+        model, prompt, requests = await run_in_threadpool(prepare_chat, service, body)
+        answer = service.worker.submit(model, requests)
         head = _head("chatcmpl", "chat.completion", service, model)
         own = {"mlxchat": {"truncated_turns": prompt.truncated_turns}} if body.truncation == "auto" else {}
         if body.stream:
@@ -160,28 +160,28 @@ def openai_routes(service: Service) -> APIRouter:
         choices = await while_connected(request, answer, collect(answer))
 
         def respond() -> LargeAnswer:
-            told = [
+            data = [
                 {
                     "index": index, "message": choice.message(), "logprobs": choice.chat_logprobs(choice.events),
                     "finish_reason": choice.finish_reason,
                 }
                 for index, choice in enumerate(choices)
             ]  # fmt: skip
-            return LargeAnswer({**head, "choices": told, "usage": usage_of(answer, choices, body.n), **own})
+            return LargeAnswer({**head, "choices": data, "usage": usage_of(answer, choices, body.n), **own})
 
         return await run_in_threadpool(respond)
 
     @routes.post("/completions", response_model=None)
     async def complete(body: TextRequest, request: Request) -> Response:
-        model, echoes, asked = await run_in_threadpool(_prepare_text, service, body)
-        answer = service.worker.ask(model, asked)
+        model, echoes, requests = await run_in_threadpool(_prepare_text, service, body)
+        answer = service.worker.submit(model, requests)
         head = _head("cmpl", "text_completion", service, model)
         if body.stream:
             return EventStream(answer, _text_chunks(answer, head, body, echoes))
         choices = await while_connected(request, answer, collect(answer, echoes))
 
         def respond() -> LargeAnswer:
-            told = [
+            data = [
                 {
                     "index": index, "text": echoes[index][0] + choice.all_text,
                     "logprobs": choice.text_logprobs(choice.events),
@@ -189,15 +189,15 @@ def openai_routes(service: Service) -> APIRouter:
                 }
                 for index, choice in enumerate(choices)
             ]  # fmt: skip
-            return LargeAnswer({**head, "choices": told, "usage": usage_of(answer, choices, body.n)})
+            return LargeAnswer({**head, "choices": data, "usage": usage_of(answer, choices, body.n)})
 
         return await run_in_threadpool(respond)
 
     return routes
 
 
-def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt, list[Asked]]:
-    """Return model, prompt and choices of a chat request; it reads files and encodes text, so call it in a thread."""
+def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt, list[EngineRequest]]:
+    """Return model, prompt and choices of a chat request. Call it in a thread: it reads files and encodes text."""
     body.refuse_unknown()
     model = service.models.find(body.model)
     if body.top_logprobs and not body.logprobs:
@@ -205,30 +205,30 @@ def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt
     most = body.max_completion_tokens or body.max_tokens
     prompt = chat_prompt(model, body.messages, service.limits, answer_tokens=most, truncate=body.truncation == "auto")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    asked = requests_for(
+    requests = requests_for(
         model, body, [prompt.ids], service.limits, service.defaults, max_tokens=most, logprobs=logprobs,
         constraint=json_constraint(model, body.response_format, service.limits), skip_blank=model.skips_blank,
     )  # fmt: skip
-    return model, prompt, asked
+    return model, prompt, requests
 
 
-def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[Echo], list[Asked]]:
-    """Return model, echoes and choices of a text completion; call it in a thread, too."""
+def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[Echo], list[EngineRequest]]:
+    """Return model, echoes and choices of a text completion. Call it in a thread."""
     body.refuse_unknown()
     model = service.models.find(body.model)
     if body.best_of not in (None, body.n):
         raise Fault("best_of is not supported", param="best_of", code="unsupported_parameter")
     prompts = text_prompts(model, body, service.limits)
     most = body.max_tokens if body.max_tokens is not None else min(128, service.limits.max_tokens)
-    asked = requests_for(
+    requests = requests_for(
         model, body, [ids for ids, _ in prompts], service.limits, service.defaults,
         max_tokens=most, logprobs=body.logprobs, prompt_logprobs=body.echo and body.logprobs is not None,
     )  # fmt: skip
-    return model, [echo if body.echo else ("", []) for _, echo in prompts for _ in range(body.n)], asked
+    return model, [echo if body.echo else ("", []) for _, echo in prompts for _ in range(body.n)], requests
 
 
 async def collect(answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
-    """Return the choices of an answer when all have ended."""
+    """Return the choices of an answer once all have ended."""
     choices = choices_of(answer, echoes)
     async for index, event in answer:
         if event.prompt_logprobs:
@@ -278,7 +278,7 @@ async def _text_chunks(
         return {**head, "choices": [choice], **usage}
 
     waiting = [text for text, _ in echoes]
-    if body.logprobs is None:  # else the prompt comes with its log-probabilities, together with the first token
+    if body.logprobs is None:  # else the prompt and its log-probabilities come with the first token
         for index, text in enumerate(waiting):
             if text:
                 yield chunk(index, text)
@@ -292,7 +292,7 @@ async def _text_chunks(
         return chunk(index, text, choice.finish_reason, logprobs) if text or logprobs or choice.finish_reason else None
 
     async for index, event in answer:
-        if event.prompt_logprobs:  # of thousands of tokens
+        if event.prompt_logprobs:  # thousands of tokens
             yield await run_in_threadpool(lambda index, event: large_event(take(index, event)), index, event)
         elif (item := take(index, event)) is not None:
             yield item
@@ -309,23 +309,23 @@ def _head(prefix: str, kind: str, service: Service, model: Model) -> Json:
 
 
 def _usage_field(body: Generation) -> Json:
-    """Return what every chunk says of usage: null where it comes at the end, else nothing."""
+    """Return the usage field of every chunk: null if usage comes at the end, else no field."""
     return {"usage": None} if body.stream_options and body.stream_options.include_usage else {}
 
 
 def responses_routes(service: Service) -> APIRouter:
-    """Return the route."""
+    """Return the route /v1/responses."""
     routes = APIRouter(prefix="/v1")
 
     @routes.post("/responses", response_model=None)
     async def respond(body: ResponsesRequest, request: Request) -> Response:
         if body.n != 1:
             raise Fault("a response has one choice", param="n")
-        model, prompt, asked = await run_in_threadpool(lambda: prepare_chat(service, body.as_chat()))
-        answer = service.worker.ask(model, asked)
+        model, prompt, requests = await run_in_threadpool(lambda: prepare_chat(service, body.as_chat()))
+        answer = service.worker.submit(model, requests)
         head: Json = {
             "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()),
-            "model": model.name, "instructions": body.instructions, "temperature": asked[0].sampling.temperature,
+            "model": model.name, "instructions": body.instructions, "temperature": requests[0].sampling.temperature,
             "top_p": body.top_p, "max_output_tokens": body.max_output_tokens, "metadata": {}, "tools": [],
             "tool_choice": "none", "parallel_tool_calls": False, "error": None, "incomplete_details": None,
             "text": {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)},
@@ -350,7 +350,7 @@ def _part(text: str) -> Json:
 
 
 def _whole(head: Json, answer: Answer, choice: Choice) -> Json:
-    """Return the response at its end."""
+    """Return the finished response."""
     cut = choice.finish_reason == "length"
     status = "incomplete" if cut else "completed"
     used = usage_of(answer, [choice], 1)
@@ -381,8 +381,8 @@ async def _events(answer: Answer, head: Json) -> AsyncIterator[Json]:
     yield event("in_progress", response=begun)
     yield event("output_item.added", output_index=0, item=_message(head, None, "in_progress"))
     yield event("content_part.added", **at, part=_part(""))
-    async for _, told in answer:
-        for kind, text in choice.add(told):
+    async for _, step in answer:
+        for kind, text in choice.add(step):
             if kind == "text":
                 yield event("output_text.delta", **at, delta=text, logprobs=[])
     whole = _whole(head, answer, choice)
@@ -394,15 +394,15 @@ async def _events(answer: Answer, head: Json) -> AsyncIterator[Json]:
 
 
 class EventStream(EventSourceResponse):
-    """Server-sent events of an answer, which is cancelled when the stream ends however it ends."""
+    """Server-sent events of an answer, which is cancelled when the stream ends or the client disconnects."""
 
     def __init__(self, answer: Answer, data: AsyncIterator[Any]) -> None:
-        """Take the answer and what is sent of it: objects, written as JSON, or whole events as bytes."""
+        """Stream `data` of an answer: objects, sent as JSON, or whole events as bytes."""
         super().__init__(_encoded(data), sep="\n", ping=15, headers={"X-Accel-Buffering": "no"})
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send, and see to it that nothing is computed for nobody."""
+        """Send the stream, then cancel what is left of the answer."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -410,18 +410,18 @@ class EventStream(EventSourceResponse):
 
 
 async def while_connected(request: Request, answer: Answer, work: Coroutine[Any, Any, Result]) -> Result:
-    """Return the result of `work`, or cancel the answer if the client leaves before.
+    """Return the result of `work`; cancel the answer if the client disconnects first.
 
     Raises:
-        Fault: nobody is there any more, or what `work` raises.
+        Fault: the client has disconnected, or `work` raises it.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_left(request.receive))
+    gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise Fault("the client has left", status=499)
+        raise Fault("the client has disconnected", status=499)
     finally:
         answer.cancel()
         for each in (task, gone):
@@ -430,7 +430,7 @@ async def while_connected(request: Request, answer: Answer, work: Coroutine[Any,
                 await each
 
 
-async def _left(receive: Callable[[], Awaitable[Any]]) -> None:
+async def _disconnected(receive: Callable[[], Awaitable[Any]]) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 
@@ -443,25 +443,25 @@ async def _encoded(data: AsyncIterator[Any]) -> AsyncIterator[bytes | dict[str, 
             else:
                 text = item if isinstance(item, str) else json.dumps(item, ensure_ascii=False)
                 yield {"data": text.encode(errors="backslashreplace").decode()}
-    except Fault as fault:  # the status has been sent long ago
+    except Fault as fault:  # the status was sent before
         yield {"data": json.dumps(fault.body())}
 
 
 def large_event(item: Any) -> bytes:
-    """Return a server-sent event, encoded in pieces (`large_json`); it takes long, so call it in a thread."""
+    """Return a server-sent event, encoded in pieces (`large_json`). Call it in a thread."""
     return f"data: {large_json(item)}\n\n".encode()
 
 
 class LargeAnswer(JSONResponse):
-    """A JSON answer, encoded in pieces (`large_json`); it takes long, so make it in a thread."""
+    """A JSON answer, encoded in pieces (`large_json`). Construct it in a thread."""
 
     def render(self, content: Any) -> bytes:
         """Return the body."""
-        return large_json(content).encode(errors="backslashreplace")  # JSON's form of half a character
+        return large_json(content).encode(errors="backslashreplace")  # JSON escapes lone surrogates the same way
 
 
 def large_json(value: Any) -> str:
-    """Return JSON. Long lists are written in pieces: during one call of the encoder no other thread can run."""
+    """Return JSON, encoding long lists in pieces because no other thread runs during a call of the encoder."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{_write_json(key)}:{large_json(item)}" for key, item in value.items()) + "}"
     if not isinstance(value, list):

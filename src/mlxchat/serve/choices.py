@@ -1,4 +1,4 @@
-"""One choice of an answer as it grows, and OpenAI's words for it."""
+"""One choice of an answer while it is generated, and its fields in OpenAI's API."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from mlxchat.serve.worker import Answer
 
 Json = dict[str, Any]
 Scored = tuple[Event, Kind, int]
-"""A token with its log-probability, its kind, and where it begins in the text of its choice."""
+"""A token with its log-probability, its kind, and its offset in the choice's text, in characters."""
 
 
 @dataclass
 class Choice:
-    """What came so far."""
+    """A choice up to its newest event."""
 
     tokenizer: TextTokenizer
     parts: Parts
     echoed: list[int] = field(default_factory=list)
-    """Tokens of the prompt that the text begins with."""
+    """Tokens of the echoed prompt at the beginning of the text."""
     position: int = 0
-    """Where the next token begins in the choice's text, in characters; an echoed prompt counts."""
+    """Offset of the next token in the choice's text, in characters, including an echoed prompt."""
     events: list[Scored] = field(default_factory=list)
     newest: list[Scored] = field(default_factory=list)
-    """What the last event added to `events`: with an echoed prompt, as many as it has tokens."""
+    """What the last event added to `events`: several tokens for an echoed prompt."""
     num_sampled: int = 0
     finish_reason: str | None = None
 
     def __post_init__(self) -> None:
-        """Begin to decode."""
+        """Create the decoder."""
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, event: Event) -> list[tuple[Kind, str]]:
-        """Take an event; return (kind, text) of what may be shown."""
+        """Add an event; return the new (kind, text) to show."""
         self.num_sampled += event.sampled
         self.newest = list(self._with_logprobs(event))
         self.events += self.newest
@@ -51,28 +51,28 @@ class Choice:
 
     @property
     def all_text(self) -> str:
-        """Everything that came, calls and what they gave included."""
+        """The whole text, including tool calls and their results."""
         return "".join(text for _, text in self.parts.found)
 
     def message(self) -> Json:
-        """Return the assistant's message; with `parts` where the calculator was asked."""
+        """Return the assistant's message; with `parts` if it used a tool."""
         own = {"parts": self.parts.as_content()} if self.parts.tools_used else {}
         return {"role": "assistant", "content": self.parts.text, "refusal": None, **own}
 
     def chat_logprobs(self, found: list[Scored]) -> Json | None:
-        """Return the log-probabilities of what is said among `events` or `newest`."""
+        """Return the log-probabilities of the text tokens among `events` or `newest`."""
         entries = [
             self._chat_entry(each) for each, kind, _ in found if kind == "text" and not self._is_special(each.token)
         ]
         return {"content": entries, "refusal": None} if entries else None
 
     def text_logprobs(self, found: list[Scored]) -> Json | None:
-        """Return the same as text completions have it, of calls too, and of the token that ended the text.
+        """Return log-probabilities in the form of text completions, including tool calls and the end token.
 
-        With `echo` clients count tokens from the end: lm-evaluation-harness leaves out the last one, which was drawn.
+        With `echo` clients count tokens from the end: lm-evaluation-harness drops the last one, which was sampled.
 
-        `text_offset` counts the characters before each token in the whole text of the choice, also in a stream's
-        chunks; tokens of one character have the same.
+        `text_offset` is each token's offset in the choice's whole text, in characters, also in a stream's chunks.
+        Tokens that share a character share its offset.
         """
         if not found:
             return None
@@ -97,7 +97,7 @@ class Choice:
         return token in self.tokenizer.special_ids.values()
 
     def _of_prompt(self, event: Event) -> Iterator[Scored]:
-        """Yield what an event says of the echoed prompt; of a prompt's first token there is no log-probability."""
+        """Yield the tokens of the echoed prompt; a prompt's first token has no log-probability."""
         if event.prompt_logprobs is None:
             return
         known: list[tuple[float | None, list[tuple[int, float]] | None]] = [(None, None), *event.prompt_logprobs]
@@ -118,7 +118,7 @@ class Choice:
         return {"token": self._token(token), "logprob": logprob, "bytes": list(data)}
 
     def _token(self, token: int | None) -> str:
-        r"""Return a token's text; one that is no text by itself is written as OpenAI does, as bytes:\xe2\x96."""
+        r"""Return a token's text; incomplete UTF-8 in OpenAI's notation, such as bytes:\xe2\x96."""
         data = b"" if token is None else self.tokenizer.decode_bytes([token])
         try:
             return data.decode()
@@ -127,13 +127,13 @@ class Choice:
 
 
 def _num_cut_short(decoder: codecs.IncrementalDecoder, data: bytes) -> int:
-    """Return 1 if the decoder holds a beginning of a character that `data` does not continue: it becomes U+FFFD."""
+    """Return 1 if the decoder holds a partial character that `data` does not continue (it becomes U+FFFD), else 0."""
     waiting = decoder.getstate()[0]
     return len((waiting + data[:1]).decode(errors="replace")) - 1 if waiting else 0
 
 
 def choices_of(answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
-    """Return the choices of an answer, which begin with the prompts that they echo."""
+    """Return the empty choices of an answer, with the prompts that they echo."""
     tokenizer = answer.model.tokenizer
     return [
         Choice(tokenizer, Parts(tokenizer), ids, len(text)) for text, ids in echoes or [("", [])] * len(answer.requests)
@@ -141,7 +141,7 @@ def choices_of(answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
 
 
 def usage_of(answer: Answer, choices: list[Choice], each: int) -> Json:
-    """Return OpenAI's usage: a prompt counts once for its `each` choices; what tools forced is not counted."""
+    """Return OpenAI's usage: a prompt counts once for its `each` choices; tokens forced by tools do not count."""
     prompt = sum(len(request.prompt) for request in answer.requests[::each])
     completion = sum(choice.num_sampled for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}

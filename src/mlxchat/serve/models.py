@@ -1,4 +1,4 @@
-"""The models that a server offers: their names and origins, what their files say, and how they are loaded."""
+"""The models of a server: names, provenance, metadata from their files, and loading."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Model:
     tokenizer: Tokenizer | ThirdPartyTokenizer
     context_tokens: int
     converses: bool
-    """False: it continues text, as it was only pretrained or has no chat template."""
+    """False for a base model and for a third-party model without chat template, which only continue text."""
     digest: str = ""
-    """Of its contents."""
+    """Digest of its contents."""
 
     @property
     def third_party(self) -> bool:
@@ -62,11 +62,11 @@ class Model:
 
     @property
     def skips_blank(self) -> bool:
-        """Whether the blank that begins an answer is left out."""
+        """Whether a leading space of answers is dropped."""
         return isinstance(self.tokenizer, ThirdPartyTokenizer) and self.tokenizer.skips_blank
 
     def render(self, messages: list[dict[str, Any]]) -> list[int]:
-        """Return the prompt of the assistant's next message.
+        """Return the prompt ids for the assistant's next message.
 
         Raises:
             DataError: a third-party chat template refuses the conversation.
@@ -77,37 +77,37 @@ class Model:
 
     @cached_property
     def grammars(self) -> JsonGrammars:
-        """What makes constraints for its vocabulary; a second to build for 65,536 tokens."""
+        """JSON constraints for its vocabulary; takes 1 s to build for 65,536 tokens."""
         return JsonGrammars(self.tokenizer)
 
 
 class Models:
-    """What a server offers: every checkpoint of the outputs folder, third-party models, and a default one."""
+    """All models of a server: every checkpoint of the outputs folder, third-party models, and a default model."""
 
     def __init__(
         self, store: Store, default: Path, settings: Mapping[str, Any] | None = None, *, within: str | None = None,
         third_party: Mapping[str, Path] | None = None,
     ) -> None:  # fmt: skip
-        """Take the store and the folder of the default model.
+        """Offer the models of a store.
 
         Args:
             store: the outputs folder.
-            default: the model of requests that name none; one of the store's or of `third_party`.
+            default: folder of the default model, in the store or among `third_party`.
             settings: the server's settings that change answers.
-            within: the run whose steps go by their bare names; None: the latest one.
+            within: run whose steps can be named without the run; None: the latest.
             third_party: name → folder of models that mlx-lm runs.
         """
         self.store, self.default, self._settings, self.within = store, default, dict(settings or {}), within
         self._third_party = dict(third_party or {})
         self._names = {folder: name for name, folder in self._third_party.items()}
         self._listed: tuple[float, list[Summary]] = (-_LISTED_SECONDS, [])
-        self._lock = threading.Lock()  # requests come from several threads; each file is read by one of them
+        self._lock = threading.Lock()  # requests come from several threads; only one reads files at a time
 
     def find(self, name: str | None) -> Model:
-        """Return a model by any name that `mlxchat show` would take; None or "default": the default one.
+        """Return a model by any name that `mlxchat show` accepts; the default model for None or "default".
 
         Raises:
-            Fault: there is none of that name, or it cannot be read.
+            Fault: no model has that name, or it cannot be read.
         """
         try:
             place = self.default if name in (None, "", "default") else self._resolve(str(name))
@@ -116,11 +116,11 @@ class Models:
         except StoreError as error:
             raise self._damaged(error) from None
         except DataError as error:
-            # Clients must not learn this machine's paths.
+            # Clients must not see this machine's paths.
             raise Fault(str(error).replace(f"{place.parent}/", ""), status=500) from None
 
     def entries(self) -> list[dict[str, Any]]:
-        """Return OpenAI's entry of every model, the default one first, with an own field `mlxchat` of provenance."""
+        """Return OpenAI's entry of every model, the default first, with provenance in the extra field `mlxchat`."""
         found = self._summaries()
         scores = _scores(found)
         entries = []
@@ -135,14 +135,14 @@ class Models:
         return sorted(entries, key=lambda entry: entry["id"] != self._names.get(self.default, self.default.name))
 
     def fingerprint(self, digest: str) -> str:
-        """Return the `system_fingerprint` of answers: it changes with the artifact's contents and server's settings."""
+        """Return the `system_fingerprint` of answers, a hash of the artifact's contents and the server's settings."""
         return hashlib.sha256(canonical_json({"digest": digest, **self._settings}).encode()).hexdigest()[:16]
 
     def entry(self, name: str) -> dict[str, Any]:
-        """Return OpenAI's entry of one model, with the settings that made it.
+        """Return OpenAI's entry of one model, with the configuration of its training.
 
         Raises:
-            Fault: there is none.
+            Fault: no model has that name.
         """
         try:
             place = self.default if name == "default" else self._resolve(name)
@@ -150,7 +150,7 @@ class Models:
             raise self._damaged(error) from None
         found = next(entry for entry in self.entries() if entry["id"] == self._names.get(place, place.name))
         if place in self._names:
-            # Infinity, which some config.json have, is no JSON.
+            # Some config.json contain Infinity, which is not JSON.
             config = json.loads((place / "config.json").read_text(encoding="utf-8"), parse_constant=str)
             found["mlxchat"] |= {"config": config, "git": None, "seed": None}
             return found
@@ -175,7 +175,7 @@ class Models:
         )  # fmt: skip
 
     def _damaged(self, error: StoreError) -> Fault:
-        # Clients must not learn this machine's paths.
+        # Clients must not see this machine's paths.
         message = str(error).replace(str(self.store.outputs), "the outputs folder")
         return Fault(message, status=404, param="model", code="model_not_found")
 
@@ -203,7 +203,7 @@ class Models:
 
 @lru_cache(maxsize=8)
 def read_model(folder: Path) -> Model:
-    """Return what is known of a checkpoint without its weights.
+    """Return a checkpoint's metadata without loading its weights.
 
     Raises:
         DataError: it cannot be read.
@@ -214,13 +214,13 @@ def read_model(folder: Path) -> Model:
         context = int(config["max_position_embeddings"])
         digest = str(read_manifest(folder)["tree"])
     except (OSError, ValueError, KeyError, StoreError) as error:
-        raise DataError(f"{folder.name}: no readable checkpoint ({type(error).__name__}: {error})") from None
+        raise DataError(f"{folder.name}: the checkpoint cannot be read ({type(error).__name__}: {error})") from None
     return Model(folder.name, folder, Tokenizer.load(folder), context, facts.get("format") == "chat", digest)
 
 
 @lru_cache(maxsize=8)
 def read_third_party(name: str, folder: Path) -> Model:
-    """Return what is known of a third-party model without its weights.
+    """Return a third-party model's metadata without loading its weights.
 
     Raises:
         ConfigError: mlx-lm is not installed.
@@ -228,14 +228,14 @@ def read_third_party(name: str, folder: Path) -> Model:
     """
     tokenizer, context_tokens = load_tokenizer(folder)
     files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".jinja", ".model"))
-    # Links of the Hub's cache lead to files that are named by their contents; elsewhere a new file has a new time.
+    # The Hub's cache links to files named by their contents; elsewhere a changed file has a new mtime.
     facts = [(path.name, path.resolve().name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     digest = hashlib.sha256(canonical_json(facts).encode()).hexdigest()
     return Model(name, folder, tokenizer, context_tokens, tokenizer.has_chat_template, digest)
 
 
 def _scores(found: list[Summary]) -> dict[str, dict[str, float]]:
-    """Return id of a checkpoint → what the latest evaluation measured of it."""
+    """Return id of a checkpoint → scores of its latest evaluation."""
     scores: dict[str, dict[str, float]] = {}
     for summary in found:
         judged = (summary.get("inputs") or {}).get("checkpoint")
@@ -246,7 +246,7 @@ def _scores(found: list[Summary]) -> dict[str, dict[str, float]]:
 
 @lru_cache(maxsize=10_000)
 def _num_parameters(folder: Path) -> int | None:
-    """Return the parameters of a checkpoint, of the base model if it holds adapters; None if it cannot be read."""
+    """Return a checkpoint's number of parameters (its base model's for adapters); None if it cannot be read."""
     try:
         return count_parameters(sizes_of_folder(folder))["total"]
     except (OSError, ValueError, DataError):
@@ -254,7 +254,7 @@ def _num_parameters(folder: Path) -> int | None:
 
 
 def _entry(name: str, owner: str, published: str, own: dict[str, Any]) -> dict[str, Any]:
-    """Return OpenAI's entry of a model; `mlxchat` holds what this server says besides."""
+    """Return OpenAI's entry of a model, with this server's own fields in `mlxchat`."""
     return {
         "id": name, "object": "model", "created": _seconds(published), "owned_by": owner,
         "mlxchat": {"published": published, **own},
@@ -303,17 +303,17 @@ def _seconds(published: str) -> int:
 def rows_that_fit(
     model: Model, limits: Limits, *, bits: int | None = None, kv_bits: int | None = None, held_bytes: int = 0
 ) -> int:
-    """Return how many rows of a whole context fit into memory beside a model's weights, at most `limits.max_rows`.
+    """Return how many rows of full context fit into memory next to a model's weights, at most `limits.max_rows`.
 
     Args:
-        model: where it lies.
-        limits: of the server.
+        model: the model.
+        limits: limits of the server.
         bits: as for `load_scheduler`.
-        kv_bits: the same.
-        held_bytes: what is in memory besides.
+        kv_bits: as for `load_scheduler`.
+        held_bytes: memory in use by other models.
 
     Raises:
-        ConfigError: there is no room for a single one.
+        ConfigError: not even one row fits.
     """
     if model.third_party:
         return _third_party_rows(model, limits, held_bytes)
@@ -348,14 +348,14 @@ def load_scheduler(
     bits: int | None = None,
     kv_bits: int | None = None,
 ) -> Scheduler:
-    """Load a model's weights and return what computes with it.
+    """Load a model's weights and return its scheduler.
 
     Args:
-        model: where they lie.
-        limits: how many rows there may be.
-        python: runs calls that are no sums.
-        bits: of weights, as `Engine` takes them; the log says what they cost.
-        kv_bits: of keys and values.
+        model: the model.
+        limits: limits of rows and kept tokens.
+        python: runs tool calls other than sums.
+        bits: bits of the weights, as for `Engine`; the log says what the quantisation costs.
+        kv_bits: bits of the KV cache.
 
     Raises:
         Fault: it does not fit into memory.
@@ -372,7 +372,7 @@ def load_scheduler(
         rows = rows_that_fit(model, limits, bits=bits, kv_bits=kv_bits, held_bytes=held)
     except ConfigError as error:
         raise Fault(str(error), status=503) from None
-    # Rows of whole contexts; there may be more rows of short ones.
+    # Counts rows of full context; more rows fit if they are shorter.
     room = None if rows == limits.max_rows else rows * model.context_tokens
     options: dict[str, Any] = {
         "max_rows": limits.max_rows, "max_cached_tokens": room, "kept_tokens": limits.kept_tokens, "python": python,

@@ -1,4 +1,4 @@
-"""Requests: what their bodies may say, and the prompts, settings and seeds that the engine gets of them."""
+"""Request bodies, and the prompts, sampling settings and seeds that the engine gets from them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.serve.models import Model
 from mlxchat.serve.security import Fault, Limits
 
-_SAID_PARTS = ("text", "input_text", "output_text")
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _SEEDS = 2**63
 _MOST_BIASES = 1024
-# Fields of OpenAI's that change no answer here.
+# Fields of OpenAI's API that change no answer here.
 _HARMLESS = {
     "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
     "service_tier", "store", "user",
@@ -32,11 +32,11 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 _MOST_SHOWN, _SHOWN_CHARS = 8, 80
 Echo = tuple[str, list[int]]
-"""A prompt that the text of a choice begins with, and its tokens; both are empty without `echo`."""
+"""The prompt at the beginning of a choice's text, and its tokens; both empty without `echo`."""
 
 
 class _FirstOnly(FailFast):
-    """A list reports its first bad item only: errors of 300,000 items block the event loop."""
+    """Reports only the first bad item of a list: errors of 300,000 items would block the event loop."""
 
     __hash__ = object.__hash__  # for unions
 
@@ -47,12 +47,12 @@ Tokens = Annotated[int, Field(ge=1)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Strings = Annotated[list[str], FIRST_ONLY, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 """One string or several."""
-# Numbers in quotes and true for 1 are mistakes: OpenAI's servers refuse them too.
+# Refuse numbers in quotes and true for 1, as OpenAI's servers do.
 STRICT = ConfigDict(strict=True)
 
 
 class StreamOptions(BaseModel):
-    """What a stream has besides the answer."""
+    """Options of a stream."""
 
     model_config = STRICT
 
@@ -60,7 +60,7 @@ class StreamOptions(BaseModel):
 
 
 class Generation(BaseModel):
-    """What all bodies share; None: the server's default. `refuse_unknown` checks what else a body has."""
+    """Fields that all bodies share; None: the server's default. `refuse_unknown` checks all other fields."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -82,23 +82,19 @@ class Generation(BaseModel):
     temperature: Temperature | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=200)] | None = None
-    """0 is off."""
+    """0: off."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     frequency_penalty: Penalty = 0.0
     presence_penalty: Penalty = 0.0
     logit_bias: dict[str, Any] = {}
-    """Token → what is added to its logit; `_logit_bias` reports the first bad item."""
+    """Token id → number added to its logit; `_logit_bias` reports the first bad item."""
     truncation: Literal["auto", "disabled"] = "disabled"
-    """auto: leave out the oldest turns of a conversation that exceeds the limits or the model's context; system
-    messages stay. The response counts them in `mlxchat.truncated_turns`."""
+    """auto: drop the oldest turns of a conversation that exceeds the limits or the model's context, but no system
+    message. `mlxchat.truncated_turns` in the response counts them."""
 
     def refuse_unknown(self) -> None:
-        """Refuse fields that would change the answer if they were supported, and those that are no fields at all.
-
-        Raises:
-            Fault: there are some.
-        """
+        """Raise a Fault if the body has unsupported fields that would change the answer, or unknown fields."""
         unknown = []
         for name, value in (self.model_extra or {}).items():
             if value in _UNSUPPORTED.get(name, ()) or name in _HARMLESS:
@@ -110,8 +106,8 @@ class Generation(BaseModel):
         if unknown:
             hint = suggest(unknown[0], type(self).model_fields)
             listed = ", ".join(unknown[:_MOST_SHOWN]) + (" and more" if len(unknown) > _MOST_SHOWN else "")
-            verb = "is no field" if len(unknown) == 1 else "are no fields"
-            raise Fault(f"{listed} {verb} of this request.{hint}", param=unknown[0], code="unknown_parameter")
+            noun = "field" if len(unknown) == 1 else "fields"
+            raise Fault(f"unknown {noun} {listed}.{hint}", param=unknown[0], code="unknown_parameter")
 
 
 class Message(BaseModel):
@@ -124,7 +120,7 @@ class Message(BaseModel):
 
 
 class JsonSchema(BaseModel):
-    """A schema with its name; every one is followed strictly."""
+    """A JSON schema with its name; always enforced strictly."""
 
     model_config = STRICT
 
@@ -135,7 +131,7 @@ class JsonSchema(BaseModel):
 
 
 class ResponseFormat(BaseModel):
-    """The form of an answer."""
+    """The format of an answer."""
 
     model_config = STRICT
 
@@ -168,7 +164,7 @@ class TextRequest(Generation):
 
 
 class TextFormat(BaseModel):
-    """The form of an answer in /v1/responses, where the schema stands beside its type."""
+    """The format of an answer in /v1/responses, with the schema next to its type."""
 
     model_config = STRICT
 
@@ -179,7 +175,7 @@ class TextFormat(BaseModel):
     description: str | None = None
 
     def as_response_format(self) -> ResponseFormat:
-        """Return what chat completions call it."""
+        """Return the same format for chat completions."""
         schema = None if self.schema_ is None else {"name": self.name, "schema": self.schema_}
         return ResponseFormat.model_validate({"type": self.type, "json_schema": schema})
 
@@ -193,7 +189,7 @@ class TextOptions(BaseModel):
 
 
 class InputMessage(Message):
-    """A message of the input; clients send back answers with their id and status."""
+    """A message of the input; answers that clients send back also have an id and a status."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -209,10 +205,10 @@ class ResponsesRequest(Generation):
     text: TextOptions = TextOptions()
 
     def as_chat(self) -> ChatRequest:
-        """Return the same as a chat completion.
+        """Return the equivalent chat completion request.
 
         Raises:
-            Fault: it refers to what a server would have stored.
+            Fault: it refers to stored responses.
         """
         for name in ("previous_response_id", "conversation", "background", "prompt"):
             if (self.model_extra or {}).get(name):
@@ -220,21 +216,21 @@ class ResponsesRequest(Generation):
                     f"{name} is not supported: nothing is stored here", param=name, code="unsupported_parameter"
                 )
         self.refuse_unknown()
-        said = [Message(role="system", content=self.instructions)] if self.instructions else []
+        checked = [Message(role="system", content=self.instructions)] if self.instructions else []
         if isinstance(self.input, str):
-            said.append(Message(role="user", content=self.input))
+            checked.append(Message(role="user", content=self.input))
         else:
-            said += [Message(role=each.role, content=each.content) for each in self.input]
+            checked += [Message(role=each.role, content=each.content) for each in self.input]
         settings = self.model_dump(exclude_unset=True, exclude={"input", "instructions", "max_output_tokens", "text"})
         return ChatRequest(
-            **settings, messages=said, max_completion_tokens=self.max_output_tokens,
+            **settings, messages=checked, max_completion_tokens=self.max_output_tokens,
             response_format=self.text.format.as_response_format(),
         )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Settings of requests that name none: nanochat's values."""
+    """Default settings of requests: nanochat's values."""
 
     temperature: float = 0.8
     top_k: int | None = 50
@@ -242,11 +238,11 @@ class Defaults:
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """A conversation as the engine reads it."""
+    """A conversation as token ids."""
 
     ids: list[int]
     truncated_turns: int
-    """Oldest turns that were left out: a user's message with the replies to it, if any, is one turn."""
+    """Number of oldest turns that were dropped. A turn is a user message with its replies, if any."""
 
 
 def chat_prompt(
@@ -258,26 +254,26 @@ def chat_prompt(
         model: the model that will answer.
         messages: system messages are joined to the user message that follows; consecutive messages of one role are
             joined.
-        limits: of the server; with `truncate` they apply to what is left.
+        limits: limits of the server; with `truncate` they apply to the remaining messages.
         answer_tokens: length limit of the answer; None: the rest of the context.
-        truncate: leave out the oldest turns until the rest is within the limits and the context. System messages and
-            the last user message always stay.
+        truncate: drop the oldest turns until the rest is within the limits and the context. System messages and the
+            last user message always stay.
 
     Raises:
-        Fault: the model is a base model, the messages have an invalid form, or they exceed a limit or the context.
+        Fault: the model is a base model, the messages are malformed, or they exceed a limit or the context.
     """
     if not model.converses:
         raise Fault(
-            f"{model.name} continues text (POST /v1/completions) and cannot chat",
+            f"{model.name} is a base model, which cannot chat: use POST /v1/completions",
             param="model", code="unsupported_model",
         )  # fmt: skip
-    said = _check_form(messages)
+    checked = _check_form(messages)
     room = model.context_tokens - min(answer_tokens or 256, model.context_tokens // 2) if truncate else None
-    turns = _turns(said)
-    kept = turns if room is None else _latest_turns(model, said, turns, limits, room)
+    turns = _turns(checked)
+    kept = turns if room is None else _latest_turns(model, checked, turns, limits, room)
     while True:
         chosen = {index for turn in kept for index in turn}
-        left = [each for index, each in enumerate(said) if each.role == "system" or index in chosen]
+        left = [each for index, each in enumerate(checked) if each.role == "system" or index in chosen]
         _check_sizes(left, limits, truncate=truncate)
         try:
             ids = model.render(_joined(left, keep_system=model.third_party))
@@ -285,9 +281,9 @@ def chat_prompt(
             raise Fault(str(error), param="messages") from None
         if room is None or len(ids) <= room or len(kept) == 1:
             break
-        kept = kept[1:]  # joined messages may have a few more tokens than each alone
+        kept = kept[1:]  # joined messages may have a few more tokens than the single ones
     if len(ids) >= model.context_tokens:
-        subject, advice = _too_much(left, truncate=truncate)
+        subject, advice = _excess(left, truncate=truncate)
         raise Fault(
             f"This model's maximum context length is {model.context_tokens} tokens, answer included; "
             f"{subject} {len(ids)} tokens. {advice}.",
@@ -297,10 +293,10 @@ def chat_prompt(
 
 
 def text_prompts(model: Model, body: TextRequest, limits: Limits) -> list[tuple[list[int], Echo]]:
-    """Return (ids, echo) of every prompt; text begins a document, ids are taken as they are.
+    """Return (ids, echo) of every prompt; text gets a <|bos|>, ids are used unchanged.
 
     Raises:
-        Fault: there is none, there are too many, or one is too long or has impossible ids.
+        Fault: there is no prompt, there are too many, or one is too long or has impossible ids.
     """
     tokenizer = model.tokenizer
     given: list[Any] = [body.prompt] if isinstance(body.prompt, str) else list(body.prompt)
@@ -308,18 +304,18 @@ def text_prompts(model: Model, body: TextRequest, limits: Limits) -> list[tuple[
         given = [given]
     if not given:
         raise Fault("prompt is an empty list", param="prompt")
-    check_choices(len(given) * body.n, limits)  # before any of them is encoded
+    check_choices(len(given) * body.n, limits)  # before encoding
     found: list[tuple[list[int], Echo]] = []
     for prompt in given:
         if len(prompt) > limits.max_conversation_chars:
-            raise Fault(f"a prompt has {len(prompt)} characters, at most {limits.max_conversation_chars} may be",
+            raise Fault(f"a prompt has {len(prompt)} characters; at most {limits.max_conversation_chars} are accepted",
                         param="prompt")  # fmt: skip
         if isinstance(prompt, str):
             ids = tokenizer.encode(prompt)
-            found.append(([tokenizer.bos, *ids], (tokenizer.decode(ids), ids)))  # as UTF-8 has it
+            found.append(([tokenizer.bos, *ids], (tokenizer.decode(ids), ids)))  # without lone surrogates
             continue
         if not prompt or not all(0 <= id_ < tokenizer.vocab_size for id_ in prompt):
-            raise Fault(f"a prompt of ids needs at least one, from 0 to {tokenizer.vocab_size - 1}", param="prompt")
+            raise Fault(f"a prompt of ids needs at least one id from 0 to {tokenizer.vocab_size - 1}", param="prompt")
         found.append((prompt, (tokenizer.decode(prompt), prompt)))
     return found
 
@@ -329,14 +325,14 @@ def requests_for(
     max_tokens: int | None, logprobs: int | None = None, prompt_logprobs: bool = False,
     constraint: Constraint | None = None, skip_blank: bool = False,
 ) -> list[Request]:  # fmt: skip
-    """Return the engine's requests: `n` choices for each prompt, each with a seed of its own.
+    """Return the engine's requests: `n` choices for each prompt, each with a different seed.
 
     Raises:
         Fault: a prompt leaves no room in the context, or a field has an impossible value.
     """
     check_choices(len(prompts) * body.n, limits)
     if max_tokens is not None and max_tokens > limits.max_tokens:
-        raise Fault(f"max_tokens is {max_tokens}, at most {limits.max_tokens} may be asked for", param="max_tokens")
+        raise Fault(f"max_tokens is {max_tokens}; at most {limits.max_tokens} are accepted", param="max_tokens")
     stop = tuple(body.stop or ())
     if len(stop) > 16 or any(len(each) > 200 for each in stop):
         raise Fault("stop takes at most 16 strings of at most 200 characters", param="stop")
@@ -344,7 +340,7 @@ def requests_for(
     first = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
     top_k = defaults.top_k if body.top_k is None else body.top_k or None
     temperature = defaults.temperature if body.temperature is None else body.temperature
-    # Repeatable requests get the same bits whatever the server computed before.
+    # Repeatable requests reuse the KV cache only where results are bit-identical.
     repeatable = body.seed is not None or temperature == 0 or body.n > 1
     found = []
     for prompt in prompts:
@@ -380,16 +376,16 @@ def requests_for(
 
 
 def check_choices(count: int, limits: Limits) -> None:
-    """Raise a Fault if a request has more choices than the server computes for one."""
+    """Raise a Fault if a request has too many choices."""
     if count > limits.max_choices:
-        raise Fault(f"{count} choices are asked for, at most {limits.max_choices} may be", param="n")
+        raise Fault(f"the request has {count} choices; at most {limits.max_choices} are accepted", param="n")
 
 
 def json_constraint(model: Model, form: ResponseFormat | None, limits: Limits) -> Constraint | None:
-    """Return what holds an answer to JSON, or None if it may be any text.
+    """Return the JSON constraint of an answer; None for text.
 
     Raises:
-        Fault: the schema is missing, too long, or cannot be used.
+        Fault: the schema is missing, too long, or not supported.
     """
     if form is None or form.type == "text":
         return None
@@ -398,7 +394,9 @@ def json_constraint(model: Model, form: ResponseFormat | None, limits: Limits) -
     schema = form.json_schema.schema_ if form.json_schema else {"type": "object"}
     try:
         if (size := len(json.dumps(schema))) > limits.max_conversation_chars:
-            raise ConfigError(f"a JSON schema has {size} characters; at most {limits.max_conversation_chars} may be")
+            raise ConfigError(
+                f"the JSON schema has {size} characters; at most {limits.max_conversation_chars} are accepted"
+            )
         return model.grammars.constraint(schema)
     except (ConfigError, RecursionError) as error:
         raise Fault(str(error), param="response_format") from None
@@ -407,18 +405,18 @@ def json_constraint(model: Model, form: ResponseFormat | None, limits: Limits) -
 def _logit_bias(model: Model, body: Generation) -> tuple[tuple[int, float], ...]:
     given, most = body.logit_bias, model.tokenizer.vocab_size - 1
     if len(given) > _MOST_BIASES:
-        raise Fault(f"logit_bias has {len(given)} tokens, at most {_MOST_BIASES} may be", param="logit_bias")
+        raise Fault(f"logit_bias has {len(given)} tokens; at most {_MOST_BIASES} are accepted", param="logit_bias")
     for token, more in given.items():
         if not (token.isascii() and token.isdigit() and len(token) <= 9 and int(token) <= most):
-            raise Fault(f"logit_bias names tokens by ids from 0 to {most}, not {token[:40]!r}", param="logit_bias")
+            raise Fault(f"logit_bias has token {token[:40]!r}, expected ids from 0 to {most}", param="logit_bias")
         if type(more) not in (int, float) or not -100 <= more <= 100:
-            raise Fault(f"logit_bias of token {token} must be a number from -100 to 100", param="logit_bias")
+            raise Fault(f"logit_bias of token {token}: expected a number from -100 to 100", param="logit_bias")
     return tuple((int(token), float(more)) for token, more in given.items())
 
 
 @dataclass(frozen=True)
-class _Said:
-    """A message of a valid form."""
+class _Checked:
+    """A well-formed message."""
 
     role: str
     """system, user or assistant."""
@@ -433,48 +431,48 @@ class _Said:
         return "".join(part["text"] for part in self.parts if part["type"] == "text")
 
 
-def _check_form(messages: Sequence[Message]) -> list[_Said]:
-    said = [_Said("system" if each.role == "developer" else each.role, _parts(each)) for each in messages]
-    if next((each.role for each in said if each.role != "system"), None) != "user":
+def _check_form(messages: Sequence[Message]) -> list[_Checked]:
+    checked = [_Checked("system" if each.role == "developer" else each.role, _parts(each)) for each in messages]
+    if next((each.role for each in checked if each.role != "system"), None) != "user":
         raise Fault("the first message after the system's must be the user's", param="messages")
-    if said[-1].role != "user":
+    if checked[-1].role != "user":
         raise Fault("the last message must be the user's", param="messages")
-    return said
+    return checked
 
 
-def _check_sizes(said: Sequence[_Said], limits: Limits, *, truncate: bool) -> None:
-    subject, advice = _too_much(said, truncate=truncate)
-    if len(said) > limits.max_messages:
-        raise Fault(f"the conversation has {len(said)} messages; at most {limits.max_messages} are accepted. {advice}.",
-                    param="messages")  # fmt: skip
-    for index, each in enumerate(said):
+def _check_sizes(checked: Sequence[_Checked], limits: Limits, *, truncate: bool) -> None:
+    subject, advice = _excess(checked, truncate=truncate)
+    if len(checked) > limits.max_messages:
+        count = f"the conversation has {len(checked)} messages"
+        raise Fault(f"{count}; at most {limits.max_messages} are accepted. {advice}.", param="messages")
+    for index, each in enumerate(checked):
         if each.num_chars > limits.max_message_chars:
-            kept = each.role == "system" or index == len(said) - 1
+            kept = each.role == "system" or index == len(checked) - 1
             name = "the system prompt" if each.role == "system" else "the message" if kept else f"message {index}"
             raise Fault(f"{name} has {each.num_chars} characters; at most {limits.max_message_chars} are accepted. "
                         f"{'Shorten it' if kept else advice}.", param="messages")  # fmt: skip
-    if (total := sum(each.num_chars for each in said)) > limits.max_conversation_chars:
+    if (total := sum(each.num_chars for each in checked)) > limits.max_conversation_chars:
         raise Fault(f"{subject} {total} characters; at most {limits.max_conversation_chars} are accepted. {advice}.",
                     param="messages")  # fmt: skip
 
 
-def _too_much(said: Sequence[_Said], *, truncate: bool) -> tuple[str, str]:
-    r"""Return what is too long and how to shorten it.
+def _excess(checked: Sequence[_Checked], *, truncate: bool) -> tuple[str, str]:
+    r"""Return the subject of a message about a limit, and advice.
 
-    Without a double quote: beside it Python writes the apostrophe of "This model's" as \', and litellm, which looks
-    for these words, does not find them.
+    Neither has a double quote: Python's repr would then escape the apostrophe of "This model's" as \', and litellm,
+    which searches for these words, would miss them.
     """
     if not truncate:
         return "the conversation has", "Shorten it, or send truncation=auto to leave out the oldest turns"
-    if len(said) == 1:
+    if len(checked) == 1:
         return "the message has", "Shorten it"
     return "the system prompt and the message have", "Shorten one of them"
 
 
-def _turns(said: Sequence[_Said]) -> list[list[int]]:
+def _turns(checked: Sequence[_Checked]) -> list[list[int]]:
     """Return the indices of each turn's messages: a user message and the assistant messages that follow it."""
     turns: list[list[int]] = []
-    for index, each in enumerate(said):
+    for index, each in enumerate(checked):
         if each.role == "user":
             turns.append([index])
         elif each.role == "assistant":
@@ -483,22 +481,22 @@ def _turns(said: Sequence[_Said]) -> list[list[int]]:
 
 
 def _latest_turns(
-    model: Model, said: Sequence[_Said], turns: list[list[int]], limits: Limits, room: int
+    model: Model, checked: Sequence[_Checked], turns: list[list[int]], limits: Limits, room: int
 ) -> list[list[int]]:
-    """Return the last turn and as many before it as the limits and `room` tokens allow.
+    """Return the last turn and as many earlier ones as the limits and `room` tokens allow.
 
-    An unanswered message that is too long is skipped, so that it does not hide the turns before it.
+    Skips unanswered messages that are too long, so that they do not hide earlier turns.
     """
 
     def cost(indices: Sequence[int]) -> tuple[int, int, int] | None:
         """Return messages, characters and tokens; None: a message is over its own limit."""
-        chars = [said[index].num_chars for index in indices]
+        chars = [checked[index].num_chars for index in indices]
         if any(each > limits.max_message_chars for each in chars):
             return None
-        texts = [part["text"] for index in indices for part in said[index].parts]
+        texts = [part["text"] for index in indices for part in checked[index].parts]
         return len(chars), sum(chars), sum(2 + len(model.tokenizer.encode(text)) for text in texts)
 
-    always = [index for index, each in enumerate(said) if each.role == "system"] + turns[-1]
+    always = [index for index, each in enumerate(checked) if each.role == "system"] + turns[-1]
     used = cost(always)
     kept = [turns[-1]]
     if used is None:
@@ -515,14 +513,14 @@ def _latest_turns(
     return kept
 
 
-def _joined(said: Sequence[_Said], *, keep_system: bool) -> list[dict[str, Any]]:
-    """Return messages of user and assistant in alternation; system messages are joined to the user's that follows.
+def _joined(checked: Sequence[_Checked], *, keep_system: bool) -> list[dict[str, Any]]:
+    """Return alternating user and assistant messages; system messages are joined to the user message that follows.
 
-    With `keep_system` those at the beginning become one system message.
+    With `keep_system`, system messages at the beginning become one system message.
     """
     joined: list[dict[str, Any]] = []
     waiting: list[str] = []
-    for each in said:
+    for each in checked:
         if each.role == "system":
             waiting.append(each.text)
         elif each.role == "user":
@@ -542,7 +540,7 @@ def _joined(said: Sequence[_Said], *, keep_system: bool) -> list[dict[str, Any]]
 
 
 def _parts(message: Message) -> list[dict[str, str]]:
-    """Return the content of a message as parts: text; of the assistant's also python and python_output."""
+    """Return the content of a message as parts: text, and for the assistant also python and python_output."""
     content = message.content if message.content is not None else ""
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
@@ -550,7 +548,7 @@ def _parts(message: Message) -> list[dict[str, str]]:
     for part in content:
         kind, text = part.get("type"), part.get("text")
         own = message.role == "assistant" and kind in ("python", "python_output")
-        if not isinstance(text, str) or not (own or kind in _SAID_PARTS):
-            raise Fault(f"parts of type {kind!r} are not supported; text is", param="messages")
+        if not isinstance(text, str) or not (own or kind in _TEXT_PARTS):
+            raise Fault(f"parts of type {kind!r} are not supported, only text", param="messages")
         found.append({"type": str(kind) if own else "text", "text": text})
     return found

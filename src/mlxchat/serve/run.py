@@ -1,4 +1,4 @@
-"""Listens, prints the address, and stops: the first signal lets answers finish, the second drops them."""
+"""Runs the server until a signal: the first one lets answers finish, the second one drops them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from mlxchat.serve.security import PatientProtocol, most_connections
 
 
 class _Lines(logging.Formatter):
-    """Lines of the log, tracebacks included, without control characters: they quote requests and files."""
+    """Escapes control characters in log lines and tracebacks, which quote requests and files."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record))
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, said: str) -> None:
+    def __init__(self, config: uvicorn.Config, banner: str) -> None:
         super().__init__(config)
-        self._said = said
+        self._banner = banner
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            print(self._said, flush=True)
+            print(self._banner, flush=True)
 
 
 def run_server(
@@ -37,16 +37,16 @@ def run_server(
     """Serve until SIGINT or SIGTERM; return the exit code.
 
     Args:
-        app: what to serve.
-        host: where to listen.
-        port: 0 takes a free one, which is printed.
-        name: of the default model, printed.
-        key_needed: whether clients send a key, printed.
-        grace_seconds: how long answers may go on after the first signal.
-        log_requests: whether each request is a line of the log.
+        app: the app to serve.
+        host: address to listen on.
+        port: 0: any free port.
+        name: name of the default model, printed.
+        key_needed: whether clients must send a key, printed.
+        grace_seconds: time that answers have to finish after the first signal.
+        log_requests: log a line for each request.
 
     Raises:
-        ConfigError: nothing can listen there.
+        ConfigError: the address cannot be bound.
     """
     try:
         listening = _listen(host, port)
@@ -57,7 +57,7 @@ def run_server(
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{shown}:{listening.getsockname()[1]}"
     key = "; clients send the key as Authorization: Bearer KEY" if key_needed else ""
-    said = f"{name} at {address}  (page: {address}/, OpenAI: {address}/v1{key}). Ctrl-C stops."
+    banner = f"{name} at {address}  (page: {address}/, OpenAI: {address}/v1{key}). Ctrl-C stops."
     logging.basicConfig(level=logging.INFO)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(_Lines("%(asctime)s %(message)s"))
@@ -69,7 +69,7 @@ def run_server(
         limit_concurrency=most_connections(),
     )  # fmt: skip
     with listening:
-        _Server(config, said).run(sockets=[listening])
+        _Server(config, banner).run(sockets=[listening])
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Runs as JSON for the page /runs: read-only, from what runs have recorded so far.
+"""JSON routes of the page /runs: read-only, from the records of runs.
 
 /api/runs lists runs, /api/runs/RUN has the steps of one, /api/runs/RUN/STEP the curves and samples of a step.
 The routes are not coroutines, so files are read in threads, outside the event loop.
@@ -23,7 +23,7 @@ _MOST_RUNS, _MOST_POINTS, _MOST_SAMPLES = 200, 1000, 8
 
 
 def run_routes(store: Store) -> APIRouter:
-    """Return the routes."""
+    """Return the routes /api/runs."""
     routes = APIRouter(prefix="/api/runs", include_in_schema=False)
 
     def folders() -> list[Path]:

@@ -1,6 +1,6 @@
-"""What protects a server: limits, refusals, the guard of every request, and connections with time limits.
+"""Protection of the server: limits, error responses, the guard of every request, and connection time limits.
 
-A refusal is a `Fault`, which leaves in the form that OpenAI's clients read.
+A `Fault` is an error response in OpenAI's format.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mlxchat.errors import ConfigError
 from mlxchat.ops.machine import KEPT_TOKENS
 
-# Connections whose request's head takes longer are closed.
+# Connections whose headers take longer are closed (slow loris).
 HEAD_SECONDS = 15.0
-# A client that reads fewer bytes of its answer in this time is cut off: the rest would fill memory.
+# A client that reads fewer bytes of its answer in this time is disconnected, since the rest would fill memory.
 READ_SECONDS, _READ_BYTES = 60.0, 16 << 10
-# Files that are no connections: models, logs, the programs of answers.
+# Files other than connections: models, logs, sandboxed programs.
 _OTHER_FILES = 64
-# Paths that need no key, and those below /page/.
+# Paths that need no key, in addition to /page/.
 _OPEN = ("/", "/runs", "/health", "/logo.svg", "/favicon.ico")
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _HEADERS = {
-    # The page loads nothing from elsewhere, and no script runs but its own.
+    # The page loads nothing from other hosts and runs only its own scripts.
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -49,26 +49,26 @@ _HEADERS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds of requests and of what is kept in memory; nanochat's where it has them."""
+    """Limits of requests and memory; nanochat's values where it has them."""
 
     max_messages: int = 500
-    """Messages of a conversation."""
+    """Messages per conversation."""
     max_message_chars: int = 8000
-    """Characters of one message or prompt."""
+    """Characters per message or prompt."""
     max_conversation_chars: int = 32000
-    """Characters of all of them."""
+    """Characters per conversation."""
     max_tokens: int = 4096
-    """Tokens of an answer."""
+    """Tokens per answer."""
     max_choices: int = 16
-    """Answers to one request, `n` and prompts together."""
+    """Choices per request: `n` × prompts."""
     max_rows: int = 16
-    """Answers computed at a time, over all models."""
+    """Answers generated at the same time, over all models."""
     max_queue: int = 64
-    """Answers that wait for a row; further requests are refused with 429."""
+    """Answers that wait for a row; further requests are refused with status 429."""
     max_models: int = 2
-    """Models in memory. A request for another one waits until one of them is idle; the least recently used one goes."""
+    """Models in memory. A request for another model waits until one is idle; the least recently used one is freed."""
     kept_tokens: int = KEPT_TOKENS
-    """Tokens of earlier conversations whose keys and values are kept for their next turns, for each model; 0: none."""
+    """Tokens per model in the KV cache of earlier conversations, for their next turns; 0: no reuse."""
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -80,13 +80,13 @@ class Limits:
 
 
 class Fault(Exception):
-    """A request that is answered with an error body."""
+    """An error response."""
 
     def __init__(
         self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None,
         retry_after: float | None = None,
     ) -> None:  # fmt: skip
-        """Take the parts of the body; `retry_after` in seconds."""
+        """Set the fields of the error body; `retry_after` in seconds."""
         super().__init__(message)
         self.message, self.status, self.param, self.code = message, status, param, code
         self.retry_after = retry_after
@@ -97,7 +97,7 @@ class Fault(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """Return the answer, with Retry-After where another try may succeed and WWW-Authenticate where a key lacks."""
+        """Return the HTTP response, with Retry-After if a retry may succeed and WWW-Authenticate with status 401."""
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
@@ -107,7 +107,7 @@ class Fault(Exception):
 
 
 def add_fault_handlers(app: FastAPI) -> None:
-    """Answer every error of an app in OpenAI's form."""
+    """Make an app answer every error in OpenAI's format."""
 
     async def fault(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, Fault)
@@ -137,8 +137,8 @@ def _first_problem(error: RequestValidationError) -> Fault:
     problems = error.errors()
     first = problems[0]
     if first["type"] == "json_invalid":
-        return Fault(f"the body is no JSON: {first.get('ctx', {}).get('error', first['msg'])}")
-    # A union's alternatives are no part of the field's name.
+        return Fault(f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    # Alternatives of a union are not part of the field's name.
     kinds = {"body", "str", "list[dict[str,any]]", "list[str]", "list[int]", "list[list[int]]"}
     place = ".".join(str(part) for part in first["loc"] if part not in kinds)
     message = f"{place}: {first['msg']}" if place else str(first["msg"])
@@ -148,7 +148,7 @@ def _first_problem(error: RequestValidationError) -> Fault:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether an address is reachable from this machine only."""
+    """Return True if an address is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
@@ -159,19 +159,19 @@ def is_loopback(host: str) -> bool:
 
 @dataclass
 class Guard:
-    """The outermost layer of the app: checks key, host name, origin, kind and size of each request."""
+    """Outermost middleware: checks key, Host header, origin, content type and size of each request."""
 
     app: ASGIApp
     count: Callable[[str, int], None]
-    """Called with the route and the status of every answer."""
+    """Called with the route and the status of every response."""
     api_key: str | None
     loopback_only: bool
-    """Whether host names other than this machine's are refused (DNS rebinding)."""
+    """Refuse Host headers other than this machine's (DNS rebinding)."""
     max_body_bytes: int
     cors: Sequence[str] = ()
     """Origins of other sites whose pages may send requests."""
     body_seconds: float = 30.0
-    """Time limit of a whole body."""
+    """Time limit for receiving a body."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Check a request, pass it on and count it."""
@@ -201,25 +201,25 @@ class Guard:
     def _refusal(self, scope: Scope) -> Fault | None:
         headers = Headers(scope=scope)
         if self.loopback_only and not is_loopback(_name_of(headers.get("host", ""))):
-            return Fault(f"this server answers to localhost only, not to {headers.get('host')!r}", status=403)
+            return Fault(f"this server accepts only localhost as Host, not {headers.get('host')!r}", status=403)
         path, method = scope["path"], scope["method"]
         if method == "OPTIONS":
             return None
         if self.api_key is not None and path not in _OPEN and not path.startswith("/page/"):
             kind, _, key = headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(key.strip().encode(), self.api_key.encode()):
-                return Fault("no such API key: send Authorization: Bearer KEY", status=401, code="invalid_api_key")
-        # Browsers send the kind of site. Old ones do not; for them the checks below suffice.
-        elsewhere = headers.get("sec-fetch-site") in ("cross-site", "same-site")
-        if method == "POST" and elsewhere and not {"*", headers.get("origin")} & set(self.cors):
-            return Fault("pages of other sites may not ask (mlxchat serve --cors lets them)", status=403)
+                return Fault("invalid API key: send Authorization: Bearer KEY", status=401, code="invalid_api_key")
+        # For old browsers, which do not send Sec-Fetch-Site, the checks below suffice.
+        cross_site = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        if method == "POST" and cross_site and not {"*", headers.get("origin")} & set(self.cors):
+            return Fault("requests from other sites are refused (mlxchat serve --cors ORIGIN allows them)", status=403)
         if method == "POST":
-            # A form of another site cannot send JSON, and a script of another site can only with --cors.
+            # Forms of other sites cannot send JSON; their scripts can only with --cors.
             if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
                 return Fault("the body must be JSON: send Content-Type: application/json", status=415)
             length = headers.get("content-length", "0")
             if length.isdigit() and int(length) > self.max_body_bytes:
-                return Fault(f"the body has {length} bytes, at most {self.max_body_bytes} may be", status=413)
+                return Fault(f"the body has {length} bytes; at most {self.max_body_bytes} are accepted", status=413)
         return None
 
     def _bounded(self, receive: Receive) -> Receive:
@@ -229,7 +229,7 @@ class Guard:
         async def receiving() -> Message:
             nonlocal left, whole
             try:
-                # After the body comes only the client's disconnect, which has no time limit.
+                # After the body only the client's disconnect follows, which has no time limit.
                 async with asyncio.timeout_at(None if whole else ends):
                     message = await receive()
             except TimeoutError:
@@ -237,7 +237,7 @@ class Guard:
             whole = not message.get("more_body", False)
             left -= len(message.get("body", b""))
             if left < 0:
-                # FastAPI passes on no other exception from where a body is read.
+                # FastAPI passes on only this exception while it reads a body.
                 raise HTTPException(413, f"the body is larger than {self.max_body_bytes} bytes")
             return message
 
@@ -252,26 +252,24 @@ def _name_of(host: str) -> str:
 
 
 class PatientProtocol(H11Protocol):
-    """HTTP that closes connections whose request head (slow loris) or whose client's reading takes too long."""
+    """Closes connections whose headers take too long (slow loris) or whose client reads too slowly."""
 
     _timer: asyncio.TimerHandle | None = None
     _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        """Start the time limit of the first request's head."""
+        """Start the time limit of the first request's headers."""
         super().connection_made(transport)
-        transport.set_write_buffer_limits(
-            high=1 << 16, low=0
-        )  # writing is paused until the client has taken everything
+        transport.set_write_buffer_limits(high=1 << 16, low=0)  # resume only when the client has read everything
         self._watch()
 
     def pause_writing(self) -> None:
-        """Start the time limit of the client's reading."""
+        """Start the client's time limit for reading."""
         super().pause_writing()
         self._expect_reading()
 
     def resume_writing(self) -> None:
-        """End the time limit: the client has read."""
+        """Stop the client's time limit for reading."""
         super().resume_writing()
         if self._reading is not None:
             self._reading.cancel()
@@ -287,12 +285,12 @@ class PatientProtocol(H11Protocol):
             self._expect_reading()
 
     def data_received(self, data: bytes) -> None:
-        """Take more of a request; start the time limit where it begins another one."""
+        """Receive data; start the time limit if it begins another request."""
         super().data_received(data)
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End all time limits."""
+        """Stop all time limits."""
         super().connection_lost(exc)
         for timer in (self._timer, self._reading):
             if timer is not None:
@@ -313,6 +311,6 @@ class PatientProtocol(H11Protocol):
 
 
 def most_connections() -> int:
-    """Return how many connections this process has files for; further ones are answered with 503."""
+    """Return how many connections this process has files for; further ones get status 503."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return 10_000 if files == resource.RLIM_INFINITY else max(16, min(10_000, files - _OTHER_FILES))

@@ -1,7 +1,6 @@
-"""The one thread that computes. MLX's streams belong to a thread, so models are loaded, used and dropped on it.
+"""The worker thread that loads, runs and frees all models, since MLX's streams belong to one thread.
 
-Requests come from the event loop's thread and wait in a bounded queue; events go back to it, one call for each step
-however many rows there are.
+Requests come from the event loop's thread through a bounded queue. Events go back in one call per step.
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ from mlxchat.serve.security import Fault, Limits
 
 _log = logging.getLogger("mlxchat.serve")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-Told = tuple[int, Event]
-"""A choice of an answer, and its next event."""
+ChoiceEvent = tuple[int, Event]
+"""Index of a choice of an answer, and its next event."""
 Load = Callable[[Model, Limits], Scheduler]
 
 
 @dataclass(eq=False)
 class Answer:
-    """The choices that are computed for one request; iterate over it, and cancel it when the client has left."""
+    """The choices of one request. Iterate over its events; cancel it if the client disconnects."""
 
     worker: Worker
     model: Model
     requests: list[Request]
-    events: asyncio.Queue[list[Told] | Exception] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[list[ChoiceEvent] | Exception] = field(default_factory=asyncio.Queue)
     left: int = 0
     """Choices that have not ended."""
 
-    async def __aiter__(self) -> AsyncIterator[Told]:
+    async def __aiter__(self) -> AsyncIterator[ChoiceEvent]:
         """Yield the events until every choice has ended, and count them.
 
         Raises:
-            Fault: the computation failed, or the server is being shut down.
+            Fault: the computation failed, or the server is shutting down.
         """
         metrics, began, left = self.worker.metrics, time.perf_counter(), len(self.requests)
         metrics.prompt_tokens.inc(sum(len(request.prompt) for request in self.requests))
@@ -69,16 +68,16 @@ class Answer:
             metrics.choices.labels("left").inc(self.left)
 
     def cancel(self) -> None:
-        """Stop computing what is left of it."""
+        """Stop computing its remaining choices."""
         if self.left:
-            self.worker.commands.put(lambda: self.worker.forget(self))
+            self.worker.commands.put(lambda: self.worker.cancel(self))
 
 
 class Worker:
-    """A thread with the models that are in memory, and the answers that it computes."""
+    """The thread with the models in memory and the answers that it computes."""
 
     def __init__(self, limits: Limits, load: Load) -> None:
-        """Take the limits and what makes a scheduler of a model; `start` begins."""
+        """Create a worker, which `start` starts; `load` returns the scheduler of a model."""
         self.limits, self._load = limits, load
         self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.answers: set[Answer] = set()
@@ -96,7 +95,7 @@ class Worker:
         self.metrics = Metrics(self)
 
     def start(self, default: Model | None = None) -> None:
-        """Begin, from the event loop's thread; `default` is loaded at once."""
+        """Start the thread; load `default` at once. Call it on the event loop's thread."""
         self._loop = asyncio.get_running_loop()
         if default is not None:
             self.commands.put(lambda: self._preload(default))
@@ -110,17 +109,17 @@ class Worker:
 
     @property
     def num_choices(self) -> int:
-        """Choices that are computed or wait."""
+        """Number of choices that run or wait."""
         return sum(answer.left for answer in self.answers)
 
     @property
     def num_running(self) -> int:
-        """Rows that are being computed."""
+        """Number of choices that have a row."""
         return min(self.num_choices, len(self._choices))
 
     @property
     def num_waiting(self) -> int:
-        """Choices that have no row yet."""
+        """Number of choices that wait for a row."""
         return self.num_choices - self.num_running
 
     @property
@@ -130,7 +129,7 @@ class Worker:
 
     @property
     def num_reused(self) -> int:
-        """Tokens of prompts that were not read, since earlier requests had read or said them."""
+        """Prompt tokens whose keys and values were reused from earlier requests."""
         return sum(scheduler.kept.num_found for scheduler in list(self._schedulers.values())) + self._reused_before
 
     @property
@@ -138,11 +137,11 @@ class Worker:
         """Whether the thread runs."""
         return self._thread.is_alive() and not self._closing
 
-    def ask(self, model: Model, requests: list[Request]) -> Answer:
+    def submit(self, model: Model, requests: list[Request]) -> Answer:
         """Queue the choices of a request.
 
         Raises:
-            Fault: too many wait already, or the server is being shut down.
+            Fault: the queue is full, or the server is shutting down.
         """
         if not self.alive:
             raise Fault("the server is shutting down", status=503, retry_after=5)
@@ -150,8 +149,8 @@ class Worker:
         if len(requests) > room:
             seconds = self.step_seconds * 128 * max(1, self.num_choices) / self.limits.max_rows
             raise Fault(
-                f"the server is busy: {self.num_choices} answers are computed or wait, at most "
-                f"{self.limits.max_rows + self.limits.max_queue} may",
+                f"the server is busy: {self.num_choices} answers are running or waiting; at most "
+                f"{self.limits.max_rows + self.limits.max_queue} are accepted",
                 status=429, code="queue_full", retry_after=min(60, seconds),
             )  # fmt: skip
         answer = Answer(self, model, requests, left=len(requests))
@@ -159,13 +158,13 @@ class Worker:
         self.commands.put(lambda: self._begin(answer))
         return answer
 
-    def forget(self, answer: Answer) -> None:
-        """Cancel an answer's choices, on the worker's thread."""
+    def cancel(self, answer: Answer) -> None:
+        """Cancel an answer's choices. Call it on the worker's thread."""
         gone = Event(id=-1, token=None, finish_reason="cancelled")
-        self._tell([(answer, index, gone) for index in self._withdraw(answer)])
+        self._deliver([(answer, index, gone) for index in self._cancel_rows(answer)])
 
-    def _withdraw(self, answer: Answer) -> list[int]:
-        """Cancel an answer's rows, and return its choices that have no row; these end at once."""
+    def _cancel_rows(self, answer: Answer) -> list[int]:
+        """Cancel an answer's rows; return its choices without a row, which end at once."""
         for (name, row), (asked, _) in self._choices.items():
             if asked is answer:
                 self._schedulers[name].cancel(row)
@@ -186,15 +185,15 @@ class Worker:
             command()
         self._fail_all(Fault("the server is shutting down", status=503, retry_after=5))
         self._schedulers.clear()
-        # What MLX keeps for a thread is freed after Python has joined it, too late where the process ends then.
+        # MLX frees a thread's streams after Python has joined it, which is too late if the process exits then.
         import mlx.core as mx
 
         mx.clear_streams()
 
     def _preload(self, model: Model) -> None:
         try:
-            self._bring_in(model)
-        except Exception:  # the server goes on; whoever asks for this model is told
+            self._ensure_loaded(model)
+        except Exception:  # the server continues; requests for this model report the error
             _log.exception("%s cannot be loaded", model.name)
 
     def _begin(self, answer: Answer) -> None:
@@ -203,26 +202,26 @@ class Worker:
     def _admit(self) -> None:
         """Give rows to pending choices, first come, first served, up to max_rows over all models.
 
-        A choice whose model has no room in memory holds up those after it: otherwise models that are always busy would
-        keep it waiting forever.
+        A choice whose model does not fit into memory blocks those after it: otherwise busy models could keep it
+        waiting forever.
         """
         while self._pending and len(self._choices) < self.limits.max_rows:
             answer, index = self._pending[0]
             try:
-                if not self._bring_in(answer.model):
+                if not self._ensure_loaded(answer.model):
                     return
                 row = self._schedulers[answer.model.name].submit(answer.requests[index])
-            except Exception as error:  # whatever it is, this answer alone fails of it
-                self._withdraw(answer)
+            except Exception as error:  # fails only this answer
+                self._cancel_rows(answer)
                 self._fail(answer, error)
                 continue
             self._pending.popleft()
             self._choices[answer.model.name, row] = answer, index
 
-    def _bring_in(self, model: Model) -> bool:
-        """Load a model unless it is in memory; return False if there is no room, since all that are there are in use.
+    def _ensure_loaded(self, model: Model) -> bool:
+        """Load a model unless it is in memory; return False if max_models other models are in use.
 
-        An idle model makes room and is freed before the other one is loaded: nothing else may hold its scheduler.
+        Frees the least recently used idle model before it loads, so nothing else may hold a scheduler.
         """
         if model.name not in self._schedulers:
             unused = [name for name, scheduler in self._schedulers.items() if scheduler.idle]
@@ -239,14 +238,14 @@ class Worker:
 
     def _step(self) -> None:
         self._admit()
-        told: list[tuple[Answer, int, Event]] = []
+        found: list[tuple[Answer, int, Event]] = []
         for name, scheduler in list(self._schedulers.items()):
             if scheduler.idle:
                 continue
             began = time.perf_counter()
             try:
                 events = scheduler.step()
-            except Exception as error:  # whatever it is, the answers of this model alone fail of it
+            except Exception as error:  # fails only this model's answers
                 _log.exception("%s failed", name)
                 self._drop(name, error)
                 continue
@@ -255,17 +254,17 @@ class Worker:
                 answer, index = self._choices[name, event.id]
                 if event.finish_reason is not None:
                     del self._choices[name, event.id]
-                told.append((answer, index, event))
-        if told:
-            self._tell(told)
+                found.append((answer, index, event))
+        if found:
+            self._deliver(found)
 
     def _drop(self, name: str, error: Exception) -> None:
-        """Give up a model whose computation failed, and what was asked of it; the next request loads it anew."""
+        """Free a model whose computation failed, and fail its answers; the next request loads it again."""
         self._reused_before += self._schedulers.pop(name).kept.num_found
         failed = {answer for (model, _), (answer, _) in self._choices.items() if model == name}
         self._choices = {key: value for key, value in self._choices.items() if key[0] != name}
         for answer in failed:
-            self._withdraw(answer)
+            self._cancel_rows(answer)
             self._fail(answer, error)
 
     def _fail(self, answer: Answer, error: Exception) -> None:
@@ -278,12 +277,12 @@ class Worker:
         for answer in list(self.answers):
             self._fail(answer, error)
 
-    def _tell(self, told: list[tuple[Answer, int, Event]]) -> None:
-        """Hand events over to the event loop's thread."""
+    def _deliver(self, found: list[tuple[Answer, int, Event]]) -> None:
+        """Pass events to the event loop's thread."""
 
         def deliver() -> None:
-            parts: dict[Answer, list[Told]] = {}
-            for answer, index, event in told:
+            parts: dict[Answer, list[ChoiceEvent]] = {}
+            for answer, index, event in found:
                 if answer not in self.answers:  # it failed before
                     continue
                 parts.setdefault(answer, []).append((index, event))
@@ -309,25 +308,26 @@ class Worker:
 
 
 class Metrics:
-    """Prometheus' metrics of one server, in a registry of its own."""
+    """Prometheus metrics of one server, in a separate registry."""
 
     def __init__(self, worker: Worker) -> None:
-        """Take the worker whose state is reported."""
+        """Report the state of a worker."""
         self._worker, self._process = worker, psutil.Process()
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "mlxchat_requests", "Answered requests by route and status.", ["route", "status"], registry=registry
         )
-        self.choices = Counter("mlxchat_choices", "Choices that ended, by reason.", ["reason"], registry=registry)
-        self.prompt_tokens = Counter("mlxchat_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.choices = Counter("mlxchat_choices", "Finished choices by reason.", ["reason"], registry=registry)
+        self.prompt_tokens = Counter("mlxchat_prompt_tokens", "Prompt tokens.", registry=registry)
         self.first_token = Histogram(
-            "mlxchat_time_to_first_token_seconds", "From a request to its first token.",
+            "mlxchat_time_to_first_token_seconds", "Time from a request to its first token.",
             buckets=_SECONDS, registry=registry,
         )  # fmt: skip
         self.whole = Histogram(
-            "mlxchat_answer_seconds", "From a request to the end of its answer.", buckets=_SECONDS, registry=registry
-        )
-        Info("mlxchat", "What is served.", registry=registry).info({"version": __version__})
+            "mlxchat_answer_seconds", "Time from a request to the end of its answer.", buckets=_SECONDS,
+            registry=registry,
+        )  # fmt: skip
+        Info("mlxchat", "The server.", registry=registry).info({"version": __version__})
         registry.register(self)
 
     def count_request(self, route: str, status: int) -> None:
@@ -335,22 +335,22 @@ class Metrics:
         self.requests.labels(route, str(status)).inc()
 
     def collect(self) -> Iterator[Metric]:
-        """Yield what the worker and its process hold now; prometheus_client has `process_*` on Linux alone."""
+        """Yield gauges of the worker and its process; prometheus_client has `process_*` on Linux only."""
         worker, process = self._worker, self._process
         for name, help_, count in (
-            ("mlxchat_generated_tokens", "Tokens that were sampled.", worker.tokens_generated),
+            ("mlxchat_generated_tokens", "Sampled tokens.", worker.tokens_generated),
             ("mlxchat_failures", "Answers whose computation failed.", worker.failures),
-            ("mlxchat_reused_prompt_tokens", "Tokens of prompts whose keys and values were kept.", worker.num_reused),
-            ("process_cpu_seconds", "Processor time.", sum(process.cpu_times()[:2])),
+            ("mlxchat_reused_prompt_tokens", "Prompt tokens found in the KV cache.", worker.num_reused),
+            ("process_cpu_seconds", "CPU time.", sum(process.cpu_times()[:2])),
         ):
             yield CounterMetricFamily(name, help_, count)
         for name, help_, value in (
-            ("mlxchat_rows_running", "Choices that are computed.", worker.num_running),
+            ("mlxchat_rows_running", "Choices that run.", worker.num_running),
             ("mlxchat_rows_waiting", "Choices that wait for a row.", worker.num_waiting),
             ("mlxchat_models_loaded", "Models in memory.", len(worker.loaded)),
-            ("mlxchat_step_seconds", "Time of one token of every row, lately.", worker.step_seconds),
-            ("process_resident_memory_bytes", "Memory in use.", process.memory_info().rss),
-            ("process_start_time_seconds", "Start of the process, Unix time.", process.create_time()),
+            ("mlxchat_step_seconds", "Moving average of the time of one step of all rows.", worker.step_seconds),
+            ("process_resident_memory_bytes", "Resident memory.", process.memory_info().rss),
+            ("process_start_time_seconds", "Unix time of the start.", process.create_time()),
             ("process_open_fds", "Open files and connections.", process.num_fds()),
         ):
             yield GaugeMetricFamily(name, help_, value)

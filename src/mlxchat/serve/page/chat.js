@@ -1,4 +1,4 @@
-// The page: what happens when.
+// The chat page: state and event handlers.
 
 import { append, choose, fresh, isUnanswered, parentOf, pathOf, readable, versionsOf } from "./conversation.js";
 import { make, shown } from "./markdown.js";
@@ -13,16 +13,16 @@ const BEGINNINGS = ["The capital of France is", "Once upon a time"];
 
 let models = [];
 let names = new Map(); // id of a model → its name
-let followed = true; // whether the end of the conversation is in sight and stays there
+let followed = true; // whether the view follows the end of the conversation
 let conversation = fresh();
-let going = null; // the answer that is coming: {asked, path, message, element, controller, keep(note) what has come}
+let going = null; // the answer in progress: {asked, path, message, element, controller, keep(note) stores what has arrived}
 let editing = null; // index of the message that is being edited
 
 function model() {
   return models.find((one) => one.id === settings.model) ?? models[0];
 }
 
-// ---- showing ----
+// ---- rendering ----
 
 function showAll() {
   showList();
@@ -80,7 +80,7 @@ function showMessages() {
     return messageElement(message, actions, notes.filter((note) => typeof note === "string").join(" · "));
   });
   if (coming) elements.push(coming.element);
-  // What stays in its place is not laid out again.
+  // Elements that stay in place are not laid out again.
   elements.forEach((element, at) => {
     const there = $("messages").children[at];
     if (there !== element) $("messages").insertBefore(element, there ?? null);
@@ -94,8 +94,8 @@ function showModelName() {
   $("model-name").textContent = names.get(one?.id) ?? "";
   $("model-open").title = one?.id ?? "";
   const converses = one?.mlxchat.converses ?? true;
-  $("input").placeholder = converses ? "Ask something" : "Write a beginning, and the model goes on";
-  $("empty-title").textContent = converses ? "What would you like to know?" : "How does it begin?";
+  $("input").placeholder = converses ? "Ask something" : "Write a text for the model to continue";
+  $("empty-title").textContent = converses ? "What would you like to know?" : "What should the model continue?";
   $("empty-note").textContent = one ? `${names.get(one.id)} ${converses ? "answers" : "was only pretrained: it continues text"}.` : "";
   $("examples").replaceChildren(...(converses ? EXAMPLES : BEGINNINGS).map(
     (text) => make("button", { type: "button", onclick: () => say(text) }, text)));
@@ -112,7 +112,7 @@ function toEnd() {
   $("scroll").scrollTop = $("scroll").scrollHeight;
 }
 
-// Only the reader leaves the end: whatever else changes, texts that come or are rendered, the end stays in sight.
+// Only scrolling by the reader leaves the end; when text arrives or is rendered, the view follows it.
 function scrolled() {
   const { scrollHeight, scrollTop, clientHeight } = $("scroll");
   if (scrollHeight - scrollTop - clientHeight < 60) followed = true;
@@ -121,7 +121,7 @@ function scrolled() {
   $("to-end").hidden = followed;
 }
 
-// ---- talking ----
+// ---- requests ----
 
 function say(text, after = pathOf(conversation).at(-1) ?? -1) {
   if (going || !text.trim()) return;
@@ -174,7 +174,7 @@ function bodyFor(one, said) {
   return ["/v1/completions", { ...body, prompt: textOf(said.at(-1)) }];
 }
 
-/** Ask for an answer to a message. It is added, and shown instead of another version, only when it has come. */
+/** Request an answer to a message. It is added, and replaces the shown version, only once it has arrived. */
 async function answer(parent) {
   if (going || parent === undefined) return;
   const one = model();
@@ -215,7 +215,7 @@ async function answer(parent) {
   const plan = () => {
     if (pending || going?.message !== message) return;
     pending = true;
-    setTimeout(() => requestAnimationFrame(draw), 3 * cost); // a large block leaves most of the time to the reader
+    setTimeout(() => requestAnimationFrame(draw), 3 * cost); // rendering a large block takes at most a quarter of the time
   };
   let began = 0;
   let ended = 0;
@@ -247,10 +247,10 @@ async function answer(parent) {
 }
 
 function save(one) {
-  if (!keepConversation(one)) complain(new Error("This browser has no room left: the conversation is lost when this page is closed."));
+  if (!keepConversation(one)) complain(new Error("This browser's storage is full: the conversation is lost when you close this page."));
 }
 
-/** Return where an edited message is that got no answer: the version before it stays. */
+/** Return the index of an edited message without an answer; the version before it stays. */
 function versionKept(asked, index) {
   if (pathOf(asked).includes(index)) return "";
   return ` The version before is shown; yours is kept as version ${versionsOf(asked, index).indexOf(index) + 1}.`;
@@ -340,7 +340,7 @@ function theme() {
   document.documentElement.dataset.theme = settings.theme;
 }
 
-// ---- wiring ----
+// ---- event handlers ----
 
 function fit() {
   const field = $("input");

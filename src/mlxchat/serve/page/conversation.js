@@ -2,7 +2,7 @@
 // one before it (-1: none; absent: the previous index), and messages with one parent are versions of each other.
 // `last` is the index at which the shown path ends, so a new version replaces another only when `last` moves to it.
 
-// As JSON. More is no use to any model, and the server refuses bodies above 1 MB.
+// Size as JSON: the server refuses bodies above 1 MB.
 const MOST_CHARACTERS = 150_000;
 
 export function fresh() {
@@ -20,7 +20,7 @@ export function pathOf(conversation, end = conversation.last ?? conversation.mes
   return path.reverse();
 }
 
-/** Add a message after `parent` and return its index. The shown path goes on with it if it ended at `parent`. */
+/** Add a message after `parent` and return its index. The shown path continues with it if it ended at `parent`. */
 export function append(conversation, message, parent) {
   const ended = pathOf(conversation).at(-1) ?? -1;
   const index = conversation.messages.push(Object.assign(message, { parent })) - 1;
@@ -34,7 +34,7 @@ export function versionsOf(conversation, index) {
   return [...conversation.messages.keys()].filter((other) => parentOf(conversation, other) === parent);
 }
 
-/** Show a version of a message, and what was said last after it. */
+/** Show a version of a message, with the latest messages after it. */
 export function choose(conversation, index) {
   const below = new Set([index]);
   for (let at = index + 1; at < conversation.messages.length; at += 1) {
@@ -43,7 +43,7 @@ export function choose(conversation, index) {
   conversation.last = Math.max(...below);
 }
 
-/** Tell whether the message at this place of a path was never answered, though the path goes on. */
+/** Return true if the message at this place of a path has no answer although the path continues. */
 export function isUnanswered({ messages }, path, place) {
   return messages[path[place]].role === "user" && messages[path[place + 1]]?.role !== "assistant";
 }

@@ -1,27 +1,27 @@
-// A model's Markdown as elements: markdown-it parses it, DOMPurify admits elements by name, and only its own code sets
-// what elements do. Time is linear in the length of the text, and of a text that grows only the last block is made again.
+// Renders a model's Markdown: markdown-it parses it, DOMPurify allows elements by name, and only code of this page sets
+// handlers. Time is linear in the length of the text; when text grows, only its last block is rendered again.
 
 import "./vendor/markdown-it.min.js";
 import "./vendor/purify.min.js";
 
 const { markdownit, DOMPurify } = globalThis;
 
-// Browsers lay out rows × columns, also where rows have few cells: a wider table stays text.
+// Browsers lay out rows × columns even if rows have few cells; wider tables stay text.
 const MOST_COLUMNS = 50;
-// nanochat's mark of the answer to a calculation: it is no heading, though Markdown reads one.
+// nanochat's "#### 42" marks the answer of a calculation; it is not a heading.
 const ANSWER = /^[-+]?\$?[\d.,]+%?$/;
 const ADDRESS = /^(https?:\/\/|mailto:)/i;
-// What turns the direction of a text around, so that it reads otherwise than it is.
+// Bidirectional overrides, which change the order in which text is shown.
 const TURNING = /[\u202a-\u202e\u2066-\u2069]/g;
-// Marks on one character, beyond those of any script: layout takes time in the square of their number.
+// More combining marks on one character than any script has; layout time is quadratic in their number.
 const MARKS = /([\p{M}\p{Cf}\p{Emoji_Modifier}\uff9e\uff9f]{16})[\p{M}\p{Cf}\p{Emoji_Modifier}\uff9e\uff9f]{1,9999}/gu;
 
-/** Return a text as it is shown: it neither reverses nor delays what stands around it. */
+/** Return a text without bidirectional overrides and excess combining marks. */
 export function shown(text) {
   return text.replace(TURNING, "\ufffd").replace(MARKS, "$1…");
 }
 
-// A definition of a link would change text that stands before it.
+// A link definition would change text before it.
 const md = markdownit({ breaks: true }).disable("reference");
 md.validateLink = (address) => ADDRESS.test(address);
 
@@ -33,7 +33,7 @@ const narrow = (state, line, end, silent) => {
 };
 md.block.ruler.at("table", narrow, { alt: ["paragraph", "reference"] });
 
-// The page has the only h1, its policy forbids inline styles, and answers of calculations are lines.
+// Only the page has an h1, its policy forbids inline styles, and answers of calculations become paragraphs.
 md.core.ruler.after("block", "page", ({ tokens }) => {
   tokens.forEach((token, at) => {
     const align = token.attrGet("style")?.slice("text-align:".length);
@@ -46,7 +46,7 @@ md.core.ruler.after("block", "page", ({ tokens }) => {
     if (isAnswer) text.content = `Answer: **${text.content}**`;
   });
 });
-// Nothing is loaded because a model named it: images are links.
+// Images become links, so that a model's text loads nothing.
 md.renderer.rules.image = (tokens, at) => {
   const { escapeHtml } = md.utils;
   return `<a href="${escapeHtml(tokens[at].attrGet("src"))}">${escapeHtml(tokens[at].content)}</a>`;
@@ -57,12 +57,12 @@ function parse(text) {
   return md.parse(text, {});
 }
 
-/** Return tokens as HTML, which DOMPurify has yet to see. */
+/** Return tokens as HTML, before DOMPurify. */
 function written(tokens) {
   return shown(md.renderer.render(tokens, md.options, {}));
 }
 
-/** Return a text as HTML, which DOMPurify has yet to see. */
+/** Return a text as HTML, before DOMPurify. */
 export function html(text) {
   return written(parse(text));
 }
@@ -110,7 +110,7 @@ function elements(tokens) {
   return fragment;
 }
 
-/** Make an element one that the keyboard reaches and scrolls, and return it. */
+/** Make an element focusable and scrollable by keyboard; return it. */
 export function scrolling(element, name) {
   for (const [key, value] of Object.entries({ tabindex: "0", role: "region", "aria-label": name })) element.setAttribute(key, value);
   return element;

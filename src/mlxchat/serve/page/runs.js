@@ -1,4 +1,4 @@
-// The page of runs: the steps of a run, and the curves of one of them beside those of another run.
+// The page of runs: the steps of a run, and one step's curves next to those of another run.
 
 import { make, shown } from "./markdown.js";
 import { readJson } from "./server.js";
@@ -8,7 +8,7 @@ import { day, measured } from "./view.js";
 const $ = (id) => document.getElementById(id);
 const LOOK_MILLISECONDS = 3000;
 const HEIGHT = 170;
-// In this order; what else there is follows.
+// Shown first, in this order.
 const FIRST = ["loss", "smooth_loss", "val_bpb", "val_loss", "reward", "pass_at_1", "lr_multiplier", "tokens_per_second"];
 
 const TRAINING = ["pretrain", "midtrain", "sft", "rl"];
@@ -37,7 +37,7 @@ async function begin() {
   if (!run) throw new Error("There are no runs yet.");
 }
 
-/** Show everything anew, and again in a while: what runs goes on. */
+/** Refresh the page, and again after a while if something runs. */
 async function look() {
   clearTimeout(look.next);
   const turn = look.turn = (look.turn ?? 0) + 1;
@@ -68,7 +68,7 @@ function complain(error) {
   $("problem").hidden = false;
 }
 
-/** Show the steps in columns: each stands right of all that it is made from. */
+/** Show the steps in columns, each to the right of all its inputs. */
 function showSteps(steps) {
   const levels = new Map();
   for (const { step: name, inputs } of steps) {
@@ -129,7 +129,7 @@ function showCurves(mine, theirs) {
 function draw(name, data) {
   const figure = make("figure", { class: "curve" }, make("figcaption", {}, name.replaceAll("_", " ")));
   $("curves").append(figure);
-  const colour = (part) => { // as the canvas takes it: resolved for light or dark
+  const colour = (part) => { // the canvas needs colours resolved for light or dark
     figure.style.color = `var(--${part})`;
     return getComputedStyle(figure).color;
   };

@@ -1,8 +1,8 @@
-// What the page asks of its server.
+// Requests of the page to its server.
 
 const KEY = "mlxchat.key";
 
-/** Why there is no answer, in words for the person who reads the page; `status` is 0 where none came. */
+/** An error message for the reader; `status` is 0 if there was no response. */
 export class Refused extends Error {
   constructor(message, status) {
     super(message);
@@ -10,7 +10,7 @@ export class Refused extends Error {
   }
 }
 
-// The server words its errors for programs: fields, headers, codes.
+// The server's error messages are for programs: they name fields, headers and codes.
 function refusal(status, { message = "", param, code } = {}, wait = null) {
   const sentence = message && `${message[0].toUpperCase()}${message.slice(1)}${/[.!?]$/.test(message) ? "" : "."}`;
   const words = () => {
@@ -21,7 +21,7 @@ function refusal(status, { message = "", param, code } = {}, wait = null) {
     if (status === 503) return `The server is starting or stopping. Try again in ${wait ?? "a few"} s.`;
     if (status >= 500) return `The server failed while it answered. Try again. ${sentence}`;
     if (code === "model_not_found") return "The server no longer has this model. Choose another one at the top.";
-    if (code === "unsupported_model") return "This model continues text and cannot chat. Choose another one at the top.";
+    if (code === "unsupported_model") return "This is a base model, which cannot chat. Choose another one at the top.";
     if (["messages", "prompt"].includes(param)) return sentence;
     if (param) return `The server does not accept a setting: ${sentence} Change it in Settings.`;
     return `The server refused: ${sentence || `status ${status}.`}`;
@@ -49,7 +49,7 @@ async function ask(path, options = {}) {
   throw refusal(response.status, body?.error, wait);
 }
 
-/** Return what the server answers to GET. */
+/** Return the server's answer to a GET request. */
 export async function readJson(path) {
   return (await ask(path)).json();
 }
@@ -62,7 +62,7 @@ export async function showModel(id) {
   return readJson(`/v1/models/${encodeURIComponent(id)}`);
 }
 
-/** Yield {truncated_turns} and {type, text} of an answer as they come, then {finish_reason} and {usage}. */
+/** Yield {truncated_turns} and {type, text} of an answer as they arrive, then {finish_reason} and {usage}. */
 export async function* stream(path, body, signal) {
   const response = await ask(path, {
     method: "POST", signal, headers: { "Content-Type": "application/json" }, body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),

@@ -24,7 +24,7 @@ function write(key, value) {
   }
 }
 
-/** Return the settings: numbers where numbers belong, whatever was kept. */
+/** Return the settings; numeric ones are numbers, whatever was stored. */
 export function readSettings() {
   const kept = read(SETTINGS, {});
   const settings = { ...DEFAULTS };
@@ -34,7 +34,7 @@ export function readSettings() {
   return settings;
 }
 
-/** Return the conversation that is open in this tab, which a reload opens again. */
+/** Return the conversation that is open in this tab; a reload opens it again. */
 export function readOpen() {
   return sessionStorage.getItem(OPEN);
 }
@@ -66,7 +66,7 @@ function isMessage(message, index) {
     && (message.role !== "user" || message.parts.length > 0) && message.parts.every((part) => typeof part?.type === "string" && typeof part.text === "string");
 }
 
-/** Keep a conversation and return whether the browser had room; the oldest ones give way to it. Other tabs write too. */
+/** Store a conversation, deleting the oldest ones if storage is full; return true if it fits. Other tabs write too. */
 export function keepConversation(conversation) {
   conversation.changed = Date.now();
   let all = [conversation, ...readConversations().filter((one) => one.id !== conversation.id)].slice(0, MOST);

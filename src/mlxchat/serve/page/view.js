@@ -1,19 +1,19 @@
-// Messages and models as elements.
+// Elements for messages and models.
 
 import { growing, make, scrolling, shown } from "./markdown.js";
 
 const SUM = /^[\d\s.,+\-*/%()]*$/;
 const COUNT = /^\s{0,9}(['"])[^'"\n]{0,200}\1\s{0,9}\.\s{0,9}count\([^()\n]{0,200}\)\s{0,9}$/;
-// Characters of private use: between them stands the number of a call in the Markdown around it.
+// Private-use characters around the number of a call in Markdown.
 const CALL = /\ue000(\d{1,9})\ue001/;
 const SLICE_MILLISECONDS = 8;
 const SLICE_CHARACTERS = 4000;
 
-/** Copy a text; the button says that it was. */
+/** Copy a text and say so on the button. */
 export async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // pages that came unencrypted from another machine have no clipboard
+  } catch { // no clipboard without HTTPS from another machine
     const field = make("textarea", { class: "unseen" });
     field.value = text;
     document.body.append(field);
@@ -34,9 +34,9 @@ export function textOf(message) {
 // ---- texts of messages ----
 
 const texts = new WeakMap(); // message → element of its text
-const waiting = []; // what renders these texts in slices, the newest message last
+const waiting = []; // generators that render these texts in slices, the newest message last
 
-/** Return the element of a message's text, which is plain until `renderWaiting` has come to it. */
+/** Return the element of a message's text, plain until `renderWaiting` renders it. */
 function textElement(message) {
   if (!texts.has(message)) {
     const element = make("div", { class: "said", dir: "auto" }, shown(textOf(message)));
@@ -46,7 +46,7 @@ function textElement(message) {
   return texts.get(message);
 }
 
-/** Render what has come of a message, a slice at each step, and yield whether that is all of it. */
+/** Render a message's text so far, one slice per step; yield whether that is all of it. */
 export function* slices(message) {
   const element = textElement(message);
   element.replaceChildren();
@@ -56,13 +56,13 @@ export function* slices(message) {
     const { text, calls } = asMarkdown(message.parts);
     end = Math.min(end + size, text.length);
     const stays = show(text.slice(0, end), (fragment) => placeCalls(fragment, calls));
-    if (stays === kept && end < text.length) size *= 2; // a block of many slices is not made again in each of them
+    if (stays === kept && end < text.length) size *= 2; // a block of many slices is not rendered again for each
     kept = stays;
     yield end === text.length;
   }
 }
 
-/** Render what waits, and `more`, the newest first, a few milliseconds in each frame. */
+/** Render waiting texts and `more`, newest first, for a few milliseconds per frame. */
 export async function renderWaiting(...more) {
   waiting.push(...more);
   for (let ends = performance.now() + SLICE_MILLISECONDS; waiting.length;) {
@@ -112,14 +112,14 @@ function callElement({ call, result }) {
 
 // ---- messages ----
 
-/** Return the length of an answer, with its rate if `milliseconds` from its first text to its last one measure any. */
+/** Return the length of an answer, with its rate if `milliseconds` (first to last text) are long enough to measure. */
 export function pace(tokens, milliseconds) {
   const count = `${tokens} token${tokens === 1 ? "" : "s"}`;
-  // The first token came with the reading of the prompt. What arrives in one burst was computed before.
+  // The first token belongs to reading the prompt; text that arrives in one burst was computed earlier.
   return milliseconds < 500 || tokens < 5 ? count : `${count}, ${((1000 * (tokens - 1)) / milliseconds).toPrecision(2) * 1}/s`;
 }
 
-/** Return buttons that go through the versions of a message, of which the one at `place` is shown. */
+/** Return buttons to switch between versions of a message; the one at `place` is shown. */
 export function versionSwitch(place, count, show) {
   const button = (label, text, to) => {
     const made = make("button", { type: "button", "aria-label": label, title: label, onclick: () => show(to) }, text);
@@ -130,7 +130,7 @@ export function versionSwitch(place, count, show) {
     button("Earlier version", "‹", place - 1), make("span", {}, `${place + 1} of ${count}`), button("Later version", "›", place + 1));
 }
 
-/** Return a message's element, always the same one; `actions` are [label, what it does] of its buttons, or elements. */
+/** Return a message's element, always the same one; `actions` are [label, handler] of its buttons, or elements. */
 export function messageElement(message, actions, note) {
   const row = make("div", { class: "actions" }, actions.map((action) => {
     if (action instanceof Element) return action;
@@ -148,7 +148,7 @@ export function messageElement(message, actions, note) {
   return item;
 }
 
-/** Return the line above an answer that says how many earlier turns the model did not read. */
+/** Return the line above an answer with the number of earlier turns that the model did not read. */
 export function omission(turns) {
   if (!Number.isInteger(turns) || turns < 1) return [];
   const what = turns === 1 ? "1 earlier turn was" : `${turns} earlier turns were`;
@@ -173,7 +173,7 @@ export function editor(text, save, cancel) {
 
 export const day = (time) => new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 
-/** Return id → name of each model: stage and parameters, then what tells models of one name apart. */
+/** Return id → name of each model: stage and parameters, then what distinguishes models of equal name. */
 export function namesOf(models) {
   const names = models.map(({ mlxchat: { step, stage, label, parameters } }) => (
     [stage === "imported" ? label : step, parameters && short(parameters)].filter(Boolean).join(" · ")));
@@ -185,7 +185,7 @@ export function namesOf(models) {
   return new Map(models.map(({ id }, at) => [id, names[at]]));
 }
 
-/** Return where a model comes from and what was measured of it. */
+/** Return a model's provenance and scores. */
 export function provenance(model, detail) {
   const own = model.mlxchat;
   const facts = [
@@ -194,7 +194,7 @@ export function provenance(model, detail) {
     ["Commit", detail?.mlxchat.git?.commit?.slice(0, 12)], ["Id", model.id],
   ].filter(([, value]) => value !== undefined && value !== null && value !== "");
   const nodes = [make("dl", {}, facts.flatMap(([key, value]) => [make("dt", {}, key), make("dd", {}, String(value))]))];
-  if (!own.converses) nodes.unshift(make("p", { class: "note" }, "Only pretrained: it continues text and cannot converse."));
+  if (!own.converses) nodes.unshift(make("p", { class: "note" }, "A base model: it continues text and cannot chat."));
   for (const [title, numbers] of [["Scores", own.scores], ["From its training", own.metrics]]) {
     if (Object.keys(numbers ?? {}).length) nodes.push(measured(title, numbers));
   }
@@ -205,7 +205,7 @@ export function provenance(model, detail) {
   return nodes;
 }
 
-/** Return numbers as a table: errors beside values, sizes for people. */
+/** Return numbers as a table with standard errors and readable sizes. */
 export function measured(title, numbers) {
   const rows = Object.entries(numbers).filter(([key]) => !key.endsWith("_stderr")).map(([key, value]) => {
     const name = key.replace(/_bytes$/, "").replaceAll("_per_second", " / s").replaceAll("_", " ");
