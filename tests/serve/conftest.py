@@ -20,6 +20,6 @@ def server(start: Callable[..., Server]) -> Iterator[Server]:
 
 @pytest.fixture
 def slow(start: Callable[..., Server]) -> Iterator[Server]:
-    """One row at a time, two that wait, 50 tokens a second."""
+    """A server with one row, a queue of two, and 50 tokens/s."""
     with start(limits={"max_rows": 1, "max_queue": 2}, seconds=0.02) as running:
         yield running

@@ -1,4 +1,4 @@
-"""Our own server as the teacher: its answers become a mixture that SFT takes."""
+"""Distillation from our own server gives a mixture for SFT."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[A
     return run
 
 
-def test_answers_of_a_server_of_ours_become_a_mixture(
+def test_answers_of_our_server_become_a_mixture(
     start: Callable[..., Any], ask: Callable[..., list[Any]], tokenizer: Tokenizer, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -52,7 +52,7 @@ def test_answers_of_a_server_of_ours_become_a_mixture(
         assert ids.count(tokenizer.assistant_end) == 1
 
 
-def test_what_it_asks_its_calculator_stays_a_call(start: Callable[..., Any], ask: Callable[..., list[Any]]) -> None:
+def test_calculator_calls_stay_calls(start: Callable[..., Any], ask: Callable[..., list[Any]]) -> None:
     with start() as running:
         usage = running.chat("the cat", model="sft").json()["usage"]
         assert {"prompt_tokens", "completion_tokens"} <= usage.keys()
@@ -60,7 +60,7 @@ def test_what_it_asks_its_calculator_stays_a_call(start: Callable[..., Any], ask
     assert all(isinstance(answer, str | list) for answer in answers)
 
 
-def test_server_with_other_settings_is_asked_anew(
+def test_changed_server_settings_invalidate_answers(
     start: Callable[..., Any], ask: Callable[..., list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--max-tokens", "4", "--keep-cut", "--temperature", "0"]

@@ -1,4 +1,4 @@
-"""Log-probabilities of text completions: where each token stands in the text, and what half a character is called."""
+"""Log-probabilities of text completions: text offsets, partial characters, echoed prompts."""
 
 from __future__ import annotations
 
@@ -24,14 +24,13 @@ def complete(server: Any, **body: Any) -> Any:
 
 
 def said_bytes(token: str) -> bytes:
-    """Return the bytes that OpenAI's clients make of a token."""
+    """Return a token's bytes as OpenAI's clients decode them."""
     if token.startswith("bytes:"):
         return bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
     return token.encode()
 
 
 def test_text_offset_counts_over_all_chunks_of_a_stream(start: Callable[..., Any]) -> None:
-    """It restarted at 0 in each chunk."""
     with start(says=TEXT, seconds=0.0) as server:
         whole = complete(server, logprobs=1).json()["choices"][0]
         lines = complete(server, logprobs=1, stream=True).text.splitlines()
@@ -51,8 +50,8 @@ def test_text_offset_counts_over_all_chunks_of_a_stream(start: Callable[..., Any
     assert data.decode() == TEXT
 
 
-def test_the_token_that_ends_a_text_is_among_its_tokens(server: Any, tokenizer: Tokenizer) -> None:
-    """lm-evaluation-harness leaves out the last token, which was drawn: it left out one of the prompt's."""
+def test_logprobs_include_the_end_token(server: Any, tokenizer: Tokenizer) -> None:
+    """lm-evaluation-harness drops the last token, which must be the sampled one."""
     end = {"logit_bias": {str(tokenizer.assistant_end): 100}, "temperature": 0}
     told = complete(server, prompt="the cat", echo=True, logprobs=0, max_tokens=1, **end).json()["choices"][0]
     chat = server.chat(logprobs=True, **end).json()["choices"][0]
@@ -80,7 +79,6 @@ def test_text_offset_counts_an_echoed_prompt(tokenizer: Tokenizer) -> None:
 )
 @pytest.mark.parametrize("echoed", [False, True])
 def test_text_offset_counts_characters_cut_short(data: bytes, echoed: bool, tokenizer: Tokenizer) -> None:
-    """The token after half a character stood one character early."""
     ids = [next(id_ for id_ in range(256) if tokenizer.decode_bytes([id_]) == bytes([byte])) for byte in data]
     choice = Choice(tokenizer, Parts(tokenizer), ids if echoed else [])
     if echoed:
@@ -95,7 +93,7 @@ def test_text_offset_counts_characters_cut_short(data: bytes, echoed: bool, toke
     assert told["text_offset"][: len(ids)] == [end - 1 for end in ends], "each byte is in the character it ends in"
 
 
-def test_text_offset_counts_what_a_tool_says(start: Callable[..., Any], tokenizer: Tokenizer) -> None:
+def test_text_offset_counts_tool_results(start: Callable[..., Any], tokenizer: Tokenizer) -> None:
     special = tokenizer.special_ids
     call = [
         special["<|python_start|>"],
@@ -115,8 +113,7 @@ def test_text_offset_counts_what_a_tool_says(start: Callable[..., Any], tokenize
     assert len("".join(found)) == len(told["text"]) - 2, "the result was not sampled and has no log-probability"
 
 
-def test_alternatives_that_are_no_text_by_themselves_are_not_merged(tokenizer: Tokenizer) -> None:
-    """All ids that decode to U+FFFD had one key."""
+def test_partial_utf8_alternatives_are_not_merged(tokenizer: Tokenizer) -> None:
     (a,) = tokenizer.encode("a")
     ids = [
         a,
@@ -141,8 +138,7 @@ def test_alternatives_that_are_no_text_by_themselves_are_not_merged(tokenizer: T
     assert [each["bytes"] for each in chat["content"][0]["top_logprobs"][1:]] == [[byte] for byte in range(128, 160)]
 
 
-def test_an_echoed_prompt_has_the_models_log_probabilities(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
-    """echo with logprobs was refused."""
+def test_echoed_prompt_has_the_models_log_probabilities(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
     text = "the cat 5é sat"
     ids = tokenizer.encode(text)
     scores = np.asarray(model.logits(model.hidden(mx.array([[tokenizer.bos, *ids]]))[0]), dtype=np.float64)
@@ -171,7 +167,7 @@ def test_an_echoed_prompt_has_the_models_log_probabilities(server: Any, model: G
     assert single["token_logprobs"][0] is None
 
 
-def test_a_stream_echoes_the_prompt_with_its_log_probabilities(server: Any) -> None:
+def test_stream_echoes_the_prompt_with_log_probabilities(server: Any) -> None:
     body: dict[str, Any] = {"prompt": ["the cat", "a dog"], "n": 2, "echo": True, "logprobs": 2, "seed": 3}
     body |= {"max_tokens": 5, "temperature": 1.0}
     whole = complete(server, **body).json()["choices"]

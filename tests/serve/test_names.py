@@ -1,4 +1,4 @@
-"""Every verb takes every form of a name, and says the same of a name that means nothing."""
+"""Names of models: every verb and the server resolve them in the same way."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_takes_every_form_of_a_name(verb: str, form: str, say: Any, tmp_path: Path) -> None:
+def test_every_verb_accepts_every_form_of_a_name(verb: str, form: str, say: Any, tmp_path: Path) -> None:
     code, said = say(VERBS[verb], FORMS[form])
     if verb == "push":
         said += " ".join(path.name for path in (tmp_path / "place" / "store").iterdir())
@@ -81,7 +81,7 @@ def test_every_verb_takes_every_form_of_a_name(verb: str, form: str, say: Any, t
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_says_the_same_of_a_name_of_nothing(verb: str, say: Any) -> None:
+def test_unknown_names_give_one_message(verb: str, say: Any) -> None:
     assert say(VERBS[verb], "sftt") == (2, (
         'error: "sftt" is no artifact and no run in outputs. Steps of the latest run (quickstart): pretrain, sft. '
         'Runs: quickstart. Pins: best. Imports: mine. Did you mean "sft"?\n'
@@ -90,19 +90,19 @@ def test_every_verb_says_the_same_of_a_name_of_nothing(verb: str, say: Any) -> N
 
 @pytest.mark.parametrize("name", ["a" * 256, "latest/" + "a" * 256, "a/" * 3000 + "a", "~nobody-here/a"], ids=len)
 @pytest.mark.parametrize("words", [*VERBS.values(), ("compare", "NAME")], ids=" ".join)
-def test_names_that_no_file_can_have_are_unknown(words: tuple[str, ...], name: str, say: Any) -> None:
+def test_impossible_file_names_are_unknown(words: tuple[str, ...], name: str, say: Any) -> None:
     code, said = say(words, name)
     assert (code, said.count("\n")) == (2, 1)
     assert said.startswith("error: ")
 
 
 @pytest.mark.parametrize("verb", ["chat", "serve"])
-def test_chat_and_serve_name_the_model_and_its_run(verb: str, say: Any) -> None:
+def test_chat_and_serve_print_the_model_and_its_run(verb: str, say: Any) -> None:
     lines = say(VERBS[verb], "sft")[1].splitlines()
     assert f"model: sft of run quickstart ({CHAT}, 2026-01-01 00:00)" in lines
 
 
-def test_chat_says_how_a_question_is_asked(say: Any) -> None:
+def test_chat_explains_how_to_pass_a_question(say: Any) -> None:
     code, said = say(("chat", "Who are you?"), "")
     assert (code, said.endswith("mlxchat chat -p 'Who are you?'\n")) == (2, True)
 
@@ -120,8 +120,7 @@ def add_story(store: Store) -> None:
     store.set_ref(STORY, "sft", store.outputs / "store" / OTHER)
 
 
-def test_names_of_a_server_are_those_of_the_run_it_began_with(store: Store) -> None:
-    """serve RUN/rl answered model="rl" with the rl of another run."""
+def test_server_resolves_names_in_its_first_run(store: Store) -> None:
     add_story(store)
     place = resolve(store, "quickstart/sft")
     models = Models(store, place, within=QUICKSTART)
@@ -130,7 +129,7 @@ def test_names_of_a_server_are_those_of_the_run_it_began_with(store: Store) -> N
         Models(store, resolve(store, "sft"), within=STORY).find("pretrain")
 
 
-def test_a_server_reads_no_paths(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_refuses_paths_as_names(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Fault, match="does not exist"):
         Models(store, resolve(store, "sft")).find(f"outputs/store/{CHAT}")
@@ -158,7 +157,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("verb", ["chat", "serve"])
-def test_a_model_with_altered_bytes_is_refused(verb: str, store: Store, say: Any) -> None:
+def test_altered_model_is_refused(verb: str, store: Store, say: Any) -> None:
     damage(store)
     code, said = say(VERBS[verb], "sft")
     assert code == 2
@@ -166,7 +165,7 @@ def test_a_model_with_altered_bytes_is_refused(verb: str, store: Store, say: Any
     assert "Remove the folder and run again: mlxchat experiment=smoke" in said
 
 
-def test_a_server_refuses_a_damaged_model_that_a_client_names(store: Store) -> None:
+def test_server_refuses_damaged_models(store: Store) -> None:
     model = Models(store, store.outputs / "store" / BASE).find("sft")
     damage(store)
     with pytest.raises(StoreError, match="is damaged"):

@@ -1,4 +1,4 @@
-"""OpenAI's interface: answers are the engine's, whichever way they are asked for; mistakes are told as OpenAI does."""
+"""OpenAI's API: answers equal the engine's in every form of request; errors have OpenAI's format."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def answers(response: Any) -> list[str]:
     return [choice["message"]["content"] for choice in response.json()["choices"]]
 
 
-def test_a_greedy_answer_is_the_engines(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
+def test_greedy_answer_equals_the_engines(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
     prompt = render_for_completion(tokenizer, {"messages": [{"role": "user", "content": "the cat"}]})
     (expected,) = Engine(model, tokenizer).complete([prompt], max_new_tokens=12)
     told = server.chat(temperature=0).json()
@@ -48,13 +48,13 @@ def test_a_greedy_answer_is_the_engines(server: Any, model: GPT, tokenizer: Toke
     }  # fmt: skip
 
 
-def test_a_system_message_is_joined_to_the_first_question(server: Any) -> None:
+def test_system_message_is_joined_to_the_first_question(server: Any) -> None:
     messages = [{"role": "system", "content": "the dog"}, {"role": "user", "content": "the cat"}]
     joined = server.chat("the dog\n\nthe cat", temperature=0)
     assert answers(server.chat(temperature=0, messages=messages)) == answers(joined)
 
 
-def test_streamed_pieces_make_the_same_answer(server: Any) -> None:
+def test_stream_gives_the_same_answer(server: Any) -> None:
     body: dict[str, Any] = {"seed": 5, "n": 2, "temperature": 1.2, "stream_options": {"include_usage": True}}
     whole = server.chat(**body)
     told = chunks(server.chat(**body, stream=True))
@@ -72,7 +72,7 @@ def test_streamed_pieces_make_the_same_answer(server: Any) -> None:
     assert told[-1]["usage"] == whole.json()["usage"]
 
 
-def test_a_seed_gives_the_same_answer_alone_and_among_others(server: Any) -> None:
+def test_seed_gives_the_same_answer_alone_and_batched(server: Any) -> None:
     alone = answers(server.chat(seed=7, temperature=1.5))
     several = answers(server.chat(seed=7, temperature=1.5, n=4))
     assert several[0] == alone[0]
@@ -80,7 +80,7 @@ def test_a_seed_gives_the_same_answer_alone_and_among_others(server: Any) -> Non
     assert answers(server.chat(seed=8, temperature=1.5)) == several[1:2]
 
 
-def test_an_answer_ends_before_its_stop_string(server: Any) -> None:
+def test_answer_ends_before_its_stop_string(server: Any) -> None:
     (text,) = answers(server.chat(temperature=0))
     stop = text[2:4]
     told = server.chat(temperature=0, stop=[stop, "never said"]).json()["choices"][0]
@@ -88,7 +88,7 @@ def test_an_answer_ends_before_its_stop_string(server: Any) -> None:
     assert told["finish_reason"] == "stop"
 
 
-def test_log_probabilities_are_those_of_the_model(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
+def test_log_probabilities_equal_the_models(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
     import mlx.core as mx
 
     prompt = [tokenizer.bos, *tokenizer.encode("the cat")]
@@ -102,7 +102,7 @@ def test_log_probabilities_are_those_of_the_model(server: Any, model: GPT, token
     assert sorted(told["top_logprobs"][0].values(), reverse=True) == pytest.approx(list(expected[:2]), abs=1e-4)
 
 
-def test_a_chats_log_probabilities_come_in_streams_too(server: Any) -> None:
+def test_chat_streams_have_log_probabilities(server: Any) -> None:
     body: dict[str, Any] = {"temperature": 0, "logprobs": True, "top_logprobs": 3}
     whole = server.chat(**body).json()["choices"][0]["logprobs"]["content"]
     pieces = [chunk["choices"][0]["logprobs"] for chunk in chunks(server.chat(**body, stream=True))]
@@ -110,7 +110,7 @@ def test_a_chats_log_probabilities_come_in_streams_too(server: Any) -> None:
     assert all(len(entry["top_logprobs"]) == 3 for entry in whole)
 
 
-def test_text_is_continued_from_texts_and_from_ids(server: Any, tokenizer: Tokenizer) -> None:
+def test_completions_accept_texts_and_ids(server: Any, tokenizer: Tokenizer) -> None:
     def ask(prompt: Any, **more: Any) -> list[str]:
         body = {"model": "pretrain", "prompt": prompt, "temperature": 0, "max_tokens": 6, **more}
         return [choice["text"] for choice in server.client.post("/v1/completions", json=body).json()["choices"]]
@@ -122,7 +122,7 @@ def test_text_is_continued_from_texts_and_from_ids(server: Any, tokenizer: Token
     assert ask("the dog", echo=True) == ["the dog" + single[0]]
 
 
-def test_models_are_listed_with_where_they_come_from(server: Any) -> None:
+def test_models_are_listed_with_provenance(server: Any) -> None:
     listed = server.client.get("/v1/models").json()
     assert [entry["id"] for entry in listed["data"]] == [CHAT, BASE]
     own = listed["data"][0]["mlxchat"]
@@ -136,7 +136,6 @@ def test_models_are_listed_with_where_they_come_from(server: Any) -> None:
 
 
 def test_fingerprint_changes_with_contents_and_settings_only(server: Any, served: Path) -> None:
-    """Clients tell by it whether the model behind a name was replaced: once it was part of the folder's name."""
     told = server.client.get("/v1/models/sft").json()["mlxchat"]["fingerprint"]
     text = {"prompt": "the", "max_tokens": 2, "model": "sft"}
     for answer in (server.chat(model="sft"), server.chat(), server.client.post("/v1/completions", json=text)):
@@ -154,8 +153,8 @@ def test_fingerprint_changes_with_contents_and_settings_only(server: Any, served
 
 
 @pytest.mark.parametrize("name", ["corpus", "eval", "e", "sfft", "x" * 256, "sft/" + "x" * 296, "x" * 400])
-def test_an_unknown_model_is_answered_with_the_models_alone(server: Any, served: Path, name: str) -> None:
-    """The 404 listed the steps of the latest run, corpora among them."""
+def test_unknown_model_error_lists_models_only(server: Any, served: Path, name: str) -> None:
+    """Other artifacts, such as corpora, are not listed."""
     corpus = served / "store" / ("corpus-bundled-" + "f" * 16)
     shutil.copytree(served / "store" / ("eval-d2-" + "e" * 16), corpus)
     Store(served).set_ref("latest", "corpus", corpus)
@@ -210,7 +209,7 @@ def test_an_unknown_model_is_answered_with_the_models_alone(server: Any, served:
          400, "response_format", None),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_in_openais_words(
+def test_invalid_requests_get_openai_errors(
     server: Any, body: dict[str, Any], status: int, param: str, code: str | None
 ) -> None:
     response = server.chat(**body)
@@ -221,20 +220,19 @@ def test_what_cannot_be_is_refused_in_openais_words(
 
 
 def test_unknown_fields_are_refused_by_name(server: Any) -> None:
-    """A misspelt field, or a response_format of a text completion, was ignored."""
     error = server.chat(temprature=0, min_tokens=5, user="me", metadata={"a": "b"}).json()["error"]
-    expected = 'temprature, min_tokens are no fields of this request. Did you mean "temperature"?'
+    expected = 'unknown fields temprature, min_tokens. Did you mean "temperature"?'
     assert (error["message"], error["code"]) == (expected, "unknown_parameter")
     body = {"model": "pretrain", "prompt": "a", "response_format": {"type": "json_object"}}
     error = server.client.post("/v1/completions", json=body).json()["error"]
-    assert error["message"].startswith("response_format is no field of this request.")
+    assert error["message"].startswith("unknown field response_format.")
     many = server.chat(**{"x" * 5000 + str(n): 1 for n in range(100)})
     assert (many.status_code, len(many.text) < 2000) == (400, True)
     body = {"input": "the cat", "verbosity": "low"}
     assert server.client.post("/v1/responses", json=body).json()["error"]["param"] == "verbosity"
 
 
-def test_an_answer_follows_a_json_schema_and_every_choice_has_its_own_state(server: Any) -> None:
+def test_json_schema_constrains_every_choice(server: Any) -> None:
     schema = {"type": "object", "properties": {"yes": {"type": "boolean"}, "n": {"enum": [1, 22]}},
               "required": ["yes", "n"], "additionalProperties": False}  # fmt: skip
     form = {"type": "json_schema", "json_schema": {"name": "choice", "strict": True, "schema": schema}}
@@ -247,7 +245,7 @@ def test_an_answer_follows_a_json_schema_and_every_choice_has_its_own_state(serv
     assert "".join(delta.get("content", "") for delta in deltas) == texts[0]
 
 
-def test_a_bias_of_100_makes_a_token_certain_and_penalties_forbid_repetition(server: Any, tokenizer: Tokenizer) -> None:
+def test_logit_bias_and_penalties_apply(server: Any, tokenizer: Tokenizer) -> None:
     (token,) = tokenizer.encode("e")
     repeated = server.chat(logit_bias={str(token): 100}, max_tokens=4, temperature=0)
     assert answers(repeated) == ["eeee"]
@@ -257,7 +255,7 @@ def test_a_bias_of_100_makes_a_token_certain_and_penalties_forbid_repetition(ser
     assert set(answers(varied)[0]) == {"e", "t"}
 
 
-def test_what_is_no_json_is_told(server: Any) -> None:
+def test_non_json_body_is_refused(server: Any) -> None:
     response = server.client.post("/v1/chat/completions", content="{", headers={"content-type": "application/json"})
     assert response.status_code == 400
     assert "JSON" in response.json()["error"]["message"]
@@ -265,14 +263,14 @@ def test_what_is_no_json_is_told(server: Any) -> None:
     assert server.client.get("/v1/chat/completions").status_code == 405
 
 
-def test_of_a_long_conversation_the_latest_turns_are_answered_where_that_is_asked_for(server: Any) -> None:
+def test_truncation_auto_keeps_the_latest_turns(server: Any) -> None:
     turns = [{"role": "user", "content": "a b " * 60}, {"role": "assistant", "content": "yes"}] * 3
     last = {"role": "user", "content": "the cat"}
     shortened = server.chat(temperature=0, messages=[*turns, last], truncation="auto")
     assert answers(shortened) == answers(server.chat(temperature=0, messages=[last]))
 
 
-def test_an_assistants_earlier_calls_are_given_back_as_they_were(server: Any, tokenizer: Tokenizer) -> None:
+def test_earlier_tool_calls_are_rendered_unchanged(server: Any, tokenizer: Tokenizer) -> None:
     parts = [
         {"type": "text", "text": "2+3="}, {"type": "python", "text": "2+3"}, {"type": "python_output", "text": "5"},
     ]  # fmt: skip

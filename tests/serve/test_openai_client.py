@@ -1,4 +1,4 @@
-"""The official client, used as its documentation says."""
+"""The official OpenAI client, used as documented."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def client(guarded: Any) -> Iterator[Any]:
         yield client
 
 
-def test_a_conversation(client: Any) -> None:
+def test_openai_client_chats(client: Any) -> None:
     answer = client.chat.completions.create(model="sft", messages=QUESTION, max_completion_tokens=8, seed=1)
     assert answer.choices[0].message.role == "assistant"
     assert 1 <= answer.usage.completion_tokens <= 8
@@ -33,7 +33,7 @@ def test_a_conversation(client: Any) -> None:
     assert "".join(chunk.choices[0].delta.content or "" for chunk in again) == answer.choices[0].message.content
 
 
-def test_an_answer_parsed_as_a_model_of_pydantics(client: Any) -> None:
+def test_openai_client_parses_pydantic_models(client: Any) -> None:
     class Weather(pydantic.BaseModel):
         city: Literal["Rome", "Oslo"]
         sunny: bool
@@ -42,7 +42,7 @@ def test_an_answer_parsed_as_a_model_of_pydantics(client: Any) -> None:
     assert isinstance(told.choices[0].message.parsed, Weather)
 
 
-def test_a_response_whole_streamed_and_parsed(client: Any) -> None:
+def test_responses_api_whole_streamed_and_parsed(client: Any) -> None:
     asked = {"model": "sft", "input": "the cat", "instructions": "a", "max_output_tokens": 8, "temperature": 0}
     told = client.responses.create(**asked)
     chat = client.chat.completions.create(
@@ -67,7 +67,7 @@ def test_a_response_whole_streamed_and_parsed(client: Any) -> None:
         assert stream.get_final_response().output_text == parsed.output_text
 
 
-def test_a_response_continues_what_it_was_told_and_stores_nothing(client: Any) -> None:
+def test_responses_api_is_stateless(client: Any) -> None:
     first = client.responses.create(model="sft", input="the cat", max_output_tokens=4)
     turns = [*QUESTION, *(item.model_dump() for item in first.output), {"role": "user", "content": "the dog"}]
     assert client.responses.create(model="sft", input=turns, max_output_tokens=4).object == "response"
@@ -77,7 +77,7 @@ def test_a_response_continues_what_it_was_told_and_stores_nothing(client: Any) -
         client.responses.create(model="sft", input="a", tools=[{"type": "web_search"}])
 
 
-def test_a_stream_with_its_helper_log_probabilities_and_usage(client: Any) -> None:
+def test_openai_client_streams(client: Any) -> None:
     with client.chat.completions.stream(
         model="sft", messages=QUESTION, max_tokens=6, seed=2, logprobs=True, stream_options={"include_usage": True}
     ) as stream:
@@ -88,14 +88,14 @@ def test_a_stream_with_its_helper_log_probabilities_and_usage(client: Any) -> No
     assert final.usage.total_tokens == final.usage.prompt_tokens + final.usage.completion_tokens
 
 
-def test_text_and_models(client: Any) -> None:
+def test_openai_client_completes_and_lists_models(client: Any) -> None:
     told = client.completions.create(model="pretrain", prompt="the dog", max_tokens=4, temperature=0, echo=True)
     assert told.choices[0].text.startswith("the dog")
     models = [model.id for model in client.models.list()]
     assert client.models.retrieve(models[0]).id == models[0]
 
 
-def test_mistakes_become_the_clients_own_exceptions(client: Any, guarded: Any) -> None:
+def test_errors_raise_the_clients_exceptions(client: Any, guarded: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="gpt-4o"):
         client.chat.completions.create(model="gpt-4o", messages=QUESTION)
     with pytest.raises(openai.BadRequestError, match="temperature"):

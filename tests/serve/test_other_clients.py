@@ -1,4 +1,4 @@
-"""Third-party clients, where they are installed: litellm, langchain-openai, llm."""
+"""Third-party clients, if installed: litellm, langchain-openai, llm."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def url(start: Callable[..., Any]) -> Iterator[str]:
 
 @pytest.fixture
 def said(server: Any) -> str:
-    """What the model says greedily."""
+    """The model's greedy answer."""
     told: str = server.chat(temperature=0, max_tokens=8).json()["choices"][0]["message"]["content"]
     return told
 

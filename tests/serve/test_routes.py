@@ -1,4 +1,4 @@
-"""Health, metrics, and which requests are let in."""
+"""Health, metrics and access control."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def parse_exposition(text: str) -> dict[str, float]:
     return found
 
 
-def test_metrics_are_what_prometheus_reads_and_count(server: Any) -> None:
+def test_metrics_are_valid_and_count(server: Any) -> None:
     def metrics() -> dict[str, float]:
         response = server.client.get("/metrics")
         assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -70,7 +70,7 @@ def test_metrics_are_what_prometheus_reads_and_count(server: Any) -> None:
     assert {"process_resident_memory_bytes", "process_start_time_seconds", "process_cpu_seconds_total"} <= after.keys()
 
 
-def test_probes_learn_whether_it_is_ready_by_the_status(start: Callable[..., Any]) -> None:
+def test_health_status_reflects_readiness(start: Callable[..., Any]) -> None:
     with start(loads=0.5) as slow:
         loading = slow.client.get("/health")
         assert (loading.status_code, loading.json()["status"]) == (503, "loading")
@@ -80,7 +80,7 @@ def test_probes_learn_whether_it_is_ready_by_the_status(start: Callable[..., Any
             assert slow.client.head(path).status_code == 200
 
 
-def test_the_page_asks_for_nothing_elsewhere_and_no_other_page_holds_it(server: Any) -> None:
+def test_page_loads_nothing_elsewhere_and_forbids_frames(server: Any) -> None:
     page = server.client.get("/")
     assert page.headers["content-type"].startswith("text/html")
     policy = page.headers["content-security-policy"]
@@ -92,20 +92,20 @@ def test_the_page_asks_for_nothing_elsewhere_and_no_other_page_holds_it(server: 
         assert server.client.get(place).status_code == 200
 
 
-def test_without_a_key_only_this_machines_names_are_answered_to(server: Any) -> None:
+def test_server_without_key_accepts_loopback_hosts_only(server: Any) -> None:
     for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
         assert server.client.get("/v1/models", headers={"host": host}).status_code == 200
     assert server.client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
 
 
-def test_what_a_form_of_another_site_can_send_is_refused(server: Any) -> None:
+def test_cross_site_forms_are_refused(server: Any) -> None:
     body = json.dumps(QUESTION)
     for kind in ("text/plain", "application/x-www-form-urlencoded"):
         response = server.client.post("/v1/chat/completions", content=body, headers={"content-type": kind})
         assert response.status_code == 415
 
 
-def test_bodies_beyond_all_limits_are_refused_unread(server: Any) -> None:
+def test_oversized_bodies_are_refused_unread(server: Any) -> None:
     assert server.client.post("/v1/chat/completions", json={"messages": "a" * 1_100_000}).status_code == 413
 
     def pieces() -> Any:
@@ -117,7 +117,7 @@ def test_bodies_beyond_all_limits_are_refused_unread(server: Any) -> None:
     assert server.client.post("/v1/chat/completions", content=pieces(), headers=headers).status_code == 413
 
 
-def test_other_sites_may_ask_only_where_they_are_let_in(server: Any, start: Callable[..., Any]) -> None:
+def test_cors_allows_listed_origins_only(server: Any, start: Callable[..., Any]) -> None:
     asking = {
         "origin": "https://site.example", "access-control-request-method": "POST",
         "access-control-request-headers": "content-type",
@@ -131,7 +131,7 @@ def test_other_sites_may_ask_only_where_they_are_let_in(server: Any, start: Call
         assert "access-control-allow-origin" not in other.headers
 
 
-def test_with_a_key_everything_but_the_page_and_health_needs_it(start: Callable[..., Any]) -> None:
+def test_key_protects_all_but_page_and_health(start: Callable[..., Any]) -> None:
     with start(api_key="secret", loopback_only=False) as guarded:
         for path in ("/v1/models", "/metrics", "/openapi.json"):
             assert guarded.client.get(path).status_code == 401
@@ -151,7 +151,7 @@ def test_with_a_key_everything_but_the_page_and_health_needs_it(start: Callable[
         (["eval"], "error: "),
     ],
 )
-def test_the_verb_refuses_what_would_be_a_mistake(
+def test_serve_refuses_invalid_options(
     served: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MLXCHAT_API_KEY", raising=False)
@@ -161,10 +161,10 @@ def test_the_verb_refuses_what_would_be_a_mistake(
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_files_and_text_are_read_outside_the_event_loop(
+def test_files_and_text_are_processed_outside_the_event_loop(
     start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loading tokenizers, reading the catalog and encoding prompts held up all streams."""
+    """On the event loop, loading tokenizers and encoding prompts would block all streams."""
     from mlxchat.data.tokenizer import Tokenizer
     from mlxchat.serve import models
     from mlxchat.serve.choices import Choice
@@ -199,10 +199,10 @@ def test_files_and_text_are_read_outside_the_event_loop(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_echoed_prompt_is_scored_outside_the_event_loop(
+def test_echoed_prompt_is_scored_outside_the_event_loop(
     stream: bool, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2,000 tokens with 20 alternatives each held up all other clients for a tenth of a second."""
+    """2,000 tokens with 20 alternatives each take 0.1 s."""
     from mlxchat.serve import api
     from mlxchat.serve.choices import Choice
 
@@ -229,8 +229,8 @@ def test_an_echoed_prompt_is_scored_outside_the_event_loop(
         assert server.thread.ident not in {*scored, *encoded}
 
 
-def test_large_json_is_json_that_no_single_call_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One call of the encoder holds the interpreter's lock until it ends, so a thread alone helped nobody."""
+def test_large_json_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of the encoder holds the GIL, so one call would block the event loop even in a thread."""
     from mlxchat.serve import api
 
     value = {"a": [{"tokens": [f"é{n}" for n in range(5_000)], "top": [{"b": -1.5, "c": None}] * 130}], "n": 3, "e": []}

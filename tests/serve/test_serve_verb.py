@@ -1,4 +1,4 @@
-"""The verb in a process of its own: it says where it is, and ends when it is told to."""
+"""`mlxchat serve` in a new process, and its memory limits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ worker._thread.join()  # and the process ends at once
 """
 
 
-def test_it_says_where_it_is_answers_and_stops(
+def test_serve_prints_its_address_answers_and_stops(
     served: Path, start_mlxchat: Callable[..., subprocess.Popen[str]]
 ) -> None:
     process = start_mlxchat("serve", f"outputs={served}", "--port", "0", "sft", "--temperature", "0")
@@ -76,14 +76,14 @@ def test_it_says_where_it_is_answers_and_stops(
         process.wait()
 
 
-def test_a_process_does_not_end_by_an_abort_whose_worker_used_two_cores(served: Path) -> None:
+def test_process_with_lanes_exits_cleanly(served: Path) -> None:
     # What MLX keeps for a thread was freed after Python had joined it, while the process already ended.
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", ANSWERED, str(served)], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_model_that_does_not_fit_into_memory_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_too_large_for_memory_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(limit_bytes=1000, limit_is="a test")
     monkeypatch.setattr("mlxchat.serve.models.find_device", lambda **options: device)
     with pytest.raises(SystemExit) as caught:
@@ -91,7 +91,7 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(served: Path, monkeypa
     assert caught.value.code == 2
 
 
-def test_a_server_holds_no_more_tokens_than_fit_into_memory(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_tokens_are_bounded_by_memory(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, limits = Models(Store(served), served / "store" / CHAT).find(None), Limits(kept_tokens=0)
     sizes = sizes_of_folder(model.folder)
     needed = Decoding(sizes=sizes, device=Device(), row_tokens=model.context_tokens).bytes_beside_weights(6)

@@ -1,4 +1,4 @@
-"""The conversation in the terminal: turns, commands, files, pipes."""
+"""Chat in the terminal: turns, commands, files, pipes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def said(chat: Chat) -> list[str]:
     return [message["content"] for message in chat.messages if message["role"] == "user"]
 
 
-def test_the_second_answer_knows_the_first_and_the_system_prompt(chat: Chat, model: GPT) -> None:
+def test_chat_keeps_history_and_system_prompt(chat: Chat, model: GPT) -> None:
     chat.system = "the log"
     chat.ask("the cat")
     chat.ask("the dog")
@@ -39,7 +39,7 @@ def test_the_second_answer_knows_the_first_and_the_system_prompt(chat: Chat, mod
     assert text == chat.engine.tokenizer.decode([id_ for id_ in expected.ids if id_ not in special])
 
 
-def test_retry_and_edit_take_the_last_turn_back(chat: Chat) -> None:
+def test_retry_and_edit_undo_the_last_turn(chat: Chat) -> None:
     assert chat.obey("/retry") == "nothing was asked yet"
     chat.ask("the cat")
     chat.ask("the dog")
@@ -51,7 +51,7 @@ def test_retry_and_edit_take_the_last_turn_back(chat: Chat) -> None:
     assert chat.messages == []
 
 
-def test_with_a_temperature_another_try_is_another_answer_and_the_seed_brings_it_back(chat: Chat) -> None:
+def test_retry_resamples_and_seed_repeats(chat: Chat) -> None:
     chat.obey("/temperature 1.5")
     chat.obey("/seed 3")
     chat.ask("the cat")
@@ -63,7 +63,7 @@ def test_with_a_temperature_another_try_is_another_answer_and_the_seed_brings_it
     assert chat.messages[-1] == first
 
 
-def test_a_saved_conversation_is_the_same_when_loaded(chat: Chat, tmp_path: Path) -> None:
+def test_saved_conversation_loads_unchanged(chat: Chat, tmp_path: Path) -> None:
     chat.obey("/system the log")
     chat.ask("the cat")
     before = [*chat.messages]
@@ -84,7 +84,7 @@ def test_a_saved_conversation_is_the_same_when_loaded(chat: Chat, tmp_path: Path
         ('{"messages": [{"role": "user", "content": "a"}]}', "ends with a question"),
     ],
 )
-def test_what_is_no_conversation_is_told_and_changes_nothing(
+def test_invalid_file_is_refused_and_changes_nothing(
     chat: Chat, tmp_path: Path, contents: str | None, message: str
 ) -> None:
     if contents is not None:
@@ -95,18 +95,18 @@ def test_what_is_no_conversation_is_told_and_changes_nothing(
 
 @pytest.mark.parametrize("command", ["/temperature x", "/temperature -1", "/topk -1", "/topp 0", "/tokens 0", "/seed a",
                                      "/save", "/load"])  # fmt: skip
-def test_a_command_with_a_wrong_value_says_what_it_takes(chat: Chat, command: str) -> None:
+def test_invalid_command_value_says_what_is_accepted(chat: Chat, command: str) -> None:
     name = command.split()[0]
     assert chat.obey(command) == f'"{command}": expected {name} {COMMANDS[name][0]}; {COMMANDS[name][1]}'
 
 
-def test_help_lists_every_command_and_a_slip_is_mended(chat: Chat) -> None:
+def test_help_lists_commands_and_misspellings_get_suggestions(chat: Chat) -> None:
     assert all(name in chat.obey("/help") for name in COMMANDS)
     assert 'Did you mean "/retry"?' in chat.obey("/rety")
     assert chat.obey("/temp 0.5") == "temperature 0.5"
 
 
-def test_calls_of_the_calculator_are_shown(chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+def test_calculator_calls_are_shown(chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     from mlxchat.engine.scheduler import Event
 
     tokenizer = chat.engine.tokenizer
@@ -134,7 +134,7 @@ def test_calls_of_the_calculator_are_shown(chat: Chat, capsys: pytest.CaptureFix
     assert [part["type"] for part in chat.messages[-1]["content"]] == ["text", "python", "python_output", "text"]
 
 
-def test_what_a_model_writes_commands_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_characters_of_the_model_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxchat.terminal.chat import Shown
 
     class Terminal(io.StringIO):
@@ -151,7 +151,7 @@ def test_what_a_model_writes_commands_no_terminal(monkeypatch: pytest.MonkeyPatc
     assert not {"\x1b", "\x07", "\r", "\x9b", "\u202e"} & set(screen.getvalue())
 
 
-def test_a_program_of_several_lines_is_told_apart_from_its_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_program_and_output_are_shown_separately(capsys: pytest.CaptureFixture[str]) -> None:
     from mlxchat.terminal.chat import Shown
 
     shown = Shown()
@@ -164,7 +164,7 @@ def test_a_program_of_several_lines_is_told_apart_from_its_output(capsys: pytest
     assert capsys.readouterr().out == "So: <<a = 2**5\na + 1\n→ 33>> and <<2*3=6>>\n"
 
 
-def test_saving_never_overwrites_what_is_no_conversation(chat: Chat, tmp_path: Path) -> None:
+def test_saving_overwrites_conversations_only(chat: Chat, tmp_path: Path) -> None:
     chat.ask("the cat")
     notes, talk = tmp_path / "notes.md", tmp_path / "talk.json"
     notes.write_text("mine")
@@ -174,7 +174,7 @@ def test_saving_never_overwrites_what_is_no_conversation(chat: Chat, tmp_path: P
         assert chat.obey(f"/save {talk}").startswith("2 messages")
 
 
-def test_a_pipe_is_a_question_or_a_conversation(
+def test_piped_input_is_a_question_or_a_conversation(
     chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
@@ -191,7 +191,7 @@ def test_a_pipe_is_a_question_or_a_conversation(
         chat.answer_once("-")
 
 
-def test_a_base_model_knows_no_system_prompt(served: Path) -> None:
+def test_base_model_refuses_a_system_prompt(served: Path) -> None:
     settings: dict[str, Any] = {"temperature": 0.0, "top_k": None, "max_tokens": 4, "seed": 0}
     with pytest.raises(ConfigError, match="knows no system prompt"):
         Chat.load(served / "store" / BASE, **settings, system="the log")
@@ -208,10 +208,9 @@ def asked(chat: Chat, monkeypatch: pytest.MonkeyPatch, text: str) -> list[int]:
     return prompts[0]
 
 
-def test_a_chat_says_which_turns_it_leaves_out(
+def test_chat_reports_dropped_turns(
     chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The oldest turns were left out without a word."""
     chat.system = "the log"
     turns = [{"role": role, "content": f"the cat sat {n}"} for n in range(9) for role in ("user", "assistant")]
     chat.messages = list(turns)
@@ -226,10 +225,9 @@ def test_a_chat_says_which_turns_it_leaves_out(
     assert capsys.readouterr().err == ""
 
 
-def test_a_chat_says_what_it_leaves_out_of_a_question(
+def test_chat_reports_truncated_questions(
     chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A question beyond the context was asked whole, and all turns before it were left out without a word."""
     tokenizer = chat.engine.tokenizer
     ids = tokenizer.encode("1 2 3 4 5 " * 30)
     prompt = asked(chat, monkeypatch, tokenizer.decode(ids))
@@ -241,10 +239,9 @@ def test_a_chat_says_what_it_leaves_out_of_a_question(
     assert said(chat) == [tokenizer.decode(ids)], "the conversation keeps it whole"
 
 
-def test_a_base_model_says_what_it_leaves_out_of_a_text(
+def test_base_model_reports_truncated_texts(
     served: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The beginning was left out without a word; with --max-tokens of the context's size, all but one token was."""
     prompts: list[list[int]] = []
     monkeypatch.setattr(Chat, "_stream", lambda self, prompt: prompts.append(prompt))
     for most, room in ((8, 120), (500, 64)):
@@ -255,7 +252,7 @@ def test_a_base_model_says_what_it_leaves_out_of_a_text(
         assert f"left out the first {len(ids) - room + 1} of {len(ids)} tokens of the text" in capsys.readouterr().err
 
 
-def test_a_system_prompt_without_room_for_a_question_is_refused(chat: Chat) -> None:
+def test_oversized_system_prompt_is_refused(chat: Chat) -> None:
     chat.system = "1 2 3 " * 60
     with pytest.raises(ConfigError, match="leaves no room for a question: the model reads 128 tokens, and 36"):
         chat.ask("the cat")

@@ -1,4 +1,4 @@
-"""Third-party models: any that mlx-lm opens is served as ours are, from a folder that is made here."""
+"""Third-party models are served like ours."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path, served: Path) -> Iterator[Server]:
-    """A server whose default model is the third-party one; the store's are offered, too."""
+    """A server with a third-party default model and the store's models."""
     limits = Limits()
     models = Models(Store(served), folder, third_party={NAME: folder})
     with Server(Service(models, Worker(limits, load_scheduler), Defaults())) as running:
@@ -85,7 +85,7 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 
 def greedy(folder: Path, prompt: list[int], most: int) -> list[int]:
-    """Return what mlx-lm's own generation says after a prompt."""
+    """Return mlx-lm's answer to a prompt."""
     import mlx.core as mx
     from mlx_lm import load
     from mlx_lm.generate import generate_step
@@ -94,7 +94,7 @@ def greedy(folder: Path, prompt: list[int], most: int) -> list[int]:
     return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=most)]
 
 
-def test_a_chat_answer_is_mlx_lms(client: openai.OpenAI, folder: Path) -> None:
+def test_third_party_chat_equals_mlx_lm(client: openai.OpenAI, folder: Path) -> None:
     prompt = "<|im_start|>system\nbe brief<|im_end|><|im_start|>user\nhello<|im_end|><|im_start|>assistant\n"
     specials = {"<|im_start|>": 256, "<|im_end|>": 257}
     ids: list[int] = []
@@ -115,7 +115,7 @@ def test_a_chat_answer_is_mlx_lms(client: openai.OpenAI, folder: Path) -> None:
     assert chunks[-1].usage == whole.usage
 
 
-def test_sampling_fields_work_as_for_our_models(server: Server) -> None:
+def test_third_party_sampling_fields_work(server: Server) -> None:
     body: dict[str, Any] = {"seed": 7, "temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "max_tokens": 8}
     several = server.chat("hello", n=3, **body).json()["choices"]
     texts = [choice["message"]["content"] for choice in several]
@@ -127,7 +127,7 @@ def test_sampling_fields_work_as_for_our_models(server: Server) -> None:
     assert (stopped["message"]["content"], stopped["finish_reason"]) == ("", "stop")
 
 
-def test_an_answer_follows_a_json_schema(server: Server) -> None:
+def test_third_party_answer_follows_a_json_schema(server: Server) -> None:
     schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"],
               "additionalProperties": False}  # fmt: skip
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
@@ -135,7 +135,7 @@ def test_an_answer_follows_a_json_schema(server: Server) -> None:
     assert json.loads(told["message"]["content"]).keys() == {"yes"}
 
 
-def test_echoed_prompts_have_the_models_log_probabilities(client: openai.OpenAI, folder: Path) -> None:
+def test_third_party_echo_has_log_probabilities(client: openai.OpenAI, folder: Path) -> None:
     import mlx.core as mx
     from mlx_lm import load
 
@@ -151,7 +151,7 @@ def test_echoed_prompts_have_the_models_log_probabilities(client: openai.OpenAI,
     assert told.choices[0].text.startswith("the cat")
 
 
-def test_a_next_turn_reads_only_what_is_new(server: Server) -> None:
+def test_third_party_reuses_the_prefix(server: Server) -> None:
     def reused() -> float:
         text = server.client.get("/metrics").text
         return float(text.split("\nmlxchat_reused_prompt_tokens_total ")[1].split("\n")[0])
@@ -164,7 +164,7 @@ def test_a_next_turn_reads_only_what_is_new(server: Server) -> None:
     assert reused() - before >= 40
 
 
-def test_a_client_that_leaves_stops_the_answer(server: Server) -> None:
+def test_third_party_disconnect_cancels_generation(server: Server) -> None:
     body = {
         "messages": [{"role": "user", "content": "a"}],
         "max_tokens": 200,
@@ -176,7 +176,7 @@ def test_a_client_that_leaves_stops_the_answer(server: Server) -> None:
     server.until(lambda: server.worker.num_choices == 0)
 
 
-def test_models_of_both_kinds_are_listed_and_answer(server: Server, client: openai.OpenAI) -> None:
+def test_own_and_third_party_models_are_served_together(server: Server, client: openai.OpenAI) -> None:
     listed = [entry.id for entry in client.models.list()]
     assert (listed[0], set(listed)) == (NAME, {NAME, CHAT, BASE})
     one = server.client.get(f"/v1/models/{NAME}").json()
@@ -199,12 +199,12 @@ def test_models_of_both_kinds_are_listed_and_answer(server: Server, client: open
     ],
     ids=["tools", "no such token", "beyond the context", "the template raises"],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_by_name(server: Server, body: dict[str, Any], param: str) -> None:
+def test_unsupported_third_party_requests_are_refused(server: Server, body: dict[str, Any], param: str) -> None:
     response = server.chat(**body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
-def test_an_unloaded_model_is_freed_at_once(folder: Path, served: Path) -> None:
+def test_unloaded_third_party_model_is_freed(folder: Path, served: Path) -> None:
     model = Models(Store(served), folder, third_party={NAME: folder}).find(None)
     scheduler = load_scheduler(model, Limits())
     forward: Any = scheduler.forward
@@ -221,7 +221,7 @@ def test_an_unloaded_model_is_freed_at_once(folder: Path, served: Path) -> None:
         gc.enable()
 
 
-def test_a_model_without_a_template_continues_text(tmp_path: Path, served: Path, start: Callable[..., Server]) -> None:
+def test_model_without_template_continues_text(tmp_path: Path, served: Path, start: Callable[..., Server]) -> None:
     folder = make_folder(tmp_path / "base", template=None)
     models = Models(Store(served), folder, third_party={"base": folder})
     with Server(Service(models, Worker(Limits(), load_scheduler), Defaults())) as server:
@@ -230,7 +230,7 @@ def test_a_model_without_a_template_continues_text(tmp_path: Path, served: Path,
         assert server.client.post("/v1/completions", json=body).status_code == 200
 
 
-def test_the_verb_serves_folders_and_says_what_it_refuses(
+def test_serve_accepts_model_folders(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
 ) -> None:
     monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: print("served", options["name"]))
@@ -247,10 +247,9 @@ def test_the_verb_serves_folders_and_says_what_it_refuses(
 
 
 @pytest.mark.parametrize("said", [{"max_position_embeddings": -5}, {"num_hidden_layers": "two", "eos_token_id": {}}])
-def test_a_folder_that_cannot_be_opened_is_told_without_its_place(
+def test_unreadable_folder_error_hides_its_path(
     tmp_path: Path, folder: Path, served: Path, said: dict[str, Any]
 ) -> None:
-    """A context of -5 tokens was taken, and every request refused; errors named the folder of this machine."""
     bad = tmp_path / "bad"
     shutil.copytree(folder, bad)
     config = json.loads((bad / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""truncation="auto": what is left out of a long conversation, what stays, and how the client learns of it."""
+"""truncation="auto": which turns of a long conversation are dropped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def rendered(tokenizer: Tokenizer, *said: Turn) -> list[int]:
 
 
 def test_truncation_keeps_the_system_prompt(tokenizer: Tokenizer) -> None:
-    """The system prompt was joined to the oldest turn and left out with it."""
     said = pairs(9)
     got = prompt(tokenizer, 128, [("system", "the dog"), *said, ("user", "the mat")])
     kept = said[2 * got.truncated_turns :]
@@ -46,7 +45,7 @@ def test_truncation_keeps_the_system_prompt(tokenizer: Tokenizer) -> None:
     assert len(got.ids) <= 128 - 8 < len(longer), "no turn more than necessary is left out"
 
 
-def test_nothing_is_left_out_of_what_fits(tokenizer: Tokenizer) -> None:
+def test_short_conversations_are_not_truncated(tokenizer: Tokenizer) -> None:
     said = [("system", "the dog"), *pairs(2), ("user", "the mat")]
     got = prompt(tokenizer, 200, said)
     assert (got.ids, got.truncated_turns) == (rendered(tokenizer, *said), 0)
@@ -62,8 +61,7 @@ def test_nothing_is_left_out_of_what_fits(tokenizer: Tokenizer) -> None:
     ],
     ids=["long question", "long answer", "long conversation", "many messages"],
 )
-def test_limits_apply_to_what_truncation_leaves(tokenizer: Tokenizer, old: list[Turn], limits: dict[str, int]) -> None:
-    """Sizes were checked first, so every later turn of a long conversation was refused."""
+def test_limits_apply_after_truncation(tokenizer: Tokenizer, old: list[Turn], limits: dict[str, int]) -> None:
     last = [*pairs(1, "the dog "), ("user", "the mat")]
     got = prompt(tokenizer, 2000, [*old, *last], **limits)
     assert got.truncated_turns > 0
@@ -74,8 +72,7 @@ def test_limits_apply_to_what_truncation_leaves(tokenizer: Tokenizer, old: list[
         prompt(tokenizer, 2000, [*old, *last], truncate=False, **limits)
 
 
-def test_an_unanswered_message_that_is_too_long_is_left_out_alone(tokenizer: Tokenizer) -> None:
-    """[user (too long), user] was refused: the first was joined to the second, and every later message failed."""
+def test_oversized_unanswered_message_is_dropped_alone(tokenizer: Tokenizer) -> None:
     assert prompt(tokenizer, 128, [("user", "a b " * 90), ("user", "the mat")]).ids == rendered(
         tokenizer, ("user", "the mat")
     )
@@ -107,7 +104,7 @@ def test_long_text_in_many_turns_fits_the_context_exactly(tokenizer: Tokenizer) 
          "This model's maximum context length is 128 tokens, answer included; the message has 244 tokens. Shorten it."),
     ],
 )  # fmt: skip
-def test_what_truncation_cannot_mend_is_explained_without_api_terms(
+def test_impossible_truncation_is_explained(
     tokenizer: Tokenizer, said: list[Turn], limits: dict[str, int], expected: str
 ) -> None:
     with pytest.raises(Fault) as caught:
@@ -115,8 +112,7 @@ def test_what_truncation_cannot_mend_is_explained_without_api_terms(
     assert (caught.value.status, caught.value.message) == (400, expected)
 
 
-def test_the_response_counts_the_turns_left_out(server: Any) -> None:
-    """Turns were left out without a word."""
+def test_response_counts_dropped_turns(server: Any) -> None:
     long = messages(*pairs(12), ("user", "the mat"))
     told = server.chat(messages=long, truncation="auto").json()
     assert told["mlxchat"]["truncated_turns"] > 0
@@ -130,14 +126,13 @@ def test_the_response_counts_the_turns_left_out(server: Any) -> None:
     assert all("mlxchat" not in chunk for chunk in chunks[1:])
 
 
-def test_the_pages_conversation_survives_forty_thousand_characters(server: Any) -> None:
-    """Beyond 32,000 characters, or after an answer above 8,000, every turn got 400."""
+def test_page_continues_very_long_conversations(server: Any) -> None:
     long = messages(*pairs(10, "the cat sat " * 160), ("user", "a"), ("assistant", "b" * 8001), ("user", "the mat"))
     assert server.chat(messages=long, truncation="auto").json()["mlxchat"] == {"truncated_turns": 11}
     assert server.chat(messages=long).status_code == 400
 
 
-def test_openai_client_reads_the_turns_left_out(server: Any) -> None:
+def test_openai_client_reads_dropped_turns(server: Any) -> None:
     openai = pytest.importorskip("openai")
     said: Any = messages(*pairs(12), ("user", "the mat"))
     extra = {"truncation": "auto"}

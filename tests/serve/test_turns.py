@@ -1,4 +1,4 @@
-"""Turns of a conversation over HTTP: what was read is not read again, and programs run where the operator allows it."""
+"""Conversations over HTTP: prefix reuse in the KV cache, and programs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def talk(server: Any, turns: int, **body: Any) -> list[str]:
     return said
 
 
-def test_a_next_turn_reads_what_is_new_and_no_more(start: Callable[..., Any]) -> None:
+def test_next_turn_reuses_the_prefix(start: Callable[..., Any]) -> None:
     with start(says="yes", seconds=0.0) as server:
         read: list[int] = []
         server.until(lambda: len(server.worker.loaded) == 1)
@@ -38,7 +38,7 @@ def test_a_next_turn_reads_what_is_new_and_no_more(start: Callable[..., Any]) ->
     assert reused > prompt / 3
 
 
-def test_with_a_seed_or_greedily_a_conversation_is_the_same_whatever_was_said_before(start: Callable[..., Any]) -> None:
+def test_seeded_answers_do_not_depend_on_the_cache(start: Callable[..., Any]) -> None:
     with start(limits={"kept_tokens": 0}) as alone:
         seeded, greedy = talk(alone, 4, seed=5, temperature=1.0), talk(alone, 4, temperature=0)
     with start() as server:
@@ -47,16 +47,14 @@ def test_with_a_seed_or_greedily_a_conversation_is_the_same_whatever_was_said_be
         assert talk(server, 4, temperature=0) == greedy
 
 
-def test_no_more_than_the_limit_is_kept(start: Callable[..., Any]) -> None:
+def test_kept_tokens_bounds_the_cache(start: Callable[..., Any]) -> None:
     with start(limits={"kept_tokens": 60}, says="yes", seconds=0.0) as server:
         talk(server, 4)
         (scheduler,) = server.worker._schedulers.values()
         assert 0 < scheduler.kept.num_tokens <= 60
 
 
-def test_programs_run_only_where_the_operator_allows_it_and_no_client_can(
-    start: Callable[..., Any], tokenizer: Tokenizer
-) -> None:
+def test_programs_run_only_with_the_operators_option(start: Callable[..., Any], tokenizer: Tokenizer) -> None:
     special = tokenizer.special_ids
     call = [special["<|python_start|>"], *tokenizer.encode("2**100"), special["<|python_end|>"]]
     tool = PythonTool()

@@ -1,4 +1,4 @@
-"""What becomes of too many requests, of clients that leave, of computations that fail, of a server that stops."""
+"""The worker: full queue, disconnects, failures, shutdown, several models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def streaming(server: Any, **body: Any) -> Any:
     return server.client.stream("POST", "/v1/chat/completions", json=body)
 
 
-def test_beyond_the_queue_requests_are_refused_and_told_when_to_come_again(slow: Any) -> None:
+def test_full_queue_gives_429_with_retry_after(slow: Any) -> None:
     with ThreadPoolExecutor() as pool:
         accepted = [pool.submit(slow.chat, max_tokens=60) for _ in range(3)]
         slow.until(lambda: slow.worker.num_choices == 3)
@@ -35,7 +35,7 @@ def test_beyond_the_queue_requests_are_refused_and_told_when_to_come_again(slow:
     assert slow.chat().status_code == 200
 
 
-def test_nothing_is_computed_for_those_who_have_left(slow: Any) -> None:
+def test_disconnect_cancels_generation(slow: Any) -> None:
     with streaming(slow) as response:
         next(response.iter_lines())
         assert slow.worker.num_choices == 1
@@ -45,14 +45,14 @@ def test_nothing_is_computed_for_those_who_have_left(slow: Any) -> None:
     slow.until(lambda: slow.worker.num_choices == 0, seconds=1.5)
 
 
-def test_who_leaves_while_waiting_never_gets_a_row(slow: Any) -> None:
+def test_disconnect_removes_waiting_requests(slow: Any) -> None:
     with streaming(slow), streaming(slow):
         assert slow.worker.num_choices == 2
     slow.until(lambda: slow.worker.num_choices == 0, seconds=1.5)
     assert slow.chat().json()["choices"][0]["message"]["content"] == string.ascii_lowercase[:12]
 
 
-def test_a_computation_that_fails_is_told_and_the_next_one_works(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_computation_is_reported_and_recovers(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert slow.chat().status_code == 200
     (scheduler,) = slow.worker._schedulers.values()
     monkeypatch.setattr(scheduler, "step", lambda: 1 / 0)
@@ -65,7 +65,7 @@ def test_a_computation_that_fails_is_told_and_the_next_one_works(slow: Any, monk
     assert slow.chat().status_code == 200, "the model was loaded anew"
 
 
-def test_a_server_that_is_asked_to_stop_finishes_what_it_began(start: Callable[..., Any]) -> None:
+def test_first_signal_lets_answers_finish(start: Callable[..., Any]) -> None:
     with start(seconds=0.01) as server, ThreadPoolExecutor() as pool:
         began = pool.submit(server.chat, max_tokens=60)
         server.until(lambda: server.worker.num_choices == 1)
@@ -73,7 +73,7 @@ def test_a_server_that_is_asked_to_stop_finishes_what_it_began(start: Callable[.
         assert began.result().json()["usage"]["completion_tokens"] == 60
 
 
-def test_what_takes_longer_than_the_servers_patience_is_dropped(start: Callable[..., Any]) -> None:
+def test_grace_period_drops_long_answers(start: Callable[..., Any]) -> None:
     with start(seconds=0.05) as server:
         server.server.config.timeout_graceful_shutdown = 1
         with streaming(server) as response:
@@ -86,7 +86,7 @@ def test_what_takes_longer_than_the_servers_patience_is_dropped(start: Callable[
         assert not server.thread.is_alive()
 
 
-def test_only_so_many_models_stay_in_memory(start: Callable[..., Any]) -> None:
+def test_max_models_bounds_models_in_memory(start: Callable[..., Any]) -> None:
     with start(limits={"max_models": 1}) as server:
         server.until(lambda: len(server.worker.loaded) == 1)
         told = server.client.post("/v1/completions", json={"model": "pretrain", "prompt": "a", "max_tokens": 1})
@@ -95,10 +95,10 @@ def test_only_so_many_models_stay_in_memory(start: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("path", ["", "plain"], ids=["accelerated", "plain"])
-def test_models_that_leave_memory_are_freed_at_once(
+def test_unloaded_models_are_freed(
     start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
-    """Evicted models formed reference cycles, so they stayed until Python's collector ran, which could take hours."""
+    """A reference cycle would keep an evicted model until the garbage collector runs."""
     monkeypatch.setenv("MLXCHAT_CPU", path)
     caplog.set_level(logging.CRITICAL, "mlxchat.serve")  # caplog keeps tracebacks, which hold models
     server = start(limits={"max_models": 1})
@@ -146,7 +146,7 @@ def stream_once(url: str, number: int) -> tuple[int, str, str]:
 
 
 def load(server: Any, streams: int, seconds: float) -> int:
-    """Keep so many streams going for so long; compare every answer with that of the same request alone."""
+    """Run concurrent streams for some time; compare each answer with that of the same request alone."""
     expected = {number: stream_once(server.url, number) for number in range(streams)}
     ends = time.monotonic() + seconds
     answered = 0
@@ -159,13 +159,13 @@ def load(server: Any, streams: int, seconds: float) -> int:
     return answered
 
 
-def test_sixteen_streams_at_once_lose_and_mix_no_token(start: Callable[..., Any]) -> None:
+def test_sixteen_concurrent_streams_are_exact(start: Callable[..., Any]) -> None:
     with start(limits={"max_rows": 8}) as server:
         assert load(server, 16, 0.1) >= 16
 
 
 @pytest.mark.slow
-def test_sixty_four_streams_for_two_minutes_in_bounded_memory(start: Callable[..., Any]) -> None:
+def test_sustained_load_has_bounded_memory(start: Callable[..., Any]) -> None:
     process = psutil.Process()
     with start(limits={"max_rows": 32, "max_queue": 64}) as server:
         load(server, 64, 20)
@@ -175,7 +175,7 @@ def test_sixty_four_streams_for_two_minutes_in_bounded_memory(start: Callable[..
 
 
 class Held:
-    """Holds up a server's first step until `release`, and records what the worker does from then on."""
+    """Delays a server's first step until `release`, and records the worker's actions after it."""
 
     def __init__(self, server: Any) -> None:
         self.worker, self.gate, self.entered = server.worker, threading.Event(), threading.Event()
@@ -214,8 +214,7 @@ def ask(server: Any, model: str) -> tuple[str, int]:
     return model, response.status_code
 
 
-def test_a_further_model_waits_until_a_loaded_one_is_idle(start: Callable[..., Any]) -> None:
-    """Only idle models were unloaded, so that a request for another one was computed beyond max_models."""
+def test_further_model_waits_for_an_idle_one(start: Callable[..., Any]) -> None:
     with start(limits={"max_models": 1}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
         held = Held(server)
         asked = []
@@ -229,8 +228,7 @@ def test_a_further_model_waits_until_a_loaded_one_is_idle(start: Callable[..., A
     assert held.loads == ["pretrain", "sft", "pretrain"], "first come, first served: no model waits forever"
 
 
-def test_rows_are_bounded_over_all_models_together(start: Callable[..., Any]) -> None:
-    """max_rows was the bound of each model."""
+def test_rows_are_bounded_over_all_models(start: Callable[..., Any]) -> None:
     with start(limits={"max_rows": 2}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
         held = Held(server)
         asked = [pool.submit(ask, server, model) for model in ("sft", "pretrain") * 3]
@@ -241,7 +239,7 @@ def test_rows_are_bounded_over_all_models_together(start: Callable[..., Any]) ->
         assert (server.worker.num_running, server.worker.num_waiting) == (0, 0)
 
 
-def test_a_client_that_leaves_while_its_model_waits_frees_its_place(start: Callable[..., Any]) -> None:
+def test_disconnect_while_model_waits_frees_the_queue(start: Callable[..., Any]) -> None:
     with start(limits={"max_models": 1}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
         held = Held(server)
         first = pool.submit(ask, server, "sft")

@@ -1,4 +1,4 @@
-"""The servers of tests/serve, a browser, and Node.js for modules of the page that need none."""
+"""The servers of tests/serve, a browser, and Node.js for modules without a DOM."""
 
 from __future__ import annotations
 

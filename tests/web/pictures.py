@@ -88,7 +88,7 @@ def take_page(folder: Path, chromium: str, settings: list[str]) -> None:
 
 
 def take_terminal(picture: Path, folder: Path, settings: list[str]) -> None:
-    """Write what stands in a terminal after some questions and commands, typed in a folder."""
+    """Write a picture of a terminal after some questions and commands."""
     from rich.console import Console
     from rich.text import Text
 

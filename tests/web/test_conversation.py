@@ -1,4 +1,4 @@
-"""Versions of messages in the page: nothing that was said is lost, and what the model reads is what was answered."""
+"""Versions of messages in the page, and what the page sends to the model."""
 
 from __future__ import annotations
 
@@ -39,26 +39,23 @@ def run(node: Callable[..., Any], *steps: list[Any]) -> list[Any]:
 
 
 def test_new_answer_to_an_early_message_keeps_the_later_turns(node: Callable[..., Any]) -> None:
-    """Regenerate deleted them."""
     told = run(node, *TWO_TURNS, ["answer", "a1b", 0], ["path"], ["versions", 4], ["choose", 1], ["path"])
     assert told == ["u1 a1b", [1, 4], "u1 a1 u2 a2"]
 
 
-def test_edited_message_is_shown_once_it_is_answered(node: Callable[..., Any]) -> None:
-    """Edit cut the conversation before an answer existed."""
+def test_edited_message_appears_once_answered(node: Callable[..., Any]) -> None:
     told = run(node, *TWO_TURNS, ["say", "u1b", -1], ["path"], ["versions", 0], ["answer", "a1b", 4], ["path"],
                ["choose", 0], ["path"])  # fmt: skip
     assert told == ["u1 a1 u2 a2", [0, 4], "u1b a1b", "u1 a1 u2 a2"]
 
 
-def test_model_reads_no_message_that_was_never_answered(node: Callable[..., Any]) -> None:
-    """A message that was too long was joined to the next one, which was refused as well."""
+def test_unanswered_messages_are_not_sent(node: Callable[..., Any]) -> None:
     told = run(node, *TWO_TURNS, ["say", "u3", 3], ["say", "u4", 4], ["path"], ["read"])
     assert told == ["u1 a1 u2 a2 u3 u4", ["u1 a1 u2 a2 u4", 0]]
 
 
-def test_what_the_model_reads_fits_into_a_body(node: Callable[..., Any]) -> None:
-    """Parts of one character have forty bytes around it: calculations made a conversation too large for ever."""
+def test_sent_conversation_fits_into_a_body(node: Callable[..., Any]) -> None:
+    """A part of one character takes forty bytes as JSON."""
     size = """
     (page) => {
       const parts = Array(200).fill({ type: "python_output", text: "4" });
@@ -74,7 +71,7 @@ def test_what_the_model_reads_fits_into_a_body(node: Callable[..., Any]) -> None
     assert turns == 200
 
 
-def test_very_long_conversation_is_cut_at_a_turn_and_counted(node: Callable[..., Any]) -> None:
+def test_long_conversation_is_cut_at_a_turn(node: Callable[..., Any]) -> None:
     """The server refuses bodies above 1 MB, so without this every further message would fail."""
     long = "a" * 100_000
     told = run(
@@ -84,6 +81,6 @@ def test_very_long_conversation_is_cut_at_a_turn_and_counted(node: Callable[...,
     assert run(node, ["say", "u1", -1], ["answer", "a1", 0], ["say", "u" * 200_000, 1], ["read"]) == [["u" * 40, 1]]
 
 
-def test_conversations_kept_before_there_were_versions_go_on(node: Callable[..., Any]) -> None:
+def test_conversations_without_versions_still_load(node: Callable[..., Any]) -> None:
     told = run(node, ["old", "u1", "a1", "u2"], ["path"], ["answer", "a2", 2], ["path"], ["versions", 3])
     assert told == ["u1 a1 u2", "u1 a1 u2 a2", [3]]

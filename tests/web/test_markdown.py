@@ -52,21 +52,21 @@ RUN = """
 
 @pytest.mark.parametrize("path", sorted(PAGE.glob("*.js")), ids=lambda path: path.name)
 def test_expressions_have_one_anchored_unbounded_quantifier_at_most(path: Path) -> None:
-    """Two of them that meet made headings cubic; one that is not anchored is quadratic."""
+    """Two adjacent unbounded quantifiers are quadratic or worse, as is an unanchored one."""
     for expression in EXPRESSION.findall(path.read_text(encoding="utf-8")):
         bare = re.sub(r"\[(?:\\.|[^\]\\])*\]|\\.", "x", expression)
         unbounded = re.findall(r"[*+]|\{\d+,\}", bare)
         assert len(unbounded) <= (1 if bare.startswith("^") else 0), expression
 
 
-def test_the_expressions_of_the_page_are_found() -> None:
+def test_page_expressions_are_found() -> None:
     found = EXPRESSION.findall((PAGE / "markdown.js").read_text(encoding="utf-8"))
     assert len(found) > 5
     assert r"^[-+]?\$?[\d.,]+%?$" in found
 
 
 @pytest.mark.parametrize("unit", UNITS, ids=repr)
-def test_time_is_linear_in_the_length_of_the_text(node: Callable[..., Any], unit: str) -> None:
+def test_rendering_time_is_linear(node: Callable[..., Any], unit: str) -> None:
     """`# a`, 2,000 spaces and `b` took seconds a frame."""
     growths = dict(
         zip(PLACES, node("markdown.js", RUN, [(before, unit, after) for before, after in PLACES]), strict=True)
@@ -103,12 +103,12 @@ def test_time_is_linear_in_the_length_of_the_text(node: Callable[..., Any], unit
          "https://x.example/\ufffd</a></p>"),
     ],
 )  # fmt: skip
-def test_blocks_and_marks_become_elements(node: Callable[..., Any], text: str, html: str) -> None:
+def test_markdown_blocks_and_marks_render(node: Callable[..., Any], text: str, html: str) -> None:
     [found] = node("markdown.js", RUN, [text])
     assert re.sub(r"\n", "", found) == html
 
 
-def test_marks_upon_marks_are_cut(node: Callable[..., Any]) -> None:
+def test_excess_combining_marks_are_cut(node: Callable[..., Any]) -> None:
     """A browser took 9 s to lay out a character with 32,000 accents; no script needs more than a few."""
     texts = ["e\u0301 a" + "\u0300" * 9_000 + " b", "a" + "&#x300;" * 9_000]
     marks = chr(0x300) * 16
@@ -116,7 +116,7 @@ def test_marks_upon_marks_are_cut(node: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize(("columns", "is_table"), [(50, True), (51, False), (1500, False)])
-def test_table_of_more_than_fifty_columns_stays_text(node: Callable[..., Any], columns: int, is_table: bool) -> None:
+def test_wide_table_stays_text(node: Callable[..., Any], columns: int, is_table: bool) -> None:
     """A browser took half a minute to lay out 1,500 columns and 3,750 rows, which are 12,000 characters."""
     table = "|".join("a" * columns) + "\n" + "|".join("-" * columns) + "\n" + "b|\n" * 3750
     [html] = node("markdown.js", RUN, [table])
@@ -126,7 +126,7 @@ def test_table_of_more_than_fifty_columns_stays_text(node: Callable[..., Any], c
 
 @pytest.mark.parametrize("unit", ["a\n", "*a* ", "> *a* b\n", "a|b\n|-|-\n*a*|*b*\n", "- a\n"], ids=repr)
 def test_long_text_does_not_overflow_the_stack(node: Callable[..., Any], unit: str) -> None:
-    """A paragraph of 70,000 lines was a call with 140,000 arguments, and the page showed nothing."""
+    """A call with 140,000 arguments overflows the stack."""
     [html] = node("markdown.js", RUN, [unit * 70_000])
     assert html.count("a") >= 70_000
 
@@ -210,14 +210,14 @@ open fence
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 7])
 @pytest.mark.parametrize("text", [DOCUMENT, DOCUMENT.replace("\n", "\r\n"), "- a\n#\n#b\n\n\n-\n- c\n\n-\nx\n-"])
-def test_text_that_grows_equals_the_whole_text(document: Any, text: str, size: int) -> None:
+def test_incremental_rendering_equals_whole_rendering(document: Any, text: str, size: int) -> None:
     grown, whole = document.evaluate(GROWN, [text, size])
     assert grown == whole
 
 
 @pytest.mark.slow
-def test_blocks_stay_while_the_text_grows(document: Any) -> None:
-    """The whole answer was made again in each frame: 0.4 s at 100 kB."""
+def test_finished_blocks_are_not_rendered_again(document: Any) -> None:
+    """Rendering 100 kB again in each frame takes 0.4 s."""
     found = document.evaluate("""async () => {
       const { growing } = await import("/page/markdown.js");
       const element = document.createElement("div");
@@ -231,8 +231,8 @@ def test_blocks_stay_while_the_text_grows(document: Any) -> None:
 
 
 @pytest.mark.slow
-def test_sanitizer_admits_nothing_but_elements_of_markdown(document: Any) -> None:
-    """The second wall: what markdown-it would let through after a mistake of ours or its own."""
+def test_sanitizer_allows_markdown_elements_only(document: Any) -> None:
+    """DOMPurify alone must stop what markdown-it lets through."""
     found = document.evaluate("""async () => {
       const { growing } = await import("/page/markdown.js");
       const element = document.createElement("div");

@@ -1,4 +1,4 @@
-"""The page in a browser: talking, stopping, going back, keeping, choosing; and no text of anybody becomes script."""
+"""The chat page in a browser."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ATTACKS = [
 
 @pytest.fixture
 def show(browser: Any, start: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Open the page of a server that answers as told; everything that it asks for and complains of is kept."""
+    """Open the page with a scripted server; records its requests and console errors."""
     with ExitStack() as stack:
 
         def opened(*, width: int = 1280, scheme: str = "light", **options: Any) -> Any:
@@ -69,7 +69,7 @@ def known(page: Any) -> Iterator[None]:
     yield
 
 
-def test_an_answer_streams_in_and_everything_comes_from_the_server(show: Any) -> None:
+def test_answer_streams_in_from_the_server_alone(show: Any) -> None:
     page = show(says="yes, the cat sat on the mat")
     assert ask(page, "did it?").inner_text() == "yes, the cat sat on the mat"
     assert page.locator("li.user .said").inner_text() == "did it?"
@@ -88,7 +88,7 @@ def test_markdown_becomes_elements(show: Any) -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_text_of_the_model_and_of_the_user_never_becomes_script(show: Any, attack: str) -> None:
+def test_text_never_becomes_script(show: Any, attack: str) -> None:
     page = show(says=attack)
     with known(page):
         said = ask(page, attack)
@@ -105,7 +105,7 @@ def test_text_of_the_model_and_of_the_user_never_becomes_script(show: Any, attac
     assert page.evaluate("() => window.hurt") is None
 
 
-def test_what_lies_in_the_browsers_storage_is_no_way_in_either(show: Any) -> None:
+def test_stored_text_never_becomes_script(show: Any) -> None:
     page = show()
     page.evaluate("""() => localStorage.setItem('mlxchat.conversations', JSON.stringify([
         {id: '"><script>window.hurt=1</script>', changed: 1, messages: [
@@ -125,7 +125,7 @@ def test_what_lies_in_the_browsers_storage_is_no_way_in_either(show: Any) -> Non
     assert ask(page, "a").inner_text().startswith("abc"[:1])
 
 
-def test_inline_script_is_forbidden_by_the_servers_policy(show: Any) -> None:
+def test_content_security_policy_forbids_inline_script(show: Any) -> None:
     page = show()
     page.evaluate("""() => { const s = document.createElement('script'); s.textContent = 'window.hurt = 1';
                              document.body.append(s); }""")
@@ -133,7 +133,7 @@ def test_inline_script_is_forbidden_by_the_servers_policy(show: Any) -> None:
     assert any("Content Security Policy" in told for told in page.told)
 
 
-def test_stop_ends_the_answer_here_and_on_the_server(show: Any) -> None:
+def test_stop_cancels_generation(show: Any) -> None:
     page = show(seconds=0.03)
     page.fill("#input", "go on")
     page.press("#input", "Enter")
@@ -147,7 +147,7 @@ def test_stop_ends_the_answer_here_and_on_the_server(show: Any) -> None:
     assert page.locator("li.assistant .note").inner_text() == "stopped"
 
 
-def test_regenerate_and_edit_go_back(show: Any) -> None:
+def test_regenerate_and_edit_create_versions(show: Any) -> None:
     page = show(says="yes")
     ask(page, "first")
     ask(page, "second")
@@ -177,8 +177,7 @@ SIX = ("one", "yes", "two", "yes", "three", "yes")
 
 
 @pytest.mark.parametrize("way", ["Regenerate", "Edit"])
-def test_regenerate_and_edit_lose_nothing_without_a_server(show: Any, way: str) -> None:
-    """Both cut and kept the conversation before there was an answer: six messages became one."""
+def test_failed_regenerate_and_edit_lose_nothing(show: Any, way: str) -> None:
     page = show(says="yes")
     for text in SIX[::2]:
         ask(page, text)
@@ -202,7 +201,6 @@ def test_regenerate_and_edit_lose_nothing_without_a_server(show: Any, way: str) 
 
 
 def test_new_version_of_an_early_answer_keeps_the_later_turns(show: Any) -> None:
-    """Regenerate of an early answer deleted all that came after it."""
     page = show(says="yes")
     for text in SIX[::2]:
         ask(page, text)
@@ -219,7 +217,7 @@ def test_new_version_of_an_early_answer_keeps_the_later_turns(show: Any) -> None
     assert is_shown(page, *SIX)
 
 
-def test_what_has_come_of_an_answer_is_kept_by_a_reload(show: Any) -> None:
+def test_reload_keeps_a_partial_answer(show: Any) -> None:
     page = show(seconds=0.05)
     page.fill("#input", "go on")
     page.press("#input", "Enter")
@@ -231,8 +229,7 @@ def test_what_has_come_of_an_answer_is_kept_by_a_reload(show: Any) -> None:
     assert page.locator("li.assistant .note").inner_text() == "cut off"
 
 
-def test_messages_after_one_that_is_too_long_are_answered(show: Any) -> None:
-    """It was joined to the next one, so every later message was refused."""
+def test_messages_after_an_oversized_one_are_answered(show: Any) -> None:
     page = show(says="yes")
     ask(page, "one")
     ask(page, "a" * 8001)
@@ -249,8 +246,7 @@ def test_messages_after_one_that_is_too_long_are_answered(show: Any) -> None:
     assert "not answered" in page.locator("li.user").nth(1).inner_text()
 
 
-def test_conversation_beyond_the_limits_goes_on_and_says_so(show: Any) -> None:
-    """Beyond 32,000 characters, or after an answer above 8,000, every message was refused."""
+def test_conversation_beyond_the_limits_is_truncated(show: Any) -> None:
     page = show(says="the cat sat on the mat " * 3, limits={"max_message_chars": 60, "max_conversation_chars": 150})
     for _ in range(4):
         assert ask(page, "the dog sat on the log").inner_text().startswith("the cat")
@@ -263,7 +259,6 @@ def test_conversation_beyond_the_limits_goes_on_and_says_so(show: Any) -> None:
 
 
 def test_rate_is_shown_if_it_was_measured(show: Any) -> None:
-    """A burst was shown as `9 tokens, 20000/s`."""
     page = show()
     told = page.evaluate("""async () => { const { pace } = await import('/page/view.js');
         return [pace(9, 0.4), pace(1, 0), pace(400, 499), pace(4, 5000), pace(101, 2000)]; }""")
@@ -283,8 +278,7 @@ def test_rate_is_shown_if_it_was_measured(show: Any) -> None:
         (500, {}, "The server failed while it answered. Try again."),
     ],
 )  # fmt: skip
-def test_errors_are_words_for_people(show: Any, status: int, error: dict[str, str], words: str) -> None:
-    """They named fields and headers of the interface."""
+def test_errors_are_readable(show: Any, status: int, error: dict[str, str], words: str) -> None:
     page = show(says="yes")
     answer = {"status": status, "json": {"error": error}, "headers": {"Retry-After": "7"}}
     page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
@@ -293,7 +287,7 @@ def test_errors_are_words_for_people(show: Any, status: int, error: dict[str, st
     assert page.locator("#problem").inner_text() == words
 
 
-def test_names_of_models_scores_and_runs_never_become_script(show: Any) -> None:
+def test_names_never_become_script(show: Any) -> None:
     page = show(says="yes")
     hurt = "<img src=x onerror=window.hurt=1>"
     entry = {"id": hurt, "object": "model", "created": 1, "owned_by": hurt, "mlxchat": {
@@ -310,7 +304,7 @@ def test_names_of_models_scores_and_runs_never_become_script(show: Any) -> None:
     assert page.evaluate("() => window.hurt") is None
 
 
-def test_an_error_of_the_server_never_becomes_script_and_the_question_can_be_asked_again(show: Any) -> None:
+def test_server_error_never_becomes_script_and_allows_retry(show: Any) -> None:
     page = show(says="yes")
     failing = {"error": {"message": "<img src=x onerror=window.hurt=1>", "type": "x", "param": None, "code": None}}
     page.route("**/v1/chat/completions", lambda route: route.fulfill(status=500, json=failing), times=1)
@@ -325,7 +319,7 @@ def test_an_error_of_the_server_never_becomes_script_and_the_question_can_be_ask
     assert page.locator("#problem").is_hidden()
 
 
-def test_text_that_turns_its_direction_around_is_shown_as_it_is_and_leaves_what_follows_alone(show: Any) -> None:
+def test_bidirectional_overrides_are_removed(show: Any) -> None:
     turned = 'if access != "user\u202e \u2066// admin\u2069 \u2066"'
     page = show(says="```\na\u202e b\n```\n[https://good\u202e/](https://x.example/)")
     with known(page):
@@ -335,7 +329,7 @@ def test_text_that_turns_its_direction_around_is_shown_as_it_is_and_leaves_what_
     assert page.locator(".said a").get_attribute("title") == "https://x.example/", "where a link leads can be seen"
 
 
-def test_a_program_and_its_output_are_folded_with_their_lines(show: Any) -> None:
+def test_program_and_output_are_folded(show: Any) -> None:
     page = show()
     page.evaluate("""() => localStorage.setItem('mlxchat.conversations', JSON.stringify([{
         id: 'a', changed: 1, messages: [{role: 'user', parts: [{type: 'text', text: 'x'}]}, {role: 'assistant', parts: [
@@ -352,7 +346,7 @@ def test_a_program_and_its_output_are_folded_with_their_lines(show: Any) -> None
     assert sum_.locator("div").inner_text() == "2*3 = 6"
 
 
-def test_nothing_is_deleted_without_being_asked_about(show: Any) -> None:
+def test_deletion_asks_for_confirmation(show: Any) -> None:
     page = show(says="yes")
     page.remove_listener("dialog", page.accept)
     asked = []
@@ -366,7 +360,7 @@ def test_nothing_is_deleted_without_being_asked_about(show: Any) -> None:
     assert page.locator("#list .name").all_inner_texts() == ["keep me"]
 
 
-def test_who_reads_on_above_is_left_there_and_finds_the_way_to_the_end(show: Any) -> None:
+def test_scrolled_up_view_stays_and_offers_the_end(show: Any) -> None:
     page = show(says="one\n\n" * 60)
     ask(page, "go on")
     page.evaluate("() => document.getElementById('scroll').scrollTo(0, 0)")
@@ -391,7 +385,7 @@ def test_conversations_are_kept_opened_and_deleted(show: Any) -> None:
     assert page.locator("#messages li").count() == 0
 
 
-def test_a_model_is_chosen_with_what_its_manifest_says(show: Any) -> None:
+def test_model_dialog_shows_the_manifest(show: Any) -> None:
     page = show(seconds=0.001)
     with known(page):
         page.get_by_role("button", name="Model:").click()
@@ -408,8 +402,7 @@ def test_a_model_is_chosen_with_what_its_manifest_says(show: Any) -> None:
         assert page.locator("#model-name").inner_text().startswith("pretrain · 40K")
 
 
-def test_models_of_one_step_and_size_have_different_names(show: Any) -> None:
-    """Two imports were both called `imported`."""
+def test_equal_models_have_different_names(show: Any) -> None:
     page = show()
     names = page.evaluate("""async () => {
       const { namesOf } = await import('/page/view.js');
@@ -428,7 +421,7 @@ def test_models_of_one_step_and_size_have_different_names(show: Any) -> None:
     assert len(set(names)) == 6
 
 
-def test_scores_are_a_table_with_errors_and_sizes_for_people(show: Any) -> None:
+def test_scores_table_shows_errors_and_sizes(show: Any) -> None:
     page = show()
     rows = page.evaluate("""async () => {
       const { provenance } = await import('/page/view.js');
@@ -443,7 +436,6 @@ def test_scores_are_a_table_with_errors_and_sizes_for_people(show: Any) -> None:
 
 
 def test_reload_opens_the_open_conversation_again(show: Any) -> None:
-    """It was only in the list."""
     page = show(says="yes")
     ask(page, "one")
     page.keyboard.press("Control+Shift+O")
@@ -469,8 +461,7 @@ def test_buttons_have_44_pixels_on_a_phone(show: Any) -> None:
         page.keyboard.press("Escape")
 
 
-def test_answer_of_many_paragraphs_is_rendered_whole(show: Any) -> None:
-    """It was a call with as many arguments as there were paragraphs, and the page showed nothing."""
+def test_long_answer_is_rendered_whole(show: Any) -> None:
     page = show()
     page.evaluate("""() => localStorage.setItem('mlxchat.conversations', JSON.stringify([{
         id: 'a', changed: 1, messages: [{role: 'user', parts: [{type: 'text', text: 'x'}]}, {role: 'assistant', parts: [
@@ -506,7 +497,7 @@ def test_settings_are_kept_and_sent(show: Any) -> None:
     assert page.input_value("#set-top_k") == "7"
 
 
-def test_a_refusal_is_told_and_a_key_asked_for(show: Any) -> None:
+def test_missing_key_opens_the_key_dialog(show: Any) -> None:
     page = show(says="yes", api_key="secret")
     page.get_by_role("textbox", name="API key").fill("secret")
     page.get_by_role("button", name="Go on").click()
@@ -518,7 +509,7 @@ def test_a_refusal_is_told_and_a_key_asked_for(show: Any) -> None:
     assert "at most 8000" in page.locator("[role=alert]").inner_text()
 
 
-def test_all_of_it_can_be_done_from_the_keyboard(show: Any) -> None:
+def test_page_works_by_keyboard(show: Any) -> None:
     page = show(says="yes")
     assert page.evaluate("() => document.activeElement.id") == "input"
     page.keyboard.type("one")
@@ -575,7 +566,7 @@ FAULTS = """() => {
 
 
 @pytest.mark.parametrize("width", [375, 1280])
-def test_names_roles_headings_and_landmarks_are_there_for_those_who_do_not_see_the_page(show: Any, width: int) -> None:
+def test_page_has_accessible_names_and_landmarks(show: Any, width: int) -> None:
     page = show(width=width, says=MARKDOWN)
     with known(page):
         assert page.evaluate(FAULTS) == []
@@ -594,7 +585,7 @@ def test_names_roles_headings_and_landmarks_are_there_for_those_who_do_not_see_t
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 375, 1280])
-def test_it_fits_the_screen_and_every_text_stands_out(show: Any, width: int, scheme: str) -> None:
+def test_page_fits_the_screen_with_enough_contrast(show: Any, width: int, scheme: str) -> None:
     page = show(width=width, scheme=scheme, says=MARKDOWN + "\n\n" + "long" * 200)
     ask(page, "show me " + "w" * 300)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width

@@ -1,4 +1,4 @@
-"""The page of runs: a run that is finished beside one that runs, of the real runner with toy stages."""
+"""The page of runs, with one finished and one running run of toy stages."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def step(server: Any, run: str) -> Any:
     return server.client.get(f"/api/runs/{run}/two").json()
 
 
-def test_runs_are_listed_with_what_they_recorded(watched: Any) -> None:
+def test_runs_are_listed_with_their_records(watched: Any) -> None:
     runs = watched.client.get("/api/runs").json()["data"]
     assert [(run["run"], run["experiment"]) for run in runs] == [(RUNNING, "toy2"), (FINISHED, "toy1")]
     finished = watched.client.get(f"/api/runs/{FINISHED}").json()
@@ -81,7 +81,7 @@ def test_runs_are_listed_with_what_they_recorded(watched: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["run9", "..%2fstore", "run1%00", "run1/three"])
-def test_names_of_no_run_or_step_are_refused(watched: Any, name: str) -> None:
+def test_unknown_runs_and_steps_get_404(watched: Any, name: str) -> None:
     assert watched.client.get(f"/api/runs/{name}").status_code == 404
 
 
@@ -95,9 +95,7 @@ PLANS = {
 }
 
 
-def test_a_hostile_plan_hides_no_other_run_and_names_no_file_elsewhere(
-    served: Path, start: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_hostile_plan_hides_no_other_run(served: Path, start: Callable[..., Any], tmp_path: Path) -> None:
     outputs = shutil.copytree(served, tmp_path / "outputs", symlinks=True)
     for name, plan in PLANS.items():
         (outputs / "runs" / name).mkdir(parents=True)
@@ -114,7 +112,7 @@ def test_a_hostile_plan_hides_no_other_run_and_names_no_file_elsewhere(
         assert server.client.get("/api/runs/elsewhere/one").json()["samples"] == []
 
 
-def test_runs_need_the_key_and_their_page_does_not(start: Callable[..., Any]) -> None:
+def test_runs_api_needs_the_key(start: Callable[..., Any]) -> None:
     with start(seconds=0.001, api_key="secret", loopback_only=False) as server:
         assert server.client.get("/runs").status_code == 200
         assert server.client.get("/api/runs").status_code == 401
@@ -123,7 +121,7 @@ def test_runs_need_the_key_and_their_page_does_not(start: Callable[..., Any]) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [375, 1280])
-def test_page_draws_what_runs_and_goes_on(watched: Any, browser: Any, width: int) -> None:
+def test_runs_page_draws_running_steps(watched: Any, browser: Any, width: int) -> None:
     page = browser.new_page(viewport={"width": width, "height": 800})
     page.set_default_timeout(15_000)
     asked: list[str] = []
