@@ -101,7 +101,7 @@ def run(ctx: Context) -> None:
     num_iterations, best, target = derived.num_iterations, None, None
     candidate_every = config.keep_every or -(-num_iterations // 20)
     if config.keep == "best":
-        best = Best(every=candidate_every, eval_tokens=config.eval_tokens)
+        best = Best(every=candidate_every, basis=config.eval_tokens)
     if config.target_bpb is not None:
         target = Target(val_bpb=config.target_bpb, every=candidate_every)
     candidates = candidate_every if best or target else None

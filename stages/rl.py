@@ -22,6 +22,8 @@ from mlxchat.rl.forecast import describe, longest_answer
 from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pass_at_k, updates_per_rollout
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
+from mlxchat.store.fingerprint import plain_of
+from mlxchat.training.best import Best
 from mlxchat.training.finetune import begin_adapters, save_trained
 from mlxchat.training.loop import Hook, fit
 
@@ -42,6 +44,9 @@ METRICS = {
     "pass_at_{rl.eval_samples}": "maximize",
     "held_out_reward": "maximize",
     "reward": "maximize while training",
+    "best_iteration": "neither if rl.keep=best",
+    "last_pass_at_{rl.eval_samples}": "maximize if rl.keep=best",
+    "last_held_out_reward": "maximize if rl.keep=best",
     "pass_at_{rl.eval_samples}_stderr": "neither",
     "held_out_reward_stderr": "neither",
     "loss": "neither",
@@ -101,6 +106,16 @@ def run(ctx: Context) -> None:
         reference=reference,
     )
 
+    best = None
+    if config.keep == "best":
+        held_out_settings = [config.eval_samples, config.eval_max_new_tokens, config.temperature, config.top_k]
+        best = Best(
+            every=updates * (config.keep_every or -(-num_iterations // 20)),
+            basis=[plain_of(config.evaluation), config.system_prompt, *held_out_settings],
+            metric="held_out_reward",
+            choose=max,
+        )
+
     def save(folder: Path) -> None:
         save_trained(ctx, folder, model, tokenizer, {**facts, "stage": "rl", "format": "chat"})
 
@@ -112,14 +127,17 @@ def run(ctx: Context) -> None:
         rollouts,
         num_iterations=num_iterations * updates,
         schedule=config.schedule,
-        hooks=[Hook(run=evaluate, every=eval_every, also_every=(save_every,), at_start=True)],
+        hooks=[Hook(run=evaluate, every=eval_every, also_every=(save_every, best and best.every), at_start=True)],
         micro_tokens=micro_batch.tokens,
         extends=ctx.inputs.get("extends"),
         keep_state=config.save_training_state,
         save=save,
         save_every=save_every,
+        best=best,
     )
     ctx.metrics["reward"] = rollouts.mean_reward
+    if best is not None:
+        facts["best_iteration"] = best.iteration
     save(ctx.out)
 
 

@@ -173,8 +173,8 @@ def test_dropout_keeps_no_masks() -> None:
     assert predicted == pytest.approx(measured, rel=0.15)
 
 
-def test_second_weights_cost_their_bytes() -> None:
-    without, with_them = (predict_peak(training(None, 4, second_weights=twice), 2) for twice in (False, True))
+def test_further_weights_cost_their_bytes() -> None:
+    without, with_them = (predict_peak(training(None, 4, further_weights=copies), 2) for copies in (0, 1))
     assert with_them.total - without.total == 4 * count_parameters(SIZES)["total"]
 
 

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from kit.artifacts import adapter_sizes
 from kit.models import make_model
 from kit.training import NumberedBatches, make_optimizer, schedule
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import Interrupted
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, trained_parameters
+from mlxchat.model.lora import attach_adapters
 from mlxchat.runner.context import Context
 from mlxchat.training.best import Best
 from mlxchat.training.loop import Hook, fit
@@ -55,7 +58,7 @@ def train(
         """Train to the end, or to a signal, with weights kept as scripted numbers say, and publish the result."""
         model, batches, seen = make_model(), NumberedBatches(), {}
         optimizer = make_optimizer(model)
-        best = Best(every=every, eval_tokens=eval_tokens) if every else None
+        best = Best(every=every, basis=eval_tokens) if every else None
         ctx = make_context(name, lambda: 15 if batches.number >= stop_after else None)
 
         def validate(iteration: int) -> dict[str, float]:
@@ -140,7 +143,7 @@ def test_numbers_of_another_validation_are_not_compared(train: Callable[..., Tra
 
 
 def test_for_a_while_the_model_has_the_best_weights() -> None:
-    model, best = make_model(), Best(every=1, eval_tokens=1)
+    model, best = make_model(), Best(every=1, basis=1)
     before = bits(model)
     best.offer(1, {"val_bpb": 1.0}, model)
     model.lm_head.weight = model.lm_head.weight + 1
@@ -158,3 +161,23 @@ def test_saves_hold_the_best_weights_only_where_they_are_not_the_present_ones(
             train("halting", stop_after=stop_after)
         (saved,) = (tmp_path / "halting").rglob("arrays.safetensors")
         assert any(name.startswith("best.") for name in load_file(saved)) is not is_present
+
+
+def test_of_rewards_the_highest_counts_and_untrained_weights_are_no_candidate() -> None:
+    model, seen = make_model(), {}
+    best = Best(every=2, basis=None, metric="held_out_reward", choose=max)
+    for iteration, reward in enumerate([0.9, 0.8, 0.3, 0.5, 0.5, 0.4, math.nan]):
+        model.lm_head.weight = model.lm_head.weight + 1
+        seen[iteration] = bits(model)
+        best.offer(iteration, {"held_out_reward": reward, "pass_at_1": reward / 2}, model, is_last=iteration == 6)
+    found = best.put_back(model, {"held_out_reward": 0.4, "pass_at_1": 0.1, "reward": 1.0})
+    assert bits(model) == seen[4]
+    last = {"last_held_out_reward": 0.4, "last_pass_at_1": 0.1}
+    assert found == {"held_out_reward": 0.5, "pass_at_1": 0.25, "best_iteration": 4} | last
+
+
+def test_of_a_model_with_adapters_these_alone_are_kept() -> None:
+    model, best = make_model(), Best(every=1, basis=None)
+    attach_adapters(model, adapter_sizes(model.sizes), seed=1, dtype=mx.float32)
+    best.offer(1, {"val_bpb": 1.0}, model)
+    assert best.weights.keys() == trained_parameters(model).keys() < flatten_parameters(model).keys()

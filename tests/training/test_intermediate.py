@@ -53,7 +53,7 @@ def train(make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: 
         fit(
             ctx, model, make_optimizer(model), batches, num_iterations=10, schedule=schedule(), keep_state=True,
             hooks=[Hook(run=validate, every=1)], save_every=every, extends=extends, micro_tokens=64,
-            best=Best(every=1, eval_tokens=1) if best else None,
+            best=Best(every=1, basis=1) if best else None,
             save=lambda folder: save_checkpoint(folder, model, tokenizer, {}),
         )  # fmt: skip
         return bits(model), published

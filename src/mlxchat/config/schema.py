@@ -421,6 +421,11 @@ class RLConfig(ExtendableConfig):
     """Rollouts between evaluations; null: only before and after the training."""
     eval_samples: int = MISSING
     """Samples per held-out question, for pass@1 … pass@eval_samples."""
+    keep: str = field(default=MISSING, metadata={"since_default": "last"})
+    """Weights of the checkpoint: last, or best (by held_out_reward, which is pass@1 over all held-out samples).
+    rl.extend continues from the last weights either way."""
+    keep_every: int | None = field(default=MISSING, metadata={"since_default": None})
+    """Rollouts between the evaluations of keep=best; null: a twentieth of all rollouts."""
     eval_max_new_tokens: int | None = field(default=MISSING, metadata={"since_default": None})
     """Longest held-out answer; null: max_new_tokens."""
     entropy_every: int | None = field(default=MISSING, metadata={"identity": False})

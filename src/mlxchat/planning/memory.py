@@ -256,8 +256,8 @@ class Training:
     device: Device = Device()
     recompute: bool = False
     """Whether layers keep their input alone (`machine.grad_checkpointing`)."""
-    second_weights: bool = False
-    """Whether the trained weights are held twice: the best so far, or RL's frozen reference."""
+    further_weights: int = 0
+    """Further copies of the trained weights: the best so far, RL's frozen reference."""
     teacher: TeacherSize | None = None
     """A frozen model whose distributions are learnt."""
     adapters: AdapterSizes | None = None
@@ -361,7 +361,7 @@ def predict_peak(training: Training, micro_rows: int) -> PeakBytes:
     found = PeakBytes(
         weights=frozen + whole,
         moments=(2 * trained - (matrices if muon else 0)) * _MASTER_BYTES // num_ranks,
-        kept=(whole if training.second_weights else 0) + (teacher.weights if teacher else 0),
+        kept=whole * training.further_weights + (teacher.weights if teacher else 0),
         gradients=gradients,
         working=max(backward, summing, moving),
     )

@@ -56,7 +56,8 @@ def describe(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, row_
     rows = config.questions_per_iteration * config.samples_per_question
     return Training(
         sizes=sizes, optimizer=optimizer, rows=rows, row_tokens=row_tokens, adapters=adapters,
-        second_weights=config.kl_coefficient > 0, sampled_rows=min(rows, DECODED_ROWS), sampled_tokens=row_tokens,
+        further_weights=(config.kl_coefficient > 0) + (config.keep == "best"),
+        sampled_rows=min(rows, DECODED_ROWS), sampled_tokens=row_tokens,
         sampled_bits=config.rollout_bits,
         remedies=(*adapter_remedies("rl", adapters), "a smaller rl.max_new_tokens"),
     )  # fmt: skip

@@ -1,48 +1,56 @@
-"""The weights with the lowest validation loss of a training."""
+"""The best weights of a training by a held-out number."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, set_parameters, trained_parameters
 
 
 class Best:
-    """The candidate with the lowest bits per byte of validation, the first of equals.
+    """The candidate with the best held-out number, the first of equals.
 
-    Candidates are every so many iterations and the last one, so the result does not depend on how often validation is
+    Candidates are every so many iterations and the last one, so the result does not depend on how often the number is
     shown.
     """
 
-    METRIC = "val_bpb"
+    def __init__(
+        self, *, every: int, basis: Any, metric: str = "val_bpb", choose: Callable[[float, float], float] = min
+    ) -> None:
+        """Keep none yet.
 
-    def __init__(self, *, every: int, eval_tokens: int) -> None:
-        """Keep none yet; a candidate comes every `every` iterations and is validated on `eval_tokens` tokens."""
-        self.every, self._eval_tokens = every, eval_tokens
+        Args:
+            every: iterations between candidates.
+            basis: what the number is measured on, as JSON data; numbers of another basis are not compared.
+            metric: the number.
+            choose: min or max, whichever returns the better of two numbers.
+        """
+        self.every, self.metric, self._basis, self._choose = every, metric, basis, choose
         self.iteration: int | None = None
         """Whose weights are kept; None: there was no candidate with a finite number."""
         self.numbers: dict[str, float] = {}
-        """Their numbers of validation."""
+        """Their held-out numbers."""
         self.weights: dict[str, mx.array] = {}
 
     def offer(self, iteration: int, numbers: Mapping[str, float], model: GPT, *, is_last: bool = False) -> None:
-        """Keep the model's weights if this is a candidate and the best so far."""
-        if self.METRIC not in numbers or not (is_last or iteration % self.every == 0):
+        """Keep the model's trained weights if this is a candidate and the best so far."""
+        found, before = numbers.get(self.metric, math.nan), self.numbers.get(self.metric)
+        if not iteration or not (is_last or iteration % self.every == 0) or not math.isfinite(found):
             return
-        if numbers[self.METRIC] < self.numbers.get(self.METRIC, math.inf):  # NaN never is
+        if before is None or (found != before and self._choose(found, before) == found):
             self.iteration, self.numbers = iteration, dict(numbers)
             # The arrays themselves: training replaces them, it does not write into them.
-            self.weights = flatten_parameters(model)
+            self.weights = trained_parameters(model)
 
     @contextmanager
     def in_place(self, model: GPT) -> Iterator[None]:
         """Give the model these weights for a while, if there are any."""
-        own = flatten_parameters(model)
+        own = trained_parameters(model)
         set_parameters(model, self.weights)
         try:
             yield
@@ -62,11 +70,12 @@ class Best:
 
     def state(self) -> dict[str, Any]:
         """Return all of it but the weights, as JSON data."""
-        return {"iteration": self.iteration, "numbers": self.numbers, "eval_tokens": self._eval_tokens}
+        return {"iteration": self.iteration, "numbers": self.numbers, "basis": self._basis}
 
     def restore(self, state: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:
-        """Continue from a state and its weights, unless they were validated on another number of tokens."""
-        if state["iteration"] is None or state["eval_tokens"] != self._eval_tokens:
+        """Continue from a state and its weights, unless they were measured on another basis."""
+        # Earlier versions called it eval_tokens.
+        if state["iteration"] is None or state.get("basis", state.get("eval_tokens")) != self._basis:
             return
         self.iteration, self.numbers, self.weights = state["iteration"], dict(state["numbers"]), dict(weights)
         mx.eval(self.weights)
@@ -75,4 +84,4 @@ class Best:
         """Return what the progress line shows."""
         if self.iteration is None:
             return {}
-        return {"best": f"{self.numbers[self.METRIC]:.4f} bpb at {self.iteration}"}
+        return {"best": f"{self.metric} {self.numbers[self.metric]:.4f} at {self.iteration}"}

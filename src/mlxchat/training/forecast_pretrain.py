@@ -26,7 +26,7 @@ def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
     return Training(
         sizes=sizes, optimizer=config.optimizer, row_tokens=row_tokens,
         rows=max(1, derive_hyperparameters(config, sizes).batch_tokens // row_tokens),
-        second_weights=section.keep == "best", sampled_rows=min(len(prompts), DECODED_ROWS),
+        further_weights=int(section.keep == "best"), sampled_rows=min(len(prompts), DECODED_ROWS),
         sampled_tokens=max(prompts, default=0) + section.sample_tokens,
         remedies=("a smaller model.depth", "a smaller pretrain.batch.row_tokens"),
     )  # fmt: skip

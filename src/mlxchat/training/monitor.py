@@ -119,7 +119,7 @@ class Monitor:
         metrics, meter, best = self.ctx.metrics, self.meter, self.best
         if best is not None and best.iteration is not None:
             self.progress.note(
-                f"kept the weights of iteration {best.iteration}: {best.METRIC} {best.numbers[best.METRIC]:.5f}"
+                f"kept the weights of iteration {best.iteration}: {best.metric} {best.numbers[best.metric]:.5f}"
             )
             metrics |= best.put_back(self.model, metrics)
         if self.watch.num_skipped or self.ctx.config.training.on_nan == "skip":

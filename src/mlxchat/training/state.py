@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from mlxchat.errors import DataError, Interrupted, PeerLost, StepFailed
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
+from mlxchat.model.gpt import GPT, set_parameters, trained_parameters
 from mlxchat.model.lora import ADAPTERS_FILE, adapters_of
 from mlxchat.optim.optimizer import Optimizer
 from mlxchat.runner.context import Context
@@ -160,7 +160,7 @@ class Checkpointer:
         if self.best is not None and not intermediate:
             state["best"] = self.best.state()
             if self.best.iteration not in (None, iteration):
-                arrays |= _numpy(flatten_parameters(self.model), _LAST)
+                arrays |= _numpy(trained_parameters(self.model), _LAST)
         save_file(arrays, folder / _FINISHED_ARRAYS)
         text = json.dumps({"iteration": iteration, **state})
         (folder / _FINISHED_STATE).write_text(text, encoding="utf-8")
@@ -181,7 +181,7 @@ class Checkpointer:
         set_parameters(self.model, _arrays(arrays, _MODEL))
         _set_moments(self.optimizer, {name: arrays[f"{_OPTIMIZER}{name}"] for name in self.optimizer.state})
         if self.best is not None and "best" in state:
-            self.best.restore(state["best"], flatten_parameters(self.model) | _arrays(arrays, _BEST))
+            self.best.restore(state["best"], trained_parameters(self.model) | _arrays(arrays, _BEST))
         return state
 
     def _restore_finished(self, folder: Path) -> dict[str, Any]:
