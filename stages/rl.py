@@ -106,11 +106,12 @@ def run(ctx: Context) -> None:
         reference=reference,
     )
 
-    best = None
+    best, candidates = None, None
     if config.keep == "best":
         held_out_settings = [config.eval_samples, config.eval_max_new_tokens, config.temperature, config.top_k]
+        candidates = updates * (config.keep_every or -(-num_iterations // 20))
         best = Best(
-            every=updates * (config.keep_every or -(-num_iterations // 20)),
+            every=candidates,
             basis=[plain_of(config.evaluation), config.system_prompt, *held_out_settings],
             metric="held_out_reward",
             choose=max,
@@ -127,7 +128,7 @@ def run(ctx: Context) -> None:
         rollouts,
         num_iterations=num_iterations * updates,
         schedule=config.schedule,
-        hooks=[Hook(run=evaluate, every=eval_every, also_every=(save_every, best and best.every), at_start=True)],
+        hooks=[Hook(run=evaluate, every=eval_every, also_every=(save_every, candidates), at_start=True)],
         micro_tokens=micro_batch.tokens,
         extends=ctx.inputs.get("extends"),
         keep_state=config.save_training_state,

@@ -257,3 +257,22 @@ def test_oversized_system_prompt_is_refused(chat: Chat) -> None:
     with pytest.raises(ConfigError, match="leaves no room for a question: the model reads 128 tokens, and 36"):
         chat.ask("the cat")
     assert chat.messages == []
+
+
+def test_a_chat_that_follows_a_training_changes_its_model_and_keeps_the_conversation(chat: Chat, served: Path) -> None:
+    asked = []
+
+    def newer(name: str) -> Chat | None:
+        asked.append(name)
+        if len(asked) < 2:
+            return None
+        return Chat.load(served / "store" / BASE, temperature=0.0, top_k=None, max_tokens=8, seed=0)
+
+    chat.newer = newer
+    chat.ask("the cat")
+    before = chat.messages[:]
+    chat.ask("the dog")
+    assert asked == [CHAT, CHAT]
+    assert (chat.name, chat.continues, chat.last, chat.messages) == (BASE, True, "the dog", before)
+    chat.ask("the mat")
+    assert asked[2:] == [BASE]

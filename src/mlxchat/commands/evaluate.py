@@ -15,7 +15,7 @@ from mlxchat.commands.arguments import Parser, quoted
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.store.naming import find_model
+from mlxchat.store.naming import describe_model, find_model
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
 
@@ -119,6 +119,7 @@ def _ours(options: Namespace, store: Store, name: str | None) -> list[str]:
     """
     found = find_model(store, name)
     check_model(found.place)
+    print(f"model: {describe_model(store, found)}", file=sys.stderr)
     chats = json.loads((found.place / "checkpoint.json").read_text(encoding="utf-8"))["format"] == "chat"
     asked = [task for task in options.task if task not in _BASE_TASKS]
     if not chats and (asked or options.suite):

@@ -18,13 +18,22 @@ from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, StoreError, suggest, visible
 from mlxchat.store.bases import is_adapter
 from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import IMPORTS, describe_model, find_model, links, run_of
+from mlxchat.store.naming import (
+    IMPORTS,
+    describe_model,
+    find_model,
+    find_newest_model,
+    links,
+    run_of,
+    running_run,
+)
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
 
 if TYPE_CHECKING:
     from mlxchat.engine.tools import PythonTool
     from mlxchat.interop.exporting import Checkpoint
+    from mlxchat.terminal.chat import Chat
 
 
 FORMATS = ("hf", "nanochat", "mlx", "mlx-adapter", "peft")
@@ -431,6 +440,8 @@ def chat(parser: Parser) -> None:
     add = parser.add_argument
     add("-p", "--prompt", help="answer or continue this one and leave; - reads it from standard input")
     add("--model", metavar="ID", help="the model, as ID; or hf:FOLDER, hf:ORGANISATION/NAME: any that mlx-lm opens")
+    add("--follow", action="store_true",
+        help="before each answer, change to the newest model of the run, ID or else the one in progress")  # fmt: skip
     add("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
     add("--top-k", type=int, default=50, help="draw among so many tokens (default: 50)")
     add("--top-p", type=float, help="draw among the likeliest tokens that have this share together")
@@ -463,14 +474,27 @@ def _chat(options: Namespace) -> int:
         chat = Chat.load_third_party(folder, name, **settings)
     else:
         store = Store(options.outputs)
-        found = find_model(store, options.model)
-        check_model(found.place)
-        print(f"model: {describe_model(store, found)}", file=sys.stderr)
+        if options.follow:
+            options.model = options.model or running_run(store)
+        find = find_newest_model if options.follow else find_model
+        settings |= {"bits": options.bits, "kv_bits": options.kv_bits}
 
-        from mlxchat.terminal.chat import Chat
+        def load(present: str) -> Chat | None:
+            """Load the model unless it is the present one."""
+            found = find(store, options.model)
+            if found.place.name == present:
+                return None
+            check_model(found.place)
+            print(f"model: {describe_model(store, found)}", file=sys.stderr)
 
-        python = _python_tool() if options.python_tool else None
-        chat = Chat.load(found.place, bits=options.bits, kv_bits=options.kv_bits, python=python, **settings)
+            from mlxchat.terminal.chat import Chat
+
+            python = _python_tool() if options.python_tool else None
+            return Chat.load(found.place, python=python, newer=load if options.follow else None, **settings)
+
+        loaded = load("")
+        assert loaded is not None, "there is no present one"
+        chat = loaded
     if options.prompt is not None:
         chat.answer_once(options.prompt)
     else:
@@ -484,7 +508,8 @@ def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
     Raises:
         ConfigError: an option requires a model of ours.
     """
-    refused = [f"--{name.replace('_', '-')}" for name in ("python_tool", "bits", "kv_bits") if getattr(options, name)]
+    ours = [name for name in ("python_tool", "bits", "kv_bits", "follow") if getattr(options, name, None)]
+    refused = [f"--{name.replace('_', '-')}" for name in ours]
     if refused:
         raise ConfigError(f"{', '.join(refused)} requires a model of mlxchat; mlx-lm runs {reference}")
     from mlxchat.interop.source import outside_folder

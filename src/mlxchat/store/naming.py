@@ -84,7 +84,7 @@ def find(store: Store, name: str, *, within: str | None = None, paths: bool = Tr
     steps = links(store, meant.name)
     if (place := _model_of(steps) or last_saved(steps)) is None:
         has = f"has no model, only {', '.join(steps)}: say {name}/STEP" if steps else "has no artifacts"
-        raise StoreError(f"run {meant.name} {has}{_hint_of_saving(store, meant.name)}")
+        raise StoreError(f"run {meant.name} {has}.{_hint_of_saving(store, meant.name)}")
     return Found(place, meant.name)
 
 
@@ -117,6 +117,39 @@ def find_model(store: Store, name: str | None) -> Found:
     if (kind := read_manifest(found.place)["kind"]) != MODEL:
         raise StoreError(f"{found.place.name} is no model but a {kind}")
     return found
+
+
+def running_run(store: Store) -> str:
+    """Return the run in progress that has published a model.
+
+    Raises:
+        StoreError: there is none, or more than one.
+    """
+    running = list(dict.fromkeys(run for run, _ in running_steps(store)))
+    having = [run for run in running if _models(store, run)]
+    if len(having) == 1:
+        return having[0]
+    if having:
+        raise StoreError(f"several runs are in progress: {', '.join(having)}. Name one, or RUN/STEP")
+    if not running:
+        raise StoreError(f"no run is in progress in {store.outputs}. Name a run, or leave out --follow")
+    raise StoreError(f"run {running[0]} has no model.{_hint_of_saving(store, running[0])}")
+
+
+def find_newest_model(store: Store, name: str) -> Found:
+    """Return the model that a name means; of a run, the one that was published last, intermediate ones included.
+
+    Raises:
+        StoreError: there is none, or the name is that of something else.
+    """
+    meant = meaning(store, name)
+    if isinstance(meant, Run) and (models := _models(store, meant.name)):
+        return Found(max(models, key=lambda place: str(_manifest(place).get("published"))), meant.name)
+    return find_model(store, name)
+
+
+def _models(store: Store, run: str) -> list[Path]:
+    return [place for place in links(store, run).values() if _manifest(place).get("kind") == MODEL]
 
 
 def run_of(store: Store, found: Found) -> str | None:
@@ -226,7 +259,7 @@ def _hint_of_saving(store: Store, run: str) -> str:
     if not making:
         return ""
     return (
-        f". {', '.join(making)} is running. A training publishes intermediate models with STAGE.save_every=N: press "
+        f" {', '.join(making)} is running. A training publishes intermediate models with STAGE.save_every=N: press "
         "Ctrl-C and repeat the command with it; the training resumes"
     )
 

@@ -13,7 +13,7 @@ from mlxchat.engine.generate import ChatBackend, Engine
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Kind, Parts, Request, Scheduler, TextTokenizer
 from mlxchat.engine.tools import PythonTool
-from mlxchat.errors import ConfigError, DataError, suggest, visible
+from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.ops.machine import KEPT_TOKENS
 from mlxchat.planning.given import sizes_of_folder
@@ -56,6 +56,8 @@ class Chat:
     """Whether the blank that begins an answer is left out."""
     python: PythonTool | None = None
     """Runs the programs that the model calls; None: sums alone are answered."""
+    newer: Callable[[str], Chat | None] | None = None
+    """Called with the model's name before each answer; returns the model to go on with, None: this one."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     last: str | None = None
     """What a base model continued last."""
@@ -130,7 +132,7 @@ class Chat:
             if not text.startswith("/"):
                 try:
                     self.ask(text)
-                except (ConfigError, DataError) as error:
+                except (ConfigError, DataError, StoreError) as error:
                     print(error, file=sys.stderr)
             elif _SHORT.get(text, text) == "/quit":
                 return
@@ -162,6 +164,8 @@ class Chat:
         Raises:
             ConfigError: the system prompt leaves no room for a question.
         """
+        if self.newer is not None and (other := self.newer(self.name)) is not None:
+            self.engine, self.name, self.continues, self._scheduler = other.engine, other.name, other.continues, None
         if self.continues:
             prompt = self._beginning(text)
             self.last = text
