@@ -153,7 +153,7 @@ def test_removing_then_fetching_fetches_again(hub: Any, texts: Any, say: Callabl
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("data", "rm", "org/text"), "nothing here is called org/text"),
+        (("data", "rm", "org/text"), "no download is called org/text"),
         (("data", "rm"), "expected mlxchat data rm NAME"),
         (("data", "fech"), 'expected mlxchat data fetch|ls|rm|show, got "fech". Did you mean "fetch"?'),
     ],

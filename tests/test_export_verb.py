@@ -460,7 +460,7 @@ def test_a_public_repository_is_written_only_when_that_is_meant(export: Any, upl
 
 def test_a_wrong_token_or_none_is_told(export: Any, upload_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another_one")
-    assert "May the token of HF_TOKEN write there?" in export("oct", "--to", "mlx", "--hub", "me/model")[1]
+    assert "the token in HF_TOKEN may write there" in export("oct", "--to", "mlx", "--hub", "me/model")[1]
     monkeypatch.delenv("HF_TOKEN")
     code, said = export("oct", "--to", "mlx", "--hub", "me/model")
     assert (code, "set HF_TOKEN" in said, upload_hub.repositories) == (2, True, {})

@@ -1,4 +1,4 @@
-"""Artifacts over fsspec: whole or not at all, hashed, with what they were made from, and gone on with after any end."""
+"""Transfers over fsspec: artifacts arrive complete, hashed and with their inputs; interrupted transfers resume."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folders(made: Any) -> list[Path]:
 
 @pytest.fixture(params=["memory", "file", "s3"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
-    """An empty place, each test its own; of S3 a small server on this machine, where moto and s3fs are installed."""
+    """An empty place per test; S3 is a local server, if moto and s3fs are installed."""
     if request.param == "memory":
         from fsspec.implementations.memory import MemoryFileSystem
 
@@ -55,7 +55,7 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 
 @pytest.fixture
 def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """An S3 server with a bucket; returns the bucket's name. Servers of one process share their buckets."""
+    """The name of a bucket on a local S3 server. Servers of one process share their buckets."""
     pytest.importorskip("s3fs")
     server = pytest.importorskip("moto.server").ThreadedMotoServer(port=0, verbose=False)
     server.start()
@@ -81,21 +81,19 @@ def there(place: Place) -> list[str]:
     return sorted(path.rpartition("/store/")[2] for path in place.files.find(place.path()))
 
 
-def test_what_comes_back_is_byte_for_byte_what_was_sent_inputs_first(
-    place: Place, made: Any, folders: list[Path], tmp_path: Path
-) -> None:
+def test_export_and_import_keep_every_byte(place: Place, made: Any, folders: list[Path], tmp_path: Path) -> None:
     assert export_to(place, folders) == 2
     other = Store(tmp_path / "other")
     new, known = import_from(other, place, [])
     assert ([path.name.split("-")[0] for path in new], known) == (["make", "copy"], [])
     assert contents(other.outputs / "store") == contents(made.outputs / "store")
     assert [fault for path in new for fault in find_faults(other, path)] == []
-    assert export_to(place, folders) == 0, "the second time everything is there"
+    assert export_to(place, folders) == 0
     assert import_from(other, place, [])[0] == []
     assert list((other.outputs / "work").iterdir()) == []
 
 
-def test_an_artifact_is_there_only_after_its_files_and_what_it_was_made_from(
+def test_manifest_is_written_after_files_and_inputs(
     folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = open_place(f"file://{tmp_path}/elsewhere")
@@ -113,7 +111,7 @@ def test_an_artifact_is_there_only_after_its_files_and_what_it_was_made_from(
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
-def test_a_transfer_that_breaks_is_gone_on_with_and_nobody_takes_its_part_for_an_artifact(
+def test_interrupted_export_resumes_and_shows_no_partial_artifact(
     after: int, place: Place, made: Any, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original, count = place.files.put_file, 0
@@ -126,23 +124,23 @@ def test_a_transfer_that_breaks_is_gone_on_with_and_nobody_takes_its_part_for_an
         return original(*arguments, **options)
 
     monkeypatch.setattr(place.files, "put_file", breaking)
-    with pytest.raises(PassingError, match=r"network is gone.*goes on from what is there"):
+    with pytest.raises(PassingError, match=r"network is gone.*resumes the transfer"):
         export_to(place, folders)
     other = Store(tmp_path / "other")
     if any(name.endswith("manifest.json") for name in there(place)):
         assert [path.name.split("-")[0] for path in import_from(other, place, [])[0]] == ["make"]
     elif there(place):
-        with pytest.raises(ConfigError, match="holds no whole artifact"):
+        with pytest.raises(ConfigError, match="holds no complete artifact"):
             import_from(other, place, [])
     whole = sum(name.endswith("manifest.json") for name in there(place))
     before = count
     assert export_to(place, folders) == len(folders) - whole
-    assert count - before == 4 - after, "what had arrived was not sent again"
+    assert count - before == 4 - after, "files that had arrived are not sent again"
     import_from(other, place, [])
     assert contents(other.outputs / "store") == contents(made.outputs / "store")
 
 
-def test_a_file_left_by_another_build_is_replaced_and_a_stray_one_goes(place: Place, folders: list[Path]) -> None:
+def test_files_of_an_unfinished_transfer_are_replaced(place: Place, folders: list[Path]) -> None:
     right = (folders[1] / "result.txt").read_bytes()
     place.files.makedirs(place.path(folders[1].name), exist_ok=True)
     place.files.pipe_file(place.path(folders[1].name, "result.txt"), b"x" * len(right))
@@ -153,9 +151,7 @@ def test_a_file_left_by_another_build_is_replaced_and_a_stray_one_goes(place: Pl
 
 
 @pytest.mark.parametrize("damage", ["file", "short", "long", "missing", "manifest"])
-def test_nothing_is_imported_if_one_file_is_not_what_its_manifest_says(
-    damage: str, place: Place, folders: list[Path], tmp_path: Path
-) -> None:
+def test_import_refuses_damaged_artifacts(damage: str, place: Place, folders: list[Path], tmp_path: Path) -> None:
     export_to(place, folders)
     target = place.path(folders[0].name, "manifest.json" if damage == "manifest" else "result.txt")
     content = place.files.cat_file(target)
@@ -170,16 +166,14 @@ def test_nothing_is_imported_if_one_file_is_not_what_its_manifest_says(
     assert list((other.outputs / "store").iterdir()) == []
 
 
-def test_a_damaged_artifact_is_not_sent(place: Place, folders: list[Path]) -> None:
+def test_damaged_artifact_is_not_sent(place: Place, folders: list[Path]) -> None:
     (folders[0] / "result.txt").write_text("9")
-    with pytest.raises(StoreError, match=r"not what was published.*Nothing of it was sent"):
+    with pytest.raises(StoreError, match=r"is damaged.*Nothing of it was sent"):
         export_to(place, folders)
     assert there(place) == []
 
 
-def test_a_manifest_with_paths_that_lead_elsewhere_is_refused(
-    place: Place, folders: list[Path], tmp_path: Path
-) -> None:
+def test_manifest_with_paths_outside_is_refused(place: Place, folders: list[Path], tmp_path: Path) -> None:
     export_to(place, folders)
     target = place.path(folders[0].name, "manifest.json")
     record = json.loads(place.files.cat_file(target))
@@ -195,9 +189,7 @@ def test_a_manifest_with_paths_that_lead_elsewhere_is_refused(
     ("key", "value"),
     [("rid", 5), ("rid", "0" * 52), ("inputs", ["x"]), ("outputs", 1), ("outputs", [{"path": "a", "bytes": "1"}])],
 )
-def test_a_manifest_of_other_kinds_of_values_is_damaged_and_will_not_pass_with_time(
-    key: str, value: Any, folders: list[Path], tmp_path: Path
-) -> None:
+def test_manifest_with_wrong_types_is_refused(key: str, value: Any, folders: list[Path], tmp_path: Path) -> None:
     place = open_place(f"file://{tmp_path}/elsewhere")
     export_to(place, folders)
     target = Path(place.path(folders[0].name, "manifest.json"))
@@ -209,27 +201,23 @@ def test_a_manifest_of_other_kinds_of_values_is_damaged_and_will_not_pass_with_t
     assert list((tmp_path / "other" / "store").iterdir()) == []
 
 
-def test_a_name_brings_that_artifact_and_what_it_was_made_from(
-    place: Place, made: Any, folders: list[Path], tmp_path: Path
-) -> None:
+def test_import_by_name_includes_inputs(place: Place, made: Any, folders: list[Path], tmp_path: Path) -> None:
     export_to(place, folders)
     new, _ = import_from(Store(tmp_path / "one"), place, ["make"])
     assert [path.name for path in new] == [folders[0].name]
     new, known = import_from(Store(tmp_path / "one"), place, [folders[1].name])
     assert ([path.name for path in new], known) == ([folders[1].name], [])
-    with pytest.raises(ConfigError, match=r'"sft" is no artifacts of .*it holds copy-'):
+    with pytest.raises(ConfigError, match=r'"sft" matches no artifacts of .*it holds copy-'):
         import_from(Store(tmp_path / "two"), place, ["sft"])
 
 
 @pytest.mark.parametrize("word", [slice(0, 6), slice(-16, None), slice(-16, -9)])
-def test_what_is_named_and_not_whole_is_told_however_it_is_named(
-    word: slice, folders: list[Path], tmp_path: Path
-) -> None:
+def test_incomplete_artifact_is_named(word: slice, folders: list[Path], tmp_path: Path) -> None:
     place = open_place(f"file://{tmp_path}/elsewhere")
     export_to(place, folders)
     name = folders[1].name
     Path(place.path(name, "manifest.json")).unlink()
-    with pytest.raises(ConfigError, match=f"{name} is not whole"):
+    with pytest.raises(ConfigError, match=f"{name} is incomplete"):
         import_from(Store(tmp_path / "other"), place, [name[word]])
 
 
@@ -242,44 +230,42 @@ from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
 places._PIECE_BYTES = 1000
-way, place, outputs = sys.argv[1:]
-store, place = Store(Path(outputs)), open_place(place)
+way, url, outputs = sys.argv[1:]
+store = Store(Path(outputs))
 if way == "export":
-    places.export_to(place, closure(store, [resolve(store, "second")]))
+    places.export_to(open_place(url), closure(store, [resolve(store, "second")]))
 else:
-    places.import_from(store, place, [])
+    places.import_from(store, open_place(url), [])
 """
 
 
 @pytest.mark.parametrize(
     ("way", "point"),
-    [("export", "send.file"), ("export", "send.described"), ("export", "send.described:2"),
-     ("import", "fetch.piece"), ("import", "fetch.piece:3"), ("import", "fetch.artifact"),
-     ("import", "import.checked"), ("import", "import.renamed")],
+    [("export", "send.file"), ("export", "send.described:2"), ("import", "fetch.piece:3"),
+     ("import", "fetch.artifact"), ("import", "import.checked"), ("import", "import.renamed")],
 )  # fmt: skip
-def test_a_killed_transfer_leaves_no_partial_artifact_and_the_next_one_ends_it(
+def test_killed_transfer_resumes_and_leaves_no_partial_artifact(
     way: str, point: str, toys: Any, tmp_path: Path
 ) -> None:
     toys.add("make", "(ctx.out / 'result.txt').write_text('0123456789' * 1000)")
     toys.run(toys.plan(PIPELINE))
     url, other = f"file://{tmp_path}/elsewhere", Store(tmp_path / "other")
+    folders = closure(toys.store, [resolve(toys.store, "second")])
     if way == "import":
-        export_to(open_place(url), closure(toys.store, [resolve(toys.store, "second")]))
+        export_to(open_place(url), folders)
     command = [sys.executable, "-c", RUN, way, url, str(toys.outputs if way == "export" else other.outputs)]
     killed = subprocess.run(command, env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, cwd=tmp_path)
     assert killed.returncode == -signal.SIGKILL
     if way == "import":
         here = list((other.outputs / "store").iterdir())
         assert [fault for folder in here for fault in find_faults(other, folder)] == []
-    subprocess.run(command, check=True, cwd=tmp_path)
+    export_to(open_place(url), folders)
     import_from(other, open_place(url), [])
     assert contents(other.outputs / "store") == contents(toys.outputs / "store")
     assert list((other.outputs / "work").iterdir()) == []
 
 
-def test_an_interrupted_import_reads_only_the_rest_of_a_file(
-    toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_import_reads_only_the_rest(toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.add("make", "(ctx.out / 'result.txt').write_text('0123456789' * 1000)")
     toys.run(toys.plan({"first": {"stage": "make"}}))
     place = open_place(f"memory://{tmp_path.name}")
@@ -308,7 +294,7 @@ def test_an_interrupted_import_reads_only_the_rest_of_a_file(
     assert (other.outputs / "store").is_dir()
 
 
-def test_what_an_import_left_long_ago_is_garbage(toys: Any, tmp_path: Path) -> None:
+def test_old_import_folder_is_garbage(toys: Any, tmp_path: Path) -> None:
     from mlxchat.store.gc import Limits, find_garbage
 
     toys.store.prepare()
@@ -330,16 +316,16 @@ def test_push_and_pull_take_urls(made: Any, tmp_path: Path, say: Any) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("quux://bucket/path", "fsspec knows no quux://"),
+        ("quux://bucket/path", "fsspec does not support quux://"),
         ("s3://", "names no folder"),
         ("memory://nothing", "holds no artifacts"),
     ],
 )
-def test_a_place_that_cannot_be_used_is_one_message(url: str, message: str, tmp_path: Path, say: Any) -> None:
+def test_unusable_url_is_one_message(url: str, message: str, tmp_path: Path, say: Any) -> None:
     assert message in say("pull", url, f"outputs={tmp_path}/other", code=2)
 
 
-def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import fsspec
 
     assert fsspec.__version__
@@ -349,7 +335,7 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch: p
         open_place("s3://bucket/path")
 
 
-def test_the_hub_gets_one_commit_and_gives_the_same_artifacts_back(
+def test_hub_roundtrip_in_one_commit(
     upload_hub: Any, made: Any, folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["push", "second", "hf://me/runs/artifacts", f"outputs={made.outputs}"]
@@ -367,7 +353,7 @@ def test_the_hub_gets_one_commit_and_gives_the_same_artifacts_back(
     assert "2 artifacts pulled" in capsys.readouterr().out
 
 
-def test_an_upload_to_the_hub_that_fails_leaves_nothing_there(upload_hub: Any, folders: list[Path]) -> None:
+def test_failed_upload_leaves_the_repository_empty(upload_hub: Any, folders: list[Path]) -> None:
     from mlxchat.hub.places import push_artifacts
 
     upload_hub.fail = "/commit/"
@@ -376,10 +362,10 @@ def test_an_upload_to_the_hub_that_fails_leaves_nothing_there(upload_hub: Any, f
     assert upload_hub.repositories["me/runs"].files == {}
 
 
-def test_missing_credentials_and_buckets_are_told_in_one_message(
+def test_missing_credentials_and_buckets_are_one_message(
     bucket: str, folders: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match=r"s3://nobucket/x: there is no such place"):
+    with pytest.raises(ConfigError, match=r"s3://nobucket/x does not exist"):
         export_to(open_place("s3://nobucket/x"), folders)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
@@ -389,12 +375,12 @@ def test_missing_credentials_and_buckets_are_told_in_one_message(
         export_to(open_place(f"s3://{bucket}/x"), folders)
 
 
-def test_a_server_that_is_not_there_is_something_that_may_pass(
+def test_unreachable_server_is_a_transient_error(
     bucket: str, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with pytest.raises(PassingError, match="goes on from what is there"):
+    with pytest.raises(PassingError, match="resumes the transfer"):
         export_to(open_place(f"s3://{bucket}/x"), folders)

@@ -1,4 +1,4 @@
-"""Uploads with Xet on, to Hubs without Xet storage or with one that is dead: a line, and an end."""
+"""Uploads with Xet enabled to Hubs without Xet storage, or with storage that does not answer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlxchat.errors import PassingError
 from mlxchat.hub import places
 
 pytest.importorskip("hf_xet", reason="without hf_xet the official client uploads over plain HTTP")
-# What huggingface_hub gives its HTTP library for large files.
+# Raised by huggingface_hub for large files.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=")
 
 
@@ -40,21 +40,15 @@ def push(hub: UploadHub, folder: Path) -> None:
     places.push_folder(folder, "me/model", hub.token, message="a model", public=False)
 
 
-def asked_for_a_token(hub: UploadHub) -> int:
-    return sum("xet-write-token" in path for _, path in hub.log)
-
-
-def test_push_to_a_hub_without_xet_goes_over_plain_http(
-    hub: UploadHub, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """hf_xet asked for a token again and again, for minutes, since the answer was none."""
+def test_push_without_xet_storage_uses_http(hub: UploadHub, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """hf_xet would request a token again and again, for minutes."""
     push(hub, folder)
     assert hub.repositories["me/model"].files["model.safetensors"] == bytes(range(256)) * 1000
-    assert asked_for_a_token(hub) == 1
+    assert sum("xet-write-token" in path for _, path in hub.log) == 1
     assert f"note: {hub.url} has no Xet storage; files go over plain HTTP" in capsys.readouterr().err
 
 
-def test_push_with_dead_xet_storage_goes_over_plain_http(
+def test_push_with_unreachable_xet_storage_uses_http(
     hub: UploadHub, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as closed:
@@ -65,7 +59,7 @@ def test_push_with_dead_xet_storage_goes_over_plain_http(
     assert f"has Xet storage at {place}, which does not answer" in capsys.readouterr().err
 
 
-def test_push_ends_when_xet_storage_falls_silent(
+def test_push_to_silent_xet_storage_ends(
     hub: UploadHub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(places, "_find_xet_fault", lambda *_: "")
@@ -73,10 +67,9 @@ def test_push_ends_when_xet_storage_falls_silent(
     monkeypatch.setattr(places, "_LEAST_BYTES_PER_SECOND", 10**9)
     monkeypatch.setattr(places, "_LINE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        hub.xet = {
-            "accessToken": "token", "casUrl": f"http://127.0.0.1:{silent.getsockname()[1]}", "exp": 2**32
-        }  # fmt: skip
+        place = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        hub.xet = {"accessToken": "token", "casUrl": place, "exp": 2**32}
         with pytest.raises(PassingError, match=r"Xet storage did not take 256\.0 kB within .*HF_HUB_DISABLE_XET=1"):
             push(hub, folder)
-    assert "uploads 256.0 kB to me/model" in capsys.readouterr().err
+    assert "uploading 256.0 kB to me/model" in capsys.readouterr().err
     assert not hub.repositories["me/model"].commits

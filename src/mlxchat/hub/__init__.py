@@ -1,1 +1,1 @@
-"""Files from elsewhere, of the Hugging Face Hub or at an address: fetched once, verified, known when offline."""
+"""Downloads from the Hugging Face Hub and URLs: fetched once, verified, cached for offline use."""

@@ -1,4 +1,4 @@
-"""The caches of downloads: where files are, whether their content is right, and free disk space.
+"""The download caches: paths, checksums and free disk space.
 
 Listings, plain downloads and notes are in `cache_folder()`. Files of the Hugging Face Hub are in the Hub's own cache
 (HF_HOME), in the layout of the official client, so programs share what any of them fetched.
@@ -33,7 +33,7 @@ _COMMIT, _CHECKSUM = re.compile(r"\w[\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}|[0
 
 
 def cache_folder() -> Path:
-    """Return where listings, plain downloads and notes of what was verified are: $MLXCHAT_CACHE or ~/.cache/mlxchat."""
+    """Return the folder of listings, plain downloads and verification notes: $MLXCHAT_CACHE or ~/.cache/mlxchat."""
     chosen = os.environ.get("MLXCHAT_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 
 def nanochat_folder() -> Path:
-    """Return where nanochat keeps its files: $NANOCHAT_BASE_DIR or ~/.cache/nanochat."""
+    """Return nanochat's own cache folder: $NANOCHAT_BASE_DIR or ~/.cache/nanochat."""
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
 
 
@@ -52,13 +52,13 @@ def is_offline() -> bool:
 
 
 def write_json(path: Path, record: Any) -> None:
-    """Write plain data in one step, with the folders above it."""
+    """Write plain data by an atomic rename; missing parent folders are created."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(record) + "\n", durable=False)
 
 
 def read_json(path: Path) -> Any:
-    """Return the plain data of a file, or None if it is not there or damaged."""
+    """Return the plain data of a file; None if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -66,9 +66,9 @@ def read_json(path: Path) -> Any:
 
 
 def checksum_of(path: Path, like: str | None = None, check: Callable[[], None] = lambda: None) -> str:
-    """Return a file's sha256, in hex; if `like` has 40 digits, git's id of the content instead.
+    """Return a file's sha256 in hex, or git's blob id if `like` has 40 digits.
 
-    `check` is called for each block; it may raise, to end the work.
+    `check` is called for each block; it may raise to stop.
     """
     is_git = like is not None and len(like) == 40
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if is_git else hashlib.sha256()
@@ -80,7 +80,7 @@ def checksum_of(path: Path, like: str | None = None, check: Callable[[], None] =
 
 
 def is_verified(checksum: str, path: Path) -> bool:
-    """Return whether this file was hashed to this checksum before and has not changed since; nothing is hashed."""
+    """Return whether a note says that this unchanged file has this checksum; nothing is hashed."""
     try:
         return bool(read_json(cache_folder() / "verified" / checksum) == _stamp_of(path))
     except OSError:
@@ -88,13 +88,13 @@ def is_verified(checksum: str, path: Path) -> bool:
 
 
 def note_verified(checksum: str, path: Path) -> None:
-    """Remember that a file was hashed to a checksum, unless the note cannot be written."""
+    """Record that a file has a checksum; errors are ignored, the file is then hashed again."""
     with suppress(OSError):
         write_json(cache_folder() / "verified" / checksum, _stamp_of(path))
 
 
 def has_content(path: Path, checksum: str) -> bool:
-    """Return whether a file is there with the content that the checksum names; each file is hashed once."""
+    """Return whether a file exists with this checksum; an unchanged file is hashed only once."""
     if is_verified(checksum, path):
         return True
     if not path.exists() or checksum_of(path, like=checksum) != checksum:
@@ -104,22 +104,22 @@ def has_content(path: Path, checksum: str) -> bool:
 
 
 def _stamp_of(path: Path) -> list[int]:
-    """Return what changes whenever a file is written: its size, time and inode."""
+    """Return size, modification time and inode, one of which changes whenever a file is written."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def check_space(folder: Path, needed: int, what: str, beside: tuple[Path, int] | None = None) -> None:
-    """Refuse a transfer for which the disk has no room.
+    """Raise if the disk lacks space for a transfer.
 
     Args:
         folder: the target.
         needed: bytes.
-        what: what needs them, for the message.
-        beside: another folder and its bytes, which count if it is on the same disk.
+        what: subject of the error message.
+        beside: another folder and its bytes, which are added if it is on the same disk.
 
     Raises:
-        DataError: fewer bytes are free there than needed and some to spare.
+        DataError: less than `needed` + 256 MiB is free.
     """
     place = _existing(folder)
     if beside is not None and _existing(beside[0]).stat().st_dev == place.stat().st_dev:
@@ -127,22 +127,22 @@ def check_space(folder: Path, needed: int, what: str, beside: tuple[Path, int] |
     free = shutil.disk_usage(place).free
     if needed and needed + SPARE_BYTES > free:
         raise DataError(
-            f"{what} needs {format_bytes(needed)}, and the disk of {folder} has {format_bytes(free)} free. Make room "
-            "(mlxchat data ls shows what was fetched, mlxchat data rm removes it; mlxchat gc shows what else may go), "
+            f"{what} needs {format_bytes(needed)}, but the disk of {folder} has {format_bytes(free)} free. Make room "
+            "(mlxchat data ls lists downloads, mlxchat data rm removes them; mlxchat gc lists unused artifacts), "
             "or use another disk: HF_HOME=FOLDER for data of the Hub, MLXCHAT_CACHE=FOLDER for other downloads, "
             "outputs=FOLDER for artifacts."
         )
 
 
 def _existing(folder: Path) -> Path:
-    """Return a folder, or the nearest one above it that is there."""
+    """Return a folder, or its nearest existing parent."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder
 
 
 def missing_bytes(wanted: Iterable[tuple[Path, int]]) -> int:
-    """Return how many bytes of (target, size) have not arrived yet."""
+    """Return how many bytes of these (target, size) pairs are still to be downloaded."""
     left = 0
     for target, size in wanted:
         part = target.with_name(f"{target.name}.part")
@@ -155,7 +155,7 @@ def missing_bytes(wanted: Iterable[tuple[Path, int]]) -> int:
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file of a repository at one commit, and what its content is."""
+    """A file of a repository at one commit, with size and checksum."""
 
     repository: str
     """<organisation>/<name>."""
@@ -166,24 +166,24 @@ class HubFile:
     path: str
     bytes: int
     sha256: str | None
-    """Of the content, for files that the Hub keeps outside git (all large ones)."""
+    """Of the content, for files in LFS or Xet storage (all large ones)."""
     git_sha1: str | None
-    """Git's id of the content, for the others."""
+    """Git's blob id, for the others."""
 
     def __post_init__(self) -> None:
-        """Refuse values that lead out of the cache; they come from a server or a third-party artifact.
+        """Reject paths outside the cache and malformed values: they come from a server or a third-party artifact.
 
         Raises:
-            DataError: a name, checksum or size that none of the Hub's is.
+            DataError: an invalid path, checksum or size.
         """
         parts = PurePosixPath(self.path).parts
         if not parts or ".." in parts or self.path.startswith("/") or _NO_NAME.search(self.path):
             raise DataError(
-                f"{self.repository} lists a file {self.path[:200]!r}, which is no path inside of a repository"
+                f"{self.repository} lists a file {self.path[:200]!r}, which is not a path inside the repository"
             )
         longest = max(len(part.encode()) for part in parts)
         if longest > _MOST_NAME_BYTES or len(self.path.encode()) > _MOST_PATH_BYTES:
-            raise DataError(f"{self.repository} lists a file {self.path[:200]!r}…, whose name is too long for a disk")
+            raise DataError(f"{self.repository} lists a file {self.path[:200]!r}…, whose path is too long")
         check_commit(self.repository, self.revision)
         if not (isinstance(self.bytes, int) and 0 <= self.bytes < _MOST_BYTES and _CHECKSUM.fullmatch(str(self.etag))):
             raise DataError(
@@ -193,7 +193,7 @@ class HubFile:
 
     @property
     def etag(self) -> str:
-        """The checksum that names the content in the Hub's cache."""
+        """The checksum: name of the content in the Hub's cache."""
         return self.sha256 or self.git_sha1 or ""
 
     @property
@@ -208,16 +208,16 @@ class HubFile:
 
     @property
     def place(self) -> Path:
-        """Where the file is found by its name: a link to the content."""
+        """Path of the file by name: a symlink to the content."""
         return self.folder / "snapshots" / self.revision / self.path
 
     def is_there(self) -> bool:
-        """Return whether the file is in the cache and was verified; nothing is hashed."""
+        """Return whether the file is in the cache and verified; nothing is hashed."""
         return self.place.exists() and is_verified(self.etag, self.blob if self.blob.exists() else self.place)
 
 
 def hub_cache() -> Path:
-    """Return the official client's cache by the environment of now; its own constants are read once, at import."""
+    """Return the official client's cache folder by the current environment; the client reads it only at import."""
     chosen = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     if chosen:
         return Path(os.path.expandvars(chosen)).expanduser()
@@ -231,12 +231,12 @@ def endpoint() -> str:
 
 
 def folder_name(repository: str, kind: str) -> str:
-    """Return what a repository's folder is called in the cache."""
+    """Return the name of a repository's folder in the cache."""
     return f"{kind}s--{repository.replace('/', '--')}"
 
 
 def check_commit(repository: str, commit: object) -> None:
-    """Refuse the name of a commit that is no name of a folder.
+    """Reject a commit that cannot be a folder name.
 
     Raises:
         DataError: it is none.
@@ -246,21 +246,21 @@ def check_commit(repository: str, commit: object) -> None:
 
 
 def settle(file: HubFile) -> bool:
-    """Return whether a file is in the cache with the right content, and link to it if only its blob is there.
+    """Return whether a file is in the cache with the right content; a missing symlink to its blob is created.
 
-    A shard that nanochat downloaded becomes the blob, if it has that content.
+    A shard that nanochat downloaded becomes the blob if it has this content.
     """
     if file.is_there():
         return True
     if has_content(file.blob, file.etag) or _adopt(file):
         link(file)
         return True
-    # Where there are no links, the official client puts the content itself there.
+    # On file systems without symlinks the official client stores the content itself there.
     return not file.place.is_symlink() and has_content(file.place, file.etag)
 
 
 def _adopt(file: HubFile) -> bool:
-    """Take a file over from nanochat's folders of shards, as a hard link where that is possible."""
+    """Return whether nanochat's cache has this shard; it is hard-linked, or copied, into ours."""
     for path in sorted(nanochat_folder().glob(f"base_data*/{glob.escape(PurePosixPath(file.path).name)}")):
         with suppress(OSError):
             if path.stat().st_size != file.bytes or checksum_of(path, like=file.etag) != file.etag:
@@ -269,7 +269,7 @@ def _adopt(file: HubFile) -> bool:
             with whole_file(file.blob, durable=False) as unfinished:
                 try:
                     os.link(path, unfinished)
-                except OSError:  # of another disk
+                except OSError:  # another file system
                     shutil.copyfile(path, unfinished)
             note_verified(file.etag, file.blob)
             return True
@@ -277,7 +277,7 @@ def _adopt(file: HubFile) -> bool:
 
 
 def link(file: HubFile) -> None:
-    """Let the content be found by the file's name."""
+    """Create the symlink from the file's name to its content."""
     if file.place.exists():
         return
     file.place.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
 """Files of the Hugging Face Hub and plain downloads: each is fetched once, verified, and shared by all runs.
 
 The Hub's files are in its own cache (HF_HOME), in the layout of the official client. Listings are recorded in
-`cache_folder()`: with HF_HUB_OFFLINE, or without a network, the record of an earlier call is used. huggingface_hub and
-its HTTP library are imported by the first request.
+`cache_folder()`: with HF_HUB_OFFLINE, or without a network, the recorded listing is used. huggingface_hub and its HTTP
+library are imported by the first request.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ _END_SECONDS = 2.0
 
 
 def fetch_files(files: Iterable[HubFile], *, workers: int = _WORKERS, check: Check = nothing) -> list[Path]:
-    """Return the paths of files, each whole and verified; missing ones are fetched. Nothing is hashed twice.
+    """Return the paths of files, complete and verified; missing ones are downloaded. Nothing is hashed twice.
 
     Args:
-        files: of `list_files`.
-        workers: how many to fetch at a time.
-        check: called repeatedly; it may raise to end the work. Received bytes are kept.
+        files: from `list_files`.
+        workers: number of parallel downloads.
+        check: called repeatedly; it may raise to stop. Received bytes are kept.
 
     Raises:
-        DataError: the disk has no room, the network is forbidden, or a file is damaged each time.
+        DataError: the disk is full, HF_HUB_OFFLINE is set, or a file is corrupt in every download.
         PassingError: the Hub does not answer.
     """
     files = list(files)
@@ -78,32 +78,32 @@ def fetch_files(files: Iterable[HubFile], *, workers: int = _WORKERS, check: Che
 
 
 def fetch_ahead(files: Sequence[HubFile]) -> None:
-    """Fetch files in the background, in the order in which they will be read, unless the network is forbidden.
+    """Fetch files in the background in this order, unless HF_HUB_OFFLINE is set.
 
-    Later calls append to the same queue. A reader whose file is missing fetches it itself or waits for its lock, so a
-    failure here costs time alone.
+    Later calls append to the same queue. A reader whose file is missing fetches it or waits for its lock, so a failure
+    here costs only time.
     """
     if files and not is_offline():
         _ahead.want(files)
 
 
 def stop_fetching() -> None:
-    """End the downloads in the background; received bytes are kept."""
+    """Stop the background downloads; received bytes are kept."""
     global _ahead
     ended, _ahead = _ahead, Fetching()
     ended.close()
 
 
 def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) -> Path:
-    """Return the path of the file of a plain address; it is fetched once.
+    """Return the path of a URL's file, which is downloaded once.
 
     Args:
         url: http or https.
-        sha256: of the content, in hex; None: an address of the Hub is checked by its ETag, others by size.
-        check: may raise to end the work.
+        sha256: of the content, in hex; None: URLs of the Hub are checked by ETag, others by size.
+        check: may raise to stop.
 
     Raises:
-        DataError: it is refused, has another content, or the network is forbidden.
+        DataError: access is refused, the content differs from `sha256`, or HF_HUB_OFFLINE is set.
         PassingError: the server does not answer.
     """
     place = url_place(url)
@@ -129,14 +129,14 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
 
 
 def find_content(url: str, sha256: str | None) -> str | None:
-    """Return the sha256 of the file that `fetch_url` returns: the given one, or that of the download; None: unknown."""
+    """Return the sha256 of what `fetch_url` returns: `sha256` if given, else that of the download; None: unknown."""
     place = url_place(url)
     known = (read_json(place.with_name("source.json")) or {}).get("sha256") if place.exists() else None
     return sha256 or (str(known) if known else None)
 
 
 def url_place(url: str) -> Path:
-    """Return where `fetch_url` puts the file of an address."""
+    """Return the path of a URL's file in the cache."""
     folder = cache_folder() / "downloads" / hashlib.sha256(url.encode()).hexdigest()[:16]
     return folder / (Path(urlsplit(url).path).name or "index")
 
@@ -145,7 +145,7 @@ def record(source: HubFile | Path) -> dict[str, Any]:
     """Return the record of a fetched file for manifests: url, revision, sha256, bytes.
 
     Args:
-        source: a file of the Hub, or what `fetch_url` returned.
+        source: a file of the Hub, or the path from `fetch_url`.
     """
     if isinstance(source, HubFile):
         sha256 = source.sha256 or (checksum_of(source.place) if source.place.exists() else None)
@@ -158,13 +158,13 @@ def record(source: HubFile | Path) -> dict[str, Any]:
 
 
 class Fetching:
-    """Daemon threads that fetch files of the Hub in parallel, in the order of a queue."""
+    """Daemon threads that download files of the Hub from a queue."""
 
     def __init__(
         self, workers: int = _WORKERS, on_bytes: Callable[[int], None] = lambda count: None,
         on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
     ) -> None:  # fmt: skip
-        """Start no thread yet; `on_bytes` and `on_wait` are those of `Download`."""
+        """`on_bytes` and `on_wait` are those of `Download`; threads start with the first `want`."""
         self._workers, self._on_bytes, self._on_wait = max(1, workers), on_bytes, on_wait
         self._wanted: set[HubFile] = set()
         self._queue: SimpleQueue[HubFile | None] = SimpleQueue()
@@ -173,7 +173,7 @@ class Fetching:
         self._faults: list[Exception] = []
 
     def want(self, files: Iterable[HubFile]) -> None:
-        """Append files to the queue; files that failed before are tried again."""
+        """Append files to the queue; files that failed before are retried."""
         for file in files:
             if file not in self._wanted:
                 self._wanted.add(file)
@@ -184,10 +184,10 @@ class Fetching:
             self._threads.append(thread)
 
     def finish(self, check: Check) -> None:
-        """Wait until every file has arrived or failed; the others go on after a failure.
+        """Wait until every file has arrived or failed; one failure does not stop the others.
 
         Raises:
-            DataError, PassingError: files failed; a permanent fault is raised before a passing one.
+            DataError, PassingError: files failed; permanent faults take precedence over transient ones.
         """
         try:
             self._end_queue()
@@ -205,7 +205,7 @@ class Fetching:
             raise type(fault)(f"{fault}{more}")
 
     def close(self) -> None:
-        """End the threads within seconds; received bytes are kept."""
+        """Stop the threads within 2 s; received bytes are kept."""
         self._ended.set()
         self._end_queue()
         until = time.monotonic() + _END_SECONDS
@@ -222,7 +222,7 @@ class Fetching:
                 _fetch_file(file, self._on_bytes, self._look, self._on_wait)
             except _Ended:
                 return
-            except Exception as fault:  # of whatever kind: `finish` raises it in the caller's thread
+            except Exception as fault:  # `finish` raises it in the caller's thread
                 self._faults.append(fault)
                 self._wanted.discard(file)
 
@@ -242,7 +242,7 @@ atexit.register(stop_fetching)
 def _fetch_file(
     file: HubFile, on_bytes: Callable[[int], None], check: Check, on_wait: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Fetch one file of the Hub into its cache, unless it is there; see `Download.fetch` for what is raised."""
+    """Download one file of the Hub into its cache, unless it is there; raises as `Download.fetch` does."""
     if settle(file):
         return
 
@@ -258,21 +258,21 @@ def _fetch_file(
         name=f"{file.repository}/{file.path}", bytes=file.bytes, checksum=file.etag, headers=headers,
         on_bytes=on_bytes, check=check,
     )  # fmt: skip
-    # The official client's own lock: the two never fetch the same content at the same time.
+    # The official client's own lock, so that both never fetch the same content at the same time.
     lock = hub_cache() / ".locks" / file.folder.name / f"{file.etag}.lock"
     download.fetch(lock, on_wait=on_wait, is_there=lambda: has_content(file.blob, file.etag))
     link(file)
 
 
 def _print_once() -> Callable[[dict[str, Any]], None]:
-    """Return a function that prints, when it is first called, which process fetches a file that we wait for."""
+    """Return a function whose first call prints which process holds the lock of a download."""
     first = threading.Lock()
 
     def announce(owner: dict[str, Any]) -> None:
         if first.acquire(blocking=False):
             pid = owner.get("pid", "?")
             process = "this one" if pid == os.getpid() else f"{pid} on {owner.get('host', '?')}"
-            line = f"  waits for {owner.get('fetches', 'a file')}, which process {process} is fetching"
+            line = f"  waiting for {owner.get('fetches', 'a file')}, which process {process} is fetching"
             print(visible(line), file=sys.stderr)
 
     return announce

@@ -1,8 +1,8 @@
-"""Downloads over HTTP: a file arrives whole and with the right checksum, or not at all.
+"""Resumable, verified downloads over HTTP, for files of the Hub and plain URLs.
 
-Received bytes stay in a `.part` file under a lock. The next attempt continues it, also after a kill; it is hashed and
-renamed into place only if it is what was promised. This serves files of the Hub and plain addresses: the official
-client (2.4) throws the part of a killed process away and compares sizes only.
+Received bytes stay in a `.part` file under a lock. The next attempt resumes it, also after SIGKILL; it is renamed into
+place only if size and checksum are right. The official client (2.4) discards the part of a killed process and compares
+sizes only.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from mlxchat.runner.progress import Progress
 from mlxchat.store import locks
 
 _BLOCK_BYTES = 1 << 20
-# Attempts in a row without enough progress (`_Transfer._milestone`), with pauses of 0.5, 1, 2, 4, 8 s between them. The
-# runner's own `retry` comes after these.
+# Consecutive attempts without enough progress (`Download._milestone`), with pauses of 0.5, 1, 2, 4, 8 s between them.
+# The runner's own `retry` comes after these.
 TRIES = 6
 FIRST_PAUSE_SECONDS = 0.5
 _MOST_PAUSE_SECONDS = 60.0
-# How often a whole file that is not what was promised is thrown away and fetched again.
+# Complete downloads with a wrong size or checksum before giving up.
 _WRONG_TRIES = 3
 _CONNECT_SECONDS, _SILENCE_SECONDS = 10.0, 30.0
-# A request that delivers fewer bytes of its body in this time is cut, also while its head or redirects arrive.
+# A request whose body delivers fewer bytes in this time is closed; headers and redirects count as time without bytes.
 _SLOW_SECONDS, _SLOW_BYTES = 60.0, 16 << 10
 _CHECK_SECONDS = 0.1
-# A transfer of unknown length compares the free disk space after each so many bytes.
+# A transfer of unknown length checks the free disk space each time it has received this many bytes.
 _LOOK_BYTES = 64 << 20
 _PASSING_STATUS = (408, 425, 429)
 _MOST_REDIRECTS = 20
-# Bound of an answer that is no file.
+# Limit of API responses.
 MOST_ANSWER_BYTES = 64 << 20
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 Check = Callable[[], None]
-"""Called repeatedly during a transfer or a wait; it may raise to end it."""
+"""Called repeatedly during a transfer or a wait; it may raise to stop it."""
 
 
 def nothing() -> None:
-    """Do nothing: the default check."""
+    """The default check: never stop."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -63,45 +63,45 @@ class Download:
     name: str
     """For messages."""
     bytes: int | None = None
-    """Size; None: that of the answer."""
+    """Size; None: take it from the response."""
     checksum: str | None = None
-    """The sha256 of the content (64 digits) or git's id of it (40)."""
+    """The sha256 of the content (64 digits) or git's blob id (40)."""
     headers: Callable[[], dict[str, str]] = dict
-    """Returns the headers of a request; a token is sent to the host of `url` alone."""
+    """Returns the headers of a request; a token is sent only to the host of `url`."""
     trusts_etag: bool = False
-    """Whether an ETag of 64 hexadecimal digits is the sha256 of the content, as the Hub's are."""
+    """Whether an ETag of 64 hexadecimal digits is the sha256 of the content, as on the Hub."""
     on_bytes: Callable[[int], None] = lambda count: None
-    """Called with the number of bytes that are new in the part, negative if some were thrown away."""
+    """Called with the number of bytes added to the part; negative if some were discarded."""
     check: Check = nothing
-    """May raise to end the transfer; received bytes are kept."""
+    """May raise to stop the transfer; received bytes are kept."""
 
     def __post_init__(self) -> None:
         self.part = self.target.with_name(f"{self.target.name}.part")
         self.note = self.target.with_name(f"{self.target.name}.part.json")
         self.size = self.bytes
         self.sizes: set[int] = set()
-        """Sizes that the server has promised; more than one: none is believed."""
+        """Sizes that the server has announced; if they differ, none is trusted."""
         self.facts: dict[str, Any] = {}
         self.mark = 0
         """Length of the part when an attempt last made enough progress."""
         self.ignores_range = False
         self.starts_over = False
-        """Whether an attempt began again: all attempts together may then receive far more than the file has."""
+        """Whether the part was discarded: all attempts together may then receive far more than the file's size."""
 
     def fetch(
         self, lock: Path, *, on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
         is_there: Callable[[], bool] | None = None,
     ) -> str | None:  # fmt: skip
-        """Fetch the file and return its checksum; None: it is there, maybe fetched by another process.
+        """Fetch the file and return its checksum; None: it exists already, maybe fetched by another process.
 
         Args:
             lock: file that is locked during the download.
-            on_wait: called once with the holder's record if another thread or process holds it.
-            is_there: returns whether the target is whole and right; None: any target is.
+            on_wait: called once with the holder's record if another thread or process holds the lock.
+            is_there: returns whether the target is complete and right; None: an existing target is.
 
         Raises:
-            PassingError: the network or the server fails now.
-            DataError: there is no such file, access is refused, or the content is not what was promised.
+            PassingError: a network or server failure that a retry may not meet.
+            DataError: there is no such file, access is refused, or size or checksum is wrong.
         """
         try:
             with locks.hold(lock, {"fetches": self.name}, on_wait, self.check):
@@ -116,11 +116,12 @@ class Download:
         except OSError as error:
             if isinstance(error, MlxchatError) or error.errno is None:
                 raise
-            raise DataError(f"{self.name} cannot be kept: {error.strerror} ({error.filename or self.target})") from None
+            place = error.filename or self.target
+            raise DataError(f"{self.name} cannot be written: {error.strerror} ({place})") from None
 
     def _run(self) -> str:
-        """Fetch, continue, verify, and rename."""
-        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
+        """Download, resume, verify and rename; return the checksum."""
+        from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
         wrong = fruitless = 0
         while True:
@@ -142,8 +143,8 @@ class Download:
                 wrong += 1
                 if wrong == _WRONG_TRIES:
                     raise DataError(
-                        f"{self.name} is not what it should be: {mistake}, {wrong} times in a row. Nothing "
-                        f"of it was kept. The server, or what stands between, damages it: {self.url}"
+                        f"{self.name} is corrupt: {mistake}, in {wrong} consecutive downloads. Nothing was kept. "
+                        f"The server or a proxy damages it: {self.url}"
                     )
                 continue
             there = self._arrived_bytes()
@@ -152,23 +153,23 @@ class Download:
             else:
                 fruitless += 1
             if fruitless == TRIES:
-                so_far = f"{there:,}{'' if self.size is None else f' of {self.size:,}'} bytes are here"
+                so_far = f"{there:,}{'' if self.size is None else f' of {self.size:,}'} bytes have arrived"
                 raise PassingError(
-                    f"{self.name} cannot be fetched now ({trouble}; {self.url}). {so_far}, "
+                    f"{self.name} cannot be downloaded now ({trouble}; {self.url}). {so_far}; "
                     + (
-                        "but the server ignores Range and sends the whole file again each time."
+                        "the server ignores Range and sends the whole file each time."
                         if self.ignores_range
-                        else "and the same command continues there."
+                        else "the same command resumes there."
                     )
                 )
             self._pause(max(pause, FIRST_PAUSE_SECONDS * 2 ** (fruitless - 1) if fruitless else 0.0))
 
     def _milestone(self) -> int:
-        """Return how long the part must be for the failures to count from zero again.
+        """Return the part's length at which the count of failures is reset.
 
-        Only bytes beyond the longest part so far are progress (a server without Range repeats the others), and at least
-        a 64th of the rest, at most a block. After a new beginning, and where the length is unknown or changes with each
-        answer, the part must double.
+        Only bytes beyond the longest part so far are progress (a server without Range repeats the others): a 64th of
+        the rest, at most 1 MiB. After the part was discarded, and where the length is unknown or differs between
+        responses, the part must double.
         """
         if self.size is None or len(self.sizes) > 1 or self.starts_over:
             return max(2 * self.mark, _BLOCK_BYTES)
@@ -192,7 +193,7 @@ class Download:
         headers = self.headers()
         if start:
             headers["Range"] = f"bytes={start}-"
-            # Without a checksum the two halves might be of two files.
+            # Without a checksum the two halves could come from different versions.
             if self.checksum is None and known.get("etag"):
                 headers["If-Range"] = known["etag"]
         received, window = 0, (time.monotonic(), 0)
@@ -209,13 +210,13 @@ class Download:
             self._judge(answer)
             if answer.status_code == 416:
                 self._drop()
-                raise _Busy("the server has less than arrived before")
+                raise _Busy("the server's file is shorter than what has arrived")
             if answer.status_code == 206:
                 range_ = answer.headers.get("Content-Range", "")
                 found = _CONTENT_RANGE.fullmatch(range_)
                 if not found or int(found[1]) != start or found[2] not in ("*", str(self.size or found[2])):
                     self._drop()
-                    raise _Busy(f"asked for bytes from {start} on, the server sent Content-Range {range_[:60]!r}")
+                    raise _Busy(f"requested bytes from {start}, but the server sent Content-Range {range_[:60]!r}")
             elif start:
                 self.ignores_range = True
                 self._drop()
@@ -230,30 +231,30 @@ class Download:
             if not start:
                 write_json(self.note, self.facts)
             with self.part.open("ab") as file:
-                for block in answer.iter_raw():  # unbuffered: a cut would lose what a buffer holds
+                for block in answer.iter_raw():  # unbuffered, so that a cut connection loses nothing
                     file.write(block)
                     received += len(block)
                     self.on_bytes(len(block))
                     if self.size is not None and file.tell() > self.size:
-                        break  # more than was promised, maybe without end
+                        break  # more than announced, maybe endless
                     if self.size is None and file.tell() // _LOOK_BYTES > (file.tell() - len(block)) // _LOOK_BYTES:
                         check_space(self.target.parent, _LOOK_BYTES, self.name)
                 file.flush()
                 os.fsync(file.fileno())
 
     def _judge(self, answer: Any) -> None:
-        """Raise the error that a status other than success means."""
+        """Raise if the status is an error."""
         status = answer.status_code
         if status in (200, 206, 416):
             return
         reason = answer.headers.get("X-Error-Message") or answer.reason_phrase
         if status >= 500 or status in _PASSING_STATUS:
             raise _Busy(f"HTTP {status} {reason}", retry_after(answer.headers))
-        hint = " Is the token right (HF_TOKEN), and may it read this repository?" if status in (401, 403) else ""
-        raise DataError(f"{self.name} cannot be had: HTTP {status} {reason} ({self.url}).{hint}")
+        hint = " Check that HF_TOKEN is set and may read this repository." if status in (401, 403) else ""
+        raise DataError(f"{self.name} cannot be downloaded: HTTP {status} {reason} ({self.url}).{hint}")
 
     def _verify(self) -> tuple[str, str]:
-        """Return what is wrong with the part, or an empty string, and its checksum."""
+        """Return what is wrong with the part (empty: nothing) and its checksum."""
         self.part.touch()
         count = self._arrived_bytes()
         expected = self.checksum
@@ -268,7 +269,7 @@ class Download:
         return "", checksum
 
     def _drop(self) -> None:
-        """Remove the part and forget the size that the server promised."""
+        """Remove the part and reset the size that the server announced."""
         self.size, self.starts_over = self.bytes, True
         with suppress(FileNotFoundError):
             self.on_bytes(-self.part.stat().st_size)
@@ -282,7 +283,7 @@ class Download:
 
 
 class _Busy(Exception):
-    """A fault that another attempt may not meet."""
+    """A transient fault; the request is retried after `pause` seconds or more."""
 
     def __init__(self, message: str, pause: float = 0.0) -> None:
         super().__init__(message)
@@ -291,23 +292,23 @@ class _Busy(Exception):
 
 @contextmanager
 def open_url(url: str, headers: Mapping[str, str], look: Check) -> Iterator[Any]:
-    """Yield the answer to a GET, its body unread and uncompressed; what `look` raises meanwhile ends the transfer.
+    """Yield the response to a GET with its body unread and uncompressed; an exception of `look` closes the connection.
 
-    The HTTP library bounds the time between two bytes alone, so single bytes of a head, a chunk's length or a trailer
-    and interim answers (HTTP 102) would keep a request alive for ever: a thread calls `look` and shuts the connection
-    down. The library would also read the body of each redirect as a whole, and that may have no end.
+    The HTTP library limits only the time between two bytes, so a trickle of single header bytes, chunk lengths,
+    trailers or interim responses (HTTP 102) could keep a request alive for ever. Therefore a thread calls `look` every
+    0.1 s. The library would also read the body of each redirect, which may be endless.
 
     Raises:
-        HTTPError: the network, or redirects that lead nowhere.
+        HTTPError: a network failure or invalid redirects.
     """
     from huggingface_hub import get_session
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of whichever HTTP library it uses
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
     over, raised, sockets = Event(), list[BaseException](), list[socket.socket]()
 
     def trace(event: str, details: dict[str, Any]) -> None:
         if event.endswith(".connect_tcp.complete"):
-            # A duplicate: TLS takes the socket itself over, and its handshake may be slow, too.
+            # A duplicate, because TLS takes over the socket, and its handshake may be slow, too.
             sockets.append(details["return_value"].get_extra_info("socket").dup())
             if raised:
                 raise raised[0]
@@ -326,7 +327,7 @@ def open_url(url: str, headers: Mapping[str, str], look: Check) -> Iterator[Any]
     thread.start()
     try:
         client = get_session()
-        # A connection of its own, so that its socket is known.
+        # A new connection, so that `trace` sees its socket.
         sent = {**headers, "Accept-Encoding": "identity", "Connection": "close"}
         request = client.build_request("GET", url, headers=sent)
         request.extensions |= {"trace": trace, "timeout": dict.fromkeys(("read", "write", "pool"), _SILENCE_SECONDS)}
@@ -336,13 +337,13 @@ def open_url(url: str, headers: Mapping[str, str], look: Check) -> Iterator[Any]
             try:
                 answer = client.send(request, stream=True, follow_redirects=False)
             except UnicodeError:
-                raise HTTPError(f"{request.url.host[:80]} is no host's name") from None
+                raise HTTPError(f"{request.url.host[:80]} is not a host name") from None
             try:
                 if not answer.has_redirect_location:
                     yield answer
                     return
                 if answer.next_request is None:
-                    raise HTTPError(f"a redirect to no address ({answer.headers['Location'][:80]!r})")
+                    raise HTTPError(f"redirect to an invalid address ({answer.headers['Location'][:80]!r})")
                 request = answer.next_request
             finally:
                 answer.close()
@@ -357,22 +358,22 @@ def open_url(url: str, headers: Mapping[str, str], look: Check) -> Iterator[Any]
 
 
 def within(seconds: float, check: Check = nothing) -> Check:
-    """Return a check that also raises TimeoutError once so many seconds have passed."""
+    """Return a check that also raises TimeoutError after `seconds`."""
     ends = time.monotonic() + seconds
 
     def look() -> None:
         check()
         if time.monotonic() > ends:
-            raise TimeoutError(f"no whole answer within {seconds:g} s")
+            raise TimeoutError(f"no complete answer within {seconds:g} s")
 
     return look
 
 
 def read_answer(url: str, headers: Mapping[str, str], look: Check) -> tuple[Any, bytes]:
-    """Return the answer to a GET and its body, which is small; `look` may raise, to end the request.
+    """Return the response to a GET and its body, at most 64 MiB; `look` may raise to stop.
 
     Raises:
-        HTTPError: the network.
+        HTTPError: a network failure.
         ValueError: the body is too long.
     """
     body = bytearray()
@@ -385,7 +386,7 @@ def read_answer(url: str, headers: Mapping[str, str], look: Check) -> tuple[Any,
 
 
 def retry_after(headers: Mapping[str, str]) -> float:
-    """Return the seconds of a Retry-After header, a minute at most; 0: there is none that can be read."""
+    """Return the seconds of a Retry-After header, at most 60; 0 if it is missing or malformed."""
     after = headers.get("Retry-After", "")
     return min(float(after), _MOST_PAUSE_SECONDS) if after.isdecimal() else 0.0
 
@@ -400,10 +401,10 @@ _INTERVAL_SECONDS = 0.2
 
 
 class TransferProgress:
-    """Counts the bytes of a transfer, from any thread, and shows them after the first second."""
+    """A thread-safe count of a transfer's bytes, displayed after the first second."""
 
     def __init__(self, title: str, total: int, *, start: int = 0, verb: str = "fetch") -> None:
-        """Begin with `start` of `total` bytes (0: not known); `verb` heads the display."""
+        """Start at `start` of `total` bytes (0: unknown); the display begins with `verb`."""
         self.title, self.done, self.start = title, start, start
         self._bar = _ByteProgress(verb, max(1, total), "", start=start)
         self._is_shown, self._shown = False, self._bar.began
@@ -419,12 +420,12 @@ class TransferProgress:
         """Remove the display; print one line about a long transfer."""
         if self._is_shown:
             self._bar.__exit__(kind, error, trace)
-            brought, seconds = self.done - self.start, max(1e-9, time.monotonic() - self._bar.began)
-            speed = f"{format_bytes(brought / seconds)}/s"
-            self._bar.note(f"{self.title}: {format_bytes(brought)} in {format_seconds(seconds)}, {speed}")
+            count, seconds = self.done - self.start, max(1e-9, time.monotonic() - self._bar.began)
+            speed = f"{format_bytes(count / seconds)}/s"
+            self._bar.note(f"{self.title}: {format_bytes(count)} in {format_seconds(seconds)}, {speed}")
 
     def add(self, count: int) -> None:
-        """Count bytes that arrived, or, below 0, that were discarded."""
+        """Count received bytes; negative: discarded ones."""
         with self._lock:
             self.done += count
             now = time.monotonic()
@@ -443,5 +444,5 @@ class _ByteProgress(Progress):
     """A bar of bytes."""
 
     def amount(self, done: int) -> str:
-        """Return how much is done, with units."""
+        """Return "DONE of TOTAL" with units, or "DONE" if the total is unknown."""
         return f"{format_bytes(done)} of {format_bytes(self.total)}" if self.total > 1 else format_bytes(done)

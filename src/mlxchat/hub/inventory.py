@@ -1,4 +1,4 @@
-"""Repositories of the Hub and plain downloads on this machine: sizes, the artifacts that need them, removal."""
+"""Repositories of the Hub and plain downloads on this machine: sizes, artifacts made from them, removal."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlxchat.store.manifest import MANIFEST
 
 @dataclass(frozen=True, kw_only=True)
 class Holding:
-    """A repository at one commit, or a plain download, as far as it is on this machine."""
+    """A plain download, or the downloaded part of a repository at one commit."""
 
     name: str
     """<organisation>/<name>, or the address."""
@@ -28,9 +28,9 @@ class Holding:
     """The listing of a repository, or the folder of a plain download."""
     bytes: int
     part_bytes: int
-    """Of files that have not arrived whole."""
+    """Bytes of incomplete files."""
     needed_by: list[str]
-    """Artifacts that were made from it."""
+    """Artifacts made from it."""
     revision: str | None = None
     """The commit."""
     listed: list[HubFile] = field(default_factory=list)
@@ -38,7 +38,7 @@ class Holding:
 
     @property
     def files(self) -> list[HubFile]:
-        """The files of the repository that are there."""
+        """The downloaded files of the repository."""
         return [file for file in self.listed if file.place.exists()]
 
     @property
@@ -48,17 +48,17 @@ class Holding:
 
 
 def find_holdings(outputs: Path) -> list[Holding]:
-    """Return what is on this machine, sorted by name; `needed_by` looks at the artifacts of an outputs folder."""
+    """Return all downloads on this machine, sorted by name; `needed_by` names artifacts of `outputs`."""
     users = _users(outputs)
     found = [*_repositories(users), *_downloads(users)]
     return sorted(found, key=lambda holding: (holding.kind == "url", holding.name, holding.revision or ""))
 
 
 def choose(holdings: Iterable[Holding], name: str) -> list[Holding]:
-    """Return the holdings that a name means: a repository (with @ and the start of a commit), an address, a file name.
+    """Return the holdings of a name: a repository, also with @COMMIT or its first digits, a URL or its file name.
 
     Raises:
-        DataError: none.
+        DataError: the name matches none.
     """
     holdings = list(holdings)
     repository, _, commit = name.partition("@")
@@ -70,14 +70,14 @@ def choose(holdings: Iterable[Holding], name: str) -> list[Holding]:
     ]
     if not found:
         hint = suggest(name, [holding.name for holding in holdings])
-        raise DataError(f"nothing here is called {name}. mlxchat data ls shows what there is.{hint}")
+        raise DataError(f"no download is called {name}; mlxchat data ls lists them.{hint}")
     return found
 
 
 def remove(holding: Holding) -> tuple[int, list[str]]:
-    """Remove a holding; return the freed bytes, and the files that stay because a process is fetching them.
+    """Remove a holding; return the freed bytes, and the files kept because a process is fetching them.
 
-    Content that another commit shares stays. A kill leaves files that are whole, or missing.
+    Content shared with another commit is kept. A kill leaves only complete files.
     """
     if holding.kind == "url":
         if locks.is_held(holding.place / "fetch.lock"):
@@ -101,7 +101,7 @@ def remove(holding: Holding) -> tuple[int, list[str]]:
             if (read_json(name) or {}).get("commit") == holding.revision:
                 _unlink(name)
         _unlink(holding.place)
-    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:  # folders that hold nothing any more
+    for path in [*sorted(folder.rglob("*"), reverse=True), folder]:  # empty folders
         if path.is_dir() and not path.is_symlink():
             with suppress(OSError):
                 path.rmdir()
@@ -141,7 +141,7 @@ def _downloads(users: list[tuple[str, dict[str, Any]]]) -> Iterator[Holding]:
 
 
 def _users(outputs: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return (artifact, external) for everything that the artifacts of a store were made from."""
+    """Return (artifact, external) for each external source of a store's artifacts."""
     found = []
     for path in sorted((outputs / "store").glob(f"*/{MANIFEST}")):
         manifest = read_json(path)
@@ -155,7 +155,7 @@ def _parts(blob: Path) -> list[Path]:
 
 
 def _unlink(path: Path) -> int:
-    """Remove a file if it is there; return the bytes that it had."""
+    """Remove a file if it exists; return its size in bytes."""
     with suppress(OSError):
         size = path.lstat().st_size
         path.unlink()

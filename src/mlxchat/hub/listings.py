@@ -1,4 +1,4 @@
-"""The files of a repository of the Hub: requested once in a process, and recorded for use without a network."""
+"""Lists of a Hub repository's files: requested once per process, and recorded for offline use."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ from mlxchat.hub.cache import (
 )
 from mlxchat.hub.downloads import Check, read_answer, retry_after, within
 
-# With pauses of 0.5, 1, 2, 4, 8 s between them; fewer where an earlier answer can serve.
+# With pauses of 0.5, 1, 2, 4, 8 s between them; fewer tries where a recorded answer exists.
 _TRIES, _TRIES_WITH_RECORD = 6, 2
 FIRST_PAUSE_SECONDS = 0.5
 _PLAN_SECONDS, ANSWER_SECONDS = 10.0, 120.0
-# Bounds of a list of files; the Hub's pages have 1,000 files each.
+# Limits of a list of files; the Hub's pages have 1,000 files each.
 _MOST_PAGES, _MOST_FILES = 1000, 1_000_000
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-# A run works with one commit, whatever is uploaded meanwhile: (Hub, repository, revision, kind) → commit.
+# (Hub, repository, revision, kind) → commit: a run uses one commit even if a new one is uploaded meanwhile.
 _commits: dict[tuple[str, str, str, str], str] = {}
-# Hubs that did not answer in this process: no plan waits for them again.
+# Hubs that did not answer in this process; plans do not try them again.
 _silent: set[str] = set()
 
 
 def list_files(repository: str, *, revision: str = "main", pattern: str = "*", kind: str = "dataset") -> list[HubFile]:
-    """Return the files of a repository whose path matches, sorted by path, all at the commit that `revision` means now.
+    """Return the files of a repository whose path matches, sorted by path, all at the current commit of `revision`.
 
     Args:
         repository: <organisation>/<name>.
@@ -50,8 +50,8 @@ def list_files(repository: str, *, revision: str = "main", pattern: str = "*", k
         kind: dataset or model.
 
     Raises:
-        DataError: there is no such repository or revision, or the network may not be used and nothing is recorded.
-        PassingError: the Hub does not answer and nothing is recorded.
+        DataError: there is no such repository or revision, or HF_HUB_OFFLINE is set and no listing is recorded.
+        PassingError: the Hub does not answer and no listing is recorded.
     """
     commit = _resolve(repository, revision, kind)
     files = _list_commit(repository, commit, kind)
@@ -59,9 +59,9 @@ def list_files(repository: str, *, revision: str = "main", pattern: str = "*", k
 
 
 def find_commit(repository: str, revision: str, kind: str = "dataset") -> str | None:
-    """Return the commit that a revision means, for a key; None: neither the Hub nor a record has it.
+    """Return the commit of a revision, for a key; None if neither the Hub nor a record has it.
 
-    A commit means itself. For a tag or a branch the Hub is requested once in a process, for at most 10 seconds.
+    For a tag or a branch one request is made per process, for at most 10 seconds.
 
     Raises:
         DataError: there is no such repository or revision.
@@ -78,14 +78,14 @@ def find_commit(repository: str, revision: str, kind: str = "dataset") -> str | 
 
 
 def recorded_files(repository: str, revision: str, kind: str = "dataset") -> list[HubFile] | None:
-    """Return the files that an earlier listing found; None: there was none. The network is not used."""
+    """Return the files of the recorded listing, or None; the network is not used."""
     folder = listing_folder(repository, kind)
     known = read_json(folder / "refs" / quote(revision, safe="")) or {}
     return read_listing(folder / f"{known.get('commit')}.json")
 
 
 def read_listing(path: Path) -> list[HubFile] | None:
-    """Return the files of one commit that a record of `list_files` names, sorted by path; None: there is no record."""
+    """Return the files of a recorded listing, sorted by path; None if there is no valid record."""
     recorded = read_json(path) or {}
     if not {"repository", "kind", "commit", "files"} <= recorded.keys():
         return None
@@ -94,23 +94,23 @@ def read_listing(path: Path) -> list[HubFile] | None:
 
 
 def forget() -> None:
-    """Forget what revisions mean, as a new process would."""
+    """Clear the revisions resolved in this process."""
     _commits.clear()
     _silent.clear()
 
 
 def listing_folder(repository: str, kind: str) -> Path:
-    """Return where the listings of a repository are."""
+    """Return the folder of a repository's listings."""
     return cache_folder() / "listings" / folder_name(repository, kind)
 
 
 def _ref(repository: str, revision: str, kind: str) -> Path:
-    """Return the file that records which commit a revision meant."""
+    """Return the file that records the commit of a revision."""
     return listing_folder(repository, kind) / "refs" / quote(revision, safe="")
 
 
 def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False) -> str:
-    """Return the commit that a revision means at the Hub; it is recorded for use without a network."""
+    """Return the commit of a revision by the Hub, and record it for offline use."""
     key = (endpoint(), repository, revision, kind)
     if key in _commits:
         return _commits[key]
@@ -121,13 +121,13 @@ def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False
             raise DataError(_unknown_message(repository, revision, kind))
         if is_plan:
             print(f"  {repository}: offline; {revision} is commit {commit[:12]}, as recorded", file=sys.stderr)
-    elif revision != commit:  # a commit means itself
+    elif revision != commit:  # not a commit itself
         try:
             commit = _request_commit(repository, revision, kind, is_plan=is_plan, is_recorded=commit is not None)
         except PassingError as error:
             if commit is None:
                 raise PassingError(f"{error} {fetch_command()}") from None
-            print(f"  {repository}: the Hub does not answer; commit {commit[:12]} is used, as before", file=sys.stderr)
+            print(f"  {repository}: the Hub does not answer; using recorded commit {commit[:12]}", file=sys.stderr)
         else:
             check_commit(repository, commit)
             for name in {quote(revision, safe=""), commit}:
@@ -137,7 +137,7 @@ def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False
 
 
 def _request_commit(repository: str, revision: str, kind: str, *, is_plan: bool, is_recorded: bool) -> str:
-    """Return the commit by the Hub; a plan requests it once, and not from a Hub that did not answer before."""
+    """Return the commit by the Hub; for a plan with one try, and none if this Hub did not answer before."""
     look = within(_PLAN_SECONDS) if is_plan else None
     hub = endpoint()
     if is_plan and hub in _silent:
@@ -151,7 +151,7 @@ def _request_commit(repository: str, revision: str, kind: str, *, is_plan: bool,
 
 
 def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
-    """Return all files of a commit; a commit never changes, so it is listed once on a machine."""
+    """Return all files of a commit; they never change, so each commit is listed once per machine."""
     path = listing_folder(repository, kind) / f"{commit}.json"
     files = read_listing(path)
     if is_offline():
@@ -174,15 +174,15 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
 def _commit_of(repository: str, revision: str, kind: str, look: Check | None) -> str:
     answer, _ = _get_json(f"{_api(repository, kind)}/revision/{quote(revision, safe='')}", look)
     if not isinstance(answer, dict):
-        raise ValueError("its answer is no JSON object")
+        raise ValueError("its answer is not a JSON object")
     return str(answer.get("sha"))
 
 
 def _files_of(repository: str, commit: str, kind: str) -> list[HubFile]:
     """Return every file of a commit, sorted by path.
 
-    Not by the official client: it follows pages in a circle, sends the token to any address that a page links to, and
-    sleeps for as long as Retry-After demands.
+    The official client is not used: it follows circular pages, sends the token to any host that a page links to, and
+    obeys any Retry-After.
     """
     page: str | None = f"{_api(repository, kind)}/tree/{quote(commit, safe='')}?recursive=true"
     seen: set[str] = set()
@@ -196,7 +196,7 @@ def _files_of(repository: str, commit: str, kind: str) -> list[HubFile]:
         seen.add(page)
         entries, page = _get_json(page)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError("its list of files is no JSON list of objects")
+            raise ValueError("its list of files is not a JSON list of objects")
         for entry in entries:
             if entry.get("type") == "file":
                 lfs = entry.get("lfs")
@@ -215,12 +215,12 @@ def _api(repository: str, kind: str) -> str:
 
 
 def _get_json(url: str, look: Check | None = None) -> tuple[Any, str | None]:
-    """Return what an address of the Hub answers, and the address of the next page if there is one.
+    """Return the JSON at a URL of the Hub, and the URL of the next page if there is one.
 
     Raises:
-        HTTPError: a status that is no success, or the network.
+        HTTPError: an error status or a network failure.
         OSError: the answer took too long.
-        ValueError: it is too long, or no JSON.
+        ValueError: it is too long, or not JSON.
     """
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # exported lazily
 
@@ -228,7 +228,7 @@ def _get_json(url: str, look: Check | None = None) -> tuple[Any, str | None]:
     answer, body = read_answer(url, headers, look or within(ANSWER_SECONDS))
     hf_raise_for_status(answer)
     after = answer.links.get("next", {}).get("url")
-    if after is not None and not after.startswith(f"{endpoint()}/"):  # a mirror's, or one that wants the token
+    if after is not None and not after.startswith(f"{endpoint()}/"):  # another host must not get the token
         after = endpoint() + urlunsplit(urlsplit(after)._replace(scheme="", netloc=""))
     try:
         return json.loads(body), after
@@ -237,7 +237,7 @@ def _get_json(url: str, look: Check | None = None) -> tuple[Any, str | None]:
 
 
 def _request(repository: str, kind: str, tries: int, request: Callable[[], Any]) -> Any:
-    """Return the Hub's answer; a fault that may pass is tried again with growing pauses."""
+    """Return the Hub's answer; transient faults are retried with growing pauses."""
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 
     for number in range(tries):
@@ -249,26 +249,26 @@ def _request(repository: str, kind: str, tries: int, request: Callable[[], Any])
             status = 400 if isinstance(error, HFValidationError) else status
             reason = " ".join(str(error).split())[:300]
             asked_pause = 0.0 if response is None else retry_after(response.headers)
-        # Outside of the handler: an error that is raised in there would count as one that may pass, as its cause is.
+        # Outside the handler: raised inside, the error would be classified by its cause as transient.
         if status is not None and status < 500 and status not in (408, 425, 429):
             hint = " If it is not public, set HF_TOKEN." if status in (401, 403) else ""
             raise DataError(f"{repository}: the Hub at {endpoint()} has no such {kind} or revision ({reason}).{hint}")
         if number + 1 < tries:
             time.sleep(max(asked_pause, FIRST_PAUSE_SECONDS * 2**number))
-    raise PassingError(f"{repository}: the Hub at {endpoint()} cannot be asked now ({reason}).")
+    raise PassingError(f"{repository}: the Hub at {endpoint()} does not answer ({reason}).")
 
 
 def _unknown_message(repository: str, revision: str, kind: str) -> str:
     return (
-        f"{repository}: nothing of this {kind} at revision {revision} is on this machine, and HF_HUB_OFFLINE is set. "
+        f"{repository}: this {kind} at revision {revision} is not on this machine, and HF_HUB_OFFLINE is set. "
         f"{fetch_command()}"
     )
 
 
 def fetch_command() -> str:
-    """Return the command for a machine with a network, with the settings of this command line."""
+    """Return a sentence with the command that fetches everything, with the settings of this command line."""
     words = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    # What `data show` calls a mixture is one of sft to everybody else.
+    # `data show` takes mixture=NAME, other commands mixture@sft.mixture=NAME.
     words = [f"mixture@sft.{word}" if word.startswith("mixture=") else word for word in words]
     settings = f" {shlex.join(words)}" if words else ""
-    return f"Where there is a network, run: mlxchat data fetch{settings}"
+    return f"On a machine with network access, run: mlxchat data fetch{settings}"

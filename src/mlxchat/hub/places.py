@@ -1,9 +1,9 @@
-"""Places elsewhere that hold artifacts and models: what fsspec opens (s3://, gs://, hf://, memory://), and the Hub.
+"""Remote stores of artifacts and models: fsspec URLs (s3://, gs://, hf://, memory://) and the Hub.
 
-A place has `store/<artifact>/…` as an exported folder has. An artifact is there if and only if its manifest is, which
-is written last, and after all it was made from: a transfer that ends anywhere leaves whole artifacts, or parts that
-are not taken for one. The same command continues, and hashes what it finds before it counts. A repository of the Hub
-is written in one commit, or not at all.
+A place has the layout of an exported folder, `store/<artifact>/…`. An artifact is complete if and only if its manifest
+exists; it is written last, and inputs come before what was made from them. So an interrupted transfer leaves no broken
+artifact; the same command resumes it and hashes files that are already there. A repository of the Hub is written in
+one commit.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _PROBE_SECONDS = 20.0
 # Interval of the lines during an upload, and the limit of one by Xet.
 _LINE_SECONDS = 30.0
 _LEAST_SECONDS, _LEAST_BYTES_PER_SECOND = 600.0, 50_000
-# Former weights of these kinds go with the commit: loaders take every file of such a name for the model's.
+# The commit deletes older weights of these names, because loaders would read them as part of the model.
 _FORMER = (
     "model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json", "adapters.safetensors",
     "adapter_config.json",
@@ -73,28 +73,28 @@ _FORMER = (
 
 @dataclass(frozen=True)
 class Place:
-    """A place of artifacts and its file system."""
+    """A remote store and its file system."""
 
     url: str
     files: Any
-    """The file system of fsspec's."""
+    """An fsspec file system."""
     root: str
     folder: str = "store"
-    """Of its artifacts; "": the root itself, as in a copy of a store."""
+    """Folder of the artifacts; "": the root itself, as in a copy of a store."""
 
     def path(self, *parts: str) -> str:
-        """Return the path of something in its store."""
+        """Return a path in the store."""
         return "/".join((self.root.rstrip("/"), *filter(None, (self.folder, *parts))))
 
     def manifest(self, name: str) -> Manifest | None:
-        """Return the manifest of an artifact, or None if there is none or one that was cut.
+        """Return the manifest of an artifact, or None if there is none.
 
         Raises:
-            StoreError: there is one that was altered.
+            StoreError: it is damaged.
         """
         try:
             if self.files.info(self.path(name, MANIFEST))["size"] > _MANIFEST_BYTES:
-                raise StoreError(f"{self.url}: the manifest of {name} is too large for one")
+                raise StoreError(f"{self.url}: the manifest of {name} is larger than {_MANIFEST_BYTES >> 20} MiB")
             data = self.files.cat_file(self.path(name, MANIFEST))
         except FileNotFoundError:
             return None
@@ -108,7 +108,7 @@ class Place:
         return manifest
 
     def names(self) -> list[str]:
-        """Return the folders that are there, whether they are whole or not."""
+        """Return the names of all artifact folders, complete or not."""
         self.files.invalidate_cache()
         try:
             found = self.files.ls(self.path(), detail=True)
@@ -118,19 +118,19 @@ class Place:
 
 
 def open_place(url: str) -> Place:
-    """Return the place of a URL; nothing of it is looked at yet.
+    """Return the place of a URL without accessing it.
 
     Raises:
-        ConfigError: no file system of fsspec's has this scheme, or its package is not installed.
+        ConfigError: fsspec does not support the scheme, or its package is not installed.
     """
     scheme = url.partition("://")[0]
     if not url.partition("://")[2].strip("/"):
-        raise ConfigError(f"{url} names no folder: expected for instance {scheme}://BUCKET/PATH")
+        raise ConfigError(f"{url} names no folder: expected, for instance, {scheme}://BUCKET/PATH")
     from fsspec.core import url_to_fs
     from fsspec.registry import available_protocols
 
     if scheme not in available_protocols():
-        raise ConfigError(f"{url}: fsspec knows no {scheme}://. Those for transfers: {', '.join(_NEEDS)}, file, memory")
+        raise ConfigError(f"{url}: fsspec does not support {scheme}://. Use one of {', '.join(_NEEDS)}, file, memory")
     with _place_errors(url):
         options = {"endpoint": os.environ.get("HF_ENDPOINT") or None} if scheme == "hf" else {}
         files, root = url_to_fs(url, skip_instance_cache=True, **options)
@@ -139,7 +139,7 @@ def open_place(url: str) -> Place:
 
 @contextmanager
 def _place_errors(url: str) -> Iterator[None]:
-    """Turn what file systems raise into one message each: package, credentials, no such place, or a passing fault."""
+    """Turn exceptions of file systems into one-line errors: package, credentials, missing place or transient fault."""
     scheme = url.partition("://")[0]
     package, variables = _NEEDS.get(scheme, (scheme, "its documentation"))
     try:
@@ -151,15 +151,15 @@ def _place_errors(url: str) -> Iterator[None]:
         raise ConfigError(f"{scheme}:// needs a package that is not installed ({error.name or package}): "
                           f"pip install {hint}") from None  # fmt: skip
     except FileNotFoundError as error:
-        raise ConfigError(f"{redact(url)}: there is no such place ({_short_of(error)})") from None
-    except Exception as error:  # each file system has its own
+        raise ConfigError(f"{redact(url)} does not exist ({_short_of(error)})") from None
+    except Exception as error:  # each file system has its own types
         kinds = {kind.__name__ for each in _causes(error) for kind in type(each).__mro__}
         text = _short_of(error)
         if isinstance(error, PermissionError) or any("Credential" in kind or "Auth" in kind for kind in kinds):
             raise ConfigError(f"{redact(url)} refuses access ({text}). Credentials are read from {variables}") from None
         if isinstance(error, ValueError):
             raise ConfigError(f"{redact(url)} cannot be opened: {text}") from None
-        raise PassingError(f"{redact(url)}: {text}. The same command goes on from what is there") from None
+        raise PassingError(f"{redact(url)}: {text}. The same command resumes the transfer") from None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -170,21 +170,21 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _short_of(error: BaseException) -> str:
-    """Return an error in one line, without secrets."""
+    """Return an error's message in one line, without secrets."""
     return redact(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
 def export_to(place: Place, folders: Sequence[Path]) -> int:
-    """Copy artifacts to a place, inputs first; return how many were not there yet.
+    """Copy artifacts to a place, inputs first; return the number of copied ones.
 
     Args:
-        place: where to.
-        folders: the closure of what is to be exported, as `transfer.closure` orders it.
+        place: the target.
+        folders: artifacts with all inputs, in the order of `transfer.closure`.
 
     Raises:
-        StoreError: an artifact here is not what was published.
-        ConfigError: the place cannot be written by us.
-        PassingError: it does not answer as it should; what was sent is found again.
+        StoreError: a local artifact is damaged.
+        ConfigError: the place does not exist or refuses access.
+        PassingError: a transient fault; the next call resumes.
     """
     with _place_errors(place.url):
         missing = [folder for folder in folders if not _is_there(place, folder.name)]
@@ -199,13 +199,13 @@ def export_to(place: Place, folders: Sequence[Path]) -> int:
 def _check_whole(folders: Sequence[Path]) -> None:
     for folder in folders:
         if damage := list(find_damage(folder, read_manifest(folder))):
-            raise StoreError(f"{folder.name} is not what was published: {damage[0]}. Nothing of it was sent")
+            raise StoreError(f"{folder.name} is damaged: {damage[0]}. Nothing of it was sent")
 
 
 def _is_there(place: Place, name: str) -> bool:
     try:
         return place.manifest(name) is not None
-    except StoreError:  # it is rewritten after its files were hashed
+    except StoreError:  # damaged: `_send` rewrites it
         return False
 
 
@@ -216,11 +216,11 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _send(place: Place, folder: Path, progress: TransferProgress) -> None:
-    """Copy one artifact; what an earlier try left is kept if it has the same contents."""
+    """Copy one artifact; files that an earlier attempt left are kept if their contents are right."""
     from fsspec.callbacks import Callback
 
     class Counted(Callback):  # type: ignore[misc]
-        """Hands on how many bytes have left."""
+        """Adds sent bytes to the progress."""
 
         def relative_update(self, inc: int = 1) -> None:
             progress.add(inc)
@@ -234,7 +234,7 @@ def _send(place: Place, folder: Path, progress: TransferProgress) -> None:
         known = sizes.pop(target, sizes.pop(target.lstrip("/"), None))
         if path.name == MANIFEST and path.parent == folder:
             crash_point("send.described")
-            for stray in sizes:  # of another build that was never finished
+            for stray in sizes:  # left by an unfinished transfer of another execution
                 place.files.rm_file(stray)
         elif known == size and _digest(place, target) == checksum_of(path):
             progress.add(size)
@@ -242,7 +242,7 @@ def _send(place: Place, folder: Path, progress: TransferProgress) -> None:
         place.files.makedirs(target.rpartition("/")[0], exist_ok=True)
         counted, before = Counted(), progress.done
         place.files.put_file(str(path), target, callback=counted)
-        progress.add(size - (progress.done - before))  # those that count otherwise, or not at all
+        progress.add(size - (progress.done - before))  # some file systems count differently, or not at all
         if (arrived := place.files.info(target)["size"]) != size:
             raise PassingError(f"{place.url}: {target} has {arrived} bytes after {size} were sent; try again")
         crash_point("send.file")
@@ -257,18 +257,18 @@ def _digest(place: Place, path: str) -> str:
 
 
 def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list[Path], list[Path]]:
-    """Take in artifacts of a place with all they were made from; return the new ones, and those that were here already.
+    """Import artifacts and their inputs from a place; return the new ones, and those that were in the store already.
 
     Args:
-        store: where to.
-        place: where from.
-        wanted: names of artifacts there, the start of one or of an id; none: everything.
+        store: the target.
+        place: the source.
+        wanted: names of artifacts, or prefixes of names or ids; empty: everything.
 
     Raises:
-        StoreError: contents differ from a manifest, an input is missing, or there is no room.
-            Nothing that is faulty reaches the store.
-        ConfigError: the place cannot be read by us, or has nothing of a name.
-        PassingError: it does not answer as it should; what arrived is found again.
+        StoreError: contents differ from a manifest, an input is missing, or the disk is full.
+            Nothing faulty reaches the store.
+        ConfigError: the place does not exist or refuses access, or a name matches nothing.
+        PassingError: a transient fault; the next call resumes.
     """
     store.prepare()
     base = store.outputs / "work" / f".import-{hashlib.sha256(place.url.encode()).hexdigest()[:16]}"
@@ -290,14 +290,14 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
         except OSError as error:
             raise StoreError(f"{place.url} cannot be imported ({error.strerror or error})") from error
         except StoreError:
-            shutil.rmtree(base, ignore_errors=True)  # what is wrong there is wrong here
+            shutil.rmtree(base, ignore_errors=True)  # a resumed transfer would have the same fault
             raise
         shutil.rmtree(base, ignore_errors=True)
         return new, [*known, *raced]
 
 
 def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Manifest]:
-    """Return name → manifest of what is wanted and of everything that it was made from."""
+    """Return name → manifest of the wanted artifacts and all their inputs."""
     names = place.names()
     by_rid = {name[-16:]: name for name in names}
     if not names:
@@ -307,7 +307,7 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
         found = [word] if word in names else [n for n in names if n.startswith(word) or n[-16:].startswith(word[:16])]
         if len(found) != 1:
             which = ", ".join(found[:8]) if found else f"it holds {', '.join(names[:8])}{' …' * (len(names) > 8)}"
-            raise ConfigError(f'"{word}" is {len(found) or "no"} artifacts of {place.url}: {which}')
+            raise ConfigError(f'"{word}" matches {len(found) or "no"} artifacts of {place.url}: {which}')
         queue += found
     chosen: dict[str, Manifest] = {}
     named = set(queue)
@@ -319,18 +319,18 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
         manifest = place.manifest(name) if is_plain(name) else None
         if manifest is None:
             if name in named:
-                raise ConfigError(f"{name} is not whole at {place.url}: its export has not ended")
-            continue  # in the making, or no artifact
+                raise ConfigError(f"{name} is incomplete at {place.url}: its export has not finished")
+            continue  # incomplete, or not an artifact
         chosen[name] = manifest
         rids = references(manifest)
         queue += [by_rid[rid[:16]] for rid in rids if rid[:16] in by_rid and store.find(rid) is None]
     if not chosen:
-        raise ConfigError(f"{place.url} holds no whole artifact: its export has not ended")
+        raise ConfigError(f"{place.url} holds no complete artifact: its export has not finished")
     return chosen
 
 
 def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
-    """Bring artifacts to base/store/, each file hashed; what is whole there already is kept."""
+    """Download artifacts to base/store/ and hash each file; complete files are kept."""
     total = sum(file["bytes"] for manifest in manifests.values() for file in manifest["outputs"])
     base.mkdir(parents=True, exist_ok=True)
     here = sum(path.stat().st_size for path in base.rglob("*") if path.is_file())
@@ -344,13 +344,13 @@ def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
             target.write_bytes(place.files.cat_file(place.path(name, MANIFEST)))
             sync(target)
             crash_point("fetch.artifact")
-    for folder in (base / "store").iterdir():  # of another choice
+    for folder in (base / "store").iterdir():  # left by an import with other names
         if folder.name not in manifests:
             shutil.rmtree(folder)
 
 
 def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, progress: TransferProgress) -> None:
-    """Bring one file, from where an earlier try was cut.
+    """Download one file, resuming an earlier attempt.
 
     Raises:
         StoreError: its contents differ from the manifest.
@@ -361,7 +361,7 @@ def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, pro
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     resumed = True
-    while resumed:  # whether the part had other contents shows only at the end: then once more from the beginning
+    while resumed:  # a resumed part with other contents is detected only at the end: then start over once
         done = part.stat().st_size if part.exists() else 0
         resumed = done > 0
         progress.add(done)
@@ -378,7 +378,7 @@ def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, pro
             return
         progress.add(-done)
         part.unlink()
-    raise StoreError(f"{place.url}: {file['path']} of {name} is not what its manifest says. Nothing was imported")
+    raise StoreError(f"{place.url}: {file['path']} of {name} differs from its manifest. Nothing was imported")
 
 
 def check_repository(name: str, *, public: bool, kind: str = "model", option: str = "--hub ") -> str:
@@ -386,20 +386,20 @@ def check_repository(name: str, *, public: bool, kind: str = "model", option: st
 
     Args:
         name: of the repository.
-        public: whether it may be seen by everybody.
+        public: whether the repository may be public.
         kind: model or dataset.
-        option: how the user named it, for messages.
+        option: the option that named it, for messages.
 
     Raises:
-        ConfigError: the name is none, the environment holds no token, or the repository is public and must not be.
-        PassingError: the Hub does not answer as it should.
+        ConfigError: the name is invalid, the environment holds no token, or the repository is public and must not be.
+        PassingError: the Hub does not answer, or with an error.
     """
     if not _REPOSITORY.fullmatch(name):
-        raise ConfigError(f'{option}"{name}" is no repository: expected ORGANISATION/NAME, or your name in front')
+        raise ConfigError(f'{option}"{name}" is no repository: expected ORGANISATION/NAME or USER/NAME')
     token = next((value for key in _TOKENS if (value := os.environ.get(key, "").strip())), None)
     if token is None:
         raise ConfigError(
-            f"{option.strip() or name} needs a token that may write: set HF_TOKEN in the environment (https://huggingface.co/settings/tokens)"
+            f"{option.strip() or name} needs a token with write access: set HF_TOKEN (https://huggingface.co/settings/tokens)"
         )
     from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -410,26 +410,25 @@ def check_repository(name: str, *, public: bool, kind: str = "model", option: st
         except RepositoryNotFoundError:
             return token
     if not there.private and not public:
-        raise ConfigError(f"{name} is there and everybody sees it. Add --public if that is meant, or name another one")
+        raise ConfigError(f"{name} is a public repository. Add --public to write to it, or name another one")
     return token
 
 
 def push_folder(folder: Path, name: str, token: str, *, message: str, public: bool) -> str:
-    """Upload a folder's files in one commit and return the commit's address.
+    """Upload a folder in one commit and return the commit's URL.
 
-    The repository is made if there is none. If the upload fails, it holds what it held before; one that was made for it
-    stays, empty.
+    A missing repository is created. A failed upload leaves its contents unchanged.
 
     Args:
-        folder: its files, in folders or not.
+        folder: uploaded with all subfolders.
         name: of the repository.
-        token: as `check_repository` returns it.
+        token: from `check_repository`.
         message: of the commit.
-        public: whether a repository that is made may be seen by everybody.
+        public: whether a created repository is public.
 
     Raises:
         ConfigError: the token may not write there.
-        PassingError: the Hub does not answer as it should.
+        PassingError: the Hub does not answer, or with an error.
     """
     with _hub_errors(name):
         api = _api(token)
@@ -443,19 +442,19 @@ def push_folder(folder: Path, name: str, token: str, *, message: str, public: bo
 
 
 def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> int:
-    """Upload artifacts to hf://[datasets/]ORGANISATION/NAME/PATH in one commit; return how many were not there yet.
+    """Upload artifacts to hf://[datasets/]ORGANISATION/NAME/PATH in one commit; return the number of new ones.
 
-    The repository is made if there is none. Large files that arrived are not sent again when the commit is tried again.
+    A missing repository is created. A retry does not send large files again that have arrived.
 
     Args:
-        place: where to.
-        folders: the closure of what is to be exported.
-        public: whether a repository that everybody sees may be written, or is made.
+        place: the target.
+        folders: artifacts with all inputs.
+        public: whether the repository may be, or is created, public.
 
     Raises:
-        ConfigError: the place is none, or the token may not write there.
-        PassingError: the Hub does not answer as it should.
-        StoreError: an artifact here is not what was published.
+        ConfigError: the name is invalid, or the token may not write there.
+        PassingError: the Hub does not answer, or with an error.
+        StoreError: a local artifact is damaged.
     """
     from huggingface_hub import CommitOperationAdd
 
@@ -477,7 +476,7 @@ def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> in
             operations.append(CommitOperationAdd(where, str(path)))
     if operations:
         with _hub_errors(name):
-            message = f"{missing[-1].name} from mlxchat, with {len(missing) - 1} artifacts that it was made from"
+            message = f"{missing[-1].name} from mlxchat, with {len(missing) - 1} input artifacts"
             with _bounded(api, name, kind, [Path(str(each.path_or_fileobj)) for each in operations]):
                 api.create_commit(name, operations, commit_message=message, repo_type=kind)
     return len(missing)
@@ -495,10 +494,10 @@ def _api(token: str) -> Any:
 
 @contextmanager
 def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[None]:
-    """Print a line while an upload lasts, and end one by Xet after a limit. Xet is left out where it does not work.
+    """Print progress lines during an upload, abort Xet uploads after a time limit, and disable Xet where it fails.
 
-    hf_xet tries for minutes without a word where a Hub answers its request for a token with anything but a token
-    (stand-ins, mirrors), or where the storage that the token names cannot be reached.
+    hf_xet retries silently for minutes if the Hub (a mirror, for example) does not answer with a Xet token, or if the
+    storage that the token names is unreachable.
     """
     from huggingface_hub import constants
 
@@ -515,7 +514,7 @@ def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[
         nonlocal late
         while not ended.wait(_LINE_SECONDS):
             seconds = time.monotonic() - began
-            print(f"  uploads {format_bytes(num_bytes)} to {name}, {format_seconds(seconds)} so far", file=sys.stderr)
+            print(f"  uploading {format_bytes(num_bytes)} to {name}, {format_seconds(seconds)} so far", file=sys.stderr)
             if uses_xet and seconds > limit:
                 from huggingface_hub.utils import _xet
 
@@ -527,7 +526,7 @@ def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[
     thread.start()
     try:
         yield
-    except Exception:  # an aborted session ends in whatever error the client makes of it
+    except Exception:  # the client raises various errors for an aborted session
         if late:
             raise TimeoutError(
                 f"Xet storage did not take {format_bytes(num_bytes)} within {format_seconds(limit)} "
@@ -557,7 +556,7 @@ def _find_xet_fault(api: Any, name: str, kind: str) -> str:
         return "has no Xet storage"
     try:
         with open_url(str(access["casUrl"]), {}, within(_PROBE_SECONDS)):
-            pass  # that it answers is enough
+            pass  # any answer is enough
     except (HTTPError, OSError, ValueError) as error:
         return f"has Xet storage at {access['casUrl']}, which does not answer ({type(error).__name__})"
     return ""
@@ -565,16 +564,16 @@ def _find_xet_fault(api: Any, name: str, kind: str) -> str:
 
 @contextmanager
 def _hub_errors(name: str) -> Iterator[None]:
-    """Turn what the client raises into one message."""
+    """Turn exceptions of the client into one-line errors."""
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
         yield
-    except Exception as error:  # among them those of the HTTP library that the client uses
+    except Exception as error:  # includes those of the client's HTTP library
         status = getattr(error.response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
         if status in (401, 403, 404):
             raise ConfigError(
-                f"{name} was not written: the Hub answers {status}. May the token of HF_TOKEN write there?"
+                f"{name} was not written: the Hub answers {status}. Check that the token in HF_TOKEN may write there"
             ) from None
         cause = _short_of(error.__cause__ or error)
         raise PassingError(f"{name} was not written: {cause}. Nothing was committed; try again") from None
