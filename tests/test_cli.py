@@ -255,7 +255,7 @@ def test_chat_answers_one_question(finished: Any, mlxchat: CommandLine) -> None:
 
 def test_chat_refuses_what_is_no_model(finished: Any, say: Any) -> None:
     text = say("chat", "-p", "hi", "--model", "corpus", f"outputs={finished.outputs}", code=2)
-    assert re.match(r"error: corpus-\S+ is no model but a corpus", text)
+    assert re.match(r"error: corpus-\S+ is not a model: its kind is corpus", text)
 
 
 # Prints what a command line imported, and how many function calls it took: a measure that no other process disturbs.

@@ -343,7 +343,7 @@ def test_a_damaged_manifest_is_refused_with_the_remedy(
         done = mlxchat(*arguments, f"outputs={outputs}")
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {path} is damaged")
-        assert "Remove the folder; the next run makes it again." in done.stderr
+        assert "Remove the folder; the next run recomputes it." in done.stderr
         assert "Traceback" not in done.stderr
 
 

@@ -130,7 +130,7 @@ def test_verify_finds_a_flipped_bit_a_missing_and_a_strange_file(two: Any, say: 
     text = say("verify", code=1)
     assert f"{first.name}  result.txt has other contents" in text
     assert f"{second.name}  result.txt is missing" in text
-    assert f"{second.name}  other.txt is no part of it" in text
+    assert f"{second.name}  other.txt is not listed in its manifest" in text
     assert list(json.loads(say("verify", "second", "--json", code=1))["faults"]) == [second.name]
     assert say("verify", "run1/first").startswith("1 artifact is right")
 
@@ -164,7 +164,7 @@ def test_compare_shows_only_what_differs_sorted_in_four_formats(two: Any, say: S
     assert json.loads(say("compare", "run1", "--format", "json"))[0]["first.score"] == 0.5
     assert say("compare", "--format", "md").splitlines()[:2] == ["| name | run1 | run2 |", "| --- | --- | --- |"]
     assert 'Did you mean "first.score"' in say("compare", "--sort", "first.scor", code=2)
-    assert "no run and no sweep" in say("compare", "run7", code=2)
+    assert "no run or sweep" in say("compare", "run7", code=2)
 
 
 def test_compare_takes_the_artifacts_of_a_step_and_the_jobs_of_a_sweep(two: Any, say: Say) -> None:
@@ -258,7 +258,7 @@ def test_rm_shows_what_goes_and_removes_it_only_with_apply(two: Any, say: Say) -
     }  # fmt: skip
     assert "run1" not in say("compare", "--format", "csv")
     assert "removed" in say("rm", "run2/second", "--apply")
-    assert "no artifact and no run" in say("rm", "run1", code=2)
+    assert "no artifact or run" in say("rm", "run1", code=2)
 
 
 def test_ls_and_status_take_a_run(two: Any, say: Say) -> None:
@@ -332,7 +332,7 @@ def test_samples_shows_texts_over_iterations_of_a_training_that_runs_and_of_one_
         text = say("samples", "first")
         assert text.startswith("first, in progress")
         assert "  7        \\x1b[2Jupon\n" in text
-    assert "no artifact and no run" in say("samples", "frist", code=2)
+    assert "no artifact or run" in say("samples", "frist", code=2)
     assert "a" * 52 in say("samples", key), "a stopped training goes by its key"
 
 

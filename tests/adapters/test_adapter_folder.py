@@ -119,14 +119,14 @@ def test_a_base_that_is_gone_is_named_with_what_to_do(tmp_path: Path) -> None:
     tuned = publish_adapters(tmp_path / "outputs", base)
     shutil.rmtree(base)
     rid = json.loads((tuned / "checkpoint.json").read_text())["adapter"]["base"]["rid"]
-    with pytest.raises(StoreError, match=f"{tuned.name} is an adapter, and its base {rid[:16]} is not.*mlxchat push"):
+    with pytest.raises(StoreError, match=f"{tuned.name} is an adapter whose base {rid[:16]} is not.*mlxchat push"):
         load_checkpoint(tuned)
 
 
 def test_a_folder_outside_a_store_has_no_base(tmp_path: Path) -> None:
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"))
     shutil.copytree(tuned, tmp_path / "elsewhere" / tuned.name)
-    with pytest.raises(StoreError, match=r"its base .* is not in the same store"):
+    with pytest.raises(StoreError, match=r"whose base .* is not in the same store"):
         load_checkpoint(tmp_path / "elsewhere" / tuned.name)
 
 
@@ -148,7 +148,7 @@ def test_adapters_that_rest_on_each_other_are_refused(tmp_path: Path) -> None:
     manifest = read_manifest(tuned)
     facts["adapter"]["base"] = {"rid": manifest["rid"]}
     (tuned / "checkpoint.json").write_text(json.dumps(facts))
-    with pytest.raises(DataError, match="rest on each other"):
+    with pytest.raises(DataError, match="each other's bases"):
         load_checkpoint(tuned)
 
 
@@ -204,8 +204,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         _edit("checkpoint.json", lambda it: it["adapter"]["base"].update(rid="../../../etc")), "not in the same store"
     ),
     "strange bits": (_edit("checkpoint.json", lambda it: it["adapter"].update(bits=3)), "bits 3, group_size 64 are"),
-    "facts nest": (lambda folder: (folder / "checkpoint.json").write_text("[" * 99999), "no readable checkpoint"),
-    "no facts of it": (_edit("checkpoint.json", lambda it: it.update(adapter=[])), "adapter is no object"),
+    "facts nest": (lambda folder: (folder / "checkpoint.json").write_text("[" * 99999), "cannot be read"),
+    "no facts of it": (_edit("checkpoint.json", lambda it: it.update(adapter=[])), "adapter is not an object"),
     "another model": (_edit("config.json", lambda it: it.update(num_attention_heads=1)), "another model than its base"),
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ def test_a_damaged_manifest_is_told_with_the_remedy(folder: Path) -> None:
     whole = path.read_bytes()
     for data in (b"", whole[:-1], next(flips(whole, 999))):
         path.write_bytes(data)
-        with pytest.raises(StoreError, match=r"is damaged .*Remove the folder; the next run makes it again"):
+        with pytest.raises(StoreError, match=r"is damaged .*Remove the folder; the next run recomputes it"):
             read_manifest(folder)
 
 
@@ -144,8 +144,8 @@ def test_an_input_with_a_flipped_bit_is_refused_by_whoever_needs_it(
     path.write_bytes(bytes(data))
     code, text = stubs.run()
     assert code == 2
-    assert f"{name} has other contents than when it was made" in text
-    assert "Remove the folder; the next run makes it again." in text
+    assert f"{name} has other contents than its manifest says" in text
+    assert "Remove the folder; the next run recomputes it." in text
     shutil.rmtree(path.parent)
     assert stubs.run()[0] == 0
     assert stubs.trees() == made.trees()

@@ -70,7 +70,7 @@ def test_an_artifact_is_reported_with_all_it_was_made_from(whole, tmp_path, caps
 
 
 def test_a_name_of_nothing_is_told_with_what_there_is(whole):
-    with pytest.raises(StoreError, match=r'"nothing" is no artifact and no run .*Runs: speedrun'):
+    with pytest.raises(StoreError, match=r'"nothing" is no artifact or run .*Runs: speedrun'):
         tell(whole, "nothing")
 
 

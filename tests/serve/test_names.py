@@ -83,7 +83,7 @@ def test_every_verb_accepts_every_form_of_a_name(verb: str, form: str, say: Any,
 @pytest.mark.parametrize("verb", VERBS)
 def test_unknown_names_give_one_message(verb: str, say: Any) -> None:
     assert say(VERBS[verb], "sftt") == (2, (
-        'error: "sftt" is no artifact and no run in outputs. Steps of the latest run (quickstart): pretrain, sft. '
+        'error: "sftt" is no artifact or run in outputs. Steps of the latest run (quickstart): pretrain, sft. '
         'Runs: quickstart. Pins: best. Imports: mine. Did you mean "sft"?\n'
     ))  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Devices and versions of MLX that differ are named, by `diff` between artifacts and by `plan` against this machine."""
+"""`diff` names different devices and MLX versions of artifacts, `plan` those that differ from this machine's."""
 
 from __future__ import annotations
 
@@ -23,4 +23,4 @@ def test_drift_is_another_device_or_mlx_than_here() -> None:
     here = versions()["mlx"]
     assert environment_drift(made_with("cpu", here), "cpu") == {}
     assert environment_drift(made_with("metal", "0.1"), "cpu") == {"device": ("metal", "cpu"), "mlx": ("0.1", here)}
-    assert environment_drift({}, "cpu") == {}, "an older artifact does not say"
+    assert environment_drift({}, "cpu") == {}, "older artifacts did not record it"

@@ -1,4 +1,4 @@
-"""Garbage: nothing that anything needs is ever listed, a preview changes nothing, and a kill leaves a good store."""
+"""Garbage collection: nothing needed is removed, a preview changes nothing, and a kill leaves a valid store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NONE, ALL = Limits(), Limits(keep_last=0)
 def run_with(toys: Any, first: int, second: int = 1) -> str:
     """Run both steps with these settings; return the name of the run."""
     toys.config.toy.number, toys.config.other.number = first, second
-    # gc tells the refs of runs from names that people gave by the form of theirs.
+    # gc recognises the refs of runs by the form of their names.
     toys.invocations += 1
     folder = toys.outputs / "runs" / f"20260101-00000{toys.invocations}-1-toy"
     run = toys.run(toys.plan(PIPELINE))
@@ -46,12 +46,28 @@ def artifact(toys: Any, name: str) -> str:
     return str(resolve(toys.store, name).name)
 
 
+def whole_artifacts(toys: Any) -> set[str]:
+    """Return the artifacts in the store, after checking that each is undamaged."""
+    places = list((toys.outputs / "store").iterdir())
+    assert [fault for place in places for fault in find_faults(toys.store, place)] == []
+    return {place.name for place in places}
+
+
+def kill(toys: Any, point: str, *arguments: str) -> None:
+    """Run mlxchat until it kills itself at this point."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mlxchat", *arguments, "--apply", f"outputs={toys.outputs}"],
+        env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, capture_output=True, cwd=toys.outputs,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL
+
+
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     paths = (path for path in folder.rglob("*") if "index" not in path.parts)
     return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_size) for path in paths}
 
 
-def test_refs_of_ended_runs_keep_everything_until_a_limit_is_given(toys: Any) -> None:
+def test_ended_runs_keep_everything_until_a_limit_is_given(toys: Any) -> None:
     old = run_with(toys, 1)
     run_with(toys, 2)
     before = {artifact(toys, f"{old}/first"), artifact(toys, f"{old}/second")}
@@ -62,14 +78,14 @@ def test_refs_of_ended_runs_keep_everything_until_a_limit_is_given(toys: Any) ->
     assert names(toys, Limits(older_than_seconds=0.0)) == before
 
 
-def test_what_a_kept_artifact_was_made_from_is_kept_too(toys: Any) -> None:
+def test_inputs_of_kept_artifacts_are_kept(toys: Any) -> None:
     run_with(toys, 1, 1)
     old = artifact(toys, "second")
     run_with(toys, 1, 2)
-    assert names(toys, ALL) == {old}, "the first step's artifact is the input of the latest one's"
+    assert names(toys, ALL) == {old}, "the first step's artifact is an input of the latest run"
 
 
-def test_a_pin_keeps_an_artifact_and_its_inputs(toys: Any) -> None:
+def test_pin_keeps_an_artifact_and_its_inputs(toys: Any) -> None:
     run_with(toys, 1)
     store = toys.store
     store.set_ref("pins", "best", resolve(store, "second"))
@@ -79,7 +95,7 @@ def test_a_pin_keeps_an_artifact_and_its_inputs(toys: Any) -> None:
     assert len(names(toys, ALL)) == 2
 
 
-def test_an_artifact_that_nothing_refers_to_may_go_without_any_limit(toys: Any) -> None:
+def test_unreferenced_artifact_is_garbage_without_limits(toys: Any) -> None:
     old = run_with(toys, 1)
     lost = artifact(toys, f"{old}/second")
     run_with(toys, 1, 2)
@@ -87,18 +103,18 @@ def test_an_artifact_that_nothing_refers_to_may_go_without_any_limit(toys: Any) 
     assert names(toys, NONE) == {lost}
 
 
-def test_the_oldest_go_first_and_only_until_the_store_is_small_enough(toys: Any) -> None:
+def test_max_bytes_removes_only_the_oldest(toys: Any) -> None:
     for number in (1, 2, 3):
         run_with(toys, number)
     total = sum(summary["bytes"] for summary in read_catalog(toys.store))
     found = find_garbage(toys.store, Limits(max_bytes=total - 1)).garbage
     assert [item.kind for item in found if item.kind == "artifact"] == ["artifact"]
     oldest = next(summary for summary in read_catalog(toys.store) if summary["step"] == "second")
-    assert found[0].path.name == oldest["folder"], "of a step and what was made from it, the latter goes first"
+    assert found[0].path.name == oldest["folder"], "an artifact is removed before its inputs"
     assert names(toys, Limits(max_bytes=0)) == names(toys, ALL)
 
 
-def test_a_preview_changes_nothing(toys: Any) -> None:
+def test_preview_changes_nothing(toys: Any) -> None:
     run_with(toys, 1)
     run_with(toys, 2)
     before = snapshot(toys.outputs)
@@ -106,14 +122,12 @@ def test_a_preview_changes_nothing(toys: Any) -> None:
     assert snapshot(toys.outputs) == before
 
 
-def test_what_is_removed_is_what_the_preview_said_and_the_rest_is_whole(toys: Any) -> None:
+def test_collection_removes_what_the_preview_lists(toys: Any) -> None:
     run_with(toys, 1)
     run_with(toys, 2)
-    said = names(toys, ALL)
+    preview = names(toys, ALL)
     collect(toys.store, ALL)
-    here = {path.name for path in (toys.outputs / "store").iterdir()}
-    assert not here & said
-    assert [fault for name in here for fault in find_faults(toys.store, toys.outputs / "store" / name)] == []
+    assert not whole_artifacts(toys) & preview
     assert find_garbage(toys.store, ALL).garbage == []
     assert not (toys.outputs / "trash").exists()
     known = {summary["rid"] for summary in read_catalog(toys.store)}
@@ -122,7 +136,7 @@ def test_what_is_removed_is_what_the_preview_said_and_the_rest_is_whole(toys: An
     assert all(link.exists() for link in links)
 
 
-def test_work_that_nobody_continues_may_go_and_work_under_a_lock_may_not(toys: Any) -> None:
+def test_abandoned_work_is_garbage_and_locked_work_is_not(toys: Any) -> None:
     run_with(toys, 1)
     store = toys.store
     for rid in ("a" * 52, "b" * 52, "c" * 52):
@@ -135,7 +149,7 @@ def test_work_that_nobody_continues_may_go_and_work_under_a_lock_may_not(toys: A
         assert [item.path.name for item in find_garbage(store, NONE).garbage] == ["a" * 52]
 
 
-def test_nothing_is_collected_while_a_step_is_running(toys: Any) -> None:
+def test_gc_refuses_while_a_step_runs(toys: Any) -> None:
     run_with(toys, 1)
     run_with(toys, 2)
     lock = toys.outputs / "locks" / "gc.lock"
@@ -156,7 +170,7 @@ def test_nothing_is_collected_while_a_step_is_running(toys: Any) -> None:
         holder.stdout.close()
 
 
-def test_what_a_run_in_progress_plans_is_kept(toys: Any) -> None:
+def test_artifacts_of_a_run_in_progress_are_kept(toys: Any) -> None:
     old = run_with(toys, 1)
     plan = {step.name: step.rid for step in toys.plan(PIPELINE)}
     run_with(toys, 2)
@@ -169,7 +183,7 @@ def test_what_a_run_in_progress_plans_is_kept(toys: Any) -> None:
     assert artifact(toys, f"{old}/first") in names(toys, ALL)
 
 
-def test_refs_that_lead_nowhere_go(toys: Any) -> None:
+def test_dangling_refs_are_removed(toys: Any) -> None:
     run = run_with(toys, 1)
     (toys.outputs / "refs" / run / "gone").symlink_to("../../store/make-z")
     found = {item.path.name for item in find_garbage(toys.store, NONE).garbage}
@@ -179,23 +193,18 @@ def test_refs_that_lead_nowhere_go(toys: Any) -> None:
 
 
 @pytest.mark.parametrize("point", ["gc.planned", "gc.moved", "gc.deleted", "gc.moved:2"])
-def test_a_kill_while_collecting_leaves_a_good_store_that_the_next_one_finishes(point: str, toys: Any) -> None:
+def test_killed_gc_leaves_a_valid_store(point: str, toys: Any) -> None:
     for number in (1, 2, 3):
         run_with(toys, number)
-    said = names(toys, ALL)
-    done = subprocess.run(
-        [sys.executable, "-m", "mlxchat", "gc", "--keep-last", "0", "--apply", f"outputs={toys.outputs}"],
-        env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, capture_output=True, cwd=toys.outputs,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL
-    here = {path.name for path in (toys.outputs / "store").iterdir()}
-    assert [fault for name in here for fault in find_faults(toys.store, toys.outputs / "store" / name)] == []
+    preview = names(toys, ALL)
+    kill(toys, point, "gc", "--keep-last", "0")
+    whole_artifacts(toys)
     collect(toys.store, ALL)
-    assert {path.name for path in (toys.outputs / "store").iterdir()} & said == set()
+    assert not whole_artifacts(toys) & preview
     assert not (toys.outputs / "trash").exists()
 
 
-def test_with_a_run_goes_what_nothing_else_needs(toys: Any) -> None:
+def test_removing_a_run_removes_its_unshared_artifacts(toys: Any) -> None:
     old = run_with(toys, 1, 1)
     only_old, shared = artifact(toys, f"{old}/second"), artifact(toys, f"{old}/first")
     new = run_with(toys, 1, 2)
@@ -203,7 +212,7 @@ def test_with_a_run_goes_what_nothing_else_needs(toys: Any) -> None:
     found = find_removal(toys.store, [Run(old)], force=False)
     assert snapshot(toys.outputs) == before
     assert {item.path.name for item in found.garbage if item.kind == "artifact"} == {only_old}
-    assert set(found.kept) == {shared}, "the newer run has it, too"
+    assert set(found.kept) == {shared}, "the newer run has it"
     remove(toys.store, [Run(old)], force=False)
     assert [run for run in (toys.outputs / "runs").iterdir() if run.name == old] == []
     assert (groups(toys.store), latest(toys.store)) == ([new], new)
@@ -211,7 +220,7 @@ def test_with_a_run_goes_what_nothing_else_needs(toys: Any) -> None:
     assert not (toys.outputs / "trash").exists()
 
 
-def test_a_pin_keeps_an_artifact_of_a_removed_run_and_its_inputs(toys: Any) -> None:
+def test_pin_outlives_its_removed_run(toys: Any) -> None:
     run = run_with(toys, 1)
     toys.store.set_ref("pins", "best", resolve(toys.store, "second"))
     kept = remove(toys.store, [Run(run)], force=False).kept
@@ -220,12 +229,12 @@ def test_a_pin_keeps_an_artifact_of_a_removed_run_and_its_inputs(toys: Any) -> N
     assert find_garbage(toys.store, ALL).garbage == []
 
 
-def test_an_artifact_that_something_rests_on_is_removed_only_by_force(toys: Any) -> None:
+def test_removing_an_input_or_pin_needs_force(toys: Any) -> None:
     run_with(toys, 1)
     first, second = resolve(toys.store, "first"), resolve(toys.store, "second")
     toys.store.set_ref("pins", "best", first)
-    told = rf"{first.name}: {second.name} was made from it\n{first.name}: it is pinned as best\n.*--force"
-    with pytest.raises(ConfigError, match=told):
+    reasons = rf"{first.name}: {second.name} was made from it\n{first.name}: it is pinned as best\n.*--force"
+    with pytest.raises(ConfigError, match=reasons):
         remove(toys.store, [Found(first)], force=False)
     assert first.exists()
     remove(toys.store, [Found(first), Found(second)], force=True)
@@ -233,7 +242,7 @@ def test_an_artifact_that_something_rests_on_is_removed_only_by_force(toys: Any)
     assert [link for link in (toys.outputs / "refs").rglob("*") if link.is_symlink() and not link.exists()] == []
 
 
-def test_a_run_that_may_be_in_progress_is_removed_only_by_force(toys: Any) -> None:
+def test_removing_a_run_in_progress_needs_force(toys: Any) -> None:
     run = run_with(toys, 1)
     record = {"started": "2999-01-01T00:00:00+00:00", "steps": [{"rid": step.rid} for step in toys.plan(PIPELINE)]}
     (toys.outputs / "runs" / run / "plan.json").write_text(json.dumps(record))
@@ -246,17 +255,12 @@ def test_a_run_that_may_be_in_progress_is_removed_only_by_force(toys: Any) -> No
     assert list((toys.outputs / "store").iterdir()) == []
 
 
-@pytest.mark.parametrize("point", ["gc.planned", "gc.moved", "gc.deleted", "gc.moved:2", "gc.moved:3", "gc.moved:4"])
-def test_a_kill_while_removing_a_run_leaves_nothing_half(point: str, toys: Any) -> None:
+@pytest.mark.parametrize("point", ["gc.moved", "gc.moved:2", "gc.moved:3", "gc.moved:4"])
+def test_killed_rm_leaves_a_valid_store(point: str, toys: Any) -> None:
     kept = artifact(toys, f"{run_with(toys, 1)}/second")
     run = run_with(toys, 2)
-    done = subprocess.run(
-        [sys.executable, "-m", "mlxchat", "rm", run, "--apply", f"outputs={toys.outputs}"],
-        env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, capture_output=True, cwd=toys.outputs,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL
-    here = {path.name for path in (toys.outputs / "store").iterdir()}
-    assert [fault for name in here for fault in find_faults(toys.store, toys.outputs / "store" / name)] == []
+    kill(toys, point, "rm", run)
+    whole_artifacts(toys)
     if run in groups(toys.store) or (toys.outputs / "runs" / run).exists():
         remove(toys.store, [Run(run)], force=False)
     collect(toys.store, NONE)
@@ -265,23 +269,17 @@ def test_a_kill_while_removing_a_run_leaves_nothing_half(point: str, toys: Any) 
     assert not (toys.outputs / "trash").exists()
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("12h", 43200), ("7d", 7 * DAY_SECONDS), ("1.5m", 90)])
-def test_ages_are_read(text: str, seconds: float) -> None:
-    assert parse_age(text) == seconds
+def test_ages_and_sizes_are_parsed() -> None:
+    ages = {"90s": 90, "12h": 43200, "7d": 7 * DAY_SECONDS, "1.5m": 90}
+    sizes = {"10GB": 1e10, "500MB": 5e8, "1.5T": 1.5e12, "100": 100}
+    assert {text: parse_age(text) for text in ages} == ages
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+    for text in ("7", "d", "-1d", "7 days", ""):
+        with pytest.raises(ConfigError, match="no age"):
+            parse_age(text)
 
 
-@pytest.mark.parametrize(("text", "count"), [("10GB", 1e10), ("500MB", 5e8), ("1.5T", 1.5e12), ("100", 100)])
-def test_sizes_are_read(text: str, count: float) -> None:
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["7", "d", "-1d", "7 days", ""])
-def test_what_is_no_age_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="no age"):
-        parse_age(text)
-
-
-def test_giving_up_the_wait_for_a_lock_leaves_its_holders_record(tmp_path: Path) -> None:
+def test_refused_wait_keeps_the_holders_record(tmp_path: Path) -> None:
     lock = tmp_path / "step.lock"
     lock.write_text('{"pid": 1, "step": "sft"}')
 

@@ -49,23 +49,21 @@ def hold_elsewhere(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Po
         holder.communicate()
 
 
-def test_a_waiter_is_told_the_holder_once_and_gets_the_lock_when_the_holder_is_killed(
-    tmp_path: Path, hold_elsewhere: Any
-) -> None:
+def test_waiter_sees_the_holder_and_gets_its_lock(tmp_path: Path, hold_elsewhere: Any) -> None:
     holder, _ = hold_elsewhere()
-    told: list[dict[str, Any]] = []
+    holders: list[dict[str, Any]] = []
 
     def kill_holder(owner: dict[str, Any]) -> None:
-        told.append(owner)
+        holders.append(owner)
         holder.send_signal(signal.SIGKILL)
 
     with locks.hold(tmp_path / "x.lock", {"step": "mine"}, kill_holder) as waited:
         assert waited
         assert locks.read_owner(tmp_path / "x.lock")["step"] == "mine"
-    assert [(owner["pid"], owner["step"], owner["run"]) for owner in told] == [(holder.pid, "pretrain", "run7")]
+    assert [(owner["pid"], owner["step"], owner["run"]) for owner in holders] == [(holder.pid, "pretrain", "run7")]
 
 
-def test_a_lock_is_held_until_its_holder_is_killed(tmp_path: Path, hold_elsewhere: Any) -> None:
+def test_kill_releases_the_lock(tmp_path: Path, hold_elsewhere: Any) -> None:
     assert not locks.is_held(tmp_path / "x.lock")
     holder, _ = hold_elsewhere()
     assert locks.is_held(tmp_path / "x.lock")
@@ -74,7 +72,7 @@ def test_a_lock_is_held_until_its_holder_is_killed(tmp_path: Path, hold_elsewher
     assert not locks.is_held(tmp_path / "x.lock")
 
 
-def test_a_program_that_the_holder_started_does_not_keep_the_lock(tmp_path: Path, hold_elsewhere: Any) -> None:
+def test_subprocess_of_the_holder_does_not_keep_the_lock(tmp_path: Path, hold_elsewhere: Any) -> None:
     holder, child = hold_elsewhere("with a child")
     try:
         holder.kill()
@@ -85,7 +83,7 @@ def test_a_program_that_the_holder_started_does_not_keep_the_lock(tmp_path: Path
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_free_lock_is_taken_without_waiting_and_given_back(tmp_path: Path) -> None:
+def test_free_lock_is_taken_and_released(tmp_path: Path) -> None:
     path = tmp_path / "locks" / "x.lock"
     with locks.hold(path, {"step": "sft"}, lambda owner: pytest.fail("nobody holds it")) as waited:
         assert not waited
@@ -95,7 +93,7 @@ def test_a_free_lock_is_taken_without_waiting_and_given_back(tmp_path: Path) -> 
     assert locks.read_owner(path) == {}
 
 
-def test_a_body_that_raises_gives_the_lock_back(tmp_path: Path) -> None:
+def test_exception_releases_the_lock(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), locks.hold(tmp_path / "x.lock", {}, lambda owner: None):
         _ = 1 / 0
     assert not locks.is_held(tmp_path / "x.lock")
@@ -114,7 +112,7 @@ for _ in range(5):
 """
 
 
-def test_eight_processes_never_hold_it_together(tmp_path: Path) -> None:
+def test_lock_excludes_eight_processes(tmp_path: Path) -> None:
     count = tmp_path / "count"
     count.write_text("0")
     racers = [subprocess.Popen([sys.executable, "-c", COUNTER, str(tmp_path / "x.lock"), str(count)]) for _ in range(8)]
@@ -122,19 +120,8 @@ def test_eight_processes_never_hold_it_together(tmp_path: Path) -> None:
     assert count.read_text() == "40"
 
 
-def test_a_file_system_without_locks_is_refused_with_the_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_locks(handle: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(StoreError, match=r"no locks .*outputs=PATH"), locks.hold(tmp_path / "x.lock", {}, print):
-        pass
-
-
 @pytest.mark.parametrize("content", ["", "{", "[]", "null"])
-def test_an_unreadable_owner_is_an_empty_record(content: str, tmp_path: Path) -> None:
+def test_unreadable_owner_is_an_empty_record(content: str, tmp_path: Path) -> None:
     (tmp_path / "x.lock").write_text(content)
     assert locks.read_owner(tmp_path / "x.lock") == {}
 
@@ -167,7 +154,7 @@ with locks.hold(Path(sys.argv[1]), {"step": "pretrain", "run": "run7"}, lambda o
 """
 
 
-def test_a_forked_child_that_lives_on_does_not_keep_the_lock(tmp_path: Path) -> None:
+def test_surviving_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", FORKER, str(tmp_path / "x.lock")], stdout=subprocess.PIPE, text=True
     )
@@ -185,7 +172,7 @@ def test_a_forked_child_that_lives_on_does_not_keep_the_lock(tmp_path: Path) -> 
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_forked_child_that_leaves_the_body_does_not_take_the_lock_from_its_parent(tmp_path: Path) -> None:
+def test_exiting_forked_child_leaves_the_parents_lock(tmp_path: Path) -> None:
     with locks.hold(tmp_path / "x.lock", {"step": "sft"}, lambda owner: None):
         child = os.fork()
         if child == 0:
@@ -196,9 +183,7 @@ def test_a_forked_child_that_leaves_the_body_does_not_take_the_lock_from_its_par
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
-def test_the_probe_refuses_a_file_system_without_locks(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_system_without_locks_is_refused(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_locks(handle: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -206,22 +191,22 @@ def test_the_probe_refuses_a_file_system_without_locks(
     with pytest.raises(StoreError, match=r"no locks .*outputs=PATH"):
         locks.check_locks(tmp_path)
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(StoreError, match=r"no locks .*outputs=PATH"), locks.hold(tmp_path / "x.lock", {}, print):
+        pass
 
 
-def test_the_probe_refuses_a_file_system_that_grants_every_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_system_that_grants_every_lock_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fcntl, "flock", lambda handle, operation: None)
     with pytest.raises(StoreError, match=r"grants a lock to two holders at once.*outputs=PATH"):
         locks.check_locks(tmp_path)
 
 
-def test_the_probe_leaves_nothing_where_locks_work(tmp_path: Path) -> None:
+def test_lock_check_leaves_no_files(tmp_path: Path) -> None:
     locks.check_locks(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_waiter_for_a_removed_lock_file_takes_the_one_that_others_see(tmp_path: Path, hold_elsewhere: Any) -> None:
+def test_waiter_for_a_removed_lock_file_takes_the_new_one(tmp_path: Path, hold_elsewhere: Any) -> None:
     hold_elsewhere()
     path = tmp_path / "x.lock"
     with locks.hold(path, {"step": "mine"}, lambda owner: path.unlink()):
@@ -229,7 +214,7 @@ def test_a_waiter_for_a_removed_lock_file_takes_the_one_that_others_see(tmp_path
         assert locks.owns(path)
 
 
-def test_a_lock_whose_file_was_removed_is_no_longer_owned(tmp_path: Path) -> None:
+def test_lock_with_a_removed_file_is_not_owned(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
     with locks.hold(path, {}, lambda owner: None):
         assert locks.owns(path)
@@ -239,7 +224,7 @@ def test_a_lock_whose_file_was_removed_is_no_longer_owned(tmp_path: Path) -> Non
         assert not locks.owns(path)
 
 
-def test_shared_holders_do_not_wait_for_each_other_but_one_that_holds_it_alone_waits(tmp_path: Path) -> None:
+def test_shared_holders_exclude_only_exclusive_ones(tmp_path: Path) -> None:
     path = tmp_path / "gc.lock"
 
     def refuse(owner: dict[str, Any]) -> None:
@@ -252,9 +237,9 @@ def test_shared_holders_do_not_wait_for_each_other_but_one_that_holds_it_alone_w
         pass
 
 
-def test_who_only_looks_is_not_waited_for_by_name(tmp_path: Path) -> None:
+def test_brief_check_of_a_lock_is_not_reported(tmp_path: Path) -> None:
     path = tmp_path / "x.lock"
-    path.write_text('{"pid": 999999999, "host": "' + os.uname().nodename + '"}')  # left by a process that was killed
+    path.write_text('{"pid": 999999999, "host": "' + os.uname().nodename + '"}')  # left by a killed process
     glance = os.open(path, os.O_RDWR)
     fcntl.flock(glance, fcntl.LOCK_EX)
     timer = threading.Timer(0.01, lambda: os.close(glance))
@@ -264,10 +249,10 @@ def test_who_only_looks_is_not_waited_for_by_name(tmp_path: Path) -> None:
     timer.join()
 
 
-def test_a_lock_in_a_folder_that_cannot_be_written_is_refused_in_words(tmp_path: Path) -> None:
+def test_unwritable_lock_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with (
-        pytest.raises(StoreError, match=r"x\.lock cannot be made"),
+        pytest.raises(StoreError, match=r"x\.lock cannot be created"),
         locks.hold(tmp_path / "file" / "x.lock", {}, print),
     ):
         pass
@@ -291,7 +276,7 @@ TWO = ("GPU-8932f937-aa", "GPU-11d0e0aa-bb")
         (TWO, None, "0,1", ["0", "1"]),
     ],
 )
-def test_every_visible_gpu_has_one_lock(
+def test_each_visible_gpu_has_one_lock(
     uuids: tuple[str, ...], visible: str | None, job: str | None, devices: list[str], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -310,8 +295,8 @@ def test_every_visible_gpu_has_one_lock(
     assert [path.name for path in found.values()] == [f"gpu-{device}.lock" for device in devices]
 
 
-def test_the_locks_of_gpus_are_not_in_another_users_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_locks_of_another_user_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getuid", lambda: 12345678)
     monkeypatch.setenv("MLXCHAT_LOCKS", "/tmp")
-    with pytest.raises(StoreError, match=r"/tmp, the folder .*another user's: set MLXCHAT_LOCKS"):
+    with pytest.raises(StoreError, match=r"/tmp, the folder .*another user: set MLXCHAT_LOCKS"):
         locks.gpu_locks()

@@ -1,4 +1,4 @@
-"""Names of artifacts: every form that a person may use, and what is said if it means nothing or too much."""
+"""Names of artifacts: every accepted form, and the messages for unknown and ambiguous ones."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def store(tmp_path: Path) -> Store:
         ("abcde", FIRST), (SECOND, SECOND), (SECOND[:20], SECOND), ("x", THIRD),
     ],
 )  # fmt: skip
-def test_every_form_of_a_name_leads_to_its_artifact(name: str, rid: str, store: Store) -> None:
+def test_every_form_of_a_name_is_resolved(name: str, rid: str, store: Store) -> None:
     assert resolve(store, name).name.endswith(rid[:16])
 
 
-def test_an_ambiguous_start_lists_what_may_be_meant(store: Store) -> None:
+def test_ambiguous_prefix_lists_candidates(store: Store) -> None:
     with pytest.raises(StoreError, match=rf'"abcd" is ambiguous.*sft-d4-{FIRST[:16]}, sft-d4-{SECOND[:16]}.*more of'):
         resolve(store, "abcd")
 
@@ -60,28 +60,28 @@ def test_an_ambiguous_start_lists_what_may_be_meant(store: Store) -> None:
         ("/", ""),
     ],
 )
-def test_a_name_of_nothing_is_refused_with_the_nearest_one(name: str, hint: str | None, store: Store) -> None:
+def test_unknown_name_suggests_the_nearest(name: str, hint: str | None, store: Store) -> None:
     if hint is None:
-        assert resolve(store, name) == resolve(store, "latest/sft"), "the start of a group's name is enough"
+        assert resolve(store, name) == resolve(store, "latest/sft"), "a prefix of a group's name is accepted"
         return
     with pytest.raises(StoreError) as caught:
         resolve(store, name)
     assert f'Did you mean "{hint}"?' in str(caught.value) or not hint
 
 
-def test_a_pin_named_as_a_step_has_to_be_told_from_it(store: Store) -> None:
+def test_pin_and_step_of_one_name_are_ambiguous(store: Store) -> None:
     store.set_ref("pins", "sft", store.outputs / "store" / f"rl-d4-{THIRD[:16]}")
-    with pytest.raises(StoreError, match=rf"latest/sft \(sft-d4-{FIRST[:16]}\), pins/sft \(rl-.*say which"):
+    with pytest.raises(StoreError, match=rf"ambiguous: use latest/sft \(sft-d4-{FIRST[:16]}\), pins/sft \(rl-"):
         resolve(store, "sft")
     assert resolve(store, "pins/sft").name.startswith("rl")
 
 
-def test_a_long_id_that_only_begins_alike_is_another_one(store: Store) -> None:
+def test_long_id_with_a_known_prefix_is_unknown(store: Store) -> None:
     with pytest.raises(StoreError, match="is no artifact"):
         resolve(store, FIRST[:16] + "zzzz")
 
 
-def test_the_catalog_is_the_same_kept_or_read_and_follows_every_change(store: Store) -> None:
+def test_cached_catalog_follows_every_change(store: Store) -> None:
     read = read_catalog(store, trusted=False)
     assert read_catalog(store) == read
     folder = store.outputs / "store" / f"rl-d4-{THIRD[:16]}"
@@ -92,7 +92,7 @@ def test_the_catalog_is_the_same_kept_or_read_and_follows_every_change(store: St
     assert {summary["step"] for summary in read_catalog(store)} == {"sft"}
 
 
-def test_a_catalog_that_is_damaged_in_any_way_is_made_anew(store: Store) -> None:
+def test_damaged_catalog_is_rebuilt(store: Store) -> None:
     expected = read_catalog(store)
     place = store.outputs / "index" / "catalog.json"
     whole = place.read_bytes()
@@ -107,12 +107,12 @@ def test_a_catalog_that_is_damaged_in_any_way_is_made_anew(store: Store) -> None
     assert place.read_bytes() == whole
 
 
-def test_a_damaged_manifest_is_in_the_catalog_as_such(store: Store) -> None:
+def test_damaged_manifest_is_listed_as_damaged(store: Store) -> None:
     (store.outputs / "store" / f"rl-d4-{THIRD[:16]}" / "manifest.json").write_text('{"rid": ')
     (damaged,) = (summary for summary in read_catalog(store) if "damaged" in summary)
     assert damaged["folder"].startswith("rl-d4-")
 
 
-def test_a_store_that_may_only_be_read_has_a_catalog_too(tmp_path: Path) -> None:
+def test_catalog_of_a_missing_store_is_empty(tmp_path: Path) -> None:
     assert read_catalog(Store(tmp_path / "none")) == []
     assert not (tmp_path / "none").exists()

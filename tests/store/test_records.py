@@ -1,4 +1,4 @@
-"""JSON lines that a kill may cut anywhere, and the list of a step's executions made from them."""
+"""JSON lines that a kill may cut anywhere, and the list of a step's executions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.store import attempts
-from mlxchat.store.files import Records, now
+from mlxchat.store.files import Records
 
 records = st.lists(
     st.fixed_dictionaries({"iteration": st.integers(0, 9), "text": st.text(max_size=8), "loss": st.floats(0, 9)}),
@@ -21,7 +21,7 @@ records = st.lists(
 
 
 @given(records)
-def test_what_was_appended_is_read_back(
+def test_appended_records_are_read_back(
     tmp_path_factory: pytest.TempPathFactory, written: list[dict[str, Any]]
 ) -> None:
     log = Records(tmp_path_factory.mktemp("log") / "deep" / "metrics.jsonl")
@@ -30,7 +30,7 @@ def test_what_was_appended_is_read_back(
     assert log.read() == written
 
 
-def test_a_file_that_is_not_there_is_empty(tmp_path: Path) -> None:
+def test_missing_file_has_no_records(tmp_path: Path) -> None:
     assert Records(tmp_path / "metrics.jsonl").read() == []
 
 
@@ -38,7 +38,7 @@ WRITTEN = [{"iteration": index, "text": f"é {index} ☃"} for index in range(3)
 
 
 def cut_files(tmp_path: Path) -> list[tuple[int, Records]]:
-    """Return the file of WRITTEN cut at every byte, each with the number of its whole records."""
+    """Return files of WRITTEN cut at every byte, each with its number of complete records."""
     whole = Records(tmp_path / "whole.jsonl")
     ends = [0]
     for record in WRITTEN:
@@ -52,59 +52,40 @@ def cut_files(tmp_path: Path) -> list[tuple[int, Records]]:
     return found
 
 
-def test_a_file_cut_anywhere_gives_the_records_before_the_cut(tmp_path: Path) -> None:
+def test_cut_file_keeps_earlier_and_later_records(tmp_path: Path) -> None:
     for num_whole, cut in cut_files(tmp_path):
         assert cut.read() == WRITTEN[:num_whole]
-
-
-def test_a_record_after_a_cut_line_is_not_lost(tmp_path: Path) -> None:
-    for num_whole, cut in cut_files(tmp_path):
         cut.append({"iteration": 9})
         assert cut.read() == [*WRITTEN[:num_whole], {"iteration": 9}]
 
 
-def test_truncation_drops_what_came_after_an_iteration_and_a_cut_line(tmp_path: Path) -> None:
+def test_truncation_drops_later_iterations_and_a_cut_line(tmp_path: Path) -> None:
     log = Records(tmp_path / "metrics.jsonl")
-    for record in [
-        {"note": "no iteration"},
-        {"iteration": 1},
-        {"iteration": 2, "val": 1},
-        {"iteration": 2},
-        {"iteration": 3},
-    ]:
+    kept: list[dict[str, Any]] = [
+        {"note": "no iteration"}, {"iteration": 1}, {"iteration": 2, "val": 1}, {"iteration": 2},
+    ]  # fmt: skip
+    for record in [*kept, {"iteration": 3}]:
         log.append(record)
     with log.path.open("a") as file:
         file.write('{"iteration": 4, "lo')
     log.truncate(2)
-    assert [json.loads(line) for line in log.path.read_text().splitlines()] == [
-        {"note": "no iteration"}, {"iteration": 1}, {"iteration": 2, "val": 1}, {"iteration": 2},
-    ]  # fmt: skip
+    assert [json.loads(line) for line in log.path.read_text().splitlines()] == kept
     assert list(tmp_path.iterdir()) == [log.path]
 
 
-def test_times_sort_as_texts() -> None:
-    assert now() <= now()
-    assert now().endswith("+00:00")
-
-
-def test_an_execution_without_an_end_was_killed(tmp_path: Path) -> None:
+def test_execution_without_an_end_was_killed(tmp_path: Path) -> None:
     attempts.start(tmp_path, "run1", "sft")
     second = attempts.start(tmp_path, "run2", "sft")
     attempts.finish(tmp_path, second, "done", None, 7)
     killed, done = attempts.read(tmp_path)
     assert (killed["outcome"], killed["ended"], killed["seconds"], killed["run"]) == ("killed", None, None, "run1")
     assert (done["outcome"], done["resumed_from"], done["run"], done["attempt"]) == ("done", 7, "run2", 2)
+    assert (done["step"], done["pid"], done["host"]) == ("sft", os.getpid(), os.uname().nodename)
     assert done["seconds"] >= 0
+    assert killed["started"] <= done["started"] <= done["ended"], "times sort as text"
 
 
-def test_an_execution_says_who_and_where_it_was(tmp_path: Path) -> None:
-    attempts.start(tmp_path, "run1", "sft")
-    (record,) = attempts.read(tmp_path)
-    assert {"started", "ended", "outcome", "pid", "host", "seconds"} <= record.keys()
-    assert (record["step"], record["pid"], record["host"]) == ("sft", os.getpid(), os.uname().nodename)
-
-
-def test_executions_are_told_apart_after_a_line_cut_by_a_kill(tmp_path: Path) -> None:
+def test_executions_after_a_cut_line_are_read(tmp_path: Path) -> None:
     attempts.start(tmp_path, "run1", "sft")
     path = tmp_path / "attempts.jsonl"
     whole = path.read_bytes()
@@ -116,7 +97,7 @@ def test_executions_are_told_apart_after_a_line_cut_by_a_kill(tmp_path: Path) ->
         assert (last["run"], last["outcome"], last["error"]) == ("run2", "failed", "oh"), f"cut at byte {length}"
 
 
-def test_there_are_no_records_below_a_file(tmp_path: Path) -> None:
-    """Work is looked through while others leave files in it for an instant: that ended runs of eight processes."""
+def test_path_below_a_file_has_no_records(tmp_path: Path) -> None:
+    """Other processes create files in work/ for an instant while it is scanned."""
     (tmp_path / "probe").touch()
     assert Records(tmp_path / "probe" / "attempts.jsonl").read() == []

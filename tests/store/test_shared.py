@@ -1,4 +1,4 @@
-"""Artifacts that stages share: made once per content, by whoever comes first, and never half."""
+"""Shared artifacts: created once per content, and never partial."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def write(folder: Path) -> dict[str, float]:
 
 
 def refuse(folder: Path) -> dict[str, float]:
-    raise AssertionError("it is there already")
+    raise AssertionError("it exists already")
 
 
-def test_what_was_made_once_is_found_again(shared: SharedArtifacts) -> None:
+def test_existing_artifact_is_reused(shared: SharedArtifacts) -> None:
     place = obtain(shared, write)
     assert (place / "tokens").read_text() == "content"
-    assert obtain(shared, refuse) == obtain(open_shared(shared.outputs), refuse) == place
+    assert obtain(shared, refuse) == obtain(open_shared(shared.outputs), refuse, label="other") == place
 
 
 @pytest.mark.parametrize("changes", [{"version": 2}, {"identity": {"text": "abd"}}], ids=str)
-def test_another_format_or_content_is_made_anew(shared: SharedArtifacts, changes: dict[str, Any]) -> None:
+def test_other_formats_and_contents_are_other_artifacts(shared: SharedArtifacts, changes: dict[str, Any]) -> None:
     def write_other(folder: Path) -> dict[str, float]:
         (folder / "tokens").write_text("other")
         return {}
@@ -62,12 +62,7 @@ def test_another_format_or_content_is_made_anew(shared: SharedArtifacts, changes
     assert obtain(shared, write_other, **changes) != obtain(shared, write)
 
 
-@pytest.mark.parametrize("changes", [{"label": "other"}], ids=str)
-def test_the_label_is_for_people_only(shared: SharedArtifacts, changes: dict[str, Any]) -> None:
-    assert obtain(shared, write, **changes) == obtain(shared, refuse)
-
-
-def test_it_is_an_artifact_of_the_store_with_its_lineage_and_digests(shared: SharedArtifacts) -> None:
+def test_shared_artifact_has_lineage_and_digests(shared: SharedArtifacts) -> None:
     place = obtain(shared, write)
     (manifest,) = Store(shared.outputs).manifests()
     assert place.name == manifest["name"] == f"tokens-shard-{manifest['rid'][:16]}"
@@ -80,9 +75,7 @@ def test_it_is_an_artifact_of_the_store_with_its_lineage_and_digests(shared: Sha
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=["fault", "interrupt"])
-def test_a_maker_that_fails_leaves_nothing_and_the_next_one_makes_it(
-    shared: SharedArtifacts, error: BaseException
-) -> None:
+def test_failure_leaves_nothing_and_is_repeated(shared: SharedArtifacts, error: BaseException) -> None:
     def fail(folder: Path) -> dict[str, float]:
         write(folder)
         raise error
@@ -93,7 +86,7 @@ def test_a_maker_that_fails_leaves_nothing_and_the_next_one_makes_it(
     assert (obtain(shared, write) / "tokens").exists()
 
 
-def test_a_full_disk_is_told_in_one_message(shared: SharedArtifacts) -> None:
+def test_full_disk_is_one_message(shared: SharedArtifacts) -> None:
     def fail(folder: Path) -> dict[str, float]:
         raise OSError(28, "No space left on device", str(folder / "tokens"))
 
@@ -101,7 +94,7 @@ def test_a_full_disk_is_told_in_one_message(shared: SharedArtifacts) -> None:
         obtain(shared, fail)
 
 
-def test_of_many_threads_one_makes_it_and_all_get_it(shared: SharedArtifacts) -> None:
+def test_one_of_many_threads_creates_it(shared: SharedArtifacts) -> None:
     made: list[int] = []
     places: list[Path] = []
 
@@ -120,7 +113,7 @@ def test_of_many_threads_one_makes_it_and_all_get_it(shared: SharedArtifacts) ->
     assert len(set(places)) == 1
 
 
-def test_who_waits_says_so_once_and_may_give_up(shared: SharedArtifacts) -> None:
+def test_waiting_is_reported_once_and_can_be_stopped(shared: SharedArtifacts) -> None:
     said: list[str] = []
     patience = [1, 2, 3]
 
@@ -135,7 +128,7 @@ def test_who_waits_says_so_once_and_may_give_up(shared: SharedArtifacts) -> None
         pytest.raises(TimeoutError),
     ):
         obtain(open_shared(shared.outputs, said.append), refuse, check=check)
-    assert said == [f"tokens     waits: process {os.getpid()} on {os.uname().nodename} is making shard"]
+    assert said == [f"tokens     waiting: process {os.getpid()} on {os.uname().nodename} is encoding shard"]
 
 
 PROCESS = """
@@ -163,20 +156,27 @@ def start(outputs: Path, log: Path, slow: float) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
 
-def test_of_two_processes_one_makes_it_and_both_get_it(shared: SharedArtifacts, tmp_path: Path) -> None:
+def start_and_kill(shared: SharedArtifacts, log: Path) -> None:
+    """Kill a process while it creates the artifact; meanwhile other runs leave its work alone."""
+    process = start(shared.outputs, log, 60)
+    while not any((shared.outputs / "work").glob("*/out/tokens")):
+        time.sleep(0.005)
+    Store(shared.outputs).prepare()
+    assert len(list((shared.outputs / "work").iterdir())) == 1
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_one_of_two_processes_creates_it(shared: SharedArtifacts, tmp_path: Path) -> None:
     processes = [start(shared.outputs, tmp_path / "log", 0.3) for _ in range(2)]
     assert [process.communicate(timeout=60)[0] for process in processes] == ["content\n", "content\n"]
     assert (tmp_path / "log").read_text() == "made\n"
     assert list((shared.outputs / "work").iterdir()) == []
 
 
-def test_a_killed_maker_leaves_no_artifact_and_the_next_run_makes_it(shared: SharedArtifacts, tmp_path: Path) -> None:
+def test_killed_process_leaves_no_artifact(shared: SharedArtifacts, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = start(shared.outputs, log, 60)
-    while not any((shared.outputs / "work").glob("*/out/tokens")):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    start_and_kill(shared, log)
     assert list((shared.outputs / "store").iterdir()) == []
     assert start(shared.outputs, log, 0).communicate(timeout=60)[0] == "content\n"
     assert log.read_text() == "made\nmade\n"
@@ -184,16 +184,8 @@ def test_a_killed_maker_leaves_no_artifact_and_the_next_run_makes_it(shared: Sha
     assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["killed", "done"]
 
 
-def test_what_a_killed_maker_left_is_removed_by_the_next_run_even_if_nobody_needs_it(
-    shared: SharedArtifacts, tmp_path: Path
-) -> None:
-    """Text was encoded ahead when a training was killed; the next run ended before it needed that, and left it."""
-    process = start(shared.outputs, tmp_path / "log", 60)
-    while not any((shared.outputs / "work").glob("*/out/tokens")):
-        time.sleep(0.005)
-    Store(shared.outputs).prepare()
-    assert len(list((shared.outputs / "work").iterdir())) == 1, "it is being made"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+def test_next_run_removes_the_work_of_a_killed_process(shared: SharedArtifacts, tmp_path: Path) -> None:
+    """Also if that run does not need the artifact."""
+    start_and_kill(shared, tmp_path / "log")
     Store(shared.outputs).prepare()
     assert list((shared.outputs / "work").iterdir()) == []

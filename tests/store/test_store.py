@@ -1,4 +1,4 @@
-"""The outputs folder: nothing half-made is ever found, names are for people, faults are told in words."""
+"""The outputs folder: artifacts are complete or absent, refs are relative, errors name the remedy."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def make_artifact(store: Store, text: str = "content", **more: Any) -> Path:
     return place
 
 
-def test_what_is_made_outside_a_checkout_can_be_read(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Installed from a wheel there is no git: for a day such manifests were called damaged by the next step."""
+def test_manifest_without_git_is_valid(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Installed from a wheel there is no git checkout, and `git` is null in manifests."""
     monkeypatch.setattr("mlxchat.store.environment.git_state", lambda folder: None)
     toys.run(toys.plan({"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}))
     assert read_manifest(resolve(toys.store, "second"))["git"] is None
 
 
-def test_a_manifest_that_readers_would_refuse_is_not_published(store: Store) -> None:
+def test_invalid_manifest_is_not_published(store: Store) -> None:
     out = store.work(KEY) / "out"
     out.mkdir(parents=True)
     with pytest.raises(StoreError, match=r"cannot be published: .*metrics\.loss is 'low', expected a number"):
         store.publish(out, "d4", manifest(metrics={"loss": "low"}))
     assert list((store.outputs / "store").iterdir()) == []
-    assert out.is_dir(), "what was made is kept"
+    assert out.is_dir(), "the outputs are kept"
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def store(tmp_path: Path) -> Store:
     return found
 
 
-def test_an_artifact_is_found_if_and_only_if_its_manifest_is_there(store: Store) -> None:
+def test_artifact_exists_if_its_manifest_does(store: Store) -> None:
     place = store.outputs / "store" / f"sft-d4-{RID[:16]}"
     place.mkdir()
     (place / "model.safetensors").write_text("weights")
@@ -72,7 +72,7 @@ def test_an_artifact_is_found_if_and_only_if_its_manifest_is_there(store: Store)
     assert (store.find(RID), store.read(RID), list(store.manifests())) == (place, made, [made])
 
 
-def test_another_store_object_sees_what_was_published_after_it_forgets(store: Store) -> None:
+def test_forget_shows_what_others_published(store: Store) -> None:
     other = Store(store.outputs)
     assert other.made(KEY) is None
     place = make_artifact(store)
@@ -142,25 +142,23 @@ print(json.dumps(states))
 
 
 @pytest.mark.parametrize("before", ["nothing", "rebuild", "damaged"])
-def test_a_kill_at_any_file_operation_of_publishing_leaves_no_partial_artifact(before: str, tmp_path: Path) -> None:
+def test_kill_during_publishing_leaves_no_partial_artifact(before: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", CRASHES, str(tmp_path / "outputs"), KEY, before],
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
     states = json.loads(done.stdout)
     whole = [["new", ["new"], 3], ["old", ["old"], 3], [None, [], 0]]
-    whole += [["new", ["changed", "new"], 3]] * (before == "damaged")  # it was there before
+    whole += [["new", ["changed", "new"], 3]] * (before == "damaged")  # the state before
     assert [state for state in states if state not in whole] == []
-    assert states[-1] == ["new", ["new"], 3], "undisturbed, it is published"
+    assert states[-1] == ["new", ["new"], 3], "without a kill it is published"
     assert len(states) > 6, "some operations were interrupted"
     first = {"nothing": [None, [], 0], "rebuild": ["old", ["old"], 3], "damaged": ["new", ["changed", "new"], 3]}
     assert states[0] == first[before]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="files are told by their handles in /proc")
-def test_everything_is_on_disk_before_the_rename_makes_it_an_artifact(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/fd")
+def test_everything_is_synced_before_the_rename(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
     monkeypatch.setattr(
@@ -173,8 +171,8 @@ def test_everything_is_on_disk_before_the_rename_makes_it_an_artifact(
     assert Path(events[-1]).name == "store", "the folder that holds the new name is synced after the rename"
 
 
-def test_other_contents_are_another_artifact_and_the_key_means_the_later_one(store: Store) -> None:
-    """A pin, or a run that reads it, lost the bytes of the former artifact to a forced rebuild."""
+def test_other_contents_are_another_artifact(store: Store) -> None:
+    """A forced step must not take the bytes from pins and readers of the former artifact."""
     old = make_artifact(store, "old", published="2026-01-01")
     new = make_artifact(store, "new", published="2026-01-02")
     assert [(place / "model.txt").read_text() for place in (old, new)] == ["old", "new"]
@@ -184,7 +182,7 @@ def test_other_contents_are_another_artifact_and_the_key_means_the_later_one(sto
     assert store.find_made(KEY) == old
 
 
-def test_what_gives_the_same_again_leaves_the_artifact_and_each_execution_has_its_record(store: Store) -> None:
+def test_equal_contents_keep_the_artifact_and_add_a_record(store: Store) -> None:
     first = make_artifact(store, published="2026-01-01")
     assert make_artifact(store, published="2026-01-02") == first
     assert read_manifest(first)["published"] == "2026-01-01", "it is never written again"
@@ -195,14 +193,14 @@ def test_what_gives_the_same_again_leaves_the_artifact_and_each_execution_has_it
     assert read_manifest(first)["tree"] == read_manifest(make_artifact(store, key="z" * 52))["tree"]
 
 
-def test_a_record_of_the_future_hides_no_later_execution(store: Store) -> None:
-    """An import from a machine whose clock was ahead would have stood for the key for ever."""
+def test_record_from_the_future_hides_no_later_one(store: Store) -> None:
+    """For example, an import from a machine whose clock is ahead."""
     make_artifact(store, "old", published="9999-01-01")
     new = make_artifact(store, "new", published="2026-01-01")
     assert store.find_made(KEY) == new
 
 
-def test_a_damaged_artifact_is_mended_by_making_it_again(store: Store) -> None:
+def test_publishing_again_repairs_a_damaged_artifact(store: Store) -> None:
     place = make_artifact(store)
     (place / "model.txt").write_text("changed")
     (place / "deep" / "more.txt").unlink()
@@ -211,7 +209,7 @@ def test_a_damaged_artifact_is_mended_by_making_it_again(store: Store) -> None:
     assert [path.name for path in (store.outputs / "work").iterdir() if path.name.startswith(".")] == []
 
 
-def test_who_may_read_the_folder_may_read_every_file_of_an_artifact(store: Store) -> None:
+def test_files_get_the_permissions_of_their_folder(store: Store) -> None:
     out = store.work(KEY) / "out"
     out.mkdir(parents=True)
     out.chmod(0o750)
@@ -225,7 +223,7 @@ def test_who_may_read_the_folder_may_read_every_file_of_an_artifact(store: Store
     }
 
 
-def test_refs_are_relative_and_survive_a_move_of_the_folder(store: Store, tmp_path: Path) -> None:
+def test_refs_survive_a_move_of_the_folder(store: Store, tmp_path: Path) -> None:
     place = make_artifact(store)
     store.set_ref("latest", "sft", place)
     store.set_ref("run1", "sft", place)
@@ -236,7 +234,7 @@ def test_refs_are_relative_and_survive_a_move_of_the_folder(store: Store, tmp_pa
     assert refs_of(Store(moved)) == refs_of(Store(moved), "run1") == expected
 
 
-def test_a_ref_is_replaced_in_one_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ref_is_replaced_atomically(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = make_artifact(store), make_artifact(store, "other")
     store.set_ref("latest", "sft", first)
     seen = []
@@ -252,79 +250,46 @@ def test_a_ref_is_replaced_in_one_step(store: Store, monkeypatch: pytest.MonkeyP
     assert [path.name for path in (store.outputs / "refs" / "latest").iterdir()] == ["sft"]
 
 
-def test_a_ref_whose_artifact_is_gone_is_left_out(store: Store) -> None:
+def test_ref_without_artifact_is_omitted(store: Store) -> None:
     place = make_artifact(store)
     store.set_ref("latest", "sft", place)
     (place / "manifest.json").unlink()
     assert refs_of(store) == {}
 
 
-def test_a_manifest_cut_anywhere_is_refused_with_the_remedy(store: Store) -> None:
+def test_damaged_manifest_is_refused(store: Store) -> None:
+    """Cut at any byte, or not a JSON object."""
     place = make_artifact(store)
     whole = (place / "manifest.json").read_bytes()
-    for length in range(len(whole.rstrip())):
-        (place / "manifest.json").write_bytes(whole[:length])
+    cut = [whole[:length] for length in range(len(whole.rstrip()))]
+    for content in [*cut, b"\xff\xfe\x00", b"not json", b"[]", b"null", b'"text"', b"3"]:
+        (place / "manifest.json").write_bytes(content)
         with pytest.raises(StoreError, match=r"manifest\.json is damaged.*Remove the folder"):
             read_manifest(place)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"not json", b"[]", b"null", b'"text"', b"3"])
-def test_a_manifest_that_is_no_record_is_refused_with_the_remedy(content: bytes, store: Store) -> None:
-    place = make_artifact(store)
-    (place / "manifest.json").write_bytes(content)
-    with pytest.raises(StoreError, match=r"manifest\.json is damaged.*Remove the folder"):
-        read_manifest(place)
-
-
-def test_an_outputs_folder_that_is_a_file_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_unwritable_outputs_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "outputs").touch()
     with pytest.raises(StoreError, match=r"cannot be written .*outputs=PATH"):
         Store(tmp_path / "outputs").prepare()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_outputs_folder_is_refused_with_the_remedy(tmp_path: Path) -> None:
-    (tmp_path / "outputs").mkdir(mode=0o555)
-    with pytest.raises(StoreError, match=r"cannot be written .*outputs=PATH"):
-        Store(tmp_path / "outputs").prepare()
-
-
-def test_preparing_leaves_only_the_folders(store: Store) -> None:
+def test_prepare_creates_only_folders(store: Store) -> None:
     assert sorted(path.name for path in store.outputs.iterdir()) == [
         "locks", "records", "refs", "runs", "store", "work",
     ]  # fmt: skip
     assert [path for path in store.outputs.rglob("*") if path.is_file()] == []
 
 
-def test_people_name_an_artifact_by_step_folder_or_start_of_its_id(store: Store) -> None:
-    place = make_artifact(store)
-    store.set_ref("latest", "sft", place)
-    assert resolve(store, "sft") == resolve(store, place.name) == resolve(store, place.name[-16:-10]) == place
-
-
-def test_a_name_of_two_artifacts_is_refused(store: Store) -> None:
-    for rid in (RID, RID[:8] + "2" * 44):
-        (store.outputs / "store" / f"sft-d4-{rid[:16]}").mkdir()
-        (store.outputs / "store" / f"sft-d4-{rid[:16]}" / "manifest.json").write_text("{}")
-    with pytest.raises(StoreError, match=r'"bcdefghi" is ambiguous'):
-        resolve(store, "bcdefghi")
-
-
-def test_a_name_of_no_artifact_is_refused_with_the_steps_there_are(store: Store) -> None:
-    store.set_ref("latest", "sft", make_artifact(store))
-    with pytest.raises(StoreError, match=r'"nope" is no artifact.*latest run.*: sft'):
-        resolve(store, "nope")
-
-
 @pytest.mark.parametrize("label", ["../../etc", "a/b", "a b", "-x", ".", "", "ü"])
-def test_a_label_never_leaves_the_store_folder(label: str) -> None:
+def test_label_cannot_leave_the_store(label: str) -> None:
     name = artifact_name("sft", label, RID)
     assert Path(name).name == name
     assert name.startswith("sft-")
     assert name.endswith(f"-{RID[:16]}")
 
 
-def test_outputs_are_described_by_size_and_sha256_of_every_file(tmp_path: Path) -> None:
+def test_outputs_have_size_and_sha256(tmp_path: Path) -> None:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "b.bin").write_bytes(b"\x00" * 3000)
     (tmp_path / "a.txt").write_bytes(b"abc")
@@ -338,24 +303,24 @@ def test_outputs_are_described_by_size_and_sha256_of_every_file(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "counts"), [("model.bin", True), ("new.bin", True), ("metrics.jsonl", False), ("samples.jsonl", False)]
 )
-def test_the_digest_of_the_whole_leaves_out_observations(name: str, counts: bool, tmp_path: Path) -> None:
+def test_tree_excludes_observations(name: str, counts: bool, tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes(b"1")
     _, before = describe_outputs(tmp_path)
     (tmp_path / name).write_bytes(b"2")
     files, after = describe_outputs(tmp_path)
     assert (after != before) == counts
-    assert name in {file["path"] for file in files}, "it is listed in any case"
+    assert name in {file["path"] for file in files}, "it is always listed"
 
 
-def test_a_manifest_of_gigabytes_is_refused_without_reading_it(tmp_path: Path) -> None:
-    """2 MB of a compressed archive unpacked to 2 GB of blanks, of which importing took 4 GB of memory."""
+def test_huge_manifest_is_refused_unread(tmp_path: Path) -> None:
+    """2 MB of a compressed archive can unpack to 2 GB of blanks."""
     with (tmp_path / "manifest.json").open("wb") as file:
         file.truncate(1 << 33)
     with pytest.raises(StoreError, match="it is larger than 64 MB"):
         read_manifest(tmp_path)
 
 
-def test_outputs_of_version_0_1_are_told_of_until_something_is_made_in_them(tmp_path: Path) -> None:
+def test_outputs_of_version_0_1_are_reported(tmp_path: Path) -> None:
     folder = tmp_path / "outputs" / "store" / f"sft-d4-{RID[:16]}"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"rid": RID, "schema": 1}))
@@ -363,7 +328,7 @@ def test_outputs_of_version_0_1_are_told_of_until_something_is_made_in_them(tmp_
     remark = remark_old(store)
     assert remark is not None
     assert "holds 1 artifact of version 0.1" in remark
-    assert store.read(RID) == {"rid": RID, "schema": 1}, "names still lead to it"
+    assert store.read(RID) == {"rid": RID, "schema": 1}, "it is still found by name"
     make_artifact(store)
     assert remark_old(store) is None
     assert remark_old(Store(tmp_path / "nothing")) is None

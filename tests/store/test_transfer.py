@@ -1,4 +1,4 @@
-"""Export and import: the whole closure or nothing, verified before it is in the store, and no path leads outside."""
+"""Export and import: all inputs or nothing, verified before it reaches the store, and no path leads outside."""
 
 from __future__ import annotations
 
@@ -48,20 +48,19 @@ def exported(made: Any, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["folder", "x.tar", "x.tar.gz"])
-def test_what_is_imported_is_byte_for_byte_what_was_exported_inputs_first(form: str, made: Any, tmp_path: Path) -> None:
+def test_export_and_import_keep_every_byte(form: str, made: Any, tmp_path: Path) -> None:
     other = Store(tmp_path / "other")
     new, known = import_all(other, exported(made, tmp_path / form))
     assert [place.name.split("-")[0] for place in new] == ["make", "copy"]
     assert known == []
     assert contents(other.outputs / "store") == contents(made.outputs / "store")
     assert [fault for place in new for fault in find_faults(other, place)] == []
-    assert import_all(other, tmp_path / form)[0] == [], "the second time everything is there"
+    assert import_all(other, tmp_path / form)[0] == [], "the second time nothing is new"
     assert [item for item in find_garbage(other, Limits()).garbage if item.kind == "artifact"] == []
 
 
 @pytest.mark.parametrize("form", ["folder/store", "copy", "artifact"])
-def test_a_store_by_itself_or_one_artifact_of_it_can_be_imported(form: str, made: Any, tmp_path: Path) -> None:
-    """import PATH/store failed, though a copied outputs/store is documented as something to import."""
+def test_store_folder_or_single_artifact_can_be_imported(form: str, made: Any, tmp_path: Path) -> None:
     place = exported(made, tmp_path / "folder") / "store"
     source = {"folder/store": place, "copy": place.rename(tmp_path / "copy") if form == "copy" else place}.get(form)
     for verb in ("local", "file"):
@@ -72,7 +71,7 @@ def test_a_store_by_itself_or_one_artifact_of_it_can_be_imported(form: str, made
         assert contents(other.outputs / "store") == contents(made.store.outputs / "store")
 
 
-def test_what_was_imported_goes_by_the_names_of_its_steps(made: Any, tmp_path: Path) -> None:
+def test_imported_artifacts_keep_their_step_names(made: Any, tmp_path: Path) -> None:
     other = Store(tmp_path / "other")
     import_all(other, exported(made, tmp_path / "folder"))
     assert latest(other).startswith("imported-")
@@ -82,9 +81,7 @@ def test_what_was_imported_goes_by_the_names_of_its_steps(made: Any, tmp_path: P
     assert resolve(other, "second").name == resolve(made.store, "second").name
 
 
-def test_an_import_says_for_which_other_one_it_waits(
-    made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_waiting_import_names_the_other_process(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other, place = Store(tmp_path / "other"), exported(made, tmp_path / "x.tar")
     other.prepare()
     with locks.hold(other.outputs / "locks" / "import.lock", {"step": "import"}, lambda owner: None):
@@ -98,7 +95,7 @@ def test_an_import_says_for_which_other_one_it_waits(
     assert len(list(other.manifests())) == 2
 
 
-def test_an_imported_artifact_is_done_for_a_plan(made: Any, tmp_path: Path) -> None:
+def test_imported_artifact_is_done_in_a_plan(made: Any, tmp_path: Path) -> None:
     export(made.store, closure(made.store, [resolve(made.store, "second")]), tmp_path / "x.tar")
     made.outputs = tmp_path / "other"
     assert [step.state for step in made.plan(PIPELINE)] == ["run", "run"]
@@ -106,8 +103,8 @@ def test_an_imported_artifact_is_done_for_a_plan(made: Any, tmp_path: Path) -> N
     assert [step.state for step in made.plan(PIPELINE)] == ["done", "done"]
 
 
-def test_an_import_whose_input_came_out_otherwise_here_brings_its_own(made: Any, tmp_path: Path) -> None:
-    """The child was taken in alone: the contents that it was made from were nowhere, and verify said nothing."""
+def test_import_includes_inputs_that_differ_here(made: Any, tmp_path: Path) -> None:
+    """The child must not be imported alone: its inputs would be missing."""
     place = exported(made, tmp_path / "folder")
     theirs = resolve(made.store, "first")
     made.outputs = tmp_path / "other"
@@ -119,22 +116,22 @@ def test_an_import_whose_input_came_out_otherwise_here_brings_its_own(made: Any,
     assert ([folder.name.split("-")[0] for folder in new], known) == (["make", "copy"], [])
     assert [fault for folder in new for fault in find_faults(made.store, folder)] == []
     assert [(folder / "result.txt").read_text() for folder in (ours, new[0])] == ["of another machine", "1"]
-    assert made.store.find_made(made.plan(PIPELINE)[0].key) == ours, "the key keeps its meaning here"
+    assert made.store.find_made(made.plan(PIPELINE)[0].key) == ours, "the local result takes precedence"
     assert [step.state for step in made.plan(PIPELINE)] == ["done", "run"]
 
 
-def test_an_export_to_a_folder_copies_what_is_missing_there(made: Any, tmp_path: Path) -> None:
+def test_export_copies_only_missing_artifacts(made: Any, tmp_path: Path) -> None:
     place = exported(made, tmp_path / "folder")
     folders = closure(made.store, [resolve(made.store, "second")])
     assert export(made.store, folders, place) == 0
     manifest = place / "store" / folders[0].name / "manifest.json"
-    manifest.unlink()  # as a copy that was cut short
+    manifest.unlink()  # as in an interrupted copy
     (place / "store" / folders[0].name / "result.txt").unlink()
     manifest.parent.rmdir()
     assert export(made.store, folders, place) == 1
 
 
-def test_what_lacks_an_input_is_not_exported(made: Any, tmp_path: Path) -> None:
+def test_export_refuses_missing_inputs(made: Any, tmp_path: Path) -> None:
     first = resolve(made.store, "first")
     first.rename(tmp_path / first.name)
     with pytest.raises(StoreError, match="which is not in"):
@@ -142,7 +139,7 @@ def test_what_lacks_an_input_is_not_exported(made: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["file", "manifest", "missing", "extra"])
-def test_nothing_is_imported_if_one_file_is_not_what_its_manifest_says(damage: str, made: Any, tmp_path: Path) -> None:
+def test_import_refuses_damaged_artifacts(damage: str, made: Any, tmp_path: Path) -> None:
     place = exported(made, tmp_path / "folder")
     victim = next((place / "store").glob("copy-*"))
     if damage == "file":
@@ -173,7 +170,7 @@ EVIL = [
 
 
 @pytest.mark.parametrize("name", [*EVIL, "link", "hardlink", "device"])
-def test_a_tar_whose_paths_lead_elsewhere_is_refused(name: str, made: Any, tmp_path: Path) -> None:
+def test_tar_with_paths_outside_is_refused(name: str, made: Any, tmp_path: Path) -> None:
     exported(made, tmp_path / "x.tar")
     with tarfile.open(tmp_path / "x.tar", "a") as tar:
         member = tarfile.TarInfo(name if name in EVIL else "store/a/b")
@@ -183,13 +180,13 @@ def test_a_tar_whose_paths_lead_elsewhere_is_refused(name: str, made: Any, tmp_p
         member.size = 4 if name in EVIL else 0
         tar.addfile(member, io.BytesIO(b"evil"))
     other = Store(tmp_path / "deep" / "other")
-    with pytest.raises(StoreError, match="no file of an artifact"):
+    with pytest.raises(StoreError, match="not a file of an artifact"):
         import_all(other, tmp_path / "x.tar")
     assert list((other.outputs / "store").iterdir()) == []
     assert not list(tmp_path.rglob("evil.txt"))
 
 
-def test_a_manifest_that_lists_files_outside_its_folder_is_refused(made: Any, tmp_path: Path) -> None:
+def test_manifest_with_files_outside_is_refused(made: Any, tmp_path: Path) -> None:
     place = exported(made, tmp_path / "folder")
     path = next((place / "store").glob("copy-*")) / "manifest.json"
     record = json.loads(path.read_text())
@@ -205,8 +202,8 @@ PATHS = ["/{home}/papers", "../../../home/papers", "../latest/second", "..", "."
 
 
 @pytest.mark.parametrize("step", PATHS, ids=ascii)
-def test_a_step_named_like_a_path_is_refused(step: str, made: Any, tmp_path: Path) -> None:
-    """The link refs/<group>/<step> replaced any folder of the user's: its files were deleted by the next run."""
+def test_step_named_like_a_path_is_refused(step: str, made: Any, tmp_path: Path) -> None:
+    """The link refs/<group>/<step> would replace a folder of the user, and the next run delete its files."""
     papers = tmp_path / "home" / "papers"
     papers.mkdir(parents=True)
     (papers / "thesis.txt").write_text("years of work")
@@ -217,7 +214,7 @@ def test_a_step_named_like_a_path_is_refused(step: str, made: Any, tmp_path: Pat
     other = Store(tmp_path / "other")
     with pytest.raises(StoreError, match="its step is called"):
         import_all(other, place)
-    other.prepare()  # removes what was thrown away
+    other.prepare()  # empties the trash
     assert (papers / "thesis.txt").read_text() == "years of work"
     assert not papers.is_symlink()
     assert not any((other.outputs / "refs").iterdir())
@@ -263,7 +260,7 @@ MISSHAPEN = {
 
 
 def small_record() -> dict[str, Any]:
-    """Return a manifest with what each must have, of version 0.1."""
+    """Return a minimal manifest of version 0.1."""
     return {
         "rid": compute_key("make", 1, {}, {}, {}), "name": "x", "stage": "make", "step": "first", "kind": "number",
         "version": 1, "config": {}, "inputs": {}, "pins": {}, "outputs": [], "tree": tree_of({"outputs": []}),
@@ -272,8 +269,8 @@ def small_record() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("change", MISSHAPEN.values(), ids=MISSHAPEN)
-def test_a_manifest_of_the_wrong_shape_is_refused(change: Any, tmp_path: Path) -> None:
-    """These gave tracebacks, on import or, once imported, in ls and show."""
+def test_malformed_manifest_is_refused(change: Any, tmp_path: Path) -> None:
+    """Otherwise import, ls or show would end in tracebacks."""
     record = small_record()
     folder = tmp_path / "store" / f"make-{record['rid'][:16]}"
     folder.mkdir(parents=True)
@@ -283,12 +280,12 @@ def test_a_manifest_of_the_wrong_shape_is_refused(change: Any, tmp_path: Path) -
         import_all(other, tmp_path / "store")
     assert list((other.outputs / "store").iterdir()) == []
     path.write_text(json.dumps(record))
-    assert [place.name for place in import_all(other, tmp_path / "store")[0]] == [folder.name], "nothing else was wrong"
+    assert [place.name for place in import_all(other, tmp_path / "store")[0]] == [folder.name], "else it is valid"
 
 
 @pytest.mark.parametrize(("schema", "field"), [(1, "key"), (3, "stage")])
-def test_no_path_in_a_manifest_leads_a_record_out_of_the_store(schema: int, field: str, tmp_path: Path) -> None:
-    """A record is named by stage and key: a stage ../../x, or the unchecked key of an old manifest, led anywhere."""
+def test_manifest_cannot_place_records_outside(schema: int, field: str, tmp_path: Path) -> None:
+    """A record's file name contains stage and key."""
     record = small_record() | {"schema": schema, "key": "../../../escaped"}
     if field == "stage":
         record["stage"] = "../../../escaped"
@@ -316,9 +313,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
-def test_an_odd_manifest_that_is_imported_can_be_shown(
-    change: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_odd_but_valid_manifest_can_be_shown(change: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = small_record() | change
     record["rid"] = compute_key("make", 1, record["config"], {}, {})
     folder = tmp_path / "store" / f"make-{record['rid'][:16]}"
@@ -331,7 +326,7 @@ def test_an_odd_manifest_that_is_imported_can_be_shown(
 
 
 def test_artifacts_made_from_each_other_are_refused(made: Any, tmp_path: Path) -> None:
-    """The id says nothing of inputs, so manifests can form a cycle: it was followed without end."""
+    """Ids do not cover inputs, so manifests can form a cycle."""
     place = exported(made, tmp_path / "folder")
     folder = next((place / "store").glob("copy-*"))
     record = json.loads((folder / "manifest.json").read_text())
@@ -341,7 +336,7 @@ def test_artifacts_made_from_each_other_are_refused(made: Any, tmp_path: Path) -
     record["rid"] = record["inputs"]["self"]["rid"] = identify(record)
     (folder / "manifest.json").write_bytes(seal(record))
     folder.rename(folder.with_name(f"copy-{record['rid'][:16]}"))
-    with pytest.raises(StoreError, match="made from each other"):
+    with pytest.raises(StoreError, match="name each other as inputs"):
         import_all(Store(tmp_path / "other"), place)
 
 
@@ -351,7 +346,7 @@ def hostile_tar(path: Path, kind: bytes, size: int, content: bytes = b"") -> Pat
     member.type, member.size = kind, size
     header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
     if kind == tarfile.GNUTYPE_SPARSE:
-        header[483:495] = b"%011o\0" % (1 << 32)  # the file's length, of which nothing is stored
+        header[483:495] = b"%011o\0" % (1 << 32)  # the file's length; nothing of it is stored
         header[386:410] = b"%011o\0" % (1 << 32) + b"%011o\0" % 0
         header[148:156] = b" " * 8
         header[148:156] = b"%06o\0 " % sum(header)
@@ -361,12 +356,12 @@ def hostile_tar(path: Path, kind: bytes, size: int, content: bytes = b"") -> Pat
 
 @pytest.mark.parametrize(
     ("kind", "size", "message"),
-    [(tarfile.XHDTYPE, 64 << 20, "no tar file"), (tarfile.GNUTYPE_LONGNAME, 64 << 20, "no tar file"),
-     (tarfile.GNUTYPE_SPARSE, 0, "no file of an artifact"), (tarfile.REGTYPE, 1 << 50, "GB free")],
+    [(tarfile.XHDTYPE, 64 << 20, "not a readable tar"), (tarfile.GNUTYPE_LONGNAME, 64 << 20, "not a readable tar"),
+     (tarfile.GNUTYPE_SPARSE, 0, "not a file of an artifact"), (tarfile.REGTYPE, 1 << 50, "GB free")],
     ids=["header", "name", "sparse", "size"],
 )  # fmt: skip
-def test_a_tar_that_would_fill_memory_or_disk_is_refused(kind: bytes, size: int, message: str, tmp_path: Path) -> None:
-    """1.5 kB of a sparse member became any number of bytes on disk, 230 kB of a compressed header 1.5 GB in memory."""
+def test_tar_bomb_is_refused(kind: bytes, size: int, message: str, tmp_path: Path) -> None:
+    """A sparse member of 1.5 kB can unpack to any size, a compressed header of 230 kB to 1.5 GB."""
     content = bytes(64 << 20) if size == 64 << 20 else bytes(1024)
     source = hostile_tar(tmp_path / "x.tar", kind, size, content)
     tracemalloc.start()
@@ -378,21 +373,21 @@ def test_a_tar_that_would_fill_memory_or_disk_is_refused(kind: bytes, size: int,
         tracemalloc.stop()
 
 
-def test_a_folder_named_to_steer_a_terminal_is_refused(made: Any, tmp_path: Path) -> None:
+def test_folder_with_control_characters_is_refused(made: Any, tmp_path: Path) -> None:
     place = next((exported(made, tmp_path / "folder") / "store").glob("copy-*"))
     place.rename(place.with_name(f"a\x1b]0;b\x07-{place.name[-16:]}"))
-    with pytest.raises(StoreError, match="no plain text"):
+    with pytest.raises(StoreError, match="not plain text"):
         import_all(Store(tmp_path / "other"), tmp_path / "folder")
 
 
 @pytest.mark.parametrize("step", ["../x", "/x", "a/b", "..", ""])
-def test_no_name_of_a_step_leads_out_of_its_run(step: str, made: Any) -> None:
+def test_ref_cannot_leave_its_run(step: str, made: Any) -> None:
     with pytest.raises(StoreError, match="cannot be called"):
         made.store.set_ref("run", step, resolve(made.store, "first"))
 
 
 @pytest.mark.parametrize("length", [0.0, 0.3, 0.6, 0.9])
-def test_a_tar_that_was_cut_is_refused(length: float, made: Any, tmp_path: Path) -> None:
+def test_cut_tar_is_refused(length: float, made: Any, tmp_path: Path) -> None:
     whole = exported(made, tmp_path / "x.tar").read_bytes()
     used = whole.rstrip(b"\0")
     (tmp_path / "x.tar").write_bytes(used[: int(len(used) * length)])
@@ -403,9 +398,7 @@ def test_a_tar_that_was_cut_is_refused(length: float, made: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("point", ["import.unpacked", "import.checked", "import.renamed", "import.unpacked:2"])
-def test_a_kill_while_importing_leaves_no_partial_artifact_and_the_next_import_ends_it(
-    point: str, made: Any, tmp_path: Path
-) -> None:
+def test_killed_import_leaves_no_partial_artifact(point: str, made: Any, tmp_path: Path) -> None:
     source, other = exported(made, tmp_path / "x.tar"), Store(tmp_path / "other")
     done = subprocess.run(
         [sys.executable, "-m", "mlxchat", "pull", str(source), f"outputs={other.outputs}"],
@@ -419,7 +412,7 @@ def test_a_kill_while_importing_leaves_no_partial_artifact_and_the_next_import_e
     assert list((other.outputs / "work").iterdir()) == []
 
 
-def test_a_full_disk_while_importing_is_told_and_leaves_nothing(made: Any, tmp_path: Path) -> None:
+def test_full_disk_during_import_is_one_message(made: Any, tmp_path: Path) -> None:
     source = exported(made, tmp_path / "x.tar")
     done = subprocess.run(
         [sys.executable, "-m", "mlxchat", "pull", str(source), f"outputs={tmp_path}/other"], cwd=tmp_path,

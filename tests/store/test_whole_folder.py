@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and what a killed process left is undone."""
+"""Files and folders are written atomically, and leftovers of killed processes are removed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mlxchat.store.files import whole_file, whole_folder, write_whole
 
 
 def gone_process() -> int:
-    """Return the id of a process that has ended."""
+    """Return the id of an ended process."""
     child = subprocess.Popen(["true"])
     child.wait()
     return child.pid
@@ -26,18 +26,18 @@ def fill(path: Path, content: str = "new", *, force: bool = False) -> None:
         (folder / "inside" / "file").write_text(content)
 
 
-def test_file_is_replaced_in_one_step(tmp_path: Path) -> None:
+def test_file_is_replaced_atomically(tmp_path: Path) -> None:
     place = tmp_path / "file"
     write_whole(place, "old")
     with whole_file(place) as first, whole_file(place, durable=False) as second:
         first.write_text("first")
         second.write_text("second")
         assert place.read_text() == "old"
-    assert place.read_text() == "first", "each writer has a name of its own; the last rename wins"
+    assert place.read_text() == "first", "the last rename wins"
     assert list(tmp_path.iterdir()) == [place]
 
 
-def test_error_while_a_file_is_written_keeps_the_former(tmp_path: Path) -> None:
+def test_error_keeps_the_old_file(tmp_path: Path) -> None:
     place = tmp_path / "file"
     write_whole(place, b"old")
 
@@ -52,7 +52,7 @@ def test_error_while_a_file_is_written_keeps_the_former(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [place]
 
 
-def test_a_folder_is_there_when_it_is_whole(tmp_path: Path) -> None:
+def test_folder_appears_when_complete(tmp_path: Path) -> None:
     place = tmp_path / "deep" / "out"
     with whole_folder(place) as folder:
         (folder / "file").write_text("x")
@@ -61,7 +61,7 @@ def test_a_folder_is_there_when_it_is_whole(tmp_path: Path) -> None:
     assert [each.name for each in place.parent.iterdir()] == ["out"]
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+def test_error_leaves_no_folder(tmp_path: Path) -> None:
     def fail() -> None:
         with whole_folder(tmp_path / "out") as folder:
             (folder / "file").write_text("x")
@@ -73,7 +73,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_what_is_there_stays(tmp_path: Path, kind: str) -> None:
+def test_existing_path_is_replaced_only_by_force(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "out"
     if kind == "file":
         place.write_text("mine")
@@ -82,7 +82,7 @@ def test_what_is_there_stays(tmp_path: Path, kind: str) -> None:
         (place / "mine").touch()
     else:
         place.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(StoreError, match="is there already"):
+    with pytest.raises(StoreError, match="exists already"):
         fill(place)
     assert os.path.lexists(place)
     fill(place, force=True)
@@ -90,7 +90,7 @@ def test_what_is_there_stays(tmp_path: Path, kind: str) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_place_that_was_filled_meanwhile_stays(tmp_path: Path) -> None:
+def test_path_filled_meanwhile_is_kept(tmp_path: Path) -> None:
     place = tmp_path / "out"
 
     def be_late() -> None:
@@ -105,7 +105,7 @@ def test_a_place_that_was_filled_meanwhile_stays(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
-def test_leftovers_of_processes_that_are_gone_go_and_others_stay(tmp_path: Path) -> None:
+def test_leftovers_of_ended_processes_are_removed(tmp_path: Path) -> None:
     host = socket.gethostname()
     gone = tmp_path / f".out.unfinished-{host}-{gone_process()}"
     alive = tmp_path / f".out.unfinished-{host}-{os.getppid()}"
@@ -116,11 +116,11 @@ def test_leftovers_of_processes_that_are_gone_go_and_others_stay(tmp_path: Path)
     assert {each.name for each in tmp_path.iterdir()} == {"out", alive.name, elsewhere.name}
 
 
-def test_a_kill_between_the_two_renames_of_a_replacement_is_undone(tmp_path: Path) -> None:
+def test_kill_between_two_renames_is_undone(tmp_path: Path) -> None:
     former = tmp_path / f".out.replaced-{socket.gethostname()}-{gone_process()}"
     former.mkdir()
     (former / "mine").touch()
-    with pytest.raises(StoreError, match="is there already"):
+    with pytest.raises(StoreError, match="exists already"):
         fill(tmp_path / "out")
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["mine"]
     fill(tmp_path / "out", force=True)

@@ -273,7 +273,7 @@ class _Making:
             if damage := list(find_damage(folder, self.store.manifest_of(folder), again=False)):
                 raise StoreError(
                     f"{folder}, which {self.step.name} needs, is damaged:\n" + "\n".join(damage[:5]) + "\n"
-                    "Remove the folder; the next run makes it again."
+                    "Remove the folder; the next run recomputes it."
                 )
 
     def _run_stage(self) -> tuple[Context, int]:

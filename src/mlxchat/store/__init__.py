@@ -1,1 +1,1 @@
-"""The outputs folder: artifacts, records, names, locks, what goes in and out. It knows nothing of stages."""
+"""The outputs folder: artifacts, records, names, locks, import and export. Independent of stages."""

@@ -1,6 +1,6 @@
-"""The executions of a step: one per start, with how it ended. A start without an end was killed.
+"""The executions of a step. work/<key>/attempts.jsonl has a line per start and a line per end.
 
-work/<key>/attempts.jsonl holds a line per start and a line per end.
+An execution without an end was killed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from mlxchat.store.files import Record, Records, now
 from mlxchat.store.locks import host_name
 
-# Start of each execution of this process by the monotonic clock: work folder and number → seconds.
+# (work folder, number) → start of an execution of this process by the monotonic clock, in seconds.
 _began: dict[tuple[Path, int], float] = {}
 
 
@@ -51,18 +51,18 @@ def read(work: Path) -> list[Record]:
 
 
 def ended(work: Path) -> set[int]:
-    """Return the numbers of the executions that have ended."""
+    """Return the numbers of the finished executions."""
     return {record["attempt"] for record in read(work) if record["ended"] is not None}
 
 
 def new_failure(work: Path, known: set[int]) -> str | None:
-    """Return the error of the last execution if it failed and its end is not among those `known`, else None."""
+    """Return the error of the last execution if it failed and its number is not in `known`, else None."""
     last = (read(work) or [{}])[-1]
     return str(last["error"]) if last.get("outcome") == "failed" and last["attempt"] not in known else None
 
 
 def iteration(work: Path) -> int | None:
-    """Return the last iteration that a training in this work folder recorded, or None."""
+    """Return the last recorded iteration of a training in this work folder, or None."""
     path = work / "ckpt" / "records" / "metrics.jsonl"
     try:
         with path.open("rb") as file:

@@ -1,8 +1,7 @@
-"""What an artifact's weights rest on: an adapter holds only what it adds to the weights of another artifact, its base.
+"""Base models of adapters: an adapter holds only its own weights; the others are in its base, another artifact.
 
-The base is named in checkpoint.json by its id, which says what its contents are, so that an adapter is never computed
-with other weights than it was trained on. It is also an input of the adapter, so that gc, export and import keep both
-together.
+checkpoint.json names the base by id, which covers its contents, so an adapter always runs on the weights that it was
+trained on. The base is also an input of the adapter, so gc, export and import keep both together.
 """
 
 from __future__ import annotations
@@ -17,48 +16,48 @@ from mlxchat.store.manifest import read_manifest
 from mlxchat.store.store import Store
 
 ADAPTER_KEY = "adapter"
-"""Of checkpoint.json: says that a folder holds an adapter, and what is known of it."""
+"""Key of checkpoint.json: present if the folder holds an adapter, with its description."""
 
 
 def describe_base(folder: Path) -> dict[str, str]:
-    """Return how an adapter names its base: the id of an artifact.
+    """Return an adapter's reference to its base: the artifact's id.
 
     Args:
         folder: the artifact, or a folder with its manifest.
 
     Raises:
-        StoreError: it is no artifact.
+        StoreError: its manifest is missing or damaged.
     """
     return {"rid": read_manifest(folder)["rid"]}
 
 
 def is_adapter(folder: Path) -> bool:
-    """Tell whether a folder holds an adapter instead of all of a model's weights."""
+    """Return whether a folder holds an adapter, not a full model; False if checkpoint.json cannot be read."""
     try:
         return _adapter_of(folder) is not None
     except (OSError, ValueError, RecursionError):
-        return False  # opening it raises
+        return False
 
 
 def find_chain(folder: Path) -> list[Path]:
-    """Return a checkpoint's folder and those that its weights rest on, the nearest first; the last has all weights.
+    """Return a checkpoint's folder, then its base, the base's base and so on; the last has all weights.
 
     Raises:
-        DataError: a checkpoint.json cannot be read, or is not as adapters have it.
+        DataError: a checkpoint.json cannot be read or is malformed.
         StoreError: a base is not in the same store.
     """
     chain = [folder]
     while (base := _find_base(chain[-1])) is not None:
         if base.resolve() in [each.resolve() for each in chain]:
-            raise DataError(f"{folder}: its adapters rest on each other, so there are no weights below them")
+            raise DataError(f"{folder}: its adapters are each other's bases, so there are no base weights")
         chain.append(base)
     return chain
 
 
 def folder_of_weights(folder: Path) -> Path:
-    """Return the folder with all weights of a checkpoint: its own, or that of the model below adapters.
+    """Return the folder of a checkpoint's base model: the folder itself if it is not an adapter.
 
-    If that model is missing, it is the folder itself: for descriptions only. To compute, use `find_chain`.
+    If the base is missing, also the folder itself: use this for descriptions, `find_chain` to compute.
     """
     try:
         return find_chain(folder)[-1]
@@ -67,10 +66,10 @@ def folder_of_weights(folder: Path) -> Path:
 
 
 def bases_of(folders: Mapping[str, Path]) -> list[Path]:
-    """Return what the weights of inputs (role → folder) rest on besides their own files, each once.
+    """Return all bases of the adapters among these inputs (role → folder), without duplicates.
 
     Raises:
-        DataError: see `find_chain`, as for StoreError.
+        DataError, StoreError: as `find_chain`.
     """
     found = [each for folder in folders.values() if is_adapter(folder) for each in find_chain(folder)[1:]]
     return list(dict.fromkeys(found))
@@ -80,7 +79,7 @@ def _find_base(folder: Path) -> Path | None:
     try:
         adapter = _adapter_of(folder)
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{folder}: no readable checkpoint ({type(error).__name__}: {error})") from None
+        raise DataError(f"{folder}: checkpoint.json cannot be read ({type(error).__name__}: {error})") from None
     if adapter is None:
         return None
     base = adapter.get("base")
@@ -91,23 +90,23 @@ def _find_base(folder: Path) -> Path | None:
     place = store.find(rid) if folder.resolve().parent.name == "store" else None
     if place is None:
         raise StoreError(
-            f"{folder.name} is an adapter, and its base {rid[:16]} is not in the same store ({store.outputs}). "
-            "mlxchat push ID PLACE carries both, and pull takes both in; or run again what made the base"
+            f"{folder.name} is an adapter whose base {rid[:16]} is not in the same store ({store.outputs}). "
+            "Copy both with mlxchat push ID PLACE and mlxchat pull, or run the command that made the base again"
         )
     return place
 
 
 def _adapter_of(folder: Path) -> dict[str, Any] | None:
-    """Return what checkpoint.json says of an adapter, None if it is of a whole model or there is none.
+    """Return the adapter's description in checkpoint.json; None for a full model.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON object.
+        OSError: the file cannot be read.
+        ValueError: it is not a JSON object.
     """
     facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
     if not isinstance(facts, dict):
-        raise ValueError("checkpoint.json holds no object")
+        raise ValueError("checkpoint.json is not an object")
     adapter = facts.get(ADAPTER_KEY)
     if adapter is not None and not isinstance(adapter, dict):
-        raise ValueError("checkpoint.json: adapter is no object")
+        raise ValueError("checkpoint.json: adapter is not an object")
     return adapter

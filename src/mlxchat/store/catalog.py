@@ -1,7 +1,7 @@
-"""The artifacts of a store in short, quickly, for lists, lineage and garbage collection.
+"""A cached summary of every artifact, for lists, lineage and garbage collection.
 
-`outputs/index/catalog.json` caches the short form of every manifest with its (size, mtime_ns, inode). A manifest whose
-file does not match is read again, and a damaged catalog is rebuilt.
+`outputs/index/catalog.json` holds the summary of every manifest with its file's (size, mtime_ns, inode). A manifest
+whose file differs is read again; a damaged catalog is rebuilt.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from mlxchat.store.store import Store
 
 Summary = dict[str, Any]
 """folder, rid, key, stage, step, kind, version, published, seconds, bytes, files, tokens_per_second, metrics, inputs,
-tree, run; of a damaged manifest only folder and `damaged`, the reason."""
+tree, run; for a damaged manifest only folder and `damaged`, the reason."""
 
 _KIND = "catalog 2"
 _COPIED = ("rid", "key", "stage", "step", "kind", "version", "published", "seconds", "inputs", "metrics", "tree", "run")
 
 
 def read_catalog(store: Store, *, trusted: bool = True) -> list[Summary]:
-    """Return the short form of every artifact, the newest last; damaged ones come first.
+    """Return the summary of every artifact, the newest last; damaged ones come first.
 
     Args:
-        store: where to look; nothing but its index is written.
-        trusted: whether the kept short forms may be used where nothing changed; False reads every manifest.
+        store: only its index is written.
+        trusted: whether cached summaries of unchanged files may be used; False reads every manifest.
     """
     place = store.outputs / "index" / "catalog.json"
     known = read_cache(place, _KIND) if trusted else {}
@@ -49,7 +49,7 @@ def read_catalog(store: Store, *, trusted: bool = True) -> list[Summary]:
 
 
 def summarise(folder: Path) -> Summary:
-    """Return the short form of one artifact."""
+    """Return the summary of one artifact."""
     try:
         return short_form(folder.name, read_manifest(folder))
     except (StoreError, KeyError, TypeError) as error:
@@ -57,7 +57,7 @@ def summarise(folder: Path) -> Summary:
 
 
 def short_form(name: str, manifest: Manifest) -> Summary:
-    """Return the short form of a manifest; `name` is that of its folder."""
+    """Return the summary of a manifest in the folder `name`."""
     return {
         "folder": name,
         **{key: manifest[key] if key in ("rid", "published") else manifest.get(key) for key in _COPIED},
@@ -70,12 +70,12 @@ def short_form(name: str, manifest: Manifest) -> Summary:
 
 
 def references(summary: Summary) -> list[str]:
-    """Return the ids of an artifact's inputs, from its short form or its manifest."""
+    """Return the ids of an artifact's inputs, from its summary or its manifest."""
     return [made["rid"] for made in summary["inputs"].values() if made.get("rid")]
 
 
 def by_rid(summaries: Iterable[Summary]) -> dict[str, Summary]:
-    """Return id → short form of the artifacts that are not damaged."""
+    """Return id → summary of the artifacts that are not damaged."""
     return {summary["rid"]: summary for summary in summaries if "damaged" not in summary}
 
 
@@ -84,7 +84,7 @@ def _stamps(store: Store) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     base = f"{store.outputs}/store"
     with contextlib.suppress(OSError):
-        for name in os.listdir(base):  # noqa: PTH208  (ten thousand Path objects take as long as all else)
+        for name in os.listdir(base):  # noqa: PTH208  (Path objects would double the time for 10,000 artifacts)
             with contextlib.suppress(OSError):
                 status = os.stat(f"{base}/{name}/{MANIFEST}")  # noqa: PTH116
                 found[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
@@ -92,12 +92,12 @@ def _stamps(store: Store) -> dict[str, list[int]]:
 
 
 Node = dict[str, Any]
-"""An artifact in a lineage: role, step, artifact, rid, published, here (whether it is in the store), and `inputs` or
-`uses`, a list of nodes."""
+"""An artifact in a lineage: role, step, artifact, rid, published, here (whether it is in the store), and a list of
+nodes, `inputs` or `uses`."""
 
 
 def ancestors(rid: str, known: Mapping[str, Summary], role: str = "") -> Node:
-    """Return the tree of what an artifact was made from, itself at the root."""
+    """Return the tree of an artifact's inputs with the artifact as root."""
     summary = known[rid]
     below = [
         ancestors(made["rid"], known, name) if made["rid"] in known else _gone(name, made)
@@ -107,7 +107,7 @@ def ancestors(rid: str, known: Mapping[str, Summary], role: str = "") -> Node:
 
 
 def descendants(rid: str, known: Mapping[str, Summary]) -> Node:
-    """Return the tree of what was made from an artifact, itself at the root, in order of time."""
+    """Return the tree of everything made from an artifact, in order of time, with the artifact as root."""
     users: dict[str, list[tuple[str, Summary]]] = {}
     for summary in known.values():
         for role, made in summary["inputs"].items():
@@ -120,7 +120,7 @@ def descendants(rid: str, known: Mapping[str, Summary]) -> Node:
 
 
 def index(summaries: list[Summary]) -> dict[str, Summary]:
-    """Return id → short form, without encoded text, which everything shares."""
+    """Return id → summary, without the shared artifacts of encoded text."""
     return by_rid(summary for summary in summaries if summary.get("kind") != "tokens")
 
 

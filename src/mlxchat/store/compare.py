@@ -1,4 +1,4 @@
-"""How artifacts and runs differ: two artifacts in everything, several runs in settings and metrics."""
+"""Differences of two artifacts in everything, and of several runs in settings and metrics."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _EXECUTION = ("seconds", "tokens_per_second", "data_wait_frac", "peak_memory_byt
 
 
 def differences(old: Manifest, new: Manifest) -> dict[str, dict[str, Change]]:
-    """Return section → key → (old, new) of everything that differs; sections without a difference are empty.
+    """Return section → key → (old, new) of all differences; sections without any are empty.
 
-    Sections: config (what the ids cover), machine (settings that they do not), inputs, code, metrics, execution,
-    environment, contents.
+    Sections: config (settings that are part of the id), machine (settings that are not), inputs, code, metrics,
+    execution, environment, contents.
     """
     return {
         "config": changes(_settings(old), _settings(new)),
@@ -41,9 +41,9 @@ def differences(old: Manifest, new: Manifest) -> dict[str, dict[str, Change]]:
 
 
 def environment_drift(made: Manifest, backend: str) -> dict[str, Change]:
-    """Return what computed an artifact and would not now, the kind of device and MLX's version, as old and new.
+    """Return device and MLX version as (old, new) where they differ between an artifact and this machine.
 
-    Keys do not cover them: results differ in their last bits alone.
+    They are not part of keys, because they change only the last bits of results.
     """
     before = {"device": (made.get("device") or {}).get("backend"), "mlx": (made.get("versions") or {}).get("mlx")}
     now = {"device": backend, "mlx": versions().get("mlx")}
@@ -51,7 +51,7 @@ def environment_drift(made: Manifest, backend: str) -> dict[str, Change]:
 
 
 def _settings(manifest: Manifest) -> dict[str, Any]:
-    # The full configuration also shows fields that identities leave out.
+    # The full configuration includes fields that are not part of the identity.
     return {**flatten(manifest.get("full_config", {})), **flatten(manifest.get("config", {}))}
 
 
@@ -86,18 +86,18 @@ class Compared(NamedTuple):
 
     name: str
     steps: list[dict[str, Any]]
-    """Of its plan: step, key, rid and more."""
+    """Steps of its plan: step, key, rid and more."""
 
 
 def find_runs(store: Store, names: list[str]) -> list[Compared]:
-    """Return runs in order of time, and all jobs of sweeps that are named; without names, all runs.
+    """Return runs in order of time and all jobs of the named sweeps; without names, all runs.
 
-    A name is that of a run, what follows its number (smoke: all runs of that name), that of a sweep's folder, or the
-    start of a run's name; the first of these that there is. multirun/NAME is the sweep.
+    A name is matched in this order: the name of a run's folder, its last part (smoke: all runs of that name), the
+    folder of a sweep, a prefix of run names. multirun/NAME is always the sweep.
 
     Raises:
-        ConfigError: a name is that of no run and of no sweep.
-        StoreError: the plan of a run that was named cannot be read.
+        ConfigError: a name matches no run and no sweep.
+        StoreError: the plan of a named run cannot be read.
     """
     base = store.outputs / "runs"
     every = sorted(path for path in base.iterdir() if (path / "plan.json").exists()) if base.is_dir() else []
@@ -114,7 +114,7 @@ def find_runs(store: Store, names: list[str]) -> list[Compared]:
             chosen.update(dict.fromkeys(matching))
         else:
             known = [path.name for path in every]
-            raise ConfigError(f'"{name}" is no run and no sweep in {store.outputs}.{suggest(name, known)}')
+            raise ConfigError(f'"{name}" is no run or sweep in {store.outputs}.{suggest(name, known)}')
     runs = []
     for folder in sorted(chosen):
         try:
@@ -126,7 +126,7 @@ def find_runs(store: Store, names: list[str]) -> list[Compared]:
 
 
 def _jobs_of_sweep(store: Store, name: str) -> list[Compared] | None:
-    """Return the jobs of a sweep or the trials of a search that have artifacts; None: there is no such sweep."""
+    """Return the jobs or trials of a sweep that have artifacts; None if there is no such sweep."""
     folder = store.outputs / "multirun" / name
     if not name or not os.path.isdir(folder):  # noqa: PTH112  (False for names that are too long for a file)
         return None
@@ -135,13 +135,13 @@ def _jobs_of_sweep(store: Store, name: str) -> list[Compared] | None:
         return [Compared(job["title"], job["steps"]) for job in jobs if job["steps"]]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{folder} has no readable sweep.json ({type(error).__name__}): run the same sweep again, which computes "
-            "nothing that is done"
+            f"{folder}/sweep.json cannot be read ({type(error).__name__}): run the same sweep again to rewrite it; "
+            "finished jobs are not recomputed"
         ) from None
 
 
 def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
-    """Return a row per run: its `name`, the `config` and `metrics` of its steps that are there, and step → stage."""
+    """Return a row per run: `name`, `config` and `metrics` of its finished steps, and `steps`: step → stage."""
     rows = []
     for run in runs:
         row: Row = {"name": run.name, "config": {}, "metrics": {}, "steps": {}}
@@ -163,7 +163,7 @@ def rows_of_step(store: Store, step: str) -> list[Row]:
     """Return a row per artifact of a step, in order of time.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the step has no artifact.
     """
     summaries = [summary for summary in read_catalog(store) if "damaged" not in summary]
     chosen = [summary for summary in summaries if step in (summary["step"], summary["stage"])]
@@ -183,7 +183,7 @@ def rows_of_step(store: Store, step: str) -> list[Row]:
 
 
 def settings_of(manifest: Manifest) -> dict[str, Any]:
-    """Return the settings that an artifact's id covers, as dotted key → value."""
+    """Return the settings that are part of an artifact's id, as dotted key → value."""
     return flatten(manifest["config"])
 
 
@@ -192,12 +192,12 @@ class Table:
     """Runs side by side."""
 
     rows: list[Row]
-    """One for each run, sorted: `name` and what is shown of it."""
+    """One per run, sorted: `name`, settings and metrics."""
     settings: list[str]
-    """Those that differ."""
+    """Settings that differ."""
     metrics: list[str]
     left_out: list[str]
-    """Steps that a single one of the runs has."""
+    """Steps of only one run."""
 
 
 def make_table(
@@ -206,20 +206,20 @@ def make_table(
     metrics: Sequence[str] = (),
     best_of: Callable[[str, str], Callable[..., float] | None] = lambda stage, metric: None,
 ) -> Table:
-    """Return the settings that differ and the metrics of runs.
+    """Return a table of the settings that differ and of the metrics.
 
-    A setting differs among the runs that have its section: a run without RL has no settings of RL to compare. Metrics
-    are those of steps that more than one run has.
+    Settings are compared among the runs that have their section: settings of RL, for example, among runs with RL.
+    Metrics are those of steps that more than one run has.
 
     Args:
-        rows: with `name`, `config`, `metrics` and, of runs, `steps`, of artifacts `stage`.
-        sort: a setting, smallest first, or a metric, best first as its stage declares; a leading - reverses. None: as
-            given.
-        metrics: parts of names; only metrics that contain one, of whichever step, are shown. Empty: all.
-        best_of: returns min or max, whichever finds the best value of a stage's metric.
+        rows: with `name`, `config`, `metrics`, and `steps` (runs) or `stage` (artifacts).
+        sort: a setting (smallest first) or a metric (best first, as its stage declares); a leading - reverses.
+            None: keep the order.
+        metrics: show only metrics whose names contain one of these; empty: all.
+        best_of: returns min or max for (stage, metric), or None.
 
     Raises:
-        ConfigError: there is no such setting or metric.
+        ConfigError: `sort` names no setting or metric of the table.
     """
     sections = [{_first(key) for key in row["config"]} for row in rows]
 
@@ -258,7 +258,7 @@ def make_table(
 
 
 def _metric_of(row: Row, column: str) -> tuple[str, str]:
-    """Return the stage and the metric that a column stands for in a row."""
+    """Return stage and metric of a column in a row."""
     if "stage" in row:
         return row["stage"], column
     step, _, metric = column.partition(".")
@@ -275,11 +275,11 @@ def _order(value: Any) -> tuple[bool, float, str]:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a cell is a number, and no truth value."""
+    """Return whether a cell is a number (not a bool)."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def numeric(rows: list[Mapping[str, Any]], column: str) -> bool:
-    """Tell whether all cells of a column that are filled are numbers."""
+    """Return whether a column has values, all of them numbers."""
     cells = [row.get(column) for row in rows if row.get(column) is not None]
     return bool(cells) and all(map(is_number, cells))

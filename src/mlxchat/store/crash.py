@@ -1,9 +1,9 @@
-"""Named points at which a test can have this process die, be asked to stop, or meet a full disk.
+"""Fault injection for tests: named points at which a process can be killed, signalled, or given an OSError.
 
-Switched off unless the environment says where: `MLXCHAT_CRASH_AT=publish.synced`, or `train.iteration:3` for the third
-passing. There the process kills itself; with `MLXCHAT_CRASH_SIGNAL=TERM` (or INT) it sends itself that signal and goes
-on; with `MLXCHAT_CRASH_ERROR=ENOSPC` (or EROFS, EIO) it raises that OSError; with `MLXCHAT_CRASH_RUN=COMMAND` it runs a
-command and goes on. `MLXCHAT_CRASH_TRACE=FILE` gets a line for each passing.
+Enabled by `MLXCHAT_CRASH_AT=publish.synced`, or `train.iteration:3` for the third pass. There the process kills itself.
+With `MLXCHAT_CRASH_SIGNAL=TERM` (or INT) it sends itself that signal and continues; with `MLXCHAT_CRASH_ERROR=ENOSPC`
+(or EROFS, EIO) it raises that OSError; with `MLXCHAT_CRASH_RUN=COMMAND` it runs a command and continues.
+`MLXCHAT_CRASH_TRACE=FILE` appends a line to FILE for each pass.
 """
 
 from __future__ import annotations
@@ -13,45 +13,45 @@ import os
 import signal
 from pathlib import Path
 
-# What is true at each point. A process may die at any of them, and the next one must end as if nothing had happened.
+# The state at each point. After a kill at any of them, the next run must end with the same result.
 CRASH_POINTS = {
-    "run.folder": "the run's folder is there, plan.json is not",
+    "run.folder": "the run's folder exists, plan.json does not",
     "step.locked": "the step's lock is held, nothing else was done",
-    "step.prepared": "work/<key>/out is there and empty, the inputs are known",
+    "step.prepared": "work/<key>/out exists and is empty, the inputs are known",
     "step.started": "attempts.jsonl has the start of this attempt",
-    "step.ran": "the stage returned, its outputs were not looked at",
+    "step.ran": "the stage returned, its outputs were not checked",
     "step.recorded": "records are beside the outputs, the attempt has its end",
     "publish.described": "outputs are hashed, there is no manifest",
-    "publish.written": "work/<key>/out has its manifest, which need not be on disk",
+    "publish.written": "work/<key>/out has its manifest, maybe not yet on disk",
     "publish.synced": "everything is on disk, the folder is still in work/",
     "publish.recorded": "a record leads from the key to the artifact, which may still be in work/",
-    "publish.renamed": "the artifact is in store/, the rename need not be on disk",
-    "publish.done": "the artifact is in store/, a damaged one is gone",
-    "step.cleaned": "the work folder is gone, the lock is held",
+    "publish.renamed": "the artifact is in store/, the rename maybe not yet on disk",
+    "publish.done": "the artifact is in store/, a damaged one was removed",
+    "step.cleaned": "the work folder was removed, the lock is held",
     "ref.made": "the new symlink has a temporary name",
     "ref.swapped": "the ref leads to the new artifact",
     "shared.locked": "the lock of a shared artifact is held",
     "shared.made": "a shared artifact was filled, not published",
-    "shared.published": "a shared artifact is in store/, its work folder is still there",
+    "shared.published": "a shared artifact is in store/, its work folder still exists",
     "train.iteration": "an iteration was done, nothing of it was saved",
     "checkpoint.arrays": "arrays of a checkpoint are written, its state is not",
-    "checkpoint.written": "a checkpoint is whole under a temporary name",
-    "checkpoint.renamed": "a checkpoint has its name, the older ones are still there",
-    "checkpoint.done": "the older checkpoints are gone",
+    "checkpoint.written": "a checkpoint is complete under a temporary name",
+    "checkpoint.renamed": "a checkpoint has its name, the older ones still exist",
+    "checkpoint.done": "the older checkpoints were removed",
     "train.finished": "the last iteration was done, the model is not written",
     "eval.answered": "the results of a batch of questions are in their journal",
-    "gc.planned": "what may go is known, nothing was touched",
-    "gc.moved": "one thing was moved to trash/",
-    "gc.deleted": "one thing in trash/ was deleted",
+    "gc.planned": "the garbage is listed, nothing was touched",
+    "gc.moved": "one item was moved to trash/",
+    "gc.deleted": "one item in trash/ was deleted",
     "import.unpacked": "one artifact was copied under a temporary name",
     "import.checked": "the copy was hashed and is right, it is not in store/",
     "import.renamed": "one imported artifact is in store/",
-    "export.synced": "an exported folder is whole and on disk under a temporary name",
-    "send.file": "one file is at another place, the manifest of its artifact is not",
-    "send.described": "all files of an artifact are at another place, its manifest is not",
-    "fetch.piece": "a piece of a file from another place was written, which need not be on disk",
-    "fetch.artifact": "one artifact of another place was copied under a temporary name",
-    "distill.answered": "a teacher's answer is in the file of answers, which need not be on disk",
+    "export.synced": "an exported folder is complete and on disk under a temporary name",
+    "send.file": "one file was sent, the manifest of its artifact was not",
+    "send.described": "all files of an artifact were sent, its manifest was not",
+    "fetch.piece": "a piece of a remote file was written, maybe not yet on disk",
+    "fetch.artifact": "one remote artifact was copied under a temporary name",
+    "distill.answered": "a teacher's answer is in the file of answers, maybe not yet on disk",
     "search.ended": "a trial of a search has ended, the journal does not have it",
     "search.told": "the journal of a search has the trial's result",
 }
@@ -61,13 +61,10 @@ _passed: dict[str, int] = {}
 
 
 def crash_point(name: str) -> None:
-    """Do nothing, unless the environment names this point.
-
-    Args:
-        name: one of CRASH_POINTS.
+    """Inject a fault if the environment names this point, one of CRASH_POINTS; else do nothing.
 
     Raises:
-        OSError: the environment asks for one here.
+        OSError: the one that MLXCHAT_CRASH_ERROR names.
     """
     wanted, trace = os.environ.get("MLXCHAT_CRASH_AT"), os.environ.get("MLXCHAT_CRASH_TRACE")
     if wanted is None and trace is None:

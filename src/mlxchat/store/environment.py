@@ -1,4 +1,4 @@
-"""What a run was made with: code, versions, machine, command line. Recorded, never part of an identity."""
+"""Code, versions, machine and command line of a run: recorded in manifests, never part of an identity."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Environment:
     """Facts gathered once per run, when the first step needs them."""
 
     def __init__(self, describe_device: Callable[[], dict[str, Any]]) -> None:
-        """Take the function that describes the device, since only it may import MLX."""
+        """`describe_device` may import MLX, which this module must not."""
         self._describe_device = describe_device
 
     def record(self) -> dict[str, Any]:
@@ -37,8 +37,8 @@ class Environment:
 
 
 def versions() -> dict[str, str]:
-    """Return Python's version and those of the packages that results depend on."""
-    import importlib.metadata  # takes longer than a verb that only reads may
+    """Return the versions of Python and of the packages that results depend on."""
+    import importlib.metadata  # slow: not for verbs that only read
 
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -50,21 +50,21 @@ def versions() -> dict[str, str]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Return commit and dirtiness of the checkout that this code runs from, or None if it is installed elsewhere."""
+    """Return commit and `dirty` of the git checkout that this code runs from; None if it is not a checkout."""
     try:
-        ask = ["git", "-C", str(folder)]
-        tracked = subprocess.run([*ask, "ls-files", "--error-unmatch", "environment.py"], capture_output=True)
+        git = ["git", "-C", str(folder)]
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", "environment.py"], capture_output=True)
         if tracked.returncode:
             return None
-        commit = subprocess.run([*ask, "rev-parse", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run([*ask, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
     except OSError:
         return None
     return {"commit": commit.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
 
 
 def reset_peak_memory() -> None:
-    """Start a new peak for `peak_memory_bytes`, where the system can (Linux), and for `peak_array_bytes`."""
+    """Reset the peaks of `peak_array_bytes` and, on Linux, `peak_memory_bytes`."""
     mlx = sys.modules.get("mlx.core")
     if mlx is not None:
         mlx.reset_peak_memory()
@@ -73,13 +73,13 @@ def reset_peak_memory() -> None:
 
 
 def peak_array_bytes() -> int | None:
-    """Return the most memory that MLX's arrays held since the reset; None where MLX computed nothing."""
+    """Return the peak memory of MLX's arrays since the reset; None if MLX computed nothing."""
     mlx = sys.modules.get("mlx.core")
     return (mlx.get_peak_memory() or None) if mlx is not None else None
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory this process held since the reset, or since its start where there is no reset."""
+    """Return this process's peak memory since the reset, or since its start where the system has no reset."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

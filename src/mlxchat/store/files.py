@@ -1,7 +1,7 @@
-"""Files and folders that are written whole or not at all, with digests, and append-only JSON lines.
+"""Atomically written files and folders, JSON with a digest, and append-only JSON lines.
 
-A sealed JSON file ends in `digest`, the sha256 of every byte before it, so that a cut or altered one is recognised.
-Records without it, from before there were digests, are read as they are; the caller decides whether to accept them.
+A sealed JSON file ends in `digest`, the sha256 of every byte before it, which reveals truncation and changes. Older
+files have no digest; the caller decides whether to accept them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _END = b'"\n}\n'
 
 
 def seal(record: Mapping[str, Any]) -> bytes:
-    """Return a record, which must not be empty, as JSON with its digest.
+    """Return a non-empty record as JSON with its digest.
 
     Raises:
         ValueError: it holds NaN or Infinity.
@@ -42,7 +42,7 @@ def unseal(data: bytes) -> tuple[dict[str, Any], bool]:
     """Return the record without its digest, and whether it had one.
 
     Raises:
-        ValueError: it is no JSON object, or not the one that the digest was made of.
+        ValueError: it is not a JSON object, or does not match its digest.
     """
     record = json.loads(data)
     if not isinstance(record, dict):
@@ -51,20 +51,20 @@ def unseal(data: bytes) -> tuple[dict[str, Any], bool]:
     if not mark:
         return record, False
     if end != hashlib.sha256(body).hexdigest().encode() + _END:
-        raise ValueError("its contents do not have the digest that it names")
+        raise ValueError("its contents do not match its digest")
     del record["digest"]
     return record, True
 
 
 @contextmanager
 def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """Yield a name beside `path` to write to, which becomes `path` in one rename when the block ends without an error.
+    """Yield a temporary path beside `path` to write to; it is renamed to `path` when the block ends without an error.
 
-    Readers see the former file or the new one, never a part. The name begins with a dot and belongs to this call alone.
+    Readers see the old file or the new one, never a part. The temporary name is unique and begins with a dot.
 
     Args:
-        path: in a folder that is there; what stands there is replaced.
-        durable: wait until the contents are on disk before the rename, so that they also survive a power cut.
+        path: in an existing folder; an existing file is replaced.
+        durable: fsync before the rename, so that the contents survive a power cut.
     """
     unfinished = path.with_name(f".{path.name}-{os.getpid()}-{os.urandom(4).hex()}")
     try:
@@ -78,21 +78,21 @@ def whole_file(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def write_whole(path: Path, data: bytes | str, *, durable: bool = True) -> None:
-    """Write a file in one step, text as UTF-8; see `whole_file`."""
+    """Write a file atomically, text as UTF-8; see `whole_file`."""
     with whole_file(path, durable=durable) as unfinished:
         unfinished.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def list_folder(folder: Path) -> list[str]:
-    """Return the sorted names in a folder without hidden ones; nothing if it is not there."""
+    """Return the sorted names in a folder without hidden ones; empty if it cannot be read."""
     try:
-        return sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208  (ten thousand)
+        return sorted(name for name in os.listdir(folder) if not name.startswith("."))  # noqa: PTH208  (speed)
     except OSError:
         return []
 
 
 def sync(path: Path) -> None:
-    """Wait until a file or folder is on disk."""
+    """Call fsync on a file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -101,9 +101,9 @@ def sync(path: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Wait until all of a folder is on disk, its files readable for all who may read the folder.
+    """Fsync a folder and all it contains, and give its files the folder's read and write permissions.
 
-    The writer of safetensors lets the owner alone read, and others may work in the same outputs folder.
+    The safetensors writer makes files readable only by the owner, but several users may share an outputs folder.
     """
     readable = stat.S_IMODE(folder.stat().st_mode) & 0o666
     for path in sorted(folder.rglob("*")):
@@ -118,16 +118,16 @@ _UNFINISHED, _REPLACED = "unfinished", "replaced"
 
 @contextmanager
 def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """Give an empty folder to fill, which becomes `path` in one rename when the block ends without an error.
+    """Yield an empty folder to fill; it is renamed to `path` when the block ends without an error.
 
-    It lies beside `path` under a name that begins with a dot. What a killed process left there is removed.
+    Its temporary name beside `path` begins with a dot. Folders that killed processes left there are removed.
 
     Args:
         path: absent, or an empty folder.
-        force: a folder or file that is there is replaced.
+        force: replace an existing folder or file.
 
     Raises:
-        StoreError: something is there, or nothing can be written there.
+        StoreError: `path` exists, or cannot be written.
     """
     unfinished = path.with_name(f".{path.name}.{_UNFINISHED}-{os.uname().nodename}-{os.getpid()}")
     try:
@@ -150,19 +150,19 @@ def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def check_free(path: Path, *, force: bool = False) -> None:
-    """Refuse a place where something is.
+    """Raise if a path is taken.
 
     Raises:
-        StoreError: there is more than an empty folder, and `force` is not given.
+        StoreError: `path` is more than an empty folder, and `force` is False.
     """
     if force or not os.path.lexists(path):
         return
     if not path.is_dir() or path.is_symlink() or any(path.iterdir()):
-        raise StoreError(f"{path} is there already. Choose another place, or replace it with --force")
+        raise StoreError(f"{path} exists already. Choose another path, or replace it with --force")
 
 
 def _put(unfinished: Path, path: Path, *, force: bool) -> None:
-    """Rename a finished folder; over an empty folder that is one step, over anything else two."""
+    """Rename a finished folder to `path`: one step if `path` is absent or an empty folder, else two."""
     if force and os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
         replaced = path.with_name(f".{path.name}.{_REPLACED}-{os.uname().nodename}-{os.getpid()}")
         path.rename(replaced)
@@ -180,12 +180,12 @@ def _put(unfinished: Path, path: Path, *, force: bool) -> None:
         unfinished.rename(path)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise StoreError(f"{path} was filled meanwhile; nothing of it was touched") from None
+            raise StoreError(f"{path} was filled meanwhile; it was not changed") from None
         raise
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what processes of this machine that are gone left of an earlier try."""
+    """Remove temporary folders of ended processes of this machine."""
     host = os.uname().nodename
     for kind in (_UNFINISHED, _REPLACED):
         prefix = f".{path.name}.{kind}-{host}-"
@@ -193,7 +193,7 @@ def _remove_leftovers(path: Path) -> None:
             number = place.name.removeprefix(prefix)
             if place.name.startswith(prefix) and number.isdecimal() and not is_alive(int(number)):
                 if kind == _REPLACED and not os.path.lexists(path):
-                    place.rename(path)  # killed between the two renames: the former folder comes back
+                    place.rename(path)  # killed between the two renames: restore the old folder
                 else:
                     shutil.rmtree(place, ignore_errors=True)
 
@@ -210,19 +210,19 @@ def is_alive(process: int) -> bool:
 
 
 def _unwritable(path: Path, error: OSError) -> StoreError:
-    return StoreError(f"{path} cannot be written ({error.strerror or error}); nothing of it was left there")
+    return StoreError(f"{path} cannot be written ({error.strerror or error}); no partial output was left")
 
 
 Record = dict[str, Any]
 
 
 def now() -> str:
-    """Return the time as ISO 8601 in UTC, to the millisecond."""
+    """Return the current time as ISO 8601 in UTC, to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def read_cache(path: Path, kind: str) -> dict[str, Any]:
-    """Return what a cache file holds; {} if it is absent, damaged or of another kind (its name and format)."""
+    """Return the contents of a cache file; {} if it is absent, damaged or not of this kind (name and format)."""
     try:
         head, _, body = path.read_bytes().partition(b"\n")
         found: dict[str, Any] = json.loads(body) if head == _head_of(kind, body) else {}
@@ -232,7 +232,7 @@ def read_cache(path: Path, kind: str) -> dict[str, Any]:
 
 
 def write_cache(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Write a cache file whole, unless the folder above its own is missing or it cannot be written."""
+    """Write a cache file atomically; errors are ignored."""
     body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
     with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
@@ -247,12 +247,12 @@ class Records:
     """One .jsonl file."""
 
     def __init__(self, path: Path) -> None:
-        """Remember the file; it is made by the first record."""
+        """The first `append` creates the file."""
         self.path = path
 
     def append(self, record: Record) -> None:
-        """Write one line, at once, without the environment's secrets."""
-        # Half a character, which no UTF-8 is of, becomes the escape that JSON has for it.
+        """Write one line, unbuffered, without the environment's secrets."""
+        # Lone surrogates, which UTF-8 cannot encode, become JSON escapes.
         line = json.dumps(redact(record), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
@@ -261,12 +261,12 @@ class Records:
             file.write(line)
 
     def read(self) -> list[Record]:
-        """Return all whole records; a line cut by a crash is left out."""
+        """Return all complete records; a line cut by a crash is skipped."""
         try:
             text = self.path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             return []
-        # Not splitlines: text may hold U+2028.
+        # Not splitlines: text may contain U+2028.
         records = (self.parse(line) for line in text.split(b"\n"))
         return [record for record in records if record is not None]
 
@@ -281,12 +281,12 @@ class Records:
 
     @staticmethod
     def _is_cut(file: IO[bytes]) -> bool:
-        """Tell whether the last line lacks its end, as a crash leaves it."""
+        """Return whether the last line has no newline, as after a crash."""
         file.seek(-1, 2)
         return file.read(1) != b"\n"
 
     def truncate(self, iteration: int) -> None:
-        """Drop the records after `iteration`: work that a resumed attempt does again."""
+        """Drop the records after `iteration`, which a resumed attempt repeats."""
         kept = [record for record in self.read() if record.get("iteration", 0) <= iteration]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)

@@ -1,7 +1,7 @@
-"""Identity: what makes two artifacts the same, as canonical JSON and its hash.
+"""Identity of artifacts: canonical JSON of configuration, inputs and data, and its hash.
 
 Fields of the typed configuration are part of the identity unless their metadata says `identity: False`. A field
-that was added later declares `since_default`; while it has that value it is left out, so old artifacts stay valid.
+added later declares `since_default`; while it has that value it is left out, so old artifacts stay valid.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ def identity_of(config: Any) -> Any:
     """Return the identity part of a typed configuration as plain, canonical data.
 
     Raises:
-        TypeError: a value has no canonical form (a function, NaN, an object with an address).
+        TypeError: a value has no canonical form (a function, NaN, an object whose repr has an address).
     """
     return _plain(config, identity_only=True)
 
 
 def left_out_of(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return dotted key → plain default of every field that an identity leaves out while it has its default."""
+    """Return dotted key → default of every field that the identity omits at its default."""
     found: dict[str, Any] = {}
     if isinstance(config, Mapping):
         for key, item in config.items():
@@ -45,21 +45,21 @@ def left_out_of(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def plain_of(config: Any) -> Any:
-    """Return a typed configuration as plain data, everything included."""
+    """Return a complete typed configuration as plain data."""
     return _plain(config, identity_only=False)
 
 
 def compute_key(
     stage: str, version: int, identity: Any, inputs: Mapping[str, str], externals: Mapping[str, str]
 ) -> str:
-    """Return the key of what a step is asked for, 52 characters of lower-case base32.
+    """Return a step's key, 52 characters of lower-case base32.
 
     Args:
         stage: name of the stage.
         version: its VERSION.
         identity: `identity_of` its configuration.
         inputs: role → digest of the contents.
-        externals: name → content hash or revision of everything read from outside.
+        externals: name → content hash or revision of all external data.
     """
     record = {
         "schema": SCHEMA,
@@ -73,12 +73,12 @@ def compute_key(
 
 
 def encode_digest(text: str) -> str:
-    """Return the sha256 of a text as 52 characters of lower-case base32: the disks of Macs do not tell cases apart."""
+    """Return the sha256 of a text as 52 characters of lower-case base32 (macOS file names ignore case)."""
     return base64.b32encode(hashlib.sha256(text.encode()).digest()).decode().rstrip("=").lower()
 
 
 def canonical_json(value: Any) -> str:
-    """Return the one JSON text of plain data: sorted keys, no spaces, no NaN."""
+    """Return canonical JSON of plain data: sorted keys, no spaces, no NaN."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
@@ -89,10 +89,10 @@ def hash_file(path: Path) -> str:
 
 
 def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return plain nested data as dotted key → value; empty mappings are left out."""
+    """Return nested data as dotted key → value; empty mappings are left out."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
-        # A dict is tested first: isinstance with Mapping is slow, and few mappings are no dict.
+        # Test for dict first, because isinstance with Mapping is slow.
         if isinstance(item, dict) or (type(item) not in _SCALARS and isinstance(item, Mapping)):
             flat |= flatten(item, f"{prefix}{key}.")
         else:
@@ -103,7 +103,7 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def changes(
     old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> dict[str, tuple[Any, Any]]:
-    """Return key → (old, new) of what differs; a key that one side lacks has its default, or "absent"."""
+    """Return key → (old, new) of all differences; a missing key has its default, or "absent"."""
     changed = [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
     absent = {key: (defaults or {}).get(key, "absent") for key in changed}
     return {key: (old.get(key, absent[key]), new.get(key, absent[key])) for key in changed}
@@ -124,7 +124,7 @@ def _plain(value: Any, *, identity_only: bool) -> Any:
     if isinstance(value, Mapping):
         plain = {str(key): _plain(item, identity_only=identity_only) for key, item in value.items()}
         if len(plain) < len(value):
-            raise TypeError(f"{value!r} has no canonical form: two of its keys would be one")
+            raise TypeError(f"{value!r} has no canonical form: two of its keys are equal as text")
         return plain
     if isinstance(value, list | tuple):
         return [_plain(item, identity_only=identity_only) for item in value]
@@ -132,19 +132,19 @@ def _plain(value: Any, *, identity_only: bool) -> Any:
         return value.name
     if isinstance(value, float):
         if identity_only and not math.isfinite(value):
-            raise TypeError(f"{value} has no place in an identity")
+            raise TypeError(f"{value} cannot be part of an identity")
         return value
     if value is None or isinstance(value, str | int | bool):
         return value
     raise TypeError(f"{value!r} ({type(value).__name__}) has no canonical form")
 
 
-# Of the types that fields declare, which are text where annotations are postponed.
+# Matched against field types, which are text where annotations are postponed.
 _FLOAT, _INT = re.compile(r"\bfloat\b"), re.compile(r"\bint\b")
 
 
 def _with_floats(value: Any) -> Any:
-    """Return the value of a field of floats with its whole numbers as floats: 1 and 1.0 are the same there."""
+    """Return the value of a float field with integers as floats, so that 1 and 1.0 are the same."""
     if isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, Mapping):
@@ -153,7 +153,7 @@ def _with_floats(value: Any) -> Any:
 
 
 def _is_later_default(value: Any, metadata: Mapping[str, Any]) -> bool:
-    """Tell whether a field that was added later has the value at which it is left out."""
+    """Return whether a field added later has the value at which it is left out."""
     if "since_default" not in metadata:
         return False
     default = metadata["since_default"]

@@ -1,8 +1,8 @@
-"""What may be removed from an outputs folder, and why; and removing it, one rename at a time.
+"""Garbage collection: what may be removed from an outputs folder, why, and the removal.
 
-Never removed: what `latest`, a pin or another group of people's own leads to; what a run in progress made or needs, or
-that is younger than such a run; what belongs to a run younger than a day; and what any of these were made from. The
-refs of an ended run keep its artifacts too, until a limit (age, number, bytes) is given.
+Never removed: artifacts that `latest`, a pin or a user's own group of refs leads to; artifacts that a run in progress
+made or needs, or that are younger than such a run; artifacts of a run younger than a day; and all inputs of these. The
+refs of an ended run keep its artifacts, too, until a limit (age, number, bytes) is given.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ _LEFT_OVER_DAYS = 7
 
 @dataclass(frozen=True)
 class Limits:
-    """What is kept of ended runs; None: everything that a run's refs lead to."""
+    """What is kept of ended runs; without limits, everything that a run's refs lead to."""
 
     keep_last: int | None = None
-    """So many artifacts of each step, the newest; intermediate models do not count."""
+    """Keep this many artifacts of each step, the newest; intermediate models do not count."""
     older_than_seconds: float | None = None
-    """Whatever was published later is kept; also the age from which work that was left over may go."""
+    """Keep artifacts younger than this; also the age at which abandoned work is removed."""
     max_bytes: float | None = None
-    """Remove, the oldest first, only until the store is as small as this."""
+    """Remove the oldest artifacts only until the store has this size."""
 
     def given(self) -> bool:
-        """Tell whether there is any limit."""
+        """Return whether there is any limit."""
         return (self.keep_last, self.older_than_seconds, self.max_bytes) != (None, None, None)
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """One thing that may go."""
+    """A file or folder that can be removed."""
 
     path: Path
     kind: str
@@ -72,7 +72,7 @@ def parse_age(text: str) -> float:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
     if found is None:
-        raise ConfigError(f'"{text}" is no age: expected for instance 12h, 7d or 2w')
+        raise ConfigError(f'"{text}" is no age: expected a number with s, m, h, d or w, such as 12h, 7d or 2w')
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": DAY_SECONDS, "w": 7 * DAY_SECONDS}[found[2]]
 
 
@@ -84,28 +84,28 @@ def parse_bytes(text: str) -> float:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
     if found is None:
-        raise ConfigError(f'"{text}" is no size: expected for instance 500MB or 10GB')
+        raise ConfigError(f'"{text}" is no size: expected a number with kB, MB, GB or TB, such as 500MB or 10GB')
     return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}[found[2]]
 
 
 def _left_overs(store: Store, limits: Limits) -> Iterator[Garbage]:
-    """Yield work that nothing continues, artifacts that were never finished, and what an earlier gc did not delete."""
+    """Yield abandoned work, unfinished artifacts, and the trash of an interrupted gc."""
     age = limits.older_than_seconds if limits.older_than_seconds is not None else _LEFT_OVER_DAYS * DAY_SECONDS
     work = store.outputs / "work"
     for path in [*_entries(work), *work.glob(".import-*")]:
         lock = store.lock("import" if path.name.startswith(".") else path.name)
         idle = time.time() - max(each.lstat().st_mtime for each in [path, *path.rglob("*")])
         if path.is_dir() and idle >= age and not locks.is_held(lock):
-            yield Garbage(path, "work", size_of(path), f"left over, untouched for {idle / DAY_SECONDS:.0f} days")
+            yield Garbage(path, "work", size_of(path), f"abandoned, unchanged for {idle / DAY_SECONDS:.0f} days")
     for path in _entries(store.outputs / "store"):
         if not (path / MANIFEST).exists():
-            yield Garbage(path, "artifact", size_of(path), "never finished: it has no manifest")
+            yield Garbage(path, "artifact", size_of(path), "unfinished: it has no manifest")
     for path in _entries(store.outputs / "trash"):
-        yield Garbage(path, "trash", size_of(path), "an earlier gc was stopped before it deleted this")
+        yield Garbage(path, "trash", size_of(path), "left by an interrupted gc")
 
 
 def _dangling(store: Store, staying: set[str]) -> Iterator[Garbage]:
-    """Yield refs that lead to none of the artifacts that stay (ids)."""
+    """Yield refs that lead to none of the artifacts `staying` (ids)."""
     folders = {rid[:16] for rid in staying}
     for group in groups(store):
         for link in _entries(store.outputs / "refs" / group):
@@ -114,14 +114,14 @@ def _dangling(store: Store, staying: set[str]) -> Iterator[Garbage]:
 
 
 def remark_old(store: Store) -> str | None:
-    """Return a line about outputs that version 0.1 left, until something was made in them; None: there are none."""
+    """Return a note if the folder holds only artifacts of version 0.1, else None."""
     count = sum((path / MANIFEST).exists() for path in _entries(store.outputs / "store"))
     if not count or (store.outputs / "records").is_dir():
         return None
     return (
-        f"{store.outputs} holds {plural(count, 'artifact')} of version 0.1: chat, show and export take them by name, "
-        "runs make their own. To keep them apart: outputs=PATH. To remove them, once there are newer ones: "
-        "mlxchat gc --keep-last 1 --apply"
+        f"{store.outputs} holds {plural(count, 'artifact')} of version 0.1: chat, show and export accept them by name, "
+        "runs do not reuse them. To use another folder for new runs: outputs=PATH. To remove them once there are newer "
+        "ones: mlxchat gc --keep-last 1 --apply"
     )
 
 
@@ -140,7 +140,7 @@ _RUN = re.compile(r"\d{8}-\d{6}-")
 
 @dataclass
 class Collection:
-    """What may go, and what stays why."""
+    """What can be removed, and why the rest is kept."""
 
     garbage: list[Garbage] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
@@ -149,12 +149,12 @@ class Collection:
 
 
 def find_garbage(store: Store, limits: Limits, *, trusted: bool = True) -> Collection:
-    """Return what may go under these limits; nothing is changed.
+    """Return what can be removed under these limits; nothing is changed.
 
     Args:
         store: the outputs folder.
         limits: what is kept of ended runs.
-        trusted: whether the catalog may be used; False reads every manifest.
+        trusted: whether the cached catalog may be used; False reads every manifest.
     """
     summaries = read_catalog(store, trusted=trusted)
     known = by_rid(summaries)
@@ -180,29 +180,29 @@ def find_garbage(store: Store, limits: Limits, *, trusted: bool = True) -> Colle
 
 
 def collect(store: Store, limits: Limits) -> Collection:
-    """Remove what may go and return it. Every run stops this, and this stops every run from beginning a step.
+    """Remove garbage and return it. No step can start meanwhile.
 
     Raises:
         ConfigError: a step is running.
-        StoreError: locks or names cannot be relied on here, so what is needed is unknown.
+        StoreError: locks or symlinks do not work here, so what is needed is unknown.
     """
     return _delete(store, "gc", lambda: find_garbage(store, limits, trusted=False))
 
 
 def find_removal(store: Store, meant: Sequence[Found | Run], *, force: bool, trusted: bool = True) -> Collection:
-    """Return what goes with runs and artifacts; nothing is changed.
+    """Return what is removed with these runs and artifacts; nothing is changed.
 
-    With a run go its names and events, and those of its artifacts that nothing else needs: no other name leads to them,
-    and nothing that stays was made from them. With an artifact go the names that lead to it.
+    A run is removed with its refs, events and those of its artifacts that no other ref leads to and no other artifact
+    was made from. An artifact is removed with the refs that lead to it.
 
     Args:
         store: the outputs folder.
         meant: the runs and artifacts.
-        force: remove also what is pinned, what something was made from, and a run that may be in progress.
-        trusted: whether the catalog may be used; False reads every manifest.
+        force: also remove pinned artifacts, inputs of others, and runs that may be in progress.
+        trusted: whether the cached catalog may be used; False reads every manifest.
 
     Raises:
-        ConfigError: every reason against it, unless `force` is given.
+        ConfigError: every reason against the removal, unless `force` is True.
     """
     known = by_rid(read_catalog(store, trusted=trusted))
     at = {summary["folder"]: rid for rid, summary in known.items()}
@@ -210,16 +210,16 @@ def find_removal(store: Store, meant: Sequence[Found | Run], *, force: bool, tru
     places = [each.place for each in meant if isinstance(each, Found)]
     stays, reasons = _stays(store, known, runs, {at[place.name] for place in places if place.name in at})
     if reasons and not force:
-        raise ConfigError("\n".join([*sorted(set(reasons)), "To remove it all the same: --force"]))
+        raise ConfigError("\n".join([*sorted(set(reasons)), "To remove it anyway: --force"]))
     going = {rid for rid, summary in known.items() if rid not in stays and summary["kind"] != SHARED_KIND}
-    # No step has encoded text as an input: it is removed with the text that it was encoded from.
+    # Encoded text is no step's input: it is removed with the text that it was encoded from.
     going |= {
         rid for rid, summary in known.items() if summary["kind"] == SHARED_KIND and going & {*references(summary)}
     }
     found = Collection(kept={known[rid]["folder"]: reason for rid, reason in stays.items() if reason})
     found.kept_bytes = sum(summary["bytes"] for rid, summary in known.items() if rid not in going)
     for summary in _oldest([known[rid] for rid in going], math.inf):
-        reason = "encoded text of what goes" if summary["kind"] == SHARED_KIND else str(summary["step"])
+        reason = "encoded text of removed artifacts" if summary["kind"] == SHARED_KIND else str(summary["step"])
         path = store.outputs / "store" / summary["folder"]
         found.garbage.append(Garbage(path, "artifact", summary["bytes"], reason))
     for place in places:
@@ -236,16 +236,16 @@ def find_removal(store: Store, meant: Sequence[Found | Run], *, force: bool, tru
 def _stays(
     store: Store, known: Mapping[str, Summary], runs: Set[str], chosen: Set[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return what stays when runs and artifacts go, and what speaks against it.
+    """Return what is kept when runs and artifacts are removed, and the reasons against the removal.
 
     Args:
         store: the outputs folder.
-        known: id → short form of every artifact.
-        runs: the runs that go, with those of their artifacts that nothing else needs.
-        chosen: the ids of the artifacts that go.
+        known: id → summary of every artifact.
+        runs: the runs to remove, with those of their artifacts that nothing else needs.
+        chosen: the ids of the artifacts to remove.
 
     Returns:
-        id → the reason, for an artifact of these runs; "" for others.
+        id of a kept artifact → the reason if it is of these runs, else ""; and lines against the removal.
     """
     at = {summary["folder"]: rid for rid, summary in known.items()}
     names = [
@@ -263,7 +263,7 @@ def _stays(
         if ended or time.time() - _seconds(started) > DAY_SECONDS:
             continue
         if run in runs:
-            reasons.append(f"run {run} began less than a day ago and has not ended, as far as its events say")
+            reasons.append(f"run {run} began less than a day ago and has no recorded end")
             continue
         stays |= {rid: f"run {run} is in progress" for rid in rids if rid in in_runs}
         reasons += [f"{known[rid]['folder']}: run {run}, which is in progress, uses it" for rid in chosen & {*rids}]
@@ -285,22 +285,22 @@ def _stays(
 
 
 def _names_of(store: Store, runs: Set[str], folders: Set[str]) -> Iterator[Garbage]:
-    """Yield the names outside these runs that lead to these artifacts, and `latest` where it is one of the runs."""
+    """Yield the refs of other runs that lead to these artifacts, and `latest` if it is one of the runs."""
     refs = store.outputs / "refs"
     if (refs / LATEST).is_symlink() and os.path.basename(os.readlink(refs / LATEST)) in runs:  # noqa: PTH115, PTH119
-        yield Garbage(refs / LATEST, "ref", 0, "the latest run goes")
+        yield Garbage(refs / LATEST, "ref", 0, "the latest run is removed")
     for group in groups(store):
         for name, place in links(store, group).items():
             if group not in runs and place.name in folders:
-                yield Garbage(refs / group / name, "ref", 0, "its artifact goes")
+                yield Garbage(refs / group / name, "ref", 0, "its artifact is removed")
 
 
 def remove(store: Store, meant: Sequence[Found | Run], *, force: bool) -> Collection:
-    """Remove runs and artifacts, as `find_removal` says, and return what went.
+    """Remove what `find_removal` returns, and return it.
 
     Raises:
-        ConfigError: a step is running, or something speaks against it.
-        StoreError: locks or names cannot be relied on here, so what is needed is unknown.
+        ConfigError: a step is running, or there are reasons against the removal.
+        StoreError: locks or symlinks do not work here, so what is needed is unknown.
     """
     return _delete(store, "rm", lambda: find_removal(store, meant, force=force, trusted=False))
 
@@ -308,12 +308,12 @@ def remove(store: Store, meant: Sequence[Found | Run], *, force: bool) -> Collec
 def _delete(store: Store, verb: str, find: Callable[[], Collection]) -> Collection:
     """Remove what `find` returns, while no step runs.
 
-    Each thing is renamed into trash/ and then deleted, so that a kill leaves nothing half there.
+    Each item is renamed into trash/ and then deleted, so that a kill leaves no partial artifact.
     """
 
     def refuse(owner: object) -> None:
         running = ", ".join(sorted(running_runs(store))) or "another process"
-        raise ConfigError(f"{verb} has to wait until no step is running: {running}. See: mlxchat status")
+        raise ConfigError(f"{verb} needs that no step is running, but {running} is. See: mlxchat status")
 
     with locks.hold(store.outputs / "locks" / "gc.lock", {"step": verb}, refuse):
         if (store.outputs / "refs").is_dir():
@@ -349,12 +349,12 @@ def _delete(store: Store, verb: str, find: Callable[[], Collection]) -> Collecti
 
 
 def running_runs(store: Store) -> set[str]:
-    """Return the names of the runs that hold a step's lock now."""
+    """Return the names of the runs that hold a step's lock."""
     return {run for run, _ in running_steps(store)}
 
 
 def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[str, str]:
-    """Return id → why it is kept, of what is kept for itself and of what that was made from."""
+    """Return id → reason of every artifact that is kept, including inputs of kept ones."""
     at = {summary["folder"]: rid for rid, summary in known.items()}
     reasons: dict[str, str] = {}
 
@@ -404,7 +404,7 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
             if rid in known and rid not in reasons:
                 reasons[rid] = f"{summary['folder']} was made from it"
                 queue.append(rid)
-    # Encoded text is no step's input. It stays as long as what it was encoded from.
+    # Encoded text is no step's input: it is kept with the text that it was encoded from.
     for rid, summary in known.items():
         if summary["kind"] == SHARED_KIND and all(source in reasons for source in references(summary)):
             keep(rid, "encoded text of artifacts that are kept")
@@ -412,9 +412,9 @@ def _keep(store: Store, known: Mapping[str, Summary], limits: Limits) -> dict[st
 
 
 def _oldest(removable: list[Summary], excess: float) -> list[Summary]:
-    """Return the oldest of what may go, encoded text first, until as many bytes would go; users before their inputs.
+    """Return the oldest removable artifacts up to `excess` bytes; encoded text comes first, users before their inputs.
 
-    So a gc that is killed leaves no artifact without what it was made from.
+    In this order a killed gc leaves no artifact without its inputs.
     """
     rids = {summary["rid"]: summary for summary in removable}
     users = Counter(rid for each in removable if each["kind"] != SHARED_KIND for rid in references(each) if rid in rids)
@@ -438,9 +438,9 @@ def _oldest(removable: list[Summary], excess: float) -> list[Summary]:
 
 def _why(summary: Summary, limits: Limits) -> str:
     if summary["kind"] == SHARED_KIND:
-        return "encoded text: made again when needed"
+        return "encoded text: recomputed when needed"
     if not limits.given():
-        return "nothing refers to it"
+        return "not referenced"
     reasons = []
     if limits.keep_last is not None:
         step, intermediate, _ = str(summary["step"]).partition(SAVED)
@@ -454,7 +454,7 @@ def _why(summary: Summary, limits: Limits) -> str:
 
 
 def _runs(store: Store) -> Iterator[tuple[str, str, bool, list[str]]]:
-    """Yield name, start, whether it said that it ended, and the ids of the steps of every run."""
+    """Yield name, start, whether an end is recorded, and the ids of the steps of every run."""
     for folder in _entries(store.outputs / "runs"):
         try:
             record = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
@@ -468,7 +468,7 @@ def _runs(store: Store) -> Iterator[tuple[str, str, bool, list[str]]]:
 
 
 def _given(store: Store, step: Mapping[str, str]) -> str | None:
-    """Return the id of what a step's key gave, which the run may have been killed before it noted."""
+    """Return the id of the artifact that a step's key gave; the run may have been killed before it recorded it."""
     with suppress(StoreError):
         made = store.made(step["key"])
         return made["rid"] if made is not None else None
@@ -476,7 +476,7 @@ def _given(store: Store, step: Mapping[str, str]) -> str | None:
 
 
 def _seconds(moment: str) -> float:
-    """Return a time as seconds since 1970; what cannot be read is now, and so young."""
+    """Return an ISO time as seconds since 1970; an unreadable one is now, so that it counts as young."""
     try:
         parsed = datetime.fromisoformat(moment)
     except ValueError:

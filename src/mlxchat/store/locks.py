@@ -1,8 +1,8 @@
-"""Locks: one holder per step, by flock, which the kernel releases when the holder dies, however it dies.
+"""Locks: one holder per step, by flock, which the kernel releases when the holder dies.
 
-Some network mounts keep flock to each host: locks work there, and two hosts hold the same one. No test on one host
-can find that out, so `claim` decides by what is mounted. Such a folder belongs to the host that used it first
-(`locks/one-host.json`), until two hosts have tried their locks against each other (`mlxchat doctor --hosts`).
+Some network mounts keep flock local to each host, so that two hosts can hold the same lock. One host cannot detect
+that, so `claim` decides by the mount's type and options. Such a folder belongs to the host that used it first
+(`locks/one-host.json`), until two hosts have tested their locks against each other (`mlxchat doctor --hosts`).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from mlxchat.errors import StoreError
 from mlxchat.store.files import is_alive, now, write_whole
 
 _POLL_SECONDS = 0.1
-# `is_held` takes a lock for an instant; such a holder is not reported.
+# `is_held` takes a lock for an instant; a shorter wait is not reported.
 _GLANCE_SECONDS = 0.05
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-# What NVIDIA's driver says of each device on Linux, in the order of the PCI bus.
+# The NVIDIA driver's description of each device on Linux, in PCI bus order.
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 # Open lock files of this process: handle → path.
 _held: dict[int, Path] = {}
 
 
 def _close_in_child() -> None:
-    """Drop the locks of the parent: a forked child that lived on would keep them after the parent's death."""
+    """Close inherited locks: a forked child would otherwise keep them after the parent's death."""
     for handle in list(_held):
         with suppress(OSError):
             os.close(handle)
@@ -56,27 +56,27 @@ def hold(
     """Hold the lock file while the body runs; yield whether another process held it first.
 
     Args:
-        path: the lock file; it is made if it is not there.
-        owner: what to tell others about us (the process id and the host are added).
-        on_wait: called once, with the holder's record, if we have to wait; it may raise, to not wait.
-        check: called again and again while we wait; it may raise, to wait no longer.
-        shared: together with other shared holders, but not with one that holds it alone. They leave no record.
+        path: the lock file; it is created if needed.
+        owner: the record that waiting processes see (process id and host are added).
+        on_wait: called once, with the holder's record, before waiting; it may raise instead.
+        check: called repeatedly while waiting; it may raise to stop waiting.
+        shared: take a shared lock, which excludes only exclusive holders. Shared holders leave no record.
 
     Raises:
-        StoreError: the file cannot be made, or its file system has no locks.
+        StoreError: the file cannot be created, or its file system has no locks.
     """
     waited = granted = False
-    asked = time.monotonic()
+    began = time.monotonic()
     handle = _open(path)
     try:
         while not _try_lock(handle, path, shared=shared) or not _is_named(handle, path):
             holder = read_owner(path)
-            if not waited and (_may_be_alive(holder) or time.monotonic() - asked > _GLANCE_SECONDS):
+            if not waited and (_may_be_alive(holder) or time.monotonic() - began > _GLANCE_SECONDS):
                 on_wait(holder)
                 waited = True
             check()
             time.sleep(_POLL_SECONDS if waited else 0.002)
-            if not _is_named(handle, path):  # it was removed meanwhile: a lock on it excludes no other process
+            if not _is_named(handle, path):  # it was removed meanwhile: a lock on it excludes nobody
                 _close(handle)
                 handle = _open(path)
         granted = True
@@ -84,8 +84,8 @@ def hold(
             _write_owner(handle, {"pid": os.getpid(), "host": host_name(), **owner})
         yield waited
     finally:
-        if handle in _held:  # in a forked child it is closed already, and the number may mean another file
-            if granted and not shared and _is_named(handle, path):  # without the lock, the record is the holder's
+        if handle in _held:  # a forked child has closed it, and the number may mean another file
+            if granted and not shared and _is_named(handle, path):  # else the record is another holder's
                 _write_owner(handle, None)
             with suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_UN)  # also for children that inherited the handle
@@ -93,17 +93,17 @@ def hold(
 
 
 def owns(path: Path) -> bool:
-    """Tell whether this process holds the lock that others see under this name."""
+    """Return whether this process holds the lock and the lock file was not replaced."""
     return any(held == path and _is_named(handle, path) for handle, held in list(_held.items()))
 
 
 def is_held(path: Path) -> bool:
-    """Tell whether a live process holds this lock."""
+    """Return whether a live process holds this lock."""
     try:
         handle = os.open(path, os.O_RDWR)
     except (FileNotFoundError, NotADirectoryError):
         return False
-    except OSError:  # a folder that may only be read
+    except OSError:  # read-only folder
         handle = os.open(path, os.O_RDONLY)
     try:
         return not _try_lock(handle, path, shared=False)
@@ -112,52 +112,52 @@ def is_held(path: Path) -> bool:
 
 
 def host_name() -> str:
-    """Return what this machine is called in records."""
+    """Return this machine's name in records."""
     return os.uname().nodename
 
 
 def gpu_locks() -> dict[str, Path]:
-    """Return device → lock file of every GPU that this process may use, in the order in which locks are to be taken.
+    """Return device → lock file of every GPU that this process may use, in the order to take them.
 
-    A device has one lock on a machine, whichever outputs its steps write to.
+    The locks are per machine, not per outputs folder.
 
     Raises:
         StoreError: the folder of these locks belongs to another user.
     """
-    # Not the folder for temporary files, which shells and jobs may have chosen differently.
+    # Not $TMPDIR, which differs between shells and jobs.
     folder = Path(os.environ.get("MLXCHAT_LOCKS") or f"/tmp/mlxchat-{os.getuid()}")
     with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.exists() and folder.lstat().st_uid != os.getuid():
         raise StoreError(
-            f"{folder}, the folder of the GPUs' locks, is another user's: set MLXCHAT_LOCKS to one of yours"
+            f"{folder}, the folder of GPU locks, belongs to another user: set MLXCHAT_LOCKS to a folder of yours"
         )
     names = {name: re.sub(r"[^\w.-]", "-", name)[:200] for name in _gpu_names()}
     return {name: folder / f"gpu-{clean}.lock" for name, clean in sorted(names.items())}
 
 
 def _gpu_names() -> set[str]:
-    """Return the devices that SLURM and CUDA allow: numbers, or MIG's names; without a restriction all there are."""
+    """Return the devices that SLURM and CUDA allow, as numbers or MIG names; without a restriction, all."""
     records = [path.read_text() for path in sorted(_NVIDIA.glob("*/information"))]
     uuids = [found[1] if (found := re.search(r"GPU UUID:\s*(\S+)", text)) else "" for text in records]
     visible = _split(os.environ.get("CUDA_VISIBLE_DEVICES"))
     job = _split(os.environ.get("SLURM_JOB_GPUS"))
-    # In a job CUDA may number the job's devices from 0. SLURM's numbers are those of the machine.
+    # In a job CUDA may number the job's devices from 0; SLURM's numbers are the machine's.
     chosen = visible if visible and set(visible) <= set(job or visible) else job
     if chosen is None:
         return {str(number) for number in range(len(uuids) or 1)}
-    # CUDA takes the start of a UUID, too.
+    # CUDA also accepts prefixes of UUIDs.
     numbers = {name: str(at) for name in chosen for at, uuid in enumerate(uuids) if name and uuid.startswith(name)}
     return {numbers.get(name, name) for name in chosen}
 
 
 def _split(text: str | None) -> list[str] | None:
-    """Return the names in a list with commas; None: there are none."""
+    """Return the items of a comma-separated list, or None if it is empty."""
     return [name for item in text.split(",") if (name := item.strip())] or None if text else None
 
 
 def read_owner(path: Path) -> dict[str, Any]:
-    """Return what the holder wrote about itself, or an empty record."""
+    """Return the holder's record, or an empty one."""
     try:
         record = json.loads(path.read_text() or "{}")
     except (OSError, ValueError):
@@ -166,7 +166,7 @@ def read_owner(path: Path) -> dict[str, Any]:
 
 
 def check_locks(folder: Path) -> None:
-    """Make sure that locks work in a folder, before anything relies on them.
+    """Check that locks work in a folder.
 
     Raises:
         StoreError: its file system has no locks, or grants the same one twice, as some network mounts do.
@@ -181,7 +181,7 @@ def check_locks(folder: Path) -> None:
         path.unlink()
     if granted != [True, False]:
         raise StoreError(
-            f"{folder}: this file system grants a lock to two holders at once, so two runs could make the same step. "
+            f"{folder}: this file system grants a lock to two holders at once, so two runs could run the same step. "
             "Choose another folder: outputs=PATH"
         )
 
@@ -191,7 +191,7 @@ def _open(path: Path) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)  # Python's files are closed on exec
     except OSError as error:
-        raise StoreError(f"lock file {path} cannot be made ({error.strerror})") from None
+        raise StoreError(f"lock file {path} cannot be created ({error.strerror})") from None
     _held[handle] = path
     return handle
 
@@ -202,7 +202,7 @@ def _close(handle: int) -> None:
 
 
 def _is_named(handle: int, path: Path) -> bool:
-    """Tell whether the open file is still the one of this name."""
+    """Return whether the open file is still the one at this path."""
     try:
         return os.path.samestat(os.fstat(handle), path.stat())
     except OSError:
@@ -210,7 +210,7 @@ def _is_named(handle: int, path: Path) -> bool:
 
 
 def _may_be_alive(holder: dict[str, Any]) -> bool:
-    """Tell whether a record is of a process that may hold the lock; those of the dead stay in the file."""
+    """Return whether a record's process may hold the lock; records of dead processes stay in the file."""
     if not holder:
         return False
     if holder.get("host") != host_name():
@@ -222,7 +222,7 @@ def _may_be_alive(holder: dict[str, Any]) -> bool:
 
 
 def _write_owner(handle: int, record: dict[str, Any] | None) -> None:
-    with suppress(OSError):  # a full disk: it is only for people
+    with suppress(OSError):  # full disk: the record is only for messages
         os.ftruncate(handle, 0)
         if record is not None:
             os.pwrite(handle, json.dumps(redact(record)).encode(), 0)
@@ -242,15 +242,15 @@ def _try_lock(handle: int, path: Path, *, shared: bool) -> bool:
 
 CLAIM = "one-host.json"
 TESTED = "hosts.json"
-# Disks of one machine, and folders that a virtual machine shares with its host: no other machine mounts them.
+# Local disks, and folders that a virtual machine shares with its host: no other machine mounts them.
 _LOCAL = (
     *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "reiserfs", "jfs", "ntfs", "ntfs3", "vfat"),
     *("exfat", "msdos", "tmpfs", "ramfs", "overlay", "aufs", "squashfs", "erofs", "apfs", "hfs", "ufs", "devtmpfs"),
     *("fuseblk", "fuse.fuse-overlayfs", "rootfs", "virtiofs", "9p", "fakeowner", "fuse.grpcfuse", "vboxsf"),
 )
-# Their locks are those of a server or of the cluster.
+# Locks are kept by a server or the cluster.
 _SHARED = ("ceph", "fuse.ceph", "fuse.ceph-fuse", "gpfs", "fuse.glusterfs", "ocfs2", "gfs2", "fuse.juicefs", "panfs")
-# Type → option that keeps locks to the host.
+# Type → options that keep locks local to the host.
 _OPTIONS = {
     "nfs": ("nolock", "local_lock=all", "local_lock=flock", "locallocks"),
     "nfs4": ("nolock", "local_lock=all", "local_lock=flock", "locallocks"),
@@ -262,34 +262,34 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Mount:
-    """What a folder lies on."""
+    """A mounted file system."""
 
     kind: str
-    """As mount(8) calls it: ext4, nfs4, fuse.sshfs."""
+    """Type in the terms of mount(8): ext4, nfs4, fuse.sshfs."""
     source: str
     options: tuple[str, ...]
 
     @property
     def is_local(self) -> bool:
-        """Tell whether only this machine uses it."""
+        """Whether only this machine uses it."""
         return self.kind in _LOCAL
 
     def hides_locks(self) -> str | None:
-        """Return why other hosts may not see locks that are taken here; None if they do, or there are no others."""
+        """Return why other hosts may not see locks taken here; None if they do, or if it is local."""
         if self.is_local or self.kind in _SHARED:
             return None
         if self.kind in _OPTIONS:
             found = [option for option in _OPTIONS[self.kind] if option in self.options]
             if found:
-                return f"it is {self.kind} mounted with {found[0]}, which keeps locks to each host"
+                return f"it is {self.kind} mounted with {found[0]}, which keeps locks local to each host"
             if self.kind == "lustre" and "flock" not in self.options:
                 return "it is lustre mounted without flock"
             return None
-        return f"it is {self.kind or 'of an unknown kind'}, of which it is not known that hosts see each other's locks"
+        return f"it is {self.kind or 'of an unknown type'}, and whether hosts see each other's locks there is not known"
 
 
 def mount_of(folder: Path) -> Mount:
-    """Return what a folder, or the nearest one above it that is there, lies on; unknown is local."""
+    """Return the mount of a folder, or of its nearest existing parent; local if unknown."""
     place = folder.resolve()
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -302,7 +302,7 @@ def mount_of(folder: Path) -> Mount:
 
 
 def _mounts() -> list[tuple[str, Mount]]:
-    """Return (mount point, what it is) of everything that is mounted, later ones over earlier ones."""
+    """Return (mount point, mount) of everything mounted; later ones shadow earlier ones."""
     found = []
     try:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
@@ -322,13 +322,13 @@ def _mounts() -> list[tuple[str, Mount]]:
 
 
 def claim(folder: Path) -> None:
-    """Make sure that no other host uses a folder of locks that it would not see.
+    """Claim a folder for this host if hosts may not see each other's locks there.
 
     Args:
-        folder: `locks/` of an outputs folder, which is there and can be written.
+        folder: `locks/` of an outputs folder; it exists and is writable.
 
     Raises:
-        StoreError: another host was here first.
+        StoreError: another host uses the folder.
     """
     mount = mount_of(folder)
     reason = mount.hides_locks()
@@ -339,37 +339,37 @@ def claim(folder: Path) -> None:
     with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
         file.write(json.dumps(record))
         return
-    for _ in range(20):  # it may be in the writing
+    for _ in range(20):  # it may be being written
         if (owner := read_owner(path)) or not path.exists():
             break
         time.sleep(0.05)
     if "host" not in owner:
-        if not path.exists():  # two hosts have just tested it
+        if not path.exists():  # two hosts have just finished a test
             claim(folder)
             return
         raise StoreError(
-            f"{path} does not name the host that uses this outputs folder: its writer was killed. If no other host "
-            "uses the folder, remove the file"
+            f"{path} does not name the host that uses this outputs folder, because its writer was killed. If no other "
+            "host uses the folder, remove the file"
         )
     if owner["host"] != here:
         since, other = owner.get("since", "a while"), owner["host"]
         raise StoreError(
-            f"{folder.parent}: {reason}. Since {since} {other} uses this outputs folder, and {here} would not see its "
-            "locks, so that both could make the same step. "
-            f"Run mlxchat doctor --hosts outputs={folder.parent} on both at once: if they do see each other's locks, "
-            f"that is remembered. If {other} does not use it any more, remove {path}. "
+            f"{folder.parent}: {reason}. {other} uses this outputs folder since {since}, and {here} may not see its "
+            "locks, so both could run the same step. Test it: run "
+            f"mlxchat doctor --hosts outputs={folder.parent} on both at the same time; a successful test is recorded. "
+            f"If {other} no longer uses the folder, remove {path}. "
             "Or mount it so that locks are shared (NFS: without nolock and local_lock)"
         )
 
 
 def check_links(refs: Path) -> None:
-    """Make sure that names for people can be read back, since what they lead to is what gc keeps.
+    """Check that symlinks in `refs` can be read back, because gc keeps what they lead to.
 
     Args:
-        refs: the folder of the names, which is there and can be written.
+        refs: the folder of the refs; it exists and is writable.
 
     Raises:
-        StoreError: this file system has no symbolic links, or none that lead out of their folder.
+        StoreError: this file system has no symlinks, or none that lead out of their folder.
     """
     link = refs / f".probe-{os.urandom(8).hex()}"
     try:
@@ -381,16 +381,16 @@ def check_links(refs: Path) -> None:
         link.unlink(missing_ok=True)
     if not right:
         raise StoreError(
-            f"{refs}: this file system ({mount_of(refs).kind}) has no symbolic links that lead to a neighbouring "
-            "folder, and refs/ are such. Choose another folder: outputs=PATH. "
+            f"{refs}: this file system ({mount_of(refs).kind}) has no symbolic links to a neighbouring folder, which "
+            "refs/ needs. Choose another folder: outputs=PATH. "
             "For sshfs: mount it with -o no_contain_symlinks"
         )
 
 
 def remember_tested(folder: Path, hosts: list[str]) -> None:
-    """Keep that hosts saw each other's locks in a folder, as it is mounted here."""
+    """Record that hosts saw each other's locks in a folder with this type of mount."""
     mount = mount_of(folder)
-    own = folder / f"{TESTED}.{host_name()}"  # both hosts come here at the same moment
+    own = folder / f"{TESTED}.{host_name()}"  # both hosts write at the same time
     write_whole(own, json.dumps({"hosts": hosts, "at": now(), "mount": mount.kind}).encode())
     own.replace(folder / TESTED)
     (folder / CLAIM).unlink(missing_ok=True)

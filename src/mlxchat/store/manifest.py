@@ -1,7 +1,7 @@
-"""Manifests: what an artifact is and how it was made. Their names, ids and digests, and the checks of whatever is read.
+"""Manifests of artifacts: ids, digests, parsing and checks.
 
-A manifest that came from elsewhere may be any JSON. Its readers rely on the types of what it holds, so these are
-checked wherever one is parsed.
+An imported manifest may be any JSON, but readers rely on the types of its values. So these are checked wherever one is
+parsed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from mlxchat.store.fingerprint import canonical_json, compute_key, encode_digest
 Manifest = dict[str, Any]
 
 MANIFEST = "manifest.json"
-# Of manifests: from 2 on they have a digest, from 3 on a key beside the id. Version 0.1 wrote 1 and 2.
+# Since 2 manifests have a digest, since 3 a key beside the id. Version 0.1 wrote 1 and 2.
 SCHEMA = 3
-_MOST_MANIFEST_BYTES = 64 << 20  # of ten thousand files it is a few MB
-# The kind of artifacts that steps make together: text as token ids.
+_MOST_MANIFEST_BYTES = 64 << 20  # with 10,000 files it has a few MB
+# The kind of artifacts that steps share: text as token ids.
 SHARED_KIND = "tokens"
-# Records of the execution, not of the result: they hold times, so two equal artifacts differ in them.
+# Records of the execution, not of the result: they hold times, so equal artifacts differ in them.
 OBSERVATIONS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
-# What only a continuation of a training reads. A person may do without it, and has the same artifact then.
+# Read only to extend a training. An artifact without it is the same artifact.
 CONTINUATION = ("training_state.safetensors", "training_state.json")
-# Numbers that stages record of the execution, not of the result: manifests keep them apart from the metrics.
+# Measurements of the execution, not of the result: manifests keep them apart from the metrics.
 MEASURED = ("tokens_per_second", "data_wait_frac")
 _MOST_SHOWN = 5  # faults in a message
 _REQUIRED = (
@@ -39,12 +39,12 @@ _REQUIRED = (
     "seconds", "published",
 )  # fmt: skip
 _OF_FILES = {"path", "bytes", "sha256"}
-_EACH = "*"  # of a mapping with any keys
+_EACH = "*"  # any key of a mapping
 _TEXT, _NUMBER, _OBJECT = str | None, int | float | None, dict | None
 _INPUT = {"rid": str, "tree": str, "artifact": _TEXT, "step": _TEXT, "stage": _TEXT}
 _FILE = {"path": str, "bytes": int, "sha256": str}
 _RANKS = {"size": int, "backend": str, "hosts": [str]}
-# What a key holds: a type, [of each item], or {key: of its value}. Keys that are not listed hold any JSON.
+# Key → its type, [type of each item], or {key: type of its value}. Keys that are not listed hold any JSON.
 _MANIFEST: Mapping[str, Any] = {
     "schema": int, "key": _TEXT, "rid": str, "name": str, "stage": str, "step": _TEXT,
     "kind": str, "version": int, "config": dict, "full_config": dict, "overrides": [str],
@@ -60,17 +60,17 @@ _WORDS = {
     _OBJECT: "an object or null",
 }  # fmt: skip
 _MOST_DEPTH = 64
-# Numbers from 1e300 on, some of which cannot become floats.
+# Numbers from 1e300 on, some of which overflow a float.
 _LARGE = re.compile(r"[0-9]{300}|e\+[0-9]{3}")
-# Files that this process has read: path → their hash, and what would change with them.
+# Files hashed by this process: path → hash and (size, mtime, inode).
 _read: dict[Path, tuple[str, tuple[int, int, int]]] = {}
 
 
 def identify(manifest: Manifest) -> str:
-    """Return the id of an artifact, 52 characters of lower-case base32: of its key and of its files but observations.
+    """Return an artifact's id, 52 characters of lower-case base32: the hash of its key and its files but observations.
 
-    So what the manifest says of settings, inputs and metrics is true of every artifact, also where two settings give
-    the same bytes. What reads an artifact is keyed by its `tree` alone.
+    It includes the key because two settings can give the same bytes, but the manifest must state the right settings.
+    Keys of later steps depend only on an artifact's `tree`.
     """
     content = [[file["path"], file["sha256"]] for file in manifest["outputs"] if file["path"] not in OBSERVATIONS]
     return encode_digest(canonical_json([manifest["key"], content]))
@@ -86,7 +86,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_record(path: Path) -> Manifest:
-    """Return the manifest in a file, of an artifact or of an execution.
+    """Return the manifest of an artifact or the record of an execution in a file.
 
     Raises:
         StoreError: it is damaged.
@@ -95,14 +95,14 @@ def read_record(path: Path) -> Manifest:
         return load_manifest(path)
     except (OSError, ValueError) as error:
         what = "the folder" if path.name == MANIFEST else "the file"
-        raise StoreError(f"{path} is damaged ({error}). Remove {what}; the next run makes it again.") from None
+        raise StoreError(f"{path} is damaged ({error}). Remove {what}; the next run recomputes it.") from None
 
 
 def load_manifest(path: Path) -> Manifest:
     """Return the manifest in a file.
 
     Raises:
-        OSError: it is not there.
+        OSError: the file cannot be read.
         ValueError: it is damaged.
     """
     with path.open("rb") as file:
@@ -116,7 +116,7 @@ def parse_manifest(data: bytes) -> Manifest:
     """Return a manifest from the bytes of its file.
 
     Raises:
-        ValueError: they were cut or altered, or hold values of other types than manifests have.
+        ValueError: they were cut or altered, or values have wrong types.
     """
     try:
         manifest, sealed = unseal(data)
@@ -130,7 +130,7 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def describe(manifest: Manifest) -> bytes:
-    """Return a manifest as the bytes of its file, with its digest and without the environment's secrets."""
+    """Return a manifest as the bytes of its file, with a digest and without the environment's secrets."""
     return seal({**redact(manifest), "schema": SCHEMA})
 
 
@@ -140,7 +140,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def describe_outputs(out: Path) -> tuple[list[dict[str, Any]], str]:
-    """Return each file's path, bytes and sha256, and the digest of the whole without observations and continuation."""
+    """Return each file's path, bytes and sha256, and `tree_of` them."""
     files = [
         {"path": str(path.relative_to(out)), "bytes": path.stat().st_size, "sha256": hash_file(path)}
         for path in sorted(out.rglob("*"))
@@ -150,19 +150,19 @@ def describe_outputs(out: Path) -> tuple[list[dict[str, Any]], str]:
 
 
 def tree_of(manifest: Manifest) -> str:
-    """Return the digest of the contents that a manifest lists, without observations and continuation."""
+    """Return the digest of a manifest's files, without observations and continuation."""
     left_out = OBSERVATIONS + CONTINUATION
     content = [[file["path"], file["sha256"]] for file in manifest["outputs"] if file["path"] not in left_out]
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()
 
 
 def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iterator[str]:
-    """Yield a line for each file that is missing or has other bytes than when the artifact was published.
+    """Yield a line for each file that is missing or differs from its manifest.
 
     Args:
         folder: the artifact.
         manifest: its own.
-        again: whether to read what this process has read before and what has the same size, time and inode since.
+        again: whether to hash files again that this process has hashed and that are unchanged by size, time and inode.
     """
     for file in manifest["outputs"]:
         path = folder / file["path"]
@@ -175,7 +175,7 @@ def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iter
             if again or _read.get(path) != (file["sha256"], stamp):
                 _read[path] = (hash_file(path), stamp)
             if _read[path][0] != file["sha256"]:
-                yield f"{file['path']} has other contents than when it was made"
+                yield f"{file['path']} has other contents than its manifest says"
         except FileNotFoundError:
             yield f"{file['path']} is missing"
         except OSError as error:
@@ -183,7 +183,7 @@ def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iter
 
 
 def find_misshapen(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for every value in a manifest that its readers could not use."""
+    """Yield a line for every value of a manifest that has a wrong type or no plain form."""
     yield from find_wrong_types(manifest, _MANIFEST, "")
     try:
         text = json.dumps(manifest, ensure_ascii=False, allow_nan=False)
@@ -192,7 +192,7 @@ def find_misshapen(manifest: Mapping[str, Any]) -> Iterator[str]:
     except (ValueError, RecursionError):
         plain = False
     if not plain:
-        yield f"it holds NaN, a number from 1e300 on, half a UTF-16 pair, or more than {_MOST_DEPTH} levels"
+        yield f"it holds NaN, a number from 1e300 on, a lone surrogate, or more than {_MOST_DEPTH} levels"
 
 
 def _count_levels(value: Any) -> int:
@@ -201,7 +201,7 @@ def _count_levels(value: Any) -> int:
 
 
 def find_wrong_types(value: Any, expected: Any, where: str) -> Iterator[str]:
-    """Yield a line for each part of a value that has another type than `expected`, which is written as `_MANIFEST`."""
+    """Yield a line for each part of a value whose type differs from `expected`, in the notation of `_MANIFEST`."""
     kind: Any = expected.__class__ if expected.__class__ in (list, dict) else expected
     if not isinstance(value, kind):
         yield f"{where} is {str(value)[:40]!r}, expected {_WORDS[kind]}"
@@ -215,7 +215,7 @@ def find_wrong_types(value: Any, expected: Any, where: str) -> Iterator[str]:
 
 
 def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
-    """Yield what is inconsistent within a manifest; `name` is that of its folder."""
+    """Yield every inconsistency of a manifest in the folder `name`."""
     if missing := [key for key in _REQUIRED if key not in manifest]:
         yield f"its manifest lacks {', '.join(missing)}"
         return
@@ -237,16 +237,16 @@ def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
     if strange:
         yield f"it lists files outside its folder: {', '.join(strange)}"
     if not is_name(name):
-        yield "its folder's name is no plain text"
+        yield "its folder's name is not plain text"
     if not is_name(manifest["stage"]):
-        yield f"its stage is called {manifest['stage'][:80]!r}, expected a plain name: it is part of a record's"
+        yield f"its stage is called {manifest['stage'][:80]!r}, expected a plain name (it is part of file names)"
     if not is_name(manifest["step"] or name):
         yield f"its step is called {manifest['step'][:80]!r}, expected the name of a file in refs/<run>/"
 
 
 def _check_ids(manifest: Manifest) -> Iterator[str]:
-    """Yield what does not follow: the key from what was asked for, the id from the contents."""
-    shared = manifest["kind"] == SHARED_KIND  # the key of encoded text covers neither inputs nor pins
+    """Yield a line if the key does not match config, inputs and pins, or the id not key and files."""
+    shared = manifest["kind"] == SHARED_KIND  # keys of encoded text include neither inputs nor pins
     of_contents = manifest.get("schema", 1) >= SCHEMA
     of_inputs = "tree" if of_contents else "rid"
     inputs = {} if shared else {role: made[of_inputs] for role, made in manifest["inputs"].items()}
@@ -259,11 +259,11 @@ def _check_ids(manifest: Manifest) -> Iterator[str]:
 
 
 def is_name(value: object) -> bool:
-    """Tell whether a value can be the name of a file or link in one folder: short, printable, without a slash."""
+    """Return whether a value can be a file name: at most 200 printable characters, no slash."""
     return isinstance(value, str) and is_plain(value) and "/" not in value and value.isprintable() and len(value) <= 200
 
 
 def is_plain(path: str) -> bool:
-    """Tell whether a relative path stays within its folder."""
+    """Return whether a path is relative and stays within its folder."""
     parts = path.split("/")
     return bool(path) and not path.startswith("/") and "\\" not in path and not {"", ".", ".."} & set(parts)

@@ -1,4 +1,4 @@
-"""Names of artifacts and runs: every verb resolves them here.
+"""Names of artifacts and runs, resolved here for all verbs.
 
 sft                             a step of the latest run; if that run lacks it, of the last run that has it
 latest/sft, RUN/sft             a step of a run; of a training in progress, its last intermediate model
@@ -6,12 +6,12 @@ sft@500, RUN/sft@500            the model after 500 iterations of a training (sa
 latest, RUN                     a run; where one artifact is expected, the run's model
 best, pins/best                 a pin
 d32, import:d32                 a model that was imported under this name
-sft-d4-247by4vjkvu7s7hg         an artifact's folder, or the start of its name
-247by4                          the start of an id
+sft-d4-247by4vjkvu7s7hg         an artifact's folder, or a prefix of it
+247by4                          a prefix of an id
 outputs/store/sft-d4-247by…     the path of an artifact or of a run
 
-RUN is the name of a run's folder, the start of that name, or what the run is called (quickstart): its last run.
-The latest run is the last one that finished a model. `refs/latest` is a link to its refs.
+RUN is the name of a run's folder, a prefix of it, or its last part (quickstart), which means the last such run.
+The latest run is the last one that finished a model; `refs/latest` links to its refs.
 """
 
 from __future__ import annotations
@@ -31,68 +31,68 @@ from mlxchat.store.store import SAVED, Store, clean_label
 
 LATEST, PINS, IMPORTS = "latest", "pins", "imports"
 MODEL = "checkpoint"
-"""The kind of artifact that a model is."""
+"""The kind of artifacts that are models."""
 _ID_CHARS = 16
 _MOST_SHOWN = 8
-# Chat models first; what stands further back is used only if nothing before it is there.
+# In order of preference, chat models first.
 _STAGES = ("rl", "sft", "midtrain", "pretrain", "fused", "imported")
 _STAMP = re.compile(r"(\d{8}-\d{6})(?:-\d{6})?(?:-\d+-(?P<called>.+))?$")
-# Verbs that publish a checkpoint; none of them makes a run the latest one.
+# Verbs that publish a checkpoint but do not make their run the latest one.
 _VERBS = ("import", "fuse")
 
 
 class Found(NamedTuple):
-    """An artifact, and the run that the name chose it from."""
+    """An artifact, and the run through which its name was resolved."""
 
     place: Path
     """Its folder."""
     run: str | None = None
-    """The run's folder name; None: the name is that of an artifact, a pin or an import."""
+    """The run's folder name; None if the name is that of an artifact, a pin or an import."""
 
 
 class Run(NamedTuple):
-    """A run that a name means."""
+    """A run."""
 
     name: str
-    """Of its folders in refs/ and runs/."""
+    """Name of its folders in refs/ and runs/."""
 
 
 def resolve(store: Store, name: str) -> Path:
-    """Return the folder of the artifact that a name means.
+    """Return the folder of the artifact with this name.
 
     Raises:
-        StoreError: nothing, or more than one thing, has this name; the message lists what there is.
+        StoreError: the name is unknown or ambiguous; the message lists candidates.
     """
     return find(store, name).place
 
 
 def find(store: Store, name: str, *, within: str | None = None, paths: bool = True) -> Found:
-    """Return the artifact that a name means. A run means its model.
+    """Return the artifact with this name; the name of a run gives the run's model.
 
     Args:
-        store: where to look.
+        store: the outputs folder.
         name: any form of the module's docstring.
-        within: the run that steps are looked up in, and in no other; None: the latest run first.
+        within: look up steps only in this run; None: first in the latest run, then in the others.
         paths: whether the name may be a path.
 
     Raises:
-        StoreError: nothing, or more than one thing, has this name; the message lists what there is.
+        StoreError: the name is unknown or ambiguous; the message lists candidates.
     """
     meant = meaning(store, name, within=within, paths=paths)
     if isinstance(meant, Found):
         return meant
     steps = links(store, meant.name)
     if (place := _model_of(steps) or last_saved(steps)) is None:
-        has = f"has no model, only {', '.join(steps)}: say {name}/STEP" if steps else "has no artifacts"
+        has = f"has no model, only {', '.join(steps)}: use {name}/STEP" if steps else "has no artifacts"
         raise StoreError(f"run {meant.name} {has}.{_hint_of_saving(store, meant.name)}")
     return Found(place, meant.name)
 
 
 def find_all(store: Store, name: str) -> list[Path]:
-    """Return the artifacts that a name means: of a run, those of all its steps.
+    """Return the artifact with this name, or all artifacts of the run with this name.
 
     Raises:
-        StoreError: as `find`; a run has no artifacts.
+        StoreError: as `find`, or the run has no artifacts.
     """
     meant = meaning(store, name)
     if isinstance(meant, Found):
@@ -103,19 +103,19 @@ def find_all(store: Store, name: str) -> list[Path]:
 
 
 def find_model(store: Store, name: str | None) -> Found:
-    """Return the model that a name means; None: the chat model of the latest run, or else its base model.
+    """Return the model with this name; None: the chat model of the latest run, else its base model.
 
     Raises:
-        StoreError: there is none, or the name is that of something else.
+        StoreError: there is none, or the named artifact is not a model.
     """
     if name is None:
         group = latest(store)
         if (place := _model_of(links(store, group))) is None:
-            raise StoreError(f"{store.outputs} holds no model yet: run mlxchat first, or name a model")
+            raise StoreError(f"{store.outputs} holds no model yet: run mlxchat to train one, or name a model")
         return Found(place, group)
     found = find(store, name)
     if (kind := read_manifest(found.place)["kind"]) != MODEL:
-        raise StoreError(f"{found.place.name} is no model but a {kind}")
+        raise StoreError(f"{found.place.name} is not a model: its kind is {kind}")
     return found
 
 
@@ -153,22 +153,22 @@ def _models(store: Store, run: str) -> list[Path]:
 
 
 def run_of(store: Store, found: Found) -> str | None:
-    """Return the run of an artifact: the one it was chosen from, else the latest one, else the one that made it."""
+    """Return the run of an artifact: that of its name, else the latest run if it has it, else the one that made it."""
     if found.run is not None or found.place in links(store, latest(store)).values():
         return found.run or latest(store)
     made = str(read_manifest(found.place).get("run"))
     return made if found.place in links(store, made).values() else None
 
 
-# Names from people are looked up by `os.path`: `pathlib` raises OSError for names too long for a file, and
+# Names typed by users are looked up by `os.path`: `pathlib` raises OSError for names that are too long, and
 # RuntimeError for the home of an unknown user.
 
 
 def meaning(store: Store, name: str, *, within: str | None = None, paths: bool = True) -> Found | Run:
-    """Return the artifact or the run that a name means.
+    """Return the artifact or the run with this name.
 
     Raises:
-        StoreError: nothing, or more than one thing, has this name; the message lists what there is.
+        StoreError: the name is unknown or ambiguous; the message lists candidates.
     """
     if name.startswith("import:"):
         return Found(resolve_import(store, name.removeprefix("import:")))
@@ -194,7 +194,7 @@ def meaning(store: Store, name: str, *, within: str | None = None, paths: bool =
 def latest(store: Store) -> str:
     """Return the name of the latest run, whose refs are `refs/<name>`; "" if there is none.
 
-    That is the last run that finished a model. Without one: an import, else whatever there is.
+    That is the last run that finished a model; without one an import, else any run with artifacts.
     """
     link = store.outputs / "refs" / LATEST
     recorded = os.path.basename(os.readlink(link)) if link.is_symlink() else ""  # noqa: PTH115, PTH119
@@ -206,18 +206,18 @@ def latest(store: Store) -> str:
             best, highest = run, rank
         if highest == _FINISHED:
             return best
-    # A folder of that name was made by hand, or by a version that had no link.
+    # A folder named `latest` was created by hand, or by a version without the link.
     return LATEST if not recorded and link.is_dir() else best
 
 
 def called(run: str) -> str:
-    """Return what a run is called: the last part of its folder's name."""
+    """Return the last part of a run's folder name, such as quickstart."""
     stamp = _STAMP.match(run)
     return (stamp["called"] or run) if stamp else run
 
 
 def describe_model(store: Store, found: Found) -> str:
-    """Return which model of which run this is, for people."""
+    """Return a readable description of a model: its step and run or import, folder and date."""
     manifest = read_manifest(found.place)
     when = str(manifest.get("published", ""))[:16].replace("T", " ")
     names = [name for name, place in links(store, IMPORTS).items() if place == found.place]
@@ -230,13 +230,13 @@ def describe_model(store: Store, found: Found) -> str:
 
 
 def last_saved(steps: Mapping[str, Path], step: str = "") -> Path | None:
-    """Return the last intermediate model of a training: of a step; "": of any."""
+    """Return the last intermediate model of a step's training, or of any training ("")."""
     made = [place for name, place in steps.items() if SAVED in name and step in ("", name.partition(SAVED)[0])]
     return max(made, key=lambda place: str(_manifest(place).get("published")), default=None)
 
 
 def link_saved(store: Store, run: str, step: str, attempts: Iterable[Mapping[str, Any]]) -> None:
-    """Give a run the names of a training's intermediate models, which the runs of its attempts have published."""
+    """Add refs to a run for the intermediate models that earlier attempts of its training published."""
     for made in dict.fromkeys(str(attempt.get("run")) for attempt in attempts):
         for name, place in links(store, made).items() if made != run else ():
             if name.startswith(f"{step}{SAVED}"):
@@ -244,7 +244,7 @@ def link_saved(store: Store, run: str, step: str, attempts: Iterable[Mapping[str
 
 
 def running_steps(store: Store) -> list[tuple[str, str]]:
-    """Return the run and the step of everything that some process is making now."""
+    """Return (run, step) of every step whose lock is held."""
     found = []
     for key in list_folder(store.outputs / "work"):
         if (lock := store.lock(key)).exists() and locks.is_held(lock):
@@ -254,7 +254,7 @@ def running_steps(store: Store) -> list[tuple[str, str]]:
 
 
 def _hint_of_saving(store: Store, run: str) -> str:
-    """Return how the training of a run in progress gets intermediate models; "": nothing is in progress."""
+    """Return a hint on save_every if a training of this run is in progress, else ""."""
     making = [step for each, step in running_steps(store) if each == run]
     if not making:
         return ""
@@ -265,7 +265,7 @@ def _hint_of_saving(store: Store, run: str) -> str:
 
 
 def resolve_import(store: Store, name: str) -> Path:
-    """Return the folder of the model that was imported under a name, or by a pipeline that calls it so.
+    """Return the folder of the model that was imported under a name, by the verb or by a pipeline.
 
     Raises:
         StoreError: there is none, or more than one.
@@ -282,7 +282,7 @@ def resolve_import(store: Store, name: str) -> Path:
         return places[0]
     if places:
         raise StoreError(
-            f'there are several imports called "{name}": {", ".join(same)}. Name one: mlxchat import … --name NAME'
+            f'several imports are called "{name}": {", ".join(same)}. Import one again with another --name'
         )
     known = sorted({*named, *labels.values()})
     text = f"Imports: {', '.join(known)}." if known else "Nothing was imported yet."
@@ -293,14 +293,14 @@ def resolve_import(store: Store, name: str) -> Path:
 
 
 def links(store: Store, group: str) -> dict[str, Path]:
-    """Return name → artifact folder of a group of refs, those that lead to a complete artifact."""
+    """Return name → artifact folder of the refs in a group that lead to a complete artifact."""
     if not group:
         return {}
     folder = store.outputs / "refs" / group
     found = {}
     for name in list_folder(folder):
         try:
-            target = os.readlink(folder / name)  # noqa: PTH115  (ten thousand of them)
+            target = os.readlink(folder / name)  # noqa: PTH115  (speed)
         except OSError:
             continue
         place = store.outputs / "store" / os.path.basename(target)  # noqa: PTH119
@@ -310,18 +310,18 @@ def links(store: Store, group: str) -> dict[str, Path]:
 
 
 def refs_of(store: Store, group: str = "") -> dict[str, Path]:
-    """Return step → artifact folder of a group of refs, those that lead to a complete artifact; "": the latest run."""
+    """Return step → resolved artifact folder of a group of refs, as `links`; "": the latest run."""
     return {step: place.resolve() for step, place in links(store, group or latest(store)).items()}
 
 
 def groups(store: Store) -> list[str]:
-    """Return the names of all groups of refs: pins, imports, one for each run, and what people made."""
+    """Return the names of all groups of refs: pins, imports, runs, and groups created by users."""
     folder = store.outputs / "refs"
     return sorted(name for name in list_folder(folder) if (folder / name).is_dir() and not (folder / name).is_symlink())
 
 
 def runs(store: Store) -> list[str]:
-    """Return the runs that have names of artifacts, in order of time."""
+    """Return the runs with refs, in order of time."""
     return sorted((name for name in groups(store) if name not in (LATEST, PINS, IMPORTS)), key=_moment)
 
 
@@ -329,7 +329,7 @@ _FINISHED = 4
 
 
 def _rank(store: Store, run: str) -> int:
-    """Return how good a candidate a run is for being the latest one: 4 if it finished a model, 0 if it has nothing."""
+    """Return a run's rank as a candidate for the latest run, from 4 (finished a model) to 0 (no artifacts)."""
     steps = links(store, run)
     if _model_of(steps) is None:
         return int(bool(steps))
@@ -346,7 +346,7 @@ def _rank(store: Store, run: str) -> int:
 
 
 def _model_of(steps: dict[str, Path]) -> Path | None:
-    """Return the chat model among a run's artifacts, or the base model; of several of a stage the newest."""
+    """Return the chat model among a run's artifacts, else the base model; the newest of a stage."""
     made = []
     for name, place in steps.items():
         manifest = _manifest(place) if SAVED not in name else {}
@@ -358,7 +358,7 @@ def _model_of(steps: dict[str, Path]) -> Path | None:
 
 
 def _exact(store: Store, name: str, within: str | None) -> Found | None:
-    """Return the step, pin or import of exactly this name."""
+    """Return the step, pin or import with exactly this name."""
     group = within or latest(store)
     direct: dict[str, Found] = {}
     if name in (steps := links(store, group)):
@@ -367,15 +367,15 @@ def _exact(store: Store, name: str, within: str | None) -> Found | None:
         if name in (named := links(store, other)):
             direct[form] = Found(named[name])
     if len({found.place for found in direct.values()}) > 1:
-        told = ", ".join(f"{form} ({found.place.name})" for form, found in direct.items())
-        raise StoreError(f'"{name}" may be {told}: say which')
+        forms = ", ".join(f"{form} ({found.place.name})" for form, found in direct.items())
+        raise StoreError(f'"{name}" is ambiguous: use {forms}')
     if direct or not name:
         return next(iter(direct.values()), None)
     refs = store.outputs / "refs"
     elsewhere = [run for run in reversed(runs(store)) if os.path.lexists(refs / run / name)]
     elsewhere = [run for run in elsewhere if name in links(store, run)]
     if elsewhere and within is not None:
-        raise StoreError(f'{within} has no "{name}": {", ".join(steps)}. Other runs have: {elsewhere[0]}/{name}')
+        raise StoreError(f'{within} has no "{name}", only {", ".join(steps)}. Another run has: {elsewhere[0]}/{name}')
     if elsewhere:
         return Found(links(store, elsewhere[0])[name], elsewhere[0])
     begun = [within] if within is not None else reversed(runs(store))
@@ -383,7 +383,7 @@ def _exact(store: Store, name: str, within: str | None) -> Found | None:
 
 
 def _run_called(store: Store, name: str) -> str | None:
-    """Return the run whose name this is, or the last one that is called so, if it can be one that finished a model."""
+    """Return the run with this folder name, or the last run called so, preferably one that finished a model."""
     if name == LATEST:
         return latest(store) or None
     known = _all_runs(store)
@@ -394,7 +394,7 @@ def _run_called(store: Store, name: str) -> str | None:
 
 
 def _all_runs(store: Store) -> list[str]:
-    """Return all runs in order of time, also those that have no artifact yet."""
+    """Return all runs in order of time, including those without artifacts."""
     planned = (name for name in list_folder(store.outputs / "runs") if (store.outputs / "runs" / name).is_dir())
     return sorted({*runs(store), *planned}, key=_moment)
 
@@ -405,7 +405,7 @@ def _moment(run: str) -> tuple[str, str]:
 
 
 def _in_group(store: Store, group: str, step: str) -> Found:
-    """Return a step of a run, or what pins or imports call so; the start of a group's name is enough."""
+    """Return a step of a run, a pin or an import; `group` may be a prefix."""
     run = _run_called(store, group) or (group if group in (PINS, IMPORTS) else None)
     if run is None:
         begun = sorted({one for one in [*groups(store), LATEST] if group and one.startswith(group)})
@@ -417,14 +417,14 @@ def _in_group(store: Store, group: str, step: str) -> Found:
     place = steps.get(step) or last_saved(steps, step)
     if place is None:
         raise StoreError(
-            f'{run} has no "{step}": {", ".join(steps) or "nothing that is still there"}.{suggest(step, steps)}'
+            f'{run} has no "{step}", only {", ".join(steps) or "removed artifacts"}.{suggest(step, steps)}'
             f"{_hint_of_saving(store, run)}"
         )
     return Found(place, None if run in (PINS, IMPORTS) else run)
 
 
 def _without_path(store: Store, name: str) -> str:
-    """Return the name that a path of an artifact or a run stands for; what is no such path as it is."""
+    """Return the name of the artifact or run at a path; anything else is returned unchanged."""
     path = os.path.expanduser(name)  # noqa: PTH111  (pathlib raises for an unknown user)
     if not os.path.isdir(path):  # noqa: PTH112  (pathlib raises for names that are too long)
         return name
@@ -432,13 +432,13 @@ def _without_path(store: Store, name: str) -> str:
     if real.parent in (outputs / "store", outputs / "runs", outputs / "refs"):
         return real.name
     if (real / MANIFEST).is_file():
-        other = f": say outputs={real.parent.parent}" if real.parent.name == "store" else ""
-        raise StoreError(f"{name} is an artifact, but not of {store.outputs}{other}")
+        other = f": use outputs={real.parent.parent}" if real.parent.name == "store" else ""
+        raise StoreError(f"{name} is an artifact, but not in {store.outputs}{other}")
     return name
 
 
 def _begins(base: Path, name: str) -> list[Path]:
-    """Return the artifacts whose folder's name or id begins so."""
+    """Return the artifacts whose folder name or id begins with `name`."""
     if not name:
         return []
     found = [one for one in list_folder(base) if one.startswith(name) or one[-_ID_CHARS:].startswith(name[:16])]
@@ -453,32 +453,32 @@ def _begins(base: Path, name: str) -> list[Path]:
 
 
 def _only(store: Store, start: str, names: list[str], more_of: str) -> str | None:
-    """Return the only one of the names that begin so, or None.
+    """Return the only one of the matching names, or None.
 
     Raises:
         StoreError: there are several.
     """
     if len(names) > 1:
         listed = first_of(names, _MOST_SHOWN)
-        raise StoreError(f'"{start}" is ambiguous in {store.outputs}: {listed}. Give more of the {more_of}.')
+        raise StoreError(f'"{start}" is ambiguous in {store.outputs}: {listed}. Type more of the {more_of}.')
     return names[0] if names else None
 
 
 def _unknown(store: Store, name: str, text: str = "") -> StoreError:
-    """Return what is said of a name that means nothing: what there is, and which name is near."""
+    """Return the error for an unknown name, with the existing names and the nearest one."""
     run = latest(store)
     steps, pins, imports = list(links(store, run)), list(links(store, PINS)), list(links(store, IMPORTS))
     known = list(dict.fromkeys(called(one) for one in reversed(_all_runs(store))))
-    said = [f"Steps of the latest run{f' ({called(run)})' if run else ''}: {', '.join(steps)}."] if steps else []
+    lines = [f"Steps of the latest run{f' ({called(run)})' if run else ''}: {', '.join(steps)}."] if steps else []
     for what, names in (("Runs", known), ("Pins", pins), ("Imports", imports)):
         if names:
-            said.append(f"{what}: {', '.join(names[:_MOST_SHOWN])}{' …' if len(names) > _MOST_SHOWN else ''}.")
-    there = " ".join(said) or "There is nothing yet: run mlxchat first."
+            lines.append(f"{what}: {', '.join(names[:_MOST_SHOWN])}{' …' if len(names) > _MOST_SHOWN else ''}.")
+    there = " ".join(lines) or "It is empty: run mlxchat first."
     last = name.rpartition("/")[2]
     near = suggest(name, [*steps, *pins, *imports, *known]) or suggest(
         last, list_folder(store.outputs / "store")[:2000]
     )
-    text = text or f'"{name}" is no artifact and no run'
+    text = text or f'"{name}" is no artifact or run'
     return StoreError(f"{text} in {store.outputs}. {there}{near}")
 
 

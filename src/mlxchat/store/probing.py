@@ -1,4 +1,4 @@
-"""What the store relies on, tried in a folder: with two processes of this machine, and between two machines."""
+"""Tests of a file system for `mlxchat doctor`: by two processes of this machine, and by two machines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlxchat.store import locks
 from mlxchat.store.files import sync, write_whole
 
 Finding = tuple[str, str]
-"""Mark (ok, note, wrong) and what was found, with the remedy."""
+"""Mark (ok, note, wrong) and finding, with the remedy."""
 
 _HOLDER = """
 import fcntl, os, sys, time
@@ -33,52 +33,52 @@ _STALE_SECONDS = 600
 
 
 def probe_folder(folder: Path) -> Iterator[Finding]:
-    """Try what the store relies on with two processes of this machine; yield what was found.
+    """Test locks, renames, symlinks, inodes and timestamps in a folder; yield findings.
 
     Args:
-        folder: where; it is there, and is left as it was.
+        folder: an existing folder; it is left unchanged.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: it cannot be written.
     """
     place = folder / f".probe-{os.urandom(6).hex()}"
     place.mkdir()
     try:
-        for trial in (_flock, _rename, _names, _inodes, _times):
+        for trial in (_locks, _rename, _names, _inodes, _times):
             try:
                 yield trial(place)
             except (OSError, StoreError) as error:
-                yield "wrong", f"{trial.__doc__}: {getattr(error, 'strerror', None) or error}"
+                yield "wrong", f"{trial.__name__[1:]}: {getattr(error, 'strerror', None) or error}"
     finally:
         shutil.rmtree(place, ignore_errors=True)
 
 
-def _flock(place: Path) -> Finding:
-    """Locks of two processes."""
+def _locks(place: Path) -> Finding:
+    """Test flock between two processes."""
     path = place / "lock"
     holder = subprocess.Popen([sys.executable, "-S", "-c", _HOLDER, str(path)], stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL)  # fmt: skip
     try:
         assert holder.stdout is not None
         if not holder.stdout.readline():
-            return "wrong", "locks: flock is refused here, so nothing keeps two runs from making the same step"
+            return "wrong", "locks: flock is refused here, so two runs could run the same step"
         if not locks.is_held(path):
-            return "wrong", "locks: two processes hold the same one at once; two runs could make the same step"
+            return "wrong", "locks: two processes hold the same one at once, so two runs could run the same step"
         holder.kill()
         holder.wait()
         began = time.monotonic()
         while locks.is_held(path):
             if time.monotonic() - began > 5:
-                return "wrong", "locks: one stays after its holder was killed; a run that dies would block the next"
+                return "wrong", "locks: one stays after its holder was killed; a killed run would block the next one"
             time.sleep(0.01)
-        return "ok", "locks: of two processes one waits, and gets it when the other is killed"
+        return "ok", "locks: one holder at a time, released when the holder is killed"
     finally:
         holder.kill()
         holder.communicate()
 
 
 def _rename(place: Path) -> Finding:
-    """Folders are renamed in one step."""
+    """Test that renaming a folder is atomic."""
     made, published = place / "made", place / "published"
     made.mkdir()
     (made / "file").write_text("whole")
@@ -86,38 +86,38 @@ def _rename(place: Path) -> Finding:
     made.rename(published)
     sync(place)
     if made.exists() or (published / "file").read_text() != "whole":
-        return "wrong", "rename: a folder is not under its new name at once"
-    return "ok", "rename, fsync: a folder gets its name in one step"
+        return "wrong", "rename: renaming a folder is not atomic"
+    return "ok", "rename, fsync: renaming a folder is atomic"
 
 
 def _names(place: Path) -> Finding:
-    """Names are taken once, and links lead where they say."""
+    """Test O_EXCL and symlinks."""
     (place / "once").touch(exist_ok=False)
     with suppress(FileExistsError):
         (place / "once").touch(exist_ok=False)
-        return "wrong", "names: O_EXCL makes a file that is there already"
+        return "wrong", "names: O_EXCL creates a file that exists already"
     (place / "new").symlink_to("../once")
     (place / "new").replace(place / "latest")
     if str((place / "latest").readlink()) != "../once":
-        return "wrong", "symbolic links lead elsewhere; what gc keeps would be lost"
-    return "ok", "names: one that is taken is refused, symbolic links work"
+        return "wrong", "symbolic links lead elsewhere; gc would remove artifacts that are needed"
+    return "ok", "names: O_EXCL and symbolic links work"
 
 
 def _inodes(place: Path) -> Finding:
-    """A removed lock file is noticed."""
+    """Test that a replaced file is recognised."""
     path = place / "inode"
     with path.open("w") as file:
         if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return "wrong", "numbers of files: an open file has another one than its name, so no lock would be trusted"
+            return "wrong", "inodes: an open file has another inode than its path, so locks cannot be verified"
         path.unlink()
         path.write_text("another")
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return "wrong", "numbers of files: a new file has the number of an open one that was removed"
-    return "ok", "numbers of files: a removed lock file and a new one of the same name differ"
+            return "wrong", "inodes: a new file has the inode of an open one that was removed"
+    return "ok", "inodes: a removed lock file and its replacement differ"
 
 
 def _times(place: Path) -> Finding:
-    """Times of files."""
+    """Test the resolution of timestamps and the server's clock."""
     path = place / "time"
     path.write_text("0")
     seen, began = path.stat().st_mtime_ns, time.monotonic()
@@ -130,20 +130,20 @@ def _times(place: Path) -> Finding:
     grain = (path.stat().st_mtime_ns - seen) / 1e9
     if abs(ahead) > _CLOCK_SECONDS:
         return "note", (
-            f"times: the server's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this one; ages "
-            "of artifacts and of what was left over are off by that. Set clocks by NTP"
+            f"times: the server's clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} this one, and so "
+            "are ages of artifacts. Set clocks by NTP"
         )
     if grain > _COARSE_SECONDS:
-        return "note", f"times: changes less than {grain:.2g} s apart look alike; lists may show a former manifest"
+        return "note", f"times: changes less than {grain:.2g} s apart look alike; lists may show an old manifest"
     changed, off = max(grain, 0) * 1000, abs(ahead) * 1000
-    return "ok", f"times: a change shows after {changed:.0f} ms, the clock is {off:.0f} ms off"
+    return "ok", f"times: resolution {changed:.0f} ms, clock offset {off:.0f} ms"
 
 
 def probe_hosts(folder: Path, seconds: float, say: Callable[[str], None] = lambda line: None) -> Iterator[Finding]:
-    """Try a lock of this folder against another machine that does the same; yield what was found.
+    """Test a lock of this folder against another machine that does the same; yield findings.
 
-    The machine that comes first holds the lock and waits for the other one, which must be refused it, and must get it
-    once it is released. That hosts see each other's locks is remembered in the folder.
+    The first machine holds the lock and waits for the second one, which must not get it until it is released. Success
+    is recorded in the folder.
 
     Args:
         folder: `locks/` of an outputs folder.
@@ -172,7 +172,7 @@ def _come_first(folder: Path, meeting: Path, seconds: float, say: Callable[[str]
         _tell(meeting / "first-is", locks.host_name())
         say(f"waiting for the other machine: mlxchat doctor --hosts outputs={folder.parent}")
         if (answer := _await(meeting / "second", seconds)) is None:
-            yield "note", "hosts: no other machine came. Run the same on a second one at the same time"
+            yield "note", "hosts: no other machine responded. Run the same command on a second one at the same time"
             return
         other, seen = answer.split("\n")
         fcntl.flock(lock.fileno(), fcntl.LOCK_UN)
@@ -199,16 +199,16 @@ def _come_second(folder: Path, meeting: Path, seconds: float) -> Iterator[Findin
 
 
 def _conclude(folder: Path, other: str, seen: str, got: str | None) -> Iterator[Finding]:
-    """Yield what two machines found, and remember it if they see each other's locks."""
+    """Yield the findings of two machines, and record it if they see each other's locks."""
     here, kind = locks.host_name(), locks.mount_of(folder).kind
     if other == here:
-        yield "note", f"hosts: both processes are on {here}, which tells nothing of other machines"
+        yield "note", f"hosts: both processes are on {here}, which does not test other machines"
     if seen == "granted":
         remedy = "mount it so that locks are the server's (NFS: without nolock and local_lock)"
         text = f"hosts: {here} and {other} hold the same lock at once ({kind}): use this folder from one of them only"
         yield "wrong", f"{text}, or {remedy}"
     elif got != "yes":
-        yield "wrong", f"hosts: {other} gave a lock back and it was not free, or did not answer within the time"
+        yield "wrong", f"hosts: {other} released a lock that did not become free, or did not answer in time"
     else:
         if other != here:
             locks.remember_tested(folder, sorted((here, other)))
@@ -216,20 +216,20 @@ def _conclude(folder: Path, other: str, seen: str, got: str | None) -> Iterator[
 
 
 def _left_over(meeting: Path) -> str:
-    return f"If it is not waiting, {meeting} is left over: remove it, and run this on both machines"
+    return f"If it is not waiting, {meeting} is left over: remove it, and run the command on both machines again"
 
 
 def _tell(path: Path, text: str) -> None:
-    with suppress(FileNotFoundError):  # the first machine has its answer and is gone
+    with suppress(FileNotFoundError):  # the first machine has finished and removed the folder
         write_whole(path, text.encode())
 
 
 def _await(path: Path, seconds: float) -> str | None:
-    """Return what another machine writes to a file within this time; None: nothing."""
+    """Return what another machine writes to a file within this time, or None."""
     ends = time.monotonic() + seconds
     while time.monotonic() < ends:
         with suppress(OSError):
-            os.listdir(path.parent)  # noqa: PTH208  (asks the server again where it remembers absent names)
+            os.listdir(path.parent)  # noqa: PTH208  (makes NFS look up absent names again)
             return path.read_text()
         time.sleep(_POLL_SECONDS)
     return None

@@ -1,7 +1,7 @@
-"""Artifacts that stages make on demand and share: encoded text. No plan names them, each is made once.
+"""Artifacts that stages create on demand and share: encoded text.
 
-Their key covers contents alone (what was read, with which tokenizer, in which format), so trainings, evaluations and
-sweeps that read the same find the same. They may be removed at any time: who needs one makes it again.
+They are not steps of a plan. Their key is made of contents only (text, tokenizer, format), so trainings, evaluations
+and sweeps share them. They may be removed at any time and are then recomputed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from mlxchat.store.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class SharedArtifacts:
-    """The store as a stage sees it: a place to find and leave what others can use. Any thread may call."""
+    """A stage's access to shared artifacts. Thread-safe."""
 
     outputs: Path
     """The outputs folder."""
     run: str
-    """Name of the run, for the manifest and for processes that wait."""
+    """Name of the run, for the manifest and for waiting processes."""
     inputs: dict[str, Manifest]
-    """Role → what manifests record of the asking step's input: lineage, no identity."""
+    """Role → record of the step's input: lineage, not identity."""
     facts: Callable[[], dict[str, Any]]
-    """Returns what is recorded of code, versions and machine."""
+    """Returns code, versions and machine for the manifest."""
     say: Callable[[str], None]
-    """Where lines for people go."""
+    """Prints a line."""
 
     def obtain(
         self,
@@ -47,22 +47,22 @@ class SharedArtifacts:
         make: Callable[[Path], dict[str, float]],
         check: Callable[[], None] = lambda: None,
     ) -> Path:
-        """Return the folder of the artifact of this identity; make it if the store has none.
+        """Return the folder of the artifact with this identity; create it if the store has none.
 
-        One process makes it, others wait for that one. A killed maker leaves nothing that could be taken for whole.
+        One process creates it, the others wait for it. A killed process leaves no partial artifact.
 
         Args:
             version: of the format.
-            label: for people, in the folder's name.
-            identity: contents that it follows from, as plain data.
+            label: readable part of the folder's name.
+            identity: the contents that determine it, as plain data.
             make: fills the folder it is given and returns metrics.
-            check: called while another process is waited for; it may raise, to wait no longer.
+            check: called while waiting for another process; it may raise to stop waiting.
 
         Raises:
             StoreError: it could not be written.
         """
         key = compute_key(SHARED_KIND, version, identity, {}, {})
-        store = Store(self.outputs)  # its own, because a store remembers what it saw
+        store = Store(self.outputs)  # a new one, because stores cache their listing
         place = store.find_made(key)
         if place is not None:
             return place
@@ -70,7 +70,7 @@ class SharedArtifacts:
         def tell_waiting(owner: dict[str, Any]) -> None:
             check()
             who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-            self.say(f"{SHARED_KIND:<10} waits: {who} is making {label}")
+            self.say(f"{SHARED_KIND:<10} waiting: {who} is encoding {label}")
 
         with locks.hold(store.lock(key), {"run": self.run, "step": SHARED_KIND}, tell_waiting, check):
             crash_point("shared.locked")
@@ -103,7 +103,7 @@ class SharedArtifacts:
             except OSError as error:
                 raise StoreError(
                     f"{label} could not be encoded ({error.strerror or error}: {error.filename or work}). "
-                    "Mend that and run the same command again."
+                    "Fix that and run the same command again."
                 ) from error
             finally:
                 shutil.rmtree(work, ignore_errors=True)

@@ -1,15 +1,15 @@
-"""The outputs folder: immutable artifacts, records of what made them, their names, and the one way in.
+"""The outputs folder: immutable artifacts, records of executions, and names.
 
-    store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json is there
-    records/<stage>-<key>-<time>-<rid16>.json   one per execution: what the key gave, as a manifest
-    work/<key>/                      out/ (the artifact in the making), ckpt/, attempts.jsonl; survives crashes
+    store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json exists
+    records/<stage>-<key>-<time>-<rid16>.json   one per execution: the manifest of its result
+    work/<key>/                      out/ (the unfinished artifact), ckpt/, attempts.jsonl; survives crashes
     locks/<key>.lock                 flock files; one-host.json, hosts.json: store/locks.py
-    refs/<run>/<step>, refs/latest -> <run>   relative symlinks: names for people (store/naming.py);
+    refs/<run>/<step>, refs/latest -> <run>   relative symlinks: readable names (store/naming.py);
                                      <step>@<iteration>: intermediate models of a training
     runs/<timestamp-pid-name>/       plan.json, events.jsonl, config.yaml, report
 
-A key says what a step is asked for, an id (rid) also what came out, so an artifact is never replaced by another one.
-No other file decides anything: a step is done if a record of its key leads to an artifact, running if its lock is held.
+A key identifies what a step computes, an id (rid) also the result, so an artifact is never replaced by another one. A
+step is done if a record of its key leads to an artifact, and running if its lock is held; no other file matters.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from mlxchat.store.manifest import (
     write_manifest,
 )
 
-# How many executions of a stage are compared with a step; more would make planning slow.
+# Executions of a stage that planning compares with a step; more would be slow.
 MOST_RECENT = 200
 SAVED = "@"
 """Between step and iteration in the name of an intermediate model: pretrain@500."""
@@ -56,18 +56,17 @@ class Store:
     """The artifacts under one outputs folder."""
 
     def __init__(self, outputs: Path) -> None:
-        """Remember the folder; nothing is read or written yet."""
+        """Reads and writes nothing."""
         self.outputs = outputs
         self._folders: dict[str, str] | None = None
         self._records: list[str] | None = None
         self._read: dict[Path, tuple[tuple[int, int], Manifest]] = {}
 
     def prepare(self) -> None:
-        """Make the folders.
+        """Create the folders, check the file system, and remove leftovers of killed processes.
 
         Raises:
-            StoreError: the outputs folder cannot be written, its file system has no locks, hides them from another
-                host that uses it, or has no links.
+            StoreError: the outputs folder cannot be written, or as `check`.
         """
         try:
             for name in ("store", "records", "work", "locks", "refs", "runs"):
@@ -80,14 +79,14 @@ class Store:
         except OSError as error:
             raise StoreError(
                 f"outputs folder {self.outputs} cannot be written ({error.strerror}). "
-                "Choose another with outputs=PATH, or mend its permissions."
+                "Choose another with outputs=PATH, or fix its permissions."
             ) from None
 
     def check(self) -> None:
-        """Make sure that locks and names can be relied on here.
+        """Check that locks and symlinks work on this file system.
 
         Raises:
-            StoreError: they cannot: see `locks.check_locks`, `locks.claim`, `locks.check_links`.
+            StoreError: see `locks.check_locks`, `locks.claim`, `locks.check_links`.
         """
         locks.check_locks(self.outputs / "locks")
         locks.claim(self.outputs / "locks")
@@ -106,7 +105,7 @@ class Store:
         return folder if folder is not None and (folder / MANIFEST).exists() else None
 
     def forget(self) -> None:
-        """Look at the disk again at the next `find`: another process may have published."""
+        """Drop cached listings, so that the next `find` sees what other processes published."""
         self._folders = self._records = None
 
     def read(self, rid: str) -> Manifest | None:
@@ -119,13 +118,13 @@ class Store:
         return self.manifest_of(folder) if folder is not None else None
 
     def made(self, key: str, rid: str = "") -> Manifest | None:
-        """Return the record of the newest execution of a key whose artifact is there, or None.
+        """Return the record of the newest execution of a key whose artifact exists, or None.
 
         Its `rid` and `name` are those of the artifact, its settings and times those of the execution.
 
         Args:
-            key: what was asked for.
-            rid: of the artifact that it gave; "": whichever.
+            key: of the step.
+            rid: only executions that gave this artifact; "": any.
 
         Raises:
             StoreError: the record or the artifact's manifest is damaged.
@@ -144,10 +143,10 @@ class Store:
         return self.find(made["rid"]) if made is not None else None
 
     def record(self, manifest: Manifest) -> None:
-        """Keep what an execution gave: from here on its key leads to the artifact, if that is there."""
-        moment = time.time_ns()  # of this machine: what a manifest from elsewhere says may be in the future
+        """Record an execution: from now on its key leads to the artifact, if that exists."""
+        moment = time.time_ns()  # this machine's clock, because an imported manifest may be from the future
         # The mark keeps intermediate models out of `recent`, so that plans do not compare steps with them.
-        stage = manifest["stage"] + (SAVED if SAVED in str(manifest["step"]) else "")
+        stage = manifest["stage"] + (SAVED if SAVED in str(manifest.get("step")) else "")
         name = f"{stage}-{manifest['key']}-{moment}-{manifest['rid'][:_SHORT]}.json"
         draft = self.work(manifest["key"]) / f"record-{os.getpid()}.json"
         draft.parent.mkdir(exist_ok=True)
@@ -157,14 +156,14 @@ class Store:
         sync(self.outputs / "records")
 
     def learn(self, manifest: Manifest) -> None:
-        """Record an execution elsewhere, unless its key has given something here: that stays what the key means."""
+        """Record an imported execution, unless its key has a result here, which takes precedence."""
         if manifest.get("schema", 1) >= SCHEMA and self.made(manifest["key"]) is None:
             self.record(manifest)
             with suppress(OSError):
-                self.work(manifest["key"]).rmdir()  # unless the step is at work
+                self.work(manifest["key"]).rmdir()  # fails if the step has work there
 
     def manifest_of(self, folder: Path) -> Manifest:
-        """Return the manifest of an artifact's folder, read once as long as the file is the same."""
+        """Return the manifest of an artifact's folder, cached while the file is unchanged."""
         return self._read_once(folder / MANIFEST)
 
     def _read_once(self, path: Path) -> Manifest:
@@ -184,9 +183,9 @@ class Store:
                 yield read_manifest(folder)
 
     def recent(self, stage: str) -> Iterator[Manifest]:
-        """Yield the records of the newest executions of a stage whose artifacts are there, at most MOST_RECENT.
+        """Yield the records of the newest executions of a stage whose artifacts exist, at most MOST_RECENT.
 
-        Damaged ones are left out; `made` raises for them.
+        Damaged ones are skipped; `made` raises for them.
         """
         names = (name for name in reversed(self._names_of_records()) if name.rsplit("-", 3)[0] == stage)
         for name in islice(names, MOST_RECENT):
@@ -201,7 +200,7 @@ class Store:
         return self._records
 
     def work(self, key: str) -> Path:
-        """Return the folder of the resumable work of a step."""
+        """Return the folder of a step's resumable work."""
         return self.outputs / "work" / key
 
     def lock(self, key: str) -> Path:
@@ -209,27 +208,27 @@ class Store:
         return self.outputs / "locks" / f"{key}.lock"
 
     def publish(self, out: Path, label: str, manifest: Manifest) -> Path:
-        """Make the folder `out` an artifact, unless the key gave the same contents before, and record what made it.
+        """Publish the folder `out` as an artifact by one atomic rename, and record the execution.
 
-        Everything is on disk before one rename. What is there with the same contents stays as it is; if files of it
-        are missing or altered, it is replaced.
+        Everything is on disk before the rename. If an artifact with this id exists, it is kept; if files of it are
+        missing or altered, it is replaced.
 
         Args:
-            out: what a step made.
-            label: for people, in the artifact's name.
-            manifest: what is known of the execution; `outputs`, `tree`, `rid` and `name` are added.
+            out: the step's outputs.
+            label: readable part of the artifact's name.
+            manifest: of the execution; `outputs`, `tree`, `rid` and `name` are added.
 
         Returns:
             the artifact's folder.
 
         Raises:
-            StoreError: the manifest holds what its readers would refuse, such as a metric that is text.
+            StoreError: the manifest has values of wrong types, such as a metric that is text.
         """
         outputs, tree = describe_outputs(out)
         rid = identify({**manifest, "outputs": outputs})
         self.forget()
         here = self.find(rid)
-        name = artifact_name(manifest["stage"], label, rid) if here is None else here.name  # maybe of another label
+        name = artifact_name(manifest["stage"], label, rid) if here is None else here.name  # maybe with another label
         manifest = {"rid": rid, "name": name, **manifest, "outputs": outputs, "tree": tree}
         if wrong := list(islice(find_misshapen(manifest), _MOST_SHOWN)):
             raise StoreError(f"{name} cannot be published: in its manifest {visible('; '.join(wrong))}")
@@ -246,7 +245,7 @@ class Store:
                 crash_point("publish.recorded")
                 place = here
             else:
-                self.record(manifest)  # before the rename: an artifact that no record leads to would be made again
+                self.record(manifest)  # before the rename: an artifact without a record would be recomputed
                 crash_point("publish.recorded")
                 place = here or self.outputs / "store" / name
                 self._put(out, place)
@@ -255,7 +254,7 @@ class Store:
         return place
 
     def _put(self, out: Path, place: Path) -> None:
-        """Rename a folder to its place, where only a damaged artifact may be."""
+        """Rename a folder to its place, and remove a damaged artifact that is there."""
         trash = self.outputs / "work" / f".trash-{uuid.uuid4().hex}"
         if place.exists():
             place.rename(trash)
@@ -268,7 +267,7 @@ class Store:
         """Point refs/<group>/<step> at an artifact, atomically.
 
         Raises:
-            StoreError: the step's name is a path, which could replace any folder.
+            StoreError: the step's name is a path, which could replace another folder.
         """
         if "/" in step or step in ("", ".", ".."):
             raise StoreError(f"a step cannot be called {step!r}: expected a name without slashes")
@@ -276,14 +275,14 @@ class Store:
         self._swap_link(link, os.path.relpath(artifact, link.parent))
 
     def link_group(self, name: str, group: str) -> None:
-        """Let refs/<name> lead to refs/<group>, atomically."""
+        """Point refs/<name> at refs/<group>, atomically."""
         link = self.outputs / "refs" / name
         if not link.is_symlink() or os.readlink(link) != group:  # noqa: PTH115
             self._swap_link(link, group)
 
     def _swap_link(self, link: Path, target: str) -> None:
         temporary = self.outputs / "refs" / ".new"
-        # One at a time, so that a temporary name can only be a dead process's.
+        # One at a time, so that an existing temporary name was left by a killed process.
         with locks.hold(self.outputs / "locks" / "refs.lock", {"step": "refs"}, lambda owner: None):
             link.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
@@ -296,12 +295,12 @@ class Store:
 
 
 def clean_label(label: str) -> str:
-    """Return a label as it stands in folder names."""
+    """Return a label with only characters that folder names may have."""
     return "".join(char if char.isalnum() or char in "._" else "_" for char in redact(label))
 
 
 def artifact_title(stage: str, label: str) -> str:
-    """Return the name of an artifact without its id: what it is for people."""
+    """Return the name of an artifact without its id."""
     clean = clean_label(label)
     return f"{stage}-{clean}" if clean else stage
 
@@ -312,12 +311,12 @@ def artifact_name(stage: str, label: str, rid: str) -> str:
 
 
 def rid_of_record(name: str) -> str:
-    """Return the start of the id of the artifact that a record, a file of this name, leads to."""
+    """Return the first 16 characters of the id in a record's file name."""
     return name.removesuffix(".json")[-_SHORT:]
 
 
 def _is_whole(folder: Path) -> bool:
-    """Return whether an artifact has all its files, with the bytes that its manifest lists."""
+    """Return whether all files of an artifact match its manifest."""
     try:
         return not any(find_damage(folder, read_manifest(folder), again=False))
     except StoreError:
@@ -325,10 +324,10 @@ def _is_whole(folder: Path) -> bool:
 
 
 def sweep(outputs: Path) -> None:
-    """Remove what killed processes left and nothing continues from.
+    """Remove what killed processes left and nothing resumes from.
 
-    These are artifacts that were replaced, temporary names, work whose artifact is in the store, and unfinished tokens.
-    Work of an unfinished step stays: the step continues from it.
+    These are replaced artifacts, temporary names, work whose artifact is in the store, and unfinished tokens. Work of
+    unfinished steps is kept, because they resume from it.
     """
     store = Store(outputs)
     for folder in (outputs / "work").iterdir():
@@ -348,7 +347,7 @@ def sweep(outputs: Path) -> None:
 
 
 def _is_finished(store: Store, work: Path) -> bool:
-    """Return whether nothing continues from a step's work: its artifact is there, or it is of tokens."""
+    """Return whether nothing resumes from a step's work: its artifact exists, or it is encoded text."""
     last = attempts.read(work)[-1:]
     try:
         made = store.made(work.name)
@@ -356,11 +355,11 @@ def _is_finished(store: Store, work: Path) -> bool:
         return False  # the record is damaged
     if made is None:
         return any(attempt.get("step") == SHARED_KIND for attempt in last)
-    # An attempt that the record lacks is of a step that was forced to run again.
+    # An attempt that is not in the record belongs to a forced execution.
     recorded = {attempt.get("started") for attempt in made.get("attempts", [])}
     return all(attempt.get("started") in recorded for attempt in last)
 
 
 def _give_up(owner: dict[str, Any]) -> None:
-    """Do not wait for the holder of a lock."""
+    """Raise instead of waiting for the holder of a lock."""
     raise BlockingIOError

@@ -1,8 +1,8 @@
-"""Artifacts from one outputs folder to another: with everything they were made from, whole or not at all.
+"""Export and import of artifacts, with all their inputs, between outputs folders.
 
-A folder has `store/<artifact>/…` as outputs folders have, so it can be synchronised by rsync, or be one. A tar has the
-same paths. What comes in is unpacked under work/, hashed against its manifest and then renamed into store/, inputs
-first, so that a store never holds an artifact without what it was made from.
+An exported folder has the layout `store/<artifact>/…` of outputs folders, so it can be synchronised by rsync, or be
+one. A tar has the same paths. Imported artifacts are unpacked under work/, hashed against their manifests and renamed
+into store/, inputs first, so that a store never holds an artifact without its inputs.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from mlxchat.store import locks
 from mlxchat.store.catalog import references
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import list_folder, sync, whole_file
-from mlxchat.store.manifest import MANIFEST, is_plain, read_manifest
+from mlxchat.store.manifest import MANIFEST, SHARED_KIND, is_plain, read_manifest
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_contents
 
 _TARS: dict[str, Any] = {".tar": "w", ".tgz": "w:gz", ".gz": "w:gz", ".xz": "w:xz"}
-_MOST_HEADER_BYTES = 1 << 20  # names, links and attributes of one member
+_MOST_HEADER_BYTES = 1 << 20  # name, link and attributes of a member
 _ROOM_BYTES = 256 << 20  # left free on the disk
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose header is read into memory only if it is small."""
+    """A member that refuses large headers instead of reading them into memory."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if self.size > _MOST_HEADER_BYTES and self.type not in tarfile.REGULAR_TYPES:
             raise tarfile.ReadError(f"a header has {self.size:,} bytes")
-        found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]  # a hook of tarfile that its types lack
+        found: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]  # a private hook of tarfile
         return found
 
 
 def closure(store: Store, folders: list[Path], elsewhere: Store | None = None) -> list[Path]:
-    """Return artifacts and everything that they were made from, inputs first.
+    """Return artifacts and all their inputs, inputs first.
 
     Args:
-        store: where they are.
+        store: holds them.
         folders: the artifacts.
-        elsewhere: a store that may have inputs which `store` lacks; these are left out.
+        elsewhere: a store that may hold inputs that `store` lacks; these are omitted.
 
     Raises:
-        StoreError: an input is missing, or some are made from each other, as forged manifests can say.
+        StoreError: an input is missing, or (forged) manifests are inputs of each other.
     """
     inputs: dict[Path, list[Path]] = {}
     missing = []
@@ -72,22 +72,22 @@ def closure(store: Store, folders: list[Path], elsewhere: Store | None = None) -
         return list(TopologicalSorter(inputs).static_order())
     except CycleError as error:
         names = ", ".join(folder.name for folder in error.args[1])
-        raise StoreError(f"these say that they are made from each other: {names}") from None
+        raise StoreError(f"the manifests of these artifacts name each other as inputs: {names}") from None
 
 
 def is_tar(path: Path) -> bool:
-    """Tell whether a name is that of a tar file rather than of a folder."""
+    """Return whether a path names a tar file rather than a folder."""
     return path.suffix in _TARS and not path.is_dir()
 
 
 def is_url(place: str) -> bool:
-    """Tell whether a place is named by a URL rather than by a path."""
+    """Return whether a place is a URL rather than a path."""
     scheme, mark, _ = place.partition("://")
     return bool(mark) and scheme.replace("+", "").isalnum()
 
 
 def export(store: Store, folders: list[Path], to: Path) -> int:
-    """Copy artifacts to a folder or a tar file; return how many were not there yet.
+    """Copy artifacts to a folder or a tar file; return the number of copied ones.
 
     Raises:
         StoreError: it cannot be written.
@@ -122,14 +122,14 @@ def export(store: Store, folders: list[Path], to: Path) -> int:
 
 
 def import_all(store: Store, source: Path) -> tuple[list[Path], list[Path]]:
-    """Take in every artifact of an exported folder or tar file; return the new ones, and those that were here already.
+    """Import every artifact of an exported folder or tar file; return the new ones, and those that the store had.
 
     Raises:
-        StoreError: the source is none, a file in it is not what its manifest says, or leads out of its folder; or an
-            artifact lacks what it was made from. Nothing that is faulty reaches the store.
+        StoreError: the source does not exist, a file differs from its manifest or leads out of its folder, or an
+            artifact lacks an input. Nothing faulty reaches the store.
     """
     if not source.exists():
-        raise StoreError(f"there is no {source}")
+        raise StoreError(f"{source} does not exist")
     store.prepare()
     base = store.outputs / "work" / ".import"
     with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}, tell_waiting):
@@ -145,23 +145,23 @@ def import_all(store: Store, source: Path) -> tuple[list[Path], list[Path]]:
 
 
 def tell_waiting(owner: dict[str, Any]) -> None:
-    """Say whose import comes first."""
+    """Print which process holds the lock of imports."""
     who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another process"
     print(f"waiting for the import of {who}", file=sys.stderr, flush=True)
 
 
 def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
-    """Hash artifacts that were unpacked, and rename them into the store; the caller holds `import.lock`.
+    """Verify unpacked artifacts and rename them into the store; the caller holds `import.lock`.
 
     Args:
-        store: where to.
-        incoming: folder of the artifacts, on the store's file system; those that are new leave it.
+        store: the target.
+        incoming: folder of the artifacts, on the store's file system; new ones are moved out of it.
 
     Returns:
-        the new ones, and those that were here already.
+        the new ones, and those that the store had.
 
     Raises:
-        StoreError: one is not what its manifest says, or lacks what it was made from; none was taken in.
+        StoreError: one differs from its manifest or lacks an input; none was imported.
     """
     staged = Store(incoming.parent)
     folders = [incoming / name for name in list_folder(incoming)]
@@ -196,7 +196,7 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
         steps: dict[str, Path] = {}
         for place in [*new, *known] if new else []:
             manifest = read_manifest(place)
-            if manifest.get("kind") != "tokens":  # kept as long as what they were encoded from
+            if manifest.get("kind") != SHARED_KIND:  # gc keeps encoded text with its source
                 step = str(manifest.get("step"))
                 steps[place.name if step in steps else step] = place
         for step, place in steps.items():
@@ -206,16 +206,16 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
 
 
 def _unpack(source: Path, base: Path) -> None:
-    """Copy what a folder or a tar file holds to base/store/<artifact>/.
+    """Copy the files of a folder or a tar file to base/store/<artifact>/.
 
     Raises:
-        StoreError: a path leads elsewhere, something is no plain file, or there is no room.
+        StoreError: a path leads elsewhere, an entry is not a regular file, or the disk is full.
     """
     try:
         for name, size, content in _files_in_tar(source) if source.is_file() else _files_below(source):
             if size + _ROOM_BYTES > (free := shutil.disk_usage(base).free):
                 raise StoreError(
-                    f"{source} holds {name} with {format_bytes(size)}, and {base.parent.parent} has "
+                    f"{source} holds {name} with {format_bytes(size)}, but {base.parent.parent} has "
                     f"{format_bytes(free)} free"
                 )
             target = base / name
@@ -226,24 +226,24 @@ def _unpack(source: Path, base: Path) -> None:
             if name.endswith(f"/{MANIFEST}") and name.count("/") == 2:
                 crash_point("import.unpacked")
     except (tarfile.TarError, EOFError) as error:
-        raise StoreError(f"{source} is no tar file that can be read ({error})") from None
+        raise StoreError(f"{source} is not a readable tar file ({error})") from None
     except FileExistsError as error:
         raise StoreError(f"{source} holds {error.filename} twice: nothing was imported") from None
 
 
 def _files_below(source: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """Yield name, bytes and contents of the files of the artifacts in a folder, or in its `store`."""
+    """Yield name, size and open file of the artifacts' files in a folder or its `store`."""
     found = source / "store" if (source / "store").is_dir() else source
     for folder in list_folder(found):
         for path in sorted((found / folder).rglob("*")) if (found / folder / MANIFEST).exists() else ():
             if path.is_symlink():
-                raise StoreError(f"{path} is a link; only plain files are imported")
+                raise StoreError(f"{path} is a symlink; only regular files are imported")
             if path.is_file():
                 yield f"store/{path.relative_to(found)}", path.stat().st_size, path.open("rb")
 
 
 def _files_in_tar(source: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """Yield name, bytes and contents of the members of a tar file."""
+    """Yield name, size and open file of the members of a tar file."""
     with tarfile.open(source, tarinfo=_Member) as tar:
         for member in tar:
             name = member.name.removeprefix("./").rstrip("/")
@@ -252,7 +252,7 @@ def _files_in_tar(source: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
             plain = member.isfile() and not member.issparse()
             if not plain or not is_plain(name) or not name.startswith("store/") or name.count("/") < 2:
                 raise StoreError(
-                    f'{source} holds "{member.name}", which is no file of an artifact: nothing was imported'
+                    f'{source} holds "{member.name}", which is not a file of an artifact: nothing was imported'
                 )
             content = tar.extractfile(member)
             assert content is not None
@@ -260,7 +260,7 @@ def _files_in_tar(source: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Yield an artifact's files, the manifest last: a copy that was cut short has none."""
+    """Yield an artifact's files, the manifest last, so that an incomplete copy has none."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     yield from (path for path in files if path != folder / MANIFEST)
     yield folder / MANIFEST

@@ -1,4 +1,4 @@
-"""Whether artifacts are what their manifests say: id, digest, every file, and the inputs that they refer to."""
+"""Verification of artifacts against their manifests: id, digest, every file, and inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MOST_COMMANDS = 3
 
 
 def check_model(folder: Path) -> None:
-    """Make sure that the files which a model is loaded from, and those of its bases, are those that were published.
+    """Verify the files that a model and its bases are loaded from.
 
     Raises:
         StoreError: a file is missing or has other contents.
@@ -39,19 +39,19 @@ def check_model(folder: Path) -> None:
 
 
 def remedy(manifests: list[Manifest]) -> str:
-    """Return what to do about artifacts that are damaged."""
+    """Return how to repair damaged artifacts."""
     return f"Remove the folder{'' if len(manifests) == 1 else 's'} and run again: {makers(manifests)}"
 
 
 def makers(manifests: list[Manifest]) -> str:
-    """Return the commands that made artifacts, each once."""
+    """Return the commands that made artifacts, without duplicates."""
     commands = list(dict.fromkeys(shlex.join(["mlxchat", *manifest.get("overrides", ())]) for manifest in manifests))
     more = " …" if len(commands) > _MOST_COMMANDS else ""
     return ", ".join(commands[:_MOST_COMMANDS] or ["the command that made it"]) + more
 
 
 def check_contents(folder: Path) -> Iterator[str]:
-    """Yield a line for everything about an artifact itself that is not as its manifest requires."""
+    """Yield a line for everything in an artifact's folder that differs from its manifest."""
     try:
         manifest = load_manifest(folder / MANIFEST)
     except (OSError, ValueError) as error:
@@ -64,7 +64,7 @@ def check_contents(folder: Path) -> Iterator[str]:
     listed = {file["path"] for file in manifest["outputs"]} | {MANIFEST}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and str(path.relative_to(folder)) not in listed:
-            yield f"{path.relative_to(folder)} is no part of it"
+            yield f"{path.relative_to(folder)} is not listed in its manifest"
 
 
 def find_absent(store: Store, folder: Path) -> Iterator[str]:
