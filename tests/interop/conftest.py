@@ -70,7 +70,7 @@ class Tensor:
         return (storage, self.lies.get("first", 0), shape, self.lies.get("strides", strides), False, OrderedDict())
 
 
-def write_torch(path: Path, content: dict[str, Any] | Tensor, **zip_options: Any) -> None:
+def write_torch(path: Path, content: dict[str, Any] | list[Any] | Tensor, **zip_options: Any) -> None:
     """Write what torch.save would: a stored zip with a pickle and a member for each storage."""
     members: dict[str, bytes] = {}
     with torch_by_name() as (torch, utils):
@@ -83,6 +83,10 @@ def write_torch(path: Path, content: dict[str, Any] | Tensor, **zip_options: Any
                 return utils._rebuild_tensor_v2, self.arguments
 
         def prepare(value: Any) -> Any:
+            if isinstance(value, list):
+                return [prepare(each) for each in value]
+            if isinstance(value, dict):
+                return {key: prepare(each) for key, each in value.items()}
             if not isinstance(value, Tensor):
                 return value
             key = value.lies.get("key", str(len(members)))
@@ -90,9 +94,8 @@ def write_torch(path: Path, content: dict[str, Any] | Tensor, **zip_options: Any
             members.setdefault(f"data/{key}", value.numbers.tobytes())
             return Rebuilt(value.place(_Storage(kind, key, value.lies.get("count", value.numbers.size))))
 
-        made = prepare(content) if isinstance(content, Tensor) else OrderedDict(
-            (name, prepare(value)) for name, value in content.items()
-        )  # fmt: skip
+        made = prepare(content)
+        made = OrderedDict(made) if isinstance(made, dict) else made
         buffer = io.BytesIO()
         _Pickler(buffer, protocol=2).dump(made)
     write_zip(

@@ -260,6 +260,7 @@ def import_model(parser: Parser) -> None:
     add("--revision", default="main", help="commit, tag or branch of the repository (default: main)")
     add("--step", type=int, help="nanochat: which of several checkpoints (default: the last)")
     add("--chat", action=BooleanOptionalAction, help="whether it is a chat model (default: what its files say)")
+    add("--optimizer", action="store_true", help="nanochat: take its optimizer's moments in too, for warm starts")
     add("--base", metavar="ID", help="adapter: the model of ours that they were trained on")
     add("--replace", action="store_true", help="let the name stand for this model from now on")
     add("--forget", metavar="IMPORT", help="let import:IMPORT stand for nothing; gc may then remove it")
@@ -291,6 +292,8 @@ def _import_model(options: Namespace) -> int:
         overrides.append(f"imported.step={options.step}")
     if options.chat is not None:
         overrides.append(f"imported.chat={str(options.chat).lower()}")
+    if options.optimizer:
+        overrides.append("imported.optimizer=true")
     return _import(store, name, overrides, replace=options.replace)
 
 
@@ -306,6 +309,8 @@ def _form_and_source(options: Namespace) -> tuple[str, str]:
     form, what = options.names
     if options.step is not None and form != "nanochat":
         raise ConfigError("--step requires the format nanochat: it says which of several checkpoints")
+    if options.optimizer and form != "nanochat":
+        raise ConfigError("--optimizer requires the format nanochat: files of others hold no moments")
     if (options.base is None) == (form == "adapter"):
         raise ConfigError("--base ID goes with the format adapter, which needs it: the model they were trained on")
     return form, what

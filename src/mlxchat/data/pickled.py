@@ -17,6 +17,7 @@ MOST_BYTES = 32 << 20
 """Maximum size of a pickle; a vocabulary of 400,000 tokens has 8 MiB."""
 _MOST_OPERATIONS = 2_000_000
 _KEYS = (str, bytes)
+_MOST_NUMBERED = 1 << 20  # an optimizer's state is numbered
 
 Names = Mapping[tuple[str, str], Any]
 """(module, name) → its replacement. Only `Maker`s can be called."""
@@ -180,8 +181,8 @@ class _Machine:
             raise _Refused("it puts items into something that is not a dictionary")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             # Hashing other types could recurse to any depth or collide.
-            if type(key) not in _KEYS:
-                raise _Refused(f"a dictionary has a key of type {type(key).__name__}")
+            if type(key) not in _KEYS and not (type(key) is int and 0 <= key < _MOST_NUMBERED):
+                raise _Refused(f"a dictionary has a key of type {type(key).__name__} that no such file has")
             target[key] = value
 
     def _append(self, items: list[Any]) -> None:

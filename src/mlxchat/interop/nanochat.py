@@ -3,6 +3,7 @@
 model_000650.pt  meta_000650.json      at the top, or in a folder such as chatsft_checkpoints/d20/
 tokenizer.pkl    token_bytes.pt        beside them or in tokenizer/; the second one only to compare
 tokenizer.json                         instead of tokenizer.pkl: nanochat's earlier class wrote it
+optim_000650_rank0.pt …                the optimizer's moments, on request (moments.py); in 2025 also optim_000650.pt
 
 tokenizer.pkl is a pickled tiktoken encoding; nothing of it is run.
 """
@@ -49,18 +50,22 @@ class NanochatFiles:
     meta: str
     tokenizer: str
     token_bytes: str | None
+    moments: tuple[str, ...] = ()
+    """The optimizer's, of each rank, where they are wanted."""
 
     def identity(self) -> list[str]:
         """Return the names of those that the model is made of."""
-        return [self.model, self.meta, self.tokenizer]
+        return [self.model, self.meta, self.tokenizer, *self.moments]
 
     def all(self) -> list[str]:
         """Return the names of those that are read."""
         return [*self.identity(), *([self.token_bytes] if self.token_bytes else [])]
 
 
-def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
+def find_files(source: ModelSource, step: int | None, *, optimizer: bool = False) -> NanochatFiles:
     """Return the files of a step's checkpoint, the last step's if none is given; nothing is fetched.
+
+    `optimizer` asks for those of its optimizer, too.
 
     Raises:
         DataError: there is none, there are several folders of them, or a file is missing.
@@ -95,7 +100,26 @@ def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
             f"model was trained (nanochat keeps it in ~/.cache/nanochat/tokenizer)"
         )
     token_bytes = _join(PurePosixPath(tokenizer).parent, "token_bytes.pt")
-    return NanochatFiles(chosen, str(model), meta, tokenizer, token_bytes if source.has(token_bytes) else None)
+    moments = _find_moments(source, folder, chosen) if optimizer else ()
+    return NanochatFiles(chosen, str(model), meta, tokenizer, token_bytes if source.has(token_bytes) else None, moments)
+
+
+def _find_moments(source: ModelSource, folder: PurePosixPath, step: int) -> tuple[str, ...]:
+    """Return the files of all ranks' optimizers, in the order of the ranks."""
+    alone = _join(folder, f"optim_{step:06d}.pt")
+    pattern = re.compile(re.escape(_join(folder, f"optim_{step:06d}_rank")) + r"(\d{1,6})\.pt")
+    ranks = {int(match[1]): name for name in source.files if (match := pattern.fullmatch(name))}
+    if sorted(ranks) != list(range(len(ranks))):
+        missing = min(set(range(max(ranks))) - ranks.keys())
+        raise DataError(
+            f"{source.where} lacks optim_{step:06d}_rank{missing}.pt: each rank keeps its part of the moments"
+        )
+    if not ranks and not source.has(alone):
+        raise DataError(
+            f"{source.where} has no optim_{step:06d}_rank0.pt. Copy it from where the model was trained, or import "
+            "without --optimizer"
+        )
+    return tuple(ranks[rank] for rank in sorted(ranks)) or (alone,)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from mlxchat.model.sizes import sizes_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.fingerprint import changes, flatten, left_out_of
 from mlxchat.store.manifest import CONTINUATION, Manifest
@@ -37,11 +39,16 @@ def find_extension_problems(
     if extended is None:
         return
     stage = step.stage.name
-    if extended["stage"] != stage:
-        found = [f"{extended['name']} is made by stage {extended['stage']}; only stage {stage}'s own can be extended"]
-    else:
+    derived = extended["derived"]
+    if extended["stage"] == stage:
         found = [*_what_lacks(extended), *_settings(step, extended, same, may_differ), *_inputs(step, plan, extended)]
-        wanted, done = None if found else count_wanted(extended["derived"]), extended["derived"]["num_iterations"]
+    elif (extended["stage"], stage) == ("imported", "pretrain"):
+        found = [*_what_lacks(extended)] or [*_what_differs_from_nanochat(step, plan, extended)]
+        derived = derived if found else {**derived, "num_iterations": _updates_of_import(step, extended)}
+    else:
+        found = [f"{extended['name']} is made by stage {extended['stage']}; only stage {stage}'s own can be extended"]
+    if not found:
+        wanted, done = count_wanted(derived), derived["num_iterations"]
         if wanted is not None and wanted <= done:
             found = [
                 f"{extended['name']} already has {done} iterations, and the horizon counts {wanted} from the start: "
@@ -56,7 +63,11 @@ def keeps_state(manifest: Manifest) -> bool:
 
 
 def _what_lacks(extended: Manifest) -> Iterator[str]:
-    if not keeps_state(extended):
+    if keeps_state(extended):
+        return
+    if extended["stage"] == "imported":
+        yield f"{extended['name']} has no moments. Import it again: mlxchat import nanochat WHAT --optimizer --replace"
+    else:
         yield (
             f"{extended['name']} has no training state. Train it again with its settings and "
             f"{extended['stage']}.save_training_state=true 'force=[{extended['step'].partition(SAVED)[0]}]'"
@@ -89,3 +100,36 @@ def _inputs(step: PlannedStep, plan: list[PlannedStep], extended: Manifest) -> I
         if role not in now or made.get("tree") != now[role]["tree"]:
             here = now[role]["name"] if role in now else planned[step.inputs[role]].title
             yield f"its {role} is {here}, but {extended['name']} was made with {made.get('artifact')}"
+
+
+def _what_differs_from_nanochat(step: PlannedStep, plan: list[PlannedStep], extended: Manifest) -> Iterator[str]:
+    """Yield how an imported model differs from the one to be trained; the text is read from its beginning."""
+    # Other plans need neither.
+    from mlxchat.data.tokenizer import Tokenizer
+    from mlxchat.planning.given import sizes_of_folder
+
+    store, name = Store(Path(step.config.outputs)), extended["name"]
+    folder, tokenizer = (
+        _folder(store, extended),
+        step.inputs_made(store, {each.name: each for each in plan}).get("tokenizer"),
+    )
+    theirs = sizes_of_folder(folder)
+    ours = sizes_of(step.config.model, step.config.architecture, theirs.vocab_size)
+    for key, value in ours.to_dict().items():
+        if value != getattr(theirs, key):
+            yield f"the model has {key} {value}, but {name} has {getattr(theirs, key)}"
+    if tokenizer is None:
+        yield f"its tokenizer is not made yet. First: mlxchat stage=tokenizer tokenizer.source={folder}"
+    elif Tokenizer.load(_folder(store, tokenizer)).digest != Tokenizer.load(folder).digest:
+        yield f"its tokenizer is {tokenizer['name']}, but {name} has its own: give tokenizer.source={folder}"
+
+
+def _updates_of_import(step: PlannedStep, extended: Manifest) -> int:
+    folder = _folder(Store(Path(step.config.outputs)), extended)
+    return int(json.loads((folder / CONTINUATION[1]).read_text(encoding="utf-8"))["iteration"])
+
+
+def _folder(store: Store, manifest: Manifest) -> Path:
+    folder = store.find(manifest["rid"])
+    assert folder is not None, "found while planning"
+    return folder

@@ -131,9 +131,13 @@ def _warm_start_problems(config: Config, step: PlannedStep, plan: list[PlannedSt
     if source is not None and source.done:
         made = Store(Path(config.outputs)).made(source.key)
     if made is not None and not keeps_state(made):
+        again = (
+            f"Train it again with {made['stage']}.save_training_state=true 'force=[{made['step'].partition(SAVED)[0]}]'"
+        )
+        if made["stage"] == "imported":
+            again = "Import it again with its optimizer: mlxchat import nanochat WHAT --optimizer"
         yield (
-            f"{step.stage.name}.warm_start is true, but {made['name']} was made without a training state. Train it "
-            f"again with {made['stage']}.save_training_state=true 'force=[{made['step'].partition(SAVED)[0]}]', or "
+            f"{step.stage.name}.warm_start is true, but {made['name']} was made without a training state. {again}, or "
             f"give {step.stage.name}.warm_start=false"
         )
 

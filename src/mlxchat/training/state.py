@@ -114,8 +114,9 @@ class Checkpointer:
             self.ctx.rewind_records(0)
             return 0, 0
         mx.eval(self.model.state)
-        self.batches.restore(state["batches"])
-        self.monitor.restore(state)
+        if "batches" in state:  # not of an imported model, whose text is read from its beginning
+            self.batches.restore(state["batches"])
+            self.monitor.restore(state)
         # Records of iteration 0 were dropped, so its hooks all run again.
         return state["iteration"], state.get("pending_hook") if state["iteration"] else 0
 

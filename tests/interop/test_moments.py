@@ -1,0 +1,185 @@
+"""Moments of nanochat's optimizer come in under our names, from whatever number of ranks kept them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from kit.commands import Say
+from kit.training import make_optimizer
+from mlxchat.errors import DataError
+from mlxchat.interop.importing import import_model
+from mlxchat.model.gpt import GPT
+from mlxchat.store.naming import refs_of, resolve
+from mlxchat.store.store import Store
+from mlxchat.training.state import load_moments
+
+Twin, Lay = Any, Any
+Numbers = dict[str, np.ndarray[Any, Any]]
+TABLES = ("lm_head.weight", "transformer.wte.weight", "value_embeds.1.weight", "resid_lambdas", "x0_lambdas",
+          "smear_gate.weight", "smear_lambda", "backout_lambda")  # fmt: skip
+PARTS = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "attn.ve_gate", "mlp.c_fc", "mlp.c_proj")
+
+
+@pytest.fixture
+def model(twin: Callable[..., Twin], lay: Lay) -> Callable[..., tuple[Twin, Numbers]]:
+    """Write a checkpoint of nanochat's with the optimizer of `ranks` ranks; return it and the moments by our name.
+
+    The order of parameters, their groups and the shares of ranks are those of setup_optimizer, DistAdamW, DistMuon,
+    Muon and MuonAdamW in nanochat (gpt.py, adamw.py, muon.py, optim.py).
+    """
+
+    def make(*, later: bool, ranks: int) -> tuple[Twin, Numbers]:
+        made, rng = twin(later=later), np.random.default_rng(1)
+        shapes = {name: each.shape for name, each in made.tensors.items()}
+        tables = [name for name in TABLES if name in shapes]
+        names = [name for h in range(2) for part in PARTS if (name := f"transformer.h.{h}.{part}.weight") in shapes]
+        # 2025's Muon of one rank grouped by the number of numbers, all others by shape.
+        alone = not later and ranks == 1
+        alike: dict[str, Any] = {name: int(np.prod(shapes[name])) if alone else shapes[name] for name in names}
+        groups = [[name for name in names if alike[name] == one] for one in sorted(set(alike.values()))]
+        moments: Numbers = {}
+        for name in tables:
+            moments |= {f"{kind}.{name}": rng.random(shapes[name], np.float32) for kind in ("first", "second")}
+        for name in names:
+            rows, columns = shapes[name]
+            moments[f"momentum.{name}"] = rng.random((rows, columns), np.float32)
+            if later:
+                moments[f"variance.{name}"] = rng.random((rows, 1) if rows >= columns else (1, columns), np.float32)
+        for rank in range(ranks):
+            adamw = {number: table_state(lay, moments, name, rank, ranks, later) for number, name in enumerate(tables)}
+            if later:
+                muon, start = {}, len(tables)
+                kinds = [{"kind": "adamw", "params": [number], "betas": (0.8, 0.95)} for number in adamw]
+                for group in groups:
+                    size = -(-len(group) // ranks)
+                    own = group[rank * size : (rank + 1) * size]
+                    muon[start] = {}
+                    for theirs, ours in (("momentum_buffer", "momentum"), ("second_momentum_buffer", "variance")):
+                        padding = [np.zeros_like(moments[f"{ours}.{group[0]}"])] * (size - len(own))
+                        stacked = np.stack([moments[f"{ours}.{name}"] for name in own] + padding)
+                        muon[start][theirs] = lay.Tensor(stacked)
+                    kinds.append({"kind": "muon", "params": list(range(start, start + len(group))), "lr": 0.02})
+                    start += len(group)
+                content: Any = {"state": adamw | muon, "param_groups": kinds}
+            else:
+                numbered, start = [], 0
+                for group in groups:
+                    numbered.append({"params": list(range(start, start + len(group)))})
+                    start += len(group)
+                flat = [(place, name) for group in groups for place, name in enumerate(group)]
+                muon = {
+                    number: {"momentum_buffer": lay.Tensor(moments[f"momentum.{name}"])}
+                    for number, (place, name) in enumerate(flat) if place % ranks == rank
+                }  # fmt: skip
+                two = [{"params": [0]}, {"params": [1]}]
+                content = [{"state": adamw, "param_groups": two}, {"state": muon, "param_groups": numbered}]
+            name = "optim_000007.pt" if alone else f"optim_000007_rank{rank}.pt"
+            lay.write_torch(made.folder / name, content)
+        return made, moments
+
+    return make
+
+
+def table_state(lay: Lay, moments: Numbers, name: str, rank: int, ranks: int, later: bool) -> dict[str, Any]:
+    """A table of 1024 numbers or more, or any in 2025, is divided by rows."""
+    whole = moments[f"first.{name}"]
+    rows = len(whole) // ranks if not later or whole.size >= 1024 else len(whole)
+    part = slice(rank * rows, (rank + 1) * rows) if rows < len(whole) else slice(None)
+    step = 7 if later else lay.Tensor(np.array(7.0, np.float32))
+    return {"step": step, "exp_avg": lay.Tensor(moments[f"first.{name}"][part].copy()),
+            "exp_avg_sq": lay.Tensor(moments[f"second.{name}"][part].copy())}  # fmt: skip
+
+
+def importing(made: Twin, out: Path) -> Path:
+    out.mkdir()
+    import_model(made.config(optimizer=True), out, lambda: None)
+    return out
+
+
+@pytest.mark.parametrize(("later", "ranks"), [(True, 1), (True, 4), (False, 1), (False, 3)])
+def test_moments_of_all_ranks_are_those_of_our_optimizer(
+    model: Callable[..., tuple[Twin, Numbers]], tmp_path: Path, later: bool, ranks: int
+) -> None:
+    made, moments = model(later=later, ranks=ranks)
+    out = importing(made, tmp_path / "out")
+    found = load_file(out / "training_state.safetensors")
+    assert found.pop("count") == 7
+    assert found.keys() == moments.keys()
+    for name, numbers in moments.items():
+        np.testing.assert_array_equal(found[name], numbers, err_msg=name)
+    optimizer = make_optimizer(GPT(made.sizes), "muon_jul2026" if later else "muon_oct2025")
+    load_moments(out, optimizer)
+    assert optimizer.state["count"].item() == 7
+
+
+@pytest.mark.parametrize(("later", "rank"), [(True, 3), (False, 2), (True, 1)])
+def test_a_missing_rank_is_refused(
+    model: Callable[..., tuple[Twin, Numbers]], tmp_path: Path, later: bool, rank: int
+) -> None:
+    made, _ = model(later=later, ranks=4 if later else 3)
+    (made.folder / f"optim_000007_rank{rank}.pt").unlink()
+    expected = "lacks optim_000007_rank1.pt" if rank == 1 else "ranks belong together.*every rank.*without --optimizer"
+    with pytest.raises(DataError, match=expected):
+        importing(made, tmp_path / "out")
+
+
+def test_a_checkpoint_without_its_optimizer_is_refused(twin: Callable[..., Twin], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no optim_000007_rank0\.pt.*without --optimizer"):
+        importing(twin(), tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [{}, {"state": {}, "param_groups": []}, [1], {"state": 3, "param_groups": [{}]}])
+def test_an_unknown_form_is_refused(twin: Callable[..., Twin], lay: Lay, tmp_path: Path, content: Any) -> None:
+    made = twin()
+    lay.write_torch(made.folder / "optim_000007_rank0.pt", content)
+    with pytest.raises(DataError, match=r"rank0\.pt is no optimizer state that nanochat .* writes for this model"):
+        importing(made, tmp_path / "out")
+
+
+def test_an_optimizer_of_the_other_snapshot_is_refused(
+    model: Callable[..., tuple[Twin, Numbers]], twin: Callable[..., Twin], tmp_path: Path
+) -> None:
+    made, _ = model(later=False, ranks=3)
+    twin(later=True)  # the model's files alone are replaced
+    with pytest.raises(DataError, match="no optimizer state"):
+        importing(made, tmp_path / "out")
+
+
+def test_an_import_is_trained_further_with_its_moments(
+    model: Callable[..., tuple[Twin, Numbers]], tmp_path: Path, tiny: tuple[str, ...], say: Say
+) -> None:
+    """As nanochat's base_train and chat_sft continue: by pretrain.extend, and by warm_start."""
+    made, _ = model(later=True, ranks=2)
+    outputs = f"outputs={tmp_path / 'outputs'}"
+    take = ("import", "nanochat", made.folder, "--name", "x", outputs)
+    shape = ["model.depth=2", "model.head_width=16", "model.num_kv_heads=1", "model.context_tokens=64"]
+    shape += [
+        "architecture=jul2026",
+        "architecture.window_pattern=SL",
+        "optimizer=muon_jul2026",
+        "optimizer.scaling=null",
+    ]
+    training = [*tiny, *shape, outputs, "sft.batch.row_tokens=64", "pretrain.extend=import:x"]
+    training += ["pretrain.num_iterations=9", "stage=pretrain"]
+    say(*take)
+    assert "has no moments" in say(*training, code=2)
+    say(*take, "--optimizer", "--replace")
+    place = resolve(Store(tmp_path / "outputs"), "import:x")
+    assert "has num_layers 3, but imported-x" in say(*training, "model.depth=3", code=2)
+    assert f"mlxchat stage=tokenizer tokenizer.source={place}" in say(*training, code=2)
+    said = say(*tiny, outputs, "stage=tokenizer", f"tokenizer.source={place}")
+    assert "already has 7 iterations" in say(
+        *training, f"tokenizer.source={place}", "pretrain.num_iterations=7", code=2
+    )
+    said = say(*training, f"tokenizer.source={place}")
+    extended = load_file(refs_of(Store(tmp_path / "outputs"))["pretrain"] / "training_state.safetensors")
+    assert extended["count"] == 9, said
+    warm = [*tiny, *shape, outputs, "stage=sft", "pipeline.sft.checkpoint=import:x", "sft.warm_start=true"]
+    say(*warm, "sft.batch.row_tokens=64", "sft.save_training_state=true")
+    assert load_file(refs_of(Store(tmp_path / "outputs"))["sft"] / "training_state.safetensors")["count"] == 9
