@@ -61,6 +61,9 @@ miniseries: setup ## nanochat's models of many depths, best tokens per parameter
 rehearsal: setup ## everything that the speedrun does, once and small, with its real data
 	$(BIN)/mlxchat experiment=speedrun_rehearsal $(ARGS)
 
+evening: setup ## a d6 to talk to, in about two hours on a Mac with 36 GB (other: ARGS=machine=mac_16gb)
+	$(BIN)/mlxchat experiment=mac_evening machine=mac_36gb $(ARGS)
+
 speedrun: setup ## nanochat's published run, d20 (hours on a large GPU)
 	$(BIN)/mlxchat experiment=speedrun_d20 $(ARGS)
 
@@ -160,4 +163,4 @@ ifneq ($(MADE_FOR),$(DEVICE) $(CURDIR))
 .venv/made-for: FORCE
 endif
 
-.PHONY: help setup run chat serve report pictures sweep scaling-laws miniseries rehearsal speedrun speedrun-d12 check test test-slow lint type wheel-check dist docs docs-serve lock clean FORCE
+.PHONY: help setup run chat serve report pictures sweep scaling-laws miniseries rehearsal evening speedrun speedrun-d12 check test test-slow lint type wheel-check dist docs docs-serve lock clean FORCE

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mlxchat.composition.compose import compose_config
-from mlxchat.planning.duration import estimate_pretraining
+from mlxchat.planning.duration import estimate_trainings
 from mlxchat.runner.reasons import Estimate
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
@@ -20,7 +20,7 @@ D20_FLOPS = 3.491758e9 * 21_400 * 524_288
 def estimate(tmp_path: Path, *overrides: str) -> Estimate | None:
     config = compose_config(["experiment=speedrun_d20", "stage=pretrain", "machine.device=cpu", *overrides]).config
     store = Store(tmp_path / "outputs")
-    return estimate_pretraining(config, plan_of(config, store), store).get("pretrain")
+    return estimate_trainings(config, plan_of(config, store), store).get("pretrain")
 
 
 def made(per_token: float, tokens_per_second: float, backend: str = "cpu") -> dict[str, Any]:
@@ -66,3 +66,12 @@ def test_the_bytes_are_those_of_weights_and_moments(tmp_path: Path) -> None:
     tables, matrices = 2 * 65_536 * 1_280, 393_216_000
     assert weights.bytes == 4 * (tables + matrices)
     assert whole.bytes - weights.bytes == pytest.approx(4 * (2 * tables + matrices), rel=1e-3)
+
+
+def test_later_trainings_of_so_many_iterations_take_their_share(tmp_path: Path) -> None:
+    config = compose_config(["experiment=mac_evening", "machine.device=cpu", "machine.training_flops=1e12"]).config
+    store = Store(tmp_path / "outputs")
+    found = estimate_trainings(config, plan_of(config, store), store)
+    assert found["sft"].seconds / found["pretrain"].seconds == pytest.approx(3500 / 13000)
+    config.sft.num_iterations = None
+    assert list(estimate_trainings(config, plan_of(config, store), store)) == ["pretrain"]

@@ -52,7 +52,7 @@ def _plan(options: Namespace) -> int:
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.ops.machine import device_kind
     from mlxchat.planning.downloads import find_downloads
-    from mlxchat.planning.duration import estimate_pretraining
+    from mlxchat.planning.duration import estimate_trainings
     from mlxchat.planning.memory import describe_memory, remark_apart
     from mlxchat.planning.text import describe_text
     from mlxchat.runner.keys import find_unknown
@@ -66,7 +66,7 @@ def _plan(options: Namespace) -> int:
     config, store = composed.config, Store(Path(composed.config.outputs))
     plan = plan_of(config, store)
     memory = describe_memory(config, plan)
-    times = estimate_pretraining(config, plan, store)
+    times = estimate_trainings(config, plan, store)
     estimates = estimate_steps(plan, store) | times
     backend = device_kind(config.machine.device)
     drift = {
@@ -120,7 +120,8 @@ def _describe_recipe(
 
     implied = composed.implied
     waiting = [step for step in plan if not step.done]
-    seconds = sum(each.seconds for each in times.values())
+    pretrained = {step.name for step in plan if step.stage.name == "pretrain"}
+    seconds = sum(each.seconds for name, each in times.items() if name in pretrained)
     if not waiting or not (implied or downloads or seconds > _DAY_SECONDS):
         return
     config = composed.config
@@ -142,7 +143,7 @@ def _describe_recipe(
 def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
     """Print what a sweep would do and take, each step once however many jobs need it."""
     from mlxchat.config.wording import format_bytes, format_seconds, plural
-    from mlxchat.planning.duration import estimate_pretraining
+    from mlxchat.planning.duration import estimate_trainings
     from mlxchat.planning.memory import describe_memory
     from mlxchat.runner.reasons import estimate_steps
     from mlxchat.sweep.sweeper import read_sweep
@@ -155,7 +156,7 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
     memory: dict[str, str] = {}
     for job in jobs:
         config, by_name = job.composed.config, {step.name: step.key for step in job.plan}
-        found = estimate_steps(job.plan, job.store) | estimate_pretraining(config, job.plan, job.store)
+        found = estimate_steps(job.plan, job.store) | estimate_trainings(config, job.plan, job.store)
         estimates |= {by_name[name]: estimate for name, estimate in found.items()}
         memory |= {by_name[name]: text for name, text in describe_memory(config, job.plan).items()}
     known = [estimate for estimate in estimates.values() if estimate is not None]

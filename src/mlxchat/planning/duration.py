@@ -1,4 +1,4 @@
-"""How long a pretraining will take: its FLOPs over those per second that a pretraining has reached before."""
+"""How long a training will take: its FLOPs over those per second that a pretraining has reached before."""
 
 from __future__ import annotations
 
@@ -21,30 +21,38 @@ _SHARE_OF_PEAK = 0.4
 _LONG_FLOPS = 1e15
 
 
-def estimate_pretraining(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, Estimate]:
-    """Return step → estimate of the pretrainings that are to run, where a speed is known.
+def estimate_trainings(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, Estimate]:
+    """Return step → estimate of the trainings that are to run, where a speed is known.
+
+    These are pretrainings, and after them in the plan midtrain and sft where `num_iterations` is set.
 
     The speed is that of the finished pretraining in the store that was most like it in FLOPs per token, on the same
     kind of device; without one it is `machine.training_flops`. Where that is null too, a training that may take a day
     is estimated by a share of this device's peak, measured on a CPU. The bytes are those of weights and moments.
     """
     found: dict[str, Estimate] = {}
+    plan = list(plan)
+    is_pretrained_here = any(step.stage.name == "pretrain" for step in plan)
     for step in plan:
-        if step.done or step.stage.name != "pretrain":
+        config, name = step.config, step.stage.name
+        later = getattr(config, name) if name in ("midtrain", "sft") and is_pretrained_here else None
+        if step.done or (name != "pretrain" and (later is None or later.num_iterations is None)):
             continue
-        config = step.config
         sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
         derived, per_token = derive_hyperparameters(config, sizes), flops_per_token(sizes)
         reached, source = config.machine.training_flops, "machine.training_flops"
         if made := _most_alike(store.recent("pretrain"), per_token, device_kind(config.machine.device)):
             reached, source = _speed(made), made["name"]
-        flops = per_token * derived.batch_tokens * derived.num_iterations
+        tokens = derived.batch_tokens * derived.num_iterations
+        if later is not None:
+            tokens = (later.batch.tokens or derived.batch_tokens) * later.num_iterations
+        flops = per_token * tokens
         if reached is None and flops > _LONG_FLOPS:
             reached, source = _share_of_peak(config), "this device's peak"
         if reached is None:
             continue
         peak = predict_peak(Training(sizes=sizes, optimizer=config.optimizer, rows=1, row_tokens=1), 1)
-        moments = peak.moments if config.pretrain.save_training_state else 0
+        moments = peak.moments if (later or config.pretrain).save_training_state else 0
         found[step.name] = Estimate(
             seconds=flops / reached,
             bytes=int(peak.weights + moments),
