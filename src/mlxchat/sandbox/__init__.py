@@ -1,1 +1,1 @@
-"""Runs programs that a model wrote, for evaluations and for the Python tool, confined by the operating system."""
+"""Sandbox for programs written by models, for evaluations and the Python tool."""

@@ -1,8 +1,8 @@
-"""The first thing that runs in the process of a program that is not trusted: shut the doors, then run it.
+"""Script that confines its process and then runs an untrusted program.
 
-A script, started by `programs.py` in an interpreter that sees no site-packages and no folder of ours; it imports
-only the standard library. Its standard input holds the orders, as one JSON line, and later the answer to the
-question whether the program has ended by itself.
+`programs.py` starts it in an interpreter without site-packages; it imports only the standard library. Standard input
+carries the orders as one JSON line, then a question and a secret, with which the script proves that the program ran to
+its end.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
 def main(verdict: int) -> None:
-    """Read the orders, confine this process, run the program, and let it be vouched for that it returned."""
+    """Read the orders, confine this process, run the program, and prove through `verdict` that it returned."""
     orders = json.loads(_read_line(0))
     answers = os.dup(0)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -60,25 +60,25 @@ def main(verdict: int) -> None:
     os.write(verdict, (",".join(in_force) + "\n").encode())
     begun.acquire()
 
-    # Taken now: the program may replace the functions of a module, and everything else that it can reach.
+    # Bind these now, because the program can replace functions of modules.
     write, leave, flush, show = os.write, os._exit, sys.stdout.flush, traceback.print_exception
     program = types.ModuleType("__main__")
     code = orders["code"]
     sys.modules |= {"__main__": program} | dict.fromkeys(("ctypes", "_ctypes"))  # type: ignore[arg-type]
-    del sys._current_frames, sys._current_exceptions  # the ways to what another thread knows
+    del sys._current_frames, sys._current_exceptions  # they would give access to the other thread's frames
     try:
         exec(compile(code, "<program>", "exec"), vars(program))
         flush()
     except BaseException as error:
-        # The cause is told by a word, since what is printed is the program's own.
+        # The cause goes through the pipe, because the program controls its output.
         write(verdict, b"memory" if isinstance(error, MemoryError) else b"raised")
         with contextlib.suppress(BaseException):
             flush()
-            # Without the line of this file.
+            # Skip this file's frame.
             show(type(error), error, error.__traceback__ and error.__traceback__.tb_next)
         leave(1)
     done.release()
-    begun.acquire()  # until the other thread ends the process
+    begun.acquire()  # blocks until the other thread ends the process
 
 
 def _vouch(
@@ -90,15 +90,15 @@ def _vouch(
     frames: Callable[[], dict[int, types.FrameType]],
     code: types.CodeType,
 ) -> None:
-    """Tell, from a thread of its own, whether the main thread has come back from the program.
+    """Prove, in a second thread, that the main thread has returned from the program.
 
-    The question is read here and kept in this thread's frame alone; and the program may say that it is done, but it
-    cannot be done while it says so.
+    The question exists only in this thread's frame. A program may release the lock `done` itself, but then the main
+    thread's frame shows that it is still running.
     """
     write, read, leave = os.write, os.read, os._exit
     question = read(answers, 64)
     if not question:
-        leave(1)  # the process that would have asked has ended
+        leave(1)  # the parent process has ended
     begun.release()
     done.acquire()
     frame = frames().get(watched)
@@ -106,19 +106,17 @@ def _vouch(
         write(verdict, b"raised")
         leave(1)
     write(verdict, question)
-    # Only now is there something to know: the secret is sent to whoever asks with the right words.
+    # The parent sends the secret only now, in reply to the question.
     write(verdict, read(answers, 64))
     leave(0)
 
 
 def _confine(orders: dict[str, Any], *, files: int) -> list[str]:
-    """Give up what the program shall not have; return the names of what is in force.
-
-    What cannot be had on this machine is left out, and not named.
+    """Confine this process; return the names of the protections in force, without those that the system lacks.
 
     Args:
         orders: the protections to try, and their settings.
-        files: more than the number of any open file.
+        files: greater than every open file descriptor.
     """
     wanted, folder = orders["protections"], orders["folder"]
     if sys.platform != "linux":
@@ -134,7 +132,7 @@ def _confine(orders: dict[str, Any], *, files: int) -> list[str]:
             os.setresuid(_UNUSED_USER, 0, 0)
     libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != orders["parent"]:
-        os._exit(1)  # it died before the line above
+        os._exit(1)  # the parent died before the line above
     libc.prctl(_NO_NEW_PRIVILEGES, 1, 0, 0, 0)
     if "namespaces" in wanted and _enter_namespaces(libc, folder, orders["readable"]):
         in_force.append("namespaces")
@@ -144,11 +142,11 @@ def _confine(orders: dict[str, Any], *, files: int) -> list[str]:
     if "namespaces" in in_force:
         for _ in range(2):  # the first process of a PID namespace would be immune to its own signals
             _go_on_in_child(libc, files)
-    # Within the namespace, the two processes above it count, and no others.
+    # Within the namespace only the two processes above count.
     _limit(orders, others=2 if "namespaces" in in_force else orders["other_processes"])
     if "landlock" in wanted and _restrict_paths(libc, folder, orders["readable"]):
         in_force.append("landlock")
-    # Without Landlock no file is opened for writing, since no other protection sees which one.
+    # Without Landlock no file may be opened for writing, because seccomp cannot see paths.
     writes = "landlock" in in_force
     if "seccomp" in wanted and _restrict_calls(libc, orders["filters"][f"{os.getpid()}, {writes=}"]):
         in_force.append("seccomp")
@@ -156,10 +154,10 @@ def _confine(orders: dict[str, Any], *, files: int) -> list[str]:
 
 
 def _go_on_in_child(libc: Any, files: int) -> None:
-    """Return in a child process; this one waits for it, ends as it did, and is killed with its own parent."""
+    """Fork and return in the child; the parent waits for it and exits with its status."""
     child = os.fork()
     if child == 0:
-        # Where the parent ends before this line, nothing is asked and the program is never begun.
+        # If the parent ends before this line, no question arrives and the program never starts.
         libc.prctl(_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         return
     os.closerange(0, files)
@@ -168,10 +166,10 @@ def _go_on_in_child(libc: Any, files: int) -> None:
 
 
 def _limit(orders: dict[str, Any], *, others: int) -> None:
-    """Set the limits of this process. On a Mac the kernel cannot limit memory, so the parent watches it.
+    """Set resource limits. macOS cannot limit memory, so there the parent watches it.
 
     Args:
-        orders: how much of what.
+        orders: the limits.
         others: processes and threads of the user besides the program's.
     """
     seconds, memory = int(orders["seconds"]) + 2, orders["memory_bytes"]
@@ -190,9 +188,9 @@ def _limit(orders: dict[str, Any], *, others: int) -> None:
 
 
 def _enter_namespaces(libc: Any, folder: str, readable: list[str]) -> bool:
-    """Leave the network, the processes and the shared memory of others, and all files but those that Python needs.
+    """Enter new namespaces without network, other processes, shared memory, and files that Python does not need.
 
-    The folder becomes a small file system in memory. Child processes are in a PID namespace of their own.
+    The folder becomes a small tmpfs. Child processes are in a new PID namespace. Return whether that succeeded.
     """
     user, group = os.geteuid(), os.getegid()
     if libc.unshare(_NEW_NAMESPACES) != 0:
@@ -202,7 +200,7 @@ def _enter_namespaces(libc: Any, folder: str, readable: list[str]) -> bool:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)
     except OSError:
-        return True  # a user without a number can create nothing in a new file system: files stay as they are
+        return True  # an unmapped user cannot create files in a new mount: keep the file system as it is
     flags = _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
     libc.mount(b"none", b"/", None, _MS_REC | _MS_PRIVATE, None)
     try:
@@ -215,7 +213,7 @@ def _enter_namespaces(libc: Any, folder: str, readable: list[str]) -> bool:
 
 
 def _change_root(libc: Any, folder: str, readable: list[str]) -> None:
-    """Make a root directory that has nothing but what Python needs, read-only, and an empty folder.
+    """Change to a read-only root directory with only the files that Python needs, and an empty folder.
 
     Raises:
         OSError: the system does not permit it.
@@ -228,7 +226,7 @@ def _change_root(libc: Any, folder: str, readable: list[str]) -> None:
     check(libc.mount(b"tmpfs", os.fsencode(folder), b"tmpfs", _MS_NOSUID, b"size=1m,nr_inodes=1000,mode=755"))
     bound: list[str] = []
     for path in sorted({*readable, *_DEVICES}):
-        # What lies in a folder that is there already must not be made: it would be made outside.
+        # Do not create paths below a bound folder: they would be created outside.
         if any(path.startswith(f"{other}/") for other in bound) or not os.path.exists(path):
             continue
         place = folder + path
@@ -249,7 +247,7 @@ def _change_root(libc: Any, folder: str, readable: list[str]) -> None:
 
 
 def _restrict_paths(libc: Any, folder: str, readable: list[str]) -> bool:
-    """Allow to read what Python needs, to write in the folder, and to signal nothing but itself (Landlock)."""
+    """Allow reading Python's files, writing in the folder, and signals only to itself (Landlock); return success."""
     version = libc.syscall(_CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
@@ -274,7 +272,7 @@ def _restrict_paths(libc: Any, folder: str, readable: list[str]) -> bool:
 
 
 def _restrict_calls(libc: Any, encoded: str | None) -> bool:
-    """Install the filter of system calls (seccomp)."""
+    """Install the filter of system calls (seccomp); return success."""
     if encoded is None:
         return False
     lines = base64.b64decode(encoded)
@@ -284,11 +282,11 @@ def _restrict_calls(libc: Any, encoded: str | None) -> bool:
 
 
 def _read_line(file: int) -> bytes:
-    """Return what stands before the first newline, and take nothing after it."""
+    """Return the first line of a file."""
     parts = []
     while part := os.read(file, 1 << 16):
         parts.append(part)
-        if part.endswith(b"\n"):  # nothing more is sent until we ask
+        if part.endswith(b"\n"):  # nothing more is sent before the first reply
             break
     return b"".join(parts)
 

@@ -1,14 +1,14 @@
-"""Runs programs that a model wrote, confined by the operating system. Counterpart of nanochat/execution.py.
+"""Execution of untrusted programs, confined by the operating system. Counterpart of nanochat/execution.py.
 
 docs/internals/security.md has the threat model: what is trusted, what is confined, by which feature of which kernel.
 
-Each program runs in a fresh interpreter (`child.py`) with an empty environment, in a session and a folder of its own,
-under limits, and is killed with everything that it started. The rest is used where the system has it, and is named in
-the outcome: namespaces, Landlock and seccomp on Linux, sandbox-exec on macOS. Where a program could still
-reach files, processes or the network of the user, callers refuse to run it (`find_confinement_problem`).
+Each program runs in a new interpreter (`child.py`) with an empty environment, its own session and folder, and resource
+limits; all its descendants are killed with it. Where available, namespaces, Landlock and seccomp (Linux) or
+sandbox-exec (macOS) are used, too, and named in the outcome. If a program could still reach files, processes or the
+network of the user, callers refuse to run it (`find_confinement_problem`).
 
-A program has passed if all of it was executed, to the end. Its exit status does not show that: it passes by sending
-back a secret, which a second thread requests once the main thread has come back from the program.
+A program has passed if it was executed to its end. Its exit status does not show that. Instead `child.py` sends back a
+secret, which a second thread requests once the main thread has returned from the program.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ from pathlib import Path
 from mlxchat.errors import StepFailed
 
 PROTECTIONS = ("namespaces", "landlock", "seccomp", "sandbox-exec")
-"""What may be in force besides the limits, which always are."""
+"""Protections beyond resource limits, which are always in force."""
 
 _CHILD = Path(__file__).with_name("child.py")
 _MOST_OUTPUT_BYTES = 1 << 20
 _KEPT_OUTPUT_BYTES = 16 << 10
-_LONGEST_SAYING = 256
+_MOST_MESSAGE_BYTES = 256
 _MOST_FILE_BYTES = 4 << 20
-_MOST_WRITTEN_BYTES = 64 << 20  # over all files, where the folder is not a small file system of its own
-_MOST_ENTRIES = 1000  # files, folders and links, as in that file system
+_MOST_WRITTEN_BYTES = 64 << 20  # of all files, if the folder is not a tmpfs
+_MOST_ENTRIES = 1000  # files, folders and symlinks, as in the tmpfs
 _MOST_PROCESSES = 32
-_START_SECONDS = 60.0  # an interpreter starts in 0.05; a busy machine may take its time
+_START_SECONDS = 60.0  # an interpreter starts in 0.05 s, but machines may be busy
 _LOOK_SECONDS = 0.1
 _PID_IN_NAMESPACE = 2  # the first process there only waits for it
 _SANDBOX_EXEC = "/usr/bin/sandbox-exec"
@@ -56,18 +56,18 @@ _PROC = Path("/proc")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a program."""
+    """Result of a program."""
 
     passed: bool
-    """Whether the whole program was executed, its last line included."""
+    """Whether the program was executed to its end."""
     status: str
-    """passed, failed (an error, an early exit), timeout, memory or output (it printed or wrote too much)."""
+    """passed, failed (an error or early exit), timeout, memory or output (it printed or wrote too much)."""
     output: str
-    """What it printed, errors included; the first 16 KiB."""
+    """The first 16 KiB of standard output and error."""
     seconds: float = 0.0
-    """Wall clock from its first line on."""
+    """Wall-clock time of the program."""
     protections: tuple[str, ...] = ()
-    """What was in force: limits, and any of `PROTECTIONS`."""
+    """Protections in force: limits, and any of `PROTECTIONS`."""
 
 
 def run_program(
@@ -77,16 +77,16 @@ def run_program(
     memory_bytes: int = 256 << 20,
     protections: Iterable[str] = PROTECTIONS,
 ) -> Outcome:
-    """Execute a program and return whether it reached its end.
+    """Execute a program and return its outcome.
 
     Args:
         code: Python source; it runs as __main__.
-        seconds: of wall clock that it may take.
-        memory_bytes: that it may have, the interpreter's own included (about 20 MB).
-        protections: those to use where this machine has them; for tests of the others.
+        seconds: limit of wall-clock time.
+        memory_bytes: limit of memory, including the interpreter's own (about 20 MB).
+        protections: those to use if available; for tests.
 
     Raises:
-        StepFailed: no interpreter can be started here, which is not the program's fault.
+        StepFailed: the interpreter does not start, which is not the program's fault.
     """
     with _own_folder() as folder:
         run = Run(folder, code, seconds, memory_bytes, tuple(protections))
@@ -98,21 +98,21 @@ def run_program(
 
 @cache
 def protections_here() -> tuple[str, ...]:
-    """Return what is in force on this machine, found by running an empty program."""
+    """Return the protections that work on this machine, found by running an empty program."""
     return run_program("").protections
 
 
 def find_confinement_problem() -> str:
-    """Return why a program could reach files, processes or the network of the user here; empty: it cannot.
+    """Return why programs cannot be confined on this machine; empty if they can.
 
-    Landlock and seccomp together suffice, in every version. Namespaces do not: a system may let a process enter them
-    and then forbid it to mount, so that all files stay visible.
+    Landlock (any version) with seccomp suffices. Namespaces do not: a system may allow them but forbid mounts, so that
+    all files stay visible.
     """
     found = protections_here()
     if {"landlock", "seccomp"} <= set(found) or "sandbox-exec" in found:
         return ""
     return (
-        "this machine cannot confine programs that a model wrote: that needs Landlock and seccomp (Linux 5.13, x86-64 "
+        "this machine cannot confine programs written by models: that needs Landlock and seccomp (Linux 5.13, x86-64 "
         f"or ARM64) or sandbox-exec (macOS); in force here: {', '.join(found)}"
     )
 
@@ -128,9 +128,9 @@ def _own_folder() -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, whatever a program made in it: closed to its owner, or deeper than a path may be long.
+    """Remove a folder that may contain unreadable folders, or nesting deeper than paths can be long.
 
-    Inner folders come up to the first level before they are looked into, so that neither calls nor paths get deep.
+    Inner folders are moved up to the first level before they are listed, so that neither recursion nor paths get deep.
     """
     _open(folder)
     while entries := list(folder.iterdir()):
@@ -141,7 +141,7 @@ def _remove(folder: Path) -> None:
             _open(entry)
             for inner in entry.iterdir():
                 if _is_folder(inner):
-                    _open(inner)  # a folder that is moved must be open itself
+                    _open(inner)  # moving a folder needs write permission for it
                     inner.rename(folder / os.urandom(16).hex())
                 else:
                     inner.unlink()
@@ -160,7 +160,7 @@ def _is_folder(path: Path) -> bool:
 
 @dataclass
 class Run:
-    """One execution: the process, and the pipes to and from it."""
+    """One execution: the process and its pipes."""
 
     folder: Path
     code: str
@@ -168,18 +168,18 @@ class Run:
     memory_bytes: int
     protections: tuple[str, ...]
     output: bytearray = field(default_factory=bytearray)
-    said: bytearray = field(default_factory=bytearray)
-    """What came through the verdict's pipe and was not looked at yet."""
+    received: bytearray = field(default_factory=bytearray)
+    """Unprocessed bytes of the verdict pipe."""
     printed_bytes: int = 0
     in_force: tuple[str, ...] | None = None
-    """None until the interpreter says that it is about to run the program."""
+    """None until the interpreter is about to run the program."""
     confined: bool = False
-    """Whether the program can start no other process, so that none has to be looked for."""
+    """Whether the program cannot start processes, so that there are no descendants to find."""
     ready_at: float = 0.0
-    """When the program began."""
+    """Start of the program by the monotonic clock."""
 
     def follow(self) -> Outcome:
-        """Start the process and return its outcome, with the process and all its descendants gone."""
+        """Run the program and return its outcome; the process and all descendants have ended then."""
         reading, writing = os.pipe()
         try:
             process = self._start(writing)
@@ -196,19 +196,19 @@ class Run:
             self._end(process, watch)
             os.close(reading)
         if self.in_force is None:
-            what = f"after {time.monotonic() - began:.0f} s it had said: {self._text() or 'nothing'}"
+            what = f"its output after {time.monotonic() - began:.0f} s: {self._text() or 'nothing'}"
             raise StepFailed(f"programs cannot be executed: {sys.executable} does not start ({what})")
         return Outcome(status == "passed", status, self._text(), time.monotonic() - self.ready_at, self.in_force)
 
     def _start(self, verdict: int) -> subprocess.Popen[bytes]:
-        # What -I means, but with the one variable that makes sets and hashes the same every time.
+        # As -I, but with PYTHONHASHSEED, which makes sets and hashes reproducible.
         command = [sys.executable, "-P", "-s", "-S", str(_CHILD), str(verdict)]
         self.wrapped = "sandbox-exec" in self.protections and os.access(_SANDBOX_EXEC, os.X_OK)
         if self.wrapped:
             command = [_SANDBOX_EXEC, "-p", mac_profile(self.folder), *command]
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=self.folder,
-            env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"},  # an arena for each thread would count as memory
+            env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"},  # per-thread arenas would count as memory
             pass_fds=[verdict], start_new_session=True,
         )  # fmt: skip
         self.question, self.secret = secrets.token_hex(16).encode(), secrets.token_hex(16).encode()
@@ -227,7 +227,7 @@ class Run:
         return process
 
     def _watch(self, process: subprocess.Popen[bytes], verdict: int, watch: Watch) -> str:
-        """Feed and read the process until it has ended or has to be ended; return the status."""
+        """Serve the pipes until the process ends or must be killed; return the status."""
         assert process.stdin is not None
         assert process.stdout is not None
         sending, printed = process.stdin.fileno(), process.stdout.fileno()
@@ -251,17 +251,17 @@ class Run:
                     if key.fd == printed:
                         self._keep(part)
                         continue
-                    self.said += part
-                    if self.in_force is None and b"\n" in self.said:
+                    self.received += part
+                    if self.in_force is None and b"\n" in self.received:
                         self._begin()
                         with contextlib.suppress(OSError):
                             os.write(sending, self.question)
                         deadline = self.ready_at + self.seconds
                     if not self._is_expected(answered):
-                        return "failed"  # the program found the pipe and writes to it
-                    if self.in_force is not None and not answered and bytes(self.said) == self.question:
+                        return "failed"  # the program itself wrote to the pipe
+                    if self.in_force is not None and not answered and bytes(self.received) == self.question:
                         answered = True
-                        self.said.clear()
+                        self.received.clear()
                         with contextlib.suppress(OSError):
                             os.write(sending, self.secret)
                     elif not part:
@@ -272,7 +272,7 @@ class Run:
                     look_at = time.monotonic() + _LOOK_SECONDS
                     if not self.confined and watch.look() > self.memory_bytes:
                         return "memory"
-                    # In namespaces the first process is not the one that writes.
+                    # In namespaces the writing process is not the first one.
                     written = 0 if "namespaces" in self.in_force else watch.written() or 0
                     if written > _MOST_WRITTEN_BYTES or self._is_folder_full():
                         return "output"
@@ -280,10 +280,10 @@ class Run:
         return "timeout"
 
     def _is_folder_full(self) -> bool:
-        """Tell whether too much lies in the folder, also where the system may not count it as written.
+        """Return whether the folder has too many entries or bytes.
 
-        It does not count folders, links and empty files, and for root it may not count at all (`Watch.written`). A
-        small file system of the program's own is not seen from here: then the folder is empty.
+        `Watch.written` does not count folders, symlinks and empty files, and may not work for root. A tmpfs in a
+        namespace is not visible from here; then the folder is empty.
         """
         waiting, entries, used = [str(self.folder)], 0, 0
         while waiting:
@@ -298,40 +298,40 @@ class Run:
                             waiting.append(entry.path)
             except FileNotFoundError:  # removed meanwhile
                 continue
-            except OSError:  # closed to us, or deeper than a path may be long
+            except OSError:  # not readable, or the path is too long
                 return True
         return False
 
     def _verdict(self, answered: bool, process: subprocess.Popen[bytes], printed: int) -> str:
-        """Return the status of a program that will say nothing more."""
+        """Return the status of a program whose verdict pipe is closed."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(1.0)  # how it ended is worth a moment
+            process.wait(1.0)  # for its return code
         self._drain(printed)
         if self.printed_bytes > _MOST_OUTPUT_BYTES:
             return "output"
-        if answered and hmac.compare_digest(bytes(self.said), self.secret):
+        if answered and hmac.compare_digest(bytes(self.received), self.secret):
             return "passed"
-        if bytes(self.said) == b"memory":
+        if bytes(self.received) == b"memory":
             return "memory"
         return "timeout" if process.returncode in (-signal.SIGXCPU, 128 + signal.SIGXCPU) else "failed"
 
     def _is_expected(self, answered: bool) -> bool:
-        """Say whether what came through the verdict's pipe begins what the code around the program says."""
+        """Return whether the received bytes begin a message that `child.py` sends at this point."""
         if self.in_force is None:
-            return len(self.said) < _LONGEST_SAYING
-        sayings = (self.secret,) if answered else (self.question, b"memory", b"raised")
-        return any(saying.startswith(self.said) for saying in sayings)
+            return len(self.received) < _MOST_MESSAGE_BYTES
+        messages = (self.secret,) if answered else (self.question, b"memory", b"raised")
+        return any(message.startswith(self.received) for message in messages)
 
     def _begin(self) -> None:
-        first, _, rest = bytes(self.said).partition(b"\n")
+        first, _, rest = bytes(self.received).partition(b"\n")
         own = ("sandbox-exec",) if self.wrapped else ()
         self.in_force = (*(name for name in first.decode().split(",") if name), *own)
         self.confined = "seccomp" in self.in_force
-        self.said[:] = rest
+        self.received[:] = rest
         self.ready_at = time.monotonic()
 
     def _send(self, sending: int) -> bool:
-        """Send some of the orders; return whether there are more."""
+        """Send some of the orders; return whether more remain."""
         try:
             sent = os.write(sending, self.orders)
         except BlockingIOError:
@@ -346,12 +346,12 @@ class Run:
         self.output += part[: max(0, _KEPT_OUTPUT_BYTES - len(self.output))]
 
     def _drain(self, printed: int) -> None:
-        """Take what was printed last."""
+        """Read the rest of the output."""
         while self.printed_bytes <= _MOST_OUTPUT_BYTES and (part := _read(printed)):
             self._keep(part)
 
     def _end(self, process: subprocess.Popen[bytes], watch: Watch) -> None:
-        """Kill the group, and what left it."""
+        """Kill the process group and descendants that left it."""
         if self.in_force is None or not self.confined:
             watch.look()
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -369,7 +369,7 @@ class Run:
 
 
 def _processes_here() -> int:
-    """Return the number of processes and threads of this machine, which may count against the user's limit."""
+    """Return the number of processes and threads of this machine: at most these count against the user's limit."""
     try:
         return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])
     except OSError:
@@ -379,10 +379,10 @@ def _processes_here() -> int:
 def _readable() -> list[str]:
     """Return the files and folders that an interpreter without site-packages needs.
 
-    Of a prefix it is some folders only: all of it may be a project (python -m venv .) or a home folder.
+    Not all of a prefix, which may be a project (python -m venv .) or a home folder.
     """
     system = {"/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache"}
-    parts = ("lib", "lib64", "share/zoneinfo", "Python", "Resources")  # the last two of a framework (macOS)
+    parts = ("lib", "lib64", "share/zoneinfo", "Python", "Resources")  # the last two in macOS frameworks
     own = {f"{prefix}/{part}" for prefix in (sys.base_prefix, sys.base_exec_prefix) for part in parts}
     start = {f"{sys.prefix}/pyvenv.cfg", sys.executable, os.path.realpath(sys.executable), str(_CHILD)}
     return sorted(system | own | start)
@@ -407,7 +407,7 @@ def mac_profile(folder: Path) -> str:
 
 
 def _read(pipe: int) -> bytes:
-    """Return what is in a pipe now: nothing also where its end is."""
+    """Return the available bytes of a pipe; empty if there are none or it is closed."""
     try:
         return os.read(pipe, 1 << 16)
     except OSError:
@@ -415,19 +415,18 @@ def _read(pipe: int) -> bytes:
 
 
 class Watch:
-    """A process and all that were seen to descend from it, also those that left its group and session.
+    """A process and all its observed descendants, including those that left its group and session.
 
-    A process whose parent has ended is no longer anybody's child, so the table of processes is read several times a
-    second, and descendants are noted while they are known as such.
+    Descent cannot be seen once a parent has ended, so the process table is read several times a second.
     """
 
     def __init__(self, pid: int) -> None:
-        """Begin with one process."""
+        """`pid` is the first process."""
         self._known: dict[int, str] = {pid: ""}
         self._root = pid
 
     def look(self) -> int:
-        """Note new descendants; return the resident bytes of all of them together."""
+        """Record new descendants; return the resident bytes of all processes together."""
         table = _processes()
         for pid, (_, _, started) in table.items():
             if pid in self._known and self._known[pid] not in ("", started):
@@ -441,20 +440,20 @@ class Watch:
         return sum(resident for pid, (_, resident, _) in table.items() if pid in self._known)
 
     def written(self) -> int | None:
-        """Return how many bytes the first process has written so far, to any file or pipe.
+        """Return the bytes that the first process has written to any file or pipe.
 
-        None: it is unknown, as for root without the capability CAP_SYS_PTRACE.
+        None: unknown, as for root without the capability CAP_SYS_PTRACE.
         """
         try:
             lines = (_PROC / str(self._root) / "io").read_text().splitlines()
         except OSError:
             return None
         counts = {name: int(value) for name, _, value in (line.partition(": ") for line in lines)}
-        # The second also counts pages that were changed through a mapping of a file on a disk.
+        # write_bytes also counts pages changed through file mappings.
         return max(counts.get("wchar", 0), counts.get("write_bytes", 0))
 
     def kill(self) -> None:
-        """Kill what is left of them, until a look finds none. The first process is its parent's business."""
+        """Kill all descendants until none is left. The caller kills the first process."""
         for _ in range(_KILL_ROUNDS):
             self.look()
             table = _processes()
@@ -490,10 +489,10 @@ def _processes() -> dict[int, tuple[int, int, str]]:
     return table
 
 
-# The filter of system calls (Linux, x86-64 and ARM64). Only the listed calls are allowed, some of them only with some
-# arguments; every other number fails with EPERM, those of the x32 ABI included, and a call through the 32-bit ABI kills
-# the program. A program may compute, use the files that it can open, and start threads. It cannot start a process,
-# send a signal to another one, open a socket, or change the owner or mode of a file.
+# The filter of system calls (Linux, x86-64 and ARM64). Only listed calls are allowed, some only with certain arguments;
+# all others fail with EPERM, including those of the x32 ABI, and a call through the 32-bit ABI kills the program. A
+# program may compute, use files that it can open, and start threads. It cannot start a process, signal another one,
+# open a socket, or change the owner or mode of a file.
 
 # Classic BPF, <linux/filter.h>, and <linux/seccomp.h>.
 _LOAD, _AND, _JUMP_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x45, 0x06
@@ -502,7 +501,7 @@ _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16
 _EPERM, _ENOSYS = 1, 38
 
 _ACCESS_MODE, _NEITHER, _TRUNCATES = 0x3, 0x3, 0x200
-"""O_ACCMODE; its value that requests neither reading nor writing; O_TRUNC."""
+"""O_ACCMODE; its value for neither reading nor writing; O_TRUNC."""
 _WRITING = 0x1 | 0x2 | 0x40 | _TRUNCATES
 """O_WRONLY, O_RDWR, O_CREAT, O_TRUNC."""
 _THREAD_FLAGS = (0x3D0F00, 0x7D0F00)
@@ -515,14 +514,14 @@ _HARMLESS_IOCTLS = (0x5401, 0x5413, 0x541B, 0x5450, 0x5451)
 """TCGETS, TIOCGWINSZ, FIONREAD, FIONCLEX, FIOCLEX. FIOASYNC, FIOSETOWN and SIOCSPGRP would direct signals, TIOCSTI
 would type in a terminal."""
 _HARMLESS_CLOSE_RANGES = (0, 4)
-"""None and CLOSE_RANGE_CLOEXEC. CLOSE_RANGE_UNSHARE would give a thread a table of files, and a limit, of its own."""
+"""None and CLOSE_RANGE_CLOEXEC. CLOSE_RANGE_UNSHARE would give each thread its own file table and limit."""
 _MAP_SHARED, _MAP_ANONYMOUS = 0x1, 0x20
 _FUTEX_COMMAND = 0x7F
 _HARMLESS_FUTEXES = (0, 1, 3, 4, 5, 9, 10)
 """WAIT, WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, WAIT_BITSET, WAKE_BITSET: those without priority inheritance, which takes
 the number of any thread as an owner."""
 
-# name: (x86-64, ARM64); None where the machine has no such call.
+# name: (x86-64, ARM64); None if the machine has no such call.
 ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "read": (0, 63), "write": (1, 64), "readv": (19, 65), "writev": (20, 66), "pread64": (17, 67), "pwrite64": (18, 68),
     "close": (3, 57), "lseek": (8, 62),
@@ -548,13 +547,13 @@ ALLOWED: dict[str, tuple[int | None, int | None]] = {
     "getuid": (102, 174), "geteuid": (107, 175), "getgid": (104, 176), "getegid": (108, 177),
     "getgroups": (115, 158), "getrlimit": (97, 163), "uname": (63, 160), "sysinfo": (99, 179), "getrandom": (318, 278),
 }  # fmt: skip
-"""What a program may always do."""
+"""Calls that are always allowed."""
 
 CHANGING: dict[str, tuple[int | None, int | None]] = {
     "rename": (82, None), "renameat": (264, 38), "renameat2": (316, 276), "mkdir": (83, None), "mkdirat": (258, 34),
     "rmdir": (84, None), "unlink": (87, None), "unlinkat": (263, 35), "symlink": (88, None), "symlinkat": (266, 36),
 }  # fmt: skip
-"""What changes folders and files by their names."""
+"""Calls that change folders and files by path; allowed only with Landlock."""
 
 CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
     "open": (2, None), "openat": (257, 56), "close_range": (436, 436), "mmap": (9, 222), "fcntl": (72, 25),
@@ -562,18 +561,18 @@ CONDITIONAL: dict[str, tuple[int | None, int | None]] = {
     "clone": (56, 220), "clone3": (435, 435), "kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261),
     "getppid": (110, 173), "getpgid": (121, 155), "getsid": (124, 156), "sched_getaffinity": (204, 123),
 }  # fmt: skip
-"""What is allowed with some arguments only, or answered without the kernel."""
+"""Calls that are allowed only with certain arguments, or answered by the filter."""
 
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 
 
 def make_filter(pid: int, *, writes: bool) -> bytes | None:
-    """Return a filter as an array of `struct sock_filter`, None on a machine it is not made for.
+    """Return the filter as an array of `struct sock_filter`; None for other machines than x86-64 and ARM64 Linux.
 
     Args:
-        pid: of the process, as it sees itself.
-        writes: whether files may be opened for writing, created and removed. This filter cannot see which ones, so
-            that needs Landlock.
+        pid: of the process, in its own namespace.
+        writes: whether files may be opened for writing, created and removed. The filter cannot see their paths, so
+            this needs Landlock.
     """
     if platform.system() != "Linux" or platform.machine() not in _MACHINES:
         return None
@@ -593,12 +592,12 @@ def make_filter(pid: int, *, writes: bool) -> bytes | None:
 
 
 def _conditions(pid: int, *, writes: bool) -> dict[str, list[bytes]]:
-    """Return the instructions that decide about each conditional call."""
+    """Return name → instructions of each conditional call."""
     return {
         "open": _opening(1, writes=writes),
         "openat": _opening(2, writes=writes),
         "close_range": [_argument(2), *_allow_if_in(_HARMLESS_CLOSE_RANGES)],
-        # A shared mapping writes to a file in memory (tmpfs) uncounted, and one page of it keeps the whole file.
+        # Writes through a shared mapping of a tmpfs file are not counted, and one mapped page keeps a whole file.
         "mmap": [
             _argument(3),
             *_if_any_bit(_MAP_SHARED, [*_if_any_bit(_MAP_ANONYMOUS, [_ALLOWED]), _REFUSED]),
@@ -612,7 +611,7 @@ def _conditions(pid: int, *, writes: bool) -> dict[str, list[bytes]]:
         "ioctl": [_argument(1), *_allow_if_in(_HARMLESS_IOCTLS)],
         "futex": [_argument(1), _line(_AND, _FUTEX_COMMAND), *_allow_if_in(_HARMLESS_FUTEXES)],
         "clone": [_argument(0), *_allow_if_in(_THREAD_FLAGS)],
-        # Its flags are in memory, which no filter can read: the C library falls back to clone.
+        # Its flags are in memory, which filters cannot read; with ENOSYS the C library falls back to clone.
         "clone3": [_line(_RETURN, _ERRNO | _ENOSYS)],
         "kill": [_argument(0), *_allow_if_in((pid,))],
         "tgkill": [_argument(0), *_allow_if_in((pid,))],
@@ -621,7 +620,7 @@ def _conditions(pid: int, *, writes: bool) -> dict[str, list[bytes]]:
             _argument(2), *_unless_equal(0, [_REFUSED]), _argument(2, upper=True), *_unless_equal(0, [_REFUSED]),
             _argument(0), *_allow_if_in((0, pid)),
         ],
-        # As for a parent outside of the namespace: where there is none, the number would be that of our process.
+        # 0, as for a parent outside the namespace; without namespaces it would be our process.
         "getppid": [_line(_RETURN, _ERRNO | 0)],
         "getpgid": [_argument(0), *_allow_if_in((0, pid))],
         "getsid": [_argument(0), *_allow_if_in((0, pid))],
@@ -630,9 +629,9 @@ def _conditions(pid: int, *, writes: bool) -> dict[str, list[bytes]]:
 
 
 def _opening(flags: int, *, writes: bool) -> list[bytes]:
-    """Return what decides about opening a file.
+    """Return the instructions for opening a file.
 
-    Landlock before Linux 6.2 does not see truncation, so it is refused where the file is not opened for writing.
+    Landlock before Linux 6.2 does not control truncation, so O_TRUNC without write access is refused.
     """
     if not writes:
         return [_argument(flags), *_if_any_bit(_WRITING, [_REFUSED]), _ALLOWED]
@@ -650,7 +649,7 @@ _ALLOWED, _REFUSED = _line(_RETURN, _ALLOW), _line(_RETURN, _ERRNO | _EPERM)
 
 
 def _argument(index: int, *, upper: bool = False) -> bytes:
-    """Load half of an argument. The lower one is all that the kernel uses of an int."""
+    """Load half of an argument; the kernel uses only the lower half of an int."""
     return _line(_LOAD, _ARGUMENTS + 8 * index + 4 * upper)
 
 
