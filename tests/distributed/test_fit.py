@@ -1,4 +1,4 @@
-"""Whole trainings of several ranks: stopped, continued by another number of ranks, extended, begun warm."""
+"""Trainings of several ranks: stopped, resumed by another number of ranks, extended, started warm."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(
     extends: str | None = None, warm: str | None = None, broken: int | None = None, keeps: bool = False,
     rates: ScheduleConfig = CONSTANT,
 ) -> dict[str, Any]:  # fmt: skip
-    """Train, from where an earlier attempt of this name stopped; write weights and moments into its folder."""
+    """Train, resuming an earlier attempt of this name; write weights and moments into its folder."""
     model = make_model()
     optimizer = make_optimizer(model)
     batches = NumberedBatches(rows=5, uneven=True, broken=set() if broken is None else {broken})
@@ -45,7 +45,7 @@ def train(
         load_moments(Path(folder, warm, "out"), optimizer)
 
     def look(iteration: int) -> dict[str, float]:
-        # Weights that are not those of training, for a while, as evaluations have them.
+        # Other weights for a while, as in evaluations.
         own = flatten_parameters(model)
         set_parameters(model, {"lm_head.weight": mx.zeros(own["lm_head.weight"].shape)})
         set_parameters(model, own)
@@ -69,7 +69,7 @@ def train(
 
 
 def train_two(team: Team | None, folder: str) -> dict[str, Any]:
-    """Everything that two ranks, or one process, train from the beginning."""
+    """Return the records of all trainings."""
     found = {
         "straight": train(team, folder, "straight", rates=SCHEDULE),
         "stopped": train(team, folder, "stopped", stop_after=3, rates=SCHEDULE),
@@ -84,7 +84,7 @@ def train_two(team: Team | None, folder: str) -> dict[str, Any]:
     return found
 
 
-def go_on(team: Team | None, folder: str, name: str) -> dict[str, Any]:
+def resume(team: Team | None, folder: str, name: str) -> dict[str, Any]:
     return train(team, folder, name, rates=SCHEDULE)
 
 
@@ -113,7 +113,7 @@ def assert_equal(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 
 def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    """Compare arrays to 1e-3 of their norm: six iterations at nanochat's rates, Adam's quotients of small numbers."""
+    """Compare arrays to 1e-3 of their norm: six iterations of Adam amplify the rounding of small numbers."""
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
         assert np.linalg.norm(ours[key] - value) <= 1e-3 * np.linalg.norm(value), key
@@ -136,22 +136,22 @@ def test_resume_with_two_ranks_is_bit_exact(two: Any) -> None:
 def test_resume_with_another_number_of_ranks(two: Any, one: Any) -> None:
     folder, _ = two
     found = {
-        3: ranks.lead_ranks(go_on, 3, str(folder), "left for 3"),
-        1: go_on(None, str(folder), "left for 1"),
+        3: ranks.lead_ranks(resume, 3, str(folder), "left for 3"),
+        1: resume(None, str(folder), "left for 1"),
     }
     for number, result in found.items():
         assert_equal(result, one[1]["straight"])
         assert_close(arrays_of(folder, f"left for {number}"), arrays_of(one[0], "straight"))
 
 
-def test_a_skipped_update_is_skipped_by_all_ranks(two: Any) -> None:
-    """The fourth iteration and the ones after it are those of one process, so all ranks kept what they had."""
+def test_all_ranks_skip_an_update(two: Any) -> None:
+    """Later iterations equal those of one process, so all ranks kept their weights."""
     records = two[1]["broken"]["records"]
     assert records[2][1] == -1
     assert records[2][3] == 1
     assert all(np.isfinite(record[1]) for record in records[3:])
 
 
-def test_the_best_weights_are_restored(two: Any) -> None:
+def test_best_weights_are_restored(two: Any) -> None:
     assert two[1]["finished"]["metrics"]["best_iteration"] == 4
     assert two[1]["extended"]["metrics"]["best_iteration"] == 4

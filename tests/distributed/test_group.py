@@ -1,4 +1,4 @@
-"""What a group's collectives give: the same bits on every rank, whatever the array."""
+"""Collectives give the same bits on every rank, for any array."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlxchat.distributed import group as group_module
 from mlxchat.distributed.group import ALONE, Group, buckets, deal_padded
 from mlxchat.distributed.team import Team
 
-# By name, what rank 2 has; the others have something else of the same shape.
+# Values of rank 2; the others have other values of the same shape.
 BITS: dict[str, list[int]] = {
     "float32": [0x80000000, 0x7FC00001, 0xFFC00000, 0x7F800000, 0x00000001, 0x3F800000],  # −0.0, NaNs, ∞, denormal, 1
     "bfloat16": [0x8000, 0x7FC1, 0x0001],
@@ -40,7 +40,7 @@ def bits_of(name: str, array: mx.array) -> list[int]:
 
 
 def use_group(group: Group) -> dict[str, Any]:
-    """Do everything once on each rank of three."""
+    """Run all collectives on each of three ranks."""
     rank, found = group.rank, {}
     found["shared"] = {name: bits_of(name, group.share(array_of(name, mine=rank == 2), 2)) for name in BITS}
     found["scalar"] = group.share(mx.array(3.5 if rank == 0 else 9.0)).item()
@@ -113,7 +113,7 @@ def test_parts_cover_everything_once(found: Any) -> None:
 
 
 class Fake:
-    """Of MLX's group what `part` reads."""
+    """The part of MLX's group that `part` uses."""
 
     def __init__(self, rank: int, size: int) -> None:
         self._rank, self._size = rank, size
@@ -161,7 +161,7 @@ def test_a_single_process_needs_no_collectives() -> None:
 
 
 def remember(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Any]:
-    """Keep something for the next call; return what all ranks were given and kept."""
+    """Keep a count for the next call; return arguments and counts of all ranks."""
     team.kept["count"] = team.kept.get("count", 0) + request["add"] * (1 + team.group.rank)
     seen = {name: [str(array.dtype), np.array(array.astype(mx.float32)).tolist()] for name, array in arrays.items()}
     return team.group.gather_json([team.group.rank, team.kept["count"], request, seen])
@@ -192,7 +192,7 @@ def test_a_team_of_one_calls_the_function_directly() -> None:
 
 
 def leave(group: Group) -> str:
-    """Rank 1 ends at once; the others ask for something that needs it."""
+    """Rank 1 ends at once; the others run collectives."""
     if group.rank == 1:
         return "left"
     try:
@@ -200,7 +200,7 @@ def leave(group: Group) -> str:
             group.share_json({"a": 1})
     except group_module.PeerLost as error:
         return str(error)
-    return "nothing was noticed"
+    return "not detected"
 
 
 def test_a_lost_rank_raises_peer_lost() -> None:
@@ -235,5 +235,5 @@ def test_equal_rows_are_dealt_evenly() -> None:
 
 
 def test_rows_without_length_are_dealt() -> None:
-    """Padding alone, as the last rows of a validation may be."""
+    """The last rows of a validation may be padding only."""
     assert [len(range(3)[part]) for part in deal_padded([0, 0, 0], 2)] == [3, 0]

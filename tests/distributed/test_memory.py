@@ -1,4 +1,4 @@
-"""What ranks keep in memory beside what they compute with, and where they find what they read."""
+"""Caches of ranks, and the path of a teacher."""
 
 from __future__ import annotations
 
@@ -49,6 +49,6 @@ def test_a_single_process_clears_its_cache() -> None:
 def test_a_teachers_folder_is_sent_as_an_absolute_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     teacher = OutsideTeacher(None, 10, Path("teacher"))
-    told = send_teacher(Team(), Distillation(teacher=teacher, mix=Mix(weight=0.5), size=SIZE))
-    assert told is not None
-    assert told["folder"] == str(tmp_path / "teacher")
+    sent = send_teacher(Team(), Distillation(teacher=teacher, mix=Mix(weight=0.5), size=SIZE))
+    assert sent is not None
+    assert sent["folder"] == str(tmp_path / "teacher")

@@ -45,7 +45,7 @@ def test_other_verbs_print_once(launch: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def two_hosts(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
-    """Return how to launch on this host and on one that ssh leads to, which is this one with other variables."""
+    """Return options of `launch` for this host and a second one: this one through a fake ssh, with other variables."""
 
     def make(other: str) -> dict[str, Any]:
         hosts = [{"ssh": "127.0.0.1", "ips": ["127.0.0.1"]}, {"ssh": "mini2", "ips": ["127.0.0.1"]}]
@@ -100,7 +100,7 @@ def test_a_training_ends_with_a_killed_rank_and_resumes(
     text, _ = process.communicate(timeout=60)
     assert text.count("error:") == 1, text
     assert "rank 1 (process" in text
-    assert "continues from" in text
+    assert "resume from" in text
     assert "[ring]" not in text
     text, _ = launch(*settings, f"outputs={tmp_path}/killed").communicate(timeout=200)
     assert "pretrain   done" in text, text

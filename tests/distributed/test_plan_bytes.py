@@ -1,4 +1,4 @@
-"""The bytes that docs/internals/several_machines.md reckons with are those that ranks really send in a step."""
+"""Ranks send the bytes per step that docs/internals/several_machines.md predicts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS, TOKENS = 6, 64
 
 
 def count_bytes(team: Team) -> float:
-    """Return what rank 0 sends in a step, once the model is with all."""
+    """Return the bytes that rank 0 sends in the second step."""
     runtime.set_blas_threads(1)
     model = GPT(SIZES)
     init_weights(model, 1)
@@ -39,7 +39,7 @@ def count_bytes(team: Team) -> float:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_a_step_sends_the_predicted_bytes(size: int) -> None:
-    """To 6 %: matrices are not cut, so some ranks gather more than an n-th of the weights."""
+    """To 6 %: matrices are not cut, so some ranks hold more than 1/n of the weights."""
     found = ranks.lead_ranks(count_bytes, size)
     batch, parameters = 12 * ROWS * TOKENS, 4 * count_parameters(SIZES)["total"]
     expected = (size - 1) / size * (2 * batch + 2 * parameters + parameters)

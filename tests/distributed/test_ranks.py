@@ -17,7 +17,7 @@ import pytest
 import mlxchat
 from kit import ranks
 from mlxchat.composition.compose import compose_config
-from mlxchat.distributed.ranks import Ranks, computes, find_meeting, lead_ranks
+from mlxchat.distributed.ranks import Meeting, Ranks, computes, find_meeting, lead_ranks
 from mlxchat.distributed.watch import Line, Watch, code_digest, connect, find_facts, listen_at
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.ops import machine as machine_module
@@ -30,34 +30,25 @@ def write(folder: Path, value: Any) -> str:
     return str(path)
 
 
-def test_without_variables_there_are_no_ranks() -> None:
-    assert find_meeting({}) is None
-    assert find_meeting({"MLX_RANK": "0"}) is None
+def test_a_single_process_has_no_ranks(tmp_path: Path) -> None:
+    """Started alone, or by `mlx.launch -n 1`."""
+    for variables in ({}, {"MLX_RANK": "0"}, {"MLX_RANK": "0", "MLX_HOSTFILE": write(tmp_path, "\n")}):
+        assert find_meeting(variables) is None
+    given = machine()
+    assert lead_ranks(given) == (given, None)
 
 
-def test_one_process_of_mlx_launch_has_no_ranks(tmp_path: Path) -> None:
-    assert find_meeting({"MLX_RANK": "0", "MLX_HOSTFILE": write(tmp_path, "\n")}) is None
-
-
-def test_a_ring_meets_one_port_above_its_own(tmp_path: Path) -> None:
+def test_rank_0_listens_one_port_above_those_of_mlx(tmp_path: Path) -> None:
     hosts = [["10.0.0.1:5000", "10.0.1.1:5001"], ["10.0.0.2:5002", "10.0.1.2:5003"]]
-    found = find_meeting({"MLX_RANK": "1", "MLX_HOSTFILE": write(tmp_path, hosts)})
-    assert found is not None
-    assert (found.rank, found.size, found.backend) == (1, 2, "ring")
-    assert found.address == ("10.0.0.1", 5004)
-    assert found.hosts == ["10.0.0.1", "10.0.0.2"]
-
-
-def test_jaccl_and_nccl_meet_one_port_above_their_coordinator(tmp_path: Path) -> None:
+    ring = {"MLX_RANK": "1", "MLX_HOSTFILE": write(tmp_path, hosts)}
+    assert find_meeting(ring) == Meeting(
+        rank=1, size=2, backend="ring", address=("10.0.0.1", 5004), hosts=["10.0.0.1", "10.0.0.2"]
+    )
     devices = write(tmp_path, [[None, "rdma_en2"], ["rdma_en3", None]])
     jaccl = {"MLX_RANK": "0", "MLX_IBV_DEVICES": devices, "MLX_JACCL_COORDINATOR": "192.168.1.10:32323"}
-    found = find_meeting(jaccl)
-    assert found is not None
-    assert (found.size, found.backend, found.address) == (2, "jaccl", ("192.168.1.10", 32324))
+    assert find_meeting(jaccl) == Meeting(rank=0, size=2, backend="jaccl", address=("192.168.1.10", 32324))
     nccl = {"MLX_RANK": "3", "MLX_WORLD_SIZE": "4", "NCCL_HOST_IP": "10.0.0.1", "NCCL_PORT": "12345"}
-    found = find_meeting(nccl)
-    assert found is not None
-    assert (found.rank, found.size, found.backend, found.address) == (3, 4, "nccl", ("10.0.0.1", 12346))
+    assert find_meeting(nccl) == Meeting(rank=3, size=4, backend="nccl", address=("10.0.0.1", 12346))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +59,7 @@ def test_jaccl_and_nccl_meet_one_port_above_their_coordinator(tmp_path: Path) ->
         ("0", '{"hosts": []}', "does not hold a list"),
         ("0", "[[", "cannot be read as JSON"),
         ("0", [{"ssh": "a"}, {"ssh": "b"}], "expected a list for each rank with its addresses"),
-        ("0", [["a"], ["b"]], '"a" is no port: addresses of ranks are HOST:PORT'),
+        ("0", [["a"], ["b"]], '"a" is not a port: expected addresses of ranks as HOST:PORT'),
     ],
 )
 def test_an_unusable_hostfile_is_a_config_error(tmp_path: Path, rank: str, hosts: Any, message: str) -> None:
@@ -89,7 +80,7 @@ def test_only_run_uses_all_ranks(line: str, expected: bool) -> None:
 
 
 def meet(others: list[dict[str, Any]], size: int, seconds: float = 5) -> Watch:
-    """Return rank 0's watch after these have come."""
+    """Return rank 0's watch after these have connected."""
     watch, lines = Watch(find_facts(0), size), list[Line]()
     with listen_at("127.0.0.1", 0) as listener:
 
@@ -135,11 +126,11 @@ def test_a_rank_with_another_version_is_named_with_its_host(key: str, value: str
 
 
 def test_a_missing_rank_is_named_with_its_host() -> None:
-    with pytest.raises(StepFailed, match=re.escape("rank 2 (10.0.0.3) did not come within 1 seconds")):
+    with pytest.raises(StepFailed, match=re.escape("rank 2 (10.0.0.3) did not connect within 1 seconds")):
         meet([find_facts(1)], 3, seconds=1)
 
 
-# As with mpi, which is not in every MLX: the ranks join the group before they know where rank 0 listens.
+# As with mpi: the ranks join the group before they know the address of rank 0.
 GROUP_FIRST = """
 import mlxchat, os, sys
 from mlxchat.distributed.ranks import Meeting, _meet, current, follow
@@ -192,11 +183,6 @@ def machine(*settings: str) -> Any:
     return compose_config(["experiment=smoke", *settings]).config.machine
 
 
-def test_one_process_has_no_ranks_and_unchanged_settings() -> None:
-    given = machine()
-    assert lead_ranks(given) == (given, None)
-
-
 @pytest.mark.parametrize(("cores", "size", "threads"), [(8, 2, 4), (8, 3, 2), (2, 4, 1)])
 def test_ranks_share_the_cores_of_their_machine(
     monkeypatch: pytest.MonkeyPatch, cores: int, size: int, threads: int
@@ -205,11 +191,8 @@ def test_ranks_share_the_cores_of_their_machine(
     shared, lead = lead_ranks(machine(f"machine.num_processes={size}"))
     assert shared.blas_threads == threads
     assert isinstance(lead, Ranks)
-
-
-def test_given_threads_are_not_divided() -> None:
-    shared, _ = lead_ranks(machine("machine.num_processes=2", "machine.blas_threads=3"))
-    assert shared.blas_threads == 3
+    shared, _ = lead_ranks(machine(f"machine.num_processes={size}", "machine.blas_threads=3"))
+    assert shared.blas_threads == 3, "an explicit setting is not divided"
 
 
 def test_more_ranks_than_rows_gives_a_remark() -> None:

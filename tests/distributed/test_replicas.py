@@ -26,7 +26,7 @@ def digest(model: GPT) -> str:
 
 
 def digests(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[str]:
-    """Return the digest of each rank's model; asked for on all ranks."""
+    """Return the digest of each rank's model."""
     del arrays
     return team.group.gather_json(digest(model_on(team, request["role"])))
 
@@ -36,7 +36,7 @@ def on_all(team: Team, role: str = "model") -> list[str]:
 
 
 def weights_everywhere(team: Team) -> dict[str, Any]:
-    """Lead: change a model in several ways; return what all ranks had after each, and how many arrays travelled."""
+    """Change a model in several ways; return after each the number of sent arrays and all ranks' digests."""
     sent: list[int] = []
     call = team.call
 
@@ -65,7 +65,7 @@ def weights_everywhere(team: Team) -> dict[str, Any]:
     note("other role", "reference")
     with moving_on_all(team, model):
         set_parameters(model, {name: value + 0 for name, value in flat.items()})
-    note("said to be equal")
+    note("moved on all")
     return {"found": found, "parameters": len(flat)}
 
 
@@ -75,10 +75,10 @@ def test_only_changed_weights_are_sent() -> None:
     sent = {name: values[0] for name, values in found.items()}
     assert sent == {
         "first": everything, "again": 0, "one swapped": 1, "swapped back": 1, "other type": everything,
-        "other role": everything, "said to be equal": 0,
+        "other role": everything, "moved on all": 0,
     }  # fmt: skip
     for name, (_, *digests_of_ranks) in found.items():
-        if name != "said to be equal":
+        if name != "moved on all":
             assert len(digests_of_ranks) == 4
             assert len(set(digests_of_ranks)) == 1, name
 

@@ -1,4 +1,4 @@
-"""Stages have all ranks evaluate and answer, and give what one process gives."""
+"""Stages evaluate and generate on all ranks, with the results of one process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def called(path: Path) -> list[tuple[str, ast.Call]]:
 
 @pytest.mark.parametrize("path", ASKING, ids=lambda path: path.stem)
 def test_stages_use_all_ranks_for_evaluations(path: Path) -> None:
-    """These would compute on rank 0 alone: right, and unnoticed."""
+    """Otherwise they would silently compute on rank 0 alone."""
     names = dict(called(path))
     assert not names.keys() & {"OwnModel"}
     assert names.keys() & {"Engine", "language_model", "text_model"}
@@ -39,7 +39,7 @@ def test_stages_use_all_ranks_for_evaluations(path: Path) -> None:
 
 
 def results(outputs: Path) -> dict[str, Any]:
-    """Return scores and what RL's answers were rewarded with, by step."""
+    """Return scores and rewards of RL's answers, by step."""
     latest = outputs / "refs" / "latest"
     found: dict[str, Any] = {
         name: json.loads((latest / name / "scores.json").read_text()) for name in ("eval_base", "eval_rl")
@@ -60,5 +60,5 @@ def test_rl_and_evaluations_equal_one_process(
     assert len(after["rl"]) == len(before["rl"]) > 0
     bpb = [each["eval_base"].pop("bpb") for each in (before, after)]
     assert bpb[1] == pytest.approx(bpb[0], rel=1e-6)
-    if rows_sum_alike:  # else float32 rounds in another order, and a draw may turn out otherwise
+    if rows_sum_alike:  # else float32 rounds in another order, which may change a draw
         assert after == before

@@ -1,4 +1,4 @@
-"""Adapters that several ranks train are those that one process trains, and the base is the same on all."""
+"""Several ranks train the same adapters as one process, on the same base."""
 
 from __future__ import annotations
 

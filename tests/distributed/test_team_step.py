@@ -1,4 +1,4 @@
-"""Steps of several ranks give what one process gives: losses, norms, weights, moments."""
+"""Training steps of several ranks equal those of one process: losses, norms, weights, moments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mlxchat.training.team_step import make_step
 
 TOKENS, VOCABULARY = 16, 281  # no multiple of any number of ranks
 make_model = partial(models.make_model, vocab_size=VOCABULARY)
-# Three layers: of two the middle one would be the last, whose share the norm after it takes out again.
+# Three layers: of two, the middle one would be the last, and the final norm would cancel its backout.
 JUL = {"architecture": "jul2026", "num_layers": 3, "vocab_multiple": 8, "window_pattern": "SL"}
 UNEVEN = [16, 2, 9, 0, 16, 5, 1]
 CASES: dict[str, dict[str, Any]] = {
@@ -44,8 +44,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dropout": {"dropout": 0.3, "micro_rows": 1},
     "a teacher": {"teacher": True},
     "a teacher, ranks without a row": {"teacher": True, "targets": [9]},
-    "an update left out": {"broken": 1},
-    "layers computed again": {"recompute": True},
+    "a skipped update": {"broken": 1},
+    "recomputation": {"recompute": True},
 }
 SETTINGS = {"micro_rows": 3, "targets": [16, 16, 16, 16, 16, 16], "sizes": {}, "optimizer": {}}
 
@@ -75,14 +75,14 @@ def digest(arrays: dict[str, mx.array]) -> str:
 
 
 def look(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Any]:
-    """Return of each rank the digest of its weights and the shapes of its moments."""
+    """Return for each rank the digest of its weights and the shapes of its moments."""
     state = team.kept["training"].optimizer.state
     shapes = {name: list(value.shape) for name, value in state.items()}
     return team.group.gather_json([digest(flatten_parameters(model_on(team))), shapes])
 
 
 def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
-    """Train on a few batches; leave weights and moments in the folder."""
+    """Train on three batches; write weights and moments into the folder."""
     runtime.set_blas_threads(1)
     case = {**SETTINGS, **CASES[name]}
     model = make_model(**case["sizes"])
@@ -110,7 +110,7 @@ def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
 
 
 def peak_of_large(team: Team) -> dict[str, Any]:
-    """Train a model that is large enough for its memory to be counted; return what ranks held and what is predicted."""
+    """Train a model large enough to measure its memory; return the peaks of all ranks and the prediction."""
     runtime.set_blas_threads(1)
     config = compose_config(["model.depth=6", "architecture=oct2025", "optimizer=muon_oct2025"]).config
     sizes = sizes_of(replace(config.model, context_tokens=128), config.architecture, 2048)
@@ -137,7 +137,7 @@ def forget_peak(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]
 
 
 def tell_memory(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Any]:
-    """Return of each rank the bytes that MLX has, and the most that it had."""
+    """Return for each rank MLX's active and peak bytes."""
     return team.group.gather_json([mx.get_active_memory(), mx.get_peak_memory()])
 
 
@@ -168,7 +168,7 @@ def arrays_of(folder: Path, name: str) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_losses_and_norms_equal_one_process(name: str, together: Any, one_folder: Path) -> None:
-    """To 1e-5, sums being made in another order; NaN where one process has NaN."""
+    """To 1e-5, because sums are in another order; NaN where one process has NaN."""
     _, found = together
     expected = alone(name, str(one_folder))
     np.testing.assert_allclose(found[name]["steps"], expected["steps"], rtol=1e-5)
@@ -178,7 +178,7 @@ def test_losses_and_norms_equal_one_process(name: str, together: Any, one_folder
 
 @pytest.mark.parametrize("name", CASES)
 def test_weights_and_moments_equal_one_process(name: str, together: Any, one_folder: Path) -> None:
-    """To 5e-4 of each array's norm, after three steps: AdamW divides by the root of what may be nearly nothing."""
+    """To 5e-4 of each array's norm after three steps: AdamW divides by roots of tiny numbers."""
     folder, _ = together
     alone(name, str(one_folder))
     ours, theirs = arrays_of(folder, name), arrays_of(one_folder, name)
@@ -210,6 +210,6 @@ def test_every_moment_is_on_one_rank(name: str, together: Any) -> None:
 
 @pytest.mark.parametrize("size", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_peak_memory_is_within_15_percent_of_the_prediction(size: int) -> None:
-    """To 15 %, of a model of six layers; weights are on all ranks, moments are dealt out."""
+    """For a model of six layers; weights are on all ranks, moments are distributed."""
     found = ranks.lead_ranks(peak_of_large, size, fresh=True)
     assert found["held"] == pytest.approx([found["predicted"]] * size, rel=0.15)

@@ -1,4 +1,4 @@
-"""What all ranks do together besides training gives what one process gives: answers, losses, scores, verdicts."""
+"""Everything besides training equals one process: answers, losses, scores, verdicts."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ from mlxchat.runner.progress import Progress
 
 make_model = partial(models.make_model, context_tokens=96, scale=0.25)
 LENGTHS = [4, 9, 2, 17, 6, 11, 3]
-TOLERANCE = 2e-5  # nats, in float32: rows are padded to other widths
+TOLERANCE = 2e-5  # nats, float32: rows are padded to other widths
 NUMBERS = ("text", "padded", "one_row", "scores", "reference_scores")
 
 
 def calling(model: GPT) -> GPT:
-    """Return a model that answers what ends with one of LENGTHS by asking the calculator for 1."""
+    """Return a model that answers prompts ending in one of LENGTHS by a calculator call of 1."""
     tokenizer, made = make_tokenizer(), GPT(model.sizes)
     weights = {name: np.array(value) for name, value in flatten_parameters(model).items()}
     weights |= {name: 0.02 * value for name, value in weights.items() if "c_proj" in name}
@@ -114,7 +114,7 @@ def write_bundle(folder: Path) -> Path:
 
 
 def rows_of(lengths: list[int], width: int = 96) -> list[Row]:
-    """Return rows whose last target stands after so many tokens."""
+    """Return rows with these numbers of targets."""
     rng, rows = np.random.default_rng(1), []
     for length in lengths:
         ids, targets = rng.integers(0, 280, width).astype(np.int32), np.full(width, -1, np.int32)
@@ -149,7 +149,7 @@ def completions(team: Team | None, model: GPT) -> dict[str, Any]:
 
 
 def reinforce(team: Team | None, model: GPT, bits: int | None) -> list[Any]:
-    """Return log and batches of three updates, the weights being others in the second iteration."""
+    """Return log and batches of three updates, with changing weights."""
     tokenizer, log, batches = make_tokenizer(), list[dict[str, Any]](), []
     config, task = settings(rollout_bits=bits), Questions(5)
     reference = flatten_parameters(model)
@@ -167,7 +167,7 @@ def reinforce(team: Team | None, model: GPT, bits: int | None) -> list[Any]:
 
 
 def adapted(team: Team | None, model: GPT) -> dict[str, Any]:
-    """Return what a model with adapters on a rounded base answers, and its losses beside a reference's."""
+    """Return answers and losses of adapters on a quantised base, and losses of a reference."""
     tokenizer, sizes = make_tokenizer(), model.sizes
     names = tuple(f"transformer.h.{layer}.{name}" for layer in range(2) for name in ("attn.c_q", "mlp.c_proj"))
     attach_adapters(model, AdapterSizes("dora", 2, 2.0, names, bits=8, group_size=32, dropout=0.1))
@@ -191,7 +191,7 @@ def adapted(team: Team | None, model: GPT) -> dict[str, Any]:
 
 
 def work(team: Team | None, architecture: str, folder: str) -> dict[str, Any]:
-    """Return all that ranks share besides training; of one process without a team."""
+    """Return all results besides training; without a team, those of one process."""
     model, tokenizer = make_model(architecture), make_tokenizer()
     asked = text_model(team, model)
     engine = Engine(model, tokenizer, team=team)
@@ -265,10 +265,10 @@ EACH = pytest.mark.parametrize(
 def test_answers_equal_one_process(
     of_ranks: Any, of_one: Any, architecture: str, size: int, rows_sum_alike: bool
 ) -> None:
-    """What the calculator said included, with too few rows and with none; bit for bit where rows sum alike."""
+    """Including calculator results, with too few rows and with none; bit for bit where rows sum alike."""
     expected, got = deepcopy((of_one(architecture)["completions"], of_ranks(architecture, size)["completions"]))
     assert [len(rows) for rows in expected.values()] == [7, 7, 7, 7, 1, 0, 7, 3]
-    assert sum(0 in row["mask"] for row in expected["calls"]) > 1, "nobody called the calculator"
+    assert sum(0 in row["mask"] for row in expected["calls"]) > 1, "no call of the calculator"
     if not rows_sum_alike:  # then float32 rounds log-probabilities in another order
         for name, rows in expected.items():
             for right, row in zip(rows, got[name], strict=True):
@@ -314,7 +314,7 @@ def test_task_scores_equal_one_process(of_ranks: Any, of_one: Any, architecture:
 @EACH
 @pytest.mark.parametrize("bits", ["None", "8"])
 def test_rl_batches_equal_one_process(of_ranks: Any, of_one: Any, architecture: str, size: int, bits: str) -> None:
-    """Also after the weights have changed, with a reference that has not; and with rounded rollouts."""
+    """Also after the weights have changed, with an unchanged reference, and with quantised rollouts."""
     (expected_log, expected), (log, got) = (
         each["rl"][bits] for each in (of_one(architecture), of_ranks(architecture, size))
     )
@@ -343,7 +343,7 @@ def test_adapters_equal_one_process(of_ranks: Any, of_one: Any, architecture: st
 
 
 def answer_until(team: Team | None, folder: str, stop_after: int | None, kind: str) -> list[Any]:
-    """Return score, examples and how many answers were known at each border, or the latter alone when stopped."""
+    """Return the numbers of known answers after each batch, score and examples; if stopped, only the numbers."""
     model, known = make_model("oct2025"), list[int]()
     answering = Answering(batch_rows=2, max_new_tokens=8, batch_tokens=100, seeds=2, temperature=0.8, seed=4)
     try:
@@ -368,7 +368,7 @@ def test_an_evaluation_resumes_with_another_number_of_ranks(tmp_path: Path, kind
     after, *got = answer(then, "stopped", None)
     total = 26 if kind == "generative" else 13
     assert 0 < before[-1] < total
-    assert after[0] == before[-1], "what had been answered is known"
+    assert after[0] == before[-1], "known answers are kept"
     assert after == sorted(after)
     assert after[-1] == total
     assert got[0] == score

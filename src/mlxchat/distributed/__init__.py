@@ -1,1 +1,1 @@
-"""Several processes as one: a group of ranks, of which the first leads and the others compute what it asks for."""
+"""Runs of several processes: rank 0 leads, and all ranks execute the functions that it calls."""

@@ -1,6 +1,6 @@
-"""MLX's collectives for the ranks of a run, and how rows are dealt to ranks.
+"""MLX's collectives for the ranks of a run, and the distribution of rows to ranks.
 
-Everything is evaluated at once, so that all ranks meet in the same order, and a lost rank raises `PeerLost`.
+Collectives are evaluated immediately, so that all ranks run them in the same order; a lost rank raises `PeerLost`.
 """
 
 from __future__ import annotations
@@ -23,50 +23,50 @@ Arrays = dict[str, mx.array]
 
 @dataclass
 class Traffic:
-    """What the collectives of this rank have cost so far."""
+    """Cost of this rank's collectives so far."""
 
     sent_bytes: int = 0
-    """Bytes that this rank sent, by the algorithms of a ring."""
+    """Bytes sent by this rank, computed for ring algorithms."""
     seconds: float = 0.0
-    """Their duration, the wait for later ranks included."""
+    """Duration, including the wait for other ranks."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks 0 to size − 1, this process being one of them. Rank 0 leads: it alone reads and writes files.
+    """Ranks 0 to size − 1, one of which is this process. Only rank 0, the leader, reads and writes files.
 
-    Every method that sends something raises `PeerLost` if another rank is gone.
+    Every method that communicates raises `PeerLost` if another rank is lost.
     """
 
     raw: Any = None
-    """MLX's group; None: this process is alone."""
+    """MLX's group; None for a single process."""
     backend: str = "none"
     """ring, jaccl, nccl or mpi."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
     explain: Callable[[object], str] = field(default="another process of the group is gone ({})".format, compare=False)
-    """Takes the error of a collective; returns what `PeerLost` says."""
+    """Takes the error of a collective; returns the message of `PeerLost`."""
 
     @property
     def rank(self) -> int:
-        """Return this process's number."""
+        """This process's number."""
         return int(self.raw.rank()) if self.raw is not None else 0
 
     @property
     def size(self) -> int:
-        """Return how many processes there are."""
+        """The number of processes."""
         return int(self.raw.size()) if self.raw is not None else 1
 
     @property
     def leads(self) -> bool:
-        """Tell whether this is rank 0."""
+        """Whether this is rank 0."""
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """Return this rank's part of `count` things: contiguous, as equal as can be, empty if there are too few."""
+        """Return this rank's slice of `count` items: contiguous, sizes differ by at most 1; it may be empty."""
         return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def sum(self, arrays: Mapping[str, mx.array]) -> Arrays:
-        """Return arrays summed over all ranks, the same bits on each; every rank gives the same names and shapes."""
+        """Return arrays summed over all ranks, bit-identical on each; all ranks pass the same names and shapes."""
         if self.size == 1:
             return dict(arrays)
         found: Arrays = {}
@@ -79,11 +79,11 @@ class Group:
         return found
 
     def gather(self, array: mx.array) -> mx.array:
-        """Return the arrays of all ranks, all of one shape and dtype, concatenated along their first axis."""
+        """Return the arrays of all ranks, of equal shape and dtype, concatenated along the first axis."""
         return array if self.size == 1 else self._meet(mx.distributed.all_gather, array)
 
     def gather_json(self, value: Any) -> list[Any]:
-        """Return what every rank gave, in their order; plain JSON data."""
+        """Return the values of all ranks, JSON data, in the order of ranks."""
         if self.size == 1:
             return [value]
         own = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
@@ -94,10 +94,10 @@ class Group:
         return [json.loads(bytes(row[:size])) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
     def share(self, array: mx.array, source: int = 0) -> mx.array:
-        """Return the array of rank `source`, bit for bit; the other ranks give one of the same shape and dtype."""
+        """Return the array of rank `source`, bit for bit; other ranks pass any array of that shape and dtype."""
         if self.size == 1:
             return array
-        # MLX has no broadcast. A sum with zeros is one; of integers, since −0.0 + 0.0 would lose its sign.
+        # MLX has no broadcast: sum with zeros, as integers because −0.0 + 0.0 loses the sign.
         whole = array if array.ndim else array.reshape(1)
         bits = whole.reshape(-1).view(mx.uint8)
         pad = -bits.size % 4
@@ -106,7 +106,7 @@ class Group:
         return total.view(mx.uint8)[: bits.size].view(array.dtype).reshape(array.shape)
 
     def share_json(self, value: Any = None) -> Any:
-        """Return rank 0's value, plain JSON data; the values of the others are ignored."""
+        """Return rank 0's value, JSON data; the values of other ranks are ignored."""
         if self.size == 1:
             return value
         own = np.frombuffer(json.dumps(value).encode() if self.leads else b"", dtype=np.uint8)
@@ -115,7 +115,7 @@ class Group:
         return json.loads(bytes(np.asarray(found)))
 
     def _meet(self, collective: Any, array: mx.array) -> mx.array:
-        # Collectives of nccl run on the GPU; those of the others must not keep it waiting for the network.
+        # NCCL runs on the GPU; other backends must not make the GPU wait for the network.
         stream = None if self.backend == "nccl" else mx.cpu
         mx.eval(array)
         began = time.perf_counter()
@@ -124,7 +124,7 @@ class Group:
             mx.eval(found)
         except RuntimeError as error:
             raise PeerLost(self.explain(error)) from error
-        # Around a ring a sum takes 2 (n − 1) messages of an n-th, a gathering n − 1 of a whole.
+        # In a ring of n ranks a sum sends 2 (n − 1) messages of 1/n of the array, a gather n − 1 whole arrays.
         share = 2 / self.size if collective is mx.distributed.all_sum else 1
         self.traffic.sent_bytes += round(array.nbytes * share * (self.size - 1))
         self.traffic.seconds += time.perf_counter() - began
@@ -132,11 +132,11 @@ class Group:
 
 
 ALONE = Group()
-"""The group of a process that has no others."""
+"""The group of a single process."""
 
 
 def buckets(arrays: Mapping[str, mx.array]) -> Iterator[Sequence[str]]:
-    """Yield the names of arrays by those of one dtype that travel together."""
+    """Yield names of consecutive arrays of one dtype, in buckets of at most BUCKET_BYTES."""
     bucket: list[str] = []
     size, dtype = 0, None
     for name, array in arrays.items():
@@ -150,14 +150,14 @@ def buckets(arrays: Mapping[str, mx.array]) -> Iterator[Sequence[str]]:
 
 
 def deal_padded(lengths: Sequence[int], parts: int) -> list[slice]:
-    """Return contiguous parts of rows, of which the most expensive costs as little as possible; some may be empty.
+    """Return contiguous slices of rows with the least possible maximum cost; some may be empty.
 
-    A part costs its rows times its longest row, since rows are padded to one length. So rows of similar length should
-    be neighbours.
+    Rows of a slice are padded to its longest row, so its cost is the number of rows times that length. Rows of similar
+    length should be neighbours.
 
     Args:
         lengths: of the rows, in tokens.
-        parts: how many, at least 1.
+        parts: number of slices, at least 1.
     """
     longest = max(lengths, default=0)
     costs = range(longest, len(lengths) * longest)
@@ -167,7 +167,7 @@ def deal_padded(lengths: Sequence[int], parts: int) -> list[slice]:
 
 
 def _fill(lengths: Sequence[int], most: int) -> list[slice]:
-    """Return the fewest parts of which none costs more than `most`, the length of a row at least."""
+    """Return the fewest slices that cost at most `most` each; `most` is at least the longest row."""
     found: list[slice] = []
     start = longest = 0
     for place, length in enumerate(lengths):

@@ -1,7 +1,7 @@
-"""The ranks of a run: started on this machine for the first step that needs them, or found by mlx.launch's variables.
+"""The ranks of a run: started on this machine for the first step that needs them, or by mlx.launch.
 
-Both ways give each process the variables that MLX reads and the same command. Rank 0 runs it; the others connect to
-rank 0 and follow it. They connect and compare versions before MLX's `init`, which waits without end.
+In both cases each process has the variables that MLX reads and the same command. Rank 0 runs it; the others connect to
+rank 0 and follow it. They connect and compare versions before MLX's `init`, which has no timeout.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 TOKEN = "MLXCHAT_RANKS_TOKEN"
 # Where rank 0 listens, in ranks that it started.
 _ADDRESS = "MLXCHAT_RANKS_ADDRESS"
-# Everything that MLX's collectives read, and ours; cleared so that processes started later are no ranks.
+# All variables of MLX's collectives, and ours; cleared so that child processes do not become ranks.
 _VARIABLES = (
     "MLX_RANK", "MLX_HOSTFILE", "MLX_WORLD_SIZE", "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR", "MLX_JACCL_RING",
     "NCCL_HOST_IP", "NCCL_PORT", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", _ADDRESS, TOKEN,
 )  # fmt: skip
-# Options with which `run` only prints something.
+# Options with which `run` only prints.
 _PRINTING = {
     "--help", "-h", "--version", "-V", "--cfg", "-c", "--info", "-i", "--hydra-help", "--shell-completion", "-sc",
 }  # fmt: skip
@@ -58,28 +58,28 @@ _JOIN_SECONDS = 60.0
 _HERE = "127.0.0.1"
 
 _current: Ranks | None = None
-"""The ranks of this process, once they are there. A process has one group in its life: MLX makes no second one."""
+"""The ranks of this process, once connected. A process has at most one group: MLX cannot create a second one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meeting:
-    """What the environment says about this rank and the others."""
+    """This rank and the others, according to the environment."""
 
     rank: int
     size: int
     backend: str
     """ring, jaccl, nccl or mpi."""
     address: tuple[str, int] | None
-    """Host and port at which rank 0 listens; None (mpi): the ranks learn it in MLX's group."""
+    """Host and port at which rank 0 listens; None (mpi): sent through MLX's group."""
     hosts: list[str] = field(default_factory=list)
-    """Of all ranks, as far as known."""
+    """Hosts of all ranks, if known."""
 
 
 def find_meeting(variables: Mapping[str, str] = os.environ) -> Meeting | None:
-    """Return the ranks that this process belongs to, or None if it was started alone.
+    """Return the ranks that this process belongs to, or None for a single process.
 
     Raises:
-        ConfigError: the variables contradict each other, or what they name cannot be read.
+        ConfigError: the variables contradict each other, or a file that they name cannot be read.
     """
     if "MLX_RANK" not in variables:
         size = _number(variables, "OMPI_COMM_WORLD_SIZE", 1)
@@ -96,18 +96,18 @@ def find_meeting(variables: Mapping[str, str] = os.environ) -> Meeting | None:
         found = _read_json(variables, "MLX_HOSTFILE")
         if not all(isinstance(each, list) and each and all(isinstance(one, str) for one in each) for each in found):
             raise ConfigError(
-                f"MLX_HOSTFILE: {variables['MLX_HOSTFILE']} is no ring's hostfile: expected a list for each rank with "
-                'its addresses, such as [["10.0.0.1:5000"], ["10.0.0.2:5000"]]'
+                f"MLX_HOSTFILE: {variables['MLX_HOSTFILE']} is not a hostfile of a ring: expected a list for each rank "
+                'with its addresses, such as [["10.0.0.1:5000"], ["10.0.0.2:5000"]]'
             )
         backend, size, hosts = "ring", len(found), [_split(each[0])[0] for each in found]
         host, port = hosts[0] if hosts else "", max((_split(one)[1] for each in found for one in each), default=0)
     else:
         return None
-    if size < 2:  # what mlx.launch -n 1 sets
+    if size < 2:  # mlx.launch -n 1
         return None
     if not 0 <= rank < size:
         raise ConfigError(f"MLX_RANK is {rank}, expected 0 to {size - 1}: there are {size} ranks")
-    # Rank 0 listens one port above those of MLX, unless it says where.
+    # Rank 0 listens one port above those of MLX, unless it set the address.
     address = _split(variables[_ADDRESS]) if _ADDRESS in variables else (host, port + 1)
     return Meeting(rank=rank, size=size, backend=backend, address=address, hosts=hosts)
 
@@ -122,7 +122,7 @@ def _number(variables: Mapping[str, str], name: str, default: int) -> int:
 def _split(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     if not port.isdecimal():
-        raise ConfigError(f'"{port}" is no port: addresses of ranks are HOST:PORT')
+        raise ConfigError(f'"{port}" is not a port: expected addresses of ranks as HOST:PORT')
     return host, int(port)
 
 
@@ -139,16 +139,16 @@ def _read_json(variables: Mapping[str, str], name: str) -> list[Any]:
 
 
 def forget_meeting() -> None:
-    """Clear the variables, so that no process that this one starts takes itself for a rank."""
+    """Clear the variables, so that child processes do not become ranks."""
     for name in _VARIABLES:
         os.environ.pop(name, None)
 
 
 def enter(arguments: list[str]) -> int | None:
-    """Become the rank that the environment names; return the exit code, or None if the command is to be run here.
+    """Become the rank that the environment names; return its exit code, or None if this process runs the command.
 
     Raises:
-        MlxchatError: the ranks cannot connect, or differ.
+        MlxchatError: the ranks cannot connect, or their versions differ.
     """
     meeting = find_meeting()
     if meeting is None:
@@ -161,18 +161,18 @@ def enter(arguments: list[str]) -> int | None:
         return None
     code = follow(meeting)
     sys.stdout.flush()
-    os._exit(code)  # MLX's threads may still wait for a rank that is gone
+    os._exit(code)  # MLX's threads may still wait for a lost rank
 
 
 def computes(arguments: list[str]) -> bool:
-    """Return whether a command line is one whose steps all ranks compute: `run`, or its short form."""
+    """Return whether all ranks take part in a command line: `run`, or its short form."""
     if split_verb(arguments)[0] != "run" or arguments[:1] == ["help"]:
         return False
     return not _PRINTING & {argument.partition("=")[0] for argument in arguments}
 
 
 def follow(meeting: Meeting) -> int:
-    """Take part in what rank 0 computes until it ends; return the exit code."""
+    """Follow rank 0 until it ends; return the exit code."""
     from mlxchat.distributed.team import Team
 
     facts, token = find_facts(meeting.rank), os.environ.get(TOKEN, "")
@@ -184,7 +184,7 @@ def follow(meeting: Meeting) -> int:
     try:
         line = connect((host, port), 0 if is_child else _MEET_SECONDS)
     except OSError as error:
-        print(f"error: rank {meeting.rank} on {facts['host']} finds no rank 0 at {host}:{port} ({error})",
+        print(f"error: rank {meeting.rank} on {facts['host']} cannot connect to rank 0 at {host}:{port} ({error})",
               file=sys.stderr)  # fmt: skip
         return 1
     line.send({"kind": "hello", "facts": facts, "token": token})
@@ -212,7 +212,7 @@ def follow(meeting: Meeting) -> int:
 
 
 def begin_step(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
-    """Prepare every rank for a step: `machine`: settings, `neighbours`: of each rank, how many share its machine."""
+    """Prepare every rank for a step: `machine`: settings; `neighbours`: per rank, the ranks on its machine."""
     import mlx.core as mx
 
     from mlxchat.config.schema import MachineConfig
@@ -220,40 +220,40 @@ def begin_step(team: Team, request: dict[str, Any], arrays: dict[str, mx.array])
 
     team.kept.clear()
     if team.group.leads:
-        return  # the stage does it
+        return  # the stage prepares rank 0
     machine = MachineConfig(**request["machine"])
     prepare_machine(machine, machine.blas_threads or share_of_cores(request["neighbours"][team.group.rank]))
     mx.clear_cache()
 
 
 class Ranks:
-    """The ranks of a run as the runner sees them, this process being the first."""
+    """The ranks of a run; this process is rank 0."""
 
     def __init__(self, machine: MachineConfig | None = None, threads: int | None = None) -> None:
-        """Start nothing yet; `machine` has the run's settings, `threads` is `blas_threads` as the user wrote it."""
+        """`machine`: the run's settings; `threads`: `blas_threads` as the user set it. Starts nothing."""
         self.machine, self.threads = machine, threads
         self.watch: Watch | None = None
         self.team: Team | None = None
 
     @property
     def size(self) -> int:
-        """Return how many ranks there are, or will be."""
+        """The number of ranks, started or not."""
         if self.watch is not None:
             return self.watch.size
         return 1 if self.machine is None else self.machine.num_processes
 
     @property
     def is_broken(self) -> bool:
-        """Return whether nothing more can be computed together."""
+        """Whether the ranks can no longer compute together."""
         return self.watch is not None and (self.watch.loss is not None or (self.team is not None and self.team.open))
 
     def start(self, run: Any, work: Path) -> Team:
-        """Return all ranks, ready for a step that saves in `work`; those of this machine are started for the first one.
+        """Return the ranks, ready for a step that saves in `work`; the first call starts those of this machine.
 
         Raises:
             StepFailed: a rank did not start, or was lost before.
             ConfigError: there are fewer GPUs than ranks.
-            Interrupted: the run was asked to stop meanwhile.
+            Interrupted: the run was stopped meanwhile.
         """
         machine = self.machine
         assert machine is not None
@@ -278,7 +278,7 @@ class Ranks:
         return team
 
     def describe(self) -> dict[str, Any] | None:
-        """Return number, backend and hosts of the ranks, for records; None: there are none yet."""
+        """Return number, backend and hosts of the ranks, for records; None before they are connected."""
         if self.watch is None or self.team is None:
             return None
         hosts = [facts["host"] for _, facts in sorted(self.watch.facts.items())]
@@ -290,22 +290,22 @@ class Ranks:
             self.watch.leave()
 
     def on_host_of(self, rank: int) -> int:
-        """Return how many ranks share the machine of this one."""
+        """Return the number of ranks on the machine of `rank`."""
         assert self.watch is not None
         host = self.watch.facts[rank]["host"]
         return sum(facts["host"] == host for facts in self.watch.facts.values())
 
     def _start_here(self, run: Any, machine: MachineConfig) -> None:
-        """Start further processes on this machine, and connect all."""
+        """Start the other ranks on this machine, and connect all."""
         import mlx.core as mx
 
         size = self.size
-        on_gpus = machine.device != "cpu" and mx.distributed.is_available("nccl")  # which MLX has with CUDA alone
+        on_gpus = machine.device != "cpu" and mx.distributed.is_available("nccl")  # only in MLX for CUDA
         gpus = mx.device_count(mx.gpu) if on_gpus else 0
         kind = "nccl" if gpus else "ring"
         if 0 < gpus < size:
-            raise ConfigError(f"machine.num_processes is {size}, but MLX finds {gpus} GPUs: expected one for each")
-        forget_meeting()  # variables of another launcher, without a rank
+            raise ConfigError(f"machine.num_processes is {size}, but MLX finds {gpus} GPUs: use at most one per GPU")
+        forget_meeting()  # variables that another launcher left
         ports, token = _free_ports(size), secrets.token_hex(16)
         watch = Watch(find_facts(0), size, token)
         with listen_at(_HERE, 0) as listener, tempfile.NamedTemporaryFile("w", suffix=".json") as hosts:
@@ -324,10 +324,10 @@ class Ranks:
             except BaseException:
                 watch.leave()
                 raise
-        run.say(f"{size} ranks compute together ({kind}): {run.folder.name}/rank-1.log has what the others print")
+        run.say(f"{size} ranks compute together ({kind}); output of the others: {run.folder.name}/rank-1.log, …")
 
     def _lead(self, watch: Watch, group: Group, handles: list[int]) -> None:
-        """Watch the other ranks of MLX's group from now on."""
+        """Start watching the other ranks of MLX's group."""
         global _current
         from mlxchat.distributed.team import Team
 
@@ -340,30 +340,30 @@ class Ranks:
         atexit.register(self._end, watch)
 
     def _end(self, watch: Watch) -> None:
-        """Let the other ranks end, and see that those of this machine are gone."""
+        """End the other ranks, and kill those of this machine that do not end."""
         global _current
         _current = None
         (watch.leave if self.is_broken else watch.end)()
 
 
 def current() -> Ranks | None:
-    """Return the ranks that this process leads, if they are there."""
+    """Return the connected ranks that this process leads, or None."""
     return _current
 
 
 def lead_ranks(machine: MachineConfig) -> tuple[MachineConfig, Ranks | None]:
-    """Return the machine's settings with its cores shared out, and the ranks; None: this process is to be alone.
+    """Return the machine's settings with its cores divided among ranks, and the ranks; None for a single process.
 
     Raises:
-        ConfigError: the settings contradict the ranks that are there already.
+        ConfigError: the settings contradict ranks that are already connected.
     """
     ranks = current()
     if ranks is None and machine.num_processes == 1:
         return machine, None
     if ranks is not None and machine.max_parallel_steps > 1:
         raise ConfigError(
-            f"machine.max_parallel_steps is {machine.max_parallel_steps}, but the ranks of a run compute one step "
-            "after the other"
+            f"machine.max_parallel_steps is {machine.max_parallel_steps}, but several ranks compute one step at a "
+            "time: leave it out"
         )
     if ranks is not None and machine.num_processes not in (1, ranks.size):
         raise ConfigError(
@@ -378,11 +378,11 @@ def lead_ranks(machine: MachineConfig) -> tuple[MachineConfig, Ranks | None]:
 
 
 def _meet(meeting: Meeting) -> None:
-    """Wait for ranks that were started elsewhere, this process being the first.
+    """Connect ranks that a launcher started; this process is rank 0.
 
     Raises:
-        ConfigError: they differ, or this machine does not have the address of rank 0.
-        StepFailed: one did not come.
+        ConfigError: their versions differ, or this machine does not have the address of rank 0.
+        StepFailed: one did not connect.
     """
     watch = Watch(find_facts(0), meeting.size, os.environ.get(TOKEN, ""))
     joined = None if meeting.address is not None else _join(meeting.backend, 0)
@@ -392,7 +392,7 @@ def _meet(meeting: Meeting) -> None:
     except OSError as error:
         raise ConfigError(
             f"rank 0 on {platform.node()} cannot listen at {host}:{port} ({error.strerror or error}). It listens one "
-            "port above those of the hostfile: is this the host of rank 0, and is the port free?"
+            "port above those of the hostfile: check that this is the host of rank 0 and that the port is free"
         ) from None
     with listener:
         if joined is not None:
@@ -404,7 +404,7 @@ def _meet(meeting: Meeting) -> None:
 
 
 def _spawn(rank: int, variables: dict[str, str], folder: Path, threads: int, kind: str) -> subprocess.Popen[bytes]:
-    """Start a rank, in a session of its own: a Ctrl-C of the terminal is for rank 0 alone."""
+    """Start a rank in a new session, so that Ctrl-C in the terminal reaches only rank 0."""
     own = {"MLX_RANK": str(rank), "OPENBLAS_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     if kind == "nccl":
         visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -420,9 +420,9 @@ def _spawn(rank: int, variables: dict[str, str], folder: Path, threads: int, kin
 
 
 def _check_start(run: Any, watch: Watch) -> None:
-    """Raise if the run was asked to stop, or a rank ended while it started."""
+    """Raise if the run was stopped, or a rank ended during the start."""
     if run.stop_signal is not None:
-        raise Interrupted("stopped before its ranks were there. The same command continues.", run.stop_signal)
+        raise Interrupted("stopped before its ranks were connected. Run the same command to resume.", run.stop_signal)
     for rank, child in watch.children.items():
         if child.poll() is not None:
             log, tail = run.folder / f"rank-{rank}.log", list[str]()
@@ -442,10 +442,10 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _join(backend: str, rank: int) -> tuple[Group, list[int]]:
-    """Return MLX's group, and the handles of the sockets that MLX opened.
+    """Return MLX's group, and the file descriptors of the sockets that MLX opened.
 
     Raises:
-        StepFailed: MLX could not reach the other ranks.
+        StepFailed: MLX could not connect the ranks.
     """
     import mlx.core as mx
 
@@ -453,8 +453,8 @@ def _join(backend: str, rank: int) -> tuple[Group, list[int]]:
 
     before = _sockets()
     message = (
-        "error: the ranks of this run have found each other, but MLX did not connect them within "
-        f"{_JOIN_SECONDS:g} seconds.\n       Can all hosts reach each other at the addresses of the hostfile?\n"
+        "error: the ranks of this run reached rank 0, but MLX did not connect them within "
+        f"{_JOIN_SECONDS:g} seconds.\n       Check that all hosts reach each other at the addresses of the hostfile.\n"
     )
     try:
         with _ending_after(_JOIN_SECONDS, message if rank == 0 else ""):
@@ -476,7 +476,7 @@ def _sockets() -> set[int]:
 
 
 def _shut(handles: list[int]) -> None:
-    """Shut sockets down in which MLX waits; it raises then."""
+    """Shut down sockets in which MLX waits, so that it raises."""
     for handle in handles:
         with suppress(OSError), socket.socket(fileno=os.dup(handle)) as connection:
             connection.shutdown(socket.SHUT_RDWR)
@@ -486,8 +486,8 @@ def _shut(handles: list[int]) -> None:
 def _ending_after(seconds: float, message: str) -> Iterator[None]:
     """End this process with a message if the body takes longer, or at a signal.
 
-    MLX's `init` keeps Python's lock, so that no thread or signal handler of Python runs meanwhile: a timer of C writes
-    to a shell, which prints the message.
+    MLX's `init` holds the GIL, so no Python thread or signal handler runs meanwhile. Therefore faulthandler's C timer
+    writes to a shell, which prints the message.
     """
     script = f"read line && printf %s {shlex.quote(message)} >&2"
     shell = subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True)
@@ -507,15 +507,15 @@ def _ending_after(seconds: float, message: str) -> Iterator[None]:
 
 
 def _divert_errors(path: Path) -> None:
-    """Send what C++ code writes to standard error, such as MLX's lines about a lost rank, to a file.
+    """Redirect standard error of C++ code, such as MLX's lines about a lost rank, to a file.
 
-    Python's own stream stays on the terminal. With MLX_RING_VERBOSE nothing is changed.
+    Python's own stream stays on the terminal. MLX_RING_VERBOSE disables this.
     """
     if os.environ.get("MLX_RING_VERBOSE"):
         return
     stream, is_own = sys.stderr, sys.stderr is sys.__stderr__
     stream.flush()
-    if is_own:  # a stream in its place may stay as it is
+    if is_own:  # else the stream was replaced and does not use this descriptor
         sys.stderr = os.fdopen(os.dup(2), "w", encoding=stream.encoding, errors=stream.errors, buffering=1)
     with suppress(OSError), path.open("ab") as log:
         os.dup2(log.fileno(), 2)

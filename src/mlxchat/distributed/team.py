@@ -1,8 +1,8 @@
-"""How rank 0 has all ranks do something: it names a function, sends its arguments, and every rank calls it.
+"""Remote calls from rank 0: it names a function and sends its arguments, and every rank calls it.
 
-Rank 0 runs the stage as if it were alone. Where there is work to share it calls `Team.call`; the other ranks wait in
-`Team.follow` for such calls and do nothing else. So no other rank reads a configuration, data or a checkpoint, all take
-the same path, and rank 0 may stop, save or fail between two calls as a single process may.
+Rank 0 runs the stage like a single process. To share work it calls `Team.call`; the other ranks only wait in
+`Team.follow` for such calls. So no other rank reads configuration, data or checkpoints, all ranks execute the same
+collectives, and rank 0 can stop, save or fail between two calls like a single process.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ Shared = Callable[["Team", dict[str, Any], dict[str, mx.array]], Any]
 
 
 class Team:
-    """The ranks of a group at work on one step, and what each keeps between calls."""
+    """The ranks of a group during a step, and the state that each keeps between calls."""
 
     def __init__(self, group: Group = ALONE, wake: Callable[[], None] = lambda: None) -> None:
-        """Begin without anything kept; rank 0 calls `wake` before each call, if ranks do not wait in the group."""
+        """`wake` is called by rank 0 before each call, for ranks that do not wait in a collective."""
         self.group, self._wake = group, wake
         self.open = False
-        """Whether a call has begun and not succeeded here: then the ranks may be at different places."""
+        """Whether a call has begun and not succeeded: the ranks may then be at different collectives."""
         self.kept: dict[str, Any] = {}
-        """By name, what functions keep on this rank for later calls: model, optimizer, …"""
+        """Name → objects that functions keep on this rank for later calls: model, optimizer, …"""
 
     @property
     def size(self) -> int:
-        """Return how many ranks there are."""
+        """The number of ranks."""
         return self.group.size
 
     def call(self, function: Shared, request: dict[str, Any] | None = None, arrays: Given | None = None) -> Any:
-        """Have every rank call `function(team, request, arrays)`; return its result on rank 0.
+        """Call `function(team, request, arrays)` on every rank; return rank 0's result.
 
         Args:
-            function: of a module of mlxchat, by name; its collectives must be the same on every rank.
-            request: plain JSON data.
+            function: a module-level function of mlxchat; it must run the same collectives on every rank.
+            request: JSON data.
             arrays: sent to all ranks, bit for bit.
         """
         given = {name: mx.array(value) for name, value in (arrays or {}).items()}
@@ -59,7 +59,7 @@ class Team:
         return found
 
     def follow(self, wait: Callable[[], bool] = lambda: True) -> None:
-        """Take part in the calls of rank 0 until `wait`, called before each, returns False, or rank 0 shares None."""
+        """Execute the calls of rank 0 until `wait`, called before each, returns False, or rank 0 shares None."""
         while wait() and (order := self.group.share_json()) is not None:
             module, _, name = order["function"].partition(":")
             assert module.partition(".")[0] == "mlxchat", module
@@ -72,5 +72,5 @@ class Team:
 
 
 def name_of(dtype: mx.Dtype) -> str:
-    """Return 'float32' for `mx.float32`, of which `getattr(mx, name)` is the inverse."""
+    """Return 'float32' for `mx.float32`; `getattr(mx, name)` is the inverse."""
     return str(dtype).rpartition(".")[2]

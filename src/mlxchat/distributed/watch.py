@@ -1,8 +1,8 @@
-"""How the ranks of a run watch each other: beside MLX's collectives, each rank has a TCP connection to rank 0.
+"""Detection of lost ranks: besides MLX's collectives, each rank has a TCP connection to rank 0.
 
-MLX's ring waits without end for a rank that hangs, keeps a core busy while it waits, and cannot be interrupted. So the
-greeting, the wake-up before each call, a beat every second, signals and the end travel over these connections. The
-kernel closes them when a process dies; missing beats reveal one that hangs or whose network is gone.
+MLX's ring waits for ever for a rank that hangs, keeps a core busy while it waits, and cannot be interrupted. So the
+handshake, the wake-up before each call, a heartbeat every second, signals and the end use these connections. The kernel
+closes them when a process dies; missing heartbeats reveal a rank that hangs or lost its network.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ Message = dict[str, Any]
 Facts = dict[str, Any]
 
 BEAT_SECONDS = 1.0
-# A process that computes sends a beat each second; a machine that swaps may need longer.
+# Heartbeats come every second; a machine that swaps may take longer.
 SILENCE_SECONDS = float(os.environ.get("MLXCHAT_SILENCE_SECONDS", "15"))
 _CODE_SECONDS = 2.0
 _CAUSE_SECONDS = 3.0
 _END_SECONDS = 5.0
-# How long rank 0 may stay in a call after a rank was lost before it is ended.
+# Rank 0 is killed if it is still in a call this long after a rank was lost.
 _NOTICE_SECONDS = 20.0
 _LOOK_SECONDS = 0.1
 _LONGEST_MESSAGE = 65_536
 
-# What must be equal on all ranks, and its name in messages.
+# Facts that must be equal on all ranks → their names in messages.
 _EQUAL = {"mlxchat": "mlxchat", "code": "code of mlxchat (digest)", "mlx": "MLX", "backend": "backend"}
 
 
 class Line:
-    """Short messages to and from one other process: JSON, one a line."""
+    """Messages to and from another process: JSON, one per line."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Take a connected socket."""
+        """`connection` is a connected socket."""
         with suppress(OSError):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.settimeout(None)
@@ -61,7 +61,7 @@ class Line:
         self._readable.register(connection, select.POLLIN)
 
     def send(self, message: Message) -> None:
-        """Send a message; it is dropped if the connection is closed, or full because the other side does not read."""
+        """Send a message without blocking; it is dropped if the connection is closed or its buffer is full."""
         with self._sending, suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n", socket.MSG_DONTWAIT)
 
@@ -70,16 +70,16 @@ class Line:
 
         Raises:
             OSError: the connection ended.
-            ValueError: something else than a JSON object came.
+            ValueError: the message is not a JSON object.
         """
         until = time.monotonic() + seconds
         while b"\n" not in self._received:
-            # At least once: what came while this process was stopped is read first.
+            # Poll at least once: messages that came while this process was stopped are read first.
             if not self._readable.poll(max(0.0, until - time.monotonic()) * 1000):
                 return None
             data = self._socket.recv(_LONGEST_MESSAGE)
             if not data or len(self._received) > _LONGEST_MESSAGE:
-                raise ConnectionError("the other side has ended")
+                raise ConnectionError("the connection was closed")
             self._received += data
         text, _, self._received = self._received.partition(b"\n")
         message = json.loads(text)
@@ -90,9 +90,9 @@ class Line:
     def listen(
         self, on_message: Callable[[Message], None], on_end: Callable[[str], None], patience: float = math.inf
     ) -> None:
-        """Start a thread that sends a beat every second and calls a function with every message.
+        """Start a thread that sends a heartbeat every second and calls `on_message` with every message.
 
-        It calls `on_end` once the connection has ended, or with a text when nothing came for `patience` seconds.
+        It calls `on_end("")` when the connection ends, or with a text when nothing arrives for `patience` seconds.
         """
 
         def work() -> None:
@@ -109,22 +109,22 @@ class Line:
                     heard = time.monotonic()
                     on_message(message)
                 elif time.monotonic() - heard > patience:
-                    return on_end(f"has said nothing for {patience:g} seconds")
+                    return on_end(f"has sent nothing for {patience:g} seconds")
 
         threading.Thread(target=work, name="line", daemon=True).start()
 
     def close(self) -> None:
-        """End the connection for both sides, and for a thread that reads it."""
+        """Close the connection, also for a thread that reads it."""
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
 
 def connect(address: tuple[str, int], seconds: float) -> Line:
-    """Return a line to the process that listens at an address, or will within `seconds`.
+    """Return a line to the process at an address, retrying for `seconds`.
 
     Raises:
-        OSError: none did.
+        OSError: no process listens there.
     """
     until = time.monotonic() + seconds
     while True:
@@ -137,7 +137,7 @@ def connect(address: tuple[str, int], seconds: float) -> Line:
 
 
 def listen_at(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; port 0 lets the kernel choose one.
+    """Return a listening socket; port 0 lets the kernel choose one.
 
     Raises:
         OSError: the port is in use, or the address does not belong to this machine.
@@ -150,21 +150,21 @@ class Watch:
     """Rank 0's lines to all other ranks."""
 
     def __init__(self, facts: Facts, size: int, token: str = "") -> None:
-        """Take the facts of this process, the number of all ranks, and the secret that the others present."""
+        """`facts`: of this process; `size`: number of ranks; `token`: the secret that the others present."""
         self.size, self._token = size, token
         self.facts: dict[int, Facts] = {0: facts}
         self.children: dict[int, subprocess.Popen[bytes]] = {}
-        """Ranks that this process started."""
+        """Processes of ranks that this process started."""
         self.work: Path | None = None
-        """Where the step saves."""
+        """Work folder of the step."""
         self.on_stop: Callable[[int], object] = lambda number: None
         """Called with the signal that another rank received."""
         self.on_loss: Callable[[], None] = lambda: None
         """Called once when a rank is lost."""
         self.is_calling: Callable[[], bool] = lambda: True
-        """Returns whether the main thread is in a call that all ranks take part in."""
+        """Returns whether the main thread is in a call to all ranks."""
         self.loss: str | None = None
-        """Which rank was lost first, and how."""
+        """Description of the first lost rank."""
         self._lines: dict[int, Line] = {}
         self._lost, self._noticed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
@@ -173,12 +173,12 @@ class Watch:
         self._over = False
 
     def gather(self, listener: socket.socket, seconds: float, check: Callable[[], None], where: list[str]) -> None:
-        """Wait for all other ranks to connect, compare them with this one, and let them continue.
+        """Wait until all other ranks have connected, compare their versions, and let them continue.
 
-        `check` is called repeatedly and may raise; `where` has the hosts of all ranks, as far as known.
+        `check` is called repeatedly and may raise; `where` has the hosts of all ranks, if known.
 
         Raises:
-            ConfigError: a rank has other versions, other code or another kind of backend.
+            ConfigError: a rank has other versions, other code or another backend.
             StepFailed: one did not connect.
         """
         until = time.monotonic() + seconds
@@ -189,7 +189,7 @@ class Watch:
                 missing = [rank for rank in range(1, self.size) if rank not in self._lines]
                 names = ", ".join(f"rank {rank}" + (f" ({where[rank]})" if where else "") for rank in missing)
                 raise StepFailed(
-                    f"{names} did not come within {seconds:g} seconds. Was the same command started there?"
+                    f"{names} did not connect within {seconds:g} seconds. Check that the same command runs there."
                 )
             with suppress(TimeoutError):
                 line = Line(listener.accept()[0])
@@ -205,12 +205,12 @@ class Watch:
         self._send({"kind": "welcome", "host": own["host"]})
 
     def begin(self) -> None:
-        """Start to listen to the ranks and to detect lost ones."""
+        """Start reading messages and detecting lost ranks."""
         for rank, line in self._lines.items():
             line.listen(partial(self._hear, rank), partial(self._miss, rank), SILENCE_SECONDS)
 
     def wake(self) -> None:
-        """Have all ranks take part in a call.
+        """Announce a call to all ranks.
 
         Raises:
             PeerLost: a rank is lost.
@@ -220,9 +220,10 @@ class Watch:
         self._send({"kind": "call"})
 
     def explain(self, error: object = None) -> str:
-        """Return which rank was lost and where the same command continues, after a short wait for reports.
+        """Return which rank was lost and where the same command resumes, after a short wait for reports.
 
-        The caller ends the run; until it has, SIGTERM is ignored: mlx.launch sends it to all ranks once one has ended.
+        From then on SIGTERM is ignored, because mlx.launch sends it to all ranks when one has ended; the caller ends
+        the run.
         """
         with suppress(ValueError):  # not in the main thread
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -230,11 +231,11 @@ class Watch:
         self._noticed.set()
         loss = self.loss or f"the connection between the ranks broke ({error})"
         saved = sorted(self.work.glob("[0-9]" * 8)) if self.work is not None else []
-        where = f"iteration {int(saved[-1].name)}" if saved else "what was saved last"
-        return f"{loss}. All ranks have ended. The same command continues from {where}."
+        where = f"iteration {int(saved[-1].name)}" if saved else "the last saved state"
+        return f"{loss}. All ranks have ended. Run the same command to resume from {where}."
 
     def end(self) -> None:
-        """Let all ranks end normally."""
+        """End all ranks normally."""
         self._over = True
         self._send({"kind": "end"})
         for child in self.children.values():
@@ -243,7 +244,7 @@ class Watch:
         self.leave()
 
     def leave(self) -> None:
-        """Close all lines, at which the ranks end, and kill those that this process started."""
+        """Close all lines, which ends the ranks, and kill those that this process started."""
         with self._lock:
             self._over = True
             lines = list(self._lines.values())
@@ -260,7 +261,7 @@ class Watch:
             line.send(message)
 
     def _greet(self, line: Line) -> None:
-        """Accept a connection that presents the token and a rank that is still missing."""
+        """Accept a connection with the token and a missing rank; close any other."""
         message: Message = {}
         with suppress(OSError, ValueError):
             message = line.receive(10.0) or {}
@@ -282,11 +283,11 @@ class Watch:
             self._failures[rank] = str(message.get("text"))
 
     def _miss(self, rank: int, silence: str) -> None:
-        """Find out how a rank was lost whose line is closed or silent, and end the run."""
+        """Record how a rank with a closed or silent line was lost, and end the run."""
         if self._over:
             return
         if silence:
-            how = f"{silence}: it hangs, was stopped, or its network is gone"
+            how = f"{silence}: it hangs, was stopped, or lost its network"
         elif rank in self._failures:
             how = f"failed: {self._failures[rank]}"
         else:
@@ -303,11 +304,11 @@ class Watch:
         self._send({"kind": "abort"})
         self.on_loss()
         waited = 0.0
-        # The main thread raises in its collective, or at its next call; a save in between is completed.
+        # The main thread raises in its collective or at its next call; a save in between is completed.
         while waited < _NOTICE_SECONDS and not self._noticed.wait(_LOOK_SECONDS):
             waited += _LOOK_SECONDS if self.is_calling() else 0.0
         if not self._noticed.is_set():
-            text = f"error: {self.loss}.\n       The same command continues from what was saved last."
+            text = f"error: {self.loss}.\n       Run the same command to resume from the last saved state."
             with suppress(OSError, ValueError):
                 print(text, file=sys.stderr, flush=True)
             self.leave()
@@ -315,15 +316,16 @@ class Watch:
 
 
 class Follower:
-    """The line of another rank to rank 0, with which that rank ends. It passes signals on to rank 0, which saves."""
+    """Another rank's line to rank 0. The rank ends with it, and forwards signals to rank 0, which saves."""
 
     def __init__(self, line: Line, host: str, *, is_here: bool, says: bool) -> None:
-        """Take the line to rank 0 on `host`.
+        """Start reading the line.
 
         Args:
-            line: begins to be read.
+            line: to rank 0.
             host: of rank 0.
-            is_here: whether that is this host: then the kernel reports rank 0's end, and a stopped one may continue.
+            is_here: whether rank 0 is on this host: then the kernel reports its end, and silence is allowed, because a
+                stopped process may continue.
             says: whether this rank reports a lost rank 0 on the terminal.
         """
         self._line, self._host, self._says = line, host, says
@@ -341,8 +343,8 @@ class Follower:
         threading.Thread(target=self._pass_signals, args=(reading,), name="signals", daemon=True).start()
 
     def fail(self, error: BaseException) -> None:
-        """Report the error with which this rank ends."""
-        if isinstance(error, PeerLost):  # rank 0 finds out which rank was lost, and then ends this one
+        """Report this rank's error to rank 0."""
+        if isinstance(error, PeerLost):  # rank 0 determines the lost rank, and then ends this one
             time.sleep(_CAUSE_SECONDS)
         self._line.send({"kind": "failed", "text": f"{type(error).__name__}: {error}"[:8_000]})
         self._over = True
@@ -359,13 +361,13 @@ class Follower:
         if self._over:
             return
         if self._says:
-            text = f"error: rank 0 on {self._host} {silence or 'has gone'}: this run is over. "
+            text = f"error: rank 0 on {self._host} {silence or 'has ended'}, which ends this run. "
             with suppress(OSError):
-                os.write(self._terminal, f"{text}The same command continues from what was saved last.\n".encode())
+                os.write(self._terminal, f"{text}Run the same command to resume from the last saved state.\n".encode())
         os._exit(1)
 
     def _pass_signals(self, reading: int) -> None:
-        """Pass the first signal on to rank 0, which saves; leave at once at the second one, also inside MLX."""
+        """Forward the first signal to rank 0, which saves; exit at the second one, even inside MLX."""
         self._line.send({"kind": "stop", "signal": os.read(reading, 1)[0]})
         os._exit(128 + os.read(reading, 1)[0])
 
@@ -383,7 +385,7 @@ def find_facts(rank: int) -> Facts:
 
 
 def describe_rank(facts: Facts) -> str:
-    """Return which rank it is, and where: 'rank 1 (process 4711 on mini2)'."""
+    """Return, for example, 'rank 1 (process 4711 on mini2)'."""
     return f"rank {facts['rank']} (process {facts['pid']} on {facts['host']})"
 
 
@@ -398,9 +400,9 @@ def code_digest() -> str:
 
 
 def how_ended(code: int | None) -> str:
-    """Return how a process ended, given its exit code (negative: a signal; None: not known)."""
+    """Return how a process ended, by its exit code (negative: a signal; None: unknown)."""
     if code is None:
-        return "ended, or the connection to it was cut"
+        return "ended, or its connection was cut"
     if code >= 0:
         return f"ended with exit code {code}"
     name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
