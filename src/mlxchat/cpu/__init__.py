@@ -1,12 +1,12 @@
-"""Everything that makes MLX fast on a Linux CPU, and nothing that a Mac or an NVIDIA GPU uses.
+"""Optimisations of MLX for Linux CPUs; Macs and NVIDIA GPUs do not use them.
 
-- `runtime`: a fast BLAS, a calmer malloc and compiler flags, applied before MLX's first import;
+- `runtime`: OpenBLAS, malloc settings and compiler flags, applied before MLX's first import;
 - `lanes`: a stream for each core;
-- `kernels`: the operations of `mlxchat.ops` in few passes over memory, with gradients that keep little;
-- `decode`: a step of decoding on all cores;
-- `thin.cpp`: its matrix products, which have few rows.
+- `kernels`: the operations of `mlxchat.ops` in few passes over memory, with memory-saving gradients;
+- `decode`: a decoding step on all cores;
+- `thin.cpp`: matrix products of few rows, for decoding.
 
-`mlxchat.ops.device` decides whether it is used. Without this folder everything works, slower.
+`mlxchat.ops.device` decides whether they are used. Without this folder everything works, slower.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import sys
 
 
 class BeforeMLX:
-    """Applies the remedy at the first import of MLX, wherever that happens; until then it costs next to nothing."""
+    """Import hook that applies the remedy at the first import of MLX."""
 
     def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        """Find nothing; but load the BLAS first if MLX is imported."""
+        """Find nothing; load the BLAS if MLX is about to be imported."""
         if fullname == "mlx" or fullname.startswith("mlx."):
             sys.meta_path.remove(self)
             from mlxchat.cpu.runtime import apply_remedy
@@ -27,6 +27,6 @@ class BeforeMLX:
 
 
 def install_hook() -> None:
-    """Apply the remedy just before MLX is first imported."""
+    """Install the hook that applies the remedy just before MLX is first imported."""
     if "mlx.core" not in sys.modules and not any(isinstance(finder, BeforeMLX) for finder in sys.meta_path):
         sys.meta_path.insert(0, BeforeMLX())

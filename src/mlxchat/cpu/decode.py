@@ -1,12 +1,12 @@
-"""The CPU's own decoder: a token of each row through the model, on all cores.
+"""The CPU's decoder: one token of each row through the model, on all cores.
 
-The same arithmetic as `GPT.hidden`, arranged for few rows: queries, keys and values are one product, and every lane
-(`lanes.py`) multiplies with its own part of each weight: some heads of every layer, a slice of each MLP and a slice of
-the vocabulary. Lanes exchange what they add to the stream twice a layer. A step multiplies few rows with every weight
-once, so memory bounds it: `thin.cpp` computes its products.
+It computes the same as `GPT.hidden`, arranged for few rows: queries, keys and values are one product, and every lane
+(`lanes.py`) multiplies with its part of each weight: some heads of every layer, a slice of each MLP and a slice of the
+vocabulary. Lanes exchange their residual updates twice per layer. A step multiplies few rows with every weight once,
+so it is memory-bound; `thin.cpp` computes its products.
 
-MLX's product with packed numbers takes as long for each row as for one, 5 times as long as the product itself for one
-row and 40 times for 32. So a model that has many rows and more memory than time may have the rounded numbers unpacked.
+MLX's quantised product costs the same for each row: 5 times as much as a float32 product for one row, 40 times for 32.
+So quantised weights may be unpacked where there are many rows and enough memory.
 
 Shapes: B rows, C width, H query heads, K key/value heads, G = H / K, S cached tokens, D head width.
 """
@@ -37,16 +37,16 @@ from mlxchat.ops.linear import Activation, Packed
 from mlxchat.ops.loss import soft_cap
 
 Part = tuple[mx.array, ...]
-"""Numbers (out, in); or packed ones, scales and offsets."""
+"""A matrix (out, in); or packed numbers, scales and offsets."""
 _ALL = slice(None)
-# Packed numbers are cut between groups, of at most so many.
+# Packed matrices are cut between quantisation groups; the largest group size.
 _GROUP = 64
 
 
 def make_decoder(model: GPT, *, packed: bool = True, kv_bits: int | None = None) -> Decoder:
-    """Return a decoder with the weights of a model, dealt to the cores.
+    """Return a decoder with a model's weights distributed to the cores.
 
-    If the model's code computes something else than this file, it is decoded through the model itself.
+    If this file does not compute the same as the model's code, the decoder runs the model itself.
     """
     if not computes_the_same(type(model), model.sizes):
         return Decoder(model, kv_bits=kv_bits)
@@ -55,9 +55,9 @@ def make_decoder(model: GPT, *, packed: bool = True, kv_bits: int | None = None)
 
 @cache
 def computes_the_same(kind: type[GPT], sizes: GPTSizes) -> bool:
-    """Return whether this decoder agrees with the forward pass of a class of models, and warn if not.
+    """Return whether this decoder agrees with a model class's forward pass, and warn if not.
 
-    Both compute three tokens of a tiny model with random weights and the features of `sizes`.
+    Both compute three tokens with a tiny random model that has the features of `sizes`.
     """
     kv_heads = 1 if sizes.num_kv_heads < sizes.num_heads else 2
     small = replace(sizes, num_layers=2, width=32, num_heads=2, num_kv_heads=kv_heads, vocab_size=16, vocab_multiple=1)
@@ -75,24 +75,24 @@ def computes_the_same(kind: type[GPT], sizes: GPTSizes) -> bool:
     agrees = bool(np.allclose(np.asarray(model(mx.array([ids]))[0]), steps, atol=1e-3))
     if not agrees:
         warnings.warn(
-            "mlxchat/cpu/decode.py computes something else than mlxchat/model/gpt.py: answers are decoded through the "
-            "model itself, more slowly on a CPU",
+            "mlxchat/cpu/decode.py does not compute the same as mlxchat/model/gpt.py, so answers are decoded through "
+            "the model itself, more slowly on a CPU",
             stacklevel=3,
         )
     return agrees
 
 
 class CPUDecoder(Decoder):
-    """A model's weights arranged for decoding, and the step."""
+    """A decoder with the model's weights arranged for lanes."""
 
     _parts: list[dict[str, Any]]
     _shared: dict[str, mx.array]
 
     def __init__(self, model: GPT, *, packed: bool = True, kv_bits: int | None = None) -> None:
-        """Arrange the weights of `model` as they are now; see `make_decoder`.
+        """Arrange the current weights of `model`; see `make_decoder`.
 
         Raises:
-            ConfigError: keys and values cannot be kept in `kv_bits`.
+            ConfigError: `kv_bits` is not supported for this head width.
         """
         self.sizes, self._packed = model.sizes, packed
         self.format = KVFormat(model.sizes.head_width, kv_bits)
@@ -104,8 +104,8 @@ class CPUDecoder(Decoder):
         self._compiled = compiled(self._build)
 
     def arrange(self, model: GPT) -> None:
-        """See `Decoder.arrange`; compiled functions stay."""
-        self.release()  # or there would be two copies for a while
+        """See `Decoder.arrange`; compiled functions are kept."""
+        self.release()  # first, to avoid two copies in memory
         self.model = model
         self._parts = lane_weights(model, len(self.lanes), packed=self._packed)
         self._shared = _shared_weights(model)
@@ -135,7 +135,7 @@ class CPUDecoder(Decoder):
             "places": [places[kind] for kind in zip(rooms, self._windows, strict=True)],
         }  # fmt: skip
         held = [list(lane) for lane in caches]
-        # Nobody else holds the old arrays while the new ones are computed, so that they are written in place.
+        # Drop all other references to the old arrays, so that MLX writes the new ones in place.
         caches.clear()
         with self.lanes.sharing(len(self.lanes)), thin_products():
             logits, made = self._compiled(given, held, self._parts, self._shared)
@@ -203,7 +203,7 @@ class CPUDecoder(Decoder):
         layer: int,
         kv: slice,
     ) -> tuple[mx.array, tuple[mx.array, ...]]:
-        """Return what a lane's heads add to the stream (B, C), and their keys and values with the new ones."""
+        """Return the residual update of a lane's heads (B, C), and their keys and values with the new ones."""
         sizes, rows = self.sizes, x.shape[0]
         kv_heads, width = kv.stop - kv.start, sizes.head_width
         group = sizes.num_heads // sizes.num_kv_heads
@@ -227,7 +227,7 @@ class CPUDecoder(Decoder):
 
 
 def _shared_weights(model: GPT) -> dict[str, mx.array]:
-    """Return the small weights that every lane reads, and the embedding."""
+    """Return the embedding and the small weights that every lane reads."""
     sizes = model.sizes
     shared = {"wte": model.transformer["wte"].weight}
     if sizes.residual_scalars:
@@ -241,7 +241,7 @@ def _shared_weights(model: GPT) -> dict[str, mx.array]:
 
 
 def _angles(width: int, theta: float, tokens: int = 1024) -> tuple[Ints, Ints]:
-    """Return tables (T, 2, D / 2) as `ops/attention.py` has them."""
+    """Return tables of cosines and sines (T, 2, D / 2), as in `ops/attention.py`."""
     frequencies = 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     angles = np.arange(tokens, dtype=np.float32)[:, None] * frequencies
     cos, sin = np.cos(angles), np.sin(angles)
@@ -257,7 +257,7 @@ def _sum(parts: list[mx.array]) -> mx.array:
 
 
 def _norm(x: mx.array) -> mx.array:
-    """Return `rms_norm`, by MLX's own sum: that of a row does not depend on how many rows there are, BLAS's does."""
+    """Return `rms_norm` by MLX's sum, whose result for a row, unlike BLAS's, does not depend on the number of rows."""
     wide = x.astype(mx.float32)
     factor = reciprocal_root(square(wide).sum(-1), x.shape[-1])
     normalised: mx.array = multiply_rows(wide, factor[..., None]).astype(x.dtype)
@@ -265,7 +265,7 @@ def _norm(x: mx.array) -> mx.array:
 
 
 def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: float) -> mx.array:
-    """Return heads (B, H, D) rotated, normalised and scaled as `rotate_and_normalise` does it."""
+    """Return heads (B, H, D) rotated, normalised and scaled as by `rotate_and_normalise`."""
     rows, heads, width = x.shape
     x = x.astype(mx.float32)
     factor = scale * reciprocal_root(square(x).sum(-1), width)
@@ -277,16 +277,16 @@ def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: float) -> mx
 
 
 def lane_weights(model: GPT, lanes: int, *, packed: bool = True) -> list[dict[str, Any]]:
-    """Return what each lane reads: copies, which need the memory of all weights once more.
+    """Return copies of the weights for each lane; together they need the memory of all weights.
 
     Keys: 'layers', a list of dicts with 'qkv' (C → (H + 2 K) D) of the lane's heads, 'attention_out' (H D → C), 'up'
     (C → F), 'down' (F → C) and, if the layer has them, 'gate' (channels, K) and 'values' (V, K D); 'head' (C → V).
-    A lane without heads lacks all that belongs to attention.
+    A lane without heads has no keys of attention.
 
     Args:
-        model: whose weights.
-        lanes: how many share the work.
-        packed: whether the matrices of a `PackedGPT` stay packed, for the sake of memory.
+        model: source of the weights.
+        lanes: number of lanes.
+        packed: whether matrices of a `PackedGPT` stay packed, to save memory.
     """
     sizes, cut = model.sizes, partial(part_of, packed=packed and isinstance(model, PackedGPT))
     kv_heads = key_value_heads(sizes, lanes)
@@ -296,14 +296,14 @@ def lane_weights(model: GPT, lanes: int, *, packed: bool = True) -> list[dict[st
         layers = []
         for index in range(sizes.num_layers):
             layers.append(_layer(model, index, kv_heads[lane], inner[lane], cut))
-            mx.eval(layers)  # or the unpacked matrices of all layers would be in memory at once
+            mx.eval(layers)  # else the unpacked matrices of all layers would be in memory at once
         parts.append({"layers": layers, "head": cut(model.lm_head, vocabulary[lane])})
     mx.eval(parts)
     return parts
 
 
 def key_value_heads(sizes: GPTSizes, lanes: int) -> list[slice]:
-    """Return which key/value heads each lane has."""
+    """Return the slice of key/value heads of each lane."""
     return _deal(sizes.num_kv_heads, lanes)
 
 
@@ -329,7 +329,7 @@ def _layer(model: GPT, index: int, kv: slice, inner: slice, cut: Callable[..., P
 
 
 def _deal(count: int, lanes: int, multiple: int = 1) -> list[slice]:
-    """Return parts of `count` things, as equal as whole multiples allow; some may be empty."""
+    """Return slices of `count` items, as equal as multiples of `multiple` allow; some may be empty."""
     while multiple > 1 and count < lanes * multiple:
         multiple //= 2
     units = -(-count // multiple)
@@ -340,7 +340,7 @@ def _deal(count: int, lanes: int, multiple: int = 1) -> list[slice]:
 def part_of(layer: Linear | FrozenLinear, rows: slice, columns: slice = _ALL, *, packed: bool) -> Part:
     """Return some rows and columns of a layer's matrix (out, in).
 
-    If it is `packed` and the columns are whole groups of numbers, the part stays so.
+    With `packed` a packed matrix stays packed if the columns are whole groups.
     """
     base = layer.base if packed and isinstance(layer, FrozenLinear) else None
     if isinstance(base, Packed):

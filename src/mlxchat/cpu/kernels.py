@@ -1,10 +1,10 @@
-"""The CPU's own functions: few passes over memory, cheap exponentials, gradients that keep little.
+"""CPU versions of operations: few passes over memory, fast exponentials, gradients that keep few activations.
 
-A function that has the name of a plain one in `mlxchat.ops` does what that does, which is documented there; that module
-also says which shapes the letters stand for. All of them compute in float32 and return the dtype that they are given.
-MLX computes exp in 5 ns a number on a CPU and tanh in 20; the polynomials here take 0.7 and 0.5, as one vectorised loop
-each. `mx.compile` fuses at most eleven operations, so polynomials are summed by Estrin's scheme (pairs, then pairs of
-pairs), whose chains are short. Errors were measured against float64.
+A function with the name of one in `mlxchat.ops` computes the same; documentation and letters of shapes are there. All
+compute in float32 and return the dtype of their input. On a CPU MLX takes 5 ns per number for exp and 20 for tanh; the
+polynomials here take 0.7 and 0.5, as one vectorised loop each. `mx.compile` fuses at most eleven operations, so
+polynomials use Estrin's scheme (pairs, then pairs of pairs), whose chains are short. Errors were measured against
+float64.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ _EXP = (
 )  # fmt: skip
 
 EXP_UNIT = 16
-"""`masked_exp_of_units` takes its argument in units of so much."""
+"""Unit of the argument of `masked_exp_of_units`."""
 
 
 def masked_exp_of_units(x: mx.array, mask: mx.array) -> mx.array:
     """Return mask × exp(16 x) for a mask of ones and zeros: a polynomial for exp(x), squared four times.
 
-    Relative errors: 6e-6 for |16 x| <= 16, 1e-5 up to 24; root mean square 7e-7 up to 8. Squaring amplifies what is
-    rounded before it, so the powers are summed up first and added to the one last, in one rounding.
+    Relative errors: 6e-6 for |16 x| <= 16, 1e-5 up to 24; root mean square 7e-7 up to 8. Squaring amplifies rounding
+    errors, so the powers are summed first and added to 1 last, in one rounding.
     """
     c2, c3, c4, c5, c6, c7, c8, c9 = _EXP_WIDE
     square, first = x * x, x * mask
@@ -101,7 +101,7 @@ def _polynomial(x: mx.array, coefficients: tuple[float, ...]) -> mx.array:
 
 
 def sum_rows(x: mx.array) -> mx.array:
-    """Return the sums as a product with ones: faster than MLX's sum here, which also loses digits (8e-5 at 65,536)."""
+    """Return row sums by a product with ones: faster and more exact than MLX's sum on a CPU (8e-5 at 65,536)."""
     return x @ mx.ones(x.shape[-1], dtype=x.dtype)
 
 
@@ -123,7 +123,7 @@ def _rms_norm(x: mx.array) -> tuple[mx.array, mx.array]:
 
 @_rms_norm.vjp
 def _rms_norm_vjp(x: mx.array, cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]) -> mx.array:
-    """Return r (g − y mean(g y)): from the output, which the next product keeps anyway, so that x need not be kept."""
+    """Return r (g − y mean(g y)), computed from the output, which the next product keeps anyway; x is not kept."""
     gradient, (out, reciprocal) = cotangents[0], outputs
     along = sum_rows(_product(gradient, out)) * (1 / out.shape[-1])
     return _norm_gradient(gradient, out, along[..., None], reciprocal[..., None]).astype(x.dtype)
@@ -133,8 +133,8 @@ def _rms_norm_vjp(x: mx.array, cotangents: tuple[mx.array, mx.array], outputs: t
 def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: mx.array) -> tuple[mx.array, mx.array]:
     """Return scale × rotated and normalised heads (B, H, T, D), and each head's factor (B, T, H).
 
-    A rotation keeps the sum of squares, so the norm is taken before it and one loop does the rest. Halves are an axis
-    of their own: (B, H, T, 2, D / 2), whose reversal swaps them without a copy.
+    Rotation preserves the sum of squares, so the norm is computed first and one loop does the rest. Halves are a
+    separate axis, (B, H, T, 2, D / 2), whose reversal swaps them without a copy.
     """
     batch, tokens, heads, width = x.shape
     factor = scale * reciprocal_root(sum_rows(square(x)), width)
@@ -147,12 +147,12 @@ def _rotated_norm(x: mx.array, cos: mx.array, sin: mx.array, scale: mx.array) ->
 def _rotated_norm_vjp(
     primals: tuple[mx.array, ...], cotangents: tuple[mx.array, mx.array], outputs: tuple[mx.array, mx.array]
 ) -> tuple[mx.array, ...]:
-    """Return f Rᵀ(g − y mean(g y) / scale²) with f = scale × r, R the rotation and y the output; x need not be kept."""
+    """Return f Rᵀ(g − y mean(g y) / scale²) with f = scale × r, R the rotation and y the output; x is not kept."""
     x, cos, sin, scale = primals
     batch, tokens, heads, width = x.shape
     gradient, (out, factor) = cotangents[0], outputs
     along = sum_rows(_product(gradient, out)) * (1 / (width * mx.square(scale)))
-    # Written in the order of x, so that the projections' gradients take it without a copy.
+    # In the memory order of x, so that the projections' gradients need no copy.
     halves = _across(gradient, out, along[..., None]).reshape(batch, heads, tokens, 2, width // 2).swapaxes(1, 2)
     d_x = rotate_halves(halves, halves[..., ::-1, :], cos[:, None], -sin[:, None], factor[..., None, None])
     return d_x.reshape(x.shape).astype(x.dtype), mx.zeros_like(cos), mx.zeros_like(sin), mx.zeros_like(scale)
@@ -192,10 +192,9 @@ def rotate_halves(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.ar
     return (halves * cos + swapped * sin) * factor
 
 
-# Products. The matrices' gradients are computed before that of the input is used (MLX would compute them last and keep
-# every layer's activations until then), activations are computed again instead of being kept, no gradient of a frozen
-# matrix is computed, and a packed one is unpacked for each product: MLX's product with packed numbers takes 40 times as
-# long.
+# Products. The gradients of matrices are computed before that of the input is used (MLX would compute them last and
+# keep every layer's activations until then), activations are recomputed instead of kept, frozen matrices have no
+# gradient, and packed ones are unpacked for each product, because MLX's quantised product takes 40 times as long.
 
 
 def squared_relu(x: mx.array) -> mx.array:
@@ -221,7 +220,7 @@ def _linear(activation: Activation) -> Callable[[mx.array, mx.array], mx.array]:
         primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
     ) -> tuple[mx.array, mx.array]:
         x, weight = primals
-        # Depends on the cotangent, so that mx.compile computes the activation again instead of keeping it.
+        # Depend on the cotangent, so that mx.compile recomputes the activation instead of keeping it.
         seen = x if activation is identity else activation(mx.depends([x], [cotangent])[0])
         d_weight = cotangent.reshape(-1, cotangent.shape[-1]).T @ seen.reshape(-1, x.shape[-1])
         (d_seen,) = mx.depends([cotangent @ weight], [d_weight])
@@ -246,7 +245,7 @@ def frozen_linear(
 def _frozen_linear(
     activation: Activation, packing: tuple[int, int] | None, scale: float | None, dropout: float | None
 ) -> Callable[..., mx.array]:
-    """Return the function of (x, W or its three packed arrays, A, B, keys), as far as there are these."""
+    """Return the function of (x, W or its three packed arrays, A, B, keys); the last three are optional."""
     num_frozen = 1 if packing is None else 3
 
     def whole(frozen: tuple[mx.array, ...]) -> mx.array:
@@ -265,13 +264,13 @@ def _frozen_linear(
         out = seen @ whole(frozen).T
         if scale is None:
             return out
-        # One operation adds where the small product is made.
+        # addmm adds in the same pass as the small product.
         return mx.addmm(out, shown(seen, keys) @ small[0], small[1], alpha=scale)
 
     @forward.vjp
     def gradient(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> Any:
         x, *arrays = primals
-        # Depends on the cotangent, so that mx.compile computes these again instead of keeping them.
+        # Depend on the cotangent, so that mx.compile recomputes these instead of keeping them.
         again, *frozen = mx.depends([x, *arrays[:num_frozen]], [cotangent])
         d_seen, slopes = cotangent @ whole(tuple(frozen)), list[mx.array]()
         if scale is not None:
@@ -323,7 +322,7 @@ def _scale_columns(x: mx.array, factor: mx.array) -> mx.array:
 def _scale_columns_vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Use the output, which what follows keeps anyway, so that x is not kept. A factor of 0 gets no gradient."""
+    """Use the output, which the next operation keeps anyway, so that x is not kept. A factor of 0 has no gradient."""
     x, factor = primals
     sums = (cotangent.astype(factor.dtype) * output).reshape(-1, output.shape[-1]).sum(0)
     d_factor = mx.where(factor == 0, 0.0, sums / factor).astype(factor.dtype)
@@ -335,9 +334,9 @@ def _scale_columns_vjp(
 
 
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, window: int | None = None) -> mx.array:
-    """Take the softmax without subtracting the maximum: every |q·k| / sqrt(D) has to be below 24.
+    """The softmax does not subtract the maximum, so every |q·k| / sqrt(D) must be below 24.
 
-    RMS-normalised heads up to width 256 are within it, also scaled by 1.2.
+    RMS-normalised heads up to width 256 satisfy that, also scaled by 1.2.
     """
     batch, heads, tokens, width = q.shape
     window = tokens if window is None else min(window, tokens)
@@ -359,10 +358,10 @@ def masked_attention(q: mx.array, k: mx.array, v: mx.array, visible: mx.array) -
 
 @cache
 def _windowed(window: int) -> differentiable[[mx.array, mx.array, mx.array], tuple[mx.array, mx.array]]:
-    """Return the attention for one window with its gradient.
+    """Return the attention function of one window, with its gradient.
 
     It takes q (B, K, G, T, D), whose products with k (B, K, 1, T, D) are scores in `EXP_UNIT`s, and v like k; it
-    returns the output (B, T, K, G, D) and the reciprocals of the rows' sums (B, K, G, T).
+    returns the output (B, T, K, G, D) and the reciprocals of the row sums (B, K, G, T).
     """
 
     @differentiable
@@ -382,10 +381,10 @@ def _windowed(window: int) -> differentiable[[mx.array, mx.array, mx.array], tup
         outputs: tuple[mx.array, mx.array],
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Recompute each block's weights, so that no (T, T) matrix outlives its block."""
-        # Only once the cotangent is there: else compilation would keep the weights of the forward pass.
+        # Depend on the cotangent, so that mx.compile recomputes the weights instead of keeping them.
         q, k, v = mx.depends(list(primals), [cotangents[0]])
         out, reciprocal = (outputs[0].transpose(0, 2, 3, 1, 4), outputs[1])
-        # The rows' factors are folded into the small matrices: the large ones see one product each.
+        # Fold the row factors into the small matrices, so that the large ones need one product each.
         d_out = multiply_rows(cotangents[0].transpose(0, 2, 3, 1, 4), reciprocal[..., None])
         inner = sum_rows(multiply_rows(d_out, out))[..., None]
         d_q: list[mx.array] = []
@@ -404,11 +403,11 @@ def _windowed(window: int) -> differentiable[[mx.array, mx.array, mx.array], tup
 
 
 def _blocks(tokens: int, window: int) -> Iterator[tuple[Any, Any, mx.array]]:
-    """Yield (rows, keys, mask) of each block of queries; keys that none of them sees are never multiplied."""
+    """Yield (rows, keys, mask) of each block of queries; keys that no query of the block sees are skipped."""
     for start in range(0, tokens, _BLOCK_TOKENS):
         stop = min(start + _BLOCK_TOKENS, tokens)
         first = max(0, start - window) // _BLOCK_TOKENS * _BLOCK_TOKENS
-        # Counted from `first`, so that blocks which see alike share one mask.
+        # Relative to `first`, so that blocks with equal patterns share a mask.
         mask = _mask(start - first, stop - first, window)
         yield (..., slice(start, stop), slice(None)), (..., slice(first, stop), slice(None)), mask
 
@@ -419,7 +418,7 @@ def _mask(start: int, stop: int, window: int) -> mx.array:
 
 
 def _sum_spans(parts: list[tuple[int, mx.array]]) -> mx.array:
-    """Add gradients of which each covers the tokens from its first one to the end of its block."""
+    """Add gradients; each covers the tokens from its first one to the end of its block."""
     sums: list[mx.array] = []
     for end in range(len(parts)):
         start, stop = end * _BLOCK_TOKENS, (end + 1) * _BLOCK_TOKENS
@@ -429,7 +428,7 @@ def _sum_spans(parts: list[tuple[int, mx.array]]) -> mx.array:
 
 
 def _sum_groups(gradient: mx.array) -> mx.array:
-    """Add up the query heads (axis 2) that share one key/value head."""
+    """Sum over the query heads (axis 2) that share a key/value head."""
     return gradient if gradient.shape[2] == 1 else gradient.sum(2, keepdims=True)
 
 
@@ -463,10 +462,10 @@ def exp_of_capped(tanh: mx.array, cap: float) -> mx.array:
 
 
 class _Chunk(NamedTuple):
-    """What a chunk adds to a loss.
+    """A chunk's contribution to a loss.
 
-    The gradient in x Wᵀ is slope × row_factor, but for the target's term, which is added by index: so all that is one
-    number per row goes to the thin matrices, and the wide one is passed over few times.
+    The gradient in x Wᵀ is slope × row_factor, except for the target's term, which is subtracted by index. So factors
+    per row are applied to the thin matrices, and the wide one needs few passes.
     """
 
     sums: list[mx.array]
@@ -482,7 +481,7 @@ class _Chunk(NamedTuple):
 def cross_entropy_sum(
     x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, *, frozen_head: bool = False
 ) -> mx.array:
-    """Take the gradient in a logit as factor × (p − 1 at the target) × (1 − tanh²), p = exp / sum."""
+    """The gradient in a logit is factor × (p − 1 at the target) × (1 − tanh²) with p = exp / sum."""
 
     def of_chunk(part: slice, tanh: mx.array, after: list[mx.array]) -> _Chunk:
         target, factor = targets[part], row_weights[part]
@@ -518,7 +517,7 @@ def distillation_sum(
 def _distilled(
     tanh: mx.array, logits: mx.array, target: mx.array, factor: mx.array, mix: Mix, *, capped: bool
 ) -> _Chunk:
-    """Return the weighted sums of cross-entropies and divergences, with their gradient."""
+    """Return the weighted sums of cross-entropies and divergences of a chunk, with their gradient."""
     soft = mix.temperature
     exp = exp_of_capped(tanh, SOFT_CAP)
     exp_soft = exp if soft == 1 else exp_of_capped(tanh, SOFT_CAP / soft)
@@ -533,9 +532,9 @@ def _distilled(
         shift = logits.max(-1) / soft
         teacher_exp = mx.exp(logits / soft - shift[:, None])
     teacher_sums = sum_rows(teacher_exp)
-    # Of each row: what exponentials are multiplied with to be probabilities.
+    # Per row: the factors that make exponentials probabilities.
     student_norm, teacher_norm = 1 / sums_soft, 1 / teacher_sums
-    # log p − log q is (teacher's logit − student's) / T, and what follows of each row.
+    # log p − log q is (teacher's logit − student's) / T, plus this constant per row.
     constant = mx.log(sums_soft) - mx.log(teacher_sums) - shift
     difference = _difference(teacher_exp, logits, tanh)
     mean_norm = teacher_norm / soft
@@ -568,13 +567,13 @@ def _sum_over_chunks(
     *,
     frozen_head: bool,
 ) -> list[mx.array]:
-    """Do what `ops.loss.sum_over_chunks` does, in float32."""
+    """As `ops.loss.sum_over_chunks`, in float32."""
 
     def sums_and_gradients(x: mx.array, weight: mx.array) -> tuple[list[mx.array], list[mx.array], mx.array]:
         sums, d_x, targets, at_target, done = [], list[mx.array](), [], [], list[mx.array]()
         d_weight = mx.zeros((1, 1) if frozen_head else weight.shape)
         for part in split_positions(x, weight.shape[0]):
-            # One chunk after the other: by itself MLX would begin with the logits of them all.
+            # Depend on the previous chunk: otherwise MLX would compute the logits of all chunks first.
             (chunk,) = mx.depends([x[:, part].reshape(-1, x.shape[2])], done)
             found = of_chunk(part, tanh_of_head(chunk, weight), done)
             sums.append(found.sums)
@@ -587,7 +586,7 @@ def _sum_over_chunks(
                 d_weight = mx.addmm(d_weight, found.slope.T, rows)
                 targets.append(found.target)
                 at_target.append(found.target_slope * chunk)
-                # A number of the sum instead of the sum, whose memory the next chunk's sum takes over.
+                # One number of the sum, not the sum itself: the next chunk's sum reuses its memory.
                 done += [d_weight[:1, :1] * 1.0, at_target[-1]]
         if not frozen_head:
             d_weight = d_weight.at[mx.concatenate(targets)].subtract(mx.concatenate(at_target))
@@ -604,7 +603,7 @@ def _cap(logits: mx.array) -> mx.array:
 _tanh = compiled(rational_tanh)
 
 
-# Kernels of one output each: a compiled loop with two outputs took as long again.
+# One output per kernel: a compiled loop with two outputs takes twice as long.
 @cache
 def _exp_of(cap: float) -> Callable[[mx.array], mx.array]:
     return compiled(partial(exp_of_units, cap=cap))
@@ -612,7 +611,7 @@ def _exp_of(cap: float) -> Callable[[mx.array], mx.array]:
 
 @compiled
 def _slope(exponentials: mx.array, tanh: mx.array) -> mx.array:
-    """Return exp × (1 − tanh²), the last being the soft cap's derivative."""
+    """Return exp × (1 − tanh²), where the second factor is the derivative of the soft cap."""
     return exponentials * (1 - tanh * tanh)
 
 
@@ -641,11 +640,11 @@ _FRESH_GRAM = 2  # quintics after which the Gram matrix is recomputed
 
 
 def apply_quintics(x: mx.array, quintics: Sequence[Quintic]) -> mx.array:
-    """Multiply long matrices (S, R, C) by polynomials of their Gram matrices: fewer products of the long side.
+    """Multiply long matrices (S, R, C) by polynomials of their Gram matrices, which needs fewer long products.
 
-    Each quintic multiplies x by a polynomial of its Gram matrix. The polynomials commute, so the product of several
-    needs small matrices only. Squaring loses half of the digits of small singular values, which each further quintic
-    amplifies, so the Gram matrix is recomputed in between, and half precision is computed as written down.
+    Each quintic multiplies x by a polynomial of its Gram matrix. These polynomials commute, so their product needs only
+    small matrices. Squaring loses half of the digits of small singular values, and each further quintic amplifies the
+    error. So the Gram matrix is recomputed in between, and half precision uses `multiply_quintics`.
     """
     rows, columns = x.shape[-2:]
     if x.dtype != mx.float32 or max(rows, columns) < 2 * min(rows, columns):

@@ -1,8 +1,8 @@
-"""Lanes of a CPU: its cores at work on different rows of a batch.
+"""Lanes of a CPU: its cores compute different rows of a batch.
 
-Inside a matrix product OpenBLAS uses all cores, but between products one core does the element-wise work and the
-others wait, spinning. So the rows of a batch are dealt to as many streams as there are cores, each stream runs all of
-its work on one thread, and only sums of gradients cross over.
+Inside a matrix product OpenBLAS uses all cores, but between products one core does the element-wise work while the
+others spin. So the rows of a batch are distributed to one stream per core, each stream runs on one thread, and only
+sums of gradients are exchanged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _Streams(threading.local):
-    """Streams belong to the thread that made them, and MLX never ends theirs: so each thread makes them once."""
+    """Streams of each thread, created once: they belong to a thread, and MLX never ends their own threads."""
 
     def __init__(self) -> None:
         self.made: list[mx.Stream] = []
@@ -39,7 +39,7 @@ class CPULanes(Lanes):
     """One lane for each core that matrix products use (`runtime.set_blas_threads`)."""
 
     def __init__(self) -> None:
-        """Make as many as there are cores now."""
+        """Create a stream for each core in use now."""
         more = min(runtime.blas_threads() or 1, CPU_MOST_LANES) - 1
         made = _streams.made
         made += [mx.new_stream(mx.default_device()) for _ in range(more - len(made))]
@@ -47,7 +47,7 @@ class CPULanes(Lanes):
 
     @contextmanager
     def sharing(self, parts: int) -> Iterator[None]:
-        """Evaluate with one thread for each product while `parts` lanes are at work; with one part it has all."""
+        """Use one BLAS thread per product while `parts` > 1 lanes compute; with one part, all threads."""
         threads = runtime.blas_threads()
         if parts > 1 and threads is not None:
             runtime.set_blas_threads(1)
@@ -65,10 +65,9 @@ def make_lanes() -> Lanes:
 
 @contextmanager
 def step_context(step: TrainStep, batch: Batch) -> Iterator[None]:
-    """Share the rows of a training step among lanes, and let MLX wait while more memory than predicted is in use.
+    """Distribute the rows of a training step to lanes, and limit MLX's memory to the predicted peak.
 
-    Left alone, MLX reserves memory for a hundred operations ahead of those that are computed: up to 40 % of a step's
-    peak.
+    Without the limit MLX allocates memory for a hundred operations ahead: up to 40 % of a step's peak.
     """
     rows = len(range(len(batch.ids))[step.group.part(len(batch.ids))]) or 1
     micro_rows = min(rows, step.micro_rows(batch))

@@ -1,22 +1,21 @@
-"""The CPU remedy: a fast BLAS and a calmer malloc, loaded before the first import of MLX.
+"""The CPU remedy: OpenBLAS, malloc settings and compiler flags, applied before the first import of MLX.
 
-MLX's Linux CPU wheel links the reference BLAS (about 7 GFLOP/s in float32). It looks the `cblas_*` names up when
-it is loaded, so an OpenBLAS put into the process beforehand, with global visibility, takes their place: 30 to 50
-times the speed. Large buffers, returned to the kernel on every release, cost half a training step in page faults;
-two malloc settings keep them. On macOS, where Accelerate serves MLX, all of this is a no-op.
+BLAS: MLX's Linux CPU wheel links the reference BLAS (about 7 GFLOP/s in float32). It resolves the `cblas_*` symbols
+when it is loaded, so an OpenBLAS loaded before it with global visibility replaces them: 30 to 50 times as fast. malloc
+returns large buffers to the kernel on every release, which costs half a training step in page faults; two settings
+keep them. On macOS, where MLX uses Accelerate, all of this is a no-op.
 
-Compiler flags: `mx.compile` writes each fused kernel as C++ and calls `g++ -O3` on it without naming the machine, so
-the loops are made for SSE2: four numbers at a time, no fused multiply-add, and a maximum or a comparison not vectorised
-at all. The command is fixed inside MLX, but it finds `g++` by PATH, so a script of that name in front of it adds the
-flags. MLX keeps compiled kernels by name in TMPDIR, where unflagged ones of other programs would be taken for ours;
-ours get a folder of their own in the user's cache. Both variables are changed for this process and its children;
-Python's own temporary folder stays where it was.
+Compiler flags: `mx.compile` writes each fused kernel as C++ and calls `g++ -O3` without a target CPU, so loops use
+SSE2: four numbers at a time, no fused multiply-add, no vectorised maximum. The command is fixed inside MLX, but it
+finds `g++` by PATH, so a script of that name in front of it adds the flags. MLX caches compiled kernels by name in
+TMPDIR, where kernels that other programs compiled without flags would be reused; ours are in the user's cache. Both
+variables change for this process and its children; Python's own temporary folder stays the same.
 
-Nearly all of the time that a kernel takes to compile goes into MLX's header, which every kernel includes. The script
-precompiles it once (50 MB in the same folder), which leaves a fifth of the time. The machine code is the same.
+Most of a kernel's compilation time is MLX's header, which every kernel includes. The script precompiles it once (50 MB
+in the same folder), which leaves a fifth of the time and gives the same machine code.
 
-Products of few rows: OpenBLAS copies both operands of a product first, which takes half of a decoding step. `thin.cpp`
-is compiled into the same folder and provides a `cblas_sgemm` in front of OpenBLAS's; `thin_products` switches it on.
+Products of few rows: OpenBLAS first copies both operands of a product, which takes half of a decoding step. `thin.cpp`
+is compiled into the same folder and provides a `cblas_sgemm` in front of OpenBLAS's; `thin_products` enables it.
 """
 
 from __future__ import annotations
@@ -38,11 +37,11 @@ from pathlib import Path
 
 # Constants of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-# FMA and wide vectors, and no attention to errno and floating-point traps, which nothing here reads.
+# FMA and wide vectors; errno and floating-point traps are not used here.
 _FLAGS = ["-march=native", "-fno-math-errno", "-fno-trapping-math"]
-# MLX's own. A precompiled header is used only where the flags are those that it was made with.
+# MLX's own. A precompiled header is used only with the flags that it was compiled with.
 _MLX_FLAGS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]
-# The first makes GCC fuse every multiplication with its addition, or tiles of different sizes would round differently.
+# The first makes GCC fuse every multiply-add; otherwise tiles of different sizes would round differently.
 _THIN_FLAGS = ["--param", "avoid-fma-max-bits=0", "-fschedule-insns", "-fsched-pressure"]
 _HEADER = "mlx/backend/cpu/compiled_preamble.h"
 _SCRIPT = """#!/bin/sh
@@ -59,16 +58,16 @@ _THIN = Path(__file__).with_name("thin.cpp")
 
 @dataclass(frozen=True)
 class Remedy:
-    """What was done for MLX on this machine's CPU."""
+    """The remedy's state on this machine."""
 
     needed: bool
-    """Whether this platform needs a BLAS from outside (Linux without a GPU build)."""
+    """Whether MLX on this platform needs another BLAS (Linux)."""
     library: str | None
-    """The file that serves `cblas_*`, or None if MLX's own serves."""
+    """The library that provides `cblas_*`; None: MLX's own."""
     reason: str
-    """One line for people: what was loaded, or why nothing was."""
+    """Readable: what was loaded, or why nothing was."""
     compiler: str = "as MLX does"
-    """One line for people: how element-wise kernels are compiled."""
+    """Readable: how element-wise kernels are compiled."""
 
 
 _remedy: Remedy | None = None
@@ -77,7 +76,7 @@ _thin: ctypes.CDLL | None = None
 
 
 def remedy() -> Remedy:
-    """Return what was done (after MLX's import) or would be done (before it)."""
+    """Return the applied remedy, or before MLX's import the one that would be applied."""
     if _remedy is not None:
         return _remedy
     if "mlx.core" in sys.modules:
@@ -87,10 +86,12 @@ def remedy() -> Remedy:
 
 
 def apply_remedy() -> Remedy:
-    """Load an OpenBLAS globally and set malloc's thresholds, once; warn when none is found.
+    """Load an OpenBLAS, set malloc's thresholds and install the compiler flags, once; warn if there is no OpenBLAS.
+
+    `MLXCHAT_BLAS=off` disables this; `MLXCHAT_BLAS=/path/lib.so` names the library.
 
     Returns:
-        What was loaded. `MLXCHAT_BLAS=off` leaves MLX alone; `MLXCHAT_BLAS=/path/lib.so` names the library.
+        what was done.
     """
     global _remedy, _openblas, _thin
     if _remedy is not None:
@@ -103,8 +104,8 @@ def apply_remedy() -> Remedy:
         return _remedy
     _calm_malloc()
     compiler = install_compiler_flags()
-    # MLX orders a graph by breadth up to so many branches, then by depth. At its own 20 the two halves of a batch
-    # (lanes.py), which run side by side, would be handed to the cores one after the other.
+    # MLX orders a graph breadth-first up to this width, then depth-first. With its default of 20 the lanes of a batch
+    # (lanes.py) would run one after the other.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "400")
     found = _find_openblas()
     if found is None:
@@ -120,7 +121,7 @@ def apply_remedy() -> Remedy:
         except OSError as error:
             found, reason = None, f"OpenBLAS could not be loaded ({error})"
         else:
-            reason = f"OpenBLAS, kernels {os.environ.get('OPENBLAS_CORETYPE', 'of its own choice')}"
+            reason = f"OpenBLAS, kernels {os.environ.get('OPENBLAS_CORETYPE', 'by its own choice')}"
     if found is None:
         warnings.warn(
             f"{reason}: matrix products will be about 50 times slower. "
@@ -132,17 +133,17 @@ def apply_remedy() -> Remedy:
 
 
 def set_blas_threads(count: int) -> None:
-    """Set how many cores a matrix product uses; without the remedy this does nothing.
+    """Set the number of cores of a matrix product; a no-op without the remedy.
 
-    Training's fat products want all cores. Decoding's thin ones are fastest on one, because idle BLAS threads
-    wait by spinning.
+    The large products of training use all cores. The thin ones of decoding are fastest on one, because idle BLAS
+    threads spin.
     """
     if _openblas is not None and hasattr(_openblas, "openblas_set_num_threads"):
         _openblas.openblas_set_num_threads(ctypes.c_int(count))
 
 
 def blas_threads() -> int | None:
-    """Return the cores a matrix product uses, or None if our OpenBLAS is not loaded."""
+    """Return the number of cores of a matrix product; None if our OpenBLAS is not loaded."""
     if _openblas is None or not hasattr(_openblas, "openblas_get_num_threads"):
         return None
     return int(_openblas.openblas_get_num_threads())
@@ -150,7 +151,7 @@ def blas_threads() -> int | None:
 
 @contextmanager
 def thin_products() -> Iterator[None]:
-    """Compute matrix products with `thin.cpp`, for few rows. Without a compiler this does nothing."""
+    """Compute matrix products with `thin.cpp`, for few rows; a no-op without a compiler."""
     switch = None if _thin is None else ctypes.c_int.in_dll(_thin, "mlxchat_thin")
     if switch is not None:
         switch.value = 1
@@ -162,12 +163,12 @@ def thin_products() -> Iterator[None]:
 
 
 def _needed() -> bool:
-    """Tell whether MLX here is the CPU wheel for Linux."""
+    """Return whether this is Linux, whose wheels of MLX link the reference BLAS."""
     return sys.platform == "linux"
 
 
 def _find_openblas() -> Path | None:
-    """Return an OpenBLAS that exports plain `cblas_*` names: named by the user, from a package, or the system's."""
+    """Return an OpenBLAS with unprefixed `cblas_*` symbols: the user's choice, a package's, or the system's."""
     named = os.environ.get("MLXCHAT_BLAS")
     if named:
         return Path(named)
@@ -183,10 +184,10 @@ def _find_openblas() -> Path | None:
 
 
 def _load_openblas(path: Path) -> ctypes.CDLL:
-    """Load the library; where the system has no Fortran runtime, lend it the wheel's.
+    """Load the library; on systems without a Fortran runtime, with that of MLX's wheel.
 
     Raises:
-        OSError: the library, or something it needs, cannot be loaded.
+        OSError: the library or a dependency cannot be loaded.
     """
     try:
         return ctypes.CDLL(str(path))
@@ -197,10 +198,10 @@ def _load_openblas(path: Path) -> ctypes.CDLL:
 
 
 def _load_thin(blas: ctypes.CDLL) -> ctypes.CDLL | None:
-    """Load `thin.cpp` for the whole process, so that MLX finds its `cblas_sgemm` before that of `blas`.
+    """Load `thin.cpp` globally, so that MLX finds its `cblas_sgemm` before that of `blas`.
 
     Returns:
-        None if there is no compiler, or the library is no BLAS.
+        the library; None if there is no compiler, or `blas` has no `cblas_sgemm`.
     """
     folder = Path(os.environ.get("TMPDIR", ""))
     library = _thin_library(folder)
@@ -213,11 +214,11 @@ def _load_thin(blas: ctypes.CDLL) -> ctypes.CDLL | None:
 
 
 def _lend_fortran_runtime() -> bool:
-    """Load the Fortran runtime of MLX's wheel under its plain name; tell whether that worked.
+    """Load the Fortran runtime of MLX's wheel under its plain name; return success.
 
-    The packaged OpenBLAS asks for `libgfortran.so.5`, which a bare machine lacks, and MLX's wheel carries the same
-    library under a mangled name. The loader compares the name inside the file (SONAME), so a copy in memory that
-    bears the plain one satisfies it. Nothing is written to disk.
+    The packaged OpenBLAS needs `libgfortran.so.5`, which minimal systems lack; MLX's wheel contains it under a mangled
+    name. The loader compares SONAMEs, so a copy in memory with the plain SONAME satisfies it. Nothing is written to
+    disk.
     """
     plain = b"libgfortran.so.5"
     for folder in sys.path:
@@ -237,7 +238,7 @@ def _lend_fortran_runtime() -> bool:
 
 
 def _core_type() -> str | None:
-    """Return the OpenBLAS kernel family for this CPU's AVX-512 flags, where its own guess is too modest."""
+    """Return the OpenBLAS kernel family for this CPU's AVX-512 flags, which it may not detect; None: no AVX-512."""
     try:
         flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
     except (OSError, IndexError):
@@ -248,28 +249,28 @@ def _core_type() -> str | None:
 
 
 def _calm_malloc() -> None:
-    """Keep released buffers in the process instead of giving them back to the kernel (glibc only)."""
+    """Keep released buffers in the process instead of returning them to the kernel (glibc only)."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:
         return
-    # One arena, since MLX computes on a thread of its own whose arena the settings would not reach.
+    # One arena, because the settings do not apply to the arena of MLX's own thread.
     mallopt(_M_ARENA_MAX, 1)
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def install_compiler_flags() -> str:
-    """Let MLX's kernels be compiled for this machine; return one line for people on what was done.
+    """Make MLX compile kernels for this CPU; return a readable line on what was done.
 
-    Without a compiler, with one that refuses the flags, or with `MLXCHAT_JIT_FLAGS=off`, nothing changes.
+    Without a compiler, with one that rejects the flags, or with `MLXCHAT_JIT_FLAGS=off`, nothing changes.
     """
     if os.environ.get("MLXCHAT_JIT_FLAGS") == "off":
         return "as MLX does: switched off by MLXCHAT_JIT_FLAGS=off"
     compiler = shutil.which("g++")
     if compiler is None:
         return "no g++: element-wise operations are not fused"
-    if _flags_are_installed():  # a child process of one that did all this
+    if _flags_are_installed():  # by a parent process
         return " ".join(_FLAGS)
     try:
         folder = _folder(compiler)
@@ -277,7 +278,7 @@ def install_compiler_flags() -> str:
         script = _write_compiler(folder, compiler)
     except (OSError, subprocess.SubprocessError) as error:
         return f"as MLX does ({error})"
-    tempfile.gettempdir()  # found now, before TMPDIR changes
+    tempfile.gettempdir()  # Python caches it before TMPDIR changes
     os.environ["PATH"] = f"{script.parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ["TMPDIR"] = str(folder)
     return " ".join(_FLAGS)
@@ -293,7 +294,7 @@ def _thin_library(folder: Path) -> Path:
 
 
 def _folder(compiler: str) -> Path:
-    """Return the private folder of this compiler, these flags and this CPU, making it.
+    """Create and return the private folder for this compiler, these flags and this CPU.
 
     Raises:
         OSError: neither the user's cache nor a temporary folder can be written.
@@ -312,11 +313,11 @@ def _folder(compiler: str) -> Path:
 
 
 def _build_thin(folder: Path, compiler: str) -> None:
-    """Compile `thin.cpp` once, which shows that the compiler accepts the flags.
+    """Compile `thin.cpp` once, which also tests that the compiler accepts the flags.
 
     Raises:
         OSError: the library cannot be written.
-        subprocess.SubprocessError: the compiler refuses the flags.
+        subprocess.SubprocessError: the compiler rejects the flags.
     """
     library = _thin_library(folder)
     if library.exists():
@@ -329,7 +330,7 @@ def _build_thin(folder: Path, compiler: str) -> None:
 
 
 def _write_compiler(folder: Path, compiler: str) -> Path:
-    """Return the script of this version of MLX, writing it once.
+    """Return the compiler script for this version of MLX; it is written once.
 
     Raises:
         OSError: the script cannot be written.
@@ -357,7 +358,7 @@ def _write_compiler(folder: Path, compiler: str) -> Path:
 
 
 def _cpu_flags() -> str:
-    """Return what the CPU can do, since one home folder may serve several machines."""
+    """Return the CPU's feature flags: several machines may share a home folder."""
     try:
         return Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0]
     except (OSError, IndexError):
