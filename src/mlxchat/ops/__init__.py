@@ -1,1 +1,1 @@
-"""Operations in plain MLX. `device` decides whether `mlxchat.cpu` takes their work on a CPU."""
+"""Operations in plain MLX. `device` decides whether `mlxchat.cpu` replaces them on a CPU."""

@@ -1,6 +1,6 @@
 """RMS norm, rotation and attention over the past and present of each token.
 
-All compute in float32 and return the dtype that they are given.
+All compute in float32 and return the dtype of their input.
 
 Shapes: B batch, H query heads, K key/value heads, T tokens, S cached tokens, D head width.
 """
@@ -23,12 +23,12 @@ _TABLE_TOKENS = 1024
 
 @dataclass(frozen=True)
 class Positions:
-    """Where each token stands, for rows in which several continuations follow one beginning."""
+    """Position of each token, for rows in which several continuations share a prefix."""
 
     of: mx.array
     """(B, T), from 0."""
     end: int
-    """Above all of them."""
+    """Greater than all of them."""
 
 
 @accelerated
@@ -44,7 +44,7 @@ def rotate_and_normalise(x: mx.array, *, offset: int | Positions, theta: float, 
     nanochat rotates by −θ: halves x1, x2 → x1 cos + x2 sin, x2 cos − x1 sin.
 
     Args:
-        x: (B, T, H, D) queries or keys as they come from their projection.
+        x: (B, T, H, D) projected queries or keys.
         offset: position of the first token, or of each one.
         theta: base of the wavelengths.
         scale: factor after the norm.
@@ -62,7 +62,7 @@ def rotate_and_normalise(x: mx.array, *, offset: int | Positions, theta: float, 
 
 
 def rotation(offset: int | Positions, tokens: int, width: int, theta: float) -> tuple[mx.array, mx.array]:
-    """Return what halves, and halves swapped, are multiplied with: (T, 2, D / 2), or (B, 1, T, 2, D / 2)."""
+    """Return the factors of halves and of swapped halves, (T, 2, D / 2) or (B, 1, T, 2, D / 2)."""
     if isinstance(offset, Positions):
         cos, sin = (table[offset.of][:, None] for table in _tables(-(-offset.end // _TABLE_TOKENS), width, theta))
     else:
@@ -73,7 +73,7 @@ def rotation(offset: int | Positions, tokens: int, width: int, theta: float) -> 
 
 @cache
 def _tables(blocks: int, width: int, theta: float) -> tuple[mx.array, mx.array]:
-    """Return both tables (T, 2, D / 2) for so many blocks of tokens."""
+    """Return both tables (T, 2, D / 2) for a number of blocks of 1,024 tokens."""
     frequencies = 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
     angles = np.arange(blocks * _TABLE_TOKENS, dtype=np.float32)[:, None] * frequencies
     cos, sin = np.cos(angles), np.sin(angles)
@@ -86,9 +86,9 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, window: int | None =
 
     Args:
         q: (B, H, T, D), RMS-normalised and scaled by at most 1.2.
-        k: (B, K, T, D), normalised in the same way; K divides H.
+        k: (B, K, T, D), normalised like q; K divides H.
         v: (B, K, T, D).
-        window: earlier tokens that one sees besides itself (flash-attention's left window); None: all.
+        window: number of earlier tokens that a token sees (flash-attention's left window); None: all.
 
     Returns:
         (B, T, H, D), of the dtype of q; the softmax is computed in float32.
@@ -106,7 +106,7 @@ def masked_attention(q: mx.array, k: mx.array, v: mx.array, visible: mx.array) -
         q: (B, H, T, D), normalised as for `causal_attention`.
         k: (B, K, S, D).
         v: (B, K, S, D).
-        visible: (B, T, S), bool; every query sees something.
+        visible: (B, T, S), bool; every query sees at least one key.
 
     Returns:
         (B, T, H, D), as `causal_attention`.

@@ -1,7 +1,7 @@
-"""The device that computes, its streams and transforms; alone decides whether `mlxchat.cpu` replaces the plain path.
+"""The default device, its streams and transforms; the only module that decides whether `mlxchat.cpu` is used.
 
-`mlxchat.cpu` makes Linux CPUs fast: it has functions of the same names and meanings as those marked `accelerated`.
-Metal and CUDA never use it, `MLXCHAT_CPU=plain` switches it off, and without that package everything still works.
+`mlxchat.cpu` makes Linux CPUs fast: it replaces functions marked `accelerated` by functions of the same names. Metal
+and CUDA never use it, `MLXCHAT_CPU=plain` disables it, and without that package everything works, slower.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ R = TypeVar("R")
 
 
 def backend() -> str:
-    """Return 'metal', 'cuda' or 'cpu': where MLX computes by default."""
+    """Return the backend of MLX's default device: 'metal', 'cuda' or 'cpu'."""
     if mx.default_device().type == mx.DeviceType.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
 def accelerated(function: Callable[P, R]) -> Callable[P, R]:
-    """Let the function of the same name in `mlxchat.cpu` do the work where that is in use."""
+    """Replace a function by the one of the same name in `mlxchat.cpu` where that is in use."""
 
     @wraps(function)
     def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -50,7 +50,7 @@ def accelerated(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _faster() -> dict[str, Callable[..., Any]]:
-    """Return the CPU's own functions by name; none where the plain path computes."""
+    """Return name → function of `mlxchat.cpu`; empty for the plain path."""
     if mx.default_device().type != mx.DeviceType.cpu or os.environ.get("MLXCHAT_CPU") == "plain":
         return {}
     return _functions_of_cpu()
@@ -81,27 +81,27 @@ def select_device(choice: str, dtype: str) -> mx.Dtype:
             mx.set_default_device(mx.cpu if choice == "cpu" else mx.gpu)
         except ValueError:
             raise ConfigError(
-                "machine.device is gpu, but MLX finds no GPU here. Choose machine=auto or machine=cpu; for NVIDIA, "
+                "machine.device is gpu, but MLX finds no GPU. Choose machine=auto or machine=cpu; for NVIDIA, "
                 "install with: make setup DEVICE=cuda13"
             ) from None
     return default_dtype() if dtype == "auto" else _DTYPES[dtype]
 
 
 def default_dtype() -> mx.Dtype:
-    """Return the dtype in which the default device computes fast: `fast_dtype`."""
+    """Return the default device's `fast_dtype`."""
     return _DTYPES[fast_dtype(backend())]
 
 
 def product_shape() -> tuple[int, int, int]:
-    """Return rows, inner width and columns of a matrix product that occupies the default device.
+    """Return rows, inner width and columns of a matrix product that saturates the default device.
 
-    On a CPU it takes 10 to 20 ms, so that some of a hundred are not interrupted by other programs.
+    On a CPU it takes 10 to 20 ms, so that some of a hundred run without interruption by other programs.
     """
     return (1024, 512, 1024) if backend() == "cpu" else (4096, 4096, 4096)
 
 
 def prepare_machine(machine: MachineConfig, threads: int | None = None) -> mx.Dtype:
-    """Apply device, memory limits and threads (None: the machine's); return the dtype to compute in."""
+    """Apply device, memory limits and threads (None: those of `machine`); return the dtype to compute in."""
     dtype = select_device(machine.device, machine.compute_dtype)
     if machine.memory_limit_bytes is not None:
         mx.set_memory_limit(machine.memory_limit_bytes)
@@ -114,7 +114,7 @@ def prepare_machine(machine: MachineConfig, threads: int | None = None) -> mx.Dt
 
 
 def set_cpu_threads(count: int) -> None:
-    """Set how many cores a matrix product on a CPU uses; a no-op where the platform's own BLAS decides."""
+    """Set the number of cores of a matrix product on a CPU; a no-op where the platform's own BLAS decides."""
     with suppress(ModuleNotFoundError):
         from mlxchat.cpu import runtime
 
@@ -150,21 +150,19 @@ class Lanes:
     """Streams that share the rows of a batch: MLX's default one, or one for each core of a CPU (`mlxchat.cpu`)."""
 
     def __init__(self, streams: Sequence[mx.Stream]) -> None:
-        """Take the streams."""
         self.streams = list(streams)
 
     def __len__(self) -> int:
-        """Return their number."""
         return len(self.streams)
 
     def deal(self, count: int) -> list[slice]:
-        """Return parts of `count` rows, as equal as can be and none empty, at most one for each lane."""
+        """Return at most one slice of `count` rows per lane, none empty; sizes differ by at most 1."""
         parts = min(len(self), count)
         borders = [count * part // parts for part in range(parts + 1)]
         return [slice(start, stop) for start, stop in pairwise(borders)]
 
     def run(self, calls: Sequence[Callable[[], R]]) -> list[R]:
-        """Return the results of calls, the i-th built on lane i. `mx.eval` of the results runs them side by side."""
+        """Return the results of calls, the i-th built on lane i; `mx.eval` of the results runs them in parallel."""
         results = []
         for stream, call in zip(self.streams, calls, strict=False):
             with mx.stream(stream):
@@ -182,18 +180,18 @@ def make_lanes() -> Lanes:
     return Lanes([mx.default_stream(mx.default_device())])
 
 
-# MLX's function transforms, with the types of what they transform
+# MLX's function transforms with types
 
-# About row factors. `mx.compile` fuses a broadcast with what makes its operand, so that a reciprocal or a root of one
-# number per row would be computed again for every element of the row. Where rows are scaled, the code here keeps the
-# factors in an array without the row's axis and adds that with [..., None], which nothing is fused across. Scalars that
-# are computed inside a compiled function go through `made_once` for the same reason.
+# Row factors: `mx.compile` fuses a broadcast with the computation of its operand, so a reciprocal or root of one number
+# per row would be recomputed for every element of the row. Therefore row factors are kept in an array without the row's
+# axis, which is added with [..., None]; nothing is fused across that. Scalars computed inside a compiled function go
+# through `made_once` for the same reason.
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Return `mx.compile(function)`; a method does not keep its object alive.
+    """Return `mx.compile(function)`; a compiled method does not keep its object alive.
 
-    So an object may hold its own compiled method and is still freed as soon as nothing else holds it, with its arrays.
+    So an object that holds its own compiled method is freed, with its arrays, as soon as nothing else holds it.
     """
     if isinstance(function, MethodType):
         method = WeakMethod(function)
@@ -208,22 +206,21 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def made_once(scalar: mx.array) -> mx.array:
-    """Return a scalar as (1,), which kernels read instead of computing it again for every element."""
+    """Return a scalar as (1,), which kernels read instead of recomputing it for every element."""
     return scalar[None]
 
 
 class differentiable(Generic[P, R]):  # noqa: N801  (a decorator)
-    """`mx.custom_function`: a function whose gradient is given by its `vjp`."""
+    """`mx.custom_function` with types: a function whose gradient is defined by `vjp`."""
 
     def __init__(self, function: Callable[P, R]) -> None:
-        """Wrap the function."""
         self._function = mx.custom_function(function)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call it."""
+        """Call the function."""
         return cast(R, self._function(*args, **kwargs))
 
     def vjp(self, gradient: Callable[..., object]) -> Callable[..., object]:
-        """Take (primals, cotangents, outputs) → gradients of the primals."""
+        """Register the function (primals, cotangents, outputs) → gradients of the primals."""
         self._function.vjp(gradient)
         return gradient

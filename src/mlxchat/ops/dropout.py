@@ -1,11 +1,11 @@
-"""Dropout whose masks follow from keys, so that none is kept: the gradient makes them again, and so does a resume.
+"""Dropout with masks computed from keys: the gradient and a resumed training recompute them, so none is stored.
 
-Every row of an iteration has two 32-bit keys (`draw_keys`), with which a training step surrounds its forward pass
-(`dropping`). Each place at which something is left out has a number, which is folded into the keys; these and the
-position in the row go through a hash of integer arithmetic, which `mx.compile` turns into vectorised loops. So a mask
-depends on seed, iteration, row and place alone, on every backend, whichever lane or micro-batch computes the row. One
-32-bit word serves two numbers, 16 bits each, so a rate is kept to 1 / 131,072, and what stays is scaled by exactly what
-that leaves. On a CPU a mask takes 1.2 ns per number; MLX's own generator takes 20.
+Every row of an iteration has two 32-bit keys (`draw_keys`), which a training step sets around its forward pass
+(`dropping`). Each dropout layer has a number, its place, which is folded into the keys. Keys and the position in the
+row go through an integer hash, which `mx.compile` turns into vectorised loops. So a mask depends only on seed,
+iteration, row and place, on every backend and in any lane or micro-batch. One 32-bit word serves two numbers, 16 bits
+each, so a rate is exact to 1 / 131,072, and kept numbers are scaled by exactly the share that is kept. On a CPU a mask
+takes 1.2 ns per number; MLX's own generator takes 20.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _LEVELS = 1 << 16
 
 
 class Dropping(NamedTuple):
-    """What a forward pass leaves out."""
+    """Dropout of a forward pass."""
 
     rate: float
-    """Share of the numbers in the model's own places; adapters have rates of their own."""
+    """Of the model's own dropout layers; adapters have their own rates."""
     keys: mx.array
-    """(B, 2), of `draw_keys`."""
+    """(B, 2), from `draw_keys`."""
 
 
 _present: ContextVar[Dropping | None] = ContextVar("dropping", default=None)
 
 
 def draw_keys(seed: int, iteration: int, *, rows: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Return the keys (rows, 2) of an iteration: Philox, so no iteration has to be drawn before another."""
+    """Return the keys (rows, 2) of an iteration, by Philox, which needs no state of earlier iterations."""
     return np.random.Philox(key=[seed, iteration]).random_raw(rows).view(np.uint32).reshape(rows, 2)
 
 
 @contextmanager
 def dropping(present: Dropping | None) -> Iterator[None]:
-    """Have `dropout` leave out numbers while models run below; None: nothing."""
+    """Enable `dropout` while the body runs; None disables it."""
     token = _present.set(present)
     try:
         yield
@@ -52,12 +52,12 @@ def dropping(present: Dropping | None) -> Iterator[None]:
 
 
 def present_dropping() -> Dropping | None:
-    """Return what the `dropping` around the caller leaves out; None: nothing."""
+    """Return the argument of the enclosing `dropping`, or None."""
     return _present.get()
 
 
 def dropout(x: mx.array, place: int) -> mx.array:
-    """Return x (B, …) with what `dropping` leaves out at a place; outside of it, x."""
+    """Return x (B, …) after dropout at a place; outside of `dropping`, x itself."""
     present = _present.get()
     return x if present is None or present.rate == 0 else dropped(x, fold(present.keys, place), present.rate)
 
@@ -73,7 +73,7 @@ def dropped(x: mx.array, keys: mx.array, rate: float) -> mx.array:
 
     Args:
         x: (B, …).
-        keys: (B, 2) uint32; equal keys leave out equal numbers.
+        keys: (B, 2) uint32; equal keys give equal masks.
         rate: in [0, 1); 0 returns x.
     """
     level = round(rate * _LEVELS)
@@ -95,7 +95,7 @@ def _dropping(level: int) -> Callable[[mx.array, mx.array], mx.array]:
 
     @drop.vjp
     def gradient(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> Any:
-        # Only once the cotangent is there: else compilation would keep the forward pass's mask for it.
+        # Depend on the cotangent, so that mx.compile recomputes the mask instead of keeping it.
         (keys,) = mx.depends([primals[1]], [cotangent])
         return choose(cotangent, _bits(cotangent.shape, keys)), mx.zeros_like(keys)
 

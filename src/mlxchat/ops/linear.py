@@ -1,4 +1,4 @@
-"""Products with matrices (out, in): trained, frozen, packed in few bits, and frozen with an adapter beside them.
+"""Products with matrices (out, in): trained, frozen, quantised, and frozen with an adapter.
 
 Shapes: x (…, F), W (C, F), A (F, R), B (R, C).
 """
@@ -19,7 +19,7 @@ Activation = Callable[[mx.array], mx.array]
 
 
 class Packed(NamedTuple):
-    """A matrix in few bits, as `mx.quantize` makes it."""
+    """A matrix quantised by `mx.quantize`."""
 
     numbers: mx.array
     scales: mx.array
@@ -30,13 +30,13 @@ class Packed(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """What stands beside a frozen matrix: W + scale × (A B)ᵀ."""
+    """An adapter of a frozen matrix: W + scale × (A B)ᵀ."""
 
     a: mx.array
     b: mx.array
     scale: float
     keys: mx.array | None = None
-    """(batch, 2), for dropout of what A sees; None: it sees all."""
+    """(batch, 2), keys of the dropout applied to A's input; None disables it."""
     dropout: float = 0.0
 
 
@@ -61,7 +61,7 @@ def linear(x: mx.array, weight: mx.array, activation: Activation = identity) -> 
 def frozen_linear(
     x: mx.array, matrix: mx.array | Packed, activation: Activation = identity, adapter: Adapter | None = None
 ) -> mx.array:
-    """Return activation(x) Wᵀ, with an adapter + scale × (activation(x) A) B; no gradient of W is made."""
+    """Return activation(x) Wᵀ, plus scale × (activation(x) A) B with an adapter; W has no gradient."""
     seen = activation(x)
     if isinstance(matrix, Packed):
         numbers, scales, offsets, group_size, bits = matrix
@@ -75,7 +75,7 @@ def frozen_linear(
 
 
 def unpacked(matrix: mx.array | Packed) -> mx.array:
-    """Return a matrix (C, F) with the numbers that it stands for."""
+    """Return a matrix (C, F), dequantised if it is packed."""
     if not isinstance(matrix, Packed):
         return matrix
     numbers, scales, offsets, group_size, bits = matrix
@@ -86,6 +86,6 @@ def unpacked(matrix: mx.array | Packed) -> mx.array:
 def scale_columns(x: mx.array, factor: mx.array) -> mx.array:
     """Return x (…, C) times factor (C,), in the dtype of x.
 
-    The factor stays float32 where x is bfloat16: 1.011 would become 1.008, and the sum of its gradient coarse.
+    The factor stays float32 if x is bfloat16: otherwise 1.011 would become 1.008, and its gradient's sum coarse.
     """
     return (x * factor).astype(x.dtype)

@@ -1,8 +1,8 @@
 """Losses over the vocabulary in chunks of positions: soft-capped cross-entropy, and divergence from a teacher.
 
 Soft cap: logits = 15 tanh(x Wᵀ / 15), in float32 (nanochat's `GPT.forward`). Products with the head are computed in the
-dtype of x; losses, softmax and the sums of the head's gradient in float32. Gradients are computed in the forward pass,
-while a chunk's logits exist: the logits of all positions never do.
+dtype of x; losses, softmax and the sums of the head's gradient in float32. Gradients are computed in the forward pass
+while a chunk's logits exist, so the logits of all positions are never in memory.
 
 Shapes: B rows, T positions, N tokens (of a chunk, or of all rows), C width, V vocabulary.
 """
@@ -19,14 +19,14 @@ from mlxchat.ops.machine import LOGITS
 
 SOFT_CAP = 15.0
 TINY = 1e-30
-"""The least probability whose logarithm is taken."""
+"""Lower bound of probabilities before a logarithm."""
 
 Sums = list[mx.array]
 OfChunk = Callable[[slice, mx.array, list[mx.array]], tuple[Sums, mx.array]]
-"""Takes a chunk's positions, tanh (N, V) of its logits, and arrays to wait for; returns its sums (scalars), and the
-gradient of their weighted sum in x Wᵀ (N, V)."""
+"""(positions of a chunk, tanh (N, V) of its logits, arrays to depend on) → its sums (scalars), and the gradient of
+their weighted sum in x Wᵀ (N, V)."""
 Logits = Callable[[slice, list[mx.array]], mx.array]
-"""Takes positions, from left to right, and arrays to wait for; returns the teacher's logits there (N, V), float32."""
+"""(positions, from left to right, arrays to depend on) → the teacher's logits (N, V), float32."""
 
 
 @accelerated
@@ -37,7 +37,7 @@ def sum_rows(x: mx.array) -> mx.array:
 
 @accelerated
 def soft_cap(logits: mx.array) -> mx.array:
-    """Return 15 tanh(logits / 15) in float32, nanochat's bound on logits."""
+    """Return 15 tanh(logits / 15) in float32, nanochat's soft cap."""
     return SOFT_CAP * mx.tanh(logits.astype(mx.float32) / SOFT_CAP)
 
 
@@ -55,12 +55,12 @@ def exp_of_capped(tanh: mx.array, cap: float) -> mx.array:
 
 @accelerated
 def chunk_rows(vocab_size: int) -> int:
-    """Return how many rows' logits are computed at a time."""
+    """Return the number of rows of a chunk of logits."""
     return max(1, LOGITS // vocab_size)
 
 
 def split_positions(x: mx.array, vocab_size: int) -> list[slice]:
-    """Return slices of the positions of x (B, T, C) whose logits are computed at a time."""
+    """Return slices of the positions of x (B, T, C), one per chunk of logits."""
     size = max(1, chunk_rows(vocab_size) // x.shape[0])
     return [slice(start, min(start + size, x.shape[1])) for start in range(0, x.shape[1], size)]
 
@@ -97,7 +97,7 @@ def token_scores(x: mx.array, weight: mx.array, targets: mx.array) -> tuple[mx.a
 def _logits_of_targets(
     x: mx.array, weight: mx.array, targets: mx.array
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-    """Yield tanh (N, V), the targets (N,), and which of them count, of each chunk."""
+    """Yield for each chunk tanh (N, V), targets (N,), and whether each target counts (N,)."""
     for rows in split_positions(x[None], weight.shape[0]):
         yield tanh_of_head(x[rows], weight), mx.maximum(targets[rows], 0), targets[rows] >= 0
 
@@ -120,8 +120,8 @@ def cross_entropy_sum(
         x: (N, C) final hidden states.
         weight: (V, C) the output head.
         targets: (N,) token ids, not negative.
-        row_weights: (N,) factor of each token's loss; 0 leaves it out. Rewards' advantages may be negative.
-        frozen_head: whether no gradient of weight is computed, which takes a quarter of the time.
+        row_weights: (N,) factor of each token's loss; 0 ignores it, and it may be negative, as advantages of RL.
+        frozen_head: skip the gradient of weight, which takes a quarter of the time.
     """
 
     def of_chunk(part: slice, tanh: mx.array, after: list[mx.array]) -> tuple[Sums, mx.array]:
@@ -135,23 +135,23 @@ def cross_entropy_sum(
 
 @compiled
 def _slope(tanh: mx.array, log_sums: mx.array, is_target: mx.array, factor: mx.array) -> mx.array:
-    """Return factor × (p − 1 at the target) × (1 − tanh²), the last being the soft cap's derivative."""
+    """Return factor × (p − 1 at the target) × (1 − tanh²), where 1 − tanh² is the derivative of the soft cap."""
     return factor * (mx.exp(SOFT_CAP * tanh - log_sums) - is_target) * (1 - tanh * tanh)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """How much of what is learnt from a teacher."""
+    """Weights of the cross-entropy and the divergence from a teacher."""
 
     weight: float
     """Share of the divergence, 0 to 1."""
     temperature: float = 1.0
     top_k: int | None = None
-    """Tokens of which the teacher's probabilities are matched one by one; None: all."""
+    """Match the teacher's probabilities of this many top tokens individually and the rest as one; None: all."""
 
     @property
     def coefficients(self) -> tuple[float, float]:
-        """Return the factors of cross-entropy and divergence in the loss."""
+        """Factors of cross-entropy and divergence in the loss."""
         return 1 - self.weight, self.weight * self.temperature**2
 
 
@@ -167,17 +167,17 @@ def distillation_sum(
     capped: bool,
     frozen_head: bool = False,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return the loss, differentiable in x and weight, and of it the weighted sums of cross-entropy and divergence.
+    """Return the loss, differentiable in x and weight, and the weighted sums of cross-entropy and divergence.
 
     Args:
         x: (B, T, C) the student's final hidden states.
         weight: (V, C) the student's output head.
         targets: (B, T) token ids, not negative.
-        row_weights: (B, T) factor of each token's loss; 0 leaves it out.
-        teacher: gives the teacher's logits.
-        mix: of the two losses.
-        capped: whether these are within ±15, so that no maximum has to be subtracted.
-        frozen_head: whether the gradient of weight is not made.
+        row_weights: (B, T) factor of each token's loss; 0 ignores it.
+        teacher: returns the teacher's logits.
+        mix: weights of the two losses.
+        capped: whether the teacher's logits are within ±15, so that no maximum must be subtracted.
+        frozen_head: skip the gradient of weight.
     """
 
     def of_chunk(part: slice, tanh: mx.array, after: list[mx.array]) -> tuple[Sums, mx.array]:
@@ -188,7 +188,7 @@ def distillation_sum(
         divergences = p * (log_p - log_q)
         if mix.top_k is None or mix.top_k >= logits.shape[-1]:
             kl, aim = divergences.sum(-1, keepdims=True), p
-        else:  # the other tokens are one, whose probability pulls all of them by the same ratio
+        else:  # the other tokens count as one, whose gradient scales all of them by the same ratio
             is_top = logits >= mx.partition(logits, logits.shape[-1] - mix.top_k, axis=-1)[:, -mix.top_k, None]
             rest_p, rest_q = (mx.where(is_top, 0.0, each).sum(-1, keepdims=True) for each in (p, q))
             kl = mx.where(is_top, divergences, 0.0).sum(-1, keepdims=True)
@@ -211,13 +211,13 @@ def _log_softmax(logits: mx.array) -> mx.array:
 def sum_over_chunks(
     x: mx.array, weight: mx.array, of_chunk: OfChunk, coefficients: Sequence[float], *, frozen_head: bool
 ) -> Sums:
-    """Return the weighted sum of what `of_chunk` sums, differentiable in x (B, T, C) and weight, then these sums."""
+    """Return the weighted sum of the sums of `of_chunk`, differentiable in x (B, T, C) and weight, then the sums."""
 
     def sums_and_gradients(x: mx.array, weight: mx.array) -> tuple[Sums, list[mx.array], mx.array]:
         sums, d_x, done = [mx.array(0.0)] * len(coefficients), list[mx.array](), list[mx.array]()
         d_weight = mx.zeros((1, 1) if frozen_head else weight.shape)
         for part in split_positions(x, weight.shape[0]):
-            # One chunk after the other: by itself MLX would begin with the logits of all.
+            # Depend on the previous chunk: otherwise MLX would compute the logits of all chunks first.
             (chunk,) = mx.depends([x[:, part].reshape(-1, x.shape[2])], done)
             found, slope = of_chunk(part, tanh_of_head(chunk, weight), done)
             sums = [total + more for total, more in zip(sums, found, strict=True)]
@@ -237,11 +237,11 @@ def with_gradients(
     weight: mx.array,
     coefficients: Sequence[float],
 ) -> Sums:
-    """Return the weighted sum of a function's sums with the gradients that it computes beside them, then these sums.
+    """Return the weighted sum of a function's sums, differentiable by the function's own gradients, then the sums.
 
     Args:
-        function: of x and weight; returns sums, the weighted sum's gradients in x (N, C) of each chunk, and that in
-            weight; of a frozen head (1, 1).
+        function: (x, weight) → sums, gradients of the weighted sum in x (N, C) per chunk, and in weight; the latter
+            (1, 1) for a frozen head.
         x: (B, T, C).
         weight: (V, C).
         coefficients: of the sums.
