@@ -1,1 +1,1 @@
-"""Muon and AdamW, the parameters each of them moves, and the schedules of their rates."""
+"""Muon and AdamW, their parameter groups, and the schedules of their rates."""

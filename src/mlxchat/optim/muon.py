@@ -16,7 +16,7 @@ from mlxchat.ops.device import accelerated
 
 Quintic = tuple[float, float, float]
 
-# Its slope at zero is as steep as the iteration allows.
+# Coefficients with the steepest slope at zero.
 _NEWTON_SCHULZ: Quintic = (3.4445, -4.7750, 2.0315)
 # Polar Express for five iterations, safety factor 2e-2, cushion 2 (arXiv 2505.16932).
 POLAR_EXPRESS: tuple[Quintic, ...] = (
@@ -35,7 +35,7 @@ def orthogonalise(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> m
     Args:
         matrices: any scale; each is divided by its Frobenius norm first.
         num_iterations: Newton-Schulz iterations, 5 in nanochat.
-        dtype: what to compute in: bfloat16 on a GPU, float32 on a CPU.
+        dtype: of the computation: bfloat16 on a GPU, float32 on a CPU.
     """
     x = matrices.astype(dtype)
     x = x / (_norm(x, (-2, -1)).astype(dtype) + 1e-7)
@@ -50,20 +50,20 @@ def polar_express(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> m
     Args:
         matrices: any scale.
         num_iterations: of Polar Express, at most 5.
-        dtype: what to compute in: bfloat16 on a GPU, float32 on a CPU.
+        dtype: of the computation: bfloat16 on a GPU, float32 on a CPU.
     """
     x = matrices.astype(dtype)
     row_norms = _norm(x, (-1,))
     target = mx.sqrt(mx.square(row_norms).sum(-2, keepdims=True) / x.shape[-2])
     balance = target / mx.maximum(row_norms, _EPSILON)
-    # The norm of the balanced matrix, known without another pass over it.
+    # The norm of the balanced matrix, without another pass over it.
     norm = mx.sqrt(mx.square(row_norms * balance).sum(-2, keepdims=True))
     x = x * (balance / (norm * 1.01 + _EPSILON)).astype(dtype)
     return apply_quintics(x, POLAR_EXPRESS[:num_iterations]).astype(matrices.dtype)
 
 
 def nesterov(gradients: mx.array, momenta: mx.array, momentum: mx.array) -> tuple[mx.array, mx.array]:
-    """Return gradients (S, R, C) looking ahead along their new momenta, and these."""
+    """Return gradients (S, R, C) after Nesterov momentum, and the new momenta."""
     momenta = momenta + (1 - momentum) * (gradients - momenta)
     return gradients + momentum * (momenta - gradients), momenta
 
@@ -71,7 +71,7 @@ def nesterov(gradients: mx.array, momenta: mx.array, momentum: mx.array) -> tupl
 def muon_update(
     gradients: mx.array, momenta: mx.array, momentum: mx.array, num_iterations: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    """Return oct2025's step of matrices (S, R, C), to be multiplied by −lr, and their new momenta.
+    """Return oct2025's update of matrices (S, R, C), to be multiplied by −lr, and the new momenta.
 
     Nesterov momentum, then orthogonalisation, then the factor sqrt(max(1, R/C)).
     """
@@ -88,19 +88,19 @@ def normuon_update(
     num_iterations: int,
     dtype: mx.Dtype,
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """Return jul2026's step of matrices (S, R, C) in two factors, and their new momenta and variances.
+    """Return jul2026's update of matrices (S, R, C) as two factors, and the new momenta and variances.
 
-    Nesterov momentum, Polar Express, a Frobenius norm of sqrt(min(R, C)) (Muon+, arXiv 2602.21545), then steps evened
-    out by a running mean of squares of each row or column, at the same norm (NorMuon, arXiv 2510.05491).
+    Nesterov momentum, Polar Express, a Frobenius norm of sqrt(min(R, C)) (Muon+, arXiv 2602.21545), then normalisation
+    by a running mean of squares of each row or column, at the same norm (NorMuon, arXiv 2510.05491).
 
     Args:
         gradients: of the loss.
         momenta: like gradients.
-        variances: (S, R, 1), or (S, 1, C) where matrices are wide: a mean along the other side.
+        variances: (S, R, 1), or (S, 1, C) for wide matrices: means along the other axis.
         momentum: scalar.
         beta2: decay of the variances.
         num_iterations: of Polar Express.
-        dtype: what Polar Express computes in.
+        dtype: of Polar Express.
 
     Returns:
         Directions (S, R, C); their scales, shaped like variances, sqrt(max(1, R/C)) not included; momenta; variances.
@@ -121,19 +121,19 @@ def normuon_update(
 
 
 def variance_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Return the shape of one matrix's variances: a number per row, or per column where the matrix is wide."""
+    """Return the shape of one matrix's variances: one per row, or per column of a wide matrix."""
     return (rows, 1) if rows >= columns else (1, columns)
 
 
 def aspect_factor(matrices: mx.array) -> float:
-    """Return sqrt(max(1, R/C)), by which tall matrices step further."""
+    """Return sqrt(max(1, R/C)), the factor of updates of tall matrices."""
     rows, columns = matrices.shape[-2:]
     return float(max(1.0, rows / columns) ** 0.5)
 
 
 def _norm(x: mx.array, axes: tuple[int, ...]) -> mx.array:
     squares = mx.square(x.astype(mx.float32))
-    # One axis after the other: a sum of a million numbers at once is off by 1e-4 on a CPU.
+    # Axis by axis: a single sum of a million numbers is off by 1e-4 on a CPU.
     for axis in sorted(axes, reverse=True):
         squares = squares.sum(axis, keepdims=True)
     return mx.sqrt(squares)
@@ -141,12 +141,12 @@ def _norm(x: mx.array, axes: tuple[int, ...]) -> mx.array:
 
 @accelerated
 def apply_quintics(x: mx.array, quintics: Sequence[Quintic]) -> mx.array:
-    """Apply odd quintics, one after the other, to the singular values of matrices (S, R, C)."""
+    """Apply odd quintics in turn to the singular values of matrices (S, R, C)."""
     return multiply_quintics(x, quintics)
 
 
 def multiply_quintics(x: mx.array, quintics: Sequence[Quintic]) -> mx.array:
-    """Compute `apply_quintics` as written down: two products of the short side and one of the long side for each."""
+    """Compute `apply_quintics` directly: three products per quintic."""
     tall = x.shape[-2] > x.shape[-1]
     for a, b, c in quintics:
         gram = gram_matrix(x)
@@ -156,6 +156,6 @@ def multiply_quintics(x: mx.array, quintics: Sequence[Quintic]) -> mx.array:
 
 
 def gram_matrix(x: mx.array) -> mx.array:
-    """Return the products of the rows of matrices (S, R, C), or of their columns where these are fewer."""
+    """Return the Gram matrices of the rows of matrices (S, R, C), or of the columns if there are fewer."""
     transposed = x.swapaxes(-1, -2)
     return transposed @ x if x.shape[-2] > x.shape[-1] else x @ transposed

@@ -1,6 +1,6 @@
-"""The optimizer and its schedule: Muon moves the matrices of the blocks, AdamW the rest, in nanochat's groups.
+"""The optimizer and its schedule: Muon updates the matrices of the blocks, AdamW the rest, in nanochat's groups.
 
-`kind: adamw` gives the matrices to AdamW too. Any optimizer trains any architecture. A parameter's rate is
+With `kind: adamw` AdamW updates the matrices, too. Any optimizer trains any architecture. A parameter's rate is
 
     lr of its group × lr_frac × init_lr_frac × (width and batch scaling) × lr_factor of the iteration
 """
@@ -27,7 +27,7 @@ Flat = dict[str, mx.array]
 Shape = tuple[int, ...]
 Number = TypeVar("Number")
 
-# Groups of AdamW by the beginnings of their parameters' names.
+# Prefix of parameter names → group of AdamW.
 _GROUPS = {
     "transformer.wte.": "embedding",
     "lm_head.": "head",
@@ -41,7 +41,7 @@ _GROUPS = {
 
 
 class Rates(NamedTuple, Generic[Number]):
-    """What the schedule changes from iteration to iteration; as arrays they cause no retracing of compiled code."""
+    """Values of the schedule in an iteration; passed as arrays, so that compiled code is not retraced."""
 
     lr_factor: Number
     """Factor of every learning rate."""
@@ -52,7 +52,7 @@ class Rates(NamedTuple, Generic[Number]):
 
 
 class AdamWRule(NamedTuple):
-    """AdamW's numbers for one parameter, with all scaling applied."""
+    """AdamW's hyperparameters of one parameter, with all scaling applied."""
 
     lr: float
     betas: tuple[float, float]
@@ -60,13 +60,13 @@ class AdamWRule(NamedTuple):
 
 
 def adapter_rule(config: AdapterConfig, width: int, optimizer: OptimizerConfig) -> AdamWRule:
-    """Return the rule of adapters on a model of this width."""
+    """Return AdamW's rule for adapters on a model of this width."""
     lr = config.learning_rate * (optimizer.reference_width / width) ** config.width_exponent
     return AdamWRule(lr, (config.beta1, config.beta2), config.weight_decay)
 
 
 class Optimizer:
-    """Rules and moments of all parameters that a model trains.
+    """Rules and moments of all trained parameters of a model.
 
     `state` holds arrays by name: count, and first, second, momentum and variance of each parameter.
     """
@@ -89,9 +89,9 @@ class Optimizer:
             config: rates and momenta.
             width: of the model; rates of tables scale with (width / reference_width)^-0.5.
             lr_frac: factor of all rates (nanochat's init_lr_frac).
-            batch_lr_scale: factor, by the batch's size, of Muon's rate and of the groups that scale with it.
+            batch_lr_scale: factor for the batch size, of Muon's rate and of groups with scale_with_batch.
             weight_decay: Muon's; None: the configuration's.
-            adapter: the rule of all trained parameters where these are adapters.
+            adapter: rule of all trained parameters if these are adapters.
 
         Raises:
             ConfigError: a parameter belongs to no group.
@@ -111,8 +111,8 @@ class Optimizer:
         self.shapes = {name: value.shape for name, value in parameters.items()}
         for name, shape in self.shapes.items():
             if adapter is not None:
-                rule = AdamWRule(*adapter)  # JSON turns it into a list
-                # DoRA's row lengths do not decay: they are no weights that grow without need.
+                rule = AdamWRule(*adapter)  # a list after JSON
+                # DoRA's row lengths do not decay.
                 self.adamw_rules[name] = rule._replace(weight_decay=0.0) if name.endswith(".m") else rule
                 continue
             group = _group_of(name, shape)
@@ -131,12 +131,12 @@ class Optimizer:
         self._move = mx.compile(self.move)
 
     def recipe(self) -> dict[str, Any]:
-        """Return as JSON data what another process needs to make the same rules for the same model."""
+        """Return JSON data from which `of_recipe` creates the same rules in another process."""
         return {"config": asdict(self.config), **self._given}
 
     @classmethod
     def of_recipe(cls, model: nn.Module, recipe: dict[str, Any]) -> Optimizer:
-        """Return an optimizer of a recipe, with zero moments."""
+        """Return an optimizer from a recipe, with zero moments."""
         given = recipe["config"]
         groups = {name: AdamWGroupConfig(**group) for name, group in given["adamw_groups"].items()}
         scaling = ScalingConfig(**given["scaling"]) if given["scaling"] else None
@@ -157,21 +157,21 @@ class Optimizer:
         norm: mx.array | None = None,
         lanes: Lanes | None = None,
     ) -> Iterator[Flat]:
-        """Yield the new parameters, a few at a time, and advance `state`.
+        """Yield the new parameters in batches, and advance `state`.
 
-        Put each part into the model before taking the next one: then few parameters exist both old and new.
+        Put each batch into the model before taking the next one, so that few parameters exist both old and new.
 
         Args:
             parameters: by name; emptied.
             gradients: of the loss averaged over the iteration's tokens, for all or some parameters; emptied.
             rates: of this iteration.
-            norm: common 2-norm of all gradients, for clipping; None: computed from `gradients`.
+            norm: 2-norm of all gradients together, for clipping; None: computed from `gradients`.
             lanes: streams that share the work; None: those of the device.
         """
         lanes, norm = lanes or make_lanes(), mx.sqrt(sum_squares(gradients)) if norm is None else norm
         varying = Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates))
         count = self.state["count"] = self.state["count"] + 1
-        mx.eval(count, norm)  # else one lane would wait for the stream of another
+        mx.eval(count, norm)  # otherwise lanes would wait for each other
         shares = share_evenly(self.costs({name: value.shape for name, value in gradients.items()}), len(lanes))
         for names_of_lanes in zip_longest(*map(self.batches, shares), fillvalue=()):
             calls = [
@@ -196,7 +196,7 @@ class Optimizer:
     def move(
         self, parameters: Flat, gradients: Flat, state: Flat, count: mx.array, norm: mx.array, rates: Rates[mx.array]
     ) -> tuple[Flat, Flat]:
-        """Return the new values and moments of a batch of parameters (`batches`). Pure; `update` runs it compiled."""
+        """Return the new values and moments of a batch of parameters (`batches`); `update` runs it compiled."""
         if self.config.grad_clip is not None:
             factor = clip_factor(norm, self.config.grad_clip)
             gradients = {name: gradient * factor for name, gradient in gradients.items()}
@@ -222,7 +222,7 @@ class Optimizer:
     def _move_matrices(
         self, names: list[str], parameters: Flat, gradients: Flat, state: Flat, rates: Rates[mx.array]
     ) -> tuple[Flat, Flat]:
-        """Return matrices of one shape, and their moments, after Muon's step."""
+        """Return matrices of one shape, and their moments, after Muon's update."""
 
         def stack(arrays: Flat, kind: str = "") -> mx.array:
             return mx.stack([arrays[kind + name] for name in names])
@@ -242,11 +242,11 @@ class Optimizer:
             lr = made_once(lr)
             for index, name in enumerate(names):
                 weight = parameters[name]
-                # Cautious weight decay: only where it agrees with the step.
+                # Cautious weight decay: only where it agrees with the update's sign.
                 new[name] = weight - lr * scale[index] * step[index] - shrink * weight * (step[index] * weight >= 0)
             return new, unstack("momentum", momenta) | unstack("variance", variances)
         step, momenta = muon_update(stacked, momenta, rates.momentum, config.newton_schulz_iterations, default_dtype())
-        lr = made_once(self.muon_lr * rates.lr_factor)  # the step has the aspect factor
+        lr = made_once(self.muon_lr * rates.lr_factor)  # `step` includes the aspect factor
         for index, name in enumerate(names):
             weight = parameters[name] * (1 - shrink) if self.weight_decay else parameters[name]
             new[name] = weight - lr * step[index]
@@ -255,7 +255,7 @@ class Optimizer:
     # Parts of the parameters
 
     def state_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Return name in `state` → shape, for parameters by name or for parts of them; without the count."""
+        """Return name in `state` → shape for parameters, or parts of them, with these shapes; without the count."""
         return {
             f"{kind}.{name}": variance_shape(*shapes[name]) if kind == "variance" else shapes[name]
             for name in self._names()
@@ -268,21 +268,21 @@ class Optimizer:
         return [f"{kind}.{name}" for name in names for kind in self._moments_of(name)]
 
     def batches(self, names: Iterable[str]) -> list[list[str]]:
-        """Return names in batches that move together: matrices of one shape, every other parameter alone."""
+        """Return names in batches for `move`: matrices of one shape together, every other parameter alone."""
         wanted = set(names)
         stacks = [[name for name in stack if name in wanted] for stack in self.muon_shapes.values()]
         return [stack for stack in stacks if stack] + [[name] for name in self.adamw_rules if name in wanted]
 
     def costs(self, shapes: Mapping[str, Shape]) -> dict[str, float]:
-        """Return about how long it takes to move parameters, or parts of them, relative to each other."""
+        """Return the approximate relative time of updating parameters, or parts of them, with these shapes."""
         found = {name: 1.0 * math.prod(shapes[name]) for name in self._names() if name in shapes}
-        # Products instead of passes over memory: some 25 for each number of a short side.
+        # Muon's products cost about as much as AdamW's passes over memory times the short side / 25.
         return {
             name: cost if name in self.adamw_rules else cost * min(shapes[name]) / 25 for name, cost in found.items()
         }
 
     def share(self, parts: int) -> list[list[str]]:
-        """Return the parameters' names in so many parts that take about equally long to move."""
+        """Return the parameters' names in `parts` parts of about equal update time."""
         return share_evenly(self.costs(self.shapes), parts)
 
     def _names(self) -> list[str]:
@@ -306,7 +306,7 @@ def adamw_update(
     epsilon: float,
     weight_decay: float,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return a parameter and its first and second moments after AdamW's step, as torch.optim.AdamW computes it.
+    """Return a parameter and its first and second moments after an update as in torch.optim.AdamW.
 
     Args:
         parameter: any shape, that of gradient and moments.
@@ -319,7 +319,7 @@ def adamw_update(
         epsilon: added to the root of the second moment.
         weight_decay: decoupled (arXiv 1711.05101); the parameter shrinks by lr × weight_decay.
     """
-    # Scalars outside of the kernel, which would take powers of beta for each element.
+    # Scalars outside the kernel, which would compute powers of beta for each element.
     step = made_once(lr / (1 - betas[0] ** count))
     correction = made_once(mx.rsqrt(1 - betas[1] ** count))
     keep = made_once(1 - lr * weight_decay)
@@ -338,17 +338,17 @@ def _adamw(
 
 def sum_squares(gradients: Flat) -> mx.array:
     """Return the sum of the squares of all gradients together."""
-    # One axis after the other: a sum of millions of numbers at once loses digits on a CPU.
+    # Axis by axis: a single sum of millions of numbers loses digits on a CPU.
     return sum((mx.square(gradient).sum(-1).sum() for gradient in gradients.values()), mx.array(0.0))
 
 
 def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
-    """Return the factor (1,) that brings gradients of this common 2-norm to at most `max_norm`, as torch does."""
+    """Return the factor (1,) that clips gradients of this 2-norm to `max_norm`, as torch does."""
     return made_once(mx.minimum(1.0, max_norm / (norm + 1e-6)))
 
 
 def share_evenly(costs: Mapping[str, float], parts: int) -> list[list[str]]:
-    """Return names in so many parts of about equal cost: the most expensive first, to the part with the least."""
+    """Return names in `parts` parts of about equal cost: greedily, the most expensive first."""
     shares: list[list[str]] = [[] for _ in range(parts)]
     loads = [0.0] * parts
     for name in sorted(costs, key=lambda name: -costs[name]):
@@ -406,19 +406,19 @@ def lr_multiplier(
     warmup_iterations: int | None = None,
     shape: str = "linear",
 ) -> float:
-    """Return the factor of every learning rate: linear up, constant, then down to `final_frac`, never below 0.
+    """Return the factor of every learning rate: linear warmup, constant, warmdown to `final_frac`; never below 0.
 
     Counterpart of `get_lr_multiplier` in nanochat's scripts; with warmdown_frac 1 it is chat_sft's 1 − it / N. A cosine
-    falls no sooner than the rise has ended, so that warmdown_frac 1 is the schedule of GPT-3 (arXiv 2005.14165).
+    warmdown starts after the warmup, so that warmdown_frac 1 is the schedule of GPT-3 (arXiv 2005.14165).
 
     Args:
         iteration: 0 … num_iterations − 1.
         num_iterations: iterations of the whole training.
-        warmup_frac: share of iterations that rise from 1/(their number) to 1.
-        warmdown_frac: share of iterations, at the end, that fall.
-        final_frac: what the fall would reach at iteration `num_iterations`.
-        warmup_iterations: how many iterations rise; None: `warmup_frac` of them.
-        shape: of the fall: linear, or cosine (half a period).
+        warmup_frac: share of iterations of the warmup, from 1/(their number) to 1.
+        warmdown_frac: share of iterations of the warmdown, at the end.
+        final_frac: factor that the warmdown would reach at iteration `num_iterations`.
+        warmup_iterations: length of the warmup; None: `warmup_frac` of the iterations.
+        shape: of the warmdown: linear, or cosine (half a period).
     """
     warmup = round(warmup_frac * num_iterations) if warmup_iterations is None else warmup_iterations
     warmdown = round(warmdown_frac * num_iterations)
@@ -444,10 +444,10 @@ def muon_momentum(
     final: float | None,
     warmdown_frac: float,
 ) -> float:
-    """Return Muon's momentum: linear from `start` to `end`, then to `final` (None: it stays) while the rates fall.
+    """Return Muon's momentum: linear from `start` to `end`, then during the warmdown to `final` (None: constant).
 
     Counterpart of `get_muon_momentum`: .85 → .95 over 300 iterations in 2025; .85 → .97 over 400, then → .90 in 2026.
-    Where both overlap, the rise comes first.
+    If both overlap, the rise comes first.
     """
     if iteration < warmup_iterations:
         frac = iteration / warmup_iterations
@@ -461,5 +461,5 @@ def muon_momentum(
 
 
 def cosine_decay(iteration: int, num_iterations: int) -> float:
-    """Return the factor of the weight decay, from 1 to 0 along half a cosine (nanochat's `get_weight_decay`)."""
+    """Return the factor of weight decay, from 1 to 0 along half a cosine (nanochat's `get_weight_decay`)."""
     return 0.5 * (1 + math.cos(math.pi * iteration / num_iterations))

@@ -1,7 +1,7 @@
-"""An optimizer on several ranks: each moves its part of the parameters and holds only the moments of that part.
+"""An optimizer on several ranks: each updates a part of the parameters and holds only their moments.
 
-Muon's matrices stay whole, because orthogonalising needs the whole matrix; AdamW's parameters are cut along their first
-axis. So work and moments are about equal on all ranks.
+Muon's matrices stay whole, because orthogonalisation needs the whole matrix; AdamW's parameters are cut along their
+first axis. So work and moments are about equal on all ranks.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _NUMBER_BYTES = 4
 
 
 class Piece(NamedTuple):
-    """Rows of an array, on one rank."""
+    """Rows of an array on one rank."""
 
     name: str
     start: int
     stop: int
     shape: Shape
-    """Of the piece."""
+    """Shape of the piece."""
 
     @property
     def size(self) -> int:
-        """How many numbers it has."""
+        """Number of elements."""
         return math.prod(self.shape)
 
     def of(self, whole: mx.array) -> mx.array:
@@ -41,12 +41,12 @@ class Piece(NamedTuple):
         return whole if whole.shape == self.shape else whole[self.start : self.stop]
 
     def cut_out(self, whole: mx.array) -> mx.array:
-        """Return this piece with memory of its own: a slice would keep the whole array in memory."""
+        """Return a copy of this piece, because a slice would keep the whole array in memory."""
         return whole if whole.shape == self.shape else mx.array(np.array(self.of(whole)))
 
 
 def deal_pieces(optimizer: Optimizer, size: int) -> list[list[Piece]]:
-    """Return the pieces that each of `size` ranks moves: every row of every parameter once; a rank may have none."""
+    """Return the pieces of each of `size` ranks: every row of every parameter once; a rank may have none."""
     shapes = optimizer.shapes
     matrices = {name: shapes[name] for names in optimizer.muon_shapes.values() for name in names}
     shares = share_evenly(optimizer.costs(matrices), size)
@@ -62,10 +62,10 @@ def deal_pieces(optimizer: Optimizer, size: int) -> list[list[Piece]]:
 
 
 class Sharding:
-    """The pieces of each rank and their exchange. All ranks call the same methods in the same order."""
+    """The pieces of each rank and their exchange. All ranks must call the same methods in the same order."""
 
     def __init__(self, group: Group, optimizer: Optimizer) -> None:
-        """Deal the parameters; `optimizer` keeps only this rank's moments."""
+        """Distribute the parameters; `optimizer` keeps only this rank's moments."""
         self.group = group
         self.pieces = deal_pieces(optimizer, group.size)
         self.own = {piece.name: piece for piece in self.pieces[group.rank]}
@@ -84,11 +84,11 @@ class Sharding:
         return own, mx.sqrt(squares)
 
     def gather(self, moved: Flat) -> Iterator[tuple[str, mx.array]]:
-        """Yield every parameter whole, from the pieces that the ranks moved; empties `moved`."""
+        """Yield every whole parameter from the pieces that the ranks updated; empties `moved`."""
         return exchange(self.group, self.pieces, moved)
 
     def gather_state(self, optimizer: Optimizer) -> Flat:
-        """Return the optimizer's state with the moments of all ranks on rank 0, nothing on the others."""
+        """Return on rank 0 the optimizer's state with the moments of all ranks, on others an empty dict."""
         whole = {"count": optimizer.state["count"]}
         for name, array in exchange(self.group, self._of_state, dict(optimizer.state)):
             if self.group.leads:
@@ -97,7 +97,7 @@ class Sharding:
         return whole if self.group.leads else {}
 
     def deal_state(self, optimizer: Optimizer, state: Mapping[str, mx.array]) -> None:
-        """Give every rank its part of rank 0's state; the others' argument is ignored."""
+        """Distribute rank 0's state to all ranks; the argument of other ranks is ignored."""
         group, shapes = self.group, {"count": (), **optimizer.state_shapes(optimizer.shapes)}
         own = {piece.name: piece for piece in self._of_state[group.rank]}
         for name, shape in shapes.items():
@@ -109,7 +109,7 @@ class Sharding:
 
 
 def exchange(group: Group, pieces: Sequence[Sequence[Piece]], own: Flat) -> Iterator[tuple[str, mx.array]]:
-    """Yield by name the float32 arrays that consist of all ranks' pieces, as they become complete; empties `own`."""
+    """Yield (name, float32 array) assembled from all ranks' pieces, as arrays become complete; empties `own`."""
     missing: dict[str, int] = defaultdict(int)
     for piece in (piece for of_rank in pieces for piece in of_rank):
         missing[piece.name] += 1
@@ -117,7 +117,7 @@ def exchange(group: Group, pieces: Sequence[Sequence[Piece]], own: Flat) -> Iter
     for of_ranks in zip_longest(*map(_loads, pieces), fillvalue=()):
         length = max(sum(piece.size for piece in load) for load in of_ranks)
         mine = [own.pop(piece.name).reshape(-1) for piece in of_ranks[group.rank]]
-        assert all(part.dtype == mx.float32 for part in mine), "what is trained is float32"
+        assert all(part.dtype == mx.float32 for part in mine), "trained parameters are float32"
         padding = length - sum(part.size for part in mine)
         mine += [mx.zeros(padding)] if padding else []
         found = group.gather(mx.concatenate(mine)).reshape(group.size, length)
