@@ -45,9 +45,9 @@ METRICS = {
     "best_iteration": "neither if pretrain.keep=best",
     "last_val_bpb": "minimize if pretrain.keep=best",
     "last_val_perplexity": "minimize if pretrain.keep=best",
-    "reached_target": "maximize if pretrain.target_bpb",
-    "iterations": "minimize if pretrain.target_bpb",
-    "seconds_to_target": "minimize if pretrain.target_bpb",
+    "reached_target": "maximize if pretrain.has_target",
+    "iterations": "minimize if pretrain.has_target",
+    "seconds_to_target": "minimize if pretrain.has_target",
     "epochs": "neither",
     "cropped_tokens": "minimize",
     "cropped_frac": "minimize",
@@ -103,7 +103,9 @@ def run(ctx: Context) -> None:
     if config.keep == "best":
         best = Best(every=candidate_every, basis=config.eval_tokens)
     if config.target_bpb is not None:
-        target = Target(val_bpb=config.target_bpb, every=candidate_every)
+        target = Target(metric="val_bpb", value=config.target_bpb, every=candidate_every)
+    elif config.target_core is not None:
+        target = Target(metric="core_estimate", value=config.target_core, every=candidate_every, choose=max)
     candidates = candidate_every if best or target else None
     facts: dict[str, object] = {"stage": "pretrain", "format": "base", "pretrain_batch_tokens": derived.batch_tokens}
 
@@ -141,7 +143,7 @@ def run(ctx: Context) -> None:
             schedule=config.schedule,
             hooks=[
                 Hook(run=validate, every=config.eval_every, also_every=(candidates, config.save_every)),
-                *core_hooks(ctx, config, model, tokenizer),
+                *core_hooks(ctx, config, model, tokenizer, also_every=candidate_every if config.target_core else None),
                 Hook(run=sample, every=config.sample_every),
                 *train_text_hooks(
                     ctx, config, model, tokenizer, lambda count: take_rows(read_rows("train", once=True), count)

@@ -98,6 +98,7 @@ TOGETHER = {
         "pretrain.batch.tokens=2000": r"pretrain\.batch\.tokens=2000 must be a multiple of .*row_tokens=\d+",
         "pretrain.schedule.warmdown_frac=1.5": r"pretrain\.schedule\.warmdown_frac is 1\.5, expected 0 to 1",
         "pretrain.target_bpb=0": r"pretrain\.target_bpb is 0, expected more than 0",
+        "pretrain.target_core=0.2": r"target_core is set, but pretrain\.core is null: .*core=nanochat",
         "pretrain.keep_every=0": r"pretrain\.keep_every is 0, expected at least 1",
         "pretrain.sample_temperature=-1": r"pretrain\.sample_temperature is -1\.0, expected at least 0",
         "pretrain.target_flops=1e12": r"exactly one of .*given: .*num_iterations=\d+.*target_flops=1e\+12",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -367,6 +367,21 @@ def test_a_file_that_is_only_looked_at_is_pinned_by_no_id(tmp_path: Path) -> Non
     config.pretrain.core.bundle = config.eval.core.bundle = str(bundle)
     after = ids(config)
     assert {step for step in before if before[step] != after[step]} == {"eval_base"}
+
+
+def test_core_is_part_of_the_identity_where_it_ends_the_training(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle.zip"
+
+    def key(contents: bytes, target: float | None, **changes: Any) -> str:
+        bundle.write_bytes(contents)
+        config = copy.deepcopy(full_config())
+        config.pretrain.core.bundle = config.eval.core.bundle = str(bundle)
+        config.pretrain = replace(config.pretrain, target_core=target, **changes)
+        return ids(config)["pretrain"]
+
+    for contents, changes in ((b"two", {}), (b"one", {"core_max_per_task": 7})):
+        assert key(b"one", None) == key(contents, None, **changes)
+        assert key(b"one", 0.2) != key(contents, 0.2, **changes)
 
 
 def test_every_section_is_either_read_by_a_stage_or_named_as_never_read() -> None:

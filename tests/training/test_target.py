@@ -37,7 +37,7 @@ def train(make_context: Callable[..., Context]) -> Train:
             ctx, model, make_optimizer(model), batches, num_iterations=10, schedule=schedule(),
             hooks=[Hook(run=lambda iteration: {"val_bpb": NUMBERS[iteration - 1]}, every=1),
                    Hook(run=sample, every=None)],
-            target=None if target is None else Target(val_bpb=target, every=2), micro_tokens=64,
+            target=None if target is None else Target(metric="val_bpb", value=target, every=2), micro_tokens=64,
         )  # fmt: skip
         weights = {name: np.array(value).tobytes() for name, value in flatten_parameters(model).items()}
         return ctx, weights, called
@@ -78,3 +78,16 @@ def test_a_stop_on_the_way_or_in_the_last_hook_changes_nothing(train: Train, sto
     assert numbers(ctx) == {"reached_target": 1.0, "iterations": 6, "val_bpb": 3.0}
     assert weights == straight
     assert called == [6]
+
+
+def test_a_target_of_core_takes_no_estimate_from_between_its_looks(make_context: Callable[..., Context]) -> None:
+    """CORE is estimated every third iteration for display, and every fourth for the target, which 4 does not reach."""
+    estimates = {3: 0.9, 4: 0.2, 6: 0.9, 8: 0.5, 9: 0.1}
+    ctx, model = make_context("core"), make_model()
+    fit(
+        ctx, model, make_optimizer(model), NumberedBatches(), num_iterations=10, schedule=schedule(), micro_tokens=64,
+        hooks=[Hook(run=lambda iteration: {"val_bpb": 1.0}, every=1),
+               Hook(run=lambda iteration: {"core_estimate": estimates[iteration]}, every=3, also_every=(4,))],
+        target=Target(metric="core_estimate", value=0.5, every=4, choose=max),
+    )  # fmt: skip
+    assert (ctx.metrics["iterations"], ctx.metrics["core_estimate"]) == (8, 0.5)

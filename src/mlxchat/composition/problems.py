@@ -243,8 +243,13 @@ def _pretrain(config: Config) -> Iterator[str]:
             "exactly one of pretrain.num_iterations, pretrain.target_flops and pretrain.tokens_per_parameter must be "
             f"set; given: {given}.{remedy}"
         )
-    if pretrain.target_bpb is not None:
-        horizons["target_bpb"] = pretrain.target_bpb
+    targets = {key: getattr(pretrain, key) for key in ("target_bpb", "target_core")}
+    horizons |= {key: value for key, value in targets.items() if value is not None}
+    if None not in targets.values():
+        yield "pretrain.target_bpb and pretrain.target_core are both set; expected one of them"
+    if pretrain.target_core is not None and (pretrain.core is None or pretrain.core.tasks is not None):
+        what = "pretrain.core is null" if pretrain.core is None else "pretrain.core.tasks selects tasks"
+        yield f"pretrain.target_core is set, but {what}: CORE is the mean of all tasks. Give core=nanochat"
     for key, value in horizons.items():
         if value <= 0:
             yield f"pretrain.{key} is {value:g}, expected more than 0"

@@ -707,15 +707,18 @@ class PretrainConfig(ExtendableConfig):
     """Weights of the checkpoint: last, or best (by validation bits per byte). pretrain.extend continues from the last
     weights either way."""
     keep_every: int | None = field(default=MISSING, metadata={"since_default": None})
-    """Iterations between the validations of keep=best and of target_bpb; null: a twentieth of all iterations."""
+    """Iterations between the validations of keep=best and of a target; null: a twentieth of all iterations."""
     target_bpb: float | None = field(default=MISSING, metadata={"since_default": None})
     """Stop as soon as validation reaches this many bits per byte; null: run to the horizon. The schedule is that of
     the whole horizon."""
-    core: CoreConfig | None = field(default=None, metadata={"identity": False})
+    target_core: float | None = field(default=MISSING, metadata={"since_default": None})
+    """Stop as soon as CORE, estimated from core_max_per_task examples of each task, reaches this value (GPT-2 XL:
+    0.256525); null: run to the horizon. It makes core and core_max_per_task part of the identity."""
+    core: CoreConfig | None = field(default=None, metadata={"identity": False, "identity_if": "target_core"})
     """CORE to estimate during training, with the fields of eval.core; null: none."""
     core_every: int | None = field(default=MISSING, metadata={"identity": False})
     """Iterations between estimates; null: only at the end."""
-    core_max_per_task: int | None = field(default=MISSING, metadata={"identity": False})
+    core_max_per_task: int | None = field(default=MISSING, metadata={"identity": False, "identity_if": "target_core"})
     """Examples of each task in an estimate, at most; null: core.max_per_task."""
     train_bpb_tokens: int | None = field(default=MISSING, metadata={"identity": False})
     """Tokens of training text to measure bits per byte on at the end; null: no measurement."""
@@ -729,6 +732,11 @@ class PretrainConfig(ExtendableConfig):
     """Longest sample, in tokens."""
     prompts: list[str] = field(default=MISSING, metadata={"identity": False})
     """Prompts that samples continue."""
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the training ends when a target is reached."""
+        return self.target_bpb is not None or self.target_core is not None
 
 
 @dataclass(kw_only=True)

@@ -28,7 +28,7 @@ from typing import Any
 from mlxchat.config.parts import installed_version, is_own, own_files, part_file
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.store.files import read_cache, write_cache
-from mlxchat.store.fingerprint import hash_file
+from mlxchat.store.fingerprint import hash_file, is_identity
 
 UNKNOWN = "not known: "
 """Begins the pin of what can be pinned only once it was fetched or the Hub answers: its key is not final."""
@@ -137,7 +137,7 @@ def pin_externals(
             if place in unread:
                 continue
             if kind is None:
-                if metadata.get("identity") is not False:  # what changes no result has no pins
+                if is_identity(value, field):  # what changes no result has no pins
                     visit(place, item)
                 continue
             if kind == "section":

@@ -30,6 +30,12 @@ def identity_of(config: Any) -> Any:
     return _plain(config, identity_only=True)
 
 
+def is_identity(section: Any, field: dataclasses.Field[Any]) -> bool:
+    """Return whether a field of a section belongs to its identity: `identity_if` names a field that, set, reads it."""
+    reader = field.metadata.get("identity_if", "")
+    return field.metadata.get("identity") is not False or getattr(section, reader, None) is not None
+
+
 def left_out_of(config: Any, prefix: str = "") -> dict[str, Any]:
     """Return dotted key → default of every field that the identity omits at its default."""
     found: dict[str, Any] = {}
@@ -115,7 +121,7 @@ def _plain(value: Any, *, identity_only: bool) -> Any:
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
             if identity_only:
-                if field.metadata.get("identity") is False or _is_later_default(item, field.metadata):
+                if not is_identity(value, field) or _is_later_default(item, field.metadata):
                     continue
                 if _FLOAT.search(str(field.type)) and not _INT.search(str(field.type)):
                     item = _with_floats(item)

@@ -33,7 +33,9 @@ from mlxchat.tasks.base import Task
 from mlxchat.training.loop import Hook
 
 
-def core_hooks(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer) -> list[Hook]:
+def core_hooks(
+    ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer, *, also_every: int | None = None
+) -> list[Hook]:
     """Return the hook that estimates CORE by the first examples of each task; none if pretrain.core is null.
 
     It logs core_estimate and its standard error, or for selected tasks core_tasks_estimate.
@@ -57,7 +59,7 @@ def core_hooks(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Toke
             return {"core_tasks_estimate": sum(centered) / len(centered)}
         return {"core_estimate": result.core, "core_estimate_stderr": result.stderr}
 
-    return [Hook(run=estimate, every=config.core_every, title="CORE")]
+    return [Hook(run=estimate, every=config.core_every, also_every=(also_every,), title="CORE")]
 
 
 def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tokenizer) -> list[Hook]:

@@ -51,14 +51,22 @@ class Hook:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A validation loss at which a training ends before its horizon. It is looked for every so many iterations."""
+    """A held-out number at which a training ends before its horizon. It is compared every so many iterations."""
 
-    val_bpb: float
+    metric: str
+    value: float
     every: int
+    choose: Callable[[float, float], float] = min
+    """min or max, whichever returns the better of two numbers."""
 
-    def look(self, done: int, metrics: dict[str, float]) -> None:
-        """Note it in the metrics, which are part of a saved state, if it is reached after `done` iterations."""
-        if done % self.every == 0 and metrics.get("val_bpb", math.inf) <= self.val_bpb:
+    def is_reached(self, numbers: Mapping[str, float]) -> bool:
+        """Return whether the metric is among some numbers, and as good as the target or better."""
+        found = numbers.get(self.metric, math.nan)
+        return math.isfinite(found) and self.choose(found, self.value) == found
+
+    def look(self, done: int, numbers: Mapping[str, float], metrics: dict[str, float]) -> None:
+        """Note it in the metrics, which are part of a saved state, if numbers after `done` iterations reach it."""
+        if done % self.every == 0 and self.is_reached(numbers):
             metrics["reached_target"] = 1.0
 
 
@@ -98,8 +106,8 @@ def fit(
             a straight training where both schedules agree on the first iterations (a constant rate).
         keep_state: whether to save in the artifact what an extension needs.
         best: keeps the best weights, with which the model ends; an extension starts with the last ones.
-        target: ends the training when it is reached; the first hook validates at its cadence. The metrics get
-            reached_target (1 or 0), iterations and seconds_to_target.
+        target: ends the training when it is reached; a hook measures it at its cadence. The metrics get reached_target
+            (1 or 0), iterations and seconds_to_target.
         save: fills a folder with what the stage promises.
         save_every: iterations between intermediate models, which are published as artifacts; with `keep_state` each
             can be extended.
@@ -128,9 +136,9 @@ def fit(
         for number, hook in enumerate(hooks[first:], first):
             if hook.is_due(done, done if ended() else num_iterations):
                 with checkpointer.saving_on_stop(done, pending_hook=number):
-                    monitor.look(done, hook.title, hook.run)
+                    numbers = monitor.look(done, hook.title, hook.run)
                     if target is not None:
-                        target.look(done, ctx.metrics)
+                        target.look(done, numbers, ctx.metrics)
 
     def write(folder: Path) -> None:
         assert save is not None
@@ -167,14 +175,13 @@ def fit(
             checkpointer.save_finished(done, ctx.out)
         monitor.finish()
         if target is not None:
-            reached = ctx.metrics["val_bpb"] <= target.val_bpb
+            reached = target.is_reached(ctx.metrics)
             ctx.metrics |= {
                 "reached_target": float(reached), "iterations": done, "seconds_to_target": monitor.meter.seconds,
             }  # fmt: skip
-            verb = "reached" if reached else "not reached"
+            verb, found = "reached" if reached else "not reached", ctx.metrics[target.metric]
             monitor.progress.note(
-                f"val_bpb {target.val_bpb} {verb}: {ctx.metrics['val_bpb']:.4f} after {done:,} of {num_iterations:,} "
-                f"iterations"
+                f"{target.metric} {target.value} {verb}: {found:.4f} after {done:,} of {num_iterations:,} iterations"
             )
 
 

@@ -55,8 +55,8 @@ class Monitor:
         self.watch, self.overfitting = Watch(ctx.config.training), Overfitting()
         self._began, self._waited, self._communication = 0.0, 0.0, 0.0
 
-    def look(self, done: int, title: str, measure: Callable[[int], dict[str, float]]) -> None:
-        """Call `measure` after `done` iterations, in the dtype of training, log its numbers and offer the weights.
+    def look(self, done: int, title: str, measure: Callable[[int], dict[str, float]]) -> dict[str, float]:
+        """Call `measure` after `done` iterations, in the dtype of training; log and return its numbers.
 
         The progress line shows `title` meanwhile.
         """
@@ -72,6 +72,7 @@ class Monitor:
         for name in _VALIDATIONS & numbers.keys():
             if (warning := self.overfitting.look(done, name, numbers[name], self.meter.loss)) is not None:
                 self.progress.note(warning)
+        return numbers
 
     def begin_iteration(self) -> None:
         """Start the clock."""
