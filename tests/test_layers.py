@@ -31,6 +31,7 @@ LAYERS = [
     {"evals"},
     {"training"},
     {"rl"},
+    {"preference"},
     {"bench"},
     {"report"},
     {"composition", "trackers", "terminal", "serve", "distill"},
@@ -77,7 +78,7 @@ def packages(path: Path, **options: bool) -> set[str]:
 
 
 def test_there_is_something_to_look_at() -> None:
-    assert (len(LIBRARY) > 40, len(STAGES), len(RUNNER) > 8) == (True, 10, True)
+    assert (len(LIBRARY) > 40, len(STAGES), len(RUNNER) > 8) == (True, 11, True)
     assert imports(ROOT / "stages" / "sft.py") >= {"mlxchat.training.finetune", "mlxchat.training.finetune.finetune"}
 
 

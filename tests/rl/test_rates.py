@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from mlxchat.stages.rl import rates_of
 
 from kit.models import make_model
 from mlxchat.composition.compose import compose_config
 from mlxchat.optim.optimizer import Optimizer
+from mlxchat.training.finetune import rates_of
 
 
 @pytest.mark.parametrize("kind", ["muon_oct2025", "adamw"])
@@ -17,7 +17,11 @@ def test_embeddings_and_head_learn_at_their_share_of_the_rate_and_matrices_at_th
         for share in (1.0, 0.1)
     )
     model = make_model()
-    one, other = (Optimizer(model, rates_of(each.optimizer, each.rl), width=64, lr_frac=0.5) for each in (whole, low))
+    rates = (
+        rates_of(each.optimizer, table_lr_frac=each.rl.table_lr_frac, clip_gradients=each.rl.clip_gradients)
+        for each in (whole, low)
+    )
+    one, other = (Optimizer(model, each, width=64, lr_frac=0.5) for each in rates)
     assert one.muon_lr == other.muon_lr
     for name, rule in one.adamw_rules.items():
         share = 1.0 if ".h." in name else 0.1

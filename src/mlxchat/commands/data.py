@@ -197,7 +197,7 @@ def _rm(options: Namespace) -> int:
     return int(bool(stays))
 
 
-_STAGES = ("midtrain", "sft", "rl", "eval")
+_STAGES = ("midtrain", "sft", "preference", "rl", "eval")
 _EXAMPLES = """\
 examples:
   mlxchat data show mixture=oct2025_sft -n 5
@@ -214,7 +214,7 @@ _MARKS = ("⟦", "⟧")
 def show(parser: Parser) -> None:
     """Declare `mlxchat data show`."""
     parser.take_settings()
-    parser.use("mixture=NAME|suite=NAME|stage=midtrain|sft|rl|eval [SETTINGS]")
+    parser.use("mixture=NAME|suite=NAME|stage=midtrain|sft|preference|rl|eval [SETTINGS]")
     parser.epilog = _EXAMPLES
     parser.description = (
         "Show conversations as a model is trained on them or asked them (default: stage=sft). What is trained on is "
@@ -259,7 +259,9 @@ def _show(options: Namespace) -> int:
     heading = f"{title}{' (validation)' if options.validation else ''}: {len(mixture):,} conversations, {which}"
     console.print(heading, style="bold")
     _print_table(console, mixture, tokenizer)
-    if stage in ("rl", "eval"):
+    if any(task.is_paired for task in mixture.tasks().values()):
+        console.print("of pairs the chosen answers are shown")
+    elif stage in ("preference", "rl", "eval"):
         console.print("marked is the data's own answer, which a model that is asked does not see")
     if _trains_on_all(config, stage):
         console.print(f"{stage} trains on every token ({stage}.train_on=all), not only on what is marked")
@@ -289,6 +291,9 @@ def _aim(settings: list[str]) -> tuple[str, str, list[str]]:
 def _items(config: Config, stage: str, *, is_validation: bool) -> Mapping[str, TaskItem]:
     if stage == "rl":
         return {"evaluation": config.rl.evaluation} if is_validation else {"task": config.rl.task}
+    if stage == "preference":
+        pairs = config.preference
+        return {"validation": pairs.validation} if is_validation else {"data": pairs.data}
     if stage == "eval":
         return config.suite
     section = config.midtrain if stage == "midtrain" else config.sft

@@ -10,8 +10,8 @@ from mlxchat.config.schema import Config
 
 # Groups of the defaults list, where `+` would add a second entry.
 _LISTED_GROUPS = (
-    "pipeline", "model", "architecture", "optimizer", "corpus", "adapter", "rl", "suite", "core", "machine", "executor",
-    "tracker", "sweep", "experiment",
+    "pipeline", "model", "architecture", "optimizer", "corpus", "adapter", "rl", "preference", "suite", "core",
+    "machine", "executor", "tracker", "sweep", "experiment",
 )  # fmt: skip
 # Several values (the jobs of a sweep); a comma inside quotation marks does not separate values.
 _SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
@@ -20,7 +20,8 @@ _SWEEPS = re.compile(r"\w+\(|[^'\"]*,")
 def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool = True) -> list[str]:
     """Return overrides for Hydra; with `imply`, including the implied experiment.
 
-    - `stage=sft` becomes `targets=[sft]`; `stage=all` the whole pipeline.
+    - `stage=sft` becomes `targets=[sft]`; `stage=all` the whole pipeline. `stage=preference` implies the pipeline that
+      has such a step, unless a pipeline or an experiment is chosen.
     - `+experiment=smoke` becomes `experiment=smoke`.
     - One value for a list (`force=sft`) becomes a list of one.
     - A new key of a mapping that starts empty (`timeout.sft=60`, `rl.rewards={…}`), and of a step's settings
@@ -28,6 +29,9 @@ def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool
     - `+sft.mixture.mine={…}` becomes `+sft.mixture={mine: {…}}`: OmegaConf can merge a new task but not set it.
     """
     implied = implied_experiment(overrides) if imply else []
+    chosen = {override.partition("=")[0] for override in overrides}
+    if imply and "stage=preference" in overrides and not chosen & {"pipeline", "experiment"}:
+        implied.append("pipeline=preference")
     return [*implied, *(_as_hydra(override, schema) for override in overrides)]
 
 

@@ -68,6 +68,7 @@ def _find_problems(config: Config, steps: Pipeline) -> list[str]:
         *_finetune("sft", config.sft, config, steps),
         *_schedule("rl", config.rl.schedule),
         *find_rl_problems(config.rl),
+        *_preference(config, steps),
         *(find_item_problems("suite", config.suite, training=False) if config.suite else ()),
         *_eval(config),
         *_imported(config),
@@ -120,7 +121,8 @@ def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> I
 
 
 def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:
-    stages = {"midtrain": config.midtrain.adapter, "sft": config.sft.adapter, "rl": config.rl.adapter}
+    stages = {"midtrain": config.midtrain.adapter, "sft": config.sft.adapter, "rl": config.rl.adapter,
+              "preference": config.preference.adapter}  # fmt: skip
     yield from find_unread_problems(config.adapter, list(stages.values()))
     yield from find_fusing_problems(config.pipeline, stages)
     # Sizes of existing models are known only when the plan is made.
@@ -446,7 +448,7 @@ def find_range_problems(config: Config) -> Iterator[str]:
 
 
 def find_bound_problems(config: Config) -> Iterator[str]:
-    """Yield a line for each value outside the bounds in its field's metadata: at_least, at_most, one_of."""
+    """Yield a line for each value outside the bounds in its field's metadata: above, at_least, at_most, one_of."""
     sections = [(item.name, getattr(config, item.name)) for item in fields(config)]
     while sections:
         key, section = sections.pop(0)
@@ -459,6 +461,8 @@ def find_bound_problems(config: Config) -> Iterator[str]:
             if known is not None and value not in known:
                 named = [str(each) for each in known]
                 yield f'{where} is "{value}", expected {" or ".join(named)}.{suggest(str(value), named)}'
+            if (bound := bounds.get("above")) is not None and not value > bound:
+                yield f"{where} is {value}, expected more than {bound}"
             if least is not None and not value >= least:
                 yield f"{where} is {value}, expected at least {least}"
             if most is not None and not value <= most:
@@ -574,6 +578,27 @@ def find_rl_problems(rl: RLConfig) -> Iterator[str]:
         yield f"rl.resample_rounds is {rl.resample_rounds}, expected at least 0 (none)"
     for name, reward in rl.rewards.items():
         yield from _reward(f"rl.rewards.{name}", reward)
+
+
+def _preference(config: Config, steps: Pipeline) -> Iterator[str]:
+    preference = config.preference
+    yield from _schedule("preference", preference.schedule)
+    yield from find_item_problems("preference", {"data": preference.data}, training=True)
+    yield from find_item_problems("preference", {"validation": preference.validation}, training=False)
+    if not any(step.get("stage") == "preference" for step in steps.values()):
+        return
+    for name in ("data", "validation"):
+        item = getattr(preference, name)
+        if item.task == "pairs" and item.path is None:
+            yield (
+                f"preference.{name}.path is null: give a file of pairs, or the task whose questions the model shall "
+                f"answer, such as preference.{name}.task=arithmetic"
+            )
+    if preference.adapter.is_there and preference.adapter.dropout > 0:
+        yield (
+            f"preference.adapter.dropout is {preference.adapter.dropout}, expected 0: the loss needs the "
+            "log-probabilities of the whole model"
+        )
 
 
 def _reward(where: str, reward: RewardConfig) -> Iterator[str]:

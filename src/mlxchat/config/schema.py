@@ -436,6 +436,48 @@ class RLConfig(ExtendableConfig):
 
 
 @dataclass(kw_only=True)
+class PreferenceConfig:
+    """Training on pairs of a chosen and a rejected answer: DPO or ORPO."""
+
+    data: TaskItem = MISSING
+    """Pairs to train on: task pairs reads them from a file. Of any other task, the model answers the questions first,
+    and right answers are paired with wrong ones."""
+    validation: TaskItem = MISSING
+    """Held-out pairs, or questions to make them of."""
+    loss: str = field(default=MISSING, metadata={"one_of": ("dpo", "orpo")})
+    """dpo (arXiv 2305.18290): compares with the model that training starts from; orpo (arXiv 2403.07691): needs none,
+    and learns the chosen answers too."""
+    beta: float = field(default=MISSING, metadata={"above": 0})
+    """dpo: factor of the log-ratios; larger values keep the model closer to the one that training starts from."""
+    label_smoothing: float = field(default=MISSING, metadata={"at_least": 0, "at_most": 0.5})
+    """dpo: assumed share of pairs whose rejected answer is the better one; 0: none."""
+    odds_weight: float = field(default=MISSING, metadata={"at_least": 0})
+    """orpo: λ, the factor of the odds-ratio term beside the cross-entropy of the chosen answers."""
+    samples_per_question: int = field(default=MISSING, metadata={"at_least": 2})
+    """Answers that are sampled to each question, where data has no pairs."""
+    pairs_per_question: int = field(default=MISSING, metadata={"at_least": 1})
+    """Pairs made of these, at most; an answer is in one pair only."""
+    max_new_tokens: int = field(default=MISSING, metadata={"at_least": 1})
+    """Longest sampled answer; what is cut off there is in no pair."""
+    temperature: float = field(default=MISSING, metadata={"above": 0})
+    top_k: int | None = field(default=MISSING, metadata={"at_least": 1})
+    num_epochs: int = field(default=MISSING, metadata={"at_least": 1})
+    """Passes over the pairs; num_iterations takes its place."""
+    num_iterations: int | None = field(default=MISSING, metadata={"at_least": 1})
+    """Number of updates; null: num_epochs passes."""
+    pairs_per_iteration: int = field(default=MISSING, metadata={"at_least": 1})
+    row_tokens: int = field(default=MISSING, metadata={"at_least": 2})
+    """Longest row, conversation and answer; pairs with a longer one are left out."""
+    schedule: ScheduleConfig = MISSING
+    table_lr_frac: float = field(default=MISSING, metadata={"at_least": 0})
+    """Factor of the learning rates of embeddings, head and scalars."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """LoRA adapters, trained in place of the model's weights."""
+    eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    """Iterations between validations; null: only before and after the training."""
+
+
+@dataclass(kw_only=True)
 class CoreConfig:
     """CORE, the metric of base models."""
 
@@ -922,8 +964,9 @@ class Config:
     midtrain: FinetuneConfig = field(default_factory=FinetuneConfig)
     sft: FinetuneConfig = field(default_factory=FinetuneConfig)
     rl: RLConfig = field(default_factory=RLConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """Default of midtrain.adapter, sft.adapter and rl.adapter; no stage reads it directly."""
+    """Default of midtrain.adapter, sft.adapter, rl.adapter and preference.adapter; no stage reads it directly."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     outside: OutsideConfig = field(default_factory=OutsideConfig)
     imported: ImportConfig = field(default_factory=ImportConfig)

@@ -7,12 +7,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import find_fault
+
+Content = str | list[dict[str, str]]
+"""Of a message: text, or the parts of an answer."""
 
 # Delimiters of each type of part, and its mask.
 _PARTS = {
@@ -70,3 +74,30 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> l
         messages = messages[:-1]
     ids, _ = render_conversation(tokenizer, {"messages": messages}, max_tokens=None)
     return [*ids, tokenizer.special_ids["<|assistant_start|>"]]
+
+
+def parse_answer(tokenizer: Tokenizer, ids: Sequence[int]) -> Content | None:
+    """Return the content of an answer whose tokens are `ids`, without the one that ends it.
+
+    None: no content has these tokens, such as those of a call that is not closed, or it is empty.
+    """
+    special = tokenizer.special_ids
+    kinds = {special[start]: (kind, special[end]) for kind, (start, end, _) in _PARTS.items() if start and end}
+    parts: list[dict[str, str]] = []
+    rest = list(ids)
+    while rest:
+        kind, end = kinds.get(rest[0], ("text", None))
+        if end is None:
+            stop = next((place for place, id_ in enumerate(rest) if id_ in kinds), len(rest))
+            inside, rest = rest[:stop], rest[stop:]
+        elif end in rest:
+            stop = rest.index(end)
+            inside, rest = rest[1:stop], rest[stop + 1 :]
+        else:
+            return None
+        if any(id_ in special.values() for id_ in inside):
+            return None
+        parts.append({"type": kind, "text": tokenizer.decode(inside)})
+    if len(parts) == 1 and parts[0]["type"] == "text":
+        return parts[0]["text"] if parts[0]["text"].strip() else None
+    return parts or None

@@ -33,6 +33,7 @@ from mlxchat.errors import DataError
 from mlxchat.ops.machine import available_cores
 from mlxchat.runner.context import Context
 from mlxchat.store.fingerprint import canonical_json
+from mlxchat.tasks.pairs import Answers
 
 FORMAT = 1
 FILE = "tokens.safetensors"
@@ -345,8 +346,8 @@ def encode_shard(
     return _write(folder, encode(), "documents", shard.count(check), tokenizer.vocab_size)
 
 
-def open_mixture(ctx: Context, name: str, mixture: Mixture, tokenizer: Tokenizer) -> Tokens:
-    """Return the tokenized conversations of a mixture; `name` becomes part of the artifact's label."""
+def open_mixture(ctx: Context, name: str, mixture: Mixture | Answers, tokenizer: Tokenizer) -> Tokens:
+    """Return the tokenized conversations of a mixture or of pairs; `name` becomes part of the artifact's label."""
     digest = hashlib.sha256()
     for conversation in mixture:
         digest.update(canonical_json(conversation.get("messages")).encode() + b"\n")

@@ -28,7 +28,7 @@ from mlxchat.store.store import Store
 
 log = logging.getLogger(__name__)
 
-STAGE_LABELS = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "rl": "RL"}
+STAGE_LABELS = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "preference": "PREF", "rl": "RL"}
 # How much of an id the name of an artifact's folder carries.
 RID_LETTERS = 16
 

@@ -389,6 +389,10 @@ _SERIES = (
     _Series(key="core_estimate", title="CORE estimate", y="mean centred accuracy", show="{:.4f}".format,
             from_zero=False, is_main=True),
     _Series(key="mean_centered", title="accuracy on tasks", y="mean centred accuracy", from_zero=False, is_main=True),
+    _Series(key="val_pair_accuracy", title="held-out pairs whose chosen answer is preferred", y="% of the pairs",
+            scale=100, show="{:.0f}%".format, from_zero=False, is_main=True),
+    _Series(key="val_chosen_log_prob", title="held-out chosen answers", y="log-probability, nats", from_zero=False),
+    _Series(key="val_rejected_log_prob", title="held-out rejected answers", y="log-probability, nats", from_zero=False),
     _Series(key="held_out_reward", title="held-out reward", y="per sampled answer", from_zero=False),
     _Series(key="ce", title="cross-entropy", y="nats per token", is_smoothed=True, from_zero=False),
     _Series(key="kl", title="divergence from the teacher", y="nats per token", is_smoothed=True),
@@ -453,7 +457,7 @@ def bpb_baselines(report: RunReport, step: StepReport) -> dict[str, float]:
 
 
 def _charts(report: RunReport, step: StepReport, *, is_main: bool) -> Iterator[Chart]:
-    is_rl = bool(step.series("reward")[0])
+    is_rl, has_pairs = bool(step.series("reward")[0]), bool(step.series("pair_accuracy")[0])
     if not (is_rl or step.series("loss")[0]):
         return
     validation = next((key for key in _VALIDATION if step.series(key)[0]), "")
@@ -469,11 +473,12 @@ def _charts(report: RunReport, step: StepReport, *, is_main: bool) -> Iterator[C
         end = series.show(curve.drawn()[-1])
         title = "divergence from the model that RL began with" if is_rl and series.key == "kl" else series.title
         levels = list(bpb_baselines(report, step).items()) if series.key == "val_bpb" else []
-        said = f"{title} of step {step.name} over its iterations, {series.y}: it ends at {end}"
+        y = "per pair" if has_pairs and series.key in ("loss", "val_loss") else series.y
+        said = f"{title} of step {step.name} over its iterations, {y}: it ends at {end}"
         yield Chart(
             name=f"{slug(step.name)}-{slug(series.key)}",
             title=f"{step.name}: {title}{' (bold: smoothed)' if curve.drawn() is not curve.points[1] else ''}",
-            alt=f"Curve of the {said}{''.join(f'; {label} {value:.4g}' for label, value in levels)}.", y=series.y,
+            alt=f"Curve of the {said}{''.join(f'; {label} {value:.4g}' for label, value in levels)}.", y=y,
             curves=[Curve(points=curve.points, errors=curve.errors, is_smoothed=series.is_smoothed, end=end)],
             levels=levels, from_zero=series.from_zero,
         )  # fmt: skip

@@ -35,7 +35,7 @@ MODEL = "checkpoint"
 _ID_CHARS = 16
 _MOST_SHOWN = 8
 # In order of preference, chat models first.
-_STAGES = ("rl", "sft", "midtrain", "pretrain", "fused", "imported")
+_STAGES = ("rl", "preference", "sft", "midtrain", "pretrain", "fused", "imported")
 _STAMP = re.compile(r"(\d{8}-\d{6})(?:-\d{6})?(?:-\d+-(?P<called>.+))?$")
 # Verbs that publish a checkpoint but do not make their run the latest one.
 _VERBS = ("import", "fuse")

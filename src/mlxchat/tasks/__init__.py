@@ -32,6 +32,7 @@ _TASKS = {
     "letter_count": ("spelling", "LetterCount"),
     "identity": ("jsonl", "Identity"),
     "jsonl": ("jsonl", "Jsonl"),
+    "pairs": ("pairs", "Pairs"),
     "identity_conversations": ("jsonl", "IdentityConversations"),
     "smoltalk": ("benchmarks", "SmolTalk"),
     "mmlu": ("benchmarks", "MMLU"),

@@ -39,6 +39,7 @@ class Task(ABC):
         training_splits: the splits that may be trained on.
         source_options: options that locate the data; all other options are numbers.
         is_lazy: whether creating the task reads no data.
+        is_paired: whether conversations also have a rejected answer, conversation["rejected"].
         repeats: whether a `size` above the number of conversations repeats them; otherwise all are taken once.
         prompt_tokens: an upper bound of the prompt length, for predictions of memory; None: unknown.
 
@@ -51,6 +52,7 @@ class Task(ABC):
     training_splits: ClassVar[tuple[str, ...]] = ("train",)
     source_options: ClassVar[tuple[str, ...]] = ()
     is_lazy: ClassVar[bool] = False
+    is_paired: ClassVar[bool] = False
     repeats: ClassVar[bool] = True
     prompt_tokens: ClassVar[int | None] = None
 

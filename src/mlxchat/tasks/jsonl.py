@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import random
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -52,7 +52,7 @@ class Jsonl(Task):
             raise ConfigError(
                 f"contains of task {self.name} is {self.contains:g}, expected 0 (equal) or 1 (contains the answer)."
             )
-        self._conversations = read_conversations(Path(path))
+        self._conversations = self._read(Path(path))
         places = [
             place
             for place, conversation in enumerate(self._conversations)
@@ -64,6 +64,9 @@ class Jsonl(Task):
                 f"{self.held_out_frac}. Add conversations or change held_out_frac."
             )
         self._places = array("Q", self._shuffled(places))
+
+    def _read(self, path: Path) -> ConversationFile:
+        return read_conversations(path)
 
     def _own_size(self) -> int:
         return len(self._places)
@@ -119,9 +122,9 @@ def _first_user(conversation: Conversation) -> str:
 class ConversationFile:
     """The conversations of a file. Only the offsets of their lines are in memory."""
 
-    def __init__(self, path: Path, places: array[int]) -> None:
-        """`places` are the offsets of the conversations' lines, which were checked before."""
-        self._path, self._places = path, places
+    def __init__(self, path: Path, places: array[int], parse: Callable[[Any], Conversation]) -> None:
+        """`places` are the offsets of the conversations' lines, which were checked before with `parse`."""
+        self._path, self._places, self._parse = path, places, parse
 
     def __len__(self) -> int:
         return len(self._places)
@@ -139,7 +142,7 @@ class ConversationFile:
         try:
             with self._path.open("rb") as file:
                 file.seek(place)
-                return _conversation(json.loads(file.readline()), False, 1)
+                return self._parse(json.loads(file.readline()))
         except (OSError, ValueError) as error:
             raise DataError(f"{self._path} changed while it was read ({error}).") from error
 
@@ -156,18 +159,38 @@ def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2
         DataError: the file cannot be read, or has invalid lines (the message names all of them).
 
     """
+    forms = (
+        '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, '
+        'a list of messages, {"question", "answer"} or {"prompt", "completion"}'
+    )
+    parse = partial(parse_conversation, ends_answered=ends_answered, least=least)
+    return read_lines(path, parse, "conversations", forms)
+
+
+def read_lines(path: Path, parse: Callable[[Any], Conversation], what: str, forms: str) -> ConversationFile:
+    """Check each line of a .jsonl file and return what `parse` makes of them.
+
+    Args:
+        path: the file, in UTF-8; empty lines are skipped.
+        parse: takes a line's JSON value; raises ValueError with what is wrong.
+        what: the lines are, for messages.
+        forms: of a line that are accepted.
+
+    Raises:
+        DataError: the file cannot be read, or lines of it are wrong; all of them are named.
+    """
     places, faults, place = array("Q"), [], 0
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    fault = _find_fault(line, ends_answered, least)
+                    fault = _find_fault(line, parse)
                     if fault:
                         faults.append(f"line {number}: {fault}")
                     places.append(place)
                 place += len(line)
     except OSError as error:
-        raise DataError(f"{path} cannot be read as a UTF-8 file of conversations ({error}).") from error
+        raise DataError(f"{path} cannot be read as a UTF-8 file of {what} ({error}).") from error
     if faults:
         more = len(faults) - _MAX_FAULTS_SHOWN
         shown = faults[:_MAX_FAULTS_SHOWN]
@@ -175,20 +198,17 @@ def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2
             rest = ", ".join(fault.split(":")[0].removeprefix("line ") for fault in faults[_MAX_FAULTS_SHOWN:])
             shown.append(f"and {more} more, lines {rest}")
         raise DataError(
-            f"{path} has {len(faults)} lines that are not conversations:\n  "
-            + "\n  ".join(shown)
-            + '\nExpected {"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, '
-            'a list of messages, {"question", "answer"} or {"prompt", "completion"}.'
+            f"{path} has {len(faults)} lines that are not {what}:\n  " + "\n  ".join(shown) + f"\nExpected {forms}."
         )
-    return ConversationFile(path, places)
+    return ConversationFile(path, places, parse)
 
 
-def _find_fault(line: bytes, ends_answered: bool, least: int) -> str:
-    """Return why a line is not a conversation, or an empty string if it is."""
+def _find_fault(line: bytes, parse: Callable[[Any], Conversation]) -> str:
+    """Return why `parse` rejects a line, or an empty string if it does not."""
     if len(line) > _MOST_LINE_BYTES:
         return f"{len(line):,} bytes, expected at most {_MOST_LINE_BYTES:,}"
     try:
-        _conversation(json.loads(line), ends_answered, least)
+        parse(json.loads(line))
     except json.JSONDecodeError as error:
         return f"not JSON ({error.msg} at column {error.colno})"
     except UnicodeDecodeError:
@@ -200,8 +220,12 @@ def _find_fault(line: bytes, ends_answered: bool, least: int) -> str:
     return ""
 
 
-def _conversation(value: Any, ends_answered: bool, least: int) -> Conversation:
-    """Return the conversation of a parsed line; raises ValueError with the reason if there is none."""
+def parse_conversation(value: Any, *, ends_answered: bool = True, least: int = 2) -> Conversation:
+    """Return the conversation of a parsed line, in one of the forms of `read_conversations`.
+
+    Raises:
+        ValueError: there is none; with the reason.
+    """
     if isinstance(value, str) and least == 1:
         value = {"question": value}
     if isinstance(value, dict):

@@ -23,6 +23,8 @@ class Batch:
     ids: Ints
     targets: Ints
     weights: np.ndarray[Any, np.dtype[np.float32]]
+    offset: float = 0.0
+    """Added to the loss that is reported, where the weights stand for the gradient of another one."""
 
 
 def mean_batch(rows: Sequence[tuple[Ints, Ints]], *, trimmed: bool = False) -> Batch:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.config.schema import AdapterConfig, FinetuneConfig
+from mlxchat.config.schema import AdapterConfig, FinetuneConfig, OptimizerConfig
 from mlxchat.data.mixture import Mixture, open_item
 from mlxchat.data.packing import RowStream, ShuffledConversations, count_rows, pack_conversations, take_validation
 from mlxchat.data.tokenizer import Tokenizer
@@ -42,13 +42,11 @@ def finetune(ctx: Context, config: FinetuneConfig) -> None:
         DataError: the checkpoint lacks what the configuration needs.
     """
     checkpoint = ctx.inputs["checkpoint"]
-    machine, rates = ctx.config.machine, ctx.config.optimizer
+    machine, rates = ctx.config.machine, rates_of(ctx.config.optimizer, clip_gradients=config.clip_gradients)
     dtype = prepare_machine(machine)
     model, tokenizer, facts = load_checkpoint(checkpoint)
     if config.context_tokens is not None:
         model = lengthen_context(model, config.context_tokens)
-    if not config.clip_gradients:
-        rates = replace(rates, grad_clip=None)
     rule = begin_adapters(ctx, config.adapter, model, dtype)
     optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac, adapter=rule)
     if config.warm_start:
@@ -139,6 +137,15 @@ def _batch_tokens(stage: str, config: FinetuneConfig, checkpoint: Path, facts: d
     if tokens is None:
         raise DataError(f"{checkpoint} does not tell how large pretraining's batch was: give {stage}.batch.tokens")
     return whole_rows(int(tokens), config.batch.row_tokens)
+
+
+def rates_of(optimizer: OptimizerConfig, *, table_lr_frac: float = 1.0, clip_gradients: bool = True) -> OptimizerConfig:
+    """Return the optimizer of a stage: `table_lr_frac` scales all learning rates except those of the matrices."""
+    groups = {
+        name: group if name == "matrices" else replace(group, lr_frac=group.lr_frac * table_lr_frac)
+        for name, group in optimizer.adamw_groups.items()
+    }
+    return replace(optimizer, adamw_groups=groups, grad_clip=optimizer.grad_clip if clip_gradients else None)
 
 
 def begin_adapters(ctx: Context, config: AdapterConfig, model: GPT, dtype: mx.Dtype) -> AdamWRule | None:

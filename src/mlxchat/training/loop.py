@@ -161,7 +161,7 @@ def fit(
                 batch = batches.next_batch(done)
                 rates = rates_at(done, num_iterations, schedule, optimizer.config)
                 loss, norm = step(batch, rates, done)
-                monitor.end_iteration(done + 1, batch, loss, norm, step.loss_parts, rates)
+                monitor.end_iteration(done + 1, batch, loss + batch.offset, norm, step.loss_parts, rates)
             done += 1
             crash_point("train.iteration")
             run_hooks()

@@ -65,7 +65,8 @@ class TeamStep:
         sync_model(self.team, self.model)
         with moving_on_all(self.team, self.model):
             request = {"rates": list(rates), "iteration": iteration}
-            return cast(tuple[float, float], self.team.call(_train, request, asdict(batch)))
+            arrays = {"ids": batch.ids, "targets": batch.targets, "weights": batch.weights}
+            return cast(tuple[float, float], self.team.call(_train, request, arrays))
 
 
 def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> TrainStep:
@@ -92,7 +93,7 @@ def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> 
 def _train(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> tuple[float, float]:
     """Make one step; return the loss and the gradients' norm."""
     step: TrainStep = team.kept["training"]
-    batch = Batch(**{name: np.array(value) for name, value in arrays.items()})
+    batch = Batch(np.array(arrays["ids"]), np.array(arrays["targets"]), np.array(arrays["weights"]))
     return step(batch, Rates(*request["rates"]), request["iteration"])
 
 

@@ -9,9 +9,9 @@ const $ = (id) => document.getElementById(id);
 const LOOK_MILLISECONDS = 3000;
 const HEIGHT = 170;
 // Shown first, in this order.
-const FIRST = ["loss", "smooth_loss", "val_bpb", "val_loss", "reward", "pass_at_1", "lr_multiplier", "tokens_per_second"];
+const FIRST = ["loss", "smooth_loss", "val_bpb", "val_loss", "reward", "pass_at_1", "val_pair_accuracy", "lr_multiplier", "tokens_per_second"];
 
-const TRAINING = ["pretrain", "midtrain", "sft", "rl"];
+const TRAINING = ["pretrain", "midtrain", "sft", "preference", "rl"];
 const HIDDEN = /_stderr$|^elapsed_seconds$/;
 
 let [run, step, other] = decodeURIComponent(location.hash.slice(1)).split("|");

@@ -1,0 +1,91 @@
+"""The stage preference: from a file of pairs to a checkpoint, resumed bit for bit; what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kit.artifacts import publish_base
+from kit.commands import CommandLine, run_here
+from kit.models import composed
+from mlxchat.store.fingerprint import hash_file
+from mlxchat.store.store import Store
+
+SETTINGS = """
+    pipeline=preference stage=preference pipeline.preference.checkpoint=artifact:base machine=cpu machine.blas_threads=1
+    machine.checkpoint_seconds=0 preference.row_tokens=64 preference.pairs_per_iteration=4 preference.num_iterations=6
+    preference.schedule.init_lr_frac=0.2 preference.eval_every=3
+"""
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Path:
+    """Outputs with a model, and beside them pairs: cats are preferred to dogs."""
+    publish_base(tmp_path / "outputs")
+    with (tmp_path / "pairs.jsonl").open("w") as file:
+        for number in range(40):
+            line = {"prompt": f"who sat {number}", "chosen": "the cat", "rejected": "the dog"}
+            file.write(json.dumps(line) + "\n")
+    return tmp_path / "outputs"
+
+
+def command(outputs: Path, *more: str) -> list[str]:
+    return [*SETTINGS.split(), f"preference.data.path={outputs.with_name('pairs.jsonl')}", f"outputs={outputs}", *more]
+
+
+def made(outputs: Path) -> Path:
+    (found,) = (each for each in Store(outputs).manifests() if each["step"] == "preference")
+    return outputs / "store" / str(found["name"])
+
+
+def test_a_killed_training_ends_with_the_same_bytes_and_prefers_what_was_chosen(
+    outputs: Path, mlxchat: CommandLine, tmp_path: Path
+) -> None:
+    settings = command(outputs, "preference.adapter.kind=lora")
+    killed = mlxchat(*settings, cwd=tmp_path, environ={"MLXCHAT_CRASH_AT": "train.iteration:4"})
+    assert killed.returncode == -9, killed.stdout + killed.stderr
+    assert run_here(*settings) == 0
+    resumed, straight = made(outputs), outputs.with_name("straight")
+    curve = [json.loads(line) for line in (resumed / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in curve if "val_loss" in line] == [0, 3, 6]
+    assert [line["iteration"] for line in curve if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    metrics = json.loads((resumed / "manifest.json").read_text())["metrics"]
+    assert metrics["val_pair_accuracy"] == 1.0 > curve[0]["val_pair_accuracy"]
+    assert metrics["val_loss"] < curve[0]["val_loss"]
+    publish_base(straight)
+    assert run_here(*settings[:-2], settings[-1], f"outputs={straight}") == 0
+    assert hash_file(made(straight) / "adapters.safetensors") == hash_file(resumed / "adapters.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["preference.data.path=null"], ["preference.data.path is null: give a file of pairs"]),
+        (["preference.row_tokens=257"], ["preference.row_tokens=257 is longer than the context of the model"]),
+        (
+            ["preference.loss=ipo", "preference.beta=0", "preference.label_smoothing=0.6", "preference.data.split=test",
+             "preference.adapter.kind=lora", "preference.adapter.dropout=0.1"],
+            ['preference.loss is "ipo", expected dpo or orpo', "preference.beta is 0.0, expected more than 0",
+             "preference.label_smoothing is 0.6, expected at most 0.5", "held-out conversations are never trained on",
+             "preference.adapter.dropout is 0.1, expected 0"],
+        ),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused(
+    more: list[str], said: list[str], outputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(*command(outputs, *more)) == 2
+    refusal = capsys.readouterr().err
+    assert [each for each in said if each not in refusal] == []
+
+
+def test_pairs_that_are_all_too_long_are_refused(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(*command(outputs, "preference.row_tokens=8")) == 2
+    assert "pairs are longer than preference.row_tokens=8" in capsys.readouterr().err
+
+
+def test_stage_preference_means_the_pipeline_that_has_it() -> None:
+    pipeline = composed("stage=preference", "preference.data.task=arithmetic").pipeline
+    assert pipeline["preference"] == {"stage": "preference", "checkpoint": "sft"}
