@@ -121,10 +121,13 @@ def _config(folder: Path, **more: Any) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
-    "no arrays": (lambda folder: _without(folder, "adapters.safetensors"), "holds no adapters.safetensors"),
-    "no config": (lambda folder: _without(folder, "adapter_config.json"), "holds no adapter_config.json"),
-    "cut": (lambda folder: (folder / "adapters.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"{"), "is cut off"),
-    "a pickle": (lambda folder: (folder / "adapters.safetensors").write_bytes(b"\x80\x04cos\nsystem\n."), "is cut off"),
+    "no arrays": (lambda folder: _without(folder, "adapters.safetensors"), "has no adapters.safetensors"),
+    "no config": (lambda folder: _without(folder, "adapter_config.json"), "has no adapter_config.json"),
+    "cut": (lambda folder: (folder / "adapters.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"{"), "is truncated"),
+    "a pickle": (
+        lambda folder: (folder / "adapters.safetensors").write_bytes(b"\x80\x04cos\nsystem\n."),
+        "is truncated",
+    ),
     "not finite": (_poison, "numbers that are not finite"),
     "a huge scale": (lambda folder: _config(folder, scale=10**400), "is no number"),
     "another rank": (lambda folder: _config(folder, rank=5), "adapters do not fit adapter_config.json and the model"),

@@ -98,7 +98,7 @@ def test_an_export_over_a_base_without_a_readable_config_is_refused(
     config.unlink() if content is None else config.write_text(content)
     code, said = command("export", "sft", "--to", "mlx", "out")
     assert code == 2
-    assert "no readable checkpoint" in said
+    assert "not a readable checkpoint" in said
     assert not Path("out").exists()
 
 

@@ -1,4 +1,4 @@
-"""Small models in the layouts of others, written here without their code: what imports are tested on."""
+"""Small models in nanochat's format, written without its code."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ class _Pickler(pickle.Pickler):
 
 @contextmanager
 def torch_by_name() -> Iterator[tuple[types.ModuleType, types.ModuleType]]:
-    """Have modules that are called torch and torch._utils, so that pickles can refer to their parts."""
+    """Install dummy modules torch and torch._utils that pickles can refer to."""
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
     for name in _STORAGES.values():
         setattr(torch, name, type(name, (), {"__module__": "torch"}))
 
     def _rebuild_tensor_v2(*_: Any) -> None:
-        raise AssertionError("nobody calls it")
+        raise AssertionError("never called")
 
     _rebuild_tensor_v2.__module__, _rebuild_tensor_v2.__qualname__ = "torch._utils", "_rebuild_tensor_v2"
     utils._rebuild_tensor_v2 = _rebuild_tensor_v2  # type: ignore[attr-defined]
@@ -59,7 +59,7 @@ def torch_by_name() -> Iterator[tuple[types.ModuleType, types.ModuleType]]:
 
 
 class Tensor:
-    """A tensor to be written: NumPy's numbers (uint16: the bits of bfloat16), and where they lie in their storage."""
+    """A tensor to write: NumPy's numbers (uint16: the bits of bfloat16); `lies` replace its true description."""
 
     def __init__(self, numbers: np.ndarray[Any, Any], **lies: Any) -> None:
         self.numbers, self.lies = numbers, lies
@@ -71,7 +71,7 @@ class Tensor:
 
 
 def write_torch(path: Path, content: dict[str, Any] | list[Any] | Tensor, **zip_options: Any) -> None:
-    """Write what torch.save would: a stored zip with a pickle and a member for each storage."""
+    """Write a file as torch.save does: a stored zip with a pickle and a member for each storage."""
     members: dict[str, bytes] = {}
     with torch_by_name() as (torch, utils):
 
@@ -104,7 +104,7 @@ def write_torch(path: Path, content: dict[str, Any] | list[Any] | Tensor, **zip_
 
 
 def write_zip(path: Path, members: dict[str, bytes], folder: str = "archive", compression: int = 0) -> None:
-    """Write a zip whose members lie in one folder."""
+    """Write a zip whose members are in one folder."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in members.items():
             archive.writestr(zipfile.ZipInfo(f"{folder}/{name}"), data, compression)  # the same bytes at any time
@@ -121,7 +121,7 @@ def encoding_of(num_merged: int = 20, special: tuple[str, ...] = SPECIAL_TOKENS)
 
 @dataclass
 class Twin:
-    """A folder as nanochat leaves it, of a tiny model with numbers drawn at random."""
+    """A nanochat checkpoint of a tiny random model."""
 
     folder: Path
     sizes: GPTSizes
@@ -129,7 +129,7 @@ class Twin:
     """Our name → float32; the tables were stored as bfloat16."""
 
     def config(self, **settings: Any) -> ImportConfig:
-        """Return what imports it."""
+        """Return the configuration of its import."""
         given = {"name": "twin", "format": "nanochat", "repository": None, "revision": "main",
                  "folder": str(self.folder), "step": None, "chat": None}  # fmt: skip
         return ImportConfig(**{**given, **settings})
@@ -139,7 +139,7 @@ def make_twin(
     folder: Path, *, later: bool = False, prefix: str = "", step: int = 7, width: int = 32, seed: int = 0,
     num_layers: int = 2, random: bool = True,
 ) -> Twin:  # fmt: skip
-    """Write a checkpoint of nanochat's, of either architecture."""
+    """Write a nanochat checkpoint of either architecture."""
     folder.mkdir(parents=True, exist_ok=True)
     encoding = encoding_of()
     meta = {"sequence_len": 64, "vocab_size": encoding.n_vocab, "n_layer": num_layers, "n_head": 2,
@@ -165,13 +165,13 @@ def make_twin(
 
 @pytest.fixture
 def twin(tmp_path: Path) -> Callable[..., Twin]:
-    """Make twins below the test's folder."""
+    """Create twins in the test's folder."""
     return lambda name="twin", **options: make_twin(tmp_path / name, **options)
 
 
 @pytest.fixture(scope="session")
 def lay() -> types.SimpleNamespace:
-    """What writes the layouts, for tests that write parts of them."""
+    """The functions above, for tests that write parts of the format."""
     return types.SimpleNamespace(
         Tensor=Tensor, write_torch=write_torch, write_zip=write_zip, encoding_of=encoding_of, make_twin=make_twin,
         torch_by_name=torch_by_name,

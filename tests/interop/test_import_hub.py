@@ -1,4 +1,4 @@
-"""Models of the Hub: fetched whole or not at all, named by their contents. Other architectures answer as they are."""
+"""Models of the Hub: verified downloads, identity by contents, and third-party models in mlx-lm."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def offered(hub: Any, made: Twin, **more: Any) -> Any:
     return made.config(folder=None, repository="org/model")
 
 
-def test_a_repository_and_a_folder_of_the_same_files_are_one_model(hub: Any, twin: Twins, tmp_path: Path) -> None:
+def test_repository_and_folder_give_the_same_checkpoint(hub: Any, twin: Twins, tmp_path: Path) -> None:
     made = twin(prefix="_orig_mod.", later=True)
     config = offered(hub, made)
     assert pins_of(config, hash_file) == pins_of(made.config(), hash_file)
     assert model_sizes(config) == made.sizes
-    assert hub.requests("model_000007.pt") == []  # the listing tells its checksum
+    assert hub.requests("model_000007.pt") == []  # the listing has its checksum
     for name, settings in (("a", config), ("b", made.config())):
         (tmp_path / name).mkdir()
         import_model(settings, tmp_path / name, lambda: None)
@@ -44,7 +44,7 @@ def test_a_repository_and_a_folder_of_the_same_files_are_one_model(hub: Any, twi
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_a_download_that_is_cut_or_altered_is_repeated_and_hashed(hub: Any, twin: Twins, tmp_path: Path) -> None:
+def test_damaged_downloads_are_repeated(hub: Any, twin: Twins, tmp_path: Path) -> None:
     config = offered(hub, twin())
     hub.faults.truncate, hub.faults.corrupt = "*.pt", "tokenizer.pkl"
     (tmp_path / "out").mkdir()
@@ -53,7 +53,7 @@ def test_a_download_that_is_cut_or_altered_is_repeated_and_hashed(hub: Any, twin
     assert load_checkpoint(tmp_path / "out")[2]["iterations"] == 7
 
 
-def test_a_folder_of_a_repository_can_be_meant(hub: Any, twin: Twins) -> None:
+def test_folder_of_a_repository_is_imported(hub: Any, twin: Twins) -> None:
     made = twin()
     files = files_of(made.folder, "chatsft_checkpoints/d2/") | files_of(twin("b", seed=3).folder, "mid_checkpoints/d2/")
     tokenizer = {
@@ -69,7 +69,7 @@ def test_a_folder_of_a_repository_can_be_meant(hub: Any, twin: Twins) -> None:
         pins_of(made.config(folder=None, repository="org/all/chatsft_checkpoints/d3"), hash_file)
 
 
-def test_what_the_hub_does_not_have_is_told(hub: Any, twin: Twins) -> None:
+def test_missing_repository_and_revision_are_refused(hub: Any, twin: Twins) -> None:
     made = twin()
     config = offered(hub, made)
     config.revision = "v2"
@@ -79,7 +79,7 @@ def test_what_the_hub_does_not_have_is_told(hub: Any, twin: Twins) -> None:
         pins_of(made.config(folder=None, repository="org/none"), hash_file)
 
 
-def test_what_was_imported_is_planned_without_a_network(
+def test_planning_works_offline_after_an_import(
     hub: Any, twin: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = offered(hub, twin())
@@ -92,7 +92,7 @@ def test_what_was_imported_is_planned_without_a_network(
         import_model(config, tmp_path / "out", lambda: None)
 
 
-def test_the_recipes_name_the_published_models() -> None:
+def test_recipes_name_the_published_models() -> None:
     for name, repository in (("d32", "karpathy/nanochat-d32"), ("d20", "sdobson/nanochat")):
         config = compose_config([f"experiment=grpo_nanochat_{name}"]).config
         assert (config.imported.repository, config.imported.format) == (repository, "nanochat")
@@ -110,7 +110,7 @@ def another(twin: Twins, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_model_that_mlx_lm_opens_answers_as_it_is(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_third_party_model_chats(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mlx_lm")
     arguments = ["chat", "--model", f"hf:{another}", "-p", "hello", "--max-tokens", "3", "--system", "be brief"]
     assert dispatch(arguments) == 0
@@ -121,7 +121,7 @@ def test_a_model_that_mlx_lm_opens_answers_as_it_is(another: Path, capsys: pytes
         dispatch(["chat", "--model", f"hf:{another}", "-p", "hello", "--bits", "4"])
 
 
-def test_a_model_without_a_template_continues_text(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_without_a_template_continues_text(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("mlx_lm")
     (another / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     dispatch(["chat", "--model", f"hf:{another}", "-p", "Once upon", "--max-tokens", "2"])
@@ -130,7 +130,7 @@ def test_a_model_without_a_template_continues_text(another: Path, capsys: pytest
         dispatch(["chat", "--model", f"hf:{another}", "-p", "x", "--system", "be brief"])
 
 
-def test_of_a_repository_only_data_is_fetched(hub: Any, another: Path) -> None:
+def test_no_code_is_downloaded(hub: Any, another: Path) -> None:
     files = files_of(another) | {"modeling.py": b"raise SystemExit", "pytorch_model.bin": b"\x80\x04."}
     hub.add("org/other", files, kind="model", lfs=(".safetensors",))
     folder = outside_folder("hf:org/other")

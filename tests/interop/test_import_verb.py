@@ -51,7 +51,7 @@ def wired(name: str) -> tuple[str, ...]:
     return (*RL, "~pipeline.imported", "~pipeline.eval_imported", f"pipeline.rl.checkpoint=import:{name}")
 
 
-def test_an_import_is_made_once_and_bears_names(twin: Twins, capfd: pytest.CaptureFixture[str]) -> None:
+def test_import_is_made_once_and_may_have_several_names(twin: Twins, capfd: pytest.CaptureFixture[str]) -> None:
     made = twin("org/some-model")
     place = take(str(made.folder))
     assert place.name.startswith("imported-some_model-")
@@ -83,7 +83,7 @@ def base(tmp_path: Path, lay: Lay, monkeypatch: pytest.MonkeyPatch) -> Path:
     return base
 
 
-def test_nanochats_own_folder_is_listed_with_commands(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nanochats_folder_is_listed(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert dispatch(["import", "nanochat"]) == 0
     said = capsys.readouterr().out
     assert re.findall(r"^  (\S+) +steps ([\d, ]+) \(", said, re.MULTILINE) == [
@@ -132,21 +132,15 @@ def test_nanochats_tokenizer_is_a_source(base: Path) -> None:
     assert load_vocabulary(str(base / "tokenizer"))[0].ranks == tokenizer.ranks
 
 
-def test_the_seed_is_no_part_of_an_import_nor_is_its_place(twin: Twins) -> None:
-    one, other = twin("one"), twin("other")
-    rids = {
-        plan(*RL, f"imported.folder={folder}", f"seed={seed}", f"imported.name={name}")["imported"].key
-        for folder, seed, name in ((one.folder, 1, "a"), (other.folder, 2, "b"))
-    }
-    assert len(rids) == 1
+def test_key_of_an_import_depends_only_on_its_files(twin: Twins) -> None:
+    def key(folder: str, seed: int, name: str, weights: int) -> str:
+        made = twin(folder, seed=weights)
+        return plan(*RL, f"imported.folder={made.folder}", f"seed={seed}", f"imported.name={name}")["imported"].key
+
+    assert key("one", 1, "a", 0) == key("other", 2, "b", 0) != key("third", 1, "a", 1)
 
 
-def test_other_files_are_another_import(twin: Twins) -> None:
-    rids = {plan(*RL, f"imported.folder={twin(str(seed), seed=seed).folder}")["imported"].key for seed in (1, 2)}
-    assert len(rids) == 2
-
-
-def test_rl_from_an_import_is_the_same_step_however_the_import_is_said(twin: Twins) -> None:
+def test_rl_key_does_not_depend_on_the_reference(twin: Twins) -> None:
     made = twin("model")
     take(str(made.folder), "--name", "d2")
     from_name, from_stage = plan(*wired("d2")), plan(*RL, f"imported.folder={made.folder}")
@@ -156,7 +150,7 @@ def test_rl_from_an_import_is_the_same_step_however_the_import_is_said(twin: Twi
     assert from_name["rl"].title == "rl-d2"
 
 
-def test_a_name_that_nobody_gave_is_told_before_anything_runs(twin: Twins) -> None:
+def test_unknown_import_is_refused_before_the_run(twin: Twins) -> None:
     with pytest.raises(ConfigError, match=r"pipeline\.rl\.checkpoint: there is no import.*Nothing was imported"):
         plan(*wired("d32"))
     take(str(twin().folder), "--name", "nanochat-d32")
@@ -164,12 +158,12 @@ def test_a_name_that_nobody_gave_is_told_before_anything_runs(twin: Twins) -> No
         plan(*wired("nanochat-d23"))
 
 
-def test_an_import_fills_no_role_of_another_kind() -> None:
+def test_import_is_refused_for_another_kind() -> None:
     with pytest.raises(ConfigError, match=r"pipeline\.eval_base\.corpus is import:x, a checkpoint; expected a corpus"):
         plan("pipeline.eval_base.corpus=import:x")
 
 
-def test_memory_is_predicted_for_the_model_that_was_taken_in(twin: Twins) -> None:
+def test_memory_is_predicted_for_the_imported_model(twin: Twins) -> None:
     made = twin("model", width=64)
     config = compose_config([*RL, "rl=grpo", f"imported.folder={made.folder}"]).config
     steps = plan_of(config, Store(Path("outputs")))
@@ -183,7 +177,7 @@ def test_memory_is_predicted_for_the_model_that_was_taken_in(twin: Twins) -> Non
     assert describe_memory(named, plan_of(named, Store(Path("outputs"))))["rl"] == before
 
 
-def test_rows_longer_than_the_context_of_the_model_are_refused_early(twin: Twins) -> None:
+def test_rows_longer_than_the_imported_context_are_refused(twin: Twins) -> None:
     take(str(twin().folder), "--name", "x")
     wiring = ("pipeline.sft.checkpoint=import:x", "stage=sft")
     with pytest.raises(ConfigError, match=r"longer than the context.*: 64\. Give sft\.batch\.row_tokens=64"):
@@ -191,7 +185,7 @@ def test_rows_longer_than_the_context_of_the_model_are_refused_early(twin: Twins
     assert plan(*wiring, "sft.batch.row_tokens=64")["sft"].state == "run"
 
 
-def test_a_name_stays_with_its_model_unless_it_is_told_otherwise(twin: Twins) -> None:
+def test_name_of_an_import_needs_replace_to_change(twin: Twins) -> None:
     first, second = twin("first", seed=1), twin("second", seed=2)
     take(str(first.folder), "--name", "x")
     before = resolve(Store(Path("outputs")), "import:x")
@@ -201,7 +195,7 @@ def test_a_name_stays_with_its_model_unless_it_is_told_otherwise(twin: Twins) ->
     assert resolve(Store(Path("outputs")), "import:x") != before
 
 
-def test_a_name_can_be_forgotten(twin: Twins, capsys: pytest.CaptureFixture[str]) -> None:
+def test_name_of_an_import_can_be_removed(twin: Twins, capsys: pytest.CaptureFixture[str]) -> None:
     take(str(twin().folder), "--name", "x")
     assert dispatch(["import", "--forget", "x"]) == 0
     assert "stands for nothing" in capsys.readouterr().out
@@ -209,7 +203,7 @@ def test_a_name_can_be_forgotten(twin: Twins, capsys: pytest.CaptureFixture[str]
         dispatch(["import", "--forget", "x"])
 
 
-def test_what_was_imported_by_name_is_kept_from_collection(twin: Twins) -> None:
+def test_named_import_is_not_collected(twin: Twins) -> None:
     place = take(str(twin().folder), "--name", "x")
     for folder in Path("outputs/refs").iterdir():
         if folder.name != "imports":
@@ -219,7 +213,7 @@ def test_what_was_imported_by_name_is_kept_from_collection(twin: Twins) -> None:
     assert found.kept[place.name] == "import:x"
 
 
-def test_an_import_alone_is_found_by_chat_status_and_report(twin: Twins, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_import_is_found_by_chat_status_and_report(twin: Twins, capfd: pytest.CaptureFixture[str]) -> None:
     """After an import chat and status said there was nothing, and the report was titled by the default experiment."""
     place = take(str(twin().folder), "--name", "x")
     store = Store(Path("outputs"))
@@ -233,7 +227,7 @@ def test_an_import_alone_is_found_by_chat_status_and_report(twin: Twins, capfd: 
     assert "quickstart" not in said
 
 
-def test_an_exported_import_comes_in_elsewhere_with_its_id_and_its_name(twin: Twins) -> None:
+def test_pushed_import_keeps_id_and_name(twin: Twins) -> None:
     place = take(str(twin().folder), "--name", "x")
     assert dispatch(["push", "import:x", "carried"]) == 0
     assert dispatch(["pull", "carried", "outputs=elsewhere"]) == 0
@@ -250,18 +244,18 @@ def test_an_exported_import_comes_in_elsewhere_with_its_id_and_its_name(twin: Tw
         (["nanochat", "d32"], ConfigError, "neither a folder nor a repository of the Hub"),
         (["nanochat", ".", "--step", "x"], ConfigError, "invalid int value"),
         (["nanochat", ".", "--name", "a/b"], ConfigError, '"a/b" is no name for an import'),
-        (["hf", "."], DataError, "holds no config.json"),
+        (["hf", "."], DataError, "has no config.json"),
         (["hf", ".", "--step", "3"], ConfigError, "--step requires the format nanochat"),
         (["hf", ".", "--base", "x"], ConfigError, "--base ID goes with the format adapter"),
         (["./a_folder"], ConfigError, "To take in artifacts: mlxchat pull PLACE"),
     ],
 )
-def test_what_cannot_be_meant_is_told(words: list[str], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_are_refused(words: list[str], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         dispatch(["import", *words])
 
 
-def test_a_pipeline_that_imports_needs_exactly_one_place() -> None:
+def test_import_stage_needs_exactly_one_source() -> None:
     with pytest.raises(ConfigError, match=r"exactly one of imported\.repository and imported\.folder.*neither is"):
         compose_config([*RL])
     with pytest.raises(ConfigError, match="both are"):
@@ -272,7 +266,7 @@ def test_a_pipeline_that_imports_needs_exactly_one_place() -> None:
         compose_config([*RL, "imported.folder=x", "imported.format=nanochta"])
 
 
-def test_rl_chat_and_evaluation_take_an_import(
+def test_rl_chat_and_evaluation_accept_an_import(
     twin: Twins, mlxchat: Callable[..., Any], tmp_path: Path, tiny: tuple[str, ...]
 ) -> None:
     take(str(twin().folder), "--name", "x")
@@ -311,7 +305,7 @@ def test_import_killed_before_it_is_named_is_named_by_the_next(
     assert list((tmp_path / "outputs" / "work").iterdir()) == []
 
 
-def test_an_import_needs_little_memory_beside_the_file(tmp_path: Path, lay: Lay) -> None:
+def test_import_needs_less_memory_than_the_file(tmp_path: Path, lay: Lay) -> None:
     made = lay.make_twin(tmp_path / "large", width=1024, num_layers=5, later=True, random=False)
     size = (made.folder / "model_000007.pt").stat().st_size
     assert size > 200e6
@@ -332,6 +326,6 @@ def test_an_import_needs_little_memory_beside_the_file(tmp_path: Path, lay: Lay)
     assert Path("out/model.safetensors").stat().st_size > size
 
 
-def test_the_id_of_an_import_is_the_same_everywhere(twin: Twins) -> None:
+def test_key_of_an_import_is_stable(twin: Twins) -> None:
     steps = plan(*RL, f"imported.folder={twin('golden', random=False).folder}")
     assert steps["imported"].key == "mdymr4hx2qihgryagyec3jce7jz3mykuepkliun45rwkzyorovha"

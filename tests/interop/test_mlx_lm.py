@@ -1,4 +1,4 @@
-"""Checkpoints in the real mlx-lm: the same logits, the same ids, the same tokens."""
+"""Checkpoints in mlx-lm: equal logits, ids and tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlxchat.model.sizes import GPTSizes
 mlx_lm = pytest.importorskip("mlx_lm")
 
 _TEXT = "The house in the garden had 12 windows, and the sun stood over it. It isn't so. "
-# Every part matters: no weight is zero, and windows are shorter than the rows.
+# No weight is zero, and windows are shorter than the rows, so that every part matters.
 make_model = partial(models.make_model, vocab_size=300, num_layers=4, width=64, context_tokens=512, scale=0.3)
 
 
@@ -51,7 +51,7 @@ def test_logits_of_long_rows_agree(opened: Any) -> None:
     np.testing.assert_allclose(np.asarray(theirs(ids)), np.asarray(model(ids)), atol=1e-3)
 
 
-def test_logits_agree_when_the_past_is_cached(opened: Any) -> None:
+def test_logits_agree_with_a_cache(opened: Any) -> None:
     from mlx_lm.models.cache import make_prompt_cache
 
     model, theirs, _ = opened
@@ -78,8 +78,8 @@ def test_logits_agree_beyond_the_context(tmp_path: Path, tokenizer: Tokenizer, a
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_our_copy_for_mlx_lm_is_the_model(tokenizer: Tokenizer, architecture: str) -> None:
-    """mlx-lm opens October 2025 as its own, so only this test runs the copy of it."""
+def test_model_file_computes_our_model(tokenizer: Tokenizer, architecture: str) -> None:
+    """mlx-lm uses its own code for October 2025, so only this test runs our copy of it."""
     from mlxchat.model.mlx_lm_nanochat import Model, ModelArgs
 
     model = make_model(architecture)
@@ -89,15 +89,15 @@ def test_our_copy_for_mlx_lm_is_the_model(tokenizer: Tokenizer, architecture: st
     np.testing.assert_allclose(np.asarray(copy(ids)), np.asarray(model(ids)), atol=1e-3)
 
 
-def test_our_copy_for_mlx_lm_has_every_feature_of_the_sizes() -> None:
-    """mlx-lm drops fields of config.json that `ModelArgs` lacks, without a word."""
+def test_model_file_has_every_field_of_the_sizes() -> None:
+    """mlx-lm silently drops fields of config.json that `ModelArgs` lacks."""
     from mlxchat.model.mlx_lm_nanochat import ModelArgs
 
     features = {field.name for field in fields(GPTSizes) if field.default is not MISSING}
     assert features <= {field.name for field in fields(ModelArgs)}
 
 
-def test_the_chat_template_renders_the_ids_that_training_saw(opened: Any, tokenizer: Tokenizer) -> None:
+def test_chat_template_renders_the_trained_ids(opened: Any, tokenizer: Tokenizer) -> None:
     theirs = opened[2]
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -125,7 +125,7 @@ def test_greedy_tokens_are_those_of_our_engine(opened: Any, tokenizer: Tokenizer
     assert found == expected
 
 
-def test_rows_of_unlike_length_are_answered_as_they_are_alone(opened: Any, tokenizer: Tokenizer) -> None:
+def test_batched_answers_equal_single_ones(opened: Any, tokenizer: Tokenizer) -> None:
     from mlx_lm import batch_generate
 
     _, theirs, their_tokenizer = opened
@@ -136,10 +136,10 @@ def test_rows_of_unlike_length_are_answered_as_they_are_alone(opened: Any, token
 
 
 @pytest.mark.parametrize("feature", [{"query_key_scale": 1.2}, {"window_pattern": "SL"}])
-def test_a_model_that_mlx_lm_would_compute_otherwise_brings_its_own_file(
+def test_unsupported_features_need_the_model_file(
     feature: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
-    """Neither has parameters of its own, so mlx-lm would load it and say other things than it."""
+    """Neither adds parameters, so mlx-lm would load the model and compute something else."""
     model = make_model("oct2025", **feature)
     save_checkpoint(tmp_path, model, tokenizer, {"stage": "sft", "format": "chat"})
     with pytest.raises(ValueError, match=MODEL_FILE):

@@ -1,4 +1,4 @@
-"""The map of names and sizes agrees with the model that it names the parts of."""
+"""Names and shapes agree with the model."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def sizes_of(later: bool) -> GPTSizes:
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_the_expected_shapes_are_those_of_the_model(later: bool) -> None:
+def test_expected_shapes_are_the_models(later: bool) -> None:
     made = {name: tuple(value.shape) for name, value in flatten_parameters(GPT(sizes_of(later))).items()}
     assert names.expected_shapes(sizes_of(later)) == made
 
 
-def test_every_parameter_of_october_2025_has_a_name_at_hugging_face_and_back() -> None:
+def test_hugging_face_names_are_a_bijection() -> None:
     ours = names.expected_shapes(sizes_of(False))
     theirs = {name: names.hf_from_ours(name) for name in ours}
     assert theirs["transformer.h.2.attn.c_proj.weight"] == "model.layers.2.self_attn.o_proj.weight"
@@ -31,23 +31,23 @@ def test_every_parameter_of_october_2025_has_a_name_at_hugging_face_and_back() -
     assert len(set(theirs.values())) == len(ours)
 
 
-def test_july_2026_has_no_name_at_hugging_face() -> None:
+def test_hugging_face_has_no_names_of_july_2026() -> None:
     with pytest.raises(DataError, match="resid_lambdas"):
         names.hf_from_ours("resid_lambdas")
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_sizes_come_back_from_nanochats_own_words(later: bool) -> None:
+def test_sizes_survive_a_round_trip_to_nanochat(later: bool) -> None:
     words = names.nanochat_from_sizes(sizes_of(later))
     assert names.sizes_from_nanochat(words, LATER * later, "x") == sizes_of(later)
     assert ("window_pattern" in words) == later
 
 
-def test_a_model_between_the_two_is_refused() -> None:
+def test_versions_between_the_two_are_refused() -> None:
     with pytest.raises(DataError, match="between October 2025 and July 2026"):
         names.sizes_from_nanochat(META, ["resid_lambdas", "x0_lambdas"], "model_000001.pt")
 
 
-def test_all_sizes_that_are_wrong_are_named_together() -> None:
+def test_all_wrong_sizes_are_named() -> None:
     with pytest.raises(DataError, match=r"n_layer is None, n_head is 0"):
         names.sizes_from_nanochat({**META, "n_layer": None, "n_head": 0}, [], "meta")

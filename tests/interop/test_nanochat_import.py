@@ -1,4 +1,4 @@
-"""Folders of nanochat's become checkpoints with the same numbers; what does not fit is told with its file."""
+"""Import of nanochat's checkpoints: equal numbers; faults are reported with their file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def importing(twin: Twin, tmp_path: Path, **settings: Any) -> Path:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 @pytest.mark.parametrize("later", [False, True])
-def test_both_architectures_come_in_bit_by_bit(twin: Twins, tmp_path: Path, later: bool, prefix: str) -> None:
+def test_import_is_bit_exact(twin: Twins, tmp_path: Path, later: bool, prefix: str) -> None:
     made = twin(later=later, prefix=prefix)
     out = importing(made, tmp_path)
     found = load_file(out / "model.safetensors")
@@ -46,14 +46,14 @@ def test_both_architectures_come_in_bit_by_bit(twin: Twins, tmp_path: Path, late
     assert (facts["format"], facts["iterations"], facts["imported"]["meta"]) == ("chat", 7, {"val_loss": 1.5})
 
 
-def test_the_written_file_is_the_one_that_safetensors_writes(twin: Twins, tmp_path: Path) -> None:
+def test_written_file_equals_that_of_safetensors(twin: Twins, tmp_path: Path) -> None:
     made = twin(later=True)
     out = importing(made, tmp_path)
     save_file(made.tensors, tmp_path / "theirs.safetensors", metadata={"format": "mlx"})
     assert (out / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
-def test_of_several_steps_the_last_is_taken_unless_another_is_named(twin: Twins, tmp_path: Path) -> None:
+def test_last_step_is_the_default(twin: Twins, tmp_path: Path) -> None:
     twin(step=900, seed=1)
     made = twin(step=1000, seed=2)
     first, last = pins_of(made.config(step=900), hash_file), pins_of(made.config(), hash_file)
@@ -63,7 +63,7 @@ def test_of_several_steps_the_last_is_taken_unless_another_is_named(twin: Twins,
         pins_of(made.config(step=950), hash_file)
 
 
-def test_nanochats_own_folders_are_searched_for_model_and_tokenizer(twin: Twins, tmp_path: Path) -> None:
+def test_tokenizer_is_found_in_nanochats_folders(twin: Twins, tmp_path: Path) -> None:
     made = twin("base/chatsft_checkpoints/d2")
     (tmp_path / "base" / "tokenizer").mkdir()
     for name in ("tokenizer.pkl", "token_bytes.pt"):
@@ -76,26 +76,26 @@ def test_nanochats_own_folders_are_searched_for_model_and_tokenizer(twin: Twins,
 
 
 def say_base(folder: Path) -> None:
-    """Have the meta file be one of nanochat's base_train."""
+    """Make the meta file one of nanochat's base_train."""
     path = folder / "meta_000007.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"device_batch_size": 32, "max_seq_len": 64}))
 
 
-def test_a_model_that_was_only_pretrained_continues_text(twin: Twins, tmp_path: Path) -> None:
+def test_pretrained_model_is_a_base_model(twin: Twins, tmp_path: Path) -> None:
     made = twin()
     say_base(made.folder)
     _, _, facts = load_checkpoint(importing(made, tmp_path))
     assert facts["format"] == "base"
 
 
-def test_what_the_user_says_of_a_model_counts(twin: Twins, tmp_path: Path) -> None:
+def test_chat_setting_overrides_the_meta_file(twin: Twins, tmp_path: Path) -> None:
     made = twin()
     say_base(made.folder)
     _, _, facts = load_checkpoint(importing(made, tmp_path, chat=True))
     assert facts["format"] == "chat"
 
 
-def test_token_bytes_of_october_2025_counted_damaged_text(twin: Twins, tmp_path: Path, lay: Lay) -> None:
+def test_token_bytes_of_october_2025_are_accepted(twin: Twins, tmp_path: Path, lay: Lay) -> None:
     made, encoding = twin(), lay.encoding_of()
     tokens = [encoding.decode_single_token_bytes(index) for index in range(encoding.n_vocab - 9)]
     lengths = [len(token.decode("utf-8", "replace").encode()) for token in tokens]
@@ -105,7 +105,7 @@ def test_token_bytes_of_october_2025_counted_damaged_text(twin: Twins, tmp_path:
 
 
 def write_tokenizer_json(folder: Path, specials_first: bool) -> None:
-    """Have tokenizer.json in place of tokenizer.pkl, as nanochat wrote it with Hugging Face's library."""
+    """Replace tokenizer.pkl by the tokenizer.json of nanochat's class for Hugging Face's library."""
     load_vocabulary(str(folder / "tokenizer.pkl"))[0].save(folder)
     for name in ("tokenizer.pkl", "ranks.tiktoken", "tokenizer_config.json"):
         (folder / name).unlink()
@@ -117,7 +117,7 @@ def write_tokenizer_json(folder: Path, specials_first: bool) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(record))
 
 
-def test_the_older_form_of_the_tokenizer_is_read_too(twin: Twins, tmp_path: Path) -> None:
+def test_tokenizer_json_is_read(twin: Twins, tmp_path: Path) -> None:
     made = twin()
     expected = load_vocabulary(str(made.folder / "tokenizer.pkl"))[0]
     write_tokenizer_json(made.folder, specials_first=False)
@@ -125,7 +125,7 @@ def test_the_older_form_of_the_tokenizer_is_read_too(twin: Twins, tmp_path: Path
     assert (tokenizer.ranks, tokenizer.special_ids) == (expected.ranks, expected.special_ids)
 
 
-def test_a_tokenizer_whose_special_tokens_come_first_is_refused(twin: Twins, tmp_path: Path) -> None:
+def test_leading_special_tokens_are_refused(twin: Twins, tmp_path: Path) -> None:
     made = twin()
     write_tokenizer_json(made.folder, specials_first=True)
     with pytest.raises(DataError, match=r"tokenizer\.json: the special token <\|.*\|> has id \d, expected 2\d\d"):
@@ -184,7 +184,7 @@ def rename_special_token(folder: Path, lay: Lay) -> None:
 
 
 def name_registered_encoding(folder: Path, lay: Lay) -> None:
-    # As tiktoken pickles an encoding that it ships.
+    # tiktoken's pickle of a built-in encoding.
     data = b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b."
     (folder / "tokenizer.pkl").write_bytes(data)
 
@@ -211,25 +211,25 @@ def empty_folder(folder: Path, lay: Lay) -> None:
     [
         (forget_tokenizer, r"has no tokenizer\.pkl, neither beside model_000007\.pt nor in tokenizer/\. Copy it"),
         (forget_meta, r"has model_000007\.pt, but no meta_000007\.json"),
-        (cut_model, r"model_000007\.pt is cut off.*Fetch or copy it again"),
-        (halve_model, r"model_000007\.pt is cut off"),
-        (flip_model, r"model_000007\.pt is damaged: archive/data/1 is not what its checksum says"),
+        (cut_model, r"model_000007\.pt is truncated.*Copy it again"),
+        (halve_model, r"model_000007\.pt is truncated"),
+        (flip_model, r"model_000007\.pt is damaged: the checksum of archive/data/1 differs"),
         (empty_model, r"model_000007\.pt is empty"),
-        (point_at_model, r"pointer of Git LFS.*git lfs pull"),
+        (point_at_model, r"is a Git LFS pointer.*git lfs pull"),
         (cut_tokenizer, r"tokenizer\.pkl is truncated or damaged"),
         (
             exchange_tokenizer,
             r"tokenizer\.pkl has 295 tokens, model_000007\.pt has 285: it is the tokenizer of another",
         ),
-        (mix_up_token_bytes, r"token_bytes\.pt and tokenizer\.pkl do not belong together"),
+        (mix_up_token_bytes, r"token_bytes\.pt and tokenizer\.pkl do not match"),
         (rename_special_token, r"tokenizer\.pkl: the special token <\|bos\|> has id None, expected 276"),
-        (name_registered_encoding, r"tokenizer\.pkl only names the encoding 'gpt2'"),
-        (break_meta, r"meta_000007\.json is no meta file of nanochat's"),
-        (shrink_meta, r"is not the model that meta_000007\.json describes: .*is unknown"),
-        (empty_folder, r"holds no checkpoint of nanochat's.*It holds README\.md"),
+        (name_registered_encoding, r"tokenizer\.pkl names the encoding 'gpt2' and has no vocabulary"),
+        (break_meta, r"meta_000007\.json is not a nanochat meta file"),
+        (shrink_meta, r"does not match meta_000007\.json: .*is unknown"),
+        (empty_folder, r"has no nanochat checkpoint.*It has README\.md"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_file_and_a_way_out(
+def test_faulty_checkpoints_are_refused(
     twin: Twins, tmp_path: Path, lay: Lay, spoil: Callable[[Path, Lay], None], message: str
 ) -> None:
     made = twin()

@@ -1,4 +1,4 @@
-"""Programs of others on an exported model: each is run as its users run it, and answers as we do.
+"""Other programs give our answers on exported models.
 
 nanochat's engine runs where torch is installed and MLXCHAT_NANOCHAT names a checkout of nanochat, of October 2025
 (dfc8833) or July 2026 (92d63d4).
@@ -85,9 +85,9 @@ def run(program: str, *arguments: str | Path, stdin: str = "") -> str:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", done.stdout)
 
 
-def answer_of(said: str) -> str:
-    """Return what `mlx_lm.generate` prints between its two lines."""
-    return said.split("==========")[1].strip("\n")
+def answer_of(printed: str) -> str:
+    """Return the text between the two lines of `mlx_lm.generate`."""
+    return printed.split("==========")[1].strip("\n")
 
 
 def generate(model: Path, *more: str | Path) -> str:

@@ -1,4 +1,4 @@
-"""The seed recipe in one command: take in a published model, practise GSM8K by GRPO, measure before and after."""
+"""One command imports a published model, trains it by GRPO on GSM8K, and evaluates before and after."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
 
 
 @pytest.mark.skipif(not HUB.exists(), reason="the models and GSM8K are not on this machine")
-def test_one_command_imports_practises_and_measures(mlxchat: Callable[..., Any], tmp_path: Path) -> None:
+def test_one_command_imports_trains_and_evaluates(mlxchat: Callable[..., Any], tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("shared_hub_of_recipe", HUB / "serve.py")
     assert spec is not None
     assert spec.loader is not None

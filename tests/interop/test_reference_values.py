@@ -1,4 +1,4 @@
-"""Imported models compute what nanochat's own code computed from the same files, to the token."""
+"""Imported models against values that nanochat computed from the same files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config_of(**settings: Any) -> ImportConfig:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """Both models, imported from the loopback Hub: folder, model, tokenizer, facts and what is expected of each."""
+    """Both models, imported from the local Hub, with their expected values."""
     spec = importlib.util.spec_from_file_location("shared_hub", HUB / "serve.py")
     assert spec is not None
     assert spec.loader is not None
@@ -75,7 +75,7 @@ def loaded(imported: dict[str, Any]) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     return model, tokenizer, facts
 
 
-def test_every_tensor_has_nanochats_shape_and_numbers(imported: dict[str, Any]) -> None:
+def test_tensors_are_nanochats(imported: dict[str, Any]) -> None:
     model, _, facts = loaded(imported)
     parameters = flatten_parameters(model)
     wanted = imported["expected"]["tensors"]
@@ -91,7 +91,7 @@ def test_every_tensor_has_nanochats_shape_and_numbers(imported: dict[str, Any]) 
     assert facts["imported"]["step"] == imported["expected"]["step"]
 
 
-def test_texts_get_nanochats_token_ids(imported: dict[str, Any]) -> None:
+def test_token_ids_are_nanochats(imported: dict[str, Any]) -> None:
     _, tokenizer, _ = loaded(imported)
     expected = imported["expected"]
     assert len(expected["tokenizer"]) == 20
@@ -103,14 +103,14 @@ def test_texts_get_nanochats_token_ids(imported: dict[str, Any]) -> None:
     assert (len(tokenizer.token_bytes), int((tokenizer.token_bytes == 0).sum())) == (told["count"], told["zero"])
 
 
-def test_a_conversation_is_rendered_and_masked_as_by_nanochat(imported: dict[str, Any]) -> None:
+def test_conversation_and_mask_are_nanochats(imported: dict[str, Any]) -> None:
     _, tokenizer, _ = loaded(imported)
     expected = imported["expected"]["conversation"]
     ids, mask = render_conversation(tokenizer, {"messages": expected["messages"]})
     assert (ids, mask) == (expected["ids"], expected["mask"])
 
 
-def test_a_question_is_put_in_nanochats_template(imported: dict[str, Any]) -> None:
+def test_prompts_are_nanochats(imported: dict[str, Any]) -> None:
     _, tokenizer, _ = loaded(imported)
     asked = [prompt for prompt in imported["expected"]["prompts"] if "messages" in prompt]
     assert asked
@@ -118,7 +118,7 @@ def test_a_question_is_put_in_nanochats_template(imported: dict[str, Any]) -> No
         assert render_for_completion(tokenizer, {"messages": prompt["messages"]}) == prompt["ids"]
 
 
-def test_logits_are_nanochats_within_a_few_thousandths(imported: dict[str, Any]) -> None:
+def test_logits_are_nanochats(imported: dict[str, Any]) -> None:
     # The reference rounds its rotary tables to bfloat16 (8 bits), ours do not: logits of ±15 differ by 0.003.
     model, _, _ = loaded(imported)
     for prompt in imported["expected"]["prompts"]:
@@ -139,7 +139,7 @@ def test_greedy_text_is_nanochats(imported: dict[str, Any]) -> None:
         assert tokenizer.decode(prompt["greedy"]) == prompt["greedy_text"]
 
 
-def test_the_engine_stops_at_nanochats_end_of_an_answer(imported: dict[str, Any]) -> None:
+def test_engine_stops_where_nanochat_does(imported: dict[str, Any]) -> None:
     model, tokenizer, _ = loaded(imported)
     for prompt in imported["expected"]["prompts"]:
         if "messages" in prompt:
@@ -157,12 +157,12 @@ def test_provenance_names_every_file_with_its_checksum(imported: dict[str, Any])
         assert len(each["sha256"]) == 64
 
 
-def test_sizes_are_known_before_the_weights_are_fetched(imported: dict[str, Any]) -> None:
+def test_sizes_are_known_before_the_download(imported: dict[str, Any]) -> None:
     made, foretold = imported["sizes"]
     assert made == foretold
 
 
 @pytest.mark.parametrize("repository", REPOSITORIES)
-def test_a_folder_of_the_same_files_has_the_same_identity(models: dict[str, Any], repository: str) -> None:
+def test_folder_of_the_same_files_has_equal_pins(models: dict[str, Any], repository: str) -> None:
     folder = HUB / "root" / "models" / repository
     assert pins_of(config_of(folder=str(folder)), hash_file) == models[repository]["pins"]

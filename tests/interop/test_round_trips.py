@@ -1,4 +1,4 @@
-"""What comes in from nanochat or Hugging Face goes out again with the same bits, and the files hold nothing to run."""
+"""Import and export are bit-exact, and written files contain no code."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Twin = Any
 Twins = Callable[..., Twin]
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "hub" / "root" / "models"
 PUBLISHED = [SHARED / "sdobson" / "nanochat", SHARED / "karpathy" / "nanochat-d32"]
-# What PyTorch's safe loader lets a file name; a tokenizer names its class alone.
+# Names that PyTorch's safe loader allows.
 HARMLESS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
             "torch BFloat16Storage", "torch IntStorage"}  # fmt: skip
 
@@ -44,7 +44,7 @@ def bits_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def globals_of(data: bytes) -> set[str]:
-    """Return what a pickle names; one that names things in another way than by GLOBAL fails."""
+    """Return the names in a pickle; fails if it names something by another opcode than GLOBAL."""
     found = list(pickletools.genops(data))
     assert not {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"} & {op.name for op, *_ in found}
     return {str(argument) for op, argument, _ in found if op.name == "GLOBAL"}
@@ -52,7 +52,7 @@ def globals_of(data: bytes) -> set[str]:
 
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 @pytest.mark.parametrize("later", [False, True])
-def test_nanochats_tensors_come_back_bit_by_bit(twin: Twins, tmp_path: Path, later: bool, prefix: str) -> None:
+def test_nanochat_round_trip_is_bit_exact(twin: Twins, tmp_path: Path, later: bool, prefix: str) -> None:
     made, out = twin(later=later, prefix=prefix), tmp_path / "back"
     out.mkdir()
     snapshot = exporting.write_nanochat(come_in(made, tmp_path / "ours"), out)
@@ -65,7 +65,7 @@ def test_nanochats_tensors_come_back_bit_by_bit(twin: Twins, tmp_path: Path, lat
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the published files are not here")
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda path: path.name)
-def test_published_models_come_back_bit_by_bit(folder: Path, tmp_path: Path) -> None:
+def test_round_trip_of_published_models_is_bit_exact(folder: Path, tmp_path: Path) -> None:
     from mlxchat.config.schema import ImportConfig
 
     config = ImportConfig(name="x", format="nanochat", repository=None, revision="main", folder=str(folder), step=None,
@@ -88,7 +88,7 @@ def bits_of_tensor(path: Path) -> tuple[str, bytes]:
         return tensor.dtype.name, b"".join(piece.tobytes() for piece in file.pieces(tensor))
 
 
-def test_nanochats_tokenizer_is_the_encoding_that_tiktoken_pickles(twin: Twins, tmp_path: Path) -> None:
+def test_written_tokenizer_unpickles_as_tiktokens(twin: Twins, tmp_path: Path) -> None:
     made, out = twin(), tmp_path / "back"
     out.mkdir()
     exporting.write_nanochat(come_in(made, tmp_path / "ours"), out)
@@ -113,7 +113,7 @@ def test_written_pickles_name_nothing_that_runs(twin: Twins, tmp_path: Path) -> 
     assert globals_of((out / "tokenizer" / "tokenizer.pkl").read_bytes()) == {"tiktoken.core Encoding"}
 
 
-def test_pytorch_loads_what_was_written(twin: Twins, tmp_path: Path) -> None:
+def test_pytorch_loads_written_files(twin: Twins, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     made, out = twin(later=True), tmp_path / "back"
     out.mkdir()
@@ -125,7 +125,7 @@ def test_pytorch_loads_what_was_written(twin: Twins, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_hugging_faces_file_comes_back_byte_by_byte(twin: Twins, tmp_path: Path, dtype: str) -> None:
+def test_hugging_face_round_trip_is_byte_exact(twin: Twins, tmp_path: Path, dtype: str) -> None:
     theirs, out = tmp_path / "theirs", tmp_path / "back"
     for folder in (theirs, out):
         folder.mkdir()
@@ -138,8 +138,8 @@ def test_hugging_faces_file_comes_back_byte_by_byte(twin: Twins, tmp_path: Path,
         assert json.loads((out / name).read_text()) == json.loads((theirs / name).read_text())
 
 
-def test_a_trained_model_keeps_its_numbers_whatever_it_was_imported_from(twin: Twins, tmp_path: Path) -> None:
-    """Its tables were bfloat16 when they came in and no longer are."""
+def test_trained_import_is_exported_exactly(twin: Twins, tmp_path: Path) -> None:
+    """Its tables were imported as bfloat16 and are float32 after training."""
     from safetensors.numpy import save_file
 
     made, out = twin(), tmp_path / "back"
@@ -156,7 +156,7 @@ def test_a_trained_model_keeps_its_numbers_whatever_it_was_imported_from(twin: T
     }
 
 
-def test_a_base_model_is_one_again_when_it_comes_back(twin: Twins, tmp_path: Path) -> None:
+def test_base_models_survive_a_round_trip(twin: Twins, tmp_path: Path) -> None:
     ours = come_in(twin(), tmp_path / "ours", chat=False)
     for target, write in (("nanochat", exporting.write_nanochat), ("hf", exporting.write_hf)):
         out = tmp_path / target

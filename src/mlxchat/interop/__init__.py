@@ -1,1 +1,1 @@
-"""Third-party models become checkpoints of ours, and ours become theirs; no code of a file runs."""
+"""Import of third-party models and export of checkpoints; no code of imported files is executed."""

@@ -1,7 +1,7 @@
-"""A checkpoint of ours as a folder of another tool: transformers, nanochat, mlx-lm, PEFT.
+"""Exports checkpoints for transformers, nanochat, mlx-lm and PEFT.
 
-No numbers move but where they are rounded on request: tensors are renamed (`names`), and a tensor that came in as
-bfloat16, or an embedding all of whose numbers bfloat16 has, goes out as bfloat16, so a round trip changes no bit.
+Tensors are renamed (`names`) and rounded only on request. A tensor that was imported as bfloat16, or nanochat's
+embedding if bfloat16 represents it exactly, is written as bfloat16, so a round trip is bit-exact.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ CODES = {dtype.name: code for code, dtype in FLOATS.items()}
 BITS = (8, 4)
 _GROUP_NUMBERS = (64, 32)
 _TABLES = ("transformer.wte.", "value_embeds.")
-# The default of nanochat's scripts; only base models have it in their meta file.
+# The default of nanochat's scripts; only meta files of base models have it.
 _NANOCHAT_BATCH_ROWS = 32
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint artifact that is to be exported, with its adapters, if it has any, in its weights."""
+    """A checkpoint artifact to export; adapters are fused into its weights."""
 
     folder: Path
     sizes: GPTSizes
@@ -60,25 +60,25 @@ class Checkpoint:
     iterations: int
     """Updates of its last training."""
     bases: tuple[Path, ...] = ()
-    """What its weights rest on if it holds adapters, the nearest first."""
+    """The base models of a checkpoint with adapters, nearest first."""
 
     @property
     def chats(self) -> bool:
-        """Whether it has learnt to chat."""
+        """Whether it is a chat model."""
         return self.facts.get("format") == "chat"
 
     @property
     def stop_token(self) -> str:
-        """What ends its answer; a base model's text ends where the next document begins."""
+        """The token that ends an answer; for a base model <|bos|>, which begins the next document."""
         return "<|assistant_end|>" if self.chats else "<|bos|>"
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Return a checkpoint artifact's parts; of the weights nothing is read yet.
+    """Return a checkpoint artifact; the weights are read later.
 
     Raises:
         DataError: a file is missing or damaged.
-        StoreError: its manifest is; or it holds adapters, and their base is missing.
+        StoreError: the manifest is damaged, or the base of its adapters is missing.
     """
     chain = find_chain(folder)
     try:
@@ -87,39 +87,35 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
         below = {base.name: json.loads((base / "config.json").read_text(encoding="utf-8")) for base in chain[1:]}
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{folder}: no readable checkpoint ({error})") from None
+        raise DataError(f"{folder}: not a readable checkpoint ({error})") from None
     sizes = sizes_from_hf(config, f"{folder.name}: config.json")
     iterations = facts.get("iterations", (manifest.get("derived") or {}).get("num_iterations"))
     iterations = iterations if isinstance(iterations, int) and iterations >= 0 else 0
     for name, config in below.items():
         if sizes_from_hf(config, f"{name}: config.json") != sizes:
-            raise DataError(f"{folder}: config.json is of another model than its base, {name}")
+            raise DataError(f"{folder}: config.json differs from that of its base, {name}")
     weights = StoredWeights(folder) if len(chain) == 1 else AdaptedWeights(chain, sizes)
     return Checkpoint(folder, sizes, Tokenizer.load(folder), facts, weights, iterations, tuple(chain[1:]))
 
 
 def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype: str | None) -> None:
-    """Refuse what a format cannot hold, before anything is written.
+    """Check that a format can represent the checkpoint, before anything is written.
 
     Raises:
-        ConfigError: with the reason, and what works instead.
+        ConfigError: it cannot; names the alternatives.
     """
     adapters_alone = target in ("mlx-adapter", "peft")
     if adapters_alone and not checkpoint.bases:
         instead = "mlx" if target == "mlx-adapter" else "hf"
-        raise ConfigError(
-            f"{checkpoint.folder.name} holds no adapters: all of its weights are its own. --to {instead} writes them"
-        )
+        raise ConfigError(f"{checkpoint.folder.name} has no adapters. --to {instead} writes its weights")
     if adapters_alone and (bits is not None or dtype is not None):
-        raise ConfigError("adapters are written as they were trained, in float32: --quantize, --dtype are of --to mlx")
+        raise ConfigError("adapters are written in float32; --quantize and --dtype require --to mlx")
     if bits is not None and target != "mlx":
-        raise ConfigError(f"--quantize is of --to mlx; {target} holds a model's weights as they are")
+        raise ConfigError(f"--quantize requires --to mlx, not {target}")
     if dtype is not None and target == "nanochat":
-        raise ConfigError(
-            "--dtype is of --to hf and --to mlx; nanochat's files have the types that nanochat gives them"
-        )
+        raise ConfigError("--dtype requires --to hf or --to mlx; nanochat's files have fixed types")
     if bits is not None and checkpoint.sizes.width % _GROUP_NUMBERS[-1]:
-        raise ConfigError(f"a width of {checkpoint.sizes.width} has no groups of 32 numbers, which --quantize needs")
+        raise ConfigError(f"--quantize needs a width that is a multiple of 32, got {checkpoint.sizes.width}")
     if target in ("hf", "peft"):
         check_hf(checkpoint.sizes)
     if target == "peft":
@@ -132,9 +128,9 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
     """Write a folder of `NanoChatForCausalLM`.
 
     Args:
-        checkpoint: `check_export` has let it pass.
+        checkpoint: checked by `check_export`.
         out: an empty folder.
-        dtype: float32 or bfloat16; None: as it came in, or float32.
+        dtype: float32 or bfloat16; None: as imported, or float32.
     """
     from mlxchat.ops.attention import RMS_NORM_EPSILON
 
@@ -168,7 +164,7 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
         "tie_word_embeddings": False,
         "use_cache": True,
         **common,
-        "pad_token_id": None,  # transformers would not train this row of the embedding
+        "pad_token_id": None,  # else transformers would not train this row of the embedding
         "dtype": next((name for name, kind in CODES.items() if set(kinds.values()) == {kind}), "float32"),
     }
     _write_json(out / "config.json", config)
@@ -177,12 +173,12 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
 
 
 def write_nanochat(checkpoint: Checkpoint, out: Path) -> str:
-    """Write a checkpoint as nanochat's code loads it; return which snapshot's code.
+    """Write a checkpoint for nanochat; return the snapshot of nanochat that loads it.
 
-    model_NNNNNN.pt, meta_NNNNNN.json, tokenizer/tokenizer.pkl, tokenizer/token_bytes.pt.
+    Files: model_NNNNNN.pt, meta_NNNNNN.json, tokenizer/tokenizer.pkl, tokenizer/token_bytes.pt.
 
     Args:
-        checkpoint: `check_export` has let it pass.
+        checkpoint: checked by `check_export`.
         out: an empty folder.
     """
     snapshot = nanochat_snapshot(checkpoint.sizes)
@@ -210,13 +206,13 @@ def write_nanochat(checkpoint: Checkpoint, out: Path) -> str:
 
 
 def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dtype: str | None = None) -> None:
-    """Write a folder that mlx-lm opens, with a model file of its own for architectures that mlx-lm lacks.
+    """Write a folder for mlx-lm, with a model file for architectures that mlx-lm lacks.
 
     Args:
-        checkpoint: `check_export` has let it pass.
+        checkpoint: checked by `check_export`.
         out: an empty folder.
-        bits: of the quantised matrices, 8 or 4; None: no matrix is.
-        dtype: of all other numbers, scales included; None: float32.
+        bits: of quantised matrices, 8 or 4; None: not quantised.
+        dtype: of all other numbers, including scales; None: float32.
     """
     from mlxchat.model.checkpoint import config_of, write_model_file
 
@@ -259,10 +255,10 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
 
 
 def write_mlx_adapter(checkpoint: Checkpoint, out: Path) -> None:
-    """Write the adapters alone, as mlx-lm takes them beside their base.
+    """Write only the adapters, in mlx-lm's format.
 
     Args:
-        checkpoint: `check_export` has let it pass.
+        checkpoint: checked by `check_export`.
         out: an empty folder.
     """
     from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
@@ -272,10 +268,10 @@ def write_mlx_adapter(checkpoint: Checkpoint, out: Path) -> None:
 
 
 def write_peft_adapter(checkpoint: Checkpoint, out: Path) -> None:
-    """Write the adapters alone, as PEFT takes them on a base of transformers'.
+    """Write only the adapters, in PEFT's format.
 
     Args:
-        checkpoint: `check_export` has let it pass.
+        checkpoint: checked by `check_export`.
         out: an empty folder.
     """
     adapters = _read_adapters(checkpoint)
@@ -289,12 +285,12 @@ def _read_adapters(checkpoint: Checkpoint) -> Adapters:
 
 
 def needs_model_file(checkpoint: Checkpoint) -> bool:
-    """Return whether mlx-lm has to run a model file of the folder."""
+    """Return True if mlx-lm needs the folder's model file."""
     return bool(beyond_october(checkpoint.sizes))
 
 
 def rounded(values: np.ndarray[Any, np.dtype[np.float32]], name: str, bits: int, dtype: str | None) -> Any:
-    """Return a tensor as an MLX array with the numbers that a quantised export computes with."""
+    """Return a tensor as an MLX array with the values of a quantised export."""
     import mlx.core as mx
 
     array, group = mx.array(values), _groups_of(name, values.shape)
@@ -324,14 +320,14 @@ def _pieces(checkpoint: Checkpoint, name: str, kind: str) -> Iterator[Array]:
 
 
 def _groups_of(name: str, shape: tuple[int, ...]) -> int | None:
-    """Return how many numbers of a row share a scale; None: not quantised, as rows without whole groups."""
+    """Return the group size of a quantised matrix; None: not quantised, since its rows have no whole groups."""
     if len(shape) != 2 or not name.endswith(".weight"):
         return None
     return next((group for group in _GROUP_NUMBERS if shape[1] % group == 0), None)
 
 
 def _as_imported(checkpoint: Checkpoint, target: str) -> dict[str, Any]:
-    """Return how an imported model was stored, if it is unchanged and is exported to the same format."""
+    """Return the stored facts of an unchanged imported model if it is exported to its original format; else {}."""
     if checkpoint.facts.get("stage") != "imported":
         return {}
     imported = checkpoint.facts.get("imported")
@@ -339,7 +335,7 @@ def _as_imported(checkpoint: Checkpoint, target: str) -> dict[str, Any]:
 
 
 def _kept_dtype(checkpoint: Checkpoint, name: str, target: str) -> str:
-    """Return in which type a tensor is written so that no bit of it is lost."""
+    """Return the type in which a tensor is written without loss."""
     imported = _as_imported(checkpoint, target)
     if "dtypes" in imported:
         wanted = CODES[imported["dtypes"].get(name, "float32")]
@@ -349,13 +345,13 @@ def _kept_dtype(checkpoint: Checkpoint, name: str, target: str) -> str:
 
 
 def _write_tokenizer(checkpoint: Checkpoint, out: Path) -> None:
-    """Write the tokenizer for transformers; a base model's has no chat template, and stops where a document does."""
+    """Write the tokenizer for transformers; a base model's has no chat template and stops at <|bos|>."""
     shutil.copyfile(checkpoint.folder / HF_FILE, out / HF_FILE)
     config = json.loads((checkpoint.folder / CONFIG_FILE).read_text(encoding="utf-8"))
     if not checkpoint.chats:
         config.pop("chat_template", None)
     config |= {"eos_token": checkpoint.stop_token, "pad_token": checkpoint.stop_token}
-    # Left: a model continues each row of a batch at its end.
+    # Left, since generation continues each row of a batch at its end.
     config |= {"model_max_length": checkpoint.sizes.context_tokens, "padding_side": "left"}
     _write_json(out / CONFIG_FILE, config)
 

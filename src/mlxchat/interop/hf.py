@@ -1,4 +1,4 @@
-"""A folder of `NanoChatForCausalLM`, as Hugging Face's transformers, mlx-lm or mlxchat write it, under our names."""
+"""Reads folders of `NanoChatForCausalLM`, as written by transformers, mlx-lm or mlxchat."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ class HfFiles:
     config: str
     weights: list[str]
     tokenizer: list[str]
-    """tokenizer.json, or the files of ours."""
+    """tokenizer.json, or our tokenizer's files."""
     about_tokenizer: str | None
-    """tokenizer_config.json, which may hold a chat template."""
+    """tokenizer_config.json, which may have a chat template."""
     chat_template: str | None
-    """chat_template.jinja, where transformers 5 and mlx_lm.fuse write it."""
+    """chat_template.jinja, written by transformers 5 and mlx_lm.fuse."""
 
     def identity(self) -> list[str]:
-        """Return the names of those that the model is made of."""
+        """Return the names of the files that determine the model."""
         return [self.config, *self.weights, *self.tokenizer, *([self.chat_template] if self.chat_template else [])]
 
     def all(self) -> list[str]:
-        """Return the names of those that are read."""
+        """Return the names of all files that are read."""
         return list(dict.fromkeys([*self.identity(), *([self.about_tokenizer] if self.about_tokenizer else [])]))
 
 
 def find_files(source: ModelSource) -> HfFiles:
-    """Return the files of a model; of the weights nothing is fetched.
+    """Return the files of a model; the weights are not downloaded.
 
     Raises:
-        DataError: there is none, it is of another architecture, or a file is missing.
+        DataError: there is no model, it has another architecture, or a file is missing.
     """
     if not source.has(_CONFIG):
         raise DataError(
-            f"{source.where} holds no config.json, so it is no model of Hugging Face's. It holds "
-            f"{source.listed()}. For a folder with model_<step>.pt: mlxchat import nanochat"
+            f"{source.where} has no config.json, so it is not a Hugging Face model. It has {source.listed()}. For a "
+            "folder with model_<step>.pt: mlxchat import nanochat"
         )
     check_architecture(read_config(source), source.where)
     weights = sorted(set(_read_index(source).values())) if source.has(INDEX_FILE) else [_WHOLE]
@@ -58,14 +58,14 @@ def find_files(source: ModelSource) -> HfFiles:
     if missing:
         pickled = sorted(name for name in source.files if name.endswith((".bin", ".pt", ".pth")))
         hint = (
-            f" {pickled[0]} is a pickle, which is not read: have transformers save it as safetensors."
+            f" {pickled[0]} is a pickle, which is not read: save the model as safetensors with transformers."
             if pickled
             else ""
         )
         raise DataError(f"{source.where} has no {missing[0]}.{hint}")
     ours = [name for name in (RANKS_FILE, CONFIG_FILE) if source.has(name)]
     if len(ours) < 2 and not source.has(HF_FILE):
-        raise DataError(f"{source.where} has no {HF_FILE}. A model without its tokenizer is of no use; copy it there")
+        raise DataError(f"{source.where} has no {HF_FILE}. Copy the model's tokenizer there")
     about = CONFIG_FILE if source.has(CONFIG_FILE) else None
     template = _TEMPLATE if source.has(_TEMPLATE) else None
     return HfFiles(_CONFIG, weights, ours if len(ours) == 2 else [HF_FILE], about, template)
@@ -81,22 +81,22 @@ def read_config(source: ModelSource) -> dict[str, Any]:
 
 
 def check_architecture(config: Mapping[str, Any], where: str) -> None:
-    """Refuse architectures that ours are not.
+    """Check that the model is nanochat's.
 
     Raises:
-        DataError: with what such a model can be used for all the same.
+        DataError: it is not; names the commands that support other models.
     """
     kind = config.get("model_type")
     if kind != "nanochat":
         names = config.get("architectures")
         name = names[0] if isinstance(names, list) and names else kind
         raise DataError(
-            f"{where} is a {name} (model_type {kind}), no model of nanochat's, so it cannot become a checkpoint "
-            "that is trained here. mlx-lm runs it as it is:\n"
+            f"{where} is a {name} (model_type {kind}), not a nanochat model, so it cannot be imported and trained. "
+            "mlxchat runs it with mlx-lm:\n"
             "  evaluate  mlxchat pipeline=outside outside.path=FOLDER outside.name=NAME\n"
             "  chat      mlxchat chat --model hf:FOLDER   (or hf:ORGANISATION/NAME)\n"
-            "  learn     mlxchat stage=sft sft.teacher.path=FOLDER (equal tokens); its answers: mlxchat distill\n"
-            "A repository comes into a folder by: mlxchat data fetch ORGANISATION/NAME --model"
+            "  distil    mlxchat stage=sft sft.teacher.path=FOLDER (same tokenizer), or its answers: mlxchat distill\n"
+            "Download a repository to a folder: mlxchat data fetch ORGANISATION/NAME --model"
         )
 
 
@@ -105,7 +105,7 @@ def facts_of(config: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
 
     Args:
         config: config.json.
-        chat: whether it has learnt to chat.
+        chat: whether it is a chat model.
     """
     name = str(config.get("_name_or_path") or "")
     return {
@@ -118,14 +118,14 @@ def facts_of(config: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
 def read_model(
     files: Mapping[str, SafetensorsFile], config: Mapping[str, Any], where: str
 ) -> tuple[GPTSizes, dict[str, tuple[SafetensorsFile, SafeTensor]], dict[str, Any]]:
-    """Return the sizes, the tensors under our names, and how they were stored: `dtypes` but float32.
+    """Return the sizes, the tensors by our names, and stored facts: `dtypes` other than float32.
 
     Raises:
-        DataError: they are not those that config.json describes.
+        DataError: the tensors do not match config.json.
     """
     sizes = sizes_from_hf(config, f"{where}: config.json")
     named = [(name, ours_from_hf(name), file, each) for file in files.values() for name, each in file.tensors.items()]
-    fault = f"{where}: the weights are not what config.json describes"
+    fault = f"{where}: the weights do not match config.json"
     check_tensors(((name, ours, each.shape) for name, ours, _, each in named), sizes, fault)
     found = {ours: (file, each) for _, ours, file, each in named if ours is not None}
     dtypes = {name: each.dtype.name for name, (_, each) in found.items() if each.dtype.name != "float32"}
@@ -133,10 +133,10 @@ def read_model(
 
 
 def read_matching_tokenizer(paths: Mapping[str, Path], files: HfFiles, sizes: GPTSizes) -> Tokenizer:
-    """Return the tokenizer, with the same ids as the source's.
+    """Return the tokenizer with the source's ids.
 
     Raises:
-        DataError: it is damaged, encodes otherwise than ours would, or is another model's.
+        DataError: it is damaged, its encoding cannot be reproduced, or it is another model's.
     """
     path = paths[files.tokenizer[0]]
     tokenizer, keeps_ids = load_vocabulary(str(path if path.name == HF_FILE else path.parent))
@@ -151,10 +151,10 @@ def read_matching_tokenizer(paths: Mapping[str, Path], files: HfFiles, sizes: GP
 
 
 def check_added_tokens(path: Path, tokenizer: Tokenizer) -> None:
-    """Refuse a tokenizer.json whose special tokens are not nanochat's, after all others.
+    """Check that a tokenizer.json's special tokens are nanochat's, after all others.
 
     Raises:
-        DataError: naming the first that differs.
+        DataError: they are not; names the first that differs.
     """
     added = read_json(path, path.name).get("added_tokens") or []
     check_special_tokens({token["content"]: token["id"] for token in added}, len(tokenizer.ranks), path.name)
@@ -164,6 +164,6 @@ def _read_index(source: ModelSource) -> dict[str, str]:
     index = read_json(source.small(INDEX_FILE), f"{source.where}: {INDEX_FILE}").get("weight_map")
     plain = isinstance(index, dict) and all(isinstance(name, str) and "/" not in name for name in index.values())
     if not plain or not index:
-        raise DataError(f"{source.where}: {INDEX_FILE} does not say in which files the weights are")
+        raise DataError(f"{source.where}: {INDEX_FILE} has no valid weight_map")
     assert isinstance(index, dict)
     return index

@@ -1,4 +1,4 @@
-"""A third-party model becomes the folder of a checkpoint of ours, named by the contents of its files."""
+"""Imports third-party models as checkpoints, whose key depends on the contents of the files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def open_source(config: ImportConfig) -> ModelSource:
 
     Raises:
         ConfigError: neither or both of a repository and a folder are given.
-        DataError, PassingError: there is none, or the Hub does not answer.
+        DataError, PassingError: it does not exist, or the Hub does not answer.
     """
     if (config.repository is None) == (config.folder is None):
         raise ConfigError("exactly one of imported.repository and imported.folder must be set")
@@ -50,10 +50,10 @@ def open_source(config: ImportConfig) -> ModelSource:
 
 
 def find(config: ImportConfig) -> Found:
-    """Return the files of the model that a configuration means; only small ones are fetched.
+    """Return the files of a model; only small ones are downloaded.
 
     Raises:
-        DataError: there is no such model, or something of it is missing.
+        DataError: the model does not exist, or a file is missing.
     """
     source = open_source(config)
     if config.format == "hf":
@@ -64,16 +64,16 @@ def find(config: ImportConfig) -> Found:
 
 
 def pins_of(config: ImportConfig, hash_of: Callable[[Path], str]) -> dict[str, str]:
-    """Return name → sha256 of the files that the model is made of: the same from a repository and from a folder."""
+    """Return name → sha256 of the files that determine the model; the same for a repository and a folder."""
     found = find(config)
     return {f"model {Path(name).name}": found.source.sha256(name, hash_of) for name in found.files.identity()}
 
 
 def model_sizes(config: ImportConfig) -> GPTSizes:
-    """Return the sizes of the model that a configuration means, without fetching it.
+    """Return the sizes of a model without downloading its weights.
 
     Raises:
-        DataError: there is no such model, or what describes it is damaged.
+        DataError: the model does not exist, or its description is damaged.
     """
     found = find(config)
     if isinstance(found.files, hf.HfFiles):
@@ -86,13 +86,13 @@ def model_sizes(config: ImportConfig) -> GPTSizes:
 @lru_cache(maxsize=8)
 def _sizes_of_meta(data: bytes, where: str) -> GPTSizes:
     model_config = nanochat.read_meta(data, where)["model_config"]
-    # The tensors decide the architecture; without them a key that July 2026 added does.
+    # The tensors decide the architecture; here a key that July 2026 added.
     later = ["value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda"]
     return sizes_from_nanochat(model_config, later if "window_pattern" in model_config else [], where)
 
 
 def remark(config: ImportConfig) -> str:
-    """Return a model's size, the bytes to fetch and the disk space that it needs, for messages."""
+    """Return a text with a model's parameters, disk space, and bytes to download."""
     found = find(config)
     if isinstance(found.files, peft.AdapterFiles):
         return f"adapters of {format_bytes(found.source.size(found.files.adapters))}"
@@ -100,7 +100,7 @@ def remark(config: ImportConfig) -> str:
     files = [found.source.files[name] for name in found.files.all()]
     missing = sum(file.bytes for file in files if isinstance(file, HubFile) and not file.is_there())
     text = f"{format_count(parameters)} parameters, {format_bytes(4 * parameters)} on disk"
-    return f"{text}, {format_bytes(missing)} to fetch" if missing else text
+    return f"{text}, {format_bytes(missing)} to download" if missing else text
 
 
 def files_to_fetch(config: ImportConfig) -> list[HubFile]:
@@ -112,18 +112,18 @@ def files_to_fetch(config: ImportConfig) -> list[HubFile]:
 def import_model(
     config: ImportConfig, out: Path, check: Callable[[], None], base: Path | None = None
 ) -> tuple[GPTSizes, list[dict[str, Any]]]:
-    """Write a third-party model into `out` as a checkpoint; return its sizes and a record of each of its files.
+    """Write a third-party model to `out` as a checkpoint; return its sizes and a record of each file.
 
-    Numbers pass through in pieces: what is needed besides is a few megabytes.
+    Tensors are copied in pieces of a few megabytes.
 
     Args:
-        config: which model.
-        out: exists.
-        check: called repeatedly; it may raise to end the work.
-        base: the artifact that adapters are for.
+        config: the model to import.
+        out: an existing folder.
+        check: called repeatedly; may raise to end the work.
+        base: the artifact to which adapters belong.
 
     Raises:
-        DataError: a file is missing, damaged, or not what it should be; the disk has no room.
+        DataError: a file is missing, damaged or invalid, or the disk is full.
         PassingError: the Hub does not answer.
     """
     found = find(config)
@@ -132,7 +132,7 @@ def import_model(
         sizes = peft.import_adapter(source, files, base, out, chats=config.chat, check=check)
         return sizes, [source.record(name) for name in files.all()]
     if base is not None:
-        raise DataError(f"{source.where} is a whole model, which has no base: only adapters have")
+        raise DataError(f"{source.where} is a complete model; only adapters have a base")
     parameters = count_parameters(model_sizes(config))["total"]
     check_space(out, 4 * parameters, f"The checkpoint of {source.where}")
     paths = source.fetch(files.all(), check)
@@ -160,7 +160,7 @@ def import_model(
         check()
         write_float32(out / "model.safetensors", tensors)
         check()
-    # MLX is imported with it, which finding and reading do without.
+    # Imported here, since it imports MLX.
     from mlxchat.model.checkpoint import write_description
 
     facts["imported"] |= stored

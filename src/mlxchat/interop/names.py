@@ -1,7 +1,7 @@
-"""How nanochat, Hugging Face's `NanoChatForCausalLM` and we name parameters and sizes, and which can hold which model.
+"""Names of parameters and sizes in nanochat and Hugging Face's `NanoChatForCausalLM`, and which models each supports.
 
-Our names are nanochat's. nanochat's compiled models have `_orig_mod.` in front of each name; Hugging Face renames what
-both have and has the architecture of October 2025 only. No numbers move: nothing is permuted, transposed or scaled.
+Our names are nanochat's. nanochat's compiled models have the prefix `_orig_mod.`; Hugging Face uses other names and
+supports only the architecture of October 2025. No tensor is permuted, transposed or scaled.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from mlxchat.errors import ConfigError, DataError
 from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
 
 COMPILED_PREFIX = "_orig_mod."
-"""What torch.compile puts in front of every name."""
+"""Prefix of all names in models compiled by torch.compile."""
 SOFT_CAP = 15.0
-"""Logits of both architectures stay within ±15."""
+"""Soft cap of the logits in both architectures."""
 HF_ARCHITECTURE = "NanoChatForCausalLM"
 _HF_PARTS = {
     "attn.c_q": "self_attn.q_proj",
@@ -36,7 +36,7 @@ _HF_TABLES = {"transformer.wte.weight": "model.embed_tokens.weight", "lm_head.we
 _OUR_TABLES = {theirs: ours for ours, theirs in _HF_TABLES.items()}
 _OUR_LAYER = re.compile(r"transformer\.h\.(\d+)\.(\w+\.\w+)\.weight")
 _HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(\w+\.\w+)\.weight")
-# nanochat's name of a size → ours, in the order in which it writes them.
+# nanochat's name of a size → ours, in nanochat's order.
 _NANOCHAT_SIZES = {
     "sequence_len": "context_tokens",
     "vocab_size": "vocab_size",
@@ -63,21 +63,21 @@ def ours_from_nanochat(name: str) -> str:
 
 
 def hf_from_ours(name: str) -> str:
-    """Return the name that `NanoChatForCausalLM` has for a parameter of ours.
+    """Return the name of our parameter in `NanoChatForCausalLM`.
 
     Raises:
-        DataError: it has none: the architecture of July 2026.
+        DataError: it has none, since the architecture is that of July 2026.
     """
     layer = _OUR_LAYER.fullmatch(name)
     if name in _HF_TABLES:
         return _HF_TABLES[name]
     if layer is not None and layer[2] in _HF_PARTS:
         return f"model.layers.{layer[1]}.{_HF_PARTS[layer[2]]}.weight"
-    raise DataError(f"{HF_ARCHITECTURE} has no parameter like {name}: it is nanochat's model of October 2025")
+    raise DataError(f"{HF_ARCHITECTURE}, nanochat's model of October 2025, has no parameter {name}")
 
 
 def ours_from_hf(name: str) -> str | None:
-    """Return our name of a parameter of `NanoChatForCausalLM`, also of one with our name; None: it has none."""
+    """Return our name of a parameter of `NanoChatForCausalLM`, which may already be ours; None: unknown."""
     layer = _HF_LAYER.fullmatch(name)
     if name in _OUR_TABLES:
         return _OUR_TABLES[name]
@@ -89,23 +89,23 @@ def ours_from_hf(name: str) -> str | None:
 
 
 def sizes_from_nanochat(model_config: Mapping[str, Any], names: Iterable[str], where: str) -> GPTSizes:
-    """Return the sizes of a model of nanochat's.
+    """Return the sizes of a nanochat model.
 
     Args:
-        model_config: of its meta_*.json.
-        names: our names of its parameters, which distinguish the two architectures.
-        where: what messages call it.
+        model_config: of meta_*.json.
+        names: our names of its parameters, which determine the architecture.
+        where: the model's name in messages.
 
     Raises:
-        DataError: a size is missing or impossible, or the parameters are neither architecture's.
+        DataError: a size is missing or invalid, or the parameters match neither architecture.
     """
     given = list(names)
     found = {prefix for prefix in _LATER if any(name.startswith(prefix) for name in given)}
     if found and len(found) < len(_LATER):
         missing = ", ".join(prefix.rstrip(".") for prefix in _LATER if prefix not in found)
         raise DataError(
-            f"{where} is of a nanochat between October 2025 and July 2026 (it has {', '.join(sorted(found))}, not "
-            f"{missing}). How such a model computes is not recorded in its files; only those two are read."
+            f"{where} is from a version of nanochat between October 2025 and July 2026 (it has "
+            f"{', '.join(sorted(found))}, not {missing}). Only these two architectures are supported."
         )
     architecture = "jul2026" if found else "oct2025"
     known = {"window_pattern", *_NANOCHAT_SIZES}
@@ -121,21 +121,21 @@ def sizes_from_nanochat(model_config: Mapping[str, Any], names: Iterable[str], w
 
 
 def nanochat_from_sizes(sizes: GPTSizes) -> dict[str, Any]:
-    """Return the model_config that nanochat writes into meta_*.json for a model of these sizes."""
+    """Return the model_config of nanochat's meta_*.json for these sizes."""
     config: dict[str, Any] = {theirs: getattr(sizes, ours) for theirs, ours in _NANOCHAT_SIZES.items()}
     return config if sizes.architecture == "oct2025" else {**config, "window_pattern": sizes.window_pattern}
 
 
 def sizes_from_hf(config: Mapping[str, Any], where: str) -> GPTSizes:
-    """Return the sizes in a config.json of `NanoChatForCausalLM`, of mlx-lm or of ours.
+    """Return the sizes of a config.json of `NanoChatForCausalLM`, mlx-lm or mlxchat.
 
     Raises:
-        DataError: a size is missing, or it computes otherwise than ours would.
+        DataError: a size is missing, or a setting is unsupported.
     """
     numbers = _numbers({"num_key_value_heads": config.get("num_attention_heads"), **config}, _HF_SIZES, where)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        raise DataError(f"{where}: rope_parameters is no JSON object")
+        raise DataError(f"{where}: rope_parameters is not a JSON object")
     theta = config.get("rope_theta", rope.get("rope_theta", architecture_values("oct2025")["rope_theta"]))
     expected = {
         "hidden_act": ("relu2", config.get("hidden_act")),
@@ -148,8 +148,8 @@ def sizes_from_hf(config: Mapping[str, Any], where: str) -> GPTSizes:
     }
     wrong = [f"{key} {value} (expected {good})" for key, (good, value) in expected.items() if value not in (None, good)]
     if wrong:
-        raise DataError(f"{where}: this is no model that ours computes: {', '.join(wrong)}")
-    # Ours write what they have beyond October 2025 under the names of the fields.
+        raise DataError(f"{where}: unsupported settings: {', '.join(wrong)}")
+    # Our files have what goes beyond October 2025 under the names of the fields.
     optional = {field.name for field in fields(GPTSizes)} - set(_HF_SIZES.values()) - {"rope_theta"}
     features = {key: config[key] for key in optional if key in config}
     theta = float(theta) if isinstance(theta, int) and theta < 1 << 53 else theta
@@ -157,7 +157,7 @@ def sizes_from_hf(config: Mapping[str, Any], where: str) -> GPTSizes:
 
 
 def expected_shapes(sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
-    """Return our parameters by name, with their shapes, without making the model."""
+    """Return the names and shapes of a model's parameters, without creating it."""
     rows, width = sizes.padded_vocab_size, sizes.width
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (rows, width), "lm_head.weight": (rows, width)}
     for layer in range(sizes.num_layers):
@@ -183,22 +183,22 @@ def expected_shapes(sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(found: Iterable[tuple[str, str | None, tuple[int, ...]]], sizes: GPTSizes, fault: str) -> None:
-    """Refuse tensors that are not those of a model.
+    """Check that tensors are exactly those of a model.
 
     Args:
-        found: the file's name, our name (None: it has none) and the shape of each.
+        found: the file's name, our name (None: unknown) and the shape of each tensor.
         sizes: of the model.
         fault: beginning of the message.
 
     Raises:
-        DataError: naming what is unknown, missing, there twice or of another shape.
+        DataError: tensors are unknown, missing, duplicate or of another shape.
     """
     expected, seen, problems = expected_shapes(sizes), set(), []
     for theirs, ours, shape in found:
         if ours is None or ours not in expected:
             problems.append(f"{theirs} is unknown")
         elif ours in seen:
-            problems.append(f"{theirs} is there twice")
+            problems.append(f"{theirs} is duplicate")
         elif shape != expected[ours]:
             problems.append(f"{theirs} is {list(shape)}, expected {list(expected[ours])}")
         seen.add(ours)
@@ -223,7 +223,7 @@ def _numbers(config: Mapping[str, Any], names: Mapping[str, str], where: str) ->
         if not isinstance(config.get(key), int) or isinstance(config.get(key), bool) or config[key] < 1
     ]
     if wrong:
-        raise DataError(f"{where}: {', '.join(wrong)}; expected whole numbers above 0")
+        raise DataError(f"{where}: {', '.join(wrong)}; expected integers above 0")
     return {ours: config[theirs] for theirs, ours in names.items()}
 
 
@@ -234,8 +234,8 @@ def _checked(values: Mapping[str, Any], where: str) -> GPTSizes:
         raise DataError(f"{where}: {error}") from None
     if sizes.width % sizes.num_heads or sizes.num_heads % sizes.num_kv_heads or sizes.head_width % 2:
         raise DataError(
-            f"{where}: a width of {sizes.width} with {sizes.num_heads} heads and {sizes.num_kv_heads} key/value heads "
-            "is no model: heads must divide the width into even parts, key/value heads the heads"
+            f"{where}: width {sizes.width} with {sizes.num_heads} heads and {sizes.num_kv_heads} key/value heads is "
+            "impossible: the width per head must be an even integer, and key/value heads must divide the heads"
         )
     return sizes
 
@@ -246,14 +246,14 @@ _WORDS = {
     "smear": "the smear",
     "backout": "the backout",
 }
-# Fields of an architecture that do not change what is computed within the context.
+# Fields of an architecture that do not affect computation within the context.
 _NO_COMPUTATION = ("architecture", "window_pattern")
 
 
 def beyond_october(sizes: GPTSizes) -> list[str]:
-    """Return in words what a model computes within its context that nanochat's of October 2025 does not.
+    """Return descriptions of what a model computes within its context beyond nanochat's of October 2025.
 
-    The base of the rotary positions does not count.
+    The base of the rotary embedding is not compared.
     """
     found = [words for name, words in _WORDS.items() if getattr(sizes, name)]
     if any(window is not None and window < sizes.context_tokens for window in sizes.windows()):
@@ -266,28 +266,28 @@ def beyond_october(sizes: GPTSizes) -> list[str]:
 
 
 def check_hf(sizes: GPTSizes) -> None:
-    """Refuse what transformers' NanoChatForCausalLM cannot express.
+    """Check that transformers' NanoChatForCausalLM supports a model.
 
     Raises:
-        ConfigError: with what works instead.
+        ConfigError: it does not; names the alternatives.
     """
     if more := beyond_october(sizes):
         raise ConfigError(
-            f"transformers' NanoChatForCausalLM is nanochat's model of October 2025. This one has more: {_list(more)}. "
-            "What works instead: --to mlx (mlx-lm with --trust-remote-code), or --to nanochat"
+            f"transformers' NanoChatForCausalLM, nanochat's model of October 2025, does not support {_list(more)}. "
+            "Use --to mlx (mlx-lm with --trust-remote-code) or --to nanochat"
         )
 
 
 def nanochat_snapshot(sizes: GPTSizes) -> str:
-    """Return whose code computes a model: oct2025 or jul2026.
+    """Return the snapshot of nanochat that supports a model: oct2025 or jul2026.
 
     Raises:
-        ConfigError: neither does; with the reason, and what works instead.
+        ConfigError: neither does; names the reason and the alternatives.
     """
     october, july = architecture_values("oct2025"), architecture_values("jul2026")
     differing = {}
     for name, values in (("oct2025", october), ("jul2026", july)):
-        # Rows that pad the tables are the same ones however their number was chosen.
+        # Only the resulting number of rows matters, not how it was chosen.
         ours = {**asdict(sizes), "vocab_multiple": values["vocab_multiple"]}
         differing[name] = [key for key in values if key not in _NO_COMPUTATION and ours[key] != values[key]]
         if replace(sizes, vocab_multiple=values["vocab_multiple"]).padded_vocab_size != sizes.padded_vocab_size:
@@ -303,8 +303,8 @@ def nanochat_snapshot(sizes: GPTSizes) -> str:
     wrong = [f"{key} {getattr(sizes, key)} instead of {values.get(key, 'its own')}" for key in differing[nearest]]
     wrong += [] if nearest == "jul2026" else [more for more in beyond_october(sizes) if "windows" in more]
     raise ConfigError(
-        f"nanochat's code has these fixed and this model has them otherwise than {nearest}: {_list(wrong)}. "
-        f"What works instead: --to mlx{'' if beyond_october(sizes) else ' or --to hf'}"
+        f"nanochat's code does not support this model; differences from {nearest}: {_list(wrong)}. "
+        f"Use --to mlx{'' if beyond_october(sizes) else ' or --to hf'}"
     )
 
 

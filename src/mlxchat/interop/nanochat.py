@@ -1,11 +1,11 @@
-"""A checkpoint as nanochat writes and publishes it: its files, their contents, and its tensors under our names.
+"""Reads nanochat's checkpoints.
 
 model_000650.pt  meta_000650.json      at the top, or in a folder such as chatsft_checkpoints/d20/
-tokenizer.pkl    token_bytes.pt        beside them or in tokenizer/; the second one only to compare
-tokenizer.json                         instead of tokenizer.pkl: nanochat's earlier class wrote it
+tokenizer.pkl    token_bytes.pt        beside them or in tokenizer/; token_bytes.pt is only compared
+tokenizer.json                         instead of tokenizer.pkl, written by an earlier class of nanochat
 optim_000650_rank0.pt …                the optimizer's moments, on request (moments.py); in 2025 also optim_000650.pt
 
-tokenizer.pkl is a pickled tiktoken encoding; nothing of it is run.
+tokenizer.pkl is a pickled tiktoken encoding; its code is never executed.
 """
 
 from __future__ import annotations
@@ -51,35 +51,35 @@ class NanochatFiles:
     tokenizer: str
     token_bytes: str | None
     moments: tuple[str, ...] = ()
-    """The optimizer's, of each rank, where they are wanted."""
+    """The optimizer's files, one for each rank; empty unless requested."""
 
     def identity(self) -> list[str]:
-        """Return the names of those that the model is made of."""
+        """Return the names of the files that determine the model."""
         return [self.model, self.meta, self.tokenizer, *self.moments]
 
     def all(self) -> list[str]:
-        """Return the names of those that are read."""
+        """Return the names of all files that are read."""
         return [*self.identity(), *([self.token_bytes] if self.token_bytes else [])]
 
 
 def find_files(source: ModelSource, step: int | None, *, optimizer: bool = False) -> NanochatFiles:
-    """Return the files of a step's checkpoint, the last step's if none is given; nothing is fetched.
+    """Return the files of the checkpoint of a step (None: the last); nothing is downloaded.
 
-    `optimizer` asks for those of its optimizer, too.
+    With `optimizer` they include the optimizer's.
 
     Raises:
-        DataError: there is none, there are several folders of them, or a file is missing.
+        DataError: there is no checkpoint, several folders have some, or a file is missing.
     """
     models = {PurePosixPath(name): int(match[1]) for name in source.files if (match := _MODEL.fullmatch(_last(name)))}
     folders = sorted({path.parent for path in models})
     if not models:
         raise DataError(
-            f"{source.where} holds no checkpoint of nanochat's: expected model_<step>.pt. It holds {source.listed()}. "
-            "For a folder of Hugging Face's or mlx-lm's: mlxchat import hf"
+            f"{source.where} has no nanochat checkpoint: expected model_<step>.pt. It has {source.listed()}. For a "
+            "folder in Hugging Face's or mlx-lm's format: mlxchat import hf"
         )
     if len(folders) > 1:
         shown = "\n".join(f"  {source.where}/{folder}" for folder in folders[:_MOST_SHOWN])
-        raise DataError(f"{source.where} holds several models. Say which one:\n{shown}")
+        raise DataError(f"{source.where} has several models. Choose one:\n{shown}")
     steps = {found: path for path, found in sorted(models.items(), key=lambda item: item[1])}
     chosen = max(steps) if step is None else step
     if chosen not in steps:
@@ -88,8 +88,7 @@ def find_files(source: ModelSource, step: int | None, *, optimizer: bool = False
     meta = _join(folder, _last(str(model)).replace("model_", "meta_").replace(".pt", ".json"))
     if not source.has(meta):
         raise DataError(
-            f"{source.where} has {model}, but no {meta}, which says what sizes it has. Copy it from where the model "
-            "was trained"
+            f"{source.where} has {model}, but no {meta} with its sizes. Copy it from where the model was trained"
         )
     places = [folder, PurePosixPath("tokenizer"), *folder.parents, *(each / "tokenizer" for each in folder.parents)]
     wanted = [_join(place, name) for name in (PICKLED_FILE, HF_FILE) for place in places]
@@ -124,10 +123,10 @@ def _find_moments(source: ModelSource, folder: PurePosixPath, step: int) -> tupl
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in nanochat's own folder: the checkpoints of one training."""
+    """The checkpoints of one training in nanochat's folder."""
 
     source: str
-    """base, mid, sft or rl, as nanochat's scripts name them."""
+    """base, mid, sft or rl, as in nanochat's scripts."""
     tag: str
     folder: Path
     models: dict[int, Path]
@@ -140,7 +139,7 @@ class Trained:
 
 
 def list_trained(base: Path) -> list[Trained]:
-    """Return the models in nanochat's folder (NANOCHAT_BASE_DIR), in the order of its pipeline."""
+    """Return the models in nanochat's folder (NANOCHAT_BASE_DIR), in pipeline order."""
     found = []
     for source, name in _SOURCES.items():
         for folder in sorted(path for path in (base / name).glob("*") if path.is_dir()):
@@ -151,7 +150,7 @@ def list_trained(base: Path) -> list[Trained]:
 
 
 def choose_trained(base: Path, word: str) -> tuple[Trained, int | None] | None:
-    """Return the model that [SOURCE:]TAG[@STEP] names in nanochat's folder, and the step; None: there is none.
+    """Return the model [SOURCE:]TAG[@STEP] in nanochat's folder, and the step; None: not found.
 
     Raises:
         ConfigError: several models have the tag, or the model has no such step.
@@ -173,7 +172,7 @@ def read_meta(data: bytes, where: str) -> dict[str, Any]:
     """Return the contents of a meta_*.json.
 
     Raises:
-        DataError: it is damaged, or of another kind.
+        DataError: it is damaged or not a meta file.
     """
     try:
         meta = json.loads(data)
@@ -181,7 +180,7 @@ def read_meta(data: bytes, where: str) -> dict[str, Any]:
         assert isinstance(meta["model_config"], dict)
     except (ValueError, KeyError, AssertionError, RecursionError) as error:
         reason = "model_config is missing" if isinstance(error, KeyError | AssertionError) else error
-        raise DataError(f"{where} is no meta file of nanochat's ({reason}). Fetch or copy it again.") from None
+        raise DataError(f"{where} is not a nanochat meta file ({reason}). Copy it again.") from None
     return meta
 
 
@@ -190,11 +189,11 @@ def facts_of(meta: dict[str, Any], files: NanochatFiles, chat: bool | None) -> d
 
     Args:
         meta: of meta_*.json.
-        files: its step. What the folders are called decides nothing: the same files make the same checkpoint.
-        chat: whether it has learnt to chat; None: unless the meta file is one of pretraining.
+        files: of the checkpoint; only their step is recorded, so that equal files give equal checkpoints.
+        chat: whether it is a chat model; None: unless the meta file is pretraining's.
     """
     if chat is None:
-        chat = "device_batch_size" not in meta  # which only pretraining writes
+        chat = "device_batch_size" not in meta  # written only by pretraining
     numbers = {key: value for key, value in meta.items() if isinstance(value, int | float) and key != "step"}
     batch = meta.get("total_batch_size")
     return {
@@ -209,20 +208,20 @@ def facts_of(meta: dict[str, Any], files: NanochatFiles, chat: bool | None) -> d
 def read_model(
     file: TorchFile, meta: dict[str, Any], meta_name: str
 ) -> tuple[GPTSizes, dict[str, TorchTensor], dict[str, Any]]:
-    """Return the sizes, the tensors under our names, and how they were stored: `compiled`, `dtypes` but float32.
+    """Return the sizes, the tensors by our names, and stored facts: `compiled`, and `dtypes` other than float32.
 
     Raises:
-        DataError: the tensors are not those that the meta file describes.
+        DataError: the tensors do not match the meta file.
     """
     where = file.where
     tensors = file.tensors()
     renamed = {ours_from_nanochat(name): tensor for name, tensor in tensors.items()}
     sizes = sizes_from_nanochat(meta["model_config"], renamed, f"{where} with {meta_name}")
-    fault = f"{where} is not the model that {meta_name} describes"
+    fault = f"{where} does not match {meta_name}"
     check_tensors(((name, ours_from_nanochat(name), each.shape) for name, each in tensors.items()), sizes, fault)
     dtypes = {name: tensor.dtype.name for name, tensor in renamed.items() if tensor.dtype.name != "float32"}
     if others := sorted(name for name, dtype in dtypes.items() if dtype not in _FLOATS):
-        raise DataError(f"{fault}: {others[0]} holds {dtypes[others[0]]}, expected one of {', '.join(_FLOATS)}")
+        raise DataError(f"{fault}: {others[0]} has type {dtypes[others[0]]}, expected one of {', '.join(_FLOATS)}")
     order = {name: renamed[name] for name in expected_shapes(sizes)}
     stored = {
         "compiled": any(name.startswith(COMPILED_PREFIX) for name in tensors),
@@ -232,10 +231,10 @@ def read_model(
 
 
 def read_matching_tokenizer(paths: dict[str, Path], files: NanochatFiles, sizes: GPTSizes) -> Tokenizer:
-    """Return the tokenizer, compared with the model and with token_bytes.pt.
+    """Return the tokenizer, after comparison with the model and token_bytes.pt.
 
     Raises:
-        DataError: it is damaged, or another model's.
+        DataError: it is damaged or another model's.
     """
     path = paths[files.tokenizer]
     tokenizer, _ = load_vocabulary(str(path))
@@ -260,20 +259,20 @@ def _join(folder: PurePosixPath, name: str) -> str:
 
 
 def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
-    """Refuse a token_bytes.pt that is not of this tokenizer: then model and tokenizer may not belong together.
+    """Check that token_bytes.pt is the tokenizer's; otherwise model and tokenizer may not belong together.
 
-    Tokens that are no UTF-8 by themselves count as their bytes (nanochat since 2026) or as U+FFFD (before).
+    For tokens that are invalid UTF-8, their bytes (nanochat since 2026) or those of U+FFFD (before) are accepted.
 
     Raises:
-        DataError: it is damaged, or of another tokenizer.
+        DataError: it is damaged or another tokenizer's.
     """
     with TorchFile(path) as file:
         content = file.content
         whole = isinstance(content, TorchTensor) and len(content.shape) == 1 and content.dtype.numpy[1] == "i"
         if not whole:
-            raise DataError(f"{path.name} holds no list of whole numbers, as nanochat's does")
+            raise DataError(f"{path.name} is not a list of integers, as nanochat's is")
         raw = tokenizer.token_bytes.astype(np.int64)
-        # The file may be of any size: it is read only if it has as many numbers as there are tokens.
+        # Read only if it has as many numbers as there are tokens: the file may have any size.
         given = file.numbers(content).astype(np.int64) if content.shape == raw.shape else None
     if given is not None:
         decoded = np.zeros_like(raw)
@@ -283,9 +282,9 @@ def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
         if not len(differs):
             return
         at = int(differs[0])
-        reason = f"token {at} has {given[at]} bytes in the one and {raw[at]} in the other"
+        reason = f"token {at} has {given[at]} and {raw[at]} bytes"
     else:
-        reason = f"{content.count:,} tokens in the one, {len(raw):,} in the other"
+        reason = f"{content.count:,} and {len(raw):,} tokens"
     raise DataError(
-        f"{path.name} and tokenizer.pkl do not belong together ({reason}). Take both from where the model was trained"
+        f"{path.name} and tokenizer.pkl do not match ({reason}). Copy both from where the model was trained"
     )

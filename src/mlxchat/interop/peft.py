@@ -1,7 +1,7 @@
-"""Adapters that mlx-lm or PEFT trained on a model of ours, in and out: the same numbers, on the base named.
+"""Imports and exports adapters in mlx-lm's and PEFT's formats.
 
-PEFT has A as (rank, in) and B as (out, rank), and the scale as alpha / rank, or alpha / √rank with rank-stabilised LoRA
-(arXiv 2312.03732). Its DoRA is ours.
+PEFT stores A as (rank, in) and B as (out, rank); its scale is alpha / rank, or alpha / √rank for rank-stabilised LoRA
+(arXiv 2312.03732). DoRA is the same as ours.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CONFIG, _ADAPTERS = "adapter_config.json", "adapters.safetensors"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
 _OURS = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m"}
 _THEIRS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
-# Ways to begin that leave the base's weights as they are.
+# Initialisations that do not change the base's weights.
 _BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -39,26 +39,26 @@ def sizes_from_peft(
     Args:
         config: adapter_config.json.
         shapes: of the tensors, by PEFT's names.
-        where: they are, for the message.
+        where: name of the adapters in messages.
 
     Raises:
-        DataError: with all that ours cannot express.
+        DataError: ours cannot represent them; names all reasons.
     """
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type {config.get('peft_type')!r} is not LORA")
     for key in ("rank_pattern", "alpha_pattern", "modules_to_save", "layer_replication", "fan_in_fan_out"):
         if config.get(key):
-            problems.append(f"{key} is {config[key]!r}, expected nothing")
+            problems.append(f"{key} is {config[key]!r}, which is not supported")
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}: our models have none")
     if config.get("init_lora_weights") not in _BEGINNINGS:
         problems.append(f"init_lora_weights {config['init_lora_weights']!r} changes the base's weights")
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout")
     if type(rank) is not int or rank < 1:
-        problems.append(f"r {rank!r} is no whole number above 0")
+        problems.append(f"r {rank!r} is not an integer above 0")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        problems.append(f"lora_alpha {alpha!r} is no number")
+        problems.append(f"lora_alpha {alpha!r} is not a number")
     names, unknown = {}, []
     for name in shapes:
         found = _TENSOR.fullmatch(name)
@@ -68,9 +68,9 @@ def sizes_from_peft(
         else:
             names[name] = f"{ours.removesuffix('.weight')}.{_OURS[found[2]]}"
     if unknown:
-        problems.append(f"{', '.join(unknown[:3])}: no adapters of a matrix of nanochat's")
+        problems.append(f"{', '.join(unknown[:3])}: not adapters of a matrix of nanochat's model")
     if not names:
-        problems.append("it holds no adapters")
+        problems.append("it has no adapters")
     if problems:
         raise DataError(f"{where}: {'; '.join(problems)}")
     assert type(rank) is int
@@ -87,26 +87,26 @@ def sizes_from_peft(
 
 
 def check_peft(sizes: AdapterSizes, name: str) -> None:
-    """Refuse adapters that PEFT cannot express.
+    """Check that PEFT can represent adapters.
 
     Raises:
-        ConfigError: with the reason, and what works instead.
+        ConfigError: it cannot; names the reason and the alternative.
     """
     if sizes.bits is not None:
         raise ConfigError(
-            f"{name} was trained on weights that MLX rounded to {sizes.bits} bits, which PEFT has no word for. What "
-            f"works instead: mlxchat fuse {name}, then --to hf"
+            f"{name} was trained on weights quantised by MLX to {sizes.bits} bits, which PEFT does not support. Use "
+            f"mlxchat fuse {name}, then --to hf"
         )
 
 
 def write_peft(adapters: Mapping[str, np.ndarray[Any, Any]], sizes: AdapterSizes, out: Path, *, base: str) -> None:
-    """Write adapters as PEFT reads them, on a base that `--to hf` writes.
+    """Write adapters in PEFT's format, for a base exported with `--to hf`.
 
     Args:
         adapters: by our names, in float32.
-        sizes: of the adapters; `check_peft` has let them pass.
+        sizes: of the adapters, checked by `check_peft`.
         out: an empty folder.
-        base: name of the base, which PEFT takes for a path unless it is given the model.
+        base: name of the base, which PEFT uses as a path unless it is given the model.
     """
     theirs = {_peft_name(name): name for name in adapters}
     alpha = sizes.scale * sizes.rank
@@ -133,12 +133,12 @@ def write_peft(adapters: Mapping[str, np.ndarray[Any, Any]], sizes: AdapterSizes
 
 
 def as_peft(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return an adapter's array as PEFT has it, or PEFT's as we have it: A and B are transposed."""
+    """Convert an adapter's array between our layout and PEFT's: A and B are transposed."""
     return values if name.endswith(".m") else np.ascontiguousarray(values.T)
 
 
 def peft_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that `as_peft` gives an array of this one."""
+    """Return the shape of `as_peft`'s result."""
     return shape if name.endswith(".m") else shape[::-1]
 
 
@@ -155,11 +155,11 @@ class AdapterFiles:
     adapters: str = _ADAPTERS
 
     def identity(self) -> list[str]:
-        """Return the names of those that the adapters are made of."""
+        """Return the names of the files that determine the adapters."""
         return [self.config, self.adapters]
 
     def all(self) -> list[str]:
-        """Return the names of those that are read."""
+        """Return the names of all files that are read."""
         return self.identity()
 
 
@@ -174,7 +174,7 @@ def find_files(source: ModelSource) -> AdapterFiles:
     if missing:
         wanted = " and no ".join(missing)
         raise DataError(
-            f"{source.where} holds no {wanted}, so these are no adapters of mlx-lm or PEFT. It holds {source.listed()}"
+            f"{source.where} has no {wanted}, so it has no adapters of mlx-lm or PEFT. It has {source.listed()}"
         )
     source.small(files.config)
     return files
@@ -183,18 +183,18 @@ def find_files(source: ModelSource) -> AdapterFiles:
 def import_adapter(
     source: ModelSource, files: AdapterFiles, base: Path | None, out: Path, *, chats: bool | None, check: Check
 ) -> GPTSizes:
-    """Write adapters on one of our models into `out` as a checkpoint; return the sizes of the model.
+    """Write adapters to `out` as a checkpoint; return the sizes of the model.
 
     Args:
-        source: where they are.
-        files: their names there.
+        source: of the adapters.
+        files: their names in the source.
         base: the artifact that they were trained on.
-        out: exists.
-        chats: whether the model with them has learnt to chat; None: as its base.
-        check: may raise, to end the work.
+        out: an existing folder.
+        chats: whether the result is a chat model; None: as its base.
+        check: may raise to end the work.
 
     Raises:
-        DataError: a file is missing or damaged, or they do not fit the base; there is none.
+        DataError: a file or the base is missing or damaged, or the adapters do not fit the base.
     """
     import mlx.core as mx
 
@@ -228,7 +228,7 @@ def import_adapter(
         arrays = {name: as_peft(name, value) for name, value in arrays.items()}
     strange = sorted(name for name, value in arrays.items() if not np.isfinite(value).all())
     if strange:
-        raise DataError(f"{source.where}: {strange[0]} holds numbers that are not finite")
+        raise DataError(f"{source.where}: {strange[0]} has numbers that are not finite")
     check()
     facts = read_json(base / "checkpoint.json", f"{base.name}: checkpoint.json")
     facts |= {"stage": "imported", "imported": {"format": "adapter"}}

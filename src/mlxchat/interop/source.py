@@ -1,4 +1,4 @@
-"""Where a third-party model comes from: a repository of the Hub at one commit, or a folder."""
+"""Sources of third-party models: a repository of the Hub at a commit, or a folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mlxchat.store.fingerprint import hash_file
 
 _MOST_FILES, _DEEPEST, _MOST_SHOWN = 20_000, 4, 8
 _READ_WHOLE, _SMALL_BYTES = (".jinja", ".json", ".pkl", ".tiktoken"), 32 << 20
-"""What is read as a whole; a vocabulary of 400,000 tokens takes 8 MiB."""
+"""Files that are read as a whole, and their maximum size; a vocabulary of 400,000 tokens has 8 MiB."""
 
 Check = Callable[[], None]
 
@@ -26,28 +26,28 @@ def read_json(content: Path | bytes, where: str) -> dict[str, Any]:
     """Return the JSON object of a file or of its contents.
 
     Raises:
-        DataError: it cannot be read or is no JSON object.
+        DataError: it cannot be read or is not a JSON object.
     """
     try:
         found = json.loads(content.read_bytes() if isinstance(content, Path) else content)
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{where} is damaged ({error}). Fetch or copy it again.") from None
+        raise DataError(f"{where} is damaged ({error}). Copy it again.") from None
     if not isinstance(found, dict):
-        raise DataError(f"{where} is no JSON object")
+        raise DataError(f"{where} is not a JSON object")
     return found
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Named files, some of which are a model."""
+    """Files by name, among them a model's."""
 
     where: str
     """The repository or the folder, for messages."""
     files: dict[str, HubFile | Path] = field(default_factory=dict)
-    """Name, with / between folders → where it is."""
+    """Path with / → file."""
 
     def has(self, name: str) -> bool:
-        """Return whether there is such a file."""
+        """Return True if the file exists."""
         return name in self.files
 
     def listed(self) -> str:
@@ -55,38 +55,38 @@ class ModelSource:
         return ", ".join(sorted(self.files)[:_MOST_SHOWN]) or "nothing"
 
     def size(self, name: str) -> int:
-        """Return a file's size in bytes; nothing is fetched."""
+        """Return a file's size in bytes; nothing is downloaded."""
         file = self.files[name]
         return file.bytes if isinstance(file, HubFile) else file.stat().st_size
 
     def fetch(self, names: Iterable[str], check: Check = lambda: None) -> dict[str, Path]:
-        """Return name → where the file is on this machine, whole and verified if it is of the Hub.
+        """Return name → local path, after downloading and verifying files of the Hub.
 
         Raises:
-            DataError: the disk has no room, what arrives is wrong, or a file that is read as a whole is not small.
+            DataError: the disk is full, a download is wrong, or a file to read as a whole is too large.
             PassingError: the Hub does not answer.
         """
         names = list(names)
         for name in names:
             if PurePosixPath(name).suffix in _READ_WHOLE and self.size(name) > _SMALL_BYTES:
-                raise DataError(f"{self.where}: {name} has {self.size(name):,} bytes, which no such file has")
+                raise DataError(f"{self.where}: {name} has {self.size(name):,} bytes, more than {_SMALL_BYTES:,}")
         wanted = [file for name in names if isinstance(file := self.files[name], HubFile)]
         if wanted:
             fetch_files(wanted, check=check)
         return {name: file.place if isinstance(file := self.files[name], HubFile) else file for name in names}
 
     def sha256(self, name: str, hash_of: Callable[[Path], str] = hash_file) -> str:
-        """Return a file's sha256. Large ones of the Hub are not fetched for it: the listing has it."""
+        """Return a file's sha256; for large files of the Hub it is in the listing."""
         file = self.files[name]
         if isinstance(file, HubFile):
             return file.sha256 or hash_file(self.fetch([name])[name])
         return hash_of(file)
 
     def small(self, name: str) -> bytes:
-        """Return the content of a file of `_READ_WHOLE`, fetched if need be.
+        """Return the content of a small file, downloaded if necessary.
 
         Raises:
-            DataError: it cannot be read, or is not small.
+            DataError: it cannot be read or is too large.
         """
         try:
             return self.fetch([name])[name].read_bytes()
@@ -94,7 +94,7 @@ class ModelSource:
             raise DataError(f"{self.where}: {name} cannot be read ({error.strerror or error})") from None
 
     def record(self, name: str) -> dict[str, Any]:
-        """Return the record of a file for manifests: url, revision, sha256, bytes."""
+        """Return a file's record for manifests: url, revision, sha256, bytes."""
         file = self.files[name]
         if isinstance(file, HubFile):
             return record(file)
@@ -102,31 +102,31 @@ class ModelSource:
 
 
 def open_repository(repository: str, revision: str) -> ModelSource:
-    """Return the files of a model repository: <organisation>/<name>, or of a folder in it: …/<folder>.
+    """Return the files of a model repository, <organisation>/<name>, or of a folder in it, …/<folder>.
 
     Raises:
-        DataError: there is no such repository, revision or folder.
-        PassingError: the Hub does not answer, and nothing of it is known here.
+        DataError: the repository, revision or folder does not exist.
+        PassingError: the Hub does not answer, and no listing is cached.
     """
     owner, _, rest = repository.partition("/")
     name, _, folder = rest.partition("/")
     if not owner or not name:
         raise ConfigError(
-            f'"{repository}" is no repository: expected <organisation>/<name>, such as karpathy/nanochat-d32'
+            f'"{repository}" is not a repository: expected <organisation>/<name>, such as karpathy/nanochat-d32'
         )
     files = list_files(f"{owner}/{name}", revision=revision, kind="model")
     return ModelSource(repository, _within({file.path: file for file in files}, folder, f"{owner}/{name}"))
 
 
 def open_folder(folder: Path) -> ModelSource:
-    """Return the files of a folder and of the folders in it, and the tokenizer of the folders around it.
+    """Return the files of a folder and its subfolders, and a tokenizer in its parents.
 
     Raises:
-        DataError: there is no such folder.
+        DataError: the folder does not exist or has too many files.
     """
     if not folder.is_dir():
         near = suggest(folder.name, (each.name for each in folder.parent.iterdir())) if folder.parent.is_dir() else ""
-        kind = "is a file, expected the folder it lies in" if folder.exists() else "does not exist"
+        kind = "is a file, expected its folder" if folder.exists() else "does not exist"
         raise DataError(f"{folder} {kind}.{near}")
     found: dict[str, HubFile | Path] = {}
     for place, folders, names in os.walk(folder):
@@ -136,7 +136,7 @@ def open_folder(folder: Path) -> ModelSource:
             path = Path(place, name)
             found[path.relative_to(folder).as_posix()] = path
         if len(found) > _MOST_FILES:
-            raise DataError(f"{folder} holds more than {_MOST_FILES:,} files: give the folder of the model itself")
+            raise DataError(f"{folder} has more than {_MOST_FILES:,} files: give the folder of the model itself")
     # nanochat keeps checkpoints in <base>/chatsft_checkpoints/d20/, the tokenizer in <base>/tokenizer/.
     for above in (folder.absolute().parent, folder.absolute().parent.parent):
         for name in ("tokenizer.pkl", "token_bytes.pt"):
@@ -163,19 +163,19 @@ def _within(files: dict[str, HubFile], folder: str, repository: str) -> dict[str
 
 
 PREFIX = "hf:"
-# What mlx-lm reads of a repository. Neither pickles nor code are among them.
+# Files of a repository that mlx-lm reads; neither pickles nor code.
 _READ = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 
 
 def outside_folder(reference: str) -> Path:
-    """Return the folder of a third-party model; missing files are fetched.
+    """Return the folder of a third-party model, after downloading missing files.
 
     Args:
         reference: hf:FOLDER, hf:ORGANISATION/NAME or hf:ORGANISATION/NAME@REVISION.
 
     Raises:
-        ConfigError: it is neither.
-        DataError: there is no such folder or repository, or it holds no model.
+        ConfigError: the reference is none of these.
+        DataError: the folder or repository does not exist or has no model.
         PassingError: the Hub does not answer.
     """
     what = reference.removeprefix(PREFIX)
@@ -185,11 +185,11 @@ def outside_folder(reference: str) -> Path:
         return folder
     repository, _, revision = what.partition("@")
     if repository.count("/") != 1:
-        raise ConfigError(f'"{reference}" is no model: expected {PREFIX}FOLDER or {PREFIX}ORGANISATION/NAME')
+        raise ConfigError(f'"{reference}" is not a model: expected {PREFIX}FOLDER or {PREFIX}ORGANISATION/NAME')
     source = open_repository(repository, revision or "main")
     names = [name for name in source.files if "/" not in name and any(fnmatch.fnmatch(name, each) for each in _READ)]
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
-        raise DataError(f"{repository} holds no model that mlx-lm opens: expected config.json and *.safetensors")
+        raise DataError(f"{repository} has no model for mlx-lm: expected config.json and *.safetensors")
     config = source.files["config.json"]
     assert isinstance(config, HubFile)
     source.fetch(names)

@@ -1,7 +1,6 @@
-"""Safetensors files, read and written a few megabytes at a time, however large the model is.
+"""Reads and writes safetensors files in pieces of a few megabytes.
 
-Our checkpoints hold float32 alone; elsewhere a tensor may be bfloat16, which NumPy lacks: it travels as its bits, the
-upper half of a float32's.
+Our checkpoints are float32. bfloat16, which NumPy lacks, is represented by its 16 bits, the upper half of a float32's.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 MOST_DIMENSIONS = 8
-"""Of a tensor of any format that is read."""
+"""Maximum dimensions of a tensor that is read."""
 PIECE_BYTES = 4 << 20
-AGAIN = "Fetch or copy it again."
+AGAIN = "Copy it again."
 _MOST_HEADER_BYTES = 32 << 20
 _ALIGNMENT = 8
 
@@ -39,11 +38,11 @@ class Dtype:
     name: str
     bytes: int
     numpy: str
-    """NumPy's type of the same width; bfloat16, which it lacks, as the 16 bits."""
+    """NumPy's type of the same width; for bfloat16 its 16 bits."""
     storage: str
-    """PyTorch's name of it."""
+    """PyTorch's name."""
     code: str = ""
-    """That of safetensors, for types that a model's file may have."""
+    """safetensors' name, for types of models' parameters."""
 
 
 DTYPES = (
@@ -59,7 +58,7 @@ DTYPES = (
     Dtype("bool", 1, "u1", "BoolStorage"),
 )
 FLOATS = {dtype.code: dtype for dtype in DTYPES if dtype.code}
-"""Code → the type, for the types of a model's parameters."""
+"""safetensors' name → type of a model's parameters."""
 
 
 class Tensor(Protocol):
@@ -75,15 +74,15 @@ class Tensor(Protocol):
 
 
 class TensorFile(Protocol):
-    """A file of tensors that are read in pieces."""
+    """A file whose tensors are read in pieces."""
 
     def pieces(self, tensor: Any) -> Iterator[Array]:
-        """Yield a tensor's numbers in order, in its own type (bfloat16 as 16 bits)."""
+        """Yield a tensor's numbers in order, in the file's type (bfloat16 as 16 bits)."""
 
 
 @dataclass(frozen=True)
 class SafeTensor:
-    """Where a tensor lies in a safetensors file."""
+    """The place of a tensor in a safetensors file."""
 
     dtype: Dtype
     shape: tuple[int, ...]
@@ -95,10 +94,10 @@ class SafetensorsFile:
     """An open safetensors file."""
 
     def __init__(self, path: Path) -> None:
-        """Open it and read what it lists.
+        """Open the file and read its header.
 
         Raises:
-            DataError: it is none, or what it lists does not fit the file.
+            DataError: it is not a safetensors file, or is damaged.
         """
         self.where = path.name
         try:
@@ -122,7 +121,7 @@ class SafetensorsFile:
         self._file.close()
 
     def pieces(self, tensor: SafeTensor) -> Iterator[Array]:
-        """Yield a tensor's numbers in order, a few megabytes at a time, in its own type (bfloat16 as 16 bits)."""
+        """Yield a tensor's numbers in order, a few megabytes at a time, in the file's type (bfloat16 as 16 bits)."""
         left, place = prod(tensor.shape) * tensor.dtype.bytes, tensor.start
         while left:
             self._file.seek(place)
@@ -138,35 +137,34 @@ class SafetensorsFile:
         head = self._file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
         if head.startswith(b"version "):
-            raise DataError(f"{self.where} is a pointer of Git LFS, not the file itself. Get that with: git lfs pull")
+            raise DataError(f"{self.where} is a Git LFS pointer. Download the file with: git lfs pull")
         if 8 + length > size or length > _MOST_HEADER_BYTES:
-            raise DataError(f"{self.where} is cut off, or no safetensors file. {AGAIN}")
+            raise DataError(f"{self.where} is truncated or not a safetensors file. {AGAIN}")
         try:
             listing = json.loads(self._file.read(length))
             entries = {name: entry for name, entry in listing.items() if name != "__metadata__"}
             found = {name: self._entry(name, entry, 8 + length, size) for name, entry in entries.items()}
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise DataError(f"{self.where} is no safetensors file that can be read ({error}). {AGAIN}") from None
+            raise DataError(f"{self.where} is not a readable safetensors file ({error}). {AGAIN}") from None
         ends = sorted((each.start, each.start + prod(each.shape) * each.dtype.bytes) for each in found.values())
         if any(second[0] < first[1] for first, second in pairwise(ends)):
-            raise DataError(f"{self.where} cannot be read: its tensors lie over each other")
+            raise DataError(f"{self.where} cannot be read: its tensors overlap")
         return found
 
     def _entry(self, name: str, entry: Any, base: int, size: int) -> SafeTensor:
         code, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         if code not in FLOATS:
             raise DataError(
-                f"{self.where}: {name} is stored as {code}, expected {', '.join(FLOATS)}. A quantised model cannot be "
-                "trained; import the one that it was made from"
+                f"{self.where}: {name} is stored as {code}, expected {', '.join(FLOATS)}. Quantised models cannot be "
+                "trained; import the original"
             )
-        if len(shape) > MOST_DIMENSIONS:  # before any arithmetic: a product of very many dimensions takes hours
+        if len(shape) > MOST_DIMENSIONS:  # checked first, since the product of very many dimensions takes hours
             raise DataError(
-                f"{self.where} cannot be read: {name} has {len(shape):,} dimensions, at most {MOST_DIMENSIONS} are "
-                "accepted"
+                f"{self.where} cannot be read: {name} has {len(shape):,} dimensions, expected at most {MOST_DIMENSIONS}"
             )
         numbers = (start, end, *shape)
         if any(type(each) is not int or each < 0 for each in numbers) or base + end > size:
-            raise DataError(f"{self.where} is cut off or damaged: {name} lies outside of it. {AGAIN}")
+            raise DataError(f"{self.where} is truncated or damaged: {name} extends beyond its end. {AGAIN}")
         if end - start != prod(shape) * FLOATS[code].bytes:
             raise DataError(f"{self.where} is damaged: {name} has {end - start:,} bytes, not {list(shape)} {code}")
         return SafeTensor(FLOATS[code], shape, base + start)
@@ -176,10 +174,10 @@ class StoredWeights:
     """The tensors of a checkpoint artifact, by our names."""
 
     def __init__(self, folder: Path) -> None:
-        """Look into model.safetensors.
+        """Read the header of model.safetensors.
 
         Raises:
-            DataError: it is missing or damaged, or holds other numbers than float32.
+            DataError: it is missing, damaged or not float32.
         """
         self.path = folder / "model.safetensors"
         with SafetensorsFile(self.path) as file:
@@ -198,31 +196,31 @@ class StoredWeights:
         return np.concatenate([*self.pieces(name)]).reshape(self.shapes[name])
 
     def fits(self, name: str, code: str) -> bool:
-        """Return whether a type (F32, BF16 or F16) has every number of a tensor."""
+        """Return True if a type (F32, BF16 or F16) represents a tensor exactly."""
         return code == "F32" or all(_fits(piece, code) for piece in self.pieces(name))
 
 
 class AdaptedWeights(StoredWeights):
-    """The tensors of a model whose checkpoint holds adapters: those of its base, each fused when it is read."""
+    """The tensors of a checkpoint with adapters, which are fused with the base's tensors when these are read."""
 
     def __init__(self, chain: list[Path], sizes: GPTSizes) -> None:
-        """Look into all folders.
+        """Read the headers of all folders.
 
         Args:
-            chain: of the adapters, of their base, of its base; the last has all weights.
+            chain: the folders of the adapters, their base, and so on; the last has all weights.
             sizes: of the model.
 
         Raises:
             DataError: a file is missing or damaged, or does not fit the model.
         """
-        # Only models with adapters need MLX to be exported.
+        # Imported here, since only exports of adapters need MLX.
         from mlxchat.model.lora import read_adapters
 
         super().__init__(chain[-1])
         self._adapters = [read_adapters(folder, sizes) for folder in reversed(chain[:-1])]
 
     def pieces(self, name: str) -> Iterator[Floats]:
-        """Yield a tensor's numbers in order; of one with adapters, all at once."""
+        """Yield a tensor's numbers in order; those of a tensor with adapters at once."""
         changing = [adapters for adapters in self._adapters if adapters.changes(name)]
         if not changing:
             yield from super().pieces(name)
@@ -258,7 +256,7 @@ def widen(numbers: Array, dtype: Dtype) -> Floats:
 
 
 def as_stored(values: Floats, code: str) -> Array:
-    """Return float32 numbers as F32 or F16, or as the bits of the nearest BF16, ties to even, of finite numbers."""
+    """Return finite float32 numbers as F32, as F16, or as the bits of the nearest BF16 (ties to even)."""
     if code == "BF16":
         bits = np.ascontiguousarray(values).view(np.uint32)
         rounded = (bits + (0x7FFF + ((bits >> 16) & 1)).astype(np.uint32)) >> 16
@@ -268,7 +266,7 @@ def as_stored(values: Floats, code: str) -> Array:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file that is to be written."""
+    """A tensor to write."""
 
     name: str
     code: str
@@ -277,19 +275,19 @@ class Entry:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its numbers."""
+        """Size of its numbers in bytes."""
         return prod(self.shape) * (FLOATS[self.code].bytes if self.code in FLOATS else 4)
 
 
 def write_safetensors(
     path: Path, entries: Sequence[Entry], read: Callable[[str], Iterable[Array]], *, made_for: str
 ) -> None:
-    """Write a safetensors file; its bytes depend on the arguments alone.
+    """Write a safetensors file reproducibly.
 
     Args:
         path: of the file.
-        entries: in the order in which their numbers are written.
-        read: entries' names → the numbers, in one or several arrays; called once for each entry, in order.
+        entries: in the order of their numbers in the file.
+        read: name → numbers, in one or several arrays; called once for each entry, in order.
         made_for: pt or mlx, which some readers require.
     """
     header: dict[str, Any] = {"__metadata__": {"format": made_for}}
@@ -308,18 +306,18 @@ def write_safetensors(
 
 
 def write_float32(path: Path, tensors: Mapping[str, tuple[TensorFile, Tensor]]) -> None:
-    """Write tensors (name → where each is read from) as float32 to a safetensors file of ours."""
+    """Write tensors (name → file and tensor) as float32 to a safetensors file."""
 
     def read(name: str) -> Iterator[Array]:
         source, tensor = tensors[name]
         for numbers in source.pieces(tensor):
             yield widen(numbers, tensor.dtype)
 
-    # Sorted, as safetensors sorts tensors of one type.
+    # Sorted, as by the safetensors library.
     write_safetensors(path, [Entry(name, "F32", tensors[name][1].shape) for name in sorted(tensors)], read,
                       made_for="mlx")  # fmt: skip
 
 
 def bytes_of(values: Array) -> memoryview:
-    """Return the bytes of numbers in order, without a copy where they are contiguous."""
+    """Return the bytes of an array, without a copy if it is contiguous."""
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

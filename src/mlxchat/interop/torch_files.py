@@ -1,10 +1,10 @@
-"""Files of torch.save, read and written without torch and without pickle.
+"""Reads and writes files of torch.save without torch and pickle.
 
-A .pt file is a zip archive whose data.pkl says how the tensors beside it are put together. Reading gives each tensor's
-place, and `pieces` reads its numbers a few megabytes at a time. Every place and size is checked against the file first:
-no member is compressed, overlaps another or is there twice, and no list is longer than a file of torch's could have.
-Writing spells the pickle from a few instructions; it names an ordered dict, one function that rebuilds a tensor, the
-kinds of storage and tiktoken's Encoding, so PyTorch's safe loader (`weights_only=True`) takes it.
+A .pt file is a zip archive whose data.pkl describes the tensors beside it. Reading returns each tensor's place, and
+`pieces` reads its numbers a few megabytes at a time. Places and sizes are checked first: members must not be
+compressed, overlapping or duplicate, and lists have limits.
+Written pickles use few opcodes and name only OrderedDict, _rebuild_tensor_v2, storage types and tiktoken's Encoding, so
+that PyTorch's safe loader (`weights_only=True`) reads them.
 """
 
 from __future__ import annotations
@@ -30,44 +30,44 @@ _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _ENTRY, _LOCAL = b"PK\1\2", b"PK\3\4"
 _MOST_DIRECTORY_BYTES = 16 << 20
 _LONGEST_COMMENT = 1 << 16
-# What torch.save wrote before 2020 begins with this number, pickled.
+# Beginning of torch.save's files before 2020: a pickled number.
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
 
 @dataclass(frozen=True)
 class Member:
-    """A file inside of the archive."""
+    """A member of the archive."""
 
     name: str
     start: int
-    """Where its content begins in the archive, in bytes."""
+    """Offset of its content in bytes."""
     bytes: int
     crc: int
-    """CRC-32 of the content; 0: none was computed."""
+    """CRC-32 of the content; 0: none."""
 
 
 def list_members(file: BinaryIO, where: str) -> dict[str, Member]:
-    """Return the members of a torch file by name, without the folder that all of them lie in.
+    """Return the members of a torch file by name, without their common folder.
 
     Args:
-        file: open at any place.
+        file: open, at any position.
         where: its name, for messages.
 
     Raises:
-        DataError: it is no such archive, or a damaged or made-up one.
+        DataError: it is not such an archive, or it is damaged or malicious.
     """
     size = file.seek(0, 2)
     _check_beginning(file, where)
     count, start, length = _directory(file, size, where)
     if length > _MOST_DIRECTORY_BYTES or start + length > size:
-        raise DataError(f"{where} is damaged: the list of what it holds lies outside of it. {AGAIN}")
+        raise DataError(f"{where} is damaged: its directory extends beyond its end. {AGAIN}")
     file.seek(start)
     listing = file.read(length)
     found: dict[str, Member] = {}
     at = 0
     for _ in range(count):
         if listing[at : at + 4] != _ENTRY or len(listing) < at + 46:
-            raise DataError(f"{where} is damaged: the list of what it holds is shorter than it says. {AGAIN}")
+            raise DataError(f"{where} is damaged: its directory is incomplete. {AGAIN}")
         flags, method, crc, packed, plain, names, extra, comment, header = struct.unpack(
             "<HH4xIIIHHH8xI", listing[at + 8 : at + 46]
         )
@@ -81,7 +81,7 @@ def list_members(file: BinaryIO, where: str) -> dict[str, Member]:
                 f"{where} cannot be read: {name} is compressed or encrypted, which torch.save never does. Save it again"
             )
         if name in found:
-            raise DataError(f"{where} cannot be read: it holds {name} twice, which torch.save never does")
+            raise DataError(f"{where} cannot be read: it has {name} twice, which torch.save never does")
         found[name] = Member(name, _content_start(file, header, raw, start, plain, where), plain, crc)
     _check_overlaps(list(found.values()), where)
     return _without_folder(found, where)
@@ -93,45 +93,43 @@ def _check_beginning(file: BinaryIO, where: str) -> None:
     if beginning[:4] in (_LOCAL, _END):
         return
     if beginning.startswith(b"version https://git-lfs"):
-        reason = "is a pointer of Git LFS, not the file itself. Get that with: git lfs pull"
+        reason = "is a Git LFS pointer. Download the file with: git lfs pull"
     elif beginning.startswith(_LEGACY) or beginning[257:262] == b"ustar":
         reason = (
-            "was written in the form that torch.save had before 2020 (no zip archive). Write it anew with torch: "
+            "is in torch.save's format before 2020 (not a zip archive). Convert it with torch: "
             "torch.save(torch.load(OLD, weights_only=True), NEW)"
         )
     elif not beginning:
         reason = f"is empty. {AGAIN}"
     else:
-        reason = f"is no file of torch.save's: expected a zip archive. {AGAIN}"
+        reason = f"is not a file of torch.save: expected a zip archive. {AGAIN}"
     raise DataError(f"{where} {reason}")
 
 
 def _directory(file: BinaryIO, size: int, where: str) -> tuple[int, int, int]:
-    """Return how many members there are, where their list begins, and its length."""
+    """Return the number of members, and the offset and length of the directory."""
     tail_start = max(0, size - _LONGEST_COMMENT - 22)
     file.seek(tail_start)
     tail = file.read()
     at = tail.rfind(_END)
     if at < 0 or len(tail) < at + 22:
-        raise DataError(
-            f"{where} is cut off: it has {size:,} bytes, and the end of the archive is not among them. {AGAIN}"
-        )
+        raise DataError(f"{where} is truncated: it has {size:,} bytes without the end of the archive. {AGAIN}")
     count, length, start = struct.unpack("<HII", tail[at + 10 : at + 20])
     locator = tail[at - 20 : at] if at >= 20 else b""
     if locator[:4] == _LOCATOR64:
         (place,) = struct.unpack("<Q", locator[8:16])
         if place + 56 > size:
-            raise DataError(f"{where} is damaged: its end points outside of it. {AGAIN}")
+            raise DataError(f"{where} is damaged: its end record is outside the file. {AGAIN}")
         file.seek(place)
         record = file.read(56)
         if record[:4] != _END64:
-            raise DataError(f"{where} is damaged: its end is not where it says. {AGAIN}")
+            raise DataError(f"{where} is damaged: its end record is missing. {AGAIN}")
         count, length, start = struct.unpack("<QQQ", record[32:56])
     return count, start, length
 
 
 def _wide(fields: bytes, plain: int, packed: int, header: int, where: str) -> tuple[int, int, int]:
-    """Return the three numbers, those that do not fit into 32 bits from the extra field (zip64)."""
+    """Return the three numbers; those above 32 bits are read from the extra field (zip64)."""
     wanted = [index for index, value in enumerate((plain, packed, header)) if value == 0xFFFFFFFF]
     values = [plain, packed, header]
     at = 0
@@ -151,13 +149,13 @@ def _content_start(file: BinaryIO, header: int, raw: bytes, end: int, length: in
     file.seek(min(header, end))
     local = file.read(30)
     if len(local) < 30 or local[:4] != _LOCAL:
-        raise DataError(f"{where} is damaged: a member is not where its list says. {AGAIN}")
+        raise DataError(f"{where} is damaged: a member is not at its place. {AGAIN}")
     names, extra = struct.unpack("<HH", local[26:30])
     if file.read(names) != raw:
         raise DataError(f"{where} is damaged: a member has two names. {AGAIN}")
     start = int(header + 30 + names + extra)
     if start + length > end:
-        raise DataError(f"{where} is cut off or damaged: a member reaches beyond the end of the archive. {AGAIN}")
+        raise DataError(f"{where} is truncated or damaged: a member extends beyond the directory. {AGAIN}")
     return start
 
 
@@ -165,25 +163,25 @@ def _check_overlaps(members: list[Member], where: str) -> None:
     end = 0
     for member in sorted(members, key=lambda each: (each.start, each.bytes)):
         if member.start < end:
-            raise DataError(f"{where} cannot be read: {member.name} lies over another member")
+            raise DataError(f"{where} cannot be read: {member.name} overlaps another member")
         end = member.start + member.bytes
 
 
 def _without_folder(members: dict[str, Member], where: str) -> dict[str, Member]:
     folders = {name.split("/", 1)[0] for name in members}
     if len(folders) != 1 or any("/" not in name for name in members):
-        raise DataError(f"{where} is no file of torch.save's: its members do not lie in one folder")
+        raise DataError(f"{where} is not a file of torch.save: its members are not in one folder")
     return {name.split("/", 1)[1]: member for name, member in members.items()}
 
 
 _MOST_NUMBERS = 1 << 63
 """Offsets, lengths and strides are 64-bit signed integers in torch."""
-_WHAT = "a file of torch.save's"
+_WHAT = "a file of torch.save"
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Numbers in a row, as a member of the archive."""
+    """A sequence of numbers in a member of the archive."""
 
     dtype: Dtype
     member: Member
@@ -192,11 +190,11 @@ class Storage:
 
 @dataclass(frozen=True)
 class TorchTensor:
-    """Where a tensor lies, row after row without gaps."""
+    """The place of a contiguous tensor."""
 
     storage: Storage
     first: int
-    """Number of the storage with which it begins."""
+    """Its offset in the storage, in numbers."""
     shape: tuple[int, ...]
 
     @property
@@ -206,18 +204,18 @@ class TorchTensor:
 
     @property
     def count(self) -> int:
-        """How many numbers."""
+        """Number of elements."""
         return prod(self.shape)
 
 
 class TorchFile:
-    """An open file of torch.save's; `content` is what was saved, with a `TorchTensor` for each tensor."""
+    """An open file of torch.save; `content` is the saved object, with a `TorchTensor` for each tensor."""
 
     def __init__(self, path: Path, where: str | None = None) -> None:
-        """Open a file and read what it holds, but for the numbers.
+        """Open a file and read everything except the tensors' numbers.
 
         Raises:
-            DataError: it is none, it is damaged, or it holds more than tensors and plain data.
+            DataError: it is not such a file, is damaged, or has more than tensors and plain data.
         """
         self.path, self.where = path, where or path.name
         self._checked: set[Member] = set()
@@ -243,27 +241,27 @@ class TorchFile:
         self._file.close()
 
     def tensors(self) -> dict[str, TorchTensor]:
-        """Return the tensors of a file that holds a dictionary of them and nothing else (a state dict).
+        """Return the tensors of a state dict.
 
         Raises:
-            DataError: it holds something else, or tensors that share numbers.
+            DataError: the content is not a dictionary of tensors, or tensors share numbers.
         """
         content = self.content
         if not isinstance(content, dict) or not content:
-            raise DataError(f"{self.where} holds no dictionary of tensors, as a model's file does")
+            raise DataError(f"{self.where} is not a dictionary of tensors, as a model's file is")
         others = [
             brief(key) for key, value in content.items() if type(key) is not str or type(value) is not TorchTensor
         ]
         if others:
-            raise DataError(f"{self.where} holds more than tensors by name: {', '.join(others[:3])}")
+            raise DataError(f"{self.where} has entries that are not tensors: {', '.join(others[:3])}")
         self._check_sharing(content)
         return dict(content)
 
     def pieces(self, tensor: TorchTensor) -> Iterator[np.ndarray[Any, np.dtype[Any]]]:
-        """Yield the numbers of a tensor in order, a few megabytes at a time, in its own type (bfloat16 as 16 bits).
+        """Yield a tensor's numbers in order, a few megabytes at a time, in the file's type (bfloat16 as 16 bits).
 
         Raises:
-            DataError: what was read is not what the archive's checksum says.
+            DataError: the checksum differs.
         """
         member = tensor.storage.member
         whole = tensor.count == tensor.storage.count
@@ -292,12 +290,12 @@ class TorchFile:
     def _read_content(self) -> Any:
         pickle = self._members.get("data.pkl")
         if pickle is None:
-            raise DataError(f"{self.where} is no file of torch.save's: there is no data.pkl in it")
+            raise DataError(f"{self.where} is not a file of torch.save: it has no data.pkl")
         if pickle.bytes > MOST_BYTES:
             raise DataError(f"{self.where} cannot be read: its data.pkl has {pickle.bytes:,} bytes")
         order = self._members.get("byteorder")
         if order is not None and self._bytes(order, 16) != b"little":
-            raise DataError(f"{self.where} was saved on a big-endian machine, which is not read")
+            raise DataError(f"{self.where} was saved on a big-endian machine, which is not supported")
         names: dict[tuple[str, str], Any] = {
             ("collections", "OrderedDict"): Maker(OrderedNames),
             ("torch._utils", "_rebuild_tensor_v2"): Maker(self._rebuild),
@@ -316,7 +314,7 @@ class TorchFile:
             raise DataError(f"{self.where} cannot be read: it refers to something that is no storage")
         member = self._members.get(f"data/{name}") if type(name) is str else None
         if member is None:
-            raise DataError(f"{self.where} is damaged: the numbers data/{brief(name)} are not in it")
+            raise DataError(f"{self.where} is damaged: data/{brief(name)} is missing")
         if count * dtype.bytes != member.bytes:
             raise DataError(
                 f"{self.where} is damaged: data/{name} has {member.bytes:,} bytes, not {count} {dtype.name}"
@@ -326,15 +324,15 @@ class TorchFile:
     def _rebuild(self, storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
         if type(shape) is not tuple or type(strides) is not tuple or not isinstance(storage, Storage):
             raise DataError(f"{self.where} cannot be read: a tensor has an impossible place or shape")
-        # Before any arithmetic: the product of many or of huge dimensions would itself fill memory.
+        # Checked first, since the product of many or huge dimensions could exhaust memory.
         if max(len(shape), len(strides)) > MOST_DIMENSIONS:
             raise DataError(
-                f"{self.where} cannot be read: a tensor has {max(len(shape), len(strides)):,} dimensions, at most "
-                f"{MOST_DIMENSIONS} are accepted"
+                f"{self.where} cannot be read: a tensor has {max(len(shape), len(strides)):,} dimensions, expected at "
+                f"most {MOST_DIMENSIONS}"
             )
         if not all(type(each) is int and 0 <= each < _MOST_NUMBERS for each in (first, *shape, *strides)):
             raise DataError(f"{self.where} cannot be read: a tensor has an impossible place or shape")
-        # Only rows without gaps: strides can make a small storage look like any amount of numbers.
+        # Only contiguous tensors: strides can make a small storage appear to have any number of elements.
         expected: list[int] = []
         step = 1
         for length in reversed(shape):
@@ -344,13 +342,13 @@ class TorchFile:
             length == 1 or stride == wanted for length, stride, wanted in zip(shape, strides, expected, strict=True)
         )
         if not plain:
-            raise DataError(f"{self.where} cannot be read: a tensor of shape {list(shape)} is not stored row by row")
+            raise DataError(f"{self.where} cannot be read: a tensor of shape {list(shape)} is not contiguous")
         if first + step > storage.count:
             raise DataError(
                 f"{self.where} is damaged: a tensor of shape {list(shape)} needs {first + step:,} numbers, its storage "
                 f"has {storage.count:,}"
             )
-        # The sizes of an empty tensor, which needs no storage, still have to fit NumPy's 64 bits without the zeros.
+        # An empty tensor needs no storage, but its other dimensions must fit NumPy's 64 bits.
         if prod(length or 1 for length in shape) >= _MOST_NUMBERS // storage.dtype.bytes:
             raise DataError(f"{self.where} cannot be read: a tensor has the impossible shape {list(shape)}")
         return TorchTensor(storage, first, shape)
@@ -369,7 +367,7 @@ class TorchFile:
         return self._file.read(min(member.bytes, most))
 
     def _check_sum(self, member: Member) -> None:
-        """Read a whole member, once: there may be 60,000 tensors in it."""
+        """Check a member's checksum, once: it may contain 60,000 tensors."""
         if member in self._checked:
             return
         self._checked.add(member)
@@ -380,16 +378,14 @@ class TorchFile:
         self._compare(member, crc)
 
     def _compare(self, member: Member, crc: int) -> None:
-        # torch can be configured to compute none.
+        # torch can be configured not to compute checksums.
         if member.crc not in (0, crc):
-            raise DataError(
-                f"{self.where} is damaged: {member.name} is not what its checksum says. Fetch or copy it again."
-            )
+            raise DataError(f"{self.where} is damaged: the checksum of {member.name} differs. {AGAIN}")
 
 
 _NUMBERS_ALIGNMENT = 64
 
-# The instructions of a pickle that are ever written (https://docs.python.org/3/library/pickletools.html).
+# The opcodes of written pickles (https://docs.python.org/3/library/pickletools.html).
 _PROTO, _GLOBAL, _EMPTY_TUPLE, _REDUCE, _MARK, _STOP = b"\x80", b"c", b")", b"R", b"(", b"."
 _TUPLE, _BINUNICODE, _BININT, _LONG, _BINPERSID, _FALSE = b"t", b"X", b"J", b"\x8a", b"Q", b"\x89"
 _SETITEMS, _NEWOBJ, _BUILD, _EMPTY_DICT = b"u", b"\x81", b"b", b"}"
@@ -400,9 +396,9 @@ def write_state(path: Path, entries: Sequence[Entry], read: Callable[[str], Iter
     """Write an ordered dict of tensors as `torch.save` does.
 
     Args:
-        path: of the .pt file; its name without the suffix is that of the zip's top folder, as PyTorch has it.
-        entries: names, kinds (F32, BF16, F16) and shapes, in order.
-        read: name → the numbers in one or several arrays, BF16 as their bits; called once for each entry, in order.
+        path: of the .pt file; its stem becomes the archive's top folder, as in PyTorch.
+        entries: names, types (F32, BF16, F16) and shapes, in order.
+        read: name → numbers in one or several arrays, BF16 as bits; called once for each entry, in order.
     """
     body = [_PROTO, b"\x02", _GLOBAL, b"collections\nOrderedDict\n", _EMPTY_TUPLE, _REDUCE, _MARK]
     for number, entry in enumerate(entries):
@@ -421,7 +417,7 @@ def write_encoding(path: Path, pattern: str, ranks: Mapping[bytes, int], special
 
     Args:
         path: of the file.
-        pattern: how text is cut.
+        pattern: the split pattern.
         ranks: token → id.
         special_ids: special token → id.
     """
@@ -473,14 +469,14 @@ def _bytes(value: bytes) -> bytes:
 def _write_zip(
     path: Path, pickled: bytes, storages: Sequence[tuple[int, str]], read: Callable[[str], Iterable[Array]]
 ) -> None:
-    """Write the zip, uncompressed, each part at a multiple of 64 bytes so that it can be mapped into memory."""
+    """Write an uncompressed zip with each member at a multiple of 64 bytes, so that it can be memory-mapped."""
     top = path.stem
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
 
         def add(name: str, num_bytes: int, content: Iterable[bytes | memoryview]) -> None:
             info = zipfile.ZipInfo(f"{top}/{name}")
             large = num_bytes >= zipfile.ZIP64_LIMIT
-            # A local header has 30 bytes, the name, a large file's sizes (20) and this filling, which PyTorch calls FB.
+            # A local header has 30 bytes, the name, a large file's sizes (20), and this padding (PyTorch's field FB).
             filled = file.tell() + 30 + len(info.filename) + 20 * large + 4
             padding = -filled % _NUMBERS_ALIGNMENT
             info.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
