@@ -1,4 +1,4 @@
-"""A small random model, and an engine that says what it is told to."""
+"""A small random model, and an engine with scripted answers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def model() -> GPT:
 
 
 class Scripted:
-    """A `Forward` that wants scripts[p][t] after t tokens of an answer, where p tells prompts apart by their length."""
+    """A `Forward` whose most likely token after t tokens of an answer is scripts[p][t]; p counts prompts."""
 
     def __init__(self, scripts: Sequence[Sequence[int]], vocab_size: int) -> None:
         self.scripts, self.vocab_size = scripts, vocab_size
@@ -59,7 +59,7 @@ class Scripted:
 @pytest.fixture
 def scripted(tokenizer: Tokenizer) -> Callable[..., tuple[Engine, list[list[int]]]]:
     def make(*scripts: Sequence[int]) -> tuple[Engine, list[list[int]]]:
-        """Return an engine that follows the scripts, and as many prompts for it."""
+        """Return an engine that follows the scripts, and a prompt for each."""
         forward = Scripted(scripts, tokenizer.vocab_size)
         engine = Engine(SimpleNamespace(scripted=forward), tokenizer)  # type: ignore[arg-type]
         engine.forward = lambda: forward  # type: ignore[method-assign]

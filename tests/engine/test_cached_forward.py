@@ -1,6 +1,6 @@
-"""Decoding with a cache equals the forward pass over the whole row: both architectures, in any pieces, any batch.
+"""Decoding with a cache equals the forward pass over whole rows.
 
-The short windows of July 2026 are 128 tokens here, so that rows of 300 tokens cross their border.
+The short windows of July 2026 are 128 tokens, so that rows of 300 tokens exceed them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def random_ids(*shape: int) -> np.ndarray:
 
 
 def decoded_logits(model: GPT, rows: list[list[int]], read: list[int], kv_bits: int | None = None) -> list[np.ndarray]:
-    """Read so many tokens of each row in pieces of 50, decode the others side by side; return these ones' logits."""
+    """Read `read` tokens of each row in chunks of 50, decode the rest as a batch; return the decoded tokens' logits."""
     slots = Slots(make_decoder(model, kv_bits=kv_bits))
     slots.reserve(len(rows), max(map(len, rows)))
     for place, (row, count) in enumerate(zip(rows, read, strict=True)):
@@ -50,10 +50,8 @@ def decoded_logits(model: GPT, rows: list[list[int]], read: list[int], kv_bits: 
 
 @pytest.mark.parametrize("lengths", [[7, 0, 30, 12], [140, 2, 127, 128], [300, 150]], ids=str)
 @BOTH
-def test_decoding_rows_of_any_lengths_gives_the_logits_of_whole_rows(
-    path: str, architecture: str, lengths: list[int]
-) -> None:
-    """Beyond the context, too: 64 tokens, which is what July 2026 sees at most."""
+def test_decoded_logits_equal_those_of_whole_rows(path: str, architecture: str, lengths: list[int]) -> None:
+    """Also beyond the context of 64 tokens, which limits the windows of July 2026."""
     model = make_model(architecture)
     rows = [random_ids(index + 1, length + 20)[index].tolist() for index, length in enumerate(lengths)]
     for row, got, length in zip(rows, decoded_logits(model, rows, lengths), lengths, strict=True):
@@ -62,14 +60,14 @@ def test_decoding_rows_of_any_lengths_gives_the_logits_of_whole_rows(
 
 @BOTH
 @HEADS
-def test_grouped_heads_give_the_logits_of_the_whole(path: str, architecture: str, num_kv_heads: int) -> None:
+def test_decoded_logits_are_equal_for_grouped_heads(path: str, architecture: str, num_kv_heads: int) -> None:
     model, row = make_model(architecture, num_kv_heads=num_kv_heads), random_ids(150).tolist()
     (got,) = decoded_logits(model, [row], [130])
     np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, 130:], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("num_layers", "pattern"), [(1, "S"), (2, "S"), (3, "LS")])
-def test_any_pattern_of_windows_gives_the_logits_of_the_whole(path: str, num_layers: int, pattern: str) -> None:
+def test_decoded_logits_are_equal_for_any_window_pattern(path: str, num_layers: int, pattern: str) -> None:
     model = make_model("jul2026", num_layers=num_layers, window_pattern=pattern, context_tokens=300)
     row = random_ids(180).tolist()
     (got,) = decoded_logits(model, [row], [120])
@@ -78,7 +76,7 @@ def test_any_pattern_of_windows_gives_the_logits_of_the_whole(path: str, num_lay
 
 @BOTH
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.1), (4, 2.0)])
-def test_packed_keys_and_values_cost_little(path: str, architecture: str, bits: int, tolerance: float) -> None:
+def test_quantised_cache_changes_logits_little(path: str, architecture: str, bits: int, tolerance: float) -> None:
     """Logits are within ±15."""
     model, row = make_model(architecture, num_heads=1, num_kv_heads=1), random_ids(60).tolist()
     (got,) = decoded_logits(model, [row], [40], kv_bits=bits)
@@ -87,9 +85,7 @@ def test_packed_keys_and_values_cost_little(path: str, architecture: str, bits: 
 
 
 @BOTH
-def test_bfloat16_decodes_near_float32_through_one_copy_of_the_weights(
-    monkeypatch: pytest.MonkeyPatch, architecture: str
-) -> None:
+def test_bfloat16_decoding_is_near_float32(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
     monkeypatch.setenv("MLXCHAT_CPU", "plain")
     model, row = make_model(architecture), random_ids(60).tolist()
     exact = np.asarray(model(mx.array([row])))[0, 40:]
@@ -103,8 +99,8 @@ def test_bfloat16_decodes_near_float32_through_one_copy_of_the_weights(
 
 
 @pytest.mark.parametrize("feature", ["smear_lambda", "backout_lambda", "x0_lambdas"])
-def test_the_comparison_depends_on_each_scalar(feature: str) -> None:
-    """Otherwise a cache that forgets the previous token would pass."""
+def test_logits_depend_on_each_scalar(feature: str) -> None:
+    """Otherwise a cache without the previous token would pass."""
     model, ids = make_model("jul2026"), random_ids(1, 20)
     before = np.asarray(model(mx.array(ids)))
     set_parameters(model, {feature: mx.zeros_like(flatten_parameters(model)[feature])})
@@ -112,9 +108,7 @@ def test_the_comparison_depends_on_each_scalar(feature: str) -> None:
 
 
 @BOTH
-def test_greedy_decoding_across_the_border_is_that_of_the_whole_row(
-    path: str, tokenizer: Tokenizer, architecture: str
-) -> None:
+def test_greedy_decoding_equals_the_whole_row(path: str, tokenizer: Tokenizer, architecture: str) -> None:
     model, prompts = make_model(architecture), [random_ids(2, length)[1].tolist() for length in (126, 5, 254)]
     head = np.array(model.lm_head.weight)
     head[tokenizer.bos :] = 0  # no row ends

@@ -1,4 +1,4 @@
-"""Answers held to a JSON Schema: whatever the logits, what ends by itself is valid; it can always go on or end."""
+"""Constrained decoding: finished answers are valid for any logits."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def is_person(value: Any) -> bool:
     )
 
 
-def test_whatever_a_model_prefers_its_answer_is_of_the_schema(tokenizer: Tokenizer, constraint: Constraint) -> None:
+def test_answers_for_any_logits_match_the_schema(tokenizer: Tokenizer, constraint: Constraint) -> None:
     for seed in range(20):
         draws, state, said = np.random.default_rng(seed), constraint.copy(), []
         for _ in range(200):
@@ -54,7 +54,7 @@ def test_whatever_a_model_prefers_its_answer_is_of_the_schema(tokenizer: Tokeniz
         assert is_person(json.loads(tokenizer.decode(said[:-1])))
 
 
-def test_special_tokens_are_never_said_before_the_end(tokenizer: Tokenizer, constraint: Constraint) -> None:
+def test_special_tokens_are_forbidden_before_the_end(tokenizer: Tokenizer, constraint: Constraint) -> None:
     allowed = np.isfinite(constraint.allowed(np.zeros(tokenizer.vocab_size, dtype=np.float32)))
     assert allowed.any()
     assert not allowed[sorted(tokenizer.special_ids.values())].any()
@@ -65,14 +65,12 @@ def test_logits_beyond_the_vocabulary_are_forbidden(tokenizer: Tokenizer, constr
     assert not np.isfinite(padded[tokenizer.vocab_size :]).any()
 
 
-def test_a_schema_that_says_nothing_or_too_much_is_refused(tokenizer: Tokenizer) -> None:
+def test_invalid_schema_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match=r"JSON schema cannot be used: .*strin"):
         JsonGrammars(tokenizer).constraint({"type": "strin"})
 
 
-def test_rows_with_and_without_a_schema_are_decoded_together(
-    model: GPT, tokenizer: Tokenizer, constraint: Constraint
-) -> None:
+def test_constrained_and_free_rows_are_independent(model: GPT, tokenizer: Tokenizer, constraint: Constraint) -> None:
     def ask(constraints: list[Constraint | None]) -> list[list[int]]:
         scheduler = Engine(model, tokenizer).scheduler()
         ids = [
@@ -92,7 +90,7 @@ def test_rows_with_and_without_a_schema_are_decoded_together(
 
     held, free, again = ask([constraint.copy(), None, constraint.copy()])
     assert held == again
-    assert free == ask([None])[0], "another row's schema changed an answer"
+    assert free == ask([None])[0], "independent of other rows' schemas"
     assert free != held
     assert held[-1] in (tokenizer.assistant_end, tokenizer.bos)
     assert is_person(json.loads(tokenizer.decode(held[:-1])))

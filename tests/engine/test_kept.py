@@ -1,4 +1,4 @@
-"""What is kept of earlier requests: found by its ids, bounded, exact where that is asked for."""
+"""Prefix reuse: lookup, LRU bound, exactness."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIECE = 32
 
 
 class Named:
-    """A past that knows what it is the beginning of."""
+    """A past with a name."""
 
     def __init__(self, name: str, tokens: int | None = None) -> None:
         self.name, self.tokens = name, tokens
@@ -34,7 +34,7 @@ def found(kept: KeptPasts, prompt: list[int], *, exactly: bool = False) -> tuple
     return past and past.name, tokens, exact
 
 
-def test_the_longest_common_beginning_is_found_but_for_the_prompts_last_token() -> None:
+def test_longest_common_prefix_is_found() -> None:
     kept = KeptPasts(1000)
     kept.keep([*range(40), 98], Named("other"), 41)
     kept.keep([*range(40), *range(100, 160)], Named("long"), 70)
@@ -42,19 +42,19 @@ def test_the_longest_common_beginning_is_found_but_for_the_prompts_last_token() 
     assert found(kept, [*range(40), *range(100, 130), 7]) == ("long", 70, 64)
     assert found(kept, [*range(40), *range(100, 130), 7], exactly=True) == ("long", 64, 64)
     assert found(kept, [5, *range(40)]) == (None, 0, 0)
-    assert found(kept, [*range(10), 99, 98]) == (None, 0, 0), "so little is read as fast"
+    assert found(kept, [*range(10), 99, 98]) == (None, 0, 0), "too short"
 
 
-def test_a_later_turn_takes_the_place_of_the_earlier_one() -> None:
+def test_longer_prefix_replaces_the_shorter() -> None:
     kept = KeptPasts(1000)
     for turn in range(1, 5):
         kept.keep(list(range(50 * turn)), Named(str(turn)), 50 * turn)
     assert kept.num_tokens == 200
     kept.keep(list(range(50)), Named("again"), 50)
-    assert kept.num_tokens == 200, "there is as much already"
+    assert kept.num_tokens == 200, "cached already"
 
 
-def test_what_was_used_longest_ago_goes_first_and_the_bound_is_kept() -> None:
+def test_least_recently_used_prefix_is_dropped() -> None:
     kept = KeptPasts(100)
     for first in (1, 2):
         kept.keep([first] * 50, Named(str(first)), 50)
@@ -66,8 +66,8 @@ def test_what_was_used_longest_ago_goes_first_and_the_bound_is_kept() -> None:
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8])
-def test_what_is_kept_of_a_row_holds_nothing_of_the_batch(path: str, tokenizer: Tokenizer, kv_bits: int | None) -> None:
-    """A slice of the batch's arrays kept all of them: 20 tokens held the memory of 16 whole contexts."""
+def test_kept_past_does_not_hold_the_batch(path: str, tokenizer: Tokenizer, kv_bits: int | None) -> None:
+    """Guards against slices that keep the whole batch's arrays in memory."""
     model = make_model(width=128, num_heads=2)
     forward: Any = Engine(model, tokenizer, kv_bits=kv_bits).forward()
     forward.reserve(4, 2000)
@@ -92,7 +92,7 @@ def run(scheduler: Scheduler) -> list[Event]:
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch, model: GPT, tokenizer: Tokenizer) -> tuple[Scheduler, list[int]]:
-    """Return a scheduler, and how many tokens it read at a time."""
+    """Return a scheduler, and the list of its chunk sizes."""
     scheduler, sizes = Engine(model, tokenizer).scheduler(prefill_tokens=PIECE), []
     forward: Any = scheduler.forward
     own = forward.read
@@ -107,9 +107,7 @@ def talk(scheduler: Scheduler, prompt: list[int], reuse: Any, seed: int = 1) -> 
     return [(event.token, event.logprob) for event in run(scheduler)]
 
 
-def test_exact_reuse_gives_the_bits_of_reading_everything_whatever_came_before(
-    read: tuple[Scheduler, list[int]], tokenizer: Tokenizer
-) -> None:
+def test_exact_reuse_is_bit_identical(read: tuple[Scheduler, list[int]], tokenizer: Tokenizer) -> None:
     scheduler, sizes = read
     first = [tokenizer.bos, *range(50)]
     answer = [token or 0 for token, _ in talk(scheduler, first, "close")]
@@ -119,11 +117,11 @@ def test_exact_reuse_gives_the_bits_of_reading_everything_whatever_came_before(
     alone = talk(Engine(*_parts(scheduler)).scheduler(prefill_tokens=PIECE), third, "off")
     sizes.clear()
     assert talk(scheduler, third, "exact") == alone
-    assert sizes[0] == PIECE, "the first piece was there"
+    assert sizes[0] == PIECE, "the first chunk was cached"
     assert sum(sizes) == len(third) - 1 - PIECE
 
 
-def test_equal_prompts_share_no_reading_that_is_only_close(
+def test_close_pasts_are_not_shared_with_exact_requests(
     read: tuple[Scheduler, list[int]], tokenizer: Tokenizer
 ) -> None:
     scheduler, _ = read
@@ -139,9 +137,7 @@ def test_equal_prompts_share_no_reading_that_is_only_close(
         assert [(event.token, event.logprob) for event in events if event.id == id] == alone
 
 
-def test_what_a_cancelled_answer_read_is_not_read_again(
-    read: tuple[Scheduler, list[int]], tokenizer: Tokenizer
-) -> None:
+def test_prompt_of_a_cancelled_request_is_reused(read: tuple[Scheduler, list[int]], tokenizer: Tokenizer) -> None:
     scheduler, sizes = read
     prompt = [tokenizer.bos, *range(40)]
     scheduler.cancel(scheduler.submit(Request(prompt=prompt, max_new_tokens=5, reuse="close")))

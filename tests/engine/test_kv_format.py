@@ -1,4 +1,4 @@
-"""Packed keys and values: what decoding then computes, how far that is from the exact cache, and what it saves."""
+"""Quantised keys and values: results, distance from the exact cache, memory."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 
 BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-make_model = partial(models.make_model, width=128, scale=0.1)  # heads are 32 wide
+make_model = partial(models.make_model, width=128, scale=0.1)  # head width 32
 TOKENS = 170  # windows of July 2026 are 128 tokens here
 
 
 class RoundedLayer:
-    """A layer's past that is rounded when it comes; attention over it in float64."""
+    """A layer's past that is rounded on arrival, with attention in float64."""
 
     offset = 0
 
@@ -72,11 +72,10 @@ def random_ids() -> list[int]:
 @BOTH
 @pytest.mark.parametrize("read", [[], [64, 64, 12]], ids=str)
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.005), (4, 0.05)])
-def test_every_token_sees_the_rounded_keys_and_values(
+def test_tokens_attend_to_quantised_keys_and_values(
     tokenizer: Tokenizer, architecture: str, read: list[int], bits: int, tolerance: float
 ) -> None:
-    """Against attention over numbers rounded as they come. A number on the border may fall on either side: hence the
-    tolerance, on logits of a standard deviation of about 5."""
+    """The tolerance, for logits with a standard deviation of about 5, is for numbers that round to either side."""
     model, ids = make_model(architecture), random_ids()
     got = decoded(model, tokenizer, bits, ids, read)
     expected = np.asarray(model(mx.array([ids]), RoundedCache(model, bits)))[0, -len(got) :]
@@ -85,10 +84,10 @@ def test_every_token_sees_the_rounded_keys_and_values(
 
 @BOTH
 @pytest.mark.parametrize(("bits", "most"), [(8, 1e-4), (4, 0.02)])
-def test_answers_stay_close_to_those_of_the_exact_cache(
+def test_quantised_cache_is_close_to_the_exact_one(
     tokenizer: Tokenizer, architecture: str, bits: int, most: float
 ) -> None:
-    """Mean divergence of the next token's distribution, in nats; not zero, or nothing would have been rounded."""
+    """Mean divergence of the next token's distribution, in nats; not zero, since numbers are rounded."""
     model, ids = make_model(architecture), random_ids()
     exact, rounded = (
         (logits - np.log(np.exp(logits).sum(-1, keepdims=True))).astype(np.float64)
@@ -98,7 +97,7 @@ def test_answers_stay_close_to_those_of_the_exact_cache(
 
 
 @pytest.mark.parametrize(("width", "bits", "share"), [(64, 8, 9 / 32), (64, 4, 5 / 32), (32, 8, 10 / 32)])
-def test_it_takes_as_much_memory_as_is_said(tokenizer: Tokenizer, width: int, bits: int, share: float) -> None:
+def test_cache_memory_is_as_predicted(tokenizer: Tokenizer, width: int, bits: int, share: float) -> None:
     model = make_model("oct2025", width=4 * width)
     held = []
     for each in (None, bits):
@@ -113,6 +112,6 @@ def test_it_takes_as_much_memory_as_is_said(tokenizer: Tokenizer, width: int, bi
     assert held[1] == pytest.approx(share * held[0], rel=0.01)
 
 
-def test_heads_that_cannot_be_packed_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match="heads 12 wide cannot be packed; expected a multiple of 32"):
+def test_unsupported_head_widths_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match="head width 12 cannot be packed; expected a multiple of 32"):
         Engine(make_model("oct2025", width=48), tokenizer, kv_bits=8).forward()

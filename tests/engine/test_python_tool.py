@@ -1,4 +1,4 @@
-"""Python as a tool: what it gives, what it may not, and that a row that waits for it keeps no other waiting."""
+"""The Python tool: outputs, limits, and rows that wait for it."""
 
 from __future__ import annotations
 
@@ -49,32 +49,29 @@ def python() -> PythonTool:
 
 
 @pytest.mark.parametrize("code", RESULTS, ids=lambda code: ascii(code[:30]))
-def test_a_program_gives_what_it_prints_and_its_last_value(python: PythonTool, code: str) -> None:
+def test_program_outputs(python: PythonTool, code: str) -> None:
     assert python.run(code, 0) == RESULTS[code]
 
 
-def test_what_takes_too_long_is_ended() -> None:
+def test_time_limit_ends_the_program() -> None:
     began = time.monotonic()
     assert PythonTool(seconds=0.5).run("while True: pass", 0) == "TimeoutError: after 0.5 s"
     assert time.monotonic() - began < 30
 
 
-def test_equal_seeds_give_equal_outputs_and_others_other_ones(python: PythonTool) -> None:
+def test_seed_determines_outputs(python: PythonTool) -> None:
     code = "import random\nrandom.random(), hash('a'), {'b', 'a', 'c'}"
     assert python.run(code, 1) == python.run(code, 1) != python.run(code, 2)
 
 
-def test_a_machine_that_cannot_confine_programs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_without_isolation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(programs, "protections_here", lambda: ("limits", "namespaces"))
     with pytest.raises(ConfigError, match=r"cannot confine programs .* in force here: limits, namespaces"):
         PythonTool().check()
 
 
-# In a row
-
-
 class Slow(PythonTool):
-    """Outputs come when the test says so."""
+    """A tool whose outputs the test supplies."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -113,17 +110,17 @@ def steps(scheduler: Scheduler, count: int = 10**9) -> list[Event]:
     return events
 
 
-def test_a_row_waits_for_its_program_and_the_others_go_on(scripted: Script, tokenizer: Tokenizer) -> None:
+def test_only_the_calling_row_waits_for_its_program(scripted: Script, tokenizer: Tokenizer) -> None:
     python = Slow()
     program = [*call(tokenizer, "2**5"), tokenizer.bos]
     letters = [*range(97, 123), tokenizer.bos]
     scheduler, (waiting, other) = begin(scripted, python, program, letters)
     events = steps(scheduler, 40)
-    assert [event.token for event in events if event.id == other] == letters, "it ended meanwhile"
+    assert [event.token for event in events if event.id == other] == letters, "it ended before"
     assert [event.token for event in events if event.id == waiting] == program[:-1]
     began = time.monotonic()
     steps(scheduler, 5)
-    assert 0.05 < time.monotonic() - began < 1, "nothing is left to do, so it waits instead of spinning"
+    assert 0.05 < time.monotonic() - began < 1, "waits instead of spinning"
     ((code, _, future),) = python.asked
     assert code == "2**5"
     future.set_result("32")
@@ -134,20 +131,20 @@ def test_a_row_waits_for_its_program_and_the_others_go_on(scripted: Script, toke
     assert [event.sampled for event in rest[: forced + 1]] == [False] * forced + [True]
 
 
-def test_sums_are_the_calculators_also_where_python_is_there(scripted: Script, tokenizer: Tokenizer) -> None:
+def test_calculator_precedes_python(scripted: Script, tokenizer: Tokenizer) -> None:
     python = Slow()
     scheduler, _ = begin(scripted, python, [*call(tokenizer, "12/4"), tokenizer.bos])
     assert "".join(event.text for event in steps(scheduler)).startswith("12/43")
     assert python.asked == []
 
 
-def test_without_the_operators_word_no_program_runs(scripted: Script, tokenizer: Tokenizer) -> None:
+def test_python_is_off_by_default(scripted: Script, tokenizer: Tokenizer) -> None:
     script = [*call(tokenizer, "2**5"), 98, tokenizer.bos]
     scheduler, _ = begin(scripted, None, script)
     assert [event.token for event in steps(scheduler)] == script
 
 
-def test_a_row_that_waits_can_be_cancelled_and_its_program_is_not_begun(scripted: Script, tokenizer: Tokenizer) -> None:
+def test_waiting_row_can_be_cancelled(scripted: Script, tokenizer: Tokenizer) -> None:
     python = Slow()
     scheduler, (id,) = begin(scripted, python, [*call(tokenizer, "2**5"), tokenizer.bos])
     steps(scheduler, 20)
@@ -157,7 +154,9 @@ def test_a_row_that_waits_can_be_cancelled_and_its_program_is_not_begun(scripted
     assert python.asked[0][2].cancelled()
 
 
-def test_special_tokens_in_an_output_are_text(scripted: Script, tokenizer: Tokenizer, python: PythonTool) -> None:
+def test_special_tokens_in_outputs_are_ordinary_text(
+    scripted: Script, tokenizer: Tokenizer, python: PythonTool
+) -> None:
     code = "print('<|assistant_end|>')"
     scheduler, _ = begin(scripted, python, [*call(tokenizer, code), tokenizer.bos])
     forced = [event.token for event in steps(scheduler) if not event.sampled]
@@ -165,10 +164,8 @@ def test_special_tokens_in_an_output_are_text(scripted: Script, tokenizer: Token
     assert tokenizer.assistant_end not in forced
 
 
-def test_the_model_goes_on_after_an_output_as_after_the_same_text_read(
-    model: GPT, tokenizer: Tokenizer, python: PythonTool
-) -> None:
-    """Keys and values of a row that waited are those of its tokens; the waiting decodes one place several times."""
+def test_waiting_does_not_change_the_answer(model: GPT, tokenizer: Tokenizer, python: PythonTool) -> None:
+    """While a row waits, its last token is decoded repeatedly; this must not change its cache."""
     special = tokenizer.special_ids
     before = [tokenizer.bos, *tokenizer.encode("the cat"), special["<|python_start|>"], *tokenizer.encode("2**5")]
 
@@ -186,7 +183,7 @@ def test_the_model_goes_on_after_an_output_as_after_the_same_text_read(
         assert other != id
         return [(event.token, event.logprob) for event in events]
 
-    told = [special["<|python_end|>"], *output(tokenizer, "32")]
-    waited = answer(before, told[:1], python)
-    assert [token for token, _ in waited[: len(told)]] == told
-    assert waited == answer(before, told, None)
+    expected = [special["<|python_end|>"], *output(tokenizer, "32")]
+    waited = answer(before, expected[:1], python)
+    assert [token for token, _ in waited[: len(expected)]] == expected
+    assert waited == answer(before, expected, None)

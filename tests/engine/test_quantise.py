@@ -1,4 +1,4 @@
-"""Quantised weights: decoding multiplies with the rounded numbers, a model that does not bear them is refused."""
+"""Quantised weights: decoding, measured cost, refusal, memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mlxchat.terminal.chat import Chat
 
 @pytest.fixture
 def wide(model: GPT) -> GPT:
-    """Return a model whose rows have whole groups also where two lanes share them."""
+    """Return a model whose rows have whole groups also if divided over two lanes."""
     wide = GPT(replace(model.sizes, width=128, vocab_size=320))
     init_weights(wide, 0)
     fill_zero_weights(wide, 1)
@@ -40,7 +40,7 @@ def wide(model: GPT) -> GPT:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_decoding_multiplies_with_the_rounded_weights(wide: GPT, tokenizer: Tokenizer, bits: int) -> None:
+def test_decoding_uses_the_quantised_weights(wide: GPT, tokenizer: Tokenizer, bits: int) -> None:
     prompt = list(range(40))
     forward = Engine(wide, tokenizer, bits=bits).forward()
     forward.reserve(1, len(prompt))
@@ -57,7 +57,7 @@ def test_fewer_bits_cost_more(wide: GPT) -> None:
     assert abs(loss_change(wide, 8, rows)) < 0.01
 
 
-def test_a_model_that_does_not_bear_it_is_refused(wide: GPT) -> None:
+def test_model_with_a_large_quantisation_error_is_refused(wide: GPT) -> None:
     rows, weights = random_rows(2, 32, 320, seed=0, batch=0), flatten_parameters(wide)
     with pytest.raises(DataError, match=r"does not bear weights of 4 bits: .* nats per token"):
         check_quantised(wide, 4, rows, most=-1.0)
@@ -66,25 +66,22 @@ def test_a_model_that_does_not_bear_it_is_refused(wide: GPT) -> None:
         check_quantised(wide, 8, rows)
 
 
-# What users are told
-
-
 @pytest.mark.parametrize("bits", [8, 4])
-def test_the_measured_cost_is_that_of_the_sample_text(wide: GPT, tokenizer: Tokenizer, bits: int) -> None:
+def test_measured_cost_is_that_of_the_sample_text(wide: GPT, tokenizer: Tokenizer, bits: int) -> None:
     """Against evals/bpb.py and NumPy's divergence, 1e-4."""
     packed, cost = measure_quantised(wide, tokenizer, bits)
     ids = np.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: wide.sizes.context_tokens + 1], dtype=np.int32)
     models = (wide, packed)
-    told = [bits_per_byte(each, [(ids[:-1], ids[1:])], tokenizer.token_bytes, micro_tokens=10_000) for each in models]
+    losses = [bits_per_byte(each, [(ids[:-1], ids[1:])], tokenizer.token_bytes, micro_tokens=10_000) for each in models]
     logits = [np.asarray(each(mx.array(ids[None, :-1])))[0].astype(np.float64) for each in models]
     exact, rounded = (each - np.log(np.exp(each).sum(-1, keepdims=True)) for each in logits)
-    assert (cost.exact, cost.rounded) == pytest.approx(tuple(told), rel=1e-4)
+    assert (cost.exact, cost.rounded) == pytest.approx(tuple(losses), rel=1e-4)
     assert cost.divergence == pytest.approx((np.exp(exact) * (exact - rounded)).sum(-1).mean(), abs=1e-4)
     assert not cost.bad
     assert str(cost).startswith(f"weights of {bits} bits: ")
 
 
-def test_a_bad_cost_is_a_warning_that_says_what_to_choose() -> None:
+def test_high_cost_is_a_warning() -> None:
     bad = [QuantisedLoss(bits=4, exact=1.0, rounded=1.5, divergence=each) for each in (0.5, float("nan"))]
     assert all(str(each).startswith("warning: ") and str(each).endswith("choose 8 bits or none") for each in bad)
 
@@ -99,7 +96,7 @@ def saved(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> tuple[GPT, Path]:
     return wide, tmp_path
 
 
-def test_chat_says_what_rounded_weights_cost_beside_the_answer(
+def test_chat_prints_the_cost_of_quantised_weights(
     saved: tuple[GPT, Path], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     chat = Chat.load(saved[1], temperature=0.0, top_k=None, max_tokens=4, seed=0, bits=4, kv_bits=8)
@@ -115,7 +112,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlxchat.terminal.chat import Chat
 
-for time in range(2):  # compiled functions and their constants, kept for the process, are made the first time
+for time in range(2):  # the first time also creates compiled functions and constants
     chat = None
     gc.collect()
     before = mx.get_active_memory()
@@ -126,9 +123,9 @@ print("held", mx.get_active_memory() - before)
 """
 
 
-def test_the_models_own_weights_are_freed(path: str, saved: tuple[GPT, Path]) -> None:
-    """Matrices of 4 bits take 5/32 of float32's bytes. Embeddings and a KV cache are there, and on a CPU the decoder's
-    copy of the packed matrices. A process of its own holds nothing else."""
+def test_original_weights_are_freed(path: str, saved: tuple[GPT, Path]) -> None:
+    """Matrices of 4 bits take 5/32 of float32's bytes; embeddings, a KV cache and, on a CPU, the decoder's copy of the
+    packed matrices are also in memory."""
     own = sum(value.nbytes for value in flatten_parameters(saved[0]).values())
     done = subprocess.run(
         [sys.executable, "-c", HELD, saved[1]], env=clean_environment(MLXCHAT_CPU=path if path == "plain" else ""),
@@ -138,7 +135,7 @@ def test_the_models_own_weights_are_freed(path: str, saved: tuple[GPT, Path]) ->
     assert held < (0.3 if path == "plain" else 0.7) * own
 
 
-def test_serve_logs_it(
+def test_serve_logs_the_cost_of_quantised_weights(
     saved: tuple[GPT, Path],
     tokenizer: Tokenizer,
     caplog: pytest.LogCaptureFixture,

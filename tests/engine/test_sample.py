@@ -1,4 +1,4 @@
-"""Drawing: exactly the distribution of the logits at a temperature, within the limits that are set."""
+"""Sampling: distributions against their definitions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LIMITS: list[dict[str, Any]] = [
 
 
 def expected(logits: np.ndarray, temperature: float, **limits: Any) -> np.ndarray:
-    """Return the probabilities (V,) by the definitions, with everything sorted; only the division is in float32."""
+    """Return the probabilities (V,) by the definitions; only the division is in float32."""
     weights = np.exp((logits / np.float32(temperature)).astype(np.float64))
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     allowed = order[: limits.get("top_k", len(order))]
@@ -46,7 +46,7 @@ def found(logits: np.ndarray, **how: Any) -> np.ndarray:
     st.integers(0, 2**32 - 1), st.sampled_from([10, 300, 5000]), st.floats(0.2, 3), st.sampled_from(LIMITS),
     st.booleans(),
 )  # fmt: skip
-def test_any_logits_have_the_probabilities_of_the_definitions(
+def test_distributions_equal_their_definitions(
     seed: int, size: int, temperature: float, limits: dict[str, Any], ties: bool
 ) -> None:
     logits = np.random.default_rng(seed).normal(scale=4, size=size).astype(np.float32)
@@ -56,7 +56,7 @@ def test_any_logits_have_the_probabilities_of_the_definitions(
 
 
 @pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.8}], ids=str)
-def test_draws_have_the_probabilities(limits: dict[str, Any]) -> None:
+def test_draws_follow_the_distribution(limits: dict[str, Any]) -> None:
     draws, sampling = np.random.default_rng(0), Sampling(temperature=0.8, **limits)
     drawn = [sample_token(LOGITS, sampling, draws) for _ in range(NUM_DRAWS)]
     share, wanted = np.bincount(drawn, minlength=8) / NUM_DRAWS, expected(LOGITS, 0.8, **limits)
@@ -65,22 +65,22 @@ def test_draws_have_the_probabilities(limits: dict[str, Any]) -> None:
     assert (np.abs(share - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / NUM_DRAWS) + 1e-12).all()
 
 
-def test_temperature_zero_takes_the_best_and_draws_nothing() -> None:
+def test_temperature_zero_is_greedy_and_draws_nothing() -> None:
     draws = np.random.default_rng(0)
     assert sample_token(LOGITS, Sampling(), draws) == 2
     assert draws.random() == np.random.default_rng(0).random()
 
 
 @pytest.mark.parametrize("penalty", [1.5, 0.5])
-def test_a_penalty_divides_what_is_positive_and_multiplies_the_rest(penalty: float) -> None:
+def test_repetition_penalty(penalty: float) -> None:
     logits = LOGITS.copy()
     logits[[2, 4]] = [2.0 / penalty, -3.0 * penalty]
     got = distribution(LOGITS, Sampling(temperature=1.0, repetition_penalty=penalty), [2, 4, 2, 2])[1]
     np.testing.assert_allclose(got, expected(logits, 1.0), atol=1e-7)
 
 
-def test_penalties_of_the_answer_count_its_tokens_and_not_the_prompts() -> None:
-    """OpenAI's rule: minus frequency × count, minus presence once. Tokens 6 and 2 are the prompt's."""
+def test_frequency_and_presence_penalties_ignore_the_prompt() -> None:
+    """OpenAI's rule: minus frequency × count, minus presence once. The prompt is 6, 2."""
     sampling = Sampling(temperature=1.0, frequency_penalty=0.5, presence_penalty=0.25)
     logits = LOGITS.copy()
     logits[2] -= 3 * 0.5 + 0.25
@@ -89,7 +89,7 @@ def test_penalties_of_the_answer_count_its_tokens_and_not_the_prompts() -> None:
     np.testing.assert_allclose(got, expected(logits, 1.0), atol=1e-7)
 
 
-def test_logits_are_added_before_everything_else() -> None:
+def test_logit_bias_precedes_all_limits() -> None:
     sampling = Sampling(temperature=1.0, top_k=2, logit_bias=((4, 100.0), (2, -100.0)))
     ids, probabilities = distribution(LOGITS, sampling)
     assert ids is not None
@@ -97,7 +97,7 @@ def test_logits_are_added_before_everything_else() -> None:
     np.testing.assert_allclose(probabilities, [1, 0], atol=1e-12)
 
 
-def test_log_probabilities_are_the_models_own() -> None:
+def test_log_probabilities_ignore_the_settings() -> None:
     own, best = log_probability(LOGITS, 4, 3)
     logs = np.log(expected(LOGITS, 1.0))
     assert own == pytest.approx(logs[4], abs=1e-12)
@@ -105,7 +105,7 @@ def test_log_probabilities_are_the_models_own() -> None:
     np.testing.assert_allclose([value for _, value in best], logs[[2, 5, 3]], atol=1e-12)
 
 
-def test_impossible_settings_are_all_told() -> None:
+def test_all_impossible_settings_are_named() -> None:
     bad = Sampling(temperature=-1, top_k=0, top_p=1.5, min_p=0, repetition_penalty=0)
     assert len(bad.problems()) == 5
     assert not Sampling(temperature=2, top_k=1, top_p=1, min_p=1, repetition_penalty=1).problems()
@@ -114,7 +114,7 @@ def test_impossible_settings_are_all_told() -> None:
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("settings", [{"temperature": 1e-300}, {"temperature": 1e-300, "repetition_penalty": 1e-300}])
 def test_smallest_temperature_takes_the_most_likely_token(settings: dict[str, Any]) -> None:
-    """Division by a float32 zero made all probabilities NaN, and the last token was taken."""
+    """Guards against division by a float32 zero."""
     logits = np.array([1.0, 3.0, 2.0, -1.0], dtype=np.float32)
     for limits in LIMITS:
         sampling = Sampling(**settings, **limits)

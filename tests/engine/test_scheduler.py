@@ -1,4 +1,4 @@
-"""The scheduler: what a request gets depends on nothing but the request, in whatever order things happen."""
+"""The scheduler: answers depend only on the request, for any order of events."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 
-# Prompts of one token, of several pieces, equal ones, one that begins another; windows of July 2026 are 128 tokens.
+# Prompts of one token, of several chunks, equal ones, prefixes of others; windows of July 2026 are 128 tokens.
 LENGTHS = (1, 5, 40, 140, 40, 17, 5, 126)
 PIECE = 32
 
@@ -45,27 +45,25 @@ def run(scheduler: Scheduler) -> dict[int, list[Event]]:
     return events
 
 
-def told(events: list[Event]) -> list[Any]:
-    """Return what a request was told, but for its number."""
+def contents(events: list[Event]) -> list[Any]:
+    """Return the contents of events without their id."""
     return [(each.token, each.text, each.logprob, each.top_logprobs, each.finish_reason) for each in events]
 
 
 @pytest.fixture(params=[("oct2025", None), ("oct2025", 4), ("jul2026", 8)], ids=str)
 def alone(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> tuple[Engine, list[list[Any]]]:
-    """Return an engine, and what each request gets when there is no other."""
+    """Return an engine, and each request's answer without other requests."""
     architecture, kv_bits = request.param
     engine, answers = Engine(make_model(architecture, width=128, scale=0.1), tokenizer, kv_bits=kv_bits), []
     for each in requests_of(tokenizer):
         scheduler = engine.scheduler(prefill_tokens=PIECE)
         scheduler.submit(each)
-        answers.append(told(next(iter(run(scheduler).values()))))
+        answers.append(contents(next(iter(run(scheduler).values()))))
     return engine, answers
 
 
-def test_any_order_of_requests_steps_and_cancellations_gives_each_what_it_gets_alone(
-    alone: tuple[Engine, list[list[Any]]], tokenizer: Tokenizer
-) -> None:
-    """Tokens, texts and log-probabilities, bit by bit; across windows, with kept beginnings and little room."""
+def test_answers_do_not_depend_on_other_requests(alone: tuple[Engine, list[list[Any]]], tokenizer: Tokenizer) -> None:
+    """Bit-identical tokens, texts and log-probabilities; beyond windows, with prefix reuse and little room."""
     engine, answers = alone
     requests = requests_of(tokenizer)
     what = st.one_of(st.integers(0, len(requests) - 1), st.just("step"), st.integers(-4, -1))
@@ -92,9 +90,9 @@ def test_any_order_of_requests_steps_and_cancellations_gives_each_what_it_gets_a
         for id, index in asked.items():
             if events[id][-1].finish_reason == "cancelled":
                 assert id in cancelled
-                assert told(events[id][:-1]) == answers[index][: len(events[id]) - 1]
+                assert contents(events[id][:-1]) == answers[index][: len(events[id]) - 1]
             else:
-                assert told(events[id]) == answers[index]
+                assert contents(events[id]) == answers[index]
 
     check()
 
@@ -111,9 +109,7 @@ def test_equal_prompts_are_read_once(model: GPT, tokenizer: Tokenizer, monkeypat
     assert read == [29]
 
 
-def test_a_conversation_is_read_on_from_where_its_last_turn_ended(
-    model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_next_turn_reads_only_new_tokens(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     first = [tokenizer.bos, *range(40)]
     scheduler, read = Engine(model, tokenizer).scheduler(), []
     forward: Any = scheduler.forward
@@ -127,12 +123,9 @@ def test_a_conversation_is_read_on_from_where_its_last_turn_ended(
         scheduler.submit(Request(prompt=second, max_new_tokens=6, reuse=reuse))
         (events,) = run(scheduler).values()
         answers.append([event.token for event in events])
-    # 44 tokens of the first turn are there, the answer's last one was never decoded; a prompt's last token always is.
+    # 44 tokens of the first turn are cached; the answer's last token was never decoded.
     assert read == [40, len(second) - 1 - 44, len(second) - 1]
     assert answers[0] == answers[1]
-
-
-# Text
 
 
 def bytes_of(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -150,7 +143,7 @@ def texts() -> tuple[str, ...]:
 
 @pytest.mark.parametrize("text", texts())
 @pytest.mark.parametrize("stop", [(), ("END",), ("🙂", "day")], ids=str)
-def test_texts_are_whole_characters_and_end_before_a_stop_string(
+def test_texts_have_whole_characters_and_end_before_stop_strings(
     tokenizer: Tokenizer, scripted: Callable[..., tuple[Engine, list[list[int]]]], text: str, stop: tuple[str, ...]
 ) -> None:
     engine, (prompt,) = scripted([*bytes_of(tokenizer, text), tokenizer.assistant_end])
@@ -163,7 +156,7 @@ def test_texts_are_whole_characters_and_end_before_a_stop_string(
     assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + ["stop"]
 
 
-def test_half_a_character_at_the_end_is_shown_as_such(
+def test_incomplete_last_character_is_replaced(
     tokenizer: Tokenizer, scripted: Callable[..., tuple[Engine, list[list[int]]]]
 ) -> None:
     engine, (prompt,) = scripted(bytes_of(tokenizer, "🙂🙂"))
@@ -174,7 +167,7 @@ def test_half_a_character_at_the_end_is_shown_as_such(
     assert events[-1].finish_reason == "length"
 
 
-def test_without_tools_a_call_has_no_answer(
+def test_calls_without_tools_have_no_answer(
     tokenizer: Tokenizer, scripted: Callable[..., tuple[Engine, list[list[int]]]]
 ) -> None:
     special = tokenizer.special_ids

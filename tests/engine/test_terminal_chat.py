@@ -1,4 +1,4 @@
-"""A base model in the terminal: it continues what it is given, and remembers nothing of it."""
+"""Base models in the terminal continue texts, without memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def folder(tmp_path: Path, model: GPT, tokenizer: Tokenizer) -> Path:
     return tmp_path
 
 
-def test_a_text_is_printed_with_its_continuation(
+def test_text_is_printed_with_its_continuation(
     folder: Path, model: GPT, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ((_, expected),) = continue_prompts(Engine(model, tokenizer), ["the cat"], 6)
@@ -33,7 +33,7 @@ def test_a_text_is_printed_with_its_continuation(
     assert capsys.readouterr().out == f"the cat{expected}\n"
 
 
-def test_the_second_text_is_continued_as_if_it_were_the_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_text_does_not_depend_on_the_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat = Chat.load(folder, **SETTINGS)
     for _ in range(2):
         chat.answer_once("the dog")
@@ -42,7 +42,7 @@ def test_the_second_text_is_continued_as_if_it_were_the_first(folder: Path, caps
     assert chat.messages == []
 
 
-def test_of_a_text_longer_than_the_context_the_end_counts(
+def test_end_of_a_long_text_is_continued(
     folder: Path, model: GPT, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = "the cat sat on the mat and " * 200
@@ -55,17 +55,15 @@ def test_of_a_text_longer_than_the_context_the_end_counts(
     assert printed.removeprefix(text) == expected.text(tokenizer) + "\n"
 
 
-def test_drawn_continuations_follow_from_the_seed_and_are_among_the_likeliest(model: GPT, tokenizer: Tokenizer) -> None:
+def test_seed_and_top_k_determine_continuations(model: GPT, tokenizer: Tokenizer) -> None:
     def drawn(seed: int, top_k: int | None) -> list[tuple[str, str]]:
         return continue_prompts(Engine(model, tokenizer), ["the cat"] * 4, 8, temperature=1.5, top_k=top_k, seed=seed)
 
     assert drawn(1, None) == drawn(1, None) != drawn(2, None)
-    assert drawn(1, 1) == continue_prompts(Engine(model, tokenizer), ["the cat"] * 4, 8), (
-        "the likeliest one is the greedy one"
-    )
+    assert drawn(1, 1) == continue_prompts(Engine(model, tokenizer), ["the cat"] * 4, 8), "top_k=1 is greedy"
 
 
-def test_a_model_that_does_not_fit_into_memory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_too_large_for_memory_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device(limit_bytes=1000, limit_is="a test")
     monkeypatch.setattr("mlxchat.terminal.chat.find_device", lambda **options: device)
     with pytest.raises(
@@ -76,6 +74,6 @@ def test_a_model_that_does_not_fit_into_memory_is_refused(folder: Path, monkeypa
 
 @pytest.mark.parametrize("settings", [("--temperature", "-1"), ("--max-tokens", "0"), ("--top-k", "-1")])
 def test_impossible_settings_are_refused(command: Command, tmp_path: Path, settings: tuple[str, str]) -> None:
-    code, said = command("chat", "-p", "Hi", *settings, f"outputs={tmp_path / 'outputs'}")
+    code, printed = command("chat", "-p", "Hi", *settings, f"outputs={tmp_path / 'outputs'}")
     assert code == 2
-    assert "--temperature and --top-k must be at least 0, --max-tokens at least 1" in said
+    assert "--temperature and --top-k must be at least 0, --max-tokens at least 1" in printed

@@ -1,58 +1,25 @@
-"""The calculator: arithmetic as GSM8K writes it, counting letters, and nothing else."""
+"""The calculator: GSM8K's arithmetic, counting letters, and nothing else."""
 
 from __future__ import annotations
 
 import warnings
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.engine.tools import calculate
 
 RESULTS = {
-    "2+2": "4",
-    " 3 + 4 ": "7",
-    "7-9": "-2",
-    "6*7": "42",
-    "10/2": "5",
-    "7/2": "3.5",
-    "12/60": "0.2",
-    "0.2*50": "10",
-    "1//2": "0",
-    "-7//2": "-4",
-    "17%5": "2",
-    "3*(4+5)": "27",
-    "((((2))))": "2",
-    "-5": "-5",
-    "--5": "5",
-    "+7": "7",
-    "7*-2": "-14",
-    "1-1-1-1": "-2",
-    "100/10/2": "5",
-    ".5": "0.5",
-    "5.": "5",
-    "1.10": "1.1",
-    "0/5": "0",
-    "1,000+1": "1001",
-    "1,234,567": "1234567",
-    "100000*100000": "10000000000",
-    "5/3": "1.6666666667",
-    "0.1+0.2": "0.3",
-    "1/3*3": "1",
+    "2+2": "4", " 3 + 4 ": "7", "7-9": "-2", "6*7": "42", "10/2": "5", "7/2": "3.5", "12/60": "0.2", "0.2*50": "10",
+    "1//2": "0", "-7//2": "-4", "17%5": "2", "3*(4+5)": "27", "((((2))))": "2", "-5": "-5", "--5": "5", "+7": "7",
+    "7*-2": "-14", "1-1-1-1": "-2", "100/10/2": "5", ".5": "0.5", "5.": "5", "1.10": "1.1", "0/5": "0",
+    "1,000+1": "1001", "1,234,567": "1234567", "100000*100000": "10000000000", "5/3": "1.6666666667",
+    "0.1+0.2": "0.3", "1/3*3": "1", "-0.0": "0", "-" * 100 + "1": "1",
     "1.1*3-0.3": "3",  # 3.0000000000000004 in floating point
-    "-0.0": "0",
-    "'strawberry'.count('r')": "3",
-    '"strawberry".count("r")': "3",
-    "'strawberry'.count('z')": "0",
-    "'Strawberry'.count('s')": "0",
-    "'mississippi'.count('ss')": "2",
-    "'aaa'.count('aa')": "1",
-    "'a,b,c'.count(',')": "2",
-    "'naïve'.count('ï')": "1",
-    "'open file dir'.count('i')": "2",
-    "'a'.count('a')+1": "2",
-}
+    "'strawberry'.count('r')": "3", '"strawberry".count("r")': "3", "'strawberry'.count('z')": "0",
+    "'Strawberry'.count('s')": "0", "'mississippi'.count('ss')": "2", "'aaa'.count('aa')": "1",
+    "'a,b,c'.count(',')": "2", "'naïve'.count('ï')": "1", "'open file dir'.count('i')": "2", "'a'.count('a')+1": "2",
+}  # fmt: skip
 REFUSED = [
     "", " ", "()", "...", "1+", "*", "2 3", "3*(4", "3*4)", "1.5.2", "012", "12*30=360", "$5+3", "50%", "3x4",
     "5 apples",
@@ -76,41 +43,32 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("expression", RESULTS)
-def test_an_expression_has_the_result_that_a_person_would_write(expression: str) -> None:
-    assert calculate(expression) == RESULTS[expression]
+def test_results_and_refusals() -> None:
+    assert {expression: calculate(expression) for expression in RESULTS} == RESULTS
+    assert [expression for expression in REFUSED if calculate(expression) is not None] == []
 
 
-@pytest.mark.parametrize("expression", REFUSED, ids=ascii)
-def test_anything_else_has_no_result(expression: str) -> None:
-    assert calculate(expression) is None
-
-
-@pytest.mark.parametrize("expression", ["1or 2", "0x1for x in y", r"'a\d'.count('d')", "1if 1else 2", "1 is 1"])
-def test_doubtful_syntax_raises_no_warning_of_python(expression: str) -> None:
-    """A model writes such things, and the terminal of the person who talks to it must stay clean."""
+def test_syntax_warnings_are_suppressed() -> None:
+    """Warnings would appear in the user's terminal."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        calculate(expression)
+        for expression in ("1or 2", "0x1for x in y", r"'a\d'.count('d')", "1if 1else 2", "1 is 1"):
+            calculate(expression)
     assert not caught
 
 
-def test_a_deep_nesting_of_signs_is_computed() -> None:
-    assert calculate("-" * 100 + "1") == "1"
-
-
 @given(st.text(alphabet="0123456789+-*/%(). ,'\"abcount_\\\n", max_size=60))
-def test_whatever_a_model_writes_is_text_or_none(expression: str) -> None:
+def test_any_text_gives_a_short_result_or_none(expression: str) -> None:
     result = calculate(expression)
     assert result is None or (isinstance(result, str) and 0 < len(result) < 40)
 
 
 @given(st.integers(-10_000, 10_000), st.sampled_from("+-*"), st.integers(-10_000, 10_000))
-def test_whole_numbers_are_computed_exactly(a: int, operator: str, b: int) -> None:
+def test_integers_are_exact(a: int, operator: str, b: int) -> None:
     exact = {"+": a + b, "-": a - b, "*": a * b}[operator]
     assert calculate(f"({a}){operator}({b})") == str(exact)
 
 
 @given(st.integers(-(10**6), 10**6), st.integers(1, 1000))
-def test_a_quotient_that_is_whole_has_no_point(quotient: int, divisor: int) -> None:
+def test_integer_quotients_have_no_point(quotient: int, divisor: int) -> None:
     assert calculate(f"{quotient * divisor}/{divisor}") == str(quotient)

@@ -320,7 +320,7 @@ def test_a_template_that_writes_nothing_is_refused(folder: Path) -> None:
     place = folder / "tokenizer_config.json"
     place.write_text(json.dumps({**json.loads(place.read_text()), "chat_template": "{{ '' }}"}))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(DataError, match="makes nothing of this conversation"):
+    with pytest.raises(DataError, match="renders this conversation as empty text"):
         ThirdPartyEngine.load(folder).render([{"role": "user", "content": "a"}])
 
 

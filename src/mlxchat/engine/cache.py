@@ -1,7 +1,7 @@
-"""The KV cache: the rows of a batch (`Slots`), and what earlier requests left for later ones (`KeptPasts`).
+"""The KV cache of a batch (`Slots`), and caches of earlier requests for prefix reuse (`KeptPasts`).
 
-A layer with a sliding window keeps no more than it sees and rotates; the others grow by blocks. Slots begin with a
-row's first token, whatever the other rows are, so that a row's sums do not depend on its neighbours.
+Layers with a sliding window rotate within a fixed size; others grow by blocks. A row's first token is always in slot 0,
+so that a row's results do not depend on other rows.
 
 Shapes: B rows, K key/value heads, S cached tokens, D head width.
 """
@@ -22,28 +22,28 @@ from mlxchat.model.gpt import GPT
 from mlxchat.ops.attention import causal_attention, masked_attention, rms_norm
 from mlxchat.ops.machine import BATCH_ROWS, KV_TOKENS
 
-# Shorter beginnings cost more to look up than to read.
+# Looking up shorter prefixes costs more than reading them.
 _LEAST_TOKENS = 16
-# Fewer tokens of a prompt are read by one lane.
+# Prompts with fewer tokens are read by one lane.
 _SHARED_TOKENS = 64
-# Tokens whose logits are held at a time.
+# Tokens whose logits are in memory at a time.
 _SCORED_TOKENS = 128
 
 
 class Past:
-    """Keys and values of the beginning of a row, read by `Slots.read`; never changed afterwards."""
+    """Immutable keys and values of a row's prefix."""
 
     def __init__(self, layers: list[Kept], tokens: int) -> None:
-        """Take for each layer what is kept of keys, then of values (1, K, ≥ tokens, …)."""
+        """`layers` have keys, then values (1, K, ≥ tokens, …)."""
         self.layers, self.tokens = layers, tokens
 
     def begun(self, tokens: int) -> Past:
-        """Return its first tokens only."""
+        """Return the first `tokens`."""
         return Past([tuple(part[:, :, :tokens] for part in layer) for layer in self.layers], tokens)
 
 
 class _Reading:
-    """`model.gpt.Cache` of one row that is read in chunks."""
+    """`model.gpt.Cache` of a prompt that is read in chunks."""
 
     def __init__(self, model: GPT, past: Past | None, format: KVFormat) -> None:
         layers, offset = (past.layers, past.tokens) if past else ([None] * model.sizes.num_layers, 0)
@@ -78,16 +78,16 @@ class _LayerReading:
         return masked_attention(q, keys, values, visible[None]).swapaxes(1, 2)
 
     def _unpacked(self, first: int) -> tuple[mx.array, mx.array]:
-        """Return keys and values of the tokens from the `first` on."""
+        """Return keys and values from token `first` on."""
         kept = tuple(part[:, :, first:] for part in self.past or ())
         return self.format.unpack(kept[: len(kept) // 2]), self.format.unpack(kept[len(kept) // 2 :])
 
 
 class Slots:
-    """The rows of a batch: each free, or with a past and the token that comes next."""
+    """The rows of a batch, each free or with a KV cache."""
 
     def __init__(self, decoder: Decoder) -> None:
-        """Begin without rows."""
+        """Start without rows."""
         self.decoder = decoder
         self._most = [None if window is None else _blocks(window + 1) for window in decoder.sizes.windows()]
         self._caches: Caches = []
@@ -100,10 +100,10 @@ class Slots:
         return self.decoder.model
 
     def read(self, ids: list[int], past: Past | None, last: int | None) -> Past:
-        """Return the past of a row that begins with `past`, whose last token is `last`, and goes on with `ids`.
+        """Return the past of a row of `past`, whose last token is `last`, followed by `ids`.
 
-        Each lane reads a part of the tokens: a layer of the later part waits for nothing but that layer's keys and
-        values of the earlier one.
+        Each lane reads a part of the tokens; a layer of a part depends only on the same layer's keys and values of the
+        part before.
         """
         cache = _Reading(self.model, past, self.decoder.format)
         if past is not None and last is not None and self.model.sizes.smear:
@@ -121,27 +121,27 @@ class Slots:
         return Past(layers, cache.layers[0].offset)
 
     def score(self, ids: list[int]) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield the logits (V,) after each of `ids`, which begin a row."""
+        """Yield the logits (V,) after each of `ids`, at the beginning of a row."""
         hidden = self.model.hidden(mx.array([ids]))[0]
         for start in range(0, len(ids), _SCORED_TOKENS):
             yield from np.asarray(self.model.logits(hidden[start : start + _SCORED_TOKENS]))
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for so many rows of so many tokens; what there is stays."""
+        """Grow to at least this many rows and tokens per row."""
         rows, room = max(self.rows, batch_rows(rows)), max(self.room, _blocks(tokens))
         if (rows, room) != (self.rows, self.room):
             self._remake(list(range(self.rows)), rows, room)
 
     def keep(self, kept: list[int], tokens: int) -> None:
-        """Keep these rows only, renumbered from 0, with room for so many tokens."""
+        """Keep only these rows, renumbered from 0, with room for `tokens`."""
         self._remake(kept, batch_rows(len(kept)), _blocks(tokens))
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Remove all rows."""
         self._caches, self.rows, self.room = [], 0, 0
 
     def fill(self, row: int, past: Past | None) -> None:
-        """Set the past of a row; None: it has none."""
+        """Set the past of a row; None: empty."""
         if past is None:
             return
         for kv, lane in zip(self.decoder.kv_heads, self._caches, strict=True):
@@ -159,20 +159,20 @@ class Slots:
         mx.eval(self._caches)
 
     def past_of(self, row: int, tokens: int) -> Past | None:
-        """Return the first tokens of a row, or None if a window has moved beyond them."""
+        """Return the past of a row's first tokens, or None if a window has dropped some of them."""
         if any(most is not None and tokens > most for most in self._most):
             return None
         layers = []
         for layer in range(len(self._most)):
             held = [lane[layer] for lane in self._caches if lane[layer]]
-            # Gathered, not sliced: a slice would keep the arrays of the whole batch in memory.
+            # Gathered, since a slice would keep the whole batch's arrays in memory.
             parts = ([part[:, :, :tokens][mx.array([row])] for part in lanes] for lanes in zip(*held, strict=True))
             layers.append(tuple(mx.concatenate(lanes, axis=1) for lanes in parts))
         mx.eval(layers)
         return Past(layers, tokens)
 
     def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
-        """Return logits (B, V) after one more token of each row; rows beyond those given are free."""
+        """Return logits (B, V) after one more token of each row; rows beyond the given ones are free."""
         free = self.rows - len(ids)
         now, before, places = (np.array([*each, *[0] * free], dtype=np.int32) for each in (ids, previous, positions))
         return self.decoder.step(now, before, places, self._caches)
@@ -191,14 +191,14 @@ class Slots:
                 )
                 lane.append(tuple(made) if heads else ())
                 mx.eval(lane[layer])
-                if old:  # layer by layer, or all of it would be there twice
+                if old:  # free it layer by layer, to limit the peak memory
                     old[number][layer] = before = ()
             self._caches.append(lane)
         self.rows, self.room = rows, room
 
 
 def batch_rows(rows: int) -> int:
-    """Return for how many rows a batch is made that has to hold so many."""
+    """Return the batch size that is allocated for `rows`."""
     return next((size for size in BATCH_ROWS if size >= rows), -(-rows // BATCH_ROWS[-1]) * BATCH_ROWS[-1])
 
 
@@ -207,7 +207,7 @@ def _blocks(tokens: int) -> int:
 
 
 def _rotated(part: mx.array, tokens: int, size: int) -> mx.array:
-    """Return what a cache of `size` slots holds of (1, K, ≥ tokens, D): token p in slot p modulo size."""
+    """Return the contents of a rotating cache of `size` slots: token p of (1, K, ≥ tokens, D) in slot p modulo size."""
     if tokens <= size:
         return part[:, :, :tokens]
     slots = np.arange(size)
@@ -226,37 +226,36 @@ def _moved(
 
 @dataclass
 class _Kept:
-    """The beginning of a row."""
+    """A prefix and its keys and values."""
 
     ids: list[int]
     past: Past
-    """Of all of `ids`."""
     exact: int
-    """First tokens that were read; those after them were decoded, whose keys and values differ by rounding."""
+    """Number of first tokens that were read as a prompt; decoded tokens differ from these by rounding."""
 
 
 class KeptPasts:
-    """Beginnings of rows, of so many tokens together."""
+    """An LRU cache of prefixes with at most `max_tokens` together."""
 
     def __init__(self, max_tokens: int) -> None:
-        """Begin with nothing."""
+        """Start empty."""
         self.max_tokens = max_tokens
         self.num_found = 0
-        """Tokens found so far, which need not be read again."""
-        self._kept: list[_Kept] = []  # the one used last stands last
+        """Tokens found so far, which were not read again."""
+        self._kept: list[_Kept] = []  # least recently used first
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are kept."""
+        """Number of cached tokens."""
         return sum(len(each.ids) for each in self._kept)
 
     def find(self, prompt: list[int], piece_tokens: int, *, exactly: bool) -> tuple[Past | None, int, int]:
-        """Return (past, its tokens, how many of them are exact) of the longest common beginning; (None, 0, 0): none.
+        """Return (past, its tokens, its exact tokens) of the longest common prefix; (None, 0, 0): none.
 
         Args:
-            prompt: its last token is always read.
-            piece_tokens: in which prompts are read. Only whole pieces have the same bits in every prompt.
-            exactly: whether only exact tokens count.
+            prompt: token ids, of which the last is never taken from the cache.
+            piece_tokens: chunk size of reading prompts. Only whole chunks are bit-identical in all prompts.
+            exactly: return exact tokens only.
         """
         best, most, exact = None, _LEAST_TOKENS - 1, 0
         for each in self._kept:
@@ -276,12 +275,12 @@ class KeptPasts:
         return past, most, exact
 
     def keep(self, ids: list[int], past: Past, exact: int) -> None:
-        """Keep the beginning of a row; it replaces its own beginnings. The one used longest ago goes."""
+        """Add a prefix, which replaces its own prefixes; the least recently used ones are dropped."""
         if not _LEAST_TOKENS <= len(ids) <= self.max_tokens:
             return
         for each in list(self._kept):
             same = common_length(ids, each.ids)
-            if same == len(ids) and each.exact >= exact:  # there is as much already
+            if same == len(ids) and each.exact >= exact:  # cached already
                 return
             if same == len(each.ids) and each.exact <= exact:
                 self._kept.remove(each)
@@ -291,7 +290,7 @@ class KeptPasts:
 
 
 def common_length(a: list[int], b: list[int]) -> int:
-    """Return how many first elements two lists share."""
+    """Return the length of the common prefix of two lists."""
     most = min(len(a), len(b))
     if a[:most] == b[:most]:
         return most

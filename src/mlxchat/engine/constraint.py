@@ -1,6 +1,6 @@
-"""Answers that are JSON of a given schema: before each draw, the tokens that would break it are taken out.
+"""Constrained decoding by JSON Schema: tokens that would violate it are masked before each draw.
 
-The grammar is llguidance's, which computes the allowed tokens of a state in well under a millisecond.
+The grammar is llguidance's, which computes a mask in well under a millisecond.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
     from mlxchat.engine.scheduler import TextTokenizer
 
 Array = np.ndarray[Any, Any]
-# Spaces as json.dumps writes them. With free white space a small model can fill its answer with line ends.
+# Spaces as in json.dumps. With free white space a small model may fill its answer with line breaks.
 _SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 class Constraint:
-    """What an answer may go on with. It belongs to one row: each needs a `copy` of its own."""
+    """The grammar's state in one row; other rows need a `copy`."""
 
     def __init__(self, matcher: LLMatcher) -> None:
-        """Take the state of a grammar."""
+        """`matcher` is the state of a grammar."""
         self._matcher = matcher
 
     def copy(self) -> Constraint:
-        """Return another one in the same state."""
+        """Return a copy in the same state."""
         return Constraint(self._matcher.deep_copy())
 
     def allowed(self, logits: Array) -> Array:
-        """Return logits (V,) in which forbidden tokens are -inf: end tokens, until the text is complete.
+        """Return logits (V,) with -inf for forbidden tokens; end tokens are forbidden until the text is complete.
 
-        A grammar that grows beyond llguidance's limits allows end tokens alone.
+        A grammar that exceeds llguidance's limits allows only end tokens.
         """
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
         mask = np.zeros(len(logits), dtype=bool)
@@ -44,16 +44,16 @@ class Constraint:
         return np.where(mask, logits, np.float32("-inf"))
 
     def follow(self, token: int) -> None:
-        """Go on by the token that was drawn."""
+        """Advance by the drawn token."""
         self._matcher.consume_token(token)
 
 
 class JsonGrammars:
-    """Constraints for the vocabulary of one tokenizer, whose tokens are sorted once."""
+    """Creates constraints for one tokenizer, whose vocabulary is prepared once."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        """Take the tokenizer: an answer ends with one of its `ends`."""
-        from llguidance import LLTokenizer, TokenizerWrapper  # 20 ms that few commands need
+        """Answers end with one of the tokenizer's `ends`."""
+        from llguidance import LLTokenizer, TokenizerWrapper  # takes 20 ms, which few commands need
 
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=[*tokenizer.ends])
 
@@ -61,7 +61,7 @@ class JsonGrammars:
         """Return the constraint of a JSON Schema; {"type": "object"} is any object.
 
         Raises:
-            ConfigError: the schema is not valid, or has a feature that llguidance does not know.
+            ConfigError: the schema is invalid, or llguidance does not support it.
         """
         from llguidance import LLMatcher
 
@@ -76,7 +76,7 @@ class JsonGrammars:
 
 
 class _Vocabulary:
-    """A tokenizer as llguidance reads one."""
+    """A tokenizer in llguidance's interface."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer

@@ -1,6 +1,4 @@
-"""One step of decoding: a token of each row through the model, which reads and extends the rows' past.
-
-Each row stands at a position of its own, so rows of any lengths go together.
+"""One decoding step: computes a token of each row with the KV cache. Rows may have different lengths.
 
 Shapes: B rows, C width, H query heads, K key/value heads, G = H / K, S cached tokens, D head width.
 """
@@ -19,10 +17,10 @@ from mlxchat.ops.attention import Positions, masked_attention, rms_norm
 from mlxchat.ops.device import accelerated, compiled, make_lanes
 
 Caches = list[list[Kept]]
-"""For each lane and layer what is kept of its keys, then of its values (`quantise.py`); () where it has no heads."""
+"""Keys, then values, of each lane and layer (`quantise.py`); () for a lane without heads."""
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Logits = np.ndarray[Any, np.dtype[np.float32]]
-# Tables of rotations have a multiple of so many tokens.
+# Tables of rotary embeddings have a multiple of this many tokens.
 _TABLE_TOKENS = 1024
 
 
@@ -31,21 +29,21 @@ def make_decoder(model: GPT, *, packed: bool = True, kv_bits: int | None = None)
     """Return a decoder of a model.
 
     Args:
-        model: whose weights are read, not copied.
-        packed: False lets a decoder that is slower with packed matrices (`PackedGPT`) unpack them.
-        kv_bits: 8 or 4 keeps keys and values packed.
+        model: its weights are not copied.
+        packed: False allows a decoder to unpack the matrices of a `PackedGPT` if that is faster.
+        kv_bits: 8 or 4 quantises keys and values.
 
     Raises:
-        ConfigError: keys and values cannot be kept in `kv_bits`.
+        ConfigError: the heads' width does not support `kv_bits`.
     """
     return Decoder(model, kv_bits=kv_bits)
 
 
 class Decoder:
-    """The step, with a model's weights: here computed by `GPT` itself."""
+    """Computes steps by `GPT` itself."""
 
     def __init__(self, model: GPT, *, kv_bits: int | None) -> None:
-        """Take a model; see `make_decoder`."""
+        """See `make_decoder`."""
         self.sizes = model.sizes
         self.format = KVFormat(model.sizes.head_width, kv_bits)
         self.lanes = make_lanes()
@@ -57,28 +55,28 @@ class Decoder:
         """Reads prompts; None after `release`."""
 
     def arrange(self, model: GPT) -> None:
-        """Take the present weights of a model of the same sizes."""
+        """Use the current weights of a model of the same sizes."""
         self.model = model
 
     def release(self) -> None:
-        """Drop the weights; `arrange` takes them again."""
+        """Drop the weights until `arrange`."""
         self.model = None
 
     def bytes_per_step(self) -> int:
-        """Return how many bytes of weights a step reads, apart from a few rows of embeddings."""
+        """Return the bytes of weights that a step reads, without rows of embeddings."""
         assert self.model is not None
         tables = tuple(f"{name}." for name in self.model.tables())
         weights = flatten_parameters(self.model)
         return weight_bytes([value for name, value in weights.items() if not name.startswith(tables)])
 
     def step(self, ids: Ints, previous: Ints, positions: Ints, caches: Caches) -> Logits:
-        """Return logits (B, V) in float32 of the tokens that follow `ids`, which are added to `caches`.
+        """Return the next tokens' logits (B, V) in float32; `ids` are added to `caches`.
 
         Args:
-            ids: (B,) the token of each row.
-            previous: (B,) the token before it; anything at position 0.
-            positions: (B,) of the tokens in their rows, from 0.
-            caches: with room for them: a layer with a window may have less room, and then rotates.
+            ids: (B,) the current token of each row.
+            previous: (B,) the token before it; ignored at position 0.
+            positions: (B,) of the current tokens, from 0.
+            caches: with room for the tokens; layers with a window may have less room and rotate.
         """
         assert self.model is not None
         kinds = [(room_of(caches, layer), window) for layer, window in enumerate(self._windows)]
@@ -93,7 +91,7 @@ class Decoder:
         }  # fmt: skip
         end = -(-(int(positions.max()) + 1) // _TABLE_TOKENS) * _TABLE_TOKENS
         held = caches.pop()
-        # Without other references to the old arrays MLX writes in place.
+        # MLX writes in place if there are no other references to the old arrays.
         logits, made = self._decode(end, flatten_parameters(self.model), given, held)
         del held
         caches.append(made)
@@ -117,7 +115,7 @@ class Decoder:
 
 
 class _Step:
-    """`model.gpt.Cache` of one more token of each row."""
+    """`model.gpt.Cache` of a decoding step."""
 
     def __init__(
         self,
@@ -154,18 +152,18 @@ class _LayerStep:
 
 
 def room_of(caches: Caches, layer: int) -> int:
-    """Return for how many tokens a layer has room."""
+    """Return the number of tokens for which a layer has room."""
     return next(lane[layer][1].shape[2] for lane in caches if lane[layer])
 
 
 def visible_slots(positions: Ints, room: int, window: int | None) -> Logits:
-    """Return (B, S) float32: 1 for slots that hold tokens which the new ones see, themselves included."""
+    """Return (B, S) float32: 1 for slots whose tokens are visible to the new ones, including themselves."""
     age = (positions[:, None] - np.arange(room)) % room
     seen = positions if window is None else np.minimum(positions, window)
     return (age <= seen[:, None]).astype(np.float32)
 
 
 def written(kept: mx.array, slots: mx.array, new: mx.array) -> mx.array:
-    """Return an array (B, K, S, …) with the tokens (B, K, 1, …) of all rows in their slots (B,)."""
+    """Return an array (B, K, S, …) with the new tokens (B, K, 1, …) written to their slots (B,)."""
     at = mx.broadcast_to(slots[:, None, None, None], new.shape)
     return mx.put_along_axis(kept, at, new.astype(kept.dtype), axis=2)

@@ -1,11 +1,11 @@
-"""The engine: prompts in, answers out, for callers that have all prompts at once.
+"""Completes batches of prompts. Counterpart of nanochat/engine.py.
 
-`ChatBackend` is what the terminal, the server and evaluations of answers need of a model: ours is `Engine`, third-party
-models are `third_party.ThirdPartyEngine`.
+`ChatBackend` is the interface of the terminal, the server and evaluations to a model: `Engine` for ours,
+`third_party.ThirdPartyEngine` for others.
 
-Counterpart of nanochat/engine.py. A row ends with <|assistant_end|> or <|bos|>. When the model closes a call with
-<|python_end|>, the calculator's answer is forced into the row; forced tokens have mask 0 and are never trained on.
-From prompt to token: `scheduler.py`, `cache.py`, `decode.py`.
+A row ends with <|assistant_end|> or <|bos|>. When the model closes a call with <|python_end|>, the calculator's answer
+is forced into the row; forced tokens have mask 0 and are never trained on. See also `scheduler.py`, `cache.py`,
+`decode.py`.
 """
 
 from __future__ import annotations
@@ -33,39 +33,39 @@ from mlxchat.ops.machine import DECODED_ROWS
 
 @dataclass
 class Completion:
-    """What one row generated."""
+    """The generated tokens of a row."""
 
     ids: list[int] = field(default_factory=list)
-    """Generated ids, the final <|assistant_end|> included."""
+    """Generated ids, including the final <|assistant_end|>."""
     mask: list[int] = field(default_factory=list)
     """1 where the id was sampled, 0 where it was forced."""
     log_probabilities: list[float] = field(default_factory=list)
-    """If requested: of each id when it was sampled, in nats; 0 where it was forced."""
+    """If requested: of each sampled id, in nats; 0 where it was forced."""
     finished: bool = False
-    """Whether the row ended by itself."""
+    """Whether the row ended with an end token."""
 
     def text(self, tokenizer: TextTokenizer) -> str:
-        """Return the answer's text, without the token that ended it."""
+        """Return the answer's text, without the end token."""
         return tokenizer.decode(self.ids[:-1] if self.finished else self.ids)
 
 
 class ChatBackend(Protocol):
-    """A model in memory that answers or continues text."""
+    """A loaded model that answers or continues text."""
 
     @property
     def tokenizer(self) -> TextTokenizer:
-        """The model's."""
+        """The model's tokenizer."""
 
     @property
     def context_tokens(self) -> int:
-        """Tokens of a prompt and its answer, at most."""
+        """Maximum tokens of a prompt and its answer."""
 
     @property
     def team(self) -> Team | None:
         """The ranks that share `complete`; None: this process alone."""
 
     def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Return the prompt of the assistant's next message. Raises DataError: it is no conversation."""
+        """Return the prompt of the assistant's next message; raises DataError for an invalid conversation."""
 
     def scheduler(self, **options: Any) -> Scheduler:
         """Return a scheduler without requests; `options` are `Scheduler`'s."""
@@ -78,7 +78,7 @@ class ChatBackend(Protocol):
 
 
 class Engine:
-    """A model of ours that answers."""
+    """The `ChatBackend` of our models."""
 
     def __init__(
         self,
@@ -92,20 +92,19 @@ class Engine:
         max_rows: int = DECODED_ROWS,
         team: Team | None = None,
     ) -> None:
-        """Take a model with its tokenizer.
+        """Create an engine.
 
         Args:
-            model: its weights stay as they are, unless it is `trained`.
+            model: its weights must not change, unless it is `trained`.
             tokenizer: the model's.
-            bits: 8 or 4 answers with quantised weights (`packed_copy`), prompts included.
-            kv_bits: 8 or 4 keeps keys and values of the past packed, which takes less memory and more time.
-            trained: whether the model is trained between answers: then its weights are read anew whenever answers
-                begin, and no copy is kept in between. Quantised weights are packed only where that is faster, which it
-                is not on a CPU.
-            dtype: in which a trained model answers, that of its training; None: its parameters'.
-            max_rows: decoded at a time; answers do not depend on it.
-            team: the ranks that share `complete`, which rank 0 calls; None: this process alone. Schedulers are this
-                process's in any case.
+            bits: 8 or 4: quantise weights (`packed_copy`), for prompts, too.
+            kv_bits: 8 or 4: quantise keys and values, which saves memory and takes more time.
+            trained: the model is trained between calls: each call reads its weights again and keeps no copy.
+                Quantised weights stay packed only where that is faster, which it is not on a CPU.
+            dtype: of computations with a trained model; None: that of its parameters.
+            max_rows: rows decoded at a time; answers do not depend on it.
+            team: the ranks that share `complete`, which rank 0 calls; None: this process. Schedulers always run in
+                this process.
         """
         self.model, self.tokenizer, self.trained = model, tokenizer, trained
         self.team = team if team is not None and team.size > 1 else None
@@ -114,15 +113,15 @@ class Engine:
 
     @property
     def context_tokens(self) -> int:
-        """Tokens of the rows that it was trained on."""
+        """Length of the model's training rows."""
         return self.model.sizes.context_tokens
 
     def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Return the prompt of the assistant's next message. Raises DataError: it is no conversation."""
+        """Return the prompt of the assistant's next message; raises DataError for an invalid conversation."""
         return render_for_completion(self.tokenizer, {"messages": list(messages)})
 
     def forward(self) -> Slots:
-        """Return the rows of a batch."""
+        """Return an empty batch."""
         if self._decoder is None:
             self._decoder = make_decoder(self._answering(), packed=not self.trained, kv_bits=self.kv_bits)
         elif self._decoder.model is None:
@@ -133,7 +132,7 @@ class Engine:
         return self.model if self.bits is None else packed_copy(self.model, self.bits)
 
     def release(self) -> None:
-        """Free the decoder's weights; those that the model has when answers begin next take their place."""
+        """Free the decoder's weights; the next call reads the model's current ones."""
         if self._decoder is not None:
             self._decoder.release()
 
@@ -151,22 +150,22 @@ class Engine:
         seed: int | Sequence[int] = 0,
         log_probabilities: bool = False,
     ) -> list[Completion]:
-        """Return one completion per prompt. Up to `max_rows` rows are decoded together; a row that ends makes room.
+        """Return one completion per prompt. At most `max_rows` rows are decoded at a time (continuous batching).
 
         Args:
             prompts: token ids, of any lengths.
-            max_new_tokens: per row, forced ones included.
+            max_new_tokens: per row, including forced ones.
             temperature: 0 is greedy.
             top_k: draw among the k most likely; None: all.
-            seed: of the draws; or one for each prompt, whose draws then depend on no other prompt.
-            log_probabilities: whether completions have them.
+            seed: of the batch, or one for each prompt, whose draws then do not depend on other prompts.
+            log_probabilities: whether completions have log-probabilities.
         """
         how: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
             "log_probabilities": log_probabilities,
         }  # fmt: skip
         seeds = row_seeds(seed, len(prompts))
-        if self.team is None or not prompts or not all(prompts):  # an empty prompt is refused before ranks take part
+        if self.team is None or not prompts or not all(prompts):  # refuses an empty prompt before other ranks take part
             return self.complete_here(prompts, seeds, **how)
         return _complete_on_ranks(self.team, self, prompts, seeds, how)
 
@@ -216,14 +215,13 @@ class Engine:
 
 
 def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    """Return the seed of each row of a batch: as given, or made of one seed and the row's number."""
+    """Return the seed of each row of a batch: as given, or derived from one seed and the row's number."""
     if not isinstance(seed, int):
         return list(seed)
     return [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in range(rows)]
 
 
-# Several ranks: what a row draws depends on its own seed, and its sums on no other row, so the answers are those of one
-# process.
+# Several ranks: a row's draws depend only on its seed, its sums on no other row, so the answers equal one process's.
 
 
 def _complete_on_ranks(
@@ -241,14 +239,14 @@ def _complete_on_ranks(
 
 
 def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Completion]:
-    """Return the completions of all prompts, each made by one rank."""
-    # Every rank gets some samples of each question, and some of the long prompts, so that all take about as long.
+    """Return the completions of all prompts, each computed by one rank."""
+    # Strided, so that samples of a question and long prompts are spread evenly over the ranks.
     own = slice(team.group.rank, None, team.size)
     prompts, seeds = request["prompts"][own], request["seeds"][own]
     engine = _engine_here(team, request["options"])
     rows = engine.complete_here(prompts, seeds, **request["how"])
     if not team.group.leads:
-        engine.release()  # the model may have got other weights by the next call
+        engine.release()  # the weights may change before the next call
     completions = [Completion() for _ in request["prompts"]]
     for rank, found in enumerate(team.group.gather_json([asdict(row) for row in rows])):
         completions[rank :: team.size] = [Completion(**row) for row in found]
@@ -256,7 +254,7 @@ def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) 
 
 
 def _engine_here(team: Team, options: dict[str, Any]) -> Engine:
-    """Return this rank's engine with these options, made again if the model or the tokenizer is another one."""
+    """Return this rank's engine with these options, recreated if the model or the tokenizer changed."""
     model, tokenizer, name = model_on(team), team.kept["tokenizer"], f"engine {options}"
     engine: Engine | None = team.kept.get(name)
     if engine is None or engine.model is not model or engine.tokenizer is not tokenizer:
@@ -266,7 +264,7 @@ def _engine_here(team: Team, options: dict[str, Any]) -> Engine:
 
 
 def _share_tokenizer(team: Team, tokenizer: Tokenizer) -> None:
-    """Give every rank the tokenizer, which the calculator needs, unless they have one that encodes the same."""
+    """Send the tokenizer, which the calculator needs, to every rank, unless it has an equal one."""
     known = team.kept.get("tokenizer")
     team.kept["tokenizer"] = tokenizer
     if known is None or known.digest != tokenizer.digest:
@@ -281,7 +279,7 @@ def _take_tokenizer(team: Team, request: dict[str, Any], arrays: dict[str, mx.ar
 
 
 def clear_caches(team: Team | None) -> None:
-    """Free the memory that MLX's cache holds on every rank."""
+    """Free MLX's memory cache on every rank."""
     (team or Team()).call(_clear_cache)
 
 

@@ -1,8 +1,8 @@
-"""Weights, and keys and values of the past, in 8 or 4 bits: groups of numbers share a scale and an offset.
+"""Quantisation of weights and of the KV cache to 8 or 4 bits: groups of numbers share a scale and an offset.
 
-With its share of scale and offset a number of keys and values takes 9 or 5 bits instead of 32; 10 or 6 where a head's
-width requires groups of 32. Every token sees the rounded keys and values of all, its own included, also while a prompt
-is read, so that a row does not depend on the pieces in which its prompt is read.
+Including scale and offset, a number of the KV cache takes 9 or 5 bits instead of 32; 10 or 6 if the heads' width
+requires groups of 32. Every token attends to quantised keys and values, including its own and while a prompt is read,
+so that results do not depend on the chunks in which prompts are read.
 
 Shapes: B rows, K key/value heads, G query heads for each of them, S tokens, D head width.
 """
@@ -20,14 +20,14 @@ from mlxchat.model.sizes import AdapterSizes
 from mlxchat.ops.loss import soft_cap
 
 Kept = tuple[mx.array, ...]
-"""Numbers (B, K, S, D); or packed ones, scales and offsets (B, K, S, …)."""
+"""Numbers (B, K, S, D); or packed numbers, scales and offsets (B, K, S, …)."""
 
 _GROUP_NUMBERS = (64, 32)
 _MATRICES = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
 def groups_of(inner: int) -> int | None:
-    """Return how many numbers of a row share a scale; None: rows of this length are not quantised."""
+    """Return the group size for rows of this length; None: they are not quantised."""
     return next((group for group in _GROUP_NUMBERS if inner % group == 0), None)
 
 
@@ -40,7 +40,7 @@ def weight_bytes(weights: Any) -> int:
 
 
 class PackedGPT(GPT):
-    """A model whose matrices are packed, its head too."""
+    """A model whose matrices, including the head, are packed."""
 
     def logits(self, hidden: mx.array) -> mx.array:
         """See `GPT.logits`."""
@@ -54,7 +54,7 @@ class PackedGPT(GPT):
 
 
 def packed_copy(model: GPT, bits: int) -> PackedGPT:
-    """Return a model with all matrices but embeddings and gates in 8 or 4 bits; everything else is shared."""
+    """Return a model with all matrices except embeddings and gates in 8 or 4 bits; other parameters are shared."""
     copy = PackedGPT(model.sizes)
     own = flatten_parameters(copy)
     set_parameters(copy, {name: value for name, value in flatten_parameters(model).items() if name in own})
@@ -76,51 +76,51 @@ def packed_copy(model: GPT, bits: int) -> PackedGPT:
 
 
 class KVFormat:
-    """Packs, unpacks and multiplies with what is kept."""
+    """The storage format of keys and values: packing, unpacking and products."""
 
     def __init__(self, width: int, bits: int | None) -> None:
-        """Take the width of heads; bits None keeps numbers as they are.
+        """`width` is that of a head; bits None: not quantised.
 
         Raises:
-            ConfigError: such heads cannot be packed.
+            ConfigError: heads of this width cannot be quantised.
         """
         self.width, self.bits = width, bits
         self.group = groups_of(width) or width
         if bits is not None and groups_of(width) is None:
-            raise ConfigError(f"keys and values of heads {width} wide cannot be packed; expected a multiple of 32")
+            raise ConfigError(f"keys and values with head width {width} cannot be packed; expected a multiple of 32")
 
     def widths(self, dtype: mx.Dtype) -> list[tuple[int, mx.Dtype]]:
-        """Return last dimension and type of each array that is kept of numbers of a type."""
+        """Return last dimension and type of each stored array, for numbers of a type."""
         if self.bits is None:
             return [(self.width, dtype)]
         groups = self.width // self.group
         return [(self.width * self.bits // 32, mx.uint32), (groups, dtype), (groups, dtype)]
 
     def bytes_per_token(self) -> int:
-        """Return the bytes of a head's keys and values of a token, kept of float32 numbers."""
+        """Return the stored bytes of a head's key and value of one token, for float32 numbers."""
         return 2 * sum(width * 4 for width, _ in self.widths(mx.float32))
 
     def pack(self, numbers: mx.array) -> Kept:
-        """Return (…, D) as it is kept."""
+        """Return numbers (…, D) in the storage format."""
         if self.bits is None:
             return (numbers,)
         return tuple(mx.quantize(numbers, group_size=self.group, bits=self.bits))
 
     def unpack(self, kept: Kept) -> mx.array:
-        """Return the numbers (…, D) that what is kept stands for."""
+        """Return the numbers (…, D) of stored arrays."""
         if self.bits is None:
             return kept[0]
         packed, scales, offsets = kept
         return mx.dequantize(packed, scales, offsets, group_size=self.group, bits=self.bits)
 
     def scores(self, queries: mx.array, keys: Kept) -> mx.array:
-        """Return the products (B, K, G, S) of queries (B, K, G, D) and keys."""
+        """Return the products (B, K, G, S) of queries (B, K, G, D) and stored keys."""
         if self.bits is None:
             return queries @ keys[0].swapaxes(-1, -2)
         return self._multiply(queries, keys, transpose=True)
 
     def mixed(self, weights: mx.array, values: Kept) -> mx.array:
-        """Return the sums (B, K, G, D) of values by weights (B, K, G, S)."""
+        """Return the weighted sums (B, K, G, D) of stored values with weights (B, K, G, S)."""
         if self.bits is None:
             return weights @ values[0]
         return self._multiply(weights, values, transpose=False)

@@ -1,8 +1,7 @@
-"""Drawing the next token of a row from its logits: in NumPy, in float64, from the row's own generator.
+"""Sampling of the next token, in NumPy and float64, from the row's random generator.
 
-What a row draws depends on its logits, its settings and its seed, on nothing else. In this order: added logits,
-penalties of what was said before, temperature, the k best, the fewest of these that have a share p, those not much less
-likely than the best.
+A draw depends only on the row's logits, settings and seed. In this order: logit bias, penalties, temperature, top-k,
+top-p, min-p.
 """
 
 from __future__ import annotations
@@ -14,37 +13,37 @@ from typing import Any
 import numpy as np
 
 Array = np.ndarray[Any, Any]
-# The best of each block bound the k-th best from below, in one pass.
+# The maxima of blocks give a lower bound of the k-th largest logit in one pass.
 _BLOCK = 64
-# Divisors of logits are at least so much: quotients by smaller ones overflow float32. All of them mean greedy.
+# Minimum divisor of logits: smaller ones overflow float32, and are greedy in any case.
 _LEAST_DIVISOR = 1e-15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn. None is off."""
+    """Sampling settings; None is off."""
 
     temperature: float = 0.0
     """0 takes the most likely token; above 0 logits are divided by it."""
     top_k: int | None = None
     """Draw among the k most likely."""
     top_p: float | None = None
-    """Draw among the fewest most likely whose probabilities, of those that are left, add up to so much."""
+    """Draw among the fewest most likely tokens whose probabilities, after top_k, add up to this."""
     min_p: float | None = None
-    """Draw among those at least so many times as likely as the most likely."""
+    """Draw among tokens with at least this fraction of the highest probability."""
     repetition_penalty: float | None = None
-    """Positive logits of tokens that stand in the prompt or the answer are divided by it, others multiplied."""
+    """Divides positive logits of tokens in the prompt or the answer, and multiplies negative ones."""
     frequency_penalty: float = 0.0
-    """Taken from a token's logit for each time that it stands in the answer, as OpenAI's servers do."""
+    """Subtracted from a token's logit for each occurrence in the answer, as in OpenAI's API."""
     presence_penalty: float = 0.0
-    """Taken from it once if it stands in the answer."""
+    """Subtracted once from the logit of each token in the answer."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token, what is added to its logit)."""
+    """(token, number added to its logit)."""
     seed: int = 0
-    """Of the row's draws."""
+    """Seed of the row's draws."""
 
     def problems(self) -> list[str]:
-        """Return what is impossible, a sentence each."""
+        """Return a message for each impossible value."""
         found = []
         if not 0 <= self.temperature < float("inf"):
             found.append(f"temperature is {self.temperature}; expected a number from 0")
@@ -62,14 +61,14 @@ class Sampling:
 def sample_token(
     logits: Array, sampling: Sampling, draws: np.random.Generator, said: Sequence[int] = (), prompt_tokens: int = 0
 ) -> int:
-    """Return a token.
+    """Return the drawn token.
 
     Args:
         logits: (V,), unnormalised.
-        sampling: how; its seed is not looked at.
-        draws: moves on by one number, unless the temperature is 0.
+        sampling: the settings; the seed is ignored.
+        draws: advances by one number, unless the temperature is 0.
         said: tokens of the prompt and the answer, for the penalties.
-        prompt_tokens: how many of them are the prompt's.
+        prompt_tokens: number of the prompt's tokens in `said`.
     """
     if sampling.temperature == 0:
         return int(np.argmax(_adjusted(logits, sampling, said, prompt_tokens)))
@@ -82,9 +81,9 @@ def sample_token(
 def distribution(
     logits: Array, sampling: Sampling, said: Sequence[int] = (), prompt_tokens: int = 0
 ) -> tuple[Array | None, Array]:
-    """Return the tokens (N,) that may be drawn, None for all in order, and their probabilities (N,).
+    """Return the tokens (N,) that may be drawn, or None for all in order, and their probabilities (N,).
 
-    The temperature is above 0. Of equally likely tokens at a border those with lower ids are taken.
+    The temperature must be above 0. Among equally likely tokens at a limit, lower ids are taken.
     """
     logits = _adjusted(logits, sampling, said, prompt_tokens)
     ids = None
@@ -107,7 +106,7 @@ def distribution(
 def log_probability(logits: Array, token: int, most: int) -> tuple[float, list[tuple[int, float]]]:
     """Return the log-probability of a token, and the `most` likely tokens with theirs, the likeliest first.
 
-    They are the model's own: of its logits (V,) without temperature, limits or penalty.
+    They are computed from the model's logits (V,), without sampling settings.
     """
     scores = logits.astype(np.float64)
     scores -= scores.max() + np.log(np.exp(scores - scores.max()).sum())
@@ -117,7 +116,7 @@ def log_probability(logits: Array, token: int, most: int) -> tuple[float, list[t
 
 
 def _best(logits: Array, count: int) -> Array:
-    """Return the ids of the `count` largest, in order of ids."""
+    """Return the ids of the `count` largest logits, in order of ids."""
     blocks = len(logits) // _BLOCK
     if blocks < 2 * count:
         bound = np.partition(logits, len(logits) - count)[len(logits) - count]
@@ -125,14 +124,14 @@ def _best(logits: Array, count: int) -> Array:
         tops = logits[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
         bound = np.partition(tops, blocks - count)[blocks - count]
     candidates = np.flatnonzero(logits >= bound)
-    if len(candidates) < count:  # NaN, which a partition takes for the largest, and a sort for the least
+    if len(candidates) < count:  # with NaN, which a partition puts last
         candidates = np.arange(len(logits))
     order = np.argsort(-logits[candidates], kind="stable")[:count]
     return np.sort(candidates[order])
 
 
 def _adjusted(logits: Array, sampling: Sampling, said: Sequence[int], prompt_tokens: int) -> Array:
-    """Return the logits after `logit_bias` and the penalties; the same array if there are none."""
+    """Return the logits after `logit_bias` and penalties; the same array if there are none."""
     penalty = sampling.repetition_penalty
     repeated = penalty is not None and penalty != 1
     counted = bool(sampling.frequency_penalty or sampling.presence_penalty)

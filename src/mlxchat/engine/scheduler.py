@@ -1,10 +1,9 @@
-"""Continuous batching: requests come at any time, each finished row makes room for the next one at once.
+"""Continuous batching: requests arrive at any time, and a finished row is reused at once.
 
-A request's tokens depend on its prompt, settings and seed, never on what else is computed: prompts are read one by
-one in pieces that begin at their first token, and rows are decoded with sums of their own (`decode.py`). A request with
-`reuse="close"` is the one exception: it continues from what earlier ones left (`cache.KeptPasts`), part of which was
-decoded instead of read, and agrees within float32's rounding. A program of the Python tool keeps its row waiting, and
-no other one.
+A request's tokens depend only on its prompt, settings and seed: prompts are read separately in chunks aligned to their
+first token, and a row's sums do not depend on other rows (`decode.py`). The only exception is `reuse="close"`, which
+continues from earlier requests' caches (`cache.KeptPasts`) and agrees within float32's rounding, since part of these
+was decoded instead of read. A program of the Python tool delays only its own row.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from mlxchat.engine.tools import CALL_TOKENS, PythonTool, ToolCalls
 from mlxchat.errors import ConfigError
 from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 
-# A step comes back this soon even if every row waits for a program, so that requests and cancellations are seen.
+# Maximum duration of a step in which every row waits for a program, so that requests and cancellations are noticed.
 _PATIENCE_SECONDS = 0.02
 
 
 Kind = Literal["text", "python", "python_output"]
 Scored = tuple[float, list[tuple[int, float]]]
-"""The log-probability of a token, and the likely alternatives with theirs."""
+"""The log-probability of a token, and (alternative, log-probability) pairs."""
 
 
 class TextTokenizer(Protocol):
-    """A tokenizer whose tokens become text one by one: ours (`data.tokenizer`), or a third-party one."""
+    """A tokenizer whose tokens can be decoded one by one: ours (`data.tokenizer`) or a third-party one."""
 
     @property
     def bos(self) -> int:
@@ -48,14 +47,14 @@ class TextTokenizer(Protocol):
 
     @property
     def special_ids(self) -> Mapping[str, int]:
-        """Special token → id; these are no text."""
+        """Special token → id; special tokens have no text."""
 
     @property
     def vocab_size(self) -> int:
         """Number of tokens."""
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, nothing added."""
+        """Return the ids of a text without added tokens."""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids."""
@@ -65,28 +64,28 @@ class TextTokenizer(Protocol):
 
 
 class Forward(Protocol):
-    """The rows of a batch: ours (`cache.Slots`), or a third-party model's. A past is what `read` returns."""
+    """The rows of a batch: ours (`cache.Slots`) or a third-party model's. A past is a result of `read`."""
 
     def read(self, ids: list[int], past: Any, last: int | None) -> Any:
-        """Return the past of a row that begins with `past`, whose last token is `last`, and goes on with `ids`."""
+        """Return the past of a row of `past`, whose last token is `last`, followed by `ids`."""
 
     def score(self, ids: list[int]) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield the logits (V,) after each of `ids`, which begin a row."""
+        """Yield the logits (V,) after each of `ids`, at the beginning of a row."""
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for so many rows of so many tokens; what there is stays."""
+        """Grow to at least this many rows and tokens per row."""
 
     def keep(self, kept: list[int], tokens: int) -> None:
-        """Keep these rows only, renumbered from 0, with room for so many tokens."""
+        """Keep only these rows, renumbered from 0, with room for `tokens`."""
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Remove all rows."""
 
     def fill(self, row: int, past: Any) -> None:
-        """Set the past of a row; None: it has none."""
+        """Set the past of a row; None: empty."""
 
     def past_of(self, row: int, tokens: int) -> Any:
-        """Return the first tokens of a row as a past, or None where that is impossible."""
+        """Return the past of a row's first tokens, or None if that is impossible."""
 
     def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
         """Return logits (B, V) after one more token of each row; a free row has position 0."""
@@ -94,30 +93,30 @@ class Forward(Protocol):
 
 @dataclass(kw_only=True)
 class Request:
-    """What to continue, and how."""
+    """A prompt and how to continue it."""
 
     prompt: list[int]
     """At least one token."""
     max_new_tokens: int
-    """Forced ones included."""
+    """Including forced ones."""
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()
-    """Strings before which the text ends."""
+    """Stop strings; the text ends before them."""
     tools: bool = True
-    """Whether calls are answered: by the calculator, and by Python where the scheduler has it."""
+    """Whether calls are answered by the calculator, and by Python if the scheduler has it."""
     logprobs: int | None = None
-    """Alternatives to report with each token's log-probability; None: neither."""
+    """Number of alternatives to report with each token's log-probability; None: no log-probabilities."""
     prompt_logprobs: bool = False
     """Whether the first event has log-probabilities of the prompt's tokens; requires `logprobs`."""
     reuse: Literal["off", "exact", "close"] = "off"
-    """Whether keys and values of an earlier request with the same beginning are reused, if it allowed reuse too.
+    """Whether to reuse keys and values of an earlier request with the same prefix that allowed reuse, too.
     exact: only where results are bit-identical; close: also of decoded tokens, which differ by rounding."""
     text: bool = True
-    """Whether events have text; False: tokens only, and no stop strings."""
+    """Whether events have text; False: no text and no stop strings."""
     skip_blank: bool = False
-    """Whether a blank at the beginning of the text is left out."""
+    """Whether to drop a blank at the beginning of the text."""
     constraint: Constraint | None = None
-    """What the answer may say, of this request alone; None: anything."""
+    """The grammar of the answer, not shared with other requests; None: unconstrained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,23 +125,23 @@ class Event:
 
     id: int
     token: int | None
-    """None where a request was cancelled."""
+    """None: the request was cancelled."""
     sampled: bool = False
-    """False where a tool forced the token."""
+    """False if a tool forced the token."""
     text: str = ""
-    """What may be shown now."""
+    """Text that can be shown now."""
     logprob: float | None = None
-    """Of the model's own distribution, if requested and the token was sampled."""
+    """By the model's distribution, if requested and the token was sampled."""
     top_logprobs: list[tuple[int, float]] | None = None
     prompt_logprobs: list[Scored] | None = None
-    """(log-probability, alternatives) of each prompt token but the first one."""
+    """(log-probability, alternatives) of each prompt token except the first."""
     finish_reason: str | None = None
-    """'stop' (an end token or a stop string), 'length', 'cancelled'; None: more follows."""
+    """'stop' (an end token or a stop string), 'length', 'cancelled'; None: not finished."""
 
 
 @dataclass
 class _Row:
-    """A request that is being read or decoded."""
+    """A request that is waiting, being read, or being decoded."""
 
     id: int
     request: Request
@@ -153,9 +152,9 @@ class _Row:
     """Prompt and answer."""
     past: Any = None
     cached: int = 0
-    """Tokens whose keys and values are there."""
+    """Number of tokens with keys and values."""
     exact: int = 0
-    """First tokens whose keys and values are bit-identical to reading the prompt alone."""
+    """Number of first tokens whose keys and values are bit-identical to reading the prompt alone."""
     cancelled: bool = False
 
     @property
@@ -164,7 +163,7 @@ class _Row:
 
 
 class Scheduler:
-    """Rows in the making. One thread calls `step`; `submit` and `cancel` may be called from any."""
+    """Runs requests. One thread calls `step`; `submit` and `cancel` are thread-safe."""
 
     def __init__(
         self,
@@ -177,17 +176,17 @@ class Scheduler:
         kept_tokens: int = KEPT_TOKENS,
         python: PythonTool | None = None,
     ) -> None:
-        """Begin without requests.
+        """Start without requests.
 
         Args:
             forward: the model.
             tokenizer: the model's.
-            max_rows: decoded at a time.
-            max_cached_tokens: rows × tokens of the longest that the batch may hold; a request waits until it fits,
-                unless it is alone; None: no bound.
-            prefill_tokens: read at a time; while rows are being decoded no step reads much more.
-            kept_tokens: whose keys and values are kept for requests with `reuse`; the latest stay.
-            python: runs calls that the calculator does not answer; None: they get no answer.
+            max_rows: rows decoded at a time.
+            max_cached_tokens: limit of rows × tokens of the longest row; a request waits until it fits, unless it is
+                the only one; None: no limit.
+            prefill_tokens: chunk size of prompts, and about the most that a step reads while rows are decoded.
+            kept_tokens: size of the LRU cache of requests with `reuse`.
+            python: runs calls that the calculator does not answer; None: these get no answer.
         """
         self.forward, self.tokenizer = forward, tokenizer
         self.max_rows, self.max_cached_tokens = max_rows, max_cached_tokens
@@ -203,24 +202,24 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether there are no requests."""
         return not self._by_id
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have no row yet."""
+        """Number of requests without a row."""
         return len(self._waiting)
 
     @property
     def num_active(self) -> int:
-        """Rows that are being decoded."""
+        """Number of rows being decoded."""
         return sum(row is not None for row in self._rows)
 
     def submit(self, request: Request) -> int:
-        """Queue a request; return its id.
+        """Queue a request and return its id.
 
         Raises:
-            ConfigError: it asks for something impossible.
+            ConfigError: a setting is impossible.
         """
         problems = request.sampling.problems()
         if not request.prompt:
@@ -245,13 +244,13 @@ class Scheduler:
             return row.id
 
     def cancel(self, id: int) -> None:
-        """End a request; its last event comes with the next step. Nothing happens if it has ended."""
+        """End a request with an event of the next step; no effect if it has ended."""
         with self._lock:
             if id in self._by_id:
                 self._by_id[id].cancelled = True
 
     def step(self) -> list[Event]:
-        """Read some of what waits, decode one token of every row, and return what came of it."""
+        """Read some prompts, decode one token of every row, and return the events."""
         events = self._drop_cancelled()
         self._admit()
         self._shrink()
@@ -269,7 +268,7 @@ class Scheduler:
             [row.cached if row else 0 for row in inputs],
         )
         for place, row in enumerate(inputs):
-            if row is None or (row.calls and row.calls.running):  # a waiting row is decoded in the same place again
+            if row is None or (row.calls and row.calls.running):  # a row that waits for a program is decoded again
                 continue
             row.cached += 1
             event = self._advance(row, logits[place])
@@ -298,7 +297,7 @@ class Scheduler:
         ]
 
     def _admit(self) -> None:
-        """Read prompts and give them rows, while there are rows; a bounded number of tokens if others wait for it."""
+        """Read prompts and assign rows while there are free ones; limit the tokens if other rows are being decoded."""
         budget = self.prefill_tokens if self.num_active else None
         while self._waiting and self.num_active < self.max_rows and (budget is None or budget > 0):
             row = self._waiting[0]
@@ -311,7 +310,7 @@ class Scheduler:
             if row.cached < len(row.ids) - 1:
                 continue
             with self._lock:
-                if row.cancelled:  # from another thread, meanwhile: the next step drops it
+                if row.cancelled:  # by another thread; the next step drops it
                     return
                 self._waiting.popleft()
                 self._forget_waiting(row)
@@ -323,7 +322,7 @@ class Scheduler:
             self._rows[place], row.past = row, None
 
     def _read_some(self, row: _Row) -> int:
-        """Read the next piece of a prompt; return its tokens. All but the last token is read, which is then decoded."""
+        """Read the next chunk of a prompt and return its tokens. The prompt's last token is decoded instead."""
         prompt = row.request.prompt
         target = len(prompt) - 1
         if row.cached == 0 and target > 0:
@@ -355,7 +354,7 @@ class Scheduler:
             self._read.pop(row.key, None)
 
     def _advance(self, row: _Row, logits: np.ndarray[Any, Any]) -> Event:
-        """Choose a row's next token and return its event."""
+        """Draw a row's next token and return its event."""
         request, calls = row.request, row.calls
         forced = calls.forced if calls else None
         sampled = not forced
@@ -394,7 +393,7 @@ class Scheduler:
         return [log_probability(each, token, most) for each, token in zip(logits, prompt[1:], strict=True)]
 
     def _finish(self, place: int, row: _Row) -> None:
-        if row.request.reuse == "close":  # otherwise what was read is kept already
+        if row.request.reuse == "close":  # otherwise the prompt was kept after reading
             past = self.forward.past_of(place, row.cached)
             if past is not None:
                 self.kept.keep(row.ids[: row.cached], past, row.exact)
@@ -405,7 +404,7 @@ class Scheduler:
             self._by_id.pop(row.id, None)
 
     def _shrink(self) -> None:
-        """Close the gaps when nothing waits to fill them."""
+        """Remove free rows if no request waits."""
         active = [place for place, row in enumerate(self._rows) if row is not None]
         if len(active) == len(self._rows) or self._waiting:
             return
@@ -419,25 +418,25 @@ class Scheduler:
 
 
 class ShownText:
-    """Turns a row's tokens into text to show: no special tokens, no half characters, no beginning of a stop string."""
+    """Streams a row's text without special tokens, incomplete characters, and beginnings of stop strings."""
 
     def __init__(self, tokenizer: TextTokenizer, stop: tuple[str, ...] = (), *, skip_blank: bool = False) -> None:
-        """Begin a row; `stop` are the strings before which the text ends."""
+        """Start a row; the text ends before the first `stop` string."""
         self.stopped = False
-        """Whether a stop string was found; it and what follows is never shown."""
+        """Whether a stop string was found."""
         self._tokenizer, self._stop = tokenizer, tuple(filter(None, stop))
         self._special = set(tokenizer.special_ids.values())
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held, self._skips_blank = "", skip_blank
 
     def add(self, token: int) -> str:
-        """Return what may be shown now that `token` has come."""
+        """Return the text that can be shown after `token`."""
         if token in self._special:
             return self._show(self._decoder.decode(b"", final=True))
         return self._show(self._decoder.decode(self._tokenizer.decode_bytes([token])))
 
     def finish(self) -> str:
-        """Return the text held back, at the end of the row; half a character becomes U+FFFD."""
+        """Return the remaining text at the end of the row; an incomplete character becomes U+FFFD."""
         shown = self._show(self._decoder.decode(b"", final=True))
         held, self._held = self._held, ""
         return shown if self.stopped else shown + held
@@ -459,7 +458,7 @@ class ShownText:
 
 @dataclass
 class Parts:
-    """Sorts the text of one row's events: what is said, what the calculator is asked, and its output."""
+    """Separates the text of a row's events into text, calculator calls and their output."""
 
     tokenizer: TextTokenizer
     kind: Kind = "text"
@@ -467,14 +466,14 @@ class Parts:
     """(kind, text) of every part so far."""
 
     def __post_init__(self) -> None:
-        """Look up the special tokens that change the kind of what follows."""
+        """Look up the special tokens that begin and end parts."""
         kinds: tuple[Kind, ...] = ("python", "text", "python_output", "text")
         special = self.tokenizer.special_ids
         names = CALL_TOKENS if has_calls(self.tokenizer) else ()
         self._turns = {special[name]: kind for name, kind in zip(names, kinds, strict=False)}
 
     def add(self, event: Event) -> Iterator[tuple[Kind, str]]:
-        """Yield the kind and text of what may be shown now."""
+        """Yield the kind and the text that can be shown now."""
         if event.text:
             if self.found and self.found[-1][0] == self.kind:
                 self.found[-1] = self.kind, self.found[-1][1] + event.text
@@ -486,7 +485,7 @@ class Parts:
 
     @property
     def text(self) -> str:
-        """What was said, without calls and their output."""
+        """The text without calls and their output."""
         return "".join(text for kind, text in self.found if kind == "text")
 
     @property
@@ -495,16 +494,16 @@ class Parts:
         return any(kind != "text" for kind, _ in self.found)
 
     def as_content(self) -> list[dict[str, Any]]:
-        """Return the parts as a conversation of a mixture holds them."""
+        """Return the parts as content of a conversation's message."""
         return [{"type": kind, "text": text} for kind, text in self.found]
 
 
 def has_calls(tokenizer: TextTokenizer) -> bool:
-    """Return whether a tokenizer has the special tokens of tool calls."""
+    """Return True if a tokenizer has the special tokens of tool calls."""
     return tokenizer.special_ids.keys() >= set(CALL_TOKENS)
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how many last characters of the text are the first of a stop string that has not come whole."""
+    """Return the length of the longest end of the text that is an incomplete beginning of the stop string."""
     most = min(len(text), len(stop) - 1)
     return next((size for size in range(most, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,6 +1,6 @@
-"""Third-party models, which mlx-lm opens, as a `ChatBackend`: their own chat template and tokens, our scheduler.
+"""Third-party models, loaded by mlx-lm, as a `ChatBackend`: their chat template and tokenizer, our scheduler.
 
-Safetensors and JSON only: neither pickles nor code of a folder are loaded.
+Only safetensors and JSON are read, neither pickles nor code.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from mlxchat.tasks.answers import content_text
 from mlxchat.tasks.base import find_fault
 
 MOST_CONTEXT_TOKENS = 8192
-"""Of a third-party model: the memory of a row grows with them."""
+"""Limit for third-party models, since a row's memory grows with its length."""
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 _MOST_REASON_CHARS = 300
 _HALF = re.compile("[\ud800-\udfff]")
-# Tokens whose logits are held at a time.
+# Tokens whose logits are in memory at a time.
 _SCORED_TOKENS = 128
 
 
 class ThirdPartyEngine:
-    """A `ChatBackend` whose rows are computed one by one: any architecture, and no answer depends on others."""
+    """A `ChatBackend` of any architecture. Rows are computed one by one, so answers do not depend on each other."""
 
     team = None
-    """Ranks: none but this process."""
+    """No other ranks."""
 
     def __init__(self, model: Any, tokenizer: ThirdPartyTokenizer, config: dict[str, Any], context_tokens: int) -> None:
-        """Take mlx-lm's model, its tokenizer, what its config.json says, and its longest input."""
+        """`model` is mlx-lm's, `config` the contents of config.json, `context_tokens` the maximum input length."""
         self.model, self.tokenizer, self.context_tokens = model, tokenizer, context_tokens
         self.model_type = str(config.get("model_type"))
 
@@ -49,16 +49,16 @@ class ThirdPartyEngine:
     def load(
         cls, folder: Path, *, context_tokens: int | None = None, most_context_tokens: int = MOST_CONTEXT_TOKENS
     ) -> ThirdPartyEngine:
-        """Open a folder.
+        """Load a folder.
 
         Args:
             folder: with config.json, model*.safetensors and a tokenizer's files.
-            context_tokens: longest input; None: what config.json says, up to `most_context_tokens`.
+            context_tokens: maximum input length; None: that of config.json, at most `most_context_tokens`.
             most_context_tokens: see above.
 
         Raises:
             ConfigError: mlx-lm is not installed.
-            DataError: there is no such folder, or mlx-lm cannot open it without running code of its.
+            DataError: the folder does not exist, or mlx-lm cannot load it without executing its code.
         """
         with _opening(folder) as (loading, config):
             renamed = _nanochat_options(config) if config.get("model_type") == "nanochat" else {}
@@ -67,7 +67,7 @@ class ThirdPartyEngine:
             return cls(model, _load_tokenizer(loading, folder, config), config, context)
 
     def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Return the prompt of the assistant's next message; see `ThirdPartyTokenizer.render`."""
+        """See `ThirdPartyTokenizer.render`."""
         return self.tokenizer.render(messages)
 
     def scheduler(self, **options: Any) -> Scheduler:
@@ -78,7 +78,7 @@ class ThirdPartyEngine:
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
         seed: int | Sequence[int] = 0,
     ) -> list[Completion]:  # fmt: skip
-        """Return one greedy completion per prompt, computed together by mlx-lm.
+        """Return one greedy completion per prompt, batched by mlx-lm.
 
         Raises:
             ConfigError: `temperature` is not 0.
@@ -101,9 +101,9 @@ class ThirdPartyEngine:
 
 @contextmanager
 def _opening(folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Yield mlx-lm's `utils` and a folder's config.json; whatever fails then is one clear error."""
+    """Yield mlx-lm's `utils` and a folder's config.json; any error becomes a DataError."""
     if not (folder / "config.json").is_file():
-        raise DataError(f"{folder}: no model folder; expected config.json, model*.safetensors and a tokenizer's files")
+        raise DataError(f"{folder}: no model; expected config.json, model*.safetensors and a tokenizer's files")
     filter_logs()
     try:
         from mlx_lm import utils
@@ -120,11 +120,11 @@ def _opening(folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def load_tokenizer(folder: Path) -> tuple[ThirdPartyTokenizer, int]:
-    """Return the tokenizer of a folder and the model's longest input, without the model.
+    """Return the tokenizer of a folder and the model's maximum input length; the model is not loaded.
 
     Raises:
         ConfigError: mlx-lm is not installed.
-        DataError: there is no such folder, or mlx-lm cannot open it.
+        DataError: the folder does not exist, or mlx-lm cannot open it.
     """
     with _opening(folder) as (loading, config):
         return _load_tokenizer(loading, folder, config), _context_of(config)
@@ -133,19 +133,19 @@ def load_tokenizer(folder: Path) -> tuple[ThirdPartyTokenizer, int]:
 def _load_tokenizer(loading: Any, folder: Path, config: dict[str, Any]) -> ThirdPartyTokenizer:
     wrapper = loading.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
     tokenizer = ThirdPartyTokenizer(wrapper)
-    tokenizer.encode("a")  # some values of its config are used only here
+    tokenizer.encode("a")  # fails now for faults in some settings
     return tokenizer
 
 
 def _context_of(config: dict[str, Any]) -> int:
-    """Return a model's longest input as its config.json says, at most 8192 tokens.
+    """Return a model's maximum input length by its config.json, at most 8192 tokens.
 
     Raises:
-        ValueError: it says less than one token.
+        ValueError: it is below 1.
     """
     sources = (config, config.get("text_config", {}))
-    said = [(key, int(source[key])) for source in sources for key in _CONTEXT_KEYS if source.get(key)]
-    for key, tokens in said[:1]:
+    found = [(key, int(source[key])) for source in sources for key in _CONTEXT_KEYS if source.get(key)]
+    for key, tokens in found[:1]:
         if tokens < 1:
             raise ValueError(f"{key} is {tokens}, expected at least 1")
         return min(MOST_CONTEXT_TOKENS, tokens)
@@ -153,9 +153,9 @@ def _context_of(config: dict[str, Any]) -> int:
 
 
 def _nanochat_options(config: dict[str, Any]) -> dict[str, Any]:
-    """Return options of mlx-lm's `load_model` for a nanochat model, which knows nanochat's names of parameters only.
+    """Return options of mlx-lm's `load_model` for a nanochat model with `NanoChatForCausalLM`'s names.
 
-    Folders of transformers, also those of `mlxchat export --to hf`, have `NanoChatForCausalLM`'s names.
+    mlx-lm supports only nanochat's names; folders of transformers and of `mlxchat export --to hf` have the others.
     """
     from mlx_lm.models import nanochat
 
@@ -173,16 +173,16 @@ def _nanochat_options(config: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Past:
-    """mlx-lm's cache of a row after its first tokens; never changed afterwards."""
+    """mlx-lm's cache of a row's prefix."""
 
     def __init__(self, cache: list[Any], tokens: int) -> None:
         self.cache, self.tokens = cache, tokens
 
     def begun(self, tokens: int) -> _Past | None:
-        """Return its first tokens only; None: such a cache cannot go back."""
+        """Return the first `tokens`; None: this cache cannot be trimmed."""
         from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
-        cache = copy.deepcopy(self.cache)  # arrays are shared until one of the two is written into
+        cache = copy.deepcopy(self.cache)  # arrays are shared until one of the two is written
         if tokens < self.tokens:
             if not can_trim_prompt_cache(cache):
                 return None
@@ -191,15 +191,15 @@ class _Past:
 
 
 class ThirdPartySlots:
-    """The scheduler's `Forward`: a cache of its own for each row."""
+    """The scheduler's `Forward`, with a separate cache for each row."""
 
     def __init__(self, model: Any) -> None:
-        """Take mlx-lm's model."""
+        """`model` is mlx-lm's."""
         self.model = model
         self._rows: list[_Past | None] = []
 
     def read(self, ids: list[int], past: _Past | None, last: int | None) -> _Past:
-        """Return the past of a row that begins with `past` and goes on with `ids`."""
+        """Return the past of a row of `past` followed by `ids`."""
         row = self._copied(past)
         self.model(mx.array([ids]), cache=row.cache)
         mx.eval([each.state for each in row.cache])
@@ -207,35 +207,35 @@ class ThirdPartySlots:
         return row
 
     def score(self, ids: list[int]) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield the logits (V,) after each of `ids`, which begin a row."""
+        """Yield the logits (V,) after each of `ids`, at the beginning of a row."""
         row = self._copied(None)
         for start in range(0, len(ids), _SCORED_TOKENS):
             logits = self.model(mx.array([ids[start : start + _SCORED_TOKENS]]), cache=row.cache)[0]
             yield from np.asarray(logits.astype(mx.float32))
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Make room for so many rows."""
+        """Grow to at least this many rows."""
         self._rows += [None] * (rows - len(self._rows))
 
     def keep(self, kept: list[int], tokens: int) -> None:
-        """Keep these rows only, renumbered from 0."""
+        """Keep only these rows, renumbered from 0."""
         self._rows = [self._rows[place] for place in kept]
 
     def clear(self) -> None:
-        """Forget all rows."""
+        """Remove all rows."""
         self._rows = []
 
     def fill(self, row: int, past: _Past | None) -> None:
-        """Set the past of a row; None: it has none."""
+        """Set the past of a row; None: empty."""
         self._rows[row] = self._copied(past)
 
     def past_of(self, row: int, tokens: int) -> _Past | None:
-        """Return the first tokens of a row."""
+        """Return the past of a row's first tokens."""
         held = self._rows[row]
         return held and held.begun(tokens)
 
     def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
-        """Return logits (B, V) after one more token of each row; a row at another position than its past is free."""
+        """Return logits (B, V) after one more token of each row; rows whose past has another length are free."""
         rows = [row if row and row.tokens == at else None for row, at in zip(self._rows, positions, strict=False)]
         self._rows = [*rows, *self._rows[len(rows) :]]
         used = [place for place, row in enumerate(rows) if row is not None]
@@ -259,13 +259,13 @@ class ThirdPartySlots:
 
 
 class ThirdPartyTokenizer:
-    """A tokenizer of the transformers library, in the terms of ours."""
+    """A tokenizer of the transformers library with our interface."""
 
     def __init__(self, wrapper: Any) -> None:
-        """Take mlx-lm's wrapper.
+        """`wrapper` is mlx-lm's.
 
         Raises:
-            DataError: it has nothing to begin a text with.
+            DataError: it has no token to begin a text with.
         """
         self.wrapper = wrapper
         self._inner = getattr(wrapper, "_tokenizer", wrapper)
@@ -275,7 +275,7 @@ class ThirdPartyTokenizer:
         ]  # fmt: skip
         found = [candidate for candidate in candidates if candidate is not None]
         if not found:
-            raise DataError("the tokenizer has no token that begins a text, nor one that ends it")
+            raise DataError("the tokenizer has no token that begins or ends a text")
         self.bos = int(found[0])
 
     @cached_property
@@ -284,47 +284,47 @@ class ThirdPartyTokenizer:
         return int(max(self._inner.get_vocab().values())) + 1
 
     def vocabulary(self) -> dict[int, str]:
-        """Return id → token, as a tokenizer.json spells it."""
+        """Return id → token, spelled as in tokenizer.json."""
         return {int(index): str(token) for token, index in self._inner.get_vocab().items()}
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether it says how conversations are written."""
+        """Whether it has a chat template."""
         return bool(getattr(self._inner, "chat_template", None))
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, nothing added."""
-        text = _HALF.sub("\ufffd", text)  # half a character has no UTF-8, and the library refuses it
+        """Return the ids of a text without added tokens."""
+        text = _HALF.sub("\ufffd", text)  # the library refuses lone surrogates
         return list(self._inner.encode(text, add_special_tokens=False))
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
-        """Return each document's ids, with the beginning token in front."""
+        """Return each document's ids, with the begin token in front."""
         return [np.array([self.bos, *self.encode(text)], dtype=np.uint32) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of ids; those beyond the vocabulary, for which some models have logits, stand for nothing."""
+        """Return the text of ids; ids beyond the vocabulary, for which some models have logits, are skipped."""
         return str(self._inner.decode([each for each in ids if each < self.vocab_size]))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of ids, special tokens left out."""
+        """Return the bytes of ids without special tokens."""
         return b"".join(self._bytes.get(each, b"") for each in ids)
 
     def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Return the ids of a conversation up to where the assistant answers, by the folder's own template.
+        """Return the prompt of the assistant's next message by the folder's chat template.
 
         Raises:
-            DataError: it is no conversation, or the template refuses it (many refuse a system prompt) or is broken.
+            DataError: the conversation is invalid, or the template fails or refuses it (many refuse system prompts).
         """
         if fault := find_fault(messages, least=1):
-            raise DataError(f"a conversation cannot be made into tokens: {fault}")
+            raise DataError(f"a conversation cannot be tokenized: {fault}")
         plain = [{"role": each["role"], "content": content_text(each["content"])} for each in messages]
         try:
             text = self._inner.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
         except Exception as error:  # a template may raise any error, with any text
-            said = f"{type(error).__name__}: {error}"[:500]
-            raise DataError(f"the model's chat template does not render this conversation ({said})") from None
+            reason = f"{type(error).__name__}: {error}"[:500]
+            raise DataError(f"the model's chat template does not render this conversation ({reason})") from None
         if not (ids := self.encode(str(text))):
-            raise DataError("the model's chat template makes nothing of this conversation")
+            raise DataError("the model's chat template renders this conversation as empty text")
         return ids
 
     @cached_property
@@ -341,14 +341,14 @@ class ThirdPartyTokenizer:
 
     @cached_property
     def skips_blank(self) -> bool:
-        """Whether the blank before a text's first word is left out, as SentencePiece writes one before each."""
+        """Whether decoding drops the blank before the first word, as with SentencePiece."""
         words = (index for index, data in self._bytes.items() if data[:1] == b" " and data.strip())
         first = next(words, None)
         return first is not None and not self.decode([first]).startswith(" ")
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
-        """Id → bytes of every token but the special ones."""
+        """Id → bytes of every token that is not special."""
         letters = {letter: byte for byte, letter in byte_letters().items()}
         bytewise = '"ByteLevel"' in self._inner.backend_tokenizer.to_str()
         special, added = set(self.special_ids.values()), self._inner.added_tokens_decoder
@@ -366,7 +366,7 @@ class ThirdPartyTokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Raw bytes of each id, 0 for special tokens: (vocab_size,)."""
+        """Number of bytes of each id, 0 for special tokens: (vocab_size,)."""
         lengths = np.zeros(self.vocab_size, dtype=np.int32)
         for index, data in self._bytes.items():
             lengths[index] = len(data)
@@ -374,5 +374,5 @@ class ThirdPartyTokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """The sha256 of everything that decides how a text is encoded, in hex."""
+        """The sha256 of everything that determines the encoding, in hexadecimal."""
         return hashlib.sha256(f"{self.bos}\n{self._inner.backend_tokenizer.to_str()}".encode()).hexdigest()

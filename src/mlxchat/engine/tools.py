@@ -1,10 +1,9 @@
 """Tools that a model calls between <|python_start|> and <|python_end|>: a calculator, and Python in the sandbox.
 
-The calculator evaluates arithmetic of + − * / // % with parentheses, and 'text'.count('letter'), without Python. Whole
-results are written without a point, as GSM8K writes them. Other calls go to `PythonTool` if the operator allows it. Its
-output is an interpreter's: what the program prints, then the value of its last expression, or the last line of a
-traceback. Equal programs give equal outputs (no hash randomisation, `random` seeded by the row), except for clocks and
-programs that run close to the time limit.
+The calculator evaluates + − * / // % with parentheses, and 'text'.count('letter'), without executing Python. Integer
+results have no decimal point, as in GSM8K. Other calls go to `PythonTool` if the operator allows it. Its output is the
+program's output, then the value of its last expression or the last line of a traceback. Equal programs give equal
+outputs (no hash randomisation, `random` seeded by the row), except for clocks and programs close to the time limit.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 CALL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
 _MOST_CODE_CHARS = 10_000
-# Parsed in the sandbox too: text of a model can exhaust a parser.
+# Parsed within the sandbox, since a model's text can exhaust a parser.
 _PROGRAM = """
 def _show(source, seed):
     import ast, sys, traceback
@@ -69,20 +68,20 @@ _BINARY: dict[type[ast.operator], Callable[[Number, Number], Number]] = {
 
 
 class ToolCalls:
-    """nanochat's protocol for one row: collects what stands in a call, and forces the answer when it closes."""
+    """nanochat's protocol for one row: collects a call's tokens, and forces the answer when the call ends."""
 
     def __init__(self, tokenizer: TextTokenizer, python: PythonTool | None = None, seed: int = 0) -> None:
-        """Begin a row; `python` runs the calls that the calculator does not answer, with this seed."""
+        """Start a row; `python` runs calls that the calculator does not answer, with this seed."""
         self.forced: deque[int] = deque()
-        """Tokens that come next instead of sampled ones."""
+        """Tokens that follow instead of sampled ones."""
         self.running: Future[str] | None = None
-        """A program whose output comes next; until then the row waits."""
+        """A program for whose output the row waits."""
         self._python, self._seed = python, seed
         self._tokenizer, self._special = tokenizer, tokenizer.special_ids
         self._call: list[int] | None = None
 
     def follow(self, token: int) -> None:
-        """Take the row's next token, sampled or forced."""
+        """Process the row's next token, sampled or forced."""
         special = self._special
         if token == special["<|python_start|>"]:
             self._call = []
@@ -97,10 +96,10 @@ class ToolCalls:
             self._call.append(token)
 
     def waits(self) -> bool:
-        """Return whether the row waits for a program; forces the output of one that has ended.
+        """Return True if the row waits for a program; forces the output of a finished one.
 
         Raises:
-            StepFailed: no interpreter can be started here.
+            StepFailed: this machine cannot start an interpreter.
         """
         if self.running is not None and self.running.done():
             output, self.running = self.running.result(), None
@@ -108,7 +107,7 @@ class ToolCalls:
         return self.running is not None
 
     def drop(self) -> None:
-        """Cancel a queued program of a row that has ended; a running one ends by its limits."""
+        """Cancel the queued program of a finished row; a running one ends by its limits."""
         if self.running is not None:
             self.running.cancel()
 
@@ -118,9 +117,9 @@ class ToolCalls:
 
 
 def calculate(expression: str) -> str | None:
-    """Return the result of an expression as text; None: the calculator does not take it.
+    """Return the result of an expression as text; None: not an expression of the calculator.
 
-    Refused: names, calls other than str.count, powers, anything over 200 characters or beyond 1e15.
+    Not supported: names, calls other than str.count, powers, more than 200 characters, numbers beyond 1e15.
     """
     expression = expression.strip()
     if not expression or len(expression) > _MOST_CHARS:
@@ -129,7 +128,7 @@ def calculate(expression: str) -> str | None:
         expression = expression.replace(",", "")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of doubtful syntax, such as 1or 2
+            warnings.simplefilter("ignore")  # about syntax such as 1or 2
             tree = ast.parse(expression, mode="eval")
         value = _evaluate(tree.body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
@@ -165,39 +164,39 @@ def _evaluate(node: ast.expr) -> Number:
 
 
 class PythonTool:
-    """Runs calls in threads, each in a sandboxed process."""
+    """Runs calls in sandboxed processes."""
 
     def __init__(
         self, *, seconds: float = 5.0, memory_bytes: int = 256 << 20, max_chars: int = 1000, workers: int = 2
     ) -> None:
-        """Take the limits of a call.
+        """Set the limits.
 
         Args:
-            seconds: of wall clock.
-            memory_bytes: the interpreter's own included.
-            max_chars: of the output; what is longer is cut.
-            workers: programs at a time; others wait.
+            seconds: wall time of a call.
+            memory_bytes: of a call, including the interpreter.
+            max_chars: longer output is truncated.
+            workers: programs that run at a time.
         """
         self.seconds, self.memory_bytes, self.max_chars, self.workers = seconds, memory_bytes, max_chars, workers
 
     def check(self) -> None:
-        """Check that this machine can confine programs.
+        """Check that this machine can isolate programs.
 
         Raises:
-            ConfigError: it only sets limits, so a program could use files and the network.
+            ConfigError: it cannot, so a program could use files and the network.
         """
         if problem := find_confinement_problem():
             raise ConfigError(f"the Python tool cannot be used: {problem}. Leave it off")
 
     def start(self, code: str, seed: int) -> Future[str]:
-        """Begin a program and return what will be its output."""
+        """Start a program and return the future of its output."""
         return self._threads.submit(self.run, code, seed)
 
     def run(self, code: str, seed: int) -> str:
-        """Return the output of a program; it may be empty.
+        """Return the output of a program, which may be empty.
 
         Raises:
-            StepFailed: no interpreter can be started here.
+            StepFailed: this machine cannot start an interpreter.
         """
         if len(code) > _MOST_CODE_CHARS:
             return f"ValueError: the program has {len(code)} characters, at most {_MOST_CODE_CHARS} may be"
