@@ -1,4 +1,4 @@
-"""A layer with an adapter and its gradients: against NumPy in float64, and against mlx-lm's own layers."""
+"""Products and gradients of adapters: against NumPy in float64 and mlx-lm's layers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Numbers = dict[str, np.ndarray]
 
 @dataclass
 class Made:
-    """A layer with an adapter, and its numbers in float64; none is zero."""
+    """A layer with an adapter, and its nonzero numbers in float64."""
 
     layer: LoRALinear
     numbers: Numbers
@@ -50,7 +50,7 @@ def make(kind: str, bits: int | None = None, *, seed: int = 0, dropout: float = 
 def expected(
     kind: str, x: np.ndarray, numbers: Numbers, *, squared_relu: bool, lengths_of: Numbers | None = None
 ) -> np.ndarray:
-    """Return the papers' formula; rows' lengths, which have no gradient, may be those of other numbers."""
+    """Return the papers' formula; the rows' lengths, which have no gradient, may come from other numbers."""
     seen = np.maximum(x, 0) ** 2 if squared_relu else x
     adapted_weight = numbers["w"] + SCALE * (numbers["a"] @ numbers["b"]).T
     if kind == "dora":
@@ -63,7 +63,7 @@ def expected(
 @pytest.mark.parametrize("squared_relu", [False, True])
 @pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_the_product_is_that_of_the_paper(path: str, kind: str, bits: int | None, squared_relu: bool) -> None:
+def test_product_equals_the_papers(path: str, kind: str, bits: int | None, squared_relu: bool) -> None:
     made = make(kind, bits)
     x = np.random.default_rng(1).normal(0, 1, (2, 5, IN))
     out = made.layer(mx.array(x.astype(np.float32)), relu_squared if squared_relu else identity)
@@ -73,9 +73,7 @@ def test_the_product_is_that_of_the_paper(path: str, kind: str, bits: int | None
 @pytest.mark.parametrize("squared_relu", [False, True])
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_gradients_are_the_finite_differences_of_the_papers_formula(
-    path: str, kind: str, bits: int | None, squared_relu: bool
-) -> None:
+def test_gradients_equal_finite_differences(path: str, kind: str, bits: int | None, squared_relu: bool) -> None:
     made, rng = make(kind, bits), np.random.default_rng(2)
     x, cotangent = rng.normal(0, 1, (2, 3, IN)), rng.normal(0, 1, (2, 3, OUT))
     names = {"a": "lora_a", "b": "lora_b", **({"m": "m"} if kind == "dora" else {})}
@@ -104,7 +102,7 @@ def test_gradients_are_the_finite_differences_of_the_papers_formula(
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("bits", [None, 4])
-def test_forward_and_gradients_are_those_of_mlx_lms_layer(path: str, kind: str, bits: int | None) -> None:
+def test_product_and_gradients_equal_mlx_lms(path: str, kind: str, bits: int | None) -> None:
     layers = pytest.importorskip("mlx_lm.tuner.lora"), pytest.importorskip("mlx_lm.tuner.dora")
     made = make(kind, bits)
     base = nn.Linear(IN, OUT, bias=False)
@@ -136,19 +134,19 @@ def test_forward_and_gradients_are_those_of_mlx_lms_layer(path: str, kind: str, 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("bits", [None, 8])
-def test_the_effective_matrix_gives_the_same_product(kind: str, bits: int | None) -> None:
+def test_effective_matrix_gives_the_same_product(kind: str, bits: int | None) -> None:
     made = make(kind, bits)
     x = mx.random.normal((3, IN), key=mx.random.key(5))
     whole = x @ made.layer.matrix.T
     np.testing.assert_allclose(np.asarray(whole), np.asarray(made.layer(x)), atol=1e-4)
 
 
-def test_dropout_hides_numbers_from_the_adapter_alone_in_both_directions(path: str) -> None:
+def test_dropout_applies_only_to_the_adapters_input(path: str) -> None:
     made = make("lora", dropout=0.4)
     x, cotangent = (np.random.default_rng(6).normal(0, 1, (2, 3, width)) for width in (IN, OUT))
     present = Dropping(0.0, mx.array(draw_keys(1, 2, rows=2)))
     seen = np.asarray(dropped(mx.array(x.astype(np.float32)), fold(present.keys, 3), 0.4)).astype(np.float64)
-    kept = seen / np.where(x == 0, 1, x)  # 0, or what the others are scaled by
+    kept = seen / np.where(x == 0, 1, x)  # 0 or the scale of dropout
     n = made.numbers
     right = x @ n["w"].T + SCALE * seen @ n["a"] @ n["b"]
 
@@ -168,7 +166,7 @@ def test_dropout_hides_numbers_from_the_adapter_alone_in_both_directions(path: s
     np.testing.assert_allclose(d_b, SCALE * np.einsum("btr,bto->ro", seen @ n["a"], cotangent), atol=1e-4)
 
 
-def test_doras_factor_is_finer_than_the_numbers_that_it_is_multiplied_with() -> None:
+def test_doras_factor_is_computed_in_float32() -> None:
     rng = np.random.default_rng(1)
     x = mx.array(rng.uniform(1, 2, (4096, 3)).astype(np.float32)).astype(mx.bfloat16)
     factor = mx.array([1.0, 1.011, 0.98])
@@ -184,7 +182,7 @@ def test_doras_factor_is_finer_than_the_numbers_that_it_is_multiplied_with() -> 
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_rows_of_zeros_stay_zeros_with_new_adapters_of_dora(path: str, bits: int | None) -> None:
+def test_rows_of_zeros_stay_zero_with_dora(path: str, bits: int | None) -> None:
     zero = slice(0, 8)
     weight = mx.array(make("dora").numbers["w"].astype(np.float32))
     weight[zero] = 0

@@ -1,4 +1,4 @@
-"""mlxchat import adapter: what mlx-lm trained on one of our models."""
+"""`mlxchat import adapter`: adapters that mlx-lm trained on our models."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def train_there(base: Path, folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch, *, trust: bool) -> None:
-    """Have mlx_lm.lora train adapters on a model of ours, two iterations."""
+    """Train adapters on our model with mlx_lm.lora, two iterations."""
     from mlx_lm.lora import main as lora
 
     data = folder.parent / "data"
@@ -50,15 +50,15 @@ def train_there(base: Path, folder: Path, kind: str, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("architecture", "kind"), [("oct2025", "dora"), ("jul2026", "lora")])
-def test_adapters_that_mlx_lm_trained_are_an_artifact_with_its_logits(
+def test_import_of_mlx_lms_adapters_has_equal_logits(
     outputs: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kind: str
 ) -> None:
     mlx_lm = pytest.importorskip("mlx_lm")
     base = publish_base(outputs, architecture=architecture)
     trust = architecture == "jul2026"
     train_there(base, tmp_path / "there", kind, monkeypatch, trust=trust)
-    code, said = command("import", "adapter", "there", "--base", "base", "--name", "mine")
-    assert code == 0, said
+    code, printed = command("import", "adapter", "there", "--base", "base", "--name", "mine")
+    assert code == 0, printed
     made = resolve(Store(outputs), "import:mine")
     theirs, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "there"), trust_remote_code=trust)
     found = np.asarray(load_checkpoint(made)[0](some_ids()))
@@ -72,7 +72,7 @@ def test_adapters_that_mlx_lm_trained_are_an_artifact_with_its_logits(
 
 
 def foreign(folder: Path, tuned: Path, dtype: mx.Dtype = mx.float32) -> Path:
-    """Write a folder as mlx-lm would, with the numbers of an artifact."""
+    """Write an artifact's adapters in mlx-lm's format."""
     folder.mkdir()
     arrays = {name: mx.array(value).astype(dtype) for name, value in load_file(tuned / "adapters.safetensors").items()}
     mx.save_safetensors(str(folder / "adapters.safetensors"), arrays)
@@ -90,9 +90,7 @@ def test_bfloat16_is_widened(outputs: Path, command: Command, tmp_path: Path) ->
         np.testing.assert_array_equal(found[name], np.asarray(expected))
 
 
-def test_the_same_adapters_on_another_base_are_another_artifact(
-    outputs: Path, command: Command, tmp_path: Path
-) -> None:
+def test_base_is_part_of_the_imports_identity(outputs: Path, command: Command, tmp_path: Path) -> None:
     foreign(tmp_path / "there", publish_adapters(outputs, publish_base(outputs)))
     publish_base(outputs, "other", seed=8)
     command("import", "adapter", "there", "--base", "base", "--name", "a")
@@ -129,16 +127,14 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         "is truncated",
     ),
     "not finite": (_poison, "numbers that are not finite"),
-    "a huge scale": (lambda folder: _config(folder, scale=10**400), "is no number"),
+    "a huge scale": (lambda folder: _config(folder, scale=10**400), "is not a finite number"),
     "another rank": (lambda folder: _config(folder, rank=5), "adapters do not fit adapter_config.json and the model"),
-    "another model": (lambda folder: _config(folder, keys=["model.layers.0.q_proj"]), "is no matrix of the model"),
+    "another model": (lambda folder: _config(folder, keys=["model.layers.0.q_proj"]), "is not a matrix of the model"),
 }
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_what_is_broken_or_for_another_model_is_refused_before_anything_is_written(
-    outputs: Path, tmp_path: Path, fault: str
-) -> None:
+def test_faulty_adapters_are_refused_before_writing(outputs: Path, tmp_path: Path, fault: str) -> None:
     base = publish_base(outputs)
     there, out = foreign(tmp_path / "there", publish_adapters(outputs, base)), tmp_path / "out"
     out.mkdir()
@@ -150,22 +146,20 @@ def test_what_is_broken_or_for_another_model_is_refused_before_anything_is_writt
     assert list(out.iterdir()) == []
 
 
-def test_a_refused_import_leaves_no_artifact_and_no_traceback(outputs: Path, command: Command, tmp_path: Path) -> None:
+def test_refused_import_leaves_no_artifact(outputs: Path, command: Command, tmp_path: Path) -> None:
     there = foreign(tmp_path / "there", publish_adapters(outputs, publish_base(outputs)))
     _config(there, rank=5)
     before = sorted(path.name for path in (outputs / "store").iterdir())
-    code, said = command("import", "adapter", "there", "--base", "base")
+    code, printed = command("import", "adapter", "there", "--base", "base")
     assert code != 0
-    assert "adapters do not fit adapter_config.json and the model" in said
-    assert "Traceback" not in said
+    assert "adapters do not fit adapter_config.json and the model" in printed
+    assert "Traceback" not in printed
     assert sorted(path.name for path in (outputs / "store").iterdir()) == before
 
 
-def test_a_base_is_asked_for(outputs: Path, command: Command, tmp_path: Path) -> None:
+def test_base_is_required_and_must_exist(outputs: Path, command: Command, tmp_path: Path) -> None:
     foreign(tmp_path / "there", publish_adapters(outputs, publish_base(outputs)))
-    code, said = command("import", "adapter", "there")
-    assert code == 2
-    assert "--base" in said
-    code, said = command("import", "adapter", "there", "--base", "nothing")
-    assert code == 2
-    assert '"nothing" is no artifact' in said
+    for options, message in (([], "--base"), (["--base", "nothing"], '"nothing" is no artifact')):
+        code, printed = command("import", "adapter", "there", *options)
+        assert code == 2
+        assert message in printed

@@ -1,4 +1,4 @@
-"""The whole pipeline with adapters in every stage, through the real command line."""
+"""The whole pipeline with adapters in every stage, by the command line."""
 
 from __future__ import annotations
 
@@ -24,16 +24,14 @@ def logits(folder: Path) -> np.ndarray[Any, Any]:
     return np.asarray(load_checkpoint(folder)[0](some_ids(20)))
 
 
-def test_adapters_on_adapters_are_trained_measured_fused_and_opened_in_mlx_lm(
-    mlxchat: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_stacked_adapters_train_fuse_and_open_in_mlx_lm(mlxchat: Callable[..., Any], tmp_path: Path) -> None:
     done = mlxchat("experiment=smoke", "adapter=lora", "adapter.rank=2", "midtrain.adapter.kind=dora", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     store = Store(tmp_path / "outputs")
     chain = find_chain(resolve(store, "rl"))
     assert [read_manifest(folder)["step"] for folder in chain] == ["rl", "sft", "midtrain", "pretrain"]
     found = [logits(folder) for folder in chain]
-    # So short a training earns RL no reward, and without one there is nothing to learn.
+    # After so short a training, RL gets no reward and no gradient.
     assert all(not np.array_equal(upper, lower) for upper, lower in pairwise(found[1:]))
 
     assert mlxchat("fuse", "rl", cwd=tmp_path).returncode == 0

@@ -1,4 +1,4 @@
-"""Adapters in the configuration: who has them, what cannot be, and whose ids they change."""
+"""Adapters in the configuration: groups and stages, impossible values, keys, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from kit.training import training_of
 from mlxchat.composition.compose import compose_config
-from mlxchat.config.schema import NO_ADAPTER, AdapterConfig, Config
+from mlxchat.config.schema import NO_ADAPTER, Config
 from mlxchat.errors import ConfigError
 from mlxchat.model.adapter_problems import adapter_sizes_of
 from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, sizes_of
@@ -36,21 +36,18 @@ def ids(*overrides: str) -> dict[str, str]:
     return {step.name: step.key for step in plan}
 
 
-def test_no_adapter_is_what_the_group_says_at_first() -> None:
-    assert vars(composed().adapter) == vars(NO_ADAPTER)
-
-
-def test_the_group_is_for_all_stages_and_each_may_differ() -> None:
+def test_stages_can_override_the_group() -> None:
     config = composed("adapter=dora", "adapter.rank=4", "sft.adapter.rank=2", "rl.adapter.kind=none")
     assert [stage.adapter.kind for stage in (config.midtrain, config.sft, config.rl)] == ["dora", "dora", "none"]
     assert [stage.adapter.rank for stage in (config.midtrain, config.sft)] == [4, 2]
 
 
-def test_qlora_is_a_lora_on_four_bits() -> None:
+def test_groups_of_adapters() -> None:
+    assert vars(composed().adapter) == vars(NO_ADAPTER)
     assert vars(composed("adapter=qlora").sft.adapter) == vars(composed("adapter=lora").sft.adapter) | {"bits": 4}
 
 
-def test_pretraining_and_what_has_no_adapter_keep_their_ids() -> None:
+def test_steps_without_adapters_keep_their_keys() -> None:
     plain = ids()
     later = ids("adapter=lora", "adapter.rank=4", "midtrain.adapter.kind=none")
     same = {name for name, rid in plain.items() if later[name] == rid}
@@ -69,28 +66,28 @@ def test_pretraining_and_what_has_no_adapter_keep_their_ids() -> None:
         (["adapter=lora", "adapter.rank=0"], "adapter.rank is 0, expected at least 1"),
         (["adapter=lora", "adapter.bits=3"], "adapter.bits is 3, expected 4 or 8, or null"),
         (["adapter=qlora", "adapter.group_size=48"], "adapter.group_size is 48, expected 32, 64 or 128"),
-        (["adapter=qlora", "adapter.group_size=128"], "does not divide the 64 numbers of a row"),
+        (["adapter=qlora", "adapter.group_size=128"], "does not divide the model's width of 64"),
         (["adapter=lora", "adapter.dropout=1"], "adapter.dropout is 1, expected 0 (off) up to, but not, 1"),
         (["adapter=lora", "adapter.scale=0"], "adapter.scale is 0, expected more than 0"),
         (["adapter=lora", "adapter.learning_rate=0"], "adapter.learning_rate is 0, expected more than 0"),
         (["adapter=lora", "adapter.beta2=1"], "adapter.beta2 is 1, expected 0 up to, but not, 1"),
         (["adapter=lora", "adapter.weight_decay=-1"], "adapter.weight_decay is -1, expected at least 0"),
-        (["adapter.rank=4"], "adapter.rank: given, but there is no adapter. Choose adapter=lora"),
+        (["adapter.rank=4"], "adapter.rank: set, but there is no adapter. Choose adapter=lora"),
         (["adapter=lora", "sft.warm_start=true", "pipeline.sft.checkpoint=pretrain"], "start is true, but sft.adapter"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_told_in_one_line(overrides: list[str], expected: str) -> None:
-    told = refusal(*overrides)
-    assert expected in told
-    assert len([line for line in told.splitlines() if expected in line]) == 1
+def test_impossible_values_are_one_line_each(overrides: list[str], expected: str) -> None:
+    message = refusal(*overrides)
+    assert expected in message
+    assert len([line for line in message.splitlines() if expected in line]) == 1
 
 
-def test_a_mistake_of_the_group_is_told_once_and_one_of_a_stage_as_its_own() -> None:
+def test_problems_of_the_group_are_reported_once() -> None:
     assert refusal("adapter=lora", "adapter.rank=0").count("rank is 0") == 1
     assert refusal("adapter=lora", "rl.adapter.rank=0").startswith("rl.adapter.rank is 0")
 
 
-def test_adapters_of_a_model_that_is_known_later_are_looked_at_then() -> None:
+def test_adapters_of_a_model_known_later_are_checked_then() -> None:
     config = composed("adapter=lora")
     sizes = sizes_of(config.model, config.architecture, 512)
     with pytest.raises(ConfigError, match=r"sft\.adapter\.rank is 65"):
@@ -101,26 +98,20 @@ def test_adapters_of_a_model_that_is_known_later_are_looked_at_then() -> None:
 FUSED = "+pipeline.whole={stage: fused, checkpoint: %s}"
 
 
-def test_fusing_a_step_that_trains_all_weights_is_refused_before_it_trains() -> None:
-    told = refusal(FUSED % "sft", "rl.adapter.kind=lora")
-    assert told.startswith("pipeline.whole: sft trains all weights, so it has no adapters to fuse.")
-    assert "give sft.adapter.kind=lora" in told
+def test_fusing_without_adapters_is_refused_before_training() -> None:
+    message = refusal(FUSED % "sft", "rl.adapter.kind=lora")
+    assert message.startswith("pipeline.whole: sft trains all weights, so it has no adapters to fuse.")
+    assert "set sft.adapter.kind=lora" in message
     assert "pipeline.whole: pretrain trains all weights" in refusal(FUSED % "pretrain", "adapter=lora")
     assert composed(FUSED % "sft", "adapter=lora").pipeline["whole"]["stage"] == "fused"
 
 
-def test_adapters_on_somebodys_model_are_not_measured_against_ours() -> None:
+def test_adapters_of_an_artifact_are_not_checked_by_our_sizes() -> None:
     wide = composed("sft.adapter.kind=lora", "sft.adapter.rank=65", "pipeline.sft.checkpoint=artifact:theirs")
-    assert wide.sft.adapter.rank == 65, "more than our matrices of 64 × 64 have; theirs are looked at by the plan"
+    assert wide.sft.adapter.rank == 65, "the plan checks the artifact's sizes"
 
 
-def test_two_that_are_no_adapters_are_equal_and_others_are_not() -> None:
-    other: AdapterConfig = replace(NO_ADAPTER, rank=3)
-    assert other == NO_ADAPTER
-    assert replace(other, kind="lora") != replace(NO_ADAPTER, kind="lora")
-
-
-def test_planning_predicts_less_memory_with_adapters_but_not_for_pretraining() -> None:
+def test_adapters_lower_the_predicted_memory() -> None:
     plain, small = composed(), composed("adapter=lora", "adapter.rank=2")
     for stage in ("midtrain", "sft", "rl"):
         of_all, of_few = (training_of(config, stage) for config in (plain, small))
@@ -128,7 +119,7 @@ def test_planning_predicts_less_memory_with_adapters_but_not_for_pretraining() -
     assert training_of(small, "pretrain").adapters is None
 
 
-def test_moments_and_gradients_are_predicted_for_the_adapters_numbers_alone() -> None:
+def test_predicted_moments_are_the_adapters() -> None:
     config = composed()
     sizes = sizes_of(config.model, config.architecture, 512)
     adapters = AdapterSizes("dora", 3, 2.0, tuple(matrices_of(sizes)))

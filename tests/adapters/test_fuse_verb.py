@@ -1,4 +1,4 @@
-"""mlxchat fuse, and adapters in the verbs that know nothing of them."""
+"""`mlxchat fuse`, and other verbs on checkpoints of adapters."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def logits(folder: Path) -> np.ndarray[Any, Any]:
     return np.asarray(load_checkpoint(folder)[0](some_ids()))
 
 
-def test_a_fused_model_is_an_artifact_with_lineage_that_needs_no_base(outputs: Path, command: Command) -> None:
+def test_fused_model_needs_no_base(outputs: Path, command: Command) -> None:
     tuned, base = resolve(Store(outputs), "sft"), resolve(Store(outputs), "base")
-    code, said = command("fuse", "sft")
-    assert code == 0, said
+    code, printed = command("fuse", "sft")
+    assert code == 0, printed
     fused = resolve(Store(outputs), "fused")
-    assert f"{tuned.name} with all of its weights is {fused.name}" in said
+    assert f"{tuned.name} with all of its weights is {fused.name}" in printed
     assert fused.name.startswith("fused-d2-")
     manifest = read_manifest(fused)
     assert manifest["inputs"]["checkpoint"]["rid"] == read_manifest(tuned)["rid"]
@@ -49,73 +49,71 @@ def test_a_fused_model_is_an_artifact_with_lineage_that_needs_no_base(outputs: P
     np.testing.assert_array_equal(logits(fused), expected)
 
 
-def test_fusing_again_computes_nothing_whatever_the_name(outputs: Path, command: Command) -> None:
+def test_fusing_again_computes_nothing(outputs: Path, command: Command) -> None:
     command("fuse", "sft")
     runs = len(list((outputs / "runs").iterdir()))
-    _, said = command("fuse", resolve(Store(outputs), "sft").name)
-    assert "with all of its weights is fused-" in said
+    _, printed = command("fuse", resolve(Store(outputs), "sft").name)
+    assert "with all of its weights is fused-" in printed
     assert len(list((outputs / "runs").iterdir())) == runs
 
 
-def test_a_step_may_take_any_model_of_the_store(outputs: Path, command: Command) -> None:
+def test_step_can_use_any_model_of_the_store(outputs: Path, command: Command) -> None:
     command("fuse", "sft")
     name = resolve(Store(outputs), "fused").name
-    code, said = command("plan", f"pipeline.rl.checkpoint=artifact:{name}", "targets=[rl]")
+    code, printed = command("plan", f"pipeline.rl.checkpoint=artifact:{name}", "targets=[rl]")
     assert code == 0
-    assert f"checkpoint {name}" in said
-    code, said = command("plan", "pipeline.rl.checkpoint=artifact:nothing", "targets=[rl]")
+    assert f"checkpoint {name}" in printed
+    code, printed = command("plan", "pipeline.rl.checkpoint=artifact:nothing", "targets=[rl]")
     assert code == 2
-    assert 'pipeline.rl.checkpoint: "nothing" is no artifact' in said
+    assert 'pipeline.rl.checkpoint: "nothing" is no artifact' in printed
 
 
-def test_a_whole_model_has_nothing_to_fuse(outputs: Path, command: Command) -> None:
-    code, said = command("fuse", "base")
+def test_model_without_adapters_is_not_fused(outputs: Path, command: Command) -> None:
+    code, printed = command("fuse", "base")
     assert code == 2
-    assert "has all of its weights already: there are no adapters to fuse" in said
+    assert "has all of its weights already: there are no adapters to fuse" in printed
     assert not (outputs / "runs").exists() or not list((outputs / "runs").iterdir())
 
 
-def test_a_damaged_base_is_not_fused(outputs: Path, command: Command) -> None:
+def test_damaged_base_is_not_fused(outputs: Path, command: Command) -> None:
     base = resolve(Store(outputs), "base")
     path = base / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    code, said = command("fuse", "sft")
+    code, printed = command("fuse", "sft")
     assert code == 2
-    assert f"{base.name}, which fused needs, is damaged" in said
+    assert f"{base.name}, which fused needs, is damaged" in printed
     assert not list((outputs / "store").glob("fused-*"))
-    code, said = command("export", "sft", "--to", "mlx", "out")
-    assert "is not what was published" in said
+    code, printed = command("export", "sft", "--to", "mlx", "out")
+    assert "is not what was published" in printed
     assert not Path("out").exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[" * 99999, None])
-def test_an_export_over_a_base_without_a_readable_config_is_refused(
-    outputs: Path, command: Command, content: str | None
-) -> None:
+def test_unreadable_config_of_the_base_is_refused(outputs: Path, command: Command, content: str | None) -> None:
     config = resolve(Store(outputs), "base") / "config.json"
     config.unlink() if content is None else config.write_text(content)
-    code, said = command("export", "sft", "--to", "mlx", "out")
+    code, printed = command("export", "sft", "--to", "mlx", "out")
     assert code == 2
-    assert "not a readable checkpoint" in said
+    assert "not a readable checkpoint" in printed
     assert not Path("out").exists()
 
 
-def test_adapters_travel_with_their_base_and_open_there(outputs: Path, command: Command, tmp_path: Path) -> None:
+def test_pushed_adapters_bring_their_base(outputs: Path, command: Command, tmp_path: Path) -> None:
     expected = logits(resolve(Store(outputs), "sft"))
     name = resolve(Store(outputs), "sft").name
     assert command("push", "sft", tmp_path / "it.tar")[0] == 0
-    code, said = command("pull", tmp_path / "it.tar", f"outputs={tmp_path / 'there'}")
-    assert code == 0, said
+    code, printed = command("pull", tmp_path / "it.tar", f"outputs={tmp_path / 'there'}")
+    assert code == 0, printed
     there = resolve(Store(tmp_path / "there"), name)
     np.testing.assert_array_equal(logits(there), expected)
     assert command("verify", there.name, f"outputs={tmp_path / 'there'}")[0] == 0
 
 
-def test_chat_and_serve_and_show_and_lineage_take_adapters_as_any_model(outputs: Path, command: Command) -> None:
-    code, said = command("chat", "--model", "sft", "-p", "How many windows?", "--max-tokens", "3")
-    assert code == 0, said
+def test_other_verbs_accept_adapters(outputs: Path, command: Command) -> None:
+    code, printed = command("chat", "--model", "sft", "-p", "How many windows?", "--max-tokens", "3")
+    assert code == 0, printed
     from mlxchat.serve.models import Models
     from mlxchat.store.naming import find_model
 
@@ -127,7 +125,7 @@ def test_chat_and_serve_and_show_and_lineage_take_adapters_as_any_model(outputs:
     assert "adapters.safetensors" in command("show", "sft")[1]
 
 
-def test_a_report_counts_the_parameters_of_the_whole_model(outputs: Path) -> None:
+def test_report_counts_all_parameters(outputs: Path) -> None:
     from mlxchat.report.collect import collect_steps, entries_of_artifacts
 
     places = [resolve(Store(outputs), name) for name in ("sft", "base")]
@@ -137,15 +135,15 @@ def test_a_report_counts_the_parameters_of_the_whole_model(outputs: Path) -> Non
     assert None not in counts
 
 
-def test_what_fits_on_a_plan_is_told_of_a_model_with_adapters(outputs: Path) -> None:
+def test_memory_of_a_teacher_with_adapters_is_predicted(outputs: Path) -> None:
     from mlxchat.training.forecast_finetune import measure_teacher
 
     tuned, base = (resolve(Store(outputs), name) for name in ("sft", "base"))
     assert measure_teacher(tuned) == measure_teacher(base)
 
 
-def test_opening_adapters_needs_no_third_copy_of_the_weights(tmp_path: Path) -> None:
-    """One copy stays; while it is opened there are the arrays of the file, or one matrix more."""
+def test_opening_adapters_needs_little_memory(tmp_path: Path) -> None:
+    """At most the file's arrays or one additional matrix, beside the result."""
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), bits=4)
     mx.clear_cache()
     before = mx.get_active_memory()

@@ -1,4 +1,4 @@
-"""Adapters in the real mlx-lm: the same logits, and the same model when they are fused there."""
+"""Our adapters in mlx-lm: equal logits and equal fused models."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def logits(model: Any) -> np.ndarray[Any, Any]:
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CASES)
-def test_artifacts_open_there_untouched_with_our_logits(tmp_path: Path, architecture: str, kind: str) -> None:
+def test_mlx_lm_opens_artifacts_with_our_logits(tmp_path: Path, architecture: str, kind: str) -> None:
     base = publish_base(tmp_path / "outputs", architecture=architecture)
     tuned = publish_adapters(tmp_path / "outputs", base, kind=kind)
     trust = architecture == "jul2026"
     theirs, _ = mlx_lm.load(str(base), adapter_path=str(tuned), trust_remote_code=trust)
     ours = logits(load_checkpoint(tuned)[0])
     np.testing.assert_allclose(logits(theirs), ours, atol=1e-3)
-    assert np.abs(logits(load_checkpoint(base)[0]) - ours).max() > 1  # they say something
+    assert np.abs(logits(load_checkpoint(base)[0]) - ours).max() > 1  # the adapters have an effect
 
 
 @pytest.mark.parametrize(("architecture", "kind"), CASES)
-def test_what_mlx_lm_fuses_is_what_we_fuse(
+def test_mlx_lm_fuses_equal_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kind: str
 ) -> None:
     from mlx_lm.fuse import main as fuse
@@ -57,7 +57,7 @@ def test_what_mlx_lm_fuses_is_what_we_fuse(
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_exported_adapters_work_on_the_exported_base_where_that_holds_adapters_itself(tmp_path: Path) -> None:
+def test_stacked_adapters_are_exported(tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     below = publish_adapters(outputs, publish_base(outputs), "sft")
     above = publish_adapters(outputs, below, "rl", "dora", seed=9)
@@ -71,7 +71,7 @@ def test_exported_adapters_work_on_the_exported_base_where_that_holds_adapters_i
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_an_export_for_mlx_lm_has_the_adapters_in_its_weights(tmp_path: Path, bits: int | None) -> None:
+def test_export_for_mlx_lm_fuses_the_adapters(tmp_path: Path, bits: int | None) -> None:
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), bits=bits)
     export(tuned, "mlx", tmp_path / "out")
     theirs, _ = mlx_lm.load(str(tmp_path / "out"))
@@ -81,9 +81,7 @@ def test_an_export_for_mlx_lm_has_the_adapters_in_its_weights(tmp_path: Path, bi
     assert "sha256 of its adapters" in card
 
 
-def test_bits_of_the_base_are_told_where_mlx_lm_cannot_know_them(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_export_prints_the_bits_of_the_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), bits=4)
     export(tuned, "mlx-adapter", tmp_path / "out")
     assert "They were trained on matrices of 4 bits" in capsys.readouterr().out
@@ -94,7 +92,7 @@ def test_bits_of_the_base_are_told_where_mlx_lm_cannot_know_them(
     assert config["lora_parameters"]["rank"] == 4
 
 
-def test_transformers_gets_a_whole_model(tmp_path: Path) -> None:
+def test_export_for_transformers_fuses_the_adapters(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"))
@@ -105,17 +103,17 @@ def test_transformers_gets_a_whole_model(tmp_path: Path) -> None:
     np.testing.assert_allclose(found.numpy(), logits(load_checkpoint(tuned)[0]), atol=1e-3)
 
 
-def test_from_nanochats_files_comes_the_fused_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_for_nanochat_fuses_the_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), kind="dora")
     export(tuned, "nanochat", tmp_path / "out")
     run_here("import", "nanochat", "out", "--name", "back", f"outputs={tmp_path / 'outputs'}")
     back = load_checkpoint(resolve(Store(tmp_path / "outputs"), "import:back"))[0]
-    # nanochat keeps its tables in bfloat16 where that loses nothing, and these adapters sit on none of them
+    # nanochat's tables are written in bfloat16 only if that is exact, and have no adapters.
     np.testing.assert_array_equal(logits(back), logits(load_checkpoint(tuned)[0]))
 
 
-def test_a_whole_model_has_no_adapters_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_without_adapters_has_no_adapter_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = publish_base(tmp_path / "outputs")
     assert run_here("export", base.name, "--to", "mlx-adapter", tmp_path / "out", f"outputs={base.parents[1]}") == 2
     assert "has no adapters" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""PEFT: our adapters there, theirs here, with the same logits and numbers."""
+"""Exchange of adapters with PEFT."""
 
 from __future__ import annotations
 
@@ -31,6 +31,22 @@ def outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "outputs"
 
 
+def import_peft(folder: str, base: Path) -> Path:
+    """Import adapters on a base; return the checkpoint's folder."""
+    made, source = Path("made"), open_folder(Path(folder))
+    made.mkdir()
+    import_adapter(source, find_files(source), base, made, chats=None, check=lambda: None)
+    return made
+
+
+@pytest.fixture
+def exported(outputs: Path, command: Command) -> Path:
+    """A base, whose adapters are exported to the folder out."""
+    base = publish_base(outputs)
+    command("export", publish_adapters(outputs, base).name, "--to", "peft", "out")
+    return base
+
+
 def logits(model: GPT) -> np.ndarray[Any, Any]:
     return np.asarray(model.logits(model.hidden(mx.array(some_ids()))))
 
@@ -40,14 +56,12 @@ def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_the_formula_of_peft_gives_our_weights_from_the_exported_files(
-    outputs: Path, command: Command, kind: str
-) -> None:
-    """W + alpha / r × B A; DoRA: its rows brought to the lengths m (PEFT's `LoraLayer`, in NumPy)."""
+def test_exported_files_give_our_weights_by_pefts_formula(outputs: Path, command: Command, kind: str) -> None:
+    """W + alpha / r × B A; DoRA: rows rescaled to m (PEFT's `LoraLayer` in NumPy)."""
     base = publish_base(outputs)
     tuned = publish_adapters(outputs, base, kind=kind)
-    code, said = command("export", tuned.name, "--to", "peft", "out")
-    assert code == 0, said
+    code, printed = command("export", tuned.name, "--to", "peft", "out")
+    assert code == 0, printed
     config, arrays = json.loads(Path("out", CONFIG).read_text()), load_file(Path("out", FILE))
     assert (config["peft_type"], config["use_dora"]) == ("LORA", kind == "dora")
     below, expected, changed = weights(base), weights(tuned), 0
@@ -65,12 +79,12 @@ def test_the_formula_of_peft_gives_our_weights_from_the_exported_files(
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_what_went_out_comes_back_bit_for_bit(outputs: Path, command: Command, kind: str) -> None:
+def test_peft_round_trip_is_bit_exact(outputs: Path, command: Command, kind: str) -> None:
     base = publish_base(outputs)
     tuned = publish_adapters(outputs, base, kind=kind)
     command("export", tuned.name, "--to", "peft", "out")
-    code, said = command("import", "adapter", "out", "--base", base.name, "--name", "mine")
-    assert code == 0, said
+    code, printed = command("import", "adapter", "out", "--base", base.name, "--name", "mine")
+    assert code == 0, printed
     made = resolve(Store(outputs), "import:mine")
     there, here = load_file(made / "adapters.safetensors"), load_file(tuned / "adapters.safetensors")
     assert there.keys() == here.keys()
@@ -79,15 +93,11 @@ def test_what_went_out_comes_back_bit_for_bit(outputs: Path, command: Command, k
     assert {**sizes[0], "keys": sorted(sizes[0]["keys"])} == {**sizes[1], "keys": sorted(sizes[1]["keys"])}
 
 
-def test_rank_stabilised_lora_has_another_scale(outputs: Path, tmp_path: Path, command: Command) -> None:
-    base = publish_base(outputs)
-    command("export", publish_adapters(outputs, base).name, "--to", "peft", "out")
+def test_rank_stabilised_lora_has_another_scale(exported: Path) -> None:
     config = json.loads(Path("out", CONFIG).read_text())
     Path("out", CONFIG).write_text(json.dumps({**config, "use_rslora": True, "lora_alpha": 6, "r": 4}))
-    (tmp_path / "made").mkdir()
-    source = open_folder(Path("out"))
-    import_adapter(source, find_files(source), base, tmp_path / "made", chats=None, check=lambda: None)
-    assert json.loads((tmp_path / "made" / CONFIG).read_text())["lora_parameters"]["scale"] == 3.0
+    made = import_peft("out", exported)
+    assert json.loads((made / CONFIG).read_text())["lora_parameters"]["scale"] == 3.0
 
 
 @pytest.mark.parametrize(
@@ -103,62 +113,50 @@ def test_rank_stabilised_lora_has_another_scale(outputs: Path, tmp_path: Path, c
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_what_ours_cannot_express_is_refused(
-    outputs: Path, tmp_path: Path, command: Command, changes: dict[str, Any], message: str
-) -> None:
-    base = publish_base(outputs)
-    command("export", publish_adapters(outputs, base).name, "--to", "peft", "out")
+def test_unsupported_settings_are_refused(exported: Path, changes: dict[str, Any], message: str) -> None:
     config = json.loads(Path("out", CONFIG).read_text())
     Path("out", CONFIG).write_text(json.dumps({**config, **changes}))
-    (tmp_path / "made").mkdir()
-    source = open_folder(Path("out"))
     with pytest.raises(DataError, match=message):
-        import_adapter(source, find_files(source), base, tmp_path / "made", chats=None, check=lambda: None)
+        import_peft("out", exported)
 
 
-def test_strange_tensors_are_refused(outputs: Path, tmp_path: Path, command: Command) -> None:
-    base = publish_base(outputs)
-    command("export", publish_adapters(outputs, base).name, "--to", "peft", "out")
-    arrays = load_file(Path("out", FILE))
-    save_file({**arrays, "base_model.model.lm_head.weight": np.zeros((2, 2), np.float32)}, Path("out", FILE))
-    (tmp_path / "made").mkdir()
-    source = open_folder(Path("out"))
-    with pytest.raises(DataError, match=r"lm_head\.weight: not adapters of a matrix"):
-        import_adapter(source, find_files(source), base, tmp_path / "made", chats=None, check=lambda: None)
-
-
-@pytest.mark.parametrize("module", ["model.embed_tokens", "model.layers.99.self_attn.q_proj", "resid_lambdas"])
-def test_adapters_of_no_matrix_of_the_model_are_refused(
-    outputs: Path, tmp_path: Path, command: Command, module: str
-) -> None:
-    """They ended in a KeyError."""
-    base = publish_base(outputs)
-    command("export", publish_adapters(outputs, base).name, "--to", "peft", "out")
-    more = {f"base_model.model.{module}.lora_{part}.weight": np.zeros((4, 4), np.float32) for part in "AB"}
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        ["lm_head.weight"],
+        *([f"{module}.lora_A.weight", f"{module}.lora_B.weight"] for module in (
+            "model.embed_tokens", "model.layers.99.self_attn.q_proj", "resid_lambdas"
+        )),
+    ],
+    ids=lambda value: value[0],
+)  # fmt: skip
+def test_tensors_of_no_matrix_of_the_model_are_refused(exported: Path, tensors: list[str]) -> None:
+    more = {f"base_model.model.{name}": np.zeros((4, 4), np.float32) for name in tensors}
     save_file(load_file(Path("out", FILE)) | more, Path("out", FILE))
-    (tmp_path / "made").mkdir()
-    source = open_folder(Path("out"))
     with pytest.raises(DataError, match=r"the model has no matrix|not adapters of a matrix"):
-        import_adapter(source, find_files(source), base, tmp_path / "made", chats=None, check=lambda: None)
+        import_peft("out", exported)
 
 
 @pytest.mark.parametrize(
     ("architecture", "bits", "message"),
-    [("jul2026", None, "NanoChatForCausalLM, nanochat's model of October 2025, does not support"), ("oct2025", 4, "quantised by MLX to 4 bits")],
+    [
+        ("jul2026", None, "NanoChatForCausalLM, nanochat's model of October 2025, does not support"),
+        ("oct2025", 4, "quantised by MLX to 4 bits"),
+    ],
 )
-def test_adapters_that_peft_cannot_express_are_not_written(
+def test_adapters_unsupported_by_peft_are_not_exported(
     outputs: Path, command: Command, architecture: str, bits: int | None, message: str
 ) -> None:
     tuned = publish_adapters(outputs, publish_base(outputs, architecture=architecture), bits=bits)
-    code, said = command("export", tuned.name, "--to", "peft", "out")
+    code, printed = command("export", tuned.name, "--to", "peft", "out")
     assert code == 2
-    assert message in said
+    assert message in printed
     assert not Path("out").exists()
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_peft_says_what_we_say_and_what_it_trains_comes_back(
+def test_peft_gives_our_logits_and_its_adapters_are_imported(
     outputs: Path, tmp_path: Path, command: Command, kind: str
 ) -> None:
     torch = pytest.importorskip("torch")
@@ -185,8 +183,8 @@ def test_peft_says_what_we_say_and_what_it_trains_comes_back(
                 value += 0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
         expected = model(ids).logits.numpy()
     model.save_pretrained("theirs")
-    code, said = command("import", "adapter", "theirs", "--base", base.name, "--name", "theirs")
-    assert code == 0, said
+    code, printed = command("import", "adapter", "theirs", "--base", base.name, "--name", "theirs")
+    assert code == 0, printed
     np.testing.assert_allclose(
         logits(load_checkpoint(resolve(Store(outputs), "import:theirs"))[0]), expected, atol=1e-3
     )

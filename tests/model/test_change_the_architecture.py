@@ -1,4 +1,4 @@
-"""docs/internals/change_the_architecture.md: its diff is applied to a copy of the package, which then trains."""
+"""The diff of docs/internals/change_the_architecture.md, applied to a copy of the package that then trains."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def test_the_change_has_at_most_ten_lines() -> None:
+def test_change_has_at_most_ten_lines() -> None:
     (diff,) = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
     assert len(re.findall(r"^\+(?!\+\+ )", diff, re.M)) <= 10
 
 
-def test_the_changed_copy_trains_with_the_new_activation(changed: Path) -> None:
+def test_changed_copy_trains_with_the_new_activation(changed: Path) -> None:
     overrides = [[], ["architecture.activation=silu"]]
     environ = {**os.environ, "PYTHONPATH": str(changed / "src"), "MLXCHAT_COMPOSED_CACHE": "off"}
     command = [sys.executable, "-c", TRAIN, json.dumps(overrides)]
@@ -67,5 +67,5 @@ def test_the_changed_copy_trains_with_the_new_activation(changed: Path) -> None:
     where, losses = ended.stdout.splitlines()
     assert Path(where).is_relative_to(changed)
     after = [values[1:] for values in json.loads(losses).values()]
-    assert all(values[-1] < 4.2 for values in after), "ln 64 = 4.16 is the loss of a guess"
+    assert all(values[-1] < 4.2 for values in after), "ln 64 = 4.16 is the loss of guessing"
     assert after[0] != after[1]

@@ -1,4 +1,4 @@
-"""The model equals nanochat's of October 2025 and of July 2026, written down once more in numpy.
+"""The model against nanochat's architectures of October 2025 and July 2026 in NumPy.
 
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
@@ -50,9 +50,7 @@ def test_logits_equal_nanochat_in_numpy(path: str, architecture: str, num_kv_hea
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_logits_in_bfloat16_are_near_those_of_nanochat_in_numpy(
-    monkeypatch: pytest.MonkeyPatch, architecture: str
-) -> None:
+def test_bfloat16_logits_are_near_nanochat_in_numpy(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
     """On the plain path; the oracle is float64. Eight bits of mantissa through three layers, logits within ±15."""
     monkeypatch.setenv("MLXCHAT_CPU", "plain")
     model, ids = make_model(architecture), random_ids(2, 150)
@@ -67,7 +65,7 @@ def test_logits_in_bfloat16_are_near_those_of_nanochat_in_numpy(
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_gradients_in_bfloat16_are_near_those_of_float32(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+def test_bfloat16_gradients_are_near_float32(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
     """On the plain path. The head's is summed in float32 over chunks of 30 rows and rounded once."""
     monkeypatch.setenv("MLXCHAT_CPU", "plain")
     monkeypatch.setattr(cross_entropy, "LOGITS", 30 * 280)
@@ -95,19 +93,19 @@ def test_gradients_in_bfloat16_are_near_those_of_float32(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("num_layers", "pattern", "context_tokens"), [(1, "S", 64), (2, "S", 64), (4, "LS", 64), (5, "SSL", 700)]
 )
-def test_windows_follow_the_pattern_of_any_depth(path: str, num_layers: int, pattern: str, context_tokens: int) -> None:
+def test_windows_follow_the_pattern(path: str, num_layers: int, pattern: str, context_tokens: int) -> None:
     model = make_model("jul2026", num_layers=num_layers, window_pattern=pattern, context_tokens=context_tokens)
     ids = random_ids(1, 400)
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), numpy_logits(model, ids), atol=2e-4)
 
 
-def test_long_windows_of_july_2026_end_at_the_context_size() -> None:
-    """Guards against long layers that see everything in inputs longer than the context (64); nanochat's see 64 back."""
+def test_long_windows_of_july_2026_are_limited() -> None:
+    """Guards against unlimited long windows in inputs longer than the context (64)."""
     ids, logits = random_ids(1, 210), {}
     for architecture in ("oct2025", "jul2026"):
         model = make_model(architecture, num_layers=1, window_pattern="L")
         changed = ids.copy()
-        changed[0, 130] = (changed[0, 130] + 1) % 280  # the smear brings it to 131, which 195 still sees
+        changed[0, 130] = (changed[0, 130] + 1) % 280  # reaches 131 by the smear, which 195 still sees
         logits[architecture] = [np.asarray(model(mx.array(each)))[0] for each in (ids, changed)]
         np.testing.assert_allclose(logits[architecture][1], numpy_logits(model, changed)[0], atol=2e-4)
     before, after = logits["jul2026"]
@@ -116,8 +114,8 @@ def test_long_windows_of_july_2026_end_at_the_context_size() -> None:
     assert np.abs(logits["oct2025"][1][209] - logits["oct2025"][0][209]).max() > 1e-4
 
 
-def test_a_longer_context_changes_no_logit_within_the_old_one(path: str) -> None:
-    """Short windows stay at 128 (a quarter of the new context is 512); the last layer's grows from 512 to 2048."""
+def test_longer_context_keeps_the_logits_within_the_old_one(path: str) -> None:
+    """Short windows stay at 128, not a quarter of the new context; the last layer's grows from 512 to 2048."""
     model = make_model("jul2026", window_pattern="SSL", context_tokens=512)
     longer, ids = lengthen_context(model, 2048), random_ids(1, 600)
     logits = np.asarray(longer(mx.array(ids)))
@@ -128,8 +126,8 @@ def test_a_longer_context_changes_no_logit_within_the_old_one(path: str) -> None
     assert longer.sizes.lengthened(4096).windows() == [128, 128, 4096]
 
 
-def test_a_token_beyond_the_window_reaches_a_short_layer_no_more() -> None:
-    """Two layers, the first short: its outcome at 200 sees 72 … 200, the smear one more, the second layer all."""
+def test_short_windows_are_limited() -> None:
+    """Two layers, the first short: position 200 sees 72 … 200 in it, 71 by the smear."""
     model = make_model("jul2026", num_layers=2, window_pattern="S", context_tokens=512)
     zeros = {"transformer.h.1.attn.c_proj.weight", "transformer.h.1.mlp.c_proj.weight"}
     set_parameters(model, {name: mx.zeros_like(flatten_parameters(model)[name]) for name in zeros})
@@ -143,8 +141,8 @@ def test_a_token_beyond_the_window_reaches_a_short_layer_no_more() -> None:
 
 @pytest.mark.parametrize("num_kv_heads", [pytest.param(4, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_gradients_of_the_loss_equal_central_differences(path: str, architecture: str, num_kv_heads: int) -> None:
-    """Of every parameter, along its gradient and across it; differences are those of the loss in float64."""
+def test_gradients_equal_central_differences(path: str, architecture: str, num_kv_heads: int) -> None:
+    """For every parameter, along its gradient and across it; differences of the loss in float64."""
     model, ids = make_model(architecture, num_kv_heads=num_kv_heads), random_ids(1, 141)
     inputs, targets = ids[:, :-1], ids[:, 1:]
     weights, rng, parameters = weights_of(model), np.random.default_rng(1), flatten_parameters(model)
@@ -172,7 +170,7 @@ def test_gradients_of_the_loss_equal_central_differences(path: str, architecture
 
 
 @pytest.mark.parametrize("theta", [100.0, 100_000.0])
-def test_the_base_of_the_rotation_is_the_one_of_the_sizes(theta: float) -> None:
+def test_rope_theta_is_used(theta: float) -> None:
     model, ids = make_model(rope_theta=theta), random_ids(1, 60)
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), numpy_logits(model, ids), atol=2e-4)
 
@@ -185,7 +183,7 @@ def test_logits_are_float32_within_the_soft_cap() -> None:
     assert float(mx.abs(logits).max().item()) <= 15 * (1 + 1e-6)
 
 
-def test_a_later_token_changes_no_earlier_logit() -> None:
+def test_attention_is_causal() -> None:
     model, ids = make_model(), random_ids(1, 150)
     before = np.asarray(model(mx.array(ids)))
     ids[0, 130] = (ids[0, 130] + 1) % 280
@@ -194,13 +192,13 @@ def test_a_later_token_changes_no_earlier_logit() -> None:
     assert np.abs(after[:, 130:] - before[:, 130:]).max() > 1e-2
 
 
-def test_the_norm_has_the_epsilon_of_float32() -> None:
-    """At a mean square of 1e-7 an epsilon of 1e-5, as other ports have, would shrink the result tenfold."""
+def test_norm_has_float32s_epsilon() -> None:
+    """At a mean square of 1e-7, an epsilon of 1e-5 would shrink the result tenfold."""
     x = np.full((1, 8), 1e-7**0.5, dtype=np.float32)
     np.testing.assert_allclose(np.asarray(rms_norm(mx.array(x))), numpy_norm(x.astype(np.float64)), rtol=1e-5)
 
 
-def test_parameters_bear_nanochats_names() -> None:
+def test_parameters_have_nanochats_names() -> None:
     expected = {"transformer.wte.weight", "lm_head.weight"}
     for layer in range(3):
         expected |= {f"transformer.h.{layer}.attn.{part}.weight" for part in ("c_q", "c_k", "c_v", "c_proj")}
@@ -208,12 +206,9 @@ def test_parameters_bear_nanochats_names() -> None:
     assert set(flatten_parameters(make_model())) == expected
 
 
-# Initial weights
-
-
 @pytest.fixture(scope="module")
 def fresh() -> GPT:
-    """A model as training begins with it: d2, with a vocabulary of 1,000."""
+    """A freshly initialised d2 with a vocabulary of 1,000."""
     model = GPT(
         GPTSizes(
             vocab_size=1000, num_layers=2, num_heads=4, num_kv_heads=1, width=128, context_tokens=64, rope_theta=1e4
@@ -223,7 +218,7 @@ def fresh() -> GPT:
     return model
 
 
-def test_projections_into_the_stream_and_the_head_start_at_zero(fresh: GPT) -> None:
+def test_output_projections_and_head_start_at_zero(fresh: GPT) -> None:
     zero = {name for name, value in flatten_parameters(fresh).items() if not mx.any(value != 0).item()}
     assert zero == {
         "lm_head.weight",
@@ -243,22 +238,18 @@ def test_initial_weights_are_normal_with_nanochats_deviation(fresh: GPT, name: s
     assert weight.std() == pytest.approx(deviation, rel=4 / math.sqrt(2 * weight.size))
 
 
-def test_a_seed_gives_the_same_weights_and_another_seed_others(fresh: GPT) -> None:
+def test_draws_depend_on_the_seed_and_the_name(fresh: GPT) -> None:
     same, other = GPT(fresh.sizes), GPT(fresh.sizes)
     init_weights(same, seed=1)
     init_weights(other, seed=2)
     first, again, different = (flatten_parameters(model) for model in (fresh, same, other))
     assert all(mx.array_equal(first[name], again[name]).item() for name in first)
     assert not mx.array_equal(first["transformer.wte.weight"], different["transformer.wte.weight"]).item()
+    one, two = (np.asarray(first[f"transformer.h.{layer}.attn.c_q.weight"]).ravel() for layer in (0, 1))
+    assert abs(float(np.corrcoef(one, two)[0, 1])) < 0.05
 
 
-def test_no_two_matrices_share_their_draws(fresh: GPT) -> None:
-    weights = flatten_parameters(fresh)
-    q, k = weights["transformer.h.0.attn.c_q.weight"], weights["transformer.h.1.attn.c_q.weight"]
-    assert abs(float(np.corrcoef(np.asarray(q).ravel(), np.asarray(k).ravel())[0, 1])) < 0.05
-
-
-def test_a_new_parameter_leaves_the_others_draws_as_they_were(fresh: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_parameter_does_not_change_other_draws(fresh: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(gpt.INITIAL_WEIGHTS["oct2025"], "*.norm.weight", gpt.constant(1.0))
     wider = GPT(fresh.sizes)
     wider.transformer["h"][0].norm = nn.RMSNorm(128)
@@ -268,7 +259,7 @@ def test_a_new_parameter_leaves_the_others_draws_as_they_were(fresh: GPT, monkey
     assert all(mx.array_equal(before[name], after[name]).item() for name in before)
 
 
-def test_parameters_without_a_rule_are_all_named(fresh: GPT) -> None:
+def test_all_parameters_without_a_rule_are_named(fresh: GPT) -> None:
     wider = GPT(fresh.sizes)
     for block in wider.transformer["h"]:
         block.norm = nn.RMSNorm(128)
@@ -285,7 +276,7 @@ def test_parameters_without_a_rule_are_all_named(fresh: GPT) -> None:
      ("transformer.h.0.mlp.c_fc", -0.0613, 0.0613), ("transformer.h.1.attn.ve_gate", 0, 0.02),
      ("smear_gate", 0, 0.02)],
 )  # fmt: skip
-def test_initial_weights_of_july_2026_fill_nanochats_intervals(name: str, low: float, high: float) -> None:
+def test_initial_weights_of_july_2026_have_nanochats_ranges(name: str, low: float, high: float) -> None:
     """The bound of the width 128 is sqrt(3 / 128) = 0.1531, and 0.4 of it in the MLP."""
     model = make_model(architecture="jul2026", width=128, num_layers=2)
     init_weights(model, seed=1)
@@ -303,13 +294,7 @@ def test_initial_scalars_of_july_2026_are_nanochats() -> None:
     assert float(model.backout_lambda.item()) == pytest.approx(0.2)
 
 
-def test_the_first_loss_is_the_logarithm_of_the_vocabulary(fresh: GPT) -> None:
+def test_first_loss_is_the_logarithm_of_the_vocabulary(fresh: GPT) -> None:
     ids = mx.array(np.random.default_rng(0).integers(0, 1000, (2, 64)))
     losses = token_losses(fresh.hidden(ids).reshape(-1, 128), fresh.lm_head.weight, ids.reshape(-1))
     np.testing.assert_allclose(np.asarray(losses), math.log(1000), rtol=1e-6)
-
-
-def test_sizes_reach_the_model(fresh: GPT) -> None:
-    assert fresh.sizes == GPTSizes(
-        vocab_size=1000, num_layers=2, num_heads=4, num_kv_heads=1, width=128, context_tokens=64, rope_theta=1e4
-    )

@@ -1,4 +1,4 @@
-"""Depth to sizes: the numbers that nanochat publishes for its models."""
+"""Sizes by depth: the numbers published by nanochat."""
 
 from __future__ import annotations
 
@@ -39,30 +39,19 @@ def test_depth_gives_the_published_sizes_and_parameters(
     assert (sizes.num_layers, sizes.width, sizes.num_heads, sizes.num_kv_heads) == (depth, width, heads, heads)
     assert (counts["total"], counts["matrices"]) == (total, matrices)
     assert counts["embedding"] == counts["head"] == 65_536 * width
+    assert sizes.head_width == 128
+    assert published_sizes(depth, num_kv_heads=2).num_kv_heads == 2
 
 
-def test_d20_takes_the_published_operations_per_token() -> None:
+def test_d20_has_the_published_flops() -> None:
     assert flops_per_token(published_sizes(20)) == 3_491_758_080
 
 
-def test_heads_divide_the_width_evenly() -> None:
-    assert {published_sizes(depth).head_width for depth, *_ in PUBLISHED} == {128}
-
-
-def test_fewer_key_heads_are_kept() -> None:
-    assert published_sizes(8, num_kv_heads=2).num_kv_heads == 2
-
-
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_the_count_is_what_the_model_holds(num_kv_heads: int) -> None:
+def test_parameter_counts_are_the_models(num_kv_heads: int) -> None:
     model = make_model(num_kv_heads=num_kv_heads)
     counts = count_parameters(model.sizes)
     held = {name: value.size for name, value in flatten_parameters(model).items()}
     assert counts["total"] == sum(held.values())
     assert counts["matrices"] == sum(size for name, size in held.items() if ".h." in name)
     assert counts["head"] == held["lm_head.weight"]
-
-
-def test_sizes_become_plain_numbers() -> None:
-    sizes = published_sizes(4)
-    assert GPTSizes(**sizes.to_dict()) == sizes

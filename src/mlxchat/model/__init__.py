@@ -1,1 +1,1 @@
-"""The transformer, its sizes and its files."""
+"""The transformer, its sizes, adapters and files."""

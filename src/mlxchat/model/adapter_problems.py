@@ -1,4 +1,4 @@
-"""Impossible values of adapters; `composition/problems.py` holds the rest."""
+"""Impossible values of adapters; see `composition/problems.py` for all others."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from mlxchat.model.sizes import TARGET_GROUPS, AdapterSizes, GPTSizes, matrices_
 
 _KINDS = ("none", "lora", "dora")
 _BITS = (4, 8)
-_GROUP_SIZES = (32, 64, 128)  # what MLX quantises by
+_GROUP_SIZES = (32, 64, 128)  # supported by MLX
 
 
 def find_adapter_problems(where: str, adapter: AdapterConfig, sizes: GPTSizes | None) -> Iterator[str]:
-    """Yield a line for every value that cannot be, with what was expected.
+    """Yield a message for each impossible value.
 
     Args:
-        where: of the section, such as sft.adapter.
+        where: the section's key, such as sft.adapter.
         adapter: the section.
-        sizes: of the model; None: they are known later, and looked at by `adapter_sizes_of`.
+        sizes: of the model; None: not known yet, `adapter_sizes_of` checks them later.
     """
     if adapter.kind not in _KINDS:
         yield f'{where}.kind is "{adapter.kind}", expected {", ".join(_KINDS)}.{suggest(adapter.kind, _KINDS)}'
@@ -38,35 +38,35 @@ def find_adapter_problems(where: str, adapter: AdapterConfig, sizes: GPTSizes | 
         if not 0 <= getattr(adapter, key) < 1:
             yield f"{where}.{key} is {getattr(adapter, key):g}, expected 0 up to, but not, 1"
     if adapter.bits is not None and adapter.bits not in _BITS:
-        yield f"{where}.bits is {adapter.bits}, expected 4 or 8, or null for a base that is not rounded"
+        yield f"{where}.bits is {adapter.bits}, expected 4 or 8, or null for a base that is not quantised"
     if adapter.group_size not in _GROUP_SIZES:
         yield f"{where}.group_size is {adapter.group_size}, expected 32, 64 or 128"
     if adapter.rank < 1:
         yield f"{where}.rank is {adapter.rank}, expected at least 1"
     if not adapter.targets:
-        yield f"{where}.targets is empty: name attention, mlp, all, or matrices such as c_q"
+        yield f"{where}.targets is empty, expected attention, mlp, all, or matrices such as c_q"
     elif sizes is not None:
         yield from _problems_with_model(where, adapter, sizes)
 
 
 def find_unread_problems(adapter: AdapterConfig, others: list[AdapterConfig]) -> Iterator[str]:
-    """Yield a line if values were given to adapters that nobody has."""
+    """Yield a message if the group's values are set, but no stage has adapters."""
     if adapter.is_there or any(other.is_there for other in others):
         return
     given = [name for name in vars(NO_ADAPTER) if getattr(adapter, name) != getattr(NO_ADAPTER, name)]
     if given:
         keys = ", ".join(f"adapter.{name}" for name in given)
-        yield f"{keys}: given, but there is no adapter. Choose adapter=lora, adapter=dora or adapter=qlora"
+        yield f"{keys}: set, but there is no adapter. Choose adapter=lora, adapter=dora or adapter=qlora"
 
 
 def find_fusing_problems(
     pipeline: Mapping[str, Mapping[str, Any]], stages: Mapping[str, AdapterConfig]
 ) -> Iterator[str]:
-    """Yield a line for every step that is to fuse what has no adapters.
+    """Yield a message for each step that fuses a model without adapters.
 
     Args:
         pipeline: the configuration's.
-        stages: those that may train adapters, by name.
+        stages: name → adapters of the stages that may train them.
     """
     for name, step in pipeline.items():
         source = step.get("checkpoint", "")
@@ -74,19 +74,19 @@ def find_fusing_problems(
         if step.get("stage") != "fused" or stage not in ("pretrain", *stages) or own:
             continue
         if stage == "pretrain" or not stages[stage].is_there:
-            remedy = "" if stage == "pretrain" else f", or give {stage}.adapter.kind=lora"
-            yield f"pipeline.{name}: {source} trains all weights, so it has no adapters to fuse. Leave it out{remedy}"
+            remedy = "" if stage == "pretrain" else f", or set {stage}.adapter.kind=lora"
+            yield f"pipeline.{name}: {source} trains all weights, so it has no adapters to fuse. Remove it{remedy}"
 
 
 def adapter_remedies(stage: str, sizes: AdapterSizes | None) -> tuple[str, ...]:
-    """Return the setting of a stage's adapters that lowers the need for memory, if there is one."""
+    """Return settings of a stage's adapters that lower its memory."""
     if sizes is None:
         return (f"{stage}.adapter.kind=lora",)
     return (f"{stage}.adapter.bits=4",) if sizes.bits is None else ()
 
 
 def adapter_sizes_of(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> AdapterSizes | None:
-    """Return what adapters are on a model; None: there are none.
+    """Return the sizes of a model's adapters; None: it has none.
 
     Raises:
         ConfigError: they do not fit the model.
@@ -103,7 +103,7 @@ def adapter_sizes_of(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> Ada
 
 def _problems_with_model(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> Iterator[str]:
     shapes = matrices_of(sizes)
-    # Every end of a module's name that begins where a part of it begins.
+    # All ends of modules' names that consist of whole parts.
     ends = {".".join(name.split(".")[start:]) for name in shapes for start in range(1, 5)}
     meant: set[str] = set()
     for target in adapter.targets:
@@ -113,17 +113,17 @@ def _problems_with_model(where: str, adapter: AdapterConfig, sizes: GPTSizes) ->
             known = [*TARGET_GROUPS, *sorted(ends, key=lambda end: (end.count("."), end))]
             yield (
                 f'{where}.targets: the model has no matrix "{target}": expected attention, mlp, all, or c_q, c_k, c_v, '
-                f"c_proj, c_fc, also with what stands before them (mlp.c_proj, h.0.attn.c_q).{suggest(target, known)}"
+                f"c_proj, c_fc, optionally with their prefixes (mlp.c_proj, h.0.attn.c_q).{suggest(target, known)}"
             )
     smallest = sorted((name for name in shapes if name in meant), key=lambda name: min(shapes[name]))
     for name in smallest[:1]:
         if adapter.rank > min(shapes[name]):
             rows, columns = shapes[name]
-            yield (f"{where}.rank is {adapter.rank}, but {name} is {rows} × {columns}: at most {min(rows, columns)}")
+            yield f"{where}.rank is {adapter.rank}, but {name} is {rows} × {columns}: at most {min(rows, columns)}"
     if adapter.bits is not None and adapter.group_size in _GROUP_SIZES and sizes.width % adapter.group_size:
         fitting = [str(size) for size in _GROUP_SIZES if sizes.width % size == 0]
         remedy = f"{where}.group_size={fitting[-1]}" if fitting else f"{where}.bits=null"
         yield (
-            f"{where}.group_size is {adapter.group_size}, which does not divide the {sizes.width} numbers of a row of "
-            f"the model's matrices. Give {remedy}"
+            f"{where}.group_size is {adapter.group_size}, which does not divide the model's width of {sizes.width}. "
+            f"Set {remedy}"
         )

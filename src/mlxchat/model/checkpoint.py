@@ -1,9 +1,9 @@
-"""Models on disk: a folder that the ecosystem opens. Safe formats only.
+"""Saves and loads model folders, which mlx-lm can open; only safe formats.
 
-model.safetensors with nanochat's parameter names, config.json with `model_type: nanochat` (as mlx-lm reads it),
-the tokenizer's files, and checkpoint.json with what the training knew. mlx-lm knows the architecture of October 2025;
-any other one has a model file of its own beside it, which mlx-lm uses when it is told to trust the folder. A training
-of adapters leaves adapters.safetensors and adapter_config.json in place of the weights, which are those of its base.
+Files: model.safetensors with nanochat's parameter names, config.json with `model_type: nanochat` (as in mlx-lm), the
+tokenizer's files, and checkpoint.json with facts of the training. mlx-lm supports the architecture of October 2025;
+other folders have a model file, which mlx-lm uses with --trust-remote-code. A checkpoint of adapters has
+adapters.safetensors and adapter_config.json instead of the weights, which are its base's.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from mlxchat.ops.attention import RMS_NORM_EPSILON
 from mlxchat.ops.device import default_dtype
 from mlxchat.store.bases import ADAPTER_KEY, describe_base, find_chain
 
-# What an architecture may have beyond the published one of October 2025, under these names in config.json.
+# Fields of config.json for features beyond October 2025.
 _FEATURES = [field.name for field in dataclasses.fields(GPTSizes) if field.default is not dataclasses.MISSING]
 MODEL_FILE = "mlx_lm_nanochat.py"
-"""The model for mlx-lm, in folders whose architecture mlx-lm does not know."""
+"""The model's code for mlx-lm, in folders whose architecture mlx-lm lacks."""
 
 
 def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
     """Write a model folder.
 
     Args:
-        folder: exists.
-        model: its parameters are written in float32, in an order and layout that depend on nothing else.
-        tokenizer: written beside the weights, so that they never part.
+        folder: an existing folder.
+        model: its parameters are written reproducibly in float32.
+        tokenizer: written beside the weights.
         facts: plain data for checkpoint.json: 'stage', 'format' ('base' or 'chat'), 'iterations', …
     """
     arrays = {name: np.asarray(value.astype(mx.float32)) for name, value in flatten_parameters(model).items()}
@@ -58,19 +58,19 @@ def save_adapters(
     tokenizer: Tokenizer,
     facts: dict[str, Any],
 ) -> None:
-    """Write a model folder that holds adapters alone, and names the artifact that has the weights below them.
+    """Write a model folder with adapters only, which refers to its base artifact.
 
     Args:
-        folder: exists.
+        folder: an existing folder.
         adapters: by name, in float32.
-        adapter_sizes: what they are.
-        base: folder of the artifact on which they were trained; it may hold adapters itself.
+        adapter_sizes: of the adapters.
+        base: folder of the artifact on which they were trained; it may have adapters, too.
         sizes: of the model.
-        tokenizer: as for `save_checkpoint`.
-        facts: as for `save_checkpoint`.
+        tokenizer: as in `save_checkpoint`.
+        facts: as in `save_checkpoint`.
 
     Raises:
-        StoreError: the base is no artifact.
+        StoreError: the base is not an artifact.
     """
     write_adapters(folder, adapters, adapter_sizes, num_layers=sizes.num_layers)
     about = {"base": describe_base(base), **rounding_of(adapter_sizes)}
@@ -78,7 +78,7 @@ def save_adapters(
 
 
 def write_description(folder: Path, sizes: GPTSizes, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-    """Write everything of a model folder but the weights; see `save_checkpoint`."""
+    """Write a model folder's files except the weights; see `save_checkpoint`."""
     config = config_of(sizes, tokenizer)
     if "model_file" in config:
         write_model_file(folder)
@@ -88,14 +88,14 @@ def write_description(folder: Path, sizes: GPTSizes, tokenizer: Tokenizer, facts
 
 
 def write_model_file(folder: Path) -> None:
-    """Write MODEL_FILE into a folder."""
+    """Copy MODEL_FILE to a folder."""
     shutil.copyfile(Path(__file__).with_name(MODEL_FILE), folder / MODEL_FILE)
 
 
 def config_of(sizes: GPTSizes, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return config.json as mlx-lm reads it."""
+    """Return the contents of config.json, as mlx-lm expects them."""
     features = _features(sizes)
-    # Within the context the architecture's name alone changes nothing.
+    # Within the context, the architecture's name has no effect.
     known_to_mlx_lm = not features.keys() - {"architecture"}
     return {
         "model_type": "nanochat",
@@ -120,10 +120,10 @@ def config_of(sizes: GPTSizes, tokenizer: Tokenizer) -> dict[str, Any]:
 def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Return the model, its tokenizer and the facts of checkpoint.json.
 
-    Adapters are put into the weights of their base, which is looked for in the same store.
+    Adapters are fused into the weights of their base, which must be in the same store.
 
     Raises:
-        DataError: a file is missing or damaged, or weights and config do not fit each other.
+        DataError: a file is missing or damaged, or weights and config do not match.
         StoreError: the base of an adapter is missing, or has other weights than it was trained on.
     """
     *above, whole = find_chain(folder)
@@ -131,7 +131,7 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     for each in reversed(above):
         sizes, _ = _read_description(each)
         if sizes != model.sizes:
-            raise DataError(f"{each}: config.json is of another model than its base, {whole.name}")
+            raise DataError(f"{each}: config.json differs from that of its base, {whole.name}")
         read_adapters(each, sizes).apply(model)
     if above:
         _, facts = _read_description(folder)
@@ -140,7 +140,7 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
 
 
 def load_for_inference(folder: Path, dtype: mx.Dtype | None = None) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Return what `load_checkpoint` returns, the weights once and in a dtype; None: the default device's."""
+    """Return `load_checkpoint`'s result with weights in a dtype; None: the default device's."""
     model, tokenizer, facts = load_checkpoint(folder)
     set_parameters(model, cast_parameters(flatten_parameters(model), dtype or default_dtype()))
     mx.eval(flatten_parameters(model))
@@ -148,24 +148,24 @@ def load_for_inference(folder: Path, dtype: mx.Dtype | None = None) -> tuple[GPT
 
 
 def _load_whole(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Return what a folder with all of a model's weights holds."""
+    """Return model, tokenizer and facts of a folder with all weights."""
     sizes, facts = _read_description(folder)
     try:
         arrays = load_file(folder / "model.safetensors")
         model = GPT(sizes)
-    except Exception as error:  # the safetensors reader has several error types of its own
-        raise DataError(f"{folder}: no readable checkpoint ({type(error).__name__}: {error})") from None
+    except Exception as error:  # the safetensors reader has several error types
+        raise DataError(f"{folder}: not a readable checkpoint ({type(error).__name__}: {error})") from None
     expected = {name: tuple(value.shape) for name, value in flatten_parameters(model).items()}
     found = {name: tuple(value.shape) for name, value in arrays.items()}
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
-        raise DataError(f"{folder}: weights do not fit config.json: {', '.join(wrong[:5])}")
+        raise DataError(f"{folder}: weights do not match config.json: {', '.join(wrong[:5])}")
     set_parameters(model, {name: mx.array(value) for name, value in arrays.items()})
     return model, _load_tokenizer(folder, sizes), facts
 
 
 def _read_description(folder: Path) -> tuple[GPTSizes, dict[str, Any]]:
-    """Return the sizes of config.json, and checkpoint.json without what it says of adapters."""
+    """Return the sizes of config.json, and the facts of checkpoint.json without those of adapters."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
@@ -179,8 +179,8 @@ def _read_description(folder: Path) -> tuple[GPTSizes, dict[str, Any]]:
             rope_theta=config["rope_theta"],
             **{name: config[name] for name in _FEATURES if name in config},
         )
-    except Exception as error:  # whatever a file of others may hold
-        raise DataError(f"{folder}: no readable checkpoint ({type(error).__name__}: {error})") from None
+    except Exception as error:  # a foreign file may raise any error
+        raise DataError(f"{folder}: not a readable checkpoint ({type(error).__name__}: {error})") from None
     return sizes, {name: value for name, value in facts.items() if name != ADAPTER_KEY}
 
 
@@ -192,7 +192,7 @@ def _load_tokenizer(folder: Path, sizes: GPTSizes) -> Tokenizer:
 
 
 def _features(sizes: GPTSizes) -> dict[str, Any]:
-    """Return the fields that differ from October 2025: none, so that mlx-lm opens such a model as its own."""
+    """Return the fields that differ from October 2025; empty for models that mlx-lm supports."""
     fields = {field.name: field for field in dataclasses.fields(sizes)}
     return {name: getattr(sizes, name) for name in _FEATURES if getattr(sizes, name) != fields[name].default}
 

@@ -1,9 +1,8 @@
-"""The transformer of nanochat, in its two published forms, forward only.
+"""nanochat's transformer in its two published architectures. Counterpart of nanochat/gpt.py, with its parameter names.
 
-October 2025: rotary positions, RMS norm without weights, norm of queries and keys after the rotation, squared-ReLU
-MLP, untied embedding and head, no biases, soft-capped logits. July 2026 adds, each one switchable in `GPTSizes`:
-value embeddings behind gates, sliding windows, learnt residual scalars, the smear and the backout. Counterpart of
-nanochat/gpt.py; parameters bear its names.
+October 2025: rotary embedding, RMS norm without weights, QK norm after the rotation, squared-ReLU MLP, untied embedding
+and head, no biases, soft-capped logits. July 2026 adds, each optional in `GPTSizes`: gated value embeddings, sliding
+windows, learnt residual scalars, smear and backout.
 
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
@@ -35,25 +34,25 @@ class LayerCache(Protocol):
 
     @property
     def offset(self) -> int | Positions:
-        """Tokens already cached; or where each new token stands."""
+        """Number of cached tokens, or the position of each new token."""
 
     def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
         """Append k and v (B, K, T, D) and return the attention of q (B, H, T, D) over everything cached."""
 
 
 class Cache(Protocol):
-    """The past of a batch of rows."""
+    """The KV cache of a batch."""
 
     @property
     def layers(self) -> list[Any]:
         """A `LayerCache` for each layer."""
 
     def shift(self, x: mx.array) -> mx.array:
-        """Return for each token of x (B, T, C) the one before it, across calls; zeros before a row's first."""
+        """Return the previous token of each in x (B, T, C), across calls; zeros before a row's first."""
 
 
 class Linear(nn.Linear):
-    """A matrix without bias. An activation of its input is part of the product, so that its result need not be kept."""
+    """A linear layer without bias. It applies the activation of its input, so that the gradient can recompute it."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -85,7 +84,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: mx.array, value_embedding: mx.array | None = None, past: LayerCache | None = None
     ) -> mx.array:
-        """Return (B, T, C) of x (B, T, C) and what the layer's table says of each token (B, T, K D)."""
+        """Return (B, T, C) of x (B, T, C) and the tokens' value embeddings (B, T, K D)."""
         (B, T, C), D = x.shape, self.sizes.head_width
         q = self.c_q(x).reshape(B, T, -1, D)  # (B, T, H, D)
         k = self.c_k(x).reshape(B, T, -1, D)  # (B, T, K, D)
@@ -131,19 +130,19 @@ class Block(nn.Module):
     def __call__(
         self, x: mx.array, value_embedding: mx.array | None = None, past: LayerCache | None = None
     ) -> mx.array:
-        """Return (B, T, C); arguments as those of `Attention`, x not normalised."""
+        """Return (B, T, C); arguments as for `Attention`, but x is not normalised."""
         x = x + dropout(self.attn(rms_norm(x), value_embedding, past), place=2 * self.layer + 1)
         return x + dropout(self.mlp(rms_norm(x)), place=2 * self.layer + 2)
 
 
 class GPT(nn.Module):
-    """The whole model. `hidden` gives the states that a loss needs, calling it gives logits."""
+    """The whole model. Calling it returns logits; `hidden` returns the final states, for losses."""
 
     recompute = False
-    """Whether a gradient keeps each layer's input alone and computes the rest again: less memory, the same numbers."""
+    """Gradient checkpointing: keep only each layer's input and recompute the rest, with equal results."""
 
     def __init__(self, sizes: GPTSizes) -> None:
-        """Make the layers; weights are MLX's defaults until `init_weights` or a checkpoint sets them."""
+        """Create the layers; weights are MLX's defaults until `init_weights` or a checkpoint sets them."""
         super().__init__()
         self.sizes = sizes
         self.transformer: dict[str, Any] = {
@@ -165,7 +164,7 @@ class GPT(nn.Module):
             self.backout_lambda = mx.zeros(1)
 
     def hidden(self, ids: mx.array, cache: Cache | None = None) -> mx.array:
-        """Return the final normalised states (B, T, C) of token ids (B, T), which follow those in the cache."""
+        """Return the final normalised states (B, T, C) of token ids (B, T), which follow the cached ones."""
         sizes, middle = self.sizes, None
         x = rms_norm(self.transformer["wte"](ids))
         if sizes.smear:
@@ -199,17 +198,17 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> mx.array:
-        """The head (V, C) without the rows that only pad it."""
+        """The head (V, C) without padding rows."""
         weight: mx.array = self.lm_head.weight
         return weight if len(weight) == self.sizes.vocab_size else weight[: self.sizes.vocab_size]
 
     def tables(self) -> list[str]:
-        """Return the names of the embeddings: modules that look up a row for each token."""
+        """Return the names of the embedding modules."""
         return ["transformer.wte", *(f"value_embeds.{layer}" for layer in getattr(self, "value_embeds", {}))]
 
 
 class LookedUp(nn.Module):
-    """Stands in an embedding's place with the rows (B, T, …) of the present tokens, so that gradients are of rows."""
+    """Replaces an embedding by the rows (B, T, …) of the current tokens, so that gradients are of these rows."""
 
     def __init__(self, rows: mx.array) -> None:
         super().__init__()
@@ -227,28 +226,28 @@ Draw = Callable[[tuple[int, ...], int, mx.array], mx.array]
 
 
 def constant(value: float) -> Draw:
-    """Return the draw of equal numbers."""
+    """Return an initializer with a constant."""
     return lambda shape, width, key: mx.full(shape, value)
 
 
 def normal(deviation: float) -> Draw:
-    """Return the draw of N(0, deviation²)."""
+    """Return an initializer with N(0, deviation²)."""
     return lambda shape, width, key: deviation * mx.random.normal(shape, key=key)
 
 
 def normal_by_fan(shape: tuple[int, ...], width: int, key: mx.array) -> mx.array:
-    """Draw a matrix (out, in) from N(0, s²) with s = min(1, sqrt(out / in)) / sqrt(in), after arXiv 2310.17813."""
+    """Draw a matrix (out, in) from N(0, s²) with s = min(1, sqrt(out / in)) / sqrt(in) (arXiv 2310.17813)."""
     rows, columns = shape
     return normal(min(1.0, (rows / columns) ** 0.5) / columns**0.5)(shape, width, key)
 
 
 def uniform(low: float, high: float) -> Draw:
-    """Return the draw of U(low, high)."""
+    """Return an initializer with U(low, high)."""
     return lambda shape, width, key: mx.random.uniform(low, high, shape, key=key)
 
 
 def uniform_by_width(factor: float = 1.0) -> Draw:
-    """Return the draw of U(±b) with b = factor × sqrt(3 / width), whose deviation is factor / sqrt(width)."""
+    """Return an initializer with U(±b), b = factor × sqrt(3 / width); its deviation is factor / sqrt(width)."""
 
     def draw(shape: tuple[int, ...], width: int, key: mx.array) -> mx.array:
         bound = factor * (3.0 / width) ** 0.5
@@ -258,7 +257,7 @@ def uniform_by_width(factor: float = 1.0) -> Draw:
 
 
 def falling(first: float, last: float) -> Draw:
-    """Return the draw of one number a layer, from `first` to `last` in equal steps."""
+    """Return an initializer with one number per layer, linear from `first` to `last`."""
 
     def draw(shape: tuple[int, ...], width: int, key: mx.array) -> mx.array:
         fractions = np.arange(shape[0], dtype=np.float32) / max(shape[0] - 1, 1)
@@ -294,13 +293,13 @@ INITIAL_WEIGHTS: dict[str, dict[str, Draw]] = {
         **_FEATURES,
     },
 }
-"""nanochat's initial weights: for each architecture what is drawn, by a pattern of parameters' names."""
+"""nanochat's initial weights: architecture → pattern of parameter names → initializer."""
 
 
 def init_weights(model: GPT, seed: int) -> None:
-    """Draw a model's initial weights by `INITIAL_WEIGHTS`, the same on every backend.
+    """Initialise a model by `INITIAL_WEIGHTS`, equally on every backend.
 
-    Each parameter's key follows from the seed and its name, so a new parameter leaves the others as they were.
+    Each parameter's random key depends only on the seed and its name, so that new parameters do not change others.
 
     Raises:
         ConfigError: a parameter has no rule, or several.
@@ -316,14 +315,14 @@ def init_weights(model: GPT, seed: int) -> None:
     if problems:
         raise ConfigError(
             f"init_weights: each parameter needs one rule in INITIAL_WEIGHTS[{model.sizes.architecture!r}] "
-            f"(mlxchat/model/gpt.py): {'; '.join(problems)}. Add for example "
+            f"(mlxchat/model/gpt.py): {'; '.join(problems)}. Add, for example, "
             f'"{problems[0].split()[0]}": constant(1.0)'
         )
     set_parameters(model, drawn)
 
 
 def key_of(seed: int, name: str) -> mx.array:
-    """Return the random key of a parameter, which depends on the seed and its name alone."""
+    """Return the random key of a parameter, which depends only on the seed and its name."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return mx.random.key(int.from_bytes(digest[:8], "little"))
 
@@ -338,7 +337,7 @@ def flatten_parameters(model: nn.Module) -> dict[str, mx.array]:
 
 
 def trained_parameters(model: nn.Module) -> dict[str, mx.array]:
-    """Return by dotted name the parameters that training moves: all, or where a model has adapters these alone."""
+    """Return the trained parameters by dotted name: all, or only the adapters if the model has some."""
     parameters: Any = model.trainable_parameters()
     return cast(dict[str, mx.array], tree_flatten(parameters, destination={}))
 
@@ -351,7 +350,7 @@ def lengthen_context(model: GPT, context_tokens: int) -> GPT:
 
 
 def cast_parameters(parameters: Mapping[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:
-    """Return parameters in what is computed in; packed numbers and the lengths of DoRA's rows stay as they are."""
+    """Return parameters in a dtype, except packed numbers and DoRA's magnitudes."""
     return {
         name: value if value.dtype == mx.uint32 or name.endswith(".m") else value.astype(dtype)
         for name, value in parameters.items()
@@ -360,7 +359,7 @@ def cast_parameters(parameters: Mapping[str, mx.array], dtype: mx.Dtype) -> dict
 
 @contextmanager
 def computing_in(model: nn.Module, dtype: mx.Dtype) -> Iterator[None]:
-    """Let a model compute in a dtype for a while; its own parameters come back afterwards."""
+    """Compute in a dtype within the body; afterwards the model has its original parameters."""
     own = flatten_parameters(model)
     cast = cast_parameters(own, dtype)
     if all(value.dtype == own[name].dtype for name, value in cast.items()):
@@ -375,7 +374,7 @@ def computing_in(model: nn.Module, dtype: mx.Dtype) -> Iterator[None]:
 
 
 def set_parameters(model: nn.Module, parameters: Mapping[str, mx.array | nn.Module]) -> None:
-    """Replace a model's parameters, or whole modules, by dotted name; what is not named stays.
+    """Replace a model's parameters or modules by dotted name; others stay.
 
     Raises:
         KeyError: the model has no such parameter.
@@ -389,7 +388,7 @@ def set_parameters(model: nn.Module, parameters: Mapping[str, mx.array | nn.Modu
 
 
 def module_at(model: nn.Module, name: str) -> Any:
-    """Return the module with a dotted name; the empty one is the model's."""
+    """Return the module with a dotted name; the empty name is the model's."""
     place: Any = model
     for key in name.split(".") if name else ():
         place = place[int(key)] if isinstance(place, list) else place[key]

@@ -1,10 +1,10 @@
-"""Adapters: small matrices beside frozen ones, which alone are trained (LoRA, arXiv 2106.09685; DoRA, 2402.09353).
+"""Adapters: LoRA (arXiv 2106.09685), DoRA (arXiv 2402.09353) and QLoRA (arXiv 2305.14314).
 
-With W (out, in) of the base, A (in, rank) and B (rank, out), a LoRA computes x Wᵀ + scale × (x A) B. DoRA gives every
-row of W + scale × (A B)ᵀ the learnt length m, whose gradient takes the present length for a constant. A base that is
-packed in 4 or 8 bits (QLoRA, arXiv 2305.14314) has all matrices of the layers in these; embeddings, gates and head stay
-whole. The layers here replace those of the model. Names, shapes, scale, initial values and files (adapters.safetensors,
-adapter_config.json) are mlx-lm's; a packed base, for which mlx-lm has no word, is described in checkpoint.json.
+With W (out, in) of the base, A (in, rank) and B (rank, out), LoRA computes x Wᵀ + scale × (x A) B. DoRA rescales every
+row of W + scale × (A B)ᵀ to a learnt magnitude m; the gradient treats the present length as a constant. With QLoRA, all
+matrices of the base's layers are quantised to 4 or 8 bits; embeddings, gates and head are not. The layers here replace
+those of the model. Names, shapes, scale, initial values and files (adapters.safetensors, adapter_config.json) are
+mlx-lm's; checkpoint.json describes the quantisation of the base, for which mlx-lm has no field.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from mlxchat.store.bases import ADAPTER_KEY
 Flat = dict[str, mx.array]
 ADAPTERS_FILE, ADAPTER_CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 PARAMETERS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
-"""By kind, what the parameters of an adapter are called below their module's name."""
+"""Kind → names of an adapter's parameters."""
 _BITS, _GROUP_SIZES = (None, 4, 8), (32, 64, 128)
 _MOST_SCALE = 1e30
-# Modules whose rows are looked up, not multiplied with.
+# Embeddings.
 _TABLES = ("transformer.wte.", "value_embeds.")
 
 
@@ -42,7 +42,7 @@ _TABLES = ("transformer.wte.", "value_embeds.")
 
 
 class FrozenLinear(nn.Module):
-    """A `Linear` that is not trained; its matrix (out, in) may be packed as in `nn.QuantizedLinear`."""
+    """A frozen `Linear`; its matrix (out, in) may be packed as in `nn.QuantizedLinear`."""
 
     def __init__(self, weight: mx.array, sizes: AdapterSizes, dtype: mx.Dtype) -> None:
         super().__init__()
@@ -60,21 +60,21 @@ class FrozenLinear(nn.Module):
 
     @property
     def base(self) -> mx.array | Packed:
-        """The frozen matrix, as it is kept."""
+        """The frozen matrix in its storage format."""
         weight: mx.array = self.weight
         return weight if self.bits is None else Packed(weight, self.scales, self.biases, self.group_size, self.bits)
 
     @property
     def matrix(self) -> mx.array:
-        """The one matrix (out, in) that the layer multiplies with, adapter and all."""
+        """The effective matrix (out, in), including the adapter."""
         return unpacked(self.base)
 
 
 class LoRALinear(FrozenLinear):
-    """A frozen layer with an adapter, which changes nothing until it is trained: B is zero, A U(±1 / sqrt(in))."""
+    """A frozen layer with a LoRA, initially without effect: B is zero, A is U(±1 / sqrt(in))."""
 
     def __init__(self, weight: mx.array, sizes: AdapterSizes, dtype: mx.Dtype, *, key: mx.array, place: int) -> None:
-        """`key` is A's; `place` numbers the layer among those with dropout."""
+        """`key` is A's random key; `place` is the layer's number for dropout."""
         super().__init__(weight, sizes, dtype)
         self.scale, self.dropout, self.place = sizes.scale, sizes.dropout, place
         outer, inner = weight.shape
@@ -96,21 +96,21 @@ class LoRALinear(FrozenLinear):
 
 
 class DoRALinear(LoRALinear):
-    """A `LoRALinear` whose matrix has rows of learnt lengths m, at first those of the base."""
+    """A `LoRALinear` whose rows have learnt magnitudes m, initially those of the base."""
 
     def __init__(self, weight: mx.array, sizes: AdapterSizes, dtype: mx.Dtype, *, key: mx.array, place: int) -> None:
         super().__init__(weight, sizes, dtype, key=key, place=place)
         self.m = row_lengths(unpacked(self.base).astype(mx.float32))
 
     def __call__(self, x: mx.array, activation: Activation = identity) -> mx.array:
-        """Return `LoRALinear`'s product, each number of it times m / (the row's present length)."""
-        # In float32: it is the quotient of two lengths that are nearly equal.
+        """Return `LoRALinear`'s product times m / (the row's present length)."""
+        # In float32, since it is a quotient of two nearly equal lengths.
         lengths = mx.stop_gradient(row_lengths(super().matrix.astype(mx.float32)))
         return scale_columns(super().__call__(x, activation), _row_factors(self.m.astype(mx.float32), lengths))
 
     @property
     def matrix(self) -> mx.array:
-        """W + scale × (A B)ᵀ with rows of the lengths m."""
+        """W + scale × (A B)ᵀ with rows of magnitude m."""
         return adapted_matrix(unpacked(self.base), self.lora_a, self.lora_b, self.scale, self.m)
 
 
@@ -120,7 +120,7 @@ LAYERS = {"lora": LoRALinear, "dora": DoRALinear}
 def adapted_matrix(
     weight: mx.array, a: mx.array, b: mx.array, scale: float, magnitudes: mx.array | None = None
 ) -> mx.array:
-    """Return W + scale × (A B)ᵀ (out, in); with magnitudes (out,) every row has that length, unless it is zero."""
+    """Return W + scale × (A B)ᵀ (out, in); with magnitudes (out,), rows except zeros are rescaled to these."""
     adapted = weight + (scale * b.T) @ a.T
     return adapted if magnitudes is None else _row_factors(magnitudes, row_lengths(adapted))[:, None] * adapted
 
@@ -131,7 +131,7 @@ def row_lengths(matrix: mx.array) -> mx.array:
 
 
 def _row_factors(magnitudes: mx.array, lengths: mx.array) -> mx.array:
-    """Return what brings rows to their magnitudes; a row of zeros has no direction, and stays what it is."""
+    """Return the factors that rescale rows to their magnitudes; rows of zeros stay zero."""
     return magnitudes / mx.where(lengths == 0, 1, lengths)
 
 
@@ -139,13 +139,13 @@ def _row_factors(magnitudes: mx.array, lengths: mx.array) -> mx.array:
 
 
 def attach_adapters(model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx.Dtype = mx.float32) -> None:
-    """Freeze a model, put new adapters into it, and pack its base where `sizes` says so.
+    """Freeze a model, add new adapters, and quantise its base if `sizes.bits` is set.
 
     Args:
-        model: its parameters are those of the base, in float32.
+        model: with the base's parameters in float32.
         sizes: of the adapters.
         seed: of A.
-        dtype: what is computed in; the frozen weights are kept in it, the adapters in float32.
+        dtype: of computations and of the frozen weights; adapters are float32.
     """
     model.freeze()
     model.adapters = sizes
@@ -165,26 +165,26 @@ def attach_adapters(model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx
 
 
 def adapters_of(model: GPT) -> AdapterSizes | None:
-    """Return the sizes of a model's adapters; None: it has none, all of it is trained."""
+    """Return the sizes of a model's adapters; None: it has none."""
     return getattr(model, "adapters", None)
 
 
 @dataclass(frozen=True)
 class Adapters:
-    """What a folder of adapters holds."""
+    """Adapters that were read from a folder."""
 
     sizes: AdapterSizes
     arrays: dict[str, np.ndarray[Any, Any]]
-    """float32, by the names of `AdapterSizes`."""
+    """float32, by parameter name."""
 
     def changes(self, name: str) -> bool:
-        """Tell whether a weight of the base, by its name, is another one with these adapters."""
+        """Return True if these adapters change a weight of the base."""
         return self.sizes.bits is not None or name.removesuffix(".weight") in self.sizes.targets
 
     def on(self, name: str, weight: mx.array) -> mx.array:
-        """Return a weight of the base, by its name, as it is with these adapters, in float32.
+        """Return a weight of the base fused with these adapters, in float32.
 
-        With a packed base it is the rounded one with the adapter on it: the model that was trained.
+        With a quantised base, the rounded weight is fused, as in training.
         """
         sizes, module, value = self.sizes, name.removesuffix(".weight"), weight.astype(mx.float32)
         if sizes.bits is not None and _is_packed(name):
@@ -196,7 +196,7 @@ class Adapters:
         return adapted_matrix(value, a, b, sizes.scale, *m)
 
     def apply(self, model: GPT) -> None:
-        """Put these adapters into a model's weights, one at a time, so that no second copy of all is ever needed."""
+        """Fuse these adapters into a model's weights, one at a time to limit the memory."""
         weights = flatten_parameters(model)
         for name in filter(self.changes, list(weights)):
             value = self.on(name, weights.pop(name))
@@ -205,7 +205,7 @@ class Adapters:
 
 
 def _is_packed(name: str) -> bool:
-    """Tell whether a parameter is one of those that a packed base has in few bits."""
+    """Return True if a quantised base has this parameter in few bits."""
     return name.startswith("transformer.h.") and name.endswith(".weight") and "gate" not in name
 
 
@@ -213,12 +213,12 @@ def _is_packed(name: str) -> bool:
 
 
 def write_adapters(folder: Path, adapters: Mapping[str, mx.array], sizes: AdapterSizes, *, num_layers: int) -> None:
-    """Write both files of adapters, as mlx-lm reads them.
+    """Write both files of adapters in mlx-lm's format.
 
     Args:
-        folder: exists.
-        adapters: by name; other names than those of `sizes` are an error of the caller's.
-        sizes: what they are.
+        folder: an existing folder.
+        adapters: by name, exactly those of `sizes`.
+        sizes: of the adapters.
         num_layers: of the model.
     """
     expected = {name for module in sizes.targets for name in _names(sizes.kind, module)}
@@ -236,7 +236,7 @@ def write_adapters(folder: Path, adapters: Mapping[str, mx.array], sizes: Adapte
 
 
 def rounding_of(sizes: AdapterSizes) -> dict[str, int]:
-    """Return what checkpoint.json says of the base's rounding: nothing if it is as it was."""
+    """Return checkpoint.json's description of the base's quantisation; {} if it is not quantised."""
     return {} if sizes.bits is None else {"bits": sizes.bits, "group_size": sizes.group_size}
 
 
@@ -244,61 +244,59 @@ def read_adapters(folder: Path, model_sizes: GPTSizes) -> Adapters:
     """Return the adapters of a checkpoint's folder.
 
     Args:
-        folder: with both files, and checkpoint.json.
-        model_sizes: of the model that they are for.
+        folder: with both files of the adapters and checkpoint.json.
+        model_sizes: of the model to which they belong.
 
     Raises:
-        DataError: a file is missing or damaged, or they do not fit each other or the model.
+        DataError: a file is missing or damaged, or they do not match each other or the model.
     """
     try:
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))[ADAPTER_KEY]
         bits, group_size = facts.get("bits"), facts.get("group_size", AdapterSizes.group_size)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder}: no readable adapter ({type(error).__name__}: {error})") from None
+        raise DataError(f"{folder}: not a readable adapter ({type(error).__name__}: {error})") from None
     if bits not in _BITS or isinstance(bits, bool) or type(group_size) is not int or group_size not in _GROUP_SIZES:
-        raise DataError(
-            f"{folder}: checkpoint.json: adapter: bits {bits!r}, group_size {group_size!r} are none of ours"
-        )
+        raise DataError(f"{folder}: checkpoint.json: adapter: unsupported bits {bits!r} or group_size {group_size!r}")
     sizes = replace(read_adapter_config(folder, model_sizes), bits=bits, group_size=group_size)
     try:
         arrays = load_file(folder / ADAPTERS_FILE)
-    except Exception as error:  # the safetensors reader has several error types of its own
-        raise DataError(f"{folder}: no readable {ADAPTERS_FILE} ({type(error).__name__}: {error})") from None
+    except Exception as error:  # the safetensors reader has several error types
+        raise DataError(f"{folder}: not a readable {ADAPTERS_FILE} ({type(error).__name__}: {error})") from None
     check_shapes({name: value.shape for name, value in arrays.items()}, sizes, model_sizes, folder)
     kinds = sorted({str(value.dtype) for value in arrays.values()} - {"float32"})
     if kinds:
-        raise DataError(f"{folder}: {ADAPTERS_FILE} holds {', '.join(kinds)}, expected float32")
+        raise DataError(f"{folder}: {ADAPTERS_FILE} has {', '.join(kinds)}, expected float32")
     return Adapters(sizes, arrays)
 
 
 def read_adapter_config(folder: Path, model_sizes: GPTSizes) -> AdapterSizes:
-    """Return what adapter_config.json says, as mlx-lm reads it.
+    """Return the sizes in adapter_config.json, interpreted as in mlx-lm.
 
-    Matrices may be named as a whole (transformer.h.0.attn.c_q), or within a layer (attn.c_q), which means the last
-    `num_layers`; without names, all matrices of these layers have adapters.
+    Keys may be full names (transformer.h.0.attn.c_q) or names within a layer (attn.c_q), which select the last
+    `num_layers`; without keys, all matrices of these layers have adapters.
 
     Args:
         folder: with the file.
-        model_sizes: of the model that the adapters are for.
+        model_sizes: of the model to which the adapters belong.
 
     Raises:
-        DataError: it is missing or damaged, or does not fit the model.
+        DataError: it is missing or damaged, or does not match the model.
     """
     try:
         config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
         given = {str(name): value for name, value in config["lora_parameters"].items()}
         kind = config.get("fine_tune_type", "lora")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder}: no readable {ADAPTER_CONFIG_FILE} ({type(error).__name__}: {error})") from None
+        raise DataError(f"{folder}: not a readable {ADAPTER_CONFIG_FILE} ({type(error).__name__}: {error})") from None
     rank, scale, dropout = given.get("rank"), given.get("scale"), given.get("dropout")
     dropout = float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0
     problems = []
-    if kind not in list(PARAMETERS):  # it may be of any type
+    if kind not in list(PARAMETERS):  # may be unhashable
         problems.append(f"fine_tune_type {kind!r} is neither lora nor dora")
     if type(rank) is not int or rank < 1:
-        problems.append(f"rank {rank!r} is no whole number above 0")
+        problems.append(f"rank {rank!r} is not an integer above 0")
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= _MOST_SCALE:
-        problems.append(f"scale {scale!r} is no number")
+        problems.append(f"scale {scale!r} is not a finite number")
     targets, wrong = _targets(given.get("keys"), config.get("num_layers"), model_sizes)
     problems += wrong
     if problems:
@@ -311,23 +309,23 @@ def read_adapter_config(folder: Path, model_sizes: GPTSizes) -> AdapterSizes:
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], sizes: AdapterSizes, model_sizes: GPTSizes, where: Path | str
 ) -> None:
-    """Refuse arrays that are not those of adapters on a model.
+    """Check that arrays are exactly those of adapters on a model.
 
     Args:
-        found: their shapes, by name.
+        found: name → shape.
         sizes: of the adapters.
         model_sizes: of the model.
-        where: they are, for the message.
+        where: name of the adapters in messages.
 
     Raises:
-        DataError: naming those that are missing, too many or of another shape.
+        DataError: arrays are missing, unknown or of another shape.
     """
     if unknown := [name for name in sizes.targets if name not in _matrices(model_sizes)]:
         raise DataError(f"{where}: the model has no matrix {', '.join(unknown[:3])}")
     expected = shapes_of(sizes, model_sizes)
     strange = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if strange:
-        shown = "; ".join(f"{name} is {_told(found, name)}, expected {_told(expected, name)}" for name in strange[:3])
+        shown = "; ".join(f"{name} is {_shown(found, name)}, expected {_shown(expected, name)}" for name in strange[:3])
         more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
         raise DataError(f"{where}: adapters do not fit {ADAPTER_CONFIG_FILE} and the model: {shown}{more}")
 
@@ -336,7 +334,7 @@ def shapes_of(sizes: AdapterSizes, model_sizes: GPTSizes) -> dict[str, tuple[int
     """Return the shape of every parameter of adapters on a model.
 
     Raises:
-        KeyError: a target is none of its matrices.
+        KeyError: a target is not a matrix of the model.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     known = _matrices(model_sizes)
@@ -348,7 +346,7 @@ def shapes_of(sizes: AdapterSizes, model_sizes: GPTSizes) -> dict[str, tuple[int
 
 
 def _matrices(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
-    """Return the shape (out, in) of every linear layer; mlx-lm may put adapters on gates and on the head, too."""
+    """Return the shape (out, in) of every linear layer, including gates and the head, which mlx-lm may adapt."""
     shapes = {
         name.removesuffix(".weight"): value.shape
         for name, value in flatten_parameters(GPT(sizes)).items()
@@ -362,12 +360,12 @@ def _names(kind: str, module: str) -> list[str]:
 
 
 def _targets(keys: Any, layers: Any, sizes: GPTSizes) -> tuple[tuple[str, ...], list[str]]:
-    """Return the modules that keys of mlx-lm mean, in the model's order, and what is wrong with them."""
+    """Return the modules of mlx-lm's keys, in the model's order, and the problems of the keys."""
     known = _matrices(sizes)
     if keys is not None and (not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)):
-        return (), ["keys is no list of names"]
+        return (), ["keys is not a list of names"]
     if type(layers) is not int:
-        return (), [f"num_layers {layers!r} is no whole number"]
+        return (), [f"num_layers {layers!r} is not an integer"]
     last = range(sizes.num_layers)[-layers if layers > 0 else 0 :]
     within = {f"transformer.h.{layer}." for layer in last}
     chosen, unknown = set(), []
@@ -376,9 +374,9 @@ def _targets(keys: Any, layers: Any, sizes: GPTSizes) -> tuple[tuple[str, ...], 
         meant = {name for name in (key, *(f"{layer}{key}" for layer in within)) if name in known}
         chosen |= meant
         unknown += [] if meant else [key]
-    wrong = [f"{', '.join(unknown[:3])} is no matrix of the model"] if unknown else []
+    wrong = [f"{', '.join(unknown[:3])} is not a matrix of the model"] if unknown else []
     return tuple(name for name in known if name in chosen), wrong if chosen or wrong else ["it names no matrices"]
 
 
-def _told(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
+def _shown(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
     return str(list(shapes[name])) if name in shapes else "absent"

@@ -1,8 +1,8 @@
-"""The weights of rank 0 on every rank of a team.
+"""Copies rank 0's weights to every rank of a team.
 
-Rank 0 calls `sync_model` before any call that needs the model. It sends what the ranks may not have: everything the
-first time, later only parameters that are other arrays than last time, such as weights swapped in for an evaluation.
-Weights that training has moved on all ranks (`moving_on_all`) are not sent again.
+Rank 0 calls `sync_model` before each call that needs the model. It sends everything the first time, later only
+parameters that are other arrays than last time, such as weights swapped in for an evaluation. Weights that training has
+updated on all ranks (`moving_on_all`) are not sent again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mlxchat.model.sizes import AdapterSizes, GPTSizes
 
 
 def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:
-    """Give every rank the weights that `model` has now, bit for bit; on rank 0, and without effect if it is alone.
+    """Send the current weights of `model` from rank 0 to every rank; without effect if there is only one.
 
     `role` distinguishes the models of a step: model, teacher.
     """
@@ -39,7 +39,7 @@ def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:
 
 @contextmanager
 def moving_on_all(team: Team, model: GPT) -> Iterator[None]:
-    """Note that the body moves the weights of `model` alike on all ranks; the old ones are not kept in memory."""
+    """Declare that the body updates the weights of `model` identically on all ranks; frees references to the old."""
     shape = team.kept["model on all"][0]
     team.kept["model on all"] = (shape, {})
     yield
@@ -47,7 +47,7 @@ def moving_on_all(team: Team, model: GPT) -> Iterator[None]:
 
 
 def model_on(team: Team, role: str = "model") -> GPT:
-    """Return this rank's model; on rank 0 the one last given to `sync_model`."""
+    """Return this rank's model; on rank 0 the last argument of `sync_model`."""
     return cast(GPT, team.kept[f"{role} here"])
 
 

@@ -1,7 +1,7 @@
-"""Sizes of a model and of adapters on it, in plain numbers: nothing here imports MLX, so planning can use it.
+"""Sizes of models and adapters, as plain numbers without MLX, so that planning can use them.
 
-One dial, the depth, sets width, heads, parameters and floating-point operations, as in nanochat's
-scripts/base_train.py and `GPT.estimate_flops`.
+The depth determines width, heads, parameters and FLOPs, as in nanochat's scripts/base_train.py and
+`GPT.estimate_flops`.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 from mlxchat.config.schema import ArchitectureConfig, ModelConfig
 from mlxchat.errors import DataError
 
-# Channels of the input that the gates of value embeddings and of the smear look at.
+# Input channels of the gates of value embeddings and of the smear.
 VALUE_GATE_CHANNELS = 12
 SMEAR_GATE_CHANNELS = 24
-# Short windows are whole tiles of the attention kernel that nanochat uses.
+# Short windows are multiples of the tile of nanochat's attention kernel.
 _WINDOW_TILE = 128
 _MOST_LAYERS, _MOST_CONTEXT_TOKENS, _MOST_SIZE, _MOST_FACTOR = 10_000, 1 << 24, 1 << 31, 1e12
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTSizes:
-    """Everything that fixes the shape of a GPT. The features default to the architecture of October 2025."""
+    """The architecture and sizes of a GPT. Features default to the architecture of October 2025."""
 
     vocab_size: int
     num_layers: int
@@ -34,9 +34,9 @@ class GPTSizes:
     context_tokens: int
     rope_theta: float
     architecture: str = "oct2025"
-    """oct2025 or jul2026: whose initial weights `init_weights` draws, and whether long windows end (jul2026)."""
+    """oct2025 or jul2026: determines the initial weights, and whether long windows are limited (jul2026)."""
     vocab_multiple: int = 1
-    """The tables have this many rows or a multiple; logits are cropped to vocab_size."""
+    """Rows of embedding and head are padded to a multiple of this; logits are cropped to vocab_size."""
     window_pattern: str = "L"
     """S (short window) or L (whole context) for each layer, repeated; the last layer is always L."""
     short_window: int | None = None
@@ -44,7 +44,7 @@ class GPTSizes:
     query_key_scale: float = 1.0
     """Factor of the normalised queries and keys."""
     value_embeddings: bool = False
-    """Whether every second layer, the last included, adds a gated table of its own to the values."""
+    """Whether every second layer, counted from the last, adds a gated embedding to its values."""
     residual_scalars: bool = False
     """Whether each layer scales the stream and adds the first embedding to it, by learnt scalars."""
     smear: bool = False
@@ -53,10 +53,10 @@ class GPTSizes:
     """Whether a learnt share of the middle layer's stream is subtracted before the head."""
 
     def __post_init__(self) -> None:
-        """Refuse values of no model: files of others say them, and memory and time follow from them.
+        """Check the values, which may come from foreign files and determine memory and time.
 
         Raises:
-            DataError: naming those that are impossible.
+            DataError: values are impossible; names all of them.
         """
         most = {"num_layers": _MOST_LAYERS, "context_tokens": _MOST_CONTEXT_TOKENS}
         wrong = []
@@ -76,7 +76,7 @@ class GPTSizes:
                 fits = fits and not set(value) - {"S", "L"}
             wrong += [] if fits else [f"{field.name} is {str(value)[:40]}"]
         if wrong:
-            raise DataError(f"no model has such sizes: {', '.join(wrong)}")
+            raise DataError(f"impossible sizes of a model: {', '.join(wrong)}")
 
     @property
     def head_width(self) -> int:
@@ -85,7 +85,7 @@ class GPTSizes:
 
     @property
     def kv_width(self) -> int:
-        """Numbers per token of all keys, or of all values."""
+        """Total width of all keys, or of all values."""
         return self.num_kv_heads * self.head_width
 
     @property
@@ -94,10 +94,10 @@ class GPTSizes:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def windows(self) -> list[int | None]:
-        """Return for each layer how many earlier tokens one sees besides itself; None: all of them.
+        """Return for each layer the number of earlier tokens that a token attends to; None: all.
 
-        In nanochat of July 2026 long windows are as long as the context, which bounds them in longer inputs. October
-        2025 has no windows.
+        In nanochat of July 2026 long windows have the length of the context, which limits them in longer inputs.
+        October 2025 has no windows.
         """
         long = None if self.architecture == "oct2025" else self.context_tokens
         short = self.short_window or _short_window(self.context_tokens)
@@ -111,7 +111,7 @@ class GPTSizes:
         return replace(self, context_tokens=context_tokens, short_window=kept)
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Tell whether a layer has a value embedding."""
+        """Return True if a layer has a value embedding."""
         return self.value_embeddings and layer % 2 == (self.num_layers - 1) % 2
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,10 +124,10 @@ def _short_window(context_tokens: int) -> int:
 
 
 def count_heads(width: int, head_width: int) -> int:
-    """Return the number of heads: ceil(width / head_width), as nanochat, if that divides the width into even parts.
+    """Return the number of heads: ceil(width / head_width), as in nanochat, if the width per head is an even integer.
 
-    Where it does not (width 320, heads of 128), nanochat stops with an error. Here it is the next larger number that
-    does, provided that a head keeps at least half of head_width; without one it is ceil(width / head_width) again.
+    Otherwise (width 320, heads of 128), where nanochat stops with an error, return the next larger number for which it
+    is, provided that a head has at least half of head_width; without one, ceil(width / head_width).
     """
     least = max(1, math.ceil(width / head_width))
     fitting = (heads for heads in range(least, 2 * width // head_width + 1) if width % (2 * heads) == 0)
@@ -135,7 +135,7 @@ def count_heads(width: int, head_width: int) -> int:
 
 
 def sizes_of(model: ModelConfig, architecture: ArchitectureConfig, vocab_size: int) -> GPTSizes:
-    """Return the sizes of a checked configuration: width = depth × aspect_ratio, heads as `count_heads` says."""
+    """Return the sizes of a checked configuration: width = depth × aspect_ratio, heads by `count_heads`."""
     width = model.depth * model.aspect_ratio
     if architecture.whole_heads:
         width = -(-width // model.head_width) * model.head_width
@@ -156,8 +156,8 @@ def sizes_of(model: ModelConfig, architecture: ArchitectureConfig, vocab_size: i
 def count_parameters(sizes: GPTSizes) -> dict[str, int]:
     """Return the number of parameters by kind, and their 'total'.
 
-    'matrices' are all weights inside the layers, the gates of value embeddings included; 'scalars' are the learnt
-    scalars with the smear's gate (nanochat's `num_scaling_params`).
+    'matrices' are all weights of the layers, including the gates of value embeddings; 'scalars' are the learnt scalars
+    and the smear's gate (nanochat's `num_scaling_params`).
     """
     value_layers = sum(map(sizes.has_value_embedding, range(sizes.num_layers)))
     attention = 2 * sizes.width * sizes.width + 2 * sizes.width * sizes.kv_width
@@ -177,10 +177,10 @@ def count_parameters(sizes: GPTSizes) -> dict[str, int]:
 
 
 def flops_per_token(sizes: GPTSizes) -> int:
-    """Return training FLOPs per token as nanochat counts them (after PaLM, appendix B).
+    """Return training FLOPs per token, counted as in nanochat (PaLM, appendix B).
 
-    6 for every weight that is multiplied with the stream, and 12 H Q min(window, T) per layer for attention. The
-    snapshot of October 2025 counts every weight but the embedding, which there is the same.
+    6 for every weight that is multiplied with the stream, and 12 H D min(window, T) per layer for attention. The
+    snapshot of October 2025 counts every weight except the embedding, with equal results.
     """
     counts = count_parameters(sizes)
     multiplied = counts["matrices"] + counts["head"] + SMEAR_GATE_CHANNELS * sizes.smear
@@ -196,30 +196,30 @@ TARGET_GROUPS = {
     "mlp": ("mlp.c_fc", "mlp.c_proj"),
     "all": ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
 }
-"""Names for several matrices of every layer."""
+"""Names of groups of matrices in every layer."""
 
 
 @dataclass(frozen=True)
 class AdapterSizes:
-    """Everything that fixes what adapters compute."""
+    """Kind, sizes and targets of adapters."""
 
     kind: str
     """lora or dora."""
     rank: int
     scale: float
-    """Factor of the product of both matrices, as in mlx-lm: alpha / rank of the paper."""
+    """Factor of the product of both matrices, as in mlx-lm: alpha / rank in the paper."""
     targets: tuple[str, ...]
-    """Modules that have adapters, such as transformer.h.0.attn.c_q."""
+    """Modules with adapters, such as transformer.h.0.attn.c_q."""
     bits: int | None = None
-    """Bits of the base's numbers in the matrices of the layers; None: they are as they were."""
+    """Bits of the quantised matrices of the base's layers; None: not quantised."""
     group_size: int = 64
-    """Numbers of a row that share a scale, where the base is quantised."""
+    """Numbers of a row that share a scale, if the base is quantised."""
     dropout: float = 0.0
-    """Share of their input that adapters do not see while they are trained."""
+    """Dropout of the adapters' inputs during training."""
 
 
 def matrices_of(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
-    """Return the shape (out, in) of every matrix that may have an adapter, by the name of its module."""
+    """Return module name → shape (out, in) of every matrix that may have an adapter."""
     width, inner, kv = sizes.width, 4 * sizes.width, sizes.kv_width
     shapes = {
         "attn.c_q": (width, width),
@@ -234,7 +234,7 @@ def matrices_of(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
 
 
 def count_adapter_parameters(adapters: AdapterSizes, sizes: GPTSizes) -> int:
-    """Return how many numbers of adapters on a model are trained."""
+    """Return the number of trained parameters of adapters on a model."""
     shapes = matrices_of(sizes)
     return sum(
         adapters.rank * sum(shapes[name]) + (shapes[name][0] if adapters.kind == "dora" else 0)
@@ -243,14 +243,14 @@ def count_adapter_parameters(adapters: AdapterSizes, sizes: GPTSizes) -> int:
 
 
 def resolve_targets(targets: Iterable[str], sizes: GPTSizes) -> tuple[str, ...]:
-    """Return the modules that targets mean, in the order of the model.
+    """Return the modules of targets, in the model's order.
 
     Args:
-        targets: names of TARGET_GROUPS, or ends of modules' names: c_q, mlp.c_proj, h.0.attn.c_q.
+        targets: names of TARGET_GROUPS, or suffixes of modules' names: c_q, mlp.c_proj, h.0.attn.c_q.
         sizes: of the model.
 
     Raises:
-        KeyError: a target is the end of no module's name.
+        KeyError: a target matches no module.
     """
     known, meant = matrices_of(sizes), set()
     for target in targets:
