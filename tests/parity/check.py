@@ -1,7 +1,7 @@
 """Compare mlxchat with values that nanochat's own code computed: python tests/parity/check.py FILE...
 
-The first word of a file's name says what it holds. One line per quantity: its error, what is tolerated, ok or FAIL.
-Exit code 0: all agree; 1: something does not; 2: a file cannot be read.
+The first word of a file's name gives its format. Each quantity prints one line: its error, the tolerance, and ok or
+FAIL. The exit code is 0 if all quantities agree, 1 if some do not, and 2 if a file cannot be read.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ QUANTITIES: dict[str, tuple[Quantity, ...]] = {
     "engine": compare_engine.QUANTITIES,
     "tasks": compare_tasks.QUANTITIES + compare_chat.TASKS,
 }
-"""What is compared, by the first word of a file's name. Later formats add a line."""
+"""The quantities to compare, by the first word of a file's name."""
 
 SUFFIXES = (".json", ".safetensors")
 
 
 def open_file(path: Path) -> ParityFile:
-    """Return a file whose kind is known.
+    """Return the file at a path.
 
     Raises:
-        UnreadableError: it is missing, or of an unknown format.
+        UnreadableError: it is missing, or its format is unknown.
     """
     if not path.is_file():
-        raise UnreadableError(f"{path}: there is no such file")
+        raise UnreadableError(f"{path}: no such file")
     file = ParityFile(path)
     if file.kind not in QUANTITIES or path.suffix not in SUFFIXES:
         names = ", ".join(f"{kind}_*" for kind in QUANTITIES)
@@ -63,7 +63,7 @@ def open_file(path: Path) -> ParityFile:
 
 
 def compare(file: ParityFile, quantity: Quantity) -> Iterator[Line]:
-    """Yield a quantity's lines. What our code refuses to compute is a failure like any other.
+    """Yield the lines of a quantity. An exception that our code raises becomes a failed line.
 
     Raises:
         UnreadableError: the file does not hold what the quantity needs.
@@ -79,13 +79,13 @@ def compare(file: ParityFile, quantity: Quantity) -> Iterator[Line]:
 def show(line: Line) -> str:
     """Return a line of the table."""
     if isinstance(line, Unchecked):
-        return f"  {line.name:<48} not checked yet: {line.reason}"
+        return f"  {line.name:<48} not compared: {line.reason}"
     verdict = "ok" if line.ok else "FAIL"
     return f"  {line.name:<48} {line.error:>10.3g}  ≤ {line.tolerance:<8.3g} {verdict:<4}  {line.detail}".rstrip()
 
 
 def main(arguments: list[str]) -> int:
-    """Compare files and print what was found; return the exit code."""
+    """Compare files, print the lines, and return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
             unreadable += 1
     failed = [line for line in found if not line.ok]
     print(f"{len(found) - len(failed)} of {len(found)} quantities agree", end="")
-    print(f"; {unchecked} not checked yet" if unchecked else "", end="")
+    print(f"; {unchecked} not compared" if unchecked else "", end="")
     print(f"; {unreadable} of {len(arguments)} files cannot be read" if unreadable else "")
     return 2 if unreadable else 1 if failed else 0
 

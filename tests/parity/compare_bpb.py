@@ -1,4 +1,4 @@
-"""bpb_*.json: bits per byte and mean loss of the set's tiny models, of both snapshots."""
+"""bpb_*.json: bits per byte and mean loss of the tiny models of both snapshots."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VARIANTS = ("oct2025", "jul2026")
 
 
 def bits(file: ParityFile) -> Iterator[Line]:
-    """Compare bits per byte of every case, with raw bytes per token and with oct2025's."""
+    """Compare the bits per byte of every case, with both ways to count the bytes of a token."""
     file.require("batches", "cases")
     for variant in VARIANTS:
         model, errors = file.core_model(variant), {}
@@ -37,7 +37,7 @@ def bits(file: ParityFile) -> Iterator[Line]:
 
 
 def counted_bytes(file: ParityFile) -> Iterator[Line]:
-    """Compare how many bytes the counted targets stand for."""
+    """Compare the number of bytes of the targets that count."""
     file.require("batches", "cases")
     errors = {}
     for number, case in enumerate(file.json["cases"]):
@@ -49,7 +49,7 @@ def counted_bytes(file: ParityFile) -> Iterator[Line]:
 
 
 def losses(file: ParityFile) -> Iterator[Line]:
-    """Compare the mean loss of whole batches, and each token's of one row."""
+    """Compare the mean loss of whole batches, and the loss of each token of one row."""
     file.require("batches", "mean_loss")
     for variant in VARIANTS:
         model = file.core_model(variant)
@@ -78,7 +78,7 @@ def _rows(file: ParityFile, name: str) -> list[Row]:
 
 
 def _token_bytes(file: ParityFile, rule: str) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """Return bytes per token: our raw bytes, or the length of the decoded string, as oct2025 has it."""
+    """Return the bytes of each token: its raw bytes as ours, or those of the decoded string as in oct2025."""
     tokenizer = file.tokenizer()
     if rule == "raw_bytes":
         return tokenizer.token_bytes

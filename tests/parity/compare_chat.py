@@ -1,4 +1,4 @@
-"""core_*.json and tasks_*.json, what chat tasks are judged by: letters' logits, ChatCORE, and programs that are run."""
+"""core_*.json and tasks_*.json: the scores of chat tasks, by letters' logits, ChatCORE and executed programs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _NAMES = {
     "ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge", "MMLU": "mmlu", "GSM8K": "gsm8k",
     "HumanEval": "humaneval", "SpellingBee": "spelling_bee",
 }  # fmt: skip
-# nanochat's: it counts a program that leaves before its tests as passed. Ours: all of it must have been executed.
+# nanochat counts a program that exits before its tests as passed. Ours must run to its end.
 _LEAVES = ("sys.exit(0)", "raise SystemExit", "os._exit(0)")
-# nanochat's: functions are None, so that calling one is an error. Ours: what it would do is forbidden, and it says so.
+# nanochat sets such functions to None, so that a call fails. Ours forbids what they would do, with another message.
 _DISABLED = ("os.system", "subprocess", "os.kill", "shutil.rmtree")
 
 
 class _Conversations:
-    """Conversations of a file as a task; right is the letter that their last message holds."""
+    """Conversations of a file as a task; the last message of each holds the right letter."""
 
     kind, chance = "categorical", 0.25
 
@@ -59,7 +59,7 @@ def letters(file: ParityFile) -> Iterator[Line]:
                 (str(row["index"]), len(render_for_completion(tokenizer, task[row["index"]])), row["prompt_length"])
                 for row in group["results"]
             ])  # fmt: skip
-            # Beyond the context nanochat goes on as it can; ours keeps the end of the prompt, and says so.
+            # Beyond the context nanochat reads the whole prompt, and ours keeps its end.
             results = [row for row in group["results"] if row["prompt_length"] <= engine.model.sizes.context_tokens]
             prompts = [render_for_completion(tokenizer, task[row["index"]]) for row in results]
             logits = letter_logits(engine, prompts, [row["letters"] for row in results])
@@ -78,7 +78,7 @@ def letters(file: ParityFile) -> Iterator[Line]:
 
 
 def metric(file: ParityFile) -> Iterator[Line]:
-    """Compare ChatCORE of given accuracies."""
+    """Compare the ChatCORE of given accuracies."""
     if file.path.suffix != ".json" or "chatcore" not in file.json:
         return
     for variant, cases in file.json["chatcore"].items():
@@ -96,7 +96,7 @@ def metric(file: ParityFile) -> Iterator[Line]:
 
 
 def executions(file: ParityFile) -> Iterator[Line]:
-    """Compare the verdicts on programs that are really run, but where we depart from nanochat's."""
+    """Compare the verdicts on executed programs by our rule, and what programs print."""
     if file.path.suffix != ".json" or not (data := file.json.get("humaneval")):
         return
     cases = [case for case in data["evaluate"] if not any(word in case["completion"] for word in _DISABLED)]

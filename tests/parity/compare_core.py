@@ -1,4 +1,4 @@
-"""core_*.json and core_model*.safetensors: what evaluates a base model; the models are compared by other files too."""
+"""core_*.json and core_model*.safetensors: the CORE evaluation, and the sizes of the models that it uses."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from mlxchat.model.sizes import GPTSizes, count_parameters
 from mlxchat.runner.progress import Progress
 
 LOSS = 1e-5
-ACCURACY = 1e-6  # nanochat's are in float32
+ACCURACY = 1e-6  # nanochat computes them in float32
 VARIANTS = ("oct2025", "jul2026")
-_BATCH_TOKENS = 3000  # several batches for each task
+_BATCH_TOKENS = 3000  # enough for several batches per task
 _ELSEWHERE = ("chat_categorical", "chatcore")
-"""compare_chat.py compares these."""
+"""The keys that compare_chat.py compares."""
 
 
 def parameters(file: ParityFile) -> Iterator[Line]:
-    """Check that a model has the parameters of its sizes, and that a JSON file holds something known."""
+    """Check that a model has as many parameters as its sizes say, and that a JSON file has a known key."""
     if file.path.suffix == ".safetensors":
         file.model("")
         weights = sum(value.size for value in file.weights("").values())
@@ -43,7 +43,7 @@ def parameters(file: ParityFile) -> Iterator[Line]:
 
 
 def evaluation(file: ParityFile) -> Iterator[Line]:
-    """Compare everything of CORE that the file holds."""
+    """Compare every part of CORE that the file holds."""
     if file.path.suffix != ".json":
         return
     for key, compare in _COMPARED.items():
@@ -70,7 +70,7 @@ def _prompts(file: ParityFile) -> Iterator[Line]:
     yield same("prompts of CORE", prompts)
     yield same("tokens of the prompts", tokens)
     yield same("scored positions", spans)
-    yield same("prompts that are no beginning of their whole", refused)
+    yield same("prompts whose tokens do not begin the whole", refused)
 
 
 def _common_lengths(file: ParityFile) -> Iterator[Line]:
@@ -171,7 +171,7 @@ def _cropped(file: ParityFile) -> Iterator[Line]:
                 kept.append((name, sequences, result["tokens"]))
             for variant in VARIANTS:
                 got = _verdict(OwnModel(file.core_model(variant)), question)
-                # Where nanochat fails, any verdict will do, but there is one.
+                # Where nanochat fails, ours still has a verdict, and any will do.
                 verdicts.append((f"{name}, {variant}", got, result.get(f"{variant}_correct", got)))
     yield same("cropped prompts", kept)
     yield same("verdicts on cropped prompts", verdicts)

@@ -1,4 +1,4 @@
-"""engine_*.json: the calculator's protocol, distributions of draws, greedy decoding of both snapshots."""
+"""engine_*.json: the calculator's protocol, sampling, and greedy decoding of both snapshots."""
 
 from __future__ import annotations
 
@@ -21,41 +21,44 @@ VARIANTS = ("oct2025", "jul2026")
 PROBABILITY = 1e-6
 _DRAWS = 20_000
 _UNLIMITED = 1000
-# Where two logits are closer than both sides may be off, either is right.
+# If two logits are closer than this, rounding decides, and either token is right.
 _TIE = 4e-4
 
 
 class Scripted:
-    """A stand-in for the model: row r wants scripts[r][t] after t tokens; prompts of rows differ in length."""
+    """A stand-in for the model whose logits favour scripts[r][t] as token t of row r.
+
+    It tells the rows apart by the lengths of their prompts.
+    """
 
     def __init__(self, scripts: list[list[int]], shortest: int, filler: int, vocab_size: int) -> None:
-        """Take the scripts; `shortest` is the length of the first row's prompt."""
+        """Keep the scripts; `shortest` is the length of the first row's prompt."""
         self.scripts, self.shortest, self.filler, self.vocab_size = scripts, shortest, filler, vocab_size
         self.lengths: dict[int, int] = {}
 
     def read(self, ids: list[int], past: Any, last: int | None) -> int:
-        """Return how many tokens have been read."""
+        """Return the number of tokens read so far."""
         return (past or 0) + len(ids)
 
     def fill(self, row: int, past: int | None) -> None:
-        """Begin a row."""
+        """Start a row."""
         self.lengths[row] = (past or 0) + 1
 
     def reserve(self, rows: int, tokens: int) -> None:
-        """Nothing is kept."""
+        """Do nothing: there is no cache."""
 
     def keep(self, kept: list[int], tokens: int) -> None:
-        """Number the rows anew."""
+        """Renumber the rows that stay."""
         self.lengths = {row: self.lengths[old] for row, old in enumerate(kept)}
 
     def clear(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: there is no cache."""
 
     def past_of(self, row: int, tokens: int) -> None:
-        """Nothing is kept."""
+        """Do nothing: there is no cache."""
 
     def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
-        """Return logits (B, V) that name the next token of each row's script."""
+        """Return logits (B, V) that favour the next token of each row's script."""
         logits = np.zeros((len(ids), self.vocab_size), dtype=np.float32)
         for place, position in enumerate(positions):
             if place in self.lengths:
@@ -65,7 +68,7 @@ class Scripted:
 
 
 def protocol(file: ParityFile) -> Iterator[Line]:
-    """Compare tokens and masks of scripted rows, with nanochat's answers in place of our calculator's."""
+    """Compare tokens and masks of scripted rows, where the calculator gives nanochat's answers."""
     file.require("scripted", "prompt", "filler_token")
     tokenizer, pairs, answers = file.tokenizer(), [], []
     for case in file.json["scripted"]:
@@ -87,7 +90,7 @@ def protocol(file: ParityFile) -> Iterator[Line]:
 
 
 def refusals(file: ParityFile) -> Iterator[Line]:
-    """Compare what must not leave the calculator, and first tokens; say what is not compared."""
+    """Compare a call of exit() in the calculator and the first tokens of rows, and list what is not compared."""
     values, tokenizer = file.json, file.tokenizer()
     if "exit_in_expression" in values:
         case = values["exit_in_expression"]["jul2026"]
@@ -99,20 +102,20 @@ def refusals(file: ParityFile) -> Iterator[Line]:
         shared = values["first_token_of_64_rows"]["jul2026"]["all_rows_share_the_first_token"]
         yield same("rows share their first token", [("64 rows", len(set(drawn)) == 1, shared)])
     if "result_above_4300_digits" in values:
-        yield Unchecked("results above 4300 digits", "ours refuses what is beyond 1e15")
+        yield Unchecked("results above 4300 digits", "ours refuses results above 1e15")
     if "input_errors" in values:
-        yield Unchecked("inputs that are no lists of ids", "they cannot come from our tokenizer")
+        yield Unchecked("inputs that are no lists of ids", "our tokenizer cannot produce them")
 
 
 def distributions(file: ParityFile) -> Iterator[Line]:
-    """Compare the exact distribution that a token is drawn from, and the shares of many draws."""
+    """Compare the exact distribution that tokens are drawn from, and the frequencies of many draws."""
     file.require("sampling")
     exact, argmax, shares, refused = {}, [], {}, 0
     for number, case in enumerate(file.json["sampling"]):
         if "error" in case:
             refused += 1
             continue
-        # Off is null in ours, and 0 in jul2026; the configuration refuses the rest.
+        # top_k is off with null in ours and with 0 in jul2026; our configuration refuses other values below 1.
         top_k = case["top_k"] if case["top_k"] is None or case["top_k"] > 0 else None
         logits = np.array(case["logits"], np.float32)
         name = f"{number}: temperature {case['temperature']}, top_k {case['top_k']}"
@@ -133,18 +136,16 @@ def distributions(file: ParityFile) -> Iterator[Line]:
             deviation = np.sqrt(wanted * (1 - wanted) / _DRAWS) + 2e-4
             shares[f"{name}, row {row}"] = float((np.abs(share - wanted) / deviation).max())
     yield largest("probabilities that are drawn from", exact, PROBABILITY)
-    # There are hundreds of shares, so some are several standard errors off.
+    # Among hundreds of shares, some are several standard errors off by chance.
     yield largest("shares of many draws, in standard errors", shares, 6)
     if argmax:
         yield same("tokens at temperature 0", argmax)
     if refused:
-        yield Unchecked(
-            "temperatures and top_k that nanochat refuses", "the configuration does, before anything is drawn"
-        )
+        yield Unchecked("temperatures and top_k that nanochat refuses", "our configuration refuses them earlier")
 
 
 def greedy(file: ParityFile) -> Iterator[Line]:
-    """Compare greedy decoding with special tokens."""
+    """Compare greedy continuations, which may contain special tokens."""
     file.require("greedy")
     tokenizer = file.tokenizer()
     for variant in VARIANTS:
@@ -164,7 +165,7 @@ QUANTITIES: tuple[Quantity, ...] = (protocol, refusals, distributions, greedy)
 
 
 def _run(file: ParityFile, tokenizer: Tokenizer, scripts: list[list[int]], limit: int | None) -> list[Completion]:
-    """Return what rows of scripts become. All begin with the first script's token, as nanochat's do."""
+    """Return the completions of scripted rows. As in nanochat, all start with the first script's first token."""
     scripts = [[scripts[0][0], *script[1:]] for script in scripts]
     shortest, filler = len(file.json["prompt"]), file.json["filler_token"]
     prompts = [file.json["prompt"] + [filler] * row for row in range(len(scripts))]
@@ -175,7 +176,7 @@ def _run(file: ParityFile, tokenizer: Tokenizer, scripts: list[list[int]], limit
 
 
 def _row(tokenizer: Tokenizer, case: dict[str, Any], row: int) -> tuple[list[int], list[int]]:
-    """Return tokens and mask of a row up to its end; nanochat goes on computing rows that have ended."""
+    """Return the tokens and the mask of a row up to its end; nanochat keeps computing rows that have ended."""
     ids, mask = [column[row] for column in case["columns"]], [column[row] for column in case["masks"]]
     ends = [place for place, token in enumerate(ids) if token in (tokenizer.assistant_end, tokenizer.bos)]
     stop = ends[0] + 1 if ends else len(ids)
@@ -183,7 +184,7 @@ def _row(tokenizer: Tokenizer, case: dict[str, Any], row: int) -> tuple[list[int
 
 
 def _calls(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Iterator[tuple[str, str | None, bool]]:
-    """Yield every expression of a row, the answer that was forced after it, and whether all of it was."""
+    """Yield every expression of a row, the answer forced after it, and whether that answer is complete."""
     special, call = tokenizer.special_ids, None
     for place, token in enumerate(ids):
         if token == special["<|python_start|>"]:
@@ -203,7 +204,7 @@ def _calls(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Iterator[tu
 
 @contextmanager
 def _calculator(answer: Callable[[str], str | None]) -> Iterator[None]:
-    """Let the engine ask somebody else."""
+    """Replace the engine's calculator."""
     own, tools.calculate = tools.calculate, answer
     try:
         yield

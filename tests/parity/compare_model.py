@@ -1,4 +1,4 @@
-"""nanochat_*.safetensors: logits, losses, gradients, three optimizer steps, greedy decoding and counts of a model."""
+"""nanochat_*.safetensors: a model's logits, losses, gradients, three optimizer steps, greedy decoding and counts."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ from mlxchat.training.step import TrainStep
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 LOGITS, LOSS, RELATIVE = 2e-4, 1e-5, 1e-3
-# oct2025 orthogonalises in bfloat16, which is chaotic: one flipped last bit of the weights moves a matrix by 2 to 3 %
-# of its change in three steps, and from the second step on the tables' gradients follow. So agreement to a thousandth
-# is beyond nanochat itself. Ours may differ by twice what a last bit does, and each norm of a change by 1 %. In float32
-# it differs, measured against bfloat16 for five shapes with two seeds, by 2.3 to 3.5 % (the tables by 1.4 to 2.2
-# thousandths).
+# oct2025 orthogonalises in bfloat16, which is chaotic: flipping the last bit of each weight changes what a matrix gains
+# in three steps by 2 to 3 %, and from the second step on the gradients of the tables change with it. So even nanochat
+# does not agree with itself to a thousandth. Ours may differ by CHAOS times what a last bit does, and the norm of each
+# change by 1 %. In float32 ours differs from bfloat16 by 2.3 to 3.5 % for matrices and by 1.4 to 2.2 thousandths for
+# tables, measured for five shapes with two seeds.
 CHAOS, NORMS = 2.0, 0.01
 FLOAT32_MATRICES, FLOAT32_TABLES = 0.04, 0.003
-# Of all gradients' norm: what is smaller is 0 but for rounding, such as the backout's of two layers, whose scale the
-# last norm takes away again. AdamW makes a whole step of it, in whatever direction.
+# A gradient below this share of the norm of all gradients is 0 except for rounding. An example is the backout's with
+# two layers, whose scale the last norm cancels. AdamW turns such a gradient into a whole step in a random direction.
 ZERO = 1e-6
-# Largest share of elements whose decay may hang on rounding.
+# The largest share of elements for which rounding may decide whether they decay.
 FEW = 5e-3
 
 
@@ -63,7 +63,7 @@ def logits(file: ParityFile) -> Iterator[Line]:
 
 
 def losses(file: ParityFile) -> Iterator[Line]:
-    """Compare each token's loss, and their mean."""
+    """Compare the loss of each token, and the mean."""
     model, targets = file.model("weights."), _tensor(file, "targets").reshape(-1)
     hidden = model.hidden(mx.array(_tensor(file, "ids"))).reshape(-1, model.sizes.width)
     got, expected = np.asarray(token_losses(hidden, model.head_weight, mx.array(targets))), _tensor(file, "loss_none")
@@ -87,11 +87,11 @@ def gradients(file: ParityFile) -> Iterator[Line]:
     if vanishing:
         total = float(np.sqrt(sum(np.linalg.norm(value) ** 2 for value in expected.values())))
         zeros = {name: float(np.linalg.norm(got[name])) / total for name in names if name in vanishing}
-        yield largest("gradients that are 0 but for rounding, share of all", zeros, ZERO)
+        yield largest("gradients that are 0 except for rounding, share of all", zeros, ZERO)
 
 
 def optimizer_steps(file: ParityFile) -> Iterator[Line]:
-    """Compare the weights after three steps, as our loop takes them, orthogonalised in the type that nanochat used."""
+    """Compare the weights after three steps of our loop, orthogonalised in the dtype that nanochat used."""
     if file.variant == "oct2025":
         yield from _chaotic_steps(file)
         return
@@ -112,7 +112,7 @@ def _chaotic_steps(file: ParityFile) -> Iterator[Line]:
     def chaos(found: Arrays) -> dict[str, float]:
         return {name: error / max(flipped[name], RELATIVE) for name, error in _changes(file, found, {}).items()}
 
-    yield largest("change in three steps ÷ what a last bit changes", chaos(weights), CHAOS)
+    yield largest("change in three steps ÷ effect of a last bit", chaos(weights), CHAOS)
     rows = _three_steps(file, mx.bfloat16, micro_tokens=1)[1]
     yield largest("the same, one row at a time", chaos(rows), CHAOS)
     found = _three_steps(file, mx.float32)[1]
@@ -132,10 +132,10 @@ def _chaotic_steps(file: ParityFile) -> Iterator[Line]:
 
 
 def greedy(file: ParityFile) -> Iterator[Line]:
-    """Compare the most likely continuation after the three steps, with and without a cache."""
+    """Compare the greedy continuation after the three steps, with and without a cache."""
     model, prompt = file.model("after3."), _tensor(file, "greedy_prompt").tolist()
     expected = _tensor(file, "greedy").tolist()
-    beyond = model.sizes.vocab_size  # such a model has no special tokens
+    beyond = model.sizes.vocab_size  # the vocabulary of such a model has no special tokens
     special = {"<|python_start|>": beyond, "<|python_end|>": beyond}
     tokenizer: Any = SimpleNamespace(bos=beyond, assistant_end=beyond, ends=(beyond, beyond), special_ids=special)
     (completion,) = Engine(model, tokenizer).complete([prompt], max_new_tokens=len(expected))
@@ -147,7 +147,7 @@ def greedy(file: ParityFile) -> Iterator[Line]:
 
 
 def counts(file: ParityFile) -> Iterator[Line]:
-    """Compare numbers of parameters and FLOPs."""
+    """Compare the numbers of parameters and of FLOPs."""
     weights = sum(value.size for value in file.weights("weights.").values())
     yield Comparison("number of parameters", abs(count_parameters(file.sizes)["total"] - weights), 0)
     try:
@@ -169,7 +169,7 @@ QUANTITIES: tuple[Quantity, ...] = (
 
 @cache
 def optimizer_config(variant: str, **numbers: float) -> OptimizerConfig:
-    """Return a snapshot's optimizer, as nanochat's values were made: without clipping and scaling."""
+    """Return the settings of a snapshot's optimizer without clipping and scaling, as the values were computed."""
     changes = [f"optimizer.{key}={value}" for key, value in numbers.items()]
     config = compose_config([f"optimizer=muon_{variant}", *changes]).config.optimizer
     return replace(config, grad_clip=None, scaling=None)
@@ -178,13 +178,19 @@ def optimizer_config(variant: str, **numbers: float) -> OptimizerConfig:
 def optimizer_of(
     model: GPT, variant: str, dtype: mx.Dtype | None = None, lr_frac: float = 1.0, **numbers: float
 ) -> Optimizer:
-    """Return a snapshot's optimizer of a model; numbers are fields to change. With bfloat16 it rounds as torch does."""
+    """Return a snapshot's optimizer for a model, with other `numbers` as settings.
+
+    With bfloat16 it rounds as torch does.
+    """
     kind = RoundingOptimizer if dtype == mx.bfloat16 else Optimizer
     return kind(model, optimizer_config(variant, **numbers), width=model.sizes.width, lr_frac=lr_frac)
 
 
 class RoundingOptimizer(Optimizer):
-    """Orthogonalises as torch does in bfloat16 on a CPU; MLX's own bfloat16 would round the coefficients too."""
+    """An optimizer that orthogonalises as torch does in bfloat16 on a CPU.
+
+    MLX's own bfloat16 would also round the coefficients.
+    """
 
     def move(self, *arguments: Any) -> Any:
         with mock.patch.object(muon, "apply_quintics", apply_rounded):
@@ -245,7 +251,7 @@ def _three_steps(
 
 
 def _changes(file: ParityFile, weights: Arrays, undecided: Arrays, expected: Arrays | None = None) -> dict[str, float]:
-    """Return the relative error of every parameter's change, without elements whose decay hangs on rounding."""
+    """Return the relative error of every parameter's change, without its `undecided` elements."""
     start, expected = file.weights("weights."), file.weights("after3.") if expected is None else expected
     if weights.keys() != expected.keys():
         return {"parameters": float("nan")}
@@ -260,14 +266,14 @@ def _changes(file: ParityFile, weights: Arrays, undecided: Arrays, expected: Arr
 
 
 def _vanishing(file: ParityFile) -> set[str]:
-    """Return the parameters whose gradient is 0 but for rounding."""
+    """Return the parameters whose gradient is 0 except for rounding."""
     norms = {name: float(np.linalg.norm(value)) for name, value in file.weights("grads.").items()}
     total = float(np.sqrt(sum(norm**2 for norm in norms.values())))
     return {name for name, norm in norms.items() if norm < ZERO * total}
 
 
 def _decays(file: ParityFile, weights: Arrays, undecided: Arrays) -> Comparison:
-    """Return how many of the elements whose decay hangs on rounding differ by more than that decay, in three steps."""
+    """Return how many of the `undecided` elements differ by more than their decay in three steps."""
     config, differing, count = optimizer_config(file.variant), [], 0
     for name, hangs in undecided.items():
         expected, rate = file.weights("after3.")[name], config.matrix_lr * aspect_factor(mx.array(weights[name]))
@@ -277,15 +283,15 @@ def _decays(file: ParityFile, weights: Arrays, undecided: Arrays) -> Comparison:
         count += int(hangs.sum())
     elements = sum(hangs.size for hangs in undecided.values())
     if count > FEW * elements:
-        return Comparison("share of elements whose decay hangs on rounding", count / elements, FEW)
-    return exact("elements whose decay hangs on rounding", differing, max(count, 1))
+        return Comparison("share of elements whose decay depends on rounding", count / elements, FEW)
+    return exact("elements whose decay depends on rounding", differing, max(count, 1))
 
 
 def _undecided(file: ParityFile) -> Arrays:
-    """Return for every matrix which elements had, in one of three steps, a step that is 0 but for rounding.
+    """Return for every matrix the elements for which rounding decides whether they decay, in one of three steps.
 
-    jul2026 decays a weight where step and weight have the same sign. Steps are the outcome of five iterations in
-    float32, so below a ten-thousandth of their root mean square their sign is that of rounding errors.
+    jul2026 decays a weight if its step has the same sign. Steps result from five iterations in float32, so rounding
+    decides the sign of those below a ten-thousandth of their root mean square.
     """
     steps: list[np.ndarray[Any, Any]] = []
 
@@ -296,7 +302,7 @@ def _undecided(file: ParityFile) -> Arrays:
 
     model, batch = file.model("weights."), whole_batch(file)
     optimizer = optimizer_of(model, file.variant, mx.float32)
-    one_lane = Lanes([mx.default_stream(mx.default_device())])  # so that matrices of one shape move together
+    one_lane = Lanes([mx.default_stream(mx.default_device())])  # so that matrices of one shape are updated together
     mx.disable_compile()
     optimizer_module.normuon_update = recorded
     try:
@@ -312,7 +318,7 @@ def _undecided(file: ParityFile) -> Arrays:
     for index, names in enumerate(optimizer.muon_shapes.values()):
         for place, name in enumerate(names):
             own = [stacked[place] for stacked in steps[index :: len(optimizer.muon_shapes)]]
-            # A step that is 0, of a unit that never fires, is so for both.
+            # A step of exactly 0, for a unit that never fires, is 0 in nanochat too.
             small = [(step != 0) & (np.abs(step) < 1e-4 * np.sqrt((step**2).mean())) for step in own]
             undecided[name] = np.any(small, axis=0)
     return undecided

@@ -1,4 +1,4 @@
-"""packing_*.json: best-fit rows of documents and of conversations, from nanochat's order of reading."""
+"""packing_*.json: rows packed from documents and from conversations, read in nanochat's order."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ from mlxchat.data.tokens import Address, Array, Tokens
 
 
 class NanochatOrder:
-    """Documents as nanochat reads them: batches that end with their row group, by rank, from a state or the start."""
+    """A source that yields documents in nanochat's order: a batch ends with its row group, and each rank has its own.
+
+    It starts at the case's `resume_state`, if it has one.
+    """
 
     def __init__(self, file: ParityFile, documents: list[Array], case: dict[str, Any]) -> None:
-        """Take encoded documents; nothing is read yet."""
+        """Keep the encoded documents; nothing is read yet."""
         self.epoch = 0
         self._documents = documents
         self._batches = self._read(file.json, case)
@@ -64,11 +67,11 @@ class NanochatOrder:
         return self._documents[address[1]]
 
     def name(self, address: Address) -> str:
-        """Return what people call a document."""
+        """Return the name that messages give a document."""
         return f"document {address[1]}"
 
     def state(self) -> dict[str, Any]:
-        """Return nothing: this source is read once."""
+        """Return an empty state: this source is read only once."""
         return {}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -79,14 +82,14 @@ class NanochatOrder:
 
 
 class InOrder(ShuffledConversations):
-    """Conversations as they come, which nanochat's mixture has shuffled before."""
+    """Conversations in the given order: nanochat's mixture has shuffled them already."""
 
     def _shuffle(self) -> list[int]:
         return list(range(len(self._conversations)))
 
 
 def documents(file: ParityFile) -> Iterator[Line]:
-    """Compare the ids of documents, and rows of them: whole cases, ranks and resumed ones included."""
+    """Compare the token ids of documents, and rows packed from them, also for several ranks and after a resume."""
     file.require("documents", "token_ids", "shard_sizes", "row_group_size", "jul2026_bestfit")
     encoded = file.tokenizer().encode_documents(file.json["documents"])
     yield same(
@@ -100,16 +103,15 @@ def documents(file: ParityFile) -> Iterator[Line]:
     for number, case in enumerate(file.json["jul2026_bestfit"]):
         source = NanochatOrder(file, encoded, case)
         rows = DocumentRows(source, case["T"], case.get("buffer_size", 1000))
-        for inputs, targets in _expected_rows(case["batches"]):
-            got = rows.next_row()
-            pairs.append((f"case {number}", (got[0].tolist(), got[1].tolist()), (inputs, targets)))
+        pairs += _rows(number, rows, case)
     yield same("rows of documents, best fit", pairs)
 
 
 def conversations(file: ParityFile) -> Iterator[Line]:
-    """Compare rows of conversations until the first epoch has been read.
+    """Compare rows of conversations up to the end of the first epoch.
 
-    nanochat lets two epochs share a row, and never places a conversation that is longer than a row; ours cuts it.
+    After that nanochat lets two epochs share a row, and ours does not. Cases with a conversation that is longer than
+    a row, which nanochat never places and ours cuts, are compared in `long_conversations`.
     """
     file.require("conversations", "conversation_lengths", "chat_jul2026")
     values, tokenizer = file.json, file.tokenizer()
@@ -123,7 +125,7 @@ def conversations(file: ParityFile) -> Iterator[Line]:
     for number, case in enumerate(values["chat_jul2026"]):
         used = case["uses_conversations"][case["rank"] :: case["world_size"]]
         if max(lengths[index] for index in used) > case["max_seq_len"] + 1:
-            continue  # below
+            continue
         rows = ConversationRows(
             InOrder(_tokens([rendered[index] for index in used]), 0), padding=tokenizer.bos,
             row_tokens=case["max_seq_len"], buffer_conversations=case["buffer_size"], train_on="assistant",
@@ -138,7 +140,7 @@ def conversations(file: ParityFile) -> Iterator[Line]:
 
 
 def streams(file: ParityFile) -> Iterator[Line]:
-    """Compare rows of one token stream, whose batches share no border: nanochat's pretraining of 2025."""
+    """Compare rows of one token stream, as nanochat pretrained in 2025."""
     file.require("documents", "token_ids", "oct2025_stream")
     encoded = file.tokenizer().encode_documents(file.json["documents"])
     pairs = []
@@ -147,16 +149,15 @@ def streams(file: ParityFile) -> Iterator[Line]:
             "stream", NanochatOrder(file, encoded, case), row_tokens=case["T"], buffer_documents=1,
             batch_rows=case["B"], bos=file.tokenizer().bos,
         )  # fmt: skip
-        for inputs, targets in _expected_rows(case["batches"]):
-            got = rows.next_row()
-            pairs.append((f"case {number}", (got[0].tolist(), got[1].tolist()), (inputs, targets)))
+        pairs += _rows(number, rows, case)
     yield same("rows of one token stream, oct2025", pairs)
 
 
 def conversations_of_2025(file: ParityFile) -> Iterator[Line]:
-    """Compare rows of nanochat's midtraining (one stream, every token a target) and SFT (one conversation in a row).
+    """Compare the rows of nanochat's midtraining and SFT of 2025.
 
-    Its rows of SFT are as long as the batch's longest conversation; ours have one length, with padding up to there.
+    Midtraining packs one stream, in which every token is a target. SFT puts one conversation into each row; nanochat's
+    rows are as long as the longest conversation of the batch, and ours all have the same length, with padding.
     """
     file.require("conversations", "chat_oct2025")
     values, tokenizer = file.json, file.tokenizer()
@@ -166,7 +167,7 @@ def conversations_of_2025(file: ParityFile) -> Iterator[Line]:
         used = case["uses_conversations"]
         used = used[case["rank"] :: case["world_size"]] if "mid_train" not in case["generator"] else used
         packing = "stream" if "max_seq_len" in case else "alone"
-        if packing == "stream":  # the cursor of a rank goes round in steps of the world's size
+        if packing == "stream":  # a rank takes every world_size-th conversation, round and round
             order = [used[(case["rank"] + step * case["world_size"]) % len(used)] for step in range(10 * len(used))]
         else:
             order = used * 3
@@ -182,7 +183,7 @@ def conversations_of_2025(file: ParityFile) -> Iterator[Line]:
 
 
 def _in_order(packing: str, sequences: list[Any], row_tokens: int, case: dict[str, Any], tokenizer: Any) -> RowStream:
-    """Return rows of conversations as they come."""
+    """Return rows packed from rendered conversations in the given order."""
     options = {
         "batch_rows": case.get("device_batch_size", 1), "bos": tokenizer.bos, "row_tokens": row_tokens,
         "assistant_end": tokenizer.assistant_end, "buffer_conversations": 1,
@@ -192,7 +193,7 @@ def _in_order(packing: str, sequences: list[Any], row_tokens: int, case: dict[st
 
 
 def long_conversations(file: ParityFile) -> Iterator[Line]:
-    """Compare rows where conversations are longer than a row, by letting them wait for ever, as nanochat does."""
+    """Compare rows where some conversations are longer than a row, with packing that never places those."""
     values, tokenizer = file.json, file.tokenizer()
     lengths, pairs = values["conversation_lengths"], []
     for number, case in enumerate(values["chat_jul2026"]):
@@ -205,15 +206,13 @@ def long_conversations(file: ParityFile) -> Iterator[Line]:
             padding=tokenizer.bos, row_tokens=case["max_seq_len"], buffer_conversations=case["buffer_size"],
             train_on="assistant",
         )  # fmt: skip
-        for inputs, targets in _expected_rows(case["batches"]):
-            got = rows.next_row()
-            pairs.append((f"case {number}", (got[0].tolist(), got[1].tolist()), (inputs, targets)))
+        pairs += _rows(number, rows, case)
     if pairs:
         yield same("rows where a conversation is longer than a row", pairs)
 
 
 class NeverPlaced(ConversationRows):
-    """Conversations that are longer than a row wait for ever, and epochs share rows, as nanochat has it."""
+    """Packing as in nanochat: conversations longer than a row are never placed, and epochs share rows."""
 
     def _fill(self) -> None:
         while len(self._buffer) < self._wanted:
@@ -229,8 +228,15 @@ def _expected_rows(batches: list[dict[str, Any]]) -> Iterator[tuple[list[int], l
         yield from zip(batch["inputs"], batch["targets"], strict=True)
 
 
+def _rows(number: int, rows: RowStream, case: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield our rows of a case, each with nanochat's."""
+    for expected in _expected_rows(case["batches"]):
+        inputs, targets = rows.next_row()[:2]
+        yield f"case {number}", (inputs.tolist(), targets.tolist()), expected
+
+
 def _tokens(sequences: list[tuple[list[int], list[int]]]) -> Tokens:
-    """Return rendered conversations as sequences in memory."""
+    """Return rendered conversations as `Tokens` in memory."""
     offsets = np.cumsum([0, *(len(ids) for ids, _ in sequences)])
     flat = np.array([id_ for ids, _ in sequences for id_ in ids], dtype=np.uint32)
     return Tokens(offsets, flat, np.array([bit for _, mask in sequences for bit in mask], dtype=np.bool_))

@@ -1,4 +1,4 @@
-"""rl_*.json: advantages, what is trained on, the policy gradient and its update, of both snapshots; pass@k; steps."""
+"""rl_*.json: advantages, trained tokens, policy gradients and updates of both snapshots, multipliers and pass@k."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from mlxchat.training.step import TrainStep
 
 VARIANTS = ("oct2025", "jul2026")
 RELATIVE = 1e-5
-# Of one parameter's gradient: its first values relative to its largest, its sum relative to its 1-norm.
+# For the gradient of one parameter: its first values relative to the largest, its sum relative to its 1-norm.
 PARTS = 1e-4
-# oct2025 orthogonalises in bfloat16, whose roundings alone move the norm of a step by 1 %.
+# oct2025 orthogonalises in bfloat16, whose rounding alone changes the norm of a step by 1 %.
 MATRICES = {"oct2025": 2e-2, "jul2026": 1e-4}
 
 
 def advantages(file: ParityFile) -> Iterator[Line]:
-    """Compare rewards less their mean."""
+    """Compare advantages: rewards minus their mean."""
     file.require("cases")
     errors = {
         f"{case['name']}, example {index}": distance(
@@ -43,7 +43,7 @@ def advantages(file: ParityFile) -> Iterator[Line]:
 
 
 def trained_tokens(file: ParityFile) -> Iterator[Line]:
-    """Compare inputs and targets of the rows that have an advantage; others change nothing and are left out."""
+    """Compare inputs and targets of the rows with an advantage; ours leaves out the others, which have no effect."""
     file.require("cases")
     padding, pairs = file.tokenizer().assistant_end, []
     for case in file.json["cases"]:
@@ -52,7 +52,7 @@ def trained_tokens(file: ParityFile) -> Iterator[Line]:
         inputs = [row for example in case["examples"] for row in example["inputs"]]
         targets = [row for example in case["examples"] for row in example["targets"]]
         for row, index in enumerate(np.flatnonzero(weights)):
-            # Ours are as wide as the longest row of the iteration, nanochat's as that of the example.
+            # Our rows are as wide as the longest of the iteration, nanochat's as the longest of the example.
             length = len(inputs[index])
             width = max(batch.ids.shape[1], length)
             got = (
@@ -65,7 +65,7 @@ def trained_tokens(file: ParityFile) -> Iterator[Line]:
 
 
 def policy_gradient(file: ParityFile) -> Iterator[Line]:
-    """Compare loss and gradients with nanochat's weights, and with ours the loss that its log-probabilities give."""
+    """Compare loss and gradients with nanochat's token weights, and our loss with one from its log-probabilities."""
     file.require("cases")
     padding = file.tokenizer().assistant_end
     for variant in VARIANTS:
@@ -122,7 +122,7 @@ def update(file: ParityFile) -> Iterator[Line]:
             moved = {name: np.asarray(value) - before[name] for name, value in flatten_parameters(model).items()}
             for name, expected in case[variant]["update_norms"].items():
                 if case[variant]["grads"][name]["norm"] < ZERO * case[variant]["grad_norm_total"]:
-                    continue  # AdamW makes a whole step of a gradient that is 0 but for rounding
+                    continue  # AdamW makes a whole step of a gradient that is 0 except for rounding
                 error = abs(np.linalg.norm(moved[name]) / expected - 1) if name in moved else float("inf")
                 (matrices if ".h." in name else rest)[f"{case['name']}: {name}"] = float(error)
         yield largest(f"one step's norm, relative: matrices, {variant}", matrices, MATRICES[variant])
@@ -130,7 +130,7 @@ def update(file: ParityFile) -> Iterator[Line]:
 
 
 def multipliers(file: ParityFile) -> Iterator[Line]:
-    """Compare the rates' factor: 1 − step / num_steps."""
+    """Compare the multiplier of the learning rates, 1 − step / num_steps."""
     file.require("cases")
     errors = {}
     for case in file.json["cases"]:
@@ -141,14 +141,14 @@ def multipliers(file: ParityFile) -> Iterator[Line]:
 
 
 def passes(file: ParityFile) -> Iterator[Line]:
-    """Compare pass@k and numbers of steps, by the formulas that our loops follow."""
+    """Compare pass@k by the formula of our loop."""
     if "pass_at_k" in file.json:
         values = file.json["pass_at_k"]
         outcomes = np.array(values["outcomes"], dtype=bool)
         got = [outcomes[:, :k].any(axis=1).mean() for k in range(1, outcomes.shape[1] + 1)]
         yield Comparison("pass@k, absolute", distance(got, values["pass_at_k"]), 1e-6)
     if "num_steps" in file.json:
-        yield Unchecked("number of steps", "ours counts questions per iteration; a stage's number is its plan's")
+        yield Unchecked("number of steps", "ours counts questions per iteration, and takes the number from the plan")
 
 
 QUANTITIES: tuple[Quantity, ...] = (advantages, trained_tokens, policy_gradient, update, multipliers, passes)
@@ -169,14 +169,14 @@ def _rows(case: dict[str, Any]) -> tuple[list[list[int]], list[Completion], np.n
 def _batch(
     prompts: list[list[int]], completions: list[Completion], advantages: np.ndarray[Any, Any], *, padding: int
 ) -> Batch:
-    """Return the rows of the default recipe."""
+    """Return our batch of these rows with the default recipe."""
     config = RLConfig(loss_divisor="tokens", kl_coefficient=0.0, clip_low=None, clip_high=None)
     rollout = Rollout.of_completions([], prompts, completions, advantages, padding=padding)
     return rollout.batch(policy_loss(rollout.mask, advantages, config).weights, padding=padding)
 
 
 def _nanochat_weights(case: dict[str, Any], batch: Batch, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return nanochat's weights of our rows: normalised by pass, and these averaged."""
+    """Return nanochat's token weights for our rows: normalised within each pass, then averaged over passes."""
     settings, useful = case["settings"], np.flatnonzero(weights)
     found = np.zeros_like(batch.weights)
     rows, samples = settings["device_batch_size"], settings["num_samples"]
@@ -198,7 +198,7 @@ def _passes(case: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
 
 
 def _log_probabilities(model: Any, example: dict[str, Any], number: int, case: dict[str, Any]) -> np.ndarray[Any, Any]:
-    """Return the log-probabilities of a pass's targets (rows, T), 0 where there is none."""
+    """Return the log-probabilities of a pass's targets (rows, T), 0 where a row has no target."""
     rows = case["settings"]["device_batch_size"]
     ids, targets = (np.array(example[key][number * rows : (number + 1) * rows]) for key in ("inputs", "targets"))
     hidden = model.hidden(mx.array(ids)).reshape(-1, model.sizes.width)
@@ -208,7 +208,7 @@ def _log_probabilities(model: Any, example: dict[str, Any], number: int, case: d
 def _gradient_error(got: np.ndarray[Any, Any], values: dict[str, Any], zero: float) -> float:
     """Return the largest of the relative errors of a gradient's norm, sum and first values.
 
-    Below `zero` a gradient is 0 but for rounding, and ours has to be, too.
+    Below `zero` a gradient is 0 except for rounding, and ours must be as well.
     """
     first = np.array(values["first"])
     if values["norm"] < zero:

@@ -1,4 +1,4 @@
-"""schedules_*.json: multipliers, momentum, weight decay, and what follows from a model's size, of both snapshots."""
+"""schedules_*.json: multipliers, momentum, weight decay and the derived hyperparameters of both snapshots."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MULTIPLIER = 1e-9
 VARIANTS = ("oct2025", "jul2026")
 _EXPERIMENTS = {"oct2025": "speedrun_d20", "jul2026": "speedrun_jul2026_d24"}
 
-# nanochat's words for settings, and ours. What a stage's rows and memory are like changes no number.
+# Our names of nanochat's settings. Settings of rows and memory are left out: they change none of the numbers.
 _SETTINGS = {
     "aspect_ratio": "model.aspect_ratio",
     "head_dim": "model.head_width",
@@ -44,12 +44,12 @@ _SCHEDULE = ("warmup_steps", "warmup_ratio", "warmdown_ratio", "final_lr_frac")
 
 
 def schedules(file: ParityFile) -> Iterator[Line]:
-    """Compare the factors at every update. Below 0 nanochat's are taken as 0, which ours never go under."""
+    """Compare the factors at every update, where nanochat's negative ones count as 0, the least that ours can be."""
     file.require(*VARIANTS)
     for variant in VARIANTS:
         errors: dict[str, dict[str, float]] = {"lr_multiplier": {}, "muon_momentum": {}, "weight_decay": {}}
         for number, case in enumerate(file.json[variant]["schedules"]):
-            # SFT and RL have no settings: they fall over all of it.
+            # SFT and RL have no such settings: their rates fall from the first update to the last.
             settings = {"warmdown_ratio": 1.0} | case if case["stage"] != "base" else case
             name = f"{case['stage']} {number}"
             for key, values in _rates(variant, settings, range(case["num_iterations"])).items():
@@ -62,17 +62,17 @@ def schedules(file: ParityFile) -> Iterator[Line]:
 
 
 def progress(file: ParityFile) -> Iterator[Line]:
-    """Compare schedules over progress with ours over updates, of a training so long that both are the same."""
+    """Compare schedules over progress with ours over updates, for a training so long that both agree."""
     file.require(*VARIANTS)
     for variant in VARIANTS:
         multipliers, momenta, reversed_, rises, length = {}, {}, 0, 0, 200_000
         for number, case in enumerate(file.json[variant]["progress_schedules"]):
-            if "commit" in case:  # the first release's reversed one
+            if "commit" in case:  # the first release has a reversed schedule by mistake
                 reversed_ += 1
                 continue
             warmup, warmdown = case.get("warmup_ratio", 0.0), case.get("warmdown_ratio", 0.2)
             for place, expected in zip(case["progress"], case["lr_multiplier"], strict=True):
-                if place < warmup:  # ours counts from the first update's share, nanochat's from nothing
+                if place < warmup:  # nanochat's rise starts at 0, ours at the first update's share
                     rises += 1
                     continue
                 got = lr_multiplier(
@@ -88,13 +88,13 @@ def progress(file: ParityFile) -> Iterator[Line]:
         yield largest(f"multipliers over progress, {variant}", multipliers, MULTIPLIER)
         yield largest(f"momentum of conversations, {variant}", momenta, MULTIPLIER)
         if reversed_:
-            yield Unchecked(f"the first release's reversed schedule, {variant}", "ours has the mended one")
+            yield Unchecked(f"the first release's reversed schedule, {variant}", "ours has the corrected one")
         if rises:
             yield Unchecked(f"the rise over progress, {variant}", "ours rises by updates, from the first one's share")
 
 
 def scripts(file: ParityFile) -> Iterator[Line]:
-    """Compare what whole runs of base_train gave their optimizer at each update."""
+    """Compare the rates that whole runs of base_train gave their optimizer at each update."""
     file.require(*VARIANTS)
     for variant in VARIANTS:
         found: dict[str, float] = {}
@@ -120,7 +120,7 @@ def scripts(file: ParityFile) -> Iterator[Line]:
 
 
 def hyperparameters(file: ParityFile) -> Iterator[Line]:
-    """Compare sizes, counts, horizons, batches and groups at every depth."""
+    """Compare sizes, counts, horizons, batches and optimizer groups at every depth."""
     file.require(*VARIANTS)
     for variant in VARIANTS:
         values = file.json[variant]
@@ -133,7 +133,7 @@ def hyperparameters(file: ParityFile) -> Iterator[Line]:
         groups: dict[str, float] = {}
         for number, (settings, row) in enumerate(cases):
             config = _config(variant, tuple(settings.items()), row["depth"])
-            if "error" in row:  # depths whose heads do not divide the width: ours take the next number that does
+            if "error" in row:  # nanochat refuses a width that its heads do not divide; ours takes more heads
                 made = sizes_of(config.model, config.architecture, settings["vocab_size"])
                 refused.append((f"d{row['depth']}", made.width % made.num_heads + len(find_problems(config)), 0))
                 continue
@@ -164,14 +164,14 @@ QUANTITIES: tuple[Quantity, ...] = (schedules, progress, scripts, hyperparameter
 
 @cache
 def _config(variant: str, settings: tuple[tuple[str, Any], ...], depth: int) -> Config:
-    """Return the configuration that nanochat's settings mean: a snapshot's speedrun with these values."""
+    """Return the configuration of a snapshot's speedrun with nanochat's settings."""
     config, given = _composed(variant, tuple(pair for pair in settings if pair[0] in _SETTINGS)), dict(settings)
     horizons = {
         "num_iterations": given.get("num_iterations", -1),
         "target_flops": given.get("target_flops", -1),
         "tokens_per_parameter": given.get("target_param_data_ratio", -1),
     }
-    # In nanochat all three may be set, and the first counts; jul2026's scaling always looks at the ratio.
+    # In nanochat all three may be set, and the first one that is wins.
     chosen = next((key for key, value in horizons.items() if value > 0), None)
     kept = {key: value if key == chosen else None for key, value in horizons.items()}
     batch = replace(config.pretrain.batch, row_tokens=given.get("max_seq_len", config.pretrain.batch.row_tokens))
@@ -188,13 +188,13 @@ def _composed(variant: str, settings: tuple[tuple[str, Any], ...]) -> Config:
     config = compose_config(overrides).config
     if config.optimizer.scaling is None:
         return config
-    # nanochat's rule has no bound.
+    # nanochat's rule has no upper bound.
     scaling = replace(config.optimizer.scaling, max_weight_decay=None)
     return replace(config, optimizer=replace(config.optimizer, scaling=scaling))
 
 
 def _rates(variant: str, settings: dict[str, Any], iterations: Iterable[int]) -> dict[str, list[float]]:
-    """Return a schedule's factors as our pretraining would take them."""
+    """Return the factors that our pretraining takes from a schedule."""
     config = _composed(variant, tuple((key, settings[key]) for key in _SCHEDULE if key in settings))
     schedule = config.pretrain.schedule
     if settings.get("stage", "base") != "base":
@@ -210,7 +210,7 @@ def _rates(variant: str, settings: dict[str, Any], iterations: Iterable[int]) ->
 
 
 def _integers(sizes: GPTSizes, derived: Hyperparameters, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return our numbers under nanochat's names; those of `params` with a dot."""
+    """Return our numbers under nanochat's names, where `params.` marks those inside `params`."""
     counts, context = count_parameters(sizes), sizes.context_tokens
     total = derived.num_iterations * derived.batch_tokens
     return {
@@ -248,7 +248,7 @@ def _flat(row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
 def _group_errors(
     sizes: GPTSizes, config: Config, derived: Hyperparameters, row: dict[str, Any]
 ) -> Iterator[tuple[str, float]]:
-    """Yield the relative error of every number of every group of nanochat's optimizer; the model is never computed."""
+    """Yield the largest relative error of each group of nanochat's optimizer; the weights are never evaluated."""
     groups = row.get("optimizer_groups", [*row.get("adamw_groups", []), *row.get("muon_groups", [])])
     if not groups:
         return

@@ -1,4 +1,4 @@
-"""tokenizer_*.json and conversation_*.json: merges, encoding and decoding; conversations to ids and masks."""
+"""tokenizer_*.json and conversation_*.json: training, encoding and decoding; token ids and masks of conversations."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.vocabulary import SPLIT_PATTERN
 from mlxchat.errors import DataError
 
-# Where nanochat cuts a conversation, and with it a prompt; ours keeps a prompt's end.
+# nanochat cuts a conversation, and a prompt too, after this many tokens. Ours keeps the end of a prompt.
 _LIMIT = 2048
-# nanochat asks for an assistant's message to leave out; in a chat a prompt ends with the user's.
+# nanochat demands a last message of the assistant, to leave it out. Our prompts may end with the user's.
 _ACCEPTED = ("completion_last_is_user",)
 
 
 def training(file: ParityFile) -> Iterator[Line]:
-    """Compare a tokenizer trained on the file's documents."""
+    """Compare the tokenizer that ours trains on the file's documents."""
     file.require("documents", "doc_cap_chars", "num_documents_used", "vocab_size", "token_bytes", "split_pattern")
     values, tokenizer = file.json, file.tokenizer()
     documents = [text[: values["doc_cap_chars"]] for text in values["documents"][: values["num_documents_used"]]]
@@ -38,7 +38,7 @@ def training(file: ParityFile) -> Iterator[Line]:
 
 
 def encoding(file: ParityFile) -> Iterator[Line]:
-    """Compare ids of texts and texts of ids."""
+    """Compare encoded texts and decoded ids."""
     file.require("encode", "decode", "encode_prepend_append", "encode_batch")
     values, tokenizer = file.json, file.tokenizer()
     cases = values["encode"]
@@ -69,12 +69,14 @@ def encoding(file: ParityFile) -> Iterator[Line]:
 
 
 def small_corpora(file: ParityFile) -> Iterator[Line]:
-    """Compare merges of small corpora: ties, pairs that run out."""
+    """Compare the merges of small corpora, which have ties or run out of pairs."""
     file.require("training_cases")
     pairs: list[tuple[str, Any, Any]] = []
     refused: list[tuple[str, Any, Any]] = []
     for case in file.json["training_cases"]:
-        if case["resulting_vocab_size"] < case["vocab_size"]:  # ours refuses what nanochat makes smaller in silence
+        if (
+            case["resulting_vocab_size"] < case["vocab_size"]
+        ):  # nanochat silently makes a smaller vocabulary; ours refuses
             message = _refusal(lambda case=case: train_tokenizer(case["documents"], case["vocab_size"]))
             refused.append((case["name"], f"only {case['resulting_vocab_size']} tokens" in (message or ""), True))
         tokenizer = train_tokenizer(case["documents"], case["resulting_vocab_size"])
@@ -87,7 +89,7 @@ def small_corpora(file: ParityFile) -> Iterator[Line]:
 
 
 def bytes_of_2025(file: ParityFile) -> Iterator[Line]:
-    """Compare what October 2025 takes for the bytes of a token, those of its text; ours are the raw bytes."""
+    """Compare the bytes of each token as oct2025 counts them, from its text; ours counts the raw bytes."""
     if "token_bytes_oct2025_differences" not in file.json:
         return
     tokenizer = file.tokenizer()
@@ -97,7 +99,7 @@ def bytes_of_2025(file: ParityFile) -> Iterator[Line]:
 
 
 def conversations(file: ParityFile) -> Iterator[Line]:
-    """Compare ids and masks of conversations."""
+    """Compare the ids and the masks of conversations."""
     file.require("cases")
     tokenizer, cases = file.tokenizer(), file.json["cases"]
     rendered = [
@@ -117,7 +119,7 @@ def conversations(file: ParityFile) -> Iterator[Line]:
 
 
 def prompts(file: ParityFile) -> Iterator[Line]:
-    """Compare prompts for the assistant's next message; of long ones ours keeps the end, which nanochat cuts."""
+    """Compare prompts for the assistant's next message; of long ones, the part that nanochat keeps."""
     file.require("cases")
     tokenizer, pairs, cut = file.tokenizer(), [], []
     for case in file.json["cases"]:
@@ -136,7 +138,7 @@ def prompts(file: ParityFile) -> Iterator[Line]:
 
 
 def refusals(file: ParityFile) -> Iterator[Line]:
-    """Compare what is no conversation."""
+    """Compare the refusals of invalid conversations."""
     file.require("errors")
     tokenizer = file.tokenizer()
     calls = {"render_conversation": render_conversation, "render_for_completion": render_for_completion}
@@ -153,7 +155,7 @@ CONVERSATION: tuple[Quantity, ...] = (conversations, prompts, refusals)
 
 
 def _refusal(call: Callable[[], Any]) -> str | None:
-    """Return the message with which bad data is refused; None if it is not."""
+    """Return the message of a refusal, or None if nothing was refused."""
     try:
         call()
     except DataError as error:

@@ -1,4 +1,4 @@
-"""What a comparison with nanochat's values is, and what it may find."""
+"""Comparisons with nanochat's values, and their results."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from typing import Any
 
 import numpy as np
 
-_NAMED = 3  # offenders that a line names
+_NAMED = 3  # differing cases in a line
 
 
 class UnreadableError(Exception):
-    """A file is missing, damaged or of an unknown format; the message is for people."""
+    """A file is missing, damaged or of an unknown format."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One quantity: how far ours is from nanochat's, and how far it may be."""
+    """The error of a quantity, and its tolerance."""
 
     name: str
     error: float
-    """Absolute or relative, as the name says; of exact quantities, how many cases differ."""
+    """Absolute or relative, as in the name; for exact quantities the number of differing cases."""
     tolerance: float
     detail: str = ""
-    """Where the error is."""
+    """The cases with errors."""
 
     @property
     def ok(self) -> bool:
-        """Whether ours is close enough; an error that is no number is not."""
+        """Whether the error is within the tolerance; NaN is not."""
         return self.error <= self.tolerance
 
 
 @dataclass(frozen=True)
 class Unchecked:
-    """A quantity that the file holds and nothing compares yet."""
+    """A quantity of the file that is not compared."""
 
     name: str
     reason: str
@@ -42,11 +42,11 @@ class Unchecked:
 
 Line = Comparison | Unchecked
 Quantity = Callable[[Any], Iterator[Line]]
-"""Compares one quantity, or a few that belong together, of a `ParityFile`."""
+"""Compares one or several related quantities of a `ParityFile`."""
 
 
 def exact(name: str, differing: Sequence[str], count: int) -> Comparison:
-    """Return how many of `count` cases differ; none may, and there must be one."""
+    """Return the number of differing cases; none may differ, and `count` must not be 0."""
     if not count:
         return Comparison(name, float("nan"), 0, "no case was compared")
     named = ", ".join(differing[:_NAMED]) + (", …" if len(differing) > _NAMED else "")
@@ -56,13 +56,23 @@ def exact(name: str, differing: Sequence[str], count: int) -> Comparison:
 
 
 def same(name: str, pairs: Iterable[tuple[str, Any, Any]]) -> Comparison:
-    """Return how many of the cases (what, got, expected) are not equal."""
+    """Return the number of unequal cases (what, got, expected)."""
     cases = [(what, got == expected) for what, got, expected in pairs]
     return exact(name, [what for what, is_equal in cases if not is_equal], len(cases))
 
 
+def matching(name: str, cases: Sequence[Any], compute: Callable[[Any], Any], key: str) -> Comparison:
+    """Return the number of cases for which `compute` does not give the value of `key`."""
+    return same(name, [(str(case)[:60], compute(case), case[key]) for case in cases])
+
+
+def refusing(name: str, cases: Sequence[Any], is_refused: Callable[[Any], bool]) -> Comparison:
+    """Return the number of cases that are not refused."""
+    return exact(name, [str(case)[:60] for case in cases if not is_refused(case)], len(cases))
+
+
 def largest(name: str, differences: Mapping[str, float], tolerance: float) -> Comparison:
-    """Return the largest of the errors; one that is no number is the largest."""
+    """Return the largest error; NaN counts as the largest."""
     if not differences:
         return Comparison(name, float("nan"), tolerance, "nothing was compared")
     where = max(differences, key=lambda key: np.nan_to_num(differences[key], nan=np.inf, posinf=np.inf))

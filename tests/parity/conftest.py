@@ -1,4 +1,4 @@
-"""The comparisons of this folder, importable, and a CPU to make them on."""
+"""Make the modules of this folder importable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file of nanochat's values, the files that belong to it, and what they describe."""
+"""A file of values that nanochat computed, and the tokenizer and models that belong to it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
 
 FOLDER = Path(os.environ.get("MLXCHAT_PARITY") or Path(__file__).resolve().parents[3] / "shared" / "parity")
-"""Where the values are; MLXCHAT_PARITY says otherwise."""
+"""The folder of nanochat's values; the environment variable MLXCHAT_PARITY names another one."""
 
-# How the files call the snapshots.
+# The names that the files use for the snapshots of nanochat.
 _VARIANTS = {"oct": "oct2025", "oct2025": "oct2025", "head": "jul2026", "jul2026": "jul2026"}
 
 
 class ParityFile:
-    """One file, read once, with its companions: the tokenizer and the models of its set."""
+    """One file, read at most once, with access to the tokenizer and the models of its set."""
 
     def __init__(self, path: Path) -> None:
-        """Take a path; nothing is read yet."""
+        """Keep the path; nothing is read yet."""
         self.path = path
         self.kind = path.name.partition("_")[0].partition(".")[0]
 
@@ -41,14 +41,14 @@ class ParityFile:
         """The content of a JSON file.
 
         Raises:
-            UnreadableError: it cannot be read, or is no object.
+            UnreadableError: it cannot be read, or is not an object.
         """
         try:
             data = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UnreadableError(f"{self.path}: cannot be read as JSON ({_reason(error)})") from None
         if not isinstance(data, dict):
-            raise UnreadableError(f"{self.path}: is JSON but no object; expected the format of parity/README.md")
+            raise UnreadableError(f"{self.path}: is JSON but not an object; expected the format of parity/README.md")
         return data
 
     @cached_property
@@ -78,7 +78,7 @@ class ParityFile:
             raise UnreadableError(f"{self.path}: cannot be read as safetensors ({_reason(error)})") from None
 
     def require(self, *keys: str) -> None:
-        """Check that a JSON file has these keys at its top.
+        """Check that a JSON file has these top-level keys.
 
         Raises:
             UnreadableError: it lacks some.
@@ -92,11 +92,11 @@ class ParityFile:
     def companion(self, stem: str, suffix: str) -> ParityFile:
         """Return another file of the same set, such as `tokenizer`, '.json' of engine_b.json: tokenizer_b.json.
 
-        It is looked for beside this file by the end of its name, then by what this file's `about` names, and then
-        where nanochat's values are.
+        Its name ends as this file's does, or is the one that this file's `about` mentions. It is looked for beside
+        this file first, and then in `FOLDER`.
 
         Raises:
-            UnreadableError: there is none.
+            UnreadableError: it is missing.
         """
         ends = [self.path.stem.rpartition("_")[2], self.path.stem.partition("_")[2]]
         names = [f"{stem}_{end}{suffix}" for end in ends]
@@ -106,13 +106,13 @@ class ParityFile:
             for name in names:
                 if (folder / name).is_file():
                     return ParityFile(folder / name)
-        raise UnreadableError(f"{self.path}: needs {names[0]} beside it, which is not there")
+        raise UnreadableError(f"{self.path}: needs {names[0]}, which is not beside it")
 
     def tokenizer(self) -> Tokenizer:
         """Return the tokenizer of this file's set (of the file itself, if it is one).
 
         Raises:
-            UnreadableError: there is none, or it is damaged.
+            UnreadableError: it is missing or damaged.
         """
         file = self if self.kind == "tokenizer" else self.companion("tokenizer", ".json")
         file.require("mergeable_ranks_base64", "special_tokens")
@@ -126,20 +126,20 @@ class ParityFile:
         return tokenizer
 
     def core_model(self, variant: str) -> GPT:
-        """Return the tiny trained model of this file's set, of one snapshot.
+        """Return the tiny trained model of one snapshot from this file's set.
 
         Raises:
-            UnreadableError: there is none, or it is damaged.
+            UnreadableError: it is missing or damaged.
         """
         stem = "core_model" if variant == "oct2025" else f"core_model_{variant}"
         return self.companion(stem, ".safetensors").model("")
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """nanochat's sizes, from the metadata.
+        """The sizes of the model as nanochat names them, from the metadata.
 
         Raises:
-            UnreadableError: there are none.
+            UnreadableError: the metadata lacks them.
         """
         try:
             config = json.loads(self.metadata["config"])
@@ -154,10 +154,10 @@ class ParityFile:
 
     @cached_property
     def variant(self) -> str:
-        """Which snapshot a model is of: oct2025 or jul2026; without a word about it, by its weights.
+        """The snapshot of a model, oct2025 or jul2026: from the metadata, or else from the names of the weights.
 
         Raises:
-            UnreadableError: it says another one.
+            UnreadableError: the metadata names another snapshot.
         """
         said = self.metadata.get("variant")
         if said is None:
@@ -168,10 +168,10 @@ class ParityFile:
 
     @cached_property
     def sizes(self) -> GPTSizes:
-        """The sizes of a model.
+        """The sizes of a model as ours.
 
         Raises:
-            UnreadableError: the file does not say them.
+            UnreadableError: the metadata lacks them.
         """
         config = self.config
         features = architecture_features(self.variant)
@@ -190,7 +190,7 @@ class ParityFile:
         """Return a model with the weights under a prefix.
 
         Raises:
-            UnreadableError: names or shapes of the weights are not those of the model that the file describes.
+            UnreadableError: the names or shapes of the weights do not fit the model that the file describes.
         """
         model, weights = GPT(self.sizes), self.weights(prefix)
         wanted = {name: value.shape for name, value in flatten_parameters(model).items()}
@@ -207,7 +207,7 @@ class ParityFile:
 
 
 def architecture_features(variant: str) -> dict[str, Any]:
-    """Return what conf/architecture says of a snapshot, as fields of GPTSizes."""
+    """Return the settings of conf/architecture for a snapshot, as fields of GPTSizes."""
     architecture: ArchitectureConfig = compose_config([f"architecture={variant}"]).config.architecture
     features = {
         key: value for key, value in vars(architecture).items() if key not in ("name", "whole_heads", "dropout")

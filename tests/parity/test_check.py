@@ -1,4 +1,4 @@
-"""`check.py` notices altered values of every kind, and says plainly what it cannot read."""
+"""`check.py` fails on altered values of every kind, and reports files that it cannot read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Alter = Callable[[Any], Any]
 
 
 def failures(path: Path, quantity: str) -> list[str]:
-    """Return the names of a quantity's lines that do not agree."""
+    """Return the names of a quantity's failed lines."""
     file = check.open_file(path)
     (compared,) = (each for each in check.QUANTITIES[file.kind] if each.__name__ == quantity)
     return [line.name for line in check.compare(file, compared) if isinstance(line, Comparison) and not line.ok]
@@ -165,7 +165,7 @@ TENSORS: dict[str, tuple[str, str, float]] = {
 
 
 def first_of_each(altered: dict[str, tuple[str, str, Any]]) -> list[Any]:
-    """Return parameters of which all but the first of each quantity are slow."""
+    """Return one parameter per alteration; all but the first of each quantity are marked slow."""
     quantities = [(pattern, quantity) for pattern, quantity, _ in altered.values()]
     return [
         pytest.param(what, marks=[] if quantities.index(each) == number else [pytest.mark.slow])
@@ -177,17 +177,17 @@ def original(pattern: str) -> Path:
     """Return the first file of a pattern, or skip the test."""
     found = sorted(FOLDER.glob(pattern)) if FOLDER.is_dir() else []
     if not found:
-        pytest.skip("nanochat's values are not here")
+        pytest.skip("nanochat's values are missing")
     return found[0]
 
 
 @pytest.mark.parametrize("what", first_of_each(JSON))
-def test_an_altered_json_value_fails(what: str, tmp_path: Path) -> None:
+def test_altered_json_value_fails(what: str, tmp_path: Path) -> None:
     kind, quantity, alter = JSON[what]
     path = original(f"{kind}_*.json")
     values = json.loads(path.read_text(encoding="utf-8"))
     alter(values)
-    altered = tmp_path / path.name  # its companions are found where the values are
+    altered = tmp_path / path.name  # the tokenizer and models are then read from FOLDER
     altered.write_text(json.dumps(values), encoding="utf-8")
     assert failures(altered, quantity)
 
@@ -196,7 +196,7 @@ def test_an_altered_json_value_fails(what: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "what", first_of_each({what: ("", quantity, change) for what, (_, quantity, change) in TENSORS.items()})
 )
-def test_an_altered_tensor_fails(what: str, variant: str, tmp_path: Path) -> None:
+def test_altered_tensor_fails(what: str, variant: str, tmp_path: Path) -> None:
     name, quantity, change = TENSORS[what]
     path = original(f"nanochat_{variant}_*.safetensors")
     file, values = ParityFile(path), load_file(path)
@@ -216,7 +216,7 @@ def test_altered_counts_fail(variant: str, tmp_path: Path) -> None:
     assert failures(altered, "counts") == ["FLOPs per token"]
 
 
-def test_no_line_agrees_with_what_is_no_number_or_with_nothing() -> None:
+def test_nan_or_no_case_fails() -> None:
     assert not Comparison("", float("nan"), 1.0).ok
     assert not largest("", {"a": 0.0, "b": float("nan")}, 1.0).ok
     assert not largest("", {}, 1.0).ok
@@ -227,7 +227,7 @@ def test_no_line_agrees_with_what_is_no_number_or_with_nothing() -> None:
 
 
 def write_own(path: Path, variant: str, **sizes: Any) -> None:
-    """Write a file as nanochat's are, of our own numbers."""
+    """Write a file in the format of nanochat's, with values that our own code computes."""
     rng, config = np.random.default_rng(0), {"sequence_len": 160, **sizes}
     features = architecture_features(variant)
     if "window_pattern" in config:
@@ -271,7 +271,7 @@ def write_own(path: Path, variant: str, **sizes: Any) -> None:
     values |= {f"weights.{name}": value for name, value in weights.items()}
     values |= {f"grads.{name}": value for name, value in gradients.items()}
     values |= {f"after3.{name}": np.asarray(value) for name, value in flatten_parameters(model).items()}
-    # safetensors writes the bytes of an array as they lie.
+    # safetensors ignores the strides of an array.
     save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, path, metadata=metadata)
 
 
@@ -298,7 +298,7 @@ def write_own(path: Path, variant: str, **sizes: Any) -> None:
 def test_files_of_other_sizes_are_compared(
     variant: str, sizes: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The values are our own, so this is about reading the sizes, not about agreement."""
+    """The values are our own, so this tests how the sizes are read, not whether we agree with nanochat."""
     path = tmp_path / f"nanochat_{variant}_zz.safetensors"
     write_own(path, variant, **sizes)
     assert check.main([str(path)]) == 0, capsys.readouterr().out
@@ -313,12 +313,12 @@ def test_files_of_other_sizes_are_compared(
         ("mystery_a.json", "{}", "unknown format; expected a name like nanochat_*"),
         ("bpb_a.txt", "{}", "unknown format"),
         ("rl_a.json", "{", "cannot be read as JSON"),
-        ("rl_a.json", "[]", "is JSON but no object"),
+        ("rl_a.json", "[]", "is JSON but not an object"),
         ("nanochat_oct2025_a.safetensors", "no tensors", "cannot be read as safetensors"),
         *((f"{kind}_a.json", "{}", "format of") for kind in check.QUANTITIES if kind != "nanochat"),
     ],
 )
-def test_what_is_no_parity_file_is_said_in_one_line(
+def test_unreadable_file_is_reported_in_one_line(
     name: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / name
@@ -330,26 +330,26 @@ def test_what_is_no_parity_file_is_said_in_one_line(
     assert message in told[0]
 
 
-def test_tensors_without_metadata_are_said_to_lack_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_metadata_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "nanochat_b.safetensors"
     save_file({"ids": np.zeros((1, 2), np.int32)}, path)
     assert check.main([str(path)]) == 2
     assert "has no config of a nanochat model" in capsys.readouterr().err
 
 
-def test_it_runs_from_any_folder_and_says_which_file_is_missing(tmp_path: Path) -> None:
+def test_check_runs_from_any_folder_and_names_a_missing_file(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(check.__file__)), "nanochat_none.safetensors"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: nanochat_none.safetensors: there is no such file\n"
+    assert done.stderr == "error: nanochat_none.safetensors: no such file\n"
 
 
-def test_without_a_file_it_says_how_it_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_argument_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert check.main([]) == 2
     assert "check.py FILE..." in capsys.readouterr().out
 
 
-def test_quantities_that_nothing_compares_are_said_and_fail_nothing(
+def test_unchecked_quantity_is_shown_and_does_not_fail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "core_q.json"
@@ -357,13 +357,11 @@ def test_quantities_that_nothing_compares_are_said_and_fail_nothing(
     monkeypatch.setitem(check.QUANTITIES, "core", (lambda file: iter([Unchecked("the CORE metric", "no time")]),))
     assert check.main([str(path)]) == 0
     assert "the CORE metric" in (told := capsys.readouterr().out)
-    assert "not checked yet" in told
+    assert "not compared" in told
     assert "ok" not in check.show(Unchecked("a", "b"))
 
 
-def test_what_our_code_refuses_is_a_failure_and_no_traceback(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exception_of_our_code_is_a_failed_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tasks_q.json"
     path.write_text('{"calculator": [{"expr": "1+1"}]}', encoding="utf-8")
     assert check.main([str(path)]) == 1

@@ -1,6 +1,6 @@
-"""mlxchat agrees with the values that nanochat's own code computed, or departs from them as we say.
+"""mlxchat agrees with the values that nanochat's own code computed, except for the differences we document.
 
-The comparisons are those of `check.py`; their tolerances are what the values' own README expects of float32.
+The comparisons are those of `check.py`, with the tolerances that the README of the values expects of float32.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from comparison import Comparison, Quantity
 from parity_file import FOLDER, ParityFile
 
 FILES = sorted(path for path in FOLDER.glob("*_*") if path.suffix in SUFFIXES) if FOLDER.is_dir() else []
-ABSENT = pytest.mark.skip(reason="nanochat's values are not here; MLXCHAT_PARITY says where they are")
+ABSENT = pytest.mark.skip(reason="nanochat's values are missing; MLXCHAT_PARITY names their folder")
 
 
 def cases() -> list[Any]:
-    """Return every quantity of every file."""
+    """Return a parameter for every quantity of every file."""
     found = [
         pytest.param(path, quantity, id=f"{path.stem}-{quantity.__name__}")
         for path in FILES
@@ -28,7 +28,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("path", "quantity"), cases())
-def test_nanochats_values_are_met(path: Path, quantity: Quantity) -> None:
+def test_quantity_agrees_with_nanochat(path: Path, quantity: Quantity) -> None:
     lines = list(compare(open_file(path), quantity))
     assert [show(line) for line in lines if isinstance(line, Comparison) and not line.ok] == []
 
@@ -36,5 +36,5 @@ def test_nanochats_values_are_met(path: Path, quantity: Quantity) -> None:
 @pytest.mark.parametrize(
     "path", [pytest.param(path, id=path.name) for path in FILES] or [pytest.param(None, marks=ABSENT)]
 )
-def test_every_file_is_of_a_known_kind(path: Path) -> None:
+def test_file_has_a_known_format(path: Path) -> None:
     assert QUANTITIES[open_file(path).kind]
