@@ -1,4 +1,4 @@
-"""The remedy for MLX's Linux CPU wheel: loaded in time, told about, and never in the way."""
+"""The remedy for MLX's Linux CPU wheel: loaded before MLX, reported, and harmless where it fails."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 
 from mlxchat.cpu import runtime
 
-linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel needs a BLAS from outside")
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel needs another BLAS")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a fresh interpreter, where nothing of MLX or mlxchat is imported yet."""
+    """Run code in a new interpreter."""
     inherited = {key: value for key, value in os.environ.items() if key != "MLXCHAT_BLAS"}
     return subprocess.run(
         [sys.executable, "-c", code],
@@ -39,7 +39,7 @@ def test_importing_mlxchat_imports_neither_mlx_nor_numpy() -> None:
 
 
 @linux_only
-def test_the_first_import_of_mlx_loads_the_packaged_openblas() -> None:
+def test_importing_mlx_loads_the_packaged_openblas() -> None:
     pytest.importorskip("ngsolve_openblas" if os.uname().machine == "x86_64" else "cmeel")
     code = (
         "import sys, mlxchat, mlx.core; from mlxchat.cpu.runtime import remedy; print(remedy().library); "
@@ -47,11 +47,11 @@ def test_the_first_import_of_mlx_loads_the_packaged_openblas() -> None:
     )
     library, hooked = output_of(code).splitlines()
     assert "openblas" in library
-    assert hooked == "False", "the hook goes once MLX is imported"
+    assert hooked == "False", "the hook removes itself"
 
 
 @linux_only
-def test_mlx_imported_first_is_told_how_to_mend_it() -> None:
+def test_importing_mlx_first_is_reported() -> None:
     code = "import mlx.core, mlxchat; from mlxchat.cpu.runtime import remedy; print(remedy().reason)"
     assert "import mlxchat first" in output_of(code)
 
@@ -60,13 +60,13 @@ PRODUCT = "import mlxchat, mlx.core as mx; print(int((mx.ones((64, 64)) @ mx.one
 
 
 @linux_only
-def test_off_leaves_mlx_its_own_blas_which_computes_the_same() -> None:
+def test_off_keeps_mlx_own_blas() -> None:
     code = f"{PRODUCT}; from mlxchat.cpu.runtime import remedy; print(remedy().library, remedy().reason)"
     assert output_of(code, MLXCHAT_BLAS="off") == f"{64**3}\nNone switched off by MLXCHAT_BLAS=off"
 
 
 @linux_only
-def test_a_named_library_that_is_missing_warns_what_to_do_and_mlx_still_computes() -> None:
+def test_missing_library_warns_and_mlx_computes() -> None:
     done = run_python(PRODUCT, MLXCHAT_BLAS="/nowhere/libopenblas.so")
     assert done.stdout.strip() == str(64**3)
     assert "/nowhere/libopenblas.so" in done.stderr
@@ -74,13 +74,13 @@ def test_a_named_library_that_is_missing_warns_what_to_do_and_mlx_still_computes
 
 
 @linux_only
-def test_threads_of_a_named_library_that_is_no_openblas_are_left_alone() -> None:
+def test_threads_of_another_library_are_not_set() -> None:
     code = f"{PRODUCT}; from mlxchat.cpu import runtime; runtime.set_blas_threads(1); print(runtime.blas_threads())"
     assert output_of(code, MLXCHAT_BLAS="libm.so.6") == f"{64**3}\nNone"
 
 
 @linux_only
-def test_the_thread_count_is_what_was_set() -> None:
+def test_thread_count_can_be_set() -> None:
     before = runtime.blas_threads()
     if before is None:
         pytest.skip("no OpenBLAS here")

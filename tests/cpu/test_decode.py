@@ -1,4 +1,4 @@
-"""The CPU's decoder against the model that it decodes."""
+"""The CPU's decoder equals the model."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def test_the_decoder_agrees_with_the_model(architecture: str) -> None:
 
 
 @pytest.mark.parametrize("place", ["MLP", "Attention", "Block"])
-def test_a_changed_model_is_decoded_through_itself(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: after an edit of `model/gpt.py` a CPU sampled from the former formulas without a word."""
+def test_changed_model_is_decoded_through_itself(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an edit of `model/gpt.py` the decoder must not sample from the old formulas."""
     layer = getattr(gpt, place)
     former = layer.__call__
 
@@ -45,8 +45,8 @@ def test_a_changed_model_is_decoded_through_itself(place: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("vocab_size", [16, 100, 127, 280])
-def test_logits_of_vocabularies_that_are_no_whole_blocks(vocab_size: int) -> None:
-    """Bug: where a core's part of the vocabulary was no multiple of 64, zeros stood between the logits."""
+def test_logits_of_vocabularies_of_any_size(vocab_size: int) -> None:
+    """A core's part of the vocabulary need not be a multiple of 64."""
     model = make_model(vocab_size=vocab_size)
     slots = Slots(make_decoder(model))
     slots.reserve(1, 1)

@@ -1,6 +1,6 @@
-"""Kernels compiled for this machine: flags reach the compiler, kernels get a folder of their own, nothing else moves.
+"""Kernels compiled for this CPU: the compiler gets the flags, kernels get a private folder, nothing else changes.
 
-Each test is a fresh process with a home folder of its own.
+Each test runs new processes with an empty home folder.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from mlxchat.cpu import runtime as jit
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linux wheel compiles with g++"),
-    pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ here"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"),
 ]
 
 # A chain that fuses, so that MLX compiles a kernel; its value is known.
 KERNEL = "import mlxchat, mlx.core as mx; print(mx.compile(lambda x: (x * 2 + 1) * x)(mx.array([3.0])).item()); "
 START = "import mlxchat, mlx.core; "
 REMEDY = "from mlxchat.cpu.runtime import remedy; print(remedy().compiler); "
-SAYS = "as MLX does"
 
 Run = Callable[..., list[str]]
 
 
 def plain_path() -> str:
-    """PATH without the folder that this very process may have put in front of it."""
+    """Return PATH without the folder that this process may have prepended."""
     folders = os.environ["PATH"].split(os.pathsep)
     return os.pathsep.join(folder for folder in folders if not folder.endswith("mlxchat-compiler"))
 
@@ -46,7 +45,7 @@ def write_script(path: Path, text: str) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     def run(code: str, **environment: str) -> list[str]:
-        """Return the lines that code prints in a fresh interpreter, in which nothing is imported yet."""
+        """Return the lines that code prints in a new interpreter."""
         (tmp_path / "home").mkdir(exist_ok=True)
         (tmp_path / "tmp").mkdir(exist_ok=True)
         inherited = {
@@ -67,24 +66,35 @@ def kernels_below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*.so") if not path.name.startswith("thin-")]
 
 
-def test_kernels_land_in_the_users_cache_and_compute(run: Run, tmp_path: Path) -> None:
+def test_kernels_are_in_the_users_cache_with_a_precompiled_header(run: Run, tmp_path: Path) -> None:
     assert run(KERNEL + REMEDY) == ["21.0", " ".join(jit._FLAGS)]
     folder = tmp_path / "home" / ".cache" / "mlxchat" / "kernels"
     (private,) = folder.iterdir()
-    assert private.stat().st_mode & 0o077 == 0, "others must not be able to put code there"
+    assert private.stat().st_mode & 0o077 == 0, "others must not be able to write code there"
     assert kernels_below(private)
     assert not kernels_below(tmp_path / "tmp")
     assert [path.suffix for path in private.glob("thin-*")] == [".so"]
+    # A precompiled header gives the same machine code.
+    (header,), (script,) = private.rglob("*.gch"), private.rglob("g++")
+    source = next(private.rglob("*.cpp"))
+    include = Path(mx.__file__).parent / "include"
+    texts = []
+    for compiler in ([str(script)], [str(shutil.which("g++", path=plain_path())), *jit._FLAGS]):
+        command = [*compiler, *jit._MLX_FLAGS, "-w", "-S", "-H", f"-I{include}", str(source), "-o", "-"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        texts.append(done.stdout)
+        assert (f"! {header}" in done.stderr) is (compiler[0] == str(script))
+    assert texts[0] == texts[1]
 
 
-def test_the_cache_is_where_xdg_says(run: Run, tmp_path: Path) -> None:
+def test_cache_follows_xdg_cache_home(run: Run, tmp_path: Path) -> None:
     run(START, XDG_CACHE_HOME=str(tmp_path / "cache"))
     assert len(list((tmp_path / "cache" / "mlxchat" / "kernels").iterdir())) == 1
     assert not (tmp_path / "home" / ".cache").exists()
 
 
-def test_the_compiler_is_called_once_with_the_flags(run: Run, tmp_path: Path) -> None:
-    """By a compiler that writes down what it was called with. A second process finds everything made."""
+def test_kernels_are_compiled_once_with_the_flags(run: Run, tmp_path: Path) -> None:
+    """By a compiler that logs its arguments. A second process compiles nothing."""
     log, real = tmp_path / "calls", shutil.which("g++", path=plain_path())
     write_script(tmp_path / "bin" / "g++", f'echo "$@" >> "{log}"; exec "{real}" "$@"')
     path = f"{tmp_path / 'bin'}{os.pathsep}{plain_path()}"
@@ -96,22 +106,7 @@ def test_the_compiler_is_called_once_with_the_flags(run: Run, tmp_path: Path) ->
     assert [call for call in log.read_text().splitlines()[len(calls) :] if "--version" not in call] == []
 
 
-def test_kernels_are_compiled_from_a_precompiled_header_to_the_same_code(run: Run, tmp_path: Path) -> None:
-    run(KERNEL)
-    cache = tmp_path / "home" / ".cache" / "mlxchat" / "kernels"
-    (header,), (script,) = cache.rglob("*.gch"), cache.rglob("g++")
-    source = next(cache.rglob("*.cpp"))
-    include = Path(mx.__file__).parent / "include"
-    texts = []
-    for compiler in ([str(script)], [str(shutil.which("g++", path=plain_path())), *jit._FLAGS]):
-        command = [*compiler, *jit._MLX_FLAGS, "-w", "-S", "-H", f"-I{include}", str(source), "-o", "-"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        texts.append(done.stdout)
-        assert (f"! {header}" in done.stderr) is (compiler[0] == str(script))
-    assert texts[0] == texts[1]
-
-
-def test_a_child_process_does_not_stack_a_second_wrapper(run: Run) -> None:
+def test_child_process_adds_no_second_wrapper(run: Run) -> None:
     code = (
         "import mlxchat, mlx.core, os, subprocess, sys; "
         'code = \'import mlxchat, mlx.core, os; print(os.environ["PATH"], os.environ["TMPDIR"])\'; '
@@ -128,17 +123,13 @@ def test_off_leaves_the_environment_alone(run: Run, tmp_path: Path, switch: str)
     code = "import os; before = dict(os.environ); import mlxchat, mlx.core; " + (
         "print([before[key] == os.environ[key] for key in ('PATH', 'TMPDIR')]); "
     )
-    assert run(code + KERNEL, **{switch: "off"}) == ["[True, True]", "21.0"]
+    *lines, compiler = run(code + KERNEL + REMEDY, **{switch: "off"})
+    assert lines == ["[True, True]", "21.0"]
+    assert compiler == "as MLX does" + ": switched off by MLXCHAT_JIT_FLAGS=off" * (switch == "MLXCHAT_JIT_FLAGS")
     assert not (tmp_path / "home" / ".cache").exists()
 
 
-def test_off_is_said(run: Run) -> None:
-    assert run("import mlxchat, mlx.core; " + REMEDY, MLXCHAT_JIT_FLAGS="off") == [
-        "as MLX does: switched off by MLXCHAT_JIT_FLAGS=off"
-    ]
-
-
-def test_without_a_compiler_it_says_so_and_changes_nothing(run: Run, tmp_path: Path) -> None:
+def test_missing_compiler_is_reported(run: Run, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     code = (
         "import os; before = dict(os.environ); from mlxchat.cpu.runtime import install_compiler_flags; "
@@ -147,23 +138,23 @@ def test_without_a_compiler_it_says_so_and_changes_nothing(run: Run, tmp_path: P
     assert run(code, PATH=str(tmp_path / "empty")) == ["no g++: element-wise operations are not fused", "True"]
 
 
-def test_a_compiler_that_refuses_the_flags_is_used_as_mlx_does(run: Run, tmp_path: Path) -> None:
+def test_compiler_that_rejects_the_flags_gets_none(run: Run, tmp_path: Path) -> None:
     real = shutil.which("g++", path=plain_path())
     write_script(tmp_path / "bin" / "g++", f'case "$*" in *-march=native*) exit 1;; esac; exec "{real}" "$@"')
     path = f"{tmp_path / 'bin'}{os.pathsep}{plain_path()}"
-    result, said = run(KERNEL + REMEDY, PATH=path)
+    result, compiler = run(KERNEL + REMEDY, PATH=path)
     assert result == "21.0"
-    assert said.startswith(SAYS)
+    assert compiler.startswith("as MLX does")
     assert run("import mlxchat, mlx.core, os; print(os.environ['PATH'])", PATH=path) == [path]
 
 
-def test_a_cache_that_cannot_be_written_gives_a_temporary_folder(run: Run, tmp_path: Path) -> None:
+def test_unwritable_cache_gives_a_temporary_folder(run: Run, tmp_path: Path) -> None:
     assert run(START + REMEDY, XDG_CACHE_HOME="/dev/null") == [" ".join(jit._FLAGS)]
     (folder,) = (tmp_path / "tmp").glob("mlxchat-kernels-*")
     assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_pythons_own_temporary_folder_stays_where_it_was(run: Run, tmp_path: Path) -> None:
+def test_temporary_folder_of_python_is_unchanged(run: Run, tmp_path: Path) -> None:
     code = "import mlxchat, mlx.core, os, tempfile; print(tempfile.gettempdir()); print(os.environ['TMPDIR'])"
     python, mlx = run(code)
     assert python == str(tmp_path / "tmp")
@@ -171,7 +162,7 @@ def test_pythons_own_temporary_folder_stays_where_it_was(run: Run, tmp_path: Pat
 
 
 def test_another_compiler_gets_another_folder(run: Run, tmp_path: Path) -> None:
-    """Kernels that one compiler made are not taken for those of another."""
+    """Kernels of one compiler are not reused for another."""
     real = shutil.which("g++", path=plain_path())
     for name in ("one", "other"):
         write_script(tmp_path / name / "g++", f'exec "{real}" "$@"')

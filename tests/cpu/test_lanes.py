@@ -1,4 +1,4 @@
-"""Lanes: rows are dealt out once, calls stay on their streams, and threads of products come back."""
+"""Lanes: each row is dealt once, calls run on their streams, and BLAS threads are restored."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def threads_as_before() -> Iterator[None]:
 
 
 def lanes_of(count: int) -> Lanes:
-    """So many lanes, whatever the machine has."""
+    """Return this number of lanes on any machine."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "blas_threads", lambda: count)
         return make_lanes()
 
 
 class Dealer(Lanes):
-    """Deals for so many lanes without making their streams."""
+    """Lanes without streams of their own."""
 
     def __init__(self, count: int) -> None:
         self.streams = [mx.default_stream(mx.cpu)] * count
 
 
 @given(st.integers(1, 40), st.integers(1, 200))
-def test_rows_are_dealt_exactly_once_in_equal_parts(num_lanes: int, rows: int) -> None:
+def test_rows_are_dealt_once_in_equal_parts(num_lanes: int, rows: int) -> None:
     parts = Dealer(num_lanes).deal(rows)
     assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
     sizes = [part.stop - part.start for part in parts]
@@ -48,11 +48,11 @@ def test_rows_are_dealt_exactly_once_in_equal_parts(num_lanes: int, rows: int) -
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 2), (3, 3), (64, 16)])
-def test_there_is_a_lane_for_each_core_up_to_sixteen(cores: int, expected: int) -> None:
+def test_one_lane_per_core_up_to_sixteen(cores: int, expected: int) -> None:
     assert len(lanes_of(cores)) == expected
 
 
-def test_the_plain_path_and_a_machine_without_our_blas_have_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_path_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtime, "blas_threads", lambda: None)
     assert len(make_lanes()) == 1
     monkeypatch.setattr(runtime, "blas_threads", lambda: 8)
@@ -60,24 +60,24 @@ def test_the_plain_path_and_a_machine_without_our_blas_have_one_lane(monkeypatch
     assert len(make_lanes()) == 1
 
 
-def test_the_first_lane_is_the_default_stream_and_no_two_are_the_same() -> None:
+def test_lanes_are_distinct_streams_beginning_with_the_default() -> None:
     streams = lanes_of(3).streams
     assert streams[0] == mx.default_stream(mx.default_device())
     assert len({str(stream) for stream in streams}) == 3
 
 
-def test_results_come_in_the_order_of_the_calls_each_from_its_own_stream() -> None:
+def test_calls_run_on_their_streams_in_order() -> None:
     three = lanes_of(3)
     seen = three.run([partial(lambda index: (index, mx.default_stream(mx.default_device())), i) for i in range(3)])
     assert seen == list(enumerate(three.streams))
     assert mx.default_stream(mx.default_device()) == three.streams[0]
 
 
-def test_fewer_calls_than_lanes_take_the_first_lanes() -> None:
+def test_fewer_calls_use_the_first_lanes() -> None:
     assert len(lanes_of(3).run([lambda: 1, lambda: 2])) == 2
 
 
-def test_lanes_compute_what_one_stream_does() -> None:
+def test_lanes_equal_one_stream() -> None:
     x = np.random.default_rng(0).normal(size=(6, 20, 30)).astype(np.float32)
     two = lanes_of(2)
     parts = two.run(
@@ -91,29 +91,20 @@ needs_openblas = pytest.mark.skipif(runtime.blas_threads() is None, reason="no O
 
 
 @needs_openblas
-def test_products_have_one_thread_while_lanes_are_at_work_and_all_afterwards() -> None:
-    runtime.set_blas_threads(2)
-    with lanes_of(2).sharing(2):
+def test_products_have_one_thread_while_several_lanes_compute() -> None:
+    def fail() -> None:
         assert runtime.blas_threads() == 1
-    assert runtime.blas_threads() == 2
+        raise ZeroDivisionError
 
-
-@needs_openblas
-def test_one_part_alone_has_all_threads() -> None:
     runtime.set_blas_threads(2)
     with lanes_of(2).sharing(1):
         assert runtime.blas_threads() == 2
-
-
-@needs_openblas
-def test_threads_come_back_after_an_error() -> None:
-    runtime.set_blas_threads(2)
     with pytest.raises(ZeroDivisionError), lanes_of(2).sharing(2):
-        raise ZeroDivisionError
+        fail()
     assert runtime.blas_threads() == 2
 
 
-def test_lanes_made_again_and_again_take_no_more_threads() -> None:
-    """A server that loads models in turn, and every evaluation, make lanes."""
+def test_lanes_reuse_their_streams() -> None:
+    """Every evaluation, and every model that a server loads, creates lanes."""
     first = make_lanes()
     assert [make_lanes().streams for _ in range(3)] == [first.streams] * 3

@@ -1,4 +1,4 @@
-"""Causal attention equals the textbook's, in values and gradients, whatever the number of tokens.
+"""Causal attention equals softmax attention in float64, in values and gradients.
 
 Shapes: B batch, H query heads, K key/value heads, T tokens, D head width.
 """
@@ -11,14 +11,14 @@ import pytest
 
 from mlxchat.ops.attention import causal_attention
 
-# One token, a part of a block of 128, just below, at and above its end, and several blocks with a rest.
+# One token, part of a block of 128, around its end, and several blocks with a rest.
 LENGTHS = [1, 5, 127, 128, 129, 256, 300]
 # The exponential is within 6e-6, float32 sums of a few hundred products within about as much again.
 TOLERANCE = 2e-5
 
 
 def normalised(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """Heads as the model makes them: random, with a root mean square of 1."""
+    """Return random heads with a root mean square of 1, as in the model."""
     x = rng.normal(size=shape)
     return (x / np.sqrt((x**2).mean(-1, keepdims=True))).astype(np.float32)
 
@@ -68,23 +68,26 @@ def relative_norm(got: mx.array, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("tokens", LENGTHS)
-def test_values_equal_softmax_attention(path: str, tokens: int) -> None:
-    q, k, v, d_out = example(tokens)
-    got = causal_attention(mx.array(q), mx.array(k), mx.array(v))
-    np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out)[0], atol=TOLERANCE)
+# Windows: only the token itself, few, around and over the border of a block, as long as the row and longer.
+WINDOWS = [0, 1, 50, 127, 128, 129, 200, 299, 300, 1000]
+VALUES = [
+    *((tokens, 4, 2, None) for tokens in LENGTHS),
+    *((140, heads, kv_heads, None) for heads, kv_heads in ((4, 4), (4, 1), (1, 1))),
+    *((300, 4, 2, window) for window in WINDOWS),
+    *((tokens, 4, kv_heads, 70) for tokens in (1, 100, 129, 300) for kv_heads in (4, 2, 1)),
+]
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1), (1, 1)])
-def test_query_heads_of_a_group_share_a_key_head(path: str, heads: int, kv_heads: int) -> None:
-    q, k, v, d_out = example(140, heads=heads, kv_heads=kv_heads)
-    got = causal_attention(mx.array(q), mx.array(k), mx.array(v))
-    np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out)[0], atol=TOLERANCE)
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "window"), VALUES)
+def test_values_equal_softmax_attention(path: str, tokens: int, heads: int, kv_heads: int, window: int | None) -> None:
+    q, k, v, d_out = example(tokens, heads=heads, kv_heads=kv_heads)
+    got = causal_attention(mx.array(q), mx.array(k), mx.array(v), window)
+    np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out, window)[0], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("tokens", [5, 128, 129, 300])
-def test_gradients_equal_those_of_softmax_attention(path: str, tokens: int, kv_heads: int) -> None:
+def test_gradients_equal_softmax_attention(path: str, tokens: int, kv_heads: int) -> None:
     q, k, v, d_out = example(tokens, kv_heads=kv_heads)
     weight = mx.array(d_out)
     gradients = mx.grad(lambda q, k, v: (causal_attention(q, k, v).swapaxes(1, 2) * weight).sum(), argnums=(0, 1, 2))(
@@ -94,8 +97,8 @@ def test_gradients_equal_those_of_softmax_attention(path: str, tokens: int, kv_h
         assert relative_norm(got, expected) < TOLERANCE
 
 
-def test_the_widest_heads_allowed_stay_exact(path: str) -> None:
-    """Width 256 with q = ±k brings scores to ±16, within the ±24 that the exponential is made for."""
+def test_widest_heads_are_exact(path: str) -> None:
+    """Width 256 with q = ±k gives scores of ±16, within the exponential's range of ±24."""
     q, k, v, d_out = example(130, heads=2, kv_heads=2, width=256)
     k[:, :, ::2], k[:, :, 1::2] = q[:, :, ::2], -q[:, :, 1::2]
     got = causal_attention(mx.array(q), mx.array(k), mx.array(v))
@@ -103,7 +106,7 @@ def test_the_widest_heads_allowed_stay_exact(path: str) -> None:
 
 
 @pytest.mark.parametrize("changed", [1, 100, 128, 199])
-def test_a_future_token_changes_nothing_before_it(path: str, changed: int) -> None:
+def test_future_tokens_do_not_affect_earlier_ones(path: str, changed: int) -> None:
     q, k, v, _ = example(200)
     before = np.asarray(causal_attention(mx.array(q), mx.array(k), mx.array(v)))
     for x in (q, k, v):
@@ -113,36 +116,15 @@ def test_a_future_token_changes_nothing_before_it(path: str, changed: int) -> No
     assert np.abs(after[:, changed:] - before[:, changed:]).max() > 0.1
 
 
-def test_the_first_token_attends_only_to_itself(path: str) -> None:
+def test_first_token_attends_only_to_itself(path: str) -> None:
     q, k, v, _ = example(129)
     got = np.asarray(causal_attention(mx.array(q), mx.array(k), mx.array(v)))
     np.testing.assert_allclose(got[:, 0], v.repeat(2, axis=1)[:, :, 0], atol=1e-6)
 
 
-# Windows: none but itself, few, around and over the border of a block, as long as the row and longer.
-WINDOWS = [0, 1, 50, 127, 128, 129, 200, 299, 300, 1000]
-
-
-@pytest.mark.parametrize("window", WINDOWS)
-def test_a_window_hides_what_lies_before_it(path: str, window: int) -> None:
-    q, k, v, d_out = example(300)
-    got = causal_attention(mx.array(q), mx.array(k), mx.array(v), window)
-    np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out, window)[0], atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("tokens", [1, 100, 129, 300])
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_windows_equal_softmax_attention_in_groups_and_at_every_length(path: str, tokens: int, kv_heads: int) -> None:
-    q, k, v, d_out = example(tokens, kv_heads=kv_heads)
-    got = causal_attention(mx.array(q), mx.array(k), mx.array(v), 70)
-    np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out, 70)[0], atol=TOLERANCE)
-
-
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @pytest.mark.parametrize(("tokens", "window"), [(5, 2), (129, 128), (300, 0), (300, 70), (300, 150), (300, 299)])
-def test_gradients_of_windows_equal_those_of_softmax_attention(
-    path: str, tokens: int, window: int, kv_heads: int
-) -> None:
+def test_gradients_of_windows_equal_softmax_attention(path: str, tokens: int, window: int, kv_heads: int) -> None:
     q, k, v, d_out = example(tokens, kv_heads=kv_heads)
     _, gradients = mx.vjp(
         lambda q, k, v: causal_attention(q, k, v, window),
@@ -150,13 +132,13 @@ def test_gradients_of_windows_equal_those_of_softmax_attention(
         [mx.array(d_out).swapaxes(1, 2)],
     )
     for got, expected in zip(gradients, reference(q, k, v, d_out, window)[1], strict=True):
-        # Where each token sees itself alone, q and k have no gradient at all.
+        # If each token sees only itself, q and k have zero gradients.
         np.testing.assert_allclose(np.asarray(got), expected, atol=TOLERANCE * max(1.0, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("window", [3, 100, 128, 200])
 def test_gradients_of_windows_equal_central_differences(path: str, window: int) -> None:
-    """Of the reference's values alone, in float64, along a random direction of each input."""
+    """Of the reference's values, in float64, along a random direction of each input."""
     q, k, v, d_out = example(260, heads=2, kv_heads=1, width=8)
     _, gradients = mx.vjp(
         lambda q, k, v: causal_attention(q, k, v, window),
@@ -175,8 +157,8 @@ def test_gradients_of_windows_equal_central_differences(path: str, window: int) 
 
 
 @pytest.mark.parametrize("window", [None, 70])
-def test_bfloat16_gives_bfloat16_and_gradients_of_it(path: str, window: int | None) -> None:
-    """Within eight bits of mantissa of what the rounded inputs give exactly."""
+def test_bfloat16_values_and_gradients_are_bfloat16(path: str, window: int | None) -> None:
+    """Within eight bits of mantissa of the exact result for the rounded inputs."""
     inputs = [mx.array(x).astype(mx.bfloat16) for x in example(140)]
     out, gradients = mx.vjp(lambda q, k, v: causal_attention(q, k, v, window), inputs[:3], [inputs[3].swapaxes(1, 2)])
     expected = reference(*(np.asarray(x.astype(mx.float32)) for x in inputs), window)

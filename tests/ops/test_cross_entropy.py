@@ -1,4 +1,4 @@
-"""The soft-capped cross-entropy equals the textbook's, in values and gradients.
+"""The soft-capped cross-entropy equals its formula in float64, in values and gradients.
 
 Shapes: N rows (tokens), C width, V vocabulary.
 """
@@ -22,13 +22,13 @@ NUM_ROWS = [1, 63, 64, 65, 128, 200]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_CHUNK_FLOATS", 1)  # so 64 rows, the least there are in a chunk
+    monkeypatch.setattr(kernels, "_CHUNK_FLOATS", 1)  # so 64 rows, the minimum of a chunk
     monkeypatch.setattr(kernels, "_LEAST_ROWS", 64)
     monkeypatch.setattr(cross_entropy, "LOGITS", 64 * VOCABULARY)
 
 
 def example(num_rows: int, *, scale: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Hidden states, head, targets and weights; logits reach well into the bend of the cap."""
+    """Return hidden states, head, targets and weights; logits reach the nonlinear range of the cap."""
     rng = np.random.default_rng(num_rows)
     x = (scale * rng.normal(size=(num_rows, WIDTH))).astype(np.float32)
     weight = rng.normal(size=(VOCABULARY, WIDTH)).astype(np.float32)
@@ -69,7 +69,7 @@ def assert_close_in_norm(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
-def test_the_weighted_sum_equals_the_reference_at_every_chunk_border(path: str, num_rows: int) -> None:
+def test_weighted_sum_equals_the_reference(path: str, num_rows: int) -> None:
     x, weight, targets, row_weights = example(num_rows)
     got = cross_entropy_sum(mx.array(x), mx.array(weight), mx.array(targets), mx.array(row_weights)).item()
     losses = reference_losses(x, weight, targets) * row_weights
@@ -78,7 +78,7 @@ def test_the_weighted_sum_equals_the_reference_at_every_chunk_border(path: str, 
 
 
 @pytest.mark.parametrize("num_rows", NUM_ROWS)
-def test_gradients_equal_the_reference_with_weights_of_both_signs(path: str, num_rows: int) -> None:
+def test_gradients_equal_the_reference(path: str, num_rows: int) -> None:
     inputs = example(num_rows)
     assert (inputs[3] < 0).any() or num_rows == 1
     for got, expected in zip(gradients(*inputs), reference_gradients(*inputs), strict=True):
@@ -92,7 +92,7 @@ def test_negating_the_weights_negates_the_gradients(path: str) -> None:
         np.testing.assert_array_equal(a, -b)
 
 
-def test_the_gradient_is_scaled_by_what_follows_the_loss(path: str) -> None:
+def test_gradient_is_scaled_by_the_cotangent(path: str) -> None:
     x, weight, targets, row_weights = example(100)
     got = mx.grad(lambda x: 3 * cross_entropy_sum(x, mx.array(weight), mx.array(targets), mx.array(row_weights)))(
         mx.array(x)
@@ -100,7 +100,7 @@ def test_the_gradient_is_scaled_by_what_follows_the_loss(path: str) -> None:
     assert_close_in_norm(np.asarray(got), 3 * reference_gradients(x, weight, targets, row_weights)[0])
 
 
-def test_a_row_of_weight_zero_is_as_if_it_were_not_there(path: str) -> None:
+def test_rows_of_weight_zero_are_ignored(path: str) -> None:
     x, weight, targets, row_weights = example(100)
     row_weights[::3] = 0
     kept = row_weights != 0
@@ -123,20 +123,20 @@ def test_huge_hidden_states_give_finite_losses_and_gradients(path: str, scale: f
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200, 1000])
 @pytest.mark.parametrize("vocab_size", [1, 50, 1 << 30])
-def test_chunks_cover_the_rows_once_in_order_and_none_is_empty(rows: int, vocab_size: int) -> None:
+def test_chunks_cover_the_rows_once_in_order(rows: int, vocab_size: int) -> None:
     chunks = cross_entropy.split_positions(mx.zeros((1, rows, 1)), vocab_size)
     assert [row for chunk in chunks for row in range(rows)[chunk]] == list(range(rows))
     assert all(0 < chunk.stop - chunk.start <= 64 for chunk in chunks)
 
 
-def test_a_chunks_logits_stay_within_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_CHUNK_FLOATS", 100 * VOCABULARY + 7)
     chunks = cross_entropy.split_positions(mx.zeros((1, 250, 1)), VOCABULARY)
     assert [chunk.stop - chunk.start for chunk in chunks] == [100, 100, 50]
 
 
 @pytest.mark.parametrize("num_rows", [64, 65])
-def test_bfloat16_gives_float32_losses_and_bfloat16_gradients_of_the_rounded_inputs(path: str, num_rows: int) -> None:
+def test_bfloat16_gives_float32_losses_and_bfloat16_gradients(path: str, num_rows: int) -> None:
     x, weight, targets, row_weights = example(num_rows, scale=1.0)
     x, weight = (mx.array(value).astype(mx.bfloat16) for value in (x, weight))
     exact = [np.asarray(value.astype(mx.float32)) for value in (x, weight)]
@@ -168,13 +168,13 @@ def test_token_losses_of_negative_targets_are_zero(path: str) -> None:
     assert set(np.flatnonzero(got == 0)) == {0, 5, 64, 69}
 
 
-def test_a_head_of_zeros_costs_the_logarithm_of_the_vocabulary(path: str) -> None:
+def test_zero_head_costs_the_log_of_the_vocabulary(path: str) -> None:
     x, weight, targets, _ = example(3)
     got = token_losses(mx.array(x), mx.zeros_like(mx.array(weight)), mx.array(targets))
     np.testing.assert_allclose(np.asarray(got), math.log(VOCABULARY), rtol=1e-6)
 
 
-def test_the_soft_cap_bounds_logits_at_fifteen_in_float32(path: str) -> None:
+def test_soft_cap_bounds_logits_at_fifteen(path: str) -> None:
     logits = mx.array([-1e30, -20.0, -0.1, 0.0, 2.0, 1e30]).astype(mx.bfloat16)
     got = soft_cap(logits)
     assert got.dtype == mx.float32

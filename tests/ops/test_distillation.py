@@ -58,7 +58,7 @@ class Case:
         return [float(value) for value in values], found
 
     def expected(self, mix: Mix) -> tuple[list[float], list[Floats]]:
-        """Return the same by the formulas, in float64; the gradient by the chain rule, written out."""
+        """Return the same by the formulas and the chain rule, in float64."""
         tanh = np.tanh(self.x @ self.head.T / 15)
         z, soft = 15 * tanh, mix.temperature
         ones = np.eye(VOCAB)[self.targets]
@@ -88,7 +88,7 @@ def softmax(logits: Floats) -> Floats:
 
 
 @pytest.mark.parametrize("mix", MIXES, ids=str)
-def test_loss_and_gradients_are_those_of_the_formulas(mix: Mix, path: str) -> None:
+def test_loss_and_gradients_equal_the_formulas(mix: Mix, path: str) -> None:
     case = Case()
     values, gradients = case.run(mix)
     expected_values, expected_gradients = case.expected(mix)
@@ -98,7 +98,7 @@ def test_loss_and_gradients_are_those_of_the_formulas(mix: Mix, path: str) -> No
 
 
 @pytest.mark.parametrize("mix", MIXES[:4], ids=str)
-def test_bfloat16_rounds_products_and_gradients_alone(mix: Mix, path: str) -> None:
+def test_bfloat16_rounds_only_products_and_gradients(mix: Mix, path: str) -> None:
     case = Case()
     exact, (d_x, d_head) = case.expected(mix)
     values, gradients = case.run(mix, mx.bfloat16)
@@ -110,7 +110,7 @@ def test_bfloat16_rounds_products_and_gradients_alone(mix: Mix, path: str) -> No
 
 
 @pytest.mark.parametrize("mix", MIXES[:3], ids=str)
-def test_the_gradient_of_the_formulas_is_that_of_torch(mix: Mix) -> None:
+def test_formulas_equal_torch(mix: Mix) -> None:
     torch = pytest.importorskip("torch")
     case = Case()
     x, head = (torch.tensor(each, requires_grad=True) for each in (case.x, case.head))
@@ -132,7 +132,7 @@ def test_the_gradient_of_the_formulas_is_that_of_torch(mix: Mix) -> None:
 
 
 @pytest.mark.parametrize("top_k", [None, 4])
-def test_a_model_does_not_diverge_from_itself_and_is_not_moved(top_k: int | None, path: str) -> None:
+def test_equal_models_have_no_divergence_and_gradient(top_k: int | None, path: str) -> None:
     case = Case()
     x, head = mx.array(case.x.astype(np.float32)), mx.array(case.head.astype(np.float32))
     logits = soft_cap(x @ head.T)
@@ -150,7 +150,7 @@ def test_a_model_does_not_diverge_from_itself_and_is_not_moved(top_k: int | None
     assert float(mx.abs(gradient).max()) < 1e-7
 
 
-def test_the_divergence_of_a_few_tokens_and_a_bucket_is_never_more_than_that_of_all() -> None:
+def test_divergence_grows_with_top_k() -> None:
     case = Case()
     whole = case.run(Mix(weight=1))[0][2]
     parts = [case.run(Mix(weight=1, top_k=count))[0][2] for count in (1, 3, 10, 40, VOCAB)]
@@ -158,7 +158,7 @@ def test_the_divergence_of_a_few_tokens_and_a_bucket_is_never_more_than_that_of_
     assert parts[-1] == pytest.approx(whole, rel=1e-5)
 
 
-def test_the_cross_entropy_beside_it_is_that_of_training_without_a_teacher() -> None:
+def test_cross_entropy_equals_training_without_a_teacher() -> None:
     case = Case()
     (total, ce, _), _ = case.run(Mix(weight=1e-9))
     alone = cross_entropy_sum(

@@ -35,7 +35,7 @@ def mask_of(keys: np.ndarray, shape: tuple[int, ...], rate: float) -> np.ndarray
 @pytest.mark.parametrize(("tokens", "width"), [(1, 1), (3, 5), (4, 6)])
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_masks_equal_those_of_a_hash_in_plain_python(seed: int, tokens: int, width: int, rate: float) -> None:
+def test_masks_equal_a_hash_in_python(seed: int, tokens: int, width: int, rate: float) -> None:
     keys = draw_keys(seed, 3, rows=2)
     masks = mask_of(keys, (tokens, width), rate)
     for mask, (first, second) in zip(masks, keys.tolist(), strict=True):
@@ -43,7 +43,7 @@ def test_masks_equal_those_of_a_hash_in_plain_python(seed: int, tokens: int, wid
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
-def test_the_share_that_is_left_out_is_the_rate_and_the_mean_stays(rate: float) -> None:
+def test_dropped_share_is_the_rate_and_the_mean_is_kept(rate: float) -> None:
     """Of 2.1 million numbers: within five standard deviations of a binomial draw."""
     out = np.asarray(dropped(mx.ones((16, 256, 512)), mx.array(draw_keys(1, 2, rows=16)), rate))
     deviation = (rate * (1 - rate) / out.size) ** 0.5
@@ -52,7 +52,7 @@ def test_the_share_that_is_left_out_is_the_rate_and_the_mean_stays(rate: float) 
     assert len(np.unique(out)) == 2
 
 
-def test_masks_of_rows_places_and_iterations_are_unrelated_and_so_are_neighbours() -> None:
+def test_masks_are_uncorrelated() -> None:
     """Correlations of 2^17 bits within five standard deviations, of whole masks and of each with itself shifted."""
     of_rows = [mx.array(draw_keys(5, iteration, rows=3)) for iteration in (0, 1, 2)]
     keys = [np.asarray(fold(rows, place)) for rows in of_rows for place in (0, 1)]
@@ -64,7 +64,7 @@ def test_masks_of_rows_places_and_iterations_are_unrelated_and_so_are_neighbours
         assert np.abs((masks * np.roll(masks, shift, axis=1)).mean(1)).max() < bound
 
 
-def test_counts_by_channel_and_by_token_scatter_as_binomial_draws_do() -> None:
+def test_counts_by_channel_and_token_are_binomial() -> None:
     """Chi-squared of 512 channels and of 256 tokens, each over many draws: within five deviations of its mean."""
     masks = mask_of(draw_keys(9, 0, rows=24), (256, 512), 0.1)
     for counts, draws in ((masks.sum((0, 1)), 24 * 256), (masks.sum((0, 2)), 24 * 512)):
@@ -72,7 +72,7 @@ def test_counts_by_channel_and_by_token_scatter_as_binomial_draws_do() -> None:
         assert abs(chi_squared - len(counts)) < 5 * (2 * len(counts)) ** 0.5
 
 
-def test_keys_are_of_seed_iteration_row_and_place_alone() -> None:
+def test_keys_depend_on_seed_iteration_row_and_place() -> None:
     keys = draw_keys(7, 11, rows=8)
     assert keys.dtype == np.uint32
     np.testing.assert_array_equal(draw_keys(7, 11, rows=3), keys[:3])
@@ -83,7 +83,7 @@ def test_keys_are_of_seed_iteration_row_and_place_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_the_gradient_passes_where_the_output_did(dtype: mx.Dtype) -> None:
+def test_gradient_has_the_mask_of_the_output(dtype: mx.Dtype) -> None:
     rng = np.random.default_rng(0)
     x, slopes = (mx.array(rng.normal(size=(4, 8, 6)).astype(np.float32)).astype(dtype) for _ in range(2))
     keys = mx.array(draw_keys(0, 0, rows=4))
@@ -96,6 +96,6 @@ def test_the_gradient_passes_where_the_output_did(dtype: mx.Dtype) -> None:
         assert mx.array_equal(found, wanted)
 
 
-def test_a_rate_of_zero_is_no_operation() -> None:
+def test_rate_zero_returns_its_input() -> None:
     x = mx.ones((2, 3))
     assert dropped(x, mx.zeros((2, 2), dtype=mx.uint32), 0.0) is x

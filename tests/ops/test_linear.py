@@ -1,4 +1,4 @@
-"""Products with matrices, with and without an activation, against numpy on the paths of both kinds of device.
+"""Products with matrices, with and without an activation, against numpy on both paths.
 
 Shapes: B batch, T tokens, F inner width, C width.
 """
@@ -14,7 +14,7 @@ from mlxchat.ops.linear import Activation, linear, squared_relu
 
 
 def example() -> list[np.ndarray]:
-    """What is activated (B, T, F), the second matrix (C, F), and a cotangent of their product (B, T, C)."""
+    """Return x (B, T, F), a matrix (C, F), and a cotangent of their product (B, T, C)."""
     rng = np.random.default_rng(0)
     return [rng.normal(size=shape).astype(np.float32) for shape in ((2, 5, 40), (7, 40), (2, 5, 7))]
 
@@ -30,7 +30,7 @@ def reference(*inputs: np.ndarray) -> list[np.ndarray]:
     ]
 
 
-def test_the_product_and_its_gradients_are_those_of_the_squared_relu(path: str) -> None:
+def test_product_and_gradients_equal_numpy(path: str) -> None:
     x, weight, cotangent = (mx.array(value) for value in example())
     out, gradients = mx.vjp(lambda x, weight: linear(x, weight, squared_relu), [x, weight], [cotangent])
     for got, expected in zip([out[0], *gradients], reference(*example()), strict=True):
@@ -38,7 +38,7 @@ def test_the_product_and_its_gradients_are_those_of_the_squared_relu(path: str) 
         np.testing.assert_allclose(np.asarray(got), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_bfloat16_gives_bfloat16_and_gradients_of_it(path: str) -> None:
+def test_bfloat16_values_and_gradients_are_bfloat16(path: str) -> None:
     """Within some roundings of eight bits of mantissa, in norm."""
     x, weight, cotangent = (mx.array(value).astype(mx.bfloat16) for value in example())
     out, gradients = mx.vjp(lambda x, weight: linear(x, weight, squared_relu), [x, weight], [cotangent])
@@ -49,7 +49,7 @@ def test_bfloat16_gives_bfloat16_and_gradients_of_it(path: str) -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.silu, nn.gelu_approx, mx.tanh])
-def test_any_activation_has_the_product_and_gradients_of_mlxs_own(path: str, activation: Activation) -> None:
+def test_other_activations_equal_mlx_own_gradients(path: str, activation: Activation) -> None:
     x, weight, cotangent = (mx.array(value) for value in example())
     found = mx.vjp(lambda x, weight: linear(x, weight, activation), [x, weight], [cotangent])
     right = mx.vjp(lambda x, weight: activation(x) @ weight.T, [x, weight], [cotangent])

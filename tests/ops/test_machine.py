@@ -1,4 +1,4 @@
-"""Which dtype a device computes in, by the driver's word."""
+"""The compute dtype of devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlxchat.ops import machine
 
 
 @pytest.fixture(autouse=True)
-def asked_again() -> Iterator[None]:
+def uncached() -> Iterator[None]:
     machine.nvidia_has_bfloat16.cache_clear()
     yield
     machine.nvidia_has_bfloat16.cache_clear()
@@ -41,7 +41,7 @@ def test_bfloat16_needs_compute_capability_8(
     assert machine.fast_dtype("cuda") == dtype
 
 
-def test_without_an_nvidia_driver_other_devices_decide() -> None:
+def test_other_devices_need_no_nvidia_driver() -> None:
     assert [machine.fast_dtype(kind) for kind in ("cpu", "metal")] == ["float32", "bfloat16"]
     assert machine.dtype_name("cpu", "auto") == "float32"
     assert machine.dtype_name("cpu", "bfloat16") == "bfloat16", "the explicit setting wins"

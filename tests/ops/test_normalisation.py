@@ -1,4 +1,4 @@
-"""What queries and keys go through: rotation, norm and scale, against numpy in float64.
+"""Rotation, norm and scale of queries and keys, against numpy in float64.
 
 Shapes: B batch, T tokens, H heads, D head width.
 """
@@ -30,7 +30,7 @@ def heads(*, tokens: int = 50, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("theta", "scale"), [(10_000.0, 1.0), (100_000.0, 1.2)])
-def test_heads_rotate_by_minus_theta_and_are_normalised(path: str, theta: float, scale: float) -> None:
+def test_heads_are_rotated_and_normalised(path: str, theta: float, scale: float) -> None:
     got = rotate_and_normalise(mx.array(heads().astype(np.float32)), offset=0, theta=theta, scale=scale)
     expected = scale * numpy_norm(numpy_rotate(heads(), theta))
     np.testing.assert_allclose(np.asarray(got), expected, atol=1e-5)  # float32 sines of angles up to 50
@@ -45,7 +45,7 @@ def test_rows_of_any_length_rotate(path: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(("first", "tokens"), [(30, 50), (49, 50), (1020, 1030), (1024, 1030)])
-def test_an_offset_continues_the_rotation(path: str, first: int, tokens: int) -> None:
+def test_offset_continues_the_rotation(path: str, first: int, tokens: int) -> None:
     x = mx.array(heads(tokens=tokens).astype(np.float32))
     whole = np.asarray(rotate_and_normalise(x, offset=0, theta=1e4, scale=1.0))
     rest = np.asarray(rotate_and_normalise(x[:, first:], offset=first, theta=1e4, scale=1.0))
@@ -53,20 +53,20 @@ def test_an_offset_continues_the_rotation(path: str, first: int, tokens: int) ->
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
-def test_the_norm_divides_by_the_root_mean_square(path: str, magnitude: float) -> None:
-    """Small numbers too, where the epsilon under the root counts."""
+def test_norm_divides_by_the_root_mean_square(path: str, magnitude: float) -> None:
+    """Also of small numbers, where the epsilon matters."""
     x = magnitude * heads()
     np.testing.assert_allclose(np.asarray(rms_norm(mx.array(x.astype(np.float32)))), numpy_norm(x), rtol=1e-5)
 
 
-def test_a_row_of_zeros_stays_zero(path: str) -> None:
+def test_zero_rows_stay_zero(path: str) -> None:
     zeros = mx.zeros((1, 2, 3, 8))
     assert not mx.any(rms_norm(zeros) != 0).item()
     assert not mx.any(rotate_and_normalise(zeros, offset=0, theta=1e4, scale=1.2) != 0).item()
 
 
 @pytest.mark.parametrize("function", ["rms_norm", "rotate_and_normalise"])
-def test_gradients_equal_those_of_differences(path: str, function: str) -> None:
+def test_gradients_equal_central_differences(path: str, function: str) -> None:
     """Central differences in float64 of the numpy formula, along a random direction."""
     x, direction, weights = (heads(seed=seed) for seed in range(3))
     if function == "rotate_and_normalise":
@@ -86,7 +86,7 @@ def test_gradients_equal_those_of_differences(path: str, function: str) -> None:
 
 
 @pytest.mark.parametrize("function", ["rms_norm", "rotate_and_normalise"])
-def test_bfloat16_gives_bfloat16_and_gradients_of_it(path: str, function: str) -> None:
+def test_bfloat16_values_and_gradients_are_bfloat16(path: str, function: str) -> None:
     """Within eight bits of mantissa of what float32 gives for the rounded numbers."""
     x = mx.array(heads()).astype(mx.bfloat16)
 

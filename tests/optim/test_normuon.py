@@ -1,4 +1,4 @@
-"""Muon of July 2026 equals nanochat's, written down once more in numpy with the singular values."""
+"""Muon of July 2026 equals nanochat's formulas in numpy, by singular values."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_polar_express_equals_its_quintics_of_the_singular_values(shape: tuple[int, int]) -> None:
+def test_polar_express_equals_quintics_of_singular_values(shape: tuple[int, int]) -> None:
     matrices = random_matrices(3, *shape)
     matrices[1] *= 1000
     got = polar_express(mx.array(matrices), 5, mx.float32)
@@ -71,13 +71,13 @@ def test_polar_express_equals_its_quintics_of_the_singular_values(shape: tuple[i
 def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     got = np.asarray(polar_express(mx.array(random_matrices(1, *shape)), 5, mx.float32))[0]
     singular = np.linalg.svd(got, compute_uv=False)
-    # Five quintics bring what is above a thousandth of the norm within a fifth of 1.
+    # Five quintics bring values above a thousandth of the norm within 0.2 of 1.
     assert singular.min() > 0.8
     assert singular.max() < 1.2
 
 
-def test_rows_of_any_scale_count_alike() -> None:
-    """Balancing undoes a scale per row, so that the direction is the one of the unscaled matrix."""
+def test_row_scales_do_not_matter() -> None:
+    """Balancing cancels a scale per row."""
     matrices = random_matrices(1, 8, 32)
     matrices /= np.linalg.norm(matrices, axis=-1, keepdims=True)
     scaled = matrices * np.geomspace(0.1, 10, 8).astype(np.float32)[:, None]
@@ -85,21 +85,21 @@ def test_rows_of_any_scale_count_alike() -> None:
     assert relative_norm(got, np.asarray(polar_express(mx.array(matrices), 5, mx.float32))) < 1e-4
 
 
-def test_a_matrix_of_zeros_stays_zero() -> None:
+def test_zero_matrix_stays_zero() -> None:
     zeros = mx.zeros((2, 4, 6))
     direction, scale, _, _ = normuon_update(zeros, zeros, mx.zeros((2, 1, 6)), mx.array(0.9), 0.9, 5, mx.float32)
     np.testing.assert_array_equal(np.asarray(direction * scale), 0)
 
 
-def test_bfloat16_comes_within_a_tenth() -> None:
+def test_bfloat16_is_within_a_tenth() -> None:
     matrices = random_matrices(2, 16, 24)
     got = polar_express(mx.array(matrices), 5, mx.bfloat16)
     assert got.dtype == mx.float32
     assert relative_norm(got, np.asarray(polar_express(mx.array(matrices), 5, mx.float32))) < 0.1
 
 
-def test_three_updates_equal_nanochats() -> None:
-    """Of every matrix of the architecture jul2026, the gates among them, with momentum and weight decay that vary."""
+def test_three_updates_equal_nanochat() -> None:
+    """Of every matrix of jul2026, including gates, with varying momentum and weight decay."""
     model, config = make_model("jul2026"), optimizer_config("muon_jul2026")
     optimizer = Optimizer(model, config, width=32, batch_lr_scale=0.5, weight_decay=0.4)
     parameters = flatten_parameters(model)
@@ -118,7 +118,7 @@ def test_three_updates_equal_nanochats() -> None:
         assert relative_norm(moved, expected) < 2e-4, name
 
 
-def test_weight_decay_touches_only_weights_that_the_step_shrinks() -> None:
+def test_weight_decay_is_cautious() -> None:
     after = []
     for weight_decay in (0.0, 0.5):
         model = make_model("oct2025")
@@ -133,7 +133,7 @@ def test_weight_decay_touches_only_weights_that_the_step_shrinks() -> None:
     assert 0.2 < towards_zero.mean() < 0.8
 
 
-def test_variances_are_a_number_per_row_or_per_column_of_wide_matrices() -> None:
+def test_variances_are_per_row_or_per_column_of_wide_matrices() -> None:
     model = make_model("jul2026")
     optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=32)
     expected = {

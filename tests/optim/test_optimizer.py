@@ -1,4 +1,4 @@
-"""Every parameter has one rule and one rate, and all of them move by it."""
+"""Every parameter has one rule and one rate, and is updated by it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_parameter_is_in_exactly_one_group(architecture: str, option: str)
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_any_optimizer_moves_every_parameter_of_any_architecture(architecture: str, option: str) -> None:
+def test_any_optimizer_updates_any_architecture(architecture: str, option: str) -> None:
     model = make_model(architecture)
     new = updated(Optimizer(model, optimizer_config(option), width=32), model, random_gradients(model))
     assert new.keys() == flatten_parameters(model).keys()
@@ -64,8 +64,8 @@ def test_any_optimizer_moves_every_parameter_of_any_architecture(architecture: s
         assert (new[name] != np.asarray(value)).mean() > 0.9, name
 
 
-def test_jul2026_has_nanochats_rates_at_d4() -> None:
-    """As computed by nanochat for width 256 and a quarter of a million tokens per iteration."""
+def test_jul2026_has_the_rates_of_nanochat_at_d4() -> None:
+    """As computed by nanochat for width 256 and 262,144 tokens per iteration."""
     optimizer = Optimizer(make_model("jul2026"), optimizer_config("muon_jul2026"), width=256, batch_lr_scale=0.5**0.5)
     expected = {
         "lm_head.weight": (0.009797958971132715, (0.8, 0.96), 0.01),
@@ -90,16 +90,13 @@ def test_weight_decay_is_configured_or_given(option: str) -> None:
     assert Optimizer(make_model("jul2026"), config, width=32, weight_decay=0.1).weight_decay == 0.1
 
 
-def test_muon_has_the_matrices_and_adamw_the_tables(model: GPT) -> None:
+def test_muon_has_the_matrices_unless_kind_is_adamw(model: GPT) -> None:
     assert set(Optimizer(model, optimizer_config(), width=16).adamw_rules) == TABLES
-
-
-def test_kind_adamw_leaves_nothing_to_muon(model: GPT) -> None:
     assert not Optimizer(model, optimizer_config(kind="adamw"), width=16).muon_shapes
 
 
 @pytest.mark.parametrize("name", ["lambdas", "transformer.h.0.attn.bias", "transformer.value_embeds.weight"])
-def test_a_parameter_of_no_group_is_named(model: GPT, name: str) -> None:
+def test_parameter_without_group_is_refused(model: GPT, name: str) -> None:
     class Foreign(nn.Module):
         def trainable_parameters(self) -> dict[str, object]:
             return {**flatten_parameters(model), name: mx.zeros(3)}
@@ -109,9 +106,7 @@ def test_a_parameter_of_no_group_is_named(model: GPT, name: str) -> None:
 
 
 @pytest.mark.parametrize(("width", "scale"), [(768, 1.0), (192, 2.0), (3072, 0.5)])
-def test_table_rates_scale_with_the_root_of_the_width_and_matrix_rates_do_not(
-    model: GPT, width: int, scale: float
-) -> None:
+def test_only_table_rates_scale_with_the_width(model: GPT, width: int, scale: float) -> None:
     optimizer = Optimizer(model, optimizer_config(), width=width)
     assert {name: rule.lr for name, rule in optimizer.adamw_rules.items()} == {
         "transformer.wte.weight": pytest.approx(0.2 * scale),
@@ -120,14 +115,14 @@ def test_table_rates_scale_with_the_root_of_the_width_and_matrix_rates_do_not(
     assert optimizer.muon_lr == 0.02
 
 
-def test_the_stages_fraction_scales_every_rate(model: GPT) -> None:
+def test_lr_frac_scales_every_rate(model: GPT) -> None:
     optimizer = Optimizer(model, optimizer_config(), width=768, lr_frac=0.02)
     assert optimizer.adamw_rules["transformer.wte.weight"].lr == pytest.approx(0.2 * 0.02)
     assert optimizer.adamw_rules["lm_head.weight"].lr == pytest.approx(0.004 * 0.02)
     assert optimizer.muon_lr == pytest.approx(0.02 * 0.02)
 
 
-def test_the_first_update_moves_tables_by_adam_and_matrices_by_muon(model: GPT) -> None:
+def test_tables_follow_adam_and_matrices_muon(model: GPT) -> None:
     gradients = random_gradients(model)
     new = updated(Optimizer(model, optimizer_config(), width=768), model, gradients, lr_factor=0.5)
     for name, value in flatten_parameters(model).items():
@@ -145,14 +140,7 @@ def test_the_first_update_moves_tables_by_adam_and_matrices_by_muon(model: GPT) 
         assert np.linalg.norm(moved - expected) < 2e-4 * np.linalg.norm(expected), name
 
 
-def test_an_update_reaches_every_parameter(model: GPT) -> None:
-    new = updated(Optimizer(model, optimizer_config(), width=16), model, random_gradients(model))
-    assert new.keys() == flatten_parameters(model).keys()
-    for name, value in flatten_parameters(model).items():
-        assert (new[name] != np.asarray(value)).mean() > 0.9, name
-
-
-def test_a_rate_of_zero_changes_no_parameter_but_remembers_the_gradient(model: GPT) -> None:
+def test_rate_zero_changes_only_moments(model: GPT) -> None:
     optimizer = Optimizer(model, optimizer_config(), width=16)
     new = updated(optimizer, model, random_gradients(model), lr_factor=0.0)
     for name, value in flatten_parameters(model).items():
@@ -160,7 +148,7 @@ def test_a_rate_of_zero_changes_no_parameter_but_remembers_the_gradient(model: G
     assert all(mx.any(value != 0).item() for value in optimizer.state.values())
 
 
-def test_moments_start_at_zero_and_state_is_arrays_only(model: GPT) -> None:
+def test_moments_start_at_zero(model: GPT) -> None:
     state = Optimizer(model, optimizer_config(), width=16).state
     assert all(isinstance(value, mx.array) and not mx.any(value != 0).item() for value in state.values())
     moments = sum(value.size for value in state.values()) - 1  # the count
@@ -168,7 +156,7 @@ def test_moments_start_at_zero_and_state_is_arrays_only(model: GPT) -> None:
     assert moments == sum(counts.values()) + sum(counts[name] for name in TABLES)
 
 
-def test_restored_state_continues_with_the_same_bits(model: GPT) -> None:
+def test_restored_state_is_bit_exact(model: GPT) -> None:
     gradients = random_gradients(model)
     straight = Optimizer(model, optimizer_config(), width=16)
     updated(straight, model, gradients)
@@ -183,7 +171,7 @@ def test_restored_state_continues_with_the_same_bits(model: GPT) -> None:
 # Parts of an update
 
 
-def test_state_is_kept_by_the_parameters_names(model: GPT) -> None:
+def test_state_has_the_names_of_parameters(model: GPT) -> None:
     optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=16)
     kinds = {name: ("first", "second") if name in TABLES else ("momentum", "variance") for name in all_names(model)}
     assert set(optimizer.state) == {"count", *(f"{kind}.{name}" for name in kinds for kind in kinds[name])}
@@ -201,15 +189,15 @@ def test_every_moment_belongs_to_one_parameter(option: str) -> None:
 @pytest.mark.parametrize("parts", [1, 2, 3, 16, 50])
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_sharing_gives_every_parameter_to_exactly_one_part(architecture: str, option: str, parts: int) -> None:
-    """Also where there are more parts than parameters."""
+def test_every_parameter_is_in_one_share(architecture: str, option: str, parts: int) -> None:
+    """Also with more parts than parameters."""
     model = make_model(architecture)
     shares = Optimizer(model, optimizer_config(option), width=32).share(parts)
     assert len(shares) == parts
     assert sorted(name for names in shares for name in names) == sorted(all_names(model))
 
 
-def test_batches_hold_every_name_once_and_matrices_of_one_shape_together() -> None:
+def test_batches_stack_matrices_of_one_shape() -> None:
     model = make_model("jul2026")
     optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=32)
     wanted = all_names(model)[::2]
@@ -224,8 +212,7 @@ def test_batches_hold_every_name_once_and_matrices_of_one_shape_together() -> No
 
 
 def test_shares_of_equal_matrices_are_equally_large() -> None:
-    """With AdamW alone the time goes with the number of weights; no share is above the mean by more than the largest
-    parameter."""
+    """AdamW's time is proportional to the number of weights."""
     model = make_model("jul2026")
     sizes = {name: value.size for name, value in flatten_parameters(model).items()}
     for parts in (2, 3):
@@ -238,8 +225,8 @@ def test_shares_of_equal_matrices_are_equally_large() -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("num_lanes", [2, 3])
-def test_lanes_move_as_one_does(option: str, num_lanes: int) -> None:
-    """Twice, so that the moments matter; products of other stacks of matrices may round differently."""
+def test_several_lanes_equal_one(option: str, num_lanes: int) -> None:
+    """Two updates, so that moments matter; products of other stacks of matrices may round differently."""
     model = make_model("jul2026")
     results = []
     for count in (1, num_lanes):
@@ -260,8 +247,8 @@ def test_lanes_move_as_one_does(option: str, num_lanes: int) -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_weight_decay_shrinks_matrices_and_no_other_parameter(option: str) -> None:
-    """By rate × weight_decay; Muon's follows the schedule, and jul2026's applies where it agrees with the step."""
+def test_weight_decay_shrinks_only_matrices(option: str) -> None:
+    """By rate × weight_decay; jul2026's applies only where it agrees with the update's sign."""
     model, gradients = make_model(), random_gradients(make_model())
     groups = {
         name: replace(group, weight_decay=0.5 if name == "matrices" else 0.0)
@@ -299,31 +286,27 @@ def clipped(gradients: dict[str, mx.array], limit: float) -> dict[str, mx.array]
     return {name: gradient * factor for name, gradient in gradients.items()}
 
 
-def test_the_norm_is_that_of_all_gradients_together() -> None:
+def test_norm_is_of_all_gradients_together() -> None:
     assert mx.sqrt(sum_squares(arrays([3.0, 0.0], [4.0], [12.0]))).item() == 13.0
 
 
-def test_the_norm_of_millions_of_numbers_keeps_its_digits() -> None:
+def test_norm_of_millions_of_numbers_is_exact() -> None:
     """A plain float32 sum of them is off by a percent."""
     gradient = np.random.default_rng(0).normal(size=(4096, 1024)).astype(np.float32)
     norm = mx.sqrt(sum_squares({"table": mx.array(gradient)}))
     assert norm.item() == pytest.approx(np.linalg.norm(gradient.astype(np.float64)), rel=2e-6)
 
 
-def test_gradients_above_the_limit_are_scaled_as_torch_does() -> None:
+def test_clipping_scales_gradients_above_the_limit() -> None:
+    found = clipped(arrays([0.3], [0.4]), 1.0)
+    assert (found["0"].item(), found["1"].item()) == (np.float32(0.3), np.float32(0.4)), "below the limit: unchanged"
     found = clipped(arrays([3.0, -0.0], [4.0]), 1.0)
     factor = 1.0 / (5.0 + 1e-6)
     np.testing.assert_allclose(np.asarray(found["0"]), [3 * factor, 0], rtol=1e-6)
     np.testing.assert_allclose(np.asarray(found["1"]), [4 * factor], rtol=1e-6)
 
 
-def test_gradients_below_the_limit_are_left_alone() -> None:
-    found = clipped(arrays([0.3], [0.4]), 1.0)
-    assert found["0"].item() == np.float32(0.3)
-    assert found["1"].item() == np.float32(0.4)
-
-
-def test_without_a_limit_the_norm_does_not_matter(model: GPT) -> None:
+def test_without_a_limit_the_norm_is_ignored(model: GPT) -> None:
     gradients, rates = random_gradients(model), Rates(1.0, 0.9, 1.0)
     first, second = (
         move(Optimizer(model, optimizer_config(grad_clip=None), width=16), flatten_parameters(model), gradients, rates,
@@ -334,13 +317,13 @@ def test_without_a_limit_the_norm_does_not_matter(model: GPT) -> None:
 
 
 @pytest.mark.parametrize("norm", [0.0, 0.5, 1.0, 2.0, 1e20])
-def test_the_factor_is_one_up_to_the_limit_and_falls_with_the_norm_above_it(norm: float) -> None:
+def test_clip_factor_is_limit_over_norm(norm: float) -> None:
     factor = clip_factor(mx.array(norm), 1.0)
     assert factor.item() == pytest.approx(min(1.0, 1.0 / (norm + 1e-6)), rel=1e-6)
 
 
-def test_squares_of_parts_add_up_to_those_of_the_whole() -> None:
-    """As lanes add theirs up."""
+def test_squares_of_parts_add_up() -> None:
+    """As lanes add them up."""
     rng = np.random.default_rng(0)
     values = {str(index): rng.normal(size=shape) for index, shape in enumerate([(3,), (4, 5), (2, 3, 4), (1, 1)])}
     gradients = {name: mx.array(value.astype(np.float32)) for name, value in values.items()}

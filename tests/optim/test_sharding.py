@@ -1,4 +1,4 @@
-"""Which rank moves what: every row once, the work about equal, whatever the number of ranks."""
+"""Distribution of parameters to ranks: every row once, about equal work, for any number of ranks."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ def optimizer_of(option: str, num_layers: int, *, newer: bool) -> Optimizer:
     size=st.integers(1, 40), num_layers=st.integers(1, 5), newer=st.booleans(),
     option=st.sampled_from(OPTIONS),
 )  # fmt: skip
-def test_every_row_of_every_parameter_is_moved_by_one_rank(
-    size: int, num_layers: int, newer: bool, option: str
-) -> None:
+def test_every_row_is_on_one_rank(size: int, num_layers: int, newer: bool, option: str) -> None:
     optimizer = optimizer_of(option, num_layers, newer=newer)
     dealt = deal_pieces(optimizer, size)
     assert len(dealt) == size
@@ -55,7 +53,7 @@ def test_every_row_of_every_parameter_is_moved_by_one_rank(
 
 
 @given(size=st.integers(1, 20), num_layers=st.integers(1, 5), option=st.sampled_from(OPTIONS[:2]))
-def test_matrices_that_are_orthogonalised_stay_whole(size: int, num_layers: int, option: str) -> None:
+def test_matrices_of_muon_stay_whole(size: int, num_layers: int, option: str) -> None:
     optimizer = optimizer_of(option, num_layers, newer=True)
     matrices = {name for names in optimizer.muon_shapes.values() for name in names}
     for own in deal_pieces(optimizer, size):
@@ -65,19 +63,19 @@ def test_matrices_that_are_orthogonalised_stay_whole(size: int, num_layers: int,
 
 @pytest.mark.parametrize("option", OPTIONS)
 @given(size=st.integers(1, 12))
-def test_no_rank_has_more_to_do_than_its_part_and_one_matrix(option: str, size: int) -> None:
+def test_work_per_rank_is_bounded(option: str, size: int) -> None:
     optimizer = optimizer_of(option, 5, newer=True)
     work = []
     for own in deal_pieces(optimizer, size):
         work.append(sum(optimizer.costs({piece.name: piece.shape for piece in own}).values()))
     whole = optimizer.costs(optimizer.shapes)
-    # Besides: rows that do not divide evenly, one of each parameter that is cut.
+    # Plus one row of each cut parameter, because rows do not divide evenly.
     uneven = sum(np.prod(optimizer.shapes[name][1:]) for name in optimizer.adamw_rules)
     largest = max((whole[name] for names in optimizer.muon_shapes.values() for name in names), default=0.0)
     assert max(work) <= sum(whole.values()) / size + largest + uneven
 
 
-def test_a_piece_that_is_cut_out_does_not_keep_the_whole_array() -> None:
+def test_cut_out_copies_the_piece() -> None:
     whole = mx.array(np.arange(12, dtype=np.float32).reshape(6, 2))
     piece = Piece("a", 2, 4, (2, 2))
     np.testing.assert_array_equal(np.array(piece.cut_out(whole)), [[4, 5], [6, 7]])
@@ -85,7 +83,7 @@ def test_a_piece_that_is_cut_out_does_not_keep_the_whole_array() -> None:
 
 
 @given(sizes=st.lists(st.integers(1, 50), max_size=10))
-def test_what_a_rank_sends_goes_in_loads_that_are_not_too_large(sizes: list[int]) -> None:
+def test_loads_are_bounded(sizes: list[int]) -> None:
     pieces = [Piece(str(index), 0, size, (size,)) for index, size in enumerate(sizes)]
     before, sharding_module.BUCKET_BYTES = sharding_module.BUCKET_BYTES, 4 * 60
     try:
@@ -96,7 +94,7 @@ def test_what_a_rank_sends_goes_in_loads_that_are_not_too_large(sizes: list[int]
     assert all(len(load) == 1 or sum(piece.size for piece in load) <= 60 for load in loads)
 
 
-def test_another_process_makes_the_same_rules_from_a_recipe() -> None:
+def test_recipe_gives_the_same_rules() -> None:
     optimizer = optimizer_of("muon_jul2026", 3, newer=True)
     other = Optimizer.of_recipe(model_of(3, newer=True), optimizer.recipe())
     assert other.adamw_rules == optimizer.adamw_rules
