@@ -1,6 +1,6 @@
-"""Two Hugging Face Hubs on this machine: one to download from, with faults, and one to upload to.
+"""Two local Hugging Face Hubs: one for downloads, with faults, and one for uploads.
 
-They answer what the official client requests and keep a log of that.
+They answer the requests of the official client and log them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _LARGE = (".safetensors", ".pt", ".pkl")
 
 @dataclass
 class Faults:
-    """How the hub misbehaves. Patterns are of the file's path; `times` counts for each file, 0 is always."""
+    """Faults of the hub. Patterns match file paths; `times` is per file, 0 means always."""
 
     fail_first: int = 0
     status: int = 503
@@ -44,7 +44,7 @@ class Faults:
 
 @dataclass
 class Repository:
-    """Files of one repository, by path."""
+    """Files of a repository by path."""
 
     files: dict[str, bytes]
     commit: str = COMMIT
@@ -70,7 +70,7 @@ class LoopbackHub(Served):
 
     repositories: dict[tuple[str, str], Repository] = field(default_factory=dict)
     files: dict[str, bytes] = field(default_factory=dict)
-    """What is under /files/."""
+    """Files under /files/."""
     faults: Faults = field(default_factory=Faults)
     log: list[Request] = field(default_factory=list)
 
@@ -83,12 +83,12 @@ class LoopbackHub(Served):
         return super().__enter__()
 
     def add(self, name: str, files: dict[str, bytes], kind: str = "dataset", **more: Any) -> Repository:
-        """Offer a repository."""
+        """Add a repository."""
         self.repositories[kind, name] = Repository(files, **more)
         return self.repositories[kind, name]
 
     def requests(self, part: str) -> list[Request]:
-        """Return the requests for files whose path ends so."""
+        """Return the requests for files whose path ends with `part`."""
         return [each for each in self.log if each.path.endswith(part) and "/api/" not in each.path]
 
     def sent(self, part: str = "") -> int:
@@ -96,7 +96,7 @@ class LoopbackHub(Served):
         return sum(each.sent for each in self.requests(part))
 
     def take(self, fault: str, path: str) -> bool:
-        """Tell whether this answer shall have the fault, and count it."""
+        """Return whether this answer has the fault, and count it."""
         pattern = getattr(self.faults, fault)
         if not pattern or not fnmatch.fnmatchcase(path, pattern):
             return False
@@ -241,14 +241,14 @@ def git_id(content: bytes) -> str:
 
 @dataclass
 class Uploaded:
-    """What is in a repository, and who may see it."""
+    """Contents and visibility of a repository."""
 
     private: bool
     files: dict[str, bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
 
     def entry(self, path: str) -> dict[str, Any] | None:
-        """Return what a tree says of a file or folder, or None."""
+        """Return a tree's entry of a file or folder, or None."""
         content = self.files.get(path)
         if content is not None:
             return {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
@@ -265,7 +265,7 @@ class UploadHub(Served):
     fail: str = ""
     status: int = 400
     xet: dict[str, Any] | None = None
-    """What a request for a token of Xet storage gets; None: what any unknown address of a repository gets."""
+    """Answer to a request for a Xet token; None: as for an unknown path of a repository."""
     repositories: dict[str, Uploaded] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)
     """Large files by sha256, committed or not."""

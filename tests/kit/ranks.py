@@ -1,10 +1,10 @@
-"""Ranks of a ring on this machine, each a process of one core, for tests.
+"""Ranks of a ring on this machine, each a process with one core, for tests.
 
-`run_ranks` has every rank call a function of a test file, `lead_ranks` only rank 0, while the others follow it.
-What goes in and comes out is JSON data. Functions of the test's own file may be given to `Team.call`.
+`run_ranks` calls a function of a test file on every rank, `lead_ranks` only on rank 0, which the others follow.
+Arguments and results are JSON data. Functions of the test file may be passed to `Team.call`.
 
-Ranks take 2.6 seconds to start, so those of a number stay for later tests, and end with this process. What a test
-leaves in a module or in MLX's caches is there in the next one; `fresh` ranks are for one call alone.
+Ranks take 2.6 seconds to start, so they are reused by later tests of the same size, and end with this process. Changes
+of modules and MLX's caches persist between tests; `fresh` ranks are used for one call only.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def run_ranks(
     """Return what `function(group, *given)` returns on each of `size` ranks.
 
     Args:
-        function: of a module's top level, by name.
-        size: ranks.
+        function: a module-level function.
+        size: number of ranks.
         given: JSON data.
-        seconds: after which all are killed and the test fails.
-        fresh: whether the ranks are new ones, and end afterwards.
+        seconds: time limit, after which all are killed and the test fails.
+        fresh: use new ranks that end afterwards.
     """
     return _call(function, size, given, seconds, follow=False, fresh=fresh)
 

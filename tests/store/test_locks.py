@@ -20,19 +20,26 @@ from mlxchat.errors import StoreError
 from mlxchat.store import locks
 
 HOLDER = """
-import subprocess, sys, time
+import os, subprocess, sys, time
 from pathlib import Path
 from mlxchat.store import locks
 with locks.hold(Path(sys.argv[1]), {"step": "pretrain", "run": "run7"}, lambda owner: None):
-    child = subprocess.Popen(["sleep", "60"]) if len(sys.argv) > 2 else None
-    print(child.pid if child else 0, flush=True)
+    child = 0
+    if "program" in sys.argv:
+        child = subprocess.Popen(["sleep", "60"]).pid
+    elif "fork" in sys.argv and not (child := os.fork()):
+        print(os.getpid(), flush=True)  # Python has closed the inherited locks
+        time.sleep(60)
+        os._exit(0)
+    if "fork" not in sys.argv:
+        print(child, flush=True)
     time.sleep(60)
 """
 
 
 @pytest.fixture
 def hold_elsewhere(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], int]]]:
-    """Start a process that holds tmp_path/x.lock; returns it and the id of its own child."""
+    """Start a process that holds tmp_path/x.lock; return it and the id of its child."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: str) -> tuple[subprocess.Popen[str], int]:
@@ -50,7 +57,9 @@ def hold_elsewhere(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Po
 
 
 def test_waiter_sees_the_holder_and_gets_its_lock(tmp_path: Path, hold_elsewhere: Any) -> None:
+    assert not locks.is_held(tmp_path / "x.lock")
     holder, _ = hold_elsewhere()
+    assert locks.is_held(tmp_path / "x.lock")
     holders: list[dict[str, Any]] = []
 
     def kill_holder(owner: dict[str, Any]) -> None:
@@ -63,18 +72,11 @@ def test_waiter_sees_the_holder_and_gets_its_lock(tmp_path: Path, hold_elsewhere
     assert [(owner["pid"], owner["step"], owner["run"]) for owner in holders] == [(holder.pid, "pretrain", "run7")]
 
 
-def test_kill_releases_the_lock(tmp_path: Path, hold_elsewhere: Any) -> None:
-    assert not locks.is_held(tmp_path / "x.lock")
-    holder, _ = hold_elsewhere()
-    assert locks.is_held(tmp_path / "x.lock")
-    holder.kill()
-    holder.wait()
-    assert not locks.is_held(tmp_path / "x.lock")
-
-
-def test_subprocess_of_the_holder_does_not_keep_the_lock(tmp_path: Path, hold_elsewhere: Any) -> None:
-    holder, child = hold_elsewhere("with a child")
+@pytest.mark.parametrize("kind", ["program", "fork"])
+def test_surviving_child_does_not_keep_the_lock(kind: str, tmp_path: Path, hold_elsewhere: Any) -> None:
+    holder, child = hold_elsewhere(kind)
     try:
+        assert locks.is_held(tmp_path / "x.lock")
         holder.kill()
         holder.wait()
         os.kill(child, 0)  # it lives
@@ -91,12 +93,9 @@ def test_free_lock_is_taken_and_released(tmp_path: Path) -> None:
         assert locks.read_owner(path) == {"pid": os.getpid(), "host": os.uname().nodename, "step": "sft"}
     assert not locks.is_held(path)
     assert locks.read_owner(path) == {}
-
-
-def test_exception_releases_the_lock(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), locks.hold(tmp_path / "x.lock", {}, lambda owner: None):
+    with pytest.raises(ZeroDivisionError), locks.hold(path, {}, lambda owner: None):
         _ = 1 / 0
-    assert not locks.is_held(tmp_path / "x.lock")
+    assert not locks.is_held(path)
 
 
 COUNTER = """
@@ -120,10 +119,10 @@ def test_lock_excludes_eight_processes(tmp_path: Path) -> None:
     assert count.read_text() == "40"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
-def test_unreadable_owner_is_an_empty_record(content: str, tmp_path: Path) -> None:
-    (tmp_path / "x.lock").write_text(content)
-    assert locks.read_owner(tmp_path / "x.lock") == {}
+def test_unreadable_owner_is_an_empty_record(tmp_path: Path) -> None:
+    for content in ("", "{", "[]", "null"):
+        (tmp_path / "x.lock").write_text(content)
+        assert locks.read_owner(tmp_path / "x.lock") == {}
 
 
 def test_waiting_takes_no_cpu(tmp_path: Path, hold_elsewhere: Any) -> None:
@@ -138,38 +137,6 @@ def test_waiting_takes_no_cpu(tmp_path: Path, hold_elsewhere: Any) -> None:
         used.append(time.process_time())
     assert killer.wait() == 0
     assert used[1] - used[0] < 0.2
-
-
-FORKER = """
-import os, sys, time
-from pathlib import Path
-from mlxchat.store import locks
-with locks.hold(Path(sys.argv[1]), {"step": "pretrain", "run": "run7"}, lambda owner: None):
-    child = os.fork()
-    if child == 0:
-        time.sleep(60)
-        os._exit(0)
-    print(child, flush=True)
-    time.sleep(60)
-"""
-
-
-def test_surviving_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", FORKER, str(tmp_path / "x.lock")], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    child = int(holder.stdout.readline())
-    try:
-        time.sleep(0.1)  # the child's first lines of Python, in which it closes what it inherited
-        assert locks.is_held(tmp_path / "x.lock")
-        holder.kill()
-        holder.wait()
-        os.kill(child, 0)  # it lives
-        assert not locks.is_held(tmp_path / "x.lock")
-    finally:
-        holder.stdout.close()
-        os.kill(child, signal.SIGKILL)
 
 
 def test_exiting_forked_child_leaves_the_parents_lock(tmp_path: Path) -> None:
@@ -196,13 +163,10 @@ def test_file_system_without_locks_is_refused(number: int, tmp_path: Path, monke
 
 
 def test_file_system_that_grants_every_lock_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locks.check_locks(tmp_path)
     monkeypatch.setattr(fcntl, "flock", lambda handle, operation: None)
     with pytest.raises(StoreError, match=r"grants a lock to two holders at once.*outputs=PATH"):
         locks.check_locks(tmp_path)
-
-
-def test_lock_check_leaves_no_files(tmp_path: Path) -> None:
-    locks.check_locks(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

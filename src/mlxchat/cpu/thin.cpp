@@ -1,8 +1,8 @@
 // Products of few rows for decoding, out = x B or out = x Bᵀ, as a `cblas_sgemm` in front of OpenBLAS's.
 //
-// OpenBLAS copies both operands of a product before it multiplies. For few rows the copy takes longer than the product,
-// so here B is read once, as it lies. The order in which a number is summed does not depend on how many rows there are:
-// a row has the same bits in any batch.
+// OpenBLAS copies both operands of a product first. For few rows the copies take longer than the product, so here B is
+// read once, in place. The order of summation does not depend on the number of rows, so a row has the same bits in any
+// batch.
 
 namespace {
 
@@ -104,7 +104,7 @@ void multiply_rows(const Product &p, long row, long end, long column) {
     if constexpr (rows > 1) multiply_rows<Kind, rows - 1, columns>(p, row, end, column);
 }
 
-// In tiles of so many rows and columns, whose sums fit the registers. All rows meet a part of B before the next one.
+// In tiles whose sums fit into registers; all rows use a part of B before the next part.
 template <class Kind, int rows, int columns>
 void multiply(const Product &p, long end, long outer) {
     long column = 0;
