@@ -1,4 +1,4 @@
-"""The package without `mlxchat/cpu`, and the plain path in bfloat16: what Metal and CUDA run, on this machine's CPU."""
+"""The package without `mlxchat/cpu`: the plain path of Metal and CUDA in bfloat16, on this machine's CPU."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# The installed package is an editable one, whose finder would come first.
+# Remove the finder of an editable installation, which would take precedence.
 START = """
 import runpy, sys
 sys.path[:0] = sys.argv.pop(1).split(":")
@@ -62,12 +62,12 @@ def run(copy: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
-def test_without_the_cpus_code_a_model_trains_and_answers(copy: Path, tmp_path: Path) -> None:
+def test_model_trains_and_answers_without_cpu_package(copy: Path, tmp_path: Path) -> None:
     done = run(copy, PROGRAM, cwd=tmp_path)
     assert done.stdout == "done\n", done.stderr
 
 
 @pytest.mark.slow
-def test_without_the_cpus_code_the_whole_pipeline_runs(copy: Path, tmp_path: Path) -> None:
+def test_pipeline_runs_without_cpu_package(copy: Path, tmp_path: Path) -> None:
     done = run(copy, "runpy.run_module('mlxchat')", *tiny_settings(), "machine.compute_dtype=bfloat16", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The paper plan: its formulas against a ring that is played through, its numbers against what was published."""
+"""The plan for several machines: formulas against a simulated ring, numbers against published ones."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def config() -> Config:
     return compose_config(D32).config
 
 
-def play_sum(ranks: int, numbers: int) -> tuple[int, int]:
-    """Sum around a ring as it is done: return rounds, and numbers that a rank sends; the result is checked."""
+def simulate_sum(ranks: int, numbers: int) -> tuple[int, int]:
+    """Simulate a sum around a ring; return rounds, and numbers that a rank sends."""
     data = np.random.default_rng(0).integers(0, 9, (ranks, ranks, numbers // ranks))
     total, rounds, sent = data.sum(axis=0), 0, 0
     for turn in range(2 * (ranks - 1)):
@@ -55,15 +55,15 @@ def play_sum(ranks: int, numbers: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_a_sum_takes_the_messages_of_a_ring_that_is_played_through(ranks: int) -> None:
-    rounds, sent = play_sum(ranks, 24 * ranks)
+def test_sum_sends_the_messages_of_a_simulated_ring(ranks: int) -> None:
+    rounds, sent = simulate_sum(ranks, 24 * ranks)
     assert plan.sum_seconds(24 * ranks, ranks, LINK) == pytest.approx(sent / 1000 + rounds * 0.5)
-    # A sum of gradients, and of the weights the gathering, which is the second half of a sum.
+    # Gradients are summed; weights are gathered, which is the second half of a sum.
     assert plan.bytes_sent(24 * ranks, 0, ranks) == pytest.approx(4 * sent + 4 * sent / 2)
     assert plan.gather_seconds(24, ranks, LINK) == pytest.approx((ranks - 1) * (0.024 + 0.5))
 
 
-def test_muon_is_reckoned_by_its_products(config: Config) -> None:
+def test_muon_costs_its_products(config: Config) -> None:
     sizes = replace(plan.load_of(config).sizes, num_layers=1, num_heads=2, num_kv_heads=2, width=8)
     flops = 0
     for rows, columns in [(8, 8)] * 4 + [(8, 32)] * 2:
@@ -73,8 +73,8 @@ def test_muon_is_reckoned_by_its_products(config: Config) -> None:
     assert plan.orthogonalising_flops(sizes) == flops
 
 
-def test_nanochats_d32_on_eight_gpus_comes_out_as_it_was_published(config: Config) -> None:
-    """71,680 steps of 1.572 s, 31.3 hours; within 8 %: theirs hides some of its communication, ours hides none."""
+def test_d32_on_eight_gpus_takes_the_published_time(config: Config) -> None:
+    """71,680 steps of 1.572 s, 31.3 hours; within 8 %, because nanochat overlaps some communication."""
     load = plan.load_of(config)
     assert load.num_iterations == 71_680
     case = plan.step_on(load, plan.H100, 8, plan.LINKS[-1])
@@ -82,7 +82,7 @@ def test_nanochats_d32_on_eight_gpus_comes_out_as_it_was_published(config: Confi
     assert case.days * 24 == pytest.approx(31.3, rel=0.08)
 
 
-def test_times_add_up_and_one_machine_sends_nothing(config: Config) -> None:
+def test_times_add_up(config: Config) -> None:
     load = plan.load_of(config)
     alone, together = plan.step_on(load, plan.H100, 1, None), plan.step_on(load, plan.H100, 4, plan.LINKS[0])
     assert (alone.communication_seconds, alone.sent_bytes) == (0, 0)
@@ -90,13 +90,13 @@ def test_times_add_up_and_one_machine_sends_nothing(config: Config) -> None:
     assert together.days == pytest.approx(
         load.num_iterations * (together.compute_seconds + together.communication_seconds) / 86400
     )
-    # Where a link is slow, latency is nothing: what it takes is bytes over speed.
+    # On a slow link latency is negligible.
     assert together.communication_seconds == pytest.approx(
         together.sent_bytes / plan.LINKS[0].bytes_per_second, rel=0.01
     )
 
 
-def test_the_rows_at_a_time_are_the_most_that_fit(config: Config) -> None:
+def test_micro_rows_are_the_most_that_fit(config: Config) -> None:
     load, machine = plan.load_of(config), plan.mac("mac_128gb", "a Mac")
 
     def peak(rows: int) -> int:
@@ -112,6 +112,6 @@ def test_the_rows_at_a_time_are_the_most_that_fit(config: Config) -> None:
     assert small.micro_rows == 0
 
 
-def test_the_page_has_the_tables_that_the_script_prints(config: Config) -> None:
+def test_page_has_the_tables_of_the_script(config: Config) -> None:
     text, printed = (DOCS / "several_machines.md").read_text(encoding="utf-8"), "\n".join(plan.tables(config))
     assert all(table in text for table in printed.split("\n\n")), "paste what `python several_machines.py` prints"

@@ -45,8 +45,8 @@ def use_group(group: Group) -> dict[str, Any]:
     found["shared"] = {name: bits_of(name, group.share(array_of(name, mine=rank == 2), 2)) for name in BITS}
     found["scalar"] = group.share(mx.array(3.5 if rank == 0 else 9.0)).item()
     found["shape"] = list(group.share(mx.zeros((2, 0, 3))).shape)
-    found["said"] = group.gather_json({"rank": rank, "text": "ü" * 40 * rank})
-    found["told"] = group.share_json({"from": rank, "text": "x" * 10_000})
+    found["gathered JSON"] = group.gather_json({"rank": rank, "text": "ü" * 40 * rank})
+    found["shared JSON"] = group.share_json({"from": rank, "text": "x" * 10_000})
     found["nothing"] = group.share_json() if rank else group.share_json(None)
     ours = {
         "a": mx.full((3, 2), rank + 1.0), "b": mx.array([rank], dtype=mx.int32), "c": mx.array(0.25 * rank),
@@ -80,12 +80,12 @@ def test_scalars_and_empty_arrays_keep_their_shapes(found: Any) -> None:
 
 def test_json_is_gathered_in_the_order_of_ranks(found: Any) -> None:
     for each in found:
-        assert each["said"] == [{"rank": rank, "text": "ü" * 40 * rank} for rank in range(3)]
+        assert each["gathered JSON"] == [{"rank": rank, "text": "ü" * 40 * rank} for rank in range(3)]
 
 
 def test_only_the_value_of_rank_0_is_shared(found: Any) -> None:
     for each in found:
-        assert each["told"] == {"from": 0, "text": "x" * 10_000}
+        assert each["shared JSON"] == {"from": 0, "text": "x" * 10_000}
         assert each["nothing"] is None
 
 
@@ -204,9 +204,9 @@ def leave(group: Group) -> str:
 
 
 def test_a_lost_rank_raises_peer_lost() -> None:
-    said = ranks.run_ranks(leave, 2, fresh=True)
-    assert said[1] == "left"
-    assert "another process of the group is gone" in said[0]
+    results = ranks.run_ranks(leave, 2, fresh=True)
+    assert results[1] == "left"
+    assert "another process of the group is gone" in results[0]
 
 
 # Dealing

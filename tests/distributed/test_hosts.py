@@ -78,19 +78,19 @@ def test_two_hosts_end_with_their_link_and_resume(tiny: tuple[str, ...], mlxchat
         env=clean | {"FOLDER": str(tmp_path), "MLXCHAT_SILENCE_SECONDS": "6"}, capture_output=True, text=True,
         timeout=400, check=False,
     )  # fmt: skip
-    said = {path.name: path.read_text() for path in tmp_path.glob("*-?.*")}
-    assert done.returncode == 0, (done.stderr, said)
-    assert said["cut-0.code"].strip() == "1", said
-    assert said["cut-1.code"].strip() == "1", said
+    printed = {path.name: path.read_text() for path in tmp_path.glob("*-?.*")}
+    assert done.returncode == 0, (done.stderr, printed)
+    assert printed["cut-0.code"].strip() == "1", printed
+    assert printed["cut-1.code"].strip() == "1", printed
     # Six seconds of silence, and time for a busy machine.
     assert 5 <= int((tmp_path / "cut-seconds").read_text()) <= 60
-    errors = [line for line in said["cut-0.txt"].splitlines() if line.startswith("error:")]
-    assert len(errors) == 1, said
+    errors = [line for line in printed["cut-0.txt"].splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, printed
     assert "on mini2) has sent nothing for 6 seconds: it hangs, was stopped, or lost its network" in errors[0]
     assert "resume from iteration" in errors[0]
-    assert "has sent nothing for 6 seconds, which ends this run" in said["cut-1.txt"]
-    assert said["again-0.code"].strip() == said["again-1.code"].strip() == "0", said
-    assert "[ring]" not in "".join(said.values())
+    assert "has sent nothing for 6 seconds, which ends this run" in printed["cut-1.txt"]
+    assert printed["again-0.code"].strip() == printed["again-1.code"].strip() == "0", printed
+    assert "[ring]" not in "".join(printed.values())
     found = json.loads((tmp_path / "outputs/refs/latest/pretrain/manifest.json").read_text())
     assert found["excluded"]["ranks"]["hosts"] == [os.uname().nodename, "mini2"]
     here = mlxchat(*settings, "machine.num_processes=2", f"outputs={tmp_path}/here", timeout=200)

@@ -154,12 +154,12 @@ def test_without_an_address_ranks_learn_it_in_the_group(tmp_path: Path) -> None:
         for rank in "01"
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=60)[0] for process in started]
+        printed = [process.communicate(timeout=60)[0] for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
-    assert "2 ranks" in said[0].splitlines()
+    assert [process.returncode for process in started] == [0, 0], printed
+    assert "2 ranks" in printed[0].splitlines()
 
 
 def test_connections_with_an_invalid_rank_are_refused() -> None:

@@ -193,14 +193,14 @@ def adapted(team: Team | None, model: GPT) -> dict[str, Any]:
 def work(team: Team | None, architecture: str, folder: str) -> dict[str, Any]:
     """Return all results besides training; without a team, those of one process."""
     model, tokenizer = make_model(architecture), make_tokenizer()
-    asked = text_model(team, model)
+    scored = text_model(team, model)
     engine = Engine(model, tokenizer, team=team)
     found: dict[str, Any] = {"completions": completions(team, model)}
     whole, padded = rows_of([96] * 7), rows_of(sorted([3, 90, 17, 290, 128, 1, 64, 33]), 300)
-    loss = text_loss(asked, whole, tokenizer.token_bytes, micro_tokens=300)
+    loss = text_loss(scored, whole, tokenizer.token_bytes, micro_tokens=300)
     found["counted"] = [loss.num_bytes, loss.num_tokens]
-    found["text"], found["one_row"] = loss.bits_per_byte, mean_loss(asked, whole[:1], micro_tokens=300)
-    found["padded"] = mean_loss(asked, padded, micro_tokens=900)
+    found["text"], found["one_row"] = loss.bits_per_byte, mean_loss(scored, whole[:1], micro_tokens=300)
+    found["padded"] = mean_loss(scored, padded, micro_tokens=900)
     ids, targets = (np.stack([row[side] for row in padded]) for side in (0, 1))
     scores = PolicyScores(model, micro_tokens=900, dtype=mx.float32, team=team)
     other = {name: 0.9 * value for name, value in flatten_parameters(model).items()}

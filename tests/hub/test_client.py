@@ -180,9 +180,9 @@ def test_redirect_to_another_host_does_not_get_the_token(hub: Any, texts: Any, m
     monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
     hub.faults.redirect, hub.faults.truncate = True, "data/*"
     assert fetch() == CONTENT
-    asked = hub.requests("parquet")
-    assert {each.token for each in asked if each.host.startswith("127.")} == {"hf_secret_token"}
-    assert {each.token for each in asked if each.host.startswith("localhost")} == {None}
+    requests = hub.requests("parquet")
+    assert {each.token for each in requests if each.host.startswith("127.")} == {"hf_secret_token"}
+    assert {each.token for each in requests if each.host.startswith("localhost")} == {None}
     assert hub.sent("parquet") == 800_000
 
 

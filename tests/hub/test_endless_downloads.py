@@ -44,16 +44,16 @@ class Server:
 
     def __init__(self) -> None:
         self.answer: Answer = lambda request, number, start: rest(request, start, WHOLE)
-        self.asked: list[int] = []
+        self.starts: list[int] = []
         self.pauses: list[float] = []
         server = self
 
         class Handler(QuietHandler):
             def do_GET(self) -> None:
                 start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
-                server.asked.append(start)
+                server.starts.append(start)
                 try:
-                    server.answer(self, len(server.asked), start)
+                    server.answer(self, len(server.starts), start)
                 except OSError:
                     self.close_connection = True
 
@@ -145,7 +145,7 @@ def test_download_ends_after_a_bounded_number_of_requests(name: str, size: int |
     with pytest.raises(MlxchatError, match=r"\ba (cannot be|is corrupt)") as raised:
         server.fetch(size)
     assert len(str(raised.value)) < 600
-    assert len(server.asked) <= most
+    assert len(server.starts) <= most
     assert all(pause <= 60 for pause in server.pauses)
     assert sum(server.pauses) <= 5 * 60
     assert not (cache.cache_folder() / "a").exists()
@@ -170,14 +170,14 @@ def test_restarted_downloads_are_bounded(answer: Answer, server: Server) -> None
     )
     with pytest.raises(PassingError):
         server.fetch()
-    assert len(server.asked) <= 40
+    assert len(server.starts) <= 40
 
 
 def test_attempts_without_progress_back_off(server: Server) -> None:
     server.answer = cut
     with pytest.raises(PassingError, match=r"128,000 of 256,000 bytes.*Range"):
         server.fetch()
-    assert server.asked == [0, *[HALF] * 6]
+    assert server.starts == [0, *[HALF] * 6]
     first = downloads.FIRST_PAUSE_SECONDS
     assert server.pauses == [0.0, *[first * 2**number for number in range(5)]]
 
@@ -186,7 +186,7 @@ def test_whole_file_arrives_although_range_is_ignored(server: Server) -> None:
     sizes = [HALF, 1000, HALF - 1, 3 * WHOLE // 4, 10, WHOLE]
     server.answer = lambda request, number, start: rest(request, 0, sizes[number - 1])
     assert server.fetch().read_bytes() == CONTENT
-    assert len(server.asked) == len(sizes)
+    assert len(server.starts) == len(sizes)
 
 
 def test_redirect_body_is_not_read(server: Server) -> None:
@@ -227,7 +227,7 @@ def test_trickle_within_one_answer_ends(server: Server, monkeypatch: pytest.Monk
     server.answer = answer
     with pytest.raises(PassingError, match="fewer than"):
         server.fetch()
-    assert len(server.asked) <= 20
+    assert len(server.starts) <= 20
 
 
 FRAMES = {
@@ -241,10 +241,10 @@ def framed(request: pytest.FixtureRequest, server: Server) -> Iterator[Server]:
     """A server whose answers trickle outside the body."""
     over = threading.Event()
 
-    def answer(asked: Any, number: int, start: int) -> None:
-        asked.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + FRAMES[request.param])
+    def answer(handler: Any, number: int, start: int) -> None:
+        handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + FRAMES[request.param])
         while not over.wait(0.01):
-            asked.wfile.write(b"a")
+            handler.wfile.write(b"a")
 
     server.answer = answer
     threading.Timer(20, over.set).start()
@@ -257,7 +257,7 @@ def test_trickle_outside_of_the_body_ends(framed: Server, monkeypatch: pytest.Mo
     monkeypatch.setattr(downloads, "_SLOW_SECONDS", 0.05)
     with pytest.raises(PassingError, match="fewer than"):
         framed.fetch(None)
-    assert len(framed.asked) <= downloads.TRIES  # fewer where a slow machine cuts before the request
+    assert len(framed.starts) <= downloads.TRIES  # fewer where a slow machine cuts before the request
 
 
 def test_small_answer_that_trickles_outside_of_its_body_ends(framed: Server) -> None:
@@ -302,7 +302,7 @@ def test_endless_headers_are_cut(sent: bytes, server: Server, monkeypatch: pytes
             server.fetch()
     finally:
         over.set()
-    assert len(server.asked) <= downloads.TRIES
+    assert len(server.starts) <= downloads.TRIES
 
 
 def test_redirects_share_one_time_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +316,7 @@ def test_redirects_share_one_time_limit(server: Server, monkeypatch: pytest.Monk
     server.answer = answer
     with pytest.raises(PassingError, match="fewer than"):
         server.fetch()
-    assert len(server.asked) <= 4 * downloads.TRIES, "instead of 21"
+    assert len(server.starts) <= 4 * downloads.TRIES, "instead of 21"
 
 
 def test_waiting_for_headers_can_be_stopped(server: Server) -> None:
@@ -364,4 +364,4 @@ def test_wrong_content_is_downloaded_three_times(server: Server) -> None:
     server.answer = lambda request, number, start: send(request, 200, b"x" * (WHOLE + 1))
     with pytest.raises(DataError, match="in 3 consecutive downloads"):
         server.fetch()
-    assert len(server.asked) == 3
+    assert len(server.starts) == 3

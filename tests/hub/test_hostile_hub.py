@@ -29,13 +29,13 @@ class Hostile(QuietHandler):
     protocol_version = "HTTP/1.0"
 
     def do_GET(self) -> None:
-        self.server.asked.append(self.headers["Host"])
+        self.server.hosts.append(self.headers["Host"])
         answer = {"/revision/": {"id": "a/b", "sha": self.server.commit}, "/tree/": [self.server.entry]}
         found = next((value for part, value in answer.items() if part in self.path), None)
         self.send_response(self.server.status if "/tree/" in self.path else 200)
         if found is not None:
             if "/tree/" in self.path:
-                for name, value in self.server.headers(len(self.server.asked)).items():
+                for name, value in self.server.headers(len(self.server.hosts)).items():
                     self.send_header(name, value)
             body = json.dumps(found).encode()
             self.send_header("Content-Length", str(len(body)))
@@ -58,7 +58,7 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     server: Any = Loopback(Hostile)
     server.commit, server.blocks, server.sent = COMMIT, 1 << 12, 0
     server.entry = {"type": "file", "path": "data/a.parquet", "oid": GIT, "size": 10}
-    server.asked, server.status, server.headers = [], 200, lambda number: {}
+    server.hosts, server.status, server.headers = [], 200, lambda number: {}
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -129,8 +129,8 @@ def test_endless_list_of_files_is_refused(hostile: Any, monkeypatch: pytest.Monk
     hostile.headers = link
     with pytest.raises(DataError, match="a/b: its list of files does not end"):
         list_files("a/b")
-    assert len(hostile.asked) <= 22
-    assert set(hostile.asked) == {f"127.0.0.1:{port}"}
+    assert len(hostile.hosts) <= 22
+    assert set(hostile.hosts) == {f"127.0.0.1:{port}"}
 
 
 def test_retry_after_is_capped_at_a_minute(hostile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +171,7 @@ def test_list_of_too_many_files_is_refused(hostile: Any, monkeypatch: pytest.Mon
     hostile.headers = lambda number: {"Link": f'<{hostile.url}/tree/0?page={number}>; rel="next"'}
     with pytest.raises(DataError, match="does not end"):
         list_files("a/b")
-    assert len(hostile.asked) < 10
+    assert len(hostile.hosts) < 10
 
 
 @pytest.mark.parametrize("endless", ["token", "storage"])

@@ -114,7 +114,7 @@ def test_one_of_many_threads_creates_it(shared: SharedArtifacts) -> None:
 
 
 def test_waiting_is_reported_once_and_can_be_stopped(shared: SharedArtifacts) -> None:
-    said: list[str] = []
+    lines: list[str] = []
     patience = [1, 2, 3]
 
     def check() -> None:
@@ -127,8 +127,8 @@ def test_waiting_is_reported_once_and_can_be_stopped(shared: SharedArtifacts) ->
         locks.hold(Store(shared.outputs).lock(rid), {"run": "other"}, lambda owner: None),
         pytest.raises(TimeoutError),
     ):
-        obtain(open_shared(shared.outputs, said.append), refuse, check=check)
-    assert said == [f"tokens     waiting: process {os.getpid()} on {os.uname().nodename} is encoding shard"]
+        obtain(open_shared(shared.outputs, lines.append), refuse, check=check)
+    assert lines == [f"tokens     waiting: process {os.getpid()} on {os.uname().nodename} is encoding shard"]
 
 
 PROCESS = """

@@ -88,10 +88,10 @@ def test_waiting_import_names_the_other_process(made: Any, tmp_path: Path, capsy
         second = threading.Thread(target=import_all, args=(other, place))
         second.start()
         until = time.monotonic() + 10
-        while "waiting" not in (said := capsys.readouterr().err) and time.monotonic() < until:
+        while "waiting" not in (printed := capsys.readouterr().err) and time.monotonic() < until:
             time.sleep(0.01)
     second.join()
-    assert said == f"waiting for the import of process {os.getpid()} on {locks.host_name()}\n"
+    assert printed == f"waiting for the import of process {os.getpid()} on {locks.host_name()}\n"
     assert len(list(other.manifests())) == 2
 
 
