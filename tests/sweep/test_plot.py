@@ -41,6 +41,8 @@ def test_a_number_gives_a_curve_in_its_order_with_the_best_marked(monkeypatch: p
 def test_numbers_far_apart_are_on_a_logarithmic_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     (axes,) = axes_of(rows([{"lr": 0.001}, {"lr": 0.01}, {"lr": 0.1}]), monkeypatch)
     assert axes.get_xscale() == "log"
+    # They were matplotlib's formulas, unread: $\\mathdefault{10^{-2}}$.
+    assert {"0.001", "0.01", "0.1"} <= {label.get_text() for label in axes.get_xticklabels()}
 
 
 def test_words_give_points_above_their_names(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from mlxchat.report.tables import Column, baseline_label, columns, passes, publi
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # In pixels at the usual size: two charts stand side by side on a screen, one on a phone.
@@ -275,18 +276,31 @@ def _draw_curve(curve: Curve, axes: Axes) -> None:
 
 
 def _set_ticks(chart: Chart, axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
-        # A logarithmic axis of less than a power of ten has too few ticks of its own.
-        if chart.is_log and high >= 10 * low:
-            axis.set_major_locator(LogLocator(subs=(1, 3) if high < 1000 * low else (1,), numticks=6))
-        else:
-            axis.set_major_locator(
-                MaxNLocator(5, steps=[1, 2, 5, 10], integer=axis is axes.xaxis and chart.x == "iteration")
-            )
+    if chart.is_log:
+        label_log_axis(axes.xaxis)
+        label_log_axis(axes.yaxis)
+        return
+    for axis in (axes.xaxis, axes.yaxis):
+        is_whole = axis is axes.xaxis and chart.x == "iteration"
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=is_whole))
         axis.set_major_formatter(FuncFormatter(_tick))
         axis.set_minor_formatter(NullFormatter())
+
+
+def label_log_axis(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers: matplotlib's own labels need its formulas, which are off."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    low, high = axis.get_view_interval()
+    if high < 10 * low:  # too few ticks at powers of ten
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    else:
+        subs = (1, 2, 5) if high < 50 * low else (1, 3) if high < 1000 * low else (1,)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=6))
+    axis.set_major_formatter(FuncFormatter(_tick))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _name_levels(chart: Chart, axes: Axes, height: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.report.plots import COLOURS, INK, make_panels, name_axes, one_line, render_png, styled
+from mlxchat.report.plots import COLOURS, INK, label_log_axis, make_panels, name_axes, one_line, render_png, styled
 from mlxchat.sweep.results import Row
 
 if TYPE_CHECKING:
@@ -142,3 +142,4 @@ def _name_ticks(panel: Axes, names: list[str], axis: str) -> None:
 def _scale(panel: Axes, column: list[Any], axis: str) -> None:
     if min(column) > 0 and max(column) / min(column) > _WIDE:
         (panel.set_xscale if axis == "x" else panel.set_yscale)("log")
+        label_log_axis(panel.xaxis if axis == "x" else panel.yaxis)

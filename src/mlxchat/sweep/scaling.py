@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mlxchat.planning.scaling import IsoFlop, PowerLaw, ScalingLaws, Training, fit_scaling_laws, table_of
-from mlxchat.report.plots import COLOURS, make_panels, name_axes, render_png, styled
+from mlxchat.report.plots import COLOURS, label_log_axis, make_panels, name_axes, render_png, styled
 from mlxchat.store.files import write_whole
 from mlxchat.store.manifest import Manifest
 
@@ -125,6 +125,7 @@ def _draw(laws: ScalingLaws) -> Figure:
     for one, colour in zip(laws.budgets, colours, strict=True):
         _draw_parabola(left, one, colour)
     left.set_xscale("log")
+    label_log_axis(left.xaxis)
     found = [one for one in laws.budgets if one.best_parameters]
     flops = [one.flops for one in found]
     for label, values, law, colour in (
@@ -138,6 +139,8 @@ def _draw(laws: ScalingLaws) -> Figure:
     if found:  # matplotlib refuses logarithms of nothing
         right.set_xscale("log")
         right.set_yscale("log")
+        label_log_axis(right.xaxis)
+        label_log_axis(right.yaxis)
     for panel in (left, right):
         if panel.get_legend_handles_labels()[1]:
             panel.legend(fontsize=9)
@@ -148,7 +151,13 @@ def _draw_parabola(panel: Axes, one: IsoFlop, colour: str) -> None:
     sizes = [training.horizon_parameters for training in one.trainings]
     between = np.geomspace(sizes[0], sizes[-1], 60)
     panel.plot(sizes, [training.bpb for training in one.trainings], "o", color=colour, ms=4)
-    panel.plot(between, [one.bpb_at(float(x)) for x in between], color=colour, lw=1.3, label=f"{one.flops:.2g} FLOPs")
+    panel.plot(
+        between,
+        [one.bpb_at(float(x)) for x in between],
+        color=colour,
+        lw=1.3,
+        label=f"{one.flops:.3g} FLOPs".replace("e+", "e"),
+    )
     if one.best_parameters and one.best_bpb:
         panel.plot([one.best_parameters], [one.best_bpb], "*", color=COLOURS[1], ms=11, zorder=3)
 
