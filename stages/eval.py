@@ -20,6 +20,7 @@ from mlxchat.evals.examples import write_examples
 from mlxchat.evals.forecast import memory
 from mlxchat.evals.ngram import ngram_bits_per_byte
 from mlxchat.evals.own import measure_own
+from mlxchat.evals.plain_choice import measure_plain_choice
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.samples import answer_prompts, continue_prompts
 from mlxchat.evals.scores import Score, record_suite
@@ -41,6 +42,7 @@ READS_IF = {
     "eval.temperature": "chat",
     "eval.top_k": "chat",
     "eval.core": "base",
+    "eval.base_tasks": "base",
     "eval.bpb_tokens": "corpus",
 }
 INPUTS = {"checkpoint": "checkpoint"}
@@ -55,6 +57,7 @@ METRICS = {
     "text_perplexity": "minimize if eval.text",
     "core": "maximize if base and eval.core and not eval.core.tasks",
     "{suite}": "maximize if chat",
+    "{eval.base_tasks}": "maximize if base",
     "own_{eval.own}": "neither",
     "mean_centered": "maximize if chat and suite",
     "chatcore": "maximize if chat and chatcore",
@@ -83,6 +86,11 @@ def run(ctx: Context) -> None:
         **_measure_tasks(ctx, engine, examples if chats else None),
         "pass_at_k": None,
     }
+    if not chats and config.base_tasks:
+        scores["tasks"] = measure_plain_choice(
+            ctx, language_model(ctx.team, model, padding=tokenizer.bos), tokenizer,
+            batch_tokens=forward_tokens(ctx.config.machine, model.sizes), examples=examples,
+        )  # fmt: skip
     if config.text is not None:
         scores["text"] = measure_text(
             ctx, text_model(ctx.team, model), tokenizer, tokenizer.token_bytes,

@@ -15,6 +15,7 @@ from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core_step import measure_core
 from mlxchat.evals.examples import write_examples
+from mlxchat.evals.plain_choice import measure_plain_choice
 from mlxchat.evals.scores import record_suite
 from mlxchat.evals.text import measure_text
 from mlxchat.evals.third_party import MOST_CONTEXT_TOKENS, ThirdPartyModel
@@ -35,6 +36,7 @@ METRICS = {
     "text_perplexity": "minimize if eval.text",
     "core": "maximize if eval.core and not eval.core.tasks",
     "{suite}": "maximize",
+    "{eval.base_tasks}": "maximize",
     "mean_centered": "maximize if suite",
     "chatcore": "maximize if chatcore",
     "core_examples_per_second": "maximize if eval.core",
@@ -68,6 +70,10 @@ def run(ctx: Context) -> None:
         )  # fmt: skip
     chats = engine.tokenizer.has_chat_template if config.chat is None else config.chat
     scores |= _measure_tasks(ctx, engine, examples if chats else None) | {"pass_at_k": None}
+    if ctx.config.eval.base_tasks:
+        scores["tasks"] |= measure_plain_choice(
+            ctx, model, engine.tokenizer, batch_tokens=_BATCH_TOKENS, examples=examples
+        )  # fmt: skip
     write_examples(ctx.out / "examples.parquet", examples)
     (ctx.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
 

@@ -337,3 +337,8 @@ def test_impossible_model_sizes_hide_no_other_problem(refuse: Refuse, override: 
     said = refuse("experiment=smoke", override, "sft.num_epochs=0")
     assert expected in said
     assert "sft.num_epochs is 0, expected at least 1" in said
+
+
+def test_key_below_a_section_that_is_null_is_refused(refuse: Refuse) -> None:
+    text = refuse("eval.core.max_per_task=5")
+    assert "eval.core.max_per_task: eval.core is null. Choose an option that sets it; for CORE: core=nanochat" in text

@@ -7,15 +7,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from kit.artifacts import make_model, make_tokenizer, publish
 from kit.commands import Say
+from kit.numpy_gpt import numpy_logits
 from mlxchat.evals.scores import Score
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.store.store import Store
+from mlxchat.tasks import load_task
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +102,26 @@ def test_a_model_without_the_needed_format_is_refused(made: Path, say: Say) -> N
     assert "requires a model of mlxchat" in say(
         "eval", f"hf:{made}", "--task", "facts", "--samples", "2", place, code=2
     )
+
+
+def test_a_base_model_chooses_as_numpy_does(made: Path, tmp_path: Path, say: Say) -> None:
+    """Zero-shot: the option with the lowest mean loss after "Question: …" and "Answer: " as plain text, in float64."""
+    said = say("eval", "base", "--task", "facts_mc", "--limit", "10", "--json", "eval.prompts=[]", f"outputs={made}")
+    found = json.JSONDecoder().raw_decode(said)[0]["tasks"]["facts_mc_base"]
+    model, tokenizer, task = make_model("oct2025"), make_tokenizer(), load_task("facts_mc", "test")
+    right = 0
+    for index in range(10):
+        talk = task[index]
+        text = f"Question: {talk['question']}\nAnswer: "
+        rows = [[tokenizer.bos, *tokenizer.encode(text + choice)] for choice in talk["choices"]]
+        same = next(n for n, ids in enumerate(zip(*rows, strict=False)) if len(set(ids)) > 1)
+        losses = []
+        for ids in rows:
+            logits = numpy_logits(model, np.array([ids]))[0][:-1]
+            each = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids) - 1), ids[1:]]
+            losses.append(each[same - 1 :].mean())
+        right += talk["letters"][int(np.argmin(losses))] == talk["answer"]
+    assert (found["accuracy"], found["num_questions"], found["chance"]) == (right / 10, 10, 0.25)
 
 
 def test_all_mistakes_are_named_at_once(made: Path, say: Say) -> None:

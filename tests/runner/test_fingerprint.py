@@ -97,6 +97,7 @@ READ_BY_SOME = {
     "eval.temperature": {"eval_mid", "eval_sft", "eval_rl"},
     "eval.top_k": {"eval_mid", "eval_sft", "eval_rl"},
     "eval.core": {"eval_base"},
+    "eval.base_tasks": {"eval_base"},
     "eval.bpb_tokens": {"eval_base"},
 }
 # Sections that no stage may declare, and those that are declared, with the steps that read them.

@@ -112,6 +112,7 @@ def test_mmlu_conversation_is_exact(hub: Any) -> None:
         {
             "messages": [{"role": "user", "content": RENDERED}, {"role": "assistant", "content": "C"}],
             "subject": "colour", "letters": ["A", "B", "C", "D"], "answer": "C",
+            "question": "Which is red?", "choices": ["sky", "sea", "rose", "leaf"],
         }
     ]  # fmt: skip
     assert [task.evaluate(task[0], letter) for letter in ("A", "C", "E", "")] == [False, True, False, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import tempfile
 from argparse import Namespace
@@ -65,7 +66,9 @@ def _run(options: Namespace) -> int:
     from mlxchat.sweep.job import plan_to_run, run_pipeline
 
     given = split_options(options.settings)
-    store = Store(Path(compose_config(*given).config.outputs))
+    # Settings such as eval.core.tasks need the group.
+    core = ["core=nanochat"] if "core" in options.task else []
+    store = Store(Path(compose_config([*core, *given[0]], *given[1:]).config.outputs))
     reference = next(iter(options.names), None)
     settings = _third_party(options, reference) if reference and reference.startswith(_THIRD_PARTY) else None
     settings = settings or _ours(options, store, reference)
@@ -121,15 +124,12 @@ def _ours(options: Namespace, store: Store, name: str | None) -> list[str]:
     check_model(found.place)
     print(f"model: {describe_model(store, found)}", file=sys.stderr)
     chats = json.loads((found.place / "checkpoint.json").read_text(encoding="utf-8"))["format"] == "chat"
-    asked = [task for task in options.task if task not in _BASE_TASKS]
-    if not chats and (asked or options.suite):
-        raise ConfigError(
-            f"{found.place.name} is a base model, which answers no questions: expected --task core or --task bpb"
-        )
+    if not chats:
+        _check_base(options, found.place.name)
     if chats and "core" in options.task:
         raise ConfigError(f"{found.place.name} is a chat model; CORE is of base models. For it: --suite chatcore")
     node = f'stage: eval, checkpoint: "artifact:{found.place.name}"'
-    return [*_pipeline(options, "eval", node), f"eval.seeds={options.samples}", *_suite(options)]
+    return [*_pipeline(options, "eval", node), f"eval.seeds={options.samples}", *_suite(options, chats=chats)]
 
 
 def _third_party(options: Namespace, reference: str) -> list[str]:
@@ -140,10 +140,33 @@ def _third_party(options: Namespace, reference: str) -> list[str]:
         raise ConfigError("--samples requires a model of mlxchat: mlx-lm's answers are greedy here")
     folder = outside_folder(reference)
     name = reference.removeprefix(_THIRD_PARTY).rstrip("/").rpartition("/")[2]
+    chats = options.suite is not None
+    if not chats and any(task not in _BASE_TASKS for task in options.task):
+        from mlxchat.engine.third_party import load_tokenizer
+
+        chats = load_tokenizer(folder)[0].has_chat_template
+        if not chats:
+            _check_base(options, name)
     return [
         *_pipeline(options, "outside", "stage: outside"), f"outside.path={quoted(str(folder))}",
-        f"outside.name={quoted(name)}", *_suite(options),
+        f"outside.name={quoted(name)}", *_suite(options, chats=chats),
     ]  # fmt: skip
+
+
+def _check_base(options: Namespace, name: str) -> None:
+    """Check that tasks are multiple choice.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    from mlxchat.tasks import task_class
+
+    asked = [task for task in options.task if task not in _BASE_TASKS]
+    if options.suite or any(task_class(task).kind != "categorical" for task in asked):
+        raise ConfigError(
+            f"{name} is a base model, which answers no questions: expected --task core, --task bpb, or multiple choice "
+            "such as --task mmlu, whose options are compared by their probabilities"
+        )
 
 
 def _pipeline(options: Namespace, step: str, node: str) -> list[str]:
@@ -154,8 +177,8 @@ def _pipeline(options: Namespace, step: str, node: str) -> list[str]:
     return ["name=eval", "pipeline=outside", *first, f"+pipeline.{step}={node}"]
 
 
-def _suite(options: Namespace) -> list[str]:
-    """Return the settings that choose tasks."""
+def _suite(options: Namespace, *, chats: bool) -> list[str]:
+    """Return the settings that choose tasks, as a base model or one that chats is asked."""
     from mlxchat.tasks import task_class
 
     chosen = ["core=nanochat" if "core" in options.task else "core=none", f"suite={options.suite or 'none'}"]
@@ -168,7 +191,9 @@ def _suite(options: Namespace) -> list[str]:
             continue
         splits = task_class(name).splits
         split = "test" if "test" in splits else splits[0]
-        chosen.append(f"+suite.{name.replace(':', '_').replace('.', '_')}={{task: {quoted(name)}, split: {split}}}")
+        place = f"suite.{re.sub('[:.]', '_', name)}" if chats else f"eval.base_tasks.{re.sub('[:.]', '_', name)}_base"
+        stop = "" if chats or options.limit is None else f", stop: {options.limit}"
+        chosen.append(f"+{place}={{task: {quoted(name)}, split: {split}{stop}}}")
     if options.limit is not None:
         chosen += [f"++suite.{name}.stop={options.limit}" for name in _names_of(chosen)]
     return chosen

@@ -345,6 +345,7 @@ def _compose(overrides: list[str], *, primary: Path | None, schema: type[Config]
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra.core.override_parser.overrides_parser import OverridesParser
+    from omegaconf import OmegaConf
 
     words = as_hydra(overrides, schema, imply=primary is None)
     parsed = OverridesParser.create().parse_overrides(words)
@@ -354,7 +355,13 @@ def _compose(overrides: list[str], *, primary: Path | None, schema: type[Config]
     groups = tuple(word for word, each in zip(words, parsed, strict=True) if each not in values)
     kept = _compose_once(groups, schema, tuple(stamp_folder(conf_folder())))  # type: ignore[arg-type]  # a class has a hash
     composed = deepcopy(kept)
-    ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+    try:
+        ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+    except AssertionError:  # OmegaConf's, for a key below null
+        keys = [each.key_or_group for each in values if "." in each.key_or_group]
+        null = [key for key in keys if OmegaConf.select(kept, key.rpartition(".")[0], default=0) is None]
+        places = ", ".join(f"{key}: {key.rpartition('.')[0]} is null" for key in null)
+        raise ConfigError(f"{places}. Choose an option that sets it; for CORE: core=nanochat") from None
     return composed
 
 

@@ -19,7 +19,15 @@ from mlxchat.errors import suggest
 from mlxchat.store.fingerprint import flatten
 
 # Keys below these are names that users choose.
-_MAPPINGS = ("pipeline", "suite", "midtrain.mixture", "midtrain.validation", "sft.mixture", "sft.validation")
+_MAPPINGS = (
+    "pipeline",
+    "suite",
+    "eval.base_tasks",
+    "midtrain.mixture",
+    "midtrain.validation",
+    "sft.mixture",
+    "sft.validation",
+)
 _HYDRAS_OWN = ("hydra",)
 # OmegaConf's message about a value of the wrong type, and our names for the types.
 _WRONG_TYPE = re.compile(

@@ -64,7 +64,7 @@ def _as_hydra(override: str, schema: type[Config]) -> str:
         key = f"++{name}"
     elif key == name and (name == "rl.rewards" or name.startswith("rl.rewards.")) and value.startswith("{"):
         key = f"+{name}"
-    tasks = r"^(\+{1,2}(?:[\w.]+\.)?(?:mixture|validation|suite|rewards))\.(\w+)=(\{.*\})$"
+    tasks = r"^(\+{1,2}(?:[\w.]+\.)?(?:mixture|validation|suite|base_tasks|rewards))\.(\w+)=(\{.*\})$"
     return re.sub(tasks, r"\1={\2: \3}", f"{key}={value}")
 
 

@@ -70,6 +70,7 @@ def _find_problems(config: Config, steps: Pipeline) -> list[str]:
         *find_rl_problems(config.rl),
         *_preference(config, steps),
         *(find_item_problems("suite", config.suite, training=False) if config.suite else ()),
+        *(find_item_problems("eval.base_tasks", items, training=False) if (items := config.eval.base_tasks) else ()),
         *_eval(config),
         *_imported(config),
         *find_zeros(config),

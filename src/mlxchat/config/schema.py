@@ -524,6 +524,9 @@ class EvalConfig:
     )
     """Text whose bits per byte and perplexity are measured: a .jsonl, a .parquet, any other text file, or a folder of
     such files. Its contents are in the key."""
+    base_tasks: dict[str, TaskItem] = field(default_factory=dict, metadata={"since_default": {}})
+    """Multiple-choice tasks for models that cannot chat, by name: each option is scored by its mean log-probability
+    after the question as plain text."""
     text_column: str = field(default=MISSING, metadata={"since_default": "text"})
     """The column of .jsonl and .parquet files that holds the text."""
     batch_rows: int = field(default=MISSING, metadata={"identity": False})

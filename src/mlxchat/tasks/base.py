@@ -176,7 +176,8 @@ def choice_dialogue(
     question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **extra: Any
 ) -> Conversation:
     """Return a multiple-choice conversation with the keys "letters" and "answer"."""
-    return dialogue(render_mc(question, letters, choices), answer, **extra, letters=list(letters), answer=answer)
+    offered = {"question": question, "choices": list(choices), "letters": list(letters), "answer": answer}
+    return dialogue(render_mc(question, letters, choices), answer, **extra, **offered)
 
 
 def dialogue(user: str, assistant: str | list[dict[str, str]], **extra: Any) -> Conversation:
