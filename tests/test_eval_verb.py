@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,11 @@ def test_an_evaluation_is_a_cached_step_that_changes_no_name(made: Path, say: Sa
     assert sorted((made / "refs" / "latest").iterdir()) == latest
     say("eval", "talks", "--task", "arithmetic", "--limit", "2", "--samples", "2", *settings)
     assert len(evaluations(made)) == 2, "another limit is another key"
+    right, error = re.search(r"arithmetic +([\d.]+)% +([\d.]+)%", again).groups()  # type: ignore[union-attr]
+    told = say("compare", "--step", "eval", f"outputs={made}")
+    cell = re.search(r"^arithmetic +(\S+) ± (\S+)", told, re.M)
+    assert cell is not None
+    assert [float(each) * 100 for each in cell.groups()] == pytest.approx([float(right), float(error)], abs=0.6)
 
 
 def test_gsm8k_has_nanochats_verdict_and_any_of_n_beside_ours(

@@ -7,6 +7,7 @@ import pytest
 
 from mlxchat.config.wording import format_bytes, format_count, format_seconds, format_time
 from mlxchat.errors import visible
+from mlxchat.evals.scores import read_scores
 from mlxchat.report.summary import answers
 from mlxchat.report.tables import (
     artifact_table,
@@ -16,6 +17,7 @@ from mlxchat.report.tables import (
     machine_table,
     metric_table,
     overrides,
+    shown,
     source_table,
     timing_table,
 )
@@ -266,3 +268,9 @@ def test_control_characters_and_half_characters_are_made_visible():
 )
 def test_numbers_are_said_shortly_and_with_units(said, expected):
     assert said == expected
+
+
+def test_any_right_of_several_samples_is_shown() -> None:
+    raw = {"accuracy": 0.5, "stderr": 0.1, "any_right": 0.75, "seeds": 2}
+    cell = shown(read_scores({"tasks": {"gsm8k": raw}}).measures["gsm8k"])
+    assert (cell.text, cell.detail) == ("50.0%", "± 10.0, any of 2: 75.0%")

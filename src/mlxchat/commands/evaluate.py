@@ -215,7 +215,8 @@ def _describe(scores: dict[str, Any]) -> Iterator[str]:
         yield f"bits per byte   {_with_error(text['bpb'], text['stderr'])} of {counts}"
         yield f"perplexity      {_with_error(text['perplexity'], text['perplexity_stderr'])} per token"
     if core := scores["core"]:
-        yield f"CORE            {core['core']:.4f}" if core.get("core") is not None else "CORE            of some tasks"
+        value = core.get("core")
+        yield f"CORE            {'of some tasks' if value is None else _with_error(value, core.get('stderr'))}"
     tasks = scores["tasks"]
     if not tasks:
         return

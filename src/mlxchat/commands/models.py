@@ -240,10 +240,12 @@ def _check_outside(store: Store, path: Path) -> None:
 
 IMPORT_FORMATS = ("nanochat", "hf", "adapter")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_WHAT = """FORMAT: nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (NanoChatForCausalLM: config.json,
-safetensors, tokenizer.json), adapter (adapters that mlx-lm or PEFT trained on a model of ours)
-WHAT: ORGANISATION/NAME of the Hub, or a folder; of the format nanochat also [base:|mid:|sft:|rl:]TAG[@STEP], a model in
-nanochat's own folder ($NANOCHAT_BASE_DIR or ~/.cache/nanochat). `mlxchat import nanochat` lists these"""
+_WHAT = (
+    "FORMAT: nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (NanoChatForCausalLM: config.json, "
+    "safetensors, tokenizer.json), adapter (adapters that mlx-lm or PEFT trained on a model of ours)\n"
+    "WHAT: ORGANISATION/NAME of the Hub, or a folder; of the format nanochat also [base:|mid:|sft:|rl:]TAG[@STEP], a "
+    "model in nanochat's own folder ($NANOCHAT_BASE_DIR or ~/.cache/nanochat). `mlxchat import nanochat` lists these"
+)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/.+)?")
 
 

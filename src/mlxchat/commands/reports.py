@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,13 +70,25 @@ def _compare(options: Namespace) -> int:
     table = make_table(rows, options.sort, wanted, best_of)
     if wanted and not table.metrics:
         raise ConfigError(f"--metrics {options.metrics}: no metric's name contains it")
-    _print(table, options.format)
+    _print(table, options.format, {row["name"]: _errors_of(store, row["scores"]) for row in rows})
     if options.plot:
         _plot(table, Path(options.plot))
     return 0
 
 
-def _print(table: Table, form: str) -> None:
+def _errors_of(store: Store, scores: dict[str, str]) -> dict[str, float]:
+    """Return column → standard error, of the evaluations by what their columns' names begin with."""
+    from mlxchat.evals.scores import errors_of, read_scores
+
+    errors: dict[str, float] = {}
+    for start, name in scores.items():
+        with suppress(OSError, ValueError):  # an artifact without scores, or damaged ones
+            raw = json.loads((store.outputs / "store" / name / "scores.json").read_text(encoding="utf-8"))
+            errors |= {f"{start}{metric}": error for metric, error in errors_of(read_scores(raw)).items()}
+    return errors
+
+
+def _print(table: Table, form: str, errors: dict[str, dict[str, float]]) -> None:
     names = [*table.settings, *table.metrics]
     if form == "json":
         print_json(table.rows)
@@ -88,14 +102,14 @@ def _print(table: Table, form: str) -> None:
             for row in table.rows
         )
     elif form == "md":
-        cells = [[name, *(_cell(row.get(name)) for row in table.rows)] for name in ["name", *names]]
+        cells = [[name, *(_cell(row, name, errors) for row in table.rows)] for name in ["name", *names]]
         lines = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
         print(visible("\n".join(f"| {' | '.join(line)} |" for line in lines)))
     else:
-        _print_columns(table, names)
+        _print_columns(table, names, errors)
 
 
-def _print_columns(table: Table, names: list[str]) -> None:
+def _print_columns(table: Table, names: list[str], errors: dict[str, dict[str, float]]) -> None:
     """Print a line for each setting and metric; as many runs beside each other as the terminal is wide."""
     heads = [str(row["name"]) for row in table.rows]
     if max(map(len, heads)) > _WIDEST_HEAD:
@@ -103,7 +117,7 @@ def _print_columns(table: Table, names: list[str]) -> None:
             print(f"{number:>{len(str(len(heads)))}}  {visible(head)}")
         print()
         heads = [str(number) for number in range(1, len(heads) + 1)]
-    cells = [[_shortened(_cell(row.get(name))) for name in names] for row in table.rows]
+    cells = [[_shortened(_cell(row, name, errors)) for name in names] for row in table.rows]
     widths = [2 + max(map(len, [head, *column])) for head, column in zip(heads, cells, strict=True)]
     # Piped output is one table for grep; shutil says how wide a terminal is.
     room = shutil.get_terminal_size((sys.maxsize, 0)).columns - max(map(len, names), default=0)
@@ -125,12 +139,14 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _WIDEST_CELL else f"{text[: _WIDEST_CELL - 1]}…"
 
 
-def _cell(value: Any) -> str:
+def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, float]] = {}) -> str:
     from mlxchat.store.compare import is_number
 
+    value, error = row.get(name), errors.get(row["name"], {}).get(name)
     if value is None:
         return "-"
-    return format_number(value) if is_number(value) else show_value(value)
+    text = format_number(value) if is_number(value) else show_value(value)
+    return text if error is None else f"{text} ± {error:.2g}"
 
 
 def _plot(table: Table, place: Path) -> None:
@@ -157,7 +173,7 @@ def _plot(table: Table, place: Path) -> None:
             panel.scatter([row[setting] for row in have], [row[metric] for row in have], color="#2e7d4f")
             panel.set_xlabel(setting)
         else:
-            labels = [_cell(row.get(setting)) if setting else str(row["name"])[-12:] for row in have]
+            labels = [_cell(row, setting) if setting else str(row["name"])[-12:] for row in have]
             panel.bar(range(len(have)), [row[metric] for row in have], color="#2e7d4f")
             panel.set_xticks(range(len(have)), labels, rotation=30, ha="right")
         panel.set_title(metric, fontsize=10)

@@ -180,6 +180,8 @@ class Measure:
     kind: str = ""
     """Of a task: categorical, generative, multiple_choice, schema or language_modeling."""
     shots: int | None = None
+    any_right: tuple[float, int] | None = None
+    """Share of the questions with a right sample, and the samples of each, where there are several."""
     published_rule: tuple[float, float | None] | None = None
     """Value and standard error by the rule of published results (nanochat's verdicts), where it differs from ours."""
     conditions: Hashable = None
@@ -285,12 +287,23 @@ def read_scores(raw: Mapping[str, Any]) -> Scores:
     )  # fmt: skip
 
 
+def errors_of(scores: Scores) -> dict[str, float]:
+    """Return name of a metric, as steps record it → its standard error, where it has one."""
+    names = {"task": lambda each: each.name, "pass_at_k": lambda each: each.name.replace("@", "_at_")}
+    return {
+        names.get(each.metric, lambda each: each.metric)(each): each.stderr
+        for each in scores.measures.values()
+        if each.stderr is not None
+    }
+
+
 def _read_task(name: str, entry: object) -> Measure | None:
     raw = mapping(entry)
     return _measure(
         name, "task", raw.get("accuracy"), raw.get("stderr"),
         chance=number(raw.get("chance", raw.get("baseline"))), kind=str(raw.get("kind") or raw.get("type") or ""),
         num_questions=_whole(raw.get("num_questions")) or _whole(raw.get("num_examples")),
+        any_right=None if (share := number(raw.get("any_right"))) is None else (share, _whole(raw.get("seeds")) or 0),
         shots=_whole(raw.get("num_fewshot")), published=(raw.get("nanochat_accuracy"), raw.get("nanochat_stderr")),
     )  # fmt: skip
 

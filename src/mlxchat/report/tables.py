@@ -36,7 +36,7 @@ from mlxchat.store.fingerprint import flatten
 
 Pairs = list[tuple[str, str]]
 
-_DIGITS = {"val_bpb": 4, "train_bpb": 4, "perplexity": 2, "core": 4, "chatcore": 4, "mean_centered": 3}
+_DIGITS = {"val_bpb": 4, "train_bpb": 4, "perplexity": 2, "text_bpb": 4, "core": 4, "chatcore": 4, "mean_centered": 3}
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,10 @@ def shown(measure: Measure | None, *, is_best: bool = False) -> Cell:
     else:
         words, error = f"{measure.value:.{digits}f}", f"± {measure.stderr or 0:.{digits}f}"
     is_drawn = measure.is_share or measure.metric in ("core", "chatcore", "mean_centered")
-    return Cell(words, "" if measure.stderr is None else error, is_best, measure if is_drawn else None)
+    details = [] if measure.stderr is None else [error]
+    if measure.any_right is not None:
+        details.append(f"any of {measure.any_right[1]}: {format_share(measure.any_right[0])}")
+    return Cell(words, ", ".join(details), is_best, measure if is_drawn else None)
 
 
 def _clear_best(measured: list[Measure], chances: list[float]) -> float | None:

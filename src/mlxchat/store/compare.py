@@ -141,10 +141,13 @@ def _jobs_of_sweep(store: Store, name: str) -> list[Compared] | None:
 
 
 def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
-    """Return a row per run: `name`, `config` and `metrics` of its finished steps, and `steps`: step → stage."""
+    """Return a row per run: `name`, `config` and `metrics` of its finished steps, and `steps`: step → stage.
+
+    `scores` has the artifact of each evaluation by what its metrics' names begin with.
+    """
     rows = []
     for run in runs:
-        row: Row = {"name": run.name, "config": {}, "metrics": {}, "steps": {}}
+        row: Row = {"name": run.name, "config": {}, "metrics": {}, "steps": {}, "scores": {}}
         for step in run.steps:
             try:
                 manifest = store.made(step.get("key", ""), step["rid"]) or store.read(step["rid"])
@@ -153,6 +156,8 @@ def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
             if manifest is None:
                 continue
             row["steps"][step["step"]] = manifest["stage"]
+            if manifest["kind"] == "scores":
+                row["scores"][f"{step['step']}."] = manifest["name"]
             row["config"] |= settings_of(manifest)
             row["metrics"] |= {f"{step['step']}.{key}": value for key, value in manifest["metrics"].items()}
         rows.append(row)
@@ -178,7 +183,7 @@ def rows_of_step(store: Store, step: str) -> list[Row]:
         made = {f"input {role}": one.get("artifact") for role, one in manifest["inputs"].items()}
         config = {**settings_of(manifest), **made}
         row = {"name": summary["folder"], "config": config, "metrics": dict(manifest["metrics"])}
-        rows.append(row | {"stage": manifest["stage"]})
+        rows.append(row | {"stage": manifest["stage"], "scores": {"": summary["folder"]}})
     return rows
 
 
