@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from kit.artifacts import find_faults
-from kit.toys import ONE
+from kit.toys import ONE, ToySection
 from mlxchat.errors import DataError, StepFailed, StoreError
 from mlxchat.store import locks
 from mlxchat.store.gc import Limits, find_garbage
@@ -35,6 +36,13 @@ TRAINING = """
     for name in ("result.txt", "more.txt"):
         (ctx.out / name).write_text("6")
 """
+
+
+@dataclass
+class Extending(ToySection):
+    """Settings of a training that can extend another one."""
+
+    extend: str | None = field(default=None, metadata={"identity": False, "artifact": "extends"})
 
 
 @pytest.fixture
@@ -103,7 +111,7 @@ def test_until_a_training_ends_its_name_is_that_of_the_last_model(training: Any,
     assert (find_model(store, "one").run, latest(store)) == ("run1", "run1")
     training.run(training.plan(ONE))
     assert {find(training.store, name).place.joinpath("result.txt").read_text() for name in names[:1]} == {"6"}
-    with pytest.raises(StoreError, match=r'run1 has no "two": one@2, one@4'):
+    with pytest.raises(StoreError, match=r'run1 has no "two", only one@2, one@4'):
         find(store, "run1/two")
 
 
@@ -146,3 +154,17 @@ def test_the_newest_model_of_a_run_in_progress_is_followed(training: Any, tmp_pa
     for name in ("run3", "run3/one"):
         assert find_newest_model(training.store, name).place == resolve(training.store, "run3/one")
     assert find_newest_model(training.store, "run2").place == resolve(store, "one@2")
+
+
+def test_an_extension_that_was_stopped_continues_and_does_not_extend_its_own_models(
+    training: Any, tmp_path: Any
+) -> None:
+    fail_after(training, 3, tmp_path)
+    extended = resolve(training.store, "one")
+    training.config.toy = Extending(number=2, extend="one")
+    fail_after(training, 5, tmp_path)
+    assert resolve(training.store, "one").name != extended.name, "the extension has published models of this name"
+    (step,) = training.plan(ONE)
+    assert (step.artifacts["extends"]["name"], step.reason) == (extended.name, f"extends {extended.name}, resumes")
+    training.run(training.plan(ONE))
+    assert training.plan(ONE)[0].done

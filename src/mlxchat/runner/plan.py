@@ -207,9 +207,13 @@ class PlannedStep:
         assert self.digests is not None
         return {"modules": self.digests.of_stage(self.stage.path, self.stage.module, self.stage.root)}
 
-    def key_with(self, contents: Mapping[str, str]) -> str:
-        """Return the key of the step with inputs of these contents (role → digest)."""
-        return compute_key(self.stage.name, self.stage.version, self.identity, contents, self.externals)
+    def key_with(self, contents: Mapping[str, str], iteration: int | None = None) -> str:
+        """Return the key of the step with inputs of these contents (role → digest).
+
+        With an iteration, the key of the intermediate model after it, whose manifest has it in `config`.
+        """
+        identity = self.identity if iteration is None else {**self.identity, "iteration": iteration}
+        return compute_key(self.stage.name, self.stage.version, identity, contents, self.externals)
 
     @property
     def settings_key(self) -> str:
@@ -234,10 +238,13 @@ class PlannedStep:
         Raises:
             StoreError: an input that was there is gone.
         """
-        contents = {role: f"key:{planned[source].key}" for role, source in self.inputs.items()}
-        contents |= {role: manifest["tree"] for role, manifest in self.inputs_made(store, planned).items()}
-        self.key = self.key_with(contents)
+        self.key = self.key_with(self.contents(store, planned))
         self.take(store.made(self.key))
+
+    def contents(self, store: Store, planned: Mapping[str, PlannedStep]) -> dict[str, str]:
+        """Return role → digest of the contents of each input, or its key where it will be made; see `identify`."""
+        contents = {role: f"key:{planned[source].key}" for role, source in self.inputs.items()}
+        return contents | {role: manifest["tree"] for role, manifest in self.inputs_made(store, planned).items()}
 
     def take(self, made: Manifest | None) -> None:
         """Set what the key gave, by its record; None: nothing yet."""
@@ -397,8 +404,8 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
 def find_artifacts(step: PlannedStep, store: Store, planned: Mapping[str, PlannedStep]) -> dict[str, Manifest]:
     """Return role → manifest of the artifacts that fields with metadata `artifact: role` name, where they are set.
 
-    In a run that is repeated, or was stopped after this very step, the name leads to what the step itself made before.
-    Then the artifact is meant from which that was made.
+    In a run that is repeated, or was stopped in or after this very step, the name leads to what the step itself made
+    before. Then the artifact is meant from which that was made.
 
     Raises:
         StoreError: a name leads to nothing, or to more than one thing.
@@ -418,8 +425,8 @@ def find_artifacts(step: PlannedStep, store: Store, planned: Mapping[str, Planne
             before = found[role]["inputs"].get(role)
             if run is not None and before and (first := store.read(before["rid"])) is not None:
                 repeated = replace(step, artifacts={**step.artifacts, role: first})
-                repeated.identify(store, planned)
-                if repeated.key == found[role].get("key"):
+                key = repeated.key_with(repeated.contents(store, planned), found[role]["config"].get("iteration"))
+                if key == found[role].get("key"):
                     found[role] = first
     return found
 

@@ -30,7 +30,7 @@ from mlxchat.store.bases import bases_of
 from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment, peak_array_bytes, peak_memory_bytes, reset_peak_memory
 from mlxchat.store.files import Record, Records, now
-from mlxchat.store.fingerprint import compute_key, plain_of
+from mlxchat.store.fingerprint import plain_of
 from mlxchat.store.manifest import MEASURED, SCHEMA, Manifest, find_damage
 from mlxchat.store.naming import link_saved
 from mlxchat.store.shared import SharedArtifacts
@@ -374,8 +374,7 @@ class _Making:
         """
         step, store = self.step, self.store
         contents = {role: made["tree"] for role, made in self.lineage.items()}
-        identity = {**step.identity, "iteration": iteration}
-        key = compute_key(step.stage.name, step.stage.version, identity, contents, step.externals)
+        key = step.key_with(contents, iteration)
         began = attempt_log.read(self.work)[0]["started"]
         store.forget()
         made = store.made(key)
@@ -388,7 +387,8 @@ class _Making:
                 shutil.copyfile(path, out / path.name)
             if missing := step.stage.missing_outputs(out):
                 raise StepFailed(f"step {step.name} did not make {', '.join(missing)} after iteration {iteration}")
-            manifest = self._describe(ctx) | {"key": key, "step": f"{step.name}{SAVED}{iteration}", "config": identity}
+            manifest = self._describe(ctx) | {"key": key, "step": f"{step.name}{SAVED}{iteration}"}
+            manifest["config"] = {**step.identity, "iteration": iteration}
             own: dict[str, Any] = {}  # metrics of earlier iterations are not this model's
             for record in ctx.records("metrics").read():
                 own |= record if record.get("iteration") == iteration else {}

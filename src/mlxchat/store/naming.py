@@ -378,8 +378,11 @@ def _exact(store: Store, name: str, within: str | None) -> Found | None:
         raise StoreError(f'{within} has no "{name}", only {", ".join(steps)}. Another run has: {elsewhere[0]}/{name}')
     if elsewhere:
         return Found(links(store, elsewhere[0])[name], elsewhere[0])
-    begun = [within] if within is not None else reversed(runs(store))
-    return next((Found(place, run) for run in begun if (place := last_saved(links(store, run), name))), None)
+    for run in [within] if within is not None else reversed(runs(store)):
+        saved = any(each.startswith(f"{name}{SAVED}") for each in list_folder(refs / run))
+        if saved and (place := last_saved(links(store, run), name)) is not None:
+            return Found(place, run)
+    return None
 
 
 def _run_called(store: Store, name: str) -> str | None:
