@@ -96,7 +96,7 @@ def test_a_lost_rank_ends_the_run_which_then_resumes(
     assert len(errors) == (1 if message else 0), text
     if message:
         assert message.format(pid=pids[rank], host=os.uname().nodename) in errors[0]
-        assert "Run the same command to resume from" in errors[0]
+        assert "The same command continues from" in errors[0]
     again, text = stubs.run(*RANKS)
     assert again == 0, text
     stubs.check_clean()
@@ -142,7 +142,7 @@ def test_a_rank_ends_at_its_second_signal(stubs: Any) -> None:
         time.sleep(0.6)
     text, _ = process.communicate(timeout=30)
     assert process.returncode in (1, 143), text
-    assert "resume from" in text
+    assert "continues from" in text
     check_gone(pids)
 
 

@@ -87,7 +87,7 @@ def test_two_hosts_end_with_their_link_and_resume(tiny: tuple[str, ...], mlxchat
     errors = [line for line in printed["cut-0.txt"].splitlines() if line.startswith("error:")]
     assert len(errors) == 1, printed
     assert "on mini2) has sent nothing for 6 seconds: it hangs, was stopped, or lost its network" in errors[0]
-    assert "resume from iteration" in errors[0]
+    assert "continues from iteration" in errors[0]
     assert "has sent nothing for 6 seconds, which ends this run" in printed["cut-1.txt"]
     assert printed["again-0.code"].strip() == printed["again-1.code"].strip() == "0", printed
     assert "[ring]" not in "".join(printed.values())

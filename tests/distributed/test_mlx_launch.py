@@ -100,7 +100,7 @@ def test_a_training_ends_with_a_killed_rank_and_resumes(
     text, _ = process.communicate(timeout=60)
     assert text.count("error:") == 1, text
     assert "rank 1 (process" in text
-    assert "resume from" in text
+    assert "continues from" in text
     assert "[ring]" not in text
     text, _ = launch(*settings, f"outputs={tmp_path}/killed").communicate(timeout=200)
     assert "pretrain   done" in text, text

@@ -97,7 +97,7 @@ def test_a_launchers_sigterm_does_not_hide_the_lost_rank(tmp_path: Path) -> None
     (tmp_path / "00000012").mkdir()
     with stop_on_signals(lambda number: None, lambda: None):
         text = seen.explain()
-    assert text == "rank 1 was killed. All ranks have ended. Run the same command to resume from iteration 12."
+    assert text == "rank 1 was killed. All ranks have ended. The same command continues from iteration 12."
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
@@ -211,7 +211,7 @@ def test_a_blocked_process_is_ended_after_a_loss() -> None:
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=20)
     assert done.returncode == 1
     assert "error: rank 1 (process 4711 on mini2) ended, or its connection was cut." in done.stderr
-    assert "Run the same command to resume from the last saved state." in done.stderr
+    assert "The same command continues from the last saved state." in done.stderr
 
 
 ERRORS = """

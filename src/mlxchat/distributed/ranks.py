@@ -422,7 +422,7 @@ def _spawn(rank: int, variables: dict[str, str], folder: Path, threads: int, kin
 def _check_start(run: Any, watch: Watch) -> None:
     """Raise if the run was stopped, or a rank ended during the start."""
     if run.stop_signal is not None:
-        raise Interrupted("stopped before its ranks were connected. Run the same command to resume.", run.stop_signal)
+        raise Interrupted("stopped before its ranks were connected. The same command continues.", run.stop_signal)
     for rank, child in watch.children.items():
         if child.poll() is not None:
             log, tail = run.folder / f"rank-{rank}.log", list[str]()

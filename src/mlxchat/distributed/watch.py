@@ -232,7 +232,7 @@ class Watch:
         loss = self.loss or f"the connection between the ranks broke ({error})"
         saved = sorted(self.work.glob("[0-9]" * 8)) if self.work is not None else []
         where = f"iteration {int(saved[-1].name)}" if saved else "the last saved state"
-        return f"{loss}. All ranks have ended. Run the same command to resume from {where}."
+        return f"{loss}. All ranks have ended. The same command continues from {where}."
 
     def end(self) -> None:
         """End all ranks normally."""
@@ -308,7 +308,7 @@ class Watch:
         while waited < _NOTICE_SECONDS and not self._noticed.wait(_LOOK_SECONDS):
             waited += _LOOK_SECONDS if self.is_calling() else 0.0
         if not self._noticed.is_set():
-            text = f"error: {self.loss}.\n       Run the same command to resume from the last saved state."
+            text = f"error: {self.loss}.\n       The same command continues from the last saved state."
             with suppress(OSError, ValueError):
                 print(text, file=sys.stderr, flush=True)
             self.leave()
@@ -363,7 +363,7 @@ class Follower:
         if self._says:
             text = f"error: rank 0 on {self._host} {silence or 'has ended'}, which ends this run. "
             with suppress(OSError):
-                os.write(self._terminal, f"{text}Run the same command to resume from the last saved state.\n".encode())
+                os.write(self._terminal, f"{text}The same command continues from the last saved state.\n".encode())
         os._exit(1)
 
     def _pass_signals(self, reading: int) -> None:
