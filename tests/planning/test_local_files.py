@@ -36,7 +36,7 @@ def test_broken_lines_are_found_before_anything_is_computed(
     assert f"sft.mixture.mine: {conversations} has 2 lines that are not conversations" in output.err
     assert "line 2: question and answer must be text" in output.err
     assert "line 4: not JSON" in output.err
-    assert f'{text}: lines 2 are no JSON objects with a field "text"' in output.err
+    assert f'{text}: lines 2 are not JSON objects with a field "text"' in output.err
     assert output.err.count(str(text)) == 1
     assert not (tmp_path / "outputs").exists()
 
