@@ -27,7 +27,7 @@ GROUPS = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"setti
 _NAMES = re.findall(r'"(\w+)": \w+_page', (ROOT / "docs" / "reference.py").read_text(encoding="utf-8"))
 GENERATED = [ROOT / "docs" / "reference" / f"{name}.md" for name in _NAMES]
 # Options that a page adds itself.
-OWN = {"my_mixture", "words", "verse"}
+OWN = {"my_mixture", "words", "verse", "me", "reverse"}
 # A setting that code on the page adds, a file to replace by one of yours, no setting of a run, a shell's variable.
 NOT_HERE = ("architecture.activation", "path/to/tokenizer.json", "data show mixture=", "$SLURM_ARRAY_TASK_ID")
 RUN = [PAGES[0], *sorted((ROOT / "docs" / "course").glob("*.md"))]
@@ -45,9 +45,8 @@ def lines(page: Path) -> list[str]:
     """Return the shell lines with a command of mlxchat in the fenced blocks of a page: all of bash, `$ ` of others."""
     text, found = page.read_text(encoding="utf-8").replace("\\\n", " "), []
     for kind, block in re.findall(r"^```(bash|console|text)\n(.*?)^```", text, re.M | re.S):
-        start = "(?!)" if kind != "bash" else ""
-        found += re.findall(rf"^(?:\$ |{start})(.*\bmlxchat\b.*)$", block, re.M)
-    return [line for line in found if not re.match(r"#|pip |make |python ", line)]
+        found += re.findall("^(.+)$" if kind == "bash" else r"^\$ (.+)$", block, re.M)
+    return [line for line in found if re.search(r"\bmlxchat\b", line) and not re.match("#|pip |make |python ", line)]
 
 
 def words(line: str) -> list[str]:
@@ -144,10 +143,14 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=[page.name for page in RUN])
 def test_commands_run(page: Path, student: Path) -> None:
+    write_files(student, page.read_text(encoding="utf-8"))
     environ = clean_environment(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     commands = ["mlxchat experiment=smoke"] if page == RUN[0] else []
-    for line in [*commands, *lines(page)]:
-        command = line.replace(".venv/bin/", "")
+    for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+        commands += [
+            line.removeprefix("$ ").replace(".venv/bin/", "") for line in block.replace("\\\n", " ").splitlines()
+        ]
+    for command in [line for line in commands if not line.startswith(("make ", "pip "))]:
         done = subprocess.run(
             ["bash", "-c", command], cwd=student, env=environ, capture_output=True, text=True, timeout=900, check=False
         )
