@@ -109,6 +109,7 @@ def test_until_a_training_ends_its_name_is_that_of_the_last_model(training: Any,
     names = ("one", "run1/one", "run1", "one@4", "run1/one@4")
     assert {find(store, name).place for name in names} == {resolve(store, "one@4")}
     assert (find_model(store, "one").run, latest(store)) == ("run1", "run1")
+    assert find_model(store, None).place == resolve(store, "one@4")
     training.run(training.plan(ONE))
     assert {find(training.store, name).place.joinpath("result.txt").read_text() for name in names[:1]} == {"6"}
     with pytest.raises(StoreError, match=r'run1 has no "two", only one@2, one@4'):

@@ -110,7 +110,8 @@ def find_model(store: Store, name: str | None) -> Found:
     """
     if name is None:
         group = latest(store)
-        if (place := _model_of(links(store, group))) is None:
+        steps = links(store, group)
+        if (place := _model_of(steps) or last_saved(steps)) is None:
             raise StoreError(f"{store.outputs} holds no model yet: run mlxchat to train one, or name a model")
         return Found(place, group)
     found = find(store, name)
