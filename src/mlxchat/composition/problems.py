@@ -466,7 +466,7 @@ def find_bound_problems(config: Config) -> Iterator[str]:
                 yield f"{where} is {value}, expected more than {bound}"
             if least is not None and not value >= least:
                 yield f"{where} is {value}, expected at least {least}"
-            if most is not None and not value <= most:
+            elif most is not None and not value <= most:
                 yield f"{where} is {value}, expected at most {most}"
 
 
