@@ -206,4 +206,4 @@ def test_more_ranks_than_rows_gives_a_remark() -> None:
         for name, (_, done) in {**batches, "eval": (None, False)}.items()
     ]
     (line,) = remark_few_rows(plan, 3)
-    assert line == "pretrain   has 2 rows in an iteration for 3 ranks: some have nothing to train on"
+    assert line == "pretrain   has 2 rows per iteration for 3 ranks: some ranks are idle"

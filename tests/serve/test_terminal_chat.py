@@ -40,7 +40,7 @@ def test_chat_keeps_history_and_system_prompt(chat: Chat, model: GPT) -> None:
 
 
 def test_retry_and_edit_undo_the_last_turn(chat: Chat) -> None:
-    assert chat.obey("/retry") == "nothing was asked yet"
+    assert chat.obey("/retry") == "there is no question yet"
     chat.ask("the cat")
     chat.ask("the dog")
     assert chat.obey("/retry") == ""
@@ -78,8 +78,8 @@ def test_saved_conversation_loads_unchanged(chat: Chat, tmp_path: Path) -> None:
     ("contents", "message"),
     [
         (None, "cannot be read: No such file or directory"),
-        ("{", "is no conversation"),
-        ("[]", "is no conversation"),
+        ("{", "is not a conversation"),
+        ("[]", "is not a conversation"),
         ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}', "is from"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "ends with a question"),
     ],
@@ -168,7 +168,7 @@ def test_saving_overwrites_conversations_only(chat: Chat, tmp_path: Path) -> Non
     chat.ask("the cat")
     notes, talk = tmp_path / "notes.md", tmp_path / "talk.json"
     notes.write_text("mine")
-    assert "is no conversation: choose another name" in chat.obey(f"/save {notes}")
+    assert "is not a conversation: choose another name" in chat.obey(f"/save {notes}")
     assert notes.read_text() == "mine"
     for _ in range(2):
         assert chat.obey(f"/save {talk}").startswith("2 messages")

@@ -1,4 +1,4 @@
-"""A pipeline that is a matter of moments, up to pretraining, and what a sweep left behind."""
+"""A tiny pipeline up to pretraining, and helpers to read sweep folders."""
 
 from __future__ import annotations
 

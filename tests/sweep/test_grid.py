@@ -1,4 +1,4 @@
-"""`mlxchat -m`: what is shared is computed once and first, failures stay with their job, the same command resumes."""
+"""`mlxchat -m`: shared steps run once and first, failures stay with their jobs, the same command resumes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def five(
     return outputs, done.stdout, command
 
 
-def test_five_jobs_compute_their_tokenizer_once_and_before_the_first_of_them(five: Any, swept: Any) -> None:
+def test_shared_steps_run_once_before_all_jobs(five: Any, swept: Any) -> None:
     outputs, text, _ = five
     assert type(swept)(outputs).started() == {"corpus": 1, "tokenizer": 1, "pretrain": 5}
     assert (
@@ -40,7 +40,7 @@ def test_five_jobs_compute_their_tokenizer_once_and_before_the_first_of_them(fiv
     )
 
 
-def test_the_table_has_a_row_for_each_job_the_best_first_and_only_what_differs(five: Any, swept: Any) -> None:
+def test_table_has_a_row_per_job_best_first(five: Any, swept: Any) -> None:
     outputs, text, _ = five
     found = type(swept)(outputs)
     made = {
@@ -59,7 +59,7 @@ def test_the_table_has_a_row_for_each_job_the_best_first_and_only_what_differs(f
     assert (found.folder / "table.md").read_text() in text
 
 
-def test_a_sweep_ends_with_a_picture_and_without_litter(five: Any) -> None:
+def test_sweep_draws_a_plot_and_removes_temporary_files(five: Any) -> None:
     outputs, _, _ = five
     (folder,) = (outputs / "multirun").iterdir()
     assert {path.name for path in folder.iterdir()} == {
@@ -76,9 +76,7 @@ def test_a_sweep_ends_with_a_picture_and_without_litter(five: Any) -> None:
     assert sorted(path.name for path in outputs.parent.iterdir()) == ["outputs"]
 
 
-def test_the_same_sweep_again_starts_nothing_and_ends_with_the_same_table(
-    five: Any, mlxchat: CommandLine, swept: Any
-) -> None:
+def test_repeated_sweep_runs_nothing(five: Any, mlxchat: CommandLine, swept: Any) -> None:
     outputs, _, command = five
     found = type(swept)(outputs)
     before, table = found.started(), found.rows()
@@ -92,7 +90,7 @@ def test_the_same_sweep_again_starts_nothing_and_ends_with_the_same_table(
     assert len(list((outputs / "multirun").iterdir())) == 2
 
 
-def test_a_job_that_fails_is_told_at_once_and_the_others_run(
+def test_failed_job_does_not_stop_others(
     outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
 ) -> None:
     vocabularies = "tokenizer.vocab_size=310,60000,320"
@@ -108,9 +106,7 @@ def test_a_job_that_fails_is_told_at_once_and_the_others_run(
     assert error.startswith("tokenizer.vocab_size is 60000, but the corpus yields only")
 
 
-def test_with_fail_fast_a_failure_ends_the_sweep(
-    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
-) -> None:
+def test_fail_fast_ends_the_sweep(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any) -> None:
     vocabularies = "tokenizer.vocab_size=310,60000,320"
     done = mlxchat("-m", *tiny, "stage=tokenizer", vocabularies, "fail_fast=true", f"outputs={outputs}")
     assert done.returncode == 1, done.stderr
@@ -119,7 +115,7 @@ def test_with_fail_fast_a_failure_ends_the_sweep(
     assert found == {310: "done", 60000: "failed", 320: "not run"}
 
 
-def test_a_shared_step_that_fails_is_tried_once_and_ends_only_the_jobs_that_need_it(
+def test_failed_shared_step_ends_only_its_jobs(
     outputs: Path, short: tuple[str, ...], mlxchat: CommandLine, swept: Any
 ) -> None:
     found = type(swept)(outputs)
@@ -139,9 +135,7 @@ def test_a_shared_step_that_fails_is_tried_once_and_ends_only_the_jobs_that_need
     assert found.started() - before == {"tokenizer": 2, "pretrain": 2}
 
 
-def test_a_forced_step_that_jobs_share_is_run_once(
-    outputs: Path, short: tuple[str, ...], mlxchat: CommandLine, swept: Any
-) -> None:
+def test_forced_shared_step_runs_once(outputs: Path, short: tuple[str, ...], mlxchat: CommandLine, swept: Any) -> None:
     found = type(swept)(outputs)
     before = found.started()
     done = mlxchat("-m", *short, "force=[tokenizer]", "optimizer.matrix_lr=0.01,0.03", f"outputs={outputs}")
@@ -149,7 +143,7 @@ def test_a_forced_step_that_jobs_share_is_run_once(
     assert found.started() - before == {"tokenizer": 1, "pretrain": 2}
 
 
-def test_the_table_shows_only_the_steps_of_its_jobs(
+def test_table_shows_only_steps_of_its_jobs(
     outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
 ) -> None:
     done = mlxchat("-m", *tiny, "stage=pretrain", "machine.log_every=1,2", f"outputs={outputs}")
@@ -158,7 +152,7 @@ def test_the_table_shows_only_the_steps_of_its_jobs(
     assert first.keys() == second.keys() == {"job", "machine.log_every", "pretrain.val_bpb", "status"}
 
 
-def test_a_sweep_takes_lists_and_equal_jobs_are_one(
+def test_sweep_accepts_lists_and_merges_equal_jobs(
     outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
 ) -> None:
     done = mlxchat("-m", *tiny, "targets=[corpus],[corpus,tokenizer],[corpus]", f"outputs={outputs}")
@@ -167,13 +161,13 @@ def test_a_sweep_takes_lists_and_equal_jobs_are_one(
     assert "job 2/2 targets=[corpus,tokenizer] is done already" in done.stdout
 
 
-def test_a_glob_stands_for_the_options_of_a_group(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
+def test_glob_gives_the_options_of_a_group(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
     done = mlxchat("-m", *tiny, "stage=corpus", "machine=glob(c*)", f"outputs={outputs}")
     assert done.returncode == 0, done.stderr
     assert re.findall(r"machine=(\w+) is done already", done.stdout) == ["cpu", "cuda_80gb"]
 
 
-def test_an_impossible_value_refuses_a_sweep_before_its_first_job(mlxchat: CommandLine, swept: Any) -> None:
+def test_invalid_value_refuses_the_whole_sweep(mlxchat: CommandLine, swept: Any) -> None:
     done = mlxchat("-m", "sft.num_epochs=1,0", "model=d2,d65", f"outputs={swept.outputs}")
     assert (done.returncode, done.stdout) == (2, "")
     assert "sft.num_epochs is 0, expected at least 1" in done.stderr
@@ -214,7 +208,7 @@ def test_a_mistake_is_refused_before_anything_is_written(
 
 
 @pytest.mark.slow
-def test_a_sweep_can_be_sorted_by_another_metric_and_direction(
+def test_sweep_sorts_by_metric_and_direction(
     outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
 ) -> None:
     settings = ["stage=pretrain", "pretrain.num_iterations=1,2", "sweep.direction=maximize"]
@@ -224,7 +218,7 @@ def test_a_sweep_can_be_sorted_by_another_metric_and_direction(
     assert numbers == sorted(numbers, reverse=True)
 
 
-def test_a_users_file_can_say_what_is_swept(
+def test_users_file_can_define_the_sweep(
     outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any, tmp_path: Path
 ) -> None:
     text = "# @package _global_\ndefaults: [smoke]\nhydra: {sweeper: {params: {tokenizer.vocab_size: '300,310'}}}\n"
@@ -238,7 +232,7 @@ def test_a_users_file_can_say_what_is_swept(
 
 
 @pytest.mark.slow
-def test_values_from_a_users_file_are_swept_too(
+def test_options_of_a_users_folder_are_swept(
     outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any, tmp_path: Path
 ) -> None:
     (tmp_path / "mine" / "model").mkdir(parents=True)
@@ -250,7 +244,7 @@ def test_values_from_a_users_file_are_swept_too(
 
 
 @pytest.mark.slow
-def test_a_sweep_over_sizes_ends_with_a_report_and_its_fitted_line(mlxchat: CommandLine, tmp_path: Path) -> None:
+def test_sweep_over_sizes_reports_a_fit(mlxchat: CommandLine, tmp_path: Path) -> None:
     settings = ["-m", "experiment=smoke", "stage=pretrain", "model=d2,d4,d6", "model.aspect_ratio=16"]
     settings += ["model.head_width=16", "pretrain.num_iterations=4", "pretrain.eval_tokens=2048"]
     done = mlxchat(*settings, f"outputs={tmp_path / 'outputs'}", timeout=900)
@@ -266,21 +260,19 @@ def test_a_sweep_over_sizes_ends_with_a_report_and_its_fitted_line(mlxchat: Comm
     assert (folder / "report.md").read_text() == words
 
 
-def test_the_sweeps_folder_may_have_resolvers_and_references() -> None:
-    """hydra.sweep.dir=${now:%Y} made a folder of that name."""
+def test_sweep_folder_may_use_resolvers() -> None:
     folder = "hydra.sweep.dir='/sweeps/${now:%Y}/${name}-${seed}'"
     found = HydraSettings.read([folder], ["experiment=smoke", "seed=7"], [])
     assert re.fullmatch(r"/sweeps/20\d\d/smoke-7", str(found.folder))
 
 
 @pytest.mark.parametrize("setting", ["hydra.run.dir=x", "hydra.sweep.subdir=x", "hydra.job.chdir=true"])
-def test_a_setting_of_hydra_that_a_sweep_ignores_is_refused(setting: str) -> None:
+def test_ignored_hydra_settings_are_refused(setting: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(setting)):
         read_sweep(["-m", "seed=1,2", setting])
 
 
-def test_plan_of_a_sweep_counts_shared_steps_once_and_writes_nothing(say: Any, tmp_path: Path) -> None:
-    """Bug: plan -m was refused."""
+def test_sweep_plan_counts_shared_steps_once(say: Any, tmp_path: Path) -> None:
     command = ["experiment=smoke", "stage=pretrain", "optimizer.matrix_lr=0.01,0.02", "model=d2,d4"]
     command += [f"outputs={tmp_path}/outputs"]
     text = say("plan", "-m", *command)
@@ -296,7 +288,7 @@ def test_plan_of_a_sweep_counts_shared_steps_once_and_writes_nothing(say: Any, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_plan_of_a_finished_sweep_says_so(five: Any, say: Any) -> None:
+def test_plan_of_a_finished_sweep_is_done(five: Any, say: Any) -> None:
     _outputs, _, command = five
     more = say("plan", *command[:-2], f"{command[-2]},0.09", command[-1])
     assert len(re.findall(r"^job \d/6 .* is done$", more, re.M)) == 5

@@ -1,4 +1,4 @@
-"""`sweep=halving`: the worse trials stop early and keep their state; the rest of the iterations goes to the best."""
+"""`sweep=halving`: bad trials stop early and keep their state."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def expected_end(number: int, rows: dict[int, dict[str, Any]]) -> int | None:
     return None
 
 
-def test_a_trial_stops_at_a_rung_unless_it_is_among_the_best_there(halved: tuple[Path, list[str]]) -> None:
+def test_trials_outside_the_best_stop_at_a_rung(halved: tuple[Path, list[str]]) -> None:
     rows = rows_of(halved[0])
     assert {row["status"] for row in rows.values()} == {"pruned", "done"}
     assert {number: row.get("iterations") for number, row in rows.items()} == {
@@ -67,9 +67,7 @@ def test_a_trial_stops_at_a_rung_unless_it_is_among_the_best_there(halved: tuple
     assert len(attempts) == pruned, "each pruned trial keeps its state"
 
 
-def test_a_pruned_trial_goes_on_from_its_state_when_its_settings_are_run(
-    halved: tuple[Path, list[str]], mlxchat: CommandLine
-) -> None:
+def test_pruned_trial_resumes_when_run_alone(halved: tuple[Path, list[str]], mlxchat: CommandLine) -> None:
     outputs, command = halved
     row = next(row for row in rows_of(outputs).values() if row["status"] == "pruned")
     rate = row["overrides"]["optimizer.matrix_lr"]
@@ -82,7 +80,7 @@ def test_a_pruned_trial_goes_on_from_its_state_when_its_settings_are_run(
     assert [each["outcome"] for each in made["attempts"]] == ["interrupted", "done"]
 
 
-def test_the_same_halving_again_trains_nothing(halved: tuple[Path, list[str]], mlxchat: CommandLine) -> None:
+def test_repeated_halving_trains_nothing(halved: tuple[Path, list[str]], mlxchat: CommandLine) -> None:
     outputs, command = halved
     before, runs = rows_of(outputs), len(list((outputs / "runs").iterdir()))
     again = mlxchat(*command)
@@ -92,7 +90,7 @@ def test_the_same_halving_again_trains_nothing(halved: tuple[Path, list[str]], m
 
 
 @pytest.mark.parametrize("point", ["search.told:2", pytest.param("train.iteration:5", marks=pytest.mark.slow)])
-def test_a_halving_that_was_killed_ends_with_the_same_trials(
+def test_killed_halving_ends_with_the_same_trials(
     point: str, halved: tuple[Path, list[str]], tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
 ) -> None:
     command = [*tiny, *SETTINGS, f"outputs={tmp_path}/outputs"]
@@ -138,7 +136,7 @@ def test_most_iterations_go_to_the_best_trials(direction: str, tmp_path: Path, m
     assert [trial.state.name for trial in trials.study.trials].count("PRUNED") > 27 / 2
 
 
-def test_a_metric_of_the_end_alone_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_halving_refuses_final_metrics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mlxchat.cli import main
 
     settings = ["experiment=smoke", "sweep=halving", "sweep.metric=pretrain.tokens_per_second", "seed=1,2,3"]
@@ -146,6 +144,8 @@ def test_a_metric_of_the_end_alone_is_refused(tmp_path: Path, capsys: pytest.Cap
         main([*settings, f"outputs={tmp_path}/outputs"])
     assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert re.search("compares trials while they train, and pretrain.tokens_per_second is known at the end", message)
+    assert re.search(
+        "compares trials during training, and pretrain.tokens_per_second is known only at the end", message
+    )
     assert "pretrain.val_bpb" in message
     assert not (tmp_path / "outputs").exists()

@@ -1,4 +1,4 @@
-"""The journal of a search: it tells a search from others, and a process may die while writing at any byte."""
+"""The journal of a search: identity of searches, and crashes while writing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def path(tmp_path: Path) -> Path:
     return trials.path
 
 
-def test_optuna_reads_what_was_kept(path: Path) -> None:
+def test_optuna_reads_the_journal(path: Path) -> None:
     study = Trials(path).study
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED"]
     assert study.direction.name == "MAXIMIZE"
@@ -46,7 +46,7 @@ def test_optuna_reads_what_was_kept(path: Path) -> None:
     assert [each["job"] for each in Trials(path).rows()] == [1, 2, 3]
 
 
-def test_a_journal_cut_at_any_byte_goes_on_from_its_last_whole_line(path: Path) -> None:
+def test_truncated_journal_resumes_from_its_last_whole_line(path: Path) -> None:
     text = path.read_bytes()
     for cut in range(text.rfind(b"\n", 0, -1), len(text), 3):
         path.write_bytes(text[:cut])
@@ -57,7 +57,7 @@ def test_a_journal_cut_at_any_byte_goes_on_from_its_last_whole_line(path: Path) 
         assert [each["job"] for each in Trials(path).rows()] == list(range(1, count + 2)), cut
 
 
-def test_a_full_disk_is_one_message_and_leaves_the_journal_usable(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_a_usable_journal(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = Trials(path)
 
     def refuse(descriptor: int) -> None:
@@ -71,7 +71,7 @@ def test_a_full_disk_is_one_message_and_leaves_the_journal_usable(path: Path, mo
 
 
 @pytest.mark.parametrize("damage", [b"not json", b"{}", b"[]"])
-def test_a_damaged_line_in_the_middle_is_refused(path: Path, damage: bytes) -> None:
+def test_damaged_journal_line_is_refused(path: Path, damage: bytes) -> None:
     lines = path.read_bytes().splitlines()
     lines[2] = damage
     path.write_bytes(b"\n".join(lines) + b"\n")
@@ -79,12 +79,12 @@ def test_a_damaged_line_in_the_middle_is_refused(path: Path, damage: bytes) -> N
         Trials(path)
 
 
-def test_the_same_search_goes_on(path: Path) -> None:
+def test_same_search_continues(path: Path) -> None:
     Trials(path).begin(DEFINITION)
     assert len(Trials(path).rows()) == 3
 
 
-def test_another_search_is_refused_with_what_differs(path: Path) -> None:
+def test_different_search_is_refused_with_differences(path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Trials(path).begin({**DEFINITION, "space": {"a": "float 0..2"}, "fixed": {"seed": 1, "b": 3}})
     assert "fixed.b: 2.5 → 3" in str(caught.value)

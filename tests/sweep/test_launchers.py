@@ -1,4 +1,4 @@
-"""Hydra's launchers: jobs in other processes give the same table, stop when they are told to, and may die."""
+"""Hydra's launchers: jobs in other processes give the same table, can be stopped, and may be killed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def launcher(request: pytest.FixtureRequest) -> list[str]:
     return [f"hydra/launcher={request.param}", *SETTINGS[request.param]]
 
 
-def test_jobs_in_other_processes_give_the_table_of_jobs_in_this_one(
+def test_jobs_in_other_processes_give_the_same_table(
     launcher: list[str], outputs: Path, short: tuple[str, ...], mlxchat: CommandLine, swept: Any
 ) -> None:
     command = ["-m", *short, "optimizer.matrix_lr=0.01,0.03,0.05", "tokenizer.vocab_size=301"]
@@ -49,7 +49,7 @@ def test_jobs_in_other_processes_give_the_table_of_jobs_in_this_one(
     assert found.rows() == rows
 
 
-def test_a_job_that_fails_elsewhere_is_a_row_and_the_others_run(
+def test_failed_remote_job_is_a_row(
     launcher: list[str], outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
 ) -> None:
     vocabularies = "tokenizer.vocab_size=310,60000"
@@ -80,7 +80,7 @@ def long(tiny: tuple[str, ...], outputs: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_stops_jobs_elsewhere_where_they_can_continue(
+def test_signal_stops_remote_jobs_resumably(
     number: signal.Signals, long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Any
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
@@ -95,7 +95,7 @@ def test_a_signal_stops_jobs_elsewhere_where_they_can_continue(
     assert len(list((outputs / "work").glob("*/ckpt"))) == 2
 
 
-def test_a_worker_that_is_killed_is_a_failed_job_and_not_the_end_of_the_table(
+def test_killed_worker_is_a_failed_row(
     long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Any
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
@@ -111,9 +111,7 @@ def test_a_worker_that_is_killed_is_a_failed_job_and_not_the_end_of_the_table(
     assert {row["status"] for row in type(swept)(outputs).rows()} <= {"failed", "interrupted"}
 
 
-def test_jobs_whose_sweep_was_killed_stop_by_themselves(
-    long: list[str], outputs: Path, start_mlxchat: Callable[..., Any]
-) -> None:
+def test_jobs_of_a_killed_sweep_stop(long: list[str], outputs: Path, start_mlxchat: Callable[..., Any]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = start_mlxchat(*long)
     wait_for_checkpoints(outputs, 2, process)

@@ -1,4 +1,4 @@
-"""Which metrics a sweep may follow, and in which direction."""
+"""Metrics of sweeps and their directions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def declared(*overrides: str) -> dict[str, str]:
     return {metric.name: metric.direction for metric in metrics_of_plan(plan, config) if not metric.absent}
 
 
-def test_stages_declare_exactly_what_they_record(finished: Any, tiny: tuple[str, ...]) -> None:
+def test_stages_declare_exactly_their_recorded_metrics(finished: Any, tiny: tuple[str, ...]) -> None:
     recorded = {
         f"{manifest['step']}.{name}"
         for manifest in Store(finished.outputs).manifests()
@@ -44,7 +44,7 @@ def test_stages_declare_exactly_what_they_record(finished: Any, tiny: tuple[str,
     assert recorded == set(declared(*tiny))
 
 
-def test_metrics_while_training_are_in_metrics_jsonl(finished: Any) -> None:
+def test_training_metrics_are_in_metrics_jsonl(finished: Any) -> None:
     for stage in ("pretrain", "midtrain", "sft", "rl"):
         declared = Stages()[stage]
         (folder,) = (finished.outputs / "store").glob(f"{stage}-*")
@@ -71,8 +71,7 @@ def test_metrics_while_training_are_in_metrics_jsonl(finished: Any) -> None:
         ("tokenizer.bytes_per_token", "maximize"),
     ],
 )
-def test_each_metric_has_its_better_direction(metric: str, direction: str) -> None:
-    """Bug: all metrics but four were minimised, CORE and task scores among them."""
+def test_metrics_declare_the_right_direction(metric: str, direction: str) -> None:
     assert find_metric(metric, None, plans("core=nanochat")) == direction
 
 
@@ -87,12 +86,11 @@ def test_each_metric_has_its_better_direction(metric: str, direction: str) -> No
         ("tokenizer", "facts", None),
     ],
 )
-def test_names_that_arise_from_data_have_a_direction(stage: str, metric: str, direction: str | None) -> None:
+def test_metrics_named_by_data_have_a_direction(stage: str, metric: str, direction: str | None) -> None:
     assert Stages()[stage].direction_of(metric) == direction
 
 
 def test_compare_and_ls_sort_a_metric_best_first(toys: Any, say: Any) -> None:
-    """Bug: --sort put the smallest value first, also of scores."""
     metrics = {"score": "maximize", "val_loss": "minimize", "num_tokens": "neither"}
     body = """
         (ctx.out / "result.txt").write_text("x")
@@ -137,7 +135,7 @@ def test_sweep_direction_replaces_the_declared_one() -> None:
         (["stage=pretrain"], ["pretrain.val_bpb"], ["eval_base.val_bpb"]),
     ],
 )
-def test_the_configuration_decides_what_is_recorded(
+def test_configuration_decides_which_metrics_are_recorded(
     overrides: list[str], present: list[str], missing: list[str]
 ) -> None:
     found = declared(*overrides)
@@ -155,23 +153,24 @@ def test_the_configuration_decides_what_is_recorded(
         ([], "eval_sft.chatcore", "suite=chatcore"),
         ([], "sft.val_bpb", r'(?s)records no "val_bpb": val_loss, loss.*Did you mean "sft.val_loss"'),
         ([], "kinds_mc", r'(?s)expected STEP.METRIC.*\n +eval_sft: kinds_mc, .*Did you mean "eval_mid.kinds_mc"'),
-        ([], "pretran.val_bpb", r'(?s)"pretran" is no step that runs.*\n +pretrain: val_bpb.*mean "pretrain.val_bpb"'),
-        (["stage=pretrain"], "eval_base.val_bpb", '"eval_base" is no step that runs'),
+        (
+            [],
+            "pretran.val_bpb",
+            r'(?s)"pretran" is not a step of this run.*\n +pretrain: val_bpb.*mean "pretrain.val_bpb"',
+        ),
+        (["stage=pretrain"], "eval_base.val_bpb", '"eval_base" is not a step of this run'),
         ([], "pretrain.best_iteration", "pretrain.keep is last"),
         ([], "corpus.train_chars", "give sweep.direction=minimize or sweep.direction=maximize"),
     ],
 )
-def test_a_metric_that_is_not_recorded_is_refused_with_the_reason(
-    overrides: list[str], metric: str, message: str
-) -> None:
-    """Bug: an unknown metric was no column of the table and sorted nothing, without a word."""
+def test_unrecorded_metric_is_refused_with_the_reason(overrides: list[str], metric: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         find_metric(metric, None, plans(*overrides))
     assert re.search(message, str(caught.value)), str(caught.value)
 
 
 @pytest.mark.parametrize("arguments", [["-m", "seed=1,2"], ["sweep=tpe", "seed=choice(1,2)"]], ids=["-m", "tpe"])
-def test_an_unknown_metric_is_refused_before_anything_is_written(
+def test_unknown_metric_is_refused_before_writing(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -185,9 +184,7 @@ def sizes_by_place(folder: Path) -> list[int]:
     return [int(row["tokenizer.vocab_size"]) for row in json.loads((folder / "table.json").read_text())]
 
 
-def test_a_sweep_puts_the_largest_of_a_maximised_metric_first(
-    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
-) -> None:
+def test_sweep_sorts_maximised_metrics_descending(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
     """More merges never give fewer bytes a token, so the largest vocabulary is the best one."""
     settings = ["stage=tokenizer", "tokenizer.vocab_size=280,330,300", "sweep.metric=tokenizer.bytes_per_token"]
     done = mlxchat("-m", *tiny, *settings, f"outputs={outputs}")
@@ -199,9 +196,7 @@ def test_a_sweep_puts_the_largest_of_a_maximised_metric_first(
     assert header == "| job | tokenizer.vocab_size | tokenizer.bytes_per_token | status |"
 
 
-def test_a_search_finds_the_largest_of_a_maximised_metric(
-    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
-) -> None:
+def test_search_maximises(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
     pytest.importorskip("optuna")
     settings = ["sweep=tpe", "sweep.name=s", "sweep.trials=6", "tokenizer.vocab_size=choice(280,330,300)"]
     done = mlxchat(*tiny, *settings, "sweep.metric=tokenizer.bytes_per_token", f"outputs={outputs}", timeout=900)

@@ -1,4 +1,4 @@
-"""The picture of a sweep: which kind is drawn of what, and that hostile names and gaps do no harm."""
+"""The plot of a sweep: its form for each kind of settings, hostile names, gaps."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ def points(axes: Any) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for line in axes.lines for x, y in line.get_xydata()]
 
 
-def test_a_number_gives_a_curve_in_its_order_with_the_best_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_gives_a_curve_with_the_best_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     (axes,) = axes_of(rows([{"lr": 0.3}, {"lr": 0.1}, {"lr": 0.2}], [3.0, 1.0, 2.0]), monkeypatch)
     assert points(axes) == [(0.1, 1.0), (0.2, 2.0), (0.3, 3.0), (0.1, 1.0)]
     assert axes.get_xscale() == "linear"
 
 
-def test_numbers_far_apart_are_on_a_logarithmic_axis(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_ranges_use_a_logarithmic_axis(monkeypatch: pytest.MonkeyPatch) -> None:
     (axes,) = axes_of(rows([{"lr": 0.001}, {"lr": 0.01}, {"lr": 0.1}]), monkeypatch)
     assert axes.get_xscale() == "log"
     # They were matplotlib's formulas, unread: $\\mathdefault{10^{-2}}$.
     assert {"0.001", "0.01", "0.1"} <= {label.get_text() for label in axes.get_xticklabels()}
 
 
-def test_words_give_points_above_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_words_give_labelled_points(monkeypatch: pytest.MonkeyPatch) -> None:
     (axes,) = axes_of(rows([{"model": "d2"}, {"model": "d10"}, {"model": "d2"}], [1.0, 2.0, 3.0]), monkeypatch)
     assert [label.get_text() for label in axes.get_xticklabels()] == ["d2", "d10"]
     assert points(axes)[:3] == [(0, 1.0), (1, 2.0), (0, 3.0)]
 
 
-def test_a_number_and_a_word_give_a_curve_for_each_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_and_word_give_a_curve_per_word(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [{"lr": lr, "model": model} for lr in (1, 2, 3) for model in ("d2", "d4")]
     (axes,) = axes_of(rows(settings), monkeypatch)
     assert [line.get_label() for line in axes.lines] == ["model=d2", "model=d4", "best"]
     assert [float(x) for x in axes.lines[0].get_xdata()] == [1, 2, 3]
 
 
-def test_two_words_give_a_map_of_cells_with_their_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_words_give_labelled_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [{"optimizer": name, "model": model} for name in ("muon", "adamw") for model in ("d2", "d4")]
     (axes,) = axes_of(rows(settings, [1.0, 2.0, 3.0, 4.0]), monkeypatch)
     (image,) = axes.images
@@ -74,7 +74,7 @@ def test_two_words_give_a_map_of_cells_with_their_numbers(monkeypatch: pytest.Mo
     assert sorted(text.get_text() for text in axes.texts) == ["1", "2", "3", "4"]
 
 
-def test_two_numbers_from_a_search_give_coloured_points(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_numbers_give_coloured_points(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [{"lr": 0.001 * 3**n, "decay": 0.1 * n + 0.03} for n in range(8)]
     axes = axes_of(rows(settings), monkeypatch)[0]
     (dots,) = axes.collections
@@ -82,7 +82,7 @@ def test_two_numbers_from_a_search_give_coloured_points(monkeypatch: pytest.Monk
     assert axes.get_xscale() == "log" or axes.get_yscale() == "log"
 
 
-def test_three_keys_give_a_panel_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_keys_give_three_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [{"a": n, "b": -n, "c": str(n)} for n in range(4)]
     assert len(axes_of(rows(settings), monkeypatch)) == 3
 
@@ -98,19 +98,19 @@ def test_three_keys_give_a_panel_each(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["one row", "nothing differs", "one value", "no value", "nothing"],
 )
-def test_where_there_is_nothing_to_compare_nothing_is_drawn(found: list[dict[str, Any]]) -> None:
+def test_nothing_to_compare_draws_nothing(found: list[dict[str, Any]]) -> None:
     assert draw_sweep(found, ["a"], "sft.val_loss", less_is_better=True) is None
 
 
 @pytest.mark.parametrize("name", ["$\\frac{", "_x", "naïve 模型", "a\nb", "x" * 300, ""])
-def test_any_name_can_be_drawn(name: str) -> None:
+def test_hostile_names_can_be_drawn(name: str) -> None:
     found = rows([{"model": name}, {"model": "other"}])
     picture = draw_sweep(found, ["model"], "sft.val_loss", less_is_better=True)
     assert picture is not None
     assert picture.startswith(b"\x89PNG")
 
 
-def test_the_main_metric_is_the_last_that_differs() -> None:
+def test_main_metric_is_the_last_that_differs() -> None:
     found = [{"metrics": {"pretrain.val_bpb": 1.0, "sft.val_loss": 2.0, "eval.mean_centered": 0.1}} for _ in range(2)]
     assert main_metric(found) == "eval.mean_centered"
     found[0]["metrics"]["sft.val_loss"] = 3.0

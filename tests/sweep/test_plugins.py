@@ -1,4 +1,4 @@
-"""Sweepers and launchers of others, which Hydra finds as plugins."""
+"""Sweepers and launchers of Hydra plugins."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def environ(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
-def test_a_sweeper_of_others_gets_the_metric_of_each_job(
+def test_plugin_sweeper_receives_the_metric(
     environ: dict[str, str], outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
 ) -> None:
     settings = ["stage=tokenizer", "hydra/sweeper=climb", "sweep.metric=tokenizer.bytes_per_token"]
@@ -76,7 +76,7 @@ def test_a_sweeper_of_others_gets_the_metric_of_each_job(
     assert "tokenizer.vocab_size=320" in compared.stdout
 
 
-def test_a_launcher_of_others_runs_the_jobs(
+def test_plugin_launcher_runs_the_jobs(
     environ: dict[str, str], outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
 ) -> None:
     settings = ["stage=tokenizer", "hydra/launcher=backwards", "tokenizer.vocab_size=280,320"]
@@ -90,10 +90,10 @@ def test_a_launcher_of_others_runs_the_jobs(
     assert not (place / "multirun.yaml").exists()
 
 
-def test_another_sweeper_needs_a_metric(
+def test_plugin_sweeper_needs_a_metric(
     environ: dict[str, str], tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
 ) -> None:
     done = mlxchat("-m", *tiny, "hydra/sweeper=climb", f"outputs={tmp_path}/outputs", environ=environ)
     assert done.returncode == 2
-    assert "hydra/sweeper=climb needs a number of each job: give sweep.metric=STEP.METRIC" in done.stderr
+    assert "hydra/sweeper=climb needs a metric: give sweep.metric=STEP.METRIC" in done.stderr
     assert not (tmp_path / "outputs").exists()

@@ -1,4 +1,4 @@
-"""A sweep over sizes and budgets ends with nanochat's table, and with the laws in words and as a picture."""
+"""A sweep over sizes and budgets writes nanochat's table and the fitted laws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZES = (10**5, 2 * 10**5, 4 * 10**5, 8 * 10**5)
 
 
 @pytest.mark.slow
-def test_a_sweep_over_sizes_and_budgets_ends_with_its_laws(mlxchat: CommandLine, tmp_path: Path) -> None:
+def test_sweep_over_sizes_and_budgets_fits_laws(mlxchat: CommandLine, tmp_path: Path) -> None:
     settings = ["experiment=smoke", "stage=pretrain", "model.aspect_ratio=8,16,32", "model.head_width=16"]
     settings += ["pretrain.num_iterations=null", "pretrain.target_flops=1e10,3e10", "pretrain.eval_tokens=2048"]
     done = mlxchat("-m", *settings, f"outputs={tmp_path / 'outputs'}", timeout=900)
@@ -44,7 +44,6 @@ def training(size: int, flops: float, bpb: float) -> Training:
 
 @pytest.mark.parametrize("middle", [2.5, 2.9])
 def test_budgets_with_and_without_a_minimum_are_drawn(middle: float, tmp_path: Path) -> None:
-    """Without any, matplotlib's logarithmic axis of no values was a traceback at the end of the sweep."""
     found = [training(size, flops, bpb) for flops in (1e12, 1e13) for size, bpb in ((10, 3.0), (20, middle), (40, 2.8))]
     files = write_scaling(found, tmp_path)
     assert [file.name for file in files] == ["scaling.csv", "scaling.md", "scaling.png"]
@@ -64,7 +63,7 @@ def test_axes_are_labelled_with_plain_numbers() -> None:
                 assert not any("$" in label for label in labels)
 
 
-def test_a_budget_without_a_minimum_says_which_sizes_to_try() -> None:
+def test_budget_without_minimum_suggests_sizes() -> None:
     falling = [training(size, 1e12, bpb) for size, bpb in ((10**5, 3.0), (2 * 10**5, 2.9), (4 * 10**5, 2.8))]
     bowl = [training(size, 1e13, bpb) for size, bpb in ((10**5, 2.6), (2 * 10**5, 2.5), (4 * 10**5, 2.6))]
     laws = fit_scaling_laws(falling + bowl)
@@ -74,6 +73,6 @@ def test_a_budget_without_a_minimum_says_which_sizes_to_try() -> None:
     assert "| 1e+13 | 3 | 200,000 | 8,333,333 | 41.7 | 2.5000 |" in text
 
 
-def test_an_ordinary_sweep_of_two_sizes_writes_nothing(tmp_path: Path) -> None:
+def test_two_sizes_write_no_scaling_files(tmp_path: Path) -> None:
     assert write_scaling([training(10, 1e9, 3.0), training(20, 1e9, 2.9)], tmp_path) == []
     assert list(tmp_path.iterdir()) == []

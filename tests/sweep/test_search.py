@@ -1,4 +1,4 @@
-"""`mlxchat sweep=tpe`: killed at any moment, a search ends as if it had not been; failing trials are results."""
+"""`mlxchat sweep=tpe`: resumes after kills, tolerates failed trials, refuses mistakes."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ def undisturbed(
     return outputs, done.stdout
 
 
-def test_a_search_ends_with_its_best_trial_and_the_command_that_runs_it(
-    undisturbed: tuple[Path, str], mlxchat: CommandLine
-) -> None:
+def test_search_prints_its_best_trial_and_command(undisturbed: tuple[Path, str], mlxchat: CommandLine) -> None:
     outputs, text = undisturbed
     trials = told(outputs)
     assert [(number, status) for number, _, status, _ in trials] == [(n, "done") for n in (1, 2, 3, 4)]
@@ -59,7 +57,7 @@ def test_a_search_ends_with_its_best_trial_and_the_command_that_runs_it(
     assert again.stdout.splitlines()[-1].startswith("3 steps: 3 done"), again.stdout + again.stderr
 
 
-def test_a_search_ends_with_a_table_and_a_picture(undisturbed: tuple[Path, str]) -> None:
+def test_search_writes_a_table_and_a_plot(undisturbed: tuple[Path, str]) -> None:
     outputs, _ = undisturbed
     folder = outputs / "multirun" / "s"
     rows = json.loads((folder / "table.json").read_text())
@@ -80,7 +78,7 @@ def test_a_search_ends_with_a_table_and_a_picture(undisturbed: tuple[Path, str])
         )
     ],
 )  # fmt: skip
-def test_a_search_that_was_killed_ends_as_one_that_was_not(
+def test_killed_search_ends_like_an_uninterrupted_one(
     point: str, undisturbed: tuple[Path, str], mlxchat: CommandLine, short: tuple[str, ...], tmp_path: Path
 ) -> None:
     outputs = tmp_path / "outputs"
@@ -91,7 +89,7 @@ def test_a_search_that_was_killed_ends_as_one_that_was_not(
     assert told(outputs) == told(undisturbed[0])
 
 
-def test_a_trial_that_was_killed_while_training_goes_on_from_its_last_state(
+def test_killed_trial_resumes_from_its_last_state(
     mlxchat: CommandLine, start_mlxchat: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
     outputs = tmp_path / "outputs"
@@ -116,7 +114,7 @@ def test_a_trial_that_was_killed_while_training_goes_on_from_its_last_state(
     assert manifest["attempts"][1]["resumed_from"] > 0
 
 
-def test_a_finished_search_says_so_at_once_and_more_trials_continue_it(
+def test_finished_search_can_be_extended(
     undisturbed: tuple[Path, str], mlxchat: CommandLine, short: tuple[str, ...]
 ) -> None:
     outputs, _ = undisturbed
@@ -128,8 +126,7 @@ def test_a_finished_search_says_so_at_once_and_more_trials_continue_it(
     assert told(outputs) == before
 
 
-def test_a_search_leaves_the_runs_name_to_its_runs(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
-    """Bug: after a search `compare smoke` found no runs, and `report smoke` ended in a traceback."""
+def test_search_folder_does_not_shadow_the_run_name(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
     (run,) = (outputs / "runs").iterdir()
     settings = ["sweep=tpe", "sweep.trials=2", "sweep.metric=tokenizer.bytes_per_token", f"outputs={outputs}"]
     done = mlxchat(*tiny, *settings, "tokenizer.vocab_size=choice(280,330)", "sweep.seed=1")
@@ -152,9 +149,7 @@ def test_a_search_leaves_the_runs_name_to_its_runs(outputs: Path, tiny: tuple[st
         assert Path(report.stdout.splitlines()[-1].removeprefix("report: ")).is_file()
 
 
-def test_trials_that_fail_are_results_and_the_search_goes_on(
-    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
-) -> None:
+def test_failed_trials_do_not_stop_the_search(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
     settings = ["sweep=tpe", "sweep.name=s", "sweep.trials=5", "tokenizer.vocab_size=choice(300,60000)"]
     done = mlxchat(*tiny, "stage=pretrain", "pretrain.num_iterations=1", *settings, f"outputs={outputs}")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -168,7 +163,7 @@ def test_trials_that_fail_are_results_and_the_search_goes_on(
     assert "tokenizer.vocab_size is 60000" in rows[-1]["error"]
 
 
-def test_another_search_under_the_same_name_is_refused(
+def test_different_search_with_the_same_name_is_refused(
     undisturbed: tuple[Path, str], mlxchat: CommandLine, short: tuple[str, ...]
 ) -> None:
     done = mlxchat(*short, *SEARCH, "sweep.seed=1", "pretrain.batch.tokens=1024", f"outputs={undisturbed[0]}")
@@ -180,7 +175,7 @@ def test_another_search_under_the_same_name_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sweep=tpe"], "nothing to search"),
+        (["sweep=tpe"], "a search needs settings that vary"),
         (["sweep=tpa", "seed=1,2"], 'sweep has no option "tpa".* Did you mean "tpe"'),
         (["sweep=tpe", "optimizer.matrx_lr=interval(0,1)"], 'Did you mean "optimizer.matrix_lr"'),
         (["sweep=tpe", "optimizer.matrix_lr=interval(1,0)"], "the interval is empty"),
@@ -207,7 +202,7 @@ def test_a_mistake_is_refused_before_anything_is_written(
     assert not outputs.exists()
 
 
-def test_without_optuna_the_extra_is_named(
+def test_missing_optuna_names_the_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mlxchat.sweep.search.importlib.util.find_spec", lambda name: None)
@@ -243,7 +238,7 @@ def searched(count: int, seed: int, *, random_trials: int) -> list[FrozenTrial]:
     return trials
 
 
-def test_choices_lie_in_the_space_and_are_plain_data() -> None:
+def test_suggested_values_lie_in_the_space() -> None:
     for trial in searched(12, 0, random_trials=4):
         assert -4 <= trial.params["x"] <= 4
         assert trial.params["n"] in range(1, 65)
@@ -251,19 +246,19 @@ def test_choices_lie_in_the_space_and_are_plain_data() -> None:
         assert json.loads(json.dumps(trial.params)) == trial.params
 
 
-def test_a_search_finds_more_than_chance_does() -> None:
+def test_search_beats_random_choice() -> None:
     seeds = range(6)
     guided = [min(bowl(trial.params) for trial in searched(40, seed, random_trials=8)) for seed in seeds]
     chance = [min(bowl(trial.params) for trial in searched(40, seed, random_trials=40)) for seed in seeds]
     assert sum(guided) < 0.6 * sum(chance)
 
 
-def test_the_random_trials_of_a_seed_differ_from_each_other_and_from_those_of_another_seed() -> None:
+def test_random_trials_depend_on_seed_and_number() -> None:
     drawn = [trial.params["x"] for seed in (0, 1) for trial in searched(10, seed, random_trials=10)]
     assert len(set(drawn)) == 20
 
 
-def test_failed_trials_are_no_results_to_learn_from_and_do_no_harm() -> None:
+def test_failed_trials_do_not_guide_the_choice() -> None:
     trials = searched(10, 0, random_trials=4)
     failed = [create_trial(state=TrialState.FAIL, params=trials[0].params, distributions=SPACE) for _ in range(4)]
     assert -4 <= chosen(trials + failed, 0, random_trials=4)["x"] <= 4

@@ -1,4 +1,4 @@
-"""SLURM, as submitit uses it: the script that sbatch is given is really run; what is stopped is queued again."""
+"""SLURM through submitit, with a stub that runs the script given to sbatch."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def attempts(outputs: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_jobs_in_a_queue_give_the_table_of_jobs_in_this_process(
+def test_queued_jobs_give_the_same_table(
     sweep: Start, outputs: Path, short: tuple[str, ...], mlxchat: Any, swept: Any, stub: Path
 ) -> None:
     settings = ["pretrain.num_iterations=1", "optimizer.matrix_lr=0.01,0.03"]
@@ -108,7 +108,7 @@ def test_jobs_in_a_queue_give_the_table_of_jobs_in_this_process(
 
 
 @pytest.mark.parametrize("signals", ["USR2", pytest.param("TERM USR2", marks=pytest.mark.slow)])
-def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on(
+def test_timed_out_job_is_requeued_and_resumes(
     signals: str, sweep: Start, stub: Path, outputs: Path, swept: Any
 ) -> None:
     process = sweep("pretrain.num_iterations=120", "optimizer.matrix_lr=0.01,0.03", parallel=1)
@@ -127,9 +127,7 @@ def test_a_job_whose_time_is_up_saves_is_queued_again_and_goes_on(
 
 
 @pytest.mark.slow
-def test_a_job_that_is_lost_is_a_failed_row_and_the_others_end(
-    sweep: Start, stub: Path, outputs: Path, swept: Any
-) -> None:
+def test_lost_job_is_a_failed_row(sweep: Start, stub: Path, outputs: Path, swept: Any) -> None:
     process = sweep("pretrain.num_iterations=100,101")
     os.kill(pid_of(stub, 0, process, outputs, 2), signal.SIGKILL)
     text, _ = process.communicate(timeout=600)
@@ -139,9 +137,7 @@ def test_a_job_that_is_lost_is_a_failed_row_and_the_others_end(
 
 
 @pytest.mark.slow
-def test_a_sweep_that_stops_saves_what_runs_and_takes_the_rest_out_of_the_queue(
-    sweep: Start, stub: Path, outputs: Path, swept: Any
-) -> None:
+def test_stopped_sweep_saves_and_cancels_its_jobs(sweep: Start, stub: Path, outputs: Path, swept: Any) -> None:
     process = sweep("pretrain.num_iterations=3000,3001", parallel=1)
     pid_of(stub, 0, process, outputs)
     process.send_signal(signal.SIGTERM)
@@ -153,7 +149,7 @@ def test_a_sweep_that_stops_saves_what_runs_and_takes_the_rest_out_of_the_queue(
     assert len(list((outputs / "work").glob("*/ckpt"))) == 1
 
 
-def test_the_queues_word_stops_the_run_once_and_what_follows_does_not_end_it_unsaved(
+def test_queue_signal_stops_the_run_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
@@ -177,7 +173,7 @@ def test_the_queues_word_stops_the_run_once_and_what_follows_does_not_end_it_uns
             signal.signal(number, handler)
 
 
-def test_a_node_that_does_not_see_the_sweeps_lock_says_so_in_its_row(tmp_path: Path) -> None:
+def test_node_without_shared_locks_reports_it(tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path)
     jobs = {"7": {"overrides": ["seed=2"], "settings": {"seed": 2}}}
     folder.write_state({"parent": {"pid": 1, "host": "head", "cwd": "/"}, "jobs": jobs, "pending": [7], "made": []})
@@ -188,7 +184,7 @@ def test_a_node_that_does_not_see_the_sweeps_lock_says_so_in_its_row(tmp_path: P
     assert "does not see the lock of the sweep, which process 1 on head holds" in row["error"]
 
 
-def test_an_interruption_by_the_queue_leaves_no_row_and_does_not_stop_the_sweep(
+def test_queue_interruption_leaves_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: tuple[str, ...]
 ) -> None:
     def stopped(*_: object) -> None:
@@ -207,14 +203,14 @@ def test_an_interruption_by_the_queue_leaves_no_row_and_does_not_stop_the_sweep(
             launchers.run_job(folder, 1, overrides, prepare, leave)
         assert (folder.rows(), folder.stop()) == ({}, None)
         launchers.run_job(folder, 1, overrides, prepare, lambda: "timed out too often.")
-        assert folder.rows()[1]["error"] == "its time was up, and it is not queued again: timed out too often."
+        assert (
+            folder.rows()[1]["error"] == "the job reached its time limit and is not queued again: timed out too often."
+        )
         assert folder.stop() is None
 
 
 @pytest.mark.slow
-def test_array_of_plain_commands_in_the_guide_requeues_and_ends(
-    stub: Path, outputs: Path, tiny: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_sbatch_array_of_the_guide_requeues(stub: Path, outputs: Path, tiny: tuple[str, ...], tmp_path: Path) -> None:
     text = (Path(__file__).parents[2] / "docs" / "guides" / "sweeps.md").read_text(encoding="utf-8")
     recipe = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH --array.*?)```", text, re.DOTALL)
     assert len(recipe) == 1

@@ -1,4 +1,4 @@
-"""What a search may choose from: Hydra's expressions, and what is refused of them."""
+"""Search spaces: Hydra's expressions, and refused ones."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from mlxchat.sweep.search import read_space
         ("1,2,2", Choice(("1", "2"))),
     ],
 )
-def test_an_expression_of_hydras_is_a_dimension(expression: str, expected: object) -> None:
+def test_hydra_expressions_become_distributions(expression: str, expected: object) -> None:
     for overrides, written in (([f"x.y={expression}"], {}), ([], {"x.y": expression})):
         assert read_space(overrides, written) == ([], {"x.y": expected})
 
 
-def test_what_does_not_vary_is_fixed_and_the_command_line_goes_before_yaml() -> None:
+def test_command_line_overrides_the_yaml_space() -> None:
     fixed, space = read_space(["a=1", "b=interval(0,1)", "seed=3"], {"a": "1,2", "b": "interval(5,6)", "c": "1,2"})
     assert fixed == ["a=1", "seed=3"]
     assert space == {"b": Float(0.0, 1.0), "c": Choice(("1", "2"))}
@@ -42,7 +42,7 @@ def test_what_does_not_vary_is_fixed_and_the_command_line_goes_before_yaml() -> 
 @pytest.mark.parametrize(
     ("overrides", "written", "problem"),
     [
-        (["a=1"], {}, "nothing to search"),
+        (["a=1"], {}, "a search needs settings that vary"),
         ([], {"a": "3"}, "a=3 does not vary"),
         ([], {"a": "interval(1"}, "sweep.space"),
         (["a=interval(1,1)"], {}, "the interval is empty"),
@@ -50,18 +50,16 @@ def test_what_does_not_vary_is_fixed_and_the_command_line_goes_before_yaml() -> 
         (["a=tag(log,interval(0,1))"], {}, "begins at more than 0"),
         (["a=tag(log,int(interval(0,4)))"], {}, "begins at 1 or more"),
         (["a=tag(lag,interval(1,2))"], {}, 'tag "lag" is unknown, expected log'),
-        (["a=choice(1)"], {}, "one value is no choice"),
+        (["a=choice(1)"], {}, "a choice needs several values"),
         (["a=range(3,3)"], {}, "the range is empty"),
     ],
 )
-def test_what_cannot_be_searched_is_refused_with_the_reason(
-    overrides: list[str], written: dict[str, str], problem: str
-) -> None:
+def test_invalid_expressions_are_refused(overrides: list[str], written: dict[str, str], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem.replace("(", r"\(")):
         read_space(overrides, written)
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_space_errors_are_reported_together() -> None:
     with pytest.raises(ConfigError) as caught:
         read_space(["a=interval(1,1)", "b=range(3,3)"], {"c": "3"})
     assert len(str(caught.value).splitlines()) == 3

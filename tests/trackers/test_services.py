@@ -1,4 +1,4 @@
-"""The three services, run for real and offline: what they wrote is read back by other means."""
+"""The three services run offline, and their files are read back."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def events_of(folder: Path) -> Iterator[Any]:
             data = data[16 + length :]
 
 
-def test_tensorboard_gets_one_curve_for_each_step_and_the_results(tmp_path: Path) -> None:
+def test_tensorboard_gets_curves_and_results(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     folder = tmp_path / "runs" / "1"
     folder.mkdir(parents=True)
@@ -130,7 +130,7 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.slow
-def test_tensorboard_reads_a_continued_run_without_a_point_twice(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_tensorboard_continued_run_has_no_duplicates(tmp_path: Path, environ: dict[str, str]) -> None:
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     track("tensorboard", tmp_path, environ)
     accumulator = reader.EventAccumulator(str(tmp_path / "tensorboard" / "1-first" / "pretrain"))
@@ -140,7 +140,7 @@ def test_tensorboard_reads_a_continued_run_without_a_point_twice(tmp_path: Path,
 
 
 @pytest.mark.slow
-def test_trackio_keeps_a_continued_run_in_its_database(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_trackio_continues_its_run(tmp_path: Path, environ: dict[str, str]) -> None:
     pytest.importorskip("trackio")
     track("trackio", tmp_path, environ)
     (database,) = (tmp_path / "trackio").glob("parity*.db")
@@ -160,7 +160,7 @@ def test_trackio_keeps_a_continued_run_in_its_database(tmp_path: Path, environ: 
 
 
 @pytest.mark.slow
-def test_wandb_keeps_a_continued_run_in_its_offline_folder(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_wandb_continues_its_run_offline(tmp_path: Path, environ: dict[str, str]) -> None:
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
@@ -195,9 +195,7 @@ def test_wandb_keeps_a_continued_run_in_its_offline_folder(tmp_path: Path, envir
 
 
 @pytest.mark.slow
-def test_a_training_that_is_killed_goes_on_in_the_same_curve(
-    tmp_path: Path, mlxchat: Any, tiny: tuple[str, ...]
-) -> None:
+def test_killed_training_continues_its_curve(tmp_path: Path, mlxchat: Any, tiny: tuple[str, ...]) -> None:
     pytest.importorskip("tensorboardX")
     settings = [*tiny, "stage=pretrain", "tracker=tensorboard", "pretrain.num_iterations=6", "machine.log_every=1"]
     settings += ["machine.checkpoint_seconds=0", f"outputs={tmp_path / 'outputs'}"]

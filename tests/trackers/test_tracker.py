@@ -1,4 +1,4 @@
-"""A tracker passes on everything in order, continues what was cut off, and can break nothing."""
+"""A tracker sends records in order, continues tracked runs, and never breaks a run."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def write(path: Path, *records: dict[str, Any]) -> None:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def test_samples_and_rollouts_arrive_as_tables_of_an_iteration(tmp_path: Path) -> None:
+def test_samples_and_rollouts_arrive_as_tables(tmp_path: Path) -> None:
     """Iterations come once, when they are complete, and the last ones from the artifact."""
     work, done = tmp_path / "work", tmp_path / "done"
     (tmp_path / "runs" / "1").mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_samples_and_rollouts_arrive_as_tables_of_an_iteration(tmp_path: Path) -
     ]
 
 
-def test_tables_that_a_killed_run_passed_on_are_not_repeated(tmp_path: Path) -> None:
+def test_sent_tables_are_not_repeated_after_a_kill(tmp_path: Path) -> None:
     config, tables = TrackerConfig(kind="wandb", project="p", tags=[]), []
     write(tmp_path / "samples.jsonl", {"iteration": 1, "prompt": "a", "text": "b"})
     for run in "12":
@@ -103,7 +103,7 @@ def test_tables_that_a_killed_run_passed_on_are_not_repeated(tmp_path: Path) -> 
     assert len(tables) == 1
 
 
-def test_a_service_without_tables_is_not_given_any(tmp_path: Path) -> None:
+def test_service_without_tables_gets_none(tmp_path: Path) -> None:
     class Plain:
         def __init__(self) -> None:
             self.ended = False
@@ -130,7 +130,7 @@ def test_a_service_without_tables_is_not_given_any(tmp_path: Path) -> None:
     assert (plain.ended, said) == (True, [])
 
 
-def test_records_arrive_in_order_with_their_iteration_apart(tmp_path: Path) -> None:
+def test_records_arrive_in_order(tmp_path: Path) -> None:
     notebook = Notebook()
     tracker = start(tmp_path, "1", notebook)
     for iteration in range(1, 50):
@@ -141,12 +141,12 @@ def test_records_arrive_in_order_with_their_iteration_apart(tmp_path: Path) -> N
     assert notebook.results.numbers == {"pretrain": {"loss": 0.02}}
 
 
-def test_only_finite_numbers_are_passed_on() -> None:
+def test_only_finite_numbers_are_sent() -> None:
     record = {"iteration": 3, "loss": float("nan"), "norm": 1.5, "warning": "spike", "flag": True, "count": 2}
     assert numbers_of(record, without="iteration") == {"norm": 1.5, "count": 2}
 
 
-def test_several_records_of_one_iteration_are_all_passed_on(tmp_path: Path) -> None:
+def test_all_records_of_an_iteration_are_sent(tmp_path: Path) -> None:
     notebook = Notebook()
     tracker = start(tmp_path, "1", notebook)
     tracker.log("sft", {"iteration": 4, "loss": 1.0})
@@ -155,7 +155,7 @@ def test_several_records_of_one_iteration_are_all_passed_on(tmp_path: Path) -> N
     assert [numbers for _, _, numbers in notebook.logged] == [{"loss": 1.0}, {"val_loss": 2.0}]
 
 
-def test_the_same_command_after_an_interruption_continues_the_tracked_run(tmp_path: Path) -> None:
+def test_interrupted_run_continues_its_tracked_run(tmp_path: Path) -> None:
     first, second = Notebook(), Notebook()
     tracker = start(tmp_path, "20260101-a", first)
     for iteration in (1, 2, 3):
@@ -170,7 +170,7 @@ def test_the_same_command_after_an_interruption_continues_the_tracked_run(tmp_pa
     assert [iteration for _, iteration, _ in second.logged] == [4]
 
 
-def test_a_killed_run_is_continued_though_nothing_was_said_at_its_end(tmp_path: Path) -> None:
+def test_killed_run_continues_its_tracked_run(tmp_path: Path) -> None:
     start(tmp_path, "1", Notebook()).log("sft", {"iteration": 1, "loss": 1.0})
     second = Notebook()
     start(tmp_path, "2", second).finish(Results())
@@ -178,7 +178,7 @@ def test_a_killed_run_is_continued_though_nothing_was_said_at_its_end(tmp_path: 
 
 
 @pytest.mark.parametrize("note", ["{", "[]", '{"same": 3}', ""])
-def test_a_damaged_note_begins_a_new_tracked_run(note: str, tmp_path: Path) -> None:
+def test_damaged_note_starts_a_new_tracked_run(note: str, tmp_path: Path) -> None:
     start(tmp_path, "1", Notebook()).finish(Results(is_done=False))
     (tmp_path / "runs" / "1" / "tracker.json").write_text(note)
     second = Notebook()
@@ -186,7 +186,7 @@ def test_a_damaged_note_begins_a_new_tracked_run(note: str, tmp_path: Path) -> N
     assert second.runs[0].name == "2"
 
 
-def test_what_has_ended_or_plans_other_ids_is_not_continued(tmp_path: Path) -> None:
+def test_finished_or_different_runs_are_not_continued(tmp_path: Path) -> None:
     start(tmp_path, "1", Notebook()).finish(Results())
     start(tmp_path, "2", Notebook(), ids="abc").finish(Results(is_done=False))
     third = Notebook()
@@ -194,7 +194,7 @@ def test_what_has_ended_or_plans_other_ids_is_not_continued(tmp_path: Path) -> N
     assert (third.runs[0].name, third.runs[0].is_continued) == ("3", False)
 
 
-def test_what_a_step_recorded_before_a_crash_is_passed_on_first(tmp_path: Path) -> None:
+def test_records_before_a_crash_are_sent_first(tmp_path: Path) -> None:
     notebook = Notebook()
     folder = tmp_path / "runs" / "1"
     folder.mkdir(parents=True)
@@ -208,7 +208,7 @@ def test_what_a_step_recorded_before_a_crash_is_passed_on_first(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"iteration": "x"}', "null", "3", '{"iter', "\x00"])
-def test_a_history_that_cannot_be_read_is_left_out(line: str, tmp_path: Path) -> None:
+def test_unreadable_history_is_skipped(line: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     (tmp_path / "samples.jsonl").write_text(line + "\n")
     notebook = Notebook()
@@ -221,7 +221,7 @@ def test_a_history_that_cannot_be_read_is_left_out(line: str, tmp_path: Path) ->
     assert [iteration for _, iteration, _ in notebook.logged] == [4]
 
 
-def test_a_fault_in_the_middle_is_told_once_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_tracker_failure_warns_once(tmp_path: Path) -> None:
     said: list[str] = []
     notebook = Notebook(fails_at=2)
     tracker = start(tmp_path, "1", notebook, said)
@@ -229,11 +229,11 @@ def test_a_fault_in_the_middle_is_told_once_and_the_rest_goes_on(tmp_path: Path)
         tracker.log("sft", {"iteration": iteration, "loss": 1.0})
     tracker.finish(Results())
     assert len(notebook.logged) == 2
-    assert said == ["warning: tracker=wandb does not work (RuntimeError: no route to host); the run goes on without it"]
+    assert said == ["warning: tracker=wandb failed (RuntimeError: no route to host); the run continues without it"]
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ConnectionError("refused")])
-def test_a_service_that_refuses_to_begin_ends_nothing(error: BaseException, tmp_path: Path) -> None:
+def test_tracker_that_exits_does_not_end_the_run(error: BaseException, tmp_path: Path) -> None:
     said: list[str] = []
 
     class Refusing:
@@ -246,7 +246,7 @@ def test_a_service_that_refuses_to_begin_ends_nothing(error: BaseException, tmp_
     assert type(error).__name__ in said[0]
 
 
-def test_a_secret_in_the_fault_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_are_removed_from_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "sesame-open")
     said: list[str] = []
 
@@ -258,7 +258,7 @@ def test_a_secret_in_the_fault_is_not_told(tmp_path: Path, monkeypatch: pytest.M
     assert "sesame" not in said[0]
 
 
-def test_a_missing_package_is_told_with_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tracker_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", None)
     start(tmp_path, "1", None, said).finish(Results())
@@ -266,7 +266,7 @@ def test_a_missing_package_is_told_with_what_to_install(tmp_path: Path, monkeypa
     assert "pip install 'mlxchat[wandb]'" in said[0]
 
 
-def test_a_service_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_service_does_not_delay_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.2)
     said: list[str] = []
     end = threading.Event()
@@ -282,10 +282,10 @@ def test_a_service_that_hangs_is_left_alone(tmp_path: Path, monkeypatch: pytest.
     tracker.finish(Results())
     end.set()
     assert time.monotonic() - began < 5
-    assert "left alone" in said[0]
+    assert "not waiting any longer" in said[0]
 
 
-def test_without_a_tracker_there_is_neither_thread_nor_note(tmp_path: Path) -> None:
+def test_no_tracker_starts_no_thread(tmp_path: Path) -> None:
     before = set(threading.enumerate())
     tracker = start(tmp_path, "1", None, kind="none")
     tracker.log("sft", {"iteration": 1, "loss": 1.0})
@@ -294,7 +294,7 @@ def test_without_a_tracker_there_is_neither_thread_nor_note(tmp_path: Path) -> N
     assert not list((tmp_path / "runs" / "1").iterdir())
 
 
-def test_the_note_says_where_the_run_is_tracked(tmp_path: Path) -> None:
+def test_note_records_the_tracked_run(tmp_path: Path) -> None:
     start(tmp_path, "1", Notebook()).finish(Results())
     note = json.loads((tmp_path / "runs" / "1" / "tracker.json").read_text())
     assert (note["kind"], note["project"], note["name"], note["ended"]) == ("wandb", "mlxchat", "1", True)

@@ -1,4 +1,4 @@
-"""One invocation: plan, execute, tell trackers and people, report."""
+"""One invocation: plan, execute, notify trackers and hooks, report."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def run_pipeline(
     is_verb: bool = False,
     on_record: Callable[[str, Record], None] = lambda step, record: None,
 ) -> Path | None:
-    """Complete the targets of a configuration; return the run's folder, or None if nothing had to be done.
+    """Complete the targets of a configuration; return the run's folder, or None if everything was done.
 
     Args:
-        composed: the configuration and how it came about.
-        plan: of its targets, by `plan_to_run`; None: made here. Afterwards it says what each step gave.
-        is_verb: whether a verb such as import runs it: it ends without a report and does not become the latest run.
+        composed: the configuration and its command line.
+        plan: plan of its targets from `plan_to_run`; None: make it here. Updated with each step's result.
+        is_verb: run by a verb such as import: no report, and it does not become the latest run.
         on_record: called with a step's name and each record of its metrics.jsonl.
 
     Raises:
-        MlxchatError: what the steps and the store raise.
+        MlxchatError: raised by steps and the store.
     """
     machine, ranks = lead_ranks(composed.config.machine)
     config = replace(composed.config, machine=machine)
@@ -83,7 +83,7 @@ def run_pipeline(
     for line in remark_apart(config, plan):
         _say(line)
     if finished:
-        with suppress(StoreError, PermissionError):  # who may only read the folder has nothing to name in it
+        with suppress(StoreError, PermissionError):  # a user who may only read the folder cannot name runs in it
             store.prepare()
             if not is_verb:
                 _name_again(composed, plan, store, name)
@@ -127,17 +127,17 @@ def _show_report(store: Store, folder: Path) -> None:
 
     try:
         show_report(store.outputs, folder)
-    except OSError as error:  # everything is done; the report can be had later
-        _say(f"the report could not be written ({error.strerror}: {error.filename}). Mend that and run: mlxchat report")
+    except OSError as error:  # all steps are done; the report can be written later
+        _say(f"the report could not be written ({error.strerror}: {error.filename}). Fix that and run: mlxchat report")
 
 
 def remark_few_rows(plan: list[PlannedStep], ranks: int) -> list[str]:
-    """Return a line for each step with fewer rows in an iteration than there are ranks."""
+    """Return a warning for each step with fewer rows per iteration than ranks."""
     found = []
     for step in plan:
         batch = None if step.done else getattr(getattr(step.config, step.stage.name, None), "batch", None)
         if batch is not None and batch.tokens is not None and (rows := batch.tokens // batch.row_tokens) < ranks:
-            text = f"has {rows} rows in an iteration for {ranks} ranks: some have nothing to train on"
+            text = f"has {rows} rows per iteration for {ranks} ranks: some ranks are idle"
             found.append(f"{step.name:<10} {text}")
     return found
 
@@ -146,7 +146,7 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     """Return the plan of a configuration.
 
     Raises:
-        MlxchatError: it cannot be planned, a training cannot be extended as it asks, or a local file has faults.
+        MlxchatError: it cannot be planned, a training cannot be extended, or a local file is invalid.
     """
     plan = make_plan(
         config, config.pipeline, store, targets=config.targets, seed=config.seed, data_seed=config.data_seed,
@@ -159,12 +159,12 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
 
 
 def plan_to_run(config: Config, store: Store) -> list[PlannedStep]:
-    """Return the plan of a configuration that is to run, in which everything outside is known.
+    """Return the plan of a configuration that is about to run, with all external data pinned.
 
-    What addresses without a checksum hold is fetched now, since the key holds its sha256.
+    Downloads URLs without a checksum, since the key holds their sha256.
 
     Raises:
-        MlxchatError: as `plan_of`; or something cannot be fetched, or the Hub cannot say what a branch means.
+        MlxchatError: as `plan_of`; or a download fails, or the Hub cannot resolve a branch.
     """
     plan = plan_of(config, store)
     unknown = {place: what for step in plan if not step.done for place, what in find_unknown(step.externals).items()}
@@ -186,7 +186,7 @@ def plan_to_run(config: Config, store: Store) -> list[PlannedStep]:
 
 
 def _name_again(composed: Composed, plan: list[PlannedStep], store: Store, name: str) -> None:
-    """Record a run unless one has all these artifacts; with a model among them that run becomes the latest one."""
+    """Record a run unless one has all these artifacts; a run with a model becomes the latest."""
     places = {step.name: place for step in plan if (place := store.find(step.rid)) is not None}
     known = [run for run in runs(store) if (store.outputs / "runs" / run).is_dir()]
     same = [run for run in known if places.items() <= links(store, run).items()]
@@ -201,13 +201,13 @@ def _name_again(composed: Composed, plan: list[PlannedStep], store: Store, name:
 
 
 def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: str, *, is_verb: bool = False) -> Path:
-    """Make the run's folder, whose name no two runs share, and say in it what will be done."""
+    """Create the run's folder with a unique name, its plan.json and config.yaml."""
     folder = store.outputs / "runs" / name
     folder.mkdir(parents=True)
     crash_point("run.folder")
     record: dict[str, Any] = {
         "run": folder.name,
-        # A verb composes the default experiment without using it.
+        # verbs compose the default experiment without using it
         "experiment": None if is_verb else composed.choices.get("experiment"),
         "choices": composed.choices,
         "overrides": composed.overrides,
@@ -225,19 +225,19 @@ def _start_run(composed: Composed, plan: list[PlannedStep], store: Store, name: 
 
 
 def find_executors(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorConfig]:
-    """Return step → where it runs, of the steps that are not done and do not run on this machine."""
+    """Return step → executor of the unfinished steps that do not run on this machine."""
     executors = {step.name: executor_of(config, step.name) for step in plan if not step.done}
     return {name: executor for name, executor in executors.items() if executor.kind != "local"}
 
 
 def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorConfig]:
-    """Return what `find_executors` does, of a plan that can run.
+    """Return `find_executors` of a plan, after checking that it can run.
 
-    A step elsewhere computes in the dtype that this machine says, since that is part of its key.
+    Steps elsewhere compute in this machine's dtype, since it is part of their keys.
 
     Raises:
-        ConfigError: a step does not fit into this machine's memory, the library of an executor is missing, or only the
-            machine of a step can say in which dtype it computes.
+        ConfigError: a step does not fit into this machine's memory, an executor's library is missing, or the dtype of
+            a step depends on the machine that runs it.
     """
     executors, machine = find_executors(config, plan), config.machine
     check_memory(config, [step for step in plan if step.name not in executors])
@@ -248,7 +248,7 @@ def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorCo
         is_unknown = machine.compute_dtype == "auto" and device_kind(machine.device) == "cpu"
         if is_unknown and executor.gpus_per_node and "gpu" in step.stage.resources:
             raise ConfigError(
-                f"{step.name} runs on GPUs of another machine (executor={executor.kind}), and its dtype is part of its "
+                f"{step.name} runs on GPUs of another machine (executor={executor.kind}), whose dtype is part of its "
                 "key: give machine.compute_dtype=bfloat16 or float32"
             )
         dtype = dtype_name(machine.device, machine.compute_dtype)
@@ -259,7 +259,7 @@ def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorCo
 def _policy(
     config: Config, plan: list[PlannedStep], need: TextNeed | None, executors: dict[str, ExecutorConfig]
 ) -> Policy:
-    """Return how steps are executed."""
+    """Return the policy of a run."""
     is_parallel = config.machine.max_parallel_steps > 1
     return Policy(
         executors=executors,
@@ -275,17 +275,17 @@ def _policy(
 
 
 def _hooks(config: HooksConfig) -> Hooks:
-    """Return whom to tell."""
+    """Return the notifications of a run."""
     return Hooks(on_start=config.on_start, on_success=config.on_success, on_failure=config.on_failure, warn=_say)
 
 
 def _uses_gpu(device: str) -> bool:
-    """Tell whether stages compute on a GPU under `machine.device`."""
+    """Return True if stages compute on a GPU with this `machine.device`."""
     return device == "gpu" or device_kind(device) != "cpu"
 
 
 def _results(config: Config, store: Store, folder: Path, *, is_done: bool) -> Results:
-    """Return what a tracker is told at the end."""
+    """Return the final results for a tracker."""
     if config.tracker.kind == "none":
         return Results(is_done=is_done)
     from mlxchat.report.collect import collect
@@ -293,7 +293,7 @@ def _results(config: Config, store: Store, folder: Path, *, is_done: bool) -> Re
 
     try:
         report = collect(store.outputs, folder)
-    except StoreError:  # the outputs folder is gone, which is told elsewhere
+    except StoreError:  # the outputs folder is gone, which is reported elsewhere
         return Results(is_done=is_done)
     numbers = {step.name: numbers_of(step.manifest.get("metrics") or {}) for step in report.steps}
     table = metric_table(report)

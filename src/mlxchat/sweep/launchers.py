@@ -1,9 +1,8 @@
-"""Jobs in other processes, by Hydra's launchers and sweepers, and what a job does wherever it runs.
+"""Runs jobs of a sweep in other processes, by Hydra's launchers and sweepers; what a job does wherever it runs.
 
-Everything goes through `hydra.main`. With Hydra's own sweeper it hands the numbers of our jobs (`sweep.job=1,3,4`)
-to the launcher, and each process composes the job of its number. Another sweeper, as plugins bring it, chooses
-overrides by itself and gets `sweep.metric` back. A job's result is a row in a file: launchers return results in their
-own ways.
+Everything goes through `hydra.main`. Hydra's own sweeper passes job numbers (`sweep.job=1,3,4`) to the launcher, and
+each process composes the job with its number. Sweepers of plugins choose overrides themselves and receive
+`sweep.metric`. A job's result is a row in a file, since launchers return results in different ways.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 POLL_SECONDS = 0.3
-# From another host each look is a request to a file server, of every job.
+# On another host each poll is a request of every job to a file server.
 _FAR_POLL_SECONDS = 3.0
 _UNSEEN = (
     "{here} does not see the lock of the sweep, which process {pid} on {host} holds: either that process has ended, or "
@@ -66,23 +65,23 @@ _OF_SWEEPS = (
 
 @dataclass(frozen=True, kw_only=True)
 class HydraSettings:
-    """What a command line says to Hydra about a sweep."""
+    """Hydra's settings for a sweep."""
 
     overrides: list[str] = field(default_factory=list)
     """`hydra.…` and `hydra/…`."""
     tasks: list[str] = field(default_factory=list)
-    """The overrides that do not vary: a user's file may set Hydra's values too."""
+    """Overrides that do not vary; a user's file may set Hydra's values too."""
     config_dirs: list[str] = field(default_factory=list)
     sweeper: str = "basic"
     launcher: str = "basic"
     params: list[str] = field(default_factory=list)
     """hydra.sweeper.params of the basic sweeper, as overrides."""
     folder: Path | None = None
-    """hydra.sweep.dir, its resolvers resolved; None: nothing set it."""
+    """hydra.sweep.dir with its resolvers resolved; None: not set."""
 
     @classmethod
     def read(cls, overrides: list[str], tasks: list[str], config_dirs: list[str]) -> HydraSettings:
-        """Return what Hydra makes of its settings, before anything runs.
+        """Return Hydra's settings, checked before anything runs.
 
         Raises:
             ConfigError: no such launcher or sweeper, it is not installed, or Hydra refuses a setting.
@@ -98,7 +97,7 @@ class HydraSettings:
         try:
             config = _compose([*tasks, *overrides], config_dirs)
         except ConfigError:
-            config = _compose(overrides, config_dirs)  # what is wrong with the others is said later, in our words
+            config = _compose(overrides, config_dirs)  # errors in the other overrides are reported later
         choices = config.hydra.runtime.choices
         sweeper = str(choices["hydra/sweeper"])
         params = (config.hydra.sweeper.get("params") or {}) if sweeper == "basic" else {}
@@ -115,7 +114,7 @@ class HydraSettings:
 
 
 def _check_plugins(chosen: Mapping[str, str]) -> None:
-    """Refuse a launcher or sweeper that there is not, with those that there are."""
+    """Refuse a launcher or sweeper that does not exist; list those that do."""
     groups = [group for group in _HINTS if group in chosen]
     if not groups:
         return
@@ -131,7 +130,7 @@ def _check_plugins(chosen: Mapping[str, str]) -> None:
 
 
 def _compose(overrides: list[str], config_dirs: list[str]) -> DictConfig:
-    """Return a composed configuration with Hydra's own section."""
+    """Return a composed configuration with Hydra's section."""
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -145,23 +144,23 @@ def _compose(overrides: list[str], config_dirs: list[str]) -> DictConfig:
 
 
 def _for_hydra(overrides: list[str], config_dirs: list[str]) -> list[str]:
-    """Return overrides as Hydra accepts them, once the schema of the stages that they name is registered."""
+    """Register the schema with the stages that overrides name; return the overrides for Hydra."""
     schema = schema_of(places_of_stages(overrides, config_dirs))
     register_schema(schema)
     return as_hydra(overrides, schema)
 
 
 def launch(settings: HydraSettings, folder: SweepFolder, overrides: list[str]) -> None:
-    """Have Hydra's sweeper and launcher run jobs, and return when all have ended or were given up.
+    """Run jobs with Hydra's sweeper and launcher; return when all have ended or were lost.
 
     Args:
-        settings: which sweeper and launcher.
-        folder: the sweep's, with its state.
-        overrides: that vary, besides those of the settings.
+        settings: the sweeper and launcher.
+        folder: the sweep's folder, with its state.
+        overrides: the varying overrides, in addition to those of the settings.
 
     Raises:
         ConfigError: Hydra refuses its settings.
-        Exception: whatever the launcher raises if it loses a process.
+        Exception: the launcher has lost a process.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -188,12 +187,12 @@ def launch(settings: HydraSettings, folder: SweepFolder, overrides: list[str]) -
 
 
 def hidden(overrides: list[str]) -> list[str]:
-    """Return the overrides with secrets: Hydra writes what it composes to multirun.yaml, so it does not get them."""
+    """Return the overrides with secrets, which Hydra must not get because it writes them to multirun.yaml."""
     return [item for item in overrides if redact(item) != item]
 
 
 def _reveal(overrides: list[str]) -> list[str]:
-    """Return overrides of sweep.json with the secrets of this process's environment in place of their names."""
+    """Replace names of secrets in overrides of sweep.json by their values in this process's environment."""
 
     def secret(found: re.Match[str]) -> str:
         value = os.environ.get(found[1])
@@ -203,15 +202,15 @@ def _reveal(overrides: list[str]) -> list[str]:
 
 
 def run_launched(config: DictConfig) -> float:
-    """Run the job that a launcher of Hydra's started, most often in another process; return its sweep.metric, or NaN.
+    """Run a job that Hydra's launcher started, usually in another process; return its sweep.metric, or NaN.
 
     Raises:
-        Interrupted: the sweep stops; only to a sweeper that would go on otherwise.
+        Interrupted: the sweep stops; raised only for sweepers that choose trials themselves.
     """
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
-    GlobalHydra.instance().clear()  # of hydra.main, if the launcher runs jobs in this process: a job composes itself
+    GlobalHydra.instance().clear()  # left by hydra.main if the launcher runs jobs in this process
     hydra = HydraConfig.get()
     folder = SweepFolder(Path(hydra.sweep.dir))
     number = config.sweep.job or hydra.job.num + 1
@@ -225,27 +224,27 @@ def run_launched(config: DictConfig) -> float:
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """The call of an executor's job that is a whole job of a sweep."""
+    """A whole job of a sweep as the call of an executor's job."""
 
     folder: SweepFolder
     number: int
 
     def __call__(self, leave: Leave | None) -> None:
-        """Run it there; its row is the result."""
+        """Run the job; its row is the result."""
         run_elsewhere(self.folder, self.number, leave, is_submitted=True)
 
 
 def run_elsewhere(
     folder: SweepFolder, number: int, leave: Leave | None, chosen: Sequence[str] = (), *, is_submitted: bool = False
 ) -> Row:
-    """Run a job of a sweep, most often in another process, and return its row.
+    """Run a job of a sweep, usually in another process, and return its row.
 
     Args:
-        folder: the sweep's.
-        number: of the job.
-        leave: hands the job back to its queue.
-        chosen: the overrides, where the sweep has not listed its jobs.
-        is_submitted: whether the run's executor has submitted the job, whose steps then run where it does.
+        folder: the sweep's folder.
+        number: number of the job.
+        leave: returns the job to its queue.
+        chosen: the overrides, if the sweep did not list its jobs.
+        is_submitted: whether the executor submitted the whole job; its steps then run in the same process.
     """
     state = folder.state()
     planned = state["jobs"].get(str(number))
@@ -281,14 +280,14 @@ def run_job(
     folder: SweepFolder, number: int, overrides: list[str], prepare: Callable[[], tuple[Composed, list[PlannedStep]]],
     leave: Leave | None = None,
 ) -> Row:  # fmt: skip
-    """Run one job and return its row, which is in the folder then too. A failure is a row.
+    """Run one job, write its row to the folder, and return it. A failure is a row.
 
     Args:
         folder: the sweep's folder.
-        number: of the job.
-        overrides: of the job.
+        number: number of the job.
+        overrides: overrides of the job.
         prepare: returns its configuration and plan.
-        leave: called when the queue, not the sweep, stops the job; the job has no row then.
+        leave: called if the queue, not the sweep, stops the job, which then has no row.
     """
     row: Row = {"job": number, "overrides": settings_of(overrides), "status": "done", "metrics": {}}
     began = time.monotonic()
@@ -310,10 +309,10 @@ def run_job(
     except Interrupted as stop:
         row |= {"status": "interrupted", "error": str(stop)}
         if leave is not None and not folder.stop() and locks.is_held(folder.lock):
-            row["error"] = f"its time was up, and it is not queued again: {leave()}"
+            row["error"] = f"the job reached its time limit and is not queued again: {leave()}"
         else:
             folder.ask_to_stop("signal", stop.exit_code - 128)
-    except Exception as error:  # a job that fails in any way is a row of the table, and the others go on
+    except Exception as error:  # any failure of a job is a row of the table; the other jobs continue
         if not isinstance(error, MlxchatError):
             log = folder.path / f"job-{number}-error.log"
             log.write_text(redact(traceback.format_exc()), encoding="utf-8")
@@ -328,23 +327,23 @@ def run_job(
 
 
 def force_only_others(force: list[str], plan: list[PlannedStep], made: set[str]) -> list[str]:
-    """Return the steps of a plan that are to be run again although they are done, without those just made."""
+    """Return the forced steps of a plan that this sweep has not run yet."""
     return [step.name for step in plan if step.key not in made and (step.name in force or "all" in force)]
 
 
 def whereabouts() -> dict[str, Any]:
-    """Return where this process is, for jobs that run elsewhere."""
+    """Return pid, host and working directory of this process, for jobs in other processes."""
     return {"pid": os.getpid(), "host": socket.gethostname(), "cwd": str(Path.cwd())}
 
 
 @contextmanager
 def watched(folder: SweepFolder, told: set[int], tell: Callable[[Row], None]) -> Iterator[None]:
-    """Call `tell` with each job's row when it is there, while the body runs; a signal becomes a request to all jobs.
+    """Call `tell` with each job's row as it appears while the body runs; a signal asks all jobs to stop.
 
     Args:
         folder: the sweep's folder.
-        told: jobs whose rows are known already.
-        tell: called in another thread, since launchers return only when all jobs have ended.
+        told: jobs whose rows are already known.
+        tell: called in another thread, because launchers return only after all jobs.
     """
     ended = threading.Event()
 
@@ -360,10 +359,10 @@ def watched(folder: SweepFolder, told: set[int], tell: Callable[[Row], None]) ->
 
     def request_stop(number: int, frame: object) -> None:
         if folder.stop():
-            os._exit(128 + number)  # the jobs see that the lock is free, and end
+            os._exit(128 + number)  # jobs notice that the lock is free, and end
         folder.ask_to_stop("signal", number)
         print(
-            "stopping: jobs end at their next iteration border, no further one starts (again: stop at once)", flush=True
+            "stopping: jobs end after their current iteration, no further job starts (again: stop at once)", flush=True
         )
 
     previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -380,7 +379,7 @@ def watched(folder: SweepFolder, told: set[int], tell: Callable[[Row], None]) ->
 
 
 class _Prefixed(io.TextIOBase):
-    """A stream whose lines begin with a prefix, each written in one piece, so that those of many processes mix well."""
+    """A stream that prefixes each line and writes it in one piece, so that lines of several processes do not mix."""
 
     def __init__(self, stream: TextIO, prefix: str) -> None:
         self.stream, self.prefix, self.begun = stream, prefix, ""
@@ -396,7 +395,7 @@ class _Prefixed(io.TextIOBase):
         self.stream.flush()
 
     def isatty(self) -> bool:
-        """Tell that this is no terminal: bars of several processes would overwrite each other."""
+        """Return False: progress bars of several processes would overwrite each other."""
         return False
 
     def fileno(self) -> int:
@@ -419,19 +418,19 @@ def _prefixed(prefix: str) -> Iterator[None]:
 
 @contextmanager
 def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool) -> Iterator[None]:
-    """Send this process one SIGTERM when the sweep is to stop, or its own process no longer holds the lock.
+    """Send this process one SIGTERM when the sweep stops or its parent process no longer holds the lock.
 
-    The terminal's Ctrl-C reaches only the process that was started there, since a second signal means "at once".
+    Ctrl-C in the terminal must reach only the parent process, since a second signal means "at once".
 
     Args:
-        folder: of the request to stop, and of the lock.
-        parent: where the sweep's own process is.
-        at_home: whether this is the sweep's own process, which gets its signals itself.
+        folder: folder with the stop request and the lock.
+        parent: pid, host and working directory of the parent process.
+        at_home: whether this is the parent process, which receives signals itself.
     """
     if at_home:
         yield
         return
-    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":  # SLURM may know its processes by their group
+    if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":  # SLURM may identify its processes by their group
         with suppress(OSError):
             os.setpgid(0, 0)
     ended = threading.Event()
@@ -446,14 +445,14 @@ def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool
                 os.kill(os.getpid(), signal.SIGTERM)
                 if not stop:
                     return
-            elif told and orphaned:  # a second signal ended the sweep's own process
+            elif told and orphaned:  # a second signal has ended the parent process
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
     def refuse(number: int, frame: object) -> None:
         raise Interrupted("stopped between its steps. The same command continues from there.", number)
 
-    former = signal.signal(signal.SIGTERM, refuse)  # a run puts its own handler in this one's place
+    former = signal.signal(signal.SIGTERM, refuse)  # a run replaces this handler by its own
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
@@ -463,4 +462,4 @@ def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool
         thread.join()
         signal.signal(signal.SIGTERM, former)
         if not locks.is_held(folder.lock):
-            os._exit(1)  # no process takes the result or gives more to do; idle workers would stay for minutes
+            os._exit(1)  # nobody reads the result; idle workers would stay for minutes

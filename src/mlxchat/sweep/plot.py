@@ -1,4 +1,4 @@
-"""The picture of a sweep: its metric against what was varied."""
+"""Plot of a sweep: its metric against the settings that vary."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _MOST_PANELS = 4
 _MOST_CURVES = 6
 _MOST_CELLS = 150
 _MOST_WORDS = 40
-# Values that span more than this are shown on a logarithmic axis.
+# Values with a larger ratio get a logarithmic axis.
 _WIDE = 20.0
 
 
 def draw_sweep(rows: Sequence[Row], keys: Sequence[str], metric: str, *, less_is_better: bool) -> bytes | None:
-    """Return a PNG of a metric against the keys that differ; None if no two rows have the metric, or no key differs.
+    """Return a PNG of a metric against the varying keys; None if fewer than two rows have the metric or no key varies.
 
     One key: a curve over numbers, points over words. Two keys: a curve for each value of the one with few, a map of
     cells for a whole grid of numbers, coloured points otherwise. More: a panel of points for each.
@@ -29,7 +29,7 @@ def draw_sweep(rows: Sequence[Row], keys: Sequence[str], metric: str, *, less_is
         rows: those with the metric are drawn.
         keys: settings that differ.
         metric: step.metric.
-        less_is_better: which end of it is marked as the best.
+        less_is_better: whether the smallest value is marked as the best.
     """
     rows = [row for row in rows if row["metrics"].get(metric) is not None]
     keys = [key for key in keys if len({str(row["overrides"].get(key)) for row in rows}) > 1]
@@ -49,7 +49,7 @@ def draw_sweep(rows: Sequence[Row], keys: Sequence[str], metric: str, *, less_is
 
 
 def is_numeric(column: Sequence[Any]) -> bool:
-    """Tell whether all values of a setting are numbers."""
+    """Return True if all values of a setting are numbers."""
     return all(isinstance(value, int | float) for value in column)
 
 
@@ -74,7 +74,7 @@ def _draw_one(
 
 
 def _draw_two(columns: dict[str, list[Any]], values: list[float], metric: str, best: int) -> bytes:
-    """Draw a metric against two settings."""
+    """Plot a metric against two settings."""
     first, second = sorted(columns, key=lambda key: (not is_numeric(columns[key]), -len(set(map(str, columns[key])))))
     across, other = columns[first], columns[second]
     figure, (panel,) = make_panels(1, height=4.2)
@@ -103,7 +103,7 @@ def _draw_two(columns: dict[str, list[Any]], values: list[float], metric: str, b
 
 
 def _draw_cells(panel: Axes, across: list[Any], up: list[Any], values: list[float], best: int) -> None:
-    """Draw a cell for each combination, with its number; several results of one combination are averaged."""
+    """Draw one labelled cell per combination; several results of a combination are averaged."""
     columns, lines = _names(across), _names(up)
     sums: dict[tuple[int, int], list[float]] = {}
     for x, y, value in zip(across, up, values, strict=True):
@@ -123,7 +123,7 @@ def _draw_cells(panel: Axes, across: list[Any], up: list[Any], values: list[floa
 
 
 def _names(column: Sequence[Any]) -> list[str]:
-    """Return the different values as words: numbers by size, words as they came."""
+    """Return the distinct values as text: numbers sorted, words in order of appearance."""
     if is_numeric(column):
         return [str(value) for value in sorted(set(column))]
     return list(dict.fromkeys(str(value) for value in column))

@@ -1,10 +1,10 @@
-"""What sweeps compare: the metrics that steps declare, the rows of jobs, and the table that they end in.
+"""Results of sweeps: the metrics that steps declare, the rows of jobs, and the final table.
 
 Stages declare their metrics in METRICS: `"core": "maximize if base and eval.core"`, and "while training" after the
-direction of those that metrics.jsonl has at iterations. {path} in a name stands for the keys of that mapping of the
-configuration, or for 1 … n. A condition is a role of the step, which must be filled; base or chat,
-the kind of model that the step evaluates; chatcore, a whole set of ChatCORE's tasks in the suite; or a path of the
-configuration, alone (neither null, false nor empty), after "not", or before =VALUE.
+direction for metrics that metrics.jsonl has per iteration. {path} in a name stands for the keys of that mapping of the
+configuration, or for 1 … n. A condition is a role of the step (must be filled); base or chat (kind of the evaluated
+model); chatcore (the suite has a whole set of ChatCORE's tasks); or a path of the configuration (not null, false or
+empty), possibly after "not", or with =VALUE.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from mlxchat.store.manifest import MEASURED, Manifest
 from mlxchat.store.store import Store
 
 Row = dict[str, Any]
-"""job, overrides (key → value), status, metrics (step.metric → value), seconds; error and run, where there are any."""
+"""job, overrides (key → value), status, metrics (step.metric → value), seconds; error and run, if any."""
 
 _REMEDIES = {
     "eval.core": "core=nanochat computes it", "pretrain.core": "core=nanochat estimates it",
     "suite": "suite=bundled has tasks", "chatcore": "suite=chatcore has them",
 }  # fmt: skip
 _SHOWN = ("val_bpb", "val_loss", "core", "mean_centered", "chatcore", "pass_at_1")
-"""Metrics of every step that each table has."""
+"""Metrics that every table shows, for each step."""
 _LAST = ("status", "error")
 
 
@@ -51,11 +51,11 @@ class Metric:
     direction: str
     """minimize, maximize or neither."""
     absent: str = ""
-    """Why this configuration does not record it; empty: it does."""
+    """Reason why this configuration does not record it; empty: it does."""
 
 
 def metrics_of_plan(plan: Sequence[PlannedStep], config: Config) -> list[Metric]:
-    """Return all that the steps declare, in the order of the steps."""
+    """Return all metrics that the steps declare, in the order of the steps."""
     found = []
     for step in plan:
         for pattern, declared in step.stage.metrics.items():
@@ -73,10 +73,10 @@ def find_metric(name: str, direction: str | None, plans: Sequence[tuple[Sequence
     Args:
         name: STEP.METRIC.
         direction: sweep.direction; None: the declared one.
-        plans: with their configurations.
+        plans: plans with their configurations.
 
     Raises:
-        ConfigError: no plan records it, with the names that there are; or it has no direction of its own.
+        ConfigError: no plan records it (lists the known names), or it needs sweep.direction.
     """
     found = [metric for plan, config in plans for metric in metrics_of_plan(plan, config) if metric.name == name]
     recorded = [metric for metric in found if not metric.absent]
@@ -88,14 +88,14 @@ def find_metric(name: str, direction: str | None, plans: Sequence[tuple[Sequence
     chosen = direction or recorded[0].direction
     if chosen == "neither":
         raise ConfigError(
-            f"sweep.metric={name}: neither small nor large values of it are better in themselves: "
+            f"sweep.metric={name}: the metric has no better direction: "
             "give sweep.direction=minimize or sweep.direction=maximize"
         )
     return chosen
 
 
 def _refusal(name: str, declared: list[Metric], steps: list[str]) -> str:
-    """Return what is wrong with a name, the names that there are, and the nearest of them."""
+    """Return the message about an unknown metric: known names and the nearest one."""
     step, _, metric = name.rpartition(".")
     recorded = {
         one: [each.name.removeprefix(f"{one}.") for each in declared if each.step == one and not each.absent]
@@ -104,7 +104,7 @@ def _refusal(name: str, declared: list[Metric], steps: list[str]) -> str:
     if step in recorded:
         lines = [f'sweep.metric={name}: step {step} records no "{metric}": {", ".join(recorded[step]) or "nothing"}.']
     else:
-        known = f'"{step}" is no step that runs' if step else "expected STEP.METRIC"
+        known = f'"{step}" is not a step of this run' if step else "expected STEP.METRIC"
         lines = [f"sweep.metric={name}: {known}. What the steps record:"]
         lines += [f"  {one}: {', '.join(names)}" for one, names in recorded.items() if names]
     near = _nearest(name, declared)
@@ -115,7 +115,7 @@ def _refusal(name: str, declared: list[Metric], steps: list[str]) -> str:
 
 
 def _nearest(name: str, declared: list[Metric]) -> Metric | None:
-    """Return the metric that is most likely meant: one of the same step, of the same name, or spelt alike."""
+    """Return the most likely intended metric: of the same step, of the same name, or with similar spelling."""
     step, _, metric = name.rpartition(".")
     declared = sorted(declared, key=lambda one: bool(one.absent))
     candidates = [one for one in declared if one.step == step] or declared
@@ -138,7 +138,7 @@ def _expand(pattern: str, config: Config) -> Iterator[str]:
 
 
 def _unmet(condition: str, step: PlannedStep, config: Config) -> str:
-    """Return why a condition does not hold, or nothing."""
+    """Return why a condition does not hold; empty if it holds."""
     if condition in step.stage.roles:
         filled = condition in step.inputs or condition in step.artifacts
         return "" if filled else f"pipeline.{step.name} has no {condition}"
@@ -169,7 +169,7 @@ def _value(path: str, config: Any) -> Any:
 
 
 class SweepFolder:
-    """The folder of a sweep, each file in it whole or not at all.
+    """The folder of a sweep. Each file in it is written atomically.
 
     sweep.json     the jobs, and what was computed for all of them
     rows/<n>.json  the result of a job, from whichever process ran it; <n>.begun: the job has left its queue
@@ -198,29 +198,29 @@ class SweepFolder:
         return state
 
     def add_row(self, row: Row) -> None:
-        """Keep the result of a job."""
+        """Write the result of a job."""
         _write(self.path / "rows" / f"{row['job']}.json", row)
 
     def rows(self) -> dict[int, Row]:
-        """Return job → its result, of those that have one."""
+        """Return job → result, for jobs that have one."""
         paths = (self.path / "rows").glob("[0-9]*.json")
         return {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
     def begin(self, number: int) -> None:
-        """Note that a job has begun, on whichever machine."""
+        """Record that a job has started, on any machine."""
         (self.path / "rows" / f"{number}.begun").touch()
 
     def has_begun(self, number: int) -> bool:
-        """Tell whether a job has begun."""
+        """Return True if a job has started."""
         return (self.path / "rows" / f"{number}.begun").exists()
 
     def ask_to_stop(self, why: str, signal_number: int) -> None:
-        """Start no further job, and stop those that run where they can continue; the first request counts."""
+        """Start no further job and stop running jobs where they can continue; the first request counts."""
         if not self.stop():
             _write(self.path / "stop", {"why": why, "signal": signal_number})
 
     def stop(self) -> dict[str, Any] | None:
-        """Return the request to end, or None."""
+        """Return the request to stop, or None."""
         try:
             request: dict[str, Any] = json.loads((self.path / "stop").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -228,7 +228,7 @@ class SweepFolder:
         return request
 
     def tidy(self) -> None:
-        """Remove what only processes needed, and what Hydra leaves for its jobs."""
+        """Remove files that only running processes need, and Hydra's empty job folders."""
         shutil.rmtree(self.path / "rows", ignore_errors=True)
         for name in ("stop", "sweep.lock", "multirun.yaml"):
             (self.path / name).unlink(missing_ok=True)
@@ -246,8 +246,8 @@ def metrics_of(plan: Sequence[PlannedStep], store: Store, metric: str | None = N
 
     Args:
         plan: the steps.
-        store: where the steps' artifacts are.
-        metric: STEP.METRIC of sweep.metric, shown besides what every table has.
+        store: store of the steps' artifacts.
+        metric: STEP.METRIC of sweep.metric, shown in addition.
     """
     found = {}
     for step in plan:
@@ -262,13 +262,13 @@ def metrics_of(plan: Sequence[PlannedStep], store: Store, metric: str | None = N
 
 
 def recorded_numbers(manifest: Manifest) -> dict[str, float]:
-    """Return all numbers that a step recorded, the speeds that manifests keep apart included."""
+    """Return all numbers that a step recorded, including speeds, which manifests store separately."""
     apart = {key: manifest.get(key) for key in MEASURED}
     return {key: value for key, value in {**manifest["metrics"], **apart}.items() if isinstance(value, int | float)}
 
 
 def settings_of(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return key → value of overrides, numbers as numbers, everything else as it was typed."""
+    """Return key → value of overrides; numeric values as numbers, others as typed."""
     pairs = (override.partition("=") for override in overrides)
     return {key: _number(value) if sign else "" for key, sign, value in pairs}
 
@@ -285,17 +285,17 @@ def _number(text: str) -> int | float | str:
 def write_results(
     rows: list[Row], folder: Path, *, metric: str | None, less_is_better: bool, unit: str = "job"
 ) -> list[Row]:
-    """Write table.md, table.csv, table.json and, where there is something to see, plot.png; print the table.
+    """Write table.md, table.csv, table.json and, if there is something to plot, plot.png; print the table.
 
     Args:
-        rows: of all jobs.
-        folder: the sweep's.
-        metric: step.metric that the rows are sorted by; None: no row has any.
-        less_is_better: whether small values of it come first.
-        unit: what a row is called.
+        rows: rows of all jobs.
+        folder: the sweep's folder.
+        metric: step.metric to sort by; None: no row has a metric.
+        less_is_better: whether small values come first.
+        unit: name of a row.
 
     Returns:
-        the rows, the best first; those that were pruned, then those without the metric, last.
+        the rows, best first; pruned rows and then rows without the metric last.
     """
     rows = sorted(redact(rows), key=lambda row: _rank(row, metric, less_is_better))
     keys = differing([row["overrides"] for row in rows])
@@ -333,13 +333,13 @@ def write_results(
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the keys whose values are not the same everywhere, in the order of the command line."""
+    """Return the keys whose values differ, in the order of the command line."""
     keys = dict.fromkeys(key for items in settings for key in items)
     return [key for key in keys if len({str(items.get(key)) for items in settings}) > 1]
 
 
 def main_metric(rows: Sequence[Row]) -> str | None:
-    """Return the last metric of the pipeline that differs between the rows, else the last one there is."""
+    """Return the last metric of the pipeline that differs between the rows, else the last metric."""
     names: list[str] = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     telling = [name for name in names if len({row["metrics"][name] for row in rows if name in row["metrics"]}) > 1]
     return (telling or names)[-1] if names else None

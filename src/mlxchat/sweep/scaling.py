@@ -1,4 +1,4 @@
-"""Scaling laws of a sweep's pretrainings: a table with nanochat's columns, the fitted laws in words, their picture."""
+"""Scaling laws of a sweep's pretrainings: a table with nanochat's columns, the fitted laws, and a plot."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _KINDS = {
     "value_embeddings": "num_value_embedding_parameters", "head": "num_head_parameters",
     "scalars": "num_scalar_parameters", "total": "num_parameters",
 }  # fmt: skip
-"""What manifests call the parameters of each kind."""
-_RAMP = ("#b5d3ea", "#0b4a7a")  # from the least to the largest budget
+"""Names in manifests of each kind of parameters."""
+_RAMP = ("#b5d3ea", "#0b4a7a")  # from the smallest to the largest budget
 _FEWEST = 3
-"""Pretrainings of different sizes that make a table of them worth a file."""
+"""Smallest number of different sizes for which a table is written."""
 
 
 def trainings_of(manifests: Iterable[Manifest]) -> list[Training]:
-    """Return the pretrainings among artifacts, each once, but those without a score and those of version 0.1."""
+    """Return the distinct pretrainings among artifacts, except those without a score and those of version 0.1."""
     found: dict[str, Training] = {}
     for manifest in manifests:
         numbers = manifest.get("derived") or {}
@@ -55,10 +55,10 @@ def trainings_of(manifests: Iterable[Manifest]) -> list[Training]:
 
 
 def write_scaling(trainings: list[Training], folder: Path) -> list[Path]:
-    """Write scaling.csv of at least three sizes and, where budgets have parabolas, scaling.md and scaling.png.
+    """Write scaling.csv if there are at least three sizes, and scaling.md and scaling.png if parabolas fit.
 
     Returns:
-        the files written, in this order.
+        the paths written, in this order.
     """
     if len({one.horizon_parameters for one in trainings}) < _FEWEST:
         return []
@@ -77,11 +77,11 @@ def write_scaling(trainings: list[Training], folder: Path) -> list[Path]:
 
 
 def describe_laws(laws: ScalingLaws) -> str:
-    """Return the laws as Markdown: the best model of each budget, and how it grows."""
+    """Return the laws as Markdown: the best model of each budget, and its power laws."""
     lines = [
         "# Scaling laws", "",
         "The best model of each budget, at the minimum of a parabola over log N. N counts the parameters that",
-        "`pretrain.horizon_parameters` says, D tokens.", "",
+        "`pretrain.horizon_parameters` names, D the tokens.", "",
         "| FLOPs | models | best N | best D | D / N | bits per byte |", "|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for one in laws.budgets:
@@ -105,14 +105,14 @@ def describe_laws(laws: ScalingLaws) -> str:
 
 
 def format_exponent(law: PowerLaw) -> str:
-    """Return an exponent with its 95 % interval, where there is one."""
+    """Return an exponent with its 95 % interval, if there is one."""
     if law.half_width is None:
         return f"{law.exponent:.3f} (two points: no interval)"
     return f"{law.exponent:.3f} ± {law.half_width:.3f} (95 %, {law.num_points} points)"
 
 
 def draw_laws(laws: ScalingLaws) -> bytes:
-    """Return a PNG: the parabolas with their minima, and N* and D* against the budget."""
+    """Return a PNG: parabolas with their minima, and N* and D* against the budget."""
     with styled():
         return render_png(_draw(laws))
 
@@ -136,7 +136,7 @@ def _draw(laws: ScalingLaws) -> Figure:
             label = f"{label} ∝ C^{format_exponent(law).partition(' (')[0]}"
             right.plot(flops, [law(x) for x in flops], color=colour, lw=1.5, label=label)
         right.plot(flops, values, "o", color=colour, ms=5)
-    if found:  # matplotlib refuses logarithms of nothing
+    if found:  # matplotlib refuses logarithmic axes without data
         right.set_xscale("log")
         right.set_yscale("log")
         label_log_axis(right.xaxis)
@@ -163,7 +163,7 @@ def _draw_parabola(panel: Axes, one: IsoFlop, colour: str) -> None:
 
 
 def _ramp(count: int) -> list[str]:
-    """Return so many colours, from light to dark."""
+    """Return `count` colours, from light to dark."""
     ends = [np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) for colour in _RAMP]
     steps = np.linspace(0.15, 1.0, count)
     mixed = [np.rint(ends[0] + step * (ends[1] - ends[0])).astype(int) for step in steps]

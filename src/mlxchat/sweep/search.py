@@ -1,7 +1,7 @@
-"""`mlxchat sweep=tpe` and `sweep=halving`: trials chosen by results, which are kept in a journal of Optuna's.
+"""`mlxchat sweep=tpe` and `sweep=halving`: trials chosen by earlier results, in a journal of Optuna.
 
-A choice depends on the results so far, the seed and the trial's number alone, and a trial is added to the journal when
-it has ended. So a search that was killed at any moment makes the trials that it would have made.
+A choice depends only on the results so far, the seed and the trial's number, and a trial is added to the journal when
+it has ended. So a search that was killed at any moment continues with the same trials.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ _FORMS = (
 
 @dataclass(kw_only=True)
 class Search:
-    """What is searched."""
+    """A search: its space, metric and base configuration."""
 
     base: Composed
     """The configuration without the settings that vary."""
     plan: list[PlannedStep]
-    """Its plan."""
+    """Plan of the base configuration."""
     fixed: list[str]
     """Overrides of every trial."""
     config_dirs: list[str]
@@ -71,7 +71,7 @@ class Search:
 
     @property
     def folder(self) -> Path:
-        """outputs/multirun/<sweep.name>, or <name of the run>-search, so that the run's name means its runs alone."""
+        """outputs/multirun/<sweep.name>, or <name of the run>-search, so that the run's name refers to runs only."""
         config = self.base.config
         return Path(config.outputs) / "multirun" / (config.sweep.name or f"{config.name}-search")
 
@@ -80,19 +80,19 @@ class Search:
         return [*self.fixed, *(f"{key}={value}" for key, value in values.items())]
 
     def title(self, number: int, values: Mapping[str, Any]) -> str:
-        """Return a trial's number and settings for people."""
+        """Return a trial's number and settings for display."""
         return redact(f"trial {number}/{self.base.config.sweep.trials} {_shown(values)}")
 
 
 def run_search(arguments: list[str]) -> int:
-    """Run the trials that are not done yet; return 1 if none of all has succeeded, else 0.
+    """Run the remaining trials; return 1 if none has succeeded, else 0.
 
     Args:
-        arguments: those of the command line, with `sweep=tpe` or `sweep=halving`.
+        arguments: arguments of the command line, with `sweep=tpe` or `sweep=halving`.
 
     Raises:
         ConfigError: something is wrong with the configuration or the space, or Optuna is not installed.
-        Interrupted: a signal arrived; the same command goes on.
+        Interrupted: a signal arrived; the same command continues.
     """
     overrides, config_dirs = split_config_dirs([item for item in arguments if item not in ("-m", "--multirun")])
     search = _prepare(overrides, config_dirs)
@@ -104,7 +104,7 @@ def run_search(arguments: list[str]) -> int:
 
     def tell_waiting(owner: dict[str, Any]) -> None:
         who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-        print(f"{who} is at this search ({search.folder}); waiting", flush=True)
+        print(f"{who} runs this search ({search.folder}); waiting", flush=True)
 
     with locks.hold(search.folder / "search.lock", {"search": search.folder.name}, tell_waiting):
         trials = Trials(search.folder / "journal.log", search.direction)
@@ -124,11 +124,11 @@ def run_search(arguments: list[str]) -> int:
 
 
 def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
-    """Return the search, checked as far as it can be before it runs; None if the configuration is of no search."""
+    """Return the search, checked as far as possible before it runs; None if the configuration has no search."""
     for item in overrides:
         if item.lstrip("+").startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher")):
-            raise ConfigError(f"{item}: a search runs its trials one after the other in this process")
-    overrides = [*implied_experiment(overrides), *overrides]  # also where only trials choose a model
+            raise ConfigError(f"{item}: a search runs its trials sequentially in this process")
+    overrides = [*implied_experiment(overrides), *overrides]  # also if only trials choose a model
     plain = [item for item in overrides if not _varies(item)]
     base = compose_config(plain, config_dirs)
     if base.config.sweep.kind == "none":
@@ -143,7 +143,7 @@ def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
     fixed, space = read_space(overrides, sweep.space, config_dirs)
     assert sweep.metric is not None
     step, _, metric = sweep.metric.rpartition(".")
-    if base.config.targets is None and step in base.config.pipeline:  # what comes after the metric is not needed
+    if base.config.targets is None and step in base.config.pipeline:  # steps after the metric's are not needed
         base = replace(base, config=replace(base.config, targets=[step]))
     plan = plan_of(base.config, Store(Path(base.config.outputs)))
     direction = find_metric(sweep.metric, sweep.direction, [(plan, base.config)])
@@ -151,7 +151,7 @@ def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
     curves = [name for name, declared in stage.metrics.items() if " while training" in declared]
     if sweep.kind == "halving" and not stage.is_curve(metric):
         raise ConfigError(
-            f"sweep=halving compares trials while they train, and {sweep.metric} is known at the end alone: use "
+            f"sweep=halving compares trials during training, and {sweep.metric} is known only at the end: use "
             f"sweep=tpe, or {' or '.join(f'{step}.{name}' for name in curves) or 'a metric of a training'}"
         )
     problems: list[str] = []
@@ -179,15 +179,15 @@ def _varies(item: str) -> bool:
 def read_space(
     overrides: list[str], written: Mapping[str, str], config_dirs: Sequence[str] = ()
 ) -> tuple[list[str], Space]:
-    """Return the overrides that every trial has, and the space.
+    """Return the fixed overrides of every trial, and the space.
 
     Args:
-        overrides: of the command line; those that vary are part of the space, and come before what is written.
+        overrides: overrides of the command line; varying ones belong to the space and take precedence over `written`.
         written: `sweep.space`: key → expression.
-        config_dirs: folders with further YAML files, whose options a glob finds.
+        config_dirs: folders with further YAML files, which globs search too.
 
     Raises:
-        ConfigError: every expression that cannot be searched.
+        ConfigError: names every expression that cannot be searched.
     """
     fixed: list[str] = []
     space = Space()
@@ -214,12 +214,12 @@ def read_space(
     if problems:
         raise ConfigError("\n".join(problems))
     if not space:
-        raise ConfigError(f"a search has nothing to search: say what varies, as key=EXPRESSION. {_FORMS}")
+        raise ConfigError(f"a search needs settings that vary, as key=EXPRESSION. {_FORMS}")
     return fixed, space
 
 
 def _distribution(item: Override, config_dirs: Sequence[str]) -> BaseDistribution:
-    """Return the values of an override that varies in Optuna's terms."""
+    """Return the values of a varying override as an Optuna distribution."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value, text = item.value(), item.input_line
@@ -234,12 +234,12 @@ def _distribution(item: Override, config_dirs: Sequence[str]) -> BaseDistributio
             raise ConfigError(f"{text}: the range is empty")
         low, high = min(numbers), max(numbers)
         step = None if "log" in value.tags else abs(value.step)
-        if isinstance(step, float):  # sums of floats miss the end by a little
+        if isinstance(step, float):  # floating-point sums may miss the end slightly
             high = float(Decimal(str(low)) + Decimal(str(step)) * (len(numbers) - 1))
     else:
         values = tuple(dict.fromkeys(listed(item, config_dirs)))
         if len(values) < 2:
-            raise ConfigError(f"{text}: one value is no choice")
+            raise ConfigError(f"{text}: a choice needs several values")
         return CategoricalDistribution(values)
     if strange := value.tags - {"log"}:
         raise ConfigError(f'{text}: tag "{", ".join(sorted(strange))}" is unknown, expected log')
@@ -254,12 +254,12 @@ def _distribution(item: Override, config_dirs: Sequence[str]) -> BaseDistributio
 
 
 def _examples(distribution: Any) -> Sequence[Any]:
-    """Return values that show whether all can be composed: every choice, or both ends."""
+    """Return values to test the composition with: every choice, or both ends."""
     return getattr(distribution, "choices", None) or (distribution.low, distribution.high)
 
 
 def _definition(search: Search) -> dict[str, Any]:
-    """Return what makes two searches the same: what is looked for, where, and everything that does not vary."""
+    """Return what identifies a search: metric, space and all fixed settings."""
     from optuna.distributions import distribution_to_json
 
     sweep = search.base.config.sweep
@@ -279,10 +279,10 @@ def _definition(search: Search) -> dict[str, Any]:
 
 
 class Trials:
-    """The trials of a search that have ended: a study in Optuna's journal storage. One process uses it."""
+    """The finished trials of a search: a study in Optuna's journal storage, used by one process."""
 
     def __init__(self, path: Path, direction: Direction = "minimize") -> None:
-        """Open the journal, or begin one.
+        """Open or create the journal.
 
         Raises:
             StoreError: it is damaged, or cannot be read.
@@ -306,10 +306,10 @@ class Trials:
                 ) from None
 
     def begin(self, definition: dict[str, Any]) -> None:
-        """Write down what is searched, or check that it is what was searched before.
+        """Record the definition of the search, or check that it equals the recorded one.
 
         Raises:
-            ConfigError: it is another search; with what differs.
+            ConfigError: the journal belongs to another search; lists the differences.
         """
         known = self.study.user_attrs.get("definition")
         if known is None:
@@ -327,16 +327,16 @@ class Trials:
             raise ConfigError(
                 "\n".join(
                     [
-                        f"{self.path.parent} holds another search, whose results would mean something else here:",
+                        f"{self.path.parent} holds a search with other settings:",
                         *changes[:_MOST_SHOWN],
                         *more,
-                        "Search under another name (sweep.name=NAME), or remove that folder.",
+                        "Choose another name (sweep.name=NAME), or remove that folder.",
                     ]
                 )
             )
 
     def add(self, space: Space, row: Row, value: float | None, asked: optuna.Trial | None = None) -> None:
-        """Keep a trial that has ended; a value of None: it has failed. What it reported is that of `asked`."""
+        """Add a finished trial; value None: it failed. Intermediate values come from `asked`."""
         import optuna
 
         reported = asked.study.trials[asked.number] if asked is not None else None
@@ -354,11 +354,11 @@ class Trials:
         crash_point("search.told")
 
     def rows(self) -> list[Row]:
-        """Return the rows of all trials that have ended."""
+        """Return the rows of all finished trials."""
         return [trial.user_attrs["row"] for trial in self.study.get_trials(deepcopy=False)]
 
     def _cut_torn_line(self) -> None:
-        """Remove a last line that a killed process has not written whole: Optuna would append to it."""
+        """Remove an incomplete last line of a killed process, to which Optuna would append."""
         if self.path.exists():
             text = self.path.read_bytes()
             if not text.endswith(b"\n"):
@@ -370,12 +370,12 @@ class Trials:
             yield
         except OSError as error:
             raise StoreError(
-                f"{self.path} cannot be used ({error.strerror}). Mend that and run the same command again."
+                f"{self.path} cannot be used ({error.strerror}). Fix that and run the same command again."
             ) from error
 
 
 class _Unlocked:
-    """The lock of a journal whose folder is locked already: Optuna's own outlive a killed process by 30 seconds."""
+    """No lock: the folder is already locked, and Optuna's locks outlive a killed process by 30 s."""
 
     def acquire(self) -> bool:
         return True
@@ -394,16 +394,16 @@ def ask(
     direction: Direction,
     pruner: optuna.pruners.BasePruner | None = None,
 ) -> optuna.Trial:
-    """Return a trial with the values that it is to try; it is in no journal.
+    """Return a trial with the values to try; it is not added to a journal.
 
     Args:
-        space: what may be chosen.
+        space: the search space.
         told: trials with results.
-        number: of the trial, from 1.
-        seed: of the search.
-        random_trials: results before they begin to decide.
+        number: number of the trial, from 1.
+        seed: seed of the search.
+        random_trials: number of results before they guide the choice.
         direction: minimize or maximize.
-        pruner: says whether the trial stops early.
+        pruner: decides whether the trial stops early.
     """
     import optuna
 
@@ -415,7 +415,7 @@ def ask(
 
 
 def _run_trials(search: Search, trials: Trials) -> None:
-    """Run trials one after the other, each chosen by the results of all before."""
+    """Run trials one after the other, each chosen by all earlier results."""
     import optuna
 
     sweep = search.base.config.sweep
@@ -443,7 +443,7 @@ def _run_trials(search: Search, trials: Trials) -> None:
 
 
 def _composed(search: Search, values: Mapping[str, Any]) -> tuple[Composed, list[PlannedStep], Store]:
-    """Return a trial's configuration, limited to what the metric needs, with its plan and store."""
+    """Return a trial's configuration, limited to the steps that the metric needs, with its plan and store."""
     composed = compose_config(search.overrides(values), search.config_dirs)
     composed = replace(composed, config=replace(composed.config, targets=search.base.config.targets))
     store = Store(Path(composed.config.outputs))
@@ -451,10 +451,10 @@ def _composed(search: Search, values: Mapping[str, Any]) -> tuple[Composed, list
 
 
 def _run_trial(search: Search, number: int, trial: optuna.Trial) -> tuple[Row, float | None]:
-    """Run a trial to its end, or until it is pruned; return its row, and its metric, None if it has failed.
+    """Run a trial to its end or until it is pruned; return its row and its metric, None if it failed.
 
     Raises:
-        ConfigError: the step has no such metric, and so no trial has it.
+        ConfigError: the step does not record this metric.
         Interrupted: a signal arrived.
     """
     row: Row = {"job": number, "overrides": dict(trial.params), "status": "failed", "metrics": {}}
@@ -463,7 +463,7 @@ def _run_trial(search: Search, number: int, trial: optuna.Trial) -> tuple[Row, f
     prunes = search.base.config.sweep.kind == "halving"
 
     def is_worse(name: str, record: Record) -> bool:
-        """Report a record of the metric; tell whether the trial stops at it."""
+        """Report a record of the metric; return True if the trial is to be pruned."""
         iteration, value = record.get("iteration"), record.get(metric)
         if not prunes or name != step or value is None or iteration is None or iteration in curve:
             return False
@@ -474,12 +474,12 @@ def _run_trial(search: Search, number: int, trial: optuna.Trial) -> tuple[Row, f
     def look(name: str, record: Record) -> None:
         if is_worse(name, record):
             row["status"] = "pruned"
-            signal.raise_signal(signal.SIGTERM)  # the training saves and stops, as when a user stops it
+            signal.raise_signal(signal.SIGTERM)  # the training saves and stops as on Ctrl-C
 
     try:
         composed, plan, store = _composed(search, trial.params)
         row["steps"] = entries_of(plan)
-        if any(is_worse(step, record) for record in _records(plan, store, step)):  # of an attempt that was killed
+        if any(is_worse(step, record) for record in _records(plan, store, step)):  # records of a killed attempt
             row["status"] = "pruned"
         elif not is_finished(plan):
             place = run_pipeline(composed, plan, on_record=look)
@@ -498,7 +498,7 @@ def _run_trial(search: Search, number: int, trial: optuna.Trial) -> tuple[Row, f
         return row | {"iterations": max(curve), "metrics": {search.target: value}, "value": value}, value
     final = _final(search, plan, store)
     if final is None:
-        return row | {"error": f"there is no step {step}"}, None
+        return row | {"error": f"the pipeline has no step {step}"}, None
     if not math.isfinite(final):
         return row | {"error": f"{search.target} is {final}"}, None
     return row | {"status": "done", "value": final, "metrics": metrics_of(plan, store, search.target)}, final
@@ -511,7 +511,7 @@ def _final(search: Search, plan: Sequence[PlannedStep], store: Store) -> float |
     if manifest is None:
         return None
     recorded = recorded_numbers(manifest)
-    if metric not in recorded:  # hooks that leave no trace in the id may have been off when it was made
+    if metric not in recorded:  # it may have been made with other evaluation hooks, which are not part of its key
         raise ConfigError(
             f"sweep.metric: the artifact of {step}, made before, has no {metric}. To make it again: force=[{step}]"
         )
@@ -519,7 +519,7 @@ def _final(search: Search, plan: Sequence[PlannedStep], store: Store) -> float |
 
 
 def _records(plan: Sequence[PlannedStep], store: Store, step: str) -> list[Record]:
-    """Return what a step has recorded so far: in its artifact, or in a training that was stopped."""
+    """Return the records of a step so far, from its artifact or from an unfinished training."""
     key = next(each.key for each in plan if each.name == step)
     place = store.find_made(key)
     folder = place if place is not None else store.work(key) / "ckpt" / "records"
@@ -527,7 +527,7 @@ def _records(plan: Sequence[PlannedStep], store: Store, step: str) -> list[Recor
 
 
 def _remember(search: Search, trials: Trials) -> None:
-    """Write which artifacts each trial has, for `compare` and `report`."""
+    """Record each trial's artifacts, for `compare` and `report`."""
     jobs = {
         row["job"]: {
             "overrides": search.overrides(row["overrides"]), "settings": row["overrides"],
@@ -539,7 +539,7 @@ def _remember(search: Search, trials: Trials) -> None:
 
 
 def _conclude(search: Search, trials: Trials) -> int:
-    """Write the table, say which trial was the best and how to run it."""
+    """Write the table; print the best trial and its command."""
     rows = [{key: value for key, value in row.items() if key not in ("value", "curve")} for row in trials.rows()]
     folder = SweepFolder(search.folder)
     write_results(
@@ -549,14 +549,14 @@ def _conclude(search: Search, trials: Trials) -> int:
     print(f"side by side: mlxchat compare {search.folder.name}; mlxchat report {search.folder.name}")
     best = _best(search, trials)
     if best is None:
-        print("no trial has succeeded")
+        print("no trial succeeded")
         return 1
     command = [item for item in search.overrides(best["overrides"]) if item.partition("=")[0].split(".")[0] != "sweep"]
     dirs = [argument for place in search.config_dirs for argument in ("--config-dir", place)]
     print(f"best: {search.title(best['job'], best['overrides'])}: {search.target} {best['value']:.6g}")
     print(redact(f"its command: mlxchat {shlex.join([*dirs, *command])}"), flush=True)
     if any(row["status"] == "pruned" for row in rows):
-        print("a pruned trial goes on from its saved state when it is run with its settings")
+        print("to continue a pruned trial from its saved state, run its settings")
     return 0
 
 

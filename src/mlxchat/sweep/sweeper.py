@@ -1,4 +1,4 @@
-"""`mlxchat -m key=a,b`: list, check and plan every combination, make what several need once, run the rest."""
+"""`mlxchat -m key=a,b`: lists, checks and plans every combination, runs shared steps once, then the rest."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ _MOST_OPTIONS = 20
 
 @dataclass(kw_only=True)
 class Job:
-    """One run of a sweep."""
+    """One job of a sweep."""
 
     number: int
-    """From 1, in the order of the command line."""
+    """Counted from 1, in the order of the command line."""
     overrides: list[str]
     composed: Composed
     plan: list[PlannedStep]
@@ -71,18 +71,18 @@ class Job:
 
     @property
     def store(self) -> Store:
-        """Where the job's artifacts are."""
+        """Store of the job's artifacts."""
         return Store(Path(self.composed.config.outputs))
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing of it has to be computed or given its name in the store."""
+        """Whether every step of it is done and named."""
         return is_finished(self.plan)
 
 
 @dataclass(kw_only=True)
 class Sweep:
-    """The jobs of a command line, checked and planned; with another sweeper than Hydra's basic one, the first guess."""
+    """The checked and planned jobs of a command line; with a plugin's sweeper, one job of the fixed overrides."""
 
     arguments: list[str]
     jobs: list[Job]
@@ -92,7 +92,7 @@ class Sweep:
 
     @property
     def shared(self) -> list[tuple[Job, list[PlannedStep]]]:
-        """Steps that more than one job needs and that are not done, each once, with the first job to need it."""
+        """Unfinished steps that several jobs need, each once, with the first job that needs it."""
         needed = Counter((str(job.store.outputs), step.key) for job in self.jobs for step in job.plan)
         taken: set[tuple[str, str]] = set()
         found = []
@@ -109,7 +109,7 @@ class Sweep:
 
 
 def is_finished(plan: list[PlannedStep]) -> bool:
-    """Tell whether nothing of a plan has to be computed or given its name in the store."""
+    """Return True if every step of a plan is done and named."""
     return all(step.done for step in plan)
 
 
@@ -120,11 +120,11 @@ def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> Sweep:
     """Return the sweep of a command line; nothing is written.
 
     Args:
-        arguments: those of the command line.
-        make_plan: plans each job; `plan_to_run` fetches what keys need from outside.
+        arguments: arguments of the command line.
+        make_plan: plans each job; `plan_to_run` also downloads what keys need.
 
     Raises:
-        ConfigError: everything that is wrong with its jobs, Hydra's settings or the metric.
+        ConfigError: names all problems of its jobs, Hydra's settings and the metric.
     """
     arguments = [item for item in arguments if item not in ("-m", "--multirun")]
     overrides, config_dirs = split_config_dirs(arguments)
@@ -139,34 +139,34 @@ def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> Sweep:
     if hydra.sweeper == "basic":
         lists = [_values(item, config_dirs) for item in parsed]
         jobs = compose_jobs([list(job) for job in dict.fromkeys(itertools.product(*lists))], config_dirs, make_plan)
-    else:  # it chooses the values: what does not vary is checked here
+    else:  # the plugin chooses the values; only fixed overrides can be checked here
         jobs = compose_jobs([fixed], config_dirs, make_plan)
     metric = jobs[0].composed.config.sweep.metric
     if metric is not None:
         find_metric(metric, jobs[0].composed.config.sweep.direction, [(job.plan, job.composed.config) for job in jobs])
     elif hydra.sweeper != "basic":
-        raise ConfigError(f"hydra/sweeper={hydra.sweeper} needs a number of each job: give sweep.metric=STEP.METRIC")
+        raise ConfigError(f"hydra/sweeper={hydra.sweeper} needs a metric: give sweep.metric=STEP.METRIC")
     return Sweep(arguments=arguments, jobs=jobs, hydra=hydra, varying=varying)
 
 
 def parse(text: str, config_dirs: list[str]) -> Override:
-    """Return an override as Hydra reads it.
+    """Return an override parsed by Hydra.
 
     Raises:
-        ConfigError: it cannot be read.
+        ConfigError: it cannot be parsed.
     """
     try:
         return OverridesParser.create().parse_override(text)
     except HydraException:
-        compose_config([text], config_dirs)  # says what is wrong with it
+        compose_config([text], config_dirs)  # raises the reason
         raise ConfigError(f'"{text}" is no override: expected key=value') from None
 
 
 def listed(item: Override, config_dirs: Sequence[str]) -> list[str]:
-    """Return the values of an override that varies, as overrides write them; those of a glob are options of a group.
+    """Return the values of a varying override as text; a glob gives options of its group.
 
     Raises:
-        ConfigError: a glob matches none, with the options that there are.
+        ConfigError: a glob matches no option; lists the options.
     """
     value = item.value()
     if not isinstance(value, Glob):
@@ -188,7 +188,7 @@ def listed(item: Override, config_dirs: Sequence[str]) -> list[str]:
 
 
 def _values(item: Override, config_dirs: list[str]) -> list[str]:
-    """Return the overrides that one with several values stands for, or itself."""
+    """Return the single overrides that one with several values stands for, or the override itself."""
     if not item.is_sweep_override():
         return [item.input_line or ""]
     if not item.is_discrete_sweep():
@@ -200,11 +200,11 @@ def compose_jobs(overrides: list[list[str]], config_dirs: list[str], make_plan: 
     """Return the jobs with their configurations and plans.
 
     Raises:
-        ConfigError: what is wrong with any of them; then none is run.
+        ConfigError: names the problems of all jobs.
     """
     first = overrides[0]
     numbers = {tuple(items): number for number, items in enumerate(overrides, start=1)}
-    # Those with one value other than the first job's come first: together they have every value once.
+    # Jobs that differ from the first in one value come first: together they have every value once.
     tried = sorted(overrides, key=lambda items: sum(one != other for one, other in zip(items, first, strict=True)) > 1)
     jobs: list[Job] = []
     problems: list[str] = []
@@ -217,7 +217,7 @@ def compose_jobs(overrides: list[list[str]], config_dirs: list[str], make_plan: 
         except MlxchatError as error:
             fresh = [line for line in str(error).splitlines() if line not in problems]
             if not fresh:
-                break  # the others have the same mistakes, and to find them again takes time
+                break  # the others have the same problems, and finding them takes time
             problems += fresh
     if problems:
         raise ConfigError("\n".join(problems))
@@ -233,11 +233,11 @@ def run_sweep(arguments: list[str]) -> int:
     """Run a sweep and write its table; return 1 if a job failed, else 0.
 
     Args:
-        arguments: those of the command line, with `-m`.
+        arguments: arguments of the command line, with `-m`.
 
     Raises:
-        ConfigError: something is wrong with a job's configuration or the launcher; nothing is run.
-        Interrupted: a signal arrived; what is finished is kept, and in the table.
+        ConfigError: a job's configuration or the launcher is invalid; nothing runs.
+        Interrupted: a signal arrived; finished jobs are kept and in the table.
     """
     sweep = read_sweep(arguments, plan_to_run)
     if any(implied := [item for job in sweep.jobs for item in implied_experiment(job.overrides)]):
@@ -248,14 +248,15 @@ def run_sweep(arguments: list[str]) -> int:
     folder = SweepFolder(sweep.hydra.folder or default)
 
     def tell_waiting(owner: dict[str, Any]) -> None:
-        print(f"process {owner.get('pid', '?')} on {owner.get('host', '?')} sweeps in this folder; waiting", flush=True)
+        process = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+        print(f"{process} runs a sweep in this folder; waiting", flush=True)
 
     with locks.hold(folder.lock, {"sweep": folder.path.name}, tell_waiting):
         return _Run(sweep, folder).run()
 
 
 class _Run:
-    """A sweep that runs: it starts the jobs, passes on what they print and collects their results."""
+    """A running sweep: starts jobs and collects their results."""
 
     def __init__(self, sweep: Sweep, folder: SweepFolder) -> None:
         """Write the sweep's folder."""
@@ -264,9 +265,9 @@ class _Run:
         self.jobs = sweep.jobs if self.is_listed else []
         self.config = sweep.jobs[0].composed.config
         self.made: set[str] = set()
-        """Keys of what this sweep has made before its jobs."""
+        """Keys of shared steps that this sweep has made."""
         self.failed: dict[str, str] = {}
-        """Key → why it could not be made."""
+        """Key → error of a shared step that failed."""
         self.titles = {job.number: job.title for job in self.jobs}
         described = {
             job.number: {
@@ -283,7 +284,7 @@ class _Run:
         folder.write_state(self.state)
 
     def run(self) -> int:
-        """Run the jobs that are not done, and write what came of all."""
+        """Run the unfinished jobs and write the results of all."""
         for job in self.jobs:
             if job.is_finished:
                 metrics = metrics_of(job.plan, job.store, self.config.sweep.metric)
@@ -306,7 +307,7 @@ class _Run:
         return int(any(row["status"] != "done" for row in rows.values()))
 
     def _run_pending(self) -> None:
-        """Make what is shared, then run the jobs that can run: one after the other here, or by Hydra's launcher."""
+        """Make shared steps, then run the other jobs: sequentially here, by the executor, or by Hydra's launcher."""
         pending = [job for job in self.jobs if not job.is_finished]
         fail_fast = any(job.composed.config.fail_fast for job in pending)
         for job, steps in self.sweep.shared if self.is_listed else ():
@@ -329,14 +330,14 @@ class _Run:
             self._launch(pending)
 
     def _prepare(self, job: Job) -> tuple[Composed, list[PlannedStep]]:
-        """Return what a job that runs in this process runs: what its sweep has made is done."""
+        """Return configuration and plan of a job that runs in this process; steps that this sweep made are done."""
         plan, config = plan_again(job.plan, job.store), job.composed.config
         if force := force_only_others(config.force, plan, self.made):
             plan = plan_again(plan, job.store, force=force)
         return job.composed, plan
 
     def _make_shared(self, job: Job, steps: list[PlannedStep]) -> None:
-        """Make steps of a job's plan; a failure ends only what depends on it."""
+        """Make steps of a job's plan; a failure ends only jobs that depend on them."""
         names = [step.name for step in steps]
         composed, plan = self._prepare(job)
         needed: set[str] = set()
@@ -367,7 +368,7 @@ class _Run:
             self.failed[step.key] = self.failed[source] if source else f"shared step {step.name}: {own}"
 
     def _launch(self, pending: list[Job]) -> None:
-        """Run jobs by the executor, or in processes of Hydra's launcher; a job that leaves no row has failed."""
+        """Run jobs by the executor, or in processes of Hydra's launcher; a job without a row has failed."""
         hydra, folder = self.sweep.hydra, self.folder
         self.state |= {"pending": [job.number for job in pending], "made": sorted(self.made)}
         folder.write_state(self.state)
@@ -387,7 +388,7 @@ class _Run:
                     launch(hydra, folder, overrides)
         except MlxchatError:
             raise
-        except Exception as error:  # a process was killed, or could not be started: launchers have their own exceptions
+        except Exception as error:  # a process was killed or could not start; launchers raise their own exceptions
             said = redact(f"error: {who} gave up: {type(error).__name__}: {error}")
             print(visible(said), file=sys.stderr, flush=True)
             if not self.is_listed:
@@ -401,7 +402,7 @@ class _Run:
                 self._end(job, {"status": status, "error": error_text})
 
     def _submit(self, pending: list[Job]) -> dict[int, str]:
-        """Run jobs by the executor until all have ended; return number → how a job without a result was lost."""
+        """Run jobs by the executor until all have ended; return number → reason of jobs that were lost."""
         folder = self.folder
         calls = [SubmittedJob(folder, job.number) for job in pending]
         jobs = submit(self.config.executor, calls, folder.path / "jobs")
@@ -418,19 +419,19 @@ class _Run:
                         lost[number] = str(error)
                 elif folder.stop() and not folder.has_begun(
                     number
-                ):  # what has begun sees the request itself, and saves
+                ):  # running jobs see the request themselves, and save
                     del running[number]
                     job.cancel()
         return lost
 
     def _end(self, job: Job, result: Row) -> None:
-        """Keep the row of a job that did not write it itself, and say it."""
+        """Write and print the row of a job that did not write it itself."""
         row = {"job": job.number, "overrides": settings_of(job.overrides), "metrics": {}, **result}
         self.folder.add_row(row)
         self._say(row)
 
     def _say(self, row: Row) -> None:
-        """Say how a job ended."""
+        """Print how a job ended."""
         numbers = "  ".join(f"{key} {format_number(value)}" for key, value in row["metrics"].items())
         how = "is done already" if row.get("cached") else row["status"]
         error = f": {row['error']}" if row.get("error") else ""
@@ -441,7 +442,7 @@ class _Run:
         return redact(f"job {number}{count} {self.titles.get(number, '')}".rstrip())
 
     def _conclude(self, rows: list[Row]) -> None:
-        """Write the table, the picture and the report of all jobs side by side."""
+        """Write the table, the plot and the report of all jobs."""
         config = self.config.sweep
         if not self.is_listed:
             settings = [row["overrides"] for row in rows]
@@ -452,7 +453,7 @@ class _Run:
                 described = {"overrides": [], "settings": row["overrides"], "title": title or f"job {row['job']}"}
                 self.state["jobs"][row["job"]] = described | {"steps": []}
         for row in rows:
-            if "steps" in row:  # keys and ids, which were not known before it ran
+            if "steps" in row:  # keys and ids, unknown before it ran
                 self.state["jobs"][row["job"]]["steps"] = row["steps"]
         self.folder.write_state(self.state)
         metric = config.metric or main_metric(rows)
@@ -468,7 +469,7 @@ class _Run:
         self.folder.tidy()
 
     def _report(self) -> None:
-        """Write the report of all jobs side by side, and say where it is."""
+        """Write the report of all jobs and print its path."""
         from mlxchat.report.collect import collect_steps
         from mlxchat.report.comparison import comparison
         from mlxchat.report.document import write_document

@@ -1,1 +1,1 @@
-"""Conversations in the terminal."""
+"""Chat in the terminal."""

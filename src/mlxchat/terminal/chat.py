@@ -1,4 +1,4 @@
-"""A conversation in the terminal: streaming, several turns, tool calls shown. A base model continues text instead."""
+"""Chat in the terminal: streaming, several turns, tool calls. A base model continues text instead."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from mlxchat.ops.machine import KEPT_TOKENS
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
 
-# Command → (what follows it, what it does).
+# Command → (its argument, description).
 COMMANDS = {
-    "/retry": ("", "answer the last question again, with another seed"),
-    "/edit": ("[TEXT]", "change the last question and ask it anew"),
+    "/retry": ("", "answer the last question again with another seed"),
+    "/edit": ("[TEXT]", "edit the last question and ask it again"),
     "/clear": ("", "forget the conversation"),
-    "/system": ("[TEXT]", "say what stands before the conversation; without text: nothing does"),
-    "/save": ("FILE", "write the conversation to a file"),
-    "/load": ("FILE", "go on with the conversation of a file"),
-    "/temperature": ("T", "0 takes the likeliest token"),
-    "/topk": ("K", "draw among the K likeliest tokens; 0: among all"),
-    "/topp": ("P", "draw among the likeliest that have a share P together; 1: among all"),
+    "/system": ("[TEXT]", "set the system prompt; without text: remove it"),
+    "/save": ("FILE", "save the conversation to a file"),
+    "/load": ("FILE", "continue the conversation in a file"),
+    "/temperature": ("T", "0: always the most likely token"),
+    "/topk": ("K", "sample among the K most likely tokens; 0: all"),
+    "/topp": ("P", "sample among the most likely tokens with total probability P; 1: all"),
     "/tokens": ("N", "the longest answer"),
-    "/seed": ("S", "of the next answer's draws"),
-    "/help": ("", "say all of this"),
+    "/seed": ("S", "seed of the next answer"),
+    "/help": ("", "show this help"),
     "/quit": ("", "leave"),
 }
 _SHORT = {"/reset": "/clear", "/temp": "/temperature", "/exit": "/quit"}
@@ -40,7 +40,7 @@ _SHORT = {"/reset": "/clear", "/temp": "/temperature", "/exit": "/quit"}
 
 @dataclass
 class Chat:
-    """A model, its settings and the conversation so far."""
+    """A model, its settings and the conversation."""
 
     engine: ChatBackend
     name: str
@@ -49,22 +49,22 @@ class Chat:
     max_tokens: int
     seed: int
     continues: bool = False
-    """Whether the model has never learnt to converse: it continues what it is given."""
+    """Whether the model is a base model, which continues text."""
     system: str | None = None
     top_p: float | None = None
     skip_blank: bool = False
-    """Whether the blank that begins an answer is left out."""
+    """Whether a leading space of answers is dropped."""
     python: PythonTool | None = None
-    """Runs the programs that the model calls; None: sums alone are answered."""
+    """Runs programs that the model calls; None: only sums."""
     newer: Callable[[str], Chat | None] | None = None
-    """Called with the model's name before each answer; returns the model to go on with, None: this one."""
+    """Called with the model's name before each answer; returns the model to continue with, None: this one."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     last: str | None = None
-    """What a base model continued last."""
+    """The text that a base model continued last."""
     _scheduler: Scheduler | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a system prompt where there is no conversation."""
+        """Refuse a system prompt for a base model."""
         if self.continues and self.system:
             raise ConfigError(f"{self.name} continues text and knows no system prompt")
 
@@ -73,13 +73,13 @@ class Chat:
         """Load a checkpoint artifact.
 
         Args:
-            folder: of the artifact.
-            bits: of weights, as `Engine` takes them.
-            kv_bits: of keys and values.
+            folder: folder of the artifact.
+            bits: bits of the weights, as for `Engine`.
+            kv_bits: bits of the KV cache.
             settings: fields of the class.
 
         Raises:
-            ConfigError: the model does not fit into memory, or has no place for a system prompt.
+            ConfigError: the model does not fit into memory, or does not support a system prompt.
             DataError: the checkpoint cannot be read.
         """
         sizes = sizes_of_folder(folder)
@@ -99,10 +99,10 @@ class Chat:
 
     @classmethod
     def load_third_party(cls, folder: Path, name: str, **settings: Any) -> Chat:
-        """Load a folder that mlx-lm opens; a model whose tokenizer has no chat template continues text.
+        """Load a folder that mlx-lm opens; a model without chat template continues text.
 
         Raises:
-            ConfigError: mlx-lm is not installed, or the model has no place for a system prompt.
+            ConfigError: mlx-lm is not installed, or the model does not support a system prompt.
             DataError: mlx-lm cannot open it.
         """
         from mlxchat.engine.third_party import ThirdPartyEngine
@@ -112,7 +112,7 @@ class Chat:
         return cls(engine, name, continues=not words.has_chat_template, skip_blank=words.skips_blank, **settings)
 
     def answer_once(self, prompt: str) -> None:
-        """Print the answer to one question, or a text with its continuation; '-' reads it from standard input.
+        """Print the answer to a question, or the continuation of a text; '-' reads it from standard input.
 
         Raises:
             ConfigError: there is no question.
@@ -145,7 +145,7 @@ class Chat:
                 print(visible(said) + "\n" if said else "", end="")
 
     def obey(self, command: str) -> str:
-        """Carry out a slash command; return what to say."""
+        """Run a slash command; return its message."""
         name, _, value = command.partition(" ")
         name, value = _SHORT.get(name, name), value.strip()
         if name not in COMMANDS:
@@ -159,7 +159,7 @@ class Chat:
             return str(error)
 
     def ask(self, text: str) -> None:
-        """Print what follows a text, or the answer to it, and remember question and answer.
+        """Print the answer to a question, or the continuation of a text, and add both to the conversation.
 
         Raises:
             ConfigError: the system prompt leaves no room for a question.
@@ -177,12 +177,12 @@ class Chat:
         self.messages += [question, {"role": "assistant", "content": parts.as_content()}]
 
     def last_question(self) -> str | None:
-        """Return what was asked or continued last."""
+        """Return the last question or continued text."""
         asked = [message["content"] for message in self.messages if message["role"] == "user"]
         return asked[-1] if asked else self.last
 
     def _stream(self, prompt: list[int]) -> Parts:
-        """Print what comes after a prompt, as it comes; Ctrl-C ends it there."""
+        """Print the tokens after a prompt as they are generated; Ctrl-C stops."""
         if self._scheduler is None:
             self._scheduler = self.engine.scheduler(max_rows=1, python=self.python)
         scheduler = self._scheduler
@@ -213,7 +213,7 @@ class Chat:
         return self.engine.context_tokens
 
     def _room(self) -> int:
-        """Return how many tokens may stand before an answer in the context: at least half of it."""
+        """Return how many tokens a prompt may have: at least half of the context."""
         return self._context_tokens - min(self.max_tokens, self._context_tokens // 2)
 
     def _note(self, what: str) -> None:
@@ -222,14 +222,14 @@ class Chat:
         print(f"left out {what}: {reason}", file=sys.stderr)
 
     def _beginning(self, text: str) -> list[int]:
-        """Return the prompt of a text that is continued; of one that is too long, its end."""
+        """Return the prompt of a text to continue; only its end if it is too long."""
         ids, most = self._tokenizer.encode(text), self._room() - 1
         if len(ids) > most:
             self._note(f"the first {len(ids) - most} of {len(ids)} tokens of the text")
         return [self._tokenizer.bos, *ids[-most:]]
 
     def _fitting(self, question: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return the latest turns and a question, with room for an answer; say on stderr what is left out.
+        """Return the latest turns and a question, with room for an answer; print to stderr what is dropped.
 
         Raises:
             ConfigError: the system prompt leaves no room for a question.
@@ -260,7 +260,7 @@ class Chat:
 
     def _do_edit(self, text: str) -> str:
         if self.last_question() is None:
-            return "nothing was asked yet"
+            return "there is no question yet"
         if not text:
             raise ValueError
         del self.messages[-2:]
@@ -269,7 +269,7 @@ class Chat:
 
     def _do_clear(self, _: str) -> str:
         self.messages.clear()
-        return "the conversation is forgotten"
+        return "conversation cleared"
 
     def _do_system(self, text: str) -> str:
         if self.continues:
@@ -282,7 +282,7 @@ class Chat:
             raise ValueError
         place = Path(file).expanduser()
         if place.exists() and not _is_conversation(place):
-            return f"{file} is there already and is no conversation: choose another name"
+            return f"{file} exists and is not a conversation: choose another name"
         said = {"model": self.name, "system": self.system, "messages": self.messages}
         try:
             place.write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -299,15 +299,15 @@ class Chat:
         except OSError as error:
             return f"{file} cannot be read: {error.strerror}"
         except (ValueError, KeyError, TypeError, AttributeError):
-            return f'{file} is no conversation: expected {{"messages": [{{"role": …, "content": …}}]}}'
+            return f'{file} is not a conversation: expected {{"messages": [{{"role": …, "content": …}}]}}'
         if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
             system = messages.pop(0).get("content")
         if messages:
-            self._num_tokens(messages)  # refuses what is no conversation
+            self._num_tokens(messages)  # raises if it is not a conversation
         if len(messages) % 2:
             return f"{file} ends with a question; expected one with its answer"
         self.messages, self.system = messages, system
-        return f"{len(messages)} messages of {said.get('model') or 'a conversation'}"
+        return f"{len(messages)} messages from {said.get('model') or 'a conversation'}"
 
     def _do_temperature(self, value: str) -> str:
         self.temperature = _within(float(value), 0, 10)
@@ -315,7 +315,7 @@ class Chat:
 
     def _do_topk(self, value: str) -> str:
         self.top_k = int(_within(int(value), 0, 1 << 20)) or None
-        return f"among the {self.top_k} likeliest tokens" if self.top_k else "among all tokens"
+        return f"among the {self.top_k} most likely tokens" if self.top_k else "among all tokens"
 
     def _do_topp(self, value: str) -> str:
         share = _within(float(value), 1e-6, 1)
@@ -336,9 +336,9 @@ class Chat:
 
 
 class Shown:
-    """Prints parts of an answer as they come; calls in a colour: <<2*3=6>>, an arrow after a program of several lines.
+    """Prints parts of an answer as they arrive; calls in a colour, as <<2*3=6>> or with an arrow after a program.
 
-    On a terminal control characters are written out; a file or a pipe gets the text as it is.
+    Escapes control characters on a terminal; a file or a pipe gets the unchanged text.
     """
 
     _BEFORE: ClassVar[dict[tuple[Kind, Kind], str]] = {

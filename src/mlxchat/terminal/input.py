@@ -1,4 +1,4 @@
-"""Lines from a terminal, with history, completion and editing; or from a pipe, as they are."""
+"""Reads lines from a terminal, with history, completion and editing, or from a pipe."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 Reader = Callable[[str], str]
-"""Asks for a line, beginning with one that may be changed."""
+"""Prompts for a line, starting with an editable text."""
 
 
 def read_lines(mark: str, commands: Mapping[str, tuple[str, str]]) -> Iterator[tuple[str, Reader]]:
-    """Yield lines that are not empty, and what asks for a changed one, until the input ends."""
+    """Yield non-empty lines, each with a function that prompts for an edited line, until the input ends."""
     if not sys.stdin.isatty():
         for line in sys.stdin:
             if line.strip():
@@ -25,7 +25,7 @@ def read_lines(mark: str, commands: Mapping[str, tuple[str, str]]) -> Iterator[t
     def change(default: str) -> str:
         try:
             return ask(default)
-        except (KeyboardInterrupt, EOFError):  # then nothing is changed
+        except (KeyboardInterrupt, EOFError):  # changes nothing
             return ""
 
     while True:
@@ -40,7 +40,7 @@ def read_lines(mark: str, commands: Mapping[str, tuple[str, str]]) -> Iterator[t
 
 
 def _session(commands: Mapping[str, tuple[str, str]]) -> Any:
-    """Return a session that completes commands, and paths after those that take a file."""
+    """Return a session that completes commands, and paths after commands that take a file."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter
     from prompt_toolkit.document import Document

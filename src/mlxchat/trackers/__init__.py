@@ -1,11 +1,11 @@
-"""Metrics, samples and rollouts to W&B, Trackio, TensorBoard or a user's own service, besides the .jsonl files.
+"""Sends metrics, samples and rollouts to W&B, Trackio, TensorBoard or a user's own service.
 
-A tracker never fails or delays a training: it works in a thread of its own, and the first failure (package missing, no
-network, an error in the middle) is one warning; then the run goes on without it.
+A tracker never fails or delays a training: it runs in a thread, and its first failure (missing package, no network, any
+error) gives one warning, after which the run continues without it.
 
-runs/<run>/tracker.json says who tracks a run, as what, and how far. The same command after a crash or Ctrl-C plans the
-same ids, so a run of the same ids that has not ended is continued. One that has ended is not: `force=[sft]` begins a
-new one.
+runs/<run>/tracker.json records the tracked run and what was sent. The same command after a crash or Ctrl-C plans the
+same ids, so an unfinished tracked run with the same ids is continued. A finished one is not: `force=[sft]` starts a new
+one.
 """
 
 from __future__ import annotations
@@ -28,41 +28,41 @@ from mlxchat.config.secrets import redact
 from mlxchat.store.files import Records, write_whole
 from mlxchat.trackers.services import Results, Service, TrackedRun
 
-# What the end of a run waits for a service that still has something to send.
+# How long the end of a run waits for the service to send the rest.
 FINISH_SECONDS = 60.0
 NOTE = "tracker.json"
-# How often the note follows what was logged, one such time behind, since a service writes with a delay of its own. So
-# after a kill what was sent in twice that time may be sent again.
+# Interval of writing the note, which is written one interval late because services send with a delay. After a kill,
+# up to two intervals of records may be sent again.
 _NOTE_SECONDS = 10.0
 _SERVICES = {"wandb": "WandbService", "trackio": "TrackioService", "tensorboard": "TensorBoardService"}
 _TABLES = {
     "samples": ("prompt", "text"),
     "rollouts": ("question", "sample", "prompt", "output", "expected", "reward", "right", "tokens"),
 }
-"""Files of records beside metrics.jsonl, and the columns of their tables."""
+"""Record files other than metrics.jsonl, and the columns of their tables."""
 _MOST_ROWS = 64
 _MOST_CHARS = 2000
 
 
 class Tracker:
-    """Passes records on to a service, in their order, in a thread. With kind 'none' every call does nothing."""
+    """Passes records to a service, in order, in a thread. With kind 'none' every call does nothing."""
 
     def __init__(
         self, config: TrackerConfig, folder: Path, *, ids: Iterable[str] = (), settings: dict[str, Any] | None = None,
         records: Callable[[str, str], Path] | None = None, say: Callable[[str], None] = print,
         open_service: Callable[[TrackedRun], Service] | None = None,
     ) -> None:  # fmt: skip
-        """Begin to track, or continue a run of the same ids that has not ended.
+        """Start tracking, or continue an unfinished tracked run with the same ids.
 
         Args:
-            config: which service, and what the run is called there.
-            folder: of the run, below outputs/runs.
-            ids: of all steps of the plan.
+            config: the service, and the run's project and tags there.
+            folder: folder of the run, below outputs/runs.
+            ids: ids of all steps of the plan.
             settings: the configuration, without secrets.
             records: returns the path of a running step's records: metrics, samples, rollouts. A service that lost
-                metrics in a crash, or was chosen after the step began, gets them before the first new record.
+                metrics in a crash, or was chosen after the step started, gets them before the first new record.
             say: prints a warning.
-            open_service: begins to track in place of `config.kind`.
+            open_service: opens the service in place of `config.kind`.
         """
         self._kind, self._say, self._records = config.kind, say, records
         self._begun: set[str] = set()
@@ -84,7 +84,7 @@ class Tracker:
         self._thread.start()
 
     def log(self, step: str, record: dict[str, Any]) -> None:
-        """Pass the numbers of a metrics record on, and tables of earlier iterations; x is the record's iteration."""
+        """Send the numbers of a metrics record at its iteration, and tables of earlier iterations."""
         iteration = record.get("iteration")
         if self._thread is None or self._is_broken or not isinstance(iteration, int):
             return
@@ -106,7 +106,7 @@ class Tracker:
             self._waiting.put(("log", (step, iteration, numbers)))
 
     def _pass_tables(self, step: str, name: str, path: Path, *, before: float = math.inf) -> None:
-        """Pass on a table for each iteration below `before` of the records that a file has got since the last call."""
+        """Send a table for each iteration below `before` with new records in a file."""
         columns = _TABLES[name]
         for iteration, records in self._files.setdefault((step, name), _Growing()).read(path, before):
             if self._journal.is_new(f"{step}/{name}", iteration):
@@ -114,7 +114,7 @@ class Tracker:
                 self._waiting.put(("table", (step, iteration, name, columns, rows)))
 
     def finish(self, results: Results | None = None) -> None:
-        """End the tracked run with its results; wait for what was not sent yet, for `FINISH_SECONDS` at most."""
+        """End the tracked run with its results; wait up to `FINISH_SECONDS` for the service."""
         if self._thread is None:
             return
         results = results or Results(is_done=False)
@@ -124,7 +124,7 @@ class Tracker:
         self._waiting.put(results)
         self._thread.join(FINISH_SECONDS)
         if self._thread.is_alive():
-            self._complain(f"still busy after {FINISH_SECONDS:g} s, left alone")
+            self._complain(f"still busy after {FINISH_SECONDS:g} s, not waiting any longer")
         if self._is_broken:
             self._journal.write(is_ended=results.is_done)
         else:
@@ -142,7 +142,7 @@ class Tracker:
         except ImportError as error:
             remedy = "" if is_own(self._kind) else f"; install it: pip install 'mlxchat[{self._kind}]'"
             self._complain(f"{error}{remedy}")
-        except BaseException as error:  # some services end the process when they are refused: here only this thread
+        except BaseException as error:  # some services end the process if they are refused; here only the thread ends
             self._complain(f"{type(error).__name__}: {error}")
 
     def _complain(self, problem: str) -> None:
@@ -150,21 +150,21 @@ class Tracker:
             self._is_broken = True
             line = " ".join(problem.split())
             self._say(redact(
-                f"warning: tracker={self._kind} does not work ({line}); the run goes on without it"
+                f"warning: tracker={self._kind} failed ({line}); the run continues without it"
             ))  # fmt: skip
 
 
 class _Growing:
-    """A file of records that is being written, read once."""
+    """A record file that grows, read incrementally."""
 
     def __init__(self) -> None:
         self._offset = 0
         self._waiting: dict[int, list[dict[str, Any]]] = {}
 
     def read(self, path: Path, before: float) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-        """Yield the new records of each iteration below `before`; later ones may not be complete yet."""
+        """Yield the new records of each iteration below `before`; later iterations may be incomplete."""
         with suppress(OSError), path.open("rb") as file:
-            if path.stat().st_size < self._offset:  # a resumed step has cut it
+            if path.stat().st_size < self._offset:  # a resumed step has truncated it
                 self._offset = 0
             file.seek(self._offset)
             for line in file:
@@ -186,7 +186,7 @@ def _cell_of(value: Any) -> str | float:
 
 
 def numbers_of(record: Mapping[str, Any], *, without: str = "") -> dict[str, float]:
-    """Return the entries of a record that are finite numbers; what is none of these breaks some services' plots."""
+    """Return the finite numbers of a record; other values break the plots of some services."""
     return {
         name: value
         for name, value in record.items()
@@ -195,7 +195,7 @@ def numbers_of(record: Mapping[str, Any], *, without: str = "") -> dict[str, flo
 
 
 def _open_service(kind: str) -> Callable[[TrackedRun], Service]:
-    """Return what begins to track; its package is only imported then."""
+    """Return the class or function that opens the service; imports only its package."""
 
     def begin(run: TrackedRun) -> Service:
         if is_own(kind):
@@ -208,16 +208,16 @@ def _open_service(kind: str) -> Callable[[TrackedRun], Service]:
 
 
 class Journal:
-    """The note of one run: its tracked run and the last iteration of each step that was passed on."""
+    """The note of one run: its tracked run and the last iteration of each step that was sent."""
 
     def __init__(self, folder: Path, kind: str, project: str, ids: Iterable[str]) -> None:
-        """Find what this run continues, if anything.
+        """Find the tracked run that this run continues, if any.
 
         Args:
-            folder: the run's, below outputs/runs.
-            kind: of tracker.
-            project: as the tracker calls it.
-            ids: of all steps of the plan.
+            folder: folder of the run, below outputs/runs.
+            kind: kind of the tracker.
+            project: project in the tracker.
+            ids: ids of all steps of the plan.
         """
         same = hashlib.sha256(json.dumps([kind, project, sorted(ids)]).encode()).hexdigest()
         self._path = folder / NOTE
@@ -233,9 +233,9 @@ class Journal:
         self.write(is_ended=False)
 
     def is_new(self, step: str, iteration: int) -> bool:
-        """Tell whether a record has not been passed on before; if so it counts as passed on from now on.
+        """Return True if a record was not sent before, and mark it as sent.
 
-        A step logs several records at an iteration (loss, then validation), each with its own numbers.
+        A step logs several records per iteration (loss, then validation) with different numbers.
         """
         if iteration <= self._before.get(step, -1):
             return False
@@ -245,7 +245,7 @@ class Journal:
         return True
 
     def settle(self, *, is_ended: bool) -> None:
-        """Write the note at the end, when the service has taken everything."""
+        """Write the note at the end, after the service has sent everything."""
         self._settled = dict(self._passed)
         self.write(is_ended=is_ended)
 
@@ -253,13 +253,13 @@ class Journal:
         """Write the note."""
         self._written = time.monotonic()
         note = {**self._note, "ended": is_ended, "passed": self._settled}
-        with suppress(OSError):  # it is a help for the next run, no promise
+        with suppress(OSError):  # without the note the next run starts a new tracked run
             write_whole(self._path, json.dumps(note))
         self._settled = dict(self._passed)
 
 
 def _unfinished(folder: Path, same: str) -> dict[str, Any] | None:
-    """Return the note of the newest other run of the same ids, unless it has ended."""
+    """Return the note of the newest unfinished other run with the same ids."""
     for path in sorted(folder.parent.glob(f"*/{NOTE}"), reverse=True):
         if path.parent == folder:
             continue

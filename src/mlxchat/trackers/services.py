@@ -1,6 +1,6 @@
-"""The tracking services: Weights & Biases, Trackio, TensorBoard, and the protocol of a user's own.
+"""Tracking services: Weights & Biases, Trackio, TensorBoard, and the protocol of users' own services.
 
-Each imports its package when a run begins with it.
+Each imports its package when a run starts to use it.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ Numbers = dict[str, float]
 Row = Sequence[str | float]
 
 _INIT_SECONDS = 60.0
-# What a killed process may lose of TensorBoard's files; the next one writes it again.
+# Records that a killed process may lose of TensorBoard's files; the next process writes them again.
 _FLUSH_SECONDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackedRun:
-    """One run as a service sees it; a command that continues another's work continues its tracked run."""
+    """One tracked run; a command that continues another's work continues its tracked run."""
 
     project: str
     name: str
-    """That of the folder of the run that began it."""
+    """Name of the folder of the run that started it."""
     key: str
-    """Sixteen hexadecimal digits, the same whenever it is continued."""
+    """Sixteen hexadecimal digits, stable over continuations."""
     outputs: Path
-    """The outputs folder, absolute; a service keeps its files in a folder of its own there."""
+    """The outputs folder, absolute; a service keeps its files in a subfolder."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The whole configuration, without secrets."""
     tags: list[str] = field(default_factory=list)
@@ -48,38 +48,38 @@ class Published:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What a run ends with."""
+    """Final results of a run."""
 
     numbers: dict[str, Numbers] = field(default_factory=dict)
     """Step → its final numbers."""
     header: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
-    """The table of metrics; empty if nothing was scored."""
+    """The table of metrics; empty if there are no scores."""
     artifacts: dict[str, Published] = field(default_factory=dict)
     """Step → its artifact."""
     report: Path | None = None
-    """report.html, with report.md beside it; None if none was written."""
+    """Path of report.html, with report.md beside it; None if there is no report."""
     is_done: bool = True
     """Whether every step has its artifact."""
 
 
 class Service(Protocol):
-    """A destination of metrics. If it raises, that is reported once and it is not called again."""
+    """A destination of metrics. If it raises, this is reported once and it is not called again."""
 
     def log(self, step: str, iteration: int, numbers: Numbers) -> None:
-        """Take the numbers of a step after so many of its iterations."""
+        """Log the numbers of a step at one of its iterations."""
 
     def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
-        """Take a table of a step: its samples or its rollouts at an iteration. A user's service may lack this."""
+        """Log a step's table of samples or rollouts at an iteration. Optional in users' services."""
 
     def finish(self, results: Results) -> None:
-        """Take the results, and end. The run may begin again under the same key."""
+        """Log the results and end. The run may start again under the same key."""
 
 
 class WandbService:
-    """A run of Weights & Biases: online, or offline in outputs/wandb (WANDB_MODE=offline) for a later `wandb sync`.
+    """A run of Weights & Biases, online or offline in outputs/wandb (WANDB_MODE=offline) for a later `wandb sync`.
 
-    Every step's curves have that step's iteration as their x.
+    The x axis of a step's curves is the step's iteration.
     """
 
     def __init__(self, run: TrackedRun) -> None:
@@ -87,7 +87,7 @@ class WandbService:
 
         Raises:
             ImportError: wandb is not installed.
-            Exception: what wandb raises, for instance without a key or a network.
+            Exception: raised by wandb, for instance without a key or a network.
         """
         import wandb
 
@@ -95,7 +95,7 @@ class WandbService:
         self._run: Any = wandb.init(
             project=run.project, name=run.name, id=run.key, resume="allow", config=run.settings, tags=run.tags,
             dir=os.environ.get("WANDB_DIR") or str(run.outputs),
-            # The terminal is the run's own: wandb neither takes its lines nor adds to them.
+            # wandb must neither capture nor print terminal output
             settings=wandb.Settings(console="off", silent=True, init_timeout=_INIT_SECONDS),
         )  # fmt: skip
         self._steps: set[str] = set()
@@ -132,20 +132,20 @@ class WandbService:
 
 
 class TrackioService:
-    """A run of Trackio: a SQLite file of this machine (TRACKIO_DIR, `trackio show`), or a Space (TRACKIO_SPACE_ID)."""
+    """A run of Trackio: a local SQLite file (TRACKIO_DIR, `trackio show`), or a Space (TRACKIO_SPACE_ID)."""
 
     def __init__(self, run: TrackedRun) -> None:
         """Begin the run, or continue it.
 
         Raises:
             ImportError: trackio is not installed.
-            Exception: what trackio raises.
+            Exception: raised by trackio.
         """
         import trackio
 
         self._library: Any = trackio
         settings = {**run.settings, "tags": run.tags} if run.tags else run.settings
-        # Names that begin with an underscore are Trackio's own.
+        # Trackio reserves names that begin with an underscore.
         settings = {name: value for name, value in settings.items() if not name.startswith("_")}
         self._run: Any = trackio.init(
             project=run.project, name=run.name, config=settings, resume="allow", embed=False,
@@ -180,7 +180,7 @@ class TrackioService:
 
 
 def _reference(library: Any, step: str, published: Published) -> Any:
-    """Return an artifact of wandb or trackio that links ours: its id and folder, no copy of its files."""
+    """Return a wandb or trackio artifact that links ours: its id and folder, without copying files."""
     about = {"id": published.id, "step": step}
     artifact = library.Artifact(f"{step}-{published.id}", type=published.kind, metadata=about)
     artifact.add_reference(published.folder.absolute().as_uri(), checksum=False)
@@ -188,14 +188,14 @@ def _reference(library: Any, step: str, published: Published) -> Any:
 
 
 class TensorBoardService:
-    """TensorBoard's event files, written by tensorboardX: outputs/tensorboard/<run>/<step>.
+    """TensorBoard event files, written by tensorboardX: outputs/tensorboard/<run>/<step>.
 
-    A step has a folder, and so a curve, of its own: `tensorboard --logdir outputs/tensorboard` shows the losses of
-    pretraining and of fine-tuning one over the other. Tables and the report are text there.
+    Each step has a folder and so a curve: `tensorboard --logdir outputs/tensorboard` overlays the losses of pretraining
+    and fine-tuning. Tables and the report are shown as text.
     """
 
     def __init__(self, run: TrackedRun) -> None:
-        """Prepare the folder.
+        """Create the folder.
 
         Raises:
             ImportError: tensorboardX is not installed.
@@ -219,13 +219,13 @@ class TensorBoardService:
 
     def _writer(self, step: str, iteration: int) -> Any:
         if step not in self._writers:
-            # What a killed run wrote of later iterations is computed again: the viewer drops the former.
+            # A killed run's records of later iterations are computed again; the viewer drops the old ones.
             purge = {"purge_step": iteration} if self._is_continued else {}
             self._writers[step] = self._begin(step, **purge)
         return self._writers[step]
 
     def _begin(self, name: str, **options: Any) -> Any:
-        # Without the process in its name, the file of a run that continues within a second would replace the former.
+        # Without the pid in its name, the file of a run that continues within a second would overwrite the old one.
         return self._open(
             str(self._folder / name), filename_suffix=f".{os.getpid()}", flush_secs=_FLUSH_SECONDS, **options
         )
