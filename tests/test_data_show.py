@@ -106,7 +106,7 @@ def test_control_characters_are_escaped(show: Show, tmp_path: Path) -> None:
         (["mixture=my_mixtur"], "my_mixtur"),
         (["mixture=my_mixture", "--task", "mines"], 'there is no "mines" in mixture my_mixture: .*Did you mean "mine"'),
         (["stage=corpus"], 'stage is "corpus", expected one of midtrain, sft, preference, rl, eval'),
-        (["suite=bundled", "mixture=my_mixture"], "suite= is what eval asks"),
+        (["suite=bundled", "mixture=my_mixture"], "suite= shows the questions of eval"),
         (["stage=rl", "mixture=my_mixture"], "mixture= is for midtrain and sft"),
         (["-n", "-1"], "at least 0"),
         (["--foo"], "unrecognized arguments: --foo"),

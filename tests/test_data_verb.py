@@ -101,7 +101,7 @@ def test_a_repository_is_fetched_by_name_and_pattern(hub: Any, texts: Any, capsy
 def test_what_is_there_is_listed_with_size_commit_and_who_needs_it(
     hub: Any, texts: Any, say: Callable[..., str]
 ) -> None:
-    assert "nothing was fetched yet" in say("data", "ls")
+    assert "no downloads yet" in say("data", "ls")
     say("data", "fetch", *SETTINGS)
     say(*CORPUS_ALONE)
     found = json.loads(say("data", "ls", "--json"))

@@ -103,8 +103,8 @@ def test_a_folder_of_hugging_face_is_measured_as_ours_are(made: Path, tmp_path: 
 
 def test_a_model_without_the_needed_format_is_refused(made: Path, say: Say) -> None:
     place = f"outputs={made}"
-    assert "answers no questions: expected --task core" in say("eval", "base", "--task", "gsm8k", place, code=2)
-    assert "CORE is of base models" in say("eval", "talks", "--task", "core", place, code=2)
+    assert "cannot answer questions: expected --task core" in say("eval", "base", "--task", "gsm8k", place, code=2)
+    assert "CORE needs a base model" in say("eval", "talks", "--task", "core", place, code=2)
     assert "requires a model of mlxchat" in say(
         "eval", f"hf:{made}", "--task", "facts", "--samples", "2", place, code=2
     )

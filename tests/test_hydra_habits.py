@@ -103,4 +103,4 @@ def test_hydra_options_show_the_primary_file(words: list[str], shown: str, own: 
 
 def test_hydra_options_are_refused_after_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("plan", "--info") == 2
-    assert capsys.readouterr().err == "error: --info goes without a verb: mlxchat --info …\n"
+    assert capsys.readouterr().err == "error: --info cannot follow a verb: mlxchat --info …\n"

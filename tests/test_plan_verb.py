@@ -68,7 +68,7 @@ def test_a_plan_on_bundled_data_says_what_stands_in_for_nanochats(
     head, recipe, data, *_ = planned([*settings, f"outputs={tmp_path}/outputs"], capsys)
     assert head.startswith("downloads: nothing. Pretraining on this machine: about ")
     assert recipe.startswith("recipe: experiment=nanochat_bundled, implied by model=")
-    assert data == "bundled text, tasks and a vocabulary of 32,768 stand in for nanochat's"
+    assert data == "bundled text, tasks and a vocabulary of 32,768 replace nanochat's"
 
 
 def planned(settings: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:

@@ -116,7 +116,7 @@ def test_verify_after_a_deleted_folder_keeps_what_is_intact(two: Any, say: Say) 
     """verify advised to remove intact artifacts whose input was deleted, where running again was right."""
     shutil.rmtree(resolve(two.store, "first"))
     text = say("verify", code=1)
-    assert "1 of 3 artifacts are intact but lack what they were made from: keep them and run again: mlxchat toy" in text
+    assert "1 of 3 artifacts are intact but lack inputs: keep them and run again: mlxchat toy" in text
     assert "Remove" not in text
     assert set(json.loads(say("verify", "--json", code=1))["absent"]) == {resolve(two.store, "second").name}
 
@@ -198,7 +198,7 @@ def test_compare_leaves_out_steps_of_a_single_run(two: Any, say: Say) -> None:
     text = say("compare")
     assert [line.split() for line in text.splitlines()][:2] == [["run1", "run2"], ["toy.number", "2", "3"]]
     assert "score" not in text
-    assert re.search(r"^left out: steps of a single run \(first, .*other\)", text, re.MULTILINE)
+    assert re.search(r"^not shown: steps of a single run \(first, .*other\)", text, re.MULTILINE)
     lines = [line.split() for line in say("compare", "--metrics", "first.score").splitlines()]
     assert lines[-1] == ["first.score", "0.5", "-"]
     assert "no metric's name contains it" in say("compare", "--metrics", "nothing", code=2)
@@ -267,7 +267,7 @@ def test_ls_and_status_take_a_run(two: Any, say: Say) -> None:
         listed = {line.split()[2] for line in say("ls", run).splitlines()}
         assert listed == made == {row["artifact"] for row in json.loads(say("status", run, "--json"))["done"]}
     assert 'Did you mean "first"?' in say("ls", "frist", code=2)
-    assert "no run. See: mlxchat show" in say("status", "run1/first", code=2)
+    assert "not a run. See: mlxchat show" in say("status", "run1/first", code=2)
 
 
 def test_status_tells_who_runs_at_which_iteration_and_how_fast(two: Any, say: Say) -> None:

@@ -77,7 +77,7 @@ def test_export_for_mlx_lm_fuses_the_adapters(tmp_path: Path, bits: int | None) 
     theirs, _ = mlx_lm.load(str(tmp_path / "out"))
     np.testing.assert_allclose(logits(theirs), logits(load_checkpoint(tuned)[0]), atol=1e-3)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "Its adapters were put into the weights of" in card
+    assert "Its adapters were merged into the weights of" in card
     assert "sha256 of its adapters" in card
 
 

@@ -62,7 +62,7 @@ def test_what_needs_a_step_that_failed_is_left_out(stubs: Any) -> None:
     for how in ((), (PARALLEL,)):
         code, text = stubs.run("train.iterations=1000", "train.pause=0.05", "timeout.train=0.3", *how)
         assert code == 1
-        assert "score      is left out: train failed" in text
+        assert "score      is skipped: train failed" in text
         assert stubs.events("step_skipped")[-1]["failed"] == "train"
 
 
@@ -81,7 +81,7 @@ def test_fail_fast_without_processes_runs_nothing_after_a_failure(stubs: Any) ->
     code, text = stubs.run("score.failing=[score]", "fail_fast=true")
     assert code == 1
     assert stubs.trees().keys() == {"source", "convert", "train"}
-    assert "other steps go on" not in text
+    assert "other steps continue" not in text
 
 
 def test_steps_that_exceed_the_memory_together_run_one_after_the_other(stubs: Any) -> None:

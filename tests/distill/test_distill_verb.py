@@ -564,7 +564,7 @@ def test_max_cost_requires_bounded_single_answers(ask: Ask, teacher: Teacher) ->
     options = ["--price", "1,1", "--max-cost", "1", "--body", "max_tokens=null"]
     with_two = ["--body", "max_tokens=-1", "--body", "max_completion_tokens=9"]
     for unbounded in (["--body", "max_tokens=-1"], ["--body", "max_completion_tokens=true"], with_two, []):
-        with pytest.raises(ConfigError, match="needs a bound of answers"):
+        with pytest.raises(ConfigError, match="needs a limit of answer tokens"):
             ask(*options, *unbounded)
     for field in ("n", "best_of"):
         with pytest.raises(ConfigError, match=f"--body {field} cannot be set"):

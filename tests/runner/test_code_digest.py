@@ -1,4 +1,4 @@
-"""Which code a stage runs, what changes its digest, and what a change leads to."""
+"""Code digests: which modules a stage uses, what changes a digest, and the settings of `code`."""
 
 from __future__ import annotations
 
@@ -68,20 +68,20 @@ def modules(tree: Path, cache: str = "none/index/code.json") -> dict[str, str]:
     return found
 
 
-def test_the_closure_is_what_is_imported_also_in_functions_in_circles_and_by_computed_names(tree: Path) -> None:
+def test_closure_follows_all_kinds_of_imports(tree: Path) -> None:
     assert list(modules(tree)) == [
         "model/__init__.py", "model/gpt.py", "ops/__init__.py", "ops/late.py", "ops/norm.py", "stages/train.py",
         "tasks/__init__.py", "tasks/facts.csv", "tasks/sums.py", "tasks/texts/one.txt",
     ]  # fmt: skip
 
 
-def test_a_real_stage_uses_the_model_and_not_the_runner() -> None:
+def test_real_stage_uses_the_model_not_the_runner() -> None:
     found = CodeDigests(Path("/none/index/x"), ROOT / "src/mlxchat").of_stage(Stages()["pretrain"].path)
     assert {"stages/pretrain.py", "model/gpt.py", "optim/muon.py", "training/loop.py", "ops/attention.py"} <= set(found)
     assert not [name for name in found if name.startswith(("runner/", "commands/", "report/", "cli"))]
 
 
-def test_the_closure_holds_every_module_of_the_library_that_python_itself_imports_for_a_stage(tmp_path: Path) -> None:
+def test_closure_has_every_module_that_python_imports(tmp_path: Path) -> None:
     code = "import sys, mlxchat.stages.sft; print(*[m.__file__ for n, m in sys.modules.items() if n[:8] == 'mlxchat.'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     library = ROOT / "src" / "mlxchat"
@@ -104,7 +104,7 @@ def test_the_closure_holds_every_module_of_the_library_that_python_itself_import
         ("mlxchat/tasks/texts/one.txt", "one", "two"),
     ],
 )
-def test_a_change_is_named_by_its_module_alone(name: str, old: str, new: str, tree: Path) -> None:
+def test_change_is_named_by_its_module(name: str, old: str, new: str, tree: Path) -> None:
     before = modules(tree)
     path = tree / name
     path.write_text(path.read_text().replace(old, new))
@@ -121,13 +121,13 @@ def test_a_change_is_named_by_its_module_alone(name: str, old: str, new: str, tr
         "mlxchat/tasks/unread.csv",
     ],
 )
-def test_what_does_not_compute_for_the_stage_changes_nothing(name: str, tree: Path) -> None:
+def test_unrelated_modules_do_not_change_the_digest(name: str, tree: Path) -> None:
     before = modules(tree)
     (tree / name).write_text("raise SystemExit\n")
     assert modules(tree) == before
 
 
-def test_comments_docstrings_and_layout_change_nothing(tree: Path) -> None:
+def test_comments_and_layout_do_not_change_module_digests(tree: Path) -> None:
     before = modules(tree)
     (tree / "mlxchat/ops/norm.py").write_text(
         '"""Norms."""\nfrom mlxchat.model import gpt  # in a circle\n\n\ndef norm(x):\n    """Norm."""\n    return (\n'
@@ -136,14 +136,14 @@ def test_comments_docstrings_and_layout_change_nothing(tree: Path) -> None:
     assert modules(tree) == before
 
 
-def test_a_module_that_is_no_longer_imported_and_a_new_one_are_named(tree: Path) -> None:
+def test_added_and_removed_imports_are_named(tree: Path) -> None:
     before = modules(tree)
     (tree / "mlxchat/model/gpt.py").write_text("SCALE = 2\n")
     (tree / "mlxchat/tasks/new.py").write_text("")
     assert changed_modules(before, modules(tree)) == ["model/gpt.py", "ops/norm.py", "tasks/new.py"]
 
 
-def test_the_digests_do_not_depend_on_the_place(tree: Path, tmp_path: Path) -> None:
+def test_digests_do_not_depend_on_location(tree: Path, tmp_path: Path) -> None:
     before = modules(tree)
     shutil.copytree(tree / "mlxchat", tmp_path / "else" / "lib" / "mlxchat")
     shutil.copytree(tree / "recipes", tmp_path / "else" / "recipes2")
@@ -175,7 +175,7 @@ print(json.dumps({stage: digests.of_stage(Path(stage)) for stage in sys.argv[3:]
 """
 
 
-def test_the_digests_of_the_stages_are_the_same_in_every_supported_python() -> None:
+def test_digests_are_equal_in_every_supported_python() -> None:
     stages = [str(ROOT / "stages" / f"{name}.py") for name in ("pretrain", "rl", "eval")]
     others = interpreters()
     if not others:
@@ -190,9 +190,7 @@ def test_the_digests_of_the_stages_are_the_same_in_every_supported_python() -> N
     assert all(digests == found[0] for digests in found)
 
 
-def test_what_was_read_is_remembered_and_read_again_when_it_changes(
-    tree: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_digests_are_cached_until_files_change(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
     before = modules(tree, "index/code.json")
 
@@ -215,25 +213,25 @@ def states(toys: Any, code: str) -> dict[str, tuple[str, str]]:
     return {step.name: (step.state, step.reason) for step in toys.plan(CHAIN, code=code)}
 
 
-def test_a_manifest_records_the_digest_of_every_module(toys: Any) -> None:
+def test_manifest_records_every_module_digest(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     manifest = toys.store.made(toys.plan(CHAIN)[0].key)
     assert list(manifest["code"]["modules"]) == ["stages/make.py"]
 
 
-def test_warn_names_the_module_and_runs_nothing(toys: Any) -> None:
+def test_code_warn_names_the_module_and_runs_nothing(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     edit(toys)
     assert states(toys, "warn") == {"one": ("done", "code drift (warn): stages/make.py"), "two": ("done", "")}
 
 
-def test_ignore_says_nothing(toys: Any) -> None:
+def test_code_ignore_prints_nothing(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     edit(toys)
     assert set(states(toys, "ignore").values()) == {("done", "")}
 
 
-def test_strict_runs_the_step_again_under_its_own_id_and_is_content_afterwards(toys: Any) -> None:
+def test_code_strict_reruns_the_step_once(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     rid = toys.plan(CHAIN)[0].key
     edit(toys)
@@ -247,7 +245,7 @@ def test_strict_runs_the_step_again_under_its_own_id_and_is_content_afterwards(t
     assert toys.plan(CHAIN)[0].key == rid
 
 
-def test_strict_shares_no_artifact_that_other_code_made(toys: Any) -> None:
+def test_code_strict_rejects_artifacts_of_other_code(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.config.toy.number = 2
     toys.run(toys.plan(CHAIN))

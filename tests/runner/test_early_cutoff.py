@@ -1,4 +1,4 @@
-"""Early cutoff: what is rebuilt with the same bytes runs nothing below it, and what has other bytes does."""
+"""Early cutoff: inputs rebuilt with equal bytes rerun nothing downstream."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def read(toys: Any, step: str) -> tuple[Path, dict[str, Any]]:
     return toys.store.find_made(key), toys.store.made(key)
 
 
-def test_another_setting_above_that_makes_the_same_bytes_runs_nothing_below(toys: Any) -> None:
+def test_equal_bytes_rerun_nothing_downstream(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.config.toy.number = 5
     plan = toys.plan(CHAIN)
@@ -44,35 +44,35 @@ def test_another_setting_above_that_makes_the_same_bytes_runs_nothing_below(toys
     assert set(states(toys).values()) == {"done"}
 
 
-def test_another_setting_above_that_makes_other_bytes_runs_everything_below(toys: Any) -> None:
+def test_different_bytes_rerun_everything_downstream(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.config.toy.number = 15
     assert started(toys.run(toys.plan(CHAIN))) == ["one", "two", "three"]
     assert (read(toys, "three")[0] / "result.txt").read_text() == "1 1 1"
 
 
-def test_the_cutoff_is_anywhere_in_the_chain(toys: Any) -> None:
+def test_cutoff_works_anywhere_in_the_chain(toys: Any) -> None:
     toys.add("copy", "(ctx.out / 'result.txt').write_text('always')", inputs={"source": "thing"}, config=("other",))
     toys.run(toys.plan(CHAIN))
     toys.config.toy.number = 15
     assert started(toys.run(toys.plan(CHAIN))) == ["one", "two"]  # `two` makes what it made before
 
 
-def test_a_forced_rebuild_with_the_same_bytes_leaves_what_is_below_done_and_plan_says_maybe(toys: Any) -> None:
+def test_forced_rebuild_plans_maybe_downstream(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     plan = toys.plan(CHAIN, force=["one"])
     assert [step.state for step in plan] == ["run", "maybe", "maybe"]
     assert started(toys.run(plan)) == ["one"]
 
 
-def test_a_forced_rebuild_that_is_not_deterministic_runs_what_is_below(toys: Any) -> None:
+def test_nondeterministic_rebuild_reruns_downstream(toys: Any) -> None:
     toys.add("make", "(ctx.out / 'result.txt').write_text(str(time.time_ns()))")
     toys.run(toys.plan(CHAIN))
     assert started(toys.run(toys.plan(CHAIN, force=["one"]))) == ["one", "two", "three"]
     assert set(states(toys).values()) == {"done"}
 
 
-def test_equal_settings_and_contents_are_one_artifact_however_they_came_about(toys: Any) -> None:
+def test_equal_settings_and_contents_are_one_artifact(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     place, made = read(toys, "two")
     toys.config.toy.number = 5
@@ -85,7 +85,7 @@ def test_equal_settings_and_contents_are_one_artifact_however_they_came_about(to
     assert not list((toys.outputs / "work").iterdir())
 
 
-def test_once_its_inputs_are_there_a_plan_knows_that_a_step_is_done(toys: Any) -> None:
+def test_existing_inputs_make_a_step_done(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.config.toy.number = 5
     toys.run(toys.plan(CHAIN, targets=["one"]))
@@ -94,14 +94,14 @@ def test_once_its_inputs_are_there_a_plan_knows_that_a_step_is_done(toys: Any) -
     assert started(toys.run(plan)) == []
 
 
-def test_an_artifact_that_is_gone_is_made_again_and_nothing_below_it(toys: Any) -> None:
+def test_missing_artifact_is_rebuilt_alone(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     shutil.rmtree(read(toys, "two")[0])
     assert [step.state for step in toys.plan(CHAIN)] == ["done", "run", "maybe"]
     assert started(toys.run(toys.plan(CHAIN))) == ["two"]
 
 
-def test_a_key_is_known_with_its_inputs_and_noted_in_the_runs_plan(toys: Any) -> None:
+def test_plan_json_gets_final_keys(toys: Any) -> None:
     plan = toys.plan(CHAIN)
     before = [step.key for step in plan]
     run = toys.run(plan)
@@ -112,7 +112,7 @@ def test_a_key_is_known_with_its_inputs_and_noted_in_the_runs_plan(toys: Any) ->
     assert all((toys.outputs / "store" / path.name).exists() for path in refs_of(toys.store, run.name).values())
 
 
-def test_a_key_knows_contents_in_place_of_settings_above_it(toys: Any) -> None:
+def test_key_depends_on_input_contents_not_settings(toys: Any) -> None:
     step = toys.plan(CHAIN)[1]
     key = step.key_with({"source": "0" * 64})
     assert key != step.key_with({"source": "1" * 64})
@@ -123,14 +123,14 @@ def test_a_key_knows_contents_in_place_of_settings_above_it(toys: Any) -> None:
     assert key == toys.plan(CHAIN)[1].key_with({"source": "0" * 64})
 
 
-def test_another_version_has_another_key(toys: Any) -> None:
+def test_version_changes_the_key(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.add("copy", "(ctx.out / 'result.txt').write_text('v2')", inputs={"source": "thing"}, version=2)
     toys.config.toy.number = 5
     assert started(toys.run(toys.plan(CHAIN)))[:2] == ["one", "two"]
 
 
-def test_what_runs_below_a_shared_artifact_reads_its_files(toys: Any) -> None:
+def test_steps_read_the_shared_artifact(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.config.toy.number = 5
     toys.run(toys.plan(CHAIN))

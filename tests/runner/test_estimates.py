@@ -1,4 +1,4 @@
-"""What a step will take is told by artifacts like the one to be made, and by no others."""
+"""Estimates of steps come from similar artifacts only."""
 
 from __future__ import annotations
 
@@ -24,11 +24,10 @@ def estimated(label: str, history: list[dict[str, Any]]) -> Any:
     return estimate_steps([step], store)["sft"]
 
 
-def test_the_nearest_artifact_of_the_same_size_of_model_tells() -> None:
+def test_estimate_comes_from_the_nearest_artifact() -> None:
     found = estimated("d4", [made("d4", 9, 1.0), made("d4", 2, 5.0)])
     assert (found.seconds, found.bytes) == (5.0, 7)
 
 
-def test_what_a_small_model_took_is_not_told_of_a_large_one() -> None:
-    """A plan of the speedrun once said that midtraining takes 25 s, which the rehearsal had taken."""
+def test_estimate_needs_the_same_model_size() -> None:
     assert estimated("d20", [made("d2", 2, 5.0)]) is None

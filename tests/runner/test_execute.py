@@ -1,4 +1,4 @@
-"""Execution: whole or not at all, told truly, and never twice."""
+"""Execution of steps: atomic, correctly reported, and never repeated."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ CONTRACT = {
 }  # fmt: skip
 
 
-def test_a_chain_runs_in_order_and_its_results_are_found(toys: Any) -> None:
+def test_chain_runs_in_order(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     assert (result(toys, "one"), result(toys, "two")) == ("1", "1 1")
     assert states(toys) == {"one": "done", "two": "done"}
 
 
-def test_a_manifest_says_everything_of_the_contract(toys: Any) -> None:
+def test_manifest_has_every_field_of_the_contract(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     for manifest in toys.store.manifests():
         assert manifest.keys() >= CONTRACT
@@ -85,7 +85,7 @@ def test_a_manifest_says_everything_of_the_contract(toys: Any) -> None:
         }
 
 
-def test_a_manifest_tells_where_its_artifact_came_from(toys: Any) -> None:
+def test_manifest_records_provenance(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     one, two = (toys.store.made(step.key) for step in toys.plan(CHAIN))
     assert two["inputs"] == {"source": {"step": "one", "artifact": one["name"], "rid": one["rid"], "tree": one["tree"]}}
@@ -95,7 +95,7 @@ def test_a_manifest_tells_where_its_artifact_came_from(toys: Any) -> None:
     assert [file["path"] for file in two["outputs"]] == ["result.txt"]
 
 
-def test_what_a_stage_reports_is_in_its_manifest(toys: Any) -> None:
+def test_manifest_records_what_the_stage_reports(toys: Any) -> None:
     toys.add("make", """
         ctx.metrics |= {"loss": 2.5, "tokens_per_second": 10.0}
         ctx.derived["width"] = 3
@@ -117,12 +117,12 @@ def test_what_a_stage_reports_is_in_its_manifest(toys: Any) -> None:
     assert tracked == [("one", {"iteration": 1, "loss": 2.5})]
 
 
-def test_the_work_folder_is_gone_once_the_artifact_is_there(toys: Any) -> None:
+def test_work_folder_is_removed_after_publishing(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     assert list((toys.outputs / "work").iterdir()) == []
 
 
-def test_the_run_and_latest_point_at_every_step_also_at_those_done_before(toys: Any) -> None:
+def test_refs_name_new_and_finished_steps(toys: Any) -> None:
     toys.run(toys.plan(ONE))
     run = toys.run(toys.plan(CHAIN))
     places = {step.name: toys.store.find_made(step.key) for step in toys.plan(CHAIN)}
@@ -133,7 +133,7 @@ def test_the_run_and_latest_point_at_every_step_also_at_those_done_before(toys: 
     ]  # fmt: skip
 
 
-def test_every_promised_file_that_is_missing_is_named(toys: Any) -> None:
+def test_missing_outputs_are_named(toys: Any) -> None:
     toys.add("make", "(ctx.out / 'b').touch()", outputs=("a", "b", "c"))
     with pytest.raises(StepFailed, match="step one did not make a, c"):
         toys.run(toys.plan(ONE))
@@ -141,7 +141,7 @@ def test_every_promised_file_that_is_missing_is_named(toys: Any) -> None:
     assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(toys.plan(ONE)[0].key))] == ["failed"]
 
 
-def test_a_step_that_raises_fails_with_a_log_and_publishes_nothing(toys: Any) -> None:
+def test_failing_step_writes_a_log_and_publishes_nothing(toys: Any) -> None:
     toys.add("make", "(ctx.out / 'result.txt').touch(); raise ValueError('oh no')")
     with pytest.raises(StepFailed, match="step one failed: ValueError: oh no") as caught:
         toys.run(toys.plan(CHAIN))
@@ -153,13 +153,13 @@ def test_a_step_that_raises_fails_with_a_log_and_publishes_nothing(toys: Any) ->
     assert (attempt["outcome"], attempt["error"]) == ("failed", "ValueError: oh no")
 
 
-def test_a_fault_of_the_user_passes_a_step_unchanged(toys: Any) -> None:
+def test_user_errors_pass_unchanged(toys: Any) -> None:
     toys.add("make", "raise DataError('line 3 of x.jsonl is no conversation')")
     with pytest.raises(DataError, match=r"^line 3 of x\.jsonl is no conversation$"):
         toys.run(toys.plan(ONE))
 
 
-def test_steps_before_a_failure_stay_done_and_the_next_invocation_tries_again(toys: Any) -> None:
+def test_next_run_retries_only_the_failed_step(toys: Any) -> None:
     copy = (toys.package / "copy.py").read_text()
     toys.add("copy", "(ctx.out / 'rest').touch(); raise OSError('no')", inputs={"source": "thing"}, config=("other",))
     with pytest.raises(StepFailed):
@@ -173,9 +173,7 @@ def test_steps_before_a_failure_stay_done_and_the_next_invocation_tries_again(to
     assert [file["path"] for file in manifest["outputs"]] == ["result.txt"], "nothing of the failed attempt is left"
 
 
-def test_a_full_disk_at_publishing_is_told_in_words_and_the_next_invocation_succeeds(
-    toys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_at_publishing_is_recoverable(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -188,7 +186,7 @@ def test_a_full_disk_at_publishing_is_told_in_words_and_the_next_invocation_succ
     assert result(toys, "one") == "1"
 
 
-def test_a_stage_cannot_read_settings_that_its_id_does_not_cover(toys: Any) -> None:
+def test_undeclared_settings_cannot_be_read(toys: Any) -> None:
     toys.add("make", "ctx.config.other")
     with pytest.raises(StepFailed, match=r"stage make reads config\.other, which its CONFIG does not declare"):
         toys.run(toys.plan(ONE))
@@ -208,7 +206,7 @@ ctx.rewind_records(1)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_an_interrupted_step_says_so_and_continues_at_the_next_invocation(name: str, code: int, toys: Any) -> None:
+def test_interrupted_step_resumes(name: str, code: int, toys: Any) -> None:
     toys.add("make", RESUMABLE.format(signal=name))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted, match=r"one stopped at iteration 1 of 2\. The same command continues") as caught:
@@ -225,7 +223,7 @@ def test_an_interrupted_step_says_so_and_continues_at_the_next_invocation(name: 
     assert result(toys, "one") == "continued"
 
 
-def test_a_signal_in_a_stage_that_never_looks_stops_the_run_after_that_step(toys: Any) -> None:
+def test_signal_stops_after_an_unaware_stage(toys: Any) -> None:
     toys.add("make", "os.kill(os.getpid(), signal.SIGTERM); (ctx.out / 'result.txt').write_text('1')")
     with pytest.raises(Interrupted) as caught:
         toys.run(toys.plan(CHAIN))
@@ -254,7 +252,7 @@ toys.run(toys.plan({"one": {"stage": "make"}}))
 """
 
 
-def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+def test_second_signal_exits_at_once(tmp_path: Path) -> None:
     tests = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", TWO_SIGNALS, str(tests), str(tmp_path)], capture_output=True, timeout=600
@@ -266,7 +264,7 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
     assert list((tmp_path / "outputs" / "store").iterdir()) == []
 
 
-def test_executions_that_were_killed_are_listed_in_the_manifest(toys: Any) -> None:
+def test_manifest_lists_killed_attempts(toys: Any) -> None:
     (step,) = toys.plan(ONE)
     attempts.start(toys.store.work(step.key), "killed_run", "one")
     toys.run(toys.plan(ONE))
@@ -307,17 +305,17 @@ def let_go(toys: Any, heard: list[str], line: str) -> None:
         (toys.outputs / "go").touch()
 
 
-def test_a_waiter_whose_step_failed_fails_with_the_same_error(toys: Any) -> None:
+def test_waiting_process_fails_with_the_same_error(toys: Any) -> None:
     toys.add("make", WAITS + COUNTED + "raise ValueError('oh no')")
     raised, heard, thread = run_two(toys)
-    with pytest.raises(StepFailed, match="failed in the process that was waited for: ValueError: oh no"):
+    with pytest.raises(StepFailed, match="failed in another process: ValueError: oh no"):
         toys.run(toys.plan(ONE), say=lambda line: let_go(toys, heard, line))
     thread.join()
     assert isinstance(raised[0], StepFailed)
     assert count(toys) == 1
 
 
-def test_a_waiter_says_for_whom_and_uses_the_result(toys: Any) -> None:
+def test_waiting_process_prints_the_holder_and_uses_its_result(toys: Any) -> None:
     toys.add("make", WAITS + COUNTED)
     raised, heard, thread = run_two(toys)
     run = toys.run(toys.plan(ONE), say=lambda line: let_go(toys, heard, line))
@@ -327,7 +325,7 @@ def test_a_waiter_says_for_whom_and_uses_the_result(toys: Any) -> None:
     assert ("step_cached", "one") in events(run)
 
 
-def test_a_step_that_another_process_finished_after_our_plan_is_not_made_again(toys: Any) -> None:
+def test_step_finished_after_planning_is_not_rerun(toys: Any) -> None:
     toys.add("make", COUNTED)
     ours = toys.store
     ours.prepare()
@@ -338,9 +336,7 @@ def test_a_step_that_another_process_finished_after_our_plan_is_not_made_again(t
     assert count(toys) == 1
 
 
-def test_a_step_that_another_process_finishes_between_our_look_and_our_lock_is_not_made_again(
-    toys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_finished_before_our_lock_is_not_rerun(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.add("make", COUNTED)
     plan, hold = toys.plan(ONE), locks.hold
 
@@ -354,9 +350,7 @@ def test_a_step_that_another_process_finishes_between_our_look_and_our_lock_is_n
     assert count(toys) == 1
 
 
-def test_a_waiter_whose_maker_died_makes_the_step_itself_although_an_outdated_artifact_is_there(
-    toys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_process_takes_over_from_a_dead_one(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.run(toys.plan(CHAIN))
     toys.add("make", "(ctx.out / 'result.txt').write_text('other')")
     toys.run(toys.plan(ONE, force=["one"]))
@@ -372,7 +366,7 @@ def test_a_waiter_whose_maker_died_makes_the_step_itself_although_an_outdated_ar
     assert result(toys, "two") == "other 1"
 
 
-def test_a_forced_step_that_gives_other_bytes_leaves_the_former_artifact_alone(toys: Any) -> None:
+def test_forced_step_keeps_the_former_artifact(toys: Any) -> None:
     """What a pin or another run reads stays; the key means the new artifact."""
     toys.run(toys.plan(CHAIN))
     before = toys.store.made(toys.plan(CHAIN)[0].key)
@@ -390,7 +384,7 @@ def test_a_forced_step_that_gives_other_bytes_leaves_the_former_artifact_alone(t
     assert result(toys, "one") == "other"
 
 
-def test_a_forced_step_with_other_bytes_has_its_followers_made_again_in_the_same_run(toys: Any) -> None:
+def test_forced_step_with_new_bytes_reruns_downstream(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.add("make", "(ctx.out / 'result.txt').write_text('other')")
     run = toys.run(toys.plan(CHAIN, force=["one"]))
@@ -398,7 +392,7 @@ def test_a_forced_step_with_other_bytes_has_its_followers_made_again_in_the_same
     assert result(toys, "two") == "other 1"
 
 
-def test_a_forced_step_with_the_same_bytes_leaves_its_followers_done(toys: Any) -> None:
+def test_forced_step_with_equal_bytes_reruns_nothing_else(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     run = toys.run(toys.plan(CHAIN, force=["one"]))
     assert events(run)[1:] == [
@@ -406,14 +400,14 @@ def test_a_forced_step_with_the_same_bytes_leaves_its_followers_done(toys: Any) 
     ]  # fmt: skip
 
 
-def test_a_follower_of_an_artifact_rebuilt_with_other_bytes_is_planned_with_that_reason(toys: Any) -> None:
+def test_rebuilt_input_is_the_planned_reason(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.add("make", "(ctx.out / 'result.txt').write_text('other')")
     toys.run(toys.plan(ONE, force=["one"]))
     assert states(toys) == {"one": "done", "two": "input changed: source (one)"}
 
 
-def test_observations_do_not_make_followers_run(toys: Any) -> None:
+def test_observations_rerun_nothing_downstream(toys: Any) -> None:
     toys.add("make", "ctx.log({'iteration': 1, 'time': time.time()}); (ctx.out / 'result.txt').write_text('1')")
     toys.run(toys.plan(CHAIN))
     first = toys.store.made(toys.plan(ONE)[0].key)
@@ -424,7 +418,7 @@ def test_observations_do_not_make_followers_run(toys: Any) -> None:
     assert states(toys) == {"one": "done", "two": "done"}
 
 
-def test_a_rebuild_under_another_label_leaves_one_folder_per_id(toys: Any) -> None:
+def test_rebuild_with_a_new_label_keeps_one_folder_per_id(toys: Any) -> None:
     toys.add("make", COUNTED)
     path = toys.package / "make.py"
     path.write_text(path.read_text() + '\nLABEL = "machine"\n')
@@ -434,7 +428,7 @@ def test_a_rebuild_under_another_label_leaves_one_folder_per_id(toys: Any) -> No
     assert len(list((toys.outputs / "store").iterdir())) == 1
 
 
-def test_work_left_over_from_other_input_bytes_is_not_continued(toys: Any) -> None:
+def test_work_on_other_input_bytes_is_not_resumed(toys: Any) -> None:
     toys.add("copy", """
         text = (ctx.inputs["source"] / "result.txt").read_text()
         saved = ctx.work / "state"
@@ -460,7 +454,7 @@ def context(root: int = 1, stage: str = "sft") -> Context:
     )  # fmt: skip
 
 
-def test_seeds_depend_on_run_stage_and_purpose_only() -> None:
+def test_seeds_depend_on_run_stage_and_purpose() -> None:
     assert context().seed("weights") == context().seed("weights")
     seeds = {
         context(root, stage).seed(purpose)

@@ -1,4 +1,4 @@
-"""Steps in jobs elsewhere: submitit's local executor and, where it is installed, Ray on this machine."""
+"""Steps in jobs: submitit's local executor and, if installed, Ray on this machine."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def process_of(job: Any) -> int:
     return int(subprocess.check_output(["ps", "-o", "pid=", "--ppid", job.job.job_id]))
 
 
-def test_a_job_runs_in_another_process_and_in_this_directory(
+def test_job_runs_in_another_process_and_this_directory(
     tmp_path: Path, submitted: list[Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -105,7 +105,7 @@ def test_a_job_runs_in_another_process_and_in_this_directory(
     assert job.result() == (0, 3, str(tmp_path))
 
 
-def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path: Path, submitted: list[Job]) -> None:
+def test_timed_out_job_is_requeued(tmp_path: Path, submitted: list[Job]) -> None:
     count = tmp_path / "count"
     job = start(Count(count, most=300), submitted)
     wait_until_there(count)
@@ -115,7 +115,7 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(tmp_path: Path, submit
     assert 0 < began < reached == 300
 
 
-def test_a_cancelled_job_saves_and_ends(tmp_path: Path, submitted: list[Job]) -> None:
+def test_cancelled_job_saves_and_ends(tmp_path: Path, submitted: list[Job]) -> None:
     count = tmp_path / "count"
     job = start(Count(count), submitted)
     wait_until_there(count)
@@ -124,7 +124,7 @@ def test_a_cancelled_job_saves_and_ends(tmp_path: Path, submitted: list[Job]) ->
     assert job.result() == "it was cancelled"
 
 
-def test_a_lost_job_names_its_log(tmp_path: Path, submitted: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_job_names_its_log(tmp_path: Path, submitted: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     count = tmp_path / "count"
     job = start(Count(count), submitted)
     wait_until_there(count)
@@ -135,34 +135,34 @@ def test_a_lost_job_names_its_log(tmp_path: Path, submitted: list[Job], monkeypa
         job.result()
 
 
-def test_a_cluster_that_is_not_there_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_cluster_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"executor=slurm: .*slurm"):
         submit(config_of("executor=slurm").executor, [Count(tmp_path / "count")], tmp_path / "jobs")
 
 
-def test_a_missing_library_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"executor=slurm needs submitit: pip install 'mlxchat\[submitit\]'"):
         check_installed(replace(LOCAL, kind="slurm"))
     check_installed(replace(LOCAL, kind="local"))
 
 
-def test_a_steps_executor_is_over_the_runs() -> None:
+def test_step_executor_overrides_the_runs() -> None:
     config = config_of("executor=slurm", "executor.partition=gpu", "pipeline.pretrain.executor={gpus_per_node: 8}")
     assert executor_of(config, "sft") is config.executor
     assert executor_of(config, "pretrain") == replace(config.executor, gpus_per_node=8)
     assert config.executor.requeues == 1000
 
 
-def test_a_steps_executor_of_another_kind_is_that_of_conf() -> None:
+def test_step_executor_of_another_kind_uses_conf() -> None:
     config = config_of("pipeline.pretrain.executor=slurm", "pipeline.eval_base.executor={kind: ray, cpus_per_task: 4}")
     assert config.executor.kind == "local"
     assert executor_of(config, "pretrain") == config_of("executor=slurm").executor
     assert executor_of(config, "eval_base") == config_of("executor=ray", "executor.cpus_per_task=4").executor
 
 
-def test_hydras_own_way_of_setting_a_steps_executor_works() -> None:
+def test_step_executor_accepts_hydra_syntax() -> None:
     config = config_of("+executor@pipeline.pretrain.executor=slurm", "pipeline.pretrain.executor.partition=gpu")
     assert executor_of(config, "pretrain") == config_of("executor=slurm", "executor.partition=gpu").executor
 
@@ -181,18 +181,18 @@ def test_hydras_own_way_of_setting_a_steps_executor_works() -> None:
         ("executor.kind=slrum", 'executor.kind is "slrum": local, slurm'),
     ],
 )
-def test_a_wrong_executor_is_refused(override: str, message: str) -> None:
+def test_invalid_executor_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_of(override)
 
 
-def test_an_executor_is_in_no_key(tmp_path: Path) -> None:
+def test_executor_changes_no_key(tmp_path: Path) -> None:
     settings = ["executor=slurm", "pipeline.pretrain.executor={gpus_per_node: 8}"]
     plans = [plan_of(config_of(*overrides), Store(tmp_path)) for overrides in ([], settings)]
     assert [step.key for step in plans[0]] == [step.key for step in plans[1]]
 
 
-def test_the_dtype_of_a_gpu_elsewhere_must_be_said(tmp_path: Path) -> None:
+def test_remote_gpu_requires_a_dtype(tmp_path: Path) -> None:
     settings = ["executor=slurm", "executor.gpus_per_node=1", "stage=pretrain"]
     config = config_of(*settings, "machine.compute_dtype=auto")
     with pytest.raises(ConfigError, match=r"pretrain runs on GPUs of another machine .*compute_dtype=bfloat16"):
@@ -201,7 +201,7 @@ def test_the_dtype_of_a_gpu_elsewhere_must_be_said(tmp_path: Path) -> None:
     assert place_steps(config, plan_of(config, Store(tmp_path))).keys() == {"corpus", "tokenizer", "pretrain"}
 
 
-def test_a_step_elsewhere_need_not_fit_into_this_machine(tmp_path: Path) -> None:
+def test_remote_step_need_not_fit_here(tmp_path: Path) -> None:
     small = "machine.memory_limit_bytes=1000000"
     config = config_of("stage=pretrain", small)
     with pytest.raises(ConfigError, match="pretrain needs about"):
@@ -222,7 +222,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-def test_a_step_in_a_job_gives_the_bytes_of_one_in_this_process(
+def test_job_gives_the_same_bytes(
     kind: str, tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path, finished: Any
 ) -> None:
     outputs = tmp_path / "outputs"
@@ -237,7 +237,7 @@ def test_a_step_in_a_job_gives_the_bytes_of_one_in_this_process(
     assert "nothing to do" in mlxchat(*command).stdout
 
 
-def test_a_stop_cancels_the_job_which_saves_and_the_next_run_continues(
+def test_stop_cancels_the_job_resumably(
     kind: str, tiny: tuple[str, ...], mlxchat: CommandLine, start_mlxchat: Any, outputs: Path
 ) -> None:
     command = [*tiny, "stage=pretrain", "pretrain.num_iterations=3000", "machine.checkpoint_seconds=0"]
@@ -256,7 +256,7 @@ def test_a_stop_cancels_the_job_which_saves_and_the_next_run_continues(
     assert '"outcome": "interrupted"' in log.read_text()
 
 
-def test_a_step_whose_job_is_lost_fails_with_one_message_and_the_next_run_continues(
+def test_lost_job_fails_its_step_resumably(
     tiny: tuple[str, ...], start_mlxchat: Any, mlxchat: CommandLine, outputs: Path
 ) -> None:
     command = [*tiny, "stage=pretrain", "pretrain.num_iterations=60", "machine.checkpoint_seconds=0"]
@@ -282,6 +282,6 @@ def test_a_step_whose_job_is_lost_fails_with_one_message_and_the_next_run_contin
     assert made["attempts"][1]["resumed_from"] > 0
 
 
-def test_ray_is_not_imported_by_a_run_without_it() -> None:
+def test_ray_is_imported_only_if_used() -> None:
     code = "import sys, mlxchat.sweep.job; sys.exit('ray' in sys.modules or 'submitit' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,4 +1,4 @@
-"""Outside files: part of the id by their contents, which are looked at before and after a step."""
+"""Outside files are part of the key by content, checked before and after a step."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ COPY = "import pathlib; (ctx.out / 'result.txt').write_text(pathlib.Path(path).r
 
 
 @pytest.mark.parametrize("meddle", ["pathlib.Path(path).write_text('new')", "os.unlink(path)"], ids=["changed", "gone"])
-def test_a_file_that_changes_while_its_step_runs_fails_the_step_and_publishes_nothing(
-    meddle: str, toys: Any, tmp_path: Path
-) -> None:
+def test_file_changed_during_its_step_fails_the_step(meddle: str, toys: Any, tmp_path: Path) -> None:
     path = reading(toys, tmp_path, f"{COPY}\n{meddle}")
     plan = toys.plan(ONE)
     with pytest.raises(
@@ -55,7 +53,7 @@ def test_a_file_that_changes_while_its_step_runs_fails_the_step_and_publishes_no
     assert (toys.store.find_made(step.key) / "result.txt").read_text() == "new"
 
 
-def test_a_file_that_changed_since_the_plan_is_not_read_under_the_old_id(toys: Any, tmp_path: Path) -> None:
+def test_file_changed_since_planning_fails_the_step(toys: Any, tmp_path: Path) -> None:
     path = reading(toys, tmp_path, COPY)
     plan = toys.plan(ONE)
     path.write_text("new")
@@ -66,7 +64,7 @@ def test_a_file_that_changed_since_the_plan_is_not_read_under_the_old_id(toys: A
     assert list(toys.store.manifests()) == []
 
 
-def test_a_file_that_stays_the_same_is_no_hindrance(toys: Any, tmp_path: Path) -> None:
+def test_unchanged_file_passes(toys: Any, tmp_path: Path) -> None:
     reading(toys, tmp_path, COPY)
     toys.run(toys.plan(ONE))
     assert [step.state for step in toys.plan(ONE)] == ["done"]
@@ -86,7 +84,7 @@ def remembered(tmp_path: Path, read: Callable[[Path], Any] = hash_file) -> FileC
     return FileCache(tmp_path / "index" / "files.json", "files", read)
 
 
-def test_a_settled_file_is_hashed_once(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_old_file_is_hashed_once(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
     hashes = remembered(tmp_path)
     digest = hashes.of(str(text))
@@ -94,7 +92,7 @@ def test_a_settled_file_is_hashed_once(text: Path, tmp_path: Path, monkeypatch: 
     assert remembered(tmp_path, lambda path: pytest.fail("hashed again")).of(str(text)) == digest
 
 
-def test_a_file_changed_a_moment_ago_is_hashed_each_time(text: Path, tmp_path: Path) -> None:
+def test_recently_changed_file_is_hashed_each_time(text: Path, tmp_path: Path) -> None:
     for content in ("one", "two"):
         text.write_text(content)
         hashes = remembered(tmp_path)
@@ -103,7 +101,9 @@ def test_a_file_changed_a_moment_ago_is_hashed_each_time(text: Path, tmp_path: P
     assert not (tmp_path / "index" / "files.json").exists()
 
 
-def test_a_change_that_keeps_size_and_time_is_seen(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_change_with_equal_size_and_time_is_noticed(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
     hashes = remembered(tmp_path)
     before, status = hashes.of(str(text)), text.stat()
@@ -124,7 +124,7 @@ DAMAGES = (
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_cache_counts_for_nothing(
+def test_damaged_hash_cache_is_ignored(
     damage: Callable[[str], str], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
@@ -141,7 +141,7 @@ class Folder:
     path: str = field(default="", metadata={"external": "folder", "identity": False})
 
 
-def test_a_folder_is_pinned_by_the_names_and_contents_of_all_its_files_wherever_it_lies(tmp_path: Path) -> None:
+def test_folder_is_pinned_by_names_and_contents(tmp_path: Path) -> None:
     pins = []
     for name, text in (("one", "weights"), ("two", "weights"), ("three", "other weights")):
         (tmp_path / name / "deep").mkdir(parents=True)
@@ -153,7 +153,7 @@ def test_a_folder_is_pinned_by_the_names_and_contents_of_all_its_files_wherever_
 
 
 @pytest.mark.parametrize("name", ["absent", "empty", "file"])
-def test_a_folder_without_files_is_refused(name: str, tmp_path: Path) -> None:
+def test_empty_folder_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"outside\.path: .*no folder with files"):

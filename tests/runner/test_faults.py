@@ -1,4 +1,4 @@
-"""What surrounds a step: other tries, limits of time, hooks, clocks that jump, secrets, sleep."""
+"""Retries, time limits, hooks, clock jumps, secrets, sleep."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def wrapped(cause: Exception) -> Exception:
     ],
     ids=repr,
 )  # fmt: skip
-def test_errors_of_the_network_and_of_busy_servers_may_pass(error: Exception) -> None:
+def test_network_and_server_errors_are_transient(error: Exception) -> None:
     assert is_passing(error)
 
 
@@ -73,11 +73,11 @@ def test_errors_of_the_network_and_of_busy_servers_may_pass(error: Exception) ->
     ],
     ids=repr,
 )  # fmt: skip
-def test_all_other_errors_do_not(error: Exception) -> None:
+def test_other_errors_are_permanent(error: Exception) -> None:
     assert not is_passing(error)
 
 
-def test_the_libraries_of_the_hub_raise_errors_that_may_pass() -> None:
+def test_hub_library_errors_are_transient() -> None:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     httpx = importlib.import_module(HTTPError.__module__)  # whatever it is called in this version
@@ -99,7 +99,7 @@ if number < 3:
 """
 
 
-def test_a_step_whose_error_may_pass_is_tried_again_with_growing_pauses(toys: Any) -> None:
+def test_transient_errors_are_retried_with_growing_pauses(toys: Any) -> None:
     toys.add("make", FAILS_TWICE)
     run = toys.run(toys.plan(ONE), policy=RETRY)
     manifest = toys.store.made(toys.plan(ONE)[0].key)
@@ -114,26 +114,26 @@ def test_a_step_whose_error_may_pass_is_tried_again_with_growing_pauses(toys: An
     )
 
 
-def test_it_fails_when_the_last_try_does(toys: Any) -> None:
+def test_last_failed_attempt_fails_the_step(toys: Any) -> None:
     toys.add("make", FAILS_TWICE)
     with pytest.raises(StepFailed, match="the hub hung up"):
         toys.run(toys.plan(ONE), policy=Policy(retry_attempts=2, retry_seconds=0.01))
     assert (toys.outputs / "tries").read_text() == "xx"
 
 
-def test_a_step_whose_error_stays_is_tried_once(toys: Any) -> None:
+def test_permanent_errors_are_not_retried(toys: Any) -> None:
     toys.add("make", FAILS_TWICE.replace("ConnectionResetError", "ValueError"))
     with pytest.raises(StepFailed, match="ValueError: the hub hung up"):
         toys.run(toys.plan(ONE), policy=RETRY)
     assert (toys.outputs / "tries").read_text() == "x"
 
 
-def test_a_stop_ends_the_pause_before_another_try(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_ends_the_pause_between_attempts(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.add("make", FAILS_TWICE)
     pause = run._pause
     monkeypatch.setattr(run, "_pause", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), pause(*given)))
     began = time.monotonic()
-    with pytest.raises(Interrupted, match="stopped before another try of one"):
+    with pytest.raises(Interrupted, match="stopped before another attempt of one"):
         toys.run(toys.plan(ONE), policy=Policy(retry_attempts=3, retry_seconds=60))
     assert time.monotonic() - began < 10
 
@@ -150,7 +150,7 @@ for step in range(600):
 """
 
 
-def test_a_step_that_takes_too_long_saves_and_fails_with_the_limit(toys: Any) -> None:
+def test_step_over_its_time_limit_saves_and_fails(toys: Any) -> None:
     toys.add("make", WAITS)
     with pytest.raises(
         StepFailed, match=r"took longer than timeout\.one=0\.2 seconds\. one stopped at iteration"
@@ -163,12 +163,12 @@ def test_a_step_that_takes_too_long_saves_and_fails_with_the_limit(toys: Any) ->
     assert [attempt["outcome"] for attempt in attempts.read(work)] == ["failed"]
 
 
-def test_a_step_that_is_done_in_time_hears_nothing_of_its_limit(toys: Any) -> None:
+def test_step_within_its_time_limit_is_unaffected(toys: Any) -> None:
     toys.run(toys.plan(CHAIN), policy=Policy(timeouts={"one": 60, "two": 60}))
     assert threading.active_count() < 10
 
 
-def test_a_step_that_does_not_stop_when_asked_to_is_ended(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_that_ignores_its_limit_is_ended(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.add("make", "time.sleep(60)")
     monkeypatch.setattr(TimeLimit.__init__, "__kwdefaults__", {"grace_seconds": 0.2})
     began = time.monotonic()
@@ -177,7 +177,7 @@ def test_a_step_that_does_not_stop_when_asked_to_is_ended(toys: Any, monkeypatch
     assert time.monotonic() - began < 10
 
 
-def test_a_limit_rings_in_its_body_only() -> None:
+def test_time_limit_applies_to_its_body_only() -> None:
     with pytest.raises(TimeIsUp), TimeLimit(0.02, grace_seconds=0.02):
         time.sleep(10)
     with TimeLimit(0.05, grace_seconds=0.05) as limit:
@@ -203,7 +203,7 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield serving.url, posted
 
 
-def test_commands_are_told_of_start_and_end_in_order_with_the_facts(toys: Any, tmp_path: Path) -> None:
+def test_hook_commands_run_in_order_with_facts(toys: Any, tmp_path: Path) -> None:
     log = tmp_path / "log"
     shell = f'echo "$MLXCHAT_EVENT $MLXCHAT_STEP $MLXCHAT_STAGE" >> {log}'
     words = [sys.executable, "-c", f"import os; open({str(log)!r}, 'a').write(os.environ['MLXCHAT_ARTIFACT'] + '\\n')"]
@@ -213,7 +213,7 @@ def test_commands_are_told_of_start_and_end_in_order_with_the_facts(toys: Any, t
     assert run.hooks._thread is None
 
 
-def test_an_address_gets_json(toys: Any, server: Any) -> None:
+def test_hook_url_receives_json(toys: Any, server: Any) -> None:
     address, posted = server
     toys.add("make", "raise ValueError('oh no')")
     with pytest.raises(StepFailed):
@@ -227,9 +227,7 @@ BROKEN = ["exit 3", ["/no/such/program"], "sleep 60", "http://127.0.0.1:9/", "ki
 
 
 @pytest.mark.parametrize("target", BROKEN, ids=str)
-def test_a_hook_that_is_broken_slow_or_missing_is_warned_of_once_and_breaks_nothing(
-    target: Any, toys: Any, server: Any
-) -> None:
+def test_broken_hook_warns_once_and_breaks_nothing(target: Any, toys: Any, server: Any) -> None:
     target = target.format(address=server[0]) if isinstance(target, str) else target
     began = time.monotonic()
     hooks = Hooks(on_start=target, on_success=target, warn=toys.said.append, timeout_seconds=0.3)
@@ -238,10 +236,10 @@ def test_a_hook_that_is_broken_slow_or_missing_is_warned_of_once_and_breaks_noth
     assert [step.state for step in toys.plan(CHAIN)] == ["done", "done"]
     warnings = [line for line in toys.said if line.startswith("warning: hooks")]
     assert 1 <= len(warnings) <= 3
-    assert len({line.split(" does not work")[0] for line in warnings}) == len(warnings), "each is warned of once"
+    assert len({line.split(" failed")[0] for line in warnings}) == len(warnings), "each is warned of once"
 
 
-def test_a_slow_hook_delays_no_step(toys: Any) -> None:
+def test_slow_hook_delays_no_step(toys: Any) -> None:
     hooks = Hooks(on_start="sleep 1", timeout_seconds=5)
     run = toys.run(toys.plan(CHAIN), hooks=hooks)
     times = {event["event"]: event["time"] for event in Records(run.folder / "events.jsonl").read()}
@@ -274,7 +272,7 @@ def jumping(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("jumping")
-def test_a_clock_that_jumps_changes_no_duration_and_no_verdict(toys: Any) -> None:
+def test_clock_jumps_change_no_duration(toys: Any) -> None:
     toys.add("make", "time.sleep(0.05); (ctx.out / 'result.txt').write_text('1')")
     toys.run(toys.plan(CHAIN))
     manifest = toys.store.made(toys.plan(CHAIN)[0].key)
@@ -287,7 +285,7 @@ def test_a_clock_that_jumps_changes_no_duration_and_no_verdict(toys: Any) -> Non
 
 
 @pytest.mark.usefixtures("jumping")
-def test_a_clock_that_jumps_does_not_hide_a_failure_from_a_waiter(tmp_path: Path) -> None:
+def test_clock_jumps_hide_no_failure(tmp_path: Path) -> None:
     number = attempts.start(tmp_path, "run1", "one")
     known = attempts.ended(tmp_path)
     attempts.finish(tmp_path, number, "failed", "oh no", None)
@@ -296,7 +294,7 @@ def test_a_clock_that_jumps_does_not_hide_a_failure_from_a_waiter(tmp_path: Path
 
 
 @pytest.mark.usefixtures("jumping")
-def test_a_limit_of_time_does_not_follow_a_clock_that_jumps() -> None:
+def test_clock_jumps_do_not_affect_time_limits() -> None:
     began = time.monotonic()
     with TimeLimit(0.2) as limit:
         while not limit.passed:
@@ -318,7 +316,7 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return SECRETS
 
 
-def test_a_secret_is_replaced_by_the_name_of_its_variable_wherever_it_stands(secrets: dict[str, str]) -> None:
+def test_secrets_are_replaced_by_variable_names(secrets: dict[str, str]) -> None:
     nested = {"a": [f"x {value} y" for value in secrets.values()], SECRETS["HF_TOKEN"]: 1, "n": 2.5, "none": None}
     assert redact(nested) == {"a": [f"x <{name}> y" for name in secrets], "<HF_TOKEN>": 1, "n": 2.5, "none": None}
     assert redact("pa%2Fss%20word%2B1") == "<DB_PASSWORD>", "as part of an address"
@@ -328,9 +326,7 @@ def test_a_secret_is_replaced_by_the_name_of_its_variable_wherever_it_stands(sec
     ("name", "value"),
     [("TOKENIZERS_PARALLELISM", "false-ish"), ("MAX_TOKENS", "1048576"), ("HOME", "/root/home"), ("X_TOKEN", "abc")],
 )
-def test_other_variables_and_values_too_short_to_tell_apart_are_left_alone(
-    name: str, value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_variables_and_short_values_are_kept(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
     assert redact(f"x {value} y") == f"x {value} y"
 
@@ -346,9 +342,7 @@ def leaks(folder: Path, secrets: dict[str, str]) -> list[str]:
     return found
 
 
-def test_no_secret_reaches_a_file_or_a_line_of_a_run(
-    toys: Any, secrets: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_secrets_reach_no_file_or_output(toys: Any, secrets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     everything = " ".join(secrets.values())
     monkeypatch.setattr(sys, "argv", ["mlxchat", f"hooks.on_start=curl -H '{everything}'"])
     toys.add("make", """
@@ -370,7 +364,7 @@ def test_no_secret_reaches_a_file_or_a_line_of_a_run(
     assert manifest["externals"] == [{"url": "https://x/<HF_TOKEN>"}]
 
 
-def test_no_secret_of_the_command_line_reaches_the_outputs_folder(
+def test_secrets_of_the_command_line_reach_no_file(
     mlxchat: Callable[..., subprocess.CompletedProcess[str]], tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
     secrets = {"HF_TOKEN": "hf_abcdefgh12345", "WANDB_API_KEY": "0123456789abcdef0123", "DB_PASSWORD": "pass-word-1"}
@@ -390,7 +384,7 @@ def test_no_secret_of_the_command_line_reaches_the_outputs_folder(
     assert leaks(tmp_path / "outputs", secrets) == []
 
 
-def test_a_mac_is_kept_awake_while_a_run_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mac_is_kept_awake_during_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program, log = tmp_path / "caffeinate", tmp_path / "log"
     program.write_text(f'#!/bin/sh\necho "$@" > {log}.new\nmv {log}.new {log}\nexec sleep 60\n')
     program.chmod(0o755)
@@ -403,9 +397,7 @@ def test_a_mac_is_kept_awake_while_a_run_works(tmp_path: Path, monkeypatch: pyte
     assert log.read_text() == f"-i -w {os.getpid()}\n"
 
 
-def test_a_mac_without_that_program_and_other_systems_are_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_caffeinate_is_optional(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", lambda *arguments, **options: pytest.fail("nothing is started"))
     with keep_awake():
         pass

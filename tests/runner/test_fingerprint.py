@@ -1,4 +1,4 @@
-"""Identity: what changes an artifact's id, and what does not."""
+"""What changes an artifact's id, and what does not."""
 
 from __future__ import annotations
 
@@ -242,7 +242,7 @@ def ids(config: Config) -> dict[str, str]:
     return {step.name: step.key for step in plan}
 
 
-def test_a_dtype_other_than_float32_is_part_of_what_computes_alone() -> None:
+def test_dtype_is_part_of_gpu_steps_keys_only() -> None:
     config, found = full_config(), {}
     for dtype in ("float32", "bfloat16"):
         plan = make_plan(
@@ -285,16 +285,16 @@ def shuffled(value: Any, rng: random.Random) -> Any:
 
 
 @given(plain_data, st.randoms(use_true_random=False))
-def test_key_order_does_not_change_an_id(data: Any, rng: random.Random) -> None:
+def test_key_order_changes_no_id(data: Any, rng: random.Random) -> None:
     assert compute_key("sft", 1, data, {}, {}) == compute_key("sft", 1, shuffled(data, rng), {}, {})
 
 
 @given(plain_data)
-def test_the_canonical_text_gives_the_data_back_so_different_data_never_share_one(data: Any) -> None:
+def test_canonical_text_is_injective(data: Any) -> None:
     assert json.loads(canonical_json(data)) == data
 
 
-def test_the_leaves_cover_every_field_of_the_schema() -> None:
+def test_leaves_cover_every_field_of_the_schema() -> None:
     def names(schema: type, prefix: str = "") -> Iterator[str]:
         for item in fields(schema):
             hint = get_type_hints(schema)[item.name]
@@ -309,7 +309,7 @@ def test_the_leaves_cover_every_field_of_the_schema() -> None:
 
 
 @pytest.mark.parametrize("section", READ_BY)
-def test_an_identity_field_changes_the_ids_of_the_steps_that_read_it_and_of_no_others(section: str) -> None:
+def test_identity_field_changes_only_its_readers_ids(section: str) -> None:
     before, wrong = full_ids(), {}
     for path in LEAVES:
         if path.split(".")[0] != section or path in NOT_IDENTITY:
@@ -339,14 +339,14 @@ def identity_around(path: str, config: Config) -> Any:
     return ids(config)
 
 
-def test_an_excluded_field_changes_no_id() -> None:
+def test_excluded_field_changes_no_id() -> None:
     for path in [*sorted(NOT_IDENTITY), *(path for path in LEAVES if path.split(".")[0] in NEVER)]:
         before = identity_around(path, full_config())
         with changed(path) as config:
             assert identity_around(path, config) == before, path
 
 
-def test_the_excluded_fields_are_those_listed_here() -> None:
+def test_excluded_fields_are_exactly_listed() -> None:
     def is_marked(path: str) -> bool:
         section: Any = full_config()
         for name in path.split("."):
@@ -360,7 +360,7 @@ def test_the_excluded_fields_are_those_listed_here() -> None:
     assert {path for path in marked if not PINNED & set(path.split(".")) or path in NOT_IDENTITY} == NOT_IDENTITY
 
 
-def test_a_file_that_is_only_looked_at_is_pinned_by_no_id(tmp_path: Path) -> None:
+def test_file_of_excluded_field_is_not_pinned(tmp_path: Path) -> None:
     """CORE's bundle changes the evaluation, and not the pretraining that estimates CORE with it."""
     before, bundle = full_ids(), tmp_path / "bundle.zip"
     bundle.write_bytes(b"one")
@@ -385,7 +385,7 @@ def test_core_is_part_of_the_identity_where_it_ends_the_training(tmp_path: Path)
         assert key(b"one", 0.2) != key(contents, 0.2, **changes)
 
 
-def test_every_section_is_either_read_by_a_stage_or_named_as_never_read() -> None:
+def test_every_section_is_read_or_listed_as_unread() -> None:
     assert {item.name for item in fields(Config)} == {*READ_BY, *NEVER, "pipeline"}
 
 
@@ -399,11 +399,11 @@ def test_every_section_is_either_read_by_a_stage_or_named_as_never_read() -> Non
         ("model.depth=4", "model.depth='4'"),
     ],
 )
-def test_ways_to_write_one_number_give_one_id(left: str, right: str) -> None:
+def test_number_notation_changes_no_id(left: str, right: str) -> None:
     assert ids(compose_config([left]).config) == ids(compose_config([right]).config)
 
 
-def test_the_same_conversations_come_in_the_same_order_whatever_the_order_of_the_keys() -> None:
+def test_key_order_changes_no_conversation_order() -> None:
     # The id sorts the keys, so what is made must not depend on their order either.
     items = {name: full_config().sft.mixture[name] for name in ("identity", "spelling", "letters")}
     backwards = dict(reversed(items.items()))
@@ -411,7 +411,7 @@ def test_the_same_conversations_come_in_the_same_order_whatever_the_order_of_the
     assert list(Mixture(items, seed=1)) == list(Mixture(backwards, seed=1))
 
 
-def test_a_field_added_later_leaves_old_ids_alone_while_it_has_its_default() -> None:
+def test_later_fields_keep_old_ids_at_their_default() -> None:
     @dataclass
     class Before:
         rate: float = 1.0
@@ -431,7 +431,7 @@ def test_a_field_added_later_leaves_old_ids_alone_while_it_has_its_default() -> 
     ids=lambda value: type(value).__name__,
 )
 @pytest.mark.parametrize("wrap", [lambda value: value, lambda value: {"a": [value]}], ids=["alone", "nested"])
-def test_what_has_no_canonical_form_is_refused(value: Any, wrap: Any) -> None:
+def test_values_without_canonical_form_are_refused(value: Any, wrap: Any) -> None:
     with pytest.raises(TypeError, match=r"identity|canonical"):
         identity_of(wrap(value))
 
@@ -449,7 +449,7 @@ GOLDEN_RID = base64.b32encode(hashlib.sha256(GOLDEN_TEXT.encode()).digest()).dec
 
 
 @pytest.mark.parametrize("hash_seed", ["0", "1", "random"])
-def test_the_golden_id_is_the_same_in_every_process_and_folder(hash_seed: str, tmp_path: Path) -> None:
+def test_golden_id_is_stable_over_processes_and_folders(hash_seed: str, tmp_path: Path) -> None:
     code = (
         "import json, sys; from mlxchat.store.fingerprint import compute_key; r = json.loads(sys.argv[1]);"
         "print(compute_key(r['stage'], r['version'], r['config'], r['inputs'], r['externals']))"
@@ -463,7 +463,7 @@ def test_the_golden_id_is_the_same_in_every_process_and_folder(hash_seed: str, t
     assert done.stdout.strip() == GOLDEN_RID == "toptyhoq2jrc" + GOLDEN_RID[12:]
 
 
-def test_an_id_is_52_characters_that_disks_without_cases_tell_apart() -> None:
+def test_id_is_52_case_insensitive_characters() -> None:
     rid = compute_key("a", 1, {}, {}, {})
     assert len(rid) == 52
     assert set(rid) <= set("abcdefghijklmnopqrstuvwxyz234567")
@@ -481,7 +481,7 @@ def test_an_id_is_52_characters_that_disks_without_cases_tell_apart() -> None:
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_every_part_of_the_record_changes_the_id(change: dict[str, Any]) -> None:
+def test_every_part_of_an_identity_changes_the_id(change: dict[str, Any]) -> None:
     def rid(record: dict[str, Any]) -> str:
         return compute_key(record["stage"], record["version"], record["config"], record["inputs"], record["externals"])
 
@@ -510,7 +510,7 @@ print(json.dumps(found))
 """
 
 
-def test_the_shipped_experiments_keep_the_ids_that_they_had(tmp_path: Path) -> None:
+def test_shipped_experiments_keep_their_golden_ids(tmp_path: Path) -> None:
     # An id that changes makes everybody compute again: if it must, raise the stage's VERSION and write the file anew.
     golden = json.loads(EXPERIMENT_IDS.read_text())
     done = subprocess.run(
@@ -521,7 +521,7 @@ def test_the_shipped_experiments_keep_the_ids_that_they_had(tmp_path: Path) -> N
     assert json.loads(done.stdout) == golden
 
 
-def test_every_shipped_experiment_has_golden_ids_but_a_few_that_need_more_than_the_checkout() -> None:
+def test_shipped_experiments_have_golden_ids() -> None:
     # tinystories_53m needs an extra, those with an import somebody's model: tests/interop has golden ids of imports.
     # nanochat's recipe is that of speedrun_d20, with bundled data that of the quickstart.
     needing = {
@@ -549,7 +549,7 @@ print(sys.version_info[:2])
 """
 
 
-def test_the_golden_id_is_the_same_in_every_supported_python_with_its_standard_library_alone(tmp_path: Path) -> None:
+def test_golden_id_is_stable_over_pythons(tmp_path: Path) -> None:
     found = [shutil.which(name) for name in ("python3.12", "python3.13")]
     pyenv = sorted((Path.home() / ".pyenv" / "versions").glob("3.1[23]*/bin/python"))
     source = Path(__file__).parents[2] / "src" / "mlxchat" / "store" / "fingerprint.py"
@@ -576,7 +576,7 @@ typed = st.recursive(
 
 
 @given(typed)
-def test_a_tuple_is_a_list(data: Any) -> None:
+def test_tuple_and_list_are_equal(data: Any) -> None:
     def tupled(value: Any) -> Any:
         if isinstance(value, dict):
             return {key: tupled(item) for key, item in value.items()}
@@ -586,7 +586,7 @@ def test_a_tuple_is_a_list(data: Any) -> None:
 
 
 @given(typed, typed)
-def test_equal_texts_mean_equal_values_of_equal_types(left: Any, right: Any) -> None:
+def test_equal_canonical_texts_mean_equal_values(left: Any, right: Any) -> None:
     same = canonical_json(identity_of(left)) == canonical_json(identity_of(right))
     assert same == (repr(sorted_deep(left)) == repr(sorted_deep(right)))
 
@@ -597,7 +597,7 @@ def sorted_deep(value: Any) -> Any:
     return [sorted_deep(item) for item in value] if isinstance(value, list) else value
 
 
-def test_a_number_is_what_the_field_declares_and_true_is_no_number() -> None:
+def test_numbers_have_their_fields_type() -> None:
     @dataclass
     class Rates:
         lr: float = 0.5
@@ -615,6 +615,6 @@ def test_a_number_is_what_the_field_declares_and_true_is_no_number() -> None:
     assert identity_of(Rates(steps=1))["steps"] == 1
 
 
-def test_two_keys_that_would_be_one_are_refused() -> None:
+def test_colliding_keys_are_refused() -> None:
     with pytest.raises(TypeError, match="canonical"):
         identity_of({1: "a", "1": "b"})

@@ -1,4 +1,4 @@
-"""Intermediate models of a training: contents, names, and that they change nothing else."""
+"""Intermediate models of a training: contents, names, and no effect on the training."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def fail_after(training: Any, iteration: int, folder: Any) -> None:
         training.run(training.plan(ONE))
 
 
-def test_they_are_whole_artifacts_that_say_of_which_training_and_iteration(training: Any) -> None:
+def test_intermediate_models_are_artifacts_with_provenance(training: Any) -> None:
     training.run(training.plan(ONE))
     store: Store = training.store
     place = resolve(store, "one@4")
@@ -72,7 +72,7 @@ def test_they_are_whole_artifacts_that_say_of_which_training_and_iteration(train
     assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["running"]
 
 
-def test_they_change_neither_key_nor_id_of_the_training_nor_its_plan(training: Any) -> None:
+def test_publishing_changes_no_key_and_no_plan(training: Any) -> None:
     training.config.toy.cadence = 0
     training.run(training.plan(ONE))
     (without,) = training.plan(ONE)
@@ -85,7 +85,7 @@ def test_they_change_neither_key_nor_id_of_the_training_nor_its_plan(training: A
     assert training.plan(ONE)[0].reason == "config changed: toy.number 1 → 2"
 
 
-def test_a_training_that_failed_publishes_each_once_and_its_runs_share_the_names(training: Any, tmp_path: Any) -> None:
+def test_resumed_training_publishes_each_model_once(training: Any, tmp_path: Any) -> None:
     fail_after(training, 3, tmp_path)
     assert sorted(links(training.store, "run1")) == ["one@2"]
     training.run(training.plan(ONE))
@@ -95,7 +95,7 @@ def test_a_training_that_failed_publishes_each_once_and_its_runs_share_the_names
     assert list((training.outputs / "work").iterdir()) == []
 
 
-def test_a_forced_training_publishes_its_own(training: Any) -> None:
+def test_forced_training_publishes_again(training: Any) -> None:
     training.run(training.plan(ONE))
     training.add("make", TRAINING.replace("str(done)", "str(-done)"), produces="checkpoint", outputs=("result.txt",))
     training.run(training.plan(ONE, force=["one"]))
@@ -103,7 +103,7 @@ def test_a_forced_training_publishes_its_own(training: Any) -> None:
     assert (resolve(training.store, "run1/one@2") / "result.txt").read_text() == "2"
 
 
-def test_until_a_training_ends_its_name_is_that_of_the_last_model(training: Any, tmp_path: Any) -> None:
+def test_running_training_names_its_last_model(training: Any, tmp_path: Any) -> None:
     fail_after(training, 5, tmp_path)
     store = training.store
     names = ("one", "run1/one", "run1", "one@4", "run1/one@4")
@@ -116,14 +116,14 @@ def test_until_a_training_ends_its_name_is_that_of_the_last_model(training: Any,
         find(store, "run1/two")
 
 
-def test_a_model_that_lacks_a_promised_file_ends_the_training(training: Any) -> None:
+def test_incomplete_intermediate_model_fails_the_training(training: Any) -> None:
     training.add("make", TRAINING, produces="checkpoint", outputs=("result.txt", "third.txt"))
     with pytest.raises(StepFailed, match=r"step one did not make third\.txt after iteration 2"):
         training.run(training.plan(ONE))
     assert list(training.store.manifests()) == []
 
 
-def test_gc_keeps_them_with_their_run_and_collects_them_under_a_limit(training: Any) -> None:
+def test_gc_treats_intermediate_models_like_others(training: Any) -> None:
     old = training.run(training.plan(ONE)).name
     training.config.toy.number = 2
     training.run(training.plan(ONE))

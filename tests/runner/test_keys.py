@@ -1,4 +1,4 @@
-"""What a key holds beyond the settings: what each step reads, and nothing else."""
+"""Keys cover exactly what each step reads."""
 
 from __future__ import annotations
 
@@ -56,12 +56,12 @@ def test_prompts_and_samples_change_no_key(override: str, smoke: dict[str, str])
         ("eval.max_new_tokens=9", {"eval_mid", "eval_sft", "eval_rl"}),
     ],
 )
-def test_an_evaluation_has_in_its_key_what_it_reads(override: str, changed: set[str], smoke: dict[str, str]) -> None:
+def test_evaluation_key_covers_what_it_reads(override: str, changed: set[str], smoke: dict[str, str]) -> None:
     after = keys(override)
     assert {step for step in smoke if after[step] != smoke[step]} == changed
 
 
-def test_a_moved_or_renamed_file_changes_no_key(tmp_path: Path) -> None:
+def test_moved_file_changes_no_key(tmp_path: Path) -> None:
     found = []
     for name in ("m.jsonl", "d/m.jsonl", "n.jsonl"):
         path = tmp_path / name
@@ -71,7 +71,7 @@ def test_a_moved_or_renamed_file_changes_no_key(tmp_path: Path) -> None:
     assert found[0] == found[1] == found[2]
 
 
-def test_a_file_at_another_place_of_the_configuration_is_another_key(tmp_path: Path) -> None:
+def test_file_in_another_setting_changes_the_key(tmp_path: Path) -> None:
     paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     for path, text in zip(paths, ("one", "two"), strict=True):
         Path(path).write_text(text)
@@ -83,7 +83,7 @@ def test_a_file_at_another_place_of_the_configuration_is_another_key(tmp_path: P
     assert pin_externals(one) != pin_externals(other)
 
 
-def test_rewards_do_not_depend_on_the_order_of_their_parts() -> None:
+def test_order_of_reward_parts_changes_nothing() -> None:
     """0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in their last bit, and keys do not know the order."""
 
     class Right:
@@ -99,7 +99,7 @@ def test_rewards_do_not_depend_on_the_order_of_their_parts() -> None:
     assert list(one({"messages": []}, "", 0)[1]) == list(other({"messages": []}, "", 0)[1])
 
 
-def test_scores_do_not_depend_on_the_order_of_the_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_the_suite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxchat.stages import eval as stage
 
     from mlxchat.evals.scores import Score
@@ -127,8 +127,7 @@ def test_scores_do_not_depend_on_the_order_of_the_suite(monkeypatch: pytest.Monk
     assert found[0] == found[1]
 
 
-def test_a_step_computed_in_another_dtype_runs_again(toys: Any) -> None:
-    """It once said "nothing to do"."""
+def test_other_dtype_reruns_the_step(toys: Any) -> None:
     pipeline = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
     stage = toys.package / "make.py"
     stage.write_text(f'RESOURCES = ["gpu"]\n{stage.read_text()}')

@@ -1,4 +1,4 @@
-"""The latest run is one run: the last one that finished a model."""
+"""The latest run is the last one that finished a model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ def chosen(models: Any) -> tuple[str, str]:
     return found.place.name.split("-")[0], str(found.run)
 
 
-def test_latest_is_the_last_run_that_finished_a_model_and_only_that(models: Any) -> None:
-    """After a run with RL, a run that only pretrained was latest, and chat answered with the first run's RL model."""
+def test_latest_is_the_last_run_with_a_model(models: Any) -> None:
     models.run(models.plan(WHOLE))
     assert (chosen(models), set(refs_of(models.store))) == (("sft", "run1"), set(WHOLE))
     models.config.toy.number = 2
@@ -45,21 +44,21 @@ def test_latest_is_the_last_run_that_finished_a_model_and_only_that(models: Any)
     assert find(models.store, "sft").run == "run1", "a step that the latest run lacks is of the last run that has it"
 
 
-def test_a_run_without_a_model_leaves_latest_as_it_is(models: Any) -> None:
+def test_run_without_a_model_keeps_latest(models: Any) -> None:
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
     models.run(models.plan({"corpus": BASE["corpus"]}))
     assert chosen(models) == ("sft", "run1")
 
 
-def test_without_any_model_the_steps_of_the_last_run_are_known(models: Any) -> None:
+def test_last_run_is_known_without_any_model(models: Any) -> None:
     run = models.run(models.plan({"corpus": BASE["corpus"]}))
     assert find(models.store, "corpus").run == run.name
     with pytest.raises(StoreError, match="holds no model yet"):
         find_model(models.store, None)
 
 
-def test_a_run_that_only_reused_models_is_latest_once_it_is_complete(models: Any) -> None:
+def test_completed_run_of_reused_models_becomes_latest(models: Any) -> None:
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
     models.run(models.plan(BASE))
@@ -68,7 +67,7 @@ def test_a_run_that_only_reused_models_is_latest_once_it_is_complete(models: Any
     assert chosen(models) == ("sft", "run3")
 
 
-def test_a_run_that_failed_before_its_first_own_model_is_not_latest(models: Any) -> None:
+def test_failed_run_without_own_model_is_not_latest(models: Any) -> None:
     models.run(models.plan(WHOLE))
     models.add("sft", "raise DataError('no')", inputs={"source": "checkpoint"}, produces="checkpoint", version=2)
     with pytest.raises(DataError):
@@ -76,7 +75,7 @@ def test_a_run_that_failed_before_its_first_own_model_is_not_latest(models: Any)
     assert chosen(models) == ("sft", "run1")
 
 
-def test_a_stopped_run_is_latest_with_the_model_that_it_finished(models: Any) -> None:
+def test_stopped_run_with_a_model_is_latest(models: Any) -> None:
     handler = signal.getsignal(signal.SIGINT)
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
@@ -90,8 +89,7 @@ def test_a_stopped_run_is_latest_with_the_model_that_it_finished(models: Any) ->
     assert chosen(models) == ("pretrain", "run2")
 
 
-def test_a_run_of_a_verb_is_latest_only_where_nothing_else_is(models: Any, tmp_path: Path) -> None:
-    """An import was the latest run, and chat, status and report said there was nothing."""
+def test_run_of_a_verb_is_latest_only_alone(models: Any, tmp_path: Path) -> None:
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
     models.run(models.plan(BASE), becomes_latest=False)
@@ -110,7 +108,7 @@ def repeated(models: Any, pipeline: dict[str, dict[str, str]]) -> None:
     _name_again(compose_config(["name=again"]), models.plan(pipeline), models.store, name)
 
 
-def test_a_command_with_nothing_to_do_makes_its_run_the_latest_one(models: Any) -> None:
+def test_finished_command_makes_its_run_latest(models: Any) -> None:
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
     models.run(models.plan(BASE))
@@ -119,8 +117,7 @@ def test_a_command_with_nothing_to_do_makes_its_run_the_latest_one(models: Any) 
     assert chosen(models) == ("sft", "run1")
 
 
-def test_an_artifact_whose_run_was_killed_before_it_was_named_gets_a_name(models: Any) -> None:
-    """It was there, and no run: not shown as a step, and cleaned away."""
+def test_unnamed_artifact_of_a_killed_run_gets_named(models: Any) -> None:
     models.run(models.plan({"corpus": BASE["corpus"]}))
     shutil.rmtree(models.outputs / "refs")
     (models.outputs / "refs").mkdir()
@@ -129,7 +126,7 @@ def test_an_artifact_whose_run_was_killed_before_it_was_named_gets_a_name(models
     assert not (models.outputs / "refs" / "latest").is_symlink()
 
 
-def test_a_command_with_nothing_to_do_is_a_run_where_its_steps_are_of_several(models: Any) -> None:
+def test_finished_steps_of_several_runs_become_one_run(models: Any) -> None:
     models.run(models.plan(WHOLE))
     models.run(models.plan({**BASE, "other": {"stage": "copy", "source": "corpus"}}))
     repeated(models, {**WHOLE, "other": {"stage": "copy", "source": "corpus"}})
@@ -138,7 +135,7 @@ def test_a_command_with_nothing_to_do_is_a_run_where_its_steps_are_of_several(mo
     assert json.loads((models.outputs / "runs" / latest(models.store) / "plan.json").read_text())["steps"]
 
 
-def test_latest_moves_with_the_outputs_folder_and_outlives_its_link(models: Any, tmp_path: Path) -> None:
+def test_latest_survives_moving_the_outputs_folder(models: Any, tmp_path: Path) -> None:
     models.run(models.plan(WHOLE))
     moved = models.outputs.rename(tmp_path / "moved")
     assert latest(Store(moved)) == "run1"
@@ -146,7 +143,7 @@ def test_latest_moves_with_the_outputs_folder_and_outlives_its_link(models: Any,
     assert latest(Store(moved)) == "run1"
 
 
-def test_a_folder_of_mixed_steps_from_before_gives_way_to_the_last_run(models: Any) -> None:
+def test_old_mixed_latest_folder_is_replaced(models: Any) -> None:
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
     models.run(models.plan(BASE))
@@ -161,7 +158,7 @@ def test_a_folder_of_mixed_steps_from_before_gives_way_to_the_last_run(models: A
     assert chosen(models) == ("pretrain", "run3")
 
 
-def test_a_model_is_described_with_step_run_artifact_and_time(models: Any) -> None:
+def test_model_description_has_step_run_artifact_time(models: Any) -> None:
     models.run(models.plan(WHOLE))
     found = find_model(models.store, None)
     published = json.loads((found.place / "manifest.json").read_text())["published"][:16].replace("T", " ")
@@ -176,5 +173,5 @@ def test_a_model_is_described_with_step_run_artifact_and_time(models: Any) -> No
         ("mine", "mine"),
     ],
 )  # fmt: skip
-def test_a_run_is_called_what_follows_its_number(folder: str, name: str) -> None:
+def test_run_name_follows_its_number(folder: str, name: str) -> None:
     assert called(folder) == name

@@ -1,4 +1,4 @@
-"""The plan: order, wiring, and for every step whether it runs and why."""
+"""The plan: order, wiring, and whether and why each step runs."""
 
 from __future__ import annotations
 
@@ -41,9 +41,7 @@ def changed(**steps: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 @given(st.permutations(list(REAL)), st.none() | st.lists(st.sampled_from(list(REAL)), min_size=1))
-def test_inputs_come_before_what_they_feed_whatever_the_order_of_the_file(
-    names: list[str], targets: list[str] | None
-) -> None:
+def test_steps_are_in_topological_order(names: list[str], targets: list[str] | None) -> None:
     pipeline = {name: REAL[name] for name in names}
     order = order_steps(pipeline, targets, Stages())
     assert len(set(order)) == len(order)
@@ -53,7 +51,7 @@ def test_inputs_come_before_what_they_feed_whatever_the_order_of_the_file(
         assert sources <= set(order[: order.index(step)])
 
 
-def test_a_file_in_a_possible_order_is_followed() -> None:
+def test_order_of_the_file_is_kept_if_topological() -> None:
     assert order_steps(REAL, None, Stages()) == list(REAL)
 
 
@@ -66,7 +64,7 @@ def test_a_file_in_a_possible_order_is_followed() -> None:
         ("eval_base", ["corpus", "tokenizer", "pretrain", "eval_base"]),
     ],
 )
-def test_a_target_brings_what_it_needs_and_nothing_else(target: str, steps: list[str]) -> None:
+def test_target_includes_only_needed_steps(target: str, steps: list[str]) -> None:
     assert order_steps(REAL, [target], Stages()) == steps
 
 
@@ -97,7 +95,7 @@ def test_a_target_brings_what_it_needs_and_nothing_else(target: str, steps: list
         (changed(a={"stage": "sft", "checkpoint": "b"}, b={"stage": "sft", "checkpoint": "a"}), r"cycle: a → b → a"),
     ],
 )
-def test_wrong_wiring_is_refused_with_the_nearest_right_name(pipeline: dict[str, dict[str, str]], message: str) -> None:
+def test_wrong_wiring_gets_a_suggestion(pipeline: dict[str, dict[str, str]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         order_steps(pipeline, None, Stages())
 
@@ -105,16 +103,16 @@ def test_wrong_wiring_is_refused_with_the_nearest_right_name(pipeline: dict[str,
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ("sftt", r'"sftt" is no stage and no step.*Did you mean "sft"\?'),
+        ("sftt", r'"sftt" is neither a stage nor a step.*Did you mean "sft"\?'),
         ("midtrain", r'"midtrain".*no step of this stage'),
     ],
 )
-def test_an_unknown_target_is_refused(target: str, message: str) -> None:
+def test_unknown_target_is_refused(target: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         order_steps(REAL, [target], Stages())
 
 
-def test_every_mistake_of_the_wiring_is_named_at_once() -> None:
+def test_wiring_mistakes_are_reported_together() -> None:
     wrong = changed(sft={"stage": "sft"}, eval_sft={"stage": "evla"}, more={"stage": "rl", "checkpoint": "nope"})
     with pytest.raises(ConfigError) as caught:
         order_steps(wrong, ["nothing"], Stages())
@@ -127,13 +125,13 @@ def test_every_mistake_of_the_wiring_is_named_at_once() -> None:
     ]
 
 
-def test_an_optional_role_may_be_left_out_but_not_filled_with_another_kind() -> None:
+def test_optional_role_may_be_empty_but_not_of_wrong_kind() -> None:
     assert "eval_sft" in order_steps(REAL, None, Stages())
     with pytest.raises(ConfigError, match=r"eval_sft\.corpus is tokenizer, a tokenizer; expected a corpus"):
         order_steps(changed(eval_sft={"stage": "eval", "checkpoint": "sft", "corpus": "tokenizer"}), None, Stages())
 
 
-def test_an_unknown_step_in_force_is_refused(toys: Any) -> None:
+def test_unknown_forced_step_is_refused(toys: Any) -> None:
     with pytest.raises(ConfigError, match=r'force names tow.*Did you mean "two"\?'):
         toys.plan(CHAIN, force=["tow"])
 
@@ -143,16 +141,16 @@ def reasons(toys: Any, **options: Any) -> dict[str, tuple[str, str]]:
     return {step.name: (step.state, step.reason) for step in toys.plan(CHAIN, **options)}
 
 
-def test_at_first_everything_is_missing(toys: Any) -> None:
+def test_first_plan_has_everything_missing(toys: Any) -> None:
     assert set(reasons(toys).values()) == {("run", "missing")}
 
 
-def test_afterwards_everything_is_done(toys: Any) -> None:
+def test_finished_plan_is_all_done(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     assert set(reasons(toys).values()) == {("done", "")}
 
 
-def test_a_changed_setting_is_shown_old_and_new_and_its_followers_name_their_input(toys: Any) -> None:
+def test_changed_setting_is_shown_old_and_new(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.config.toy.number = 2
     assert reasons(toys) == {
@@ -178,22 +176,21 @@ class LaterSection:
     part: LaterPart = field(default_factory=LaterPart)
 
 
-def test_a_field_that_left_its_default_is_shown_with_the_default(toys: Any) -> None:
-    """`config changed: rl.advantages absent → z_score` hid that the artifact was made with `mean`."""
+def test_later_field_is_shown_with_its_default(toys: Any) -> None:
     toys.config.toy = LaterSection()
     toys.run(toys.plan(CHAIN))
     toys.config.toy = LaterSection(shape="square", part=LaterPart(weight=1.5))
     assert reasons(toys)["one"][1] == "config changed: toy.part.weight 0.5 → 1.5, toy.shape round → square"
 
 
-def test_a_setting_of_a_later_stage_leaves_the_earlier_done(toys: Any) -> None:
+def test_later_stages_setting_keeps_earlier_steps(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.config.other.number = 5
     assert [state for state, _ in reasons(toys).values()] == ["done", "run", "run"]  # `three` reads the same settings
     assert reasons(toys)["two"][1] == "config changed: other.number 1 → 5"
 
 
-def test_the_nearest_artifact_is_the_one_that_is_explained_from(toys: Any) -> None:
+def test_reason_compares_with_the_nearest_artifact(toys: Any) -> None:
     for number, seed in ((1, 1), (7, 1), (1, 2)):
         toys.config.toy.number = number
         toys.run(toys.plan({"one": CHAIN["one"]}, seed=seed))
@@ -202,14 +199,13 @@ def test_the_nearest_artifact_is_the_one_that_is_explained_from(toys: Any) -> No
     assert step.reason == "config changed: toy.number 1 → 9"
 
 
-def test_an_excluded_setting_leaves_everything_done(toys: Any) -> None:
+def test_excluded_setting_reruns_nothing(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.config.toy.cadence, toys.config.machine = 99, {"threads": 1}
     assert set(reasons(toys).values()) == {("done", "")}
 
 
-def test_a_seed_of_the_data_that_stays_is_no_change(toys: Any) -> None:
-    """The reason was "data_seed absent → 42, seed 42 → 1", although the data's seed had been 42 before."""
+def test_unchanged_data_seed_is_not_listed(toys: Any) -> None:
     file = toys.package / "make.py"
     file.write_text(f'SEEDED = "both"\n{file.read_text()}')
     read_stage.cache_clear()
@@ -218,13 +214,13 @@ def test_a_seed_of_the_data_that_stays_is_no_change(toys: Any) -> None:
     assert reasons(toys, seed=1, data_seed=2)["one"] == ("run", "config changed: data_seed 1 → 2")
 
 
-def test_another_seed_is_another_artifact(toys: Any) -> None:
+def test_seed_changes_the_artifact(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     assert reasons(toys, seed=2)["one"] == ("run", "config changed: seed 1 → 2")
 
 
 @pytest.mark.parametrize(("force", "forced"), [(["two"], {"two"}), (["all"], set(CHAIN)), ([], set())])
-def test_force_runs_exactly_what_it_names(force: list[str], forced: set[str], toys: Any) -> None:
+def test_force_runs_exactly_its_steps(force: list[str], forced: set[str], toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     found = reasons(toys, force=force)
     assert {step for step, reason in found.items() if reason == ("run", "forced")} == forced
@@ -233,33 +229,33 @@ def test_force_runs_exactly_what_it_names(force: list[str], forced: set[str], to
     assert {step for step, (state, _) in found.items() if state == "maybe"} == below
 
 
-def test_changed_code_of_a_stage_is_remarked_but_runs_nothing(toys: Any) -> None:
+def test_changed_code_is_noted_and_runs_nothing(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.add("make", "(ctx.out / 'result.txt').write_text('more')")
     assert reasons(toys)["one"] == ("done", "code drift (warn): stages/make.py")
     assert reasons(toys)["two"] == ("done", "")
 
 
-def test_a_comment_in_a_stage_is_not_remarked(toys: Any) -> None:
+def test_changed_comment_is_not_noted(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     path = toys.package / "make.py"
     path.write_text("# a remark\n" + path.read_text())
     assert reasons(toys)["one"] == ("done", "")
 
 
-def test_a_raised_version_runs_the_stage_again(toys: Any) -> None:
+def test_raised_version_reruns_the_stage(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     toys.add("make", "(ctx.out / 'result.txt').write_text('x')", version=2)
     assert reasons(toys)["one"] == ("run", "stage changed: version 1 → 2")
 
 
-def test_left_over_work_is_announced_as_resuming(toys: Any) -> None:
+def test_unfinished_work_is_planned_as_resuming(toys: Any) -> None:
     (step, *_) = toys.plan(CHAIN)
     (toys.store.work(step.key) / "ckpt").mkdir(parents=True)
     assert reasons(toys)["one"] == ("run", "missing, resumes")
 
 
-def test_the_targets_change_no_id(toys: Any) -> None:
+def test_targets_change_no_id(toys: Any) -> None:
     whole = {step.name: step.key for step in toys.plan(CHAIN)}
     for target in CHAIN:
         part = {step.name: step.key for step in toys.plan(CHAIN, targets=[target])}
@@ -267,12 +263,12 @@ def test_the_targets_change_no_id(toys: Any) -> None:
         assert target in part
 
 
-def test_the_name_of_a_step_changes_no_id(toys: Any) -> None:
+def test_step_name_changes_no_id(toys: Any) -> None:
     renamed = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
     assert [step.key for step in toys.plan(renamed)] == [step.key for step in toys.plan(CHAIN)][:2]
 
 
-def test_a_done_step_is_named_after_the_folder_that_is_there(toys: Any) -> None:
+def test_done_step_has_its_folders_name(toys: Any) -> None:
     toys.package.joinpath("make.py").write_text(toys.package.joinpath("make.py").read_text() + '\nLABEL = "machine"\n')
     toys.config.machine = "before"
     toys.run(toys.plan(CHAIN))
@@ -287,7 +283,7 @@ def test_planning_writes_nothing(toys: Any) -> None:
     assert not toys.outputs.exists()
 
 
-def test_planning_what_is_done_reads_no_output_and_hashes_nothing(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_finished_steps_reads_no_outputs(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.run(toys.plan(CHAIN))
     toys.plan(CHAIN)
 
@@ -301,9 +297,7 @@ def test_planning_what_is_done_reads_no_output_and_hashes_nothing(toys: Any, mon
     assert set(reasons(toys).values()) == {("done", "")}
 
 
-def test_ten_steps_that_are_done_among_many_artifacts_are_planned_by_looking_at_those_alone(
-    toys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planning_reads_only_needed_manifests(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = {"s0": {"stage": "make"}} | {f"s{n}": {"stage": "copy", "source": f"s{n - 1}"} for n in range(1, 10)}
     toys.run(toys.plan(pipeline))
     for number in range(200):
@@ -322,7 +316,7 @@ class Sources:
     paths: list[str] = field(default_factory=list, metadata={"external": "file"})
 
 
-def test_the_content_of_an_outside_file_is_part_of_the_identity_and_its_time_is_not(tmp_path: Path) -> None:
+def test_outside_file_is_identified_by_content(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("one")
     before = pin_externals({"toy": Sources(paths=[str(path)])})
@@ -332,13 +326,13 @@ def test_the_content_of_an_outside_file_is_part_of_the_identity_and_its_time_is_
     assert pin_externals({"toy": Sources(paths=[str(path)])}) != before
 
 
-def test_the_version_of_an_outside_package_is_part_of_the_identity() -> None:
+def test_outside_package_is_identified_by_version() -> None:
     assert pin_externals({"toy": Sources(packages=["pytest"])}) == {
         "package pytest": importlib.metadata.version("pytest")
     }
 
 
-def test_every_missing_file_and_package_is_named_at_once(tmp_path: Path) -> None:
+def test_missing_files_and_packages_are_reported_together(tmp_path: Path) -> None:
     sources = {"a": Sources(paths=["/no/such"], packages=["no-such-package"]), "b": {"x": Sources(paths=["/nor/this"])}}
     with pytest.raises(ConfigError) as caught:
         pin_externals(sources)
@@ -359,14 +353,14 @@ def test_flattened_settings_are_dotted_keys() -> None:
         (lambda text: text.replace("PRODUCES", "MAKES").replace("OUTPUTS", "FILES"), "PRODUCES, OUTPUTS"),
     ],
 )
-def test_a_stage_that_declares_too_little_is_refused(write: Callable[[str], str], message: str, toys: Any) -> None:
+def test_incomplete_stage_declaration_is_refused(write: Callable[[str], str], message: str, toys: Any) -> None:
     path = toys.package / "make.py"
     path.write_text(write(path.read_text()))
     with pytest.raises(ConfigError, match=message):
         toys.plan(CHAIN)
 
 
-def test_planning_does_not_import_the_stages(toys: Any) -> None:
+def test_planning_imports_no_stage(toys: Any) -> None:
     path = toys.package / "make.py"
     path.write_text("raise RuntimeError('imported')\n" + path.read_text())
     assert [step.name for step in toys.plan(CHAIN)] == list(CHAIN)

@@ -1,4 +1,4 @@
-"""What a person sees while a step works, at any width of the terminal."""
+"""Progress lines at any width of the terminal."""
 
 from __future__ import annotations
 
@@ -39,26 +39,26 @@ def shown(width: int, monkeypatch: pytest.MonkeyPatch, title: str = "pretrain", 
     return lines[0]
 
 
-def test_a_line_of_80_columns_has_bar_amount_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_80_column_line_has_bar_amount_and_eta(monkeypatch: pytest.MonkeyPatch) -> None:
     # At 80 columns there was no bar and the ETA was cut; at 70 the step's name was gone, too.
     line = shown(80, monkeypatch, **TRAINING)
     assert re.search(r"pretrain +━+.* 86/340 iterations .*loss 4\.751.*eta 4m59s$", line), line
 
 
 @pytest.mark.parametrize("width", [40, 50, 60, 70])
-def test_a_narrow_line_keeps_name_amount_and_eta(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrow_line_keeps_name_amount_and_eta(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     line = shown(width, monkeypatch, **TRAINING)
     assert re.search(r"pretrain .*86/340.*eta 4m59s$", line), line
 
 
-def test_a_wide_line_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wide_line_has_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     line = shown(120, monkeypatch, **TRAINING)
     for part in ("loss 4.751", "4.02k tok/s", "mfu 50%", "571.2 MB", "eta "):
         assert part in line
     assert line.index("571.2 MB") < line.index("eta ")
 
 
-def test_the_first_unit_which_compiles_is_not_in_the_eta(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eta_ignores_the_first_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     # After one iteration of 54 s, 53 of which compiled, five hours were predicted for a training of two minutes.
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
@@ -71,7 +71,7 @@ def test_the_first_unit_which_compiles_is_not_in_the_eta(monkeypatch: pytest.Mon
     ]  # fmt: skip
 
 
-def test_long_lines_break_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lines_wrap_between_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "rl         done in 4.2s: " + "  ".join(f"pass_at_{k} 0.{k}" for k in range(1, 9))
     lines = fill(text, width=60).split("\n")
     assert max(map(len, lines)) <= 60

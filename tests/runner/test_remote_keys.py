@@ -1,4 +1,4 @@
-"""Data of the Hub and of addresses: their commit or sha256 is in the key, whatever a branch or an address holds now."""
+"""Keys hold commits and sha256 digests of data from the Hub and from URLs."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def repositories(hub: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("section", [hub_corpus, task], ids=["corpus", "task"])
-def test_the_key_holds_the_commit_that_a_branch_means(section: Any, hub: Any, repositories: list[Any]) -> None:
-    """A branch that moved once gave other results under the same key."""
+def test_key_has_the_commit_of_a_branch(section: Any, hub: Any, repositories: list[Any]) -> None:
     before = pin_externals(section())
     assert pin_externals(section()) == before
     assert [each.path for each in hub.log if "/revision/" in each.path] == [hub.log[0].path], "one request a process"
@@ -56,9 +55,7 @@ def test_the_key_holds_the_commit_that_a_branch_means(section: Any, hub: Any, re
 
 
 @pytest.mark.parametrize("section", [hub_corpus, task], ids=["corpus", "task"])
-def test_a_commit_is_the_same_key_as_the_branch_and_needs_no_request(
-    section: Any, hub: Any, repositories: list[Any]
-) -> None:
+def test_commit_and_branch_give_the_same_key(section: Any, hub: Any, repositories: list[Any]) -> None:
     branch, commit = section(), section(revision=repositories[0].commit)
     pins = pin_externals(commit)
     assert hub.log == []
@@ -66,12 +63,12 @@ def test_a_commit_is_the_same_key_as_the_branch_and_needs_no_request(
     assert identity_of(commit) == identity_of(branch)
 
 
-def test_another_repository_is_another_key(hub: Any, repositories: list[Any]) -> None:
+def test_repository_changes_the_key(hub: Any, repositories: list[Any]) -> None:
     hub.add("me/copy", {"main/test-0.parquet": b"rows"})
     assert pin_externals(task()) != pin_externals(task(repository="me/copy"))
 
 
-def test_without_a_network_the_recorded_commit_counts_and_is_said(
+def test_offline_uses_the_recorded_commit(
     hub: Any, repositories: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = pin_externals(hub_corpus())
@@ -81,9 +78,7 @@ def test_without_a_network_the_recorded_commit_counts_and_is_said(
     assert f"org/texts: offline; main is commit {repositories[0].commit[:12]}, as recorded" in capsys.readouterr().err
 
 
-def test_a_hub_that_does_not_answer_is_left_after_the_limit_and_not_requested_again(
-    hub: Any, repositories: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unresponsive_hub_is_requested_once(hub: Any, repositories: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listings, "_PLAN_SECONDS", 0.2)
     hub.faults.latency_seconds = 5.0
     assert find_unknown(pin_externals(hub_corpus())) == {"corpus.revision": "org/texts at main"}
@@ -92,12 +87,12 @@ def test_a_hub_that_does_not_answer_is_left_after_the_limit_and_not_requested_ag
     assert len(hub.log) == asked == 1
 
 
-def test_a_repository_that_is_not_there_is_refused_while_planning(hub: Any) -> None:
+def test_missing_repository_is_refused_while_planning(hub: Any) -> None:
     with pytest.raises(DataError, match=r"org/texts: the Hub at .* has no such dataset or revision"):
         pin_externals(hub_corpus())
 
 
-def test_a_file_and_an_address_with_its_bytes_are_one_key(hub: Any, tmp_path: Path) -> None:
+def test_file_and_url_with_equal_bytes_share_a_key(hub: Any, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle.zip"
     bundle.write_bytes(b"zip")
     digest = hashlib.sha256(b"zip").hexdigest()
@@ -116,10 +111,7 @@ def run_key(hub: Any, outputs: Path, plan: Any = plan_to_run) -> str:
     return {step.name: step.key for step in plan(config, Store(outputs))}["eval_base"]
 
 
-def test_an_address_without_a_checksum_counts_by_what_is_fetched_from_it(
-    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The address alone was in the key once."""
+def test_url_without_checksum_is_pinned_by_content(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for content in (b"one", b"two"):
         hub.files["bundle.zip"] = content
@@ -133,7 +125,7 @@ def test_an_address_without_a_checksum_counts_by_what_is_fetched_from_it(
     assert found[0] != found[1]
 
 
-def test_a_run_without_a_network_is_refused_with_what_to_give(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_offline_run_names_the_missing_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
     config = compose_config(["experiment=smoke", "corpus=tinystories", "targets=[corpus]"]).config

@@ -1,4 +1,4 @@
-"""What a waiting process shows, and what ends its wait."""
+"""Lines of a waiting process, and the end of its wait."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(tmp_path: Path, said: list[str]) -> Run:
     return Run(folder=tmp_path / "run", seed=1, overrides=[], environment=environment, say=said.append)
 
 
-def test_the_holder_is_shown_again_whenever_it_got_further(
+def test_waiting_line_follows_the_holders_progress(
     run: Run, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, work = tmp_path / "x.lock", tmp_path / "work"
@@ -49,7 +49,7 @@ def test_the_holder_is_shown_again_whenever_it_got_further(
     assert said == [who, f"{who}, at iteration 1", f"{who}, at iteration 2"]
 
 
-def test_another_holder_is_shown_too(
+def test_waiting_line_shows_a_new_holder(
     run: Run, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "REFRESH_SECONDS", 0.0)
@@ -62,7 +62,7 @@ def test_another_holder_is_shown_too(
 
 
 @pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
-def test_a_stop_ends_the_wait(number: int, code: int, run: Run, tmp_path: Path) -> None:
+def test_stop_ends_the_wait(number: int, code: int, run: Run, tmp_path: Path) -> None:
     _, look = Waiting(run, "train", tmp_path / "x.lock", doing="is making it").calls
     look()
     run.request_stop(number)
@@ -75,7 +75,7 @@ def test_a_stop_ends_the_wait(number: int, code: int, run: Run, tmp_path: Path) 
     ("content", "expected"),
     [(b"", None), (b'{"iteration": 3}\n{"iter', 3), (b'{"loss": 1}\n', None), (b"\xff\n[]\n", None)],
 )
-def test_the_last_iteration_is_read_from_records_in_any_state(content: bytes, expected: Any, tmp_path: Path) -> None:
+def test_last_iteration_is_read_from_partial_records(content: bytes, expected: Any, tmp_path: Path) -> None:
     (tmp_path / "ckpt" / "records").mkdir(parents=True)
     (tmp_path / "ckpt" / "records" / "metrics.jsonl").write_bytes(content)
     assert iteration(tmp_path) == expected

@@ -23,7 +23,7 @@ _URL = re.compile(r"[A-Za-z0-9+]+://")
 
 
 class _Formatter(argparse.HelpFormatter):
-    """Wraps the long lines of descriptions, and keeps indented ones as they are."""
+    """Wraps long lines of descriptions; keeps indented ones."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=30, width=min(118, shutil.get_terminal_size((118, 24)).columns - 2))
@@ -34,14 +34,14 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses a verb's command line; a mistake is one message and exit code 2.
+    """Parses a verb's command line; errors give one message and exit code 2.
 
     Names and settings come in any order and between options, so one positional argument takes all words, and `read`
-    tells them apart.
+    separates them.
     """
 
     def __init__(self, verb: str) -> None:
-        """Make the parser of a verb without options, names and settings."""
+        """Create the parser of a verb without options, names and settings."""
         purpose = VERBS[verb][1]
         super().__init__(
             prog=f"mlxchat {verb}", description=purpose[0].upper() + purpose[1:], allow_abbrev=False,
@@ -52,11 +52,11 @@ class Parser(argparse.ArgumentParser):
         self.most: int | None = 0
         self.hint = ""
         self.first: Collection[str] = ()
-        """What the first name must be one of; empty: anything."""
+        """Accepted values of the first name; empty: any."""
         self.composes = False
-        """Whether the settings are those of a configuration; otherwise there is outputs=PATH alone."""
+        """Whether the verb takes settings of the configuration; else only outputs=PATH."""
         self.long_help: Callable[[str], str] | None = None
-        """Returns the whole help, from the section about options; None: argparse's."""
+        """Returns the whole help, given the section of options; None: argparse's help."""
         self.use("[outputs=PATH]")
 
     def use(self, settings: str) -> None:
@@ -70,26 +70,26 @@ class Parser(argparse.ArgumentParser):
         """Declare how many names the verb takes.
 
         Args:
-            form: how they look, such as "ID [NAME]".
-            least: how many are needed.
-            most: how many are taken; None: any number.
-            first: what the first one must be one of; empty: anything.
-            hint: what the error says if the first one is something else.
-            about: what the words of the form mean; ID and RUN are explained without it.
+            form: their form in the usage line, such as "ID [NAME]".
+            least: smallest number of names.
+            most: largest number; None: any number.
+            first: accepted values of the first name; empty: any.
+            hint: part of the error message about another first name.
+            about: explains the words of the form; ID and RUN are always explained.
         """
         self.form, self.least, self.most, self.first, self.hint = form, least, most, first, hint
         self.epilog = "\n".join(filter(None, (_IDS if re.search(r"\b(ID|RUN)\b", form) else "", about)))
         self.use("[outputs=PATH]")
 
     def take_settings(self) -> None:
-        """Declare that the verb takes the settings of a configuration, and the options that say where it lies."""
+        """Declare that the verb takes settings of a configuration, and the options that locate it."""
         self.composes = True
         self.use("[SETTINGS]")
         self.set_defaults(composition=[])
         for names, metavar, what in (
-            (("--config-dir", "-cd"), "DIR", "find further YAML files in DIR"),
-            (("--config-name", "-cn"), "NAME", "compose NAME.yaml in place of our config.yaml"),
-            (("--config-path", "-cp"), "DIR", "find NAME.yaml in DIR"),
+            (("--config-dir", "-cd"), "DIR", "search DIR for further YAML files"),
+            (("--config-name", "-cn"), "NAME", "compose NAME.yaml instead of our config.yaml"),
+            (("--config-path", "-cp"), "DIR", "folder of NAME.yaml"),
         ):
             self.add_argument(*names, action=_OfComposition, metavar=metavar, help=what)
 
@@ -98,16 +98,16 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--json", action="store_true", help=what)
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Return the options with `names` and `settings`, and `outputs` where the verb takes no other setting.
+        """Return the options with `names` and `settings`; also `outputs` if the verb takes no other setting.
 
         Raises:
-            ConfigError: an option, a name or a setting that the verb does not take; too few names or too many.
+            ConfigError: the verb does not take an option, name or setting, or has too few or too many names.
         """
         options, unknown = self.parse_known_intermixed_args(arguments)
         if unknown:
             known = [name for name in self._option_string_actions if name.startswith("--")]
             if unknown[0].partition("=")[0] in _WITHOUT_VERB:
-                raise ConfigError(f"{unknown[0]} goes without a verb: mlxchat {unknown[0]} …")
+                raise ConfigError(f"{unknown[0]} cannot follow a verb: mlxchat {unknown[0]} …")
             near = suggest(unknown[0].partition("=")[0], known)
             raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}.{near} See: {self.prog} --help")
         options.names = [word for word in options.words if not is_setting(word)]
@@ -121,7 +121,7 @@ class Parser(argparse.ArgumentParser):
                 )
         count = len(options.names)
         if count and self.most == 0:
-            raise ConfigError(f'"{options.names[0]}" is no setting: expected key=value. See: {self.prog} --help')
+            raise ConfigError(f'"{options.names[0]}" is not a setting: expected key=value. See: {self.prog} --help')
         if count < self.least or (self.most is not None and count > self.most):
             form = f"{self.prog} {self.form}".rstrip()
             got = plural(count, "name") if count else "no names"
@@ -138,17 +138,17 @@ class Parser(argparse.ArgumentParser):
         return text if self.long_help is None else self.long_help(text[text.index("options:") :])
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Exit after --help; a reader that has closed the pipe is found here, not at the interpreter's end."""
+        """Exit after --help; detect a closed pipe here instead of at interpreter exit."""
         sys.stdout.flush()
         super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
+        """Raise a ConfigError about the command line."""
         raise ConfigError(f"{message}. See: {self.prog} --help")
 
 
 class _OfComposition(argparse.Action):
-    """Keeps an option of the configuration as typed, for `split_options`."""
+    """Keeps an option of the configuration unchanged, for `split_options`."""
 
     def __call__(self, parser: Any, options: argparse.Namespace, value: Any, name: str | None = None) -> None:
         """Append the option and its value."""
@@ -156,7 +156,7 @@ class _OfComposition(argparse.Action):
 
 
 def parser_of(verb: str) -> Parser:
-    """Return the parser of a verb, whose default `main` is the function that takes what it read."""
+    """Return the parser of a verb; its default `main` is the function that gets the parsed options."""
     module, _, function = VERBS[verb][0].partition(":")
     parser = Parser(verb)
     declare: Callable[[Parser], None] = getattr(import_module(f"mlxchat.commands.{module}"), function)
@@ -165,15 +165,15 @@ def parser_of(verb: str) -> Parser:
 
 
 def is_setting(word: str) -> bool:
-    """Tell whether a word is a setting (key=value, +key=value or ~key) rather than a name."""
+    """Return True if a word is a setting (key=value, +key=value or ~key), False if it is a name."""
     return (word.startswith(("~", "+")) or "=" in word) and not _URL.match(word)
 
 
 def outputs_folder(settings: Sequence[str]) -> Path:
-    """Return the folder that `outputs=PATH` names among the settings.
+    """Return the folder of `outputs=PATH` among the settings.
 
     Raises:
-        ConfigError: there is another setting, which the verb would not use.
+        ConfigError: there is another setting, which the verb does not use.
     """
     folder = "outputs"
     for setting in settings:
@@ -185,6 +185,6 @@ def outputs_folder(settings: Sequence[str]) -> Path:
 
 
 def quoted(value: str) -> str:
-    """Return a value as an override takes it, whatever is in it."""
-    # Backslashes count where a quotation mark follows: one of the value's, or the one that ends it.
+    """Return a value quoted for an override."""
+    # Backslashes need escaping only before a quotation mark: one of the value's, or the closing one.
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"

@@ -1,4 +1,4 @@
-"""Verbs that keep, remove and copy artifacts: pin, gc, rm, push, pull."""
+"""Verbs that pin, remove and copy artifacts: pin, gc, rm, push, pull."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _pin(options: Namespace) -> int:
         place = resolve(store, names[0])
         name = names[1] if len(names) == 2 else place.name
         if not _NAME.fullmatch(name):
-            raise ConfigError(f'"{name}" is no name for a pin: letters, digits, . _ - and no / are')
+            raise ConfigError(f'"{name}" is not a pin name, expected letters, digits, . _ - and no /')
         store.set_ref(PINS, name, place)
         print(f"pinned {place.name} as {name}")
     elif not options.remove:
@@ -64,18 +64,18 @@ def _pin(options: Namespace) -> int:
 
 def gc(parser: Parser) -> None:
     """Declare `mlxchat gc`."""
-    parser.add_argument("--apply", action="store_true", help="remove it; without this nothing is changed")
+    parser.add_argument("--apply", action="store_true", help="remove them; without this nothing changes")
     parser.add_argument(
-        "--keep-last", type=int, metavar="N", help="of ended runs, keep the newest N artifacts of a step"
+        "--keep-last", type=int, metavar="N", help="for finished runs, keep the newest N artifacts of each step"
     )
-    parser.add_argument("--older-than", metavar="AGE", help="of ended runs, keep what is younger: 12h, 7d, 2w")
-    parser.add_argument("--max-bytes", metavar="SIZE", help="remove the oldest until the store is this small: 10GB")
+    parser.add_argument("--older-than", metavar="AGE", help="for finished runs, keep artifacts younger than this: 7d")
+    parser.add_argument("--max-bytes", metavar="SIZE", help="remove the oldest until the store fits into 10GB")
     parser.add_json()
     parser.set_defaults(main=_gc)
 
 
 def _gc(options: Namespace) -> int:
-    """Print what may go with bytes and reason; with --apply remove it."""
+    """Print what may be removed, with size and reason; with --apply remove it."""
     if options.keep_last is not None and options.keep_last < 0:
         raise ConfigError(f"--keep-last is {options.keep_last}, expected 0 or more")
     limits = Limits(
@@ -94,22 +94,24 @@ def _gc(options: Namespace) -> int:
 
 
 def _show_garbage(found: Collection, applied: bool, store: Store, limits: Limits) -> None:
-    _list_garbage(found, applied, store, "and {} names that lead to nothing")
+    _list_garbage(found, applied, store, "and {} dangling names")
     size = format_bytes(sum(item.bytes for item in found.garbage))
     stay = "1 artifact stays" if len(found.kept) == 1 else f"{len(found.kept)} artifacts stay"
     staying = f"{stay} ({format_bytes(found.kept_bytes)})"
     if not found.garbage:
         print(f"nothing to remove: {staying}")
         if not limits.given() and found.kept:
-            print("The names of ended runs keep their artifacts: --keep-last, --older-than or --max-bytes lets them go")
+            print(
+                "Names of finished runs protect their artifacts: --keep-last, --older-than or --max-bytes releases them"
+            )
     elif applied:
         print(f"removed {size}; {staying}")
     else:
-        print(f"{size} may go; {staying}. Nothing was changed: add --apply to remove it")
+        print(f"{size} can be removed; {staying}. Nothing changed: add --apply to remove it")
 
 
 def _list_garbage(found: Collection, applied: bool, store: Store, further: str) -> None:
-    """Print what stays and what goes; `further` is the line about names, with a place for their number."""
+    """Print what is kept and what is removed; `further` is the line about names, with a placeholder."""
     listed = [item for item in found.garbage if item.kind != "ref"]
     if found.kept:
         kept = sorted((reason, name) for name, reason in found.kept.items())
@@ -124,7 +126,7 @@ def _list_garbage(found: Collection, applied: bool, store: Store, further: str) 
 
 
 def _describe_garbage(found: Collection, applied: bool, store: Store) -> dict[str, Any]:
-    """Return what goes and stays for programs."""
+    """Return the removed and kept artifacts as plain data."""
     garbage = [
         {
             "path": str(item.path.relative_to(store.outputs)), "kind": item.kind, "bytes": item.bytes,
@@ -143,14 +145,14 @@ def rm(parser: Parser) -> None:
         "events, and those of its artifacts that nothing else needs. What an artifact is pinned by, or what was made "
         "from it, keeps it."
     )
-    parser.add_argument("--apply", action="store_true", help="remove it; without this nothing is changed")
-    parser.add_argument("--force", action="store_true", help="also what is pinned, and what something was made from")
+    parser.add_argument("--apply", action="store_true", help="remove it; without this nothing changes")
+    parser.add_argument("--force", action="store_true", help="also pinned artifacts, and inputs of others")
     parser.add_json()
     parser.set_defaults(main=_rm)
 
 
 def _rm(options: Namespace) -> int:
-    """Print what goes with the runs and artifacts that are named; with --apply remove it."""
+    """Print what removing runs and artifacts removes; with --apply remove it."""
     store = Store(options.outputs)
     meant = [meaning(store, name) for name in options.names]
     find = remove if options.apply else find_removal
@@ -158,15 +160,15 @@ def _rm(options: Namespace) -> int:
     if options.json:
         print_json(_describe_garbage(found, options.apply, store))
         return 0
-    _list_garbage(found, options.apply, store, "and {} names that lead there")
+    _list_garbage(found, options.apply, store, "and {} names of it")
     size = format_bytes(sum(item.bytes for item in found.garbage))
-    print(f"removed {size}" if options.apply else f"{size} may go. Nothing was changed: add --apply to remove it")
+    print(f"removed {size}" if options.apply else f"{size} can be removed. Nothing changed: add --apply to remove it")
     return 0
 
 
 _LOCAL = ("file://", "local://")
 _PUSH_PLACE = """PLACE: a folder (as rsync likes it), FILE.tar, .tar.gz, .tgz, .tar.xz, hf://[datasets/]ORGANISATION/NAME[/PATH],
-s3://BUCKET/PATH, or another URL of which fsspec knows the scheme"""
+s3://BUCKET/PATH, or another URL that fsspec supports"""
 _PULL_PLACE = """PLACE: where `mlxchat push` wrote, a copy of a folder store/, or an artifact's folder
 ARTIFACT: its name there or the start of it; what it was made from comes along. Without any: everything"""
 
@@ -175,12 +177,12 @@ def push(parser: Parser) -> None:
     """Declare `mlxchat push`."""
     parser.take_names("ID… PLACE", least=2, most=None, about=_PUSH_PLACE)
     parser.description = "Copy artifacts, or all of a run, to another place, with everything that they were made from."
-    parser.add_argument("--public", action="store_true", help="of hf://: everybody may see the repository")
+    parser.add_argument("--public", action="store_true", help="with hf://: make the repository public")
     parser.set_defaults(main=_push)
 
 
 def _push(options: Namespace) -> int:
-    """Write artifacts and what they were made from to a folder, a tar file or a URL."""
+    """Write artifacts and their inputs to a folder, a tar file or a URL."""
     *names, place = options.names
     store = Store(options.outputs)
     folders = closure(store, [each for name in names for each in find_all(store, name)])
@@ -194,13 +196,13 @@ def _push(options: Namespace) -> int:
             raise ConfigError(f"{to} is the outputs folder itself")
         copied, place = export(store, folders, to), str(to)
     size = format_bytes(sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()))
-    there = f", {len(folders) - copied} were there" if copied < len(folders) else ""
+    there = f", {len(folders) - copied} already there" if copied < len(folders) else ""
     print(f"pushed {plural(copied, 'artifact')}{there} ({size} in all) to {place}")
     return 0
 
 
 def _push_elsewhere(url: str, folders: list[Path], *, public: bool) -> tuple[int, str]:
-    """Copy artifacts to a URL; return how many were not there yet, and the URL in its usual form."""
+    """Copy artifacts to a URL; return the number of new ones and the normalised URL."""
     from mlxchat.hub.places import export_to, open_place, push_artifacts
 
     place = open_place(url)
@@ -219,7 +221,7 @@ def pull(parser: Parser) -> None:
 
 
 def _pull(options: Namespace) -> int:
-    """Take in the artifacts of a folder, a tar file or a URL."""
+    """Import the artifacts of a folder, a tar file or a URL."""
     source, *wanted = options.names
     store = Store(options.outputs)
     if not is_url(source) and (Path(source) / MANIFEST).is_file():

@@ -1,4 +1,4 @@
-"""How verbs print: aligned columns of plain text, and JSON."""
+"""Output of verbs: aligned columns of plain text, and JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mlxchat.errors import visible
 
 
 def aligned(rows: Iterable[Sequence[str]], *, right: Sequence[int] = (), indent: str = "") -> str:
-    """Return rows as lines whose columns begin at the same place; columns in `right` end at the same place."""
+    """Return rows as lines with aligned columns; columns in `right` are right-aligned."""
     table = [[visible(cell) for cell in row] for row in rows]
     count = max((len(row) for row in table), default=0)
     widths = [max((len(row[column]) for row in table if column < len(row)), default=0) for column in range(count)]
@@ -30,7 +30,7 @@ def print_json(record: Any) -> None:
 
 
 def show_value(value: Any) -> str:
-    """Return a value as YAML would write it, in one line."""
+    """Return a value in YAML's notation, in one line."""
     if value is None:
         return "null"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

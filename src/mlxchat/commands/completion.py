@@ -1,7 +1,7 @@
-"""mlxchat completion: argcomplete over the parsers of the verbs, with the values of settings, runs and artifacts.
+"""mlxchat completion: argcomplete with the parsers of the verbs, and values of settings, runs and artifacts.
 
-argcomplete completes options, their choices and files. Settings have no parser of argparse, so what they may become is
-found here, without Hydra and YAML: a Tab has to answer within a tenth of a second.
+argcomplete completes options, their choices and files. Settings have no argparse parser, so they are completed here,
+without Hydra and YAML: Tab must answer within 0.1 s.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def complete_for_shell(answer: TextIO | None = None) -> None:
 
 
 class _Finder(CompletionFinder):
-    """Completes the last word of a command line by the parser of its verb."""
+    """Completes the last word of a command line with the parser of its verb."""
 
     def _init_debug_stream(self) -> None:
         """Do not open file descriptor 9, which may be in use."""
@@ -59,7 +59,7 @@ class _Finder(CompletionFinder):
     def _get_completions(self, comp_words: list[str], *of_last: Any) -> Any:
         verb, rest = split_verb(comp_words[1:])
         parser = parser_of(verb)
-        # argparse ends a positional at the first option, so the words before the last one are not shown to it.
+        # argparse ends a positional at the first option, so it gets only the last word.
         words = [word for before, word in zip(["", *rest], rest, strict=False) if _is_word(parser, before, word)]
         options = [word for word in rest if word not in words]
         for action in parser._actions:
@@ -71,7 +71,7 @@ class _Finder(CompletionFinder):
 
 
 def _is_word(parser: Parser, before: str, word: str) -> bool:
-    """Tell whether a word is a name or a setting, rather than an option or the value of the option before it."""
+    """Return True if a word is a name or a setting, not an option or an option's value."""
     option = parser._option_string_actions.get(before)
     return not word.startswith("-") and (option is None or option.nargs == 0)
 
@@ -90,7 +90,7 @@ def _complete_word(verb: str, words: list[str], *, prefix: str, parser: Parser, 
 
 
 def _complete(form: str, words: list[str], *, prefix: str, **_: Any) -> list[str]:
-    """Return completions of a word, by the metavar of its option or the form of its verb's names."""
+    """Return completions of a word by the metavar of its option or the form of the verb's names."""
     kinds = set(re.findall(r"[A-Z]+", form))
     outputs = Path(next((word[8:] for word in reversed(words) if word.startswith("outputs=")), "outputs"))
     found: list[str] = []
@@ -156,7 +156,7 @@ def _settings(current: str, words: list[str]) -> list[str]:
 
 
 def _own_sections(words: list[str]) -> dict[str, list[str]]:
-    """Return user stage → its settings, for the stages that `stages=` names."""
+    """Return user stage → its settings, for the stages in `stages=`."""
     if not any(word.startswith("stages=") for word in words):
         return {}
     from dataclasses import fields
@@ -174,7 +174,7 @@ def _own_sections(words: list[str]) -> dict[str, list[str]]:
 
 
 def _keys(conf: Path, current: str) -> list[str]:
-    """Return the dotted keys of the section that was typed, read from conf/settings without YAML."""
+    """Return the dotted keys of the typed section, read from conf/settings without YAML."""
     section = current.partition(".")[0]
     if "." not in current:
         return (

@@ -1,4 +1,4 @@
-"""mlxchat data: fetch, list, remove and show what comes from the Hub and other addresses."""
+"""mlxchat data: download, list, remove and show data of the Hub and of URLs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def data(parser: Parser) -> None:
-    """Declare `mlxchat data`, which names its verbs."""
+    """Declare `mlxchat data`, which lists its verbs."""
     words = {verb.partition(" ")[2]: purpose for verb, (_, purpose) in VERBS.items() if verb.startswith("data ")}
     parser.take_names("|".join(words), about=aligned(words.items()), first=words)
     parser.set_defaults(main=_data)
@@ -35,7 +35,7 @@ def data(parser: Parser) -> None:
 
 def _data(options: Namespace) -> int:
     """Refuse settings between `data` and its verb."""
-    raise ConfigError(f"expected mlxchat data {options.names[0]} [SETTINGS]: settings stand before or after both words")
+    raise ConfigError(f"expected mlxchat data {options.names[0]} [SETTINGS]: settings go before or after both words")
 
 
 _FETCH = (
@@ -51,16 +51,16 @@ def fetch(parser: Parser) -> None:
     parser.take_settings()
     parser.description = _FETCH
     add = parser.add_argument
-    add("--files", default="*", metavar="PATTERN", help="of a repository: paths to fetch (default: all)")
-    add("--revision", default="main", help="of a repository: commit, tag or branch (default: main)")
-    add("--model", action="store_true", help="the repository holds a model, not a data set")
-    add("--workers", type=int, default=4, metavar="N", help="files at a time (default: 4)")
-    add("--dry-run", action="store_true", help="list everything and fetch nothing")
+    add("--files", default="*", metavar="PATTERN", help="for a repository: paths to fetch (default: all)")
+    add("--revision", default="main", help="for a repository: commit, tag or branch (default: main)")
+    add("--model", action="store_true", help="the repository is a model, not a data set")
+    add("--workers", type=int, default=4, metavar="N", help="parallel downloads (default: 4)")
+    add("--dry-run", action="store_true", help="list everything without downloading")
     parser.set_defaults(main=_fetch)
 
 
 def _fetch(options: Namespace) -> int:
-    """Fetch what the settings need, or the repositories that are named."""
+    """Download what the settings need, or the named repositories."""
     from mlxchat.composition.compose import compose_config, split_options
 
     repositories = options.names
@@ -96,7 +96,7 @@ def _fetch(options: Namespace) -> int:
     for url, sha256 in urls.items():
         try:
             fetch_url(url, sha256=sha256)
-        except (DataError, PassingError) as error:  # the other addresses are still fetched
+        except (DataError, PassingError) as error:  # continue with the other addresses
             faults.append(error)
     if faults:
         raise type(faults[0])("\n".join(map(str, faults)))
@@ -107,7 +107,7 @@ def _fetch(options: Namespace) -> int:
         "of other addresses": len(urls),
     }
     told = [f"{count:,} file{'s' * (count != 1)} {what}" for what, count in counts.items() if count]
-    print(f"everything is there: {', '.join(told)}" if told else "nothing is needed from elsewhere")
+    print(f"everything is there: {', '.join(told)}" if told else "nothing to download")
     return 0
 
 
@@ -132,14 +132,14 @@ def _ls(options: Namespace) -> int:
                     "holdings": [_describe_holding(holding) for holding in holdings]})  # fmt: skip
         return 0
     if not holdings:
-        print(f"nothing was fetched yet: {hub_cache()} and {cache_folder()} hold nothing of ours")
+        print(f"no downloads yet: {hub_cache()} and {cache_folder()} have none of ours")
         return 0
     rows = [["NAME", "REVISION", "FILES", "SIZE", "NEEDED BY"]]
     for holding in holdings:
         files = f"{len(holding.files)} of {len(holding.listed)}" if holding.kind != "url" else "1"
         size = format_bytes(holding.bytes)
         if holding.part_bytes:
-            size += f" + {format_bytes(holding.part_bytes)} of files that are not whole"
+            size += f" + {format_bytes(holding.part_bytes)} of incomplete files"
         more = len(holding.needed_by) - _NEEDED_SHOWN
         needed = ", ".join(holding.needed_by[:_NEEDED_SHOWN]) + (f" and {more} more" if more > 0 else "")
         rows.append([holding.name, (holding.revision or "")[:12] or "-", files, size, needed or "-"])
@@ -163,13 +163,13 @@ def rm(parser: Parser) -> None:
         "Remove repositories of the Hub and downloads from this machine; they can be fetched again. What an artifact "
         "was made from stays unless --force is given."
     )
-    parser.add_argument("--force", action="store_true", help="also what artifacts were made from")
-    parser.add_argument("--dry-run", action="store_true", help="say what would go, and change nothing")
+    parser.add_argument("--force", action="store_true", help="also data that artifacts were made from")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be removed; change nothing")
     parser.set_defaults(main=_rm)
 
 
 def _rm(options: Namespace) -> int:
-    """Remove what is named; return 1 if some of it stays."""
+    """Remove the named data; return 1 if some of it remains."""
     from mlxchat.hub.inventory import choose, find_holdings, remove
 
     holdings = find_holdings(options.outputs)
@@ -180,7 +180,7 @@ def _rm(options: Namespace) -> int:
         raise DataError(
             "Artifacts were made from this, and a step that reads it again would have to fetch it anew:\n"
             + "\n".join(lines)
-            + "\nNothing was removed. To remove it all the same: --force"
+            + "\nNothing was removed. To remove it anyway: --force"
         )
     stays: list[str] = []
     for holding in chosen:
@@ -207,7 +207,7 @@ examples:
   mlxchat data show '+sft.mixture.mine={task: jsonl, path: mine.jsonl}' --task mine
 """
 _SAMPLED = 100
-"""How many conversations of a task are rendered to estimate their mean length."""
+"""Number of conversations of a task that are rendered to estimate the mean length."""
 _MARKS = ("⟦", "⟧")
 
 
@@ -221,17 +221,17 @@ def show(parser: Parser) -> None:
         f"green and underlined, and stands between {' '.join(_MARKS)} where there is no colour."
     )
     add = parser.add_argument
-    add("-n", "--count", type=int, default=3, help="conversations to show (default: 3)")
-    add("--start", type=int, default=0, help="the first of them, counted from 0")
-    add("--task", help="only those of this entry")
-    add("--seed", type=int, help="order of another seed (default: the order of training)")
-    add("--validation", action="store_true", help="what the stage is validated on, not trained on")
-    add("--tokenizer", metavar="ID|FOLDER", help="an artifact or folder (default: the latest one)")
+    add("-n", "--count", type=int, default=3, help="number of conversations (default: 3)")
+    add("--start", type=int, default=0, help="index of the first one, from 0")
+    add("--task", help="only conversations of this task")
+    add("--seed", type=int, help="order of this seed (default: the order of training)")
+    add("--validation", action="store_true", help="show the stage's validation data")
+    add("--tokenizer", metavar="ID|FOLDER", help="artifact or folder of the tokenizer (default: the latest one)")
     parser.set_defaults(main=_show)
 
 
 def _show(options: Namespace) -> int:
-    """Print how many conversations there are of each task, and the first of them in the order of training."""
+    """Print the number of conversations of each task, and the first ones in the order of training."""
     from mlxchat.composition.compose import compose_config, split_config_dirs
     from mlxchat.runner.context import stage_seed
 
@@ -248,7 +248,7 @@ def _show(options: Namespace) -> int:
 
     from mlxchat.data.mixture import Mixture
 
-    # The seeds from which the stages draw their orders.
+    # Seeds of the stages' orders.
     purpose = "validation" if options.validation else "mixture"
     root = config.data_seed if options.validation else config.seed
     seed = stage_seed(root, stage, purpose) if options.seed is None else options.seed
@@ -275,7 +275,7 @@ def _aim(settings: list[str]) -> tuple[str, str, list[str]]:
     chosen = dict(word.split("=", 1) for word in settings if word.startswith(("mixture=", "suite=", "stage=")))
     overrides = [word for word in settings if not word.startswith(("mixture=", "suite=", "stage="))]
     if "suite" in chosen and ("mixture" in chosen or chosen.get("stage", "eval") != "eval"):
-        raise ConfigError("suite= is what eval asks: it goes with neither mixture= nor another stage=")
+        raise ConfigError("suite= shows the questions of eval: it excludes mixture= and stage=")
     stage = chosen.get("stage", "eval" if "suite" in chosen else "sft")
     if stage not in _STAGES:
         raise ConfigError(f'stage is "{stage}", expected one of {", ".join(_STAGES)}.{suggest(stage, _STAGES)}')
@@ -305,7 +305,7 @@ def _trains_on_all(config: Config, stage: str) -> bool:
 
 
 def _find_tokenizer(store: Store, config: Config, named: str | None) -> tuple[Tokenizer, str]:
-    """Return a tokenizer, and a phrase that names it."""
+    """Return a tokenizer and its description."""
     from mlxchat.data.tokenizer import Tokenizer
 
     if named is not None:
@@ -319,7 +319,7 @@ def _find_tokenizer(store: Store, config: Config, named: str | None) -> tuple[To
     for step in steps:
         if step in made:
             return Tokenizer.load(made[step]), f"tokens of {made[step].name}"
-    # One token for each byte: what is shown is the same, only the numbers are larger.
+    # One token per byte: shows the same text; only the numbers of tokens are larger.
     return Tokenizer({bytes([byte]): byte for byte in range(256)}), (
         f"tokens are bytes, since {store.outputs} has no tokenizer yet (--tokenizer names one)"
     )
@@ -330,7 +330,7 @@ def _choose(mixture: Mixture, task: str | None) -> Iterator[int]:
 
 
 def _print_table(console: Console, mixture: Mixture, tokenizer: Tokenizer) -> None:
-    """Print the number and the lengths of each task's conversations; means of a sample have a ~."""
+    """Print the number and lengths of each task's conversations; sampled means are marked with ~."""
     from rich import box
     from rich.table import Table
 
@@ -364,7 +364,7 @@ def _print_table(console: Console, mixture: Mixture, tokenizer: Tokenizer) -> No
 
 
 def _print_conversation(console: Console, mixture: Mixture, index: int, tokenizer: Tokenizer) -> None:
-    """Print a conversation with its special tokens; marks enclose what is trained on."""
+    """Print a conversation with its special tokens; marks enclose trained tokens."""
     from rich.text import Text
 
     from mlxchat.data.conversation import render_conversation
@@ -387,7 +387,7 @@ def _print_conversation(console: Console, mixture: Mixture, index: int, tokenize
 
 
 def _runs(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, bool]]:
-    """Yield runs of ids that are all trained on or all not, and all special or all not."""
+    """Yield maximal runs of ids that agree in being trained and in being special."""
     special = set(tokenizer.special_ids.values())
     run: list[int] = []
     kind: tuple[int, bool] | None = None

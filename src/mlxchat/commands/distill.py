@@ -1,4 +1,4 @@
-"""mlxchat distill: have a teacher behind an OpenAI-compatible endpoint answer questions, and train on its answers."""
+"""mlxchat distill: collect a teacher's answers from an OpenAI-compatible endpoint as training data."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ def distill(parser: Parser) -> None:
     )
     add = parser.add_argument
     add("--teacher", metavar="URL", required=True, help="the endpoint, such as http://localhost:8000/v1")
-    add("--model", help="its name there (default: the endpoint's only one)")
-    add("--out", type=Path, metavar="FILE.jsonl", required=True, help="where the conversations go")
-    add("--limit", type=int, metavar="N", help="only the first N questions")
-    add("--system", metavar="TEXT", help="system prompt of each request; the file is without it")
+    add("--model", help="name of the model (default: the endpoint's only one)")
+    add("--out", type=Path, metavar="FILE.jsonl", required=True, help="file for the conversations")
+    add("--limit", type=int, metavar="N", help="use only the first N questions")
+    add("--system", metavar="TEXT", help="system prompt of each request; not written to the file")
     add("--temperature", type=float, metavar="T", help="(default: the endpoint's own)")
-    add("--max-tokens", type=int, default=1024, metavar="N", help="longest answer (default: 1024)")
+    add("--max-tokens", type=int, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")
     add("--samples", type=int, default=1, metavar="N", help="answers to each question (default: 1)")
     add("--body", action="append", default=[], metavar="KEY=JSON",
-        help="a further field of each request, such as top_p=0.9 or seed=1; null removes one")  # fmt: skip
-    add("--only-correct", action="store_true", help="keep answers that the task calls right, or that equal the file's")
-    add("--keep-cut", action="store_true", help="keep answers that --max-tokens cut, too")
-    add("--concurrency", type=int, default=8, metavar="N", help="requests at a time (default: 8)")
-    add("--rpm", type=float, metavar="N", help="requests a minute, evenly spaced")
-    add("--timeout", type=float, default=300.0, metavar="S", help="seconds an answer may take (default: 300)")
-    add("--price", metavar="IN,OUT", help="of a million input and of a million output tokens")
-    add("--max-cost", type=float, metavar="C", help="the most that all runs for --out may cost together")
-    add("--refresh", action="store_true", help="ask again what is cached")
-    add("--dry-run", action="store_true", help="count and estimate, ask nothing")
+        help="additional field of each request, such as top_p=0.9 or seed=1; null removes one")  # fmt: skip
+    add("--only-correct", action="store_true", help="keep only answers that the task accepts or that equal the file's")
+    add("--keep-cut", action="store_true", help="also keep answers that --max-tokens cut off")
+    add("--concurrency", type=int, default=8, metavar="N", help="parallel requests (default: 8)")
+    add("--rpm", type=float, metavar="N", help="requests per minute, evenly spaced")
+    add("--timeout", type=float, default=300.0, metavar="S", help="time limit of an answer in seconds (default: 300)")
+    add("--price", metavar="IN,OUT", help="prices per million input and output tokens")
+    add("--max-cost", type=float, metavar="C", help="limit of the total cost of all runs for --out")
+    add("--refresh", action="store_true", help="send cached requests again")
+    add("--dry-run", action="store_true", help="count requests and estimate cost; send nothing")
     parser.set_defaults(main=_distill)
 
 
 def _distill(options: Namespace) -> int:
-    """Send the requests without a kept answer, and write the file."""
+    """Send the requests without a cached answer, and write the file."""
     try:
         from mlxchat.distill.order import Order, estimate, find_model, find_out_problems
         from mlxchat.distill.order import distill as answer
@@ -84,7 +84,7 @@ def _distill(options: Namespace) -> int:
     prices = _read_prices(options, problems)
     key = os.environ.get(_KEY, "").strip() or None
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-        problems.append(f"{_KEY} holds what no key can be: blanks, control characters or other than ASCII")
+        problems.append(f"{_KEY} is not a valid key: it has blanks, control characters or non-ASCII characters")
     source = _read_source(options, problems)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -123,7 +123,7 @@ def _url_problems(url: str) -> Iterator[str]:
         yield f"--teacher is {visible(url)}: {error}"
         return
     if parts.username or parts.password:
-        yield f"--teacher holds a password. The key comes from the environment alone: {_KEY}"
+        yield f"--teacher holds a password. Pass the key in the environment: {_KEY}"
     elif parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
         yield f'--teacher is "{visible(url)}", expected an address such as http://localhost:8000/v1'
 
@@ -142,11 +142,11 @@ def _number_problems(options: Namespace) -> Iterator[str]:
     if options.temperature is not None and not 0 <= options.temperature <= 2:
         yield f"--temperature is {options.temperature:g}, expected 0 to 2"
     if options.temperature == 0 and options.samples > 1:
-        yield f"--samples is {options.samples} and --temperature 0: greedy answers are all the same"
+        yield f"--samples is {options.samples} and --temperature 0: greedy answers are all equal"
 
 
 def _read_body(options: Namespace, problems: list[str]) -> dict[str, Any]:
-    """Return the fields of each request beside model and messages."""
+    """Return the fields of each request other than model and messages."""
     body: dict[str, Any] = {"temperature": options.temperature, "max_tokens": options.max_tokens}
     for pair in options.body:
         name, equals, value = pair.partition("=")
@@ -156,15 +156,15 @@ def _read_body(options: Namespace, problems: list[str]) -> dict[str, Any]:
         except ValueError:
             problems.append(f"--body {pair}: expected KEY=JSON, such as top_k=20 or 'stop=[\"###\"]'")
         if name in ("messages", "model", "stream", "n", "best_of") and equals:
-            problems.append(f"--body {name} cannot be set: distill needs it as it is")
+            problems.append(f"--body {name} cannot be set: distill sets it")
     body = {name: value for name, value in body.items() if value is not None}
     if options.max_cost is not None and not _bounds(body):
-        problems.append("--max-cost needs a bound of answers: --body leaves out max_tokens, and names none instead")
+        problems.append("--max-cost needs a limit of answer tokens: --body removes max_tokens without a replacement")
     return body
 
 
 def _bounds(body: dict[str, Any]) -> list[int]:
-    """Return the bounds of an answer's tokens in a request; empty if one is unbounded, such as -1."""
+    """Return the limits of answer tokens in a request; empty if one is unlimited, such as -1."""
     given = [body[name] for name in ("max_tokens", "max_completion_tokens") if name in body]
     bounded = all(isinstance(value, int) and not isinstance(value, bool) and value > 0 for value in given)
     return given if bounded else []
@@ -175,7 +175,7 @@ def _read_prices(options: Namespace, problems: list[str]) -> Any:
 
     if options.price is None:
         if options.max_cost is not None:
-            problems.append("--max-cost needs --price IN,OUT: prices of a million tokens")
+            problems.append("--max-cost needs --price IN,OUT: prices per million tokens")
         return Prices()
     try:
         given, taken = map(float, options.price.split(","))
@@ -187,14 +187,14 @@ def _read_prices(options: Namespace, problems: list[str]) -> Any:
 
 
 def _read_source(options: Namespace, problems: list[str]) -> Path | TaskItem | None:
-    """Return the file or the task that the questions come from; None if there is a problem."""
+    """Return the file or task of the questions; None if there is a problem."""
     text = options.names[0]
     if text.endswith((".txt", ".jsonl")):
         path = Path(text)
         if not path.is_file():
             problems.append(f"QUESTIONS: there is no file {path}")
         elif path.resolve() == options.out.resolve():
-            problems.append(f"--out is {options.out}, the file that the questions are in")
+            problems.append(f"--out is {options.out}, which is the file of questions")
         return path
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -221,7 +221,7 @@ def _read_source(options: Namespace, problems: list[str]) -> Path | TaskItem | N
 
 
 def _questions(source: Path | TaskItem, limit: int | None) -> tuple[list[Question], dict[str, Any]]:
-    """Return the questions, and where they come from."""
+    """Return the questions and a description of their source."""
     from mlxchat.distill.questions import questions_of_file, questions_of_task
     from mlxchat.store.fingerprint import hash_file, plain_of
 

@@ -1,4 +1,4 @@
-"""mlxchat eval: measure any model on a task, a suite, CORE or held-out text."""
+"""mlxchat eval: evaluate any model on a task, a suite, CORE or held-out text."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def evaluate(parser: Parser) -> None:
     add = parser.add_argument
     add("--task", action="append", default=[], help="a task, such as gsm8k; core, bpb for base models; may be repeated")
     add("--text", metavar="PATH", help="bits per byte and perplexity of a file, or a folder of files; - reads stdin")
-    add("--column", metavar="NAME", help="of .jsonl and .parquet files: the text (default: text)")
+    add("--column", metavar="NAME", help="column of the text in .jsonl and .parquet files (default: text)")
     add("--suite", help="the tasks of conf/suite/SUITE.yaml, such as chatcore")
     add("--limit", type=int, metavar="N", help="only the first N questions of each task")
     add("--samples", type=int, default=1, metavar="N", help="answers to each question, at temperature 1 (default: 1)")
@@ -49,7 +49,7 @@ def evaluate(parser: Parser) -> None:
 
 
 def _evaluate(options: Namespace) -> int:
-    """Run the evaluation unless it is done, and print its scores."""
+    """Run the evaluation unless it is done; print its scores."""
     problems = list(_find_problems(options))
     if problems:
         raise ConfigError("\n".join(problems))
@@ -74,7 +74,7 @@ def _run(options: Namespace) -> int:
     settings = settings or _ours(options, store, reference)
     composed = compose_config([*settings, *given[0]], *given[1:])
     plan = plan_to_run(composed.config, store)
-    # Lines of the run do not belong to the JSON.
+    # Output of the run must not mix with the JSON.
     with redirect_stdout(sys.stderr) if options.json else nullcontext():
         if not plan[-1].done:
             run_pipeline(composed, plan, is_verb=True)
@@ -115,10 +115,10 @@ def _find_problems(options: Namespace) -> Iterator[str]:
 
 
 def _ours(options: Namespace, store: Store, name: str | None) -> list[str]:
-    """Return the settings of an evaluation of a model of the store.
+    """Return the settings to evaluate a model of the store.
 
     Raises:
-        ConfigError: the tasks are of chat models and it is a base model, or the other way round.
+        ConfigError: the tasks need a chat model and it is a base model, or vice versa.
     """
     found = find_model(store, name)
     check_model(found.place)
@@ -127,13 +127,13 @@ def _ours(options: Namespace, store: Store, name: str | None) -> list[str]:
     if not chats:
         _check_base(options, found.place.name)
     if chats and "core" in options.task:
-        raise ConfigError(f"{found.place.name} is a chat model; CORE is of base models. For it: --suite chatcore")
+        raise ConfigError(f"{found.place.name} is a chat model; CORE needs a base model; use --suite chatcore")
     node = f'stage: eval, checkpoint: "artifact:{found.place.name}"'
     return [*_pipeline(options, "eval", node), f"eval.seeds={options.samples}", *_suite(options, chats=chats)]
 
 
 def _third_party(options: Namespace, reference: str) -> list[str]:
-    """Return the settings of an evaluation of a third-party model."""
+    """Return the settings to evaluate a third-party model."""
     from mlxchat.interop.source import outside_folder
 
     if options.samples > 1:
@@ -164,13 +164,13 @@ def _check_base(options: Namespace, name: str) -> None:
     asked = [task for task in options.task if task not in _BASE_TASKS]
     if options.suite or any(task_class(task).kind != "categorical" for task in asked):
         raise ConfigError(
-            f"{name} is a base model, which answers no questions: expected --task core, --task bpb, or multiple choice "
+            f"{name} is a base model, which cannot answer questions: expected --task core, --task bpb, or multiple choice "
             "such as --task mmlu, whose options are compared by their probabilities"
         )
 
 
 def _pipeline(options: Namespace, step: str, node: str) -> list[str]:
-    """Return the settings of a pipeline of one step, with a corpus before it where its text is measured."""
+    """Return the settings of a pipeline of one step, preceded by a corpus if text is measured."""
     corpus = "bpb" in options.task
     node = f"{{{node}, corpus: corpus}}" if corpus else f"{{{node}}}"
     first = ["~pipeline.outside"] if corpus else ["~pipeline.corpus", "~pipeline.outside"]

@@ -1,4 +1,4 @@
-"""What models wrote, to read in a terminal: examples of evaluations and RL (`show --examples`), and `samples`."""
+"""Model output to read in a terminal: examples of evaluations and RL (`show --examples`), and `samples`."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _WIDEST = 110
 
 
 def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> int:
-    """Print examples of an evaluation's artifact and return the exit code.
+    """Print examples of an evaluation's artifact; return the exit code.
 
     Args:
-        folder: of the artifact.
+        folder: folder of the artifact.
         which: wrong, right or all.
-        count: how many at most; of several tasks some of each.
-        task: of this task only; None: of all.
+        count: number of examples, at most; spread over the tasks.
+        task: only this task; None: all.
 
     Raises:
         ConfigError: the evaluation has no such task.
@@ -49,7 +49,7 @@ def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> 
         total[1] += 1
         if which == "all" or verdict == (which == "right"):
             found = chosen.setdefault(name, [])
-            if len(found) < count:  # so that memory is bounded however many there are
+            if len(found) < count:  # bounds memory for any number of examples
                 found.append(example)
     if task is not None and task not in totals:
         raise ConfigError(
@@ -69,7 +69,7 @@ def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> 
 
 
 def _in_turn(groups: Iterable[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Yield the first of each group, then the second of each, and so on."""
+    """Yield the first item of each group, then the second of each, and so on."""
     for row in zip_longest(*groups):
         yield from (item for item in row if item is not None)
 
@@ -91,7 +91,7 @@ def _describe(example: dict[str, Any], width: int, *, colour: bool) -> Iterator[
 
 
 def wrapped(title: str, text: str, width: int) -> Iterator[str]:
-    """Yield the wrapped lines of a text, the first beside a title."""
+    """Yield the wrapped lines of a text, the first one next to a title."""
     text = printable(text)
     if len(text) > _MOST_CHARS:
         text = f"{text[: _MOST_CHARS // 2]} […] {text[-_MOST_CHARS // 2 :]}"
@@ -108,12 +108,12 @@ def wrapped(title: str, text: str, width: int) -> Iterator[str]:
 
 
 def printable(text: str) -> str:
-    """Return generated text for a terminal, with control characters written out."""
+    """Return generated text with control characters escaped."""
     return visible(with_calls(text).replace("\t", "    "))
 
 
 def _details(details: dict[str, Any]) -> str:
-    """Return an example's further details, one line each, with short numbers."""
+    """Return an example's further details, one per line, with short numbers."""
     lines = []
     for name, value in details.items():
         if isinstance(value, dict):
@@ -130,16 +130,16 @@ def _short(value: object) -> str:
 
 
 def show_rollouts(folder: Path, *, which: str, count: int, iteration: int | None) -> int:
-    """Print some of RL's questions with their answers and return the exit code.
+    """Print RL questions with their answers; return the exit code.
 
     Args:
-        folder: of the artifact, which holds rollouts.
-        which: wrong, right or all answers; questions that have none of them are left out.
-        count: questions at most.
-        iteration: of these answers; None: the last iteration, and earlier ones where it has too few.
+        folder: folder of the artifact, which has rollouts.
+        which: wrong, right or all answers; questions without such answers are skipped.
+        count: number of questions, at most.
+        iteration: iteration of the answers; None: the last one, and earlier ones if it has too few.
 
     Raises:
-        ConfigError: nothing was kept of that iteration.
+        ConfigError: no answers of that iteration were kept.
         DataError: the answers cannot be read.
     """
     from mlxchat.evals.examples import read_rollouts
@@ -198,13 +198,13 @@ def samples(parser: Parser) -> None:
         "Show what a model wrote on its prompts over the iterations of a pretraining (default: pretrain), while it "
         "runs, too; or on those of an evaluation."
     )
-    parser.add_argument("--last", action="store_true", help="only those of the last iteration")
+    parser.add_argument("--last", action="store_true", help="only samples of the last iteration")
     parser.add_json("one JSON array for programs")
     parser.set_defaults(main=_samples)
 
 
 def _samples(options: Namespace) -> int:
-    """Print a text for each prompt and iteration."""
+    """Print the samples of each prompt over the iterations."""
     name = next(iter(options.names), "pretrain")
     title, path = _find_samples(Store(options.outputs), name)
     found = [
@@ -231,11 +231,11 @@ def _samples(options: Namespace) -> int:
 
 
 def _find_samples(store: Store, name: str) -> tuple[str, Path]:
-    """Return a title and the file of the samples: of a step in progress, else of an artifact.
+    """Return a title and the samples file of a running step, or of an artifact.
 
     Raises:
         DataError: there are no samples.
-        StoreError: the name means nothing.
+        StoreError: nothing has this name.
     """
     work = store.outputs / "work"
     running = [
@@ -249,13 +249,13 @@ def _find_samples(store: Store, name: str) -> tuple[str, Path]:
     except StoreError:
         if not running:
             raise
-        place = None  # a training that was stopped
+        place = None  # a stopped training
     if place is None:
         folder = max(held or running)[1]
         state = "in progress" if held else "stopped before its end"
         return f"{name}, {state} ({folder})", folder / "ckpt" / "records" / "samples.jsonl"
     if not (place / "samples.jsonl").is_file():
-        raise DataError(f"{place.name} holds no samples: pretrainings and evaluations with prompts do")
+        raise DataError(f"{place.name} has no samples, which only pretrainings and evaluations with prompts have")
     return place.name, place / "samples.jsonl"
 
 

@@ -36,7 +36,7 @@ def status(parser: Parser) -> None:
 
 
 def _status(options: Namespace) -> int:
-    """Print the work in progress, what failed, and the steps of a run."""
+    """Print running steps, failures, and the steps of a run."""
     names, store = options.names, Store(options.outputs)
     run = _run_named(store, names[0]) if names else latest(store)
     work = [_describe_work(store, folder) for folder in _folders(store.outputs / "work")]
@@ -57,24 +57,24 @@ def _status(options: Namespace) -> int:
         print(f"done ({'latest run: ' * (run == latest(store))}{run})")
         print(aligned([_cells_of_step(row) for row in done], right=(2, 3), indent="  "))
     if not done and not work:
-        print(f"{store.outputs} holds nothing yet: run mlxchat first")
+        print(f"{store.outputs} is empty: run mlxchat first")
     return 0
 
 
 def _run_named(store: Store, name: str) -> str:
-    """Return the run that a name means.
+    """Return the run with this name.
 
     Raises:
-        StoreError: it means none.
+        StoreError: there is none.
     """
     meant = meaning(store, name)
     if not isinstance(meant, Run):
-        raise StoreError(f'"{name}" is {meant.place.name}, no run. See: mlxchat show {name}')
+        raise StoreError(f'"{name}" is {meant.place.name}, not a run. See: mlxchat show {name}')
     return meant.name
 
 
 def _describe_work(store: Store, folder: Path) -> Row:
-    """Return a step's process or how its last attempt ended, and the progress."""
+    """Return a step's process or the end of its last attempt, and its progress."""
     from mlxchat.store import attempts, locks
 
     key = folder.name
@@ -99,7 +99,7 @@ def _describe_work(store: Store, folder: Path) -> Row:
 
 
 def _lines_of_work(row: Row) -> list[str]:
-    """Return the lines about one step's work."""
+    """Return the lines about a running or failed step."""
     at = f" at iteration {row['iteration']}" if row["iteration"] is not None else ""
     speed = f", {format_count(row['tokens_per_second'])} tok/s" if row["tokens_per_second"] else ""
     if row["state"] == "running":
@@ -141,7 +141,7 @@ def _cells_of_step(row: Row) -> list[str]:
 
 
 def _command(store: Store, run: str) -> str | None:
-    """Return the command line of a run; None: its record is gone."""
+    """Return the command line of a run; None if its record is gone."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         return str(json.loads((store.outputs / "runs" / run / "plan.json").read_text(encoding="utf-8"))["command"])
     return None
@@ -163,7 +163,7 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _last_record(path: Path) -> Row:
-    """Return the last whole record of a file that may be large and in use."""
+    """Return the last complete record of a file that may be large and growing."""
     for line in reversed(_end_of(path).split(b"\n")):
         try:
             record = json.loads(line)
@@ -195,15 +195,19 @@ def ls(parser: Parser) -> None:
     """Declare `mlxchat ls`."""
     parser.take_names("[STAGE|STEP|RUN…]", least=0, most=None)
     parser.add_argument(
-        "--stage", metavar="STAGE", action="append", default=[], help="only of this stage or step (repeatable)"
+        "--stage",
+        metavar="STAGE",
+        action="append",
+        default=[],
+        help="only this stage or step (repeatable)",
     )
-    parser.add_argument("--sort", metavar="METRIC", help="only artifacts that have this metric, the best first")
+    parser.add_argument("--sort", metavar="METRIC", help="only artifacts with this metric, best first")
     parser.add_json("one JSON array for programs")
     parser.set_defaults(main=_ls)
 
 
 def _ls(options: Namespace) -> int:
-    """Print a line per artifact, the newest last."""
+    """Print a line per artifact, newest last."""
     store = Store(options.outputs)
     found = read_catalog(store)
     wanted = [*options.stage, *options.names]
@@ -246,21 +250,21 @@ def _of_run(store: Store, name: str, known: set[str]) -> set[str]:
     with suppress(StoreError):
         if isinstance(meant := meaning(store, name, paths=False), Run):
             return {place.name for place in links(store, meant.name).values()}
-    raise ConfigError(f'"{name}" is no stage, step or run: {", ".join(sorted(known))}.{suggest(name, known)}')
+    raise ConfigError(f'"{name}" is not a stage, step or run: {", ".join(sorted(known))}.{suggest(name, known)}')
 
 
 def _best_first(summaries: list[Summary], metric: str) -> list[Summary]:
-    """Return the artifacts that have a metric, the best first as their stage declares; names may be STEP.METRIC.
+    """Return the artifacts with a metric, best first as their stage declares; names may be STEP.METRIC.
 
     Raises:
-        ConfigError: none has it.
+        ConfigError: no artifact has it.
     """
     step, _, name = metric.rpartition(".")
     having = [one for one in summaries if name in (one.get("metrics") or {}) and step in ("", one["step"])]
     if not having:
         known = sorted({key for one in summaries for key in one.get("metrics") or {}})
         raise ConfigError(f'--sort: no artifact has "{metric}": {", ".join(known)}.{suggest(name, known)}')
-    from mlxchat.runner.stage import best_of  # slow to import, and needed for this alone
+    from mlxchat.runner.stage import best_of  # slow to import
 
     is_maximised = best_of(having[0]["stage"], name) is max
     return sorted(having, key=lambda one: float(one["metrics"][name]), reverse=is_maximised)
@@ -288,12 +292,12 @@ def show(parser: Parser) -> None:
     """Declare `mlxchat show`."""
     parser.take_names("ID")
     parser.add_argument(
-        "--examples", nargs="?", choices=EXAMPLES, const="all", help="of an evaluation or RL: questions and answers"
+        "--examples", nargs="?", choices=EXAMPLES, const="all", help="questions and answers of an evaluation or RL"
     )
-    parser.add_argument("-n", type=int, default=5, metavar="N", help="examples at most, of RL questions (default: 5)")
-    parser.add_argument("--task", metavar="NAME", help="of an evaluation: examples of this task only")
-    parser.add_argument("--iteration", type=int, metavar="N", help="of RL: answers of this iteration only")
-    parser.add_json("the manifest as it is")
+    parser.add_argument("-n", type=int, default=5, metavar="N", help="number of examples or RL questions (default: 5)")
+    parser.add_argument("--task", metavar="NAME", help="for an evaluation: only examples of this task")
+    parser.add_argument("--iteration", type=int, metavar="N", help="for RL: only answers of this iteration")
+    parser.add_json("the manifest, unchanged")
     parser.set_defaults(main=_show)
 
 
@@ -304,7 +308,7 @@ def _show(options: Namespace) -> int:
     store = Store(options.outputs)
     place = resolve(store, options.names[0])
     if options.examples is not None:
-        from mlxchat.commands.examples import show_examples, show_rollouts  # imports take a while
+        from mlxchat.commands.examples import show_examples, show_rollouts  # slow imports
         from mlxchat.evals.examples import has_rollouts
 
         if has_rollouts(place):
@@ -349,7 +353,7 @@ def _facts(store: Store, place: Path, manifest: Manifest) -> Iterator[list[str]]
 
 
 def _memory(manifest: Manifest) -> str:
-    """Return the peak of MLX's arrays, which progress shows and plans predict, and that of the whole process."""
+    """Return the peak of MLX's arrays, which progress shows and plans predict, and of the whole process."""
     process, arrays = format_bytes(manifest["peak_memory_bytes"]), manifest.get("peak_array_bytes")
     if arrays is None:
         return f"{process} at most, the whole process"
@@ -387,8 +391,8 @@ def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
 def lineage(parser: Parser) -> None:
     """Declare `mlxchat lineage`."""
     parser.take_names("ID")
-    parser.add_argument("--up", action="store_true", help="only what it was made from")
-    parser.add_argument("--down", action="store_true", help="only what was made from it")
+    parser.add_argument("--up", action="store_true", help="only its inputs")
+    parser.add_argument("--down", action="store_true", help="only artifacts made from it")
     parser.add_json()
     parser.set_defaults(main=_lineage)
 
@@ -422,7 +426,7 @@ def _lineage(options: Namespace) -> int:
 
 
 def _draw(tree: Node, below: str) -> list[str]:
-    """Return a tree's lines; the branch of an artifact that occurs twice is drawn once."""
+    """Return a tree's lines; a repeated artifact's branch is drawn once."""
     seen: set[str] = set()
 
     def lines(node: Node, before: str, branch: str, further: str) -> Iterator[str]:
@@ -467,7 +471,7 @@ def _diff(options: Namespace) -> int:
 
 
 def _pair_steps(store: Store, *runs: str) -> dict[str, tuple[Path | None, Path | None]]:
-    """Return step → its artifact in either run; None: that run has no such step."""
+    """Return step → its artifact in each run, None if absent."""
     old, new = (links(store, run) for run in runs)
     return {step: (old.get(step), new.get(step)) for step in dict.fromkeys([*old, *new])}
 
@@ -501,13 +505,13 @@ def _show_pair(a: Path | None, b: Path | None) -> None:
 
 
 def _change(old: Any, new: Any) -> str:
-    """Return old → new, with six digits unless both would look the same."""
+    """Return old → new, with six digits unless both would look equal."""
     short = [f"{value:.6g}" if isinstance(value, float) else show_value(value) for value in (old, new)]
     return " → ".join(short if short[0] != short[1] else [show_value(old), show_value(new)])
 
 
 def _delta(old: Any, new: Any) -> str:
-    """Return a float's change, relative to what it was."""
+    """Return a float's relative change."""
     if not (isinstance(old, float) and isinstance(new, float)) or not old:
         return ""
     return f"  ({(new - old) / abs(old):+.1%})"
@@ -521,7 +525,7 @@ def verify(parser: Parser) -> None:
 
 
 def _verify(options: Namespace) -> int:
-    """Verify all artifacts or those that are named; return 1 if something differs."""
+    """Verify all or the named artifacts; return 1 if something differs."""
     from mlxchat.store.verify import check_contents, find_absent, makers, remedy
 
     names, store = options.names, Store(options.outputs)
@@ -544,7 +548,7 @@ def _verify(options: Namespace) -> int:
     if options.json:
         print_json({"artifacts": len(places), "bytes": size, "faults": faults, "absent": absent})
     elif not places:
-        print(f"{store.outputs} holds no artifacts yet: run mlxchat first")
+        print(f"{store.outputs} has no artifacts yet: run mlxchat first")
     else:
         count = "1 artifact is" if len(places) == 1 else f"{len(places)} artifacts are"
         told = f"{len(faults)} of {len(places)} artifacts differ" if faults else f"{count} right"
@@ -553,14 +557,14 @@ def _verify(options: Namespace) -> int:
             print(visible(remedy(_manifests(store, faults))))
         if absent:
             print(
-                f"{len(absent)} of {len(places)} artifacts are intact but lack what they were made from: keep them "
+                f"{len(absent)} of {len(places)} artifacts are intact but lack inputs: keep them "
                 f"and run again: {visible(makers(_manifests(store, absent)))}"
             )
     return int(bool(faults or absent))
 
 
 def _manifests(store: Store, names: Iterable[str]) -> list[Manifest]:
-    """Return the manifests of artifacts that can be read."""
+    """Return the manifests of readable artifacts."""
     found = []
     for name in names:
         with suppress(StoreError):
@@ -569,7 +573,7 @@ def _manifests(store: Store, names: Iterable[str]) -> list[Manifest]:
 
 
 def _faults_below(place: Path) -> list[str]:
-    """Return why adapters with intact files cannot be used: a fault of their base model."""
+    """Return why intact adapters cannot be used: a problem of their base model."""
     from mlxchat.store.bases import find_chain, is_adapter
 
     if not is_adapter(place):

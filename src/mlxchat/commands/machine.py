@@ -1,4 +1,4 @@
-"""What this machine has and how fast it is: doctor and bench."""
+"""This machine's setup and speed: doctor and bench."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _SLOW_GFLOPS = 30
 _LITTLE_DISK_BYTES = 5e9
 
 Finding = tuple[str, str, str]
-"""Mark (ok, note, wrong), what, and details with the remedy."""
+"""Mark (ok, note, wrong), subject, and details with the remedy."""
 
 
 def doctor(parser: Parser) -> None:
     """Declare `mlxchat doctor`."""
-    parser.add_argument("--hosts", action="store_true", help="try locks between two machines: run it on both at once")
-    parser.add_argument("--seconds", type=float, default=120, help="how long to wait for the other one (default: 120)")
+    parser.add_argument("--hosts", action="store_true", help="test locks of two hosts: run it on both at once")
+    parser.add_argument("--seconds", type=float, default=120, help="time to wait for the other machine (default: 120)")
     parser.set_defaults(main=_doctor)
 
 
@@ -88,7 +88,7 @@ def _device() -> Iterator[Finding]:
     done = remedy()
     if done is not None and done.needed:
         mark = "ok" if done.library else "wrong"
-        yield (mark, "blas", f"{done.reason} ({done.library or 'the reference BLAS serves: slow'})")
+        yield (mark, "blas", f"{done.reason} ({done.library or 'the slow reference BLAS is in use'})")
         yield ("ok", "kernels", f"compiled with g++ {done.compiler}")
     if device["backend"] == "cpu" and sys.platform == "linux" and shutil.which("g++") is None:
         yield ("note", "compiler", "no g++: MLX cannot compile kernels and falls back to slower ones. Install g++.")
@@ -96,7 +96,7 @@ def _device() -> Iterator[Finding]:
     missing = [name for name in ("ring", "jaccl", "nccl", "mpi") if name not in available]
     lacking = f" ({', '.join(missing)}: not here)" if missing else ""
     mark = "ok" if available else "note"
-    yield (mark, "ranks", f"can compute together by {', '.join(available) or 'nothing'}{lacking}")
+    yield (mark, "ranks", f"collective operations by {', '.join(available) or 'nothing'}{lacking}")
     matrix = mx.random.normal((1024, 1024))
     mx.eval(matrix @ matrix)
     seconds = []
@@ -118,9 +118,9 @@ def _programs() -> Iterator[Finding]:
     except MlxchatError as error:
         problem = str(error)
     if problem:
-        yield ("note", "programs", f"{problem}. HumanEval cannot be evaluated here")
+        yield ("note", "programs", f"{problem}. HumanEval cannot run here")
     else:
-        yield ("ok", "programs", f"of HumanEval run under {', '.join(protections_here())}")
+        yield ("ok", "programs", f"of HumanEval are confined by {', '.join(protections_here())}")
 
 
 def _resources(outputs: Path) -> Iterator[Finding]:
@@ -131,7 +131,7 @@ def _resources(outputs: Path) -> Iterator[Finding]:
     place = outputs if outputs.exists() else Path()
     disk = shutil.disk_usage(place)
     little = disk.free < _LITTLE_DISK_BYTES
-    remedy = ": little. Free some, or choose another place with outputs=PATH" if little else ""
+    remedy = ": little. Free space, or choose another place with outputs=PATH" if little else ""
     yield ("note" if little else "ok", "disk", f"{format_bytes(disk.free)} free for {outputs}{remedy}")
 
 
@@ -145,9 +145,9 @@ def _folder(outputs: Path) -> Iterator[Finding]:
     mount = mount_of(place)
     reason = mount.hides_locks()
     if reason is not None:
-        yield ("note", "sharing", f"{outputs} is for one host: {reason}. To try it: mlxchat doctor --hosts, on both")
+        yield ("note", "sharing", f"{outputs} supports one host: {reason}. To test it: mlxchat doctor --hosts, on both")
     elif not mount.is_local:
-        yield ("ok", "sharing", f"{outputs} is {mount.kind}: hosts that mount it so see each other's locks")
+        yield ("ok", "sharing", f"{outputs} is {mount.kind}: hosts that mount it this way see each other's locks")
     try:
         found = list(probe_folder(place))
     except OSError as error:
@@ -177,18 +177,22 @@ def _version(package: str) -> str | None:
         return None
 
 
-# Kind → (module in mlxchat.bench, its function from configuration to plain data, what it measures).
+# Kind → (module in mlxchat.bench, its function from configuration to plain data, description).
 KINDS = {
-    "train": ("train", "measure_training", "training steps, validation's forward pass, memory, share of the peak"),
-    "core": ("core", "measure_core", "CORE's examples, against computing them one at a time"),
-    "generate": ("generate", "measure_generation", "reading prompts and decoding, of ID or of random weights"),
-    "tokenizer": ("tokenizer", "measure_tokenizer", "training of a tokenizer and encoding, against nanochat's ways"),
+    "train": ("train", "measure_training", "training steps, forward pass of validation, memory, utilisation (MFU)"),
+    "core": ("core", "measure_core", "CORE examples, batched and one at a time"),
+    "generate": ("generate", "measure_generation", "prompt processing and decoding, with ID or random weights"),
+    "tokenizer": (
+        "tokenizer",
+        "measure_tokenizer",
+        "tokenizer training and encoding, compared with nanochat's",
+    ),
 }
 
 _BENCH_SETTINGS = """
   bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps, split: conf/settings/bench.yaml
                        tokenizer: chars, vocab_size
-                       core: bundle (made-up examples without one), core_tasks, core_examples
+                       core: bundle (default: synthetic examples), core_tasks, core_examples
                        generate: rows, prompt_tokens, new_tokens, bits, kv_bits, as the options do
   model=d8             nanochat's own sizes, since experiment=bench is the default here
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise
@@ -212,11 +216,11 @@ def bench(parser: Parser) -> None:
         "is an outputs folder, and shown in its reports. Progress goes to stderr."
     )
     add = parser.add_argument
-    add("--batch", dest="rows", metavar="N,…", help="generate: prompts that are answered together (default: 1,8)")
-    add("--prompt", dest="prompt_tokens", metavar="N,…", help="generate: tokens of a prompt (default: 128,1024)")
-    add("--new", dest="new_tokens", metavar="N", help="generate: tokens of an answer (default: 64)")
-    add("--bits", type=int, choices=(8, 4), help="generate: with weights of so many bits")
-    add("--kv-bits", type=int, choices=(8, 4), help="generate: with keys and values of so many bits")
+    add("--batch", dest="rows", metavar="N,…", help="generate: batch sizes (default: 1,8)")
+    add("--prompt", dest="prompt_tokens", metavar="N,…", help="generate: tokens per prompt (default: 128,1024)")
+    add("--new", dest="new_tokens", metavar="N", help="generate: tokens per answer (default: 64)")
+    add("--bits", type=int, choices=(8, 4), help="generate: bits of the weights")
+    add("--kv-bits", type=int, choices=(8, 4), help="generate: bits of the KV cache")
     parser.add_json("print one JSON object instead of tables")
     parser.set_defaults(main=_bench)
 
@@ -252,7 +256,7 @@ def _bench(options: Namespace) -> int:
 
 
 def _model(name: str, outputs: Path) -> Any:
-    """Return the model that a name means, a `GivenModel`.
+    """Return the model with this name, a `GivenModel`.
 
     Raises:
         MlxchatError: there is none, or it is damaged.
@@ -282,7 +286,7 @@ def _keep(kind: str, record: dict[str, Any], settings: list[str], outputs: Path)
 
 
 def _with_defaults(overrides: list[str]) -> list[str]:
-    """Return the overrides with experiment=bench, and with the optimizer that belongs to the architecture."""
+    """Return the overrides with experiment=bench, and with the architecture's optimizer."""
     given = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
     if "experiment" in given:
         return overrides

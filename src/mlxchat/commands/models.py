@@ -1,4 +1,4 @@
-"""Verbs for models: export and import in the formats of other tools, fuse, chat, serve."""
+"""Verbs for models: export and import in other tools' formats, fuse, chat, serve."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("hf", "nanochat", "mlx", "mlx-adapter", "peft")
 _FORMATS = """FORMAT: hf (transformers' NanoChatForCausalLM), nanochat (model_<step>.pt, meta, tokenizer), mlx (mlx-lm),
-mlx-adapter (the adapters alone, for mlx-lm beside their base), peft (the same, for peft)"""
+mlx-adapter (adapters without base, for mlx-lm), peft (the same, for PEFT)"""
 _LANGUAGE, _LICENSE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?"), re.compile(r"[a-z][a-z0-9.+-]{1,40}")
 _MEASURED_TOKENS = 8192
 _TOOLS = {
@@ -53,20 +53,20 @@ _TOOLS = {
 def export(parser: Parser) -> None:
     """Declare `mlxchat export`."""
     parser.take_names("ID --to FORMAT PATH", most=2, about=_FORMATS)
-    parser.description = "Write a model to PATH as another tool reads it, with a model card."
+    parser.description = "Write a model to PATH in another tool's format, with a model card."
     parser.add_argument("--to", metavar="FORMAT", help=", ".join(FORMATS))
-    parser.add_argument("--quantize", type=int, choices=(4, 8), help="bits of the matrices (--to mlx)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the other numbers (--to hf, mlx)")
-    parser.add_argument("--hub", metavar="REPO", help="upload it to this repository of the Hub; PATH is optional then")
-    parser.add_argument("--public", action="store_true", help="with --hub: everybody may see the repository")
-    parser.add_argument("--license", metavar="ID", help="of the weights, for the card: mit, apache-2.0, …")
-    parser.add_argument("--language", metavar="CODES", default="en", help="of the model, for the card: en, or en,de")
+    parser.add_argument("--quantize", type=int, choices=(4, 8), help="quantise to this many bits (--to mlx)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of the other weights (--to hf, mlx)")
+    parser.add_argument("--hub", metavar="REPO", help="upload it to this repository of the Hub; PATH is then optional")
+    parser.add_argument("--public", action="store_true", help="with --hub: make the repository public")
+    parser.add_argument("--license", metavar="ID", help="licence of the weights for the card: mit, apache-2.0, …")
+    parser.add_argument("--language", metavar="CODES", default="en", help="languages for the card: en, or en,de")
     parser.add_argument("--force", action="store_true", help="replace what is at PATH")
     parser.set_defaults(main=_export)
 
 
 def _export(options: Namespace) -> int:
-    """Write a model in the format of another tool, to a folder, the Hub or both."""
+    """Write a model in another tool's format to a folder, the Hub or both."""
     name, *rest = options.names
     if options.to not in FORMATS:
         place = options.to or next(iter(rest), "PLACE")
@@ -80,10 +80,10 @@ def _export(options: Namespace) -> int:
         raise ConfigError("--public requires --hub")
     languages = options.language.split(",")
     if wrong := [code for code in languages if not _LANGUAGE.fullmatch(code)]:
-        raise ConfigError(f'--language "{wrong[0]}" is no language code: expected for instance en, de or zh-CN')
+        raise ConfigError(f'--language "{wrong[0]}" is not a language code, such as en, de or zh-CN')
     if options.license is not None and not _LICENSE.fullmatch(options.license):
         raise ConfigError(
-            f'--license "{options.license}" is no identifier of the Hub: expected for instance mit, apache-2.0 or '
+            f'--license "{options.license}" is not a licence identifier of the Hub, such as mit, apache-2.0 or '
             "cc-by-sa-4.0 (https://huggingface.co/docs/hub/repositories-licenses)"
         )
     return _write_model(
@@ -111,7 +111,7 @@ def _write_model(
     exporting.check_export(checkpoint, target, bits=bits, dtype=dtype)
     for each in (place, *checkpoint.bases):
         if damage := list(find_damage(each, read_manifest(each))):
-            raise StoreError(f"{each.name} is not what was published: {damage[0]}. See: mlxchat verify")
+            raise StoreError(f"{each.name} differs from its manifest: {damage[0]}. See: mlxchat verify")
     with ExitStack() as opened:
         if kept := path is not None:
             to = path
@@ -161,13 +161,11 @@ def _write(
         own = exporting.needs_model_file(checkpoint)
         how = {"trust": " --trust-remote-code" if own else ""}
         if own:
-            notes.append(
-                "mlx-lm does not know this architecture: the folder has a model file of its own (--trust-remote-code)."
-            )
+            notes.append("mlx-lm lacks this architecture: the folder includes its model file (--trust-remote-code).")
     if checkpoint.bases and target not in ("mlx-adapter", "peft"):
-        notes.append(f"Its adapters were put into the weights of {checkpoint.bases[0].name}.")
+        notes.append(f"Its adapters were merged into the weights of {checkpoint.bases[0].name}.")
     if dtype == "bfloat16" and not bits:
-        notes.append("Its numbers were rounded to bfloat16.")
+        notes.append("Its weights were rounded to bfloat16.")
     if bits:
         notes.append(_measure(store, place, checkpoint, bits, dtype))
     weights = "adapters.safetensors" if checkpoint.bases else "model.safetensors"
@@ -183,7 +181,7 @@ _MONTHS = {"oct2025": "October 2025", "jul2026": "July 2026"}
 
 
 def _adapter_words(checkpoint: Checkpoint, form: str) -> tuple[dict[str, str], list[str]]:
-    """Return the card's words on using adapters with their base in the format `form`, and notes for the user."""
+    """Return the card's section on using adapters with their base in the format `form`, and notes for the user."""
     from mlxchat.interop.exporting import needs_model_file
 
     base, *below = checkpoint.bases
@@ -192,7 +190,7 @@ def _adapter_words(checkpoint: Checkpoint, form: str) -> tuple[dict[str, str], l
         "BASE."
     ]
     if below:
-        notes.append(f"{base.name} holds adapters itself; that export puts them into its weights.")
+        notes.append(f"{base.name} also has adapters; that export merges them into its weights.")
     bits = (checkpoint.facts.get("adapter") or {}).get("bits")
     if bits:
         notes.append(
@@ -203,7 +201,7 @@ def _adapter_words(checkpoint: Checkpoint, form: str) -> tuple[dict[str, str], l
 
 
 def _nanochat_words(checkpoint: Checkpoint, snapshot: str) -> dict[str, str]:
-    """Return the card's words on nanochat: the folder of the model, and the script that runs it."""
+    """Return the card's section on nanochat: the folder of the model, and the script that runs it."""
     stage = str(checkpoint.facts.get("stage"))
     source = {"sft": "chatsft", "rl": "chatrl", "midtrain": "mid"}.get(stage, "chatsft") if checkpoint.chats else "base"
     if snapshot == "jul2026" and source == "mid":
@@ -220,7 +218,7 @@ def _nanochat_words(checkpoint: Checkpoint, snapshot: str) -> dict[str, str]:
 
 
 def _measure(store: Store, place: Path, checkpoint: Checkpoint, bits: int, dtype: str | None) -> str:
-    """Return a sentence on how many bits per byte of text the quantised weights cost."""
+    """Return a sentence about the bits per byte of text that quantisation costs."""
     from mlxchat.evals.rounding import bits_per_byte_of_both, held_out_rows
 
     rows, what = held_out_rows(store, place, checkpoint.tokenizer, checkpoint.sizes.context_tokens, _MEASURED_TOKENS)
@@ -235,7 +233,7 @@ def _check_outside(store: Store, path: Path) -> None:
     artifacts = (store.outputs / "store").resolve()
     inside = path.resolve()
     if inside in (artifacts, artifacts.parent) or artifacts in inside.parents:
-        raise ConfigError(f"{path} is in the store; an export goes elsewhere")
+        raise ConfigError(f"{path} is in the store: export to another place")
 
 
 IMPORT_FORMATS = ("nanochat", "hf", "adapter")
@@ -251,26 +249,26 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/.+)?")
 
 def import_model(parser: Parser) -> None:
     """Declare `mlxchat import`."""
-    hint = "import takes in models of other tools. To take in artifacts: mlxchat pull PLACE"
+    hint = "import is for models of other tools. For artifacts: mlxchat pull PLACE"
     parser.take_names("FORMAT WHAT", least=0, most=2, first=IMPORT_FORMATS, hint=hint, about=_WHAT)
     parser.description = (
         "Take in a model or adapters of another tool. import:NAME then stands for it: "
         "pipeline.rl.checkpoint=import:NAME, mlxchat serve import:NAME."
     )
     add = parser.add_argument
-    add("--name", help="what to call it (default: the last part of WHAT)")
+    add("--name", help="name of the import (default: the last part of WHAT)")
     add("--revision", default="main", help="commit, tag or branch of the repository (default: main)")
-    add("--step", type=int, help="nanochat: which of several checkpoints (default: the last)")
-    add("--chat", action=BooleanOptionalAction, help="whether it is a chat model (default: what its files say)")
-    add("--optimizer", action="store_true", help="nanochat: take its optimizer's moments in too, for warm starts")
-    add("--base", metavar="ID", help="adapter: the model of ours that they were trained on")
-    add("--replace", action="store_true", help="let the name stand for this model from now on")
-    add("--forget", metavar="IMPORT", help="let import:IMPORT stand for nothing; gc may then remove it")
+    add("--step", type=int, help="nanochat: training step of the checkpoint (default: the last)")
+    add("--chat", action=BooleanOptionalAction, help="whether it is a chat model (default: from its files)")
+    add("--optimizer", action="store_true", help="nanochat: also import the optimizer moments, for warm starts")
+    add("--base", metavar="ID", help="adapter: the mlxchat model that they were trained on")
+    add("--replace", action="store_true", help="replace another import with the same name")
+    add("--forget", metavar="IMPORT", help="remove the name import:IMPORT; gc may then remove the artifact")
     parser.set_defaults(main=_import_model)
 
 
 def _import_model(options: Namespace) -> int:
-    """Import a model, unless the store holds it, and name it."""
+    """Import a model, unless the store has it, and name it."""
     store = Store(options.outputs)
     if options.forget is not None:
         return _forget(store, options.forget)
@@ -280,7 +278,7 @@ def _import_model(options: Namespace) -> int:
     key, value, default = _place(what, options)
     name = options.name or default
     if not _NAME.fullmatch(name):
-        raise ConfigError(f'"{name}" is no name for an import: letters, digits, . _ - and no / are. Give --name NAME')
+        raise ConfigError(f'"{name}" is not an import name, expected letters, digits, . _ - and no /. Give --name NAME')
     overrides = [
         f"outputs={quoted(str(options.outputs))}", "stage=imported", "pipeline=imported", "name=import",
         f"imported.format={form}", f"imported.{key}={quoted(value)}", f"imported.name={quoted(name)}",
@@ -303,23 +301,23 @@ def _form_and_source(options: Namespace) -> tuple[str, str]:
     """Return the format of an import, and its folder or repository.
 
     Raises:
-        ConfigError: one of them is missing, or an option is of another format.
+        ConfigError: one of them is missing, or an option belongs to another format.
     """
     if len(options.names) < 2:
         form = next(iter(options.names), "FORMAT")
         raise ConfigError(f"expected mlxchat import {form} WHAT: a repository of the Hub, or a folder")
     form, what = options.names
     if options.step is not None and form != "nanochat":
-        raise ConfigError("--step requires the format nanochat: it says which of several checkpoints")
+        raise ConfigError("--step requires the format nanochat")
     if options.optimizer and form != "nanochat":
-        raise ConfigError("--optimizer requires the format nanochat: files of others hold no moments")
+        raise ConfigError("--optimizer requires the format nanochat: other formats have no moments")
     if (options.base is None) == (form == "adapter"):
-        raise ConfigError("--base ID goes with the format adapter, which needs it: the model they were trained on")
+        raise ConfigError("--base ID is for the format adapter, which requires it")
     return form, what
 
 
 def _forget(store: Store, name: str) -> int:
-    """Remove the name of an import; the artifact stays until it is collected.
+    """Remove the name of an import; the artifact stays until gc removes it.
 
     Raises:
         ConfigError: there is no import of this name.
@@ -328,7 +326,7 @@ def _forget(store: Store, name: str) -> int:
     if not _NAME.fullmatch(name) or not link.is_symlink():
         raise ConfigError(f'there is no import "{name}".{suggest(name, links(store, IMPORTS))}')
     link.unlink()
-    print(f"import:{name} stands for nothing any more. To remove what nobody needs: mlxchat gc")
+    print(f"import:{name} removed. To remove unused artifacts: mlxchat gc")
     return 0
 
 
@@ -342,8 +340,7 @@ def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> 
     before = read_manifest(known[name])["rid"] if name in known else None
     if before is not None and before != step.rid and not replace:
         raise ConfigError(
-            f"import:{name} is another model already ({known[name].name}). Give --name NAME, or --replace to let the "
-            "name stand for this one"
+            f"import:{name} is already another model ({known[name].name}). Give --name NAME, or --replace"
         )
     if not step.done:
         run_pipeline(composed, is_verb=True)
@@ -357,7 +354,7 @@ def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> 
 
 
 def _place(what: str, options: Namespace) -> tuple[str, str, str]:
-    """Return which setting a source belongs to, its value, and what the import is called if nothing else is said."""
+    """Return the setting of a source, its value, and the default name of the import."""
     path = Path(what).expanduser()
     if path.exists() or what.startswith((".", "/", "~")):
         return "folder", str(path), path.resolve().name
@@ -374,12 +371,12 @@ def _place(what: str, options: Namespace) -> tuple[str, str, str]:
     near = suggest(what, (each.name for each in Path().iterdir() if each.is_dir()))
     raise ConfigError(
         f'"{what}" is neither a folder nor a repository of the Hub: expected ORGANISATION/NAME, such as '
-        f"karpathy/nanochat-d32.{near} What nanochat trained on this machine: mlxchat import nanochat"
+        f"karpathy/nanochat-d32.{near} For models in nanochat's folder: mlxchat import nanochat"
     )
 
 
 def _list_nanochat() -> int:
-    """Print what nanochat's own folder holds, and how to use it."""
+    """Print the models in nanochat's own folder, and how to import them."""
     from mlxchat.hub.cache import nanochat_folder
     from mlxchat.interop.nanochat import list_trained
 
@@ -388,7 +385,7 @@ def _list_nanochat() -> int:
     shards = {folder: sorted(folder.glob("*.parquet")) for folder in sorted(base.glob("base_data*"))}
     if not models and not tokenizer.is_file() and not any(shards.values()):
         raise ConfigError(
-            f"{base} holds nothing of nanochat's. Its folder is NANOCHAT_BASE_DIR; of the Hub: mlxchat import nanochat "
+            f"{base} has no nanochat models. Set NANOCHAT_BASE_DIR, or import from the Hub: mlxchat import nanochat "
             "ORGANISATION/NAME"
         )
     print(f"{base}")
@@ -400,8 +397,8 @@ def _list_nanochat() -> int:
     for folder, paths in shards.items():
         size = sum(path.stat().st_size for path in paths)
         print(
-            f"  {folder.name:12} {plural(len(paths), 'shard')} ({format_bytes(size)}): used where a corpus would fetch "
-            "the same file"
+            f"  {folder.name:12} {plural(len(paths), 'shard')} ({format_bytes(size)}): used instead of "
+            "downloading the same file"
         )
     return 0
 
@@ -413,11 +410,11 @@ def fuse(parser: Parser) -> None:
 
 
 def _fuse(options: Namespace) -> int:
-    """Fuse a checkpoint with adapters, unless the store holds the result, and print its name."""
+    """Fuse a checkpoint with adapters, unless the store has the result; print its name."""
     store = Store(options.outputs)
     place = find_model(store, options.names[0]).place
     if not is_adapter(place):
-        raise ConfigError(f"{place.name} has all of its weights already: there are no adapters to fuse")
+        raise ConfigError(f"{place.name} has no adapters to fuse")
     return _fused(store, place.name)
 
 
@@ -436,36 +433,36 @@ def _fused(store: Store, name: str) -> int:
     made = store.find_made(step.key)
     assert made is not None, "a run that ends has made it"
     size = format_bytes(sum(file["bytes"] for file in read_manifest(made)["outputs"]))
-    print(f"{name} with all of its weights is {made.name} ({size}). In a pipeline: artifact:{made.name}")
+    print(f"{name} fused: {made.name} ({size}). In a pipeline: artifact:{made.name}")
     return 0
 
 
 def chat(parser: Parser) -> None:
     """Declare `mlxchat chat`."""
     parser.take_names("[ID]", least=0)
-    parser.description = "Talk to a model of the outputs folder; one that was only pretrained continues text."
+    parser.description = "Chat with a model of the outputs folder; a base model continues text."
     add = parser.add_argument
-    add("-p", "--prompt", help="answer or continue this one and leave; - reads it from standard input")
-    add("--model", metavar="ID", help="the model, as ID; or hf:FOLDER, hf:ORGANISATION/NAME: any that mlx-lm opens")
+    add("-p", "--prompt", help="answer or continue this text and exit; - reads it from standard input")
+    add("--model", metavar="ID", help="the model: ID, or hf:FOLDER, hf:ORGANISATION/NAME for any that mlx-lm opens")
     add("--follow", action="store_true",
-        help="before each answer, change to the newest model of the run, ID or else the one in progress")  # fmt: skip
-    add("--temperature", type=float, default=0.0, help="0 (the default) takes the likeliest token")
-    add("--top-k", type=int, default=50, help="draw among so many tokens (default: 50)")
-    add("--top-p", type=float, help="draw among the likeliest tokens that have this share together")
-    add("--system", metavar="TEXT", help="what stands before the conversation")
-    add("--max-tokens", type=int, default=128, help="longest answer (default: 128)")
+        help="before each answer, switch to the newest model of the run: ID's, or else the one in progress")  # fmt: skip
+    add("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy (default)")
+    add("--top-k", type=int, default=50, help="sample among the K most likely tokens (default: 50)")
+    add("--top-p", type=float, help="sample among the most likely tokens with this total probability")
+    add("--system", metavar="TEXT", help="system prompt")
+    add("--max-tokens", type=int, default=128, help="longest answer in tokens (default: 128)")
     add("--seed", type=int, default=0)
     _add_decoding(parser)
     parser.set_defaults(main=_chat)
 
 
 def _chat(options: Namespace) -> int:
-    """Answer one question with -p, or converse until /quit."""
+    """Answer one question with -p, or chat until /quit."""
     names = options.names
     if names and options.model:
-        raise ConfigError(f"two models are named, {names[0]} and --model {options.model}; expected one")
+        raise ConfigError(f"two models are given, {names[0]} and --model {options.model}; expected one")
     if names and " " in names[0]:
-        raise ConfigError(f'"{names[0]}" is no model. To ask it: mlxchat chat -p {shlex.quote(names[0])}')
+        raise ConfigError(f'"{names[0]}" is not a model. To ask a question: mlxchat chat -p {shlex.quote(names[0])}')
     options.model = options.model or (names[0] if names else None)
     if options.temperature < 0 or options.max_tokens < 1 or options.top_k < 0:
         raise ConfigError("--temperature and --top-k must be at least 0, --max-tokens at least 1")
@@ -526,7 +523,7 @@ def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
 
 
 def _python_tool() -> PythonTool:
-    """Return the tool that runs the Python of answers.
+    """Return the tool that runs Python in answers.
 
     Raises:
         ConfigError: this machine cannot confine them.
@@ -539,40 +536,52 @@ def _python_tool() -> PythonTool:
 
 
 def _add_decoding(parser: Parser) -> None:
-    """Declare what chat and serve share."""
+    """Declare options that chat and serve share."""
     add = parser.add_argument
-    add("--python-tool", action="store_true", help="run the Python that the model calls, confined (off: sums, .count)")
-    add("--bits", type=int, choices=(8, 4), help="decode with weights of so many bits; says what it costs")
-    add("--kv-bits", type=int, choices=(8, 4), help="keep keys and values in so many bits, for long contexts")
+    add(
+        "--python-tool",
+        action="store_true",
+        help="run the model's Python, sandboxed (default: only sums)",
+    )
+    add("--bits", type=int, choices=(8, 4), help="quantise the weights to this many bits; prints the loss in quality")
+    add("--kv-bits", type=int, choices=(8, 4), help="quantise the KV cache to this many bits, for long contexts")
 
 
 _THIRD_PARTY = "hf:"
 _KEY = "MLXCHAT_API_KEY"
 _LIMITS = {
-    "max-tokens": "tokens of an answer", "max-messages": "messages of a conversation",
-    "max-message-chars": "characters of a message", "max-conversation-chars": "characters of a conversation",
-    "max-choices": "answers to one request", "max-rows": "answers computed at a time",
-    "max-queue": "answers that wait; more are refused with 429",
-    "max-models": "models in memory; requests for further ones wait until one is idle",
-    "kept-tokens": "tokens of conversations that are not read again with their next turn (default: 8192; 0: none)",
+    "max-tokens": "tokens per answer", "max-messages": "messages per conversation",
+    "max-message-chars": "characters per message", "max-conversation-chars": "characters per conversation",
+    "max-choices": "answers per request", "max-rows": "answers generated at the same time",
+    "max-queue": "waiting answers; more get status 429",
+    "max-models": "models in memory; requests for other models wait for an idle one",
+    "kept-tokens": "tokens of conversations kept in the KV cache for their next turn (default: 8192; 0: none)",
 }  # fmt: skip
 
 
 def serve(parser: Parser) -> None:
     """Declare `mlxchat serve`."""
     parser.take_names("[ID]", least=0)
-    parser.description = "Serve all models of the outputs folder, with a page. The default is ID, or the first --model."
+    parser.description = (
+        "Serve all models of the outputs folder and a chat page. The default is ID, or the first --model."
+    )
     add = parser.add_argument
     add("--model", action="append", default=[], metavar="ID",
-        help="as ID; or hf:FOLDER, hf:ORGANISATION/NAME: one that mlx-lm opens; may be repeated")  # fmt: skip
-    add("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1); others need a key")
-    add("--port", type=int, default=8000, help="0 takes a free one (default: 8000)")
-    add("--api-key", metavar="KEY", help=f"what clients must send; better in {_KEY}")
-    add("--cors", action="append", default=[], metavar="ORIGIN", help="let pages of this site ask")
-    add("--temperature", type=float, default=0.8, help="of requests that name none (default: 0.8)")
-    add("--top-k", type=int, default=50, help="of requests that name none (default: 50; 0: off)")
-    add("--grace-seconds", type=int, default=30, metavar="N", help="to finish answers before it stops (default: 30)")
-    add("--log-requests", action="store_true", help="a line per request, never what was said")
+        help="ID, or hf:FOLDER, hf:ORGANISATION/NAME for one that mlx-lm opens; may be repeated")  # fmt: skip
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1); other addresses require a key")
+    add("--port", type=int, default=8000, help="port (default: 8000); 0: any free port")
+    add("--api-key", metavar="KEY", help=f"key that clients must send; better set in {_KEY}")
+    add("--cors", action="append", default=[], metavar="ORIGIN", help="allow requests from pages of this origin")
+    add("--temperature", type=float, default=0.8, help="default of requests (default: 0.8)")
+    add("--top-k", type=int, default=50, help="default of requests (default: 50; 0: off)")
+    add(
+        "--grace-seconds",
+        type=int,
+        default=30,
+        metavar="N",
+        help="time for answers when stopping (default: 30)",
+    )
+    add("--log-requests", action="store_true", help="log a line per request, without its text")
     for name, meaning in _LIMITS.items():
         add(f"--{name}", type=int, metavar="N", help=meaning)
     _add_decoding(parser)
@@ -580,7 +589,7 @@ def serve(parser: Parser) -> None:
 
 
 def _serve(options: Namespace) -> int:
-    """Serve until a signal comes."""
+    """Serve until a signal arrives."""
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port is {options.port}, expected 0 to 65535")
     if not 0 <= options.temperature <= 2 or options.top_k < 0 or options.grace_seconds < 0:
@@ -588,15 +597,15 @@ def _serve(options: Namespace) -> int:
     named = [*options.names, *options.model]
     own = [name for name in named if not name.startswith(_THIRD_PARTY)]
     if len(own) > 1:
-        raise ConfigError(f"{', '.join(own)} are named; expected one, the default: all models of the store are served")
+        raise ConfigError(f"{', '.join(own)} are given, expected one default model: all models of the store are served")
 
-    from mlxchat.serve.security import is_loopback  # FastAPI takes most of a second
+    from mlxchat.serve.security import is_loopback  # importing FastAPI takes most of a second
 
     loopback = is_loopback(options.host)
     key = options.api_key or os.environ.get(_KEY) or None
     if not loopback and key is None:
         raise ConfigError(
-            f"--host {options.host} can be reached from other machines, so a key is needed: --api-key KEY or {_KEY}. "
+            f"--host {options.host} can be reached from other machines and requires a key: --api-key KEY or {_KEY}. "
             "Clients send it as Authorization: Bearer KEY"
         )
     from mlxchat.serve.api import Service, make_app

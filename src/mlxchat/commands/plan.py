@@ -1,4 +1,4 @@
-"""Verbs that say what would run: plan, explain, graph."""
+"""Verbs that show what would run: plan, explain, graph."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def plan(parser: Parser) -> None:
     """Declare `mlxchat plan`."""
     parser.take_settings()
     parser.description = _PURPOSE
-    parser.add_argument("--multirun", "-m", action="store_true", help="the jobs of a sweep, shared steps once")
-    parser.add_json("print it for programs, every changed key included")
+    parser.add_argument("--multirun", "-m", action="store_true", help="plan a sweep; shared steps count once")
+    parser.add_json("JSON for programs, including every changed key")
     parser.add_argument("--exit-code", action="store_true", help=f"exit with {_EXIT_PENDING} if something is not done")
     parser.set_defaults(main=_plan)
 
 
 def _plan(options: Namespace) -> int:
-    """Print the plan for the settings; return 3 if --exit-code is given and something is not done."""
+    """Print the plan of the settings; return 3 if --exit-code is given and something is not done."""
     if options.multirun:
         return _plan_sweep(options.settings, as_json=options.json, exit_code=options.exit_code)
     from mlxchat.composition.compose import compose_config, split_options
@@ -90,7 +90,7 @@ def _plan(options: Namespace) -> int:
             if changes
         }
         unknown = {
-            step.name: f"key not final: {', '.join(dict.fromkeys(found.values()))} is not known yet"
+            step.name: f"preliminary key: {', '.join(dict.fromkeys(found.values()))} is not known yet"
             for step in plan
             if (found := find_unknown(step.externals))
         }
@@ -111,9 +111,9 @@ def _plan(options: Namespace) -> int:
 def _describe_recipe(
     composed: Composed, plan: list[PlannedStep], downloads: list[Download], times: Mapping[str, Estimate]
 ) -> Iterator[str]:
-    """Yield the lines before a plan: what it downloads and how long it takes, then the implied recipe.
+    """Yield the lines before a plan: downloads and duration, then the implied recipe.
 
-    Nothing is yielded for a plan that downloads nothing, takes less than a day and whose experiment was not implied.
+    Yields nothing for a plan without downloads and implied recipe that takes less than a day.
     """
     from mlxchat.config.wording import format_seconds
     from mlxchat.planning.downloads import describe_downloads
@@ -129,19 +129,19 @@ def _describe_recipe(
     if times:
         time = f". Pretraining on this machine: about {format_seconds(seconds)} (predicted)"
     elif any(step.stage.name == "pretrain" for step in waiting):
-        time = ". Pretraining on this machine: not known; `mlxchat bench train` measures its speed"
+        time = ". Pretraining on this machine: unknown; `mlxchat bench train` measures its speed"
     yield f"downloads: {describe_downloads(downloads)}{time}"
     if implied:
         quick = f"experiment=quickstart model=d{config.model.depth}"
         yield f"recipe: {implied[0]}, implied by model=. The default recipe at this depth: {quick}"
         if downloads:
-            yield "without a network: add corpus=bundled, which takes bundled text and tasks and downloads nothing"
+            yield "without a network: add corpus=bundled, which uses bundled text and tasks"
         else:
-            yield f"bundled text, tasks and a vocabulary of {config.tokenizer.vocab_size:,} stand in for nanochat's"
+            yield f"bundled text, tasks and a vocabulary of {config.tokenizer.vocab_size:,} replace nanochat's"
 
 
 def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
-    """Print what a sweep would do and take, each step once however many jobs need it."""
+    """Print what a sweep would run and its duration, counting shared steps once."""
     from mlxchat.config.wording import format_bytes, format_seconds, plural
     from mlxchat.planning.duration import estimate_trainings
     from mlxchat.planning.memory import describe_memory
@@ -150,7 +150,7 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
 
     sweep = read_sweep(arguments)
     if sweep.hydra.sweeper != "basic":
-        raise ConfigError(f"hydra/sweeper={sweep.hydra.sweeper} chooses its jobs while it runs: nothing to plan")
+        raise ConfigError(f"hydra/sweeper={sweep.hydra.sweeper} chooses its jobs during the sweep: nothing to plan")
     jobs, shared = sweep.jobs, sweep.shared
     estimates: dict[str, Estimate | None] = {}
     memory: dict[str, str] = {}
@@ -199,7 +199,7 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
         print(f"shared by {users} jobs", *lines(group), sep="\n")
     for job in jobs:
         own = [step for step in job.plan if not step.done and step.key not in of_several]
-        state = "" if own else " is done" if job.is_finished else " only needs what is shared"
+        state = "" if own else " is done" if job.is_finished else " needs only shared steps"
         print(visible(f"job {job.number}/{len(jobs)} {job.title}{state}"), *lines(own), sep="\n")
     unknown = len(pending) - len(known)
     cost = f"; together ~{format_seconds(seconds)}, {format_bytes(size)}" if known else ""
@@ -215,7 +215,7 @@ def describe_plan(
     memory: Mapping[str, str],
     drift: Mapping[str, Mapping[str, tuple[Any, Any]]],
 ) -> dict[str, Any]:
-    """Return the plan as plain data: everything that differs from the nearest artifact, key by key."""
+    """Return the plan as plain data, with every difference from the nearest artifact."""
     planned = {step.name: step for step in plan}
     steps = []
     for step in plan:
@@ -260,19 +260,19 @@ def _old_and_new(changes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
     return {key: {"old": old, "new": new} for key, (old, new) in changes.items()}
 
 
-_WIDTH = 40  # of a value; --json has it whole
+_WIDTH = 40  # of a value; --json has the whole value
 
 
 def explain(parser: Parser) -> None:
     """Declare `mlxchat explain`."""
-    parser.take_names("STAGE", about="STAGE: a stage, or a step of the pipeline with its own settings")
+    parser.take_names("STAGE", about="STAGE: a stage, or a step of the pipeline (with the step's settings)")
     parser.take_settings()
     parser.add_json()
     parser.set_defaults(main=_explain)
 
 
 def _explain(options: Namespace) -> int:
-    """Print what a stage or step does, reads and writes, and its settings."""
+    """Print a stage's or step's purpose, inputs, outputs and settings."""
     found = describe_stage(options.names[0], options.settings)
     if options.json:
         print_json(found)
@@ -286,7 +286,7 @@ def _explain(options: Namespace) -> int:
         if entries:
             print(f"{title}\n{aligned([_row_of_setting(name, entry) for name, entry in entries], indent='  ')}")
     if found["sections"]:
-        print(f"reads besides: {', '.join(found['sections'])}. Values: mlxchat --cfg job")
+        print(f"also reads: {', '.join(found['sections'])}. Values: mlxchat --cfg job")
     return 0
 
 
@@ -294,8 +294,8 @@ def describe_stage(name: str, overrides: list[str]) -> dict[str, Any]:
     """Return a stage's declarations and the settings of its section: key → value and meaning.
 
     Args:
-        name: of a stage, or of a step of the configuration's pipeline, whose own settings count.
-        overrides: those of a command line.
+        name: a stage, or a step of the configuration's pipeline (with the step's settings).
+        overrides: overrides of the command line.
 
     Raises:
         ConfigError: there is no such stage or step.
@@ -309,7 +309,7 @@ def describe_stage(name: str, overrides: list[str]) -> dict[str, Any]:
     key = str(config.pipeline[name].get("stage")) if is_step else name
     if key not in stages:
         known = [*config.pipeline, *(each for each in stages if each not in config.pipeline)]
-        raise ConfigError(f'"{name}" is no stage and no step: {", ".join(known)}.{suggest(name, known)}')
+        raise ConfigError(f'"{name}" is neither a stage nor a step: {", ".join(known)}.{suggest(name, known)}')
     stage = stages[key]
     section = getattr(config_of(config, name, stage) if is_step else config, key, None)
     text = ast.get_docstring(ast.parse(stage.path.read_text(encoding="utf-8"))) or ""
@@ -317,7 +317,7 @@ def describe_stage(name: str, overrides: list[str]) -> dict[str, Any]:
         "stage": key, "does": " ".join(text.partition("\n\n")[0].split()), "file": str(stage.path),
         "version": stage.version,
         "reads": [f"{role} ({kind})" for role, kind in stage.inputs.items()]
-        + [f"{role} ({kind}, if it is given)" for role, kind in stage.optional_inputs.items()],
+        + [f"{role} ({kind}, optional)" for role, kind in stage.optional_inputs.items()],
         "produces": stage.produces, "writes": [names.replace("|", " or ") for names in stage.outputs],
         "needs": list(stage.resources), "metrics": dict(stage.metrics),
         "settings": dict(_settings(section, key)) if is_dataclass(section) else {},
@@ -376,7 +376,7 @@ def graph(parser: Parser) -> None:
 
 
 def _graph(options: Namespace) -> int:
-    """Print the graph of the pipeline with each step's state."""
+    """Print the pipeline's graph with each step's state."""
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.store.store import Store
     from mlxchat.sweep.job import plan_of
@@ -388,7 +388,7 @@ def _graph(options: Namespace) -> int:
 
 
 def draw_mermaid(plan: list[PlannedStep]) -> str:
-    """Return a Mermaid flowchart; finished, waiting and undecided steps are coloured."""
+    """Return a Mermaid flowchart; done, waiting and undecided steps are coloured."""
     lines = ["flowchart LR"]
     for step in plan:
         lines.append(f"  {step.name}[{step.name}]{f':::{step.state}' if step.state in _COLOURS else ''}")
@@ -413,7 +413,7 @@ def draw_dot(plan: list[PlannedStep]) -> str:
 
 
 def draw_json(plan: list[PlannedStep]) -> str:
-    """Return the steps and their inputs for programs."""
+    """Return the steps and their inputs as plain data."""
     return json.dumps(
         [
             {
@@ -427,7 +427,7 @@ def draw_json(plan: list[PlannedStep]) -> str:
 
 
 def draw_tree(plan: list[PlannedStep]) -> str:
-    """Return the steps as a tree: the parent of a step is its last input; further inputs are named beside it."""
+    """Return the steps as a tree: a step's parent is its last input; other inputs are named beside it."""
     position = {step.name: index for index, step in enumerate(plan)}
     parent = {step.name: max(step.inputs.values(), key=lambda source: position[source]) for step in plan if step.inputs}
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""Runs side by side and in full: compare and report."""
+"""Verbs about results of runs: compare and report."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def compare(parser: Parser) -> None:
     )
     add = parser.add_argument
     add("--step", help="compare all artifacts of this step instead of runs")
-    add("--last", type=int, metavar="N", help="only the last N")
+    add("--last", type=int, metavar="N", help="only the last N runs")
     add(
         "--sort",
         metavar="NAME",
-        help="by a setting (smallest first) or metric (best first); --sort=-NAME reverses",
+        help="sort by a setting (smallest first) or metric (best first); --sort=-NAME reverses",
     )
-    add("--metrics", metavar="A,B", help="only metrics whose names contain one of these, also of steps of a single run")
-    add("--format", choices=("table", "csv", "json", "md"), default="table", help="csv, json: a record for each run")
-    add("--plot", metavar="FILE.png", help="draw the metrics against the first setting that differs")
+    add("--metrics", metavar="A,B", help="only metrics with one of these in their name, including steps of single runs")
+    add("--format", choices=("table", "csv", "json", "md"), default="table", help="csv and json: one record per run")
+    add("--plot", metavar="FILE.png", help="plot the metrics against the first setting that differs")
     parser.set_defaults(main=_compare)
 
 
 def _compare(options: Namespace) -> int:
-    """Print the table, and draw it with --plot."""
+    """Print the table; plot it with --plot."""
     from mlxchat.runner.stage import best_of
     from mlxchat.store.compare import find_runs, make_table, rows_of_runs, rows_of_step
 
@@ -62,7 +62,7 @@ def _compare(options: Namespace) -> int:
     if options.last is not None:
         rows = rows[len(rows) - min(len(rows), max(0, options.last)) :]
     if not rows and not names:
-        print(f"{store.outputs} holds no runs yet: run mlxchat first")
+        print(f"{store.outputs} has no runs yet: run mlxchat first")
         return 0
     if not rows:
         raise ConfigError(f"{', '.join(names)}: no job of it has artifacts in {store.outputs}")
@@ -119,7 +119,7 @@ def _print_columns(table: Table, names: list[str], errors: dict[str, dict[str, f
         heads = [str(number) for number in range(1, len(heads) + 1)]
     cells = [[_shortened(_cell(row, name, errors)) for name in names] for row in table.rows]
     widths = [2 + max(map(len, [head, *column])) for head, column in zip(heads, cells, strict=True)]
-    # Piped output is one table for grep; shutil says how wide a terminal is.
+    # Piped output is one table, for grep.
     room = shutil.get_terminal_size((sys.maxsize, 0)).columns - max(map(len, names), default=0)
     start = 0
     while start < len(heads):
@@ -132,7 +132,7 @@ def _print_columns(table: Table, names: list[str], errors: dict[str, dict[str, f
         start = end
     if table.left_out:
         steps = ", ".join(table.left_out)
-        print(f"\nleft out: steps of a single run ({steps}); to see one: --metrics {table.left_out[0]}")
+        print(f"\nnot shown: steps of a single run ({steps}); to see one: --metrics {table.left_out[0]}")
 
 
 def _shortened(text: str) -> str:
@@ -150,13 +150,13 @@ def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, f
 
 
 def _plot(table: Table, place: Path) -> None:
-    """Draw a panel for each metric, the runs from left to right, by the first setting that differs if there is one."""
+    """Draw a panel per metric, with the runs ordered by the first setting that differs, if any."""
     from mlxchat.store.compare import numeric
 
     rows = table.rows
     shown = [name for name in table.metrics if numeric([*rows], name)][:12]
     if not shown:
-        raise ConfigError("--plot: there is no metric to draw")
+        raise ConfigError("--plot: there is no metric to plot")
     setting = next(iter(table.settings), "")
     import matplotlib
 
@@ -232,17 +232,17 @@ def _leaderboard(options: Namespace) -> int:
 
 def report(parser: Parser) -> None:
     """Declare `mlxchat report`."""
-    about = f"{_SWEEPS} Several runs: side by side. Without any: the latest run"
+    about = f"{_SWEEPS} Several runs are compared. Default: the latest run"
     parser.take_names("[RUN…|ID…]", least=0, most=None, about=about)
     add = parser.add_argument
-    add("--out", metavar="PLACE", help="a folder for report.html, report.md and pictures, or FILE.html")
-    add("--cost-per-hour", type=float, metavar="DOLLARS", help="what this machine costs")
-    add("--open", action="store_true", help="show it in a browser")
+    add("--out", metavar="PLACE", help="folder for report.html, report.md and plots, or FILE.html")
+    add("--cost-per-hour", type=float, metavar="DOLLARS", help="cost of this machine")
+    add("--open", action="store_true", help="open it in a browser")
     parser.set_defaults(main=_report)
 
 
 def _report(options: Namespace) -> int:
-    """Write a report, print its summary and where it is."""
+    """Write a report; print its summary and path."""
     outputs, names = options.outputs, options.names
     title, reports, titles = _reports(outputs, names)
     if options.cost_per_hour is not None:
@@ -258,7 +258,7 @@ def _report(options: Namespace) -> int:
 
 
 def _write_report(title: str, reports: list[RunReport], titles: list[str], out: Path | None) -> Path:
-    """Write the report of one run, or the comparison of several; print the summary of one."""
+    """Write the report of one run, or the comparison of several; print the summary of a single one."""
     from mlxchat.report.comparison import comparison
     from mlxchat.report.document import document, title_of, write_document, write_page
 
@@ -284,7 +284,7 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
 
     Raises:
         ConfigError: runs and artifacts are mixed.
-        StoreError: a name is that of nothing, or there is no run at all.
+        StoreError: a name is unknown, or there are no runs.
     """
     from mlxchat.report.collect import collect, collect_steps, entries_of_artifacts
 
@@ -296,7 +296,9 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
     places = [place for each in meant if not isinstance(each, Path) for place in each]
     if (folders or sweeps) and places:
         run = [*folders, *sweeps.values()][0].name
-        raise ConfigError(f"a report is of runs or of artifacts; got the run {run} and the artifact {places[0].name}")
+        raise ConfigError(
+            f"a report covers either runs or artifacts: got the run {run} and the artifact {places[0].name}"
+        )
     if places:
         entries = entries_of_artifacts(outputs, places)
         title = ", ".join(place.name for place in places) if names else latest(Store(outputs))
@@ -316,7 +318,7 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
 
 
 def _meaning(store: Store, name: str) -> Path | list[Path]:
-    """Return the folder of the run that a name means, or the artifacts.
+    """Return the folder of the run with this name, or the artifacts.
 
     Raises:
         StoreError: nothing, or more than one thing, has this name.
@@ -324,7 +326,7 @@ def _meaning(store: Store, name: str) -> Path | list[Path]:
     from mlxchat.report.collect import latest_run
 
     if name == LATEST and not latest(store):
-        return latest_run(store.outputs)  # it has not finished a step yet
+        return latest_run(store.outputs)  # it has no finished step yet
     found = meaning(store, _folder_name(name))
     if isinstance(found, Found):
         return [found.place]
@@ -333,7 +335,7 @@ def _meaning(store: Store, name: str) -> Path | list[Path]:
 
 
 def _folder_name(name: str) -> str:
-    """Return the last part of a path, since a run may be named by its folder."""
+    """Return the last part of a path, since a run may be given by its folder."""
     return name.rstrip("/").rpartition("/")[2] if "runs/" in name or "multirun/" in name else name
 
 

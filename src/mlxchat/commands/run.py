@@ -20,18 +20,18 @@ _TOPICS = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"
 
 
 def run(parser: Parser) -> None:
-    """Declare `mlxchat run`, which is `mlxchat` without a verb, too."""
-    parser.take_names("", least=0, most=None)  # each is refused, with what it may have been meant to be
+    """Declare `mlxchat run`, which is also `mlxchat` without a verb."""
+    parser.take_names("", least=0, most=None)  # each is refused with a suggestion
     parser.take_settings()
     parser.long_help = describe_usage
     add = parser.add_argument
-    add("--multirun", "-m", action="store_true", help="sweep over comma-separated values: a run for each")
-    add("--fail-fast", action="store_true", help="a step that fails stops the others too")
-    add("--run", "-r", action="store_true", help=SUPPRESS)  # accepted, since Hydra has it; it changes nothing
+    add("--multirun", "-m", action="store_true", help="sweep over comma-separated values: one run per value")
+    add("--fail-fast", action="store_true", help="a failed step also stops steps that do not need it")
+    add("--run", "-r", action="store_true", help=SUPPRESS)  # accepted for Hydra's users; it changes nothing
     add("--cfg", "-c", choices=("job", "hydra", "all"), help="print the composed configuration")
-    add("--package", "-p", metavar="SECTION", help="with --cfg: this section alone")
-    add("--resolve", action="store_true", help="with --cfg: references resolved")
-    add("--info", "-i", nargs="?", const="all", metavar="TOPIC", help=f"Hydra's own account: {', '.join(_TOPICS)}")
+    add("--package", "-p", metavar="SECTION", help="with --cfg: only this section")
+    add("--resolve", action="store_true", help="with --cfg: resolve references")
+    add("--info", "-i", nargs="?", const="all", metavar="TOPIC", help=f"Hydra's information: {', '.join(_TOPICS)}")
     add("--hydra-help", action="store_true", help="Hydra's help")
     add("--shell-completion", "-sc", action="store_true", help="Hydra's completion; ours: mlxchat completion")
     add("--version", "-V", action="version", version=f"mlxchat {__version__}", help="print the version")
@@ -39,13 +39,13 @@ def run(parser: Parser) -> None:
 
 
 def _run(options: Namespace) -> int:
-    """Run the pipeline, a sweep or a search of it, or print what Hydra's own options ask for."""
-    if options.info is not None and options.info not in _TOPICS:  # a setting that follows it
+    """Run the pipeline, a sweep or a search, or print the output of Hydra's own options."""
+    if options.info is not None and options.info not in _TOPICS:  # followed by a setting
         options.settings, options.info = [options.info, *options.settings], "all"
     if options.shell_completion or options.hydra_help or options.info or options.cfg:
         return _run_with_hydra(options)
     if options.package or options.resolve:
-        raise ConfigError("-p SECTION and --resolve go with --cfg job")
+        raise ConfigError("-p SECTION and --resolve require --cfg job")
     if options.names:
         raise _no_verb(options.names[0], [*options.names[1:], *options.settings])
     settings = [*options.settings, *["fail_fast=true"] * options.fail_fast]
@@ -60,7 +60,7 @@ def _run(options: Namespace) -> int:
     from mlxchat.sweep.job import run_pipeline
 
     composed = compose_config(*split_options(settings))
-    if composed.config.sweep.kind != "none":  # chosen by a file of the user's
+    if composed.config.sweep.kind != "none":  # chosen by a user's file
         return _search(settings)
     if composed.implied:
         print(
@@ -77,7 +77,7 @@ def _search(settings: list[str]) -> int:
 
 
 def _no_verb(word: str, others: list[str]) -> ConfigError:
-    """Return the error for a word that is no verb, and stands among others."""
+    """Return the error for an unknown verb."""
     from mlxchat.composition.compose import group_options
     from mlxchat.runner.stage import Stages
 
@@ -93,10 +93,10 @@ def _no_verb(word: str, others: list[str]) -> ConfigError:
 
 
 def _run_with_hydra(options: Namespace) -> int:
-    """Let Hydra print what its own options ask for; return 0.
+    """Let Hydra handle its own options; return 0.
 
     Raises:
-        ConfigError: the composition is wrong.
+        ConfigError: the configuration is invalid.
     """
     import hydra
     from hydra.errors import HydraException
@@ -111,7 +111,7 @@ def _run_with_hydra(options: Namespace) -> int:
 
     @hydra.main(version_base="1.3", config_path=f"pkg://{CONF_MODULE}", config_name="config")
     def nothing(composed: DictConfig) -> None:
-        """Do nothing: Hydra has printed."""
+        """Do nothing: Hydra has printed its output."""
 
     argv, sys.argv = sys.argv, ["mlxchat", *arguments]
     try:
@@ -124,7 +124,7 @@ def _run_with_hydra(options: Namespace) -> int:
 
 
 def _for_hydra(options: Namespace) -> list[str]:
-    """Return the arguments for Hydra's parser; mistakes in the settings are refused as a run refuses them."""
+    """Return the arguments for Hydra's parser; mistakes in settings are refused as in a run."""
     from mlxchat.composition.compose import (
         compose_config,
         places_of_stages,
@@ -151,12 +151,12 @@ def _for_hydra(options: Namespace) -> list[str]:
 
 _USAGE = """mlxchat {version}: nanochat's pipeline on Apple MLX, as a cached DAG.
 
-  mlxchat [run] [SETTINGS]           corpus → tokenizer → pretrain → midtrain → sft → rl → eval; what is done is kept
-  mlxchat stage=pretrain             one stage, or step, and what it needs
-  mlxchat model=d20                  nanochat's recipe at this depth; `mlxchat plan model=d20` says what it takes
+  mlxchat [run] [SETTINGS]           corpus → tokenizer → pretrain → midtrain → sft → rl → eval; results are cached
+  mlxchat stage=pretrain             one stage or step, and the steps that it needs
+  mlxchat model=d20                  nanochat's recipe at this depth; `mlxchat plan model=d20` shows what it takes
   mlxchat experiment=quickstart model=d6    the default recipe, deeper
   mlxchat -m seed=1,2                a sweep: one run per value, shared steps computed once
-  mlxchat sweep=tpe 'KEY=interval(0.1,1)'   a search: each trial is chosen by the results so far
+  mlxchat sweep=tpe 'KEY=interval(0.1,1)'   a search: earlier results guide each trial
   mlxchat experiment=speedrun_d20    a recipe from conf/experiment
   mlxchat VERB [SETTINGS] [--help]
 
@@ -165,20 +165,20 @@ Verbs
 
 Settings are written group=option or key=value:
 {groups}
-  any key of the configuration: `mlxchat --cfg job` prints it; +key adds, ~key removes
-  outputs=PATH    where artifacts are kept        force=[sft]    run a step again although it is done
+  any key of the configuration: `mlxchat --cfg job` prints them; +key adds, ~key removes
+  outputs=PATH    folder of the artifacts        force=[sft]    run a step again although it is done
 
 {options}
-MLXCHAT_DEBUG=1 shows tracebacks; MLXCHAT_BLAS names or switches off the BLAS that serves MLX on a Linux CPU;
-MLXCHAT_CPU=plain uses the code of GPUs there. MLXCHAT_LOCKS is the folder of the GPUs' locks (/tmp/mlxchat-UID).
+MLXCHAT_DEBUG=1 shows tracebacks; MLXCHAT_BLAS sets the BLAS of MLX on a Linux CPU, or switches it off;
+MLXCHAT_CPU=plain uses the code of GPUs there. MLXCHAT_LOCKS: folder of the GPUs' locks (/tmp/mlxchat-UID).
 """
 
 
 def describe_usage(options: str) -> str:
-    """Return what `mlxchat --help` prints.
+    """Return the text of `mlxchat --help`.
 
     Args:
-        options: the section about options, as argparse formats it.
+        options: the section of options, formatted by argparse.
     """
     from mlxchat.composition.compose import describe_options, group_names, group_options
     from mlxchat.runner.stage import Stages
@@ -189,7 +189,7 @@ def describe_usage(options: str) -> str:
         for group in group_names()
         if group not in ("settings", "mixture")
     }
-    # The one group that is used at several places.
+    # The only group that is used in several places.
     choices |= {"mixture@sft.mixture= (or @midtrain.mixture=)": describe_options(group_options("mixture"))}
     choices |= {"stage=": describe_options(["all", *Stages()])}
     groups = "\n".join(

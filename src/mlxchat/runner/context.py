@@ -1,4 +1,4 @@
-"""What a stage's `run` receives: typed config, inputs, a place to write, and the run's services."""
+"""What a stage's `run` receives: typed config, inputs, output folder, and services of the run."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 
 def stage_seed(root_seed: int, stage: str, purpose: str) -> int:
-    """Return a seed for one purpose of a stage, in [0, 2^32): equal settings draw equal numbers."""
+    """Return a seed for one purpose of a stage, in [0, 2^32); equal settings give equal seeds."""
     return int.from_bytes(hashlib.sha256(f"{root_seed}/{stage}/{purpose}".encode()).digest()[:4], "big")
 
 
 class Sections:
-    """The sections of the configuration that a stage declares in CONFIG; any other is refused.
+    """The configuration sections that a stage declares in CONFIG; access to any other is refused.
 
-    The refusal keeps identities honest: a stage cannot read what its artifact's id does not cover.
+    So a stage cannot read settings that its artifact's key does not cover.
     """
 
     def __init__(self, config: Any, declared: tuple[str, ...], stage: str) -> None:
-        """Show `declared` sections of `config`, and `machine`, which is never part of an identity."""
+        """Give access to the `declared` sections of `config`, and to `machine`, which is never part of a key."""
         self._stage, self._declared = stage, (*declared, "machine")
         self._config = config
 
@@ -45,7 +45,7 @@ class Sections:
 
 @dataclass(kw_only=True)
 class Context:
-    """Everything a stage may touch."""
+    """Everything that a stage may use."""
 
     step: str
     """Name of the step in the pipeline."""
@@ -56,48 +56,48 @@ class Context:
     input_steps: dict[str, str]
     """Role → name of the step that fills it."""
     out: Path
-    """Where the artifact is made. Nothing else may be written, except under `work`."""
+    """Folder of the new artifact. A stage may write only here and in `work`."""
     work: Path
-    """Resumable state; it survives crashes and is removed when the step is done."""
+    """Folder of resumable state; survives crashes and is removed when the step is done."""
     root_seed: int
     """The run's seed."""
     stage: str
     """Name of the stage."""
     stop_signal: Callable[[], int | None]
-    """Returns the signal that asked the run to stop, if one did."""
+    """Returns the signal that requested the run to stop, or None."""
     on_metrics: Callable[[str, Record], None]
     """Called with the step's name and each record, for trackers."""
     root_data_seed: int | None = None
     """The data's seed; None: the run's."""
     shared: SharedArtifacts | None = None
-    """Artifacts that stages make on demand and share; None where there is no store."""
+    """Artifacts that stages create on demand and share; None without a store."""
     externals: list[dict[str, Any]] = field(default_factory=list)
-    """What was read from outside the store: name, version or revision, licence, sha256."""
+    """External data that was read: name, version or revision, licence, sha256."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The step's final numbers, for its manifest."""
     derived: dict[str, Any] = field(default_factory=dict)
     """Derived hyperparameters, for its manifest and the terminal."""
     hints: Mapping[str, float] = field(default_factory=dict)
-    """What is known of the whole run, to get things ready in time; it must change no result: train_chars, the
-    characters of training text that its steps will read."""
+    """Facts about the whole run, for preparation only; they must change no result. train_chars: characters of training
+    text that its steps will read."""
     team: Team | None = None
-    """The ranks that compute this step together, this process being the first; None: it is alone."""
+    """The ranks that compute this step together, with this process as rank 0; None: a single process."""
     publisher: Callable[[int, Callable[[Path], None], Mapping[str, Any]], str] | None = None
-    """What `publish` calls; None where there is no store."""
+    """Called by `publish`; None without a store."""
     resumed_from: int | None = None
-    """Iteration at which this attempt continued, if it did."""
+    """Iteration from which this attempt resumed, if it did."""
 
     def seed(self, purpose: str) -> int:
-        """Return a seed for one purpose of this stage, in [0, 2^32): equal settings draw equal numbers."""
+        """Return a seed for one purpose of this stage, in [0, 2^32); equal settings give equal seeds."""
         return stage_seed(self.root_seed, self.stage, purpose)
 
     def data_seed(self, purpose: str) -> int:
-        """Return a seed of the data for one purpose: equal in runs that differ in their own seed alone."""
+        """Return a data seed for one purpose; equal in runs that differ only in `seed`."""
         root = self.root_seed if self.root_data_seed is None else self.root_data_seed
         return stage_seed(root, self.stage, purpose)
 
     def records(self, name: str) -> Records:
-        """Return a .jsonl file that travels with the resumable work and ends in the artifact."""
+        """Return a .jsonl file that belongs to the resumable work and is copied into the artifact."""
         return Records(self.work / "records" / f"{name}.jsonl")
 
     def log(self, record: Record) -> None:
@@ -106,24 +106,24 @@ class Context:
         self.on_metrics(self.step, record)
 
     def derive(self, numbers: dict[str, Any], *, shown: Collection[str] | None = None) -> None:
-        """Record hyperparameters that follow from the configuration, and print one line of them.
+        """Record derived hyperparameters and print them in one line.
 
         Args:
             numbers: for the manifest; `mlxchat show` prints all of them.
-            shown: names that the line has; None: all.
+            shown: names to print; None: all.
         """
         self.derived |= numbers
         pairs = [f"{key} {format_number(value)}" for key, value in numbers.items() if shown is None or key in shown]
         print(fill(f"{self.step:<10} {'  '.join(pairs)}"), flush=True)
 
     def rewind_records(self, iteration: int) -> None:
-        """Forget what was recorded after `iteration`, from where this attempt continues."""
+        """Remove records after `iteration`, from which this attempt continues."""
         for path in (self.work / "records").glob("*.jsonl"):
-            Records(path).truncate(iteration or -1)  # what stands at 0 comes again if nothing was saved
+            Records(path).truncate(iteration or -1)  # records at 0 are written again if no state was saved
         self.resumed_from = iteration or None
 
     def take_records(self, folder: Path) -> None:
-        """Begin with the records of a finished artifact that this step continues."""
+        """Start with the records of a finished artifact that this step continues."""
         for path in (self.work / "records").glob("*.jsonl"):
             path.unlink()
         for path in folder.glob("*.jsonl"):
@@ -131,7 +131,7 @@ class Context:
             shutil.copyfile(path, self.records(path.stem).path)
 
     def publish(self, iteration: int, write: Callable[[Path], None], derived: Mapping[str, Any]) -> str:
-        """Publish the model after `iteration` iterations as an artifact of its own, unless this training already has.
+        """Publish the model after `iteration` iterations as a separate artifact, unless this training already has.
 
         Args:
             iteration: from 1; part of the artifact's key.
@@ -149,15 +149,15 @@ class Context:
         return Progress(self.step, total, unit, start=start)
 
     def encoded(self, **request: Any) -> Path:
-        """Return the folder of an artifact that stages share, made now if need be: see `SharedArtifacts.obtain`."""
+        """Return the folder of a shared artifact, creating it if needed: see `SharedArtifacts.obtain`."""
         assert self.shared is not None, "this context was made without a store"
         return self.shared.obtain(**request)
 
     def should_stop(self) -> bool:
-        """Tell whether a signal asked the run to stop; ask at iteration borders."""
+        """Return True if a signal requested the run to stop; check it between iterations."""
         return self.stop_signal() is not None
 
     def stop(self, where: str, *, saved: bool = False) -> Interrupted:
-        """Return the exception to raise when a signal ended the stage's work at `where`, after its state was saved."""
+        """Return the exception to raise if a signal stopped the stage at `where`, after it saved its state."""
         number, how = self.stop_signal() or 15, ": saved" if saved else ""
         return Interrupted(f"{self.step} stopped{how} at {where}. The same command continues from there.", number)

@@ -1,7 +1,7 @@
 """Jobs on other machines: SLURM's queue through submitit, or a Ray cluster.
 
-A job is a call that is pickled and runs in a process elsewhere that sees the same files. What SLURM stops, because its
-time is up or another job needs the node, saves and is queued again.
+A job is a pickled call that runs in another process with access to the same files. When SLURM stops a job because of
+its time limit or preemption, the job saves its state and is queued again.
 """
 
 from __future__ import annotations
@@ -22,48 +22,48 @@ from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.runner.process import is_stopping
 
 Leave = Callable[[], str]
-"""Hands the job back to its queue and does not return, or returns why it cannot."""
+"""Returns the job to its queue and does not return, or returns why it cannot."""
 Call = Callable[[Leave | None], Any]
-"""What a job does; it gets None outside of a queue."""
+"""The work of a job; its argument is None outside of a queue."""
 
 _LIBRARIES = {"slurm": "submitit", "submitit_local": "submitit", "ray": "ray"}
-# Once MLX is loaded these are for its compiler; other processes need those of before.
+# Once MLX is loaded, these are set for its compiler; child processes need the former values.
 AS_STARTED = {name: os.environ.get(name) for name in ("PATH", "TMPDIR")}
-# submitit asks sacct every ten minutes by itself whether a job without a result has ended.
+# submitit itself asks sacct only every ten minutes whether a job without a result has ended.
 _ASK_SECONDS = 60
-# Around the traceback in its errors.
+# Lines around the traceback in its errors.
 _RULE = "\n----------------------\n"
 
 
 class LostJob(StepFailed):
-    """A job ended without a result: it was killed, or its machine was lost."""
+    """A job ended without a result: killed, or its machine was lost."""
 
 
 class Job(Protocol):
-    """A call that was submitted."""
+    """A submitted call."""
 
     name: str
-    """For people: which executor's job it is."""
+    """Name of the job with its executor, for messages."""
 
     def done(self) -> bool:
-        """Tell whether it has ended, in whatever way."""
+        """Return True if it has ended in any way."""
 
     def result(self) -> Any:
-        """Return what the call of a job that has ended returned.
+        """Return the result of the call of a finished job.
 
         Raises:
-            LostJob: it returned nothing.
+            LostJob: there is no result.
         """
 
     def cancel(self) -> None:
-        """Take it out of the queue, or let it save and end."""
+        """Remove it from the queue, or let it save and end."""
 
 
 def check_installed(settings: ExecutorConfig) -> None:
     """Refuse an executor whose library is missing.
 
     Raises:
-        ConfigError: with the command that installs it.
+        ConfigError: names the command to install it.
     """
     library = _LIBRARIES.get(settings.kind)
     if library is not None and find_spec(library) is None:
@@ -74,9 +74,9 @@ def submit(settings: ExecutorConfig, calls: Sequence[Call], folder: Path) -> lis
     """Submit calls, several to SLURM as one job array, and return their jobs.
 
     Args:
-        settings: where they run, and with what.
-        calls: what to run; all of it can be pickled.
-        folder: where submitit keeps what jobs get, return and print; on a file system that all machines see.
+        settings: the executor and its resources.
+        calls: picklable calls.
+        folder: folder for submitit's inputs, results and logs, on a file system that all machines share.
 
     Raises:
         ConfigError: they cannot be submitted here.
@@ -88,19 +88,19 @@ def submit(settings: ExecutorConfig, calls: Sequence[Call], folder: Path) -> lis
 
 @dataclass(frozen=True)
 class _Here:
-    """A call that runs in the working directory of the process that submits it."""
+    """A call that runs in the working directory of the submitting process."""
 
     call: Call
     cwd: Path
 
     def __call__(self) -> Any:
-        """Run it, in its job."""
+        """Run the call inside its job."""
         os.chdir(self.cwd)
         with queue_signals() as leave:
             return self.call(leave)
 
     def checkpoint(self) -> Any:
-        """Return what submitit queues when the job's time is up: the same call, which continues what it has saved."""
+        """Return what submitit queues at the time limit: the same call, which continues from its saved state."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -127,13 +127,13 @@ def _submit_to_slurm(settings: ExecutorConfig, calls: Sequence[_Here], folder: P
         executor.update_parameters(**{name: value for name, value in parameters.items() if value is not None})
         with executor.batch():
             jobs = [executor.submit(call) for call in calls]
-    except Exception as error:  # submitit has no class of its own for a cluster that refuses, or is not there
+    except Exception as error:  # submitit has no specific exception for an unreachable or refusing cluster
         raise ConfigError(f"executor={settings.kind}: {str(error).splitlines()[0]}") from None
     return [_SubmititJob(job, is_local=is_local) for job in jobs]
 
 
 class _SubmititJob:
-    """A job of submitit's."""
+    """A submitit job."""
 
     def __init__(self, job: Any, *, is_local: bool) -> None:
         self.job, self.is_local = job, is_local
@@ -147,7 +147,7 @@ class _SubmititJob:
     def result(self) -> Any:
         try:
             return self.job.result()
-        except Exception as error:  # of submitit's kinds: nothing came back, or a traceback of the job
+        except Exception as error:  # any of submitit's exceptions: no result, or a traceback of the job
             trace = str(error).split(_RULE)[1:2]
             how = trace[0].strip().splitlines()[-1] if trace else f"state: {self.job.state}"
             raise LostJob(f"{self.name} was lost ({how}). Its log: {self.job.paths.stdout}") from None
@@ -155,7 +155,7 @@ class _SubmititJob:
     def cancel(self) -> None:
         with suppress(OSError):
             if self.is_local:
-                os.kill(int(self.job.job_id), signal.SIGTERM)  # its own way leaves a second for saving
+                os.kill(int(self.job.job_id), signal.SIGTERM)  # submitit's default leaves one second for saving
             else:
                 self.job.cancel(check=False)
 
@@ -179,7 +179,7 @@ def _run(call: _Here) -> Any:
 
 
 class _RayJob:
-    """A task of Ray's."""
+    """A Ray task."""
 
     def __init__(self, reference: Any) -> None:
         self.reference = reference
@@ -207,7 +207,7 @@ class _RayJob:
 
 @contextmanager
 def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
-    """Give environment variables other values while the body runs; None takes one away."""
+    """Set environment variables while the body runs; None removes one."""
     former = dict(os.environ)
     for name, value in variables.items():
         os.environ.pop(name, None)
@@ -223,10 +223,10 @@ def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
 
 @contextmanager
 def queue_signals() -> Iterator[Leave | None]:
-    """Stop the run when SLURM says that its time is up; yield how to be queued again, None outside of a queue.
+    """Stop the run at SLURM's signal; yield how to be queued again, None outside of a queue.
 
-    SLURM signals that by SIGUSR2 (submitit's choice) or, where jobs are preempted, by SIGTERM, in any order. The first
-    of them is the run's SIGTERM: it saves. A later one must not end it before it has saved.
+    SLURM sends SIGUSR2 (chosen by submitit) at the time limit and SIGTERM at preemption, in any order. The first signal
+    makes the run save and stop; later ones must not end it before it has saved.
     """
     executor = os.environ.get("SUBMITIT_EXECUTOR")
     if executor not in ("slurm", "local"):
@@ -247,15 +247,15 @@ def queue_signals() -> Iterator[Leave | None]:
         if not heard:
             if executor == "local":
                 return "it was cancelled"
-            # SLURM itself queues what it preempts; what was cancelled is over.
-            print("stopped by SLURM; saved. Where it queues the job again, the job goes on from there", flush=True)
+            # SLURM queues preempted jobs itself; cancelled ones are over.
+            print("stopped by SLURM; state saved. If SLURM queues the job again, it continues from there", flush=True)
             raise SystemExit(128 + signal.SIGTERM)
         try:
             if callable(requeue):
-                requeue(heard[0], None)  # asks SLURM to queue the job again, and exits
+                requeue(heard[0], None)  # requests SLURM to queue the job again, and exits
         except Exception as error:  # submitit raises all kinds where it gives up
-            return f"{error} executor.requeues is how often. The same command goes on"
-        return "submitit does not queue it again. The same command goes on"
+            return f"{error} executor.requeues limits how often. The same command continues"
+        return "submitit does not queue it again. The same command continues"
 
     signal.signal(signal.SIGUSR2, hear)
     try:

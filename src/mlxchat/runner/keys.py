@@ -1,12 +1,11 @@
-"""What is in a key besides the settings: pins of everything read from outside, and digests of code.
+"""The parts of a key other than settings: pins of external data, and digests of code.
 
 Data files, packages and users' code are pinned by content or version before a step runs and checked again after it.
 
-Code is found by reading, never by importing: import statements anywhere in a file are followed, in functions too, and
-so is `with_name("NAME")`, by which a module names a data file, a folder of them or a script that stands beside it.
-What does not compute is left out: the runner, the verbs, the report, and the schema, whose values are in the key
-anyway. The digest of a Python file does not change with comments, docstrings, layout, its place or the version of
-Python; that of a data file is of its bytes.
+Code is found by parsing, without imports: import statements are followed, also inside functions, and so is
+`with_name("NAME")`, which names a data file, folder or script next to a module. Modules that do not compute are
+excluded: the runner, the verbs, the report, and the schema, whose values are in the key anyway. The digest of a Python
+file ignores comments, docstrings, layout, location and the version of Python; that of a data file covers its bytes.
 """
 
 from __future__ import annotations
@@ -31,22 +30,22 @@ from mlxchat.store.files import read_cache, write_cache
 from mlxchat.store.fingerprint import hash_file, is_identity
 
 UNKNOWN = "not known: "
-"""Begins the pin of what can be pinned only once it was fetched or the Hub answers: its key is not final."""
-# A file that was changed a moment ago may change again without its time moving on: its hash is not remembered yet.
+"""Prefix of pins that need a download or the Hub's answer first: such a key is preliminary."""
+# A recently changed file may change again with the same mtime, so its hash is not cached yet.
 _SETTLED_NANOSECONDS = 2_000_000_000
 
 
 class FileCache:
-    """What follows from a file's bytes, kept between processes while the file's size, times and inode stay the same."""
+    """Cache of values computed from files' bytes, valid while size, times and inode stay the same."""
 
     def __init__(self, place: Path, kind: str, read: Callable[[Path], Any]) -> None:
-        """Read what was kept under this kind (a name and the number of its format) in the file `place`."""
+        """Load the cache of this kind (name and format version) from the file `place`."""
         self._place, self._kind, self._read, self._changed = place, kind, read, False
         self._known = read_cache(place, kind)
         self._seen: dict[str, Any] = {}
 
     def of(self, path: str) -> Any:
-        """Return what follows from the file at an absolute path; each file is looked at once.
+        """Return the value of the file at an absolute path; each file is examined once.
 
         Raises:
             OSError: it cannot be read.
@@ -63,7 +62,7 @@ class FileCache:
         return self._seen[path]
 
     def save(self) -> None:
-        """Keep what was read, without files that are gone; a cache that cannot be written is no error."""
+        """Save the cache without files that are gone; failing to write it is no error."""
         if self._changed:
             kept = {path: known for path, known in self._known.items() if Path(path).exists()}
             write_cache(self._place, self._kind, kept)
@@ -71,24 +70,24 @@ class FileCache:
 
 
 def file_hashes(outputs: Path) -> FileCache:
-    """Return the sha256 of outside files, so that planning reads a large text once."""
+    """Return sha256 digests of outside files, cached so that planning reads large texts once."""
     return FileCache(outputs / "index" / "files.json", "files 1", hash_file)
 
 
 def check_pins(
     step: str, pins: Mapping[str, str], sections: Mapping[str, Any], when: str, unread: Container[str] = ()
 ) -> None:
-    """Hash everything outside anew, and compare it with what the step's id says.
+    """Hash all external data again and compare with the step's key.
 
     Args:
-        step: its name.
+        step: name of the step.
         pins: `pin_externals` of the plan.
-        sections: of the configuration, as for `pin_externals`.
-        when: what happened since the plan, for the message: "since it was planned", "while it was read".
+        sections: sections of the configuration, as for `pin_externals`.
+        when: time of the change, for the message: "since it was planned", "while it was read".
         unread: as for `pin_externals`.
 
     Raises:
-        StepFailed: naming what changed; what was made of it must not be published under that id.
+        StepFailed: names the changed data, from which nothing may be published under that key.
     """
     try:
         now = pin_externals(sections, unread=unread)
@@ -106,7 +105,7 @@ def check_pins(
 def pin_externals(
     sections: Mapping[str, Any], hash_of: Callable[[Path], str] = hash_file, unread: Container[str] = ()
 ) -> dict[str, str]:
-    """Return name → content hash or version of everything outside the store that the config refers to.
+    """Return name → content hash or version of all external data that the config refers to.
 
     Fields whose metadata says `external: file` hold paths, those with `external: folder` a folder of which all files
     count, also in what it contains, those with `external: package` names of packages, and those with `external: code`
@@ -117,12 +116,12 @@ def pin_externals(
     translates, a file, or a folder of which the files named in `folder` count.
 
     Args:
-        sections: of the configuration.
-        hash_of: how files are hashed.
-        unread: sections and settings that are left out.
+        sections: sections of the configuration.
+        hash_of: hash function of files.
+        unread: sections and settings to skip.
 
     Raises:
-        ConfigError: listing every file that cannot be read and every package that is not installed.
+        ConfigError: lists every unreadable file and every missing package.
     """
     pins: dict[str, str] = {}
     problems: list[str] = []
@@ -137,7 +136,7 @@ def pin_externals(
             if place in unread:
                 continue
             if kind is None:
-                if is_identity(value, field):  # what changes no result has no pins
+                if is_identity(value, field):  # settings that change no result have no pins
                     visit(place, item)
                 continue
             if kind == "section":
@@ -170,35 +169,35 @@ def pin_externals(
 
 
 def find_unknown(pins: Mapping[str, str]) -> dict[str, str]:
-    """Return place in the configuration → what it refers to, of the pins whose contents are not known."""
+    """Return place in the configuration → description of the pins that are still unknown."""
     return {
         name.partition(" ")[2]: value.removeprefix(UNKNOWN) for name, value in pins.items() if value.startswith(UNKNOWN)
     }
 
 
 def _call(function: str, section: Any, hash_of: Callable[[Path], str]) -> Any:
-    """Return what a part above the runner, which is named in the schema, finds that a section refers to."""
+    """Call the function that the schema names to find what a section refers to."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)(section, hash_of)
 
 
 def _pin(kind: str, place: str, name: str, hash_of: Callable[[Path], str]) -> dict[str, str]:
-    """Return the pins of one name that stands at a place in the configuration."""
+    """Return the pins of one name at a place in the configuration."""
     if kind == "folder":
         return _folder_pins(Path(name), hash_of)
     if kind == "package":
         return {f"package {name}": importlib.metadata.version(name)}
     if kind == "code":
         if not is_own(name):
-            return {}  # VERSION of the stage covers ours
+            return {}  # our tasks are covered by the stage's VERSION
         part_file(name)
         digests = CodeDigests()
         found = digests.of_part(name)
         digests.save()
         return found
     if "://" in name:
-        return {}  # a URL is its own name; what was there is recorded once it was read
-    # By its place in the configuration, since the file may be moved; how it is read depends on its ending.
+        return {}  # a URL is its own name; its content is recorded after reading
+    # Named by the place in the configuration, since the file may move, and its suffix, which decides how it is read.
     return {f"file {place} ({Path(name).suffix})": hash_of(Path(name))}
 
 
@@ -222,34 +221,34 @@ def _resolve_source(item: str, metadata: Mapping[str, Any]) -> tuple[str, list[s
 
 
 _LIBRARY = "mlxchat"
-# Parts of mlxchat that do not compute what ends in an artifact.
+# Parts of mlxchat that do not affect artifacts.
 _LEFT_OUT = frozenset({
     "runner", "store", "commands", "report", "bench", "sweep", "serve", "terminal", "cli", "composition", "trackers",
     "errors", "config", "conf", "stages", "__init__", "__main__",
 })  # fmt: skip
-# Written by the parser of some versions only, or without meaning for what is computed.
+# Fields of syntax trees that only some versions of Python have, or that have no effect.
 _IGNORED_FIELDS = frozenset({"ctx", "kind", "type_comment", "type_ignores", "type_params"})
-_Module = tuple[str, str, str]  # dotted name, file, name for people
+_Module = tuple[str, str, str]  # dotted name, file, display name
 _Modules = dict[str, _Module]
 
 
 def computes_nothing(part: str) -> bool:
-    """Return whether a module or package right under mlxchat has no part in what ends in an artifact."""
+    """Return True if a module or package directly below mlxchat does not affect artifacts."""
     return part in _LEFT_OUT
 
 
 class CodeDigests:
-    """Digests of source files, kept in a file between processes, for all outputs folders."""
+    """Digests of source files, cached in a file for all outputs folders."""
 
     def __init__(self, cache: Path | None = None, library: Path | None = None) -> None:
-        """Read what was kept.
+        """Load the cache.
 
         Args:
-            cache: the file; None: in the user's cache folder.
-            library: folder of the package mlxchat; None: of this one.
+            cache: the cache file; None: in the user's cache folder.
+            library: folder of the package mlxchat; None: this package.
         """
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        # Each version of Python parses into other trees.
+        # Syntax trees differ between versions of Python.
         self._cache = cache or home / "mlxchat" / f"code-{sys.version_info.major}.{sys.version_info.minor}.json"
         self._library = library or Path(__file__).parents[1]
         self._files = FileCache(self._cache, "code 4", _read_code)
@@ -263,17 +262,17 @@ class CodeDigests:
 
         Args:
             path: the stage's file.
-            module: its dotted name, if it is a user's: then modules of the user's own are followed too.
-            root: folder in which these are found; None: the current one.
+            module: dotted name of a user's stage, whose own imports are followed too.
+            root: folder of the user's modules; None: the current one.
         """
         used = self._closure([(module, str(path), f"stages/{path.name}")], root, self._modules())
         return dict(sorted((called, self._files.of(file)["digest"]) for _, file, called in used))
 
     def of_part(self, name: str) -> dict[str, str]:
-        """Return what the code of a user's `module:name` is, for a key.
+        """Return the identity of the code of a user's `module:name`, for a key.
 
-        That is `code FILE` → digest of every file of the user's own that it uses, and `package NAME` → version of the
-        installed packages that these import.
+        `code FILE` → digest of each of the user's files that it uses, and `package NAME` → version of the installed
+        packages that they import.
         """
         module = name.partition(":")[0]
         used = self._closure([_named(*each) for each in own_files(module).items()], None, {})
@@ -285,7 +284,7 @@ class CodeDigests:
         return found
 
     def _closure(self, start: list[_Module], root: Path | None, ours: _Modules) -> list[_Module]:
-        """Return the modules of a start and all that they use, of `ours` and of the user's own."""
+        """Return the closure of modules that a start uses, from `ours` and from the user's."""
         waiting, found = {file: (dotted, file, called) for dotted, file, called in start}, dict[str, _Module]()
         while waiting:
             file, module = waiting.popitem()
@@ -296,7 +295,7 @@ class CodeDigests:
         return list(found.values())
 
     def _uses(self, module: _Module, root: Path | None, ours: _Modules) -> list[_Module]:
-        """Return the modules that one imports; what ours import of others is installed."""
+        """Return the modules that a module imports; imports of our modules that are not ours are installed packages."""
         dotted, file, _ = module
         if file not in self._used:
             imports = self._imported(dotted, file)
@@ -308,7 +307,7 @@ class CodeDigests:
         return self._used[file]
 
     def _imported(self, dotted: str, file: str) -> list[str]:
-        """Return the dotted names that a module imports, relative ones made absolute."""
+        """Return the dotted names that a module imports; relative ones become absolute."""
         package = dotted if file.endswith("/__init__.py") else dotted.rpartition(".")[0]
         imports = []
         for name in self._files.of(file)["imports"]:
@@ -318,13 +317,13 @@ class CodeDigests:
         return imports
 
     def save(self) -> None:
-        """Keep what was read for the next process."""
+        """Save the cache for the next process."""
         with suppress(OSError):
             self._cache.parent.mkdir(parents=True, exist_ok=True)
         self._files.save()
 
     def _modules(self) -> _Modules:
-        """Return dotted name → (file, name for people) of the modules of mlxchat that may compute."""
+        """Return dotted name → (file, display name) of the modules of mlxchat that affect artifacts."""
         if self._found is None:
             self._found = {}
             waiting = [(str(self._library), _LIBRARY, "")]
@@ -343,7 +342,7 @@ class CodeDigests:
 
 
 def _files_of(module: str, ours: _Modules) -> Iterator[_Module]:
-    """Yield the files behind a dotted name, the packages around it too; all of a package's where it ends in `.*`."""
+    """Yield the files of a dotted name and its parent packages; all files of a package if it ends in `.*`."""
     if module.endswith(".*"):
         yield from (found for name, found in ours.items() if name.rpartition(".")[0] == module[:-2])
         module = module[:-2]
@@ -354,7 +353,7 @@ def _files_of(module: str, ours: _Modules) -> Iterator[_Module]:
 
 
 def _files_beside(module: _Module, other: str) -> Iterator[_Module]:
-    """Yield the file `other` in the folder of a module, or all files of a folder so named; none if it is missing."""
+    """Yield the file `other` in a module's folder, or all files of such a folder; nothing if it is missing."""
     _, file, name = module
     place, called = Path(file).with_name(other), name.rpartition("/")[0]
     for path in [place, *(sorted(place.iterdir()) if place.is_dir() else [])]:
@@ -363,7 +362,7 @@ def _files_beside(module: _Module, other: str) -> Iterator[_Module]:
 
 
 def _own_files_of(module: str, root: Path | None) -> Iterator[tuple[str, Path]]:
-    """Yield dotted name and file of the user's own modules behind a dotted name, as `_files_of` those of ours."""
+    """Yield dotted name and file of the user's modules behind a dotted name."""
     package = module.removesuffix(".*")
     found = own_files(package, root)
     yield from found.items()
@@ -372,18 +371,18 @@ def _own_files_of(module: str, root: Path | None) -> Iterator[tuple[str, Path]]:
 
 
 def _named(dotted: str, file: Path) -> _Module:
-    """Return a module of the user's own with its name for people: helper.py, words/count.py."""
+    """Return a user's module with its display name: helper.py, words/count.py."""
     path = dotted.replace(".", "/")
     return dotted, str(file), f"{path}/__init__.py" if file.name == "__init__.py" else f"{path}.py"
 
 
 def changed_modules(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Return the names of the modules whose digests differ, or that only one of both has."""
+    """Return the names of modules with different digests, or that only one side has."""
     return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
 
 
 def _read_code(path: Path) -> dict[str, Any]:
-    """Return a file's digest, and of Python the dotted names that it imports and the files that it names beside it."""
+    """Return a file's digest and, for Python, the dotted names that it imports and the files that it names."""
     content = path.read_bytes()
     if path.suffix != ".py":
         return {"imports": [], "beside": [], "digest": hashlib.sha256(content).hexdigest()[:16]}
@@ -393,7 +392,7 @@ def _read_code(path: Path) -> dict[str, Any]:
 
 
 def _strip_docstrings(tree: ast.Module) -> ast.Module:
-    """Return a syntax tree without its docstrings; the tree itself is changed."""
+    """Remove docstrings from a syntax tree, in place; return it."""
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and body:
@@ -404,12 +403,12 @@ def _strip_docstrings(tree: ast.Module) -> ast.Module:
 
 
 def hash_tree(tree: ast.AST) -> str:
-    """Return a digest of a syntax tree, 16 hex digits."""
+    """Return the digest of a syntax tree, 16 hex digits."""
     return hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:16]
 
 
 def _plain(node: Any) -> Any:
-    """Return a tree as nested tuples, without positions and without what is empty, which versions add fields of."""
+    """Return a tree as nested tuples, without positions and empty fields, which depend on the version of Python."""
     if isinstance(node, ast.AST):
         values = ((name, getattr(node, name, None)) for name in node._fields if name not in _IGNORED_FIELDS)
         return (type(node).__name__, *((name, _plain(value)) for name, value in values if value not in (None, [])))
@@ -419,7 +418,7 @@ def _plain(node: Any) -> Any:
 
 
 def _imports(tree: ast.AST) -> Iterator[str]:
-    """Yield the dotted names that a file may import, those of types alone left out; `package.*` for a computed name."""
+    """Yield the dotted names that a file may import, except type-only imports; `package.*` for a computed name."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()

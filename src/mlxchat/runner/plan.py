@@ -1,9 +1,9 @@
-"""The plan: what each step is asked for, which is its key, and whether and why it has to run.
+"""The plan: each step's key, and whether and why it has to run.
 
-A key is the hash of everything that the result follows from: stage, version, settings, the contents of the inputs and
-the pins of what is read from outside. Which artifact it gave is in the store's records. So an input that is made again
-with the same contents, or comes from other settings with the same contents, makes nothing below it run (early cutoff).
-Until an input is made, its own key stands for its contents.
+A key is the hash of everything that determines the result: stage, version, settings, the contents of the inputs and the
+pins of external data. The store's records map it to an artifact. So an input that is rebuilt with the same contents, or
+has the same contents with other settings, reruns nothing downstream (early cutoff). Until an input exists, its key
+stands for its contents.
 """
 
 from __future__ import annotations
@@ -30,38 +30,37 @@ from mlxchat.store.store import Store, artifact_title
 Pipeline = Mapping[str, Mapping[str, Any]]
 """Step → {stage, role: what fills it, with: settings of this step alone}."""
 GIVEN = ("import:", "artifact:")
-"""A role may be filled by a model of the store instead of by a step: import:NAME is one that was imported under this
-name, artifact:NAME any, by whatever name `mlxchat show` takes."""
+"""A role may be filled by a model of the store instead of a step: import:NAME is an imported model, artifact:NAME any
+model, by any name that `mlxchat show` accepts."""
 GIVEN_KIND = "checkpoint"
 _MOST_MODULES_SHOWN = 3
 
 
 def roles_of(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Return role → what fills it."""
+    """Return role → name of the step or model that fills it."""
     return {role: str(source) for role, source in entry.items() if role not in ("stage", "with", "executor")}
 
 
 def steps_of(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Return role → step of the roles that steps fill."""
+    """Return role → step, for roles that steps fill."""
     return {role: source for role, source in roles_of(entry).items() if not source.startswith(GIVEN)}
 
 
 def given_of(entry: Mapping[str, Any]) -> dict[str, str]:
-    """Return role → import:NAME or artifact:NAME of the roles that models of the store fill."""
+    """Return role → import:NAME or artifact:NAME, for roles that models of the store fill."""
     return {role: source for role, source in roles_of(entry).items() if source.startswith(GIVEN)}
 
 
 def order_steps(pipeline: Pipeline, targets: Iterable[str] | None, stages: Mapping[str, Stage]) -> list[str]:
-    """Return the names of the steps that the targets need, inputs first.
+    """Return the names of the steps that the targets need, in topological order.
 
     Args:
         pipeline: see `Pipeline`.
         targets: steps, or stages (all steps of that stage); None: every step.
-        stages: all that there are.
+        stages: all known stages.
 
     Raises:
-        ConfigError: naming every unknown stage, role, step or target, every unfilled role, every kind that does not
-            fit, or a cycle.
+        ConfigError: names every unknown stage, role, step or target, every unfilled role, every wrong kind, or a cycle.
     """
     problems = _check_wiring(pipeline, stages)
     wanted: list[str] = []
@@ -74,7 +73,9 @@ def order_steps(pipeline: Pipeline, targets: Iterable[str] | None, stages: Mappi
             if not of_stage:
                 problems.append(f'stage "{target}": the pipeline has no step of this stage')
         else:
-            problems.append(f'"{target}" is no stage and no step: {", ".join(pipeline)}.{suggest(target, pipeline)}')
+            problems.append(
+                f'"{target}" is neither a stage nor a step: {", ".join(pipeline)}.{suggest(target, pipeline)}'
+            )
     if problems:
         raise ConfigError("\n".join(problems))
     needed: dict[str, list[str]] = {}
@@ -88,7 +89,7 @@ def order_steps(pipeline: Pipeline, targets: Iterable[str] | None, stages: Mappi
     except CycleError as error:
         raise ConfigError(f"pipeline has a cycle: {' → '.join(error.args[1])}") from None
     position = {step: number for number, step in enumerate(pipeline)}
-    known = sorted(needed, key=position.__getitem__)  # the order that people know, if it puts inputs first
+    known = sorted(needed, key=position.__getitem__)  # the order in the pipeline, if it is topological
     return known if all(position[made] < position[step] for step in known for made in needed[step]) else order
 
 
@@ -99,7 +100,7 @@ def _check_wiring(pipeline: Pipeline, stages: Mapping[str, Stage]) -> list[str]:
         if name not in stages:
             known = ", ".join(stages)
             hint = suggest(name, stages)
-            problems.append(f'pipeline.{step}.stage is "{name}", which is no stage: {known}.{hint}')
+            problems.append(f'pipeline.{step}.stage is "{name}", which is not a stage: {known}.{hint}')
             continue
         stage = stages[name]
         for role in stage.inputs.keys() - entry.keys():
@@ -108,7 +109,7 @@ def _check_wiring(pipeline: Pipeline, stages: Mapping[str, Stage]) -> list[str]:
             if role not in stage.roles:
                 known = ", ".join(stage.roles) or "none"
                 hint = suggest(role, stage.roles)
-                problems.append(f'pipeline.{step}: "{role}" is no role of stage {name}: {known}.{hint}')
+                problems.append(f'pipeline.{step}: "{role}" is not a role of stage {name}: {known}.{hint}')
             elif source.startswith(GIVEN):
                 if stage.roles[role] != GIVEN_KIND:
                     problems.append(
@@ -116,7 +117,7 @@ def _check_wiring(pipeline: Pipeline, stages: Mapping[str, Stage]) -> list[str]:
                     )
             elif source not in pipeline:
                 problems.append(
-                    f'pipeline.{step}.{role} is "{source}", which is no step of this pipeline: '
+                    f'pipeline.{step}.{role} is "{source}", which is not a step of this pipeline: '
                     f"{', '.join(pipeline)}.{_rewire(pipeline, step, role, str(source), stages)}"
                 )
             elif pipeline[source].get("stage") in stages:
@@ -127,7 +128,7 @@ def _check_wiring(pipeline: Pipeline, stages: Mapping[str, Stage]) -> list[str]:
 
 
 def _rewire(pipeline: Pipeline, step: str, role: str, source: str, stages: Mapping[str, Stage]) -> str:
-    """Return what to do about a role whose step is not there: leave this step out, or name a fitting one."""
+    """Return advice about a role whose step is missing: leave this step out, or name a fitting step."""
     kind = stages[pipeline[step]["stage"]].roles[role]
     earlier = takewhile(lambda name: name != step, pipeline)
     fitting = [
@@ -144,46 +145,46 @@ class Verdict:
     state: str
     """done, run, maybe (an input will be rebuilt; with the same bytes the step is done) or waiting (see make_plan)."""
     reason: str = ""
-    """Why it runs; of a step that is done, a remark or nothing."""
+    """Reason to run; for a finished step, a remark or empty."""
     difference: Difference | None = None
-    """What differs from the nearest artifact, if the step has none."""
+    """Differences from the nearest artifact, if the step has none."""
     drift: list[str] = field(default_factory=list)
-    """Modules that changed since the step's artifact was made."""
+    """Modules that have changed since the step's artifact was made."""
 
 
 @dataclass(kw_only=True)
 class PlannedStep:
-    """One step, with its identity and whether it has to run."""
+    """One step, with its key and whether it has to run."""
 
     name: str
     stage: Stage
     inputs: dict[str, str]
     """Role → step."""
     artifacts: dict[str, Manifest] = field(default_factory=dict)
-    """Role → manifest of an artifact that the configuration names, instead of a step."""
+    """Role → manifest of an artifact that the configuration names."""
     identity: dict[str, Any]
     externals: dict[str, str]
     label: str
     key: str = ""
-    """What it is asked for: `identify`."""
+    """Its identity, without input contents: `identify`."""
     rid: str = ""
-    """The id of what its key gave; "": nothing is there yet."""
+    """Id of the artifact with this key; empty: none yet."""
     artifact: str = ""
     """Name of that artifact's folder."""
     forced: bool = False
-    """Whether it shall run although its artifact is there."""
+    """Whether to run it although its artifact exists."""
     code_policy: str = "warn"
-    """What changed code does: warn, strict (the step runs again) or ignore."""
+    """Effect of changed code: warn, strict (the step runs again) or ignore."""
     digests: CodeDigests | None = None
-    """Where digests of source files come from."""
+    """Source of the digests of code."""
     config: Any = field(default=None, repr=False)
-    """The typed configuration as the step sees it, its own settings (`with`) included."""
+    """The typed configuration of the step, including its own settings (`with`)."""
     sections: dict[str, Any] = field(default_factory=dict, repr=False)
-    """The sections of it that the stage reads."""
+    """The configuration sections that the stage reads."""
     format: str | None = None
-    """Of the checkpoint that the step starts from: base or chat; None: unknown, or it has none."""
+    """Format of the checkpoint that the step starts from: base or chat; None: unknown, or no checkpoint."""
     unread: frozenset[str] = frozenset()
-    """Sections and settings among these that this step does not read."""
+    """Sections and settings that this step does not read."""
     verdict: Verdict = field(default_factory=lambda: Verdict(state="run"))
 
     @property
@@ -193,7 +194,7 @@ class PlannedStep:
 
     @property
     def reason(self) -> str:
-        """Why it runs, or a remark."""
+        """Reason to run, or a remark."""
         return self.verdict.reason
 
     @property
@@ -203,7 +204,7 @@ class PlannedStep:
 
     @cached_property
     def code(self) -> dict[str, Any]:
-        """Digests of the code that the stage runs, as its manifest records them; looked at once."""
+        """Digests of the code that the stage runs, as its manifest records them; computed once."""
         assert self.digests is not None
         return {"modules": self.digests.of_stage(self.stage.path, self.stage.module, self.stage.root)}
 
@@ -217,26 +218,25 @@ class PlannedStep:
 
     @property
     def settings_key(self) -> str:
-        """What stays the same from a run's first try to its last: a key with the inputs' names instead of contents."""
+        """An id that is stable over all attempts of a run: a key with names of inputs instead of contents."""
         return self.key_with(self.inputs | {role: manifest["tree"] for role, manifest in self.artifacts.items()})
 
     @property
     def title(self) -> str:
-        """What its artifact is called, without the id."""
+        """Name of its artifact, without the id."""
         return artifact_title(self.stage.name, self.label)
 
     def identify(self, store: Store, planned: Mapping[str, PlannedStep]) -> None:
-        """Set the step's key from what its inputs are now, and what that has given.
+        """Set the step's key from its current inputs, and the artifact with that key.
 
-        The contents of an input that will be made are not known yet: its own key stands for them, and the step gets
-        another key once they are.
+        For an input that does not exist yet its key stands for its contents; the step's key changes once it exists.
 
         Args:
-            store: where the inputs are.
-            planned: name → step, of its inputs at least, which are identified and judged.
+            store: store of the inputs.
+            planned: name → step; must include its inputs, with keys and judgements.
 
         Raises:
-            StoreError: an input that was there is gone.
+            StoreError: an existing input has disappeared.
         """
         self.key = self.key_with(self.contents(store, planned))
         self.take(store.made(self.key))
@@ -247,14 +247,14 @@ class PlannedStep:
         return contents | {role: manifest["tree"] for role, manifest in self.inputs_made(store, planned).items()}
 
     def take(self, made: Manifest | None) -> None:
-        """Set what the key gave, by its record; None: nothing yet."""
+        """Set the artifact of the key from its record; None: there is none yet."""
         self.rid, self.artifact = (made["rid"], made["name"]) if made is not None else ("", "")
 
     def inputs_made(self, store: Store, planned: Mapping[str, PlannedStep]) -> dict[str, Manifest]:
-        """Return role → manifest of the inputs that are there and will not be made again.
+        """Return role → manifest of the inputs that exist and will not be rebuilt.
 
         Raises:
-            StoreError: one that was there is gone.
+            StoreError: an existing input has disappeared.
         """
         found = dict(self.artifacts)
         for role, source in self.inputs.items():
@@ -271,7 +271,7 @@ class PlannedStep:
         return found
 
     def drift(self, manifest: Manifest) -> list[str]:
-        """Return the names of the modules that changed since an artifact was made."""
+        """Return the names of modules that have changed since an artifact was made."""
         return changed_modules(manifest["code"].get("modules", {}), self.code["modules"])
 
 
@@ -288,30 +288,30 @@ def make_plan(
     compute_dtype: str = "float32",
     config_of: Callable[[str, Stage], Any] | None = None,
 ) -> list[PlannedStep]:
-    """Return the steps in order, each with its key and whether and why it has to run.
+    """Return the steps in topological order, each with its key and whether and why it has to run.
 
     Args:
         config: typed configuration; a stage's CONFIG names the attributes that it reads.
         pipeline: see `Pipeline`.
-        store: where artifacts are looked up.
+        store: store of artifacts.
         targets: steps or stages; None: all.
-        seed: the run's seed, part of the identity of what draws from it.
-        data_seed: the data's; None: the same.
-        force: steps to run although their artifact is there; "all" for every one.
-        code: what changed code does to a step that is done: warn, strict (it runs again) or ignore.
-        config_of: returns the configuration as a step sees it, with its own settings (`with`); None: all see one.
-        compute_dtype: in which steps that need the GPU compute; part of their identity unless it is float32.
+        seed: the run's seed, part of the key of steps that use it.
+        data_seed: the data's seed; None: the same.
+        force: steps to run although their artifact exists; "all": every step.
+        code: effect of changed code on a finished step: warn, strict (it runs again) or ignore.
+        config_of: returns the configuration of a step with its own settings (`with`); None: one for all.
+        compute_dtype: dtype of steps that need the GPU; part of their key unless it is float32.
 
     Raises:
-        ConfigError: the pipeline is wired wrongly, or a file that the config names cannot be read.
+        ConfigError: the pipeline is wired wrongly, or a file of the configuration cannot be read.
     """
     force = list(force)
     unknown = [name for name in force if name not in pipeline and name != "all"]
     if unknown:
-        raise ConfigError(f"force names {', '.join(unknown)}, no step of the pipeline.{suggest(unknown[0], pipeline)}")
+        raise ConfigError(f"force: {', '.join(unknown)} is not a step of the pipeline.{suggest(unknown[0], pipeline)}")
     digests = CodeDigests()
     hashes = file_hashes(store.outputs)
-    # Steps share sections, and need each of them once; those with settings of their own have others.
+    # Computed once for all steps with the same sections.
     identities: dict[int, Any] = {}
     pins: dict[tuple[tuple[int, ...], frozenset[str]], dict[str, str]] = {}
     planned: dict[str, PlannedStep] = {}
@@ -356,9 +356,9 @@ def make_plan(
 
 
 def plan_again(plan: Iterable[PlannedStep], store: Store, *, force: Collection[str] = ()) -> list[PlannedStep]:
-    """Return a plan with what the store holds now: the keys of steps whose inputs were made since, and what is done.
+    """Return a plan updated from the store: keys of steps with new inputs, and finished steps.
 
-    `force` names the steps that run although they are done.
+    `force` names steps to run although they are done.
     """
     store.forget()
     planned: dict[str, PlannedStep] = {}
@@ -375,8 +375,8 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
     Args:
         step: the step.
         store: where artifacts are looked up.
-        forced: whether it runs although its artifact is there.
-        planned: name → step, of its inputs at least, which are judged before: those that are done have their artifact.
+        forced: whether it runs although its artifact exists.
+        planned: name → step; must include its inputs, already judged.
     """
     if forced:
         return Verdict(state="run", reason="forced")
@@ -402,13 +402,13 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
 
 
 def find_artifacts(step: PlannedStep, store: Store, planned: Mapping[str, PlannedStep]) -> dict[str, Manifest]:
-    """Return role → manifest of the artifacts that fields with metadata `artifact: role` name, where they are set.
+    """Return role → manifest of the artifacts that set fields with metadata `artifact: role` name.
 
     In a run that is repeated, or was stopped in or after this very step, the name leads to what the step itself made
     before. Then the artifact is meant from which that was made.
 
     Raises:
-        StoreError: a name leads to nothing, or to more than one thing.
+        StoreError: a name is unknown or ambiguous.
     """
     found: dict[str, Manifest] = {}
     queue = list(step.sections.values())
@@ -416,7 +416,7 @@ def find_artifacts(step: PlannedStep, store: Store, planned: Mapping[str, Planne
         section = queue.pop(0)
         for item in fields(section) if is_dataclass(section) else ():
             role, name = item.metadata.get("artifact"), getattr(section, item.name)
-            if is_dataclass(name):  # fields of a part of the section count too
+            if is_dataclass(name):  # including fields of subsections
                 queue.append(name)
             if role is None or name is None:
                 continue
@@ -435,12 +435,12 @@ def find_given(step: str, names: Mapping[str, str], store: Store) -> dict[str, M
     """Return role → manifest of the models of the store that fill a step's roles.
 
     Args:
-        step: its name, for messages.
+        step: name of the step, for messages.
         names: role → import:NAME or artifact:NAME.
-        store: where they are.
+        store: store of the models.
 
     Raises:
-        ConfigError: there is none of such a name.
+        ConfigError: there is no such model.
     """
     found = {}
     for role, name in names.items():
@@ -454,7 +454,7 @@ def find_given(step: str, names: Mapping[str, str], store: Store) -> dict[str, M
 
 
 def given_label(source: str, manifest: Manifest) -> str:
-    """Return what steps below a given model are called after: the name of an import, or the artifact's own label."""
+    """Return the label of steps downstream of a given model: the import's name, or the artifact's own label."""
     kind, _, name = source.partition(":")
     if kind == "import":
         return name
@@ -468,7 +468,7 @@ def _format_of_input(
     planned: Mapping[str, PlannedStep],
     stages: Mapping[str, Stage],
 ) -> str | None:
-    """Return base or chat for the checkpoint that a step of this stage starts from; None: unknown, or it has none."""
+    """Return base or chat for the checkpoint that a step of this stage starts from; None: unknown, or no checkpoint."""
     role = next((role for role, kind in stage.roles.items() if kind == GIVEN_KIND), "")
     if role in inputs:
         return planned[inputs[role]].stage.format
@@ -495,7 +495,7 @@ def _label(stage: Stage, config: Any, inherited: list[str]) -> str:
 
 
 def entries_of(plan: list[PlannedStep]) -> list[dict[str, Any]]:
-    """Return what is written of a plan's steps for reports and status: plain data, inputs first."""
+    """Return a plan's steps as plain data for reports and status, in topological order."""
     return [
         {
             "step": step.name,

@@ -1,4 +1,4 @@
-"""The process that runs: stopping by signals, keeping a Mac awake, telling hooks."""
+"""The running process: stopping by signals, keeping a Mac awake, notifying hooks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from typing import Any
 from mlxchat.config.secrets import redact
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# Of the run in this process, the signals that asked it to stop.
+# Signals that requested the run of this process to stop.
 _heard: list[list[int]] = []
 
 
 def is_stopping() -> bool:
-    """Tell whether a signal has asked the run of this process to stop."""
+    """Return True if a signal has requested the run of this process to stop."""
     return any(_heard)
 
 
@@ -31,13 +31,13 @@ def is_stopping() -> bool:
 def stop_on_signals(
     request: Callable[[int], None], announce: Callable[[], None], leave: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Call `request` with the number of the first signal; at the second one call `leave` and end the process.
+    """Call `request` with the number of the first signal; at the second, call `leave` and exit.
 
-    `request` is called wherever the main thread is, so it may only take a note. `announce` is for people and is called
-    by a thread of its own: a line cannot be printed in the middle of another one.
+    `request` interrupts the main thread at any point, so it may only set a flag. `announce` prints in another thread,
+    since printing could interrupt another line.
 
-    Everything on disk is whole at any moment, so nothing needs to be cleaned up. In any thread but the main one this
-    does nothing: the program that started the thread handles signals.
+    Files on disk are always complete, so no cleanup is needed. Outside the main thread this does nothing: the program
+    that started the thread handles signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -52,7 +52,7 @@ def stop_on_signals(
         request(number)
 
     def watch() -> None:
-        """End the process at the second signal even if the main thread is inside a library and handles none."""
+        """Exit at the second signal even if the main thread is inside a library and cannot handle signals."""
         seen = 0
         while numbers := os.read(reading, 16):
             for number in numbers:
@@ -93,12 +93,12 @@ def _end(number: int, leave: Callable[[], None]) -> None:
 
 @contextmanager
 def keep_awake() -> Iterator[None]:
-    """Keep the machine from falling asleep in the body, on macOS; its display may. Elsewhere nothing happens."""
+    """Keep a Mac awake in the body; its display may sleep. Does nothing elsewhere."""
     program = shutil.which("caffeinate") if sys.platform == "darwin" else None
     if program is None:
         yield
         return
-    # It ends with this process (-w) however that ends.
+    # -w: caffeinate ends with this process
     quiet = subprocess.DEVNULL
     try:
         watcher = subprocess.Popen(
@@ -114,7 +114,7 @@ def keep_awake() -> Iterator[None]:
         watcher.wait()
 
 
-# What one notification may take, and what the end of a run waits for those still on their way.
+# Time limit of one notification, and of waiting for pending ones at the end of a run.
 TIMEOUT_SECONDS = 10.0
 
 Target = str | list[str] | None
@@ -122,7 +122,7 @@ Target = str | list[str] | None
 
 @dataclass(kw_only=True)
 class Hooks:
-    """Whom to tell. A target is an http(s) address, a command line for the shell, or a command as a list."""
+    """Notifications. A target is an http(s) URL, a shell command line, or a command as a list."""
 
     on_start: Target = None
     on_success: Target = None
@@ -134,9 +134,9 @@ class Hooks:
     _warned: set[str] = field(default_factory=set, init=False)
 
     def tell(self, name: str, **facts: Any) -> None:
-        """Have the target of `on_start`, `on_success` or `on_failure` told, soon.
+        """Notify the target of `on_start`, `on_success` or `on_failure` in the background.
 
-        A command finds the facts as variables (step → MLXCHAT_STEP), an address gets them as JSON.
+        A command gets the facts as variables (step → MLXCHAT_STEP), a URL as JSON.
         """
         if getattr(self, name) is None:
             return
@@ -147,12 +147,12 @@ class Hooks:
         self._waiting.put((name, redact({"event": name, **facts})))
 
     def finish(self) -> None:
-        """Wait for what was not told yet, but not for long."""
+        """Wait a limited time for pending notifications."""
         if self._thread is not None and self._waiting is not None:
             self._waiting.put(None)
             self._thread.join(self.timeout_seconds)
             if self._thread.is_alive():
-                self._complain("hooks", f"still busy after {self.timeout_seconds:g} s, left alone")
+                self._complain("hooks", f"still busy after {self.timeout_seconds:g} s, not waiting any longer")
             self._thread = None
 
     def _work(self, waiting: queue.SimpleQueue[tuple[str, dict[str, Any]] | None]) -> None:
@@ -164,7 +164,7 @@ class Hooks:
                     self._post(target, facts)
                 elif target is not None:
                     self._call(target, facts)
-            except Exception as error:  # whatever a hook of the user raises: it never breaks a run
+            except Exception as error:  # a user's hook may raise anything; it never breaks a run
                 self._complain(name, f"{type(error).__name__}: {error}")
 
     def _call(self, command: str | list[str], facts: dict[str, Any]) -> None:
@@ -176,7 +176,7 @@ class Hooks:
         try:
             _, complaint = process.communicate(timeout=self.timeout_seconds)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # what a shell has started too
+            os.killpg(process.pid, signal.SIGKILL)  # including processes that a shell started
             process.communicate()
             raise TimeoutError(f"killed after {self.timeout_seconds:g} s") from None
         if process.returncode:
@@ -193,4 +193,4 @@ class Hooks:
     def _complain(self, name: str, problem: str) -> None:
         if name not in self._warned:
             self._warned.add(name)
-            self.warn(redact(f"warning: hooks.{name} does not work ({problem}); the run goes on without it"))
+            self.warn(redact(f"warning: hooks.{name} failed ({problem}); the run continues without it"))

@@ -1,4 +1,4 @@
-"""What a person sees while a step works: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a step: a live bar on a terminal, otherwise a plain line from time to time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _NAME_COLUMNS = 11
 
 
 class Progress:
-    """Progress of one piece of long work, used as a context manager."""
+    """Progress of one long task, used as a context manager."""
 
     def __init__(self, title: str, total: int, unit: str, *, start: int = 0, stream: TextIO | None = None) -> None:
-        """Show `total` units of work named `unit`, of which `start` were done before."""
+        """Show `total` units of work called `unit`; `start` of them are already done."""
         self.title, self.total, self.unit, self.start = title, total, unit, start
         self.stream = stream if stream is not None else sys.stderr
         self.began = self.last_line = time.monotonic()
@@ -31,7 +31,7 @@ class Progress:
         self.bar: RichProgress | None = None
 
     def __enter__(self) -> Progress:
-        """Begin to show the bar, on a terminal."""
+        """Show the bar, on a terminal."""
         if self.stream.isatty():
             from rich.console import Console
             from rich.progress import Progress, SpinnerColumn, TextColumn
@@ -49,7 +49,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.bar is not None:
             self.bar.stop()
 
@@ -57,9 +57,9 @@ class Progress:
         """Show that `done` units are finished.
 
         Args:
-            done: of the total.
-            numbers: already formatted, such as loss="3.91", speed="4.1k tok/s", the most important first: a narrow
-                terminal shows as many as fit.
+            done: number of finished units.
+            numbers: formatted values such as loss="3.91", speed="4.1k tok/s", most important first, since a narrow
+                terminal shows only as many as fit.
         """
         now = time.monotonic()
         eta = self._eta(done, now)
@@ -73,11 +73,11 @@ class Progress:
             print(f"  {self.title:<9} {done / max(1, self.total):>4.0%}  {text}", file=self.stream, flush=True)
 
     def amount(self, done: int) -> str:
-        """Return how much is done, as people read it."""
+        """Return the amount done, such as 3/10."""
         return f"{done}/{self.total} {self.unit}"
 
     def note(self, text: str) -> None:
-        """Print a line that stays, above the bar if there is one."""
+        """Print a permanent line, above the bar if there is one."""
         line = visible(f"  {self.title:<9} {text}")
         if self.bar is not None:
             self.bar.console.print(line, markup=False, highlight=False)
@@ -85,7 +85,7 @@ class Progress:
             print(line, file=self.stream, flush=True)
 
     def _fit(self, done: int, parts: list[str], eta: str, width: int) -> str:
-        """Return a line of at most `width` columns: title, amount, ETA, then a bar, then as many parts as fit."""
+        """Return a line of at most `width` columns: title, amount, ETA, a bar, and as many parts as fit."""
         last = f"  eta {eta}" if eta else ""
         head, amount = f"{self.title:<9} ", self.amount(done)
         if len(head + amount + last) > width:
@@ -93,7 +93,7 @@ class Progress:
         left = width - len(head + amount + last)
         bar = ""
         if left > _LEAST_BAR:
-            # What the parts need is theirs; the bar takes at least its minimum and at most 24 columns.
+            # The bar gets the columns that the parts leave, between its minimum and 24.
             cells = max(_LEAST_BAR, min(_MOST_BAR, left - 1 - sum(len(part) + 2 for part in parts)))
             full = round(cells * min(1.0, done / max(1, self.total)))
             bar = "━" * full + "─" * (cells - full) + " "
@@ -107,10 +107,10 @@ class Progress:
         return (head + bar + amount + "".join(shown) + last)[:width]
 
     def _eta(self, done: int, now: float) -> str:
-        """Return the time that the rest takes, empty while unknown.
+        """Return the estimated remaining time, empty while unknown.
 
-        The first update is left out as soon as there is another: its units also compile and load. A single unit that
-        did so says nothing at all.
+        The first update includes compiling and loading, so it is ignored as soon as there is another one, and always if
+        it has a single unit.
         """
         before, then = self._first or (self.start, self.began)
         alone = self._first is None and done - self.start == 1 < self.total - self.start
@@ -121,11 +121,11 @@ class Progress:
 
 
 def fill(text: str, *, width: int | None = None) -> str:
-    """Return a line of words, two spaces between pairs, broken between pairs where the terminal ends.
+    """Return pairs in a line, two spaces apart, wrapped between pairs at the terminal's width.
 
     Args:
-        text: lines after the first begin below its twelfth column, where the text after a step's name begins.
-        width: columns; None: of the terminal, or no limit where the output is no terminal.
+        text: the line; further lines are indented to its twelfth column, where the text after a step's name begins.
+        width: columns; None: the terminal's, or unlimited if the output is not a terminal.
     """
     if width is None:
         if not sys.stdout.isatty():

@@ -1,4 +1,4 @@
-"""What people read of a plan: why each step runs, what it will take, and the table of the plan."""
+"""Texts about a plan: why each step runs, what it will take, and the table of the plan."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ _MOST_CHANGES_SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """What differs between a step and the nearest artifact."""
+    """Differences between a step and the nearest artifact."""
 
     nearest: str | None = None
-    """Name of that artifact; None: there is none of this step."""
+    """Name of the nearest artifact; None: there is none of this step."""
     version: tuple[int, int] | None = None
     """VERSION, old and new, if it differs."""
     config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Dotted key → old and new value; "absent" where there was or is none."""
+    """Dotted key → old and new value; "absent" if there is none."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """Role → step, of the inputs with other contents."""
+    """Role → step, for inputs with different contents."""
     externals: dict[str, tuple[str, str]] = field(default_factory=dict)
     """File or package → old and new pin."""
 
     @property
     def only_inputs(self) -> bool:
-        """Whether an artifact differs in nothing but its inputs, or not even there."""
+        """Whether nothing but inputs differ."""
         return self.nearest is not None and not (self.version or self.config or self.externals)
 
     def __str__(self) -> str:
-        """Return it in one line; the first few keys are enough for people."""
+        """Return the differences in one line; the first few keys suffice for people."""
         if self.nearest is None:
             return "missing"
         if self.version is not None:
@@ -54,12 +54,12 @@ class Difference:
 
 
 def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]) -> Difference:
-    """Return what differs between a step and the nearest artifact of the same step.
+    """Return the differences between a step and the nearest artifact of the same step.
 
     Args:
-        step: whose identity is compared.
-        store: where artifacts are looked for.
-        contents: role → digest of the inputs that are there.
+        step: the step to compare.
+        store: store of artifacts.
+        contents: role → digest of existing inputs.
     """
     artifacts = store.recent(step.stage.name)
     nearest = nearest_of(step.identity, (made for made in artifacts if made["step"] == step.name))
@@ -68,7 +68,7 @@ def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]
     before, now = flatten(nearest["config"]), flatten(step.identity)
     for one, other in ((before, now), (now, before)):
         if "data_seed" in other and "seed" in one:
-            one.setdefault("data_seed", one["seed"])  # left out where both are equal: Stage.seeds
+            one.setdefault("data_seed", one["seed"])  # omitted if both seeds are equal: Stage.seeds
     pins = nearest.get("pins", {})
     return Difference(
         nearest=nearest["name"],
@@ -84,14 +84,14 @@ def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]
 
 
 def nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> Manifest | None:
-    """Return the artifact whose config differs from `identity` in the fewest keys, the newest among equals."""
+    """Return the artifact whose config differs from `identity` in the fewest keys; the newest among equals."""
     flat = flatten(identity)
     best: tuple[int, str, Manifest] | None = None
     for manifest in candidates:
         other = flatten(manifest["config"])
         common = flat.keys() & other.keys()
         distance = len(flat) + len(other) - 2 * len(common) + sum(flat[key] != other[key] for key in common)
-        # Fewer differences first, then later: compare (−distance, time).
+        # Fewest differences first, then newest: compare (−distance, time).
         if best is None or (-distance, manifest["published"]) > (-best[0], best[1]):
             best = (distance, manifest["published"], manifest)
     return best[2] if best else None
@@ -103,23 +103,23 @@ def _show(value: Any) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What an artifact like the one to be made took."""
+    """Duration and size of an artifact like the one to be made."""
 
     seconds: float
     bytes: int
     artifact: str
-    """Name of the artifact that it is taken from."""
+    """Name of the artifact that the estimate is taken from."""
 
     def __str__(self) -> str:
-        """Return it for people."""
+        """Return the estimate as text."""
         return f"~{format_seconds(self.seconds)}, {format_bytes(self.bytes)}"
 
 
 def estimate_steps(plan: list[PlannedStep], store: Store) -> dict[str, Estimate | None]:
-    """Return step → estimate of the steps that are not done; None where the store has nothing like what they make.
+    """Return step → estimate for unfinished steps; None if the store has no similar artifact.
 
-    The nearest artifact is the one of the same stage and label (a model's size, a corpus) that differs in the fewest
-    config keys: what a small model took says nothing of a large one.
+    The estimate comes from the artifact of the same stage and label (a model's size, a corpus) with the fewest other
+    differences in its config: a small model's duration says nothing about a large one's.
     """
     found: dict[str, Estimate | None] = {}
     for step in plan:
@@ -134,7 +134,7 @@ def estimate_steps(plan: list[PlannedStep], store: Store) -> dict[str, Estimate 
     return found
 
 
-_SHOWN = 8  # letters of a key
+_SHOWN = 8  # letters per key
 
 
 def format_plan(
@@ -142,12 +142,12 @@ def format_plan(
     remarks: Mapping[str, str] | None = None,
     estimates: Mapping[str, Estimate | None] | None = None,
 ) -> str:
-    """Return a line per step: state, artifact, reason, and in brackets remarks on steps that have some.
+    """Return a line per step: state, artifact, reason, and remarks in brackets.
 
     Args:
         plan: the steps.
-        remarks: step → what else is known of it.
-        estimates: step → what it will take; None: nothing is known.
+        remarks: step → further remarks.
+        estimates: step → estimate; None: unknown.
     """
     width = max(len(step.name) for step in plan)
     titles = {step.name: step.artifact or f"{step.title} (key {step.key[:_SHOWN]}…)" for step in plan}

@@ -1,4 +1,4 @@
-"""One step: take its lock, look again, run its stage, check what that left, and publish it whole."""
+"""Runs one step: lock, check again, run the stage, check its outputs, publish atomically."""
 
 from __future__ import annotations
 
@@ -42,57 +42,57 @@ if TYPE_CHECKING:
 
 
 def ignore(step: str, record: Record) -> None:
-    """Drop a record: nobody tracks this run."""
+    """Ignore a record: the run has no tracker."""
 
 
 def _no_gpu() -> bool:
-    """Compute on a CPU."""
+    """Return False: stages compute on a CPU."""
     return False
 
 
 class Ranks(Protocol):
-    """The processes that compute a run's steps together, this one being the first."""
+    """The processes that compute a run's steps together; this process is rank 0."""
 
     def start(self, run: Run, work: Path) -> Team:
-        """Return them ready for a step that saves in `work`, started now if need be.
+        """Return the ranks, ready for a step that saves in `work`; start them if needed.
 
         Raises:
-            StepFailed: that is not possible.
+            StepFailed: they cannot start.
         """
 
     def describe(self) -> dict[str, Any] | None:
-        """Return their number, backend and hosts, or None if there are none yet."""
+        """Return their number, backend and hosts; None if they have not started."""
 
     def kill(self) -> None:
-        """Kill what this process has started, since it will end at once."""
+        """Kill the processes that this one has started, since it will exit at once."""
 
     @property
     def is_broken(self) -> bool:
-        """Tell whether nothing more can be computed together."""
+        """Return True if the ranks cannot compute together any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """How steps are executed; it never changes what they compute."""
+    """How steps are executed; never changes results."""
 
     max_parallel_steps: int = 1
-    """Steps at a time; above 1 each runs in a process of its own."""
+    """Steps that run at the same time; above 1 each runs in a separate process."""
     executors: Mapping[str, ExecutorConfig] = field(default_factory=dict)
-    """Step → where it runs instead of here."""
+    """Step → executor, for steps that do not run here."""
     memory: Mapping[str, int] = field(default_factory=dict)
-    """Step → bytes that it is predicted to need."""
+    """Step → predicted memory in bytes."""
     memory_limit: int | None = None
-    """Bytes that steps at the same time may need together; None: as many as they do."""
+    """Memory in bytes for parallel steps together; None: unlimited."""
     fail_fast: bool = False
-    """Whether a step that fails stops those that do not need it."""
+    """Whether a failed step also stops steps that do not need it."""
     retry_attempts: int = 1
-    """How often a step is tried whose error may pass by itself."""
+    """Attempts of a step after transient errors."""
     retry_seconds: float = 10.0
-    """Before the second try; twice as long before each further one."""
+    """Seconds before the second attempt; doubles with each further one."""
     timeouts: Mapping[str, float] = field(default_factory=dict)
-    """Step → seconds after which it is stopped."""
+    """Step → time limit in seconds."""
     hints: Mapping[str, float] = field(default_factory=dict)
-    """What steps are told of the whole run: `Context.hints`."""
+    """Facts about the whole run for steps: `Context.hints`."""
 
 
 @dataclass(kw_only=True)
@@ -100,26 +100,26 @@ class Run:
     """One invocation."""
 
     folder: Path
-    """outputs/runs/<…>."""
+    """outputs/runs/<run>."""
     seed: int
     data_seed: int | None = None
     """None: the same as the run's."""
     overrides: list[str]
     environment: Environment
     say: Callable[[str], None] = print
-    """Where lines for people go."""
+    """Prints a line."""
     on_metrics: Callable[[str, Record], None] = ignore
     """Called with step and record, for trackers."""
     policy: Policy = field(default_factory=Policy)
     hooks: Hooks = field(default_factory=Hooks)
     uses_gpu: Callable[[], bool] = _no_gpu
-    """Returns whether stages that declare `gpu` compute on one; may be slow, since it may load MLX."""
+    """Returns whether stages that declare `gpu` use one; may be slow, since it may load MLX."""
     becomes_latest: bool = True
-    """Whether it is the latest run (store/naming.py) once it has finished a model."""
+    """Whether it becomes the latest run (store/naming.py) once it has finished a model."""
     ranks: Ranks | None = None
-    """The processes that compute steps together which declare `gpu`; None: this one is alone."""
+    """The ranks that compute steps that declare `gpu` together; None: this process alone."""
     stop_signal: int | None = field(default=None, init=False)
-    """The signal that asked the run to stop, if one did."""
+    """The signal that requested the run to stop, if any."""
 
     @property
     def name(self) -> str:
@@ -131,15 +131,15 @@ class Run:
         Records(self.folder / "events.jsonl").append({"time": now(), "event": event, **details})
 
     def request_stop(self, number: int) -> None:
-        """Note the signal that asks the run to stop."""
+        """Record the signal that requests the run to stop."""
         self.stop_signal = self.stop_signal or number
 
     def announce_stop(self) -> None:
-        """Say that the run will stop."""
-        self.say("stopping at the next iteration border (again: stop at once)")
+        """Announce that the run will stop."""
+        self.say("stopping after the current iteration (again: stop at once)")
 
     def try_event(self, event: str, **details: Any) -> None:
-        """Add a line to events.jsonl if that is possible: what went wrong may be the disk."""
+        """Add a line to events.jsonl if possible: the error may be about the disk."""
         with suppress(OSError):
             self.event(event, **details)
 
@@ -148,17 +148,17 @@ _INPUT_KEYS = {"step": "step", "artifact": "name", "rid": "rid", "tree": "tree"}
 
 
 def find_done(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path | None:
-    """Return the step's artifact if there is nothing to do. Its inputs are there, so its key is known from here on."""
+    """Return the step's artifact if it is done. Its inputs exist, so its key is final from here on."""
     store.forget()
     step.identify(store, planned)
     return _look(step, store, run, planned, forced=False) if step.artifact and not step.forced else None
 
 
 def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep]) -> Path:
-    """Return the artifact of a step that `find_done` did not find, made now unless another process is quicker.
+    """Make the artifact of a step that `find_done` did not find, unless another process does so first; return it.
 
     Raises:
-        MlxchatError: it could not be made, here or in the process that was waited for.
+        MlxchatError: it could not be made, here or in the other process.
     """
     work, lock = store.work(step.key), store.lock(step.key)
     known = attempt_log.ended(work)
@@ -168,8 +168,8 @@ def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plann
         if waited:
             error = attempt_log.new_failure(work, known)
             if error is not None:
-                raise StepFailed(f"step {step.name} failed in the process that was waited for: {error}")
-        # Another process may have finished it before we got the lock.
+                raise StepFailed(f"step {step.name} failed in another process: {error}")
+        # Another process may have finished it while we waited for the lock.
         store.forget()
         step.identify(store, planned)
         place = _look(step, store, run, planned, forced=step.forced and not waited)
@@ -179,12 +179,12 @@ def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plann
             with locks.hold(collector, {}, *looking.calls, shared=True):
                 place = _Making(step, store, run, *_find_inputs(step, store, planned)).make()
         step.take(store.made(step.key))
-        step.verdict = Verdict(state="done")  # for the steps below
+        step.verdict = Verdict(state="done")  # for downstream steps
         return place
 
 
 def _look(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedStep], *, forced: bool) -> Path | None:
-    """Judge a step, and return its artifact if it is done."""
+    """Judge a step; return its artifact if it is done."""
     step.verdict = judge(step, store, forced=forced, planned=planned)
     place = store.find(step.rid) if step.done else None
     if place is not None:
@@ -195,10 +195,10 @@ def _look(step: PlannedStep, store: Store, run: Run, planned: dict[str, PlannedS
 def _find_inputs(
     step: PlannedStep, store: Store, planned: dict[str, PlannedStep]
 ) -> tuple[dict[str, Path], dict[str, Manifest]]:
-    """Return role → folder, and role → what the manifest records of it.
+    """Return role → folder, and role → the manifest's entry for the input.
 
     Raises:
-        StoreError: an input is no longer there.
+        StoreError: an input has disappeared.
     """
     folders: dict[str, Path] = {}
     lineage: dict[str, Manifest] = {}
@@ -211,13 +211,13 @@ def _find_inputs(
     return folders, lineage
 
 
-# Errors that a person has to mend before another try has a chance.
+# Errors that persist until a user fixes their cause.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG)
 
 
 @dataclass
 class _Making:
-    """The making of a step's artifact, while this process holds the step's lock."""
+    """Makes a step's artifact while this process holds the step's lock."""
 
     step: PlannedStep
     store: Store
@@ -225,18 +225,18 @@ class _Making:
     folders: dict[str, Path]
     """Role → folder of the input."""
     lineage: dict[str, Manifest]
-    """Role → what the manifest records of it."""
+    """Role → the manifest's entry for the input."""
 
     def __post_init__(self) -> None:
-        """Set the folder in which it is made."""
+        """Set the work folder."""
         self.work = self.store.work(self.step.key)
 
     def make(self) -> Path:
-        """Return the new artifact.
+        """Make and return the new artifact.
 
         Raises:
-            Interrupted: a signal arrived; the stage has saved what it can go on from.
-            StepFailed: the stage raised, took too long, or did not make what it promised.
+            Interrupted: a signal arrived; the stage has saved its state.
+            StepFailed: the stage raised, exceeded its time limit, or did not write the declared outputs.
             StoreError: an input is damaged, or the artifact cannot be written.
         """
         step, run = self.step, self.run
@@ -256,7 +256,7 @@ class _Making:
                 place, made = self._publish(*self._run_stage())
             except Interrupted:
                 raise
-            except Exception as error:  # any error: the failure hook runs, then the error goes on
+            except Exception as error:  # run the failure hook for any error, then re-raise
                 run.hooks.tell("on_failure", error=str(error), **facts)
                 raise
             shutil.rmtree(self.work, ignore_errors=True)
@@ -268,7 +268,7 @@ class _Making:
             return place
 
     def _check_inputs(self) -> None:
-        """Refuse inputs whose files, or those of what their weights rest on, are not those that were published."""
+        """Refuse damaged inputs, including the models that their weights depend on."""
         for folder in [*self.folders.values(), *bases_of(self.folders)]:
             if damage := list(find_damage(folder, self.store.manifest_of(folder), again=False)):
                 raise StoreError(
@@ -277,7 +277,7 @@ class _Making:
                 )
 
     def _run_stage(self) -> tuple[Context, int]:
-        """Run the stage, again if its error may pass; return the context and number of the attempt that succeeded."""
+        """Run the stage, with retries after transient errors; return context and number of the successful attempt."""
         step, run = self.step, self.run
         tries = run.policy.retry_attempts
         number = 1
@@ -299,7 +299,7 @@ class _Making:
             _pause(delay, step, run)
 
     def _attempt(self) -> tuple[Context, int]:
-        """Run the stage once, with an empty `out` and what earlier attempts saved, and record how that ended."""
+        """Run the stage once, with an empty `out` and the saved state of earlier attempts, and record how it ended."""
         step, run, out = self.step, self.run, self.work / "out"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
@@ -321,7 +321,7 @@ class _Making:
             try:
                 check_pins(step.name, step.externals, step.sections, "while it ran", step.unread)
             except StepFailed:
-                shutil.rmtree(ctx.work, ignore_errors=True)  # made from both the old and the new
+                shutil.rmtree(ctx.work, ignore_errors=True)  # made from a mixture of old and new data
                 raise
             if missing := step.stage.missing_outputs(ctx.out):
                 raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({ctx.out})")
@@ -338,7 +338,7 @@ class _Making:
         except TimeIsUp:
             error = StepFailed(
                 f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds, did not stop when "
-                "asked to, and was ended."
+                "requested, and was ended."
             )
         except BaseException as raised:
             error = raised
@@ -348,7 +348,7 @@ class _Making:
         raise error
 
     def _context(self, out: Path, stop_signal: Callable[[], int | None]) -> Context:
-        """Return what the stage gets."""
+        """Return the stage's context."""
         step, run, work = self.step, self.run, self.work / "ckpt"
         is_shared = run.ranks is not None and "gpu" in step.stage.resources
         ctx = Context(
@@ -368,9 +368,9 @@ class _Making:
     def _publish_intermediate(
         self, ctx: Context, iteration: int, write: Callable[[Path], None], derived: Mapping[str, Any]
     ) -> str:
-        """Publish a model as `Context.publish` says, and name it refs/<run>/<step>@<iteration>.
+        """Publish a model for `Context.publish`, named refs/<run>/<step>@<iteration>.
 
-        Its key is the step's with the iteration in it, so it changes neither the step's key nor its artifact.
+        Its key is the step's key plus the iteration, so it changes neither the step's key nor its artifact.
         """
         step, store = self.step, self.store
         contents = {role: made["tree"] for role, made in self.lineage.items()}
@@ -378,7 +378,7 @@ class _Making:
         began = attempt_log.read(self.work)[0]["started"]
         store.forget()
         made = store.made(key)
-        if made is None or made["attempts"][0]["started"] != began:  # not by an earlier attempt of this training
+        if made is None or made["attempts"][0]["started"] != began:  # not yet published by an earlier attempt
             out = self.work / "intermediate"
             shutil.rmtree(out, ignore_errors=True)
             out.mkdir()
@@ -404,7 +404,7 @@ class _Making:
         return str(made["name"])
 
     def _check_lock(self) -> None:
-        """Refuse to publish where another process may publish the same.
+        """Refuse to publish if another process may publish the same.
 
         Raises:
             StoreError: the lock was removed.
@@ -416,10 +416,10 @@ class _Making:
             )
 
     def _publish(self, ctx: Context, attempt: int) -> tuple[Path, Manifest]:
-        """Publish what the stage made; return the artifact and its manifest.
+        """Publish the stage's outputs; return the artifact and its manifest.
 
         Raises:
-            StoreError: that is not possible.
+            StoreError: publishing failed.
         """
         step, store = self.step, self.store
         try:
@@ -440,12 +440,12 @@ class _Making:
         except OSError as error:
             text = f"{step.name} was made but could not be published: {error.strerror or error}"
             text += f" ({error.filename or ctx.out})"
-            with suppress(OSError):  # a full disk takes no notes either
+            with suppress(OSError):  # a full disk accepts no records either
                 attempt_log.finish(self.work, attempt, "failed", text, ctx.resumed_from)
-            raise StoreError(f"{text}. Mend that and run the same command again.") from error
+            raise StoreError(f"{text}. Fix that and run the same command again.") from error
 
     def _describe(self, ctx: Context) -> Manifest:
-        """Return everything that the manifest says besides the contents."""
+        """Return the manifest's fields other than the contents."""
         step, run = self.step, self.run
         metrics, attempts = dict(ctx.metrics), attempt_log.read(self.work)
         excluded: dict[str, Any] = {"machine": plain_of(step.config.machine)}
@@ -481,10 +481,10 @@ class _Making:
         }
 
     def _failure(self, error: Exception) -> StepFailed:
-        """Return what is said of an error that is not for people, with the place of its traceback."""
+        """Return the message about an unexpected error, with the path of its traceback."""
         text = f"step {self.step.name} failed: {_tell(error)}"
         if isinstance(error, OSError) and error.errno in _DISK:
-            text += "\nMend that and run the same command again: it continues from what was saved last."
+            text += "\nFix that and run the same command again: it continues from the last saved state."
         log = self.run.folder / f"{self.step.name}-error.log"
         with suppress(OSError):
             log.write_text(redact("".join(traceback.format_exception(error))), encoding="utf-8")
@@ -493,18 +493,18 @@ class _Making:
 
 
 def _pause(seconds: float, step: PlannedStep, run: Run) -> None:
-    """Wait before another try, unless the run shall stop."""
+    """Wait before another attempt; end early if the run is to stop."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if run.stop_signal is not None:
             raise Interrupted(
-                f"stopped before another try of {step.name}. The same command continues.", run.stop_signal
+                f"stopped before another attempt of {step.name}. The same command continues.", run.stop_signal
             )
         time.sleep(min(0.1, max(0.0, until - time.monotonic())))
 
 
 def summarise(manifest: Manifest) -> str:
-    """Return the artifact's name, size and numbers in one line."""
+    """Return the artifact's name, size and metrics in one line."""
     size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
     numbers = [f"{key} {format_number(value)}" for key, value in manifest["metrics"].items()][:4]
     if manifest["tokens_per_second"]:
@@ -520,17 +520,17 @@ REFRESH_SECONDS = 10.0
 
 
 class Waiting:
-    """Says for whom a step waits, again whenever that one got further, and ends the wait when the run shall stop."""
+    """Prints which process a step waits for and its progress; ends the wait if the run is to stop."""
 
     def __init__(self, run: Run, step: str, lock: Path, *, doing: str, work: Path | None = None) -> None:
-        """Prepare to wait for a lock; `doing` is what its holder does, `work` where its iterations can be read."""
+        """Prepare to wait for a lock; `doing` describes its holder's work, whose iterations are read from `work`."""
         self.run, self.step, self.lock, self.doing, self.work = run, step, lock, doing, work
         self._said = ""
         self._looked = time.monotonic()
 
     @property
     def calls(self) -> tuple[Callable[[dict[str, Any]], None], Callable[[], None]]:
-        """What `locks.hold` takes as `on_wait` and `check`."""
+        """Return the arguments `on_wait` and `check` of `locks.hold`."""
         return self._begin, self._look
 
     def _begin(self, owner: dict[str, Any]) -> None:
@@ -553,30 +553,32 @@ class Waiting:
             self.run.say(line)
 
 
-# What a step may take to come to a border at which it looks, and to save.
+# Time for a step to reach the next check and save.
 GRACE_SECONDS = 30.0
 
 
 class TimeIsUp(BaseException):
-    """Raised in a step that was asked to stop and did not; no `except Exception` of a stage's keeps it."""
+    """Raised in a step that did not stop when requested; a stage's `except Exception` does not catch it."""
 
 
 class TimeLimit:
-    """A context in which `passed` becomes true after some seconds, counted by a clock that nobody sets."""
+    """A context manager whose `passed` becomes true after some seconds of monotonic time."""
 
     def __init__(self, seconds: float | None, *, grace_seconds: float = GRACE_SECONDS) -> None:
-        """Take the limit; None: there is none."""
+        """Set the limit; None: no limit."""
         self.seconds, self.grace_seconds = seconds, grace_seconds
         self.passed = False
         self._timers: list[threading.Timer] = []
         self._over = False
 
     def __enter__(self) -> TimeLimit:
-        """Begin to count."""
+        """Start the timer."""
         if self.seconds is None:
             return self
         self._timers = [threading.Timer(self.seconds, self._pass)]
-        if threading.current_thread() is threading.main_thread():  # only there can an exception be raised from outside
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # exceptions can be raised from outside only in the main thread
             self._former = signal.signal(signal.SIGALRM, self._raise)
             self._timers.append(threading.Timer(self.seconds + self.grace_seconds, self._ring))
         for timer in self._timers:
@@ -587,7 +589,7 @@ class TimeLimit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Count no longer."""
+        """Stop the timer."""
         self._over = True
         for timer in self._timers:
             timer.cancel()
@@ -616,8 +618,8 @@ _ERRNO = frozenset(
     )
     if hasattr(errno, name)
 )  # fmt: skip
-# Of the HTTP libraries that huggingface_hub has used. Named, because none of them need be installed; without the number
-# of a version, which one of them bears in its name.
+# HTTP libraries that huggingface_hub has used, by name because none needs to be installed, and without the version
+# number that one of them has in its name.
 _CLASSES = frozenset(
     {
         "httpx.TransportError", "requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError",
@@ -628,9 +630,9 @@ _TOO_BUSY = (408, 425, 429)
 
 
 def is_passing(error: BaseException) -> bool:
-    """Tell whether an error, or what it was raised for, may be gone at another try.
+    """Return True if an error, or its cause, may be transient.
 
-    True for PassingError, lost or refused connections, time-outs of the network, and HTTP 408, 425, 429 and 5xx.
+    These are PassingError, lost or refused connections, network timeouts, and HTTP 408, 425, 429 and 5xx.
     """
     return any(_is_passing(link) for link in _chain(error))
 

@@ -1,7 +1,7 @@
-"""A stage: one Python file, read here for what it declares and imported only when it runs.
+"""Stages: Python files whose declarations are read here; imported only when they run.
 
-Ours are in stages/. A user's are found in the folders and modules that the configuration's `stages` names, and in
-those that installed packages declare under the entry-point group `mlxchat.stages`.
+Ours are in stages/. Users' stages are in the folders and modules of the configuration's `stages`, and in modules that
+installed packages declare under the entry-point group `mlxchat.stages`.
 """
 
 from __future__ import annotations
@@ -21,69 +21,69 @@ from mlxchat.errors import ConfigError, suggest
 
 _PACKAGE = "mlxchat.stages"
 FORMATS = ("base", "chat")
-"""Of checkpoints: what continues text, and what answers."""
+"""Formats of checkpoints: base models continue text, chat models answer."""
 _GROUP = "mlxchat.stages"  # of entry points
 _REQUIRED = ("VERSION", "INPUTS", "PRODUCES", "OUTPUTS")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage file declares."""
+    """The declarations of a stage file."""
 
     name: str
     path: Path
     module: str
-    """Dotted name under which it is imported."""
+    """Dotted name of its module."""
     root: Path | None
-    """Folder in which that module is found; None: it is installed."""
+    """Folder of the module; None: it is installed."""
     version: int
-    """Raised by hand when a change of the code changes results."""
+    """Raised by hand when a code change changes results."""
     config: tuple[str, ...]
-    """Sections of the configuration that it reads; they are its identity."""
+    """Configuration sections that it reads; they are part of its key."""
     inputs: dict[str, str]
     """Role → kind of artifact."""
     optional_inputs: dict[str, str]
-    """Roles that a step may leave unfilled."""
+    """Roles that a step may leave empty."""
     produces: str
     """Kind of the artifact."""
     outputs: tuple[str, ...]
-    """Files that must exist afterwards; of names with a | between them, exactly one."""
+    """Files that must exist afterwards; of names separated by |, exactly one."""
     resources: tuple[str, ...]
-    """What it needs alone: "gpu", of which there is one."""
+    """Exclusive resources: "gpu", of which there is one."""
     label: str | None
-    """Dotted path of the config value that goes into the artifact's name; None: the label of the first input."""
+    """Dotted path of the config value in the artifact's name; None: the label of the first input."""
     metrics: dict[str, str] = field(default_factory=dict)
-    """Name of a number that it records → minimize, maximize or neither, whether while training too, and under which
+    """Metric → minimize, maximize or neither, whether it is also recorded during training, and under which
     conditions."""
     reads_if: dict[str, str] = field(default_factory=dict)
-    """Section or setting → the condition without which the stage does not read it, so that it is not in the key: a role
+    """Section or setting → condition without which the stage does not read it, so that it is not in the key: a role
     that must be filled, the format of the model to evaluate (base or chat), or never."""
     forecast: str | None = None
-    """Module that says what is known of a step before it runs, without MLX; it may have the functions
+    """Module with facts about a step before it runs, without MLX; it may have the functions
     memory(config, stage, sizes), problems(config, step, plan, sizes), model_sizes(section) and remark(section)."""
     format: str | None = None
-    """Of the checkpoint that it makes: base or chat; None: not known before it is made."""
+    """Format of the checkpoint that it makes: base or chat; None: unknown before it is made."""
     settings: str | None = None
-    """module:Class of the dataclass of its own section; None: it reads sections that others declare."""
+    """module:Class of the dataclass of its own section; None: it has no section of its own."""
     seeded: bool | str = True
-    """Which seeds it draws from, and therefore its identity: True (the run's), False (none), "data" (the data's alone),
+    """Seeds that it uses, which are part of its key: True (the run's), False (none), "data" (only the data's),
     "both" (the run's, and the data's for what it validates on)."""
 
     @property
     def roles(self) -> dict[str, str]:
-        """All roles, filled or not."""
+        """All roles, including optional ones."""
         return self.inputs | self.optional_inputs
 
     def direction_of(self, metric: str) -> str | None:
-        """Return the better direction that METRICS declares for a number; None: the stage declares no such number."""
+        """Return the better direction of a metric declared in METRICS; None: not declared."""
         return self._declared(metric).partition(" ")[0] or None
 
     def is_curve(self, metric: str) -> bool:
-        """Return whether a number is recorded while the stage trains, too."""
+        """Return True if a metric is also recorded during training."""
         return " while training" in self._declared(metric)
 
     def _declared(self, metric: str) -> str:
-        """Return what METRICS says of a number. Of patterns, such as "accuracy_{sft.suite}", the longest decides."""
+        """Return the METRICS entry of a metric; the longest matching pattern, such as "accuracy_{sft.suite}"."""
         patterns = sorted(self.metrics, key=len, reverse=True)
         for pattern in [metric, *patterns] if metric in self.metrics else patterns:
             if re.fullmatch(re.sub(r"\\\{.+?\\\}", ".+", re.escape(pattern)), metric):
@@ -94,8 +94,8 @@ class Stage:
         """Return the sections and settings that a step of this stage does not read.
 
         Args:
-            filled: its roles that are filled.
-            format: of its checkpoint, base or chat; None: unknown, so that it may read what either needs.
+            filled: its filled roles.
+            format: format of its checkpoint, base or chat; None: unknown, so it may read the settings of both.
         """
         return frozenset(
             path
@@ -104,25 +104,25 @@ class Stage:
         )
 
     def seeds(self, seed: int, data_seed: int) -> dict[str, int]:
-        """Return the seeds that are part of an artifact's identity."""
+        """Return the seeds that are part of an artifact's key."""
         if self.seeded == "data":
             return {"seed": data_seed}
-        # Once there was one seed for all: ids of that time stay valid where both are equal.
+        # Before data_seed there was one seed; keys from then stay valid if both seeds are equal.
         of_data = {"data_seed": data_seed} if self.seeded == "both" and data_seed != seed else {}
         return {"seed": seed, **of_data} if self.seeded else {}
 
     def missing_outputs(self, out: Path) -> list[str]:
-        """Return what a folder lacks of the promised files, or has too many of where one of several was promised."""
+        """Return promised files that a folder lacks, and alternatives of which it has too many."""
         wrong = (names for names in self.outputs if sum((out / name).exists() for name in names.split("|")) != 1)
         return [names.replace("|", " or ") for names in wrong]
 
     def load(self) -> Callable[[Any], None]:
-        """Import the stage and return its `run`; this is where MLX comes in."""
+        """Import the stage and return its `run`; this imports MLX."""
         run: Callable[[Any], None] = import_module(self.module, self.root).run
         return run
 
     def load_forecast(self) -> ModuleType | None:
-        """Import FORECAST; None: the stage names none."""
+        """Import FORECAST; None if the stage has none."""
         forecast: ModuleType | None = None if self.forecast is None else import_module(self.forecast, self.root)
         return forecast
 
@@ -131,18 +131,18 @@ class Stages(Mapping[str, Stage]):
     """Name → stage: ours, those of installed packages, and those of a configuration."""
 
     def __init__(self, places: Iterable[str] = ()) -> None:
-        """Find the files; ours are read when they are asked for.
+        """Find the stage files; ours are read on demand.
 
         Args:
-            places: folders (with a slash, such as ./my_stages) and modules, as `stages` of the configuration has them.
+            places: folders (with a slash, such as ./my_stages) and modules, as in the configuration's `stages`.
 
         Raises:
-            ConfigError: a place does not exist or holds no stage, a declaration is missing or no literal, or two
-                stages have one name.
+            ConfigError: a place does not exist or has no stage, a declaration is missing or not a literal, or two
+                stages have the same name.
         """
         self._ours = stage_files()
         self.own: dict[str, Stage] = {}
-        """Those of users and packages."""
+        """The stages of users and packages."""
         found = [(place, Path.cwd()) for place in dict.fromkeys(places)]
         for place, here in [*found, *((place, None) for place in _installed_places())]:
             for stage in _stages_at(place, here):
@@ -170,10 +170,10 @@ def stage_files() -> dict[str, Path]:
 
 @cache
 def read_stage(path: Path, module: str, root: Path | None = None) -> Stage:
-    """Return what a stage's file declares, without importing it: planning must not load MLX.
+    """Return the declarations of a stage's file without importing it: planning must not load MLX.
 
     Raises:
-        ConfigError: a declaration is missing or no literal.
+        ConfigError: a declaration is missing or not a literal.
     """
     values, has_settings = _read_declarations(path)
     if missing := [key for key in _REQUIRED if key not in values]:
@@ -203,17 +203,17 @@ def read_stage(path: Path, module: str, root: Path | None = None) -> Stage:
 
 
 def best_of(stage: str, metric: str) -> Callable[..., float] | None:
-    """Return min or max, whichever finds the best value of a stage's metric; None: neither is better, or unknown."""
+    """Return min or max as the better direction of a stage's metric; None: neither, or unknown."""
     ours = _folder() / f"{stage}.py"
     declared = read_stage(ours, f"{_PACKAGE}.{stage}") if ours.is_file() else Stages().get(stage)
     if declared is None:
-        return None  # of an artifact that other code made
+        return None  # an artifact of other code
     choices: dict[str | None, Callable[..., float]] = {"minimize": min, "maximize": max}
     return choices.get(declared.direction_of(metric))
 
 
 def _read_declarations(path: Path) -> tuple[dict[str, Any], bool]:
-    """Return the literals that a file assigns to upper-case names, and whether it has a class called Settings."""
+    """Return the literals that a file assigns to upper-case names, and whether it has a class Settings."""
     try:
         body = ast.parse(path.read_bytes()).body
     except SyntaxError as error:
@@ -231,14 +231,14 @@ def _read_declarations(path: Path) -> tuple[dict[str, Any], bool]:
 
 
 def _stages_at(place: str, root: Path | None) -> list[Stage]:
-    """Return the stages of a folder or module; of its files, those that declare none of what stages declare are not.
+    """Return the stages of a folder or module; files without any stage declaration are ignored.
 
     Args:
         place: the folder or module.
-        root: the current folder, where a module is searched first; None: it is installed.
+        root: the current folder, searched first; None: installed modules only.
 
     Raises:
-        ConfigError: it does not exist, or holds no stage.
+        ConfigError: it does not exist, or has no stage.
     """
     module = place
     is_folder = "/" in place or place == "."
@@ -255,7 +255,7 @@ def _stages_at(place: str, root: Path | None) -> list[Stage]:
     found = [read_stage(*files[stem], root) for stem in sorted(files) if declared[stem]]
     if not found:
         raise ConfigError(
-            f"stages: {place} holds no stage: no Python file in it declares {', '.join(_REQUIRED)}"
+            f"stages: {place} has no stage: none of its Python files declares {', '.join(_REQUIRED)}"
             if files or is_folder
             else f"stages: there is no module {place}, neither in {Path.cwd()} nor installed; a folder is written "
             f"./{place}"
@@ -268,14 +268,14 @@ def _files_of(module: str, root: Path | None) -> list[tuple[str, Path]]:
     file = module_files(module, root).get(module)
     if file is not None and file.name != "__init__.py":
         return [(module, file)]
-    # A folder of the user's may lack __init__.py.
+    # Users' folders may lack __init__.py.
     folder = (root or Path.cwd()).joinpath(*module.split(".")) if file is None else file.parent
     return [(f"{module}.{each.stem}", each) for each in sorted(folder.glob("[!_]*.py"))]
 
 
 @cache
 def _installed_places() -> tuple[str, ...]:
-    """Return the modules that installed packages declare as places of stages."""
+    """Return the modules that installed packages declare as locations of stages."""
     from importlib.metadata import entry_points
 
     return tuple(sorted({entry.value for entry in entry_points(group=_GROUP)}))

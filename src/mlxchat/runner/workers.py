@@ -1,4 +1,4 @@
-"""Many steps: which is next, here or in processes of their own, and what becomes of the others when one fails."""
+"""Runs many steps, here or in separate processes; what follows when one fails."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ if TYPE_CHECKING:
 
 _LOOK_SECONDS = 0.2
 _PRINTER_SECONDS = 5.0
-# Each look at a job is a request to a file server.
+# Each poll of a job is a request to a file server.
 _JOB_SECONDS = 1.0
 
 
 def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
-    """Run what the plan says is not done, and point the refs of this run at every step's artifact.
+    """Run the unfinished steps of a plan, and set this run's refs to every step's artifact.
 
     A run that finishes a model becomes the latest one.
 
-    A step that fails takes those with it that need it. The others go on, unless the run shall fail fast.
+    A failed step also fails the steps that need it. The others continue, unless fail_fast is set.
 
     Raises:
-        Interrupted: a signal arrived; everything finished so far is kept, the current steps can continue.
-        MlxchatError: what a step raised; StepFailed if several did.
+        Interrupted: a signal arrived; finished steps are kept, and running steps can be continued.
+        MlxchatError: a step raised it; StepFailed if several failed.
         StoreError: the outputs folder can no longer be written.
     """
     for step in plan:
-        _ = step.code  # looked at now: an edit while the first steps run is not what later ones are made with
+        _ = step.code  # digested now: later edits must not be recorded for steps that run now
     outcome = Outcome(plan, store, run)
     try:
         run.event("run_started", steps=[step.name for step in plan])
@@ -68,7 +68,7 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
     except OSError as error:
         raise StoreError(
             f"outputs folder {store.outputs} can no longer be used ({error.strerror or error}: {error.filename}). "
-            "What is in it is whole. Mend that and run the same command again: it continues."
+            "Its contents are intact. Fix that and run the same command again: it continues."
         ) from error
     except MlxchatError as error:
         run.try_event("run_failed", step=outcome.current, error=str(error))
@@ -79,7 +79,7 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
 
 
 def _execute_here(outcome: Outcome) -> None:
-    """Complete one step after the other in this process."""
+    """Complete the steps one after the other in this process."""
     plan, run = outcome.plan, outcome.run
     leave = run.ranks.kill if run.ranks is not None else lambda: None
     with stop_on_signals(run.request_stop, run.announce_stop, leave):
@@ -99,29 +99,29 @@ def _execute_here(outcome: Outcome) -> None:
                     return
                 continue
             outcome.finish(step, place)
-            # A stage need not look at signals: then the run stops between its steps.
+            # a stage need not check for signals; then the run stops between steps
             if run.stop_signal is not None and step is not plan[-1]:
                 raise Interrupted(f"stopped after {step.name}. The same command continues from there.", run.stop_signal)
 
 
 class Outcome:
-    """What became of the steps of a run so far."""
+    """The results of a run's steps so far."""
 
     def __init__(self, plan: list[PlannedStep], store: Store, run: Run) -> None:
-        """Begin with nothing done."""
+        """Start without results."""
         self.plan, self.store, self.run = plan, store, run
         self.planned = {step.name: step for step in plan}
         self.finished: set[str] = set()
         self.failures: dict[str, MlxchatError] = {}
         self.skipped: dict[str, str] = {}
-        """Step → the one that failed."""
+        """Step → the failed step that it needs."""
         self.waiting: set[str] = set()
-        """Steps for whose wait for memory a line was printed."""
+        """Steps for which waiting for memory was announced."""
         self.current: str | None = None
-        """The step that was at work when the run ended."""
+        """The step that was running when the run ended."""
 
     def finish(self, step: PlannedStep, place: Path) -> None:
-        """Note a step's artifact and give it its names."""
+        """Record a step's artifact and set its names."""
         self.finished.add(step.name)
         self.store.set_ref(self.run.name, step.name, place)
         made = self.store.made(step.key)
@@ -132,7 +132,7 @@ class Outcome:
             self._become_latest()
 
     def note(self, step: PlannedStep) -> None:
-        """Write a step's key, known once its inputs are there, and what it gave into plan.json."""
+        """Write a step's final key and its artifact into plan.json."""
         path = self.run.folder / "plan.json"
         record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": []}
         for entry in record["steps"]:
@@ -142,25 +142,25 @@ class Outcome:
                 write_whole(path, json.dumps(record, indent=1).encode() + b"\n")
 
     def fail(self, step: PlannedStep, error: MlxchatError) -> None:
-        """Note that a step failed, and say so now if anything else goes on."""
+        """Record that a step failed; print it now if other steps continue."""
         self.failures[step.name] = error
         self.current = step.name
         if not self.run.policy.fail_fast and any(self._goes_on(other) for other in self.plan):
-            self.run.say(f"{step.name:<10} failed: {(str(error).splitlines() or ['?'])[0]} (other steps go on)")
+            self.run.say(f"{step.name:<10} failed: {(str(error).splitlines() or ['?'])[0]} (other steps continue)")
 
     def must_skip(self, step: PlannedStep) -> bool:
-        """Tell whether a step needs one that failed; it is noted and said once."""
+        """Return True if a step needs a failed one; record and print this once."""
         cause = next((self.cause_of(source) for source in step.inputs.values() if self.cause_of(source)), None)
         if cause is None:
             return False
         if step.name not in self.skipped:
             self.skipped[step.name] = cause
             self.run.event("step_skipped", step=step.name, failed=cause)
-            self.run.say(f"{step.name:<10} is left out: {cause} failed")
+            self.run.say(f"{step.name:<10} is skipped: {cause} failed")
         return True
 
     def has_memory_for(self, step: PlannedStep, running: Iterable[str]) -> bool:
-        """Tell whether a step fits beside those that run, which is said once if it does not; alone it may start."""
+        """Return True if a step fits into memory beside the running ones, or runs alone; print once if not."""
         needs, limit = self.run.policy.memory, self.run.policy.memory_limit
         beside = [name for name in running if needs.get(name)]
         if limit is None or not beside or sum(needs.get(name, 0) for name in (step.name, *beside)) <= limit:
@@ -175,11 +175,11 @@ class Outcome:
         return False
 
     def cause_of(self, name: str) -> str | None:
-        """Return the failed step because of which this one is not there."""
+        """Return the failed step that this one needs."""
         return name if name in self.failures else self.skipped.get(name)
 
     def conclude(self) -> None:
-        """Raise what went wrong, if anything did."""
+        """Raise the errors of the run, if any."""
         if len(self.failures) == 1:
             raise next(iter(self.failures.values()))
         if self.failures:
@@ -204,27 +204,27 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker gets: all that it needs to complete a step in another process."""
+    """Everything that a worker process needs to complete a step."""
 
     step: str
     planned: dict[str, PlannedStep]
-    """Name → step: itself and its inputs."""
+    """Name → step: the step and its inputs."""
     outputs: Path
     run: Run
 
     @classmethod
     def of(cls, step: PlannedStep, outcome: Outcome) -> Order:
-        """Return the order of a step, without what cannot leave this process."""
+        """Return a step's order without what cannot be pickled."""
         planned = {name: copy(outcome.planned[name]) for name in (step.name, *step.inputs.values())}
         for each in planned.values():
-            each.digests = None  # what they found is kept in the step's `code`
+            each.digests = None  # their results are kept in the step's `code`
         run = outcome.run
         hooks = replace(run.hooks, warn=_say)
         alone = replace(run, hooks=hooks, say=_say, on_metrics=ignore)
         return cls(step.name, planned, outcome.store.outputs, alone)
 
     def complete(self) -> Result:
-        """Complete the step in this process, and return what became of it."""
+        """Complete the step in this process; return its result."""
         run = self.run
         try:
             with stop_on_signals(run.request_stop, lambda: None):
@@ -239,7 +239,7 @@ class Order:
 
 
 Result = tuple[str, str, int]
-"""done and the artifact's folder, or the name of an error's class, its message and exit code."""
+"""done and the artifact's folder, or an error's class name, message and exit code."""
 
 
 def _say(line: str) -> None:
@@ -247,10 +247,10 @@ def _say(line: str) -> None:
 
 
 def _execute_in_processes(outcome: Outcome) -> None:
-    """Complete the steps of a plan as soon as their inputs are there: up to `max_parallel_steps` at a time, and jobs.
+    """Complete the steps of a plan as soon as their inputs exist: up to `max_parallel_steps` here, and jobs.
 
     Raises:
-        Interrupted: a signal arrived; every step at work has saved what it can go on from.
+        Interrupted: a signal arrived; every running step has saved its state.
         StoreError: the outputs folder cannot be used.
     """
     run, workers = outcome.run, dict[str, _Child | _Elsewhere]()
@@ -293,7 +293,7 @@ def _execute_in_processes(outcome: Outcome) -> None:
 
 
 def _start_what_is_ready(outcome: Outcome, workers: dict[str, _Child | _Elsewhere]) -> None:
-    """Start every step whose inputs are there, as far as there is room; what is done already needs no process."""
+    """Start every step whose inputs exist, as far as there is room; finished steps need no process."""
     for step in outcome.plan:
         if step.name in outcome.finished or step.name in outcome.failures or step.name in workers:
             continue
@@ -312,14 +312,14 @@ def _start_what_is_ready(outcome: Outcome, workers: dict[str, _Child | _Elsewher
         elif executor is not None:
             try:
                 workers[step.name] = _Elsewhere(step, outcome, executor)
-            except ConfigError as error:  # the cluster refuses it
+            except ConfigError as error:  # refused by the cluster
                 outcome.fail(step, error)
         elif outcome.has_memory_for(step, children):
             workers[step.name] = _Child(step, outcome)
 
 
 def _take_result(worker: _Child | _Elsewhere, outcome: Outcome) -> None:
-    """Note what became of a step whose worker has ended."""
+    """Record the result of a step whose worker has ended."""
     worker.close()
     step, run = worker.step, outcome.run
     if worker.result is None and worker.stopped_by:
@@ -343,24 +343,24 @@ def _take_result(worker: _Child | _Elsewhere, outcome: Outcome) -> None:
 
 
 class _Child:
-    """A step at work in a process of its own on this machine, which is started anew and never forked.
+    """A step that runs in a separate process on this machine, started fresh and never forked.
 
-    What it prints goes to <step>.log in the run's folder and, with the step's name before it, to the terminal. It has a
-    session of its own, so that ctrl-c reaches it once, from here; if this process dies, it saves what it has and ends.
+    Its output goes to <step>.log in the run's folder and, prefixed with the step's name, to the terminal. It runs in a
+    new session, so that Ctrl-C reaches it once, from here; if this process dies, it saves its state and ends.
     """
 
     def __init__(self, step: PlannedStep, outcome: Outcome) -> None:
-        """Start it."""
+        """Start the process."""
         self.step, self.run = step, outcome.run
         self.result: Result | None = None
         self.stopped_by = 0
-        """The signal that it was sent."""
+        """The signal that was sent to it."""
         context = multiprocessing.get_context("spawn")
         self.messages, theirs = context.Pipe()
         printed, printing = context.Pipe(duplex=False)
         order = Order.of(step, outcome)
         self.process = context.Process(target=_work, args=(order, theirs, printing), name=step.name)
-        # A signal that came while it starts would end it before it can save.
+        # a signal during its start would end it before it can save
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
             self.process.start()
@@ -376,11 +376,11 @@ class _Child:
 
     @property
     def signs(self) -> tuple[int, Connection]:
-        """What becomes ready when it has something to report, or ends."""
+        """What becomes readable when it reports something or ends."""
         return self.process.sentinel, self.messages
 
     def has_ended(self) -> bool:
-        """Tell whether it has ended; what it has reported is passed on."""
+        """Return True if it has ended; pass on what it has reported."""
         ended = not self.process.is_alive()
         with suppress(EOFError, OSError):
             while self.messages.poll():
@@ -392,40 +392,40 @@ class _Child:
         return ended
 
     def stop(self, number: int) -> None:
-        """Ask it, once, to save and end."""
+        """Request it, once, to save and end."""
         if not self.stopped_by and self.process.pid is not None:
             self.stopped_by = number
             with suppress(ProcessLookupError):
                 os.kill(self.process.pid, number)
 
     def kill(self) -> None:
-        """End it at once."""
+        """Kill it."""
         self.process.kill()
 
     def close(self) -> None:
-        """Wait for its end, and for the last of what it printed."""
+        """Wait for its end and the rest of its output."""
         self.process.join()
-        self.printer.join(_PRINTER_SECONDS)  # a program that the stage left behind may keep the pipe open
+        self.printer.join(_PRINTER_SECONDS)  # a process left behind by the stage may keep the pipe open
         self.messages.close()
 
     def how_it_was_lost(self) -> str:
         """Return how it ended without a result."""
         code = self.process.exitcode or 0
         how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        return f"its process ended {how} without a word. {self.log}"
+        return f"its process ended {how} without a message. {self.log}"
 
 
 class _Elsewhere:
-    """A step at work in a job of an executor.
+    """A step that runs in an executor's job.
 
-    Its progress is read from its records in the outputs folder, which both machines see. Without this process it goes
-    on, and the next run finds what it made.
+    Its progress is read from its records in the outputs folder, which both machines share. It continues if this process
+    ends, and the next run finds its artifact.
     """
 
     signs = ()
 
     def __init__(self, step: PlannedStep, outcome: Outcome, executor: ExecutorConfig) -> None:
-        """Submit it."""
+        """Submit the job."""
         self.step, self.run, self.outcome = step, outcome.run, outcome
         self.result: Result | None = None
         self.stopped_by = 0
@@ -441,7 +441,7 @@ class _Elsewhere:
         self._report()
 
     def has_ended(self) -> bool:
-        """Tell whether it has ended; what it has recorded is passed on."""
+        """Return True if it has ended; pass on its new records."""
         if time.monotonic() - self.looked < _JOB_SECONDS:
             return False
         self.looked = time.monotonic()
@@ -449,7 +449,7 @@ class _Elsewhere:
         return self.job.done()
 
     def stop(self, number: int) -> None:
-        """Cancel it, once; what runs saves and ends."""
+        """Cancel it, once; if running, it saves and ends."""
         if not self.stopped_by:
             self.stopped_by = number
             self.job.cancel()
@@ -460,7 +460,7 @@ class _Elsewhere:
         self.job.cancel()
 
     def close(self) -> None:
-        """Take its result."""
+        """Return its result."""
         if self.stopped_by:
             return
         try:
@@ -477,10 +477,10 @@ class _Elsewhere:
         return f"{self.lost}\nThe same command submits it again, and it continues from what was saved last."
 
     def _report(self) -> None:
-        """Print how far it is, if that has changed, and pass its metrics on."""
+        """Print its progress if it has changed, and pass on its metrics."""
         self._pass_on(self.work / "ckpt" / "records")
         began = attempts.read(self.work)[self.attempts :]
-        if self.state is not None and not began:  # it is done, or has not begun
+        if self.state is not None and not began:  # finished, or not started
             return
         state = f"runs on {began[-1]['host']}" if began else "is queued"
         iteration = attempts.iteration(self.work) if began else None
@@ -508,7 +508,7 @@ class _Submitted:
     order: Order
 
     def __call__(self, leave: Leave | None) -> Result:
-        """Complete the step, in the job."""
+        """Complete the step, inside the job."""
         Store(self.order.outputs).prepare()  # this machine must see the locks, too
         kind, message, code = self.order.complete()
         if kind == Interrupted.__name__ and leave is not None:
@@ -517,7 +517,7 @@ class _Submitted:
 
 
 def _print(printed: Connection, log: Path, step: str, say: Callable[[str], None]) -> None:
-    """Write what a child prints to its log, and say it with the step's name, until the child has ended."""
+    """Write a child's output to its log and print it with the step's name, until the child has ended."""
     file: Any = None
     with suppress(OSError):
         file = log.open("a", encoding="utf-8")
@@ -536,7 +536,7 @@ def _print(printed: Connection, log: Path, step: str, say: Callable[[str], None]
 
 
 def _work(order: Order, messages: Connection, printing: Connection) -> None:
-    """Complete one step, in the child."""
+    """Complete one step, in the child process."""
     os.setsid()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -549,7 +549,7 @@ def _work(order: Order, messages: Connection, printing: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """Ask for an end, as a signal would, when the process that started this one is gone."""
+    """Signal this process to end when its parent has gone."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
