@@ -1,4 +1,4 @@
-"""`mlxchat bench`: what is composed, what is measured, how it is printed. How fast it is, no test says."""
+"""`mlxchat bench`: configuration, measured quantities and output; no test depends on speed."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
     return compose
 
 
-def test_adapters_are_measured_as_what_alone_is_trained(mlxchat: Callable[..., Done]) -> None:
+def test_only_adapters_are_measured_as_trained(mlxchat: Callable[..., Done]) -> None:
     table = mlxchat("bench", "train", *TINY, "adapter=qlora", "adapter.rank=2")
     assert "lora of rank 2 on 4 bits (9.22k trained)" in " ".join(table.stdout.split())
     assert "optimizer" not in table.stdout  # the parts are those of a training of all weights
@@ -80,7 +80,7 @@ def test_json_is_one_line_and_all_of_stdout(done: Done) -> None:
     assert "measurements" in done.stderr
 
 
-def test_every_number_is_there_and_positive(record: dict[str, Any]) -> None:
+def test_every_number_is_positive(record: dict[str, Any]) -> None:
     positive = {
         "tokens_per_second", "forward_tokens_per_second", "peak_bytes", "mlx_peak_bytes", "peak_rss_bytes", "gflops",
         "peak_gflops", "share_of_peak", "loss", "num_parameters", "flops_per_token", "micro_batch_tokens",
@@ -102,7 +102,7 @@ def test_speeds_follow_from_the_median_of_the_seconds(record: dict[str, Any]) ->
     assert record["share_of_peak"] == pytest.approx(record["gflops"] / record["peak_gflops"])
 
 
-def test_memory_is_at_least_what_weights_gradients_and_moments_take(record: dict[str, Any]) -> None:
+def test_memory_covers_weights_gradients_and_moments(record: dict[str, Any]) -> None:
     # Muon keeps one moment of a matrix, AdamW two of a table.
     assert record["num_parameters"] == 2 * 12 * 128**2 + 2 * 512 * 128
     assert record["mlx_peak_bytes"] > 3 * 4 * record["num_parameters"]
@@ -110,7 +110,7 @@ def test_memory_is_at_least_what_weights_gradients_and_moments_take(record: dict
     assert record["peak_rss_bytes"] > record["peak_bytes"]
 
 
-def test_the_parts_and_the_rest_are_the_median_step(record: dict[str, Any]) -> None:
+def test_parts_and_rest_sum_to_the_median_step(record: dict[str, Any]) -> None:
     split = record["split"]
     assert set(split["parts"]) == {"embedding", "attention", "mlp", "head_and_loss", "optimizer"}
     assert set(split["phases"]) == {"forward", "backward", "optimizer"}
@@ -119,7 +119,7 @@ def test_the_parts_and_the_rest_are_the_median_step(record: dict[str, Any]) -> N
     assert "alone" in split["how"]
 
 
-def test_shares_that_cannot_be_right_are_left_out(record: dict[str, Any]) -> None:
+def test_impossible_shares_are_not_shown(record: dict[str, Any]) -> None:
     # Beside other work shares of 1071 % and -4405 % were shown.
     step = min(record["seconds"])
     odd = {"phases": {"forward": 2 * step, "backward": -1.5 * step, "optimizer": step}}
@@ -130,7 +130,7 @@ def test_shares_that_cannot_be_right_are_left_out(record: dict[str, Any]) -> Non
     assert text.count("measure again") == 2
 
 
-def test_tables_say_the_same_numbers_and_no_json(
+def test_tables_have_the_same_numbers_as_json(
     record: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mlxchat.bench.train.measure_training", lambda config: record)
@@ -145,7 +145,7 @@ def test_tables_say_the_same_numbers_and_no_json(
     assert "{" not in text
 
 
-def test_july_2026_in_micro_batches_is_measured_without_its_parts_if_they_are_not_wanted(
+def test_micro_batches_are_measured_without_parts(
     mlxchat: Callable[..., Done],
 ) -> None:
     found = json.loads(
@@ -158,20 +158,20 @@ def test_july_2026_in_micro_batches_is_measured_without_its_parts_if_they_are_no
     assert found["optimizer"] == {"kind": "muon", "variant": "jul2026"}
 
 
-def test_a_depth_means_nanochats_own_sizes(composed: Callable[..., Config]) -> None:
+def test_depth_gives_nanochats_sizes(composed: Callable[..., Config]) -> None:
     config = composed("model=d8", "bench.vocab_size=32768", "bench.row_tokens=512")
     sizes = sizes_of(config.model, config.architecture, config.bench.vocab_size)
     assert (sizes.width, sizes.num_heads, sizes.head_width, config.bench.row_tokens) == (512, 4, 128, 512)
 
 
-def test_without_arguments_it_is_d4_on_4096_tokens(composed: Callable[..., Config]) -> None:
+def test_default_is_d4_with_4096_tokens(composed: Callable[..., Config]) -> None:
     config = composed()
     assert (config.model.depth * config.model.aspect_ratio, config.architecture.name) == (256, "oct2025")
     assert (config.bench.vocab_size, config.bench.batch_rows, config.bench.row_tokens) == (8192, 8, 512)
     assert (config.bench.steps, config.bench.warmup_steps) == (5, 2)
 
 
-def test_an_experiment_brings_its_own_sizes(composed: Callable[..., Config]) -> None:
+def test_experiment_sets_its_sizes(composed: Callable[..., Config]) -> None:
     config, wanted = composed("experiment=quickstart"), compose_config(["experiment=quickstart"]).config
     assert (config.model, config.optimizer) == (wanted.model, wanted.optimizer)
     assert (config.bench.vocab_size, config.bench.row_tokens) == (4096, 256)
@@ -187,7 +187,7 @@ def test_an_experiment_brings_its_own_sizes(composed: Callable[..., Config]) -> 
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else part,
 )
-def test_the_optimizer_fits_the_architecture_unless_one_is_given(
+def test_optimizer_follows_the_architecture(
     arguments: list[str], kind: str, variant: str, composed: Callable[..., Config]
 ) -> None:
     config = composed(*arguments)
@@ -214,7 +214,7 @@ def test_the_optimizer_fits_the_architecture_unless_one_is_given(
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
-def test_a_mistake_is_refused_before_anything_is_measured(
+def test_mistakes_are_refused_before_measuring(
     arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -225,7 +225,7 @@ def test_a_mistake_is_refused_before_anything_is_measured(
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
-def test_help_says_what_can_be_measured(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_the_measurements(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["bench", *arguments])
     text = capsys.readouterr().out
@@ -242,14 +242,14 @@ def make_model(architecture: str) -> tuple[GPT, Config]:
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_no_weight_matrix_is_zero_and_all_are_the_same_every_time(architecture: str) -> None:
+def test_random_weights_are_nonzero_and_deterministic(architecture: str) -> None:
     first, second = (flatten_parameters(make_model(architecture)[0]) for _ in range(2))
     assert [name for name, value in first.items() if not np.asarray(value).any()] == []
     assert [name for name in first if not np.array_equal(first[name], second[name])] == []
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_measuring_the_parts_leaves_the_weights_as_they_are(architecture: str) -> None:
+def test_measuring_parts_keeps_the_weights(architecture: str) -> None:
     model, config = make_model(architecture)
     before = {name: np.array(value) for name, value in flatten_parameters(model).items()}
     optimizer = Optimizer(model, config.optimizer, width=model.sizes.width)
@@ -264,14 +264,14 @@ def test_measuring_the_parts_leaves_the_weights_as_they_are(architecture: str) -
     assert [name for name in before if not np.array_equal(before[name], after[name])] == []
 
 
-def test_every_layers_attention_is_counted_once() -> None:
+def test_attention_of_every_layer_counts_once() -> None:
     model, _ = make_model("jul2026")
     parts = parts_of_step(model, mx.zeros((1, 8), dtype=mx.int32), dtype=mx.float32)
     # Of two layers the last one has a value embedding and sees everything, the first has none and a window.
     assert [part.times for part in parts if part.name == "attention"] == [1, 1]
 
 
-def test_rows_are_the_same_every_time_and_targets_are_the_ids_after() -> None:
+def test_rows_are_deterministic_and_targets_shifted() -> None:
     first, second, other = (random_rows(3, 5, 100, seed=1, batch=batch) for batch in (0, 0, 1))
     assert np.array_equal(first, second)
     assert not np.array_equal(first[0][0], other[0][0])
@@ -279,7 +279,7 @@ def test_rows_are_the_same_every_time_and_targets_are_the_ids_after() -> None:
     assert max(ids.max() for ids, _ in random_rows(50, 50, 100, seed=1, batch=0)) == 99
 
 
-def test_a_tokenizer_is_trained_and_encodes_both_ways_with_equal_ranks_and_ids(mlxchat: Callable[..., Done]) -> None:
+def test_both_tokenizers_give_equal_ranks_and_ids(mlxchat: Callable[..., Done]) -> None:
     done = mlxchat("bench", "tokenizer", "bench.chars=300000", "bench.vocab_size=400", "bench.steps=1", "--json")
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout)
@@ -291,7 +291,7 @@ def test_a_tokenizer_is_trained_and_encodes_both_ways_with_equal_ranks_and_ids(m
     assert all(record["training"][way]["peak_bytes"] > 1 << 20 for way in ("ours", "nanochat"))
 
 
-def test_core_is_measured_both_ways_with_equal_verdicts(mlxchat: Callable[..., Done]) -> None:
+def test_batched_core_has_equal_verdicts(mlxchat: Callable[..., Done]) -> None:
     done = mlxchat(
         "bench", "core", *TINY, "model.context_tokens=256", "bench.core_examples=6", "bench.steps=1",
         "bench.core_tasks=[choice,schema,language_10_shots]", "--json",
@@ -308,9 +308,7 @@ def test_core_is_measured_both_ways_with_equal_verdicts(mlxchat: Callable[..., D
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8])
-def test_a_step_reads_all_weights_but_the_embedding_and_the_past(
-    monkeypatch: pytest.MonkeyPatch, kv_bits: int | None
-) -> None:
+def test_decoding_step_reads_weights_and_cache(monkeypatch: pytest.MonkeyPatch, kv_bits: int | None) -> None:
     """Two layers 64 wide with heads of 32, of October 2025: 12 C² a layer and the head, in float32."""
     monkeypatch.setattr(generate, "_BANDWIDTH_BYTES", 1_000_000)
     monkeypatch.setattr(generate, "peak_flops", lambda dtype: 1e9)
@@ -334,7 +332,7 @@ def test_a_step_reads_all_weights_but_the_embedding_and_the_past(
         assert row["peak_bytes"] > found["weight_bytes_per_step"]
 
 
-def test_a_given_model_and_its_export_read_the_same_bytes(tmp_path: Path, say: Say) -> None:
+def test_model_and_its_export_read_equal_bytes(tmp_path: Path, say: Say) -> None:
     outputs = tmp_path / "outputs"
     model, tokenizer = artifacts_model("oct2025"), make_tokenizer()
     publish(outputs, "talks", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat"}))

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: every verb, in a process of its own."""
+"""The command line: every verb, in a new process."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_version_is_one_line(say: Any) -> None:
 
 
 @pytest.mark.parametrize("option", ["--help", "-h", "help"])
-def test_help_lists_every_verb_and_every_group_with_its_options_in_our_own_words(option: str, say: Any) -> None:
+def test_help_lists_verbs_and_groups_with_options(option: str, say: Any) -> None:
     text = say(option)
     for verb, purpose in ((verb, purpose) for verb, (_, purpose) in VERBS.items() if " " not in verb):
         assert re.search(rf"^  {verb} +{re.escape(purpose)}$", text, re.MULTILINE)
@@ -46,14 +46,14 @@ def test_help_lists_every_verb_and_every_group_with_its_options_in_our_own_words
     assert max(len(line) for line in text.splitlines()) <= 120
 
 
-def test_help_gives_the_models_as_a_range(say: Any) -> None:
+def test_help_abbreviates_the_models(say: Any) -> None:
     (line,) = (line for line in say("--help").splitlines() if line.startswith("  model="))
     _, first, _, last = line.split()
     assert set(group_options("model")) == {f"d{depth}" for depth in range(int(first[1:]), int(last[1:]) + 1)}
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb: str, say: Any) -> None:
+def test_every_verb_has_help(verb: str, say: Any) -> None:
     text = say(*verb.split(), "--help")
     assert f"mlxchat {verb}" in text or verb == "run"
     assert len(text.splitlines()) >= 3
@@ -67,7 +67,7 @@ def test_every_verb_explains_itself(verb: str, say: Any) -> None:
         if not verb.startswith(("run", "plan", "explain", "graph", "eval", "bench", "completion", "data"))
     ],
 )
-def test_a_verb_refuses_what_it_would_not_use(verb: str, say: Any) -> None:
+def test_verbs_refuse_unused_arguments(verb: str, say: Any) -> None:
     needed = {
         "distill": ["a.txt", "--teacher", "http://127.0.0.1:9/v1", "--out", "answers.jsonl"],
         "import": ["hf", "b"],
@@ -80,14 +80,14 @@ def test_a_verb_refuses_what_it_would_not_use(verb: str, say: Any) -> None:
     )
 
 
-def test_a_misspelled_option_is_answered_with_the_nearest_one(say: Any) -> None:
+def test_misspelt_option_gets_a_suggestion(say: Any) -> None:
     assert 'unrecognized arguments: --jsn. Did you mean "--json"? See: mlxchat ls --help' in say("ls", "--jsn", code=2)
     assert 'Did you mean "--multirun"?' in say("--multirn", "seed=1,2", code=2)
     assert 'Did you mean "fetch"?' in say("data", "fetc", code=2)
     assert 'there is no verb "lineag"' in say("lineag", "x", code=2)
 
 
-def test_the_composed_configuration_is_printed(say: Any) -> None:
+def test_cfg_prints_the_composed_configuration(say: Any) -> None:
     text = say("--cfg", "job", "sft.num_epochs=3")
     assert text.startswith("name: quickstart\nseed: 42\n")
     assert "\n  num_epochs: 3\n" in text
@@ -96,7 +96,7 @@ def test_the_composed_configuration_is_printed(say: Any) -> None:
     )
 
 
-def test_a_folder_of_ones_own_adds_options(say: Any, tmp_path: Path) -> None:
+def test_config_dir_adds_options(say: Any, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("defaults: [d4, _self_]\nname: mine\ndepth: 6\n")
     text = say(
@@ -106,14 +106,14 @@ def test_a_folder_of_ones_own_adds_options(say: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("verb", ["status", "ls"])
-def test_an_empty_outputs_folder_is_told_what_to_do_and_not_made(verb: str, say: Any, tmp_path: Path) -> None:
+def test_missing_outputs_folder_is_reported_and_not_created(verb: str, say: Any, tmp_path: Path) -> None:
     text = say(verb, f"outputs={tmp_path}/none")
     assert re.fullmatch(rf"{tmp_path}/none holds (nothing|no artifacts) yet: run mlxchat first\n", text)
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("verb", ["chat", "report"])
-def test_a_verb_that_needs_a_run_says_so(verb: str, say: Any, tmp_path: Path) -> None:
+def test_verbs_without_a_run_say_what_to_do(verb: str, say: Any, tmp_path: Path) -> None:
     more = ["-p", "hi"] if verb == "chat" else []
     text = say(verb, f"outputs={tmp_path}/none", *more, code=2)
     assert text.startswith("error: ")
@@ -121,7 +121,7 @@ def test_a_verb_that_needs_a_run_says_so(verb: str, say: Any, tmp_path: Path) ->
     assert not (tmp_path / "none").exists()
 
 
-def test_plan_without_a_step_leaves_it_out_of_what_follows(say: Any, tmp_path: Path) -> None:
+def test_removed_step_is_not_planned(say: Any, tmp_path: Path) -> None:
     text = say(
         "plan",
         "~pipeline.midtrain",
@@ -133,13 +133,13 @@ def test_plan_without_a_step_leaves_it_out_of_what_follows(say: Any, tmp_path: P
     assert text.endswith("8 steps: 0 done, 8 to run\n")
 
 
-def test_plan_with_one_more_step_is_one_line(say: Any, tmp_path: Path) -> None:
+def test_added_step_is_planned(say: Any, tmp_path: Path) -> None:
     text = say("plan", "+pipeline.again={stage: sft, checkpoint: rl}", f"outputs={tmp_path}/none")
     assert "\nagain " in text
     assert text.endswith("11 steps: 0 done, 11 to run\n")
 
 
-def test_a_target_plans_what_it_needs(say: Any, tmp_path: Path) -> None:
+def test_target_plans_its_inputs(say: Any, tmp_path: Path) -> None:
     assert list(states(say("plan", "stage=pretrain", f"outputs={tmp_path}/none"))) == [
         "corpus",
         "tokenizer",
@@ -147,9 +147,7 @@ def test_a_target_plans_what_it_needs(say: Any, tmp_path: Path) -> None:
     ]
 
 
-def test_an_outputs_folder_that_cannot_be_made_is_refused_without_a_traceback(
-    mlxchat: CommandLine, tmp_path: Path
-) -> None:
+def test_unwritable_outputs_folder_is_refused(mlxchat: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         done = mlxchat("experiment=smoke", f"outputs={place}")
@@ -164,7 +162,7 @@ def test_status_shows_every_step(finished: Any, say: Any) -> None:
     assert "left over" not in text
 
 
-def test_status_names_the_step_that_was_left_over_and_how_it_ended(outputs: Path, say: Any) -> None:
+def test_status_names_unfinished_steps(outputs: Path, say: Any) -> None:
     work = outputs / "work" / ("a" * 52)
     Records(work / "attempts.jsonl").append(
         {"attempt": 1, "started": "2026-01-01T00:00:00+00:00", "step": "pretrain", "run": "r", "pid": 1, "host": "h"}
@@ -174,7 +172,7 @@ def test_status_names_the_step_that_was_left_over_and_how_it_ended(outputs: Path
     assert re.fullmatch(r"  pretrain +killed at iteration 7", line)
 
 
-def test_ls_lists_every_artifact_once_the_newest_last(finished: Any, say: Any) -> None:
+def test_ls_lists_artifacts_newest_last(finished: Any, say: Any) -> None:
     lines = say("ls", f"outputs={finished.outputs}").splitlines()[:-1]
     folders = {path.name for path in (finished.outputs / "store").iterdir() if not path.name.startswith("tokens-")}
     assert {line.split()[2] for line in lines} == folders
@@ -182,17 +180,17 @@ def test_ls_lists_every_artifact_once_the_newest_last(finished: Any, say: Any) -
     assert sorted(line[:16] for line in lines) == [line[:16] for line in lines]
 
 
-def test_ls_tells_of_encoded_text_in_one_line(finished: Any, say: Any) -> None:
+def test_ls_summarises_encoded_text(finished: Any, say: Any) -> None:
     encoded = [path for path in (finished.outputs / "store").iterdir() if path.name.startswith("tokens-")]
     last = say("ls", f"outputs={finished.outputs}").splitlines()[-1]
     assert re.match(rf"and {len(encoded)} folders of encoded text, tokens-\* \(\d[\d.]* [kM]?B\)", last)
 
 
-def test_a_number_in_ls_is_written_as_people_write_it(finished: Any, say: Any) -> None:
+def test_ls_formats_numbers(finished: Any, say: Any) -> None:
     assert not re.search(r"\de[+-]\d", say("ls", f"outputs={finished.outputs}"))
 
 
-def test_the_graph_is_a_tree_that_holds_every_step_once(finished: Any, tiny: tuple[str, ...], say: Any) -> None:
+def test_graph_has_every_step_once(finished: Any, tiny: tuple[str, ...], say: Any) -> None:
     text = say("graph", *tiny, f"outputs={finished.outputs}")
     assert re.findall(r"(\w+) \[(\w+)\]", text) != []
     assert sorted(step for step, _ in re.findall(r"(\w+) \[(\w+)\]", text)) == sorted(STEPS)
@@ -201,9 +199,7 @@ def test_the_graph_is_a_tree_that_holds_every_step_once(finished: Any, tiny: tup
     assert "└─ tokenizer [done]" in text
 
 
-def test_the_mermaid_graph_has_an_edge_per_input_and_marks_what_is_done(
-    finished: Any, tiny: tuple[str, ...], say: Any
-) -> None:
+def test_mermaid_graph_has_edges_and_marks_done_steps(finished: Any, tiny: tuple[str, ...], say: Any) -> None:
     text = say("graph", "--format", "mermaid", *tiny, f"outputs={finished.outputs}", "rl.temperature=0.9")
     assert text.startswith("flowchart LR\n")
     edges = set(re.findall(r"^  (\w+) --> (\w+)$", text, re.MULTILINE))
@@ -216,7 +212,7 @@ def test_the_mermaid_graph_has_an_edge_per_input_and_marks_what_is_done(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Accelerate serves MLX on a Mac")
-def test_doctor_finds_this_machine_fit_and_names_the_blas_that_serves_mlx(mlxchat: CommandLine, tmp_path: Path) -> None:
+def test_doctor_accepts_this_machine_and_names_the_blas(mlxchat: CommandLine, tmp_path: Path) -> None:
     done = mlxchat("doctor", cwd=tmp_path, environ={"OPENBLAS_NUM_THREADS": "1"})
     marks = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines()}
     speed = marks.pop("speed")  # depends on what else the machine does
@@ -229,14 +225,14 @@ def test_doctor_finds_this_machine_fit_and_names_the_blas_that_serves_mlx(mlxcha
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Accelerate serves MLX on a Mac")
-def test_doctor_says_what_is_wrong_when_the_blas_is_switched_off(mlxchat: CommandLine) -> None:
+def test_doctor_reports_a_missing_blas(mlxchat: CommandLine) -> None:
     done = mlxchat("doctor", environ={"MLXCHAT_BLAS": "off"})
     if "(cpu)" in done.stdout:
         assert done.returncode == 1
         assert re.search(r"^wrong +blas +switched off by MLXCHAT_BLAS=off.*slow", done.stdout, re.MULTILINE)
 
 
-def test_report_prints_a_table_and_names_the_file_it_wrote(finished: Any, outputs: Path, mlxchat: CommandLine) -> None:
+def test_report_prints_a_table_and_its_path(finished: Any, outputs: Path, mlxchat: CommandLine) -> None:
     done = mlxchat("report", f"outputs={outputs}")
     assert done.returncode == 0, done.stderr
     assert "val bpb" in done.stdout
@@ -253,7 +249,7 @@ def test_chat_answers_one_question(finished: Any, mlxchat: CommandLine) -> None:
     assert again.stdout == done.stdout != "", "greedy answers of the same, latest model"
 
 
-def test_chat_refuses_what_is_no_model(finished: Any, say: Any) -> None:
+def test_chat_refuses_other_artifacts(finished: Any, say: Any) -> None:
     text = say("chat", "-p", "hi", "--model", "corpus", f"outputs={finished.outputs}", code=2)
     assert re.match(r"error: corpus-\S+ is not a model: its kind is corpus", text)
 
@@ -276,7 +272,7 @@ print("watched", pstats.Stats(profile).total_calls, sorted(heavy & set(sys.modul
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--version"], ["status"], ["ls"], ["plan"], ["graph"], ["run"]], ids=lambda part: part[0]
 )
-def test_what_only_looks_is_quick_and_imports_nothing_heavy(
+def test_reading_verbs_are_quick_and_import_nothing_heavy(
     arguments: list[str], finished: Any, outputs: Path, tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
     """Composing with Hydra takes 3 million calls; the second time the composed configuration is read from its cache."""
@@ -300,9 +296,7 @@ def test_what_only_looks_is_quick_and_imports_nothing_heavy(
         assert lines[-1].startswith("nothing to do: all 10 steps are done")
 
 
-def test_a_second_run_has_nothing_to_do_and_makes_no_run_folder(
-    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
-) -> None:
+def test_second_run_does_nothing(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
     def files() -> dict[Path, int]:
         return {path: path.lstat().st_mtime_ns for path in outputs.rglob("*") if not path.is_dir()}
 
@@ -314,7 +308,7 @@ def test_a_second_run_has_nothing_to_do_and_makes_no_run_folder(
     assert files() == before
 
 
-def test_without_a_verb_the_pipeline_runs(finished: Any) -> None:
+def test_default_verb_is_run(finished: Any) -> None:
     lines = finished.stdout.splitlines()
     assert "10 steps: 0 done, 10 to run" in lines
     assert [line.split()[0] for line in lines if re.match(r"\w+ +starts", line)] == STEPS
@@ -335,7 +329,7 @@ def test_without_a_verb_the_pipeline_runs(finished: Any) -> None:
     ],
     ids=repr,
 )
-def test_what_goes_wrong_decides_the_exit_code(
+def test_exit_code_depends_on_the_error(
     error: BaseException, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(options: object) -> int:
@@ -348,7 +342,7 @@ def test_what_goes_wrong_decides_the_exit_code(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_stop_by_a_signal_is_not_called_an_error(
+def test_signal_stop_is_not_called_an_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stop(options: object) -> int:
@@ -360,9 +354,7 @@ def test_a_stop_by_a_signal_is_not_called_an_error(
     assert capsys.readouterr().err == "pretrain stopped: saved at iteration 82 of 1,500.\n"
 
 
-def test_a_message_of_several_lines_is_indented_under_its_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_multiline_errors_are_indented(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(options: object) -> int:
         raise ConfigError("one\ntwo")
 
@@ -373,9 +365,7 @@ def test_a_message_of_several_lines_is_indented_under_its_first(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a Mac has a GPU")
-def test_a_gpu_that_is_not_there_is_told_with_the_setting_to_change(
-    outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine
-) -> None:
+def test_missing_gpu_names_the_setting(outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine) -> None:
     if "(cpu)" not in mlxchat("doctor").stdout:
         pytest.skip("there is one")
     done = mlxchat(*tiny, "machine.device=gpu", "pretrain.num_iterations=2", "stage=pretrain", f"outputs={outputs}")
@@ -384,24 +374,24 @@ def test_a_gpu_that_is_not_there_is_told_with_the_setting_to_change(
     assert "Traceback" not in done.stderr
 
 
-def test_the_console_script_is_the_same_program(tmp_path: Path) -> None:
+def test_console_script_is_the_same_program(tmp_path: Path) -> None:
     script = Path(sys.executable).with_name("mlxchat")
     done = subprocess.run([script, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == f"mlxchat {__version__}\n"
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["plan"]], ids=lambda part: part[0])
-def test_a_reader_who_leaves_early_hears_no_complaint(arguments: list[str], start_mlxchat: Any) -> None:
+def test_closed_pipe_is_no_error(arguments: list[str], start_mlxchat: Any) -> None:
     process = start_mlxchat(*arguments, stderr=subprocess.PIPE)
     process.stdout.close()  # long before anything is printed
     _, complaint = process.communicate(timeout=60)
     assert (complaint, process.returncode) == ("", 0)
 
 
-def test_warnings_of_python_are_not_shown_to_users(finished: Any) -> None:
+def test_python_warnings_are_hidden(finished: Any) -> None:
     assert "Warning" not in finished.stderr
 
 
-def test_every_artifact_of_the_run_has_a_manifest_that_names_the_command(finished: Any, tiny: tuple[str, ...]) -> None:
+def test_manifests_record_the_command(finished: Any, tiny: tuple[str, ...]) -> None:
     for place in (finished.outputs / "store").iterdir():
         assert read_manifest(place)["argv"] == ["mlxchat", *tiny, f"outputs={finished.outputs}"]

@@ -264,7 +264,6 @@ def test_misspelt_verb_gets_a_suggestion(verb: str, refuse: Refuse) -> None:
     ],
 )
 def test_overrides_may_omit_brackets_and_plus(typed: str, meant: str) -> None:
-    """`timeout.pretrain=3600` was refused without a plus, +experiment=smoke and force=sft by Hydra."""
     assert compose.compose_config([typed]).config == compose.compose_config([meant]).config
 
 
@@ -274,7 +273,6 @@ def test_stage_or_experiment_as_verb_gets_its_setting(word: str, setting: str, r
 
 
 def test_verb_may_follow_settings_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """`mlxchat stage=pretrain model=d20 plan` was refused: "plan" was read as a setting."""
     first = (
         ["--config-dir", str(tmp_path)],
         [f"--config-dir={tmp_path}"],

@@ -1,4 +1,4 @@
-"""mlxchat data: what a run needs is fetched before there is no network; what is there is listed and removed safely."""
+"""mlxchat data: downloads for offline runs, lists, and safe removal."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def say(say: Say, hub: Any, tmp_path: Path) -> Say:
     return run
 
 
-def test_what_a_run_needs_is_fetched_and_no_more(
+def test_fetch_gets_exactly_what_a_run_needs(
     hub: Any, texts: Any, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_need, "LEAST_CHARS", 0)
@@ -65,7 +65,7 @@ def test_what_a_run_needs_is_fetched_and_no_more(
     assert fetched == ["held_out.parquet", "shard_0.parquet"]
 
 
-def test_a_run_after_a_fetch_needs_no_network(
+def test_run_after_fetch_needs_no_network(
     hub: Any, texts: Any, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     say("data", "fetch", *SETTINGS)
@@ -74,7 +74,7 @@ def test_a_run_after_a_fetch_needs_no_network(
     assert "tokenizer  done" in say(*SETTINGS)
 
 
-def test_a_run_without_a_fetch_and_a_network_says_what_to_type(
+def test_offline_run_without_fetch_names_the_command(
     hub: Any, texts: Any, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -84,12 +84,12 @@ def test_a_run_without_a_fetch_and_a_network_says_what_to_type(
     assert "run: mlxchat data fetch experiment=smoke" in text
 
 
-def test_a_dry_run_fetches_nothing(hub: Any, texts: Any, say: Callable[..., str]) -> None:
+def test_dry_run_fetches_nothing(hub: Any, texts: Any, say: Callable[..., str]) -> None:
     assert f"{NAME} at {texts.commit[:12]}: 7 files" in say("data", "fetch", "--dry-run", *SETTINGS)
     assert hub.requests("parquet") == []
 
 
-def test_a_repository_is_fetched_by_name_and_pattern(hub: Any, texts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_repository_is_fetched_by_name_and_pattern(hub: Any, texts: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["data", "fetch", NAME, "--files", "shard_[12]*"])
     assert ended.value.code == 0
@@ -98,9 +98,7 @@ def test_a_repository_is_fetched_by_name_and_pattern(hub: Any, texts: Any, capsy
     ]  # fmt: skip
 
 
-def test_what_is_there_is_listed_with_size_commit_and_who_needs_it(
-    hub: Any, texts: Any, say: Callable[..., str]
-) -> None:
+def test_data_ls_shows_size_commit_and_users(hub: Any, texts: Any, say: Callable[..., str]) -> None:
     assert "no downloads yet" in say("data", "ls")
     say("data", "fetch", *SETTINGS)
     say(*CORPUS_ALONE)
@@ -112,7 +110,7 @@ def test_what_is_there_is_listed_with_size_commit_and_who_needs_it(
     assert f"{NAME}  {texts.commit[:12]}" in say("data", "ls")
 
 
-def test_what_an_artifact_needs_is_not_removed_unasked(hub: Any, texts: Any, say: Callable[..., str]) -> None:
+def test_data_of_artifacts_needs_force_to_remove(hub: Any, texts: Any, say: Callable[..., str]) -> None:
     say(*CORPUS_ALONE)
     assert "Nothing was removed" in say("data", "rm", NAME, code=2)
     assert "would remove" in say("data", "rm", NAME, "--dry-run")
@@ -126,9 +124,7 @@ def test_what_an_artifact_needs_is_not_removed_unasked(hub: Any, texts: Any, say
     assert json.loads(say("data", "ls", "--json"))["holdings"] == []
 
 
-def test_removing_leaves_what_another_commit_shares(
-    hub: Any, texts: Any, say: Callable[..., str], tmp_path: Path
-) -> None:
+def test_removing_keeps_files_of_other_commits(hub: Any, texts: Any, say: Callable[..., str], tmp_path: Path) -> None:
     say("data", "fetch", *SETTINGS)
     old = texts.commit
     texts.commit, texts.files["shard_0.parquet"] = "f" * 40, parquet(9)
@@ -142,7 +138,7 @@ def test_removing_leaves_what_another_commit_shares(
     assert len(blobs) == 7
 
 
-def test_removing_then_fetching_fetches_again(hub: Any, texts: Any, say: Callable[..., str]) -> None:
+def test_removed_data_is_fetched_again(hub: Any, texts: Any, say: Callable[..., str]) -> None:
     say("data", "fetch", *SETTINGS)
     sent = hub.sent()
     say("data", "rm", NAME)
@@ -158,7 +154,7 @@ def test_removing_then_fetching_fetches_again(hub: Any, texts: Any, say: Callabl
         (("data", "fech"), 'expected mlxchat data fetch|ls|rm|show, got "fech". Did you mean "fetch"?'),
     ],
 )
-def test_mistakes_are_told_in_one_message(
+def test_mistakes_give_one_message(
     hub: Any, texts: Any, say: Callable[..., str], words: tuple[str, ...], message: str
 ) -> None:
     assert message in say(*words, code=2)

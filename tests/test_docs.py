@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, commands are accepted, those of README and course do what is shown."""
+"""README and docs: links work, commands are valid, those of README and course run."""
 
 from __future__ import annotations
 

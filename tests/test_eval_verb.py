@@ -37,7 +37,7 @@ def evaluations(outputs: Path) -> list[Path]:
     return sorted(outputs.glob("store/eval-*"))
 
 
-def test_an_evaluation_is_a_cached_step_that_changes_no_name(made: Path, say: Say) -> None:
+def test_evaluation_is_a_cached_step(made: Path, say: Say) -> None:
     settings = ["eval.max_new_tokens=4", f"outputs={made}"]
     latest = sorted((made / "refs" / "latest").iterdir())
     first = say("eval", "talks", "--task", "arithmetic", "--limit", "3", "--samples", "2", *settings)
@@ -59,7 +59,7 @@ def test_an_evaluation_is_a_cached_step_that_changes_no_name(made: Path, say: Sa
     assert [float(each) * 100 for each in cell.groups()] == pytest.approx([float(right), float(error)], abs=0.6)
 
 
-def test_gsm8k_has_nanochats_verdict_and_any_of_n_beside_ours(
+def test_gsm8k_has_both_verdicts_and_any_of_n(
     hub: Any, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlxchat.engine.generate import Completion
@@ -82,7 +82,7 @@ def test_gsm8k_has_nanochats_verdict_and_any_of_n_beside_ours(
     assert (right, any_of_two, theirs, any_of_theirs) == ("50.0%", "75.0%", "25.0%", "25.0%")
 
 
-def test_text_is_measured_of_a_base_model_and_json_is_alone_on_stdout(made: Path, mlxchat: Any) -> None:
+def test_text_json_is_alone_on_stdout(made: Path, mlxchat: Any) -> None:
     done = mlxchat(
         "eval", "base", "--task", "bpb", "--json", "corpus=bundled_small", "eval.bpb_tokens=2000", f"outputs={made}"
     )
@@ -92,7 +92,7 @@ def test_text_is_measured_of_a_base_model_and_json_is_alone_on_stdout(made: Path
     assert Store(made).find(scores["artifact"].rpartition("-")[2]) is not None
 
 
-def test_a_folder_of_hugging_face_is_measured_as_ours_are(made: Path, tmp_path: Path, say: Say) -> None:
+def test_third_party_folder_is_evaluated(made: Path, tmp_path: Path, say: Say) -> None:
     say("export", "talks", "--to", "hf", tmp_path / "hf", f"outputs={made}")
     settings = ["--limit", "4", "eval.max_new_tokens=4", f"outputs={made}", "--task", "facts_mc"]
     theirs = say("eval", f"hf:{tmp_path / 'hf'}", *settings).splitlines()
@@ -101,7 +101,7 @@ def test_a_folder_of_hugging_face_is_measured_as_ours_are(made: Path, tmp_path: 
     assert rows[0] == rows[1]
 
 
-def test_a_model_without_the_needed_format_is_refused(made: Path, say: Say) -> None:
+def test_wrong_model_format_is_refused(made: Path, say: Say) -> None:
     place = f"outputs={made}"
     assert "cannot answer questions: expected --task core" in say("eval", "base", "--task", "gsm8k", place, code=2)
     assert "CORE needs a base model" in say("eval", "talks", "--task", "core", place, code=2)
@@ -130,14 +130,14 @@ def test_a_base_model_chooses_as_numpy_does(made: Path, tmp_path: Path, say: Say
     assert (found["accuracy"], found["num_questions"], found["chance"]) == (right / 10, 10, 0.25)
 
 
-def test_all_mistakes_are_named_at_once(made: Path, say: Say) -> None:
+def test_mistakes_are_reported_together(made: Path, say: Say) -> None:
     told = say("eval", "talks", "--task", "gsn8k", "--suite", "chatcor", "--limit", "0", f"outputs={made}", code=2)
     for part in ('Did you mean "gsm8k"', 'Did you mean "chatcore"', "--limit is 0"):
         assert part in told
     assert "expected --task TASK (core, bpb, facts" in say("eval", "talks", f"outputs={made}", code=2)
 
 
-def test_any_right_is_the_share_of_questions_with_a_right_sample() -> None:
+def test_any_right_counts_questions_with_a_right_sample() -> None:
     score = Score.of([[True, False, False], [True, True, False]], kind="generative", chance=0.0)
     assert (score.accuracy, score.any_right) == (0.5, pytest.approx(2 / 3))
     assert Score.of([[True, False]], kind="generative", chance=0.0).any_right is None

@@ -13,7 +13,7 @@ from mlxchat.runner.stage import Stages
 
 
 @pytest.mark.parametrize("name", sorted(Stages([])))
-def test_every_stage_is_explained_with_all_that_it_declares(name: str) -> None:
+def test_every_stage_is_explained(name: str) -> None:
     found, stage = describe_stage(name, []), Stages([])[name]
     assert found["does"]
     assert len(found["reads"]) == len(stage.roles)
@@ -21,14 +21,14 @@ def test_every_stage_is_explained_with_all_that_it_declares(name: str) -> None:
     assert all(key.startswith(f"{name}.") for key in found["settings"])
 
 
-def test_a_setting_has_its_value_and_the_text_below_its_field(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_have_value_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("explain", "sft_long", "pipeline=two_sft", "pipeline.sft_long.with.num_epochs=7", "--json") == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["settings"]["sft.num_epochs"] == {"value": 7, "means": "Passes over the mixture."}
     assert found["settings"]["sft.batch.row_tokens"]["value"] == 256, "parts of the section are listed, too"
 
 
-def test_for_people_no_value_is_longer_than_its_column(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_values_are_shortened(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("explain", "sft") == 0
     lines = capsys.readouterr().out.splitlines()
     mixture = next(line for line in lines if line.startswith("  sft.mixture"))
@@ -37,6 +37,6 @@ def test_for_people_no_value_is_longer_than_its_column(capsys: pytest.CaptureFix
     assert len(mixture) < 100
 
 
-def test_a_misspelt_stage_is_refused_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_misspelt_stage_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here("explain", "stf") == 2
     assert 'Did you mean "sft"?' in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""mlxchat export ID --to hf|nanochat|mlx PATH, from the command line to the other tool."""
+"""mlxchat export ID --to hf|nanochat|mlx PATH, checked with the other tool."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def logits_of_ours(made: Path, name: str, ids: np.ndarray[Any, Any]) -> np.ndarr
 
 
 @pytest.mark.parametrize("name", ["oct", "jul"])
-def test_an_mlx_folder_opens_in_mlx_lm_with_our_logits(export: Any, made: Path, tmp_path: Path, name: str) -> None:
+def test_mlx_export_has_our_logits_in_mlx_lm(export: Any, made: Path, tmp_path: Path, name: str) -> None:
     mlx_lm = pytest.importorskip("mlx_lm")
     code, said = export(name, "--to", "mlx", tmp_path / "out")
     assert code == 0
@@ -85,7 +85,7 @@ def test_an_mlx_folder_opens_in_mlx_lm_with_our_logits(export: Any, made: Path, 
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", ["oct", "jul"])
-def test_a_quantised_folder_computes_with_the_rounded_weights(
+def test_quantised_export_computes_with_rounded_weights(
     export: Any, made: Path, tmp_path: Path, name: str, bits: int
 ) -> None:
     mlx_lm = pytest.importorskip("mlx_lm")
@@ -109,9 +109,7 @@ def test_a_quantised_folder_computes_with_the_rounded_weights(
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), np.asarray(ours(mx.array(ids))), atol=1e-3)
 
 
-def test_the_told_change_in_bits_per_byte_is_that_of_mlx_lms_own_logits(
-    export: Any, made: Path, tmp_path: Path
-) -> None:
+def test_printed_quantisation_cost_equals_mlx_lms(export: Any, made: Path, tmp_path: Path) -> None:
     mlx_lm = pytest.importorskip("mlx_lm")
     from mlxchat.evals.rounding import held_out_rows
 
@@ -130,7 +128,7 @@ def test_the_told_change_in_bits_per_byte_is_that_of_mlx_lms_own_logits(
     assert f"Weights of 4 bits: {nats / np.log(2) / num_bytes:.4f} bits per byte of sample text" in said
 
 
-def test_bfloat16_halves_a_folder_and_rounds_to_nearest(export: Any, made: Path, tmp_path: Path) -> None:
+def test_bfloat16_export_rounds_to_nearest(export: Any, made: Path, tmp_path: Path) -> None:
     export("oct", "--to", "mlx", tmp_path / "out", "--dtype", "bfloat16")
     found: Any = mx.load(str(tmp_path / "out" / "model.safetensors"))
     weights = flatten_parameters(load_checkpoint(artifact(made, "oct"))[0])
@@ -138,7 +136,7 @@ def test_bfloat16_halves_a_folder_and_rounds_to_nearest(export: Any, made: Path,
         assert mx.array_equal(value, weights[name].astype(mx.bfloat16))
 
 
-def test_a_hugging_face_folder_is_transformers_model(export: Any, made: Path, tmp_path: Path) -> None:
+def test_hf_export_is_transformers_model(export: Any, made: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     assert export("oct", "--to", "hf", tmp_path / "out")[0] == 0
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
@@ -161,7 +159,7 @@ def test_a_hugging_face_folder_is_transformers_model(export: Any, made: Path, tm
     assert 0 in batch["attention_mask"][0]
 
 
-def test_the_chat_template_marks_what_the_assistant_said(export: Any, made: Path, tmp_path: Path) -> None:
+def test_chat_template_marks_assistant_tokens(export: Any, made: Path, tmp_path: Path) -> None:
     # TRL trains on this mask (assistant_only_loss): the same tokens as our own mask.
     transformers = pytest.importorskip("transformers")
     export("oct", "--to", "hf", tmp_path / "out")
@@ -221,7 +219,7 @@ CALLS = [
 ]  # fmt: skip
 
 
-def test_the_cards_loop_runs_the_calculator(
+def test_example_of_the_card_runs_the_calculator(
     export: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The card gave scores that need a calculator, which mlx-lm does not run, and did not say so.
@@ -239,7 +237,7 @@ def test_the_cards_loop_runs_the_calculator(
         assert found == f"<|python_start|>{call}<|python_end|>{output}<|assistant_end|>"
 
 
-def test_the_cards_loop_for_transformers_answers_as_we_do(export: Any, made: Path, tmp_path: Path) -> None:
+def test_transformers_example_of_the_card_answers_like_ours(export: Any, made: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     export("oct", "--to", "hf", tmp_path / "out")
     namespace: dict[str, Any] = {}
@@ -261,7 +259,7 @@ def test_transformers_computes_our_logits(export: Any, made: Path, tmp_path: Pat
     np.testing.assert_allclose(found.numpy(), logits_of_ours(made, "oct", ids), atol=1e-4)
 
 
-def test_batches_of_transformers_answer_as_single_prompts_do(export: Any, made: Path, tmp_path: Path) -> None:
+def test_transformers_batches_equal_single_prompts(export: Any, made: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     export("oct", "--to", "hf", tmp_path / "out")
@@ -280,7 +278,7 @@ def test_batches_of_transformers_answer_as_single_prompts_do(export: Any, made: 
 
 
 @pytest.mark.parametrize("target", ["hf", "mlx"])
-def test_config_has_the_epsilon_and_batches_are_padded_on_the_left(export: Any, tmp_path: Path, target: str) -> None:
+def test_export_config_has_epsilon_and_left_padding(export: Any, tmp_path: Path, target: str) -> None:
     """mlx-swift-lm reads rms_norm_eps, with another default; transformers pads where the tokenizer says."""
     export("oct", "--to", target, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == 1.1920929e-07
@@ -298,7 +296,7 @@ def test_card_names_license_and_languages(export: Any, tmp_path: Path) -> None:
         assert f'{option} "{value}" is no' in told
 
 
-def test_a_base_model_has_no_chat_template_and_stops_where_a_document_begins(export: Any, tmp_path: Path) -> None:
+def test_base_export_has_no_chat_template(export: Any, tmp_path: Path) -> None:
     export("base", "--to", "hf", tmp_path / "out")
     about = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert "chat_template" not in about
@@ -322,9 +320,7 @@ def test_a_base_model_has_no_chat_template_and_stops_where_a_document_begins(exp
         (["oct", "jul", "--to", "hf", "OUT"], "expected mlxchat export ID --to FORMAT PATH"),
     ],
 )
-def test_what_cannot_be_is_told_and_nothing_is_written(
-    export: Any, tmp_path: Path, arguments: list[str], told: str
-) -> None:
+def test_invalid_exports_write_nothing(export: Any, tmp_path: Path, arguments: list[str], told: str) -> None:
     place = tmp_path / "out"
     code, said = export(*(each.replace("OUT", str(place)) for each in arguments))
     assert code == 2
@@ -332,7 +328,7 @@ def test_what_cannot_be_is_told_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_there_stays_unless_it_may_be_replaced(export: Any, tmp_path: Path) -> None:
+def test_export_replaces_only_with_force(export: Any, tmp_path: Path) -> None:
     place = tmp_path / "out"
     place.mkdir()
     assert export("oct", "--to", "hf", place)[0] == 0  # an empty folder is nobody's
@@ -345,7 +341,7 @@ def test_what_is_there_stays_unless_it_may_be_replaced(export: Any, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_damaged_artifact_is_not_exported(export: Any, made: Path, tmp_path: Path) -> None:
+def test_damaged_artifact_is_not_exported(export: Any, made: Path, tmp_path: Path) -> None:
     copy = tmp_path / "outputs"
     shutil.copytree(made, copy, symlinks=True)
     weights = artifact(copy, "oct") / "model.safetensors"
@@ -358,9 +354,7 @@ def test_a_damaged_artifact_is_not_exported(export: Any, made: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_export_leaves_nothing_at_its_place_and_the_next_one_cleans_up(
-    mlxchat: CommandLine, made: Path, tmp_path: Path
-) -> None:
+def test_killed_export_leaves_no_partial_folder(mlxchat: CommandLine, made: Path, tmp_path: Path) -> None:
     place = tmp_path / "there" / "out"
     arguments = ["export", "oct", "--to", "nanochat", place, f"outputs={made}"]
     died = mlxchat(*arguments, environ={"MLXCHAT_CRASH_AT": "export.synced"})
@@ -372,14 +366,14 @@ def test_a_killed_export_leaves_nothing_at_its_place_and_the_next_one_cleans_up(
     assert [path.name for path in place.parent.iterdir()] == ["out"]
 
 
-def test_a_full_disk_leaves_nothing(mlxchat: CommandLine, made: Path, tmp_path: Path) -> None:
+def test_full_disk_leaves_no_partial_export(mlxchat: CommandLine, made: Path, tmp_path: Path) -> None:
     environ = {"MLXCHAT_CRASH_AT": "export.synced", "MLXCHAT_CRASH_ERROR": "ENOSPC"}
     done = mlxchat("export", "oct", "--to", "hf", tmp_path / "out", f"outputs={made}", environ=environ)
     assert (done.returncode, list(tmp_path.iterdir())) == (2, [])
     assert "cannot be written (No space left on device)" in done.stderr
 
 
-def test_the_card_says_where_a_model_comes_from_and_no_text_breaks_it(export: Any, made: Path, tmp_path: Path) -> None:
+def test_card_has_provenance_and_escapes_text(export: Any, made: Path, tmp_path: Path) -> None:
     export("oct", "--to", "hf", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     start, front, body = card.split("---\n", 2)
@@ -401,7 +395,7 @@ def test_the_card_says_where_a_model_comes_from_and_no_text_breaks_it(export: An
     assert not {"\x1b", "\u202e"} & set(card)
 
 
-def test_a_push_makes_a_private_repository_with_one_commit(
+def test_push_creates_a_private_repository_with_one_commit(
     export: Any, upload_hub: Any, made: Path, tmp_path: Path
 ) -> None:
     code, said = export("oct", "--to", "mlx", tmp_path / "out", "--hub", "me/model")
@@ -415,7 +409,7 @@ def test_a_push_makes_a_private_repository_with_one_commit(
     assert upload_hub.token not in said
 
 
-def test_a_push_needs_no_place_of_its_own_and_replaces_former_weights(export: Any, upload_hub: Any) -> None:
+def test_push_needs_no_path_and_replaces_weights(export: Any, upload_hub: Any) -> None:
     assert export("oct", "--to", "nanochat", "--hub", "me/model", "--public")[0] == 0
     assert not upload_hub.repositories["me/model"].private
     upload_hub.repositories["me/model"].files["LICENSE"] = b"mine"
@@ -425,7 +419,7 @@ def test_a_push_needs_no_place_of_its_own_and_replaces_former_weights(export: An
     assert {"model.safetensors", "LICENSE"} <= files.keys()
 
 
-def test_adapters_alone_take_the_place_of_a_whole_model_in_a_repository(upload_hub: Any, tmp_path: Path) -> None:
+def test_adapters_replace_a_whole_model_in_a_repository(upload_hub: Any, tmp_path: Path) -> None:
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"))
     weights = {"model.safetensors", "adapters.safetensors", "adapter_config.json"}
     for target, expected in (
@@ -442,7 +436,7 @@ def test_adapters_alone_take_the_place_of_a_whole_model_in_a_repository(upload_h
 
 
 @pytest.mark.parametrize("part", ["/put/", "/commit/", "objects/batch", "/preupload/"])
-def test_a_push_that_fails_changes_nothing(export: Any, upload_hub: Any, part: str) -> None:
+def test_failed_push_changes_nothing(export: Any, upload_hub: Any, part: str) -> None:
     export("oct", "--to", "mlx", "--hub", "me/model")
     before, upload_hub.fail = dict(upload_hub.repositories["me/model"].files), part
     code, said = export("oct", "--to", "nanochat", "--hub", "me/model")
@@ -451,14 +445,14 @@ def test_a_push_that_fails_changes_nothing(export: Any, upload_hub: Any, part: s
     assert upload_hub.token not in said
 
 
-def test_a_public_repository_is_written_only_when_that_is_meant(export: Any, upload_hub: Any, tmp_path: Path) -> None:
+def test_public_repository_needs_public_option(export: Any, upload_hub: Any, tmp_path: Path) -> None:
     export("oct", "--to", "mlx", "--hub", "me/model", "--public")
     code, said = export("oct", "--to", "mlx", tmp_path / "out", "--hub", "me/model")
     assert (code, (tmp_path / "out").exists()) == (2, False)
     assert "Add --public" in said
 
 
-def test_a_wrong_token_or_none_is_told(export: Any, upload_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_or_missing_token_is_reported(export: Any, upload_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_another_one")
     assert "the token in HF_TOKEN may write there" in export("oct", "--to", "mlx", "--hub", "me/model")[1]
     monkeypatch.delenv("HF_TOKEN")

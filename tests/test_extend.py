@@ -1,4 +1,4 @@
-"""`<stage>.extend=ID`: planned, refused and recorded on the command line. Pretraining's numbers: test_extension.py."""
+"""`<stage>.extend=ID` on the command line: plans, refusals and records. For the numbers see test_extension.py."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def pretrain(finished: Any) -> dict[str, Any]:
     return read_manifest(refs_of(Store(finished.outputs))["pretrain"])
 
 
-def test_a_step_a_folder_an_id_and_its_beginning_mean_the_same(
-    plan: Callable[..., PlannedStep], pretrain: dict[str, Any]
-) -> None:
+def test_all_forms_of_a_name_extend_the_same(plan: Callable[..., PlannedStep], pretrain: dict[str, Any]) -> None:
     names = ("pretrain", pretrain["name"], pretrain["rid"], pretrain["rid"][:8])
     steps = [plan(f"pretrain.extend={name}", "pretrain.num_iterations=6") for name in names]
     assert len({step.key for step in steps}) == 1
@@ -49,13 +47,11 @@ def test_a_step_a_folder_an_id_and_its_beginning_mean_the_same(
     assert {step.reason for step in steps} == {f"extends {pretrain['name']}"}
 
 
-def test_an_extension_is_another_artifact_than_a_training_of_that_length(plan: Callable[..., PlannedStep]) -> None:
+def test_extension_differs_from_a_single_training(plan: Callable[..., PlannedStep]) -> None:
     assert plan("pretrain.extend=pretrain", "pretrain.num_iterations=6").key != plan("pretrain.num_iterations=6").key
 
 
-def test_a_warm_start_from_a_pretraining_without_its_state_is_refused_while_planning(
-    tiny: tuple[str, ...], outputs: Path
-) -> None:
+def test_warm_start_without_state_is_refused_while_planning(tiny: tuple[str, ...], outputs: Path) -> None:
     """Keeping the state is no part of the key, so a finished pretraining may lack it."""
     warm = ["targets=[sft]", "sft.warm_start=true", "pipeline.sft.checkpoint=pretrain", f"outputs={outputs}"]
     config = compose_config([*tiny, *warm]).config
@@ -71,26 +67,24 @@ def test_a_warm_start_from_a_pretraining_without_its_state_is_refused_while_plan
         plan_of(config, Store(outputs))
 
 
-def test_keeping_the_state_changes_no_id(plan: Callable[..., PlannedStep]) -> None:
+def test_save_training_state_changes_no_id(plan: Callable[..., PlannedStep]) -> None:
     assert plan("pretrain.save_training_state=false").key == plan().key
 
 
 @pytest.mark.parametrize("wanted", [DONE, DONE - 1])
-def test_no_more_iterations_than_there_are_is_refused_with_both_numbers(
-    plan: Callable[..., PlannedStep], wanted: int
-) -> None:
+def test_shorter_extension_is_refused(plan: Callable[..., PlannedStep], wanted: int) -> None:
     with pytest.raises(MlxchatError, match=rf"already has {DONE} iterations.* counts {wanted} from the start"):
         plan("pretrain.extend=pretrain", f"pretrain.num_iterations={wanted}")
 
 
-def test_another_horizon_is_counted_in_iterations_too(plan: Callable[..., PlannedStep]) -> None:
+def test_other_horizons_count_in_iterations(plan: Callable[..., PlannedStep]) -> None:
     horizon = ["pretrain.extend=pretrain", "pretrain.num_iterations=null"]
     with pytest.raises(MlxchatError, match=rf"already has {DONE} iterations.* counts 1 from the start"):
         plan(*horizon, "pretrain.tokens_per_parameter=0.01")
     assert plan(*horizon, "pretrain.tokens_per_parameter=10").state == "run"
 
 
-def test_every_difference_of_model_tokenizer_and_corpus_is_told_at_once(plan: Callable[..., PlannedStep]) -> None:
+def test_incompatible_settings_are_reported_together(plan: Callable[..., PlannedStep]) -> None:
     with pytest.raises(MlxchatError) as caught:
         plan(
             "pretrain.extend=pretrain", "pretrain.num_iterations=6", "model=d4", "model.context_tokens=512",
@@ -106,30 +100,28 @@ def test_every_difference_of_model_tokenizer_and_corpus_is_told_at_once(plan: Ca
     assert len(said.splitlines()) == 6
 
 
-def test_rows_are_packed_as_they_were(plan: Callable[..., PlannedStep]) -> None:
+def test_packing_must_be_unchanged(plan: Callable[..., PlannedStep]) -> None:
     with pytest.raises(MlxchatError, match=r"pretrain\.packing is stream, but pretrain-\S+ was made with best_fit"):
         plan("pretrain.extend=pretrain", "pretrain.num_iterations=6", "pretrain.packing=stream")
 
 
-def test_rates_batches_dropout_and_what_is_kept_may_differ(plan: Callable[..., PlannedStep]) -> None:
+def test_rates_batches_and_dropout_may_differ(plan: Callable[..., PlannedStep]) -> None:
     settings = ["optimizer.matrix_lr=0.01", "pretrain.batch.tokens=1024", "pretrain.schedule.warmdown_frac=0.1"]
     settings += ["architecture.dropout=0.1", "pretrain.keep=best"]
     assert plan("pretrain.extend=pretrain", "pretrain.num_iterations=6", *settings).state == "run"
 
 
-def test_a_training_of_another_stage_is_refused(plan: Callable[..., PlannedStep]) -> None:
+def test_training_of_another_stage_is_refused(plan: Callable[..., PlannedStep]) -> None:
     with pytest.raises(MlxchatError, match="is made by stage sft; only stage pretrain's own can be extended"):
         plan("pretrain.extend=sft", "pretrain.num_iterations=6")
 
 
-def test_an_unknown_name_is_refused_with_those_there_are(plan: Callable[..., PlannedStep]) -> None:
+def test_unknown_name_lists_known_ones(plan: Callable[..., PlannedStep]) -> None:
     with pytest.raises(MlxchatError, match=r'"pretrian" is no artifact.*pretrain'):
         plan("pretrain.extend=pretrian", "pretrain.num_iterations=6")
 
 
-def test_without_its_state_it_is_told_how_to_keep_it(
-    mlxchat: CommandLine, tiny: tuple[str, ...], outputs: Path
-) -> None:
+def test_missing_state_names_the_remedy(mlxchat: CommandLine, tiny: tuple[str, ...], outputs: Path) -> None:
     settings = [*tiny, "stage=pretrain", f"outputs={outputs}"]
     done = mlxchat(*settings, "pretrain.save_training_state=false", "force=[pretrain]")
     assert done.returncode == 0, done.stderr
@@ -142,7 +134,7 @@ def test_without_its_state_it_is_told_how_to_keep_it(
     assert "Traceback" not in refused.stderr
 
 
-def test_an_extension_records_what_it_extends_and_is_done_when_it_is_repeated(
+def test_extension_records_its_source_and_is_cached(
     mlxchat: CommandLine, tiny: tuple[str, ...], outputs: Path, pretrain: dict[str, Any]
 ) -> None:
     settings = [*tiny, "stage=pretrain", f"outputs={outputs}", "pretrain.extend=pretrain", "pretrain.num_iterations=6"]
@@ -168,9 +160,7 @@ LATER_STAGES = {
 
 
 @pytest.mark.parametrize("stage", LATER_STAGES)
-def test_two_iterations_extended_to_four_equal_four_bit_for_bit(
-    say: Say, tiny: tuple[str, ...], outputs: Path, stage: str
-) -> None:
+def test_extension_is_bit_identical_to_one_training(say: Say, tiny: tuple[str, ...], outputs: Path, stage: str) -> None:
     settings = [f"stage={stage}", f"{stage}.schedule.warmdown_frac=0", f"{stage}.save_training_state=true"]
     settings += LATER_STAGES[stage]
 
@@ -189,7 +179,7 @@ def test_two_iterations_extended_to_four_equal_four_bit_for_bit(
         assert extended[name] == straight[name] != short[name], name
 
 
-def test_a_fine_tuning_is_extended_on_the_same_data_and_seed_only(tiny: tuple[str, ...], finished: Any) -> None:
+def test_extended_finetuning_needs_the_same_data_and_seed(tiny: tuple[str, ...], finished: Any) -> None:
     settings = ["targets=[sft]", "sft.extend=sft", "sft.num_iterations=4", "seed=7", "sft.mixture.facts.size=5"]
     with pytest.raises(MlxchatError) as caught:
         plan_of(compose_config([*tiny, *settings, f"outputs={finished.outputs}"]).config, Store(finished.outputs))

@@ -1,4 +1,4 @@
-"""Stages, tasks, evaluations, trackers and groups of a user's own: docs/guides/own_parts.md, through the checkout."""
+"""Users' stages, tasks, evaluations, trackers and groups: the example of docs/guides/own_parts.md."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def plan(*overrides: str) -> dict[str, PlannedStep]:
     return {step.name: step for step in plan_of(config, Store(Path("outputs")))}
 
 
-def test_a_pipeline_of_own_stages_alone_runs_and_is_cached(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipeline_of_own_stages_runs_and_is_cached(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_here(*WORDS) == 0
     (made,) = (example / "outputs" / "store").glob("count-*/words.json")
     assert json.loads(made.read_text()) == [["a", 3], ["rose", 3]]
@@ -65,19 +65,19 @@ def test_a_pipeline_of_own_stages_alone_runs_and_is_cached(example: Path, capsys
         assert "count-" in capsys.readouterr().out
 
 
-def test_a_changed_setting_reruns_only_its_stage(example: Path) -> None:
+def test_changed_setting_reruns_only_its_stage(example: Path) -> None:
     run_here(*WORDS)
     steps = plan("count.most=5")
     assert [step.state for step in steps.values()] == ["done", "done", "run"]
     assert steps["count"].reason == "config changed: count.most 2 → 5"
 
 
-def test_own_stages_depend_on_no_section_of_ours(example: Path) -> None:
+def test_own_stages_depend_on_no_builtin_section(example: Path) -> None:
     before, after = plan(), plan("model.depth=8", "pretrain.eval_every=7", "tokenizer.vocab_size=999")
     assert {name: step.key for name, step in after.items()} == {name: step.key for name, step in before.items()}
 
 
-def test_changed_code_of_an_own_module_is_named(example: Path) -> None:
+def test_changed_own_module_is_named(example: Path) -> None:
     run_here(*WORDS)
     letters = example / "my_stages" / "letters.py"
     letters.write_text("# Letters.\n" + letters.read_text())
@@ -87,7 +87,7 @@ def test_changed_code_of_an_own_module_is_named(example: Path) -> None:
     assert plan("code=strict")["clean"].state == "run"
 
 
-def test_a_changed_local_file_reruns_the_stage(example: Path) -> None:
+def test_changed_local_file_reruns_the_stage(example: Path) -> None:
     run_here(*WORDS)
     (example / "poem.txt").write_text("Another one")
     assert plan()["download"].reason == "external data changed"
@@ -99,7 +99,7 @@ def test_own_metrics_are_swept(example: Path, capsys: pytest.CaptureFixture[str]
     assert [[cell.strip() for cell in row] for row in rows[2:]] == [["2", "3", "1"], ["1", "1", "0.375"]]
 
 
-def test_two_steps_of_an_own_stage_differ_in_their_settings(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_stage_takes_step_settings(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("+pipeline.few={stage: count, text: clean, with: {most: 1}}", "pipeline.few.with.most=3")
     assert run_here(*WORDS, *more) == 0
     made = refs_of(Store(example / "outputs"))
@@ -111,14 +111,14 @@ def test_two_steps_of_an_own_stage_differ_in_their_settings(example: Path, capsy
     assert "reads   text (text)" in said
 
 
-def test_a_configuration_with_own_sections_can_be_sent_to_another_process(example: Path) -> None:
+def test_own_sections_can_be_pickled(example: Path) -> None:
     config = compose_config(["stages=[./my_stages]", "count.most=7"]).config
     assert pickle.loads(pickle.dumps(config)) == config
     step = plan()["count"]
     assert pickle.loads(pickle.dumps(step.sections)) == step.sections
 
 
-def test_a_kept_composition_follows_changed_settings(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_composition_follows_changed_settings(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(example / "cache"))
     monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", 0.0)
     first = compose_config(["stages=[./my_stages]"]).config
@@ -141,7 +141,7 @@ def test_a_kept_composition_follows_changed_settings(example: Path, monkeypatch:
         ("stages=[./conf]", "./conf holds no stage"),
     ],
 )
-def test_mistakes_are_refused_as_ours_are(override: str, message: str, example: Path) -> None:
+def test_own_settings_are_checked(override: str, message: str, example: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(override)
 
@@ -169,7 +169,7 @@ DATACLASS = "from dataclasses import dataclass\n@dataclass\n"
         ("odd", "VERSION = (\n", "odd.py, line 1: '\\(' was never closed"),
     ],
 )
-def test_a_wrong_stage_file_is_refused(name: str, text: str, message: str, example: Path) -> None:
+def test_invalid_stage_file_is_refused(name: str, text: str, message: str, example: Path) -> None:
     (example / "my_stages" / f"{name}.py").write_text(text)
     with pytest.raises(ConfigError, match=message):
         plan()
@@ -183,18 +183,18 @@ def test_settings_that_load_mlx_are_refused(example: Path) -> None:
     assert "importing my_stages.heavy for the settings loads MLX" in done.stderr
 
 
-def test_settings_may_stand_in_a_file_of_their_own(example: Path) -> None:
+def test_settings_may_be_in_another_file(example: Path) -> None:
     (example / "my_stages" / "light.py").write_text(f"{DATACLASS}class Count:\n    most: int = 8\n")
     (example / "my_stages" / "more.py").write_text(f"import mlx.core\n{STAGE}SETTINGS = 'my_stages.light:Count'\n")
     assert compose_config(["stages=[my_stages]", "more.most=9"]).config.more.most == 9  # type: ignore[attr-defined]
     assert Stages(["my_stages"])["more"].config == ("more",)
 
 
-def test_an_own_group_sets_values(example: Path) -> None:
+def test_own_group_sets_values(example: Path) -> None:
     assert plan("+count=many")["count"].sections["count"].most == 100
 
 
-def test_a_package_brings_stages_and_groups(example: Path) -> None:
+def test_package_provides_stages_and_groups(example: Path) -> None:
     """As an installer lays it down: its folders and its entry points on the path."""
     installed = (example / "package").rename(example / "site-packages")
     metadata = installed / "verse-1.0.dist-info"
@@ -216,7 +216,7 @@ def test_a_package_brings_stages_and_groups(example: Path) -> None:
 SUITE = ["suite=none", '+suite.doubles={task: "doubles:Doubles", split: test, size: 4}']
 
 
-def test_an_own_task_is_an_item_of_a_suite(example: Path) -> None:
+def test_own_task_is_an_item_of_a_suite(example: Path) -> None:
     assert SUITE in [command[1:] for command in COMMANDS]
     config = compose_config(SUITE).config
     task = load_item(config.suite["doubles"])
@@ -236,12 +236,12 @@ def test_an_own_task_is_an_item_of_a_suite(example: Path) -> None:
         ("dobules:Doubles", "dobules:Doubles: there is no module dobules"),
     ],
 )
-def test_a_wrong_own_task_is_refused(task: str, message: str, example: Path) -> None:
+def test_invalid_own_task_is_refused(task: str, message: str, example: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         compose_config([each.replace("doubles:Doubles", task) for each in SUITE])
 
 
-def test_an_own_evaluation_is_a_number_under_its_name(example: Path) -> None:
+def test_own_evaluation_is_recorded_under_its_name(example: Path) -> None:
     text = "from judging_numbers import NUMBER\ndef three(engine): return engine.number + NUMBER\n"
     (example / "letters.py").write_text(text)
     (example / "judging_numbers.py").write_text("NUMBER = 1\n")
@@ -256,7 +256,7 @@ def test_an_own_evaluation_is_a_number_under_its_name(example: Path) -> None:
         compose_config(["eval.own.three=nowhere:three"])
 
 
-def test_an_own_tracker_gets_records_and_results(example: Path) -> None:
+def test_own_tracker_gets_records_and_results(example: Path) -> None:
     folder = example / "outputs" / "runs" / "one"
     folder.mkdir(parents=True)
     config = compose_config(["tracker.kind=printing:Printer"]).config.tracker

@@ -1,4 +1,4 @@
-"""What travels: the package list, the data files, the locks, and the wheel itself."""
+"""Packaging: package list, data files, locks, and the wheel."""
 
 from __future__ import annotations
 
@@ -109,13 +109,13 @@ def test_every_file_travels_as_code_or_data(package: str) -> None:
     assert left_behind == set()
 
 
-def test_there_is_one_lock_and_one_more_per_cuda_and_for_the_site() -> None:
+def test_lock_files_are_complete() -> None:
     names = ["requirements-cuda12.lock", "requirements-cuda13.lock", "requirements-docs.lock", "requirements.lock"]
     assert names == LOCKS
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_lock_names_no_place_to_download_from(name: str) -> None:
+def test_locks_name_no_index(name: str) -> None:
     text = (ROOT / name).read_text()
     # Not a bare "http": httpx2 is the name of a package.
     assert [word for word in ("://", "index-url", "find-links", "trusted-host", " @ ") if word in text] == []
@@ -152,7 +152,7 @@ def test_setuptools_in_the_lock_can_build_the_project() -> None:
     assert backend.specifier.contains(lock_entries("requirements.lock")[backend.name][0])
 
 
-def test_a_plain_install_brings_exactly_one_backend() -> None:
+def test_plain_install_has_exactly_one_backend() -> None:
     # The CUDA wheels overwrite the CPU's library: only the Makefile installs them, without it.
     backends = {extra for requirement in requirements() for extra in requirement.extras}
     assert backends == {"cpu"}
@@ -186,7 +186,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_wheel_runs_far_from_the_checkout(installed: Path, tmp_path: Path) -> None:
+def test_wheel_runs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
     run([installed, "experiment=smoke", f"outputs={tmp_path / 'outputs'}"], tmp_path)
     assert list((tmp_path / "outputs" / "store").glob("*/manifest.json"))
 

@@ -1,4 +1,4 @@
-"""The whole pipeline on bundled text: what it makes, that it makes the same again, and what a change costs."""
+"""The whole pipeline on bundled text: artifacts, determinism, and what a change reruns."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def plan(say: Say, tiny: tuple[str, ...]) -> Callable[..., dict[str, tuple[str, 
     return run
 
 
-def test_a_plan_names_another_mlx_than_computed_what_is_done(
+def test_plan_notes_a_different_mlx_version(
     finished: Any, tiny: tuple[str, ...], say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlxchat.store.compare.versions", lambda: {"mlx": "99.0"})
@@ -94,7 +94,7 @@ def to_run(plan: dict[str, tuple[str, str]]) -> dict[str, str]:
     return {step: reason for step, (state, reason) in plan.items() if state in ("run", "maybe")}
 
 
-def test_every_step_has_an_artifact_of_its_kind_made_from_its_inputs(manifests: dict[str, dict[str, Any]]) -> None:
+def test_every_step_has_an_artifact_of_its_kind(manifests: dict[str, dict[str, Any]]) -> None:
     assert {step: manifest["kind"] for step, manifest in manifests.items()} == KINDS
     found = {
         step: {role: source["step"] for role, source in manifest["inputs"].items()}
@@ -108,7 +108,7 @@ def test_every_step_has_an_artifact_of_its_kind_made_from_its_inputs(manifests: 
 
 
 @pytest.mark.parametrize("step", KINDS)
-def test_a_manifest_says_everything_of_the_contract(step: str, manifests: dict[str, dict[str, Any]]) -> None:
+def test_manifest_has_every_field_of_the_contract(step: str, manifests: dict[str, dict[str, Any]]) -> None:
     manifest = manifests[step]
     assert manifest.keys() >= CONTRACT
     assert {"name", "backend", "blas", "cores", "memory_bytes", "platform"} <= manifest["device"].keys()
@@ -123,9 +123,7 @@ def test_a_manifest_says_everything_of_the_contract(step: str, manifests: dict[s
 
 
 @pytest.mark.parametrize("step", KINDS)
-def test_an_artifact_holds_its_files_as_its_manifest_says(
-    step: str, manifests: dict[str, dict[str, Any]], finished: Any
-) -> None:
+def test_artifact_files_match_the_manifest(step: str, manifests: dict[str, dict[str, Any]], finished: Any) -> None:
     place = finished.outputs / "store" / manifests[step]["name"]
     files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
     listed = {file["path"]: (file["bytes"], file["sha256"]) for file in manifests[step]["outputs"]}
@@ -134,7 +132,7 @@ def test_an_artifact_holds_its_files_as_its_manifest_says(
     assert listed == {name: ((place / name).stat().st_size, hash_file(place / name)) for name in listed}
 
 
-def test_bundled_text_is_named_with_version_and_licence(manifests: dict[str, dict[str, Any]]) -> None:
+def test_bundled_text_is_recorded_with_version_and_licence(manifests: dict[str, dict[str, Any]]) -> None:
     (source,) = manifests["corpus"]["externals"]
     assert source["name"] == "randfacts"
     assert source.keys() >= {"name", "version", "licence", "sha256"}
@@ -145,7 +143,7 @@ def records(manifests: dict[str, dict[str, Any]], finished: Any, step: str) -> l
 
 
 @pytest.mark.parametrize(("step", "count"), [("pretrain", 4), ("midtrain", 2), ("sft", 2), ("rl", 2)])
-def test_a_training_records_every_iteration(
+def test_training_records_every_iteration(
     step: str, count: int, manifests: dict[str, dict[str, Any]], finished: Any
 ) -> None:
     found = [record for record in records(manifests, finished, step) if "loss" in record]
@@ -159,7 +157,7 @@ def test_a_training_records_every_iteration(
     ("step", "keys"),
     [("pretrain", {"val_bpb"}), ("midtrain", {"val_loss"}), ("sft", {"val_loss"}), ("rl", {"pass_at_1", "pass_at_2"})],
 )
-def test_a_training_ends_with_a_validation_that_is_its_final_number(
+def test_final_metric_is_the_last_validation(
     step: str, keys: set[str], manifests: dict[str, dict[str, Any]], finished: Any
 ) -> None:
     last = records(manifests, finished, step)[-1]
@@ -169,9 +167,7 @@ def test_a_training_ends_with_a_validation_that_is_its_final_number(
         assert all(last[key] > 0 for key in keys)
 
 
-def test_scores_hold_bits_per_byte_of_a_base_model_and_tasks_of_a_chat_model(
-    manifests: dict[str, dict[str, Any]], finished: Any
-) -> None:
+def test_scores_depend_on_the_model_format(manifests: dict[str, dict[str, Any]], finished: Any) -> None:
     def scores(step: str) -> dict[str, Any]:
         return dict(json.loads((finished.outputs / "store" / manifests[step]["name"] / "scores.json").read_text()))
 
@@ -188,7 +184,7 @@ def test_scores_hold_bits_per_byte_of_a_base_model_and_tasks_of_a_chat_model(
         assert len(Records(finished.outputs / "store" / manifests[step]["name"] / "samples.jsonl").read()) == 3
 
 
-def test_the_run_folder_says_what_was_planned_and_what_happened(
+def test_run_folder_records_plan_and_events(
     finished: Any, tiny: tuple[str, ...], manifests: dict[str, dict[str, Any]]
 ) -> None:
     (folder,) = (finished.outputs / "runs").iterdir()
@@ -206,7 +202,7 @@ def test_the_run_folder_says_what_was_planned_and_what_happened(
     assert (config["sft"]["num_iterations"], config["seed"]) == (2, 42)
 
 
-def test_two_runs_of_the_same_settings_make_the_same_bytes(
+def test_equal_settings_give_equal_bytes(
     finished: Any, manifests: dict[str, dict[str, Any]], mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
     outputs = tmp_path / "again"
@@ -219,10 +215,9 @@ def test_two_runs_of_the_same_settings_make_the_same_bytes(
         }
 
 
-def test_another_seed_shares_corpus_and_tokenizer_and_trains_another_model(
+def test_seed_changes_the_model_not_the_data(
     manifests: dict[str, dict[str, Any]], mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """`seed` changed the corpus's split and the tokenizer, so models of two seeds were measured on different text."""
     done = mlxchat(*tiny, "stage=pretrain", "seed=43", f"outputs={tmp_path}/outputs")
     assert done.returncode == 0, done.stderr
     found = {step: read_manifest(place) for step, place in refs_of(Store(tmp_path / "outputs")).items()}
@@ -231,7 +226,7 @@ def test_another_seed_shares_corpus_and_tokenizer_and_trains_another_model(
     assert (same, set(found) - same) == ({"corpus", "tokenizer"}, {"pretrain"})
 
 
-def test_what_is_done_in_a_folder_that_may_only_be_read_is_told_as_done(
+def test_finished_steps_in_a_read_only_folder_are_done(
     finished: Any, tiny: tuple[str, ...], say: Say, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(store: Store) -> None:
@@ -241,9 +236,7 @@ def test_what_is_done_in_a_folder_that_may_only_be_read_is_told_as_done(
     assert "nothing to do: all 10 steps are done" in say(*tiny, f"outputs={finished.outputs}")
 
 
-def test_small_validation_text_counts_once_with_a_line(
-    mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_small_validation_text_is_read_once(mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path) -> None:
     """Guards against rows drawn again and again from a few documents until pretrain.eval_tokens are reached."""
     sizes = ("pretrain.eval_tokens=3000000", "corpus.validation_documents=3")
     done = mlxchat(*tiny, "stage=pretrain", *sizes, f"outputs={tmp_path}/outputs")
@@ -255,7 +248,7 @@ def test_small_validation_text_counts_once_with_a_line(
     assert 0 < int(held.replace(",", "")) < 30_000
 
 
-def test_a_longer_sft_runs_exactly_what_depends_on_it_and_says_why(finished: Any, plan: Any) -> None:
+def test_longer_sft_reruns_exactly_its_dependents(finished: Any, plan: Any) -> None:
     reasons = to_run(plan(finished.outputs, "sft.num_epochs=2"))
     assert reasons == {
         "sft": "config changed: sft.num_epochs 1 → 2",
@@ -277,9 +270,7 @@ def test_a_longer_sft_runs_exactly_what_depends_on_it_and_says_why(finished: Any
         ("data_seed=1", set(KINDS)),
     ],
 )
-def test_a_changed_setting_runs_exactly_what_depends_on_it(
-    setting: str, steps: set[str], finished: Any, plan: Any
-) -> None:
+def test_changed_setting_reruns_exactly_its_dependents(setting: str, steps: set[str], finished: Any, plan: Any) -> None:
     assert set(to_run(plan(finished.outputs, setting))) == steps
 
 
@@ -300,17 +291,17 @@ def test_a_changed_setting_runs_exactly_what_depends_on_it(
         ["optimizer.matrix_lr=2e-2"],
     ],
 )
-def test_what_is_no_part_of_the_result_leaves_everything_done(settings: list[str], finished: Any, plan: Any) -> None:
+def test_excluded_settings_rerun_nothing(settings: list[str], finished: Any, plan: Any) -> None:
     assert to_run(plan(finished.outputs, *settings)) == {}
 
 
-def test_a_moved_outputs_folder_is_still_all_done(outputs: Path, plan: Any, tmp_path: Path) -> None:
+def test_moved_outputs_folder_is_still_done(outputs: Path, plan: Any, tmp_path: Path) -> None:
     moved = outputs.rename(tmp_path / "elsewhere")
     assert to_run(plan(moved)) == {}
     assert set(refs_of(Store(moved))) == set(KINDS)
 
 
-def test_a_removed_artifact_is_made_again_and_its_followers_stay_done(
+def test_removed_artifact_is_rebuilt_alone(
     outputs: Path, manifests: dict[str, dict[str, Any]], plan: Any, mlxchat: CommandLine, tiny: tuple[str, ...]
 ) -> None:
     place = outputs / "store" / manifests["tokenizer"]["name"]
@@ -325,14 +316,12 @@ def test_a_removed_artifact_is_made_again_and_its_followers_stay_done(
     assert to_run(plan(outputs)) == {}
 
 
-def test_an_artifact_without_its_manifest_does_not_count(
-    outputs: Path, manifests: dict[str, dict[str, Any]], plan: Any
-) -> None:
+def test_artifact_without_manifest_is_ignored(outputs: Path, manifests: dict[str, dict[str, Any]], plan: Any) -> None:
     (outputs / "store" / manifests["rl"]["name"] / "manifest.json").unlink()
     assert to_run(plan(outputs)) == {"rl": "missing", "eval_rl": "input checkpoint (rl) will be rebuilt"}
 
 
-def test_a_damaged_manifest_is_refused_with_the_remedy(
+def test_damaged_manifest_names_the_remedy(
     outputs: Path, manifests: dict[str, dict[str, Any]], mlxchat: CommandLine, tiny: tuple[str, ...]
 ) -> None:
     path = outputs / "store" / manifests["sft"]["name"] / "manifest.json"
@@ -347,7 +336,7 @@ def test_a_damaged_manifest_is_refused_with_the_remedy(
         assert "Traceback" not in done.stderr
 
 
-def test_a_forced_step_is_the_only_one_that_runs_and_makes_the_same_bytes(
+def test_forced_step_runs_alone_with_equal_bytes(
     outputs: Path, manifests: dict[str, dict[str, Any]], mlxchat: CommandLine, tiny: tuple[str, ...]
 ) -> None:
     done = mlxchat(*tiny, "force=[sft]", f"outputs={outputs}")
@@ -361,7 +350,7 @@ def test_a_forced_step_is_the_only_one_that_runs_and_makes_the_same_bytes(
     assert again["published"] > manifests["sft"]["published"]
 
 
-def test_a_corpus_that_another_setting_makes_with_the_same_bytes_runs_nothing_below_it(
+def test_equal_corpus_bytes_rerun_nothing(
     outputs: Path, plan: Any, mlxchat: CommandLine, tiny: tuple[str, ...]
 ) -> None:
     named = "corpus.name=mine"
@@ -380,9 +369,7 @@ def test_a_corpus_that_another_setting_makes_with_the_same_bytes_runs_nothing_be
     assert "val_bpb" in report or "bits per byte" in report
 
 
-def test_own_text_makes_a_corpus_and_a_change_in_it_is_noticed(
-    plan: Any, mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_own_text_is_tracked_by_content(plan: Any, mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path) -> None:
     text = tmp_path / "own.jsonl"
     text.write_text("".join(json.dumps({"text": f"Document {number}."}) + "\n" for number in range(9)))
     own = [
@@ -399,7 +386,7 @@ def test_own_text_makes_a_corpus_and_a_change_in_it_is_noticed(
     assert to_run(plan(tmp_path / "outputs", *own)) == {"corpus": "external data changed"}
 
 
-def test_a_pipeline_without_midtraining_runs(
+def test_pipeline_without_midtraining_runs(
     outputs: Path, mlxchat: CommandLine, tiny: tuple[str, ...], manifests: dict[str, dict[str, Any]]
 ) -> None:
     shorter = ["~pipeline.midtrain", "~pipeline.eval_mid", "pipeline.sft.checkpoint=pretrain", "stage=sft"]

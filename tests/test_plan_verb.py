@@ -1,4 +1,4 @@
-"""mlxchat plan, as users meet it."""
+"""mlxchat plan."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ def short(tiny: tuple[str, ...], tmp_path: Path) -> list[str]:
     return [*tiny, "stage=corpus", "corpus.validation_documents=5", f"outputs={tmp_path}/outputs"]
 
 
-def test_a_plan_writes_nothing_and_says_by_its_exit_code_whether_all_is_done(
-    short: list[str], mlxchat: CommandLine, tmp_path: Path
-) -> None:
+def test_plan_writes_nothing_and_sets_the_exit_code(short: list[str], mlxchat: CommandLine, tmp_path: Path) -> None:
     pending = mlxchat("plan", *short, "--json", "--exit-code")
     assert pending.returncode == 3, pending.stderr
     assert not (tmp_path / "outputs").exists(), "planning writes nothing there"
@@ -29,10 +27,9 @@ def test_a_plan_writes_nothing_and_says_by_its_exit_code_whether_all_is_done(
     assert (step["state"], step["key"]) == ("done", planned["key"])
 
 
-def test_a_plan_of_nanochats_recipe_begins_with_its_downloads_and_time(
+def test_plan_starts_with_downloads_and_duration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`plan model=dN` named neither the gigabytes that it downloads nor the days that it takes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache" / "mlxchat"))
     settings = ["model=d4", "stage=pretrain", "machine.training_flops=1e13", f"outputs={tmp_path}/outputs"]
@@ -51,19 +48,16 @@ def test_a_plan_of_nanochats_recipe_begins_with_its_downloads_and_time(
     assert quiet[0].startswith("corpus "), "nothing is downloaded"
 
 
-def test_a_plan_of_days_says_so_in_its_first_line(
+def test_plan_of_days_starts_with_its_duration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without downloads and an implied recipe, a training of weeks was planned as one of seconds."""
     monkeypatch.setattr("mlxchat.planning.peak.peak_flops", lambda dtype: 1e11)
     settings = ["pretrain.num_iterations=10_000_000", "stage=pretrain", f"outputs={tmp_path}/outputs"]
     head, *_ = planned(settings, capsys)
     assert re.fullmatch(r"downloads: nothing. Pretraining on this machine: about \d+d\d\dh \(predicted\)", head)
 
 
-def test_a_plan_on_bundled_data_says_what_stands_in_for_nanochats(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_on_bundled_data_names_the_replacements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["model=d4", "corpus=bundled", "stage=pretrain", "machine.training_flops=1e13"]
     head, recipe, data, *_ = planned([*settings, f"outputs={tmp_path}/outputs"], capsys)
     assert head.startswith("downloads: nothing. Pretraining on this machine: about ")

@@ -1,4 +1,4 @@
-"""`mlxchat show ID --examples`: examples of an evaluation, to read in a terminal."""
+"""`mlxchat show ID --examples`: examples of an evaluation."""
 
 from __future__ import annotations
 
@@ -39,23 +39,23 @@ def test_wrong_answers_only(capsys: pytest.CaptureFixture[str], folder: Path) ->
     assert lines == [f"gsm8k {index}  wrong  3 tokens" for index in (1, 3, 5, 7, 9)]
 
 
-def test_as_many_as_asked_for_some_of_each_task(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_examples_are_spread_over_tasks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     lines = shown(capsys, folder, "right", count=4)
     assert [line.split("  ")[0] for line in lines] == ["gsm8k 0", "gsm8k 2", "mmlu 0", "mmlu 1"]
     assert len(shown(capsys, folder, "all", count=100)) == 14
 
 
-def test_of_one_task(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_examples_of_one_task(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     lines = shown(capsys, folder, "all", task="mmlu", count=3)
     assert [line.split("  ")[0] for line in lines] == ["mmlu 0", "mmlu 1", "mmlu 2"]
 
 
-def test_an_unknown_task_is_refused_with_those_there_are(folder: Path) -> None:
+def test_unknown_task_lists_the_known_ones(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r'no task "gsm", it has gsm8k, mmlu\. Did you mean "gsm8k"'):
         show_examples(folder, which="all", count=5, task="gsm")
 
 
-def test_everything_of_an_example_is_shown_wrapped_to_the_terminal(
+def test_examples_are_wrapped_to_the_terminal(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
@@ -72,7 +72,7 @@ def test_everything_of_an_example_is_shown_wrapped_to_the_terminal(
     assert out.endswith("t: 0 of 1 right\n")
 
 
-def test_of_a_long_text_the_beginning_and_the_end_are_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_long_texts_are_shortened_in_the_middle(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     row = example("t", 0, verdict=False, prompt="begin " + "x" * 10_000 + " end")
     write_examples(tmp_path / "examples.parquet", [row])
     show_examples(tmp_path, which="all", count=1, task=None)
@@ -82,12 +82,12 @@ def test_of_a_long_text_the_beginning_and_the_end_are_shown(capsys: pytest.Captu
     assert " end" in out
 
 
-def test_calculator_calls_are_shown_as_people_write_them() -> None:
+def test_calculator_calls_are_readable() -> None:
     text = "It is <|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5.<|assistant_end|>"
     assert printable(text) == "It is <<2+3=5>>5."
 
 
-def test_what_a_model_wrote_cannot_command_the_terminal() -> None:
+def test_control_characters_are_escaped() -> None:
     assert printable("a\x1b[2Jb\rc\td\ne") == "a\\x1b[2Jb\\x0dc    d\ne"
 
 
@@ -97,12 +97,12 @@ def test_only_evaluations_have_examples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["--examples", "bad"], ["--examples", "all", "-n", "0"]])
-def test_other_choices_and_counts_are_refused(words: list[str]) -> None:
+def test_invalid_choices_and_counts_are_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError):
         dispatch(["show", "eval_sft", *words])
 
 
-def test_the_verb_shows_examples_of_a_finished_run(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_examples_of_a_run(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
     code = dispatch(
         ["show", "eval_sft", "--examples", "all", "-n", "2", "--task", "kinds_mc", f"outputs={finished.outputs}"]
     )

@@ -1,4 +1,4 @@
-"""mlxchat show --examples of RL: questions with all their answers, by iteration."""
+"""mlxchat show --examples for RL: questions with all their answers, by iteration."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def shown(folder: Path, capsys: pytest.CaptureFixture[str], **asked: Any) -> str
     return capsys.readouterr().out
 
 
-def test_a_question_is_shown_once_with_its_answers_the_best_first(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_question_is_shown_once_best_answer_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(folder, capsys, iteration=9)
     assert text.count("what is 5?") == text.count("what is 8?") == 1
     assert "iteration 9, question 5: 1 of 2 right, mean reward 0.5" in text
@@ -47,9 +45,7 @@ def test_a_question_is_shown_once_with_its_answers_the_best_first(
     assert "<|bos|>" not in text
 
 
-def test_the_last_iteration_comes_first_and_the_count_is_of_questions(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_last_iteration_comes_first(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(folder, capsys, count=2)
     assert "question 8" in text
     assert "question 5" in text
@@ -57,19 +53,19 @@ def test_the_last_iteration_comes_first_and_the_count_is_of_questions(
     assert "answers of 2 iterations are kept, 1 to 9: --iteration N shows one" in text
 
 
-def test_right_ones_leave_out_questions_that_have_none(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_right_skips_questions_without_right_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = shown(folder, capsys, which="right")
     assert "question 8" not in text
     assert "it is 1" in text
     assert "wrong  reward" not in text
 
 
-def test_an_iteration_of_which_nothing_is_kept_is_told_with_those_that_there_are(folder: Path) -> None:
+def test_missing_iteration_lists_the_kept_ones(folder: Path) -> None:
     with pytest.raises(ConfigError, match="no answers of iteration 4: answers of 2 are kept, 1 to 9"):
         show_rollouts(folder, which="all", count=1, iteration=4)
 
 
-def test_control_characters_of_an_answer_do_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_of_answers_are_escaped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with (folder / "rollouts.jsonl").open("a") as file:
         hostile = {"output": "\x1b[2Jgone", "parts": {"\x1b]52;c;bHM=\x07": 1.0}}
         file.write(json.dumps(answer(10, 1, 0, 0.0, finished=False, **hostile)) + "\n")
@@ -87,7 +83,7 @@ def test_control_characters_of_an_answer_do_nothing(folder: Path, capsys: pytest
      ))],
     ids=lambda line: line[:40],
 )  # fmt: skip
-def test_damaged_answers_are_told(line: str, folder: Path) -> None:
+def test_damaged_answers_are_reported(line: str, folder: Path) -> None:
     with (folder / "rollouts.jsonl").open("a") as file:
         file.write(f"{line}\n")
     with pytest.raises(DataError, match="cannot be read"):

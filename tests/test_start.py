@@ -1,4 +1,4 @@
-"""How much verbs do before they answer, in function calls, and what they import."""
+"""Startup cost of verbs: function calls and imports."""
 
 from __future__ import annotations
 
@@ -77,17 +77,13 @@ def watch(*arguments: str, cwd: Path) -> tuple[int, set[str]]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_a_verb_that_only_reads_takes_few_calls_and_imports_nothing_heavy(
-    verb: str, small: Any, tmp_path: Path
-) -> None:
+def test_reading_verbs_take_few_calls_and_light_imports(verb: str, small: Any, tmp_path: Path) -> None:
     calls, heavy = watch(*commands(*small)[verb], cwd=tmp_path)
     assert heavy == set()
     assert calls < CALLS
 
 
-def test_a_plan_whose_configuration_was_composed_before_imports_no_hydra_and_takes_few_calls(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_plan_imports_no_hydra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MLXCHAT_COMPOSED_CACHE", "on")
     # Files of the checkout that were changed a moment ago keep a configuration from being kept.
@@ -98,7 +94,7 @@ def test_a_plan_whose_configuration_was_composed_before_imports_no_hydra_and_tak
     assert calls < CALLS_OF_PLAN
 
 
-def test_another_artifact_costs_few_calls(tmp_path: Path) -> None:
+def test_cost_per_artifact_is_small(tmp_path: Path) -> None:
     counts: dict[str, list[int]] = {verb: [] for verb in CALLS_AN_ARTIFACT}
     for count in (200, 600):
         outputs = tmp_path / str(count)

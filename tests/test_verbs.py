@@ -1,4 +1,4 @@
-"""The verbs that explain: what they say of a small store, for people and for programs."""
+"""Verbs that read a store: output for people and for programs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def two(toys: Any) -> Any:
     return toys
 
 
-def test_diff_tells_config_inputs_metrics_and_contents_old_and_new(two: Any, say: Say) -> None:
+def test_diff_shows_config_inputs_metrics_and_contents(two: Any, say: Say) -> None:
     text = say("diff", "run1/first", "run2/first")
     assert re.search(r"^config\n  toy\.number  2 → 3$", text, re.MULTILINE)
     assert "  score  0.5 → 0.75  (+50.0%)" in text
@@ -66,7 +66,7 @@ def test_diff_tells_config_inputs_metrics_and_contents_old_and_new(two: Any, say
     assert record["contents"]["result.txt"][0] != record["contents"]["result.txt"][1]
 
 
-def test_diff_of_two_runs_goes_through_the_steps_of_both(two: Any, say: Say) -> None:
+def test_diff_of_runs_compares_all_steps(two: Any, say: Say) -> None:
     two.store.set_ref("run2", "third", resolve(two.store, "run2/second"))
     (two.outputs / "refs" / "run2" / "second").unlink()
     text = say("diff", "run1", "run2")
@@ -76,11 +76,11 @@ def test_diff_of_two_runs_goes_through_the_steps_of_both(two: Any, say: Say) -> 
     assert json.loads(say("diff", "run1", "run2", "--json"))["first"]["config"] == {"toy.number": [2, 3]}
 
 
-def test_an_artifact_does_not_differ_from_itself(two: Any, say: Say) -> None:
+def test_artifact_does_not_differ_from_itself(two: Any, say: Say) -> None:
     assert say("diff", "first", "latest/first").endswith("no difference\n")
 
 
-def test_lineage_goes_up_and_down(two: Any, say: Say) -> None:
+def test_lineage_shows_inputs_and_dependents(two: Any, say: Say) -> None:
     first, second = resolve(two.store, "run2/first").name, resolve(two.store, "run2/second").name
     text = say("lineage", "second")
     assert text == (f"made from\n  {second}  [second]\n  └─ source: {first}  [first]\nused by nothing: {second}\n")
@@ -89,13 +89,13 @@ def test_lineage_goes_up_and_down(two: Any, say: Say) -> None:
     assert "inputs" not in record
 
 
-def test_lineage_names_what_is_no_longer_there(two: Any, say: Say) -> None:
+def test_lineage_names_missing_artifacts(two: Any, say: Say) -> None:
     first = resolve(two.store, "first")
     shutil.rmtree(first)
     assert f"source: {first.name}  [first]  (no longer in the store)" in say("lineage", "second", "--up")
 
 
-def test_show_tells_the_manifest_and_as_json_is_the_manifest(two: Any, say: Say) -> None:
+def test_show_json_is_the_manifest(two: Any, say: Say) -> None:
     place = resolve(two.store, "second")
     text = say("show", "second")
     assert text.splitlines()[0] == place.name
@@ -105,15 +105,14 @@ def test_show_tells_the_manifest_and_as_json_is_the_manifest(two: Any, say: Say)
     assert json.loads(say("show", "second", "--json")).items() <= record.items()
 
 
-def test_ls_filters_by_stage_or_step_and_speaks_json(two: Any, say: Say) -> None:
+def test_ls_filters_by_stage_or_step(two: Any, say: Say) -> None:
     assert len(say("ls").splitlines()) == 4
     assert {line.split()[3] for line in say("ls", "--stage", "make").splitlines()} == {"first"}
     assert [summary["step"] for summary in json.loads(say("ls", "second", "--json"))] == ["second", "second"]
     assert 'Did you mean "second"?' in say("ls", "secnd", code=2)
 
 
-def test_verify_after_a_deleted_folder_keeps_what_is_intact(two: Any, say: Say) -> None:
-    """verify advised to remove intact artifacts whose input was deleted, where running again was right."""
+def test_verify_keeps_intact_artifacts_with_missing_inputs(two: Any, say: Say) -> None:
     shutil.rmtree(resolve(two.store, "first"))
     text = say("verify", code=1)
     assert "1 of 3 artifacts are intact but lack inputs: keep them and run again: mlxchat toy" in text
@@ -121,7 +120,7 @@ def test_verify_after_a_deleted_folder_keeps_what_is_intact(two: Any, say: Say) 
     assert set(json.loads(say("verify", "--json", code=1))["absent"]) == {resolve(two.store, "second").name}
 
 
-def test_verify_finds_a_flipped_bit_a_missing_and_a_strange_file(two: Any, say: Say) -> None:
+def test_verify_finds_flipped_missing_and_extra_files(two: Any, say: Say) -> None:
     assert say("verify").startswith("4 artifacts are right")
     first, second = resolve(two.store, "first"), resolve(two.store, "second")
     (first / "result.txt").write_text("2")
@@ -145,7 +144,7 @@ def test_verify_finds_any_flipped_bit_of_a_manifest(two: Any, say: Say) -> None:
         say("verify", code=1)
 
 
-def test_pins_are_made_listed_used_and_removed(two: Any, say: Say) -> None:
+def test_pins_are_created_listed_used_and_removed(two: Any, say: Say) -> None:
     assert say("pin").startswith("no pins")
     say("pin", "run1/first", "best")
     assert say("pin") == f"best  {resolve(two.store, 'run1/first').name}\n"
@@ -156,7 +155,7 @@ def test_pins_are_made_listed_used_and_removed(two: Any, say: Say) -> None:
     assert say("pin").startswith("no pins")
 
 
-def test_compare_shows_only_what_differs_sorted_in_four_formats(two: Any, say: Say) -> None:
+def test_compare_shows_differences_in_four_formats(two: Any, say: Say) -> None:
     lines = [line.split() for line in say("compare", "--sort=-score").splitlines()]
     assert lines == [["run2", "run1"], ["toy.number", "3", "2"], ["first.score", "0.75", "0.5"]]
     rows = list(csv.DictReader(io.StringIO(say("compare", "--format", "csv", "--sort", "toy.number"))))
@@ -167,7 +166,7 @@ def test_compare_shows_only_what_differs_sorted_in_four_formats(two: Any, say: S
     assert "no run or sweep" in say("compare", "run7", code=2)
 
 
-def test_compare_takes_the_artifacts_of_a_step_and_the_jobs_of_a_sweep(two: Any, say: Say) -> None:
+def test_compare_accepts_steps_and_sweeps(two: Any, say: Say) -> None:
     assert [row["score"] for row in json.loads(say("compare", "--step", "first", "--format", "json"))] == [0.5, 0.75]
     sweep = two.outputs / "multirun" / "sweep1"
     sweep.mkdir(parents=True)
@@ -180,8 +179,7 @@ def test_compare_takes_the_artifacts_of_a_step_and_the_jobs_of_a_sweep(two: Any,
     assert [row["name"] for row in both] == ["run1", "toy.number=3"]
 
 
-def test_a_run_comes_before_a_sweep_of_the_same_name(two: Any, say: Say) -> None:
-    """Bug: a search called like the run hid the run, and had none to compare."""
+def test_run_name_precedes_sweep_name(two: Any, say: Say) -> None:
     sweep = two.outputs / "multirun" / "run2"
     sweep.mkdir(parents=True)
     (sweep / "sweep.json").write_text(json.dumps({"jobs": {"1": {"title": "job", "steps": []}}}))
@@ -189,8 +187,7 @@ def test_a_run_comes_before_a_sweep_of_the_same_name(two: Any, say: Say) -> None
     assert "no job of it has artifacts" in say("compare", "multirun/run2", code=2)
 
 
-def test_compare_leaves_out_steps_of_a_single_run(two: Any, say: Say) -> None:
-    """Bug: runs with different steps made hundreds of columns, most of them empty."""
+def test_compare_hides_steps_of_single_runs(two: Any, say: Say) -> None:
     folder = two.outputs / "runs" / "run2" / "plan.json"
     plan = json.loads(folder.read_text())
     only = [step for step in plan["steps"] if step["step"] == "first"]
@@ -219,7 +216,7 @@ def test_compare_of_many_runs_fits_the_terminal(two: Any, say: Say, monkeypatch:
     assert [number for head in heads for number in head] == [str(number) for number in range(1, 23)]
 
 
-def test_a_setting_differs_only_among_runs_that_have_its_section() -> None:
+def test_settings_are_compared_only_between_runs_that_have_them() -> None:
     rows = [
         {"name": "a", "config": {"model.depth": 2, "sft.num_epochs": 1}, "metrics": {}, "steps": ["pretrain", "sft"]},
         {"name": "b", "config": {"model.depth": 4, "corpus.hub.column": "t"}, "metrics": {}, "steps": ["pretrain"]},
@@ -228,12 +225,12 @@ def test_a_setting_differs_only_among_runs_that_have_its_section() -> None:
     assert make_table(rows, None).settings == ["model.depth", "corpus.hub.column"]
 
 
-def test_compare_draws_a_picture(two: Any, say: Say, tmp_path: Path) -> None:
+def test_compare_draws_a_plot(two: Any, say: Say, tmp_path: Path) -> None:
     say("compare", "--plot", str(tmp_path / "plot.png"))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_gc_says_that_nothing_was_changed_and_removes_only_with_apply(two: Any, say: Say) -> None:
+def test_gc_removes_only_with_apply(two: Any, say: Say) -> None:
     for number in (1, 2):
         (two.outputs / "refs" / f"run{number}").rename(two.outputs / "refs" / f"2026010{number}-000000-1-toy")
     text = say("gc", "--keep-last", "1")
@@ -246,7 +243,7 @@ def test_gc_says_that_nothing_was_changed_and_removes_only_with_apply(two: Any, 
     assert len(list((two.outputs / "store").iterdir())) == len(record["kept"]) == 2
 
 
-def test_rm_shows_what_goes_and_removes_it_only_with_apply(two: Any, say: Say) -> None:
+def test_rm_removes_only_with_apply(two: Any, say: Say) -> None:
     first, second = resolve(two.store, "run1/first").name, resolve(two.store, "run1/second").name
     text = say("rm", "run1")
     assert re.search(rf"^  store/{second} +\d+ B  second\n  store/{first} +\d+ B  first$", text, re.MULTILINE)
@@ -261,7 +258,7 @@ def test_rm_shows_what_goes_and_removes_it_only_with_apply(two: Any, say: Say) -
     assert "no artifact or run" in say("rm", "run1", code=2)
 
 
-def test_ls_and_status_take_a_run(two: Any, say: Say) -> None:
+def test_ls_and_status_accept_a_run(two: Any, say: Say) -> None:
     for run in ("run1", "run2"):
         made = {place.name for place in refs_of(two.store, run).values()}
         listed = {line.split()[2] for line in say("ls", run).splitlines()}
@@ -270,7 +267,7 @@ def test_ls_and_status_take_a_run(two: Any, say: Say) -> None:
     assert "not a run. See: mlxchat show" in say("status", "run1/first", code=2)
 
 
-def test_status_tells_who_runs_at_which_iteration_and_how_fast(two: Any, say: Say) -> None:
+def test_status_shows_process_iteration_and_speed(two: Any, say: Say) -> None:
     rid = "a" * 52
     attempts.start(two.store.work(rid), "run9", "sft")
     metrics = Records(two.store.work(rid) / "ckpt" / "records" / "metrics.jsonl")
@@ -302,7 +299,7 @@ def test_status_shows_the_end_of_a_failures_log(toys: Any, say: Say) -> None:
     assert "first-error.log" in text
 
 
-def test_samples_shows_texts_over_iterations_of_a_training_that_runs_and_of_one_that_ended(toys: Any, say: Say) -> None:
+def test_samples_shows_running_and_finished_trainings(toys: Any, say: Say) -> None:
     toys.add(
         "make",
         """
@@ -336,7 +333,7 @@ def test_samples_shows_texts_over_iterations_of_a_training_that_runs_and_of_one_
     assert "a" * 52 in say("samples", key), "a stopped training goes by its key"
 
 
-def test_a_half_written_record_does_not_keep_status_from_the_one_before(two: Any, say: Say) -> None:
+def test_status_ignores_a_partial_record(two: Any, say: Say) -> None:
     rid = "b" * 52
     attempts.start(two.store.work(rid), "run9", "sft")
     metrics = Records(two.store.work(rid) / "ckpt" / "records" / "metrics.jsonl")
@@ -346,7 +343,7 @@ def test_a_half_written_record_does_not_keep_status_from_the_one_before(two: Any
     assert "at iteration 5" in say("status")
 
 
-def test_graphs_for_graphviz_mermaid_and_programs_have_every_step_and_edge(two: Any) -> None:
+def test_graphs_have_every_step_and_edge(two: Any) -> None:
     plan = two.plan(PIPELINE)
     assert '"first" -> "second" [label="source"];' in draw_dot(plan)
     assert '"second" [label="second\\ndone", fillcolor="#cde8d5"];' in draw_dot(plan)
@@ -374,7 +371,7 @@ def complete(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], set[str]]:
     return run
 
 
-def test_completion_knows_verbs_options_groups_keys_and_artifacts(
+def test_completion_covers_verbs_options_keys_and_artifacts(
     two: Any, complete: Callable[[str], set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -408,21 +405,21 @@ def test_completion_knows_verbs_options_groups_keys_and_artifacts(
     assert complete(f"mlxchat pin {place} --remove ") == {"best"}
 
 
-def test_every_option_that_a_verbs_help_names_is_completed(complete: Callable[[str], set[str]], say: Say) -> None:
+def test_every_option_is_completed(complete: Callable[[str], set[str]], say: Say) -> None:
     for verb in VERBS:
         named = set(re.findall(r"^  (?:-\w+, )?(--[a-z-]+)", parser_of(verb).format_help(), re.MULTILINE))
         assert named <= complete(f"mlxchat {verb} --"), verb
 
 
 @pytest.mark.parametrize("value", ["it's", "back\\", "both\\'", "\\\\", "", "a b=c,{d: [e]}"])
-def test_a_quoted_value_is_read_back_as_it_was(value: str) -> None:
+def test_quoting_round_trips(value: str) -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     assert OverridesParser.create().parse_override(f"name={quoted(value)}").value() == value
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_a_completion_script_is_one_that_its_shell_can_read(shell: str, capsys: Any, tmp_path: Path) -> None:
+def test_completion_scripts_are_valid(shell: str, capsys: Any, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         main(["completion", shell])
     script = tmp_path / "script"
@@ -433,7 +430,7 @@ def test_a_completion_script_is_one_that_its_shell_can_read(shell: str, capsys: 
     subprocess.run([shell, "-n", str(script)], check=True)
 
 
-def test_bash_completes_after_an_equals_sign_where_it_breaks_words(tmp_path: Path, capsys: Any) -> None:
+def test_bash_completes_after_an_equals_sign(tmp_path: Path, capsys: Any) -> None:
     if shutil.which("bash") is None:
         pytest.skip("no bash here")
     with pytest.raises(SystemExit):

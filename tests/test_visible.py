@@ -1,4 +1,4 @@
-"""Text of models, files and servers cannot command the terminal: one filter, and the places that print such text."""
+"""Text of models, files and servers is escaped on terminals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def commands_in(text: str) -> set[str]:
     }
 
 
-def test_every_character_that_steers_a_terminal_is_written_out() -> None:
+def test_terminal_control_characters_are_escaped() -> None:
     assert len(commands_in(HOSTILE)) == 9
     every = "".join(map(chr, range(sys.maxunicode + 1)))
     shown = visible(every)
@@ -50,12 +50,12 @@ def test_every_character_that_steers_a_terminal_is_written_out() -> None:
     assert visible(kept) == kept
 
 
-def test_json_means_the_same_after_the_filter() -> None:
+def test_filtered_json_is_equivalent() -> None:
     record = {"name": HOSTILE}
     assert json.loads(visible(json.dumps(record, ensure_ascii=False))) == record
 
 
-def test_lines_of_windows_stay_lines() -> None:
+def test_crlf_lines_stay_lines() -> None:
     assert visible("a\r\nb\rc") == "a\nb\\x0dc"
 
 
@@ -98,8 +98,7 @@ def third_party(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Chat(engine, HOSTILE, 0.0, None, 8, 0)
 
 
-def test_a_third_party_model_cannot_command_the_terminal(third_party: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its answers once reached the terminal as they were, OSC 52 included."""
+def test_third_party_answers_are_escaped(third_party: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", screen := Terminal())
     third_party.ask("hello")
     assert commands_in(screen.getvalue()) == set()
@@ -107,9 +106,7 @@ def test_a_third_party_model_cannot_command_the_terminal(third_party: Any, monke
     assert third_party.messages[-1]["content"] == [{"type": "text", "text": HOSTILE}]
 
 
-def test_text_that_a_base_model_continues_cannot_command_the_terminal(
-    third_party: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_base_model_text_is_escaped(third_party: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdout", screen := Terminal())
     third_party.continues = True
     third_party.ask(HOSTILE)
@@ -117,12 +114,12 @@ def test_text_that_a_base_model_continues_cannot_command_the_terminal(
     assert screen.getvalue().count("aGFsbG8") == 4
 
 
-def test_a_pipe_gets_the_text_of_an_answer_as_it_is(third_party: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipe_gets_unchanged_text(third_party: Any, capsys: pytest.CaptureFixture[str]) -> None:
     third_party.ask("hello")
     assert capsys.readouterr().out == HOSTILE + "\n"
 
 
-def test_a_conversation_goes_on_after_its_template_refused_a_question(
+def test_chat_continues_after_a_template_error(
     third_party: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdout", screen := Terminal())
@@ -134,8 +131,7 @@ def test_a_conversation_goes_on_after_its_template_refused_a_question(
     assert [message["role"] for message in third_party.messages] == ["user", "assistant"]
 
 
-def test_an_error_of_a_chat_template_is_one_visible_line() -> None:
-    """raise_exception of a template once ended in a traceback with the template's own characters."""
+def test_chat_template_error_is_one_escaped_line() -> None:
     pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
     from mlxchat.engine.third_party import ThirdPartyTokenizer
 
@@ -163,9 +159,7 @@ def test_an_error_of_a_chat_template_is_one_visible_line() -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_a_manifest_from_elsewhere_cannot_command_the_terminal(
-    words: list[str], toys: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_imported_manifest_is_escaped(words: list[str], toys: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """An imported artifact brings a manifest that others wrote."""
     toys.add("make", "(ctx.out / 'result.txt').write_text('x')\nctx.metrics['score'] = 1.0")
     pipeline = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
@@ -193,7 +187,7 @@ def test_a_manifest_from_elsewhere_cannot_command_the_terminal(
     assert commands_in(told.out + told.err) == set()
 
 
-def test_a_traceback_cannot_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_traceback_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
     sys.excepthook(ValueError, ValueError(HOSTILE), None)
@@ -202,14 +196,14 @@ def test_a_traceback_cannot_command_the_terminal(capsys: pytest.CaptureFixture[s
     assert told.startswith("ValueError: a\\x1b]52")
 
 
-def test_the_log_of_serve_cannot_command_the_terminal() -> None:
+def test_serve_log_is_escaped() -> None:
     from mlxchat.serve.run import _Lines
 
     record = logging.LogRecord("x", logging.INFO, "x", 1, "%s", (HOSTILE,), None)
     assert commands_in(_Lines("%(message)s").format(record)) == set()
 
 
-def test_logs_and_warnings_of_libraries_cannot_command_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_logs_and_warnings_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers quotes values of a model's config.json in its warnings."""
     monkeypatch.setattr("sys.stderr", screen := Terminal())
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
@@ -231,7 +225,7 @@ def test_logs_and_warnings_of_libraries_cannot_command_the_terminal(monkeypatch:
     assert commands_in(screen.getvalue()) == set()
 
 
-def test_the_name_of_a_model_cannot_command_the_terminal(toys: Any) -> None:
+def test_model_name_is_escaped(toys: Any) -> None:
     toys.add("make", "(ctx.out / 'result.txt').write_text('x')")
     toys.run(toys.plan({"first": {"stage": "make"}}))
     place = resolve(toys.store, "first")
@@ -244,7 +238,7 @@ def test_the_name_of_a_model_cannot_command_the_terminal(toys: Any) -> None:
     assert commands_in(describe_model(toys.store, Found(place))) == set()
 
 
-def test_examples_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mlxchat.commands.examples import show_examples
     from mlxchat.evals.examples import write_examples
 

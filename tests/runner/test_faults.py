@@ -172,7 +172,7 @@ def test_step_that_ignores_its_limit_is_ended(toys: Any, monkeypatch: pytest.Mon
     toys.add("make", "time.sleep(60)")
     monkeypatch.setattr(TimeLimit.__init__, "__kwdefaults__", {"grace_seconds": 0.2})
     began = time.monotonic()
-    with pytest.raises(StepFailed, match="did not stop when asked to, and was ended"):
+    with pytest.raises(StepFailed, match="did not stop when requested, and was ended"):
         toys.run(toys.plan(ONE), policy=Policy(timeouts={"one": 0.1}))
     assert time.monotonic() - began < 10
 

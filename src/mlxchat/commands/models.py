@@ -445,7 +445,7 @@ def chat(parser: Parser) -> None:
     add("-p", "--prompt", help="answer or continue this text and exit; - reads it from standard input")
     add("--model", metavar="ID", help="the model: ID, or hf:FOLDER, hf:ORGANISATION/NAME for any that mlx-lm opens")
     add("--follow", action="store_true",
-        help="before each answer, switch to the newest model of the run: ID's, or else the one in progress")  # fmt: skip
+        help="before each answer, switch to the newest model of the run: ID's, or the one in progress")  # fmt: skip
     add("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy (default)")
     add("--top-k", type=int, default=50, help="sample among the K most likely tokens (default: 50)")
     add("--top-p", type=float, help="sample among the most likely tokens with this total probability")
