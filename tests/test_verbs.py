@@ -150,7 +150,7 @@ def test_pins_are_created_listed_used_and_removed(two: Any, say: Say) -> None:
     assert say("pin") == f"best  {resolve(two.store, 'run1/first').name}\n"
     assert say("show", "best").splitlines()[0] == resolve(two.store, "run1/first").name
     assert 'Did you mean "best"?' in say("pin", "--remove", "bst", code=2)
-    assert "no name for a pin" in say("pin", "first", "../x", code=2)
+    assert "is not a pin name" in say("pin", "first", "../x", code=2)
     say("pin", "--remove", "best")
     assert say("pin").startswith("no pins")
 

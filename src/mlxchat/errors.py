@@ -1,15 +1,15 @@
-"""What goes wrong, and how the command line says it.
+"""Errors, and their messages on the command line.
 
 MlxchatError            one clear message, no traceback, exit code 2
 ├── ConfigError         the configuration, a file of it, or an override
 ├── DataError           a document, conversation, shard or artifact that cannot be read
 ├── StoreError          the outputs folder: not writable, damaged, no such artifact
-├── PassingError        something outside that another try may find mended: retried, see conf/config.yaml
-├── StepFailed          a step raised or did not make what it promised (exit code 1)
+├── PassingError        transient external failure: retried, see conf/config.yaml
+├── StepFailed          a step raised or did not write its outputs (exit code 1)
 │   └── PeerLost        another rank of the run is gone
 └── Interrupted         a signal stopped the run at a safe point (exit code 128 + signal)
 
-`MLXCHAT_DEBUG=1` shows the traceback in every case. Programming faults are plain assertions.
+`MLXCHAT_DEBUG=1` shows the traceback in every case. Programming errors are plain assertions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 
 class MlxchatError(Exception):
-    """A fault that the user can mend. The message says where, what was expected, and what to do."""
+    """An error that the user can fix. The message says where, what was expected, and what to do."""
 
     exit_code = 2
 
@@ -42,13 +42,13 @@ class StoreError(MlxchatError):
 
 
 class PassingError(MlxchatError):
-    """Something outside does not work now and may in a while: a step that raises it is tried again."""
+    """Transient external failure; the step that raises it is retried."""
 
     exit_code = 1
 
 
 class StepFailed(MlxchatError):
-    """A step raised, or left a promised file unwritten."""
+    """A step raised, or did not write a declared output."""
 
     exit_code = 1
 
@@ -58,7 +58,7 @@ class PeerLost(StepFailed):
 
 
 class Interrupted(MlxchatError):
-    """A signal arrived and the run stopped where it can continue."""
+    """A signal stopped the run at a point from which it can continue."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         """Keep the signal, since the exit code is 128 plus its number."""

@@ -189,7 +189,7 @@ def test_name_of_an_import_needs_replace_to_change(twin: Twins) -> None:
     first, second = twin("first", seed=1), twin("second", seed=2)
     take(str(first.folder), "--name", "x")
     before = resolve(Store(Path("outputs")), "import:x")
-    with pytest.raises(ConfigError, match=r"import:x is already another model*--replace"):
+    with pytest.raises(ConfigError, match=r"import:x is already another model.*--replace"):
         dispatch(["import", "nanochat", str(second.folder), "--name", "x"])
     dispatch(["import", "nanochat", str(second.folder), "--name", "x", "--replace"])
     assert resolve(Store(Path("outputs")), "import:x") != before

@@ -78,7 +78,7 @@ def test_target_includes_only_needed_steps(target: str, steps: list[str]) -> Non
         (changed(sft={"checkpoint": "pretrain"}), r"pipeline\.sft.*stage"),
         (
             changed(sft={"stage": "sft", "checkpont": "pretrain"}),
-            r'"checkpont" is no role.*Did you mean "checkpoint"\?',
+            r'"checkpont" is not a role.*Did you mean "checkpoint"\?',
         ),
         (changed(sft={"stage": "sft", "checkpoint": "pretrian"}), r'is "pretrian".*Did you mean "pretrain"\?'),
         (changed(sft={"stage": "sft"}), r"pipeline\.sft\.checkpoint is missing: stage sft needs a checkpoint"),
@@ -132,7 +132,7 @@ def test_optional_role_may_be_empty_but_not_of_wrong_kind() -> None:
 
 
 def test_unknown_forced_step_is_refused(toys: Any) -> None:
-    with pytest.raises(ConfigError, match=r'force names tow.*Did you mean "two"\?'):
+    with pytest.raises(ConfigError, match=r'force: tow is not.*Did you mean "two"\?'):
         toys.plan(CHAIN, force=["tow"])
 
 

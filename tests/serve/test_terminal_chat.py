@@ -70,7 +70,7 @@ def test_saved_conversation_loads_unchanged(chat: Chat, tmp_path: Path) -> None:
     assert chat.obey(f"/save {tmp_path}/talk.json") == f"2 messages are in {tmp_path}/talk.json"
     chat.obey("/clear")
     chat.obey("/system")
-    assert chat.obey(f"/load {tmp_path}/talk.json") == f"2 messages of {CHAT}"
+    assert chat.obey(f"/load {tmp_path}/talk.json") == f"2 messages from {CHAT}"
     assert (chat.messages, chat.system) == (before, "the log")
 
 

@@ -178,7 +178,7 @@ def _rm(options: Namespace) -> int:
     if needed and not options.force and not options.dry_run:
         lines = [f"  {holding.title}: {', '.join(holding.needed_by[:3])}" for holding in needed]
         raise DataError(
-            "Artifacts were made from this, and a step that reads it again would have to fetch it anew:\n"
+            "Artifacts were made from this, and a step that reads it again would have to download it again:\n"
             + "\n".join(lines)
             + "\nNothing was removed. To remove it anyway: --force"
         )
