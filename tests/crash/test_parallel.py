@@ -55,7 +55,7 @@ def test_a_branch_that_fails_does_not_stop_the_others_and_is_told_at_once_and_at
         code, text = stubs.run("score.failing=[inspect]", "train.pause=0.02", *how)
         assert code == 1
         assert "error: step inspect failed: ValueError: inspect cannot be scored" in text
-    assert stubs.trees().keys() == {"source", "convert", "train", "score"}
+    assert stubs.trees().keys() == {"source", "convert", "train", "train@2", "score"}
 
 
 def test_what_needs_a_step_that_failed_is_left_out(stubs: Any) -> None:
@@ -80,7 +80,7 @@ def test_fail_fast_stops_the_other_branch_which_saves_what_it_has(stubs: Any) ->
 def test_fail_fast_without_processes_runs_nothing_after_a_failure(stubs: Any) -> None:
     code, text = stubs.run("score.failing=[score]", "fail_fast=true")
     assert code == 1
-    assert stubs.trees().keys() == {"source", "convert", "train"}
+    assert stubs.trees().keys() == {"source", "convert", "train", "train@2"}
     assert "other steps continue" not in text
 
 
