@@ -164,8 +164,8 @@ def _check_base(options: Namespace, name: str) -> None:
     asked = [task for task in options.task if task not in _BASE_TASKS]
     if options.suite or any(task_class(task).kind != "categorical" for task in asked):
         raise ConfigError(
-            f"{name} is a base model, which cannot answer questions: expected --task core, --task bpb, or multiple choice "
-            "such as --task mmlu, whose options are compared by their probabilities"
+            f"{name} is a base model, which cannot answer questions: expected --task core, --task bpb, or multiple "
+            "choice such as --task mmlu, whose options are compared by their probabilities"
         )
 
 
