@@ -117,7 +117,7 @@ def test_commands_in_blocks_are_parsed(page: Path) -> None:
 def test_settings_in_blocks_are_composed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path)
-    for name in ("mine", "me", "gsm8k_teacher"):
+    for name in ("mine", "me", "gsm8k_teacher", "pairs", "other"):
         Path(f"{name}.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     for line in lines(page):
         verb, rest = split_verb(words(line))
