@@ -3,6 +3,7 @@
 nanochat has no counterpart. Losses: conf/preference/. Options: conf/settings/preference.yaml.
 """
 
+from pathlib import Path
 from typing import Any
 
 from mlxchat.config.schema import TaskItem
@@ -106,6 +107,9 @@ def run(ctx: Context) -> None:
     def look(iteration: int) -> dict[str, float]:
         return validate(ctx, held_out, scores, reference["validation"], config)
 
+    def save(folder: Path) -> None:
+        save_trained(ctx, folder, model, tokenizer, {**facts, "stage": "preference", "format": "chat"})
+
     fit(
         ctx,
         model,
@@ -113,8 +117,9 @@ def run(ctx: Context) -> None:
         PairBatches(training, scores, reference["data"], config, seed=ctx.seed("order"), log=ctx.log),
         num_iterations=num_iterations,
         schedule=config.schedule,
-        hooks=[Hook(run=look, every=config.eval_every, at_start=True)],
+        hooks=[Hook(run=look, every=config.eval_every, also_every=(config.save_every,), at_start=True)],
         micro_tokens=micro_batch.tokens,
+        save=save,
+        save_every=config.save_every,
     )
-    facts = {**facts, "stage": "preference", "format": "chat"}
-    save_trained(ctx, ctx.out, model, tokenizer, facts)
+    save(ctx.out)
