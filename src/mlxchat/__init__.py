@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # MLX's wheel for Linux CPUs is some fifty times slower without a fast BLAS, which has to be loaded before it.
 with suppress(ModuleNotFoundError):
