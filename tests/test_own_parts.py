@@ -138,7 +138,7 @@ def test_cached_composition_follows_changed_settings(example: Path, monkeypatch:
         ("pipeline.count.stage=cuont", r'Did you mean "count"\?'),
         ("stages=[./my_stage]", r'stages: there is no folder ./my_stage. Did you mean "./my_stages"\?'),
         ("stages=[nowhere_at_all]", "there is no module nowhere_at_all, neither in"),
-        ("stages=[./conf]", "./conf holds no stage"),
+        ("stages=[./conf]", "./conf has no stage"),
     ],
 )
 def test_own_settings_are_checked(override: str, message: str, example: Path) -> None:
