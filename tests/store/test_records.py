@@ -75,6 +75,8 @@ def test_truncation_drops_later_iterations_and_a_cut_line(tmp_path: Path) -> Non
 
 def test_execution_without_an_end_was_killed(tmp_path: Path) -> None:
     attempts.start(tmp_path, "run1", "sft")
+    assert attempts.read(tmp_path)[0]["outcome"] == "running"
+    attempts._began.clear()  # as in another process
     second = attempts.start(tmp_path, "run2", "sft")
     attempts.finish(tmp_path, second, "done", None, 7)
     killed, done = attempts.read(tmp_path)
