@@ -100,5 +100,5 @@ def test_a_run_without_room_for_text_and_tokens_is_refused(tmp_path: Path, monke
     usage = shutil.disk_usage("/")._replace(free=50 * GIGA)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     # 91 GB of characters are 35 GB of files, and 19 billion tokens of two bytes.
-    with pytest.raises(DataError, match=r"needs 7\d\.\d GB, and the disk of .* has 50\.0 GB free"):
+    with pytest.raises(DataError, match=r"needs 7\d\.\d GB, but the disk of .* has 50\.0 GB free"):
         check_text_room(need, Store(tmp_path / "outputs"))
