@@ -109,7 +109,8 @@ def test_groups_are_the_folders_of_conf() -> None:
 
 def test_stage_only_selects_targets() -> None:
     in_pipeline = {step["stage"] for step in composed().config.pipeline.values()}
-    assert set(Stages()) - in_pipeline == {"outside", "imported", "fused"}  # which have pipelines of their own
+    # The others have pipelines of their own.
+    assert set(Stages()) - in_pipeline == {"outside", "imported", "fused", "preference"}
     for stage in in_pipeline:
         chosen = composed(f"stage={stage}").config
         assert chosen.targets == [stage]

@@ -75,6 +75,8 @@ NOT_IDENTITY = {
     "rl.eval_every",
     "rl.save_every",
     "rl.rollouts_kept",
+    "preference.eval_every",
+    "preference.save_every",
     "eval.batch_rows",
     "eval.prompts",
     "outside.path",  # what is in the folder counts instead
@@ -124,14 +126,15 @@ NEVER = (
 READ_BY: dict[str, set[str]] = {
     "model": {"pretrain"},
     "architecture": {"pretrain"},
-    "optimizer": {"pretrain", "midtrain", "sft", "rl"},
+    "optimizer": {"pretrain", "midtrain", "sft", "rl", "preference"},
     "corpus": {"corpus"},
     "tokenizer": {"tokenizer"},
     "pretrain": {"pretrain"},
     "midtrain": {"midtrain"},
     "sft": {"sft"},
     "rl": {"rl"},
-    "training": {"pretrain", "midtrain", "sft", "rl"},
+    "preference": {"preference"},
+    "training": {"pretrain", "midtrain", "sft", "rl", "preference"},
     "eval": {"eval_base", "eval_mid", "eval_sft", "eval_rl"},
     "suite": {"eval_base", "eval_mid", "eval_sft", "eval_rl"},
     "outside": set(),  # its pipeline has another model
@@ -141,6 +144,7 @@ READ_BY: dict[str, set[str]] = {
         "midtrain",
         "sft",
         "rl",
+        "preference",
         "eval_base",
         "eval_mid",
         "eval_sft",
@@ -176,7 +180,8 @@ def full_config() -> Config:
         ]
     ).config
     config.sft.mixture["facts"].options = {"seed": 3.0}
-    for stage in (config.pretrain, config.midtrain, config.sft, config.rl):
+    config.pipeline["preference"] = {"stage": "preference", "checkpoint": "sft"}
+    for stage in (config.pretrain, config.midtrain, config.sft, config.rl, config.preference):
         stage.schedule.momentum = MomentumConfig(start=0.8, end=0.9, warmup_iterations=3, final=0.7)
     return config
 
