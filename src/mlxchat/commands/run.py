@@ -183,7 +183,7 @@ def describe_usage(options: str) -> str:
     from mlxchat.composition.compose import describe_options, group_names, group_options
     from mlxchat.runner.stage import Stages
 
-    verbs = "\n".join(f"  {verb:<10} {purpose}" for verb, (_, purpose) in VERBS.items() if " " not in verb)
+    verbs = "\n".join(f"  {verb:<11} {purpose}" for verb, (_, purpose) in VERBS.items() if " " not in verb)
     choices = {
         f"{group}=": describe_options(group_options(group))
         for group in group_names()
