@@ -7,10 +7,11 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
 from mlxchat.report.comparison import Point, scaling_chart
 from mlxchat.report.document import standalone
-from mlxchat.report.plots import Bar, Bars, Chart, Curve, main_charts, more_charts, smooth
+from mlxchat.report.plots import Bar, Bars, Chart, Curve, _draw_curve, main_charts, more_charts, smooth
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -111,8 +112,17 @@ def test_three_sizes_are_drawn_with_a_power_law():
 def test_two_sizes_are_drawn_without_a_line_and_one_is_not_drawn():
     points = [Point(name="d2", flops=1e15, bpb=2.0), Point(name="d4", flops=8e15, bpb=1.8)]
     assert len(scaling_chart(points).curves) == 1
+    axes = Figure().subplots()
+    _draw_curve(scaling_chart(points).curves[0], axes)
+    assert axes.lines[0].get_linestyle() == "None", "an empty format of matplotlib's is a line"
     assert {"d2", "d4"} <= set(words(standalone(scaling_chart(points))))
     assert scaling_chart(points[:1]) is None
+
+
+def test_many_sizes_are_drawn_without_names():
+    points = [Point(name=f"job {i}", flops=1e15 * 2**i, bpb=2.0 - i / 10) for i in range(9)]
+    assert "job 3" in words(standalone(scaling_chart(points[:8])))
+    assert not any("job" in word for word in words(standalone(scaling_chart(points))))
 
 
 def test_a_training_has_the_curves_that_it_logged(whole):

@@ -82,6 +82,12 @@ def test_two_numbers_give_coloured_points(monkeypatch: pytest.MonkeyPatch) -> No
     assert axes.get_xscale() == "log" or axes.get_yscale() == "log"
 
 
+def test_several_settings_give_points_without_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line joined them: matplotlib's empty format means its default, a line."""
+    panels = axes_of(rows([{"lr": 0.1, "x": 1, "y": 2}, {"lr": 0.2, "x": 2, "y": 4}]), monkeypatch)
+    assert [panel.lines[0].get_linestyle() for panel in panels] == ["None"] * 3
+
+
 def test_three_keys_give_three_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [{"a": n, "b": -n, "c": str(n)} for n in range(4)]
     assert len(axes_of(rows(settings), monkeypatch)) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from tests.kit.commands import CommandLine
 
 from mlxchat.planning.scaling import Training, fit_scaling_laws
 from mlxchat.report.plots import styled
-from mlxchat.sweep.scaling import _draw, describe_laws, write_scaling
+from mlxchat.sweep.scaling import _draw, describe_laws, laws_of_report, write_scaling
 
 SIZES = (10**5, 2 * 10**5, 4 * 10**5, 8 * 10**5)
 
@@ -76,3 +77,13 @@ def test_budget_without_minimum_suggests_sizes() -> None:
 def test_two_sizes_write_no_scaling_files(tmp_path: Path) -> None:
     assert write_scaling([training(10, 1e9, 3.0), training(20, 1e9, 2.9)], tmp_path) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_report_has_the_laws_in_words_and_as_a_picture() -> None:
+    bowl = [(size, flops, 2.5 + (size / best - 1) ** 2) for flops, best in ((1e12, 2e5), (1e13, 5e5)) for size in SIZES]
+    words, pictures = laws_of_report([training(*one) for one in bowl])
+    assert str(words).startswith("## Scaling laws")
+    assert isinstance(pictures, list)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", pictures[0].svg)
+    assert {"1e12 FLOPs", "1e13 FLOPs", "N, parameters", "C, FLOPs of pretraining"} <= set(texts)
+    assert laws_of_report([training(*bowl[0])]) == laws_of_report([]) == []

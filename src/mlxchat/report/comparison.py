@@ -18,6 +18,8 @@ from mlxchat.store.fingerprint import flatten
 # More curves than colours cannot be told apart.
 MOST_CURVES = len(COLOURS) - 1
 _MOST_SETTINGS = 12
+_MOST_NAMED = 8
+"""Points with their names beside them; more would cover one another."""
 
 
 def comparison_table(reports: Sequence[RunReport], names: Sequence[str]) -> Table:
@@ -163,7 +165,8 @@ def scaling_chart(points: Sequence[Point]) -> Chart | None:
     if len({point.flops for point in points}) < 2:
         return None
     xs, ys = [p.flops for p in points], [p.bpb for p in points]
-    curves = [Curve(points=(xs, ys), has_line=False, names=[p.name for p in points])]
+    names = [p.name for p in points] if len(points) <= _MOST_NAMED else []
+    curves = [Curve(points=(xs, ys), has_line=False, names=names)]
     said = ", ".join(f"{p.name} {p.bpb:.4f} at {p.flops:.3g} FLOPs" for p in points)
     # With fewer sizes a line says nothing.
     law = fit_power_law(xs, ys) if len(set(xs)) >= 3 else None

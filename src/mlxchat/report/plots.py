@@ -131,7 +131,25 @@ class Bars:
             return _svg(figure, self.name, self.alt)
 
 
-Drawing = Chart | Bars
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure of several panels."""
+
+    name: str
+    title: str
+    alt: str
+    draw: Callable[[], Figure]
+
+    @cached_property
+    def svg(self) -> str:
+        """The figure as an SVG element."""
+        with styled():
+            figure = self.draw()
+            figure.set_facecolor("none")
+            return _svg(figure, self.name, self.alt)
+
+
+Drawing = Chart | Bars | Picture
 
 
 @contextmanager
@@ -266,7 +284,8 @@ def _draw_curve(curve: Curve, axes: Axes) -> None:
         axes.fill_between(xs, low, high, color=colour, alpha=0.16, linewidth=0)
     is_dotted = not curve.has_line or (len(xs) < SMOOTH_FROM_POINTS and not curve.label)
     label = one_line(curve.label) or "_"
-    axes.plot(xs, drawn, "-" if curve.has_line else "", marker="o" if is_dotted else "", label=label, **style)
+    line = "-" if curve.has_line else "none"
+    axes.plot(xs, drawn, linestyle=line, marker="o" if is_dotted else "", label=label, **style)
     for x, y, name in zip(xs, ys, curve.names, strict=False):
         side: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False, "color": colour}
         is_right = x <= (min(xs) * max(xs)) ** 0.5
@@ -375,7 +394,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
     body = re.sub("<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), body)
     body = re.sub("#[0-9a-f]{6}\\b", lambda match: f"var(--{_VARIABLES[match[0]]})" if match[0] in _VARIABLES else
                   match[0], body)  # fmt: skip
-    box = f'viewBox="0 0 {WIDTH:g} {72 * figure.get_figheight():g}"'
+    box = f'viewBox="0 0 {72 * figure.get_figwidth():g} {72 * figure.get_figheight():g}"'
     return f'<svg class="chart" {box} role="img" aria-label="{escape(visible(alt))}">\n{body}'
 
 

@@ -59,8 +59,9 @@ def _draw_one(
     name_axes(panel, f"{metric} by {key}", key, metric)
     if is_numeric(column):
         order = sorted(range(len(column)), key=column.__getitem__)
-        line = "-" if is_curve else ""
-        panel.plot([column[i] for i in order], [values[i] for i in order], line, marker="o", color=COLOURS[0], ms=4)
+        line = "-" if is_curve else "none"
+        across, up = [column[i] for i in order], [values[i] for i in order]
+        panel.plot(across, up, linestyle=line, marker="o", color=COLOURS[0], ms=4)
         _scale(panel, column, "x")
         place = column[best]
     else:

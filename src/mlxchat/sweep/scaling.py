@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mlxchat.planning.scaling import IsoFlop, PowerLaw, ScalingLaws, Training, fit_scaling_laws, table_of
-from mlxchat.report.plots import COLOURS, label_log_axis, make_panels, name_axes, render_png, styled
+from mlxchat.report.document import Block
+from mlxchat.report.plots import COLOURS, Picture, label_log_axis, make_panels, name_axes, render_png, styled
 from mlxchat.store.files import write_whole
 from mlxchat.store.manifest import Manifest
 
@@ -25,7 +27,7 @@ _KINDS = {
     "scalars": "num_scalar_parameters", "total": "num_parameters",
 }  # fmt: skip
 """Names in manifests of each kind of parameters."""
-_RAMP = ("#b5d3ea", "#0b4a7a")  # from the smallest to the largest budget
+_RAMP = ("#a5cdea", "#1a68a8")  # from the smallest to the largest budget, to be seen on white and on dark
 _FEWEST = 3
 """Smallest number of different sizes for which a table is written."""
 
@@ -74,6 +76,20 @@ def write_scaling(trainings: list[Training], folder: Path) -> list[Path]:
     for name, content in files.items():
         write_whole(folder / name, content)
     return [folder / name for name in files]
+
+
+def laws_of_report(trainings: list[Training]) -> list[Block]:
+    """Return the sweep report's section on scaling laws; empty if no parabolas fit."""
+    laws = fit_scaling_laws(trainings) if trainings else None
+    if laws is None:
+        return []
+    picture = Picture(
+        name="laws",
+        title="Scaling laws",
+        alt="; ".join(f"{_budget(one)}: best N {one.best_parameters or 'outside'}" for one in laws.budgets),
+        draw=partial(_draw, laws),
+    )
+    return [describe_laws(laws).replace("# ", "## ", 1), [picture]]
 
 
 def describe_laws(laws: ScalingLaws) -> str:
@@ -160,6 +176,10 @@ def _draw_parabola(panel: Axes, one: IsoFlop, colour: str) -> None:
     )
     if one.best_parameters and one.best_bpb:
         panel.plot([one.best_parameters], [one.best_bpb], "*", color=COLOURS[1], ms=11, zorder=3)
+
+
+def _budget(one: IsoFlop) -> str:
+    return f"{one.flops:.3g} FLOPs".replace("e+", "e")
 
 
 def _ramp(count: int) -> list[str]:

@@ -24,6 +24,7 @@ from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, visible
+from mlxchat.planning.scaling import Training
 from mlxchat.runner.executors import LostJob, submit
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.store import locks
@@ -52,7 +53,7 @@ from mlxchat.sweep.results import (
     settings_of,
     write_results,
 )
-from mlxchat.sweep.scaling import trainings_of, write_scaling
+from mlxchat.sweep.scaling import laws_of_report, trainings_of, write_scaling
 
 _MOST_OPTIONS = 20
 
@@ -463,12 +464,13 @@ class _Run:
         write_results(rows, self.folder.path, metric=metric, less_is_better=direction == "minimize")
         store = self.sweep.jobs[0].store
         made = [store.made(step["key"]) for job in self.state["jobs"].values() for step in job["steps"]]
-        if files := write_scaling(trainings_of(filter(None, made)), self.folder.path):
+        trainings = trainings_of(filter(None, made))
+        if files := write_scaling(trainings, self.folder.path):
             print(f"scaling: {', '.join(map(str, files))}", flush=True)
-        self._report()
+        self._report(trainings)
         self.folder.tidy()
 
-    def _report(self) -> None:
+    def _report(self, trainings: list[Training]) -> None:
         """Write the report of all jobs and print its path."""
         from mlxchat.report.collect import collect_steps
         from mlxchat.report.comparison import comparison
@@ -484,6 +486,8 @@ class _Run:
         ]
         title = f"Sweep {place.name}"
         try:
-            print(f"report: {write_document(place, title, comparison(title, reports, titles))}", flush=True)
+            blocks = comparison(title, reports, titles)
+            blocks[-1:-1] = laws_of_report(trainings)
+            print(f"report: {write_document(place, title, blocks)}", flush=True)
         except StoreError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
