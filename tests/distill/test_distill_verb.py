@@ -69,6 +69,92 @@ def test_task_jsonl_reads_the_output_in_the_order_of_the_questions(ask: Ask, tea
     assert sorted(task[index]["messages"][-1]["content"] for index in range(len(task))) == answers(place)
 
 
+def chat(*contents: Any, first: int = 0) -> list[Any]:
+    """Return messages of alternating roles, the user's first unless `first` is 1."""
+    roles = ("user", "assistant")
+    return [{"role": roles[(place + first) % 2], "content": text} for place, text in enumerate(contents)]
+
+
+def test_conversations_become_training_rows_of_all_their_turns(
+    ask: Ask, teacher: Teacher, place: Path, capsys: Capture
+) -> None:
+    replies = [chat(f"hi {number}", "hello ", "who\x00 are you?\ud800", f"I am m{number}.") for number in range(6)]
+    teacher.script = lambda question, tries: Reply(
+        "<think>hm</think>" + json.dumps({"messages": replies[int(question[-1])]}),
+        seconds=0.05 - 0.01 * int(question[-1]),
+    )
+    assert ask("--conversations", "--system", "Write conversations.", "--temperature", "1") == 0
+    expected = [chat(f"hi {number}", "hello", "who are you?", f"I am m{number}.") for number in range(6)]
+    assert [line["messages"] for line in written(place)] == expected
+    body = teacher.bodies[0]
+    schema = body["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["messages"]["items"]["properties"]["role"]["enum"] == ["user", "assistant"]
+    assert [message["role"] for message in body["messages"]] == ["system", "user"]
+
+    task = Jsonl("train", path=place / "out.jsonl", held_out_frac=0)
+    conversation = next(task[index] for index in range(6) if task[index]["messages"] == expected[3])
+    tokenizer = train_tokenizer(["the cat sat on the mat " * 9], 270)
+    ids, mask = render_conversation(tokenizer, conversation)
+    trained = tokenizer.decode([id_ for id_, is_trained in zip(ids, mask, strict=True) if is_trained])
+    assert trained == "hello<|assistant_end|>I am m3.<|assistant_end|>"
+
+    before = (place / "out.jsonl").read_bytes()
+    assert ask("--conversations", "--system", "Write conversations.", "--temperature", "1") == 0
+    assert len(teacher.bodies) == 6, "no conversation is paid for twice"
+    assert (place / "out.jsonl").read_bytes() == before
+    assert ask("--conversations", "--body", "response_format=null") == 0
+    assert "response_format" not in teacher.bodies[-1]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("Sure! Here it is", "not JSON"), ("[" * 100_000, "nested too deeply"), ("7", "no messages"),
+        ('{"question": "a", "answer": "b"}', "no messages"), ('{"messages": {}}', "no messages"),
+        (json.dumps(chat()), "0 messages"),
+        (json.dumps(chat("a", "b", "c")), "the last message is not from the assistant"),
+        (json.dumps(chat("a", "b", first=1)), 'message 1 is from "assistant", expected "user"'),
+        (json.dumps(chat("a", "b") * 2).replace("assistant", "user", 1), 'message 2 is from "user"'),
+        (json.dumps([{"role": "system", "content": "s"}, *chat("a", "b")]), 'message 1 is from "system"'),
+        (json.dumps(chat("a", " ")), "content of the assistant message is empty"),
+        (json.dumps(chat("\x00", "b")), "content of the user message is empty"),
+        (json.dumps(chat("a", [{"type": "text", "text": "b"}])), "content of an assistant message is not text"),
+        (json.dumps(chat("a", None)), "content of the assistant message is not text"),
+        (json.dumps([{"role": "\x1b[31m", "content": "a"}, *chat("b", first=1)]), 'message 1 is from "[31m"'),
+        (json.dumps([{"role": "user"}]), "a message lacks role or content"),
+    ],
+)  # fmt: skip
+def test_invalid_conversation_is_left_out_with_its_reason(
+    text: str, fault: str, ask: Ask, teacher: Teacher, place: Path, capsys: Capture
+) -> None:
+    teacher.script = lambda question, tries: Reply(
+        text if question == "question 2" else json.dumps(chat(question, "b"))
+    )
+    assert ask("--conversations") == 0
+    assert [line["messages"][0]["content"] for line in written(place)] == [q for q in QUESTIONS if q != "question 2"]
+    printed = capsys.readouterr().out
+    assert "5 conversations of 6 questions (1 invalid)" in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("  invalid")]
+    assert line.startswith("  invalid  ask.txt question 3: ")
+    assert fault in line
+    assert line.isprintable()
+    assert provenance(place)["counts"]["invalid"] == 1
+
+
+def test_conversations_count_their_schema_in_the_cost(ask: Ask, teacher: Teacher, capsys: Capture) -> None:
+    costs = []
+    for options in ([], ["--conversations"]):
+        ask(*options, "--dry-run", "--price", "1,0", questions=["hi"])
+        costs.append(float(capsys.readouterr().out.split("cost at most ")[1]))
+    schema_bytes = 350
+    assert costs[1] - costs[0] >= schema_bytes / 1e6
+    teacher.script = lambda question, tries: Reply("no")
+    with pytest.raises(DataError, match=r"(?s)no usable answer.*: 1 invalid.*not JSON"):
+        ask("--conversations", questions=["hi"])
+    with pytest.raises(ConfigError, match="--only-correct: conversations"):
+        ask("--conversations", "--only-correct")
+
+
 def test_same_command_sends_nothing_and_writes_equal_bytes(ask: Ask, teacher: Teacher, place: Path) -> None:
     ask()
     before = (place / "out.jsonl").read_bytes()

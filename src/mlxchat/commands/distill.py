@@ -30,7 +30,9 @@ examples
   mlxchat distill gsm8k --limit 200 --teacher http://localhost:8000/v1 --only-correct \\
     --system 'Explain briefly. End with #### and the number alone.' --out gsm8k_teacher.jsonl
   {_KEY}=$OPENAI_API_KEY mlxchat distill mine.txt --teacher https://api.openai.com/v1 --model NAME \\
-    --price 0.15,0.60 --max-cost 2 --rpm 500 --out mine_teacher.jsonl"""
+    --price 0.15,0.60 --max-cost 2 --rpm 500 --out mine_teacher.jsonl
+  mlxchat distill prompts.jsonl --conversations --samples 5 --temperature 1 --max-tokens 2000 \\
+    --teacher http://localhost:8000/v1 --out conversations.jsonl"""
 
 
 def distill(parser: Parser) -> None:
@@ -51,6 +53,8 @@ def distill(parser: Parser) -> None:
     add("--samples", type=int, default=1, metavar="N", help="answers to each question (default: 1)")
     add("--body", action="append", default=[], metavar="KEY=JSON",
         help="additional field of each request, such as top_p=0.9 or seed=1; null removes one")  # fmt: skip
+    add("--conversations", action="store_true",
+        help="answers are whole conversations as JSON, which the questions ask for")  # fmt: skip
     add("--only-correct", action="store_true", help="keep only answers that the task accepts or that equal the file's")
     add("--keep-cut", action="store_true", help="also keep answers that --max-tokens cut off")
     add("--concurrency", type=int, default=8, metavar="N", help="parallel requests (default: 8)")
@@ -80,6 +84,8 @@ def _distill(options: Namespace) -> int:
     from mlxchat.hub.cache import cache_folder
 
     problems = [*_url_problems(options.teacher), *find_out_problems(options.out), *_number_problems(options)]
+    if options.conversations and options.only_correct:
+        problems.append("--only-correct: conversations of --conversations have no answer to compare with. Remove one")
     body = _read_body(options, problems)
     prices = _read_prices(options, problems)
     key = os.environ.get(_KEY, "").strip() or None
@@ -103,7 +109,7 @@ def _distill(options: Namespace) -> int:
             max_tokens=max(_bounds(body), default=options.max_tokens),
         ),
         timeout_seconds=options.timeout, prices=prices, only_correct=options.only_correct, keep_cut=options.keep_cut,
-        out=options.out, cache=cache_folder() / "distill", refresh=options.refresh,
+        conversations=options.conversations, out=options.out, cache=cache_folder() / "distill", refresh=options.refresh,
     )  # fmt: skip
     if options.dry_run:
         print(estimate(order))
@@ -147,7 +153,12 @@ def _number_problems(options: Namespace) -> Iterator[str]:
 
 def _read_body(options: Namespace, problems: list[str]) -> dict[str, Any]:
     """Return the fields of each request other than model and messages."""
-    body: dict[str, Any] = {"temperature": options.temperature, "max_tokens": options.max_tokens}
+    from mlxchat.distill.questions import CONVERSATION_FORMAT
+
+    body: dict[str, Any] = {
+        "temperature": options.temperature, "max_tokens": options.max_tokens,
+        "response_format": CONVERSATION_FORMAT if options.conversations else None,
+    }  # fmt: skip
     for pair in options.body:
         name, equals, value = pair.partition("=")
         try:

@@ -18,7 +18,7 @@ from mlxchat.config.wording import format_count, format_seconds
 from mlxchat.distill.answers import Answer, Answers, public_url, request_key
 from mlxchat.distill.collect import Collected, Collector, Limits, Request
 from mlxchat.distill.cost import Prices, Usage, most_tokens
-from mlxchat.distill.questions import Message, Question, clean, one_line
+from mlxchat.distill.questions import Message, Question, clean, one_line, read_answered_conversation
 from mlxchat.distill.teacher import Failed, Teacher
 from mlxchat.errors import ConfigError, DataError, Interrupted, PassingError, StoreError
 from mlxchat.hub.cache import read_json
@@ -60,6 +60,8 @@ class Order:
     only_correct: bool = False
     keep_cut: bool = False
     """Whether answers that max_tokens truncated are kept."""
+    conversations: bool = False
+    """Whether an answer is a whole conversation as JSON (`CONVERSATION_FORMAT`) instead of the next message."""
     out: Path
     cache: Path
     refresh: bool = False
@@ -90,6 +92,7 @@ class Order:
             "questions": self.source,
             "sampling": {"system": self.system, "samples": self.samples, "body": self.body},
             "kept": {"only_correct": self.only_correct, "cut": self.keep_cut},
+            "conversations": self.conversations,
         }
 
 
@@ -103,6 +106,10 @@ class Tally:
     empty: int = 0
     cut: int = 0
     wrong: int = 0
+    invalid: int = 0
+    """Not a conversation, with --conversations."""
+    faults: list[str] = field(default_factory=list)
+    """Of the invalid ones: question and reason."""
     repeated: int = 0
     """Equal to an earlier answer to the same question."""
     judged: int = 0
@@ -114,8 +121,8 @@ class Tally:
     def describe(self) -> str:
         """Return what was left out as text; empty if nothing was."""
         counts = {
-            "wrong": self.wrong, "truncated": self.cut, "empty": self.empty, "duplicate": self.repeated,
-            "not answered": self.missing,
+            "wrong": self.wrong, "invalid": self.invalid, "truncated": self.cut, "empty": self.empty,
+            "duplicate": self.repeated, "not answered": self.missing,
         }  # fmt: skip
         return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
@@ -175,7 +182,8 @@ def distill(order: Order) -> int:
     if missing:
         collected = asyncio.run(_collect(order, answers, missing, known, stopped))
     tally = Tally()
-    lines = [_line_of(conversation) for conversation in _choose(order, requests, answers, tally)]
+    chosen = list(_choose(order, requests, answers, tally))
+    lines = [_line_of(conversation) for conversation in chosen]
     if lines:
         counts = {name: value for name, value in asdict(tally).items() if isinstance(value, int)}
         record = {
@@ -188,7 +196,7 @@ def distill(order: Order) -> int:
             "unanswered_cost_now": collected.unanswered_cost,
         }  # fmt: skip
         _write(order, b"".join(lines), record)
-        _report(order, tally, collected, known, answers)
+        _report(order, tally, collected, known, answers, next_setting(order.out, chosen))
     if collected.fault is not None:
         raise collected.fault
     if stopped:
@@ -196,7 +204,7 @@ def distill(order: Order) -> int:
             f"stopped: {tally.missing:,} answers are missing. Run the same command to get them.", stopped[0]
         )
     if not lines:
-        reasons = [*list(collected.failed.values())[:_MOST_SHOWN], *_describe_costs(order, collected)]
+        reasons = [*[*collected.failed.values(), *tally.faults][:_MOST_SHOWN], *_describe_costs(order, collected)]
         first = f"no usable answer, so {order.out} is not written: {tally.describe() or 'no question was answered'}"
         raise DataError("\n".join([first, *reasons]))
     return 1 if collected.failed else 0
@@ -219,12 +227,12 @@ def find_out_problems(out: Path) -> list[str]:
     return [f"--out: {out} exists and was not written by mlxchat distill, or was changed since. Move it away"]
 
 
-def next_setting(order: Order) -> str:
-    """Return the setting that adds the file to SFT's mixture, quoted for a shell and for Hydra."""
-    path = str(order.out)
+def next_setting(out: Path, conversations: Sequence[dict[str, Any]]) -> str:
+    """Return the setting that adds the file of these conversations to SFT's mixture, quoted for shell and Hydra."""
+    path = str(out)
     if not all(char.isalnum() or char in "._-/" for char in path):
         path = '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    first = [next(str(m["content"]) for m in question.messages if m["role"] == "user") for question in order.questions]
+    first = [next(str(m["content"]) for m in each["messages"] if m["role"] == "user") for each in conversations]
     # The task jsonl holds conversations out by their first user message: of very few, possibly all.
     trained = any(not held_out(f"jsonl/{text}", _HELD_OUT_FRAC) for text in first)
     options = "" if trained else ", options: {held_out_frac: 0}"
@@ -296,18 +304,24 @@ def _choose(
             tally.models |= {answer.model} if answer.model else set()
             content = _content_of(answer)
             text = content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
-            mark = json.dumps(content)
+            messages, fault = [*question.messages, {"role": "assistant", "content": content}], ""
+            if order.conversations:
+                messages, fault = read_answered_conversation(text)
+            mark = json.dumps(messages)
             if not text.strip():
                 tally.empty += 1
             elif answer.finish in _CUT and not order.keep_cut:
                 tally.cut += 1
+            elif fault:
+                tally.invalid += 1
+                tally.faults.append(f"{one_line(question.name)}: {fault}")
             elif mark in seen:
                 tally.repeated += 1
             elif order.only_correct and not _is_right(question, text, tally):
                 tally.wrong += 1
             else:
                 tally.kept += 1
-                yield {"messages": [*question.messages, {"role": "assistant", "content": content}]}
+                yield {"messages": messages}
             seen.add(mark)
 
 
@@ -363,7 +377,7 @@ def _provenance_place(out: Path) -> Path:
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.provenance.json")
 
 
-def _report(order: Order, tally: Tally, collected: Collected, known: int, answers: Answers) -> None:
+def _report(order: Order, tally: Tally, collected: Collected, known: int, answers: Answers, setting: str) -> None:
     """Print a summary and the command that trains on the file."""
     left_out = tally.describe()
     print(f"{order.out}: {tally.kept:,} conversations of {len(order.questions):,} questions"
@@ -386,9 +400,11 @@ def _report(order: Order, tally: Tally, collected: Collected, known: int, answer
         print(f"  failed   {reason}")
     if collected.failed:
         print("  Run the same command to retry them.")
+    for reason in tally.faults[:_MOST_SHOWN]:
+        print(f"  invalid  {reason}")
     for line in _describe_costs(order, collected):
         print(f"  {line}")
-    print(f"Train on it:\n  mlxchat {next_setting(order)}")
+    print(f"Train on it:\n  mlxchat {setting}")
 
 
 def _describe_costs(order: Order, collected: Collected) -> Iterable[str]:

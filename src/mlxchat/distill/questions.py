@@ -14,12 +14,40 @@ from mlxchat.config.schema import TaskItem
 from mlxchat.errors import DataError, visible
 from mlxchat.tasks import load_item
 from mlxchat.tasks.answers import Conversation, answer_text, is_answer
-from mlxchat.tasks.jsonl import read_conversations
+from mlxchat.tasks.jsonl import parse_conversation, read_conversations
 
 # Control characters except tab and newline, and lone surrogates.
 _UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 Message = dict[str, Any]
+
+CONVERSATION_FORMAT = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "conversation",
+        "strict": True,
+        "schema": {
+            "type": "object",
+            "properties": {
+                "messages": {
+                    "type": "array",
+                    "items": {
+                        "type": "object",
+                        "properties": {
+                            "role": {"type": "string", "enum": ["user", "assistant"]},
+                            "content": {"type": "string"},
+                        },
+                        "required": ["role", "content"],
+                        "additionalProperties": False,
+                    },
+                }
+            },
+            "required": ["messages"],
+            "additionalProperties": False,
+        },
+    },
+}
+"""Field response_format of a request for a whole conversation, as in nanochat's dev/gen_synthetic_data.py."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +126,32 @@ def _question(conversation: Conversation, name: str, judge: Callable[[str], bool
 def _distinct(questions: Sequence[Question]) -> list[Question]:
     """Return the questions without duplicates."""
     return list({json.dumps(question.asked()): question for question in reversed(questions)}.values())[::-1]
+
+
+def read_answered_conversation(text: str) -> tuple[list[Message], str]:
+    """Return the messages of a conversation that a teacher wrote as JSON, and "" or the fault if it is not valid.
+
+    User and assistant alternate; the user is first, the assistant last; contents are cleaned text, none is empty.
+    """
+
+    def cleaned(message: dict[str, Any]) -> dict[str, Any]:
+        return {name: clean(value).strip() if isinstance(value, str) else value for name, value in message.items()}
+
+    try:
+        value = json.loads(text, object_hook=cleaned)
+        messages = value.get("messages") if isinstance(value, dict) else value
+        messages = parse_conversation({"messages": messages})["messages"]
+    except json.JSONDecodeError as error:
+        return [], f"not JSON ({error.msg} at character {error.pos})"
+    except RecursionError:
+        return [], "nested too deeply"
+    except ValueError as error:
+        return [], one_line(str(error))
+    if messages[0]["role"] == "system":
+        return [], 'message 1 is from "system", expected "user"'
+    if not all(isinstance(message["content"], str) for message in messages):
+        return [], "content of an assistant message is not text"
+    return messages, ""
 
 
 def clean(text: str) -> str:
