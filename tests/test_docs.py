@@ -116,7 +116,7 @@ def test_commands_in_blocks_are_parsed(page: Path) -> None:
 @pytest.mark.parametrize("page", COMMANDED, ids=[str(page.relative_to(ROOT)) for page in COMMANDED])
 def test_settings_in_blocks_are_composed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_files(tmp_path)
+    write_files(tmp_path, page.read_text(encoding="utf-8"))
     for name in ("mine", "me", "gsm8k_teacher", "pairs", "other"):
         Path(f"{name}.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     for line in lines(page):
