@@ -14,6 +14,7 @@ from mlxchat.errors import DataError
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import Optimizer
+from mlxchat.planning.horizon import count_later_iterations
 from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.preference.batches import PairBatches, PairRows, reference_sums, validate
 from mlxchat.preference.forecast import describe
@@ -89,7 +90,7 @@ def run(ctx: Context) -> None:
 
     training, held_out = open_pairs("data", config.data), open_pairs("validation", config.validation)
     scores = PolicyScores(model, micro_tokens=micro_batch.tokens, dtype=dtype, team=ctx.team)
-    num_iterations = config.num_iterations or max(1, config.num_epochs * len(training) // config.pairs_per_iteration)
+    num_iterations = count_later_iterations(config, len(training), config.pairs_per_iteration)
     ctx.metrics["left_out_pairs"] = training.num_left_out + held_out.num_left_out
     ctx.derive(
         {
@@ -119,6 +120,8 @@ def run(ctx: Context) -> None:
         schedule=config.schedule,
         hooks=[Hook(run=look, every=config.eval_every, also_every=(config.save_every,), at_start=True)],
         micro_tokens=micro_batch.tokens,
+        extends=ctx.inputs.get("extends"),
+        keep_state=config.save_training_state,
         save=save,
         save_every=config.save_every,
     )

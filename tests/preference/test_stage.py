@@ -11,11 +11,13 @@ from kit.artifacts import publish_base
 from kit.commands import CommandLine, run_here
 from kit.models import composed
 from mlxchat.store.fingerprint import hash_file
+from mlxchat.store.manifest import CONTINUATION
+from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 
 SETTINGS = """
-    pipeline=preference stage=preference pipeline.preference.checkpoint=artifact:base machine=cpu machine.blas_threads=1
-    machine.checkpoint_seconds=0 preference.row_tokens=64 preference.pairs_per_iteration=4 preference.num_iterations=6
+    pipeline=preference stage=preference machine=cpu machine.blas_threads=1 machine.checkpoint_seconds=0
+    preference.row_tokens=64 preference.pairs_per_iteration=4 preference.num_iterations=6
     preference.schedule.init_lr_frac=0.2 preference.eval_every=3
 """
 
@@ -32,7 +34,15 @@ def outputs(tmp_path: Path) -> Path:
 
 
 def command(outputs: Path, *more: str) -> list[str]:
-    return [*SETTINGS.split(), f"preference.data.path={outputs.with_name('pairs.jsonl')}", f"outputs={outputs}", *more]
+    (base,) = (each["name"] for each in Store(outputs).manifests() if each["step"] == "base")
+    checkpoint = f"pipeline.preference.checkpoint=artifact:{base}"
+    return [
+        *SETTINGS.split(),
+        checkpoint,
+        f"preference.data.path={outputs.with_name('pairs.jsonl')}",
+        f"outputs={outputs}",
+        *more,
+    ]
 
 
 def made(outputs: Path) -> Path:
@@ -57,6 +67,39 @@ def test_a_killed_training_ends_with_the_same_bytes_and_prefers_what_was_chosen(
     publish_base(straight)
     assert run_here(*settings[:-2], settings[-1], f"outputs={straight}") == 0
     assert hash_file(made(straight) / "adapters.safetensors") == hash_file(resumed / "adapters.safetensors")
+
+
+def test_an_extension_is_bit_identical_to_one_training(outputs: Path) -> None:
+    """48 pairs are trained on, of which there are 38: the second epoch's order is the same too, and the reference."""
+    constant = ("preference.schedule.warmup_frac=0", "preference.schedule.warmdown_frac=0")
+
+    def train(iterations: int, *extend: str) -> dict[str, object]:
+        settings = (f"preference.num_iterations={iterations}", "preference.save_training_state=true", *extend)
+        assert run_here(*command(outputs, *constant, *settings)) == 0
+        place = refs_of(Store(outputs))["preference"]
+        records = map(json.loads, (place / "metrics.jsonl").read_text().splitlines())
+        names = (next(place.glob("*[ls].safetensors")).name, *CONTINUATION)
+        losses = [record["loss"] for record in records if "loss" in record]
+        return {"losses": losses} | {name: (place / name).read_bytes() for name in names}
+
+    straight, short = train(12), train(4)
+    extended = train(12, "preference.extend=preference")
+    for name in straight:
+        assert extended[name] == straight[name] != short[name], name
+
+
+def test_an_extension_needs_the_same_pairs(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here(*command(outputs, "preference.save_training_state=true", "preference.num_iterations=2")) == 0
+    extension = command(outputs, "preference.extend=preference", "preference.num_iterations=8", "preference.beta=0.2")
+    assert run_here("plan", *extension, "preference.temperature=0.5") == 0, "losses may differ, and nothing is sampled"
+    assert run_here("plan", *extension, "preference.num_iterations=2") == 2
+    assert "already has 2 iterations" in capsys.readouterr().err
+    with outputs.with_name("pairs.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "who", "chosen": "the cat", "rejected": "the dog"}) + "\n")
+    assert run_here("plan", *extension, "seed=7", "preference.pairs_per_iteration=5", "preference.row_tokens=65") == 2
+    said = capsys.readouterr().err
+    for line in ("seed is 7, but", "pairs_per_iteration is 5, but", "row_tokens is 65, but", "preference.data.path ("):
+        assert line in said
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ NOT_IDENTITY = {
     "rl.eval_every",
     "rl.save_every",
     "rl.rollouts_kept",
+    "preference.extend",
+    "preference.save_training_state",
     "preference.eval_every",
     "preference.save_every",
     "eval.batch_rows",

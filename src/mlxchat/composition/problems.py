@@ -491,7 +491,7 @@ def find_zeros(config: Config) -> Iterator[str]:
         "pretrain.eval_every",
         "pretrain.keep_every",
         "rl.keep_every",
-        *(f"{stage}.save_every" for stage in ("pretrain", "midtrain", "sft", "rl")),
+        *(f"{stage}.save_every" for stage in ("pretrain", "midtrain", "sft", "rl", "preference")),
         "pretrain.core_every",
         "pretrain.core_max_per_task",
         "pretrain.train_bpb_tokens",

@@ -436,7 +436,7 @@ class RLConfig(ExtendableConfig):
 
 
 @dataclass(kw_only=True)
-class PreferenceConfig:
+class PreferenceConfig(ExtendableConfig):
     """Training on pairs of a chosen and a rejected answer: DPO or ORPO."""
 
     data: TaskItem = MISSING
@@ -475,8 +475,6 @@ class PreferenceConfig:
     """LoRA adapters, trained in place of the model's weights."""
     eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Iterations between validations; null: only before and after the training."""
-    save_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
-    """Iterations between intermediate models, each published as the artifact STEP@ITERATION; null: none."""
 
 
 @dataclass(kw_only=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from mlxchat.config.schema import Config, FinetuneConfig, PretrainConfig, RLConfig, ScalingConfig
+from mlxchat.config.schema import Config, FinetuneConfig, PreferenceConfig, PretrainConfig, RLConfig, ScalingConfig
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 
 
@@ -77,8 +77,10 @@ def whole_rows(tokens: int, row_tokens: int) -> int:
     return max(1, tokens // row_tokens) * row_tokens
 
 
-def count_later_iterations(section: FinetuneConfig | RLConfig, per_epoch: int, per_iteration: int) -> int:
-    """Return the iterations of a later stage: as given, or those of its epochs; `per_…` are rows, or RL's questions."""
+def count_later_iterations(
+    section: FinetuneConfig | RLConfig | PreferenceConfig, per_epoch: int, per_iteration: int
+) -> int:
+    """Return the iterations of a later stage: as given, or those of its epochs; per_… count rows, questions, pairs."""
     return section.num_iterations or max(1, section.num_epochs * per_epoch // per_iteration)
 
 
