@@ -108,7 +108,7 @@ def test_config_dir_adds_options(say: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("verb", ["status", "ls"])
 def test_missing_outputs_folder_is_reported_and_not_created(verb: str, say: Any, tmp_path: Path) -> None:
     text = say(verb, f"outputs={tmp_path}/none")
-    assert re.fullmatch(rf"{tmp_path}/none holds (nothing|no artifacts) yet: run mlxchat first\n", text)
+    assert re.fullmatch(rf"{tmp_path}/none (is empty|holds no artifacts yet): run mlxchat first\n", text)
     assert not (tmp_path / "none").exists()
 
 

@@ -241,8 +241,9 @@ else:
 
 @pytest.mark.parametrize(
     ("way", "point"),
-    [("export", "send.file"), ("export", "send.described:2"), ("import", "fetch.piece:3"),
-     ("import", "fetch.artifact"), ("import", "import.checked"), ("import", "import.renamed")],
+    [("export", "send.file"), ("export", "send.described"), ("export", "send.described:2"),
+     ("import", "fetch.piece"), ("import", "fetch.piece:3"), ("import", "fetch.artifact"),
+     ("import", "import.checked"), ("import", "import.renamed")],
 )  # fmt: skip
 def test_killed_transfer_resumes_and_leaves_no_partial_artifact(
     way: str, point: str, toys: Any, tmp_path: Path

@@ -185,8 +185,8 @@ def test_different_search_with_the_same_name_is_refused(
         (["sweep=tpe", "seed=1,2", "sweep.metric=null"], "sweep.metric has no value"),
         (["sweep=tpe", "seed=glob(*)"], "seed is no group"),
         (["sweep=tpe", "seed=1,2", "sweep.trials=0"], "sweep.trials is 0"),
-        (["sweep=tpe", "seed=1,2", "sweep.name=a/b"], "name of a folder"),
-        (["sweep=tpe", "seed=1,2", "hydra/launcher=joblib"], "one after the other in this process"),
+        (["sweep=tpe", "seed=1,2", "sweep.name=a/b"], "expected a folder name"),
+        (["sweep=tpe", "seed=1,2", "hydra/launcher=joblib"], "sequentially in this process"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
