@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _KEY = "MLXCHAT_TEACHER_API_KEY"
 _ABOUT = f"""QUESTIONS: a .txt file (a question a line), a .jsonl file of question, prompt or messages, a task such as
-gsm8k, or a line of a mixture such as '{{task: mmlu, split: auxiliary_train, stop: 500}}'
+gsm8k, or a line of a mixture such as '{{task: mmlu, split: auxiliary_train, stop: 500}}';
+with --judge, a .jsonl file of conversations: those that differ only in the last message answer the same question
 
 The endpoint's key is read from the environment variable {_KEY}.
 Answers are cached by the content of the request: the same command sends only the missing requests.
@@ -32,7 +33,8 @@ examples
   {_KEY}=$OPENAI_API_KEY mlxchat distill mine.txt --teacher https://api.openai.com/v1 --model NAME \\
     --price 0.15,0.60 --max-cost 2 --rpm 500 --out mine_teacher.jsonl
   mlxchat distill prompts.jsonl --conversations --samples 5 --temperature 1 --max-tokens 2000 \\
-    --teacher http://localhost:8000/v1 --out conversations.jsonl"""
+    --teacher http://localhost:8000/v1 --out conversations.jsonl
+  mlxchat distill answers.jsonl --judge --teacher http://localhost:8000/v1 --out pairs.jsonl"""
 
 
 def distill(parser: Parser) -> None:
@@ -56,6 +58,8 @@ def distill(parser: Parser) -> None:
     add("--conversations", action="store_true",
         help="answers are whole conversations as JSON, which the questions ask for")  # fmt: skip
     add("--only-correct", action="store_true", help="keep only answers that the task accepts or that equal the file's")
+    add("--judge", action="store_true",
+        help="compare the answers to each question of QUESTIONS, for stage=preference")  # fmt: skip
     add("--keep-cut", action="store_true", help="also keep answers that --max-tokens cut off")
     add("--concurrency", type=int, default=8, metavar="N", help="parallel requests (default: 8)")
     add("--rpm", type=float, metavar="N", help="requests per minute, evenly spaced")
@@ -86,6 +90,8 @@ def _distill(options: Namespace) -> int:
     problems = [*_url_problems(options.teacher), *find_out_problems(options.out), *_number_problems(options)]
     if options.conversations and options.only_correct:
         problems.append("--only-correct: conversations of --conversations have no answer to compare with. Remove one")
+    if options.judge:
+        problems += _judge_problems(options)
     body = _read_body(options, problems)
     prices = _read_prices(options, problems)
     key = os.environ.get(_KEY, "").strip() or None
@@ -95,7 +101,7 @@ def _distill(options: Namespace) -> int:
     if problems:
         raise ConfigError("\n".join(problems))
     assert source is not None
-    questions, about = _questions(source, options.limit)
+    questions, about = _questions(source, options.limit, options.judge)
     if options.only_correct and (unknown := [each.name for each in questions if each.judge is None]):
         raise ConfigError(f"--only-correct: {len(unknown)} questions have no answer to compare with ({unknown[0]}, …)")
     base = options.teacher.removesuffix("/").removesuffix("/chat/completions").rstrip("/")
@@ -149,6 +155,16 @@ def _number_problems(options: Namespace) -> Iterator[str]:
         yield f"--temperature is {options.temperature:g}, expected 0 to 2"
     if options.temperature == 0 and options.samples > 1:
         yield f"--samples is {options.samples} and --temperature 0: greedy answers are all equal"
+
+
+def _judge_problems(options: Namespace) -> Iterator[str]:
+    if not options.names[0].endswith(".jsonl"):
+        yield f"--judge: QUESTIONS is {visible(options.names[0])}, expected a .jsonl file of conversations"
+    for name in ("only_correct", "keep_cut", "conversations"):
+        if getattr(options, name):
+            yield f"--judge cannot be combined with --{name.replace('_', '-')}"
+    if options.samples != 1:
+        yield f"--samples is {options.samples}, expected 1 with --judge: each pair is compared once"
 
 
 def _read_body(options: Namespace, problems: list[str]) -> dict[str, Any]:
@@ -231,11 +247,12 @@ def _read_source(options: Namespace, problems: list[str]) -> Path | TaskItem | N
     return item
 
 
-def _questions(source: Path | TaskItem, limit: int | None) -> tuple[list[Question], dict[str, Any]]:
+def _questions(source: Path | TaskItem, limit: int | None, judge: bool) -> tuple[list[Question], dict[str, Any]]:
     """Return the questions and a description of their source."""
-    from mlxchat.distill.questions import questions_of_file, questions_of_task
+    from mlxchat.distill.questions import comparisons_of_file, questions_of_file, questions_of_task
     from mlxchat.store.fingerprint import hash_file, plain_of
 
     if isinstance(source, Path):
-        return questions_of_file(source)[:limit], {"file": source.name, "sha256": hash_file(source)}
+        read = comparisons_of_file if judge else questions_of_file
+        return read(source)[:limit], {"file": source.name, "sha256": hash_file(source), "compared": judge}
     return questions_of_task(source, limit), {"task": plain_of(source)}

@@ -18,7 +18,7 @@ from mlxchat.config.wording import format_count, format_seconds
 from mlxchat.distill.answers import Answer, Answers, public_url, request_key
 from mlxchat.distill.collect import Collected, Collector, Limits, Request
 from mlxchat.distill.cost import Prices, Usage, most_tokens
-from mlxchat.distill.questions import Message, Question, clean, one_line, read_answered_conversation
+from mlxchat.distill.questions import Message, Question, clean, one_line, read_answered_conversation, read_verdict
 from mlxchat.distill.teacher import Failed, Teacher
 from mlxchat.errors import ConfigError, DataError, Interrupted, PassingError, StoreError
 from mlxchat.hub.cache import read_json
@@ -70,6 +70,11 @@ class Order:
     """Of the model's weights, if the endpoint sends one; set by `_open_answers`."""
 
     @property
+    def compares(self) -> bool:
+        """Whether the teacher compares pairs of answers."""
+        return any(question.answers is not None for question in self.questions)
+
+    @property
     def ledger(self) -> Path:
         """The file beside the output that records the costs of its runs with --max-cost."""
         return self.out.with_name(f"{self.out.name.removesuffix('.jsonl')}.costs.log")
@@ -112,6 +117,11 @@ class Tally:
     """Of the invalid ones: question and reason."""
     repeated: int = 0
     """Equal to an earlier answer to the same question."""
+    unclear: int = 0
+    """Neither A, B nor tie, where answers are compared."""
+    tied: int = 0
+    preferred_first: int = 0
+    """Verdicts for the answer shown first."""
     judged: int = 0
     usage: Usage = field(default_factory=Usage)
     """Of all answers, cached ones included."""
@@ -122,7 +132,8 @@ class Tally:
         """Return what was left out as text; empty if nothing was."""
         counts = {
             "wrong": self.wrong, "invalid": self.invalid, "truncated": self.cut, "empty": self.empty,
-            "duplicate": self.repeated, "not answered": self.missing,
+            "duplicate": self.repeated, "ties": self.tied, "without verdict": self.unclear,
+            "not answered": self.missing,
         }  # fmt: skip
         return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
 
@@ -228,15 +239,20 @@ def find_out_problems(out: Path) -> list[str]:
 
 
 def next_setting(out: Path, conversations: Sequence[dict[str, Any]]) -> str:
-    """Return the setting that adds the file of these conversations to SFT's mixture, quoted for shell and Hydra."""
+    """Return the settings that train on the file of these conversations or pairs, quoted for shell and Hydra."""
     path = str(out)
     if not all(char.isalnum() or char in "._-/" for char in path):
         path = '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if "chosen" in conversations[0]:
+        return "stage=preference " + _quote(f"preference.data.path={path}")
     first = [next(str(m["content"]) for m in each["messages"] if m["role"] == "user") for each in conversations]
     # The task jsonl holds conversations out by their first user message: of very few, possibly all.
     trained = any(not held_out(f"jsonl/{text}", _HELD_OUT_FRAC) for text in first)
     options = "" if trained else ", options: {held_out_frac: 0}"
-    setting = f"+sft.mixture.teacher={{task: jsonl, path: {path}{options}}}"
+    return _quote(f"+sft.mixture.teacher={{task: jsonl, path: {path}{options}}}")
+
+
+def _quote(setting: str) -> str:
     return "'" + setting.replace("'", "'\\''") + "'"
 
 
@@ -319,10 +335,29 @@ def _choose(
                 tally.repeated += 1
             elif order.only_correct and not _is_right(question, text, tally):
                 tally.wrong += 1
+            elif question.answers is not None:
+                yield from _pair_of(question, text, tally)
             else:
                 tally.kept += 1
                 yield {"messages": messages}
             seen.add(mark)
+
+
+def _pair_of(question: Question, text: str, tally: Tally) -> Iterator[dict[str, Any]]:
+    """Yield the pair that a judge's reply gives, if it prefers an answer; update `tally`."""
+    verdict = read_verdict(text)
+    tally.unclear += verdict is None
+    tally.tied += verdict == "tie"
+    if verdict in ("a", "b"):
+        assert question.answers is not None
+        tally.kept += 1
+        tally.preferred_first += verdict == "a"
+        chosen, rejected = question.answers if verdict == "a" else reversed(question.answers)
+        yield {
+            "prompt": question.messages,
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
 
 
 def _is_right(question: Question, text: str, tally: Tally) -> bool:
@@ -380,7 +415,8 @@ def _provenance_place(out: Path) -> Path:
 def _report(order: Order, tally: Tally, collected: Collected, known: int, answers: Answers, setting: str) -> None:
     """Print a summary and the command that trains on the file."""
     left_out = tally.describe()
-    print(f"{order.out}: {tally.kept:,} conversations of {len(order.questions):,} questions"
+    what = ("pairs", "comparisons") if order.compares else ("conversations", "questions")
+    print(f"{order.out}: {tally.kept:,} {what[0]} of {len(order.questions):,} {what[1]}"
           + (f" ({left_out})" if left_out else ""))  # fmt: skip
     if tally.judged:
         print(f"  right    {1 - tally.wrong / tally.judged:.1%} of {tally.judged:,} judged answers")
@@ -389,6 +425,8 @@ def _report(order: Order, tally: Tally, collected: Collected, known: int, answer
         if collected.asked
         else ""
     )
+    if order.compares:
+        print(f"  order    the answer shown first is preferred in {tally.preferred_first / tally.kept:.1%} of pairs")
     print(f"  answers  {collected.asked:,} new{rate}, {known:,} cached"
           + (f", {len(collected.failed):,} failed" if collected.failed else ""))  # fmt: skip
     print(f"  tokens   {_format_usage(order.prices, collected.usage)}" + (

@@ -1,12 +1,14 @@
-"""Reads questions for a teacher from a file or a task; reference answers are removed."""
+"""Reads questions for a teacher from a file or a task; reference answers are removed, or compared in pairs."""
 
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,23 @@ from mlxchat.tasks.jsonl import parse_conversation, read_conversations
 
 # Control characters except tab and newline, and lone surrogates.
 _UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+# After the system prompt, so that --system may state the criteria.
+_COMPARISON = """Which of two answers to the last message of this conversation is better?
+
+<conversation>
+{conversation}
+</conversation>
+
+<answer_A>
+{first}
+</answer_A>
+
+<answer_B>
+{second}
+</answer_B>
+
+Reply with one word: A, B or tie."""
+_VERDICT = re.compile(r"[\W_]*(?:answer[\W_]+)?(a|b|tie)[\W_]*", re.IGNORECASE)
 
 Message = dict[str, Any]
 
@@ -60,10 +79,17 @@ class Question:
     """For messages: file and number, or task and number."""
     judge: Callable[[str], bool] | None = None
     """Returns True for a right answer; None: there is no reference answer."""
+    answers: tuple[Any, Any] | None = None
+    """Contents of two answers that the teacher compares, as A and B; None: the teacher answers the question."""
 
     def asked(self) -> list[dict[str, str]]:
         """Return the messages in OpenAI's format: contents made of parts become plain text."""
-        return [{"role": each["role"], "content": clean(answer_text({"messages": [each]}))} for each in self.messages]
+        asked = [{"role": each["role"], "content": _text_of(each["content"])} for each in self.messages]
+        if self.answers is None:
+            return asked
+        conversation = "\n\n".join(f"{each['role']}: {each['content']}" for each in asked)
+        first, second = map(_text_of, self.answers)
+        return [{"role": "user", "content": _COMPARISON.format(conversation=conversation, first=first, second=second)}]
 
 
 def questions_of_task(item: TaskItem, limit: int | None = None) -> list[Question]:
@@ -103,6 +129,44 @@ def questions_of_file(path: Path) -> list[Question]:
         judge = partial(is_answer, conversation) if answered else None
         questions.append(_question(conversation, f"{path.name} question {number}", judge))
     return _distinct(questions)
+
+
+def comparisons_of_file(path: Path) -> list[Question]:
+    """Return comparisons of the different answers that the conversations of a .jsonl file give to the same question.
+
+    The answers to a question are put in a random order, and each is compared with the next: n answers give n - 1
+    comparisons. A hash of the texts determines the order, so it does not depend on other lines.
+
+    Raises:
+        DataError: the file cannot be read, has invalid lines, or has no question with two different answers.
+    """
+    groups: dict[str, tuple[Question, dict[str, Any]]] = {}
+    for number, conversation in enumerate(read_conversations(path), start=1):
+        question = _question(conversation, f"{path.name} conversation {number}", None)
+        content = conversation["messages"][-1]["content"]
+        key = json.dumps(question.asked())
+        groups.setdefault(key, (question, {}))[1].setdefault(_text_of(content).strip(), content)
+    comparisons = []
+    for key, (question, answers) in groups.items():
+        texts = sorted(answers)
+        random.Random(json.dumps([key, texts])).shuffle(texts)
+        comparisons += [replace(question, answers=pair) for pair in pairwise(answers[text] for text in texts)]
+    if not comparisons:
+        raise DataError(
+            f"{path} has no question with two different answers. Expected conversations that differ in the last "
+            "message alone, as mlxchat distill --samples 4 --temperature 1 writes them."
+        )
+    return comparisons
+
+
+def read_verdict(text: str) -> str | None:
+    """Return a judge's verdict: a, b or tie; None if the reply is something else."""
+    found = _VERDICT.fullmatch(text)
+    return found[1].lower() if found else None
+
+
+def _text_of(content: Any) -> str:
+    return clean(answer_text({"messages": [{"role": "assistant", "content": content}]}))
 
 
 def _question(conversation: Conversation, name: str, judge: Callable[[str], bool] | None) -> Question:

@@ -1,0 +1,147 @@
+"""`mlxchat distill --judge`: pairs from the verdicts of a scripted teacher."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kit.servers import Reply, Teacher
+from mlxchat.cli import dispatch
+from mlxchat.errors import ConfigError, DataError
+from mlxchat.tasks.pairs import Pairs
+
+Judge = Callable[..., int]
+Capture = pytest.CaptureFixture[str]
+NUM_QUESTIONS, NUM_ANSWERS = 40, 3
+LINES = [
+    {"question": f"question {number}", "answer": "x" * length}
+    for number in range(NUM_QUESTIONS)
+    for length in (1, 2, 2, 3)
+]
+
+
+@pytest.fixture
+def judge(teacher: Teacher, place: Path) -> Judge:
+    """Run `mlxchat distill --judge` on answers of one, two, two and three letters to each of 40 questions."""
+    teacher.script = prefer_longer
+
+    def run(*options: str, lines: list[Any] | None = None) -> int:
+        text = "".join(json.dumps(line) + "\n" for line in (LINES if lines is None else lines))
+        (place / "answers.jsonl").write_text(text)
+        always = ["answers.jsonl", "--judge", "--teacher", teacher.url, "--model", "m", "--out", "out.jsonl"]
+        return dispatch(["distill", *always, *options])
+
+    return run
+
+
+def shown(prompt: str) -> tuple[str, str]:
+    """Return the two answers in a judge's prompt."""
+    first, second = re.findall(r"<answer_[AB]>\n(.*?)\n</answer_[AB]>", prompt, re.DOTALL)
+    return first, second
+
+
+def prefer_longer(prompt: str, tries: int) -> Reply:
+    first, second = shown(prompt)
+    return Reply("A" if len(first) > len(second) else "B")
+
+
+def written(place: Path) -> list[Any]:
+    return [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
+
+
+def test_task_pairs_reads_the_preferred_answers_as_chosen(judge: Judge, teacher: Teacher, place: Path) -> None:
+    assert judge() == 0
+    assert len(teacher.bodies) == NUM_QUESTIONS * (NUM_ANSWERS - 1), "equal answers count once"
+    task = Pairs("train", path=place / "out.jsonl", held_out_frac=0)
+    pairs = [task[index] for index in range(len(task))]
+    assert len(pairs) == len(teacher.bodies)
+    assert all(len(pair["messages"][-1]["content"]) > len(pair["rejected"]) for pair in pairs)
+    assert {pair["messages"][0]["content"] for pair in pairs} == {line["question"] for line in LINES}
+
+
+def test_both_orders_are_shown_equally_often(judge: Judge, teacher: Teacher, place: Path, capsys: Capture) -> None:
+    """80 fair draws: 3.5 standard deviations are 16; the draws are fixed, so this does not fail by chance."""
+    judge()
+    longer_first = sum(len(first) > len(second) for first, second in map(shown, teacher.asked()))
+    assert abs(longer_first - 40) < 16
+    assert f"preferred in {longer_first / 80:.1%} of pairs" in capsys.readouterr().out
+
+
+def test_verdicts_are_cached_and_independent_of_other_lines(judge: Judge, teacher: Teacher, place: Path) -> None:
+    judge()
+    before = (place / "out.jsonl").read_bytes()
+    assert judge() == 0
+    assert (place / "out.jsonl").read_bytes() == before
+    assert judge(lines=LINES[::-1][: len(LINES) // 2]) == 0
+    assert len(teacher.bodies) == 80
+    assert len(written(place)) == 40
+
+
+@pytest.mark.parametrize("reply", ["B", " b.\n", "**B**", "Answer: B", "[[B]]", "answer_B", "<think>A?</think>B"])
+def test_verdicts_are_read_from_usual_replies(reply: str, judge: Judge, teacher: Teacher, place: Path) -> None:
+    teacher.script = lambda prompt, tries: Reply(reply)
+    assert judge(lines=LINES[:2]) == 0
+    (pair,) = written(place)
+    assert pair["chosen"][0]["content"] == shown(teacher.asked()[0])[1]
+
+
+def test_ties_and_other_replies_give_no_pair(judge: Judge, teacher: Teacher, place: Path, capsys: Capture) -> None:
+    replies = iter(["tie", "Both A and B are fine", "", "A"])
+    teacher.script = lambda prompt, tries: Reply(next(replies))
+    assert judge("--limit", "4", "--concurrency", "1") == 0
+    assert len(written(place)) == 1
+    assert "1 pairs of 4 comparisons (1 empty, 1 ties, 1 without verdict)" in capsys.readouterr().out
+    counts = json.loads((place / "out.provenance.json").read_text())["counts"]
+    assert (counts["tied"], counts["unclear"], counts["kept"], counts["preferred_first"]) == (1, 1, 1, 1)
+
+
+def test_judge_sees_the_conversation_and_the_criteria(judge: Judge, teacher: Teacher, place: Path) -> None:
+    turns = [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(["user", "assistant", "user"])]
+    lines = [{"messages": [*turns, {"role": "assistant", "content": answer}]} for answer in ("one", "three")]
+    judge("--system", "Be strict", lines=lines)
+    system, prompt = teacher.bodies[0]["messages"]
+    assert system == {"role": "system", "content": "Be strict"}
+    assert "user: user 0\n\nassistant: assistant 1\n\nuser: user 2\n" in prompt["content"]
+    assert sorted(shown(prompt["content"])) == ["one", "three"]
+    assert written(place)[0]["prompt"] == turns
+
+
+def test_cost_limit_resumes_without_paying_twice(judge: Judge, teacher: Teacher, place: Path) -> None:
+    limits = ["--price", "0,1000", "--max-tokens", "16", "--concurrency", "1", "--max-cost"]  # a reply costs 0.005
+    judge(*limits, "0.1")
+    paid = len(teacher.bodies)
+    assert 0 < paid <= 20
+    assert len(written(place)) == paid
+    assert judge(*limits, "1") == 0
+    assert (len(teacher.bodies), len(written(place))) == (80, 80)
+    assert len(set(teacher.asked())) == 80
+
+
+def test_candidates_sampled_by_distill_are_judged(judge: Judge, teacher: Teacher, place: Path, capsys: Capture) -> None:
+    teacher.script = lambda prompt, tries: Reply("y" * tries)
+    (place / "ask.txt").write_text("why\n")
+    always = ["--teacher", teacher.url, "--model", "m"]
+    assert dispatch(["distill", "ask.txt", *always, "--samples", "3", "--out", "sampled.jsonl"]) == 0
+    teacher.script = prefer_longer
+    assert dispatch(["distill", "sampled.jsonl", "--judge", *always, "--out", "out.jsonl"]) == 0
+    assert len(written(place)) == 2
+    assert "mlxchat stage=preference 'preference.data.path=out.jsonl'" in capsys.readouterr().out
+
+
+def test_judge_refuses_unfit_options_and_files(judge: Judge, teacher: Teacher, place: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        judge("--samples", "2", "--only-correct", "--keep-cut")
+    assert [line.split(",")[0] for line in str(caught.value).splitlines()] == [
+        "--judge cannot be combined with --only-correct", "--judge cannot be combined with --keep-cut",
+        "--samples is 2",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"QUESTIONS is gsm8k, expected a \.jsonl"):
+        dispatch(["distill", "gsm8k", "--judge", "--teacher", teacher.url, "--out", "out.jsonl"])
+    with pytest.raises(DataError, match="no question with two different answers"):
+        judge(lines=LINES[1:3])
+    assert teacher.bodies == []
