@@ -64,7 +64,7 @@ def test_stacked_adapters_are_exported(tmp_path: Path) -> None:
     export(below, "mlx", tmp_path / "base")
     export(above, "mlx-adapter", tmp_path / "above")
     card = (tmp_path / "above" / "README.md").read_text()
-    assert "holds adapters itself" in card
+    assert "also has adapters" in card
     assert f"mlxchat export {below.name} --to mlx BASE" in card.replace("\\", "")
     theirs, _ = mlx_lm.load(str(tmp_path / "base"), adapter_path=str(tmp_path / "above"))
     np.testing.assert_allclose(logits(theirs), logits(load_checkpoint(above)[0]), atol=1e-3)
