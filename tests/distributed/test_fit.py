@@ -56,7 +56,7 @@ def train(
             ctx, model, optimizer, batches, num_iterations=iterations, schedule=rates, dropout=0.1, micro_tokens=32,
             hooks=[Hook(run=look, every=2)], keep_state=keeps,
             extends=None if extends is None else Path(folder, extends, "out"),
-            best=Best(every=2, eval_tokens=8) if keeps else None,
+            best=Best(every=2, basis=8) if keeps else None,
         )  # fmt: skip
     if keeps:
         weights = {name: np.array(value) for name, value in flatten_parameters(model).items()}
