@@ -145,7 +145,7 @@ def test_a_disk_that_is_full_while_a_training_saves_is_told_and_it_is_continued(
     code, text = complete(mlxchat, settings, outputs, "pretrain", **full)
     assert code == 1
     assert "error: step pretrain failed: OSError: [Errno 28] No space left on device" in text
-    assert "run the same command again: it continues from what was saved last" in text
+    assert "run the same command again: it continues from the last saved state" in text
     code, text = complete(mlxchat, settings, outputs, "pretrain")
     assert code == 0, text
     manifest = read_manifest(refs_of(Store(outputs))["pretrain"])
