@@ -180,13 +180,7 @@ def test_notes_of_a_killed_step_that_are_cut_or_altered_change_nothing_of_the_re
         code, text = copy.run()
         assert code == 0, text
         copy.check_clean()
-        # The attempts name the run that published an intermediate model. It keeps its name in that run.
-        saved = {"train@2"} if name == "attempts.jsonl" else set()
-        found, expected = copy.trees(), made.trees()
-        assert {step: found[step] for step in found.keys() - saved} == {
-            step: expected[step] for step in expected.keys() - saved
-        }
-        assert list((copy.outputs / "refs").glob("*/train@2"))
+        assert copy.trees() == made.trees()
 
 
 SIZES = [0, 40, 200, 400, 1000, 1400, 2000]

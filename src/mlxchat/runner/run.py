@@ -31,8 +31,8 @@ from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment, peak_array_bytes, peak_memory_bytes, reset_peak_memory
 from mlxchat.store.files import Record, Records, now
 from mlxchat.store.fingerprint import plain_of
-from mlxchat.store.manifest import MEASURED, SCHEMA, Manifest, find_damage
-from mlxchat.store.naming import link_saved
+from mlxchat.store.manifest import MEASURED, SCHEMA, Manifest, find_damage, read_manifest
+from mlxchat.store.naming import links, runs
 from mlxchat.store.shared import SharedArtifacts
 from mlxchat.store.store import SAVED, Store
 
@@ -306,7 +306,7 @@ class _Making:
         crash_point("step.prepared")
         limit = TimeLimit(run.policy.timeouts.get(step.name))
         ctx = self._context(out, lambda: run.stop_signal or (signal.SIGTERM if limit.passed else None))
-        link_saved(self.store, run.name, step.name, attempt_log.read(self.work))
+        self._name_intermediate()
         attempt = attempt_log.start(self.work, run.name, step.name)
         run.event("step_started", step=step.name, key=step.key, reason=step.reason)
         crash_point("step.started")
@@ -364,6 +364,22 @@ class _Making:
             ),
         )  # fmt: skip
         return ctx
+
+    def _name_intermediate(self) -> None:
+        """Add refs to this run for the intermediate models of the training that it continues.
+
+        They are found by their keys in the refs of all runs: attempts.jsonl, which names the runs, may be damaged.
+        """
+        if not (self.work / "ckpt").exists():
+            return
+        contents = {role: made["tree"] for role, made in self.lineage.items()}
+        for run in runs(self.store):
+            for name, place in links(self.store, run).items():
+                step, _, iteration = name.rpartition(SAVED)
+                if step != self.step.name or not iteration.isdecimal():
+                    continue
+                if read_manifest(place)["key"] == self.step.key_with(contents, int(iteration)):
+                    self.store.set_ref(self.run.name, name, place)
 
     def _publish_intermediate(
         self, ctx: Context, iteration: int, write: Callable[[Path], None], derived: Mapping[str, Any]
