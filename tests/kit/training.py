@@ -1,9 +1,9 @@
-"""What a small training needs: an optimizer, batches that follow from their number, a schedule, a stage's context."""
+"""What a small training needs: an optimizer, numbered batches, a schedule, a stage's context; and the training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +11,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from kit.models import VOCABULARY, composed
+from kit.models import VOCABULARY, composed, make_model, make_tokenizer
 from mlxchat.config.schema import Config, OptimizerConfig, RLConfig, ScheduleConfig
-from mlxchat.model.gpt import GPT
+from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.planning.memory import Training, memory_of
 from mlxchat.runner.context import Context
 from mlxchat.runner.stage import Stages
 from mlxchat.training.batches import Batch, mean_batch
+from mlxchat.training.loop import Hook, fit
 
 Rows = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 
@@ -117,6 +119,53 @@ def make_context(
         step="toy", stage="toy", config=settings, inputs={}, input_steps={}, out=out, work=work, root_seed=0,
         stop_signal=stop_signal, on_metrics=lambda step, record: None, team=team,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that has ended."""
+
+    ctx: Context
+    bits: dict[str, bytes]
+    """Weights and moments."""
+
+    def curve(self, name: str) -> dict[int, Any]:
+        """Return a number of metrics.jsonl by iteration."""
+        records = self.ctx.records("metrics").read()
+        return {record["iteration"]: record[name] for record in records if name in record}
+
+
+def bits(model: GPT, optimizer: Optimizer | None = None) -> dict[str, bytes]:
+    """Return the bytes of all weights and, with an optimizer, of its moments."""
+    arrays = flatten_parameters(model) | ({} if optimizer is None else optimizer.state)
+    return {name: np.array(value).tobytes() for name, value in arrays.items()}
+
+
+def train(
+    folder: Path, num_iterations: int = 6, *, hooks: Sequence[Hook] | Callable[[Context, GPT], list[Hook]] = (),
+    stop_after: int | None = None, model: GPT | None = None, optimizer: Optimizer | None = None, batches: Any = None,
+    context: dict[str, Any] | None = None, **options: Any,
+) -> Trained:  # fmt: skip
+    """Train a small model, from where an earlier attempt in this folder stopped.
+
+    A signal arrives during iteration `stop_after`. `context` is for make_context, `options` for fit. With keep_state
+    the context's `out` gets what a stage publishes.
+    """
+    model, batches = model or make_model(), batches or NumberedBatches()
+    optimizer = optimizer or make_optimizer(model)
+    ctx = make_context(
+        folder,
+        **{"stop_signal": lambda: 15 if stop_after and batches.number >= stop_after else None, **(context or {})},
+    )
+    defaults = {"schedule": schedule(), "micro_tokens": 64}
+    fit(
+        ctx, model, optimizer, batches, num_iterations=num_iterations,
+        hooks=hooks(ctx, model) if callable(hooks) else list(hooks), **defaults | options,
+    )  # fmt: skip
+    if options.get("keep_state"):
+        save_checkpoint(ctx.out, model, make_tokenizer(), {})
+        (ctx.out / "metrics.jsonl").write_bytes(ctx.records("metrics").path.read_bytes())
+    return Trained(ctx, bits(model, optimizer))
 
 
 def rl_config(**changes: Any) -> RLConfig:

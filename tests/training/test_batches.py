@@ -1,4 +1,4 @@
-"""Batches of rows, and the position of the last whole one."""
+"""Batches of rows, and the position after the last whole one."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from kit.text import write_sequences
 from mlxchat.data.packing import ConversationRows, RowStream, ShuffledConversations
-from mlxchat.data.tokens import Tokens, read_tokens
+from mlxchat.data.tokens import read_tokens
 from mlxchat.training.batches import Batch, RowBatches
 
 
 class Numbers(RowStream):
-    """Rows that hold their own number; each takes `seconds`, and row `fails_at` raises."""
+    """Rows filled with their own number; each takes `seconds`, and row `fails_at` raises."""
 
     def __init__(self, *, seconds: float = 0.0, fails_at: int | None = None) -> None:
         super().__init__(None, row_tokens=4)
@@ -53,33 +53,22 @@ def firsts(batch: Batch) -> list[int]:
     return batch.ids[:, 0].tolist()
 
 
-def test_batches_hold_the_streams_rows_in_order() -> None:
-    with RowBatches(Numbers(), 2) as batches:
-        assert [firsts(batches.next_batch(i)) for i in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-
-
-def test_state_counts_and_documents_are_those_of_the_last_batch() -> None:
-    with RowBatches(Numbers(), 2) as batches:
+def test_position_counts_and_documents_are_those_of_the_last_batch() -> None:
+    with RowBatches(Numbers(seconds=0.002), 2) as batches:
         assert (batches.state(), batches.counts(), batches.documents()) == ({"number": 0}, {"rows": 0}, [])
         for iteration in range(3):
-            batches.next_batch(iteration)
-            assert batches.state() == {"number": 2 * iteration + 2}
-            assert batches.counts() == {"rows": 2 * iteration + 2}
-            assert batches.documents() == [f"row {2 * iteration}", f"row {2 * iteration + 1}"]
+            first = 2 * iteration
+            assert firsts(batches.next_batch(iteration)) == [first, first + 1]
+            assert (batches.state(), batches.counts()) == ({"number": first + 2}, {"rows": first + 2})
+            assert batches.documents() == [f"row {first}", f"row {first + 1}"]
+        assert batches.waited_seconds >= 0.012
+        batches.restore({"number": 2})
+        assert (batches.state(), batches.documents()) == ({"number": 2}, [])
+        assert firsts(batches.next_batch(1)) == [2, 3]
 
 
-def test_a_restored_position_gives_the_same_batches() -> None:
-    with RowBatches(Numbers(), 2) as batches:
-        batches.next_batch(0)
-        position = batches.state()
-        later = [firsts(batches.next_batch(i)) for i in range(1, 4)]
-        batches.restore(position)
-        assert (batches.state(), batches.documents()) == (position, [])
-        assert [firsts(batches.next_batch(i)) for i in range(1, 4)] == later
-
-
-def test_a_failure_within_a_batch_leaves_the_position_before_it() -> None:
-    """Guards against a stop while text is encoded whose saved position leaves out the rows drawn before it."""
+def test_failure_within_a_batch_leaves_the_position_before_it() -> None:
+    """Bug: the position saved at a stop during encoding left out the rows drawn before it."""
     with RowBatches(Numbers(fails_at=5), 2) as batches:
         assert [firsts(batches.next_batch(i)) for i in range(2)] == [[0, 1], [2, 3]]
         with pytest.raises(RuntimeError, match="row 5 cannot be read"):
@@ -87,46 +76,27 @@ def test_a_failure_within_a_batch_leaves_the_position_before_it() -> None:
         assert (batches.state(), batches.documents()) == ({"number": 4}, ["row 2", "row 3"])
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt])
-def test_the_stream_is_closed_however_training_ends(error: type[BaseException] | None) -> None:
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_stream_is_closed_however_training_ends(error: type[BaseException] | None) -> None:
     rows = Numbers()
-    with suppress(RuntimeError, KeyboardInterrupt), RowBatches(rows, 2) as batches:
-        batches.next_batch(0)
+    with suppress(KeyboardInterrupt), RowBatches(rows, 2):
         if error is not None:
             raise error
     assert rows.closed == 1
 
 
-def test_the_time_of_waiting_is_counted() -> None:
-    with RowBatches(Numbers(seconds=0.01), 2) as batches:
-        for iteration in range(3):
-            batches.next_batch(iteration)
-    assert batches.waited_seconds >= 0.06
-
-
-def conversations(count: int) -> Tokens:
-    sizes = random.Random(count)
-    rows = [[0, *[number] * sizes.randint(1, 8)] for number in range(count)]
-    return read_tokens(write_sequences((ids, [place > 1 for place in range(len(ids))]) for ids in rows))
-
-
-@settings(max_examples=40)
-@given(
-    stops=st.lists(st.integers(0, 7), min_size=1, max_size=5),
-    num_rows=st.integers(1, 4),
-    seed=st.integers(0, 3),
-)
-def test_an_interrupted_stream_of_batches_goes_on_with_the_same_bits(
-    stops: list[int], num_rows: int, seed: int
-) -> None:
-    """Stopped after so many batches each time, in a new process as it were."""
-    tokens = conversations(40)
+@settings(max_examples=20)
+@given(stops=st.lists(st.integers(0, 7), min_size=1, max_size=5), num_rows=st.integers(1, 4), seed=st.integers(0, 3))
+def test_interrupted_batches_continue_with_the_same_bits(stops: list[int], num_rows: int, seed: int) -> None:
+    sizes = random.Random(0)
+    rows = [[0, *[number] * sizes.randint(1, 8)] for number in range(40)]
+    tokens = read_tokens(write_sequences((ids, [place > 1 for place in range(len(ids))]) for ids in rows))
 
     def start() -> RowBatches:
-        rows = ConversationRows(
+        stream = ConversationRows(
             ShuffledConversations(tokens, seed), padding=0, row_tokens=16, buffer_conversations=7, train_on="assistant"
         )
-        return RowBatches(rows, num_rows)
+        return RowBatches(stream, num_rows)
 
     with start() as straight:
         expected = [straight.next_batch(i) for i in range(sum(stops))]

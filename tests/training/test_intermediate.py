@@ -7,102 +7,91 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from kit.models import make_model
-from kit.training import NumberedBatches, make_optimizer, schedule
-from mlxchat.data.tokenizer import Tokenizer
+from kit import training
+from kit.models import computing_on_cpu, make_model, make_tokenizer
+from kit.training import bits
 from mlxchat.errors import Interrupted
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT
 from mlxchat.runner.context import Context
 from mlxchat.training.best import Best
-from mlxchat.training.loop import Hook, derived_after, fit
+from mlxchat.training.loop import Hook, derived_after
 
 Weights = dict[str, bytes]
-Train = Callable[..., tuple[Weights, dict[int, Path]]]
 
 
-def bits(model: GPT) -> Weights:
-    return {name: np.array(value).tobytes() for name, value in flatten_parameters(model).items()}
+def train(
+    folder: Path, *, every: int | None = 3, best: bool = False, stop_in_hook: int = 99, **options: Any
+) -> tuple[Weights, dict[int, Path]]:
+    """Train ten iterations, or up to a stop; return the last weights and the intermediate models."""
+    model, published = make_model(), dict[int, Path]()
 
+    def publish(iteration: int, write: Callable[[Path], None], derived: Mapping[str, Any]) -> str:
+        published[iteration] = folder / f"model@{iteration}"
+        published[iteration].mkdir(exist_ok=True)
+        write(published[iteration])
+        return "model"
 
-@pytest.fixture
-def train(make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path) -> Train:
-    def run(
-        name: str, *, every: int | None = 3, stop_after: int = 99, extends: Path | None = None, best: bool = False,
-        stop_in_hook: int = 99,
-    ) -> tuple[Weights, dict[int, Path]]:  # fmt: skip
-        """Train ten iterations, or up to a stop; return the last weights and the intermediate models."""
-        model, batches, published = make_model(), NumberedBatches(), dict[int, Path]()
-        ctx = make_context(name, lambda: 15 if batches.number >= stop_after else None)
+    def validate(iteration: int) -> dict[str, float]:
+        if iteration == stop_in_hook:
+            raise Interrupted("stopped while validating", 15)
+        return {"val_bpb": float(iteration)}
 
-        def publish(iteration: int, write: Callable[[Path], None], derived: Mapping[str, Any]) -> str:
-            published[iteration] = tmp_path / f"{name}@{iteration}"
-            published[iteration].mkdir(exist_ok=True)
-            write(published[iteration])
-            return name
-
-        def validate(iteration: int) -> dict[str, float]:
-            if iteration == stop_in_hook:
-                raise Interrupted("stopped while validating", 15)
-            return {"val_bpb": float(iteration)}
-
+    def hooks(ctx: Context, model: GPT) -> list[Hook]:
         ctx.publisher = publish
-        fit(
-            ctx, model, make_optimizer(model), batches, num_iterations=10, schedule=schedule(), keep_state=True,
-            hooks=[Hook(run=validate, every=1)], save_every=every, extends=extends, micro_tokens=64,
-            best=Best(every=1, basis=1) if best else None,
-            save=lambda folder: save_checkpoint(folder, model, tokenizer, {}),
-        )  # fmt: skip
-        return bits(model), published
+        return [Hook(run=validate, every=1)]
 
-    return run
-
-
-def test_models_are_published_at_their_cadence_but_not_at_the_end(train: Train) -> None:
-    assert list(train("run")[1]) == [3, 6, 9]
-    assert list(train("another", every=5)[1]) == [5]
-    assert train("none", every=None)[1] == {}
+    training.train(
+        folder, 10, model=model, hooks=hooks, keep_state=True, save_every=every,
+        best=Best(every=1, basis=1) if best else None,
+        save=lambda folder: save_checkpoint(folder, model, make_tokenizer(), {}), **options,
+    )  # fmt: skip
+    return bits(model), published
 
 
-def test_an_intermediate_model_has_the_present_weights_and_the_end_the_best_ones(train: Train) -> None:
-    """Validation only rises: the first weights are the best."""
-    end, published = train("best", best=True)
-    first = train("first", every=1)[1]
-    assert bits(load_checkpoint(published[6])[0]) == bits(load_checkpoint(first[6])[0])
-    assert end == bits(load_checkpoint(first[1])[0])
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, dict[int, Path]]:
+    with computing_on_cpu():
+        return train(tmp_path_factory.mktemp("straight"))
 
 
-@pytest.mark.parametrize("best", [False, True])
-def test_an_extension_of_an_intermediate_model_ends_as_the_training_did(train: Train, best: bool) -> None:
-    straight, published = train("straight", best=best)
+def test_models_are_published_at_their_cadence_but_not_at_the_end(straight: Any, tmp_path: Path) -> None:
+    assert list(straight[1]) == [3, 6, 9]
+    assert list(train(tmp_path, every=5)[1]) == [5]
+
+
+def test_extended_intermediate_model_ends_as_the_training_did(straight: Any, tmp_path: Path) -> None:
+    end, published = straight
     (published[6] / "metrics.jsonl").write_text(json.dumps({"iteration": 6}) + "\n")
-    extended, further = train("extended", extends=published[6])
+    extended, further = train(tmp_path, extends=published[6])
     assert list(further) == [9]
-    assert extended == train("last", every=None)[0]
-    assert (extended == straight) is not best
+    assert extended == end
 
 
-@pytest.mark.parametrize("stop", [{"stop_after": 6}, {"stop_in_hook": 6}, {"stop_after": 7}])
-def test_a_stop_at_the_iteration_of_a_model_leaves_none_out(train: Train, stop: dict[str, int]) -> None:
-    straight, whole = train("straight")
+def test_intermediate_models_have_the_present_weights_and_the_end_the_best(straight: Any, tmp_path: Path) -> None:
+    """Validation only rises: the first weights are the best."""
+    end, published = train(tmp_path, best=True, every=1)
+    model = {iteration: bits(load_checkpoint(published[iteration])[0]) for iteration in (1, 6)}
+    assert model[6] == bits(load_checkpoint(straight[1][6])[0])
+    assert end == model[1]
+    (published[6] / "metrics.jsonl").write_text(json.dumps({"iteration": 6}) + "\n")
+    assert train(tmp_path / "extended", extends=published[6])[0] == straight[0]
+
+
+@pytest.mark.parametrize("stop", [{"stop_after": 6}, {"stop_in_hook": 6}, {"stop_after": 7}], ids=str)
+def test_stop_at_the_iteration_of_a_model_omits_none(straight: Any, tmp_path: Path, stop: dict[str, int]) -> None:
     with pytest.raises(Interrupted):
-        train("stopped", **stop)
-    end, after = train("stopped")
-    assert end == straight
-    assert set(after) <= set(whole)
-    names = {path.name.removeprefix("stopped@") for path in whole[3].parent.glob("stopped@*")}
-    assert names == {"3", "6", "9"}
+        train(tmp_path, **stop)
+    end, after = train(tmp_path)
+    assert end == straight[0]
+    assert set(after) <= {3, 6, 9}
+    assert {path.name for path in tmp_path.glob("model@*")} == {"model@3", "model@6", "model@9"}
 
 
 def test_counts_of_a_training_follow_its_iterations() -> None:
     whole = {"num_iterations": 40, "total_tokens": 81_920, "total_flops": 4e12, "width": 64}
-    assert derived_after(10, 40, whole) == {
-        "num_iterations": 10,
-        "total_tokens": 20_480,
-        "total_flops": 1e12,
-        "width": 64,
-    }
+    quarter = {"num_iterations": 10, "total_tokens": 20_480, "total_flops": 1e12, "width": 64}
+    assert derived_after(10, 40, whole) == quarter
     assert derived_after(6, 12, {"num_iterations": 3, "num_updates": 12}) == {"num_iterations": 1, "num_updates": 6}

@@ -1,4 +1,4 @@
-"""Learning from a teacher's distributions: who may teach, what is learnt, and that it ends the same however it went."""
+"""Learning from a teacher's distributions: which teachers fit, what is learnt, and that it resumes."""
 
 from __future__ import annotations
 
@@ -13,29 +13,27 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.artifacts import publish_base
 from kit.models import composed, make_model
-from kit.training import NumberedBatches, make_optimizer, schedule
+from kit.training import Trained, make_optimizer, schedule
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TeacherConfig
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError, DataError, Interrupted
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT
 from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.given import check_given
 from mlxchat.planning.memory import Training, check_memory
 from mlxchat.runner.plan import Pipeline, make_plan
-from mlxchat.store.files import Records
-from mlxchat.store.fingerprint import identity_of
-from mlxchat.store.manifest import write_manifest
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.forecast_finetune import measure_teacher
-from mlxchat.training.loop import fit
 from mlxchat.training.step import TrainStep
-from mlxchat.training.teacher import compare_vocabularies, load_teacher, spell_tokens
+from mlxchat.training.teacher import Distillation, compare_vocabularies, load_teacher, spell_tokens
 
+RATES = Rates(1.0, 0.0, 0.9)
 TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0, top_k=None)
 
 
@@ -56,7 +54,7 @@ def folder(tokenizer: Tokenizer, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def exported(folder: Path, tmp_path: Path) -> Path:
-    """The same as a folder that only mlx-lm opens."""
+    """The same for mlx-lm only."""
     pytest.importorskip("mlx_lm")
     path = shutil.copytree(folder, tmp_path / "exported")
     for name in ("checkpoint.json", "ranks.tiktoken"):
@@ -64,8 +62,14 @@ def exported(folder: Path, tmp_path: Path) -> Path:
     return path
 
 
-def load(folder: Path, tokenizer: Tokenizer, **changes: Any) -> Any:
+def load(folder: Path, tokenizer: Tokenizer, **changes: Any) -> Distillation:
     return load_teacher(replace(TEACHER, **changes), folder, tokenizer, row_tokens=16, dtype=mx.float32)
+
+
+def make_step(student: GPT, distillation: Distillation | None, *, micro_tokens: int = 64) -> TrainStep:
+    return TrainStep(
+        student, make_optimizer(student), micro_tokens=micro_tokens, dtype=mx.float32, distillation=distillation
+    )
 
 
 def batch_of(seed: int, rows: int = 4) -> Any:
@@ -87,101 +91,55 @@ def expected_parts(student: GPT, teacher: GPT, batch: Any) -> tuple[float, float
     return float(ce), float((np.exp(p) * (p - q)).sum(-1)[trained].mean())
 
 
-@pytest.mark.parametrize("kind", ["ours", "of mlx-lm"])
-@pytest.mark.parametrize("micro_tokens", [16, 64])
-def test_a_step_reports_the_cross_entropy_and_the_divergence_over_what_is_trained_on(
-    kind: str, micro_tokens: int, request: pytest.FixtureRequest, tokenizer: Tokenizer,
-) -> None:  # fmt: skip
-    place = request.getfixturevalue("folder" if kind == "ours" else "exported")
+@pytest.mark.parametrize(("kind", "micro_tokens"), [("folder", 16), ("exported", 64)])
+def test_step_reports_cross_entropy_and_divergence_at_targets(
+    kind: str, micro_tokens: int, request: pytest.FixtureRequest, tokenizer: Tokenizer
+) -> None:
     student, batch = make_model(), batch_of(0)
     ce, kl = expected_parts(student, make_teacher(), batch)
-    step = TrainStep(
-        student, make_optimizer(student), micro_tokens=micro_tokens, dtype=mx.float32,
-        distillation=load(place, tokenizer, weight=0.25),
-    )  # fmt: skip
-    loss, norm = step(batch, Rates(1.0, 0.0, 0.9))
+    step = make_step(student, load(request.getfixturevalue(kind), tokenizer, weight=0.25), micro_tokens=micro_tokens)
+    loss, norm = step(batch, RATES)
     # mlx-lm adds 1e-5 where ours adds 1.2e-7 to the mean squares of its norms.
-    tolerance = 1e-5 if kind == "ours" else 2e-3
+    tolerance = 1e-5 if kind == "folder" else 2e-3
     assert step.loss_parts == pytest.approx({"ce": ce, "kl": kl}, rel=tolerance)
     assert loss == pytest.approx(0.75 * ce + 0.25 * kl, rel=tolerance)
     assert norm > 0
+    alone = make_step(make_model(), None)
+    alone(batch, RATES)
+    assert alone.loss_parts == {}
 
 
-def test_gradients_do_not_depend_on_whether_mlx_lm_or_we_compute_the_teacher(
+def test_gradients_are_equal_whether_mlx_lm_or_we_compute_the_teacher(
     folder: Path, exported: Path, tokenizer: Tokenizer
 ) -> None:
-    found = []
-    for place in (folder, exported):
-        student = make_model()
-        step = TrainStep(
-            student, make_optimizer(student), micro_tokens=64, dtype=mx.float32,
-            distillation=load(place, tokenizer, weight=1.0, temperature=2.0),
-        )  # fmt: skip
-        found.append({name: np.asarray(value) for name, value in step.gradients(batch_of(1))[1].items()})
-    ours, outside = found
+    ours, third_party = (
+        make_step(make_model(), load(place, tokenizer, weight=1.0, temperature=2.0)).gradients(batch_of(1))[1]
+        for place in (folder, exported)
+    )
     for name, value in ours.items():
-        np.testing.assert_allclose(outside[name], value, atol=5e-3 * np.abs(value).max() + 1e-9, err_msg=name)
+        bound = 5e-3 * np.abs(np.asarray(value)).max() + 1e-9
+        np.testing.assert_allclose(np.asarray(third_party[name]), np.asarray(value), atol=bound, err_msg=name)
 
 
-def test_without_a_teacher_nothing_is_reported() -> None:
-    student = make_model()
-    step = TrainStep(student, make_optimizer(student), micro_tokens=64, dtype=mx.float32)
-    step(batch_of(0), Rates(1.0, 0.0, 0.9))
-    assert step.loss_parts == {}
-
-
-def train(
-    make_context: Callable[..., Any], numbers: Any,
-    distillation: Any, name: str, stop_after: int | None = None, iterations: int = 8,
-) -> tuple[Any, dict[str, Any]]:  # fmt: skip
-    model = make_model()
-    optimizer = make_optimizer(model)
-
-    def stop() -> int | None:
-        return 15 if stop_after is not None and numbers.number >= stop_after else None
-
-    ctx = make_context(name, stop, checkpoint_seconds=0)
-    fit(ctx, model, optimizer, numbers, num_iterations=iterations,
-        schedule=schedule(warmup_frac=0.2, warmdown_frac=0.5), hooks=[], micro_tokens=64,
-        distillation=distillation)  # fmt: skip
-    return ctx, {key: np.asarray(value) for key, value in flatten_parameters(model).items()}
-
-
-@pytest.mark.parametrize("kind", ["ours", "of mlx-lm"])
-def test_a_training_that_was_stopped_ends_with_the_same_bits(
-    kind: str, request: pytest.FixtureRequest, tokenizer: Tokenizer, make_context: Callable[..., Any],
-) -> None:  # fmt: skip
-    place = request.getfixturevalue("folder" if kind == "ours" else "exported")
-    whole, weights = train(make_context, NumberedBatches(), load(place, tokenizer, top_k=7), "whole")
-    with pytest.raises(Interrupted):
-        train(make_context, NumberedBatches(), load(place, tokenizer, top_k=7), "cut", stop_after=3)
-    cut, again = train(make_context, NumberedBatches(), load(place, tokenizer, top_k=7), "cut")
-    assert cut.resumed_from == 3
-    assert all(np.array_equal(weights[name], again[name]) for name in weights)
-    assert {key: whole.metrics[key] for key in ("loss", "ce", "kl")} == {
-        key: cut.metrics[key] for key in ("loss", "ce", "kl")
-    }
-
-
-def test_both_parts_of_the_loss_are_curves(
-    folder: Path, tokenizer: Tokenizer, make_context: Callable[..., Any],
-) -> None:  # fmt: skip
-    ctx, _ = train(make_context, NumberedBatches(), load(folder, tokenizer), "run")
-    records = Records(ctx.work / "records" / "metrics.jsonl").read()
-    assert len(records) >= 1
-    for record in records:
-        assert record["loss"] == pytest.approx(0.5 * record["ce"] + 0.5 * record["kl"], rel=1e-5)
-
-
-def test_a_teacher_is_learnt_faster_from_its_distributions_than_from_its_samples(
-    tokenizer: Tokenizer, tmp_path: Path
+def test_interrupted_distillation_ends_with_the_same_bits(
+    folder: Path, tokenizer: Tokenizer, train: Callable[..., Trained]
 ) -> None:
-    """Few tokens of the teacher's, the same for both; held-out ones of the teacher's judge."""
-    teacher = make_teacher()
-    path = tmp_path / "teacher"
-    path.mkdir()
-    save_checkpoint(path, teacher, tokenizer, {"format": "chat"})
-    rng = np.random.default_rng(0)
+    options = {"distillation": load(folder, tokenizer, top_k=7), "schedule": schedule(warmdown_frac=0.5)}
+    whole = train("whole", 5, **options)
+    with pytest.raises(Interrupted):
+        train("cut", 5, stop_after=3, **options)
+    resumed = train("cut", 5, **options)
+    assert (resumed.bits, resumed.ctx.resumed_from) == (whole.bits, 3)
+    curves = [resumed.curve(name) for name in ("loss", "ce", "kl")]
+    assert curves == [whole.curve(name) for name in ("loss", "ce", "kl")]
+    assert resumed.ctx.metrics["kl"] == whole.ctx.metrics["kl"]
+    for loss, ce, kl in zip(*(curve.values() for curve in curves), strict=True):
+        assert loss == pytest.approx(0.5 * ce + 0.5 * kl, rel=1e-5)
+
+
+def test_distributions_teach_more_than_samples(folder: Path, tokenizer: Tokenizer) -> None:
+    """The same few rows sampled from the teacher train both students; other rows evaluate them."""
+    teacher, rng = make_teacher(), np.random.default_rng(0)
 
     def sample(rows: int) -> list[Any]:
         ids = rng.integers(0, 280, (rows, 1)).astype(np.int32)
@@ -195,29 +153,21 @@ def test_a_teacher_is_learnt_faster_from_its_distributions_than_from_its_samples
     losses = {}
     for weight in (0.0, 0.9):
         student = make_model()
-        distillation = load(path, tokenizer, weight=weight) if weight else None
-        step = TrainStep(
-            student, make_optimizer(student), micro_tokens=512, dtype=mx.float32, distillation=distillation
-        )
+        step = make_step(student, load(folder, tokenizer, weight=weight) if weight else None, micro_tokens=512)
         for iteration in range(16):
             step(mean_batch(train_rows[8 * (iteration % 4) :][:8]), Rates(0.3, 0.0, 0.9))
         losses[weight] = expected_parts(student, teacher, held_out)[0]
     assert losses[0.9] < losses[0.0] - 0.1
 
 
-def test_another_vocabulary_is_refused_with_the_difference(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_teacher_with_another_vocabulary_or_shorter_rows_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     other = train_tokenizer(["a completely different text about zebras, quartz and jazz " * 5], 281)
-    path = tmp_path / "other"
-    path.mkdir()
-    save_checkpoint(path, make_teacher(281), other, {"format": "chat"})
+    save_checkpoint(tmp_path, make_teacher(281), other, {"format": "chat"})
     with pytest.raises(DataError, match=r"281 tokens there, 280 here, .* ids differ .*here.*mlxchat distill"):
-        load(path, tokenizer)
-    outside = shutil.copytree(path, tmp_path / "outside")
-    for name in ("checkpoint.json", "ranks.tiktoken"):
-        (outside / name).unlink()
-    pytest.importorskip("mlx_lm")
-    with pytest.raises(DataError, match="281 tokens there, 280 here"):
-        load(outside, tokenizer)
+        load(tmp_path, tokenizer)
+    save_checkpoint(tmp_path, make_teacher(context_tokens=8), tokenizer, {"format": "chat"})
+    with pytest.raises(DataError, match="takes 8 tokens at a time, rows have 16"):
+        load(tmp_path, tokenizer)
 
 
 def test_vocabularies_are_compared_id_by_id(tokenizer: Tokenizer) -> None:
@@ -230,23 +180,12 @@ def test_vocabularies_are_compared_id_by_id(tokenizer: Tokenizer) -> None:
     assert compare_vocabularies(ours, swapped).startswith("280 tokens there, 280 here, 2 ids differ (id 260 is ")
 
 
-def test_a_teacher_of_shorter_rows_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    path = tmp_path / "short"
-    path.mkdir()
-    save_checkpoint(path, make_teacher(context_tokens=8), tokenizer, {"format": "chat"})
-    with pytest.raises(DataError, match="takes 8 tokens at a time, rows have 16"):
-        load(path, tokenizer)
-
-
-def test_impossible_settings_are_told_together() -> None:
+def test_impossible_settings_are_reported_together() -> None:
+    settings = ["path=x", "artifact=y", "weight=0", "temperature=0.1", "top_k=0"]
     with pytest.raises(ConfigError) as caught:
-        compose_config([
-            "sft.teacher.path=x", "sft.teacher.artifact=y", "sft.teacher.weight=0", "sft.teacher.temperature=0.1",
-            "sft.teacher.top_k=0",
-        ])  # fmt: skip
-    told = str(caught.value)
-    for key in ("sft.teacher.path and", "sft.teacher.weight is 0", "sft.teacher.temperature", "sft.teacher.top_k is 0"):
-        assert key in told
+        compose_config([f"sft.teacher.{setting}" for setting in settings])
+    for key in ("path and", "weight is 0", "temperature", "top_k is 0"):
+        assert f"sft.teacher.{key}" in str(caught.value)
 
 
 def sft_step(store: Store, **teacher: Any) -> Any:
@@ -257,67 +196,42 @@ def sft_step(store: Store, **teacher: Any) -> Any:
     return {step.name: step for step in plan}["sft"]
 
 
-def test_without_a_teacher_the_identity_says_nothing_of_one() -> None:
-    assert "teacher" not in identity_of(composed().sft)
-
-
-def test_what_is_in_the_teachers_folder_is_part_of_the_identity_and_where_it_lies_is_not(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_identity_covers_the_contents_of_the_teachers_folder(folder: Path, tmp_path: Path) -> None:
+    """But not the folder's path."""
     store = Store(tmp_path / "outputs")
     without = sft_step(store).key
     first = sft_step(store, path=str(folder)).key
-    moved = shutil.copytree(folder, tmp_path / "moved")
-    assert sft_step(store, path=str(moved)).key == first != without
-    assert sft_step(store, path=str(moved), temperature=2.0).key != first
-    save_checkpoint(moved, make_teacher(seed=12), Tokenizer.load(moved), {"format": "chat"})
-    assert sft_step(store, path=str(moved)).key != first
+    moved = str(shutil.copytree(folder, tmp_path / "moved"))
+    assert sft_step(store, path=moved).key == first != without
+    assert sft_step(store, path=moved, temperature=2.0).key != first
+    save_checkpoint(Path(moved), make_teacher(seed=12), Tokenizer.load(Path(moved)), {"format": "chat"})
+    assert sft_step(store, path=moved).key != first
 
 
-def test_an_artifact_that_teaches_is_an_input_of_the_step(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    store = Store(tmp_path / "outputs")
-    names = [f"sft-d2-{letter * 16}" for letter in "ab"]
-    for seed, name in enumerate(names):
-        place = store.outputs / "store" / name
-        place.mkdir(parents=True)
-        save_checkpoint(place, make_teacher(seed=seed), tokenizer, {"format": "chat"})
-        manifest = {
-            "rid": name[-16:] + "x" * 36, "name": name, "stage": "sft", "step": "sft", "kind": "checkpoint",
-            "version": 1, "config": {}, "inputs": {}, "tree": str(seed) * 64, "outputs": [], "metrics": {},
-            "attempts": [], "run": "run",
-            "published": "2026-01-01T00:00:00+00:00",
-        }  # fmt: skip
-        write_manifest(place, manifest)
-    steps = [sft_step(store, artifact=name) for name in names]
-    assert [step.artifacts["teacher"]["name"] for step in steps] == names
+def test_teacher_artifact_is_an_input_of_the_step(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    steps = []
+    for seed in (3, 4):
+        name = publish_base(tmp_path, f"teacher{seed}", seed=seed).name
+        steps.append(sft_step(store, artifact=name))
+        assert steps[-1].artifacts["teacher"]["name"] == name
+        assert sft_step(store, artifact=name[-16:]).key == steps[-1].key, "by any of its names"
     assert len({sft_step(store).key, *(step.key for step in steps)}) == 3
-    assert sft_step(store, artifact="a" * 16).key == steps[0].key, "by any of its names"
 
 
-def test_a_teacher_that_does_not_fit_is_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
-    config = compose_config([f"sft.teacher.path={folder}", f"outputs={tmp_path / 'outputs'}"]).config
-    plan = make_plan(config, config.pipeline, Store(tmp_path / "outputs"), targets=["sft"], seed=0, force=[])
-    with pytest.raises(ConfigError) as caught:
-        check_given(config, plan)
-    told = str(caught.value)
-    assert "has 280 tokens, the model will have 4,096" in told
-    assert "takes 64 tokens at a time" in told
-
-
-def test_a_teacher_that_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
-    (folder / "model-2.safetensors").write_bytes(bytes(300_000_000))
-    outputs = tmp_path / "outputs"
+def test_unsuitable_teachers_are_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
     settings = ["model.depth=2", f"sft.teacher.path={folder}", "machine=cpu", "machine.memory_limit_bytes=300000000"]
-    config = compose_config([*settings, f"outputs={outputs}"]).config
-    plan = make_plan(config, config.pipeline, Store(outputs), targets=["sft"], seed=0, force=[])
+    config, store = compose_config([*settings, f"outputs={tmp_path}"]).config, Store(tmp_path)
+    plan = make_plan(config, config.pipeline, store, targets=["sft"], seed=0, force=[])
+    with pytest.raises(ConfigError, match=r"(?s)takes 64 tokens at a time.*has 280 tokens, the model will have 4,096"):
+        check_given(config, plan)
+    (folder / "model-2.safetensors").write_bytes(bytes(300_000_000))
     with pytest.raises(ConfigError, match=r"sft needs about .*; no sft\.teacher; "):
         check_memory(config, plan)
 
 
-def test_the_predicted_peak_grows_by_the_teacher(folder: Path) -> None:
-    config = composed()
-    sizes = make_teacher().sizes
+def test_predicted_peak_grows_by_the_teacher(folder: Path) -> None:
     size = measure_teacher(folder)
     assert size.weights == (folder / "model.safetensors").stat().st_size
-    alone = Training(sizes=sizes, optimizer=config.optimizer, rows=4, row_tokens=16)
+    alone = Training(sizes=make_teacher().sizes, optimizer=composed().optimizer, rows=4, row_tokens=16)
     assert replace(alone, teacher=size).peak_bytes(4) >= alone.peak_bytes(4) + size.weights
