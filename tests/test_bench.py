@@ -69,10 +69,17 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
     return compose
 
 
-def test_only_adapters_are_measured_as_trained(mlxchat: Callable[..., Done]) -> None:
-    table = mlxchat("bench", "train", *TINY, "adapter=qlora", "adapter.rank=2")
-    assert "lora of rank 2 on 4 bits (9.22k trained)" in " ".join(table.stdout.split())
-    assert "optimizer" not in table.stdout  # the parts are those of a training of all weights
+def found_by(say: Say, *arguments: str) -> dict[str, Any]:
+    """Run a measurement in this process and return its JSON line."""
+    text = say("bench", *arguments, "--json")
+    found: dict[str, Any] = json.loads(next(line for line in text.splitlines() if line[:1] == "{"))
+    return found
+
+
+def test_only_adapters_are_measured_as_trained(say: Say) -> None:
+    table = say("bench", "train", *TINY, "adapter=qlora", "adapter.rank=2")
+    assert "lora of rank 2 on 4 bits (9.22k trained)" in " ".join(table.split())
+    assert "optimizer " not in table.partition("measurements")[0]  # parts exist only for training of all weights
 
 
 def test_json_is_one_line_and_all_of_stdout(done: Done) -> None:
@@ -145,30 +152,11 @@ def test_tables_have_the_same_numbers_as_json(
     assert "{" not in text
 
 
-def test_micro_batches_are_measured_without_parts(
-    mlxchat: Callable[..., Done],
-) -> None:
-    found = json.loads(
-        mlxchat(
-            "bench", "train", *TINY, "architecture=jul2026", "machine.device_batch_tokens=64", "bench.split=false",
-            "--json",
-        ).stdout
-    )  # fmt: skip
+def test_micro_batches_are_measured_without_parts(say: Say) -> None:
+    options = ["architecture=jul2026", "machine.device_batch_tokens=64", "bench.split=false"]
+    found = found_by(say, "train", *TINY, *options)
     assert (found["split"], found["micro_batch_tokens"], found["tokens_per_step"]) == (None, 64, 128)
     assert found["optimizer"] == {"kind": "muon", "variant": "jul2026"}
-
-
-def test_depth_gives_nanochats_sizes(composed: Callable[..., Config]) -> None:
-    config = composed("model=d8", "bench.vocab_size=32768", "bench.row_tokens=512")
-    sizes = sizes_of(config.model, config.architecture, config.bench.vocab_size)
-    assert (sizes.width, sizes.num_heads, sizes.head_width, config.bench.row_tokens) == (512, 4, 128, 512)
-
-
-def test_default_is_d4_with_4096_tokens(composed: Callable[..., Config]) -> None:
-    config = composed()
-    assert (config.model.depth * config.model.aspect_ratio, config.architecture.name) == (256, "oct2025")
-    assert (config.bench.vocab_size, config.bench.batch_rows, config.bench.row_tokens) == (8192, 8, 512)
-    assert (config.bench.steps, config.bench.warmup_steps) == (5, 2)
 
 
 def test_experiment_sets_its_sizes(composed: Callable[..., Config]) -> None:
@@ -180,10 +168,8 @@ def test_experiment_sets_its_sizes(composed: Callable[..., Config]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "kind", "variant"),
     [
-        ([], "muon", "oct2025"),
         (["architecture=jul2026"], "muon", "jul2026"),
         (["architecture=jul2026", "optimizer=muon_oct2025"], "muon", "oct2025"),
-        (["optimizer=adamw", "architecture=jul2026"], "adamw", "oct2025"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else part,
 )
@@ -198,19 +184,15 @@ def test_optimizer_follows_the_architecture(
     ("arguments", "expected"),
     [
         ([], r"expected mlxchat bench train\|core"),
-        (["--json"], r"expected mlxchat bench train\|core"),
-        (["foo"], r'expected mlxchat bench train\|core.*, got "foo"'),
         (["trian", "model=d2"], r'expected mlxchat bench train\|core.*, got "trian"\. Did you mean "train"\?'),
         (["train", "bench.step=2"], r'there is no "bench\.step" to set\. Did you mean "bench\.steps"\?'),
-        (["train", "model=d65"], r'model has no option "d65"'),
         (["train", "machine.num_processes=2"], r"bench train measures one process, machine\.num_processes is 2"),
         (["train", "bench.steps=0"], r"bench\.steps is 0, expected at least 1"),
-        (["train", "bench.steps=two"], r"bench\.steps is two, expected a whole number"),
         (["train", "bench.warmup_steps=-1"], r"bench\.warmup_steps is -1, expected at least 0"),
-        (["train", "bench.vocab_size=0"], r"bench\.vocab_size is 0"),
-        (["train", "bench.batch_rows=0"], r"bench\.batch_rows is 0"),
-        (["train", "bench.row_tokens=0"], r"bench\.row_tokens is 0"),
-        (["train", "--foo"], r"unrecognized arguments: --foo"),
+        (
+            ["train", "bench.vocab_size=0", "bench.batch_rows=0", "bench.row_tokens=0"],
+            r"(?s)vocab_size is 0.*batch_rows is 0.*row_tokens is 0",
+        ),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
@@ -224,15 +206,6 @@ def test_mistakes_are_refused_before_measuring(
     assert re.search(expected, output.err)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
-def test_help_lists_the_measurements(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        main(["bench", *arguments])
-    text = capsys.readouterr().out
-    assert caught.value.code == 0
-    assert re.search(r"^  train +\w", text, re.MULTILINE)
-
-
 def make_model(architecture: str) -> tuple[GPT, Config]:
     config = compose_config([f"architecture={architecture}", f"optimizer=muon_{architecture}", "model.depth=2"]).config
     model = GPT(sizes_of(config.model, config.architecture, 300))
@@ -241,21 +214,18 @@ def make_model(architecture: str) -> tuple[GPT, Config]:
     return model, config
 
 
-@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_random_weights_are_nonzero_and_deterministic(architecture: str) -> None:
-    first, second = (flatten_parameters(make_model(architecture)[0]) for _ in range(2))
+def test_random_weights_are_nonzero_and_deterministic() -> None:
+    first, second = (flatten_parameters(make_model("jul2026")[0]) for _ in range(2))
     assert [name for name, value in first.items() if not np.asarray(value).any()] == []
     assert [name for name in first if not np.array_equal(first[name], second[name])] == []
 
 
-@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_measuring_parts_keeps_the_weights(architecture: str) -> None:
-    model, config = make_model(architecture)
+def test_measuring_parts_keeps_the_weights() -> None:
+    model, config = make_model("jul2026")
     before = {name: np.array(value) for name, value in flatten_parameters(model).items()}
     optimizer = Optimizer(model, config.optimizer, width=model.sizes.width)
     ids = mx.array(np.arange(64, dtype=np.int32).reshape(2, 32))
-    rates = Rates(1.0, 0.9, 1.0)
-    parts = phases_of_step(model, optimizer, ids, rates, dtype=mx.float32, recompute=False)
+    parts = phases_of_step(model, optimizer, ids, Rates(1.0, 0.9, 1.0), dtype=mx.float32, recompute=False)
     for part in [*parts, *parts_of_step(model, ids, dtype=mx.float32)]:
         work = part.prepare()
         work()
@@ -279,25 +249,21 @@ def test_rows_are_deterministic_and_targets_shifted() -> None:
     assert max(ids.max() for ids, _ in random_rows(50, 50, 100, seed=1, batch=0)) == 99
 
 
-def test_both_tokenizers_give_equal_ranks_and_ids(mlxchat: Callable[..., Done]) -> None:
-    done = mlxchat("bench", "tokenizer", "bench.chars=300000", "bench.vocab_size=400", "bench.steps=1", "--json")
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
+def test_both_tokenizers_give_equal_ranks_and_ids(say: Say) -> None:
+    record = found_by(say, "tokenizer", "bench.chars=100000", "bench.vocab_size=400", "bench.steps=1")
     assert (record["same_ranks"], record["encoding"]["same_ids"]) == (True, True)
-    assert record["chars"] >= 300_000
+    assert record["chars"] >= 100_000
     for name in ("training", "encoding"):
         for way in ("ours", "nanochat"):
             assert record[name][way]["chars_per_second"] > 0
     assert all(record["training"][way]["peak_bytes"] > 1 << 20 for way in ("ours", "nanochat"))
 
 
-def test_batched_core_has_equal_verdicts(mlxchat: Callable[..., Done]) -> None:
-    done = mlxchat(
-        "bench", "core", *TINY, "model.context_tokens=256", "bench.core_examples=6", "bench.steps=1",
-        "bench.core_tasks=[choice,schema,language_10_shots]", "--json",
+def test_batched_core_has_equal_verdicts(say: Say) -> None:
+    record = found_by(
+        say, "core", *TINY, "model.context_tokens=256", "bench.core_examples=6", "bench.steps=1",
+        "bench.core_tasks=[choice,schema,language_10_shots]",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    record = json.loads(done.stdout)
     assert list(record["tasks"]) == ["choice", "schema", "language_10_shots"]
     for task in record["tasks"].values():
         assert task["equal_verdicts"] == task["num_examples"] >= 6
@@ -338,8 +304,7 @@ def test_model_and_its_export_read_equal_bytes(tmp_path: Path, say: Say) -> None
     publish(outputs, "talks", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat"}))
     say("export", "talks", "--to", "hf", tmp_path / "hf", f"outputs={outputs}")
     asked = ["--batch", "1,2", "--prompt", "20", "--new", "4", "bench.steps=1", f"outputs={outputs}"]
-    said = [say("bench", "generate", name, *asked, "--json") for name in ("talks", f"hf:{tmp_path / 'hf'}")]
-    ours, theirs = (json.loads(next(line for line in text.splitlines() if line[:1] == "{")) for text in said)
+    ours, theirs = (found_by(say, "generate", name, *asked) for name in ("talks", f"hf:{tmp_path / 'hf'}"))
     assert (ours["num_parameters"], ours["weight_bytes_per_step"]) == (
         theirs["num_parameters"], theirs["weight_bytes_per_step"]
     )  # fmt: skip
@@ -348,11 +313,11 @@ def test_model_and_its_export_read_equal_bytes(tmp_path: Path, say: Say) -> None
     assert "mlxchat bench generate talks bench.steps=1" in kept[0]
     table = say("bench", "generate", "talks", *asked, "--bits", "4")
     assert "MFU" in table
-    context = model.sizes.context_tokens
     for arguments, told in (
-        ([f"hf:{tmp_path / 'hf'}", "--prompt", context, "--bits", "8"], f"takes {context} tokens"),
-        ([f"hf:{tmp_path / 'hf'}", "--prompt", context, "--bits", "8"], "bench.bits requires a model of mlxchat"),
-        (["talks", "--batch", "0", "--new", "1"], "bench.rows is [0], expected one or more"),
+        (
+            [f"hf:{tmp_path / 'hf'}", "--prompt", model.sizes.context_tokens, "--bits", "8"],
+            "bench.bits requires a model of mlxchat",
+        ),
         (["talks", "--batch", "0", "--new", "1"], "bench.new_tokens is 1, expected at least 2"),
         (["talks", "model=d4"], "model=d4: no effect on talks"),
         (["talks", "--batch", "100000000"], "To lower the need: a smaller --batch"),

@@ -59,10 +59,10 @@ def test_fewer_bits_cost_more(wide: GPT) -> None:
 
 def test_model_with_a_large_quantisation_error_is_refused(wide: GPT) -> None:
     rows, weights = random_rows(2, 32, 320, seed=0, batch=0), flatten_parameters(wide)
-    with pytest.raises(DataError, match=r"does not bear weights of 4 bits: .* nats per token"):
+    with pytest.raises(DataError, match=r"weights of 4 bits change this model too much: .* nats per token"):
         check_quantised(wide, 4, rows, most=-1.0)
     set_parameters(wide, {"lm_head.weight": weights["lm_head.weight"] * float("nan")})
-    with pytest.raises(DataError, match="does not bear weights of 8 bits: no finite loss"):
+    with pytest.raises(DataError, match="weights of 8 bits change this model too much: the loss is not finite"):
         check_quantised(wide, 8, rows)
 
 

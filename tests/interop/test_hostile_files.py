@@ -10,7 +10,6 @@ import pickle
 import random
 import struct
 import subprocess
-import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -82,47 +81,39 @@ def test_no_function_is_called(call: Calls, tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-def test_attributes_of_allowed_names_are_refused() -> None:
-    # collections.OrderedDict is allowed, its attributes are not.
-    refused(b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93)R.", "OrderedDict.__init__")
-    refused(b"\x80\x02ccollections\nOrderedDict\nq\x00(X\x01\x00\x00\x00ah\x00uR.")
-
-
-def test_data_cannot_be_called_and_has_no_state() -> None:
-    refused(b"\x80\x02}(U.")
-    refused(b"\x80\x02X\x01\x00\x00\x00a)R.", "calls something that is not an allowed function")
-    refused(b"\x80\x02]}b.", "sets the state of something that has none")
+def shared_lists(levels: int) -> bytes:
+    """Return a pickle of lists with ten references to the list before: 10^levels items."""
+    data = b"]q\x00"
+    for level in range(levels):
+        data += b"](" + b"h" + bytes([level]) + (b"h" + bytes([level])) * 9 + b"eq" + bytes([level + 1])
+    return data + b"."
 
 
 @pytest.mark.parametrize(
-    "data",
+    ("opcodes", "message"),
     [
-        b"\x80\x04\x8e" + struct.pack("<Q", 1 << 60) + b"x.",
-        b"\x80\x04B" + struct.pack("<I", 0xFFFFFFFF) + b"x.",
-        b"\x80\x04\x8d" + struct.pack("<Q", (1 << 64) - 1) + b".",
-        b"\x80\x04\x95" + b"\xff" * 8 + b"\x8c\xff.",
-        b"\x80\x04\x8b" + struct.pack("<i", 0x7FFFFFFF) + b".",
+        # collections.OrderedDict is allowed, its attributes are not.
+        (b"\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93)R.", "OrderedDict.__init__"),
+        (b"ccollections\nOrderedDict\nq\x00(X\x01\x00\x00\x00ah\x00uR.", None),
+        (b"}(U.", None),
+        (b"X\x01\x00\x00\x00a)R.", "calls something that is not an allowed function"),
+        (b"]}b.", "sets the state of something that has none"),
+        # False lengths of bytes8, bytes, text8, a frame and long4.
+        (b"\x8e" + struct.pack("<Q", 1 << 60) + b"x.", None),
+        (b"B" + struct.pack("<I", 0xFFFFFFFF) + b"x.", None),
+        (b"\x8d" + struct.pack("<Q", (1 << 64) - 1) + b".", None),
+        (b"\x95" + b"\xff" * 8 + b"\x8c\xff.", None),
+        (b"\x8b" + struct.pack("<i", 0x7FFFFFFF) + b".", None),
+        # Python's unpickler allocates all memo entries up to the largest: 32 GB.
+        (b"j\xff\xff\xff\xff.", "memo entry 4294967295"),
+        (b"h\x05.", "empty memo entry 5"),
+        (b"q\x00.", "stores an empty stack"),
+        (shared_lists(40), "stack is not empty"),
     ],
-    ids=["bytes8", "bytes", "text8", "frame", "long4"],
+    ids=range(14),
 )
-def test_false_lengths_allocate_nothing(data: bytes) -> None:
-    refused(data)
-
-
-def test_large_memo_entries_allocate_nothing() -> None:
-    # Python's unpickler allocates all entries up to this one: 32 GB.
-    assert reading(b"\x80\x02Nr\xff\xff\xff\xff0."[:-2] + b".") is None
-    refused(b"\x80\x02j\xff\xff\xff\xff.", "memo entry 4294967295")
-    refused(b"\x80\x02h\x05.", "empty memo entry 5")
-    refused(b"\x80\x02q\x00.", "stores an empty stack")
-
-
-def test_shared_lists_stay_small() -> None:
-    # Ten references to the previous list, forty times: 10^40 items.
-    data = b"\x80\x02]q\x00"
-    for level in range(40):
-        data += b"](" + b"h" + bytes([level]) + (b"h" + bytes([level])) * 9 + b"eq" + bytes([level + 1])
-    refused(data + b".", "stack is not empty")
+def test_malicious_pickles_are_refused_in_little_memory(opcodes: bytes, message: str | None) -> None:
+    refused(b"\x80\x04" + opcodes, message)
 
 
 def nested_tuples(levels: int) -> bytes:
@@ -143,12 +134,16 @@ def test_messages_format_no_container(tmp_path: Path, lay: Lay) -> None:
     refuse_file(path, "data/tuple is missing")
 
 
-def test_deep_nesting_does_not_recurse() -> None:
-    value = reading(b"\x80\x02N" + b"\x85" * 100_000 + b".")
-    assert isinstance(value, tuple)
+def test_deep_nesting_and_recursion_are_harmless() -> None:
+    assert isinstance(reading(b"\x80\x02N" + b"\x85" * 100_000 + b"."), tuple)
+    recursive = reading(b"\x80\x02]q\x00h\x00a.")
+    assert recursive[0] is recursive
+    assert reading(b"\x80\x02Nr\xff\xff\xff\xff.") is None
     # Hashing it as a key would recurse.
     refused(b"\x80\x02}N" + b"\x85" * 100_000 + b"Ns.", "key of type tuple", watched=False)
     refused(b"\x80\x02" + b"(" * 1_500_000 + b".", watched=False)
+    refused(b"\x80\x02" + b"N" * 2_000_001 + b".", "operations", watched=False)
+    refused(b"\x80\x02" + b"N" * (40 << 20) + b".", "bytes", watched=False)
 
 
 @pytest.mark.parametrize(
@@ -160,21 +155,12 @@ def test_arguments_are_not_hashed(value: bytes) -> None:
     refused(b"\x80\x02" + items + b"ccollections\nOrderedDict\nh\x01R\x86.", "TypeError", watched=False)
 
 
-def test_recursive_list_is_harmless() -> None:
-    value = reading(b"\x80\x02]q\x00h\x00a.")
-    assert value[0] is value
-
-
-def test_number_of_operations_is_limited() -> None:
-    refused(b"\x80\x02" + b"N" * 2_000_001 + b".", "operations", watched=False)
-    refused(b"\x80\x02" + b"N" * (40 << 20) + b".", "bytes", watched=False)
-
-
-@pytest.mark.parametrize("cut", range(0, 60, 7))
-def test_truncated_pickles_are_refused(cut: int) -> None:
-    whole = pickle.dumps({"a": b"bytes", "b": [1, 2.5, None, True, -7], "c": ("text", 1 << 70)})
-    assert reading(whole) == {"a": b"bytes", "b": [1, 2.5, None, True, -7], "c": ("text", 1 << 70)}
-    refused(whole[: min(cut, len(whole) - 1)])
+def test_truncated_pickles_are_refused() -> None:
+    content = {"a": b"bytes", "b": [1, 2.5, None, True, -7], "c": ("text", 1 << 70)}
+    whole = pickle.dumps(content)
+    assert reading(whole) == content
+    for cut in range(0, len(whole), 7):
+        refused(whole[:cut])
 
 
 def test_long_tokens_are_refused_in_imports_and_artifacts(tmp_path: Path) -> None:
@@ -356,27 +342,19 @@ def test_overlapping_members_are_refused(tmp_path: Path, lay: Lay) -> None:
     refuse_file(path, "two names|overlaps another")
 
 
-@pytest.mark.parametrize("place", [8, 10, 12, 16])
-def test_false_end_records_are_refused(place: int, tmp_path: Path, lay: Lay) -> None:
+def test_damaged_directories_are_refused(tmp_path: Path, lay: Lay) -> None:
     path = tmp_path / "model_000001.pt"
     lay.write_torch(path, {"w": lay.Tensor(NUMBERS)})
-    data = bytearray(path.read_bytes())
-    at = data.index(b"PK\5\6") + place
-    data[at : at + 2] = b"\xff\xfe"
-    path.write_bytes(bytes(data))
-    if place == 8:  # the number of entries on this disk, which is not read
-        opening(path)
-    else:
+    whole = path.read_bytes()
+    for place in (10, 12, 16):
+        data = bytearray(whole)
+        at = data.index(b"PK\5\6") + place
+        data[at : at + 2] = b"\xff\xfe"
+        path.write_bytes(bytes(data))
         refuse_file(path, "damaged|truncated|not a file of torch.save")
-
-
-@pytest.mark.parametrize("cut", [1, 30, 100, 300, 500, 700])
-def test_truncated_zips_are_refused(cut: int, tmp_path: Path, lay: Lay) -> None:
-    path = tmp_path / "model_000001.pt"
-    lay.write_torch(path, {"w": lay.Tensor(NUMBERS)})
-    data = path.read_bytes()
-    path.write_bytes(data[:-cut])
-    refuse_file(path, "truncated|damaged")
+    for cut in (1, 30, 100, 300, 500, 700):
+        path.write_bytes(whole[:-cut])
+        refuse_file(path, "truncated|damaged")
 
 
 def test_huge_directory_is_not_read(tmp_path: Path, lay: Lay) -> None:
@@ -405,19 +383,6 @@ def test_other_formats_are_named(beginning: bytes, message: str, tmp_path: Path)
     refuse_file(path, message)
 
 
-def test_reading_needs_neither_torch_nor_pickle(tmp_path: Path, lay: Lay) -> None:
-    path = tmp_path / "model_000001.pt"
-    lay.write_torch(path, {"w": lay.Tensor(NUMBERS)})
-    code = (
-        "import sys\nfrom pathlib import Path\nfrom mlxchat.interop.torch_files import TorchFile\n"
-        "before = set(sys.modules)\n"
-        f"with TorchFile(Path({str(path)!r})) as file: print(file.numbers(file.tensors()['w']).sum())\n"
-        "print(sorted({'torch', 'tiktoken'} & (set(sys.modules) - before)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "276.0\n[]\n"
-
-
 def test_fuzzed_files_are_read_or_refused(tmp_path: Path, lay: Lay) -> None:
     path, draw = tmp_path / "model_000001.pt", random.Random(7)
     lay.write_torch(path, {"a": lay.Tensor(NUMBERS), "b": lay.Tensor(NUMBERS)})
@@ -425,7 +390,7 @@ def test_fuzzed_files_are_read_or_refused(tmp_path: Path, lay: Lay) -> None:
     tokenizer.write_bytes(pickle.dumps(lay.encoding_of()))
     for place, read in ((path, opening), (tokenizer, lambda place: load_vocabulary(str(place)))):
         whole = place.read_bytes()
-        for _ in range(250):
+        for _ in range(100):
             data = bytearray(whole)
             for _ in range(draw.choice((1, 2, 5))):
                 at, length = draw.randrange(len(data)), draw.randrange(1, 9)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from mlxchat.cli import dispatch
-from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
@@ -90,15 +89,6 @@ def test_planning_works_offline_after_an_import(
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="are not on this machine"):
         import_model(config, tmp_path / "out", lambda: None)
-
-
-def test_recipes_name_the_published_models() -> None:
-    for name, repository in (("d32", "karpathy/nanochat-d32"), ("d20", "sdobson/nanochat")):
-        config = compose_config([f"experiment=grpo_nanochat_{name}"]).config
-        assert (config.imported.repository, config.imported.format) == (repository, "nanochat")
-        assert (config.rl.task.task, config.rl.task.split, config.rl.evaluation.split) == ("gsm8k", "train", "test")
-        assert (config.rl.advantages, config.rl.kl_coefficient, config.rl.clip_low) == ("z_score", 0.04, 0.2)
-        assert config.pipeline["rl"] == {"stage": "rl", "checkpoint": "imported"}
 
 
 @pytest.fixture

@@ -45,21 +45,16 @@ def ids_of(model: GPT, count: int) -> mx.array:
     return mx.array(np.random.default_rng(1).integers(0, model.sizes.vocab_size, (2, count)))
 
 
-def test_logits_of_long_rows_agree(opened: Any) -> None:
-    model, theirs, _ = opened
-    ids = ids_of(model, 300)
-    np.testing.assert_allclose(np.asarray(theirs(ids)), np.asarray(model(ids)), atol=1e-3)
-
-
-def test_logits_agree_with_a_cache(opened: Any) -> None:
+def test_logits_agree_with_and_without_a_cache(opened: Any) -> None:
     from mlx_lm.models.cache import make_prompt_cache
 
     model, theirs, _ = opened
-    ids = ids_of(model, 140)
+    ids = ids_of(model, 300)
     cache = make_prompt_cache(theirs)
-    pieces = [theirs(ids[:, :100], cache), theirs(ids[:, 100:137], cache)]
-    pieces += [theirs(ids[:, at : at + 1], cache) for at in range(137, 140)]
-    np.testing.assert_allclose(np.asarray(mx.concatenate(pieces, axis=1)), np.asarray(model(ids)), atol=1e-3)
+    pieces = [theirs(ids[:, :200], cache), theirs(ids[:, 200:297], cache)]
+    pieces += [theirs(ids[:, at : at + 1], cache) for at in range(297, 300)]
+    for found in (theirs(ids), mx.concatenate(pieces, axis=1)):
+        np.testing.assert_allclose(np.asarray(found), np.asarray(model(ids)), atol=1e-3)
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
@@ -109,20 +104,6 @@ def test_chat_template_renders_the_trained_ids(opened: Any, tokenizer: Tokenizer
     found = theirs.apply_chat_template(messages, add_generation_prompt=True)
     assert list(found) == list(expected)
     assert theirs.eos_token_ids == {tokenizer.assistant_end}
-
-
-def test_greedy_tokens_are_those_of_our_engine(opened: Any, tokenizer: Tokenizer) -> None:
-    from mlx_lm.generate import generate_step
-
-    model, theirs, _ = opened
-    prompt = [tokenizer.bos, *tokenizer.encode(_TEXT)]
-    steps = generate_step(mx.array(prompt), theirs, max_tokens=12)
-    found = [int(token) for token, _ in steps]
-    expected, row = [], list(prompt)
-    for _ in range(12):
-        row.append(int(model(mx.array([row]))[0, -1].argmax()))
-        expected.append(row[-1])
-    assert found == expected
 
 
 def test_batched_answers_equal_single_ones(opened: Any, tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from mlxchat.data.tokenizer import load_vocabulary
 from mlxchat.data.vocabulary import SPECIAL_TOKENS
@@ -30,27 +30,16 @@ def importing(twin: Twin, tmp_path: Path, **settings: Any) -> Path:
     return out
 
 
-@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(("later", "prefix"), [(False, ""), (True, "_orig_mod.")])
 def test_import_is_bit_exact(twin: Twins, tmp_path: Path, later: bool, prefix: str) -> None:
     made = twin(later=later, prefix=prefix)
     out = importing(made, tmp_path)
-    found = load_file(out / "model.safetensors")
-    assert found.keys() == made.tensors.keys()
-    for name, numbers in made.tensors.items():
-        assert found[name].dtype == np.float32
-        assert np.array_equal(found[name], numbers)
+    save_file({name.removeprefix(prefix): value for name, value in made.tensors.items()}, tmp_path / "theirs",
+              metadata={"format": "mlx"})  # fmt: skip
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "theirs").read_bytes()
     model, _, facts = load_checkpoint(out)
-    assert model.sizes == made.sizes
-    assert facts["imported"]["compiled"] == bool(prefix)
+    assert (model.sizes, facts["imported"]["compiled"]) == (made.sizes, bool(prefix))
     assert (facts["format"], facts["iterations"], facts["imported"]["meta"]) == ("chat", 7, {"val_loss": 1.5})
-
-
-def test_written_file_equals_that_of_safetensors(twin: Twins, tmp_path: Path) -> None:
-    made = twin(later=True)
-    out = importing(made, tmp_path)
-    save_file(made.tensors, tmp_path / "theirs.safetensors", metadata={"format": "mlx"})
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
 def test_last_step_is_the_default(twin: Twins, tmp_path: Path) -> None:
@@ -75,24 +64,12 @@ def test_tokenizer_is_found_in_nanochats_folders(twin: Twins, tmp_path: Path) ->
         pins_of(made.config(folder=str(tmp_path / "base")), hash_file)
 
 
-def say_base(folder: Path) -> None:
-    """Make the meta file one of nanochat's base_train."""
-    path = folder / "meta_000007.json"
+@pytest.mark.parametrize(("chat", "expected"), [(None, "base"), (True, "chat")])
+def test_meta_of_a_pretraining_means_base_model(twin: Twins, tmp_path: Path, chat: bool | None, expected: str) -> None:
+    made = twin()
+    path = made.folder / "meta_000007.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"device_batch_size": 32, "max_seq_len": 64}))
-
-
-def test_pretrained_model_is_a_base_model(twin: Twins, tmp_path: Path) -> None:
-    made = twin()
-    say_base(made.folder)
-    _, _, facts = load_checkpoint(importing(made, tmp_path))
-    assert facts["format"] == "base"
-
-
-def test_chat_setting_overrides_the_meta_file(twin: Twins, tmp_path: Path) -> None:
-    made = twin()
-    say_base(made.folder)
-    _, _, facts = load_checkpoint(importing(made, tmp_path, chat=True))
-    assert facts["format"] == "chat"
+    assert load_checkpoint(importing(made, tmp_path, chat=chat))[2]["format"] == expected
 
 
 def test_token_bytes_of_october_2025_are_accepted(twin: Twins, tmp_path: Path, lay: Lay) -> None:
@@ -123,114 +100,80 @@ def test_tokenizer_json_is_read(twin: Twins, tmp_path: Path) -> None:
     write_tokenizer_json(made.folder, specials_first=False)
     _, tokenizer, _ = load_checkpoint(importing(made, tmp_path))
     assert (tokenizer.ranks, tokenizer.special_ids) == (expected.ranks, expected.special_ids)
-
-
-def test_leading_special_tokens_are_refused(twin: Twins, tmp_path: Path) -> None:
-    made = twin()
-    write_tokenizer_json(made.folder, specials_first=True)
+    other = twin("other")
+    write_tokenizer_json(other.folder, specials_first=True)
     with pytest.raises(DataError, match=r"tokenizer\.json: the special token <\|.*\|> has id \d, expected 2\d\d"):
-        importing(made, tmp_path)
+        importing(other, tmp_path / "other")
 
 
-def forget_tokenizer(folder: Path, lay: Lay) -> None:
-    (folder / "tokenizer.pkl").unlink()
+def cut(path: Path, at: int) -> None:
+    path.write_bytes(path.read_bytes()[:at])
 
 
-def forget_meta(folder: Path, lay: Lay) -> None:
-    (folder / "meta_000007.json").unlink()
-
-
-def cut_model(folder: Path, lay: Lay) -> None:
-    path = folder / "model_000007.pt"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def halve_model(folder: Path, lay: Lay) -> None:
-    path = folder / "model_000007.pt"
-    path.write_bytes(path.read_bytes()[:20000])
-
-
-def flip_model(folder: Path, lay: Lay) -> None:
-    path = folder / "model_000007.pt"
+def flip_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[data.index(b"archive/data/1") + 500] ^= 1
     path.write_bytes(bytes(data))
 
 
-def empty_model(folder: Path, lay: Lay) -> None:
-    (folder / "model_000007.pt").write_bytes(b"")
-
-
-def point_at_model(folder: Path, lay: Lay) -> None:
-    (folder / "model_000007.pt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
-
-
-def cut_tokenizer(folder: Path, lay: Lay) -> None:
-    path = folder / "tokenizer.pkl"
-    path.write_bytes(path.read_bytes()[:-300])
-
-
-def exchange_tokenizer(folder: Path, lay: Lay) -> None:
-    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(lay.encoding_of(30)))
-
-
-def mix_up_token_bytes(folder: Path, lay: Lay) -> None:
-    lay.write_torch(folder / "token_bytes.pt", lay.Tensor(np.full(285, 3, dtype=np.int32)))
-
-
-def rename_special_token(folder: Path, lay: Lay) -> None:
-    names = ("<|endoftext|>", *SPECIAL_TOKENS[1:])
-    (folder / "tokenizer.pkl").write_bytes(pickle.dumps(lay.encoding_of(special=names)))
-
-
-def name_registered_encoding(folder: Path, lay: Lay) -> None:
-    # tiktoken's pickle of a built-in encoding.
-    data = b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b."
-    (folder / "tokenizer.pkl").write_bytes(data)
-
-
-def break_meta(folder: Path, lay: Lay) -> None:
-    (folder / "meta_000007.json").write_text('{"step": 7, "model_config"')
-
-
-def shrink_meta(folder: Path, lay: Lay) -> None:
-    path = folder / "meta_000007.json"
-    meta = json.loads(path.read_text())
-    meta["model_config"]["n_layer"] = 1
-    path.write_text(json.dumps(meta))
-
-
-def empty_folder(folder: Path, lay: Lay) -> None:
+def empty(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
     (folder / "README.md").touch()
 
 
+MODEL, META, TOKENIZER = "model_000007.pt", "meta_000007.json", "tokenizer.pkl"
+WITHOUT_BOS = ("<|endoftext|>", *SPECIAL_TOKENS[1:])
+BUILT_IN = b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b."  # tiktoken's pickle of its GPT-2
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (forget_tokenizer, r"has no tokenizer\.pkl, neither beside model_000007\.pt nor in tokenizer/\. Copy it"),
-        (forget_meta, r"has model_000007\.pt, but no meta_000007\.json"),
-        (cut_model, r"model_000007\.pt is truncated.*Copy it again"),
-        (halve_model, r"model_000007\.pt is truncated"),
-        (flip_model, r"model_000007\.pt is damaged: the checksum of archive/data/1 differs"),
-        (empty_model, r"model_000007\.pt is empty"),
-        (point_at_model, r"is a Git LFS pointer.*git lfs pull"),
-        (cut_tokenizer, r"tokenizer\.pkl is truncated or damaged"),
         (
-            exchange_tokenizer,
+            lambda at, lay: (at / TOKENIZER).unlink(),
+            r"has no tokenizer\.pkl, neither beside model_000007\.pt nor in tokenizer/\. Copy it",
+        ),
+        (lambda at, lay: (at / META).unlink(), r"has model_000007\.pt, but no meta_000007\.json"),
+        (lambda at, lay: cut(at / MODEL, -1000), r"model_000007\.pt is truncated.*Copy it again"),
+        (lambda at, lay: cut(at / MODEL, 20000), r"model_000007\.pt is truncated"),
+        (lambda at, lay: cut(at / MODEL, 0), r"model_000007\.pt is empty"),
+        (lambda at, lay: flip_bit(at / MODEL), r"model_000007\.pt is damaged: the checksum of archive/data/1 differs"),
+        (
+            lambda at, lay: (at / MODEL).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+            r"is a Git LFS pointer.*git lfs pull",
+        ),
+        (lambda at, lay: cut(at / TOKENIZER, -300), r"tokenizer\.pkl is truncated or damaged"),
+        (
+            lambda at, lay: (at / TOKENIZER).write_bytes(pickle.dumps(lay.encoding_of(30))),
             r"tokenizer\.pkl has 295 tokens, model_000007\.pt has 285: it is the tokenizer of another",
         ),
-        (mix_up_token_bytes, r"token_bytes\.pt and tokenizer\.pkl do not match"),
-        (rename_special_token, r"tokenizer\.pkl: the special token <\|bos\|> has id None, expected 276"),
-        (name_registered_encoding, r"tokenizer\.pkl names the encoding 'gpt2' and has no vocabulary"),
-        (break_meta, r"meta_000007\.json is not a nanochat meta file"),
-        (shrink_meta, r"does not match meta_000007\.json: .*is unknown"),
-        (empty_folder, r"has no nanochat checkpoint.*It has README\.md"),
+        (
+            lambda at, lay: lay.write_torch(at / "token_bytes.pt", lay.Tensor(np.full(285, 3, dtype=np.int32))),
+            r"token_bytes\.pt and tokenizer\.pkl do not match",
+        ),
+        (
+            lambda at, lay: (at / TOKENIZER).write_bytes(pickle.dumps(lay.encoding_of(special=WITHOUT_BOS))),
+            r"tokenizer\.pkl: the special token <\|bos\|> has id None, expected 276",
+        ),
+        (
+            lambda at, lay: (at / TOKENIZER).write_bytes(BUILT_IN),
+            r"tokenizer\.pkl names the encoding 'gpt2' and has no vocabulary",
+        ),
+        (
+            lambda at, lay: (at / META).write_text('{"step": 7, "model_config"'),
+            r"meta_000007\.json is not a nanochat meta file",
+        ),
+        (
+            lambda at, lay: (at / META).write_text((at / META).read_text().replace('"n_layer": 2', '"n_layer": 1')),
+            r"does not match meta_000007\.json: .*is unknown",
+        ),
+        (lambda at, lay: empty(at), r"has no nanochat checkpoint.*It has README\.md"),
     ],
+    ids=range(15),
 )
 def test_faulty_checkpoints_are_refused(
-    twin: Twins, tmp_path: Path, lay: Lay, spoil: Callable[[Path, Lay], None], message: str
+    twin: Twins, tmp_path: Path, lay: Lay, spoil: Callable[[Path, Lay], Any], message: str
 ) -> None:
     made = twin()
     spoil(made.folder, lay)

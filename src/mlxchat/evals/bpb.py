@@ -1,6 +1,6 @@
 """Bits per byte: a loss that does not depend on the tokenizer. Counterpart of nanochat/loss_eval.py.
 
-Beside it the perplexity per token, which does depend on the tokenizer: two are comparable with one vocabulary alone.
+Also the perplexity per token, which is comparable only between models with the same vocabulary.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _LARGEST_EXPONENT = 700
 
 @dataclass(frozen=True)
 class TextLoss:
-    """What a model makes of text: the targets that stand for bytes, special tokens left out."""
+    """Sums of a model's loss over the targets that stand for bytes; special tokens are left out."""
 
     nats: float
-    """Cross-entropy of all of them together."""
+    """Total cross-entropy."""
     num_bytes: int
     num_tokens: int
 
@@ -41,7 +41,7 @@ class TextLoss:
 
     @property
     def perplexity(self) -> float:
-        """Per token: e to the mean cross-entropy in nats; infinite without tokens, or beyond what a float holds."""
+        """Per token: e to the mean cross-entropy in nats; infinite without tokens or on overflow."""
         mean = self.nats / self.num_tokens if self.num_tokens else math.inf
         return math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
 
@@ -55,7 +55,7 @@ def text_loss(
     bits nor in bytes.
 
     Args:
-        model: to evaluate; `rank_model.text_model` has all ranks do it.
+        model: to evaluate; `rank_model.text_model` spreads it over all ranks.
         rows: inputs (T,) and targets (T,), −1 = ignored.
         token_bytes: (V,) raw bytes of each id, 0 for special tokens.
         micro_tokens: tokens per forward pass, at most.
@@ -86,7 +86,7 @@ def mean_loss(model: GPT | LanguageModel, rows: list[Row], *, micro_tokens: int)
 
 
 def uniform_bits_per_byte(rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]]) -> float:
-    """Return the bits per byte of a model that knows nothing: every token equally likely, as before training."""
+    """Return the bits per byte of the uniform distribution over tokens."""
     targets = np.concatenate([row[1] for row in rows])
     weight = np.where(targets >= 0, token_bytes[np.maximum(targets, 0)], 0)
     return float((weight > 0).sum() * math.log2(len(token_bytes)) / weight.sum())
@@ -112,7 +112,7 @@ def losses_of(model: GPT | LanguageModel, ids: Ints, targets: Ints) -> np.ndarra
 
 
 def own_losses(model: GPT, ids: Ints, targets: Ints) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return the loss of every target (B T,) after ids (B, T), 0 where a target is negative, by all cores."""
+    """Return the loss of every target (B T,) after ids (B, T), 0 where a target is negative, computed on all cores."""
     lanes, compiled_losses, weights = make_lanes(), _compiled_losses(model), flatten_parameters(model)
     deals = lanes.deal(len(ids))
     calls = [partial(compiled_losses, weights, mx.array(ids[deal]), mx.array(targets[deal])) for deal in deals]
@@ -133,6 +133,6 @@ def _compiled_losses(model: GPT) -> Callable[..., mx.array]:
         set_parameters(model, own)
         return losses
 
-    # Kept with the model, so that it lives as long; a model's own attributes are no parameters.
+    # Kept on the model so that both have the same lifetime; plain attributes are not parameters.
     kept: Callable[..., mx.array] = vars(model).setdefault("_compiled_losses", mx.compile(losses_of))
     return kept

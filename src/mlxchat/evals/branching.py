@@ -1,8 +1,8 @@
-"""Rows in which several continuations follow one beginning, so that what sequences share is computed once.
+"""Rows in which several continuations share one prefix, which is computed once.
 
-A row is its trunk, then its branches one after the other. A branch's tokens see the trunk and their own branch, and
-stand where they would stand if the branch came right after the trunk: what the model says of them is what it would
-say of each sequence alone. Rows of similar length make a batch.
+A row is its trunk followed by its branches. A branch's tokens attend to the trunk and to their own branch, at the
+positions they would have right after the trunk, so results equal those of each sequence alone. Rows of similar length
+are batched.
 
 Shapes: B rows, T tokens of the longest row, C width.
 """
@@ -22,18 +22,18 @@ from mlxchat.ops.attention import Positions, causal_attention, masked_attention
 
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 
-# Rows that share a beginning are put together where that saves at least this share of what is added.
+# Groups with a common prefix share a row if that saves at least this fraction of the added group's tokens.
 _WORTHWHILE = 0.25
 _MOST_ROW_TOKENS = 4096
-# A batch that has so many tokens takes no row of less than that share of its longest.
+# A batch of at least so many tokens takes only rows of at least this fraction of its longest row.
 _ENOUGH_TOKENS, _LEAST_FILL = 2048, 0.85
-# Scores of attention outside the trunk, for each token of a batch: those of a plain row of 512 tokens.
+# Attention scores outside the trunk per token of a batch: as in a plain row of 512 tokens.
 _SCORES_PER_TOKEN = 512
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Token ids, of which those from `start` on are predicted, each from all before it."""
+    """Token ids; those from `start` on are scored."""
 
     tokens: list[int]
     start: int
@@ -46,10 +46,10 @@ class Row:
     trunk: list[int]
     branches: list[list[int]]
     groups: list[int]
-    """Of which group each sequence is; a group's are in their order."""
+    """Group of each sequence; sequences of a group keep their order."""
     starts: list[int]
     targets: list[list[int]]
-    """What is to be predicted of each sequence."""
+    """Scored token ids of each sequence."""
 
     @property
     def num_tokens(self) -> int:
@@ -67,11 +67,11 @@ class Row:
 
 
 def make_rows(groups: Sequence[Sequence[Continuation]], most_tokens: int) -> list[Row]:
-    """Return rows that hold every group in one piece, groups with a long common beginning together.
+    """Return rows that hold each group whole; groups with a long common prefix share a row.
 
     Args:
         groups: the options of each example.
-        most_tokens: of a row that holds more than one group.
+        most_tokens: limit of a row that holds several groups.
     """
     limit = min(most_tokens, _MOST_ROW_TOKENS)
     rows: list[list[int]] = []
@@ -98,8 +98,8 @@ def make_batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
     """Return the rows in batches of similar length, the longest first.
 
     Args:
-        rows: to share out.
-        batch_tokens: of a batch, padding included; a row that has more is a batch of its own.
+        rows: to batch.
+        batch_tokens: limit of a batch, padding included; a longer row is a batch alone.
     """
     batches: list[list[Row]] = []
     border = longest = 0
@@ -118,10 +118,10 @@ def make_batches(rows: list[Row], batch_tokens: int) -> list[list[Row]]:
 
 
 class Branches:
-    """What `GPT.hidden` takes for its cache, so that a batch of rows is computed as trunks with branches."""
+    """The cache argument of `GPT.hidden` that computes a batch of rows as trunks with branches."""
 
     def __init__(self, rows: Sequence[Row], sizes: GPTSizes, padding: int) -> None:
-        """Lay the rows out side by side, filled up at the right with the id `padding`."""
+        """Stack the rows, padded at the right with the id `padding`."""
         longest = max(1, *(row.num_tokens for row in rows))
         ids = np.full((len(rows), longest), padding, np.int32)
         branch = np.full((len(rows), longest), -1, np.int32)
@@ -151,24 +151,24 @@ class Branches:
             visible = ((key_number == 0) | (key_number == own_number)) & (key <= own)
             self._distance = own - key
         self._branching = border < longest
-        # A window that is longer than every sequence hides nothing.
+        # A window longer than every sequence has no effect.
         windows = (None if window is None or window > position.max() else window for window in sizes.windows())
         self.layers = [_BranchedLayer(border, visible, window, offset, self) for window in windows]
 
     def shift(self, x: mx.array) -> mx.array:
-        """Return for each token of x (B, T, C) the one before it in its own sequence; zeros before a row's first."""
+        """Return the predecessor in its own sequence of each token of x (B, T, C); zeros for a row's first."""
         if not self._branching:
             return mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
         before = mx.take_along_axis(x, self._before[..., None], axis=1)
         return mx.where(self._starts[..., None], 0, before).astype(x.dtype)
 
     def near(self, window: int) -> mx.array:
-        """Return (B, T − border, T), whether a key is no further back than the window."""
+        """Return (B, T − border, T): True where a key is within the window."""
         return self._distance <= window
 
 
 class _BranchedLayer:
-    """Attention of one layer: plain in the columns in which all rows have trunk, masked in the others."""
+    """Attention of one layer: causal in the columns where all rows have trunk, masked in the others."""
 
     def __init__(
         self, border: int, visible: mx.array | None, window: int | None, offset: int | Positions, branches: Branches
@@ -189,7 +189,7 @@ class _BranchedLayer:
 
 
 def _cost(group: Sequence[Continuation]) -> tuple[int, int]:
-    """Return the tokens that all share, and those to compute when that is done once."""
+    """Return the length of the common prefix, and the tokens to compute if the prefix is computed once."""
     # The last token is only predicted.
     inputs = [continuation.tokens[:-1] for continuation in group]
     shared = common_prefix(inputs)

@@ -1,4 +1,4 @@
-"""CORE's data: nanochat's eval bundle, a zip or its unpacked folder, read where it lies.
+"""CORE's data: nanochat's eval bundle, a zip or its unpacked folder, read in place.
 
 The zip is never unpacked: members are read by their names in `core.yaml`, so nothing in it decides where a file goes.
 """
@@ -28,7 +28,7 @@ from mlxchat.runner.keys import UNKNOWN
 from mlxchat.store.fingerprint import hash_file
 
 SHUFFLE_SEED = 1337
-# Of one unpacked file. nanochat's largest has 8 MB, but a few megabytes of a zip may stand for any size.
+# Limit of one unpacked file (nanochat's largest has 8 MB), against zip bombs.
 _MOST_BYTES = 512 << 20
 _LABEL = re.compile(r"\w[\w.-]*")  # also the name of the task's journal
 _FIELDS = {
@@ -55,7 +55,7 @@ class CoreTask:
 
 
 def contents_of(config: CoreConfig, hash_of: Callable[[Path], str]) -> list[str]:
-    """Return the sha256 of CORE's bundle, for a key: a file and an address with the same contents are the same."""
+    """Return the sha256 of CORE's bundle, for a key: a file and a URL with equal contents give equal keys."""
     if "://" not in config.bundle:
         return [hash_of(Path(config.bundle))]
     return [client.find_content(config.bundle, config.sha256) or f"{UNKNOWN}{config.bundle}"]
@@ -65,7 +65,7 @@ class Bundle:
     """The bundle's tasks and their examples."""
 
     def __init__(self, path: Path) -> None:
-        """Look at a zip or a folder, with `eval_bundle/` around it or without.
+        """Open a zip or a folder, with or without a top folder `eval_bundle/`.
 
         Raises:
             DataError: it is neither, or has no core.yaml.
@@ -82,7 +82,7 @@ class Bundle:
                 self._zip = zipfile.ZipFile(path)
             except (OSError, zipfile.BadZipFile) as error:
                 raise DataError(
-                    f"{path}: no readable zip or folder ({error}); expected nanochat's eval_bundle.zip"
+                    f"{path}: not a readable zip or folder ({error}); expected nanochat's eval_bundle.zip"
                 ) from None
             found_names = [name for name in self._zip.namelist() if name.rpartition("/")[2] == "core.yaml"]
             self._root = min(found_names, key=len).removesuffix("core.yaml") if found_names else ""
@@ -105,7 +105,7 @@ class Bundle:
         """All tasks, in the bundle's order.
 
         Raises:
-            DataError: core.yaml or eval_meta_data.csv has not the expected form, or a task has no baseline.
+            DataError: core.yaml or eval_meta_data.csv is malformed, or a task has no baseline.
         """
         try:
             rows = csv.DictReader(io.StringIO(self._read("eval_meta_data.csv").decode()))
@@ -135,7 +135,7 @@ class Bundle:
         """Return the tasks with these labels, in the bundle's order; None: all.
 
         Raises:
-            DataError: naming labels that there are not.
+            DataError: labels are unknown.
         """
         if labels is None:
             return self.tasks
@@ -146,10 +146,10 @@ class Bundle:
         return [task for task in self.tasks if task.label in labels]
 
     def examples(self, task: CoreTask, max_per_task: int | None = None) -> list[dict[str, Any]]:
-        """Return a task's examples in nanochat's order: shuffled by a fixed seed, then cut to the first so many.
+        """Return a task's examples in nanochat's order: shuffled with a fixed seed, then the first `max_per_task`.
 
         Raises:
-            DataError: a line is no example of the task's type, or there are too few for the shots.
+            DataError: a line is not an example of the task's type, or there are too few for the shots.
         """
         items: list[dict[str, Any]] = []
         for number, line in enumerate(self._read(f"eval_data/{task.data}").split(b"\n"), 1):
@@ -175,12 +175,12 @@ class Bundle:
                 raise DataError(f"{self.path}: {name} has {size:,} bytes, expected at most {_MOST_BYTES:,}")
             return path.read_bytes() if self._zip is None else self._zip.read(self._root + name)
         except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            # RuntimeError: it is encrypted, or packed in a way that Python does not know.
+            # RuntimeError: encrypted, or an unknown compression method.
             raise DataError(f"{self.path}: cannot read {name} ({error})") from None
 
 
 def _find_problems(tasks: Sequence[CoreTask]) -> Iterator[str]:
-    """Yield what keeps tasks from being computed."""
+    """Yield a message for each invalid task."""
     if not tasks:
         yield "core.yaml names no task"
     labels = [task.label for task in tasks]
@@ -194,7 +194,7 @@ def _find_problems(tasks: Sequence[CoreTask]) -> Iterator[str]:
         if task.num_fewshot < 0 or not 0 <= task.baseline < 1:
             yield (
                 f"{task.label} has {task.num_fewshot} shots and a baseline of {100 * task.baseline:g} %, expected at "
-                "least 0, and 0 up to, but not, 100"
+                "least 0 shots and a baseline of at least 0 and below 100 %"
             )
 
 
@@ -202,16 +202,16 @@ def _parse(line: bytes, task: CoreTask, where: str) -> dict[str, Any]:
     try:
         item = json.loads(line.decode())
         if not isinstance(item, dict):
-            raise ValueError("no object")
+            raise ValueError("not an object")
         missing = [field for field in _FIELDS[task.kind] if field not in item]
         if missing:
             raise ValueError(f"no {', '.join(missing)}")
         if task.kind != "language_modeling":
             options, gold = item["choices" if task.kind == "multiple_choice" else "context_options"], item["gold"]
             if not isinstance(options, list):
-                raise ValueError("its options are no list")
+                raise ValueError("its options are not a list")
             if not isinstance(gold, int) or not 0 <= gold < len(options):
                 raise ValueError(f"gold is {gold!r} of {len(options)}")
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: no example of type {task.kind} ({error})") from None
+        raise DataError(f"{where}: not an example of type {task.kind} ({error})") from None
     return item

@@ -1,4 +1,4 @@
-"""A task's results as they come, so that a killed evaluation continues: one line of JSON for each batch."""
+"""A journal of a task's results, one JSON line per batch, from which an evaluation resumes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from mlxchat.store.files import Record, Records
 
 
 class Journal:
-    """The results of one task's examples, by their index."""
+    """The results of one task's examples, by index."""
 
     def __init__(self, path: Path, about: Record) -> None:
-        """Read what is there. A line that a kill cut off counts for nothing, and neither does another evaluation.
+        """Read the journal; ignore a truncated last line, and all lines of an evaluation with other settings.
 
         Args:
-            path: of the file.
-            about: what the results belong to, as JSON data.
+            path: the file.
+            about: JSON data that identifies the evaluation.
         """
         self._file = Records(path)
         self.records: dict[int, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""An example of CORE as token sequences: its prompts with the shots before them, and which positions are scored.
+"""A CORE example as token sequences: prompts with few-shot examples, and the scored positions.
 
 Counterpart of the prompts, draws and spans of nanochat/core_eval.py. A sequence begins with <|bos|>. Position p is
 predicted from p − 1.
@@ -18,14 +18,14 @@ FEWSHOT_SEED = 1234
 
 
 class TextEncoder(Protocol):
-    """What CORE asks of a tokenizer."""
+    """The part of a tokenizer that CORE uses."""
 
     @property
     def bos(self) -> int:
         """The id that every sequence begins with."""
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, nothing added."""
+        """Return the ids of a text without special tokens."""
 
     def decode(self, ids: list[int]) -> str:
         """Return the text of ids."""
@@ -38,7 +38,7 @@ class Question:
     index: int
     """Place among the task's examples."""
     sequences: list[list[int]]
-    """Token ids of each option; of a language modelling example, of its one continuation."""
+    """Token ids of each option; one sequence for language modelling."""
     starts: list[int]
     """First scored position of each sequence."""
     gold: int | None
@@ -48,16 +48,16 @@ class Question:
 
     @property
     def ends(self) -> list[int]:
-        """Position after the last scored one of each sequence: all are scored to their end."""
+        """Position after the last scored one of each sequence, which is its end."""
         return [len(sequence) for sequence in self.sequences]
 
     def scored(self) -> list[tuple[list[int], int]]:
-        """Return each sequence with its first position that can be predicted and is scored."""
+        """Return each sequence with its first scored position, at least 1."""
         return [(tokens, max(1, start)) for tokens, start in zip(self.sequences, self.starts, strict=True)]
 
 
 def draw_shots(index: int, count: int, shots: int) -> list[int]:
-    """Return which other examples are shown before example `index` of `count`, as nanochat draws them.
+    """Return the indices of the few-shot examples for example `index` of `count`, as nanochat draws them.
 
     Raises:
         ValueError: there are fewer others than shots.
@@ -78,7 +78,7 @@ def render_prompts(task: CoreTask, item: dict[str, Any], shots: list[dict[str, A
         return [f"{before}{option}{delimiter}{item['continuation']}" for option in item["context_options"]]
     before = "".join(f"{str(shot['context']).strip()}{delimiter}{shot['continuation']}\n\n" for shot in shots)
     without = f"{before}{str(item['context']).strip()}{delimiter}"
-    # Without the white space around it, so that it is a beginning of the other in tokens too.
+    # Stripped, so that its tokens are a prefix of the other's.
     return [without.strip(), f"{without}{item['continuation']}"]
 
 
@@ -91,15 +91,15 @@ def tokenize_prompts(
     what the prompt without the continuation does not cover.
 
     Raises:
-        DataError: strict, and in tokens the prompt without the continuation is no proper beginning of the other, where
-            nanochat fails. Else they are scored from where they part.
+        DataError: strict, and the tokens of the prompt without the continuation are not a proper prefix of the other's
+            (nanochat fails there). Otherwise scoring starts where they differ.
     """
     sequences = [[encoder.bos, *encoder.encode(prompt)] for prompt in prompts]
     if kind == "language_modeling":
         without, whole = sequences
         start = common_prefix(sequences)
         if strict and (start < len(without) or start == len(whole)):
-            raise DataError("the prompt without the continuation must be a beginning of the one with it, in tokens")
+            raise DataError("the prompt without the continuation must be a prefix of the one with it, in tokens")
         return [whole], [start]
     if kind == "schema":
         length = common_prefix([sequence[::-1] for sequence in sequences])
@@ -112,14 +112,14 @@ def crop(
 ) -> tuple[list[list[int]], list[int], bool]:
     """Return sequences of at most `limit` tokens, their first scored positions, and whether anything was cut.
 
-    Tokens are left out at the front. Where that reaches into what is scored, the rest of it counts.
+    Tokens are dropped at the front; scored tokens that are dropped do not count.
 
     Args:
         sequences: token ids.
         starts: first scored positions.
         limit: tokens that the model can read.
-        together: leave out the same tokens of all options, so that they are judged after the same text, which is then
-            computed once; else each loses only what it must, as nanochat does it.
+        together: drop the same tokens of all options, so that they share a prefix, which is computed once; otherwise
+            each loses only its own excess, as in nanochat.
     """
     excess = [max(0, len(sequence) - limit) for sequence in sequences]
     if not any(excess):
@@ -135,7 +135,7 @@ def crop(
 def build_question(
     task: CoreTask, items: list[dict[str, Any]], index: int, encoder: TextEncoder, limit: int | None = None
 ) -> Question:
-    """Return example `index` of a task with its shots before it, cropped to `limit` tokens if there is a limit."""
+    """Return example `index` of a task with its shots before it, cropped to `limit` tokens."""
     shots = [items[place] for place in draw_shots(index, len(items), task.num_fewshot)]
     item = items[index]
     sequences, starts = tokenize_prompts(task.kind, render_prompts(task, item, shots), encoder)
@@ -147,8 +147,8 @@ def build_question(
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:
-    """Return how many first ids all sequences share."""
-    # Those between the least and the greatest share what these two do.
+    """Return the length of the sequences' common prefix."""
+    # In lexicographic order all others lie between these two and share their common prefix.
     low, high = min(sequences), max(sequences)
     length = min(len(low), len(high))
     if low[:length] == high[:length]:
@@ -157,7 +157,7 @@ def common_prefix(sequences: Sequence[list[int]]) -> int:
 
 
 class _Others(Sequence[int]):
-    """The numbers below `count` without one of them, never made into a list."""
+    """range(count) without one number, as a lazy sequence."""
 
     def __init__(self, left_out: int, count: int) -> None:
         self._left_out, self._count = left_out, count

@@ -1,4 +1,4 @@
-"""CORE as a part of a step that evaluates a model: where the bundle comes from, and where the results go."""
+"""CORE within an evaluation step: fetches the bundle and records the results."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def measure_core(
     """Return a model's results on CORE's tasks as data of scores.json; None if eval.core is null.
 
     Args:
-        ctx: of a stage that declares `eval`; gets the numbers as metrics, and what was read from outside.
+        ctx: of a stage that declares `eval`; gets metrics and externals.
         model: to evaluate.
-        tokenizer: its.
-        batch_tokens: computed at a time.
+        tokenizer: the model's.
+        batch_tokens: tokens per forward pass.
         examples: gets a row for every example.
 
     Raises:
-        DataError: the bundle cannot be read or had.
+        DataError: the bundle cannot be read or fetched.
         Interrupted: the run was asked to stop; the next attempt continues.
     """
     config = ctx.config.eval.core
@@ -44,10 +44,10 @@ def measure_core(
 
 
 def open_bundle(ctx: Context, config: CoreConfig) -> Path:
-    """Return where CORE's bundle lies, now fetched if need be; what was read is noted once.
+    """Return the path of CORE's bundle; fetch it if it has a URL, and record that once in ctx.externals.
 
     Raises:
-        DataError, PassingError: it cannot be had.
+        DataError, PassingError: it cannot be fetched.
     """
     if "://" not in config.bundle:
         return Path(config.bundle)

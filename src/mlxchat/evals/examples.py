@@ -1,4 +1,4 @@
-"""examples.parquet: what was asked, answered and expected, and the verdict, for every example of an evaluation."""
+"""examples.parquet: prompt, output, expected answer and verdict of every example of an evaluation."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ _ROLLOUT = {
 
 
 def write_examples(path: Path, examples: Iterable[dict[str, Any]]) -> None:
-    """Write the rows, `details` as JSON; equal rows give equal bytes."""
+    """Write the rows, `details` as JSON. Equal rows give equal bytes."""
     rows = [
-        {name: _whole(value) for name, value in example.items()}
-        | {"details": _whole(json.dumps(example["details"], sort_keys=True, ensure_ascii=False))}
+        {name: _encodable(value) for name, value in example.items()}
+        | {"details": _encodable(json.dumps(example["details"], sort_keys=True, ensure_ascii=False))}
         for example in examples
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), path, compression="zstd", row_group_size=4096)
 
 
-def _whole(value: Any) -> Any:
-    """Return a text with a question mark for each half of a character, which parquet cannot hold."""
+def _encodable(value: Any) -> Any:
+    """Return a text with unpaired surrogates replaced by question marks; parquet cannot store them."""
     return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
@@ -73,12 +73,12 @@ def read_examples(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def has_rollouts(folder: Path) -> bool:
-    """Tell whether an artifact is one of RL that kept answers."""
+    """Return True if an artifact has rollouts of RL."""
     return (folder / ROLLOUTS_FILE).is_file()
 
 
 def read_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """Return the answers that RL kept, those of the last iteration first, a question's together.
+    """Return RL's saved rollouts, last iteration first, grouped by question.
 
     Raises:
         DataError: they cannot be read.

@@ -1,4 +1,4 @@
-"""A byte-level n-gram model of order 2: the baseline that a language model has to beat on the same text."""
+"""A byte-level n-gram model of order 2: a baseline for language models on the same text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evaluations of a user's own, which `eval.own` names."""
+"""Users' evaluation functions, named by `eval.own`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def measure_own(engine: Engine, functions: Mapping[str, str]) -> dict[str, float
     """Return name → what the function `module:name` returns for a model.
 
     Raises:
-        StepFailed: a function returned no finite number.
+        StepFailed: a function did not return a finite number.
     """
     found = {}
     for name, function in sorted(functions.items()):

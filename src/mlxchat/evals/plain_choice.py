@@ -31,8 +31,8 @@ def measure_plain_choice(
     Args:
         ctx: of a stage that declares `eval`.
         model: to evaluate.
-        tokenizer: its.
-        batch_tokens: computed at a time.
+        tokenizer: the model's.
+        batch_tokens: tokens per forward pass.
         examples: gets a row for every question.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What quantising costs a model, and a refusal where it costs too much."""
+"""Quality cost of quantised weights, and a limit on it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mlxchat.evals.quantised_sample import SAMPLE
 from mlxchat.model.gpt import GPT
 
 MOST_CHANGE = 0.2
-"""Nats per token beyond which the rounded model is another one."""
+"""Limit in nats per token."""
 _MICRO_TOKENS = 2048
 
 
 def loss_change(model: GPT, bits: int, rows: list[Row]) -> float:
-    """Return by how many nats per token the loss on rows is higher with weights of `bits`."""
+    """Return the increase of the loss on rows with weights of `bits`, in nats per token."""
     exact, rounded = (mean_loss(each, rows, micro_tokens=_MICRO_TOKENS) for each in (model, packed_copy(model, bits)))
     return rounded - exact
 
@@ -31,14 +31,14 @@ def check_quantised(model: GPT, bits: int, rows: list[Row], *, most: float = MOS
     """Return `loss_change`.
 
     Raises:
-        DataError: it is no number, or more than `most`: what the model says with such weights is another model's.
+        DataError: it is not finite, or more than `most`.
     """
     change = loss_change(model, bits, rows)
     if not math.isfinite(change) or change > most:
-        told = f"{change:+.2f} nats per token" if math.isfinite(change) else "no finite loss"
-        instead = "Use 8 bits or none" if bits < 8 else "Leave its weights as they are"
+        told = f"{change:+.2f} nats per token" if math.isfinite(change) else "the loss is not finite"
+        instead = "Use 8 bits or none" if bits < 8 else "Do not quantise it"
         raise DataError(
-            f"this model does not bear weights of {bits} bits: {told} on {len(rows)} rows; most is {most:+.2f}. "
+            f"weights of {bits} bits change this model too much: {told} on {len(rows)} rows, at most {most:+.2f}. "
             f"{instead}"
         )
     return change
@@ -46,36 +46,36 @@ def check_quantised(model: GPT, bits: int, rows: list[Row], *, most: float = MOS
 
 @dataclass(frozen=True, kw_only=True)
 class QuantisedLoss:
-    """What weights of so many bits cost on the sample text."""
+    """Loss on the sample text with original and with quantised weights."""
 
     bits: int
     exact: float
-    """Bits per byte of the model's own weights."""
+    """Bits per byte with the original weights."""
     rounded: float
-    """Of the rounded ones."""
+    """Bits per byte with the quantised weights."""
     divergence: float
-    """Of the next token's distributions, own from rounded: nats per token, never below 0. A chat model's loss on plain
-    text may fall by chance; this shows that it has changed."""
+    """Mean KL divergence of the next-token distributions in nats. Unlike the loss of a chat model on plain text, it
+    cannot fall by chance."""
 
     @property
     def bad(self) -> bool:
-        """Whether the rounded model is another one."""
+        """True if the divergence exceeds the limit."""
         return not self.divergence <= MOST_CHANGE
 
     def __str__(self) -> str:
-        """Say it to people."""
+        """Describe the cost, with a warning if it is bad."""
         said = (
             f"weights of {self.bits} bits: {self.rounded:.4f} bits per byte of a sample text, {self.exact:.4f} with "
-            f"the model's own; next tokens diverge by {self.divergence:.4f} nats"
+            f"the original weights; KL divergence {self.divergence:.4f} nats per token"
         )
         if not self.bad:
             return said
         instead = "8 bits or none" if self.bits < 8 else "none"
-        return f"warning: {said}. This is another model than the one that was trained: choose {instead}"
+        return f"warning: {said}. The quantised model behaves differently: choose {instead}"
 
 
 def measure_quantised(model: GPT, tokenizer: Tokenizer, bits: int) -> tuple[PackedGPT, QuantisedLoss]:
-    """Return the quantised model, and what it costs: two forward passes of about five hundred tokens."""
+    """Return the quantised model and its cost on about 500 tokens."""
     packed = packed_copy(model, bits)
     ids = mx.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: model.sizes.context_tokens + 1])
     weights = np.asarray(tokenizer.token_bytes)[np.asarray(ids[1:])]
@@ -90,6 +90,6 @@ def measure_quantised(model: GPT, tokenizer: Tokenizer, bits: int) -> tuple[Pack
 
 
 def _log_probabilities(model: GPT, ids: mx.array) -> mx.array:
-    """Return (T, V)."""
+    """Return log-probabilities (T, V) of ids (T,)."""
     logits = model(ids[None])[0]
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""A text on which the cost of quantised weights is measured: written for this, about five hundred tokens."""
+"""The text (about 500 tokens) on which the cost of quantised weights is measured."""
 
 SAMPLE = """\
 The river rises in the hills above the town and runs south for about two hundred kilometres before it reaches

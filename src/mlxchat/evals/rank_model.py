@@ -1,7 +1,7 @@
-"""Our model as evaluations ask it, its rows dealt to all ranks of a team.
+"""Our model for evaluations, computed by all ranks of a team.
 
-The batches are those of one process. Each rank pads and computes its part of a batch, as the lanes of a CPU do, so
-numbers agree with those of one process within float32's rounding.
+Batches are those of one process. Each rank pads and computes its part of a batch, so results equal those of one process
+within float32 rounding.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from mlxchat.model.replicas import model_on, sync_model
 
 
 def language_model(team: Team | None, model: GPT, *, padding: int) -> OwnModel | RankModel:
-    """Return what CORE and questions with letters ask: this process, or all ranks where there are several."""
+    """Return a `LanguageModel` that computes in this process, or on all ranks if there are several."""
     if team is None or team.size == 1:
         return OwnModel(model, padding=padding)
     return RankModel(team, model, padding=padding)
 
 
 def text_model(team: Team | None, model: GPT) -> GPT | RankModel:
-    """Return what `text_loss` and `mean_loss` take: the model itself, or all ranks where there are several."""
+    """Return the model for `text_loss` and `mean_loss`: itself, or on all ranks if there are several."""
     return model if team is None or team.size == 1 else RankModel(team, model)
 
 
 class RankModel:
-    """A `LanguageModel` on rank 0 that has all ranks compute. What they answer is put together in the rows' order."""
+    """A `LanguageModel` on rank 0 that all ranks compute; results are in the rows' order."""
 
     def __init__(self, team: Team, model: GPT, *, padding: int = 0) -> None:
-        """Take a team and a model, whose weights are read whenever it is asked."""
+        """Keep a team and a model; weights that changed are sent with the next request."""
         self.team, self.model, self._padding = team, model, padding
 
     @property
     def context_tokens(self) -> int:
-        """Tokens of the rows that it was trained on."""
+        """Row length in training."""
         return self.model.sizes.context_tokens
 
     @property
@@ -78,7 +78,7 @@ class RankModel:
 
 
 def _of_targets(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[list[Any]]:
-    """Return what is asked of each row's targets."""
+    """Return losses or predicted ids of each row's targets."""
     del arrays
     rows = [Row(**row) for row in request["rows"]]
     own = rows[_own_part(team, [row.num_tokens for row in rows])]
@@ -113,5 +113,5 @@ def _own_part(team: Team, lengths: Sequence[int]) -> slice:
 
 
 def _together(team: Team, found: list[Any]) -> list[Any]:
-    """Return what all ranks found, one part after the other."""
+    """Return the concatenated results of all ranks."""
     return [each for part in team.group.gather_json(found) for each in part]

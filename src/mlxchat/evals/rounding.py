@@ -1,4 +1,4 @@
-"""What an export with quantised weights costs: bits per byte of text, before and after."""
+"""Bits per byte of an export before and after quantisation."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _MICRO_TOKENS = 2048
 def held_out_rows(
     store: Store, place: Path, tokenizer: Tokenizer, context_tokens: int, num_tokens: int
 ) -> tuple[list[Row], str]:
-    """Return rows of text that a checkpoint was not trained on, and what text that is.
+    """Return rows of text that a checkpoint was not trained on, and a description of the text.
 
     Args:
-        store: with the artifacts that it was made from; validation text is that of its corpus.
+        store: has the checkpoint's lineage; the text is the validation split of its corpus.
         place: the checkpoint artifact.
-        tokenizer: of the model.
-        context_tokens: tokens of a row, at most.
-        num_tokens: of all rows together, about.
+        tokenizer: the model's.
+        context_tokens: longest row.
+        num_tokens: total, approximately.
     """
     corpus = _corpus_of(store, place)
     if corpus is None:
@@ -50,7 +50,7 @@ def held_out_rows(
 
 
 def bits_per_byte_of_both(checkpoint: Checkpoint, rows: list[Row], bits: int, dtype: str | None) -> tuple[float, float]:
-    """Return a checkpoint's bits per byte of rows, with its weights and with those that an export of `bits` has."""
+    """Return a checkpoint's bits per byte of rows, with its own weights and with those of an export of `bits`."""
     model = GPT(checkpoint.sizes)
     results = []
     for quantised in (False, True):

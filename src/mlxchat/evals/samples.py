@@ -1,4 +1,4 @@
-"""Text that a model writes, to be read by people."""
+"""Sample texts of a model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def continue_prompts(
     top_k: int | None = None,
     seed: int = 0,
 ) -> list[tuple[str, str]]:
-    """Return each prompt with the model's continuation, greedy or drawn as `Engine.complete` says."""
+    """Return each prompt with the model's continuation; sampling parameters are those of `Engine.complete`."""
     tokenizer = engine.tokenizer
     ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
     if not ids:
@@ -40,7 +40,7 @@ def answer_prompts(engine: Engine, prompts: list[str], max_new_tokens: int) -> l
 
 
 def readable(text: str) -> str:
-    """Return generated text with its calculator calls as people write them, and without other special tokens."""
+    """Return generated text with calculator calls as <<call=result>> and without special tokens."""
     for token, shown in (("<|python_start|>", "<<"), ("<|python_end|><|output_start|>", "="), ("<|output_end|>", ">>")):
         text = text.replace(token, shown)
     for token in SPECIAL_TOKENS:

@@ -1,7 +1,7 @@
-"""Bits per byte of any text: every token of every document counts once, after its document's beginning.
+"""Bits per byte of any text; every token of every document counts once.
 
-Documents (`data.sources.read_texts`) that are longer than the model's context are cut into rows of that length, as
-lm-evaluation-harness cuts them: each row begins with the token before it, and nothing else.
+Documents (`data.sources.read_texts`) longer than the model's context are cut into rows of that length as in
+lm-evaluation-harness: the only context of a row is the token before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.gpt import GPT
 from mlxchat.runner.context import Context
 
-# Documents whose rows are batched by length.
+# Documents whose rows are sorted by length before batching.
 _WINDOW_DOCUMENTS = 512
 
 
@@ -32,20 +32,20 @@ def measure_text(
     ctx: Context, model: GPT | LanguageModel, tokenizer: DocumentTokenizer, token_bytes: Ints, *, context_tokens: int,
     micro_tokens: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Return what a model makes of `eval.text` as data of scores.json, and record bits per byte and perplexity.
+    """Return a model's loss on `eval.text` as data of scores.json; bits per byte and perplexity become metrics.
 
-    Standard errors are those of the documents' chance; of a single document, its rows'.
+    Standard errors are over documents; over rows if there is only one document.
 
     Args:
         ctx: of a stage that declares `eval`.
         model: to evaluate.
-        tokenizer: its.
+        tokenizer: the model's.
         token_bytes: (V,) bytes of each id, 0 for special tokens, which do not count.
-        context_tokens: of a row, at most.
+        context_tokens: longest row.
         micro_tokens: tokens per forward pass, at most.
 
     Raises:
-        DataError: the text cannot be read, or has not a single token.
+        DataError: the text cannot be read or is empty.
         Interrupted: the run was asked to stop.
     """
     config = ctx.config.eval
@@ -82,7 +82,7 @@ def measure_text(
 
 
 def ratio_error(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float | None:
-    """Return the standard error of sum(x) / sum(y) over independent pairs (n,), linearised; None of a single one."""
+    """Return the standard error of sum(x) / sum(y) over independent pairs (n,), linearised; None if n < 2."""
     if len(x) < 2:
         return None
     residuals = x - x.sum() / y.sum() * y
@@ -90,14 +90,14 @@ def ratio_error(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float | Non
 
 
 def _rows(ids: Ints, context_tokens: int) -> Iterator[Row]:
-    """Yield inputs and targets (≤ context_tokens,) of a document, whose first id begins it and is not predicted."""
+    """Yield inputs and targets (≤ context_tokens,) of a document; its first id is not predicted."""
     for start in range(0, len(ids) - 1, context_tokens):
         piece = ids[start : start + context_tokens + 1]
         yield piece[:-1], piece[1:]
 
 
 def _batches(rows: list[tuple[int, Row]], micro_tokens: int) -> Iterator[list[tuple[int, Row]]]:
-    """Yield the rows with their documents' numbers, the longest first, as many at a time as have `micro_tokens`."""
+    """Yield batches of at most `micro_tokens` of the rows with their documents' numbers, longest first."""
     rows = sorted(rows, key=lambda row: -len(row[1][0]))
     while rows:
         count = max(1, micro_tokens // len(rows[0][1][0]))

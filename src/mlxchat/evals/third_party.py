@@ -1,4 +1,4 @@
-"""Third-party models as a `LanguageModel`: losses and logits of mlx-lm's models, for evaluations."""
+"""mlx-lm's models as a `LanguageModel` for evaluations."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mlxchat.evals.branching import Row
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.int32]]
-# nanochat's context: what ours are compared in.
+# nanochat's context.
 MOST_CONTEXT_TOKENS = 2048
-# Logits and cached tokens that are held at a time.
+# Logits and cached tokens held at a time.
 _MOST_LOGITS = 1 << 26
 _MOST_CACHED_TOKENS = 8192
 
 
 class ThirdPartyModel:
-    """mlx-lm's model as a `LanguageModel`. What rows share at their beginning is computed once, by its own cache."""
+    """mlx-lm's model as a `LanguageModel`. A common prefix of rows is computed once, with mlx-lm's cache."""
 
     def __init__(self, model: Any, context_tokens: int) -> None:
-        """Take the model and its longest input."""
+        """Keep the model and its longest input."""
         self.model, self._context = model, context_tokens
 
     @property
@@ -35,7 +35,7 @@ class ThirdPartyModel:
 
     @property
     def extends(self) -> bool:
-        """Never: third-party models keep their own limits."""
+        """False: third-party models keep their own limits."""
         return False
 
     def __call__(self, ids: mx.array) -> mx.array:
@@ -84,8 +84,8 @@ class ThirdPartyModel:
     ) -> Iterator[tuple[slice, mx.array]]:
         """Yield parts of the sequences and the logits (N, V) before positions start … start + count − 1 of each.
 
-        Every sequence's first tokens up to the earliest start are computed with a cache and without logits, equal ones
-        once; what follows, filled up at the right, with logits.
+        Tokens before the earliest start are computed into a cache without logits, equal prefixes once; the rest is
+        padded at the right and computed with logits.
         """
         counts = counts if counts is not None else [1] * len(sequences)
         border = max(0, min(start for start in starts) - 1)
@@ -94,7 +94,7 @@ class ThirdPartyModel:
             rest = [sequence[border:] for sequence in sequences[part]]
             longest = max(map(len, rest))
             ids = mx.array([tokens + [tokens[-1]] * (longest - len(tokens)) for tokens in rest])
-            past = None if cache is None else _taken(cache, mx.array(places[part]))
+            past = None if cache is None else _rows_of(cache, mx.array(places[part]))
             logits = self.model(ids, cache=past)
             row = np.repeat(np.arange(len(rest)), counts[part])
             column = [np.arange(start - 1 - border, start - 1 - border + count)
@@ -104,7 +104,7 @@ class ThirdPartyModel:
             yield part, chosen
 
     def _beginnings(self, sequences: Sequence[list[int]], border: int) -> tuple[list[Any] | None, list[int]]:
-        """Return the cache after the first `border` tokens, and in which of its rows each sequence's are."""
+        """Return the cache after the first `border` tokens, and each sequence's row in it."""
         if not border:
             return None, [0] * len(sequences)
         from mlx_lm.models.cache import make_prompt_cache
@@ -113,7 +113,7 @@ class ThirdPartyModel:
         places = [known.setdefault(tuple(sequence[:border]), len(known)) for sequence in sequences]
         cache: list[Any] = make_prompt_cache(self.model)
         self.model(mx.array([list(tokens) for tokens in known]), cache=cache)
-        # The logits are never asked for, so the head is not computed.
+        # The logits are not evaluated, so the head is not computed.
         mx.eval([each.state for each in cache])
         return cache, places
 
@@ -141,8 +141,8 @@ def _losses(logits: mx.array, targets: mx.array) -> mx.array:
     return mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
-def _taken(cache: Sequence[Any], rows: mx.array) -> list[Any]:
-    """Return a cache like this one with these of its rows; it can be written into without changing this one."""
+def _rows_of(cache: Sequence[Any], rows: mx.array) -> list[Any]:
+    """Return a copy of a cache with these of its rows."""
     return [
         type(each).from_state(tree_map(lambda leaf: leaf[rows] if isinstance(leaf, mx.array) else leaf, each.state))
         for each in cache

@@ -1,4 +1,4 @@
-"""How fast a model reads and writes on this machine, measured in about a second."""
+"""Speed of prefill and decoding on this machine, measured in about a second."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _MOST_STEPS = 64
 
 
 def measure_throughput(model: GPT, *, seconds: float = 0.5) -> dict[str, float]:
-    """Return tokens per second of reading a prompt and of writing one answer, and the bytes MLX had at most.
+    """Return tokens per second of prefill and of decoding one answer, and MLX's peak memory in bytes.
 
     Args:
-        model: to measure; nothing of it is changed.
-        seconds: for each of the two.
+        model: to measure; it is not changed.
+        seconds: per measurement.
     """
-    mx.reset_peak_memory()  # of what this process did before
+    mx.reset_peak_memory()  # forget earlier peaks of this process
     tokens = min(_PROMPT_TOKENS, model.sizes.context_tokens)
     prompt = [place % model.sizes.vocab_size for place in range(tokens)]
     slots = Slots(make_decoder(model))
@@ -50,7 +50,7 @@ def measure_throughput(model: GPT, *, seconds: float = 0.5) -> dict[str, float]:
 
 
 def _rate(work: Callable[[], int], seconds: float, most: int | None = None) -> float:
-    """Return how much work is done per second, the first piece left out: it compiles."""
+    """Return the work done per second without the first call, which compiles."""
     work()
     began, done, pieces = time.perf_counter(), 0, 0
     while not pieces or (time.perf_counter() - began < seconds and (most is None or pieces < most)):

@@ -1,4 +1,4 @@
-"""The moments that nanochat's optimizer leaves beside a checkpoint, under the names of ours.
+"""Import of the optimizer moments that nanochat saves beside a checkpoint.
 
 optim_<step>.pt or optim_<step>_rank<N>.pt is one rank's state_dict: of MuonAdamW (2026), or a list of AdamW's and
 Muon's (2025). Parameters are numbered in the order of the groups: head, embedding, further tables and scalars, then
@@ -29,15 +29,15 @@ _HEAD, _EMBEDDING, _MATRICES = "lm_head.weight", "transformer.wte.weight", "tran
 
 
 def write_moments(path: Path, files: Sequence[Path], sizes: GPTSizes) -> None:
-    """Write the moments of nanochat's optimizer into a safetensors file, as a training of ours keeps its own.
+    """Write the moments of nanochat's optimizer as our training_state.safetensors.
 
     Args:
-        path: of the file to write.
-        files: one of each rank, in their order.
-        sizes: of the model.
+        path: the file to write.
+        files: one per rank, in rank order.
+        sizes: the model's.
 
     Raises:
-        DataError: a rank's file is missing or damaged, or they are of another model or no known form.
+        DataError: a rank's file is missing or damaged, or belongs to another model or version of nanochat.
     """
     with ExitStack() as opened:
         ranks = [opened.enter_context(TorchFile(each)) for each in files]
@@ -45,7 +45,7 @@ def write_moments(path: Path, files: Sequence[Path], sizes: GPTSizes) -> None:
             found, count = _find(ranks, sizes)
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise DataError(
-                f"{ranks[0].where} is no optimizer state that nanochat of October 2025 or July 2026 writes for this "
+                f"{ranks[0].where} is not an optimizer state that nanochat (October 2025, July 2026) writes for this "
                 f"model ({type(error).__name__}: {error}). Import the model without --optimizer"
             ) from None
 
@@ -61,7 +61,7 @@ def write_moments(path: Path, files: Sequence[Path], sizes: GPTSizes) -> None:
 
 
 def _find(ranks: list[TorchFile], sizes: GPTSizes) -> tuple[dict[str, tuple[Shape, Places]], int]:
-    """Return our name of each moment → its shape, and where its parts lie one after the other; and the updates done."""
+    """Return our name of each moment → its shape and the tensors to concatenate; and the number of updates."""
     shapes, found = expected_shapes(sizes), dict[str, tuple[Shape, Places]]()
     parts = [rank.content if type(rank.content) is list else [rank.content] for rank in ranks]
     stacked = len(parts[0]) == 1
@@ -96,13 +96,13 @@ def _find(ranks: list[TorchFile], sizes: GPTSizes) -> tuple[dict[str, tuple[Shap
         if shape not in (found.get(f"{kind}.{name}", (None,))[0] for kind in ("first", "momentum"))
     ]  # fmt: skip
     if lacking or any(not tensor.dtype.code for _, places in found.values() for _, tensor in places):
-        raise ValueError(f"moments of {lacking[0]} are missing" if lacking else "moments are no floating-point numbers")
+        raise ValueError(f"moments of {lacking[0]} are missing" if lacking else "moments are not floating-point")
     updates = parts[0][0]["state"][numbers[0]]["step"]
     return found, int(ranks[0].numbers(updates).item() if isinstance(updates, TorchTensor) else updates)
 
 
 def _names_of(numbers: Sequence[int], shape: Shape, shapes: dict[str, Shape]) -> list[str]:
-    """Return the matrices of one of Muon's groups: those of a shape, or (2025, on one rank) of as many numbers."""
+    """Return the matrices of a Muon group: those of equal shape, or of equal size (2025, one rank)."""
     matrices = [name for name in shapes if name.startswith(_MATRICES)]
     of_shape = [name for name in matrices if shapes[name] == shape]
     alike = [name for name in matrices if prod(shapes[name]) == prod(shape)]
@@ -110,7 +110,7 @@ def _names_of(numbers: Sequence[int], shape: Shape, shapes: dict[str, Shape]) ->
 
 
 def _whole(rows: Places, shape: Shape) -> Places:
-    """Return where a table lies: every rank holds it, or a part of its rows."""
+    """Return the tensors of a table's rows: one if every rank holds the whole table, else one per rank."""
     first = rows[0][1].shape
     if first == shape:
         return rows[:1]
@@ -122,7 +122,7 @@ def _whole(rows: Places, shape: Shape) -> Places:
 
 
 def _unstack(held: Places, count: int) -> Places:
-    """Return each matrix of a group, of which the ranks hold equally many one after the other; the last are padding."""
+    """Return each matrix of a group that is stacked in equal shares over the ranks, without the padding."""
     size = held[0][1].shape[0]
     if size * len(held) < count:
         raise _incomplete(held[0][0], len(held), -(-count // max(1, size)))
@@ -137,7 +137,7 @@ def _unstack(held: Places, count: int) -> Places:
 
 
 def _only(held: Places, ranks: list[TorchFile]) -> tuple[TorchFile, TorchTensor]:
-    """Return the one place of a matrix that a single rank moves."""
+    """Return the place of a matrix that only one rank updates."""
     if not held:
         raise _incomplete(ranks[0], len(ranks), None)
     return held[0]
@@ -145,6 +145,6 @@ def _only(held: Places, ranks: list[TorchFile]) -> tuple[TorchFile, TorchTensor]
 
 def _incomplete(file: TorchFile, ranks: int, needed: int | None) -> DataError:
     return DataError(
-        f"{file.where}: moments of {needed or 'further'} ranks belong together, files of {ranks} are there. Copy "
-        "optim_*_rank*.pt of every rank (nanochat of 2025 wrote only the first one's), or import without --optimizer"
+        f"{file.where}: the optimizer was saved by {needed or 'more'} ranks, and files of {ranks} are there. Copy "
+        "optim_*_rank*.pt of every rank (nanochat of 2025 wrote only rank 0), or import without --optimizer"
     )

@@ -29,14 +29,14 @@ def find_adapter_problems(where: str, adapter: AdapterConfig, sizes: GPTSizes | 
     if not adapter.scale > 0:
         yield f"{where}.scale is {adapter.scale:g}, expected more than 0"
     if not 0 <= adapter.dropout < 1:
-        yield f"{where}.dropout is {adapter.dropout:g}, expected 0 (off) up to, but not, 1"
+        yield f"{where}.dropout is {adapter.dropout:g}, expected at least 0 (off) and below 1"
     if not adapter.learning_rate > 0:
         yield f"{where}.learning_rate is {adapter.learning_rate:g}, expected more than 0"
     if not adapter.weight_decay >= 0:
         yield f"{where}.weight_decay is {adapter.weight_decay:g}, expected at least 0"
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(adapter, key) < 1:
-            yield f"{where}.{key} is {getattr(adapter, key):g}, expected 0 up to, but not, 1"
+            yield f"{where}.{key} is {getattr(adapter, key):g}, expected at least 0 and below 1"
     if adapter.bits is not None and adapter.bits not in _BITS:
         yield f"{where}.bits is {adapter.bits}, expected 4 or 8, or null for a base that is not quantised"
     if adapter.group_size not in _GROUP_SIZES:
