@@ -311,7 +311,6 @@ def test_experiment_sets_no_part_of_other_groups(name: str) -> None:
     ],
 )
 def test_corpus_option_is_independent_of_the_experiment(name: str) -> None:
-    compose.register_schema(Config)
     for option in group_options("corpus"):
         given = {"files": ["corpus.paths=[a.txt]"], "hub": ["corpus.hub.repository=somebody/something"]}.get(option, [])
         alone = OmegaConf.to_container(corpus_alone(option), resolve=True)

@@ -1,36 +1,47 @@
 """Run the pipeline of stubs in a process of its own: stub_run.py OUTPUTS [key=value ...].
 
 Keys are those of the sections (source.lines=40), of Policy (max_parallel_steps=2), `force=[step]`, and a few that stand
-for the world around: host=NAME is what this machine is called, gpu=true that it has one. ranks=2 runs another pipeline,
-a step of which so many processes compute together, the further ones started by python=PATH.
+for the machine: host=NAME is its name, gpu=true says that it has a GPU, file_bytes=400 limits the size of files.
+ranks=2 runs another pipeline, a step of which is computed by two processes; the second is started by python=PATH.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import resource
 import sys
+import traceback
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from mlxchat.errors import MlxchatError
+from mlxchat.runner import stage
+from mlxchat.runner.plan import make_plan
+from mlxchat.runner.process import Hooks
+from mlxchat.runner.run import Policy, Run
+from mlxchat.runner.workers import execute
+from mlxchat.store import attempts, locks
+from mlxchat.store.environment import Environment
+from mlxchat.store.files import now
+from mlxchat.store.store import Store
+
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
-sys.dont_write_bytecode = True
 
-from mlxchat.errors import MlxchatError  # noqa: E402
-from mlxchat.runner import stage  # noqa: E402
-from mlxchat.runner.plan import make_plan  # noqa: E402
-from mlxchat.runner.process import Hooks  # noqa: E402
-from mlxchat.runner.run import Policy, Run  # noqa: E402
-from mlxchat.runner.workers import execute  # noqa: E402
-from mlxchat.store import attempts, locks  # noqa: E402
-from mlxchat.store.environment import Environment  # noqa: E402
-from mlxchat.store.files import now  # noqa: E402
-from mlxchat.store.store import Store  # noqa: E402
 
-# Child processes come here too: they import this file under another name.
-stage._PACKAGE = "stubs"
-stage._folder = lambda: HERE / "stubs"  # type: ignore[assignment]
+def use_stubs() -> None:
+    """Replace the stages by those of stubs/."""
+    sys.path.insert(0, str(HERE))
+    sys.dont_write_bytecode = True
+    stage._PACKAGE = "stubs"
+    stage._folder = lambda: HERE / "stubs"  # type: ignore[assignment]
+
+
+if __name__ in ("__main__", "__mp_main__"):  # not in the tests' own process; the second in children of a run
+    use_stubs()
 
 PIPELINE = {
     "source": {"stage": "source"},
@@ -71,7 +82,8 @@ class Score:
     failing: list[str] = field(default_factory=list, metadata={"identity": False})
 
 
-OTHER = {"force": [], "targets": None, "host": None, "gpu": False, "ranks": 0, "python": None}
+OTHER = {"force": [], "targets": None, "host": None, "gpu": False, "ranks": 0, "python": None,
+         "file_bytes": None}  # fmt: skip
 
 
 @dataclass
@@ -104,8 +116,6 @@ def has_gpu() -> bool:
 
 def main(outputs: Path, arguments: list[str]) -> None:
     """Plan and execute; exit as the command line does."""
-    import yaml
-
     settings, policy, hooks, other = Settings(), {}, {}, dict(OTHER)
     for argument in arguments:
         key, _, text = argument.partition("=")
@@ -122,6 +132,8 @@ def main(outputs: Path, arguments: list[str]) -> None:
         else:
             assert key in other, key
             other[key] = value
+    if other["file_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (other["file_bytes"], other["file_bytes"]))
     if other["host"]:
         locks.host_name = attempts.host_name = lambda: other["host"]
     sys.executable = other["python"] or sys.executable
@@ -140,9 +152,37 @@ def main(outputs: Path, arguments: list[str]) -> None:
     execute(plan, store, run)
 
 
-if __name__ == "__main__":
+def end(outputs: Path, arguments: list[str]) -> int:
+    """Run the pipeline; return the exit code."""
     try:
-        main(Path(sys.argv[1]), sys.argv[2:])
+        main(outputs, arguments)
     except MlxchatError as error:
         print(f"error: {error}", flush=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
+    return 0
+
+
+def run_forked(outputs: Path, arguments: list[str], environment: dict[str, str]) -> None:
+    """Run the pipeline in a fork of the tests' process, where everything is imported already, and exit."""
+    code = 1
+    try:
+        os.closerange(3, 1 << 16)
+        gc.freeze()  # files of the tests' process must not be closed here
+        gc.enable()
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.modules["__main__"] = sys.modules[__name__]  # what children of the run import
+        use_stubs()
+        code = end(outputs, arguments)
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(end(Path(sys.argv[1]), sys.argv[2:]))

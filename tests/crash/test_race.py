@@ -1,132 +1,137 @@
-"""Several processes on one outputs folder: each step is made once, and a dead maker is replaced."""
+"""Eight processes on one outputs folder, of one host and of two: each step is computed exactly once."""
 
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
 import subprocess
-import threading
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from mlxchat.store.files import Records
-from mlxchat.store.manifest import describe_outputs
-from mlxchat.store.store import Store
-
-Start = Callable[..., "subprocess.Popen[str]"]
-
-STEPS = {"corpus", "tokenizer", "pretrain", "midtrain", "sft", "rl", "eval_base", "eval_mid", "eval_sft", "eval_rl"}
+ONCE = Counter({"source": 1, "convert": 1, "train": 1, "score": 1, "inspect": 1})
+PROCESSES = 8
 
 
-@pytest.fixture
-def start(start_mlxchat: Start) -> Iterator[Start]:
-    """Start processes and end those that a failing test leaves."""
-    started: list[subprocess.Popen[str]] = []
-
-    def begin(*arguments: str | Path) -> subprocess.Popen[str]:
-        started.append(start_mlxchat(*arguments))
-        return started[-1]
-
-    yield begin
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def events(outputs: Path) -> list[list[dict[str, str]]]:
-    """Return the events of every run."""
-    return [Records(log).read() for log in (outputs / "runs").glob("*/events.jsonl")]
-
-
-def count(outputs: Path, event: str) -> Counter[str]:
-    """Return step → how often this event happened in any run."""
-    return Counter(record["step"] for run in events(outputs) for record in run if record["event"] == event)
-
-
-def finish(*processes: subprocess.Popen[str]) -> None:
-    """Wait for processes that must succeed; their pipes are read meanwhile."""
-    texts = ["" for _ in processes]
-
-    def read(index: int) -> None:
-        texts[index] = processes[index].communicate(timeout=200)[0]
-
-    readers = [threading.Thread(target=read, args=(index,)) for index in range(len(processes))]
-    for reader in readers:
-        reader.start()
-    for reader in readers:
-        reader.join()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n\n".join(texts)
-
-
-def pause_in_training(maker: subprocess.Popen[str], outputs: Path) -> None:
-    """Stop the process, as ctrl-z does, after some iterations of its first training."""
-    while not any(len(Records(log).read()) > 5 for log in (outputs / "work").glob("*/ckpt/records/metrics.jsonl")):
-        assert maker.poll() is None
-        time.sleep(0.005)
-    os.kill(maker.pid, signal.SIGSTOP)
-
-
-@pytest.mark.slow  # tests/crash/test_stub_race.py has the claim on stubs
-def test_two_runs_started_together_make_every_step_once(tiny: tuple[str, ...], start: Start, tmp_path: Path) -> None:
-    outputs = tmp_path / "outputs"
-    finish(*(start(*tiny, f"outputs={outputs}") for _ in range(2)))
-    assert count(outputs, "step_started") == count(outputs, "step_done") == Counter(dict.fromkeys(STEPS, 1))
-    assert count(outputs, "step_cached") == Counter(dict.fromkeys(STEPS, 1)), "the other run used each result"
-    assert len(events(outputs)) == 2
-    assert {run[-1]["event"] for run in events(outputs)} == {"run_done"}
-    for manifest in Store(outputs).manifests():
-        assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["done"]
-        assert describe_outputs(outputs / "store" / manifest["name"]) == (manifest["outputs"], manifest["tree"])
-    assert list((outputs / "work").iterdir()) == []
-
-
-@pytest.mark.slow
-def test_three_runs_started_together_make_every_step_once(tiny: tuple[str, ...], start: Start, tmp_path: Path) -> None:
-    outputs = tmp_path / "outputs"
-    finish(*(start(*tiny, "stage=tokenizer", f"outputs={outputs}") for _ in range(3)))
-    assert count(outputs, "step_started") == {"corpus": 1, "tokenizer": 1}
-    assert len(list((outputs / "store").iterdir())) == 2
-
-
-@pytest.mark.slow
-def test_a_waiter_goes_on_where_a_killed_maker_was(tiny: tuple[str, ...], start: Start, tmp_path: Path) -> None:
-    outputs = tmp_path / "outputs"
-    settings = [
-        *tiny,
-        "stage=pretrain",
-        "pretrain.num_iterations=120",
-        "machine.checkpoint_seconds=0",
-        f"outputs={outputs}",
+def race(stubs: Any, kill: random.Random | None) -> None:
+    """Start eight runs together, kill three of them if requested, and wait for all."""
+    racers = [
+        stubs.start(f"host={('alpha', 'beta')[number % 2]}", "train.pause=0.01", "score.seconds=0.02")
+        for number in range(PROCESSES)
     ]
-    maker = start(*settings)
-    pause_in_training(maker, outputs)  # so that it is still at it when the waiter comes
-    waiter = start(*settings)
-    assert waiter.stdout is not None
-    printed = iter(waiter.stdout.readline, "")
-    line = next(line for line in printed if "waits" in line)
-    os.kill(maker.pid, signal.SIGKILL)
-    finish(waiter)
-    assert line.startswith(f"pretrain   waits: process {maker.pid} on ")
-    (manifest,) = (manifest for manifest in Store(outputs).manifests() if manifest["step"] == "pretrain")
-    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["killed", "done"]
-    assert [attempt["pid"] for attempt in manifest["attempts"]] == [maker.pid, waiter.pid]
-    assert manifest["attempts"][1]["resumed_from"] > 0
+    for victim in kill.sample(racers, 3) if kill else ():
+        time.sleep(kill.uniform(0.05, 0.3) if kill else 0)
+        victim.kill()
+    ends = [(racer.communicate(timeout=120)[0], racer.returncode) for racer in racers]
+    assert {code for _, code in ends} <= ({0, -9} if kill else {0}), "\n".join(text for text, _ in ends)
 
 
-def test_status_tells_who_is_at_work_without_disturbing(
-    tiny: tuple[str, ...], start: Start, mlxchat: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("rounds", "kill"),
+    [(1, False), pytest.param(50, False, marks=pytest.mark.slow), pytest.param(20, True, marks=pytest.mark.slow)],
+)
+def test_one_of_eight_processes_on_two_hosts_runs_each_step(
+    rounds: int, kill: bool, make_stubs: Callable[[], Any]
 ) -> None:
-    outputs = tmp_path / "outputs"
-    maker = start(*tiny, "stage=pretrain", "pretrain.num_iterations=100", f"outputs={outputs}")
-    pause_in_training(maker, outputs)
-    done = mlxchat("status", f"outputs={outputs}")
-    os.kill(maker.pid, signal.SIGCONT)
-    finish(maker)
-    # It may encode text of the next shard meanwhile, which has a line of its own.
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith("  pretrain ") and "running" in line)
-    assert line.startswith(f"  pretrain    running in process {maker.pid} on {os.uname().nodename} (run ")
-    assert ") at iteration " in line
+    trees = None
+    for number in range(rounds):
+        stubs = make_stubs()
+        race(stubs, random.Random(number) if kill else None)
+        if kill:
+            code, text = stubs.run()
+            assert code == 0, text
+        else:
+            assert stubs.executions() == ONCE
+            assert Counter(event["step"] for event in stubs.events("step_done")) == ONCE
+        stubs.check_clean()
+        trees = trees or stubs.trees()
+        assert stubs.trees() == trees
+        shutil.rmtree(stubs.folder)
+
+
+def start_training(stubs: Any, *settings: str) -> Any:
+    """Start a run and return it once its training has a saved state."""
+    maker = stubs.start(*settings)
+    until = time.monotonic() + 30
+    while not list((stubs.outputs / "work").glob("*/ckpt/0*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    return maker
+
+
+def test_waiter_names_the_holder_and_takes_over_from_a_killed_one(stubs: Any) -> None:
+    settings = ("train.iterations=30", "train.pause=0.05")
+    maker = start_training(stubs, "host=alpha", *settings)
+    waiter = stubs.start("host=beta", *settings)
+    line = next(line for line in iter(waiter.stdout.readline, "") if "waits" in line)
+    maker.kill()
+    text, _ = waiter.communicate(timeout=60)
+    assert waiter.returncode == 0, text
+    assert line.startswith(f"train      waits: process {maker.pid} on alpha (run ")
+    assert ") is making it, at iteration " in line
+    stubs.check_clean()
+
+
+def test_stopped_waiter_ends_and_the_maker_continues(stubs: Any) -> None:
+    settings = ("targets=[train]", "train.iterations=30", "train.pause=0.05")
+    maker = start_training(stubs, *settings)
+    waiter = stubs.start(*settings)
+    next(line for line in iter(waiter.stdout.readline, "") if "waits" in line)
+    waiter.terminate()
+    text, _ = waiter.communicate(timeout=120)
+    assert (waiter.returncode, maker.poll()) == (143, None)
+    assert "stopped while train waited. The same command continues." in text
+    assert maker.wait(timeout=60) == 0
+    assert stubs.executions()["train"] == 1
+
+
+def test_waiters_of_a_failing_step_fail_without_retrying_it(stubs: Any) -> None:
+    code, text = stubs.run("targets=[convert]")
+    assert code == 0, text
+    settings = ("targets=[score]", "score.failing=[score]", "train.pause=0.1")
+    racers = [stubs.start(*settings) for _ in range(4)]
+    ends = [(racer.communicate(timeout=60)[0], racer.returncode) for racer in racers]
+    assert [code for _, code in ends] == [1] * 4, ends
+    # A process that comes to the step after its end tries it again; one that waited for it does not.
+    waited = sum("failed in another process: ValueError: score cannot be scored" in text for text, _ in ends)
+    assert stubs.executions()["score"] == 4 - waited
+
+
+# `usleep` of one long call stands for a computation in which Python handles no signal.
+STUCK = """
+import ctypes, time
+from mlxchat.runner.process import stop_on_signals
+libc = ctypes.CDLL(None)
+with stop_on_signals(lambda number: None, lambda: print("stopping", flush=True)):
+    print("ready", flush=True)
+    until = time.monotonic() + 600
+    while libc.usleep(600_000_000) and time.monotonic() < until:
+        pass
+"""
+
+
+def test_second_stop_exits_at_once_inside_a_library() -> None:
+    process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in ("ready\n", "stopping\n"):
+        assert process.stdout.readline() == line
+        process.terminate()
+    assert process.wait(timeout=120) == 143
+    process.stdout.close()
+
+
+def test_two_simultaneous_stops_leave_a_valid_state(stubs: Any) -> None:
+    maker = start_training(stubs, "train.iterations=30", "train.pause=0.05", "score.seconds=0.1")
+    os.kill(maker.pid, signal.SIGINT)
+    os.kill(maker.pid, signal.SIGTERM)
+    maker.communicate(timeout=120)
+    assert maker.returncode in (130, 143)
+    stubs.check_whole()
+    code, text = stubs.run("train.iterations=30")
+    assert code == 0, text
+    stubs.check_clean()

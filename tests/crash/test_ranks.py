@@ -1,4 +1,4 @@
-"""A rank that is killed, stopped, asked to stop or cannot start: all end within seconds, and the next start goes on."""
+"""A rank that is killed, stopped or cannot start: all end within seconds, and the next run resumes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wait_for(stubs: Any, iteration: int) -> list[int]:
 
 
 def is_alive(pid: int) -> bool:
-    """Tell whether a process is there and no zombie, which whoever should have waited for it may leave."""
+    """Return whether a process exists and is no zombie, which its parent may leave."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -46,7 +46,7 @@ def is_alive(pid: int) -> bool:
 
 
 def check_gone(pids: list[int]) -> None:
-    """All of these processes end by themselves."""
+    """Check that all of these processes end without a signal of ours."""
     until = time.monotonic() + 3
     while any(map(is_alive, pids)):
         assert time.monotonic() < until, [pid for pid in pids if is_alive(pid)]
@@ -63,21 +63,18 @@ def undisturbed(make_stubs: Any) -> Any:
     return stubs
 
 
-ENDS = [
-    ("KILL", 2, 1, "rank 2 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
-    ("STOP", 1, 1, "rank 1 (process {pid} on {host}) has sent nothing for 4 seconds"),
-    ("INT", 0, 130, "together stopped at iteration"),
-    ("TERM", 1, 143, "together stopped at iteration"),
-    ("KILL", 0, -9, ""),
-]
-
-
 @pytest.mark.parametrize(
     ("name", "rank", "code", "message"),
-    [*ENDS[:3], *(pytest.param(*end, marks=pytest.mark.slow) for end in ENDS[3:])],
+    [
+        ("KILL", 2, 1, "rank 2 (process {pid} on {host}) was killed by signal 9 (SIGKILL, which the system also sends"),
+        pytest.param("INT", 0, 130, "together stopped at iteration", marks=pytest.mark.slow),
+        pytest.param("STOP", 1, 1, "rank 1 (process {pid} on {host}) has sent nothing for 4", marks=pytest.mark.slow),
+        pytest.param("TERM", 1, 143, "together stopped at iteration", marks=pytest.mark.slow),
+        pytest.param("KILL", 0, -9, "", marks=pytest.mark.slow),
+    ],
     ids=lambda value: str(value)[:6],
 )
-def test_a_lost_rank_ends_the_run_which_then_resumes(
+def test_lost_rank_ends_the_run_which_then_resumes(
     stubs: Any, undisturbed: Any, name: str, rank: int, code: int, message: str
 ) -> None:
     silence = {"mlxchat_silence_seconds": "4"} if name == "STOP" else {}  # a busy machine may be silent for a while
@@ -104,16 +101,17 @@ def test_a_lost_rank_ends_the_run_which_then_resumes(
     assert stubs.executions()["together"] == 2
 
 
-def test_a_failing_rank_is_named_and_its_traceback_kept(stubs: Any) -> None:
-    code, text = stubs.run(*THREE, "train.dtype=none")
+def test_failing_rank_is_named_and_its_traceback_kept(stubs: Any) -> None:
+    code, text = stubs.run(*RANKS, "train.dtype=none")
     assert code == 1
-    found = re.search(r"error: rank ([12]) \(process \d+ on .*\) failed: KeyError: 'none'\. All ranks have ended", text)
+    found = re.search(r"error: rank (1) \(process \d+ on .*\) failed: KeyError: 'none'\. All ranks have ended", text)
     assert found, text
     assert "Traceback" not in text
     (run,) = (stubs.outputs / "runs").iterdir()
     assert "KeyError: 'none'" in (run / f"rank-{found[1]}.log").read_text()
 
 
+@pytest.mark.slow
 def test_status_shows_ranks_until_a_second_signal_ends_all_at_once(
     stubs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +132,8 @@ def test_status_shows_ranks_until_a_second_signal_ends_all_at_once(
     assert "ranks" not in capsys.readouterr().out
 
 
-def test_a_rank_ends_at_its_second_signal(stubs: Any) -> None:
+@pytest.mark.slow
+def test_rank_ends_at_its_second_signal(stubs: Any) -> None:
     process = stubs.start(*RANKS, "train.pause=3")
     pids = wait_for(stubs, 1)
     for _ in range(2):
@@ -146,6 +145,7 @@ def test_a_rank_ends_at_its_second_signal(stubs: Any) -> None:
     check_gone(pids)
 
 
+@pytest.mark.slow
 def test_rank_0_may_be_killed_at_the_last_iteration(stubs: Any, undisturbed: Any) -> None:
     code, _ = stubs.run(*RANKS, AT="train.iteration:12")
     assert code == -9
@@ -155,34 +155,31 @@ def test_rank_0_may_be_killed_at_the_last_iteration(stubs: Any, undisturbed: Any
     assert stubs.trees() == undisturbed.trees()
 
 
-def test_a_rank_that_cannot_start_is_named_with_its_output(stubs: Any, undisturbed: Any, tmp_path: Path) -> None:
+def test_rank_that_cannot_start_is_named_with_its_output(stubs: Any, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho no memory for this >&2\nexit 7\n")
     python.chmod(0o755)
+    code, text = stubs.run("ranks=2", "targets=[source]", f"python={python}")
+    assert code == 0, text
+    assert not list(stubs.outputs.glob("runs/*/rank*")), "ranks start with the first step that needs them"
     code, text = stubs.run(*RANKS, f"python={python}")
     assert code == 1
     assert "could not be started: it ended with exit code 7" in text
     assert "no memory for this" in text
+
+
+@pytest.mark.slow
+def test_number_of_ranks_and_variables_of_launchers_change_no_id(stubs: Any, undisturbed: Any) -> None:
     variables = {"mlx_jaccl_coordinator": "10.0.0.1:5000", "mlx_hostfile": "/nowhere"}  # of a launcher, without a rank
     assert stubs.run(*RANKS, **variables)[0] == 0
     rids = [read_manifest(refs_of(Store(each.outputs))["together"])["rid"] for each in (stubs, undisturbed)]
-    assert rids[0] == rids[1], "the number of ranks is not in the id"
+    assert rids[0] == rids[1]
 
 
-def test_ranks_start_with_the_first_step_that_needs_them(stubs: Any) -> None:
-    code, text = stubs.run(*RANKS, "targets=[source]", "python=/bin/false")
-    assert code == 0, text
-    assert "ranks compute together" not in text
-    assert not list(stubs.outputs.glob("runs/*/rank*"))
-
-
-def test_ranks_print_into_the_folder_of_the_run(undisturbed: Any) -> None:
+def test_ranks_have_logs_and_are_in_the_manifest(undisturbed: Any) -> None:
     (run,) = (undisturbed.outputs / "runs").iterdir()
     assert sorted(path.name for path in run.glob("rank*")) == ["rank-0.log", "rank-1.log", "rank-2.log", "ranks.json"]
     assert "rank 2 of 3" in (run / "rank-2.log").read_text()
-
-
-def test_ranks_are_in_the_manifest(undisturbed: Any) -> None:
     refs = refs_of(Store(undisturbed.outputs))
     found = read_manifest(refs["together"])["excluded"]["ranks"]
     assert found == {"size": 3, "backend": "ring", "hosts": [os.uname().nodename] * 3}

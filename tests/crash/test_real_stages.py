@@ -1,18 +1,17 @@
-"""The real stages, killed where they compute and save: the next run ends with the same bytes.
-
-The short matrix kills a pretraining; the whole one every stage, at each of its points.
-"""
+"""The real stages, killed where they compute and save: the next run gives the same bytes."""
 
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlxchat.store import locks
+from mlxchat.store import crash, locks
+from mlxchat.store.files import Records
 from mlxchat.store.manifest import find_damage, read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
@@ -74,7 +73,7 @@ def stages(
 def kill_and_continue(
     step: str, place: str, prepared: tuple[Path, str], settings: list[str], mlxchat: Callable[..., Any], folder: Path
 ) -> None:
-    """Kill a run at a place, look at what it leaves, run again, and compare with the undisturbed digest."""
+    """Kill a run at a place, check what it leaves, run again, and compare with the undisturbed digest."""
     before, tree = prepared
     outputs = folder / "outputs"
     if before.exists():
@@ -90,21 +89,11 @@ def kill_and_continue(
 
 
 def check_whole(outputs: Path) -> None:
-    """What the store shows is whole, and no lock is held by the dead."""
+    """Check that artifacts are undamaged and no lock is held."""
     for folder in (outputs / "store").glob("*"):
         assert list(find_damage(folder, read_manifest(folder))) == []
     for lock in (outputs / "locks").glob("*"):
         assert not locks.is_held(lock)
-
-
-SHORT = ["run.folder:1", "train.iteration:2", "checkpoint.written:3"]
-
-
-@pytest.mark.parametrize("place", SHORT)
-def test_a_pretraining_killed_at_a_point_ends_with_the_same_bytes(
-    place: str, stages: Any, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
-) -> None:
-    kill_and_continue("pretrain", place, stages("pretrain"), settings, mlxchat, tmp_path)
 
 
 WHOLE = [
@@ -117,25 +106,27 @@ WHOLE += [("eval_rl", f"{ANSWERED}:{passing}") for passing in (1, 5)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "place"), WHOLE)
-def test_every_stage_killed_at_each_of_its_points_ends_with_the_same_bytes(
+def test_killed_stage_gives_the_same_bytes(
     step: str, place: str, stages: Any, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
 ) -> None:
     kill_and_continue(step, place, stages(step), settings, mlxchat, tmp_path)
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EROFS"])
-def test_a_disk_that_takes_no_run_is_told(
-    error: str, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
+def test_unwritable_disk_is_one_message(
+    error: str, settings: list[str], say: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    full = {"MLXCHAT_CRASH_AT": "run.folder", "MLXCHAT_CRASH_ERROR": error}
-    code, text = complete(mlxchat, settings, tmp_path / "outputs", "corpus", **full)
-    assert code == 2
+    monkeypatch.setattr(crash, "_passed", {})
+    monkeypatch.setenv("MLXCHAT_CRASH_AT", "run.folder")
+    monkeypatch.setenv("MLXCHAT_CRASH_ERROR", error)
+    text = say(*settings, "targets=[corpus]", f"outputs={tmp_path}/outputs", code=2)
     assert text.splitlines()[-1].startswith("error: ")
     assert "cannot be written" in text
     assert "Traceback" not in text
 
 
-def test_a_disk_that_is_full_while_a_training_saves_is_told_and_it_is_continued(
+@pytest.mark.slow
+def test_training_resumes_after_a_full_disk(
     stages: Any, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
 ) -> None:
     before, tree = stages("pretrain")
@@ -151,3 +142,22 @@ def test_a_disk_that_is_full_while_a_training_saves_is_told_and_it_is_continued(
     manifest = read_manifest(refs_of(Store(outputs))["pretrain"])
     assert manifest["tree"] == tree
     assert manifest["attempts"][-1]["resumed_from"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_parallel_steps_and_simultaneous_runs_give_the_same_bytes(
+    processes: int, tiny: tuple[str, ...], start_mlxchat: Any, finished: Any, tmp_path: Path
+) -> None:
+    """One run with three parallel steps, or two runs at a time, each of whose steps is computed once."""
+    outputs = tmp_path / "outputs"
+    more = ["machine.max_parallel_steps=3"] if processes == 1 else []
+    runs = [start_mlxchat(*tiny, *more, f"outputs={outputs}") for _ in range(processes)]
+    texts = [run.communicate(timeout=600)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * processes, "\n\n".join(texts)
+    alone, found = refs_of(Store(finished.outputs)), refs_of(Store(outputs))
+    assert alone.keys() == found.keys()
+    for step, place in alone.items():
+        assert read_manifest(found[step])["tree"] == read_manifest(place)["tree"], step
+    events = [event for log in outputs.glob("runs/*/events.jsonl") for event in Records(log).read()]
+    assert Counter(event["step"] for event in events if event["event"] == "step_started") == Counter(list(alone))

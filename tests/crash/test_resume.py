@@ -1,4 +1,4 @@
-"""A training that is killed or stopped, anywhere, ends as if nothing had happened: bit for bit."""
+"""A training that is killed or stopped anywhere ends with the same bits as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -20,43 +20,32 @@ from mlxchat.store.fingerprint import hash_file
 from mlxchat.store.manifest import OBSERVATIONS
 from mlxchat.store.store import Store
 
-# Long enough to be stopped halfway. RL needs a model that is now and then right: it picks letters.
+# RL needs a model that is now and then right: it picks letters. Each of its rollouts has four updates.
 SETTINGS = """
     stage=rl machine.checkpoint_seconds=0
-    pretrain.num_iterations=60 pretrain.eval_every=20 architecture.dropout=0.1 pretrain.keep=best pretrain.keep_every=7
-    midtrain.num_iterations=60 midtrain.eval_every=25
-    sft.mixture.facts_mc.size=60 sft.num_iterations=80 sft.schedule.init_lr_frac=1 sft.eval_every=50
-    rl.task.task=facts_mc rl.task.size=30 rl.evaluation.task=facts_mc rl.num_iterations=60
-    rl.questions_per_iteration=4 rl.samples_per_question=4 rl.max_new_tokens=3 rl.top_k=4
+    pretrain.num_iterations=30 pretrain.eval_every=10 architecture.dropout=0.1 pretrain.keep=best pretrain.keep_every=7
+    midtrain.num_iterations=30 midtrain.eval_every=12
     midtrain.adapter.kind=dora midtrain.adapter.bits=4 midtrain.adapter.group_size=32 midtrain.adapter.dropout=0.1
-    rl.adapter.kind=lora rl.adapter.rank=2 rl.kl_coefficient=0.01
+    sft.mixture.facts_mc.size=60 sft.num_iterations=40 sft.schedule.init_lr_frac=1 sft.eval_every=30
+    rl=dapo rl.kl_coefficient=0.05 rl.minibatches_per_rollout=2 rl.passes_per_rollout=2 rl.resample_rounds=3
+    rl.task.task=facts_mc rl.task.size=30 rl.evaluation.task=facts_mc rl.num_iterations=4 rl.train_unfinished=true
+    rl.questions_per_iteration=4 rl.samples_per_question=4 rl.max_new_tokens=3 rl.top_k=4
+    rl.adapter.kind=lora rl.adapter.rank=2
 """
-WEIGHTS = {"midtrain": "adapters.safetensors", "rl": "adapters.safetensors"}  # others: model.safetensors
-
-
 TRAININGS = ("pretrain", "midtrain", "sft", "rl")
-ENDS = (
-    ("pretrain", 30, signal.SIGTERM),
-    ("midtrain", 27, signal.SIGKILL),
-    ("sft", 10, signal.SIGKILL),
-    ("rl", 20, signal.SIGINT),
-)
+UPDATES = 4 * 4
+KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+ENDS = (("pretrain", 10, TERM), ("rl", 7, KILL))
 MORE_ENDS = (
-    ("pretrain", 5, signal.SIGKILL),
-    ("pretrain", 30, signal.SIGTERM),
-    ("midtrain", 3, signal.SIGTERM),
-    ("midtrain", 27, signal.SIGKILL),
-    ("sft", 10, signal.SIGKILL),
-    ("sft", 40, signal.SIGTERM),
-    ("rl", 4, signal.SIGKILL),
-    ("rl", 20, signal.SIGTERM),
-    ("rl", 35, signal.SIGINT),
-)
+    ("pretrain", 5, KILL), ("pretrain", 15, TERM), ("midtrain", 3, TERM), ("midtrain", 20, KILL), ("sft", 10, KILL),
+    ("sft", 30, TERM), ("rl", 2, KILL), ("rl", 4, TERM), ("rl", 7, INT), ("rl", 10, KILL), ("rl", 13, KILL),
+)  # fmt: skip
+OBSERVED = ("tokens_per_second", "mfu", "data_wait_frac", "elapsed_seconds", "peak_memory_bytes")
 
 
 @dataclass
 class Story:
-    """What happened to one outputs folder: exit codes and outputs of the invocations, in order."""
+    """Exit codes and output of the invocations on one outputs folder, in order."""
 
     outputs: Path
     ends: tuple[tuple[str, int, signal.Signals], ...] = ()
@@ -72,12 +61,18 @@ class Story:
         """Return a file of a step's artifact."""
         return self.outputs / "store" / self.manifest(step)["name"] / name
 
+    def records(self, step: str) -> list[dict[str, Any]]:
+        """Return a training's metrics without what depends on time."""
+        lines = self.file(step, "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key not in OBSERVED} for line in lines]
+
 
 @pytest.fixture(scope="module")
 def settings(tiny: tuple[str, ...]) -> list[str]:
-    """The tiny settings, in which SFT practises nothing but to answer with a letter."""
+    """The tiny settings, in which SFT trains only on answers that are a letter."""
     other = [item for item in tiny if item.startswith("sft.mixture.") and ".facts_mc." not in item]
-    kept = [item for item in tiny if item not in other]
+    mine = {item.partition("=")[0] for item in SETTINGS.split()}
+    kept = [item for item in tiny if item not in other and item.partition("=")[0] not in mine]
     rl = compose_config(["experiment=smoke"]).config.rl
     removed = [item.partition(".size=")[0] for item in other]
     removed += [f"rl.{name}.options.{key}" for name in ("task", "evaluation") for key in getattr(rl, name).options]
@@ -88,32 +83,26 @@ def settings(tiny: tuple[str, ...]) -> list[str]:
 def undisturbed(settings: list[str], mlxchat: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Story:
     """A run that nothing happened to."""
     story = Story(tmp_path_factory.mktemp("undisturbed") / "outputs")
-    done = mlxchat(*settings, f"outputs={story.outputs}", timeout=200)
+    done = mlxchat(*settings, f"outputs={story.outputs}")
     assert done.returncode == 0, done.stdout + done.stderr
     return story
 
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(ENDS, id="once"), pytest.param(MORE_ENDS, id="early and late", marks=pytest.mark.slow)],
+    params=[pytest.param(ENDS, id="twice"), pytest.param(MORE_ENDS, id="eleven times", marks=pytest.mark.slow)],
 )
 def disturbed(
-    request: pytest.FixtureRequest,
-    settings: list[str],
-    start_mlxchat: Callable[..., Any],
-    tmp_path_factory: pytest.TempPathFactory,
+    request: pytest.FixtureRequest, settings: list[str], start_mlxchat: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Story:
-    """The same, killed or asked to stop in each training, and each time started again."""
+    """The same, killed or stopped during trainings, and each time started again."""
     story = Story(tmp_path_factory.mktemp("disturbed") / "outputs", request.param)
-    for step, iteration, number in (
-        *story.ends,
-        (None, None, None),
-    ):
+    for step, iteration, number in (*story.ends, (None, None, None)):
         process = start_mlxchat(*settings, f"outputs={story.outputs}")
         if step is not None:
             wait_for(process, story.outputs, step, iteration)
             process.send_signal(number)
-        text, _ = process.communicate(timeout=200)
+        text, _ = process.communicate(timeout=600)
         story.codes.append(process.returncode)
         story.printed.append(text)
     return story
@@ -128,91 +117,70 @@ def wait_for(process: subprocess.Popen[str], outputs: Path, step: str, iteration
                 attempts = Records(log.parents[2] / "attempts.jsonl").read()
             except FileNotFoundError:  # the step before is published meanwhile
                 continue
-            if (
-                attempts
-                and attempts[0].get("step") == step
-                and records
-                and records[-1].get("iteration", 0) >= iteration
-            ):
+            if attempts and attempts[0].get("step") == step and records and records[-1]["iteration"] >= iteration:
                 return
         time.sleep(0.005)
     pytest.fail(f"ended before iteration {iteration} of {step}: {process.communicate()[0]}")
 
 
-def test_each_end_has_its_exit_code(disturbed: Story) -> None:
-    expected = [-number if number == signal.SIGKILL else 128 + number for _, _, number in disturbed.ends]
+def test_settings_exercise_the_state(undisturbed: Story) -> None:
+    """Otherwise equal bytes would prove nothing."""
+    name = "model.safetensors"
+    assert hash_file(undisturbed.file("sft", name)) != hash_file(undisturbed.file("pretrain", name))
+    for step in ("midtrain", "rl"):
+        arrays = load_file(undisturbed.file(step, "adapters.safetensors"))
+        assert all(value.any() for name, value in arrays.items() if name.endswith("lora_b"))
+    logged = undisturbed.records("rl")
+    assert sorted({record["iteration"] for record in logged if "kl" in record}) == list(range(1, UPDATES + 1))
+    assert max(record["kl"] for record in logged if "kl" in record) > 0
+    assert any(record["ratio"] != 1 for record in logged if "ratio" in record)
+    assert len({record["questions_asked"] for record in logged if "questions_asked" in record}) > 1
+
+
+def test_exit_codes_and_output_name_the_stop_and_the_resume(disturbed: Story) -> None:
+    expected = [-number if number == KILL else 128 + number for _, _, number in disturbed.ends]
     assert disturbed.codes == [*expected, 0], disturbed.printed
-
-
-def test_a_stop_is_told_in_one_line_with_the_way_on(disturbed: Story) -> None:
-    totals = dict(zip(TRAININGS, (60, 60, 80, 60), strict=True))
-    for printed, (step, _, number) in zip(disturbed.printed, disturbed.ends, strict=False):
-        if number == signal.SIGKILL:
-            continue
-        assert f"{step} stopped: saved at iteration " in printed
-        assert f" of {totals[step]:,}. The same command continues from there." in printed
+    for printed, following, (step, _, number) in zip(
+        disturbed.printed, disturbed.printed[1:], disturbed.ends, strict=False
+    ):
         assert "Traceback" not in printed
-
-
-def test_the_next_invocation_says_that_it_resumes(disturbed: Story) -> None:
-    for printed, (step, _, _) in zip(disturbed.printed[1:], disturbed.ends, strict=True):
-        (line,) = (line for line in printed.splitlines() if line.startswith(f"{step} ") and " run " in line)
+        if number != KILL:
+            assert f"{step} stopped: saved at iteration " in printed
+            assert ". The same command continues from there." in printed
+        (line,) = (line for line in following.splitlines() if line.startswith(f"{step} ") and " run " in line)
         assert line.endswith("missing, resumes")
 
 
 @pytest.mark.parametrize("step", TRAININGS)
-def test_the_manifest_lists_every_execution_and_where_it_continued(step: str, disturbed: Story) -> None:
+def test_resumed_training_is_bit_exact(step: str, disturbed: Story, undisturbed: Story) -> None:
+    ours, theirs = disturbed.manifest(step), undisturbed.manifest(step)
+    assert ours["tree"] == theirs["tree"]
+    assert [
+        file for file in theirs["outputs"] if file["path"] not in OBSERVATIONS and file not in ours["outputs"]
+    ] == []
+    assert (ours["metrics"], ours["derived"]) == (theirs["metrics"], theirs["derived"])
+    assert disturbed.records(step) == undisturbed.records(step)
+    if step == "rl":
+        assert (
+            disturbed.file(step, "rollouts.jsonl").read_bytes() == undisturbed.file(step, "rollouts.jsonl").read_bytes()
+        )
+    else:
+        losses = [record["iteration"] for record in disturbed.records(step) if "loss" in record]
+        assert losses == list(range(1, len(losses) + 1))
+
+
+@pytest.mark.parametrize("step", TRAININGS)
+def test_manifest_lists_every_attempt_and_where_it_resumed(step: str, disturbed: Story) -> None:
     numbers = [number for each, _, number in disturbed.ends if each == step]
-    outcomes = [*("killed" if number == signal.SIGKILL else "interrupted" for number in numbers), "done"]
     attempts = disturbed.manifest(step)["attempts"]
+    outcomes = [*("killed" if number == KILL else "interrupted" for number in numbers), "done"]
     assert [attempt["outcome"] for attempt in attempts] == outcomes
-    # A killed execution cannot tell where it began; every other one can.
+    # A killed attempt cannot record where it began.
     starts = [attempt["resumed_from"] for attempt in attempts if attempt["outcome"] != "killed"]
     if outcomes[0] != "killed":
         assert starts.pop(0) is None
     assert starts == sorted(starts)
-    assert min(starts) > 0
-
-
-@pytest.mark.parametrize("step", TRAININGS)
-def test_the_model_is_the_same_bit_for_bit(step: str, disturbed: Story, undisturbed: Story) -> None:
-    name = WEIGHTS.get(step, "model.safetensors")
-    assert disturbed.file(step, name).read_bytes() == undisturbed.file(step, name).read_bytes()
-    assert disturbed.manifest(step)["tree"] == undisturbed.manifest(step)["tree"]
-    for file in undisturbed.manifest(step)["outputs"]:
-        if file["path"] not in OBSERVATIONS:
-            assert file in disturbed.manifest(step)["outputs"]
-
-
-def test_each_training_has_changed_the_model(undisturbed: Story) -> None:
-    # Otherwise equal models would prove nothing.
-    name = "model.safetensors"
-    assert hash_file(undisturbed.file("sft", name)) != hash_file(undisturbed.file("pretrain", name))
-    for step, file in WEIGHTS.items():
-        arrays = load_file(undisturbed.file(step, file))
-        assert all(value.any() for name, value in arrays.items() if name.endswith("lora_b"))
-
-
-OBSERVED = ("tokens_per_second", "mfu", "data_wait_frac", "elapsed_seconds", "peak_memory_bytes")
-
-
-@pytest.mark.parametrize("step", TRAININGS)
-def test_the_records_have_every_iteration_once_and_the_same_losses(
-    step: str, disturbed: Story, undisturbed: Story
-) -> None:
-    def records(story: Story) -> list[dict[str, Any]]:
-        lines = story.file(step, "metrics.jsonl").read_text().splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key not in OBSERVED} for line in lines]
-
-    assert records(disturbed) == records(undisturbed)
-    losses = [record["iteration"] for record in records(disturbed) if "loss" in record]
-    assert losses == list(range(1, len(losses) + 1))
-
-
-@pytest.mark.parametrize("step", TRAININGS)
-def test_the_final_numbers_are_the_same(step: str, disturbed: Story, undisturbed: Story) -> None:
-    assert disturbed.manifest(step)["metrics"] == undisturbed.manifest(step)["metrics"]
-    assert disturbed.manifest(step)["derived"] == undisturbed.manifest(step)["derived"]
+    assert min(starts, default=1) > 0
 
 
 def test_nothing_is_left_over(disturbed: Story) -> None:
@@ -223,13 +191,12 @@ def test_nothing_is_left_over(disturbed: Story) -> None:
     assert set(made) == {"corpus", "tokenizer", *TRAININGS, "tokens"}
 
 
-def test_a_sweep_that_is_stopped_starts_no_further_job(
-    settings: list[str], start_mlxchat: Callable[..., Any], tmp_path: Path
-) -> None:
+@pytest.mark.slow
+def test_stopped_sweep_starts_no_further_job(settings: list[str], start_mlxchat: Any, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
     process = start_mlxchat("-m", *settings, "stage=pretrain", "pretrain.num_iterations=400,401", f"outputs={outputs}")
     wait_for(process, outputs, "pretrain", 5)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(TERM)
     text, _ = process.communicate(timeout=100)
     assert process.returncode == 143, text
     assert "Traceback" not in text
@@ -237,3 +204,39 @@ def test_a_sweep_that_is_stopped_starts_no_further_job(
     plans = [json.loads(path.read_text()) for path in (outputs / "runs").glob("*/plan.json")]
     trained = [plan for plan in plans if any(step["step"] == "pretrain" for step in plan["steps"])]
     assert len(trained) == 1, "the run that makes what jobs share trains nothing"
+
+
+FAILING = """
+from pathlib import Path
+
+def own(conversation, answer):
+    with open("calls", "a") as calls:
+        calls.write(".")
+        if calls.tell() > 90 and not Path("mended").exists():
+            raise ConnectionError("the judge is away")
+    return 0.1 * len(answer)
+"""
+
+
+@pytest.mark.slow
+def test_failing_reward_function_costs_no_iteration(
+    settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "judging_from_afar.py").write_text(FAILING)
+    own = '{right: {kind: exact}, own: {kind: function, function: "judging_from_afar:own"}}'
+    command = [*settings, f"+rl.rewards={own}", "machine.checkpoint_seconds=1000", "outputs=outputs"]
+    failed = mlxchat(*command, cwd=tmp_path)
+    said = failed.stdout + failed.stderr
+    assert failed.returncode == 1, said
+    assert "judging_from_afar:own raised ConnectionError: the judge is away (judging_from_afar.py, line 8)" in said
+    assert "The state after iteration " in said
+    assert "Traceback" not in said
+    (tmp_path / "mended").touch()
+    mended = mlxchat(*command, cwd=tmp_path)
+    assert mended.returncode == 0, mended.stdout + mended.stderr
+    story = Story(tmp_path / "outputs")
+    failing, last = story.manifest("rl")["attempts"]
+    assert failing["outcome"] == "failed"
+    assert last["resumed_from"] > 0
+    iterations = [record["iteration"] for record in story.records("rl") if "policy_loss" in record]
+    assert iterations == list(range(1, UPDATES + 1))

@@ -163,7 +163,6 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
     if known is not None:
         _check(known[0])
         return Composed(known[0], overrides, known[1], implied, options)
-    register_schema(schema)
     search = search_path(folders, primary)
     compose = partial(_compose, primary=primary, schema=schema)
     try:
@@ -350,7 +349,7 @@ def _compose(overrides: list[str], *, primary: Path | None, schema: type[Config]
     words = as_hydra(overrides, schema, imply=primary is None)
     parsed = OverridesParser.create().parse_overrides(words)
     if primary is not None or any(each.is_sweep_override() or each.is_hydra_override() for each in parsed):
-        return _compose_files(words, primary)
+        return _compose_files(words, primary, schema)
     values = [each for each in parsed if _sets_value(each, schema)]
     groups = tuple(word for word, each in zip(words, parsed, strict=True) if each not in values)
     kept = _compose_once(groups, schema, tuple(stamp_folder(conf_folder())))  # type: ignore[arg-type]  # a class has a hash
@@ -373,15 +372,16 @@ def _sets_value(override: Override, schema: type[Config]) -> bool:
     return "." in key or (key not in group_names() and not is_dataclass(get_type_hints(schema).get(key, schema)))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=32)
 def _compose_once(overrides: tuple[str, ...], schema: type[Config], stamps: tuple[Stamp, ...]) -> DictConfig:
     """Cache `_compose_files` until the schema or the built-in YAML files change."""
-    return _compose_files(list(overrides), None)
+    return _compose_files(list(overrides), None, schema)
 
 
-def _compose_files(overrides: list[str], primary: Path | None) -> DictConfig:
+def _compose_files(overrides: list[str], primary: Path | None, schema: type[Config]) -> DictConfig:
     from hydra import compose, initialize_config_dir, initialize_config_module
 
+    register_schema(schema)
     if primary is not None:
         with initialize_config_dir(str(primary.parent), version_base="1.3"):
             return compose(primary.stem, overrides, return_hydra_config=True)
