@@ -36,7 +36,7 @@ def run(ctx: Context) -> None:
         tokenizer, keeps_ids = load_vocabulary(config.source)
         ctx.derive({"vocab_size": tokenizer.vocab_size})
         if not keeps_ids:
-            print("  ids are counted anew: special tokens of the source stood among them", flush=True)
+            print("  new ids: the source had special tokens among the others", flush=True)
     rows = compression_rows(
         tokenizer, {split: Corpus.open(corpus).documents(split) for split in ("train", "validation")}
     )

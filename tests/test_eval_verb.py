@@ -82,35 +82,20 @@ def test_gsm8k_has_both_verdicts_and_any_of_n(
     assert (right, any_of_two, theirs, any_of_theirs) == ("50.0%", "75.0%", "25.0%", "25.0%")
 
 
-def test_text_json_is_alone_on_stdout(made: Path, mlxchat: Any) -> None:
-    done = mlxchat(
-        "eval", "base", "--task", "bpb", "--json", "corpus=bundled_small", "eval.bpb_tokens=2000", f"outputs={made}"
+def test_json_is_alone_on_stdout(made: Path, mlxchat: Any, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"The cat {number} sat on the mat. " * 4}) + "\n" for number in range(200))
     )
+    options = ["--task", "bpb", "--json", "corpus=files", f"corpus.paths=[{text}]", "eval.bpb_tokens=1000"]
+    done = mlxchat("eval", "base", *options, f"outputs={made}")
     assert done.returncode == 0, done.stderr
     scores = json.loads(done.stdout)
     assert 5 < scores["bpb"]["val"] < 15
     assert Store(made).find(scores["artifact"].rpartition("-")[2]) is not None
 
 
-def test_third_party_folder_is_evaluated(made: Path, tmp_path: Path, say: Say) -> None:
-    say("export", "talks", "--to", "hf", tmp_path / "hf", f"outputs={made}")
-    settings = ["--limit", "4", "eval.max_new_tokens=4", f"outputs={made}", "--task", "facts_mc"]
-    theirs = say("eval", f"hf:{tmp_path / 'hf'}", *settings).splitlines()
-    ours = say("eval", "talks", *settings).splitlines()
-    rows = [next(line for line in text if line.startswith("facts_mc")) for text in (theirs, ours)]
-    assert rows[0] == rows[1]
-
-
-def test_wrong_model_format_is_refused(made: Path, say: Say) -> None:
-    place = f"outputs={made}"
-    assert "cannot answer questions: expected --task core" in say("eval", "base", "--task", "gsm8k", place, code=2)
-    assert "CORE needs a base model" in say("eval", "talks", "--task", "core", place, code=2)
-    assert "requires a model of mlxchat" in say(
-        "eval", f"hf:{made}", "--task", "facts", "--samples", "2", place, code=2
-    )
-
-
-def test_a_base_model_chooses_as_numpy_does(made: Path, tmp_path: Path, say: Say) -> None:
+def test_base_model_chooses_as_numpy(made: Path, tmp_path: Path, say: Say) -> None:
     """Zero-shot: the option with the lowest mean loss after "Question: …" and "Answer: " as plain text, in float64."""
     said = say("eval", "base", "--task", "facts_mc", "--limit", "10", "--json", "eval.prompts=[]", f"outputs={made}")
     found = json.JSONDecoder().raw_decode(said)[0]["tasks"]["facts_mc_base"]
@@ -134,7 +119,23 @@ def test_mistakes_are_reported_together(made: Path, say: Say) -> None:
     told = say("eval", "talks", "--task", "gsn8k", "--suite", "chatcor", "--limit", "0", f"outputs={made}", code=2)
     for part in ('Did you mean "gsm8k"', 'Did you mean "chatcore"', "--limit is 0"):
         assert part in told
-    assert "expected --task TASK (core, bpb, facts" in say("eval", "talks", f"outputs={made}", code=2)
+    for arguments, message in (
+        (["talks"], "expected --task TASK (core, bpb, facts"),
+        (["base", "--task", "gsm8k"], "cannot answer questions: expected --task core"),
+        (["talks", "--task", "core"], "CORE needs a base model"),
+    ):
+        assert message in say("eval", *arguments, f"outputs={made}", code=2)
+
+
+def test_third_party_folder_is_evaluated(made: Path, tmp_path: Path, say: Say) -> None:
+    say("export", "talks", "--to", "hf", tmp_path / "hf", f"outputs={made}")
+    settings = ["--limit", "4", "eval.max_new_tokens=4", f"outputs={made}", "--task", "facts_mc"]
+    theirs = say("eval", f"hf:{tmp_path / 'hf'}", *settings).splitlines()
+    ours = say("eval", "talks", *settings).splitlines()
+    rows = [next(line for line in text if line.startswith("facts_mc")) for text in (theirs, ours)]
+    assert rows[0] == rows[1]
+    several = ["eval", f"hf:{made}", "--task", "facts", "--samples", "2", f"outputs={made}"]
+    assert "requires a model of mlxchat" in say(*several, code=2)
 
 
 def test_any_right_counts_questions_with_a_right_sample() -> None:

@@ -48,9 +48,10 @@ def train_there(base: Path, folder: Path, kind: str, monkeypatch: pytest.MonkeyP
     lora()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("architecture", "kind"), [("oct2025", "dora"), ("jul2026", "lora")])
-def test_import_of_mlx_lms_adapters_has_equal_logits(
+def test_adapters_trained_by_mlx_lm_have_equal_logits(
     outputs: Path, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kind: str
 ) -> None:
     mlx_lm = pytest.importorskip("mlx_lm")
@@ -80,25 +81,31 @@ def foreign(folder: Path, tuned: Path, dtype: mx.Dtype = mx.float32) -> Path:
     return folder
 
 
-def test_bfloat16_is_widened(outputs: Path, command: Command, tmp_path: Path) -> None:
-    tuned = publish_adapters(outputs, publish_base(outputs))
-    foreign(tmp_path / "there", tuned, mx.bfloat16)
-    assert command("import", "adapter", "there", "--base", "base")[0] == 0
-    found = load_file(resolve(Store(outputs), "import:there") / "adapters.safetensors")
+def test_imported_adapters_have_mlx_lms_logits(outputs: Path, command: Command, tmp_path: Path) -> None:
+    mlx_lm = pytest.importorskip("mlx_lm")
+    base = publish_base(outputs)
+    foreign(tmp_path / "there", publish_adapters(outputs, base))
+    publish_base(outputs, "other", seed=8)
+    command("import", "adapter", "there", "--base", "base", "--name", "a")
+    command("import", "adapter", "there", "--base", "other", "--name", "b")
+    a, b = (resolve(Store(outputs), f"import:{name}") for name in "ab")
+    assert read_manifest(a)["tree"] != read_manifest(b)["tree"], "the base is part of the identity"
+    assert read_manifest(a)["inputs"]["checkpoint"]["rid"] == read_manifest(base)["rid"]
+    theirs, _ = mlx_lm.load(str(base), adapter_path=str(tmp_path / "there"))
+    found = np.asarray(load_checkpoint(a)[0](some_ids()))
+    np.testing.assert_allclose(found, np.asarray(theirs(some_ids())), atol=1e-3)
+
+
+def test_bfloat16_is_widened(outputs: Path, tmp_path: Path) -> None:
+    base, out = publish_base(outputs), tmp_path / "out"
+    tuned = publish_adapters(outputs, base)
+    out.mkdir()
+    source = open_folder(foreign(tmp_path / "there", tuned, mx.bfloat16))
+    import_adapter(source, find_files(source), base, out, chats=None, check=lambda: None)
+    found = load_file(out / "adapters.safetensors")
     for name, value in load_file(tuned / "adapters.safetensors").items():
         expected = mx.array(value).astype(mx.bfloat16).astype(mx.float32)
         np.testing.assert_array_equal(found[name], np.asarray(expected))
-
-
-def test_base_is_part_of_the_imports_identity(outputs: Path, command: Command, tmp_path: Path) -> None:
-    foreign(tmp_path / "there", publish_adapters(outputs, publish_base(outputs)))
-    publish_base(outputs, "other", seed=8)
-    command("import", "adapter", "there", "--base", "base", "--name", "a")
-    command("import", "adapter", "there", "--base", "base", "--name", "b")
-    command("import", "adapter", "there", "--base", "other", "--name", "c")
-    a, b, c = (resolve(Store(outputs), f"import:{name}") for name in "abc")
-    assert a == b != c
-    assert read_manifest(a)["tree"] != read_manifest(c)["tree"]
 
 
 def _without(folder: Path, name: str) -> None:

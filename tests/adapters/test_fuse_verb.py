@@ -41,20 +41,15 @@ def test_fused_model_needs_no_base(outputs: Path, command: Command) -> None:
     manifest = read_manifest(fused)
     assert manifest["inputs"]["checkpoint"]["rid"] == read_manifest(tuned)["rid"]
     assert command("verify", fused.name)[0] == 0
+    runs = len(list((outputs / "runs").iterdir()))
+    assert "fused: fused-" in command("fuse", tuned.name)[1]
+    assert len(list((outputs / "runs").iterdir())) == runs
     expected = logits(tuned)
     facts = json.loads((fused / "checkpoint.json").read_text())
     assert (facts["stage"], facts["format"]) == ("sft", "chat")
     assert "adapter" not in facts
     shutil.rmtree(base)
     np.testing.assert_array_equal(logits(fused), expected)
-
-
-def test_fusing_again_computes_nothing(outputs: Path, command: Command) -> None:
-    command("fuse", "sft")
-    runs = len(list((outputs / "runs").iterdir()))
-    _, printed = command("fuse", resolve(Store(outputs), "sft").name)
-    assert "fused: fused-" in printed
-    assert len(list((outputs / "runs").iterdir())) == runs
 
 
 def test_step_can_use_any_model_of_the_store(outputs: Path, command: Command) -> None:
@@ -90,7 +85,7 @@ def test_damaged_base_is_not_fused(outputs: Path, command: Command) -> None:
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[" * 99999, None])
+@pytest.mark.parametrize("content", ["[" * 99999, None])
 def test_unreadable_config_of_the_base_is_refused(outputs: Path, command: Command, content: str | None) -> None:
     config = resolve(Store(outputs), "base") / "config.json"
     config.unlink() if content is None else config.write_text(content)
@@ -123,16 +118,6 @@ def test_other_verbs_accept_adapters(outputs: Path, command: Command) -> None:
     assert base in command("lineage", "sft")[1]
     assert tuned in command("lineage", "base", "--down")[1]
     assert "adapters.safetensors" in command("show", "sft")[1]
-
-
-def test_report_counts_all_parameters(outputs: Path) -> None:
-    from mlxchat.report.collect import collect_steps, entries_of_artifacts
-
-    places = [resolve(Store(outputs), name) for name in ("sft", "base")]
-    report = collect_steps(outputs, "x", entries_of_artifacts(outputs, places), places[0])
-    counts = {step.num_parameters for step in report.steps}
-    assert len(counts) == 1
-    assert None not in counts
 
 
 def test_memory_of_a_teacher_with_adapters_is_predicted(outputs: Path) -> None:

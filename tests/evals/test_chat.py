@@ -1,4 +1,4 @@
-"""Chat evaluation: who answers what, in which order, and what the scores are."""
+"""Chat evaluation: order of answers, sampling, resuming, multiple choice, scores."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Questions:
 
 
 class ScriptedEngine:
-    """An engine that answers question i with `answers[i]` and notes what it is asked."""
+    """An engine that answers question i with `answers[i]` and records its calls."""
 
     team, context_tokens = None, 1000
 
@@ -67,14 +67,13 @@ def evaluate(engine: Any, task: Any, **changes: Any) -> tuple[Score, list[dict[s
 ANSWERS = ["yes", "no", "yes", "maybe", "", "yes", "no"]
 
 
-def test_the_accuracy_is_the_share_of_right_answers(tokenizer: Tokenizer) -> None:
-    score, _ = evaluate(ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7))
-    assert (score.accuracy, score.num_examples, score.chance) == (3 / 7, 7, 0.0)
-
-
-def test_records_are_in_the_order_of_the_task_whatever_order_was_asked(tokenizer: Tokenizer) -> None:
+def test_records_keep_the_order_of_the_task(tokenizer: Tokenizer) -> None:
     engine, task = ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7)
-    _, records = evaluate(engine, task)
+    done: list[int] = []
+    score, records = evaluate(engine, task, batch_rows=3, max_new_tokens=5, on_progress=done.append)
+    assert (score.accuracy, score.num_examples, score.chance) == (3 / 7, 7, 0.0)
+    assert done == [0, 3, 6, 7]
+    assert all(each["max_new_tokens"] == 5 and not each.get("temperature") for each in engine.settings)
     assert [record["index"] for record in records] == list(range(7))
     assert [record["output"] for record in records] == ANSWERS
     assert [record["prompt"] for record in records] == [task[index]["messages"][0]["content"] for index in range(7)]
@@ -85,28 +84,14 @@ def test_records_are_in_the_order_of_the_task_whatever_order_was_asked(tokenizer
 
 
 @pytest.mark.parametrize(("batch_rows", "sizes"), [(1, [1] * 7), (3, [3, 3, 1]), (100, [7])])
-def test_every_question_is_asked_once_in_batches_of_the_size(
-    tokenizer: Tokenizer, batch_rows: int, sizes: list[int]
-) -> None:
+def test_every_question_is_asked_once(tokenizer: Tokenizer, batch_rows: int, sizes: list[int]) -> None:
     engine = ScriptedEngine(tokenizer, ANSWERS)
     evaluate(engine, Questions(["yes"] * 7), batch_rows=batch_rows)
     assert [len(batch) for batch in engine.batches] == sizes
     assert sorted(number for batch in engine.batches for number in batch) == list(range(7))
 
 
-def test_answers_are_greedy_and_of_the_length_allowed(tokenizer: Tokenizer) -> None:
-    engine = ScriptedEngine(tokenizer, ANSWERS)
-    evaluate(engine, Questions(["yes"] * 7), max_new_tokens=5)
-    assert all(settings["max_new_tokens"] == 5 and not settings.get("temperature") for settings in engine.settings)
-
-
-def test_progress_counts_the_answered_questions(tokenizer: Tokenizer) -> None:
-    done: list[int] = []
-    evaluate(ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7), batch_rows=3, on_progress=done.append)
-    assert done == [0, 3, 6, 7]
-
-
-def test_the_expected_answer_is_not_shown_to_the_model(tokenizer: Tokenizer) -> None:
+def test_expected_answers_are_not_in_the_prompt(tokenizer: Tokenizer) -> None:
     prompts: list[list[int]] = []
 
     class Spy(ScriptedEngine):
@@ -119,7 +104,7 @@ def test_the_expected_answer_is_not_shown_to_the_model(tokenizer: Tokenizer) -> 
     assert {prompt[-1] for prompt in prompts} == {tokenizer.special_ids["<|assistant_start|>"]}
 
 
-def test_a_task_that_explains_its_verdict_is_asked_for_that(tokenizer: Tokenizer) -> None:
+def test_explanations_are_recorded(tokenizer: Tokenizer) -> None:
     class Explaining(Questions):
         def explain(self, conversation: dict[str, Any], response: str) -> tuple[bool, dict[str, Any]]:
             return response == "no", {"why": response}
@@ -144,24 +129,17 @@ def test_every_question_is_sampled_with_every_seed(model: GPT, tokenizer: Tokeni
     assert all(len(outputs) > 1 for outputs in by_question.values())
 
 
-def test_samples_do_not_depend_on_the_batch(model: GPT, tokenizer: Tokenizer) -> None:
-    assert sampled(model, tokenizer, batch_rows=1)[1] == sampled(model, tokenizer, batch_rows=7)[1]
-
-
-def test_another_seed_draws_other_answers(model: GPT, tokenizer: Tokenizer) -> None:
-    one, other = sampled(model, tokenizer)[1], sampled(model, tokenizer, seed=6)[1]
+def test_samples_depend_on_the_seed_not_the_batch(model: GPT, tokenizer: Tokenizer) -> None:
+    one, other = sampled(model, tokenizer, batch_rows=1)[1], sampled(model, tokenizer, seed=6)[1]
+    assert one == sampled(model, tokenizer, batch_rows=7)[1]
     assert [example["output"] for example in one] != [example["output"] for example in other]
 
 
-def test_greedy_answers_have_no_seed(model: GPT, tokenizer: Tokenizer) -> None:
+def test_greedy_answers_and_choices_have_no_seed(model: GPT, tokenizer: Tokenizer) -> None:
     _, records = evaluate(Engine(model, tokenizer), Questions(["yes"] * 3))
     assert {example["seed"] for example in records} == {None}
-
-
-def test_multiple_choice_is_asked_once_whatever_the_seeds(model: GPT, tokenizer: Tokenizer) -> None:
-    score, records = evaluate(
-        Engine(model, tokenizer), Questions(["A"] * 5, kind="categorical"), seeds=5, temperature=1.0
-    )
+    choices = Questions(["A"] * 5, kind="categorical")
+    score, records = evaluate(Engine(model, tokenizer), choices, seeds=5, temperature=1.0)
     assert [example["seed"] for example in records] == [None] * 5
     assert score.per_seed == ()
 
@@ -169,9 +147,7 @@ def test_multiple_choice_is_asked_once_whatever_the_seeds(model: GPT, tokenizer:
 # Continuing
 
 
-def test_an_evaluation_that_was_stopped_continues_with_equal_results(
-    model: GPT, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_stopped_evaluation_resumes_with_equal_results(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> None:
     whole = sampled(model, tokenizer, batch_rows=2)
     attempts = 0
     while True:
@@ -189,7 +165,7 @@ def test_an_evaluation_that_was_stopped_continues_with_equal_results(
     assert attempts == 13  # three times four batches, and one that finds all of them done
 
 
-def test_a_line_that_a_kill_cut_off_is_computed_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_truncated_journal_line_is_computed_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
     evaluate(ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7), batch_rows=3, work=tmp_path)
     (journal,) = tmp_path.iterdir()
     journal.write_bytes(journal.read_bytes()[:-20])
@@ -200,7 +176,7 @@ def test_a_line_that_a_kill_cut_off_is_computed_again(tokenizer: Tokenizer, tmp_
     assert [example["output"] for example in records] == ANSWERS
 
 
-def test_results_of_other_settings_are_not_taken_over(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_results_of_other_settings_are_not_reused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     evaluate(ScriptedEngine(tokenizer, ["yes"] * 7), Questions(["yes"] * 7), work=tmp_path)
     other = ScriptedEngine(tokenizer, ANSWERS)
     score, _ = evaluate(other, Questions(["yes"] * 7), max_new_tokens=8, work=tmp_path)
@@ -208,15 +184,6 @@ def test_results_of_other_settings_are_not_taken_over(tokenizer: Tokenizer, tmp_
 
 
 # Multiple choice
-
-
-def boosted(model: GPT, tokenizer: Tokenizer, letter: str) -> GPT:
-    """Return the model with a strong wish for a letter: its logit is made large wherever it is positive."""
-    head = np.array(model.lm_head.weight)
-    (token,) = tokenizer.encode(letter)
-    head[token] *= 50
-    model.lm_head.weight = mx.array(head)
-    return model
 
 
 def best_letters(model: GPT, tokenizer: Tokenizer, task: Questions) -> list[str]:
@@ -228,9 +195,9 @@ def best_letters(model: GPT, tokenizer: Tokenizer, task: Questions) -> list[str]
     return chosen
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
-@pytest.mark.parametrize("letters", [["A", "B", "C", "D"], ["A", "B"], ["C", "A", "E"]])
-def test_the_letter_with_the_highest_logit_is_chosen_in_any_batch(
+@pytest.mark.parametrize("batch_tokens", [60, 10_000])
+@pytest.mark.parametrize("letters", [["A", "B", "C", "D"], ["C", "A", "E"]])
+def test_letter_with_the_highest_logit_is_chosen(
     model: GPT, tokenizer: Tokenizer, batch_tokens: int, letters: list[str]
 ) -> None:
     task = Questions(["A"] * 20, kind="categorical", letters=letters)
@@ -239,19 +206,14 @@ def test_the_letter_with_the_highest_logit_is_chosen_in_any_batch(
     assert [record["output"] for record in records] == expected
     assert len(set(expected)) > 1
     assert score.accuracy == expected.count("A") / 20
-
-
-def test_the_logits_of_all_letters_are_kept(model: GPT, tokenizer: Tokenizer) -> None:
-    task = Questions(["A"] * 3, kind="categorical", letters=["A", "C"])
-    _, records = evaluate(Engine(model, tokenizer), task)
-    for index, example in enumerate(records):
+    for index, example in enumerate(records[:3]):
         logits = np.asarray(model(mx.array([render_for_completion(tokenizer, task[index])])))[0, -1]
-        expected = {letter: float(logits[tokenizer.encode(letter)[0]]) for letter in ("A", "C")}
-        assert example["details"]["logits"] == pytest.approx(expected, abs=1e-4)  # float32, another shape
+        wanted = {letter: float(logits[tokenizer.encode(letter)[0]]) for letter in letters}
+        assert example["details"]["logits"] == pytest.approx(wanted, abs=1e-4)  # float32, another shape
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 30, 100])
-def test_batches_hold_no_more_tokens_than_allowed(
+@pytest.mark.parametrize("batch_tokens", [1, 100])
+def test_batches_respect_the_token_limit(
     model: GPT, tokenizer: Tokenizer, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[tuple[int, ...]] = []
@@ -262,7 +224,7 @@ def test_batches_hold_no_more_tokens_than_allowed(
     assert all(rows == 1 or rows * tokens <= batch_tokens for rows, tokens in shapes)
 
 
-def test_of_a_prompt_beyond_the_context_the_end_is_kept(model: GPT, tokenizer: Tokenizer) -> None:
+def test_long_prompts_keep_their_end(model: GPT, tokenizer: Tokenizer) -> None:
     """The context of this model is 64 tokens."""
 
     class Long(Questions):
@@ -281,12 +243,6 @@ def test_of_a_prompt_beyond_the_context_the_end_is_kept(model: GPT, tokenizer: T
     assert [example["tokens"] for example in records] == [len(render_for_completion(tokenizer, task[0])), 64]
 
 
-def test_a_letter_that_is_not_offered_is_never_chosen(model: GPT, tokenizer: Tokenizer) -> None:
-    task = Questions(["A"] * 20, kind="categorical", letters=["A", "B"])
-    _, records = evaluate(Engine(boosted(model, tokenizer, "C"), tokenizer), task)
-    assert {record["output"] for record in records} <= {"A", "B"}
-
-
 def test_letters_of_several_tokens_are_refused(model: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="single tokens"):
         evaluate(Engine(model, tokenizer), Questions(["A"], kind="categorical", letters=["A", "BC"]))
@@ -303,32 +259,25 @@ def score(accuracy: float, chance: float, num_examples: int = 100) -> Score:
     ("accuracy", "chance", "centered"),
     [(0.25, 0.25, 0.0), (1.0, 0.25, 1.0), (0.625, 0.25, 0.5), (0.1, 0.0, 0.1), (0.0, 0.5, -1.0)],
 )
-def test_a_centred_score_is_zero_at_chance_and_one_at_best(accuracy: float, chance: float, centered: float) -> None:
+def test_centred_score_is_zero_at_chance(accuracy: float, chance: float, centered: float) -> None:
     assert score(accuracy, chance).centered == pytest.approx(centered)
 
 
-def test_the_standard_error_is_that_of_a_share() -> None:
-    assert score(0.3, 0.25, 400).stderr == pytest.approx(math.sqrt(0.3 * 0.7 / 400))
-
-
-def test_the_mean_of_centred_scores_is_chatcores_formula() -> None:
+def test_mean_of_centred_scores_is_chatcores_formula() -> None:
     """nanochat's table for its SFT model: ARC-E, ARC-C, MMLU, GSM8K and HumanEval give ChatCORE 0.0884."""
     table: list[tuple[float, float]] = [(0.3876, 0.25), (0.2807, 0.25), (0.3151, 0.25), (0.0455, 0.0), (0.0854, 0.0)]
     assert mean_centered([score(*row) for row in table]) == pytest.approx(0.0884, abs=1e-4)
-
-
-def test_no_scores_have_no_mean() -> None:
     assert mean_centered([]) is None
 
 
-def test_a_score_is_written_with_everything_that_a_reader_needs() -> None:
+def test_score_as_data() -> None:
     assert score(0.5, 0.25).to_dict() == {
         "kind": "categorical", "accuracy": 0.5, "chance": 0.25, "centered": pytest.approx(1 / 3),
         "num_examples": 100, "num_questions": 100, "stderr": 0.05,
     }  # fmt: skip
 
 
-def test_the_errors_of_several_samples_by_hand() -> None:
+def test_standard_errors_by_hand() -> None:
     """Three questions, right in 2, 1 and 0 of 2 samples: shares 1, 1/2, 0, whose variance is 1/6."""
     score = Score.of([[True, True, False], [True, False, False]], kind="generative", chance=0.0)
     assert score.accuracy == pytest.approx(0.5)
@@ -336,15 +285,12 @@ def test_the_errors_of_several_samples_by_hand() -> None:
     assert score.per_seed == pytest.approx((2 / 3, 1 / 3))
     assert score.seed_stderr == pytest.approx(1 / 6)  # their standard deviation is √2 / 6
     assert score.to_dict()["seeds"] == 2
+    one = Score.of([[True, False, False, True, True]], kind="generative", chance=0.0)
+    assert one.stderr == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
+    assert (one.per_seed, one.seed_stderr) == ((), None)
 
 
-def test_the_error_of_one_sample_is_that_of_a_share() -> None:
-    score = Score.of([[True, False, False, True, True]], kind="generative", chance=0.0)
-    assert score.stderr == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
-    assert (score.per_seed, score.seed_stderr) == ((), None)
-
-
-def test_the_error_covers_what_other_questions_and_samples_would_give() -> None:
+def test_standard_error_is_the_spread_of_evaluations() -> None:
     """The spread of accuracies over many drawn evaluations, each with its own questions and three samples of each."""
     rng = np.random.default_rng(0)
     accuracies, errors = [], []
@@ -363,7 +309,7 @@ def suite_scores(names: tuple[str, ...]) -> dict[str, Score]:
 
 
 @pytest.mark.parametrize(("which", "value"), [("oct2025", 0.2258388888888889), ("jul2026", 0.07300666666666666)])
-def test_chatcore_is_that_of_the_whole_set_of_a_snapshot(which: str, value: float) -> None:
+def test_chatcore_of_a_snapshot_is_nanochats(which: str, value: float) -> None:
     """The values are nanochat's own for these accuracies."""
     names = CHATCORE_SETS[which]
     found = chatcore(suite_scores(names), {name: name for name in names})
@@ -374,27 +320,24 @@ def test_chatcore_is_that_of_the_whole_set_of_a_snapshot(which: str, value: floa
     assert found["stderr"] == mean_centered_stderr(scores)
 
 
-def test_a_set_that_lacks_a_task_has_no_chatcore() -> None:
-    names = CHATCORE_SETS["jul2026"][1:]
-    assert chatcore(suite_scores(names), {name: name for name in names}) is None
-
-
-def test_chatcore_leaves_other_tasks_out_and_goes_by_what_tasks_are() -> None:
+def test_chatcore_goes_by_task_types() -> None:
     names = CHATCORE_SETS["jul2026"]
     scores = {f"my_{name}": each for name, each in suite_scores(names).items()}
     found = chatcore(scores | {"own": score(1.0, 0.0)}, {f"my_{name}": name for name in names} | {"own": "jsonl"})
     assert found is not None
     assert found["value"] == pytest.approx(0.07300666666666666)
     assert "own" not in found["tasks"]
+    scores.pop(f"my_{names[0]}")
+    assert chatcore(scores, {f"my_{name}": name for name in names}) is None
 
 
-def test_the_error_of_a_mean_of_centred_scores_by_hand() -> None:
+def test_error_of_chatcore_by_hand() -> None:
     """Errors of 0.05 and 0.04, the first stretched by 1 / (1 − 0.25)."""
     scores = [score(0.5, 0.25, 100), score(0.2, 0.0, 100)]
     assert mean_centered_stderr(scores) == pytest.approx(math.sqrt((0.05 / 0.75) ** 2 + 0.04**2) / 2)
 
 
-def test_expected_answers_show_calls_and_results_apart() -> None:
+def test_expected_answers_show_calls_and_results() -> None:
     """Guards against "37+53=37+539090": the text, the call, its result and the text again without anything between."""
     parts = [
         {"type": "text", "text": "37+53="}, {"type": "python", "text": "37+53"},

@@ -7,6 +7,7 @@ import mlxchat  # isort: split
 import io
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.models import make_model
 from kit.numpy_gpt import numpy_logits
 from mlxchat.bench.core import answer_alone
 from mlxchat.data.tokenizer import Tokenizer
@@ -28,10 +29,8 @@ from mlxchat.evals.core_bundle import Bundle, CoreTask
 from mlxchat.evals.core_questions import Question, build_question
 from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import OwnModel
-from mlxchat.interop.names import architecture_values
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.model.sizes import GPTSizes
+from mlxchat.model.gpt import GPT
 from mlxchat.runner.progress import Progress
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
@@ -106,7 +105,7 @@ def zipped(bundle: Path) -> Path:
     return path
 
 
-def test_verdicts_are_those_of_one_example_at_a_time(
+def test_verdicts_equal_those_of_single_examples(
     evaluate: Evaluate, model: GPT, tokenizer: Tokenizer, bundle: Path
 ) -> None:
     result, opened = evaluate(), Bundle(bundle)
@@ -117,7 +116,7 @@ def test_verdicts_are_those_of_one_example_at_a_time(
         assert got == expected, task.label
 
 
-def test_core_is_the_mean_of_centred_accuracies_with_their_standard_errors(evaluate: Evaluate) -> None:
+def test_core_is_the_mean_of_centred_accuracies(evaluate: Evaluate) -> None:
     result = evaluate()
     centered, variances = [], []
     for label, (_, _, percent) in KINDS.items():
@@ -128,15 +127,12 @@ def test_core_is_the_mean_of_centred_accuracies_with_their_standard_errors(evalu
         variances.append(accuracy * (1 - accuracy) / len(verdicts) / (1 - baseline) ** 2)
     assert result.core == pytest.approx(np.mean(centered), abs=1e-12)
     assert result.stderr == pytest.approx(math.sqrt(sum(variances)) / 4, abs=1e-12)
+    some = evaluate(tasks=["schema", "choice"])
+    assert [score.task.label for score in some.scores] == ["choice", "schema"]
+    assert (some.core, some.stderr) == (None, None)
 
 
-def test_some_tasks_alone_are_no_core(evaluate: Evaluate) -> None:
-    result = evaluate(tasks=["schema", "choice"])
-    assert [score.task.label for score in result.scores] == ["choice", "schema"]
-    assert (result.core, result.stderr) == (None, None)
-
-
-def test_a_zip_gives_what_its_folder_gives(evaluate: Evaluate, bundle: Path, tmp_path: Path) -> None:
+def test_zip_and_folder_give_equal_results(evaluate: Evaluate, bundle: Path, tmp_path: Path) -> None:
     from_folder = evaluate().to_dict()
     from_zip = evaluate(bundle=zipped(bundle), work=tmp_path / "other").to_dict()
     assert from_zip.pop("bundle_sha256") != from_folder.pop("bundle_sha256")
@@ -147,8 +143,8 @@ def test_verdicts_do_not_depend_on_the_batch(evaluate: Evaluate, tmp_path: Path)
     assert evaluate(batch_tokens=60).to_dict() == evaluate(batch_tokens=9000, work=tmp_path / "other").to_dict()
 
 
-@pytest.mark.parametrize("batches", [0, 1, 2])
-def test_a_stopped_evaluation_continues_and_ends_the_same(evaluate: Evaluate, tmp_path: Path, batches: int) -> None:
+@pytest.mark.parametrize("batches", [0, 2])
+def test_stopped_evaluation_resumes_with_equal_results(evaluate: Evaluate, tmp_path: Path, batches: int) -> None:
     left = iter([False] * batches)
     with pytest.raises(Interrupted, match="CORE's task"):
         evaluate(should_stop=lambda: next(left, True), max_per_task=10)
@@ -158,54 +154,44 @@ def test_a_stopped_evaluation_continues_and_ends_the_same(evaluate: Evaluate, tm
     assert (continued.to_dict(), continued.examples) == (whole.to_dict(), whole.examples)
 
 
-EVALUATION = """
-import mlxchat, io, json, os, signal, sys
-from pathlib import Path
-import mlx.core as mx
-mx.set_default_device(mx.cpu)
-from mlxchat.evals import core
-from mlxchat.evals.examples import read_examples, write_examples
-from mlxchat.evals.language_model import OwnModel
-from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.runner.progress import Progress
-folder, bundle, work, left = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
-model, tokenizer, _ = load_checkpoint(folder)
-append = core.Journal.append
-def dying(self, results):
-    global left
-    append(self, results)
-    left -= 1
-    if left == 0:
-        with self._file.path.open("ab") as file:
-            file.write(b'{"results": [{"index": 0, "verd')  # in the middle of a line
-        os.kill(os.getpid(), signal.SIGKILL)
-core.Journal.append = dying
-result = core.evaluate_core(OwnModel(model), tokenizer, bundle, max_per_task=8, tasks=None, batch_tokens=300, work=work,
-                            progress=lambda total, unit: Progress("core", total, unit, stream=io.StringIO()))
-print(json.dumps([result.computed, result.to_dict(), result.examples]))
-"""
-
-
-def test_a_killed_evaluation_continues_and_ends_the_same(
+@pytest.mark.slow
+def test_killed_evaluation_resumes_with_equal_results(
     model: GPT, tokenizer: Tokenizer, bundle: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     save_checkpoint(folder, model, tokenizer, {"format": "base"})
 
-    def run(work: str, *, dies_after: int = -1) -> subprocess.CompletedProcess[str]:
-        # Each in a process of its own: the last bits of a loss may depend on the cores that a process uses.
-        command = [sys.executable, "-c", EVALUATION, str(folder), str(bundle), str(tmp_path / work), str(dies_after)]
-        return subprocess.run(command, capture_output=True, text=True)
+    def run(work: str, **environ: str) -> subprocess.CompletedProcess[str]:
+        # Each in its own process: the last bits of a loss may depend on the cores that a process uses.
+        command = [sys.executable, "-c", EVALUATION, str(folder), str(bundle), str(tmp_path / work)]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | environ)
 
-    killed = run("work", dies_after=3)
+    killed = run("work", MLXCHAT_CRASH_AT="eval.answered:3")
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     (few, *continued), (many, *whole) = (json.loads(run(work).stdout) for work in ("work", "other"))
     assert 0 < few < many
     assert continued == whole
 
 
-def test_results_of_another_bundle_are_not_continued(evaluate: Evaluate, bundle: Path) -> None:
+EVALUATION = """
+import mlxchat, io, json, sys
+from pathlib import Path
+import mlx.core as mx
+mx.set_default_device(mx.cpu)
+from mlxchat.evals import core
+from mlxchat.evals.language_model import OwnModel
+from mlxchat.model.checkpoint import load_checkpoint
+from mlxchat.runner.progress import Progress
+folder, bundle, work = map(Path, sys.argv[1:])
+model, tokenizer, _ = load_checkpoint(folder)
+result = core.evaluate_core(OwnModel(model), tokenizer, bundle, max_per_task=8, tasks=None, batch_tokens=300, work=work,
+                            progress=lambda total, unit: Progress("core", total, unit, stream=io.StringIO()))
+print(json.dumps([result.computed, result.to_dict(), result.examples]))
+"""
+
+
+def test_results_of_another_bundle_are_not_reused(evaluate: Evaluate, bundle: Path) -> None:
     first = evaluate(max_per_task=6)
     path = bundle / "eval_bundle" / "eval_data" / "all" / "schema.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in make_items("schema", 6)))
@@ -222,21 +208,18 @@ def set_context(model: GPT, bundle_evaluate: Evaluate) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("rule", "counted"), [("extend", "extended"), ("cut", "cropped")])
-def test_prompts_longer_than_the_context_are_counted(evaluate: Evaluate, model: GPT, rule: str, counted: str) -> None:
+def test_long_prompts_are_counted(evaluate: Evaluate, model: GPT, rule: str, counted: str) -> None:
     limit, longer = set_context(model, evaluate)
     result = evaluate(tasks=["language"], long_prompts=rule).to_dict()
     found = result["tasks"]["language"]
     assert found[counted] == longer > 0
     assert found["extended"] + found["cropped"] == longer
     assert (result["long_prompts"], result["context_tokens"]) == (rule, limit)
+    other = evaluate(tasks=["language"], long_prompts="cut" if rule == "extend" else "extend")
+    assert other.computed > 0, "results under another rule are not reused"
 
 
-def test_results_under_another_rule_are_not_continued(evaluate: Evaluate, model: GPT) -> None:
-    set_context(model, evaluate)
-    assert evaluate(tasks=["language"]).computed == evaluate(tasks=["language"], long_prompts="cut").computed > 0
-
-
-def test_a_third_party_model_keeps_its_limit(
+def test_third_party_models_keep_their_limit(
     model: GPT, tokenizer: Tokenizer, bundle: Path, tmp_path: Path, evaluate: Evaluate
 ) -> None:
     class Bounded(OwnModel):
@@ -266,18 +249,11 @@ def numpy_verdict(model: GPT, question: Question) -> tuple[bool, list[float]]:
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_long_prompts_are_computed_beyond_the_context_as_nanochat_does(
+def test_long_prompts_exceed_the_context_as_in_nanochat(
     evaluate: Evaluate, tokenizer: Tokenizer, bundle: Path, tmp_path: Path, architecture: str
 ) -> None:
     """Guards against cut prompts, and against layers of July 2026 that see further back than the context (64)."""
-    sizes = GPTSizes(
-        vocab_size=tokenizer.vocab_size, num_layers=3, num_heads=4, num_kv_heads=2, width=32, context_tokens=64,
-        **architecture_values(architecture),
-    )  # fmt: skip
-    model, rng = GPT(sizes), np.random.default_rng(5)
-    for name, value in flatten_parameters(model).items():
-        weight = rng.normal(scale=1.0 if "wte" in name else 0.3, size=value.shape).astype(np.float32)
-        set_parameters(model, {name: mx.array(weight)})
+    model = make_model(architecture, num_layers=3, scale=0.3, seed=5)
     described = bundle / "eval_bundle" / "core.yaml"
     described.write_text(described.read_text().replace('"num_fewshot": [', '"num_fewshot": [1'))  # 10 to 12 shots
     result = evaluate_core(
@@ -323,7 +299,7 @@ def test_long_prompts_are_computed_beyond_the_context_as_nanochat_does(
     ],
     ids=str,
 )
-def test_a_damaged_bundle_is_refused_with_the_place(
+def test_damaged_bundle_is_refused_with_its_place(
     evaluate: Evaluate, bundle: Path, path: str, text: str, message: str
 ) -> None:
     (bundle / "eval_bundle" / path).write_text(text, encoding="utf-8", errors="surrogateescape")
@@ -352,7 +328,7 @@ def damaged(path: Path, change: Callable[[bytearray, int], None]) -> Path:
     ],
     ids=["a bomb", "packed in an unknown way", "encrypted"],
 )  # fmt: skip
-def test_a_zip_that_would_fill_the_memory_or_cannot_be_unpacked_is_refused(
+def test_zip_bombs_and_unreadable_members_are_refused(
     evaluate: Evaluate, bundle: Path, change: Callable[[bytearray, int], None], message: str
 ) -> None:
     """A zip of 3 MB that holds 3 GB of blanks once took 8 GB of memory."""
@@ -360,9 +336,7 @@ def test_a_zip_that_would_fill_the_memory_or_cannot_be_unpacked_is_refused(
         evaluate(bundle=damaged(zipped(bundle), change), tasks=["choice"])
 
 
-def test_half_a_character_is_asked_about_and_kept_as_a_question_mark(
-    evaluate: Evaluate, bundle: Path, tmp_path: Path
-) -> None:
+def test_unpaired_surrogates_become_question_marks(evaluate: Evaluate, bundle: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"query": f"the \ud800 cat {place}", "choices": ["a", "b"], "gold": 0}) for place in range(5)]
     (bundle / "eval_bundle" / "eval_data" / "all" / "choice.jsonl").write_text("\n".join(lines))
     result = evaluate(tasks=["choice"])
@@ -371,24 +345,18 @@ def test_half_a_character_is_asked_about_and_kept_as_a_question_mark(
     assert evaluate(tasks=["choice"]).computed == 0, "the journal was read"
 
 
-def test_too_few_examples_for_the_shots_are_refused_with_how_many_it_takes(evaluate: Evaluate) -> None:
+def test_wrong_options_are_refused(evaluate: Evaluate, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="at least 3 per task"):
         evaluate(max_per_task=2)
-
-
-def test_an_unknown_task_is_refused_with_the_known_ones(evaluate: Evaluate) -> None:
     with pytest.raises(DataError, match=r"'chioce'.* Did you mean \"choice\""):
         evaluate(tasks=["chioce"])
-
-
-def test_a_bundle_that_is_none_is_refused(evaluate: Evaluate, tmp_path: Path) -> None:
     (tmp_path / "file.zip").write_text("no zip")
     for path in (tmp_path / "file.zip", tmp_path / "absent.zip", tmp_path):
         with pytest.raises(DataError, match=r"eval_bundle|eval bundle"):
             evaluate(bundle=path)
 
 
-def test_a_bundle_cannot_lead_out_of_its_folder(bundle: Path, tmp_path: Path) -> None:
+def test_bundle_cannot_read_outside_its_folder(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.jsonl").write_text("{}\n")
     path = bundle / "eval_bundle" / "core.yaml"
     path.write_text(path.read_text().replace("all/choice.jsonl", "../../../secret.jsonl"))
@@ -397,7 +365,7 @@ def test_a_bundle_cannot_lead_out_of_its_folder(bundle: Path, tmp_path: Path) ->
         opened.examples(opened.tasks[0])
 
 
-def test_the_first_of_equal_options_is_chosen_and_one_without_scored_tokens_only_as_the_first() -> None:
+def test_ties_and_options_without_scored_tokens() -> None:
     losses = [np.array([1.0, 2.0]), np.array([1.5]), np.array([])]
     assert mean_losses(losses) == [1.5, 1.5, None]
     assert likeliest([1.5, 1.5, None]) == 0
@@ -405,7 +373,7 @@ def test_the_first_of_equal_options_is_chosen_and_one_without_scored_tokens_only
     assert likeliest([None, 1.0]) == 0
 
 
-def test_a_score_is_centred_at_guessing() -> None:
+def test_score_is_centred_at_chance() -> None:
     task = CoreTask(label="x", kind="schema", data="", num_fewshot=0, delimiter=" ", baseline=0.5)
     score = TaskScore(task=task, accuracy=0.75, num_examples=48, cropped=0)
     assert score.centered == 0.5

@@ -49,7 +49,7 @@ def items(draw: st.DrawFn, kind: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", list(TEMPLATES))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_prompts_are_what_jinja_renders(kind: str, data: st.DataObject) -> None:
     item, delimiter = data.draw(items(kind)), data.draw(st.sampled_from([" ", "\nAnswer: ", ""]))
@@ -63,26 +63,25 @@ def test_prompts_are_what_jinja_renders(kind: str, data: st.DataObject) -> None:
     assert render_prompts(task_of(kind, delimiter=delimiter), item, shots) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(count=st.integers(2, 400), shots=st.integers(1, 10), data=st.data())
-def test_shots_are_drawn_from_all_other_examples_by_the_example_s_own_seed(
-    count: int, shots: int, data: st.DataObject
-) -> None:
+def test_shots_are_drawn_as_nanochat_does(count: int, shots: int, data: st.DataObject) -> None:
     index = data.draw(st.integers(0, count - 1))
     shots = min(shots, count - 1)
     others = [place for place in range(count) if place != index]
     assert draw_shots(index, count, shots) == random.Random(1234 + index).sample(others, shots)
 
 
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=5))
-def test_the_common_beginning_ends_where_any_two_sequences_part(sequences: list[list[int]]) -> None:
+def test_common_prefix(sequences: list[list[int]]) -> None:
     expected = 0
     while all(len(each) > expected and each[expected] == sequences[0][expected] for each in sequences):
         expected += 1
     assert common_prefix(sequences) == expected
 
 
-def test_choices_are_scored_from_where_they_part_and_schemas_over_their_common_end(tokenizer: Tokenizer) -> None:
+def test_scored_spans_of_choices_and_schemas(tokenizer: Tokenizer) -> None:
     prompts = ["the cat sat", "the cat ran"]
     sequences, starts = tokenize_prompts("multiple_choice", prompts, tokenizer)
     assert [tokenizer.decode(tokens[start:]) for tokens, start in zip(sequences, starts, strict=True)] == [
@@ -93,31 +92,25 @@ def test_choices_are_scored_from_where_they_part_and_schemas_over_their_common_e
     assert {tokenizer.decode(tokens[start:]) for tokens, start in zip(sequences, starts, strict=True)} == {" sat"}
 
 
-def test_a_continuation_that_melts_into_its_prompt_is_scored_from_where_they_part_or_refused(
-    tokenizer: Tokenizer,
-) -> None:
+def test_merged_continuation_is_scored_from_where_they_differ(tokenizer: Tokenizer) -> None:
     prompts = ["the ca", "the cat"]  # "at" is one token
     sequences, starts = tokenize_prompts("language_modeling", prompts, tokenizer)
     assert tokenizer.decode(sequences[0][starts[0] :]) == "at"
-    with pytest.raises(DataError, match="beginning"):
+    with pytest.raises(DataError, match="prefix"):
         tokenize_prompts("language_modeling", prompts, tokenizer, strict=True)
 
 
-def test_long_prompts_lose_their_beginning_the_same_for_all_options() -> None:
+def test_long_prompts_are_cropped_at_the_front() -> None:
     sequences, starts = [list(range(10)), list(range(12))], [8, 8]
     assert crop(sequences, starts, 12) == (sequences, starts, False)
     kept, scored, cut = crop(sequences, starts, 9)
     assert (kept, scored, cut) == ([list(range(3, 10)), list(range(3, 12))], [5, 5], True)
     kept, scored, cut = crop(sequences, starts, 9, together=False)
     assert (kept, scored, cut) == ([list(range(1, 10)), list(range(3, 12))], [7, 5], True)
+    assert crop([list(range(20))], [5], 8) == ([list(range(12, 20))], [1], True)
 
 
-def test_what_is_scored_beyond_the_context_counts_as_far_as_it_fits() -> None:
-    kept, scored, cut = crop([list(range(20))], [5], 8)
-    assert (kept, scored, cut) == ([list(range(12, 20))], [1], True)
-
-
-def test_a_cropped_question_fits_the_context_and_says_so(tokenizer: Tokenizer) -> None:
+def test_cropped_question_fits_the_context(tokenizer: Tokenizer) -> None:
     items = [{"context": "the cat sat on the mat " * 9, "continuation": "and the dog"} for _ in range(3)]
     question = build_question(task_of("language_modeling", shots=2), items, 0, tokenizer, 32)
     assert question.cropped

@@ -1,4 +1,4 @@
-"""What was asked and answered is kept, and comes back as it was."""
+"""The files of examples."""
 
 from __future__ import annotations
 
@@ -24,27 +24,13 @@ ROWS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_examples_come_back_as_they_were(tmp_path: Path) -> None:
+def test_examples_round_trip(tmp_path: Path) -> None:
     write_examples(tmp_path / "examples.parquet", ROWS)
     assert list(read_examples(tmp_path)) == ROWS
-
-
-def test_other_programs_can_read_them(tmp_path: Path) -> None:
-    write_examples(tmp_path / "examples.parquet", ROWS)
-    table = pq.read_table(tmp_path / "examples.parquet")
-    assert table.column_names == [
-        "task", "index", "seed", "prompt", "output", "expected", "verdict", "tokens", "details",
-    ]  # fmt: skip
-    assert json.loads(table.to_pylist()[1]["details"]) == ROWS[1]["details"]
-
-
-def test_equal_examples_are_equal_bytes(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        write_examples(tmp_path / name, iter(ROWS))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_no_examples_are_a_file_too(tmp_path: Path) -> None:
+    details = pq.read_table(tmp_path / "examples.parquet").column("details").to_pylist()
+    assert json.loads(details[1]) == ROWS[1]["details"]
+    write_examples(tmp_path / "again", iter(ROWS))
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "examples.parquet").read_bytes()
     write_examples(tmp_path / "examples.parquet", [])
     assert list(read_examples(tmp_path)) == []
 
@@ -56,13 +42,10 @@ def test_examples_of_older_artifacts_are_read(tmp_path: Path) -> None:
     assert (row["task"], row["prompt"], row["output"], row["verdict"]) == ("facts", "q", "a", False)
 
 
-@pytest.mark.parametrize("name", ["examples.parquet", "examples.jsonl"])
-def test_damaged_examples_are_told(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"{damaged")
-    with pytest.raises(DataError, match="cannot be read"):
-        list(read_examples(tmp_path))
-
-
-def test_a_folder_without_examples_is_told(tmp_path: Path) -> None:
+def test_damaged_and_missing_examples_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"only evaluations .* and RL do"):
         list(read_examples(tmp_path))
+    for name in ("examples.jsonl", "examples.parquet"):
+        (tmp_path / name).write_bytes(b"{damaged")
+        with pytest.raises(DataError, match="cannot be read"):
+            list(read_examples(tmp_path))

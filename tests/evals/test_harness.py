@@ -1,4 +1,4 @@
-"""Our models in lm-evaluation-harness: its own tasks of a local file, with the numbers that the model itself gives."""
+"""Our models in lm-evaluation-harness give the numbers of our own engine."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_scores_are_the_models_own(served: Path, model: GPT, tokenizer: Tokenize
     assert found["results"]["bytes"]["bits_per_byte,none"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
 
 
-def test_a_conversation_is_rendered_as_the_model_learnt_it(served: Path, tokenizer: Tokenizer) -> None:
+def test_conversation_is_rendered_as_in_training(served: Path, tokenizer: Tokenizer) -> None:
     from mlxchat.evals.harness import HarnessModel
 
     model = HarnessModel(path=str(served / "store" / CHAT))
@@ -104,7 +104,7 @@ def test_a_conversation_is_rendered_as_the_model_learnt_it(served: Path, tokeniz
     assert model.tok_encode("the <|bos|> cat").count(tokenizer.bos) == 1, "special tokens of a text are no tokens"
 
 
-def test_our_server_gives_the_same_to_lm_evals_own_client(start: Any, served: Path, tasks: list[Any]) -> None:
+def test_server_gives_equal_results_to_lm_evals_client(start: Any, served: Path, tasks: list[Any]) -> None:
     from mlxchat.evals.harness import HarnessModel
 
     own = evaluate(HarnessModel(path="pretrain", outputs=str(served)), tasks)

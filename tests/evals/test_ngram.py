@@ -38,22 +38,7 @@ def slow_bits_per_byte(training: list[str], held_out: list[str]) -> float:
 
 @pytest.mark.parametrize(
     ("training", "held_out"),
-    [(TRAINING, HELD_OUT), (TRAINING, TRAINING), (["a"], HELD_OUT), ([""], HELD_OUT), (HELD_OUT, ["a"])],
+    [(TRAINING, HELD_OUT), (TRAINING, TRAINING), (["a"], HELD_OUT), ([""], HELD_OUT), ([], ["a"])],
 )
-def test_the_number_equals_the_slow_model(training: list[str], held_out: list[str]) -> None:
+def test_bits_per_byte_equal_a_slow_model(training: list[str], held_out: list[str]) -> None:
     assert ngram_bits_per_byte(training, held_out) == pytest.approx(slow_bits_per_byte(training, held_out), rel=1e-9)
-
-
-def test_without_training_a_byte_costs_almost_eight_bits() -> None:
-    assert 7 < ngram_bits_per_byte([], ["abc"]) < 10
-
-
-def test_more_of_the_same_text_is_predicted_better() -> None:
-    assert ngram_bits_per_byte(TRAINING * 20, TRAINING) < ngram_bits_per_byte(TRAINING, TRAINING)
-
-
-def test_documents_do_not_run_into_each_other() -> None:
-    """A document begins after a separator, not after the last letters of another."""
-    joined = ngram_bits_per_byte(["ab" * 50], ["ab"])
-    apart = ngram_bits_per_byte(["a", "b"] * 50, ["ab"])
-    assert joined < apart

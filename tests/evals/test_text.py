@@ -55,7 +55,7 @@ def numpy_sums() -> tuple[list[float], list[int], int]:
     return nats, num_bytes, tokens
 
 
-def test_text_of_any_form_has_the_loss_of_numpy(outputs: Path, tmp_path: Path, say: Say) -> None:
+def test_loss_of_text_equals_numpys(outputs: Path, tmp_path: Path, say: Say) -> None:
     nats, num_bytes, tokens = numpy_sums()
     (tmp_path / "folder").mkdir()
     for number, text in enumerate(DOCUMENTS):
@@ -66,22 +66,15 @@ def test_text_of_any_form_has_the_loss_of_numpy(outputs: Path, tmp_path: Path, s
     assert (folder["tokens"], folder["bytes"], folder["documents"]) == (tokens, sum(num_bytes), 4)
     assert folder["bpb"] == pytest.approx(sum(nats) / sum(num_bytes) / math.log(2), rel=1e-5)
     assert folder["perplexity"] == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-5)
+    assert measured(say, outputs, tmp_path / "folder") == folder, "cached by contents"
     for name in ("a.jsonl", "a.parquet"):
         found = measured(say, outputs, tmp_path / name, "--column", "story")
-        assert {key: found[key] for key in folder if key != "artifact"} == {
-            key: folder[key] for key in folder if key != "artifact"
-        }
+        assert {**found, "artifact": folder["artifact"]} == folder
+    (tmp_path / "folder" / "0.md").write_text("The house in the gardens.")
+    assert measured(say, outputs, tmp_path / "folder")["artifact"] != folder["artifact"]
 
 
-def test_the_key_is_of_the_contents(outputs: Path, tmp_path: Path, say: Say) -> None:
-    (tmp_path / "a.txt").write_text("The garden.")
-    (tmp_path / "b.txt").write_text("The garden.")
-    (tmp_path / "c.txt").write_text("The gardens.")
-    names = [measured(say, outputs, tmp_path / f"{name}.txt")["artifact"] for name in "abc"]
-    assert names[0] == names[1] != names[2]
-
-
-def test_what_cannot_be_read_is_refused_before_anything_runs(outputs: Path, tmp_path: Path, say: Say) -> None:
+def test_unreadable_text_is_refused_before_running(outputs: Path, tmp_path: Path, say: Say) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "a.jsonl").write_text('{"other": 1}\n')
@@ -95,7 +88,7 @@ def test_what_cannot_be_read_is_refused_before_anything_runs(outputs: Path, tmp_
     assert "--column requires --text" in say("eval", "base", "--task", "bpb", "--column", "x", code=2)
 
 
-def test_error_of_a_ratio_over_equal_documents_is_that_of_a_mean() -> None:
+def test_ratio_error_of_equal_documents_is_that_of_a_mean() -> None:
     x, y = np.random.default_rng(1).normal(5, 1, 30), np.full(30, 4.0)
     assert ratio_error(x, y) == pytest.approx(np.std(x / 4, ddof=1) / math.sqrt(30))
     assert ratio_error(x[:1], y[:1]) is None

@@ -62,7 +62,7 @@ def outside(engine: ThirdPartyEngine) -> tuple[ThirdPartyModel, ThirdPartyTokeni
     return ThirdPartyModel(engine.model, engine.context_tokens), engine.tokenizer
 
 
-def test_our_checkpoint_opened_by_mlx_lm_has_the_same_results_on_core(
+def test_mlx_lm_has_our_results_on_core_and_text(
     outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], model: GPT, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     (tmp_path / "bundle" / "eval_data").mkdir(parents=True)
@@ -92,20 +92,15 @@ def test_our_checkpoint_opened_by_mlx_lm_has_the_same_results_on_core(
         ).to_dict()  # fmt: skip
 
     assert evaluate(*outside, "theirs") == evaluate(OwnModel(model), tokenizer, "ours")
-
-
-def test_our_checkpoint_opened_by_mlx_lm_has_the_same_bits_per_byte(
-    outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], model: GPT, tokenizer: Tokenizer
-) -> None:
     ids = np.array(tokenizer.encode("the cat sat on the mat and the dog " * 20)[:121], np.int32)
-    rows = [(ids[start : start + 30], ids[start + 1 : start + 31]) for start in range(0, 90, 30)]
-    theirs = text_loss(outside[0], rows, outside[1].token_bytes, micro_tokens=64)
-    ours = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=64)
+    texts = [(ids[start : start + 30], ids[start + 1 : start + 31]) for start in range(0, 90, 30)]
+    theirs = text_loss(outside[0], texts, outside[1].token_bytes, micro_tokens=64)
+    ours = text_loss(model, texts, tokenizer.token_bytes, micro_tokens=64)
     assert (theirs.num_bytes, theirs.num_tokens) == (ours.num_bytes, ours.num_tokens)
     assert theirs.bits_per_byte == pytest.approx(ours.bits_per_byte, abs=TOLERANCE)
 
 
-def test_our_tokenizer_read_as_theirs_is_the_same(
+def test_tokenizer_read_by_transformers_is_ours(
     outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], tokenizer: Tokenizer
 ) -> None:
     theirs = outside[1]
@@ -114,6 +109,7 @@ def test_our_tokenizer_read_as_theirs_is_the_same(
     for text in ("the cat sat", "  你好\n<|bos|> it's 1234"):
         assert theirs.encode(text.replace("<|bos|>", "")) == tokenizer.encode(text.replace("<|bos|>", ""))
         assert theirs.decode([*theirs.encode(text), theirs.vocab_size + 5]) == text
+    assert theirs.encode("a\ud800b") == theirs.encode("a\ufffdb")
     messages = [{"role": "user", "content": "the cat"}]
     assert theirs.render(messages)[:2] == [tokenizer.bos, tokenizer.special_ids["<|user_start|>"]]
 
@@ -134,7 +130,7 @@ def sentencepiece(scheme: str) -> ThirdPartyTokenizer:
     return ThirdPartyTokenizer(TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")))
 
 
-def test_the_bytes_of_pieces_with_byte_fallback_are_those_of_the_text() -> None:
+def test_bytes_of_pieces_with_byte_fallback() -> None:
     tokenizer, text = sentencepiece("never"), "ab abc é 你好\n"
     assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
     assert tokenizer.token_bytes[tokenizer.bos] == 0
@@ -142,7 +138,7 @@ def test_the_bytes_of_pieces_with_byte_fallback_are_those_of_the_text() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["always", "never"])
-def test_an_answer_begins_without_the_blank_that_a_tokenizer_adds(scheme: str) -> None:
+def test_answers_begin_without_an_added_blank(scheme: str) -> None:
     """Answers are shown token by token, and their first one is "▁ab" where decoding the whole gives "ab"."""
     tokenizer = sentencepiece(scheme)
     ids = tokenizer.encode(" ab ab" if scheme == "never" else "ab ab")
@@ -151,9 +147,7 @@ def test_an_answer_begins_without_the_blank_that_a_tokenizer_adds(scheme: str) -
     assert tokenizer.skips_blank == (scheme == "always")
 
 
-def test_next_logits_of_prompts_that_share_a_beginning_are_those_of_each_alone(
-    outside: tuple[ThirdPartyModel, ThirdPartyTokenizer],
-) -> None:
+def test_next_logits_with_a_common_prefix(outside: tuple[ThirdPartyModel, ThirdPartyTokenizer]) -> None:
     prompts = [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 9, 4, 5]]
     for prompt, got in zip(prompts, outside[0].next_logits(prompts), strict=True):
         np.testing.assert_allclose(got, np.asarray(outside[0](mx.array([prompt]))[0, -1]), atol=1e-4)
@@ -189,9 +183,7 @@ class Texts(Letters):
 ANSWERING = Answering(batch_rows=1, max_new_tokens=3)
 
 
-def test_letters_are_chosen_by_their_logits_after_the_model_s_own_template(
-    engine: ThirdPartyEngine, tmp_path: Path
-) -> None:
+def test_letters_are_chosen_by_their_logits(engine: ThirdPartyEngine, tmp_path: Path) -> None:
     score, rows = evaluate_task(engine, Letters("test"), ANSWERING, work=tmp_path / "work")
     for row in rows:
         prompt = engine.render([{"role": "user", "content": f"the cat {row['index']}"}])
@@ -201,16 +193,14 @@ def test_letters_are_chosen_by_their_logits_after_the_model_s_own_template(
     assert score.accuracy == np.mean([row["output"] == "B" for row in rows])
 
 
-def test_text_is_generated_and_finished_answers_are_not_asked_again(engine: ThirdPartyEngine, tmp_path: Path) -> None:
+def test_finished_answers_are_reused(engine: ThirdPartyEngine, tmp_path: Path) -> None:
     asked: list[int] = []
     for _ in range(2):
         score, rows = evaluate_task(engine, Texts("test"), ANSWERING, work=tmp_path, on_progress=asked.append)
     assert (score.accuracy, [row["index"] for row in rows], asked) == (1.0, [0, 1], [0, 1, 2, 2])
 
 
-def test_batches_and_the_scheduler_give_the_answers_of_our_engine(
-    engine: ThirdPartyEngine, model: GPT, tokenizer: Tokenizer
-) -> None:
+def test_answers_equal_those_of_our_engine(engine: ThirdPartyEngine, model: GPT, tokenizer: Tokenizer) -> None:
     prompts = [engine.render([{"role": "user", "content": text}]) for text in ("the cat", "the dog sat on the")]
     ours = Engine(model, tokenizer).complete(prompts, max_new_tokens=8)
     assert [row.ids for row in engine.complete(prompts, max_new_tokens=8)] == [row.ids for row in ours]
@@ -223,7 +213,7 @@ def test_batches_and_the_scheduler_give_the_answers_of_our_engine(
     assert [said[id_] for id_ in ids] == [row.ids for row in ours]
 
 
-def test_our_export_for_transformers_has_the_same_logits(
+def test_hf_export_has_equal_logits(
     model: GPT, folder: Path, outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], tmp_path: Path
 ) -> None:
     """mlx-lm has other names of nanochat's parameters; the error ended where their list began."""
@@ -239,9 +229,7 @@ def test_our_export_for_transformers_has_the_same_logits(
     assert tokenizer.has_chat_template
 
 
-def test_the_terminal_says_what_it_leaves_out_for_a_third_party_model(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_terminal_reports_dropped_turns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The context was cut without a word."""
     from mlxchat.terminal.chat import Chat
 
@@ -270,25 +258,7 @@ def test_top_k_beyond_the_vocabulary_leaves_every_token(folder: Path, capsys: py
     assert answers[0] == answers[1] != ""
 
 
-def test_weights_of_another_model_are_named_in_the_error(folder: Path) -> None:
-    weights = dict(mx.load(str(folder / "model.safetensors")))
-    mx.save_safetensors(str(folder / "model.safetensors"), {f"other.{name}": value for name, value in weights.items()})
-    with pytest.raises(DataError, match=r"not in model: other\.\w"):
-        ThirdPartyEngine.load(folder)
-
-
-def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"config\.json"):
-        ThirdPartyEngine.load(tmp_path)
-
-
-def test_pickles_are_not_loaded(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(DataError, match="safetensors"):
-        ThirdPartyEngine.load(folder)
-
-
-def test_warnings_of_transformers_cannot_command_the_terminal(folder: Path) -> None:
+def test_warnings_have_no_control_characters(folder: Path) -> None:
     """Its warning about an unknown kind of rotary embedding brought OSC 52 to the terminal."""
     import transformers
 
@@ -305,26 +275,24 @@ def test_warnings_of_transformers_cannot_command_the_terminal(folder: Path) -> N
     assert "\x1b" not in screen.getvalue()
 
 
-def test_a_tokenizer_that_cannot_encode_is_refused_in_one_message(folder: Path) -> None:
-    place = folder / "tokenizer_config.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), "model_max_length": "x"}))
+def test_faulty_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"config\.json"):
+        ThirdPartyEngine.load(tmp_path / "empty")
+    place, valid = folder / "tokenizer_config.json", json.loads((folder / "tokenizer_config.json").read_text())
+    place.write_text(json.dumps({**valid, "model_max_length": "x"}))
     with pytest.raises(DataError, match="mlx-lm cannot open it"):
         ThirdPartyEngine.load(folder)
-
-
-def test_half_a_character_is_read_as_the_sign_of_a_missing_one(engine: ThirdPartyEngine) -> None:
-    assert engine.tokenizer.encode("a\ud800b") == engine.tokenizer.encode("a\ufffdb")
-
-
-def test_a_template_that_writes_nothing_is_refused(folder: Path) -> None:
-    place = folder / "tokenizer_config.json"
-    place.write_text(json.dumps({**json.loads(place.read_text()), "chat_template": "{{ '' }}"}))
+    place.write_text(json.dumps({**valid, "chat_template": "{{ '' }}"}))
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     with pytest.raises(DataError, match="renders this conversation as empty text"):
         ThirdPartyEngine.load(folder).render([{"role": "user", "content": "a"}])
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(DataError, match="safetensors"):
+        ThirdPartyEngine.load(folder)
 
 
-def test_code_of_the_folder_s_is_not_run(folder: Path, tmp_path: Path) -> None:
+def test_code_of_the_folder_is_not_run(folder: Path, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_file": "model.py"}))
     (folder / "model.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -344,7 +312,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", list(OTHERS))
-def test_models_of_other_kinds_say_of_rows_what_they_say_of_each_sequence_alone(kind: str) -> None:
+def test_rows_equal_single_sequences_in_other_architectures(kind: str) -> None:
     module = importlib.import_module(f"mlx_lm.models.{kind}")
     config = {"model_type": kind, **OTHERS[kind]}
     mx.random.seed(3)
@@ -364,7 +332,7 @@ def test_models_of_other_kinds_say_of_rows_what_they_say_of_each_sequence_alone(
 
 
 @pytest.mark.slow
-def test_the_pipeline_measures_a_folder_once_wherever_it_lies(
+def test_pipeline_measures_a_folder_once(
     folder: Path, model: GPT, tokenizer: Tokenizer, mlxchat: Callable[..., Any], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.jsonl"

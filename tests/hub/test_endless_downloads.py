@@ -230,10 +230,7 @@ def test_trickle_within_one_answer_ends(server: Server, monkeypatch: pytest.Monk
     assert len(server.starts) <= 20
 
 
-FRAMES = {
-    "the head of a chunk": b"5;",
-    "a trailer": b"5\r\nhello\r\n0\r\nX: ",
-}
+FRAMES = {"the head of a chunk": b"5;", "a trailer": b"5\r\nhello\r\n0\r\nX: "}
 
 
 @pytest.fixture(params=FRAMES)

@@ -166,14 +166,6 @@ def test_unreadable_listing_is_one_message(
         list_files("a/b")
 
 
-def test_list_of_too_many_files_is_refused(hostile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listings, "_MOST_FILES", 5)
-    hostile.headers = lambda number: {"Link": f'<{hostile.url}/tree/0?page={number}>; rel="next"'}
-    with pytest.raises(DataError, match="does not end"):
-        list_files("a/b")
-    assert len(hostile.hosts) < 10
-
-
 @pytest.mark.parametrize("endless", ["token", "storage"])
 def test_upload_does_not_read_endless_answers(hostile: Any, monkeypatch: pytest.MonkeyPatch, endless: str) -> None:
     """Answers of a Hub or its Xet storage must not fill the memory."""

@@ -109,15 +109,6 @@ def test_chat_model_saved_by_transformers_stays_one(hf: Twin, tmp_path: Path) ->
     assert load_checkpoint(take(hf.folder, tmp_path))[2]["format"] == "base"
 
 
-def test_chat_model_saved_by_mlx_lm_fuse_stays_one(hf: Twin, tmp_path: Path) -> None:
-    mlx_lm = pytest.importorskip("mlx_lm.utils")
-    ours = take(hf.folder, tmp_path).rename(tmp_path / "ours")
-    model, tokenizer, config = mlx_lm.load(str(ours), return_config=True)
-    mlx_lm.save(tmp_path / "fused", ours, model, tokenizer, config)  # what mlx_lm.fuse calls
-    assert (tmp_path / "fused" / "chat_template.jinja").is_file()
-    assert load_checkpoint(take(tmp_path / "fused", tmp_path))[2]["format"] == "chat"
-
-
 def test_bfloat16_is_imported_exactly(hf: Twin, tmp_path: Path) -> None:
     arrays = {theirs: mx.array(hf.tensors[ours]).astype(mx.bfloat16) for theirs, ours in NAMES.items()}
     mx.save_safetensors(str(hf.folder / "model.safetensors"), arrays)

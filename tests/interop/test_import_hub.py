@@ -13,7 +13,6 @@ from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
 from mlxchat.interop.importing import import_model, model_sizes, pins_of
 from mlxchat.interop.source import outside_folder
-from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.fingerprint import hash_file
 
 Twin = Any
@@ -43,15 +42,6 @@ def test_repository_and_folder_give_the_same_checkpoint(hub: Any, twin: Twins, t
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_damaged_downloads_are_repeated(hub: Any, twin: Twins, tmp_path: Path) -> None:
-    config = offered(hub, twin())
-    hub.faults.truncate, hub.faults.corrupt = "*.pt", "tokenizer.pkl"
-    (tmp_path / "out").mkdir()
-    _, externals = import_model(config, tmp_path / "out", lambda: None)
-    assert {each["revision"] for each in externals} == {"0123456789abcdef0123456789abcdef01234567"}
-    assert load_checkpoint(tmp_path / "out")[2]["iterations"] == 7
-
-
 def test_folder_of_a_repository_is_imported(hub: Any, twin: Twins) -> None:
     made = twin()
     files = files_of(made.folder, "chatsft_checkpoints/d2/") | files_of(twin("b", seed=3).folder, "mid_checkpoints/d2/")
@@ -66,16 +56,6 @@ def test_folder_of_a_repository_is_imported(hub: Any, twin: Twins) -> None:
         pins_of(made.config(folder=None, repository="org/all"), hash_file)
     with pytest.raises(DataError, match=r'no folder chatsft_checkpoints/d3.*Did you mean "chatsft_checkpoints/d2"'):
         pins_of(made.config(folder=None, repository="org/all/chatsft_checkpoints/d3"), hash_file)
-
-
-def test_missing_repository_and_revision_are_refused(hub: Any, twin: Twins) -> None:
-    made = twin()
-    config = offered(hub, made)
-    config.revision = "v2"
-    with pytest.raises(DataError, match="no such model or revision"):
-        pins_of(config, hash_file)
-    with pytest.raises(DataError, match=r"org/none: the Hub at .* has no such model"):
-        pins_of(made.config(folder=None, repository="org/none"), hash_file)
 
 
 def test_planning_works_offline_after_an_import(

@@ -150,11 +150,6 @@ def test_unknown_import_is_refused_before_the_run(twin: Twins) -> None:
         plan(*wired("nanochat-d23"))
 
 
-def test_import_is_refused_for_another_kind() -> None:
-    with pytest.raises(ConfigError, match=r"pipeline\.eval_base\.corpus is import:x, a checkpoint; expected a corpus"):
-        plan("pipeline.eval_base.corpus=import:x")
-
-
 def test_memory_is_predicted_for_the_imported_model(twin: Twins) -> None:
     made = twin("model", width=64)
     config = compose_config([*RL, "rl=grpo", f"imported.folder={made.folder}"]).config
@@ -212,15 +207,6 @@ def test_only_import_is_found_by_chat_status_and_report(twin: Twins, capfd: pyte
     said = capfd.readouterr().out
     assert str(found.run) in said
     assert "quickstart" not in said
-
-
-def test_pushed_import_keeps_id_and_name(twin: Twins) -> None:
-    place = take(str(twin().folder), "--name", "x")
-    assert dispatch(["push", "import:x", "carried"]) == 0
-    assert dispatch(["pull", "carried", "outputs=elsewhere"]) == 0
-    there = resolve(Store(Path("elsewhere")), "import:x")
-    assert (there.name, read_manifest(there)["rid"]) == (place.name, read_manifest(place)["rid"])
-    assert plan(*wired("x"), "outputs=elsewhere")["rl"].key == plan(*wired("x"))["rl"].key
 
 
 @pytest.mark.parametrize(

@@ -23,24 +23,9 @@ def test_expected_shapes_are_the_models(later: bool) -> None:
     assert names.expected_shapes(sizes_of(later)) == made
 
 
-def test_hugging_face_names_are_a_bijection() -> None:
-    ours = names.expected_shapes(sizes_of(False))
-    theirs = {name: names.hf_from_ours(name) for name in ours}
-    assert theirs["transformer.h.2.attn.c_proj.weight"] == "model.layers.2.self_attn.o_proj.weight"
-    assert {names.ours_from_hf(name) for name in theirs.values()} == ours.keys()
-    assert len(set(theirs.values())) == len(ours)
-
-
 def test_hugging_face_has_no_names_of_july_2026() -> None:
     with pytest.raises(DataError, match="resid_lambdas"):
         names.hf_from_ours("resid_lambdas")
-
-
-@pytest.mark.parametrize("later", [False, True])
-def test_sizes_survive_a_round_trip_to_nanochat(later: bool) -> None:
-    words = names.nanochat_from_sizes(sizes_of(later))
-    assert names.sizes_from_nanochat(words, LATER * later, "x") == sizes_of(later)
-    assert ("window_pattern" in words) == later
 
 
 def test_versions_between_the_two_are_refused() -> None:

@@ -99,6 +99,11 @@ def test_generate_answers_as_we_do(folder: Path, expected: str) -> None:
     assert generate(folder).strip() == expected.strip()
 
 
+def test_chat_answers_as_we_do(folder: Path, expected: str) -> None:
+    said = run("chat", "--model", folder, "--max-tokens", str(ANSWER_TOKENS), "--temp", "0.0", stdin=f"{QUESTION}\nq\n")
+    assert expected.strip() in said
+
+
 def test_server_answers_as_we_do(folder: Path, expected: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

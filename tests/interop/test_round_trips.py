@@ -91,17 +91,6 @@ def test_written_pickles_name_nothing_that_runs(twin: Twins, tmp_path: Path) -> 
     assert globals_of((out / "tokenizer" / "tokenizer.pkl").read_bytes()) == {"tiktoken.core Encoding"}
 
 
-def test_pytorch_loads_written_files(twin: Twins, tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    made, out = twin(later=True), tmp_path / "back"
-    out.mkdir()
-    exporting.write_nanochat(come_in(made, tmp_path / "ours"), out)
-    found = torch.load(out / "model_000007.pt", weights_only=True, mmap=True)
-    assert {name: value.float().numpy().tobytes() for name, value in found.items()} == {
-        name: value.tobytes() for name, value in made.tensors.items()
-    }
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hugging_face_round_trip_is_byte_exact(twin: Twins, tmp_path: Path, dtype: str) -> None:
     theirs, out = tmp_path / "theirs", tmp_path / "back"

@@ -132,11 +132,7 @@ class FakeOutputs:
             (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
         if stage == "pretrain":
             samples = [
-                {
-                    "iteration": i,
-                    "prompt": "The capital of France is",
-                    "text": f" Paris, seen at {i}. The river",
-                }
+                {"iteration": i, "prompt": "The capital of France is", "text": f" Paris, seen at {i}. The river"}
                 for i in (800, 1600)
             ]
             self.write_lines(folder / "samples.jsonl", samples)

@@ -41,7 +41,7 @@ def run_of(
 
 
 @pytest.mark.parametrize(("value", "iteration"), [(2.0, 10), (1.5, 20), (1.4, 30), (1.25, 30)])
-def test_a_curve_reaches_a_target_at_its_first_value_that_is_as_good(value: float, iteration: int) -> None:
+def test_target_is_reached_at_the_first_good_value(value: float, iteration: int) -> None:
     run = run_of("a", seconds=3.0, cost=36.0)
     found = reach(run, run.steps[0], Target("val_bpb", value), [])
     assert found is not None
@@ -50,11 +50,7 @@ def test_a_curve_reaches_a_target_at_its_first_value_that_is_as_good(value: floa
     assert dict(found.costs())["cost"] == f"${3 * iteration / 100:.2f}"
 
 
-def test_what_no_value_reaches_is_in_no_table() -> None:
-    assert rank([run_of("a")], Target("val_bpb", 1.1)) == {}
-
-
-def test_the_clock_of_an_extension_counts_after_that_of_what_it_extends() -> None:
+def test_extension_adds_to_the_clock() -> None:
     run = run_of("a")
     for record in run.steps[0].records:
         if "elapsed_seconds" in record and record["iteration"] > 20:
@@ -64,7 +60,7 @@ def test_the_clock_of_an_extension_counts_after_that_of_what_it_extends() -> Non
     assert found.seconds == pytest.approx(30)
 
 
-def test_core_counts_from_an_evaluation_of_the_model_in_any_run() -> None:
+def test_core_comes_from_any_evaluation_of_the_model() -> None:
     runs = [run_of("a", core=0.3), run_of("b", seconds=0.5), run_of("c", core=0.1)]
     other = run_of("b", core=0.4)
     other.steps.pop(0)
@@ -73,8 +69,9 @@ def test_core_counts_from_an_evaluation_of_the_model_in_any_run() -> None:
     assert [(row.step.rid, row.core, row.seconds) for row in rows] == [("b", 0.4, 20.0), ("a", 0.3, 40.0)]
 
 
-def test_the_fastest_is_first_within_one_corpus_and_an_artifact_counts_once() -> None:
+def test_fastest_is_first_per_corpus() -> None:
     runs = [run_of("slow", seconds=2), run_of("fast"), run_of("fast"), run_of("elsewhere", corpus="corpus-b")]
+    assert rank(runs, Target("val_bpb", 1.1)) == {}
     found = rank(runs, Target("val_bpb", 1.5))
     assert {title: [row.step.rid for row in rows] for title, rows in found.items()} == {
         "val_bpb ≤ 1.5 on corpus-a, 1k tokens": ["fast", "slow"],
@@ -82,12 +79,12 @@ def test_the_fastest_is_first_within_one_corpus_and_an_artifact_counts_once() ->
     }
 
 
-def test_without_a_target_those_of_the_runs_are_ranked_for_all_of_them() -> None:
+def test_targets_default_to_those_of_the_runs() -> None:
     found = rank([run_of("a", settings={"target_bpb": 1.5}), run_of("b", seconds=0.5)], None)
     assert [row.step.rid for row in next(iter(found.values()))] == ["b", "a"]
 
 
-def test_a_table_is_markdown_and_leaves_out_columns_that_nothing_fills() -> None:
+def test_table_is_markdown_without_empty_columns() -> None:
     lines = tables(rank([run_of("a")], Target("val_bpb", 1.5))).splitlines()
     assert lines[2].startswith("| # | time | val_bpb | tokens | FLOPs | iterations | settings | device |")
     assert lines[4].startswith(r"| 1 | 20.0s | 1.50000 | 2k | 4.00e09 | 20 | model=d4 | Apple M3 \| Max | 2026-11-23 |")
@@ -101,7 +98,7 @@ def test_a_table_is_markdown_and_leaves_out_columns_that_nothing_fills() -> None
         ({}, ""),
     ],
 )  # fmt: skip
-def test_the_report_of_a_run_says_what_its_target_took(target: dict[str, float], said: str) -> None:
+def test_report_says_when_the_target_was_reached(target: dict[str, float], said: str) -> None:
     learnt = dict(answers(run_of("a", settings=target, cost=1.2)))["Did it learn?"]
     assert said in learnt
     assert ("target" in learnt) is bool(said)

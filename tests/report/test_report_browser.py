@@ -54,34 +54,34 @@ def show(browser: Any, reported: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("width", [320, 375, 768, 1280])
-def test_the_page_is_never_wider_than_its_screen(show: Any, width: int) -> None:
+def test_page_fits_the_screen(show: Any, width: int) -> None:
     assert show(width).evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_nothing_is_asked_and_nothing_complains(show: Any, reported: Any) -> None:
+def test_page_makes_no_requests_and_logs_nothing(show: Any, reported: Any) -> None:
     page = show(1280)
     assert page.asked == [(reported.run / "report.html").as_uri()]
     assert page.told == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_stands_out_from_its_ground(show: Any, scheme: str) -> None:
+def test_text_has_enough_contrast(show: Any, scheme: str) -> None:
     weakest = show(1280, scheme).evaluate(CONTRASTS)
     assert weakest[0][0] >= LEAST_CONTRAST, weakest
 
 
-def test_dark_screens_get_a_dark_page_with_the_same_pictures(show: Any) -> None:
+def test_dark_mode(show: Any) -> None:
     page = show(1280, "dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(13, 17, 23)"
     assert page.locator("svg.chart").count() == show(1280).locator("svg.chart").count() > 5
 
 
-def test_every_picture_has_words_for_those_who_cannot_see_it(show: Any) -> None:
+def test_pictures_have_labels(show: Any) -> None:
     labels = show(1280).evaluate("[...document.querySelectorAll('svg')].map(e => e.getAttribute('aria-label'))")
     assert all(label and len(label) > 20 for label in labels)
 
 
-def test_words_of_pictures_are_readable_on_a_phone_and_inside_their_picture(show: Any) -> None:
+def test_text_in_pictures_is_readable_on_a_phone(show: Any) -> None:
     page = show(375)
     sizes = page.evaluate("""[...document.querySelectorAll('svg.chart text')].map(e => {
         const placed = e.getScreenCTM();
@@ -95,7 +95,7 @@ def test_words_of_pictures_are_readable_on_a_phone_and_inside_their_picture(show
     assert outside == []
 
 
-def test_on_paper_the_page_is_light_and_whole(show: Any) -> None:
+def test_print_is_light(show: Any) -> None:
     page = show(1280, "dark")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import re
 import sys
 from dataclasses import replace
@@ -16,18 +15,8 @@ from mlxchat.evals.examples import write_examples
 from mlxchat.report.collect import collect_steps, entries_of_artifacts
 from mlxchat.report.document import document, render_html, render_markdown
 from mlxchat.report.examples import read_examples, telling_examples
-from mlxchat.report.plots import score_charts
 from mlxchat.report.summary import answers, facts
-from mlxchat.report.tables import (
-    all_settings,
-    core_table,
-    metric_table,
-    published_core,
-    published_tables,
-    references,
-    step_tables,
-    timing_table,
-)
+from mlxchat.report.tables import core_table, metric_table, published_tables, references, timing_table
 
 _SPEC = importlib.util.spec_from_file_location("report_speedrun", Path(__file__).with_name("speedrun.py"))
 speedrun = importlib.util.module_from_spec(_SPEC)
@@ -44,7 +33,7 @@ def whole_recipe(make):
     return speedrun.make_speedrun(make)
 
 
-def test_core_stands_in_the_table_with_its_standard_error(whole_recipe):
+def test_core_has_its_standard_error(whole_recipe):
     scores = json.loads((whole_recipe.folder("eval_base") / "scores.json").read_text())["core"]
     centered = [task["centered"] for task in scores["tasks"].values()]
     cell = row(metric_table(whole_recipe.read()), "CORE")[1]
@@ -52,26 +41,13 @@ def test_core_stands_in_the_table_with_its_standard_error(whole_recipe):
     assert cell.detail == f"± {scores['stderr']:.4f}"
 
 
-def test_core_is_told_task_by_task(whole_recipe):
-    table = core_table(whole_recipe.read())
-    assert len(table.rows) == 23
-    boolq = row(table, "boolq")
-    assert [cell.text for cell in boolq[1:3]] == ["multiple choice", "10"]
-    assert boolq[4].text == "62.0%"
-
-
-def test_a_centred_error_is_that_of_the_accuracy_over_what_is_left_to_win(whole_recipe):
-    task = whole_recipe.read().step("eval_base").scores.core_tasks["boolq"]
-    assert task.centered_stderr == pytest.approx(math.sqrt(task.value * (1 - task.value) / task.num_questions) / 0.38)
-
-
-def test_chatcore_takes_the_place_of_the_plain_mean(whole_recipe):
+def test_chatcore_replaces_the_plain_mean(whole_recipe):
     names = [r[0].text for r in metric_table(whole_recipe.read()).rows]
     assert "ChatCORE" in names
     assert "mean centred" not in names
 
 
-def test_the_published_d20_stands_beside_a_run_of_its_recipe(whole_recipe):
+def test_published_d20_is_compared_with_its_recipe(whole_recipe):
     ((name, table),) = published_tables(whole_recipe.read())
     assert table.header == ["Published elsewhere", "BASE", "MID", "SFT", "RL"]
     assert row(table, "CORE")[1].text == "0.2219"
@@ -82,7 +58,7 @@ def test_the_published_d20_stands_beside_a_run_of_its_recipe(whole_recipe):
     assert row(table, "wall clock")[1].text == "3h51m"
 
 
-def test_chatcore_of_another_set_of_tasks_is_not_put_beside_the_published_one(make):
+def test_chatcore_of_other_tasks_is_not_compared(make):
     ((_, table),) = published_tables(speedrun.make_speedrun(make, tasks=6).read())
     assert row(table, "ChatCORE")[2].detail == ""
     assert any("over 5 tasks, here over 6: not comparable" in note for note in table.notes)
@@ -102,7 +78,7 @@ def set_long_prompts(fake, **counts):
         ({"cropped": 1}, "CORE of BASE: 1 prompt longer than the context of 2,048 tokens lost"),
     ],
 )
-def test_report_says_what_was_done_with_long_prompts_of_core(whole_recipe, counts, note):
+def test_long_prompts_of_core_are_noted(whole_recipe, counts, note):
     set_long_prompts(whole_recipe, **counts)
     assert any(each.startswith(note) for each in metric_table(whole_recipe.read()).notes)
 
@@ -130,16 +106,6 @@ def test_published_gsm8k_is_compared_under_nanochats_verdict(whole_recipe):
     assert any("by nanochat's verdicts, as there" in note for note in table.notes)
 
 
-def test_calls_in_examples_are_readable(make):
-    """Guards against special tokens, and a call and its result run together, in the report's examples."""
-    fake = make()
-    said = "37+53=<|python_start|>37+53<|python_end|><|output_start|>90<|output_end|>90"
-    rows = [{**row, "output": said} for row in speedrun.example_rows(0, ["arithmetic"])]
-    write_examples(fake.folder("eval_sft") / "examples.parquet", rows)
-    (right, _) = read_examples(fake.folder("eval_sft"))
-    assert right.output == "37+53=<<37+53=90>>90"
-
-
 @pytest.mark.parametrize(
     ("step", "changes"),
     [
@@ -147,30 +113,19 @@ def test_calls_in_examples_are_readable(make):
         ("pretrain", {"full_config": {"architecture": {"name": "oct2025"}, "pretrain": {"tokens_per_parameter": 8}}}),
         ("pretrain", {"full_config": {"architecture": {"name": "jul2026"}, "pretrain": {"tokens_per_parameter": 20}}}),
         ("corpus", {"full_config": {"corpus": {"hub": None}}}),
+        ("pretrain", {"full_config": {"pretrain": {"num_iterations": 20}}}),
     ],
 )
-def test_nothing_published_stands_beside_another_size_horizon_architecture_or_corpus(whole_recipe, step, changes):
+def test_other_recipes_are_not_compared_with_published_ones(whole_recipe, step, changes):
+    manifest = json.loads((whole_recipe.folder(step) / "manifest.json").read_text())
+    if changes.get("full_config", {}).get("pretrain", {}).get("num_iterations"):  # the recipe, cut short
+        changes = {"full_config": manifest["full_config"]}
+        changes["full_config"]["pretrain"]["num_iterations"] = 20
     whole_recipe.edit_json(step, "manifest.json", **changes)
     assert references(whole_recipe.read()) == []
 
 
-def test_a_run_that_was_cut_short_is_not_the_published_recipe(whole_recipe):
-    manifest = json.loads((whole_recipe.folder("pretrain") / "manifest.json").read_text())
-    manifest["full_config"]["pretrain"]["num_iterations"] = 20
-    whole_recipe.edit_json("pretrain", "manifest.json", full_config=manifest["full_config"])
-    assert references(whole_recipe.read()) == []
-
-
-def test_core_is_drawn_beside_gpt2_and_says_what_was_published(whole_recipe):
-    charts = {chart.name: chart for chart in score_charts(whole_recipe.read())}
-    ladder = charts["core"]
-    assert {f"{name} (published)" for name in published_core()} < {name for name, *_ in ladder.rows}
-    values = [cells[0].value for _, cells, _ in ladder.rows]
-    assert values == sorted(values)
-    assert len(charts["core-tasks"].rows) == 22
-
-
-def test_outside_models_are_columns_of_the_same_table(make):
+def test_third_party_models_are_columns(make):
     report = speedrun.make_speedrun(make, outside=3).read()
     table = metric_table(report)
     assert set(table.header[1:]) == {"BASE", "MID", "SFT", "RL", "gpt2_0", "gpt2_1", "gpt2_2"}
@@ -181,7 +136,7 @@ def test_outside_models_are_columns_of_the_same_table(make):
     assert "Held-out text takes 0.812 bits per byte" in answers(report)[0][1]
 
 
-def test_artifacts_of_several_outside_models_stand_beside_an_eval_of_ours(make):
+def test_reports_of_artifacts_compare_third_party_models(make):
     fake = speedrun.make_speedrun(make, outside=2)
     for step, entry in fake.pipeline.items():
         manifest = json.loads((fake.folder(step) / "manifest.json").read_text())
@@ -193,7 +148,7 @@ def test_artifacts_of_several_outside_models_stand_beside_an_eval_of_ours(make):
     assert metric_table(report).header == ["Metric", "BASE", "gpt2_0", "gpt2_1"]
 
 
-def test_one_right_and_one_wrong_example_of_each_task_are_shown(whole_recipe):
+def test_one_right_and_one_wrong_example_per_task(whole_recipe):
     found = read_examples(whole_recipe.folder("eval_sft"))
     tasks = list(speedrun.CHAT_TASKS)[:5]
     assert [(e.task, e.is_right) for e in found] == [(task, right) for task in tasks for right in (True, False)]
@@ -202,35 +157,13 @@ def test_one_right_and_one_wrong_example_of_each_task_are_shown(whole_recipe):
     assert "<b>mmlu" not in page
 
 
-def test_examples_of_former_versions_are_read_too(whole):
-    lines = [{"task": "t", "index": 0, "question": "1+1?", "answer": "2", "correct": True}]
-    whole.write_lines(whole.folder("eval_sft") / "examples.jsonl", lines)
-    (example,) = read_examples(whole.folder("eval_sft"))
-    assert (example.prompt, example.output, example.is_right) == ("1+1?", "2", True)
-
-
 @pytest.mark.parametrize("content", [b"", b"PAR1 and more", b"PAR1" * 100])
 def test_damaged_examples_are_left_out(whole, content):
     (whole.folder("eval_sft") / "examples.parquet").write_bytes(content)
     assert read_examples(whole.folder("eval_sft")) == []
 
 
-def test_an_evaluation_that_asked_nothing_has_no_examples_and_no_complaint(whole, caplog):
-    write_examples(whole.folder("eval_sft") / "examples.parquet", [])
-    assert read_examples(whole.folder("eval_sft")) == []
-    assert caplog.records == []
-
-
-def test_every_step_has_settings_derived_numbers_and_results(whole_recipe):
-    step = whole_recipe.read().step("pretrain")
-    pairs = {table.header[0]: {row[0].text: row[1].text for row in table.rows} for table in step_tables(step)}
-    assert pairs["Settings"]["model.depth"] == "20"
-    assert pairs["Derived"]["num_parameters"] == "561,000,000"
-    assert "pretrain.tokens_per_parameter=20" in all_settings(step)
-    assert "pretrain.num_iterations" not in pairs["Settings"]
-
-
-def test_costs_are_told_only_if_an_hour_has_a_price(whole):
+def test_costs_need_a_price_per_hour(whole):
     report = whole.read()
     assert "cost" not in dict(facts(report))
     priced = replace(report, cost_per_hour=24.0)
@@ -239,7 +172,7 @@ def test_costs_are_told_only_if_an_hour_has_a_price(whole):
     assert timing_table(priced).header[3] == "Cost"
 
 
-def test_measurements_of_bench_are_shown_where_there_are_some(whole):
+def test_bench_measurements_are_shown(whole):
     folder = whole.root / "bench"
     folder.mkdir()
     record = {"kind": "train", "time": "2026-11-21T10:00:00+00:00", "command": "mlxchat bench train model=d4",
@@ -250,7 +183,7 @@ def test_measurements_of_bench_are_shown_where_there_are_some(whole):
     assert re.search(r"\| step.seconds \| 1.25 \|", markdown)
 
 
-def test_a_score_that_says_less_than_usual_is_still_a_report(whole):
+def test_incomplete_scores_do_not_stop_the_report(whole):
     whole.edit_json("eval_base", "scores.json", core={"tasks": {"x": {}}}, chatcore={"tasks": None}, throughput=[])
     whole.edit_json("eval_mid", "scores.json", core={"core": None, "tasks": {}}, chatcore=3)
     report = whole.read()
@@ -259,7 +192,7 @@ def test_a_score_that_says_less_than_usual_is_still_a_report(whole):
     render_markdown(document(report))
 
 
-def test_a_step_without_a_result_has_no_section_and_a_failed_one_says_why(make):
+def test_failed_steps_show_their_error(make):
     fake = make(absent=["sft", "rl", "eval_sft", "eval_rl"])
     fake.append_event(event="step_failed", step="sft", error="out of <b>memory</b>")
     page = render_html("x", document(fake.read()))
@@ -268,7 +201,7 @@ def test_a_step_without_a_result_has_no_section_and_a_failed_one_says_why(make):
     assert page.count("out of &lt;b&gt;memory") == 2  # at the top, and where it happened
 
 
-def test_three_telling_answers_are_good_bad_and_typical(make):
+def test_good_bad_and_typical_answers_are_shown(make):
     fake = make()
     rows = [
         {"task": task, "index": i, "seed": None, "prompt": f"{task}?", "output": output, "expected": "e",
@@ -288,7 +221,7 @@ def test_three_telling_answers_are_good_bad_and_typical(make):
     assert found["Good"].output == "answer xxxx", "the one of median length"
 
 
-def test_examples_are_found_wherever_in_a_long_file_they_stand(whole):
+def test_examples_are_found_anywhere_in_a_long_file(whole):
     row = {"index": 0, "seed": None, "prompt": "p", "output": "o", "expected": "e", "tokens": 1, "details": {}}
     rows = [row | {"task": "early", "verdict": False}] * 9000 + [row | {"task": "late", "verdict": True, "prompt": "q"}]
     speedrun.write_examples(whole.folder("eval_sft") / "examples.parquet", rows)

@@ -30,7 +30,7 @@ def write(whole: Any) -> Path:
     return folder
 
 
-def test_the_best_and_the_worst_of_a_question_that_taught_something_of_the_first_and_last_iteration(whole: Any) -> None:
+def test_best_and_worst_rollouts_are_shown(whole: Any) -> None:
     found = rollout_examples(write(whole))
     assert [(each.prompt, each.output, each.is_right) for each in found] == [
         ("ask 5", "say 1<<1+1=2>> <b>", True), ("ask 5", "say 0<<1+1=2>> <b>", False),
@@ -39,7 +39,7 @@ def test_the_best_and_the_worst_of_a_question_that_taught_something_of_the_first
     assert found[0].task == "iteration 1, reward 1, advantage +0.5"
 
 
-def test_they_stand_in_the_report_as_text(whole: Any) -> None:
+def test_rollouts_are_escaped(whole: Any) -> None:
     write(whole)
     page = render_html("x", document(collect(whole.root, whole.run)))
     assert "iteration 1, reward 1, advantage +0.5" in page
@@ -47,7 +47,7 @@ def test_they_stand_in_the_report_as_text(whole: Any) -> None:
     assert "2&gt;&gt; <b>" not in page
 
 
-def test_what_is_damaged_or_absent_is_left_out(whole: Any) -> None:
+def test_damaged_rollouts_are_left_out(whole: Any) -> None:
     folder = write(whole)
     with (folder / "rollouts.jsonl").open("a") as file:
         file.write('{"iteration": 5, "question": null}\n{"iteration": 6, "ques')

@@ -44,12 +44,14 @@ class Notebook:
 
 
 def start(
-    outputs: Path, run: str, service: Any, said: list[str] | None = None, *, kind: str = "wandb", ids: str = "ab"
-) -> Tracker:
+    outputs: Path, run: str, service: Any, said: list[str] | None = None, *, kind: str = "wandb", ids: str = "ab",
+    **options: Any,
+) -> Tracker:  # fmt: skip
     folder = outputs / "runs" / run
     folder.mkdir(parents=True)
     config = TrackerConfig(kind=kind, project="mlxchat", tags=["first"])
-    options = {"open_service": service.open} if service else {}
+    if service:
+        options["open_service"] = service.open
     return Tracker(config, folder, ids=ids, say=(said if said is not None else []).append, **options)
 
 
@@ -61,13 +63,9 @@ def write(path: Path, *records: dict[str, Any]) -> None:
 def test_samples_and_rollouts_arrive_as_tables(tmp_path: Path) -> None:
     """Iterations come once, when they are complete, and the last ones from the artifact."""
     work, done = tmp_path / "work", tmp_path / "done"
-    (tmp_path / "runs" / "1").mkdir(parents=True)
     work.mkdir()
     notebook = Notebook()
-    tracker = Tracker(
-        TrackerConfig(kind="wandb", project="p", tags=[]), tmp_path / "runs" / "1", open_service=notebook.open,
-        records=lambda step, name: work / f"{name}.jsonl",
-    )  # fmt: skip
+    tracker = start(tmp_path, "1", notebook, records=lambda step, name: work / f"{name}.jsonl")
     rollout = {"question": 7, "sample": 0, "prompt": "1+1", "output": "x" * 9999, "expected": None, "reward": 0.5,
                "parts": {}, "right": True, "advantage": 0.0, "tokens": 3, "finished": True}  # fmt: skip
     write(work / "samples.jsonl", *({"iteration": 1, "prompt": p, "text": f"{p}1"} for p in "ab"))
@@ -88,15 +86,11 @@ def test_samples_and_rollouts_arrive_as_tables(tmp_path: Path) -> None:
 
 
 def test_sent_tables_are_not_repeated_after_a_kill(tmp_path: Path) -> None:
-    config, tables = TrackerConfig(kind="wandb", project="p", tags=[]), []
+    tables = []
     write(tmp_path / "samples.jsonl", {"iteration": 1, "prompt": "a", "text": "b"})
     for run in "12":
-        (tmp_path / "runs" / run).mkdir(parents=True)
         notebook = Notebook()
-        tracker = Tracker(
-            config, tmp_path / "runs" / run, open_service=notebook.open,
-            records=lambda step, name: tmp_path / f"{name}.jsonl",
-        )  # fmt: skip
+        tracker = start(tmp_path, run, notebook, records=lambda step, name: tmp_path / f"{name}.jsonl")
         tracker.log("sft", {"iteration": 2, "loss": 1.0})
         tracker.finish(Results(is_done=False))
         tables += notebook.tables
@@ -118,13 +112,9 @@ def test_service_without_tables_gets_none(tmp_path: Path) -> None:
             self.ended = True
 
     write(tmp_path / "samples.jsonl", {"iteration": 1, "prompt": "a", "text": "b"})
-    (tmp_path / "runs" / "1").mkdir(parents=True)
     said: list[str] = []
     plain = Plain()
-    tracker = Tracker(
-        TrackerConfig(kind="wandb", project="p", tags=[]), tmp_path / "runs" / "1", open_service=plain.open,
-        records=lambda step, name: tmp_path / f"{name}.jsonl", say=said.append,
-    )  # fmt: skip
+    tracker = start(tmp_path, "1", plain, said, records=lambda step, name: tmp_path / f"{name}.jsonl")
     tracker.log("sft", {"iteration": 2, "loss": 1.0})
     tracker.finish()
     assert (plain.ended, said) == (True, [])
@@ -135,8 +125,10 @@ def test_records_arrive_in_order(tmp_path: Path) -> None:
     tracker = start(tmp_path, "1", notebook)
     for iteration in range(1, 50):
         tracker.log("pretrain", {"iteration": iteration, "loss": 1.0 / iteration})
+    tracker.log("pretrain", {"iteration": 49, "val_loss": 2.0})
     tracker.finish(Results(numbers={"pretrain": {"loss": 0.02}}))
-    assert notebook.logged == [("pretrain", i, {"loss": 1.0 / i}) for i in range(1, 50)]
+    expected = [("pretrain", i, {"loss": 1.0 / i}) for i in range(1, 50)]
+    assert notebook.logged == [*expected, ("pretrain", 49, {"val_loss": 2.0})]
     assert notebook.results is not None
     assert notebook.results.numbers == {"pretrain": {"loss": 0.02}}
 
@@ -144,15 +136,6 @@ def test_records_arrive_in_order(tmp_path: Path) -> None:
 def test_only_finite_numbers_are_sent() -> None:
     record = {"iteration": 3, "loss": float("nan"), "norm": 1.5, "warning": "spike", "flag": True, "count": 2}
     assert numbers_of(record, without="iteration") == {"norm": 1.5, "count": 2}
-
-
-def test_all_records_of_an_iteration_are_sent(tmp_path: Path) -> None:
-    notebook = Notebook()
-    tracker = start(tmp_path, "1", notebook)
-    tracker.log("sft", {"iteration": 4, "loss": 1.0})
-    tracker.log("sft", {"iteration": 4, "val_loss": 2.0})
-    tracker.finish(Results())
-    assert [numbers for _, _, numbers in notebook.logged] == [{"loss": 1.0}, {"val_loss": 2.0}]
 
 
 def test_interrupted_run_continues_its_tracked_run(tmp_path: Path) -> None:
@@ -196,11 +179,8 @@ def test_finished_or_different_runs_are_not_continued(tmp_path: Path) -> None:
 
 def test_records_before_a_crash_are_sent_first(tmp_path: Path) -> None:
     notebook = Notebook()
-    folder = tmp_path / "runs" / "1"
-    folder.mkdir(parents=True)
     write(tmp_path / "metrics.jsonl", *({"iteration": i, "loss": float(i)} for i in (1, 2, 3, 4)))
-    config = TrackerConfig(kind="wandb", project="p", tags=[])
-    tracker = Tracker(config, folder, open_service=notebook.open, records=lambda step, name: tmp_path / f"{name}.jsonl")
+    tracker = start(tmp_path, "1", notebook, records=lambda step, name: tmp_path / f"{name}.jsonl")
     tracker.log("sft", {"iteration": 4, "loss": 4.0})
     tracker.log("sft", {"iteration": 5, "loss": 5.0})
     tracker.finish(Results())
@@ -212,10 +192,7 @@ def test_unreadable_history_is_skipped(line: str, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     (tmp_path / "samples.jsonl").write_text(line + "\n")
     notebook = Notebook()
-    folder = tmp_path / "runs" / "1"
-    folder.mkdir(parents=True)
-    config = TrackerConfig(kind="wandb", project="p", tags=[])
-    tracker = Tracker(config, folder, open_service=notebook.open, records=lambda step, name: tmp_path / f"{name}.jsonl")
+    tracker = start(tmp_path, "1", notebook, records=lambda step, name: tmp_path / f"{name}.jsonl")
     tracker.log("sft", {"iteration": 4, "loss": 4.0})
     tracker.finish(Results())
     assert [iteration for _, iteration, _ in notebook.logged] == [4]
@@ -232,30 +209,26 @@ def test_tracker_failure_warns_once(tmp_path: Path) -> None:
     assert said == ["warning: tracker=wandb failed (RuntimeError: no route to host); the run continues without it"]
 
 
-@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ConnectionError("refused")])
-def test_tracker_that_exits_does_not_end_the_run(error: BaseException, tmp_path: Path) -> None:
-    said: list[str] = []
+class Refusing:
+    """A service that raises."""
 
-    class Refusing:
-        def open(self, run: TrackedRun) -> Notebook:
-            raise error
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
-    tracker = start(tmp_path, "1", Refusing(), said)
-    tracker.finish(Results())
-    assert len(said) == 1
-    assert type(error).__name__ in said[0]
+    def open(self, run: TrackedRun) -> Notebook:
+        raise self.error
 
 
-def test_secrets_are_removed_from_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ConnectionError("refused sesame-open")])
+def test_tracker_that_exits_does_not_end_the_run(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "sesame-open")
     said: list[str] = []
-
-    class Refusing:
-        def open(self, run: TrackedRun) -> Notebook:
-            raise ValueError("bad key sesame-open")
-
-    start(tmp_path, "1", Refusing(), said).finish(Results())
-    assert "sesame" not in said[0]
+    start(tmp_path, "1", Refusing(error), said).finish(Results())
+    assert len(said) == 1
+    assert type(error).__name__ in said[0]
+    assert "sesame" not in said[0], "secrets are removed"
 
 
 def test_missing_tracker_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,9 +265,3 @@ def test_no_tracker_starts_no_thread(tmp_path: Path) -> None:
     tracker.finish()
     assert set(threading.enumerate()) <= before
     assert not list((tmp_path / "runs" / "1").iterdir())
-
-
-def test_note_records_the_tracked_run(tmp_path: Path) -> None:
-    start(tmp_path, "1", Notebook()).finish(Results())
-    note = json.loads((tmp_path / "runs" / "1" / "tracker.json").read_text())
-    assert (note["kind"], note["project"], note["name"], note["ended"]) == ("wandb", "mlxchat", "1", True)

@@ -1,1 +1,1 @@
-"""Measurements of this machine at work: what `mlxchat bench KIND` prints, one module for each kind."""
+"""Benchmarks on this machine (`mlxchat bench KIND`), one module per kind."""

@@ -1,4 +1,4 @@
-"""How fast CORE is evaluated, against one example at a time as nanochat's loop has it, with the same model.
+"""Speed of CORE, compared with one example at a time as in nanochat, with the same model.
 
 That loop computes every option of an example whole and all logits of all positions; nothing is shared or batched.
 """
@@ -46,10 +46,10 @@ _LIKE_CORE = {
 
 
 class Words:
-    """A stand-in for a tokenizer: every word and every mark is a token, chosen by its hash."""
+    """A mock tokenizer: each word and punctuation mark is one token, chosen by hash."""
 
     def __init__(self, vocab_size: int) -> None:
-        """Take the number of ids."""
+        """Set the number of ids."""
         self._vocab_size = vocab_size
         self.bos = 0
 
@@ -58,7 +58,7 @@ class Words:
         return [crc32(piece.encode()) % (self._vocab_size - 1) + 1 for piece in re.findall(r"\s?\w+|\s?\W", text)]
 
     def decode(self, ids: list[int]) -> str:
-        """Return the ids as text; what they stood for is not known."""
+        """Return the ids as numbers; the original text is lost."""
         return " ".join(map(str, ids))
 
 
@@ -114,7 +114,7 @@ def measure_core(config: Config) -> dict[str, Any]:
 
 
 def answer_alone(model: GPT, encoder: TextEncoder, task: CoreTask, items: Examples, index: int) -> bool:
-    """Return the verdict of one example, computed as nanochat's loop does: whole options, all logits."""
+    """Return the verdict on one example as nanochat computes it: whole options, all logits."""
     question = build_question(task, items, index, encoder)
     longest = max(question.ends)
     ids = mx.array([tokens + [encoder.bos] * (longest - len(tokens)) for tokens in question.sequences])

@@ -1,4 +1,4 @@
-"""How fast a model answers here: reading prompts and decoding at several batch sizes, what memory allows, the peak."""
+"""Speed of generation: prefill and decoding at several batch sizes, compared with bandwidth and peak FLOPs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from mlxchat.runner.progress import Progress
 from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.training.forecast_finetune import measure_teacher, teacher_context
 
-# Readings of a prompt end once they took so long together.
+# Prefill is repeated for at most so many seconds.
 _ENOUGH_SECONDS = 3.0
 _BANDWIDTH_BYTES, _BANDWIDTH_TIMES = 256_000_000, 5
 
@@ -49,28 +49,28 @@ class GivenModel:
     name: str
     folder: Path
     third_party: bool
-    """Whether mlx-lm runs it."""
+    """True if mlx-lm runs it."""
 
 
 class _Rows(Protocol):
-    """The rows of a model that is measured."""
+    """A batch of rows of the measured model."""
 
     vocab_size: int
     num_parameters: int
     weight_bytes: int
-    """Of weights that a decoding step reads."""
+    """Bytes of weights that a decoding step reads."""
 
     def read(self, prompts: list[list[int]], new_tokens: int) -> None:
-        """Read prompts of one length, and compute the first token after each."""
+        """Prefill prompts of equal length, and compute the first token after each."""
 
     def step(self) -> None:
-        """Compute one more token of each row."""
+        """Decode one more token of each row."""
 
     def past_bytes(self, rows: int, tokens: int) -> int:
-        """Return the bytes of keys and values that a decoding step reads after so many tokens of each row."""
+        """Return the bytes of KV cache that a decoding step reads after so many tokens per row."""
 
     def flops(self, tokens: float, *, decoding: bool) -> float:
-        """Return the FLOPs of one token after so many others; the head is computed in decoding alone."""
+        """Return the FLOPs of one token after so many others; only decoding computes the head."""
 
 
 def measure_generation(config: Config, given: GivenModel | None = None) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _share(share: float | None) -> str:
 
 
 def _sizes(config: Config, given: GivenModel | None, longest: int) -> GPTSizes | None:
-    """Return the sizes of a model of ours; None: it is a third-party model."""
+    """Return the sizes of our model, None for a third-party model."""
     if given is None:
         model = replace(config.model, context_tokens=longest)
         return sizes_of(model, config.architecture, config.bench.vocab_size)
@@ -253,7 +253,7 @@ def _measure(
 
 
 class _OwnRows:
-    """`_Rows` of a model of ours, read and decoded as the engine does."""
+    """`_Rows` of our model, computed as in the engine."""
 
     def __init__(self, model: GPT, kv_bits: int | None) -> None:
         self._decoder = make_decoder(model, kv_bits=kv_bits)
@@ -288,12 +288,12 @@ class _OwnRows:
         return 2 * weights + 4 * self._sizes.width * self._seen(int(tokens))
 
     def _seen(self, tokens: int) -> int:
-        """Return how many tokens all layers together look back on after so many."""
+        """Return the number of attended tokens, summed over layers, after so many."""
         return sum(tokens if window is None else min(tokens, window + 1) for window in self._sizes.windows())
 
 
 class _ThirdPartyRows:
-    """`_Rows` of mlx-lm's model: all rows go through it together."""
+    """`_Rows` of mlx-lm's model, in one batch."""
 
     def __init__(self, model: Any) -> None:
         from mlx_lm.utils import get_total_parameters
@@ -326,7 +326,7 @@ class _ThirdPartyRows:
         mx.eval(self._last, [each.state for each in self._cache])
 
     def past_bytes(self, rows: int, tokens: int) -> int:
-        # Of keys and values (B, K, S, D) mlx-lm holds more than are there.
+        # mlx-lm's buffers (B, K, S, D) are larger than their contents.
         leaves = _arrays_of([each.state for each in self._cache])
         return sum(leaf.nbytes * tokens // max(tokens, leaf.shape[2] if leaf.ndim == 4 else 0) for leaf in leaves)
 
@@ -343,7 +343,7 @@ def _bytes_of(tree: Any) -> int:
 
 
 def _bandwidth() -> float:
-    """Return the bytes per second that all lanes together read from large arrays, at best."""
+    """Return the best memory bandwidth of all lanes in bytes per second."""
     lanes = make_lanes()
     arrays = [mx.ones(_BANDWIDTH_BYTES // 4 // len(lanes) // 4096 * 4096).reshape(-1, 4096) for _ in range(len(lanes))]
     mx.eval(arrays)

@@ -1,4 +1,4 @@
-"""The parts of a training step, each compiled and run alone at the shapes that it has in the step.
+"""The parts of a training step, each compiled and run alone with the shapes of the step.
 
 Alone, a part shares no cache and no fused kernel with the others: the sum of the parts is near the step, not equal.
 
@@ -30,9 +30,9 @@ class Part:
 
     name: str
     times: float
-    """How often a step does it."""
+    """Repetitions per step."""
     prepare: Callable[[], Work]
-    """Make its inputs; return what does it once. Prepared only when its turn comes, for the sake of memory."""
+    """Create the inputs and return a function that runs the part once. Deferred to save memory."""
 
 
 def phases_of_step(
@@ -125,7 +125,7 @@ def _optimizer(model: GPT, optimizer: Optimizer, rates: Rates[float]) -> Work:
 
 
 def _layer(module: nn.Module, call: Callable[..., mx.array], inputs: list[mx.array], dtype: mx.Dtype) -> Work:
-    """Return the work of a module with its inputs' and its parameters' gradients."""
+    """Return a function that runs a module with the gradients of its inputs and parameters."""
     names, values = zip(*flatten_parameters(module).items(), strict=True)
 
     def run(*arrays: mx.array) -> list[mx.array]:
@@ -137,14 +137,14 @@ def _layer(module: nn.Module, call: Callable[..., mx.array], inputs: list[mx.arr
 
 
 def _forward_and_backward(function: Callable[..., list[mx.array]], primals: list[mx.array]) -> Work:
-    """Return the work of a function and of the gradients in all its arguments, for random ones of its results."""
+    """Return a function that runs a function and its gradients in all arguments, for random cotangents."""
     cotangents = [_random(output.shape, output.dtype) for output in function(*primals)]
     mx.eval(primals, cotangents)
     return _compiled(lambda *arrays: mx.vjp(function, list(arrays), cotangents), *primals)
 
 
 def _keeping_parameters(module: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function, after which the module has its parameters again: tracing puts others there."""
+    """Return the function, wrapped to restore the module's parameters, which tracing replaces."""
 
     def run(*arguments: Any) -> Any:
         before = flatten_parameters(module)

@@ -1,4 +1,4 @@
-"""A measurement as people read it."""
+"""Tables of a training measurement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.text import Text
 from mlxchat.config.wording import format_bytes, format_count
 
 _BUSY = "too much other work on this machine for shares: measure again when it is quiet"
-# Parts that are measured alone may take a little longer than within a step.
+# Parts measured alone may take slightly longer than within a step.
 _MOST_SHARE = 1.25
 
 
@@ -81,7 +81,7 @@ def _split(record: dict[str, Any]) -> Table:
 
 
 def _shares(record: dict[str, Any]) -> dict[str, float]:
-    """Return phase or part → share of the fastest step; empty where they cannot be right, on a busy machine."""
+    """Return phase or part → share of the fastest step; empty if impossible (busy machine)."""
     split, step = record["split"], min(record["seconds"])
     found = {name: seconds / step for name, seconds in {**split["phases"], **split["parts"]}.items()}
     possible = all(0 <= share <= _MOST_SHARE for share in found.values()) and sum(split["parts"].values()) < (

@@ -1,4 +1,4 @@
-"""Seconds of repeated work, and weights and rows that are random and the same every time."""
+"""Timing of repeated work, and deterministic random weights and rows."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mlxchat.runner.progress import Progress
 
 
 class Stopwatch:
-    """Times pieces of work, and shows how many of all are done."""
+    """Times repeated work and shows progress."""
 
     def __init__(self, progress: Progress) -> None:
-        """Begin; `progress` counts repetitions, those that are not timed included."""
+        """`progress` counts all repetitions, also untimed ones."""
         self._progress, self._done = progress, 0
 
     def seconds(self, what: str, work: Callable[[int], object], *, steps: int, warmup_steps: int) -> list[float]:
@@ -52,7 +52,7 @@ def random_rows(rows: int, row_tokens: int, vocab_size: int, *, seed: int, batch
 
 
 def fill_zero_weights(model: nn.Module, seed: int) -> None:
-    """Draw what starts at zero too, N(0, 1/columns): nothing is then computed with zeros only."""
+    """Replace weights that start at zero by N(0, 1/columns), so that no product is trivial."""
     parameters = flatten_parameters(model)
     keys = mx.random.split(mx.random.key(seed), len(parameters))
     drawn = {

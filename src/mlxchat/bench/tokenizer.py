@@ -1,6 +1,6 @@
-"""How fast a tokenizer is trained and encodes, beside nanochat's ways of calling the same libraries.
+"""Speed of tokenizer training and encoding, compared with nanochat's use of the same libraries.
 
-Text: the bundled documents, again and again, with so many new words that distinct pieces grow as they do on the web.
+Text: the bundled documents, repeated, with new words so that the number of distinct pieces grows as in web text.
 nanochat trains by handing rustbpe an iterator in its own process, and encodes batches of 128 documents by tiktoken's
 `encode_ordinary_batch` with four threads.
 """
@@ -66,7 +66,7 @@ print(json.dumps([seconds, peak, sorted((rank, token.hex()) for token, rank in r
 
 
 def measure_tokenizer(config: Config) -> dict[str, Any]:
-    """Return seconds, characters a second and memory of both ways, taken in turns; ids and ranks are compared, too."""
+    """Return seconds, characters per second and memory of both, measured alternately; ranks and ids are compared."""
     bench = config.bench
     with tempfile.TemporaryDirectory() as name, Progress("tokenizer", 2 * _ROUNDS + 2, "measurements") as progress:
         shard = Path(name, "shard_00000.parquet")
@@ -130,7 +130,7 @@ def _rate(chars: int, seconds: float, peak: int | None = None) -> dict[str, Any]
 
 
 def _documents(config: Config, chars: int) -> Iterator[str]:
-    """Yield documents of a web page's lengths, a few hundred words, until there are so many characters."""
+    """Yield documents of a few hundred words, as long as web pages, up to so many characters."""
     texts, _ = gather_documents(config.corpus.packages, [], document_chars=None, seed=0)
     words = [word for text in texts for word in f"{text}\n".split(" ")]
     rng, made, pieces = random.Random(0), 0, float(_PIECES)

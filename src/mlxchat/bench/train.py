@@ -1,4 +1,4 @@
-"""How fast this machine trains: whole steps, validation's forward pass, the peak they are compared with, the parts."""
+"""Speed of training: whole steps, forward pass, comparison with the peak, parts of a step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, vers
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
 
-# A part is timed so often after it was compiled; a median of three is enough for a share.
+# Timed repetitions of a part after compilation; a median of three suffices for a share.
 _PART_STEPS, _PART_WARMUP_STEPS = 3, 1
 
 HOW_PARTS_ARE_MEASURED = (
@@ -75,7 +75,7 @@ def measure_training(config: Config) -> dict[str, Any]:
     mx.clear_cache()
     mx.reset_peak_memory()
     model, optimizer = _make_model(config, sizes, training.adapters, dtype)
-    # The parts are those of a training of all weights.
+    # Parts exist only for training of all weights.
     split_too = bench.split and training.adapters is None
     phases: list[Part] = []
     parts: list[Part] = []
@@ -164,7 +164,7 @@ def _step(
     rows: Callable[[int], Any],
     micro_tokens: int,
 ) -> tuple[Callable[[int], None], list[float]]:
-    """Return what trains on one batch, by its number, and the list that it adds the losses to."""
+    """Return a function that trains on the batch of a number, and the list of losses it appends to."""
     machine, bench = config.machine, config.bench
     train_step = TrainStep(
         model, optimizer, micro_tokens=micro_tokens, dtype=dtype, recompute=machine.grad_checkpointing
@@ -182,7 +182,7 @@ def _step(
 def _split(
     watch: Stopwatch, phases: list[Part], parts: list[Part], micro_batches: float, step: float
 ) -> dict[str, Any]:
-    """Return the seconds of the fastest step by phase and by part, each of its fastest repetition."""
+    """Return the seconds of the fastest step by phase and by part (fastest repetition each)."""
 
     def measure(part: Part) -> float:
         work = part.prepare()

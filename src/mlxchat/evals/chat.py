@@ -1,7 +1,7 @@
-"""Chat tasks: multiple choice by the letters' logits, generated answers by the task's own verdict.
+"""Chat tasks: multiple choice by the letters' logits, generated answers by the task's verdict.
 
-Counterpart of nanochat's chat_eval. Answers are greedy, or sampled with several seeds. Each batch's results go to a
-journal, from which a killed evaluation continues. What the scores are: `scores.py`.
+Counterpart of nanochat's chat_eval. Answers are greedy, or sampled with several seeds. Results are
+journaled per batch, so a killed evaluation resumes. Scores: `scores.py`.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ _Verdict = tuple[bool, dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """How questions are answered, and how many at a time."""
+    """Generation and batching of answers."""
 
     batch_rows: int
-    """Questions whose answers a process generates at a time."""
+    """Answers that a process generates at a time."""
     max_new_tokens: int
-    """Of a generated answer."""
+    """Longest generated answer."""
     batch_tokens: int = 16384
-    """Tokens of multiple-choice questions that pass through the model at a time."""
+    """Tokens per forward pass of multiple-choice questions."""
     seeds: int = 1
-    """How often each generated answer is sampled; multiple choice draws nothing and is asked once."""
+    """Samples per generated answer; multiple choice is deterministic and computed once."""
     temperature: float = 0.0
     """0 is greedy."""
     top_k: int | None = None
-    """Draw among the k most likely; None: all."""
+    """Sample from the k most likely tokens; None: all."""
     seed: int = 0
-    """Of all draws. What a question draws depends on it, the question's number and the sample's, on nothing else."""
+    """Seed of the sampling; an answer depends only on it, the question's index and the sample's."""
 
     def about(self) -> dict[str, Any]:
-        """Return what answers depend on, for the journals."""
+        """Return the settings that answers depend on, for the journals."""
         names = ("max_new_tokens", "temperature", "top_k", "seed")
         return {name: getattr(self, name) for name in names}
 
@@ -72,22 +72,22 @@ def evaluate_task(
     Args:
         engine: the model.
         task: held-out conversations with a verdict.
-        answering: how.
-        work: folder for the journals of this task, kept between attempts of the same evaluation; None: none are kept.
-        on_progress: called with the number of answers that have their verdict, of all seeds together.
-        should_stop: asked between batches.
-        stop: from the place to what is raised then; None: `Interrupted`.
+        answering: generation and batching.
+        work: folder for this task's journals, kept between attempts; None: no journals.
+        on_progress: called with the number of judged answers over all seeds.
+        should_stop: called between batches.
+        stop: maps a position to the exception to raise; None: `Interrupted`.
 
     Raises:
-        DataError: a letter is no single token.
-        Interrupted: `should_stop` said so; the same call continues.
+        DataError: a letter is not a single token.
+        Interrupted: `should_stop` returned True; the same call resumes.
     """
     asked = _Asked(engine, task, answering)
     samples = answering.seeds if task.kind == "generative" else 1
     about = {"questions": len(task), "kind": task.kind, **answering.about(), "sample": 0}
     passes: list[list[Example]] = []
     before = 0
-    # Verdicts that take their time, such as running programs, are found while the model answers the next batch.
+    # Slow verdicts, such as running programs, overlap with the next batch.
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="verdicts") as pool:
         for sample in range(samples):
             journal = _open(work, sample, {**about, "sample": sample})
@@ -99,7 +99,7 @@ def evaluate_task(
                 if should_stop():
                     where = f"answer {done} of {samples * len(task)}"
                     raise stop(where) if stop else Interrupted(f"stopped at {where}", signal.SIGTERM)
-            clear_caches(engine.team)  # of shapes that only this task has
+            clear_caches(engine.team)  # of shapes that occur only in this task
             passes.append([journal.records[index] for index in range(len(task))])
             before += len(task)
     score = Score.of_examples(passes, kind=task.kind, chance=task.chance, cropped=sum(asked.cropped))
@@ -108,7 +108,7 @@ def evaluate_task(
 
 @dataclass
 class _Memory:
-    """Results that are kept nowhere."""
+    """A journal in memory."""
 
     records: dict[int, Example] = field(default_factory=dict)
 
@@ -121,18 +121,18 @@ def _open(work: Path | None, sample: int, about: dict[str, Any]) -> Journal | _M
 
 
 class _Asked:
-    """A task's questions as prompts, in batches that do not depend on what was answered before."""
+    """A task's questions as prompts, in batches that do not depend on earlier answers."""
 
     def __init__(self, engine: Engine | ThirdPartyEngine, task: Task, answering: Answering) -> None:
         self.engine, self.task, self.answering = engine, task, answering
         most = engine.context_tokens
         rendered = [engine.render(task[index]["messages"][:-1]) for index in range(len(task))]
-        # Of what is longer than the context the end is kept: there is the question, and where the answer begins.
+        # Long prompts keep their end, which has the question.
         self.prompts = [ids if len(ids) <= most else [ids[0], *ids[1 - most :]] for ids in rendered]
         self.cropped = [len(ids) > most for ids in rendered]
 
     def answer(self, sample: int, known: dict[int, Example], pool: ThreadPoolExecutor) -> Iterator[list[Example]]:
-        """Yield the examples of one batch after the other; batches that are known are left out."""
+        """Yield the examples of each batch that is not completely known."""
         draws = self.task.kind == "generative" and self.answering.temperature > 0
         find = self._choose_letters if self.task.kind == "categorical" else self._generate
         waiting: tuple[list[Example], list[Future[_Verdict]]] | None = None
@@ -159,14 +159,14 @@ class _Asked:
             yield _with_verdicts(*waiting)
 
     def _batches(self) -> list[list[int]]:
-        """Return the questions' numbers, those of similar length together, so that little of a batch is padding."""
+        """Return the questions' indices in batches of similar length, to save padding."""
         order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
         if self.task.kind != "categorical":
             team = self.engine.team
             rows = self.answering.batch_rows * (1 if team is None else team.size)
             return [order[start : start + rows] for start in range(0, len(order), rows)]
         batches: list[list[int]] = []
-        for index in order:  # the longest so far: it is what the others are padded to
+        for index in order:  # ascending, so the others are padded to this length
             if not batches or (len(batches[-1]) + 1) * len(self.prompts[index]) > self.answering.batch_tokens:
                 batches.append([])
             batches[-1].append(index)
@@ -175,7 +175,7 @@ class _Asked:
     def _choose_letters(
         self, batch: list[int], conversations: list[dict[str, Any]], sample: int
     ) -> list[tuple[str, int, dict[str, Any]]]:
-        """Return for each question the letter with the highest logit, among those that are offered."""
+        """Return each question's letter with the highest logit, tokens and details."""
         prompts = [self.prompts[index] for index in batch]
         letters = [conversation["letters"] for conversation in conversations]
         logits = letter_logits(self.engine, prompts, letters)
@@ -187,7 +187,7 @@ class _Asked:
     def _generate(
         self, batch: list[int], conversations: list[dict[str, Any]], sample: int
     ) -> list[tuple[str, int, dict[str, Any]]]:
-        """Return an answer to each question."""
+        """Return each question's answer, tokens and details."""
         how = self.answering
         completions = self.engine.complete(
             [self.prompts[index] for index in batch],
@@ -202,16 +202,16 @@ class _Asked:
 def letter_logits(
     engine: Engine | ThirdPartyEngine, prompts: list[list[int]], letters: Sequence[Sequence[str]]
 ) -> list[list[float]]:
-    """Return for each prompt the logits of its letters as what follows it.
+    """Return the logits of each prompt's letters as its next token.
 
     Raises:
-        DataError: a letter is no single token, or two letters of a third-party model end in the same token.
+        DataError: a letter is not a single token, or two letters of a third-party model end in the same token.
     """
     tokens = [[engine.tokenizer.encode(letter) for letter in offered] for offered in letters]
     for offered, encoded in zip(letters, tokens, strict=True):
         if isinstance(engine, Engine) and any(len(token) != 1 for token in encoded):
             raise DataError(f"the letters {list(offered)} must be single tokens of this tokenizer")
-        if len({token[-1] for token in encoded}) < len(encoded):  # SentencePiece begins with a token for the blank
+        if len({token[-1] for token in encoded}) < len(encoded):  # SentencePiece may add a leading token for the space
             raise DataError(f"the letters {list(offered)} do not end in different tokens of this tokenizer")
     if isinstance(engine, Engine):
         find = language_model(engine.team, engine.model, padding=engine.tokenizer.bos).logits_of
@@ -221,7 +221,7 @@ def letter_logits(
 
 
 def question_text(conversation: dict[str, Any]) -> str:
-    """Return what was asked: the message before the answer, with those before it if there are any."""
+    """Return the messages before the answer as text."""
     messages = conversation["messages"][:-1]
     if len(messages) == 1:
         return content_text(messages[0]["content"])
@@ -229,12 +229,12 @@ def question_text(conversation: dict[str, Any]) -> str:
 
 
 def expected_text(conversation: dict[str, Any]) -> str:
-    """Return the answer that the data give."""
+    """Return the expected answer."""
     return content_text(conversation["messages"][-1]["content"])
 
 
 def judge(task: Task, conversation: dict[str, Any], text: str) -> _Verdict:
-    """Return a task's verdict, and what it tells besides."""
+    """Return a task's verdict and its details."""
     explain: Callable[[dict[str, Any], str], _Verdict] | None = getattr(task, "explain", None)
     if explain is not None:
         return explain(conversation, text)

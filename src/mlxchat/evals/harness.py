@@ -33,12 +33,12 @@ from mlxchat.store.naming import find
 from mlxchat.store.store import Store
 
 _WINDOW_REQUESTS = 512
-"""Requests of which those with a common beginning are computed together."""
+"""Requests per window, within which common prefixes are shared."""
 
 
 @register_model("mlxchat")
 class HarnessModel(TemplateLM):
-    """A checkpoint of ours as lm_eval asks it."""
+    """Our checkpoint as a model of lm_eval."""
 
     def __init__(
         self, path: str, outputs: str = "outputs", batch_tokens: int = 8192, max_gen_toks: int = 256, **ignored: Any
@@ -48,12 +48,12 @@ class HarnessModel(TemplateLM):
         Args:
             path: a folder with a checkpoint, or any name that `mlxchat show` takes.
             outputs: the folder of the store, for names.
-            batch_tokens: scored at a time.
-            max_gen_toks: longest answer, where a task sets none.
-            ignored: what lm_eval gives every model: batch_size, max_batch_size, device.
+            batch_tokens: tokens per forward pass.
+            max_gen_toks: default for tasks that set no limit.
+            ignored: batch_size, max_batch_size and device, which lm_eval passes to every model.
 
         Raises:
-            StoreError: there is no artifact of that name.
+            StoreError: no artifact has this name.
             DataError: the checkpoint cannot be read.
         """
         super().__init__()
@@ -67,18 +67,18 @@ class HarnessModel(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
-        """The token that begins a document, which also ends the one before it."""
+        """<|bos|>, which separates documents."""
         return self._own_tokenizer.bos
 
     @property
     def tokenizer_name(self) -> str:
-        """Name of the checkpoint; lm_eval keeps what it caches of requests under it."""
+        """Name of the checkpoint; lm_eval's cache key."""
         return self._name
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Return ids, after <|bos|> unless `add_special_tokens` is False.
 
-        A conversation of `apply_chat_template` begins with <|bos|>: in it alone special tokens are read as such.
+        Special tokens are recognised only in texts that begin with <|bos|>, as those of `apply_chat_template` do.
         """
         encode, special = self._own_tokenizer.encode, self._own_tokenizer.special_ids
         if string.startswith("<|bos|>"):
@@ -87,15 +87,15 @@ class HarnessModel(TemplateLM):
         return encode(string) if add_special_tokens is False else [self.eot_token_id, *encode(string)]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return a conversation as text with its special tokens; what it asks for is the assistant's next message."""
+        """Return a conversation as text with special tokens, up to the assistant's next message."""
         return self._own_tokenizer.decode(render_for_completion(self._own_tokenizer, {"messages": chat_history}))
 
     def chat_template(self, chat_template: bool | str = False) -> str:
-        """Return a name for the one template there is."""
+        """Return the name of the only template."""
         return "mlxchat" if chat_template else ""
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return the log-probability of each text, in windows of the context, as lm_eval cuts them."""
+        """Return the log-probability of each text, in lm_eval's windows of the context length."""
         totals = []
         for request in tqdm(requests, disable=disable_tqdm):
             ids = self.tok_encode(request.args[0], add_special_tokens=False)
@@ -105,7 +105,7 @@ class HarnessModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the answers, decoded together; each is greedy unless its task says `do_sample`."""
+        """Return the answers, decoded in batches; greedy unless the task sets `do_sample`."""
         scheduler = self._engine.scheduler()
         answers: dict[int, str] = {}
         for request in requests:
@@ -134,7 +134,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Return the log-probability of each continuation, and whether each of its tokens is the likeliest."""
+        """Return the log-probability of each continuation, and whether it is the greedy one."""
         found: list[tuple[float, bool]] = []
         with tqdm(total=len(requests), disable=disable_tqdm) as bar:
             for start in range(0, len(requests), _WINDOW_REQUESTS):

@@ -1,4 +1,4 @@
-"""What evaluations ask of a model, and how ours answers; `third_party.py` has those of mlx-lm."""
+"""The interface of models for evaluations, and its implementation for ours; `third_party.py` has mlx-lm's."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mlxchat.ops.loss import token_losses
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Ints = np.ndarray[Any, np.dtype[np.int32]]
 Judge = Callable[[mx.array, mx.array], mx.array]
-"""States (N, C) and targets (N,) → something of each (N,)."""
-# Logits that each lane holds at a time; states that are worth a product with the head.
+"""States (N, C) and targets (N,) → values (N,)."""
+# Logits per lane at a time; least states per product with the head.
 _MOST_LOGITS, _LEAST_STATES = 1 << 24, 256
 
 
@@ -27,37 +27,37 @@ class LanguageModel(Protocol):
 
     @property
     def context_tokens(self) -> int:
-        """Tokens of the rows that it was trained on, or its longest input."""
+        """Row length in training, or longest input."""
 
     @property
     def extends(self) -> bool:
-        """Whether it computes inputs longer than that."""
+        """True if it computes inputs longer than the context."""
 
     def losses(self, rows: Sequence[Row]) -> list[list[Floats]]:
-        """Return for each row and each of its sequences the loss in nats of every target."""
+        """Return the loss in nats of every target, by row and sequence."""
 
     def predictions(self, rows: Sequence[Row]) -> list[list[Ints]]:
-        """Return for each row and each of its sequences the likeliest id in place of every target."""
+        """Return the most likely id in place of every target, by row and sequence."""
 
     def token_losses(self, ids: Ints, targets: Ints) -> Floats:
         """Return the loss in nats of every target (B, T) after ids (B, T); 0 where a target is negative."""
 
 
 class OwnModel:
-    """Our GPT as a `LanguageModel`. A batch's rows are dealt to the cores of a CPU."""
+    """Our GPT as a `LanguageModel`. Rows of a batch are divided among CPU cores."""
 
     def __init__(self, model: GPT, *, padding: int = 0) -> None:
-        """Take a model; `padding` is the id that rows are filled up with."""
+        """Keep a model; `padding` is the padding id."""
         self.model, self._padding, self._lanes = model, padding, make_lanes()
 
     @property
     def context_tokens(self) -> int:
-        """Tokens of the rows that it was trained on."""
+        """Row length in training."""
         return self.model.sizes.context_tokens
 
     @property
     def extends(self) -> bool:
-        """Always: rotary positions have no end."""
+        """True: rotary positions are unlimited."""
         return True
 
     def losses(self, rows: Sequence[Row]) -> list[list[Floats]]:
@@ -99,13 +99,13 @@ class OwnModel:
         return self.model.logits(hidden).argmax(-1)
 
     def _of_targets(self, rows: Sequence[Row], judge: Judge) -> list[list[Any]]:
-        """Return `judge` of the states before the targets, only those, by row and sequence."""
+        """Return `judge` of the states before the targets, by row and sequence."""
         deals = self._lanes.deal(len(rows))
         with self._lanes.sharing(len(deals)):
             dealt = self._lanes.run([partial(self._states, rows[deal]) for deal in deals])
             mx.eval(dealt)
             values: list[list[mx.array]] = [[] for _ in deals]
-            # A few logits at a time: MLX would ask for the memory of all of them at once.
+            # A few logits at a time bound the memory.
             step = max(_LEAST_STATES, _MOST_LOGITS // len(self._head))
             for start in range(0, max(len(targets) for _, targets in dealt), step):
                 places = [place for place, (_, targets) in enumerate(dealt) if start < len(targets)]

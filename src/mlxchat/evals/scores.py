@@ -21,7 +21,7 @@ CHATCORE_SETS: dict[str, tuple[str, ...]] = {
     "oct2025": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee"),
     "jul2026": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval"),
 }
-"""Which tasks nanochat's snapshots average; numbers of the two are not comparable."""
+"""Tasks of ChatCORE in nanochat's snapshots; the two are not comparable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,21 +35,21 @@ class Score:
     num_examples: int
     """Questions."""
     per_seed: tuple[float, ...] = ()
-    """Accuracy of each sample of all questions, where there are several."""
+    """Accuracy of each sample, if there are several."""
     any_right: float | None = None
-    """Share of the questions with a right sample among several: nanochat's pass rate with -n above 1."""
+    """Fraction of questions with a right sample (nanochat's pass rate with -n above 1)."""
     variance: float | None = None
-    """Variance, over the questions, of the share of right samples; None: that of one sample, p (1 − p)."""
+    """Variance over questions of the fraction of right samples; None: one sample, p (1 − p)."""
     cropped: int = 0
     """Questions whose prompt was longer than the model's context."""
     nanochat: Score | None = None
-    """The score by nanochat's verdicts, where they differ from the task's own (GSM8K)."""
+    """The score by nanochat's verdicts, if they differ from ours (GSM8K)."""
 
     @classmethod
     def of_examples(
         cls, passes: Sequence[Sequence[Mapping[str, Any]]], *, kind: str, chance: float, cropped: int = 0
     ) -> Score:
-        """Return the score of examples by sample and question, with nanochat's verdicts where they are recorded."""
+        """Return the score of examples by sample and question, with nanochat's verdicts if recorded."""
         score = cls.of([[each["verdict"] for each in one] for one in passes], kind=kind, chance=chance, cropped=cropped)
         theirs = [[each["details"].get("nanochat_verdict") for each in one] for one in passes]
         if any(verdict is None for one in theirs for verdict in one) or not score.num_examples:
@@ -59,7 +59,7 @@ class Score:
     @classmethod
     def of(cls, verdicts: Sequence[Sequence[bool]], *, kind: str, chance: float, cropped: int = 0) -> Score:
         """Return the score of verdicts by sample and question."""
-        import numpy as np  # readers of scores do without it
+        import numpy as np  # not needed by readers of scores
 
         table = np.array(verdicts, dtype=np.float64)
         count = table.shape[1]
@@ -78,13 +78,13 @@ class Score:
 
     @property
     def stderr(self) -> float:
-        """Standard error of the accuracy, for other questions and other samples: the samples of a question are one."""
+        """Standard error of the accuracy over questions and samples; a question's samples are one cluster."""
         variance = self.accuracy * (1 - self.accuracy) if self.variance is None else self.variance
         return math.sqrt(variance / max(1, self.num_examples))
 
     @property
     def seed_stderr(self) -> float | None:
-        """Standard error of the accuracy for other samples of the same questions; None with one sample."""
+        """Standard error of the accuracy over samples of the same questions; None with one sample."""
         if len(self.per_seed) < 2:
             return None
         import numpy as np
@@ -119,20 +119,18 @@ def mean_centered(scores: Sequence[Score]) -> float | None:
 
 
 def mean_centered_stderr(scores: Sequence[Score]) -> float | None:
-    """Return the standard error of `mean_centered`, from the questions' chance alone: the tasks are what they are."""
+    """Return the standard error of `mean_centered`, over questions, for fixed tasks."""
     if not scores:
         return None
     return math.sqrt(sum((score.stderr / (1 - score.chance)) ** 2 for score in scores)) / len(scores)
 
 
 def chatcore(scores: Mapping[str, Score], tasks: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return ChatCORE with its standard error and the tasks it is of, None unless there is a whole set of them.
-
-    By the tasks' own verdicts, and by nanochat's.
+    """Return ChatCORE, by our and by nanochat's verdicts, with standard errors and tasks; None if a task is missing.
 
     Args:
-        scores: by the suite's names.
-        tasks: the registered task, on its test split, that each of the suite's names stands for.
+        scores: by name in the suite.
+        tasks: name in the suite → registered task, for those on the test split.
     """
     found = {task: name for name, task in tasks.items() if name in scores}
     which = chatcore_set(found)
@@ -149,7 +147,7 @@ def chatcore(scores: Mapping[str, Score], tasks: Mapping[str, str]) -> dict[str,
 
 
 def chatcore_set(tasks: Container[str]) -> str | None:
-    """Return the first set whose tasks are all among these registered ones, evaluated on their test split."""
+    """Return the first set whose tasks are all among these."""
     return next((which for which, members in CHATCORE_SETS.items() if all(task in tasks for task in members)), None)
 
 
@@ -166,22 +164,22 @@ def record_suite(ctx: Context, results: Mapping[str, Score]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One number of an evaluation, with all that is needed to show it and to compare it."""
+    """One number of an evaluation, with what is needed to show and compare it."""
 
     name: str
-    """As tables call it: val bpb, CORE, the name of a task, pass@4."""
+    """Label in tables: val bpb, CORE, the name of a task, pass@4."""
     metric: str
     """One of METRICS."""
     value: float
     stderr: float | None = None
     chance: float | None = None
-    """What guessing scores; of accuracies."""
+    """Accuracy of guessing."""
     num_questions: int | None = None
     kind: str = ""
-    """Of a task: categorical, generative, multiple_choice, schema or language_modeling."""
+    """categorical, generative, multiple_choice, schema or language_modeling."""
     shots: int | None = None
     any_right: tuple[float, int] | None = None
-    """Share of the questions with a right sample, and the samples of each, where there are several."""
+    """Fraction of questions with a right sample, and samples per question, if several."""
     published_rule: tuple[float, float | None] | None = None
     """Value and standard error by the rule of published results (nanochat's verdicts), where it differs from ours."""
     conditions: Hashable = None
@@ -189,7 +187,7 @@ class Measure:
 
     @property
     def is_share(self) -> bool:
-        """Whether it is a share of questions, shown as a percentage."""
+        """True for a fraction of questions, shown as a percentage."""
         return self.metric in ("task", "pass_at_k")
 
     @property
@@ -205,7 +203,7 @@ class Measure:
         return self.stderr / (1 - self.chance)
 
     def by_published_rule(self) -> Measure | None:
-        """Return what may stand beside published results; None: it was not measured by their rule."""
+        """Return the measure for comparison with published results, None if not measured by their rule."""
         if self.published_rule is None:
             return None
         return replace(self, value=self.published_rule[0], stderr=self.published_rule[1])
@@ -223,12 +221,12 @@ METRICS = (
     "pass_at_k",
     "own",
 )
-"""The metrics of measures in the order of tables. task, pass_at_k: shares, more is better; own: of the user's own."""
+"""The metrics of measures in the order of tables. task, pass_at_k: shares, more is better; own: users' functions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What one evaluation measured; empty where it did not measure."""
+    """The results of one evaluation."""
 
     checkpoint: str = ""
     measures: dict[str, Measure] = field(default_factory=dict)
@@ -251,7 +249,7 @@ class Scores:
 
 
 def read_scores(raw: Mapping[str, Any]) -> Scores:
-    """Return what scores.json says, whatever version wrote it; what is absent or of another type is left out."""
+    """Return the contents of scores.json of any version; absent or malformed entries are left out."""
     bpb, core, chat, text = (mapping(raw.get(key)) for key in ("bpb", "core", "chatcore", "text"))
     in_core = mapping(core.get("tasks"))
     core_tasks = {name: task for name, entry in in_core.items() if (task := _read_task(name, entry))}
@@ -288,7 +286,7 @@ def read_scores(raw: Mapping[str, Any]) -> Scores:
 
 
 def errors_of(scores: Scores) -> dict[str, float]:
-    """Return name of a metric, as steps record it → its standard error, where it has one."""
+    """Return metric, as recorded by steps → standard error, if known."""
     names = {"task": lambda each: each.name, "pass_at_k": lambda each: each.name.replace("@", "_at_")}
     return {
         names.get(each.metric, lambda each: each.metric)(each): each.stderr
@@ -309,7 +307,7 @@ def _read_task(name: str, entry: object) -> Measure | None:
 
 
 def _read_mean(value: object, tasks: Sequence[Measure]) -> Iterator[Measure]:
-    """Yield the mean of the centred accuracies, its standard error from those of its tasks where all have one."""
+    """Yield the mean of centred accuracies; it has a standard error if all its tasks have one."""
     errors = [task.centered_stderr for task in tasks]
     known = [error for error in errors if error is not None]
     stderr = math.hypot(*known) / len(known) if known and len(known) == len(errors) else None

@@ -113,7 +113,7 @@ class Device:
     """Where the limit comes from, for people."""
 
     def fits(self, needed_bytes: int) -> bool:
-        """Tell whether so much fits, as far as is known."""
+        """Return True if so much memory fits, or if the limit is unknown."""
         return self.limit_bytes is None or needed_bytes <= self.limit_bytes
 
     def most_rows(self, most: int, needed: Callable[[int], int]) -> int:
@@ -288,7 +288,7 @@ class Training:
         return predict_peak(self, micro_rows).total
 
     def fits(self, micro_rows: int) -> bool:
-        """Tell whether so many rows at a time fit, as far as is known."""
+        """Return True if so many rows at a time fit, or if the limit is unknown."""
         return self.device.fits(self.peak_bytes(micro_rows))
 
     def micro_rows(self, most_tokens: int) -> int:

@@ -46,7 +46,7 @@ def pair_loss(sums: Floats, lengths: Floats, reference: Floats | None, config: P
 
 
 def needs_reference(config: PreferenceConfig) -> bool:
-    """Tell whether the loss compares with the model that training starts from."""
+    """Return True if the loss compares with the model that training starts from."""
     return config.loss == "dpo"
 
 

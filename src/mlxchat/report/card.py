@@ -1,7 +1,7 @@
-"""The model card of an export: README.md, as the Hugging Face Hub shows it.
+"""The model card (README.md) of an export, for the Hugging Face Hub.
 
-What it says comes from manifests and scores, which hold text of users and of repositories: in the front matter every
-value is a JSON string (YAML reads it as it is), in the text everything is escaped as in the report.
+Its content comes from manifests and scores, which may hold hostile text: front matter values are JSON strings (valid
+YAML), everything else is escaped as in the report.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _DATASET = re.compile(r"hf://datasets/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")
 _MODEL = re.compile(r"hf://models/([\w.-]{1,96}/[\w.-]{1,96})(?:/|$)")
-# Where a file lies on the machine that made the model is nobody else's concern.
+# Local paths are removed for privacy.
 _PLACE = re.compile(r"(?<![\w.:/])~?/(?:[^\s,\[\]{}'\"/]+/)+")
 _HOW: dict[str, str] = {
     "hf": """\
@@ -157,16 +157,16 @@ def render_card(
     """Return README.md.
 
     Args:
-        store: with the artifact, what it was made from, and the scores of it.
+        store: has the artifact, its lineage and its scores.
         place: the checkpoint artifact.
         target: hf, nanochat, mlx, mlx-adapter or peft.
-        how: what the instructions for this format leave open.
-        notes: what the export changed; plain sentences.
+        how: values for the placeholders of the instructions.
+        notes: changes made by the export, as sentences.
         sha256: of the artifact's weights.
-        chats: whether it has learnt to chat.
-        repository: of the Hub, to which it will be pushed.
-        license: of the weights, by the Hub's identifier; None: not said.
-        language: codes of the languages that it continues or answers in.
+        chats: True for a chat model.
+        repository: the Hub repository it will be pushed to.
+        license: the weights' licence as a Hub identifier; None: not stated.
+        language: codes of the model's languages.
     """
     entries = entries_of_artifacts(store.outputs, [place, *_scores_of(store, place)])
     report = collect_steps(store.outputs, place.name, entries, place)
@@ -225,7 +225,7 @@ def render_card(
 def _front_matter(
     report: RunReport, own: StepReport, target: str, chats: bool, license: str | None, language: Sequence[str]
 ) -> str:
-    """Return the YAML that the Hub reads: JSON values alone, so that no text can end it or add to it."""
+    """Return the YAML front matter; values are JSON, so that no text can break out of it."""
     from huggingface_hub import ModelCardData
 
     libraries = {"hf": "transformers", "mlx": "mlx", "mlx-adapter": "mlx", "nanochat": "nanochat", "peft": "peft"}
@@ -257,7 +257,7 @@ def _front_matter(
 
 
 def _eval_results(report: RunReport, own: StepReport) -> Iterator[EvalResult]:
-    """Yield the scores of a checkpoint as the Hub shows them; of tasks the accuracy, from 0 to 1."""
+    """Yield the scores of a checkpoint for the Hub; accuracies are from 0 to 1."""
     from huggingface_hub import EvalResult
 
     for step in report.evals:
@@ -271,7 +271,7 @@ def _eval_results(report: RunReport, own: StepReport) -> Iterator[EvalResult]:
 
 
 def _scores_of(store: Store, place: Path) -> list[Path]:
-    """Return the artifacts that measured a checkpoint, or one that it was made from."""
+    """Return the scores of a checkpoint and of its ancestors."""
     summaries = read_catalog(store)
     known = by_rid(summaries)
     rids: set[str] = set()

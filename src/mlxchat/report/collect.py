@@ -297,7 +297,7 @@ def _find_artifact(store: Path, rid: str, names: Iterable[str]) -> Path | None:
     return next((folder for folder in folders if (folder / "manifest.json").is_file()), None)
 
 
-# How a step ends that has an artifact, but not from this run.
+# Last events of steps whose artifact is not from this run.
 _NOT_COMPUTED = ("step_cached", "step_failed", "step_interrupted")
 
 
@@ -340,7 +340,7 @@ def _by_iteration(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _inputs_first(steps: list[StepReport]) -> list[StepReport]:
-    """Sort topologically, otherwise as the plan has them."""
+    """Return the steps sorted topologically, stable with respect to the plan."""
     named = {step.name: step for step in steps}
     sorter = TopologicalSorter({name: step.inputs.values() & named.keys() for name, step in named.items()})
     order = []
@@ -371,7 +371,7 @@ def _dicts(value: object) -> list[dict[str, Any]]:
     return [each for each in sequence(value) if isinstance(each, dict)]
 
 
-# The largest safetensors header worth reading, as in the format's own reader.
+# The largest safetensors header, as in the reference implementation.
 HEADER_LIMIT_BYTES = 100_000_000
 
 
@@ -381,11 +381,11 @@ def sequence(value: object) -> list[Any]:
 
 
 def text(value: object) -> str:
-    """Return a string as it is, None as nothing, and anything else as JSON."""
+    """Return a string unchanged, None as an empty string, anything else as JSON."""
     if value is None:
         return ""
     found = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return found.encode(errors="backslashreplace").decode()  # half a character has no UTF-8
+    return found.encode(errors="backslashreplace").decode()  # unpaired surrogates have no UTF-8
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -400,9 +400,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file; a last line cut short by a crash is ignored."""
+    """Return the objects of a JSON-lines file; a truncated last line is ignored."""
     try:
-        # A cut can fall inside a character, hence "replace".
+        # "replace": the file may end within a character.
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return []
@@ -417,7 +417,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             record = json.loads(line)
         except (ValueError, RecursionError):
             if any(rest.strip() for rest in lines[position + 1 :]):
-                log.warning("%s line %d is no JSON and is ignored", path, position + 1)
+                log.warning("%s line %d is not JSON and is ignored", path, position + 1)
             continue
         if isinstance(record, dict):
             records.append(record)
@@ -425,7 +425,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def count_parameters(path: Path) -> int | None:
-    """Return how many numbers a safetensors file holds by its header, None if it cannot be read."""
+    """Return the number of parameters in a safetensors file by its header, None if it cannot be read."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Several runs side by side: what differs, what came of it, their curves in one picture, and how they scale."""
+"""Comparison of several runs: settings that differ, results, overlaid curves, scaling."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mlxchat.report.summary import num_parameters, trained_tokens
 from mlxchat.report.tables import Cell, Table, computing_seconds, format_value, known, shown
 from mlxchat.store.fingerprint import flatten
 
-# More curves than colours cannot be told apart.
+# One curve per colour.
 MOST_CURVES = len(COLOURS) - 1
 _MOST_SETTINGS = 12
 _MOST_NAMED = 8
-"""Points with their names beside them; more would cover one another."""
+"""Labelled points; more labels would overlap."""
 
 
 def comparison_table(reports: Sequence[RunReport], names: Sequence[str]) -> Table:
@@ -38,7 +38,7 @@ def comparison_table(reports: Sequence[RunReport], names: Sequence[str]) -> Tabl
 
 
 def _settings(report: RunReport) -> dict[str, object]:
-    """Return what identifies the steps of a run, as dotted key → value."""
+    """Return the identity settings of a run's steps as dotted key → value."""
     return {
         key: value for step in report.steps for key, value in flatten(mapping(step.manifest.get("config"))).items()
         if isinstance(value, str | int | float | bool) or value is None
@@ -50,7 +50,7 @@ def _shown(value: object) -> str:
 
 
 def _columns(report: RunReport) -> dict[str, Cell]:
-    """Return what the table says of one run: a score of a kind is the last one of the pipeline."""
+    """Return the cells of one run; a score is the last of its kind in the pipeline."""
     found: dict[str, Cell] = {}
     for step in report.steps:
         if step.stage == "pretrain" and step.manifest:
@@ -74,7 +74,7 @@ def _columns(report: RunReport) -> dict[str, Cell]:
 
 
 def comparison_charts(reports: Sequence[RunReport], names: Sequence[str]) -> list[Drawing]:
-    """Return how the runs scale, and the curves of each training step that several runs have."""
+    """Return the scaling chart, and the curves of each training step that several runs have."""
     charts: list[Drawing] = []
     if scaling := scaling_chart(points_of(reports, names)):
         charts.append(scaling)
@@ -90,7 +90,7 @@ def comparison_charts(reports: Sequence[RunReport], names: Sequence[str]) -> lis
 
 
 def _distinct(found: list[tuple[str, StepReport | None]]) -> list[tuple[str, StepReport]]:
-    """Return the steps that there are, an artifact that several runs share once."""
+    """Return the steps that exist; an artifact shared by several runs occurs once."""
     kept: dict[str, tuple[str, StepReport]] = {}
     for name, step in found:
         if step is not None:
@@ -121,7 +121,7 @@ def comparison(title: str, reports: Sequence[RunReport], names: Sequence[str]) -
     """Return the report of several runs."""
     blocks: list[Block] = [
         f"# {escape(title)}",
-        Group("byline", [f"{plural(len(reports), 'run')} side by side"]),
+        Group("byline", [f"{plural(len(reports), 'run')} compared"]),
         "## Results",
         comparison_table(reports, names),
     ]
@@ -145,7 +145,7 @@ class Point:
 def points_of(reports: Sequence[RunReport], names: Sequence[str]) -> list[Point]:
     """Return a point for each pretraining that was scored, by FLOPs; the same artifact in several runs counts once.
 
-    The score is the eval's of that checkpoint on its own corpus, else the last validation of the training.
+    The score is that of an evaluation on the checkpoint's own corpus, else the training's last validation.
     """
     found: dict[str, Point] = {}
     for report, name in zip(reports, names, strict=True):
@@ -168,7 +168,7 @@ def scaling_chart(points: Sequence[Point]) -> Chart | None:
     names = [p.name for p in points] if len(points) <= _MOST_NAMED else []
     curves = [Curve(points=(xs, ys), has_line=False, names=names)]
     said = ", ".join(f"{p.name} {p.bpb:.4f} at {p.flops:.3g} FLOPs" for p in points)
-    # With fewer sizes a line says nothing.
+    # Two points always fit a line.
     law = fit_power_law(xs, ys) if len(set(xs)) >= 3 else None
     if law is not None:
         ends = [min(xs), max(xs)]

@@ -1,7 +1,7 @@
-"""The report as a document of blocks: written as Markdown, from which one HTML page is made.
+"""The report as a document of blocks, rendered as Markdown and as one HTML page.
 
-Every block is Markdown. HTML is made of each block's Markdown by markdown-it, which passes no HTML through, so that no
-text can leave its block or become markup. Charts, folds and the pipeline have a form of their own in the page.
+markdown-it renders each block's Markdown separately and passes no HTML through, so no text can leave its block or
+become markup. Charts, folds and the pipeline are rendered as HTML directly.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ PICTURES = "report"
 
 @dataclass(frozen=True)
 class Group:
-    """Blocks that belong together: a part of the page of a kind, or what is folded below a summary."""
+    """Blocks within a <div>, or folded below a summary."""
 
     kind: str
-    """Its class in the page."""
+    """CSS class."""
     blocks: Sequence[Block]
     summary: str = ""
-    """Folded, with these words to unfold it; empty: not folded."""
+    """Title of the fold; empty: not folded."""
     is_open: bool = False
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The steps and which feeds which."""
+    """The steps and their inputs."""
 
     report: RunReport
 
@@ -66,7 +66,7 @@ Block = str | Table | Group | Pipeline | list[Drawing]
 
 
 def show_report(outputs: Path, run: Path) -> None:
-    """Write report.md and report.html into a run's folder, print a summary and where they are.
+    """Write report.md and report.html into a run's folder; print a summary and their path.
 
     Raises:
         StoreError: the run has no readable plan, or its folder cannot be written.
@@ -90,12 +90,12 @@ def write_report(outputs: Path, run: Path) -> Path:
 
 
 def title_of(report: RunReport) -> str:
-    """Return what the report is called."""
+    """Return the report's title."""
     return report.experiment or report.name
 
 
 def document(report: RunReport) -> list[Block]:
-    """Return the report of a run: the answers first, then scores, examples and curves, then everything else, folded."""
+    """Return the report of a run: answers, scores, examples and curves, then folded details."""
     run = f"run {report.name}" if report.experiment else ""
     started = f"started {format_time(report.started)}" if report.started else ""
     blocks: list[Block] = [
@@ -152,7 +152,7 @@ def _card(example: Example, name: str = "") -> Group:
 
 
 def _steps(report: RunReport) -> Iterator[Block]:
-    """Yield one folded part for each step of which there is something to say, inputs first."""
+    """Yield a fold for each step with content, inputs first."""
     samples, examples = sample_groups(report), example_groups(report)
     compression = compression_tables(report)
     for step in report.steps:
@@ -212,24 +212,24 @@ def _environment(report: RunReport) -> Iterator[Block]:
 
 
 def escape(words: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
+    """Return text escaped for Markdown, on one line."""
     line = " ".join(words.split())
     line = re.sub(r"[\\`*{}\[\]<>|&$~]", r"\\\g<0>", line)
-    # Inside a word an underscore means nothing; leave names readable.
+    # Underscores within words have no meaning in Markdown.
     line = re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", line)
     return re.sub(r"^([#+=-]|\d+(?=[.)](?: |$)))", lambda m: f"{m[0]}\\" if m[0].isdigit() else f"\\{m[0]}", line)
 
 
 def fenced(words: str) -> str:
     """Return text as a block of code."""
-    # A fence longer than any run of backticks inside cannot be closed from within.
+    # The fence is longer than any run of backticks in the text, so the text cannot close it.
     longest = max((len(run) for run in re.findall(r"`+", words)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{words}\n{fence}"
 
 
 def _sentences(words: str) -> str:
-    """Return text with `commands` in it."""
+    """Return text whose `commands` are code."""
     parts = enumerate(words.split("`"))
     return " ".join(_code(part) if at % 2 else escape(part) for at, part in parts if part.strip())
 
@@ -258,7 +258,7 @@ def _markdown(block: Block) -> str:
             summary = escape_html(" ".join(block.summary.split()))
             return f"<details>\n<summary>{summary}</summary>\n\n{inside}\n\n</details>"
         case charts:
-            # One paragraph, so that they stand side by side where there is room.
+            # One paragraph, so that they are side by side on wide screens.
             return " ".join(f"![{escape(chart.alt)}]({PICTURES}/{chart.name}.svg)" for chart in charts)
 
 
@@ -312,7 +312,7 @@ def _parser() -> Any:
 
 
 def render_html(title: str, blocks: Sequence[Block]) -> str:
-    """Return blocks as one page: nothing is fetched, nothing is executed, and it prints."""
+    """Return blocks as a self-contained page without scripts."""
     style = files("mlxchat.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -344,7 +344,7 @@ def _html(block: Block) -> str:
 
 
 def _table_html(table: Table) -> str:
-    """Return a table with a bar below each cell that has a measure; its notes are folded where they are many."""
+    """Return a table with a bar below each cell that has a measure; many notes are folded."""
     from markdown_it.token import Token
 
     parser, bars = _parser(), iter([cell.measure for row in table.rows for cell in row])

@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# In pixels at the usual size: two charts stand side by side on a screen, one on a phone.
+# In pixels: two charts fit side by side on a screen, one on a phone.
 WIDTH, HEIGHT = 460.0, 265.0
 LABEL_LETTERS = 34
-# Below this a curve is short enough to be shown as it is.
+# Curves up to this length are not thinned.
 SMOOTH_FROM_POINTS = 30
 INK, SOFT, LINE, PANEL = "#1f2328", "#59636e", "#d8dde3", "#f6f8fa"
-# By Okabe and Ito, which stay apart under every common form of colour blindness; the last one is for published results.
+# Okabe and Ito's palette, safe for colour blindness; the last colour is for published results.
 COLOURS = ("#0072b2", "#b94a00", "#00825f", "#b5478f", "#8a6a00", "#5b5fc7", "#8c959f")
 _VARIABLES = {INK: "ink", SOFT: "soft", LINE: "line", PANEL: "panel"} | {c: f"c{i}" for i, c in enumerate(COLOURS)}
 _STYLE: Any = {
@@ -59,15 +59,15 @@ class Curve:
     label: str = ""
     colour: int = 0
     is_smoothed: bool = False
-    """Whether a long curve is drawn faint, with a smoothed one over it."""
+    """Draw a long curve faint, with a smoothed one over it."""
     has_line: bool = True
     end: str = ""
-    """Words at its last point."""
+    """Label of the last point."""
     names: list[str] = field(default_factory=list)
-    """Words at each point."""
+    """Labels of the points."""
 
     def drawn(self) -> list[float]:
-        """Return the values of the line that is drawn."""
+        """Return the values of the drawn line."""
         ys = self.points[1]
         return smooth(ys) if self.is_smoothed and len(ys) >= SMOOTH_FROM_POINTS else ys
 
@@ -77,15 +77,15 @@ class Chart:
     """Curves over one axis."""
 
     name: str
-    """Of the file, without suffix."""
+    """File name without suffix."""
     title: str
     alt: str
     y: str
-    """What is measured, with its unit."""
+    """Label of the y axis, with unit."""
     curves: list[Curve]
     x: str = "iteration"
     levels: list[tuple[str, float]] = field(default_factory=list)
-    """Horizontal lines to compare with, and what they are."""
+    """Horizontal reference lines: label and value."""
     is_log: bool = False
     from_zero: bool = False
 
@@ -99,7 +99,7 @@ class Chart:
 
 @dataclass(frozen=True, kw_only=True)
 class Bar:
-    """One bar: how long, and its standard error."""
+    """Length and standard error of a bar."""
 
     value: float
     error: float = 0.0
@@ -115,11 +115,11 @@ class Bars:
     alt: str
     x: str
     rows: list[tuple[str, list[Bar | None], list[float]]]
-    """What a row is called, its bars, and values that are marked across it."""
+    """Label of a row, its bars, and marked values."""
     labels: list[str]
-    """What the bars of a row are; empty: each row has one, with its value beside it."""
+    """Legend of the bars; empty: one bar per row, with its value beside it."""
     mark: str = ""
-    """What the marks are."""
+    """Legend of the marks."""
 
     @cached_property
     def svg(self) -> str:
@@ -154,11 +154,11 @@ Drawing = Chart | Bars | Picture
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Draw in our style; nothing global is changed for longer."""
+    """Use our style within the context."""
     import matplotlib as mpl
 
     with mpl.rc_context(_STYLE), warnings.catch_warnings():
-        # A name in a script that the font lacks is measured as boxes, which is no reason to complain.
+        # Missing glyphs are not worth a warning.
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)
         yield
 
@@ -184,8 +184,8 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def one_line(words: str, letters: int = LABEL_LETTERS) -> str:
-    """Return a name as it may stand in a picture: on one line and not too long."""
-    # A leading underscore would hide a label from matplotlib's legend.
+    """Return a name for a picture: one line, shortened."""
+    # matplotlib's legend omits labels with a leading underscore.
     plain = " ".join(visible(words).split()).lstrip("_")
     return plain if len(plain) <= letters else f"{plain[: letters - 1]}…"
 
@@ -210,7 +210,7 @@ def make_panels(count: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
 
 
 def name_axes(panel: Axes, title: str, x: str, y: str) -> None:
-    """Write a panel's title and what its axes measure."""
+    """Set a panel's title and axis labels."""
     panel.set_title(one_line(title), loc="left", fontsize=11, fontweight="bold")
     panel.set_xlabel(one_line(x), fontsize=9.5)
     panel.set_ylabel(one_line(y), fontsize=9.5)
@@ -225,13 +225,13 @@ def _figure(height: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _place(figure: Figure, *, left: float, right: float, top: float, bottom: float = 46) -> None:
-    """Set the room around the axes, in pixels."""
+    """Set the margins in pixels."""
     height = 72 * figure.get_figheight()
     figure.subplots_adjust(left=left / WIDTH, right=1 - right / WIDTH, top=1 - top / height, bottom=bottom / height)
 
 
 def _title(figure: Figure, axes: Axes, title: str) -> float:
-    """Write title and legend above the axes; return the room that they take."""
+    """Draw title and legend above the axes; return their height."""
     height = 72 * figure.get_figheight()
     figure.text(0, 1 - 3 / height, one_line(title, 56), va="top", fontsize=13.5, fontweight="bold")
     handles, labels = axes.get_legend_handles_labels()
@@ -309,7 +309,7 @@ def _set_ticks(chart: Chart, axes: Axes) -> None:
 
 
 def label_log_axis(axis: Axis) -> None:
-    """Label a logarithmic axis with plain numbers: matplotlib's own labels need its formulas, which are off."""
+    """Label a logarithmic axis with plain numbers: matplotlib's labels need mathtext, which is off."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     low, high = axis.get_view_interval()
@@ -327,7 +327,7 @@ def _name_levels(chart: Chart, axes: Axes, height: float) -> None:
     before = float("inf")
     for label, value in sorted(chart.levels, key=lambda level: -level[1]):
         place = (value - low) / (high - low) * height
-        # Above its line, or below where another one stands there or the room ends.
+        # Above its line, or below if that place is taken.
         above = height - place > 16 and before - place > 32
         before = place
         axes.annotate(f"{one_line(label)} {value:.4g}", (0.5, value), (0, 3 if above else -3), color=SOFT, ha="center",
@@ -336,7 +336,7 @@ def _name_levels(chart: Chart, axes: Axes, height: float) -> None:
 
 
 def _name_ends(chart: Chart, axes: Axes, height: float) -> None:
-    """Write at the ends of curves what they end at, apart from each other where they would collide."""
+    """Label the ends of curves without overlaps."""
     low, high = axes.get_ylim()
     floor = -float("inf")
     for curve in sorted((curve for curve in chart.curves if curve.end), key=lambda curve: curve.drawn()[-1]):
@@ -378,16 +378,16 @@ def _draw_bars(bars: Bars, figure: Figure, axes: Axes) -> None:
 
 
 def _svg(figure: Figure, name: str, alt: str) -> str:
-    """Return a figure as an SVG element in the page's colours and fonts, its ids those of this chart alone."""
+    """Return a figure as an SVG element with the page's colours and fonts and unique ids."""
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    # SVG needs names of its own for markers, as all charts stand in one page.
+    # Ids must be unique because all charts are in one page.
     with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     drawn = buffer.getvalue()
     body = drawn[drawn.index('<g id="figure_1">') :]
-    # Nothing is clipped: a clip path that stands in a closed <details> would hide the picture.
+    # No clipping: a clip path within a closed <details> would hide the picture.
     body = re.sub(r' clip-path="[^"]*"|<defs>\s*<clipPath.*?</defs>', "", body, flags=re.DOTALL)
     body = re.sub(r' id="(?!m[0-9a-f]{10}")[^"]*"', "", body)
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
@@ -400,7 +400,7 @@ def _svg(figure: Figure, name: str, alt: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Series:
-    """What a step may log and how it is drawn."""
+    """A logged metric and how it is drawn."""
 
     key: str
     title: str
@@ -410,7 +410,7 @@ class _Series:
     is_smoothed: bool = False
     from_zero: bool = True
     is_main: bool = False
-    """Whether it says how well the training went, and not how it was done."""
+    """True for results, False for details of the training."""
 
 
 _SERIES = (
@@ -439,23 +439,23 @@ _SERIES = (
     _Series(key="tokens_per_second", title="throughput", y="tokens/s", show=lambda v: f"{format_count(v)}/s"),
     _Series(key="data_wait_frac", title="waiting for data", y="% of the time", scale=100, show="{:.1f}%".format),
 )  # fmt: skip
-# One of these says it all.
+# One of these suffices.
 _VALIDATION = ("val_bpb", "val_loss", "val_perplexity")
 
 
 def main_charts(report: RunReport, step: StepReport) -> list[Drawing]:
-    """Return the curves that say how well a training went: loss or reward, validation, pass@k."""
+    """Return the charts of a training's results: loss or reward, validation, pass@k."""
     found: list[Drawing] = list(_charts(report, step, is_main=True))
     return found[:1] + list(_pass_chart(step)) + found[1:]
 
 
 def more_charts(report: RunReport, step: StepReport) -> list[Drawing]:
-    """Return the curves that say how a training was done."""
+    """Return the charts of a training's details, such as learning rate and speed."""
     return list(_charts(report, step, is_main=False))
 
 
 def score_charts(report: RunReport) -> list[Drawing]:
-    """Return the pictures of what the evaluations measured."""
+    """Return the charts of scores."""
     chosen = columns(report)
     accuracy = Bars(
         name="accuracy", title="Accuracy on each task", x="% of questions right, ± one standard error", rows=[],
@@ -479,8 +479,8 @@ def slug(name: str) -> str:
 
 
 def bpb_baselines(report: RunReport, step: StepReport) -> dict[str, float]:
-    """Return label to bits per byte of what a step's validation curve may be compared with."""
-    # Only an eval of this checkpoint on the corpus that it was trained on measures the same text.
+    """Return label → bits per byte of the baselines for a step's validation curve."""
+    # Only an evaluation of this checkpoint on its own corpus measures the same text.
     corpus = step.inputs.get("corpus")
     for other in report.evals:
         same = checkpoint_name(other) == step.name and corpus and other.inputs.get("corpus") == corpus
@@ -518,7 +518,7 @@ def _charts(report: RunReport, step: StepReport, *, is_main: bool) -> Iterator[C
 
 
 def _is_negligible(shares: list[float]) -> bool:
-    """Tell whether a training never waited, but for its beginning."""
+    """Return True if a training never waited for data except at its start."""
     return max(shares[max(1, len(shares) // 10) :], default=0.0) < 0.02
 
 
@@ -554,7 +554,7 @@ def _task_bars(bars: Bars, chosen: list[tuple[str, dict[str, Measure]]], *, is_c
                 cells.append(Bar(value=measure.centered or 0, error=measure.centered_stderr or 0, colour=colour))
             else:
                 cells.append(Bar(value=100 * measure.value, error=100 * (measure.stderr or 0), colour=colour))
-        # A chance of nothing is the axis itself.
+        # Chance 0 coincides with the axis.
         chances = [] if is_centered else sorted({100 * each.chance for each in found if each and each.chance})
         bars.rows.append((task, cells, chances))
     if bars.rows:

@@ -1,4 +1,4 @@
-"""What a reader must know first: did it learn, how well, what did it cost, what next; on the console too."""
+"""The summary of a run for report and console: did it learn, how well, what did it cost, what next."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table as RichTable
 
-# Relative change of the validation over its last quarter below which a training is called flat.
+# Relative change of the validation loss over the last quarter that counts as flat.
 _FLAT = 0.01
 
 
 def answers(report: RunReport) -> list[tuple[str, str]]:
-    """Return the four questions of a reader and their answers, those that can be answered."""
+    """Return (question, answer) pairs, of at most four questions."""
     found = [
         ("Did it learn?", " ".join(_learnt(report))),
         ("How well?", " ".join(_how_well(report))),
@@ -41,7 +41,7 @@ def answers(report: RunReport) -> list[tuple[str, str]]:
 
 
 def facts(report: RunReport) -> list[tuple[str, str]]:
-    """Return (what, value) pairs for the head of the report, those known only."""
+    """Return the known (name, value) pairs for the head of the report."""
     pretrain = next((s for s in report.steps if s.stage == "pretrain" and s.manifest), None)
     parameters, tokens = (num_parameters(pretrain), trained_tokens(pretrain)) if pretrain else (None, None)
     spent = computing_seconds(report)
@@ -61,10 +61,10 @@ def facts(report: RunReport) -> list[tuple[str, str]]:
 
 
 def troubles(report: RunReport) -> list[str]:
-    """Return what the reader must know before trusting the report: errors and gaps."""
+    """Return sentences about errors and missing results."""
     failed = [step for step in report.steps if step.outcome == "failed"]
     lines = [_sentence(f"Step {step.name} failed", step.error) for step in failed]
-    # The error that ended the run is most often that of its last step, which is there already.
+    # The run's error is usually that of a failed step, which is listed already.
     if report.outcome == "failed" and not failed:
         lines.append(_sentence("This run failed", report.error))
     for outcome, words in (
@@ -78,7 +78,7 @@ def troubles(report: RunReport) -> list[str]:
 
 
 def trained_tokens(step: StepReport) -> float | None:
-    """Return how many tokens a training step saw, None if its manifest does not say."""
+    """Return the tokens of a training step, None if unknown."""
     if (tokens := step.fact("total_tokens")) is not None:
         return tokens
     batch, iterations = step.fact("tokens_per_iteration"), num_iterations(step)
@@ -86,7 +86,7 @@ def trained_tokens(step: StepReport) -> float | None:
 
 
 def num_iterations(step: StepReport) -> int | None:
-    """Return how many iterations a training step made or, while it runs, has logged."""
+    """Return the iterations of a training step; while it runs, those logged."""
     planned = step.fact("num_iterations")
     logged = max((number(record.get("iteration")) or 0 for record in step.records), default=0)
     count = planned if planned is not None else logged
@@ -94,7 +94,7 @@ def num_iterations(step: StepReport) -> int | None:
 
 
 def num_parameters(step: StepReport) -> float | None:
-    """Return the parameters of a checkpoint: as its step derived them, else counted from the weights."""
+    """Return the parameters of a checkpoint, from the manifest or counted in the weights."""
     derived = step.fact("num_parameters")
     return step.num_parameters if derived is None else derived
 
@@ -102,7 +102,7 @@ def num_parameters(step: StepReport) -> float | None:
 def print_summary(report: RunReport, console: Console) -> None:
     """Print what was trained, how well, the table of scores, and what is missing.
 
-    All text of the run is printed as it is: neither rich's markup nor escape sequences in it have effect.
+    Text of the run is printed literally: neither rich's markup nor escape sequences in it have any effect.
     """
     from rich.text import Text
 
@@ -133,7 +133,7 @@ def _rich_table(table: Table) -> RichTable:
         for cell in row:
             words = Text(visible(cell.text), style="bold green" if cell.is_best else "")
             if cell.detail:
-                # Without its space "±" leaves room for four columns at 80 characters.
+                # "±" without a space, so that four columns fit into 80 characters.
                 words.append(f" {visible(cell.detail).replace('± ', '±')}", style="dim")
             cells.append(words)
         drawn.add_row(*cells)
@@ -141,12 +141,12 @@ def _rich_table(table: Table) -> RichTable:
 
 
 def _is_training(step: StepReport) -> bool:
-    """Tell whether a step trained a model; an import is a checkpoint too."""
+    """Return True if a step trained a model; imports are checkpoints too."""
     return step.kind == "checkpoint" and (step.stage in STAGE_LABELS or bool(step.records))
 
 
 def _own_scores(report: RunReport) -> list[tuple[str, Scores]]:
-    """Return checkpoint and scores of what was trained here; those of third-party models if there are no others."""
+    """Return (checkpoint, scores) of models trained here; of third-party models if there are no others."""
     trained = {step.name for step in report.steps if _is_training(step)}
     scored = [(checkpoint_name(column.step), column) for column in columns(report)]
     own = [(name, column) for name, column in scored if name in trained]
@@ -177,7 +177,7 @@ def _learnt(report: RunReport) -> Iterator[str]:
 
 
 def _trained(step: StepReport) -> str:
-    """Return what a pretraining trained, on what, how long."""
+    """Return a sentence about model size, tokens and time of a pretraining."""
     parameters, layers = num_parameters(step), number(step.model.get("num_hidden_layers"))
     size = f"{format_count(parameters)}-parameter model" if parameters else "model"
     depth = f" of {plural(int(layers), 'layer')}" if layers else ""
@@ -188,7 +188,7 @@ def _trained(step: StepReport) -> str:
 
 
 def _to_target(report: RunReport, step: StepReport) -> Iterator[str]:
-    """Yield what a pretraining took to its target."""
+    """Yield a sentence about the time to the target of a pretraining."""
     if (target := target_of(step)) is None:
         return
     if (reached := reach(report, step, target, report.evals)) is None:

@@ -41,13 +41,13 @@ _DIGITS = {"val_bpb": 4, "train_bpb": 4, "perplexity": 2, "text_bpb": 4, "core":
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry: its text, a lesser remark beside it, whether it is the best of its row, and a bar to draw."""
+    """Text, a detail beside it, True if it is the best of its row, and a bar."""
 
     text: str
     detail: str = ""
     is_best: bool = False
     measure: Measure | None = None
-    """What the text says, where it may be drawn as a bar from 0 to 1 with its error and chance."""
+    """A value drawn as a bar from 0 to 1 with its error and chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +77,14 @@ def format_value(value: object) -> str:
 
 
 def baseline_label(name: str) -> str:
-    """Return the words for a baseline of bits per byte: ngram_order2 is "order-2 n-gram"."""
+    """Return the label of a baseline: ngram_order2 is "order-2 n-gram"."""
     if match := re.fullmatch(r"ngram_order(\d+)", name):
         return f"order-{match[1]} n-gram"
     return {"untrained": "untrained model"}.get(name, name.replace("_", " "))
 
 
 def computing_seconds(report: RunReport) -> float | None:
-    """Return the wall clock of all steps together, cached ones at what they once took."""
+    """Return the total wall-clock time of all steps; cached steps count with their original time."""
     found = [step.seconds for step in report.steps if step.seconds is not None]
     return sum(found) if found else None
 
@@ -97,17 +97,17 @@ class Column:
     step: StepReport
     scores: Scores
     measures: dict[str, Measure]
-    """What it measured, and pass@k where RL measured its checkpoint."""
+    """Its measures, and pass@k of RL for its checkpoint."""
 
 
 def columns(report: RunReport) -> list[Column]:
-    """Return one column per eval step, in order of training, each with a label of its own."""
+    """Return a column per eval step in order of training, with unique labels."""
     evals = report.evals
     scored = [checkpoint_name(step) for step in evals]
     sources = [report.step(name) for name in scored]
     stages = [STAGE_LABELS.get(source.stage, "") if source else "" for source in sources]
     choices = [[*pair, step.name] for *pair, step in zip(stages, scored, evals, strict=True)]
-    # The first kind of name that no other eval shares: the stage's, the checkpoint's, its own.
+    # The first unique one of: stage, checkpoint, step name.
     counts = [Counter(kind) for kind in zip(*choices, strict=True)]
     found = []
     for choice, step in zip(choices, evals, strict=True):
@@ -126,7 +126,7 @@ def passes(step: StepReport) -> list[int]:
 
 
 def _pass_at_k(report: RunReport, checkpoint: str) -> dict[str, Measure]:
-    """Return pass@k as RL measured it: of its own checkpoint at its end, of the one that it began with at its start."""
+    """Return pass@k measured by RL: at its end for its own checkpoint, at its start for its initial checkpoint."""
     for step in report.steps:
         for position, is_of_it in (
             (-1, step.name == checkpoint and bool(step.manifest)),
@@ -145,7 +145,7 @@ def _pass_at_k(report: RunReport, checkpoint: str) -> dict[str, Measure]:
 
 
 def metric_table(report: RunReport) -> Table | None:
-    """Return Metric | BASE | MID | SFT | RL as far as there are eval steps, None if there is none."""
+    """Return the table of scores with a column per eval step, None without eval steps."""
     chosen = columns(report)
     if not chosen:
         return None
@@ -166,7 +166,7 @@ def _row(name: str, found: list[Measure | None]) -> list[Cell]:
 
 
 def shown(measure: Measure | None, *, is_best: bool = False) -> Cell:
-    """Return a measure with its standard error, a dash where there is none."""
+    """Return a measure with its standard error, a dash if it is absent."""
     if measure is None:
         return Cell(ABSENT)
     digits = _DIGITS.get(measure.metric)
@@ -252,7 +252,7 @@ def _metric_notes(chosen: list[Column]) -> Iterator[str]:
 
 
 def _long_prompts(scores: Scores) -> str:
-    """Return what was done with prompts longer than the context, empty where none was."""
+    """Return a note about prompts longer than the context, empty if there were none."""
     found = scores.core_conditions
     context = f"the context of {found['context_tokens']:,} tokens" if "context_tokens" in found else "the context"
     if cropped := found.get("cropped"):
@@ -263,7 +263,7 @@ def _long_prompts(scores: Scores) -> str:
 
 
 def core_table(report: RunReport) -> Table | None:
-    """Return CORE task by task, for each eval that measured it; None if none did."""
+    """Return CORE per task for each eval that measured it, None if none did."""
     measured = [column for column in columns(report) if column.scores.core_tasks]
     tasks = {name: task for column in reversed(measured) for name, task in column.scores.core_tasks.items()}
     if not tasks:
@@ -291,7 +291,7 @@ def _published() -> dict[str, Any]:
 
 
 def published_core() -> dict[str, float]:
-    """Return model → CORE as the DCLM bundle and nanochat give it."""
+    """Return model → CORE as published in the DCLM bundle and by nanochat."""
     return dict(_published()["core"])
 
 
@@ -305,7 +305,7 @@ def references(report: RunReport) -> list[dict[str, Any]]:
 
 
 def _recipe(report: RunReport, step: StepReport) -> dict[str, Any]:
-    """Return architecture, depth, tokens per parameter and corpus of a pretraining, as far as its manifests tell."""
+    """Return architecture, depth, tokens per parameter and corpus of a pretraining, as far as known."""
     config, derived = (mapping(step.manifest.get(key)) for key in ("full_config", "derived"))
     corpus = report.step(step.inputs.get("corpus", ""))
     hub = mapping(mapping(mapping(corpus.manifest.get("full_config")).get("corpus")).get("hub")) if corpus else {}
@@ -369,7 +369,7 @@ def _published_table(report: RunReport, reference: Mapping[str, Any]) -> Table:
 
 
 def _comparable(ours: Measure, scores: Scores, reference: Mapping[str, Any]) -> Measure | None:
-    """Return a measure by the rule of a published one, None if it was not measured by it."""
+    """Return a measure under the rule of a published result, None if it was not measured so."""
     if ours.metric == "core" and "cropped" in scores.core_conditions:
         return None
     if ours.metric == "chatcore" and len(scores.chatcore_tasks) != reference["chatcore_tasks"]:
@@ -378,7 +378,7 @@ def _comparable(ours: Measure, scores: Scores, reference: Mapping[str, Any]) -> 
 
 
 def timing_table(report: RunReport) -> Table:
-    """Return how long each step took, how fast it was, how much memory it used, and how it went."""
+    """Return state, time, speed, memory and attempts of each step."""
     priced = report.cost_per_hour is not None
     rows = []
     for step in report.steps:
@@ -440,7 +440,7 @@ def machine_table(report: RunReport) -> Table | None:
         note("git commit", text(git.get("commit"))[:12] + dirty if git.get("commit") else "", step)
     rows = []
     for name, values in facts.items():
-        # The value of most steps needs no names; those that differ do.
+        # Only values that differ from the most common one name their steps.
         usual = max(values, key=lambda value: len(values[value]))
         differing = [f"{value} ({', '.join(at)})" for value, at in values.items() if value != usual]
         shown = [usual, *differing]
@@ -449,7 +449,7 @@ def machine_table(report: RunReport) -> Table | None:
 
 
 def compression_tables(report: RunReport) -> list[tuple[StepReport, Table]]:
-    """Return, for each tokenizer, the tokens it needs per text beside GPT-2's and GPT-4's."""
+    """Return each tokenizer's tokens per text, compared with GPT-2 and GPT-4."""
     found = []
     for step in report.steps:
         texts = [mapping(row) for row in sequence(step.compression.get("rows"))]
@@ -486,7 +486,7 @@ def compression_tables(report: RunReport) -> list[tuple[StepReport, Table]]:
 
 
 def artifact_table(report: RunReport) -> Table:
-    """Return every artifact with its id, size and the artifacts it was made from."""
+    """Return every artifact with id, size and inputs."""
     rows = []
     total = 0.0
     for step in report.steps:
@@ -512,14 +512,14 @@ def _input_artifacts(report: RunReport, step: StepReport) -> Iterable[tuple[str,
     for role, name in step.inputs.items():
         planned = report.step(name)
         source = text(mapping(recorded.get(role)).get("artifact"))
-        # A step's name says enough while its artifact of this run is what was used.
+        # The step's name suffices if its artifact of this run was used.
         yield role, source if source and planned and source != planned.artifact else name
     for role in recorded.keys() - step.inputs.keys():  # named by the configuration, made by no step of this run
         yield role, text(mapping(recorded[role]).get("artifact"))
 
 
 def source_table(report: RunReport) -> Table | None:
-    """Return the outside data that steps used, pinned and with its licence; the files of a repository together."""
+    """Return the external data of all steps with revision and licence, one row per repository."""
     found: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for step in report.steps:
         for item in map(mapping, sequence(step.manifest.get("externals"))):
@@ -550,7 +550,7 @@ def _named(address: str) -> str:
 
 
 def overrides(report: RunReport) -> list[tuple[str, list[str]]]:
-    """Return (names of steps, overrides they were computed under), alike steps together."""
+    """Return (names of steps, their overrides), grouped by equal overrides."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for step in report.steps:
         if step.manifest:
@@ -559,18 +559,18 @@ def overrides(report: RunReport) -> list[tuple[str, list[str]]]:
     return [(join(names), list(given)) for given, names in groups.items()]
 
 
-# Sections that every training reads, of which only these say something about the recipe.
+# Sections shared by all trainings, and their keys that describe the recipe.
 _TELLING = {
     "model": ("depth", "aspect_ratio", "head_width", "num_kv_heads", "context_tokens"),
     "optimizer": ("kind", "variant", "matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay"),
     "training": (),
 }
-# Long, or told elsewhere.
+# Long, or shown elsewhere.
 _LEFT_OUT = ("prompts", "fields", "adamw_groups", "validation", "extend", "save_training_state")
 
 
 def step_tables(step: StepReport) -> list[Table]:
-    """Return results, derived numbers and settings of a step, as far as there are some."""
+    """Return the non-empty tables of results, derived numbers and settings of a step."""
     groups = [
         ("Results", [(key, format_value(value)) for key, value in mapping(step.manifest.get("metrics")).items()]),
         ("Derived", [(key, format_value(value)) for key, value in mapping(step.manifest.get("derived")).items()]),
@@ -580,12 +580,12 @@ def step_tables(step: StepReport) -> list[Table]:
 
 
 def all_settings(step: StepReport) -> list[str]:
-    """Return every setting that a step read, as key=value."""
+    """Return all settings of a step as key=value."""
     return [f"{key}={_plain(value)}" for key, value in flatten(mapping(step.manifest.get("full_config"))).items()]
 
 
 def settings_of(step: StepReport) -> Pairs:
-    """Return the settings that say what was done: the step's own, and of shared ones what tells recipes apart."""
+    """Return the settings that describe a step: its own, and shared ones that distinguish recipes."""
     found: Pairs = []
     for section, values in mapping(step.manifest.get("full_config")).items():
         inside = mapping(values)
@@ -636,10 +636,10 @@ def _plain(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# The newest measurements of each kind that are shown.
+# Newest measurements shown of each kind.
 _MOST_BENCHES = 3
 _LETTERS = 120
-# What was measured with, and not what was measured.
+# Inputs of a measurement, not results.
 _CIRCUMSTANCES = ("sizes.", "bench.", "device.", "versions.", "optimizer.", "seed")
 
 

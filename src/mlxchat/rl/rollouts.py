@@ -358,7 +358,7 @@ def updates_per_rollout(config: RLConfig) -> int:
 
 
 def needs_log_probs(config: RLConfig) -> bool:
-    """Tell whether the loss needs log-probabilities. If every rollout has one update, all ratios are 1."""
+    """Return True if the loss needs log-probabilities. If every rollout has one update, all ratios are 1."""
     return updates_per_rollout(config) > 1 or config.kl_coefficient > 0 or config.rollout_bits is not None
 
 

@@ -58,7 +58,7 @@ def find_extension_problems(
 
 
 def keeps_state(manifest: Manifest) -> bool:
-    """Tell whether a finished training has what a further one begins with: moments and position."""
+    """Return True if a finished training saved its moments and position, from which another continues."""
     return {file["path"] for file in manifest["outputs"]}.issuperset(CONTINUATION)
 
 
