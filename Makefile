@@ -25,7 +25,7 @@ LEAVE_OUT := /^mlx-cpu==/,/[^\\]$$/d
 endif
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/installed ## make .venv with everything in it (NVIDIA: make setup DEVICE=cuda13)
 
@@ -48,6 +48,9 @@ pictures: setup ## the README's pictures: report of the latest run, chat page, t
 	  --screenshot=docs/pictures/report.png file://$(CURDIR)/.venv/report/report.html
 	cp $(addprefix .venv/report/report/,pretrain-loss.svg pretrain-val_bpb.svg rl-pass.svg) docs/pictures/
 	$(BIN)/python tests/web/pictures.py docs/pictures --chromium $(CHROMIUM) $(ARGS)
+
+course-pictures: setup ## the course's pictures, from small trainings of their own (some minutes)
+	$(BIN)/python docs/course_pictures.py .venv/course docs/pictures/course
 
 sweep: setup ## run every combination of SWEEP="experiment=quickstart model=d2,d4 ..."
 	$(BIN)/mlxchat -m $(SWEEP) $(ARGS)
@@ -163,4 +166,4 @@ ifneq ($(MADE_FOR),$(DEVICE) $(CURDIR))
 .venv/made-for: FORCE
 endif
 
-.PHONY: help setup run chat serve report pictures sweep scaling-laws miniseries rehearsal evening speedrun speedrun-d12 check test test-slow lint type wheel-check dist docs docs-serve lock clean FORCE
+.PHONY: help setup run chat serve report pictures course-pictures sweep scaling-laws miniseries rehearsal evening speedrun speedrun-d12 check test test-slow lint type wheel-check dist docs docs-serve lock clean FORCE

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kit.commands import clean_environment
-from kit.own_parts import write_files
+from kit.own_parts import fenced, write_files
 from mlxchat.commands.arguments import parser_of
 from mlxchat.composition.compose import compose_config, split_options
 from mlxchat.config.verbs import VERBS, split_verb
@@ -35,17 +35,17 @@ RUN = [PAGES[0], *sorted((ROOT / "docs" / "course").glob("*.md"))]
 
 def commands(text: str) -> list[str]:
     """Return the mlxchat command lines in fenced blocks and in code spans, with continued lines joined."""
-    blocks = "\n".join(re.findall(r"^```(?:bash|console|text)\n(.*?)^```", text, re.M | re.S)).replace("\\\n", " ")
+    blocks = "\n".join(fenced(text, "bash|console|text")).replace("\\\n", " ")
     lines = re.findall(r"^(?:\$ )?(?:\S*/)?mlxchat\b(.*)$", blocks, re.M)
-    spans = re.findall(r"`mlxchat\b([^`]*)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    spans = re.findall(r"`mlxchat\b([^`]*)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S))
     return [line.split("  #")[0].split(" && ")[0] for line in lines + spans]
 
 
 def lines(page: Path) -> list[str]:
     """Return the shell lines with a command of mlxchat in the fenced blocks of a page: all of bash, `$ ` of others."""
     text, found = page.read_text(encoding="utf-8").replace("\\\n", " "), []
-    for kind, block in re.findall(r"^```(bash|console|text)\n(.*?)^```", text, re.M | re.S):
-        found += re.findall("^(.+)$" if kind == "bash" else r"^\$ (.+)$", block, re.M)
+    for kinds, line in (("bash", "^(.+)$"), ("console|text", r"^\$ (.+)$")):
+        found += [each for block in fenced(text, kinds) for each in re.findall(line, block, re.M)]
     return [line for line in found if re.search(r"\bmlxchat\b", line) and not re.match("#|pip |make |python ", line)]
 
 
@@ -146,7 +146,7 @@ def test_commands_run(page: Path, student: Path) -> None:
     write_files(student, page.read_text(encoding="utf-8"))
     environ = clean_environment(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     commands = ["mlxchat experiment=smoke"] if page == RUN[0] else []
-    for block in re.findall(r"^```(?:bash|console)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+    for block in fenced(page.read_text(encoding="utf-8"), "bash|console"):
         commands += [
             line.removeprefix("$ ").replace(".venv/bin/", "") for line in block.replace("\\\n", " ").splitlines()
         ]
