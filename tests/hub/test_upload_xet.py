@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -73,3 +75,20 @@ def test_push_to_silent_xet_storage_ends(
             push(hub, folder)
     assert "uploading 256.0 kB to me/model" in capsys.readouterr().err
     assert not hub.repositories["me/model"].commits
+
+
+def test_aborted_session_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hf_xet raises KeyboardInterrupt if a session was aborted before its first upload."""
+    aborted = threading.Event()
+    monkeypatch.setattr("huggingface_hub.utils._xet.abort_xet_session", aborted.set)
+    monkeypatch.setattr(places, "_find_xet_fault", lambda *_: "")
+    monkeypatch.setattr(places, "_LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(places, "_LINE_SECONDS", 0.01)
+
+    def upload() -> None:
+        with places._bounded(SimpleNamespace(endpoint=""), "me/model", "model", []):
+            assert aborted.wait(60)
+            raise KeyboardInterrupt
+
+    with pytest.raises(TimeoutError, match="Xet storage did not take"):
+        upload()

@@ -526,7 +526,7 @@ def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[
     thread.start()
     try:
         yield
-    except Exception:  # the client raises various errors for an aborted session
+    except (Exception, KeyboardInterrupt):  # the client raises various errors for an aborted session, hf_xet the latter
         if late:
             raise TimeoutError(
                 f"Xet storage did not take {format_bytes(num_bytes)} within {format_seconds(limit)} "
