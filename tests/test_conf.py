@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -16,8 +17,9 @@ import pytest
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from kit.models import composed
 from mlxchat.composition import compose
-from mlxchat.composition.compose import Composed, compose_config, group_names, group_options
+from mlxchat.composition.compose import compose_config, group_names, group_options
 from mlxchat.composition.overrides import implied_experiment
 from mlxchat.composition.problems import find_problems
 from mlxchat.composition.sections import config_of
@@ -41,17 +43,9 @@ FILES = sorted(
 )
 
 
-@cache
-def composed(*overrides: str) -> Composed:
-    """Compose overrides once for several tests."""
-    return compose_config(list(overrides))
-
-
 def selecting(file: Path, text: Path) -> list[str]:
     """Return the overrides that choose a file's option."""
     group, option = file.parent.as_posix(), file.stem
-    if group == "settings":
-        return []  # always composed
     if group == "mixture":
         place = "validation" if option.endswith("validation") else "mixture"
         return [f"mixture@{stage}.{place}={option}" for stage in ("midtrain", "sft")]
@@ -61,9 +55,8 @@ def selecting(file: Path, text: Path) -> list[str]:
         for name in ("model_000001.pt", "meta_000001.json", "tokenizer.pkl"):
             (text.parent / name).touch()
         return [f"{group}={option}", "imported.repository=null", f"imported.folder={text.parent}"]
-    pairs = ["preference.data.task=arithmetic"]
     given = {
-        "preference.yaml": pairs,
+        "preference.yaml": ["preference.data.task=arithmetic"],
         "files.yaml": [f"corpus.paths=[{text}]"],
         "hub.yaml": ["corpus.hub.repository=somebody/something"],
     }
@@ -72,24 +65,25 @@ def selecting(file: Path, text: Path) -> list[str]:
     return [f"{group}={option}", *given.get(file.name, [])]
 
 
-# One option of each of these groups is composed together, to save time.
+# One option of each of these groups is composed together, to save time; settings/ is part of all. Experiments with
+# golden ids are composed and planned in tests/runner/test_fingerprint.py.
 TOGETHER = (
-    "adapter", "architecture", "core", "corpus", "machine", "mixture", "optimizer", "preference", "rl",
+    "adapter", "architecture", "core", "corpus", "executor", "machine", "mixture", "optimizer", "preference", "rl",
     "suite", "sweep", "tracker",
 )  # fmt: skip
+GOLDEN = json.loads((ROOT / "tests" / "runner" / "golden_ids.json").read_text())
 BESIDE = zip_longest(*([file for file in FILES if file.parts[0] == group] for group in TOGETHER))
 ROWS = [[file for file in row if file is not None] for row in BESIDE]
-ROWS += [[file] for file in FILES if file.parts[0] not in TOGETHER]
+ROWS += [[file] for file in FILES if file.parts[0] not in (*TOGETHER, "settings") and file.stem not in GOLDEN]
 
 
 @pytest.mark.parametrize("files", ROWS, ids=lambda files: " ".join(map(str, files)))
 def test_every_file_composes_and_plans(files: list[Path], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("Some text.")
-    found = composed(*chain.from_iterable(selecting(file, text) for file in files))
+    found = compose_config(list(chain.from_iterable(selecting(file, text) for file in files)))
     for group, option in ((file.parent.as_posix(), file.stem) for file in files):
-        if group not in ("settings", "mixture"):
-            assert found.choices[group] == option
+        assert group == "mixture" or found.choices[group] == option
     config = found.config
     plan = make_plan(
         config, config.pipeline, Store(tmp_path), targets=config.targets, seed=config.seed, force=[],
@@ -108,32 +102,18 @@ def test_groups_are_the_folders_of_conf() -> None:
 
 
 def test_stage_only_selects_targets() -> None:
-    in_pipeline = {step["stage"] for step in composed().config.pipeline.values()}
+    in_pipeline = {step["stage"] for step in composed().pipeline.values()}
     # The others have pipelines of their own.
     assert set(Stages()) - in_pipeline == {"outside", "imported", "fused", "preference"}
-    for stage in in_pipeline:
-        chosen = composed(f"stage={stage}").config
-        assert chosen.targets == [stage]
-        assert replace(chosen, targets=None) == composed().config
-    assert composed("stage=eval_sft").config.targets == ["eval_sft"], "steps are targets, too"
-    assert composed("stage=[sft,eval_sft]").config.targets == ["sft", "eval_sft"]
-    assert composed("+stage=all").config == composed().config
-
-
-def test_machine_and_tracker_change_no_key() -> None:
-    def ids(*overrides: str) -> list[str]:
-        config = composed(*overrides).config
-        plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
-        return [step.key for step in plan]
-
-    options = ([f"{group}={option}" for option in group_options(group)] for group in ("machine", "tracker"))
-    both = zip_longest(*options, fillvalue="tracker=none")
-    assert {tuple(ids(*choices)) for choices in both} == {tuple(ids())}
+    assert composed("stage=sft").targets == ["sft"]
+    assert replace(composed("stage=sft"), targets=None) == composed()
+    assert composed("stage=[sft,eval_sft]").targets == ["sft", "eval_sft"], "steps are targets, too"
+    assert composed("+stage=all") == composed()
 
 
 def test_mixture_group_selects_one_stages_mixture() -> None:
-    config = composed("mixture@sft.mixture=bundled_mid").config
-    assert config.sft.mixture == config.midtrain.mixture != composed().config.sft.mixture
+    config = composed("mixture@sft.mixture=bundled_mid")
+    assert config.sft.mixture == config.midtrain.mixture != composed().sft.mixture
 
 
 def sizes(config: Config) -> GPTSizes:
@@ -149,8 +129,8 @@ D20 = {
 }  # fmt: skip
 
 
-def test_speedrun_d20_derives_nanochats_numbers() -> None:
-    config = composed("experiment=speedrun_d20").config
+def test_speedrun_d20_has_nanochats_numbers() -> None:
+    config = composed("experiment=speedrun_d20")
     derived = derive_numbers(derive_hyperparameters(config, sizes(config)), sizes(config), 32 * 2048)
     assert {key: derived[key] for key in D20} == D20
     assert derived["flops_per_token"] == pytest.approx(3.491758e9, rel=1e-6)
@@ -158,16 +138,13 @@ def test_speedrun_d20_derives_nanochats_numbers() -> None:
     assert derived["tokens_per_parameter"] == pytest.approx(20, rel=1e-4)
     assert derived["num_accumulations"] == 8
     assert config.model.context_tokens == 2048
-
-
-def test_speedrun_d20_has_nanochats_learning_rates() -> None:
-    config = composed("experiment=speedrun_d20").config
     rates = config.optimizer
     assert (rates.matrix_lr, rates.embedding_lr, rates.unembedding_lr) == (0.02, 0.2, 0.004)
     assert (rates.adam_beta1, rates.adam_beta2, rates.weight_decay, rates.grad_clip) == (0.8, 0.95, 0.0, 1.0)
     schedule = config.pretrain.schedule
     assert (schedule.warmup_frac, schedule.warmdown_frac, schedule.final_lr_frac) == (0.0, 0.2, 0.0)
     assert (config.sft.schedule.init_lr_frac, config.rl.schedule.init_lr_frac) == (0.02, 0.05)
+    assert config == replace(composed("model=d20"), name="speedrun_d20"), "a model implies nanochat's recipe"
 
 
 # depth: width, heads, parameters, parameters of matrices, iterations at 20 tokens per parameter.
@@ -181,99 +158,72 @@ NANOCHAT = {
 }
 
 
-@pytest.mark.parametrize("depth", [depth for depth in range(1, 65) if not 64 * depth % -(-64 * depth // 128)])
-def test_depth_gives_nanochats_sizes(depth: int) -> None:
-    config = composed("model=d20").config
+@pytest.mark.parametrize("depth", range(1, 65))
+def test_depth_gives_nanochats_sizes_and_even_heads(depth: int) -> None:
+    """nanochat's ceil(width / 128) heads do not divide the width of depths 5, 9, 11 and others."""
+    config = composed("model=d20")
     config = replace(config, model=replace(config.model, depth=depth))
-    found = sizes(config)
+    found, counts, width = sizes(config), count_parameters(sizes(config)), 64 * depth
+    assert find_problems(config) == []
+    assert found.width % (2 * found.num_heads) == 0
+    assert 64 <= found.width // found.num_heads <= 128
+    heads = -(-width // 128)
+    if width % heads:
+        return
     # 12 L d² + 2 V d, with d = 64 L
-    width = 64 * depth
-    expected = NANOCHAT.get(
-        depth, (width, -(-width // 128), 12 * depth * width**2 + 2 * 65_536 * width, 12 * depth * width**2, None)
-    )
-    counts = count_parameters(found)
+    formula = (width, heads, 12 * depth * width**2 + 2 * 65_536 * width, 12 * depth * width**2, None)
+    expected = NANOCHAT.get(depth, formula)
     assert (found.width, found.num_heads, counts["total"], counts["matrices"]) == expected[:4]
     assert flops_per_token(found) == 6 * (counts["total"] - 65_536 * width) + 12 * depth * width * 2048
     if expected[4] is not None:
         assert count_iterations(config.pretrain, found, 524_288) == expected[4]
 
 
-@pytest.mark.parametrize("depth", range(1, 65))
-def test_every_depth_has_even_head_widths(depth: int) -> None:
-    """nanochat's ceil(width / 128) heads do not divide the width of depths 5, 9, 11 and others."""
-    config = composed("model=d20").config
-    config = replace(config, model=replace(config.model, depth=depth))
-    found = sizes(config)
-    assert find_problems(config) == []
-    assert found.width % (2 * found.num_heads) == 0
-    assert 64 <= found.width // found.num_heads <= 128
-
-
-@pytest.mark.parametrize("option", ["d1", "d2", "d10", "d14", "d22", "d28", "d30", "d64"])
-def test_any_depth_is_an_option_of_model(option: str) -> None:
-    config = composed(f"model={option}").config
-    assert (config.model.name, config.model.depth) == (option, int(option[1:]))
-
-
-def test_model_name_defaults_to_its_depth() -> None:
-    assert composed("model.depth=14").config.model.name == "d14"
-    assert composed("model=d4", "model.depth=14").config.model.name == "d14"
-    assert composed("model.depth=14", "model.name=mine").config.model.name == "mine"
-
-
-def test_model_option_implies_nanochats_recipe() -> None:
-    config = composed("model=d20").config
-    derived = derive_numbers(derive_hyperparameters(config, sizes(config)), sizes(config), 32 * 2048)
-    assert {key: derived[key] for key in D20} == D20
-    assert (config.model.context_tokens, config.corpus.name) == (2048, "fineweb_edu")
-    assert config == replace(composed("experiment=speedrun_d20").config, name="nanochat_d20")
-
-
 @pytest.mark.parametrize(
-    "experiment",
+    ("overrides", "name", "depth"),
     [
-        pytest.param(name, marks=[] if name in ("bench", "grpo_nanochat_d32", "speedrun_d20") else [pytest.mark.slow])
-        for name in sorted(set(group_options("experiment")) - {"tinystories_53m"})
+        (["model=d1"], "d1", 1), (["model=d64"], "d64", 64), (["model.depth=14"], "d14", 14),
+        (["model=d4", "model.depth=14"], "d14", 14), (["model.depth=14", "model.name=mine"], "mine", 14),
     ],
-)
+)  # fmt: skip
+def test_any_depth_is_an_option_and_the_models_name(overrides: list[str], name: str, depth: int) -> None:
+    config = composed(*overrides)
+    assert (config.model.name, config.model.depth) == (name, depth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", sorted(set(group_options("experiment")) - {"tinystories_53m"}))
 def test_every_experiment_composes_at_another_depth(experiment: str) -> None:
     given = [f"imported.folder={ROOT}", "imported.repository=null"] if experiment.startswith("grpo") else []
-    config = composed(f"experiment={experiment}", "model=d14", *given).config
+    config = composed(f"experiment={experiment}", "model=d14", *given)
     assert (config.model.name, config.model.depth) == ("d14", 14)
     assert find_problems(config) == []
 
 
 def test_default_is_the_quickstart() -> None:
-    config = composed().config
-    assert composed().choices["experiment"] == "quickstart"
+    config = composed()
+    assert compose_config([]).choices["experiment"] == "quickstart"
     assert (config.model.depth, config.model.aspect_ratio, config.pretrain.num_iterations) == (4, 48, 340)
-    deeper = composed("experiment=quickstart", "model=d6").config
+    deeper = composed("experiment=quickstart", "model=d6")
     assert deeper == replace(config, model=replace(config.model, name="d6", depth=6))
-    assert composed("model.depth=6").config == deeper
+    assert composed("model.depth=6") == deeper
 
 
 def test_model_on_bundled_corpus_downloads_nothing() -> None:
-    config = composed("model=d20", "corpus=bundled").config
-    full = composed("model=d20").config
+    config, full = composed("model=d20", "corpus=bundled"), composed("model=d20")
     plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
     assert find_downloads(config, plan, Store(Path("/none"))) == []
-    assert config.corpus == composed().config.corpus
-    assert config.suite == composed().config.suite
-    assert (config.model, config.pretrain.batch, config.sft.schedule) == (
-        full.model,
-        full.pretrain.batch,
-        full.sft.schedule,
-    )
+    assert (config.corpus, config.suite) == (composed().corpus, composed().suite)
+    assert (config.model, config.pretrain.batch) == (full.model, full.pretrain.batch)
+    assert config.sft.schedule == full.sft.schedule
     assert config.tokenizer.vocab_size <= 58_217, "tokens that the bundled text yields"
 
 
 @pytest.mark.parametrize(
     ("overrides", "implied"),
     [
-        ([], []),
         (["seed=1", "corpus=bundled"], []),
         (["model.depth=6"], []),
-        (["model=d6"], ["experiment=nanochat"]),
         (["model=d6", "corpus=tinystories"], ["experiment=nanochat"]),
         (["corpus=bundled", "model=d6"], ["experiment=nanochat_bundled"]),
         (["model=d6", "experiment=quickstart"], []),
@@ -293,23 +243,17 @@ SECTIONS_OF_OPTIONS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", group_options("experiment"))
-def test_experiment_sets_no_part_of_other_groups(name: str) -> None:
+def test_experiments_set_no_part_of_other_groups() -> None:
     """A part would stay when the command line chooses another option of the group."""
-    file = ROOT / "conf" / "experiment" / f"{name}.yaml"
-    keys = flatten({key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"})
-    assert [key for key in keys if f"{key}.".startswith(tuple(f"{section}." for section in SECTIONS_OF_OPTIONS))] == []
     of_losses = {key for recipe in (ROOT / "conf" / "rl").glob("*.yaml") for key in yaml.safe_load(recipe.read_text())}
-    assert [key for key in keys if key.startswith("rl.") and key.split(".")[1] in of_losses] == []
+    sections = (*SECTIONS_OF_OPTIONS, *(f"rl.{key}" for key in of_losses))
+    for file in (ROOT / "conf" / "experiment").glob("*.yaml"):
+        keys = flatten({key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"})
+        assert [key for key in keys if f"{key}.".startswith(tuple(f"{section}." for section in sections))] == [], file
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if name == "smoke" else [pytest.mark.slow])  # the others set nothing of a corpus
-        for name in group_options("experiment")
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", group_options("experiment"))
 def test_corpus_option_is_independent_of_the_experiment(name: str) -> None:
     for option in group_options("corpus"):
         given = {"files": ["corpus.paths=[a.txt]"], "hub": ["corpus.hub.repository=somebody/something"]}.get(option, [])
@@ -340,7 +284,7 @@ def test_own_text_replaces_the_smoke_corpus(tmp_path: Path) -> None:
 
 
 def test_seed_changes_no_validation_data() -> None:
-    first, second = (composed(f"seed={seed}").config for seed in (1, 2))
+    first, second = (composed(f"seed={seed}") for seed in (1, 2))
     assert first == replace(second, seed=1)
 
     def context(config: Config) -> Context:
@@ -351,14 +295,13 @@ def test_seed_changes_no_validation_data() -> None:
         )  # fmt: skip
 
     one, two = context(first), context(second)
-    assert one.data_seed("validation") == two.data_seed("validation") == context(composed().config).seed("validation")
+    assert one.data_seed("validation") == two.data_seed("validation") == context(composed()).seed("validation")
     assert one.seed("order") != two.seed("order")
 
 
 def test_data_seed_changes_keys() -> None:
     def ids(seed: int, data_seed: int | None) -> dict[str, str]:
-        config = composed().config
-        store = Store(Path("/none"))
+        config, store = composed(), Store(Path("/none"))
         plan = make_plan(config, config.pipeline, store, targets=["sft"], seed=seed, data_seed=data_seed, force=[])
         return {step.name: step.key for step in plan}
 
@@ -396,22 +339,19 @@ def attributes_read() -> set[str]:
     return attributes | {name.value for name in named if isinstance(name, ast.Constant)} | set(interpolated)
 
 
-@pytest.mark.parametrize(("schema", "name"), sorted(set(leaf_names(Config))), ids=lambda part: str(part))
-def test_every_configuration_key_is_used(schema: str, name: str) -> None:
-    assert name in attributes_read()
+def test_every_configuration_key_is_used() -> None:
+    assert {(schema, name) for schema, name in leaf_names(Config) if name not in attributes_read()} == set()
 
 
-@pytest.mark.parametrize("stage", list(Stages()))
-def test_stage_declares_existing_sections_and_label(stage: str) -> None:
-    declared = Stages()[stage]
-    config = composed().config
-    assert [
-        section for section in declared.config if not is_dataclass(getattr(config, section, {})) and section != "suite"
-    ] == []
-    value = config
-    for part in (declared.label or "model.name").split("."):
-        value = getattr(value, part)
-    assert isinstance(value, str | int)
+def test_stages_declare_existing_sections_and_labels() -> None:
+    for name, declared in Stages().items():
+        config = composed()
+        sections = [section for section in declared.config if section != "suite"]
+        assert [each for each in sections if not is_dataclass(getattr(config, each, {}))] == [], name
+        value = config
+        for part in (declared.label or "model.name").split("."):
+            value = getattr(value, part)
+        assert isinstance(value, str | int)
 
 
 def test_own_task_is_added_on_the_command_line(tmp_path: Path) -> None:
@@ -420,4 +360,4 @@ def test_own_task_is_added_on_the_command_line(tmp_path: Path) -> None:
     own.touch()
     mixture = compose_config([f"+sft.mixture.mine={{task: jsonl, path: '{own}'}}"]).config.sft.mixture
     assert (mixture["mine"].task, mixture["mine"].path) == ("jsonl", str(own))
-    assert set(mixture) - {"mine"} == set(compose_config([]).config.sft.mixture)
+    assert set(mixture) - {"mine"} == set(composed().sft.mixture)

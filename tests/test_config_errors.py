@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kit.commands import run_here
+from kit.commands import Say, run_here
 from mlxchat.cli import main
 from mlxchat.composition import compose
 from mlxchat.composition.compose import compose_config
@@ -27,7 +27,7 @@ def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
 
     def run(*overrides: str, verb: str = "plan") -> str:
         folder = tmp_path / "cwd"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         monkeypatch.chdir(folder)
         code = run_here(verb, *overrides)
         message = capsys.readouterr().err
@@ -172,21 +172,15 @@ def test_all_mistakes_are_reported_at_once(mistakes: dict[str, str], refuse: Ref
     ("overrides", "expected"),
     [
         (["model=d0"], r'd0.*"d1"\?$'),
-        (["model=d7x"], r'd7x.*"d7"\?$'),
         (["model=20"], r'20.*"d20"\?$'),
-        (["model=3"], r'model has no option "3"'),
         (["model=d4,d6"], r"-m"),
         (["stage=sfft"], r'sfft.*"sft"\?$'),
-        (["targets=[sfft]"], r'sfft.*"sft"\?$'),
         (["force=[sfft]"], r'sfft.*"sft"\?$'),
-        (["pipeline.sft.checkpoint=pretrian"], r'pretrian.*"pretrain"\?'),
         (["+pipeline.sft.checkpont=pretrain"], r'checkpont.*"[\w.]*checkpoint"\?$'),
-        (["pipeline.sft.stage=stf"], r'stf.*"sft"\?$'),
         (
             ["model.depth=4", "model.aspect_ratio=64", "model.head_width=7"],
             r"model\.depth=4 gives width 256 .*Depths that fit head_width=7: 7, 14, 21",
         ),
-        (["model.depth=0"], r"at least 1"),
         (["sft.context_tokens=4096", "adapter=lora"], r"sft\.context_tokens is 4096, but adapters keep"),
         (
             [
@@ -199,14 +193,9 @@ def test_all_mistakes_are_reported_at_once(mistakes: dict[str, str], refuse: Ref
             r"needs pretrain\.save_training_state=true",
         ),
         (["core=nanochat", "eval.core.bundle=/no/such.zip"], r"/no/such\.zip cannot be read"),
-        (["corpus=files", "corpus.paths=[/no/such.txt]"], r"/no/such\.txt cannot be read"),
-        (["corpus=files"], r"corpus\.paths"),
         (["corpus.packages=[no-such-package]"], r"no-such-package is missing: pip install no-such-package"),
-        (["sft.mixture={}", "~sft.mixture"], r"sft\.mixture"),
         (["~pipeline.midtrain"], r'pipeline\.sft\.checkpoint is "midtrain", which is not a step'),
         (["~pipeline.sft"], r"Leave rl out with '~pipeline\.rl', or rewire it: pipeline\.rl\.checkpoint=midtrain"),
-        (["pipeline.sft.checkpoint=rl"], r"pipeline has a cycle: "),
-        (["pipeline.sft.checkpoint=corpus"], r"is corpus, a corpus; expected a checkpoint"),
         (["=3"], r'"=3" is not an override'),
         (["sft"], r'"sft" is not a setting: expected key=value'),
         (["--foo"], r"unrecognized arguments: --foo"),
@@ -229,42 +218,36 @@ def spoil(value: Any, number: float) -> Any:
     return "nonsense" if isinstance(value, str) and number < 0 else value
 
 
-@pytest.mark.parametrize("number", [-1, 0, 10**9, math.nan, math.inf])
-def test_no_setting_is_reported_twice(number: float) -> None:
+def test_no_setting_is_reported_twice() -> None:
     """Two checks of the same key would report it twice."""
     config = compose_config(["core=nanochat", "architecture=jul2026", "optimizer=muon_jul2026"]).config
-    found = find_problems(spoil(config, number))
-    keys = Counter(re.match(r"[\w.]+", line)[0] for line in found)
-    assert len(found) > 60
-    assert [key for key, count in keys.items() if count > 1] == []
-
-
-def test_misspelt_verb_after_settings_gets_a_suggestion(refuse: Refuse) -> None:
-    assert re.match(r'error: there is no verb "paln".*Did you mean "plan"\?', refuse("paln", verb="seed=1"))
-
-
-@pytest.mark.parametrize("verb", ["statsu", "rnu", "grahp"])
-def test_misspelt_verb_gets_a_suggestion(verb: str, refuse: Refuse) -> None:
-    message = refuse(verb=verb)
-    assert f'"{verb}"' in message
-    assert re.search(r'Did you mean "(status|run|graph)"\?', message)
+    for number in (-1, 0, 10**9, math.nan, math.inf):
+        found = find_problems(spoil(config, number))
+        keys = Counter(re.match(r"[\w.]+", line)[0] for line in found)
+        assert len(found) > 60
+        assert [key for key, count in keys.items() if count > 1] == []
 
 
 @pytest.mark.parametrize(
-    ("typed", "meant"),
-    [
-        ("+experiment=smoke", "experiment=smoke"),
-        ("force=sft", "force=[sft]"),
-        ("targets=sft", "targets=[sft]"),
-        ("pretrain.prompts='Once, upon'", "pretrain.prompts=['Once, upon']"),
-        ("timeout.pretrain=3600", "+timeout.pretrain=3600"),
-        ("suite.arithmetic.options.seed=1", "+suite.arithmetic.options.seed=1"),
-        ("rl.rewards={right: {kind: exact}}", "+rl.rewards={right: {kind: exact}}"),
-        ("rl.rewards.right={kind: exact}", "+rl.rewards={right: {kind: exact}}"),
-    ],
+    ("words", "verb"), [(["statsu"], "status"), (["rnu"], "run"), (["grahp"], "graph"), (["seed=1", "paln"], "plan")]
 )
-def test_overrides_may_omit_brackets_and_plus(typed: str, meant: str) -> None:
-    assert compose.compose_config([typed]).config == compose.compose_config([meant]).config
+def test_misspelt_verb_gets_a_suggestion(words: list[str], verb: str, refuse: Refuse) -> None:
+    message = refuse(*words[1:], verb=words[0])
+    assert f'there is no verb "{words[-1]}"' in message
+    assert f'Did you mean "{verb}"?' in message
+
+
+def test_overrides_may_omit_brackets_and_plus() -> None:
+    pairs = {
+        "+experiment=smoke": "experiment=smoke",
+        "force=sft": "force=[sft]",
+        "targets=sft": "targets=[sft]",
+        "pretrain.prompts='Once, upon'": "pretrain.prompts=['Once, upon']",
+        "timeout.pretrain=3600": "+timeout.pretrain=3600",
+        "suite.arithmetic.options.seed=1": "+suite.arithmetic.options.seed=1",
+        "rl.rewards.right={kind: exact}": "+rl.rewards={right: {kind: exact}}",
+    }
+    assert compose_config(list(pairs)).config == compose_config(list(pairs.values())).config
 
 
 @pytest.mark.parametrize(("word", "setting"), [("pretrain", "stage=pretrain"), ("smoke", "experiment=smoke")])
@@ -272,17 +255,11 @@ def test_stage_or_experiment_as_verb_gets_its_setting(word: str, setting: str, r
     assert f"mlxchat {setting} seed=1\n" in refuse("seed=1", verb=word)
 
 
-def test_verb_may_follow_settings_and_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = (
-        ["--config-dir", str(tmp_path)],
-        [f"--config-dir={tmp_path}"],
-        ["seed=7", "~pipeline.rl", "~pipeline.eval_rl"],
-    )
-    for words in first:
-        with pytest.raises(SystemExit) as caught:
-            main([*words, "plan", "stage=corpus", f"outputs={tmp_path}/outputs"])
-        assert caught.value.code == 0
-        assert capsys.readouterr().out.startswith("corpus ")
+def test_verb_may_follow_settings_and_options(tmp_path: Path, say: Say) -> None:
+    for words in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"], ["seed=7", "~pipeline.rl"]):
+        more = ["~pipeline.eval_rl"] if "seed=7" in words else []
+        said = say(*words, "plan", "stage=corpus", *more, f"outputs={tmp_path}/outputs")
+        assert said.startswith("corpus ")
 
 
 def test_mistake_among_many_settings_is_found_by_bisection(refuse: Refuse, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,20 +278,15 @@ def test_mistake_among_many_settings_is_found_by_bisection(refuse: Refuse, monke
     assert len(composed) <= 20, "one by one it would be 60, of half a second each"
 
 
-@pytest.mark.parametrize("override", ["pipeline.sft.checkpoint=rl", "sft.num_epochs=0"])
-def test_mistakes_stop_a_run_before_it_writes(override: str, refuse: Refuse) -> None:
-    refuse(override, verb="run")
-
-
 def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLXCHAT_DEBUG", "1")
     with pytest.raises(Exception, match=r"sft\.num_epochs is 0"):
         main(["plan", "sft.num_epochs=0"])
 
 
-@pytest.mark.parametrize("override", ["model=d65", "sft.num_epoch=1,2"])
-def test_sweep_refuses_mistakes_like_a_run(override: str, refuse: Refuse) -> None:
-    assert "Did you mean" in refuse("-m", override, "seed=1,2", verb="run")
+def test_runs_and_sweeps_refuse_mistakes(refuse: Refuse) -> None:
+    assert "Did you mean" in refuse("-m", "sft.num_epoch=1,2", "seed=1,2", verb="run")
+    refuse("sft.num_epochs=0", verb="run")
 
 
 def test_mistakes_beside_hydra_options_are_named_alone(refuse: Refuse) -> None:
@@ -328,7 +300,6 @@ def test_mistakes_beside_hydra_options_are_named_alone(refuse: Refuse) -> None:
     [
         ("model.context_tokens=-1", "model.context_tokens is -1, expected at least 1"),
         ("model.depth=99999999999", "num_layers is 99999999999"),
-        ("tokenizer.vocab_size=99999999999", "vocab_size is 99999999999"),
     ],
 )
 def test_impossible_model_sizes_hide_no_other_problem(refuse: Refuse, override: str, expected: str) -> None:
