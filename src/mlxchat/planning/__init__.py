@@ -1,1 +1,1 @@
-"""What is known of a run before it starts: horizon, text, memory, time. Only `peak` imports MLX."""
+"""Predictions before a run starts: horizon, text, memory, time. Only `peak` imports MLX."""

@@ -1,4 +1,4 @@
-"""What the steps that are to run read from elsewhere: the files, for `data fetch`, and their bytes, for a plan."""
+"""Remote files that pending steps read: the files for `data fetch`, and their sizes for a plan."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _APPROXIMATE_BYTES = {
 
 
 def find_sources(config: Config, plan: Iterable[PlannedStep]) -> tuple[list[HubSource], list[UrlSource]]:
-    """Return what the tasks and CORE of the steps that are not done read from the Hub and from plain addresses."""
+    """Return what the tasks and CORE of pending steps read from the Hub and from other addresses."""
     from mlxchat.tasks import load_item, task_class
     from mlxchat.tasks.base import Task
     from mlxchat.tasks.downloads import HubSource, UrlSource
@@ -55,9 +55,9 @@ def find_sources(config: Config, plan: Iterable[PlannedStep]) -> tuple[list[HubS
 def find_files(
     config: Config, plan: Iterable[PlannedStep], store: Store, *, measure: bool
 ) -> tuple[dict[str, list[HubFile]], dict[str, str | None]]:
-    """Return title → files of the Hub, and address → sha256 (None: not known), that the steps to run will read.
+    """Return title → files of the Hub, and address → sha256 (None: unknown), that pending steps will read.
 
-    With `measure` the corpus's validation files are fetched at once, to count characters by them instead of guessing.
+    With `measure` the corpus's validation files are fetched at once, to measure the characters per byte.
     """
     plan = [step for step in plan if not step.done]
     groups: dict[str, list[HubFile]] = {}
@@ -75,7 +75,7 @@ def find_files(
 
 
 def _corpus_files(config: Config, plan: list[PlannedStep], store: Store, *, measure: bool) -> dict[str, list[HubFile]]:
-    """Return what is read of a corpus on the Hub: the validation files, and as many others as the horizon needs."""
+    """Return the files to read of a corpus on the Hub: validation, and as many others as the horizon needs."""
     if config.corpus.hub is None:
         return {}
     from mlxchat.data.sources import Corpus
@@ -94,22 +94,19 @@ def _corpus_files(config: Config, plan: list[PlannedStep], store: Store, *, meas
     return {config.corpus.hub.repository: list(dict.fromkeys([*corpus.files("validation"), *files]))}
 
 
-_NEEDED_SHOWN = 2
-
-
 @dataclass(frozen=True)
 class Download:
-    """What a plan would fetch from one place."""
+    """A repository or file that a plan would fetch."""
 
     host: str
     name: str
     """A repository of the Hub, or the file that an address names."""
     bytes: float | None
-    """None: not known without the network."""
+    """None: unknown without the network."""
 
 
 def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) -> list[Download]:
-    """Return what the steps that are not done would download, of unknown size and the largest first.
+    """Return what pending steps would download, those of unknown size first, then the largest.
 
     The network is not used.
     """
@@ -149,7 +146,7 @@ def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) ->
 
 
 def describe_downloads(downloads: list[Download]) -> str:
-    """Return for people how much is fetched, and from where: by host, with what is largest there."""
+    """Return a description of the total size and of the largest downloads of each host."""
     hosts: dict[str, list[str]] = {}
     for each in downloads:
         size = "of unknown size" if each.bytes is None else format_bytes(each.bytes)
@@ -163,7 +160,7 @@ def describe_downloads(downloads: list[Download]) -> str:
 
 
 def _to_fetch(files: Iterable[HubFile]) -> list[tuple[Path, int]]:
-    """Return (place, bytes) of the contents that are not there; files of equal content share one."""
+    """Return (place, bytes) of missing contents; files of equal content share one."""
     return list({file.blob: file.bytes for file in files if not file.is_there()}.items())
 
 

@@ -1,4 +1,4 @@
-"""How long a training will take: its FLOPs over those per second that a pretraining has reached before."""
+"""Predicted time of trainings: FLOPs divided by the speed of an earlier pretraining."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from mlxchat.runner.reasons import Estimate
 from mlxchat.store.manifest import Manifest
 from mlxchat.store.store import Store
 
-# What trainings of this project reached of a CPU's measured peak; of a GPU's published one it is an assumption.
+# Reached by trainings of this project on CPUs; on GPUs an assumption.
 _SHARE_OF_PEAK = 0.4
 # A day of the slowest machine that is likely: 12 GFLOP/s.
 _LONG_FLOPS = 1e15
 
 
 def estimate_trainings(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, Estimate]:
-    """Return step → estimate of the trainings that are to run, where a speed is known.
+    """Return step → estimate of pending trainings with a known speed.
 
     These are pretrainings, and after them in the plan midtrain and sft where `num_iterations` is set.
 
-    The speed is that of the finished pretraining in the store that was most like it in FLOPs per token, on the same
-    kind of device; without one it is `machine.training_flops`. Where that is null too, a training that may take a day
-    is estimated by a share of this device's peak, measured on a CPU. The bytes are those of weights and moments.
+    The speed is that of the finished pretraining in the store with the nearest FLOPs per token on the same kind of
+    device; without one it is `machine.training_flops`. If that is null too, a training that may take a day is
+    estimated by a share of this device's peak, measured on a CPU. The bytes are those of weights and moments.
     """
     found: dict[str, Estimate] = {}
     plan = list(plan)
@@ -41,7 +41,7 @@ def estimate_trainings(config: Config, plan: Iterable[PlannedStep], store: Store
         sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
         derived, per_token = derive_hyperparameters(config, sizes), flops_per_token(sizes)
         reached, source = config.machine.training_flops, "machine.training_flops"
-        if made := _most_alike(store.recent("pretrain"), per_token, device_kind(config.machine.device)):
+        if made := _find_nearest(store.recent("pretrain"), per_token, device_kind(config.machine.device)):
             reached, source = _speed(made), made["name"]
         tokens = derived.batch_tokens * derived.num_iterations
         if later is not None:
@@ -69,13 +69,13 @@ def _share_of_peak(config: Config) -> float | None:
     return None if peak is None else _SHARE_OF_PEAK * peak
 
 
-def _most_alike(made: Iterable[Manifest], per_token: float, device: str) -> Manifest | None:
+def _find_nearest(made: Iterable[Manifest], per_token: float, device: str) -> Manifest | None:
     known = [each for each in made if _speed(each) and each.get("device", {}).get("backend") == device]
     return min(known, key=lambda each: abs(math.log(each["derived"]["flops_per_token"] / per_token)), default=None)
 
 
 def _speed(made: Mapping[str, object]) -> float | None:
-    """Return the FLOP/s of a finished pretraining; None where its manifest does not tell."""
+    """Return the FLOP/s of a finished pretraining; None: not in its manifest."""
     derived, tokens = made.get("derived"), made.get("tokens_per_second")
     per_token = derived.get("flops_per_token") if isinstance(derived, Mapping) else None
     return tokens * per_token if isinstance(tokens, float) and per_token else None

@@ -1,4 +1,4 @@
-"""What a plan is given and does not make: models that exist or are imported, and local files."""
+"""Inputs that a plan does not produce: existing or imported models, and local files."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROLE = "checkpoint"
 
 
 def check_given(config: Config, plan: list[PlannedStep]) -> None:
-    """Check what the steps to run are given: by the forecasts of their stages, and local files.
+    """Check the inputs of pending steps: by their stages' forecasts, and local files.
 
     Raises:
         ConfigError: with all problems that the forecasts find, such as a teacher with another tokenizer.
@@ -42,7 +42,7 @@ def check_given(config: Config, plan: list[PlannedStep]) -> None:
 
 
 def find_given_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, GPTSizes]:
-    """Return step → sizes, of the steps that import or lengthen a model and those that train or measure it further.
+    """Return step → model sizes for steps that import, lengthen, train or evaluate an existing model.
 
     Raises:
         DataError: a model to be imported is missing, or what describes it is damaged.
@@ -79,7 +79,7 @@ def sizes_of_folder(folder: Path) -> GPTSizes:
 
 
 def check_local_files(config: Config, plan: Iterable[PlannedStep]) -> None:
-    """Read all local files of the steps that are to run: conversations and text.
+    """Read all local files of pending steps: conversations and text.
 
     Raises:
         DataError: with every line of every file that cannot be used.
@@ -123,7 +123,7 @@ def _read_text(path: str) -> None:
     deque(read_file(Path(path)), maxlen=0)
 
 
-# The jobs of a sweep and the trials of a search are planned one after the other in one process.
+# By file and its state: a process plans all jobs of a sweep and all trials of a search.
 _KNOWN: dict[tuple[str, tuple[int, ...]], str] = {}
 
 

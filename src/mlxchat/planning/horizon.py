@@ -1,4 +1,4 @@
-"""How long to train, with which batch: iterations from FLOPs or from tokens per parameter, and nanochat's scaling.
+"""Iterations and batch of a training, from FLOPs or tokens per parameter, and nanochat's scaling.
 
 Counterpart of nanochat's base_train. Since 2026 its batch, rates and weight decay follow from the model's size. The
 unit is a training of the reference model: with ratio = D / D_ref, tokens of this training over tokens of that one,
@@ -17,10 +17,10 @@ from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, siz
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """What follows from the size of a model."""
+    """Hyperparameters that follow from the size of a model."""
 
     horizon_parameters: int
-    """Parameters that tokens per parameter count."""
+    """Parameters counted by tokens per parameter."""
     batch_tokens: int
     """Tokens per iteration."""
     num_iterations: int
@@ -34,7 +34,7 @@ def derive_hyperparameters(config: Config, sizes: GPTSizes) -> Hyperparameters:
     """Return batch, iterations and scaled numbers of a pretraining of a model.
 
     Without `optimizer.scaling` they are as given. With it they scale from the reference, a model of
-    `scaling.reference_depth` and otherwise equal dials; a batch that is null becomes the one that scaling finds best.
+    `scaling.reference_depth` with otherwise equal settings; a batch of null becomes the best one by scaling.
     """
     pretrain, optimizer = config.pretrain, config.optimizer
     parameters = count_horizon_parameters(sizes, pretrain.horizon_parameters)
@@ -94,7 +94,7 @@ def scaled_weight_decay(weight_decay: float, batch_tokens: int, ratio: float, sc
 
 
 def count_iterations(config: PretrainConfig, sizes: GPTSizes, batch_tokens: int) -> int:
-    """Return the number of iterations that the one horizon which is set asks for, at least 1."""
+    """Return the iterations of the one horizon that is set, at least 1."""
     if config.num_iterations is not None:
         return config.num_iterations
     if config.target_flops is not None:

@@ -55,7 +55,7 @@ _MASTER_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class _Factors:
-    """How much a step keeps, in multiples of what is named."""
+    """How much a step keeps, as multiples."""
 
     layer: tuple[float, float]
     """Numbers per token and channel that a layer keeps for its gradient: in the compute type, and in float32."""
@@ -74,30 +74,30 @@ class _Factors:
 # The CPU's own kernels, which compute attention by blocks and the logits of three chunks at once.
 _CPU = _Factors(layer=(15.0, 0.0), ends=(8.6, 0.0), attention=1.5, logits=2.7, head=1.1, muon=5.0)
 _CPU_CHUNKS = 3
-# Sums of the head's gradient for chunks that MLX begins ahead, of so many at most; Muon's copies if lanes share them.
+# The head's gradients for chunks that MLX begins early, and their maximum; Muon's copies if lanes share them.
 _CPU_HEAD_PER_CHUNK, _CPU_MOST_HEADS, _CPU_MUON_OF_LANES = 0.4, 8, 8.5
 # MLX's own operations, as on Metal and CUDA.
 _PLAIN = _Factors(layer=(19.5, 6.0), ends=(17.0, 2.5), attention=5.0, logits=3.0, head=2.0, muon=1.05)
 # With recomputation, what a layer keeps (its input and the residual's sum), and what lies outside of the layers while
 # a layer is computed again.
 _LAYER_INPUT, _PLAIN_RECOMPUTED_ENDS = 0.5, 9.0
-# What a layer keeps besides for learnt residual scalars (the stream they scale) and for a gated value embedding.
+# What a layer keeps in addition for learnt residual scalars (the stream they scale) and a gated value embedding.
 _RESIDUAL, _VALUE_EMBEDDING = 1.0, 1.4
 _TEACHER_LOGITS = 3.5  # further copies with a teacher: its logits and exponentials, softened ones, a product
-# Layers' KV caches that are there twice: while they grow, or, by MLX's own operations, are written.
+# Layers' KV caches that exist twice while they grow or, with MLX's own operations, are written.
 _CPU_GROWING, _PLAIN_GROWING = 1.0, 1.7
 # Copies of the sampled rows' logits, and numbers per token and channel while a prompt is read.
 _DRAWN_LOGITS, _READ = 3.0, 18.0
-# Copies of the largest matrix that a lane has: unpacked (in sampling one lane's more); and as it
-# is with its adapter, squared, for rows' lengths.
+# Copies of the largest matrix in a lane: unpacked (in sampling one lane's more); and with its adapter, squared, for the
+# lengths of rows.
 _UNPACKED, _LENGTHS = 1.5, 6.0
-_ADAMW = 3  # a parameter and its two moments, old ones still there
+_ADAMW = 3  # a parameter and its two moments while the old ones exist
 _GROUP = 64  # packed numbers that share a scale and an offset
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """What computes, and how much memory it may use."""
+    """The computing device, and how much memory it may use."""
 
     kind: str = "cpu"
     """cpu, metal or cuda."""
@@ -108,12 +108,12 @@ class Device:
     compute_bytes: int = 4
     """Of a number that is computed with: 4 in float32, 2 in bfloat16."""
     limit_bytes: int | None = None
-    """None: only MLX can tell."""
+    """None: unknown without MLX."""
     limit_is: str = ""
-    """Where the limit comes from, for people."""
+    """Where the limit comes from, for messages."""
 
     def fits(self, needed_bytes: int) -> bool:
-        """Return True if so much memory fits, or if the limit is unknown."""
+        """Return True if the bytes fit, or if the limit is unknown."""
         return self.limit_bytes is None or needed_bytes <= self.limit_bytes
 
     def most_rows(self, most: int, needed: Callable[[int], int]) -> int:
@@ -148,14 +148,14 @@ class Decoding:
     casts: bool = False
     """Whether float32 weights are cast to the compute type meanwhile."""
     remedies: tuple[str, ...] = ()
-    """Settings that lower the need, for people."""
+    """Settings that lower the need, for messages."""
 
     def on(self, machine: MachineConfig, *, ask_mlx: bool = False) -> Decoding:
         """Return the same on the device of a machine: `find_device`."""
         return replace(self, device=find_device(machine, ask_mlx=ask_mlx))
 
     def bytes_beside_weights(self, rows: int) -> int:
-        """Return what the engine needs for so many rows at a time: the KV cache, a prompt, a copy of the weights."""
+        """Return the engine's bytes with this many rows at a time: KV cache, a prompt, a copy of the weights."""
         sizes, device, counts = self.sizes, self.device, count_parameters(self.sizes)
         room = -(-self.row_tokens // bounds.KV_TOKENS) * bounds.KV_TOKENS
         held = [room if window is None else min(room, window + bounds.KV_TOKENS) for window in sizes.windows()]
@@ -179,7 +179,7 @@ class Decoding:
         """Return how many answers fit at a time beside the weights and `held_bytes`, at most `most`.
 
         Raises:
-            ConfigError: not a single one; `what` needs the memory.
+            ConfigError: none fits; the message begins with `what`.
         """
         if found := self.device.most_rows(most, lambda rows: held_bytes + self.peak_bytes(rows)):
             return found
@@ -187,7 +187,7 @@ class Decoding:
         raise ConfigError(f"{what} {self.device.excess(held_bytes + self.peak_bytes(1), row, self.remedies)}")
 
     def peak_bytes(self, rows: int) -> int:
-        """Return what is held at most with so many rows at a time: weights and engine, or weights being packed."""
+        """Return the peak with this many rows at a time: weights and engine, or weights being packed."""
         weights = round(self._weights() * self.device.compute_bytes)
         whole = count_parameters(self.sizes)["total"] * self.device.compute_bytes
         loading = 0 if self.bits is None else weights + whole
@@ -210,10 +210,10 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSize:
-    """What a teacher holds, in bytes."""
+    """Memory of a teacher, in bytes."""
 
     weights: int
-    """As its files have them."""
+    """Size of its files."""
     kept_per_token: int
     """Of a micro-batch, until its loss is known: final states, or the keys and values of mlx-lm's cache."""
     working_per_token: int
@@ -222,21 +222,21 @@ class TeacherSize:
 
 @dataclass(frozen=True, kw_only=True)
 class PeakBytes:
-    """What a training holds, in bytes."""
+    """Memory of a training, in bytes."""
 
     weights: int
     moments: int
     """The optimizer's state."""
     kept: int
-    """The trained weights once more, where they are held twice, and those of a teacher."""
+    """Further copies of the trained weights, and a teacher's weights."""
     gradients: int
     """Of all lanes, once the backward pass is done."""
     working: int
-    """The most that a step holds besides."""
+    """The most that a step needs in addition."""
     sampled_rows: int = 0
     """Answers that are sampled at a time between steps: the most that fit, at least 1."""
     sampling: int = 0
-    """What these need besides."""
+    """What these need in addition."""
 
     @property
     def total(self) -> int:
@@ -255,7 +255,7 @@ class Training:
     row_tokens: int
     device: Device = Device()
     recompute: bool = False
-    """Whether layers keep their input alone (`machine.grad_checkpointing`)."""
+    """Whether layers keep only their input (`machine.grad_checkpointing`)."""
     further_weights: int = 0
     """Further copies of the trained weights: the best so far, RL's frozen reference."""
     teacher: TeacherSize | None = None
@@ -271,7 +271,7 @@ class Training:
     num_ranks: int = 1
     """Processes that share an iteration's rows and the moments."""
     remedies: tuple[str, ...] = ()
-    """Settings of the stage that lower the need, for people."""
+    """Settings of the stage that lower the need, for messages."""
 
     def on(self, machine: MachineConfig, *, ask_mlx: bool = False) -> Training:
         """Return the same on the device and ranks of a machine: `find_device`."""
@@ -284,17 +284,17 @@ class Training:
         return -(-self.rows // self.num_ranks)
 
     def peak_bytes(self, micro_rows: int) -> int:
-        """Return the predicted peak with so many rows at a time."""
+        """Return the predicted peak with this many rows at a time."""
         return predict_peak(self, micro_rows).total
 
     def fits(self, micro_rows: int) -> bool:
-        """Return True if so many rows at a time fit, or if the limit is unknown."""
+        """Return True if this many rows at a time fit, or if the limit is unknown."""
         return self.device.fits(self.peak_bytes(micro_rows))
 
     def micro_rows(self, most_tokens: int) -> int:
         """Return the rows of the largest micro-batch that fits and has at most `most_tokens`; 0: not even one row fits.
 
-        Micro-batches of one size where that costs less than half of it; else as equal as can be.
+        Micro-batches have one size where that costs less than half of it; otherwise they are as equal as possible.
         """
         most = max(1, min(self.own_rows, most_tokens // self.row_tokens))
         fitting = next((rows for rows in range(most, 0, -1) if self.fits(rows)), 0)
@@ -316,7 +316,7 @@ class Training:
 
 
 def predict_peak(training: Training, micro_rows: int) -> PeakBytes:
-    """Return what a training with `micro_rows` rows at a time holds, within about 15 %."""
+    """Return the memory of a training with `micro_rows` rows at a time, within about 15 %."""
     sizes, device, adapters, teacher = training.sizes, training.device, training.adapters, training.teacher
     plain, compute_bytes, rows, num_ranks = device.plain, device.compute_bytes, training.own_rows, training.num_ranks
     factors = _PLAIN if plain else _CPU
@@ -328,9 +328,9 @@ def predict_peak(training: Training, micro_rows: int) -> PeakBytes:
     value_layers = sum(map(sizes.has_value_embedding, range(sizes.num_layers)))
     casts = adapters is None and compute_bytes != _MASTER_BYTES
     if adapters is None:
-        # A lane has whole gradients of its own but for the tables of embeddings, of which it makes the rows it read.
+        # A lane has its own whole gradients, except for embeddings, of which it computes the rows that it read.
         trained, frozen, tables = parameters, 0, counts["embedding"] + counts["value_embeddings"]
-        # Shares of the matrices and tables move side by side, also where a micro-batch has fewer rows than lanes.
+        # Shares of the matrices and tables are updated in parallel, also where a micro-batch has fewer rows than lanes.
         workspace = _ADAMW * max(counts["embedding"], 4 * sizes.width**2) * min(device.num_lanes, 2 + value_layers)
         if muon:
             share = factors.muon if plain else min(factors.muon, _CPU_MUON_OF_LANES / device.num_lanes)
@@ -354,7 +354,7 @@ def predict_peak(training: Training, micro_rows: int) -> PeakBytes:
     if num_ranks > 1:
         bucket = min(whole, max(bounds.BUCKET_BYTES, counts["embedding"] * _MASTER_BYTES))
         summing = max(summing, whole + 2 * bucket)
-        # New weights come in before the old ones go; each rank's part is there once more, and as a message.
+        # New weights arrive before the old ones are freed; each rank's part exists once more, and as a message.
         arriving = min(whole, num_ranks * bucket) + 2 * whole // num_ranks
         moving = max(whole + workspace * _MASTER_BYTES // num_ranks, arriving)
     backward = accumulated + max(round(activations + logits), gradients)
@@ -379,7 +379,7 @@ def predict_peak(training: Training, micro_rows: int) -> PeakBytes:
 def _activation_bytes(training: Training, tokens: int, *, again_bytes: float) -> float:
     """Return what the backward pass needs of the layers, attention's weights included.
 
-    `again_bytes` is held besides while a layer is recomputed: gradients so far, less the logits, which are gone then.
+    `again_bytes` is needed in addition while a layer is recomputed: gradients so far, less the logits, freed by then.
     """
     sizes, plain, compute_bytes = training.sizes, training.device.plain, training.device.compute_bytes
     factors, row_tokens = _PLAIN if plain else _CPU, training.row_tokens
@@ -398,7 +398,7 @@ def _activation_bytes(training: Training, tokens: int, *, again_bytes: float) ->
 
 
 def _logits_bytes(training: Training, tokens: int, lanes: int) -> float:
-    """Return what logits need: those of some chunks and, unless the head is frozen, the head's gradients."""
+    """Return the bytes of some chunks' logits and, unless the head is frozen, of the head's gradients."""
     vocab_size, plain = training.sizes.vocab_size, training.device.plain
     factors = _PLAIN if plain else _CPU
     if plain:
@@ -425,7 +425,7 @@ def _frozen_bytes(sizes: GPTSizes, adapters: AdapterSizes, compute_bytes: int) -
 
 
 def _adapter_bytes(training: Training, adapters: AdapterSizes, tokens: int, lanes: int) -> float:
-    """Return what is computed of frozen matrices: unpacked ones, and DoRA's lengths of rows with what they scale."""
+    """Return the bytes computed from frozen matrices: unpacked ones, and DoRA's row lengths with what they scale."""
     largest = 4 * training.sizes.width**2 * training.device.compute_bytes
     found = 0.0 if adapters.bits is None else _UNPACKED * lanes * largest
     if adapters.kind == "dora":
@@ -438,7 +438,7 @@ def _adapter_bytes(training: Training, adapters: AdapterSizes, tokens: int, lane
 
 
 def predict_forward_bytes(sizes: GPTSizes, *, tokens: int, compute_bytes: int = 4) -> int:
-    """Return about how much a forward pass with losses needs: the weights, a few layers' streams, the logits."""
+    """Return the approximate bytes of a forward pass with losses: weights, a few layers' streams, logits."""
     weights = count_parameters(sizes)["total"] * _MASTER_BYTES
     streams = (_CPU.layer[0] + _CPU.ends[0]) * sizes.width * compute_bytes
     return weights + round(tokens * (streams + _CPU.logits * sizes.vocab_size * _MASTER_BYTES))
@@ -457,7 +457,7 @@ def _mean_keys(tokens: int, window: int | None) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What is computed at a time."""
+    """The rows computed at a time."""
 
     tokens: int
     predicted_peak_bytes: int
@@ -465,17 +465,17 @@ class MicroBatch:
     """Answers that are sampled at a time."""
 
     def numbers(self) -> dict[str, int]:
-        """Return what is shown and recorded of it."""
+        """Return its numbers for display and manifest."""
         numbers = {"micro_batch_tokens": self.tokens, "predicted_peak_bytes": self.predicted_peak_bytes}
         return {**numbers, "sampled_rows": self.sampled_rows} if self.sampled_rows else numbers
 
 
 def find_device(machine: MachineConfig | None = None, *, ask_mlx: bool = False) -> Device:
-    """Return what will compute and how much memory it may use.
+    """Return the computing device and how much memory it may use.
 
     Args:
-        machine: what was asked for; None: the device that MLX chooses, without limits of its own.
-        ask_mlx: whether MLX may be imported, without which a CUDA device's memory is not known.
+        machine: configured machine; None: the device that MLX chooses, without configured limits.
+        ask_mlx: whether MLX may be imported, without which a CUDA device's memory is unknown.
     """
     machine = machine or _DEFAULT
     kind = device_kind(machine.device)
@@ -488,7 +488,7 @@ def find_device(machine: MachineConfig | None = None, *, ask_mlx: bool = False) 
     else:
         limit = int(total * MEMORY_SHARE[kind])
         where = f"{MEMORY_SHARE[kind]:.0%} of this machine's {format_bytes(total)}"
-        if kind != "cuda" and neighbours > 1:  # there each has a GPU of its own
+        if kind != "cuda" and neighbours > 1:  # on CUDA each has its own GPU
             limit //= neighbours
             where += f", shared by {neighbours} ranks"
     return Device(
@@ -505,9 +505,9 @@ def count_ranks(machine: MachineConfig) -> tuple[int, int]:
 
 
 def choose_micro_batch(ctx: Context, training: Training) -> MicroBatch:
-    """Return what a stage computes at a time.
+    """Return the micro-batch of a stage.
 
-    A training that continues takes what it began with, as long as that fits: sums are rounded by micro-batch.
+    A resumed training keeps its micro-batch while that fits, because rounding depends on it.
 
     Raises:
         ConfigError: it does not fit; with the predicted bytes and settings that would.
@@ -556,7 +556,7 @@ def forward_tokens(machine: MachineConfig, sizes: GPTSizes, *, training_peak_byt
 
 
 def memory_of(config: Config, stage: Stage, sizes: GPTSizes | None = None) -> Training | Decoding | None:
-    """Return what a stage needs memory for, as far as its FORECAST says; None: it says nothing.
+    """Return the memory needs that a stage's FORECAST describes; None: it describes none.
 
     Args:
         config: of the whole run.
@@ -575,7 +575,7 @@ def memory_of(config: Config, stage: Stage, sizes: GPTSizes | None = None) -> Tr
 
 
 def describe_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, str]:
-    """Return step → predicted peak and micro-batch of the plan's trainings that are to run, for people."""
+    """Return step → description of predicted peak and micro-batch, for the plan's pending trainings."""
     lines = {}
     for step, training in _needs(config, plan):
         if not isinstance(training, Training):
@@ -588,7 +588,7 @@ def describe_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, st
 
 
 def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
-    """Refuse a plan with trainings or evaluations that cannot fit.
+    """Refuse a plan with trainings or evaluations that do not fit.
 
     Raises:
         ConfigError: with each one's predicted peak, the limit, and the keys that lower it.
@@ -607,7 +607,7 @@ def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:
 
 
 def forecast_bytes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, int]:
-    """Return step → predicted peak of the plan's steps that are to run, as far as their stages forecast it."""
+    """Return step → predicted peak of the plan's pending steps whose stages forecast it."""
     found = {}
     for step, need in _needs(config, plan):
         rows = rows_at_a_time(need, config.machine) if isinstance(need, Training) else need.rows(step.name)
@@ -615,8 +615,8 @@ def forecast_bytes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, int
     return found
 
 
-def remark_apart(config: Config, plan: Iterable[PlannedStep]) -> list[str]:
-    """Return a line with the steps that could run at the same time, but together exceed the memory."""
+def describe_conflicts(config: Config, plan: Iterable[PlannedStep]) -> list[str]:
+    """Return a line with steps that could run at the same time but together exceed the memory."""
     plan, limit = list(plan), find_device(config.machine)
     if config.machine.max_parallel_steps < 2 or limit.limit_bytes is None:
         return []
@@ -634,7 +634,7 @@ def remark_apart(config: Config, plan: Iterable[PlannedStep]) -> list[str]:
 
 
 def _needs(config: Config, plan: Iterable[PlannedStep]) -> list[tuple[PlannedStep, Training | Decoding]]:
-    """Return what the plan's steps that are to run need memory for."""
+    """Return the memory needs of the plan's pending steps."""
     plan = list(plan)
     given = find_given_sizes(config, plan)
     found = ((step, memory_of(step.config, step.stage, given.get(step.name))) for step in plan if not step.done)

@@ -103,10 +103,10 @@ def tabled_peak_flops(device_name: str, dtype: mx.Dtype) -> float | None:
 
 
 def _rate(shape: tuple[int, int, int], dtype: mx.Dtype, seconds: float) -> float:
-    """Return the highest rate of the products that fit in so many seconds, one after a first that is not counted.
+    """Return the highest rate of the products computed in `seconds`, after a first one that is not counted.
 
-    Each core computes products of its own, as in training: threads that share a product wait for each other by
-    spinning, which beside another program has shown a thirtieth of the rate.
+    Each core computes its own products, as in training: threads that share a product spin while they wait, which beside
+    another program reduced the rate to a thirtieth.
     """
     rows, inner, columns = shape
     lanes = make_lanes()

@@ -26,7 +26,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One pretraining and what came of it."""
+    """One finished pretraining."""
 
     name: str
     depth: int
@@ -34,7 +34,7 @@ class Training:
     parameters: dict[str, int]
     """By kind, as `count_parameters` returns them."""
     horizon_parameters: int
-    """N: those that tokens per parameter count."""
+    """N: those counted by tokens per parameter."""
     num_iterations: int
     tokens: int
     flops: float
@@ -63,7 +63,7 @@ class IsoFlop:
     best_bpb: float | None
 
     def bpb_at(self, parameters: float) -> float:
-        """Return what the parabola says for a model with so many parameters."""
+        """Return the parabola's bits per byte for this number of parameters."""
         a, b, c = self.coefficients
         x = math.log(parameters / self.centre)
         return a * x * x + b * x + c
@@ -77,7 +77,7 @@ class PowerLaw:
     at_centre: float
     exponent: float
     half_width: float | None
-    """Of the exponent's 95 % interval, by Student's t; None with two points, which leave nothing to judge it by."""
+    """Of the exponent's 95 % interval, by Student's t; None with two points, which leave no residuals."""
     num_points: int
 
     def __call__(self, x: float) -> float:
@@ -87,7 +87,7 @@ class PowerLaw:
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingLaws:
-    """What trainings at several budgets say."""
+    """Laws fitted to trainings at several budgets."""
 
     budgets: list[IsoFlop]
     """By FLOPs."""
@@ -180,7 +180,7 @@ def fit_budget(trainings: Sequence[Training]) -> IsoFlop:
 
 
 def table_of(trainings: Sequence[Training]) -> list[dict[str, Any]]:
-    """Return a row for each training, with the columns of nanochat's scaling_laws.sh; those with no score are empty."""
+    """Return a row for each training, with the columns of nanochat's scaling_laws.sh; missing scores are empty."""
     return [
         {
             "flops_budget": f"{group[0].flops:.4g}",

@@ -1,4 +1,4 @@
-"""How much text a run will read, and which files of a corpus that takes: derived from the horizon."""
+"""How much text a run will read, and from which files of a corpus, derived from the horizon."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.store import Store
 
-# Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; smaller vocabularies have fewer. Measured once ours is there.
+# Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu, smaller for smaller vocabularies; later measured.
 ESTIMATED_CHARS_PER_TOKEN = 4.8
 # Share of the tokens that packing=best_fit crops away: nanochat's figure for rows of 2,048. Other packings keep all.
 CROPPED_SHARE = 0.35
@@ -26,7 +26,7 @@ LEAST_CHARS = 20_000_000
 
 @dataclass(frozen=True)
 class TextNeed:
-    """The text of a plan's steps that are to run, from a corpus on the Hub."""
+    """The text that pending steps of a plan read from a corpus on the Hub."""
 
     tokens: int
     """Tokens that the model trains on."""
@@ -34,7 +34,7 @@ class TextNeed:
     is_measured: bool
     """Whether `chars_per_token` is that of the finished tokenizer, not an estimate."""
     chars: float
-    """Characters that are read: what is cropped away and the margin included; at least what the tokenizer reads."""
+    """Characters to read, including cropped ones and the margin; at least what the tokenizer reads."""
     cropped_share: float
     """Share of the tokens that packing drops."""
     token_bytes: int
@@ -52,7 +52,7 @@ class TextNeed:
         return {"train_chars": self.chars}
 
     def __str__(self) -> str:
-        """For people."""
+        """Return a description."""
         how = "measured" if self.is_measured else "estimated"
         text = f"text: {format_count(self.chars)} characters"
         if self.tokens:
@@ -72,7 +72,7 @@ class TextNeed:
 
 
 def find_text_need(config: Config, plan: Iterable[PlannedStep], store: Store) -> TextNeed | None:
-    """Return what the steps that are to run will read; None: no corpus of the Hub, or no such step."""
+    """Return what pending steps will read; None: no corpus of the Hub, or no such step."""
     plan = list(plan)
     steps = {step.stage.name: step for step in plan}
     waiting = {step.stage.name for step in plan if _reads_text(step)}
@@ -96,7 +96,7 @@ def find_text_need(config: Config, plan: Iterable[PlannedStep], store: Store) ->
 
 
 def describe_text(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, str]:
-    """Return step → what is known of the text that a plan's steps will read, for people."""
+    """Return step → description of the text that a plan's steps will read."""
     plan = list(plan)
     need = find_text_need(config, plan, store)
     readers = [step.name for step in plan if _reads_text(step)]
@@ -104,11 +104,11 @@ def describe_text(config: Config, plan: Iterable[PlannedStep], store: Store) -> 
 
 
 def check_text_room(need: TextNeed | None, store: Store) -> None:
-    """Refuse a run whose text, and what is made of it, has no room on the disk, as far as its files are known.
+    """Refuse a run whose text and encoded text do not fit on the disk, as far as its files are known.
 
     Args:
         need: of the run.
-        store: where the encoded text goes; encoded text that it already has counts as this run's.
+        store: where encoded text goes; existing encoded text counts as this run's.
 
     Raises:
         DataError: with the bytes that are missing and those that are free.

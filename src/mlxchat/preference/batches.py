@@ -1,4 +1,4 @@
-"""Batches of pairs, whose weights follow from the loss under the present weights; the reference; validation.
+"""Batches of pairs weighted by the loss under the present weights; the reference; validation.
 
 `PairBatches.next_batch` follows an iteration: take the next pairs of the epoch's order, sum the answers'
 log-probabilities (rl/scores.py), derive one weight per answer from the loss (loss.py).
@@ -25,14 +25,14 @@ Log = Callable[[dict[str, Any]], None]
 
 _WIDTH_STEP = 32  # of batches, so that few shapes are compiled
 _SCORED_PAIRS = 32
-"""Pairs whose log-probabilities are computed between two looks at stop signals."""
+"""Pairs whose log-probabilities are computed between two checks for a signal."""
 
 
 class PairRows:
     """Pairs as rows of tokens, numbered from 0 without those that are too long."""
 
     def __init__(self, tokens: Tokens, *, answer_start: int, padding: int, row_tokens: int) -> None:
-        """Leave out the pairs one of whose rows is longer than `row_tokens` inputs.
+        """Leave out pairs with a row of more than `row_tokens` inputs.
 
         Args:
             tokens: both answers of each pair as conversations, the chosen one first.
@@ -78,7 +78,7 @@ class PairBatches:
         self, pairs: PairRows, scores: PolicyScores, reference: Floats | None, config: PreferenceConfig, *, seed: int,
         log: Log,
     ) -> None:  # fmt: skip
-        """Take what a batch needs.
+        """Start at the first pair.
 
         Args:
             pairs: to train on.

@@ -1,4 +1,4 @@
-"""What is known of preference training before it runs: its memory, and why it cannot run. Imports no MLX."""
+"""The forecast of preference training: its memory, and why it cannot run. Imports no MLX."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def describe(config: PreferenceConfig, optimizer: OptimizerConfig, sizes: GPTSiz
 
 
 def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: GPTSizes | None) -> Iterator[str]:
-    """Yield why a step cannot train on rows as long as these, or extend the finished training that it names."""
+    """Yield why a step cannot train on rows of this length, or extend the finished training that it names."""
     rows = config.preference.row_tokens
     if sizes is not None and rows > sizes.context_tokens:
         yield (
-            f"preference.row_tokens={rows} is longer than the context of the model that {step.name} goes on from: "
+            f"preference.row_tokens={rows} is longer than the context of the model that {step.name} starts from: "
             f"{sizes.context_tokens}. Give preference.row_tokens={sizes.context_tokens}"
         )
 

@@ -19,7 +19,7 @@ _LARGEST_MEAN = -1e-6  # the odds of an answer of probability 1 are infinite
 
 @dataclass(frozen=True, kw_only=True)
 class PairLoss:
-    """A loss, its derivatives, and what the model prefers."""
+    """A loss, its derivatives, and the model's preferences."""
 
     values: Floats
     """(P,): the loss of each pair; that of a batch is their mean."""

@@ -18,7 +18,7 @@ from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task
 
 _SAMPLED_ROWS = 128
-"""Answers that are sampled between two looks at stop signals."""
+"""Answers that are sampled between two checks for a signal."""
 
 
 def sample_pairs(

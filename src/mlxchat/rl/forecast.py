@@ -1,4 +1,4 @@
-"""What is known of RL before it runs: its memory, and why it cannot extend another. Imports no MLX."""
+"""The forecast of RL: its memory, and why it cannot extend another training. Imports no MLX."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _SAME = (
 
 
 def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
-    """Return what the memory of RL depends on; rows are as long as the tasks bound prompts, else as the context.
+    """Return what the memory of RL depends on.
 
-    The stage measures the longest prompt and counts again.
+    Rows are as long as the tasks' bounds of prompts allow, or as the context; the stage measures the longest prompt.
     """
     limits = [task_class(item.task).prompt_tokens for item in (config.rl.task, config.rl.evaluation)]
     known = [limit for limit in limits if limit is not None]
@@ -51,7 +51,7 @@ def longest_answer(config: RLConfig) -> int:
 
 
 def describe(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, row_tokens: int) -> Training:
-    """Return what the memory of RL depends on, with rows of so many tokens at most."""
+    """Return what the memory of RL depends on, with rows of at most `row_tokens` tokens."""
     adapters = adapter_sizes_of("rl.adapter", config.adapter, sizes)
     rows = config.questions_per_iteration * config.samples_per_question
     return Training(

@@ -123,7 +123,7 @@ class UserReward:
         raise StepFailed(
             f"{self._name}: {self._part.function} {problem}.\nThe answer was {shown!r}.\n"
             f"Run the same command to try again. {self._file.name} is part of RL's identity: if you change it, RL "
-            f"starts from the beginning. Set {self._name}.failure_value to give such answers a fixed value and go on."
+            f"starts from the beginning. To continue, set {self._name}.failure_value, the value of such answers."
         )
 
     def _call(self, conversation: Conversation, text: str) -> tuple[float, str | None]:

@@ -163,11 +163,11 @@ class Rollouts:
         keep: Log = lambda record: None,
         reference: Flat | None = None,
     ) -> None:
-        """Shuffle the questions and try the reward functions out.
+        """Shuffle the questions and try out the reward functions.
 
         Args:
             engine: samples from the model that is trained, or from its quantised weights.
-            task: asks the questions and has their expected answers.
+            task: questions and expected answers.
             config: of RL.
             seed: of the questions' order and of all samples.
             log: gets the numbers of each iteration and update.
@@ -269,19 +269,19 @@ class Rollouts:
         rounds at most (DAPO's dynamic sampling).
         """
         config = self._config
-        groups = self._ask(first, config.questions_per_iteration, seed)
+        groups = self._sample_questions(first, config.questions_per_iteration, seed)
         asked = list(groups)
         for attempt in range(1, config.resample_rounds + 1):
             places = [place for place, group in enumerate(groups) if not group.has_signal]
             if not places:
                 break
-            more = self._ask(first + len(asked), len(places), draw_seed(seed, attempt))
+            more = self._sample_questions(first + len(asked), len(places), draw_seed(seed, attempt))
             asked += more
             for place, group in zip(places, (group for group in more if group.has_signal), strict=False):
                 groups[place] = group
         return groups, asked
 
-    def _ask(self, first: int, count: int, seed: int) -> list[Group]:
+    def _sample_questions(self, first: int, count: int, seed: int) -> list[Group]:
         """Sample and reward the groups of `count` questions from place `first` of the order on."""
         config, tokenizer = self._config, self.engine.tokenizer
         questions = [int(self._order[(first + place) % len(self._order)]) for place in range(count)]
@@ -358,7 +358,7 @@ def updates_per_rollout(config: RLConfig) -> int:
 
 
 def needs_log_probs(config: RLConfig) -> bool:
-    """Return True if the loss needs log-probabilities. If every rollout has one update, all ratios are 1."""
+    """Return True if the loss needs log-probabilities. With one update per rollout all ratios are 1."""
     return updates_per_rollout(config) > 1 or config.kl_coefficient > 0 or config.rollout_bits is not None
 
 
@@ -366,7 +366,7 @@ def sample(
     engine: Engine, prompts: list[list[int]], config: RLConfig, *, samples: int, seed: int, log_probabilities: bool,
     max_new_tokens: int | None = None,
 ) -> list[list[Completion]]:  # fmt: skip
-    """Return `samples` completions per prompt, sampled as the configuration says; None: of max_new_tokens at most."""
+    """Return `samples` completions per prompt, sampled as configured; `max_new_tokens` replaces the configured one."""
     found = engine.complete(
         [prompt for prompt in prompts for _ in range(samples)],
         max_new_tokens=max_new_tokens or config.max_new_tokens,
@@ -408,7 +408,7 @@ def summarise(solved: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[str, float]:
 
 
 def render_question(tokenizer: Tokenizer, conversation: Conversation, config: RLConfig) -> list[int]:
-    """Return the ids of a question up to where the answer begins, the system prompt before it if it brings none."""
+    """Return the ids of a prompt: system_prompt, unless the question has a system message, and the question."""
     messages = conversation["messages"]
     if config.system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": config.system_prompt}, *messages]
@@ -422,10 +422,10 @@ def longest_prompt(tokenizer: Tokenizer, config: RLConfig, *tasks: Task) -> int:
 
 def conversation_rows(tokenizer: Tokenizer, task: Task) -> list[Row]:
     """Return rows of whole conversations with the assistant's tokens as targets, to check quantised weights on."""
-    said = [render_conversation(tokenizer, task[index]) for index in range(min(len(task), _CHECKED_CONVERSATIONS))]
-    width = max(len(ids) for ids, _ in said)
+    rendered = [render_conversation(tokenizer, task[index]) for index in range(min(len(task), _CHECKED_CONVERSATIONS))]
+    width = max(len(ids) for ids, _ in rendered)
     rows = []
-    for ids, mask in said:
+    for ids, mask in rendered:
         padded = np.full(width, tokenizer.assistant_end, dtype=np.int32)
         targets = np.full(width, IGNORED, dtype=np.int32)
         padded[: len(ids)], targets[: len(ids)] = ids, np.where(mask, ids, IGNORED)

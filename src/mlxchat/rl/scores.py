@@ -101,7 +101,7 @@ def round_up(count: int, step: int) -> int:
     return -(-int(count) // step) * step
 
 
-# What every rank of a team does
+# On every rank of a team
 
 
 def _share_reference(team: Team, weights: Flat) -> None:

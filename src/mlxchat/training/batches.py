@@ -1,4 +1,4 @@
-"""A batch of rows, and where batches come from."""
+"""Batches of rows and their sources."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Batch:
     targets: Ints
     weights: np.ndarray[Any, np.dtype[np.float32]]
     offset: float = 0.0
-    """Added to the loss that is reported, where the weights stand for the gradient of another one."""
+    """Added to the reported loss, where the weights express the gradient of another loss."""
 
 
 def mean_batch(rows: Sequence[tuple[Ints, Ints]], *, trimmed: bool = False) -> Batch:
-    """Return rows as a batch whose loss is the mean over all their targets, on request without their common padding."""
+    """Return rows as a batch whose loss is the mean over all targets; `trimmed` removes their common padding."""
     ids = np.stack([row[0] for row in rows])
     targets = np.stack([row[1] for row in rows])
     if trimmed:
@@ -60,9 +60,9 @@ class RowBatches:
     """`num_rows` rows of a stream for each iteration; a context manager that closes the stream."""
 
     def __init__(self, rows: RowStream, num_rows: int, *, trimmed: bool = False) -> None:
-        """Take the stream; trimmed batches lack the padding that all their rows end with."""
+        """Start at the stream's position; `trimmed` removes the padding that all rows of a batch end with."""
         self._rows, self._num_rows, self._trimmed = rows, num_rows, trimmed
-        # Those of the last whole batch: the next one may be interrupted halfway.
+        # After the last whole batch: the next one may be interrupted.
         self._state, self._counts = rows.state(), rows.counts()
         self._addresses: list[Any] = []
         self.waited_seconds = 0.0

@@ -15,14 +15,13 @@ from mlxchat.model.gpt import GPT, set_parameters, trained_parameters
 class Best:
     """The candidate with the best held-out number, the first of equals.
 
-    Candidates are every so many iterations and the last one, so the result does not depend on how often the number is
-    shown.
+    Candidates are the iterations that `every` divides and the last one, however often the number is measured.
     """
 
     def __init__(
         self, *, every: int, basis: Any, metric: str = "val_bpb", choose: Callable[[float, float], float] = min
     ) -> None:
-        """Keep none yet.
+        """Start without weights.
 
         Args:
             every: iterations between candidates.
@@ -32,7 +31,7 @@ class Best:
         """
         self.every, self.metric, self._basis, self._choose = every, metric, basis, choose
         self.iteration: int | None = None
-        """Whose weights are kept; None: there was no candidate with a finite number."""
+        """Of the kept weights; None: no candidate had a finite number."""
         self.numbers: dict[str, float] = {}
         """Their held-out numbers."""
         self.weights: dict[str, mx.array] = {}
@@ -49,7 +48,7 @@ class Best:
 
     @contextmanager
     def in_place(self, model: GPT) -> Iterator[None]:
-        """Give the model these weights for a while, if there are any."""
+        """Set the model to these weights, if there are any, within the block."""
         own = trained_parameters(model)
         set_parameters(model, self.weights)
         try:
@@ -58,7 +57,7 @@ class Best:
             set_parameters(model, own)
 
     def put_back(self, model: GPT, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Give the model these weights for good.
+        """Set the model to these weights.
 
         Returns:
             best_iteration and their numbers, in place of those in `metrics`, which become last_<name>.
@@ -69,7 +68,7 @@ class Best:
         return {**self.numbers, "best_iteration": self.iteration, **last}
 
     def state(self) -> dict[str, Any]:
-        """Return all of it but the weights, as JSON data."""
+        """Return everything except the weights, as JSON data."""
         return {"iteration": self.iteration, "numbers": self.numbers, "basis": self._basis}
 
     def restore(self, state: Mapping[str, Any], weights: Mapping[str, mx.array]) -> None:

@@ -32,8 +32,8 @@ def find_extension_problems(
         plan: all steps.
         same: sections and settings that weights, moments or the position in the data depend on.
         may_differ: exceptions from these.
-        count_wanted: takes what the finished training derived, returns the iterations that the step is to have in all;
-            None: not known before it runs.
+        count_wanted: returns the total iterations of the step from what the finished training derived; None: unknown
+            before it runs.
     """
     extended = step.artifacts.get("extends")
     if extended is None:
@@ -41,9 +41,13 @@ def find_extension_problems(
     stage = step.stage.name
     derived = extended["derived"]
     if extended["stage"] == stage:
-        found = [*_what_lacks(extended), *_settings(step, extended, same, may_differ), *_inputs(step, plan, extended)]
+        found = [
+            *_find_missing_state(extended),
+            *_find_changed_settings(step, extended, same, may_differ),
+            *_find_changed_inputs(step, plan, extended),
+        ]
     elif (extended["stage"], stage) == ("imported", "pretrain"):
-        found = [*_what_lacks(extended)] or [*_what_differs_from_nanochat(step, plan, extended)]
+        found = [*_find_missing_state(extended)] or [*_find_model_differences(step, plan, extended)]
         derived = derived if found else {**derived, "num_iterations": _updates_of_import(step, extended)}
     else:
         found = [f"{extended['name']} is made by stage {extended['stage']}; only stage {stage}'s own can be extended"]
@@ -58,11 +62,11 @@ def find_extension_problems(
 
 
 def keeps_state(manifest: Manifest) -> bool:
-    """Return True if a finished training saved its moments and position, from which another continues."""
+    """Return True if a finished training contains what an extension needs: moments and position."""
     return {file["path"] for file in manifest["outputs"]}.issuperset(CONTINUATION)
 
 
-def _what_lacks(extended: Manifest) -> Iterator[str]:
+def _find_missing_state(extended: Manifest) -> Iterator[str]:
     if keeps_state(extended):
         return
     if extended["stage"] == "imported":
@@ -74,7 +78,7 @@ def _what_lacks(extended: Manifest) -> Iterator[str]:
         )
 
 
-def _settings(
+def _find_changed_settings(
     step: PlannedStep, extended: Manifest, same: tuple[str, ...], may_differ: tuple[str, ...]
 ) -> Iterator[str]:
     def of(names: tuple[str, ...], key: str) -> bool:
@@ -92,7 +96,7 @@ def _settings(
         yield f"{len(keys) - _MOST_SHOWN} more settings differ: mlxchat show {extended['name']}"
 
 
-def _inputs(step: PlannedStep, plan: list[PlannedStep], extended: Manifest) -> Iterator[str]:
+def _find_changed_inputs(step: PlannedStep, plan: list[PlannedStep], extended: Manifest) -> Iterator[str]:
     planned = {each.name: each for each in plan}
     now = step.inputs_made(Store(Path(step.config.outputs)), planned)
     for role in step.stage.inputs:
@@ -102,9 +106,9 @@ def _inputs(step: PlannedStep, plan: list[PlannedStep], extended: Manifest) -> I
             yield f"its {role} is {here}, but {extended['name']} was made with {made.get('artifact')}"
 
 
-def _what_differs_from_nanochat(step: PlannedStep, plan: list[PlannedStep], extended: Manifest) -> Iterator[str]:
-    """Yield how an imported model differs from the one to be trained; the text is read from its beginning."""
-    # Other plans need neither.
+def _find_model_differences(step: PlannedStep, plan: list[PlannedStep], extended: Manifest) -> Iterator[str]:
+    """Yield differences between an imported model and the one to be trained; the text is read from its beginning."""
+    # Imported here because other plans need neither.
     from mlxchat.data.tokenizer import Tokenizer
     from mlxchat.planning.given import sizes_of_folder
 

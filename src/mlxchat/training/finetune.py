@@ -135,7 +135,7 @@ def _batch_tokens(stage: str, config: FinetuneConfig, checkpoint: Path, facts: d
     """Return the tokens of an iteration, at least one row: as configured, or as many as in pretraining."""
     tokens = config.batch.tokens or facts.get("pretrain_batch_tokens")
     if tokens is None:
-        raise DataError(f"{checkpoint} does not tell how large pretraining's batch was: give {stage}.batch.tokens")
+        raise DataError(f"{checkpoint} does not record the batch size of pretraining: give {stage}.batch.tokens")
     return whole_rows(int(tokens), config.batch.row_tokens)
 
 
@@ -165,7 +165,7 @@ def begin_adapters(ctx: Context, config: AdapterConfig, model: GPT, dtype: mx.Dt
 
 
 def save_trained(ctx: Context, folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-    """Write what a stage has trained into a folder: the model, or its adapters, which name the base."""
+    """Write the trained model into a folder, or its adapters, which name the base."""
     if (adapters := adapters_of(model)) is None:
         save_checkpoint(folder, model, tokenizer, facts)
         return

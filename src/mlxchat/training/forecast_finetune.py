@@ -1,4 +1,4 @@
-"""What is known of a fine-tuning before it runs: its memory, and whether model and teacher fit. Imports no MLX."""
+"""The forecast of a fine-tuning: its memory, and whether model and teacher fit. Imports no MLX."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
 
 
 def sizes_after(config: Config, stage: str, sizes: GPTSizes | None) -> GPTSizes | None:
-    """Return the sizes of the model that is trained, of those that it has before; None: the configuration's."""
+    """Return the sizes of the trained model; `sizes` are those before it (None: the configuration's)."""
     tokens = getattr(config, stage).context_tokens
     if tokens is None:
         return sizes
@@ -71,7 +71,7 @@ def describe(
     rows: int,
     teacher: TeacherSize | None,
 ) -> Training:
-    """Return what the memory of iterations of so many rows depends on."""
+    """Return what the memory of iterations of `rows` rows depends on."""
     adapters = adapter_sizes_of(f"{stage}.adapter", section.adapter, sizes)
     answers = any(task_class(item.task).kind == "generative" for item in section.suite.values())
     remedies = (f"no {stage}.teacher",) if teacher is not None else adapter_remedies(stage, adapters)
@@ -84,7 +84,7 @@ def describe(
 
 
 def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: GPTSizes | None) -> Iterator[str]:
-    """Yield why a step cannot extend another, or go on from its model or its moments, or learn from its teacher."""
+    """Yield why a step cannot extend its training, start from its model and moments, or learn from its teacher."""
     stage = step.stage.name
     section: FinetuneConfig = getattr(config, stage)
     yield from find_extension_problems(
@@ -97,17 +97,17 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
     context = (sizes or _sizes_of(config)).context_tokens
     if wanted is not None and wanted < context:
         yield (
-            f"{stage}.context_tokens={wanted} is shorter than the context of the model that {step.name} goes on from: "
-            f"{context}. It can only become longer: give more, or null"
+            f"{stage}.context_tokens={wanted} is shorter than the context of the model that {step.name} starts from: "
+            f"{context}. Give at least that, or null"
         )
     elif wanted is not None and rows != wanted:
         yield (
-            f"{stage}.context_tokens={wanted}, but rows have {rows} tokens, and no position beyond a row is learnt: "
+            f"{stage}.context_tokens={wanted}, but rows have {rows} tokens, and later positions are not trained: "
             f"give {stage}.batch.row_tokens={wanted}"
         )
     elif rows > context:
         yield (
-            f"{stage}.batch.row_tokens={rows} is longer than the context of the model that {step.name} goes on from: "
+            f"{stage}.batch.row_tokens={rows} is longer than the context of the model that {step.name} starts from: "
             f"{context}. Give {stage}.batch.row_tokens={context}, or {stage}.context_tokens={rows}"
         )
     if section.teacher.is_there:
@@ -131,13 +131,13 @@ def _warm_start_problems(config: Config, step: PlannedStep, plan: list[PlannedSt
     if source is not None and source.done:
         made = Store(Path(config.outputs)).made(source.key)
     if made is not None and not keeps_state(made):
-        again = (
+        remedy = (
             f"Train it again with {made['stage']}.save_training_state=true 'force=[{made['step'].partition(SAVED)[0]}]'"
         )
         if made["stage"] == "imported":
-            again = "Import it again with its optimizer: mlxchat import nanochat WHAT --optimizer"
+            remedy = "Import it again with its optimizer: mlxchat import nanochat WHAT --optimizer"
         yield (
-            f"{step.stage.name}.warm_start is true, but {made['name']} was made without a training state. {again}, or "
+            f"{step.stage.name}.warm_start is true, but {made['name']} was made without a training state. {remedy}, or "
             f"give {step.stage.name}.warm_start=false"
         )
 
@@ -146,7 +146,7 @@ def _warm_start_problems(config: Config, step: PlannedStep, plan: list[PlannedSt
 
 
 def measure_teacher(folder: Path) -> TeacherSize:
-    """Return what the model of a folder needs, as far as its files say."""
+    """Return the memory of the model in a folder, from its files."""
     record = _read_config(folder)
     width = _number(record, "hidden_size", "n_embd", "d_model") or 0
     layers = _number(record, "num_hidden_layers", "n_layer", "n_layers") or 0
@@ -175,7 +175,7 @@ def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path | None:
 
 
 def teacher_context(folder: Path) -> int | None:
-    """Return the longest row that a teacher takes; None: its config.json does not say."""
+    """Return the longest row that a teacher takes; None: not in its config.json."""
     return _number(_read_config(folder), *_CONTEXT_KEYS)
 
 
@@ -198,13 +198,13 @@ def _teacher_problems(config: Config, section: FinetuneConfig, trained: bool) ->
     if trained and tokens is not None and tokens != config.tokenizer.vocab_size:
         yield (
             f"{folder} has {tokens:,} tokens, the model will have {config.tokenizer.vocab_size:,}: its distributions "
-            "are over other tokens. Distributions can only be learnt from a teacher with the same tokenizer; the "
-            "answers of any other one can: mlxchat distill"
+            "are over other tokens. Give a teacher with the same tokenizer, or train on the teacher's answers: "
+            "mlxchat distill"
         )
 
 
 def _vocab_size(folder: Path) -> int | None:
-    """Return how many tokens a tokenizer.json has; None: it is missing, or of another kind."""
+    """Return how many tokens a tokenizer.json has; None: it is missing or unreadable."""
     with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         record = json.loads((folder / HF_FILE).read_text(encoding="utf-8"))
         return len({*record["model"]["vocab"].values(), *(token["id"] for token in record.get("added_tokens") or [])})

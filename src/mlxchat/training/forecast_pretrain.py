@@ -1,4 +1,4 @@
-"""What is known of a pretraining before it runs: its memory, and why it cannot extend another. Imports no MLX."""
+"""The forecast of a pretraining: its memory, and why it cannot extend another. Imports no MLX."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mlxchat.planning.memory import Training
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.training.extension import find_extension_problems
 
-# What shapes or gives meaning to weights and moments, and what a position in the data is counted in.
+# What weights, moments and the position in the data depend on.
 _SAME = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
 _MAY_DIFFER = ("architecture.dropout",)
 

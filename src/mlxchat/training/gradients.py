@@ -13,7 +13,7 @@ from mlxchat.optim.optimizer import Flat, sum_squares
 
 
 class Gradients(NamedTuple):
-    """What a micro-batch adds: the loss, gradients by name, and those of the rows that were read from embeddings."""
+    """Loss and gradients of a micro-batch, by name; of embeddings those of the rows that were read."""
 
     loss: mx.array
     whole: Flat
@@ -22,7 +22,7 @@ class Gradients(NamedTuple):
 
 
 class GradientSums:
-    """Adds up what micro-batches give. Each lane adds its own; at the end each has a share of the parameters."""
+    """Sums of micro-batches. Each lane keeps its own sums; `total` adds them, each lane a share of the parameters."""
 
     def __init__(self, lanes: Lanes, shares: list[list[str]], shapes: dict[str, tuple[int, ...]]) -> None:
         """Start empty; `shares` names each lane's parameters, `shapes` holds the shapes of all."""
@@ -32,7 +32,7 @@ class GradientSums:
 
     def add(self, parts: list[Gradients]) -> None:
         """Add a micro-batch, of which each lane computed a part; `parts` is emptied."""
-        # First without the sums, for which MLX would run one lane's work after the other's.
+        # Evaluated before summing: otherwise MLX would run the lanes one after the other.
         mx.eval(parts)
         rows = [part.rows for part in parts]
         more = [(part.loss, part.whole) for part in parts]

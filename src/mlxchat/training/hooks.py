@@ -77,7 +77,7 @@ def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tok
         batch_tokens=_tokens_at_a_time(ctx, model),
     )  # fmt: skip
 
-    def look(iteration: int) -> dict[str, float]:
+    def measure(iteration: int) -> dict[str, float]:
         work = ctx.work / "suite" / str(iteration)
         tasks.update(_opened(ctx, config.suite, tasks))
         scores: dict[str, Score] = {}
@@ -93,15 +93,15 @@ def suite_hooks(ctx: Context, config: FinetuneConfig, model: GPT, tokenizer: Tok
         accuracies = {f"accuracy_{name}": score.accuracy for name, score in scores.items()}
         return accuracies | {name: mean for name, mean in means.items() if mean is not None}
 
-    return [Hook(run=look, every=config.suite_every, title="the suite")]
+    return [Hook(run=measure, every=config.suite_every, title="the suite")]
 
 
 def train_text_hooks(
     ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer, read: Callable[[int], list[Row]]
 ) -> list[Hook]:
-    """Return the hook that measures, at the end, bits per byte on the start of the training text; none if that is off.
+    """Return the hook that measures bits per byte on the start of the training text at the end; none if that is off.
 
-    Beside val_bpb it shows how much was learnt by heart. `read` returns so many rows from the beginning.
+    The difference to val_bpb shows memorisation. `read` returns the first rows of the text.
     """
     count = config.train_bpb_tokens
     if count is None:
@@ -110,8 +110,8 @@ def train_text_hooks(
     def measure(iteration: int) -> dict[str, float]:
         rows = read(max(1, count // config.batch.row_tokens))
         micro_tokens = _tokens_at_a_time(ctx, model)
-        told = text_model(ctx.team, model)
-        return {"train_bpb": bits_per_byte(told, rows, tokenizer.token_bytes, micro_tokens=micro_tokens)}
+        text = text_model(ctx.team, model)
+        return {"train_bpb": bits_per_byte(text, rows, tokenizer.token_bytes, micro_tokens=micro_tokens)}
 
     return [Hook(run=measure, every=None, title="training text")]
 
@@ -127,11 +127,11 @@ def _opened(ctx: Context, items: Mapping[str, TaskItem], known: Mapping[str, Tas
 
 
 def _forget(work: Path) -> None:
-    """Remove counted answers and the memory that MLX caches for their shapes."""
+    """Remove recorded answers and the memory that MLX caches for their shapes."""
     shutil.rmtree(work, ignore_errors=True)
     mx.clear_cache()
 
 
 def _hidden(total: int, unit: str) -> Progress:
-    """Return a progress display without output: the training's own is on the terminal."""
+    """Return a progress display without output: the terminal shows the training's."""
     return Progress("", total, unit, stream=StringIO())

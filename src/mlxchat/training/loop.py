@@ -1,4 +1,4 @@
-"""The training loop: one iteration after the other, with validation, logging, saving and signals in between."""
+"""The training loop: iterations with validation, logging, saving and signals between them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Hook:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A held-out number at which a training ends before its horizon. It is compared every so many iterations."""
+    """A held-out number at which a training ends before its horizon; compared every `every` iterations."""
 
     metric: str
     value: float
@@ -64,8 +64,8 @@ class Target:
         found = numbers.get(self.metric, math.nan)
         return math.isfinite(found) and self.choose(found, self.value) == found
 
-    def look(self, done: int, numbers: Mapping[str, float], metrics: dict[str, float]) -> None:
-        """Note it in the metrics, which are part of a saved state, if numbers after `done` iterations reach it."""
+    def record(self, done: int, numbers: Mapping[str, float], metrics: dict[str, float]) -> None:
+        """Set reached_target in the metrics, which saves contain, if the numbers after `done` iterations reach it."""
         if done % self.every == 0 and self.is_reached(numbers):
             metrics["reached_target"] = 1.0
 
@@ -91,7 +91,7 @@ def fit(
 ) -> None:
     """Train for `num_iterations`, resuming where an earlier attempt of this step stopped.
 
-    On a CPU the result is the same bit for bit however often it was interrupted.
+    On a CPU the result is bit-identical however often it was interrupted.
 
     Args:
         ctx: of the step; its metrics get the final loss and tokens per second.
@@ -108,11 +108,11 @@ def fit(
         best: keeps the best weights, with which the model ends; an extension starts with the last ones.
         target: ends the training when it is reached; a hook measures it at its cadence. The metrics get reached_target
             (1 or 0), iterations and seconds_to_target.
-        save: fills a folder with what the stage promises.
+        save: writes the stage's outputs into a folder.
         save_every: iterations between intermediate models, which are published as artifacts; with `keep_state` each
             can be extended.
         dropout: share of the residual stream that is zeroed.
-        distillation: a teacher whose distributions are learnt besides the targets.
+        distillation: a teacher whose distributions are learnt in addition to the targets.
 
     Raises:
         Interrupted: a signal arrived; the state was saved.
@@ -136,9 +136,9 @@ def fit(
         for number, hook in enumerate(hooks[first:], first):
             if hook.is_due(done, done if ended() else num_iterations):
                 with checkpointer.saving_on_stop(done, pending_hook=number):
-                    numbers = monitor.look(done, hook.title, hook.run)
+                    numbers = monitor.observe(done, hook.title, hook.run)
                     if target is not None:
-                        target.look(done, numbers, ctx.metrics)
+                        target.record(done, numbers, ctx.metrics)
 
     def write(folder: Path) -> None:
         assert save is not None
@@ -165,7 +165,7 @@ def fit(
             done += 1
             crash_point("train.iteration")
             run_hooks()
-            publish()  # before it is saved that this iteration is done: a killed training comes here again
+            publish()  # before the state is saved, so that a killed training publishes again
             if ctx.should_stop() and not ended():
                 checkpointer.save(done)
                 raise ctx.stop(f"iteration {done:,} of {num_iterations:,}", saved=True)
@@ -186,6 +186,6 @@ def fit(
 
 
 def derived_after(done: int, total: int, derived: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was derived of a training of `total` iterations, with the counts of its first `done`."""
+    """Return `derived` of a training of `total` iterations, with the counts of its first `done`."""
     counts = {name: derived[name] * done // total for name in _COUNTED if name in derived}
     return {**derived, **counts}

@@ -1,4 +1,4 @@
-"""What is measured, logged and shown of a training: loss, speed, memory, and warnings about gradients."""
+"""Measurements of a training for logs and display: loss, speed, memory, and warnings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Monitor:
         self.watch, self.overfitting = Watch(ctx.config.training), Overfitting()
         self._began, self._waited, self._communication = 0.0, 0.0, 0.0
 
-    def look(self, done: int, title: str, measure: Callable[[int], dict[str, float]]) -> dict[str, float]:
+    def observe(self, done: int, title: str, measure: Callable[[int], dict[str, float]]) -> dict[str, float]:
         """Call `measure` after `done` iterations, in the dtype of training; log and return its numbers.
 
         The progress line shows `title` meanwhile.
@@ -70,7 +70,7 @@ class Monitor:
             self.ctx.log({"iteration": done, **numbers})
             self.ctx.metrics.update(numbers)
         for name in _VALIDATIONS & numbers.keys():
-            if (warning := self.overfitting.look(done, name, numbers[name], self.meter.loss)) is not None:
+            if (warning := self.overfitting.add(done, name, numbers[name], self.meter.loss)) is not None:
                 self.progress.note(warning)
         return numbers
 
@@ -97,7 +97,7 @@ class Monitor:
             if self.watch.must_stop():
                 raise StepFailed(
                     f"{ctx.step} stopped: iteration {iteration} of {self.num_iterations} gave {warning}. "
-                    "With training.on_nan=skip such updates are skipped and the training goes on."
+                    "With training.on_nan=skip such updates are skipped and the training continues."
                 )
             warning += "; the update was skipped"
             record["skipped_iterations"] = self.watch.num_skipped
@@ -238,7 +238,7 @@ class Meter:
 
 
 class Watch:
-    """Decides on NaNs and on warnings about norms, from its state alone, so that a resume decides the same."""
+    """Handles NaN and warns of gradient norms; depends on its saved state only, so resuming changes nothing."""
 
     def __init__(self, config: TrainingConfig) -> None:
         self._config = config
@@ -257,7 +257,7 @@ class Watch:
         return self._in_a_row > self._config.max_skipped_in_a_row
 
     def warn(self, iteration: int, norm: float) -> str | None:
-        """Add the norm of a good step; return a warning if it is far above the median and none was given lately."""
+        """Add the norm of a good step; return a warning if it is far above the median, at most one a while."""
         self._in_a_row = 0
         usual = median(self._norms) if len(self._norms) >= _FEWEST_NORMS else math.inf
         self._norms = [*self._norms[1 - _WINDOW :], norm]
@@ -265,10 +265,10 @@ class Watch:
         if factor is None or norm <= factor * usual or self._is_recent(iteration):
             return None
         self._warned_at = iteration
-        return f"gradient norm {norm:.3g} is {norm / max(usual, 1e-30):.0f} times its median of late ({usual:.3g})"
+        return f"gradient norm {norm:.3g} is {norm / max(usual, 1e-30):.0f} times its recent median ({usual:.3g})"
 
     def show(self, iteration: int) -> dict[str, str]:
-        """Return what the progress line shows: that there was a warning lately."""
+        """Return what the progress line shows: that there was a recent warning."""
         return {"warning": "gradient norm"} if self._is_recent(iteration) else {}
 
     def _is_recent(self, iteration: int) -> bool:
@@ -287,7 +287,7 @@ class Watch:
 
 @dataclass
 class Overfitting:
-    """Tells once that validation has risen while the training's loss fell, from its state alone."""
+    """Warns once when validation rises while the training's loss falls."""
 
     best: float | None = None
     iteration: int = 0
@@ -297,8 +297,8 @@ class Overfitting:
     worse_in_a_row: int = 0
     told: bool = False
 
-    def look(self, iteration: int, name: str, value: float, loss: float) -> str | None:
-        """Take a validation; return a warning after three in a row that are worse than the best before them."""
+    def add(self, iteration: int, name: str, value: float, loss: float) -> str | None:
+        """Add a validation; return a warning after three in a row that are worse than the best before them."""
         if self.best is None or value < self.best:
             self.best, self.iteration, self.loss, self.worse_in_a_row = value, iteration, loss, 0
             return None

@@ -117,7 +117,7 @@ class Checkpointer:
         if "batches" in state:  # not of an imported model, whose text is read from its beginning
             self.batches.restore(state["batches"])
             self.monitor.restore(state)
-        # Records of iteration 0 were dropped, so its hooks all run again.
+        # Records of iteration 0 were dropped, so all its hooks run again.
         return state["iteration"], state.get("pending_hook") if state["iteration"] else 0
 
     def save(self, iteration: int) -> None:
@@ -153,8 +153,8 @@ class Checkpointer:
     def save_finished(self, iteration: int, folder: Path, *, intermediate: bool = False) -> None:
         """Write what an extension needs: moments, state and, where the best weights are earlier ones, the last.
 
-        No observation is among it, so that trainings of one key leave equal files. An intermediate model has the
-        present weights, so its extension begins without best ones.
+        It contains no times, so that trainings of one key leave equal files. An intermediate model has the present
+        weights, so its extension starts without best ones.
         """
         state: dict[str, Any] = {"batches": self.batches.state(), "meter": self.monitor.meter.loss_state()}
         arrays = _numpy(self.optimizer.whole_state())
@@ -192,7 +192,7 @@ class Checkpointer:
             kept = load_file(folder / ("model.safetensors" if adapters_of(self.model) is None else ADAPTERS_FILE))
             state: dict[str, Any] = json.loads((folder / _FINISHED_STATE).read_text(encoding="utf-8"))
         if state["iteration"] >= (total := self.monitor.num_iterations):
-            raise DataError(f"{folder} has {state['iteration']} updates already, and {total} are wanted in all")
+            raise DataError(f"{folder} already has {state['iteration']} iterations, expected fewer than {total}")
         _check_arrays(folder, trained_parameters(self.model), kept)
         _check_arrays(folder, self.optimizer.state, moments)
         if last:
@@ -228,7 +228,7 @@ def _read_moments(folder: Path, advice: str = "") -> tuple[Arrays, Arrays]:
 
 @contextmanager
 def _reading(folder: Path, advice: str = "") -> Iterator[None]:
-    """Raise DataError if the body cannot read what a finished training left."""
+    """Raise DataError if the body cannot read a finished training."""
     try:
         yield
     except Exception as error:  # the safetensors reader has several error types of its own
@@ -260,4 +260,4 @@ def _check_arrays(folder: Path, expected: Mapping[str, Any], found: Arrays) -> N
         if name not in expected or name not in found or tuple(expected[name].shape) != found[name].shape
     )
     if wrong:
-        raise DataError(f"{folder} cannot be continued, other arrays are needed: {', '.join(wrong[:5])}")
+        raise DataError(f"{folder} cannot be continued: these arrays do not fit: {', '.join(wrong[:5])}")

@@ -56,13 +56,13 @@ class TrainStep:
             model: float32 master weights, updated in place.
             optimizer: its state is updated in place.
             micro_tokens: tokens per micro-batch of a rank, at most; at least one row.
-            dtype: what to compute in.
-            recompute: whether a layer's activations are computed again instead of being kept for the gradient.
-            dropout: share of the embedding, and of what layers add to it, that is left out; 0: nothing.
-            dropout_seed: of which: what is left out of a row depends on it, the iteration and the row's number alone.
-            distillation: a teacher whose distributions are learnt besides the targets.
-            group: ranks that make this step together, each with equal weights and the whole batch; each computes its
-                rows, sums are made over all, and each moves its part of the parameters.
+            dtype: compute type.
+            recompute: whether the backward pass computes a layer's activations again instead of keeping them.
+            dropout: rate on the embedding and on what each attention and MLP adds; 0: none.
+            dropout_seed: a row's mask depends on it, the iteration and the row's number only.
+            distillation: a teacher whose distributions are learnt in addition to the targets.
+            group: ranks that compute this step together. Each gets equal weights and the whole batch, computes its
+                rows, and updates its part of the parameters with the sums over all ranks.
         """
         self.model, self.optimizer, self.distillation = model, optimizer, distillation
         self.micro_tokens, self.dtype, self.recompute = micro_tokens, dtype, recompute
@@ -72,7 +72,7 @@ class TrainStep:
         self.num_traces = 0
         self.group = group
         self.sharding = Sharding(group, optimizer) if group.size > 1 else None
-        """Which rank moves what; None: this process moves everything."""
+        """Which rank updates which parameters; None: this process updates all."""
         self.lanes = make_lanes()
         self._shares = optimizer.share(len(self.lanes))
         self._gradients = compiled(self._loss_and_gradients)
@@ -102,7 +102,7 @@ class TrainStep:
         return max(1, self.micro_tokens // int(batch.ids.shape[1]))
 
     def _sum_gradients(self, batch: Batch, iteration: int) -> tuple[mx.array, Flat, mx.array]:
-        """Return the batch's loss, gradients and their norm; of several ranks the gradients that this one moves."""
+        """Return the batch's loss, gradients and norm; with several ranks, the gradients of this rank's part."""
         parameters = flatten_parameters(self.model)
         sums = GradientSums(self.lanes, self._shares, self.optimizer.shapes)
         for arrays in self._micro_batches(batch, iteration):
@@ -126,16 +126,16 @@ class TrainStep:
         adapters = adapters_of(self.model)
         if self.dropout or (adapters is not None and adapters.dropout):
             arrays.append(draw_keys(self._dropout_seed, iteration, rows=len(batch.ids)))
-        together = self.micro_rows(batch) * self.group.size  # ranks compute parts of one stretch, as lanes do
+        together = self.micro_rows(batch) * self.group.size  # ranks compute parts of a range of rows, as lanes do
         for start in range(0, len(batch.ids), together):
             own = self.group.part(min(together, len(batch.ids) - start))
             if own.start < own.stop:
                 yield [array[start + own.start : start + own.stop] for array in arrays]
-            elif start == 0:  # no rows for this rank: one that weighs nothing
+            elif start == 0:  # no rows for this rank: compute one with weight 0
                 yield [array[:1] * 0 if array is batch.weights else array[:1] for array in arrays]
 
     def _update(self, gradients: Flat, norm: mx.array, rates: Rates[float]) -> None:
-        """Clip and move the parameters, of several ranks each its part."""
+        """Clip the gradients and update the parameters; with several ranks, each its part."""
         parameters = flatten_parameters(self.model)
         if self.sharding is None:
             for moved in self.optimizer.update(parameters, gradients, rates, norm, self.lanes):
@@ -187,7 +187,7 @@ class TrainStep:
     def _loss(
         self, hidden: mx.array, ids: mx.array, targets: mx.array, weights: mx.array, *, frozen_head: bool
     ) -> tuple[mx.array, mx.array]:
-        """Return the loss, and what to report: it alone, or with a teacher total, ce and kl."""
+        """Return the loss, and the numbers to report: the loss alone, or with a teacher total, ce and kl."""
         head, targets = self.model.head_weight, mx.maximum(targets, 0)
         if self.distillation is not None:
             teacher, mix = self.distillation.teacher, self.distillation.mix

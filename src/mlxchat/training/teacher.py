@@ -1,4 +1,4 @@
-"""A frozen teacher: its logits, a few positions of a batch at a time."""
+"""A frozen teacher, which computes logits of a few positions of a batch at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_SHOWN = 3
 
 
 class TeacherModel(Protocol):
-    """A model that gives logits."""
+    """A model that computes logits."""
 
     capped: bool
     """Whether its logits lie within ±15."""
@@ -65,7 +65,7 @@ class OwnTeacher:
 
 
 class OutsideTeacher:
-    """A model of mlx-lm, whose KV cache carries a batch from one part of its positions to the next."""
+    """A model of mlx-lm; its KV cache continues a batch from one part of the positions to the next."""
 
     capped = False
 
@@ -114,7 +114,7 @@ def load_teacher(
     if difference:
         raise DataError(
             f"the teacher {folder} has another vocabulary: {difference}. Its distributions are over other tokens. "
-            "Learn from its answers instead: mlxchat distill"
+            "Train on its answers instead: mlxchat distill"
         )
     if context is not None and context < row_tokens:
         raise DataError(f"the teacher {folder} takes {context:,} tokens at a time, rows have {row_tokens:,}")
@@ -130,16 +130,16 @@ def spell_tokens(tokenizer: Tokenizer) -> dict[int, str]:
 
 
 def compare_vocabularies(ours: Mapping[int, str], theirs: Mapping[int, str]) -> str:
-    """Return a sentence on how two vocabularies (id → token) differ; empty: not at all."""
+    """Return a description of how two vocabularies (id → token) differ; empty if they are equal."""
     different = [index for index in sorted(ours.keys() | theirs.keys()) if ours.get(index) != theirs.get(index)]
     if not different:
         return ""
     shown = "; ".join(
-        f"id {index} is {_told(theirs.get(index))} there and {_told(ours.get(index))} here"
+        f"id {index} is {_quote(theirs.get(index))} there and {_quote(ours.get(index))} here"
         for index in different[:_MOST_SHOWN]
     )
     return f"{len(theirs):,} tokens there, {len(ours):,} here, {len(different):,} ids differ ({shown})"
 
 
-def _told(token: str | None) -> str:
+def _quote(token: str | None) -> str:
     return "no token" if token is None else ascii(token) if not token.isprintable() else f'"{token}"'

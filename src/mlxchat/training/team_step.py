@@ -1,7 +1,7 @@
-"""The training step of a team: rank 0 sends each batch with its rates, every rank computes its rows and moves its part.
+"""The training step of a team: rank 0 sends batch and rates, every rank computes its rows and updates its part.
 
-Every rank has a `TrainStep` of its own, made from the model, the optimizer's rules and the settings that rank 0 sends
-once. Sums are the same bits on all ranks, so all decide alike whether an update counts.
+Every rank creates a `TrainStep` from the model, the optimizer's rules and the settings that rank 0 sends once. Sums
+have the same bits on all ranks, so all decide alike whether to skip an update.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from mlxchat.training.teacher import Distillation, OutsideTeacher, OwnTeacher, T
 def make_step(
     team: Team | None, model: GPT, optimizer: Optimizer, *, distillation: Distillation | None = None, **settings: Any
 ) -> TrainStep | TeamStep:
-    """Return the step of a team's ranks together, or of this process alone; the arguments are `TrainStep`'s."""
+    """Return the step of a team, or of this process alone; the arguments are `TrainStep`'s."""
     if team is None or team.size == 1:
         return TrainStep(model, optimizer, distillation=distillation, **settings)
     return TeamStep(team, model, optimizer, distillation, settings)
 
 
 class TeamStep:
-    """On rank 0 what `TrainStep` is to a single process.
+    """The counterpart of `TrainStep` on rank 0.
 
-    From its creation on each rank has the moments of its part only; `Optimizer.whole_state` gathers all.
+    Once it is created, each rank has the moments of its part only; `Optimizer.whole_state` gathers all.
     """
 
     def __init__(
         self, team: Team, model: GPT, optimizer: Optimizer, distillation: Distillation | None, settings: dict[str, Any]
     ) -> None:
-        """Have all ranks make their steps from rank 0's weights, moments and settings, `TrainStep`'s."""
+        """Create the steps of all ranks from rank 0's weights, moments and `TrainStep` settings."""
         self.team, self.model, optimizer.gather_state = team, model, partial(team.call, _gather_state)
         sync_model(team, model)
         request = {
@@ -70,7 +70,7 @@ class TeamStep:
 
 
 def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> TrainStep:
-    """Make this rank's step."""
+    """Create this rank's step."""
     given, settings = team.kept.pop("training", None), request["settings"]
     dtype, state = getattr(mx, settings["dtype"]), {}
     if team.group.leads:
@@ -91,7 +91,7 @@ def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> 
 
 
 def _train(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> tuple[float, float]:
-    """Make one step; return the loss and the gradients' norm."""
+    """Update the model; return the loss and the gradients' norm."""
     step: TrainStep = team.kept["training"]
     batch = Batch(np.array(arrays["ids"]), np.array(arrays["targets"]), np.array(arrays["weights"]))
     return step(batch, Rates(*request["rates"]), request["iteration"])
@@ -105,7 +105,7 @@ def _gather_state(team: Team, request: dict[str, Any], arrays: dict[str, mx.arra
 
 
 def send_teacher(team: Team, distillation: Distillation | None) -> dict[str, Any] | None:
-    """Return what ranks need to make the teacher; the weights of one of ours have been sent then."""
+    """Return what ranks need to create the teacher; sends the weights of a checkpoint of ours."""
     if distillation is None:
         return None
     teacher = distillation.teacher
@@ -113,12 +113,12 @@ def send_teacher(team: Team, distillation: Distillation | None) -> dict[str, Any
     if isinstance(teacher, OwnTeacher):
         sync_model(team, teacher.model, "teacher")
         return request
-    assert isinstance(teacher, OutsideTeacher), "ranks can make these two"
+    assert isinstance(teacher, OutsideTeacher), "ranks can create these two"
     return {**request, "folder": str(teacher.folder.absolute()), "vocab_size": teacher.vocab_size}
 
 
 def _make_distillation(team: Team, request: dict[str, Any] | None, dtype: mx.Dtype) -> Distillation | None:
-    """Return the teacher that rank 0 has."""
+    """Return rank 0's teacher."""
     if request is None:
         return None
     teacher: TeacherModel
