@@ -1,8 +1,9 @@
-"""Scaling laws: the published loss surface gives back its exponents, intervals are those of least squares."""
+"""Scaling laws: exponents of the published loss surface, intervals of least squares."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,85 +31,73 @@ def training(parameters: float, flops: float, bpb: float | None = None) -> Train
     )
 
 
+def best_parameters(flops: float) -> float:
+    return (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * (flops / 6) ** (BETA / (ALPHA + BETA))
+
+
 def grid() -> list[Training]:
     """Seven sizes within a factor of two around the best one, at five budgets."""
-    share = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
-    found = []
-    for flops in np.geomspace(1e18, 1e22, 5):
-        best = share * (flops / 6) ** (BETA / (ALPHA + BETA))
-        found += [training(best * factor, float(flops)) for factor in np.geomspace(0.5, 2, 7)]
-    return found
+    return [
+        training(best_parameters(flops) * factor, flops)
+        for flops in np.geomspace(1e18, 1e22, 5).tolist()
+        for factor in np.geomspace(0.5, 2, 7)
+    ]
 
 
-def test_a_loss_surface_gives_back_the_exponents_that_it_implies() -> None:
+def test_laws_are_those_of_the_loss_surface() -> None:
     """N* grows as C^(β/(α+β)), D* as C^(α/(α+β)): within 0.005, the parabola's error over a factor of four."""
-    laws = fit_scaling_laws(grid())
-    assert laws is not None
-    assert laws.parameters is not None
-    assert laws.tokens is not None
+    laws: Any = fit_scaling_laws(grid())
     assert laws.parameters.exponent == pytest.approx(BETA / (ALPHA + BETA), abs=0.005)
     assert laws.tokens.exponent == pytest.approx(ALPHA / (ALPHA + BETA), abs=0.005)
     assert laws.parameters.exponent + laws.tokens.exponent == pytest.approx(1, abs=1e-6)
-    assert laws.bpb is not None
     assert laws.bpb.exponent < 0
-
-
-def test_the_minimum_of_a_budget_is_that_of_the_surface() -> None:
-    laws = fit_scaling_laws(grid())
-    assert laws is not None
-    share = (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA))
     for one in laws.budgets:
-        best = share * (one.flops / 6) ** (BETA / (ALPHA + BETA))
+        best = best_parameters(one.flops)
         assert one.best_parameters == pytest.approx(best, rel=0.02)
         assert one.best_tokens == pytest.approx(one.flops / 6 / best, rel=0.02)
         assert one.best_bpb == pytest.approx(training(best, one.flops).bpb, rel=1e-4)
 
 
-def test_the_interval_of_an_exponent_is_that_of_least_squares() -> None:
+def test_interval_of_an_exponent_is_that_of_least_squares() -> None:
     """NumPy's covariance of a line, times 2.776, Student's t of four degrees of freedom at 97.5 %."""
     x = np.geomspace(1, 100, 6)
     y = 3 * x**0.5 * np.exp(np.array([0.1, -0.2, 0.05, 0.15, -0.1, 0.02]))
-    law = fit_power_law(list(x), list(y))
+    law: Any = fit_power_law(list(x), list(y))
     (slope, _), covariance = np.polyfit(np.log(x), np.log(y), 1, cov=True)
-    assert law is not None
-    assert law.half_width is not None
     assert law.exponent == pytest.approx(slope, rel=1e-12)
     assert law.half_width == pytest.approx(2.776 * math.sqrt(covariance[0, 0]), rel=1e-4)
     assert law(10.0) == pytest.approx(float(np.exp(np.polyval(np.polyfit(np.log(x), np.log(y), 1), math.log(10)))))
 
 
 def test_two_points_have_no_interval_and_one_has_no_law() -> None:
-    law = fit_power_law([1, 2], [1, 4])
-    assert law is not None
+    law: Any = fit_power_law([1, 2], [1, 4])
     assert law.exponent == pytest.approx(2)
     assert law.half_width is None
     assert fit_power_law([1, 1], [1, 4]) is None
 
 
 @pytest.mark.parametrize("slope", [-0.1, 0.1])
-def test_a_best_size_beyond_the_models_is_not_invented(slope: float) -> None:
-    """A parabola whose minimum lies outside extrapolates: it has no best size."""
+def test_minimum_outside_the_models_gives_no_best_size(slope: float) -> None:
     sizes = np.geomspace(1e6, 1e8, 5)
     rising = [1 + slope * math.log(size) + 0.001 * math.log(size / 1e7) ** 2 for size in sizes]
     found = [training(size, flops, bpb) for flops in (1e15, 1e16) for size, bpb in zip(sizes, rising, strict=True)]
-    laws = fit_scaling_laws(found)
-    assert laws is not None
+    laws: Any = fit_scaling_laws(found)
     assert laws.parameters is None
     assert [one.best_parameters for one in laws.budgets] == [None, None]
 
 
-def test_fewer_than_two_budgets_of_three_sizes_say_nothing() -> None:
+def test_fewer_than_two_budgets_of_three_sizes_give_no_laws() -> None:
     assert fit_scaling_laws([training(size, 1e15) for size in (1e6, 2e6, 3e6)]) is None
     assert fit_scaling_laws([training(size, flops) for size in (1e6, 2e6) for flops in (1e15, 1e16)]) is None
     assert fit_scaling_laws([]) is None
 
 
-def test_budgets_that_differ_by_whole_iterations_are_one() -> None:
+def test_budgets_that_differ_by_rounding_are_one() -> None:
     groups = group_by_budget([training(3e6, 1.04e15), training(1e6, 1e15), training(2e6, 2e15)])
     assert [[one.horizon_parameters for one in group] for group in groups] == [[1_000_000, 3_000_000], [2_000_000]]
 
 
-def test_the_table_has_nanochats_columns() -> None:
+def test_table_has_nanochats_columns() -> None:
     """The header that nanochat's scaling_laws.sh of January 2026 writes, and its miniseries' tokens per parameter."""
     (row,) = table_of([training(1e6, 1.2e14)])
     assert list(row) == [

@@ -78,9 +78,9 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "changes", "message"),
     [
-        (None, {"kind": "adamw"}, r"cannot be continued, other arrays are needed: first\.transformer\.h\.0"),
+        (None, {"kind": "adamw"}, r"cannot be continued: these arrays do not fit: first\.transformer\.h\.0"),
         (cut, {}, "no readable training state"),
-        (lambda path: save_file({"count": np.zeros(())}, path), {}, "other arrays are needed"),
+        (lambda path: save_file({"count": np.zeros(())}, path), {}, "these arrays do not fit"),
     ],
 )
 def test_unsuitable_training_states_are_refused(
@@ -106,5 +106,5 @@ def test_warm_start_takes_the_moments_and_not_the_rates(tmp_path: Path) -> None:
     assert all(np.array_equal(after.state[name], value) for name, value in before.state.items())
     assert after.muon_lr == pytest.approx(0.007)
     save_file({name: np.zeros((*value.shape, 2), np.float32) for name, value in before.state.items()}, tmp_path / STATE)
-    with pytest.raises(DataError, match="other arrays are needed"):
+    with pytest.raises(DataError, match="these arrays do not fit"):
         load_moments(tmp_path, after)

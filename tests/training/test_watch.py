@@ -156,7 +156,7 @@ def test_overfitting_is_reported_once(validations: list[float], losses: list[flo
     for restart_after in range(8):
         watch, found = Overfitting(), []
         for number, (value, loss) in enumerate(zip(validations, losses, strict=True), 1):
-            if watch.look(10 * number, "val_bpb", value, loss) is not None:
+            if watch.add(10 * number, "val_bpb", value, loss) is not None:
                 found.append(number)
             if number == restart_after:
                 watch = Overfitting(**json.loads(json.dumps(asdict(watch))))
