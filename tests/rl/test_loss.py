@@ -8,8 +8,8 @@ from itertools import product
 import numpy as np
 import pytest
 
+from kit.models import composed
 from kit.training import rl_config
-from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import RLConfig
 from mlxchat.errors import StepFailed
 from mlxchat.rl.loss import PolicyLoss, advantages_of, check_rollout_drift, importance_weights, policy_loss
@@ -77,29 +77,23 @@ def test_value_and_weights_match_the_published_loss(config: RLConfig) -> None:
         assert got.weights[place] == pytest.approx(-difference / 2e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("divisor", ["tokens", "answers", "longest"])
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
-def test_without_log_probabilities_every_ratio_is_one(ratio: str, divisor: str) -> None:
-    config = rl_config(ratio=ratio, loss_divisor=divisor, clip_low=0.2, clip_high=0.2)
+@pytest.mark.parametrize("config", [case for case in CASES if case.clip_high and not case.kl_coefficient], ids=name)
+def test_every_ratio_is_one_without_log_probabilities(config: RLConfig) -> None:
     now, _, _ = log_probabilities()
     known, unknown = loss_of(config, now, now), policy_loss(MASK, ADVANTAGES, config)
     np.testing.assert_array_equal(unknown.weights, known.weights)
     assert known.numbers == unknown.numbers == {"ratio": 1.0, "clip_frac": 0.0}
 
 
-def test_forced_tokens_and_padding_have_no_weight() -> None:
-    now, sampled, reference = log_probabilities()
-    now, sampled = np.where(MASK, now, 50.0), np.where(MASK, sampled, -1000.0)
-    with np.errstate(all="raise"):
-        got = loss_of(rl_config(kl_coefficient=0.1), now, sampled, reference)
-    assert not got.weights[MASK == 0].any()
-
-
 def test_kl_and_its_gradient_vanish_at_the_reference() -> None:
-    now, _, _ = log_probabilities()
+    """Forced tokens and padding have no weight."""
+    now, sampled, reference = log_probabilities()
     config = rl_config(kl_coefficient=0.1)
     got = policy_loss(MASK, np.zeros(3), config, log_probs=now, old_log_probs=now, ref_log_probs=now)
     assert (got.value, got.numbers["kl"], np.abs(got.weights).max()) == (0.0, 0.0, 0.0)
+    now, sampled = np.where(MASK, now, 50.0), np.where(MASK, sampled, -1000.0)
+    with np.errstate(all="raise"):
+        assert not loss_of(config, now, sampled, reference).weights[MASK == 0].any()
 
 
 def test_only_updates_away_from_the_old_policy_are_clipped() -> None:
@@ -115,21 +109,15 @@ def test_only_updates_away_from_the_old_policy_are_clipped() -> None:
 # Advantages
 
 
-def test_z_scores_have_unit_deviation_and_ignore_equal_rewards() -> None:
-    got = advantages_of(np.array([[1.0, 0.0, 0.0, 1.0], [0.3, 0.3, 0.3, 0.3]]), "z_score")
-    assert got[0].std(ddof=1) == pytest.approx(1, abs=1e-3)
-    np.testing.assert_array_equal(got[1], 0.0)
-
-
-def test_an_advantage_is_the_reward_less_the_mean_of_its_group() -> None:
-    got = advantages_of(np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]), "mean")
-    np.testing.assert_array_equal(got, [[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]])
-
-
-def test_leave_one_out_subtracts_the_mean_of_the_others() -> None:
-    rewards = np.array([[1.0, 0.0, 0.5], [0.2, 0.9, 0.4]])
-    expected = [[own - (row.sum() - own) / 2 for own in row] for row in rewards]
-    np.testing.assert_allclose(advantages_of(rewards, "leave_one_out"), expected, atol=1e-12)
+def test_advantages_are_relative_to_the_group() -> None:
+    """Equal rewards have none."""
+    rewards = np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.3, 0.3, 0.3, 0.3]])
+    mean, z_score, others = (advantages_of(rewards, kind) for kind in ("mean", "z_score", "leave_one_out"))
+    np.testing.assert_array_equal(mean, [[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25], [0, 0, 0, 0]])
+    assert z_score[:2].std(axis=1, ddof=1) == pytest.approx(1, abs=1e-3)
+    np.testing.assert_array_equal(z_score[2], 0.0)
+    expected = [[own - (row.sum() - own) / 3 for own in row] for row in rewards]
+    np.testing.assert_allclose(others, expected, atol=1e-12)
 
 
 # Recipes
@@ -137,7 +125,7 @@ def test_leave_one_out_subtracts_the_mean_of_the_others() -> None:
 
 def test_recipes_match_their_papers() -> None:
     """DeepSeekMath §4.1.3; DAPO §3; Dr. GRPO §3; GSPO §4.1 and §5.1."""
-    found = {recipe: compose_config([f"rl={recipe}"]).config.rl for recipe in ("grpo", "dr_grpo", "dapo", "gspo")}
+    found = {recipe: composed(f"rl={recipe}").rl for recipe in ("grpo", "dr_grpo", "dapo", "gspo")}
     chosen = {
         recipe: (rl.advantages, rl.ratio, rl.loss_divisor, rl.clip_low, rl.clip_high, rl.kl_coefficient)
         for recipe, rl in found.items()
@@ -191,6 +179,6 @@ def test_importance_weights_are_truncated_and_may_be_per_sequence() -> None:
     np.testing.assert_allclose(sequence, np.exp([[0.25] * 3]))
 
 
-def test_drift_that_is_no_number_is_refused() -> None:
+def test_drift_of_nan_is_refused() -> None:
     with pytest.raises(StepFailed, match=r"KL nan nats per token.*Restart with rl.rollout_bits=null"):
         check_rollout_drift(math.nan, rl_config(rollout_bits=8), 3)

@@ -54,27 +54,22 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_without_parts_the_reward_is_the_tasks() -> None:
+def test_reward_is_the_tasks_or_the_weighted_sum_of_parts(functions: Path) -> None:
+    """Functions are imported from the current folder."""
     assert [judge("it is 4"), judge("it is 5")] == [(1.0, {}), (0.0, {})]
-
-
-def test_reward_is_the_weighted_sum_of_its_parts() -> None:
     parts = {
         "right": RewardConfig(kind="exact", weight=2.0),
         "form": RewardConfig(kind="format", pattern="^it.is", weight=0.5),
-        "brief": RewardConfig(kind="length", free_tokens=10, most_tokens=20, weight=1.0),
+        "short": RewardConfig(kind="length", free_tokens=10, most_tokens=20, weight=1.0),
     }
-    assert judge("it\nis 4", 15, **parts) == (2.0 + 0.5 - 0.5, {"right": 1.0, "form": 1.0, "brief": -0.5})
+    assert judge("it\nis 4", 15, **parts) == (2.0 + 0.5 - 0.5, {"right": 1.0, "form": 1.0, "short": -0.5})
+    own = RewardConfig(kind="function", function="judging_of_tests:brief", weight=3.0)
+    assert [judge("abc", own=own)[0], judge("abcd", own=own)[0]] == [3.0, 0.0]
 
 
 def test_length_penalty_is_linear_between_its_bounds() -> None:
     penalties = [overlong_penalty(length, free_tokens=10, most_tokens=20) for length in (0, 10, 12, 20, 99)]
     assert penalties == [0, 0, -0.2, -1, -1]
-
-
-def test_functions_are_imported_from_the_current_folder(functions: Path) -> None:
-    part = RewardConfig(kind="function", function="judging_of_tests:brief", weight=3.0)
-    assert [judge("abc", own=part)[0], judge("abcd", own=part)[0]] == [3.0, 0.0]
 
 
 FAILURES = {
@@ -93,34 +88,30 @@ def function(name: str, **settings: Any) -> RewardConfig:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failing_function_stops_the_step_with_one_message(functions: Path, name: str) -> None:
+def test_failing_function_stops_the_step_or_counts_failure_value(functions: Path, name: str) -> None:
     with pytest.raises(StepFailed, match=f"rl.rewards.own: judging_of_tests:{name} {FAILURES[name]}") as raised:
         judge("abc", own=function(name))
     assert "The answer was 'abc'." in str(raised.value)
-
-
-@pytest.mark.parametrize("name", FAILURES)
-def test_failure_value_replaces_failures_and_counts_them(functions: Path, name: str) -> None:
     reward = Reward(Sums(), {"own": function(name, failure_value=-0.5, weight=2.0)})  # type: ignore[arg-type]
     assert [reward(RIGHT, text, 1) for text in ("abc", "4")] == [(-1.0, {"own": -0.5})] * 2
     assert [reward.pop_failures(), reward.pop_failures()] == [{"own": 2}, {"own": 0}]
 
 
-def test_a_broken_function_fails_before_sampling(functions: Path) -> None:
+def test_broken_function_fails_before_sampling(functions: Path) -> None:
     for parts in ({"right": RewardConfig(kind="exact")}, {"own": function("brief")}):
         Reward(Sums(), parts).try_out(RIGHT)  # type: ignore[arg-type]
     with pytest.raises(StepFailed, match=r"The answer was '4'\."):
         Reward(Sums(), {"own": function("worded")}).try_out(RIGHT)  # type: ignore[arg-type]
 
 
-def test_a_function_cannot_change_the_conversation(functions: Path) -> None:
+def test_function_cannot_change_the_conversation(functions: Path) -> None:
     functions.write_text("def eats(conversation, answer): return len(conversation.pop('messages'))\n")
     part = RewardConfig(kind="function", function="judging_of_tests:eats")
     assert [judge("4", own=part)[0], judge("4", own=part, right=RewardConfig(kind="exact"))[0]] == [2.0, 3.0]
     assert len(RIGHT["messages"]) == 2
 
 
-def test_a_time_limit_preserves_other_alarms(functions: Path) -> None:
+def test_time_limit_preserves_other_alarms(functions: Path) -> None:
     """Such as the one that ends a step after its time limit."""
     rung: list[int] = []
     former = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
@@ -136,25 +127,26 @@ def test_a_time_limit_preserves_other_alarms(functions: Path) -> None:
         signal.signal(signal.SIGALRM, former)
 
 
-@pytest.mark.parametrize(
-    ("part", "said"),
-    [
-        ("{kind: function, function: 'nowhere_at_all:f'}", "there is no module nowhere_at_all"),
-        ("{kind: function, function: 'judging_of_tests:absent'}", "judging_of_tests has no absent"),
-        ("{kind: function, function: rewards}", "expected module:name"),
-        ("{kind: format, pattern: '('}", "is not a regular expression"),
-        ("{kind: length, free_tokens: 9, most_tokens: 9}", "expected 0 <= free < most"),
-        ("{kind: exat}", 'Did you mean "exact"'),
-        ("{kind: function, function: 'judging_of_tests:brief', timeout_seconds: 0}", "expected more than 0"),
-        ("{kind: function, function: 'judging_of_tests:brief', failure_value: inf}", "expected a finite number"),
-    ],
-)
-def test_impossible_parts_are_refused_at_composition(functions: Path, part: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        compose_config([f"+rl.rewards={{own: {part}}}"])
+IMPOSSIBLE = {
+    "{kind: function, function: 'nowhere_at_all:f'}": "there is no module nowhere_at_all",
+    "{kind: function, function: 'judging_of_tests:absent'}": "judging_of_tests has no absent",
+    "{kind: function, function: rewards}": "expected module:name",
+    "{kind: format, pattern: '('}": "is not a regular expression",
+    "{kind: length, free_tokens: 9, most_tokens: 9}": "expected 0 <= free < most",
+    "{kind: exat}": 'Did you mean "exact"',
+    "{kind: function, function: 'judging_of_tests:brief', timeout_seconds: 0}": "expected more than 0",
+    "{kind: function, function: 'judging_of_tests:brief', failure_value: inf}": "expected a finite number",
+}
 
 
-def test_all_own_code_of_a_function_is_part_of_the_identity(functions: Path) -> None:
+def test_impossible_parts_are_refused_together(functions: Path) -> None:
+    parts = ", ".join(f"part{number}: {part}" for number, part in enumerate(IMPOSSIBLE))
+    with pytest.raises(ConfigError) as caught:
+        compose_config([f"+rl.rewards={{{parts}}}"])
+    assert [message for message in IMPOSSIBLE.values() if message not in str(caught.value)] == []
+
+
+def test_identity_covers_the_own_code_of_a_function(functions: Path) -> None:
     helper = functions.with_name("judging_helper.py")
     helper.write_text("LIMIT = 3\n")
     functions.write_text(f"import numpy\nfrom judging_helper import LIMIT\n{functions.read_text()}")

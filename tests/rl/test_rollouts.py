@@ -29,7 +29,6 @@ from mlxchat.rl.rollouts import (
     longest_prompt,
     pass_at_k,
     render_question,
-    summarise,
 )
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.training.batches import Batch
@@ -93,15 +92,7 @@ def test_rows_without_advantage_are_left_out_but_count_in_the_divisor() -> None:
     nothing = batch(np.zeros(4))
     assert (nothing.targets < 0).all()
     assert not nothing.weights.any()
-
-
-def test_batches_have_few_shapes() -> None:
-    shapes = {
-        batch(np.ones(rows), [[1]] * rows, [completion([7] * length)] * rows).ids.shape
-        for rows in (1, 7, 16)
-        for length in (1, 20, 31)
-    }
-    assert shapes == {(16, 32)}
+    assert nothing.ids.shape == made.ids.shape == batch().ids.shape == (16, 32), "batches have few shapes"
 
 
 # The loss of a batch
@@ -135,17 +126,6 @@ def test_omitted_rows_change_no_gradient() -> None:
     assert one.item() == pytest.approx(other.item(), rel=1e-6)
     for name in expected:
         np.testing.assert_allclose(np.asarray(got[name]), np.asarray(expected[name]), atol=1e-6)
-
-
-def test_updates_make_rewarded_completions_likelier() -> None:
-    model = make_model()
-    step = TrainStep(model, make_optimizer(model), micro_tokens=10_000, dtype=mx.float32)
-    first, second = np.eye(4)[:2]
-    good, bad = nanochat_loss(model, first), nanochat_loss(model, second)
-    for _ in range(3):
-        step(batch(np.array([1.0, -1.0, 0.0, 0.0])), Rates(0.2, 0.9, 1.0))
-    assert nanochat_loss(model, first) < good
-    assert nanochat_loss(model, second) > bad
 
 
 # Questions
@@ -206,7 +186,7 @@ def scripted(engine: Any, size: int, log: Log | None = None, **changes: Any) -> 
                     scores=scores)  # fmt: skip
 
 
-def test_a_pass_asks_each_question_once_in_shuffled_groups(tokenizer: Tokenizer) -> None:
+def test_one_pass_asks_each_question_once_in_shuffled_groups(tokenizer: Tokenizer) -> None:
     engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
     source = scripted(engine, 10)
     for iteration in range(5):
@@ -227,13 +207,6 @@ def test_rewards_are_logged_and_weight_the_batch(tokenizer: Tokenizer) -> None:
     assert source.mean_reward == 0.25
     # Two questions, one right completion of four each, two tokens per completion: 16 sampled tokens.
     assert sorted(made.weights[made.weights != 0].tolist()) == pytest.approx([-0.25 / 16] * 12 + [0.75 / 16] * 4)
-
-
-def test_batch_of_an_iteration_depends_on_no_earlier_one(tokenizer: Tokenizer) -> None:
-    straight, resumed = (real(tokenizer, []) for _ in range(2))
-    straight.next_batch(0)
-    resumed.restore(straight.state())
-    assert_equal(resumed.next_batch(1), straight.next_batch(1))
 
 
 # Dynamic sampling
@@ -303,13 +276,8 @@ def test_pass_at_k_is_the_share_solved_by_one_of_the_first_k(tokenizer: Tokenize
     got = pass_at_k(engine, task, rl_config(), seed=0)
     means = {name: value for name, value in got.items() if not name.endswith("_stderr")}
     assert means == {"pass_at_1": 0.2, "pass_at_2": 0.4, "pass_at_3": 0.6, "pass_at_4": 0.8, "held_out_reward": 0.3}
-
-
-def test_standard_errors_are_over_questions() -> None:
-    got = summarise(OUTCOMES)
-    for k in (1, 2, 3, 4):
-        share = k / 5
-        assert got[f"pass_at_{k}_stderr"] == pytest.approx(np.sqrt(share * (1 - share) / 5))
+    for k in (1, 2, 3, 4):  # standard errors over questions
+        assert got[f"pass_at_{k}_stderr"] == pytest.approx(np.sqrt(k / 5 * (1 - k / 5) / 5))
     assert got["held_out_reward_stderr"] == pytest.approx(np.std([0.5, 0.25, 0.0, 0.5, 0.25]) / np.sqrt(5))
 
 
@@ -392,11 +360,10 @@ def test_minibatches_hold_whole_groups_and_together_the_rollout(tokenizer: Token
 # Quantised rollouts
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_weights_of_quantised_rollouts_are_advantages_times_importance(tokenizer: Tokenizer, bits: int) -> None:
+def test_weights_of_quantised_rollouts_are_advantages_times_importance(tokenizer: Tokenizer) -> None:
     log: Log = []
     model = make_model(width=128, scale=0.1)  # whole groups of weights, so that they are rounded
-    source = real(tokenizer, log, model, max_new_tokens=12, top_k=None, rollout_bits=bits)
+    source = real(tokenizer, log, model, max_new_tokens=12, top_k=None, rollout_bits=4)
     made, rollout = source.next_batch(0), source._rollout
     assert rollout is not None
     assert rollout.rollout_log_probs is not None
@@ -408,9 +375,9 @@ def test_weights_of_quantised_rollouts_are_advantages_times_importance(tokenizer
     np.testing.assert_allclose(made.weights[made.weights != 0], expected[advantages != 0], rtol=1e-4)
     assert log[0]["rollout_kl"] == pytest.approx(-log_ratio.mean(), abs=1e-4)
     assert "rollout_capped" in log[0]
-    exact, packed = (nn.log_softmax(each(mx.array(rollout.ids[:, :-1]))) for each in (model, packed_copy(model, bits)))
+    exact, packed = (nn.log_softmax(each(mx.array(rollout.ids[:, :-1]))) for each in (model, packed_copy(model, 4)))
     divergence = np.asarray((mx.exp(packed) * (packed - exact)).sum(-1))[sampled]
-    assert 0 < divergence.mean() < (0.001 if bits == 8 else 0.1)
+    assert 0 < divergence.mean() < 0.1
     # The log's is the mean over tokens drawn: its variance is about twice the divergence over their number.
     assert abs(log[0]["rollout_kl"] - divergence.mean()) < 4 * np.sqrt(2 * divergence.mean() / sampled.sum())
 
@@ -436,26 +403,11 @@ def test_conversation_rows_have_the_assistants_tokens_as_targets(tokenizer: Toke
         assert ids[np.flatnonzero(targets >= 0)].tolist() == [tokenizer.special_ids["<|assistant_start|>"], *said[:-1]]
 
 
-def test_the_sampling_engine_keeps_no_copy_of_the_weights(tokenizer: Tokenizer) -> None:
-    """Training needs the memory."""
-    model = make_model(width=128, scale=0.1)
-    engine = Engine(model, tokenizer, trained=True)
-    engine.complete([[tokenizer.bos]], max_new_tokens=2)
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    matrix = model.transformer["h"][0].mlp.c_fc
-    for _ in range(2):
-        matrix.weight = matrix.weight * 1.01
-        mx.eval(matrix.weight)
-        engine.complete([[tokenizer.bos]], max_new_tokens=2)
-    assert mx.get_active_memory() - before < matrix.weight.nbytes
-
-
 # The system prompt, and the longest held-out answer
 
 
-def test_a_system_prompt_stands_before_every_question(tokenizer: Tokenizer) -> None:
-    """Joined to the question with an empty line, as nanochat renders system messages."""
+def test_system_prompt_precedes_every_question(tokenizer: Tokenizer) -> None:
+    """Joined to the question by an empty line, as in nanochat; a question's own system message replaces it."""
     config = rl_config(system_prompt="Be brief.", eval_max_new_tokens=5)
     engine: Any = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
     task: Any = Numbers(3)
@@ -472,9 +424,5 @@ def test_a_system_prompt_stands_before_every_question(tokenizer: Tokenizer) -> N
     assert engine.prompts == [rendered(question) for question in (0, 1, 2) for _ in range(4)]
     assert engine.settings["max_new_tokens"] == 5
     assert longest_prompt(tokenizer, config, task) == len(rendered(0))
-
-
-def test_a_task_that_brings_a_system_message_keeps_it(tokenizer: Tokenizer) -> None:
-    messages = [{"role": role, "content": role} for role in ("system", "user", "assistant")]
-    given = render_question(tokenizer, {"messages": messages}, rl_config(system_prompt="Be brief."))
-    assert given == render_for_completion(tokenizer, {"messages": messages})
+    own = {"messages": [{"role": role, "content": role} for role in ("system", "user", "assistant")]}
+    assert render_question(tokenizer, own, config) == render_for_completion(tokenizer, own), "it has a system message"
