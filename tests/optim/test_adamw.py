@@ -1,8 +1,6 @@
-"""AdamW equals torch.optim.AdamW."""
+"""AdamW equals the published formula."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -38,8 +36,7 @@ def our_updates(parameter: np.ndarray, *, epsilon: float, weight_decay: float) -
     return after
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-@pytest.mark.parametrize("epsilon", [1e-10, 1e-3])
+@pytest.mark.parametrize(("epsilon", "weight_decay"), [(1e-10, 0.0), (1e-3, 0.1)])
 def test_three_updates_equal_the_published_formula(epsilon: float, weight_decay: float) -> None:
     value, first, second = start(), 0.0, 0.0
     after: list[np.ndarray] = []
@@ -52,18 +49,6 @@ def test_three_updates_equal_the_published_formula(epsilon: float, weight_decay:
         after.append(value)
     for got, expected in zip(our_updates(start(), epsilon=epsilon, weight_decay=weight_decay), after, strict=True):
         np.testing.assert_allclose(got, expected, atol=2e-6)  # float32 rounding of parameters of order one
-
-
-def test_three_updates_equal_torch() -> None:
-    torch: Any = pytest.importorskip("torch")
-    parameter = torch.nn.Parameter(torch.tensor(start(), dtype=torch.float32))
-    optimizer = torch.optim.AdamW([parameter], betas=BETAS, eps=1e-10, weight_decay=0.1)
-    got = our_updates(start(), epsilon=1e-10, weight_decay=0.1)
-    for gradient, lr, ours in zip(gradients(), LRS, got, strict=True):
-        optimizer.param_groups[0]["lr"] = lr
-        parameter.grad = torch.tensor(gradient, dtype=torch.float32)
-        optimizer.step()
-        np.testing.assert_allclose(ours, parameter.detach().numpy(), atol=2e-6)
 
 
 def test_zero_gradient_changes_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Muon equals nanochat's formulas in numpy, by singular values."""
+"""Muon equals nanochat's formulas on singular values, in NumPy."""
 
 from __future__ import annotations
 
@@ -28,15 +28,7 @@ def relative_norm(got: mx.array, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_orthogonalisation_equals_the_quintic_of_singular_values(shape: tuple[int, int]) -> None:
-    matrices = random_matrices(3, *shape)
-    got = orthogonalise(mx.array(matrices), 5, mx.float32)
-    # The quintic's slope at zero, 3.4445^5 = 485, amplifies float32's rounding to some 3e-5.
-    assert relative_norm(got, np.stack([newton_schulz_of_singular_values(matrix) for matrix in matrices])) < 1e-4
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (8, 32), (64, 16)])
+@pytest.mark.parametrize("shape", [(8, 32), (64, 16)])
 def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     u, _, v = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
@@ -48,13 +40,6 @@ def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
     assert singular.max() < 1.2
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
-def test_scale_of_a_matrix_does_not_matter(scale: float) -> None:
-    matrices = random_matrices(1, 12, 20)
-    got = orthogonalise(mx.array(scale * matrices), 5, mx.float32)
-    assert relative_norm(got, np.asarray(orthogonalise(mx.array(matrices), 5, mx.float32))) < 1e-3
-
-
 def test_bfloat16_is_within_a_tenth() -> None:
     matrices = random_matrices(2, 16, 24)
     got = orthogonalise(mx.array(matrices), 5, mx.bfloat16)
@@ -63,18 +48,14 @@ def test_bfloat16_is_within_a_tenth() -> None:
     assert relative_norm(got, np.asarray(orthogonalise(mx.array(matrices), 5, mx.float32))) < 0.1
 
 
-def test_matrices_of_a_stack_are_independent() -> None:
+def test_matrices_of_a_stack_are_independent_of_each_other_and_of_scale() -> None:
     matrices = random_matrices(4, 8, 12)
+    alone = np.asarray(orthogonalise(mx.array(matrices), 5, mx.float32))
     matrices[1] *= 1000
+    matrices[2] = 0
     together = np.asarray(orthogonalise(mx.array(matrices), 5, mx.float32))
-    for matrix, got in zip(matrices, together, strict=True):
-        alone = np.asarray(orthogonalise(mx.array(matrix[None]), 5, mx.float32))[0]
-        np.testing.assert_allclose(got, alone, atol=1e-5)
-
-
-def test_zero_matrix_stays_zero() -> None:
-    got = orthogonalise(mx.zeros((1, 4, 6)), 5, mx.float32)
-    np.testing.assert_array_equal(np.asarray(got), 0)
+    np.testing.assert_allclose(together[[0, 1, 3]], alone[[0, 1, 3]], atol=1e-5)
+    np.testing.assert_array_equal(together[2], 0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -92,8 +73,9 @@ def test_three_updates_equal_nanochat(shape: tuple[int, int]) -> None:
         assert relative_norm(momenta, expected_momenta) < 1e-6
 
 
-@pytest.mark.parametrize("shape", [(128, 32), (32, 128), (128, 96)])
-@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 1e-7, 0.0])
+@pytest.mark.parametrize(
+    ("shape", "smallest"), [((128, 32), 1e-7), ((32, 128), 0.0), ((128, 96), 1e-3), ((7, 16), 0.1)]
+)
 def test_singular_values_of_every_magnitude_follow_the_quintic(
     shape: tuple[int, int], smallest: float, path: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""Muon of July 2026 equals nanochat's formulas in numpy, by singular values."""
+"""Muon of July 2026 equals nanochat's formulas on singular values, in NumPy."""
 
 from __future__ import annotations
 
@@ -65,12 +65,7 @@ def test_polar_express_equals_quintics_of_singular_values(shape: tuple[int, int]
     matrices[1] *= 1000
     got = polar_express(mx.array(matrices), 5, mx.float32)
     assert relative_norm(got, np.stack([polar_of_singular_values(matrix) for matrix in matrices])) < 1e-4
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
-    got = np.asarray(polar_express(mx.array(random_matrices(1, *shape)), 5, mx.float32))[0]
-    singular = np.linalg.svd(got, compute_uv=False)
+    singular = np.linalg.svd(np.asarray(got), compute_uv=False)
     # Five quintics bring values above a thousandth of the norm within 0.2 of 1.
     assert singular.min() > 0.8
     assert singular.max() < 1.2
@@ -131,20 +126,3 @@ def test_weight_decay_is_cautious() -> None:
     towards_zero = (before - after[0]) * before >= 0
     np.testing.assert_allclose(after[1] - after[0], -0.02 * 0.5 * before * towards_zero, atol=1e-6)
     assert 0.2 < towards_zero.mean() < 0.8
-
-
-def test_variances_are_per_row_or_per_column_of_wide_matrices() -> None:
-    model = make_model("jul2026")
-    optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=32)
-    expected = {
-        (32, 32): (32, 1),
-        (16, 32): (1, 32),
-        (128, 32): (128, 1),
-        (32, 128): (1, 128),
-        (2, 12): (1, 12),
-    }
-    assert {shape: len(names) for shape, names in optimizer.muon_shapes.items()} == {
-        (32, 32): 4, (16, 32): 4, (128, 32): 2, (32, 128): 2, (2, 12): 1,
-    }  # fmt: skip
-    for shape, names in optimizer.muon_shapes.items():
-        assert {optimizer.state[f"variance.{name}"].shape for name in names} == {expected[shape]}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlxchat.composition.compose import compose_config
+from kit.models import composed
 from mlxchat.optim.optimizer import cosine_decay, lr_multiplier, muon_momentum, rates_at
 
 PRETRAIN = {"warmup_frac": 0.0, "warmdown_frac": 0.2, "final_frac": 0.0}
@@ -30,7 +31,7 @@ def nanochat(it: int, n: int, warmup_frac: float, warmdown_frac: float, final_fr
 
 @pytest.mark.parametrize(
     ("iteration", "expected"),
-    [(0, 1.0), (79, 1.0), (80, 1.0), (81, 0.95), (90, 0.5), (99, 0.05), (100, 0.0), (101, 0.0), (1000, 0.0)],
+    [(0, 1.0), (80, 1.0), (81, 0.95), (99, 0.05), (100, 0.0), (1000, 0.0)],
 )
 def test_pretraining_falls_over_the_last_fifth(iteration: int, expected: float) -> None:
     assert lr_multiplier(iteration, 100, **PRETRAIN) == pytest.approx(expected)
@@ -47,13 +48,9 @@ def test_warmdown_ends_at_the_final_fraction() -> None:
     assert values == pytest.approx([1.0, 0.82, 0.64, 0.46, 0.28])
 
 
-@pytest.mark.parametrize("n", [1, 2, 10, 651])
-def test_full_warmdown_is_the_rule_of_sft(n: int) -> None:
-    assert [lr_multiplier(it, n, **SFT) for it in range(n)] == pytest.approx([1 - it / n for it in range(n)])
-
-
-def test_single_iteration_has_the_full_rate() -> None:
-    assert lr_multiplier(0, 1, **PRETRAIN) == 1.0
+def test_sft_falls_over_all_iterations_from_the_full_rate() -> None:
+    assert [lr_multiplier(it, 10, **SFT) for it in range(10)] == pytest.approx([1 - it / 10 for it in range(10)])
+    assert lr_multiplier(0, 1, **PRETRAIN) == lr_multiplier(0, 1, **SFT) == 1.0
 
 
 @given(
@@ -71,20 +68,18 @@ def test_multipliers_equal_nanochat(n: int, place: float, warmup: float, warmdow
 
 
 @pytest.mark.parametrize(
-    ("iteration", "expected"),
-    [(0, 0.85), (1, 0.85 + 0.1 / 300), (150, 0.9), (299, 0.95 - 0.1 / 300), (300, 0.95), (9999, 0.95)],
-)
-def test_momentum_rises_over_its_warmup(iteration: int, expected: float) -> None:
-    assert muon_momentum(iteration, 10_000, **OCT2025) == pytest.approx(expected)
-    assert muon_momentum(iteration, 10_000, **OCT2025 | {"warmup_iterations": 0}) == 0.95
-
-
-@pytest.mark.parametrize(
-    ("iteration", "expected"),
-    [(0, 0.85), (200, 0.91), (399, 0.97 - 0.12 / 400), (400, 0.97), (700, 0.97), (1350, 0.935), (2000, 0.9)],
-)
-def test_momentum_falls_during_the_warmdown(iteration: int, expected: float) -> None:
-    assert muon_momentum(iteration, 2000, **JUL2026) == pytest.approx(expected)
+    ("schedule", "iteration", "expected"),
+    [
+        (OCT2025, 0, 0.85), (OCT2025, 1, 0.85 + 0.1 / 300), (OCT2025, 300, 0.95), (OCT2025, 9999, 0.95),
+        (OCT2025 | {"warmup_iterations": 0}, 0, 0.95),
+        (JUL2026, 0, 0.85), (JUL2026, 399, 0.97 - 0.12 / 400), (JUL2026, 400, 0.97), (JUL2026, 3500, 0.97),
+        (JUL2026, 6750, 0.935), (JUL2026, 10_000, 0.9),
+    ],
+)  # fmt: skip
+def test_momentum_rises_over_its_warmup_and_falls_in_the_warmdown(
+    schedule: dict[str, Any], iteration: int, expected: float
+) -> None:
+    assert muon_momentum(iteration, 10_000, **schedule) == pytest.approx(expected)
 
 
 def test_rise_of_momentum_precedes_its_fall() -> None:
@@ -104,9 +99,9 @@ def test_weight_decay_falls_along_half_a_cosine() -> None:
     assert [cosine_decay(it, 4) for it in range(4)] == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
 
 
-@pytest.mark.parametrize("iteration", [0, 20, 39, 40, 500, 900, 999])
+@pytest.mark.parametrize("iteration", [0, 39, 40, 500, 999])
 def test_jul2026_recipe_has_the_rates_of_nanochat(iteration: int) -> None:
-    config = compose_config(["experiment=speedrun_jul2026_d12"]).config
+    config = composed("experiment=speedrun_jul2026_d12")
     rates = rates_at(iteration, 1000, config.pretrain.schedule, config.optimizer)
     fall = (1000 - iteration) / 650
     assert rates.lr_factor == pytest.approx(
@@ -116,15 +111,12 @@ def test_jul2026_recipe_has_the_rates_of_nanochat(iteration: int) -> None:
     assert rates.weight_decay_factor == pytest.approx(0.5 * (1 + math.cos(math.pi * iteration / 1000)))
 
 
-def test_sft_of_jul2026_has_own_momentum_and_no_decay() -> None:
-    config = compose_config(["experiment=speedrun_jul2026_d12"]).config
+def test_stages_have_the_optimizers_momentum_or_their_own() -> None:
+    config = composed("experiment=speedrun_jul2026_d12")
     for iteration, momentum in ((0, 0.85), (150, 0.9), (300, 0.95), (999, 0.95)):
         rates = rates_at(iteration, 1000, config.sft.schedule, config.optimizer)
         assert (rates.momentum, rates.weight_decay_factor) == (pytest.approx(momentum), 0.0)
-
-
-def test_stages_default_to_the_optimizers_momentum() -> None:
-    config = compose_config(["experiment=quickstart", "optimizer.momentum_warmup_iterations=300"]).config
+    config = composed("experiment=quickstart", "optimizer.momentum_warmup_iterations=300")
     for stage in (config.pretrain, config.midtrain, config.sft, config.rl):
         assert stage.schedule.momentum is None
         assert rates_at(150, 1000, stage.schedule, config.optimizer).momentum == pytest.approx(0.9)
@@ -151,32 +143,16 @@ def test_full_cosine_equals_the_published_form(n: int, place: float, warmup: flo
     assert 0 <= got <= 1
 
 
-@given(n=st.integers(10, 3000), place=st.floats(0, 1, exclude_max=True), final=st.floats(0, 1))
-def test_cosine_meets_the_linear_warmdown_at_three_points(n: int, place: float, final: float) -> None:
-    def both(it: float) -> list[float]:
-        numbers = {"warmup_frac": 0.0, "warmdown_frac": 0.4, "final_frac": final}
-        return [lr_multiplier(it, n, **numbers, shape=shape) for shape in ("linear", "cosine")]
-
-    warmdown = round(0.4 * n)
-    for it in (0, n - warmdown, n - warmdown / 2, n):
-        linear, cosine = both(it)
-        assert cosine == pytest.approx(linear, abs=1e-12)
-    early, late = both(n - warmdown + place * warmdown / 2), both(n - warmdown / 2 + place * warmdown / 2)
-    assert early[1] >= early[0] - 1e-12
-    assert late[1] <= late[0] + 1e-12
-
-
-@pytest.mark.parametrize("iteration", [100, 150, 1000])
-def test_cosine_is_constant_after_its_end(iteration: int) -> None:
-    assert lr_multiplier(iteration, 100, **PRETRAIN | {"final_frac": 0.1}, shape="cosine") == pytest.approx(0.1)
-
-
-def test_cosine_after_a_full_warmup_never_falls() -> None:
+def test_cosine_of_a_partial_or_absent_warmdown() -> None:
+    falling = [lr_multiplier(it, 100, **PRETRAIN | {"final_frac": 0.1}, shape="cosine") for it in (80, 85, 90, 95)]
+    assert falling == pytest.approx([1.0, 0.55 + 0.45 * 0.5**0.5, 0.55, 0.55 - 0.45 * 0.5**0.5])
+    after = [lr_multiplier(it, 100, **PRETRAIN | {"final_frac": 0.1}, shape="cosine") for it in (100, 1000)]
+    assert after == pytest.approx([0.1, 0.1])
     values = [lr_multiplier(it, 4, **SFT, warmup_iterations=4, shape="cosine") for it in range(4)]
     assert values == [0.25, 0.5, 0.75, 1.0]
 
 
 def test_schedule_shape_is_configured() -> None:
-    config = compose_config(["pretrain.schedule.shape=cosine", "pretrain.schedule.warmdown_frac=1.0"]).config
+    config = composed("pretrain.schedule.shape=cosine", "pretrain.schedule.warmdown_frac=1.0")
     rates = rates_at(250, 1000, config.pretrain.schedule, config.optimizer)
     assert rates.lr_factor == pytest.approx(0.5 + 0.5**1.5)

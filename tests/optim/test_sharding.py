@@ -8,7 +8,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kit.models import make_model
@@ -33,10 +33,8 @@ def optimizer_of(option: str, num_layers: int, *, newer: bool) -> Optimizer:
     return make_optimizer(model_of(num_layers, newer=newer), option)
 
 
-@given(
-    size=st.integers(1, 40), num_layers=st.integers(1, 5), newer=st.booleans(),
-    option=st.sampled_from(OPTIONS),
-)  # fmt: skip
+@settings(max_examples=30)
+@given(size=st.integers(1, 40), num_layers=st.integers(1, 5), newer=st.booleans(), option=st.sampled_from(OPTIONS))
 def test_every_row_is_on_one_rank(size: int, num_layers: int, newer: bool, option: str) -> None:
     optimizer = optimizer_of(option, num_layers, newer=newer)
     dealt = deal_pieces(optimizer, size)
@@ -47,21 +45,15 @@ def test_every_row_is_on_one_rank(size: int, num_layers: int, newer: bool, optio
         for piece in own:
             rows[piece.name] += range(piece.start, piece.stop)
             assert piece.shape == (piece.stop - piece.start, *optimizer.shapes[piece.name][1:])
+            is_matrix = any(piece.name in names for names in optimizer.muon_shapes.values())
+            assert not is_matrix or piece.shape == optimizer.shapes[piece.name], "Muon needs whole matrices"
     assert {name: sorted(found) for name, found in rows.items()} == {
         name: list(range(shape[0])) for name, shape in optimizer.shapes.items()
     }
 
 
-@given(size=st.integers(1, 20), num_layers=st.integers(1, 5), option=st.sampled_from(OPTIONS[:2]))
-def test_matrices_of_muon_stay_whole(size: int, num_layers: int, option: str) -> None:
-    optimizer = optimizer_of(option, num_layers, newer=True)
-    matrices = {name for names in optimizer.muon_shapes.values() for name in names}
-    for own in deal_pieces(optimizer, size):
-        for piece in own:
-            assert piece.name not in matrices or piece.shape == optimizer.shapes[piece.name]
-
-
 @pytest.mark.parametrize("option", OPTIONS)
+@settings(max_examples=12)
 @given(size=st.integers(1, 12))
 def test_work_per_rank_is_bounded(option: str, size: int) -> None:
     optimizer = optimizer_of(option, 5, newer=True)
