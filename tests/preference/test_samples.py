@@ -99,7 +99,7 @@ def _ending(engine: Engine) -> Any:
     return Ending(engine.model, make_tokenizer())
 
 
-def test_a_task_without_right_answers_is_refused_with_the_share(tmp_path: Path) -> None:
+def test_task_without_right_answers_is_refused(tmp_path: Path) -> None:
     task = Cats("train")
     task.evaluate = lambda conversation, response: False  # type: ignore[method-assign]
     with pytest.raises(
@@ -109,35 +109,21 @@ def test_a_task_without_right_answers_is_refused_with_the_share(tmp_path: Path) 
 
 
 def test_written_pairs_are_read_as_they_were(tmp_path: Path) -> None:
-    parts = [
-        {"type": "text", "text": "1+1="},
-        {"type": "python", "text": "1+1"},
-        {"type": "python_output", "text": "2"},
-    ]
-    pairs = [
-        {"messages": [{"role": "user", "content": "sum?"}, {"role": "assistant", "content": parts}], "rejected": "3"}
-    ]
-    write_pairs(tmp_path / "pairs.jsonl", pairs)
-    task = load_task("pairs", "train", path=tmp_path / "pairs.jsonl", held_out_frac=0)
-    assert [task[0]] == pairs
+    kinds = {"text": "1+1=", "python": "1+1", "python_output": "2"}
+    parts = [{"type": kind, "text": text} for kind, text in kinds.items()]
+    pair = {"messages": [{"role": "user", "content": "sum?"}, {"role": "assistant", "content": parts}], "rejected": "3"}
+    write_pairs(tmp_path / "pairs.jsonl", [pair])
+    assert load_task("pairs", "train", path=tmp_path / "pairs.jsonl", held_out_frac=0)[0] == pair
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        "the cat",
-        [{"type": "text", "text": "it is "}, {"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}],
-        [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": ""}, {"type": "text", "text": "two"}],
-    ],
-)
-def test_parsed_answers_render_to_the_same_tokens(content: Any) -> None:
+def test_parsed_answers_render_to_the_same_tokens() -> None:
+    """Tokens that no content renders to give None."""
     tokenizer = make_tokenizer()
-    ids, _ = render_conversation(tokenizer, dialogue("who", content))
-    begin = ids.index(tokenizer.special_ids["<|assistant_start|>"]) + 1
-    assert parse_answer(tokenizer, ids[begin:-1]) == content
-
-
-@pytest.mark.parametrize("tokens", [["<|python_start|>"], ["<|user_start|>"], ["<|python_end|>"], []])
-def test_answers_that_no_content_renders_to_are_left_out(tokens: list[str]) -> None:
-    tokenizer = make_tokenizer()
-    assert parse_answer(tokenizer, [tokenizer.special_ids[token] for token in tokens]) is None
+    text, python, empty = ({"type": kind, "text": text} for kind, text in
+                           (("text", "it is "), ("python", "1+1"), ("python_output", "")))  # fmt: skip
+    for content in ("the cat", [text, python, {**empty, "text": "2"}], [python, empty, text]):
+        ids, _ = render_conversation(tokenizer, dialogue("who", content))
+        begin = ids.index(tokenizer.special_ids["<|assistant_start|>"]) + 1
+        assert parse_answer(tokenizer, ids[begin:-1]) == content
+    for tokens in (["<|python_start|>"], ["<|user_start|>"], ["<|python_end|>"], []):
+        assert parse_answer(tokenizer, [tokenizer.special_ids[token] for token in tokens]) is None

@@ -50,7 +50,7 @@ def made(outputs: Path) -> Path:
     return outputs / "store" / str(found["name"])
 
 
-def test_a_killed_training_ends_with_the_same_bytes_and_prefers_what_was_chosen(
+def test_killed_training_ends_with_the_same_bytes_and_prefers_the_chosen(
     outputs: Path, mlxchat: CommandLine, tmp_path: Path
 ) -> None:
     settings = command(outputs, "preference.adapter.kind=lora")
@@ -69,7 +69,7 @@ def test_a_killed_training_ends_with_the_same_bytes_and_prefers_what_was_chosen(
     assert hash_file(made(straight) / "adapters.safetensors") == hash_file(resumed / "adapters.safetensors")
 
 
-def test_an_extension_is_bit_identical_to_one_training(outputs: Path) -> None:
+def test_extension_is_bit_identical_to_one_training(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """48 pairs are trained on, of which there are 38: the second epoch's order is the same too, and the reference."""
     constant = ("preference.schedule.warmup_frac=0", "preference.schedule.warmdown_frac=0")
 
@@ -86,26 +86,24 @@ def test_an_extension_is_bit_identical_to_one_training(outputs: Path) -> None:
     extended = train(12, "preference.extend=preference")
     for name in straight:
         assert extended[name] == straight[name] != short[name], name
-
-
-def test_an_extension_needs_the_same_pairs(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here(*command(outputs, "preference.save_training_state=true", "preference.num_iterations=2")) == 0
-    extension = command(outputs, "preference.extend=preference", "preference.num_iterations=8", "preference.beta=0.2")
-    assert run_here("plan", *extension, "preference.temperature=0.5") == 0, "losses may differ, and nothing is sampled"
+    # Losses may differ, and nothing is sampled; pairs and their order may not.
+    extension = command(outputs, "preference.extend=preference", "preference.num_iterations=14", "preference.beta=0.2")
+    assert run_here("plan", *extension, *constant, "preference.temperature=0.5") == 0
     assert run_here("plan", *extension, "preference.num_iterations=2") == 2
-    assert "already has 2 iterations" in capsys.readouterr().err
+    assert "already has 12 iterations" in capsys.readouterr().err
     with outputs.with_name("pairs.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "who", "chosen": "the cat", "rejected": "the dog"}) + "\n")
     assert run_here("plan", *extension, "seed=7", "preference.pairs_per_iteration=5", "preference.row_tokens=65") == 2
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     for line in ("seed is 7, but", "pairs_per_iteration is 5, but", "row_tokens is 65, but", "preference.data.path ("):
-        assert line in said
+        assert line in printed
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "messages"),
     [
         (["preference.data.path=null"], ["preference.data.path is null: give a file of pairs"]),
+        (["preference.row_tokens=8"], ["pairs are longer than preference.row_tokens=8"]),
         (["preference.row_tokens=257"], ["preference.row_tokens=257 is longer than the context of the model"]),
         (
             ["preference.loss=ipo", "preference.beta=0", "preference.label_smoothing=0.6", "preference.data.split=test",
@@ -117,16 +115,11 @@ def test_an_extension_needs_the_same_pairs(outputs: Path, capsys: pytest.Capture
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused(
-    more: list[str], said: list[str], outputs: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], messages: list[str], outputs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_here(*command(outputs, *more)) == 2
     refusal = capsys.readouterr().err
-    assert [each for each in said if each not in refusal] == []
-
-
-def test_pairs_that_are_all_too_long_are_refused(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here(*command(outputs, "preference.row_tokens=8")) == 2
-    assert "pairs are longer than preference.row_tokens=8" in capsys.readouterr().err
+    assert [each for each in messages if each not in refusal] == []
 
 
 def test_stage_preference_means_the_pipeline_that_has_it() -> None:
