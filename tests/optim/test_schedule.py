@@ -29,37 +29,22 @@ def nanochat(it: int, n: int, warmup_frac: float, warmdown_frac: float, final_fr
     return progress * 1.0 + (1 - progress) * final_frac
 
 
-@pytest.mark.parametrize(
-    ("iteration", "expected"),
-    [(0, 1.0), (80, 1.0), (81, 0.95), (99, 0.05), (100, 0.0), (1000, 0.0)],
-)
-def test_pretraining_falls_over_the_last_fifth(iteration: int, expected: float) -> None:
-    assert lr_multiplier(iteration, 100, **PRETRAIN) == pytest.approx(expected)
-
-
 def test_warmup_reaches_one_at_its_last_iteration() -> None:
     rising = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert [lr_multiplier(it, 40, warmup_frac=0.1, warmdown_frac=0.0, final_frac=0.0) for it in range(6)] == rising
     assert [lr_multiplier(it, 1000, **PRETRAIN, warmup_iterations=4) for it in range(6)] == rising
 
 
-def test_warmdown_ends_at_the_final_fraction() -> None:
-    values = [lr_multiplier(it, 10, warmup_frac=0.0, warmdown_frac=0.5, final_frac=0.1) for it in range(5, 10)]
-    assert values == pytest.approx([1.0, 0.82, 0.64, 0.46, 0.28])
-
-
 def test_sft_falls_over_all_iterations_from_the_full_rate() -> None:
     assert [lr_multiplier(it, 10, **SFT) for it in range(10)] == pytest.approx([1 - it / 10 for it in range(10)])
     assert lr_multiplier(0, 1, **PRETRAIN) == lr_multiplier(0, 1, **SFT) == 1.0
+    assert [lr_multiplier(it, 100, **PRETRAIN) for it in (100, 1000)] == [0.0, 0.0], "after the end"
 
 
 @given(
-    n=st.integers(1, 3000),
-    place=st.floats(0, 1, exclude_max=True),
-    warmup=st.floats(0, 0.4),
-    warmdown=st.floats(0, 0.6),
-    final=st.floats(0, 1),
-)
+    n=st.integers(1, 3000), place=st.floats(0, 1, exclude_max=True), warmup=st.floats(0, 0.4),
+    warmdown=st.floats(0, 0.6), final=st.floats(0, 1),
+)  # fmt: skip
 def test_multipliers_equal_nanochat(n: int, place: float, warmup: float, warmdown: float, final: float) -> None:
     it = int(place * n)
     got = lr_multiplier(it, n, warmup_frac=warmup, warmdown_frac=warmdown, final_frac=final)

@@ -96,13 +96,6 @@ def test_gradients_are_the_slopes_of_the_loss(path: str) -> None:
     assert norm > 0.1
 
 
-def test_weights_of_zero_exclude_a_row() -> None:
-    few, many = (make_batch(count) for count in (2, 3))
-    padded = Batch(many.ids, many.targets, np.concatenate([few.weights, np.zeros((1, ROW_TOKENS), np.float32)]))
-    one, other = (make_step(make_model())(batch, RATES) for batch in (few, padded))
-    assert one == pytest.approx(other, rel=1e-5)
-
-
 @pytest.mark.parametrize(("micro_rows", "value"), [(1, np.nan), (3, np.inf), (4, -np.inf)])
 def test_non_finite_step_changes_neither_weights_nor_moments(micro_rows: int, value: float) -> None:
     model, batches = make_model(), NumberedBatches(rows=4, broken={1}, value=value)
@@ -134,11 +127,14 @@ def test_accumulation_equals_the_whole_batch(micro_rows: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_lanes", "micro_rows", "variant"), [(2, 4, "oct2025"), (3, 100, "jul2026"), (3, 4, "jul2026")]
+    ("num_lanes", "micro_rows", "variant", "num_rows"),
+    [(2, 4, "oct2025", 7), (3, 100, "jul2026", 7), (3, 4, "jul2026", 7), (3, 100, "oct2025", 2)],
 )
-def test_several_lanes_equal_one(set_lanes: SetLanes, num_lanes: int, micro_rows: int, variant: str) -> None:
+def test_several_lanes_equal_one(
+    set_lanes: SetLanes, num_lanes: int, micro_rows: int, variant: str, num_rows: int
+) -> None:
     """Seven rows give the lanes unequal parts; with micro-batches of four the last one has other parts."""
-    batches = [make_batch(7, seed=seed, targets_per_row=[16, 2, 9, 0, 16, 5, 1]) for seed in range(2)]
+    batches = [make_batch(num_rows, seed=seed, targets_per_row=[16, 2, 9, 0, 16, 5, 1]) for seed in range(2)]
     results = []
     for count in (1, num_lanes, num_lanes):
         set_lanes(count)
@@ -151,15 +147,6 @@ def test_several_lanes_equal_one(set_lanes: SetLanes, num_lanes: int, micro_rows
         assert np.linalg.norm(other[name] - value) < 1e-5 * np.linalg.norm(value), name
         np.testing.assert_array_equal(same[name], other[name])
     assert again == got, "the same lanes give the same bits"
-
-
-@pytest.mark.parametrize("num_rows", [1, 2])
-def test_fewer_rows_than_lanes_are_trained_on(set_lanes: SetLanes, num_rows: int) -> None:
-    results = []
-    for num_lanes in (1, 3):
-        set_lanes(num_lanes)
-        results.append(make_step(make_model())(make_batch(num_rows), RATES))
-    np.testing.assert_allclose(results[1], results[0], rtol=1e-5)
 
 
 @pytest.mark.skipif(runtime.blas_threads() is None, reason="no OpenBLAS here")
@@ -208,9 +195,3 @@ def test_bfloat16_computes_beside_float32_masters(path: str, micro_rows: int) ->
     assert all((value != value.astype(mx.bfloat16).astype(mx.float32)).any().item() for value in masters.values())
     np.testing.assert_allclose(got, expected, rtol=0.05)  # eight bits of mantissa
     assert got != expected
-
-
-def test_forty_steps_memorise_a_batch() -> None:
-    step, batch = make_step(make_model()), make_batch(2)
-    losses = [step(batch, RATES)[0] for _ in range(40)]
-    assert losses[-1] < 0.2 * losses[0]
