@@ -151,6 +151,13 @@ def canvas(height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def framed(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Return a figure with panels side by side and room around them."""
+    figure, found = make_panels(count, height)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.11, wspace=0.08)
+    return figure, found
+
+
 def box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, strength: float = 0.25) -> None:
     """Fill a rectangle; strength 0 draws its border alone."""
     fill: dict[str, Any] = {"facecolor": colour, "alpha": strength, "linewidth": 0}
@@ -283,7 +290,7 @@ def attention(course: Course) -> Picture:
     matrices = [*weights, seen / seen.sum(axis=1, keepdims=True)]
 
     def drawing() -> Figure:
-        figure, panels = make_panels(len(matrices), height=3.5)
+        figure, panels = framed(len(matrices), height=3.5)
         for panel, title, matrix in zip(panels, titles, matrices, strict=True):
             rows, columns = np.nonzero(matrix > 0.004)
             colour = GREEN if matrix is matrices[-1] else BLUE
@@ -314,7 +321,7 @@ def losses(course: Course) -> Picture:
     guess = log(tokenizer.vocab_size)
 
     def drawing() -> Figure:
-        figure, (panel,) = make_panels(1, height=2.9)
+        figure, (panel,) = framed(1, height=2.9)
         panel.bar(range(len(words)), nats, color=[ORANGE if loss > nats.mean() else BLUE for loss in nats], width=0.8)
         panel.set_xticks(range(len(words)), words)
         panel.grid(visible=False, axis="x")
@@ -342,7 +349,7 @@ def optimizer(course: Course) -> Picture:
     values = {name: np.linalg.svd(np.array(matrix[0]), compute_uv=False) for name, matrix in matrices.items()}
 
     def drawing() -> Figure:
-        figure, (left, right) = make_panels(2, height=2.9)
+        figure, (left, right) = framed(2, height=2.9)
         for (name, (xs, ys)), colour in zip(rates.items(), COLOURS, strict=False):
             left.plot([100 * x / xs[-1] for x in xs], ys, color=colour, label=name)
         left.set_ylim(bottom=0)
@@ -370,7 +377,7 @@ def pretraining(course: Course) -> Picture:
     rivals = bpb_baselines(course.run, step)
 
     def drawing() -> Figure:
-        figure, (left, right) = make_panels(2, height=2.9)
+        figure, (left, right) = framed(2, height=2.9)
         left.plot(loss_xs, loss_ys, color=BLUE, linewidth=1.2)
         name_axes(left, "Loss of the rows just trained on", "iteration", "nats per token")
         right.plot(xs, ys, color=BLUE, marker="o", markersize=3.5)
@@ -535,7 +542,7 @@ def rewards(course: Course) -> Picture:
     found = [(title, y, *step.series(key)) for key, title, y in curves if step.series(key)[0]]
 
     def drawing() -> Figure:
-        figure, panels = make_panels(len(found), height=2.7)
+        figure, panels = framed(len(found), height=2.7)
         for panel, (title, y, xs, ys), colour in zip(panels, found, (GREEN, BLUE, ORANGE), strict=False):
             panel.plot(xs, ys, color=colour, marker="o", markersize=3)
             panel.set_ylim(bottom=0)
@@ -559,7 +566,7 @@ def evaluation(course: Course) -> Picture:
     samples, ks = 16, range(1, 17)
 
     def drawing() -> Figure:
-        figure, (left, right) = make_panels(2, height=2.9)
+        figure, (left, right) = framed(2, height=2.9)
         for place, (name, found) in enumerate(scores.items()):
             for row, task in enumerate(tasks):
                 measure, y = found[task], row + 0.2 * (place - 1)
@@ -598,7 +605,7 @@ def sampling(course: Course) -> Picture:
     lengths = np.arange(1, 257)
 
     def drawing() -> Figure:
-        figure, (left, right) = make_panels(2, height=2.9)
+        figure, (left, right) = framed(2, height=2.9)
         for (temperature, found), colour in zip(chances.items(), (ORANGE, BLUE, GREEN), strict=True):
             left.plot(range(len(order)), 100 * found[order], color=colour, marker="o", markersize=3.5,
                       label=f"temperature {temperature:g}")  # fmt: skip
@@ -627,7 +634,7 @@ def seeds(course: Course) -> Picture:
     pairs = [(found[False][seed], found[True][seed]) for seed in sorted(found[False])]
 
     def drawing() -> Figure:
-        figure, (left, right) = make_panels(2, height=2.7)
+        figure, (left, right) = framed(2, height=2.7)
         for (seed, pair), colour in zip(enumerate(pairs, 1), COLOURS, strict=False):
             left.plot([0, 1], pair, color=colour, marker="o", label=f"seed {seed}")
         left.set_xticks([0, 1], ["without", "value embeddings"])
