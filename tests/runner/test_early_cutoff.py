@@ -58,20 +58,6 @@ def test_cutoff_works_anywhere_in_the_chain(toys: Any) -> None:
     assert started(toys.run(toys.plan(CHAIN))) == ["one", "two"]  # `two` makes what it made before
 
 
-def test_forced_rebuild_plans_maybe_downstream(toys: Any) -> None:
-    toys.run(toys.plan(CHAIN))
-    plan = toys.plan(CHAIN, force=["one"])
-    assert [step.state for step in plan] == ["run", "maybe", "maybe"]
-    assert started(toys.run(plan)) == ["one"]
-
-
-def test_nondeterministic_rebuild_reruns_downstream(toys: Any) -> None:
-    toys.add("make", "(ctx.out / 'result.txt').write_text(str(time.time_ns()))")
-    toys.run(toys.plan(CHAIN))
-    assert started(toys.run(toys.plan(CHAIN, force=["one"]))) == ["one", "two", "three"]
-    assert set(states(toys).values()) == {"done"}
-
-
 def test_equal_settings_and_contents_are_one_artifact(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     place, made = read(toys, "two")
@@ -121,19 +107,3 @@ def test_key_depends_on_input_contents_not_settings(toys: Any) -> None:
     toys.config.other.number = 1
     toys.config.toy.number = 3
     assert key == toys.plan(CHAIN)[1].key_with({"source": "0" * 64})
-
-
-def test_version_changes_the_key(toys: Any) -> None:
-    toys.run(toys.plan(CHAIN))
-    toys.add("copy", "(ctx.out / 'result.txt').write_text('v2')", inputs={"source": "thing"}, version=2)
-    toys.config.toy.number = 5
-    assert started(toys.run(toys.plan(CHAIN)))[:2] == ["one", "two"]
-
-
-def test_steps_read_the_shared_artifact(toys: Any) -> None:
-    toys.run(toys.plan(CHAIN))
-    toys.config.toy.number = 5
-    toys.run(toys.plan(CHAIN))
-    toys.config.other.number = 4
-    toys.run(toys.plan(CHAIN))
-    assert (read(toys, "three")[0] / "result.txt").read_text() == "0 4 4"

@@ -19,7 +19,6 @@ import pytest
 from kit.toys import CHAIN, ONE
 from mlxchat.errors import DataError, Interrupted, MlxchatError, StepFailed
 from mlxchat.runner.context import Context
-from mlxchat.runner.plan import make_plan
 from mlxchat.store import attempts, locks
 from mlxchat.store.files import Record, Records
 from mlxchat.store.naming import refs_of, resolve
@@ -56,33 +55,11 @@ def count(toys: Any) -> int:
     return len((toys.outputs / "count").read_text())
 
 
-# What every manifest must say.
-CONTRACT = {
-    "schema", "key", "rid", "name", "stage", "step", "kind", "version", "config", "excluded", "overrides", "inputs",
-    "outputs", "tree", "externals", "metrics", "derived", "seed", "attempts", "code", "git", "versions", "device",
-    "peak_memory_bytes", "peak_array_bytes", "seconds", "tokens_per_second", "argv", "published",
-}  # fmt: skip
-
-
 def test_chain_runs_in_order(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
     assert (result(toys, "one"), result(toys, "two")) == ("1", "1 1")
     assert states(toys) == {"one": "done", "two": "done"}
-
-
-def test_manifest_has_every_field_of_the_contract(toys: Any) -> None:
-    toys.run(toys.plan(CHAIN))
-    for manifest in toys.store.manifests():
-        assert manifest.keys() >= CONTRACT
-        assert manifest["attempts"][0].keys() >= {
-            "started",
-            "ended",
-            "outcome",
-            "pid",
-            "host",
-            "seconds",
-            "resumed_from",
-        }
+    assert list((toys.outputs / "work").iterdir()) == []
 
 
 def test_manifest_records_provenance(toys: Any) -> None:
@@ -115,11 +92,6 @@ def test_manifest_records_what_the_stage_reports(toys: Any) -> None:
     place = toys.store.find(manifest["rid"])
     assert Records(place / "metrics.jsonl").read() == [{"iteration": 1, "loss": 2.5}]
     assert tracked == [("one", {"iteration": 1, "loss": 2.5})]
-
-
-def test_work_folder_is_removed_after_publishing(toys: Any) -> None:
-    toys.run(toys.plan(CHAIN))
-    assert list((toys.outputs / "work").iterdir()) == []
 
 
 def test_refs_name_new_and_finished_steps(toys: Any) -> None:
@@ -326,17 +298,6 @@ def test_waiting_process_prints_the_holder_and_uses_its_result(toys: Any) -> Non
     assert ("step_cached", "one") in events(run)
 
 
-def test_step_finished_after_planning_is_not_rerun(toys: Any) -> None:
-    toys.add("make", COUNTED)
-    ours = toys.store
-    ours.prepare()
-    plan = make_plan(toys.config, ONE, ours, targets=None, seed=1, force=[])
-    assert not plan[0].done
-    toys.run(toys.plan(ONE))  # the other process, from start to end
-    toys.run(plan, ours)
-    assert count(toys) == 1
-
-
 def test_step_finished_before_our_lock_is_not_rerun(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.add("make", COUNTED)
     plan, hold = toys.plan(ONE), locks.hold
@@ -391,6 +352,9 @@ def test_forced_step_with_new_bytes_reruns_downstream(toys: Any) -> None:
     run = toys.run(toys.plan(CHAIN, force=["one"]))
     assert ("step_done", "two") in events(run)
     assert result(toys, "two") == "other 1"
+    toys.add("make", "(ctx.out / 'result.txt').write_text('third')")
+    toys.run(toys.plan(ONE, force=["one"]))
+    assert states(toys) == {"one": "done", "two": "input changed: source (one)"}
 
 
 def test_forced_step_with_equal_bytes_reruns_nothing_else(toys: Any) -> None:
@@ -399,13 +363,6 @@ def test_forced_step_with_equal_bytes_reruns_nothing_else(toys: Any) -> None:
     assert events(run)[1:] == [
         ("step_started", "one"), ("step_done", "one"), ("step_cached", "two"), ("run_done", None),
     ]  # fmt: skip
-
-
-def test_rebuilt_input_is_the_planned_reason(toys: Any) -> None:
-    toys.run(toys.plan(CHAIN))
-    toys.add("make", "(ctx.out / 'result.txt').write_text('other')")
-    toys.run(toys.plan(ONE, force=["one"]))
-    assert states(toys) == {"one": "done", "two": "input changed: source (one)"}
 
 
 def test_observations_rerun_nothing_downstream(toys: Any) -> None:

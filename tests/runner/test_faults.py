@@ -9,16 +9,16 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kit.commands import Say
 from kit.servers import Loopback, QuietHandler
 from kit.toys import CHAIN, ONE
 from mlxchat.config.secrets import redact
@@ -51,41 +51,26 @@ def wrapped(cause: Exception) -> Exception:
         return error
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        PassingError("busy"), ConnectionResetError(), TimeoutError(), OSError(errno.ENETUNREACH, "no network"),
-        Answer(500), Answer(503), Answer(429), Answer(408), wrapped(ConnectionRefusedError()), wrapped(Answer(502)),
-        urllib.error.URLError(ConnectionRefusedError()), urllib.error.HTTPError("u", 504, "", {}, None),  # type: ignore[arg-type]
-    ],
-    ids=repr,
-)  # fmt: skip
-def test_network_and_server_errors_are_transient(error: Exception) -> None:
-    assert is_passing(error)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        ValueError("no"), DataError("line 3"), StepFailed("no"), FileNotFoundError(errno.ENOENT, "no file"),
-        OSError(errno.ENOSPC, "full"), PermissionError(errno.EACCES, "no"), MemoryError(), Answer(404), Answer(401),
-        wrapped(Answer(403)), urllib.error.HTTPError("u", 404, "", {}, None),  # type: ignore[arg-type]
-    ],
-    ids=repr,
-)  # fmt: skip
-def test_other_errors_are_permanent(error: Exception) -> None:
-    assert not is_passing(error)
-
-
-def test_hub_library_errors_are_transient() -> None:
+def test_network_and_server_errors_are_transient_and_others_are_not() -> None:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     httpx = importlib.import_module(HTTPError.__module__)  # whatever it is called in this version
     request = httpx.Request("GET", "http://x")
-    assert is_passing(httpx.ConnectError("no route", request=request))
-    assert is_passing(httpx.ReadTimeout("slow", request=request))
-    assert is_passing(HfHubHTTPError("busy", response=httpx.Response(503, request=request)))
-    assert not is_passing(HfHubHTTPError("gone", response=httpx.Response(404, request=request)))
+    passing = [
+        PassingError("busy"), ConnectionResetError(), TimeoutError(), OSError(errno.ENETUNREACH, "no network"),
+        Answer(500), Answer(503), Answer(429), Answer(408), wrapped(ConnectionRefusedError()), wrapped(Answer(502)),
+        urllib.error.URLError(ConnectionRefusedError()), urllib.error.HTTPError("u", 504, "", {}, None),  # type: ignore[arg-type]
+        httpx.ConnectError("no route", request=request), httpx.ReadTimeout("slow", request=request),
+        HfHubHTTPError("busy", response=httpx.Response(503, request=request)),
+    ]  # fmt: skip
+    permanent = [
+        ValueError("no"), DataError("line 3"), StepFailed("no"), FileNotFoundError(errno.ENOENT, "no file"),
+        OSError(errno.ENOSPC, "full"), PermissionError(errno.EACCES, "no"), MemoryError(), Answer(404), Answer(401),
+        wrapped(Answer(403)), urllib.error.HTTPError("u", 404, "", {}, None),  # type: ignore[arg-type]
+        HfHubHTTPError("gone", response=httpx.Response(404, request=request)),
+    ]  # fmt: skip
+    assert [error for error in passing if not is_passing(error)] == []
+    assert [error for error in permanent if is_passing(error)] == []
 
 
 FAILS_TWICE = """
@@ -114,14 +99,12 @@ def test_transient_errors_are_retried_with_growing_pauses(toys: Any) -> None:
     )
 
 
-def test_last_failed_attempt_fails_the_step(toys: Any) -> None:
+def test_last_attempt_and_permanent_errors_fail_the_step(toys: Any) -> None:
     toys.add("make", FAILS_TWICE)
     with pytest.raises(StepFailed, match="the hub hung up"):
         toys.run(toys.plan(ONE), policy=Policy(retry_attempts=2, retry_seconds=0.01))
     assert (toys.outputs / "tries").read_text() == "xx"
-
-
-def test_permanent_errors_are_not_retried(toys: Any) -> None:
+    (toys.outputs / "tries").unlink()
     toys.add("make", FAILS_TWICE.replace("ConnectionResetError", "ValueError"))
     with pytest.raises(StepFailed, match="ValueError: the hub hung up"):
         toys.run(toys.plan(ONE), policy=RETRY)
@@ -161,11 +144,6 @@ def test_step_over_its_time_limit_saves_and_fails(toys: Any) -> None:
     work = toys.store.work(toys.plan(ONE)[0].key)
     assert (work / "ckpt" / "saved").exists()
     assert [attempt["outcome"] for attempt in attempts.read(work)] == ["failed"]
-
-
-def test_step_within_its_time_limit_is_unaffected(toys: Any) -> None:
-    toys.run(toys.plan(CHAIN), policy=Policy(timeouts={"one": 60, "two": 60}))
-    assert threading.active_count() < 10
 
 
 def test_step_that_ignores_its_limit_is_ended(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +201,7 @@ def test_hook_url_receives_json(toys: Any, server: Any) -> None:
     assert posted[0]["run"] == "run1"
 
 
-BROKEN = ["exit 3", ["/no/such/program"], "sleep 60", "http://127.0.0.1:9/", "kill -9 $$", "{address}/broken"]
+BROKEN = ["exit 3", ["/no/such/program"], "sleep 60", "{address}/broken"]
 
 
 @pytest.mark.parametrize("target", BROKEN, ids=str)
@@ -239,12 +217,13 @@ def test_broken_hook_warns_once_and_breaks_nothing(target: Any, toys: Any, serve
     assert len({line.split(" failed")[0] for line in warnings}) == len(warnings), "each is warned of once"
 
 
-def test_slow_hook_delays_no_step(toys: Any) -> None:
-    hooks = Hooks(on_start="sleep 1", timeout_seconds=5)
-    run = toys.run(toys.plan(CHAIN), hooks=hooks)
-    times = {event["event"]: event["time"] for event in Records(run.folder / "events.jsonl").read()}
-    elapsed = datetime.fromisoformat(times["step_done"]) - datetime.fromisoformat(times["run_started"])
-    assert elapsed < timedelta(seconds=0.9)
+def test_slow_hook_delays_no_step(toys: Any, tmp_path: Path) -> None:
+    """The hook ends only once all steps are done."""
+    hooks = Hooks(on_start=f"while [ ! -e {tmp_path}/done ]; do sleep 0.01; done", warn=toys.said.append)
+    ended = f"open({str(tmp_path / 'done')!r}, 'w').close(); (ctx.out / 'result.txt').touch()"
+    toys.add("copy", ended, inputs={"source": "thing"})
+    toys.run(toys.plan(CHAIN), hooks=hooks)
+    assert not [line for line in toys.said if line.startswith("warning")]
 
 
 class JumpingClock(datetime):
@@ -322,13 +301,11 @@ def test_secrets_are_replaced_by_variable_names(secrets: dict[str, str]) -> None
     assert redact("pa%2Fss%20word%2B1") == "<DB_PASSWORD>", "as part of an address"
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("TOKENIZERS_PARALLELISM", "false-ish"), ("MAX_TOKENS", "1048576"), ("HOME", "/root/home"), ("X_TOKEN", "abc")],
-)
-def test_other_variables_and_short_values_are_kept(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(name, value)
-    assert redact(f"x {value} y") == f"x {value} y"
+def test_other_variables_and_short_values_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"TOKENIZERS_PARALLELISM": "false-ish", "MAX_TOKENS": "1048576", "HOME": "/root/home", "X_TOKEN": "abc"}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+        assert redact(f"x {value} y") == f"x {value} y"
 
 
 def leaks(folder: Path, secrets: dict[str, str]) -> list[str]:
@@ -365,21 +342,20 @@ def test_secrets_reach_no_file_or_output(toys: Any, secrets: dict[str, str], mon
 
 
 def test_secrets_of_the_command_line_reach_no_file(
-    mlxchat: Callable[..., subprocess.CompletedProcess[str]], tiny: tuple[str, ...], tmp_path: Path
+    say: Say, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secrets = {"HF_TOKEN": "hf_abcdefgh12345", "WANDB_API_KEY": "0123456789abcdef0123", "DB_PASSWORD": "pass-word-1"}
-    text = tmp_path / "text.txt"
-    text.write_text("Some text.\n" * 50)
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    settings = [*tiny, "stage=corpus", f"outputs={tmp_path / 'outputs'}"]
     planted = f'hooks.on_success="true {secrets["HF_TOKEN"]} {secrets["DB_PASSWORD"]}"'
-    for more, code in (([], 0), (["corpus.validation_documents=100000", f"corpus.name={secrets['WANDB_API_KEY']}"], 2)):
-        done = mlxchat(*tiny, "stage=corpus", planted, *more, f"outputs={tmp_path / 'outputs'}", environ=secrets)
-        assert done.returncode == code, done.stderr
-        assert [name for name, value in secrets.items() if value in done.stdout + done.stderr] == []
-    assert len(list((tmp_path / "outputs" / "runs").glob("*/plan.json"))) == 2
+    wrong = ["corpus.validation_documents=100000", f"corpus.name={secrets['WANDB_API_KEY']}"]
     sweep = ["-m", "corpus.row_group_documents=5,6", f"hooks.on_start={secrets['HF_TOKEN']},{secrets['DB_PASSWORD']}"]
-    done = mlxchat(*sweep, *tiny, "stage=corpus", f"outputs={tmp_path / 'outputs'}", environ=secrets)
-    assert done.returncode == 0, done.stderr
-    assert [name for name, value in secrets.items() if value in done.stdout + done.stderr] == []
+    for arguments, code in (([*settings, planted], 0), ([*settings, planted, *wrong], 2), ([*sweep, *settings], 0)):
+        monkeypatch.setattr(sys, "argv", ["mlxchat", *arguments])
+        said = say(*arguments, code=code)
+        assert [name for name, value in secrets.items() if value in said] == []
+    assert len(list((tmp_path / "outputs" / "runs").glob("*/plan.json"))) >= 2
     assert list((tmp_path / "outputs" / "multirun").glob("*/table.md"))
     assert leaks(tmp_path / "outputs", secrets) == []
 

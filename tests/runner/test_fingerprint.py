@@ -5,26 +5,29 @@ from __future__ import annotations
 import base64
 import copy
 import hashlib
+import importlib.metadata
 import json
-import os
 import random
+import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config, MomentumConfig
 from mlxchat.data.mixture import Mixture
+from mlxchat.hub import client, listings
 from mlxchat.runner.plan import make_plan
 from mlxchat.store.fingerprint import canonical_json, compute_key, identity_of, plain_of
 from mlxchat.store.store import Store
@@ -32,126 +35,56 @@ from mlxchat.store.store import Store
 # The fields that no artifact's id knows. A new one belongs here only if it can change no byte of a result.
 NOT_IDENTITY = {
     "model.name",
-    "pretrain.extend",  # names an artifact, whose id is an input instead (tests/test_extend.py)
-    "pretrain.save_training_state",
-    "pretrain.eval_every",
-    "pretrain.save_every",
-    "pretrain.core.bundle",  # CORE is only looked at there
-    "pretrain.core.sha256",
-    "pretrain.core.max_per_task",
-    "pretrain.core.tasks",
-    "pretrain.core.long_prompts",
-    "pretrain.core_every",
-    "pretrain.core_max_per_task",
-    "pretrain.train_bpb_tokens",
-    "pretrain.sample_every",
-    "pretrain.sample_tokens",
-    "pretrain.prompts",
-    "pretrain.sample_temperature",
-    "pretrain.sample_top_k",
-    "midtrain.extend",
-    "midtrain.save_training_state",
-    "midtrain.eval_every",
-    "midtrain.save_every",
-    "midtrain.teacher.path",  # what is in the folder counts instead (tests/training/test_teacher.py)
-    "midtrain.teacher.artifact",  # its id is an input instead
-    "midtrain.suite",
-    "midtrain.suite_every",
-    "midtrain.suite_max_new_tokens",
-    "midtrain.suite_batch_rows",
-    "sft.extend",
-    "sft.save_training_state",
-    "sft.eval_every",
-    "sft.save_every",
-    "sft.teacher.path",
-    "sft.teacher.artifact",
-    "sft.suite",
-    "sft.suite_every",
-    "sft.suite_max_new_tokens",
-    "sft.suite_batch_rows",
-    "rl.extend",
-    "rl.save_training_state",
-    "rl.entropy_every",
-    "rl.eval_every",
-    "rl.save_every",
-    "rl.rollouts_kept",
-    "preference.extend",
-    "preference.save_training_state",
-    "preference.eval_every",
-    "preference.save_every",
-    "eval.batch_rows",
-    "eval.prompts",
+    *(
+        f"{stage}.{name}"
+        for stage in ("pretrain", "midtrain", "sft", "rl", "preference")
+        for name in ("extend", "save_training_state", "eval_every", "save_every")  # the id of `extend` is an input
+    ),
+    *(
+        f"pretrain.{name}"  # CORE is only looked at there
+        for name in ("core.bundle", "core.sha256", "core.max_per_task", "core.tasks", "core.long_prompts", "core_every",
+                     "core_max_per_task", "train_bpb_tokens", "sample_every", "sample_tokens", "prompts",
+                     "sample_temperature", "sample_top_k")
+    ),
+    *(
+        f"{stage}.{name}"  # what is in a teacher's folder counts, or its id as an input
+        for stage in ("midtrain", "sft")
+        for name in ("teacher.path", "teacher.artifact", "suite", "suite_every", "suite_max_new_tokens",
+                     "suite_batch_rows")
+    ),
+    "rl.entropy_every", "rl.rollouts_kept", "eval.batch_rows", "eval.prompts",
     "outside.path",  # what is in the folder counts instead
-    "imported.name",
-    "imported.repository",  # so do the files of an imported model
-    "imported.revision",
-    "imported.folder",
-    "imported.step",
-    "training.on_nan",
-    "training.max_skipped_in_a_row",
-    "training.norm_warning_factor",
-}
+    *(f"imported.{name}" for name in ("name", "repository", "revision", "folder", "step")),  # its files count
+    "training.on_nan", "training.max_skipped_in_a_row", "training.norm_warning_factor",
+}  # fmt: skip
 # What is in the files counts instead, wherever they are: tests/runner/test_keys.py, test_remote_keys.py.
 PINNED = {"paths", "path", "text", "source", "revision", "bundle", "sha256"}
 # Settings that only some evaluations read: those of base models, of chat models, or with a corpus.
+OF_CHAT, OF_BASE = {"eval_mid", "eval_sft", "eval_rl"}, {"eval_base"}
 READ_BY_SOME = {
-    "suite": {"eval_mid", "eval_sft", "eval_rl"},
-    "eval.max_new_tokens": {"eval_mid", "eval_sft", "eval_rl"},
-    "eval.seeds": {"eval_mid", "eval_sft", "eval_rl"},
-    "eval.temperature": {"eval_mid", "eval_sft", "eval_rl"},
-    "eval.top_k": {"eval_mid", "eval_sft", "eval_rl"},
-    "eval.core": {"eval_base"},
-    "eval.base_tasks": {"eval_base"},
-    "eval.bpb_tokens": {"eval_base"},
+    **dict.fromkeys(("suite", "eval.max_new_tokens", "eval.seeds", "eval.temperature", "eval.top_k"), OF_CHAT),
+    **dict.fromkeys(("eval.core", "eval.base_tasks", "eval.bpb_tokens"), OF_BASE),
 }
 # Sections that no stage may declare, and those that are declared, with the steps that read them.
 NEVER = (
     "stages",  # where they are found; what a stage is, its own key says
     "adapter",  # what each stage takes of it is its own
-    "machine",
-    "executor",
-    "tracker",
-    "bench",
-    "name",
-    "outputs",
-    "targets",
-    "force",
-    "code",
-    "fail_fast",
-    "timeout",
-    "retry",
-    "hooks",
-    "report",
-    "stages",
-    "sweep",
-)
+    "machine", "executor", "tracker", "bench", "name", "outputs", "targets", "force", "code", "fail_fast", "timeout",
+    "retry", "hooks", "report", "sweep",
+)  # fmt: skip
+TRAININGS = {"pretrain", "midtrain", "sft", "rl", "preference"}
+EVALUATIONS = {"eval_base", "eval_mid", "eval_sft", "eval_rl"}
 READ_BY: dict[str, set[str]] = {
+    **{stage: {stage} for stage in ("corpus", "tokenizer", *sorted(TRAININGS))},
     "model": {"pretrain"},
     "architecture": {"pretrain"},
-    "optimizer": {"pretrain", "midtrain", "sft", "rl", "preference"},
-    "corpus": {"corpus"},
-    "tokenizer": {"tokenizer"},
-    "pretrain": {"pretrain"},
-    "midtrain": {"midtrain"},
-    "sft": {"sft"},
-    "rl": {"rl"},
-    "preference": {"preference"},
-    "training": {"pretrain", "midtrain", "sft", "rl", "preference"},
-    "eval": {"eval_base", "eval_mid", "eval_sft", "eval_rl"},
-    "suite": {"eval_base", "eval_mid", "eval_sft", "eval_rl"},
+    "optimizer": TRAININGS,
+    "training": TRAININGS,
+    "eval": EVALUATIONS,
+    "suite": EVALUATIONS,
     "outside": set(),  # its pipeline has another model
     "imported": set(),  # its pipelines, too
-    "seed": {
-        "pretrain",
-        "midtrain",
-        "sft",
-        "rl",
-        "preference",
-        "eval_base",
-        "eval_mid",
-        "eval_sft",
-        "eval_rl",
-    },
+    "seed": TRAININGS | EVALUATIONS,
     "data_seed": {"corpus", "tokenizer", "midtrain", "sft"},
 }
 
@@ -162,7 +95,7 @@ plain_data = st.recursive(
 )
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _no_downloads_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Names and splits that no task has are flipped here; what tasks download is pinned in test_remote_keys.py."""
     monkeypatch.setattr("mlxchat.tasks.contents_of", lambda item, hash_of: [])
@@ -171,16 +104,8 @@ def _no_downloads_of_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 @cache
 def full_config() -> Config:
     """A configuration in which every optional section is there, so that every field of the schema occurs."""
-    config = compose_config(
-        [
-            "corpus=fineweb_edu",
-            "experiment=quickstart",
-            "corpus.packages=[]",
-            "optimizer=muon_jul2026",
-            "core=nanochat",
-            "adapter=qlora",
-        ]
-    ).config
+    overrides = "corpus=fineweb_edu experiment=quickstart corpus.packages=[] optimizer=muon_jul2026"
+    config = compose_config([*overrides.split(), "core=nanochat", "adapter=qlora"]).config
     config.sft.mixture["facts"].options = {"seed": 3.0}
     config.pipeline["preference"] = {"stage": "preference", "checkpoint": "sft"}
     for stage in (config.pretrain, config.midtrain, config.sft, config.rl, config.preference):
@@ -236,8 +161,10 @@ def changed(path: str) -> Iterator[Config]:
     after = other_value(before, holder, name)
     assert plain_of(after) != plain_of(before)
     put(name, after)
-    yield full_config()
-    put(name, before)
+    try:
+        yield full_config()
+    finally:
+        put(name, before)
 
 
 def ids(config: Config) -> dict[str, str]:
@@ -249,6 +176,7 @@ def ids(config: Config) -> dict[str, str]:
     return {step.name: step.key for step in plan}
 
 
+@pytest.mark.usefixtures("_no_downloads_of_tasks")
 def test_dtype_is_part_of_gpu_steps_keys_only() -> None:
     config, found = full_config(), {}
     for dtype in ("float32", "bfloat16"):
@@ -291,11 +219,13 @@ def shuffled(value: Any, rng: random.Random) -> Any:
     return [shuffled(item, rng) for item in value] if isinstance(value, list) else value
 
 
+@settings(max_examples=25)
 @given(plain_data, st.randoms(use_true_random=False))
 def test_key_order_changes_no_id(data: Any, rng: random.Random) -> None:
     assert compute_key("sft", 1, data, {}, {}) == compute_key("sft", 1, shuffled(data, rng), {}, {})
 
 
+@settings(max_examples=25)
 @given(plain_data)
 def test_canonical_text_is_injective(data: Any) -> None:
     assert json.loads(canonical_json(data)) == data
@@ -315,42 +245,49 @@ def test_leaves_cover_every_field_of_the_schema() -> None:
     assert {name for name in found if not any(leaf == name or leaf.startswith(f"{name}.") for leaf in LEAVES)} == set()
 
 
+def readers_of(path: str) -> set[str]:
+    """Return the steps whose ids depend on a field."""
+    some = next((READ_BY_SOME[some] for some in READ_BY_SOME if f"{path}.".startswith(f"{some}.")), None)
+    return below(set(some or READ_BY[path.split(".")[0]]))
+
+
+@pytest.mark.usefixtures("_no_downloads_of_tasks")
+@pytest.mark.parametrize("planned", [1, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("section", READ_BY)
-def test_identity_field_changes_only_its_readers_ids(section: str) -> None:
-    before, wrong = full_ids(), {}
-    for path in LEAVES:
-        if path.split(".")[0] != section or path in NOT_IDENTITY:
-            continue
+def test_identity_field_changes_only_its_readers_ids(section: str, planned: int) -> None:
+    """Of each group of fields with the same readers, so many are planned; all change the section's identity."""
+    before, counts, wrong = full_ids(), Counter[str](), {}
+    paths = [path for path in LEAVES if path.split(".")[0] == section and path not in NOT_IDENTITY]
+    for path in paths:
         if PINNED & set(path.split(".")):
             continue
-        if path.endswith((".packages", "tokenizer.source")):
-            # These must exist for a plan, and are hashed besides.
-            identity = identity_of(getattr(full_config(), section))
-            with changed(path) as config:
-                assert identity_of(getattr(config, section)) != identity, path
-            continue
+        identity = identity_of(getattr(full_config(), section))
         with changed(path) as config:
+            assert identity_of(getattr(config, section)) != identity, path
+            readers = readers_of(path)
+            counts[str(readers)] += 1
+            # Packages must exist for a plan, and are hashed besides.
+            if path.endswith((".packages", "tokenizer.source")) or counts[str(readers)] > planned:
+                continue
             after = ids(config)
-        readers = next((READ_BY_SOME[some] for some in READ_BY_SOME if f"{path}.".startswith(f"{some}.")), None)
-        if {step for step in before if before[step] != after[step]} != below(set(readers or READ_BY[section])):
+        if {step for step in before if before[step] != after[step]} != readers:
             wrong[path] = after
     assert wrong == {}
 
 
-def identity_around(path: str, config: Config) -> Any:
-    """Return what an excluded field must not change: ids, or the identity of what cannot be planned here."""
-    if path.endswith(".extend"):  # must exist for a plan
-        return identity_of(config)
-    if ".teacher." in path:  # so must a teacher, whose settings come with it
-        return identity_of(getattr(config, path.split(".")[0]).teacher)
-    return ids(config)
-
-
-def test_excluded_field_changes_no_id() -> None:
-    for path in [*sorted(NOT_IDENTITY), *(path for path in LEAVES if path.split(".")[0] in NEVER)]:
-        before = identity_around(path, full_config())
-        with changed(path) as config:
-            assert identity_around(path, config) == before, path
+@pytest.mark.usefixtures("_no_downloads_of_tasks")
+def test_excluded_fields_change_no_id() -> None:
+    with ExitStack() as stack:
+        for path in [*sorted(NOT_IDENTITY), *(path for path in LEAVES if path.split(".")[0] in NEVER)]:
+            if path.endswith(".extend") or ".teacher." in path:  # must exist for a plan
+                section = getattr(full_config(), path.split(".")[0])
+                part = section.teacher if ".teacher." in path else section
+                before = identity_of(part)
+                with changed(path):
+                    assert identity_of(part) == before, path
+            else:
+                stack.enter_context(changed(path))
+        assert ids(full_config()) == full_ids()
 
 
 def test_excluded_fields_are_exactly_listed() -> None:
@@ -367,6 +304,7 @@ def test_excluded_fields_are_exactly_listed() -> None:
     assert {path for path in marked if not PINNED & set(path.split(".")) or path in NOT_IDENTITY} == NOT_IDENTITY
 
 
+@pytest.mark.usefixtures("_no_downloads_of_tasks")
 def test_file_of_excluded_field_is_not_pinned(tmp_path: Path) -> None:
     """CORE's bundle changes the evaluation, and not the pretraining that estimates CORE with it."""
     before, bundle = full_ids(), tmp_path / "bundle.zip"
@@ -377,6 +315,7 @@ def test_file_of_excluded_field_is_not_pinned(tmp_path: Path) -> None:
     assert {step for step in before if before[step] != after[step]} == {"eval_base"}
 
 
+@pytest.mark.usefixtures("_no_downloads_of_tasks")
 def test_core_is_part_of_the_identity_where_it_ends_the_training(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle.zip"
 
@@ -406,6 +345,7 @@ def test_every_section_is_read_or_listed_as_unread() -> None:
         ("model.depth=4", "model.depth='4'"),
     ],
 )
+@pytest.mark.usefixtures("_no_downloads_of_tasks")
 def test_number_notation_changes_no_id(left: str, right: str) -> None:
     assert ids(compose_config([left]).config) == ids(compose_config([right]).config)
 
@@ -432,15 +372,13 @@ def test_later_fields_keep_old_ids_at_their_default() -> None:
     assert identity_of(After(window=3)) == {"rate": 1.0, "window": 3}
 
 
-@pytest.mark.parametrize(
-    "value",
-    [float("nan"), float("inf"), -float("inf"), len, lambda: 1, object(), {1, 2}, b"bytes", Path("x"), Config, 1j],
-    ids=lambda value: type(value).__name__,
-)
-@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: {"a": [value]}], ids=["alone", "nested"])
-def test_values_without_canonical_form_are_refused(value: Any, wrap: Any) -> None:
-    with pytest.raises(TypeError, match=r"identity|canonical"):
-        identity_of(wrap(value))
+def test_values_without_canonical_form_are_refused() -> None:
+    for value in (float("nan"), -float("inf"), len, lambda: 1, object(), {1, 2}, b"bytes", Path("x"), Config, 1j):
+        for wrapped in (value, {"a": [value]}):
+            with pytest.raises(TypeError, match=r"identity|canonical"):
+                identity_of(wrapped)
+    with pytest.raises(TypeError, match="canonical"):
+        identity_of({1: "a", "1": "b"})
 
 
 GOLDEN = {
@@ -453,27 +391,6 @@ GOLDEN_TEXT = (
     '"inputs":{"checkpoint":"abc","corpus":"def"},"schema":1,"stage":"sft","version":3}'
 )
 GOLDEN_RID = base64.b32encode(hashlib.sha256(GOLDEN_TEXT.encode()).digest()).decode().strip("=").lower()
-
-
-@pytest.mark.parametrize("hash_seed", ["0", "1", "random"])
-def test_golden_id_is_stable_over_processes_and_folders(hash_seed: str, tmp_path: Path) -> None:
-    code = (
-        "import json, sys; from mlxchat.store.fingerprint import compute_key; r = json.loads(sys.argv[1]);"
-        "print(compute_key(r['stage'], r['version'], r['config'], r['inputs'], r['externals']))"
-    )
-    folder = tmp_path / hash_seed
-    folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(GOLDEN)],
-        cwd=folder, env=os.environ | {"PYTHONHASHSEED": hash_seed}, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.strip() == GOLDEN_RID == "toptyhoq2jrc" + GOLDEN_RID[12:]
-
-
-def test_id_is_52_case_insensitive_characters() -> None:
-    rid = compute_key("a", 1, {}, {}, {})
-    assert len(rid) == 52
-    assert set(rid) <= set("abcdefghijklmnopqrstuvwxyz234567")
 
 
 @pytest.mark.parametrize(
@@ -496,50 +413,24 @@ def test_every_part_of_an_identity_changes_the_id(change: dict[str, Any]) -> Non
 
 
 EXPERIMENT_IDS = Path(__file__).with_name("golden_ids.json")
-# Packages are pinned by version, and what is elsewhere by commit or sha256, which change.
-PRINT_IDS = """
-import importlib.metadata, json, sys
-from pathlib import Path
-import mlxchat
-importlib.metadata.version = lambda name: "1.0"
-from mlxchat.hub import client, listings
-listings.find_commit = lambda *revision: "0" * 40
-client.find_content = lambda *address: "0" * 64
-from mlxchat.composition.compose import compose_config
-from mlxchat.runner.plan import make_plan
-from mlxchat.store.store import Store
-found = {}
-for name in sys.argv[1:]:
-    config = compose_config([f"experiment={name}"]).config
-    plan = make_plan(config, config.pipeline, Store(Path("x")), targets=None, seed=config.seed, force=[])
-    found[name] = {step.name: step.key for step in plan}
-print(json.dumps(found))
-"""
 
 
-def test_shipped_experiments_keep_their_golden_ids(tmp_path: Path) -> None:
-    # An id that changes makes everybody compute again: if it must, raise the stage's VERSION and write the file anew.
+def test_shipped_experiments_keep_their_golden_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If an id must change, raise the stage's VERSION and write the file anew; all users compute again."""
+    # Packages are pinned by version, and what is elsewhere by commit or sha256, which change.
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(listings, "find_commit", lambda *revision: "0" * 40)
+    monkeypatch.setattr(client, "find_content", lambda *address: "0" * 64)
+    monkeypatch.setenv("MLXCHAT_COMPOSED_CACHE", "off")
     golden = json.loads(EXPERIMENT_IDS.read_text())
-    done = subprocess.run(
-        [sys.executable, "-c", PRINT_IDS, *golden],
-        cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": "random", "MLXCHAT_COMPOSED_CACHE": "off"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert json.loads(done.stdout) == golden
+    assert {name: ids(compose_config([f"experiment={name}"]).config) for name in golden} == golden
 
 
 def test_shipped_experiments_have_golden_ids() -> None:
     # tinystories_53m needs an extra, those with an import somebody's model: tests/interop has golden ids of imports.
     # nanochat's recipe is that of speedrun_d20, with bundled data that of the quickstart.
-    needing = {
-        "bench",
-        "nanochat",
-        "nanochat_bundled",
-        "tinystories_53m",
-        "grpo_nanochat_d20",
-        "grpo_nanochat_d32",
-        "grpo_nanochat_rehearsal",
-    }
+    needing = {"bench", "nanochat", "nanochat_bundled", "tinystories_53m"}
+    needing |= {"grpo_nanochat_d20", "grpo_nanochat_d32", "grpo_nanochat_rehearsal"}
     shipped = {path.stem for path in (Path(__file__).parents[2] / "conf" / "experiment").glob("*.yaml")}
     assert shipped - needing == set(json.loads(EXPERIMENT_IDS.read_text()))
 
@@ -569,20 +460,14 @@ def test_golden_id_is_stable_over_pythons(tmp_path: Path) -> None:
         if "command not found" in done.stderr:  # a shim of pyenv without the version behind it
             continue
         rid, version = done.stdout.splitlines()
-        assert rid == GOLDEN_RID, done.stderr
+        assert rid == GOLDEN_RID == "toptyhoq2jrc" + GOLDEN_RID[12:], done.stderr
+        assert re.fullmatch("[a-z2-7]{52}", rid)
         ran.add(version)
-    if len(ran) == 1:
-        pytest.skip("no other Python here")
+    assert str(sys.version_info[:2]) in ran
 
 
-typed = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@given(typed)
+@settings(max_examples=25)
+@given(plain_data)
 def test_tuple_and_list_are_equal(data: Any) -> None:
     def tupled(value: Any) -> Any:
         if isinstance(value, dict):
@@ -592,7 +477,8 @@ def test_tuple_and_list_are_equal(data: Any) -> None:
     assert canonical_json(identity_of(tupled(data))) == canonical_json(identity_of(data))
 
 
-@given(typed, typed)
+@settings(max_examples=25)
+@given(plain_data, plain_data)
 def test_equal_canonical_texts_mean_equal_values(left: Any, right: Any) -> None:
     same = canonical_json(identity_of(left)) == canonical_json(identity_of(right))
     assert same == (repr(sorted_deep(left)) == repr(sorted_deep(right)))
@@ -620,8 +506,3 @@ def test_numbers_have_their_fields_type() -> None:
     assert canonical_json(identity_of(Rates(steps=1))) != canonical_json(identity_of(Rates(steps=True)))
     assert canonical_json(identity_of(Rates(lr=1))) != canonical_json(identity_of(Rates(lr=True)))
     assert identity_of(Rates(steps=1))["steps"] == 1
-
-
-def test_colliding_keys_are_refused() -> None:
-    with pytest.raises(TypeError, match="canonical"):
-        identity_of({1: "a", "1": "b"})

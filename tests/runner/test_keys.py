@@ -39,21 +39,15 @@ def smoke() -> dict[str, str]:
     return keys()
 
 
-@pytest.mark.parametrize(
-    "override", ["pretrain.prompts=[Why?]", "pretrain.sample_tokens=7", "eval.prompts=[Who are you?]"]
-)
-def test_prompts_and_samples_change_no_key(override: str, smoke: dict[str, str]) -> None:
-    assert keys(override) == smoke
+def test_prompts_and_samples_change_no_key(smoke: dict[str, str]) -> None:
+    assert keys("pretrain.prompts=[Why?]", "pretrain.sample_tokens=7", "eval.prompts=[Who are you?]") == smoke
 
 
 @pytest.mark.parametrize(
     ("override", "changed"),
     [
         ("core=nanochat", {"eval_base"}),
-        ("eval.bpb_tokens=1234", {"eval_base"}),
         ("suite=none", {"eval_mid", "eval_sft", "eval_rl"}),
-        ("eval.seeds=2", {"eval_mid", "eval_sft", "eval_rl"}),
-        ("eval.max_new_tokens=9", {"eval_mid", "eval_sft", "eval_rl"}),
     ],
 )
 def test_evaluation_key_covers_what_it_reads(override: str, changed: set[str], smoke: dict[str, str]) -> None:

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 
 from mlxchat.composition.compose import compose_config
-from mlxchat.errors import DataError, Interrupted, StoreError
+from mlxchat.errors import DataError, Interrupted
 from mlxchat.store.naming import called, describe_model, find, find_model, latest, refs_of
-from mlxchat.store.store import Store
 from mlxchat.sweep.job import _name_again
 
 BASE = {"corpus": {"stage": "make"}, "pretrain": {"stage": "pretrain", "source": "corpus"}}
@@ -49,13 +48,6 @@ def test_run_without_a_model_keeps_latest(models: Any) -> None:
     models.config.toy.number = 2
     models.run(models.plan({"corpus": BASE["corpus"]}))
     assert chosen(models) == ("sft", "run1")
-
-
-def test_last_run_is_known_without_any_model(models: Any) -> None:
-    run = models.run(models.plan({"corpus": BASE["corpus"]}))
-    assert find(models.store, "corpus").run == run.name
-    with pytest.raises(StoreError, match="holds no model yet"):
-        find_model(models.store, None)
 
 
 def test_completed_run_of_reused_models_becomes_latest(models: Any) -> None:
@@ -133,14 +125,6 @@ def test_finished_steps_of_several_runs_become_one_run(models: Any) -> None:
     assert latest(models.store) == "20990101-000000-000001-1-again"
     assert set(refs_of(models.store)) == {*WHOLE, "other"}
     assert json.loads((models.outputs / "runs" / latest(models.store) / "plan.json").read_text())["steps"]
-
-
-def test_latest_survives_moving_the_outputs_folder(models: Any, tmp_path: Path) -> None:
-    models.run(models.plan(WHOLE))
-    moved = models.outputs.rename(tmp_path / "moved")
-    assert latest(Store(moved)) == "run1"
-    (moved / "refs" / "latest").unlink()
-    assert latest(Store(moved)) == "run1"
 
 
 def test_old_mixed_latest_folder_is_replaced(models: Any) -> None:

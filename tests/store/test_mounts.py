@@ -187,7 +187,10 @@ int flock(int handle, int operation) {
 @pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler and LD_PRELOAD")
 @pytest.mark.parametrize(
     ("refuse", "doctor", "run"),
-    [(False, "two processes hold the same one at once", "two holders at once"), (True, "flock is refused", "no locks")],
+    [
+        (False, "two processes hold the same one at once", "two holders at once"),
+        pytest.param(True, "flock is refused", "no locks", marks=pytest.mark.slow),
+    ],
 )
 def test_doctor_and_runs_refuse_broken_flock(
     refuse: bool, doctor: str, run: str, tmp_path: Path, mlxchat: Any, tiny: tuple[str, ...]

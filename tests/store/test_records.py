@@ -30,10 +30,6 @@ def test_appended_records_are_read_back(
     assert log.read() == written
 
 
-def test_missing_file_has_no_records(tmp_path: Path) -> None:
-    assert Records(tmp_path / "metrics.jsonl").read() == []
-
-
 WRITTEN = [{"iteration": index, "text": f"é {index} ☃"} for index in range(3)]
 
 

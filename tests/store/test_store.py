@@ -250,35 +250,10 @@ def test_ref_is_replaced_atomically(store: Store, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in (store.outputs / "refs" / "latest").iterdir()] == ["sft"]
 
 
-def test_ref_without_artifact_is_omitted(store: Store) -> None:
-    place = make_artifact(store)
-    store.set_ref("latest", "sft", place)
-    (place / "manifest.json").unlink()
-    assert refs_of(store) == {}
-
-
-def test_damaged_manifest_is_refused(store: Store) -> None:
-    """Cut at any byte, or not a JSON object."""
-    place = make_artifact(store)
-    whole = (place / "manifest.json").read_bytes()
-    cut = [whole[:length] for length in range(len(whole.rstrip()))]
-    for content in [*cut, b"\xff\xfe\x00", b"not json", b"[]", b"null", b'"text"', b"3"]:
-        (place / "manifest.json").write_bytes(content)
-        with pytest.raises(StoreError, match=r"manifest\.json is damaged.*Remove the folder"):
-            read_manifest(place)
-
-
 def test_unwritable_outputs_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "outputs").touch()
     with pytest.raises(StoreError, match=r"cannot be written .*outputs=PATH"):
         Store(tmp_path / "outputs").prepare()
-
-
-def test_prepare_creates_only_folders(store: Store) -> None:
-    assert sorted(path.name for path in store.outputs.iterdir()) == [
-        "locks", "records", "refs", "runs", "store", "work",
-    ]  # fmt: skip
-    assert [path for path in store.outputs.rglob("*") if path.is_file()] == []
 
 
 @pytest.mark.parametrize("label", ["../../etc", "a/b", "a b", "-x", ".", "", "ü"])

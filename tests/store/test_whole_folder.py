@@ -61,17 +61,6 @@ def test_folder_appears_when_complete(tmp_path: Path) -> None:
     assert [each.name for each in place.parent.iterdir()] == ["out"]
 
 
-def test_error_leaves_no_folder(tmp_path: Path) -> None:
-    def fail() -> None:
-        with whole_folder(tmp_path / "out") as folder:
-            (folder / "file").write_text("x")
-            raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
 def test_existing_path_is_replaced_only_by_force(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "out"
