@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 
+from kit.models import computing_on_cpu
 from mlxchat.cli import main
 from mlxchat.composition.compose import compose_config
 
@@ -51,6 +54,13 @@ def run_here(*arguments: str | Path) -> int:
     with pytest.raises(SystemExit) as ended:
         main([str(each) for each in arguments])
     return int(ended.value.code or 0)
+
+
+def run_captured(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run `mlxchat` in this process; for fixtures, which have no `capsys`, and where output and errors are compared."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as errors, computing_on_cpu():
+        code = run_here(*arguments)
+    return subprocess.CompletedProcess([*map(str, arguments)], code, out.getvalue(), errors.getvalue())
 
 
 _SHORT = """

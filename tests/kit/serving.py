@@ -171,15 +171,14 @@ class Server:
 def start(served: Path) -> Callable[..., Server]:
     """Make a server with these limits and options.
 
-    `seconds` a token makes it answer with `says`, or the alphabet; `loads` are seconds that loading takes.
+    `seconds` a token makes it answer with `says`, or the alphabet.
     """
 
     def make(
         *, limits: dict[str, int] | None = None, seconds: float | None = None, says: str | list[int] | None = None,
-        python: PythonTool | None = None, loads: float = 0.0, outputs: Path = served, **options: Any,
+        python: PythonTool | None = None, outputs: Path = served, **options: Any,
     ) -> Server:  # fmt: skip
         def load(model: Model, limits: Limits) -> Scheduler:
-            time.sleep(loads)
             if seconds is None:
                 return load_scheduler(model, limits, python=python)
             tokenizer = model.tokenizer

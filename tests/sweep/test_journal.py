@@ -79,11 +79,6 @@ def test_damaged_journal_line_is_refused(path: Path, damage: bytes) -> None:
         Trials(path)
 
 
-def test_same_search_continues(path: Path) -> None:
-    Trials(path).begin(DEFINITION)
-    assert len(Trials(path).rows()) == 3
-
-
 def test_different_search_is_refused_with_differences(path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         Trials(path).begin({**DEFINITION, "space": {"a": "float 0..2"}, "fixed": {"seed": 1, "b": 3}})

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from kit.commands import CommandLine
+from kit.commands import CommandLine, Say
+from kit.sweeps import Swept
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
 SETTINGS = {
@@ -31,34 +32,20 @@ def launcher(request: pytest.FixtureRequest) -> list[str]:
 
 
 def test_jobs_in_other_processes_give_the_same_table(
-    launcher: list[str], outputs: Path, short: tuple[str, ...], mlxchat: CommandLine, swept: Any
+    launcher: list[str], swept: Swept, tiny: tuple[str, ...], mlxchat: CommandLine, say: Say
 ) -> None:
-    command = ["-m", *short, "optimizer.matrix_lr=0.01,0.03,0.05", "tokenizer.vocab_size=301"]
-    done = mlxchat(*command, *launcher, f"outputs={outputs}")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = type(swept)(outputs)
-    rows = found.rows()
-    assert [row["status"] for row in rows] == ["done"] * 3
-    assert sorted(row["optimizer.matrix_lr"] for row in rows) == [0.01, 0.03, 0.05]
-    for number in (1, 2, 3):
-        assert re.search(rf"^── job {number}/3 .* done  pretrain.val_bpb ", done.stdout, re.MULTILINE)
-    assert done.stdout.index("── shared by 3 jobs: tokenizer") < done.stdout.index("── 3 jobs by ")
-    # The same jobs here find everything done, under the same numbers: the processes computed what this one would.
-    again = mlxchat(*command, f"outputs={outputs}")
-    assert len(re.findall("is done already", again.stdout)) == 3
-    assert found.rows() == rows
-
-
-def test_failed_remote_job_is_a_row(
-    launcher: list[str], outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
-) -> None:
-    vocabularies = "tokenizer.vocab_size=310,60000"
-    done = mlxchat("-m", *tiny, "stage=tokenizer", vocabularies, *launcher, f"outputs={outputs}")
+    outputs = f"outputs={swept.outputs}"
+    command = ["-m", *tiny, "stage=tokenizer", "tokenizer.vocab_size=301,60000,302"]
+    done = mlxchat(*command, *launcher, outputs)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "── job 2/2 tokenizer.vocab_size=60000 failed: tokenizer.vocab_size is 60000" in done.stdout
+    rows = swept.rows()
+    assert swept.column("tokenizer.vocab_size") == {301: "done", 60000: "failed", 302: "done"}
+    assert "── job 1/3 tokenizer.vocab_size=301 done" in done.stdout
+    assert "── job 2/3 tokenizer.vocab_size=60000 failed: tokenizer.vocab_size is 60000" in done.stdout
     assert "Traceback" not in done.stderr
-    rows = type(swept)(outputs).rows()
-    assert {row["tokenizer.vocab_size"]: row["status"] for row in rows} == {310: "done", 60000: "failed"}
+    # The same jobs here find them done, under the same numbers: the processes computed what this one would.
+    assert len(re.findall("is done already", say(*command, outputs, code=1))) == 2
+    assert swept.rows() == rows
 
 
 def wait_for_checkpoints(outputs: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -79,9 +66,10 @@ def long(tiny: tuple[str, ...], outputs: Path) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_stops_remote_jobs_resumably(
-    number: signal.Signals, long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Any
+    number: signal.Signals, long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Swept
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = start_mlxchat(*long)
@@ -90,13 +78,14 @@ def test_signal_stops_remote_jobs_resumably(
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + number, text
     assert "Traceback" not in text
-    assert [row["status"] for row in type(swept)(outputs).rows()] == ["interrupted"] * 2
+    assert [row["status"] for row in swept.rows()] == ["interrupted"] * 2
     assert len(re.findall(r"pretrain stopped: saved at iteration \d+", text)) >= 2
     assert len(list((outputs / "work").glob("*/ckpt"))) == 2
 
 
+@pytest.mark.slow
 def test_killed_worker_is_a_failed_row(
-    long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Any
+    long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Swept
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = start_mlxchat(*long)
@@ -108,9 +97,10 @@ def test_killed_worker_is_a_failed_row(
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 1, text
     assert "joblib gave up" in text
-    assert {row["status"] for row in type(swept)(outputs).rows()} <= {"failed", "interrupted"}
+    assert {row["status"] for row in swept.rows()} <= {"failed", "interrupted"}
 
 
+@pytest.mark.slow
 def test_jobs_of_a_killed_sweep_stop(long: list[str], outputs: Path, start_mlxchat: Callable[..., Any]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = start_mlxchat(*long)

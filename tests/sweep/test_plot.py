@@ -45,12 +45,6 @@ def test_wide_ranges_use_a_logarithmic_axis(monkeypatch: pytest.MonkeyPatch) -> 
     assert {"0.001", "0.01", "0.1"} <= {label.get_text() for label in axes.get_xticklabels()}
 
 
-def test_words_give_labelled_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    (axes,) = axes_of(rows([{"model": "d2"}, {"model": "d10"}, {"model": "d2"}], [1.0, 2.0, 3.0]), monkeypatch)
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["d2", "d10"]
-    assert points(axes)[:3] == [(0, 1.0), (1, 2.0), (0, 3.0)]
-
-
 def test_number_and_word_give_a_curve_per_word(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = [{"lr": lr, "model": model} for lr in (1, 2, 3) for model in ("d2", "d4")]
     (axes,) = axes_of(rows(settings), monkeypatch)
@@ -74,23 +68,10 @@ def test_two_words_give_labelled_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(text.get_text() for text in axes.texts) == ["1", "2", "3", "4"]
 
 
-def test_two_numbers_give_coloured_points(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = [{"lr": 0.001 * 3**n, "decay": 0.1 * n + 0.03} for n in range(8)]
-    axes = axes_of(rows(settings), monkeypatch)[0]
-    (dots,) = axes.collections
-    assert len(dots.get_offsets()) == 8
-    assert axes.get_xscale() == "log" or axes.get_yscale() == "log"
-
-
 def test_several_settings_give_points_without_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """A line joined them: matplotlib's empty format means its default, a line."""
     panels = axes_of(rows([{"lr": 0.1, "x": 1, "y": 2}, {"lr": 0.2, "x": 2, "y": 4}]), monkeypatch)
     assert [panel.lines[0].get_linestyle() for panel in panels] == ["None"] * 3
-
-
-def test_three_keys_give_three_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = [{"a": n, "b": -n, "c": str(n)} for n in range(4)]
-    assert len(axes_of(rows(settings), monkeypatch)) == 3
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
-
-import pytest
 
 from kit.commands import CommandLine
+from kit.sweeps import Swept
 
 PLUGINS = """
     from hydra.core.config_store import ConfigStore
@@ -25,11 +25,11 @@ PLUGINS = """
 
         def sweep(self, arguments):
             size, best = 280, 0.0
-            for number in range(3):
-                job = [*arguments, f"tokenizer.vocab_size={size}"]
-                (found,) = self.launcher.launch([job], initial_job_idx=number)
-                assert found.return_value > best, "each result comes back"
-                best, size = found.return_value, size + 20
+            for number in (0, 2):
+                jobs = [[*arguments, f"tokenizer.vocab_size={size + more}"] for more in (0, 20)]
+                found = [each.return_value for each in self.launcher.launch(jobs, initial_job_idx=number)]
+                assert best < found[0] < found[1], "each result comes back"
+                best, size = found[1], size + 40
 
 
     class Backwards(Launcher):
@@ -55,45 +55,18 @@ PLUGINS = """
 """
 
 
-@pytest.fixture(scope="module")
-def environ(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process that finds the plugins."""
-    folder = tmp_path_factory.mktemp("plugins")
-    (folder / "hydra_plugins").mkdir()
-    (folder / "hydra_plugins" / "toys.py").write_text(dedent(PLUGINS))
-    return {"PYTHONPATH": str(folder)}
-
-
-def test_plugin_sweeper_receives_the_metric(
-    environ: dict[str, str], outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
+def test_plugin_sweeper_and_launcher_run_the_jobs(
+    swept: Swept, tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
 ) -> None:
-    settings = ["stage=tokenizer", "hydra/sweeper=climb", "sweep.metric=tokenizer.bytes_per_token"]
-    done = mlxchat("-m", *tiny, *settings, f"outputs={outputs}", environ=environ)
+    (tmp_path / "hydra_plugins").mkdir()
+    (tmp_path / "hydra_plugins" / "toys.py").write_text(dedent(PLUGINS))
+    settings = ["stage=tokenizer", "hydra/sweeper=climb", "hydra/launcher=backwards", f"outputs={swept.outputs}"]
+    settings += ["sweep.metric=tokenizer.bytes_per_token", "hydra.sweep.dir=${outputs}/mine/${hydra:job.name}"]
+    done = mlxchat("-m", *tiny, *settings, environ={"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = swept.__class__(outputs).rows()
-    assert [row["tokenizer.vocab_size"] for row in rows] == [320, 300, 280], "the most bytes per token first"
-    compared = mlxchat("compare", swept.__class__(outputs).folder.name, f"outputs={outputs}")
-    assert "tokenizer.vocab_size=320" in compared.stdout
-
-
-def test_plugin_launcher_runs_the_jobs(
-    environ: dict[str, str], outputs: Path, tiny: tuple[str, ...], mlxchat: CommandLine, swept: Any
-) -> None:
-    settings = ["stage=tokenizer", "hydra/launcher=backwards", "tokenizer.vocab_size=280,320"]
-    folder = "hydra.sweep.dir=${outputs}/mine/${hydra:job.name}"
-    done = mlxchat("-m", *tiny, *settings, folder, f"outputs={outputs}", environ=environ)
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (done.stdout.index(f"job {number}/2 tokenizer.vocab_size=") for number in (1, 2))
-    assert second < first
-    (place,) = (outputs / "mine").iterdir()
-    assert {path.name for path in place.iterdir()} >= {"table.md", "sweep.json", "report.html"}
-    assert not (place / "multirun.yaml").exists()
-
-
-def test_plugin_sweeper_needs_a_metric(
-    environ: dict[str, str], tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
-) -> None:
-    done = mlxchat("-m", *tiny, "hydra/sweeper=climb", f"outputs={tmp_path}/outputs", environ=environ)
-    assert done.returncode == 2
-    assert "hydra/sweeper=climb needs a metric: give sweep.metric=STEP.METRIC" in done.stderr
-    assert not (tmp_path / "outputs").exists()
+    assert re.findall(r"── job (\d) done", done.stdout) == ["2", "1", "4", "3"]
+    (folder,) = (swept.outputs / "mine").iterdir()
+    rows = json.loads((folder / "table.json").read_text())
+    assert [row["tokenizer.vocab_size"] for row in rows] == [340, 320, 300, 280], "the most bytes per token first"
+    assert {path.name for path in folder.iterdir()} >= {"table.md", "sweep.json", "report.html"}
+    assert not (folder / "multirun.yaml").exists()

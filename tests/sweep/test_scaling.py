@@ -10,8 +10,7 @@ import pytest
 from tests.kit.commands import CommandLine
 
 from mlxchat.planning.scaling import Training, fit_scaling_laws
-from mlxchat.report.plots import styled
-from mlxchat.sweep.scaling import _draw, describe_laws, laws_of_report, write_scaling
+from mlxchat.sweep.scaling import describe_laws, laws_of_report, write_scaling
 
 SIZES = (10**5, 2 * 10**5, 4 * 10**5, 8 * 10**5)
 
@@ -49,19 +48,6 @@ def test_budgets_with_and_without_a_minimum_are_drawn(middle: float, tmp_path: P
     files = write_scaling(found, tmp_path)
     assert [file.name for file in files] == ["scaling.csv", "scaling.md", "scaling.png"]
     assert files[2].read_bytes().startswith(b"\x89PNG")
-
-
-def test_axes_are_labelled_with_plain_numbers() -> None:
-    """Labels were matplotlib's formulas, unread, over one another: $\\mathdefault{10^{5}}$."""
-    bowl = [(size, flops, 2.5 + (size / best - 1) ** 2) for flops, best in ((1e12, 2e5), (1e13, 5e5)) for size in SIZES]
-    laws = fit_scaling_laws([training(*one) for one in bowl])
-    assert laws is not None
-    with styled():
-        for panel in _draw(laws).axes:
-            for axis in (panel.xaxis, panel.yaxis):
-                labels = [label.get_text() for label in axis.get_ticklabels(which="both") if label.get_text()]
-                assert 1 < len(labels) < 10
-                assert not any("$" in label for label in labels)
 
 
 def test_budget_without_minimum_suggests_sizes() -> None:

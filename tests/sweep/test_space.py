@@ -45,21 +45,14 @@ def test_command_line_overrides_the_yaml_space() -> None:
         (["a=1"], {}, "a search needs settings that vary"),
         ([], {"a": "3"}, "a=3 does not vary"),
         ([], {"a": "interval(1"}, "sweep.space"),
-        (["a=interval(1,1)"], {}, "the interval is empty"),
         (["a=interval(2,1)"], {}, "the smaller end first"),
         (["a=tag(log,interval(0,1))"], {}, "begins at more than 0"),
         (["a=tag(log,int(interval(0,4)))"], {}, "begins at 1 or more"),
         (["a=tag(lag,interval(1,2))"], {}, 'tag "lag" is unknown, expected log'),
         (["a=choice(1)"], {}, "a choice needs several values"),
-        (["a=range(3,3)"], {}, "the range is empty"),
+        (["a=range(3,3)", "b=interval(1,1)"], {"c": "3"}, "(?s)c=3 does not vary.*the range is empty.*the interval"),
     ],
 )
 def test_invalid_expressions_are_refused(overrides: list[str], written: dict[str, str], problem: str) -> None:
-    with pytest.raises(ConfigError, match=problem.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=problem):
         read_space(overrides, written)
-
-
-def test_all_space_errors_are_reported_together() -> None:
-    with pytest.raises(ConfigError) as caught:
-        read_space(["a=interval(1,1)", "b=range(3,3)"], {"c": "3"})
-    assert len(str(caught.value).splitlines()) == 3
