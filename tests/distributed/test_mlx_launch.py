@@ -38,11 +38,6 @@ def launch() -> Callable[..., subprocess.Popen[str]]:
     return start
 
 
-def test_other_verbs_print_once(launch: Any, tmp_path: Path) -> None:
-    text, _ = launch("ls", f"outputs={tmp_path}/nothing").communicate(timeout=60)
-    assert text.count("nothing") == 1, text
-
-
 @pytest.fixture
 def two_hosts(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     """Return options of `launch` for this host and a second one: this one through a fake ssh, with other variables."""
@@ -70,6 +65,7 @@ def test_ranks_of_a_hostfile_connect_and_print_an_error_once(launch: Any, two_ho
     assert "machine.num_processes is 3, but there are 2 ranks already: leave it out" in text
 
 
+@pytest.mark.slow
 def test_a_host_with_another_version_is_refused(launch: Any, two_hosts: Any, tmp_path: Path) -> None:
     library = Path(mlxchat_module.__path__[0])
     shutil.copytree(library, tmp_path / "old" / "mlxchat", ignore=shutil.ignore_patterns("__pycache__"))

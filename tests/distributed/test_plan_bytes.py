@@ -37,7 +37,7 @@ def count_bytes(team: Team) -> float:
     return float(team.group.traffic.sent_bytes - before)
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_step_sends_the_predicted_bytes(size: int) -> None:
     """To 6 %: matrices are not cut, so some ranks hold more than 1/n of the weights."""
     found = ranks.lead_ranks(count_bytes, size)

@@ -56,9 +56,7 @@ def test_rank_0_listens_one_port_above_those_of_mlx(tmp_path: Path) -> None:
     [
         ("2", [["a:1"], ["b:2"]], "MLX_RANK is 2, expected 0 to 1: there are 2 ranks"),
         ("one", [["a:1"], ["b:2"]], "MLX_RANK is 'one', expected a whole number"),
-        ("0", '{"hosts": []}', "does not hold a list"),
         ("0", "[[", "cannot be read as JSON"),
-        ("0", [{"ssh": "a"}, {"ssh": "b"}], "expected a list for each rank with its addresses"),
         ("0", [["a"], ["b"]], '"a" is not a port: expected addresses of ranks as HOST:PORT'),
     ],
 )
@@ -71,8 +69,7 @@ def test_an_unusable_hostfile_is_a_config_error(tmp_path: Path, rank: str, hosts
     ("line", "expected"),
     [
         ("", True), ("run", True), ("model=d4 seed=1", True), ("-m seed=1,2", True), ("run --plan FILE", True),
-        ("plan", False), ("ls", False), ("chat", False), ("--help", False), ("run --help", False), ("help", False),
-        ("--version", False), ("--cfg job", False),
+        ("plan", False), ("run --help", False), ("--version", False), ("--cfg job", False),
     ],
 )  # fmt: skip
 def test_only_run_uses_all_ranks(line: str, expected: bool) -> None:
@@ -102,8 +99,10 @@ def meet(others: list[dict[str, Any]], size: int, seconds: float = 5) -> Watch:
 
 
 def test_equal_ranks_connect_in_any_order() -> None:
-    watch = meet([find_facts(2), find_facts(1)], 3)
+    strangers = [{"rank": 0}, {"rank": 3}, {"rank": "1"}, {}]
+    watch = meet([*strangers, find_facts(2), find_facts(1)], 3)
     assert sorted(watch.facts) == [0, 1, 2]
+    assert watch.facts[1] == find_facts(1)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,6 @@ def test_equal_ranks_connect_in_any_order() -> None:
     [
         ("mlxchat", "9.9", "mlxchat is 9.9 there and"),
         ("code", "0" * 12, f"code of mlxchat (digest) is {'0' * 12} there and {code_digest()} here"),
-        ("mlx", "0.1", "MLX is 0.1 there and"),
         ("backend", "metal", "backend is metal there and cpu here"),
     ],
 )
@@ -160,12 +158,6 @@ def test_without_an_address_ranks_learn_it_in_the_group(tmp_path: Path) -> None:
             process.kill()
     assert [process.returncode for process in started] == [0, 0], printed
     assert "2 ranks" in printed[0].splitlines()
-
-
-def test_connections_with_an_invalid_rank_are_refused() -> None:
-    strangers = [{"rank": 0}, {"rank": 3}, {"rank": "1"}, {}]
-    watch = meet([*strangers, find_facts(1)], 2)
-    assert watch.facts[1] == find_facts(1)
 
 
 def test_the_code_digest_covers_python_files_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

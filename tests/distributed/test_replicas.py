@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 
 from kit import ranks
-from mlxchat.distributed import team as team_module
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.replicas import model_on, moving_on_all, sync_model
@@ -81,11 +80,3 @@ def test_only_changed_weights_are_sent() -> None:
         if name != "moved on all":
             assert len(digests_of_ranks) == 4
             assert len(set(digests_of_ranks)) == 1, name
-
-
-def test_a_single_process_sends_nothing() -> None:
-    model, team = GPT(SIZES), Team()
-    sync_model(None, model)
-    sync_model(team, model)
-    assert team.kept == {}
-    assert team_module.ALONE.size == 1

@@ -23,7 +23,7 @@ from mlxchat.rl.scores import PolicyScores
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.team_step import make_step
 
-KINDS = {"lora": ("lora", None), "dora": ("dora", None), "qlora": ("lora", 4)}
+KINDS = {"lora": ("lora", None), "dora on 4 bits": ("dora", 4)}
 
 
 def train(team: Team, name: str) -> dict[str, Any]:
