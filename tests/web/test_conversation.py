@@ -79,8 +79,3 @@ def test_long_conversation_is_cut_at_a_turn(node: Callable[..., Any]) -> None:
     )
     assert told == [["u2 " + "a" * 37, 1]]
     assert run(node, ["say", "u1", -1], ["answer", "a1", 0], ["say", "u" * 200_000, 1], ["read"]) == [["u" * 40, 1]]
-
-
-def test_conversations_without_versions_still_load(node: Callable[..., Any]) -> None:
-    told = run(node, ["old", "u1", "a1", "u2"], ["path"], ["answer", "a2", 2], ["path"], ["versions", 3])
-    assert told == ["u1 a1 u2", "u1 a1 u2 a2", [3]]

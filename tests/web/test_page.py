@@ -78,15 +78,6 @@ def test_answer_streams_in_from_the_server_alone(show: Any) -> None:
     assert page.told == []
 
 
-def test_markdown_becomes_elements(show: Any) -> None:
-    said = ask(show(says=MARKDOWN), "show me")
-    assert said.locator("h2").inner_text() == "Top"
-    assert (said.locator("strong").inner_text(), said.locator("p code").inner_text()) == ("bold", "code")
-    assert said.locator("li").all_inner_texts() == ["one", "two"]
-    assert said.locator("pre code").inner_text() == "x = 1"
-    assert said.locator("td").all_inner_texts() == ["1", "2"]
-
-
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_text_never_becomes_script(show: Any, attack: str) -> None:
     page = show(says=attack)
@@ -258,13 +249,6 @@ def test_conversation_beyond_the_limits_is_truncated(show: Any) -> None:
     assert page.locator(".left-out").all_inner_texts() == lines
 
 
-def test_rate_is_shown_if_it_was_measured(show: Any) -> None:
-    page = show()
-    told = page.evaluate("""async () => { const { pace } = await import('/page/view.js');
-        return [pace(9, 0.4), pace(1, 0), pace(400, 499), pace(4, 5000), pace(101, 2000)]; }""")
-    assert told == ["9 tokens", "1 token", "400 tokens", "4 tokens", "101 tokens, 50/s"]
-
-
 @pytest.mark.parametrize(
     ("status", "error", "words"),
     [
@@ -360,17 +344,6 @@ def test_deletion_asks_for_confirmation(show: Any) -> None:
     assert page.locator("#list .name").all_inner_texts() == ["keep me"]
 
 
-def test_scrolled_up_view_stays_and_offers_the_end(show: Any) -> None:
-    page = show(says="one\n\n" * 60)
-    ask(page, "go on")
-    page.evaluate("() => document.getElementById('scroll').scrollTo(0, 0)")
-    page.wait_for_selector("#to-end:not([hidden])")
-    page.click("#to-end")
-    page.wait_for_selector("#to-end", state="hidden")
-    assert page.evaluate("() => { const s = document.getElementById('scroll'); return s.scrollHeight - s.clientHeight"
-                         " - s.scrollTop < 3; }")  # fmt: skip
-
-
 def test_conversations_are_kept_opened_and_deleted(show: Any) -> None:
     page = show(says="yes")
     ask(page, "the first one")
@@ -400,84 +373,6 @@ def test_model_dialog_shows_the_manifest(show: Any) -> None:
     page.reload()
     with known(page):
         assert page.locator("#model-name").inner_text().startswith("pretrain · 40K")
-
-
-def test_equal_models_have_different_names(show: Any) -> None:
-    page = show()
-    names = page.evaluate("""async () => {
-      const { namesOf } = await import('/page/view.js');
-      const model = (id, stage, label, published, parameters = 135e6) =>
-        ({ id, mlxchat: { step: stage, stage, label, published, parameters } });
-      return [...namesOf([
-        model('imported-smollm-' + 'a'.repeat(16), 'imported', 'smollm', '2026-01-01T10:00:00'),
-        model('imported-qwen-' + 'b'.repeat(16), 'imported', 'qwen', '2026-01-01T10:00:00'),
-        model('sft-d4-' + 'c'.repeat(16), 'sft', 'd4', '2026-01-01T10:00:00', 3342336),
-        model('sft-d4-' + 'd'.repeat(16), 'sft', 'd4', '2026-01-02T10:00:00', 3342336),
-        model('rl-d4-' + 'e'.repeat(16), 'rl', 'd4', '2026-01-02T10:00:00', null),
-        model('rl-d4-' + 'f'.repeat(16), 'rl', 'd4', '2026-01-02T10:00:00', null),
-      ]).values()]; }""")
-    assert names[:2] == ["smollm · 135M", "qwen · 135M"]
-    assert all(name.startswith("sft · 3.3M · ") for name in names[2:4])
-    assert len(set(names)) == 6
-
-
-def test_scores_table_shows_errors_and_sizes(show: Any) -> None:
-    page = show()
-    rows = page.evaluate("""async () => {
-      const { provenance } = await import('/page/view.js');
-      const metrics = { pass_at_1: 0.775, pass_at_1_stderr: 0.0427, loss: 0.46678, peak_memory_bytes: 111508464,
-        decode_tokens_per_second: 110.55, num_rows: 8216 };
-      const nodes = provenance({ id: 'x', mlxchat: { metrics, converses: true, published: '2026-01-01' } });
-      return nodes.flatMap((node) => [...node.querySelectorAll('tr')])
-        .map((row) => [...row.cells].map((cell) => cell.textContent).join(': ')); }""")
-    assert rows == [
-        "pass at 1: 0.78 ± 0.04", "loss: 0.4668", "peak memory: 112 MB", "decode tokens / s: 110.6", "num rows: 8,216",
-    ]  # fmt: skip
-
-
-def test_reload_opens_the_open_conversation_again(show: Any) -> None:
-    page = show(says="yes")
-    ask(page, "one")
-    page.keyboard.press("Control+Shift+O")
-    ask(page, "two")
-    page.reload()
-    assert is_shown(page, "two", "yes")
-    page.keyboard.press("Control+Shift+O")
-    page.reload()
-    assert page.locator("#messages li").count() == 0, "a new one was open"
-
-
-def test_buttons_have_44_pixels_on_a_phone(show: Any) -> None:
-    page = show(width=375, says=MARKDOWN)
-    ask(page, "show me")
-    page.click("#side-open")
-    for opener in ("Model:", "Settings"):
-        page.evaluate("() => document.getElementById('side-close').click()")
-        page.get_by_role("button", name=opener).click()
-        small = page.evaluate("""() => [...document.querySelectorAll('button, select')].filter((e) => {
-            const box = e.getBoundingClientRect();
-            return box.width && (box.width < 44 || box.height < 44); }).map((e) => e.outerHTML)""")
-        assert small == []
-        page.keyboard.press("Escape")
-
-
-def test_long_answer_is_rendered_whole(show: Any) -> None:
-    page = show()
-    page.evaluate("""() => localStorage.setItem('mlxchat.conversations', JSON.stringify([{
-        id: 'a', changed: 1, messages: [{role: 'user', parts: [{type: 'text', text: 'x'}]}, {role: 'assistant', parts: [
-            {type: 'python', text: '1+1'}, {type: 'text', text: '\\n\\na'.repeat(20000)}]}]}]))""")
-    page.reload()
-    page.locator("#list .name").click()
-    page.wait_for_function("() => document.querySelectorAll('li.assistant p').length === 20001", timeout=60_000)
-    assert page.told == []
-
-
-def test_code_block_copies_its_text(show: Any) -> None:
-    page = show(says=MARKDOWN)
-    page.evaluate("() => { navigator.clipboard.writeText = async (text) => { window.copied = text; }; }")
-    ask(page, "show me")
-    page.locator("figure button").click()
-    assert page.evaluate("() => window.copied") == "x = 1"
 
 
 def test_settings_are_kept_and_sent(show: Any) -> None:
