@@ -20,7 +20,6 @@ from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_para
 
 make_model = partial(models.make_model, num_layers=4, scale=0.3)  # windows: short, short, short, long
 BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-HEADS = pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 # Float32 logits within ±15 through four layers.
 TOLERANCE = 1e-4
 
@@ -48,7 +47,7 @@ def decoded_logits(model: GPT, rows: list[list[int]], read: list[int], kv_bits: 
     return [np.stack(each) for each in found]
 
 
-@pytest.mark.parametrize("lengths", [[7, 0, 30, 12], [140, 2, 127, 128], [300, 150]], ids=str)
+@pytest.mark.parametrize("lengths", [[7, 0, 30, 12], [140, 2, 127, 128, 300]], ids=str)
 @BOTH
 def test_decoded_logits_equal_those_of_whole_rows(path: str, architecture: str, lengths: list[int]) -> None:
     """Also beyond the context of 64 tokens, which limits the windows of July 2026."""
@@ -59,14 +58,14 @@ def test_decoded_logits_equal_those_of_whole_rows(path: str, architecture: str, 
 
 
 @BOTH
-@HEADS
+@pytest.mark.parametrize("num_kv_heads", [4, 1])  # elsewhere 2
 def test_decoded_logits_are_equal_for_grouped_heads(path: str, architecture: str, num_kv_heads: int) -> None:
     model, row = make_model(architecture, num_kv_heads=num_kv_heads), random_ids(150).tolist()
     (got,) = decoded_logits(model, [row], [130])
     np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, 130:], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("num_layers", "pattern"), [(1, "S"), (2, "S"), (3, "LS")])
+@pytest.mark.parametrize(("num_layers", "pattern"), [(1, "S"), (3, "LS")])
 def test_decoded_logits_are_equal_for_any_window_pattern(path: str, num_layers: int, pattern: str) -> None:
     model = make_model("jul2026", num_layers=num_layers, window_pattern=pattern, context_tokens=300)
     row = random_ids(180).tolist()
@@ -109,7 +108,7 @@ def test_logits_depend_on_each_scalar(feature: str) -> None:
 
 @BOTH
 def test_greedy_decoding_equals_the_whole_row(path: str, tokenizer: Tokenizer, architecture: str) -> None:
-    model, prompts = make_model(architecture), [random_ids(2, length)[1].tolist() for length in (126, 5, 254)]
+    model, prompts = make_model(architecture), [random_ids(2, length)[1].tolist() for length in (126, 5)]
     head = np.array(model.lm_head.weight)
     head[tokenizer.bos :] = 0  # no row ends
     model.lm_head.weight = mx.array(head)

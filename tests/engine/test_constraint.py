@@ -60,11 +60,6 @@ def test_special_tokens_are_forbidden_before_the_end(tokenizer: Tokenizer, const
     assert not allowed[sorted(tokenizer.special_ids.values())].any()
 
 
-def test_logits_beyond_the_vocabulary_are_forbidden(tokenizer: Tokenizer, constraint: Constraint) -> None:
-    padded = constraint.allowed(np.zeros(tokenizer.vocab_size + 55, dtype=np.float32))
-    assert not np.isfinite(padded[tokenizer.vocab_size :]).any()
-
-
 def test_invalid_schema_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(ConfigError, match=r"JSON schema cannot be used: .*strin"):
         JsonGrammars(tokenizer).constraint({"type": "strin"})

@@ -130,22 +130,6 @@ def test_forced_tokens_count_as_new_tokens(tokenizer: Tokenizer, scripted: Calla
     assert not completion.finished
 
 
-def test_rows_have_separate_calculators(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
-    end, forced = tokenizer.assistant_end, [answer(tokenizer, text) for text in ("2", "30")]
-    scripts = [
-        [*call(tokenizer, "1+1"), *[0] * len(forced[0]), end],
-        [97, 98, 99, *call(tokenizer, "5*6"), *[0] * len(forced[1]), end],
-        [97, end],
-    ]
-    engine, prompts = scripted(*scripts)
-    completions = engine.complete(prompts, max_new_tokens=60)
-    assert [completion.ids for completion in completions] == [
-        [*call(tokenizer, "1+1"), *forced[0], end],
-        [97, 98, 99, *call(tokenizer, "5*6"), *forced[1], end],
-        [97, end],
-    ]
-
-
 @pytest.mark.parametrize("early", [False, True], ids=["to the end", "left early"])
 def test_blas_threads_are_restored(model: GPT, tokenizer: Tokenizer, early: bool) -> None:
     before = runtime.blas_threads()

@@ -137,19 +137,6 @@ def test_close_pasts_are_not_shared_with_exact_requests(
         assert [(event.token, event.logprob) for event in events if event.id == id] == alone
 
 
-def test_prompt_of_a_cancelled_request_is_reused(read: tuple[Scheduler, list[int]], tokenizer: Tokenizer) -> None:
-    scheduler, sizes = read
-    prompt = [tokenizer.bos, *range(40)]
-    scheduler.cancel(scheduler.submit(Request(prompt=prompt, max_new_tokens=5, reuse="close")))
-    id = scheduler.submit(Request(prompt=prompt, max_new_tokens=5, reuse="close"))
-    scheduler.step()
-    scheduler.cancel(id)
-    run(scheduler)
-    sizes.clear()
-    talk(scheduler, prompt, "close")
-    assert sizes == []
-
-
 def _parts(scheduler: Scheduler) -> tuple[GPT, Tokenizer]:
     forward: Any = scheduler.forward
     return forward.model, scheduler.tokenizer

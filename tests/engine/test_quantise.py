@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,13 +18,10 @@ from mlxchat.engine.generate import Engine
 from mlxchat.engine.quantise import PackedGPT, packed_copy
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import bits_per_byte
-from mlxchat.evals.quantised import QuantisedLoss, check_quantised, loss_change, measure_quantised
+from mlxchat.evals.quantised import check_quantised, loss_change, measure_quantised
 from mlxchat.evals.quantised_sample import SAMPLE
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, set_parameters
-from mlxchat.serve.models import Model, load_scheduler
-from mlxchat.serve.security import Limits
-from mlxchat.store.store import Store
 from mlxchat.terminal.chat import Chat
 
 
@@ -81,11 +76,6 @@ def test_measured_cost_is_that_of_the_sample_text(wide: GPT, tokenizer: Tokenize
     assert str(cost).startswith(f"weights of {bits} bits: ")
 
 
-def test_high_cost_is_a_warning() -> None:
-    bad = [QuantisedLoss(bits=4, exact=1.0, rounded=1.5, divergence=each) for each in (0.5, float("nan"))]
-    assert all(str(each).startswith("warning: ") and str(each).endswith("choose 8 bits or none") for each in bad)
-
-
 @pytest.fixture
 def saved(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> tuple[GPT, Path]:
     """Return a model of the tokenizer's vocabulary whose rows have whole groups, and its checkpoint."""
@@ -133,21 +123,3 @@ def test_original_weights_are_freed(path: str, saved: tuple[GPT, Path]) -> None:
     )  # fmt: skip
     held = int(done.stdout.rpartition("held ")[2])
     assert held < (0.3 if path == "plain" else 0.7) * own
-
-
-def test_serve_logs_the_cost_of_quantised_weights(
-    saved: tuple[GPT, Path],
-    tokenizer: Tokenizer,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> None:
-    wide, made = saved
-    store = Store(tmp_path_factory.mktemp("quantised") / "outputs")
-    store.prepare()
-    made = shutil.copytree(made, store.outputs / "work" / "sft")
-    manifest = {"key": "a" * 52, "stage": "sft", "kind": "checkpoint", "published": "2026-01-01"}
-    folder = store.publish(made, "x", manifest)
-    model = Model(folder.name, folder, tokenizer, wide.sizes.context_tokens, converses=True)
-    with caplog.at_level(logging.INFO, logger="mlxchat.serve"):
-        load_scheduler(model, Limits(), bits=8, kv_bits=4)
-    assert caplog.messages == [f"{model.name}: {measure_quantised(wide, tokenizer, 8)[1]}"]

@@ -41,7 +41,7 @@ def found(logits: np.ndarray, **how: Any) -> np.ndarray:
     return spread
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.integers(0, 2**32 - 1), st.sampled_from([10, 300, 5000]), st.floats(0.2, 3), st.sampled_from(LIMITS),
     st.booleans(),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxchat.engine.tools import calculate
@@ -48,27 +46,21 @@ def test_results_and_refusals() -> None:
     assert [expression for expression in REFUSED if calculate(expression) is not None] == []
 
 
-def test_syntax_warnings_are_suppressed() -> None:
-    """Warnings would appear in the user's terminal."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for expression in ("1or 2", "0x1for x in y", r"'a\d'.count('d')", "1if 1else 2", "1 is 1"):
-            calculate(expression)
-    assert not caught
-
-
+@settings(max_examples=30)
 @given(st.text(alphabet="0123456789+-*/%(). ,'\"abcount_\\\n", max_size=60))
 def test_any_text_gives_a_short_result_or_none(expression: str) -> None:
     result = calculate(expression)
     assert result is None or (isinstance(result, str) and 0 < len(result) < 40)
 
 
+@settings(max_examples=30)
 @given(st.integers(-10_000, 10_000), st.sampled_from("+-*"), st.integers(-10_000, 10_000))
 def test_integers_are_exact(a: int, operator: str, b: int) -> None:
     exact = {"+": a + b, "-": a - b, "*": a * b}[operator]
     assert calculate(f"({a}){operator}({b})") == str(exact)
 
 
+@settings(max_examples=30)
 @given(st.integers(-(10**6), 10**6), st.integers(1, 1000))
 def test_integer_quotients_have_no_point(quotient: int, divisor: int) -> None:
     assert calculate(f"{quotient * divisor}/{divisor}") == str(quotient)

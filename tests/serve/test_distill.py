@@ -37,7 +37,7 @@ def test_answers_of_our_server_become_a_mixture(
     start: Callable[..., Any], ask: Callable[..., list[Any]], tokenizer: Tokenizer, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    with start(limits={"max_rows": 3, "max_queue": 1}) as running:  # so that some requests get 429 and Retry-After
+    with start(limits={"max_rows": 3}) as running:
         options = ["--max-tokens", "8", "--temperature", "1", "--body", "seed=3", "--keep-cut", "--samples", "2"]
         first = ask(running, *options, "--concurrency", "8")
         monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "elsewhere"))
@@ -50,14 +50,6 @@ def test_answers_of_our_server_become_a_mixture(
         ids, mask = render_conversation(tokenizer, conversation)
         assert (ids[-1], mask[-1]) == (tokenizer.assistant_end, 1)
         assert ids.count(tokenizer.assistant_end) == 1
-
-
-def test_calculator_calls_stay_calls(start: Callable[..., Any], ask: Callable[..., list[Any]]) -> None:
-    with start() as running:
-        usage = running.chat("the cat", model="sft").json()["usage"]
-        assert {"prompt_tokens", "completion_tokens"} <= usage.keys()
-        answers = ask(running, "--max-tokens", "4", "--keep-cut", "--temperature", "0")
-    assert all(isinstance(answer, str | list) for answer in answers)
 
 
 def test_changed_server_settings_invalidate_answers(

@@ -48,12 +48,6 @@ def test_greedy_answer_equals_the_engines(server: Any, model: GPT, tokenizer: To
     }  # fmt: skip
 
 
-def test_system_message_is_joined_to_the_first_question(server: Any) -> None:
-    messages = [{"role": "system", "content": "the dog"}, {"role": "user", "content": "the cat"}]
-    joined = server.chat("the dog\n\nthe cat", temperature=0)
-    assert answers(server.chat(temperature=0, messages=messages)) == answers(joined)
-
-
 def test_stream_gives_the_same_answer(server: Any) -> None:
     body: dict[str, Any] = {"seed": 5, "n": 2, "temperature": 1.2, "stream_options": {"include_usage": True}}
     whole = server.chat(**body)
@@ -80,14 +74,6 @@ def test_seed_gives_the_same_answer_alone_and_batched(server: Any) -> None:
     assert answers(server.chat(seed=8, temperature=1.5)) == several[1:2]
 
 
-def test_answer_ends_before_its_stop_string(server: Any) -> None:
-    (text,) = answers(server.chat(temperature=0))
-    stop = text[2:4]
-    told = server.chat(temperature=0, stop=[stop, "never said"]).json()["choices"][0]
-    assert told["message"]["content"] == text[: text.index(stop)]
-    assert told["finish_reason"] == "stop"
-
-
 def test_log_probabilities_equal_the_models(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
     import mlx.core as mx
 
@@ -100,14 +86,6 @@ def test_log_probabilities_equal_the_models(server: Any, model: GPT, tokenizer: 
     expected = np.sort(logits - np.log(np.exp(logits).sum()))[::-1]
     assert told["token_logprobs"] == [pytest.approx(expected[0], abs=1e-4)]
     assert sorted(told["top_logprobs"][0].values(), reverse=True) == pytest.approx(list(expected[:2]), abs=1e-4)
-
-
-def test_chat_streams_have_log_probabilities(server: Any) -> None:
-    body: dict[str, Any] = {"temperature": 0, "logprobs": True, "top_logprobs": 3}
-    whole = server.chat(**body).json()["choices"][0]["logprobs"]["content"]
-    pieces = [chunk["choices"][0]["logprobs"] for chunk in chunks(server.chat(**body, stream=True))]
-    assert [entry for piece in pieces if piece for entry in piece["content"]] == whole
-    assert all(len(entry["top_logprobs"]) == 3 for entry in whole)
 
 
 def test_completions_accept_texts_and_ids(server: Any, tokenizer: Tokenizer) -> None:
@@ -152,7 +130,7 @@ def test_fingerprint_changes_with_contents_and_settings_only(server: Any, served
     assert fingerprint("0" * 64, bits=4, top_k=50) == fingerprint("0" * 64, top_k=50, bits=4)
 
 
-@pytest.mark.parametrize("name", ["corpus", "eval", "e", "sfft", "x" * 256, "sft/" + "x" * 296, "x" * 400])
+@pytest.mark.parametrize("name", ["corpus", "e", "sfft", "sft/" + "x" * 296])
 def test_unknown_model_error_lists_models_only(server: Any, served: Path, name: str) -> None:
     """Other artifacts, such as corpora, are not listed."""
     corpus = served / "store" / ("corpus-bundled-" + "f" * 16)
@@ -178,33 +156,22 @@ def test_unknown_model_error_lists_models_only(server: Any, served: Path, name: 
         ({"model": "gpt-4o"}, 404, "model", "model_not_found"),
         ({"model": "eval-d2"}, 404, "model", "model_not_found"),
         ({"model": "pretrain"}, 400, "model", "unsupported_model"),
-        ({"messages": []}, 400, "messages", None),
         ({"messages": [{"role": "assistant", "content": "hello"}]}, 400, "messages", None),
-        ({"messages": [{"role": "system", "content": "hello"}]}, 400, "messages", None),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages", None),
         ({"messages": [{"role": "tool", "content": "4"}]}, 400, "messages.0.role", None),
         ({"messages": [{"role": "user", "content": "a" * 8001}]}, 400, "messages", None),
         ({"messages": [{"role": "user", "content": "a"}] * 501}, 400, "messages", None),
         ({"messages": [{"role": "user", "content": "a b" * 2000}] * 6}, 400, "messages", None),
         ({"messages": [{"role": "user", "content": "a b" * 200}]}, 400, "messages", "context_length_exceeded"),
         ({"temperature": 2.5}, 400, "temperature", None),
-        ({"top_p": 0}, 400, "top_p", None),
         ({"max_tokens": 5000}, 400, "max_tokens", None),
-        ({"max_tokens": 0}, 400, "max_tokens", None),
-        ({"n": 17}, 400, "n", None),
-        ({"stop": ["a"] * 17}, 400, "stop", None),
         ({"top_logprobs": 2}, 400, "top_logprobs", None),
         ({"frequency_penalty": 2.5}, 400, "frequency_penalty", None),
-        ({"logit_bias": {"the": 1}}, 400, "logit_bias", None),
         ({"logit_bias": {"99999999": 1}}, 400, "logit_bias", None),
         ({"logit_bias": {"5": 101}}, 400, "logit_bias", None),
         ({"tool_choice": "required"}, 400, "tool_choice", "unsupported_parameter"),
-        ({"functions": [{"name": "f"}]}, 400, "functions", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, 400, "tools", "unsupported_parameter"),
         ({"modalities": ["audio"]}, 400, "modalities", "unsupported_parameter"),
-        ({"temprature": 0}, 400, "temprature", "unknown_parameter"),
         ({"response_format": {"type": "yaml"}}, 400, "response_format.type", None),
-        ({"response_format": {"type": "json_schema"}}, 400, "response_format", None),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "strin"}}}},
          400, "response_format", None),
     ],
@@ -253,21 +220,6 @@ def test_logit_bias_and_penalties_apply(server: Any, tokenizer: Tokenizer) -> No
     varied = server.chat(logit_bias=ids, presence_penalty=2, frequency_penalty=2, max_tokens=40, temperature=0)
     assert "eeee" not in answers(varied)[0]
     assert set(answers(varied)[0]) == {"e", "t"}
-
-
-def test_non_json_body_is_refused(server: Any) -> None:
-    response = server.client.post("/v1/chat/completions", content="{", headers={"content-type": "application/json"})
-    assert response.status_code == 400
-    assert "JSON" in response.json()["error"]["message"]
-    assert server.client.get("/v1/nothing").json()["error"]["message"] == "there is nothing at GET /v1/nothing"
-    assert server.client.get("/v1/chat/completions").status_code == 405
-
-
-def test_truncation_auto_keeps_the_latest_turns(server: Any) -> None:
-    turns = [{"role": "user", "content": "a b " * 60}, {"role": "assistant", "content": "yes"}] * 3
-    last = {"role": "user", "content": "the cat"}
-    shortened = server.chat(temperature=0, messages=[*turns, last], truncation="auto")
-    assert answers(shortened) == answers(server.chat(temperature=0, messages=[last]))
 
 
 def test_earlier_tool_calls_are_rendered_unchanged(server: Any, tokenizer: Tokenizer) -> None:

@@ -71,9 +71,13 @@ def test_metrics_are_valid_and_count(server: Any) -> None:
 
 
 def test_health_status_reflects_readiness(start: Callable[..., Any]) -> None:
-    with start(loads=0.5) as slow:
+    server, may_load = start(), threading.Event()
+    own = server.worker._load
+    server.worker._load = lambda *given: may_load.wait(30) and own(*given)
+    with server as slow:
         loading = slow.client.get("/health")
         assert (loading.status_code, loading.json()["status"]) == (503, "loading")
+        may_load.set()
         slow.until(lambda: slow.client.head("/health").status_code == 200)
         assert slow.client.get("/health").json() == {"status": "ok", "ready": True}
         for path in ("/", "/metrics"):
@@ -90,12 +94,6 @@ def test_page_loads_nothing_elsewhere_and_forbids_frames(server: Any) -> None:
     for place in re.findall(r'(?:src|href)="([^"#]+)"', page.text):
         assert place.startswith("/")
         assert server.client.get(place).status_code == 200
-
-
-def test_server_without_key_accepts_loopback_hosts_only(server: Any) -> None:
-    for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
-        assert server.client.get("/v1/models", headers={"host": host}).status_code == 200
-    assert server.client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
 
 
 def test_cross_site_forms_are_refused(server: Any) -> None:
@@ -196,53 +194,3 @@ def test_files_and_text_are_processed_outside_the_event_loop(
     names = {"read_catalog", "read_manifest", "render", "encode", "load", "message", "text_logprobs"}
     assert threads.keys() == names
     assert [name for name, used in threads.items() if loop in used] == []
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_echoed_prompt_is_scored_outside_the_event_loop(
-    stream: bool, start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """2,000 tokens with 20 alternatives each take 0.1 s."""
-    from mlxchat.serve import api
-    from mlxchat.serve.choices import Choice
-
-    scored: list[int] = []
-    encoded: list[int] = []
-    of_prompt, write = Choice._of_prompt, api.large_json
-
-    def recorded_scores(choice: Any, event: Any) -> Any:
-        if event.prompt_logprobs:
-            scored.append(threading.get_ident())
-        return of_prompt(choice, event)
-
-    def recorded_json(value: Any) -> str:
-        encoded.append(threading.get_ident())
-        return write(value)
-
-    monkeypatch.setattr(Choice, "_of_prompt", recorded_scores)
-    monkeypatch.setattr(api, "large_json", recorded_json)
-    body = {"model": "pretrain", "prompt": "the cat", "max_tokens": 2, "echo": True, "logprobs": 2, "stream": stream}
-    with start() as server:
-        assert server.client.post("/v1/completions", json=body).status_code == 200
-        assert len(scored) == 1, "once for each choice"
-        assert encoded
-        assert server.thread.ident not in {*scored, *encoded}
-
-
-def test_large_json_is_encoded_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call of the encoder holds the GIL, so one call would block the event loop even in a thread."""
-    from mlxchat.serve import api
-
-    value = {"a": [{"tokens": [f"é{n}" for n in range(5_000)], "top": [{"b": -1.5, "c": None}] * 130}], "n": 3, "e": []}
-    write, longest = api._write_json, 0
-
-    def measured(piece: Any) -> str:
-        nonlocal longest
-        text = write(piece)
-        longest = max(longest, len(text))
-        return text
-
-    monkeypatch.setattr(api, "_write_json", measured)
-    assert json.loads(api.large_json(value)) == value
-    assert longest < 2_000
-    assert api.large_event({"text": "a\nb"}) == b'data: {"text":"a\\nb"}\n\n'

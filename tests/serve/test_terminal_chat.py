@@ -100,12 +100,6 @@ def test_invalid_command_value_says_what_is_accepted(chat: Chat, command: str) -
     assert chat.obey(command) == f'"{command}": expected {name} {COMMANDS[name][0]}; {COMMANDS[name][1]}'
 
 
-def test_help_lists_commands_and_misspellings_get_suggestions(chat: Chat) -> None:
-    assert all(name in chat.obey("/help") for name in COMMANDS)
-    assert 'Did you mean "/retry"?' in chat.obey("/rety")
-    assert chat.obey("/temp 0.5") == "temperature 0.5"
-
-
 def test_calculator_calls_are_shown(chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     from mlxchat.engine.scheduler import Event
 
@@ -149,19 +143,6 @@ def test_control_characters_of_the_model_are_escaped(monkeypatch: pytest.MonkeyP
     written_out = r"a\x1b[2Jb\x1b]0;title\x07c\u202ed\x0d\u009b5n [bold]é[/bold] :smile:"
     assert screen.getvalue().startswith(written_out)
     assert not {"\x1b", "\x07", "\r", "\x9b", "\u202e"} & set(screen.getvalue())
-
-
-def test_program_and_output_are_shown_separately(capsys: pytest.CaptureFixture[str]) -> None:
-    from mlxchat.terminal.chat import Shown
-
-    shown = Shown()
-    for kind, text in (
-        ("text", "So: "), ("python", "a = 2**5"), ("python", "\n"), ("python", "a + 1"), ("python_output", "33"),
-        ("text", " and "), ("python", "2*3"), ("python_output", "6"),
-    ):  # fmt: skip
-        shown.add(kind, text)  # type: ignore[arg-type]
-    shown.finish()
-    assert capsys.readouterr().out == "So: <<a = 2**5\na + 1\n→ 33>> and <<2*3=6>>\n"
 
 
 def test_saving_overwrites_conversations_only(chat: Chat, tmp_path: Path) -> None:
@@ -237,26 +218,6 @@ def test_chat_reports_truncated_questions(
     told = "the model reads 128 tokens, of which 8 are for the answer (--max-tokens)"
     assert capsys.readouterr().err == f"left out the first {left_out} of {len(ids)} tokens of the question: {told}\n"
     assert said(chat) == [tokenizer.decode(ids)], "the conversation keeps it whole"
-
-
-def test_base_model_reports_truncated_texts(
-    served: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prompts: list[list[int]] = []
-    monkeypatch.setattr(Chat, "_stream", lambda self, prompt: prompts.append(prompt))
-    for most, room in ((8, 120), (500, 64)):
-        chat = Chat.load(served / "store" / BASE, temperature=0.0, top_k=None, max_tokens=most, seed=0)
-        ids = chat.engine.tokenizer.encode("1 2 3 4 5 " * 30)
-        chat.ask(chat.engine.tokenizer.decode(ids))
-        assert prompts.pop() == [chat.engine.tokenizer.bos, *ids[-(room - 1) :]]
-        assert f"left out the first {len(ids) - room + 1} of {len(ids)} tokens of the text" in capsys.readouterr().err
-
-
-def test_oversized_system_prompt_is_refused(chat: Chat) -> None:
-    chat.system = "1 2 3 " * 60
-    with pytest.raises(ConfigError, match="leaves no room for a question: the model reads 128 tokens, and 36"):
-        chat.ask("the cat")
-    assert chat.messages == []
 
 
 def test_a_chat_that_follows_a_training_changes_its_model_and_keeps_the_conversation(chat: Chat, served: Path) -> None:

@@ -43,12 +43,9 @@ def test_truncation_keeps_the_system_prompt(tokenizer: Tokenizer) -> None:
     assert got.ids == rendered(tokenizer, ("system", "the dog"), *kept, ("user", "the mat"))
     longer = rendered(tokenizer, ("system", "the dog"), *said[-len(kept) - 2 :], ("user", "the mat"))
     assert len(got.ids) <= 128 - 8 < len(longer), "no turn more than necessary is left out"
-
-
-def test_short_conversations_are_not_truncated(tokenizer: Tokenizer) -> None:
-    said = [("system", "the dog"), *pairs(2), ("user", "the mat")]
-    got = prompt(tokenizer, 200, said)
-    assert (got.ids, got.truncated_turns) == (rendered(tokenizer, *said), 0)
+    short = [("system", "the dog"), *pairs(2), ("user", "the mat")]
+    got = prompt(tokenizer, 200, short)
+    assert (got.ids, got.truncated_turns) == (rendered(tokenizer, *short), 0)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +93,6 @@ def test_long_text_in_many_turns_fits_the_context_exactly(tokenizer: Tokenizer) 
     [
         ([("user", "a" * 90)], {"max_message_chars": 80},
          "the message has 90 characters; at most 80 are accepted. Shorten it."),
-        ([("system", "a" * 90), ("user", "a")], {"max_message_chars": 80},
-         "the system prompt has 90 characters; at most 80 are accepted. Shorten it."),
         ([("system", "a" * 50), ("user", "a" * 50)], {"max_conversation_chars": 80},
          "the system prompt and the message have 100 characters; at most 80 are accepted. Shorten one of them."),
         ([("user", "1 2 " * 60)], {},
@@ -124,22 +119,3 @@ def test_response_counts_dropped_turns(server: Any) -> None:
     chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
     assert chunks[0]["mlxchat"] == told["mlxchat"]
     assert all("mlxchat" not in chunk for chunk in chunks[1:])
-
-
-def test_page_continues_very_long_conversations(server: Any) -> None:
-    long = messages(*pairs(10, "the cat sat " * 160), ("user", "a"), ("assistant", "b" * 8001), ("user", "the mat"))
-    assert server.chat(messages=long, truncation="auto").json()["mlxchat"] == {"truncated_turns": 11}
-    assert server.chat(messages=long).status_code == 400
-
-
-def test_openai_client_reads_dropped_turns(server: Any) -> None:
-    openai = pytest.importorskip("openai")
-    said: Any = messages(*pairs(12), ("user", "the mat"))
-    extra = {"truncation": "auto"}
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
-        whole = client.chat.completions.create(model="sft", messages=said, max_tokens=4, extra_body=extra)
-        with client.chat.completions.stream(model="sft", messages=said, max_tokens=4, extra_body=extra) as stream:
-            list(stream)
-            snapshot = stream.current_completion_snapshot
-    assert snapshot.mlxchat == whole.mlxchat
-    assert whole.mlxchat["truncated_turns"] > 0

@@ -47,13 +47,6 @@ def test_seeded_answers_do_not_depend_on_the_cache(start: Callable[..., Any]) ->
         assert talk(server, 4, temperature=0) == greedy
 
 
-def test_kept_tokens_bounds_the_cache(start: Callable[..., Any]) -> None:
-    with start(limits={"kept_tokens": 60}, says="yes", seconds=0.0) as server:
-        talk(server, 4)
-        (scheduler,) = server.worker._schedulers.values()
-        assert 0 < scheduler.kept.num_tokens <= 60
-
-
 def test_programs_run_only_with_the_operators_option(start: Callable[..., Any], tokenizer: Tokenizer) -> None:
     special = tokenizer.special_ids
     call = [special["<|python_start|>"], *tokenizer.encode("2**100"), special["<|python_end|>"]]

@@ -25,7 +25,7 @@ def streaming(server: Any, **body: Any) -> Any:
 
 def test_full_queue_gives_429_with_retry_after(slow: Any) -> None:
     with ThreadPoolExecutor() as pool:
-        accepted = [pool.submit(slow.chat, max_tokens=60) for _ in range(3)]
+        accepted = [pool.submit(slow.chat, max_tokens=15) for _ in range(3)]
         slow.until(lambda: slow.worker.num_choices == 3)
         refused = slow.chat()
         assert refused.status_code == 429
@@ -67,10 +67,10 @@ def test_failed_computation_is_reported_and_recovers(slow: Any, monkeypatch: pyt
 
 def test_first_signal_lets_answers_finish(start: Callable[..., Any]) -> None:
     with start(seconds=0.01) as server, ThreadPoolExecutor() as pool:
-        began = pool.submit(server.chat, max_tokens=60)
+        began = pool.submit(server.chat, max_tokens=30)
         server.until(lambda: server.worker.num_choices == 1)
         server.server.should_exit = True
-        assert began.result().json()["usage"]["completion_tokens"] == 60
+        assert began.result().json()["usage"]["completion_tokens"] == 30
 
 
 def test_grace_period_drops_long_answers(start: Callable[..., Any]) -> None:
@@ -86,15 +86,7 @@ def test_grace_period_drops_long_answers(start: Callable[..., Any]) -> None:
         assert not server.thread.is_alive()
 
 
-def test_max_models_bounds_models_in_memory(start: Callable[..., Any]) -> None:
-    with start(limits={"max_models": 1}) as server:
-        server.until(lambda: len(server.worker.loaded) == 1)
-        told = server.client.post("/v1/completions", json={"model": "pretrain", "prompt": "a", "max_tokens": 1})
-        assert told.status_code == 200
-        assert [name.split("-")[0] for name in server.worker.loaded] == ["pretrain"]
-
-
-@pytest.mark.parametrize("path", ["", "plain"], ids=["accelerated", "plain"])
+@pytest.mark.parametrize("path", ["", pytest.param("plain", marks=pytest.mark.slow)])
 def test_unloaded_models_are_freed(
     start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
