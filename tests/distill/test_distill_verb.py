@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -110,16 +109,11 @@ def test_conversations_become_training_rows_of_all_their_turns(
     ("text", "fault"),
     [
         ("Sure! Here it is", "not JSON"), ("[" * 100_000, "nested too deeply"), ("7", "no messages"),
-        ('{"question": "a", "answer": "b"}', "no messages"), ('{"messages": {}}', "no messages"),
         (json.dumps(chat()), "0 messages"),
         (json.dumps(chat("a", "b", "c")), "the last message is not from the assistant"),
         (json.dumps(chat("a", "b", first=1)), 'message 1 is from "assistant", expected "user"'),
-        (json.dumps(chat("a", "b") * 2).replace("assistant", "user", 1), 'message 2 is from "user"'),
-        (json.dumps([{"role": "system", "content": "s"}, *chat("a", "b")]), 'message 1 is from "system"'),
         (json.dumps(chat("a", " ")), "content of the assistant message is empty"),
-        (json.dumps(chat("\x00", "b")), "content of the user message is empty"),
         (json.dumps(chat("a", [{"type": "text", "text": "b"}])), "content of an assistant message is not text"),
-        (json.dumps(chat("a", None)), "content of the assistant message is not text"),
         (json.dumps([{"role": "\x1b[31m", "content": "a"}, *chat("b", first=1)]), 'message 1 is from "[31m"'),
         (json.dumps([{"role": "user"}]), "a message lacks role or content"),
     ],
@@ -161,17 +155,13 @@ def test_same_command_sends_nothing_and_writes_equal_bytes(ask: Ask, teacher: Te
     assert ask() == 0
     assert len(teacher.bodies) == len(QUESTIONS)
     assert (place / "out.jsonl").read_bytes() == before
+    ask("--temperature", "0.5", "--out", "other.jsonl")
+    assert len(teacher.bodies) == 2 * len(QUESTIONS), "the cache depends on the sampling"
+    ask("--temperature", "0.5", "--out", "another.jsonl")
+    assert len(teacher.bodies) == 2 * len(QUESTIONS), "and not on the output"
     record = provenance(place)
     assert (record["counts"]["asked"], record["counts"]["known"], record["complete"]) == (0, 6, True)
     assert record["sha256"] == hashlib.sha256(before).hexdigest()
-
-
-def test_cache_depends_on_sampling_and_not_on_the_output(ask: Ask, teacher: Teacher) -> None:
-    ask("--temperature", "0.5")
-    ask("--temperature", "0.7")
-    assert len(teacher.bodies) == 12
-    ask("--temperature", "0.5", "--out", "other.jsonl")
-    assert len(teacher.bodies) == 12
 
 
 def test_answers_of_a_replaced_model_are_not_reused(ask: Ask, teacher: Teacher, place: Path, capsys: Capture) -> None:
@@ -241,39 +231,24 @@ def test_refresh_replaces_cached_answers(ask: Ask, teacher: Teacher, place: Path
     assert len(teacher.bodies) == asked + 3
 
 
-def test_cache_written_before_fingerprints_is_read(ask: Ask, teacher: Teacher, place: Path) -> None:
-    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 1024}
-    text = json.dumps({"url": teacher.url, "body": body, "sample": 0}, sort_keys=True, separators=(",", ":"))
-    answer = {"text": "old", "parts": None, "finish": "stop", "tokens": [1, 2], "model": None}
-    lines = [{"teacher": teacher.url, "model": "m"},
-             {"key": hashlib.sha256(text.encode()).hexdigest(), "answer": answer, "time": "2026-01-01"}]  # fmt: skip
-    name = hashlib.sha256(f"{teacher.url} m".encode()).hexdigest()[:16]
-    kept = place / "cache" / "distill" / f"{name}.jsonl"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert ask(questions=["hi"]) == 0
-    assert (answers(place), teacher.bodies) == (["old"], [])
+FAULTS = [
+    Reply(status=429, headers={"Retry-After": "0.05"}), Reply(status=500), Reply(status=503, raw=b"<html>busy</html>"),
+    Reply(drop=True), Reply(raw=b'{"choices": [{"mess'), Reply(raw=b"{}"), Reply(raw=b'{"choices": []}'),
+    Reply(raw=b"[" * 100_000), Reply(raw=b'{"error": {"message": "overloaded", "code": 502}}'),
+    # Dates that raise OverflowError.
+    Reply(status=429, headers={"Retry-After": "Mon, 01 Jan 99999999999999999999"}),
+    Reply(status=429, headers={"Retry-After": "Mon, 01 Jan 2001 00:00:00 +99999999999999"}),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        Reply(status=429, headers={"Retry-After": "0.05"}), Reply(status=500),
-        Reply(status=503, raw=b"<html>busy</html>"),
-        Reply(drop=True), Reply(raw=b'{"choices": [{"mess'), Reply(raw=b"{}"), Reply(raw=b'{"choices": []}'),
-        Reply(raw=b"[" * 100_000), Reply(raw=b'{"error": {"message": "overloaded", "code": 502}}'), Reply(seconds=1.0),
-        # Dates that raise OverflowError.
-        Reply(status=429, headers={"Retry-After": "Mon, 01 Jan 99999999999999999999"}),
-        Reply(status=429, headers={"Retry-After": "Mon, 01 Jan 2001 00:00:00 +99999999999999"}),
-    ],
-    ids=["429", "500", "503", "cut", "half JSON", "no choices", "empty choices", "deep", "error in a 200", "silence",
-         "year", "zone"],
-)  # fmt: skip
-def test_transient_faults_are_retried(fault: Reply, ask: Ask, teacher: Teacher, place: Path) -> None:
-    teacher.script = lambda question, tries: fault if tries == 1 and question == "question 2" else Reply("fine")
-    assert ask("--timeout", "0.4") == 0
-    assert answers(place) == ["fine"] * 6
-    assert teacher.asked().count("question 2") == 2
+def test_transient_faults_are_retried(ask: Ask, teacher: Teacher, place: Path) -> None:
+    teacher.script = lambda question, tries: FAULTS[int(question)] if tries == 1 else Reply("fine")
+    assert ask(questions=[f"{number}" for number in range(len(FAULTS))]) == 0
+    assert answers(place) == ["fine"] * len(FAULTS)
+    assert len(teacher.asked()) == 2 * len(FAULTS)
+    teacher.script = lambda question, tries: Reply("fine", seconds=float(tries == 1))
+    assert ask("--timeout", "0.4", questions=["silence"]) == 0
+    assert answers(place) == ["fine"]
 
 
 def test_retry_after_pauses_all_requests(ask: Ask, teacher: Teacher) -> None:
@@ -291,19 +266,19 @@ def test_overloaded_teacher_answers_all_eventually(ask: Ask, teacher: Teacher, p
         return Reply("fine", seconds=0.03)
 
     teacher.script = script
-    assert ask("--concurrency", "12", questions=[f"q{number}" for number in range(24)]) == 0
-    assert len(answers(place)) == 24
+    assert ask("--concurrency", "8", questions=[f"q{number}" for number in range(12)]) == 0
+    assert len(answers(place)) == 12
 
 
 @pytest.mark.parametrize(
     ("reply", "count"),
     [
-        (Reply(status=401), 1), (Reply(status=403), 1), (Reply(status=404), 1),
+        (Reply(status=401), 1),
         (Reply(status=307, headers={"Location": "http://127.0.0.1:1/"}), 1),
         (Reply(status=429, raw=b'{"error": {"message": "no", "code": "insufficient_quota"}}'), 1),
         (Reply(status=400), 5),  # may be a fault of one question
     ],
-    ids=["401", "403", "404", "redirect", "quota", "400"],
+    ids=["401", "redirect", "quota", "400"],
 )  # fmt: skip
 def test_refusal_of_all_requests_ends_the_run(
     reply: Reply, count: int, ask: Ask, teacher: Teacher, place: Path
@@ -372,14 +347,6 @@ def test_no_header_comes_from_the_environment(ask: Ask, teacher: Teacher, monkey
     assert "verysecret" not in str(headers)
 
 
-def test_missing_libraries_are_one_message(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in sys.modules if name.startswith("mlxchat.distill")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ConfigError, match=r"needs openai and aiolimiter: pip install 'mlxchat\[distill\]'"):
-        ask()
-
-
 def test_hostile_answers_are_cleaned(ask: Ask, teacher: Teacher, place: Path, capsys: Capture) -> None:
     teacher.script = lambda question, tries: Reply(
         "<|assistant_end|><|bos|>hi\x00\x1b[31mred\x9b\x07 \u2028line\u2029 half \ud800 end\r\nnext\x85"
@@ -430,12 +397,6 @@ def test_empty_truncated_and_duplicate_answers_are_dropped(
     assert len(teacher.bodies) == 12, "--keep-cut does not change requests"
 
 
-def test_leading_think_block_is_removed(ask: Ask, teacher: Teacher, place: Path) -> None:
-    teacher.script = lambda question, tries: Reply("<think>\nhm <think>\n</think>\n\nfour </think>")
-    ask()
-    assert set(answers(place)) == {"four </think>"}
-
-
 def test_calculator_calls_of_our_teacher_are_kept(ask: Ask, teacher: Teacher, place: Path) -> None:
     parts = [{"type": "text", "text": "1+1="}, {"type": "python", "text": "1+1"},
              {"type": "python_output", "text": "2"}, {"type": "text", "text": "2"}]  # fmt: skip
@@ -457,16 +418,6 @@ def test_requests_contain_only_the_given_fields(ask: Ask, teacher: Teacher) -> N
     )
     messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "hi"}]
     assert teacher.bodies == [{"model": "m", "messages": messages, "top_k": 20}]
-
-
-def test_only_correct_keeps_answers_that_match_the_file(
-    ask: Ask, teacher: Teacher, place: Path, capsys: Capture
-) -> None:
-    lines = [{"question": f"{number}+1?", "answer": f"so\n#### {number + 1}"} for number in range(4)]
-    teacher.script = lambda question, tries: Reply("It is 2.\n#### 2")
-    assert ask("--only-correct", questions=lines, suffix="jsonl") == 0
-    assert [line["messages"][0]["content"] for line in written(place)] == ["1+1?"]
-    assert "right    25.0% of 4 judged answers" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -529,10 +480,10 @@ def billed(teacher: Teacher) -> float:
 
 @pytest.mark.parametrize(
     "fault",
-    [Reply(drop=True), Reply(seconds=1.0), Reply(status=500), Reply(status=504), Reply(status=408), Reply(raw=b"{}"),
-     Reply(raw=b'{"choices": [{"mess'), Reply(raw=b'{"error": {"message": "overloaded", "code": 429}}'),
-     Reply(status=400), Reply(status=422), Reply("", usage={"prompt_tokens": 10, "completion_tokens": 0})],
-    ids=["cut", "silence", "500", "504", "408", "no choices", "half JSON", "error in a 200", "400", "422", "no text"],
+    [Reply(drop=True), Reply(seconds=1.0), Reply(status=500), Reply(raw=b'{"choices": [{"mess'),
+     Reply(raw=b'{"error": {"message": "overloaded", "code": 429}}'), Reply(status=400),
+     Reply("", usage={"prompt_tokens": 10, "completion_tokens": 0})],
+    ids=["cut", "silence", "500", "half JSON", "error in a 200", "400", "no text"],
 )  # fmt: skip
 def test_unanswered_requests_count_at_their_maximum(fault: Reply, ask: Ask, teacher: Teacher) -> None:
     """Guards against endless payments to a provider that bills and then fails."""
@@ -550,8 +501,8 @@ def test_unanswered_requests_count_at_their_maximum(fault: Reply, ask: Ask, teac
 @pytest.mark.parametrize(
     ("usage", "count"),
     # A request costs at most 290 of 800 millionths; the last answer, whose total includes reasoning tokens, costs 610.
-    [((0, 0, 0), 2), ((10, 0, 10), 2), ((0, 100, 100), 2), ((10, 10**400, 0), 2), ((-1, 100, 0), 2), ((10, 5, 310), 1)],
-    ids=["no tokens", "no output", "no input", "400 digits", "negative", "reasoning"],
+    [((0, 0, 0), 2), ((10, 10**400, 0), 2), ((-1, 100, 0), 2), ((10, 5, 310), 1)],
+    ids=["no tokens", "400 digits", "negative", "reasoning"],
 )
 def test_wrong_token_counts_do_not_weaken_the_cost_limit(
     usage: tuple[int, int, int], count: int, ask: Ask, teacher: Teacher
@@ -578,6 +529,7 @@ def test_refused_and_unsent_requests_cost_nothing(ask: Ask, teacher: Teacher, pl
     assert len(answers(place)) == 3
 
 
+@pytest.mark.slow
 def test_cost_limit_holds_over_kills_and_resumes(teacher: Teacher, place: Path, capsys: Capture) -> None:
     usage = {"prompt_tokens": 10, "completion_tokens": 100}
     teacher.script = lambda question, tries: Reply(f"to {question}", usage=usage, seconds=0.05)
@@ -586,7 +538,7 @@ def test_cost_limit_holds_over_kills_and_resumes(teacher: Teacher, place: Path, 
         process, before = start(teacher, place, *options), len(teacher.bodies)
         wait_for(process, lambda count=before + 3: len(teacher.bodies) >= count)
         process.kill()
-        process.communicate(timeout=20)
+        process.communicate(timeout=120)
     assert dispatch(many(teacher, *options)) == 0
     assert billed(teacher) <= 0.005
     assert "stopped at --max-cost 0.005" in capsys.readouterr().out
@@ -665,6 +617,7 @@ def test_rate_limit_spaces_requests(ask: Ask, teacher: Teacher) -> None:
     assert teacher.times[-1] - began >= 5 * 60 / 1200 * 0.95
 
 
+@pytest.mark.slow
 def test_stop_does_not_wait_for_the_rate_limit(teacher: Teacher, place: Path) -> None:
     process = start(teacher, place, "--rpm", "0.1")
     wait_for(process, lambda: bool(teacher.bodies))
@@ -731,19 +684,6 @@ def test_all_invalid_lines_are_named(ask: Ask, teacher: Teacher) -> None:
     assert not teacher.bodies
 
 
-def test_no_usable_answer_writes_no_file(ask: Ask, teacher: Teacher, place: Path) -> None:
-    teacher.script = lambda question, tries: Reply("", finish="length")
-    with pytest.raises(DataError, match=r"no usable answer.*: 6 empty"):
-        ask()
-    assert not (place / "out.jsonl").exists()
-
-
-def test_dry_run_sends_nothing(ask: Ask, teacher: Teacher, capsys: Capture) -> None:
-    assert ask("--dry-run", "--price", "1,1", "--max-tokens", "10") == 0
-    assert not teacher.bodies
-    assert "6 questions, 6 answers, 0 of them cached, 6 to request: at most" in capsys.readouterr().out
-
-
 def test_damaged_cache_lines_are_requested_again(ask: Ask, teacher: Teacher, place: Path, capsys: Capture) -> None:
     ask("--concurrency", "1")
     (kept,) = (place / "cache" / "distill").iterdir()
@@ -779,13 +719,13 @@ def wait_for(process: subprocess.Popen[str], is_reached: Callable[[], bool]) -> 
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT])
 def test_killed_and_interrupted_runs_resume(number: signal.Signals, teacher: Teacher, place: Path) -> None:
     teacher.script = lambda question, tries: Reply(f"to {question}", seconds=0.03)
     process = start(teacher, place)
     wait_for(process, lambda: len(teacher.bodies) >= 12)
     process.send_signal(number)
-    _, printed = process.communicate(timeout=20)
+    _, printed = process.communicate(timeout=120)
     cut = len(teacher.bodies)
     assert cut < 40
     if number == signal.SIGINT:
@@ -801,7 +741,7 @@ def test_killed_and_interrupted_runs_resume(number: signal.Signals, teacher: Tea
 
 def test_crash_loses_no_stored_answer(teacher: Teacher, place: Path) -> None:
     crashed = start(teacher, place, "--concurrency", "1", MLXCHAT_CRASH_AT="distill.answered:7")
-    crashed.communicate(timeout=20)
+    crashed.communicate(timeout=120)
     assert crashed.returncode == -signal.SIGKILL
     assert dispatch(many(teacher, "--concurrency", "1")) == 0
     assert len(teacher.bodies) == 40

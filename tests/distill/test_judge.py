@@ -55,13 +55,13 @@ def written(place: Path) -> list[Any]:
 
 
 def test_task_pairs_reads_the_preferred_answers_as_chosen(judge: Judge, teacher: Teacher, place: Path) -> None:
-    assert judge() == 0
-    assert len(teacher.bodies) == NUM_QUESTIONS * (NUM_ANSWERS - 1), "equal answers count once"
+    assert judge(lines=LINES[:32]) == 0
+    assert len(teacher.bodies) == 8 * (NUM_ANSWERS - 1), "equal answers count once"
     task = Pairs("train", path=place / "out.jsonl", held_out_frac=0)
     pairs = [task[index] for index in range(len(task))]
     assert len(pairs) == len(teacher.bodies)
     assert all(len(pair["messages"][-1]["content"]) > len(pair["rejected"]) for pair in pairs)
-    assert {pair["messages"][0]["content"] for pair in pairs} == {line["question"] for line in LINES}
+    assert {pair["messages"][0]["content"] for pair in pairs} == {line["question"] for line in LINES[:32]}
 
 
 def test_both_orders_are_shown_equally_often(judge: Judge, teacher: Teacher, place: Path, capsys: Capture) -> None:
@@ -73,21 +73,23 @@ def test_both_orders_are_shown_equally_often(judge: Judge, teacher: Teacher, pla
 
 
 def test_verdicts_are_cached_and_independent_of_other_lines(judge: Judge, teacher: Teacher, place: Path) -> None:
-    judge()
+    lines = LINES[:32]
+    judge(lines=lines)
     before = (place / "out.jsonl").read_bytes()
-    assert judge() == 0
+    assert judge(lines=lines) == 0
     assert (place / "out.jsonl").read_bytes() == before
-    assert judge(lines=LINES[::-1][: len(LINES) // 2]) == 0
-    assert len(teacher.bodies) == 80
-    assert len(written(place)) == 40
+    assert judge(lines=lines[::-1][: len(lines) // 2]) == 0
+    assert len(teacher.bodies) == 16
+    assert len(written(place)) == 8
 
 
-@pytest.mark.parametrize("reply", ["B", " b.\n", "**B**", "Answer: B", "[[B]]", "answer_B", "<think>A?</think>B"])
-def test_verdicts_are_read_from_usual_replies(reply: str, judge: Judge, teacher: Teacher, place: Path) -> None:
-    teacher.script = lambda prompt, tries: Reply(reply)
-    assert judge(lines=LINES[:2]) == 0
-    (pair,) = written(place)
-    assert pair["chosen"][0]["content"] == shown(teacher.asked()[0])[1]
+def test_verdicts_are_read_from_usual_replies(judge: Judge, teacher: Teacher, place: Path) -> None:
+    replies = ["B", " b.\n", "**B**", "Answer: B", "[[B]]", "answer_B", "<think>A?</think>B"]
+    said = iter(replies)
+    teacher.script = lambda prompt, tries: Reply(next(said))
+    lines = [line for line in LINES if line["answer"] != "xxx"][: 3 * len(replies)]
+    assert judge("--concurrency", "1", lines=lines) == 0
+    assert [pair["chosen"][0]["content"] for pair in written(place)] == [shown(one)[1] for one in teacher.asked()]
 
 
 def test_ties_and_other_replies_give_no_pair(judge: Judge, teacher: Teacher, place: Path, capsys: Capture) -> None:
@@ -113,24 +115,13 @@ def test_judge_sees_the_conversation_and_the_criteria(judge: Judge, teacher: Tea
 
 def test_cost_limit_resumes_without_paying_twice(judge: Judge, teacher: Teacher, place: Path) -> None:
     limits = ["--price", "0,1000", "--max-tokens", "16", "--concurrency", "1", "--max-cost"]  # a reply costs 0.005
-    judge(*limits, "0.1")
+    judge(*limits, "0.05", lines=LINES[:40])
     paid = len(teacher.bodies)
-    assert 0 < paid <= 20
+    assert 0 < paid <= 10
     assert len(written(place)) == paid
-    assert judge(*limits, "1") == 0
-    assert (len(teacher.bodies), len(written(place))) == (80, 80)
-    assert len(set(teacher.asked())) == 80
-
-
-def test_candidates_sampled_by_distill_are_judged(judge: Judge, teacher: Teacher, place: Path, capsys: Capture) -> None:
-    teacher.script = lambda prompt, tries: Reply("y" * tries)
-    (place / "ask.txt").write_text("why\n")
-    always = ["--teacher", teacher.url, "--model", "m"]
-    assert dispatch(["distill", "ask.txt", *always, "--samples", "3", "--out", "sampled.jsonl"]) == 0
-    teacher.script = prefer_longer
-    assert dispatch(["distill", "sampled.jsonl", "--judge", *always, "--out", "out.jsonl"]) == 0
-    assert len(written(place)) == 2
-    assert "mlxchat stage=preference 'preference.data.path=out.jsonl'" in capsys.readouterr().out
+    assert judge(*limits, "1", lines=LINES[:40]) == 0
+    assert (len(teacher.bodies), len(written(place))) == (20, 20)
+    assert len(set(teacher.asked())) == 20
 
 
 def test_judge_refuses_unfit_options_and_files(judge: Judge, teacher: Teacher, place: Path) -> None:
