@@ -25,7 +25,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.runner import stage as stage_module
 
 # Other programs may keep the machine busy: examples are the same every time and may take their time.
-settings.register_profile("mlxchat", deadline=None, derandomize=True, database=None)
+settings.register_profile("mlxchat", deadline=None, derandomize=True, database=None, max_examples=30)
 settings.load_profile("mlxchat")
 
 # No test uses the network, also where there is one; fixtures with a hub of their own allow it. huggingface_hub reads

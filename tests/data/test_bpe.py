@@ -64,25 +64,12 @@ def test_ranks_are_nanochats(texts: list[str], merges: int) -> None:
     assert train(texts, 256 + merges).ranks == nanochats_ranks(texts, 256 + merges)
 
 
-def test_ranks_do_not_depend_on_the_buffer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_ranks_do_not_depend_on_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [*TEXTS * 3, "", "long " * 400_000, *TEXTS, "\x00", "é" * 1000]
     expected = nanochats_ranks(texts, 400)
     assert train(texts, 400).ranks == expected
     monkeypatch.setattr(bpe, "_BUFFER_DOCUMENTS", 7)
     assert train(iter(texts), 400).ranks == expected
-
-
-def test_progress_is_reported() -> None:
-    *seen, made = train_ranks(TEXTS, 300)
-    assert made.chars == sum(map(len, TEXTS))
-    assert made.pieces is not None
-    assert made.pieces > 100
-    assert made.merges == 44
-    assert 1 << 20 < made.peak_bytes < 100 << 20  # the worker's, not this process's
-    counted = [(now.chars, now.merges) for now in seen]
-    assert counted == sorted(counted)
 
 
 def test_documents_are_read_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +108,7 @@ def test_counting_stops_at_once() -> None:
 def test_merging_stops_at_once() -> None:
     """Merging random words takes minutes; words of few patterns would have no merges left at once."""
     letters = random.Random(0)
-    texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=40)) for _ in range(150_000)]
+    texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=40)) for _ in range(50_000)]
     with closing(train_ranks(texts, 1_000_000)) as training:
         next(now for now in training if now.pieces)
         next(training)
@@ -183,7 +170,7 @@ PARENT = """
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_worker_ends_with_its_parent(number: int) -> None:
     with subprocess.Popen([sys.executable, "-c", dedent(PARENT)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -208,11 +195,7 @@ def test_ctrl_c_reaches_only_the_parent() -> None:
     assert "ended by signal" not in text
 
 
-@pytest.mark.parametrize("size", [0, 264])
-def test_vocabulary_below_265_is_refused(size: int) -> None:
-    with pytest.raises(DataError, match=rf"vocab_size is {size}, expected at least 265"):
-        train_tokenizer(TEXTS, size)
-
-
-def test_vocabulary_of_265_has_no_merges() -> None:
+def test_vocabulary_has_265_tokens_at_least() -> None:
+    with pytest.raises(DataError, match="vocab_size is 264, expected at least 265"):
+        train_tokenizer(TEXTS, 264)
     assert train_tokenizer([], 265).ranks == {bytes([byte]): byte for byte in range(256)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -85,25 +84,11 @@ def test_completion_prompt_ends_where_the_answer_begins(tokenizer: Tokenizer, la
     assert prompt == [*ids, tokenizer.special_ids["<|assistant_start|>"]]
 
 
-def test_a_completion_prompt_may_end_with_the_user(tokenizer: Tokenizer) -> None:
-    assert render_for_completion(tokenizer, talk(user("a"))) == render_for_completion(
-        tokenizer, talk(user("a"), assistant("b"))
-    )
-
-
 def test_a_long_completion_prompt_keeps_its_end(tokenizer: Tokenizer) -> None:
     """nanochat cuts prompts at 2,048 tokens, so that the question's end is lost."""
     prompt = render_for_completion(tokenizer, talk(user("1 2 " * 2000 + "?"), assistant("b")))
     assert len(prompt) > 8000
     assert tokenizer.decode(prompt[-3:]) == "?<|user_end|><|assistant_start|>"
-
-
-def test_rendering_leaves_the_conversation_as_it_was(tokenizer: Tokenizer) -> None:
-    conversation = talk(SYSTEM, user("a"), CALL)
-    before = copy.deepcopy(conversation)
-    render_conversation(tokenizer, conversation)
-    render_for_completion(tokenizer, conversation)
-    assert conversation == before
 
 
 # What is trained on, for any conversation
@@ -140,30 +125,18 @@ def test_exactly_the_assistants_text_calls_and_ends_are_trained(
 
 INVALID = {
     "no messages": {"messages": []},
-    "no key": {"conversation": []},
     "only a system message": talk(SYSTEM),
-    "assistant first": talk(assistant("a"), user("b")),
     "two users": talk(user("a"), user("b")),
     "two assistants": talk(user("a"), assistant("b"), assistant("c")),
-    "assistant after system": talk(SYSTEM, assistant("b")),
     "system in the middle": talk(user("a"), assistant("b"), SYSTEM, user("c")),
-    "two systems": talk(SYSTEM, SYSTEM, user("u"), assistant("v")),
     "unknown role": talk(user("a"), {"role": "tool", "content": "x"}),
-    "no role": talk({"content": "x"}, assistant("b")),
     "no content": talk({"role": "user"}, assistant("b")),
     "user's content a list": talk(user([part("text", "a")]), assistant("b")),  # type: ignore[arg-type]
-    "user's content None": talk(user(None), assistant("b")),  # type: ignore[arg-type]
     "assistant's content None": talk(user("a"), assistant(None)),
-    "assistant's content a number": talk(user("a"), assistant(5)),
     "assistant's content a part": talk(user("a"), assistant(part("text", "x"))),
     "unknown part": talk(user("a"), assistant([part("image", "x")])),
-    "part without text": talk(user("a"), assistant([{"type": "text"}])),
     "part without type": talk(user("a"), assistant([{"text": "x"}])),
     "part's text None": talk(user("a"), assistant([{"type": "text", "text": None}])),
-    "part a string": talk(user("a"), assistant(["x"])),
-    "system's content a list": talk({"role": "system", "content": [part("text", "s")]}, user("u"), assistant("v")),
-    "user's content a list after system": talk(SYSTEM, user([part("text", "u")]), assistant("v")),  # type: ignore[arg-type]
-    "user's content None after system": talk(SYSTEM, user(None), assistant("v")),  # type: ignore[arg-type]
     "a message that is text": {"messages": ["hello", "you"]},
 }
 
@@ -180,8 +153,3 @@ def test_invalid_conversations_are_refused(tokenizer: Tokenizer, name: str) -> N
 def test_conversation_without_a_question_is_refused(tokenizer: Tokenizer, conversation: dict[str, Any]) -> None:
     with pytest.raises(DataError):
         render_for_completion(tokenizer, conversation)
-
-
-def test_refusal_names_the_message_and_the_expected_role(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match='message 2 is from "user", expected "assistant"'):
-        render_conversation(tokenizer, talk(user("a"), user("b")))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +21,10 @@ from mlxchat.data.sources import Corpus, Shard, pin_corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, encode_shard
 from mlxchat.errors import DataError
-from mlxchat.hub.client import Fetching, stop_fetching
+from mlxchat.hub.client import stop_fetching
 from mlxchat.hub.listings import forget
 
 NAME = "org/texts"
-SHARED = Path(__file__).resolve().parents[3] / "shared" / "hub" / "root"
 
 
 def texts(shard: int, count: int = 30) -> list[str]:
@@ -107,33 +104,6 @@ def test_nanochats_corpora_hold_out_the_last_shard(hub: Any, name: str, shards: 
     assert [shard.name for shard in corpus.validation] == names[-1:]
 
 
-@pytest.mark.parametrize(
-    ("name", "held_out"),
-    [("fineweb_edu", "shard_00005.parquet"), ("climbmix", None), ("tinystories", None)],
-)
-def test_nanochats_corpora_are_pinned_unchanged(hub: Any, name: str, held_out: str | None, tmp_path: Path) -> None:
-    config = composed(f"corpus={name}").corpus
-    assert config.hub is not None
-    source = SHARED / "datasets" / config.hub.repository
-    if not source.exists():
-        pytest.skip("no copies of these data sets here")
-    chosen = replace(config.hub, validation_files=held_out or config.hub.validation_files)
-    files = {path.relative_to(source).as_posix(): path.read_bytes() for path in source.rglob("*") if path.is_file()}
-    hub.add(chosen.repository, files)
-    pin_corpus(chosen, tmp_path, validation_documents=config.validation_documents, train_chars=None)
-    listing, corpus = json.loads((tmp_path / "corpus.json").read_text()), Corpus.open(tmp_path)
-    pinned = {row[0]: row[1:3] for row in [*listing["shards"], *listing["validation"]]}
-    texts = {path: data for path, data in files.items() if path.endswith(".parquet")}
-    assert pinned == {path: [len(data), hashlib.sha256(data).hexdigest()] for path, data in texts.items()}
-    assert len(corpus.validation) == 1
-    assert corpus.validation[0].name == Path(chosen.validation_files or "").name.replace("-*", "-00000-of-00001")
-    for split in ("train", "validation"):
-        shard = getattr(corpus, split)[0]
-        table = pq.ParquetFile(source / shard.file.path)
-        assert pq.ParquetFile(shard.path()).num_row_groups == table.num_row_groups
-        assert list(shard.documents()) == table.read()[chosen.column].to_pylist()
-
-
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no training file": ({"train_files": "nothing-*"}, "has 0 files like nothing-.* and 1 like shard_00004"),
     "no validation file": ({"validation_files": "none"}, "has 5 files like shard_.* and 0 like none"),
@@ -150,12 +120,6 @@ def test_missing_files_and_columns_are_refused(hub: Any, five: Any, pin: Callabl
     changes, message = REFUSED[name]
     with pytest.raises(DataError, match=message):
         pin(**changes)
-
-
-def test_listing_of_a_commit_is_reproducible(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
-    first = (pin() / "corpus.json").read_bytes()
-    forget()
-    assert (pin() / "corpus.json").read_bytes() == first
 
 
 def test_large_row_groups_are_read_in_batches(
@@ -223,17 +187,6 @@ def test_needed_files_are_downloaded_in_the_background(hub: Any, five: Any, pin:
     assert not hub.requests("shard_00003.parquet")
 
 
-def test_background_downloads_have_the_reading_order(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
-    files = Corpus.open(pin()).files()
-    stop_fetching()
-    before = len(hub.log)
-    fetcher = Fetching(workers=1)
-    fetcher.want(files[2:4])
-    wait_for(lambda: all(file.is_there() for file in files[2:]))
-    fetcher.close()
-    assert [each.path.rpartition("/")[2] for each in hub.log[before:]] == ["shard_00002.parquet", "shard_00003.parquet"]
-
-
 def test_reader_waits_for_the_background_download(
     hub: Any, five: Any, pin: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -264,11 +217,6 @@ def test_closing_ends_threads_within_a_file(hub: Any, five: Any, pin: Callable[.
     corpus.fetch_ahead("train", 1)
     wait_for(lambda: hub.sent("shard_00001.parquet") > 0)
     stop_fetching()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch ")]
-
-
-def test_local_corpus_downloads_nothing(corpus: Path) -> None:
-    Corpus.open(corpus).fetch_ahead("train", 0)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch ")]
 
 
@@ -313,8 +261,3 @@ def test_encoded_shard_is_not_downloaded(
     reader = Documents(shards, lambda shard, is_awaited, check: made)
     assert len(reader.tokens(3)) == 30
     assert len(hub.requests("shard_00003.parquet")) == before
-
-
-def test_listing_downloads_no_file(hub: Any, five: Any) -> None:
-    Corpus.listed(hub_config(), 5)
-    assert hub.requests("parquet") == []

@@ -84,14 +84,6 @@ def test_order_is_nanochats() -> None:
     assert [pairs[place] for place in shuffled_places(len(pairs), 42)] == expected
 
 
-def test_conversation_names_have_item_and_number(items: dict[str, TaskItem]) -> None:
-    mixture = Mixture(items, seed=0)
-    for index in range(len(mixture)):
-        entry, place = mixture.name(index).split(" conversation ")
-        assert mixture.task_of(index) == entry
-        assert mixture[index] == mixture.tasks()[entry][int(place)]
-
-
 class StageContext:
     """The part of a stage's context that `open_item` uses."""
 

@@ -204,31 +204,12 @@ def test_long_conversation_is_truncated_and_counted(tokenizer: Tokenizer) -> Non
     assert rows.truncated == 1
 
 
-def test_seed_determines_the_rows(tokenizer: Tokenizer) -> None:
-    first, same, other = (chat_rows(some_conversations(40), tokenizer, wanted=3, seed=seed) for seed in (1, 1, 2))
-    one, two = first.next_row(), other.next_row()
-    assert [part.tobytes() for part in one] == [part.tobytes() for part in same.next_row()]
-    assert placed(one, tokenizer) != placed(two, tokenizer)
-
-
 def test_epochs_differ_in_order(tokenizer: Tokenizer) -> None:
     """One conversation per row, so that the order is seen as it is."""
     rows = chat_rows([conversation(number, 9, 9) for number in range(20)], tokenizer, row_tokens=36, wanted=1)
     order = [placed(rows.next_row(), tokenizer)[0] for _ in range(40)]
     assert sorted(order[:20]) == sorted(order[20:])
     assert order[:20] != order[20:]
-
-
-def test_rows_name_their_documents(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
-    texts = list(Corpus.open(corpus).documents("train"))
-    rows = DocumentRows(read_documents(corpus), 50, 100)
-    for _ in range(30):
-        inputs, targets = rows.next_row()
-        expected: list[int] = []
-        for name in map(rows.name, rows.placed):
-            shard, number = name.removeprefix("shard_").split(".parquet document ")
-            expected += [tokenizer.bos, *tokenizer.encode(texts[40 * int(shard) + int(number)])]
-        assert [*inputs.tolist(), int(targets[-1])] == expected[:51]
 
 
 @given(

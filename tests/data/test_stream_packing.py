@@ -20,7 +20,6 @@ from mlxchat.data.packing import (
     IGNORED,
     RowStream,
     ShuffledConversations,
-    count_rows,
     pack_conversations,
     pack_documents,
     take_rows,
@@ -97,15 +96,6 @@ def test_best_fit_whole_places_every_token_once(
     assert rows.counts()["cropped_tokens"] == 0
 
 
-def test_cropped_fraction_is_reported(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
-    rows = document_rows("best_fit", read_documents(corpus), tokenizer, row_tokens=20)
-    for _ in range(50):
-        rows.next_row()
-    counts = rows.counts()
-    assert counts["cropped_tokens"] > 0
-    assert counts["cropped_frac"] == counts["cropped_tokens"] / (counts["cropped_tokens"] + 50 * 21)
-
-
 def chat_rows(
     packing: str,
     tokenizer: Tokenizer,
@@ -164,10 +154,6 @@ def test_conversations_read_once_are_targets_once(tokenizer: Tokenizer, packing:
     if train_on == "all":
         del expected[tokenizer.bos]
     assert counted == expected
-
-
-def test_alone_epoch_has_a_row_per_conversation(tokenizer: Tokenizer) -> None:
-    assert count_rows(chat_rows("alone", tokenizer, count=17)) == 17
 
 
 @pytest.mark.parametrize("train_on", ["all", "assistant"])

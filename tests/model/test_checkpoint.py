@@ -111,12 +111,6 @@ def test_files_are_safe_formats(saved: Path) -> None:
             list(pickletools.genops(path.read_bytes()))
 
 
-def test_mlx_loads_the_weights(model: GPT, saved: Path) -> None:
-    arrays = mx.load(str(saved / "model.safetensors"))
-    assert isinstance(arrays, dict)
-    assert arrays.keys() == flatten_parameters(model).keys()
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "checkpoint.json", "ranks.tiktoken"])
 def test_missing_and_truncated_files_are_refused(saved: Path, name: str) -> None:
     data = (saved / name).read_bytes()
@@ -134,8 +128,7 @@ def test_missing_and_truncated_files_are_refused(saved: Path, name: str) -> None
     [
         *((key, None, key) for key in ("vocab_size", "num_hidden_layers", "num_key_value_heads", "rope_theta")),
         *((key, value, "weights do not match") for key, value in (
-            ("num_hidden_layers", 1), ("num_hidden_layers", 3), ("vocab_size", 281), ("hidden_size", 64),
-            ("num_key_value_heads", 4), ("num_key_value_heads", 3), ("num_attention_heads", 3),
+            ("num_hidden_layers", 1), ("num_hidden_layers", 3), ("vocab_size", 281), ("num_key_value_heads", 4),
         )),
         ("num_attention_heads", 0, "num_heads is 0"),
     ],

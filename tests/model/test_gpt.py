@@ -38,8 +38,7 @@ def random_ids(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 280, shape)
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 150, 300])
-@pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
+@pytest.mark.parametrize(("tokens", "num_kv_heads"), [(1, 4), (300, 2), (150, 1)])
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
 def test_logits_equal_nanochat_in_numpy(path: str, architecture: str, num_kv_heads: int, tokens: int) -> None:
     """The short windows of July 2026 are 128 tokens here, and its tables have 320 rows for 280 tokens."""
@@ -196,14 +195,6 @@ def test_norm_has_float32s_epsilon() -> None:
     """At a mean square of 1e-7, an epsilon of 1e-5 would shrink the result tenfold."""
     x = np.full((1, 8), 1e-7**0.5, dtype=np.float32)
     np.testing.assert_allclose(np.asarray(rms_norm(mx.array(x))), numpy_norm(x.astype(np.float64)), rtol=1e-5)
-
-
-def test_parameters_have_nanochats_names() -> None:
-    expected = {"transformer.wte.weight", "lm_head.weight"}
-    for layer in range(3):
-        expected |= {f"transformer.h.{layer}.attn.{part}.weight" for part in ("c_q", "c_k", "c_v", "c_proj")}
-        expected |= {f"transformer.h.{layer}.mlp.{part}.weight" for part in ("c_fc", "c_proj")}
-    assert set(flatten_parameters(make_model())) == expected
 
 
 @pytest.fixture(scope="module")

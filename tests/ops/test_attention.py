@@ -12,7 +12,7 @@ import pytest
 from mlxchat.ops.attention import causal_attention
 
 # One token, part of a block of 128, around its end, and several blocks with a rest.
-LENGTHS = [1, 5, 127, 128, 129, 256, 300]
+LENGTHS = [1, 127, 128, 129, 300]
 # The exponential is within 6e-6, float32 sums of a few hundred products within about as much again.
 TOLERANCE = 2e-5
 
@@ -69,12 +69,13 @@ def relative_norm(got: mx.array, expected: np.ndarray) -> float:
 
 
 # Windows: only the token itself, few, around and over the border of a block, as long as the row and longer.
-WINDOWS = [0, 1, 50, 127, 128, 129, 200, 299, 300, 1000]
+WINDOWS = [0, 1, 127, 128, 129, 299, 1000]
 VALUES = [
     *((tokens, 4, 2, None) for tokens in LENGTHS),
     *((140, heads, kv_heads, None) for heads, kv_heads in ((4, 4), (4, 1), (1, 1))),
     *((300, 4, 2, window) for window in WINDOWS),
-    *((tokens, 4, kv_heads, 70) for tokens in (1, 100, 129, 300) for kv_heads in (4, 2, 1)),
+    (100, 4, 4, 70),
+    (300, 4, 1, 70),
 ]
 
 
@@ -85,8 +86,7 @@ def test_values_equal_softmax_attention(path: str, tokens: int, heads: int, kv_h
     np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out, window)[0], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("tokens", [5, 128, 129, 300])
+@pytest.mark.parametrize(("tokens", "kv_heads"), [(5, 2), (128, 4), (129, 1), (300, 2)])
 def test_gradients_equal_softmax_attention(path: str, tokens: int, kv_heads: int) -> None:
     q, k, v, d_out = example(tokens, kv_heads=kv_heads)
     weight = mx.array(d_out)
@@ -105,7 +105,7 @@ def test_widest_heads_are_exact(path: str) -> None:
     np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out)[0], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("changed", [1, 100, 128, 199])
+@pytest.mark.parametrize("changed", [1, 128])
 def test_future_tokens_do_not_affect_earlier_ones(path: str, changed: int) -> None:
     q, k, v, _ = example(200)
     before = np.asarray(causal_attention(mx.array(q), mx.array(k), mx.array(v)))
@@ -122,8 +122,10 @@ def test_first_token_attends_only_to_itself(path: str) -> None:
     np.testing.assert_allclose(got[:, 0], v.repeat(2, axis=1)[:, :, 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize(("tokens", "window"), [(5, 2), (129, 128), (300, 0), (300, 70), (300, 150), (300, 299)])
+@pytest.mark.parametrize(
+    ("tokens", "window", "kv_heads"),
+    [(5, 2, 2), (129, 128, 4), (300, 0, 2), (300, 70, 1), (300, 150, 4), (300, 299, 2)],
+)
 def test_gradients_of_windows_equal_softmax_attention(path: str, tokens: int, window: int, kv_heads: int) -> None:
     q, k, v, d_out = example(tokens, kv_heads=kv_heads)
     _, gradients = mx.vjp(
@@ -136,7 +138,7 @@ def test_gradients_of_windows_equal_softmax_attention(path: str, tokens: int, wi
         np.testing.assert_allclose(np.asarray(got), expected, atol=TOLERANCE * max(1.0, np.abs(expected).max()))
 
 
-@pytest.mark.parametrize("window", [3, 100, 128, 200])
+@pytest.mark.parametrize("window", [3, 128, 200])
 def test_gradients_of_windows_equal_central_differences(path: str, window: int) -> None:
     """Of the reference's values, in float64, along a random direction of each input."""
     q, k, v, d_out = example(260, heads=2, kv_heads=1, width=8)

@@ -17,7 +17,7 @@ from mlxchat.ops.loss import cross_entropy_sum, soft_cap, token_losses
 
 WIDTH, VOCABULARY = 16, 50
 # Rows on both sides of the chunks of 64 that `small_chunks` makes.
-NUM_ROWS = [1, 63, 64, 65, 128, 200]
+NUM_ROWS = [1, 64, 65, 200]
 
 
 @pytest.fixture(autouse=True)
@@ -111,7 +111,7 @@ def test_rows_of_weight_zero_are_ignored(path: str) -> None:
     assert_close_in_norm(d_weight, fewer[1])
 
 
-@pytest.mark.parametrize("scale", [1e3, 1e15, 1e30])
+@pytest.mark.parametrize("scale", [1e3, 1e30])
 def test_huge_hidden_states_give_finite_losses_and_gradients(path: str, scale: float) -> None:
     x, weight, targets, _ = example(70, scale=scale)
     ones = np.ones(70, dtype=np.float32)
@@ -121,8 +121,7 @@ def test_huge_hidden_states_give_finite_losses_and_gradients(path: str, scale: f
     assert all(np.isfinite(gradient).all() for gradient in gradients(x, weight, targets, ones))
 
 
-@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200, 1000])
-@pytest.mark.parametrize("vocab_size", [1, 50, 1 << 30])
+@pytest.mark.parametrize(("rows", "vocab_size"), [(1, 50), (63, 1), (64, 50), (65, 1 << 30), (1000, 1)])
 def test_chunks_cover_the_rows_once_in_order(rows: int, vocab_size: int) -> None:
     chunks = cross_entropy.split_positions(mx.zeros((1, rows, 1)), vocab_size)
     assert [row for chunk in chunks for row in range(rows)[chunk]] == list(range(rows))

@@ -97,7 +97,7 @@ def test_loss_and_gradients_equal_the_formulas(mix: Mix, path: str) -> None:
         np.testing.assert_allclose(found, expected, atol=2e-5 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("mix", MIXES[:4], ids=str)
+@pytest.mark.parametrize("mix", [MIXES[0], MIXES[3]], ids=str)
 def test_bfloat16_rounds_only_products_and_gradients(mix: Mix, path: str) -> None:
     case = Case()
     exact, (d_x, d_head) = case.expected(mix)

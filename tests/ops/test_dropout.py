@@ -31,8 +31,7 @@ def mask_of(keys: np.ndarray, shape: tuple[int, ...], rate: float) -> np.ndarray
     return np.asarray(dropped(mx.ones((len(keys), *shape)), mx.array(keys), rate)) > 0
 
 
-@pytest.mark.parametrize("rate", [0.001, 0.1, 0.99])
-@pytest.mark.parametrize(("tokens", "width"), [(1, 1), (3, 5), (4, 6)])
+@pytest.mark.parametrize(("tokens", "width", "rate"), [(1, 1, 0.1), (3, 5, 0.99), (4, 6, 0.001)])
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_masks_equal_a_hash_in_python(seed: int, tokens: int, width: int, rate: float) -> None:
@@ -42,7 +41,7 @@ def test_masks_equal_a_hash_in_python(seed: int, tokens: int, width: int, rate: 
         np.testing.assert_array_equal(mask.reshape(-1), expected_mask((first, second), tokens * width, rate))
 
 
-@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("rate", [0.001, 0.5, 0.9])
 def test_dropped_share_is_the_rate_and_the_mean_is_kept(rate: float) -> None:
     """Of 2.1 million numbers: within five standard deviations of a binomial draw."""
     out = np.asarray(dropped(mx.ones((16, 256, 512)), mx.array(draw_keys(1, 2, rows=16)), rate))

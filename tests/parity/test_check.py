@@ -59,118 +59,63 @@ def first_long(rows: list[Any]) -> list[Any]:
 
 JSON: dict[str, tuple[str, str, Alter]] = {
     "a merge": ("tokenizer", "training", lambda v: swap(v["mergeable_ranks_base64"])),
-    "a token's bytes": ("tokenizer", "training", lambda v: flip(v["token_bytes"], 400)),
     "an encoded text": ("tokenizer", "encoding", lambda v: flip(first_long([case["ids"] for case in v["encode"]]))),
-    "a decoded text": ("tokenizer", "encoding", lambda v: v["decode"][-1].update(text="altered")),
-    "a document": ("tokenizer", "encoding", lambda v: flip(v["encode_batch"]["ids"][0])),
     "a small corpus": ("tokenizer", "small_corpora", lambda v: swap(v["training_cases"][0]["learned_base64"])),
     "a conversation": ("conversation", "conversations", lambda v: flip(v["cases"][0]["ids"], 3)),
-    "a mask": ("conversation", "conversations", lambda v: flip(v["cases"][0]["mask"], 3)),
     "a prompt": ("conversation", "prompts", lambda v: flip(v["cases"][0]["completion_ids"])),
     "a refusal": (
         "conversation", "refusals", lambda v: v["errors"][0].update(conversation=v["cases"][0]["conversation"])
     ),
     "a row of documents": ("packing", "documents", lambda v: flip(best_fit(v, 4, 5)["inputs"][2])),
-    "a resumed row": ("packing", "documents", lambda v: flip(best_fit(v, -1, 0)["targets"][0])),
-    "a document's ids": ("packing", "documents", lambda v: flip(v["token_ids"][7])),
     "a row of conversations": (
         "packing", "conversations", lambda v: flip(v["chat_jul2026"][1]["batches"][0]["targets"][0])
     ),
     "a multiplier": ("schedules", "schedules", lambda v: swap(v["jul2026"]["schedules"][5]["lr_multiplier"])),
-    "a momentum": ("schedules", "schedules", lambda v: flip(v["oct2025"]["schedules"][5]["muon_momentum"])),
-    "a weight decay": ("schedules", "schedules", lambda v: flip(v["jul2026"]["schedules"][0]["weight_decay"])),
     "a multiplier over progress": (
         "schedules", "progress", lambda v: flip(v["jul2026"]["progress_schedules"][0]["lr_multiplier"], 2)
     ),
     "a run of a script": ("schedules", "scripts", lambda v: flip(v["jul2026"]["script_runs"][0]["muon_weight_decay"])),
-    "a number of updates": ("schedules", "scripts", lambda v: v["oct2025"]["script_runs"][0].update(num_updates=11)),
     "an iteration": ("schedules", "hyperparameters", lambda v: sized(v, "oct2025", 2).update(num_iterations=1)),
-    "an overridden horizon": (
-        "schedules", "hyperparameters", lambda v: v["jul2026"]["horizon_overrides"][2].update(num_iterations=1)
-    ),
-    "a batch's scale": ("schedules", "hyperparameters", lambda v: sized(v, "jul2026", 4).update(batch_lr_scale=0.7)),
-    "a group's rate": (
-        "schedules", "hyperparameters", lambda v: flip(sized(v, "jul2026", 0)["optimizer_groups"][3], "lr")
-    ),
     "bits per byte": (
         "bpb", "bits", lambda v: v["cases"][5]["jul2026"].update(bpb=v["cases"][5]["jul2026"]["bpb"] + 1e-5)
     ),
-    "an infinite case": ("bpb", "bits", lambda v: v["cases"][0].update(infinite=True)),
     "counted bytes": ("bpb", "counted_bytes", lambda v: v["cases"][0].update(total_bytes=1)),
     "a mean loss": ("bpb", "losses", lambda v: v["mean_loss"]["oct2025"].update(text1=1.0885)),
-    "a token's loss": ("bpb", "losses", lambda v: flip(v["loss_per_token_text0_row0"]["jul2026"])),
     "an advantage": ("rl", "advantages", lambda v: flip(v["cases"][1]["examples"][0]["advantages"])),
     "a trained token": ("rl", "trained_tokens", lambda v: flip(v["cases"][0]["examples"][0]["targets"][0], 20)),
     "a policy loss": ("rl", "policy_gradient", lambda v: v["cases"][0]["oct2025"].update(loss_sum_over_passes=0.5)),
-    "a log-probability": (
-        "rl", "policy_gradient", lambda v: flip(v["cases"][2]["examples"][0]["jul2026"]["logp"][0][0])
-    ),
-    "a gradient's norm": (
-        "rl", "policy_gradient", lambda v: flip(v["cases"][0]["jul2026"]["grads"]["smear_gate.weight"], "norm")
-    ),
     "a moved weight": (
         "rl", "update", lambda v: v["cases"][0]["jul2026"]["update_norms"].update({"lm_head.weight": 0.1})
     ),
     "a multiplier of RL": ("rl", "multipliers", lambda v: v["cases"][2].update(lr_multiplier=1.0)),
     "pass@k": ("rl", "passes", lambda v: flip(v["pass_at_k"]["pass_at_k"])),
     "a forced token": ("engine", "protocol", lambda v: flip(v["scripted"][1]["columns"][9])),
-    "a mask of the protocol": ("engine", "protocol", lambda v: flip(v["scripted"][0]["masks"][0])),
     "an exit": ("engine", "refusals", lambda v: flip(v["exit_in_expression"]["jul2026"]["batch_results"][0])),
-    "first tokens": (
-        "engine", "refusals",
-        lambda v: v["first_token_of_64_rows"]["jul2026"].update(all_rows_share_the_first_token=True),
-    ),
     "a probability": ("engine", "distributions", lambda v: flip(v["sampling"][3]["probs"][0])),
     "a greedy token": ("engine", "greedy", lambda v: flip(v["greedy"]["jul2026"][1]["tokens"])),
     "a letter's logit": (
         "core", "letters", lambda v: flip(v["chat_categorical"]["oct2025"][0]["results"][3]["letter_logits"])
     ),
-    "an answer": ("core", "letters", lambda v: v["chat_categorical"]["jul2026"][1]["results"][2].update(predicted="")),
     "a ChatCORE": ("core", "metric", lambda v: v["chatcore"]["jul2026"][0].update(chatcore=0.08)),
     "a program's verdict": ("tasks", "executions", lambda v: v["humaneval"]["evaluate"][0].update(success=False)),
-    "a program's output": ("tasks", "executions", lambda v: v["humaneval"]["execute_code"][0].update(stdout="bye")),
     "a calculation": ("tasks", "calculator", lambda v: v["calculator"][0].update(result="5")),
     "a word problem": ("tasks", "gsm8k", lambda v: v["gsm8k"]["conversations"][2]["messages"][1]["content"].pop()),
-    "a verdict": ("tasks", "gsm8k", lambda v: v["gsm8k"]["evaluate"][0].update(correct=0)),
     "an order of rows": ("tasks", "choices", lambda v: v["mmlu"]["permutation"].reverse()),
-    "a letter": ("tasks", "choices", lambda v: v["arc"]["conversations"][1]["letters"].reverse()),
-    "a rendered choice": ("tasks", "choices", lambda v: v["render_mc"][1].update(text="")),
     "a slice": ("tasks", "orders", lambda v: v["slicing"]["cases"][3]["items"].pop()),
-    "a mixture's order": ("tasks", "orders", lambda v: v["mixture"]["order"].reverse()),
-    "a large mixture's order": ("tasks", "orders", lambda v: v["mixture"]["large"]["first_40"].reverse()),
     "a general conversation": ("tasks", "conversations", lambda v: v["smoltalk"]["conversations"].reverse()),
-    "a conversation of a file": ("tasks", "conversations", lambda v: v["customjson"]["conversations"].reverse()),
     "a program": ("tasks", "programs", lambda v: v["humaneval"]["extract_program"][4].update(program="b=2")),
-    "an import": ("tasks", "programs", lambda v: v["humaneval"]["extract_imports"][0].update(imports="")),
     "a spelled word": (
         "tasks", "spelling", lambda v: v["spellingbee"]["train"][0]["messages"][1]["content"][3].update(text="7")
-    ),
-    "quotes of a question": (
-        "tasks", "spelling",
-        lambda v: v["spellingbee"]["train"][1]["messages"][0].update(content="how many times is g in 'global'"),
     ),
 }  # fmt: skip
 
 TENSORS: dict[str, tuple[str, str, float]] = {
     "a logit": ("logits", "logits", 1e-3),
     "a token's loss": ("loss_none", "losses", 1e-3),
-    "the loss": ("loss_mean", "losses", 1e-3),
     "a gradient": ("grads.transformer.h.1.attn.c_v.weight", "gradients", 1e-2),
-    "a weight": ("weights.transformer.h.1.attn.c_q.weight", "gradients", 10.0),
     "losses of steps": ("losses3", "optimizer_steps", 1e-2),
-    "a moved matrix": ("after3.transformer.h.0.mlp.c_fc.weight", "optimizer_steps", 1.0),
-    "a moved table": ("after3.lm_head.weight", "optimizer_steps", 1.0),
     "a token": ("greedy", "greedy", 1.0),
 }
-
-
-def first_of_each(altered: dict[str, tuple[str, str, Any]]) -> list[Any]:
-    """Return one parameter per alteration; all but the first of each quantity are marked slow."""
-    quantities = [(pattern, quantity) for pattern, quantity, _ in altered.values()]
-    return [
-        pytest.param(what, marks=[] if quantities.index(each) == number else [pytest.mark.slow])
-        for number, (what, each) in enumerate(zip(altered, quantities, strict=True))
-    ]
 
 
 def original(pattern: str) -> Path:
@@ -181,7 +126,7 @@ def original(pattern: str) -> Path:
     return found[0]
 
 
-@pytest.mark.parametrize("what", first_of_each(JSON))
+@pytest.mark.parametrize("what", JSON)
 def test_altered_json_value_fails(what: str, tmp_path: Path) -> None:
     kind, quantity, alter = JSON[what]
     path = original(f"{kind}_*.json")
@@ -193,9 +138,7 @@ def test_altered_json_value_fails(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["oct2025", "jul2026"])
-@pytest.mark.parametrize(
-    "what", first_of_each({what: ("", quantity, change) for what, (_, quantity, change) in TENSORS.items()})
-)
+@pytest.mark.parametrize("what", TENSORS)
 def test_altered_tensor_fails(what: str, variant: str, tmp_path: Path) -> None:
     name, quantity, change = TENSORS[what]
     path = original(f"nanochat_{variant}_*.safetensors")
@@ -275,22 +218,14 @@ def write_own(path: Path, variant: str, **sizes: Any) -> None:
     save_file({name: np.ascontiguousarray(value) for name, value in values.items()}, path, metadata=metadata)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "sizes"),
     [
-        pytest.param(
-            "oct2025",
-            {"vocab_size": 301, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "n_embd": 64},
-            marks=pytest.mark.slow,
-        ),
+        ("oct2025", {"vocab_size": 301, "n_layer": 2, "n_head": 4, "n_kv_head": 1, "n_embd": 64}),
         (
             "jul2026",
-            {"vocab_size": 97, "n_layer": 2, "n_head": 4, "n_kv_head": 2, "n_embd": 64, "window_pattern": "SL"},
-        ),
-        pytest.param(
-            "jul2026",
             {"vocab_size": 130, "n_layer": 3, "n_head": 3, "n_kv_head": 3, "n_embd": 48, "window_pattern": "LSS"},
-            marks=pytest.mark.slow,
         ),
     ],
     ids=str,
@@ -311,7 +246,6 @@ def test_files_of_other_sizes_are_compared(
     ("name", "content", "message"),
     [
         ("mystery_a.json", "{}", "unknown format; expected a name like nanochat_*"),
-        ("bpb_a.txt", "{}", "unknown format"),
         ("rl_a.json", "{", "cannot be read as JSON"),
         ("rl_a.json", "[]", "is JSON but not an object"),
         ("nanochat_oct2025_a.safetensors", "no tensors", "cannot be read as safetensors"),
@@ -330,23 +264,11 @@ def test_unreadable_file_is_reported_in_one_line(
     assert message in told[0]
 
 
-def test_missing_metadata_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "nanochat_b.safetensors"
-    save_file({"ids": np.zeros((1, 2), np.int32)}, path)
-    assert check.main([str(path)]) == 2
-    assert "has no config of a nanochat model" in capsys.readouterr().err
-
-
 def test_check_runs_from_any_folder_and_names_a_missing_file(tmp_path: Path) -> None:
     command = [sys.executable, str(Path(check.__file__)), "nanochat_none.safetensors"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: nanochat_none.safetensors: no such file\n"
-
-
-def test_no_argument_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    assert check.main([]) == 2
-    assert "check.py FILE..." in capsys.readouterr().out
 
 
 def test_unchecked_quantity_is_shown_and_does_not_fail(
