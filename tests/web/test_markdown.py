@@ -18,9 +18,9 @@ import mlxchat
 PAGE = Path(mlxchat.__file__).parent / "serve" / "page"
 # A regular expression stands where an operand may: after an opening parenthesis, an operator or a comma.
 EXPRESSION = re.compile(r"[(=,:!&|?]\s?/(?![/*])((?:\\.|\[(?:\\.|[^\]\\])*\]|[^/\\\[\n])+)/[a-z]*")
-UNITS = [" ", "*a ", "[", "> "]  # fmt: skip
+UNITS = [" ", "*a ", "`", "> "]  # fmt: skip
 MORE = [
-    "\t", "\r", "\u2028", "#", "*", "**a ", "_a ", "__a ", "~~a ", "**", "`", "`` ", "```", "[](", "[a](b", "![", "]",
+    "\t", "\r", "\u2028", "#", "*", "**a ", "_a ", "__a ", "~~a ", "**", "[", "`` ", "```", "[](", "[a](b", "![", "]",
     "(", "|", "| ", "|-", "- ", "-", ":-", ">", "1. ", "  - a\n", "> - a\n", "a\n", "\n", "\\", "*a*_b_",
 ]  # fmt: skip
 PLACES = [
