@@ -103,7 +103,7 @@ def test_scaling_follows_parameters_whatever_the_horizon(horizon: dict[str, floa
     assert replace(found, num_iterations=0) == replace(usual, num_iterations=0)
 
 
-def test_a_given_batch_scales_rates_and_weight_decay() -> None:
+def test_given_batch_scales_rates_and_weight_decay() -> None:
     """nanochat, d4 at 32,768 tokens per iteration: rates × 0.25, 4,224 iterations."""
     found = derive(4, JUL2026, 32_768, tokens_per_parameter=12)
     assert (found.batch_lr_scale, found.num_iterations) == (0.25, 4224)

@@ -1,4 +1,4 @@
-"""RL: which questions are asked, which tokens are trained and how much, and what resumes."""
+"""RL: the questions, the weights of sampled tokens, pass@k, and resuming."""
 
 from __future__ import annotations
 
@@ -237,7 +237,7 @@ def test_questions_without_signal_are_replaced_by_the_next_ones(tokenizer: Token
     assert (log[0]["teaching_frac"], log[0]["filled_frac"]) == (pytest.approx(2 / len(asked)), 1.0)
 
 
-def test_iterations_and_resumed_trainings_continue_after_all_that_was_asked(tokenizer: Tokenizer) -> None:
+def test_iterations_and_resumes_continue_after_the_last_question(tokenizer: Tokenizer) -> None:
     def start(**changes: Any) -> tuple[ScriptedEngine, Rollouts]:
         engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0 and question % 3 == 0)
         return engine, scripted(engine, 30, **changes)
@@ -395,12 +395,12 @@ def test_drifted_quantised_rollouts_stop_and_leave_the_position(
 
 def test_conversation_rows_have_the_assistants_tokens_as_targets(tokenizer: Tokenizer) -> None:
     task: Any = Numbers(6)
-    rows = conversation_rows(tokenizer, task)
+    rows, start = conversation_rows(tokenizer, task), tokenizer.special_ids["<|assistant_start|>"]
     assert len({len(ids) for ids, _ in rows}) == 1
     for index, (ids, targets) in enumerate(rows):
-        said = targets[targets >= 0].tolist()
-        assert said == [*tokenizer.encode("a" * index), tokenizer.assistant_end]
-        assert ids[np.flatnonzero(targets >= 0)].tolist() == [tokenizer.special_ids["<|assistant_start|>"], *said[:-1]]
+        answer = targets[targets >= 0].tolist()
+        assert answer == [*tokenizer.encode("a" * index), tokenizer.assistant_end]
+        assert ids[np.flatnonzero(targets >= 0)].tolist() == [start, *answer[:-1]]
 
 
 # The system prompt, and the longest held-out answer

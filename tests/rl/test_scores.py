@@ -44,7 +44,7 @@ def test_sampling_in_bfloat16_is_scored_in_bfloat16(monkeypatch: pytest.MonkeyPa
     assert differences[0] < 0.8 * differences[1]
 
 
-def test_the_engine_reports_the_rounded_models_log_probabilities(path: str, tokenizer: Tokenizer) -> None:
+def test_engine_reports_the_quantised_models_log_probabilities(path: str, tokenizer: Tokenizer) -> None:
     """Float32, 2e-4."""
     model = make_model(width=128, scale=0.1)
     prompts = [[row, row + 1] for row in range(6)]
