@@ -36,16 +36,13 @@ def show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     return run
 
 
-def test_conversations_of_each_task_are_counted(show: Show) -> None:
+def test_tasks_are_counted_and_trained_text_is_between_marks(show: Show) -> None:
+    printed = show("mixture=my_mixture", "-n", "1", "--task", "mine")
     lines = show("mixture=my_mixture", "-n", "0").splitlines()
     assert lines[0].startswith("mixture my_mixture: 20 conversations, tokens are bytes")
     assert any(re.match(r" mine +16 +80\.0% +\d+ +\d+% +\d+ *$", line) for line in lines)
     assert any(re.match(r" spelling +4 +20\.0% ", line) for line in lines)
     assert any(re.match(r" all +20 ", line) for line in lines)
-
-
-def test_trained_text_is_between_marks_in_a_pipe(show: Show) -> None:
-    printed = show("mixture=my_mixture", "-n", "1", "--task", "mine")
     n = int(re.search(r"mine conversation (\d)", printed)[1])  # type: ignore[index]
     assert (
         f"<|bos|><|user_start|>q{n}?<|user_end|><|assistant_start|>⟦sum <|python_start|>{n}+1<|python_end|>⟧"
@@ -70,10 +67,10 @@ def test_order_is_that_of_training_or_of_the_seed(show: Show) -> None:
     def names(*arguments: str) -> list[str]:
         return re.findall(r"── \d+ · (\w+ conversation \d+)", show("mixture=my_mixture", *arguments))
 
-    assert names("-n", "20") == names("-n", "99")
-    assert names("-n", "3", "--start", "5") == names("-n", "20")[5:8]
-    assert names("-n", "20", "--seed", "1") != names("-n", "20", "--seed", "2")
-    assert sorted(names("-n", "20", "--seed", "1")) == sorted(names("-n", "20"))
+    ordered, seeded = names("-n", "99"), names("-n", "20", "--seed", "1")
+    assert names("-n", "3", "--start", "5") == ordered[5:8]
+    assert ordered != seeded != names("-n", "20", "--seed", "2")
+    assert sorted(seeded) == sorted(ordered)
 
 
 def test_tokenizer_is_an_option(show: Show, tmp_path: Path) -> None:
@@ -87,8 +84,9 @@ def test_tokenizer_is_an_option(show: Show, tmp_path: Path) -> None:
 
 def test_other_stages_and_suites_are_shown(show: Show) -> None:
     assert "stage rl: 2,000 conversations" in show("stage=rl", "-n", "0")
-    assert "(validation)" in show("stage=sft", "--validation", "-n", "0")
-    assert "midtrain trains on every token" in show("stage=midtrain", "-n", "0")
+    printed = show("stage=midtrain", "--validation", "-n", "0")
+    assert "(validation)" in printed
+    assert "midtrain trains on every token" in printed
     assert show("suite=bundled", "-n", "1", "--task", "kinds_mc").startswith("suite bundled: ")
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from kit.commands import Say
+from kit.text import parquet
 from mlxchat.cli import main
 from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.listings import forget
@@ -29,18 +27,17 @@ SETTINGS = (
 CORPUS_ALONE = tuple(word.replace("stage=tokenizer", "stage=corpus") for word in SETTINGS)
 
 
-def parquet(seed: int) -> bytes:
-    file = io.BytesIO()
+def shard(seed: int) -> bytes:
     words = ["apple", "bread", "cloud", "door", "earth"]
-    texts = [f"{seed} " + " ".join(words[(number * seed + place) % 5] for place in range(30)) for number in range(40)]
-    pq.write_table(pa.table({"text": texts}), file)
-    return file.getvalue()
+    return parquet(
+        [f"{seed} " + " ".join(words[(number * seed + place) % 5] for place in range(30)) for number in range(40)]
+    )
 
 
 @pytest.fixture
 def texts(hub: Any) -> Any:
     names = ["held_out.parquet", *(f"shard_{index}.parquet" for index in range(6))]
-    return hub.add(NAME, {name: parquet(seed) for seed, name in enumerate(names)})
+    return hub.add(NAME, {name: shard(seed) for seed, name in enumerate(names)})
 
 
 @pytest.fixture
@@ -127,7 +124,7 @@ def test_data_of_artifacts_needs_force_to_remove(hub: Any, texts: Any, say: Call
 def test_removing_keeps_files_of_other_commits(hub: Any, texts: Any, say: Callable[..., str], tmp_path: Path) -> None:
     say("data", "fetch", *SETTINGS)
     old = texts.commit
-    texts.commit, texts.files["shard_0.parquet"] = "f" * 40, parquet(9)
+    texts.commit, texts.files["shard_0.parquet"] = "f" * 40, shard(9)
     say("data", "fetch", *SETTINGS)
     sent = hub.sent()
     say("data", "rm", f"{NAME}@{old[:8]}")

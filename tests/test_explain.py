@@ -12,13 +12,13 @@ from mlxchat.commands.plan import describe_stage
 from mlxchat.runner.stage import Stages
 
 
-@pytest.mark.parametrize("name", sorted(Stages([])))
-def test_every_stage_is_explained(name: str) -> None:
-    found, stage = describe_stage(name, []), Stages([])[name]
-    assert found["does"]
-    assert len(found["reads"]) == len(stage.roles)
-    assert (found["produces"], found["metrics"], found["version"]) == (stage.produces, stage.metrics, stage.version)
-    assert all(key.startswith(f"{name}.") for key in found["settings"])
+def test_every_stage_is_explained() -> None:
+    for name, stage in Stages([]).items():
+        found = describe_stage(name, [])
+        assert found["does"]
+        assert len(found["reads"]) == len(stage.roles)
+        assert (found["produces"], found["metrics"], found["version"]) == (stage.produces, stage.metrics, stage.version)
+        assert all(key.startswith(f"{name}.") for key in found["settings"])
 
 
 def test_settings_have_value_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.commands import CommandLine, run_here
+from kit.commands import CommandLine, Say, run_here
 from mlxchat.composition.compose import compose_config, split_options
 from mlxchat.errors import ConfigError
 
@@ -89,13 +89,21 @@ def test_ignored_hydra_settings_in_files_are_refused(own: Path) -> None:
     [
         (["--cfg", "job", "-p", "model"], r"depth: 6\naspect_ratio: 32"),
         (["--cfg", "job", "--resolve", "-p", "model", "model=d2"], r"name: d2\ndepth: 2"),
-        (["--info", "searchpath"], r"pkg://mlxchat\.conf"),
-        (["-i", "defaults"], r"experiment/smoke"),
     ],
-    ids=lambda part: part[-1] if isinstance(part, list) else "",
 )
-def test_hydra_options_show_the_primary_file(words: list[str], shown: str, own: Path, mlxchat: CommandLine) -> None:
-    """In new processes, since --info makes Hydra configure logging."""
+def test_cfg_shows_the_primary_file(words: list[str], shown: str, own: Path, say: Say) -> None:
+    assert re.search(shown, say(*words, "-cn", "mine", "-cd", own))
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--info", "searchpath"], r"pkg://mlxchat\.conf"),
+        pytest.param(["-i", "defaults"], r"experiment/smoke", marks=pytest.mark.slow),
+    ],
+)
+def test_info_shows_the_primary_file(words: list[str], shown: str, own: Path, mlxchat: CommandLine) -> None:
+    """In a new process, since --info makes Hydra configure logging."""
     done = mlxchat(*words, "-cn", "mine", "-cd", own)
     assert done.returncode == 0, done.stderr
     assert re.search(shown, done.stdout)

@@ -109,23 +109,15 @@ def test_every_file_travels_as_code_or_data(package: str) -> None:
     assert left_behind == set()
 
 
-def test_lock_files_are_complete() -> None:
+def test_locks_are_complete_with_hashes_and_no_index() -> None:
     names = ["requirements-cuda12.lock", "requirements-cuda13.lock", "requirements-docs.lock", "requirements.lock"]
     assert names == LOCKS
-
-
-@pytest.mark.parametrize("name", LOCKS)
-def test_locks_name_no_index(name: str) -> None:
-    text = (ROOT / name).read_text()
-    # Not a bare "http": httpx2 is the name of a package.
-    assert [word for word in ("://", "index-url", "find-links", "trusted-host", " @ ") if word in text] == []
-
-
-@pytest.mark.parametrize("name", LOCKS)
-def test_every_lock_entry_has_a_hash(name: str) -> None:
-    entries = lock_entries(name)
-    assert entries
-    assert [package for package, (_, hashes) in entries.items() if not hashes] == []
+    for name in LOCKS:
+        text, entries = (ROOT / name).read_text(), lock_entries(name)
+        # Not a bare "http": httpx2 is the name of a package.
+        assert [word for word in ("://", "index-url", "find-links", "trusted-host", " @ ") if word in text] == []
+        assert entries
+        assert [package for package, (_, hashes) in entries.items() if not hashes] == []
 
 
 @pytest.mark.parametrize("extra", ["test", "docs"])

@@ -62,6 +62,7 @@ def run(copy: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_model_trains_and_answers_without_cpu_package(copy: Path, tmp_path: Path) -> None:
     done = run(copy, PROGRAM, cwd=tmp_path)
     assert done.stdout == "done\n", done.stderr

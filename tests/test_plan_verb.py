@@ -8,22 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from kit.commands import CommandLine, run_here
+from kit.commands import Say, run_here
 
 
-@pytest.fixture
-def short(tiny: tuple[str, ...], tmp_path: Path) -> list[str]:
-    return [*tiny, "stage=corpus", "corpus.validation_documents=5", f"outputs={tmp_path}/outputs"]
-
-
-def test_plan_writes_nothing_and_sets_the_exit_code(short: list[str], mlxchat: CommandLine, tmp_path: Path) -> None:
-    pending = mlxchat("plan", *short, "--json", "--exit-code")
-    assert pending.returncode == 3, pending.stderr
+def test_plan_writes_nothing_and_sets_the_exit_code(tiny: tuple[str, ...], say: Say, tmp_path: Path) -> None:
+    short = [*tiny, "stage=corpus", "corpus.validation_documents=5", f"outputs={tmp_path}/outputs"]
+    pending = json.loads(say("plan", *short, "--json", "--exit-code", code=3))
     assert not (tmp_path / "outputs").exists(), "planning writes nothing there"
-    assert mlxchat(*short).returncode == 0
-    shown = mlxchat("plan", *short, "--json", "--exit-code")
-    assert shown.returncode == 0
-    (planned,), (step,) = json.loads(pending.stdout)["steps"], json.loads(shown.stdout)["steps"]
+    say(*short)
+    shown = json.loads(say("plan", *short, "--json", "--exit-code"))
+    (planned,), (step,) = pending["steps"], shown["steps"]
     assert (step["state"], step["key"]) == ("done", planned["key"])
 
 

@@ -87,10 +87,6 @@ def test_calculator_calls_are_readable() -> None:
     assert printable(text) == "It is <<2+3=5>>5."
 
 
-def test_control_characters_are_escaped() -> None:
-    assert printable("a\x1b[2Jb\rc\td\ne") == "a\\x1b[2Jb\\x0dc    d\ne"
-
-
 def test_only_evaluations_have_examples(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no examples"):
         show_examples(tmp_path, which="all", count=5, task=None)

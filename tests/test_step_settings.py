@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from kit.commands import Say
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.runner.plan import PlannedStep
@@ -78,16 +78,15 @@ def test_stage_without_section_refuses_step_settings() -> None:
     assert lines.startswith("pipeline.fused.with is {'number': 3}, expected nothing")
 
 
-def test_two_steps_of_one_stage_run_and_are_reported(tmp_path: Path, tiny: tuple[str, ...], mlxchat: Any) -> None:
+@pytest.mark.slow
+def test_two_steps_of_one_stage_run_and_are_reported(tmp_path: Path, tiny: tuple[str, ...], say: Say) -> None:
     outputs = tmp_path / "outputs"
     command = (*tiny, "pipeline=two_sft", "pipeline.sft_long.with.num_iterations=4", f"outputs={outputs}")
-    done = mlxchat(*command)
-    assert done.returncode == 0, done.stderr
+    said = say(*command)
     made = {step: read_manifest(place) for step, place in refs_of(Store(outputs)).items()}
     assert made["sft_long"]["config"]["sft"]["num_iterations"] == 4
     assert made["sft_long"]["derived"]["num_iterations"] == 4 != made["sft_short"]["derived"]["num_iterations"]
     assert made["sft_long"]["tree"] != made["sft_short"]["tree"]
-    assert "sft_short" in done.stdout.split("Metric")[1].splitlines()[0]
-    assert "sft_long" in done.stdout.split("Metric")[1].splitlines()[0]
-    again = mlxchat(*command)
-    assert "nothing to do: all 9 steps are done" in again.stdout
+    assert "sft_short" in said.split("Metric")[1].splitlines()[0]
+    assert "sft_long" in said.split("Metric")[1].splitlines()[0]
+    assert "nothing to do: all 9 steps are done" in say(*command)
