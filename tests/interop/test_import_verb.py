@@ -231,12 +231,11 @@ def test_wrong_arguments_are_refused(words: list[str], error: type[Exception], m
 def test_import_stage_needs_exactly_one_source() -> None:
     with pytest.raises(ConfigError, match=r"exactly one of imported\.repository and imported\.folder.*neither is"):
         compose_config([*RL])
-    with pytest.raises(ConfigError, match="both are"):
-        compose_config([*RL, "imported.folder=x", "imported.repository=a/b"])
-    with pytest.raises(
-        ConfigError, match=r'imported\.format is "nanochta", expected nanochat, hf or adapter\. Did you mean'
-    ):
-        compose_config([*RL, "imported.folder=x", "imported.format=nanochta"])
+    with pytest.raises(ConfigError) as caught:
+        compose_config([*RL, "imported.folder=x", "imported.repository=a/b", "imported.format=nanochta"])
+    assert "both are" in str(caught.value)
+    expected = 'imported.format is "nanochta", expected nanochat, hf or adapter. Did you mean'
+    assert expected in str(caught.value)
 
 
 def test_rl_chat_and_evaluation_accept_an_import(twin: Twins, say: Say, tmp_path: Path, tiny: tuple[str, ...]) -> None:
