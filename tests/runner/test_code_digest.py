@@ -155,6 +155,7 @@ print(json.dumps({stage: digests.of_stage(Path(stage)) for stage in sys.argv[3:]
 """
 
 
+@pytest.mark.slow
 def test_digests_are_equal_in_every_supported_python() -> None:
     stages = [str(ROOT / "stages" / f"{name}.py") for name in ("pretrain", "rl", "eval")]
     others = interpreters()
