@@ -212,7 +212,7 @@ from pathlib import Path
 def own(conversation, answer):
     with open("calls", "a") as calls:
         calls.write(".")
-        if calls.tell() > 90 and not Path("mended").exists():
+        if calls.tell() > 150 and not Path("mended").exists():
             raise ConnectionError("the judge is away")
     return 0.1 * len(answer)
 """
@@ -224,7 +224,13 @@ def test_failing_reward_function_costs_no_iteration(
 ) -> None:
     (tmp_path / "judging_from_afar.py").write_text(FAILING)
     own = '{right: {kind: exact}, own: {kind: function, function: "judging_from_afar:own"}}'
-    command = [*settings, f"+rl.rewards={own}", "machine.checkpoint_seconds=1000", "outputs=outputs"]
+    command = [
+        *settings,
+        f"+rl.rewards={own}",
+        "rl.num_iterations=12",
+        "machine.checkpoint_seconds=1000",
+        "outputs=outputs",
+    ]
     failed = mlxchat(*command, cwd=tmp_path)
     said = failed.stdout + failed.stderr
     assert failed.returncode == 1, said
@@ -239,4 +245,4 @@ def test_failing_reward_function_costs_no_iteration(
     assert failing["outcome"] == "failed"
     assert last["resumed_from"] > 0
     iterations = [record["iteration"] for record in story.records("rl") if "policy_loss" in record]
-    assert iterations == list(range(1, UPDATES + 1))
+    assert iterations == list(range(1, 12 * 4 + 1))
