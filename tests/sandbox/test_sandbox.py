@@ -171,7 +171,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     yield place
     assert list(place.iterdir()) == []
     # A killed process may take a moment to disappear.
-    until = time.monotonic() + 5
+    until = time.monotonic() + 2
     while survivors(place) and time.monotonic() < until:
         time.sleep(0.05)
     assert survivors(place) == []
