@@ -112,7 +112,7 @@ def test_stage_only_selects_targets() -> None:
 
 
 def test_mixture_group_selects_one_stages_mixture() -> None:
-    config = composed("mixture@sft.mixture=bundled_mid")
+    config = composed("mixture@sft.mixture=quickstart_mid")
     assert config.sft.mixture == config.midtrain.mixture != composed().sft.mixture
 
 
@@ -203,7 +203,7 @@ def test_every_experiment_composes_at_another_depth(experiment: str) -> None:
 def test_default_is_the_quickstart() -> None:
     config = composed()
     assert compose_config([]).choices["experiment"] == "quickstart"
-    assert (config.model.depth, config.model.aspect_ratio, config.pretrain.num_iterations) == (4, 48, 340)
+    assert (config.model.depth, config.model.aspect_ratio, config.pretrain.num_iterations) == (4, 48, 280)
     deeper = composed("experiment=quickstart", "model=d6")
     assert deeper == replace(config, model=replace(config.model, name="d6", depth=6))
     assert composed("model.depth=6") == deeper
@@ -213,7 +213,7 @@ def test_model_on_bundled_corpus_downloads_nothing() -> None:
     config, full = composed("model=d20", "corpus=bundled"), composed("model=d20")
     plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
     assert find_downloads(config, plan, Store(Path("/none"))) == []
-    assert (config.corpus, config.suite) == (composed().corpus, composed().suite)
+    assert config.corpus == composed().corpus
     assert (config.model, config.pretrain.batch) == (full.model, full.pretrain.batch)
     assert config.sft.schedule == full.sft.schedule
     assert config.tokenizer.vocab_size <= 58_217, "tokens that the bundled text yields"

@@ -106,7 +106,7 @@ def full_config() -> Config:
     """A configuration in which every optional section is there, so that every field of the schema occurs."""
     overrides = "corpus=fineweb_edu experiment=quickstart corpus.packages=[] optimizer=muon_jul2026"
     config = compose_config([*overrides.split(), "core=nanochat", "adapter=qlora"]).config
-    config.sft.mixture["facts"].options = {"seed": 3.0}
+    config.sft.mixture["kinds_mc"].options = {"seed": 3.0}
     config.pipeline["preference"] = {"stage": "preference", "checkpoint": "sft"}
     for stage in (config.pretrain, config.midtrain, config.sft, config.rl, config.preference):
         stage.schedule.momentum = MomentumConfig(start=0.8, end=0.9, warmup_iterations=3, final=0.7)
@@ -340,7 +340,7 @@ def test_every_section_is_read_or_listed_as_unread() -> None:
     [
         ("optimizer.matrix_lr=1", "optimizer.matrix_lr=1.0"),
         ("optimizer.matrix_lr=0.02", "optimizer.matrix_lr=2e-2"),
-        ("++sft.mixture.facts.options.seed=1", "++sft.mixture.facts.options.seed=1.0"),
+        ("++sft.mixture.kinds_mc.options.seed=1", "++sft.mixture.kinds_mc.options.seed=1.0"),
         ("rl.temperature=1", "rl.temperature=1.00"),
         ("model.depth=4", "model.depth='4'"),
     ],
@@ -352,7 +352,7 @@ def test_number_notation_changes_no_id(left: str, right: str) -> None:
 
 def test_key_order_changes_no_conversation_order() -> None:
     # The id sorts the keys, so what is made must not depend on their order either.
-    items = {name: full_config().sft.mixture[name] for name in ("identity", "spelling", "letters")}
+    items = {name: full_config().sft.mixture[name] for name in ("identity", "arithmetic", "kinds_mc")}
     backwards = dict(reversed(items.items()))
     assert canonical_json(identity_of(items)) == canonical_json(identity_of(backwards))
     assert list(Mixture(items, seed=1)) == list(Mixture(backwards, seed=1))

@@ -22,7 +22,7 @@ _TEST_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
-class _Template:
+class Template:
     """A question and its answer, in which each `{work}` stands for the next calculator call of `steps`."""
 
     question: str
@@ -34,7 +34,7 @@ class _Template:
 def texts() -> dict[str, list[Any]]:
     """Return the contents of word_problems.json: names, things, and templates of one and two steps."""
     found = json.loads(Path(__file__).with_name("word_problems.json").read_text(encoding="ascii"))
-    return {**found, **{key: [_Template(**template) for template in found[key]] for key in ("one_step", "two_step")}}
+    return {**found, **{key: [Template(**template) for template in found[key]] for key in ("one_step", "two_step")}}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -67,21 +67,22 @@ class Arithmetic(Task):
         templates = texts()["two_step" if rng.random() < self._two_step_share else "one_step"]
         number, template = rng.choice(list(enumerate(templates)))
         while True:
-            numbers = _numbers(template, rng)
+            numbers = draw_numbers(template, rng)
             key = f"arithmetic/{len(template.steps)}/{number}/{','.join(map(str, numbers))}"
             if held_out(key, _TEST_FRACTION) == (self.split == "test"):
                 break
-        words = _words(rng)
+        words = draw_words(rng)
         a, b, c = (*numbers, 0)[:3]
         answer, result = template.answer, 0
-        for work, result in _solve(template, numbers):
+        for work, result in solve(template, numbers):
             answer = answer.replace("{work}", f"{work}=<<{work}={result}>>{result}", 1)
         raw = f"{answer.format(**words)}\n#### {result}"
         question = template.question.format(a=a, b=b, c=c, **words)
         return dialogue(question, calculator_parts(raw), raw=raw, answer=str(result))
 
 
-def _words(rng: random.Random) -> dict[str, str]:
+def draw_words(rng: random.Random) -> dict[str, str]:
+    """Return a person, the pronouns, another person and things to fill a template with."""
     is_he = rng.random() < 0.5
     name = rng.choice(texts()["he" if is_he else "she"])
     he, him = ("he", "him") if is_he else ("she", "her")
@@ -96,7 +97,7 @@ def _words(rng: random.Random) -> dict[str, str]:
     }
 
 
-def _numbers(template: _Template, rng: random.Random) -> tuple[int, ...]:
+def draw_numbers(template: Template, rng: random.Random) -> tuple[int, ...]:
     """Draw numbers for which every step of the template gives an integer of at least 2."""
     while True:
         first = template.steps[0][3]
@@ -109,18 +110,18 @@ def _numbers(template: _Template, rng: random.Random) -> tuple[int, ...]:
             numbers = (rng.randint(2, 99), rng.randint(2, 99))
         if len(template.steps) > 1:
             numbers = (*numbers, rng.randint(2, 10 if "/" in template.steps[-1] else 50))
-        if len(_solve(template, numbers)) == len(template.steps):
+        if len(solve(template, numbers)) == len(template.steps):
             return numbers
 
 
-def _solve(template: _Template, numbers: tuple[int, ...]) -> list[tuple[str, int]]:
-    """Return each step's calculation and result, up to the first result that is below 2 or not an integer."""
+def solve(template: Template, numbers: tuple[int, ...], least: int = 2) -> list[tuple[str, int]]:
+    """Return each step's calculation and result, up to the first result that is below `least` or not an integer."""
     a, b, c = (*numbers, 0)[:3]
     solved, result = [], 0
     for step in template.steps:
         work = step.format(a=a, b=b, c=c, r=result)
         result = _calculate(work)
-        if result < 2:
+        if result < least:
             break
         solved.append((work, result))
     return solved

@@ -219,6 +219,29 @@ class ReadingMC(FactsMC):
         return self._choice(index, f"{' '.join(lines)} {_question(fact, rng)}", rng, lines)
 
 
+KINDS = {
+    "capital": "a capital city",
+    "currency": "a currency",
+    "highest_point": "a mountain or hill",
+    "nationality": "a nationality",
+}
+"""Field → kind of its values."""
+
+
+@cache
+def kind_names(*, is_test: bool) -> list[tuple[str, str]]:
+    """Return (name, field of KINDS) of a split in alphabetical order; names of two kinds are left out."""
+    kinds_of: dict[str, set[str]] = {}
+    for fact in facts():
+        if fact.field in KINDS:
+            kinds_of.setdefault(fact.value, set()).add(fact.field)
+    return [
+        (name, next(iter(kinds)))
+        for name, kinds in sorted(kinds_of.items())
+        if len(kinds) == 1 and held_out(f"kind/{name}", _TEST_FRACTION) == is_test
+    ]
+
+
 class KindsMC(Task):
     """The kind of a name: a capital, a currency, a mountain or a nationality, always in this order.
 
@@ -229,28 +252,12 @@ class KindsMC(Task):
     name = "kinds_mc"
     kind = "categorical"
     chance = 1 / len(LETTERS)
-    kinds: ClassVar[dict[str, str]] = {
-        "capital": "a capital city",
-        "currency": "a currency",
-        "highest_point": "a mountain or hill",
-        "nationality": "a nationality",
-    }
     questions = ("What is {name}?", "What kind of thing is {name}?", "Which of these is {name}?")
 
     def __post_init__(self) -> None:
         """Select the names."""
         super().__post_init__()
-        kinds_of: dict[str, set[str]] = {}
-        for fact in facts():
-            if fact.field in self.kinds:
-                kinds_of.setdefault(fact.value, set()).add(fact.field)
-        # A name of two kinds has no single right answer.
-        names = [
-            (name, next(iter(kinds)))
-            for name, kinds in sorted(kinds_of.items())
-            if len(kinds) == 1 and held_out(f"kind/{name}", _TEST_FRACTION) == (self.split == "test")
-        ]
-        self._names = self._shuffled(names)
+        self._names = self._shuffled(kind_names(is_test=self.split == "test"))
 
     def _own_size(self) -> int:
         return len(self._names) * (len(self.questions) if self.split == "train" else 1)
@@ -258,5 +265,5 @@ class KindsMC(Task):
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         name, field = self._names[index % len(self._names)]
         question = self.questions[(index // len(self._names)) % len(self.questions)].format(name=name)
-        letter = LETTERS[list(self.kinds).index(field)]
-        return choice_dialogue(question, LETTERS, list(self.kinds.values()), letter)
+        letter = LETTERS[list(KINDS).index(field)]
+        return choice_dialogue(question, LETTERS, list(KINDS.values()), letter)

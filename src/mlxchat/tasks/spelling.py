@@ -26,13 +26,14 @@ WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/mas
 QUESTIONS_FILE = Path(__file__).with_name("spelling_questions.json")
 WORDS_FILE = Path(__file__).with_name("common_words.txt")
 """Words of 3 to 8 letters that occur 30 times or more in the Bible in Basic English and the Factbook; no names."""
+FIRST_WORDS_FILE = Path(__file__).with_name("first_words.txt")
 
 _TEST_FRACTION = 0.15
 _COUNT_QUESTIONS = (
-    "How many '{letter}' are in '{word}'?",
-    "How often does '{letter}' occur in '{word}'?",
-    "Count the letter '{letter}' in '{word}'.",
-    "How many times is '{letter}' in the word '{word}'?",
+    "How many '{letter}' are in {word}?",
+    "How often does '{letter}' occur in {word}?",
+    "Count the letter '{letter}' in {word}.",
+    "How many times is '{letter}' in the word {word}?",
 )
 _LOWER_FRACTION, _MARK_FRACTION, _LETTER_OF_WORD_FRACTION = 0.3, 0.5, 0.9
 _QUOTES = ("", "'", '"')
@@ -44,6 +45,17 @@ def common_words() -> list[str]:
     return WORDS_FILE.read_text(encoding="ascii").split()
 
 
+@cache
+def first_words() -> list[str]:
+    """Return the words that newcomers ask about first, in alphabetical order."""
+    return FIRST_WORDS_FILE.read_text(encoding="ascii").split()
+
+
+def is_test_word(word: str) -> bool:
+    """Return True if a word is held out: about 15% of all, but none of the first words."""
+    return held_out(f"word/{word}", _TEST_FRACTION) and word not in first_words()
+
+
 class _WordTask(Task):
     """A task about the common words of a split, by default each once."""
 
@@ -51,9 +63,7 @@ class _WordTask(Task):
         """Select the words."""
         super().__post_init__()
         is_test = self.split == "test"
-        self._words = self._shuffled(
-            [word for word in common_words() if held_out(f"word/{word}", _TEST_FRACTION) == is_test]
-        )
+        self._words = self._shuffled([word for word in common_words() if is_test_word(word) == is_test])
 
     def _own_size(self) -> int:
         return len(self._words)
@@ -85,8 +95,18 @@ class LetterCount(_WordTask):
         letter = rng.choice([*word, *repeated * 3] if rng.random() < 0.85 else string.ascii_lowercase)
         question = rng.choice(_COUNT_QUESTIONS).format(letter=letter, word=word)
         count = word.count(letter)
-        raw = f"The count is <<'{word}'.count('{letter}')={count}>>{count}.\n#### {count}"
+        raw = f"{count_letters(word, letter)}.\n#### {count}"
         return dialogue(question, calculator_parts(raw), raw=raw, answer=str(count))
+
+
+def count_letters(word: str, letter: str) -> str:
+    """Return the word, the calculator call that counts a letter in its spelling, and the result.
+
+    The letter " " counts all letters. Letters after a blank are single tokens in every vocabulary.
+    """
+    spelled = "".join(f" {char}" for char in word)
+    count = spelled.count(letter)
+    return f'The word {word}: <<"{spelled}".count("{letter}")={count}>>{count}'
 
 
 @dataclass(eq=False, kw_only=True)
