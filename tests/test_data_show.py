@@ -84,7 +84,7 @@ def test_tokenizer_is_an_option(show: Show, tmp_path: Path) -> None:
 
 def test_other_stages_and_suites_are_shown(show: Show) -> None:
     assert "stage rl: 2,000 conversations" in show("stage=rl", "-n", "0")
-    printed = show("stage=midtrain", "--validation", "-n", "0")
+    printed = show("stage=midtrain", "midtrain.train_on=all", "--validation", "-n", "0")
     assert "(validation)" in printed
     assert "midtrain trains on every token" in printed
     assert show("suite=bundled", "-n", "1", "--task", "kinds_mc").startswith("suite bundled: ")
