@@ -29,7 +29,7 @@ def test_settings_have_value_and_meaning(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_long_values_are_shortened(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_here("explain", "sft") == 0
+    assert run_here("explain", "sft", "mixture@sft.mixture=bundled_sft") == 0
     lines = capsys.readouterr().out.splitlines()
     mixture = next(line for line in lines if line.startswith("  sft.mixture"))
     assert "facts, kinds_mc" in mixture
