@@ -133,7 +133,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / "adapters.safetensors").write_bytes(b"\x80\x04cos\nsystem\n."),
         "is truncated",
     ),
-    "not finite": (_poison, "numbers that are not finite"),
+    "not finite": (_poison, "has NaN or infinity"),
     "a huge scale": (lambda folder: _config(folder, scale=10**400), "is not a finite number"),
     "another rank": (lambda folder: _config(folder, rank=5), "adapters do not fit adapter_config.json and the model"),
     "another model": (lambda folder: _config(folder, keys=["model.layers.0.q_proj"]), "is not a matrix of the model"),

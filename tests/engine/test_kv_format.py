@@ -113,5 +113,5 @@ def test_cache_memory_is_as_predicted(tokenizer: Tokenizer, width: int, bits: in
 
 
 def test_unsupported_head_widths_are_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ConfigError, match="head width 12 cannot be packed; expected a multiple of 32"):
+    with pytest.raises(ConfigError, match="head width 12 cannot be quantised: expected a multiple of 32"):
         Engine(make_model("oct2025", width=48), tokenizer, kv_bits=8).forward()

@@ -87,7 +87,9 @@ class KVFormat:
         self.width, self.bits = width, bits
         self.group = groups_of(width) or width
         if bits is not None and groups_of(width) is None:
-            raise ConfigError(f"keys and values with head width {width} cannot be packed; expected a multiple of 32")
+            raise ConfigError(
+                f"keys and values with head width {width} cannot be quantised: expected a multiple of 32. Omit kv_bits"
+            )
 
     def widths(self, dtype: mx.Dtype) -> list[tuple[int, mx.Dtype]]:
         """Return last dimension and type of each stored array, for numbers of a type."""

@@ -92,4 +92,4 @@ def read_rollouts(folder: Path) -> list[dict[str, Any]]:
                 raise ValueError(f"line {number} lacks {', '.join(sorted(absent))}")
         return sorted(lines, key=lambda each: -each["iteration"])
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"the answers of {folder.name} cannot be read ({error})") from None
+        raise DataError(f"{folder.name}/{ROLLOUTS_FILE} cannot be read ({error})") from None

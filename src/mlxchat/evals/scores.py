@@ -126,7 +126,7 @@ def mean_centered_stderr(scores: Sequence[Score]) -> float | None:
 
 
 def chatcore(scores: Mapping[str, Score], tasks: Mapping[str, str]) -> dict[str, Any] | None:
-    """Return ChatCORE, by our and by nanochat's verdicts, with standard errors and tasks; None if a task is missing.
+    """Return ChatCORE of the first set whose tasks are all there, or None: our verdicts, nanochat's, errors, tasks.
 
     Args:
         scores: by name in the suite.

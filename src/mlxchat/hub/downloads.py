@@ -210,7 +210,7 @@ class Download:
             self._judge(answer)
             if answer.status_code == 416:
                 self._drop()
-                raise _Busy("the server's file is shorter than what has arrived")
+                raise _Busy("the server's file has become shorter than what had arrived; the download starts again")
             if answer.status_code == 206:
                 range_ = answer.headers.get("Content-Range", "")
                 found = _CONTENT_RANGE.fullmatch(range_)

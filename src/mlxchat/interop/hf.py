@@ -142,9 +142,12 @@ def read_matching_tokenizer(paths: Mapping[str, Path], files: HfFiles, sizes: GP
     tokenizer, keeps_ids = load_vocabulary(str(path if path.name == HF_FILE else path.parent))
     if path.name == HF_FILE:
         check_added_tokens(path, tokenizer)
-    if tokenizer.vocab_size != sizes.vocab_size or not keeps_ids:
+    name = PurePosixPath(files.tokenizer[0]).name
+    if not keeps_ids:
+        raise DataError(f"{name}: its tokens cannot keep their ids here, which the model's embedding needs")
+    if tokenizer.vocab_size != sizes.vocab_size:
         raise DataError(
-            f"{PurePosixPath(files.tokenizer[0]).name} has {tokenizer.vocab_size:,} tokens, the model "
+            f"{name} has {tokenizer.vocab_size:,} tokens, the model "
             f"{sizes.vocab_size:,}: it is the tokenizer of another model"
         )
     return tokenizer

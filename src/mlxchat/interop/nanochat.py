@@ -270,7 +270,7 @@ def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
         content = file.content
         whole = isinstance(content, TorchTensor) and len(content.shape) == 1 and content.dtype.numpy[1] == "i"
         if not whole:
-            raise DataError(f"{path.name} is not a list of integers, as nanochat's is")
+            raise DataError(f"{path.name} is not a one-dimensional tensor of integers, which nanochat writes")
         raw = tokenizer.token_bytes.astype(np.int64)
         # Read only if it has as many numbers as there are tokens: the file may have any size.
         given = file.numbers(content).astype(np.int64) if content.shape == raw.shape else None

@@ -228,7 +228,7 @@ def import_adapter(
         arrays = {name: as_peft(name, value) for name, value in arrays.items()}
     strange = sorted(name for name, value in arrays.items() if not np.isfinite(value).all())
     if strange:
-        raise DataError(f"{source.where}: {strange[0]} has numbers that are not finite")
+        raise DataError(f"{source.where}: {strange[0]} of the adapter has NaN or infinity")
     check()
     facts = read_json(base / "checkpoint.json", f"{base.name}: checkpoint.json")
     facts |= {"stage": "imported", "imported": {"format": "adapter"}}

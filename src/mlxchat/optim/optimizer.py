@@ -364,7 +364,7 @@ def _group_of(name: str, shape: Shape) -> str:
     for start, group in _GROUPS.items():
         if name.startswith(start):
             return group
-    raise ConfigError(f"parameter {name} {shape} belongs to no group of the optimizer")
+    raise ConfigError(f"parameter {name} {shape} has no group in the optimizer: add its name to _GROUPS")
 
 
 # The schedule

@@ -450,7 +450,7 @@ def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool
                 return
 
     def refuse(number: int, frame: object) -> None:
-        raise Interrupted("stopped between its steps. The same command continues from there.", number)
+        raise Interrupted("the job stopped between two steps. The same command continues the sweep from there.", number)
 
     former = signal.signal(signal.SIGTERM, refuse)  # a run replaces this handler by its own
     thread = threading.Thread(target=watch, daemon=True)

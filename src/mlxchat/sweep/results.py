@@ -202,7 +202,7 @@ class SweepFolder:
         _write(self.path / "rows" / f"{row['job']}.json", row)
 
     def rows(self) -> dict[int, Row]:
-        """Return job → result, for jobs that have one."""
+        """Return job number → its row of the table, for jobs that have one."""
         paths = (self.path / "rows").glob("[0-9]*.json")
         return {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in paths}
 

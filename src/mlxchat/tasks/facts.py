@@ -64,7 +64,7 @@ class Field:
         return self.questions[wording % len(self.questions)].format(place=with_article(country))
 
     def tag(self, value: str) -> str:
-        """Return label and value: "capital Lima"."""
+        """Return the label and the value with its article: "capital Lima", "neighbor the Gambia"."""
         return f"{self.label} {with_article(value)}"
 
 

@@ -84,7 +84,7 @@ class Tracker:
         self._thread.start()
 
     def log(self, step: str, record: dict[str, Any]) -> None:
-        """Send the numbers of a metrics record at its iteration, and tables of earlier iterations."""
+        """Send the numbers of a metrics record; a step's first call also sends its earlier records."""
         iteration = record.get("iteration")
         if self._thread is None or self._is_broken or not isinstance(iteration, int):
             return

@@ -117,7 +117,9 @@ def load_teacher(
             "Train on its answers instead: mlxchat distill"
         )
     if context is not None and context < row_tokens:
-        raise DataError(f"the teacher {folder} takes {context:,} tokens at a time, rows have {row_tokens:,}")
+        raise DataError(
+            f"the teacher {folder} takes {context:,} tokens at a time, rows have {row_tokens:,}: lower batch.row_tokens"
+        )
     mix = Mix(weight=config.weight, temperature=config.temperature, top_k=config.top_k)
     return Distillation(teacher=model, mix=mix, size=measure_teacher(folder))
 
