@@ -74,18 +74,11 @@ def follow(folder: Path) -> None:
 
 def draw(course: Course) -> Iterator[Picture]:
     """Yield the pictures, chapter by chapter."""
-    yield pipeline(course)
-    yield tokens(course)
-    yield attention(course)
-    yield losses(course)
-    yield optimizer(course)
-    yield pretraining(course)
-    yield mixture(course)
-    yield mask(course)
-    yield rewards(course)
-    yield evaluation(course)
-    yield sampling(course)
-    yield seeds(course)
+    chapters = (
+        pipeline, tokens, attention, losses, optimizer, pretraining,
+        mixture, mask, rewards, evaluation, sampling, seeds,
+    )  # fmt: skip
+    yield from (chapter(course) for chapter in chapters)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def sizes_of(kind: str, model: GPT, dropout: float = 0.0) -> AdapterSizes:
 def make(
     kind: str = "lora", *, dropout: float = 0.0, zeros: bool = False, dtype: mx.Dtype = mx.float32
 ) -> tuple[GPT, Optimizer]:
-    """Return a model with adapters, new ones or none of whose numbers is zero, and their optimizer."""
+    """Return a model with adapters and their optimizer; the adapters are new, or have no zeros."""
     model = make_model()
     attach_adapters(model, sizes_of(kind, model, dropout), seed=1, dtype=dtype)
     rng = np.random.default_rng(8)
