@@ -23,7 +23,7 @@ import compare_schedules
 import compare_tasks
 import compare_text
 import mlx.core as mx
-from comparison import Comparison, Line, Quantity, Unchecked, UnreadableError
+from comparison import Comparison, Quantity, UnreadableError
 from parity_file import ParityFile
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
@@ -62,11 +62,11 @@ def open_file(path: Path) -> ParityFile:
     return file
 
 
-def compare(file: ParityFile, quantity: Quantity) -> Iterator[Line]:
-    """Yield the lines of a quantity. An exception that our code raises becomes a failed line.
+def compare(file: ParityFile, quantity: Quantity) -> Iterator[Comparison]:
+    """Yield the lines of a quantity. An exception, also of a value that the file lacks, becomes a failed line.
 
     Raises:
-        UnreadableError: the file does not hold what the quantity needs.
+        UnreadableError: the file, or one that it needs, cannot be read.
     """
     try:
         yield from quantity(file)
@@ -76,10 +76,8 @@ def compare(file: ParityFile, quantity: Quantity) -> Iterator[Line]:
         yield Comparison(quantity.__name__, float("inf"), 0, f"{type(error).__name__}: {error}".splitlines()[0])
 
 
-def show(line: Line) -> str:
+def show(line: Comparison) -> str:
     """Return a line of the table."""
-    if isinstance(line, Unchecked):
-        return f"  {line.name:<48} not compared: {line.reason}"
     verdict = "ok" if line.ok else "FAIL"
     return f"  {line.name:<48} {line.error:>10.3g}  ≤ {line.tolerance:<8.3g} {verdict:<4}  {line.detail}".rstrip()
 
@@ -90,25 +88,22 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     mx.set_default_device(mx.cpu)  # the tolerances are those of float32
-    found: list[Comparison] = []
-    unchecked = unreadable = 0
+    count = failed = unreadable = 0
     for argument in arguments:
+        before = count
         try:
             file = open_file(Path(argument))
             print(f"{argument}", flush=True)
             for quantity in QUANTITIES[file.kind]:
                 for line in compare(file, quantity):
                     print(show(line), flush=True)
-                    if isinstance(line, Unchecked):
-                        unchecked += 1
-                    else:
-                        found.append(line)
+                    count, failed = count + 1, failed + (not line.ok)
+            if count == before:
+                raise UnreadableError(f"{argument}: holds nothing of the format {file.kind}_*")
         except UnreadableError as error:
             print(f"error: {error}", file=sys.stderr)
             unreadable += 1
-    failed = [line for line in found if not line.ok]
-    print(f"{len(found) - len(failed)} of {len(found)} quantities agree", end="")
-    print(f"; {unchecked} not compared" if unchecked else "", end="")
+    print(f"{count - failed} of {count} quantities agree", end="")
     print(f"; {unreadable} of {len(arguments)} files cannot be read" if unreadable else "")
     return 2 if unreadable else 1 if failed else 0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from comparison import Comparison, Line, Quantity, largest, scaled_distance
+from comparison import Comparison, Quantity, largest, scaled_distance
 from parity_file import ParityFile
 
 from mlxchat.data.packing import Row
@@ -21,9 +21,8 @@ LOSS = 1e-5
 VARIANTS = ("oct2025", "jul2026")
 
 
-def bits(file: ParityFile) -> Iterator[Line]:
+def bits(file: ParityFile) -> Iterator[Comparison]:
     """Compare the bits per byte of every case, with both ways to count the bytes of a token."""
-    file.require("batches", "cases")
     for variant in VARIANTS:
         model, errors = file.core_model(variant), {}
         for number, case in enumerate(file.json["cases"]):
@@ -36,9 +35,8 @@ def bits(file: ParityFile) -> Iterator[Line]:
         yield largest(f"bits per byte, {variant}", errors, BITS)
 
 
-def counted_bytes(file: ParityFile) -> Iterator[Line]:
+def counted_bytes(file: ParityFile) -> Iterator[Comparison]:
     """Compare the number of bytes of the targets that count."""
-    file.require("batches", "cases")
     errors = {}
     for number, case in enumerate(file.json["cases"]):
         table = _token_bytes(file, case["token_bytes"])
@@ -48,9 +46,8 @@ def counted_bytes(file: ParityFile) -> Iterator[Line]:
     yield largest("counted bytes", errors, 0)
 
 
-def losses(file: ParityFile) -> Iterator[Line]:
+def losses(file: ParityFile) -> Iterator[Comparison]:
     """Compare the mean loss of whole batches, and the loss of each token of one row."""
-    file.require("batches", "mean_loss")
     for variant in VARIANTS:
         model = file.core_model(variant)
         errors = {

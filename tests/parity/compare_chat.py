@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, cast
 
-from comparison import Line, Quantity, largest, same, scaled_distance
+from comparison import Comparison, Quantity, largest, same, scaled_distance
 from parity_file import ParityFile
 
 from mlxchat.data.conversation import render_for_completion
@@ -46,9 +46,9 @@ class _Conversations:
         return bool(response == conversation["messages"][-1]["content"])
 
 
-def letters(file: ParityFile) -> Iterator[Line]:
+def letters(file: ParityFile) -> Iterator[Comparison]:
     """Compare the logits of the letters after each question, the answers, and the accuracy."""
-    if file.path.suffix != ".json" or "chat_categorical" not in file.json:
+    if "chat_categorical" not in file.json:
         return
     tokenizer, tasks = file.tokenizer(), file.companion("tasks", ".json").json
     for variant, groups in file.json["chat_categorical"].items():
@@ -77,9 +77,9 @@ def letters(file: ParityFile) -> Iterator[Line]:
                 yield same(f"{name}: accuracy", [("", round(score.accuracy, 9), round(group["accuracy"], 9))])
 
 
-def metric(file: ParityFile) -> Iterator[Line]:
+def metric(file: ParityFile) -> Iterator[Comparison]:
     """Compare the ChatCORE of given accuracies."""
-    if file.path.suffix != ".json" or "chatcore" not in file.json:
+    if "chatcore" not in file.json:
         return
     for variant, cases in file.json["chatcore"].items():
         differences = {}
@@ -95,7 +95,7 @@ def metric(file: ParityFile) -> Iterator[Line]:
         yield largest(f"{variant}: ChatCORE", differences, 1e-9)
 
 
-def executions(file: ParityFile) -> Iterator[Line]:
+def executions(file: ParityFile) -> Iterator[Comparison]:
     """Compare the verdicts on executed programs by our rule, and what programs print."""
     if file.path.suffix != ".json" or not (data := file.json.get("humaneval")):
         return

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from comparison import Comparison, Line, Quantity, UnreadableError, exact, largest, same, scaled_distance
+from comparison import Comparison, Quantity, exact, largest, same, scaled_distance
 from parity_file import ParityFile
 
 from mlxchat.errors import DataError
@@ -26,32 +26,24 @@ LOSS = 1e-5
 ACCURACY = 1e-6  # nanochat computes them in float32
 VARIANTS = ("oct2025", "jul2026")
 _BATCH_TOKENS = 3000  # enough for several batches per task
-_ELSEWHERE = ("chat_categorical", "chatcore")
-"""The keys that compare_chat.py compares."""
 
 
-def parameters(file: ParityFile) -> Iterator[Line]:
-    """Check that a model has as many parameters as its sizes say, and that a JSON file has a known key."""
+def parameters(file: ParityFile) -> Iterator[Comparison]:
+    """Check that a model has as many parameters as its sizes say."""
     if file.path.suffix == ".safetensors":
         file.model("")
         weights = sum(value.size for value in file.weights("").values())
         yield Comparison("number of parameters", abs(count_parameters(file.sizes)["total"] - weights), 0)
-        return
-    if not any(key in file.json for key in (*_COMPARED, *_ELSEWHERE)):
-        known = ", ".join([*_COMPARED, *_ELSEWHERE])
-        raise UnreadableError(f"{file.path}: has none of {known}; it is not in the format of core_*.json")
 
 
-def evaluation(file: ParityFile) -> Iterator[Line]:
+def evaluation(file: ParityFile) -> Iterator[Comparison]:
     """Compare every part of CORE that the file holds."""
-    if file.path.suffix != ".json":
-        return
     for key, compare in _COMPARED.items():
         if key in file.json:
             yield from compare(file)
 
 
-def _prompts(file: ParityFile) -> Iterator[Line]:
+def _prompts(file: ParityFile) -> Iterator[Comparison]:
     tokenizer, prompts, tokens, spans, refused = file.tokenizer(), [], [], [], []
     for number, case in enumerate(file.json["render"]):
         task = _task(case["task_type"], case["continuation_delimiter"], 0)
@@ -73,7 +65,7 @@ def _prompts(file: ParityFile) -> Iterator[Line]:
     yield same("prompts whose tokens do not begin the whole", refused)
 
 
-def _common_lengths(file: ParityFile) -> Iterator[Line]:
+def _common_lengths(file: ParityFile) -> Iterator[Comparison]:
     cases = file.json["find_common_length"]
     yield same(
         "common beginnings and ends",
@@ -88,7 +80,7 @@ def _common_lengths(file: ParityFile) -> Iterator[Line]:
     )
 
 
-def _padding(file: ParityFile) -> Iterator[Line]:
+def _padding(file: ParityFile) -> Iterator[Comparison]:
     case = file.json["stack_sequences"]
     rows = [Row(trunk=tokens, branches=[], groups=[], starts=[], targets=[]) for tokens in case["tokens"]]
     sizes = GPTSizes(
@@ -97,7 +89,7 @@ def _padding(file: ParityFile) -> Iterator[Line]:
     yield same("padding of prompts", [("rows", Branches(rows, sizes, case["pad"]).ids.tolist(), case["result"])])
 
 
-def _draws(file: ParityFile) -> Iterator[Line]:
+def _draws(file: ParityFile) -> Iterator[Comparison]:
     yield same(
         "draws of examples",
         (
@@ -108,7 +100,7 @@ def _draws(file: ParityFile) -> Iterator[Line]:
     )  # fmt: skip
 
 
-def _too_few(file: ParityFile) -> Iterator[Line]:
+def _too_few(file: ParityFile) -> Iterator[Comparison]:
     case = file.json["too_few_items_for_the_shots"]
     try:
         draw_shots(0, case["num_items"], case["num_fewshot"])
@@ -118,7 +110,7 @@ def _too_few(file: ParityFile) -> Iterator[Line]:
     yield same("too few examples", [("error", error, case["error"])])
 
 
-def _tasks(file: ParityFile) -> Iterator[Line]:
+def _tasks(file: ParityFile) -> Iterator[Comparison]:
     tokenizer = file.tokenizer()
     rendered: list[tuple[str, Any, Any]] = []
     for entry in file.json["tasks"]:
@@ -153,7 +145,7 @@ def _tasks(file: ParityFile) -> Iterator[Line]:
         yield largest(f"accuracies, {variant}", accuracy, ACCURACY)
 
 
-def _cropped(file: ParityFile) -> Iterator[Line]:
+def _cropped(file: ParityFile) -> Iterator[Comparison]:
     tokenizer = file.tokenizer()
     entries = {entry["label"]: entry for entry in file.json["tasks"]}
     kept, verdicts = [], []
@@ -177,7 +169,7 @@ def _cropped(file: ParityFile) -> Iterator[Line]:
     yield same("verdicts on cropped prompts", verdicts)
 
 
-def _suite(file: ParityFile) -> Iterator[Line]:
+def _suite(file: ParityFile) -> Iterator[Comparison]:
     tokenizer, errors = file.tokenizer(), {}
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "eval_bundle"
@@ -199,7 +191,7 @@ def _suite(file: ParityFile) -> Iterator[Line]:
     yield largest("the CORE metric", errors, ACCURACY)
 
 
-def _shuffled(file: ParityFile) -> Iterator[Line]:
+def _shuffled(file: ParityFile) -> Iterator[Comparison]:
     case, wrong = file.json["suite_shuffle"], []
     orders = {int(key.removeprefix("order_")): value for key, value in case.items() if key.startswith("order_")}
     for count, order in orders.items():
@@ -214,7 +206,7 @@ def _shuffled(file: ParityFile) -> Iterator[Line]:
     yield exact("the order of a suite's items", wrong, len(orders))
 
 
-_COMPARED: dict[str, Callable[[ParityFile], Iterator[Line]]] = {
+_COMPARED: dict[str, Callable[[ParityFile], Iterator[Comparison]]] = {
     "render": _prompts,
     "find_common_length": _common_lengths,
     "stack_sequences": _padding,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from compare_tasks import our_rule
-from comparison import Line, Quantity, Unchecked, largest, same
+from comparison import Comparison, Quantity, largest, same
 from parity_file import ParityFile
 
 from mlxchat.data.tokenizer import Tokenizer
@@ -67,9 +67,8 @@ class Scripted:
         return logits
 
 
-def protocol(file: ParityFile) -> Iterator[Line]:
+def protocol(file: ParityFile) -> Iterator[Comparison]:
     """Compare tokens and masks of scripted rows, where the calculator gives nanochat's answers."""
-    file.require("scripted", "prompt", "filler_token")
     tokenizer, pairs, answers = file.tokenizer(), [], []
     for case in file.json["scripted"]:
         rows = [_row(tokenizer, case, row) for row in range(len(case["scripts"]))]
@@ -89,8 +88,11 @@ def protocol(file: ParityFile) -> Iterator[Line]:
     )
 
 
-def refusals(file: ParityFile) -> Iterator[Line]:
-    """Compare a call of exit() in the calculator and the first tokens of rows, and list what is not compared."""
+def refusals(file: ParityFile) -> Iterator[Comparison]:
+    """Compare a call of exit() in the calculator and the first tokens of rows.
+
+    Not compared: results above 4300 digits, since ours refuses those above 1e15, and inputs that are no lists of ids.
+    """
     values, tokenizer = file.json, file.tokenizer()
     if "exit_in_expression" in values:
         case = values["exit_in_expression"]["jul2026"]
@@ -101,19 +103,13 @@ def refusals(file: ParityFile) -> Iterator[Line]:
         drawn = [_draw(np.zeros(32), 1.0, None, _row_generator(0, row)) for row in range(64)]
         shared = values["first_token_of_64_rows"]["jul2026"]["all_rows_share_the_first_token"]
         yield same("rows share their first token", [("64 rows", len(set(drawn)) == 1, shared)])
-    if "result_above_4300_digits" in values:
-        yield Unchecked("results above 4300 digits", "ours refuses results above 1e15")
-    if "input_errors" in values:
-        yield Unchecked("inputs that are no lists of ids", "our tokenizer cannot produce them")
 
 
-def distributions(file: ParityFile) -> Iterator[Line]:
+def distributions(file: ParityFile) -> Iterator[Comparison]:
     """Compare the exact distribution that tokens are drawn from, and the frequencies of many draws."""
-    file.require("sampling")
-    exact, argmax, shares, refused = {}, [], {}, 0
+    exact, argmax, shares = {}, [], {}
     for number, case in enumerate(file.json["sampling"]):
-        if "error" in case:
-            refused += 1
+        if "error" in case:  # our configuration refuses these earlier
             continue
         # top_k is off with null in ours and with 0 in jul2026; our configuration refuses other values below 1.
         top_k = case["top_k"] if case["top_k"] is None or case["top_k"] > 0 else None
@@ -140,25 +136,18 @@ def distributions(file: ParityFile) -> Iterator[Line]:
     yield largest("shares of many draws, in standard errors", shares, 6)
     if argmax:
         yield same("tokens at temperature 0", argmax)
-    if refused:
-        yield Unchecked("temperatures and top_k that nanochat refuses", "our configuration refuses them earlier")
 
 
-def greedy(file: ParityFile) -> Iterator[Line]:
+def greedy(file: ParityFile) -> Iterator[Comparison]:
     """Compare greedy continuations, which may contain special tokens."""
-    file.require("greedy")
     tokenizer = file.tokenizer()
     for variant in VARIANTS:
-        model, pairs, ties = file.core_model(variant), [], 0
+        model, pairs = file.core_model(variant), []
         for number, case in enumerate(file.json["greedy"][variant]):
-            if case["min_top2_logit_gap"] < _TIE:
-                ties += 1
-                continue
-            (completion,) = Engine(model, tokenizer).complete([case["prompt"]], max_new_tokens=case["max_tokens"])
-            pairs.append((f"prompt {number}", completion.ids, case["tokens"]))
+            if case["min_top2_logit_gap"] >= _TIE:
+                (completion,) = Engine(model, tokenizer).complete([case["prompt"]], max_new_tokens=case["max_tokens"])
+                pairs.append((f"prompt {number}", completion.ids, case["tokens"]))
         yield same(f"greedy continuations, {variant}", pairs)
-        if ties:
-            yield Unchecked(f"{ties} continuations with a tie, {variant}", f"two logits are within {_TIE}")
 
 
 QUANTITIES: tuple[Quantity, ...] = (protocol, refusals, distributions, greedy)

@@ -11,18 +11,7 @@ from unittest import mock
 
 import mlx.core as mx
 import numpy as np
-from comparison import (
-    Comparison,
-    Line,
-    Quantity,
-    UnreadableError,
-    distance,
-    exact,
-    largest,
-    relative_distance,
-    same,
-    scaled_distance,
-)
+from comparison import Comparison, Quantity, distance, exact, largest, relative_distance, same, scaled_distance
 from parity_file import ParityFile
 
 from mlxchat.composition.compose import compose_config
@@ -56,26 +45,26 @@ ZERO = 1e-6
 FEW = 5e-3
 
 
-def logits(file: ParityFile) -> Iterator[Line]:
+def logits(file: ParityFile) -> Iterator[Comparison]:
     """Compare the logits of all tokens."""
-    got = np.asarray(file.model("weights.")(mx.array(_tensor(file, "ids"))))
-    yield Comparison("logits, absolute", distance(got, _tensor(file, "logits")), LOGITS)
+    got = np.asarray(file.model("weights.")(mx.array(file.tensors["ids"])))
+    yield Comparison("logits, absolute", distance(got, file.tensors["logits"]), LOGITS)
 
 
-def losses(file: ParityFile) -> Iterator[Line]:
+def losses(file: ParityFile) -> Iterator[Comparison]:
     """Compare the loss of each token, and the mean."""
-    model, targets = file.model("weights."), _tensor(file, "targets").reshape(-1)
-    hidden = model.hidden(mx.array(_tensor(file, "ids"))).reshape(-1, model.sizes.width)
-    got, expected = np.asarray(token_losses(hidden, model.head_weight, mx.array(targets))), _tensor(file, "loss_none")
+    model, targets = file.model("weights."), file.tensors["targets"].reshape(-1)
+    hidden = model.hidden(mx.array(file.tensors["ids"])).reshape(-1, model.sizes.width)
+    got, expected = np.asarray(token_losses(hidden, model.head_weight, mx.array(targets))), file.tensors["loss_none"]
     yield Comparison("loss of each token", scaled_distance(got, expected.reshape(-1)), LOSS)
     ignored = [("", value, 0.0) for value in got[targets < 0].tolist()]
     if ignored:
         yield same("ignored targets have no loss", ignored)
     mean, _ = loss_and_gradients(model, whole_batch(file))
-    yield Comparison("mean loss", scaled_distance(mean, _tensor(file, "loss_mean").item()), LOSS)
+    yield Comparison("mean loss", scaled_distance(mean, file.tensors["loss_mean"].item()), LOSS)
 
 
-def gradients(file: ParityFile) -> Iterator[Line]:
+def gradients(file: ParityFile) -> Iterator[Comparison]:
     """Compare the gradient of every parameter."""
     _, got = loss_and_gradients(file.model("weights."), whole_batch(file))
     expected = file.weights("grads.")
@@ -90,13 +79,13 @@ def gradients(file: ParityFile) -> Iterator[Line]:
         yield largest("gradients that are 0 except for rounding, share of all", zeros, ZERO)
 
 
-def optimizer_steps(file: ParityFile) -> Iterator[Line]:
+def optimizer_steps(file: ParityFile) -> Iterator[Comparison]:
     """Compare the weights after three steps of our loop, orthogonalised in the dtype that nanochat used."""
     if file.variant == "oct2025":
         yield from _chaotic_steps(file)
         return
     losses3, weights = _three_steps(file, mx.float32)
-    yield Comparison("losses of three steps", scaled_distance(losses3, _tensor(file, "losses3")), 10 * LOSS)
+    yield Comparison("losses of three steps", scaled_distance(losses3, file.tensors["losses3"]), 10 * LOSS)
     undecided = _undecided(file)
     yield largest("change in three steps, relative norm", _changes(file, weights, undecided), RELATIVE)
     yield _decays(file, weights, undecided)
@@ -104,9 +93,9 @@ def optimizer_steps(file: ParityFile) -> Iterator[Line]:
     yield largest("the same, one row at a time", _changes(file, weights, undecided), RELATIVE)
 
 
-def _chaotic_steps(file: ParityFile) -> Iterator[Line]:
+def _chaotic_steps(file: ParityFile) -> Iterator[Comparison]:
     losses3, weights = _three_steps(file, mx.bfloat16)
-    yield Comparison("losses of three steps", scaled_distance(losses3, _tensor(file, "losses3")), 10 * LOSS)
+    yield Comparison("losses of three steps", scaled_distance(losses3, file.tensors["losses3"]), 10 * LOSS)
     flipped = _changes(file, _three_steps(file, mx.bfloat16, flip_last_bits=True)[1], {}, expected=weights)
 
     def chaos(found: Arrays) -> dict[str, float]:
@@ -131,10 +120,10 @@ def _chaotic_steps(file: ParityFile) -> Iterator[Line]:
     )
 
 
-def greedy(file: ParityFile) -> Iterator[Line]:
+def greedy(file: ParityFile) -> Iterator[Comparison]:
     """Compare the greedy continuation after the three steps, with and without a cache."""
-    model, prompt = file.model("after3."), _tensor(file, "greedy_prompt").tolist()
-    expected = _tensor(file, "greedy").tolist()
+    model, prompt = file.model("after3."), file.tensors["greedy_prompt"].tolist()
+    expected = file.tensors["greedy"].tolist()
     beyond = model.sizes.vocab_size  # the vocabulary of such a model has no special tokens
     special = {"<|python_start|>": beyond, "<|python_end|>": beyond}
     tokenizer: Any = SimpleNamespace(bos=beyond, assistant_end=beyond, ends=(beyond, beyond), special_ids=special)
@@ -146,25 +135,15 @@ def greedy(file: ParityFile) -> Iterator[Line]:
     yield _tokens("greedy continuation without a cache", ids[len(prompt) :], expected)
 
 
-def counts(file: ParityFile) -> Iterator[Line]:
+def counts(file: ParityFile) -> Iterator[Comparison]:
     """Compare the numbers of parameters and of FLOPs."""
     weights = sum(value.size for value in file.weights("weights.").values())
     yield Comparison("number of parameters", abs(count_parameters(file.sizes)["total"] - weights), 0)
-    try:
-        expected = int(file.metadata["flops_per_token"])
-    except (KeyError, ValueError):
-        raise UnreadableError(f"{file.path}: its metadata has no number flops_per_token") from None
+    expected = int(file.metadata["flops_per_token"])
     yield Comparison("FLOPs per token", abs(flops_per_token(file.sizes) - expected), 0)
 
 
-QUANTITIES: tuple[Quantity, ...] = (
-    counts,
-    logits,
-    losses,
-    gradients,
-    optimizer_steps,
-    greedy,
-)
+QUANTITIES: tuple[Quantity, ...] = (counts, logits, losses, gradients, optimizer_steps, greedy)
 
 
 @cache
@@ -214,7 +193,7 @@ def apply_rounded(x: mx.array, quintics: Sequence[muon.Quintic]) -> mx.array:
 
 def whole_batch(file: ParityFile) -> Batch:
     """Return the file's rows as one batch."""
-    return mean_batch(list(zip(_tensor(file, "ids"), _tensor(file, "targets"), strict=True)))
+    return mean_batch(list(zip(file.tensors["ids"], file.tensors["targets"], strict=True)))
 
 
 def loss_and_gradients(model: GPT, batch: Batch) -> tuple[float, dict[str, np.ndarray[Any, Any]]]:
@@ -327,9 +306,3 @@ def _undecided(file: ParityFile) -> Arrays:
 def _tokens(name: str, got: list[int], expected: list[int]) -> Comparison:
     differing = sum(ours != theirs for ours, theirs in zip(got, expected, strict=True))
     return Comparison(name, differing, 0, f"{len(expected)} tokens")
-
-
-def _tensor(file: ParityFile, name: str) -> np.ndarray[Any, Any]:
-    if name not in file.tensors:
-        raise UnreadableError(f"{file.path}: has no tensor {name}; it is not in the format of nanochat_*.safetensors")
-    return file.tensors[name]

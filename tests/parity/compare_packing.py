@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from comparison import Line, Quantity, same
+from comparison import Comparison, Quantity, same
 from parity_file import ParityFile
 
 from mlxchat.data.conversation import render_conversation
@@ -88,9 +88,8 @@ class InOrder(ShuffledConversations):
         return list(range(len(self._conversations)))
 
 
-def documents(file: ParityFile) -> Iterator[Line]:
+def documents(file: ParityFile) -> Iterator[Comparison]:
     """Compare the token ids of documents, and rows packed from them, also for several ranks and after a resume."""
-    file.require("documents", "token_ids", "shard_sizes", "row_group_size", "jul2026_bestfit")
     encoded = file.tokenizer().encode_documents(file.json["documents"])
     yield same(
         "ids of documents",
@@ -107,13 +106,12 @@ def documents(file: ParityFile) -> Iterator[Line]:
     yield same("rows of documents, best fit", pairs)
 
 
-def conversations(file: ParityFile) -> Iterator[Line]:
+def conversations(file: ParityFile) -> Iterator[Comparison]:
     """Compare rows of conversations up to the end of the first epoch.
 
     After that nanochat lets two epochs share a row, and ours does not. Cases with a conversation that is longer than
     a row, which nanochat never places and ours cuts, are compared in `long_conversations`.
     """
-    file.require("conversations", "conversation_lengths", "chat_jul2026")
     values, tokenizer = file.json, file.tokenizer()
     rendered = [render_conversation(tokenizer, conversation) for conversation in values["conversations"]]
     lengths = values["conversation_lengths"]
@@ -139,9 +137,8 @@ def conversations(file: ParityFile) -> Iterator[Line]:
     yield same("rows of conversations, best fit", pairs)
 
 
-def streams(file: ParityFile) -> Iterator[Line]:
+def streams(file: ParityFile) -> Iterator[Comparison]:
     """Compare rows of one token stream, as nanochat pretrained in 2025."""
-    file.require("documents", "token_ids", "oct2025_stream")
     encoded = file.tokenizer().encode_documents(file.json["documents"])
     pairs = []
     for number, case in enumerate(file.json["oct2025_stream"]):
@@ -153,13 +150,12 @@ def streams(file: ParityFile) -> Iterator[Line]:
     yield same("rows of one token stream, oct2025", pairs)
 
 
-def conversations_of_2025(file: ParityFile) -> Iterator[Line]:
+def conversations_of_2025(file: ParityFile) -> Iterator[Comparison]:
     """Compare the rows of nanochat's midtraining and SFT of 2025.
 
     Midtraining packs one stream, in which every token is a target. SFT puts one conversation into each row; nanochat's
     rows are as long as the longest conversation of the batch, and ours all have the same length, with padding.
     """
-    file.require("conversations", "chat_oct2025")
     values, tokenizer = file.json, file.tokenizer()
     rendered = [render_conversation(tokenizer, conversation) for conversation in values["conversations"]]
     pairs: dict[str, list[tuple[str, Any, Any]]] = {"stream": [], "alone": []}
@@ -192,7 +188,7 @@ def _in_order(packing: str, sequences: list[Any], row_tokens: int, case: dict[st
     return pack_conversations(packing, InOrder(_tokens(sequences), 0), **options)
 
 
-def long_conversations(file: ParityFile) -> Iterator[Line]:
+def long_conversations(file: ParityFile) -> Iterator[Comparison]:
     """Compare rows where some conversations are longer than a row, with packing that never places those."""
     values, tokenizer = file.json, file.tokenizer()
     lengths, pairs = values["conversation_lengths"], []

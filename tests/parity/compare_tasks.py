@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from comparison import Line, Quantity, UnreadableError, exact, matching, refusing, same
+from comparison import Comparison, Quantity, exact, matching, refusing, same
 from parity_file import ParityFile
 
 from mlxchat.data.mixture import shuffled_places
@@ -26,24 +26,8 @@ from mlxchat.tasks.benchmarks import GSM8K, extract_imports, extract_program
 from mlxchat.tasks.downloads import HubTask, Rows
 from mlxchat.tasks.jsonl import read_conversations
 
-_KNOWN = (
-    "gsm8k", "mmlu", "arc", "render_mc", "slicing", "mixture", "smoltalk", "humaneval", "spellingbee", "customjson",
-    "calculator",
-)  # fmt: skip
 
-
-def known(file: ParityFile) -> Iterator[Line]:
-    """Check that the file has a known key.
-
-    Raises:
-        UnreadableError: it has none.
-    """
-    if not any(key in file.json for key in _KNOWN):
-        raise UnreadableError(f"{file.path}: has none of {', '.join(_KNOWN)}; it is not in the format of tasks_*.json")
-    return iter(())
-
-
-def calculator(file: ParityFile) -> Iterator[Line]:
+def calculator(file: ParityFile) -> Iterator[Comparison]:
     """Compare the calculator's results by our documented rule, which differs from nanochat's."""
     if "calculator" not in file.json:
         return
@@ -54,7 +38,7 @@ def calculator(file: ParityFile) -> Iterator[Line]:
     yield exact("more than half of the expressions are compared", few, len(cases))
 
 
-def gsm8k(file: ParityFile) -> Iterator[Line]:
+def gsm8k(file: ParityFile) -> Iterator[Comparison]:
     """Compare GSM8K's conversations, numbers and verdicts."""
     if (data := file.json.get("gsm8k")) is None:
         return
@@ -90,7 +74,7 @@ def gsm8k(file: ParityFile) -> Iterator[Line]:
     yield _kind("gsm8k", data)
 
 
-def choices(file: ParityFile) -> Iterator[Line]:
+def choices(file: ParityFile) -> Iterator[Comparison]:
     """Compare conversations, order and verdicts of MMLU and ARC, and how choices are rendered."""
     for key, name in (("mmlu", "mmlu"), ("arc", "arc_easy")):
         if (data := file.json.get(key)) is None:
@@ -113,7 +97,7 @@ def choices(file: ParityFile) -> Iterator[Line]:
                        lambda case: render_mc(case["question"], case["letters"], case["choices"]), "text")  # fmt: skip
 
 
-def orders(file: ParityFile) -> Iterator[Line]:
+def orders(file: ParityFile) -> Iterator[Comparison]:
     """Compare slices and the order of mixtures."""
     if (data := file.json.get("slicing")) is not None:
         # nanochat's length of a slice may exceed the data, and reading there fails; ours ends with the data.
@@ -146,7 +130,7 @@ def orders(file: ParityFile) -> Iterator[Line]:
         yield same("orders of mixtures", found)
 
 
-def conversations(file: ParityFile) -> Iterator[Line]:
+def conversations(file: ParityFile) -> Iterator[Comparison]:
     """Compare SmolTalk and files of conversations."""
     if (data := file.json.get("smoltalk")) is not None:
         yield _conversations("smoltalk", _task("smoltalk", "train", data), data["conversations"])
@@ -159,7 +143,7 @@ def conversations(file: ParityFile) -> Iterator[Line]:
         yield refusing("invalid lines are refused", wrong, lambda case: _raises(_read_lines, [case["line"]]))
 
 
-def programs(file: ParityFile) -> Iterator[Line]:
+def programs(file: ParityFile) -> Iterator[Comparison]:
     """Compare HumanEval's conversations, and how programs are assembled from responses."""
     if (data := file.json.get("humaneval")) is None:
         return
@@ -172,7 +156,7 @@ def programs(file: ParityFile) -> Iterator[Line]:
     yield _kind("humaneval", data)
 
 
-def spelling(file: ParityFile) -> Iterator[Line]:
+def spelling(file: ParityFile) -> Iterator[Comparison]:
     """Compare SpellingBee and SimpleSpelling with the file's list of words."""
     if (data := file.json.get("spellingbee")) is None:
         return
@@ -201,7 +185,7 @@ def spelling(file: ParityFile) -> Iterator[Line]:
 
 
 QUANTITIES: tuple[Quantity, ...] = (
-    known, calculator, gsm8k, choices, orders, conversations, programs, spelling,
+    calculator, gsm8k, choices, orders, conversations, programs, spelling,
 )  # fmt: skip
 
 
@@ -242,7 +226,7 @@ def _all(task: Task) -> list[dict[str, Any]]:
     return [task[index] for index in range(len(task))]
 
 
-def _order(name: str, data: dict[str, Any]) -> Line:
+def _order(name: str, data: dict[str, Any]) -> Comparison:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
         pq.write_table(pa.table({"row": list(range(len(data["rows"])))}), path)
@@ -251,7 +235,7 @@ def _order(name: str, data: dict[str, Any]) -> Line:
     return same(f"{name}: the order of the rows", [("order", found, data["permutation"])])
 
 
-def _conversations(name: str, task: Task, expected: list[dict[str, Any]]) -> Line:
+def _conversations(name: str, task: Task, expected: list[dict[str, Any]]) -> Comparison:
     """Compare conversations by nanochat's keys; ours also have the answer of a choice."""
     return same(
         f"{name}: conversations",
@@ -262,7 +246,7 @@ def _conversations(name: str, task: Task, expected: list[dict[str, Any]]) -> Lin
     )
 
 
-def _kind(name: str, data: dict[str, Any]) -> Line:
+def _kind(name: str, data: dict[str, Any]) -> Comparison:
     return same(f"{name}: kind", [("kind", task_class(name).kind, data["eval_type"])])
 
 

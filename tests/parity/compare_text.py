@@ -6,7 +6,7 @@ import base64
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from comparison import Line, Quantity, exact, same
+from comparison import Comparison, Quantity, exact, same
 from parity_file import ParityFile
 
 from mlxchat.data.bpe import train_tokenizer
@@ -20,9 +20,8 @@ _LIMIT = 2048
 _ACCEPTED = ("completion_last_is_user",)
 
 
-def training(file: ParityFile) -> Iterator[Line]:
+def training(file: ParityFile) -> Iterator[Comparison]:
     """Compare the tokenizer that ours trains on the file's documents."""
-    file.require("documents", "doc_cap_chars", "num_documents_used", "vocab_size", "token_bytes", "split_pattern")
     values, tokenizer = file.json, file.tokenizer()
     documents = [text[: values["doc_cap_chars"]] for text in values["documents"][: values["num_documents_used"]]]
     yield same("characters trained on", [("", sum(map(len, documents)), values["chars_used"])])
@@ -37,9 +36,8 @@ def training(file: ParityFile) -> Iterator[Line]:
     yield same("bytes of each token", [("", trained.token_bytes.tolist(), values["token_bytes"])])
 
 
-def encoding(file: ParityFile) -> Iterator[Line]:
+def encoding(file: ParityFile) -> Iterator[Comparison]:
     """Compare encoded texts and decoded ids."""
-    file.require("encode", "decode", "encode_prepend_append", "encode_batch")
     values, tokenizer = file.json, file.tokenizer()
     cases = values["encode"]
     yield same(
@@ -68,9 +66,8 @@ def encoding(file: ParityFile) -> Iterator[Line]:
     )
 
 
-def small_corpora(file: ParityFile) -> Iterator[Line]:
+def small_corpora(file: ParityFile) -> Iterator[Comparison]:
     """Compare the merges of small corpora, which have ties or run out of pairs."""
-    file.require("training_cases")
     pairs: list[tuple[str, Any, Any]] = []
     refused: list[tuple[str, Any, Any]] = []
     for case in file.json["training_cases"]:
@@ -88,7 +85,7 @@ def small_corpora(file: ParityFile) -> Iterator[Line]:
         yield same("vocabularies that are too large are refused", refused)
 
 
-def bytes_of_2025(file: ParityFile) -> Iterator[Line]:
+def bytes_of_2025(file: ParityFile) -> Iterator[Comparison]:
     """Compare the bytes of each token as oct2025 counts them, from its text; ours counts the raw bytes."""
     if "token_bytes_oct2025_differences" not in file.json:
         return
@@ -98,9 +95,8 @@ def bytes_of_2025(file: ParityFile) -> Iterator[Line]:
     yield same("bytes of each token, oct2025", [("", differing, file.json["token_bytes_oct2025_differences"])])
 
 
-def conversations(file: ParityFile) -> Iterator[Line]:
+def conversations(file: ParityFile) -> Iterator[Comparison]:
     """Compare the ids and the masks of conversations."""
-    file.require("cases")
     tokenizer, cases = file.tokenizer(), file.json["cases"]
     rendered = [
         (
@@ -118,9 +114,8 @@ def conversations(file: ParityFile) -> Iterator[Line]:
     yield same("what is trained on", ((name, got and got[1], case["mask"]) for name, got, case in rendered))
 
 
-def prompts(file: ParityFile) -> Iterator[Line]:
+def prompts(file: ParityFile) -> Iterator[Comparison]:
     """Compare prompts for the assistant's next message; of long ones, the part that nanochat keeps."""
-    file.require("cases")
     tokenizer, pairs, cut = file.tokenizer(), [], []
     for case in file.json["cases"]:
         expected = case.get("completion_ids")
@@ -137,9 +132,8 @@ def prompts(file: ParityFile) -> Iterator[Line]:
         yield same(f"prompts beyond {_LIMIT} tokens, up to there", cut)
 
 
-def refusals(file: ParityFile) -> Iterator[Line]:
+def refusals(file: ParityFile) -> Iterator[Comparison]:
     """Compare the refusals of invalid conversations."""
-    file.require("errors")
     tokenizer = file.tokenizer()
     calls = {"render_conversation": render_conversation, "render_for_completion": render_for_completion}
     differing = []

@@ -32,16 +32,7 @@ class Comparison:
         return self.error <= self.tolerance
 
 
-@dataclass(frozen=True)
-class Unchecked:
-    """A quantity of the file that is not compared."""
-
-    name: str
-    reason: str
-
-
-Line = Comparison | Unchecked
-Quantity = Callable[[Any], Iterator[Line]]
+Quantity = Callable[[Any], Iterator[Comparison]]
 """Compares one or several related quantities of a `ParityFile`."""
 
 
