@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -109,14 +108,6 @@ def test_chat_model_saved_by_transformers_stays_one(hf: Twin, tmp_path: Path) ->
     assert load_checkpoint(take(hf.folder, tmp_path))[2]["format"] == "base"
 
 
-def test_bfloat16_is_imported_exactly(hf: Twin, tmp_path: Path) -> None:
-    arrays = {theirs: mx.array(hf.tensors[ours]).astype(mx.bfloat16) for theirs, ours in NAMES.items()}
-    mx.save_safetensors(str(hf.folder / "model.safetensors"), arrays)
-    found = load_file(take(hf.folder, tmp_path) / "model.safetensors")
-    for theirs, ours in NAMES.items():
-        assert np.array_equal(found[ours], np.asarray(arrays[theirs].astype(mx.float32)))
-
-
 def test_sharded_weights_are_imported(hf: Twin, tmp_path: Path) -> None:
     whole = load_file(hf.folder / "model.safetensors")
     (hf.folder / "model.safetensors").unlink()
@@ -159,7 +150,6 @@ FAULTS: list[tuple[Callable[[Path], Any], str]] = [
         lambda folder: change(folder, model_type="llama", architectures=["LlamaForCausalLM"]),
         r"LlamaForCausalLM.*\n.*pipeline=outside outside.path.*\n.*--model hf:FOLDER",
     ),
-    (lambda folder: change(folder, model_type="llama", architectures=5), r"is a llama \(model_type llama\)"),
     (
         lambda folder: change(folder, final_logit_softcapping=30.0, hidden_act="gelu"),
         r"hidden_act gelu \(expected relu2\), final_logit_softcapping 30.0 \(expected 15.0\)",
@@ -180,18 +170,8 @@ FAULTS: list[tuple[Callable[[Path], Any], str]] = [
         lambda folder: save_changed(folder, lambda w: w.update({"model.norm.weight": np.ones(32, np.float32)})),
         r"model.norm.weight is unknown",
     ),
-    (
-        lambda folder: save_changed(folder, lambda w: w.pop("model.layers.1.mlp.fc1.weight")),
-        r"transformer.h.1.mlp.c_fc.weight is missing",
-    ),
     (lambda folder: (folder / "tokenizer.json").unlink(), r"has no tokenizer.json"),
     (use_other_tokenizer, r"tokenizer.json has 265 tokens, the model 285: it is the tokenizer of another model"),
-    (
-        lambda folder: (folder / "tokenizer.json").write_text(
-            (folder / "tokenizer.json").read_text().replace("<|bos|>", "<|endoftext|>")
-        ),
-        r"tokenizer.json: the special token <\|bos\|> has id None, expected 276",
-    ),
     (
         lambda folder: (folder / "model.safetensors.index.json").write_text(
             '{"weight_map": {"a": "../../etc/passwd"}}'

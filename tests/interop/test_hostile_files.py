@@ -155,14 +155,6 @@ def test_arguments_are_not_hashed(value: bytes) -> None:
     refused(b"\x80\x02" + items + b"ccollections\nOrderedDict\nh\x01R\x86.", "TypeError", watched=False)
 
 
-def test_truncated_pickles_are_refused() -> None:
-    content = {"a": b"bytes", "b": [1, 2.5, None, True, -7], "c": ("text", 1 << 70)}
-    whole = pickle.dumps(content)
-    assert reading(whole) == content
-    for cut in range(0, len(whole), 7):
-        refused(whole[:cut])
-
-
 def test_long_tokens_are_refused_in_imports_and_artifacts(tmp_path: Path) -> None:
     """One of 10,000 bytes delayed an import by minutes; one of 8 MB in an artifact lengthened answers by as much."""
     single = {bytes([byte]): byte for byte in range(256)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import tracemalloc
@@ -16,9 +15,8 @@ import pytest
 from kit.commands import Say
 from mlxchat.cli import dispatch
 from mlxchat.composition.compose import compose_config
-from mlxchat.errors import ConfigError, DataError, MlxchatError
+from mlxchat.errors import ConfigError, DataError
 from mlxchat.interop.importing import import_model
-from mlxchat.planning.memory import describe_memory
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.gc import Limits, find_garbage
 from mlxchat.store.manifest import read_manifest
@@ -115,23 +113,6 @@ def test_checkpoint_is_named_by_source_tag_and_step(base: Path) -> None:
             dispatch(["import", "nanochat", word])
 
 
-def test_nanochats_tokenizer_is_a_source(base: Path) -> None:
-    from mlxchat.data.tokenizer import load_vocabulary
-
-    config = compose_config([f"tokenizer.source={base}/tokenizer/tokenizer.pkl"]).config
-    tokenizer, keeps_ids = load_vocabulary(config.tokenizer.source)
-    assert (config.tokenizer.vocab_size, keeps_ids) == (tokenizer.vocab_size, True)
-    assert load_vocabulary(str(base / "tokenizer"))[0].ranks == tokenizer.ranks
-
-
-def test_key_of_an_import_depends_only_on_its_files(twin: Twins) -> None:
-    def key(folder: str, seed: int, name: str, weights: int) -> str:
-        made = twin(folder, seed=weights)
-        return plan(*RL, f"imported.folder={made.folder}", f"seed={seed}", f"imported.name={name}")["imported"].key
-
-    assert key("one", 1, "a", 0) == key("other", 2, "b", 0) != key("third", 1, "a", 1)
-
-
 def test_rl_key_does_not_depend_on_the_reference(twin: Twins) -> None:
     made = twin("model")
     take(str(made.folder), "--name", "d2")
@@ -148,20 +129,6 @@ def test_unknown_import_is_refused_before_the_run(twin: Twins) -> None:
     take(str(twin().folder), "--name", "nanochat-d32")
     with pytest.raises(ConfigError, match=r'Did you mean "nanochat-d32"\? To import it: mlxchat import nanochat'):
         plan(*wired("nanochat-d23"))
-
-
-def test_memory_is_predicted_for_the_imported_model(twin: Twins) -> None:
-    made = twin("model", width=64)
-    config = compose_config([*RL, "rl=grpo", f"imported.folder={made.folder}"]).config
-    steps = plan_of(config, Store(Path("outputs")))
-    before = describe_memory(config, steps)["rl"]
-    assert re.search(r" with [\d,]+ tokens", before)
-    take(str(made.folder))
-    done = plan_of(config, Store(Path("outputs")))
-    assert [step.state for step in done] == ["done", "run"]
-    assert describe_memory(config, done)["rl"] == before
-    named = compose_config([*wired("model"), "rl=grpo"]).config
-    assert describe_memory(named, plan_of(named, Store(Path("outputs"))))["rl"] == before
 
 
 def test_rows_longer_than_the_imported_context_are_refused(twin: Twins) -> None:
@@ -252,20 +219,6 @@ def test_rl_chat_and_evaluation_accept_an_import(twin: Twins, say: Say, tmp_path
     assert "checkpoint: imported-x-" in say("lineage", "rl", "--up")
     say("chat", "--model", "import:x", "-p", "hello", "--max-tokens", "2")
     say("verify", "import:x")
-
-
-def test_failed_import_is_named_by_the_next(twin: Twins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    command = ["import", "nanochat", str(twin().folder), "--name", "x"]
-    with monkeypatch.context() as patch:
-        patch.setenv("MLXCHAT_CRASH_AT", "publish.renamed")
-        patch.setenv("MLXCHAT_CRASH_ERROR", "EIO")
-        with contextlib.suppress(MlxchatError):
-            assert dispatch(command) != 0
-    assert not (tmp_path / "outputs" / "refs" / "imports" / "x").exists()
-    assert dispatch(command) == 0
-    (place,) = (tmp_path / "outputs" / "store").iterdir()
-    assert resolve(Store(tmp_path / "outputs"), "import:x") == place
-    assert list((tmp_path / "outputs" / "work").iterdir()) == []
 
 
 def test_import_needs_less_memory_than_the_file(tmp_path: Path, lay: Lay) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,8 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.checkpoint import MODEL_FILE, save_checkpoint
 from mlxchat.model.gpt import GPT
-from mlxchat.model.sizes import GPTSizes
 
 mlx_lm = pytest.importorskip("mlx_lm")
-
-_TEXT = "The house in the garden had 12 windows, and the sun stood over it. It isn't so. "
 # No weight is zero, and windows are shorter than the rows, so that every part matters.
 make_model = partial(models.make_model, vocab_size=300, num_layers=4, width=64, context_tokens=512, scale=0.3)
 
@@ -72,14 +68,6 @@ def test_logits_agree_beyond_the_context(tmp_path: Path, tokenizer: Tokenizer, a
         np.testing.assert_allclose(np.asarray(found), expected, atol=1e-3)
 
 
-def test_model_file_has_every_field_of_the_sizes() -> None:
-    """mlx-lm silently drops fields of config.json that `ModelArgs` lacks."""
-    from mlxchat.model.mlx_lm_nanochat import ModelArgs
-
-    features = {field.name for field in fields(GPTSizes) if field.default is not MISSING}
-    assert features <= {field.name for field in fields(ModelArgs)}
-
-
 def test_chat_template_renders_the_trained_ids(opened: Any, tokenizer: Tokenizer) -> None:
     theirs = opened[2]
     messages = [
@@ -92,16 +80,6 @@ def test_chat_template_renders_the_trained_ids(opened: Any, tokenizer: Tokenizer
     found = theirs.apply_chat_template(messages, add_generation_prompt=True)
     assert list(found) == list(expected)
     assert theirs.eos_token_ids == {tokenizer.assistant_end}
-
-
-def test_batched_answers_equal_single_ones(opened: Any, tokenizer: Tokenizer) -> None:
-    from mlx_lm import batch_generate
-
-    _, theirs, their_tokenizer = opened
-    prompts = [tokenizer.encode(_TEXT), tokenizer.encode("Haus"), tokenizer.encode("It isn't so")]
-    together = batch_generate(theirs, their_tokenizer, prompts, max_tokens=8).texts
-    alone = [batch_generate(theirs, their_tokenizer, [prompt], max_tokens=8).texts[0] for prompt in prompts]
-    assert together == alone
 
 
 @pytest.mark.parametrize("feature", [{"query_key_scale": 1.2}, {"window_pattern": "SL"}])

@@ -142,15 +142,6 @@ def test_unknown_optimizer_contents_are_refused(twin: Callable[..., Twin], lay: 
             importing(made, tmp_path / f"out{number}")
 
 
-def test_optimizer_of_another_snapshot_is_refused(
-    model: Callable[..., tuple[Twin, Numbers]], twin: Callable[..., Twin], tmp_path: Path
-) -> None:
-    made, _ = model(later=False, ranks=3)
-    twin(later=True)  # the model's files alone are replaced
-    with pytest.raises(DataError, match="not an optimizer state"):
-        importing(made, tmp_path / "out")
-
-
 def test_training_continues_from_imported_moments(
     model: Callable[..., tuple[Twin, Numbers]], tmp_path: Path, tiny: tuple[str, ...], say: Say
 ) -> None:

@@ -64,16 +64,6 @@ def test_token_ids_are_nanochats(imported: dict[str, Any]) -> None:
     assert (len(tokenizer.token_bytes), int((tokenizer.token_bytes == 0).sum())) == (told["count"], told["zero"])
 
 
-def test_logits_are_nanochats(imported: dict[str, Any]) -> None:
-    # The reference rounds its rotary tables to bfloat16 (8 bits), ours do not: logits of ±15 differ by 0.003.
-    model, _, _ = loaded(imported)
-    for prompt in imported["expected"]["prompts"]:
-        logits = np.asarray(model(mx.array([prompt["ids"]]))[0, -1])
-        assert np.abs(logits[:16] - np.array(prompt["logits_first16"])).max() < 0.005
-        assert abs(logits.max() - prompt["logits_max"]) < 0.005
-        assert int(logits.argmax()) == prompt["argmax"]
-
-
 def test_greedy_text_is_nanochats(imported: dict[str, Any]) -> None:
     model, tokenizer, _ = loaded(imported)
     for prompt in imported["expected"]["prompts"]:

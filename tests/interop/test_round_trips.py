@@ -121,13 +121,3 @@ def test_trained_import_is_exported_exactly(twin: Twins, tmp_path: Path) -> None
     assert {name: content for name, (_, _, content) in found.items()} == {
         name: value.tobytes() for name, value in weights.items()
     }
-
-
-def test_base_models_survive_a_round_trip(twin: Twins, tmp_path: Path) -> None:
-    ours = come_in(twin(), tmp_path / "ours", chat=False)
-    for target, write in (("nanochat", exporting.write_nanochat), ("hf", exporting.write_hf)):
-        out = tmp_path / target
-        out.mkdir()
-        write(ours, out)
-        again = come_in(twin(f"unused-{target}"), tmp_path / f"{target}-again", format=target, folder=str(out))
-        assert not again.chats
