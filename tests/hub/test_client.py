@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from mlxchat.errors import DataError, MlxchatError, PassingError
-from mlxchat.hub import downloads, listings
+from mlxchat.errors import DataError, PassingError
+from mlxchat.hub import listings
 from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.client import fetch_files, fetch_url, list_files, record
 from mlxchat.runner.run import is_passing
@@ -67,12 +66,6 @@ def test_corrupt_file_is_downloaded_again(hub: Any, texts: Any) -> None:
     assert [len(hub.requests(path)) for path in CONTENT] == [2] * len(CONTENT)
 
 
-def test_model_and_data_set_of_one_name_differ(hub: Any, texts: Any) -> None:
-    hub.add(NAME, {"model.safetensors": b"weights"}, kind="model")
-    files = list_files(NAME, kind="model")
-    assert [path.read_bytes() for path in fetch_files(files)] == [b"weights"]
-
-
 def test_official_client_reads_our_cache(hub: Any, texts: Any) -> None:
     from huggingface_hub import hf_hub_download
 
@@ -100,14 +93,6 @@ def test_matching_shards_of_nanochat_are_used(
     assert fetch() == CONTENT, "a shard that changes later is downloaded"
 
 
-def test_files_of_the_official_client_are_hashed_and_used(hub: Any, texts: Any) -> None:
-    from huggingface_hub import hf_hub_download
-
-    hf_hub_download(NAME, "data/1.parquet", repo_type="dataset", endpoint=hub.url, cache_dir=hub_cache())
-    assert fetch("data/1.parquet") == {"data/1.parquet": CONTENT["data/1.parquet"]}
-    assert hub.sent("1.parquet") == len(CONTENT["data/1.parquet"])
-
-
 def test_altered_file_in_the_cache_is_downloaded_again(hub: Any, texts: Any) -> None:
     fetch()
     (file,) = list_files(NAME, pattern="data/2.parquet")
@@ -115,17 +100,6 @@ def test_altered_file_in_the_cache_is_downloaded_again(hub: Any, texts: Any) -> 
     damaged[1000] ^= 1
     file.blob.write_bytes(damaged)
     assert fetch("data/2.parquet") == {"data/2.parquet": CONTENT["data/2.parquet"]}
-
-
-def test_progress_ends_at_100_percent(
-    hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(downloads, "_FIRST_SECONDS", 0.0)
-    monkeypatch.setattr(downloads, "_INTERVAL_SECONDS", 0.0)
-    fetch("data/*")
-    shown = capsys.readouterr().err
-    assert "100%  800.0 kB of 800.0 kB" in shown
-    assert f"{NAME}: 4 files: 800.0 kB in" in shown
 
 
 # Faults
@@ -166,12 +140,6 @@ def test_redirect_to_another_host_does_not_get_the_token(hub: Any, texts: Any, m
     assert {each.token for each in requests if each.host.startswith("127.")} == {"hf_secret_token"}
     assert {each.token for each in requests if each.host.startswith("localhost")} == {None}
     assert hub.sent("parquet") == 800_000
-
-
-def test_downloads_run_in_parallel(hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    together, receive = threading.Barrier(len(CONTENT), timeout=60), downloads.Download._receive
-    monkeypatch.setattr(downloads.Download, "_receive", lambda self: (together.wait(), receive(self)))
-    assert fetch(workers=len(CONTENT)) == CONTENT
 
 
 @pytest.mark.parametrize(
@@ -247,15 +215,6 @@ def test_killed_download_resumes(hub: Any, texts: Any) -> None:
     assert hub.sent("parquet") < 800_000 + 3 * 131_072
 
 
-@pytest.mark.slow
-def test_two_processes_download_each_file_once(hub: Any, texts: Any) -> None:
-    hub.faults.block_seconds = 0.005
-    children = [start_child(), start_child()]
-    assert [child.wait(timeout=60) for child in children] == [0, 0]
-    assert hub.sent("parquet") == 800_000
-    assert fetch() == CONTENT
-
-
 # Without a network
 
 
@@ -300,24 +259,6 @@ def test_recorded_listing_replaces_a_silent_hub(hub: Any, texts: Any, capsys: py
 # Revisions
 
 
-def test_branch_is_resolved_once_per_process(hub: Any, texts: Any) -> None:
-    (old,) = list_files(NAME, pattern="README.md")
-    texts.files["README.md"], texts.commit = b"# New\n", "f" * 40
-    assert list_files(NAME, pattern="README.md") == [old]
-    listings.forget()
-    (new,) = list_files(NAME, pattern="README.md")
-    assert new.revision == "f" * 40
-    assert [path.read_bytes() for path in fetch_files([new])] == [b"# New\n"]
-
-
-def test_named_commit_is_used(hub: Any, texts: Any) -> None:
-    old = texts.commit
-    list_files(NAME, revision=old)
-    texts.commit = "f" * 40
-    listings.forget()
-    assert {file.revision for file in list_files(NAME, revision=old)} == {old}
-
-
 # Plain addresses
 
 
@@ -334,49 +275,11 @@ def test_url_is_downloaded_once_resumed_and_recorded(hub: Any) -> None:
     }  # fmt: skip
 
 
-def test_url_that_changes_during_a_cut_starts_over(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.files["words.txt"] = content(9)
-    hub.faults.truncate = "words.txt"
-    receive = downloads.Download._receive
-
-    def change_in_between(self: Any) -> None:
-        try:
-            receive(self)
-        finally:
-            hub.files["words.txt"] = content(10)
-
-    monkeypatch.setattr(downloads.Download, "_receive", change_in_between)
-    assert fetch_url(f"{hub.url}/files/words.txt").read_bytes() == content(10)
-
-
-def test_url_with_another_checksum_is_refused(hub: Any) -> None:
-    hub.files["words.txt"] = content(9)
-    url = f"{hub.url}/files/words.txt"
-    assert fetch_url(url, sha256=hashlib.sha256(content(9)).hexdigest()).read_bytes() == content(9)
-    with pytest.raises(DataError, match="is corrupt"):
-        fetch_url(url, sha256="0" * 64)
-
-
 def test_url_on_the_hub_is_checked_by_etag(hub: Any) -> None:
     hub.files["bundle.zip"] = content(9)
     hub.faults.corrupt = "bundle.zip"
     assert fetch_url(f"{hub.url}/files/bundle.zip").read_bytes() == content(9)
     assert len(hub.requests("bundle.zip")) == 2
-
-
-def test_offline_cached_urls_are_used_and_missing_ones_named(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.files["a.txt"] = hub.files["b.txt"] = b"text"
-    fetch_url(f"{hub.url}/files/a.txt")
-    offline(monkeypatch)
-    assert fetch_url(f"{hub.url}/files/a.txt").read_bytes() == b"text"
-    with pytest.raises(DataError, match=r"files/b\.txt is not on this machine.*mlxchat data fetch"):
-        fetch_url(f"{hub.url}/files/b.txt")
-
-
-def test_unwritable_cache_is_one_message(hub: Any, texts: Any, tmp_path: Path) -> None:
-    (tmp_path / "hf").write_text("a file where a folder should be")
-    with pytest.raises(MlxchatError, match="hf"):
-        fetch()
 
 
 def test_equal_contents_are_downloaded_once_and_empty_files_exist(hub: Any) -> None:

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -192,16 +191,6 @@ def test_import_by_name_includes_inputs(place: Place, made: Any, folders: list[P
         import_from(Store(tmp_path / "two"), place, ["sft"])
 
 
-def test_incomplete_artifact_is_named(folders: list[Path], tmp_path: Path) -> None:
-    place = open_place(f"file://{tmp_path}/elsewhere")
-    export_to(place, folders)
-    name = folders[1].name
-    Path(place.path(name, "manifest.json")).unlink()
-    for word in (name[:6], name[-16:], name[-16:-9]):
-        with pytest.raises(ConfigError, match=f"{name} is incomplete"):
-            import_from(Store(tmp_path / "other"), place, [word])
-
-
 RUN = """
 import sys
 from pathlib import Path
@@ -276,37 +265,6 @@ def test_interrupted_import_reads_only_the_rest(toys: Any, tmp_path: Path, monke
     import_from(other, place, [])
     assert sum(read) == 6000
     assert (other.outputs / "store").is_dir()
-
-
-def test_old_import_folder_is_garbage(toys: Any, tmp_path: Path) -> None:
-    from mlxchat.store.gc import Limits, find_garbage
-
-    toys.store.prepare()
-    folder = toys.outputs / "work" / ".import-0123456789abcdef"
-    folder.mkdir()
-    assert find_garbage(toys.store, Limits()).garbage == []
-    long_ago = time.time() - 8 * 86400
-    os.utime(folder, (long_ago, long_ago))
-    assert [item.path for item in find_garbage(toys.store, Limits()).garbage] == [folder]
-
-
-def test_push_and_pull_take_urls(made: Any, tmp_path: Path, say: Any) -> None:
-    url = f"file://{tmp_path}/to"
-    assert "pushed 2 artifacts" in say("push", "second", url, f"outputs={made.outputs}")
-    assert "2 artifacts pulled" in say("pull", url, "copy", f"outputs={tmp_path}/other")
-    assert "1 artifact pulled" in say("pull", f"{tmp_path}/to", "make", f"outputs={tmp_path}/third")
-
-
-@pytest.mark.parametrize(
-    ("url", "message"),
-    [
-        ("quux://bucket/path", "fsspec does not support quux://"),
-        ("s3://", "names no folder"),
-        ("memory://nothing", "holds no artifacts"),
-    ],
-)
-def test_unusable_url_is_one_message(url: str, message: str, tmp_path: Path, say: Any) -> None:
-    assert message in say("pull", url, f"outputs={tmp_path}/other", code=2)
 
 
 def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

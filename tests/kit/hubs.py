@@ -108,12 +108,8 @@ class LoopbackHub(Served):
 class _Downloads(QuietHandler):
     hub: LoopbackHub
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
     def do_GET(self) -> None:
-        url = urlsplit(self.path)
-        path = unquote(url.path)
+        path = unquote(urlsplit(self.path).path)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         entry = Request(self.command, path, self.headers.get("Range"), token, self.headers.get("Host", ""))
         self.entry = entry
@@ -132,6 +128,8 @@ class _Downloads(QuietHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
+    do_HEAD = do_GET
+
     def route(self, path: str) -> None:
         parts = path.strip("/").split("/")
         if parts[0] == "files":
@@ -142,10 +140,10 @@ class _Downloads(QuietHandler):
         else:
             kind = "dataset" if parts[0] == "datasets" else "model"
             parts = parts[1:] if kind == "dataset" else parts
-            repository = self.find(kind, "/".join(parts[:2]))
+            repository = self.hub.repositories[kind, "/".join(parts[:2])]
             name = "/".join(parts[4:])
             content = repository.files[name]
-            if repository is None or parts[3] not in (repository.commit, "main"):
+            if parts[3] not in (repository.commit, "main"):
                 raise KeyError(parts[3])
             if fnmatch.fnmatchcase(name, self.hub.faults.denied):
                 self.say_json({"error": "gated"}, 403, {"X-Error-Message": "you are not in the authorized list"})
@@ -156,9 +154,6 @@ class _Downloads(QuietHandler):
                 self.say(302, {**headers, "Content-Length": "0"})
                 return
             self.say_file(name, content, self.etag(repository, name), self.facts(repository, name))
-
-    def find(self, kind: str, name: str) -> Repository:
-        return self.hub.repositories[kind, name]
 
     def etag(self, repository: Repository, name: str) -> str:
         content = repository.files[name]
@@ -175,7 +170,7 @@ class _Downloads(QuietHandler):
         if (kind, name) not in self.hub.repositories:
             self.say_json({"error": "no such repository"}, 401, {"X-Error-Code": "RepoNotFound"})
             return
-        repository = self.find(kind, name)
+        repository = self.hub.repositories[kind, name]
         revision = "/".join(parts[4:]) or "main"
         if revision not in ("main", repository.commit):
             self.say_json({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
@@ -282,15 +277,6 @@ class UploadHub(Served):
 class _Uploads(QuietHandler):
     hub: UploadHub
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_PUT(self) -> None:
-        self.do_GET()
-
-    def do_POST(self) -> None:
-        self.do_GET()
-
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
         body = self.body()
@@ -305,6 +291,8 @@ class _Uploads(QuietHandler):
             self.resolve(path)
         else:
             self.route(path, body)
+
+    do_HEAD = do_PUT = do_POST = do_GET
 
     def route(self, path: str, body: bytes) -> None:
         if path == "/api/repos/create":
