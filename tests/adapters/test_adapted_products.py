@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import mlxchat  # isort: split
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -100,37 +98,6 @@ def test_gradients_equal_finite_differences(path: str, kind: str, bits: int | No
 
         difference = (moved(1e-5) - moved(-1e-5)) / 2e-5
         assert float((np.asarray(slope) * direction).sum()) == pytest.approx(difference, rel=1e-4, abs=1e-3), name
-
-
-@pytest.mark.parametrize(("kind", "bits"), [("lora", 4), ("dora", None)])
-def test_product_and_gradients_equal_mlx_lms(path: str, kind: str, bits: int | None) -> None:
-    layers = pytest.importorskip("mlx_lm.tuner.lora"), pytest.importorskip("mlx_lm.tuner.dora")
-    made = make(kind, bits)
-    base = nn.Linear(IN, OUT, bias=False)
-    if bits is not None:
-        base = nn.QuantizedLinear(IN, OUT, bias=False, group_size=GROUP, bits=bits)
-        base.scales, base.biases = made.layer.scales, made.layer.biases
-    base.weight = made.layer.weight
-    theirs = (layers[0].LoRALinear if kind == "lora" else layers[1].DoRALinear).from_base(base, r=RANK, scale=SCALE)
-    names = ["lora_a", "lora_b", *(["m"] if kind == "dora" else [])]
-    x = mx.random.normal((7, IN), key=mx.random.key(3))
-    weights = mx.random.normal((7, OUT), key=mx.random.key(4))
-
-    def gradients(layer: nn.Module, call: Callable[[mx.array], mx.array]) -> list[np.ndarray]:
-        def loss(x: mx.array, *small: mx.array) -> mx.array:
-            for name, value in zip(names, small, strict=True):
-                layer[name] = value
-            return (call(x) * weights).sum()
-
-        given = [x, *(made.layer[name] for name in names)]
-        return [np.array(slope) for slope in mx.grad(loss, argnums=tuple(range(len(given))))(*given)]
-
-    for name in names:
-        theirs[name] = made.layer[name]
-    np.testing.assert_allclose(np.asarray(made.layer(x)), np.asarray(theirs(x)), atol=1e-4)
-    ours = gradients(made.layer, made.layer)
-    for found, right in zip(ours, gradients(theirs, theirs), strict=True):
-        np.testing.assert_allclose(found, right, rtol=1e-3, atol=1e-3)
 
 
 def test_dropout_applies_only_to_the_adapters_input(path: str) -> None:

@@ -78,16 +78,6 @@ def test_stacked_adapters_are_fused(tmp_path: Path) -> None:
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_contents_depend_on_the_adapters_and_the_base(tmp_path: Path) -> None:
-    trees, arrays = [], []
-    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        tuned = publish_adapters(tmp_path / name, publish_base(tmp_path / name, seed=seed))
-        trees.append(read_manifest(tuned)["tree"])
-        arrays.append((tuned / ADAPTERS_FILE).read_bytes())
-    assert arrays[0] == arrays[1] == arrays[2]
-    assert trees[0] == trees[1] != trees[2]
-
-
 def test_missing_base_is_named(tmp_path: Path) -> None:
     base = publish_base(tmp_path / "outputs")
     tuned = publish_adapters(tmp_path / "outputs", base)
@@ -143,26 +133,15 @@ def _arrays(change: Callable[[Weights], Any]) -> Callable[[Path], None]:
 FIRST = "transformer.h.0.attn.c_q"
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no arrays": (lambda folder: (folder / ADAPTERS_FILE).unlink(), "not a readable adapters.safetensors"),
-    "cut arrays": (
-        lambda folder: (folder / ADAPTERS_FILE).write_bytes((folder / ADAPTERS_FILE).read_bytes()[:-9]),
-        "not a readable adapters.safetensors",
-    ),
     "no config": (lambda folder: (folder / ADAPTER_CONFIG_FILE).unlink(), "not a readable adapter_config.json"),
-    "config is text": (lambda folder: (folder / ADAPTER_CONFIG_FILE).write_text("rank: 8"), "not a readable adap"),
-    "config is a list": (lambda folder: (folder / ADAPTER_CONFIG_FILE).write_text("[]"), "not a readable adap"),
     "config nests": (lambda folder: (folder / ADAPTER_CONFIG_FILE).write_text("[" * 99999), "not a readable adap"),
     "kind": (_edit(ADAPTER_CONFIG_FILE, lambda it: it.update(fine_tune_type="full")), "'full' is neither lora nor"),
-    "kind is a list": (_edit(ADAPTER_CONFIG_FILE, lambda it: it.update(fine_tune_type=[])), "is neither lora nor dora"),
     "rank": (_edit(ADAPTER_CONFIG_FILE, lambda it: it["lora_parameters"].update(rank="8")), "rank '8' is not an int"),
     "scale": (
         _edit(ADAPTER_CONFIG_FILE, lambda it: it["lora_parameters"].update(scale=float("nan"))), "scale nan is not"
     ),
-    "layers": (_edit(ADAPTER_CONFIG_FILE, lambda it: it.update(num_layers=None)), "num_layers None is not an int"),
     "keys": (_edit(ADAPTER_CONFIG_FILE, lambda it: it["lora_parameters"].update(keys=["../x"])), "x is not a matrix"),
-    "no keys": (_edit(ADAPTER_CONFIG_FILE, lambda it: it["lora_parameters"].update(keys=[])), "names no matrices"),
-    "keys of a kind": (_edit(ADAPTER_CONFIG_FILE, lambda it: it["lora_parameters"].update(keys=7)), "not a list"),
     "one less": (_arrays(lambda it: it.pop(f"{FIRST}.lora_a")), f"{FIRST}.lora_a is absent, expected .64, 4."),
-    "one more": (_arrays(lambda it: it.update(other=np.ones(3, np.float32))), "other is .3., expected absent"),
     "shape": (
         _arrays(lambda it: it.update({f"{FIRST}.lora_b": np.ones((3, 64), np.float32)})), ".3, 64., expected .4, 64."
     ),
@@ -174,8 +153,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
         _edit("checkpoint.json", lambda it: it["adapter"]["base"].update(rid="../../../etc")), "not in the same store"
     ),
     "strange bits": (_edit("checkpoint.json", lambda it: it["adapter"].update(bits=3)), "unsupported bits 3"),
-    "facts nest": (lambda folder: (folder / "checkpoint.json").write_text("[" * 99999), "cannot be read"),
-    "no facts of it": (_edit("checkpoint.json", lambda it: it.update(adapter=[])), "adapter is not an object"),
     "another model": (_edit("config.json", lambda it: it.update(num_attention_heads=1)), "differs from that of its"),
 }  # fmt: skip
 

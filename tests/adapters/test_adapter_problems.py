@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from kit.training import training_of
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import NO_ADAPTER, Config
 from mlxchat.errors import ConfigError
@@ -40,11 +39,6 @@ def test_stages_can_override_the_group() -> None:
     config = composed("adapter=dora", "adapter.rank=4", "sft.adapter.rank=2", "rl.adapter.kind=none")
     assert [stage.adapter.kind for stage in (config.midtrain, config.sft, config.rl)] == ["dora", "dora", "none"]
     assert [stage.adapter.rank for stage in (config.midtrain, config.sft)] == [4, 2]
-
-
-def test_groups_of_adapters() -> None:
-    assert vars(composed().adapter) == vars(NO_ADAPTER)
-    assert vars(composed("adapter=qlora").sft.adapter) == vars(composed("adapter=lora").sft.adapter) | {"bits": 4}
 
 
 def test_steps_without_adapters_keep_their_keys() -> None:
@@ -102,14 +96,6 @@ def test_fusing_without_adapters_is_refused_before_training() -> None:
     assert "set sft.adapter.kind=lora" in message
     assert "pipeline.whole: pretrain trains all weights" in refusal(FUSED % "pretrain", "adapter=lora")
     assert composed(FUSED % "sft", "adapter=lora").pipeline["whole"]["stage"] == "fused"
-
-
-def test_adapters_lower_the_predicted_memory() -> None:
-    plain, small = composed(), composed("adapter=lora", "adapter.rank=2")
-    for stage in ("midtrain", "sft", "rl"):
-        of_all, of_few = (training_of(config, stage) for config in (plain, small))
-        assert of_few.peak_bytes(1) < of_all.peak_bytes(1)
-    assert training_of(small, "pretrain").adapters is None
 
 
 def test_predicted_moments_are_the_adapters() -> None:

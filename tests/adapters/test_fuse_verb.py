@@ -52,17 +52,6 @@ def test_fused_model_needs_no_base(outputs: Path, command: Command) -> None:
     np.testing.assert_array_equal(logits(fused), expected)
 
 
-def test_step_can_use_any_model_of_the_store(outputs: Path, command: Command) -> None:
-    command("fuse", "sft")
-    name = resolve(Store(outputs), "fused").name
-    code, printed = command("plan", f"pipeline.rl.checkpoint=artifact:{name}", "targets=[rl]")
-    assert code == 0
-    assert f"checkpoint {name}" in printed
-    code, printed = command("plan", "pipeline.rl.checkpoint=artifact:nothing", "targets=[rl]")
-    assert code == 2
-    assert 'pipeline.rl.checkpoint: "nothing" is no artifact' in printed
-
-
 def test_model_without_adapters_is_not_fused(outputs: Path, command: Command) -> None:
     code, printed = command("fuse", "base")
     assert code == 2

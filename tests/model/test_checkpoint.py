@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from kit.models import make_model
 from mlxchat.data.bpe import train_tokenizer
@@ -92,18 +92,6 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     assert digests[0].keys() == FILES
 
 
-def test_config_has_mlx_lms_fields(model: GPT, tokenizer: Tokenizer, saved: Path) -> None:
-    config = json.loads((saved / "config.json").read_text())
-    expected = {
-        "model_type": "nanochat", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 280, "max_position_embeddings": 64, "intermediate_size": 128,
-        "rope_theta": 10_000.0,
-    }  # fmt: skip
-    assert {key: config[key] for key in expected} == expected
-    assert config["bos_token_id"] == tokenizer.special_ids["<|bos|>"]
-    assert config["eos_token_id"] == tokenizer.special_ids["<|assistant_end|>"]
-
-
 def test_files_are_safe_formats(saved: Path) -> None:
     assert {path.name for path in saved.iterdir()} == FILES
     for path in saved.iterdir():
@@ -139,13 +127,6 @@ def test_missing_and_wrong_sizes_are_refused(saved: Path, key: str, value: int |
         del config[key]
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=message):
-        load_checkpoint(saved)
-
-
-def test_unknown_weight_is_named(saved: Path) -> None:
-    arrays = load_file(saved / "model.safetensors")
-    save_file(arrays | {"resid_lambdas": np.ones(3, np.float32)}, saved / "model.safetensors")
-    with pytest.raises(DataError, match="resid_lambdas"):
         load_checkpoint(saved)
 
 

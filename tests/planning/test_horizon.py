@@ -14,7 +14,6 @@ from mlxchat.planning.horizon import (
     Hyperparameters,
     derive_hyperparameters,
     derive_numbers,
-    whole_rows,
 )
 
 OCT2025 = composed("experiment=speedrun_d20")
@@ -107,12 +106,3 @@ def test_given_batch_scales_rates_and_weight_decay() -> None:
     """nanochat, d4 at 32,768 tokens per iteration: rates × 0.25, 4,224 iterations."""
     found = derive(4, JUL2026, 32_768, tokens_per_parameter=12)
     assert (found.batch_lr_scale, found.num_iterations) == (0.25, 4224)
-
-
-def test_without_scaling_rates_and_weight_decay_are_as_given() -> None:
-    found = derive(4, OCT2025, 32_768, tokens_per_parameter=20)
-    assert (found.batch_lr_scale, found.weight_decay) == (1.0, 0.0)
-
-
-def test_chosen_batch_is_a_whole_number_of_rows() -> None:
-    assert [whole_rows(1024, 256), whole_rows(1024, 96), whole_rows(64, 100)] == [1024, 960, 100]

@@ -32,7 +32,6 @@ from mlxchat.planning.memory import (
     check_memory,
     choose_micro_batch,
     describe_conflicts,
-    describe_memory,
     forecast_bytes,
     forward_tokens,
     predict_forward_bytes,
@@ -47,25 +46,16 @@ from mlxchat.training.step import TrainStep
 # (path, variant, compute type, depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes): sizes at
 # which each part counts, of a hundred megabytes or more, beside which a few incidental buffers do not matter.
 Case = tuple[str, str, mx.Dtype, int, int, int, int, int, bool, int]
-SMALL = [
-    (4, 4096, 512, 4, 2, False, 2), (4, 512, 512, 4, 4, False, 2), (4, 2048, 512, 4, 4, True, 2),
-    (4, 8192, 512, 2, 2, False, 2), (6, 512, 256, 1, 1, False, 1),
-]  # fmt: skip
+SMALL = [(4, 4096, 512, 4, 2, False, 2), (4, 2048, 512, 4, 4, True, 2), (6, 512, 256, 1, 1, False, 1)]
 LARGE = [
-    (4, 4096, 512, 8, 8, False, 2), (4, 4096, 2048, 2, 2, False, 2), (4, 32768, 512, 4, 4, False, 2),
-    (4, 4096, 1024, 8, 2, True, 2), (6, 512, 512, 8, 8, False, 2), (6, 16384, 512, 4, 2, False, 1),
-    (8, 4096, 256, 2, 1, False, 2), (8, 4096, 512, 2, 2, True, 2), (8, 16384, 256, 2, 2, False, 2),
-    (6, 512, 2048, 2, 2, False, 2),
+    (4, 4096, 2048, 2, 2, False, 2), (4, 32768, 512, 4, 4, False, 2), (4, 4096, 1024, 8, 2, True, 2),
+    (6, 16384, 512, 4, 2, False, 1), (8, 4096, 256, 2, 1, False, 2), (8, 4096, 512, 2, 2, True, 2),
 ]  # fmt: skip
 PLAIN = [
-    ("oct2025", mx.float32, 2, 512, 1024, 2, 2, False), ("oct2025", mx.bfloat16, 2, 512, 256, 8, 8, False),
-    ("oct2025", mx.bfloat16, 2, 2048, 256, 8, 4, False), ("oct2025", mx.float32, 2, 16384, 256, 2, 2, False),
-    ("oct2025", mx.bfloat16, 2, 512, 1024, 2, 2, False), ("oct2025", mx.bfloat16, 2, 16384, 256, 2, 2, False),
-    ("oct2025", mx.bfloat16, 2, 512, 1024, 2, 2, True), ("oct2025", mx.bfloat16, 4, 512, 256, 4, 4, False),
-    ("oct2025", mx.float32, 4, 512, 256, 4, 4, True), ("oct2025", mx.float32, 4, 512, 1024, 1, 1, False),
-    ("oct2025", mx.float32, 4, 4096, 256, 2, 2, False), ("jul2026", mx.float32, 2, 512, 512, 4, 4, False),
-    ("jul2026", mx.float32, 2, 4096, 256, 4, 2, False), ("jul2026", mx.bfloat16, 2, 512, 512, 4, 4, False),
-    ("jul2026", mx.bfloat16, 2, 4096, 256, 4, 2, False),
+    ("oct2025", mx.float32, 2, 512, 1024, 2, 2, False), ("oct2025", mx.bfloat16, 2, 2048, 256, 8, 4, False),
+    ("oct2025", mx.bfloat16, 2, 16384, 256, 2, 2, False), ("oct2025", mx.bfloat16, 2, 512, 1024, 2, 2, True),
+    ("oct2025", mx.float32, 4, 4096, 256, 2, 2, False), ("jul2026", mx.float32, 2, 4096, 256, 4, 2, False),
+    ("jul2026", mx.bfloat16, 2, 512, 512, 4, 4, False), ("jul2026", mx.bfloat16, 2, 4096, 256, 4, 2, False),
 ]  # fmt: skip
 CASES: list[Any] = [
     *(("cpu", "oct2025", mx.float32, *case) for case in SMALL),
@@ -212,13 +202,6 @@ def test_evaluation_during_training_stays_below_its_peak() -> None:
     assert 2 * weights + predict_forward_bytes(sizes, tokens=2 * bound) > peak
 
 
-def test_plan_describes_the_memory_of_trainings(tmp_path: Path) -> None:
-    config = composed("machine=cpu")
-    lines = describe_memory(config, planned(config, tmp_path))
-    assert list(lines) == ["pretrain", "midtrain", "sft"]
-    assert lines["pretrain"].endswith("MB with 2,048 tokens at a time")
-
-
 def test_plan_names_steps_that_do_not_fit_at_the_same_time(tmp_path: Path) -> None:
     config = config_of("machine=cpu", "machine.max_parallel_steps=2", "pipeline=two_sft")
     plan = planned(config, tmp_path)
@@ -278,9 +261,7 @@ assert "mlx" not in sys.modules
 SAMPLING = [
     ("jul2026", 4, 480, 32, mx.float32, False, None), ("oct2025", 4, 100, 28, mx.float32, False, 4),
     ("oct2025", 1, 8, 2, mx.bfloat16, True, 4), ("oct2025", 32, 100, 28, mx.float32, True, None),
-    ("oct2025", 4, 480, 32, mx.float32, False, None), ("oct2025", 32, 100, 28, mx.float32, False, None),
-    ("oct2025", 16, 480, 16, mx.float32, True, None), ("oct2025", 4, 60, 4, mx.float32, True, 8),
-    ("oct2025", 1, 8, 2, mx.bfloat16, True, None),
+    ("oct2025", 16, 480, 16, mx.float32, False, None), ("oct2025", 4, 60, 4, mx.float32, True, 8),
 ]  # fmt: skip
 
 
@@ -339,13 +320,6 @@ def test_peak_of_sampling_is_predicted_within_15_percent(case: Any) -> None:
     print(f"predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert predicted == pytest.approx(measured, rel=0.15)
     assert left < 0.02 * measured
-
-
-def test_rl_needs_the_larger_of_step_and_sampling() -> None:
-    numbers: Any = {"sizes": SIZES, "optimizer": composed().optimizer, "rows": 256, "row_tokens": 1024}
-    step, both = (predict_peak(Training(**numbers, sampled_rows=rows, sampled_tokens=1024), 1) for rows in (0, 256))
-    assert both.sampling == decoding(1024).bytes_beside_weights(256) > step.total
-    assert both.total == both.weights + both.moments + both.sampling
 
 
 def test_quantised_rollouts_hold_packed_and_own_weights() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxchat.planning.scaling import Training, fit_power_law, fit_scaling_laws, group_by_budget, table_of
+from mlxchat.planning.scaling import Training, fit_power_law, fit_scaling_laws, table_of
 
 # Hoffmann et al. 2022 (arXiv 2203.15556), equation 10: L = E + A / N^α + B / D^β.
 E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
@@ -90,11 +90,6 @@ def test_fewer_than_two_budgets_of_three_sizes_give_no_laws() -> None:
     assert fit_scaling_laws([training(size, 1e15) for size in (1e6, 2e6, 3e6)]) is None
     assert fit_scaling_laws([training(size, flops) for size in (1e6, 2e6) for flops in (1e15, 1e16)]) is None
     assert fit_scaling_laws([]) is None
-
-
-def test_budgets_that_differ_by_rounding_are_one() -> None:
-    groups = group_by_budget([training(3e6, 1.04e15), training(1e6, 1e15), training(2e6, 2e15)])
-    assert [[one.horizon_parameters for one in group] for group in groups] == [[1_000_000, 3_000_000], [2_000_000]]
 
 
 def test_table_has_nanochats_columns() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kit.models import composed
 from mlxchat.errors import DataError
-from mlxchat.planning.text import TextNeed, check_text_room, describe_text, find_text_need
+from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 
@@ -63,13 +63,6 @@ def test_need_counts_files_of_a_listing_and_repeated_epochs(tmp_path: Path) -> N
     assert str(need).endswith(
         f"100 of 100 files, 10.0 GB to fetch; that is all there is, and the training passes over it {passes:.1f} times"
     )
-
-
-def test_plan_describes_the_text(tmp_path: Path) -> None:
-    config, store = composed("experiment=speedrun_d20", "pretrain.packing=best_fit"), Store(tmp_path / "outputs")
-    ((step, line),) = describe_text(config, plan_of(config, store), store).items()
-    assert step == "corpus"
-    assert line.startswith("text: 91.")
 
 
 def test_run_without_space_for_text_and_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
