@@ -77,24 +77,6 @@ def test_misspelt_option_gets_a_suggestion(say: Say) -> None:
     assert 'there is no verb "lineag"' in say("lineag", "x", code=2)
 
 
-def test_cfg_prints_the_composed_configuration(say: Say) -> None:
-    text = say("--cfg", "job", "sft.num_epochs=3")
-    assert text.startswith("name: quickstart\nseed: 42\n")
-    assert "\n  num_epochs: 3\n" in text
-    assert say("--cfg", "job", "-p", "sft.batch", "sft.batch.tokens=1024") == (
-        "# @package sft.batch\ntokens: 1024\nrow_tokens: ${model.context_tokens}\n"
-    )
-
-
-def test_config_dir_adds_options(say: Say, tmp_path: Path) -> None:
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine.yaml").write_text("defaults: [d4, _self_]\nname: mine\ndepth: 6\n")
-    text = say(
-        "plan", "experiment=quickstart", "model=mine", "--config-dir", str(tmp_path), f"outputs={tmp_path}/outputs"
-    )
-    assert "pretrain-mine (key " in text
-
-
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
@@ -203,14 +185,6 @@ def test_doctor_reports_a_missing_blas(mlxchat: CommandLine) -> None:
         assert re.search(r"^wrong +blas +switched off by MLXCHAT_BLAS=off.*slow", done.stdout, re.MULTILINE)
 
 
-def test_report_prints_a_table_and_its_path(outputs: Path, say: Say) -> None:
-    text = say("report", f"outputs={outputs}")
-    assert "val bpb" in text
-    written = Path(text.split("report: ")[1].strip())
-    assert written.is_relative_to(outputs / "runs")
-    assert written.stat().st_size > 1000
-
-
 def test_chat_answers_one_question(finished: Any, say: Say) -> None:
     words = ["chat", "-p", "Who are you?", "--max-tokens=5", f"outputs={finished.outputs}"]
     text = say(*words)
@@ -269,18 +243,6 @@ def test_exit_code_and_message_depend_on_the_error(
     assert caught.value.code == code
     assert "Traceback" not in said
     assert told in (None, said)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="a Mac has a GPU")
-def test_missing_gpu_names_the_setting(outputs: Path, tiny: tuple[str, ...], say: Say) -> None:
-    import mlx.core as mx
-
-    if mx.cuda.is_available():
-        pytest.skip("there is one")
-    settings = ["machine.device=gpu", "pretrain.num_iterations=2", "stage=pretrain", f"outputs={outputs}"]
-    text = say(*tiny, *settings, code=2)
-    assert re.search(r'error: machine\.device is "?gpu', text)
-    assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlxchat.cli import dispatch
-from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.errors import ConfigError, StoreError
+from mlxchat.errors import ConfigError
 
 Show = Callable[..., str]
 
@@ -51,18 +50,6 @@ def test_tasks_are_counted_and_trained_text_is_between_marks(show: Show) -> None
     assert "\x1b" not in printed
 
 
-def test_trained_text_is_coloured_on_a_terminal(show: Show, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm-256color")
-    printed = show("mixture=my_mixture", "-n", "1", "--task", "spelling")
-    assert re.search(r"\x1b\[4;32m\w+:\w,", printed)
-    assert "⟦" not in printed
-    monkeypatch.setenv("NO_COLOR", "1")
-    printed = show("mixture=my_mixture", "-n", "1", "--task", "spelling")
-    assert "\x1b[4;32m" not in printed
-    assert re.search(r"⟦.*<\|assistant_end\|>.*⟧", printed)
-
-
 def test_order_is_that_of_training_or_of_the_seed(show: Show) -> None:
     def names(*arguments: str) -> list[str]:
         return re.findall(r"── \d+ · (\w+ conversation \d+)", show("mixture=my_mixture", *arguments))
@@ -71,15 +58,6 @@ def test_order_is_that_of_training_or_of_the_seed(show: Show) -> None:
     assert names("-n", "3", "--start", "5") == ordered[5:8]
     assert ordered != seeded != names("-n", "20", "--seed", "2")
     assert sorted(seeded) == sorted(ordered)
-
-
-def test_tokenizer_is_an_option(show: Show, tmp_path: Path) -> None:
-    folder = tmp_path / "tok"
-    folder.mkdir()
-    Tokenizer({bytes([byte]): byte for byte in range(256)} | {b"su": 256}).save(folder)
-    assert "tokens of tok" in show("mixture=my_mixture", "-n", "1", "--tokenizer", str(folder))
-    with pytest.raises(StoreError, match='"nothing" is no artifact'):
-        show("mixture=my_mixture", "--tokenizer", "nothing")
 
 
 def test_other_stages_and_suites_are_shown(show: Show) -> None:

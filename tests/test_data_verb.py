@@ -12,7 +12,6 @@ import pytest
 
 from kit.commands import Say
 from kit.text import parquet
-from mlxchat.cli import main
 from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.listings import forget
 from mlxchat.planning import text as text_need
@@ -86,15 +85,6 @@ def test_dry_run_fetches_nothing(hub: Any, texts: Any, say: Callable[..., str]) 
     assert hub.requests("parquet") == []
 
 
-def test_repository_is_fetched_by_name_and_pattern(hub: Any, texts: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["data", "fetch", NAME, "--files", "shard_[12]*"])
-    assert ended.value.code == 0
-    assert sorted(each.path.rpartition("/")[2] for each in hub.requests("parquet")) == [
-        "shard_1.parquet", "shard_2.parquet",
-    ]  # fmt: skip
-
-
 def test_data_ls_shows_size_commit_and_users(hub: Any, texts: Any, say: Callable[..., str]) -> None:
     assert "no downloads yet" in say("data", "ls")
     say("data", "fetch", *SETTINGS)
@@ -133,14 +123,6 @@ def test_removing_keeps_files_of_other_commits(hub: Any, texts: Any, say: Callab
     assert hub.sent() == sent
     blobs = [path for path in (tmp_path / "hf").rglob("blobs/*") if path.is_file()]
     assert len(blobs) == 7
-
-
-def test_removed_data_is_fetched_again(hub: Any, texts: Any, say: Callable[..., str]) -> None:
-    say("data", "fetch", *SETTINGS)
-    sent = hub.sent()
-    say("data", "rm", NAME)
-    say("data", "fetch", *SETTINGS)
-    assert hub.sent() == 2 * sent
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ import pytest
 from kit.artifacts import make_model, make_tokenizer, publish
 from kit.commands import Say
 from kit.numpy_gpt import numpy_logits
-from mlxchat.evals.scores import Score
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.store.store import Store
 from mlxchat.tasks import load_task
@@ -136,9 +135,3 @@ def test_third_party_folder_is_evaluated(made: Path, tmp_path: Path, say: Say) -
     assert rows[0] == rows[1]
     several = ["eval", f"hf:{made}", "--task", "facts", "--samples", "2", f"outputs={made}"]
     assert "requires a model of mlxchat" in say(*several, code=2)
-
-
-def test_any_right_counts_questions_with_a_right_sample() -> None:
-    score = Score.of([[True, False, False], [True, True, False]], kind="generative", chance=0.0)
-    assert (score.accuracy, score.any_right) == (0.5, pytest.approx(2 / 3))
-    assert Score.of([[True, False]], kind="generative", chance=0.0).any_right is None

@@ -126,14 +126,6 @@ def test_printed_quantisation_cost_equals_mlx_lms(export: Any, made: Path, tmp_p
     assert f"Weights of 4 bits: {nats / np.log(2) / num_bytes:.4f} bits per byte of sample text" in said
 
 
-def test_bfloat16_export_rounds_to_nearest(export: Any, made: Path, tmp_path: Path) -> None:
-    export("oct", "--to", "mlx", tmp_path / "out", "--dtype", "bfloat16")
-    found: Any = mx.load(str(tmp_path / "out" / "model.safetensors"))
-    weights = flatten_parameters(load_checkpoint(artifact(made, "oct"))[0])
-    for name, value in found.items():
-        assert mx.array_equal(value, weights[name].astype(mx.bfloat16))
-
-
 def test_hf_export_is_transformers_model(export: Any, made: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     assert export("oct", "--to", "hf", tmp_path / "out")[0] == 0
@@ -250,25 +242,6 @@ def test_transformers_computes_our_logits_and_answers(export: Any, made: Path, t
     prompt = render_for_completion(tokenizer, {"messages": messages})
     [expected] = Engine(model, tokenizer).complete([prompt], max_new_tokens=20, temperature=0.0)
     assert namespace["answer"](messages, 20) == tokenizer.decode(expected.ids)
-
-
-@pytest.mark.parametrize("target", ["hf", "mlx"])
-def test_export_config_has_epsilon_and_left_padding(export: Any, tmp_path: Path, target: str) -> None:
-    """mlx-swift-lm reads rms_norm_eps, with another default; transformers pads where the tokenizer says."""
-    export("oct", "--to", target, tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == 1.1920929e-07
-    about = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert (about["pad_token"], about["padding_side"]) == ("<|assistant_end|>", "left")
-
-
-def test_card_names_license_and_languages(export: Any, tmp_path: Path) -> None:
-    export("oct", "--to", "mlx", tmp_path / "out", "--license", "cc-by-sa-4.0", "--language", "en,de")
-    front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
-    assert (front["license"], front["language"]) == ("cc-by-sa-4.0", ["en", "de"])
-    for option, value in (("--license", "My Licence"), ("--language", "english")):
-        code, told = export("oct", "--to", "mlx", tmp_path / "not", option, value)
-        assert code == 2
-        assert f'{option} "{value}" is no' in told
 
 
 def test_base_export_has_no_chat_template(export: Any, tmp_path: Path) -> None:

@@ -75,12 +75,6 @@ def test_own_stages_run_are_cached_and_rerun_by_their_changes(example: Path, say
     assert plan()["download"].reason == "external data changed"
 
 
-def test_own_metrics_are_swept(example: Path, say: Say) -> None:
-    said = say("-m", *WORDS, "count.most=1,3", "sweep.metric=count.share")
-    rows = [line.split("|")[1:4] for line in said.splitlines() if line.startswith("| ")]
-    assert [[cell.strip() for cell in row] for row in rows[2:]] == [["2", "3", "1"], ["1", "1", "0.375"]]
-
-
 def test_own_stage_takes_step_settings(example: Path, say: Say) -> None:
     more = ("+pipeline.few={stage: count, text: clean, with: {most: 1}}", "pipeline.few.with.most=3")
     say(*WORDS, *more)
@@ -158,10 +152,6 @@ def test_settings_may_be_in_another_file(example: Path) -> None:
     (example / "my_stages" / "more.py").write_text(f"import mlx.core\n{STAGE}SETTINGS = 'my_stages.light:Count'\n")
     assert compose_config(["stages=[my_stages]", "more.most=9"]).config.more.most == 9  # type: ignore[attr-defined]
     assert Stages(["my_stages"])["more"].config == ("more",)
-
-
-def test_own_group_sets_values(example: Path) -> None:
-    assert plan("+count=many")["count"].sections["count"].most == 100
 
 
 def test_package_provides_stages_and_groups(example: Path) -> None:

@@ -11,8 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from mlxchat.composition.compose import compose_config, conf_folder
-from mlxchat.config.verbs import VERBS
+from mlxchat.composition.compose import compose_config
 from mlxchat.runner.stage import Stages
 from mlxchat.store.fingerprint import flatten, plain_of
 
@@ -57,30 +56,6 @@ def test_rows_show_default_bounds_and_identity(pages: dict[str, str]) -> None:
     assert "| no |" in rows["pretrain.eval_every"]
     assert "| no |" in rows["machine.device"]
     assert "| contents |" in rows["corpus.hub.revision"]
-
-
-def test_rows_of_a_table_have_equally_many_cells(pages: dict[str, str]) -> None:
-    for name, text in pages.items():
-        for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
-            counts = {len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}
-            assert len(counts) == 1, f"{name}: {table[:200]}"
-
-
-def test_every_verb_has_its_help(pages: dict[str, str]) -> None:
-    assert [verb for verb in VERBS if f"\n## {verb}\n" not in pages["commands"]] == []
-    assert "--max-cost C" in pages["commands"]
-
-
-def test_every_group_option_is_listed(pages: dict[str, str]) -> None:
-    options = [path for path in conf_folder().glob("*/*.yaml") if path.stem != "_depth"]
-    assert [path for path in options if f"/conf/{path.parent.name}/{path.name})" not in pages["groups"]] == []
-
-
-def test_every_stage_lists_its_metrics_and_files(pages: dict[str, str]) -> None:
-    for name, stage in Stages().items():
-        section = pages["stages"].partition(f"\n## {name}\n")[2].partition("\n## ")[0]
-        for word in [*stage.metrics, *(file for names in stage.outputs for file in names.split("|"))]:
-            assert f"`{word}`" in section, f"{name}: {word}"
 
 
 def test_metrics_page_explains_every_metric() -> None:

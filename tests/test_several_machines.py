@@ -14,7 +14,6 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config
-from mlxchat.planning.memory import Device, Training
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "internals"
 D32 = ["experiment=speedrun_d20", "model=d32"]
@@ -80,38 +79,3 @@ def test_d32_on_eight_gpus_takes_the_published_time(config: Config) -> None:
     case = plan.step_on(load, plan.H100, 8, plan.LINKS[-1])
     assert case.compute_seconds == pytest.approx(1.572, rel=0.02)
     assert case.days * 24 == pytest.approx(31.3, rel=0.08)
-
-
-def test_times_add_up(config: Config) -> None:
-    load = plan.load_of(config)
-    alone, together = plan.step_on(load, plan.H100, 1, None), plan.step_on(load, plan.H100, 4, plan.LINKS[0])
-    assert (alone.communication_seconds, alone.sent_bytes) == (0, 0)
-    assert together.compute_seconds == pytest.approx(alone.compute_seconds / 4)
-    assert together.days == pytest.approx(
-        load.num_iterations * (together.compute_seconds + together.communication_seconds) / 86400
-    )
-    # On a slow link latency is negligible.
-    assert together.communication_seconds == pytest.approx(
-        together.sent_bytes / plan.LINKS[0].bytes_per_second, rel=0.01
-    )
-
-
-def test_micro_rows_are_the_most_that_fit(config: Config) -> None:
-    load, machine = plan.load_of(config), plan.mac("mac_128gb", "a Mac")
-
-    def peak(rows: int) -> int:
-        device = Device(plain=True, compute_bytes=2)
-        training = Training(
-            sizes=load.sizes, optimizer=load.optimizer, rows=256, row_tokens=2048, device=device, num_ranks=4
-        )
-        return training.peak_bytes(rows)
-
-    case = plan.step_on(load, machine, 4, plan.LINKS[2])
-    assert case.memory_bytes == peak(case.micro_rows) <= machine.memory_bytes < peak(2 * case.micro_rows)
-    small = plan.step_on(load, machine._replace(memory_bytes=1e9), 4, plan.LINKS[2])
-    assert small.micro_rows == 0
-
-
-def test_page_has_the_tables_of_the_script(config: Config) -> None:
-    text, printed = (DOCS / "several_machines.md").read_text(encoding="utf-8"), "\n".join(plan.tables(config))
-    assert all(table in text for table in printed.split("\n\n")), "paste what `python several_machines.py` prints"

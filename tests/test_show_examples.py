@@ -9,7 +9,7 @@ import pytest
 
 from mlxchat.cli import dispatch
 from mlxchat.commands.examples import printable, show_examples
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import ConfigError
 from mlxchat.evals.examples import write_examples
 
 
@@ -45,16 +45,6 @@ def test_examples_are_spread_over_tasks(capsys: pytest.CaptureFixture[str], fold
     assert len(shown(capsys, folder, "all", count=100)) == 14
 
 
-def test_examples_of_one_task(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    lines = shown(capsys, folder, "all", task="mmlu", count=3)
-    assert [line.split("  ")[0] for line in lines] == ["mmlu 0", "mmlu 1", "mmlu 2"]
-
-
-def test_unknown_task_lists_the_known_ones(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r'no task "gsm", it has gsm8k, mmlu\. Did you mean "gsm8k"'):
-        show_examples(folder, which="all", count=5, task="gsm")
-
-
 def test_examples_are_wrapped_to_the_terminal(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,24 +62,9 @@ def test_examples_are_wrapped_to_the_terminal(
     assert out.endswith("t: 0 of 1 right\n")
 
 
-def test_long_texts_are_shortened_in_the_middle(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    row = example("t", 0, verdict=False, prompt="begin " + "x" * 10_000 + " end")
-    write_examples(tmp_path / "examples.parquet", [row])
-    show_examples(tmp_path, which="all", count=1, task=None)
-    out = capsys.readouterr().out
-    assert len(out) < 3000
-    assert "begin" in out
-    assert " end" in out
-
-
 def test_calculator_calls_are_readable() -> None:
     text = "It is <|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5.<|assistant_end|>"
     assert printable(text) == "It is <<2+3=5>>5."
-
-
-def test_only_evaluations_have_examples(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no examples"):
-        show_examples(tmp_path, which="all", count=5, task=None)
 
 
 @pytest.mark.parametrize("words", [["--examples", "bad"], ["--examples", "all", "-n", "0"]])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mlxchat.commands.examples import show_rollouts
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import DataError
 
 
 def answer(iteration: int, question: int, sample: int, reward: float, **changes: Any) -> dict[str, Any]:
@@ -51,18 +51,6 @@ def test_last_iteration_comes_first(folder: Path, capsys: pytest.CaptureFixture[
     assert "question 5" in text
     assert "question 7" not in text
     assert "answers of 2 iterations are kept, 1 to 9: --iteration N shows one" in text
-
-
-def test_right_skips_questions_without_right_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    text = shown(folder, capsys, which="right")
-    assert "question 8" not in text
-    assert "it is 1" in text
-    assert "wrong  reward" not in text
-
-
-def test_missing_iteration_lists_the_kept_ones(folder: Path) -> None:
-    with pytest.raises(ConfigError, match="no answers of iteration 4: answers of 2 are kept, 1 to 9"):
-        show_rollouts(folder, which="all", count=1, iteration=4)
 
 
 def test_control_characters_of_answers_are_escaped(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

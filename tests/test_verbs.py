@@ -18,15 +18,13 @@ import pytest
 
 from kit.commands import Say
 from mlxchat.cli import main
-from mlxchat.commands.arguments import parser_of, quoted
+from mlxchat.commands.arguments import quoted
 from mlxchat.commands.completion import complete_for_shell
-from mlxchat.commands.plan import draw_dot, draw_json, draw_mermaid
 from mlxchat.composition.compose import group_options
 from mlxchat.config.verbs import VERBS
 from mlxchat.store import attempts
-from mlxchat.store.compare import make_table
 from mlxchat.store.files import Records
-from mlxchat.store.naming import refs_of, resolve
+from mlxchat.store.naming import resolve
 
 PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 
@@ -83,12 +81,6 @@ def test_lineage_shows_inputs_and_dependents(two: Any, say: Say) -> None:
     record = json.loads(say("lineage", "first", "--json", "--down"))
     assert [node["artifact"] for node in record["uses"]["uses"]] == [second]
     assert "inputs" not in record
-
-
-def test_lineage_names_missing_artifacts(two: Any, say: Say) -> None:
-    first = resolve(two.store, "first")
-    shutil.rmtree(first)
-    assert f"source: {first.name}  [first]  (no longer in the store)" in say("lineage", "second", "--up")
 
 
 def test_show_json_is_the_manifest(two: Any, say: Say) -> None:
@@ -165,57 +157,6 @@ def test_compare_accepts_steps_and_sweeps(two: Any, say: Say) -> None:
     assert [row["name"] for row in both] == ["run1", "toy.number=3"]
 
 
-def test_run_name_precedes_sweep_name(two: Any, say: Say) -> None:
-    sweep = two.outputs / "multirun" / "run2"
-    sweep.mkdir(parents=True)
-    (sweep / "sweep.json").write_text(json.dumps({"jobs": {"1": {"title": "job", "steps": []}}}))
-    assert [row["name"] for row in json.loads(say("compare", "run2", "--format", "json"))] == ["run2"]
-    assert "no job of it has artifacts" in say("compare", "multirun/run2", code=2)
-
-
-def test_compare_hides_steps_of_single_runs(two: Any, say: Say) -> None:
-    folder = two.outputs / "runs" / "run2" / "plan.json"
-    plan = json.loads(folder.read_text())
-    only = [step for step in plan["steps"] if step["step"] == "first"]
-    folder.write_text(json.dumps({**plan, "steps": [{**step, "step": "other"} for step in only]}))
-    text = say("compare")
-    assert [line.split() for line in text.splitlines()][:2] == [["run1", "run2"], ["toy.number", "2", "3"]]
-    assert "score" not in text
-    assert re.search(r"^not shown: steps of a single run \(first, .*other\)", text, re.MULTILINE)
-    lines = [line.split() for line in say("compare", "--metrics", "first.score").splitlines()]
-    assert lines[-1] == ["first.score", "0.5", "-"]
-    assert "no metric's name contains it" in say("compare", "--metrics", "nothing", code=2)
-
-
-def test_compare_of_many_runs_fits_the_terminal(two: Any, say: Say, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "80")
-    source = (two.outputs / "runs" / "run1" / "plan.json").read_text()
-    for number in range(20):
-        folder = two.outputs / "runs" / f"2026010{number % 10}-00000{number}-1-quickstart"
-        folder.mkdir()
-        (folder / "plan.json").write_text(source)
-    lines = say("compare").splitlines()
-    assert max(map(len, lines)) <= 80
-    heads = [
-        line.split() for line in lines if not line.startswith(("t", "f")) and "-" not in line and "run" not in line
-    ]
-    assert [number for head in heads for number in head] == [str(number) for number in range(1, 23)]
-
-
-def test_settings_are_compared_only_between_runs_that_have_them() -> None:
-    rows = [
-        {"name": "a", "config": {"model.depth": 2, "sft.num_epochs": 1}, "metrics": {}, "steps": ["pretrain", "sft"]},
-        {"name": "b", "config": {"model.depth": 4, "corpus.hub.column": "t"}, "metrics": {}, "steps": ["pretrain"]},
-        {"name": "c", "config": {"model.depth": 4, "corpus.hub": None}, "metrics": {}, "steps": ["pretrain"]},
-    ]
-    assert make_table(rows, None).settings == ["model.depth", "corpus.hub.column"]
-
-
-def test_compare_draws_a_plot(two: Any, say: Say, tmp_path: Path) -> None:
-    say("compare", "--plot", str(tmp_path / "plot.png"))
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_gc_removes_only_with_apply(two: Any, say: Say) -> None:
     for number in (1, 2):
         (two.outputs / "refs" / f"run{number}").rename(two.outputs / "refs" / f"2026010{number}-000000-1-toy")
@@ -242,15 +183,6 @@ def test_rm_removes_only_with_apply(two: Any, say: Say) -> None:
     assert "run1" not in say("compare", "--format", "csv")
     assert "removed" in say("rm", "run2/second", "--apply")
     assert "no artifact or run" in say("rm", "run1", code=2)
-
-
-def test_ls_and_status_accept_a_run(two: Any, say: Say) -> None:
-    for run in ("run1", "run2"):
-        made = {place.name for place in refs_of(two.store, run).values()}
-        listed = {line.split()[2] for line in say("ls", run).splitlines()}
-        assert listed == made == {row["artifact"] for row in json.loads(say("status", run, "--json"))["done"]}
-    assert 'Did you mean "first"?' in say("ls", "frist", code=2)
-    assert "not a run. See: mlxchat show" in say("status", "run1/first", code=2)
 
 
 def test_status_shows_process_iteration_and_speed(two: Any, say: Say) -> None:
@@ -320,16 +252,6 @@ def test_samples_shows_running_and_finished_trainings(toys: Any, say: Say) -> No
     assert "a" * 52 in say("samples", key), "a stopped training goes by its key"
 
 
-def test_graphs_have_every_step_and_edge(two: Any) -> None:
-    plan = two.plan(PIPELINE)
-    assert '"first" -> "second" [label="source"];' in draw_dot(plan)
-    assert '"second" [label="second\\ndone", fillcolor="#cde8d5"];' in draw_dot(plan)
-    assert "  first --> second" in draw_mermaid(plan)
-    assert [(step["step"], step["state"], step["inputs"]) for step in json.loads(draw_json(plan))] == [
-        ("first", "done", {}), ("second", "done", {"source": "first"}),
-    ]  # fmt: skip
-
-
 @pytest.fixture
 def complete(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], set[str]]:
     """Return what the last word of a command line may become, as the shell's script gets it."""
@@ -355,37 +277,20 @@ def test_completion_covers_verbs_options_keys_and_artifacts(
     place = f"outputs={two.outputs}"
     assert complete("mlxchat ") >= {verb for verb in VERBS if " " not in verb}
     assert complete("mlxchat lin") == {"lineage"}
-    assert complete("mlxchat plan model=d2") == {"model=d2", *(f"model=d2{digit}" for digit in range(10))}
     assert complete("mlxchat plan --json seed=1 model=d64") == {"model=d64"}
     assert complete("mlxchat optimizer=") == {f"optimizer={name}" for name in group_options("optimizer")}
     assert "sft.batch.tokens=" in complete("mlxchat run sft.batch.")
-    assert complete("mlxchat stage=mak") == {"stage=make"}
     assert complete("mlxchat gc --k") == {"--keep-last"}
     assert complete(f"mlxchat show {place} fir") == complete(f"mlxchat show --json {place} fir") == {"first"}
     rid = resolve(two.store, "first").name[-16:]
     assert complete(f"mlxchat show {place} {rid[:6]}") == {rid}
     assert complete(f"mlxchat diff {place} run2/s") == {"run2/second"}
-    assert complete(f"mlxchat diff {place} first sec") == {"second"}
-    assert complete(f"mlxchat diff {place} first second fir") == set()
-    assert complete("mlxchat graph --format m") == {"mermaid"}
     assert complete("mlxchat graph --format=m") == {"--format=mermaid"}
-    assert complete("mlxchat completion z") == {"zsh"}
-    assert complete("mlxchat -m execu") == {"executor="}
     assert complete("mlxchat -m executor=s") == {"executor=slurm", "executor=submitit_local"}
     assert complete("mlxchat import ") == {"adapter", "hf", "nanochat", "outputs="}
-    assert complete("mlxchat export first --to mlx") == {"mlx", "mlx-adapter"}
-    assert complete(f"mlxchat import adapter {place} --base fir") == {"first"}
-    assert complete("mlxchat bench t") == {"train", "tokenizer"}
-    assert complete("mlxchat data f") == {"fetch"}
     assert complete("mlxchat data fetch --dr") == {"--dry-run"}
     two.store.set_ref("pins", "best", resolve(two.store, "first"))
     assert complete(f"mlxchat pin {place} --remove ") == {"best"}
-
-
-def test_every_option_is_completed(complete: Callable[[str], set[str]], say: Say) -> None:
-    for verb in VERBS:
-        named = set(re.findall(r"^  (?:-\w+, )?(--[a-z-]+)", parser_of(verb).format_help(), re.MULTILINE))
-        assert named <= complete(f"mlxchat {verb} --"), verb
 
 
 @pytest.mark.parametrize("value", ["it's", "back\\", "both\\'", "\\\\", "", "a b=c,{d: [e]}"])

@@ -18,7 +18,7 @@ from mlxchat.cli import main
 from mlxchat.engine.scheduler import Event, Request
 from mlxchat.errors import DataError, filter_logs, visible
 from mlxchat.store.files import seal
-from mlxchat.store.naming import Found, describe_model, resolve
+from mlxchat.store.naming import resolve
 
 # OSC 52 writes the clipboard, 0x9b and 0x9d begin a sequence as ESC [ and ESC ] do, U+202E turns a line around.
 HOSTILE = "a\x1b]52;c;aGFsbG8=\x07\x9d52;c;aGFsbG8=\x9c\x9b2J\x7f\u202e\u2066\rb"
@@ -53,10 +53,6 @@ def test_terminal_control_characters_are_escaped() -> None:
 def test_filtered_json_is_equivalent() -> None:
     record = {"name": HOSTILE}
     assert json.loads(visible(json.dumps(record, ensure_ascii=False))) == record
-
-
-def test_crlf_lines_stay_lines() -> None:
-    assert visible("a\r\nb\rc") == "a\nb\\x0dc"
 
 
 class Scripted:
@@ -106,29 +102,9 @@ def test_third_party_answers_are_escaped(third_party: Any, monkeypatch: pytest.M
     assert third_party.messages[-1]["content"] == [{"type": "text", "text": HOSTILE}]
 
 
-def test_base_model_text_is_escaped(third_party: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout", screen := Terminal())
-    third_party.continues = True
-    third_party.ask(HOSTILE)
-    assert commands_in(screen.getvalue()) == set()
-    assert screen.getvalue().count("aGFsbG8") == 4
-
-
 def test_pipe_gets_unchanged_text(third_party: Any, capsys: pytest.CaptureFixture[str]) -> None:
     third_party.ask("hello")
     assert capsys.readouterr().out == HOSTILE + "\n"
-
-
-def test_chat_continues_after_a_template_error(
-    third_party: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.stdout", screen := Terminal())
-    monkeypatch.setattr("sys.stdin", io.StringIO("refuse\nhello\n"))
-    third_party.converse()
-    refusal = capsys.readouterr().err
-    assert commands_in(screen.getvalue() + refusal) == set()
-    assert "the template says a" in refusal
-    assert [message["role"] for message in third_party.messages] == ["user", "assistant"]
 
 
 def test_chat_template_error_is_one_escaped_line() -> None:
@@ -223,19 +199,6 @@ def test_library_logs_and_warnings_are_escaped(monkeypatch: pytest.MonkeyPatch) 
         logging.setLogRecordFactory(before)
     assert screen.getvalue().count("aGFsbG8") == 10
     assert commands_in(screen.getvalue()) == set()
-
-
-def test_model_name_is_escaped(toys: Any) -> None:
-    toys.add("make", "(ctx.out / 'result.txt').write_text('x')")
-    toys.run(toys.plan({"first": {"stage": "make"}}))
-    place = resolve(toys.store, "first")
-    manifest = place / "manifest.json"
-    manifest.chmod(0o644)
-    manifest.write_bytes(
-        seal({**json.loads(manifest.read_text()), "run": HOSTILE, "step": HOSTILE, "published": HOSTILE})
-    )
-    toys.store.link_group("latest", "nothing")
-    assert commands_in(describe_model(toys.store, Found(place))) == set()
 
 
 def test_examples_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
