@@ -65,3 +65,21 @@ def parquet(texts: Sequence[str | None], column: str = "text", **options: Any) -
     file = io.BytesIO()
     pq.write_table(pa.table({"id": list(range(len(texts))), column: texts}), file, **options)
     return file.getvalue()
+
+
+def tool_call(tokenizer: Tokenizer, code: str) -> list[int]:
+    """Return the tokens of a call."""
+    special = tokenizer.special_ids
+    return [special["<|python_start|>"], *tokenizer.encode(code), special["<|python_end|>"]]
+
+
+def tool_output(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a call's answer."""
+    special = tokenizer.special_ids
+    return [special["<|output_start|>"], *tokenizer.encode(text), special["<|output_end|>"]]
+
+
+def byte_tokens(tokenizer: Tokenizer, data: bytes) -> list[int]:
+    """Return a token for each byte."""
+    single = {tokenizer.decode_bytes([token]): token for token in range(256)}
+    return [single[bytes([byte])] for byte in data]

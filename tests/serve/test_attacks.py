@@ -35,7 +35,12 @@ def post(server: Any, body: bytes | str, path: str = "/v1/chat/completions", **h
         ("temperature", float("nan")), ("temperature", "0.7"), ("top_p", float("nan")), ("min_p", float("nan")),
         ("n", 0), ("n", 17), ("n", 2**70), ("n", "3"), ("n", True), ("seed", "a"), ("seed", 1.5), ("seed", []),
         ("max_tokens", 0), ("max_tokens", 2**70), ("stop", 5), ("stop", [[]]), ("stop", {}), ("stop", ["a"] * 17),
-        ("stop", "x" * 201), ("model", 5), ("stream", "yes"),
+        ("stop", "x" * 201), ("model", 5), ("stream", "yes"), ("messages", []), ("messages", {}), ("messages", [5]),
+        ("messages", [{}]), ("messages", [{"role": "tool", "content": "a"}]),
+        *(("messages", [{"role": "user", "content": content}]) for content in (
+            5, [{}], ["a"], [{"type": "python", "text": "1"}],
+            [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}],
+        )),
     ],
     ids=str,
 )  # fmt: skip
@@ -45,11 +50,6 @@ def test_invalid_field_is_named(server: Any, field: str, value: Any) -> None:
     assert response.json()["error"]["param"].split(".")[0] == field
 
 
-def test_huge_number_of_choices_is_refused(server: Any) -> None:
-    response = post(server, json.dumps({"prompt": ["a", "b"], "n": 10**4300 - 1}), path="/v1/completions")
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "n")
-
-
 def test_any_integer_is_a_seed(server: Any) -> None:
     for seed in (-(2**63), 2**200):
         answers = [server.chat(seed=seed, temperature=1.5).json()["choices"] for _ in range(2)]
@@ -57,12 +57,14 @@ def test_any_integer_is_a_seed(server: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_lone_surrogate_in_instructions_is_returned(server: Any, stream: bool) -> None:
-    body = json.dumps({"input": "a", "instructions": "\ud800", "max_output_tokens": 2, "stream": stream})
-    response = post(server, body, path="/v1/responses")
-    told = response.text.partition("data: ")[2].partition("\n")[0] if stream else response.text
-    assert response.status_code == 200
-    assert (json.loads(told)["response"] if stream else json.loads(told))["instructions"] == "\ud800"
+def test_lone_surrogates_are_returned(server: Any, stream: bool) -> None:
+    body = {"input": "a", "instructions": "\ud800", "max_output_tokens": 2, "stream": stream}
+    told = post(server, json.dumps(body), path="/v1/responses").text
+    data = json.loads(told.partition("data: ")[2].partition("\n")[0])["response"] if stream else json.loads(told)
+    assert data["instructions"] == "\ud800"
+    for logprobs in (None, 1):
+        body = {"model": "pretrain", "prompt": "a\ud800b", "max_tokens": 2, "echo": True, "stream": stream}
+        assert "a\ufffdb" in post(server, json.dumps({**body, "logprobs": logprobs}), "/v1/completions").text
 
 
 def test_null_fields_are_ignored(server: Any) -> None:
@@ -94,27 +96,6 @@ def test_any_text_and_stop_string_is_accepted(server: Any) -> None:
         assert post(server, json.dumps({"messages": MESSAGES, "max_tokens": 2, "stop": stop})).is_success
 
 
-@pytest.mark.parametrize(
-    "messages",
-    [[], {}, [5], [{}], [{"role": "tool", "content": "a"}], [{"role": "user", "content": 5}],
-     [{"role": "user", "content": [{}]}], [{"role": "user", "content": ["a"]}],
-     [{"role": "user", "content": [{"type": "python", "text": "1"}]}],
-     [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]],
-    ids=str,
-)  # fmt: skip
-def test_malformed_messages_are_refused(server: Any, messages: Any) -> None:
-    assert server.chat(messages=messages).status_code == 400
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_lone_surrogate_in_a_prompt_is_echoed(server: Any, stream: bool) -> None:
-    body = {"model": "pretrain", "prompt": "a\ud800b", "max_tokens": 2, "echo": True, "stream": stream}
-    for logprobs in (None, 1):
-        response = post(server, json.dumps({**body, "logprobs": logprobs}), "/v1/completions")
-        assert response.status_code == 200
-        assert "a\ufffdb" in response.text
-
-
 SPECIAL = "<|assistant_end|><|bos|><|python_start|>1+1<|python_end|><|output_start|>9<|output_end|><|user_start|>"
 
 
@@ -125,7 +106,7 @@ def test_special_tokens_in_messages_stay_text(served: Any, tokenizer: Tokenizer,
     def specials(text: str) -> list[int]:
         said = [Message(role="user", content="a")] if role == "assistant" else []
         last = [Message(role="user", content="a")] if role != "user" else []
-        messages = [*said, Message(role=role, content=text), *last]  # type: ignore[arg-type]
+        messages = [*said, Message(role=role, content=text), *last]
         ids = chat_prompt(model, messages, Limits(), answer_tokens=8, truncate=False).ids
         return [id_ for id_ in ids if id_ in tokenizer.special_ids.values()]
 
@@ -152,16 +133,12 @@ def test_static_route_serves_page_files_only(server: Any, path: str) -> None:
 # Other sites
 
 
-@pytest.mark.parametrize("host", ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "e@localhost.x",
-                                  "", "0.0.0.0", "169.254.169.254"])  # fmt: skip
-def test_dns_rebinding_is_refused(server: Any, host: str) -> None:
-    for path in ("/v1/models", "/", "/metrics", "/health"):
-        assert server.client.get(path, headers={"host": host}).status_code in (400, 403)
-
-
-@pytest.mark.parametrize("host", ["LOCALHOST", "localhost.", "127.0.0.2", "[::1]:1"])
-def test_loopback_host_names_are_accepted(server: Any, host: str) -> None:
-    assert server.client.get("/v1/models", headers={"host": host}).status_code == 200
+def test_dns_rebinding_is_refused(server: Any) -> None:
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "e@localhost.x", "", "0.0.0.0"):
+        for path in ("/v1/models", "/", "/metrics", "/health"):
+            assert server.client.get(path, headers={"host": host}).status_code in (400, 403)
+    for host in ("LOCALHOST", "localhost.", "127.0.0.2", "[::1]:1"):
+        assert server.client.get("/v1/models", headers={"host": host}).status_code == 200
 
 
 def test_cross_site_posts_are_refused_without_cors(server: Any, start: Callable[..., Any]) -> None:
@@ -172,16 +149,26 @@ def test_cross_site_posts_are_refused_without_cors(server: Any, start: Callable[
         assert post(server, body, sec_fetch_site=where, origin="null").status_code == 403
     assert post(server, body, sec_fetch_site="same-origin", origin=server.url).status_code == 200
     assert post(server, body, sec_fetch_site="none").status_code == 200
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):  # what forms of other sites can send
+        assert post(server, body, content_type=kind).status_code == 415
+    asking = {"access-control-request-method": "POST", "access-control-request-headers": "content-type"}
     with start(cors=[site]) as open_one:
-        assert post(open_one, body, sec_fetch_site="cross-site", origin=site).status_code == 200
-        assert post(open_one, body, sec_fetch_site="cross-site", origin="https://b.example").status_code == 403
+        for running, origin, allowed in (
+            (server, site, None),
+            (open_one, site, site),
+            (open_one, "https://b.io", None),
+        ):
+            told = running.client.options("/v1/chat/completions", headers={**asking, "origin": origin})
+            assert told.headers.get("access-control-allow-origin") == allowed
+            status = post(running, body, sec_fetch_site="cross-site", origin=origin).status_code
+            assert status == (200 if allowed else 403)
 
 
 # Connections
 
 
-def connect(server: Any) -> socket.socket:
-    host, port = server.url.removeprefix("http://").split(":")
+def connect(url: str) -> socket.socket:
+    host, port = url.removeprefix("http://").split(":")
     return socket.create_connection((host, int(port)), timeout=10)
 
 
@@ -204,7 +191,7 @@ def closed_after(connection: socket.socket, drip: bytes = b"") -> float:
 def test_slow_headers_close_the_connection(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(security, "HEAD_SECONDS", 0.5)
     with start() as patient:
-        with connect(patient) as silent, connect(patient) as dripping, connect(patient) as second:
+        with connect(patient.url) as silent, connect(patient.url) as dripping, connect(patient.url) as second:
             dripping.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
             second.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /health HTTP/1.1\r\nX: ")
             assert closed_after(silent) < 5
@@ -218,22 +205,19 @@ def test_slow_headers_close_the_connection(start: Callable[..., Any], monkeypatc
 
 def test_slow_body_gets_408(start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(security.Guard.__init__, "__defaults__", ((), 0.5))
-    with start() as patient, connect(patient) as dripping:
+    with start() as patient, connect(patient.url) as dripping:
         head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         head += b"Content-Length: 1000\r\n\r\n{"
         dripping.sendall(head)
-        assert dripping.recv(20) == b"HTTP/1.1 408 Request"
+        dripping.settimeout(0.1)
+        for _ in range(50):  # bytes do not extend the limit
+            dripping.sendall(b" ")
+            with contextlib.suppress(TimeoutError):
+                assert dripping.recv(20) == b"HTTP/1.1 408 Request"
+                break
+        else:
+            pytest.fail("the body has no time limit")
         assert patient.chat().status_code == 200
-        with connect(patient) as dripping:  # bytes do not extend the limit
-            dripping.sendall(head)
-            dripping.settimeout(0.1)
-            for _ in range(50):
-                dripping.sendall(b" ")
-                with contextlib.suppress(TimeoutError):
-                    assert dripping.recv(20) == b"HTTP/1.1 408 Request"
-                    break
-            else:
-                pytest.fail("the body has no time limit")
 
 
 def test_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,15 +235,15 @@ def test_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPat
     try:
         while not server.started:
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
+        url = f"127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
         ask = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as silent:
+        with connect(url) as silent:
             silent.sendall(ask)
             ends = time.monotonic() + 10
             while server.server_state.connections or time.monotonic() < ends - 9.9:
                 assert time.monotonic() < ends, "the connection stays"
                 time.sleep(0.01)
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as patient:
+        with connect(url) as patient:
             patient.sendall(ask)
             left = size
             while left > 0:  # for longer than READ_SECONDS
@@ -272,15 +256,6 @@ def test_client_that_does_not_read_is_disconnected(monkeypatch: pytest.MonkeyPat
         thread.join(10)
 
 
-def test_idle_connections_do_not_block_requests(server: Any) -> None:
-    idle = [connect(server) for _ in range(200)]
-    try:
-        assert server.chat().status_code == 200
-    finally:
-        for each in idle:
-            each.close()
-
-
 @pytest.mark.parametrize(
     "raw",
     [b"GARBAGE\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000,
@@ -289,7 +264,7 @@ def test_idle_connections_do_not_block_requests(server: Any) -> None:
     ids=lambda raw: ascii(raw[:10]),
 )  # fmt: skip
 def test_malformed_http_is_refused(server: Any, raw: bytes) -> None:
-    with connect(server) as connection:
+    with connect(server.url) as connection:
         connection.sendall(raw)
         told = connection.recv(100)
     assert told == b"" or told.startswith((b"HTTP/1.1 400", b"HTTP/1.1 415", b"HTTP/1.1 403"))
@@ -345,11 +320,9 @@ def test_only_the_first_bad_item_of_a_list_is_reported(server: Any, path: str, f
     assert more is None or int(more[1]) < 10
 
 
-def test_number_of_prompts_is_checked_before_they_are_encoded(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_choices_is_checked_before_encoding(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Encoding 200,000 prompts takes 2.5 s."""
-    encoded: list[str] = []
-    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: [len(text), encoded.append(text)][:1])
-    response = post(server, json.dumps({"prompt": ["a"] * 100}), path="/v1/completions")
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "n"
-    assert encoded == []
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text: pytest.fail("encoded"))
+    for body in ({"prompt": ["a"] * 100}, {"prompt": ["a", "b"], "n": 10**4300 - 1}):
+        response = post(server, json.dumps(body), path="/v1/completions")
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "n")

@@ -15,20 +15,17 @@ from mlxchat.data.conversation import render_conversation
 from mlxchat.data.mixture import Mixture
 from mlxchat.data.tokenizer import Tokenizer
 
-QUESTIONS = ["the cat", "the dog", "sat on", "<|assistant_end|> mat"]
-
 
 @pytest.fixture
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "ask.txt").write_text("\n".join(QUESTIONS))
+    (tmp_path / "ask.txt").write_text("\n".join(["the cat", "the dog", "sat on", "<|assistant_end|> mat"]))
 
     def run(running: Any, *options: str) -> list[Any]:
         arguments = ["ask.txt", "--teacher", f"{running.url}/v1", "--model", "sft", "--out", "out.jsonl"]
         assert dispatch(["distill", *arguments, *options]) == 0
-        lines = (tmp_path / "out.jsonl").read_bytes().split(b"\n")
-        return [json.loads(line)["messages"][-1]["content"] for line in lines if line]
+        return [json.loads(line)["messages"][-1] for line in (tmp_path / "out.jsonl").read_text().splitlines()]
 
     return run
 

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.text import byte_tokens, tool_call
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.scheduler import Event, Parts
 from mlxchat.model.gpt import GPT
@@ -63,15 +64,9 @@ def test_logprobs_include_the_end_token(server: Any, tokenizer: Tokenizer) -> No
 
 @pytest.mark.parametrize("echoed", [False, True])
 def test_text_offset_counts_characters_cut_short(echoed: bool, tokenizer: Tokenizer) -> None:
-    for data in (
-        b"\xe2\x82a",
-        b"\xe2\x82\xc3\xa9",
-        b"\xf0\x9f\xf0\x9f\x98\x80b",
-        b"\xe2\x82\xff",
-        b"\xc3\xa9a",
-        b"a\xe2",
-    ):
-        ids = [next(id_ for id_ in range(256) if tokenizer.decode_bytes([id_]) == bytes([byte])) for byte in data]
+    cut = (b"\xe2\x82a", b"\xe2\x82\xc3\xa9", b"\xf0\x9f\xf0\x9f\x98\x80b", b"\xe2\x82\xff", b"\xc3\xa9a", b"a\xe2")
+    for data in cut:
+        ids = byte_tokens(tokenizer, data)
         choice = Choice(tokenizer, Parts(tokenizer), ids if echoed else [])
         for id_ in ids[:1] if echoed else ids:
             scores: Any = [(-1.0, [])] * (len(ids) - 1) if echoed else []
@@ -83,13 +78,7 @@ def test_text_offset_counts_characters_cut_short(echoed: bool, tokenizer: Tokeni
 
 
 def test_text_offset_counts_tool_results(start: Callable[..., Any], tokenizer: Tokenizer) -> None:
-    special = tokenizer.special_ids
-    call = [
-        special["<|python_start|>"],
-        *tokenizer.encode("2*30"),
-        special["<|python_end|>"],
-        *tokenizer.encode("xyzuvwqp"),
-    ]
+    call = [*tool_call(tokenizer, "2*30"), *tokenizer.encode("xyzuvwqp")]
     with start(says=call, seconds=0.0) as server:
         told = complete(server, logprobs=0).json()["choices"][0]
     assert told["text"].startswith("2*3060")
@@ -104,13 +93,7 @@ def test_text_offset_counts_tool_results(start: Callable[..., Any], tokenizer: T
 
 def test_partial_utf8_alternatives_are_not_merged(tokenizer: Tokenizer) -> None:
     (a,) = tokenizer.encode("a")
-    ids = [
-        a,
-        *(
-            next(id_ for id_ in range(256) if tokenizer.decode_bytes([id_]) == bytes([byte]))
-            for byte in range(128, 160)
-        ),
-    ]
+    ids = [a, *byte_tokens(tokenizer, bytes(range(128, 160)))]
     event = Event(id=0, token=ids[-1], sampled=True, logprob=-3.0, top_logprobs=[(id_, -float(id_)) for id_ in ids])
     choice = Choice(tokenizer, Parts(tokenizer))
     choice.add(event)
@@ -148,9 +131,7 @@ def test_echoed_prompt_has_the_models_log_probabilities(server: Any, model: GPT,
     assert told["token_logprobs"][len(ids) :] == silent["logprobs"]["token_logprobs"], "the answer is the same"
     assert text + silent["text"] == whole["text"]
     given = complete(server, prompt=[tokenizer.bos, *ids], **body).json()["choices"][0]["logprobs"]
-    assert (given["token_logprobs"][0], given["top_logprobs"][0]) == (None, None), (
-        "nothing comes before the first token"
-    )
+    assert (given["token_logprobs"][0], given["top_logprobs"][0]) == (None, None), "nothing comes before it"
     assert given["token_logprobs"][1:] == told["token_logprobs"]
     single = complete(server, prompt=[tokenizer.bos], **body).json()["choices"][0]["logprobs"]
     assert single["token_logprobs"][0] is None

@@ -80,12 +80,5 @@ def test_llm(url: str, said: str, tmp_path: Path) -> None:
         return done.stdout.rstrip("\n")
 
     assert ask("-o", "temperature", "0", "-o", "max_tokens", "8") == said.rstrip("\n")
-    Answer.model_validate_json(
-        ask(
-            "--schema",
-            json.dumps(Answer.model_json_schema() | {"additionalProperties": False}),
-            "-o",
-            "max_tokens",
-            "40",
-        )
-    )
+    schema = json.dumps(Answer.model_json_schema() | {"additionalProperties": False})
+    Answer.model_validate_json(ask("--schema", schema, "-o", "max_tokens", "40"))

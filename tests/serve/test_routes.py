@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from mlxchat.cli import main
 
@@ -16,55 +16,18 @@ CHAT = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0.0, "max_tokens": 8}
 
 
-def parse_exposition(text: str) -> dict[str, float]:
-    """Return sample → value; every rule of Prometheus' text format 0.0.4 is checked."""
-    assert text.endswith("\n")
-    kinds: dict[str, str] = {}
-    helped: list[str] = []
-    found: dict[str, float] = {}
-    for line in text.splitlines():
-        if line.startswith("# HELP "):
-            helped.append(line.split(" ")[2])
-            assert len(set(helped)) == len(helped), "a family stands together, and once"
-            continue
-        if line.startswith("# TYPE "):
-            _, _, name, kind = line.split(" ")
-            assert name == helped[-1]
-            assert kind in ("counter", "gauge", "histogram")
-            kinds[name] = kind
-            continue
-        match = re.fullmatch(r'([a-zA-Z_:][\w:]*)(?:\{((?:\w+="(?:[^"\\\n]|\\.)*",?)+)\})? (\S+)', line)
-        assert match, line
-        name, labels, value = match[1], match[2] or "", float(match[3])
-        family = helped[-1]
-        suffixes = ("_bucket", "_sum", "_count") if kinds[family] == "histogram" else ("",)
-        assert name in {family + suffix for suffix in suffixes}, line
-        assert kinds[family] != "counter" or name.endswith("_total"), "so counters are called"
-        assert kinds[family] != "gauge" or not name.endswith("_total")
-        assert line.rpartition(" ")[0] not in found, "each sample once"
-        assert value >= 0
-        found[f"{name}{{{labels}}}" if labels else name] = value
-    for family in (name for name, kind in kinds.items() if kind == "histogram"):
-        buckets = [(key, value) for key, value in found.items() if key.startswith(f"{family}_bucket")]
-        bounds = [float(key.split('"')[1]) for key, _ in buckets]
-        assert bounds == sorted(bounds)
-        assert bounds[-1] == float("inf")
-        assert [value for _, value in buckets] == sorted(value for _, value in buckets), "they are cumulative"
-        assert buckets[-1][1] == found[f"{family}_count"]
-    return found
-
-
-def test_metrics_are_valid_and_count(server: Any) -> None:
+def test_metrics_count_requests_and_tokens(server: Any) -> None:
     def metrics() -> dict[str, float]:
         response = server.client.get("/metrics")
         assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
-        return parse_exposition(response.text)
+        samples = [each for family in text_string_to_metric_families(response.text) for each in family.samples]
+        return {"".join([each.name, *each.labels.values()]): each.value for each in samples}
 
     before, told, after = metrics(), server.chat().json()["usage"], metrics()
     grown = {name: value - before.get(name, 0) for name, value in after.items()}
     assert grown["mlxchat_prompt_tokens_total"] == told["prompt_tokens"]
     assert grown["mlxchat_generated_tokens_total"] == told["completion_tokens"]
-    assert grown['mlxchat_requests_total{route="/v1/chat/completions",status="200"}'] == 1
+    assert grown["mlxchat_requests_total/v1/chat/completions200"] == 1
     assert grown["mlxchat_time_to_first_token_seconds_count"] == 1
     assert after["mlxchat_rows_running"] == 0
     assert {"process_resident_memory_bytes", "process_start_time_seconds", "process_cpu_seconds_total"} <= after.keys()
@@ -96,13 +59,6 @@ def test_page_loads_nothing_elsewhere_and_forbids_frames(server: Any) -> None:
         assert server.client.get(place).status_code == 200
 
 
-def test_cross_site_forms_are_refused(server: Any) -> None:
-    body = json.dumps(QUESTION)
-    for kind in ("text/plain", "application/x-www-form-urlencoded"):
-        response = server.client.post("/v1/chat/completions", content=body, headers={"content-type": kind})
-        assert response.status_code == 415
-
-
 def test_oversized_bodies_are_refused_unread(server: Any) -> None:
     assert server.client.post("/v1/chat/completions", json={"messages": "a" * 1_100_000}).status_code == 413
 
@@ -115,28 +71,14 @@ def test_oversized_bodies_are_refused_unread(server: Any) -> None:
     assert server.client.post("/v1/chat/completions", content=pieces(), headers=headers).status_code == 413
 
 
-def test_cors_allows_listed_origins_only(server: Any, start: Callable[..., Any]) -> None:
-    asking = {
-        "origin": "https://site.example", "access-control-request-method": "POST",
-        "access-control-request-headers": "content-type",
-    }  # fmt: skip
-    response = server.client.options("/v1/chat/completions", headers=asking)
-    assert "access-control-allow-origin" not in response.headers
-    with start(cors=["https://site.example"]) as open_one:
-        allowed = open_one.client.options("/v1/chat/completions", headers=asking)
-        assert allowed.headers["access-control-allow-origin"] == "https://site.example"
-        other = open_one.client.options("/v1/chat/completions", headers={**asking, "origin": "https://b.example"})
-        assert "access-control-allow-origin" not in other.headers
-
-
 def test_key_protects_all_but_page_and_health(start: Callable[..., Any]) -> None:
     with start(api_key="secret", loopback_only=False) as guarded:
-        for path in ("/v1/models", "/metrics", "/openapi.json"):
+        for path in ("/v1/models", "/metrics", "/openapi.json", "/api/runs"):
             assert guarded.client.get(path).status_code == 401
             assert guarded.client.get(path, headers={"authorization": "Bearer wrong"}).status_code == 401
             assert guarded.client.get(path, headers={"authorization": "Bearer secret"}).status_code == 200
         assert guarded.client.post(CHAT, json=QUESTION).status_code == 401
-        for path in ("/", "/page/chat.js", "/health"):
+        for path in ("/", "/runs", "/page/chat.js", "/health"):
             assert guarded.client.get(path).status_code == 200
 
 

@@ -63,7 +63,7 @@ def test_serve_prints_its_address_answers_and_stops(
         while "http://" not in line:
             line = process.stdout.readline()
             assert line, "it ended"
-        url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]  # type: ignore[index]
+        url = re.search(r"http://127\.0\.0\.1:\d+", line)[0]
         body = {"messages": [{"role": "user", "content": "the cat"}], "max_tokens": 4}
         first, second = (httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30).json() for _ in range(2))
         assert first["choices"] == second["choices"], "the temperature is the one that was asked for"

@@ -1,20 +1,23 @@
-"""Chat in the terminal: turns, commands, files, pipes."""
+"""Chat in the terminal: turns, commands, files, pipes, base models."""
 
 from __future__ import annotations
 
 import io
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kit.commands import Command
 from kit.serving import BASE, CHAT
+from kit.text import tool_call, tool_output
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import ConfigError
+from mlxchat.evals.samples import continue_prompts
 from mlxchat.model.gpt import GPT
+from mlxchat.planning.memory import Device
 from mlxchat.terminal.chat import COMMANDS, Chat
 
 
@@ -77,13 +80,12 @@ def test_saved_conversation_loads_unchanged(chat: Chat, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (None, "cannot be read: No such file or directory"),
-        ("{", "is not a conversation"),
+        (None, "cannot be read: No such file or directory"), ("{", "is not a conversation"),
         ("[]", "is not a conversation"),
         ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "a"}]}', "is from"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "ends with a question"),
     ],
-)
+)  # fmt: skip
 def test_invalid_file_is_refused_and_changes_nothing(
     chat: Chat, tmp_path: Path, contents: str | None, message: str
 ) -> None:
@@ -104,12 +106,9 @@ def test_calculator_calls_are_shown(chat: Chat, capsys: pytest.CaptureFixture[st
     from mlxchat.engine.scheduler import Event
 
     tokenizer = chat.engine.tokenizer
-    special = tokenizer.special_ids
-    ids = [
-        *tokenizer.encode("2*3="), special["<|python_start|>"], *tokenizer.encode("2*3"), special["<|python_end|>"],
-        special["<|output_start|>"], *tokenizer.encode("6"), special["<|output_end|>"], *tokenizer.encode("6."),
-    ]  # fmt: skip
-    texts = ["" if id_ in special.values() else tokenizer.decode([id_]) for id_ in ids]
+    ids = [*tokenizer.encode("2*3="), *tool_call(tokenizer, "2*3"), *tool_output(tokenizer, "6")]
+    ids += tokenizer.encode("6.")
+    texts = ["" if id_ in tokenizer.special_ids.values() else tokenizer.decode([id_]) for id_ in ids]
     events = [Event(id=0, token=id_, text=text) for id_, text in zip(ids, texts, strict=True)]
 
     class Told:
@@ -172,11 +171,32 @@ def test_piped_input_is_a_question_or_a_conversation(
         chat.answer_once("-")
 
 
-def test_base_model_refuses_a_system_prompt(served: Path) -> None:
-    settings: dict[str, Any] = {"temperature": 0.0, "top_k": None, "max_tokens": 4, "seed": 0}
+def test_base_model_continues_texts_without_memory(
+    served: Path, model: GPT, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"temperature": 0.0, "top_k": None, "max_tokens": 6, "seed": 0}
+    chat = Chat.load(served / "store" / BASE, **settings)
+    ((_, expected),) = continue_prompts(Engine(model, chat.engine.tokenizer), ["the cat"], 6)
+    for _ in range(2):
+        chat.answer_once("the cat")
+    assert capsys.readouterr().out == f"the cat{expected}\n" * 2
+    assert chat.messages == []
+    assert "knows no system prompt" in chat.obey("/system x")
     with pytest.raises(ConfigError, match="knows no system prompt"):
         Chat.load(served / "store" / BASE, **settings, system="the log")
-    assert json.dumps(Chat.load(served / "store" / BASE, **settings).obey("/system x")).count("knows no system") == 1
+
+
+def test_model_too_large_for_memory_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(limit_bytes=1000, limit_is="a test")
+    monkeypatch.setattr("mlxchat.terminal.chat.find_device", lambda **options: device)
+    with pytest.raises(ConfigError, match=r"needs about .*; the limit is .* \(a test\)\. .*--kv-bits 4"):
+        Chat.load(served / "store" / BASE, temperature=0.0, top_k=None, max_tokens=6, seed=0)
+
+
+def test_impossible_settings_are_refused(command: Command, tmp_path: Path) -> None:
+    code, printed = command("chat", "-p", "Hi", "--temperature", "-1", f"outputs={tmp_path / 'outputs'}")
+    assert code == 2
+    assert "--temperature and --top-k must be at least 0, --max-tokens at least 1" in printed
 
 
 def asked(chat: Chat, monkeypatch: pytest.MonkeyPatch, text: str) -> list[int]:
@@ -197,7 +217,7 @@ def test_chat_reports_dropped_turns(
     chat.messages = list(turns)
     prompt = asked(chat, monkeypatch, "the mat")
     (line,) = capsys.readouterr().err.splitlines()
-    left_out = int(re.match(r"left out the (\d+) oldest turns: the model reads 128 tokens, of which 8 are", line)[1])  # type: ignore[index]
+    left_out = int(re.match(r"left out the (\d+) oldest turns: the model reads 128 tokens, of which 8 are", line)[1])
     kept = [{"role": "system", "content": "the log"}, *turns[2 * left_out :], {"role": "user", "content": "the mat"}]
     assert prompt == render_for_completion(chat.engine.tokenizer, {"messages": kept})
     assert len(prompt) <= 120
@@ -220,7 +240,7 @@ def test_chat_reports_truncated_questions(
     assert said(chat) == [tokenizer.decode(ids)], "the conversation keeps it whole"
 
 
-def test_a_chat_that_follows_a_training_changes_its_model_and_keeps_the_conversation(chat: Chat, served: Path) -> None:
+def test_following_chat_changes_models_and_keeps_the_conversation(chat: Chat, served: Path) -> None:
     asked = []
 
     def newer(name: str) -> Chat | None:

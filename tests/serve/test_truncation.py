@@ -27,7 +27,7 @@ def pairs(count: int, text: str = "the cat sat ") -> list[Turn]:
 
 def prompt(tokenizer: Tokenizer, context: int, said: list[Turn], truncate: bool = True, **limits: int) -> Any:
     model = Model("a", Path("a"), tokenizer, context, True)
-    given = [Message(role=role, content=text) for role, text in said]  # type: ignore[arg-type]
+    given = [Message(role=role, content=text) for role, text in said]
     return chat_prompt(model, given, Limits(**limits), answer_tokens=8, truncate=truncate)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from kit.text import tool_call
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
@@ -48,8 +49,7 @@ def test_seeded_answers_do_not_depend_on_the_cache(start: Callable[..., Any]) ->
 
 
 def test_programs_run_only_with_the_operators_option(start: Callable[..., Any], tokenizer: Tokenizer) -> None:
-    special = tokenizer.special_ids
-    call = [special["<|python_start|>"], *tokenizer.encode("2**100"), special["<|python_end|>"]]
+    call = tool_call(tokenizer, "2**100")
     tool = PythonTool()
     try:
         tool.check()

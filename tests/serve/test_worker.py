@@ -43,10 +43,7 @@ def test_disconnect_cancels_generation(slow: Any) -> None:
     with pytest.raises(httpx.ReadTimeout):
         slow.client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]}, timeout=0.3)
     slow.until(lambda: slow.worker.num_choices == 0, seconds=1.5)
-
-
-def test_disconnect_removes_waiting_requests(slow: Any) -> None:
-    with streaming(slow), streaming(slow):
+    with streaming(slow), streaming(slow):  # the second one waits for a row
         assert slow.worker.num_choices == 2
     slow.until(lambda: slow.worker.num_choices == 0, seconds=1.5)
     assert slow.chat().json()["choices"][0]["message"]["content"] == string.ascii_lowercase[:12]
@@ -111,7 +108,7 @@ def test_unloaded_models_are_freed(
                 body = {"model": name, "prompt": "a", "max_tokens": 2}
                 assert server.client.post("/v1/completions", json=body).status_code == 200
             for scheduler in server.worker._schedulers.values():
-                scheduler.step = lambda: 1 / 0  # type: ignore[method-assign, assignment, return-value]
+                scheduler.step = lambda: 1 / 0
             del scheduler
             assert server.chat().status_code == 500
             assert server.chat().status_code == 200

@@ -62,7 +62,7 @@ def take_page(folder: Path, chromium: str, settings: list[str]) -> None:
                     ("serve.png", 1100, 700, "light", 1.0), ("serve-phone.png", 375, 700, "dark", 1.5)
                 ):  # fmt: skip
                     view: Any = {"width": width, "height": height}
-                    page = browser.new_page(viewport=view, color_scheme=scheme, device_scale_factor=scale)  # type: ignore[arg-type]
+                    page = browser.new_page(viewport=view, color_scheme=scheme, device_scale_factor=scale)
                     page.goto(url)
                     page.evaluate(
                         """() => localStorage.setItem('mlxchat.settings', '{"temperature": 0, "seed": "1"}')"""

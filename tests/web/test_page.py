@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
+from kit.pages import weakest_contrast
 from kit.serving import BASE, CHAT
 
 pytestmark = pytest.mark.slow
@@ -60,13 +61,12 @@ def ask(page: Any, text: str) -> Any:
     page.fill("#input", text)
     page.press("#input", "Enter")
     page.wait_for_selector("#stop", state="hidden")
+    page.wait_for_function("() => [...document.querySelectorAll('li.assistant .said')].every(said => said.innerText)")
     return page.locator("li.assistant .said").last
 
 
-@contextmanager
-def known(page: Any) -> Iterator[None]:
+def known(page: Any) -> None:
     page.wait_for_selector("#model-name:not(:empty)")
-    yield
 
 
 def test_answer_streams_in_from_the_server_alone(show: Any) -> None:
@@ -81,8 +81,8 @@ def test_answer_streams_in_from_the_server_alone(show: Any) -> None:
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_text_never_becomes_script(show: Any, attack: str) -> None:
     page = show(says=attack)
-    with known(page):
-        said = ask(page, attack)
+    known(page)
+    said = ask(page, attack)
     page.wait_for_timeout(100)
     assert page.evaluate("() => window.hurt") is None
     inside = "script, img, svg, iframe, style, [onerror], [onload], [onmouseover], a:not([href^='https://'])"
@@ -116,14 +116,6 @@ def test_stored_text_never_becomes_script(show: Any) -> None:
     assert ask(page, "a").inner_text().startswith("abc"[:1])
 
 
-def test_content_security_policy_forbids_inline_script(show: Any) -> None:
-    page = show()
-    page.evaluate("""() => { const s = document.createElement('script'); s.textContent = 'window.hurt = 1';
-                             document.body.append(s); }""")
-    assert page.evaluate("() => window.hurt") is None
-    assert any("Content Security Policy" in told for told in page.told)
-
-
 def test_stop_cancels_generation(show: Any) -> None:
     page = show(seconds=0.03)
     page.fill("#input", "go on")
@@ -136,22 +128,6 @@ def test_stop_cancels_generation(show: Any) -> None:
     assert said
     assert (string.ascii_lowercase * 20).startswith(said)
     assert page.locator("li.assistant .note").inner_text() == "stopped"
-
-
-def test_regenerate_and_edit_create_versions(show: Any) -> None:
-    page = show(says="yes")
-    ask(page, "first")
-    ask(page, "second")
-    page.get_by_role("button", name="Regenerate").last.click()
-    page.wait_for_selector("#stop", state="hidden")
-    assert page.locator("li.user .said").all_inner_texts() == ["first", "second"]
-    assert page.locator("li.assistant").count() == 2
-    page.get_by_role("button", name="Edit").first.click()
-    page.get_by_label("Edit your message").fill("changed")
-    page.keyboard.press("Enter")
-    page.wait_for_selector("li.user:nth-child(3)", state="detached")
-    page.wait_for_selector("#stop", state="hidden")
-    assert page.locator("li.user .said").all_inner_texts() == ["changed"]
 
 
 def is_shown(page: Any, *texts: str) -> bool:
@@ -260,14 +236,16 @@ def test_conversation_beyond_the_limits_is_truncated(show: Any) -> None:
          "The server does not accept a setting: Max_tokens is 9, at most 4 may be. Change it in Settings."),
         (413, {"message": "the body has 9 bytes"}, "This conversation is too large for the server. Begin a new one."),
         (500, {}, "The server failed while it answered. Try again."),
+        (500, {"message": "<img src=x onerror=window.hurt=1>"},
+         "The server failed while it answered. Try again. <img src=x onerror=window.hurt=1>."),
     ],
 )  # fmt: skip
 def test_errors_are_readable(show: Any, status: int, error: dict[str, str], words: str) -> None:
     page = show(says="yes")
     answer = {"status": status, "json": {"error": error}, "headers": {"Retry-After": "7"}}
     page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
-    with known(page):
-        ask(page, "well?")
+    known(page)
+    ask(page, "well?")
     assert page.locator("#problem").inner_text() == words
 
 
@@ -281,33 +259,18 @@ def test_names_never_become_script(show: Any) -> None:
     page.route("**/v1/models", lambda route: route.fulfill(json={"object": "list", "data": [entry]}))
     page.route("**/v1/models/**", lambda route: route.fulfill(json=entry))
     page.reload()
-    with known(page):
-        page.get_by_role("button", name="Model:").click()
+    known(page)
+    page.get_by_role("button", name="Model:").click()
     page.wait_for_selector("#model-facts details")
     assert page.locator("img").count() == 1, "the logo"
     assert page.evaluate("() => window.hurt") is None
 
 
-def test_server_error_never_becomes_script_and_allows_retry(show: Any) -> None:
-    page = show(says="yes")
-    failing = {"error": {"message": "<img src=x onerror=window.hurt=1>", "type": "x", "param": None, "code": None}}
-    page.route("**/v1/chat/completions", lambda route: route.fulfill(status=500, json=failing), times=1)
-    with known(page):
-        page.fill("#input", "well?")
-    page.press("#input", "Enter")
-    page.wait_for_selector("#problem:not([hidden])")
-    assert page.locator("#problem").inner_text().endswith(" Try again. <img src=x onerror=window.hurt=1>.")
-    page.get_by_role("button", name="Try again").click()
-    page.wait_for_selector("li.assistant .actions button")
-    assert page.locator("li .said").all_inner_texts() == ["well?", "yes"]
-    assert page.locator("#problem").is_hidden()
-
-
 def test_bidirectional_overrides_are_removed(show: Any) -> None:
     turned = 'if access != "user\u202e \u2066// admin\u2069 \u2066"'
     page = show(says="```\na\u202e b\n```\n[https://good\u202e/](https://x.example/)")
-    with known(page):
-        ask(page, turned)
+    known(page)
+    ask(page, turned)
     text = page.locator("body").inner_text()
     assert not set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069") & set(text)
     assert page.locator(".said a").get_attribute("title") == "https://x.example/", "where a link leads can be seen"
@@ -330,21 +293,7 @@ def test_program_and_output_are_folded(show: Any) -> None:
     assert sum_.locator("div").inner_text() == "2*3 = 6"
 
 
-def test_deletion_asks_for_confirmation(show: Any) -> None:
-    page = show(says="yes")
-    page.remove_listener("dialog", page.accept)
-    asked = []
-    page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
-    ask(page, "keep me")
-    page.get_by_role("button", name="Delete “keep me”").click()
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_role("button", name="Delete all conversations").click()
-    assert asked == ["Delete “keep me”?", "Delete all 1 conversations?"]
-    page.keyboard.press("Escape")
-    assert page.locator("#list .name").all_inner_texts() == ["keep me"]
-
-
-def test_conversations_are_kept_opened_and_deleted(show: Any) -> None:
+def test_conversations_are_kept_and_deleted_on_confirmation(show: Any) -> None:
     page = show(says="yes")
     ask(page, "the first one")
     page.keyboard.press("Control+Shift+O")
@@ -356,12 +305,21 @@ def test_conversations_are_kept_opened_and_deleted(show: Any) -> None:
     page.get_by_role("button", name="Delete “the first one”").click()
     assert page.locator("#list .name").all_inner_texts() == ["the second one"]
     assert page.locator("#messages li").count() == 0
+    page.remove_listener("dialog", page.accept)
+    asked = []
+    page.on("dialog", lambda dialog: (asked.append(dialog.message), dialog.dismiss()))
+    page.get_by_role("button", name="Delete “the second one”").click()
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Delete all conversations").click()
+    assert asked == ["Delete “the second one”?", "Delete all 1 conversations?"]
+    page.keyboard.press("Escape")
+    assert page.locator("#list .name").all_inner_texts() == ["the second one"]
 
 
 def test_model_dialog_shows_the_manifest(show: Any) -> None:
     page = show(seconds=0.001)
-    with known(page):
-        page.get_by_role("button", name="Model:").click()
+    known(page)
+    page.get_by_role("button", name="Model:").click()
     facts = page.locator("#model-facts")
     page.wait_for_selector("#model-facts details")
     assert CHAT in facts.inner_text()
@@ -371,8 +329,8 @@ def test_model_dialog_shows_the_manifest(show: Any) -> None:
     page.keyboard.press("Escape")
     assert ask(page, "a").inner_text().startswith("bcd"), "a base model continues what was written"
     page.reload()
-    with known(page):
-        assert page.locator("#model-name").inner_text().startswith("pretrain · 40K")
+    known(page)
+    assert page.locator("#model-name").inner_text().startswith("pretrain · 40K")
 
 
 def test_settings_are_kept_and_sent(show: Any) -> None:
@@ -382,7 +340,8 @@ def test_settings_are_kept_and_sent(show: Any) -> None:
     page.fill("#set-seed", "3")
     page.fill("#set-system", "be brief")
     page.keyboard.press("Escape")
-    with known(page), page.expect_request("**/v1/chat/completions") as caught:
+    known(page)
+    with page.expect_request("**/v1/chat/completions") as caught:
         ask(page, "well?")
     body = caught.value.post_data_json
     assert (body["top_k"], body["seed"]) == (7, 3)
@@ -396,8 +355,8 @@ def test_missing_key_opens_the_key_dialog(show: Any) -> None:
     page = show(says="yes", api_key="secret")
     page.get_by_role("textbox", name="API key").fill("secret")
     page.get_by_role("button", name="Go on").click()
-    with known(page):
-        assert ask(page, "well?").inner_text() == "yes"
+    known(page)
+    assert ask(page, "well?").inner_text() == "yes"
     page.fill("#input", "a" * 8001)
     page.press("#input", "Enter")
     page.wait_for_selector("#problem:not([hidden])")
@@ -419,9 +378,6 @@ def test_page_works_by_keyboard(show: Any) -> None:
         page.keyboard.press("Tab")
         names.append(page.evaluate("() => document.activeElement.textContent.trim().slice(0, 20)"))
     assert {"New conversation", "Settings", "Copy", "Edit", "Regenerate"} <= set(names)
-    unnamed = page.evaluate("""() => [...document.querySelectorAll('button, input, select, textarea')].filter(e =>
-        !(e.textContent.trim() || e.getAttribute('aria-label') || e.labels?.length)).map(e => e.outerHTML)""")
-    assert unnamed == []
 
 
 FAULTS = """() => {
@@ -429,24 +385,19 @@ FAULTS = """() => {
   const seen = e => e.getClientRects().length && getComputedStyle(e).visibility !== 'hidden';
   const name = e => (e.getAttribute('aria-label') || (e.getAttribute('aria-labelledby') || '').split(' ').map(
     id => document.getElementById(id)?.textContent).join(' ') || [...(e.labels || [])].map(l => l.textContent).join(' ')
-    || (e.matches('button, a, summary, h1, h2, h3, h4, option') && e.textContent) || e.alt || '').trim();
+    || (e.matches('button, a, summary, option') && e.textContent) || '').trim();
   const complain = (what, e) => found.push(what + ': ' + e.outerHTML.slice(0, 90));
   const named = 'button, a, input, select, textarea, summary, dialog[open], nav, [role=region]';
   for (const e of document.querySelectorAll(named)) if (seen(e) && !name(e)) complain('no name', e);
   const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
   if (new Set(ids).size !== ids.length) found.push('an id twice');
-  for (const e of document.querySelectorAll('[aria-labelledby], [aria-describedby], [aria-controls], label[for]'))
-    for (const id of (e.getAttribute('aria-labelledby') || e.getAttribute('aria-describedby')
-        || e.getAttribute('aria-controls') || e.htmlFor).split(' '))
-      if (!ids.includes(id)) complain('leads nowhere', e);
-  const roles = ['alert', 'status', 'region'];
-  for (const e of document.querySelectorAll('[role]')) if (!roles.includes(e.getAttribute('role'))) complain('role', e);
+  for (const key of ['aria-labelledby', 'aria-describedby', 'aria-controls', 'for'])
+    for (const e of document.querySelectorAll(`[${key}]`))
+      if (!e.getAttribute(key).split(' ').every(id => ids.includes(id))) complain('leads nowhere', e);
   for (const e of document.querySelectorAll('[tabindex]')) if (e.tabIndex > 0) complain('order of focus', e);
-  for (const e of document.querySelectorAll('img:not([alt])')) complain('no alt', e);
-  for (const e of document.querySelectorAll(':is(ul, ol) > :not(li)')) complain('list', e);
+  for (const e of document.querySelectorAll('img:not([alt]), :is(ul, ol) > :not(li)')) complain('alt or list', e);
   const levels = [...document.querySelectorAll('h1, h2, h3, h4, h5')].filter(seen).map(e => +e.tagName[1]);
-  if (levels[0] !== 1 || levels.filter(l => l === 1).length !== 1) found.push('headings: ' + levels);
-  levels.forEach((l, i) => { if (i && l > levels[i - 1] + 1) found.push('headings: ' + levels); });
+  if (levels.some((l, i) => i ? l === 1 || l > levels[i - 1] + 1 : l !== 1)) found.push('headings: ' + levels);
   for (const tag of ['main', 'header', 'footer', 'nav'])
     if (document.querySelectorAll(`body ${tag}`).length !== 1) found.push('landmark ' + tag);
   for (const e of document.querySelectorAll('pre, .scroller'))
@@ -463,8 +414,8 @@ FAULTS = """() => {
 @pytest.mark.parametrize("width", [375, 1280])
 def test_page_has_accessible_names_and_landmarks(show: Any, width: int) -> None:
     page = show(width=width, says=MARKDOWN)
-    with known(page):
-        assert page.evaluate(FAULTS) == []
+    known(page)
+    assert page.evaluate(FAULTS) == []
     ask(page, "show me")
     page.get_by_role("button", name="Regenerate").click()
     page.wait_for_selector(".versions")
@@ -484,22 +435,4 @@ def test_page_fits_the_screen_with_enough_contrast(show: Any, width: int, scheme
     page = show(width=width, scheme=scheme, says=MARKDOWN + "\n\n" + "long" * 200)
     ask(page, "show me " + "w" * 300)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
-    weakest = page.evaluate("""() => {
-      const channel = v => { v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; };
-      const light = c => 0.2126 * channel(c[0]) + 0.7152 * channel(c[1]) + 0.0722 * channel(c[2]);
-      const parse = s => (s.match(/[\\d.]+/g) || []).map(Number);
-      const found = [];
-      for (const e of document.querySelectorAll('p, h2, li, td, th, code, button, span, strong, textarea')) {
-        if (!e.textContent.trim() || !e.getClientRects().length) continue;
-        let ground = null;
-        for (let up = e; up && !ground; up = up.parentElement) {
-          const c = parse(getComputedStyle(up).backgroundColor);
-          if (c.length === 3 || c[3] === 1) ground = c;
-        }
-        const both = [light(parse(getComputedStyle(e).color)), light(ground || [255, 255, 255])];
-        const [a, b] = both.sort((x, y) => y - x);
-        found.push([(a + 0.05) / (b + 0.05), e.outerHTML.slice(0, 80)]);
-      }
-      return found.sort((x, y) => x[0] - y[0])[0];
-    }""")
-    assert weakest[0] >= 4.5, weakest
+    assert weakest_contrast(page)[0] >= 4.5, weakest_contrast(page)

@@ -112,13 +112,6 @@ def test_hostile_plan_hides_no_other_run(served: Path, start: Callable[..., Any]
         assert server.client.get("/api/runs/elsewhere/one").json()["samples"] == []
 
 
-def test_runs_api_needs_the_key(start: Callable[..., Any]) -> None:
-    with start(seconds=0.001, api_key="secret", loopback_only=False) as server:
-        assert server.client.get("/runs").status_code == 200
-        assert server.client.get("/api/runs").status_code == 401
-        assert server.client.get("/api/runs", headers={"authorization": "Bearer secret"}).status_code == 200
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [375, 1280])
 def test_runs_page_draws_running_steps(watched: Any, browser: Any, width: int) -> None:

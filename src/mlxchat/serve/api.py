@@ -159,17 +159,10 @@ def openai_routes(service: Service) -> APIRouter:
             return EventStream(answer, _chat_chunks(answer, head, body, own))
         choices = await while_connected(request, answer, collect(answer))
 
-        def respond() -> LargeAnswer:
-            data = [
-                {
-                    "index": index, "message": choice.message(), "logprobs": choice.chat_logprobs(choice.events),
-                    "finish_reason": choice.finish_reason,
-                }
-                for index, choice in enumerate(choices)
-            ]  # fmt: skip
-            return LargeAnswer({**head, "choices": data, "usage": usage_of(answer, choices, body.n), **own})
+        def describe(_: int, choice: Choice) -> Json:
+            return {"message": choice.message(), "logprobs": choice.chat_logprobs(choice.events)}
 
-        return await run_in_threadpool(respond)
+        return await run_in_threadpool(_whole_answer, answer, choices, head, body.n, describe, own)
 
     @routes.post("/completions", response_model=None)
     async def complete(body: TextRequest, request: Request) -> Response:
@@ -180,20 +173,21 @@ def openai_routes(service: Service) -> APIRouter:
             return EventStream(answer, _text_chunks(answer, head, body, echoes))
         choices = await while_connected(request, answer, collect(answer, echoes))
 
-        def respond() -> LargeAnswer:
-            data = [
-                {
-                    "index": index, "text": echoes[index][0] + choice.all_text,
-                    "logprobs": choice.text_logprobs(choice.events),
-                    "finish_reason": choice.finish_reason,
-                }
-                for index, choice in enumerate(choices)
-            ]  # fmt: skip
-            return LargeAnswer({**head, "choices": data, "usage": usage_of(answer, choices, body.n)})
+        def describe(index: int, choice: Choice) -> Json:
+            return {"text": echoes[index][0] + choice.all_text, "logprobs": choice.text_logprobs(choice.events)}
 
-        return await run_in_threadpool(respond)
+        return await run_in_threadpool(_whole_answer, answer, choices, head, body.n, describe, {})
 
     return routes
+
+
+def _whole_answer(
+    answer: Answer, choices: list[Choice], head: Json, each: int, describe: Callable[[int, Choice], Json], own: Json
+) -> LargeAnswer:
+    data = [
+        {"index": i, **describe(i, choice), "finish_reason": choice.finish_reason} for i, choice in enumerate(choices)
+    ]
+    return LargeAnswer({**head, "choices": data, "usage": usage_of(answer, choices, each), **own})
 
 
 def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt, list[EngineRequest]]:

@@ -353,16 +353,10 @@ def requests_for(
             )  # fmt: skip
         for choice in range(body.n):
             sampling = Sampling(
-                temperature=temperature,
-                top_k=top_k,
-                top_p=body.top_p,
-                min_p=body.min_p or None,
-                repetition_penalty=body.repetition_penalty,
-                frequency_penalty=body.frequency_penalty,
-                presence_penalty=body.presence_penalty,
-                logit_bias=bias,
-                seed=(first + choice) % _SEEDS,
-            )
+                temperature=temperature, top_k=top_k, top_p=body.top_p, min_p=body.min_p or None, logit_bias=bias,
+                repetition_penalty=body.repetition_penalty, frequency_penalty=body.frequency_penalty,
+                presence_penalty=body.presence_penalty, seed=(first + choice) % _SEEDS,
+            )  # fmt: skip
             most = min(max_tokens or limits.max_tokens, limits.max_tokens, room)
             found.append(
                 Request(
