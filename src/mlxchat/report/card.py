@@ -188,35 +188,20 @@ def render_card(
             _fenced(_calculator(program, how, repository)),
         ]
     if metrics := metric_table(report):
-        parts += [
-            "## Scores",
-            " ".join(
-                [
-                    "Measured by mlxchat" + (", which runs the calculator." if program else "."),
-                    "± is one standard error; chance is what guessing gets.",
-                ]
-            ),
-            metrics,
-        ]
+        runs = ", which runs the calculator" if program else ""
+        measured = f"Measured by mlxchat{runs}. ± is one standard error; chance is what guessing gets."
+        parts += ["## Scores", measured, metrics]
         if core := core_table(report):
             parts += ["### CORE, task by task", core]
     if sources := source_table(report):
-        parts += [
-            "## Data",
-            "What it was trained and measured on, with each source's licence. "
-            + (
-                f"These weights are published under `{license}`."
-                if license
-                else "The publisher chooses the licence of these weights, within these."
-            ),
-            sources,
-        ]
+        chooses = "The publisher chooses the licence of these weights, within these."
+        licence = f"These weights are published under `{license}`." if license else chooses
+        parts += ["## Data", f"What it was trained and measured on, with each source's licence. {licence}", sources]
     parts += ["## Lineage", artifact_table(report), "## Configuration"]
     for step in report.steps:
         if step.kind in ("checkpoint", "tokenizer", "corpus") and (found := settings_of(step)):
-            parts.append(
-                pairs_table(f"{step.name}: settings", [(key, _PLACE.sub("…/", value)) for key, value in found])
-            )
+            pairs = [(key, _PLACE.sub("…/", value)) for key, value in found]
+            parts.append(pairs_table(f"{step.name}: settings", pairs))
     parts += ["## Provenance", _provenance(own, sha256)]
     body = render_markdown([part for part in parts if part])
     return visible(f"{_front_matter(report, own, target, chats, license, language)}\n{body}")

@@ -142,7 +142,6 @@ def latest_run(outputs: Path) -> Path:
 
     Raises:
         StoreError: there is no such folder.
-
     """
     runs = outputs / "runs"
     # Names begin with the time of the start, so the order of names is the order of runs.
@@ -164,7 +163,6 @@ def collect(outputs: Path, run: Path) -> RunReport:
 
     Raises:
         StoreError: `run` has no readable plan.json.
-
     """
     plan = read_json(run / "plan.json")
     entries = [mapping(entry) for entry in sequence(plan.get("steps"))]
@@ -271,7 +269,7 @@ def _read_step(outputs: Path, entry: dict[str, Any], events: list[dict[str, Any]
         error=error,
         manifest=manifest,
         records=_by_iteration(read_jsonl(records / "metrics.jsonl")),
-        samples=_last_samples([*read_jsonl(records / "samples.jsonl"), *_dicts(scores.get("samples"))]),
+        samples=_last_samples([*read_jsonl(records / "samples.jsonl"), *map(mapping, sequence(scores.get("samples")))]),
         scores=read_scores(scores) if scores else None,
         compression=read_json(folder / "compression.json"),
         model=read_json(folder / "config.json"),
@@ -367,14 +365,6 @@ def _last_samples(records: list[dict[str, Any]]) -> list[Sample]:
     ]  # fmt: skip
 
 
-def _dicts(value: object) -> list[dict[str, Any]]:
-    return [each for each in sequence(value) if isinstance(each, dict)]
-
-
-# The largest safetensors header, as in the reference implementation.
-HEADER_LIMIT_BYTES = 100_000_000
-
-
 def sequence(value: object) -> list[Any]:
     """Return `value` if it is a list, else an empty one."""
     return value if isinstance(value, list) else []
@@ -429,7 +419,8 @@ def count_parameters(path: Path) -> int | None:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = mapping(json.loads(file.read(length))) if length <= HEADER_LIMIT_BYTES else {}
+            # The largest header that the reference implementation reads.
+            header = mapping(json.loads(file.read(length))) if length <= 100_000_000 else {}
         shapes = [mapping(t).get("shape") for name, t in header.items() if name != "__metadata__"]
         return sum(math.prod(shape) for shape in shapes if isinstance(shape, list)) or None
     except (OSError, ValueError, TypeError):

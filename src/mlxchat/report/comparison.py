@@ -31,7 +31,7 @@ def comparison_table(reports: Sequence[RunReport], names: Sequence[str]) -> Tabl
     kinds = list(dict.fromkeys(kind for found in columns for kind in found))
     rows = []
     for name, found, told in zip(names, settings, columns, strict=True):
-        cells = [Cell(name), *(Cell(_shown(found.get(key))) for key in differing)]
+        cells = [Cell(name), *(Cell(format_value(found.get(key))) for key in differing)]
         rows.append(cells + [told.get(kind, Cell(ABSENT)) for kind in kinds])
     header = ["Run", *differing, *kinds]
     return Table(header=header, align="l" * (1 + len(differing)) + "r" * len(kinds), rows=rows)
@@ -43,10 +43,6 @@ def _settings(report: RunReport) -> dict[str, object]:
         key: value for step in report.steps for key, value in flatten(mapping(step.manifest.get("config"))).items()
         if isinstance(value, str | int | float | bool) or value is None
     }  # fmt: skip
-
-
-def _shown(value: object) -> str:
-    return ABSENT if value is None else format_value(value)
 
 
 def _columns(report: RunReport) -> dict[str, Cell]:

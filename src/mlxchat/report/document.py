@@ -52,7 +52,6 @@ class Group:
     blocks: Sequence[Block]
     summary: str = ""
     """Title of the fold; empty: not folded."""
-    is_open: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,16 +76,6 @@ def show_report(outputs: Path, run: Path) -> None:
     place = write_document(report.folder, title_of(report), document(report))
     print_summary(report, Console())
     print(f"report: {place}")
-
-
-def write_report(outputs: Path, run: Path) -> Path:
-    """Write report.md, report.html and report/*.svg into a run's folder; return the path of report.html.
-
-    Raises:
-        StoreError: the run has no readable plan, or its folder cannot be written.
-    """
-    report = collect(outputs, run)
-    return write_document(run, title_of(report), document(report))
 
 
 def title_of(report: RunReport) -> str:
@@ -336,9 +325,8 @@ def _html(block: Block) -> str:
             inside = "".join(map(_html, block.blocks))
             if not block.summary:
                 return f'<div class="{block.kind}" dir="auto">\n{inside}</div>\n'
-            shown = " open" if block.is_open else ""
             summary = escape_html(visible(block.summary))
-            return f'<details class="{block.kind}"{shown}>\n<summary>{summary}</summary>\n{inside}</details>\n'
+            return f'<details class="{block.kind}">\n<summary>{summary}</summary>\n{inside}</details>\n'
         case charts:
             return f'<div class="charts">\n{"".join(f"<figure>{chart.svg}</figure>" for chart in charts)}</div>\n'
 
@@ -409,7 +397,7 @@ def write_document(folder: Path, title: str, blocks: Sequence[Block]) -> Path:
             pictures.mkdir(exist_ok=True)
         for name, chart in charts.items():
             write_whole(pictures / name, standalone(chart), durable=False)
-        for path in (*pictures.glob("*.svg"), *pictures.glob("*.png")):  # PNG: those of former versions
+        for path in pictures.glob("*.svg"):
             if path.name not in charts:
                 path.unlink(missing_ok=True)
         write_whole(folder / "report.md", render_markdown(blocks), durable=False)

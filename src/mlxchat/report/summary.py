@@ -6,15 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mlxchat.config.wording import (
-    format_bytes,
-    format_count,
-    format_dollars,
-    format_seconds,
-    format_time,
-    join,
-    plural,
-)
+from mlxchat.config.wording import format_bytes, format_count, format_dollars, format_seconds, format_time, join, plural
 from mlxchat.errors import visible
 from mlxchat.evals.scores import Measure, Scores, mapping, number
 from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, text
@@ -67,10 +59,8 @@ def troubles(report: RunReport) -> list[str]:
     # The run's error is usually that of a failed step, which is listed already.
     if report.outcome == "failed" and not failed:
         lines.append(_sentence("This run failed", report.error))
-    for outcome, words in (
-        ("unfinished", "begun and without a result (running, or stopped)"),
-        ("missing", "without a result"),
-    ):
+    ends = {"unfinished": "begun and without a result (running, or stopped)", "missing": "without a result"}
+    for outcome, words in ends.items():
         if names := [step.name for step in report.steps if step.outcome == outcome]:
             verb = "is" if len(names) == 1 else "are"
             lines.append(f"{join(names)} {verb} {words}.")
@@ -209,8 +199,7 @@ def _how_well(report: RunReport) -> Iterator[str]:
         if not found or (metric == "mean_centered" and any(scores.find("chatcore") for _, scores in scored)):
             continue
         name, scores, best = max(found, key=lambda each: each[2].value)
-        cell = shown(best)
-        said = f"{cell.text} {cell.detail}".strip()
+        said = _said(best)
         if metric == "core":
             yield f"CORE is {said}, after {name} (GPT-2 XL, as published: {published_core()['GPT-2 XL 1.6B']:.4f})."
         elif metric == "chatcore":

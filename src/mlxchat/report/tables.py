@@ -382,26 +382,15 @@ def timing_table(report: RunReport) -> Table:
     priced = report.cost_per_hour is not None
     rows = []
     for step in report.steps:
-        manifest = step.manifest
-        cost = format_dollars(step.seconds, report.cost_per_hour)
-        speed = number(manifest.get("tokens_per_second"))
-        rows.append(
-            [
-                Cell(step.name),
-                Cell(step.outcome),
-                Cell(known(format_seconds, step.seconds)),
-                *([Cell(cost or ABSENT)] if priced else []),
-                Cell(known(format_count, speed)),
-                Cell(known(format_bytes, number(manifest.get("peak_memory_bytes")))),
-                Cell(*_attempts(step)),
-            ]
-        )
+        cost = [format_dollars(step.seconds, report.cost_per_hour) or ABSENT] if priced else []
+        speed = known(format_count, number(step.manifest.get("tokens_per_second")))
+        memory = known(format_bytes, number(step.manifest.get("peak_memory_bytes")))
+        words = [step.name, step.outcome, known(format_seconds, step.seconds), *cost, speed, memory]
+        rows.append([*map(Cell, words), Cell(*_attempts(step))])
     total = [Cell("all steps"), Cell(""), Cell(known(format_seconds, computing_seconds(report)))]
     total += [Cell(format_dollars(computing_seconds(report), report.cost_per_hour))] if priced else []
     rows.append(total + [Cell("")] * 3)
-    notes = [
-        "Wall clock, over all attempts of a step. A cached step shows what it took when it was computed.",
-    ]
+    notes = ["Wall clock, over all attempts of a step. A cached step shows what it took when it was computed."]
     if report.seconds is not None:
         notes.append(f"This run: {format_seconds(report.seconds)} from its first to its last event.")
     header = ["Step", "State", "Time", *(["Cost"] if priced else []), "Tokens/s", "Peak memory", "Attempts"]
@@ -443,8 +432,7 @@ def machine_table(report: RunReport) -> Table | None:
         # Only values that differ from the most common one name their steps.
         usual = max(values, key=lambda value: len(values[value]))
         differing = [f"{value} ({', '.join(at)})" for value, at in values.items() if value != usual]
-        shown = [usual, *differing]
-        rows.append([Cell(name), Cell("; ".join(shown))])
+        rows.append([Cell(name), Cell("; ".join([usual, *differing]))])
     return Table(header=["What", "Value"], align="ll", rows=rows) if rows else None
 
 
@@ -464,12 +452,8 @@ def compression_tables(report: RunReport) -> list[tuple[StepReport, Table]]:
         for row in texts:
             size, ours = number(row.get("bytes")), number(row.get("ours"))
             ratio = f"{size / ours:.2f}" if size and ours else ABSENT
-            cells = [
-                Cell(text(row.get("text"))),
-                Cell(known("{:,.0f}".format, size)),
-                Cell(known("{:,.0f}".format, ours)),
-                Cell(ratio),
-            ]
+            counts = [known("{:,.0f}".format, count) for count in (size, ours)]
+            cells = [Cell(words) for words in (text(row.get("text")), *counts, ratio)]
             for key, _ in rivals:
                 theirs = number(row.get(key))
                 gain = f"({(theirs - ours) / theirs:+.1%})" if theirs and ours is not None else ""
@@ -487,23 +471,16 @@ def compression_tables(report: RunReport) -> list[tuple[StepReport, Table]]:
 
 def artifact_table(report: RunReport) -> Table:
     """Return every artifact with id, size and inputs."""
-    rows = []
+    names = []
     total = 0.0
     for step in report.steps:
         outputs = [mapping(file) for file in sequence(step.manifest.get("outputs"))]
         size = sum(number(file.get("bytes")) or 0 for file in outputs)
         total += size
         made_from = [f"{role}: {source}" for role, source in _input_artifacts(report, step)]
-        rows.append(
-            [
-                Cell(step.name),
-                Cell(step.artifact or ABSENT),
-                Cell(step.kind),
-                Cell(format_bytes(size) if step.manifest else ABSENT),
-                Cell(", ".join(made_from) or ABSENT),
-            ]
-        )
-    rows.append([Cell("all steps"), Cell(""), Cell(""), Cell(format_bytes(total)), Cell("")])
+        shown_size = format_bytes(size) if step.manifest else ABSENT
+        names.append([step.name, step.artifact or ABSENT, step.kind, shown_size, ", ".join(made_from) or ABSENT])
+    rows = [[*map(Cell, row)] for row in (*names, ["all steps", "", "", format_bytes(total), ""])]
     return Table(header=["Step", "Artifact", "Kind", "Size", "Made from"], align="lllrl", rows=rows)
 
 
@@ -525,10 +502,8 @@ def source_table(report: RunReport) -> Table | None:
         for item in map(mapping, sequence(step.manifest.get("externals"))):
             address = text(item.get("url"))
             name = text(item.get("name")) or _named(address) or ABSENT
-            pin = next(
-                (text(item[key]) for key in ("version", "revision", "sha256") if item.get(key)), address or ABSENT
-            )
-            source = (name, pin, text(item.get("licence")) or ABSENT)
+            pins = [text(item[key]) for key in ("version", "revision", "sha256") if item.get(key)]
+            source = (name, [*pins, address or ABSENT][0], text(item.get("licence")) or ABSENT)
             found.setdefault(source, []).append((step.name, number(item.get("bytes")) or 0))
     rows = []
     for (name, pin, licence), uses in found.items():
