@@ -61,8 +61,8 @@ def scripted(tokenizer: Tokenizer) -> Callable[..., tuple[Engine, list[list[int]
     def make(*scripts: Sequence[int]) -> tuple[Engine, list[list[int]]]:
         """Return an engine that follows the scripts, and a prompt for each."""
         forward = Scripted(scripts, tokenizer.vocab_size)
-        engine = Engine(SimpleNamespace(scripted=forward), tokenizer)  # type: ignore[arg-type]
-        engine.forward = lambda: forward  # type: ignore[method-assign]
+        engine = Engine(SimpleNamespace(scripted=forward), tokenizer)
+        engine.forward = lambda: forward
         return engine, [[tokenizer.bos] * (1 + row) for row in range(len(scripts))]
 
     return make

@@ -57,20 +57,21 @@ def test_decoded_logits_equal_those_of_whole_rows(path: str, architecture: str, 
         np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, length:], atol=TOLERANCE)
 
 
-@BOTH
-@pytest.mark.parametrize("num_kv_heads", [4, 1])  # elsewhere 2
-def test_decoded_logits_are_equal_for_grouped_heads(path: str, architecture: str, num_kv_heads: int) -> None:
-    model, row = make_model(architecture, num_kv_heads=num_kv_heads), random_ids(150).tolist()
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [
+        *((each, {"num_kv_heads": heads}) for each in ("oct2025", "jul2026") for heads in (4, 1)),  # elsewhere 2
+        ("jul2026", {"num_layers": 1, "window_pattern": "S", "context_tokens": 300}),
+        ("jul2026", {"num_layers": 3, "window_pattern": "LS", "context_tokens": 300}),
+    ],
+    ids=str,
+)
+def test_decoded_logits_are_equal_for_all_heads_and_windows(
+    path: str, architecture: str, sizes: dict[str, int]
+) -> None:
+    model, row = make_model(architecture, **sizes), random_ids(180).tolist()
     (got,) = decoded_logits(model, [row], [130])
     np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, 130:], atol=TOLERANCE)
-
-
-@pytest.mark.parametrize(("num_layers", "pattern"), [(1, "S"), (3, "LS")])
-def test_decoded_logits_are_equal_for_any_window_pattern(path: str, num_layers: int, pattern: str) -> None:
-    model = make_model("jul2026", num_layers=num_layers, window_pattern=pattern, context_tokens=300)
-    row = random_ids(180).tolist()
-    (got,) = decoded_logits(model, [row], [120])
-    np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, 120:], atol=TOLERANCE)
 
 
 @BOTH

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.text import tool_call, tool_output
 from mlxchat.cpu import runtime
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
@@ -23,26 +24,6 @@ def prompts_of(lengths: list[int], tokenizer: Tokenizer) -> list[list[int]]:
     return [[tokenizer.bos, *rng.integers(0, 256, length - 1).tolist()] for length in lengths]
 
 
-def never_ending(model: GPT, tokenizer: Tokenizer) -> GPT:
-    """Return the model with low logits of the end tokens."""
-    head = np.array(model.lm_head.weight)
-    head[tokenizer.bos :] = 0
-    model.lm_head.weight = mx.array(head)
-    return model
-
-
-def test_rows_do_not_depend_on_each_other(model: GPT, tokenizer: Tokenizer) -> None:
-    head = np.array(model.lm_head.weight)
-    head[tokenizer.assistant_end] *= 1.8  # so that some rows end soon
-    model.lm_head.weight = mx.array(head)
-    engine, prompts = Engine(model, tokenizer), prompts_of([4, 9, 2, 17, 6, 11], tokenizer)
-    together = engine.complete(prompts, max_new_tokens=25)
-    lengths = [len(completion.ids) for completion in together]
-    assert len(set(lengths)) > 2
-    assert max(lengths) == 25
-    assert together == [engine.complete([prompt], max_new_tokens=25)[0] for prompt in prompts]
-
-
 def test_seed_determines_samples_but_not_greedy_answers(model: GPT, tokenizer: Tokenizer) -> None:
     engine, prompts = Engine(model, tokenizer), prompts_of(PROMPT_LENGTHS, tokenizer)
     assert engine.complete(prompts, max_new_tokens=5, seed=1) == engine.complete(prompts, max_new_tokens=5, seed=2)
@@ -54,8 +35,9 @@ def test_seed_determines_samples_but_not_greedy_answers(model: GPT, tokenizer: T
 
 def test_draws_differ_between_rows_and_tokens(model: GPT, tokenizer: Tokenizer) -> None:
     """nanochat of October 2025 gave all samples of a question the same first token."""
-    model = never_ending(model, tokenizer)
-    model.lm_head.weight = model.lm_head.weight * 0.01  # all tokens about equally likely
+    head = np.array(model.lm_head.weight) * 0.01  # all tokens about equally likely
+    head[tokenizer.bos :] = 0  # but the end tokens
+    model.lm_head.weight = mx.array(head)
     engine = Engine(model, tokenizer)
     rows = engine.complete([[tokenizer.bos]] * 32, max_new_tokens=1, temperature=1.0)
     assert len({row.ids[0] for row in rows}) > 10
@@ -73,16 +55,6 @@ def test_rows_end_with_an_end_token_or_at_the_limit(tokenizer: Tokenizer, script
     assert [each.ids for each in engine.complete(prompts, max_new_tokens=0)] == [[], [], []]
 
 
-def call(tokenizer: Tokenizer, expression: str) -> list[int]:
-    special = tokenizer.special_ids
-    return [special["<|python_start|>"], *tokenizer.encode(expression), special["<|python_end|>"]]
-
-
-def answer(tokenizer: Tokenizer, text: str) -> list[int]:
-    special = tokenizer.special_ids
-    return [special["<|output_start|>"], *tokenizer.encode(text), special["<|output_end|>"]]
-
-
 def run_script(tokenizer: Tokenizer, scripted: Callable[..., tuple], script: list[int]) -> tuple[list[int], list[int]]:
     engine, prompts = scripted([*script, tokenizer.assistant_end])
     (completion,) = engine.complete(prompts, max_new_tokens=200)
@@ -95,11 +67,11 @@ def test_calls_force_their_answers(tokenizer: Tokenizer, scripted: Callable[...,
     again = [start, *tokenizer.encode("9*")]  # a second start discards this
     script, expected, forced = [97], [97], [0]
     for expression, result in (("6*7", "42"), ("1/2", "0.5"), ("2+2", "4")):
-        output = answer(tokenizer, result)
+        output = tool_output(tokenizer, result)
         before = again if expression == "2+2" else []
-        script += [*before, *call(tokenizer, expression), *[tokenizer.assistant_end] * len(output)]
-        expected += [*before, *call(tokenizer, expression), *output]
-        forced += [0] * (len(before) + len(call(tokenizer, expression))) + [1] * len(output)
+        script += [*before, *tool_call(tokenizer, expression), *[tokenizer.assistant_end] * len(output)]
+        expected += [*before, *tool_call(tokenizer, expression), *output]
+        forced += [0] * (len(before) + len(tool_call(tokenizer, expression))) + [1] * len(output)
     ids, mask = run_script(tokenizer, scripted, [*script, end, 98])
     assert ids == [*expected, end, 98, tokenizer.assistant_end], "an end without a start forces nothing"
     assert mask == [1 - each for each in forced] + [1, 1, 1]
@@ -109,24 +81,24 @@ def test_calls_force_their_answers(tokenizer: Tokenizer, scripted: Callable[...,
 def test_calls_without_result_force_nothing(
     tokenizer: Tokenizer, scripted: Callable[..., tuple], expression: str
 ) -> None:
-    question = call(tokenizer, expression)
+    question = tool_call(tokenizer, expression)
     ids, mask = run_script(tokenizer, scripted, [*question, 98])
     assert ids == [*question, 98, tokenizer.assistant_end]
     assert set(mask) == {1}
 
 
 def test_model_reads_the_forced_tokens(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
-    question, forced = call(tokenizer, "6*7"), answer(tokenizer, "42")
+    question, forced = tool_call(tokenizer, "6*7"), tool_output(tokenizer, "42")
     engine, prompts = scripted([*question, *[120] * len(forced), tokenizer.assistant_end])
     engine.complete(prompts, max_new_tokens=50)
     assert [row[0] for row in engine.model.scripted.given[1:]] == [*question, *forced]
 
 
 def test_forced_tokens_count_as_new_tokens(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
-    question = call(tokenizer, "6*7")
+    question = tool_call(tokenizer, "6*7")
     engine, prompts = scripted([*question, *[0] * 20])
     (completion,) = engine.complete(prompts, max_new_tokens=len(question) + 2)
-    assert completion.ids == [*question, *answer(tokenizer, "42")[:2]]
+    assert completion.ids == [*question, *tool_output(tokenizer, "42")[:2]]
     assert not completion.finished
 
 

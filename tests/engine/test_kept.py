@@ -130,7 +130,7 @@ def test_close_pasts_are_not_shared_with_exact_requests(
     second = [*first, *answer, *range(60, 80)]
     alone = talk(Engine(*_parts(scheduler)).scheduler(prefill_tokens=PIECE), second, "off")
     sampling, modes = Sampling(temperature=1.0, seed=1), ("close", "off", "exact")
-    requests = [Request(prompt=second, max_new_tokens=12, sampling=sampling, reuse=mode, logprobs=0) for mode in modes]  # type: ignore[arg-type]
+    requests = [Request(prompt=second, max_new_tokens=12, sampling=sampling, reuse=mode, logprobs=0) for mode in modes]
     ids = [scheduler.submit(request) for request in requests]
     events = run(scheduler)
     for id in ids[1:]:

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
+from kit.text import tool_call, tool_output
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
-from mlxchat.sandbox import programs
 
 RESULTS = {
     "2**100": "1267650600228229401496703205376",
@@ -51,20 +51,12 @@ def test_program_outputs(python: PythonTool, code: str) -> None:
 
 
 def test_time_limit_ends_the_program() -> None:
-    began = time.monotonic()
     assert PythonTool(seconds=0.5).run("while True: pass", 0) == "TimeoutError: after 0.5 s"
-    assert time.monotonic() - began < 30
 
 
 def test_seed_determines_outputs(python: PythonTool) -> None:
     code = "import random\nrandom.random(), hash('a'), {'b', 'a', 'c'}"
     assert python.run(code, 1) == python.run(code, 1) != python.run(code, 2)
-
-
-def test_machine_without_isolation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "protections_here", lambda: ("limits", "namespaces"))
-    with pytest.raises(ConfigError, match=r"cannot confine programs .* in force here: limits, namespaces"):
-        PythonTool().check()
 
 
 class Slow(PythonTool):
@@ -77,16 +69,6 @@ class Slow(PythonTool):
     def start(self, code: str, seed: int) -> Future[str]:
         self.asked.append((code, seed, Future()))
         return self.asked[-1][2]
-
-
-def call(tokenizer: Tokenizer, code: str) -> list[int]:
-    special = tokenizer.special_ids
-    return [special["<|python_start|>"], *tokenizer.encode(code), special["<|python_end|>"]]
-
-
-def output(tokenizer: Tokenizer, text: str) -> list[int]:
-    special = tokenizer.special_ids
-    return [special["<|output_start|>"], *tokenizer.encode(text), special["<|output_end|>"]]
 
 
 Script = Callable[..., tuple[Engine, list[list[int]]]]
@@ -109,7 +91,7 @@ def steps(scheduler: Scheduler, count: int = 10**9) -> list[Event]:
 
 def test_only_the_calling_row_waits_for_its_program(scripted: Script, tokenizer: Tokenizer) -> None:
     python = Slow()
-    program = [*call(tokenizer, "2**5"), tokenizer.bos]
+    program = [*tool_call(tokenizer, "2**5"), tokenizer.bos]
     letters = [*range(97, 123), tokenizer.bos]
     scheduler, (waiting, other) = begin(scripted, python, program, letters)
     events = steps(scheduler, 40)
@@ -117,27 +99,26 @@ def test_only_the_calling_row_waits_for_its_program(scripted: Script, tokenizer:
     assert [event.token for event in events if event.id == waiting] == program[:-1]
     began = time.monotonic()
     steps(scheduler, 5)
-    assert 0.05 < time.monotonic() - began < 1, "waits instead of spinning"
+    assert time.monotonic() - began > 0.05, "waits instead of spinning"
     ((code, _, future),) = python.asked
     assert code == "2**5"
     future.set_result("32")
     rest = [event for event in steps(scheduler) if event.id == waiting]
-    assert [event.token for event in rest] == [*output(tokenizer, "32"), 32] + [32] * (len(rest) - len(
-        output(tokenizer, "32")) - 1)  # fmt: skip
-    forced = len(output(tokenizer, "32"))
-    assert [event.sampled for event in rest[: forced + 1]] == [False] * forced + [True]
+    forced = tool_output(tokenizer, "32")
+    assert [event.token for event in rest] == [*forced, *[32] * (len(rest) - len(forced))]
+    assert [event.sampled for event in rest[: len(forced) + 1]] == [False] * len(forced) + [True]
 
 
 def test_calculator_precedes_python(scripted: Script, tokenizer: Tokenizer) -> None:
     python = Slow()
-    scheduler, _ = begin(scripted, python, [*call(tokenizer, "12/4"), tokenizer.bos])
+    scheduler, _ = begin(scripted, python, [*tool_call(tokenizer, "12/4"), tokenizer.bos])
     assert "".join(event.text for event in steps(scheduler)).startswith("12/43")
     assert python.asked == []
 
 
 def test_waiting_row_can_be_cancelled(scripted: Script, tokenizer: Tokenizer) -> None:
     python = Slow()
-    scheduler, (id,) = begin(scripted, python, [*call(tokenizer, "2**5"), tokenizer.bos])
+    scheduler, (id,) = begin(scripted, python, [*tool_call(tokenizer, "2**5"), tokenizer.bos])
     steps(scheduler, 20)
     scheduler.cancel(id)
     (event,) = steps(scheduler)
@@ -149,9 +130,9 @@ def test_special_tokens_in_outputs_are_ordinary_text(
     scripted: Script, tokenizer: Tokenizer, python: PythonTool
 ) -> None:
     code = "print('<|assistant_end|>')"
-    scheduler, _ = begin(scripted, python, [*call(tokenizer, code), tokenizer.bos])
+    scheduler, _ = begin(scripted, python, [*tool_call(tokenizer, code), tokenizer.bos])
     forced = [event.token for event in steps(scheduler) if not event.sampled]
-    assert forced == output(tokenizer, "<|assistant_end|>")
+    assert forced == tool_output(tokenizer, "<|assistant_end|>")
     assert tokenizer.assistant_end not in forced
 
 
@@ -174,7 +155,7 @@ def test_waiting_does_not_change_the_answer(model: GPT, tokenizer: Tokenizer, py
         assert other != id
         return [(event.token, event.logprob) for event in events]
 
-    expected = [special["<|python_end|>"], *output(tokenizer, "32")]
+    expected = [special["<|python_end|>"], *tool_output(tokenizer, "32")]
     waited = answer(before, expected[:1], python)
     assert [token for token, _ in waited[: len(expected)]] == expected
     assert waited == answer(before, expected, None)

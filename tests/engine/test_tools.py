@@ -54,13 +54,8 @@ def test_any_text_gives_a_short_result_or_none(expression: str) -> None:
 
 
 @settings(max_examples=30)
-@given(st.integers(-10_000, 10_000), st.sampled_from("+-*"), st.integers(-10_000, 10_000))
+@given(st.integers(-(10**6), 10**6), st.sampled_from("+-*"), st.integers(1, 1000))
 def test_integers_are_exact(a: int, operator: str, b: int) -> None:
     exact = {"+": a + b, "-": a - b, "*": a * b}[operator]
     assert calculate(f"({a}){operator}({b})") == str(exact)
-
-
-@settings(max_examples=30)
-@given(st.integers(-(10**6), 10**6), st.integers(1, 1000))
-def test_integer_quotients_have_no_point(quotient: int, divisor: int) -> None:
-    assert calculate(f"{quotient * divisor}/{divisor}") == str(quotient)
+    assert calculate(f"{a * b}/{b}") == str(a)

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,26 +99,14 @@ def test_sent_tables_are_not_repeated_after_a_kill(tmp_path: Path) -> None:
 
 
 def test_service_without_tables_gets_none(tmp_path: Path) -> None:
-    class Plain:
-        def __init__(self) -> None:
-            self.ended = False
-
-        def open(self, run: TrackedRun) -> Any:
-            return self
-
-        def log(self, step: str, iteration: int, numbers: dict[str, float]) -> None:
-            pass
-
-        def finish(self, results: Results) -> None:
-            self.ended = True
-
+    notebook, said = Notebook(), []
+    plain = SimpleNamespace(log=notebook.log, finish=notebook.finish)
     write(tmp_path / "samples.jsonl", {"iteration": 1, "prompt": "a", "text": "b"})
-    said: list[str] = []
-    plain = Plain()
-    tracker = start(tmp_path, "1", plain, said, records=lambda step, name: tmp_path / f"{name}.jsonl")
+    options = {"records": lambda step, name: tmp_path / f"{name}.jsonl", "open_service": lambda run: plain}
+    tracker = start(tmp_path, "1", None, said, **options)
     tracker.log("sft", {"iteration": 2, "loss": 1.0})
-    tracker.finish()
-    assert (plain.ended, said) == (True, [])
+    tracker.finish(Results())
+    assert (notebook.results, said) == (Results(), [])
 
 
 def test_records_arrive_in_order(tmp_path: Path) -> None:
@@ -153,20 +142,16 @@ def test_interrupted_run_continues_its_tracked_run(tmp_path: Path) -> None:
     assert [iteration for _, iteration, _ in second.logged] == [4]
 
 
-def test_killed_run_continues_its_tracked_run(tmp_path: Path) -> None:
-    start(tmp_path, "1", Notebook()).log("sft", {"iteration": 1, "loss": 1.0})
-    second = Notebook()
-    start(tmp_path, "2", second).finish(Results())
-    assert second.runs[0].name == "1"
-
-
 @pytest.mark.parametrize("note", ["{", "[]", '{"same": 3}', ""])
 def test_damaged_note_starts_a_new_tracked_run(note: str, tmp_path: Path) -> None:
-    start(tmp_path, "1", Notebook()).finish(Results(is_done=False))
-    (tmp_path / "runs" / "1" / "tracker.json").write_text(note)
-    second = Notebook()
-    start(tmp_path, "2", second).finish(Results())
-    assert second.runs[0].name == "2"
+    start(tmp_path, "1", Notebook()).log("sft", {"iteration": 1, "loss": 1.0})  # killed
+    second, third = Notebook(), Notebook()
+    start(tmp_path, "2", second).finish(Results(is_done=False))
+    assert second.runs[0].name == "1"
+    (tmp_path / "runs" / "2" / "tracker.json").write_text(note)
+    (tmp_path / "runs" / "1" / "tracker.json").unlink()
+    start(tmp_path, "3", third).finish(Results())
+    assert third.runs[0].name == "3"
 
 
 def test_finished_or_different_runs_are_not_continued(tmp_path: Path) -> None:
@@ -209,23 +194,17 @@ def test_tracker_failure_warns_once(tmp_path: Path) -> None:
     assert said == ["warning: tracker=wandb failed (RuntimeError: no route to host); the run continues without it"]
 
 
-class Refusing:
-    """A service that raises."""
-
-    def __init__(self, error: BaseException) -> None:
-        self.error = error
-
-    def open(self, run: TrackedRun) -> Notebook:
-        raise self.error
-
-
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ConnectionError("refused sesame-open")])
 def test_tracker_that_exits_does_not_end_the_run(
     error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "sesame-open")
     said: list[str] = []
-    start(tmp_path, "1", Refusing(error), said).finish(Results())
+
+    def refuse(run: TrackedRun) -> Any:
+        raise error
+
+    start(tmp_path, "1", None, said, open_service=refuse).finish(Results())
     assert len(said) == 1
     assert type(error).__name__ in said[0]
     assert "sesame" not in said[0], "secrets are removed"
@@ -244,13 +223,12 @@ def test_hanging_service_does_not_delay_the_end(tmp_path: Path, monkeypatch: pyt
     said: list[str] = []
     end = threading.Event()
 
-    class Hanging:
-        def open(self, run: TrackedRun) -> Notebook:
-            end.wait()
-            return Notebook()
+    def hang(run: TrackedRun) -> Notebook:
+        end.wait()
+        return Notebook()
 
     began = time.monotonic()
-    tracker = start(tmp_path, "1", Hanging(), said)
+    tracker = start(tmp_path, "1", None, said, open_service=hang)
     tracker.log("sft", {"iteration": 1, "loss": 1.0})
     tracker.finish(Results())
     end.set()

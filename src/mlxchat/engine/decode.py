@@ -118,13 +118,9 @@ class _Step:
     """`model.gpt.Cache` of a decoding step."""
 
     def __init__(
-        self,
-        held: list[Kept],
-        places: list[tuple[mx.array, mx.array]],
-        positions: Positions,
-        before: mx.array,
+        self, held: list[Kept], places: list[tuple[mx.array, mx.array]], positions: Positions, before: mx.array,
         format: KVFormat,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.layers = [_LayerStep(kept, *each, positions, format) for kept, each in zip(held, places, strict=True)]
         self._before = before
 

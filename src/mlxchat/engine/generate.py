@@ -81,17 +81,9 @@ class Engine:
     """The `ChatBackend` of our models."""
 
     def __init__(
-        self,
-        model: GPT,
-        tokenizer: Tokenizer,
-        *,
-        bits: int | None = None,
-        kv_bits: int | None = None,
-        trained: bool = False,
-        dtype: mx.Dtype | None = None,
-        max_rows: int = DECODED_ROWS,
-        team: Team | None = None,
-    ) -> None:
+        self, model: GPT, tokenizer: Tokenizer, *, bits: int | None = None, kv_bits: int | None = None,
+        trained: bool = False, dtype: mx.Dtype | None = None, max_rows: int = DECODED_ROWS, team: Team | None = None,
+    ) -> None:  # fmt: skip
         """Create an engine.
 
         Args:
@@ -141,15 +133,9 @@ class Engine:
         return Scheduler(self.forward(), self.tokenizer, **{"max_rows": self.max_rows, **options})
 
     def complete(
-        self,
-        prompts: list[list[int]],
-        *,
-        max_new_tokens: int,
-        temperature: float = 0.0,
-        top_k: int | None = None,
-        seed: int | Sequence[int] = 0,
-        log_probabilities: bool = False,
-    ) -> list[Completion]:
+        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+        seed: int | Sequence[int] = 0, log_probabilities: bool = False,
+    ) -> list[Completion]:  # fmt: skip
         """Return one completion per prompt. At most `max_rows` rows are decoded at a time (continuous batching).
 
         Args:
@@ -170,15 +156,9 @@ class Engine:
         return _complete_on_ranks(self.team, self, prompts, seeds, how)
 
     def complete_here(
-        self,
-        prompts: list[list[int]],
-        seeds: Sequence[int],
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_k: int | None,
-        log_probabilities: bool,
-    ) -> list[Completion]:
+        self, prompts: list[list[int]], seeds: Sequence[int], *, max_new_tokens: int, temperature: float,
+        top_k: int | None, log_probabilities: bool,
+    ) -> list[Completion]:  # fmt: skip
         """Compute `complete` in this process."""
         rows = [Completion() for _ in prompts]
         if max_new_tokens < 1 or not prompts:

@@ -166,16 +166,10 @@ class Scheduler:
     """Runs requests. One thread calls `step`; `submit` and `cancel` are thread-safe."""
 
     def __init__(
-        self,
-        forward: Forward,
-        tokenizer: TextTokenizer,
-        *,
-        max_rows: int = DECODED_ROWS,
-        max_cached_tokens: int | None = None,
-        prefill_tokens: int = PREFILL_TOKENS,
-        kept_tokens: int = KEPT_TOKENS,
+        self, forward: Forward, tokenizer: TextTokenizer, *, max_rows: int = DECODED_ROWS,
+        max_cached_tokens: int | None = None, prefill_tokens: int = PREFILL_TOKENS, kept_tokens: int = KEPT_TOKENS,
         python: PythonTool | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Start without requests.
 
         Args:
@@ -204,11 +198,6 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether there are no requests."""
         return not self._by_id
-
-    @property
-    def num_waiting(self) -> int:
-        """Number of requests without a row."""
-        return len(self._waiting)
 
     @property
     def num_active(self) -> int:
@@ -290,11 +279,8 @@ class Scheduler:
                 row.calls.drop()
             if row in self._rows:
                 self._rows[self._rows.index(row)] = None
-        texts = [row.shown.finish() if row.shown else "" for row in gone]
-        return [
-            Event(id=row.id, token=None, text=text, finish_reason="cancelled")
-            for row, text in zip(gone, texts, strict=True)
-        ]
+        texts = {row.id: row.shown.finish() if row.shown else "" for row in gone}
+        return [Event(id=id, token=None, text=text, finish_reason="cancelled") for id, text in texts.items()]
 
     def _admit(self) -> None:
         """Read prompts and assign rows while there are free ones; limit the tokens if other rows are being decoded."""

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from mlxchat.engine.scheduler import TextTokenizer
 
 CALL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
-_MOST_CODE_CHARS = 10_000
+_MOST_CODE_CHARS, _MOST_OUTPUT_CHARS = 10_000, 1000
+# Of a program, including the interpreter.
+_MEMORY_BYTES = 256 << 20
+_PROGRAMS_AT_ONCE = 2
 # Parsed within the sandbox, since a model's text can exhaust a parser.
 _PROGRAM = """
 def _show(source, seed):
@@ -166,18 +169,9 @@ def _evaluate(node: ast.expr) -> Number:
 class PythonTool:
     """Runs calls in sandboxed processes."""
 
-    def __init__(
-        self, *, seconds: float = 5.0, memory_bytes: int = 256 << 20, max_chars: int = 1000, workers: int = 2
-    ) -> None:
-        """Set the limits.
-
-        Args:
-            seconds: wall time of a call.
-            memory_bytes: of a call, including the interpreter.
-            max_chars: longer output is truncated.
-            workers: programs that run at a time.
-        """
-        self.seconds, self.memory_bytes, self.max_chars, self.workers = seconds, memory_bytes, max_chars, workers
+    def __init__(self, *, seconds: float = 5.0) -> None:
+        """Limit a call to `seconds` of wall time."""
+        self.seconds = seconds
 
     def check(self) -> None:
         """Check that this machine can isolate programs.
@@ -201,14 +195,12 @@ class PythonTool:
         if len(code) > _MOST_CODE_CHARS:
             return f"ValueError: the program has {len(code)} characters, at most {_MOST_CODE_CHARS} may be"
         program = f"{_PROGRAM}\n_show({code!r}, {seed})"
-        outcome = run_program(program, seconds=self.seconds, memory_bytes=self.memory_bytes)
+        outcome = run_program(program, seconds=self.seconds, memory_bytes=_MEMORY_BYTES)
         text = outcome.output.strip()
         if outcome.status in ("timeout", "memory"):
             text = f"TimeoutError: after {self.seconds:g} s" if outcome.status == "timeout" else "MemoryError"
-        if len(text) > self.max_chars:
-            text = text[: self.max_chars] + "…"
-        return text
+        return text if len(text) <= _MOST_OUTPUT_CHARS else text[:_MOST_OUTPUT_CHARS] + "…"
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.workers, thread_name_prefix="python-tool")
+        return ThreadPoolExecutor(_PROGRAMS_AT_ONCE, thread_name_prefix="python-tool")

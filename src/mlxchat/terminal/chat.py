@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from mlxchat.engine.generate import ChatBackend, Engine
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Kind, Parts, Request, Scheduler, TextTokenizer
+from mlxchat.engine.scheduler import Kind, Parts, Request, Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
 from mlxchat.model.checkpoint import load_for_inference
@@ -204,29 +204,21 @@ class Chat:
         shown.finish()
         return parts
 
-    @property
-    def _tokenizer(self) -> TextTokenizer:
-        return self.engine.tokenizer
-
-    @property
-    def _context_tokens(self) -> int:
-        return self.engine.context_tokens
-
     def _room(self) -> int:
         """Return how many tokens a prompt may have: at least half of the context."""
-        return self._context_tokens - min(self.max_tokens, self._context_tokens // 2)
+        return self.engine.context_tokens - min(self.max_tokens, self.engine.context_tokens // 2)
 
     def _note(self, what: str) -> None:
-        context, room = self._context_tokens, self._room()
+        context, room = self.engine.context_tokens, self._room()
         reason = f"the model reads {context} tokens, of which {context - room} are for the answer (--max-tokens)"
         print(f"left out {what}: {reason}", file=sys.stderr)
 
     def _beginning(self, text: str) -> list[int]:
         """Return the prompt of a text to continue; only its end if it is too long."""
-        ids, most = self._tokenizer.encode(text), self._room() - 1
+        ids, most = self.engine.tokenizer.encode(text), self._room() - 1
         if len(ids) > most:
             self._note(f"the first {len(ids) - most} of {len(ids)} tokens of the text")
-        return [self._tokenizer.bos, *ids[-most:]]
+        return [self.engine.tokenizer.bos, *ids[-most:]]
 
     def _fitting(self, question: dict[str, Any]) -> list[dict[str, Any]]:
         """Return the latest turns and a question, with room for an answer; print to stderr what is dropped.
@@ -236,24 +228,21 @@ class Chat:
         """
         system = [{"role": "system", "content": self.system}] if self.system else []
         turns, room = self.messages, self._room()
-        while turns and self._num_tokens([*system, *turns, question]) > room:
+        while turns and len(self.engine.render([*system, *turns, question])) > room:
             turns = turns[2:]
         if left_out := (len(self.messages) - len(turns)) // 2:
             self._note("the oldest turn" if left_out == 1 else f"the {left_out} oldest turns")
-        if (tokens := self._num_tokens([*system, question])) > room:
-            ids = self._tokenizer.encode(question["content"])
+        if (tokens := len(self.engine.render([*system, question]))) > room:
+            ids = self.engine.tokenizer.encode(question["content"])
             most = len(ids) - (tokens - room)
             if most < 1:
                 raise ConfigError(
-                    f"the system prompt leaves no room for a question: the model reads {self._context_tokens} tokens, "
-                    f"and {tokens - len(ids)} are not the question's. Shorten it"
+                    "the system prompt leaves no room for a question: the model reads "
+                    f"{self.engine.context_tokens} tokens, and {tokens - len(ids)} are not the question's. Shorten it"
                 )
             self._note(f"the first {len(ids) - most} of {len(ids)} tokens of the question")
-            question = {**question, "content": self._tokenizer.decode(ids[-most:]).lstrip("\ufffd")}
+            question = {**question, "content": self.engine.tokenizer.decode(ids[-most:]).lstrip("\ufffd")}
         return [*system, *turns, question]
-
-    def _num_tokens(self, messages: list[dict[str, Any]]) -> int:
-        return len(self.engine.render(messages))
 
     def _do_retry(self, _: str) -> str:
         return self._do_edit(self.last_question() or "")
@@ -303,7 +292,7 @@ class Chat:
         if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
             system = messages.pop(0).get("content")
         if messages:
-            self._num_tokens(messages)  # raises if it is not a conversation
+            self.engine.render(messages)  # raises if it is not a conversation
         if len(messages) % 2:
             return f"{file} ends with a question; expected one with its answer"
         self.messages, self.system = messages, system

@@ -6,7 +6,7 @@ Each imports its package when a run starts to use it.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -100,30 +100,24 @@ class WandbService:
         )  # fmt: skip
         self._steps: set[str] = set()
 
-    def log(self, step: str, iteration: int, numbers: Numbers) -> None:
+    def log(self, step: str, iteration: int, numbers: Mapping[str, Any]) -> None:
         """Add a point to each of the step's curves."""
-        self._log(step, iteration, numbers)
-
-    def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
-        """Add a table at an iteration."""
-        self._log(step, iteration, {name: self._table(header, rows)})
-
-    def _log(self, step: str, iteration: int, values: dict[str, Any]) -> None:
         if step not in self._steps:
             self._steps.add(step)
             self._run.define_metric(f"{step}/iteration")
             self._run.define_metric(f"{step}/*", step_metric=f"{step}/iteration")
-        self._run.log({f"{step}/iteration": iteration, **{f"{step}/{name}": value for name, value in values.items()}})
+        self._run.log({f"{step}/iteration": iteration, **{f"{step}/{name}": value for name, value in numbers.items()}})
 
-    def _table(self, header: Sequence[str], rows: Sequence[Row]) -> Any:
-        return self._library.Table(columns=list(header), data=[list(row) for row in rows])
+    def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
+        """Add a table at an iteration."""
+        self.log(step, iteration, {name: _table(self._library, header, rows)})
 
     def finish(self, results: Results) -> None:
         """Set the summary, add the table of metrics and the report, link the artifacts, and end the run."""
         for step, numbers in results.numbers.items():
             self._run.summary.update({f"{step}/{name}": value for name, value in numbers.items()})
         if results.rows:
-            self._run.log({"metrics": self._table(results.header, results.rows)})
+            self._run.log({"metrics": _table(self._library, results.header, results.rows)})
         if results.report is not None:
             self._run.log({"report": self._library.Html(results.report.read_text("utf-8"), data_is_not_path=True)})
         for step, published in results.artifacts.items():
@@ -152,16 +146,13 @@ class TrackioService:
             auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
 
-    def log(self, step: str, iteration: int, numbers: Numbers) -> None:
+    def log(self, step: str, iteration: int, numbers: Mapping[str, Any]) -> None:
         """Add a point to each of the step's curves."""
         self._run.log({f"{step}/{name}": value for name, value in numbers.items()}, step=iteration)
 
     def table(self, step: str, iteration: int, name: str, header: Sequence[str], rows: Sequence[Row]) -> None:
         """Add a table at an iteration."""
-        self._run.log({f"{step}/{name}": self._table(header, rows)}, step=iteration)
-
-    def _table(self, header: Sequence[str], rows: Sequence[Row]) -> Any:
-        return self._library.Table(columns=list(header), data=[list(row) for row in rows])
+        self.log(step, iteration, {name: _table(self._library, header, rows)})
 
     def finish(self, results: Results) -> None:
         """Add final numbers, the table of metrics and the report, link the artifacts, and end the run."""
@@ -169,7 +160,7 @@ class TrackioService:
             f"final/{step}/{name}": value for step, ns in results.numbers.items() for name, value in ns.items()
         }
         if results.rows:
-            final["metrics"] = self._table(results.header, results.rows)
+            final["metrics"] = _table(self._library, results.header, results.rows)
         if results.report is not None:
             final["report"] = self._library.Html(results.report.read_text("utf-8"), data_is_not_path=True)
         if final:
@@ -177,6 +168,10 @@ class TrackioService:
         for step, published in results.artifacts.items():
             self._library.log_artifact(_reference(self._library, step, published))
         self._run.finish()
+
+
+def _table(library: Any, header: Sequence[str], rows: Sequence[Row]) -> Any:
+    return library.Table(columns=list(header), data=[list(row) for row in rows])
 
 
 def _reference(library: Any, step: str, published: Published) -> Any:
