@@ -42,7 +42,7 @@ def test_tasks_are_counted_and_trained_text_is_between_marks(show: Show) -> None
     assert any(re.match(r" mine +16 +80\.0% +\d+ +\d+% +\d+ *$", line) for line in lines)
     assert any(re.match(r" spelling +4 +20\.0% ", line) for line in lines)
     assert any(re.match(r" all +20 ", line) for line in lines)
-    n = int(re.search(r"mine conversation (\d)", printed)[1])  # type: ignore[index]
+    n = int(re.search(r"mine conversation (\d)", printed)[1])
     assert (
         f"<|bos|><|user_start|>q{n}?<|user_end|><|assistant_start|>⟦sum <|python_start|>{n}+1<|python_end|>⟧"
         f"<|output_start|>{n + 1}<|output_end|>⟦{n + 1}<|assistant_end|>⟧"

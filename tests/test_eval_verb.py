@@ -51,7 +51,7 @@ def test_evaluation_is_a_cached_step(made: Path, say: Say) -> None:
     assert sorted((made / "refs" / "latest").iterdir()) == latest
     say("eval", "talks", "--task", "arithmetic", "--limit", "2", "--samples", "2", *settings)
     assert len(evaluations(made)) == 2, "another limit is another key"
-    right, error = re.search(r"arithmetic +([\d.]+)% +([\d.]+)%", again).groups()  # type: ignore[union-attr]
+    right, error = re.search(r"arithmetic +([\d.]+)% +([\d.]+)%", again).groups()
     told = say("compare", "--step", "eval", f"outputs={made}")
     cell = re.search(r"^arithmetic +(\S+) ± (\S+)", told, re.M)
     assert cell is not None

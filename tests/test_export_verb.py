@@ -17,6 +17,7 @@ import yaml
 
 from kit.artifacts import make_model, make_tokenizer, publish, publish_adapters, publish_base, some_ids
 from kit.commands import Command, CommandLine, Say
+from kit.text import tool_call
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
@@ -136,10 +137,7 @@ def test_hf_export_is_transformers_model(export: Any, made: Path, tmp_path: Path
     assert config.rms_norm_eps == np.finfo(np.float32).eps
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     ours = load_checkpoint(artifact(made, "oct"))[1]
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "How many windows? It isn't 12!\n"},
-    ]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "It isn't 12!\n"}]
     found = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     assert list(found) == render_for_completion(ours, {"messages": messages})
     assert tokenizer.eos_token_id == ours.assistant_end
@@ -154,13 +152,8 @@ def test_chat_template_marks_assistant_tokens(export: Any, made: Path, tmp_path:
     transformers = pytest.importorskip("transformers")
     export("oct", "--to", "hf", tmp_path / "out")
     ours = load_checkpoint(artifact(made, "oct"))[1]
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hello?"},
-        {"role": "assistant", "content": "Yes, hello."},
-        {"role": "user", "content": "More"},
-        {"role": "assistant", "content": "No."},
-    ]
+    said = ("system", "Be brief."), ("user", "Hello?"), ("assistant", "Yes."), ("user", "More"), ("assistant", "No.")
+    messages = [{"role": role, "content": text} for role, text in said]
     found = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").apply_chat_template(
         messages, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -179,8 +172,7 @@ class Scripted:
     layers: ClassVar[list[Any]] = []
 
     def __init__(self, tokenizer: Tokenizer, call: str) -> None:
-        special, self.tokenizer = tokenizer.special_ids, tokenizer
-        self.call = [special["<|python_start|>"], *tokenizer.encode(call), special["<|python_end|>"]]
+        self.tokenizer, self.call = tokenizer, tool_call(tokenizer, call)
         self.seen: list[int] = []
 
     def make_cache(self) -> list[Any]:

@@ -11,16 +11,7 @@ from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.store.gc import (
-    Collection,
-    Limits,
-    collect,
-    find_garbage,
-    find_removal,
-    parse_age,
-    parse_bytes,
-    remove,
-)  # fmt: skip
+from mlxchat.store.gc import Collection, Limits, collect, find_garbage, find_removal, parse_age, parse_bytes, remove
 from mlxchat.store.manifest import MANIFEST, read_manifest
 from mlxchat.store.naming import MODEL, PINS, find_all, links, meaning, resolve
 from mlxchat.store.store import Store
@@ -129,11 +120,13 @@ def _describe_garbage(found: Collection, applied: bool, store: Store) -> dict[st
     """Return the removed and kept artifacts as plain data."""
     garbage = [
         {
-            "path": str(item.path.relative_to(store.outputs)), "kind": item.kind, "bytes": item.bytes,
-            "reason": item.reason,
+            "path": str(each.path.relative_to(store.outputs)),
+            "kind": each.kind,
+            "bytes": each.bytes,
+            "reason": each.reason,
         }
-        for item in found.garbage
-    ]  # fmt: skip
+        for each in found.garbage
+    ]
     return {"applied": applied, "garbage": garbage, "kept": found.kept, "kept_bytes": found.kept_bytes}
 
 

@@ -176,12 +176,10 @@ def _own_sections(words: list[str]) -> dict[str, list[str]]:
 def _keys(conf: Path, current: str) -> list[str]:
     """Return the dotted keys of the typed section, read from conf/settings without YAML."""
     section = current.partition(".")[0]
+    if not current:
+        return []
     if "." not in current:
-        return (
-            ["seed", "data_seed", "force", "name", *(f"{name[:-5]}." for name in _names(conf / "settings"))]
-            if current
-            else []
-        )
+        return ["seed", "data_seed", "force", "name", *(f"{name[:-5]}." for name in _names(conf / "settings"))]
     try:
         lines = (conf / "settings" / f"{section}.yaml").read_text(encoding="utf-8").splitlines()
     except OSError:

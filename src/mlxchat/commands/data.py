@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,11 +62,9 @@ def fetch(parser: Parser) -> None:
 def _fetch(options: Namespace) -> int:
     """Download what the settings need, or the named repositories."""
     from mlxchat.composition.compose import compose_config, split_options
-
-    repositories = options.names
     from mlxchat.hub.client import fetch_files, fetch_url, list_files
 
-    urls: dict[str, str | None] = {}
+    repositories, urls = options.names, dict[str, str | None]()
     groups: dict[str, list[HubFile]] = {}
     if repositories:
         kind = "model" if options.model else "dataset"
@@ -102,10 +100,8 @@ def _fetch(options: Namespace) -> int:
         raise type(faults[0])("\n".join(map(str, faults)))
     for name in repositories:
         print(f"{name} is in {groups[name][0].folder / 'snapshots' / groups[name][0].revision}")
-    counts = {
-        f"of the Hub ({format_bytes(sum(file.bytes for file in every))})": len(every),
-        "of other addresses": len(urls),
-    }
+    size = format_bytes(sum(file.bytes for file in every))
+    counts = {f"of the Hub ({size})": len(every), "of other addresses": len(urls)}
     told = [f"{count:,} file{'s' * (count != 1)} {what}" for what, count in counts.items() if count]
     print(f"everything is there: {', '.join(told)}" if told else "nothing to download")
     return 0
@@ -263,9 +259,10 @@ def _show(options: Namespace) -> int:
         console.print("of pairs the chosen answers are shown")
     elif stage in ("preference", "rl", "eval"):
         console.print("marked is the data's own answer, which a model that is asked does not see")
-    if _trains_on_all(config, stage):
+    if stage in ("midtrain", "sft") and getattr(config, stage).train_on == "all":
         console.print(f"{stage} trains on every token ({stage}.train_on=all), not only on what is marked")
-    for index in islice(_choose(mixture, options.task), options.start, options.start + options.count):
+    chosen = (each for each in range(len(mixture)) if options.task is None or mixture.task_of(each) == options.task)
+    for index in islice(chosen, options.start, options.start + options.count):
         _print_conversation(console, mixture, index, tokenizer)
     return 0
 
@@ -289,19 +286,15 @@ def _aim(settings: list[str]) -> tuple[str, str, list[str]]:
 
 
 def _items(config: Config, stage: str, *, is_validation: bool) -> Mapping[str, TaskItem]:
+    rl, pairs = config.rl, config.preference
     if stage == "rl":
-        return {"evaluation": config.rl.evaluation} if is_validation else {"task": config.rl.task}
+        return {"evaluation": rl.evaluation} if is_validation else {"task": rl.task}
     if stage == "preference":
-        pairs = config.preference
         return {"validation": pairs.validation} if is_validation else {"data": pairs.data}
     if stage == "eval":
         return config.suite
     section = config.midtrain if stage == "midtrain" else config.sft
     return section.validation if is_validation else section.mixture
-
-
-def _trains_on_all(config: Config, stage: str) -> bool:
-    return stage in ("midtrain", "sft") and getattr(config, stage).train_on == "all"
 
 
 def _find_tokenizer(store: Store, config: Config, named: str | None) -> tuple[Tokenizer, str]:
@@ -323,10 +316,6 @@ def _find_tokenizer(store: Store, config: Config, named: str | None) -> tuple[To
     return Tokenizer({bytes([byte]): byte for byte in range(256)}), (
         f"tokens are bytes, since {store.outputs} has no tokenizer yet (--tokenizer names one)"
     )
-
-
-def _choose(mixture: Mixture, task: str | None) -> Iterator[int]:
-    return (index for index in range(len(mixture)) if task is None or mixture.task_of(index) == task)
 
 
 def _print_table(console: Console, mixture: Mixture, tokenizer: Tokenizer) -> None:
@@ -389,14 +378,6 @@ def _print_conversation(console: Console, mixture: Mixture, index: int, tokenize
 def _runs(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> Iterator[tuple[list[int], int, bool]]:
     """Yield maximal runs of ids that agree in being trained and in being special."""
     special = set(tokenizer.special_ids.values())
-    run: list[int] = []
-    kind: tuple[int, bool] | None = None
-    for token, trained in zip(ids, mask, strict=True):
-        this = (trained, token in special)
-        if kind is not None and this != kind:
-            yield run, *kind
-            run = []
-        kind = this
-        run.append(token)
-    if kind is not None:
-        yield run, *kind
+    kinds = ((trained, token in special, token) for token, trained in zip(ids, mask, strict=True))
+    for kind, run in groupby(kinds, key=lambda each: each[:2]):
+        yield [token for _, _, token in run], *kind

@@ -179,6 +179,7 @@ def _pipeline(options: Namespace, step: str, node: str) -> list[str]:
 
 def _suite(options: Namespace, *, chats: bool) -> list[str]:
     """Return the settings that choose tasks, as a base model or one that chats is asked."""
+    from mlxchat.composition.compose import compose_config
     from mlxchat.tasks import task_class
 
     chosen = ["core=nanochat" if "core" in options.task else "core=none", f"suite={options.suite or 'none'}"]
@@ -195,15 +196,8 @@ def _suite(options: Namespace, *, chats: bool) -> list[str]:
         stop = "" if chats or options.limit is None else f", stop: {options.limit}"
         chosen.append(f"+{place}={{task: {quoted(name)}, split: {split}{stop}}}")
     if options.limit is not None:
-        chosen += [f"++suite.{name}.stop={options.limit}" for name in _names_of(chosen)]
+        chosen += [f"++suite.{name}.stop={options.limit}" for name in compose_config(chosen).config.suite]
     return chosen
-
-
-def _names_of(chosen: list[str]) -> list[str]:
-    """Return the names of the tasks that settings choose."""
-    from mlxchat.composition.compose import compose_config
-
-    return list(compose_config(chosen).config.suite)
 
 
 def _describe(scores: dict[str, Any]) -> Iterator[str]:

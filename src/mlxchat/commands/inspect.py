@@ -45,10 +45,10 @@ def _status(options: Namespace) -> int:
     if options.json:
         print_json({"outputs": str(store.outputs), "work": work, "latest": latest(store), "run": run, "done": done})
         return 0
-    for title, chosen in (("running", "running"), ("failed", "failed"), ("left over", "")):
-        rows = [
-            row for row in work if row["state"] == chosen or (not chosen and row["state"] not in ("running", "failed"))
-        ]
+    by_title: dict[str, list[Row]] = {"running": [], "failed": [], "left over": []}
+    for row in work:
+        by_title.get(row["state"], by_title["left over"]).append(row)
+    for title, rows in by_title.items():
         if rows:
             print(title)
         for row in rows:
@@ -90,10 +90,10 @@ def _describe_work(store: Store, folder: Path) -> Row:
         "state": state, "step": owner.get("step") or last.get("step") or key[:16], "key": key, "run": run,
         "pid": owner.get("pid") or last.get("pid"), "host": owner.get("host") or last.get("host"),
         "started": last.get("started"), "ended": last.get("ended"), "attempts": len(executions),
-        "ranks": _ranks(store, str(run)) if held else None,
+        "ranks": (_of_run(store, str(run), "ranks.json", "size", "backend", "hosts", "pids") or None) if held else None,
         "iteration": latest.get("iteration"), "loss": latest.get("loss"),
         "tokens_per_second": latest.get("tokens_per_second"), "error": last.get("error"),
-        "command": _command(store, str(last.get("run"))),
+        "command": _of_run(store, str(last.get("run")), "plan.json", "command").get("command"),
         "log": str(log) if log.exists() else None, "log_tail": _tail(log) if state == "failed" else [],
     }  # fmt: skip
 
@@ -140,19 +140,12 @@ def _cells_of_step(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def _command(store: Store, run: str) -> str | None:
-    """Return the command line of a run; None if its record is gone."""
+def _of_run(store: Store, run: str, file: str, *keys: str) -> Row:
+    """Return the values of a run's record; empty if it is absent or incomplete."""
     with suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads((store.outputs / "runs" / run / "plan.json").read_text(encoding="utf-8"))["command"])
-    return None
-
-
-def _ranks(store: Store, run: str) -> Row | None:
-    """Return the ranks of a run: size, backend, hosts, pids; None: one process."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads((store.outputs / "runs" / run / "ranks.json").read_text(encoding="utf-8"))
-        return {key: found[key] for key in ("size", "backend", "hosts", "pids")}
-    return None
+        found = json.loads((store.outputs / "runs" / run / file).read_text(encoding="utf-8"))
+        return {key: found[key] for key in keys}
+    return {}
 
 
 def _folders(place: Path) -> list[Path]:
@@ -195,11 +188,7 @@ def ls(parser: Parser) -> None:
     """Declare `mlxchat ls`."""
     parser.take_names("[STAGE|STEP|RUN…]", least=0, most=None)
     parser.add_argument(
-        "--stage",
-        metavar="STAGE",
-        action="append",
-        default=[],
-        help="only this stage or step (repeatable)",
+        "--stage", metavar="STAGE", action="append", default=[], help="only this stage or step (repeatable)"
     )
     parser.add_argument("--sort", metavar="METRIC", help="only artifacts with this metric, best first")
     parser.add_json("one JSON array for programs")
@@ -215,7 +204,7 @@ def _ls(options: Namespace) -> int:
     of_runs: set[str] = set()
     for name in wanted:
         if name not in known and found:
-            of_runs |= _of_run(store, name, known)
+            of_runs |= _folders_of_run(store, name, known)
 
     def is_wanted(summary: Summary) -> bool:
         return bool({summary.get("stage"), summary.get("step")} & set(wanted)) or summary["folder"] in of_runs
@@ -241,7 +230,7 @@ def _ls(options: Namespace) -> int:
     return 0
 
 
-def _of_run(store: Store, name: str, known: set[str]) -> set[str]:
+def _folders_of_run(store: Store, name: str, known: set[str]) -> set[str]:
     """Return the folders of a run's artifacts.
 
     Raises:
@@ -332,10 +321,8 @@ def _facts(store: Store, place: Path, manifest: Manifest) -> Iterator[list[str]]
     hosts = sorted({str(attempt.get("host")) for attempt in manifest.get("attempts", ()) if attempt.get("host")})
     attempts = len(manifest.get("attempts", ()))
     made = f"{when(manifest['published'])} in {format_seconds(manifest['seconds'] or 0)}"
-    yield [
-        "made",
-        made + (f" ({attempts} attempts)" if attempts > 1 else "") + (f" on {', '.join(hosts)}" if hosts else ""),
-    ]
+    made += f" ({attempts} attempts)" if attempts > 1 else ""
+    yield ["made", made + (f" on {', '.join(hosts)}" if hosts else "")]
     yield ["run", str(manifest.get("run"))]
     if manifest.get("overrides"):
         yield ["settings", " ".join(manifest["overrides"])]
@@ -369,15 +356,10 @@ def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
     yield "metrics", [[key, format_number(value)] for key, value in manifest["metrics"].items()]
     yield "derived", [[key, show_value(value)] for key, value in flatten(manifest.get("derived") or {}).items()]
     yield "config", [[key, show_value(value)] for key, value in flatten(manifest["config"]).items()]
-    outside = [
-        [
-            str(item.get("name") or item.get("url")),
-            str(item.get("revision") or item.get("version") or ""),
-            str(item.get("sha256") or "")[:12],
-        ]
-        for item in manifest.get("externals") or ()
-    ]
-    yield "from outside", outside
+    yield "from outside", [
+        [str(item.get("name") or item.get("url")), str(item.get("revision") or item.get("version") or ""),
+         str(item.get("sha256") or "")[:12]] for item in manifest.get("externals") or ()
+    ]  # fmt: skip
     git, device = manifest.get("git") or {}, manifest.get("device") or {}
     commit = [["git", f"{str(git.get('commit'))[:12]}{' (changed since)' if git.get('dirty') else ''}"]] if git else []
     if ranks := (manifest.get("excluded") or {}).get("ranks"):

@@ -63,14 +63,12 @@ def _installation() -> Iterator[Finding]:
     yield ("ok", "versions", "  ".join(f"{name} {number}" for name, number in found.items() if name != "python"))
     if "mlxchat" in found and found["mlxchat"] != __version__:
         yield ("wrong", "versions", f"mlxchat is {__version__} but installed as {found['mlxchat']}: make setup")
-    backends = [name for name in ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda") if _version(name)]
+    names = {each.name for each in importlib.metadata.distributions()}
+    backends = [name for name in ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda") if name in names]
     if len(backends) > 1:
-        yield (
-            "wrong",
-            "backend",
-            f"{' and '.join(backends)} are installed together and overwrite each other's library: "
-            f"pip uninstall {' '.join(backends)}, then make setup (DEVICE=cuda13 for NVIDIA)",
-        )
+        remedy = f"pip uninstall {' '.join(backends)}, then make setup (DEVICE=cuda13 for NVIDIA)"
+        told = f"{' and '.join(backends)} are installed together and overwrite each other's library: {remedy}"
+        yield ("wrong", "backend", told)
     elif sys.platform == "linux" and not backends:
         yield ("wrong", "backend", "MLX has no backend: pip install 'mlx[cpu]', or make setup DEVICE=cuda13")
 
@@ -170,23 +168,12 @@ def _hosts(outputs: Path, seconds: float) -> Iterator[Finding]:
         yield ("wrong", "hosts", f"{outputs}: {error.strerror or error}")
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 # Kind → (module in mlxchat.bench, its function from configuration to plain data, description).
 KINDS = {
     "train": ("train", "measure_training", "training steps, forward pass of validation, memory, utilisation (MFU)"),
     "core": ("core", "measure_core", "CORE examples, batched and one at a time"),
     "generate": ("generate", "measure_generation", "prompt processing and decoding, with ID or random weights"),
-    "tokenizer": (
-        "tokenizer",
-        "measure_tokenizer",
-        "tokenizer training and encoding, compared with nanochat's",
-    ),
+    "tokenizer": ("tokenizer", "measure_tokenizer", "tokenizer training and encoding, compared with nanochat's"),
 }
 
 _BENCH_SETTINGS = """

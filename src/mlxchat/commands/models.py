@@ -18,21 +18,15 @@ from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, StoreError, suggest, visible
 from mlxchat.store.bases import is_adapter
 from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import (
-    IMPORTS,
-    describe_model,
-    find_model,
-    find_newest_model,
-    links,
-    run_of,
-    running_run,
-)
+from mlxchat.store.naming import IMPORTS, describe_model, find_model, find_newest_model, links, run_of, running_run
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
 
 if TYPE_CHECKING:
+    from mlxchat.composition.compose import Composed
     from mlxchat.engine.tools import PythonTool
     from mlxchat.interop.exporting import Checkpoint
+    from mlxchat.runner.plan import PlannedStep
     from mlxchat.terminal.chat import Chat
 
 
@@ -202,19 +196,15 @@ def _adapter_words(checkpoint: Checkpoint, form: str) -> tuple[dict[str, str], l
 
 def _nanochat_words(checkpoint: Checkpoint, snapshot: str) -> dict[str, str]:
     """Return the card's section on nanochat: the folder of the model, and the script that runs it."""
-    stage = str(checkpoint.facts.get("stage"))
-    source = {"sft": "chatsft", "rl": "chatrl", "midtrain": "mid"}.get(stage, "chatsft") if checkpoint.chats else "base"
-    if snapshot == "jul2026" and source == "mid":
-        source = "chatsft"
-    short = {"chatsft": "sft", "chatrl": "rl", "mid": "mid", "base": "base"}[source]
-    script = (
-        f"chat_cli -i {short}"
-        if checkpoint.chats
-        else ("base_eval --eval sample" if snapshot == "jul2026" else "base_loss")
-    )
-    return {
-        "snapshot": _MONTHS[snapshot], "source": source, "script": script, "tag": f"d{checkpoint.sizes.num_layers}",
-    }  # fmt: skip
+    old = snapshot == "oct2025"
+    if checkpoint.chats:
+        stage = str(checkpoint.facts.get("stage"))
+        source = {"rl": "chatrl", "midtrain": "mid" if old else "chatsft"}.get(stage, "chatsft")
+        script = f"chat_cli -i {source.removeprefix('chat')}"
+    else:
+        source, script = "base", "base_loss" if old else "base_eval --eval sample"
+    tag = f"d{checkpoint.sizes.num_layers}"
+    return {"snapshot": _MONTHS[snapshot], "source": source, "script": script, "tag": tag}
 
 
 def _measure(store: Store, place: Path, checkpoint: Checkpoint, bits: int, dtype: str | None) -> str:
@@ -332,7 +322,7 @@ def _forget(store: Store, name: str) -> int:
 
 def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> int:
     from mlxchat.composition.compose import compose_config
-    from mlxchat.sweep.job import plan_of, run_pipeline
+    from mlxchat.sweep.job import plan_of
 
     composed = compose_config(overrides)
     (step,) = plan_of(composed.config, store)
@@ -342,11 +332,7 @@ def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> 
         raise ConfigError(
             f"import:{name} is already another model ({known[name].name}). Give --name NAME, or --replace"
         )
-    if not step.done:
-        run_pipeline(composed, is_verb=True)
-        store.forget()
-    made = store.find_made(step.key)
-    assert made is not None, "a run that ends has made it"
+    made = _make(composed, step, store)
     store.prepare()
     store.set_ref(IMPORTS, name, made)
     print(f"import:{name} is {made.name}: mlxchat chat import:{name}, mlxchat report import:{name}")
@@ -415,26 +401,30 @@ def _fuse(options: Namespace) -> int:
     place = find_model(store, options.names[0]).place
     if not is_adapter(place):
         raise ConfigError(f"{place.name} has no adapters to fuse")
-    return _fused(store, place.name)
-
-
-def _fused(store: Store, name: str) -> int:
     from mlxchat.composition.compose import compose_config
-    from mlxchat.sweep.job import plan_of, run_pipeline
+    from mlxchat.sweep.job import plan_of
 
     composed = compose_config([
         f"outputs={quoted(str(store.outputs))}", "targets=[fused]", "name=fuse",
-        f"+pipeline.fused={{stage: fused, checkpoint: {quoted(f'artifact:{name}')}}}",
+        f"+pipeline.fused={{stage: fused, checkpoint: {quoted(f'artifact:{place.name}')}}}",
     ])  # fmt: skip
     (step,) = plan_of(composed.config, store)
+    made = _make(composed, step, store)
+    size = format_bytes(sum(file["bytes"] for file in read_manifest(made)["outputs"]))
+    print(f"{place.name} fused: {made.name} ({size}). In a pipeline: artifact:{made.name}")
+    return 0
+
+
+def _make(composed: Composed, step: PlannedStep, store: Store) -> Path:
+    """Run a plan of one step unless it is done; return its artifact."""
+    from mlxchat.sweep.job import run_pipeline
+
     if not step.done:
         run_pipeline(composed, is_verb=True)
         store.forget()
     made = store.find_made(step.key)
     assert made is not None, "a run that ends has made it"
-    size = format_bytes(sum(file["bytes"] for file in read_manifest(made)["outputs"]))
-    print(f"{name} fused: {made.name} ({size}). In a pipeline: artifact:{made.name}")
-    return 0
+    return made
 
 
 def chat(parser: Parser) -> None:
@@ -538,11 +528,7 @@ def _python_tool() -> PythonTool:
 def _add_decoding(parser: Parser) -> None:
     """Declare options that chat and serve share."""
     add = parser.add_argument
-    add(
-        "--python-tool",
-        action="store_true",
-        help="run the model's Python, sandboxed (default: only sums)",
-    )
+    add("--python-tool", action="store_true", help="run the model's Python, sandboxed (default: only sums)")
     add("--bits", type=int, choices=(8, 4), help="quantise the weights to this many bits; prints the loss in quality")
     add("--kv-bits", type=int, choices=(8, 4), help="quantise the KV cache to this many bits, for long contexts")
 
@@ -574,13 +560,7 @@ def serve(parser: Parser) -> None:
     add("--cors", action="append", default=[], metavar="ORIGIN", help="allow requests from pages of this origin")
     add("--temperature", type=float, default=0.8, help="default of requests (default: 0.8)")
     add("--top-k", type=int, default=50, help="default of requests (default: 50; 0: off)")
-    add(
-        "--grace-seconds",
-        type=int,
-        default=30,
-        metavar="N",
-        help="time for answers when stopping (default: 30)",
-    )
+    add("--grace-seconds", type=int, default=30, metavar="N", help="time for answers when stopping (default: 30)")
     add("--log-requests", action="store_true", help="log a line per request, without its text")
     for name, meaning in _LIMITS.items():
         add(f"--{name}", type=int, metavar="N", help=meaning)

@@ -75,8 +75,7 @@ def _plan(options: Namespace) -> int:
         if step.done and "gpu" in step.stage.resources and (manifest := store.made(step.key)) is not None
     }
     if options.json:
-        described = describe_plan(plan, estimates, memory, drift)
-        print_json(described)
+        print_json(describe_plan(plan, estimates, memory, drift))
     else:
         remarks = dict(memory)
         forecast = {
@@ -210,11 +209,9 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
 
 
 def describe_plan(
-    plan: list[PlannedStep],
-    estimates: Mapping[str, Estimate | None],
-    memory: Mapping[str, str],
+    plan: list[PlannedStep], estimates: Mapping[str, Estimate | None], memory: Mapping[str, str],
     drift: Mapping[str, Mapping[str, tuple[Any, Any]]],
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Return the plan as plain data, with every difference from the nearest artifact."""
     planned = {step.name: step for step in plan}
     steps = []
@@ -393,13 +390,9 @@ def draw_mermaid(plan: list[PlannedStep]) -> str:
     for step in plan:
         lines.append(f"  {step.name}[{step.name}]{f':::{step.state}' if step.state in _COLOURS else ''}")
         lines += [f"  {source} --> {step.name}" for source in dict.fromkeys(step.inputs.values())]
-    used = {step.state for step in plan}
-    lines += [
-        f"  classDef {state} fill:{fill},stroke:{line}"
-        for state, (fill, line) in _COLOURS.items()
-        if state in used or state == "done"
-    ]
-    return "\n".join(lines)
+    used = {"done", *(step.state for step in plan)}
+    colours = ((state, *each) for state, each in _COLOURS.items() if state in used)
+    return "\n".join([*lines, *(f"  classDef {state} fill:{fill},stroke:{line}" for state, fill, line in colours)])
 
 
 def draw_dot(plan: list[PlannedStep]) -> str:

@@ -41,11 +41,7 @@ def compare(parser: Parser) -> None:
     add = parser.add_argument
     add("--step", help="compare all artifacts of this step instead of runs")
     add("--last", type=int, metavar="N", help="only the last N runs")
-    add(
-        "--sort",
-        metavar="NAME",
-        help="sort by a setting (smallest first) or metric (best first); --sort=-NAME reverses",
-    )
+    add("--sort", metavar="NAME", help="by a setting (smallest first) or metric (best first); --sort=-NAME reverses")
     add("--metrics", metavar="A,B", help="only metrics with one of these in their name, including steps of single runs")
     add("--format", choices=("table", "csv", "json", "md"), default="table", help="csv and json: one record per run")
     add("--plot", metavar="FILE.png", help="plot the metrics against the first setting that differs")
@@ -340,7 +336,6 @@ def _folder_name(name: str) -> str:
 
 
 def _sweep_folder(outputs: Path, name: str) -> Path | None:
-
     from mlxchat.store.compare import find_runs
 
     folder = outputs / "multirun" / _folder_name(name)

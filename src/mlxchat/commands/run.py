@@ -51,7 +51,9 @@ def _run(options: Namespace) -> int:
     settings = [*options.settings, *["fail_fast=true"] * options.fail_fast]
     keys = {setting.lstrip("+").partition("=")[0] for setting in settings}
     if "sweep" in keys and not any(setting.endswith("sweep=none") for setting in settings):
-        return _search(settings)
+        from mlxchat.sweep.search import run_search
+
+        return run_search(settings)
     if options.multirun:
         from mlxchat.sweep.sweeper import run_sweep
 
@@ -61,19 +63,14 @@ def _run(options: Namespace) -> int:
 
     composed = compose_config(*split_options(settings))
     if composed.config.sweep.kind != "none":  # chosen by a user's file
-        return _search(settings)
+        from mlxchat.sweep.search import run_search
+
+        return run_search(settings)
     if composed.implied:
-        print(
-            f"recipe: {composed.implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True
-        )
+        recipe = f"recipe: {composed.implied[0]}, implied by model=."
+        print(f"{recipe} The default recipe: experiment=quickstart", flush=True)
     run_pipeline(composed)
     return 0
-
-
-def _search(settings: list[str]) -> int:
-    from mlxchat.sweep.search import run_search
-
-    return run_search(settings)
 
 
 def _no_verb(word: str, others: list[str]) -> ConfigError:
