@@ -15,7 +15,7 @@ from mlxchat.data.tokens import open_documents
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import text_loss, uniform_bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
-from mlxchat.evals.core_step import measure_core
+from mlxchat.evals.core import measure_core
 from mlxchat.evals.examples import write_examples
 from mlxchat.evals.forecast import memory
 from mlxchat.evals.ngram import ngram_bits_per_byte

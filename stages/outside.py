@@ -13,7 +13,7 @@ from mlxchat.data.tokens import open_documents
 from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.chat import Answering, evaluate_task
-from mlxchat.evals.core_step import measure_core
+from mlxchat.evals.core import measure_core
 from mlxchat.evals.examples import write_examples
 from mlxchat.evals.plain_choice import measure_plain_choice
 from mlxchat.evals.scores import record_suite

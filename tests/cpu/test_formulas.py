@@ -51,9 +51,7 @@ def test_small_scores_are_within_their_stated_mean_error(as_run: Callable[[Formu
     assert np.sqrt((errors**2).mean()) < 7e-7
 
 
-def test_mask_gives_exact_zeros_and_keeps_other_bits(
-    as_run: Callable[[Formula], Formula],
-) -> None:
+def test_mask_gives_exact_zeros_and_keeps_other_bits(as_run: Callable[[Formula], Formula]) -> None:
     """Also where the exponential would overflow or be NaN."""
     x = np.concatenate([np.linspace(-24, 24, 9_999) / EXP_UNIT, [40.0]]).astype(np.float32)
     mask = (np.arange(10_000) % 3 == 0).astype(np.float32)

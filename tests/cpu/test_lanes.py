@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import mlx.core as mx
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -60,31 +59,11 @@ def test_plain_path_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(make_lanes()) == 1
 
 
-def test_lanes_are_distinct_streams_beginning_with_the_default() -> None:
-    streams = lanes_of(3).streams
-    assert streams[0] == mx.default_stream(mx.default_device())
-    assert len({str(stream) for stream in streams}) == 3
-
-
 def test_calls_run_on_their_streams_in_order() -> None:
     three = lanes_of(3)
     seen = three.run([partial(lambda index: (index, mx.default_stream(mx.default_device())), i) for i in range(3)])
     assert seen == list(enumerate(three.streams))
     assert mx.default_stream(mx.default_device()) == three.streams[0]
-
-
-def test_fewer_calls_use_the_first_lanes() -> None:
-    assert len(lanes_of(3).run([lambda: 1, lambda: 2])) == 2
-
-
-def test_lanes_equal_one_stream() -> None:
-    x = np.random.default_rng(0).normal(size=(6, 20, 30)).astype(np.float32)
-    two = lanes_of(2)
-    parts = two.run(
-        [partial(lambda part: (mx.array(x[part]) @ mx.array(x[part]).swapaxes(1, 2)).sum(0), p) for p in two.deal(6)]
-    )
-    # Sums of 180 products of order one.
-    np.testing.assert_allclose(np.asarray(parts[0] + parts[1]), (x @ x.swapaxes(1, 2)).sum(0), atol=1e-4)
 
 
 needs_openblas = pytest.mark.skipif(runtime.blas_threads() is None, reason="no OpenBLAS here")

@@ -95,16 +95,6 @@ def endless() -> Iterator[str]:
     return itertools.cycle(TEXTS)
 
 
-def test_counting_stops_at_once() -> None:
-    began = time.monotonic()
-    with closing(train_ranks(endless(), 300)) as training:
-        for _ in training:
-            if time.monotonic() - began > 0.5:
-                break
-    assert time.monotonic() - began < 3
-    assert children() == []
-
-
 def test_merging_stops_at_once() -> None:
     """Merging random words takes minutes; words of few patterns would have no merges left at once."""
     letters = random.Random(0)

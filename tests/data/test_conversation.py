@@ -121,35 +121,17 @@ def test_exactly_the_assistants_text_calls_and_ends_are_trained(
     assert ids[0] == tokenizer.bos
 
 
-# Refusals
-
-INVALID = {
-    "no messages": {"messages": []},
-    "only a system message": talk(SYSTEM),
-    "two users": talk(user("a"), user("b")),
-    "two assistants": talk(user("a"), assistant("b"), assistant("c")),
-    "system in the middle": talk(user("a"), assistant("b"), SYSTEM, user("c")),
-    "unknown role": talk(user("a"), {"role": "tool", "content": "x"}),
-    "no content": talk({"role": "user"}, assistant("b")),
-    "user's content a list": talk(user([part("text", "a")]), assistant("b")),  # type: ignore[arg-type]
-    "assistant's content None": talk(user("a"), assistant(None)),
-    "assistant's content a part": talk(user("a"), assistant(part("text", "x"))),
-    "unknown part": talk(user("a"), assistant([part("image", "x")])),
-    "part without type": talk(user("a"), assistant([{"text": "x"}])),
-    "part's text None": talk(user("a"), assistant([{"type": "text", "text": None}])),
-    "a message that is text": {"messages": ["hello", "you"]},
-}
-
-
-@pytest.mark.parametrize("name", INVALID)
-def test_invalid_conversations_are_refused(tokenizer: Tokenizer, name: str) -> None:
-    with pytest.raises(DataError):
-        render_conversation(tokenizer, INVALID[name])
-
-
 @pytest.mark.parametrize(
-    "conversation", [{"messages": []}, {"conversation": []}, talk(assistant("a")), talk(SYSTEM, assistant("a"))]
-)
-def test_conversation_without_a_question_is_refused(tokenizer: Tokenizer, conversation: dict[str, Any]) -> None:
+    "conversation",
+    [
+        {"messages": []}, {"conversation": []}, talk(SYSTEM), talk(SYSTEM, assistant("a")),
+        talk(user("a"), user("b")), talk(user("a"), assistant("b"), SYSTEM, user("c")),
+        talk(user("a"), {"role": "tool", "content": "x"}), talk({"role": "user"}, assistant("b"), user("c")),
+        talk(user("a"), assistant(part("text", "x")), user("c")), {"messages": ["hello", "you"]},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("render", [render_conversation, render_for_completion])
+def test_invalid_conversations_are_refused(tokenizer: Tokenizer, conversation: dict[str, Any], render: Any) -> None:
     with pytest.raises(DataError):
-        render_for_completion(tokenizer, conversation)
+        render(tokenizer, conversation)

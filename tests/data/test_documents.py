@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit.text import DOCUMENTS
-from mlxchat.data import tokens as documents_module
 from mlxchat.data.sources import Corpus, Shard
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, encode_shard
@@ -34,13 +33,6 @@ def test_documents_repeat_in_order_and_count_epochs(
     assert found == (DOCUMENTS[10:] * 3)[: len(found)]
 
 
-def test_document_is_bos_and_the_ids_of_its_text(hundred: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
-    cursor = read_documents(hundred, "validation")
-    for (address, length), text in zip(cursor.next(10), DOCUMENTS, strict=False):
-        expected = [tokenizer.bos, *tokenizer.encode(text)]
-        assert (cursor.ids(address).tolist(), length, cursor.length(address)) == (expected, len(expected), length)
-
-
 @pytest.mark.parametrize("position", [0, 1, 7, 39, 40, 89, 90, 91, 150])
 def test_restored_cursor_continues_from_any_position(hundred: Path, read_documents: Read, position: int) -> None:
     first = read_documents(hundred)
@@ -49,13 +41,6 @@ def test_restored_cursor_continues_from_any_position(hundred: Path, read_documen
     second.restore(first.state())
     assert second.next(100) == first.next(100)
     assert second.epoch == first.epoch
-
-
-def test_name_locates_the_document(hundred: Path, read_documents: Read) -> None:
-    cursor = read_documents(hundred)
-    address, _ = cursor.next(44)[-1]
-    assert cursor.name(address) == "shard_00001.parquet document 3"
-    assert pq.read_table(hundred / "shard_00001.parquet")["text"][3].as_py() == DOCUMENTS[10 + 43]
 
 
 def test_empty_shards_are_skipped_and_an_empty_corpus_refused(
@@ -100,10 +85,7 @@ def test_only_the_current_and_the_next_shard_are_encoded(maker: Maker) -> None:
     assert maker.asked == [], "nothing is encoded before the first document is read"
     cursor.next(1)
     cursor.close()
-    assert maker.asked == [
-        ("shard_00000", True, "MainThread"),
-        ("shard_00001", False, "encode shard_00001.parquet"),
-    ]
+    assert maker.asked == [("shard_00000", True, "MainThread"), ("shard_00001", False, "encode shard_00001.parquet")]
 
 
 def test_reader_waits_for_the_background_encoding(maker: Maker) -> None:
@@ -136,14 +118,3 @@ def test_failed_background_encoding_is_raised_to_the_reader(maker: Maker) -> Non
     cursor.next(40)
     with pytest.raises(OSError, match="disk is full"):
         cursor.next(1)
-
-
-def test_number_of_open_shards_is_limited(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "_MOST_OPEN_SHARDS", 2)
-    shards = Documents(maker.shards, maker)
-    cursor = shards
-    addresses = [address for address, _ in cursor.next(90)]
-    for address in (addresses[0], addresses[50], addresses[89]):
-        assert cursor.length(address) == len(cursor.ids(address))
-        assert len(shards._open) <= 2
-    cursor.close()

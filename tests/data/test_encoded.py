@@ -49,13 +49,6 @@ def make_context(corpus: Path, tmp_path: Path) -> Callable[..., Context]:
     return make
 
 
-@pytest.fixture(scope="module")
-def mixture() -> Mixture:
-    return Mixture(
-        {"arithmetic": TaskItem(task="arithmetic", size=20), "facts": TaskItem(task="facts", size=5)}, seed=1
-    )
-
-
 def names(tmp_path: Path) -> list[str]:
     return sorted(folder.name.rpartition("-")[0] for folder in (tmp_path / "outputs" / "store").iterdir())
 
@@ -84,16 +77,6 @@ def test_step_reads_the_documents_of_its_corpus(
     assert names(tmp_path) == [f"tokens-shard_0000{index}" for index in range(5)]
 
 
-def test_unread_shards_are_not_encoded(
-    make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    cursor = open_documents(make_context(), "train", tokenizer)
-    cursor.next(1)
-    assert cursor._worker is not None
-    cursor._worker[1].join()
-    assert names(tmp_path) == ["tokens-shard_00000", "tokens-shard_00001"]
-
-
 def test_tokens_are_shared_by_text_and_tokenizer(
     make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,23 +102,18 @@ def test_stop_signal_ends_the_encoding(
     assert names(tmp_path) == list((tmp_path / "outputs" / "work").iterdir()) == []
 
 
-def test_encoded_mixture_equals_its_rendering(
-    make_context: Callable[..., Context], mixture: Mixture, tokenizer: Tokenizer
+def test_mixture_is_rendered_exactly_and_once(
+    make_context: Callable[..., Context], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    items = {"arithmetic": TaskItem(task="arithmetic", size=20), "facts": TaskItem(task="facts", size=5)}
+    mixture = Mixture(items, seed=1)
     tokens = open_mixture(make_context(), "mixture", mixture, tokenizer)
     for index, conversation in enumerate(mixture):
         ids, mask = render_conversation(tokenizer, conversation, None)
         assert tokens.ids(index).tolist() == ids
         assert tokens.trained(index).tolist() == [bool(bit) for bit in mask]
     assert len(tokens) == len(mixture) == 25
-
-
-def test_mixture_is_rendered_once(
-    make_context: Callable[..., Context], mixture: Mixture, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = open_mixture(make_context(), "mixture", mixture, tokenizer)
     monkeypatch.setattr(encoded_module, "render_conversation", None)
-    again = open_mixture(make_context(), "mixture", mixture, tokenizer)
-    assert again.flat.tobytes() == first.flat.tobytes()
+    assert open_mixture(make_context(), "mixture", mixture, tokenizer).flat.tobytes() == tokens.flat.tobytes()
     with pytest.raises(TypeError):
         open_mixture(make_context(), "mixture", mixture, train_tokenizer(["the cat sat on the mat " * 9], 270))

@@ -10,19 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from kit.models import composed
 from kit.text import parquet
 from mlxchat.config.schema import HubConfig
-from mlxchat.data import sources as shards_module
-from mlxchat.data.sources import Corpus, Shard, pin_corpus
+from mlxchat.data.sources import Corpus, pin_corpus
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, encode_shard
 from mlxchat.errors import DataError
 from mlxchat.hub.client import stop_fetching
-from mlxchat.hub.listings import forget
 
 NAME = "org/texts"
 
@@ -122,52 +119,9 @@ def test_missing_files_and_columns_are_refused(hub: Any, five: Any, pin: Callabl
         pin(**changes)
 
 
-def test_large_row_groups_are_read_in_batches(
-    hub: Any, five: Any, pin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shards_module, "_BATCH_DOCUMENTS", 8)
-    sizes = []
-    read = pq.ParquetFile.iter_batches
-
-    def watch(self: Any, *given: Any, **named: Any) -> Any:
-        for batch in read(self, *given, **named):
-            sizes.append(batch.num_rows)
-            yield batch
-
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", watch)
-    assert list(Corpus.open(pin()).train[0].documents()) == texts(0)
-    assert max(sizes) <= 8
-
-
 def test_density_is_measured_on_the_validation_file(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
     expected = sum(map(len, texts(4))) / len(five.files["shard_00004.parquet"])
     assert Corpus.open(pin()).chars_per_byte == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("wanted", "count"), [(0, 1), (1, 1), (1.01, 2), (4, 4), (9, 4)])
-def test_first_returns_the_files_with_enough_characters(
-    hub: Any, five: Any, pin: Callable[..., Path], wanted: float, count: int
-) -> None:
-    five.files.update({f"shard_{index:05d}.parquet": parquet(texts(0)) for index in range(5)})
-    corpus = Corpus.open(pin())
-    assert [file.path for file in corpus.first(wanted * corpus.chars / 4)] == [
-        f"shard_{index:05d}.parquet" for index in range(count)
-    ]
-
-
-def test_full_disk_is_refused_before_downloads(
-    hub: Any, five: Any, pin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import shutil
-
-    pin()
-    stop_fetching()
-    asked = len(hub.requests("parquet"))
-    usage = shutil.disk_usage("/")._replace(free=256 << 20)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(DataError, match=r"The text of this run \(org/texts, 4 files\) needs"):
-        pin(train_chars=1e9)
-    assert len(hub.requests("parquet")) == asked
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -218,35 +172,6 @@ def test_closing_ends_threads_within_a_file(hub: Any, five: Any, pin: Callable[.
     wait_for(lambda: hub.sent("shard_00001.parquet") > 0)
     stop_fetching()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch ")]
-
-
-def test_saved_position_is_valid_on_another_machine(
-    hub: Any, five: Any, pin: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
-    import shutil
-
-    def cursor(folder: Path, place: str) -> Documents:
-        def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
-            where = tmp_path / place / shard.stem
-            if not where.exists():
-                where.mkdir(parents=True)
-                encode_shard(shard, tokenizer, where, threads=1)
-            return where
-
-        return Documents(Corpus.open(folder).train, obtain)
-
-    first = cursor(pin(), "one")
-    first.next(47)
-    state = first.state()
-    rest = first.next(60)
-    first.close()
-    stop_fetching()
-    shutil.rmtree(tmp_path / "hf")  # as if the run continued on another machine
-    forget()
-    second = cursor(pin(), "two")
-    second.restore(state)
-    assert second.next(60) == rest
-    second.close()
 
 
 def test_encoded_shard_is_not_downloaded(

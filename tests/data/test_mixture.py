@@ -18,13 +18,19 @@ from mlxchat.errors import ConfigError, Interrupted
 from mlxchat.tasks import load_item
 
 
+def write_questions(folder: Path, count: int) -> str:
+    """Write a file of the questions q0, q1, …; return its path."""
+    path = folder / "mine.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(count)))
+    return str(path)
+
+
 @pytest.fixture
 def items(tmp_path: Path) -> dict[str, TaskItem]:
     """Three lines of a file twice over, and five conversations of a bundled task."""
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": f"a{i}"}) + "\n" for i in range(3)))
+    path = write_questions(tmp_path, 3)
     return {
-        "mine": TaskItem(task="jsonl", path=str(path), epochs=2, options={"held_out_frac": 0.0}),
+        "mine": TaskItem(task="jsonl", path=path, epochs=2, options={"held_out_frac": 0.0}),
         "sums": TaskItem(task="arithmetic", size=5),
     }
 
@@ -48,30 +54,20 @@ def test_empty_mixtures_and_empty_slices_are_refused(tmp_path: Path) -> None:
     for nothing in ({}, {"sums": TaskItem(task="arithmetic", size=5, epochs=0)}):
         with pytest.raises(ConfigError, match="no conversation"):
             Mixture(nothing, seed=0)
-    path = tmp_path / "mine.jsonl"
-    path.write_text(json.dumps({"prompt": "q", "completion": "a"}) + "\n")
-    item = TaskItem(task="identity_conversations", path=str(path), start=5)
+    item = TaskItem(task="identity_conversations", path=write_questions(tmp_path, 1), start=5)
     with pytest.raises(ConfigError, match="no conversation of mine is left"):
         Mixture({"mine": item, "sums": TaskItem(task="arithmetic", size=5)}, seed=0)
 
 
 def test_start_stop_and_step_slice_the_task(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(10)))
-    item = TaskItem(task="identity_conversations", path=str(path), start=2, stop=9, step=3, epochs=2)
+    path = write_questions(tmp_path, 10)
+    item = TaskItem(task="identity_conversations", path=path, start=2, stop=9, step=3, epochs=2)
     assert sorted(questions(Mixture({"mine": item}, seed=0))) == ["q2", "q2", "q5", "q5", "q8", "q8"]
 
 
 def test_weights_divide_the_total_size(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "a"}) + "\n" for i in range(4)))
-    mixture = Mixture(
-        {
-            "mine": TaskItem(task="identity_conversations", path=str(path), weight=3.0),
-            "sums": TaskItem(task="arithmetic", size=12, weight=1.0),
-        },
-        seed=0,
-    )
+    mine = TaskItem(task="identity_conversations", path=write_questions(tmp_path, 4), weight=3.0)
+    mixture = Mixture({"mine": mine, "sums": TaskItem(task="arithmetic", size=12, weight=1.0)}, seed=0)
     assert mixture.counts() == {"mine": 12, "sums": 4}
     asked = Counter(questions(mixture))
     assert [asked[f"q{i}"] for i in range(4)] == [3, 3, 3, 3]

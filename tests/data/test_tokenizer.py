@@ -22,20 +22,10 @@ from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.errors import DataError
 
 VARIED = [
-    "",
-    " ",
-    "   \n\n\t ",
-    "The cat sat, didn't it? I'LL say we'd've.",
-    "1234567 3.14159 12:30 -5%",
-    "def f(x):\n    return x**2  # four spaces\n\n\n",
-    "naïve café — “quotes” …",
-    "你好，世界！ こんにちは Привет مرحبا",
-    "emoji 🤖👩‍👩‍👧 and flags 🇨🇭",
-    "a\r\nb\rc\u00a0d\u2003e",
-    "http://x.y/z?a=b&c=d#e_f",
-    "\x00\x01\x7f control",
-    "x" * 500,
-    " " * 50 + "end",
+    "The cat sat, didn't it? I'LL say we'd've.  \n\n\n\t ",
+    "1234567 3.14159 12:30 -5% http://x.y/z?a=b&c=d#e_f",
+    "naïve café — “quotes” … 你好，世界！ こんにちは Привет مرحبا 🤖👩‍👩‍👧 🇨🇭",
+    "a\r\nb\rc\u00a0d\u2003e \x00\x01\x7f" + "x" * 500 + " " * 50 + "end",
 ]
 
 
@@ -53,24 +43,6 @@ def test_encoding_is_lossless(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert (tokenizer.decode_bytes(ids), tokenizer.decode(ids)) == (text.encode(), text)
     assert int(tokenizer.token_bytes[ids].sum()) == len(text.encode())
-
-
-@given(st.lists(st.sampled_from([*SPECIAL_TOKENS, "<|", "|>", "bos", "a"])).map("".join))
-def test_special_tokens_in_a_text_are_ordinary_text(tokenizer: Tokenizer, text: str) -> None:
-    assert max(tokenizer.encode(text), default=0) < tokenizer.bos
-
-
-@given(st.binary())
-def test_invalid_utf8_decodes_with_replacement(tokenizer: Tokenizer, data: bytes) -> None:
-    ids = [tokenizer.ranks[bytes([byte])] for byte in data]
-    assert tokenizer.decode_bytes(ids) == data
-    assert tokenizer.decode(ids) == data.decode("utf-8", errors="replace")
-
-
-@given(st.text())
-def test_document_ids_are_bos_and_the_texts(tokenizer: Tokenizer, text: str) -> None:
-    (ids,) = tokenizer.encode_documents([text])
-    assert ids.tolist() == [tokenizer.bos, *tokenizer.encode(text)]
 
 
 @pytest.mark.parametrize("text", [" " * 1_000_000, "x" + " " * 1_500_000])

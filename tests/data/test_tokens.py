@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import load
 
 from kit.text import write_sequences
 from mlxchat.data.tokens import FILE, Tokens, open_tokens, read_tokens
@@ -34,15 +33,6 @@ def test_round_trip_with_and_without_masks(sequences: list[list[int]], masks: bo
     if masks and sequences:
         found = [tokens.trained(index).tolist() for index in range(len(tokens))]
         assert found == [[token % 2 == 0 for token in ids] for ids in sequences]
-
-
-def test_safetensors_package_reads_the_file() -> None:
-    arrays = load(write([[1, 2, 3], [], [299]], masks=True))
-    assert {name: array.tolist() for name, array in arrays.items()} == {
-        "offsets": [0, 3, 3, 4],
-        "ids": [1, 2, 3, 299],
-        "trained": [False, True, False, False],
-    }
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])

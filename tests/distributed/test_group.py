@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kit import ranks
 from mlxchat.distributed import group as group_module
-from mlxchat.distributed.group import ALONE, Group, buckets, deal_padded
+from mlxchat.distributed.group import Group, deal_padded
 from mlxchat.distributed.team import Team
 
 # Values of rank 2; the others have other values of the same shape.
@@ -111,32 +111,6 @@ def test_parts_are_contiguous_and_as_equal_as_can_be(size: int, count: int) -> N
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-@settings(max_examples=30)
-@given(sizes=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([mx.float32, mx.int32])), max_size=8))
-def test_buckets_have_one_dtype_and_a_bounded_size(sizes: list[tuple[int, mx.Dtype]]) -> None:
-    arrays = {str(index): mx.zeros(size, dtype=dtype) for index, (size, dtype) in enumerate(sizes)}
-    before, group_module.BUCKET_BYTES = group_module.BUCKET_BYTES, 100
-    try:
-        found = [list(names) for names in buckets(arrays)]
-    finally:
-        group_module.BUCKET_BYTES = before
-    assert [name for names in found for name in names] == list(arrays)
-    for names in found:
-        assert len({arrays[name].dtype for name in names}) == 1
-        assert len(names) == 1 or sum(arrays[name].nbytes for name in names) <= 100
-
-
-def test_a_single_process_needs_no_collectives() -> None:
-    array = mx.array([1.0, -0.0])
-    assert ALONE.share(array) is array
-    assert ALONE.sum({"a": array})["a"] is array
-    assert ALONE.gather(array) is array
-    assert (ALONE.gather_json(3), ALONE.share_json({"a": 1}), ALONE.rank, ALONE.size, ALONE.leads) == (
-        [3], {"a": 1}, 0, 1, True,
-    )  # fmt: skip
-    assert ALONE.traffic.sent_bytes == 0
-
-
 # Teams
 
 
@@ -203,9 +177,3 @@ def test_the_most_expensive_part_has_the_least_possible_cost(parts: int) -> None
         borders = [(0, *cuts, count) for cuts in combinations_with_replacement(range(count + 1), parts - 1)]
         best = min(max(cost(lengths[start:stop]) for start, stop in pairwise(cuts)) for cuts in borders)
         assert max(cost(lengths[part]) for part in dealt) == best
-
-
-def test_equal_rows_and_padding_are_dealt_evenly() -> None:
-    assert [len(range(9)[part]) for part in deal_padded([5] * 9, 2)] == [5, 4]
-    assert [len(range(2)[part]) for part in deal_padded([5] * 2, 3)] == [1, 1, 0]
-    assert [len(range(3)[part]) for part in deal_padded([0, 0, 0], 2)] == [3, 0]

@@ -9,19 +9,16 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import mlxchat
 from kit import ranks
 from mlxchat.composition.compose import compose_config
 from mlxchat.distributed.ranks import Meeting, Ranks, computes, find_meeting, lead_ranks
 from mlxchat.distributed.watch import Line, Watch, code_digest, connect, find_facts, listen_at
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.ops import machine as machine_module
-from mlxchat.sweep.job import remark_few_rows
 
 
 def write(folder: Path, value: Any) -> str:
@@ -160,17 +157,6 @@ def test_without_an_address_ranks_learn_it_in_the_group(tmp_path: Path) -> None:
     assert "2 ranks" in printed[0].splitlines()
 
 
-def test_the_code_digest_covers_python_files_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert re.fullmatch("[0-9a-f]{12}", code_digest())
-    monkeypatch.setattr(mlxchat, "__path__", [str(tmp_path)])
-    found = []
-    for name, text in (("a.py", "x = 1"), ("notes.txt", "x"), ("a.py", "x = 2"), ("b.py", "")):
-        (tmp_path / name).write_text(text)
-        found.append(code_digest.__wrapped__())
-    assert found[0] == found[1]
-    assert len(set(found)) == 3
-
-
 def machine(*settings: str) -> Any:
     return compose_config(["experiment=smoke", *settings]).config.machine
 
@@ -185,17 +171,3 @@ def test_ranks_share_the_cores_of_their_machine(
     assert isinstance(lead, Ranks)
     shared, _ = lead_ranks(machine(f"machine.num_processes={size}", "machine.blas_threads=3"))
     assert shared.blas_threads == 3, "an explicit setting is not divided"
-
-
-def test_more_ranks_than_rows_gives_a_remark() -> None:
-    batches = {"pretrain": (1024, False), "midtrain": (2048, False), "sft": (None, False), "rl": (512, True)}
-    config: Any = SimpleNamespace(**{
-        name: SimpleNamespace(batch=SimpleNamespace(tokens=tokens, row_tokens=512))
-        for name, (tokens, _) in batches.items()
-    })  # fmt: skip
-    plan: Any = [
-        SimpleNamespace(name=name, stage=SimpleNamespace(name=name), config=config, done=done)
-        for name, (_, done) in {**batches, "eval": (None, False)}.items()
-    ]
-    (line,) = remark_few_rows(plan, 3)
-    assert line == "pretrain   has 2 rows per iteration for 3 ranks: some ranks are idle"

@@ -43,7 +43,7 @@ def weights_everywhere(team: Team) -> dict[str, Any]:
         sent.append(len(arrays or {}))
         return call(function, request, arrays)
 
-    team.call = counting  # type: ignore[method-assign]
+    team.call = counting  # type: ignore[method-assign]  # counts what is sent
     model, found = GPT(SIZES), {}
 
     def note(name: str, role: str = "model") -> None:

@@ -18,11 +18,12 @@ from kit.training import optimizer_config
 from mlxchat.composition.compose import compose_config
 from mlxchat.cpu import runtime
 from mlxchat.distributed.team import Team
-from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
+from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, set_parameters, trained_parameters
+from mlxchat.model.lora import attach_adapters
 from mlxchat.model.replicas import model_on
-from mlxchat.model.sizes import sizes_of
+from mlxchat.model.sizes import AdapterSizes, resolve_targets, sizes_of
 from mlxchat.ops.loss import Mix
-from mlxchat.optim.optimizer import Optimizer, Rates
+from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.planning.memory import TeacherSize, Training, predict_peak
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.teacher import Distillation, OwnTeacher
@@ -41,13 +42,28 @@ CASES: dict[str, dict[str, Any]] = {
     "a teacher, ranks without a row": {"teacher": True, "targets": [9]},
     "a skipped update": {"broken": 1},
     "recomputation": {"recompute": True},
+    "LoRA": {"adapters": ("lora", None), "dropout": 0.2},
+    "DoRA on 4 bits": {"adapters": ("dora", 4), "dropout": 0.2},
 }
 SETTINGS = {"micro_rows": 3, "targets": [16, 16, 16, 16, 16, 16], "sizes": {}, "optimizer": {}}
 
 
-def make_optimizer(model: GPT, **changes: Any) -> Optimizer:
+def make_optimizer(model: GPT, rule: AdamWRule | None, **changes: Any) -> Optimizer:
     config = optimizer_config(**changes)
-    return Optimizer(model, config, width=32, lr_frac=0.7, batch_lr_scale=1.1, weight_decay=0.05)
+    return Optimizer(model, config, width=32, lr_frac=0.7, batch_lr_scale=1.1, weight_decay=0.05, adapter=rule)
+
+
+def attach(model: GPT, kind: str, bits: int | None) -> AdamWRule:
+    """Attach adapters without zeros; return their rule."""
+    sizes = AdapterSizes(kind, 3, 2.0, resolve_targets(["all"], model.sizes), bits, 32, dropout=0.2)
+    attach_adapters(model, sizes, seed=1)
+    rng = np.random.default_rng(7)
+    moved = {
+        name: value + mx.array(rng.normal(0, 0.1, value.shape).astype(np.float32))
+        for name, value in trained_parameters(model).items()
+    }
+    set_parameters(model, moved)
+    return AdamWRule(1e-2, (0.9, 0.999), 0.01)
 
 
 def make_batch(seed: int, targets: list[int], *, broken: bool) -> Batch:
@@ -81,7 +97,8 @@ def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
     runtime.set_blas_threads(1)
     case = {**SETTINGS, **CASES[name]}
     model = make_model(**case["sizes"])
-    optimizer = make_optimizer(model, **case["optimizer"])
+    rule = attach(model, *case["adapters"]) if "adapters" in case else None
+    optimizer = make_optimizer(model, rule, **case["optimizer"])
     distillation = None
     if case.get("teacher"):
         distillation = Distillation(

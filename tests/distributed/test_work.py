@@ -17,6 +17,7 @@ import pytest
 
 from kit import models, ranks
 from kit.models import make_tokenizer
+from kit.text import core_items, write_bundle
 from kit.training import rl_config
 from mlxchat.cpu import runtime
 from mlxchat.data.packing import Row
@@ -77,39 +78,6 @@ class Questions:
 
     def reward(self, conversation: dict[str, Any], response: str) -> float:
         return len(response) % 5 / 4
-
-
-def write_bundle(folder: Path) -> Path:
-    """Write a bundle of CORE with a task of each kind."""
-    rng = np.random.default_rng(0)
-    (folder / "eval_data").mkdir(parents=True)
-    words = ["the", "cat", "sat", "on", "mat", "dog", "log"]
-
-    def text(number: int) -> str:
-        return " ".join(rng.choice(words, number))
-
-    items = {
-        "choice": [
-            {"query": text(1 + n), "choices": [f"{text(2)} {place}" for place in range(3)], "gold": n % 3}
-            for n in range(11)
-        ],
-        "schema": [
-            {"context_options": [f"{text(3)} {place}" for place in range(2)], "continuation": text(3), "gold": n % 2}
-            for n in range(5)
-        ],
-        "story": [{"context": text(5), "continuation": text(1)} for n in range(7)],
-    }
-    kinds = {"choice": "multiple_choice", "schema": "schema", "story": "language_modeling"}
-    for label, lines in items.items():
-        (folder / "eval_data" / f"{label}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    tasks = [
-        {"label": label, "icl_task_type": kind, "num_fewshot": [1], "dataset_uri": f"{label}.jsonl"}
-        for label, kind in kinds.items()
-    ]
-    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
-    baselines = "".join(f"\n{label},25" for label in kinds)
-    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline" + baselines)
-    return folder
 
 
 def rows_of(lengths: list[int], width: int = 96) -> list[Row]:
@@ -229,7 +197,9 @@ def on_one_core() -> None:
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("work")
-    write_bundle(folder / "bundle")
+    kinds = {"choice": ("multiple_choice", 11), "schema": ("schema", 5), "story": ("language_modeling", 7)}
+    tasks = {label: (kind, 1, 25, core_items(kind, count)) for label, (kind, count) in kinds.items()}
+    write_bundle(folder / "bundle", tasks)
     return str(folder)
 
 

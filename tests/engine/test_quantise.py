@@ -18,8 +18,7 @@ from mlxchat.engine.generate import Engine
 from mlxchat.engine.quantise import PackedGPT, packed_copy
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import bits_per_byte
-from mlxchat.evals.quantised import check_quantised, loss_change, measure_quantised
-from mlxchat.evals.quantised_sample import SAMPLE
+from mlxchat.evals.quantised import SAMPLE, check_quantised, loss_change, measure_quantised
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights, set_parameters
 from mlxchat.terminal.chat import Chat

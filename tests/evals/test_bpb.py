@@ -58,17 +58,6 @@ def test_perplexity_is_exp_of_mean_text_loss(model: GPT, tokenizer: Tokenizer, r
     assert found.bits_per_byte == bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=50)
 
 
-@pytest.mark.parametrize("found", [TextLoss(0.0, 0, 0), TextLoss(1e6, 10, 1)])
-def test_a_perplexity_that_is_no_number_is_infinite(found: TextLoss) -> None:
-    assert found.perplexity == math.inf
-
-
-def test_special_tokens_would_have_changed_the_number(model: GPT, tokenizer: Tokenizer, rows: list[Row]) -> None:
-    """What the test above would not see if there were none."""
-    special = [target for row in rows for target in row[1].tolist() if target >= tokenizer.bos]
-    assert len(special) > 5
-
-
 @pytest.mark.parametrize("micro_tokens", [1, 10_000])
 def test_mean_loss_includes_special_tokens(model: GPT, rows: list[Row], micro_tokens: int) -> None:
     expected = sum(losses(model, row).sum() for row in rows) / sum((row[1] >= 0).sum() for row in rows)
@@ -82,19 +71,9 @@ def test_zero_head_has_uniform_loss(model: GPT, tokenizer: Tokenizer, rows: list
     assert found.perplexity == pytest.approx(tokenizer.vocab_size, rel=1e-5)
 
 
-def test_uniform_bits_per_byte_by_hand() -> None:
-    """Two counted targets of 1 and 3 bytes in a vocabulary of 4 cost 2 bits each: 4 bits for 4 bytes."""
-    rows: list[Row] = [(np.zeros(4, np.int32), np.array([0, 1, 3, IGNORED], np.int32))]
-    assert uniform_bits_per_byte(rows, np.array([1, 3, 1, 0], np.int32)) == 1.0
-
-
 def test_loss_without_bytes_is_infinite(model: GPT, tokenizer: Tokenizer) -> None:
     for target in (IGNORED, tokenizer.bos):
         rows = [(np.zeros(4, np.int32), np.full(4, target, np.int32))]
         assert bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=100) == math.inf
     assert bits_per_byte(model, [], tokenizer.token_bytes, micro_tokens=100) == math.inf
     assert TextLoss(0.0, 0, 0).perplexity == TextLoss(1e6, 10, 1).perplexity == math.inf
-
-
-def test_without_any_row_the_number_is_infinite(model: GPT, tokenizer: Tokenizer) -> None:
-    assert bits_per_byte(model, [], tokenizer.token_bytes, micro_tokens=100) == math.inf

@@ -76,12 +76,6 @@ def test_common_prefix_is_computed_once() -> None:
         np.testing.assert_allclose(got, alone(model, groups[group][0]), atol=TOLERANCE)
 
 
-def test_short_common_prefix_is_not_shared() -> None:
-    rng = np.random.default_rng(2)
-    groups = [[Continuation([0, *rng.integers(1, VOCAB, 50).tolist()], 40)] for _ in range(6)]
-    assert len(make_rows(groups, 1000)) == 6
-
-
 def test_batches_respect_the_limit_and_hold_each_row_once() -> None:
     rng = np.random.default_rng(4)
     groups = [group for size in (5, 20, 60, 200) for group in groups_of(rng, size, 3, 9, count=7)]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import pytest
 import tiktoken
 
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPLIT_PATTERN, Vocabulary
-from mlxchat.errors import DataError
 from mlxchat.evals import compression
 from mlxchat.evals.compression import compression_rows
 
@@ -48,23 +44,3 @@ def test_other_tokenizers_are_compared_if_installed(tokenizer: Tokenizer, rival:
     assert rows[-2]["gpt2"] == sum(len(encoding.encode_ordinary(text)) for text in SPLITS["train"])
     assert compression_rows(train_tokenizer([], 265), {})[0]["gpt2_better"] == "gpt2"
     assert compression_rows(rival, {})[0]["gpt2_better"] == "tie"
-
-
-def test_only_the_start_of_a_corpus_is_read(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compression, "_SPLIT_CHARS", 1000)
-    asked = 0
-
-    def endless() -> Iterator[str]:
-        nonlocal asked
-        for _ in itertools.count():
-            asked += 1
-            yield "the cat " * 10
-
-    assert compression_rows(tokenizer, {"train": endless()})[-1]["chars"] == 1040
-    assert asked == 13
-
-
-def test_text_that_does_not_round_trip_is_reported(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizer, "decode", lambda ids: "other")
-    with pytest.raises(DataError, match="does not return what it encoded"):
-        compression_rows(tokenizer, {})

@@ -7,10 +7,6 @@ import mlxchat  # isort: split
 import io
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,21 +17,20 @@ import pytest
 
 from kit.models import make_model
 from kit.numpy_gpt import numpy_logits
+from kit.text import core_items, write_bundle
 from mlxchat.bench.core import answer_alone
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError, Interrupted
-from mlxchat.evals.core import CoreResult, TaskScore, evaluate_core, likeliest, mean_losses
-from mlxchat.evals.core_bundle import Bundle, CoreTask
+from mlxchat.evals.core import CoreResult, evaluate_core, likeliest, mean_losses
+from mlxchat.evals.core_bundle import Bundle
 from mlxchat.evals.core_questions import Question, build_question
 from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import OwnModel
-from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.runner.progress import Progress
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
-WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "the", "dog", "sat", "on", "the", "log"]
 KINDS = {
     "choice": ("multiple_choice", 2, 25),
     "schema": ("schema", 0, 50),
@@ -48,41 +43,14 @@ ENTRY = (
 Evaluate = Callable[..., CoreResult]
 
 
-def make_items(kind: str, count: int, *, story: bool = False) -> list[dict[str, Any]]:
-    rng = np.random.default_rng(count)
-
-    def text(number: int) -> str:
-        return " ".join(rng.choice(WORDS, number))
-
-    begin, items = text(12), list[dict[str, Any]]()
-    for _ in range(count):
-        if kind == "multiple_choice":
-            choices = [f"{text(2)} {place}" for place in range(4)]
-            items.append({"query": text(4), "choices": choices, "gold": int(rng.integers(4))})
-        elif kind == "schema":
-            options = [f"{text(3)} {place}" for place in range(2)]
-            items.append({"context_options": options, "continuation": text(3), "gold": int(rng.integers(2))})
-        else:
-            items.append({"context": f"{begin} {text(2)}" if story else text(5), "continuation": text(1)})
-    return items
-
-
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """A bundle with a task of each kind, as a folder."""
-    folder = tmp_path / "bundle" / "eval_bundle"
-    (folder / "eval_data" / "all").mkdir(parents=True)
-    tasks, baselines = [], ["Eval Task,Random baseline"]
-    for label, (kind, shots, baseline) in KINDS.items():
-        tasks.append(
-            {"label": label, "icl_task_type": kind, "num_fewshot": [shots], "dataset_uri": f"all/{label}.jsonl"}
-        )
-        baselines.append(f"{label},{baseline}")
-        lines = [json.dumps(item) + "\n" for item in make_items(kind, 23, story=label == "story")]
-        (folder / "eval_data" / "all" / f"{label}.jsonl").write_text("".join(lines))
-    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
-    (folder / "eval_meta_data.csv").write_text("\n".join(baselines))
-    return folder.parent
+    tasks = {
+        label: (kind, shots, baseline, core_items(kind, 23, story=label == "story"))
+        for label, (kind, shots, baseline) in KINDS.items()
+    }
+    return write_bundle(tmp_path / "bundle" / "eval_bundle", tasks).parent
 
 
 @pytest.fixture
@@ -154,47 +122,10 @@ def test_stopped_evaluation_resumes_with_equal_results(evaluate: Evaluate, tmp_p
     assert (continued.to_dict(), continued.examples) == (whole.to_dict(), whole.examples)
 
 
-@pytest.mark.slow
-def test_killed_evaluation_resumes_with_equal_results(
-    model: GPT, tokenizer: Tokenizer, bundle: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    save_checkpoint(folder, model, tokenizer, {"format": "base"})
-
-    def run(work: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        # Each in its own process: the last bits of a loss may depend on the cores that a process uses.
-        command = [sys.executable, "-c", EVALUATION, str(folder), str(bundle), str(tmp_path / work)]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | environ)
-
-    killed = run("work", MLXCHAT_CRASH_AT="eval.answered:3")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    (few, *continued), (many, *whole) = (json.loads(run(work).stdout) for work in ("work", "other"))
-    assert 0 < few < many
-    assert continued == whole
-
-
-EVALUATION = """
-import mlxchat, io, json, sys
-from pathlib import Path
-import mlx.core as mx
-mx.set_default_device(mx.cpu)
-from mlxchat.evals import core
-from mlxchat.evals.language_model import OwnModel
-from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.runner.progress import Progress
-folder, bundle, work = map(Path, sys.argv[1:])
-model, tokenizer, _ = load_checkpoint(folder)
-result = core.evaluate_core(OwnModel(model), tokenizer, bundle, max_per_task=8, tasks=None, batch_tokens=300, work=work,
-                            progress=lambda total, unit: Progress("core", total, unit, stream=io.StringIO()))
-print(json.dumps([result.computed, result.to_dict(), result.examples]))
-"""
-
-
 def test_results_of_another_bundle_are_not_reused(evaluate: Evaluate, bundle: Path) -> None:
     first = evaluate(max_per_task=6)
     path = bundle / "eval_bundle" / "eval_data" / "all" / "schema.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in make_items("schema", 6)))
+    path.write_text("".join(json.dumps(item) + "\n" for item in core_items("schema", 6)))
     second = evaluate(max_per_task=6)
     assert second.computed == first.computed == 24
 
@@ -371,11 +302,3 @@ def test_ties_and_options_without_scored_tokens() -> None:
     assert likeliest([1.5, 1.5, None]) == 0
     assert likeliest([2.0, None, 1.0]) == 2
     assert likeliest([None, 1.0]) == 0
-
-
-def test_score_is_centred_at_chance() -> None:
-    task = CoreTask(label="x", kind="schema", data="", num_fewshot=0, delimiter=" ", baseline=0.5)
-    score = TaskScore(task=task, accuracy=0.75, num_examples=48, cropped=0)
-    assert score.centered == 0.5
-    assert score.stderr == pytest.approx(0.0625)
-    assert score.centered_stderr == pytest.approx(0.125)

@@ -13,14 +13,7 @@ from hypothesis import strategies as st
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.evals.core_bundle import CoreTask
-from mlxchat.evals.core_questions import (
-    build_question,
-    common_prefix,
-    crop,
-    draw_shots,
-    render_prompts,
-    tokenize_prompts,
-)
+from mlxchat.evals.core_questions import common_prefix, crop, draw_shots, render_prompts, tokenize_prompts
 
 SHOTS = "{%% for s in shots %%}%s\n\n{%% endfor %%}"
 TEMPLATES = {
@@ -108,11 +101,3 @@ def test_long_prompts_are_cropped_at_the_front() -> None:
     kept, scored, cut = crop(sequences, starts, 9, together=False)
     assert (kept, scored, cut) == ([list(range(1, 10)), list(range(3, 12))], [7, 5], True)
     assert crop([list(range(20))], [5], 8) == ([list(range(12, 20))], [1], True)
-
-
-def test_cropped_question_fits_the_context(tokenizer: Tokenizer) -> None:
-    items = [{"context": "the cat sat on the mat " * 9, "continuation": "and the dog"} for _ in range(3)]
-    question = build_question(task_of("language_modeling", shots=2), items, 0, tokenizer, 32)
-    assert question.cropped
-    assert question.ends == [32]
-    assert tokenizer.decode(question.sequences[0][question.starts[0] :]) == " and the dog"

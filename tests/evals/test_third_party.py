@@ -20,6 +20,7 @@ import pytest
 
 pytest.importorskip("mlx_lm", reason="outside models need mlx-lm")
 
+from kit.text import core_items, write_bundle
 from mlxchat.data.packing import DocumentRows, take_rows
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents
@@ -65,25 +66,8 @@ def outside(engine: ThirdPartyEngine) -> tuple[ThirdPartyModel, ThirdPartyTokeni
 def test_mlx_lm_has_our_results_on_core_and_text(
     outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], model: GPT, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    (tmp_path / "bundle" / "eval_data").mkdir(parents=True)
     kinds = {"choice": "multiple_choice", "schema": "schema", "language": "language_modeling"}
-    tasks = [
-        {"label": label, "icl_task_type": kind, "num_fewshot": [1], "dataset_uri": f"{label}.jsonl"}
-        for label, kind in kinds.items()
-    ]
-    (tmp_path / "bundle" / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
-    rows = "".join(f"{label},0\n" for label in kinds)
-    (tmp_path / "bundle" / "eval_meta_data.csv").write_text(f"Eval Task,Random baseline\n{rows}")
-    words = ["the", "cat", "sat", "on", "mat", "and", "dog", "log"]
-    rng = np.random.default_rng(5)
-    for label in kinds:
-        items: list[dict[str, Any]] = []
-        for _ in range(9):
-            texts = [" ".join(rng.choice(words, 4)) for _ in range(4)]
-            items.append({"query": texts[0], "choices": texts[1:], "gold": 1, "context": texts[0],
-                          "context_options": texts[1:], "continuation": texts[3]})  # fmt: skip
-        lines = "".join(json.dumps(item) + "\n" for item in items)
-        (tmp_path / "bundle" / "eval_data" / f"{label}.jsonl").write_text(lines)
+    write_bundle(tmp_path / "bundle", {label: (kind, 1, 0, core_items(kind, 9)) for label, kind in kinds.items()})
 
     def evaluate(model: LanguageModel, tokenizer: Any, work: str) -> dict[str, Any]:
         return evaluate_core(
@@ -147,12 +131,6 @@ def test_answers_begin_without_an_added_blank(scheme: str) -> None:
     assert tokenizer.skips_blank == (scheme == "always")
 
 
-def test_next_logits_with_a_common_prefix(outside: tuple[ThirdPartyModel, ThirdPartyTokenizer]) -> None:
-    prompts = [[1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [1, 2, 9, 4, 5]]
-    for prompt, got in zip(prompts, outside[0].next_logits(prompts), strict=True):
-        np.testing.assert_allclose(got, np.asarray(outside[0](mx.array([prompt]))[0, -1]), atol=1e-4)
-
-
 class Letters(Task):
     """Two questions whose answer is the letter B."""
 
@@ -171,15 +149,6 @@ class Letters(Task):
         return response == conversation["answer"]
 
 
-class Texts(Letters):
-    """Two questions that are answered in words; every answer is right."""
-
-    kind = "generative"
-
-    def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
-        return isinstance(response, str)
-
-
 ANSWERING = Answering(batch_rows=1, max_new_tokens=3)
 
 
@@ -191,13 +160,6 @@ def test_letters_are_chosen_by_their_logits(engine: ThirdPartyEngine, tmp_path: 
         a, b = (float(logits[engine.tokenizer.encode(letter)[0]]) for letter in "AB")
         assert row["output"] == ("B" if b > a else "A")
     assert score.accuracy == np.mean([row["output"] == "B" for row in rows])
-
-
-def test_finished_answers_are_reused(engine: ThirdPartyEngine, tmp_path: Path) -> None:
-    asked: list[int] = []
-    for _ in range(2):
-        score, rows = evaluate_task(engine, Texts("test"), ANSWERING, work=tmp_path, on_progress=asked.append)
-    assert (score.accuracy, [row["index"] for row in rows], asked) == (1.0, [0, 1], [0, 1, 2, 2])
 
 
 def test_answers_equal_those_of_our_engine(engine: ThirdPartyEngine, model: GPT, tokenizer: Tokenizer) -> None:

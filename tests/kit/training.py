@@ -10,11 +10,12 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from kit.models import VOCABULARY, composed, make_model, make_tokenizer
 from mlxchat.config.schema import Config, OptimizerConfig, RLConfig, ScheduleConfig
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.planning.memory import Training, memory_of
@@ -62,6 +63,24 @@ def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Tr
     found = memory_of(config, Stages()[stage], sizes)
     assert isinstance(found, Training)
     return found
+
+
+def assert_slopes(model: GPT, gradients: Flat, loss: Callable[[], float]) -> None:
+    """Compare gradients with central differences of the loss along a random direction of each parameter.
+
+    Each direction includes the gradient's, so that the slope is not lost in rounding: differences of 0.01 in float32
+    are good for about one percent.
+    """
+    start, rng = flatten_parameters(model), np.random.default_rng(0)
+    for name, value in start.items():
+        gradient, direction = np.asarray(gradients[name]), rng.normal(size=value.shape).astype(np.float32)
+        direction = direction / np.linalg.norm(direction) + gradient / np.linalg.norm(gradient)
+        ends = []
+        for sign in (1, -1):
+            set_parameters(model, {name: value + sign * 1e-2 * mx.array(direction)})
+            ends.append(loss())
+        set_parameters(model, {name: value})
+        assert float((gradient * direction).sum()) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2), name
 
 
 class NumberedBatches:

@@ -28,18 +28,6 @@ def relative_norm(got: mx.array, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("shape", [(8, 32), (64, 16)])
-def test_singular_values_come_near_one(shape: tuple[int, int]) -> None:
-    rng = np.random.default_rng(0)
-    u, _, v = np.linalg.svd(rng.normal(size=shape), full_matrices=False)
-    matrix = (u * np.geomspace(0.1, 1, min(shape))) @ v
-    got = np.asarray(orthogonalise(mx.array(matrix[None].astype(np.float32)), 5, mx.float32))[0]
-    singular = np.linalg.svd(got, compute_uv=False)
-    # The quintic does not settle at 1: it circles within about [0.68, 1.14] (Keller Jordan's Muon).
-    assert singular.min() > 0.65
-    assert singular.max() < 1.2
-
-
 def test_bfloat16_is_within_a_tenth() -> None:
     matrices = random_matrices(2, 16, 24)
     got = orthogonalise(mx.array(matrices), 5, mx.bfloat16)

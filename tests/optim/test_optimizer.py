@@ -14,7 +14,6 @@ from kit import models
 from kit.training import move, optimizer_config
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT, flatten_parameters
-from mlxchat.ops.device import Lanes
 from mlxchat.optim.optimizer import Optimizer, Rates, clip_factor, sum_squares
 
 make_model = partial(models.make_model, vocab_size=50, context_tokens=8, seed=0, scale=1.0)
@@ -89,12 +88,6 @@ def test_jul2026_has_the_rates_of_nanochat_at_d4() -> None:
     assert optimizer.muon_lr == pytest.approx(0.014142135623730952, rel=1e-12)
 
 
-def test_weight_decay_is_configured_or_given() -> None:
-    config = optimizer_config("muon_jul2026")
-    assert Optimizer(make_model("jul2026"), config, width=32).weight_decay == config.weight_decay
-    assert Optimizer(make_model("jul2026"), config, width=32, weight_decay=0.1).weight_decay == 0.1
-
-
 @pytest.mark.parametrize("name", ["lambdas", "transformer.h.0.attn.bias", "transformer.value_embeds.weight"])
 def test_parameter_without_group_is_refused(model: GPT, name: str) -> None:
     class Foreign(nn.Module):
@@ -141,51 +134,6 @@ def test_state_has_the_names_of_parameters(model: GPT) -> None:
     optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=16)
     kinds = {name: ("first", "second") if name in TABLES else ("momentum", "variance") for name in all_names(model)}
     assert set(optimizer.state) == {"count", *(f"{kind}.{name}" for name in kinds for kind in kinds[name])}
-
-
-def test_batches_stack_matrices_of_one_shape() -> None:
-    model = make_model("jul2026")
-    optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=32)
-    wanted = all_names(model)[::2]
-    batches = optimizer.batches(wanted)
-    assert sorted(name for names in batches for name in names) == sorted(wanted)
-    shapes = [{flatten_parameters(model)[name].shape for name in names} for names in batches]
-    assert all(len(shape) == 1 for shape in shapes)
-    matrices = [names for names in batches if names[0] not in optimizer.adamw_rules]
-    assert len(matrices) == len({flatten_parameters(model)[names[0]].shape for names in matrices})
-    assert any(len(names) > 1 for names in matrices)
-    assert optimizer.batches([]) == []
-
-
-def test_shares_of_equal_matrices_are_equally_large() -> None:
-    """AdamW's time is proportional to the number of weights."""
-    model = make_model("jul2026")
-    sizes = {name: value.size for name, value in flatten_parameters(model).items()}
-    for parts in (2, 3):
-        loads = [
-            sum(map(sizes.get, names)) for names in Optimizer(model, optimizer_config("adamw"), width=32).share(parts)
-        ]
-        assert max(loads) - min(loads) <= max(sizes.values())
-        assert max(loads) < 1.2 * sum(sizes.values()) / parts
-
-
-@pytest.mark.parametrize(("option", "num_lanes"), [("muon_oct2025", 2), ("muon_jul2026", 3), ("adamw", 2)])
-def test_several_lanes_equal_one(option: str, num_lanes: int) -> None:
-    """Two updates, so that moments matter; products of other stacks of matrices may round differently."""
-    model = make_model("jul2026")
-    results = []
-    for count in (1, num_lanes):
-        optimizer = Optimizer(model, optimizer_config(option), width=32)
-        lanes, parameters = Lanes([mx.new_stream(mx.cpu) for _ in range(count)]), flatten_parameters(model)
-        for _ in range(2):
-            gradients = {name: mx.array(value) for name, value in random_gradients(model).items()}
-            parts = optimizer.update(parameters, gradients, Rates(1.0, 0.9, 1.0), lanes=lanes)
-            parameters = {name: value for part in parts for name, value in part.items()}
-        assert parameters.keys() == set(all_names(model))
-        results.append(parameters | optimizer.state)
-    one, other = results
-    for name, value in one.items():
-        np.testing.assert_allclose(np.asarray(other[name]), np.asarray(value), atol=1e-6, rtol=1e-6, err_msg=name)
 
 
 # Weight decay
@@ -252,13 +200,3 @@ def test_clipping_scales_gradients_above_the_limit() -> None:
     )
     for norm in (0.0, 0.5, 1.0, 2.0, 1e20):
         assert clip_factor(mx.array(norm), 1.0).item() == pytest.approx(min(1.0, 1.0 / (norm + 1e-6)), rel=1e-6)
-
-
-def test_without_a_limit_the_norm_is_ignored(model: GPT) -> None:
-    gradients, rates = random_gradients(model), Rates(1.0, 0.9, 1.0)
-    first, second = (
-        move(Optimizer(model, optimizer_config(grad_clip=None), width=16), flatten_parameters(model), gradients, rates,
-             mx.array(norm))
-        for norm in (1.0, 500.0)
-    )  # fmt: skip
-    assert all(mx.array_equal(first[name], second[name]).item() for name in first)

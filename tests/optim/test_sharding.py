@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from functools import cache
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 from kit.models import make_model
 from kit.training import make_optimizer
 from mlxchat.model.gpt import GPT
-from mlxchat.optim import sharding as sharding_module
 from mlxchat.optim.optimizer import Optimizer
-from mlxchat.optim.sharding import Piece, deal_pieces
+from mlxchat.optim.sharding import deal_pieces
 
 OPTIONS = ["muon_oct2025", "muon_jul2026", "adamw"]
 
@@ -65,35 +63,3 @@ def test_work_per_rank_is_bounded(option: str, size: int) -> None:
     uneven = sum(np.prod(optimizer.shapes[name][1:]) for name in optimizer.adamw_rules)
     largest = max((whole[name] for names in optimizer.muon_shapes.values() for name in names), default=0.0)
     assert max(work) <= sum(whole.values()) / size + largest + uneven
-
-
-def test_cut_out_copies_the_piece() -> None:
-    whole = mx.array(np.arange(12, dtype=np.float32).reshape(6, 2))
-    piece = Piece("a", 2, 4, (2, 2))
-    np.testing.assert_array_equal(np.array(piece.cut_out(whole)), [[4, 5], [6, 7]])
-    assert Piece("a", 0, 6, (6, 2)).cut_out(whole) is whole
-
-
-@given(sizes=st.lists(st.integers(1, 50), max_size=10))
-def test_loads_are_bounded(sizes: list[int]) -> None:
-    pieces = [Piece(str(index), 0, size, (size,)) for index, size in enumerate(sizes)]
-    before, sharding_module.BUCKET_BYTES = sharding_module.BUCKET_BYTES, 4 * 60
-    try:
-        loads = list(sharding_module._loads(pieces))
-    finally:
-        sharding_module.BUCKET_BYTES = before
-    assert [piece for load in loads for piece in load] == pieces
-    assert all(len(load) == 1 or sum(piece.size for piece in load) <= 60 for load in loads)
-
-
-def test_recipe_gives_the_same_rules() -> None:
-    optimizer = optimizer_of("muon_jul2026", 3, newer=True)
-    other = Optimizer.of_recipe(model_of(3, newer=True), optimizer.recipe())
-    assert other.adamw_rules == optimizer.adamw_rules
-    assert other.muon_shapes == optimizer.muon_shapes
-    assert (other.muon_lr, other.weight_decay, other.config) == (
-        optimizer.muon_lr, optimizer.weight_decay, optimizer.config,
-    )  # fmt: skip
-    assert {name: value.shape for name, value in other.state.items()} == {
-        name: value.shape for name, value in optimizer.state.items()
-    }

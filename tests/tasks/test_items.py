@@ -48,21 +48,19 @@ def items(lines: dict[str, dict[str, Any]]) -> dict[str, TaskItem]:
     return {name: TaskItem(**line) for name, line in lines.items()}
 
 
-@pytest.mark.parametrize("name", MIXTURES)
-def test_mixtures_are_nanochats(name: str) -> None:
-    config = compose_config([f"mixture@sft.mixture={name}"]).config
-    assert config.sft.mixture == items(MIXTURES[name])
-
-
-@pytest.mark.parametrize("name", VALIDATION)
-def test_validation_mixtures_are_nanochats(name: str) -> None:
-    config = compose_config([f"mixture@sft.validation={name}"]).config
-    assert config.sft.validation == items(VALIDATION[name])
-
-
-@pytest.mark.parametrize("name", SUITES)
-def test_chatcore_suites_are_nanochats(name: str) -> None:
-    assert compose_config([f"suite={name}"]).config.suite == items(SUITES[name])
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        *((f"mixture@sft.mixture={name}", lines) for name, lines in MIXTURES.items()),
+        *((f"mixture@sft.validation={name}", lines) for name, lines in VALIDATION.items()),
+        *((f"suite={name}", lines) for name, lines in SUITES.items()),
+    ],
+    ids=lambda given: given if isinstance(given, str) else "",
+)
+def test_mixtures_and_suites_are_nanochats(choice: str, expected: dict[str, dict[str, Any]]) -> None:
+    config = compose_config([choice]).config
+    found = {"sft.mixture": config.sft.mixture, "sft.validation": config.sft.validation, "suite": config.suite}
+    assert found[choice.partition("=")[0].rpartition("@")[2]] == items(expected)
 
 
 @pytest.mark.parametrize("name", [*MIXTURES, *VALIDATION])

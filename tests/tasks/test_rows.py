@@ -33,10 +33,6 @@ def test_seed_42_gives_the_order_of_datasets_shuffle(tmp_path: Path) -> None:
     assert [rows.number(index) for index in range(6)] == [3, 2, 5, 4, 1, 0]
 
 
-def test_rows_have_only_the_requested_columns(tmp_path: Path) -> None:
-    assert Rows([write(tmp_path / "a", ["x"])], ["text"])[0] == {"text": "x"}
-
-
 def test_table_is_memory_mapped_and_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = [f"{n:07d}" * 100 for n in range(20_000)]  # 14 MB
     path = write(tmp_path / "a", values, row_group_size=500)
@@ -47,13 +43,6 @@ def test_table_is_memory_mapped_and_leaves_no_file(tmp_path: Path, monkeypatch: 
     assert pa.total_allocated_bytes() - before < 1 << 20
     assert sorted(texts(rows)) == values
     assert list(cache.iterdir()) == []
-
-
-def test_index_out_of_range_is_refused(tmp_path: Path) -> None:
-    rows = Rows([write(tmp_path / "a", ["x"])], ["text"])
-    for index in (-1, 1):
-        with pytest.raises(IndexError, match="out of range, there are 1 rows"):
-            rows[index]
 
 
 def test_missing_columns_and_damaged_files_are_named(tmp_path: Path) -> None:

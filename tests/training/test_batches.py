@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -10,12 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from kit.text import write_sequences
-from mlxchat.data.packing import ConversationRows, RowStream, ShuffledConversations
-from mlxchat.data.tokens import read_tokens
+from mlxchat.data.packing import RowStream
 from mlxchat.training.batches import Batch, RowBatches
 
 
@@ -83,32 +78,3 @@ def test_stream_is_closed_however_training_ends(error: type[BaseException] | Non
         if error is not None:
             raise error
     assert rows.closed == 1
-
-
-@settings(max_examples=20)
-@given(stops=st.lists(st.integers(0, 7), min_size=1, max_size=5), num_rows=st.integers(1, 4), seed=st.integers(0, 3))
-def test_interrupted_batches_continue_with_the_same_bits(stops: list[int], num_rows: int, seed: int) -> None:
-    sizes = random.Random(0)
-    rows = [[0, *[number] * sizes.randint(1, 8)] for number in range(40)]
-    tokens = read_tokens(write_sequences((ids, [place > 1 for place in range(len(ids))]) for ids in rows))
-
-    def start() -> RowBatches:
-        stream = ConversationRows(
-            ShuffledConversations(tokens, seed), padding=0, row_tokens=16, buffer_conversations=7, train_on="assistant"
-        )
-        return RowBatches(stream, num_rows)
-
-    with start() as straight:
-        expected = [straight.next_batch(i) for i in range(sum(stops))]
-    got, position = [], None
-    for stop in stops:
-        with start() as batches:
-            if position is not None:
-                batches.restore(position)
-            got += [batches.next_batch(i) for i in range(stop)]
-            position = batches.state()
-    for one, other in zip(got, expected, strict=True):
-        assert one.ids.tobytes() == other.ids.tobytes()
-        assert one.targets.tobytes() == other.targets.tobytes()
-        assert one.weights.tobytes() == other.weights.tobytes()
-    assert position == straight.state()

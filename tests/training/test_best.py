@@ -88,7 +88,7 @@ def test_best_is_the_first_candidate_with_the_best_finite_number(
     every: int, numbers: list[float], choose: Callable[[float, float], float], expected: int | None
 ) -> None:
     model, best = make_model(), Best(every=every, basis=None, metric="reward", choose=choose)
-    best.offer(0, {"reward": choose([-99.0, 99.0])}, model)  # type: ignore[call-overload]
+    best.offer(0, {"reward": choose(-99.0, 99.0)}, model)
     for iteration, number in enumerate(numbers, 1):
         best.offer(iteration, {"reward": number, "pass_at_1": 2 * number}, model, is_last=iteration == len(numbers))
     assert best.iteration == expected
@@ -97,22 +97,6 @@ def test_best_is_the_first_candidate_with_the_best_finite_number(
         number = numbers[expected - 1]
         assert found == {"reward": number, "pass_at_1": 2 * number, "best_iteration": expected,
                          "last_reward": 0.4, "last_pass_at_1": 0.1}  # fmt: skip
-
-
-def test_last_iteration_of_a_training_is_a_candidate(tmp_path: Path) -> None:
-    assert train(tmp_path, 5, every=3).ctx.metrics["best_iteration"] == 5
-
-
-def test_without_a_finite_number_the_last_weights_stay(tmp_path: Path) -> None:
-    model = make_model()
-    done = training.train(
-        tmp_path,
-        2,
-        model=model,
-        best=Best(every=1, basis=1),
-        hooks=[Hook(run=lambda _: {"val_bpb": math.nan}, every=1)],
-    )
-    assert "best_iteration" not in done.ctx.metrics
 
 
 def test_interrupted_training_keeps_the_same_weights(straight: Trained, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +13,12 @@ import pytest
 
 from kit import training
 from kit.models import composed, computing_on_cpu, make_model
+from kit.text import core_items, write_bundle
 from kit.training import Trained, make_context
 from mlxchat.config.schema import CoreConfig, PretrainConfig, TaskItem
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import Interrupted
+from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.model.gpt import GPT, flatten_parameters
 from mlxchat.runner.context import Context
 from mlxchat.training.hooks import core_hooks, suite_hooks, train_text_hooks
@@ -29,21 +30,9 @@ SUITE = {"letters": TaskItem(task="kinds_mc", split="test", stop=8), "sums": Tas
 @pytest.fixture
 def pretrain(tmp_path: Path) -> PretrainConfig:
     """A pretraining that estimates CORE every second iteration, of a bundle with two small tasks."""
-    rng, folder = np.random.default_rng(0), tmp_path / "bundle"
-    (folder / "eval_data").mkdir(parents=True)
-    words = ["the", "cat", "sat", "on", "mat", "dog", "log"]
-    for label in ("one", "two"):
-        items = [
-            {"query": " ".join(rng.choice(words, 4)), "choices": ["the cat 0", "a dog 1"], "gold": int(rng.integers(2))}
-            for _ in range(12)
-        ]
-        (folder / "eval_data" / f"{label}.jsonl").write_text("\n".join(map(json.dumps, items)))
-    tasks = [
-        {"label": label, "icl_task_type": "multiple_choice", "num_fewshot": [0], "dataset_uri": f"{label}.jsonl"}
-        for label in ("one", "two")
-    ]
-    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
-    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\none,50\ntwo,50")
+    kind = "multiple_choice"
+    tasks = {label: (kind, 0, 50, core_items(kind, count)) for label, count in (("one", 12), ("two", 13))}
+    folder = write_bundle(tmp_path / "bundle", tasks)
     config = composed().pretrain
     return replace(config, core=CoreConfig(bundle=str(folder)), core_every=2, core_max_per_task=10)
 
@@ -145,38 +134,13 @@ def test_hooks_compute_in_the_dtype_of_the_training(
     assert {value.dtype for value in flatten_parameters(model).values()} == {mx.float32}
 
 
-def test_suite_samples_the_rows_that_fit_beside_the_training(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ctx, made = make_context(tmp_path), []
-    ctx.derived["sampled_rows"] = 3
-    monkeypatch.setattr("mlxchat.training.hooks.Engine", lambda *given, **options: made.append(options))
-    suite_hooks(ctx, replace(composed().sft, suite=SUITE), make_model(), tokenizer)
-    assert [options["max_rows"] for options in made] == [3]
-
-
-def test_default_pipeline_has_no_such_hooks(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    config, ctx, model = composed(), make_context(tmp_path), make_model()
-    assert core_hooks(ctx, config.pretrain, model, tokenizer) == []
-    assert suite_hooks(ctx, config.sft, model, tokenizer) == suite_hooks(ctx, config.midtrain, model, tokenizer) == []
-    assert train_text_hooks(ctx, config.pretrain, model, tokenizer, lambda count: []) == []
-
-
 def test_train_bpb_is_of_the_first_rows_at_the_end(
     tmp_path: Path, pretrain: PretrainConfig, tokenizer: Tokenizer
 ) -> None:
-    """Against float64 sums over the logits."""
     ids = np.array([tokenizer.bos, *tokenizer.encode("the cat sat on the mat and the dog")] * 3, np.int32)
     rows = [(ids[start : start + 16], ids[start + 1 : start + 17]) for start in (0, 4, 8)]
     config, model = replace(pretrain, train_bpb_tokens=2 * pretrain.batch.row_tokens + 1), make_model()
     (hook,) = train_text_hooks(make_context(tmp_path), config, model, tokenizer, lambda count: rows[:count])
     assert [hook.is_due(done, 4) for done in range(5)] == [False] * 4 + [True]
-    nats, num_bytes = 0.0, 0
-    for inputs, targets in rows[:2]:
-        logits = np.asarray(model.logits(model.hidden(mx.array(inputs[None])))[0]).astype(np.float64)
-        log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
-        for place, target in enumerate(targets):
-            if tokenizer.token_bytes[target]:
-                nats += log_sum[place] - logits[place, target]
-                num_bytes += int(tokenizer.token_bytes[target])
-    assert hook.run(4)["train_bpb"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-5)
+    expected = bits_per_byte(model, rows[:2], tokenizer.token_bytes, micro_tokens=64)
+    assert hook.run(4)["train_bpb"] == pytest.approx(expected, rel=1e-5)

@@ -10,7 +10,6 @@ import pytest
 from kit.commands import Say
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
-from mlxchat.planning.given import check_given, find_given_sizes
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
@@ -41,11 +40,3 @@ def test_impossible_contexts_are_refused(
     config = compose_config([*tiny, *batches, *settings, f"outputs={tmp_path}"]).config
     with pytest.raises(ConfigError, match=message):
         plan_of(config, Store(tmp_path))
-
-
-def test_plan_gives_later_steps_the_longer_context(tiny: tuple[str, ...], tmp_path: Path) -> None:
-    config = compose_config([*tiny, *LONGER, f"outputs={tmp_path}"]).config
-    plan = plan_of(config, Store(tmp_path))
-    check_given(config, plan)
-    found = {step: sizes.context_tokens for step, sizes in find_given_sizes(config, plan).items()}
-    assert found == dict.fromkeys(("midtrain", "sft", "rl", "eval_mid", "eval_sft", "eval_rl"), 512)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,13 +24,12 @@ from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.given import check_given
-from mlxchat.planning.memory import Training, check_memory
+from mlxchat.planning.memory import check_memory
 from mlxchat.runner.plan import Pipeline, make_plan
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
-from mlxchat.training.forecast_finetune import measure_teacher
 from mlxchat.training.step import TrainStep
-from mlxchat.training.teacher import Distillation, compare_vocabularies, load_teacher, spell_tokens
+from mlxchat.training.teacher import Distillation, load_teacher
 
 RATES = Rates(1.0, 0.0, 0.9)
 TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0, top_k=None)
@@ -109,18 +107,6 @@ def test_step_reports_cross_entropy_and_divergence_at_targets(
     assert alone.loss_parts == {}
 
 
-def test_gradients_are_equal_whether_mlx_lm_or_we_compute_the_teacher(
-    folder: Path, exported: Path, tokenizer: Tokenizer
-) -> None:
-    ours, third_party = (
-        make_step(make_model(), load(place, tokenizer, weight=1.0, temperature=2.0)).gradients(batch_of(1))[1]
-        for place in (folder, exported)
-    )
-    for name, value in ours.items():
-        bound = 5e-3 * np.abs(np.asarray(value)).max() + 1e-9
-        np.testing.assert_allclose(np.asarray(third_party[name]), np.asarray(value), atol=bound, err_msg=name)
-
-
 def test_interrupted_distillation_ends_with_the_same_bits(
     folder: Path, tokenizer: Tokenizer, train: Callable[..., Trained]
 ) -> None:
@@ -137,29 +123,6 @@ def test_interrupted_distillation_ends_with_the_same_bits(
         assert loss == pytest.approx(0.5 * ce + 0.5 * kl, rel=1e-5)
 
 
-def test_distributions_teach_more_than_samples(folder: Path, tokenizer: Tokenizer) -> None:
-    """The same few rows sampled from the teacher train both students; other rows evaluate them."""
-    teacher, rng = make_teacher(), np.random.default_rng(0)
-
-    def sample(rows: int) -> list[Any]:
-        ids = rng.integers(0, 280, (rows, 1)).astype(np.int32)
-        for _ in range(16):
-            logits = np.asarray(teacher(mx.array(ids))[:, -1])
-            chosen = (logits + rng.gumbel(size=logits.shape)).argmax(-1)
-            ids = np.concatenate([ids, chosen[:, None].astype(np.int32)], axis=1)
-        return [(row[:-1], row[1:]) for row in ids]
-
-    train_rows, held_out = sample(32), mean_batch(sample(32))
-    losses = {}
-    for weight in (0.0, 0.9):
-        student = make_model()
-        step = make_step(student, load(folder, tokenizer, weight=weight) if weight else None, micro_tokens=512)
-        for iteration in range(16):
-            step(mean_batch(train_rows[8 * (iteration % 4) :][:8]), Rates(0.3, 0.0, 0.9))
-        losses[weight] = expected_parts(student, teacher, held_out)[0]
-    assert losses[0.9] < losses[0.0] - 0.1
-
-
 def test_teacher_with_another_vocabulary_or_shorter_rows_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
     other = train_tokenizer(["a completely different text about zebras, quartz and jazz " * 5], 281)
     save_checkpoint(tmp_path, make_teacher(281), other, {"format": "chat"})
@@ -168,16 +131,6 @@ def test_teacher_with_another_vocabulary_or_shorter_rows_is_refused(tmp_path: Pa
     save_checkpoint(tmp_path, make_teacher(context_tokens=8), tokenizer, {"format": "chat"})
     with pytest.raises(DataError, match="takes 8 tokens at a time, rows have 16"):
         load(tmp_path, tokenizer)
-
-
-def test_vocabularies_are_compared_id_by_id(tokenizer: Tokenizer) -> None:
-    ours = spell_tokens(tokenizer)
-    record = json.loads(json.dumps(tokenizer._to_hf()))
-    theirs = {index: token for token, index in record["model"]["vocab"].items()}
-    theirs |= {token["id"]: token["content"] for token in record["added_tokens"]}
-    assert compare_vocabularies(ours, theirs) == ""
-    swapped = {**theirs, 260: theirs[261], 261: theirs[260]}
-    assert compare_vocabularies(ours, swapped).startswith("280 tokens there, 280 here, 2 ids differ (id 260 is ")
 
 
 def test_impossible_settings_are_reported_together() -> None:
@@ -228,10 +181,3 @@ def test_unsuitable_teachers_are_refused_before_anything_runs(folder: Path, tmp_
     (folder / "model-2.safetensors").write_bytes(bytes(300_000_000))
     with pytest.raises(ConfigError, match=r"sft needs about .*; no sft\.teacher; "):
         check_memory(config, plan)
-
-
-def test_predicted_peak_grows_by_the_teacher(folder: Path) -> None:
-    size = measure_teacher(folder)
-    assert size.weights == (folder / "model.safetensors").stat().st_size
-    alone = Training(sizes=make_teacher().sizes, optimizer=composed().optimizer, rows=4, row_tokens=16)
-    assert replace(alone, teacher=size).peak_bytes(4) >= alone.peak_bytes(4) + size.weights

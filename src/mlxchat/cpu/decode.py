@@ -65,8 +65,7 @@ def computes_the_same(kind: type[GPT], sizes: GPTSizes) -> bool:
     names = flatten_parameters(model)
     keys = mx.random.split(mx.random.key(0), len(names))
     set_parameters(
-        model,
-        {name: 0.3 * mx.random.normal(names[name].shape, key=key) for name, key in zip(names, keys, strict=True)},
+        model, {name: 0.3 * mx.random.normal(names[name].shape, key=key) for name, key in zip(names, keys, strict=True)}
     )
     ids = [3, 14, 7]
     slots = Slots(CPUDecoder(model))
@@ -309,10 +308,7 @@ def key_value_heads(sizes: GPTSizes, lanes: int) -> list[slice]:
 
 def _layer(model: GPT, index: int, kv: slice, inner: slice, cut: Callable[..., Part]) -> dict[str, Any]:
     sizes, block = model.sizes, model.transformer["h"][index]
-    part: dict[str, Any] = {
-        "up": cut(block.mlp.c_fc, inner),
-        "down": cut(block.mlp.c_proj, _ALL, inner),
-    }
+    part: dict[str, Any] = {"up": cut(block.mlp.c_fc, inner), "down": cut(block.mlp.c_proj, _ALL, inner)}
     if kv.start == kv.stop:
         return part
     attention, group = block.attn, sizes.num_heads // sizes.num_kv_heads

@@ -239,10 +239,7 @@ def _lend_fortran_runtime() -> bool:
 
 def _core_type() -> str | None:
     """Return the OpenBLAS kernel family for this CPU's AVX-512 flags, which it may not detect; None: no AVX-512."""
-    try:
-        flags = set(Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0].split())
-    except (OSError, IndexError):
-        return None
+    flags = set(_cpu_flags().split())
     if {"avx512f", "avx512dq", "avx512bw", "avx512vl"} <= flags:
         return "Cooperlake" if "avx512_bf16" in flags else "SkylakeX"
     return None

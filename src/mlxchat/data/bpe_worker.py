@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from queue import Queue
 from typing import Any, BinaryIO
 
@@ -82,9 +83,7 @@ def end_with(parent: int) -> None:
 def peak_bytes() -> int:
     """Return this process's peak memory. On Linux, getrusage would include the parent's before the fork."""
     if sys.platform == "linux":
-        with open("/proc/self/status", encoding="ascii") as file:  # noqa: PTH123
-            found = re.search(r"VmHWM:\s+(\d+) kB", file.read())
-        if found:
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii")):
             return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -70,7 +70,7 @@ def render_conversation(
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
     """Return the ids that prompt the assistant for its next message; a final assistant message is dropped."""
     messages = conversation.get("messages") or []
-    if messages and messages[-1].get("role") == "assistant":
+    if messages and isinstance(messages[-1], dict) and messages[-1].get("role") == "assistant":
         messages = messages[:-1]
     ids, _ = render_conversation(tokenizer, {"messages": messages}, max_tokens=None)
     return [*ids, tokenizer.special_ids["<|assistant_start|>"]]

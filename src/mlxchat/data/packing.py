@@ -515,10 +515,7 @@ def take_validation(rows: RowStream, *, row_tokens: int, tokens: int, setting: s
     found = take_rows(rows, count)
     if len(found) < count:
         held = sum(int((targets >= 0).sum()) for _, targets in found)
-        print(
-            f"  the validation text has only {held:,} tokens in rows, fewer than {setting}={tokens:,}",
-            flush=True,
-        )
+        print(f"  the validation text has only {held:,} tokens in rows, fewer than {setting}={tokens:,}", flush=True)
     return found
 
 

@@ -71,10 +71,10 @@ class Shard:
         return cls(path.name, sha256 or hash_file(path), local=path)
 
     @classmethod
-    def on_hub(cls, file: HubFile, column: str, *rows: int | None) -> Shard:
-        """Return the shard of a file on the Hub; `rows` are `first` and `stop`."""
+    def on_hub(cls, file: HubFile, column: str, first: int = 0, stop: int | None = None) -> Shard:
+        """Return the shard of a file on the Hub."""
         content = file.sha256 or f"git:{file.git_sha1}"
-        return cls(Path(file.path).name, content, None, file, column, *rows)  # type: ignore[arg-type]
+        return cls(Path(file.path).name, content, None, file, column, first, stop)
 
     @property
     def stem(self) -> str:

@@ -11,7 +11,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +84,13 @@ def evaluate_task(
     """
     asked = _Asked(engine, task, answering)
     samples = answering.seeds if task.kind == "generative" else 1
-    about = {"questions": len(task), "kind": task.kind, **answering.about(), "sample": 0}
+    about = {"questions": len(task), "kind": task.kind, **answering.about()}
     passes: list[list[Example]] = []
     before = 0
     # Slow verdicts, such as running programs, overlap with the next batch.
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="verdicts") as pool:
         for sample in range(samples):
-            journal = _open(work, sample, {**about, "sample": sample})
+            journal = Journal(work and work / f"{sample}.jsonl", {**about, "sample": sample})
             on_progress(before + len(journal.records))
             for examples in asked.answer(sample, journal.records, pool):
                 journal.append(examples)
@@ -104,20 +104,6 @@ def evaluate_task(
             before += len(task)
     score = Score.of_examples(passes, kind=task.kind, chance=task.chance, cropped=sum(asked.cropped))
     return score, [example for each in passes for example in each]
-
-
-@dataclass
-class _Memory:
-    """A journal in memory."""
-
-    records: dict[int, Example] = field(default_factory=dict)
-
-    def append(self, examples: list[Example]) -> None:
-        self.records |= {example["index"]: example for example in examples}
-
-
-def _open(work: Path | None, sample: int, about: dict[str, Any]) -> Journal | _Memory:
-    return _Memory() if work is None else Journal(work / f"{sample}.jsonl", about)
 
 
 class _Asked:

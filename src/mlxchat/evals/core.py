@@ -18,12 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from mlxchat.config.schema import CoreConfig
 from mlxchat.errors import Interrupted
 from mlxchat.evals.branching import Continuation, Row, make_batches, make_rows
 from mlxchat.evals.core_bundle import Bundle, CoreTask
 from mlxchat.evals.core_journal import Journal
 from mlxchat.evals.core_questions import Question, TextEncoder, build_question, draw_shots, render_prompts
 from mlxchat.evals.language_model import LanguageModel
+from mlxchat.hub.client import fetch_url, record
+from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
 
 # Examples tokenized at a time: bounds memory, and leaves enough variety for full batches.
@@ -298,3 +301,47 @@ def likeliest(losses: Sequence[float | None]) -> int:
     if losses[0] is None:
         return 0
     return min((loss, place) for place, loss in enumerate(losses) if loss is not None)[1]
+
+
+def measure_core(
+    ctx: Context, model: LanguageModel, tokenizer: TextEncoder, *, batch_tokens: int, examples: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Return a model's results on CORE's tasks as data of scores.json; None if eval.core is null.
+
+    Args:
+        ctx: of a stage that declares `eval`; gets metrics and externals.
+        model: to evaluate.
+        tokenizer: the model's.
+        batch_tokens: tokens per forward pass.
+        examples: gets a row for every example.
+
+    Raises:
+        DataError: the bundle cannot be read or fetched.
+        Interrupted: the run was asked to stop; the next attempt continues.
+    """
+    config = ctx.config.eval.core
+    if config is None:
+        return None
+    result = evaluate_core(
+        model, tokenizer, open_bundle(ctx, config), max_per_task=config.max_per_task, tasks=config.tasks,
+        long_prompts=config.long_prompts, batch_tokens=batch_tokens, work=ctx.work / "core", progress=ctx.progress,
+        should_stop=ctx.should_stop, stop=ctx.stop,
+    )  # fmt: skip
+    examples += result.examples
+    measured = {"core": result.core, "core_examples_per_second": result.examples_per_second}
+    ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
+    return result.to_dict()
+
+
+def open_bundle(ctx: Context, config: CoreConfig) -> Path:
+    """Return the path of CORE's bundle; fetch it if it has a URL, and record that once in ctx.externals.
+
+    Raises:
+        DataError, PassingError: it cannot be fetched.
+    """
+    if "://" not in config.bundle:
+        return Path(config.bundle)
+    bundle = fetch_url(config.bundle, sha256=config.sha256)
+    source = {"name": "eval_bundle", **record(bundle)}
+    ctx.externals += [source] if source not in ctx.externals else []
+    return bundle

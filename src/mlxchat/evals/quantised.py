@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -13,12 +14,13 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.quantise import PackedGPT, packed_copy
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import mean_loss
-from mlxchat.evals.quantised_sample import SAMPLE
 from mlxchat.model.gpt import GPT
 
 MOST_CHANGE = 0.2
 """Limit in nats per token."""
 _MICRO_TOKENS = 2048
+SAMPLE = Path(__file__).with_name("quantised_sample.txt").read_text(encoding="utf-8")
+"""About 500 tokens on which the cost of quantised weights is measured."""
 
 
 def loss_change(model: GPT, bits: int, rows: list[Row]) -> float:

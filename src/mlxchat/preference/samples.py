@@ -12,7 +12,7 @@ from mlxchat.data.conversation import Content, parse_answer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import DataError
 from mlxchat.evals.core_journal import Journal
-from mlxchat.rl.rollouts import draw_seed
+from mlxchat.rl.rollouts import draw_seed, sample
 from mlxchat.runner.context import Context
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task
@@ -40,11 +40,7 @@ def sample_pairs(
                 raise ctx.stop(f"question {start:,} of {len(task):,} to make pairs of", saved=True)
             questions = range(start, min(start + per_pass, len(task)))
             prompts = [engine.render(task[question]["messages"][:-1]) for question in questions]
-            completions = engine.complete(
-                [prompt for prompt in prompts for _ in range(samples)], max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature, top_k=config.top_k, seed=draw_seed(seed, start),
-            )  # fmt: skip
-            groups = (completions[first : first + samples] for first in range(0, len(completions), samples))
+            groups = sample(engine, prompts, config, samples=samples, seed=draw_seed(seed, start))
             journal.append([_compare(task, *each, engine, config) for each in zip(questions, groups, strict=True)])
             progress.update(len(journal.records))
     records = [journal.records[question] for question in range(len(task))]

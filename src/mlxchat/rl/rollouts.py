@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.config.schema import RLConfig
+from mlxchat.config.schema import PreferenceConfig, RLConfig
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.packing import IGNORED, Ints, Row
 from mlxchat.data.tokenizer import Tokenizer
@@ -145,7 +145,8 @@ class Rollout:
             for name, value in state.items()
             if name != "questions" and name not in integers
         }
-        return cls(questions=state["questions"], **integers, **floats)  # type: ignore[arg-type]
+        arrays: dict[str, Any] = {**integers, **floats}
+        return cls(questions=state["questions"], **arrays)
 
 
 class Rollouts:
@@ -363,8 +364,8 @@ def needs_log_probs(config: RLConfig) -> bool:
 
 
 def sample(
-    engine: Engine, prompts: list[list[int]], config: RLConfig, *, samples: int, seed: int, log_probabilities: bool,
-    max_new_tokens: int | None = None,
+    engine: Engine, prompts: list[list[int]], config: RLConfig | PreferenceConfig, *, samples: int, seed: int,
+    log_probabilities: bool = False, max_new_tokens: int | None = None,
 ) -> list[list[Completion]]:  # fmt: skip
     """Return `samples` completions per prompt, sampled as configured; `max_new_tokens` replaces the configured one."""
     found = engine.complete(
@@ -381,7 +382,8 @@ def sample(
 def pass_at_k(engine: Engine, task: Task, config: RLConfig, *, seed: int) -> dict[str, float]:
     """Return the share of questions that one of the first k samples solves, for k = 1 … eval_samples.
 
-    Counted and sampled as in nanochat. `held_out_reward` is the mean over all samples, less noisy than pass_at_1.
+    Counted and sampled as in nanochat, with standard errors over questions. `held_out_reward` is the mean over all
+    samples, less noisy than pass_at_1.
     """
     samples, tokenizer = config.eval_samples, engine.tokenizer
     solved = np.zeros((len(task), samples), dtype=bool)
@@ -390,21 +392,15 @@ def pass_at_k(engine: Engine, task: Task, config: RLConfig, *, seed: int) -> dic
         conversations = [task[index] for index in range(start, min(start + per_pass, len(task)))]
         prompts = [render_question(tokenizer, conversation, config) for conversation in conversations]
         groups = sample(
-            engine, prompts, config, samples=samples, seed=draw_seed(seed, start), log_probabilities=False,
+            engine, prompts, config, samples=samples, seed=draw_seed(seed, start),
             max_new_tokens=config.eval_max_new_tokens,
         )  # fmt: skip
         for place, (conversation, completions) in enumerate(zip(conversations, groups, strict=True)):
             solved[start + place] = [task.evaluate(conversation, row.text(tokenizer)) for row in completions]
-    return summarise(solved)
-
-
-def summarise(solved: np.ndarray[Any, np.dtype[np.bool_]]) -> dict[str, float]:
-    """Return pass_at_k and held_out_reward of verdicts (questions, samples), with standard errors over questions."""
-    count, samples = solved.shape
     each = {f"pass_at_{k}": solved[:, :k].any(axis=1) for k in range(1, samples + 1)}
     each["held_out_reward"] = solved.mean(axis=1)
     means = {name: float(values.mean()) for name, values in each.items()}
-    return means | {f"{name}_stderr": float(values.std() / np.sqrt(count)) for name, values in each.items()}
+    return means | {f"{name}_stderr": float(values.std() / np.sqrt(len(task))) for name, values in each.items()}
 
 
 def render_question(tokenizer: Tokenizer, conversation: Conversation, config: RLConfig) -> list[int]:

@@ -64,6 +64,7 @@ def main(verdict: int) -> None:
     write, leave, flush, show = os.write, os._exit, sys.stdout.flush, traceback.print_exception
     program = types.ModuleType("__main__")
     code = orders["code"]
+    # None prevents an import, which typeshed does not know.
     sys.modules |= {"__main__": program} | dict.fromkeys(("ctypes", "_ctypes"))  # type: ignore[arg-type]
     del sys._current_frames, sys._current_exceptions  # they would give access to the other thread's frames
     try:

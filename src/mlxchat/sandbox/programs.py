@@ -71,11 +71,7 @@ class Outcome:
 
 
 def run_program(
-    code: str,
-    *,
-    seconds: float = 5.0,
-    memory_bytes: int = 256 << 20,
-    protections: Iterable[str] = PROTECTIONS,
+    code: str, *, seconds: float = 5.0, memory_bytes: int = 256 << 20, protections: Iterable[str] = PROTECTIONS
 ) -> Outcome:
     """Execute a program and return its outcome.
 
@@ -577,11 +573,7 @@ def make_filter(pid: int, *, writes: bool) -> bytes | None:
     if platform.system() != "Linux" or platform.machine() not in _MACHINES:
         return None
     column, architecture = _MACHINES[platform.machine()]
-    lines = [
-        _line(_LOAD, _ARCHITECTURE),
-        *_unless_equal(architecture, [_line(_RETURN, _KILL)]),
-        _line(_LOAD, _NUMBER),
-    ]
+    lines = [_line(_LOAD, _ARCHITECTURE), *_unless_equal(architecture, [_line(_RETURN, _KILL)]), _line(_LOAD, _NUMBER)]
     for numbers in (*ALLOWED.values(), *(CHANGING.values() if writes else ())):
         if (number := numbers[column]) is not None:
             lines += _if_equal(number, [_ALLOWED])

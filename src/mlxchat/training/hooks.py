@@ -20,8 +20,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.evals.chat import Answering, evaluate_task
-from mlxchat.evals.core import evaluate_core
-from mlxchat.evals.core_step import open_bundle
+from mlxchat.evals.core import evaluate_core, open_bundle
 from mlxchat.evals.rank_model import language_model, text_model
 from mlxchat.evals.scores import Score, mean_centered
 from mlxchat.model.gpt import GPT
