@@ -90,25 +90,6 @@ def test_incompatible_settings_are_reported_together(plan: Callable[..., Planned
     assert len(said.splitlines()) == 6
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (["pretrain.extend=pretrain", "pretrain.packing=stream"], r"packing is stream, but pretrain-\S+ .* best_fit"),
-        (["pretrain.extend=sft"], "is made by stage sft; only stage pretrain's own can be extended"),
-        (["pretrain.extend=pretrian"], r'"pretrian" is no artifact.*pretrain'),
-    ],
-)
-def test_impossible_extension_is_refused(settings: list[str], message: str, plan: Callable[..., PlannedStep]) -> None:
-    with pytest.raises(MlxchatError, match=message):
-        plan(*settings, "pretrain.num_iterations=6")
-
-
-def test_rates_batches_and_dropout_may_differ(plan: Callable[..., PlannedStep]) -> None:
-    settings = ["optimizer.matrix_lr=0.01", "pretrain.batch.tokens=1024", "pretrain.schedule.warmdown_frac=0.1"]
-    settings += ["architecture.dropout=0.1", "pretrain.keep=best"]
-    assert plan("pretrain.extend=pretrain", "pretrain.num_iterations=6", *settings).state == "run"
-
-
 def test_extension_records_its_source_and_is_cached(
     say: Say, tiny: tuple[str, ...], outputs: Path, pretrain: dict[str, Any]
 ) -> None:

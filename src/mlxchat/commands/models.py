@@ -144,12 +144,9 @@ def _write(
         snapshot = exporting.write_nanochat(checkpoint, out)
         notes.append(f"For nanochat's code of {_MONTHS[snapshot]}.")
         how = _nanochat_words(checkpoint, snapshot)
-    elif target == "mlx-adapter":
-        exporting.write_mlx_adapter(checkpoint, out)
-        how, notes = _adapter_words(checkpoint, "mlx")
-    elif target == "peft":
-        exporting.write_peft_adapter(checkpoint, out)
-        how, notes = _adapter_words(checkpoint, "hf")
+    elif target in ("mlx-adapter", "peft"):
+        exporting.write_adapters(checkpoint, out, target)
+        how, notes = _adapter_words(checkpoint, "mlx" if target == "mlx-adapter" else "hf")
     else:
         exporting.write_mlx(checkpoint, out, bits=bits, dtype=dtype)
         own = exporting.needs_model_file(checkpoint)

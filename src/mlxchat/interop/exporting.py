@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from mlxchat.model.lora import Adapters
 
 CODES = {dtype.name: code for code, dtype in FLOATS.items()}
-BITS = (8, 4)
 _GROUP_NUMBERS = (64, 32)
 _TABLES = ("transformer.wte.", "value_embeds.")
 # The default of nanochat's scripts; only meta files of base models have it.
@@ -254,28 +253,22 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
     _write_tokenizer(checkpoint, out)
 
 
-def write_mlx_adapter(checkpoint: Checkpoint, out: Path) -> None:
-    """Write only the adapters, in mlx-lm's format.
+def write_adapters(checkpoint: Checkpoint, out: Path, target: str) -> None:
+    """Write only the adapters.
 
     Args:
         checkpoint: checked by `check_export`.
         out: an empty folder.
+        target: mlx-adapter or peft.
     """
     from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 
+    if target == "peft":
+        adapters = _read_adapters(checkpoint)
+        write_peft(adapters.arrays, adapters.sizes, out, base=checkpoint.bases[0].name)
+        return
     for name in (ADAPTERS_FILE, ADAPTER_CONFIG_FILE):
         shutil.copyfile(checkpoint.folder / name, out / name)
-
-
-def write_peft_adapter(checkpoint: Checkpoint, out: Path) -> None:
-    """Write only the adapters, in PEFT's format.
-
-    Args:
-        checkpoint: checked by `check_export`.
-        out: an empty folder.
-    """
-    adapters = _read_adapters(checkpoint)
-    write_peft(adapters.arrays, adapters.sizes, out, base=checkpoint.bases[0].name)
 
 
 def _read_adapters(checkpoint: Checkpoint) -> Adapters:

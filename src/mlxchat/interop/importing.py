@@ -16,14 +16,12 @@ from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub.cache import HubFile, check_space
 from mlxchat.interop import hf, nanochat, peft
 from mlxchat.interop.moments import write_moments
-from mlxchat.interop.names import sizes_from_hf, sizes_from_nanochat
+from mlxchat.interop.names import LATER, sizes_from_hf, sizes_from_nanochat
 from mlxchat.interop.source import ModelSource, open_folder, open_repository, read_json
 from mlxchat.interop.tensors import SafetensorsFile, Tensor, TensorFile, write_float32
 from mlxchat.interop.torch_files import TorchFile
 from mlxchat.model.sizes import GPTSizes, count_parameters
 from mlxchat.store.manifest import CONTINUATION
-
-FORMATS = ("nanochat", "hf", "adapter")
 
 
 @dataclass(frozen=True)
@@ -34,28 +32,19 @@ class Found:
     files: nanochat.NanochatFiles | hf.HfFiles | peft.AdapterFiles
 
 
-def open_source(config: ImportConfig) -> ModelSource:
-    """Return the source of a model.
-
-    Raises:
-        ConfigError: neither or both of a repository and a folder are given.
-        DataError, PassingError: it does not exist, or the Hub does not answer.
-    """
-    if (config.repository is None) == (config.folder is None):
-        raise ConfigError("exactly one of imported.repository and imported.folder must be set")
-    if config.folder is not None:
-        return open_folder(Path(config.folder))
-    assert config.repository is not None
-    return open_repository(config.repository, config.revision)
-
-
 def find(config: ImportConfig) -> Found:
     """Return the files of a model; only small ones are downloaded.
 
     Raises:
-        DataError: the model does not exist, or a file is missing.
+        ConfigError: neither or both of a repository and a folder are given.
+        DataError, PassingError: the model does not exist, a file is missing, or the Hub does not answer.
     """
-    source = open_source(config)
+    if config.folder is not None and config.repository is None:
+        source = open_folder(Path(config.folder))
+    elif config.repository is not None and config.folder is None:
+        source = open_repository(config.repository, config.revision)
+    else:
+        raise ConfigError("exactly one of imported.repository and imported.folder must be set")
     if config.format == "hf":
         return Found(source, hf.find_files(source))
     if config.format == "adapter":
@@ -79,16 +68,14 @@ def model_sizes(config: ImportConfig) -> GPTSizes:
     if isinstance(found.files, hf.HfFiles):
         return sizes_from_hf(hf.read_config(found.source), found.source.where)
     assert isinstance(found.files, nanochat.NanochatFiles), "adapters do not describe their model"
-    meta = found.source.small(found.files.meta)
-    return _sizes_of_meta(meta, found.files.meta)
+    return _sizes_of_meta(found.source.small(found.files.meta), found.files.meta)
 
 
 @lru_cache(maxsize=8)
 def _sizes_of_meta(data: bytes, where: str) -> GPTSizes:
     model_config = nanochat.read_meta(data, where)["model_config"]
     # The tensors decide the architecture; here a key that July 2026 added.
-    later = ["value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda"]
-    return sizes_from_nanochat(model_config, later if "window_pattern" in model_config else [], where)
+    return sizes_from_nanochat(model_config, LATER if "window_pattern" in model_config else (), where)
 
 
 def remark(config: ImportConfig) -> str:

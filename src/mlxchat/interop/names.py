@@ -53,8 +53,8 @@ _HF_SIZES = {
     "num_key_value_heads": "num_kv_heads",
     "hidden_size": "width",
 }
-# Parameters that only July 2026 has.
-_LATER = ("value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda")
+LATER = ("value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_lambda", "backout_lambda")
+"""Beginnings of the parameters that only July 2026 has."""
 
 
 def ours_from_nanochat(name: str) -> str:
@@ -84,7 +84,7 @@ def ours_from_hf(name: str) -> str | None:
     if layer is not None and layer[2] in _OUR_PARTS:
         return f"transformer.h.{layer[1]}.{_OUR_PARTS[layer[2]]}.weight"
     # mlx-lm's files, and our own, keep nanochat's names.
-    kept = name in _HF_TABLES or _OUR_LAYER.fullmatch(name) or name.startswith(_LATER)
+    kept = name in _HF_TABLES or _OUR_LAYER.fullmatch(name) or name.startswith(LATER)
     return name if kept else None
 
 
@@ -100,9 +100,9 @@ def sizes_from_nanochat(model_config: Mapping[str, Any], names: Iterable[str], w
         DataError: a size is missing or invalid, or the parameters match neither architecture.
     """
     given = list(names)
-    found = {prefix for prefix in _LATER if any(name.startswith(prefix) for name in given)}
-    if found and len(found) < len(_LATER):
-        missing = ", ".join(prefix.rstrip(".") for prefix in _LATER if prefix not in found)
+    found = {prefix for prefix in LATER if any(name.startswith(prefix) for name in given)}
+    if found and len(found) < len(LATER):
+        missing = ", ".join(prefix.rstrip(".") for prefix in LATER if prefix not in found)
         raise DataError(
             f"{where} is from a version of nanochat between October 2025 and July 2026 (it has "
             f"{', '.join(sorted(found))}, not {missing}). Only these two architectures are supported."
@@ -273,7 +273,7 @@ def check_hf(sizes: GPTSizes) -> None:
     """
     if more := beyond_october(sizes):
         raise ConfigError(
-            f"transformers' NanoChatForCausalLM, nanochat's model of October 2025, does not support {_list(more)}. "
+            f"transformers' NanoChatForCausalLM, nanochat's model of October 2025, does not support {', '.join(more)}. "
             "Use --to mlx (mlx-lm with --trust-remote-code) or --to nanochat"
         )
 
@@ -303,10 +303,6 @@ def nanochat_snapshot(sizes: GPTSizes) -> str:
     wrong = [f"{key} {getattr(sizes, key)} instead of {values.get(key, 'its own')}" for key in differing[nearest]]
     wrong += [] if nearest == "jul2026" else [more for more in beyond_october(sizes) if "windows" in more]
     raise ConfigError(
-        f"nanochat's code does not support this model; differences from {nearest}: {_list(wrong)}. "
+        f"nanochat's code does not support this model; differences from {nearest}: {', '.join(wrong)}. "
         f"Use --to mlx{'' if beyond_october(sizes) else ' or --to hf'}"
     )
-
-
-def _list(parts: list[str]) -> str:
-    return ", ".join(parts)

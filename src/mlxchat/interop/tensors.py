@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import json
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 
@@ -73,11 +73,51 @@ class Tensor(Protocol):
         """Its shape."""
 
 
-class TensorFile(Protocol):
-    """A file whose tensors are read in pieces."""
+class TensorFile(ABC):
+    """An open file whose tensors are read in pieces; a context manager, which closes it."""
 
+    def __init__(self, path: Path, where: str | None = None) -> None:
+        """Open a file and read everything except the tensors' numbers; `where` is its name in messages.
+
+        Raises:
+            DataError: it is missing, damaged or of another format.
+        """
+        self.where = where or path.name
+        try:
+            self._file: BinaryIO = path.open("rb")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
+        try:
+            self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        """Return the open file."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close it."""
+        self._file.close()
+
+    @abstractmethod
+    def _open(self) -> None:
+        """Read the description of the tensors."""
+
+    @abstractmethod
     def pieces(self, tensor: Any) -> Iterator[Array]:
-        """Yield a tensor's numbers in order, in the file's type (bfloat16 as 16 bits)."""
+        """Yield a tensor's numbers in order, a few megabytes at a time, in the file's type (bfloat16 as 16 bits)."""
+
+    def _blocks(self, start: int, count: int) -> Iterator[bytes]:
+        """Yield `count` bytes from `start` on, a few megabytes at a time."""
+        while count:
+            self._file.seek(start)
+            data = self._file.read(min(count, PIECE_BYTES))
+            if not data:
+                raise DataError(f"{self.where} became shorter while it was read")
+            start, count = start + len(data), count - len(data)
+            yield data
 
 
 @dataclass(frozen=True)
@@ -90,45 +130,15 @@ class SafeTensor:
     """In bytes, from the beginning of the file."""
 
 
-class SafetensorsFile:
-    """An open safetensors file."""
+class SafetensorsFile(TensorFile):
+    """An open safetensors file; `tensors` are the places of its tensors by name."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the file and read its header.
-
-        Raises:
-            DataError: it is not a safetensors file, or is damaged.
-        """
-        self.where = path.name
-        try:
-            self._file: BinaryIO = path.open("rb")
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
-        try:
-            self.tensors = self._read_listing()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> SafetensorsFile:
-        """Return the open file."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self._file.close()
+    def _open(self) -> None:
+        self.tensors = self._read_listing()
 
     def pieces(self, tensor: SafeTensor) -> Iterator[Array]:
         """Yield a tensor's numbers in order, a few megabytes at a time, in the file's type (bfloat16 as 16 bits)."""
-        left, place = prod(tensor.shape) * tensor.dtype.bytes, tensor.start
-        while left:
-            self._file.seek(place)
-            data = self._file.read(min(left, PIECE_BYTES))
-            if not data:
-                raise DataError(f"{self.where} became shorter while it was read")
-            left, place = left - len(data), place + len(data)
+        for data in self._blocks(tensor.start, prod(tensor.shape) * tensor.dtype.bytes):
             yield np.frombuffer(data, tensor.dtype.numpy)
 
     def _read_listing(self) -> dict[str, SafeTensor]:

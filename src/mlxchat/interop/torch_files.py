@@ -17,14 +17,23 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from mlxchat.data.pickled import MOST_BYTES, Maker, OrderedNames, brief, read_pickle
 from mlxchat.errors import DataError
-from mlxchat.interop.tensors import AGAIN, DTYPES, FLOATS, MOST_DIMENSIONS, PIECE_BYTES, Array, Dtype, Entry, bytes_of
+from mlxchat.interop.tensors import (
+    AGAIN,
+    DTYPES,
+    FLOATS,
+    MOST_DIMENSIONS,
+    Array,
+    Dtype,
+    Entry,
+    TensorFile,
+    bytes_of,
+)
 
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _ENTRY, _LOCAL = b"PK\1\2", b"PK\3\4"
@@ -208,37 +217,13 @@ class TorchTensor:
         return prod(self.shape)
 
 
-class TorchFile:
+class TorchFile(TensorFile):
     """An open file of torch.save; `content` is the saved object, with a `TorchTensor` for each tensor."""
 
-    def __init__(self, path: Path, where: str | None = None) -> None:
-        """Open a file and read everything except the tensors' numbers.
-
-        Raises:
-            DataError: it is not such a file, is damaged, or has more than tensors and plain data.
-        """
-        self.path, self.where = path, where or path.name
+    def _open(self) -> None:
         self._checked: set[Member] = set()
-        try:
-            self._file: BinaryIO = path.open("rb")
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
-        try:
-            self._members = list_members(self._file, self.where)
-            self.content = self._read_content()
-        except BaseException:
-            self._file.close()
-            raise
-
-    def __enter__(self) -> TorchFile:
-        """Return the open file."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self._file.close()
+        self._members = list_members(self._file, self.where)
+        self.content = self._read_content()
 
     def tensors(self) -> dict[str, TorchTensor]:
         """Return the tensors of a state dict.
@@ -263,22 +248,13 @@ class TorchFile:
         Raises:
             DataError: the checksum differs.
         """
-        member = tensor.storage.member
+        member, width, crc = tensor.storage.member, tensor.dtype.bytes, 0
         whole = tensor.count == tensor.storage.count
         if not whole:
             self._check_sum(member)
-        width = tensor.dtype.bytes
-        self._file.seek(member.start + tensor.first * width)
-        left, crc = tensor.count * width, 0
-        while left:
-            data = self._file.read(min(left, PIECE_BYTES))
-            if not data:
-                raise DataError(f"{self.where} became shorter while it was read")
-            left -= len(data)
+        for data in self._blocks(member.start + tensor.first * width, tensor.count * width):
             crc = zlib.crc32(data, crc) if whole else crc
-            place = self._file.tell()
             yield np.frombuffer(data, tensor.dtype.numpy)
-            self._file.seek(place)
         if whole:
             self._compare(member, crc)
 
@@ -371,10 +347,9 @@ class TorchFile:
         if member in self._checked:
             return
         self._checked.add(member)
-        self._file.seek(member.start)
-        left, crc = member.bytes, 0
-        while left and (data := self._file.read(min(left, PIECE_BYTES))):
-            left, crc = left - len(data), zlib.crc32(data, crc)
+        crc = 0
+        for data in self._blocks(member.start, member.bytes):
+            crc = zlib.crc32(data, crc)
         self._compare(member, crc)
 
     def _compare(self, member: Member, crc: int) -> None:
