@@ -14,7 +14,7 @@ import pytest
 
 from kit.servers import Loopback, QuietHandler
 from mlxchat.errors import DataError, MlxchatError, PassingError
-from mlxchat.hub import cache, downloads, listings, places
+from mlxchat.hub import cache, downloads, listings
 from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.client import HubFile, fetch_url, list_files
 
@@ -164,18 +164,3 @@ def test_unreadable_listing_is_one_message(
     monkeypatch.setattr(json, "dumps", lambda value: body)
     with pytest.raises(PassingError, match=message):
         list_files("a/b")
-
-
-@pytest.mark.parametrize("endless", ["token", "storage"])
-def test_upload_does_not_read_endless_answers(hostile: Any, monkeypatch: pytest.MonkeyPatch, endless: str) -> None:
-    """Answers of a Hub or its Xet storage must not fill the memory."""
-    monkeypatch.setattr(downloads, "MOST_ANSWER_BYTES", 1 << 20)
-    hostile.commit = None  # a token's fields, where `revision` is part of the address
-    name = "me/model" if endless == "token" else "me/revision/"
-    api = SimpleNamespace(endpoint=hostile.url, token="token")
-    if endless == "storage":
-        answer = {"accessToken": "token", "casUrl": f"{hostile.url}/endless"}
-        monkeypatch.setattr(json, "dumps", lambda value, encode=json.dumps: encode(answer))
-    fault = places._find_xet_fault(api, name, "model")
-    assert fault == ("has no Xet storage" if endless == "token" else "")
-    assert hostile.sent < 32 << 20

@@ -326,3 +326,18 @@ def test_unreachable_server_is_a_transient_error(
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with pytest.raises(PassingError, match="resumes the transfer"):
         export_to(open_place(f"s3://{bucket}/x"), folders)
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=")  # the official client's, of large files
+def test_uploads_use_plain_http_and_print_lines(
+    upload_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """hf_xet retries silently for minutes where Xet storage does not answer."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    monkeypatch.setattr(places, "_LINE_SECONDS", 0.001)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_bytes(bytes(1000))
+    places.push_folder(tmp_path / "model", "me/model", upload_hub.token, message="a model", public=False)
+    assert upload_hub.repositories["me/model"].files == {"model.safetensors": bytes(1000)}
+    assert not [path for _, path in upload_hub.log if "xet" in path]
+    assert "uploading 1.0 kB to me/model" in capsys.readouterr().err

@@ -105,8 +105,29 @@ class LoopbackHub(Served):
             return not self.faults.times or self.done[fault, path] <= self.faults.times
 
 
-class _Downloads(QuietHandler):
+class _Answering(QuietHandler):
+    """What both hubs answer with."""
+
+    def begin(self, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def say(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        body = value if isinstance(value, bytes) else json.dumps(value).encode()
+        facts = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
+        self.begin(status, facts)
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+
+class _Downloads(_Answering):
     hub: LoopbackHub
+
+    def begin(self, status: int, headers: dict[str, str]) -> None:
+        self.entry.status = status
+        super().begin(status, headers)
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
@@ -119,12 +140,12 @@ class _Downloads(QuietHandler):
             fails = self.hub.faults.fail_first > 0
             self.hub.faults.fail_first -= fails
         if fails:
-            self.say_json({"error": "injected"}, self.hub.faults.status)
+            self.say({"error": "injected"}, self.hub.faults.status)
             return
         try:
             self.route(path)
         except KeyError as error:
-            self.say_json({"error": str(error)}, 404, {"X-Error-Code": "EntryNotFound"})
+            self.say({"error": str(error)}, 404, {"X-Error-Code": "EntryNotFound"})
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
@@ -146,12 +167,12 @@ class _Downloads(QuietHandler):
             if parts[3] not in (repository.commit, "main"):
                 raise KeyError(parts[3])
             if fnmatch.fnmatchcase(name, self.hub.faults.denied):
-                self.say_json({"error": "gated"}, 403, {"X-Error-Message": "you are not in the authorized list"})
+                self.say({"error": "gated"}, 403, {"X-Error-Message": "you are not in the authorized list"})
                 return
             if self.hub.faults.redirect and self.entry.host.startswith("127."):
                 port = self.hub.server.server_address[1]
                 headers = {"Location": f"http://localhost:{port}{self.path}", **self.facts(repository, name)}
-                self.say(302, {**headers, "Content-Length": "0"})
+                self.begin(302, {**headers, "Content-Length": "0"})
                 return
             self.say_file(name, content, self.etag(repository, name), self.facts(repository, name))
 
@@ -168,15 +189,15 @@ class _Downloads(QuietHandler):
     def say_api(self, parts: list[str]) -> None:
         kind, name, verb = parts[0][:-1], "/".join(parts[1:3]), parts[3] if len(parts) > 3 else "revision"
         if (kind, name) not in self.hub.repositories:
-            self.say_json({"error": "no such repository"}, 401, {"X-Error-Code": "RepoNotFound"})
+            self.say({"error": "no such repository"}, 401, {"X-Error-Code": "RepoNotFound"})
             return
         repository = self.hub.repositories[kind, name]
         revision = "/".join(parts[4:]) or "main"
         if revision not in ("main", repository.commit):
-            self.say_json({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
+            self.say({"error": "no such revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
         elif verb == "revision":
             names = [{"rfilename": path} for path in sorted(repository.files)]
-            self.say_json({"_id": "0", "id": name, "sha": repository.commit, "siblings": names, "private": False,
+            self.say({"_id": "0", "id": name, "sha": repository.commit, "siblings": names, "private": False,
                            "tags": [], "downloads": 0, "likes": 0})  # fmt: skip
         else:
             entries = []
@@ -186,7 +207,7 @@ class _Downloads(QuietHandler):
                     sha256 = hashlib.sha256(content).hexdigest()
                     entry["lfs"] = {"oid": sha256, "size": len(content), "pointerSize": 130}
                 entries.append(entry)
-            self.say_json(entries)
+            self.say(entries)
 
     def say_file(self, name: str, content: bytes, etag: str, headers: dict[str, str] | None = None) -> None:
         first, status = 0, 200
@@ -194,12 +215,12 @@ class _Downloads(QuietHandler):
         if wanted and self.headers.get("If-Range") in (None, f'"{etag}"'):
             first, status = int(wanted.removeprefix("bytes=").partition("-")[0]), 206
             if first >= len(content):
-                self.say(416, {"Content-Length": "0", "Content-Range": f"bytes */{len(content)}"})
+                self.begin(416, {"Content-Length": "0", "Content-Range": f"bytes */{len(content)}"})
                 return
         facts = {"ETag": f'"{etag}"', "Content-Length": str(len(content) - first), **(headers or {})}
         if status == 206:
             facts["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        self.say(status, facts)
+        self.begin(status, facts)
         if self.command == "HEAD":
             return
         flip = len(content) // 2
@@ -213,20 +234,6 @@ class _Downloads(QuietHandler):
             self.entry.sent += len(block)
             self.wfile.write(block)
             time.sleep(self.hub.faults.block_seconds)
-
-    def say(self, status: int, headers: dict[str, str]) -> None:
-        self.entry.status = status
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.end_headers()
-
-    def say_json(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(value).encode()
-        facts = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
-        self.say(status, facts)
-        if self.command != "HEAD":
-            self.wfile.write(body)
 
 
 def git_id(content: bytes) -> str:
@@ -258,9 +265,6 @@ class UploadHub(Served):
 
     token: str = "hf_right_token"
     fail: str = ""
-    status: int = 400
-    xet: dict[str, Any] | None = None
-    """Answer to a request for a Xet token; None: as for an unknown path of a repository."""
     repositories: dict[str, Uploaded] = field(default_factory=dict)
     stored: dict[str, bytes] = field(default_factory=dict)
     """Large files by sha256, committed or not."""
@@ -274,7 +278,7 @@ class UploadHub(Served):
         return super().__enter__()
 
 
-class _Uploads(QuietHandler):
+class _Uploads(_Answering):
     hub: UploadHub
 
     def do_GET(self) -> None:
@@ -282,7 +286,7 @@ class _Uploads(QuietHandler):
         body = self.body()
         self.hub.log.append((self.command, path))
         if self.hub.fail and self.hub.fail in path:
-            self.say({"error": "injected"}, self.hub.status)
+            self.say({"error": "injected"}, 400)
         elif path.startswith("/put/"):
             self.put(path.removeprefix("/put/"), body)
         elif self.headers.get("Authorization") != f"Bearer {self.hub.token}":
@@ -313,9 +317,7 @@ class _Uploads(QuietHandler):
             self.say({"error": "Uploaded not found"}, 404, {"X-Error-Code": "RepoNotFound"})
             return
         verb = parts[2] if len(parts) > 2 else "info"
-        if verb == "xet-write-token" and self.hub.xet is not None:
-            self.say(self.hub.xet)
-        elif verb == "preupload":
+        if verb == "preupload":
             asked = json.loads(body)["files"]
             modes = [
                 {"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(_LARGE) else "regular",
@@ -358,11 +360,7 @@ class _Uploads(QuietHandler):
             return
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         part = content[int(asked[1]) : int(asked[2]) + 1 if asked[2] else None] if asked else content
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(part)
+        self.say(part, 206 if asked else 200)
 
     def put(self, sha256: str, body: bytes) -> None:
         assert hashlib.sha256(body).hexdigest() == sha256
@@ -396,16 +394,3 @@ class _Uploads(QuietHandler):
             self.rfile.readline()
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-
-    def say(self, value: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(status)
-        for key, one in {
-            "Content-Type": "application/json",
-            "Content-Length": str(len(body)),
-            **(headers or {}),
-        }.items():
-            self.send_header(key, one)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)

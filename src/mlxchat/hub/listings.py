@@ -58,8 +58,8 @@ def list_files(repository: str, *, revision: str = "main", pattern: str = "*", k
     return [file for file in files if fnmatch.fnmatchcase(file.path, pattern)]
 
 
-def find_commit(repository: str, revision: str, kind: str = "dataset") -> str | None:
-    """Return the commit of a revision, for a key; None if neither the Hub nor a record has it.
+def find_commit(repository: str, revision: str) -> str | None:
+    """Return the commit of a data set's revision, for a key; None if neither the Hub nor a record has it.
 
     For a tag or a branch one request is made per process, for at most 10 seconds.
 
@@ -68,20 +68,19 @@ def find_commit(repository: str, revision: str, kind: str = "dataset") -> str | 
     """
     if _COMMIT.fullmatch(revision):
         return revision
-    is_unknown = read_json(_ref(repository, revision, kind)) is None
+    is_unknown = read_json(_ref(repository, revision, "dataset")) is None
     if is_unknown and (is_offline() or endpoint() in _silent):
         return None
     try:
-        return _resolve(repository, revision, kind, is_plan=True)
+        return _resolve(repository, revision, "dataset", is_plan=True)
     except PassingError:
         return None
 
 
-def recorded_files(repository: str, revision: str, kind: str = "dataset") -> list[HubFile] | None:
-    """Return the files of the recorded listing, or None; the network is not used."""
-    folder = listing_folder(repository, kind)
-    known = read_json(folder / "refs" / quote(revision, safe="")) or {}
-    return read_listing(folder / f"{known.get('commit')}.json")
+def recorded_files(repository: str, revision: str) -> list[HubFile] | None:
+    """Return the files of a data set's recorded listing, or None; the network is not used."""
+    known = read_json(_ref(repository, revision, "dataset")) or {}
+    return read_listing(listing_folder(repository, "dataset") / f"{known.get('commit')}.json")
 
 
 def read_listing(path: Path) -> list[HubFile] | None:

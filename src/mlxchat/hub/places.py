@@ -9,7 +9,6 @@ one commit.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -19,15 +18,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes, format_seconds
-from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError, filter_logs, visible
+from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError, filter_logs
 from mlxchat.hub.cache import check_space, checksum_of
-from mlxchat.hub.downloads import TransferProgress, open_url, read_answer, within
+from mlxchat.hub.downloads import TransferProgress
 from mlxchat.store import locks
 from mlxchat.store.catalog import references
 from mlxchat.store.crash import crash_point
@@ -60,10 +58,7 @@ _NEEDS = {
 }
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_PROBE_SECONDS = 20.0
-# Interval of the lines during an upload, and the limit of one by Xet.
 _LINE_SECONDS = 30.0
-_LEAST_SECONDS, _LEAST_BYTES_PER_SECOND = 600.0, 50_000
 # The commit deletes older weights of these names, because loaders would read them as part of the model.
 _FORMER = (
     "model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json", "adapters.safetensors",
@@ -433,7 +428,7 @@ def push_folder(folder: Path, name: str, token: str, *, message: str, public: bo
     with _hub_errors(name):
         api = _api(token)
         api.create_repo(name, private=not public, repo_type="model", exist_ok=True)
-        with _bounded(api, name, "model", [path for path in folder.rglob("*") if path.is_file()]):
+        with _uploading(name, [path for path in folder.rglob("*") if path.is_file()]):
             info = api.upload_folder(
                 repo_id=name, folder_path=folder, repo_type="model", commit_message=message,
                 delete_patterns=list(_FORMER),
@@ -477,7 +472,7 @@ def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> in
     if operations:
         with _hub_errors(name):
             message = f"{missing[-1].name} from mlxchat, with {len(missing) - 1} input artifacts"
-            with _bounded(api, name, kind, [Path(str(each.path_or_fileobj)) for each in operations]):
+            with _uploading(name, [Path(str(each.path_or_fileobj)) for each in operations]):
                 api.create_commit(name, operations, commit_message=message, repo_type=kind)
     return len(missing)
 
@@ -493,73 +488,28 @@ def _api(token: str) -> Any:
 
 
 @contextmanager
-def _bounded(api: Any, name: str, kind: str, files: Sequence[Path]) -> Iterator[None]:
-    """Print progress lines during an upload, abort Xet uploads after a time limit, and disable Xet where it fails.
+def _uploading(name: str, files: Sequence[Path]) -> Iterator[None]:
+    """Send files over plain HTTP, as downloads arrive, and print a line every half minute.
 
-    hf_xet retries silently for minutes if the Hub (a mirror, for example) does not answer with a Xet token, or if the
-    storage that the token names is unreachable.
+    hf_xet would retry silently for minutes where a Hub has no Xet storage or it does not answer.
     """
     from huggingface_hub import constants
 
-    num_bytes = sum(file.stat().st_size for file in files)
-    limit = _LEAST_SECONDS + num_bytes / _LEAST_BYTES_PER_SECOND
-    uses_xet = not constants.HF_HUB_DISABLE_XET and find_spec("hf_xet") is not None
-    if uses_xet and (fault := _find_xet_fault(api, name, kind)):
-        print(visible(f"note: {api.endpoint} {fault}; files go over plain HTTP"), file=sys.stderr)
-        uses_xet = False
-    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, not uses_xet
-    began, ended, late = time.monotonic(), threading.Event(), False
+    size, began, ended = format_bytes(sum(file.stat().st_size for file in files)), time.monotonic(), threading.Event()
+    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
 
     def watch() -> None:
-        nonlocal late
         while not ended.wait(_LINE_SECONDS):
-            seconds = time.monotonic() - began
-            print(f"  uploading {format_bytes(num_bytes)} to {name}, {format_seconds(seconds)} so far", file=sys.stderr)
-            if uses_xet and seconds > limit:
-                from huggingface_hub.utils import _xet
-
-                late = True
-                cast(Any, _xet).abort_xet_session()
-                return
+            print(f"  uploading {size} to {name}, {format_seconds(time.monotonic() - began)} so far", file=sys.stderr)
 
     thread = threading.Thread(target=watch, name="upload-watch", daemon=True)
     thread.start()
     try:
         yield
-    except (Exception, KeyboardInterrupt):  # the client raises various errors for an aborted session, hf_xet the latter
-        if late:
-            raise TimeoutError(
-                f"Xet storage did not take {format_bytes(num_bytes)} within {format_seconds(limit)} "
-                "(HF_HUB_DISABLE_XET=1 uploads without it)"
-            ) from None
-        raise
     finally:
         ended.set()
         thread.join()
         constants.HF_HUB_DISABLE_XET = before
-
-
-def _find_xet_fault(api: Any, name: str, kind: str) -> str:
-    """Return why files cannot go to a repository's Xet storage, or an empty string."""
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of its HTTP library
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
-
-    try:
-        place = f"{api.endpoint}/api/{kind}s/{name}/xet-write-token/main"
-        answer, body = read_answer(place, build_hf_headers(token=api.token), within(_PROBE_SECONDS))
-        access = json.loads(body)
-        if answer.status_code in (401, 403):
-            return ""  # the upload raises a better error
-        if answer.status_code >= 300 or not isinstance(access, dict) or not {"accessToken", "casUrl"} <= access.keys():
-            return "has no Xet storage"
-    except (HTTPError, OSError, ValueError, RecursionError):
-        return "has no Xet storage"
-    try:
-        with open_url(str(access["casUrl"]), {}, within(_PROBE_SECONDS)):
-            pass  # any answer is enough
-    except (HTTPError, OSError, ValueError) as error:
-        return f"has Xet storage at {access['casUrl']}, which does not answer ({type(error).__name__})"
-    return ""
 
 
 @contextmanager
