@@ -11,16 +11,16 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any, TextIO
 from zlib import crc32
 
 import mlx.core as mx
 import numpy as np
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from mlxchat.bench.tables import make_table
 from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.config.schema import Config
 from mlxchat.evals.core import answer_examples, likeliest, mean_losses
@@ -94,7 +94,7 @@ def measure_core(config: Config) -> dict[str, Any]:
                         verdicts[way] = [answer_alone(model, encoder, task, items, i) for i in range(len(items))]
                     spent.append(time.perf_counter() - began)
                 progress.update(number * rounds + turn + 1, measuring=task.label)
-            speeds = {way: len(items) / float(np.median(spent[1:])) for way, spent in seconds.items()}
+            speeds = {way: len(items) / median(spent[1:]) for way, spent in seconds.items()}
             found[task.label] = {
                 "type": task.kind, "num_fewshot": task.num_fewshot, "num_examples": len(items),
                 "examples_per_second": speeds["batched"], "one_at_a_time_per_second": speeds["one_at_a_time"],
@@ -136,9 +136,7 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
     )
     console.print(Text(title, style="bold"))
     console.print(Text(f"{record['device']['name']} ({record['device']['backend']}), examples per second"))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for name in ("task", "type", "shots", "batched", "one at a time", "ratio"):
-        table.add_column(name, justify="left" if name in ("task", "type") else "right")
+    table = make_table("task", "type", "shots", "batched", "one at a time", "ratio", left=(0, 1))
     for label, task in record["tasks"].items():
         table.add_row(
             label, task["type"], str(task["num_fewshot"]), f"{task['examples_per_second']:.1f}",
@@ -159,9 +157,8 @@ def _tasks(config: Config) -> Iterator[tuple[CoreTask, Examples]]:
     draw = random.Random(config.seed)
 
     def words(number: int) -> str:
-        return " ".join(
-            f"w{draw.randrange(5000)}" for _ in range(max(1, draw.randint(number * 2 // 3, number * 4 // 3)))
-        )
+        count = max(1, draw.randint(number * 2 // 3, number * 4 // 3))
+        return " ".join(f"w{draw.randrange(5000)}" for _ in range(count))
 
     for label, (kind, shots, asked, answered, options) in _LIKE_CORE.items():
         if config.bench.core_tasks is not None and label not in config.bench.core_tasks:

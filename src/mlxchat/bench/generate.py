@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Protocol, TextIO
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from mlxchat.bench.timing import fill_zero_weights, median
+from mlxchat.bench.tables import make_table
+from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.config.schema import BenchConfig, Config
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.engine.cache import Slots
@@ -125,18 +126,12 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
     console = Console(file=stream, highlight=False)
     device = record["device"]
     name = " ".join(filter(None, (record["model"], record["architecture"])))
-    console.print(
-        Text(
-            f"{name}: {format_count(record['num_parameters'])} parameters, a step of decoding reads "
-            f"{format_bytes(record['weight_bytes_per_step'])} of weights",
-            style="bold",
-        )
-    )
+    size = f"{format_count(record['num_parameters'])} parameters"
+    read = f"a step of decoding reads {format_bytes(record['weight_bytes_per_step'])} of weights"
+    console.print(Text(f"{name}: {size}, {read}", style="bold"))
     console.print(Text(f"{device['name']} ({device['backend']}), {device['cores']} cores, {device['blas']}"))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     titles = "batch", "prompt", "prompt\ntok/s", "MFU", "first\ntoken", "decode\ntok/s", "MFU", "band-\nwidth", "memory"
-    for title in titles:
-        table.add_column(title, justify="right")
+    table = make_table(*titles, left=())
     for row in record["results"]:
         table.add_row(
             f"{row['rows']}",
@@ -151,13 +146,8 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
         )
     console.print(table)
     peak = "unknown" if record["peak_gflops"] is None else f"{record['peak_gflops']:,.0f} GFLOP/s"
-    console.print(
-        Text(
-            f"bandwidth: of {format_bytes(record['memory_bytes_per_second'])}/s that all cores read together; MFU: of "
-            f"the peak, {peak} in {record['dtype']}",
-            style="dim",
-        )
-    )
+    bandwidth = f"of {format_bytes(record['memory_bytes_per_second'])}/s that all cores read together"
+    console.print(Text(f"bandwidth: {bandwidth}; MFU: of the peak, {peak} in {record['dtype']}", style="dim"))
 
 
 def _share(share: float | None) -> str:
@@ -262,11 +252,8 @@ class _OwnRows:
         self.weight_bytes = self._decoder.bytes_per_step()
 
     def read(self, prompts: list[list[int]], new_tokens: int) -> None:
-        self._slots, self._last, self._position = (
-            Slots(self._decoder),
-            [ids[-1] for ids in prompts],
-            len(prompts[0]) - 1,
-        )
+        self._slots, self._last = Slots(self._decoder), [ids[-1] for ids in prompts]
+        self._position = len(prompts[0]) - 1
         self._slots.reserve(len(prompts), len(prompts[0]) + new_tokens)
         for row, ids in enumerate(prompts):
             past = None
@@ -300,7 +287,7 @@ class _ThirdPartyRows:
 
         self._model = model
         self.vocab_size = int(model(mx.array([[0]])).shape[-1])
-        self.num_parameters = int(get_total_parameters(model))  # type: ignore[no-untyped-call]
+        self.num_parameters = int(get_total_parameters(model))  # type: ignore[no-untyped-call]  # mlx-lm's has no types
         leaves = dict(tree_flatten(model.leaf_modules(), is_leaf=lambda each: isinstance(each, nn.Module)))
         untied = any("lm_head" in name for name in leaves)
         tables: list[Any] = [
@@ -350,6 +337,6 @@ def _bandwidth() -> float:
     best = float("inf")
     for _ in range(_BANDWIDTH_TIMES):
         began = time.perf_counter()
-        mx.eval(lanes.run([lambda array=array: array.sum(0) for array in arrays]))  # type: ignore[misc]
+        mx.eval(lanes.run([partial(mx.sum, array, axis=0) for array in arrays]))
         best = min(best, time.perf_counter() - began)
     return float(sum(array.nbytes for array in arrays) / best)

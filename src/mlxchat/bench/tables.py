@@ -1,7 +1,8 @@
-"""Tables of a training measurement."""
+"""Tables of measurements: their style, and those of a training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TextIO
 
 from rich import box
@@ -20,19 +21,16 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
     """Print what `measure_training` returned."""
     console = Console(file=stream, highlight=False)
     bench, sizes, device = record["bench"], record["sizes"], record["device"]
-    console.print(
-        Text(
-            f"{record['model']} {record['architecture']}: {format_count(record['num_parameters'])} parameters, "
-            f"{sizes['num_layers']} layers of width {sizes['width']}, vocabulary {sizes['vocab_size']}, "
-            f"{bench['batch_rows']} × {bench['row_tokens']} tokens, {record['optimizer']['kind']} "
-            f"{record['optimizer']['variant']}, {record['dtype']}{_adapter(record)}",
-            style="bold",
-        )
+    what = (
+        f"{record['model']} {record['architecture']}: {format_count(record['num_parameters'])} parameters, "
+        f"{sizes['num_layers']} layers of width {sizes['width']}, vocabulary {sizes['vocab_size']}, "
+        f"{bench['batch_rows']} × {bench['row_tokens']} tokens, {record['optimizer']['kind']} "
+        f"{record['optimizer']['variant']}, {record['dtype']}{_adapter(record)}"
     )
+    console.print(Text(what, style="bold"))
     versions = " ".join(f"{name} {record['versions'].get(name, '?')}" for name in ("mlxchat", "mlx"))
-    console.print(
-        Text(f"{device['name']} ({device['backend']}), {device['cores']} cores, {record['blas']}; {versions}")
-    )
+    where = f"{device['name']} ({device['backend']}), {device['cores']} cores, {record['blas']}; {versions}"
+    console.print(Text(where))
     console.print(_speeds(record))
     if record["split"]:
         console.print(_split(record))
@@ -41,7 +39,7 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
 
 
 def _speeds(record: dict[str, Any]) -> Table:
-    table = _table("", "measured", "")
+    table = make_table("", "measured", "", left=(0, 2))
     seconds, forward = record["seconds"], record["forward_seconds"]
     table.add_row("training step", f"{record['tokens_per_second']:,.0f} tok/s", _spread(seconds))
     table.add_row("forward (validation)", f"{record['forward_tokens_per_second']:,.0f} tok/s", _spread(forward))
@@ -70,7 +68,7 @@ def _adapter(record: dict[str, Any]) -> str:
 
 
 def _split(record: dict[str, Any]) -> Table:
-    table = _table("of a step", "seconds", "share")
+    table = make_table("of a step", "seconds", "share")
     split, shares = record["split"], _shares(record)
     groups = (split["phases"], {**split["parts"], "rest": split["rest"]})
     for group in groups:
@@ -84,17 +82,16 @@ def _shares(record: dict[str, Any]) -> dict[str, float]:
     """Return phase or part → share of the fastest step; empty if impossible (busy machine)."""
     split, step = record["split"], min(record["seconds"])
     found = {name: seconds / step for name, seconds in {**split["phases"], **split["parts"]}.items()}
-    possible = all(0 <= share <= _MOST_SHARE for share in found.values()) and sum(split["parts"].values()) < (
-        _MOST_SHARE * step
-    )
+    whole = sum(split["parts"].values()) / step
+    possible = all(0 <= share <= _MOST_SHARE for share in found.values()) and whole < _MOST_SHARE
     return {**found, "rest": split["rest"] / step} if possible else {}
 
 
-def _table(*titles: str) -> Table:
+def make_table(*titles: str, left: Sequence[int] = (0,)) -> Table:
+    """Return a table without rows, whose columns `left` are left-aligned."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column(titles[0])
-    table.add_column(titles[1], justify="right")
-    table.add_column(titles[2], justify="right" if titles[2] else "left")
+    for place, title in enumerate(titles):
+        table.add_column(title, justify="left" if place in left else "right")
     return table
 
 

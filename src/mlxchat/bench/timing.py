@@ -40,11 +40,6 @@ class Stopwatch:
         return found[warmup_steps:]
 
 
-def median(seconds: list[float]) -> float:
-    """Return the median."""
-    return float(np.median(seconds))
-
-
 def random_rows(rows: int, row_tokens: int, vocab_size: int, *, seed: int, batch: int) -> list[Row]:
     """Return rows of one batch: ids (T,) and the ids after them (T,), uniform over the vocabulary."""
     ids = np.random.default_rng([seed, batch]).integers(0, vocab_size, (rows, row_tokens + 1), dtype=np.int32)

@@ -22,10 +22,9 @@ from typing import Any, TextIO
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
+from mlxchat.bench.tables import make_table
 from mlxchat.config.schema import Config
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.data.bpe import train_ranks
@@ -110,12 +109,10 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
         f"{record['distinct_pieces']:,} distinct pieces, vocabulary {record['vocab_size']:,}, "
         f"{record['device']['cores']} cores"
     )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for title, side in (("", "left"), ("mlxchat", "right"), ("nanochat's way", "right"), ("ratio", "right")):
-        table.add_column(title, justify=side)  # type: ignore[arg-type]
-    for name, unit in (("training", "chars/s"), ("encoding", "chars/s")):
+    table = make_table("", "mlxchat", "nanochat's way", "ratio")
+    for name in ("training", "encoding"):
         ours, theirs = record[name]["ours"], record[name]["nanochat"]
-        speeds = [f"{format_count(way['chars_per_second'])} {unit}" for way in (ours, theirs)]
+        speeds = [f"{format_count(way['chars_per_second'])} chars/s" for way in (ours, theirs)]
         table.add_row(name, *speeds, f"{ours['chars_per_second'] / theirs['chars_per_second']:.2f}")
     ours, theirs = (record["training"][way]["peak_bytes"] for way in ("ours", "nanochat"))
     table.add_row("memory of the training", format_bytes(ours), format_bytes(theirs), f"{ours / theirs:.2f}")

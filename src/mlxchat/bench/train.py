@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from statistics import median
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxchat.bench.parts import Part, parts_of_step, phases_of_step
-from mlxchat.bench.timing import Stopwatch, fill_zero_weights, median, random_rows
+from mlxchat.bench.timing import Stopwatch, fill_zero_weights, random_rows
 from mlxchat.config.schema import Config
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
@@ -91,12 +92,11 @@ def measure_training(config: Config) -> dict[str, Any]:
         step, losses = _step(config, model, optimizer, dtype, rates, rows, micro_rows * bench.row_tokens)
         seconds = watch.seconds("step", step, steps=bench.steps, warmup_steps=bench.warmup_steps)
         mlx_peak, resident_peak = mx.get_peak_memory(), peak_memory_bytes()
+        micro_tokens = forward_tokens(machine, sizes)
         forward = watch.seconds(
-            "forward",
-            lambda index: mean_loss(model, rows(index), micro_tokens=forward_tokens(machine, sizes)),
-            steps=bench.steps,
-            warmup_steps=bench.warmup_steps,
-        )
+            "forward", lambda index: mean_loss(model, rows(index), micro_tokens=micro_tokens),
+            steps=bench.steps, warmup_steps=bench.warmup_steps,
+        )  # fmt: skip
         peak = peak_flops(dtype)
         flops = flops_per_token(sizes) * tokens / median(seconds)
         if peak and flops > peak:  # measured beside other work
@@ -156,14 +156,9 @@ def _make_model(
 
 
 def _step(
-    config: Config,
-    model: GPT,
-    optimizer: Optimizer,
-    dtype: mx.Dtype,
-    rates: Rates[float],
-    rows: Callable[[int], Any],
-    micro_tokens: int,
-) -> tuple[Callable[[int], None], list[float]]:
+    config: Config, model: GPT, optimizer: Optimizer, dtype: mx.Dtype, rates: Rates[float],
+    rows: Callable[[int], Any], micro_tokens: int,
+) -> tuple[Callable[[int], None], list[float]]:  # fmt: skip
     """Return a function that trains on the batch of a number, and the list of losses it appends to."""
     machine, bench = config.machine, config.bench
     train_step = TrainStep(

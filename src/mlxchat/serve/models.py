@@ -109,12 +109,10 @@ class Models:
         Raises:
             Fault: no model has that name, or it cannot be read.
         """
+        place = self._place(name)
         try:
-            place = self.default if name in (None, "", "default") else self._resolve(str(name))
             with self._lock:
                 return self._read(place)
-        except StoreError as error:
-            raise self._damaged(error) from None
         except DataError as error:
             # Clients must not see this machine's paths.
             raise Fault(str(error).replace(f"{place.parent}/", ""), status=500) from None
@@ -144,10 +142,7 @@ class Models:
         Raises:
             Fault: no model has that name.
         """
-        try:
-            place = self.default if name == "default" else self._resolve(name)
-        except StoreError as error:
-            raise self._damaged(error) from None
+        place = self._place(name)
         found = next(entry for entry in self.entries() if entry["id"] == self._names.get(place, place.name))
         if place in self._names:
             # Some config.json contain Infinity, which is not JSON.
@@ -165,19 +160,24 @@ class Models:
     def _unknown(self, name: str) -> Fault:
         entries = self.entries()
         ids = [entry["id"] for entry in entries]
-        listed = ", ".join(ids[:_MOST_SHOWN]) + (
-            f" and {len(ids) - _MOST_SHOWN} more" if len(ids) > _MOST_SHOWN else ""
-        )
+        more = f" and {len(ids) - _MOST_SHOWN} more" if len(ids) > _MOST_SHOWN else ""
+        listed = ", ".join(ids[:_MOST_SHOWN]) + more
         hint = suggest(name[:_SHOWN_CHARS], sorted({entry["mlxchat"]["step"] for entry in entries} | set(ids)))
         return Fault(
             f"The model {name[:_SHOWN_CHARS]!r} does not exist. Models: {listed}.{hint}",
             status=404, param="model", code="model_not_found",
         )  # fmt: skip
 
-    def _damaged(self, error: StoreError) -> Fault:
-        # Clients must not see this machine's paths.
-        message = str(error).replace(str(self.store.outputs), "the outputs folder")
-        return Fault(message, status=404, param="model", code="model_not_found")
+    def _place(self, name: str | None) -> Path:
+        """Return a model's folder; the default model's for None or "default"."""
+        if name in (None, "", "default"):
+            return self.default
+        try:
+            return self._resolve(str(name))
+        except StoreError as error:
+            # Clients must not see this machine's paths.
+            message = str(error).replace(str(self.store.outputs), "the outputs folder")
+            raise Fault(message, status=404, param="model", code="model_not_found") from None
 
     def _resolve(self, name: str) -> Path:
         if (folder := self._third_party.get(name.removeprefix(PREFIX))) is not None:
@@ -341,13 +341,9 @@ def _third_party_rows(model: Model, limits: Limits, held_bytes: int) -> int:
 
 
 def load_scheduler(
-    model: Model,
-    limits: Limits,
-    *,
-    python: PythonTool | None = None,
-    bits: int | None = None,
+    model: Model, limits: Limits, *, python: PythonTool | None = None, bits: int | None = None,
     kv_bits: int | None = None,
-) -> Scheduler:
+) -> Scheduler:  # fmt: skip
     """Load a model's weights and return its scheduler.
 
     Args:

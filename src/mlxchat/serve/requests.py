@@ -174,11 +174,6 @@ class TextFormat(BaseModel):
     strict: bool | None = None
     description: str | None = None
 
-    def as_response_format(self) -> ResponseFormat:
-        """Return the same format for chat completions."""
-        schema = None if self.schema_ is None else {"name": self.name, "schema": self.schema_}
-        return ResponseFormat.model_validate({"type": self.type, "json_schema": schema})
-
 
 class TextOptions(BaseModel):
     """The field `text`."""
@@ -212,19 +207,18 @@ class ResponsesRequest(Generation):
         """
         for name in ("previous_response_id", "conversation", "background", "prompt"):
             if (self.model_extra or {}).get(name):
-                raise Fault(
-                    f"{name} is not supported: nothing is stored here", param=name, code="unsupported_parameter"
-                )
+                message = f"{name} is not supported: nothing is stored here"
+                raise Fault(message, param=name, code="unsupported_parameter")
         self.refuse_unknown()
         checked = [Message(role="system", content=self.instructions)] if self.instructions else []
-        if isinstance(self.input, str):
-            checked.append(Message(role="user", content=self.input))
-        else:
-            checked += [Message(role=each.role, content=each.content) for each in self.input]
+        given = [Message(role="user", content=self.input)] if isinstance(self.input, str) else self.input
+        checked += [Message(role=each.role, content=each.content) for each in given]
+        form = self.text.format
+        schema = None if form.schema_ is None else {"name": form.name, "schema": form.schema_}
         settings = self.model_dump(exclude_unset=True, exclude={"input", "instructions", "max_output_tokens", "text"})
         return ChatRequest(
             **settings, messages=checked, max_completion_tokens=self.max_output_tokens,
-            response_format=self.text.format.as_response_format(),
+            response_format=ResponseFormat.model_validate({"type": form.type, "json_schema": schema}),
         )  # fmt: skip
 
 
