@@ -6,7 +6,6 @@ import importlib.util
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from mlxchat.report.collect import collect_steps, entries_of_artifacts
 from mlxchat.report.document import document, render_html, render_markdown
 from mlxchat.report.examples import read_examples, telling_examples
 from mlxchat.report.summary import answers, facts
-from mlxchat.report.tables import core_table, metric_table, published_tables, references, timing_table
+from mlxchat.report.tables import core_table, metric_table, published_tables, references
 
 _SPEC = importlib.util.spec_from_file_location("report_speedrun", Path(__file__).with_name("speedrun.py"))
 speedrun = importlib.util.module_from_spec(_SPEC)
@@ -150,15 +149,6 @@ def test_damaged_examples_are_left_out(whole, content):
     assert read_examples(whole.folder("eval_sft")) == []
 
 
-def test_costs_need_a_price_per_hour(whole):
-    report = whole.read()
-    assert "cost" not in dict(facts(report))
-    priced = replace(report, cost_per_hour=24.0)
-    seconds = sum(step.seconds for step in report.steps)
-    assert dict(facts(priced))["cost"] == f"${seconds / 3600 * 24:.2f}"
-    assert timing_table(priced).header[3] == "Cost"
-
-
 def test_bench_measurements_are_shown(whole):
     folder = whole.root / "bench"
     folder.mkdir()
@@ -177,15 +167,6 @@ def test_incomplete_scores_do_not_stop_the_report(whole):
     assert core_table(report) is None
     render_html("x", document(report))
     render_markdown(document(report))
-
-
-def test_failed_steps_show_their_error(make):
-    fake = make(absent=["sft", "rl", "eval_sft", "eval_rl"])
-    fake.append_event(event="step_failed", step="sft", error="out of <b>memory</b>")
-    page = render_html("x", document(fake.read()))
-    assert "<summary>sft (SFT) · failed" in page
-    assert "<summary>rl (RL)" not in page
-    assert page.count("out of &lt;b&gt;memory") == 2  # at the top, and where it happened
 
 
 def test_good_bad_and_typical_answers_are_shown(make):

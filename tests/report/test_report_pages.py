@@ -11,7 +11,6 @@ from rich.console import Console
 from mlxchat.errors import StoreError
 from mlxchat.report.document import Group, document, escape, render_html, render_markdown
 from mlxchat.report.summary import print_summary
-from mlxchat.report.tables import metric_table
 
 HOSTILE = '</pre><script>alert("x")</script> | [red]no[/red] ``` \x1b[31m \u202eevil \ud800 *a* $x$ {{ 7*7 }}'
 
@@ -93,18 +92,6 @@ def test_page_is_self_contained(reported):
     assert not re.search(r"@import|url\((?!#)|https?:", source)
 
 
-def test_shares_have_bars_with_error_and_chance(whole):
-    page = render_html("x", document(whole.read()))
-    shown = page[page.index("44.6%") :]
-    bar = shown[: shown.index("</td>")]
-    assert 'class="value" style="width:44.6%"' in bar
-    assert 'class="error" style="left:42.4%;width:4.4%"' in bar
-    assert 'class="chance" style="left:25.0%"' in bar
-    table = metric_table(whole.read())
-    drawn = sum(cell.measure is not None for row in table.rows for cell in row)
-    assert page.count('class="bar"') == drawn
-
-
 def test_links_and_pictures_in_texts_stay_text():
     """Guards against Markdown of a model or a setting that becomes an address, raw HTML or a heading."""
     for hostile in ("[a](javascript:x)", "![a](http://x/y)", "<http://x>", "<details>", "# a", "1. a", "- a"):
@@ -127,13 +114,3 @@ def test_summary_prints_hostile_text_as_it_is(hostile):
     printed = console.file.getvalue()
     assert "[red]no[/red]" in printed
     assert "\x1b" not in printed
-
-
-def test_pipeline_boxes_are_right_of_their_inputs(whole):
-    page = render_html("x", document(whole.read()))
-    flow = page[page.index('class="flow"') :]
-    columns = [re.findall("<b>([^<]*)</b>", column) for column in flow[: flow.index("</div>")].split("</ul>")]
-    place = {step: at for at, column in enumerate(columns) for step in column}
-    assert place.keys() == whole.pipeline.keys()
-    for step in whole.pipeline:
-        assert all(place[source] < place[step] for source in whole.inputs(step).values())

@@ -48,16 +48,6 @@ def test_paths_out_of_the_store_are_not_followed(make):
     assert fake.read().step("sft").outcome == "missing"
 
 
-def test_steps_come_after_their_inputs(make):
-    fake = make()
-    fake.pipeline = dict(reversed(fake.pipeline.items()))
-    fake.write_run()
-    seen = set()
-    for step in fake.read().steps:
-        assert seen.issuperset(step.inputs.values())
-        seen.add(step.name)
-
-
 def test_curves_of_an_unfinished_step_come_from_its_work_folder(make):
     fake = make(absent=["sft"])
     work = fake.root / "work" / fake.rid("sft") / "ckpt" / "records" / "metrics.jsonl"
@@ -94,11 +84,6 @@ def test_latest_run_is_the_newest_with_a_plan(whole, tmp_path):
     assert latest_run(whole.root) == whole.run
     with pytest.raises(StoreError, match=r"holds no run with a plan\.json"):
         latest_run(tmp_path / "nothing")
-
-
-def test_parameters_are_counted_from_the_weights_if_not_derived(whole):
-    whole.edit_json("pretrain", "manifest.json", derived={})
-    assert "a 2.1M-parameter model" in answers(whole.read())[0][1]
 
 
 def test_reading_a_run_imports_nothing_heavy():

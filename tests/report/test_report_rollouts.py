@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.report.collect import collect
-from mlxchat.report.document import document, render_html
 from mlxchat.report.examples import example_groups, rollout_examples
 
 CALL = "<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>"
@@ -37,14 +36,6 @@ def test_best_and_worst_rollouts_are_shown(whole: Any) -> None:
         ("ask 9", "say 0<<1+1=2>> <b>", False), ("ask 9", "say 1<<1+1=2>> <b>", False),
     ]  # fmt: skip
     assert found[0].task == "iteration 1, reward 1, advantage +0.5"
-
-
-def test_rollouts_are_escaped(whole: Any) -> None:
-    write(whole)
-    page = render_html("x", document(collect(whole.root, whole.run)))
-    assert "iteration 1, reward 1, advantage +0.5" in page
-    assert "say 1&lt;&lt;1+1=2&gt;&gt; &lt;b&gt;" in page
-    assert "2&gt;&gt; <b>" not in page
 
 
 def test_damaged_rollouts_are_left_out(whole: Any) -> None:

@@ -16,7 +16,6 @@ from mlxchat.report.tables import (
     metric_table,
     shown,
     source_table,
-    timing_table,
 )
 
 
@@ -110,14 +109,6 @@ def test_advice_follows_from_the_validation_loss(make, losses, advice):
     fake.write_lines(fake.folder("sft") / "metrics.jsonl", lines)
     (then,) = (answer for question, answer in answers(fake.read()) if question == "What next?")
     assert advice in then
-
-
-def test_timings_show_state_attempts_and_total(whole):
-    table = timing_table(whole.read())
-    assert words(table, "corpus")[1] == "cached"
-    assert words(table, "pretrain") == ["pretrain", "run", "14m22s", "61.2k", "9.8 GB", "1"]
-    assert row(table, "rl")[-1].detail == "(1 interrupted)"
-    assert words(table, "all steps")[2] == "23m28s"
 
 
 def test_machine_facts_that_differ_name_their_steps(whole):

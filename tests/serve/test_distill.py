@@ -47,20 +47,3 @@ def test_answers_of_our_server_become_a_mixture(
         ids, mask = render_conversation(tokenizer, conversation)
         assert (ids[-1], mask[-1]) == (tokenizer.assistant_end, 1)
         assert ids.count(tokenizer.assistant_end) == 1
-
-
-def test_changed_server_settings_invalidate_answers(
-    start: Callable[..., Any], ask: Callable[..., list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--max-tokens", "4", "--keep-cut", "--temperature", "0"]
-    with start() as running:
-        ask(running, *options)
-        ask(running, *options)
-        assert "0 new, 4 cached" in capsys.readouterr().out
-        running.service.models._settings["bits"] = 4
-        ask(running, *options)
-    told = capsys.readouterr()
-    assert "4 new" in told.out
-    assert "no fingerprint" not in told.err
-    known = json.loads((tmp_path / "out.provenance.json").read_text())["teacher"]
-    assert known["fingerprint"] == running.service.models.fingerprint("0" * 64)

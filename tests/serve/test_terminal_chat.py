@@ -11,14 +11,13 @@ import pytest
 
 from kit.commands import Command
 from kit.serving import BASE, CHAT
-from kit.text import tool_call, tool_output
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import ConfigError
 from mlxchat.evals.samples import continue_prompts
 from mlxchat.model.gpt import GPT
 from mlxchat.planning.memory import Device
-from mlxchat.terminal.chat import COMMANDS, Chat
+from mlxchat.terminal.chat import COMMANDS, Chat, Shown
 
 
 @pytest.fixture
@@ -45,25 +44,19 @@ def test_chat_keeps_history_and_system_prompt(chat: Chat, model: GPT) -> None:
 def test_retry_and_edit_undo_the_last_turn(chat: Chat) -> None:
     assert chat.obey("/retry") == "there is no question yet"
     chat.ask("the cat")
+    chat.obey("/temperature 1.5")
+    chat.obey("/seed 3")
     chat.ask("the dog")
+    first = chat.messages[-1]
     assert chat.obey("/retry") == ""
-    assert said(chat) == ["the cat", "the dog"]
+    assert (said(chat), chat.messages[-1] != first) == (["the cat", "the dog"], True)
+    chat.obey("/seed 3")
+    chat.obey("/retry")
+    assert chat.messages[-1] == first
     assert chat.obey("/edit the mat") == ""
     assert said(chat) == ["the cat", "the mat"]
     chat.obey("/clear")
     assert chat.messages == []
-
-
-def test_retry_resamples_and_seed_repeats(chat: Chat) -> None:
-    chat.obey("/temperature 1.5")
-    chat.obey("/seed 3")
-    chat.ask("the cat")
-    first = chat.messages[-1]
-    chat.obey("/retry")
-    assert chat.messages[-1] != first
-    chat.obey("/seed 3")
-    chat.obey("/retry")
-    assert chat.messages[-1] == first
 
 
 def test_saved_conversation_loads_unchanged(chat: Chat, tmp_path: Path) -> None:
@@ -102,34 +95,15 @@ def test_invalid_command_value_says_what_is_accepted(chat: Chat, command: str) -
     assert chat.obey(command) == f'"{command}": expected {name} {COMMANDS[name][0]}; {COMMANDS[name][1]}'
 
 
-def test_calculator_calls_are_shown(chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    from mlxchat.engine.scheduler import Event
-
-    tokenizer = chat.engine.tokenizer
-    ids = [*tokenizer.encode("2*3="), *tool_call(tokenizer, "2*3"), *tool_output(tokenizer, "6")]
-    ids += tokenizer.encode("6.")
-    texts = ["" if id_ in tokenizer.special_ids.values() else tokenizer.decode([id_]) for id_ in ids]
-    events = [Event(id=0, token=id_, text=text) for id_, text in zip(ids, texts, strict=True)]
-
-    class Told:
-        idle = False
-
-        def submit(self, request: Any) -> int:
-            return 0
-
-        def step(self) -> list[Event]:
-            self.idle = True
-            return events
-
-    monkeypatch.setattr(chat, "_scheduler", Told())
-    chat.ask("what is 2*3?")
+def test_calculator_calls_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Shown()
+    for kind, text in (("text", "2*3="), ("python", "2*3"), ("python_output", "6"), ("text", "6.")):
+        shown.add(kind, text)
+    shown.finish()
     assert capsys.readouterr().out == "2*3=<<2*3=6>>6.\n"
-    assert [part["type"] for part in chat.messages[-1]["content"]] == ["text", "python", "python_output", "text"]
 
 
 def test_control_characters_of_the_model_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlxchat.terminal.chat import Shown
-
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True

@@ -91,20 +91,18 @@ def test_long_text_in_many_turns_fits_the_context_exactly(tokenizer: Tokenizer) 
 @pytest.mark.parametrize(
     ("said", "limits", "expected"),
     [
-        ([("user", "a" * 90)], {"max_message_chars": 80},
-         "the message has 90 characters; at most 80 are accepted. Shorten it."),
+        ([("user", "a" * 90)], {"max_message_chars": 80}, "the message has 90 characters; at most 80"),
         ([("system", "a" * 50), ("user", "a" * 50)], {"max_conversation_chars": 80},
-         "the system prompt and the message have 100 characters; at most 80 are accepted. Shorten one of them."),
-        ([("user", "1 2 " * 60)], {},
-         "This model's maximum context length is 128 tokens, answer included; the message has 244 tokens. Shorten it."),
+         "the system prompt and the message have 100 characters; at most 80"),
+        ([("user", "1 2 " * 60)], {}, "maximum context length is 128 tokens, answer included; the message has 244"),
     ],
 )  # fmt: skip
 def test_impossible_truncation_is_explained(
     tokenizer: Tokenizer, said: list[Turn], limits: dict[str, int], expected: str
 ) -> None:
-    with pytest.raises(Fault) as caught:
+    with pytest.raises(Fault, match=expected) as caught:
         prompt(tokenizer, 128, said, **limits)
-    assert (caught.value.status, caught.value.message) == (400, expected)
+    assert caught.value.status == 400
 
 
 def test_response_counts_dropped_turns(server: Any) -> None:

@@ -128,16 +128,6 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.slow
-def test_tensorboard_continued_run_has_no_duplicates(tmp_path: Path, environ: dict[str, str]) -> None:
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    track("tensorboard", tmp_path, environ)
-    accumulator = reader.EventAccumulator(str(tmp_path / "tensorboard" / "1-first" / "pretrain"))
-    accumulator.Reload()
-    points = [(event.step, pytest.approx(event.value)) for event in accumulator.Scalars("loss")]
-    assert points == [(i, 8.0 / i) for i in range(1, 6)]
-
-
-@pytest.mark.slow
 def test_trackio_continues_its_run(tmp_path: Path, environ: dict[str, str]) -> None:
     pytest.importorskip("trackio")
     track("trackio", tmp_path, environ)

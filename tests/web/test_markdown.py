@@ -173,21 +173,6 @@ def test_incremental_rendering_equals_whole_rendering(document: Any, text: str, 
 
 
 @pytest.mark.slow
-def test_finished_blocks_are_not_rendered_again(document: Any) -> None:
-    """Rendering 100 kB again in each frame takes 0.4 s."""
-    found = document.evaluate("""async () => {
-      const { growing } = await import("/page/markdown.js");
-      const element = document.createElement("div");
-      const show = growing(element);
-      show("# a\\n\\nb\\n\\n- c\\n");
-      const before = [...element.children];
-      show("# a\\n\\nb\\n\\n- c\\n- d\\n\\ne");
-      return before.map((node) => node === [...element.children].find((other) => other === node));
-    }""")
-    assert found == [True, True, False], "the list was open"
-
-
-@pytest.mark.slow
 def test_sanitizer_allows_markdown_elements_only(document: Any) -> None:
     """DOMPurify alone must stop what markdown-it lets through."""
     found = document.evaluate("""async () => {

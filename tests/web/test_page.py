@@ -167,23 +167,6 @@ def test_failed_regenerate_and_edit_lose_nothing(show: Any, way: str) -> None:
         assert is_shown(page, "changed", "yes")
 
 
-def test_new_version_of_an_early_answer_keeps_the_later_turns(show: Any) -> None:
-    page = show(says="yes")
-    for text in SIX[::2]:
-        ask(page, text)
-    page.get_by_role("button", name="Regenerate").first.click()
-    page.wait_for_selector(".versions")
-    assert is_shown(page, "one", "yes")
-    assert page.locator(".versions").inner_text().split() == ["‹", "2", "of", "2", "›"]
-    reopen(page)
-    assert is_shown(page, "one", "yes")
-    page.get_by_role("button", name="Earlier version").click()
-    assert is_shown(page, *SIX)
-    assert page.evaluate("() => document.activeElement.ariaLabel") == "Later version", "focus stays at the buttons"
-    reopen(page)
-    assert is_shown(page, *SIX)
-
-
 def test_reload_keeps_a_partial_answer(show: Any) -> None:
     page = show(seconds=0.05)
     page.fill("#input", "go on")
@@ -274,23 +257,6 @@ def test_bidirectional_overrides_are_removed(show: Any) -> None:
     text = page.locator("body").inner_text()
     assert not set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069") & set(text)
     assert page.locator(".said a").get_attribute("title") == "https://x.example/", "where a link leads can be seen"
-
-
-def test_program_and_output_are_folded(show: Any) -> None:
-    page = show()
-    page.evaluate("""() => localStorage.setItem('mlxchat.conversations', JSON.stringify([{
-        id: 'a', changed: 1, messages: [{role: 'user', parts: [{type: 'text', text: 'x'}]}, {role: 'assistant', parts: [
-            {type: 'text', text: 'See: '}, {type: 'python', text: 'a = 1\\na + 1'}, {type: 'python_output', text: '2'},
-            {type: 'text', text: ' and '}, {type: 'python', text: '2*3'}, {type: 'python_output', text: '6'}]}]}]))""")
-    page.reload()
-    page.locator("#list .name").click()
-    program, sum_ = page.locator("details.tool").all()
-    assert not program.locator("pre").first.is_visible()
-    program.locator("summary").click()
-    assert program.locator("pre").all_inner_texts() == ["a = 1\na + 1", "2"]
-    assert sum_.locator("summary").inner_text() == "calculator"
-    sum_.locator("summary").click()
-    assert sum_.locator("div").inner_text() == "2*3 = 6"
 
 
 def test_conversations_are_kept_and_deleted_on_confirmation(show: Any) -> None:
