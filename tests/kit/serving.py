@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import numpy as np
 import pytest
 import uvicorn
 
 from kit.models import make_model
+from kit.scripted import Scripted
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.scheduler import Scheduler
 from mlxchat.engine.tools import PythonTool
@@ -67,62 +67,6 @@ def _describe(folder: Path, stage: str, kind: str, metrics: dict[str, Any], inpu
         "published": f"2026-01-01T00:00:0{len(stage) % 10}+00:00", "overrides": [], "seed": 42,
     }  # fmt: skip
     write_manifest(folder, manifest)
-
-
-class Tokens(int):
-    """A past of which nothing is known but its length."""
-
-    def begun(self, tokens: int) -> Tokens:
-        return Tokens(tokens)
-
-
-class Alphabet:
-    """A `Forward` whose answers are the letters of the alphabet, one each `seconds`, without end."""
-
-    def __init__(self, vocab_size: int, seconds: float) -> None:
-        self.vocab_size, self.seconds, self.rows = vocab_size, seconds, 0
-
-    def read(self, ids: list[int], past: Any, last: int | None) -> Tokens:
-        return Tokens((past or 0) + len(ids))
-
-    def reserve(self, rows: int, tokens: int) -> None:
-        self.rows = max(self.rows, rows)
-
-    def keep(self, kept: list[int], tokens: int) -> None:
-        self.rows = len(kept)
-
-    def clear(self) -> None:
-        self.rows = 0
-
-    def fill(self, row: int, past: Any) -> None: ...
-
-    def past_of(self, row: int, tokens: int) -> None:
-        return None
-
-    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
-        time.sleep(self.seconds)
-        logits = np.zeros((len(ids), self.vocab_size), dtype=np.float32)
-        for row, id_ in enumerate(ids):
-            logits[row, id_ + 1 if ord("a") <= id_ < ord("z") else ord("a")] = 1000.0
-        return logits
-
-
-class Saying(Alphabet):
-    """Says a text, whatever is asked, and ends."""
-
-    def __init__(self, tokenizer: Tokenizer, text: str | list[int], seconds: float) -> None:
-        super().__init__(tokenizer.vocab_size, seconds)
-        self.ids = [*(tokenizer.encode(text) if isinstance(text, str) else text), tokenizer.assistant_end]
-        self.lengths: dict[int, int] = {}
-
-    def fill(self, row: int, past: Any) -> None:
-        self.lengths[row] = past
-
-    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
-        logits = super().step(ids, previous, positions) * 0
-        for row, position in enumerate(positions):
-            logits[row, self.ids[min(max(position - self.lengths.get(row, 0), 0), len(self.ids) - 1)]] = 1000.0
-        return logits
 
 
 class Server:
@@ -182,7 +126,9 @@ def start(served: Path) -> Callable[..., Server]:
             if seconds is None:
                 return load_scheduler(model, limits, python=python)
             tokenizer = model.tokenizer
-            forward = Alphabet(tokenizer.vocab_size, seconds) if says is None else Saying(tokenizer, says, seconds)
+            said = tokenizer.encode(says) if isinstance(says, str) else says
+            script = [*range(ord("a"), ord("z") + 1)] * 1000 if said is None else [*said, *tokenizer.ends[:1]]
+            forward = Scripted([script], tokenizer.vocab_size, seconds)
             scheduler = Scheduler(forward, tokenizer, max_rows=limits.max_rows, kept_tokens=limits.kept_tokens)
             scheduler.python = python
             return scheduler
