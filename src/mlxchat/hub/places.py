@@ -172,10 +172,6 @@ def _short_of(error: BaseException) -> str:
 def export_to(place: Place, folders: Sequence[Path]) -> int:
     """Copy artifacts to a place, inputs first; return the number of copied ones.
 
-    Args:
-        place: the target.
-        folders: artifacts with all inputs, in the order of `transfer.closure`.
-
     Raises:
         StoreError: a local artifact is damaged.
         ConfigError: the place does not exist or refuses access.
@@ -214,7 +210,7 @@ def _send(place: Place, folder: Path, progress: TransferProgress) -> None:
     """Copy one artifact; files that an earlier attempt left are kept if their contents are right."""
     from fsspec.callbacks import Callback
 
-    class Counted(Callback):  # type: ignore[misc]
+    class Counted(Callback):  # type: ignore[misc]  # fsspec has no types
         """Adds sent bytes to the progress."""
 
         def relative_update(self, inc: int = 1) -> None:
@@ -379,12 +375,6 @@ def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, pro
 def check_repository(name: str, *, public: bool, kind: str = "model", option: str = "--hub ") -> str:
     """Return the token for an upload to a repository.
 
-    Args:
-        name: of the repository.
-        public: whether the repository may be public.
-        kind: model or dataset.
-        option: the option that named it, for messages.
-
     Raises:
         ConfigError: the name is invalid, the environment holds no token, or the repository is public and must not be.
         PassingError: the Hub does not answer, or with an error.
@@ -414,13 +404,6 @@ def push_folder(folder: Path, name: str, token: str, *, message: str, public: bo
 
     A missing repository is created. A failed upload leaves its contents unchanged.
 
-    Args:
-        folder: uploaded with all subfolders.
-        name: of the repository.
-        token: from `check_repository`.
-        message: of the commit.
-        public: whether a created repository is public.
-
     Raises:
         ConfigError: the token may not write there.
         PassingError: the Hub does not answer, or with an error.
@@ -440,11 +423,6 @@ def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> in
     """Upload artifacts to hf://[datasets/]ORGANISATION/NAME/PATH in one commit; return the number of new ones.
 
     A missing repository is created. A retry does not send large files again that have arrived.
-
-    Args:
-        place: the target.
-        folders: artifacts with all inputs.
-        public: whether the repository may be, or is created, public.
 
     Raises:
         ConfigError: the name is invalid, or the token may not write there.

@@ -175,10 +175,6 @@ def write_nanochat(checkpoint: Checkpoint, out: Path) -> str:
     """Write a checkpoint for nanochat; return the snapshot of nanochat that loads it.
 
     Files: model_NNNNNN.pt, meta_NNNNNN.json, tokenizer/tokenizer.pkl, tokenizer/token_bytes.pt.
-
-    Args:
-        checkpoint: checked by `check_export`.
-        out: an empty folder.
     """
     snapshot = nanochat_snapshot(checkpoint.sizes)
     weights, step = checkpoint.weights, checkpoint.iterations
@@ -254,13 +250,7 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
 
 
 def write_adapters(checkpoint: Checkpoint, out: Path, target: str) -> None:
-    """Write only the adapters.
-
-    Args:
-        checkpoint: checked by `check_export`.
-        out: an empty folder.
-        target: mlx-adapter or peft.
-    """
+    """Write only the adapters, in the format of `target`: mlx-adapter or peft."""
     from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
 
     if target == "peft":

@@ -101,12 +101,7 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
 
 
 def facts_of(config: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
-    """Return the contents of checkpoint.json for a model.
-
-    Args:
-        config: config.json.
-        chat: whether it is a chat model.
-    """
+    """Return the contents of checkpoint.json for a model."""
     name = str(config.get("_name_or_path") or "")
     return {
         "stage": "imported",

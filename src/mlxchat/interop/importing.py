@@ -101,13 +101,8 @@ def import_model(
 ) -> tuple[GPTSizes, list[dict[str, Any]]]:
     """Write a third-party model to `out` as a checkpoint; return its sizes and a record of each file.
 
-    Tensors are copied in pieces of a few megabytes.
-
-    Args:
-        config: the model to import.
-        out: an existing folder.
-        check: called repeatedly; may raise to end the work.
-        base: the artifact to which adapters belong.
+    Tensors are copied in pieces of a few megabytes. `check` is called repeatedly and may raise to end the work.
+    Adapters need the artifact of their `base`.
 
     Raises:
         DataError: a file is missing, damaged or invalid, or the disk is full.

@@ -29,12 +29,7 @@ _HEAD, _EMBEDDING, _MATRICES = "lm_head.weight", "transformer.wte.weight", "tran
 
 
 def write_moments(path: Path, files: Sequence[Path], sizes: GPTSizes) -> None:
-    """Write the moments of nanochat's optimizer as our training_state.safetensors.
-
-    Args:
-        path: the file to write.
-        files: one per rank, in rank order.
-        sizes: the model's.
+    """Write the moments in the files of all ranks, in their order, as our training_state.safetensors.
 
     Raises:
         DataError: a rank's file is missing or damaged, or belongs to another model or version of nanochat.

@@ -185,11 +185,6 @@ def expected_shapes(sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
 def check_tensors(found: Iterable[tuple[str, str | None, tuple[int, ...]]], sizes: GPTSizes, fault: str) -> None:
     """Check that tensors are exactly those of a model.
 
-    Args:
-        found: the file's name, our name (None: unknown) and the shape of each tensor.
-        sizes: of the model.
-        fault: beginning of the message.
-
     Raises:
         DataError: tensors are unknown, missing, duplicate or of another shape.
     """

@@ -36,11 +36,6 @@ def sizes_from_peft(
 ) -> tuple[AdapterSizes, dict[str, str]]:
     """Return the sizes of PEFT's adapters, and our name of each of their tensors.
 
-    Args:
-        config: adapter_config.json.
-        shapes: of the tensors, by PEFT's names.
-        where: name of the adapters in messages.
-
     Raises:
         DataError: ours cannot represent them; names all reasons.
     """

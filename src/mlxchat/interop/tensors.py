@@ -214,11 +214,7 @@ class AdaptedWeights(StoredWeights):
     """The tensors of a checkpoint with adapters, which are fused with the base's tensors when these are read."""
 
     def __init__(self, chain: list[Path], sizes: GPTSizes) -> None:
-        """Read the headers of all folders.
-
-        Args:
-            chain: the folders of the adapters, their base, and so on; the last has all weights.
-            sizes: of the model.
+        """Read the headers of a chain of folders: of adapters, of their base, and so on; the last has all weights.
 
         Raises:
             DataError: a file is missing or damaged, or does not fit the model.

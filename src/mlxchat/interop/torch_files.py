@@ -58,10 +58,6 @@ class Member:
 def list_members(file: BinaryIO, where: str) -> dict[str, Member]:
     """Return the members of a torch file by name, without their common folder.
 
-    Args:
-        file: open, at any position.
-        where: its name, for messages.
-
     Raises:
         DataError: it is not such an archive, or it is damaged or malicious.
     """
@@ -388,14 +384,7 @@ def write_tensor(path: Path, values: np.ndarray[Any, np.dtype[np.int32]]) -> Non
 
 
 def write_encoding(path: Path, pattern: str, ranks: Mapping[bytes, int], special_ids: Mapping[str, int]) -> None:
-    """Write the tiktoken.Encoding that nanochat pickles as tokenizer.pkl.
-
-    Args:
-        path: of the file.
-        pattern: the split pattern.
-        ranks: token → id.
-        special_ids: special token → id.
-    """
+    """Write the tiktoken.Encoding that nanochat pickles as tokenizer.pkl."""
     ordered = sorted(ranks.items(), key=lambda item: item[1])
     body = [_PROTO, b"\x03", _GLOBAL, b"tiktoken.core\nEncoding\n", _EMPTY_TUPLE, _NEWOBJ, _EMPTY_DICT, _MARK]
     body += [_text("name"), _text("rustbpe"), _text("pat_str"), _text(pattern)]

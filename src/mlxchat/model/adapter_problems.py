@@ -62,12 +62,7 @@ def find_unread_problems(adapter: AdapterConfig, others: list[AdapterConfig]) ->
 def find_fusing_problems(
     pipeline: Mapping[str, Mapping[str, Any]], stages: Mapping[str, AdapterConfig]
 ) -> Iterator[str]:
-    """Yield a message for each step that fuses a model without adapters.
-
-    Args:
-        pipeline: the configuration's.
-        stages: name → adapters of the stages that may train them.
-    """
+    """Yield a message for each step that fuses a model without adapters."""
     for name, step in pipeline.items():
         source = step.get("checkpoint", "")
         stage, own = pipeline.get(source, {}).get("stage"), pipeline.get(source, {}).get("with")

@@ -213,14 +213,7 @@ def _is_packed(name: str) -> bool:
 
 
 def write_adapters(folder: Path, adapters: Mapping[str, mx.array], sizes: AdapterSizes, *, num_layers: int) -> None:
-    """Write both files of adapters in mlx-lm's format.
-
-    Args:
-        folder: an existing folder.
-        adapters: by name, exactly those of `sizes`.
-        sizes: of the adapters.
-        num_layers: of the model.
-    """
+    """Write both files of adapters in mlx-lm's format."""
     expected = {name for module in sizes.targets for name in _names(sizes.kind, module)}
     assert adapters.keys() == expected, sorted(adapters.keys() ^ expected)
     arrays = {name: np.asarray(adapters[name].astype(mx.float32)) for name in sorted(adapters)}
@@ -242,10 +235,6 @@ def rounding_of(sizes: AdapterSizes) -> dict[str, int]:
 
 def read_adapters(folder: Path, model_sizes: GPTSizes) -> Adapters:
     """Return the adapters of a checkpoint's folder.
-
-    Args:
-        folder: with both files of the adapters and checkpoint.json.
-        model_sizes: of the model to which they belong.
 
     Raises:
         DataError: a file is missing or damaged, or they do not match each other or the model.
@@ -274,10 +263,6 @@ def read_adapter_config(folder: Path, model_sizes: GPTSizes) -> AdapterSizes:
 
     Keys may be full names (transformer.h.0.attn.c_q) or names within a layer (attn.c_q), which select the last
     `num_layers`; without keys, all matrices of these layers have adapters.
-
-    Args:
-        folder: with the file.
-        model_sizes: of the model to which the adapters belong.
 
     Raises:
         DataError: it is missing or damaged, or does not match the model.
@@ -310,12 +295,6 @@ def check_shapes(
     found: Mapping[str, tuple[int, ...]], sizes: AdapterSizes, model_sizes: GPTSizes, where: Path | str
 ) -> None:
     """Check that arrays are exactly those of adapters on a model.
-
-    Args:
-        found: name → shape.
-        sizes: of the adapters.
-        model_sizes: of the model.
-        where: name of the adapters in messages.
 
     Raises:
         DataError: arrays are missing, unknown or of another shape.

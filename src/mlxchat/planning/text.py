@@ -106,9 +106,7 @@ def describe_text(config: Config, plan: Iterable[PlannedStep], store: Store) -> 
 def check_text_room(need: TextNeed | None, store: Store) -> None:
     """Refuse a run whose text and encoded text do not fit on the disk, as far as its files are known.
 
-    Args:
-        need: of the run.
-        store: where encoded text goes; existing encoded text counts as this run's.
+    Encoded text that exists counts as this run's.
 
     Raises:
         DataError: with the bytes that are missing and those that are free.
