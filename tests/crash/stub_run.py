@@ -37,7 +37,7 @@ def use_stubs() -> None:
     sys.path.insert(0, str(HERE))
     sys.dont_write_bytecode = True
     stage._PACKAGE = "stubs"
-    stage._folder = lambda: HERE / "stubs"  # type: ignore[assignment]
+    stage._folder = lambda: HERE / "stubs"  # type: ignore[assignment]  # it is cached
 
 
 if __name__ in ("__main__", "__mp_main__"):  # not in the tests' own process; the second in children of a run
@@ -171,7 +171,7 @@ def run_forked(outputs: Path, arguments: list[str], environment: dict[str, str])
         gc.enable()
         os.environ.clear()
         os.environ.update(environment)
-        sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115
+        sys.stdout = sys.stderr = open(1, "w", closefd=False)  # noqa: SIM115  (for the whole process)
         sys.modules["__main__"] = sys.modules[__name__]  # what children of the run import
         use_stubs()
         code = end(outputs, arguments)

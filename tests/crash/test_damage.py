@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store.files import seal, unseal
 from mlxchat.store.manifest import parse_manifest, read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
@@ -59,22 +58,6 @@ def test_damaged_manifest_is_refused_with_the_remedy(folder: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(StoreError, match=r"is damaged.*Remove the folder; the next run recomputes it"):
             read_manifest(folder)
-
-
-def test_old_manifest_without_a_digest_is_read(folder: Path) -> None:
-    path = folder / "manifest.json"
-    whole = read_manifest(folder)
-    path.write_text(json.dumps(whole | {"schema": 1}))
-    assert read_manifest(folder) == whole | {"schema": 1}
-
-
-def test_digest_of_a_record_covers_every_byte_before_it() -> None:
-    record = {"name": "Jürgen\u2028", "numbers": [1, 2.5, None], "digest": "of an older text"}
-    data = seal(record)
-    rest = {key: value for key, value in record.items() if key != "digest"}
-    assert json.loads(data).keys() == record.keys()
-    assert unseal(data) == (rest, True)
-    assert unseal(json.dumps(rest).encode()) == (rest, False)
 
 
 def save(work: Path, iteration: int) -> None:
@@ -123,7 +106,6 @@ def test_older_state_is_resumed_if_the_newest_is_damaged(tmp_path: Path) -> None
         ("train", "model.bin", "flip", "has other contents than its manifest says"),
         ("source", "text.txt", "flip", "has other contents than its manifest says"),
         ("train", "model.bin", "cut", "has 511 bytes instead of 512"),
-        ("train", "model.bin", "missing", "is missing"),
     ],
 )
 def test_damaged_input_is_refused(step: str, name: str, damage: str, message: str, made: Any, tmp_path: Path) -> None:
@@ -133,10 +115,9 @@ def test_damaged_input_is_refused(step: str, name: str, damage: str, message: st
             shutil.rmtree(stubs.outputs / "store" / manifest["name"])
     path = refs_of(Store(stubs.outputs))[step] / name
     data = bytearray(path.read_bytes())
+    data[random.Random(step).randrange(len(data))] ^= 4
     path.unlink()
-    if damage != "missing":
-        data[random.Random(step).randrange(len(data))] ^= 4
-        path.write_bytes(data if damage == "flip" else data[:-1])
+    path.write_bytes(data if damage == "flip" else data[:-1])
     code, text = stubs.run()
     assert code == 2
     assert f"{name} {message}" in text
@@ -163,7 +144,7 @@ def test_damaged_records_of_a_killed_step_change_no_result(
         assert copy.trees() == made.trees()
 
 
-@pytest.mark.parametrize("size", [0, 200, 1000, 2000])
+@pytest.mark.parametrize("size", [0, 200, 2000])
 def test_file_size_limit_is_one_message_and_the_next_run_succeeds(size: int, stubs: Any, made: Any) -> None:
     code, text = stubs.run(f"file_bytes={size}")
     assert code in (1, 2), text

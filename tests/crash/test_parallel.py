@@ -11,18 +11,11 @@ from typing import Any
 
 import pytest
 
+from kit.commands import wait_until
 from mlxchat.store import locks
 
 PARALLEL = "max_parallel_steps=3"
 STEPS = ("source", "convert", "train", "score", "inspect")
-
-
-def wait_until(condition: Any) -> None:
-    """Return once the condition holds."""
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def has_state(stubs: Any) -> bool:
@@ -154,25 +147,15 @@ def test_killed_child_is_reported_and_its_step_continued(place: str, stubs: Any,
     check_continued(stubs, make_stubs)
 
 
-def start_on_gpus(stubs: Any, devices: str) -> Any:
-    """Start a training on devices; the locks of this machine's GPUs are in the stubs' folder."""
+@pytest.mark.parametrize("held", [0, 1])
+@pytest.mark.parametrize("devices", ["0", "1,0"])
+def test_step_waits_for_each_of_its_gpus_only(devices: str, held: int, stubs: Any) -> None:
+    """The locks of this machine's GPUs are in the stubs' folder."""
     settings = ("targets=[train]", "gpu=true", "train.iterations=2")
-    return stubs.start(*settings, cuda_visible_devices=devices, mlxchat_locks=str(stubs.folder))
-
-
-@pytest.mark.parametrize("devices", ["0", "0,1", "1,0"])
-def test_step_waits_for_each_of_its_gpus(devices: str, stubs: Any) -> None:
-    """The lock was once of one outputs folder, and of the whole list of devices."""
-    with locks.hold(stubs.folder / "gpu-0.lock", {"run": "run7"}, lambda owner: None):
-        process = start_on_gpus(stubs, devices)
-        line = next(line for line in process.stdout if "waits" in line)
-    text, _ = process.communicate(timeout=60)
-    assert f"train      waits: process {os.getpid()} on {locks.host_name()} (run run7) has GPU 0" in line
-    assert process.returncode == 0, text
-
-
-def test_step_does_not_wait_for_another_gpu(stubs: Any) -> None:
-    with locks.hold(stubs.folder / "gpu-1.lock", {"run": "run7"}, lambda owner: None):
-        text, _ = start_on_gpus(stubs, "0").communicate(timeout=60)
-    assert "train      done" in text
-    assert "waits" not in text
+    with locks.hold(stubs.folder / f"gpu-{held}.lock", {"run": "run7"}, lambda owner: None):
+        process = stubs.start(*settings, cuda_visible_devices=devices, mlxchat_locks=str(stubs.folder))
+        line = next(line for line in process.stdout if "waits" in line or ("done" in line and line[:5] == "train"))
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    waits = f"train      waits: process {os.getpid()} on {locks.host_name()} (run run7) has GPU {held}"
+    assert (waits in line) == (str(held) in devices), line

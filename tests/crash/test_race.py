@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from kit.commands import saved_trainings, wait_until
+
 ONCE = Counter({"source": 1, "convert": 1, "train": 1, "score": 1, "inspect": 1})
 PROCESSES = 8
 
@@ -58,9 +60,7 @@ def test_one_of_eight_processes_on_two_hosts_runs_each_step(
 def start_training(stubs: Any, *settings: str) -> Any:
     """Start a run and return it once its training has a saved state."""
     maker = stubs.start(*settings)
-    until = time.monotonic() + 30
-    while not list((stubs.outputs / "work").glob("*/ckpt/0*")) and time.monotonic() < until:
-        time.sleep(0.01)
+    wait_until(lambda: saved_trainings(stubs.outputs), maker)
     return maker
 
 
@@ -75,31 +75,6 @@ def test_waiter_names_the_holder_and_takes_over_from_a_killed_one(stubs: Any) ->
     assert line.startswith(f"train      waits: process {maker.pid} on alpha (run ")
     assert ") is making it, at iteration " in line
     stubs.check_clean()
-
-
-def test_stopped_waiter_ends_and_the_maker_continues(stubs: Any) -> None:
-    settings = ("targets=[train]", "train.iterations=30", "train.pause=0.05")
-    maker = start_training(stubs, *settings)
-    waiter = stubs.start(*settings)
-    next(line for line in iter(waiter.stdout.readline, "") if "waits" in line)
-    waiter.terminate()
-    text, _ = waiter.communicate(timeout=120)
-    assert (waiter.returncode, maker.poll()) == (143, None)
-    assert "stopped while train waited. The same command continues." in text
-    assert maker.wait(timeout=60) == 0
-    assert stubs.executions()["train"] == 1
-
-
-def test_waiters_of_a_failing_step_fail_without_retrying_it(stubs: Any) -> None:
-    code, text = stubs.run("targets=[convert]")
-    assert code == 0, text
-    settings = ("targets=[score]", "score.failing=[score]", "train.pause=0.1")
-    racers = [stubs.start(*settings) for _ in range(4)]
-    ends = [(racer.communicate(timeout=60)[0], racer.returncode) for racer in racers]
-    assert [code for _, code in ends] == [1] * 4, ends
-    # A process that comes to the step after its end tries it again; one that waited for it does not.
-    waited = sum("failed in another process: ValueError: score cannot be scored" in text for text, _ in ends)
-    assert stubs.executions()["score"] == 4 - waited
 
 
 # `usleep` of one long call stands for a computation in which Python handles no signal.

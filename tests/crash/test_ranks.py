@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from kit.commands import is_alive, wait_until
 from mlxchat.cli import dispatch
-from mlxchat.store.files import Records
+from mlxchat.store import attempts
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
@@ -25,32 +26,15 @@ SECONDS = 12.0
 
 def wait_for(stubs: Any, iteration: int) -> list[int]:
     """Return the processes of the latest run's ranks once its step has done some iterations."""
-    until = time.monotonic() + 60
-    while time.monotonic() < until:
-        for log in stubs.outputs.glob("work/*/ckpt/records/metrics.jsonl"):
-            records = Records(log).read()
-            if records and records[-1]["iteration"] >= iteration:
-                latest = max(stubs.outputs.glob("runs/*/ranks.json"), key=lambda path: path.stat().st_mtime)
-                pids: list[int] = json.loads(latest.read_text())["pids"]
-                return pids
-        time.sleep(0.01)
-    raise AssertionError("no iteration was done")
-
-
-def is_alive(pid: int) -> bool:
-    """Return whether a process exists and is no zombie, which its parent may leave."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_until(lambda: any((attempts.iteration(work) or 0) >= iteration for work in stubs.outputs.glob("work/*")))
+    latest = max(stubs.outputs.glob("runs/*/ranks.json"), key=lambda path: path.stat().st_mtime)
+    pids: list[int] = json.loads(latest.read_text())["pids"]
+    return pids
 
 
 def check_gone(pids: list[int]) -> None:
     """Check that all of these processes end without a signal of ours."""
-    until = time.monotonic() + 3
-    while any(map(is_alive, pids)):
-        assert time.monotonic() < until, [pid for pid in pids if is_alive(pid)]
-        time.sleep(0.01)
+    wait_until(lambda: not any(map(is_alive, pids)), seconds=3)
 
 
 @pytest.fixture(scope="module")
@@ -132,29 +116,6 @@ def test_status_shows_ranks_until_a_second_signal_ends_all_at_once(
     assert "ranks" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_rank_ends_at_its_second_signal(stubs: Any) -> None:
-    process = stubs.start(*RANKS, "train.pause=3")
-    pids = wait_for(stubs, 1)
-    for _ in range(2):
-        os.kill(pids[1], signal.SIGTERM)
-        time.sleep(0.6)
-    text, _ = process.communicate(timeout=30)
-    assert process.returncode in (1, 143), text
-    assert "continues from" in text
-    check_gone(pids)
-
-
-@pytest.mark.slow
-def test_rank_0_may_be_killed_at_the_last_iteration(stubs: Any, undisturbed: Any) -> None:
-    code, _ = stubs.run(*RANKS, AT="train.iteration:12")
-    assert code == -9
-    (ranks,) = stubs.outputs.glob("runs/*/ranks.json")
-    check_gone(json.loads(ranks.read_text())["pids"])
-    assert stubs.run(*RANKS)[0] == 0
-    assert stubs.trees() == undisturbed.trees()
-
-
 def test_rank_that_cannot_start_is_named_with_its_output(stubs: Any, tmp_path: Path) -> None:
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho no memory for this >&2\nexit 7\n")
@@ -166,14 +127,6 @@ def test_rank_that_cannot_start_is_named_with_its_output(stubs: Any, tmp_path: P
     assert code == 1
     assert "could not be started: it ended with exit code 7" in text
     assert "no memory for this" in text
-
-
-@pytest.mark.slow
-def test_number_of_ranks_and_variables_of_launchers_change_no_id(stubs: Any, undisturbed: Any) -> None:
-    variables = {"mlx_jaccl_coordinator": "10.0.0.1:5000", "mlx_hostfile": "/nowhere"}  # of a launcher, without a rank
-    assert stubs.run(*RANKS, **variables)[0] == 0
-    rids = [read_manifest(refs_of(Store(each.outputs))["together"])["rid"] for each in (stubs, undisturbed)]
-    assert rids[0] == rids[1]
 
 
 def test_ranks_have_logs_and_are_in_the_manifest(undisturbed: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 
 from mlxchat.store import crash, locks
-from mlxchat.store.files import Records
 from mlxchat.store.manifest import find_damage, read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
@@ -123,41 +121,3 @@ def test_unwritable_disk_is_one_message(
     assert text.splitlines()[-1].startswith("error: ")
     assert "cannot be written" in text
     assert "Traceback" not in text
-
-
-@pytest.mark.slow
-def test_training_resumes_after_a_full_disk(
-    stages: Any, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
-) -> None:
-    before, tree = stages("pretrain")
-    outputs = tmp_path / "outputs"
-    shutil.copytree(before, outputs, symlinks=True)
-    full = {"MLXCHAT_CRASH_AT": "checkpoint.arrays:3", "MLXCHAT_CRASH_ERROR": "ENOSPC"}
-    code, text = complete(mlxchat, settings, outputs, "pretrain", **full)
-    assert code == 1
-    assert "error: step pretrain failed: OSError: [Errno 28] No space left on device" in text
-    assert "run the same command again: it continues from the last saved state" in text
-    code, text = complete(mlxchat, settings, outputs, "pretrain")
-    assert code == 0, text
-    manifest = read_manifest(refs_of(Store(outputs))["pretrain"])
-    assert manifest["tree"] == tree
-    assert manifest["attempts"][-1]["resumed_from"] == 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_parallel_steps_and_simultaneous_runs_give_the_same_bytes(
-    processes: int, tiny: tuple[str, ...], start_mlxchat: Any, finished: Any, tmp_path: Path
-) -> None:
-    """One run with three parallel steps, or two runs at a time, each of whose steps is computed once."""
-    outputs = tmp_path / "outputs"
-    more = ["machine.max_parallel_steps=3"] if processes == 1 else []
-    runs = [start_mlxchat(*tiny, *more, f"outputs={outputs}") for _ in range(processes)]
-    texts = [run.communicate(timeout=600)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0] * processes, "\n\n".join(texts)
-    alone, found = refs_of(Store(finished.outputs)), refs_of(Store(outputs))
-    assert alone.keys() == found.keys()
-    for step, place in alone.items():
-        assert read_manifest(found[step])["tree"] == read_manifest(place)["tree"], step
-    events = [event for log in outputs.glob("runs/*/events.jsonl") for event in Records(log).read()]
-    assert Counter(event["step"] for event in events if event["event"] == "step_started") == Counter(list(alone))

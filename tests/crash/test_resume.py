@@ -155,6 +155,7 @@ def test_exit_codes_and_output_name_the_stop_and_the_resume(disturbed: Story) ->
 def test_resumed_training_is_bit_exact(step: str, disturbed: Story, undisturbed: Story) -> None:
     ours, theirs = disturbed.manifest(step), undisturbed.manifest(step)
     assert ours["tree"] == theirs["tree"]
+    assert list((disturbed.outputs / "work").iterdir()) == []
     assert [
         file for file in theirs["outputs"] if file["path"] not in OBSERVATIONS and file not in ours["outputs"]
     ] == []
@@ -183,14 +184,6 @@ def test_manifest_lists_every_attempt_and_where_it_resumed(step: str, disturbed:
     assert min(starts, default=1) > 0
 
 
-def test_nothing_is_left_over(disturbed: Story) -> None:
-    assert list((disturbed.outputs / "work").iterdir()) == []
-    made = [manifest["step"] for manifest in Store(disturbed.outputs).manifests()]
-    assert len(made) == len(list((disturbed.outputs / "store").iterdir()))
-    assert sorted(set(made) - {"tokens"}) == sorted(step for step in made if step != "tokens")
-    assert set(made) == {"corpus", "tokenizer", *TRAININGS, "tokens"}
-
-
 @pytest.mark.slow
 def test_stopped_sweep_starts_no_further_job(settings: list[str], start_mlxchat: Any, tmp_path: Path) -> None:
     outputs = tmp_path / "outputs"
@@ -204,45 +197,3 @@ def test_stopped_sweep_starts_no_further_job(settings: list[str], start_mlxchat:
     plans = [json.loads(path.read_text()) for path in (outputs / "runs").glob("*/plan.json")]
     trained = [plan for plan in plans if any(step["step"] == "pretrain" for step in plan["steps"])]
     assert len(trained) == 1, "the run that makes what jobs share trains nothing"
-
-
-FAILING = """
-from pathlib import Path
-
-def own(conversation, answer):
-    with open("calls", "a") as calls:
-        calls.write(".")
-        if calls.tell() > 150 and not Path("mended").exists():
-            raise ConnectionError("the judge is away")
-    return 0.1 * len(answer)
-"""
-
-
-@pytest.mark.slow
-def test_failing_reward_function_costs_no_iteration(
-    settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
-) -> None:
-    (tmp_path / "judging_from_afar.py").write_text(FAILING)
-    own = '{right: {kind: exact}, own: {kind: function, function: "judging_from_afar:own"}}'
-    command = [
-        *settings,
-        f"+rl.rewards={own}",
-        "rl.num_iterations=12",
-        "machine.checkpoint_seconds=1000",
-        "outputs=outputs",
-    ]
-    failed = mlxchat(*command, cwd=tmp_path)
-    said = failed.stdout + failed.stderr
-    assert failed.returncode == 1, said
-    assert "judging_from_afar:own raised ConnectionError: the judge is away (judging_from_afar.py, line 8)" in said
-    assert "The state after iteration " in said
-    assert "Traceback" not in said
-    (tmp_path / "mended").touch()
-    mended = mlxchat(*command, cwd=tmp_path)
-    assert mended.returncode == 0, mended.stdout + mended.stderr
-    story = Story(tmp_path / "outputs")
-    failing, last = story.manifest("rl")["attempts"]
-    assert failing["outcome"] == "failed"
-    assert last["resumed_from"] > 0
-    iterations = [record["iteration"] for record in story.records("rl") if "policy_loss" in record]
-    assert iterations == list(range(1, 12 * 4 + 1))

@@ -6,21 +6,19 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from kit.commands import MLXCHAT
+
 # Large enough that a signal comes while it trains.
 SETTINGS = (
-    "experiment=smoke",
-    "machine=cpu",
-    "corpus=files",
-    "tokenizer.vocab_size=9000",
-    "tokenizer.max_chars=9000000",
-)
+    "experiment=smoke", "machine=cpu", "corpus=files", "tokenizer.vocab_size=9000", "tokenizer.max_chars=9000000",
+    "stage=tokenizer",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +33,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(outputs: Path, text: Path) -> subprocess.Popen[str]:
     """Start a run and return once its tokenizer is being trained."""
-    command = [sys.executable, "-m", "mlxchat", *SETTINGS, f"corpus.paths=[{text}]", f"outputs={outputs}"]
     process = subprocess.Popen(
-        [*command, "stage=tokenizer"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
+        [*MLXCHAT, *SETTINGS, f"corpus.paths=[{text}]", f"outputs={outputs}"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:

@@ -6,11 +6,13 @@ import io
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,6 +49,30 @@ def start_process(*arguments: str | Path, cwd: Path, stderr: int = subprocess.ST
         [*MLXCHAT, *map(str, arguments)], cwd=cwd, env=clean_environment(), stdout=subprocess.PIPE, stderr=stderr,
         text=True,
     )  # fmt: skip
+
+
+def wait_until(
+    condition: Callable[[], Any], process: subprocess.Popen[str] | None = None, seconds: float = 600
+) -> None:
+    """Return once the condition holds; fail if the process ends before."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def saved_trainings(outputs: Path) -> set[Path]:
+    """Return the work folders of the trainings that have saved a state."""
+    return {path.parents[2] for path in outputs.glob("work/*/ckpt/[0-9]*/state.json")}
+
+
+def is_alive(pid: int) -> bool:
+    """Return whether a process exists and is no zombie, which its parent may leave."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def run_here(*arguments: str | Path) -> int:

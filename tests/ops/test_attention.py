@@ -86,17 +86,6 @@ def test_values_equal_softmax_attention(path: str, tokens: int, heads: int, kv_h
     np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out, window)[0], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize(("tokens", "kv_heads"), [(5, 2), (128, 4), (129, 1), (300, 2)])
-def test_gradients_equal_softmax_attention(path: str, tokens: int, kv_heads: int) -> None:
-    q, k, v, d_out = example(tokens, kv_heads=kv_heads)
-    weight = mx.array(d_out)
-    gradients = mx.grad(lambda q, k, v: (causal_attention(q, k, v).swapaxes(1, 2) * weight).sum(), argnums=(0, 1, 2))(
-        mx.array(q), mx.array(k), mx.array(v)
-    )
-    for got, expected in zip(gradients, reference(q, k, v, d_out)[1], strict=True):
-        assert relative_norm(got, expected) < TOLERANCE
-
-
 def test_widest_heads_are_exact(path: str) -> None:
     """Width 256 with q = ±k gives scores of ±16, within the exponential's range of ±24."""
     q, k, v, d_out = example(130, heads=2, kv_heads=2, width=256)
@@ -116,17 +105,14 @@ def test_future_tokens_do_not_affect_earlier_ones(path: str, changed: int) -> No
     assert np.abs(after[:, changed:] - before[:, changed:]).max() > 0.1
 
 
-def test_first_token_attends_only_to_itself(path: str) -> None:
-    q, k, v, _ = example(129)
-    got = np.asarray(causal_attention(mx.array(q), mx.array(k), mx.array(v)))
-    np.testing.assert_allclose(got[:, 0], v.repeat(2, axis=1)[:, :, 0], atol=1e-6)
-
-
 @pytest.mark.parametrize(
     ("tokens", "window", "kv_heads"),
-    [(5, 2, 2), (129, 128, 4), (300, 0, 2), (300, 70, 1), (300, 150, 4), (300, 299, 2)],
-)
-def test_gradients_of_windows_equal_softmax_attention(path: str, tokens: int, window: int, kv_heads: int) -> None:
+    [
+        (5, None, 2), (128, None, 4), (129, None, 1), (300, None, 2),
+        (5, 2, 2), (129, 128, 4), (300, 0, 2), (300, 70, 1), (300, 150, 4), (300, 299, 2),
+    ],
+)  # fmt: skip
+def test_gradients_equal_softmax_attention(path: str, tokens: int, window: int | None, kv_heads: int) -> None:
     q, k, v, d_out = example(tokens, kv_heads=kv_heads)
     _, gradients = mx.vjp(
         lambda q, k, v: causal_attention(q, k, v, window),
@@ -136,26 +122,7 @@ def test_gradients_of_windows_equal_softmax_attention(path: str, tokens: int, wi
     for got, expected in zip(gradients, reference(q, k, v, d_out, window)[1], strict=True):
         # If each token sees only itself, q and k have zero gradients.
         np.testing.assert_allclose(np.asarray(got), expected, atol=TOLERANCE * max(1.0, np.abs(expected).max()))
-
-
-@pytest.mark.parametrize("window", [3, 128, 200])
-def test_gradients_of_windows_equal_central_differences(path: str, window: int) -> None:
-    """Of the reference's values, in float64, along a random direction of each input."""
-    q, k, v, d_out = example(260, heads=2, kv_heads=1, width=8)
-    _, gradients = mx.vjp(
-        lambda q, k, v: causal_attention(q, k, v, window),
-        [mx.array(q), mx.array(k), mx.array(v)],
-        [mx.array(d_out).swapaxes(1, 2)],
-    )
-    inputs, rng = [x.astype(np.float64) for x in (q, k, v)], np.random.default_rng(1)
-    for index, gradient in enumerate(gradients):
-        direction = rng.normal(size=inputs[index].shape)
-        ends = []
-        for sign in (1, -1):
-            moved = [x + sign * 1e-5 * direction if place == index else x for place, x in enumerate(inputs)]
-            ends.append((reference(*moved, d_out, window)[0] * d_out.swapaxes(1, 2)).sum())
-        slope = float((np.asarray(gradient, dtype=np.float64) * direction).sum())
-        assert slope == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4)
+        assert window is not None or relative_norm(got, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("window", [None, 70])

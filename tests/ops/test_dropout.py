@@ -63,14 +63,6 @@ def test_masks_are_uncorrelated() -> None:
         assert np.abs((masks * np.roll(masks, shift, axis=1)).mean(1)).max() < bound
 
 
-def test_counts_by_channel_and_token_are_binomial() -> None:
-    """Chi-squared of 512 channels and of 256 tokens, each over many draws: within five deviations of its mean."""
-    masks = mask_of(draw_keys(9, 0, rows=24), (256, 512), 0.1)
-    for counts, draws in ((masks.sum((0, 1)), 24 * 256), (masks.sum((0, 2)), 24 * 512)):
-        chi_squared = ((counts - 0.9 * draws) ** 2 / (0.09 * draws)).sum()
-        assert abs(chi_squared - len(counts)) < 5 * (2 * len(counts)) ** 0.5
-
-
 def test_keys_depend_on_seed_iteration_row_and_place() -> None:
     keys = draw_keys(7, 11, rows=8)
     assert keys.dtype == np.uint32

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +13,6 @@ from kit.toys import CHAIN, started
 from mlxchat.runner import keys
 from mlxchat.runner.keys import CodeDigests, changed_modules
 from mlxchat.runner.stage import Stages
-from mlxchat.store.files import Records
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,12 +71,6 @@ def test_closure_follows_all_kinds_of_imports(tree: Path) -> None:
     ]  # fmt: skip
 
 
-def test_real_stage_uses_the_model_not_the_runner() -> None:
-    found = CodeDigests(Path("/none/index/x"), ROOT / "src/mlxchat").of_stage(Stages()["pretrain"].path)
-    assert {"stages/pretrain.py", "model/gpt.py", "optim/muon.py", "training/loop.py", "ops/attention.py"} <= set(found)
-    assert not [name for name in found if name.startswith(("runner/", "commands/", "report/", "cli"))]
-
-
 def test_closure_has_every_module_that_python_imports(tmp_path: Path) -> None:
     code = "import sys, mlxchat.stages.sft; print(*[m.__file__ for n, m in sys.modules.items() if n[:8] == 'mlxchat.'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
@@ -93,138 +83,39 @@ def test_closure_has_every_module_that_python_imports(tmp_path: Path) -> None:
     assert computing - set(found) <= {"cpu/__init__.py"}
 
 
-@pytest.mark.parametrize(
-    ("name", "old", "new"),
-    [
-        ("mlxchat/model/gpt.py", "SCALE = 2", "SCALE = 3"),
-        ("mlxchat/ops/late.py", "RATE = 1", "RATE = 1.0"),
-        ("mlxchat/tasks/facts.csv", "1,2", "1,3"),
-        ("mlxchat/tasks/texts/one.txt", "one", "two"),
-    ],
-)
-def test_change_is_named_by_its_module(name: str, old: str, new: str, tree: Path) -> None:
-    before = modules(tree)
-    path = tree / name
-    path.write_text(path.read_text().replace(old, new))
-    assert changed_modules(before, modules(tree)) == [name.removeprefix("mlxchat/")]
-
-
-def test_unrelated_modules_do_not_change_the_digest(tree: Path) -> None:
+def test_changes_are_named_by_their_modules(tree: Path) -> None:
     before = modules(tree)
     for name in ("ops/unused.py", "typed.py", "errors.py", "runner/context.py", "tasks/unread.csv"):
         (tree / "mlxchat" / name).write_text("raise SystemExit\n")
         assert modules(tree) == before, name
-
-
-def test_added_and_removed_imports_are_named(tree: Path) -> None:
-    before = modules(tree)
-    (tree / "mlxchat/model/gpt.py").write_text("SCALE = 2\n")
-    (tree / "mlxchat/tasks/new.py").write_text("")
-    assert changed_modules(before, modules(tree)) == ["model/gpt.py", "ops/norm.py", "tasks/new.py"]
-
-
-def test_digests_do_not_depend_on_location(tree: Path, tmp_path: Path) -> None:
-    before = modules(tree)
-    shutil.copytree(tree / "mlxchat", tmp_path / "else" / "lib" / "mlxchat")
-    shutil.copytree(tree / "recipes", tmp_path / "else" / "recipes2")
-    digests = CodeDigests(tmp_path / "x/y/z", tmp_path / "else" / "lib" / "mlxchat")
-    assert digests.of_stage(tmp_path / "else" / "recipes2" / "train.py") == before
-
-
-def interpreters() -> list[str]:
-    """Return the other Pythons of this machine that this package supports."""
-    found = []
-    for name in ("python3.12", "python3.13"):
-        path = shutil.which(name)
-        if path and subprocess.run([path, "-c", ""], capture_output=True, check=False).returncode == 0:
-            found.append(path)
-    pyenv = Path.home() / ".pyenv" / "versions"
-    return found or [str(path) for path in sorted(pyenv.glob("3.1[23]*/bin/python"))]
-
-
-DIGEST_CODE = """
-import importlib.util, json, sys, types
-root, library = sys.argv[1:3]
-for name in ("mlxchat", "mlxchat.runner"):  # without what the package imports besides
-    sys.modules[name] = types.ModuleType(name)
-    sys.modules[name].__path__ = [f"{root}/{name.replace('.', '/')}"]
-from pathlib import Path
-from mlxchat.runner.keys import CodeDigests
-digests = CodeDigests(Path("/none/index/x"), Path(library))
-print(json.dumps({stage: digests.of_stage(Path(stage)) for stage in sys.argv[3:]}))
-"""
-
-
-@pytest.mark.slow
-def test_digests_are_equal_in_every_supported_python() -> None:
-    stages = [str(ROOT / "stages" / f"{name}.py") for name in ("pretrain", "rl", "eval")]
-    others = interpreters()
-    if not others:
-        pytest.skip("no other Python here")
-    found = []
-    for python in [sys.executable, *others]:
-        done = subprocess.run(
-            [python, "-c", DIGEST_CODE, str(ROOT / "src"), str(ROOT / "src" / "mlxchat"), *stages],
-            capture_output=True, text=True, check=True, cwd="/",
-        )  # fmt: skip
-        found.append(json.loads(done.stdout))
-    assert all(digests == found[0] for digests in found)
-
-
-def test_digests_are_cached_until_files_change(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
-    before = modules(tree, "index/code.json")
-
-    def refuse(tree: Any) -> str:
-        raise AssertionError(f"{ast.unparse(tree)} was hashed again")
-
-    monkeypatch.setattr(keys, "hash_tree", refuse)
-    assert modules(tree, "index/code.json") == before
-    (tree / "mlxchat/ops/late.py").write_text("RATE = 7\n")
-    with pytest.raises(AssertionError, match="RATE = 7 was hashed again"):
-        modules(tree, "index/code.json")
-
-
-def edit(toys: Any) -> None:
-    """Change the code of `make`, not what it makes."""
-    toys.add("make", "text = str(ctx.config.toy.number)\n(ctx.out / 'result.txt').write_text(text)")
+    for name, text in (
+        ("ops/late.py", "RATE = 1.0\n"), ("tasks/facts.csv", "1,3\n"), ("tasks/texts/one.txt", "two\n"),
+        ("tasks/new.py", ""), ("model/gpt.py", "SCALE = 2\n"),
+    ):  # fmt: skip
+        now = modules(tree)
+        (tree / "mlxchat" / name).write_text(text)
+        gone = ["ops/norm.py"] if name == "model/gpt.py" else []  # it was imported there alone
+        assert changed_modules(now, modules(tree)) == [name, *gone]
 
 
 def states(toys: Any, code: str) -> dict[str, tuple[str, str]]:
     return {step.name: (step.state, step.reason) for step in toys.plan(CHAIN, code=code)}
 
 
-def test_code_warn_names_the_module_and_runs_nothing(toys: Any) -> None:
+def test_changed_code_is_reported_and_reruns_only_if_strict(toys: Any) -> None:
     toys.run(toys.plan(CHAIN))
-    edit(toys)
+    key = toys.plan(CHAIN)[0].key
+    assert list(toys.store.made(key)["code"]["modules"]) == ["stages/make.py"]
+    toys.add("make", "text = str(ctx.config.toy.number)\n(ctx.out / 'result.txt').write_text(text)")  # the same bytes
     assert states(toys, "warn") == {"one": ("done", "code drift (warn): stages/make.py"), "two": ("done", "")}
     assert set(states(toys, "ignore").values()) == {("done", "")}
-
-
-def test_code_strict_reruns_the_step_once(toys: Any) -> None:
-    toys.run(toys.plan(CHAIN))
-    rid = toys.plan(CHAIN)[0].key
-    assert list(toys.store.made(rid)["code"]["modules"]) == ["stages/make.py"]
-    edit(toys)
     assert states(toys, "strict") == {
         "one": ("run", "code changed: stages/make.py"),
         "two": ("maybe", "input source (one) will be rebuilt"),
     }
-    run = toys.run(toys.plan(CHAIN, code="strict"))
-    assert started(run) == ["one"]
+    assert started(toys.run(toys.plan(CHAIN, code="strict"))) == ["one"]
     assert set(states(toys, "strict").values()) == {("done", "")}
-    assert toys.plan(CHAIN)[0].key == rid
-
-
-def test_code_strict_rejects_artifacts_of_other_code(toys: Any) -> None:
-    toys.run(toys.plan(CHAIN))
-    toys.config.toy.number = 2
-    toys.run(toys.plan(CHAIN))
-    toys.add("make", "(ctx.out / 'result.txt').write_text('1')")
-    path = toys.package / "copy.py"
-    path.write_text(path.read_text() + "\nMORE = 1\n")
-    run = toys.run(toys.plan(CHAIN, code="strict", force=["one"]))
-    assert {event["event"] for event in Records(run.folder / "events.jsonl").read()}.isdisjoint({"step_shared"})
+    assert toys.plan(CHAIN)[0].key == key
 
 
 CODE = '''"""A module."""
@@ -260,6 +151,7 @@ OTHER = {
 
 def test_code_changes_the_digest_and_comments_and_layout_do_not(tmp_path: Path) -> None:
     whole = digest(CODE, tmp_path / "a.py")
+    assert whole == "4dab1a537b852cee", "in every Python"
     for changes, same in ((SAME, True), (OTHER, False)):
         for old, new in changes.items():
             assert (digest(CODE.replace(old, new, 1), tmp_path / "b.py") == whole) == same, old

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from kit.commands import CommandLine
+from kit.commands import CommandLine, saved_trainings, wait_until
 from kit.models import composed
 from mlxchat.composition.sections import executor_of
 from mlxchat.config.schema import Config, ExecutorConfig
@@ -38,21 +38,6 @@ def config_of(*overrides: str) -> Config:
 
 
 LOCAL = config_of("executor=submitit_local").executor
-
-
-def wait_for(job: Job) -> None:
-    until = time.monotonic() + 120
-    while not job.done():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
-def wait_until_there(path: Path) -> str:
-    until = time.monotonic() + 120
-    while not path.exists() or not path.read_text():
-        assert time.monotonic() < until, path
-        time.sleep(0.05)
-    return path.read_text()
 
 
 @dataclass(frozen=True)
@@ -103,9 +88,9 @@ def test_timed_out_job_is_requeued_in_the_same_directory(
     monkeypatch.chdir(tmp_path)
     count = tmp_path / "count"
     job = start(Count(count, most=200), submitted)
-    wait_until_there(count)
+    wait_until(lambda: count.exists() and count.read_text())
     os.kill(process_of(job), signal.SIGUSR2)  # as SLURM does
-    wait_for(job)
+    wait_until(job.done)
     began, reached, place = job.result()
     assert 0 < began < reached == 200
     assert place == str(tmp_path)
@@ -115,19 +100,19 @@ def test_timed_out_job_is_requeued_in_the_same_directory(
 def test_cancelled_job_saves_and_ends(tmp_path: Path, submitted: list[Job]) -> None:
     count = tmp_path / "count"
     job = start(Count(count), submitted)
-    wait_until_there(count)
+    wait_until(lambda: count.exists() and count.read_text())
     job.cancel()
-    wait_for(job)
+    wait_until(job.done)
     assert job.result() == "it was cancelled"
 
 
 def test_lost_job_names_its_log(tmp_path: Path, submitted: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     count = tmp_path / "count"
     job = start(Count(count), submitted)
-    wait_until_there(count)
+    wait_until(lambda: count.exists() and count.read_text())
     monkeypatch.setattr(type(job.job), "_results_timeout_s", 0)
     os.kill(process_of(job), signal.SIGKILL)
-    wait_for(job)
+    wait_until(job.done)
     with pytest.raises(LostJob, match=rf"submitit job \d+ was lost .*Its log: {tmp_path}/jobs/\d+_0_log\.out"):
         job.result()
 
@@ -173,12 +158,6 @@ def test_step_executor_overrides_the_runs_or_uses_conf() -> None:
 def test_invalid_executor_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_of(override)
-
-
-def test_executor_changes_no_key(tmp_path: Path) -> None:
-    settings = ["executor=slurm", "pipeline.pretrain.executor={gpus_per_node: 8}"]
-    plans = [plan_of(config_of(*overrides), Store(tmp_path)) for overrides in ([], settings)]
-    assert [step.key for step in plans[0]] == [step.key for step in plans[1]]
 
 
 def test_remote_gpu_requires_a_dtype(tmp_path: Path) -> None:
@@ -232,11 +211,7 @@ def test_stop_cancels_the_job_resumably(
     command = [*tiny, "stage=pretrain", "pretrain.num_iterations=3000", "machine.checkpoint_seconds=0"]
     command += [f"outputs={outputs}", f"pipeline.pretrain.executor={kind}"]
     process = start_mlxchat(*command)
-    until = time.monotonic() + 300
-    while not list(outputs.glob("work/*/ckpt/[0-9]*/state.json")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    wait_until(lambda: saved_trainings(outputs), process)
     process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 130, text
@@ -252,11 +227,7 @@ def test_lost_job_fails_its_step_resumably(
     command = [*tiny, "stage=pretrain", "pretrain.num_iterations=60", "machine.checkpoint_seconds=0"]
     command += [f"outputs={outputs}", "pipeline.pretrain.executor=submitit_local"]
     process = start_mlxchat(*command)
-    until = time.monotonic() + 300
-    while not list(outputs.glob("work/*/ckpt/[0-9]*/state.json")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_until(lambda: saved_trainings(outputs), process)
     (log,) = outputs.glob("work/*/attempts.jsonl")
     os.kill(int(re.findall(r'"pid": (\d+)', log.read_text())[-1]), signal.SIGKILL)
     text, _ = process.communicate(timeout=300)
@@ -270,8 +241,3 @@ def test_lost_job_fails_its_step_resumably(
     made = read_manifest(refs_of(Store(outputs))["pretrain"])
     assert [attempt["outcome"] for attempt in made["attempts"]] == ["killed", "done"]
     assert made["attempts"][1]["resumed_from"] > 0
-
-
-def test_ray_and_submitit_are_imported_only_if_used() -> None:
-    code = "import sys, mlxchat.sweep.job; sys.exit('ray' in sys.modules or 'submitit' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import Any
 import pytest
 
 from kit.toys import ONE
+from mlxchat.config.schema import TaskItem
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.runner import keys
 from mlxchat.runner.keys import FileCache
 from mlxchat.store import attempts
-from mlxchat.store.fingerprint import hash_file
+from mlxchat.store.fingerprint import hash_file, identity_of
 
 
 @dataclass
@@ -64,76 +64,29 @@ def test_file_changed_since_planning_fails_the_step(toys: Any, tmp_path: Path) -
     assert list(toys.store.manifests()) == []
 
 
-def test_unchanged_file_passes(toys: Any, tmp_path: Path) -> None:
-    reading(toys, tmp_path, COPY)
-    toys.run(toys.plan(ONE))
-    assert [step.state for step in toys.plan(ONE)] == ["done"]
+def test_hash_cache_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, cache = tmp_path / "text.txt", tmp_path / "index" / "files.json"
+    text.write_text("old")
 
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("old")
-    hour = time.time_ns() - 3_600_000_000_000
-    os.utime(path, ns=(hour, hour))
-    return path
-
-
-def remembered(tmp_path: Path, read: Callable[[Path], Any] = hash_file) -> FileCache:
-    (tmp_path / "index").mkdir(exist_ok=True)
-    return FileCache(tmp_path / "index" / "files.json", "files", read)
-
-
-def test_old_file_is_hashed_once(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
-    hashes = remembered(tmp_path)
-    digest = hashes.of(str(text))
-    hashes.save()
-    assert remembered(tmp_path, lambda path: pytest.fail("hashed again")).of(str(text)) == digest
-
-
-def test_recently_changed_file_is_hashed_each_time(text: Path, tmp_path: Path) -> None:
-    for content in ("one", "two"):
-        text.write_text(content)
-        hashes = remembered(tmp_path)
-        assert hashes.of(str(text)) == hash_file(text)
+    def digest(read: Callable[[Path], Any] = hash_file) -> str:
+        """Return the digest that a new process finds."""
+        hashes = FileCache(cache, "files", read)
+        found = str(hashes.of(str(text)))
         hashes.save()
-    assert not (tmp_path / "index" / "files.json").exists()
+        return found
 
-
-def test_change_with_equal_size_and_time_is_noticed(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    old = digest()
+    assert not cache.exists(), "a recently changed file may change again within its times' resolution"
     monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
-    hashes = remembered(tmp_path)
-    before, status = hashes.of(str(text)), text.stat()
-    hashes.save()
+    cache.parent.mkdir()
+    assert digest() == digest(lambda path: pytest.fail("hashed again")) == old
+    whole, status = cache.read_text(), text.stat()
+    for damaged in (whole[:20], "", "[1]", "\0", whole.replace("files", "others"), whole.replace("[", '["x", ')):
+        cache.write_text(damaged)
+        assert digest() == old
     text.write_text("new")
     os.utime(text, ns=(status.st_atime_ns, status.st_mtime_ns))  # as `touch -r` does; the inode's own time moves on
-    assert remembered(tmp_path).of(str(text)) != before
-
-
-DAMAGES = (
-    lambda text: text[: len(text) // 2],
-    lambda text: "",
-    lambda text: "[1]",
-    lambda text: "\0",
-    lambda text: text.replace("files", "others"),
-    lambda text: text.replace("[", '["x", '),
-)
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_hash_cache_is_ignored(
-    damage: Callable[[str], str], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
-    hashes = remembered(tmp_path)
-    hashes.of(str(text))
-    hashes.save()
-    cache = tmp_path / "index" / "files.json"
-    cache.write_text(damage(cache.read_text()))
-    assert remembered(tmp_path).of(str(text)) == hash_file(text)
+    assert digest() == hash_file(text) != old
 
 
 @dataclass
@@ -158,3 +111,15 @@ def test_empty_folder_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"outside\.path: .*no folder with files"):
         keys.pin_externals({"outside": Folder(str(tmp_path / name))})
+
+
+def test_moved_file_keeps_its_key_and_another_setting_changes_it(tmp_path: Path) -> None:
+    def section(one: str, other: str) -> dict[str, Any]:
+        return {"sft": {"a": TaskItem(task="jsonl", path=one), "b": TaskItem(task="jsonl", path=other)}}
+
+    paths = [str(tmp_path / name) for name in ("a.jsonl", "b.jsonl", "moved.jsonl")]
+    for path, text in zip(paths, ("one", "two", "one"), strict=True):
+        Path(path).write_text(text)
+    here, moved, exchanged = section(*paths[:2]), section(paths[2], paths[1]), section(paths[1], paths[0])
+    assert identity_of(here) == identity_of(moved) == identity_of(exchanged)
+    assert keys.pin_externals(here) == keys.pin_externals(moved) != keys.pin_externals(exchanged)

@@ -9,7 +9,7 @@ import pytest
 
 from kit.artifacts import find_faults
 from kit.toys import ONE, ToySection
-from mlxchat.errors import DataError, StepFailed, StoreError
+from mlxchat.errors import DataError, StoreError
 from mlxchat.store import locks
 from mlxchat.store.gc import Limits, find_garbage
 from mlxchat.store.manifest import read_manifest
@@ -95,14 +95,6 @@ def test_resumed_training_publishes_each_model_once(training: Any, tmp_path: Any
     assert list((training.outputs / "work").iterdir()) == []
 
 
-def test_forced_training_publishes_again(training: Any) -> None:
-    training.run(training.plan(ONE))
-    training.add("make", TRAINING.replace("str(done)", "str(-done)"), produces="checkpoint", outputs=("result.txt",))
-    training.run(training.plan(ONE, force=["one"]))
-    assert (resolve(training.store, "run2/one@2") / "result.txt").read_text() == "-2"
-    assert (resolve(training.store, "run1/one@2") / "result.txt").read_text() == "2"
-
-
 def test_running_training_names_its_last_model(training: Any, tmp_path: Any) -> None:
     fail_after(training, 5, tmp_path)
     store = training.store
@@ -114,13 +106,6 @@ def test_running_training_names_its_last_model(training: Any, tmp_path: Any) -> 
     assert {find(training.store, name).place.joinpath("result.txt").read_text() for name in names[:1]} == {"6"}
     with pytest.raises(StoreError, match=r'run1 has no "two", only one@2, one@4'):
         find(store, "run1/two")
-
-
-def test_incomplete_intermediate_model_fails_the_training(training: Any) -> None:
-    training.add("make", TRAINING, produces="checkpoint", outputs=("result.txt", "third.txt"))
-    with pytest.raises(StepFailed, match=r"step one did not make third\.txt after iteration 2"):
-        training.run(training.plan(ONE))
-    assert list(training.store.manifests()) == []
 
 
 def test_gc_treats_intermediate_models_like_others(training: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import DataError, Interrupted
-from mlxchat.store.naming import called, describe_model, find, find_model, latest, refs_of
+from mlxchat.store.naming import called, find, find_model, latest, refs_of
 from mlxchat.sweep.job import _name_again
 
 BASE = {"corpus": {"stage": "make"}, "pretrain": {"stage": "pretrain", "source": "corpus"}}
@@ -34,37 +34,22 @@ def chosen(models: Any) -> tuple[str, str]:
     return found.place.name.split("-")[0], str(found.run)
 
 
-def test_latest_is_the_last_run_with_a_model(models: Any) -> None:
+def test_latest_is_the_last_run_that_finished_a_model(models: Any) -> None:
     models.run(models.plan(WHOLE))
     assert (chosen(models), set(refs_of(models.store))) == (("sft", "run1"), set(WHOLE))
     models.config.toy.number = 2
-    models.run(models.plan(BASE))
-    assert (chosen(models), set(refs_of(models.store))) == (("pretrain", "run2"), set(BASE))
-    assert find(models.store, "sft").run == "run1", "a step that the latest run lacks is of the last run that has it"
-
-
-def test_run_without_a_model_keeps_latest(models: Any) -> None:
-    models.run(models.plan(WHOLE))
-    models.config.toy.number = 2
     models.run(models.plan({"corpus": BASE["corpus"]}))
-    assert chosen(models) == ("sft", "run1")
-
-
-def test_completed_run_of_reused_models_becomes_latest(models: Any) -> None:
-    models.run(models.plan(WHOLE))
-    models.config.toy.number = 2
+    assert chosen(models) == ("sft", "run1"), "the other run has no model"
     models.run(models.plan(BASE))
+    assert (chosen(models), set(refs_of(models.store))) == (("pretrain", "run3"), set(BASE))
+    assert find(models.store, "sft").run == "run1", "a step that the latest run lacks is of the last run that has it"
     models.config.toy.number = 1
     models.run(models.plan(WHOLE))
-    assert chosen(models) == ("sft", "run3")
-
-
-def test_failed_run_without_own_model_is_not_latest(models: Any) -> None:
-    models.run(models.plan(WHOLE))
+    assert chosen(models) == ("sft", "run4"), "its models are reused"
     models.add("sft", "raise DataError('no')", inputs={"source": "checkpoint"}, produces="checkpoint", version=2)
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"^no$"):
         models.run(models.plan(WHOLE))
-    assert chosen(models) == ("sft", "run1")
+    assert chosen(models) == ("sft", "run4"), "the failed run finished no model"
 
 
 def test_stopped_run_with_a_model_is_latest(models: Any) -> None:
@@ -100,15 +85,6 @@ def repeated(models: Any, pipeline: dict[str, dict[str, str]]) -> None:
     _name_again(compose_config(["name=again"]), models.plan(pipeline), models.store, name)
 
 
-def test_finished_command_makes_its_run_latest(models: Any) -> None:
-    models.run(models.plan(WHOLE))
-    models.config.toy.number = 2
-    models.run(models.plan(BASE))
-    models.config.toy.number = 1
-    repeated(models, WHOLE)
-    assert chosen(models) == ("sft", "run1")
-
-
 def test_unnamed_artifact_of_a_killed_run_gets_named(models: Any) -> None:
     models.run(models.plan({"corpus": BASE["corpus"]}))
     shutil.rmtree(models.outputs / "refs")
@@ -140,13 +116,6 @@ def test_old_mixed_latest_folder_is_replaced(models: Any) -> None:
     models.run(models.plan(BASE))
     assert link.is_symlink()
     assert chosen(models) == ("pretrain", "run3")
-
-
-def test_model_description_has_step_run_artifact_time(models: Any) -> None:
-    models.run(models.plan(WHOLE))
-    found = find_model(models.store, None)
-    published = json.loads((found.place / "manifest.json").read_text())["published"][:16].replace("T", " ")
-    assert describe_model(models.store, found) == f"sft of run run1 ({found.place.name}, {published})"
 
 
 @pytest.mark.parametrize(

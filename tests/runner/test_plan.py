@@ -6,6 +6,7 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.errors import ConfigError
-from mlxchat.runner import keys
 from mlxchat.runner.plan import order_steps, pin_externals
+from mlxchat.runner.reasons import estimate_steps
 from mlxchat.runner.stage import Stages, read_stage
-from mlxchat.store import fingerprint
 from mlxchat.store import manifest as manifest_module
 
 CHAIN = {
@@ -34,11 +34,6 @@ REAL = {
 }
 
 
-def changed(**steps: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Return the real pipeline with steps replaced."""
-    return {**REAL, **steps}
-
-
 @given(st.permutations(list(REAL)), st.none() | st.lists(st.sampled_from(list(REAL)), min_size=1))
 def test_steps_are_in_topological_order(names: list[str], targets: list[str] | None) -> None:
     pipeline = {name: REAL[name] for name in names}
@@ -48,10 +43,6 @@ def test_steps_are_in_topological_order(names: list[str], targets: list[str] | N
     for step in order:
         sources = {source for role, source in REAL[step].items() if role != "stage"}
         assert sources <= set(order[: order.index(step)])
-
-
-def test_order_of_the_file_is_kept_if_topological() -> None:
-    assert order_steps(REAL, None, Stages()) == list(REAL)
 
 
 @pytest.mark.parametrize(
@@ -68,71 +59,38 @@ def test_target_includes_only_needed_steps(target: str, steps: list[str]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("pipeline", "message"),
+    ("steps", "message"),
     [
+        ({"sft": {"stage": "stf", "checkpoint": "pretrain"}}, r'pipeline\.sft\.stage is "stf".*mean "sft"\?'),
+        ({"sft": {"checkpoint": "pretrain"}}, r"pipeline\.sft.*stage"),
+        ({"sft": {"stage": "sft", "checkpont": "pretrain"}}, r'"checkpont" is not a role.*mean "checkpoint"\?'),
+        ({"sft": {"stage": "sft", "checkpoint": "pretrian"}}, r'is "pretrian".*Did you mean "pretrain"\?'),
+        ({"sft": {"stage": "sft"}}, r"pipeline\.sft\.checkpoint is missing: stage sft needs a checkpoint"),
+        ({"sft": {"stage": "sft", "checkpoint": "corpus"}}, "checkpoint is corpus, a corpus; expected a checkpoint"),
         (
-            changed(sft={"stage": "stf", "checkpoint": "pretrain"}),
-            r'pipeline\.sft\.stage is "stf".*Did you mean "sft"\?',
+            {"eval_sft": {"stage": "eval", "checkpoint": "sft", "corpus": "tokenizer"}},  # an optional role
+            r"eval_sft\.corpus is tokenizer, a tokenizer; expected a corpus",
         ),
-        (changed(sft={"checkpoint": "pretrain"}), r"pipeline\.sft.*stage"),
+        ({"sft": {"stage": "sft", "checkpoint": "sft"}}, r"cycle: sft → sft"),
         (
-            changed(sft={"stage": "sft", "checkpont": "pretrain"}),
-            r'"checkpont" is not a role.*Did you mean "checkpoint"\?',
+            {"a": {"stage": "sft", "checkpoint": "b"}, "b": {"stage": "sft", "checkpoint": "a"}},
+            r"cycle: a → b → a",
         ),
-        (changed(sft={"stage": "sft", "checkpoint": "pretrian"}), r'is "pretrian".*Did you mean "pretrain"\?'),
-        (changed(sft={"stage": "sft"}), r"pipeline\.sft\.checkpoint is missing: stage sft needs a checkpoint"),
-        (
-            changed(sft={"stage": "sft", "checkpoint": "corpus"}),
-            r"checkpoint is corpus, a corpus; expected a checkpoint",
-        ),
-        (
-            changed(pretrain={"stage": "pretrain", "corpus": "tokenizer", "tokenizer": "corpus"}),
-            r"a tokenizer; expected a c",
-        ),
-        (changed(sft={"stage": "sft", "checkpoint": "eval_sft"}), r"eval_sft, a scores; expected a checkpoint"),
-        (changed(sft={"stage": "sft", "checkpoint": "sft"}), r"cycle: sft → sft"),
-        (changed(a={"stage": "sft", "checkpoint": "b"}, b={"stage": "sft", "checkpoint": "a"}), r"cycle: a → b → a"),
     ],
 )
-def test_wrong_wiring_gets_a_suggestion(pipeline: dict[str, dict[str, str]], message: str) -> None:
+def test_wrong_wiring_gets_a_suggestion(steps: dict[str, dict[str, str]], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        order_steps(pipeline, None, Stages())
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("sftt", r'"sftt" is neither a stage nor a step.*Did you mean "sft"\?'),
-        ("midtrain", r'"midtrain".*no step of this stage'),
-    ],
-)
-def test_unknown_target_is_refused(target: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        order_steps(REAL, [target], Stages())
+        order_steps(REAL | steps, None, Stages())
 
 
 def test_wiring_mistakes_are_reported_together() -> None:
-    wrong = changed(sft={"stage": "sft"}, eval_sft={"stage": "evla"}, more={"stage": "rl", "checkpoint": "nope"})
-    with pytest.raises(ConfigError) as caught:
-        order_steps(wrong, ["nothing"], Stages())
+    wrong = {"sft": {"stage": "sft"}, "eval_sft": {"stage": "evla"}, "more": {"stage": "rl", "checkpoint": "nope"}}
+    with pytest.raises(ConfigError, match=r'"sftt" is neither a stage nor a step.*Did you mean "sft"\?') as caught:
+        order_steps(REAL | wrong, ["sftt", "midtrain"], Stages())
     lines = str(caught.value).splitlines()
     assert [line.split()[0] for line in lines] == [
-        "pipeline.sft.checkpoint",
-        "pipeline.eval_sft.stage",
-        "pipeline.more.checkpoint",
-        '"nothing"',
-    ]
-
-
-def test_optional_role_may_be_empty_but_not_of_wrong_kind() -> None:
-    assert "eval_sft" in order_steps(REAL, None, Stages())
-    with pytest.raises(ConfigError, match=r"eval_sft\.corpus is tokenizer, a tokenizer; expected a corpus"):
-        order_steps(changed(eval_sft={"stage": "eval", "checkpoint": "sft", "corpus": "tokenizer"}), None, Stages())
-
-
-def test_unknown_forced_step_is_refused(toys: Any) -> None:
-    with pytest.raises(ConfigError, match=r'force: tow is not.*Did you mean "two"\?'):
-        toys.plan(CHAIN, force=["tow"])
+        "pipeline.sft.checkpoint", "pipeline.eval_sft.stage", "pipeline.more.checkpoint", '"sftt"', "stage",
+    ]  # fmt: skip
 
 
 def reasons(toys: Any, **options: Any) -> dict[str, tuple[str, str]]:
@@ -182,12 +140,6 @@ def test_reason_compares_with_the_nearest_artifact(toys: Any) -> None:
     assert step.reason == "config changed: toy.number 1 → 9"
 
 
-def test_excluded_setting_reruns_nothing(toys: Any) -> None:
-    toys.run(toys.plan(CHAIN))
-    toys.config.toy.cadence, toys.config.machine = 99, {"threads": 1}
-    assert set(reasons(toys).values()) == {("done", "")}
-
-
 def test_unchanged_data_seed_is_not_listed(toys: Any) -> None:
     file = toys.package / "make.py"
     file.write_text(f'SEEDED = "both"\n{file.read_text()}')
@@ -213,13 +165,9 @@ def test_raised_version_reruns_the_stage(toys: Any) -> None:
     assert reasons(toys)["one"] == ("run", "stage changed: version 1 → 2")
 
 
-def test_unfinished_work_is_planned_as_resuming(toys: Any) -> None:
-    (step, *_) = toys.plan(CHAIN)
-    (toys.store.work(step.key) / "ckpt").mkdir(parents=True)
-    assert reasons(toys)["one"] == ("run", "missing, resumes")
-
-
-def test_targets_change_no_id(toys: Any) -> None:
+def test_targets_and_names_of_steps_change_no_id(toys: Any) -> None:
+    renamed = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
+    assert [step.key for step in toys.plan(renamed)] == [step.key for step in toys.plan(CHAIN)][:2]
     whole = {step.name: step.key for step in toys.plan(CHAIN)}
     for target in CHAIN:
         part = {step.name: step.key for step in toys.plan(CHAIN, targets=[target])}
@@ -227,38 +175,9 @@ def test_targets_change_no_id(toys: Any) -> None:
         assert target in part
 
 
-def test_step_name_changes_no_id(toys: Any) -> None:
-    renamed = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
-    assert [step.key for step in toys.plan(renamed)] == [step.key for step in toys.plan(CHAIN)][:2]
-
-
-def test_done_step_has_its_folders_name(toys: Any) -> None:
-    toys.package.joinpath("make.py").write_text(toys.package.joinpath("make.py").read_text() + '\nLABEL = "machine"\n')
-    toys.config.machine = "before"
-    toys.run(toys.plan(CHAIN))
-    folder = next(path.name for path in (toys.outputs / "store").iterdir() if path.name.startswith("make-"))
-    toys.config.machine = "after"  # another label, the same id
-    (one, *_) = toys.plan(CHAIN)
-    assert (one.state, one.artifact) == ("done", folder)
-
-
 def test_planning_writes_nothing(toys: Any) -> None:
     toys.plan(CHAIN)
     assert not toys.outputs.exists()
-
-
-def test_planning_finished_steps_reads_no_outputs(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    toys.run(toys.plan(CHAIN))
-    toys.plan(CHAIN)
-
-    def refuse(path: Path) -> str:
-        raise AssertionError(f"{path} was hashed")
-
-    for module in (keys, manifest_module, fingerprint):
-        monkeypatch.setattr(module, "hash_file", refuse, raising=False)
-    for path in (toys.outputs / "store").glob("*/result.txt"):
-        path.unlink()  # not missed: only `verify` and what uses an input look at its bytes
-    assert set(reasons(toys).values()) == {("done", "")}
 
 
 def test_planning_reads_only_needed_manifests(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +191,25 @@ def test_planning_reads_only_needed_manifests(toys: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(manifest_module, "load_manifest", lambda path: seen.append(path) or read(path))
     assert {step.state for step in toys.plan(pipeline)} == {"done"}
     assert len(seen) == len(set(seen)) == 20, "of each step its record and its manifest"
+
+
+def test_estimate_comes_from_the_nearest_artifact_of_this_size() -> None:
+    def made(label: str, epochs: int, seconds: float) -> dict[str, Any]:
+        return {
+            "name": f"sft-{label}-{'a' * 16}", "config": {"sft": {"num_epochs": epochs}}, "version": 1,
+            "inputs": {}, "seed": 1, "published": "2026", "seconds": seconds, "outputs": [{"bytes": 7}],
+        }  # fmt: skip
+
+    def estimated(label: str) -> Any:
+        step: Any = SimpleNamespace(
+            name="sft", stage=SimpleNamespace(name="sft"), done=False, title=f"sft-{label}",
+            identity={"sft": {"num_epochs": 2}},
+        )  # fmt: skip
+        store: Any = SimpleNamespace(recent=lambda stage: iter([made("d4", 9, 1.0), made("d4", 2, 5.0)]))
+        return estimate_steps([step], store)["sft"]
+
+    assert (estimated("d4").seconds, estimated("d4").bytes) == (5.0, 7)
+    assert estimated("d20") is None
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import CoreConfig, HubConfig, TaskItem
-from mlxchat.errors import ConfigError, DataError, MlxchatError
+from mlxchat.errors import ConfigError, MlxchatError
 from mlxchat.hub import listings
 from mlxchat.runner.keys import find_unknown, pin_externals
 from mlxchat.store.fingerprint import identity_of
@@ -63,11 +63,6 @@ def test_commit_and_branch_give_the_same_key(section: Any, hub: Any, repositorie
     assert identity_of(commit) == identity_of(branch)
 
 
-def test_repository_changes_the_key(hub: Any, repositories: list[Any]) -> None:
-    hub.add("me/copy", {"main/test-0.parquet": b"rows"})
-    assert pin_externals(task()) != pin_externals(task(repository="me/copy"))
-
-
 def test_offline_uses_the_recorded_commit(
     hub: Any, repositories: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,11 +80,6 @@ def test_unresponsive_hub_is_requested_once(hub: Any, repositories: list[Any], m
     asked = len(hub.log)
     assert find_unknown(pin_externals(task())) == {"suite.maths.source": "openai/gsm8k at main"}
     assert len(hub.log) == asked == 1
-
-
-def test_missing_repository_is_refused_while_planning(hub: Any) -> None:
-    with pytest.raises(DataError, match=r"org/texts: the Hub at .* has no such dataset or revision"):
-        pin_externals(hub_corpus())
 
 
 def test_file_and_url_with_equal_bytes_share_a_key(hub: Any, tmp_path: Path) -> None:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mlxchat.errors import Interrupted
 from mlxchat.runner import run as run_module
 from mlxchat.runner.run import Run, Waiting
-from mlxchat.store.attempts import iteration
 from mlxchat.store.environment import Environment
 from mlxchat.store.files import Records
 
@@ -49,18 +47,6 @@ def test_waiting_line_follows_the_holders_progress(
     assert said == [who, f"{who}, at iteration 1", f"{who}, at iteration 2"]
 
 
-def test_waiting_line_shows_a_new_holder(
-    run: Run, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_module, "REFRESH_SECONDS", 0.0)
-    lock = tmp_path / "x.lock"
-    begin, look = Waiting(run, "train", lock, doing="has the GPU").calls
-    begin(OWNER)
-    lock.write_text(json.dumps(OWNER | {"pid": 13, "host": "beta"}))
-    look()
-    assert said[1] == "train      waits: process 13 on beta (run run7) has the GPU"
-
-
 @pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
 def test_stop_ends_the_wait(number: int, code: int, run: Run, tmp_path: Path) -> None:
     _, look = Waiting(run, "train", tmp_path / "x.lock", doing="is making it").calls
@@ -69,14 +55,3 @@ def test_stop_ends_the_wait(number: int, code: int, run: Run, tmp_path: Path) ->
     with pytest.raises(Interrupted, match=r"stopped while train waited\. The same command continues") as caught:
         look()
     assert caught.value.exit_code == code
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [(b"", None), (b'{"iteration": 3}\n{"iter', 3), (b'{"loss": 1}\n', None), (b"\xff\n[]\n", None)],
-)
-def test_last_iteration_is_read_from_partial_records(content: bytes, expected: Any, tmp_path: Path) -> None:
-    (tmp_path / "ckpt" / "records").mkdir(parents=True)
-    (tmp_path / "ckpt" / "records" / "metrics.jsonl").write_bytes(content)
-    assert iteration(tmp_path) == expected
-    assert iteration(tmp_path / "nothing") is None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,25 +94,6 @@ def test_full_disk_is_one_message(shared: SharedArtifacts) -> None:
         obtain(shared, fail)
 
 
-def test_one_of_many_threads_creates_it(shared: SharedArtifacts) -> None:
-    made: list[int] = []
-    places: list[Path] = []
-
-    def make(folder: Path) -> dict[str, float]:
-        made.append(threading.get_ident())
-        time.sleep(0.05)
-        return write(folder)
-
-    threads = [threading.Thread(target=lambda: places.append(obtain(shared, make))) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1
-    assert len(places) == 8
-    assert len(set(places)) == 1
-
-
 def test_waiting_is_reported_once_and_can_be_stopped(shared: SharedArtifacts) -> None:
     lines: list[str] = []
     patience = [1, 2, 3]
@@ -156,36 +137,20 @@ def start(outputs: Path, log: Path, slow: float) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
 
-def start_and_kill(shared: SharedArtifacts, log: Path) -> None:
-    """Kill a process while it creates the artifact; meanwhile other runs leave its work alone."""
+def test_killed_process_leaves_no_artifact(shared: SharedArtifacts, tmp_path: Path) -> None:
+    log = tmp_path / "log"
     process = start(shared.outputs, log, 60)
     while not any((shared.outputs / "work").glob("*/out/tokens")):
         time.sleep(0.005)
     Store(shared.outputs).prepare()
-    assert len(list((shared.outputs / "work").iterdir())) == 1
+    assert len(list((shared.outputs / "work").iterdir())) == 1, "other runs leave its work alone"
     process.send_signal(signal.SIGKILL)
     process.communicate()
-
-
-def test_one_of_two_processes_creates_it(shared: SharedArtifacts, tmp_path: Path) -> None:
-    processes = [start(shared.outputs, tmp_path / "log", 0.3) for _ in range(2)]
-    assert [process.communicate(timeout=60)[0] for process in processes] == ["content\n", "content\n"]
-    assert (tmp_path / "log").read_text() == "made\n"
-    assert list((shared.outputs / "work").iterdir()) == []
-
-
-def test_killed_process_leaves_no_artifact(shared: SharedArtifacts, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    start_and_kill(shared, log)
     assert list((shared.outputs / "store").iterdir()) == []
+    copied = Store(shutil.copytree(shared.outputs, tmp_path / "copied"))
+    copied.prepare()
+    assert list((copied.outputs / "work").iterdir()) == [], "a run that does not need the artifact removes its work"
     assert start(shared.outputs, log, 0).communicate(timeout=60)[0] == "content\n"
     assert log.read_text() == "made\nmade\n"
     (manifest,) = Store(shared.outputs).manifests()
     assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["killed", "done"]
-
-
-def test_next_run_removes_the_work_of_a_killed_process(shared: SharedArtifacts, tmp_path: Path) -> None:
-    """Also if that run does not need the artifact."""
-    start_and_kill(shared, tmp_path / "log")
-    Store(shared.outputs).prepare()
-    assert list((shared.outputs / "work").iterdir()) == []

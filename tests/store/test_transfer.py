@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
-import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,8 @@ from typing import Any
 import pytest
 
 from kit.artifacts import find_faults
-from kit.commands import Say, run_here
+from kit.commands import run_here
 from mlxchat.errors import StoreError
-from mlxchat.store import crash, locks
 from mlxchat.store.files import seal
 from mlxchat.store.fingerprint import compute_key
 from mlxchat.store.gc import Limits, find_garbage
@@ -57,6 +54,9 @@ def test_export_and_import_keep_every_byte(form: str, made: Any, tmp_path: Path)
     assert [fault for place in new for fault in find_faults(other, place)] == []
     assert import_all(other, tmp_path / form)[0] == [], "the second time nothing is new"
     assert [item for item in find_garbage(other, Limits()).garbage if item.kind == "artifact"] == []
+    assert latest(other).startswith("imported-")
+    names = {step: place.name for step, place in refs_of(other).items()}
+    assert names == {step: resolve(made.store, step).name for step in PIPELINE}
 
 
 @pytest.mark.parametrize("form", ["folder/store", "copy", "artifact"])
@@ -69,38 +69,6 @@ def test_store_folder_or_single_artifact_can_be_imported(form: str, made: Any, t
         what = what if verb == "local" or form == "artifact" else f"file://{what}"
         assert run_here("pull", what, f"outputs={other.outputs}") == 0
         assert contents(other.outputs / "store") == contents(made.store.outputs / "store")
-
-
-def test_imported_artifacts_keep_their_step_names(made: Any, tmp_path: Path) -> None:
-    other = Store(tmp_path / "other")
-    import_all(other, exported(made, tmp_path / "folder"))
-    assert latest(other).startswith("imported-")
-    assert {step: place.name for step, place in refs_of(other).items()} == {
-        step: resolve(made.store, step).name for step in PIPELINE
-    }
-    assert resolve(other, "second").name == resolve(made.store, "second").name
-
-
-def test_waiting_import_names_the_other_process(made: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    other, place = Store(tmp_path / "other"), exported(made, tmp_path / "x.tar")
-    other.prepare()
-    with locks.hold(other.outputs / "locks" / "import.lock", {"step": "import"}, lambda owner: None):
-        second = threading.Thread(target=import_all, args=(other, place))
-        second.start()
-        until = time.monotonic() + 10
-        while "waiting" not in (printed := capsys.readouterr().err) and time.monotonic() < until:
-            time.sleep(0.01)
-    second.join()
-    assert printed == f"waiting for the import of process {os.getpid()} on {locks.host_name()}\n"
-    assert len(list(other.manifests())) == 2
-
-
-def test_imported_artifact_is_done_in_a_plan(made: Any, tmp_path: Path) -> None:
-    export(made.store, closure(made.store, [resolve(made.store, "second")]), tmp_path / "x.tar")
-    made.outputs = tmp_path / "other"
-    assert [step.state for step in made.plan(PIPELINE)] == ["run", "run"]
-    import_all(made.store, tmp_path / "x.tar")
-    assert [step.state for step in made.plan(PIPELINE)] == ["done", "done"]
 
 
 def test_import_includes_inputs_that_differ_here(made: Any, tmp_path: Path) -> None:
@@ -159,14 +127,7 @@ def test_import_refuses_damaged_artifacts(damage: str, made: Any, tmp_path: Path
     assert list((other.outputs / "work").iterdir()) == []
 
 
-EVIL = [
-    "../evil.txt",
-    "/tmp/evil.txt",
-    "store/../../evil.txt",
-    "store/a/../../../evil.txt",
-    "evil.txt",
-    "store/evil.txt",
-]
+EVIL = ["../evil.txt", "/tmp/evil.txt", "store/a/../../../evil.txt", "store/evil.txt"]
 
 
 @pytest.mark.parametrize("name", [*EVIL, "link", "hardlink", "device"])
@@ -184,18 +145,6 @@ def test_tar_with_paths_outside_is_refused(name: str, made: Any, tmp_path: Path)
         import_all(other, tmp_path / "x.tar")
     assert list((other.outputs / "store").iterdir()) == []
     assert not list(tmp_path.rglob("evil.txt"))
-
-
-def test_manifest_with_files_outside_is_refused(made: Any, tmp_path: Path) -> None:
-    place = exported(made, tmp_path / "folder")
-    path = next((place / "store").glob("copy-*")) / "manifest.json"
-    record = json.loads(path.read_text())
-    record.pop("digest", None)
-    record["schema"] = 1
-    record["outputs"].append({"path": "../../x", "bytes": 1, "sha256": "0"})
-    path.write_text(json.dumps(record))
-    with pytest.raises(StoreError, match="outside its folder"):
-        import_all(Store(tmp_path / "other"), place)
 
 
 PATHS = ["/{home}/papers", "../../../home/papers", "../latest/second", "..", ".", "a/b", "a\x1b]0;b\x07", "x" * 300]
@@ -226,35 +175,23 @@ def nested(depth: int) -> Any:
 
 MISSHAPEN = {
     "attempts of numbers": {"attempts": [5]},
-    "config deeply nested": {"config": {"a": nested(900)}},
     "externals of text": {"externals": ["x"]},
     "git a list": {"git": [1]},
     "inputs a list": {"inputs": [1]},
-    "inputs a text": {"inputs": "abc"},
-    "inputs of numbers": {"inputs": {"a": 5}},
     "inputs without rid": {"inputs": {"a": {}}},
-    "inputs with a rid that is a number": {"inputs": {"a": {"rid": 5}}},
-    "metrics a list": {"metrics": [1, 2]},
     "metrics of text": {"metrics": {"loss": "x"}},
     "metrics beyond all numbers": {"metrics": {"loss": 10**4000}},
     "outputs a number": {"outputs": 5},
-    "outputs of numbers": {"outputs": [5]},
-    "outputs without sha256": {"outputs": [{"path": "x", "bytes": 1}]},
-    "outputs with bytes as text": {"outputs": [{"path": "x", "bytes": "a", "sha256": "y"}]},
+    "outputs outside": {"outputs": [{"path": "../../x", "bytes": 1, "sha256": "0"}]},
     "outputs with negative bytes": {"outputs": [{"path": "x", "bytes": -1, "sha256": "y"}]},
     "overrides of numbers": {"overrides": [5]},
-    "published a number": {"published": 5},
     "rid a list": {"rid": ["x"]},
-    "run a list": {"run": ["x"]},
-    "seconds a text": {"seconds": "long"},
     "seconds NaN": {"seconds": float("nan")},
     "step a number": {"step": 5},
     "step half a character": {"step": "a\ud800"},
-    "version a text": {"version": "1"},
     "not an object": "[]",
     "deeply nested": json.dumps(nested(900)),
     "too deep to be parsed": "[" * 200_000 + "]" * 200_000,
-    "only a rid": '{"rid": "' + "a" * 64 + '"}',
     "a number of 5,000 digits": '{"rid": ' + "9" * 5_000 + "}",
 }
 
@@ -386,7 +323,7 @@ def test_ref_cannot_leave_its_run(step: str, made: Any) -> None:
         made.store.set_ref("run", step, resolve(made.store, "first"))
 
 
-@pytest.mark.parametrize("length", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("length", [0.0, 0.6])
 def test_cut_tar_is_refused(length: float, made: Any, tmp_path: Path) -> None:
     whole = exported(made, tmp_path / "x.tar").read_bytes()
     used = whole.rstrip(b"\0")
@@ -416,16 +353,3 @@ def test_killed_import_leaves_no_partial_artifact(point: str, made: Any, tmp_pat
     import_all(other, source)
     assert contents(other.outputs / "store") == contents(made.outputs / "store")
     assert list((other.outputs / "work").iterdir()) == []
-
-
-def test_full_disk_during_import_is_one_message(
-    made: Any, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = exported(made, tmp_path / "x.tar")
-    monkeypatch.setattr(crash, "_passed", {})
-    monkeypatch.setenv("MLXCHAT_CRASH_AT", "import.unpacked")
-    monkeypatch.setenv("MLXCHAT_CRASH_ERROR", "ENOSPC")
-    said = say("pull", str(source), f"outputs={tmp_path}/other", code=2)
-    assert "No space left" in said
-    assert "Traceback" not in said
-    assert list((tmp_path / "other" / "store").iterdir()) == []

@@ -52,15 +52,6 @@ def test_error_keeps_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [place]
 
 
-def test_folder_appears_when_complete(tmp_path: Path) -> None:
-    place = tmp_path / "deep" / "out"
-    with whole_folder(place) as folder:
-        (folder / "file").write_text("x")
-        assert not place.exists()
-    assert (place / "file").read_text() == "x"
-    assert [each.name for each in place.parent.iterdir()] == ["out"]
-
-
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
 def test_existing_path_is_replaced_only_by_force(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "out"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -68,13 +67,9 @@ def begin(job: str) -> subprocess.Popen[bytes]:
         "SLURM_JOB_NUM_NODES": "1", "SLURM_NODEID": "0", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
         "SLURM_JOB_NODELIST": "node1",
     }  # fmt: skip
-    script = STATE / f"script-{number}"
-    command = ["bash", str(script)]
-    if node := os.environ.get("SLURM_STUB_NODE"):  # another machine, in as far as its name goes
-        command = ["unshare", "--uts", "sh", "-c", f"hostname {node}; exec bash {shlex.quote(str(script))}"]
     return subprocess.Popen(
-        command, env=os.environ | variables, start_new_session=True, stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL, stderr=(STATE / f"stderr-{job}").open("ab"),
+        ["bash", str(STATE / f"script-{number}")], env=os.environ | variables, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=(STATE / f"stderr-{job}").open("ab"),
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kit.commands import CommandLine, Say, run_captured
+from kit.commands import Say, run_captured
 from kit.sweeps import Swept
 from mlxchat.errors import ConfigError
 from mlxchat.store.store import Store
@@ -155,23 +155,6 @@ def test_a_mistake_is_refused_before_anything_is_written(
     text = say("-m", *arguments, f"outputs={tmp_path}/outputs", code=2)
     assert re.search(message, text), text
     assert not (tmp_path / "outputs").exists()
-
-
-@pytest.mark.slow
-def test_sweep_over_sizes_reports_a_fit(mlxchat: CommandLine, tmp_path: Path) -> None:
-    settings = ["-m", "experiment=smoke", "stage=pretrain", "model=d2,d4,d6", "model.aspect_ratio=16"]
-    settings += ["model.head_width=16", "pretrain.num_iterations=4", "pretrain.eval_tokens=2048"]
-    done = mlxchat(*settings, f"outputs={tmp_path / 'outputs'}", timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder,) = (tmp_path / "outputs" / "multirun").iterdir()
-    assert f"report: {folder / 'report.html'}" in done.stdout
-    picture = (folder / "report" / "scaling.svg").read_text()
-    assert all(f">model=d{depth}<" in picture for depth in (2, 4, 6))
-    words = (folder / "report.md").read_text()
-    assert all(f"| model=d{depth} | {depth} |" in words for depth in (2, 4, 6))
-    again = mlxchat("report", folder.name, f"outputs={tmp_path / 'outputs'}")
-    assert again.returncode == 0, again.stderr
-    assert (folder / "report.md").read_text() == words
 
 
 def test_sweep_folder_may_use_resolvers() -> None:

@@ -12,7 +12,6 @@ import pytest
 pytest.importorskip("optuna")
 
 from kit.commands import CommandLine, Say, run_captured
-from mlxchat.sweep import search as searching
 from mlxchat.sweep.search import Trials
 
 SETTINGS = [
@@ -76,14 +75,6 @@ def test_pruned_trial_resumes_when_run_alone(halved: tuple[Path, list[str]], say
     assert [each["outcome"] for each in made["attempts"]] == ["interrupted", "done"]
 
 
-def test_repeated_halving_trains_nothing(halved: tuple[Path, list[str]], say: Say) -> None:
-    outputs, command = halved
-    before, runs = rows_of(outputs), len(list((outputs / "runs").iterdir()))
-    say(*command)
-    assert rows_of(outputs) == before
-    assert len(list((outputs / "runs").iterdir())) == runs
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["search.told:2", "train.iteration:5"])
 def test_killed_halving_ends_with_the_same_trials(
@@ -100,33 +91,3 @@ def test_killed_halving_ends_with_the_same_trials(
         return sorted((row["job"], row["status"], row["overrides"], row["curve"], row["value"]) for row in rows)
 
     assert results(tmp_path / "outputs") == results(halved[0])
-
-
-@pytest.mark.parametrize("direction", ["minimize", "maximize"])
-def test_most_iterations_go_to_the_best_trials(direction: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    space = "optimizer.matrix_lr=interval(0.1,2)"
-    settings = ["sweep=halving", "sweep.trials=27", "sweep.first_rung=10", "experiment=smoke", space]
-    search = searching._prepare([*settings, f"sweep.direction={direction}", f"outputs={tmp_path}"], [])
-    assert search is not None
-    sign = 1 if direction == "minimize" else -1
-
-    def run_trial(search: Any, number: int, trial: Any) -> Any:
-        """Train for 270 iterations; the loss falls to a floor that depends on the rate."""
-        row = {"job": number, "overrides": trial.params, "metrics": {}, "status": "done"}
-        for iteration in range(10, 271, 10):
-            value = sign * (trial.params["optimizer.matrix_lr"] + 1 / iteration)
-            trial.report(value, iteration)
-            if trial.should_prune():
-                row["status"] = "pruned"
-                break
-        return row | {"value": value, "iterations": iteration}, value
-
-    monkeypatch.setattr(searching, "_run_trial", run_trial)
-    search.folder.mkdir(parents=True)
-    trials = Trials(search.folder / "journal.log", search.direction)
-    searching._run_trials(search, trials)
-    rows = trials.rows()
-    best = min(rows, key=lambda row: float(row["overrides"]["optimizer.matrix_lr"]))
-    assert best["iterations"] == 270
-    assert sum(row["iterations"] for row in rows) < 27 * 270 / 2
-    assert [trial.state.name for trial in trials.study.trials].count("PRUNED") > 27 / 2

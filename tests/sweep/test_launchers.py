@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kit.commands import CommandLine, Say
+from kit.commands import CommandLine, Say, is_alive, saved_trainings, wait_until
 from kit.sweeps import Swept
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
@@ -48,15 +46,6 @@ def test_jobs_in_other_processes_give_the_same_table(
     assert swept.rows() == rows
 
 
-def wait_for_checkpoints(outputs: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """Wait until so many trainings have saved a state."""
-    end = time.monotonic() + 600
-    while len({path.parents[1] for path in (outputs / "work").glob("*/ckpt/[0-9]*/state.json")}) < count:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "no training has saved anything"
-        time.sleep(0.1)
-
-
 @pytest.fixture
 def long(tiny: tuple[str, ...], outputs: Path) -> list[str]:
     """A sweep of two jobs that take long and save after every iteration."""
@@ -73,7 +62,7 @@ def test_signal_stops_remote_jobs_resumably(
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = start_mlxchat(*long)
-    wait_for_checkpoints(outputs, 2, process)
+    wait_until(lambda: len(saved_trainings(outputs)) == 2, process)
     process.send_signal(number)
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 128 + number, text
@@ -89,7 +78,7 @@ def test_killed_worker_is_a_failed_row(
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = start_mlxchat(*long)
-    wait_for_checkpoints(outputs, 2, process)
+    wait_until(lambda: len(saved_trainings(outputs)) == 2, process)
     log = next((outputs / "work").glob("*/attempts.jsonl"))
     pid = int(re.findall(r'"pid": (\d+)', log.read_text())[-1])
     assert pid != process.pid
@@ -104,21 +93,10 @@ def test_killed_worker_is_a_failed_row(
 def test_jobs_of_a_killed_sweep_stop(long: list[str], outputs: Path, start_mlxchat: Callable[..., Any]) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = start_mlxchat(*long)
-    wait_for_checkpoints(outputs, 2, process)
+    wait_until(lambda: len(saved_trainings(outputs)) == 2, process)
     logs = [log.read_text() for log in (outputs / "work").glob("*/attempts.jsonl")]
     pids = {int(pid) for text in logs for pid in re.findall(r'"pid": (\d+)', text)}
     assert process.pid not in pids
     process.kill()
-    # Not waited for yet: a process that is dead and has not been buried is dead all the same.
-    end = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() and "Z" not in _state(pid) for pid in pids):
-        assert time.monotonic() < end, "jobs go on although nobody waits for them"
-        time.sleep(0.1)
+    wait_until(lambda: not any(map(is_alive, pids)), seconds=30)
     process.communicate(timeout=600)
-
-
-def _state(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "Z"

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 
-from kit.commands import Say
-from kit.sweeps import Swept
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.runner.plan import entries_of
@@ -55,34 +53,14 @@ def test_training_metrics_are_in_metrics_jsonl(finished: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "direction"),
-    [
-        ("pretrain.val_bpb", "minimize"),
-        ("pretrain.tokens_per_second", "maximize"),
-        ("eval_base.core", "maximize"),
-        ("sft.val_loss", "minimize"),
-        ("eval_sft.kinds_mc", "maximize"),
-        ("rl.pass_at_2", "maximize"),
-        ("tokenizer.bytes_per_token", "maximize"),
-    ],
-)
-def test_metrics_declare_the_right_direction(metric: str, direction: str) -> None:
-    assert find_metric(metric, None, plans("core=nanochat")) == direction
-    assert find_metric(metric, "maximize", plans("core=nanochat")) == "maximize"
-
-
-@pytest.mark.parametrize(
     ("stage", "metric", "direction"),
     [
-        ("sft", "accuracy_facts", "maximize"),
-        ("rl", "pass_at_8", "maximize"),
-        ("rl", "pass_at_8_stderr", "neither"),
-        ("eval", "val_bpb", "minimize"),
-        ("eval", "facts", "maximize"),
-        ("tokenizer", "facts", None),
+        ("pretrain", "val_bpb", "minimize"), ("pretrain", "tokens_per_second", "maximize"),
+        ("sft", "val_loss", "minimize"), ("sft", "accuracy_facts", "maximize"), ("rl", "pass_at_8", "maximize"),
+        ("rl", "pass_at_8_stderr", "neither"), ("eval", "core", "maximize"), ("tokenizer", "facts", None),
     ],
-)
-def test_metrics_named_by_data_have_a_direction(stage: str, metric: str, direction: str | None) -> None:
+)  # fmt: skip
+def test_metrics_have_the_right_direction(stage: str, metric: str, direction: str | None) -> None:
     assert Stages()[stage].direction_of(metric) == direction
 
 
@@ -118,13 +96,14 @@ def test_compare_and_ls_sort_a_metric_best_first(toys: Any, say: Any) -> None:
 @pytest.mark.parametrize(
     ("overrides", "present", "missing"),
     [
-        (["pretrain.keep=best"], ["pretrain.best_iteration", "pretrain.last_val_bpb"], []),
-        (["training.on_nan=skip"], ["sft.skipped_iterations"], []),
+        (
+            ["pretrain.keep=best", "training.on_nan=skip", "rl.eval_samples=2"],
+            ["pretrain.best_iteration", "pretrain.last_val_bpb", "sft.skipped_iterations", "rl.pass_at_2"],
+            ["rl.pass_at_3", "eval_base.core"],
+        ),
         (["core=nanochat", "eval.core.tasks=[copa]"], ["pretrain.core_tasks_estimate"], ["eval_base.core"]),
         (["suite=chatcore", "experiment=quickstart"], ["eval_mid.chatcore", "eval_mid.mmlu"], ["eval_mid.kinds_mc"]),
-        (["suite=none", "experiment=quickstart"], [], ["eval_rl.mean_centered", "eval_rl.kinds_mc"]),
-        (["rl.eval_samples=2"], ["rl.pass_at_2"], ["rl.pass_at_3"]),
-        (["stage=pretrain"], ["pretrain.val_bpb"], ["eval_base.val_bpb"]),
+        (["suite=none", "stage=pretrain"], ["pretrain.val_bpb"], ["eval_base.val_bpb", "eval_rl.kinds_mc"]),
     ],
 )
 def test_configuration_decides_which_metrics_are_recorded(
@@ -135,29 +114,20 @@ def test_configuration_decides_which_metrics_are_recorded(
     assert not found.keys() & set(missing)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "metric", "message"),
-    [
-        ([], "eval_base.core", r"not recorded here, since eval.core is null \(core=nanochat computes it\)"),
-        ([], "eval_base.cor", r'(?s)records no "cor": val_bpb, perplexity.*mean "eval_base.core".*core=nanochat'),
-        ([], "eval_sft.core", "eval_sft evaluates a chat model"),
-        ([], "sft.val_bpb", r'(?s)records no "val_bpb": val_loss, loss.*Did you mean "sft.val_loss"'),
-        ([], "kinds_mc", r'(?s)expected STEP.METRIC.*\n +eval_sft: kinds_mc, .*Did you mean "eval_mid.kinds_mc"'),
-        ([], "pretran.val_bpb", r'(?s)"pretran" is not a step of this run.*\n +pretrain: .*mean "pretrain.val_bpb"'),
-        (["stage=pretrain"], "eval_base.val_bpb", '"eval_base" is not a step of this run'),
-        ([], "pretrain.best_iteration", "pretrain.keep is last"),
-        ([], "corpus.train_chars", "give sweep.direction=minimize or sweep.direction=maximize"),
-    ],
-)
-def test_unrecorded_metric_is_refused_with_the_reason(overrides: list[str], metric: str, message: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        find_metric(metric, None, plans(*overrides))
-    assert re.search(message, str(caught.value)), str(caught.value)
-
-
-def test_sweep_sorts_maximised_metrics_descending(swept: Swept, tiny: tuple[str, ...], say: Say) -> None:
-    """More merges never give fewer bytes a token, so the largest vocabulary is the best one."""
-    settings = ["stage=tokenizer", "tokenizer.vocab_size=280,330,300", "sweep.metric=tokenizer.bytes_per_token"]
-    text = say("-m", *tiny, *settings, f"outputs={swept.outputs}")
-    assert [*swept.column("tokenizer.vocab_size")] == [330, 300, 280]
-    assert "jobs by tokenizer.bytes_per_token, largest first" in text
+def test_unrecorded_metric_is_refused_with_the_reason() -> None:
+    found = plans("rl.eval_samples=2")
+    assert find_metric("pretrain.val_bpb", None, found) == "minimize"
+    assert find_metric("pretrain.val_bpb", "maximize", found) == "maximize"
+    for metric, message in {
+        "eval_base.core": r"not recorded here, since eval.core is null \(core=nanochat computes it\)",
+        "eval_base.cor": r'(?s)records no "cor": val_bpb, perplexity.*mean "eval_base.core".*core=nanochat',
+        "eval_sft.core": "eval_sft evaluates a chat model",
+        "sft.val_bpb": r'(?s)records no "val_bpb": val_loss, loss.*Did you mean "sft.val_loss"',
+        "kinds_mc": r'(?s)expected STEP.METRIC.*\n +eval_sft: kinds_mc, .*Did you mean "eval_mid.kinds_mc"',
+        "pretran.val_bpb": r'(?s)"pretran" is not a step of this run.*\n +pretrain: .*mean "pretrain.val_bpb"',
+        "pretrain.best_iteration": "pretrain.keep is last",
+        "corpus.train_chars": "give sweep.direction=minimize or sweep.direction=maximize",
+    }.items():
+        with pytest.raises(ConfigError) as caught:
+            find_metric(metric, None, found)
+        assert re.search(message, str(caught.value)), str(caught.value)

@@ -6,8 +6,6 @@ import json
 import re
 import shlex
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,9 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from kit.commands import CommandLine, Say, run_captured
-from mlxchat.sweep.search import Trials, ask
+from mlxchat.sweep.search import Trials
 
 SEARCH = [
     "sweep=tpe", "sweep.trials=4", "sweep.random_trials=2", "sweep.name=s",
@@ -54,17 +50,6 @@ def test_search_prints_its_best_trial_and_command(undisturbed: Any, say: Say) ->
     assert say("plan", *shlex.split(command[1])).splitlines()[-1].startswith("3 steps: 3 done")
 
 
-def test_search_writes_a_table_and_a_plot(undisturbed: Any) -> None:
-    outputs = undisturbed[0]
-    folder = outputs / "multirun" / "s"
-    rows = json.loads((folder / "table.json").read_text())
-    assert [row["pretrain.val_bpb"] for row in rows] == pytest.approx(
-        sorted(trial[3] for trial in told(outputs)), abs=1e-5
-    )
-    assert rows[0].keys() >= {"trial", "optimizer.embedding_lr", "pretrain.val_bpb", "status"}
-    assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.parametrize(
     "point",
     ["search.ended:3"]
@@ -83,32 +68,6 @@ def test_killed_search_ends_like_an_uninterrupted_one(
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     say(*command)
     assert told(tmp_path / "outputs") == told(undisturbed[0])
-
-
-@pytest.mark.slow
-def test_killed_trial_resumes_from_its_last_state(
-    mlxchat: CommandLine, start_mlxchat: Callable[..., Any], tiny: tuple[str, ...], tmp_path: Path
-) -> None:
-    outputs = tmp_path / "outputs"
-    command = [
-        *tiny, "sweep=tpe", "sweep.name=s", "sweep.trials=1", "optimizer.matrix_lr=interval(0.01,0.02)",
-        "pretrain.num_iterations=150", "machine.checkpoint_seconds=0", f"outputs={outputs}",
-    ]  # fmt: skip
-    process = start_mlxchat(*command)
-    end = time.monotonic() + 600
-    while not list((outputs / "work").glob("*/ckpt/[0-9]*/state.json")):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end
-        time.sleep(0.05)
-    process.kill()
-    process.communicate()
-    again = mlxchat(*command)
-    assert again.returncode == 0, again.stdout + again.stderr
-    (after,) = told(outputs)
-    assert (after[0], after[2]) == (1, "done")
-    (manifest,) = [json.loads(path.read_text()) for path in (outputs / "store").glob("pretrain-*/manifest.json")]
-    assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["killed", "done"]
-    assert manifest["attempts"][1]["resumed_from"] > 0
 
 
 def test_finished_search_runs_nothing_again(undisturbed: Any, say: Say) -> None:
@@ -184,51 +143,3 @@ def test_a_mistake_is_refused_before_anything_is_written(
 def test_missing_optuna_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
     monkeypatch.setattr("mlxchat.sweep.search.importlib.util.find_spec", lambda name: None)
     assert "pip install 'mlxchat[search]'" in say("sweep=tpe", "seed=1,2", f"outputs={tmp_path}/outputs", code=2)
-
-
-SPACE: Any = {
-    "x": FloatDistribution(-4.0, 4.0),
-    "n": IntDistribution(1, 64, log=True),
-    "kind": CategoricalDistribution(("a", "b", "c")),
-}
-
-
-def bowl(values: dict[str, Any]) -> float:
-    """A function that is least, 0, at x=1, n=8, kind=b."""
-    distance = (values["x"] - 1) ** 2 + abs(values["n"] - 8) / 8
-    return float(distance + {"a": 2.0, "b": 0.0, "c": 1.0}[values["kind"]])
-
-
-def chosen(told: list[FrozenTrial], seed: int, *, random_trials: int) -> dict[str, Any]:
-    number = len(told) + 1
-    return ask(SPACE, told, number=number, seed=seed, random_trials=random_trials, direction="minimize").params
-
-
-def searched(count: int, seed: int, *, random_trials: int) -> list[FrozenTrial]:
-    trials: list[FrozenTrial] = []
-    for _ in range(count):
-        values = chosen(trials, seed, random_trials=random_trials)
-        trials.append(create_trial(params=values, distributions=SPACE, value=bowl(values)))
-    return trials
-
-
-def test_suggested_values_lie_in_the_space() -> None:
-    for trial in searched(12, 0, random_trials=4):
-        assert -4 <= trial.params["x"] <= 4
-        assert trial.params["n"] in range(1, 65)
-        assert trial.params["kind"] in ("a", "b", "c")
-        assert json.loads(json.dumps(trial.params)) == trial.params
-
-
-def test_search_beats_random_choice() -> None:
-    seeds = range(3)
-    guided = [min(bowl(trial.params) for trial in searched(40, seed, random_trials=8)) for seed in seeds]
-    chance = [min(bowl(trial.params) for trial in searched(40, seed, random_trials=40)) for seed in seeds]
-    assert sum(guided) < 0.6 * sum(chance)
-
-
-def test_failed_trials_do_not_guide_the_choice() -> None:
-    trials = searched(10, 0, random_trials=10)
-    assert len({trial.params["x"] for trial in trials}) == 10, "random trials depend on their number"
-    failed = [create_trial(state=TrialState.FAIL, params=trials[0].params, distributions=SPACE) for _ in range(4)]
-    assert -4 <= chosen(trials + failed, 0, random_trials=4)["x"] <= 4

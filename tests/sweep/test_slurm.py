@@ -7,17 +7,18 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kit.commands import saved_trainings, wait_until
 from kit.sweeps import Swept
-from mlxchat.composition.compose import compose_config
+from mlxchat.composition.compose import Composed, compose_config
 from mlxchat.errors import Interrupted
 from mlxchat.runner import executors
+from mlxchat.runner.plan import PlannedStep
 from mlxchat.store import locks
 from mlxchat.store.manifest import read_manifest
 from mlxchat.sweep import launchers
@@ -58,7 +59,7 @@ def sweep(stub: Path, outputs: Path, tiny: tuple[str, ...], start_mlxchat: Any) 
     """Start a sweep of pretrainings through SLURM, each iteration of which is saved."""
 
     def start(*overrides: str, parallel: int = 2) -> subprocess.Popen[str]:
-        return start_mlxchat(  # type: ignore[no-any-return]
+        return start_mlxchat(  # type: ignore[no-any-return]  # the fixture is Any
             "-m", *tiny, "stage=pretrain", "machine.checkpoint_seconds=0", *overrides, "executor=slurm",
             f"executor.array_parallelism={parallel}", "executor.timeout_min=5", f"outputs={outputs}",
         )  # fmt: skip
@@ -71,13 +72,9 @@ def script_of_array(stub: Path) -> Path:
     return max(stub.glob("script-*"), key=lambda path: int(path.name.partition("-")[2]))
 
 
-def pid_of(stub: Path, number: int, process: subprocess.Popen[str], outputs: Path, saves: int = 1) -> int:
-    """Wait until so many trainings have saved a state, and return the process of a task of the job array."""
-    end = time.monotonic() + 900
-    while len(list((outputs / "work").glob("*/ckpt/[0-9]*/state.json"))) < saves:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < end, "no training has saved anything"
-        time.sleep(0.1)
+def pid_of(stub: Path, number: int, process: subprocess.Popen[str], outputs: Path) -> int:
+    """Wait until a training has saved a state, and return the process of a task of the job array."""
+    wait_until(lambda: saved_trainings(outputs), process)
     array = script_of_array(stub).name.partition("-")[2]
     return int((stub / f"pid-{array}_{number}").read_text())
 
@@ -182,7 +179,10 @@ def test_queue_interruption_leaves_no_row(
     folder = SweepFolder(tmp_path / "sweep")
     folder.write_state({})
     overrides = [*tiny, "stage=tokenizer", f"outputs={tmp_path}/outputs"]
-    prepare = lambda: (compose_config(overrides), [])  # noqa: E731
+
+    def prepare() -> tuple[Composed, list[PlannedStep]]:
+        return compose_config(overrides), []
+
     with locks.hold(folder.lock, {}, lambda owner: None):
         with pytest.raises(SystemExit):
             launchers.run_job(folder, 1, overrides, prepare, leave)
@@ -205,13 +205,8 @@ def test_sbatch_array_of_the_guide_requeues(stub: Path, outputs: Path, tiny: tup
     assert command in script
     (tmp_path / "script.sh").write_text(script.replace("--array=0-2", "--array=0-1%1"))
     subprocess.run(["sbatch", str(tmp_path / "script.sh")], check=True)
-    end = time.monotonic() + 900
-    while not list((outputs / "work").glob("*/ckpt/[0-9]*/state.json")):
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    wait_until(lambda: saved_trainings(outputs))
     os.kill(int((stub / "pid-1000_0").read_text()), signal.SIGTERM)
-    while [(stub / f"state-1000_{task}").read_text() for task in (0, 1)] != ["COMPLETED"] * 2:
-        assert time.monotonic() < end, [(stub / f"stderr-1000_{task}").read_text() for task in (0, 1)]
-        time.sleep(0.2)
+    wait_until(lambda: [(stub / f"state-1000_{task}").read_text() for task in (0, 1)] == ["COMPLETED"] * 2)
     assert [each["outcome"] for each in attempts(outputs)] == ["interrupted", "done"]
     assert attempts(outputs)[1]["resumed_from"] > 0
