@@ -114,12 +114,6 @@ def test_recently_changed_file_prevents_caching(home: Path, tmp_path: Path, monk
     assert not home.exists()
 
 
-def test_invalid_value_is_refused_each_time() -> None:
-    for _ in range(2):
-        with pytest.raises(ConfigError, match="window_pattern"):
-            compose_config(["architecture.window_pattern=XYZ"])
-
-
 def test_shipped_yaml_uses_no_resolver_but_now() -> None:
     resolvers = [
         (path.name, found)

@@ -15,11 +15,9 @@ from typing import get_type_hints
 
 import pytest
 import yaml
-from omegaconf import DictConfig, OmegaConf
 
 from kit.models import composed
-from mlxchat.composition import compose
-from mlxchat.composition.compose import compose_config, group_names, group_options
+from mlxchat.composition.compose import compose_config, group_options
 from mlxchat.composition.overrides import implied_experiment
 from mlxchat.composition.problems import find_problems
 from mlxchat.composition.sections import config_of
@@ -90,15 +88,6 @@ def test_every_file_composes_and_plans(files: list[Path], tmp_path: Path) -> Non
         config_of=partial(config_of, config),
     )  # fmt: skip
     assert len({step.key for step in plan}) == len(plan) >= 1
-
-
-def test_groups_are_the_folders_of_conf() -> None:
-    on_disk = {file.parent.as_posix() for file in FILES}
-    assert set(group_names()) == on_disk | {"model"}
-    assert {f"{group}/{option}.yaml" for group in on_disk for option in group_options(group)} == {
-        str(file) for file in FILES
-    }
-    assert group_options("model") == [f"d{depth}" for depth in range(1, 65)]
 
 
 def test_stage_only_selects_targets() -> None:
@@ -252,28 +241,6 @@ def test_experiments_set_no_part_of_other_groups() -> None:
         assert [key for key in keys if f"{key}.".startswith(tuple(f"{section}." for section in sections))] == [], file
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", group_options("experiment"))
-def test_corpus_option_is_independent_of_the_experiment(name: str) -> None:
-    for option in group_options("corpus"):
-        given = {"files": ["corpus.paths=[a.txt]"], "hub": ["corpus.hub.repository=somebody/something"]}.get(option, [])
-        alone = OmegaConf.to_container(corpus_alone(option), resolve=True)
-        found = compose._compose([f"experiment={name}", f"corpus={option}", *given], primary=None, schema=Config).corpus
-        expected = {"packages": [], "paths": [], **alone} | ({"paths": ["a.txt"]} if option == "files" else {})
-        if option == "hub":
-            expected["hub"]["repository"] = "somebody/something"
-        assert OmegaConf.to_container(found) == expected, option
-
-
-def corpus_alone(option: str) -> DictConfig:
-    """Return the values in an option's file, and in the option that it extends."""
-    file = OmegaConf.load(ROOT / "conf" / "corpus" / f"{option}.yaml")
-    assert isinstance(file, DictConfig)
-    for base in reversed([base for base in file.pop("defaults", []) if base != "_self_"]):
-        file = OmegaConf.merge(corpus_alone(base), file)
-    return file
-
-
 def test_own_text_replaces_the_smoke_corpus(tmp_path: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text("Some text.")
@@ -289,7 +256,7 @@ def test_seed_changes_no_validation_data() -> None:
 
     def context(config: Config) -> Context:
         return Context(
-            step="sft", config=None, inputs={}, input_steps={}, out=Path(), work=Path(), stage="sft",  # type: ignore[arg-type]
+            step="sft", config=None, inputs={}, input_steps={}, out=Path(), work=Path(), stage="sft",  # type: ignore[arg-type]  # not read
             root_seed=config.seed, root_data_seed=config.data_seed, stop_signal=lambda: None,
             on_metrics=lambda step, record: None,
         )  # fmt: skip
@@ -341,17 +308,6 @@ def attributes_read() -> set[str]:
 
 def test_every_configuration_key_is_used() -> None:
     assert {(schema, name) for schema, name in leaf_names(Config) if name not in attributes_read()} == set()
-
-
-def test_stages_declare_existing_sections_and_labels() -> None:
-    for name, declared in Stages().items():
-        config = composed()
-        sections = [section for section in declared.config if section != "suite"]
-        assert [each for each in sections if not is_dataclass(getattr(config, each, {}))] == [], name
-        value = config
-        for part in (declared.label or "model.name").split("."):
-            value = getattr(value, part)
-        assert isinstance(value, str | int)
 
 
 def test_own_task_is_added_on_the_command_line(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
-from mlxchat.store.files import write_whole
+from mlxchat.store.files import read_cache, write_cache
 from mlxchat.store.fingerprint import plain_of
 
-_FORMAT = 2
+_KIND = "composed 3"
 _MOST_ENTRIES = 200
 _MOST_FILES = 2000
 # A file may change twice within this time and keep its mtime.
@@ -54,7 +54,7 @@ class ComposedCache:
         if len(self._stamps) > _MOST_FILES:
             return
         sections = [item.name for item in fields(schema)]
-        key = json.dumps([_FORMAT, sys.version, overrides, config_dirs, sections, self._stamps])
+        key = json.dumps([_KIND, sys.version, overrides, config_dirs, sections, self._stamps])
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self._entry = home / "mlxchat" / "composed" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
@@ -63,14 +63,11 @@ class ComposedCache:
         if self._entry is None:
             return None
         try:
-            digest, _, text = self._entry.read_text(encoding="utf-8").partition("\n")
-            if digest != _digest(text):
-                return None
-            record = json.loads(text)
+            record = read_cache(self._entry, _KIND)
             if any(_stamps_in(folder) != stamps for folder, stamps in record["packages"].items()):
                 return None
             return restore(self._schema, record["config"]), record["choices"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):  # there is no entry, or a damaged one
             return None
 
     def keep(self, config: Config, choices: dict[str, str], packages: Iterable[str] = ()) -> None:
@@ -90,15 +87,13 @@ class ComposedCache:
         }
         if redact(plain) != plain:  # secrets are never written
             return
-        text = json.dumps(plain)
         # repr distinguishes 1, 1.0 and True, which compare equal.
-        if repr(restore(self._schema, json.loads(text)["config"])) != repr(config):
+        if repr(restore(self._schema, json.loads(json.dumps(plain))["config"])) != repr(config):
             return
         with contextlib.suppress(OSError):
-            folder = self._entry.parent
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self._entry, f"{_digest(text)}\n{text}", durable=False)
-            entries = sorted(folder.iterdir(), key=lambda entry: entry.stat().st_mtime)
+            self._entry.parent.mkdir(parents=True, exist_ok=True)
+            write_cache(self._entry, _KIND, plain)
+            entries = sorted(self._entry.parent.iterdir(), key=lambda entry: entry.stat().st_mtime)
             for entry in entries[:-_MOST_ENTRIES]:
                 entry.unlink(missing_ok=True)
 
@@ -158,10 +153,6 @@ def _stamps_in(folder: str) -> list[list[Any]]:
 def _stamp(path: str) -> Stamp:
     status = Path(path).stat()
     return (path, status.st_size, status.st_mtime_ns, status.st_ino)
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def restore(hint: Any, value: Any) -> Any:

@@ -40,14 +40,9 @@ _TYPES = {"Integer": "a whole number", "Float": "a number", "bool": "true or fal
 def explain_override(
     override: str, error: Exception, groups: dict[str, list[str]], default: Callable[[], DictConfig], schema: type
 ) -> str:
-    """Return one line that says why an override does not compose.
+    """Return one line that says why an override, as typed, does not compose; `error` is from composing it alone.
 
-    Args:
-        override: as typed.
-        error: exception from composing it alone.
-        groups: config group → options.
-        default: composes the configuration without overrides.
-        schema: schema of the configuration.
+    `groups` is config group → options; `default` composes the configuration without overrides.
     """
     try:
         parsed = OverridesParser.create().parse_override(override)

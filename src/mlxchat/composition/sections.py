@@ -90,13 +90,7 @@ def _executor_settings(kind: str) -> dict[str, Any]:
 
 
 def _with(section: Any, given: Mapping[str, Any], name: str, where: str) -> Any:
-    """Return a section (a dataclass) with some settings replaced.
-
-    Args:
-        section: the dataclass.
-        given: setting → value.
-        name: name of the section, for messages.
-        where: key of `given`, for messages.
+    """Return a section (a dataclass) with some settings replaced; its name and the key of `given` are for messages.
 
     Raises:
         ConfigError: a setting is unknown or has the wrong type.

@@ -1,7 +1,7 @@
 """The schema: one dataclass per section, with each field's meaning and unit. The values are in conf/.
 
 `metadata={"identity": False}` keeps a field out of artifact ids: such a field may change speed or reporting, never
-results.
+results. `at_least`, `at_most`, `above`, `below` and `one_of` are the accepted values (composition/problems.py).
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class ModelConfig:
 class ArchitectureConfig:
     """The transformer's architecture: a snapshot of nanochat's, each feature of which can be switched."""
 
-    name: str = MISSING
+    name: str = field(default=MISSING, metadata={"one_of": ("oct2025", "jul2026")})
     """oct2025 (nanochat's published speedrun) or jul2026: the distribution of the initial weights."""
     rope_theta: float = MISSING
     """Base of the rotary embedding's wavelengths."""
     whole_heads: bool = MISSING
     """Round the width up to a multiple of model.head_width."""
-    vocab_multiple: int = MISSING
+    vocab_multiple: int = field(default=MISSING, metadata={"at_least": 1})
     """The rows of embedding and head are padded to a multiple of this; logits are cropped to the vocabulary."""
     window_pattern: str = MISSING
     """Attention window of each layer, repeated: S (a quarter of the context, rounded up to 128 tokens) or L (all of
@@ -80,13 +80,13 @@ ADAMW_GROUPS = (
 class AdamWGroupConfig:
     """AdamW's hyperparameters for one parameter group."""
 
-    lr: float = MISSING
+    lr: float = field(default=MISSING, metadata={"at_least": 0})
     """Learning rate before any scaling."""
-    lr_frac: float = MISSING
+    lr_frac: float = field(default=MISSING, metadata={"at_least": 0})
     """Factor of lr, for a group whose rate is a share of another group's."""
-    beta1: float = MISSING
-    beta2: float = MISSING
-    weight_decay: float = MISSING
+    beta1: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
+    beta2: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
+    weight_decay: float = field(default=MISSING, metadata={"at_least": 0})
     """Decoupled: each iteration shrinks the parameters by learning rate × weight_decay."""
     scale_with_width: bool = MISSING
     """Multiply the rate by (width / reference_width)^-0.5."""
@@ -98,9 +98,9 @@ class AdamWGroupConfig:
 class ScalingConfig:
     """How batch, rates and weight decay follow from the number of parameters (nanochat of 2026)."""
 
-    reference_depth: int = MISSING
+    reference_depth: int = field(default=MISSING, metadata={"at_least": 1})
     """Depth at which the rates were tuned; scaling is relative to its number of parameters."""
-    reference_batch_tokens: int = MISSING
+    reference_batch_tokens: int = field(default=MISSING, metadata={"at_least": 1})
     """Tokens per iteration at that depth; rates are multiplied by sqrt(tokens / reference_batch_tokens)."""
     batch_exponent: float = MISSING
     """The best batch size grows as the training's tokens to this power (Power Lines, arXiv 2505.13738)."""
@@ -112,46 +112,46 @@ class ScalingConfig:
 class OptimizerConfig:
     """The optimizer and its learning rates. Each stage multiplies the rates by its schedule's init_lr_frac."""
 
-    kind: str = MISSING
+    kind: str = field(default=MISSING, metadata={"one_of": ("muon", "adamw")})
     """muon: Muon for matrices, AdamW for the rest; adamw: AdamW for all."""
-    variant: str = MISSING
+    variant: str = field(default=MISSING, metadata={"one_of": ("oct2025", "jul2026")})
     """Muon's variant: oct2025 (Newton-Schulz), or jul2026 (balanced rows, Polar Express, NorMuon, cautious weight
     decay)."""
-    matrix_lr: float = MISSING
+    matrix_lr: float = field(default=MISSING, metadata={"above": 0})
     """Learning rate of the transformer blocks' matrices."""
-    embedding_lr: float = MISSING
+    embedding_lr: float = field(default=MISSING, metadata={"above": 0})
     """AdamW rate of the embedding at reference_width; value embeddings use half of it."""
-    unembedding_lr: float = MISSING
+    unembedding_lr: float = field(default=MISSING, metadata={"above": 0})
     """AdamW rate of the head at reference_width."""
-    scalar_lr: float = MISSING
+    scalar_lr: float = field(default=MISSING, metadata={"above": 0})
     """AdamW rate of the learnt scalars of architecture=jul2026."""
-    reference_width: int = MISSING
+    reference_width: int = field(default=MISSING, metadata={"above": 0})
     """AdamW's rates of embeddings and head scale with (width / reference_width)^-0.5."""
-    weight_decay: float = MISSING
+    weight_decay: float = field(default=MISSING, metadata={"at_least": 0})
     """Weight decay of the blocks' matrices, decoupled: each iteration shrinks them by learning rate × weight_decay.
     Muon's follows the schedule (weight_decay_frac); in jul2026 it applies only where its sign agrees with the update.
     For other parameters see adamw_groups."""
-    adam_beta1: float = MISSING
+    adam_beta1: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
     """AdamW's decay of the mean gradient, unless its group sets another."""
-    adam_beta2: float = MISSING
+    adam_beta2: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
     """AdamW's decay of the mean squared gradient, unless its group sets another."""
-    adam_epsilon: float = MISSING
+    adam_epsilon: float = field(default=MISSING, metadata={"above": 0})
     adamw_groups: dict[str, AdamWGroupConfig] = MISSING
     """AdamW's hyperparameters for each parameter group."""
-    momentum_start: float = MISSING
+    momentum_start: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
     """Muon's momentum at iteration 0."""
-    momentum_end: float = MISSING
+    momentum_end: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
     """Muon's momentum after momentum_warmup_iterations."""
     momentum_warmup_iterations: int = MISSING
-    momentum_final: float | None = MISSING
+    momentum_final: float | None = field(default=MISSING, metadata={"at_least": 0, "below": 1})
     """Muon's momentum at the end of the warmdown; null: momentum_end."""
-    muon_beta2: float = MISSING
+    muon_beta2: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
     """Decay of jul2026's mean of squares, one number per row or column (NorMuon)."""
     newton_schulz_iterations: int = MISSING
     """Iterations of the orthogonalisation; jul2026 has coefficients for five."""
     scaling: ScalingConfig | None = None
     """How batch, rates and weight decay follow from the model's size; null: no scaling."""
-    grad_clip: float | None = MISSING
+    grad_clip: float | None = field(default=MISSING, metadata={"above": 0})
     """Largest 2-norm of the whole gradient; null: no clipping."""
 
 
@@ -159,29 +159,29 @@ class OptimizerConfig:
 class MomentumConfig:
     """Muon's momentum in one stage; the fields mean what optimizer.momentum_* mean."""
 
-    start: float = MISSING
-    end: float = MISSING
+    start: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
+    end: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
     warmup_iterations: int = MISSING
-    final: float | None = MISSING
+    final: float | None = field(default=MISSING, metadata={"at_least": 0, "below": 1})
 
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
     """Learning rates over the iterations."""
 
-    init_lr_frac: float = MISSING
+    init_lr_frac: float = field(default=MISSING, metadata={"above": 0})
     """Factor of every learning rate of the optimizer section."""
-    warmup_frac: float = MISSING
+    warmup_frac: float = field(default=MISSING, metadata={"at_least": 0, "at_most": 1})
     """Share of the iterations in which the rates rise."""
-    warmup_iterations: int | None = field(default=None)
+    warmup_iterations: int | None = field(default=None, metadata={"at_least": 0})
     """Number of iterations in which the rates rise; null: warmup_frac decides."""
-    warmdown_frac: float = MISSING
+    warmdown_frac: float = field(default=MISSING, metadata={"at_least": 0, "at_most": 1})
     """Share of the iterations, at the end, in which the rates fall; a cosine starts no sooner than the warmup ends."""
-    shape: str = field(default=MISSING, metadata={"since_default": "linear"})
+    shape: str = field(default=MISSING, metadata={"since_default": "linear", "one_of": ("linear", "cosine")})
     """Shape of the warmdown: linear, or cosine (half a period)."""
-    final_lr_frac: float = MISSING
+    final_lr_frac: float = field(default=MISSING, metadata={"at_least": 0, "at_most": 1})
     """Factor of the rates at the end of the warmdown."""
-    weight_decay_frac: float = MISSING
+    weight_decay_frac: float = field(default=MISSING, metadata={"at_least": 0})
     """Factor of Muon's weight decay at the start; it falls to 0 at the end along a cosine. 0: no weight decay."""
     momentum: MomentumConfig | None = None
     """Muon's momentum in this stage; null: that of the optimizer section."""
@@ -237,9 +237,9 @@ class TokenizerConfig:
     9 special tokens are appended to it."""
     vocab_size: int = MISSING
     """Number of tokens, including the 9 special ones; at least 265. An existing vocabulary keeps its own size."""
-    max_chars: int = MISSING
+    max_chars: int = field(default=MISSING, metadata={"at_least": 1})
     """Characters of text to train on."""
-    document_chars: int = MISSING
+    document_chars: int = field(default=MISSING, metadata={"at_least": 1})
     """Characters of each document to train on, at most."""
 
 
@@ -302,11 +302,12 @@ class TeacherConfig:
     artifact: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "teacher"})
     """A checkpoint in the store: a step of the latest run, the name of its folder, or the start of an id. The
     checkpoint becomes an input of the step and so part of its key."""
-    weight: float = MISSING
+    weight: float = field(default=MISSING, metadata={"above": 0, "at_most": 1})
     """Weight of the divergence in the loss, above 0 and at most 1."""
-    temperature: float = MISSING
-    """T, which softens both distributions in the divergence."""
-    top_k: int | None = MISSING
+    temperature: float = field(default=MISSING, metadata={"at_least": 0.5})
+    """T, which softens both distributions in the divergence. Below 0.5, exp(30 / T) nears the limit of float32, since
+    logits are capped at ±15."""
+    top_k: int | None = field(default=MISSING, metadata={"at_least": 1})
     """Match the teacher's k most likely tokens one by one and all others as one sum; null: match every token."""
 
     @property
@@ -323,7 +324,7 @@ NO_TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0
 class RewardConfig:
     """One part of the reward, which is Σ weight × value over the parts."""
 
-    kind: str = MISSING
+    kind: str = field(default=MISSING, metadata={"one_of": ("exact", "format", "length", "function")})
     """exact (the task's own: 1 for a right answer), format, length or function."""
     weight: float = 1.0
     pattern: str | None = None
@@ -335,7 +336,7 @@ class RewardConfig:
     function: str | None = field(default=None, metadata={"external": "code"})
     """function: your module:function, called with the conversation and the answer's text; returns a number. The
     module and every module of your own that it imports are part of the identity."""
-    timeout_seconds: float | None = field(default=60.0, metadata={"identity": False})
+    timeout_seconds: float | None = field(default=60.0, metadata={"identity": False, "above": 0})
     """function: time limit of one call in seconds; null: no limit."""
     failure_value: float | None = field(default=None, metadata={"since_default": None})
     """function: value of answers for which the call raises, exceeds its time limit or returns no finite number; null:
@@ -352,7 +353,7 @@ class ExtendableConfig:
     part of its key."""
     save_training_state: bool = field(default=MISSING, metadata={"identity": False})
     """Keep optimizer moments and data position in the artifact; extending it needs them."""
-    save_every: int | None = field(default=MISSING, metadata={"identity": False})
+    save_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Iterations (RL: rollouts) between intermediate models, each published as the artifact STEP@ITERATION; null: none.
     RL's ITERATION counts updates. With save_training_state each can be extended."""
 
@@ -367,45 +368,49 @@ class RLConfig(ExtendableConfig):
     """Held-out questions for pass@k."""
     system_prompt: str | None = field(default=MISSING, metadata={"since_default": None})
     """System prompt before each question, in training and evaluation, unless the task has its own; null: none."""
-    num_epochs: int = field(default=MISSING, metadata={"since_default": 1})
+    num_epochs: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
     """Passes over the task; num_iterations overrides it."""
-    num_iterations: int | None = MISSING
+    num_iterations: int | None = field(default=MISSING, metadata={"at_least": 1})
     """Number of rollouts; null: num_epochs passes. Each has minibatches_per_rollout × passes_per_rollout updates,
     which are the iterations of the metrics."""
-    questions_per_iteration: int = MISSING
+    questions_per_iteration: int = field(default=MISSING, metadata={"at_least": 1})
     samples_per_question: int = MISSING
-    max_new_tokens: int = MISSING
+    max_new_tokens: int = field(default=MISSING, metadata={"at_least": 1})
     temperature: float = MISSING
-    top_k: int | None = MISSING
+    top_k: int | None = field(default=MISSING, metadata={"at_least": 1})
     rewards: dict[str, RewardConfig] = field(default_factory=dict, metadata={"since_default": {}})
     """Parts of the reward by name; empty: the task's reward."""
-    advantages: str = field(default=MISSING, metadata={"since_default": "mean"})
+    advantages: str = field(
+        default=MISSING, metadata={"since_default": "mean", "one_of": ("mean", "z_score", "leave_one_out")}
+    )
     """mean: reward − mean reward of the question's answers (the group); z_score: that divided by the group's standard
     deviation; leave_one_out: reward − mean of the group's other rewards."""
-    ratio: str = field(default=MISSING, metadata={"since_default": "token"})
+    ratio: str = field(default=MISSING, metadata={"since_default": "token", "one_of": ("token", "sequence")})
     """token: each token's probability divided by that at sampling; sequence: the geometric mean of these (GSPO)."""
-    clip_low: float | None = field(default=MISSING, metadata={"since_default": None})
+    clip_low: float | None = field(default=MISSING, metadata={"since_default": None, "above": 0, "at_most": 1})
     """Negative advantages have no gradient where the ratio is below 1 − clip_low; null: no bound."""
-    clip_high: float | None = field(default=MISSING, metadata={"since_default": None})
+    clip_high: float | None = field(default=MISSING, metadata={"since_default": None, "above": 0})
     """Positive advantages have no gradient where the ratio is above 1 + clip_high; null: no bound."""
-    loss_divisor: str = field(default=MISSING, metadata={"since_default": "tokens"})
+    loss_divisor: str = field(
+        default=MISSING, metadata={"since_default": "tokens", "one_of": ("tokens", "answers", "longest")}
+    )
     """tokens: mean over all sampled tokens; answers: mean over answers of each answer's mean; longest: mean over
     answers of the sum over tokens / max_new_tokens (Dr. GRPO)."""
-    kl_coefficient: float = field(default=MISSING, metadata={"since_default": 0.0})
+    kl_coefficient: float = field(default=MISSING, metadata={"since_default": 0.0, "at_least": 0})
     """Factor of the KL divergence (k3) from the model that RL starts with, which stays in memory; 0: no KL term."""
-    minibatches_per_rollout: int = field(default=MISSING, metadata={"since_default": 1})
+    minibatches_per_rollout: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
     """Parts of a rollout with equally many questions; each is one update."""
-    passes_per_rollout: int = field(default=MISSING, metadata={"since_default": 1})
+    passes_per_rollout: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
     """Updates per minibatch."""
-    resample_rounds: int = field(default=MISSING, metadata={"since_default": 0})
+    resample_rounds: int = field(default=MISSING, metadata={"since_default": 0, "at_least": 0})
     """Rounds, at most, in which the next questions replace those whose answers all have the same reward and so give no
     gradient (DAPO's dynamic sampling); 0: none."""
     train_unfinished: bool = field(default=MISSING, metadata={"since_default": True})
     """Whether to train on answers that max_new_tokens cut off."""
-    rollout_bits: int | None = field(default=MISSING, metadata={"since_default": None})
+    rollout_bits: int | None = field(default=MISSING, metadata={"since_default": None, "one_of": (8, 4)})
     """8 or 4: sample with weights quantised to this many bits and correct the loss by importance weights; null: sample
     with the model's own weights. pass@k always uses the model's own."""
-    rollout_correction: float = field(default=MISSING, metadata={"since_default": 2.0})
+    rollout_correction: float = field(default=MISSING, metadata={"since_default": 2.0, "at_least": 1})
     """With rollout_bits: upper bound of a token's importance weight, its probability under the model divided by that
     under the quantised weights."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata={"since_default": NO_ADAPTER})
@@ -414,21 +419,21 @@ class RLConfig(ExtendableConfig):
     """Whether optimizer.grad_clip applies in this stage."""
     schedule: ScheduleConfig = MISSING
     """Learning rates over the updates; warmup_iterations counts updates."""
-    table_lr_frac: float = field(default=MISSING, metadata={"since_default": 1.0})
+    table_lr_frac: float = field(default=MISSING, metadata={"since_default": 1.0, "at_least": 0})
     """Factor of the learning rates of embeddings, head and scalars. AdamW takes full steps also for the tiny gradients
     of tokens that are unrelated to the reward, so the policy drifts."""
-    eval_every: int | None = field(default=MISSING, metadata={"identity": False})
+    eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Rollouts between evaluations; null: only before and after the training."""
-    eval_samples: int = MISSING
+    eval_samples: int = field(default=MISSING, metadata={"at_least": 1})
     """Samples per held-out question, for pass@1 … pass@eval_samples."""
-    keep: str = field(default=MISSING, metadata={"since_default": "last"})
+    keep: str = field(default=MISSING, metadata={"since_default": "last", "one_of": ("last", "best")})
     """Weights of the checkpoint: last, or best (by held_out_reward, which is pass@1 over all held-out samples).
     rl.extend continues from the last weights either way."""
-    keep_every: int | None = field(default=MISSING, metadata={"since_default": None})
+    keep_every: int | None = field(default=MISSING, metadata={"since_default": None, "at_least": 1})
     """Rollouts between the evaluations of keep=best; null: a twentieth of all rollouts."""
-    eval_max_new_tokens: int | None = field(default=MISSING, metadata={"since_default": None})
+    eval_max_new_tokens: int | None = field(default=MISSING, metadata={"since_default": None, "at_least": 1})
     """Longest held-out answer; null: max_new_tokens."""
-    entropy_every: int | None = field(default=MISSING, metadata={"identity": False})
+    entropy_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Rollouts between measurements of the policy's entropy, one forward pass each; null: only where the loss needs
     log-probabilities anyway (several updates, a KL term or rollout_bits), and then in each rollout."""
     rollouts_kept: int | None = field(default=MISSING, metadata={"identity": False})
@@ -488,11 +493,11 @@ class CoreConfig:
     """URL or file of nanochat's eval_bundle.zip. The key holds its sha256."""
     sha256: str | None = field(default=None, metadata={"identity": False})
     """Expected sha256 of the bundle; null: accept what the first download returns."""
-    max_per_task: int | None = None
+    max_per_task: int | None = field(default=None, metadata={"at_least": 1})
     """Examples of each task, at most; null: all. Only all give the published metric."""
     tasks: list[str] | None = None
     """Labels of the tasks to compute; null: all. A subset gives no CORE score."""
-    long_prompts: str = field(default="extend", metadata={"since_default": "extend"})
+    long_prompts: str = field(default="extend", metadata={"since_default": "extend", "one_of": ("extend", "cut")})
     """Prompts longer than the model's context: extend (as nanochat: compute beyond it) or cut (drop their beginning).
     Third-party models always cut."""
 
@@ -505,15 +510,15 @@ class EvalConfig:
     """Validation tokens for bits per byte, at most: held-out text is read once."""
     core: CoreConfig | None = field(default=None, metadata={"since_default": None})
     """CORE for base models; null: not computed. Set by the core group."""
-    max_new_tokens: int = MISSING
+    max_new_tokens: int = field(default=MISSING, metadata={"at_least": 1})
     """Longest generated answer."""
-    seeds: int = field(default=MISSING, metadata={"since_default": 1})
+    seeds: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
     """How often each generated answer is sampled; scores are means over all samples. Multiple choice samples
     nothing."""
-    temperature: float | None = field(default=MISSING, metadata={"since_default": None})
+    temperature: float | None = field(default=MISSING, metadata={"since_default": None, "at_least": 0})
     """Temperature of generated answers and of a base model's samples; 0: greedy; null: 0 with one seed, 1 with
     several."""
-    top_k: int | None = field(default=MISSING, metadata={"since_default": None})
+    top_k: int | None = field(default=MISSING, metadata={"since_default": None, "at_least": 1})
     """Sample among the k most likely tokens; null: all."""
     own: dict[str, str] = field(default_factory=dict, metadata={"external": "code", "since_default": {}})
     """Your own evaluations: name → module:function, called with the engine; returns a number, which is recorded under
@@ -529,7 +534,7 @@ class EvalConfig:
     after the question as plain text."""
     text_column: str = field(default=MISSING, metadata={"since_default": "text"})
     """The column of .jsonl and .parquet files that holds the text."""
-    batch_rows: int = field(default=MISSING, metadata={"identity": False})
+    batch_rows: int = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Questions answered at a time."""
     prompts: list[str] = field(default=MISSING, metadata={"identity": False})
     """Questions (base models: texts to continue) whose answers the report shows. A change reruns nothing; it applies
@@ -544,7 +549,7 @@ class OutsideConfig:
     """Name of the model in tables and of the artifact."""
     path: str | None = field(default=MISSING, metadata={"external": "folder", "identity": False})
     """A folder that mlx-lm opens: config.json, safetensors, a tokenizer. The key covers its contents, not its place."""
-    context_tokens: int | None = MISSING
+    context_tokens: int | None = field(default=MISSING, metadata={"at_least": 1})
     """Longest input; null: the value of its config.json, up to 2048 tokens."""
     chat: bool | None = MISSING
     """Evaluate it on the suite's tasks; null: if its tokenizer has a chat template."""
@@ -577,15 +582,15 @@ class ImportConfig:
 class BenchConfig:
     """What `mlxchat bench` measures and how often. No stage reads it, so it is not part of any key."""
 
-    vocab_size: int = MISSING
+    vocab_size: int = field(default=MISSING, metadata={"at_least": 1})
     """Size of the vocabulary: rows of embedding and head, before architecture.vocab_multiple."""
-    batch_rows: int = MISSING
+    batch_rows: int = field(default=MISSING, metadata={"at_least": 1})
     """Rows of a batch; machine.device_batch_tokens splits it into micro-batches."""
-    row_tokens: int = MISSING
+    row_tokens: int = field(default=MISSING, metadata={"at_least": 1})
     """Tokens per row, and the context for windows and FLOPs in place of model.context_tokens."""
-    steps: int = MISSING
+    steps: int = field(default=MISSING, metadata={"at_least": 1})
     """Timed repetitions; their median is reported."""
-    warmup_steps: int = MISSING
+    warmup_steps: int = field(default=MISSING, metadata={"at_least": 0})
     """Untimed repetitions before them; the first one compiles."""
     split: bool = MISSING
     """Also measure each part of a step alone; takes about twice as long."""
@@ -599,9 +604,9 @@ class BenchConfig:
     """Lengths of prompts; each is measured with each batch size."""
     new_tokens: int = field(default=MISSING, metadata={"at_least": 2})
     """Tokens of each answer; the first one counts as part of reading the prompt."""
-    chars: int = MISSING
+    chars: int = field(default=MISSING, metadata={"at_least": 1})
     """Characters of text to train a tokenizer on; a quarter of them is then encoded."""
-    core_examples: int = MISSING
+    core_examples: int = field(default=MISSING, metadata={"at_least": 1})
     """Examples of each CORE task; more where its shots need more."""
     core_tasks: list[str] | None = MISSING
     """CORE tasks to measure; null: all."""
@@ -613,7 +618,7 @@ class BenchConfig:
 class SweepConfig:
     """Many runs from one command."""
 
-    kind: str = MISSING
+    kind: str = field(default=MISSING, metadata={"one_of": ("none", "tpe", "halving")})
     """none; tpe: earlier results guide the choice of trials; halving: tpe that stops bad trials early."""
     name: str | None = MISSING
     """Folder of a search under outputs/multirun; null: the run's name and "-search". The same name continues the same
@@ -621,18 +626,18 @@ class SweepConfig:
     metric: str | None = MISSING
     """step.metric to optimise or sort by: any number that a step records. null (only for -m): the last metric of the
     pipeline that differs between jobs."""
-    direction: str | None = MISSING
+    direction: str | None = field(default=MISSING, metadata={"one_of": ("minimize", "maximize")})
     """minimize or maximize; null: as the metric's stage declares."""
-    trials: int = MISSING
+    trials: int = field(default=MISSING, metadata={"at_least": 1})
     """Number of trials, including those of earlier commands."""
-    first_rung: int = MISSING
+    first_rung: int = field(default=MISSING, metadata={"at_least": 1})
     """halving: iterations before the first comparison of trials, which uses the next record of the metric."""
-    factor: int = MISSING
+    factor: int = field(default=MISSING, metadata={"at_least": 2})
     """halving: one in this many trials continues past a rung; the next rung comes after this many times the
     iterations."""
-    random_trials: int = MISSING
+    random_trials: int = field(default=MISSING, metadata={"at_least": 1})
     """Random trials before earlier results guide the choice."""
-    seed: int = MISSING
+    seed: int = field(default=MISSING, metadata={"at_least": 0})
     """Seed of the choice of trials."""
     job: int | None = None
     """Set by a sweep whose jobs run in separate processes: number of the job to run."""
@@ -644,9 +649,9 @@ class SweepConfig:
 class RetryConfig:
     """Retries after transient errors, such as a network failure or a busy Hub. Other errors fail the step at once."""
 
-    attempts: int = MISSING
+    attempts: int = field(default=MISSING, metadata={"at_least": 1})
     """Attempts per step; 1: no retry."""
-    seconds: float = MISSING
+    seconds: float = field(default=MISSING, metadata={"at_least": 0})
     """Seconds before the second attempt; doubles with each further one."""
 
 
@@ -666,7 +671,7 @@ class HooksConfig:
 class ReportConfig:
     """Settings of the report."""
 
-    cost_per_hour: float | None = MISSING
+    cost_per_hour: float | None = field(default=MISSING, metadata={"at_least": 0})
     """Cost of one hour of this machine in US dollars; null: the report shows no costs."""
 
 
@@ -683,7 +688,7 @@ class HubConfig:
     train_files: str = MISSING
     """Glob pattern of the training files in the repository, all parquet. Only those that the horizon needs are
     downloaded."""
-    num_train_files: int | None = MISSING
+    num_train_files: int | None = field(default=MISSING, metadata={"at_least": 1})
     """Use only this many training files, in order of their names; null: as many as the horizon needs."""
     validation_files: str | None = MISSING
     """Glob pattern of the validation files, never trained on; null: the first corpus.validation_documents documents
@@ -708,11 +713,11 @@ class CorpusConfig:
     document_chars: int | None = MISSING
     """Split documents of packages at sentence ends into parts of at most this many characters; null: keep them
     whole."""
-    validation_documents: int = MISSING
+    validation_documents: int = field(default=MISSING, metadata={"at_least": 1})
     """Documents held out as the validation shard (for the Hub: only if hub.validation_files is null)."""
-    shard_documents: int = MISSING
+    shard_documents: int = field(default=MISSING, metadata={"at_least": 1})
     """Documents per training shard, for text of packages and local files."""
-    row_group_documents: int = MISSING
+    row_group_documents: int = field(default=MISSING, metadata={"at_least": 1})
     """Documents per parquet row group."""
 
 
@@ -735,23 +740,25 @@ class PretrainConfig(ExtendableConfig):
     target_flops: float | None = MISSING
     tokens_per_parameter: float | None = MISSING
     """nanochat's param-data ratio; 20 is Chinchilla's."""
-    horizon_parameters: str = MISSING
+    horizon_parameters: str = field(default=MISSING, metadata={"one_of": ("all", "matrices_and_head")})
     """Parameters that tokens_per_parameter and optimizer.scaling count: all, or matrices_and_head."""
     batch: BatchConfig = MISSING
     schedule: ScheduleConfig = MISSING
-    packing: str = field(default=MISSING, metadata={"since_default": "best_fit"})
+    packing: str = field(
+        default=MISSING, metadata={"since_default": "best_fit", "one_of": ("best_fit", "best_fit_whole", "stream")}
+    )
     """How documents fill rows: best_fit (drop what is cropped off, as nanochat since 2026), best_fit_whole (continue it
     in another row) or stream (cut rows out of one stream of tokens, as nanochat in 2025)."""
-    packing_buffer_documents: int = MISSING
+    packing_buffer_documents: int = field(default=MISSING, metadata={"at_least": 1})
     """Documents that best-fit packing chooses from."""
-    eval_every: int | None = field(default=MISSING, metadata={"identity": False})
+    eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Iterations between validations; null: only at the end."""
-    eval_tokens: int = MISSING
+    eval_tokens: int = field(default=MISSING, metadata={"at_least": 1})
     """Tokens of each validation, at most; the held-out text is read once."""
-    keep: str = field(default=MISSING, metadata={"since_default": "last"})
+    keep: str = field(default=MISSING, metadata={"since_default": "last", "one_of": ("last", "best")})
     """Weights of the checkpoint: last, or best (by validation bits per byte). pretrain.extend continues from the last
     weights either way."""
-    keep_every: int | None = field(default=MISSING, metadata={"since_default": None})
+    keep_every: int | None = field(default=MISSING, metadata={"since_default": None, "at_least": 1})
     """Iterations between the validations of keep=best and of a target; null: a twentieth of all iterations."""
     target_bpb: float | None = field(default=MISSING, metadata={"since_default": None})
     """Stop as soon as validation reaches this many bits per byte; null: run to the horizon. The schedule is that of
@@ -761,17 +768,19 @@ class PretrainConfig(ExtendableConfig):
     0.256525); null: run to the horizon. It makes core and core_max_per_task part of the identity."""
     core: CoreConfig | None = field(default=None, metadata={"identity": False, "identity_if": "target_core"})
     """CORE to estimate during training, with the fields of eval.core; null: none."""
-    core_every: int | None = field(default=MISSING, metadata={"identity": False})
+    core_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Iterations between estimates; null: only at the end."""
-    core_max_per_task: int | None = field(default=MISSING, metadata={"identity": False, "identity_if": "target_core"})
+    core_max_per_task: int | None = field(
+        default=MISSING, metadata={"identity": False, "identity_if": "target_core", "at_least": 1}
+    )
     """Examples of each task in an estimate, at most; null: core.max_per_task."""
-    train_bpb_tokens: int | None = field(default=MISSING, metadata={"identity": False})
+    train_bpb_tokens: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Tokens of training text to measure bits per byte on at the end; null: no measurement."""
-    sample_every: int | None = field(default=MISSING, metadata={"identity": False})
+    sample_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Iterations between samples; null: only at the end."""
-    sample_temperature: float = field(default=MISSING, metadata={"identity": False})
+    sample_temperature: float = field(default=MISSING, metadata={"identity": False, "at_least": 0})
     """Temperature of samples; 0: greedy."""
-    sample_top_k: int | None = field(default=MISSING, metadata={"identity": False})
+    sample_top_k: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Sample among the k most likely tokens; null: all."""
     sample_tokens: int = field(default=MISSING, metadata={"identity": False})
     """Longest sample, in tokens."""
@@ -794,11 +803,11 @@ class FinetuneConfig(ExtendableConfig):
     null: their conversations are shuffled together."""
     validation: dict[str, TaskItem] = MISSING
     """Conversations held out for the validation loss."""
-    num_epochs: int = MISSING
+    num_epochs: int = field(default=MISSING, metadata={"at_least": 1})
     """Passes over the mixture."""
-    num_iterations: int | None = MISSING
+    num_iterations: int | None = field(default=MISSING, metadata={"at_least": 1})
     """Stop after this many iterations; null: after num_epochs."""
-    train_on: str = MISSING
+    train_on: str = field(default=MISSING, metadata={"one_of": ("assistant", "all")})
     """Tokens with a loss: assistant (only the assistant's), or all (as nanochat's midtraining)."""
     context_tokens: int | None = field(default=MISSING, metadata={"since_default": None})
     """Longer context of the model from this stage on, equal to batch.row_tokens; null: unchanged."""
@@ -808,7 +817,9 @@ class FinetuneConfig(ExtendableConfig):
     """Whether optimizer.grad_clip applies in this stage."""
     batch: BatchConfig = MISSING
     schedule: ScheduleConfig = MISSING
-    packing: str = field(default=MISSING, metadata={"since_default": "best_fit"})
+    packing: str = field(
+        default=MISSING, metadata={"since_default": "best_fit", "one_of": ("best_fit", "stream", "alone")}
+    )
     """How conversations fill rows: best_fit, as nanochat since 2026; stream, as its midtraining of 2025; alone (one
     per row), as its SFT of 2025."""
     packing_buffer_conversations: int = MISSING
@@ -816,17 +827,17 @@ class FinetuneConfig(ExtendableConfig):
     """Model whose distributions are distilled into this one."""
     adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata={"since_default": NO_ADAPTER})
     """LoRA adapters, trained in place of the model's weights; the group `adapter` sets those of all stages."""
-    eval_every: int | None = field(default=MISSING, metadata={"identity": False})
+    eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Iterations between validations; null: only at the end."""
     eval_tokens: int = MISSING
     """Tokens of each validation."""
     suite: dict[str, TaskItem] = field(default=MISSING, metadata={"identity": False})
     """Tasks whose accuracy is measured during training, with greedy answers; empty: none."""
-    suite_every: int | None = field(default=MISSING, metadata={"identity": False})
+    suite_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Iterations between measurements of the suite; null: only at the end."""
-    suite_max_new_tokens: int = field(default=MISSING, metadata={"identity": False})
+    suite_max_new_tokens: int = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Longest generated answer."""
-    suite_batch_rows: int = field(default=MISSING, metadata={"identity": False})
+    suite_batch_rows: int = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Answers generated at a time."""
 
 
@@ -834,32 +845,32 @@ class FinetuneConfig(ExtendableConfig):
 class MachineConfig:
     """Speed and limits of this machine; not part of any key."""
 
-    device: str = MISSING
+    device: str = field(default=MISSING, metadata={"one_of": ("auto", "cpu", "gpu")})
     """auto, cpu or gpu."""
-    compute_dtype: str = MISSING
+    compute_dtype: str = field(default=MISSING, metadata={"one_of": ("auto", "float32", "bfloat16")})
     """auto (bfloat16 on a GPU that has it, else float32), float32 or bfloat16."""
-    device_batch_tokens: int | None = MISSING
+    device_batch_tokens: int | None = field(default=MISSING, metadata={"at_least": 1})
     """Tokens per micro-batch, at most; null: as many as fit into memory and still raise the speed. Gradients
     accumulate over an iteration's micro-batches."""
     grad_checkpointing: bool = MISSING
     """Recompute each layer's activations in the backward pass instead of keeping them: less memory, more time."""
-    checkpoint_seconds: float = MISSING
+    checkpoint_seconds: float = field(default=MISSING, metadata={"at_least": 0})
     """Seconds between resumable states; 0: every iteration."""
-    log_every: int = MISSING
+    log_every: int = field(default=MISSING, metadata={"at_least": 1})
     """Iterations between metrics records."""
-    memory_limit_bytes: int | None = MISSING
+    memory_limit_bytes: int | None = field(default=MISSING, metadata={"at_least": 0})
     """MLX's memory limit; null: MLX's default."""
-    cache_limit_bytes: int | None = MISSING
+    cache_limit_bytes: int | None = field(default=MISSING, metadata={"at_least": 0})
     """Memory that MLX may keep for reuse; null: MLX's default."""
-    wired_limit_bytes: int | None = MISSING
+    wired_limit_bytes: int | None = field(default=MISSING, metadata={"at_least": 0})
     """Memory that MLX may keep resident on a Mac; null: MLX's default. Ignored elsewhere."""
     training_flops: float | None = MISSING
     """Expected FLOP/s in training, to predict durations until a training has measured it; null: unknown."""
-    max_parallel_steps: int = MISSING
+    max_parallel_steps: int = field(default=MISSING, metadata={"at_least": 1})
     """Steps that run at the same time, each in its own process if above 1. A GPU still runs one step at a time."""
-    blas_threads: int | None = MISSING
+    blas_threads: int | None = field(default=MISSING, metadata={"at_least": 1})
     """Threads per matrix product on a Linux CPU; null: all available, shared by this machine's ranks."""
-    num_processes: int = MISSING
+    num_processes: int = field(default=MISSING, metadata={"at_least": 1})
     """Processes (ranks) on this machine that train and evaluate together; 1 under mlx.launch, which starts them."""
 
 
@@ -872,9 +883,9 @@ class ExecutorConfig:
 
     kind: str = MISSING
     """local; slurm: a SLURM job; submitit_local: the same on this machine, without SLURM; ray: a Ray task."""
-    timeout_min: int = MISSING
+    timeout_min: int = field(default=MISSING, metadata={"at_least": 1})
     """Time limit of a job in minutes; the job then saves its state and is queued again."""
-    cpus_per_task: int = MISSING
+    cpus_per_task: int = field(default=MISSING, metadata={"at_least": 1})
     """CPU cores per job."""
     gpus_per_node: int | None = MISSING
     """GPUs per job."""
@@ -896,7 +907,7 @@ class ExecutorConfig:
     """Further options of sbatch: name → value."""
     signal_delay_s: int = MISSING
     """Seconds before the time limit at which a job starts to save; must cover one iteration."""
-    array_parallelism: int = MISSING
+    array_parallelism: int = field(default=MISSING, metadata={"at_least": 1})
     """Jobs of a sweep that run at the same time."""
     address: str | None = MISSING
     """Ray cluster: auto, or HOST:PORT; null: start one on this machine."""
@@ -909,11 +920,11 @@ class TrainingConfig:
     Not part of any key: without such an event the settings change no result, and a stopped training has none.
     """
 
-    on_nan: str = field(default=MISSING, metadata={"identity": False})
+    on_nan: str = field(default=MISSING, metadata={"identity": False, "one_of": ("stop", "skip")})
     """If the loss or gradient norm is NaN or infinite: stop the training, or skip the update."""
-    max_skipped_in_a_row: int = field(default=MISSING, metadata={"identity": False})
+    max_skipped_in_a_row: int = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Consecutive updates that may be skipped before the training stops."""
-    norm_warning_factor: float | None = field(default=MISSING, metadata={"identity": False})
+    norm_warning_factor: float | None = field(default=MISSING, metadata={"identity": False, "above": 1})
     """Warn if a gradient norm exceeds this many times the median of the last 100; null: no warning."""
 
 
@@ -946,7 +957,7 @@ class Config:
     """Steps or stages to complete, with the steps that they need; null: the whole pipeline. `stage=NAME` sets it."""
     force: list[str] = MISSING
     """Steps to run although their artifact exists; "all": every step."""
-    code: str = MISSING
+    code: str = field(default=MISSING, metadata={"one_of": ("warn", "strict", "ignore")})
     """If the code of a finished step has changed: warn, strict (run the step again) or ignore."""
     fail_fast: bool = MISSING
     """Whether a failed step also stops the steps that do not need it."""

@@ -18,7 +18,7 @@ T = TypeVar("T")
 def redact(value: T) -> T:
     """Return text or plain nested data in which every secret of the environment is replaced by the variable's name."""
     secrets = _secrets()
-    return _replace(value, secrets) if secrets else value  # type: ignore[return-value]
+    return _replace(value, secrets) if secrets else value  # type: ignore[return-value]  # of the same type
 
 
 def _secrets() -> dict[str, str]:

@@ -346,9 +346,8 @@ def make_plan(
         step.identify(store, planned)
         step.verdict = judge(step, store, forced=step.forced, planned=planned)
         if not step.done and locks.is_held(store.lock(step.key)):
-            owner = locks.read_owner(store.lock(step.key))
-            maker = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} is making it"
-            step.verdict = Verdict(state="waiting", reason=maker, difference=step.verdict.difference)
+            maker = locks.name_process(locks.read_owner(store.lock(step.key)))
+            step.verdict = Verdict(state="waiting", reason=f"{maker} is making it", difference=step.verdict.difference)
         planned[name] = step
     digests.save()
     hashes.save()
@@ -370,14 +369,7 @@ def plan_again(plan: Iterable[PlannedStep], store: Store, *, force: Collection[s
 
 
 def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str, PlannedStep]) -> Verdict:
-    """Return whether a step is done, has to run, or may have to, and why.
-
-    Args:
-        step: the step.
-        store: where artifacts are looked up.
-        forced: whether it runs although its artifact exists.
-        planned: name → step; must include its inputs, already judged.
-    """
+    """Return whether a step is done, has to run, or may have to, and why; `planned` has its inputs, already judged."""
     if forced:
         return Verdict(state="run", reason="forced")
     pending = {role: source for role, source in step.inputs.items() if not planned[source].done}
@@ -432,12 +424,7 @@ def find_artifacts(step: PlannedStep, store: Store, planned: Mapping[str, Planne
 
 
 def find_given(step: str, names: Mapping[str, str], store: Store) -> dict[str, Manifest]:
-    """Return role → manifest of the models of the store that fill a step's roles.
-
-    Args:
-        step: name of the step, for messages.
-        names: role → import:NAME or artifact:NAME.
-        store: store of the models.
+    """Return role → manifest of the models of the store that `names` (role → import:NAME or artifact:NAME) mean.
 
     Raises:
         ConfigError: there is no such model.
@@ -498,15 +485,8 @@ def entries_of(plan: list[PlannedStep]) -> list[dict[str, Any]]:
     """Return a plan's steps as plain data for reports and status, in topological order."""
     return [
         {
-            "step": step.name,
-            "stage": step.stage.name,
-            "kind": step.stage.produces,
-            "artifact": step.artifact,
-            "key": step.key,
-            "rid": step.rid,
-            "inputs": step.inputs,
-            "state": step.state,
-            "reason": step.reason,
+            "step": step.name, "stage": step.stage.name, "kind": step.stage.produces, "artifact": step.artifact,
+            "key": step.key, "rid": step.rid, "inputs": step.inputs, "state": step.state, "reason": step.reason,
         }
         for step in plan
-    ]
+    ]  # fmt: skip

@@ -54,13 +54,7 @@ class Difference:
 
 
 def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]) -> Difference:
-    """Return the differences between a step and the nearest artifact of the same step.
-
-    Args:
-        step: the step to compare.
-        store: store of artifacts.
-        contents: role → digest of existing inputs.
-    """
+    """Return the differences between a step, whose inputs have these contents, and its nearest artifact."""
     artifacts = store.recent(step.stage.name)
     nearest = nearest_of(step.identity, (made for made in artifacts if made["step"] == step.name))
     if nearest is None:
@@ -107,7 +101,7 @@ class Estimate:
 
     seconds: float
     bytes: int
-    artifact: str
+    artifact: str = ""
     """Name of the artifact that the estimate is taken from."""
 
     def __str__(self) -> str:
@@ -142,13 +136,7 @@ def format_plan(
     remarks: Mapping[str, str] | None = None,
     estimates: Mapping[str, Estimate | None] | None = None,
 ) -> str:
-    """Return a line per step: state, artifact, reason, and remarks in brackets.
-
-    Args:
-        plan: the steps.
-        remarks: step → further remarks.
-        estimates: step → estimate; None: unknown.
-    """
+    """Return a line per step: state, artifact, reason, and in brackets remarks and estimates (None: unknown)."""
     width = max(len(step.name) for step in plan)
     titles = {step.name: step.artifact or f"{step.title} (key {step.key[:_SHOWN]}…)" for step in plan}
     names = max(map(len, titles.values()))
@@ -165,9 +153,7 @@ def format_plan(
     summary += "".join(f", {counts[state]} {state}" for state in ("maybe", "waiting") if counts[state])
     known = [estimate for estimate in (estimates or {}).values() if estimate is not None]
     if known:
-        total = known[0].__class__(
-            seconds=sum(each.seconds for each in known), bytes=sum(each.bytes for each in known), artifact=""
-        )
+        total = Estimate(seconds=sum(each.seconds for each in known), bytes=sum(each.bytes for each in known))
         unknown = len(estimates or {}) - len(known)
         summary += f"; together {total}" + (f" and {unknown} without an estimate" if unknown else "")
     return "\n".join([*lines, summary])

@@ -14,7 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
@@ -38,7 +38,7 @@ from mlxchat.store.store import SAVED, Store
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import ExecutorConfig
-    from mlxchat.distributed.team import Team
+    from mlxchat.distributed.ranks import Ranks
 
 
 def ignore(step: str, record: Record) -> None:
@@ -48,27 +48,6 @@ def ignore(step: str, record: Record) -> None:
 def _no_gpu() -> bool:
     """Return False: stages compute on a CPU."""
     return False
-
-
-class Ranks(Protocol):
-    """The processes that compute a run's steps together; this process is rank 0."""
-
-    def start(self, run: Run, work: Path) -> Team:
-        """Return the ranks, ready for a step that saves in `work`; start them if needed.
-
-        Raises:
-            StepFailed: they cannot start.
-        """
-
-    def describe(self) -> dict[str, Any] | None:
-        """Return their number, backend and hosts; None if they have not started."""
-
-    def kill(self) -> None:
-        """Kill the processes that this one has started, since it will exit at once."""
-
-    @property
-    def is_broken(self) -> bool:
-        """Return True if the ranks cannot compute together any more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -561,7 +540,7 @@ class Waiting:
             self._say(locks.read_owner(self.lock))
 
     def _say(self, owner: dict[str, Any]) -> None:
-        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')} (run {owner.get('run', '?')})"
+        who = f"{locks.name_process(owner)} (run {owner.get('run', '?')})"
         iteration = attempt_log.iteration(self.work) if self.work is not None else None
         line = f"{self.step:<10} waits: {who} {self.doing}" + (f", at iteration {iteration}" if iteration else "")
         if line != self._said:

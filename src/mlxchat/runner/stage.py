@@ -233,9 +233,7 @@ def _read_declarations(path: Path) -> tuple[dict[str, Any], bool]:
 def _stages_at(place: str, root: Path | None) -> list[Stage]:
     """Return the stages of a folder or module; files without any stage declaration are ignored.
 
-    Args:
-        place: the folder or module.
-        root: the current folder, searched first; None: installed modules only.
+    The folder `root` is searched first; None: installed modules only.
 
     Raises:
         ConfigError: it does not exist, or has no stage.

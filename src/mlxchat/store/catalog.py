@@ -86,7 +86,7 @@ def _stamps(store: Store) -> dict[str, list[int]]:
     with contextlib.suppress(OSError):
         for name in os.listdir(base):  # noqa: PTH208  (Path objects would double the time for 10,000 artifacts)
             with contextlib.suppress(OSError):
-                status = os.stat(f"{base}/{name}/{MANIFEST}")  # noqa: PTH116
+                status = os.stat(f"{base}/{name}/{MANIFEST}")  # noqa: PTH116  (speed)
                 found[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
     return found
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -109,7 +108,7 @@ def _dangling(store: Store, staying: set[str]) -> Iterator[Garbage]:
     folders = {rid[:16] for rid in staying}
     for group in groups(store):
         for link in _entries(store.outputs / "refs" / group):
-            if link.is_symlink() and os.readlink(link)[-16:] not in folders:  # noqa: PTH115
+            if link.is_symlink() and link.readlink().name[-16:] not in folders:
                 yield Garbage(link, "ref", 0, "its artifact is gone")
 
 
@@ -149,13 +148,7 @@ class Collection:
 
 
 def find_garbage(store: Store, limits: Limits, *, trusted: bool = True) -> Collection:
-    """Return what can be removed under these limits; nothing is changed.
-
-    Args:
-        store: the outputs folder.
-        limits: what is kept of ended runs.
-        trusted: whether the cached catalog may be used; False reads every manifest.
-    """
+    """Return what can be removed under these limits; nothing is changed. `trusted` as for `read_catalog`."""
     summaries = read_catalog(store, trusted=trusted)
     known = by_rid(summaries)
     kept = _keep(store, known, limits)
@@ -199,7 +192,7 @@ def find_removal(store: Store, meant: Sequence[Found | Run], *, force: bool, tru
         store: the outputs folder.
         meant: the runs and artifacts.
         force: also remove pinned artifacts, inputs of others, and runs that may be in progress.
-        trusted: whether the cached catalog may be used; False reads every manifest.
+        trusted: as for `read_catalog`.
 
     Raises:
         ConfigError: every reason against the removal, unless `force` is True.
@@ -236,16 +229,9 @@ def find_removal(store: Store, meant: Sequence[Found | Run], *, force: bool, tru
 def _stays(
     store: Store, known: Mapping[str, Summary], runs: Set[str], chosen: Set[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return what is kept when runs and artifacts are removed, and the reasons against the removal.
+    """Return what is kept when these runs and the artifacts `chosen` (ids) are removed, and lines against the removal.
 
-    Args:
-        store: the outputs folder.
-        known: id → summary of every artifact.
-        runs: the runs to remove, with those of their artifacts that nothing else needs.
-        chosen: the ids of the artifacts to remove.
-
-    Returns:
-        id of a kept artifact → the reason if it is of these runs, else ""; and lines against the removal.
+    The first is id → the reason if the artifact is of these runs, else "".
     """
     at = {summary["folder"]: rid for rid, summary in known.items()}
     names = [
@@ -287,7 +273,7 @@ def _stays(
 def _names_of(store: Store, runs: Set[str], folders: Set[str]) -> Iterator[Garbage]:
     """Yield the refs of other runs that lead to these artifacts, and `latest` if it is one of the runs."""
     refs = store.outputs / "refs"
-    if (refs / LATEST).is_symlink() and os.path.basename(os.readlink(refs / LATEST)) in runs:  # noqa: PTH115, PTH119
+    if (refs / LATEST).is_symlink() and (refs / LATEST).readlink().name in runs:
         yield Garbage(refs / LATEST, "ref", 0, "the latest run is removed")
     for group in groups(store):
         for name, place in links(store, group).items():

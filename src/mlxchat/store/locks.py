@@ -13,7 +13,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +154,11 @@ def _gpu_names() -> set[str]:
 def _split(text: str | None) -> list[str] | None:
     """Return the items of a comma-separated list, or None if it is empty."""
     return [name for item in text.split(",") if (name := item.strip())] or None if text else None
+
+
+def name_process(owner: Mapping[str, Any]) -> str:
+    """Return the process in a holder's record, for messages."""
+    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
 
 
 def read_owner(path: Path) -> dict[str, Any]:
@@ -322,10 +327,7 @@ def _mounts() -> list[tuple[str, Mount]]:
 
 
 def claim(folder: Path) -> None:
-    """Claim a folder for this host if hosts may not see each other's locks there.
-
-    Args:
-        folder: `locks/` of an outputs folder; it exists and is writable.
+    """Claim `locks/` of an outputs folder for this host if hosts may not see each other's locks there.
 
     Raises:
         StoreError: another host uses the folder.
@@ -363,10 +365,7 @@ def claim(folder: Path) -> None:
 
 
 def check_links(refs: Path) -> None:
-    """Check that symlinks in `refs` can be read back, because gc keeps what they lead to.
-
-    Args:
-        refs: the folder of the refs; it exists and is writable.
+    """Check that symlinks in the writable folder `refs` can be read back, because gc keeps what they lead to.
 
     Raises:
         StoreError: this file system has no symlinks, or none that lead out of their folder.

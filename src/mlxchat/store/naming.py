@@ -198,7 +198,7 @@ def latest(store: Store) -> str:
     That is the last run that finished a model; without one an import, else any run with artifacts.
     """
     link = store.outputs / "refs" / LATEST
-    recorded = os.path.basename(os.readlink(link)) if link.is_symlink() else ""  # noqa: PTH115, PTH119
+    recorded = link.readlink().name if link.is_symlink() else ""
     if _model_of(links(store, recorded)) is not None:
         return recorded
     best, highest = "", 0
@@ -304,7 +304,7 @@ def links(store: Store, group: str) -> dict[str, Path]:
             target = os.readlink(folder / name)  # noqa: PTH115  (speed)
         except OSError:
             continue
-        place = store.outputs / "store" / os.path.basename(target)  # noqa: PTH119
+        place = store.outputs / "store" / target.rpartition("/")[2]
         if (place / MANIFEST).exists():
             found[name] = place
     return found

@@ -69,8 +69,7 @@ class SharedArtifacts:
 
         def tell_waiting(owner: dict[str, Any]) -> None:
             check()
-            who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-            self.say(f"{SHARED_KIND:<10} waiting: {who} is encoding {label}")
+            self.say(f"{SHARED_KIND:<10} waiting: {locks.name_process(owner)} is encoding {label}")
 
         with locks.hold(store.lock(key), {"run": self.run, "step": SHARED_KIND}, tell_waiting, check):
             crash_point("shared.locked")

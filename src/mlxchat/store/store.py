@@ -277,7 +277,7 @@ class Store:
     def link_group(self, name: str, group: str) -> None:
         """Point refs/<name> at refs/<group>, atomically."""
         link = self.outputs / "refs" / name
-        if not link.is_symlink() or os.readlink(link) != group:  # noqa: PTH115
+        if not link.is_symlink() or str(link.readlink()) != group:
             self._swap_link(link, group)
 
     def _swap_link(self, link: Path, target: str) -> None:

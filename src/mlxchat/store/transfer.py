@@ -146,8 +146,7 @@ def import_all(store: Store, source: Path) -> tuple[list[Path], list[Path]]:
 
 def tell_waiting(owner: dict[str, Any]) -> None:
     """Print which process holds the lock of imports."""
-    who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another process"
-    print(f"waiting for the import of {who}", file=sys.stderr, flush=True)
+    print(f"waiting for the import of {locks.name_process(owner)}", file=sys.stderr, flush=True)
 
 
 def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mlxchat.composition.compose import Composed
 from mlxchat.composition.sections import config_of, executor_of
-from mlxchat.config.schema import Config, ExecutorConfig, HooksConfig
+from mlxchat.config.schema import Config, ExecutorConfig
 from mlxchat.config.secrets import redact
 from mlxchat.distributed.ranks import lead_ranks
 from mlxchat.errors import ConfigError, StoreError, visible
@@ -107,7 +107,10 @@ def run_pipeline(
     run = Run(
         folder=folder, seed=config.seed, data_seed=config.data_seed,
         overrides=composed.overrides, environment=Environment(_describe_device), say=_say, on_metrics=take,
-        policy=_policy(config, plan, need, executors), hooks=_hooks(config.hooks),
+        policy=_policy(config, plan, need, executors), hooks=Hooks(
+            on_start=config.hooks.on_start, on_success=config.hooks.on_success, on_failure=config.hooks.on_failure,
+            warn=_say,
+        ),
         uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
         becomes_latest=not is_verb,
     )  # fmt: skip
@@ -274,11 +277,6 @@ def _policy(
     )
 
 
-def _hooks(config: HooksConfig) -> Hooks:
-    """Return the notifications of a run."""
-    return Hooks(on_start=config.on_start, on_success=config.on_success, on_failure=config.on_failure, warn=_say)
-
-
 def _uses_gpu(device: str) -> bool:
     """Return True if stages compute on a GPU with this `machine.device`."""
     return device == "gpu" or device_kind(device) != "cpu"
@@ -301,9 +299,9 @@ def _results(config: Config, store: Store, folder: Path, *, is_done: bool) -> Re
     return Results(
         numbers={step: found for step, found in numbers.items() if found},
         header=table.header if table else [],
-        rows=[[" ".join(filter(None, (cell.text, cell.detail))) for cell in row] for row in table.rows]
-        if table
-        else [],
+        rows=[
+            [" ".join(filter(None, (cell.text, cell.detail))) for cell in row] for row in (table.rows if table else [])
+        ],
         artifacts={
             step.name: Published(id=step.rid, kind=step.kind, folder=step.folder)
             for step in report.steps

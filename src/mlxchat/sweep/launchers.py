@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -153,10 +153,7 @@ def _for_hydra(overrides: list[str], config_dirs: list[str]) -> list[str]:
 def launch(settings: HydraSettings, folder: SweepFolder, overrides: list[str]) -> None:
     """Run jobs with Hydra's sweeper and launcher; return when all have ended or were lost.
 
-    Args:
-        settings: the sweeper and launcher.
-        folder: the sweep's folder, with its state.
-        overrides: the varying overrides, in addition to those of the settings.
+    `overrides` are the varying ones, in addition to those of the settings.
 
     Raises:
         ConfigError: Hydra refuses its settings.
@@ -338,12 +335,9 @@ def whereabouts() -> dict[str, Any]:
 
 @contextmanager
 def watched(folder: SweepFolder, told: set[int], tell: Callable[[Row], None]) -> Iterator[None]:
-    """Call `tell` with each job's row as it appears while the body runs; a signal asks all jobs to stop.
+    """Call `tell` with each job's row that is not in `told` yet, while the body runs; a signal asks all jobs to stop.
 
-    Args:
-        folder: the sweep's folder.
-        told: jobs whose rows are already known.
-        tell: called in another thread, because launchers return only after all jobs.
+    It is called in another thread, because launchers return only after all jobs.
     """
     ended = threading.Event()
 
@@ -404,13 +398,11 @@ class _Prefixed(io.TextIOBase):
 
 @contextmanager
 def _prefixed(prefix: str) -> Iterator[None]:
-    former = sys.stdout, sys.stderr
-    out, err = _Prefixed(former[0], prefix), _Prefixed(former[1], prefix)
-    sys.stdout, sys.stderr = out, err
+    out, err = _Prefixed(sys.stdout, prefix), _Prefixed(sys.stderr, prefix)
     try:
-        yield
+        with redirect_stdout(out), redirect_stderr(err):
+            yield
     finally:
-        sys.stdout, sys.stderr = former
         for stream in (out, err):
             if stream.begun:
                 stream.write("\n")
@@ -420,12 +412,8 @@ def _prefixed(prefix: str) -> Iterator[None]:
 def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool) -> Iterator[None]:
     """Send this process one SIGTERM when the sweep stops or its parent process no longer holds the lock.
 
-    Ctrl-C in the terminal must reach only the parent process, since a second signal means "at once".
-
-    Args:
-        folder: folder with the stop request and the lock.
-        parent: pid, host and working directory of the parent process.
-        at_home: whether this is the parent process, which receives signals itself.
+    Ctrl-C in the terminal must reach only the parent process, since a second signal means "at once". `at_home`: this is
+    the parent process, which receives signals itself.
     """
     if at_home:
         yield

@@ -242,13 +242,7 @@ def _write(path: Path, content: Any) -> None:
 
 
 def metrics_of(plan: Sequence[PlannedStep], store: Store, metric: str | None = None) -> dict[str, float]:
-    """Return step.metric → value for the columns of a table.
-
-    Args:
-        plan: the steps.
-        store: store of the steps' artifacts.
-        metric: STEP.METRIC of sweep.metric, shown in addition.
-    """
+    """Return step.metric → value for the columns of a table; `metric` (STEP.METRIC) is one of them in any case."""
     found = {}
     for step in plan:
         manifest = store.made(step.key)

@@ -31,7 +31,7 @@ from mlxchat.runner.plan import PlannedStep, entries_of
 from mlxchat.store import locks
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import Record, Records
-from mlxchat.store.fingerprint import flatten
+from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.results import Row, SweepFolder, find_metric, metrics_of, recorded_numbers, write_results
@@ -103,8 +103,7 @@ def run_search(arguments: list[str]) -> int:
     search.folder.mkdir(parents=True, exist_ok=True)
 
     def tell_waiting(owner: dict[str, Any]) -> None:
-        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-        print(f"{who} runs this search ({search.folder}); waiting", flush=True)
+        print(f"{locks.name_process(owner)} runs this search ({search.folder}); waiting", flush=True)
 
     with locks.hold(search.folder / "search.lock", {"search": search.folder.name}, tell_waiting):
         trials = Trials(search.folder / "journal.log", search.direction)
@@ -267,15 +266,10 @@ def _definition(search: Search) -> dict[str, Any]:
     fixed = {name: value for name, value in flat.items() if name.partition(": ")[2] not in search.space}
     halving = {"first_rung": sweep.first_rung, "factor": sweep.factor}
     return {
-        "kind": sweep.kind,
-        "metric": search.target,
-        "direction": search.direction,
-        "seed": sweep.seed,
-        "random_trials": sweep.random_trials,
-        **(halving if sweep.kind == "halving" else {}),
+        "kind": sweep.kind, "metric": search.target, "direction": search.direction, "seed": sweep.seed,
+        "random_trials": sweep.random_trials, **(halving if sweep.kind == "halving" else {}), "fixed": fixed,
         "space": {" " + key: distribution_to_json(found) for key, found in search.space.items()},
-        "fixed": fixed,
-    }
+    }  # fmt: skip
 
 
 class Trials:
@@ -316,31 +310,20 @@ class Trials:
             with self._faults():
                 self.study.set_user_attr("definition", definition)
             return
-        before, after = flatten(known), flatten(json.loads(json.dumps(definition)))
-        changes = [
-            f"  {key}: {before.get(key, 'absent')} → {after.get(key, 'absent')}"
-            for key in sorted(before.keys() | after.keys())
-            if before.get(key, "absent") != after.get(key, "absent")
-        ]
-        if changes:
-            more = [f"  and {len(changes) - _MOST_SHOWN} more"] if len(changes) > _MOST_SHOWN else []
-            raise ConfigError(
-                "\n".join(
-                    [
-                        f"{self.path.parent} holds a search with other settings:",
-                        *changes[:_MOST_SHOWN],
-                        *more,
-                        "Choose another name (sweep.name=NAME), or remove that folder.",
-                    ]
-                )
-            )
+        changed = changes(flatten(known), flatten(json.loads(json.dumps(definition))))
+        if changed:
+            lines = [f"  {key}: {old} → {new}" for key, (old, new) in sorted(changed.items())]
+            if len(lines) > _MOST_SHOWN:
+                lines[_MOST_SHOWN:] = [f"  and {len(lines) - _MOST_SHOWN} more"]
+            head = f"{self.path.parent} holds a search with other settings:"
+            tail = "Choose another name (sweep.name=NAME), or remove that folder."
+            raise ConfigError("\n".join([head, *lines, tail]))
 
     def add(self, space: Space, row: Row, value: float | None, asked: optuna.Trial | None = None) -> None:
         """Add a finished trial; value None: it failed. Intermediate values come from `asked`."""
         import optuna
 
         reported = asked.study.trials[asked.number] if asked is not None else None
-
         states = {"done": optuna.trial.TrialState.COMPLETE, "pruned": optuna.trial.TrialState.PRUNED}
         trial = optuna.trial.create_trial(
             state=states.get(row["status"], optuna.trial.TrialState.FAIL), value=value, params=row["overrides"],
@@ -402,7 +385,7 @@ def ask(
         number: number of the trial, from 1.
         seed: seed of the search.
         random_trials: number of results before they guide the choice.
-        direction: minimize or maximize.
+        direction: of the metric.
         pruner: decides whether the trial stops early.
     """
     import optuna

@@ -249,8 +249,7 @@ def run_sweep(arguments: list[str]) -> int:
     folder = SweepFolder(sweep.hydra.folder or default)
 
     def tell_waiting(owner: dict[str, Any]) -> None:
-        process = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
-        print(f"{process} runs a sweep in this folder; waiting", flush=True)
+        print(f"{locks.name_process(owner)} runs a sweep in this folder; waiting", flush=True)
 
     with locks.hold(folder.lock, {"sweep": folder.path.name}, tell_waiting):
         return _Run(sweep, folder).run()
