@@ -339,7 +339,7 @@ def test_sampled_rows_are_the_most_that_fit() -> None:
         found = replace(found, row_tokens=128, sampled_tokens=128, device=training(limit).device)
         return predict_peak(found, 1).sampled_rows
 
-    assert sampled(None) == 32
+    assert sampled(None) == 64
     held = predict_peak(training(), 1)
     for rows in (24, 8, 1):
         needed = decoding(128, training().device).bytes_beside_weights(rows)
@@ -354,10 +354,10 @@ def test_generated_samples_count_in_the_peak_of_a_training() -> None:
     pretrain, midtrain, sft = (training_of(config, stage, SIZES) for stage in ("pretrain", "midtrain", "sft"))
     assert (pretrain.sampled_rows, pretrain.sampled_tokens) == (1, 4 + 7), "a token has a byte at least"
     assert midtrain.sampled_rows == 0, "choices are no generated answers"
-    assert (sft.sampled_rows, sft.sampled_tokens) == (32, 128 + 1000)
-    assert predict_peak(sft, 1).sampling == decoding(1128).bytes_beside_weights(32)
+    assert (sft.sampled_rows, sft.sampled_tokens) == (64, 128 + 1000)
+    assert predict_peak(sft, 1).sampling == decoding(1128).bytes_beside_weights(64)
     fewer = replace(sft, device=Device(limit_bytes=sft.peak_bytes(1) - 1))
-    assert predict_peak(fewer, 1).sampled_rows < 32
+    assert predict_peak(fewer, 1).sampled_rows < 64
 
 
 D32 = replace(SIZES, vocab_size=65536, num_layers=32, num_heads=16, num_kv_heads=16, width=2048, context_tokens=2048)

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from mlxchat.engine.cache import KeptPasts
+from mlxchat.engine.cache import KeptPasts, batch_rows
 from mlxchat.engine.constraint import Constraint
 from mlxchat.engine.sample import Sampling, log_probability, sample_token
 from mlxchat.engine.tools import CALL_TOKENS, PythonTool, ToolCalls
@@ -390,9 +390,9 @@ class Scheduler:
             self._by_id.pop(row.id, None)
 
     def _shrink(self) -> None:
-        """Remove free rows if no request waits."""
+        """Remove free rows if no request waits and a smaller batch is enough."""
         active = [place for place, row in enumerate(self._rows) if row is not None]
-        if len(active) == len(self._rows) or self._waiting:
+        if self._waiting or (active and batch_rows(len(active)) == batch_rows(len(self._rows))):
             return
         if active:
             rows = [self._rows[place] for place in active]

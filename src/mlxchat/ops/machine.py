@@ -19,9 +19,9 @@ CPU_ATTENTION_TOKENS = 128
 """Queries per block of attention in `mlxchat.cpu`."""
 CPU_MOST_LANES = 16
 """With more lanes each would have too few rows."""
-BATCH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
+BATCH_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 """Rows of a KV cache: one of these, or a multiple of the last, so that few shapes are compiled."""
-DECODED_ROWS = 32
+DECODED_ROWS = 64
 """Maximum number of answers decoded together."""
 KEPT_TOKENS = 8192
 """Tokens of earlier prompts whose keys and values are kept for prefix reuse."""
