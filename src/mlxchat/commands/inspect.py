@@ -38,7 +38,12 @@ def status(parser: Parser) -> None:
 def _status(options: Namespace) -> int:
     """Print running steps, failures, and the steps of a run."""
     names, store = options.names, Store(options.outputs)
-    run = _run_named(store, names[0]) if names else latest(store)
+    run = latest(store)
+    if names:
+        meant = meaning(store, names[0])
+        if not isinstance(meant, Run):
+            raise StoreError(f'"{names[0]}" is {meant.place.name}, not a run. See: mlxchat show {names[0]}')
+        run = meant.name
     work = [_describe_work(store, folder) for folder in _folders(store.outputs / "work")]
     done = [_describe_done(step, place) for step, place in links(store, run).items()]
     done.sort(key=lambda row: str(row.get("published", "")))
@@ -59,18 +64,6 @@ def _status(options: Namespace) -> int:
     if not done and not work:
         print(f"{store.outputs} is empty: run mlxchat first")
     return 0
-
-
-def _run_named(store: Store, name: str) -> str:
-    """Return the run with this name.
-
-    Raises:
-        StoreError: there is none.
-    """
-    meant = meaning(store, name)
-    if not isinstance(meant, Run):
-        raise StoreError(f'"{name}" is {meant.place.name}, not a run. See: mlxchat show {name}')
-    return meant.name
 
 
 def _describe_work(store: Store, folder: Path) -> Row:
@@ -438,24 +431,21 @@ def _diff(options: Namespace) -> int:
     """Print each difference as key, old → new."""
     names, store = options.names, Store(options.outputs)
     runs = [meant.name for name in names if isinstance(meant := meaning(store, name), Run)]
-    pairs = (
-        _pair_steps(store, *runs) if len(runs) == len(names) else {"": tuple(resolve(store, name) for name in names)}
-    )
+    pairs: dict[str, tuple[Path | None, ...]]
+    if len(runs) == len(names):
+        old, new = (links(store, run) for run in runs)
+        pairs = {step: (old.get(step), new.get(step)) for step in dict.fromkeys([*old, *new])}
+    else:
+        pairs = {"": tuple(resolve(store, name) for name in names)}
     if options.json:
         records = {step: _describe_pair(*pair) for step, pair in pairs.items()}
-        print_json(records if len(runs) == len(names) else records[""])
+        print_json(records.get("", records))
         return 0
     for step, (a, b) in pairs.items():
         if step:
             print(visible(f"\n── {step}"))
         _show_pair(a, b)
     return 0
-
-
-def _pair_steps(store: Store, *runs: str) -> dict[str, tuple[Path | None, Path | None]]:
-    """Return step → its artifact in each run, None if absent."""
-    old, new = (links(store, run) for run in runs)
-    return {step: (old.get(step), new.get(step)) for step in dict.fromkeys([*old, *new])}
 
 
 def _describe_pair(a: Path | None, b: Path | None) -> dict[str, Any]:
@@ -480,23 +470,18 @@ def _show_pair(a: Path | None, b: Path | None) -> None:
     found = differences(read_manifest(a), read_manifest(b))
     for section, changes in found.items():
         if changes:
-            rows = [[key, f"{_change(a, b)}{_delta(a, b)}"] for key, (a, b) in changes.items()]
+            rows = [[key, _change(old, new)] for key, (old, new) in changes.items()]
             print(f"{section}\n{aligned(rows, indent='  ')}")
     same = [section for section, changes in found.items() if not changes]
     print(f"equal: {', '.join(same)}" if any(found.values()) else "no difference")
 
 
 def _change(old: Any, new: Any) -> str:
-    """Return old → new, with six digits unless both would look equal."""
+    """Return old → new, with six digits unless both would look equal, and a float's relative change."""
     short = [f"{value:.6g}" if isinstance(value, float) else show_value(value) for value in (old, new)]
-    return " → ".join(short if short[0] != short[1] else [show_value(old), show_value(new)])
-
-
-def _delta(old: Any, new: Any) -> str:
-    """Return a float's relative change."""
-    if not (isinstance(old, float) and isinstance(new, float)) or not old:
-        return ""
-    return f"  ({(new - old) / abs(old):+.1%})"
+    told = " → ".join(short if short[0] != short[1] else [show_value(old), show_value(new)])
+    is_float = isinstance(old, float) and isinstance(new, float)
+    return f"{told}  ({(new - old) / abs(old):+.1%})" if is_float and old else told
 
 
 def verify(parser: Parser) -> None:
@@ -513,10 +498,8 @@ def _verify(options: Namespace) -> int:
     names, store = options.names, Store(options.outputs)
     base = store.outputs / "store"
     every = sorted(base.iterdir()) if base.is_dir() else []
-    places = [place for name in names for place in find_all(store, name)] or [
-        place for place in every if (place / MANIFEST).exists()
-    ]
-    places = list(dict.fromkeys(places))
+    named = dict.fromkeys(place for name in names for place in find_all(store, name))
+    places = list(named) or [place for place in every if (place / MANIFEST).exists()]
     faults: dict[str, list[str]] = {}
     absent: dict[str, list[str]] = {}
     for place in places:

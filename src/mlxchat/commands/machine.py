@@ -63,7 +63,7 @@ def _installation() -> Iterator[Finding]:
     yield ("ok", "versions", "  ".join(f"{name} {number}" for name, number in found.items() if name != "python"))
     if "mlxchat" in found and found["mlxchat"] != __version__:
         yield ("wrong", "versions", f"mlxchat is {__version__} but installed as {found['mlxchat']}: make setup")
-    names = {each.name for each in importlib.metadata.distributions()}
+    names = {str(each.name).lower().replace("_", "-") for each in importlib.metadata.distributions()}
     backends = [name for name in ("mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-cuda") if name in names]
     if len(backends) > 1:
         remedy = f"pip uninstall {' '.join(backends)}, then make setup (DEVICE=cuda13 for NVIDIA)"

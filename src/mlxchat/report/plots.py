@@ -497,7 +497,8 @@ def _charts(report: RunReport, step: StepReport, *, is_main: bool) -> Iterator[C
     for series in _SERIES:
         xs, ys = step.series(series.key)
         is_said = series.key in _VALIDATION and series.key != validation
-        is_empty = series.key == "data_wait_frac" and _is_negligible(ys)
+        # A training that never waited for data except at its start.
+        is_empty = series.key == "data_wait_frac" and max(ys[max(1, len(ys) // 10) :], default=0.0) < 0.02
         if not xs or series.is_main is not is_main or is_said or is_empty or (is_rl and series.key == "loss"):
             continue
         end_of_errors, errors = step.series(f"{series.key}_stderr")
@@ -515,11 +516,6 @@ def _charts(report: RunReport, step: StepReport, *, is_main: bool) -> Iterator[C
             curves=[Curve(points=curve.points, errors=curve.errors, is_smoothed=series.is_smoothed, end=end)],
             levels=levels, from_zero=series.from_zero,
         )  # fmt: skip
-
-
-def _is_negligible(shares: list[float]) -> bool:
-    """Return True if a training never waited for data except at its start."""
-    return max(shares[max(1, len(shares) // 10) :], default=0.0) < 0.02
 
 
 def _pass_chart(step: StepReport) -> Iterator[Chart]:

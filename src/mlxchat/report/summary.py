@@ -160,7 +160,7 @@ def _learnt(report: RunReport) -> Iterator[str]:
     tasks = [(name, scores.tasks) for name, scores in _own_scores(report) if scores.tasks]
     if tasks:
         name, measured = tasks[-1]
-        above = [task.name for task in measured.values() if _is_above_chance(task)]
+        above = [t.name for t in measured.values() if t.value > (t.chance or 0.0) + 2 * (t.stderr or 0.0)]
         which = f": {join(above)}" if 0 < len(above) < len(measured) else ""
         verb = "is" if len(above) == 1 else "are"
         yield f"After {name}, {len(above)} of {plural(len(measured), 'task')} {verb} clearly above chance{which}."
@@ -186,10 +186,6 @@ def _to_target(report: RunReport, step: StepReport) -> Iterator[str]:
         return
     costs = ", ".join(f"{value} {what}" if what in ("tokens", "FLOPs") else value for what, value in reached.costs())
     yield f"It reached its target, {target}, after {plural(int(reached.iteration), 'iteration')}: {costs}."
-
-
-def _is_above_chance(task: Measure) -> bool:
-    return task.value > (task.chance or 0.0) + 2 * (task.stderr or 0.0)
 
 
 def _how_well(report: RunReport) -> Iterator[str]:
@@ -230,22 +226,18 @@ def _cost(report: RunReport) -> Iterator[str]:
         f"{format_seconds(spent)} of computing{f' on {places}' if places else ''}{f', {dollars}' if dollars else ''}"
         f"{f', at most {format_bytes(memory)} of memory' if memory else ''}."
     )
-    phases = [
-        f"{step.name} ({', '.join(filter(None, (_iterations(step), format_seconds(step.seconds))))})"
-        for step in report.steps
-        if _is_training(step) and step.stage != "pretrain" and step.manifest and step.seconds is not None
-    ]
+    phases = []
+    for step in report.steps:
+        if _is_training(step) and step.stage != "pretrain" and step.manifest and step.seconds is not None:
+            count = num_iterations(step)
+            iterations = f"{plural(count, 'iteration')}, " if count else ""
+            phases.append(f"{step.name} ({iterations}{format_seconds(step.seconds)})")
     if phases:
         yield f"Of this: {join(phases)}."
     cached = sum(step.outcome == "cached" for step in report.steps)
     if cached:
         this_run = f"; this run took {format_seconds(report.seconds)}" if report.seconds is not None else ""
         yield f"{cached} of {plural(len(report.steps), 'step')} came from the cache{this_run}."
-
-
-def _iterations(step: StepReport) -> str:
-    count = num_iterations(step)
-    return plural(count, "iteration") if count else ""
 
 
 def _hardware(step: StepReport) -> str:

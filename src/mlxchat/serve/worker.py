@@ -183,7 +183,8 @@ class Worker:
             if command is None:
                 break
             command()
-        self._fail_all(Fault("the server is shutting down", status=503, retry_after=5))
+        for answer in list(self.answers):
+            self._fail(answer, Fault("the server is shutting down", status=503, retry_after=5))
         self._schedulers.clear()
         # MLX frees a thread's streams after Python has joined it, which is too late if the process exits then.
         import mlx.core as mx
@@ -272,10 +273,6 @@ class Worker:
             _log.error("an answer failed: %s: %s", type(error).__name__, error)
             error = Fault(f"the computation failed: {type(error).__name__}: {error}", status=500)
         self._call(lambda: self._end(answer, error))
-
-    def _fail_all(self, error: Exception) -> None:
-        for answer in list(self.answers):
-            self._fail(answer, error)
 
     def _deliver(self, found: list[tuple[Answer, int, Event]]) -> None:
         """Pass events to the event loop's thread."""
