@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit.text import DOCUMENTS
+from mlxchat.data import tokens as documents_module
 from mlxchat.data.sources import Corpus, Shard
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, encode_shard
@@ -30,6 +31,7 @@ def test_documents_repeat_in_order_and_count_epochs(
     while len(found) < 200:
         found += texts(cursor, count, tokenizer)
         assert cursor.epoch == (len(found) - 1) // 90
+    assert cursor.name((1, 3)) == "shard_00001.parquet document 3"
     assert found == (DOCUMENTS[10:] * 3)[: len(found)]
 
 
@@ -118,3 +120,14 @@ def test_failed_background_encoding_is_raised_to_the_reader(maker: Maker) -> Non
     cursor.next(40)
     with pytest.raises(OSError, match="disk is full"):
         cursor.next(1)
+
+
+def test_number_of_open_shards_is_limited(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents_module, "_MOST_OPEN_SHARDS", 2)
+    shards = Documents(maker.shards, maker)
+    cursor = shards
+    addresses = [address for address, _ in cursor.next(90)]
+    for address in (addresses[0], addresses[50], addresses[89]):
+        assert cursor.length(address) == len(cursor.ids(address))
+        assert len(shards._open) <= 2
+    cursor.close()

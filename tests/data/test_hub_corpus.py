@@ -124,6 +124,21 @@ def test_density_is_measured_on_the_validation_file(hub: Any, five: Any, pin: Ca
     assert Corpus.open(pin()).chars_per_byte == pytest.approx(expected)
 
 
+def test_full_disk_is_refused_before_downloads(
+    hub: Any, five: Any, pin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    pin()
+    stop_fetching()
+    asked = len(hub.requests("parquet"))
+    usage = shutil.disk_usage("/")._replace(free=256 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DataError, match=r"The text of this run \(org/texts, 4 files\) needs"):
+        pin(train_chars=1e9)
+    assert len(hub.requests("parquet")) == asked
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     until = time.monotonic() + 10
     while not condition():

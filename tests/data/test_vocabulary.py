@@ -129,6 +129,13 @@ def test_leading_special_tokens_shift_the_ids(tmp_path: Path) -> None:
         assert [id_ + 9 for id_ in ours.encode(text)] == source.encode(text).ids
 
 
+def test_tiktoken_file_gets_our_pattern(tmp_path: Path) -> None:
+    trained = train_tokenizer(TEXTS, 300)
+    (tmp_path / "mine.tiktoken").write_text(spell_ranks(trained.ranks))
+    taken, keeps_ids = load_vocabulary(str(tmp_path / "mine.tiktoken"))
+    assert (taken.digest, keeps_ids) == (trained.digest, True)
+
+
 def damaged(change: Callable[[dict[str, Any]], object]) -> str:
     record = json.loads(train_hf(split_by(SPLIT_PATTERN)).to_str())
     change(record)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,34 +76,3 @@ def test_a_host_with_another_version_is_refused(launch: Any, two_hosts: Any, tmp
     assert f"mlxchat is 0.0.{mlxchat_module.__version__} there and {mlxchat_module.__version__} here" in text
     assert "code of mlxchat (digest) is" in text
     assert not (tmp_path / "outputs").exists()
-
-
-@pytest.mark.slow
-def test_a_training_ends_with_a_killed_rank_and_resumes(
-    launch: Any, tiny: tuple[str, ...], mlxchat: Any, tmp_path: Path
-) -> None:
-    settings = [*tiny, "stage=pretrain", "pretrain.num_iterations=80", "machine.checkpoint_seconds=0"]
-    process = launch(*settings, f"outputs={tmp_path}/killed")
-    until = time.monotonic() + 100
-    while not list(tmp_path.glob("killed/work/*/ckpt/0000001*")):
-        assert time.monotonic() < until
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    (ranks,) = tmp_path.glob("killed/runs/*/ranks.json")
-    os.kill(json.loads(ranks.read_text())["pids"][1], signal.SIGKILL)
-    text, _ = process.communicate(timeout=60)
-    assert text.count("error:") == 1, text
-    assert "rank 1 (process" in text
-    assert "continues from" in text
-    assert "[ring]" not in text
-    text, _ = launch(*settings, f"outputs={tmp_path}/killed").communicate(timeout=200)
-    assert "pretrain   done" in text, text
-    whole, _ = launch(*settings, f"outputs={tmp_path}/whole").communicate(timeout=200)
-    assert "pretrain   done" in whole, whole
-    trees = [
-        json.loads((tmp_path / name / "refs/latest/pretrain/manifest.json").read_text())["tree"]
-        for name in ("killed", "whole")
-    ]
-    assert trees[0] == trees[1]
-    done = mlxchat(*settings, "machine.num_processes=2", f"outputs={tmp_path}/whole")
-    assert "nothing to do" in done.stdout

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from mlxchat.distributed.ranks import Meeting, Ranks, computes, find_meeting, le
 from mlxchat.distributed.watch import Line, Watch, code_digest, connect, find_facts, listen_at
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.ops import machine as machine_module
+from mlxchat.sweep.job import remark_few_rows
 
 
 def write(folder: Path, value: Any) -> str:
@@ -171,3 +173,17 @@ def test_ranks_share_the_cores_of_their_machine(
     assert isinstance(lead, Ranks)
     shared, _ = lead_ranks(machine(f"machine.num_processes={size}", "machine.blas_threads=3"))
     assert shared.blas_threads == 3, "an explicit setting is not divided"
+
+
+def test_more_ranks_than_rows_gives_a_remark() -> None:
+    batches = {"pretrain": (1024, False), "midtrain": (2048, False), "sft": (None, False), "rl": (512, True)}
+    config: Any = SimpleNamespace(**{
+        name: SimpleNamespace(batch=SimpleNamespace(tokens=tokens, row_tokens=512))
+        for name, (tokens, _) in batches.items()
+    })  # fmt: skip
+    plan: Any = [
+        SimpleNamespace(name=name, stage=SimpleNamespace(name=name), config=config, done=done)
+        for name, (_, done) in {**batches, "eval": (None, False)}.items()
+    ]
+    (line,) = remark_few_rows(plan, 3)
+    assert line == "pretrain   has 2 rows per iteration for 3 ranks: some ranks are idle"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import tiktoken
 
@@ -44,3 +47,17 @@ def test_other_tokenizers_are_compared_if_installed(tokenizer: Tokenizer, rival:
     assert rows[-2]["gpt2"] == sum(len(encoding.encode_ordinary(text)) for text in SPLITS["train"])
     assert compression_rows(train_tokenizer([], 265), {})[0]["gpt2_better"] == "gpt2"
     assert compression_rows(rival, {})[0]["gpt2_better"] == "tie"
+
+
+def test_only_the_start_of_a_corpus_is_read(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compression, "_SPLIT_CHARS", 1000)
+    asked = 0
+
+    def endless() -> Iterator[str]:
+        nonlocal asked
+        for _ in itertools.count():
+            asked += 1
+            yield "the cat " * 10
+
+    assert compression_rows(tokenizer, {"train": endless()})[-1]["chars"] == 1040
+    assert asked == 13

@@ -32,7 +32,8 @@ def core_result(seed: int, level: float) -> dict[str, Any]:
     for label, kind, shots, baseline in CORE_TASKS:
         accuracy = baseline + (1 - baseline) * max(0.0, min(0.9, draw.gauss(level, 0.15)))
         task = CoreTask(label=label, kind=kind, data="", num_fewshot=shots, delimiter=" ", baseline=baseline)
-        scores.append(TaskScore(task=task, accuracy=accuracy, num_examples=draw.randint(200, 9000), cropped=0))
+        count = draw.randint(200, 9000)
+        scores.append(TaskScore(task=task, kind=task.kind, chance=task.baseline, accuracy=accuracy, num_examples=count))
     return CoreResult(scores=scores, bundle_sha256="0" * 64, max_per_task=None, is_whole=True).to_dict()
 
 

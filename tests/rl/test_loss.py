@@ -11,7 +11,8 @@ import pytest
 from kit.models import composed
 from kit.training import rl_config
 from mlxchat.config.schema import RLConfig
-from mlxchat.rl.loss import PolicyLoss, advantages_of, importance_weights, policy_loss
+from mlxchat.errors import StepFailed
+from mlxchat.rl.loss import PolicyLoss, advantages_of, check_rollout_drift, importance_weights, policy_loss
 
 # Three answers of 4, 2 and 3 sampled tokens; the second token of the last was forced.
 MASK = np.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 1, 1]], dtype=np.float64)
@@ -176,3 +177,8 @@ def test_importance_weights_are_truncated_and_may_be_per_sequence() -> None:
     assert numbers == {"rollout_kl": -0.25, "rollout_capped": 0.5}
     sequence, _ = importance_weights(old, drawn, mask, rl_config(ratio="sequence"))
     np.testing.assert_allclose(sequence, np.exp([[0.25] * 3]))
+
+
+def test_drift_of_nan_is_refused() -> None:
+    with pytest.raises(StepFailed, match=r"KL nan nats per token.*Restart with rl.rollout_bits=null"):
+        check_rollout_drift(math.nan, rl_config(rollout_bits=8), 3)

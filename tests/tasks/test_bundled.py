@@ -79,6 +79,10 @@ def test_unknown_and_missing_sources_are_refused(monkeypatch: pytest.MonkeyPatch
             source(name)
 
 
+def test_python_docs_are_a_source() -> None:
+    assert any("await" in text for text in texts("python-docs"))
+
+
 def test_common_words_are_frequent_and_not_names() -> None:
     counts = Counter(re.findall(r"(?<![\w'-])[a-z]{3,8}(?![\w'-])", "\n".join(texts(PACKAGED[0]) + texts(PACKAGED[1]))))
     words = common_words()

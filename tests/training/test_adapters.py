@@ -113,6 +113,13 @@ def test_micro_batches_change_rounding_and_recomputing_no_bit(kind: str) -> None
     assert bits(recomputed) == bits(model)
 
 
+def test_dropout_affects_training_but_not_evaluation() -> None:
+    (with_dropout, optimizer), (without, other) = make(dropout=0.5), make()
+    ids = mx.array(batch().ids)
+    assert mx.array_equal(with_dropout(ids), without(ids)).item()
+    assert learn(with_dropout, optimizer) != learn(without, other)
+
+
 @pytest.mark.parametrize("kind", ["dora", "qlora"])
 def test_interrupted_training_resumes_bit_for_bit_from_saved_adapters(
     train: Callable[..., Trained], tmp_path: Path, kind: str

@@ -99,6 +99,10 @@ def test_best_is_the_first_candidate_with_the_best_finite_number(
                          "last_reward": 0.4, "last_pass_at_1": 0.1}  # fmt: skip
 
 
+def test_last_iteration_of_a_training_is_a_candidate(tmp_path: Path) -> None:
+    assert train(tmp_path, 5, every=3).ctx.metrics["best_iteration"] == 5
+
+
 def test_interrupted_training_keeps_the_same_weights(straight: Trained, tmp_path: Path) -> None:
     """Saves hold the best weights only where they are not the present ones."""
     for stop, is_present in ((4, True), (5, False), (9, False)):

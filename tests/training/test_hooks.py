@@ -134,6 +134,16 @@ def test_hooks_compute_in_the_dtype_of_the_training(
     assert {value.dtype for value in flatten_parameters(model).values()} == {mx.float32}
 
 
+def test_suite_samples_the_rows_that_fit_beside_the_training(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ctx, made = make_context(tmp_path), []
+    ctx.derived["sampled_rows"] = 3
+    monkeypatch.setattr("mlxchat.training.hooks.Engine", lambda *given, **options: made.append(options))
+    suite_hooks(ctx, replace(composed().sft, suite=SUITE), make_model(), tokenizer)
+    assert [options["max_rows"] for options in made] == [3]
+
+
 def test_train_bpb_is_of_the_first_rows_at_the_end(
     tmp_path: Path, pretrain: PretrainConfig, tokenizer: Tokenizer
 ) -> None:

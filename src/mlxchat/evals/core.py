@@ -7,7 +7,6 @@ a killed evaluation resumes.
 
 from __future__ import annotations
 
-import math
 import signal
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
@@ -25,6 +24,7 @@ from mlxchat.evals.core_bundle import Bundle, CoreTask
 from mlxchat.evals.core_journal import Journal
 from mlxchat.evals.core_questions import Question, TextEncoder, build_question, draw_shots, render_prompts
 from mlxchat.evals.language_model import LanguageModel
+from mlxchat.evals.scores import Score, mean_centered, mean_centered_stderr
 from mlxchat.hub.client import fetch_url, record
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress
@@ -34,31 +34,12 @@ _WINDOW_EXAMPLES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskScore:
+class TaskScore(Score):
     """The result of one task."""
 
     task: CoreTask
-    accuracy: float
-    num_examples: int
     extended: int = 0
     """Examples whose prompt was computed beyond the model's context."""
-    cropped: int = 0
-    """Examples whose prompt was cut to the model's context."""
-
-    @property
-    def centered(self) -> float:
-        """Accuracy rescaled: 0 is guessing, 1 is perfect."""
-        return (self.accuracy - self.task.baseline) / (1 - self.task.baseline)
-
-    @property
-    def stderr(self) -> float:
-        """Standard error of the accuracy."""
-        return math.sqrt(self.accuracy * (1 - self.accuracy) / self.num_examples)
-
-    @property
-    def centered_stderr(self) -> float:
-        """Standard error of the centred accuracy."""
-        return self.stderr / (1 - self.task.baseline)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for scores.json."""
@@ -92,14 +73,12 @@ class CoreResult:
     @property
     def core(self) -> float | None:
         """The mean of the centred accuracies; None if tasks were left out."""
-        return float(np.mean([score.centered for score in self.scores])) if self.is_whole else None
+        return mean_centered(self.scores) if self.is_whole else None
 
     @property
     def stderr(self) -> float | None:
         """Standard error of CORE over examples, for fixed tasks."""
-        if not self.is_whole:
-            return None
-        return math.sqrt(sum(score.centered_stderr**2 for score in self.scores)) / len(self.scores)
+        return mean_centered_stderr(self.scores) if self.is_whole else None
 
     @property
     def examples_per_second(self) -> float | None:
@@ -196,6 +175,8 @@ def score_task(task: CoreTask, records: list[dict[str, Any]], context_tokens: in
     """Return the score of a task from the results of all its examples."""
     return TaskScore(
         task=task,
+        kind=task.kind,
+        chance=task.baseline,
         accuracy=float(np.mean([record["verdict"] for record in records])),
         num_examples=len(records),
         extended=sum(record["tokens"] > context_tokens for record in records),
