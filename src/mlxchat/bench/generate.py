@@ -84,9 +84,7 @@ def measure_generation(config: Config, given: GivenModel | None = None) -> dict[
     of third-party models are those of their weights alone, of all experts where they have some. 'peak_bytes' is what
     MLX held at most, weights included; on a CPU the process.
 
-    Args:
-        config: the section bench, the machine; the model's sizes if none is given.
-        given: what is measured; None: random weights.
+    `given` is measured; None: random weights of the configuration's sizes.
 
     Raises:
         ConfigError: it does not fit into memory, or the model takes fewer tokens.

@@ -24,11 +24,8 @@ class Stopwatch:
     def seconds(self, what: str, work: Callable[[int], object], *, steps: int, warmup_steps: int) -> list[float]:
         """Return the seconds of each timed repetition.
 
-        Args:
-            what: what people are told is being measured.
-            work: takes the number of the repetition, warm-up included; has computed everything when it returns.
-            steps: timed repetitions.
-            warmup_steps: repetitions before them.
+        `work` takes the number of the repetition, warm-up included, and has computed everything when it returns.
+        `what` is shown as progress.
         """
         found = []
         for index in range(warmup_steps + steps):

@@ -28,11 +28,7 @@ _WIDEST = 110
 def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> int:
     """Print examples of an evaluation's artifact; return the exit code.
 
-    Args:
-        folder: folder of the artifact.
-        which: wrong, right or all.
-        count: number of examples, at most; spread over the tasks.
-        task: only this task; None: all.
+    `which` is wrong, right or all; at most `count` examples are spread over the tasks; `task` None: all.
 
     Raises:
         ConfigError: the evaluation has no such task.
@@ -132,11 +128,8 @@ def _short(value: object) -> str:
 def show_rollouts(folder: Path, *, which: str, count: int, iteration: int | None) -> int:
     """Print RL questions with their answers; return the exit code.
 
-    Args:
-        folder: folder of the artifact, which has rollouts.
-        which: wrong, right or all answers; questions without such answers are skipped.
-        count: number of questions, at most.
-        iteration: iteration of the answers; None: the last one, and earlier ones if it has too few.
+    `which` is wrong, right or all; at most `count` questions with such answers; `iteration` None: the last one, and
+    earlier ones if it has too few.
 
     Raises:
         ConfigError: no answers of that iteration were kept.

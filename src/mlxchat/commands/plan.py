@@ -290,9 +290,7 @@ def _explain(options: Namespace) -> int:
 def describe_stage(name: str, overrides: list[str]) -> dict[str, Any]:
     """Return a stage's declarations and the settings of its section: key → value and meaning.
 
-    Args:
-        name: a stage, or a step of the configuration's pipeline (with the step's settings).
-        overrides: overrides of the command line.
+    `name` is a stage, or a step of the configuration's pipeline (with the step's settings).
 
     Raises:
         ConfigError: there is no such stage or step.

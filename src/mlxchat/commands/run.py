@@ -172,11 +172,7 @@ MLXCHAT_CPU=plain uses the code of GPUs there. MLXCHAT_LOCKS: folder of the GPUs
 
 
 def describe_usage(options: str) -> str:
-    """Return the text of `mlxchat --help`.
-
-    Args:
-        options: the section of options, formatted by argparse.
-    """
+    """Return the text of `mlxchat --help`; `options` is its section of options, formatted by argparse."""
     from mlxchat.composition.compose import describe_options, group_names, group_options
     from mlxchat.runner.stage import Stages
 

@@ -61,14 +61,10 @@ class Sampling:
 def sample_token(
     logits: Array, sampling: Sampling, draws: np.random.Generator, said: Sequence[int] = (), prompt_tokens: int = 0
 ) -> int:
-    """Return the drawn token.
+    """Return the token drawn by the logits (V,).
 
-    Args:
-        logits: (V,), unnormalised.
-        sampling: the settings; the seed is ignored.
-        draws: advances by one number, unless the temperature is 0.
-        said: tokens of the prompt and the answer, for the penalties.
-        prompt_tokens: number of the prompt's tokens in `said`.
+    `draws` advances by one number, unless the temperature is 0. `said` are the tokens of the prompt (the first
+    `prompt_tokens`) and the answer, for the penalties.
     """
     if sampling.temperature == 0:
         return int(np.argmax(_adjusted(logits, sampling, said, prompt_tokens)))

@@ -49,12 +49,9 @@ class ThirdPartyEngine:
     def load(
         cls, folder: Path, *, context_tokens: int | None = None, most_context_tokens: int = MOST_CONTEXT_TOKENS
     ) -> ThirdPartyEngine:
-        """Load a folder.
+        """Load a folder with config.json, model*.safetensors and a tokenizer's files.
 
-        Args:
-            folder: with config.json, model*.safetensors and a tokenizer's files.
-            context_tokens: maximum input length; None: that of config.json, at most `most_context_tokens`.
-            most_context_tokens: see above.
+        `context_tokens` is the maximum input length; None: that of config.json, at most `most_context_tokens`.
 
         Raises:
             ConfigError: mlx-lm is not installed.

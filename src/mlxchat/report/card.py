@@ -156,17 +156,8 @@ def render_card(
 ) -> str:  # fmt: skip
     """Return README.md.
 
-    Args:
-        store: has the artifact, its lineage and its scores.
-        place: the checkpoint artifact.
-        target: hf, nanochat, mlx, mlx-adapter or peft.
-        how: values for the placeholders of the instructions.
-        notes: changes made by the export, as sentences.
-        sha256: of the artifact's weights.
-        chats: True for a chat model.
-        repository: the Hub repository it will be pushed to.
-        license: the weights' licence as a Hub identifier; None: not stated.
-        language: codes of the model's languages.
+    `target` is hf, nanochat, mlx, mlx-adapter or peft; `how` fills the placeholders of its instructions; `notes` are
+    the export's changes, as sentences; `sha256` is of the weights; `license` is a Hub identifier, None: not stated.
     """
     entries = entries_of_artifacts(store.outputs, [place, *_scores_of(store, place)])
     report = collect_steps(store.outputs, place.name, entries, place)

@@ -152,14 +152,7 @@ def latest_run(outputs: Path) -> Path:
 
 
 def collect(outputs: Path, run: Path) -> RunReport:
-    """Read a run and every artifact of its plan.
-
-    Args:
-        outputs: the outputs folder, which has store/ and work/.
-        run: the run's folder, which has plan.json and events.jsonl.
-
-    Returns:
-        The run with its steps in topological order; steps without an artifact are marked so.
+    """Return a run and every artifact of its plan, inputs first; steps without an artifact are marked so.
 
     Raises:
         StoreError: `run` has no readable plan.json.
@@ -191,11 +184,7 @@ def collect(outputs: Path, run: Path) -> RunReport:
 def collect_steps(outputs: Path, name: str, entries: list[dict[str, Any]], folder: Path) -> RunReport:
     """Return what there is of a plan's steps, whichever runs made them: a job of a sweep, for instance.
 
-    Args:
-        outputs: the outputs folder.
-        name: what the report calls it.
-        entries: as in plan.json: step, stage, kind, artifact, rid, inputs.
-        folder: where the report belongs.
+    `entries` are as in plan.json: step, stage, kind, artifact, rid, inputs. The report belongs in `folder`.
     """
     steps = _inputs_first([_read_step(outputs, mapping(entry), []) for entry in entries])
     return RunReport(name=name, folder=folder, steps=steps)

@@ -78,11 +78,7 @@ def target_of(step: StepReport) -> Target | None:
 def reach(run: RunReport, step: StepReport, target: Target, evals: Iterable[StepReport]) -> Reached | None:
     """Return when a finished pretraining first reached a target; None: never.
 
-    Args:
-        run: its run.
-        step: the pretraining.
-        target: looked for in its curves, and CORE in the evaluations of its model.
-        evals: evaluations of any models.
+    It is looked for in the pretraining's curves, and CORE in `evals`, which may be of any models.
     """
     end = step.fact("num_iterations")
     xs, ys = step.series("val_bpb" if target.metric == "val_bpb" else "core_estimate")
@@ -124,11 +120,8 @@ def _seconds_at(step: StepReport, iteration: float) -> float | None:
 def rank(runs: Iterable[RunReport], target: Target | None) -> dict[str, list[Reached]]:
     """Return title → pretrainings that reached a target, the fastest first; each artifact counts once.
 
-    Bits per byte are compared within one corpus and number of held-out tokens.
-
-    Args:
-        runs: finished or not.
-        target: None: every target that one of them has.
+    Bits per byte are compared within one corpus and number of held-out tokens. Without a target, every target
+    that one of the runs has is ranked.
     """
     runs = list(runs)
     evals = [step for run in runs for step in run.evals]

@@ -78,11 +78,8 @@ def make_app(
 ) -> FastAPI:
     """Return the app.
 
-    Args:
-        service: models, worker and defaults.
-        api_key: key that clients must send; None: no key.
-        loopback_only: refuse requests whose Host header is not this machine (DNS rebinding).
-        cors: origins of other sites whose pages may send requests.
+    `loopback_only` refuses requests whose Host header is not this machine (DNS rebinding); `cors` are origins of other
+    sites whose pages may send requests.
     """
 
     @asynccontextmanager

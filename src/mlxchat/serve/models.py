@@ -90,12 +90,8 @@ class Models:
     ) -> None:  # fmt: skip
         """Offer the models of a store.
 
-        Args:
-            store: the outputs folder.
-            default: folder of the default model, in the store or among `third_party`.
-            settings: the server's settings that change answers.
-            within: run whose steps can be named without the run; None: the latest.
-            third_party: name → folder of models that mlx-lm runs.
+        `default` is in the store or among `third_party` (name → folder of models that mlx-lm runs), `settings` are the
+        server's that change answers, and steps of the run `within` (None: the latest) are named without it.
         """
         self.store, self.default, self._settings, self.within = store, default, dict(settings or {}), within
         self._third_party = dict(third_party or {})
@@ -305,12 +301,7 @@ def rows_that_fit(
 ) -> int:
     """Return how many rows of full context fit into memory next to a model's weights, at most `limits.max_rows`.
 
-    Args:
-        model: the model.
-        limits: limits of the server.
-        bits: as for `load_scheduler`.
-        kv_bits: as for `load_scheduler`.
-        held_bytes: memory in use by other models.
+    `held_bytes` are in use by other models; other arguments are as for `load_scheduler`.
 
     Raises:
         ConfigError: not even one row fits.
@@ -346,12 +337,8 @@ def load_scheduler(
 ) -> Scheduler:  # fmt: skip
     """Load a model's weights and return its scheduler.
 
-    Args:
-        model: the model.
-        limits: limits of rows and kept tokens.
-        python: runs tool calls other than sums.
-        bits: bits of the weights, as for `Engine`; the log says what the quantisation costs.
-        kv_bits: bits of the KV cache.
+    `python` runs tool calls other than sums; `bits` and `kv_bits` are as for `Engine`, and the log says what the
+    quantisation costs.
 
     Raises:
         Fault: it does not fit into memory.

@@ -36,14 +36,7 @@ def run_server(
 ) -> int:
     """Serve until SIGINT or SIGTERM; return the exit code.
 
-    Args:
-        app: the app to serve.
-        host: address to listen on.
-        port: 0: any free port.
-        name: name of the default model, printed.
-        key_needed: whether clients must send a key, printed.
-        grace_seconds: time that answers have to finish after the first signal.
-        log_requests: log a line for each request.
+    `grace_seconds` is the time that answers have to finish after the first signal; port 0 is any free port.
 
     Raises:
         ConfigError: the address cannot be bound.

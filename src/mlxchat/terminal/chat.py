@@ -72,11 +72,7 @@ class Chat:
     def load(cls, folder: Path, *, bits: int | None = None, kv_bits: int | None = None, **settings: Any) -> Chat:
         """Load a checkpoint artifact.
 
-        Args:
-            folder: folder of the artifact.
-            bits: bits of the weights, as for `Engine`.
-            kv_bits: bits of the KV cache.
-            settings: fields of the class.
+        `bits` and `kv_bits` are as for `Engine`, `settings` fields of the class.
 
         Raises:
             ConfigError: the model does not fit into memory, or does not support a system prompt.

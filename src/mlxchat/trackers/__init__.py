@@ -211,14 +211,7 @@ class Journal:
     """The note of one run: its tracked run and the last iteration of each step that was sent."""
 
     def __init__(self, folder: Path, kind: str, project: str, ids: Iterable[str]) -> None:
-        """Find the tracked run that this run continues, if any.
-
-        Args:
-            folder: folder of the run, below outputs/runs.
-            kind: kind of the tracker.
-            project: project in the tracker.
-            ids: ids of all steps of the plan.
-        """
+        """Find the tracked run that this run, in a folder below outputs/runs, continues; `ids` are of all its steps."""
         same = hashlib.sha256(json.dumps([kind, project, sorted(ids)]).encode()).hexdigest()
         self._path = folder / NOTE
         found = _unfinished(folder, same)
