@@ -46,6 +46,12 @@ def test_importing_mlx_loads_the_packaged_openblas() -> None:
     assert hooked == "False", "the hook removes itself"
 
 
+@linux_only
+def test_mlx_imported_first_is_reported_with_the_remedy() -> None:
+    code = "import mlx.core, mlxchat; from mlxchat.cpu.runtime import remedy; print(remedy().reason)"
+    assert "import mlxchat first" in output_of(code)
+
+
 PRODUCT = "import mlxchat, mlx.core as mx; print(int((mx.ones((64, 64)) @ mx.ones((64, 64))).sum().item()))"
 
 

@@ -86,6 +86,14 @@ def test_best_fit_whole_places_every_token_once(
     assert rows.counts()["cropped_tokens"] == 0
 
 
+def test_cropped_share_is_of_all_tokens_read(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
+    rows = document_rows("best_fit", read_documents(corpus), tokenizer, row_tokens=20)
+    for _ in range(50):
+        rows.next_row()
+    cropped = rows.counts()["cropped_tokens"]
+    assert rows.counts()["cropped_frac"] == cropped / (cropped + 50 * 21) > 0
+
+
 def chat_rows(
     packing: str, tokenizer: Tokenizer, *, count: int = 30, row_tokens: int = 50, train_on: str = "assistant",
     once: bool = False, seed: int | None = 1,

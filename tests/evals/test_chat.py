@@ -15,7 +15,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat import Answering, evaluate_task, expected_text, question_text
-from mlxchat.evals.scores import CHATCORE_SETS, Score, chatcore, mean_centered, mean_centered_stderr
+from mlxchat.evals.scores import CHATCORE_SETS, Measure, Score, chatcore, mean_centered, mean_centered_stderr
 from mlxchat.model.gpt import GPT
 from mlxchat.tasks.benchmarks import GSM8K
 
@@ -285,6 +285,11 @@ def test_chatcore_goes_by_task_types() -> None:
     assert "own" not in found["tasks"]
     scores.pop(f"my_{names[0]}")
     assert chatcore(scores, {f"my_{name}": name for name in names}) is None
+
+
+def test_centred_error_is_divided_by_the_distance_from_chance() -> None:
+    measure = Measure(name="boolq", metric="task", value=0.5, stderr=0.05, chance=0.25)
+    assert measure.centered_stderr == pytest.approx(0.05 / 0.75)
 
 
 def test_error_of_chatcore_by_hand() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store.files import whole_file, whole_folder, write_whole
+from mlxchat.store.files import is_alive, whole_file, whole_folder, write_whole
 
 
 def gone_process() -> int:
@@ -105,3 +105,13 @@ def test_kill_between_two_renames_is_undone(tmp_path: Path) -> None:
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["mine"]
     fill(tmp_path / "out", force=True)
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
+
+
+def test_process_of_another_user_counts_as_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lock must not be taken, nor its unfinished folder removed."""
+
+    def refuse(process: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refuse)
+    assert is_alive(1)
