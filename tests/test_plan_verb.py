@@ -1,10 +1,11 @@
-"""mlxchat plan."""
+"""`mlxchat plan` and `mlxchat explain`."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,3 +64,19 @@ def planned(settings: list[str], capsys: pytest.CaptureFixture[str]) -> list[str
     """Return the lines that `mlxchat plan` prints."""
     assert run_here("plan", *settings) == 0
     return capsys.readouterr().out.splitlines()
+
+
+def test_settings_have_value_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("explain", "sft_long", "pipeline=two_sft", "pipeline.sft_long.with.num_epochs=7", "--json") == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["settings"]["sft.num_epochs"] == {"value": 7, "means": "Passes over the mixture."}
+    assert found["settings"]["sft.batch.row_tokens"]["value"] == 256, "parts of the section are listed, too"
+
+
+def test_long_values_are_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_here("explain", "sft", "mixture@sft.mixture=bundled_sft") == 0
+    lines = capsys.readouterr().out.splitlines()
+    mixture = next(line for line in lines if line.startswith("  sft.mixture"))
+    assert "facts, kinds_mc" in mixture
+    assert "…" in mixture
+    assert len(mixture) < 100

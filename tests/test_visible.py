@@ -18,7 +18,7 @@ from mlxchat.cli import main
 from mlxchat.engine.scheduler import Event, Request
 from mlxchat.errors import DataError, filter_logs, visible
 from mlxchat.store.files import seal
-from mlxchat.store.naming import resolve
+from mlxchat.store.naming import Found, describe_model, resolve
 
 # OSC 52 writes the clipboard, 0x9b and 0x9d begin a sequence as ESC [ and ESC ] do, U+202E turns a line around.
 HOSTILE = "a\x1b]52;c;aGFsbG8=\x07\x9d52;c;aGFsbG8=\x9c\x9b2J\x7f\u202e\u2066\rb"
@@ -212,3 +212,24 @@ def test_examples_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     write_examples(tmp_path / "examples.parquet", [row])
     show_examples(tmp_path, which="all", count=1, task=None)
     assert commands_in(capsys.readouterr().out) == set()
+
+
+def test_base_model_text_is_escaped(third_party: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout", screen := Terminal())
+    third_party.continues = True
+    third_party.ask(HOSTILE)
+    assert commands_in(screen.getvalue()) == set()
+    assert screen.getvalue().count("aGFsbG8") == 4
+
+
+def test_model_name_is_escaped(toys: Any) -> None:
+    toys.add("make", "(ctx.out / 'result.txt').write_text('x')")
+    toys.run(toys.plan({"first": {"stage": "make"}}))
+    place = resolve(toys.store, "first")
+    manifest = place / "manifest.json"
+    manifest.chmod(0o644)
+    manifest.write_bytes(
+        seal({**json.loads(manifest.read_text()), "run": HOSTILE, "step": HOSTILE, "published": HOSTILE})
+    )
+    toys.store.link_group("latest", "nothing")
+    assert commands_in(describe_model(toys.store, Found(place))) == set()

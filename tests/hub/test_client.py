@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import DataError, PassingError
-from mlxchat.hub import listings
+from mlxchat.hub import downloads, listings
 from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.client import fetch_files, fetch_url, list_files, record
 from mlxchat.runner.run import is_passing
@@ -287,3 +287,27 @@ def test_equal_contents_are_downloaded_once_and_empty_files_exist(hub: Any) -> N
     hub.add(NAME, files)
     assert fetch() == files
     assert hub.sent("parquet") == 200_000
+
+
+@pytest.mark.slow
+def test_two_processes_download_each_file_once(hub: Any, texts: Any) -> None:
+    hub.faults.block_seconds = 0.005
+    children = [start_child(), start_child()]
+    assert [child.wait(timeout=60) for child in children] == [0, 0]
+    assert hub.sent("parquet") == 800_000
+    assert fetch() == CONTENT
+
+
+def test_url_that_changes_during_a_cut_starts_over(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files["words.txt"] = content(9)
+    hub.faults.truncate = "words.txt"
+    receive = downloads.Download._receive
+
+    def change_in_between(self: Any) -> None:
+        try:
+            receive(self)
+        finally:
+            hub.files["words.txt"] = content(10)
+
+    monkeypatch.setattr(downloads.Download, "_receive", change_in_between)
+    assert fetch_url(f"{hub.url}/files/words.txt").read_bytes() == content(10)

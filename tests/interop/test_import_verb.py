@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tracemalloc
@@ -15,7 +16,7 @@ import pytest
 from kit.commands import Say
 from mlxchat.cli import dispatch
 from mlxchat.composition.compose import compose_config
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.interop.importing import import_model
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.gc import Limits, find_garbage
@@ -239,3 +240,17 @@ def test_import_needs_less_memory_than_the_file(tmp_path: Path, lay: Lay) -> Non
 def test_key_of_an_import_is_stable(twin: Twins) -> None:
     steps = plan(*RL, f"imported.folder={twin('golden', random=False).folder}")
     assert steps["imported"].key == "mdymr4hx2qihgryagyec3jce7jz3mykuepkliun45rwkzyorovha"
+
+
+def test_failed_import_is_named_by_the_next(twin: Twins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    command = ["import", "nanochat", str(twin().folder), "--name", "x"]
+    with monkeypatch.context() as patch:
+        patch.setenv("MLXCHAT_CRASH_AT", "publish.renamed")
+        patch.setenv("MLXCHAT_CRASH_ERROR", "EIO")
+        with contextlib.suppress(MlxchatError):
+            assert dispatch(command) != 0
+    assert not (tmp_path / "outputs" / "refs" / "imports" / "x").exists()
+    assert dispatch(command) == 0
+    (place,) = (tmp_path / "outputs" / "store").iterdir()
+    assert resolve(Store(tmp_path / "outputs"), "import:x") == place
+    assert list((tmp_path / "outputs" / "work").iterdir()) == []

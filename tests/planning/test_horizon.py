@@ -10,11 +10,7 @@ import pytest
 from kit.models import composed
 from mlxchat.config.schema import BatchConfig, Config, PretrainConfig
 from mlxchat.model.sizes import GPTSizes, flops_per_token, sizes_of
-from mlxchat.planning.horizon import (
-    Hyperparameters,
-    derive_hyperparameters,
-    derive_numbers,
-)
+from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters, derive_numbers
 
 OCT2025 = composed("experiment=speedrun_d20")
 JUL2026 = composed("experiment=speedrun_jul2026_d12")
@@ -36,10 +32,7 @@ def derive(depth: int, recipe: Config = OCT2025, tokens: int | None = BATCH, **h
     return derive_hyperparameters(changed, sizes(depth, recipe))
 
 
-@pytest.mark.parametrize(
-    ("depth", "iterations"),
-    [(4, 1400), (12, 7080), (20, 21_400), (32, 71_680), (34, 84_575)],
-)
+@pytest.mark.parametrize(("depth", "iterations"), [(4, 1400), (12, 7080), (20, 21_400), (32, 71_680), (34, 84_575)])
 def test_twenty_tokens_per_parameter_give_the_published_iterations(depth: int, iterations: int) -> None:
     assert derive(depth, tokens_per_parameter=20).num_iterations == iterations
 

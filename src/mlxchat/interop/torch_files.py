@@ -23,17 +23,7 @@ import numpy as np
 
 from mlxchat.data.pickled import MOST_BYTES, Maker, OrderedNames, brief, read_pickle
 from mlxchat.errors import DataError
-from mlxchat.interop.tensors import (
-    AGAIN,
-    DTYPES,
-    FLOATS,
-    MOST_DIMENSIONS,
-    Array,
-    Dtype,
-    Entry,
-    TensorFile,
-    bytes_of,
-)
+from mlxchat.interop.tensors import AGAIN, DTYPES, FLOATS, MOST_DIMENSIONS, Array, Dtype, Entry, TensorFile, bytes_of
 
 _END, _END64, _LOCATOR64 = b"PK\5\6", b"PK\6\6", b"PK\6\7"
 _ENTRY, _LOCAL = b"PK\1\2", b"PK\3\4"

@@ -53,11 +53,7 @@ def estimate_trainings(config: Config, plan: Iterable[PlannedStep], store: Store
             continue
         peak = predict_peak(Training(sizes=sizes, optimizer=config.optimizer, rows=1, row_tokens=1), 1)
         moments = peak.moments if (later or config.pretrain).save_training_state else 0
-        found[step.name] = Estimate(
-            seconds=flops / reached,
-            bytes=int(peak.weights + moments),
-            artifact=source,
-        )
+        found[step.name] = Estimate(seconds=flops / reached, bytes=int(peak.weights + moments), artifact=source)
     return found
 
 
