@@ -96,16 +96,6 @@ def test_timed_out_job_is_requeued_in_the_same_directory(
     assert place == str(tmp_path)
 
 
-@pytest.mark.slow
-def test_cancelled_job_saves_and_ends(tmp_path: Path, submitted: list[Job]) -> None:
-    count = tmp_path / "count"
-    job = start(Count(count), submitted)
-    wait_until(lambda: count.exists() and count.read_text())
-    job.cancel()
-    wait_until(job.done)
-    assert job.result() == "it was cancelled"
-
-
 def test_lost_job_names_its_log(tmp_path: Path, submitted: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
     count = tmp_path / "count"
     job = start(Count(count), submitted)

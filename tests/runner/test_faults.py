@@ -25,7 +25,7 @@ from mlxchat.config.secrets import redact
 from mlxchat.errors import DataError, Interrupted, PassingError, StepFailed
 from mlxchat.runner import run
 from mlxchat.runner.process import Hooks, keep_awake
-from mlxchat.runner.run import Policy, TimeLimit, is_passing
+from mlxchat.runner.run import Policy, is_passing
 from mlxchat.store import attempts, files
 from mlxchat.store.files import Records
 
@@ -148,7 +148,7 @@ def test_step_over_its_time_limit_saves_and_fails(toys: Any) -> None:
 
 def test_step_that_ignores_its_limit_is_ended(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     toys.add("make", "time.sleep(60)")
-    monkeypatch.setattr(TimeLimit.__init__, "__kwdefaults__", {"grace_seconds": 0.2})
+    monkeypatch.setattr(run, "GRACE_SECONDS", 0.2)
     began = time.monotonic()
     with pytest.raises(StepFailed, match="did not stop when requested, and was ended"):
         toys.run(toys.plan(ONE), policy=Policy(timeouts={"one": 0.1}))

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxchat.errors import ConfigError
-from mlxchat.runner.plan import order_steps, pin_externals
+from mlxchat.runner.keys import pin_externals
+from mlxchat.runner.plan import order_steps
 from mlxchat.runner.reasons import estimate_steps
 from mlxchat.runner.stage import Stages, read_stage
 from mlxchat.store import manifest as manifest_module

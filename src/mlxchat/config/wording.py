@@ -73,10 +73,10 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def join(parts: Iterable[str], last: str = " and ") -> str:
+def join(parts: Iterable[str]) -> str:
     """Return "a, b and c"."""
     items = list(parts)
-    return last.join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
+    return " and ".join([", ".join(items[:-1]), items[-1]] if len(items) > 1 else items)
 
 
 def first_of(names: Sequence[str], most: int) -> str:

@@ -17,8 +17,7 @@ from typing import Any
 
 from mlxchat.config.wording import first_of
 from mlxchat.errors import ConfigError, StoreError, suggest
-from mlxchat.runner.keys import CodeDigests, changed_modules, file_hashes
-from mlxchat.runner.keys import pin_externals as pin_externals
+from mlxchat.runner.keys import CodeDigests, changed_modules, file_hashes, pin_externals
 from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.stage import Stage, Stages
 from mlxchat.store import locks

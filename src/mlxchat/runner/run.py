@@ -559,9 +559,9 @@ class TimeIsUp(BaseException):
 class TimeLimit:
     """A context manager whose `passed` becomes true after some seconds of monotonic time."""
 
-    def __init__(self, seconds: float | None, *, grace_seconds: float = GRACE_SECONDS) -> None:
+    def __init__(self, seconds: float | None) -> None:
         """Set the limit; None: no limit."""
-        self.seconds, self.grace_seconds = seconds, grace_seconds
+        self.seconds = seconds
         self.passed = False
         self._timers: list[threading.Timer] = []
         self._over = False
@@ -575,7 +575,7 @@ class TimeLimit:
             threading.current_thread() is threading.main_thread()
         ):  # exceptions can be raised from outside only in the main thread
             self._former = signal.signal(signal.SIGALRM, self._raise)
-            self._timers.append(threading.Timer(self.seconds + self.grace_seconds, self._ring))
+            self._timers.append(threading.Timer(self.seconds + GRACE_SECONDS, self._ring))
         for timer in self._timers:
             timer.daemon = True
             timer.start()
