@@ -257,6 +257,13 @@ def test_secrets_are_replaced_by_variable_names(secrets: dict[str, str]) -> None
     assert redact("pa%2Fss%20word%2B1") == "<DB_PASSWORD>", "as part of an address"
 
 
+def test_other_variables_and_short_values_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = {"TOKENIZERS_PARALLELISM": "false-ish", "MAX_TOKENS": "1048576", "HOME": "/root/home", "X_TOKEN": "abc"}
+    for name, value in kept.items():
+        monkeypatch.setenv(name, value)
+        assert redact(f"x {value} y") == f"x {value} y"
+
+
 def leaks(folder: Path, secrets: dict[str, str]) -> list[str]:
     """Return the files that hold a secret in any of the forms in which it could be written."""
     found = []

@@ -85,6 +85,15 @@ def repeated(models: Any, pipeline: dict[str, dict[str, str]]) -> None:
     _name_again(compose_config(["name=again"]), models.plan(pipeline), models.store, name)
 
 
+def test_finished_command_makes_its_run_latest(models: Any) -> None:
+    models.run(models.plan(WHOLE))
+    models.config.toy.number = 2
+    models.run(models.plan(BASE))
+    models.config.toy.number = 1
+    repeated(models, WHOLE)
+    assert chosen(models) == ("sft", "run1")
+
+
 def test_unnamed_artifact_of_a_killed_run_gets_named(models: Any) -> None:
     models.run(models.plan({"corpus": BASE["corpus"]}))
     shutil.rmtree(models.outputs / "refs")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlxchat.errors import Interrupted
 from mlxchat.runner import run as run_module
 from mlxchat.runner.run import Run, Waiting
+from mlxchat.store.attempts import iteration
 from mlxchat.store.environment import Environment
 from mlxchat.store.files import Records
 
@@ -55,3 +57,14 @@ def test_stop_ends_the_wait(number: int, code: int, run: Run, tmp_path: Path) ->
     with pytest.raises(Interrupted, match=r"stopped while train waited\. The same command continues") as caught:
         look()
     assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"", None), (b'{"iteration": 3}\n{"iter', 3), (b'{"loss": 1}\n', None), (b"\xff\n[]\n", None)],
+)
+def test_last_iteration_is_read_from_partial_records(content: bytes, expected: Any, tmp_path: Path) -> None:
+    (tmp_path / "ckpt" / "records").mkdir(parents=True)
+    (tmp_path / "ckpt" / "records" / "metrics.jsonl").write_bytes(content)
+    assert iteration(tmp_path) == expected
+    assert iteration(tmp_path / "nothing") is None

@@ -9,13 +9,16 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("optuna")
 
+from optuna.distributions import FloatDistribution
+from optuna.trial import create_trial
 
 from kit.commands import CommandLine, Say, run_captured
-from mlxchat.sweep.search import Trials
+from mlxchat.sweep.search import Trials, ask
 
 SEARCH = [
     "sweep=tpe", "sweep.trials=4", "sweep.random_trials=2", "sweep.name=s",
@@ -143,3 +146,15 @@ def test_a_mistake_is_refused_before_anything_is_written(
 def test_missing_optuna_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
     monkeypatch.setattr("mlxchat.sweep.search.importlib.util.find_spec", lambda name: None)
     assert "pip install 'mlxchat[search]'" in say("sweep=tpe", "seed=1,2", f"outputs={tmp_path}/outputs", code=2)
+
+
+def test_results_and_direction_guide_the_choice() -> None:
+    space: Any = {"x": FloatDistribution(-4.0, 4.0)}
+    told = [create_trial(params={"x": x}, distributions=space, value=x) for x in np.linspace(-4, 4, 17)]
+
+    def chosen(direction: Any) -> float:
+        found = [ask(space, told, number=18, seed=seed, random_trials=4, direction=direction) for seed in range(5)]
+        return float(np.mean([trial.params["x"] for trial in found]))
+
+    assert chosen("minimize") < -1
+    assert chosen("maximize") > 1
