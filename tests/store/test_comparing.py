@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlxchat.store.compare import differences, environment_drift
+from mlxchat.store.compare import differences, environment_drift, numeric
 from mlxchat.store.environment import versions
 
 
@@ -24,3 +24,8 @@ def test_drift_is_another_device_or_mlx_than_here() -> None:
     assert environment_drift(made_with("cpu", here), "cpu") == {}
     assert environment_drift(made_with("metal", "0.1"), "cpu") == {"device": ("metal", "cpu"), "mlx": ("0.1", here)}
     assert environment_drift({}, "cpu") == {}, "older artifacts did not record it"
+
+
+def test_column_is_numeric_if_all_its_values_are_numbers() -> None:
+    rows = [{"rate": 1, "name": "x", "tied": True}, {"rate": None, "name": 2.5}]
+    assert [numeric(rows, column) for column in ("rate", "name", "tied", "absent")] == [True, False, False, False]
