@@ -22,6 +22,7 @@ OPTIONS = [
         "seed=${model.depth}",
     ],
     ["~pipeline.midtrain", "pipeline.sft.checkpoint=pretrain", "~pipeline.eval_mid"],
+    ["model=d4", "name='a path that is not UTF-8: \udcff'"],
 ]
 
 

@@ -90,3 +90,13 @@ def test_cached_tokens_are_bounded_by_memory(served: Path, monkeypatch: pytest.M
     assert rows_that_fit(model, limits) == 6
     with pytest.raises(ConfigError, match="max-models 1"):
         rows_that_fit(model, limits, held_bytes=room)
+
+
+def test_model_beyond_memory_is_refused_before_its_weights_are_read(
+    served: Path, command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlxchat.serve.models.find_device", lambda **options: Device(limit_bytes=1000))
+    monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: 0)
+    code, said = command("serve", "sft", f"outputs={served}", "--port", "0")
+    assert code == 2
+    assert re.search(rf"^error: {CHAT} .*--kv-bits 4", said, re.MULTILINE), said

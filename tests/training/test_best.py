@@ -103,6 +103,12 @@ def test_last_iteration_of_a_training_is_a_candidate(tmp_path: Path) -> None:
     assert train(tmp_path, 5, every=3).ctx.metrics["best_iteration"] == 5
 
 
+def test_without_a_finite_number_the_last_weights_stay(tmp_path: Path) -> None:
+    model, hook = make_model(), Hook(run=lambda _: {"val_bpb": math.nan}, every=1)
+    done = training.train(tmp_path, 2, model=model, best=Best(every=1, basis=1), hooks=[hook])
+    assert "best_iteration" not in done.ctx.metrics
+
+
 def test_interrupted_training_keeps_the_same_weights(straight: Trained, tmp_path: Path) -> None:
     """Saves hold the best weights only where they are not the present ones."""
     for stop, is_present in ((4, True), (5, False), (9, False)):

@@ -233,7 +233,8 @@ def read_cache(path: Path, kind: str) -> dict[str, Any]:
 
 def write_cache(path: Path, kind: str, content: Mapping[str, Any]) -> None:
     """Write a cache file atomically; errors are ignored."""
-    body = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    # ASCII, since paths that are not UTF-8 have lone surrogates.
+    body = json.dumps(content, separators=(",", ":")).encode()
     with suppress(OSError):
         path.parent.mkdir(exist_ok=True)
         write_whole(path, _head_of(kind, body) + b"\n" + body, durable=False)

@@ -158,7 +158,7 @@ def _split(text: str | None) -> list[str] | None:
 
 def name_process(owner: Mapping[str, Any]) -> str:
     """Return the process in a holder's record, for messages."""
-    return f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+    return f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another process"
 
 
 def read_owner(path: Path) -> dict[str, Any]:
