@@ -88,6 +88,11 @@ def test_long_text_does_not_overflow_the_stack(node: Callable[..., Any]) -> None
         assert html.count("a") >= 70_000
 
 
+def test_nesting_is_bounded(node: Callable[..., Any]) -> None:
+    quotes, lists = node("markdown.js", RUN, ["> " * 500 + "a", "- " * 500 + "a"])
+    assert (quotes.count("<blockquote>"), lists.count("<ul>")) == (100, 50)
+
+
 def test_vendored_files_have_their_recorded_digests_and_licences() -> None:
     folder = PAGE / "vendor"
     rows = [
