@@ -12,12 +12,12 @@ from mlxchat.tasks import load_task
 from mlxchat.tasks.answers import calculator_parts, content_text
 from mlxchat.tasks.base import dialogue
 from mlxchat.tasks.everyday import wordings
-from mlxchat.tasks.spelling import is_test_word
+from mlxchat.tasks.spelling import first_words, is_only_spelled, is_test_word
 
 
 def exchanges(split: str) -> list[tuple[str, str]]:
-    """Return (question, answer in GSM8K's notation) of the first 1,500 conversations."""
-    task = load_task("everyday", split, size=1500)
+    """Return (question, answer in GSM8K's notation) of the first 2,000 conversations."""
+    task = load_task("everyday", split, size=2000)
     talks = [task[index]["messages"] for index in range(len(task))]
     return [
         (talk[i]["content"], content_text(talk[i + 1]["content"])) for talk in talks for i in range(0, len(talk), 2)
@@ -66,6 +66,25 @@ def test_wordings_and_words_of_the_test_split_are_not_trained() -> None:
     spelled = {word for _, answer in exchanges("train") for word in re.findall(r"The word (\w+):", answer)}
     assert len(spelled) > 200
     assert not [word for word in spelled if is_test_word(word)]
+
+
+def test_training_spells_held_out_words_but_never_counts_their_letters() -> None:
+    held_out = {word for word in first_words() if is_only_spelled(word)}
+    counted = {word for _, answer in exchanges("train") for word in re.findall(r"The word (\w+): <<", answer)}
+    spelled = {word for _, answer in exchanges("train") for word in re.findall(r"The word (\w+): \w ", answer)}
+    counting = {split: load_task("first_letter_count", split) for split in ("train", "test")}
+    asked = {
+        split: {
+            re.findall(r"in (?:the word )?(\w+)", task[index]["messages"][0]["content"])[-1]
+            for index in range(len(task))
+        }
+        for split, task in counting.items()
+    }
+    assert counted
+    assert asked["train"]
+    assert not (counted | asked["train"]) & held_out
+    assert asked["test"] == held_out
+    assert len(spelled & held_out) > 20
 
 
 def test_no_first_question_has_a_wording_of_the_training_data() -> None:

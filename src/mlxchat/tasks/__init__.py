@@ -33,6 +33,7 @@ _TASKS = {
     "practice": ("practice", "Practice"),
     "spelling": ("spelling", "Spelling"),
     "letter_count": ("spelling", "LetterCount"),
+    "first_letter_count": ("spelling", "FirstLetterCount"),
     "identity": ("jsonl", "Identity"),
     "jsonl": ("jsonl", "Jsonl"),
     "pairs": ("pairs", "Pairs"),

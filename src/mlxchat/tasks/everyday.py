@@ -19,7 +19,7 @@ from mlxchat.tasks.answers import Conversation, answer_text, calculator_parts
 from mlxchat.tasks.arithmetic import Template, draw_numbers, draw_words, solve
 from mlxchat.tasks.base import Task, dialogue, held_out
 from mlxchat.tasks.facts import KINDS, kind_names
-from mlxchat.tasks.spelling import common_words, count_letters, first_words, is_test_word
+from mlxchat.tasks.spelling import common_words, count_letters, first_words, is_only_spelled, is_test_word
 
 _TEST_FRACTION = 0.1
 
@@ -275,7 +275,8 @@ def _spell(rng: random.Random, is_train: bool) -> tuple[str, str]:
 
 
 def _letters(rng: random.Random, is_train: bool) -> tuple[str, str]:
-    texts, word = _texts()["letters"], rng.choice(first_words())
+    texts = _texts()["letters"]
+    word = rng.choice([word for word in first_words() if not is_only_spelled(word)])
     if rng.random() < 0.3:
         question, letter = _wording(texts["length"], rng, is_train), " "
     else:

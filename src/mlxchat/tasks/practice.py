@@ -10,12 +10,12 @@ from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.arithmetic import Arithmetic
 from mlxchat.tasks.base import Task
 from mlxchat.tasks.everyday import Everyday
-from mlxchat.tasks.spelling import LetterCount
+from mlxchat.tasks.spelling import FirstLetterCount
 
 
 @dataclass(eq=False, kw_only=True)
 class Practice(Task):
-    """Conversations of `arithmetic`, `letter_count` and `everyday`, judged as those tasks judge them."""
+    """Conversations of `arithmetic`, `first_letter_count` and `everyday`, judged as those tasks judge them."""
 
     name = "practice"
     letters_frac: float = 0.3
@@ -37,7 +37,7 @@ class Practice(Task):
                 f"letters_frac + everyday_frac of task practice is {sum(shares.values())}, expected at most 1."
             )
         self._everyday = Everyday(self.split, seed=self.seed + 2)
-        self._letters = LetterCount(self.split, seed=self.seed)
+        self._letters = FirstLetterCount(self.split, seed=self.seed)
         self._problems = Arithmetic(self.split, seed=self.seed, two_step_frac=self.two_step_frac)
 
     def _own_size(self) -> int:
