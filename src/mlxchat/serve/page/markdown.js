@@ -1,5 +1,5 @@
 // Renders a model's Markdown: markdown-it parses it, DOMPurify allows elements by name, and only code of this page sets
-// handlers. Time is linear in the length of the text; when text grows, only its last block is rendered again.
+// handlers. When text grows, only its last block is rendered again.
 
 import "./vendor/markdown-it.min.js";
 import "./vendor/purify.min.js";
