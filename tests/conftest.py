@@ -1,7 +1,5 @@
 """What tests of several folders share: the command line in a process of its own, one finished tiny run, toy stages."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

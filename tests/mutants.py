@@ -5,8 +5,6 @@ fails, and restores the file. A mutant that no test kills is printed as a diff. 
 uncommitted changes or the tests fail without a mutant.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import copy

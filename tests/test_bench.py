@@ -1,7 +1,5 @@
 """`mlxchat bench`: configuration, measured quantities and output; no test depends on speed."""
 
-from __future__ import annotations
-
 import mlxchat  # isort: split
 
 import json

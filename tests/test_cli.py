@@ -1,7 +1,5 @@
 """The command line: verbs, help, exit codes, and what each imports."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The cache of composed configurations: exact, never stale."""
 
-from __future__ import annotations
-
 import os
 import re
 import time

@@ -1,7 +1,5 @@
 """conf/: every file composes, recipes derive nanochat's numbers, and every key is used."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -1,7 +1,5 @@
 """Mistakes in settings are refused before anything runs, with a hint and exit code 2."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

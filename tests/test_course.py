@@ -1,7 +1,5 @@
 """The course: each chapter has its parts, and its pictures come from docs/course_pictures.py."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections.abc import Iterator

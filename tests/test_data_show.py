@@ -1,7 +1,5 @@
 """`mlxchat data show`: marks of trained text, counts, order, escaping."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

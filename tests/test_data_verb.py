@@ -1,7 +1,5 @@
 """mlxchat data: downloads for offline runs, lists, and safe removal."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """README and docs: links work, commands are valid, those of README and course run."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

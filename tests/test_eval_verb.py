@@ -1,7 +1,5 @@
 """mlxchat eval MODEL: one evaluation of any model, cached as a step."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

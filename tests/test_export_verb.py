@@ -1,7 +1,5 @@
 """mlxchat export ID --to hf|nanochat|mlx PATH, checked with the other tool."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """`<stage>.extend=ID` on the command line: plans, refusals and records. For the numbers see test_extension.py."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Hydra's command line: --config-name and --config-path, --cfg, --info, hydra.* settings."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Allowed imports between parts of the package."""
 
-from __future__ import annotations
-
 import ast
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """experiment=mac_evening in miniature, with data of its kinds from a loopback hub: text in, a model to talk to out."""
 
-from __future__ import annotations
-
 import json
 import zipfile
 from pathlib import Path

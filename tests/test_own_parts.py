@@ -1,7 +1,5 @@
 """Users' stages, tasks, evaluations, trackers and groups: the example of docs/guides/own_parts.md."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import re

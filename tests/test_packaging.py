@@ -1,7 +1,5 @@
 """Packaging: package list, data files, locks, and the wheel."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

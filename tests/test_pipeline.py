@@ -1,7 +1,5 @@
 """The whole pipeline on bundled text: artifacts, determinism, and what a change reruns."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """The package without `mlxchat/cpu`: the plain path of Metal and CUDA in bfloat16, on this machine's CPU."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """`mlxchat plan` and `mlxchat explain`."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The reference: pages generated from the code, and pages written by hand that must name every metric and file."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import sys

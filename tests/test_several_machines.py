@@ -1,7 +1,5 @@
 """The plan for several machines: formulas against a simulated ring, numbers against published ones."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location

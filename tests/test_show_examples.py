@@ -1,7 +1,5 @@
 """`mlxchat show ID --examples`: examples of an evaluation, and RL's questions with all their answers."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Startup cost of verbs: function calls and imports."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """`with`: settings of one step, typed and checked like the stage's section, and part of that step's key only."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Verbs that read a store: output for people and for programs."""
 
-from __future__ import annotations
-
 import csv
 import fcntl
 import io

@@ -1,7 +1,5 @@
 """Text of models, files and servers is escaped on terminals."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging
@@ -72,7 +70,7 @@ class Scripted:
             raise DataError(f"the template says {HOSTILE}")
         return [0]
 
-    def scheduler(self, **_: Any) -> Scripted:
+    def scheduler(self, **_: Any) -> "Scripted":
         return self
 
     def submit(self, _: Request) -> int:

@@ -1,7 +1,5 @@
 """Products and gradients of adapters: against NumPy in float64 and mlx-lm's layers."""
 
-from __future__ import annotations
-
 import mlxchat  # isort: split
 
 from dataclasses import dataclass

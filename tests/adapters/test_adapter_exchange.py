@@ -1,7 +1,5 @@
 """Exchange of adapters with mlx-lm and PEFT: imports, exports, equal logits."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Checkpoints of adapters: files, opening, damage."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Adapters in the configuration: groups and stages, impossible values, keys, memory."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import cache
 from pathlib import Path

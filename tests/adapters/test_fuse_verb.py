@@ -1,7 +1,5 @@
 """`mlxchat fuse`, other verbs on checkpoints of adapters, and the whole pipeline with adapters in every stage."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The remedy for MLX's Linux CPU wheel: loaded before MLX, reported, and harmless where it fails."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

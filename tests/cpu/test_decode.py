@@ -1,7 +1,5 @@
 """The CPU's decoder equals the model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import mlx.core as mx

@@ -1,7 +1,5 @@
 """The fast formulas of the CPU keep the error bounds of their docstrings, and are one loop each."""
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 Each test runs new processes with an empty home folder.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Lanes: each row is dealt once, calls run on their streams, and BLAS threads are restored."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The pipeline of stubs in separate processes, and what must hold of an outputs folder after any crash."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -95,7 +93,7 @@ class Stubs:
         hidden = [path for path in self.outputs.rglob("*") if path.name.startswith(".")]
         assert hidden == []
 
-    def copy(self, folder: Path) -> Stubs:
+    def copy(self, folder: Path) -> "Stubs":
         """Return a copy, outputs included."""
         shutil.copytree(self.folder, folder, symlinks=True, dirs_exist_ok=True)
         return Stubs(folder)

@@ -5,8 +5,6 @@ for the machine: host=NAME is its name, gpu=true says that it has a GPU, file_by
 ranks=2 runs another pipeline, a step of which is computed by two processes; the second is started by python=PATH.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import resource

@@ -1,7 +1,5 @@
 """Truncated or altered files are recognised and never used."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

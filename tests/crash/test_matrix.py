@@ -3,8 +3,6 @@
 The fast matrix takes one pass of each point in one scenario, the slow one all passes in all scenarios.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Steps in separate processes: several at a time, one on each GPU, and none that outlives the run."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Eight processes on one outputs folder, of one host and of two: each step is computed exactly once."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

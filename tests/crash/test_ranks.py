@@ -1,7 +1,5 @@
 """A rank that is killed, stopped or cannot start: all end within seconds, and the next run resumes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

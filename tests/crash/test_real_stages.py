@@ -1,7 +1,5 @@
 """The real stages, killed where they compute and save: the next run gives the same bytes."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

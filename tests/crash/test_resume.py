@@ -1,7 +1,5 @@
 """A training that is killed or stopped anywhere ends with the same bits as an undisturbed one."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """A stopped or killed tokenizer training leaves nothing, and the next one gives the same bytes."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

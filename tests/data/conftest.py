@@ -1,7 +1,5 @@
 """A small tokenizer, and a corpus of short documents."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from pathlib import Path

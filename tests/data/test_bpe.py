@@ -1,7 +1,5 @@
 """The tokenizer's worker process: nanochat's ranks, bounded memory, and its end."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import random

@@ -1,7 +1,5 @@
 """Rendering of conversations: exactly the assistant's own tokens are trained on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Documents of local files in three formats, and the Hub without a network."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tokenized documents: order, positions, and encoding on demand and ahead."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from pathlib import Path

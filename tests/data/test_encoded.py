@@ -1,7 +1,5 @@
 """Artifacts of encoded text: contents, sharing, encoding on demand."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A corpus on the Hub: pinning, choice of files, measured density, and downloads ahead of the reader."""
 
-from __future__ import annotations
-
 import json
 import random
 import threading

@@ -1,7 +1,5 @@
 """Mixtures: epochs, weights, slices, order by seed."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

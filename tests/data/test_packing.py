@@ -1,7 +1,5 @@
 """Best-fit packing against a naive search: full rows, complete epochs, targets."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Shards: every document once, nanochat's format, few documents in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

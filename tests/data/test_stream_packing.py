@@ -1,7 +1,5 @@
 """Stream packing, one conversation per row, best fit without loss, and resuming of all packings."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

@@ -1,7 +1,5 @@
 """The tokenizer: lossless, special tokens in text, file formats, damage."""
 
-from __future__ import annotations
-
 import base64
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Token files: round trip, safetensors format, damage."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

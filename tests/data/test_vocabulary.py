@@ -1,7 +1,5 @@
 """Imported vocabularies: the source's ids and split pattern, with our special tokens after them."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """A scripted teacher, and a folder to work in."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`mlxchat distill` against scripted teachers: requests, cache, limits of cost and rate, hostile answers."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

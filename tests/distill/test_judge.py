@@ -1,7 +1,5 @@
 """`mlxchat distill --judge`: pairs from the verdicts of a scripted teacher."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Trainings of several ranks: stopped, resumed by another number of ranks, extended, started warm."""
 
-from __future__ import annotations
-
 import shutil
 from contextlib import suppress
 from pathlib import Path

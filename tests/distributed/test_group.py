@@ -1,7 +1,5 @@
 """Collectives give the same bits on every rank, for any array."""
 
-from __future__ import annotations
-
 from itertools import combinations_with_replacement, pairwise, product
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Ranks on two hosts: network namespaces with a slow link that is cut."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

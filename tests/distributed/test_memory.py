@@ -1,7 +1,5 @@
 """Caches of ranks, and the path of a teacher."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """MLX's own launcher starts mlxchat's ranks: rank 0 runs the command, the others follow it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

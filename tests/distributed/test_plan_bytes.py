@@ -1,7 +1,5 @@
 """Ranks send the bytes per step that docs/internals/several_machines.md predicts."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest

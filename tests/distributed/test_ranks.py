@@ -1,7 +1,5 @@
 """How a run gets its ranks: variables of launchers, comparison of versions, settings."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

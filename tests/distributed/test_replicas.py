@@ -1,7 +1,5 @@
 """A model's weights on every rank."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Stages evaluate and generate on all ranks, with the results of one process."""
 
-from __future__ import annotations
-
 import ast
 import json
 from pathlib import Path

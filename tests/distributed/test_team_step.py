@@ -1,7 +1,5 @@
 """Training steps of several ranks equal those of one process: losses, norms, weights, moments."""
 
-from __future__ import annotations
-
 import gc
 import hashlib
 from dataclasses import replace

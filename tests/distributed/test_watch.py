@@ -1,7 +1,5 @@
 """Connections between rank 0 and other ranks that do not read, have no token, or end."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

@@ -1,7 +1,5 @@
 """Everything besides training equals one process: answers, losses, scores, verdicts."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A small random model, and an engine with scripted answers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 

@@ -3,8 +3,6 @@
 The short windows of July 2026 are 128 tokens, so that rows of 300 tokens exceed them.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import mlx.core as mx

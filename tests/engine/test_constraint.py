@@ -1,7 +1,5 @@
 """Constrained decoding: finished answers are valid for any logits."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

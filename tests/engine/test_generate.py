@@ -1,7 +1,5 @@
 """The engine: independent rows, seeds, ends of rows, the calculator."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import mlx.core as mx

@@ -1,7 +1,5 @@
 """Prefix reuse: lookup, LRU bound, exactness."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import mlx.core as mx
@@ -24,7 +22,7 @@ class Named:
     def __init__(self, name: str, tokens: int | None = None) -> None:
         self.name, self.tokens = name, tokens
 
-    def begun(self, tokens: int) -> Named:
+    def begun(self, tokens: int) -> "Named":
         return Named(self.name, tokens)
 
 

@@ -1,7 +1,5 @@
 """Quantised keys and values: results, distance from the exact cache, memory."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

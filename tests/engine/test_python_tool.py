@@ -1,7 +1,5 @@
 """The Python tool: outputs, limits, and rows that wait for it."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from concurrent.futures import Future

@@ -1,7 +1,5 @@
 """Quantised weights: decoding, measured cost, refusal, memory."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Sampling: distributions against their definitions."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

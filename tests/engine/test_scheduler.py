@@ -1,7 +1,5 @@
 """The scheduler: answers depend only on the request, for any order of events."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

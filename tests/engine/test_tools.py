@@ -1,7 +1,5 @@
 """The calculator: GSM8K's arithmetic, counting letters, and nothing else."""
 
-from __future__ import annotations
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -1,7 +1,5 @@
 """A small random model."""
 
-from __future__ import annotations
-
 import pytest
 
 from kit.models import make_model

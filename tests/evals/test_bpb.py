@@ -1,7 +1,5 @@
 """Bits per byte, recomputed from logits in numpy."""
 
-from __future__ import annotations
-
 import math
 
 import mlx.core as mx

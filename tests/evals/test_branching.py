@@ -1,7 +1,5 @@
 """Sequences computed in rows with a common trunk have the results of each sequence alone."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

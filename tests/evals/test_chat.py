@@ -1,7 +1,5 @@
 """Chat evaluation: order of answers, sampling, resuming, multiple choice, scores."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The compression table against other tokenizers."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """CORE from a bundle: results, resuming, cropping, standard errors, and what is refused."""
 
-from __future__ import annotations
-
 import mlxchat  # isort: split
 
 import io

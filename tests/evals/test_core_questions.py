@@ -1,7 +1,5 @@
 """CORE's prompts, draws, spans and crops, against jinja2, random and plain loops."""
 
-from __future__ import annotations
-
 import random
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Our models in lm-evaluation-harness give the numbers of our own engine."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The n-gram baseline equals the same model with dictionaries, byte by byte."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 

@@ -1,7 +1,5 @@
 """`mlxchat eval MODEL --text PATH`: every token of every document once, against NumPy."""
 
-from __future__ import annotations
-
 import mlxchat  # isort: split
 
 import json

@@ -1,7 +1,5 @@
 """Third-party models: our own checkpoint, opened by mlx-lm, has the results that it has with our code."""
 
-from __future__ import annotations
-
 import mlxchat  # isort: split
 
 import importlib

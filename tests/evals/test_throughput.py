@@ -1,7 +1,5 @@
 """The speed that is reported is that of the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any

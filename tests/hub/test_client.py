@@ -1,7 +1,5 @@
 """Downloads from a faulty Hub: nothing corrupt is accepted, and no byte that arrived is downloaded twice."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import shutil

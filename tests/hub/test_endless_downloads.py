@@ -1,7 +1,5 @@
 """Servers that never deliver: every download ends after a bounded number of requests, with one message."""
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import threading

@@ -1,7 +1,5 @@
 """A hostile Hub: no path leads out of the cache, no file fills the disk, no listing is endless."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

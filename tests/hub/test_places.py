@@ -1,7 +1,5 @@
 """Transfers over fsspec: artifacts arrive complete, hashed and with their inputs; interrupted transfers resume."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Small models in nanochat's format, written without its code."""
 
-from __future__ import annotations
-
 import io
 import json
 import pickle

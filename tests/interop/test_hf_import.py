@@ -1,7 +1,5 @@
 """Import of NanoChatForCausalLM: equal numbers and token ids; refusal of other models."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Malicious files: no code is executed, memory stays small, and each is refused by name."""
 
-from __future__ import annotations
-
 import builtins
 import contextlib
 import json

@@ -1,7 +1,5 @@
 """Models of the Hub: verified downloads, identity by contents, and third-party models in mlx-lm."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`mlxchat import nanochat`, and import:NAME wherever a model may be named."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Checkpoints in mlx-lm: equal logits, ids and tokens."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any

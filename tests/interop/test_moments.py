@@ -1,7 +1,5 @@
 """Import of nanochat's optimizer moments, saved by one or several ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Import of nanochat's checkpoints: equal numbers; faults are reported with their file."""
 
-from __future__ import annotations
-
 import json
 import pickle
 from collections.abc import Callable

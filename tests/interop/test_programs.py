@@ -4,8 +4,6 @@ nanochat's engine runs where torch is installed and MLXCHAT_NANOCHAT names a che
 (dfc8833) or July 2026 (92d63d4).
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

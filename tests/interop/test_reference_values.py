@@ -1,7 +1,5 @@
 """Imported models against values that nanochat computed from the same files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

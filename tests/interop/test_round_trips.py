@@ -1,7 +1,5 @@
 """Import and export are bit-exact, and written files contain no code."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import pickletools

@@ -1,7 +1,5 @@
 """A store with models and adapters for them, published as stages would."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import cache, partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`mlxchat` with arguments: in a process of its own, or in this one."""
 
-from __future__ import annotations
-
 import io
 import os
 import subprocess

@@ -3,8 +3,6 @@
 They answer the requests of the official client and log them.
 """
 
-from __future__ import annotations
-
 import base64
 import fnmatch
 import hashlib

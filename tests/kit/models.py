@@ -1,7 +1,5 @@
 """Small GPTs none of whose weights is zero, and the tokenizer of 280 ids that goes with them."""
 
-from __future__ import annotations
-
 import mlxchat  # isort: split
 
 from collections.abc import Iterator

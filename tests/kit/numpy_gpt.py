@@ -1,7 +1,5 @@
 """nanochat's two transformers in NumPy and float64, written after its code: an oracle for ours."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The files and commands of docs/guides/own_parts.md."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

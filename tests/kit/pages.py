@@ -1,7 +1,5 @@
 """What is measured of a page in a browser."""
 
-from __future__ import annotations
-
 from typing import Any
 
 # Of every text that is shown: its own colour against the first ground behind it.

@@ -7,8 +7,6 @@ Ranks take 2.6 seconds to start, so they are reused by later tests of the same s
 of modules and MLX's caches persist between tests; `fresh` ranks are used for one call only.
 """
 
-from __future__ import annotations
-
 import atexit
 import importlib.util
 import inspect

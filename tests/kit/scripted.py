@@ -1,7 +1,5 @@
 """A model without weights, whose answers are given."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +10,7 @@ import numpy as np
 class Tokens(int):
     """A past of which nothing is known but its length."""
 
-    def begun(self, tokens: int) -> Tokens:
+    def begun(self, tokens: int) -> "Tokens":
         return Tokens(tokens)
 
 
@@ -27,7 +25,7 @@ class Scripted:
         self.given: list[list[int]] = []
         self.lengths: list[int] = []
 
-    def read(self, ids: list[int], past: Any, last: int | None) -> Tokens:
+    def read(self, ids: list[int], past: Any, last: int | None) -> "Tokens":
         return Tokens((past or 0) + len(ids))
 
     def reserve(self, rows: int, tokens: int) -> None:

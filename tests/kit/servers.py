@@ -1,7 +1,5 @@
 """HTTP servers in a thread of this process: the plain one, and a scripted teacher."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

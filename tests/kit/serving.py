@@ -3,8 +3,6 @@
 Fixtures of tests/serve and tests/web, which import them.
 """
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
@@ -81,7 +79,7 @@ class Server:
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> "Server":
         self.thread.start()
         while not self.server.started:
             assert self.thread.is_alive()

@@ -1,7 +1,5 @@
 """What sweeps left in an outputs folder."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import dataclass

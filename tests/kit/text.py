@@ -1,7 +1,5 @@
 """Small conversations, documents and bundles of CORE, as tokens and as files."""
 
-from __future__ import annotations
-
 import io
 import json
 import random

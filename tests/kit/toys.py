@@ -1,7 +1,5 @@
 """Toy stages, and the runner on top of them."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """What a small training needs: an optimizer, numbered batches, a schedule, a stage's context; and the training."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

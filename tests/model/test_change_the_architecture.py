@@ -1,7 +1,5 @@
 """The diff of docs/internals/change_the_architecture.md, applied to a copy of the package that then trains."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

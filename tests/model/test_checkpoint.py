@@ -1,7 +1,5 @@
 """Model folders: bit-identical, reproducible, readable by mlx-lm, refused when damaged."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

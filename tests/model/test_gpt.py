@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Sizes by depth: the numbers published by nanochat."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

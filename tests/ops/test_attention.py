@@ -3,8 +3,6 @@
 Shapes: B batch, H query heads, K key/value heads, T tokens, D head width.
 """
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest

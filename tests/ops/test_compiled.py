@@ -1,7 +1,5 @@
 """Row sums are exact, scalars are computed once, and custom gradients are used."""
 
-from __future__ import annotations
-
 import io
 import re
 

@@ -3,8 +3,6 @@
 Shapes: N rows (tokens), C width, V vocabulary.
 """
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest

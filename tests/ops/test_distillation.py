@@ -1,7 +1,5 @@
 """The distillation loss and its gradients against float64 NumPy."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import mlx.core as mx

@@ -1,7 +1,5 @@
 """Dropout: masks against a hash in plain Python, their statistics, and the gradient."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest

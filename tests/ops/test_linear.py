@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens, F inner width, C width.
 """
 
-from __future__ import annotations
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np

@@ -1,7 +1,5 @@
 """The compute dtype of devices."""
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Iterator
 from types import SimpleNamespace

@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens, H heads, D head width.
 """
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest

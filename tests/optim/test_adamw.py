@@ -1,7 +1,5 @@
 """AdamW equals the published formula."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest

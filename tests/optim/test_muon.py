@@ -1,7 +1,5 @@
 """Muon equals nanochat's formulas on singular values, in NumPy."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest

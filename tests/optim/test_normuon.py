@@ -1,7 +1,5 @@
 """Muon of July 2026 equals nanochat's formulas on singular values, in NumPy."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import mlx.core as mx

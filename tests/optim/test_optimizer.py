@@ -1,7 +1,5 @@
 """Every parameter has one rule and one rate, and is updated by it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Schedules of rates and momentum, at their edges and against nanochat's formulas."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

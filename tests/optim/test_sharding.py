@@ -1,7 +1,5 @@
 """Distribution of parameters to ranks: every row once, about equal work, for any number of ranks."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from functools import cache
 

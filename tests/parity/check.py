@@ -4,8 +4,6 @@ The first word of a file's name gives its format. Each quantity prints one line:
 FAIL. The exit code is 0 if all quantities agree, 1 if some do not, and 2 if a file cannot be read.
 """
 
-from __future__ import annotations
-
 import mlxchat  # isort: split
 
 import sys

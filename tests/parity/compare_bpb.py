@@ -1,7 +1,5 @@
 """bpb_*.json: bits per byte and mean loss of the tiny models of both snapshots."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

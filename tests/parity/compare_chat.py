@@ -1,7 +1,5 @@
 """core_*.json and tasks_*.json: the scores of chat tasks, by letters' logits, ChatCORE and executed programs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, cast
 

@@ -1,7 +1,5 @@
 """core_*.json and core_model*.safetensors: the CORE evaluation, and the sizes of the models that it uses."""
 
-from __future__ import annotations
-
 import io
 import json
 import tempfile

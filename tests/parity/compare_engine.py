@@ -1,7 +1,5 @@
 """engine_*.json: the calculator's protocol, sampling, and greedy decoding of both snapshots."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """nanochat_*.safetensors: a model's logits, losses, gradients, three optimizer steps, greedy decoding and counts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache

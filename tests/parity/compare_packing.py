@@ -1,7 +1,5 @@
 """packing_*.json: rows packed from documents and from conversations, read in nanochat's order."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """rl_*.json: advantages, trained tokens, policy gradients and updates of both snapshots, multipliers and pass@k."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

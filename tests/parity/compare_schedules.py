@@ -1,7 +1,5 @@
 """schedules_*.json: multipliers, momentum, weight decay and the derived hyperparameters of both snapshots."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cache

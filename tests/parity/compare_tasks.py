@@ -3,8 +3,6 @@
 Where our verdicts differ from nanochat's on purpose, both rules are compared.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Callable, Iterator

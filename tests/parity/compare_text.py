@@ -1,7 +1,5 @@
 """tokenizer_*.json and conversation_*.json: training, encoding and decoding; token ids and masks of conversations."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Comparisons with nanochat's values, and their results."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Make the modules of this folder importable."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

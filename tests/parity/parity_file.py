@@ -1,7 +1,5 @@
 """A file of values that nanochat computed, and the tokenizer and models that belong to it."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os
@@ -64,7 +62,7 @@ class ParityFile:
         except (OSError, SafetensorError, ValueError) as error:
             raise UnreadableError(f"{self.path}: cannot be read as safetensors ({_reason(error)})") from None
 
-    def companion(self, stem: str, suffix: str) -> ParityFile:
+    def companion(self, stem: str, suffix: str) -> "ParityFile":
         """Return another file of the same set, such as `tokenizer`, '.json' of engine_b.json: tokenizer_b.json.
 
         Its name ends as this file's does, or is the one that this file's `about` mentions. It is looked for beside

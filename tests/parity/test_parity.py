@@ -3,8 +3,6 @@
 The tolerances are those that the README of the values expects of float32.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The time of a training follows from its FLOPs and from a reached or configured speed."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

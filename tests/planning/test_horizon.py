@@ -1,7 +1,5 @@
 """Iterations and batch: nanochat's numbers for each horizon and with its scaling."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

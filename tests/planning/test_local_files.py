@@ -1,7 +1,5 @@
 """Faults in local files are found by `plan` and before a run begins."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Predicted against measured peaks, the choice of a micro-batch, and the refusal of what cannot fit."""
 
-from __future__ import annotations
-
 import gc
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """Peak FLOP/s of devices: published figures, and the one measured here."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Scaling laws: exponents of the published loss surface, intervals of least squares."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How much text a run needs, computed from its horizon."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pairs as rows and batches: what is trained on, the gradient of a batch, the order, the reference."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What training on pairs gains on held-out prompts, of which the right answers follow by a rule."""
 
-from __future__ import annotations
-
 import json
 from itertools import product
 from pathlib import Path

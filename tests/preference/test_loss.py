@@ -1,7 +1,5 @@
 """DPO and ORPO: the published formulas, and derivatives by central differences in float64."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Pairs of the model's own answers: which answers become pairs, their file, and sampling that continues."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

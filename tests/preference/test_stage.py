@@ -1,7 +1,5 @@
 """The stage preference: from a file of pairs to a checkpoint, resumed bit for bit; what it refuses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A made-up outputs folder for the report: a whole pipeline with plausible numbers, or parts of it."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

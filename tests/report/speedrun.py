@@ -1,7 +1,5 @@
 """A made-up run of nanochat's whole recipe, its scores written by the code that writes real ones."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """What the Hugging Face Hub reads of a model card: the scores of the model, and of no other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

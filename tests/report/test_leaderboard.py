@@ -1,7 +1,5 @@
 """Rankings by the time to a target: curves, clocks of extensions, evaluations, and what may be compared."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The page in a browser: as wide as a phone, dark and light, on paper, and nothing asked from anywhere."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """nanochat's report card: CORE and ChatCORE with their errors, published rows beside it, examples, costs."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import re

@@ -1,7 +1,5 @@
 """Pictures: what they show, that they stay inside, hostile names, smoothing, the fitted power law."""
 
-from __future__ import annotations
-
 import math
 import re
 from xml.etree import ElementTree

@@ -1,7 +1,5 @@
 """What the report shows of the answers that RL sampled."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

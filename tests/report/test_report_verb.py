@@ -1,7 +1,5 @@
 """mlxchat report: which report a name means, where it goes, and several runs beside each other."""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -1,7 +1,5 @@
 """Advantages, the losses of the GRPO family and importance weights, against the formulas of the papers."""
 
-from __future__ import annotations
-
 import math
 from itertools import product
 

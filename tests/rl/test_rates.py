@@ -1,7 +1,5 @@
 """RL: which parameters learn at which rate."""
 
-from __future__ import annotations
-
 import pytest
 
 from kit.models import make_model

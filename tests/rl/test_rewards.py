@@ -1,7 +1,5 @@
 """Rewards: their parts, and users' functions that raise, hang or return anything."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """RL: the questions, the weights of sampled tokens, pass@k, and resuming."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

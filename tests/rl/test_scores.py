@@ -1,7 +1,5 @@
 """Log-probabilities of RL: those of the model's whole distribution, and those that the engine reports."""
 
-from __future__ import annotations
-
 import mlx.core as mx
 import numpy as np
 import pytest

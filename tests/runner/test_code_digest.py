@@ -1,7 +1,5 @@
 """Code digests: which modules a stage uses, what changes a digest, and the settings of `code`."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Execution of steps: atomic, correctly reported, and never repeated."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Steps in jobs: submitit's local executor and, if installed, Ray on this machine."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

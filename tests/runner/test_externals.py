@@ -1,7 +1,5 @@
 """Outside files are part of the key by content, checked before and after a step."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Retries, time limits, hooks, clock jumps, secrets, sleep."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import itertools

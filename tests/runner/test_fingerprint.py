@@ -1,7 +1,5 @@
 """What changes an artifact's id, and what does not."""
 
-from __future__ import annotations
-
 import base64
 import copy
 import hashlib

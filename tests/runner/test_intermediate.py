@@ -1,7 +1,5 @@
 """Intermediate models of a training: contents, names, and no effect on the training."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

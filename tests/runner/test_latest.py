@@ -1,7 +1,5 @@
 """The latest run is the last one that finished a model."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal

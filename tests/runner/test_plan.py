@@ -1,7 +1,5 @@
 """The plan: order, wiring, and whether and why each step runs."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass, field

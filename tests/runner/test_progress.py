@@ -1,7 +1,5 @@
 """Progress lines at any width of the terminal."""
 
-from __future__ import annotations
-
 import io
 import re
 

@@ -1,7 +1,5 @@
 """Keys hold commits and sha256 digests of data from the Hub and from URLs."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 from typing import Any

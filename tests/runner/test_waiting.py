@@ -1,7 +1,5 @@
 """Lines of a waiting process, and the end of its wait."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

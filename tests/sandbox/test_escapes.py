@@ -1,7 +1,5 @@
 """Attacks from inside the sandbox by system calls, with all protections and with each one alone."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re

@@ -1,7 +1,5 @@
 """Hostile programs fail without harm; honest ones pass."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

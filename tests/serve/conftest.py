@@ -1,7 +1,5 @@
 """Chat servers in this process."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import pytest

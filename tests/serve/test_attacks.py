@@ -1,7 +1,5 @@
 """Malformed, hostile and slow requests are refused with a reason, and the server continues."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

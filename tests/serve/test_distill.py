@@ -1,7 +1,5 @@
 """Distillation from our own server gives a mixture for SFT."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

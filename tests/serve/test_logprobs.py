@@ -1,7 +1,5 @@
 """Log-probabilities of text completions: text offsets, partial characters, echoed prompts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Names of models: every verb and the server resolve them in the same way."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """OpenAI's API: answers equal the engine's in every form of request; errors have OpenAI's format."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

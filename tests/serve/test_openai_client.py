@@ -1,7 +1,5 @@
 """The official OpenAI client, used as documented."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 

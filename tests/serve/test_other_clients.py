@@ -1,7 +1,5 @@
 """Third-party clients, if installed: litellm, langchain-openai, llm."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

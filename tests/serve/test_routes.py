@@ -1,7 +1,5 @@
 """Health, metrics and access control."""
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Callable

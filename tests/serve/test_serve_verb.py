@@ -1,7 +1,5 @@
 """`mlxchat serve` in a new process, and its memory limits."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

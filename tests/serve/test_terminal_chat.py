@@ -1,7 +1,5 @@
 """Chat in the terminal: turns, commands, files, pipes, base models."""
 
-from __future__ import annotations
-
 import io
 import re
 from pathlib import Path

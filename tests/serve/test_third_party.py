@@ -1,7 +1,5 @@
 """Third-party models are served like ours."""
 
-from __future__ import annotations
-
 import gc
 import json
 import shutil

@@ -1,7 +1,5 @@
 """truncation="auto": which turns of a long conversation are dropped."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Conversations over HTTP: prefix reuse in the KV cache, and programs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The worker: full queue, disconnects, failures, shutdown, several models."""
 
-from __future__ import annotations
-
 import gc
 import json
 import logging

@@ -1,7 +1,5 @@
 """`diff` names different devices and MLX versions of artifacts, `plan` those that differ from this machine's."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mlxchat.store.compare import differences, environment_drift, numeric

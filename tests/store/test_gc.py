@@ -1,7 +1,5 @@
 """Garbage collection: nothing needed is removed, a preview changes nothing, and a kill leaves a valid store."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

@@ -1,7 +1,5 @@
 """Locks: one holder at a time, and none after its death."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

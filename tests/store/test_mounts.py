@@ -1,7 +1,5 @@
 """Outputs folders on network mounts: the mount decides which hosts may use them; two machines can test their locks."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import threading

@@ -1,7 +1,5 @@
 """Names of artifacts: every accepted form, and the messages for unknown and ambiguous ones."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

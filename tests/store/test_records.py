@@ -1,7 +1,5 @@
 """JSON lines that a kill may cut anywhere, and the list of a step's executions."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Shared artifacts: created once per content, and never partial."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

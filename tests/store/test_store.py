@@ -1,7 +1,5 @@
 """The outputs folder: artifacts are complete or absent, refs are relative, errors name the remedy."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Export and import: all inputs or nothing, verified before it reaches the store, and no path leads outside."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Files and folders are written atomically, and leftovers of killed processes are removed."""
 
-from __future__ import annotations
-
 import os
 import socket
 import subprocess

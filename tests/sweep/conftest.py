@@ -1,7 +1,5 @@
 """Outputs folders in which sweeps run."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

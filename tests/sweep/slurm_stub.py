@@ -5,8 +5,6 @@ It is put on PATH under each of these names and really runs the script that sbat
 its environment, at most so many at a time, again if it was queued again. Its state is files in $SLURM_STUB.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """`mlxchat -m`: shared steps run once and first, failures stay with their jobs, the same command resumes."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

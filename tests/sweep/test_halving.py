@@ -1,7 +1,5 @@
 """`sweep=halving`: bad trials stop early and keep their state."""
 
-from __future__ import annotations
-
 import json
 import signal
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The journal of a search: identity of searches, and crashes while writing."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

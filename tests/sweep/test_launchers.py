@@ -1,7 +1,5 @@
 """Hydra's launchers: jobs in other processes give the same table, can be stopped, and may be killed."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

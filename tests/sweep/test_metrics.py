@@ -1,7 +1,5 @@
 """Metrics of sweeps and their directions."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The plot of a sweep: its form for each kind of settings, hostile names, gaps."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

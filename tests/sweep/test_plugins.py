@@ -1,7 +1,5 @@
 """Sweepers and launchers of Hydra plugins."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

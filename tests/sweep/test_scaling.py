@@ -1,7 +1,5 @@
 """A sweep over sizes and budgets writes nanochat's table and the fitted laws."""
 
-from __future__ import annotations
-
 import csv
 import re
 from pathlib import Path

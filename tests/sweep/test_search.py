@@ -1,7 +1,5 @@
 """`mlxchat sweep=tpe`: resumes after kills, tolerates failed trials, refuses mistakes."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """SLURM through submitit, with a stub that runs the script given to sbatch."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """Search spaces: Hydra's expressions, and refused ones."""
 
-from __future__ import annotations
-
 import pytest
 
 pytest.importorskip("optuna")

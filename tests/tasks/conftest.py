@@ -1,7 +1,5 @@
 """A Hub in a folder, in place of the functions that tasks download with."""
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The texts of installed packages: format, splitting, and missing packages."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from collections import Counter

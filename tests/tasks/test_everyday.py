@@ -1,7 +1,5 @@
 """Everyday questions and the practice of the default run: right answers, held-out wordings and words."""
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -1,7 +1,5 @@
 """nanochat's data sets: conversations against hand-written ones, verdicts, malformed rows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Items of mixtures and suites: nanochat's exact ones, and problems found without reading data."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Files of pairs: the forms that datasets have, and faults line by line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

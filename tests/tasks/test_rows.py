@@ -1,7 +1,5 @@
 """Rows of parquet files: order and memory."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pyarrow as pa

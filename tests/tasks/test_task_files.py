@@ -1,7 +1,5 @@
 """Tasks from the user's own .jsonl files."""
 
-from __future__ import annotations
-
 import json
 import tracemalloc
 from pathlib import Path

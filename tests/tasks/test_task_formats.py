@@ -1,7 +1,5 @@
 """The format of the bundled tasks' conversations."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """Tasks: train and test splits that share nothing, the same conversations everywhere, verdicts, refusals."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

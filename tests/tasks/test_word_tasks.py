@@ -1,7 +1,5 @@
 """SpellingBee, SimpleSpelling and identity conversations, from files and addresses."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The three services run offline, and their files are read back."""
 
-from __future__ import annotations
-
 import json
 import os
 import sqlite3

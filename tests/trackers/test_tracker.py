@@ -1,7 +1,5 @@
 """A tracker sends records in order, continues tracked runs, and never breaks a run."""
 
-from __future__ import annotations
-
 import json
 import sys
 import threading
@@ -28,7 +26,7 @@ class Notebook:
         self.results: Results | None = None
         self.fails_at = fails_at
 
-    def open(self, run: TrackedRun) -> Notebook:
+    def open(self, run: TrackedRun) -> "Notebook":
         self.runs.append(run)
         return self
 
@@ -223,7 +221,7 @@ def test_hanging_service_does_not_delay_the_end(tmp_path: Path, monkeypatch: pyt
     said: list[str] = []
     end = threading.Event()
 
-    def hang(run: TrackedRun) -> Notebook:
+    def hang(run: TrackedRun) -> "Notebook":
         end.wait()
         return Notebook()
 

@@ -1,7 +1,5 @@
 """Small trainings, and steps with a chosen number of lanes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

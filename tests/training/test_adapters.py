@@ -1,7 +1,5 @@
 """A training of adapters: they alone move, have moments and are saved."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Batches of rows, and the position after the last whole one."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """The best weights are kept: which they are, through kills, and beside the last ones for an extension."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Dropout in a training step: where it acts, and what its masks do not depend on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

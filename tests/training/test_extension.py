@@ -1,7 +1,5 @@
 """An extended training ends as if it had been longer from the start; warm starts take over the moments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Evaluations during training: their numbers, that they affect no bits, and that an interrupted one resumes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path

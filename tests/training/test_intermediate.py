@@ -1,7 +1,5 @@
 """When a training publishes intermediate models, and that each can be extended."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

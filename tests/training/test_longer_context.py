@@ -1,7 +1,5 @@
 """Later stages may train a model on rows longer than its context, which lengthens it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

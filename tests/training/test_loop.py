@@ -1,7 +1,5 @@
 """The loop: records, cadences, and that an interrupted training ends with the same bits."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

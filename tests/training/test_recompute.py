@@ -1,7 +1,5 @@
 """Gradient checkpointing: the same numbers, less memory."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import mlx.core as mx

@@ -1,7 +1,5 @@
 """One iteration: micro-batches and lanes do not matter, every target counts once, master weights stay float32."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import mlx.core as mx

@@ -1,7 +1,5 @@
 """Training to a validation loss: where it ends, its metrics, and that stops change nothing."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

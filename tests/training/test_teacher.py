@@ -1,7 +1,5 @@
 """Learning from a teacher's distributions: which teachers fit, what is learnt, and that it resumes."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from dataclasses import replace

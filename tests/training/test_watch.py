@@ -1,7 +1,5 @@
 """NaN and Inf stop a training or skip the update; warnings of exploding norms and of overfitting."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

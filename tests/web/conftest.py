@@ -1,7 +1,5 @@
 """The servers of tests/serve, a browser, and Node.js for modules without a DOM."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -3,8 +3,6 @@
 Every question names a seed or is greedy, so the same model gives the same pictures.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """Versions of messages in the page, and what the page sends to the model."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

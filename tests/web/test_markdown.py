@@ -3,8 +3,6 @@
 What needs no document runs under Node.js, the rest in a browser.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The chat page in a browser."""
 
-from __future__ import annotations
-
 import string
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack

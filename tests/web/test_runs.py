@@ -1,7 +1,5 @@
 """The page of runs, with one finished and one running run of toy stages."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading
