@@ -60,9 +60,5 @@ def run(ctx: Context) -> None:
         lengths = list(map(len, corpus.documents(split)))
         ctx.metrics[f"{split}_documents"] = len(lengths)
         ctx.metrics[f"{split}_chars"] = sum(lengths)
-    facts = {
-        "validation": VALIDATION,
-        "shards": [shard.name for shard in corpus.train],
-        **ctx.metrics,
-    }
+    facts = {"validation": VALIDATION, "shards": [shard.name for shard in corpus.train], **ctx.metrics}
     (ctx.out / LISTING).write_text(json.dumps(facts, indent=1) + "\n")

@@ -13,12 +13,7 @@ from mlxchat.errors import ConfigError
 
 OPTIONS = [
     ["model=d6", "optimizer=adamw", "architecture=jul2026", "machine=cpu", "seed=7", "rl.eval_every=null"],
-    [
-        "stage=sft",
-        "force=[sft]",
-        f"+sft.mixture.mine={{task: jsonl, path: '{__file__}'}}",
-        "seed=${model.depth}",
-    ],
+    ["stage=sft", "force=[sft]", f"+sft.mixture.mine={{task: jsonl, path: '{__file__}'}}", "seed=${model.depth}"],
     ["~pipeline.midtrain", "pipeline.sft.checkpoint=pretrain", "~pipeline.eval_mid"],
     ["model=d4", "name='a path that is not UTF-8: \udcff'"],
 ]

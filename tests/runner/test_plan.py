@@ -71,10 +71,7 @@ def test_target_includes_only_needed_steps(target: str, steps: list[str]) -> Non
             r"eval_sft\.corpus is tokenizer, a tokenizer; expected a corpus",
         ),
         ({"sft": {"stage": "sft", "checkpoint": "sft"}}, r"cycle: sft → sft"),
-        (
-            {"a": {"stage": "sft", "checkpoint": "b"}, "b": {"stage": "sft", "checkpoint": "a"}},
-            r"cycle: a → b → a",
-        ),
+        ({"a": {"stage": "sft", "checkpoint": "b"}, "b": {"stage": "sft", "checkpoint": "a"}}, r"cycle: a → b → a"),
     ],
 )
 def test_wrong_wiring_gets_a_suggestion(steps: dict[str, dict[str, str]], message: str) -> None:

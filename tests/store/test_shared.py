@@ -102,10 +102,7 @@ def test_waiting_is_reported_once_and_can_be_stopped(shared: SharedArtifacts) ->
         patience.pop()
 
     rid = compute_key(SHARED_KIND, 1, {"text": "abc"}, {}, {})
-    with (
-        locks.hold(Store(shared.outputs).lock(rid), {"run": "other"}, lambda owner: None),
-        pytest.raises(TimeoutError),
-    ):
+    with locks.hold(Store(shared.outputs).lock(rid), {"run": "other"}, lambda owner: None), pytest.raises(TimeoutError):
         obtain(open_shared(shared.outputs, lines.append), refuse, check=check)
     assert lines == [f"tokens     waiting: process {os.getpid()} on {os.uname().nodename} is encoding shard"]
 

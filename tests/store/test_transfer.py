@@ -334,10 +334,7 @@ def test_cut_tar_is_refused(length: float, made: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "point",
-    [
-        "import.checked",
-        *(pytest.param(each, marks=pytest.mark.slow) for each in ("import.unpacked", "import.renamed")),
-    ],
+    ["import.checked", *(pytest.param(each, marks=pytest.mark.slow) for each in ("import.unpacked", "import.renamed"))],
 )
 def test_killed_import_leaves_no_partial_artifact(point: str, made: Any, tmp_path: Path) -> None:
     source, other = exported(made, tmp_path / "x.tar"), Store(tmp_path / "other")

@@ -23,12 +23,7 @@ MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
 
 @pytest.mark.parametrize(
     "line",
-    [
-        {"messages": MESSAGES},
-        MESSAGES,
-        {"question": "Hi", "answer": "Hello"},
-        {"prompt": "Hi", "completion": "Hello"},
-    ],
+    [{"messages": MESSAGES}, MESSAGES, {"question": "Hi", "answer": "Hello"}, {"prompt": "Hi", "completion": "Hello"}],
 )
 def test_four_line_formats_are_read(line: Any, tmp_path: Path) -> None:
     task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line), held_out_frac=0)
@@ -38,12 +33,7 @@ def test_four_line_formats_are_read(line: Any, tmp_path: Path) -> None:
 def test_gsm8k_calls_in_a_file_become_parts(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"})
     task = load("jsonl", "train", path=path, held_out_frac=0)
-    assert [part["type"] for part in task[0]["messages"][1]["content"]] == [
-        "text",
-        "python",
-        "python_output",
-        "text",
-    ]
+    assert [part["type"] for part in task[0]["messages"][1]["content"]] == ["text", "python", "python_output", "text"]
     assert task.evaluate(task[0], "so #### 2.")
     assert not task.evaluate(task[0], "2")
 

@@ -19,10 +19,7 @@ CATEGORICAL = ["facts_mc", "reading_mc"]
 
 def test_calls_with_two_or_no_equals_signs() -> None:
     assert calculator_parts("<<x==2=True>>")[0] == {"type": "python", "text": "x==2"}
-    assert calculator_parts("<<3+4>>") == [
-        {"type": "python", "text": "3+4"},
-        {"type": "python_output", "text": ""},
-    ]
+    assert calculator_parts("<<3+4>>") == [{"type": "python", "text": "3+4"}, {"type": "python_output", "text": ""}]
 
 
 def test_problem_has_parts_and_the_raw_answer() -> None:

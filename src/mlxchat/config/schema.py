@@ -64,15 +64,7 @@ class ArchitectureConfig:
     dropout. Later stages, evaluations and inference use none."""
 
 
-ADAMW_GROUPS = (
-    "embedding",
-    "head",
-    "value_embeddings",
-    "residual_scalars",
-    "input_scalars",
-    "smear",
-    "matrices",
-)
+ADAMW_GROUPS = ("embedding", "head", "value_embeddings", "residual_scalars", "input_scalars", "smear", "matrices")
 """AdamW's parameter groups; `matrices` is used with optimizer.kind=adamw only."""
 
 
