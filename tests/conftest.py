@@ -15,7 +15,7 @@ import pytest
 from hypothesis import settings
 
 from kit.commands import Command, CommandLine, Finished, Say, run_here, run_process, start_process, tiny_settings
-from kit.hubs import LoopbackHub, UploadHub
+from kit.hubs import LoopbackHub
 from kit.models import computing_on_cpu, make_tokenizer
 from kit.toys import Toys
 from mlxchat.cpu import runtime
@@ -183,13 +183,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
 
 
 @pytest.fixture
-def upload_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UploadHub]:
+def upload_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """An empty Hub on this machine that takes uploads without Xet, used by this process."""
     for name in ("HF_HUB_OFFLINE", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    with UploadHub() as server:
+    with LoopbackHub(token="hf_right_token") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_TOKEN", server.token)
+        monkeypatch.setenv("HF_TOKEN", "hf_right_token")
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
         monkeypatch.setenv("HF_HOME", str(tmp_path / "hf_home"))
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)

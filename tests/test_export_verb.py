@@ -369,7 +369,7 @@ def test_adapters_replace_a_whole_model_in_a_repository(upload_hub: Any, tmp_pat
 @pytest.mark.parametrize("part", ["/put/", "/commit/"])
 def test_failed_push_changes_nothing(export: Any, upload_hub: Any, part: str) -> None:
     export("oct", "--to", "mlx", "--hub", "me/model")
-    before, upload_hub.fail = dict(upload_hub.repositories["me/model"].files), part
+    before, upload_hub.faults.broken = dict(upload_hub.repositories["me/model"].files), part
     code, said = export("oct", "--to", "nanochat", "--hub", "me/model")
     assert (code, upload_hub.repositories["me/model"].files) == (1, before)
     assert "Nothing was committed" in said

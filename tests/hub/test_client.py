@@ -143,7 +143,7 @@ def test_redirect_to_another_host_does_not_get_the_token(hub: Any, texts: Any, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda hub: hub.repositories["dataset", NAME].files.pop("data/0.parquet"), "HTTP 404"),
+        (lambda hub: hub.repositories[NAME].files.pop("data/0.parquet"), "HTTP 404"),
         (lambda hub: setattr(hub.faults, "denied", "data/*"), r"403.*authorized.*HF_TOKEN"),
     ],
 )

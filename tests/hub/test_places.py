@@ -296,7 +296,7 @@ def test_hub_roundtrip_in_one_commit(
 def test_failed_upload_leaves_the_repository_empty(upload_hub: Any, folders: list[Path]) -> None:
     from mlxchat.hub.places import push_artifacts
 
-    upload_hub.fail = "/commit/"
+    upload_hub.faults.broken = "/commit/"
     with pytest.raises(PassingError, match="Nothing was committed"):
         push_artifacts(open_place("hf://me/runs"), folders, public=False)
     assert upload_hub.repositories["me/runs"].files == {}
@@ -337,5 +337,5 @@ def test_uploads_use_plain_http_and_print_lines(
     (tmp_path / "model" / "model.safetensors").write_bytes(bytes(1000))
     places.push_folder(tmp_path / "model", "me/model", upload_hub.token, message="a model", public=False)
     assert upload_hub.repositories["me/model"].files == {"model.safetensors": bytes(1000)}
-    assert not [path for _, path in upload_hub.log if "xet" in path]
+    assert not [each for each in upload_hub.log if "xet" in each.path]
     assert "uploading 1.0 kB to me/model" in capsys.readouterr().err
