@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,72 +198,7 @@ def test_longer_sft_reruns_exactly_its_dependents(finished: Any, plan: Any) -> N
     }
 
 
-@pytest.mark.parametrize(
-    ("setting", "steps"),
-    [
-        ("tokenizer.vocab_size=310", set(KINDS) - {"corpus"}),
-        ("midtrain.mixture.letters.size=5", {"midtrain", "sft", "rl", "eval_mid", "eval_sft", "eval_rl"}),
-        ("suite.arithmetic.size=1", {"eval_mid", "eval_sft", "eval_rl"}),
-        ("seed=1", set(KINDS) - {"corpus", "tokenizer"}),
-        ("data_seed=1", set(KINDS)),
-    ],
-)
-def test_changed_setting_reruns_exactly_its_dependents(setting: str, steps: set[str], finished: Any, plan: Any) -> None:
-    assert set(to_run(plan(finished.outputs, setting))) == steps
-
-
-def test_excluded_settings_rerun_nothing(finished: Any, plan: Any) -> None:
-    settings = """
-        machine=auto machine.checkpoint_seconds=7 machine.device_batch_tokens=128 tracker=trackio name=other
-        machine.log_every=10 pretrain.eval_every=3 pretrain.sample_every=1 sft.eval_every=null rl.eval_every=1
-        eval.batch_rows=2 model.name=mine optimizer.matrix_lr=2e-2
-    """
-    assert to_run(plan(finished.outputs, *settings.split())) == {}
-    assert to_run(plan(finished.outputs, "stage=eval")) == {}
-
-
 def test_moved_outputs_folder_is_still_done(outputs: Path, plan: Any, tmp_path: Path) -> None:
     moved = outputs.rename(tmp_path / "elsewhere")
     assert to_run(plan(moved)) == {}
     assert set(refs_of(Store(moved))) == set(KINDS)
-
-
-def test_removed_artifact_is_rebuilt_alone(
-    outputs: Path, manifests: dict[str, dict[str, Any]], plan: Any, say: Say, tiny: tuple[str, ...]
-) -> None:
-    place = outputs / "store" / manifests["tokenizer"]["name"]
-    shutil.rmtree(place)
-    planned = plan(outputs)
-    assert planned["tokenizer"] == ("run", "missing")
-    # Whether those below stay done is seen when the tokenizer is there again.
-    assert {state for step, (state, _) in planned.items() if step not in ("corpus", "tokenizer")} == {"maybe"}
-    say(*tiny, f"outputs={outputs}")
-    assert read_manifest(place)["tree"] == manifests["tokenizer"]["tree"]
-    assert to_run(plan(outputs)) == {}
-    (outputs / "store" / manifests["rl"]["name"] / "manifest.json").unlink()
-    assert to_run(plan(outputs)) == {"rl": "missing", "eval_rl": "input checkpoint (rl) will be rebuilt"}
-
-
-def test_damaged_manifest_names_the_remedy(
-    outputs: Path, manifests: dict[str, dict[str, Any]], say: Say, tiny: tuple[str, ...]
-) -> None:
-    path = outputs / "store" / manifests["sft"]["name"] / "manifest.json"
-    path.write_text(path.read_text()[:100])
-    for verb in ("ls", "status"):  # which continue and show it as damaged
-        assert "damaged" in say(verb, f"outputs={outputs}")
-    for arguments in (["plan", *tiny], [*tiny]):
-        said = say(*arguments, f"outputs={outputs}", code=2)
-        assert f"error: {path} is damaged" in said
-        assert "Remove the folder; the next run recomputes it." in said
-        assert "Traceback" not in said
-
-
-def test_own_text_is_tracked_by_content(plan: Any, say: Say, tiny: tuple[str, ...], tmp_path: Path) -> None:
-    text = tmp_path / "own.jsonl"
-    text.write_text("".join(json.dumps({"text": f"Document {number}."}) + "\n" for number in range(9)))
-    own = ["corpus=files", f"corpus.paths=[{text}]", "corpus.packages=[]", "corpus.validation_documents=1"]
-    own.append("stage=corpus")
-    say(*tiny, *own, f"outputs={tmp_path}/outputs")
-    assert to_run(plan(tmp_path / "outputs", *own)) == {}
-    text.write_text(text.read_text() + '{"text": "One more."}\n')
-    assert to_run(plan(tmp_path / "outputs", *own)) == {"corpus": "external data changed"}
