@@ -7,7 +7,6 @@ import re
 import statistics
 import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -72,13 +71,13 @@ def found_by(say: Say, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_only_adapters_are_measured_as_trained(say: Say) -> None:
+def test_only_adapters_are_measured_as_trained(say):
     table = say("bench", "train", *TINY, "adapter=qlora", "adapter.rank=2")
     assert "lora of rank 2 on 4 bits (9.22k trained)" in " ".join(table.split())
     assert "optimizer " not in table.partition("measurements")[0]  # parts exist only for training of all weights
 
 
-def test_speeds_follow_from_the_median_of_the_seconds(record: dict[str, Any]) -> None:
+def test_speeds_follow_from_the_median_of_the_seconds(record):
     assert record["tokens_per_second"] == pytest.approx(128 / statistics.median(record["seconds"]))
     assert record["forward_tokens_per_second"] == pytest.approx(128 / statistics.median(record["forward_seconds"]))
     # d2: two layers of 12 × 128² weights and a head of 512 × 128; attention over 64 tokens.
@@ -87,7 +86,7 @@ def test_speeds_follow_from_the_median_of_the_seconds(record: dict[str, Any]) ->
     assert record["share_of_peak"] == pytest.approx(record["gflops"] / record["peak_gflops"])
 
 
-def test_memory_covers_weights_gradients_and_moments(record: dict[str, Any]) -> None:
+def test_memory_covers_weights_gradients_and_moments(record):
     # Muon keeps one moment of a matrix, AdamW two of a table.
     assert record["num_parameters"] == 2 * 12 * 128**2 + 2 * 512 * 128
     assert record["mlx_peak_bytes"] > 3 * 4 * record["num_parameters"]
@@ -95,7 +94,7 @@ def test_memory_covers_weights_gradients_and_moments(record: dict[str, Any]) -> 
     assert record["peak_rss_bytes"] > record["peak_bytes"]
 
 
-def test_parts_and_rest_sum_to_the_median_step(record: dict[str, Any]) -> None:
+def test_parts_and_rest_sum_to_the_median_step(record):
     split = record["split"]
     assert set(split["parts"]) == {"embedding", "attention", "mlp", "head_and_loss", "optimizer"}
     assert set(split["phases"]) == {"forward", "backward", "optimizer"}
@@ -104,9 +103,7 @@ def test_parts_and_rest_sum_to_the_median_step(record: dict[str, Any]) -> None:
     assert "alone" in split["how"]
 
 
-def test_tables_have_the_same_numbers_as_json(
-    record: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_tables_have_the_same_numbers_as_json(record, monkeypatch, capsys):
     monkeypatch.setattr("mlxchat.bench.train.measure_training", lambda config: record)
     with pytest.raises(SystemExit) as caught:
         main(["bench", "train", *TINY])
@@ -119,7 +116,7 @@ def test_tables_have_the_same_numbers_as_json(
     assert "{" not in text
 
 
-def test_experiment_sets_its_sizes(composed: Callable[..., Config]) -> None:
+def test_experiment_sets_its_sizes(composed):
     config, wanted = composed("experiment=quickstart"), compose_config(["experiment=quickstart"]).config
     assert (config.model, config.optimizer) == (wanted.model, wanted.optimizer)
     assert (config.bench.vocab_size, config.bench.row_tokens) == (4096, 256)
@@ -138,9 +135,7 @@ def test_experiment_sets_its_sizes(composed: Callable[..., Config]) -> None:
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
-def test_mistakes_are_refused_before_measuring(
-    arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_are_refused_before_measuring(arguments, expected, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["bench", *arguments])
     output = capsys.readouterr()
@@ -156,7 +151,7 @@ def make_model(architecture: str) -> tuple[GPT, Config]:
     return model, config
 
 
-def test_measuring_parts_keeps_the_weights() -> None:
+def test_measuring_parts_keeps_the_weights():
     model, config = make_model("jul2026")
     before = {name: np.array(value) for name, value in flatten_parameters(model).items()}
     optimizer = Optimizer(model, config.optimizer, width=model.sizes.width)
@@ -170,7 +165,7 @@ def test_measuring_parts_keeps_the_weights() -> None:
     assert [name for name in before if not np.array_equal(before[name], after[name])] == []
 
 
-def test_both_tokenizers_give_equal_ranks_and_ids(say: Say) -> None:
+def test_both_tokenizers_give_equal_ranks_and_ids(say):
     record = found_by(say, "tokenizer", "bench.chars=100000", "bench.vocab_size=400", "bench.steps=1")
     assert (record["same_ranks"], record["encoding"]["same_ids"]) == (True, True)
     assert record["chars"] >= 100_000
@@ -180,7 +175,7 @@ def test_both_tokenizers_give_equal_ranks_and_ids(say: Say) -> None:
     assert all(record["training"][way]["peak_bytes"] > 1 << 20 for way in ("ours", "nanochat"))
 
 
-def test_batched_core_has_equal_verdicts(say: Say) -> None:
+def test_batched_core_has_equal_verdicts(say):
     record = found_by(
         say, "core", *TINY, "model.context_tokens=256", "bench.core_examples=6", "bench.steps=1",
         "bench.core_tasks=[choice,schema,language_10_shots]",
@@ -195,7 +190,7 @@ def test_batched_core_has_equal_verdicts(say: Say) -> None:
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8])
-def test_decoding_step_reads_weights_and_cache(monkeypatch: pytest.MonkeyPatch, kv_bits: int | None) -> None:
+def test_decoding_step_reads_weights_and_cache(monkeypatch, kv_bits):
     """Two layers 64 wide with heads of 32, of October 2025: 12 C² a layer and the head, in float32."""
     monkeypatch.setattr(generate, "_BANDWIDTH_BYTES", 1_000_000)
     monkeypatch.setattr(generate, "peak_flops", lambda dtype: 1e9)
@@ -219,7 +214,7 @@ def test_decoding_step_reads_weights_and_cache(monkeypatch: pytest.MonkeyPatch, 
         assert row["peak_bytes"] > found["weight_bytes_per_step"]
 
 
-def test_model_and_its_export_read_equal_bytes(tmp_path: Path, say: Say) -> None:
+def test_model_and_its_export_read_equal_bytes(tmp_path, say):
     outputs = tmp_path / "outputs"
     model, tokenizer = artifacts_model("oct2025"), make_tokenizer()
     publish(outputs, "talks", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat"}))

@@ -4,11 +4,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kit.commands import CommandLine, Say
 from mlxchat import __version__
 from mlxchat.cli import main
 from mlxchat.commands.arguments import parser_of
@@ -26,14 +24,14 @@ def states(text: str) -> dict[str, str]:
     return {line.split()[0]: line.split()[1] for line in text.splitlines() if line.split()[0] in STEPS}
 
 
-def test_version_is_one_line_of_the_console_script_too(say: Say, tmp_path: Path) -> None:
+def test_version_is_one_line_of_the_console_script_too(say, tmp_path):
     assert say("--version") == f"mlxchat {__version__}\n"
     script = Path(sys.executable).with_name("mlxchat")
     done = subprocess.run([script, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == f"mlxchat {__version__}\n"
 
 
-def test_help_lists_verbs_and_groups_with_options(say: Say) -> None:
+def test_help_lists_verbs_and_groups_with_options(say):
     text = say("--help")
     assert say("-h") == say("help") == text
     for verb, purpose in ((verb, purpose) for verb, (_, purpose) in VERBS.items() if " " not in verb):
@@ -49,7 +47,7 @@ def test_help_lists_verbs_and_groups_with_options(say: Say) -> None:
     assert set(group_options("model")) == {f"d{depth}" for depth in range(int(first[1:]), int(last[1:]) + 1)}
 
 
-def test_every_verb_has_help_and_refuses_unused_arguments(say: Say) -> None:
+def test_every_verb_has_help_and_refuses_unused_arguments(say):
     needed = {
         "distill": ["a.txt", "--teacher", "http://127.0.0.1:9/v1", "--out", "answers.jsonl"],
         "import": ["hf", "b"],
@@ -68,7 +66,7 @@ def test_every_verb_has_help_and_refuses_unused_arguments(say: Say) -> None:
         )
 
 
-def test_misspelt_option_gets_a_suggestion(say: Say) -> None:
+def test_misspelt_option_gets_a_suggestion(say):
     assert 'unrecognized arguments: --jsn. Did you mean "--json"? See: mlxchat ls --help' in say("ls", "--jsn", code=2)
     assert 'Did you mean "--multirun"?' in say("--multirn", "seed=1,2", code=2)
     assert 'Did you mean "fetch"?' in say("data", "fetc", code=2)
@@ -84,9 +82,7 @@ def test_misspelt_option_gets_a_suggestion(say: Say) -> None:
         (["report"], 2, r"error: .*mlxchat.*\n"),
     ],
 )
-def test_missing_outputs_folder_is_reported_and_not_created(
-    words: list[str], code: int, told: str, say: Say, tmp_path: Path
-) -> None:
+def test_missing_outputs_folder_is_reported_and_not_created(words, code, told, say, tmp_path):
     text = say(*words, f"outputs={tmp_path}/none", code=code)
     assert re.fullmatch(told.format(outputs=f"{tmp_path}/none"), text, re.DOTALL)
     assert not (tmp_path / "none").exists()
@@ -103,16 +99,14 @@ def test_missing_outputs_folder_is_reported_and_not_created(
         (["stage=pretrain"], ["corpus", "tokenizer", "pretrain"]),
     ],
 )
-def test_removed_added_and_target_steps_are_planned(
-    settings: list[str], steps: list[str], say: Say, tmp_path: Path
-) -> None:
+def test_removed_added_and_target_steps_are_planned(settings, steps, say, tmp_path):
     text = say("plan", *settings, f"outputs={tmp_path}/none")
     assert set(states(text)) | {"again"} == {*steps, "again"}
     assert ("\nagain " in text) == ("again" in steps)
     assert text.endswith(f"{len(steps)} steps: 0 done, {len(steps)} to run\n")
 
 
-def test_unwritable_outputs_folder_is_refused(say: Say, tmp_path: Path) -> None:
+def test_unwritable_outputs_folder_is_refused(say, tmp_path):
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         text = say("experiment=smoke", f"outputs={place}", code=2)
@@ -120,7 +114,7 @@ def test_unwritable_outputs_folder_is_refused(say: Say, tmp_path: Path) -> None:
         assert re.search(rf"^error: outputs folder {place} cannot be written .*outputs=PATH.*\n$", text, re.MULTILINE)
 
 
-def test_status_names_finished_and_unfinished_steps(finished: Any, outputs: Path, say: Say) -> None:
+def test_status_names_finished_and_unfinished_steps(finished, outputs, say):
     text = say("status", f"outputs={finished.outputs}")
     assert {line.split()[0] for line in text.splitlines()[1:]} == set(STEPS)
     assert "left over" not in text
@@ -133,7 +127,7 @@ def test_status_names_finished_and_unfinished_steps(finished: Any, outputs: Path
     assert re.fullmatch(r"  pretrain +killed at iteration 7", line)
 
 
-def test_ls_lists_artifacts_newest_last_and_counts_encoded_text(finished: Any, say: Say) -> None:
+def test_ls_lists_artifacts_newest_last_and_counts_encoded_text(finished, say):
     text = say("ls", f"outputs={finished.outputs}")
     *lines, last = text.splitlines()
     folders = {path.name for path in (finished.outputs / "store").iterdir()}
@@ -145,7 +139,7 @@ def test_ls_lists_artifacts_newest_last_and_counts_encoded_text(finished: Any, s
     assert not re.search(r"\de[+-]\d", text)
 
 
-def test_graph_has_every_step_and_marks_done_ones(finished: Any, tiny: tuple[str, ...], say: Say) -> None:
+def test_graph_has_every_step_and_marks_done_ones(finished, tiny, say):
     text = say("graph", *tiny, f"outputs={finished.outputs}")
     assert sorted(re.findall(r"(\w+) \[done\]", text)) == sorted(STEPS)
     assert text.splitlines()[0] == "corpus [done]"
@@ -162,14 +156,14 @@ def test_graph_has_every_step_and_marks_done_ones(finished: Any, tiny: tuple[str
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Accelerate serves MLX on a Mac")
-def test_doctor_reports_a_missing_blas(mlxchat: CommandLine) -> None:
+def test_doctor_reports_a_missing_blas(mlxchat):
     done = mlxchat("doctor", environ={"MLXCHAT_BLAS": "off"})
     if "(cpu)" in done.stdout:
         assert done.returncode == 1
         assert re.search(r"^wrong +blas +switched off by MLXCHAT_BLAS=off.*slow", done.stdout, re.MULTILINE)
 
 
-def test_chat_answers_one_question(finished: Any, say: Say) -> None:
+def test_chat_answers_one_question(finished, say):
     words = ["chat", "-p", "Who are you?", "--max-tokens=5", f"outputs={finished.outputs}"]
     text = say(*words)
     assert re.search(r"^model: rl of run smoke \(rl-d2-\S+, [\d: -]+\)$", text, re.MULTILINE)
@@ -178,7 +172,7 @@ def test_chat_answers_one_question(finished: Any, say: Say) -> None:
     assert re.match(r"error: corpus-\S+ is not a model: its kind is corpus", text)
 
 
-def test_second_run_does_nothing(outputs: Path, tiny: tuple[str, ...], say: Say) -> None:
+def test_second_run_does_nothing(outputs, tiny, say):
     def files() -> dict[Path, int]:
         return {path: path.lstat().st_mtime_ns for path in outputs.rglob("*") if not path.is_dir()}
 
@@ -189,7 +183,7 @@ def test_second_run_does_nothing(outputs: Path, tiny: tuple[str, ...], say: Say)
     assert files() == before
 
 
-def test_default_verb_is_run(finished: Any, tiny: tuple[str, ...]) -> None:
+def test_default_verb_is_run(finished, tiny):
     lines = finished.stdout.splitlines()
     assert "10 steps: 0 done, 10 to run" in lines
     assert [line.split()[0] for line in lines if re.match(r"\w+ +starts", line)] == STEPS
@@ -213,10 +207,7 @@ def test_default_verb_is_run(finished: Any, tiny: tuple[str, ...]) -> None:
     ],
     ids=repr,
 )
-def test_exit_code_and_message_depend_on_the_error(
-    error: BaseException, code: int, told: str | None, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+def test_exit_code_and_message_depend_on_the_error(error, code, told, monkeypatch, capsys):
     def fail(options: object) -> int:
         raise error
 
@@ -232,7 +223,7 @@ def test_exit_code_and_message_depend_on_the_error(
 @pytest.mark.parametrize(
     "arguments", [["plan"], *(pytest.param([each], marks=pytest.mark.slow) for each in ("--help", "--cfg=job"))]
 )
-def test_closed_pipe_is_no_error(arguments: list[str], start_mlxchat: Any) -> None:
+def test_closed_pipe_is_no_error(arguments, start_mlxchat):
     process = start_mlxchat(*arguments, stderr=subprocess.PIPE)
     process.stdout.close()  # long before anything is printed
     _, complaint = process.communicate(timeout=600)

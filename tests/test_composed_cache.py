@@ -40,9 +40,7 @@ def aged(path: Path, text: str, seconds: float = 60.0) -> None:
 
 
 @pytest.mark.parametrize("overrides", OPTIONS, ids=lambda overrides: overrides[0])
-def test_cached_configuration_equals_the_composed_one(
-    overrides: list[str], home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_configuration_equals_the_composed_one(overrides, home, monkeypatch):
     composed = compose_config(overrides)
     assert len(list(home.iterdir())) == 1
     monkeypatch.setattr(compose, "_compose", refuse)
@@ -50,7 +48,7 @@ def test_cached_configuration_equals_the_composed_one(
     assert (kept, repr(kept)) == (composed, repr(composed))
 
 
-def test_outputs_folders_share_an_entry(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_folders_share_an_entry(home, monkeypatch):
     monkeypatch.setenv("MLXCHAT_COMPOSED_CACHE", "off")
     monkeypatch.setattr(compose, "_place_of_outputs", lambda overrides: None)
     composed = compose_config(["seed=7", "outputs=/a-b/c.d"])
@@ -65,7 +63,7 @@ def test_outputs_folders_share_an_entry(home: Path, monkeypatch: pytest.MonkeyPa
     assert compose_config(["outputs=/first/one", "seed=7", "outputs=second/"]).config.outputs == "second/"
 
 
-def test_changed_own_file_invalidates_the_entry(tmp_path: Path) -> None:
+def test_changed_own_file_invalidates_the_entry(tmp_path):
     mine = tmp_path / "conf" / "model" / "mine.yaml"
     aged(mine, "defaults: [d4, _self_]\nname: mine\ndepth: 6\n", 70)
     arguments = (["model=mine"], [str(tmp_path / "conf")])
@@ -77,7 +75,7 @@ def test_changed_own_file_invalidates_the_entry(tmp_path: Path) -> None:
         compose_config(*arguments)
 
 
-def test_damaged_entry_is_ignored_and_rewritten(home: Path) -> None:
+def test_damaged_entry_is_ignored_and_rewritten(home):
     composed = compose_config(["model=d6"])
     (entry,) = home.iterdir()
     whole = entry.read_bytes()
@@ -89,9 +87,7 @@ def test_damaged_entry_is_ignored_and_rewritten(home: Path) -> None:
         assert entry.read_bytes() == whole
 
 
-def test_resolvers_and_hydra_settings_are_not_cached(
-    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_resolvers_and_hydra_settings_are_not_cached(home, monkeypatch, tmp_path):
     for number in ("3", "4"):
         monkeypatch.setenv("SEED_OF_TEST", number)
         assert compose_config(["seed=${oc.env:SEED_OF_TEST}"]).config.seed == int(number)
@@ -101,14 +97,14 @@ def test_resolvers_and_hydra_settings_are_not_cached(
     assert not home.exists()
 
 
-def test_recently_changed_file_prevents_caching(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recently_changed_file_prevents_caching(home, tmp_path, monkeypatch):
     monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", 2.0)
     aged(tmp_path / "conf" / "model" / "mine.yaml", "defaults: [d4, _self_]\n", -60.0)  # however long composing takes
     compose_config(["model=mine"], [str(tmp_path / "conf")])
     assert not home.exists()
 
 
-def test_shipped_yaml_uses_no_resolver_but_now() -> None:
+def test_shipped_yaml_uses_no_resolver_but_now():
     resolvers = [
         (path.name, found)
         for path in conf_folder().rglob("*.yaml")

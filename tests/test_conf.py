@@ -74,7 +74,7 @@ ROWS += [[file] for file in FILES if file.parts[0] not in (*TOGETHER, "settings"
 
 
 @pytest.mark.parametrize("files", ROWS, ids=lambda files: " ".join(map(str, files)))
-def test_every_file_composes_and_plans(files: list[Path], tmp_path: Path) -> None:
+def test_every_file_composes_and_plans(files, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Some text.")
     found = compose_config(list(chain.from_iterable(selecting(file, text) for file in files)))
@@ -88,7 +88,7 @@ def test_every_file_composes_and_plans(files: list[Path], tmp_path: Path) -> Non
     assert len({step.key for step in plan}) == len(plan) >= 1
 
 
-def test_stage_only_selects_targets() -> None:
+def test_stage_only_selects_targets():
     in_pipeline = {step["stage"] for step in composed().pipeline.values()}
     # The others have pipelines of their own.
     assert set(Stages()) - in_pipeline == {"outside", "imported", "fused", "preference"}
@@ -98,7 +98,7 @@ def test_stage_only_selects_targets() -> None:
     assert composed("+stage=all") == composed()
 
 
-def test_mixture_group_selects_one_stages_mixture() -> None:
+def test_mixture_group_selects_one_stages_mixture():
     config = composed("mixture@sft.mixture=quickstart_mid")
     assert config.sft.mixture == config.midtrain.mixture != composed().sft.mixture
 
@@ -116,7 +116,7 @@ D20 = {
 }  # fmt: skip
 
 
-def test_speedrun_d20_has_nanochats_numbers() -> None:
+def test_speedrun_d20_has_nanochats_numbers():
     config = composed("experiment=speedrun_d20")
     derived = derive_numbers(derive_hyperparameters(config, sizes(config)), sizes(config), 32 * 2048)
     assert {key: derived[key] for key in D20} == D20
@@ -146,7 +146,7 @@ NANOCHAT = {
 
 
 @pytest.mark.parametrize("depth", range(1, 65))
-def test_depth_gives_nanochats_sizes_and_even_heads(depth: int) -> None:
+def test_depth_gives_nanochats_sizes_and_even_heads(depth):
     """nanochat's ceil(width / 128) heads do not divide the width of depths 5, 9, 11 and others."""
     config = composed("model=d20")
     config = replace(config, model=replace(config.model, depth=depth))
@@ -173,21 +173,21 @@ def test_depth_gives_nanochats_sizes_and_even_heads(depth: int) -> None:
         (["model=d4", "model.depth=14"], "d14", 14), (["model.depth=14", "model.name=mine"], "mine", 14),
     ],
 )  # fmt: skip
-def test_any_depth_is_an_option_and_the_models_name(overrides: list[str], name: str, depth: int) -> None:
+def test_any_depth_is_an_option_and_the_models_name(overrides, name, depth):
     config = composed(*overrides)
     assert (config.model.name, config.model.depth) == (name, depth)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experiment", sorted(set(group_options("experiment")) - {"tinystories_53m"}))
-def test_every_experiment_composes_at_another_depth(experiment: str) -> None:
+def test_every_experiment_composes_at_another_depth(experiment):
     given = [f"imported.folder={ROOT}", "imported.repository=null"] if experiment.startswith("grpo") else []
     config = composed(f"experiment={experiment}", "model=d14", *given)
     assert (config.model.name, config.model.depth) == ("d14", 14)
     assert find_problems(config) == []
 
 
-def test_default_is_the_quickstart() -> None:
+def test_default_is_the_quickstart():
     config = composed()
     assert compose_config([]).choices["experiment"] == "quickstart"
     assert (config.model.depth, config.model.aspect_ratio) == (4, 48)
@@ -196,7 +196,7 @@ def test_default_is_the_quickstart() -> None:
     assert composed("model.depth=6") == deeper
 
 
-def test_model_on_bundled_corpus_downloads_nothing() -> None:
+def test_model_on_bundled_corpus_downloads_nothing():
     config, full = composed("model=d20", "corpus=bundled"), composed("model=d20")
     plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
     assert find_downloads(config, plan, Store(Path("/none"))) == []
@@ -219,7 +219,7 @@ def test_model_on_bundled_corpus_downloads_nothing() -> None:
     ],
     ids=lambda part: " ".join(part),
 )
-def test_model_implies_an_experiment_unless_chosen(overrides: list[str], implied: list[str]) -> None:
+def test_model_implies_an_experiment_unless_chosen(overrides, implied):
     assert implied_experiment(overrides) == implied
 
 
@@ -230,7 +230,7 @@ SECTIONS_OF_OPTIONS = (
 )  # fmt: skip
 
 
-def test_experiments_set_no_part_of_other_groups() -> None:
+def test_experiments_set_no_part_of_other_groups():
     """A part would stay when the command line chooses another option of the group."""
     of_losses = {key for recipe in (ROOT / "conf" / "rl").glob("*.yaml") for key in yaml.safe_load(recipe.read_text())}
     sections = (*SECTIONS_OF_OPTIONS, *(f"rl.{key}" for key in of_losses))
@@ -239,7 +239,7 @@ def test_experiments_set_no_part_of_other_groups() -> None:
         assert [key for key in keys if f"{key}.".startswith(tuple(f"{section}." for section in sections))] == [], file
 
 
-def test_own_text_replaces_the_smoke_corpus(tmp_path: Path) -> None:
+def test_own_text_replaces_the_smoke_corpus(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("Some text.")
     corpus = compose_config(["experiment=smoke", "corpus=files", f"corpus.paths=[{text}]"]).config.corpus
@@ -248,7 +248,7 @@ def test_own_text_replaces_the_smoke_corpus(tmp_path: Path) -> None:
         compose_config(["experiment=smoke", "corpus=files"])
 
 
-def test_seed_changes_no_validation_data() -> None:
+def test_seed_changes_no_validation_data():
     first, second = (composed(f"seed={seed}") for seed in (1, 2))
     assert first == replace(second, seed=1)
 
@@ -264,7 +264,7 @@ def test_seed_changes_no_validation_data() -> None:
     assert one.seed("order") != two.seed("order")
 
 
-def test_data_seed_changes_keys() -> None:
+def test_data_seed_changes_keys():
     def ids(seed: int, data_seed: int | None) -> dict[str, str]:
         config, store = composed(), Store(Path("/none"))
         plan = make_plan(config, config.pipeline, store, targets=["sft"], seed=seed, data_seed=data_seed, force=[])
@@ -304,11 +304,11 @@ def attributes_read() -> set[str]:
     return attributes | {name.value for name in named if isinstance(name, ast.Constant)} | set(interpolated)
 
 
-def test_every_configuration_key_is_used() -> None:
+def test_every_configuration_key_is_used():
     assert {(schema, name) for schema, name in leaf_names(Config) if name not in attributes_read()} == set()
 
 
-def test_own_task_is_added_on_the_command_line(tmp_path: Path) -> None:
+def test_own_task_is_added_on_the_command_line(tmp_path):
     """OmegaConf can merge such an item but not set it."""
     own = tmp_path / "mine.jsonl"
     own.touch()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from kit.commands import Say, run_here
+from kit.commands import run_here
 from mlxchat.cli import main
 from mlxchat.composition.compose import compose_config
 from mlxchat.composition.problems import find_problems
@@ -159,7 +159,7 @@ TOGETHER = {
 
 
 @pytest.mark.parametrize("mistakes", TOGETHER.values(), ids=TOGETHER)
-def test_all_mistakes_are_reported_at_once(mistakes: dict[str, str], refuse: Refuse) -> None:
+def test_all_mistakes_are_reported_at_once(mistakes, refuse):
     lines = refuse(*mistakes).removeprefix("error: ").splitlines()
     missing = [override for override, expected in mistakes.items() if not any(re.search(expected, x) for x in lines)]
     assert missing == [], "\n".join(lines)
@@ -200,7 +200,7 @@ def test_all_mistakes_are_reported_at_once(mistakes: dict[str, str], refuse: Ref
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
-def test_impossible_choices_are_refused(overrides: list[str], expected: str, refuse: Refuse) -> None:
+def test_impossible_choices_are_refused(overrides, expected, refuse):
     assert re.search(expected, refuse(*overrides), re.M)
 
 
@@ -215,7 +215,7 @@ def spoil(value: Any, number: float) -> Any:
     return "nonsense" if isinstance(value, str) and number < 0 else value
 
 
-def test_no_setting_is_reported_twice() -> None:
+def test_no_setting_is_reported_twice():
     """Two checks of the same key would report it twice."""
     config = compose_config(["core=nanochat", "architecture=jul2026", "optimizer=muon_jul2026"]).config
     for number in (-1, 0, 10**9, math.nan, math.inf):
@@ -228,13 +228,13 @@ def test_no_setting_is_reported_twice() -> None:
 @pytest.mark.parametrize(
     ("words", "verb"), [(["statsu"], "status"), (["rnu"], "run"), (["grahp"], "graph"), (["seed=1", "paln"], "plan")]
 )
-def test_misspelt_verb_gets_a_suggestion(words: list[str], verb: str, refuse: Refuse) -> None:
+def test_misspelt_verb_gets_a_suggestion(words, verb, refuse):
     message = refuse(*words[1:], verb=words[0])
     assert f'there is no verb "{words[-1]}"' in message
     assert f'Did you mean "{verb}"?' in message
 
 
-def test_overrides_may_omit_brackets_and_plus() -> None:
+def test_overrides_may_omit_brackets_and_plus():
     pairs = {
         "+experiment=smoke": "experiment=smoke",
         "force=sft": "force=[sft]",
@@ -248,24 +248,24 @@ def test_overrides_may_omit_brackets_and_plus() -> None:
 
 
 @pytest.mark.parametrize(("word", "setting"), [("pretrain", "stage=pretrain"), ("smoke", "experiment=smoke")])
-def test_stage_or_experiment_as_verb_gets_its_setting(word: str, setting: str, refuse: Refuse) -> None:
+def test_stage_or_experiment_as_verb_gets_its_setting(word, setting, refuse):
     assert f"mlxchat {setting} seed=1\n" in refuse("seed=1", verb=word)
 
 
-def test_verb_may_follow_settings_and_options(tmp_path: Path, say: Say) -> None:
+def test_verb_may_follow_settings_and_options(tmp_path, say):
     for words in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"], ["seed=7", "~pipeline.rl"]):
         more = ["~pipeline.eval_rl"] if "seed=7" in words else []
         said = say(*words, "plan", "stage=corpus", *more, f"outputs={tmp_path}/outputs")
         assert said.startswith("corpus ")
 
 
-def test_debug_variable_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debug_variable_shows_the_traceback(monkeypatch):
     monkeypatch.setenv("MLXCHAT_DEBUG", "1")
     with pytest.raises(Exception, match=r"sft\.num_epochs is 0"):
         main(["plan", "sft.num_epochs=0"])
 
 
-def test_mistakes_beside_hydra_options_are_named_alone(refuse: Refuse) -> None:
+def test_mistakes_beside_hydra_options_are_named_alone(refuse):
     lines = refuse("--cfg", "job", "-p", "sft", "sft.num_epoch=2", verb="run").splitlines()
     assert len(lines) == 1
     assert "sft.num_epoch" in lines[0]
@@ -278,12 +278,12 @@ def test_mistakes_beside_hydra_options_are_named_alone(refuse: Refuse) -> None:
         ("model.depth=99999999999", "num_layers is 99999999999"),
     ],
 )
-def test_impossible_model_sizes_hide_no_other_problem(refuse: Refuse, override: str, expected: str) -> None:
+def test_impossible_model_sizes_hide_no_other_problem(refuse, override, expected):
     said = refuse("experiment=smoke", override, "sft.num_epochs=0")
     assert expected in said
     assert "sft.num_epochs is 0, expected at least 1" in said
 
 
-def test_key_below_a_section_that_is_null_is_refused(refuse: Refuse) -> None:
+def test_key_below_a_section_that_is_null_is_refused(refuse):
     text = refuse("eval.core.max_per_task=5")
     assert "eval.core.max_per_task: eval.core is null. Choose an option that sets it; for CORE: core=nanochat" in text

@@ -33,7 +33,7 @@ def show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     return run
 
 
-def test_tasks_are_counted_and_trained_text_is_between_marks(show: Show) -> None:
+def test_tasks_are_counted_and_trained_text_is_between_marks(show):
     printed = show("mixture=my_mixture", "-n", "1", "--task", "mine")
     lines = show("mixture=my_mixture", "-n", "0").splitlines()
     assert lines[0].startswith("mixture my_mixture: 20 conversations, tokens are bytes")
@@ -48,7 +48,7 @@ def test_tasks_are_counted_and_trained_text_is_between_marks(show: Show) -> None
     assert "\x1b" not in printed
 
 
-def test_order_is_that_of_training_or_of_the_seed(show: Show) -> None:
+def test_order_is_that_of_training_or_of_the_seed(show):
     def names(*arguments: str) -> list[str]:
         return re.findall(r"── \d+ · (\w+ conversation \d+)", show("mixture=my_mixture", *arguments))
 
@@ -58,7 +58,7 @@ def test_order_is_that_of_training_or_of_the_seed(show: Show) -> None:
     assert sorted(seeded) == sorted(ordered)
 
 
-def test_other_stages_and_suites_are_shown(show: Show) -> None:
+def test_other_stages_and_suites_are_shown(show):
     assert "stage rl: 2,000 conversations" in show("stage=rl", "-n", "0")
     printed = show("stage=midtrain", "midtrain.train_on=all", "--validation", "-n", "0")
     assert "(validation)" in printed
@@ -66,7 +66,7 @@ def test_other_stages_and_suites_are_shown(show: Show) -> None:
     assert show("suite=bundled", "-n", "1", "--task", "kinds_mc").startswith("suite bundled: ")
 
 
-def test_control_characters_are_escaped(show: Show, tmp_path: Path) -> None:
+def test_control_characters_are_escaped(show, tmp_path):
     path = tmp_path / "evil.jsonl"
     path.write_text(json.dumps({"question": "\x1b[31m", "answer": "[bold]x[/bold]"}) + "\n")
     printed = show(f"+sft.mixture.evil={{task: identity_conversations, path: '{path}'}}", "--task", "evil")
@@ -86,6 +86,6 @@ def test_control_characters_are_escaped(show: Show, tmp_path: Path) -> None:
         (["--foo"], "unrecognized arguments: --foo"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: list[str], expected: str, show: Show) -> None:
+def test_wrong_arguments_are_refused(arguments, expected, show):
     with pytest.raises(ConfigError, match=expected):
         show(*arguments)

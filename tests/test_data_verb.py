@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +46,7 @@ def say(say: Say, hub: Any, tmp_path: Path) -> Say:
     return run
 
 
-def test_fetch_gets_exactly_what_a_run_needs(
-    hub: Any, texts: Any, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fetch_gets_exactly_what_a_run_needs(hub, texts, say, monkeypatch):
     monkeypatch.setattr(text_need, "LEAST_CHARS", 0)
     size = sum(len(texts.files[name]) for name in ("held_out.parquet", "shard_0.parquet"))
     told = say("data", "fetch", *SETTINGS).splitlines()[-1]
@@ -59,18 +56,14 @@ def test_fetch_gets_exactly_what_a_run_needs(
     assert fetched == ["held_out.parquet", "shard_0.parquet"]
 
 
-def test_run_after_fetch_needs_no_network(
-    hub: Any, texts: Any, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_after_fetch_needs_no_network(hub, texts, say, monkeypatch):
     say("data", "fetch", *SETTINGS)
     hub.stop()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "tokenizer  done" in say(*SETTINGS)
 
 
-def test_offline_run_without_fetch_names_the_command(
-    hub: Any, texts: Any, say: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_run_without_fetch_names_the_command(hub, texts, say, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("sys.argv", ["mlxchat", "experiment=smoke"])
     text = say(*SETTINGS, code=2)
@@ -78,12 +71,12 @@ def test_offline_run_without_fetch_names_the_command(
     assert "run: mlxchat data fetch experiment=smoke" in text
 
 
-def test_dry_run_fetches_nothing(hub: Any, texts: Any, say: Callable[..., str]) -> None:
+def test_dry_run_fetches_nothing(hub, texts, say):
     assert f"{NAME} at {texts.commit[:12]}: 7 files" in say("data", "fetch", "--dry-run", *SETTINGS)
     assert hub.requests("parquet") == []
 
 
-def test_data_ls_shows_size_commit_and_users(hub: Any, texts: Any, say: Callable[..., str]) -> None:
+def test_data_ls_shows_size_commit_and_users(hub, texts, say):
     assert "no downloads yet" in say("data", "ls")
     say("data", "fetch", *SETTINGS)
     say(*CORPUS_ALONE)
@@ -95,7 +88,7 @@ def test_data_ls_shows_size_commit_and_users(hub: Any, texts: Any, say: Callable
     assert f"{NAME}  {texts.commit[:12]}" in say("data", "ls")
 
 
-def test_data_of_artifacts_needs_force_to_remove(hub: Any, texts: Any, say: Callable[..., str]) -> None:
+def test_data_of_artifacts_needs_force_to_remove(hub, texts, say):
     say(*CORPUS_ALONE)
     assert "Nothing was removed" in say("data", "rm", NAME, code=2)
     assert "would remove" in say("data", "rm", NAME, "--dry-run")
@@ -109,7 +102,7 @@ def test_data_of_artifacts_needs_force_to_remove(hub: Any, texts: Any, say: Call
     assert json.loads(say("data", "ls", "--json"))["holdings"] == []
 
 
-def test_removing_keeps_files_of_other_commits(hub: Any, texts: Any, say: Callable[..., str], tmp_path: Path) -> None:
+def test_removing_keeps_files_of_other_commits(hub, texts, say, tmp_path):
     say("data", "fetch", *SETTINGS)
     old = texts.commit
     texts.commit, texts.files["shard_0.parquet"] = "f" * 40, shard(9)
@@ -131,7 +124,5 @@ def test_removing_keeps_files_of_other_commits(hub: Any, texts: Any, say: Callab
         (("data", "fech"), 'expected mlxchat data fetch|ls|rm|show, got "fech". Did you mean "fetch"?'),
     ],
 )
-def test_mistakes_give_one_message(
-    hub: Any, texts: Any, say: Callable[..., str], words: tuple[str, ...], message: str
-) -> None:
+def test_mistakes_give_one_message(hub, texts, say, words, message):
     assert message in say(*words, code=2)

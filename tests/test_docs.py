@@ -69,7 +69,7 @@ def anchors(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_relative_links_and_pictures_exist(page: Path) -> None:
+def test_relative_links_and_pictures_exist(page):
     text = page.read_text(encoding="utf-8")
     missing = []
     for target in re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|href)="([^"]+)"', text):
@@ -83,7 +83,7 @@ def test_relative_links_and_pictures_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_commands_name_existing_verbs_and_options(page: Path) -> None:
+def test_commands_name_existing_verbs_and_options(page):
     unknown = []
     for command in commands(page.read_text(encoding="utf-8")):
         words = command.replace("'", "").split()
@@ -104,7 +104,7 @@ COMMANDED = [page for page in PAGES if lines(page)]
 
 
 @pytest.mark.parametrize("page", COMMANDED, ids=[str(page.relative_to(ROOT)) for page in COMMANDED])
-def test_commands_in_blocks_are_parsed(page: Path) -> None:
+def test_commands_in_blocks_are_parsed(page):
     for line in lines(page):
         verb, rest = split_verb(words(line))
         parser_of(verb).read(rest)
@@ -112,7 +112,7 @@ def test_commands_in_blocks_are_parsed(page: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", COMMANDED, ids=[str(page.relative_to(ROOT)) for page in COMMANDED])
-def test_settings_in_blocks_are_composed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_in_blocks_are_composed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path, page.read_text(encoding="utf-8"))
     for name in ("mine", "me", "gsm8k_teacher", "pairs", "other"):
@@ -140,7 +140,7 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", RUN, ids=[page.name for page in RUN])
-def test_commands_run(page: Path, student: Path) -> None:
+def test_commands_run(page, student):
     write_files(student, page.read_text(encoding="utf-8"))
     environ = clean_environment(PATH=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     commands = ["mlxchat experiment=smoke"] if page == RUN[0] else []

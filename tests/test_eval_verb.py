@@ -4,7 +4,6 @@ import io
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from kit.artifacts import make_model, make_tokenizer, publish
-from kit.commands import Say
 from kit.numpy_gpt import numpy_logits
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.store.store import Store
@@ -34,7 +32,7 @@ def evaluations(outputs: Path) -> list[Path]:
     return sorted(outputs.glob("store/eval-*"))
 
 
-def test_evaluation_is_a_cached_step(made: Path, say: Say) -> None:
+def test_evaluation_is_a_cached_step(made, say):
     settings = ["eval.max_new_tokens=4", f"outputs={made}"]
     latest = sorted((made / "refs" / "latest").iterdir())
     first = say("eval", "talks", "--task", "arithmetic", "--limit", "3", "--samples", "2", *settings)
@@ -56,9 +54,7 @@ def test_evaluation_is_a_cached_step(made: Path, say: Say) -> None:
     assert [float(each) * 100 for each in cell.groups()] == pytest.approx([float(right), float(error)], abs=0.6)
 
 
-def test_gsm8k_has_both_verdicts_and_any_of_n(
-    hub: Any, tmp_path: Path, say: Say, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gsm8k_has_both_verdicts_and_any_of_n(hub, tmp_path, say, monkeypatch):
     from mlxchat.engine.generate import Completion
 
     outputs = tmp_path / "outputs"
@@ -79,7 +75,7 @@ def test_gsm8k_has_both_verdicts_and_any_of_n(
     assert (right, any_of_two, theirs, any_of_theirs) == ("50.0%", "75.0%", "25.0%", "25.0%")
 
 
-def test_json_is_alone_on_stdout(made: Path, mlxchat: Any, tmp_path: Path) -> None:
+def test_json_is_alone_on_stdout(made, mlxchat, tmp_path):
     text = tmp_path / "text.jsonl"
     text.write_text(
         "".join(json.dumps({"text": f"The cat {number} sat on the mat. " * 4}) + "\n" for number in range(200))
@@ -92,7 +88,7 @@ def test_json_is_alone_on_stdout(made: Path, mlxchat: Any, tmp_path: Path) -> No
     assert Store(made).find(scores["artifact"].rpartition("-")[2]) is not None
 
 
-def test_base_model_chooses_as_numpy(made: Path, tmp_path: Path, say: Say) -> None:
+def test_base_model_chooses_as_numpy(made, tmp_path, say):
     """Zero-shot: the option with the lowest mean loss after "Question: …" and "Answer: " as plain text, in float64."""
     said = say("eval", "base", "--task", "facts_mc", "--limit", "10", "--json", "eval.prompts=[]", f"outputs={made}")
     found = json.JSONDecoder().raw_decode(said)[0]["tasks"]["facts_mc_base"]
@@ -112,7 +108,7 @@ def test_base_model_chooses_as_numpy(made: Path, tmp_path: Path, say: Say) -> No
     assert (found["accuracy"], found["num_questions"], found["chance"]) == (right / 10, 10, 0.25)
 
 
-def test_mistakes_are_reported_together(made: Path, say: Say) -> None:
+def test_mistakes_are_reported_together(made, say):
     told = say("eval", "talks", "--task", "gsn8k", "--suite", "chatcor", "--limit", "0", f"outputs={made}", code=2)
     for part in ('Did you mean "gsm8k"', 'Did you mean "chatcore"', "--limit is 0"):
         assert part in told
@@ -124,7 +120,7 @@ def test_mistakes_are_reported_together(made: Path, say: Say) -> None:
         assert message in say("eval", *arguments, f"outputs={made}", code=2)
 
 
-def test_third_party_folder_is_evaluated(made: Path, tmp_path: Path, say: Say) -> None:
+def test_third_party_folder_is_evaluated(made, tmp_path, say):
     say("export", "talks", "--to", "hf", tmp_path / "hf", f"outputs={made}")
     settings = ["--limit", "4", "eval.max_new_tokens=4", f"outputs={made}", "--task", "facts_mc"]
     theirs = say("eval", f"hf:{tmp_path / 'hf'}", *settings).splitlines()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from kit.artifacts import make_model, make_tokenizer, publish, publish_adapters, publish_base, some_ids
-from kit.commands import Command, CommandLine, Say
+from kit.commands import Command
 from kit.text import tool_call
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def logits_of_ours(made: Path, name: str, ids: np.ndarray[Any, Any]) -> np.ndarr
 
 
 @pytest.mark.parametrize("name", ["oct", "jul"])
-def test_mlx_export_has_our_logits_in_mlx_lm(export: Any, made: Path, tmp_path: Path, name: str) -> None:
+def test_mlx_export_has_our_logits_in_mlx_lm(export, made, tmp_path, name):
     mlx_lm = pytest.importorskip("mlx_lm")
     code, said = export(name, "--to", "mlx", tmp_path / "out")
     assert code == 0
@@ -82,9 +82,7 @@ def test_mlx_export_has_our_logits_in_mlx_lm(export: Any, made: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("name", "bits"), [("oct", 8), ("jul", 4)])
-def test_quantised_export_computes_with_rounded_weights(
-    export: Any, made: Path, tmp_path: Path, name: str, bits: int
-) -> None:
+def test_quantised_export_computes_with_rounded_weights(export, made, tmp_path, name, bits):
     mlx_lm = pytest.importorskip("mlx_lm")
     code, said = export(name, "--to", "mlx", tmp_path / "out", "--quantize", bits)
     assert code == 0
@@ -106,7 +104,7 @@ def test_quantised_export_computes_with_rounded_weights(
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), np.asarray(ours(mx.array(ids))), atol=1e-3)
 
 
-def test_printed_quantisation_cost_equals_mlx_lms(export: Any, made: Path, tmp_path: Path) -> None:
+def test_printed_quantisation_cost_equals_mlx_lms(export, made, tmp_path):
     mlx_lm = pytest.importorskip("mlx_lm")
     from mlxchat.evals.rounding import held_out_rows
 
@@ -125,7 +123,7 @@ def test_printed_quantisation_cost_equals_mlx_lms(export: Any, made: Path, tmp_p
     assert f"Weights of 4 bits: {nats / np.log(2) / num_bytes:.4f} bits per byte of sample text" in said
 
 
-def test_hf_export_is_transformers_model(export: Any, made: Path, tmp_path: Path) -> None:
+def test_hf_export_is_transformers_model(export, made, tmp_path):
     transformers = pytest.importorskip("transformers")
     assert export("oct", "--to", "hf", tmp_path / "out")[0] == 0
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
@@ -145,7 +143,7 @@ def test_hf_export_is_transformers_model(export: Any, made: Path, tmp_path: Path
     assert 0 in batch["attention_mask"][0]
 
 
-def test_chat_template_marks_assistant_tokens(export: Any, made: Path, tmp_path: Path) -> None:
+def test_chat_template_marks_assistant_tokens(export, made, tmp_path):
     # TRL trains on this mask (assistant_only_loss): the same tokens as our own mask.
     transformers = pytest.importorskip("transformers")
     export("oct", "--to", "hf", tmp_path / "out")
@@ -199,9 +197,7 @@ CALLS = [
 ]  # fmt: skip
 
 
-def test_example_of_the_card_runs_the_calculator(
-    export: Any, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_example_of_the_card_runs_the_calculator(export, made, tmp_path, monkeypatch):
     # The card gave scores that need a calculator, which mlx-lm does not run, and did not say so.
     mlx_lm = pytest.importorskip("mlx_lm")
     assert export("oct", "--to", "mlx", tmp_path / "out")[0] == 0
@@ -217,7 +213,7 @@ def test_example_of_the_card_runs_the_calculator(
         assert found == f"<|python_start|>{call}<|python_end|>{output}<|assistant_end|>"
 
 
-def test_transformers_computes_our_logits_and_answers(export: Any, made: Path, tmp_path: Path) -> None:
+def test_transformers_computes_our_logits_and_answers(export, made, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     export("oct", "--to", "hf", tmp_path / "out")
@@ -234,7 +230,7 @@ def test_transformers_computes_our_logits_and_answers(export: Any, made: Path, t
     assert namespace["answer"](messages, 20) == tokenizer.decode(expected.ids)
 
 
-def test_base_export_has_no_chat_template(export: Any, tmp_path: Path) -> None:
+def test_base_export_has_no_chat_template(export, tmp_path):
     export("base", "--to", "hf", tmp_path / "out")
     about = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert "chat_template" not in about
@@ -255,7 +251,7 @@ def test_base_export_has_no_chat_template(export: Any, tmp_path: Path) -> None:
         (["oct", "--to", "hf", "OUT", "--hub", "nowhere"], "is no repository"),
     ],
 )
-def test_invalid_exports_write_nothing(export: Any, tmp_path: Path, arguments: list[str], told: str) -> None:
+def test_invalid_exports_write_nothing(export, tmp_path, arguments, told):
     place = tmp_path / "out"
     code, said = export(*(each.replace("OUT", str(place)) for each in arguments))
     assert code == 2
@@ -263,7 +259,7 @@ def test_invalid_exports_write_nothing(export: Any, tmp_path: Path, arguments: l
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_replaces_only_with_force(export: Any, tmp_path: Path) -> None:
+def test_export_replaces_only_with_force(export, tmp_path):
     place = tmp_path / "out"
     place.mkdir()
     assert export("oct", "--to", "hf", place)[0] == 0  # an empty folder is nobody's
@@ -276,7 +272,7 @@ def test_export_replaces_only_with_force(export: Any, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_damaged_artifact_is_not_exported(command: Command, made: Path, tmp_path: Path) -> None:
+def test_damaged_artifact_is_not_exported(command, made, tmp_path):
     copy = tmp_path / "outputs"
     shutil.copytree(made, copy, symlinks=True)
     weights = artifact(copy, "oct") / "model.safetensors"
@@ -288,7 +284,7 @@ def test_damaged_artifact_is_not_exported(command: Command, made: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_export_leaves_no_partial_folder(mlxchat: CommandLine, export: Any, made: Path, tmp_path: Path) -> None:
+def test_killed_export_leaves_no_partial_folder(mlxchat, export, made, tmp_path):
     place = tmp_path / "there" / "out"
     arguments = ["oct", "--to", "nanochat", place]
     died = mlxchat("export", *arguments, f"outputs={made}", environ={"MLXCHAT_CRASH_AT": "export.synced"})
@@ -299,7 +295,7 @@ def test_killed_export_leaves_no_partial_folder(mlxchat: CommandLine, export: An
     assert [path.name for path in place.parent.iterdir()] == ["out"]
 
 
-def test_full_disk_leaves_no_partial_export(export: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_leaves_no_partial_export(export, tmp_path, monkeypatch):
     monkeypatch.setenv("MLXCHAT_CRASH_AT", "export.synced")
     monkeypatch.setenv("MLXCHAT_CRASH_ERROR", "ENOSPC")
     code, said = export("oct", "--to", "hf", tmp_path / "out")
@@ -307,7 +303,7 @@ def test_full_disk_leaves_no_partial_export(export: Any, tmp_path: Path, monkeyp
     assert "cannot be written (No space left on device)" in said
 
 
-def test_card_has_provenance_and_escapes_text(export: Any, made: Path, tmp_path: Path) -> None:
+def test_card_has_provenance_and_escapes_text(export, made, tmp_path):
     export("oct", "--to", "hf", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     start, front, body = card.split("---\n", 2)
@@ -329,9 +325,7 @@ def test_card_has_provenance_and_escapes_text(export: Any, made: Path, tmp_path:
     assert not {"\x1b", "\u202e"} & set(card)
 
 
-def test_push_creates_a_private_repository_with_one_commit(
-    export: Any, upload_hub: Any, made: Path, tmp_path: Path
-) -> None:
+def test_push_creates_a_private_repository_with_one_commit(export, upload_hub, made, tmp_path):
     code, said = export("oct", "--to", "mlx", tmp_path / "out", "--hub", "me/model")
     assert code == 0, said
     repository = upload_hub.repositories["me/model"]
@@ -343,7 +337,7 @@ def test_push_creates_a_private_repository_with_one_commit(
     assert upload_hub.token not in said
 
 
-def test_push_replaces_weights_and_keeps_other_files(export: Any, upload_hub: Any) -> None:
+def test_push_replaces_weights_and_keeps_other_files(export, upload_hub):
     assert export("oct", "--to", "nanochat", "--hub", "me/model", "--public")[0] == 0
     assert not upload_hub.repositories["me/model"].private
     upload_hub.repositories["me/model"].files["LICENSE"] = b"mine"
@@ -353,7 +347,7 @@ def test_push_replaces_weights_and_keeps_other_files(export: Any, upload_hub: An
     assert {"model.safetensors", "LICENSE"} <= files.keys()
 
 
-def test_adapters_replace_a_whole_model_in_a_repository(upload_hub: Any, tmp_path: Path, say: Say) -> None:
+def test_adapters_replace_a_whole_model_in_a_repository(upload_hub, tmp_path, say):
     outputs = tmp_path / "outputs"
     tuned = publish_adapters(outputs, publish_base(outputs))
     adapters = {"adapters.safetensors", "adapter_config.json"}
@@ -367,7 +361,7 @@ def test_adapters_replace_a_whole_model_in_a_repository(upload_hub: Any, tmp_pat
 
 
 @pytest.mark.parametrize("part", ["/put/", "/commit/"])
-def test_failed_push_changes_nothing(export: Any, upload_hub: Any, part: str) -> None:
+def test_failed_push_changes_nothing(export, upload_hub, part):
     export("oct", "--to", "mlx", "--hub", "me/model")
     before, upload_hub.faults.broken = dict(upload_hub.repositories["me/model"].files), part
     code, said = export("oct", "--to", "nanochat", "--hub", "me/model")
@@ -376,14 +370,14 @@ def test_failed_push_changes_nothing(export: Any, upload_hub: Any, part: str) ->
     assert upload_hub.token not in said
 
 
-def test_public_repository_needs_public_option(export: Any, upload_hub: Any, tmp_path: Path) -> None:
+def test_public_repository_needs_public_option(export, upload_hub, tmp_path):
     export("oct", "--to", "mlx", "--hub", "me/model", "--public")
     code, said = export("oct", "--to", "mlx", tmp_path / "out", "--hub", "me/model")
     assert (code, (tmp_path / "out").exists()) == (2, False)
     assert "Add --public" in said
 
 
-def test_wrong_or_missing_token_is_reported(export: Any, upload_hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_or_missing_token_is_reported(export, upload_hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_another_one")
     assert "the token in HF_TOKEN may write there" in export("oct", "--to", "mlx", "--hub", "me/model")[1]
     monkeypatch.delenv("HF_TOKEN")

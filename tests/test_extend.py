@@ -2,12 +2,10 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kit.commands import Say
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import MlxchatError
 from mlxchat.runner.plan import PlannedStep
@@ -37,7 +35,7 @@ def pretrain(finished: Any) -> dict[str, Any]:
     return read_manifest(refs_of(Store(finished.outputs))["pretrain"])
 
 
-def test_all_forms_of_a_name_extend_the_same(plan: Callable[..., PlannedStep], pretrain: dict[str, Any]) -> None:
+def test_all_forms_of_a_name_extend_the_same(plan, pretrain):
     names = ("pretrain", pretrain["rid"][:8])
     steps = [plan(f"pretrain.extend={name}", "pretrain.num_iterations=6") for name in names]
     assert len({step.key for step in steps}) == 1
@@ -46,7 +44,7 @@ def test_all_forms_of_a_name_extend_the_same(plan: Callable[..., PlannedStep], p
     assert plan("pretrain.save_training_state=false").key == plan().key
 
 
-def test_warm_start_without_state_is_refused_while_planning(tiny: tuple[str, ...], outputs: Path) -> None:
+def test_warm_start_without_state_is_refused_while_planning(tiny, outputs):
     """Keeping the state is no part of the key, so a finished pretraining may lack it."""
     warm = ["targets=[sft]", "sft.warm_start=true", "pipeline.sft.checkpoint=pretrain", f"outputs={outputs}"]
     config = compose_config([*tiny, *warm]).config
@@ -62,7 +60,7 @@ def test_warm_start_without_state_is_refused_while_planning(tiny: tuple[str, ...
         plan_of(config, Store(outputs))
 
 
-def test_shorter_extension_is_refused(plan: Callable[..., PlannedStep]) -> None:
+def test_shorter_extension_is_refused(plan):
     for wanted in (DONE, DONE - 1):
         with pytest.raises(MlxchatError, match=rf"already has {DONE} iterations.* counts {wanted} from the start"):
             plan("pretrain.extend=pretrain", f"pretrain.num_iterations={wanted}")
@@ -72,7 +70,7 @@ def test_shorter_extension_is_refused(plan: Callable[..., PlannedStep]) -> None:
     assert plan(*horizon, "pretrain.tokens_per_parameter=10").state == "run"
 
 
-def test_incompatible_settings_are_reported_together(plan: Callable[..., PlannedStep]) -> None:
+def test_incompatible_settings_are_reported_together(plan):
     with pytest.raises(MlxchatError) as caught:
         plan(
             "pretrain.extend=pretrain", "pretrain.num_iterations=6", "model=d4", "model.context_tokens=512",
@@ -88,9 +86,7 @@ def test_incompatible_settings_are_reported_together(plan: Callable[..., Planned
     assert len(said.splitlines()) == 6
 
 
-def test_extension_records_its_source_and_is_cached(
-    say: Say, tiny: tuple[str, ...], outputs: Path, pretrain: dict[str, Any]
-) -> None:
+def test_extension_records_its_source_and_is_cached(say, tiny, outputs, pretrain):
     settings = [*tiny, "stage=pretrain", f"outputs={outputs}", "pretrain.extend=pretrain"]
     say(*settings, "pretrain.num_iterations=6", "pretrain.save_training_state=false")
     manifest = read_manifest(refs_of(Store(outputs))["pretrain"])
@@ -114,7 +110,7 @@ LATER_STAGES = {
 
 
 @pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.slow), "rl"])
-def test_extension_is_bit_identical_to_one_training(say: Say, tiny: tuple[str, ...], outputs: Path, stage: str) -> None:
+def test_extension_is_bit_identical_to_one_training(say, tiny, outputs, stage):
     settings = [f"stage={stage}", f"{stage}.schedule.warmdown_frac=0", f"{stage}.save_training_state=true"]
     settings += LATER_STAGES[stage]
 
@@ -133,7 +129,7 @@ def test_extension_is_bit_identical_to_one_training(say: Say, tiny: tuple[str, .
         assert extended[name] == straight[name] != short[name], name
 
 
-def test_extended_finetuning_needs_the_same_data_and_seed(tiny: tuple[str, ...], finished: Any) -> None:
+def test_extended_finetuning_needs_the_same_data_and_seed(tiny, finished):
     settings = ["targets=[sft]", "sft.extend=sft", "sft.num_iterations=4", "seed=7", "sft.mixture.facts.size=5"]
     with pytest.raises(MlxchatError) as caught:
         plan_of(compose_config([*tiny, *settings, f"outputs={finished.outputs}"]).config, Store(finished.outputs))

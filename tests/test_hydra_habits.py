@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from kit.commands import CommandLine, Say, run_here
+from kit.commands import run_here
 from mlxchat.composition.compose import compose_config, split_options
 from mlxchat.errors import ConfigError
 
@@ -23,7 +23,7 @@ def own(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_config_name_replaces_the_primary_file(own: Path) -> None:
+def test_config_name_replaces_the_primary_file(own):
     for words in (["-cn", "mine", "-cd", str(own)], [f"--config-path={own}", "--config-name", "mine.yaml", "model=d3"]):
         overrides, folders, primary = split_options(words)
         composed = compose_config(overrides, folders, primary)
@@ -36,13 +36,13 @@ def test_config_name_replaces_the_primary_file(own: Path) -> None:
 
 
 @pytest.mark.parametrize("sign", ["", "+"])
-def test_own_experiment_needs_no_plus(sign: str, own: Path) -> None:
+def test_own_experiment_needs_no_plus(sign, own):
     composed = compose_config([f"{sign}experiment=recipe"], [str(own)])
     assert composed.config.name == "recipe"
     assert composed.command == f"mlxchat --config-dir {own} {sign}experiment=recipe"
 
 
-def test_missing_files_and_folders_are_named(own: Path) -> None:
+def test_missing_files_and_folders_are_named(own):
     with pytest.raises(ConfigError, match=r"there is no nope\.yaml in .*conf"):
         split_options(["-cn", "nope"])
     with pytest.raises(ConfigError, match=rf"there is no config\.yaml in {own}.*--config-name NAME"):
@@ -51,7 +51,7 @@ def test_missing_files_and_folders_are_named(own: Path) -> None:
         split_options(["-cp", "/nowhere", "-cn", "mine"])
 
 
-def test_primary_file_needs_the_schema(own: Path) -> None:
+def test_primary_file_needs_the_schema(own):
     (own / "bare.yaml").write_text("name: x\n")
     for overrides in ([], ["seed=1"]):
         with pytest.raises(ConfigError, match=r"bare\.yaml does not have mlxchat's schema: .*start with `- config`"):
@@ -71,12 +71,12 @@ def test_primary_file_needs_the_schema(own: Path) -> None:
         ("hydra.verbose=true", r"no effect on a run"),
     ],
 )
-def test_ignored_hydra_settings_are_refused(override: str, reason: str) -> None:
+def test_ignored_hydra_settings_are_refused(override, reason):
     with pytest.raises(ConfigError, match=rf"^{re.escape(override)}: .*{reason}"):
         compose_config([override])
 
 
-def test_ignored_hydra_settings_in_files_are_refused(own: Path) -> None:
+def test_ignored_hydra_settings_in_files_are_refused(own):
     (own / "moved.yaml").write_text("defaults: [config, _self_]\nhydra: {run: {dir: elsewhere}, job: {chdir: true}}\n")
     with pytest.raises(ConfigError, match=r"hydra\.run in a YAML file: .*\nhydra\.job\.chdir in a YAML file"):
         compose_config([], [], own / "moved.yaml")
@@ -89,7 +89,7 @@ def test_ignored_hydra_settings_in_files_are_refused(own: Path) -> None:
         (["--cfg", "job", "--resolve", "-p", "model", "model=d2"], r"name: d2\ndepth: 2"),
     ],
 )
-def test_cfg_shows_the_primary_file(words: list[str], shown: str, own: Path, say: Say) -> None:
+def test_cfg_shows_the_primary_file(words, shown, own, say):
     assert re.search(shown, say(*words, "-cn", "mine", "-cd", own))
 
 
@@ -100,13 +100,13 @@ def test_cfg_shows_the_primary_file(words: list[str], shown: str, own: Path, say
         pytest.param(["-i", "defaults"], r"experiment/smoke", marks=pytest.mark.slow),
     ],
 )
-def test_info_shows_the_primary_file(words: list[str], shown: str, own: Path, mlxchat: CommandLine) -> None:
+def test_info_shows_the_primary_file(words, shown, own, mlxchat):
     """In a new process, since --info makes Hydra configure logging."""
     done = mlxchat(*words, "-cn", "mine", "-cd", own)
     assert done.returncode == 0, done.stderr
     assert re.search(shown, done.stdout)
 
 
-def test_hydra_options_are_refused_after_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+def test_hydra_options_are_refused_after_a_verb(capsys):
     assert run_here("plan", "--info") == 2
     assert capsys.readouterr().err == "error: --info cannot follow a verb: mlxchat --info …\n"

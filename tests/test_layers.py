@@ -75,7 +75,7 @@ def packages(path: Path, **options: bool) -> set[str]:
     return {module.split(".")[0] for module in imports(path, **options)}
 
 
-def test_layers_are_found() -> None:
+def test_layers_are_found():
     assert (len(LIBRARY) > 40, len(STAGES), len(RUNNER) > 8) == (True, 11, True)
     assert imports(ROOT / "stages" / "sft.py") >= {"mlxchat.training.finetune", "mlxchat.training.finetune.finetune"}
 
@@ -89,25 +89,25 @@ def beginning_with(path: Path, *forbidden: str) -> set[str]:
     return {module for module in imports(path) if module.startswith(forbidden)}
 
 
-def test_stages_import_library_and_standard_library_only() -> None:
+def test_stages_import_library_and_standard_library_only():
     assert offenders(STAGES, lambda path: packages(path) - set(sys.stdlib_module_names) - {"mlxchat"}) == {}
 
 
-def test_stages_import_no_stage_and_no_command() -> None:
+def test_stages_import_no_stage_and_no_command():
     forbidden = ("mlxchat.stages", "mlxchat.commands", "mlxchat.cli", "mlxchat.composition.compose", "stages")
     assert offenders(STAGES, lambda path: beginning_with(path, *forbidden)) == {}
 
 
-def test_the_library_never_imports_a_stage() -> None:
+def test_the_library_never_imports_a_stage():
     assert offenders(LIBRARY, lambda path: beginning_with(path, "mlxchat.stages", "stages")) == {}
 
 
-def test_only_the_loader_names_the_stages_package() -> None:
+def test_only_the_loader_names_the_stages_package():
     naming = {name(path) for path in LIBRARY if "mlxchat.stages" in path.read_text(encoding="utf-8")}
     assert naming == {"src/mlxchat/runner/stage.py"}
 
 
-def test_runner_imports_standard_library_only() -> None:
+def test_runner_imports_standard_library_only():
     # rich draws the bar on a terminal, psutil knows what is mounted on a Mac, submitit and ray run steps elsewhere.
     # Each is imported only there.
     own = set(sys.stdlib_module_names) | {"mlxchat"}
@@ -115,7 +115,7 @@ def test_runner_imports_standard_library_only() -> None:
     assert offenders(RUNNER, lambda path: packages(path, everywhere=False) - own) == {}
 
 
-def test_parts_import_no_part_above() -> None:
+def test_parts_import_no_part_above():
     order = {member: index for index, layer in enumerate(LAYERS) for member in layer}
 
     def above(path: Path) -> set[str]:
@@ -130,24 +130,24 @@ def test_parts_import_no_part_above() -> None:
     assert offenders(parts, above) == {}
 
 
-def test_package_root_has_only_startup_modules() -> None:
+def test_package_root_has_only_startup_modules():
     names = {path.name for path in LIBRARY if path.parent.name == "mlxchat"}
     assert names == {"__init__.py", "__main__.py", "cli.py", "errors.py"}
 
 
-def test_module_names_are_specific() -> None:
+def test_module_names_are_specific():
     vague = ("util", "common", "helper", "manager", "misc")
     assert [name(path) for path in LIBRARY if path.stem.startswith(vague)] == []
 
 
-def test_runner_imports_neither_mlx_nor_numpy(tmp_path: Path) -> None:
+def test_runner_imports_neither_mlx_nor_numpy(tmp_path):
     modules = ", ".join(f"mlxchat.{path.parent.name}.{path.stem}" for path in RUNNER if path.stem != "__init__")
     code = f"import sys, {modules}, mlxchat.composition.compose\nprint(sorted({{'mlx', 'numpy'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
-def test_importing_mlxchat_loads_the_blas_before_mlx(tmp_path: Path) -> None:
+def test_importing_mlxchat_loads_the_blas_before_mlx(tmp_path):
     code = (
         "import mlxchat, sys; assert 'mlx' not in sys.modules; import mlx.core;"
         "from mlxchat.cpu import runtime; print(runtime.remedy())"

@@ -9,7 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from kit.commands import Say
 from kit.text import parquet
 
 SMALL = """
@@ -59,7 +58,7 @@ def fill(hub: Any, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_it_ends_with_scores_and_a_model_to_talk_to(hub: Any, tmp_path: Path, say: Say) -> None:
+def test_it_ends_with_scores_and_a_model_to_talk_to(hub, tmp_path, say):
     bundle, outputs = fill(hub, tmp_path), tmp_path / "outputs"
     command = ["experiment=mac_evening", *SMALL.split(), f"eval.core.bundle={bundle}", f"outputs={outputs}"]
     say(*command)

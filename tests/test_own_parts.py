@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kit.commands import Say, run_process
+from kit.commands import run_process
 from kit.own_parts import COMMANDS, write_files
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TrackerConfig
@@ -51,7 +51,7 @@ def plan(*overrides: str) -> dict[str, PlannedStep]:
     return {step.name: step for step in plan_of(config, Store(Path("outputs")))}
 
 
-def test_own_stages_run_are_cached_and_rerun_by_their_changes(example: Path, say: Say) -> None:
+def test_own_stages_run_are_cached_and_rerun_by_their_changes(example, say):
     say(*WORDS)
     (made,) = (example / "outputs" / "store").glob("count-*/words.json")
     assert json.loads(made.read_text()) == [["a", 3], ["rose", 3]]
@@ -73,7 +73,7 @@ def test_own_stages_run_are_cached_and_rerun_by_their_changes(example: Path, say
     assert plan()["download"].reason == "external data changed"
 
 
-def test_own_stage_takes_step_settings(example: Path, say: Say) -> None:
+def test_own_stage_takes_step_settings(example, say):
     more = ("+pipeline.few={stage: count, text: clean, with: {most: 1}}", "pipeline.few.with.most=3")
     say(*WORDS, *more)
     made = refs_of(Store(example / "outputs"))
@@ -83,7 +83,7 @@ def test_own_stage_takes_step_settings(example: Path, say: Say) -> None:
     assert "reads   text (text)" in said
 
 
-def test_own_sections_are_cached_and_pickled(example: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_sections_are_cached_and_pickled(example, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(example / "cache"))
     monkeypatch.setattr("mlxchat.composition.cache._SETTLED_SECONDS", -1e9)
     first, again = (compose_config(["stages=[./my_stages]", "count.most=7"]).config for _ in range(2))
@@ -103,7 +103,7 @@ def test_own_sections_are_cached_and_pickled(example: Path, monkeypatch: pytest.
         ("stages=[./conf]", "./conf has no stage"),
     ],
 )
-def test_own_settings_are_checked(override: str, message: str, example: Path) -> None:
+def test_own_settings_are_checked(override, message, example):
     with pytest.raises(ConfigError, match=message):
         plan(override)
 
@@ -131,13 +131,13 @@ DATACLASS = "from dataclasses import dataclass\n@dataclass\n"
         ("odd", "VERSION = (\n", "odd.py, line 1: '\\(' was never closed"),
     ],
 )
-def test_invalid_stage_file_is_refused(name: str, text: str, message: str, example: Path) -> None:
+def test_invalid_stage_file_is_refused(name, text, message, example):
     (example / "my_stages" / f"{name}.py").write_text(text)
     with pytest.raises(ConfigError, match=message):
         plan()
 
 
-def test_settings_that_load_mlx_are_refused(example: Path) -> None:
+def test_settings_that_load_mlx_are_refused(example):
     text = f"import mlx.core\n{STAGE}{DATACLASS}class Settings:\n    x: int = 1\n"
     (example / "my_stages" / "heavy.py").write_text(text)
     done = run_process("plan", *WORDS, cwd=example)
@@ -145,14 +145,14 @@ def test_settings_that_load_mlx_are_refused(example: Path) -> None:
     assert "importing my_stages.heavy for the settings loads MLX" in done.stderr
 
 
-def test_settings_may_be_in_another_file(example: Path) -> None:
+def test_settings_may_be_in_another_file(example):
     (example / "my_stages" / "light.py").write_text(f"{DATACLASS}class Count:\n    most: int = 8\n")
     (example / "my_stages" / "more.py").write_text(f"import mlx.core\n{STAGE}SETTINGS = 'my_stages.light:Count'\n")
     assert compose_config(["stages=[my_stages]", "more.most=9"]).config.more.most == 9  # type: ignore[attr-defined]
     assert Stages(["my_stages"])["more"].config == ("more",)
 
 
-def test_package_provides_stages_and_groups(example: Path) -> None:
+def test_package_provides_stages_and_groups(example):
     """As an installer lays it down: its folders and its entry points on the path."""
     installed = (example / "package").rename(example / "site-packages")
     metadata = installed / "verse-1.0.dist-info"
@@ -174,7 +174,7 @@ def test_package_provides_stages_and_groups(example: Path) -> None:
 SUITE = ["suite=none", '+suite.doubles={task: "doubles:Doubles", split: test, size: 4}']
 
 
-def test_own_task_is_an_item_of_a_suite(example: Path) -> None:
+def test_own_task_is_an_item_of_a_suite(example):
     assert SUITE in [command[1:] for command in COMMANDS]
     config = compose_config(SUITE).config
     task = load_item(config.suite["doubles"])
@@ -193,7 +193,7 @@ def test_own_task_is_an_item_of_a_suite(example: Path) -> None:
             compose_config([each.replace("doubles:Doubles", task) for each in SUITE])
 
 
-def test_own_evaluation_is_recorded_under_its_name(example: Path) -> None:
+def test_own_evaluation_is_recorded_under_its_name(example):
     text = "from judging_numbers import NUMBER\ndef three(engine): return engine.number + NUMBER\n"
     (example / "letters.py").write_text(text)
     (example / "judging_numbers.py").write_text("NUMBER = 1\n")
@@ -208,7 +208,7 @@ def test_own_evaluation_is_recorded_under_its_name(example: Path) -> None:
         compose_config(["eval.own.three=nowhere:three"])
 
 
-def test_own_tracker_gets_records_and_results(example: Path) -> None:
+def test_own_tracker_gets_records_and_results(example):
     folder = example / "outputs" / "runs" / "one"
     folder.mkdir(parents=True)
     config = compose_config(["tracker.kind=printing:Printer"]).config.tracker
@@ -220,7 +220,7 @@ def test_own_tracker_gets_records_and_results(example: Path) -> None:
         compose_config(["tracker.kind=nowhere:T"])
 
 
-def test_own_metrics_are_swept(example: Path, say: Say) -> None:
+def test_own_metrics_are_swept(example, say):
     said = say("-m", *WORDS, "count.most=1,3", "sweep.metric=count.share")
     rows = [line.split("|")[1:4] for line in said.splitlines() if line.startswith("| ")]
     assert [[cell.strip() for cell in row] for row in rows[2:]] == [["2", "3", "1"], ["1", "1", "0.375"]]

@@ -86,7 +86,7 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
-def test_packages_are_the_folders_on_disk() -> None:
+def test_packages_are_the_folders_on_disk():
     library = ROOT / PACKAGE_DIR["mlxchat"]
     folders = {path.parent.relative_to(library) for path in library.rglob("*.py")}
     on_disk = {".".join(("mlxchat", *folder.parts)) for folder in folders}
@@ -94,13 +94,13 @@ def test_packages_are_the_folders_on_disk() -> None:
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGE_DIR))
-def test_every_file_travels_as_code_or_data(package: str) -> None:
+def test_every_file_travels_as_code_or_data(package):
     files = files_below(ROOT / PACKAGE_DIR[package])
     left_behind = {path for path in files if path.suffix != ".py"} - data_files(package)
     assert left_behind == set()
 
 
-def test_locks_are_complete_with_hashes_and_no_index() -> None:
+def test_locks_are_complete_with_hashes_and_no_index():
     names = ["requirements-cuda12.lock", "requirements-cuda13.lock", "requirements-docs.lock", "requirements.lock"]
     assert names == LOCKS
     for name in LOCKS:
@@ -112,7 +112,7 @@ def test_locks_are_complete_with_hashes_and_no_index() -> None:
 
 
 @pytest.mark.parametrize("extra", ["test", "docs"])
-def test_lock_satisfies_every_requirement(extra: str) -> None:
+def test_lock_satisfies_every_requirement(extra):
     locked = lock_entries("requirements.lock") | (lock_entries("requirements-docs.lock") if extra == "docs" else {})
     unmet = [
         str(requirement)
@@ -123,14 +123,14 @@ def test_lock_satisfies_every_requirement(extra: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in LOCKS if "cuda" in name])
-def test_cuda_lock_only_adds_to_the_first_lock(name: str) -> None:
+def test_cuda_lock_only_adds_to_the_first_lock(name):
     common, cuda = lock_entries("requirements.lock"), lock_entries(name)
     backend = name.removeprefix("requirements-").removesuffix(".lock").replace("cuda", "mlx-cuda-")
     assert cuda.keys() & common.keys() == set()
     assert cuda[backend][0] == common["mlx"][0] == common["mlx-cpu"][0]
 
 
-def test_wheel_carries_configuration_and_stages(tmp_path: Path) -> None:
+def test_wheel_carries_configuration_and_stages(tmp_path):
     with zipfile.ZipFile(build_wheel(tmp_path)) as wheel:
         names = set(wheel.namelist())
     expected = set()
@@ -155,13 +155,13 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_wheel_runs_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
+def test_wheel_runs_outside_the_checkout(installed, tmp_path):
     run([installed, "experiment=smoke", f"outputs={tmp_path / 'outputs'}"], tmp_path)
     assert list((tmp_path / "outputs" / "store").glob("*/manifest.json"))
 
 
 @pytest.mark.slow
-def test_examples_of_own_parts_run_from_the_wheel_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+def test_examples_of_own_parts_run_from_the_wheel_in_an_empty_folder(installed, tmp_path):
     write_files(tmp_path)
     for command in COMMANDS:
         run([installed, *command], tmp_path)
@@ -177,7 +177,7 @@ def test_examples_of_own_parts_run_from_the_wheel_in_an_empty_folder(installed: 
     ("program", "command"),
     [("uvx", ("uvx", "--from", "{wheel}", "mlxchat")), ("pipx", ("pipx", "run", "--spec", "{wheel}", "mlxchat"))],
 )
-def test_wheel_runs_without_an_installation(program: str, command: tuple[str, ...], tmp_path: Path) -> None:
+def test_wheel_runs_without_an_installation(program, command, tmp_path):
     if shutil.which(program) is None:
         pytest.skip(f"{program} is not installed")
     wheel = str(build_wheel(tmp_path))
@@ -195,7 +195,7 @@ def table_rows(title: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")][1:]
 
 
-def test_table_of_dependencies_names_each_with_its_extras() -> None:
+def test_table_of_dependencies_names_each_with_its_extras():
     project = PYPROJECT["project"]
     expected = {requirement.name: set[str]() for requirement in requirements()}
     for extra in project["optional-dependencies"]:

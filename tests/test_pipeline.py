@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kit.commands import CommandLine, Say
+from kit.commands import Say
 from mlxchat.errors import StoreError
 from mlxchat.store.files import Records
 from mlxchat.store.manifest import read_manifest
@@ -55,9 +55,7 @@ def plan(say: Say, tiny: tuple[str, ...]) -> Callable[..., dict[str, tuple[str, 
     return run
 
 
-def test_plan_notes_a_different_mlx_version(
-    finished: Any, tiny: tuple[str, ...], say: Say, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_notes_a_different_mlx_version(finished, tiny, say, monkeypatch):
     monkeypatch.setattr("mlxchat.store.compare.versions", lambda: {"mlx": "99.0"})
     lines = say("plan", *tiny, f"outputs={finished.outputs}").splitlines()
     drifted = [line.split()[0] for line in lines if re.search(r"\(computed with mlx [\d.]+, now 99\.0", line)]
@@ -69,7 +67,7 @@ def to_run(plan: dict[str, tuple[str, str]]) -> dict[str, str]:
     return {step: reason for step, (state, reason) in plan.items() if state in ("run", "maybe")}
 
 
-def test_every_step_has_an_artifact_of_its_kind(manifests: dict[str, dict[str, Any]]) -> None:
+def test_every_step_has_an_artifact_of_its_kind(manifests):
     assert {step: manifest["kind"] for step, manifest in manifests.items()} == KINDS
     found = {
         step: {role: source["step"] for role, source in manifest["inputs"].items()}
@@ -82,7 +80,7 @@ def test_every_step_has_an_artifact_of_its_kind(manifests: dict[str, dict[str, A
             assert (source["rid"], source["tree"], source["artifact"]) == (made["rid"], made["tree"], made["name"])
 
 
-def test_manifests_have_every_field_of_the_contract(manifests: dict[str, dict[str, Any]]) -> None:
+def test_manifests_have_every_field_of_the_contract(manifests):
     for step, manifest in manifests.items():
         assert manifest.keys() >= CONTRACT
         assert {"name", "backend", "blas", "cores", "memory_bytes", "platform"} <= manifest["device"].keys()
@@ -100,9 +98,7 @@ def records(manifests: dict[str, dict[str, Any]], finished: Any, step: str) -> l
 
 
 @pytest.mark.parametrize(("step", "count"), [("pretrain", 4), ("midtrain", 2), ("sft", 2), ("rl", 2)])
-def test_training_records_every_iteration(
-    step: str, count: int, manifests: dict[str, dict[str, Any]], finished: Any
-) -> None:
+def test_training_records_every_iteration(step, count, manifests, finished):
     found = [record for record in records(manifests, finished, step) if "loss" in record]
     assert [record["iteration"] for record in found] == list(range(1, count + 1))
     keys = {"lr_multiplier", "grad_norm", "tokens_per_second", "elapsed_seconds", "peak_memory_bytes"}
@@ -110,7 +106,7 @@ def test_training_records_every_iteration(
     assert manifests[step]["derived"]["num_iterations"] == count
 
 
-def test_scores_depend_on_the_model_format(manifests: dict[str, dict[str, Any]], finished: Any) -> None:
+def test_scores_depend_on_the_model_format(manifests, finished):
     def scores(step: str) -> dict[str, Any]:
         return dict(json.loads((finished.outputs / "store" / manifests[step]["name"] / "scores.json").read_text()))
 
@@ -127,9 +123,7 @@ def test_scores_depend_on_the_model_format(manifests: dict[str, dict[str, Any]],
         assert len(Records(finished.outputs / "store" / manifests[step]["name"] / "samples.jsonl").read()) == 3
 
 
-def test_run_folder_records_plan_and_events(
-    finished: Any, tiny: tuple[str, ...], manifests: dict[str, dict[str, Any]]
-) -> None:
+def test_run_folder_records_plan_and_events(finished, tiny, manifests):
     (folder,) = (finished.outputs / "runs").iterdir()
     plan = json.loads((folder / "plan.json").read_text())
     assert (plan["run"], plan["experiment"], plan["targets"]) == (folder.name, "smoke", list(KINDS))
@@ -145,9 +139,7 @@ def test_run_folder_records_plan_and_events(
     assert (config["sft"]["num_iterations"], config["seed"]) == (2, 42)
 
 
-def test_equal_settings_give_equal_bytes(
-    finished: Any, manifests: dict[str, dict[str, Any]], mlxchat: CommandLine, tiny: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_equal_settings_give_equal_bytes(finished, manifests, mlxchat, tiny, tmp_path):
     outputs = tmp_path / "again"
     done = mlxchat(*tiny, f"outputs={outputs}", environ={"PYTHONHASHSEED": "7"})
     assert done.returncode == 0, done.stderr
@@ -158,9 +150,7 @@ def test_equal_settings_give_equal_bytes(
         }
 
 
-def test_seed_changes_the_model_not_the_data(
-    manifests: dict[str, dict[str, Any]], say: Say, tiny: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_seed_changes_the_model_not_the_data(manifests, say, tiny, tmp_path):
     say(*tiny, "stage=pretrain", "seed=43", f"outputs={tmp_path}/outputs")
     found = {step: read_manifest(place) for step, place in refs_of(Store(tmp_path / "outputs")).items()}
     same = {step for step, made in found.items() if made["tree"] == manifests[step]["tree"]}
@@ -168,9 +158,7 @@ def test_seed_changes_the_model_not_the_data(
     assert (same, set(found) - same) == ({"corpus", "tokenizer"}, {"pretrain"})
 
 
-def test_finished_steps_in_a_read_only_folder_are_done(
-    finished: Any, tiny: tuple[str, ...], say: Say, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_steps_in_a_read_only_folder_are_done(finished, tiny, say, monkeypatch):
     def refuse(store: Store) -> None:
         raise StoreError("cannot be written")
 
@@ -178,7 +166,7 @@ def test_finished_steps_in_a_read_only_folder_are_done(
     assert "nothing to do: all 10 steps are done" in say(*tiny, f"outputs={finished.outputs}")
 
 
-def test_small_validation_text_is_read_once(say: Say, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_small_validation_text_is_read_once(say, tiny, tmp_path):
     """Guards against rows drawn again and again from a few documents until pretrain.eval_tokens are reached."""
     sizes = ("pretrain.eval_tokens=3000000", "corpus.validation_documents=3")
     said = say(*tiny, "stage=pretrain", *sizes, f"outputs={tmp_path}/outputs")
@@ -188,7 +176,7 @@ def test_small_validation_text_is_read_once(say: Say, tiny: tuple[str, ...], tmp
     assert 0 < int(held.replace(",", "")) < 30_000
 
 
-def test_longer_sft_reruns_exactly_its_dependents(finished: Any, plan: Any) -> None:
+def test_longer_sft_reruns_exactly_its_dependents(finished, plan):
     reasons = to_run(plan(finished.outputs, "sft.num_epochs=2"))
     assert reasons == {
         "sft": "config changed: sft.num_epochs 1 → 2",
@@ -198,7 +186,7 @@ def test_longer_sft_reruns_exactly_its_dependents(finished: Any, plan: Any) -> N
     }
 
 
-def test_moved_outputs_folder_is_still_done(outputs: Path, plan: Any, tmp_path: Path) -> None:
+def test_moved_outputs_folder_is_still_done(outputs, plan, tmp_path):
     moved = outputs.rename(tmp_path / "elsewhere")
     assert to_run(plan(moved)) == {}
     assert set(refs_of(Store(moved))) == set(KINDS)

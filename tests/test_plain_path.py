@@ -61,12 +61,12 @@ def run(copy: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.slow
-def test_model_trains_and_answers_without_cpu_package(copy: Path, tmp_path: Path) -> None:
+def test_model_trains_and_answers_without_cpu_package(copy, tmp_path):
     done = run(copy, PROGRAM, cwd=tmp_path)
     assert done.stdout == "done\n", done.stderr
 
 
 @pytest.mark.slow
-def test_pipeline_runs_without_cpu_package(copy: Path, tmp_path: Path) -> None:
+def test_pipeline_runs_without_cpu_package(copy, tmp_path):
     done = run(copy, "runpy.run_module('mlxchat')", *tiny_settings(), "machine.compute_dtype=bfloat16", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -2,15 +2,14 @@
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kit.commands import Say, run_here
+from kit.commands import run_here
 
 
-def test_plan_writes_nothing_and_sets_the_exit_code(tiny: tuple[str, ...], say: Say, tmp_path: Path) -> None:
+def test_plan_writes_nothing_and_sets_the_exit_code(tiny, say, tmp_path):
     short = [*tiny, "stage=corpus", "corpus.validation_documents=5", f"outputs={tmp_path}/outputs"]
     pending = json.loads(say("plan", *short, "--json", "--exit-code", code=3))
     assert not (tmp_path / "outputs").exists(), "planning writes nothing there"
@@ -20,9 +19,7 @@ def test_plan_writes_nothing_and_sets_the_exit_code(tiny: tuple[str, ...], say: 
     assert (step["state"], step["key"]) == ("done", planned["key"])
 
 
-def test_plan_starts_with_downloads_and_duration(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_starts_with_downloads_and_duration(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache" / "mlxchat"))
     settings = ["model=d4", "stage=pretrain", "machine.training_flops=1e13", f"outputs={tmp_path}/outputs"]
@@ -41,16 +38,14 @@ def test_plan_starts_with_downloads_and_duration(
     assert quiet[0].startswith("corpus "), "nothing is downloaded"
 
 
-def test_plan_of_days_starts_with_its_duration(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_of_days_starts_with_its_duration(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mlxchat.planning.peak.peak_flops", lambda dtype: 1e11)
     settings = ["pretrain.num_iterations=10_000_000", "stage=pretrain", f"outputs={tmp_path}/outputs"]
     head, *_ = planned(settings, capsys)
     assert re.fullmatch(r"downloads: nothing. Pretraining on this machine: about \d+d\d\dh \(predicted\)", head)
 
 
-def test_plan_on_bundled_data_names_the_replacements(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_on_bundled_data_names_the_replacements(tmp_path, capsys):
     settings = ["model=d4", "corpus=bundled", "stage=pretrain", "machine.training_flops=1e13"]
     head, recipe, data, *_ = planned([*settings, f"outputs={tmp_path}/outputs"], capsys)
     assert head.startswith("downloads: nothing. Pretraining on this machine: about ")
@@ -64,14 +59,14 @@ def planned(settings: list[str], capsys: pytest.CaptureFixture[str]) -> list[str
     return capsys.readouterr().out.splitlines()
 
 
-def test_settings_have_value_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_have_value_and_meaning(capsys):
     assert run_here("explain", "sft_long", "pipeline=two_sft", "pipeline.sft_long.with.num_epochs=7", "--json") == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert found["settings"]["sft.num_epochs"] == {"value": 7, "means": "Passes over the mixture."}
     assert found["settings"]["sft.batch.row_tokens"]["value"] == 256, "parts of the section are listed, too"
 
 
-def test_long_values_are_shortened(capsys: pytest.CaptureFixture[str]) -> None:
+def test_long_values_are_shortened(capsys):
     assert run_here("explain", "sft", "mixture@sft.mixture=bundled_sft") == 0
     lines = capsys.readouterr().out.splitlines()
     mixture = next(line for line in lines if line.startswith("  sft.mixture"))

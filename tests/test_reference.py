@@ -33,7 +33,7 @@ def pages(reference: ModuleType) -> dict[str, str]:
     return {Path(path).stem: text for path, text in reference.pages().items()}
 
 
-def test_every_composed_key_has_a_row(pages: dict[str, str]) -> None:
+def test_every_composed_key_has_a_row(pages):
     anchors = re.findall(r'<code id="([^"]+)"', pages["config"])
     parents = {anchor.partition(".*.")[0] for anchor in anchors if ".*." in anchor}
     # Any word may follow a mapping whose entries have no rows of their own.
@@ -45,7 +45,7 @@ def test_every_composed_key_has_a_row(pages: dict[str, str]) -> None:
     assert [key for key in keys if not known.fullmatch(key)] == []
 
 
-def test_rows_show_default_bounds_and_identity(pages: dict[str, str]) -> None:
+def test_rows_show_default_bounds_and_identity(pages):
     rows = {
         match[1]: line for line in pages["config"].splitlines() if (match := re.search(r'<code id="([^"]+)"', line))
     }
@@ -56,19 +56,19 @@ def test_rows_show_default_bounds_and_identity(pages: dict[str, str]) -> None:
     assert "| contents |" in rows["corpus.hub.revision"]
 
 
-def test_metrics_page_explains_every_metric() -> None:
+def test_metrics_page_explains_every_metric():
     text = (DOCS / "reference" / "metrics.md").read_text(encoding="utf-8")
     metrics = {metric for stage in Stages().values() for metric in stage.metrics}
     assert sorted(metric for metric in metrics if f"`{metric}`" not in text) == []
 
 
-def test_artifacts_page_explains_every_file() -> None:
+def test_artifacts_page_explains_every_file():
     text = (DOCS / "reference" / "artifacts.md").read_text(encoding="utf-8")
     files = {file for stage in Stages().values() for names in stage.outputs for file in names.split("|")}
     assert sorted(file for file in files if f"`{file}`" not in text) == []
 
 
-def test_nanochat_page_names_keys_that_exist(reference: ModuleType) -> None:
+def test_nanochat_page_names_keys_that_exist(reference):
     text = (DOCS / "reference" / "nanochat.md").read_text(encoding="utf-8").partition("\n## Files")[0]
     forms = [re.escape(each.key).replace(r"\*", r"\w+") for each in reference.settings()]
     sections = "|".join({form.partition(r"\.")[0] for form in forms if r"\." in form})

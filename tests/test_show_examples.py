@@ -33,20 +33,18 @@ def shown(capsys: pytest.CaptureFixture[str], folder: Path, which: str, **change
     return [line for line in capsys.readouterr().out.splitlines() if line.endswith("3 tokens")]
 
 
-def test_wrong_answers_only(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_wrong_answers_only(capsys, folder):
     lines = shown(capsys, folder, "wrong")
     assert lines == [f"gsm8k {index}  wrong  3 tokens" for index in (1, 3, 5, 7, 9)]
 
 
-def test_examples_are_spread_over_tasks(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_examples_are_spread_over_tasks(capsys, folder):
     lines = shown(capsys, folder, "right", count=4)
     assert [line.split("  ")[0] for line in lines] == ["gsm8k 0", "gsm8k 2", "mmlu 0", "mmlu 1"]
     assert len(shown(capsys, folder, "all", count=100)) == 14
 
 
-def test_examples_are_wrapped_to_the_terminal(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_examples_are_wrapped_to_the_terminal(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "60")
     details = {"logits": {"A": 0.5, "B": 1.25}, "finished": True, "status": "timeout"}
     row = example("t", 7, verdict=False, seed=2, prompt="word " * 40, output="def f():\n    return 1", details=details)
@@ -61,18 +59,18 @@ def test_examples_are_wrapped_to_the_terminal(
     assert out.endswith("t: 0 of 1 right\n")
 
 
-def test_calculator_calls_are_readable() -> None:
+def test_calculator_calls_are_readable():
     text = "It is <|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5.<|assistant_end|>"
     assert printable(text) == "It is <<2+3=5>>5."
 
 
 @pytest.mark.parametrize("words", [["--examples", "bad"], ["--examples", "all", "-n", "0"]])
-def test_invalid_choices_and_counts_are_refused(words: list[str]) -> None:
+def test_invalid_choices_and_counts_are_refused(words):
     with pytest.raises(ConfigError):
         dispatch(["show", "eval_sft", *words])
 
 
-def test_show_prints_examples_of_a_run(finished: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_show_prints_examples_of_a_run(finished, capsys):
     code = dispatch(
         ["show", "eval_sft", "--examples", "all", "-n", "2", "--task", "kinds_mc", f"outputs={finished.outputs}"]
     )
@@ -106,7 +104,7 @@ def shown_answers(answers_folder: Path, capsys: pytest.CaptureFixture[str], **as
     return capsys.readouterr().out
 
 
-def test_question_is_shown_once_best_answer_first(answers_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_question_is_shown_once_best_answer_first(answers_folder, capsys):
     text = shown_answers(answers_folder, capsys, iteration=9)
     assert text.count("what is 5?") == text.count("what is 8?") == 1
     assert "iteration 9, question 5: 1 of 2 right, mean reward 0.5" in text
@@ -115,7 +113,7 @@ def test_question_is_shown_once_best_answer_first(answers_folder: Path, capsys: 
     assert "<|bos|>" not in text
 
 
-def test_last_iteration_comes_first(answers_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_last_iteration_comes_first(answers_folder, capsys):
     text = shown_answers(answers_folder, capsys, count=2)
     assert "question 8" in text
     assert "question 5" in text
@@ -123,7 +121,7 @@ def test_last_iteration_comes_first(answers_folder: Path, capsys: pytest.Capture
     assert "answers of 2 iterations are kept, 1 to 9: --iteration N shows one" in text
 
 
-def test_control_characters_of_answers_are_escaped(answers_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_control_characters_of_answers_are_escaped(answers_folder, capsys):
     with (answers_folder / "rollouts.jsonl").open("a") as file:
         hostile = {"output": "\x1b[2Jgone", "parts": {"\x1b]52;c;bHM=\x07": 1.0}}
         file.write(json.dumps(answer(10, 1, 0, 0.0, finished=False, **hostile)) + "\n")
@@ -141,7 +139,7 @@ def test_control_characters_of_answers_are_escaped(answers_folder: Path, capsys:
      ))],
     ids=lambda line: line[:40],
 )  # fmt: skip
-def test_damaged_answers_are_reported(line: str, answers_folder: Path) -> None:
+def test_damaged_answers_are_reported(line, answers_folder):
     with (answers_folder / "rollouts.jsonl").open("a") as file:
         file.write(f"{line}\n")
     with pytest.raises(DataError, match="cannot be read"):

@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 HEAVY = (
     "hydra", "omegaconf", "yaml", "numpy", "mlx", "rich", "matplotlib", "pyarrow", "psutil", "safetensors", "tiktoken",
     "huggingface_hub", "jinja2",
@@ -83,7 +81,7 @@ def fill(outputs: Path, count: int) -> list[str]:
     return names
 
 
-def test_reading_verbs_take_few_calls_and_light_imports(tmp_path: Path) -> None:
+def test_reading_verbs_take_few_calls_and_light_imports(tmp_path):
     names, place = fill(tmp_path / "outputs", 12), f"outputs={tmp_path}/outputs"
     commands = [
         ["--version"], ["--help"], ["status", place], ["ls", place], ["show", names[3], place],
@@ -95,9 +93,7 @@ def test_reading_verbs_take_few_calls_and_light_imports(tmp_path: Path) -> None:
         assert calls < CALLS * (2 if command == ["--help"] else 1), command  # which lists all options of all groups
 
 
-def test_cached_plan_and_run_import_nothing_heavy(
-    finished: Any, outputs: Path, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_plan_and_run_import_nothing_heavy(finished, outputs, tiny, tmp_path, monkeypatch):
     """Composing with Hydra takes 3 million calls; the second time the composed configuration is read from its cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("MLXCHAT_COMPOSED_CACHE", "on")
@@ -113,7 +109,7 @@ def test_cached_plan_and_run_import_nothing_heavy(
     assert fresh[1] <= {"psutil"}
 
 
-def test_cost_per_artifact_is_small(tmp_path: Path) -> None:
+def test_cost_per_artifact_is_small(tmp_path):
     counts: dict[str, list[int]] = {verb: [] for verb in CALLS_AN_ARTIFACT}
     for count in (50, 150):
         outputs = tmp_path / str(count)

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-from kit.commands import Say
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.runner.plan import PlannedStep
@@ -27,7 +26,7 @@ def refusal(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_step_settings_give_the_key_of_equal_run_settings() -> None:
+def test_step_settings_give_the_key_of_equal_run_settings():
     steps = plan("pipeline.sft_long.with={num_epochs: 4, batch: {tokens: 1024}}")
     section = steps["sft_long"].config.sft
     assert (section.num_epochs, section.batch.tokens) == (4, 1024)
@@ -38,14 +37,14 @@ def test_step_settings_give_the_key_of_equal_run_settings() -> None:
     assert steps["eval_short"].key != steps["eval_long"].key
 
 
-def test_step_settings_leave_keys_of_other_steps() -> None:
+def test_step_settings_leave_keys_of_other_steps():
     before, after = plan(), plan("pipeline.sft_long.with.num_epochs=9", "pipeline.sft_long.with.num_iterations=null")
     changed = {name for name, step in before.items() if after[name].key != step.key}
     assert changed == {"sft_long", "eval_long"}
     assert after["sft_long"].config.sft.num_iterations is None
 
 
-def test_mistakes_in_step_settings_are_reported_together() -> None:
+def test_mistakes_in_step_settings_are_reported_together():
     lines = refusal(
         "pipeline.sft_long.with.num_epoch=2", "pipeline.sft_short.with.num_epochs=many",
         "+pipeline.midtrain.with={train_on: everything}", "+pipeline.eval_long.with=5",
@@ -64,20 +63,20 @@ def test_mistakes_in_step_settings_are_reported_together() -> None:
         ("{warm_start: true}", "sft.warm_start is true, which needs midtrain.save_training_state=true"),
     ],
 )
-def test_step_settings_are_checked_like_the_section(value: str, expected: str) -> None:
+def test_step_settings_are_checked_like_the_section(value, expected):
     lines = refusal(f"pipeline.sft_long.with={value}")
     assert lines.startswith("pipeline.sft_long.with: ")
     assert expected in lines
     assert len(lines.splitlines()) == 1, "the stage's other step has no problem"
 
 
-def test_stage_without_section_refuses_step_settings() -> None:
+def test_stage_without_section_refuses_step_settings():
     lines = refusal("+pipeline.fused={stage: fused, checkpoint: sft_long, with: {number: 3}}")
     assert lines.startswith("pipeline.fused.with is {'number': 3}, expected nothing")
 
 
 @pytest.mark.slow
-def test_two_steps_of_one_stage_run_and_are_reported(tmp_path: Path, tiny: tuple[str, ...], say: Say) -> None:
+def test_two_steps_of_one_stage_run_and_are_reported(tmp_path, tiny, say):
     outputs = tmp_path / "outputs"
     command = (*tiny, "pipeline=two_sft", "pipeline.sft_long.with.num_iterations=4", f"outputs={outputs}")
     said = say(*command)

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,7 +51,7 @@ def two(toys: Any) -> Any:
     return toys
 
 
-def test_diff_shows_config_inputs_metrics_and_contents(two: Any, say: Say) -> None:
+def test_diff_shows_config_inputs_metrics_and_contents(two, say):
     text = say("diff", "run1/first", "run2/first")
     assert re.search(r"^config\n  toy\.number  2 → 3$", text, re.MULTILINE)
     assert "  score  0.5 → 0.75  (+50.0%)" in text
@@ -62,7 +61,7 @@ def test_diff_shows_config_inputs_metrics_and_contents(two: Any, say: Say) -> No
     assert record["contents"]["result.txt"][0] != record["contents"]["result.txt"][1]
 
 
-def test_diff_of_runs_compares_all_steps(two: Any, say: Say) -> None:
+def test_diff_of_runs_compares_all_steps(two, say):
     two.store.set_ref("run2", "third", resolve(two.store, "run2/second"))
     (two.outputs / "refs" / "run2" / "second").unlink()
     text = say("diff", "run1", "run2")
@@ -72,7 +71,7 @@ def test_diff_of_runs_compares_all_steps(two: Any, say: Say) -> None:
     assert json.loads(say("diff", "run1", "run2", "--json"))["first"]["config"] == {"toy.number": [2, 3]}
 
 
-def test_lineage_shows_inputs_and_dependents(two: Any, say: Say) -> None:
+def test_lineage_shows_inputs_and_dependents(two, say):
     first, second = resolve(two.store, "run2/first").name, resolve(two.store, "run2/second").name
     text = say("lineage", "second")
     assert text == (f"made from\n  {second}  [second]\n  └─ source: {first}  [first]\nused by nothing: {second}\n")
@@ -81,7 +80,7 @@ def test_lineage_shows_inputs_and_dependents(two: Any, say: Say) -> None:
     assert "inputs" not in record
 
 
-def test_show_json_is_the_manifest(two: Any, say: Say) -> None:
+def test_show_json_is_the_manifest(two, say):
     place = resolve(two.store, "second")
     text = say("show", "second")
     assert text.splitlines()[0] == place.name
@@ -91,14 +90,14 @@ def test_show_json_is_the_manifest(two: Any, say: Say) -> None:
     assert json.loads(say("show", "second", "--json")).items() <= record.items()
 
 
-def test_ls_filters_by_stage_or_step(two: Any, say: Say) -> None:
+def test_ls_filters_by_stage_or_step(two, say):
     assert len(say("ls").splitlines()) == 4
     assert {line.split()[3] for line in say("ls", "--stage", "make").splitlines()} == {"first"}
     assert [summary["step"] for summary in json.loads(say("ls", "second", "--json"))] == ["second", "second"]
     assert 'Did you mean "second"?' in say("ls", "secnd", code=2)
 
 
-def test_verify_keeps_intact_artifacts_with_missing_inputs(two: Any, say: Say) -> None:
+def test_verify_keeps_intact_artifacts_with_missing_inputs(two, say):
     shutil.rmtree(resolve(two.store, "first"))
     text = say("verify", code=1)
     assert "1 of 3 artifacts are intact but lack inputs: keep them and run again: mlxchat toy" in text
@@ -106,7 +105,7 @@ def test_verify_keeps_intact_artifacts_with_missing_inputs(two: Any, say: Say) -
     assert set(json.loads(say("verify", "--json", code=1))["absent"]) == {resolve(two.store, "second").name}
 
 
-def test_verify_finds_flipped_missing_and_extra_files(two: Any, say: Say) -> None:
+def test_verify_finds_flipped_missing_and_extra_files(two, say):
     assert say("verify").startswith("4 artifacts are right")
     first, second = resolve(two.store, "first"), resolve(two.store, "second")
     (first / "result.txt").write_text("2")
@@ -120,7 +119,7 @@ def test_verify_finds_flipped_missing_and_extra_files(two: Any, say: Say) -> Non
     assert say("verify", "run1/first").startswith("1 artifact is right")
 
 
-def test_pins_are_created_listed_used_and_removed(two: Any, say: Say) -> None:
+def test_pins_are_created_listed_used_and_removed(two, say):
     assert say("pin").startswith("no pins")
     say("pin", "run1/first", "best")
     assert say("pin") == f"best  {resolve(two.store, 'run1/first').name}\n"
@@ -131,7 +130,7 @@ def test_pins_are_created_listed_used_and_removed(two: Any, say: Say) -> None:
     assert say("pin").startswith("no pins")
 
 
-def test_compare_shows_differences_in_four_formats(two: Any, say: Say) -> None:
+def test_compare_shows_differences_in_four_formats(two, say):
     lines = [line.split() for line in say("compare", "--sort=-score").splitlines()]
     assert lines == [["run2", "run1"], ["toy.number", "3", "2"], ["first.score", "0.75", "0.5"]]
     rows = list(csv.DictReader(io.StringIO(say("compare", "--format", "csv", "--sort", "toy.number"))))
@@ -142,7 +141,7 @@ def test_compare_shows_differences_in_four_formats(two: Any, say: Say) -> None:
     assert "no run or sweep" in say("compare", "run7", code=2)
 
 
-def test_compare_accepts_steps_and_sweeps(two: Any, say: Say) -> None:
+def test_compare_accepts_steps_and_sweeps(two, say):
     assert [row["score"] for row in json.loads(say("compare", "--step", "first", "--format", "json"))] == [0.5, 0.75]
     sweep = two.outputs / "multirun" / "sweep1"
     sweep.mkdir(parents=True)
@@ -155,7 +154,7 @@ def test_compare_accepts_steps_and_sweeps(two: Any, say: Say) -> None:
     assert [row["name"] for row in both] == ["run1", "toy.number=3"]
 
 
-def test_gc_removes_only_with_apply(two: Any, say: Say) -> None:
+def test_gc_removes_only_with_apply(two, say):
     for number in (1, 2):
         (two.outputs / "refs" / f"run{number}").rename(two.outputs / "refs" / f"2026010{number}-000000-1-toy")
     text = say("gc", "--keep-last", "1")
@@ -168,7 +167,7 @@ def test_gc_removes_only_with_apply(two: Any, say: Say) -> None:
     assert len(list((two.outputs / "store").iterdir())) == len(record["kept"]) == 2
 
 
-def test_rm_removes_only_with_apply(two: Any, say: Say) -> None:
+def test_rm_removes_only_with_apply(two, say):
     first, second = resolve(two.store, "run1/first").name, resolve(two.store, "run1/second").name
     text = say("rm", "run1")
     assert re.search(rf"^  store/{second} +\d+ B  second\n  store/{first} +\d+ B  first$", text, re.MULTILINE)
@@ -183,7 +182,7 @@ def test_rm_removes_only_with_apply(two: Any, say: Say) -> None:
     assert "no artifact or run" in say("rm", "run1", code=2)
 
 
-def test_status_shows_process_iteration_and_speed(two: Any, say: Say) -> None:
+def test_status_shows_process_iteration_and_speed(two, say):
     rid = "a" * 52
     attempts.start(two.store.work(rid), "run9", "sft")
     metrics = Records(two.store.work(rid) / "ckpt" / "records" / "metrics.jsonl")
@@ -206,7 +205,7 @@ def test_status_shows_process_iteration_and_speed(two: Any, say: Say) -> None:
     )
 
 
-def test_status_shows_the_end_of_a_failures_log(toys: Any, say: Say) -> None:
+def test_status_shows_the_end_of_a_failures_log(toys, say):
     toys.add("make", "raise ValueError('no such luck')")
     with pytest.raises(Exception, match="no such luck"):
         toys.run(toys.plan(PIPELINE))
@@ -216,7 +215,7 @@ def test_status_shows_the_end_of_a_failures_log(toys: Any, say: Say) -> None:
     assert "first-error.log" in text
 
 
-def test_samples_shows_running_and_finished_trainings(toys: Any, say: Say) -> None:
+def test_samples_shows_running_and_finished_trainings(toys, say):
     toys.add(
         "make",
         """
@@ -268,9 +267,7 @@ def complete(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], set[str]]:
     return run
 
 
-def test_completion_covers_verbs_options_keys_and_artifacts(
-    two: Any, complete: Callable[[str], set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_completion_covers_verbs_options_keys_and_artifacts(two, complete, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     place = f"outputs={two.outputs}"
     assert complete("mlxchat ") >= {verb for verb in VERBS if " " not in verb}
@@ -292,14 +289,14 @@ def test_completion_covers_verbs_options_keys_and_artifacts(
 
 
 @pytest.mark.parametrize("value", ["it's", "back\\", "both\\'", "\\\\", "", "a b=c,{d: [e]}"])
-def test_quoting_round_trips(value: str) -> None:
+def test_quoting_round_trips(value):
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     assert OverridesParser.create().parse_override(f"name={quoted(value)}").value() == value
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_scripts_are_valid(shell: str, capsys: Any, tmp_path: Path) -> None:
+def test_completion_scripts_are_valid(shell, capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["completion", shell])
     script = tmp_path / "script"
@@ -310,7 +307,7 @@ def test_completion_scripts_are_valid(shell: str, capsys: Any, tmp_path: Path) -
     subprocess.run([shell, "-n", str(script)], check=True)
 
 
-def test_bash_completes_after_an_equals_sign(tmp_path: Path, capsys: Any) -> None:
+def test_bash_completes_after_an_equals_sign(tmp_path, capsys):
     if shutil.which("bash") is None:
         pytest.skip("no bash here")
     with pytest.raises(SystemExit):

@@ -6,7 +6,6 @@ import logging
 import sys
 import unicodedata
 import warnings
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -37,7 +36,7 @@ def commands_in(text: str) -> set[str]:
     }
 
 
-def test_terminal_control_characters_are_escaped() -> None:
+def test_terminal_control_characters_are_escaped():
     assert len(commands_in(HOSTILE)) == 9
     every = "".join(map(chr, range(sys.maxunicode + 1)))
     shown = visible(every)
@@ -48,7 +47,7 @@ def test_terminal_control_characters_are_escaped() -> None:
     assert visible(kept) == kept
 
 
-def test_filtered_json_is_equivalent() -> None:
+def test_filtered_json_is_equivalent():
     record = {"name": HOSTILE}
     assert json.loads(visible(json.dumps(record, ensure_ascii=False))) == record
 
@@ -92,7 +91,7 @@ def third_party(monkeypatch: pytest.MonkeyPatch) -> Any:
     return Chat(engine, HOSTILE, 0.0, None, 8, 0)
 
 
-def test_third_party_answers_are_escaped(third_party: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_third_party_answers_are_escaped(third_party, monkeypatch):
     monkeypatch.setattr("sys.stdout", screen := Terminal())
     third_party.ask("hello")
     assert commands_in(screen.getvalue()) == set()
@@ -100,12 +99,12 @@ def test_third_party_answers_are_escaped(third_party: Any, monkeypatch: pytest.M
     assert third_party.messages[-1]["content"] == [{"type": "text", "text": HOSTILE}]
 
 
-def test_pipe_gets_unchanged_text(third_party: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipe_gets_unchanged_text(third_party, capsys):
     third_party.ask("hello")
     assert capsys.readouterr().out == HOSTILE + "\n"
 
 
-def test_chat_template_error_is_one_escaped_line() -> None:
+def test_chat_template_error_is_one_escaped_line():
     pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
     from mlxchat.engine.third_party import ThirdPartyTokenizer
 
@@ -133,7 +132,7 @@ def test_chat_template_error_is_one_escaped_line() -> None:
     ],
     ids=" ".join,
 )  # fmt: skip
-def test_imported_manifest_is_escaped(words: list[str], toys: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_imported_manifest_is_escaped(words, toys, capsys):
     """An imported artifact brings a manifest that others wrote."""
     toys.add("make", "(ctx.out / 'result.txt').write_text('x')\nctx.metrics['score'] = 1.0")
     pipeline = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
@@ -161,7 +160,7 @@ def test_imported_manifest_is_escaped(words: list[str], toys: Any, capsys: pytes
     assert commands_in(told.out + told.err) == set()
 
 
-def test_traceback_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+def test_traceback_is_escaped(capsys):
     with pytest.raises(SystemExit):
         main(["--version"])
     sys.excepthook(ValueError, ValueError(HOSTILE), None)
@@ -170,14 +169,14 @@ def test_traceback_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     assert told.startswith("ValueError: a\\x1b]52")
 
 
-def test_serve_log_is_escaped() -> None:
+def test_serve_log_is_escaped():
     from mlxchat.serve.run import _Lines
 
     record = logging.LogRecord("x", logging.INFO, "x", 1, "%s", (HOSTILE,), None)
     assert commands_in(_Lines("%(message)s").format(record)) == set()
 
 
-def test_library_logs_and_warnings_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_library_logs_and_warnings_are_escaped(monkeypatch):
     """transformers quotes values of a model's config.json in its warnings."""
     monkeypatch.setattr("sys.stderr", screen := Terminal())
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
@@ -199,7 +198,7 @@ def test_library_logs_and_warnings_are_escaped(monkeypatch: pytest.MonkeyPatch) 
     assert commands_in(screen.getvalue()) == set()
 
 
-def test_examples_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_examples_are_escaped(tmp_path, capsys):
     from mlxchat.commands.examples import show_examples
     from mlxchat.evals.examples import write_examples
 
@@ -212,7 +211,7 @@ def test_examples_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert commands_in(capsys.readouterr().out) == set()
 
 
-def test_base_model_text_is_escaped(third_party: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_model_text_is_escaped(third_party, monkeypatch):
     monkeypatch.setattr("sys.stdout", screen := Terminal())
     third_party.continues = True
     third_party.ask(HOSTILE)
@@ -220,7 +219,7 @@ def test_base_model_text_is_escaped(third_party: Any, monkeypatch: pytest.Monkey
     assert screen.getvalue().count("aGFsbG8") == 4
 
 
-def test_model_name_is_escaped(toys: Any) -> None:
+def test_model_name_is_escaped(toys):
     toys.add("make", "(ctx.out / 'result.txt').write_text('x')")
     toys.run(toys.plan({"first": {"stage": "make"}}))
     place = resolve(toys.store, "first")

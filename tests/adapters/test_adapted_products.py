@@ -60,7 +60,7 @@ def expected(
     ("kind", "bits", "squared_relu"),
     [("lora", None, False), ("lora", 4, True), ("dora", None, True), ("dora", 8, False)],
 )
-def test_product_equals_the_papers(path: str, kind: str, bits: int | None, squared_relu: bool) -> None:
+def test_product_equals_the_papers(path, kind, bits, squared_relu):
     made = make(kind, bits)
     x = np.random.default_rng(1).normal(0, 1, (2, 5, IN))
     out = made.layer(mx.array(x.astype(np.float32)), relu_squared if squared_relu else identity)
@@ -71,7 +71,7 @@ def test_product_equals_the_papers(path: str, kind: str, bits: int | None, squar
     ("kind", "bits", "squared_relu"),
     [("lora", None, True), ("lora", 4, False), ("dora", None, False), ("dora", 4, True)],
 )
-def test_gradients_equal_finite_differences(path: str, kind: str, bits: int | None, squared_relu: bool) -> None:
+def test_gradients_equal_finite_differences(path, kind, bits, squared_relu):
     made, rng = make(kind, bits), np.random.default_rng(2)
     x, cotangent = rng.normal(0, 1, (2, 3, IN)), rng.normal(0, 1, (2, 3, OUT))
     names = {"a": "lora_a", "b": "lora_b", **({"m": "m"} if kind == "dora" else {})}
@@ -98,7 +98,7 @@ def test_gradients_equal_finite_differences(path: str, kind: str, bits: int | No
         assert float((np.asarray(slope) * direction).sum()) == pytest.approx(difference, rel=1e-4, abs=1e-3), name
 
 
-def test_dropout_applies_only_to_the_adapters_input(path: str) -> None:
+def test_dropout_applies_only_to_the_adapters_input(path):
     made = make("lora", dropout=0.4)
     x, cotangent = (np.random.default_rng(6).normal(0, 1, (2, 3, width)) for width in (IN, OUT))
     present = Dropping(0.0, mx.array(draw_keys(1, 2, rows=2)))
@@ -123,7 +123,7 @@ def test_dropout_applies_only_to_the_adapters_input(path: str) -> None:
     np.testing.assert_allclose(d_b, SCALE * np.einsum("btr,bto->ro", seen @ n["a"], cotangent), atol=1e-4)
 
 
-def test_doras_factor_is_computed_in_float32() -> None:
+def test_doras_factor_is_computed_in_float32():
     rng = np.random.default_rng(1)
     x = mx.array(rng.uniform(1, 2, (4096, 3)).astype(np.float32)).astype(mx.bfloat16)
     factor = mx.array([1.0, 1.011, 0.98])
@@ -139,7 +139,7 @@ def test_doras_factor_is_computed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-def test_rows_of_zeros_stay_zero_with_dora(path: str, bits: int | None) -> None:
+def test_rows_of_zeros_stay_zero_with_dora(path, bits):
     zero = slice(0, 8)
     weight = mx.array(make("dora").numbers["w"].astype(np.float32))
     weight[zero] = 0

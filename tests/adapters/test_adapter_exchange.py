@@ -57,14 +57,8 @@ def train_there(base: Path, folder: Path, kind: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("architecture", "kind"), [("oct2025", "dora"), ("jul2026", "lora")])
 def test_adapters_trained_by_mlx_lm_have_equal_logits(
-    mlx_lm: Any,
-    outputs: Path,
-    command: Command,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    architecture: str,
-    kind: str,
-) -> None:
+    mlx_lm, outputs, command, tmp_path, monkeypatch, architecture, kind
+):
     base = publish_base(outputs, architecture=architecture)
     trust = architecture == "jul2026"
     train_there(base, tmp_path / "there", kind, monkeypatch, trust=trust)
@@ -91,7 +85,7 @@ def foreign(folder: Path, tuned: Path, dtype: mx.Dtype = mx.float32) -> Path:
     return folder
 
 
-def test_imported_adapters_have_mlx_lms_logits(mlx_lm: Any, outputs: Path, command: Command, tmp_path: Path) -> None:
+def test_imported_adapters_have_mlx_lms_logits(mlx_lm, outputs, command, tmp_path):
     base = publish_base(outputs)
     foreign(tmp_path / "there", publish_adapters(outputs, base))
     publish_base(outputs, "other", seed=8)
@@ -105,7 +99,7 @@ def test_imported_adapters_have_mlx_lms_logits(mlx_lm: Any, outputs: Path, comma
     np.testing.assert_allclose(found, np.asarray(theirs(some_ids())), atol=1e-3)
 
 
-def test_bfloat16_is_widened(outputs: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_widened(outputs, tmp_path):
     base, out = publish_base(outputs), tmp_path / "out"
     tuned = publish_adapters(outputs, base)
     out.mkdir()
@@ -145,7 +139,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_faulty_adapters_are_refused_before_writing(outputs: Path, tmp_path: Path, fault: str) -> None:
+def test_faulty_adapters_are_refused_before_writing(outputs, tmp_path, fault):
     base = publish_base(outputs)
     there, out = foreign(tmp_path / "there", publish_adapters(outputs, base)), tmp_path / "out"
     out.mkdir()
@@ -157,7 +151,7 @@ def test_faulty_adapters_are_refused_before_writing(outputs: Path, tmp_path: Pat
     assert list(out.iterdir()) == []
 
 
-def test_base_is_required_and_must_exist(outputs: Path, command: Command, tmp_path: Path) -> None:
+def test_base_is_required_and_must_exist(outputs, command, tmp_path):
     foreign(tmp_path / "there", publish_adapters(outputs, publish_base(outputs)))
     for options, message in (([], "--base"), (["--base", "nothing"], '"nothing" is no artifact')):
         code, printed = command("import", "adapter", "there", *options)
@@ -166,7 +160,7 @@ def test_base_is_required_and_must_exist(outputs: Path, command: Command, tmp_pa
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("oct2025", "lora"), ("jul2026", "dora")])
-def test_mlx_lm_opens_artifacts_with_our_logits(mlx_lm: Any, tmp_path: Path, architecture: str, kind: str) -> None:
+def test_mlx_lm_opens_artifacts_with_our_logits(mlx_lm, tmp_path, architecture, kind):
     base = publish_base(tmp_path / "outputs", architecture=architecture)
     tuned = publish_adapters(tmp_path / "outputs", base, kind=kind)
     trust = architecture == "jul2026"
@@ -176,7 +170,7 @@ def test_mlx_lm_opens_artifacts_with_our_logits(mlx_lm: Any, tmp_path: Path, arc
     assert np.abs(logits(load_checkpoint(base)[0]) - ours).max() > 1  # the adapters have an effect
 
 
-def test_stacked_adapters_are_exported(mlx_lm: Any, tmp_path: Path) -> None:
+def test_stacked_adapters_are_exported(mlx_lm, tmp_path):
     outputs = tmp_path / "outputs"
     below = publish_adapters(outputs, publish_base(outputs), "sft")
     above = publish_adapters(outputs, below, "rl", "dora", seed=9)
@@ -190,7 +184,7 @@ def test_stacked_adapters_are_exported(mlx_lm: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_export_for_mlx_lm_fuses_the_adapters(mlx_lm: Any, tmp_path: Path, bits: int | None) -> None:
+def test_export_for_mlx_lm_fuses_the_adapters(mlx_lm, tmp_path, bits):
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), bits=bits)
     export(tuned, "mlx", tmp_path / "out")
     theirs, _ = mlx_lm.load(str(tmp_path / "out"))
@@ -200,7 +194,7 @@ def test_export_for_mlx_lm_fuses_the_adapters(mlx_lm: Any, tmp_path: Path, bits:
     assert "sha256 of its adapters" in card
 
 
-def test_export_for_nanochat_fuses_the_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_for_nanochat_fuses_the_adapters(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), kind="dora")
     export(tuned, "nanochat", tmp_path / "out")
@@ -210,7 +204,7 @@ def test_export_for_nanochat_fuses_the_adapters(tmp_path: Path, monkeypatch: pyt
     np.testing.assert_array_equal(logits(back), logits(load_checkpoint(tuned)[0]))
 
 
-def test_model_without_adapters_has_no_adapter_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_without_adapters_has_no_adapter_export(tmp_path, capsys):
     base = publish_base(tmp_path / "outputs")
     assert run_here("export", base.name, "--to", "mlx-adapter", tmp_path / "out", f"outputs={base.parents[1]}") == 2
     assert "has no adapters" in capsys.readouterr().err
@@ -249,7 +243,7 @@ def weights(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_exported_files_give_our_weights_by_pefts_formula(outputs: Path, command: Command, kind: str) -> None:
+def test_exported_files_give_our_weights_by_pefts_formula(outputs, command, kind):
     """W + alpha / r × B A; DoRA: rows rescaled to m (PEFT's `LoraLayer` in NumPy)."""
     base = publish_base(outputs)
     tuned = publish_adapters(outputs, base, kind=kind)
@@ -271,7 +265,7 @@ def test_exported_files_give_our_weights_by_pefts_formula(outputs: Path, command
     assert (changed > 0, arrays) == (True, {})
 
 
-def test_peft_round_trip_is_bit_exact(outputs: Path, command: Command) -> None:
+def test_peft_round_trip_is_bit_exact(outputs, command):
     base = publish_base(outputs)
     tuned = publish_adapters(outputs, base, kind="dora")
     command("export", tuned.name, "--to", "peft", "out")
@@ -285,7 +279,7 @@ def test_peft_round_trip_is_bit_exact(outputs: Path, command: Command) -> None:
     assert {**sizes[0], "keys": sorted(sizes[0]["keys"])} == {**sizes[1], "keys": sorted(sizes[1]["keys"])}
 
 
-def test_rank_stabilised_lora_has_another_scale(exported: Path) -> None:
+def test_rank_stabilised_lora_has_another_scale(exported):
     config = json.loads(Path("out", CONFIG).read_text())
     Path("out", CONFIG).write_text(json.dumps({**config, "use_rslora": True, "lora_alpha": 6, "r": 4}))
     made = import_peft("out", exported)
@@ -303,7 +297,7 @@ def test_rank_stabilised_lora_has_another_scale(exported: Path) -> None:
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_unsupported_settings_are_refused(exported: Path, changes: dict[str, Any], message: str) -> None:
+def test_unsupported_settings_are_refused(exported, changes, message):
     config = json.loads(Path("out", CONFIG).read_text())
     Path("out", CONFIG).write_text(json.dumps({**config, **changes}))
     with pytest.raises(DataError, match=message):
@@ -317,9 +311,7 @@ def test_unsupported_settings_are_refused(exported: Path, changes: dict[str, Any
         ("oct2025", 4, "quantised by MLX to 4 bits"),
     ],
 )
-def test_adapters_unsupported_by_peft_are_not_exported(
-    outputs: Path, command: Command, architecture: str, bits: int | None, message: str
-) -> None:
+def test_adapters_unsupported_by_peft_are_not_exported(outputs, command, architecture, bits, message):
     tuned = publish_adapters(outputs, publish_base(outputs, architecture=architecture), bits=bits)
     code, printed = command("export", tuned.name, "--to", "peft", "out")
     assert code == 2
@@ -330,9 +322,7 @@ def test_adapters_unsupported_by_peft_are_not_exported(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_peft_gives_our_logits_and_its_adapters_are_imported(
-    outputs: Path, tmp_path: Path, command: Command, kind: str
-) -> None:
+def test_peft_gives_our_logits_and_its_adapters_are_imported(outputs, tmp_path, command, kind):
     torch = pytest.importorskip("torch")
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     base = publish_base(outputs)
@@ -365,9 +355,7 @@ def test_peft_gives_our_logits_and_its_adapters_are_imported(
 
 
 @pytest.mark.parametrize(("architecture", "kind"), [("oct2025", "lora"), ("jul2026", "dora")])
-def test_mlx_lm_fuses_equal_weights(
-    mlx_lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, kind: str
-) -> None:
+def test_mlx_lm_fuses_equal_weights(mlx_lm, tmp_path, monkeypatch, architecture, kind):
     from mlx_lm.fuse import main as fuse
 
     base = publish_base(tmp_path / "outputs", architecture=architecture)

@@ -55,7 +55,7 @@ def fused_by_numpy(base: Weights, folder: Path, *, kind: str, bits: int | None =
 @pytest.mark.parametrize(
     ("architecture", "kind", "bits"), [("oct2025", "lora", 4), ("oct2025", "dora", None), ("jul2026", "dora", 4)]
 )
-def test_opened_weights_are_fused(tmp_path: Path, architecture: str, kind: str, bits: int | None) -> None:
+def test_opened_weights_are_fused(tmp_path, architecture, kind, bits):
     base = publish_base(tmp_path / "outputs", architecture=architecture)
     tuned = publish_adapters(tmp_path / "outputs", base, kind=kind, bits=bits)
     assert not (tuned / "model.safetensors").exists()
@@ -67,7 +67,7 @@ def test_opened_weights_are_fused(tmp_path: Path, architecture: str, kind: str, 
     assert len(changed) >= len(adapter_sizes(make_model(architecture).sizes).targets)
 
 
-def test_stacked_adapters_are_fused(tmp_path: Path) -> None:
+def test_stacked_adapters_are_fused(tmp_path):
     base = publish_base(tmp_path / "outputs")
     below = publish_adapters(tmp_path / "outputs", base, "sft", "dora")
     above = publish_adapters(tmp_path / "outputs", below, "rl", "lora", seed=9)
@@ -76,7 +76,7 @@ def test_stacked_adapters_are_fused(tmp_path: Path) -> None:
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_missing_base_is_named(tmp_path: Path) -> None:
+def test_missing_base_is_named(tmp_path):
     base = publish_base(tmp_path / "outputs")
     tuned = publish_adapters(tmp_path / "outputs", base)
     shutil.copytree(tuned, tmp_path / "elsewhere" / tuned.name)
@@ -88,7 +88,7 @@ def test_missing_base_is_named(tmp_path: Path) -> None:
         load_checkpoint(tuned)
 
 
-def test_recreated_base_does_not_replace_the_original(tmp_path: Path) -> None:
+def test_recreated_base_does_not_replace_the_original(tmp_path):
     """Guards against a base that is replaced under its id."""
     base = publish_base(tmp_path / "outputs")
     tuned = publish_adapters(tmp_path / "outputs", base)
@@ -98,7 +98,7 @@ def test_recreated_base_does_not_replace_the_original(tmp_path: Path) -> None:
     load_checkpoint(tuned)
 
 
-def test_circular_bases_are_refused(tmp_path: Path) -> None:
+def test_circular_bases_are_refused(tmp_path):
     outputs = tmp_path / "outputs"
     base = publish_base(outputs)
     tuned = publish_adapters(outputs, base)
@@ -156,7 +156,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_broken_folders_are_refused(tmp_path: Path, fault: str) -> None:
+def test_broken_folders_are_refused(tmp_path, fault):
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"))
     break_it, reason = BROKEN[fault]
     break_it(tuned)
@@ -164,7 +164,7 @@ def test_broken_folders_are_refused(tmp_path: Path, fault: str) -> None:
         load_checkpoint(tuned)
 
 
-def test_names_within_layers_select_the_last_layers(tmp_path: Path) -> None:
+def test_names_within_layers_select_the_last_layers(tmp_path):
     sizes = make_model().sizes
     for keys, num_layers, expected in (
         (["attn.c_q"], 1, ["transformer.h.1.attn.c_q"]),
@@ -179,7 +179,7 @@ def test_names_within_layers_select_the_last_layers(tmp_path: Path) -> None:
         assert list(read_adapter_config(tmp_path, sizes).targets) == expected
 
 
-def test_gc_keeps_the_base_of_an_adapter(tmp_path: Path) -> None:
+def test_gc_keeps_the_base_of_an_adapter(tmp_path):
     from mlxchat.store.gc import Limits, find_garbage
 
     outputs = tmp_path / "outputs"
@@ -195,9 +195,7 @@ def test_gc_keeps_the_base_of_an_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("architecture", "kind", "bits"), [("oct2025", "lora", 4), ("jul2026", "lora", None), ("jul2026", "dora", 8)]
 )
-def test_opened_model_has_the_trained_models_logits(
-    tmp_path: Path, architecture: str, kind: str, bits: int | None
-) -> None:
+def test_opened_model_has_the_trained_models_logits(tmp_path, architecture, kind, bits):
     """In training the adapters are beside the base's matrices, in an opened checkpoint they are fused."""
     from mlxchat.model.gpt import trained_parameters
     from mlxchat.model.lora import attach_adapters

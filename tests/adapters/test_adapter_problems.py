@@ -33,13 +33,13 @@ def ids(*overrides: str) -> dict[str, str]:
     return {step.name: step.key for step in plan}
 
 
-def test_stages_can_override_the_group() -> None:
+def test_stages_can_override_the_group():
     config = composed("adapter=dora", "adapter.rank=4", "sft.adapter.rank=2", "rl.adapter.kind=none")
     assert [stage.adapter.kind for stage in (config.midtrain, config.sft, config.rl)] == ["dora", "dora", "none"]
     assert [stage.adapter.rank for stage in (config.midtrain, config.sft)] == [4, 2]
 
 
-def test_steps_without_adapters_keep_their_keys() -> None:
+def test_steps_without_adapters_keep_their_keys():
     plain = ids()
     later = ids("adapter=lora", "adapter.rank=4", "midtrain.adapter.kind=none")
     same = {name for name, rid in plain.items() if later[name] == rid}
@@ -71,13 +71,13 @@ def test_steps_without_adapters_keep_their_keys() -> None:
         ("adapter=lora sft.warm_start=true pipeline.sft.checkpoint=pretrain", ["start is true, but sft.adapter"]),
     ],
 )  # fmt: skip
-def test_impossible_values_are_one_line_each(overrides: str, messages: list[str]) -> None:
+def test_impossible_values_are_one_line_each(overrides, messages):
     lines = refusal(*overrides.split()).splitlines()
     for message in messages:
         assert len([line for line in lines if message in line]) == 1, message
 
 
-def test_adapters_of_a_model_known_later_are_checked_then() -> None:
+def test_adapters_of_a_model_known_later_are_checked_then():
     config = composed("adapter=lora")
     sizes = sizes_of(config.model, config.architecture, 512)
     with pytest.raises(ConfigError, match=r"sft\.adapter\.rank is 65"):
@@ -88,7 +88,7 @@ def test_adapters_of_a_model_known_later_are_checked_then() -> None:
 FUSED = "+pipeline.whole={stage: fused, checkpoint: %s}"
 
 
-def test_fusing_without_adapters_is_refused_before_training() -> None:
+def test_fusing_without_adapters_is_refused_before_training():
     message = refusal(FUSED % "sft", "rl.adapter.kind=lora")
     assert message.startswith("pipeline.whole: sft trains all weights, so it has no adapters to fuse.")
     assert "set sft.adapter.kind=lora" in message
@@ -96,7 +96,7 @@ def test_fusing_without_adapters_is_refused_before_training() -> None:
     assert composed(FUSED % "sft", "adapter=lora").pipeline["whole"]["stage"] == "fused"
 
 
-def test_predicted_moments_are_the_adapters() -> None:
+def test_predicted_moments_are_the_adapters():
     config = composed()
     sizes = sizes_of(config.model, config.architecture, 512)
     adapters = AdapterSizes("dora", 3, 2.0, tuple(matrices_of(sizes)))

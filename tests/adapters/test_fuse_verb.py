@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import pytest
 
 from kit.artifacts import publish_adapters, publish_base, some_ids
-from kit.commands import Command
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.store.bases import find_chain
 from mlxchat.store.manifest import read_manifest
@@ -32,7 +30,7 @@ def logits(folder: Path) -> np.ndarray[Any, Any]:
     return np.asarray(load_checkpoint(folder)[0](some_ids()))
 
 
-def test_fused_model_needs_no_base(outputs: Path, command: Command) -> None:
+def test_fused_model_needs_no_base(outputs, command):
     tuned, base = resolve(Store(outputs), "sft"), resolve(Store(outputs), "base")
     code, printed = command("fuse", "sft")
     assert code == 0, printed
@@ -53,14 +51,14 @@ def test_fused_model_needs_no_base(outputs: Path, command: Command) -> None:
     np.testing.assert_array_equal(logits(fused), expected)
 
 
-def test_model_without_adapters_is_not_fused(outputs: Path, command: Command) -> None:
+def test_model_without_adapters_is_not_fused(outputs, command):
     code, printed = command("fuse", "base")
     assert code == 2
     assert "has no adapters to fuse" in printed
     assert not (outputs / "runs").exists() or not list((outputs / "runs").iterdir())
 
 
-def test_damaged_base_is_not_fused(outputs: Path, command: Command) -> None:
+def test_damaged_base_is_not_fused(outputs, command):
     base = resolve(Store(outputs), "base")
     path = base / "model.safetensors"
     data = bytearray(path.read_bytes())
@@ -76,7 +74,7 @@ def test_damaged_base_is_not_fused(outputs: Path, command: Command) -> None:
 
 
 @pytest.mark.parametrize("content", ["[" * 99999, None])
-def test_unreadable_config_of_the_base_is_refused(outputs: Path, command: Command, content: str | None) -> None:
+def test_unreadable_config_of_the_base_is_refused(outputs, command, content):
     config = resolve(Store(outputs), "base") / "config.json"
     config.unlink() if content is None else config.write_text(content)
     code, printed = command("export", "sft", "--to", "mlx", "out")
@@ -85,7 +83,7 @@ def test_unreadable_config_of_the_base_is_refused(outputs: Path, command: Comman
     assert not Path("out").exists()
 
 
-def test_pushed_adapters_bring_their_base(outputs: Path, command: Command, tmp_path: Path) -> None:
+def test_pushed_adapters_bring_their_base(outputs, command, tmp_path):
     expected = logits(resolve(Store(outputs), "sft"))
     name = resolve(Store(outputs), "sft").name
     assert command("push", "sft", tmp_path / "it.tar")[0] == 0
@@ -96,7 +94,7 @@ def test_pushed_adapters_bring_their_base(outputs: Path, command: Command, tmp_p
     assert command("verify", there.name, f"outputs={tmp_path / 'there'}")[0] == 0
 
 
-def test_other_verbs_accept_adapters(outputs: Path, command: Command) -> None:
+def test_other_verbs_accept_adapters(outputs, command):
     code, printed = command("chat", "--model", "sft", "-p", "How many windows?", "--max-tokens", "3")
     assert code == 0, printed
     from mlxchat.serve.models import Models
@@ -110,14 +108,14 @@ def test_other_verbs_accept_adapters(outputs: Path, command: Command) -> None:
     assert "adapters.safetensors" in command("show", "sft")[1]
 
 
-def test_memory_of_a_teacher_with_adapters_is_predicted(outputs: Path) -> None:
+def test_memory_of_a_teacher_with_adapters_is_predicted(outputs):
     from mlxchat.training.forecast_finetune import measure_teacher
 
     tuned, base = (resolve(Store(outputs), name) for name in ("sft", "base"))
     assert measure_teacher(tuned) == measure_teacher(base)
 
 
-def test_opening_adapters_needs_little_memory(tmp_path: Path) -> None:
+def test_opening_adapters_needs_little_memory(tmp_path):
     """At most the file's arrays or one additional matrix, beside the result."""
     tuned = publish_adapters(tmp_path / "outputs", publish_base(tmp_path / "outputs"), bits=4)
     mx.clear_cache()
@@ -130,7 +128,7 @@ def test_opening_adapters_needs_little_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stacked_adapters_train_fuse_and_open_in_mlx_lm(mlxchat: Callable[..., Any], tmp_path: Path) -> None:
+def test_stacked_adapters_train_fuse_and_open_in_mlx_lm(mlxchat, tmp_path):
     done = mlxchat("experiment=smoke", "adapter=lora", "adapter.rank=2", "midtrain.adapter.kind=dora", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     store = Store(tmp_path / "outputs")

@@ -33,7 +33,7 @@ def output_of(code: str, **environment: str) -> str:
 
 
 @linux_only
-def test_importing_mlx_loads_the_packaged_openblas() -> None:
+def test_importing_mlx_loads_the_packaged_openblas():
     pytest.importorskip("ngsolve_openblas" if os.uname().machine == "x86_64" else "cmeel")
     code = (
         "import sys, mlxchat, mlx.core; from mlxchat.cpu.runtime import remedy; print(remedy().library); "
@@ -45,7 +45,7 @@ def test_importing_mlx_loads_the_packaged_openblas() -> None:
 
 
 @linux_only
-def test_mlx_imported_first_is_reported_with_the_remedy() -> None:
+def test_mlx_imported_first_is_reported_with_the_remedy():
     code = "import mlx.core, mlxchat; from mlxchat.cpu.runtime import remedy; print(remedy().reason)"
     assert "import mlxchat first" in output_of(code)
 
@@ -54,13 +54,13 @@ PRODUCT = "import mlxchat, mlx.core as mx; print(int((mx.ones((64, 64)) @ mx.one
 
 
 @linux_only
-def test_off_keeps_mlx_own_blas() -> None:
+def test_off_keeps_mlx_own_blas():
     code = f"{PRODUCT}; from mlxchat.cpu.runtime import remedy; print(remedy().library, remedy().reason)"
     assert output_of(code, MLXCHAT_BLAS="off") == f"{64**3}\nNone switched off by MLXCHAT_BLAS=off"
 
 
 @linux_only
-def test_missing_library_warns_and_mlx_computes() -> None:
+def test_missing_library_warns_and_mlx_computes():
     done = run_python(PRODUCT, MLXCHAT_BLAS="/nowhere/libopenblas.so")
     assert done.stdout.strip() == str(64**3)
     assert "/nowhere/libopenblas.so" in done.stderr
@@ -68,7 +68,7 @@ def test_missing_library_warns_and_mlx_computes() -> None:
 
 
 @linux_only
-def test_threads_of_another_library_are_not_set() -> None:
+def test_threads_of_another_library_are_not_set():
     code = f"{PRODUCT}; from mlxchat.cpu import runtime; runtime.set_blas_threads(1); print(runtime.blas_threads())"
     assert output_of(code, MLXCHAT_BLAS="libm.so.6") == f"{64**3}\nNone"
 
@@ -76,7 +76,7 @@ def test_threads_of_another_library_are_not_set() -> None:
 @linux_only
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("inner", "columns"), [(1, 1), (5, 13), (128, 64), (37, 131), (512, 9)])
-def test_thin_products_have_the_same_bits_in_any_batch(inner: int, columns: int, transposed: bool) -> None:
+def test_thin_products_have_the_same_bits_in_any_batch(inner, columns, transposed):
     if runtime._thin is None:
         pytest.skip("no compiler or no OpenBLAS here")
     rng = np.random.default_rng(0)

@@ -16,12 +16,12 @@ from mlxchat.model.sizes import AdapterSizes
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_the_decoder_agrees_with_the_model(architecture: str) -> None:
+def test_the_decoder_agrees_with_the_model(architecture):
     assert isinstance(make_decoder(make_model(architecture)), CPUDecoder)
 
 
 @pytest.mark.parametrize("place", ["MLP", "Attention", "Block"])
-def test_changed_model_is_decoded_through_itself(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_model_is_decoded_through_itself(place, monkeypatch):
     """After an edit of `model/gpt.py` the decoder must not sample from the old formulas."""
     layer = getattr(gpt, place)
     former = layer.__call__
@@ -45,7 +45,7 @@ def test_changed_model_is_decoded_through_itself(place: str, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("vocab_size", [16, 100, 127, 280])
-def test_logits_of_vocabularies_of_any_size(vocab_size: int) -> None:
+def test_logits_of_vocabularies_of_any_size(vocab_size):
     """A core's part of the vocabulary need not be a multiple of 64."""
     model = make_model(vocab_size=vocab_size)
     slots = Slots(make_decoder(model))
@@ -55,7 +55,7 @@ def test_logits_of_vocabularies_of_any_size(vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_part_of_a_packed_matrix_has_its_numbers(bits: int) -> None:
+def test_part_of_a_packed_matrix_has_its_numbers(bits):
     """The middle of three groups of columns; against the unpacked matrix, atol 1e-4 for float32 sums of 32 products."""
     rng = np.random.default_rng(0)
     weight, x = (mx.array(rng.normal(size=shape).astype(np.float32)) for shape in ((64, 96), (2, 32)))

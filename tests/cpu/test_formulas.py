@@ -34,14 +34,12 @@ def unmasked(x: mx.array) -> mx.array:
 
 
 @pytest.mark.parametrize(("largest", "bound"), [(16, 6e-6), (24, 1e-5)])
-def test_masked_exp_of_units_is_within_its_stated_errors(
-    as_run: Callable[[Formula], Formula], largest: float, bound: float
-) -> None:
+def test_masked_exp_of_units_is_within_its_stated_errors(as_run, largest, bound):
     grid = np.linspace(-largest, largest, 100_001) / EXP_UNIT
     assert relative_error(as_run(unmasked), lambda x: np.exp(EXP_UNIT * x), grid) < bound
 
 
-def test_small_scores_are_within_their_stated_mean_error(as_run: Callable[[Formula], Formula]) -> None:
+def test_small_scores_are_within_their_stated_mean_error(as_run):
     """Most attention scores are small, and Muon amplifies errors of gradients."""
     x = (np.linspace(-8, 8, 100_001) / EXP_UNIT).astype(np.float32)
     got = np.asarray(as_run(unmasked)(mx.array(x)), dtype=np.float64)
@@ -49,7 +47,7 @@ def test_small_scores_are_within_their_stated_mean_error(as_run: Callable[[Formu
     assert np.sqrt((errors**2).mean()) < 7e-7
 
 
-def test_mask_gives_exact_zeros_and_keeps_other_bits(as_run: Callable[[Formula], Formula]) -> None:
+def test_mask_gives_exact_zeros_and_keeps_other_bits(as_run):
     """Also where the exponential would overflow or be NaN."""
     x = np.concatenate([np.linspace(-24, 24, 9_999) / EXP_UNIT, [40.0]]).astype(np.float32)
     mask = (np.arange(10_000) % 3 == 0).astype(np.float32)
@@ -63,7 +61,7 @@ def test_mask_gives_exact_zeros_and_keeps_other_bits(as_run: Callable[[Formula],
 
 
 @pytest.mark.parametrize("cap", [1.0, 15.0, 16.0])
-def test_exp_of_units_is_within_its_stated_error(as_run: Callable[[Formula], Formula], cap: float) -> None:
+def test_exp_of_units_is_within_its_stated_error(as_run, cap):
     grid = np.linspace(-1, 1, 100_001)
     formula = as_run(lambda tanh: exp_of_units(tanh, cap))
     assert relative_error(formula, lambda tanh: np.exp(cap * tanh), grid) < 5e-6
@@ -72,13 +70,13 @@ def test_exp_of_units_is_within_its_stated_error(as_run: Callable[[Formula], For
 # tanh
 
 
-def test_rational_tanh_is_within_its_stated_error(as_run: Callable[[Formula], Formula]) -> None:
+def test_rational_tanh_is_within_its_stated_error(as_run):
     """Where it bends, at every magnitude, and at infinity."""
     grid = np.concatenate([np.linspace(1e-3, 10, 100_001), np.logspace(-30, 38, 10_001), [np.inf]])
     assert relative_error(as_run(rational_tanh), np.tanh, np.concatenate([-grid, grid])) < 4e-7
 
 
-def test_formulas_are_exact_at_zero() -> None:
+def test_formulas_are_exact_at_zero():
     zero = mx.array(0.0)
     assert (unmasked(zero).item(), exp_of_units(zero, 15.0).item(), rational_tanh(zero).item()) == (1.0, 1.0, 0.0)
 
@@ -86,7 +84,7 @@ def test_formulas_are_exact_at_zero() -> None:
 # max(x, 0)²
 
 
-def test_square_of_positive_is_exact(as_run: Callable[[Formula], Formula]) -> None:
+def test_square_of_positive_is_exact(as_run):
     x = np.random.default_rng(0).normal(size=10_000).astype(np.float32) * 100
     got = np.asarray(as_run(square_of_positive)(mx.array(x)))
     np.testing.assert_array_equal(got, np.maximum(x, 0) ** 2)
@@ -97,7 +95,7 @@ def test_square_of_positive_is_exact(as_run: Callable[[Formula], Formula]) -> No
     [(masked_exp_of_units, 2), (lambda x: exp_of_units(x, 15.0), 1), (rational_tanh, 1), (square_of_positive, 1)],
     ids=["masked_exp_of_units", "exp_of_units", "rational_tanh", "square_of_positive"],
 )
-def test_each_formula_is_one_kernel(formula: Formula, num_inputs: int) -> None:
+def test_each_formula_is_one_kernel(formula, num_inputs):
     """A second kernel would be another pass over memory; MLX splits long chains."""
     dot = io.StringIO()
     mx.export_to_dot(dot, mx.compile(formula)(*[mx.ones(10)] * num_inputs))

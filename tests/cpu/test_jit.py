@@ -65,7 +65,7 @@ def kernels_below(folder: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_kernels_are_in_the_users_cache_with_a_precompiled_header(run: Run, tmp_path: Path) -> None:
+def test_kernels_are_in_the_users_cache_with_a_precompiled_header(run, tmp_path):
     assert run(KERNEL + REMEDY) == ["21.0", " ".join(jit._FLAGS)]
     folder = tmp_path / "home" / ".cache" / "mlxchat" / "kernels"
     (private,) = folder.iterdir()
@@ -86,7 +86,7 @@ def test_kernels_are_in_the_users_cache_with_a_precompiled_header(run: Run, tmp_
     assert texts[0] == texts[1]
 
 
-def test_kernels_are_compiled_once_with_the_flags(run: Run, tmp_path: Path) -> None:
+def test_kernels_are_compiled_once_with_the_flags(run, tmp_path):
     """By a compiler that logs its arguments. A second process compiles nothing."""
     log, real = tmp_path / "calls", shutil.which("g++", path=plain_path())
     write_script(tmp_path / "bin" / "g++", f'echo "$@" >> "{log}"; exec "{real}" "$@"')
@@ -103,7 +103,7 @@ def test_kernels_are_compiled_once_with_the_flags(run: Run, tmp_path: Path) -> N
     assert not kernels_below(tmp_path / "tmp")
 
 
-def test_child_process_adds_no_second_wrapper(run: Run) -> None:
+def test_child_process_adds_no_second_wrapper(run):
     code = (
         "import mlxchat, mlx.core, os, subprocess, sys; "
         'code = \'import mlxchat, mlx.core, os; print(os.environ["PATH"], os.environ["TMPDIR"])\'; '
@@ -115,7 +115,7 @@ def test_child_process_adds_no_second_wrapper(run: Run) -> None:
     assert parent.count("mlxchat-compiler") == 1
 
 
-def test_off_leaves_the_environment_alone(run: Run, tmp_path: Path) -> None:
+def test_off_leaves_the_environment_alone(run, tmp_path):
     code = "import os; before = dict(os.environ); import mlxchat, mlx.core; " + (
         "print([before[key] == os.environ[key] for key in ('PATH', 'TMPDIR')]); "
     )
@@ -125,7 +125,7 @@ def test_off_leaves_the_environment_alone(run: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "home" / ".cache").exists()
 
 
-def test_missing_compiler_is_reported(run: Run, tmp_path: Path) -> None:
+def test_missing_compiler_is_reported(run, tmp_path):
     (tmp_path / "empty").mkdir()
     code = (
         "import os; before = dict(os.environ); from mlxchat.cpu.runtime import install_compiler_flags; "
@@ -134,7 +134,7 @@ def test_missing_compiler_is_reported(run: Run, tmp_path: Path) -> None:
     assert run(code, PATH=str(tmp_path / "empty")) == ["no g++: element-wise operations are not fused", "True"]
 
 
-def test_compiler_that_rejects_the_flags_gets_none(run: Run, tmp_path: Path) -> None:
+def test_compiler_that_rejects_the_flags_gets_none(run, tmp_path):
     real = shutil.which("g++", path=plain_path())
     write_script(tmp_path / "bin" / "g++", f'case "$*" in *-march=native*) exit 1;; esac; exec "{real}" "$@"')
     path = f"{tmp_path / 'bin'}{os.pathsep}{plain_path()}"
@@ -144,20 +144,20 @@ def test_compiler_that_rejects_the_flags_gets_none(run: Run, tmp_path: Path) -> 
     assert run("import mlxchat, mlx.core, os; print(os.environ['PATH'])", PATH=path) == [path]
 
 
-def test_unwritable_cache_gives_a_temporary_folder(run: Run, tmp_path: Path) -> None:
+def test_unwritable_cache_gives_a_temporary_folder(run, tmp_path):
     assert run(START + REMEDY, XDG_CACHE_HOME="/dev/null") == [" ".join(jit._FLAGS)]
     (folder,) = (tmp_path / "tmp").glob("mlxchat-kernels-*")
     assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_temporary_folder_of_python_is_unchanged(run: Run, tmp_path: Path) -> None:
+def test_temporary_folder_of_python_is_unchanged(run, tmp_path):
     code = "import mlxchat, mlx.core, os, tempfile; print(tempfile.gettempdir()); print(os.environ['TMPDIR'])"
     python, mlx = run(code)
     assert python == str(tmp_path / "tmp")
     assert mlx != python
 
 
-def test_another_compiler_gets_another_folder(run: Run, tmp_path: Path) -> None:
+def test_another_compiler_gets_another_folder(run, tmp_path):
     """Kernels of one compiler are not reused for another; the cache follows XDG_CACHE_HOME."""
     real = shutil.which("g++", path=plain_path())
     for name in ("one", "other"):

@@ -35,7 +35,7 @@ class Dealer(Lanes):
 
 
 @given(st.integers(1, 40), st.integers(1, 200))
-def test_rows_are_dealt_once_in_equal_parts(num_lanes: int, rows: int) -> None:
+def test_rows_are_dealt_once_in_equal_parts(num_lanes, rows):
     parts = Dealer(num_lanes).deal(rows)
     assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
     sizes = [part.stop - part.start for part in parts]
@@ -45,11 +45,11 @@ def test_rows_are_dealt_once_in_equal_parts(num_lanes: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize(("cores", "expected"), [(1, 1), (2, 2), (3, 3), (64, 16)])
-def test_one_lane_per_core_up_to_sixteen(cores: int, expected: int) -> None:
+def test_one_lane_per_core_up_to_sixteen(cores, expected):
     assert len(lanes_of(cores)) == expected
 
 
-def test_plain_path_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_path_has_one_lane(monkeypatch):
     monkeypatch.setattr(runtime, "blas_threads", lambda: None)
     assert len(make_lanes()) == 1
     monkeypatch.setattr(runtime, "blas_threads", lambda: 8)
@@ -57,7 +57,7 @@ def test_plain_path_has_one_lane(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(make_lanes()) == 1
 
 
-def test_calls_run_on_their_streams_in_order() -> None:
+def test_calls_run_on_their_streams_in_order():
     three = lanes_of(3)
     seen = three.run([partial(lambda index: (index, mx.default_stream(mx.default_device())), i) for i in range(3)])
     assert seen == list(enumerate(three.streams))
@@ -68,7 +68,7 @@ needs_openblas = pytest.mark.skipif(runtime.blas_threads() is None, reason="no O
 
 
 @needs_openblas
-def test_products_have_one_thread_while_several_lanes_compute() -> None:
+def test_products_have_one_thread_while_several_lanes_compute():
     def fail() -> None:
         assert runtime.blas_threads() == 1
         raise ZeroDivisionError
@@ -81,7 +81,7 @@ def test_products_have_one_thread_while_several_lanes_compute() -> None:
     assert runtime.blas_threads() == 2
 
 
-def test_lanes_reuse_their_streams() -> None:
+def test_lanes_reuse_their_streams():
     """Every evaluation, and every model that a server loads, creates lanes."""
     first = make_lanes()
     assert [make_lanes().streams for _ in range(3)] == [first.streams] * 3

@@ -46,7 +46,7 @@ def folder(made: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(place, tmp_path / place.name))
 
 
-def test_damaged_manifest_is_refused_with_the_remedy(folder: Path) -> None:
+def test_damaged_manifest_is_refused_with_the_remedy(folder):
     path = folder / "manifest.json"
     whole = path.read_bytes()
     for data in [*truncations(whole), *flips(whole, 7)]:
@@ -64,7 +64,7 @@ def save(work: Path, iteration: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["state.json", "arrays.safetensors"])
-def test_damaged_state_is_never_resumed(name: str, tmp_path: Path) -> None:
+def test_damaged_state_is_never_resumed(name, tmp_path):
     save(tmp_path, 7)
     place = tmp_path / "00000007"
     whole = {path.name: path.read_bytes() for path in place.iterdir()}
@@ -77,7 +77,7 @@ def test_damaged_state_is_never_resumed(name: str, tmp_path: Path) -> None:
         assert not place.exists()
 
 
-def test_older_state_is_resumed_if_the_newest_is_damaged(tmp_path: Path) -> None:
+def test_older_state_is_resumed_if_the_newest_is_damaged(tmp_path):
     (tmp_path / ".00000005.tmp").mkdir(parents=True)
     save(tmp_path, 3)
     older = shutil.copytree(tmp_path / "00000003", tmp_path / "kept")
@@ -106,7 +106,7 @@ def test_older_state_is_resumed_if_the_newest_is_damaged(tmp_path: Path) -> None
         ("train", "model.bin", "cut", "has 511 bytes instead of 512"),
     ],
 )
-def test_damaged_input_is_refused(step: str, name: str, damage: str, message: str, made: Any, tmp_path: Path) -> None:
+def test_damaged_input_is_refused(step, name, damage, message, made, tmp_path):
     stubs = made.copy(tmp_path / "stubs")
     for manifest in list(Store(stubs.outputs).manifests()):
         if step in [made["step"] for made in manifest["inputs"].values()]:
@@ -126,9 +126,7 @@ def test_damaged_input_is_refused(step: str, name: str, damage: str, message: st
 
 
 @pytest.mark.parametrize("name", ["attempts.jsonl", "ckpt/records/metrics.jsonl"])
-def test_damaged_records_of_a_killed_step_change_no_result(
-    name: str, made: Any, make_stubs: Callable[[], Any], tmp_path: Path
-) -> None:
+def test_damaged_records_of_a_killed_step_change_no_result(name, made, make_stubs, tmp_path):
     stubs = make_stubs()
     assert stubs.run(AT="train.iteration:3")[0] == -9
     (path,) = (stubs.outputs / "work").glob(f"*/{name}")
@@ -143,7 +141,7 @@ def test_damaged_records_of_a_killed_step_change_no_result(
 
 
 @pytest.mark.parametrize("size", [0, 200, 2000])
-def test_file_size_limit_is_one_message_and_the_next_run_succeeds(size: int, stubs: Any, made: Any) -> None:
+def test_file_size_limit_is_one_message_and_the_next_run_succeeds(size, stubs, made):
     code, text = stubs.run(f"file_bytes={size}")
     assert code in (1, 2), text
     assert "File too large" in text

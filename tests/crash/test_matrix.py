@@ -89,7 +89,7 @@ def some_pass(scenario: Scenario, point: str) -> str:
 
 
 @pytest.mark.parametrize(("scenario", "point"), SHORT)
-def test_killed_run_is_continued(scenario: str, point: str, scenarios: dict[str, Scenario], tmp_path: Path) -> None:
+def test_killed_run_is_continued(scenario, point, scenarios, tmp_path):
     found = scenarios[scenario]
     end_and_continue(found, tmp_path, some_pass(found, point), (-9,))
 
@@ -110,9 +110,7 @@ DISTURBANCES = [
     [(how, point, codes, words) for how, points, codes, words in DISTURBANCES for point in points],
     ids=lambda part: " ".join(part.values()) if isinstance(part, dict) else str(part)[:20],
 )
-def test_stopped_or_failing_run_says_why_and_is_continued(
-    how: dict[str, str], point: str, codes: tuple[int, ...], words: str, scenarios: dict[str, Scenario], tmp_path: Path
-) -> None:
+def test_stopped_or_failing_run_says_why_and_is_continued(how, point, codes, words, scenarios, tmp_path):
     made = scenarios["made"]
     text = end_and_continue(made, tmp_path, some_pass(made, point), codes, **how)
     assert words in text
@@ -127,10 +125,7 @@ def test_stopped_or_failing_run_says_why_and_is_continued(
     [({}, (-9,)), ({"SIGNAL": "TERM"}, STOPPED), ({"ERROR": "ENOSPC"}, REFUSED), ({"RUN": "rm -rf outputs"}, REFUSED)],
     ids=lambda part: " ".join(part) or "KILL" if isinstance(part, dict) else "",
 )
-def test_run_disturbed_at_any_pass_of_a_point_is_continued(
-    how: dict[str, str], codes: tuple[int, ...], scenario: str, point: str, scenarios: dict[str, Scenario],
-    tmp_path: Path,
-) -> None:  # fmt: skip
+def test_run_disturbed_at_any_pass_of_a_point_is_continued(how, codes, scenario, point, scenarios, tmp_path):
     found = scenarios[scenario]
     for passing in range(1, found.passings[point] + 1):
         end_and_continue(found, tmp_path, f"{point}:{passing}", codes, **how)
@@ -141,7 +136,7 @@ def test_run_disturbed_at_any_pass_of_a_point_is_continued(
     [("train.iteration:3", 2), ("checkpoint.written:3", 2), ("checkpoint.renamed:3", 3), ("train.finished:1", 4),
      ("checkpoint.arrays:1", None)],
 )  # fmt: skip
-def test_kill_loses_only_the_work_since_the_last_save(place: str, continued: int | None, stubs: Any) -> None:
+def test_kill_loses_only_the_work_since_the_last_save(place, continued, stubs):
     assert stubs.run(AT=place)[0] == -9
     assert stubs.run()[0] == 0
     (manifest,) = (made for made in Store(stubs.outputs).manifests() if made["step"] == "train")
@@ -149,7 +144,7 @@ def test_kill_loses_only_the_work_since_the_last_save(place: str, continued: int
     assert manifest["attempts"][-1]["resumed_from"] == continued
 
 
-def test_intermediate_model_is_published_once_despite_kills(scenarios: dict[str, Scenario], tmp_path: Path) -> None:
+def test_intermediate_model_is_published_once_despite_kills(scenarios, tmp_path):
     """It is published after the second iteration, before the second save."""
     made = scenarios["made"]
     passed = made.before.copy(tmp_path / "traced").trace()
@@ -161,15 +156,13 @@ def test_intermediate_model_is_published_once_despite_kills(scenarios: dict[str,
 
 
 @pytest.mark.parametrize("place", ["step.started:3", "step.ran:3", "checkpoint.done:2", "step.recorded:3"])
-def test_step_whose_lock_was_removed_is_not_published(
-    place: str, scenarios: dict[str, Scenario], tmp_path: Path
-) -> None:
+def test_step_whose_lock_was_removed_is_not_published(place, scenarios, tmp_path):
     """Another process may be making it."""
     text = end_and_continue(scenarios["made"], tmp_path, place, (2,), RUN="rm -rf outputs/locks")
     assert "was removed or exchanged while train was made" in text
 
 
-def test_points_are_called_and_named_by_tests() -> None:
+def test_points_are_called_and_named_by_tests():
     calls = [point for path in SOURCES for point in re.findall(r'crash_point\("([\w.]+)"\)', path.read_text())]
     assert set(calls) == set(CRASH_POINTS)
     tests = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py") if path != Path(__file__))
@@ -177,7 +170,7 @@ def test_points_are_called_and_named_by_tests() -> None:
     assert [point for point in elsewhere if not re.search(rf'"{point}(:\d+)?"', tests)] == []
 
 
-def test_scenarios_pass_every_point_of_a_step(scenarios: dict[str, Scenario]) -> None:
+def test_scenarios_pass_every_point_of_a_step(scenarios):
     for name, scenario in scenarios.items():
         assert scenario.passings.keys() == set(POINTS) - NOT_PASSED[name]
     assert set.intersection(*NOT_PASSED.values()) == set()

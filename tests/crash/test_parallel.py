@@ -31,7 +31,7 @@ def check_continued(stubs: Any, make_stubs: Any, *settings: str) -> None:
     assert stubs.trees() == alone.trees()
 
 
-def test_branches_run_at_the_same_time_with_the_same_bytes(stubs: Any, make_stubs: Any) -> None:
+def test_branches_run_at_the_same_time_with_the_same_bytes(stubs, make_stubs):
     code, text = stubs.run(PARALLEL, "train.pause=0.2", "score.seconds=0.4")
     assert code == 0, text
     started = {event["step"]: event["time"] for event in stubs.events("step_started")}
@@ -49,7 +49,7 @@ def test_branches_run_at_the_same_time_with_the_same_bytes(stubs: Any, make_stub
 
 
 @pytest.mark.parametrize("how", [(), (PARALLEL,)], ids=str)
-def test_failed_branch_stops_only_the_steps_that_need_it(how: tuple[str, ...], stubs: Any) -> None:
+def test_failed_branch_stops_only_the_steps_that_need_it(how, stubs):
     code, text = stubs.run("score.failing=[inspect]", "train.pause=0.02", *how)
     assert code == 1
     assert "error: step inspect failed: ValueError: inspect cannot be scored" in text
@@ -60,7 +60,7 @@ def test_failed_branch_stops_only_the_steps_that_need_it(how: tuple[str, ...], s
     assert stubs.events("step_skipped")[-1]["failed"] == "train"
 
 
-def test_fail_fast_stops_the_other_branch_resumably(stubs: Any, make_stubs: Any) -> None:
+def test_fail_fast_stops_the_other_branch_resumably(stubs, make_stubs):
     settings = ("score.failing=[inspect]", "train.iterations=200", "train.pause=0.05", PARALLEL)
     code, text = stubs.run(*settings, "fail_fast=true")
     assert code == 1
@@ -76,7 +76,7 @@ def test_fail_fast_stops_the_other_branch_resumably(stubs: Any, make_stubs: Any)
     assert "other steps continue" not in text
 
 
-def test_steps_that_together_exceed_the_memory_run_in_turn(stubs: Any) -> None:
+def test_steps_that_together_exceed_the_memory_run_in_turn(stubs):
     needs = "memory={train: 60, inspect: 50, score: 101}"
     code, text = stubs.run(PARALLEL, needs, "memory_limit=100", "train.pause=0.1", "targets=[score, inspect]")
     assert code == 0, text
@@ -90,7 +90,7 @@ def test_steps_that_together_exceed_the_memory_run_in_turn(stubs: Any) -> None:
 @pytest.mark.parametrize(
     ("number", "expected"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_stop_reaches_every_child_once_and_all_save(number: int, expected: int, stubs: Any, make_stubs: Any) -> None:
+def test_stop_reaches_every_child_once_and_all_save(number, expected, stubs, make_stubs):
     process = stubs.start("train.iterations=100", "train.pause=0.05", "score.seconds=60", PARALLEL)
     wait_until(lambda: has_state(stubs) and len(stubs.events("step_started")) == 4)
     process.send_signal(number)
@@ -103,7 +103,7 @@ def test_stop_reaches_every_child_once_and_all_save(number: int, expected: int, 
 
 
 @pytest.mark.slow
-def test_second_stop_exits_at_once_with_every_child(stubs: Any, make_stubs: Any) -> None:
+def test_second_stop_exits_at_once_with_every_child(stubs, make_stubs):
     process = stubs.start("train.pause=600", "score.seconds=600", PARALLEL)
     wait_until(lambda: stubs.outputs.exists() and len(stubs.events("step_started")) == 4)
     process.terminate()
@@ -118,7 +118,7 @@ def test_second_stop_exits_at_once_with_every_child(stubs: Any, make_stubs: Any)
     check_continued(stubs, make_stubs)
 
 
-def test_children_of_a_killed_run_save_and_end(stubs: Any) -> None:
+def test_children_of_a_killed_run_save_and_end(stubs):
     process = stubs.start("train.iterations=400", "train.pause=0.05", PARALLEL)
     wait_until(lambda: has_state(stubs))
     process.kill()
@@ -135,7 +135,7 @@ def test_children_of_a_killed_run_save_and_end(stubs: Any) -> None:
         *(pytest.param(place, marks=pytest.mark.slow) for place in ("step.ran", "checkpoint.done:2")),
     ],
 )
-def test_killed_child_is_reported_and_its_step_continued(place: str, stubs: Any, make_stubs: Any) -> None:
+def test_killed_child_is_reported_and_its_step_continued(place, stubs, make_stubs):
     code, text = stubs.run(PARALLEL, AT=place)
     assert code == 1
     assert "its process ended by signal 9" in text
@@ -147,7 +147,7 @@ def test_killed_child_is_reported_and_its_step_continued(place: str, stubs: Any,
 
 @pytest.mark.parametrize("held", [0, 1])
 @pytest.mark.parametrize("devices", ["0", "1,0"])
-def test_step_waits_for_each_of_its_gpus_only(devices: str, held: int, stubs: Any) -> None:
+def test_step_waits_for_each_of_its_gpus_only(devices, held, stubs):
     """The locks of this machine's GPUs are in the stubs' folder."""
     settings = ("targets=[train]", "gpu=true", "train.iterations=2")
     with locks.hold(stubs.folder / f"gpu-{held}.lock", {"run": "run7"}, lambda owner: None):

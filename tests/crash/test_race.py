@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,9 +35,7 @@ def race(stubs: Any, kill: random.Random | None) -> None:
     ("rounds", "kill"),
     [(1, False), pytest.param(50, False, marks=pytest.mark.slow), pytest.param(20, True, marks=pytest.mark.slow)],
 )
-def test_one_of_eight_processes_on_two_hosts_runs_each_step(
-    rounds: int, kill: bool, make_stubs: Callable[[], Any]
-) -> None:
+def test_one_of_eight_processes_on_two_hosts_runs_each_step(rounds, kill, make_stubs):
     trees = None
     for number in range(rounds):
         stubs = make_stubs()
@@ -62,7 +59,7 @@ def start_training(stubs: Any, *settings: str) -> Any:
     return maker
 
 
-def test_waiter_names_the_holder_and_takes_over_from_a_killed_one(stubs: Any) -> None:
+def test_waiter_names_the_holder_and_takes_over_from_a_killed_one(stubs):
     settings = ("train.iterations=30", "train.pause=0.05")
     maker = start_training(stubs, "host=alpha", *settings)
     waiter = stubs.start("host=beta", *settings)
@@ -88,7 +85,7 @@ with stop_on_signals(lambda number: None, lambda: print("stopping", flush=True))
 """
 
 
-def test_second_stop_exits_at_once_inside_a_library() -> None:
+def test_second_stop_exits_at_once_inside_a_library():
     process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in ("ready\n", "stopping\n"):
@@ -98,7 +95,7 @@ def test_second_stop_exits_at_once_inside_a_library() -> None:
     process.stdout.close()
 
 
-def test_two_simultaneous_stops_leave_a_valid_state(stubs: Any) -> None:
+def test_two_simultaneous_stops_leave_a_valid_state(stubs):
     maker = start_training(stubs, "train.iterations=30", "train.pause=0.05", "score.seconds=0.1")
     os.kill(maker.pid, signal.SIGINT)
     os.kill(maker.pid, signal.SIGTERM)

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,9 +55,7 @@ def undisturbed(make_stubs: Any) -> Any:
     ],
     ids=lambda value: str(value)[:6],
 )
-def test_lost_rank_ends_the_run_which_then_resumes(
-    stubs: Any, undisturbed: Any, name: str, rank: int, code: int, message: str
-) -> None:
+def test_lost_rank_ends_the_run_which_then_resumes(stubs, undisturbed, name, rank, code, message):
     silence = {"mlxchat_silence_seconds": "4"} if name == "STOP" else {}  # a busy machine may be silent for a while
     process = stubs.start(*(THREE if name == "KILL" else RANKS), "train.pause=0.1", **silence)
     pids = wait_for(stubs, 3)
@@ -83,7 +80,7 @@ def test_lost_rank_ends_the_run_which_then_resumes(
     assert stubs.executions()["together"] == 2
 
 
-def test_failing_rank_is_named_and_its_traceback_kept(stubs: Any) -> None:
+def test_failing_rank_is_named_and_its_traceback_kept(stubs):
     code, text = stubs.run(*RANKS, "train.dtype=none")
     assert code == 1
     found = re.search(r"error: rank (1) \(process \d+ on .*\) failed: KeyError: 'none'\. All ranks have ended", text)
@@ -94,9 +91,7 @@ def test_failing_rank_is_named_and_its_traceback_kept(stubs: Any) -> None:
 
 
 @pytest.mark.slow
-def test_status_shows_ranks_until_a_second_signal_ends_all_at_once(
-    stubs: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_status_shows_ranks_until_a_second_signal_ends_all_at_once(stubs, capsys):
     process = stubs.start(*RANKS, "train.pause=60")
     pids = wait_for(stubs, 1)
     assert dispatch(["status", f"outputs={stubs.outputs}"]) == 0
@@ -114,7 +109,7 @@ def test_status_shows_ranks_until_a_second_signal_ends_all_at_once(
     assert "ranks" not in capsys.readouterr().out
 
 
-def test_rank_that_cannot_start_is_named_with_its_output(stubs: Any, tmp_path: Path) -> None:
+def test_rank_that_cannot_start_is_named_with_its_output(stubs, tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\necho no memory for this >&2\nexit 7\n")
     python.chmod(0o755)
@@ -127,7 +122,7 @@ def test_rank_that_cannot_start_is_named_with_its_output(stubs: Any, tmp_path: P
     assert "no memory for this" in text
 
 
-def test_ranks_have_logs_and_are_in_the_manifest(undisturbed: Any) -> None:
+def test_ranks_have_logs_and_are_in_the_manifest(undisturbed):
     (run,) = (undisturbed.outputs / "runs").iterdir()
     assert sorted(path.name for path in run.glob("rank*")) == ["rank-0.log", "rank-1.log", "rank-2.log", "ranks.json"]
     assert "rank 2 of 3" in (run / "rank-2.log").read_text()

@@ -102,16 +102,12 @@ WHOLE += [("eval_rl", f"{ANSWERED}:{passing}") for passing in (1, 5)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "place"), WHOLE)
-def test_killed_stage_gives_the_same_bytes(
-    step: str, place: str, stages: Any, settings: list[str], mlxchat: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_killed_stage_gives_the_same_bytes(step, place, stages, settings, mlxchat, tmp_path):
     kill_and_continue(step, place, stages(step), settings, mlxchat, tmp_path)
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EROFS"])
-def test_unwritable_disk_is_one_message(
-    error: str, settings: list[str], say: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_unwritable_disk_is_one_message(error, settings, say, monkeypatch, tmp_path):
     monkeypatch.setattr(crash, "_passed", {})
     monkeypatch.setenv("MLXCHAT_CRASH_AT", "run.folder")
     monkeypatch.setenv("MLXCHAT_CRASH_ERROR", error)

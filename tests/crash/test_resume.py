@@ -121,7 +121,7 @@ def wait_for(process: subprocess.Popen[str], outputs: Path, step: str, iteration
     pytest.fail(f"ended before iteration {iteration} of {step}: {process.communicate()[0]}")
 
 
-def test_settings_exercise_the_state(undisturbed: Story) -> None:
+def test_settings_exercise_the_state(undisturbed):
     """Otherwise equal bytes would prove nothing."""
     name = "model.safetensors"
     assert hash_file(undisturbed.file("sft", name)) != hash_file(undisturbed.file("pretrain", name))
@@ -135,7 +135,7 @@ def test_settings_exercise_the_state(undisturbed: Story) -> None:
     assert len({record["questions_asked"] for record in logged if "questions_asked" in record}) > 1
 
 
-def test_exit_codes_and_output_name_the_stop_and_the_resume(disturbed: Story) -> None:
+def test_exit_codes_and_output_name_the_stop_and_the_resume(disturbed):
     expected = [-number if number == KILL else 128 + number for _, _, number in disturbed.ends]
     assert disturbed.codes == [*expected, 0], disturbed.printed
     for printed, following, (step, _, number) in zip(
@@ -150,7 +150,7 @@ def test_exit_codes_and_output_name_the_stop_and_the_resume(disturbed: Story) ->
 
 
 @pytest.mark.parametrize("step", TRAININGS)
-def test_resumed_training_is_bit_exact(step: str, disturbed: Story, undisturbed: Story) -> None:
+def test_resumed_training_is_bit_exact(step, disturbed, undisturbed):
     ours, theirs = disturbed.manifest(step), undisturbed.manifest(step)
     assert ours["tree"] == theirs["tree"]
     assert list((disturbed.outputs / "work").iterdir()) == []
@@ -169,7 +169,7 @@ def test_resumed_training_is_bit_exact(step: str, disturbed: Story, undisturbed:
 
 
 @pytest.mark.parametrize("step", TRAININGS)
-def test_manifest_lists_every_attempt_and_where_it_resumed(step: str, disturbed: Story) -> None:
+def test_manifest_lists_every_attempt_and_where_it_resumed(step, disturbed):
     numbers = [number for each, _, number in disturbed.ends if each == step]
     attempts = disturbed.manifest(step)["attempts"]
     outcomes = [*("killed" if number == KILL else "interrupted" for number in numbers), "done"]
@@ -183,7 +183,7 @@ def test_manifest_lists_every_attempt_and_where_it_resumed(step: str, disturbed:
 
 
 @pytest.mark.slow
-def test_stopped_sweep_starts_no_further_job(settings: list[str], start_mlxchat: Any, tmp_path: Path) -> None:
+def test_stopped_sweep_starts_no_further_job(settings, start_mlxchat, tmp_path):
     outputs = tmp_path / "outputs"
     process = start_mlxchat("-m", *settings, "stage=pretrain", "pretrain.num_iterations=400,401", f"outputs={outputs}")
     wait_for(process, outputs, "pretrain", 5)

@@ -58,11 +58,11 @@ def children() -> list[psutil.Process]:
 
 @settings(max_examples=12)
 @given(texts=st.lists(st.text() | st.sampled_from(TEXTS), max_size=30), merges=st.integers(0, 40))
-def test_ranks_are_nanochats(texts: list[str], merges: int) -> None:
+def test_ranks_are_nanochats(texts, merges):
     assert train(texts, 256 + merges).ranks == nanochats_ranks(texts, 256 + merges)
 
 
-def test_ranks_do_not_depend_on_the_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_do_not_depend_on_the_buffer(monkeypatch):
     texts = [*TEXTS * 3, "", "long " * 400_000, *TEXTS, "\x00", "é" * 1000]
     expected = nanochats_ranks(texts, 400)
     assert train(texts, 400).ranks == expected
@@ -70,7 +70,7 @@ def test_ranks_do_not_depend_on_the_buffer(monkeypatch: pytest.MonkeyPatch) -> N
     assert train(iter(texts), 400).ranks == expected
 
 
-def test_documents_are_read_on_demand(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_are_read_on_demand(monkeypatch):
     """At most the two buffers, the pipe and a part are read ahead of the counting."""
     monkeypatch.setattr(bpe, "_BUFFER_DOCUMENTS", 8)
     asked, ahead = 0, []
@@ -93,7 +93,7 @@ def endless() -> Iterator[str]:
     return itertools.cycle(TEXTS)
 
 
-def test_merging_stops_at_once() -> None:
+def test_merging_stops_at_once():
     """Merging random words takes minutes; words of few patterns would have no merges left at once."""
     letters = random.Random(0)
     texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=40)) for _ in range(50_000)]
@@ -105,7 +105,7 @@ def test_merging_stops_at_once() -> None:
     assert children() == []
 
 
-def test_unreadable_document_raises_its_error() -> None:
+def test_unreadable_document_raises_its_error():
     def broken() -> Iterator[str]:
         yield "one"
         raise DataError("shard 7 is damaged")
@@ -117,13 +117,13 @@ def test_unreadable_document_raises_its_error() -> None:
     assert children() == []
 
 
-def test_memory_limit_is_enforced() -> None:
+def test_memory_limit_is_enforced():
     with pytest.raises(DataError, match=r"more than its limit of 1\.0 MB.*Lower tokenizer\.max_chars"):
         list(train_ranks(endless(), 300, memory_limit_bytes=1_000_000))
     assert children() == []
 
 
-def test_killed_worker_is_reported() -> None:
+def test_killed_worker_is_reported():
     def kill_at_once() -> None:
         for _ in train_ranks(endless(), 300):
             for child in children():
@@ -134,7 +134,7 @@ def test_killed_worker_is_reported() -> None:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_worker_ignores_stop_signals_at_its_start(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_ignores_stop_signals_at_its_start(number, monkeypatch):
     """At Ctrl-C a run ended with "training process ended by signal 2" if the worker got the signal first."""
 
     class Signalled(subprocess.Popen[bytes]):
@@ -159,7 +159,7 @@ PARENT = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_worker_ends_with_its_parent(number: int) -> None:
+def test_worker_ends_with_its_parent(number):
     with subprocess.Popen([sys.executable, "-c", dedent(PARENT)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         worker = psutil.Process(int(parent.stdout.readline()))
@@ -169,7 +169,7 @@ def test_worker_ends_with_its_parent(number: int) -> None:
     assert alive == []
 
 
-def test_ctrl_c_reaches_only_the_parent() -> None:
+def test_ctrl_c_reaches_only_the_parent():
     with subprocess.Popen(
         [sys.executable, "-c", dedent(PARENT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
@@ -183,7 +183,7 @@ def test_ctrl_c_reaches_only_the_parent() -> None:
     assert "ended by signal" not in text
 
 
-def test_vocabulary_has_265_tokens_at_least() -> None:
+def test_vocabulary_has_265_tokens_at_least():
     with pytest.raises(DataError, match="vocab_size is 264, expected at least 265"):
         train_tokenizer(TEXTS, 264)
     assert train_tokenizer([], 265).ranks == {bytes([byte]): byte for byte in range(256)}

@@ -32,19 +32,19 @@ def jsonl(path: Path, *lines: str) -> Path:
     ],
     ids=["txt", "jsonl", "separators", "byte order mark, surrogate"],
 )
-def test_text_and_jsonl_files_are_read(name: str, content: str, expected: list[str], tmp_path: Path) -> None:
+def test_text_and_jsonl_files_are_read(name, content, expected, tmp_path):
     (tmp_path / name).write_text(content, encoding="utf-8")
     assert read(tmp_path / name) == expected
 
 
-def test_all_invalid_jsonl_lines_are_listed(tmp_path: Path) -> None:
+def test_all_invalid_jsonl_lines_are_listed(tmp_path):
     lines = ['{"text": "good"}', "{", '{"txt": "x"}', '["text"]', "5", '{"text": 5}', '{"text": null}', "[" * 100_000]
     with pytest.raises(DataError, match=r"a\.jsonl: lines 2, 3, 4, 5, 6, 7, 8 are not JSON objects"):
         read(jsonl(tmp_path / "a.jsonl", *lines))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_missing_and_invalid_files_are_refused(tmp_path: Path, name: str) -> None:
+def test_missing_and_invalid_files_are_refused(tmp_path, name):
     with pytest.raises(DataError, match=name):
         read(tmp_path / name)
     (tmp_path / name).write_bytes(b"\xff\xfe\x00 neither text nor parquet")
@@ -64,7 +64,7 @@ def three_files(tmp_path: Path) -> list[str]:
     return [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet")]
 
 
-def test_files_are_gathered_without_blank_documents_in_the_seeds_order(three_files: list[str]) -> None:
+def test_files_are_gathered_without_blank_documents_in_the_seeds_order(three_files):
     (documents, sources), (same, _), (other, _) = (
         gather_documents([], three_files, document_chars=None, seed=seed) for seed in (0, 0, 1)
     )
@@ -77,7 +77,7 @@ def test_files_are_gathered_without_blank_documents_in_the_seeds_order(three_fil
         assert hashlib.sha256(path.read_bytes()).hexdigest() in source["sha256"]
 
 
-def test_empty_corpus_is_refused(tmp_path: Path) -> None:
+def test_empty_corpus_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text(" \n\n\n \n")
     for paths in ([], [str(tmp_path / "a.txt")]):
         with pytest.raises(DataError, match="corpus is empty"):

@@ -22,9 +22,7 @@ def texts(cursor: Documents, count: int, tokenizer: Tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [1, 7, 64])
-def test_documents_repeat_in_order_and_count_epochs(
-    hundred: Path, read_documents: Read, tokenizer: Tokenizer, count: int
-) -> None:
+def test_documents_repeat_in_order_and_count_epochs(hundred, read_documents, tokenizer, count):
     cursor, found = read_documents(hundred), []
     while len(found) < 200:
         found += texts(cursor, count, tokenizer)
@@ -34,7 +32,7 @@ def test_documents_repeat_in_order_and_count_epochs(
 
 
 @pytest.mark.parametrize("position", [0, 1, 7, 39, 40, 89, 90, 91, 150])
-def test_restored_cursor_continues_from_any_position(hundred: Path, read_documents: Read, position: int) -> None:
+def test_restored_cursor_continues_from_any_position(hundred, read_documents, position):
     first = read_documents(hundred)
     first.next(position)
     second = read_documents(hundred)
@@ -43,9 +41,7 @@ def test_restored_cursor_continues_from_any_position(hundred: Path, read_documen
     assert second.epoch == first.epoch
 
 
-def test_empty_shards_are_skipped_and_an_empty_corpus_refused(
-    make_corpus: Callable[..., Path], read_documents: Read, tokenizer: Tokenizer
-) -> None:
+def test_empty_shards_are_skipped_and_an_empty_corpus_refused(make_corpus, read_documents, tokenizer):
     folder = make_corpus(["held", "a", "b"], validation=1, shard=1, row_group=1)
     empty = pq.read_table(folder / "shard_00000.parquet").slice(0, 0)
     pq.write_table(empty, folder / "shard_00000.parquet")
@@ -80,7 +76,7 @@ def maker(hundred: Path, tokenizer: Tokenizer, tmp_path: Path) -> Maker:
     return Maker(hundred, tokenizer, tmp_path)
 
 
-def test_only_the_current_and_the_next_shard_are_encoded(maker: Maker) -> None:
+def test_only_the_current_and_the_next_shard_are_encoded(maker):
     cursor = Documents(maker.shards, maker)
     assert maker.asked == [], "nothing is encoded before the first document is read"
     cursor.next(1)
@@ -88,7 +84,7 @@ def test_only_the_current_and_the_next_shard_are_encoded(maker: Maker) -> None:
     assert maker.asked == [("shard_00000", True, "MainThread"), ("shard_00001", False, "encode shard_00001.parquet")]
 
 
-def test_reader_waits_for_the_background_encoding(maker: Maker) -> None:
+def test_reader_waits_for_the_background_encoding(maker):
     shards = Documents(maker.shards, maker)
     maker.block.clear()
     shards.prepare(1)
@@ -98,7 +94,7 @@ def test_reader_waits_for_the_background_encoding(maker: Maker) -> None:
     assert sorted(path.name for path in maker.work.iterdir()) == ["shard_00001"]
 
 
-def test_closing_ends_the_background_encoding(maker: Maker) -> None:
+def test_closing_ends_the_background_encoding(maker):
     shards, before = Documents(maker.shards, maker), threading.active_count()
     maker.block.clear()
     shards.prepare(1)
@@ -108,7 +104,7 @@ def test_closing_ends_the_background_encoding(maker: Maker) -> None:
     assert list(maker.work.iterdir()) == []
 
 
-def test_failed_background_encoding_is_raised_to_the_reader(maker: Maker) -> None:
+def test_failed_background_encoding_is_raised_to_the_reader(maker):
     def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
         if shard.stem == "shard_00001":
             raise OSError("disk is full")
@@ -120,7 +116,7 @@ def test_failed_background_encoding_is_raised_to_the_reader(maker: Maker) -> Non
         cursor.next(1)
 
 
-def test_number_of_open_shards_is_limited(maker: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_open_shards_is_limited(maker, monkeypatch):
     monkeypatch.setattr(documents_module, "_MOST_OPEN_SHARDS", 2)
     shards = Documents(maker.shards, maker)
     cursor = shards

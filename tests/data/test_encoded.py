@@ -52,9 +52,7 @@ def names(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_encoded_shard_does_not_depend_on_threads(
-    corpus: Path, tokenizer: Tokenizer, tmp_path: Path, threads: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_encoded_shard_does_not_depend_on_threads(corpus, tokenizer, tmp_path, threads, monkeypatch):
     monkeypatch.setattr(encoded_module, "_PART_DOCUMENTS", 2)  # so that row groups of 7 make several parts
     (shard,) = Corpus.open(corpus).validation
     numbers = encode_shard(shard, tokenizer, tmp_path, threads=threads)
@@ -65,9 +63,7 @@ def test_encoded_shard_does_not_depend_on_threads(
     assert (numbers["documents"], numbers["tokens"]) == (len(expected), len(arrays["ids"]))
 
 
-def test_step_reads_the_documents_of_its_corpus(
-    make_context: Callable[..., Context], corpus: Path, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_step_reads_the_documents_of_its_corpus(make_context, corpus, tokenizer, tmp_path):
     cursor = open_documents(make_context(), "train", tokenizer)
     got = [cursor.ids(address).tolist() for address, _ in cursor.next(180)]
     cursor.close()
@@ -75,9 +71,7 @@ def test_step_reads_the_documents_of_its_corpus(
     assert names(tmp_path) == [f"tokens-shard_0000{index}" for index in range(5)]
 
 
-def test_tokens_are_shared_by_text_and_tokenizer(
-    make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_are_shared_by_text_and_tokenizer(make_context, tokenizer, tmp_path, monkeypatch):
     def read(place: str, by: Tokenizer) -> None:
         open_documents(make_context(place), "validation", by).next(1)
 
@@ -91,18 +85,14 @@ def test_tokens_are_shared_by_text_and_tokenizer(
     assert names(tmp_path) == ["tokens-validation", "tokens-validation"]
 
 
-def test_stop_signal_ends_the_encoding(
-    make_context: Callable[..., Context], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_stop_signal_ends_the_encoding(make_context, tokenizer, tmp_path):
     cursor = open_documents(make_context(stop_signal=lambda: 15), "train", tokenizer)
     with pytest.raises(Interrupted, match=r"toy stopped at the encoding of shard_00000\.parquet"):
         cursor.next(1)
     assert names(tmp_path) == list((tmp_path / "outputs" / "work").iterdir()) == []
 
 
-def test_mixture_is_rendered_exactly_and_once(
-    make_context: Callable[..., Context], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_mixture_is_rendered_exactly_and_once(make_context, tokenizer, monkeypatch):
     items = {"arithmetic": TaskItem(task="arithmetic", size=20), "facts": TaskItem(task="facts", size=5)}
     mixture = Mixture(items, seed=1)
     tokens = open_mixture(make_context(), "mixture", mixture, tokenizer)

@@ -14,7 +14,6 @@ from kit.models import composed
 from kit.text import parquet
 from mlxchat.config.schema import HubConfig
 from mlxchat.data.sources import Corpus, pin_corpus
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, encode_shard
 from mlxchat.errors import DataError
 from mlxchat.hub.client import stop_fetching
@@ -52,7 +51,7 @@ def pin(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def test_artifact_pins_commit_and_files_without_text(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_artifact_pins_commit_and_files_without_text(hub, five, pin):
     folder = pin()
     assert [path.name for path in folder.iterdir()] == ["corpus.json"]
     listing = json.loads((folder / "corpus.json").read_text())
@@ -63,7 +62,7 @@ def test_artifact_pins_commit_and_files_without_text(hub: Any, five: Any, pin: C
     assert [row[0] for row in listing["validation"]] == ["shard_00004.parquet"]
 
 
-def test_documents_have_the_files_order(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_documents_have_the_files_order(hub, five, pin):
     corpus = Corpus.open(pin())
     assert list(corpus.documents("train")) == [text for index in range(4) for text in texts(index)]
     assert list(corpus.documents("validation")) == texts(4)
@@ -71,7 +70,7 @@ def test_documents_have_the_files_order(hub: Any, five: Any, pin: Callable[..., 
     assert (len(two.train), list(two.documents("validation"))) == (2, texts(4))
 
 
-def test_first_documents_are_held_out_without_validation_files(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_first_documents_are_held_out_without_validation_files(hub, five, pin):
     corpus = Corpus.open(pin(validation_files=None, validation_documents=12))
     assert list(corpus.documents("validation")) == texts(0)[:12]
     assert list(corpus.documents("train"))[:19] == [*texts(0)[12:], texts(1)[0]]
@@ -79,7 +78,7 @@ def test_first_documents_are_held_out_without_validation_files(hub: Any, five: A
     assert corpus.train[0].identity() != Corpus.open(pin()).train[0].identity()
 
 
-def test_other_columns_are_read_and_null_is_an_empty_document(hub: Any, pin: Callable[..., Path]) -> None:
+def test_other_columns_are_read_and_null_is_an_empty_document(hub, pin):
     files = {f"shard_{index:05d}.parquet": parquet(texts(index), column="story") for index in range(5)}
     hub.add(NAME, {**files, "shard_00000.parquet": parquet(["one", None, "three"], column="story")})
     shard = Corpus.open(pin(column="story")).train[0]
@@ -88,7 +87,7 @@ def test_other_columns_are_read_and_null_is_an_empty_document(hub: Any, pin: Cal
 
 
 @pytest.mark.parametrize(("name", "shards"), [("fineweb_edu", 1823), ("climbmix", 6543)])
-def test_nanochats_corpora_hold_out_the_last_shard(hub: Any, name: str, shards: int) -> None:
+def test_nanochats_corpora_hold_out_the_last_shard(hub, name, shards):
     """`shard_00000.parquet` to `MAX_SHARD`, as in nanochat's dataset.py, which validates on the last one."""
     config = composed(f"corpus={name}").corpus
     assert config.hub is not None
@@ -110,21 +109,19 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_missing_files_and_columns_are_refused(hub: Any, five: Any, pin: Callable[..., Path], name: str) -> None:
+def test_missing_files_and_columns_are_refused(hub, five, pin, name):
     five.files["notes.json"] = b"{}"
     changes, message = REFUSED[name]
     with pytest.raises(DataError, match=message):
         pin(**changes)
 
 
-def test_density_is_measured_on_the_validation_file(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_density_is_measured_on_the_validation_file(hub, five, pin):
     expected = sum(map(len, texts(4))) / len(five.files["shard_00004.parquet"])
     assert Corpus.open(pin()).chars_per_byte == pytest.approx(expected)
 
 
-def test_full_disk_is_refused_before_downloads(
-    hub: Any, five: Any, pin: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_is_refused_before_downloads(hub, five, pin, monkeypatch):
     import shutil
 
     pin()
@@ -144,7 +141,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def test_needed_files_are_downloaded_in_the_background(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_needed_files_are_downloaded_in_the_background(hub, five, pin):
     density = Corpus.open(pin()).chars_per_byte
     stop_fetching()
     pin(train_chars=2.5 * density * len(five.files["shard_00000.parquet"]))
@@ -154,9 +151,7 @@ def test_needed_files_are_downloaded_in_the_background(hub: Any, five: Any, pin:
     assert not hub.requests("shard_00003.parquet")
 
 
-def test_reader_waits_for_the_background_download(
-    hub: Any, five: Any, pin: Callable[..., Path], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reader_waits_for_the_background_download(hub, five, pin, capsys):
     corpus = Corpus.open(pin())
     stop_fetching()
     hub.faults.latency_seconds = 0.2
@@ -167,7 +162,7 @@ def test_reader_waits_for_the_background_download(
     assert "waiting for org/texts/shard_00002.parquet, which process this one is fetching" in capsys.readouterr().err
 
 
-def test_background_failure_is_raised_to_the_reader(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_background_failure_is_raised_to_the_reader(hub, five, pin):
     corpus = Corpus.open(pin())
     stop_fetching()
     hub.faults.corrupt, hub.faults.times = "shard_00002.parquet", 0
@@ -177,7 +172,7 @@ def test_background_failure_is_raised_to_the_reader(hub: Any, five: Any, pin: Ca
         list(corpus.train[2].documents())
 
 
-def test_closing_ends_threads_within_a_file(hub: Any, five: Any, pin: Callable[..., Path]) -> None:
+def test_closing_ends_threads_within_a_file(hub, five, pin):
     five.files["shard_00001.parquet"] = random.Random(0).randbytes(1_000_000)
     hub.faults.block_seconds = 0.05
     corpus = Corpus.open(pin())
@@ -187,9 +182,7 @@ def test_closing_ends_threads_within_a_file(hub: Any, five: Any, pin: Callable[.
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fetch ")]
 
 
-def test_encoded_shard_is_not_downloaded(
-    hub: Any, five: Any, pin: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_encoded_shard_is_not_downloaded(hub, five, pin, tokenizer, tmp_path):
     shards = Corpus.open(pin()).train
     stop_fetching()
     before = len(hub.requests("shard_00003.parquet"))

@@ -37,7 +37,7 @@ def questions(mixture: Mixture) -> list[str]:
     return [mixture[index]["messages"][0]["content"] for index in range(len(mixture))]
 
 
-def test_epochs_repeat_conversations_and_the_seed_shuffles_them(items: dict[str, TaskItem]) -> None:
+def test_epochs_repeat_conversations_and_the_seed_shuffles_them(items):
     first, same, other = (questions(Mixture(items, seed=seed)) for seed in (1, 1, 2))
     counts = Counter(first)
     assert {key: counts.pop(key) for key in ("q0", "q1", "q2")} == {"q0": 2, "q1": 2, "q2": 2}
@@ -48,7 +48,7 @@ def test_epochs_repeat_conversations_and_the_seed_shuffles_them(items: dict[str,
     assert mine not in (sorted(mine), sorted(mine, reverse=True)), "tasks are mixed"
 
 
-def test_empty_mixtures_and_empty_slices_are_refused(tmp_path: Path) -> None:
+def test_empty_mixtures_and_empty_slices_are_refused(tmp_path):
     for nothing in ({}, {"sums": TaskItem(task="arithmetic", size=5, epochs=0)}):
         with pytest.raises(ConfigError, match="no conversation"):
             Mixture(nothing, seed=0)
@@ -57,13 +57,13 @@ def test_empty_mixtures_and_empty_slices_are_refused(tmp_path: Path) -> None:
         Mixture({"mine": item, "sums": TaskItem(task="arithmetic", size=5)}, seed=0)
 
 
-def test_start_stop_and_step_slice_the_task(tmp_path: Path) -> None:
+def test_start_stop_and_step_slice_the_task(tmp_path):
     path = write_questions(tmp_path, 10)
     item = TaskItem(task="identity_conversations", path=path, start=2, stop=9, step=3, epochs=2)
     assert sorted(questions(Mixture({"mine": item}, seed=0))) == ["q2", "q2", "q5", "q5", "q8", "q8"]
 
 
-def test_weights_divide_the_total_size(tmp_path: Path) -> None:
+def test_weights_divide_the_total_size(tmp_path):
     mine = TaskItem(task="identity_conversations", path=write_questions(tmp_path, 4), weight=3.0)
     mixture = Mixture({"mine": mine, "sums": TaskItem(task="arithmetic", size=12, weight=1.0)}, seed=0)
     assert mixture.counts() == {"mine": 12, "sums": 4}
@@ -71,7 +71,7 @@ def test_weights_divide_the_total_size(tmp_path: Path) -> None:
     assert [asked[f"q{i}"] for i in range(4)] == [3, 3, 3, 3]
 
 
-def test_order_is_nanochats() -> None:
+def test_order_is_nanochats():
     pairs = [(task, place) for task, size in enumerate((5, 3, 3, 1, 8)) for place in range(size)]
     expected = list(pairs)
     random.Random(42).shuffle(expected)
@@ -105,7 +105,7 @@ def fetching(monkeypatch: pytest.MonkeyPatch) -> TaskItem:
     return item
 
 
-def test_downloads_are_recorded_once_and_end_at_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloads_are_recorded_once_and_end_at_a_stop(monkeypatch):
     ctx: Any = StageContext()
     item = fetching(monkeypatch)
     Mixture({"a": item, "b": item}, seed=0, load=partial(open_item, ctx))
@@ -115,7 +115,7 @@ def test_downloads_are_recorded_once_and_end_at_a_stop(monkeypatch: pytest.Monke
         open_item(ctx, item)
 
 
-def test_a_given_order_learns_one_task_after_the_other(items: dict[str, TaskItem]) -> None:
+def test_a_given_order_learns_one_task_after_the_other(items):
     for order in (["sums", "mine"], ["mine", "sums"]):
         mixture = Mixture(items, seed=0, order=order)
         tasks = [mixture.task_of(index) for index in range(len(mixture))]

@@ -58,9 +58,7 @@ def naive_document_rows(
 
 @settings(max_examples=25)
 @given(row_tokens=st.integers(3, 120), wanted=st.integers(1, 250), count=st.sampled_from([30, 30, 400]))
-def test_document_rows_equal_a_naive_best_fit(
-    corpus: Path, read_documents: Read, tokenizer: Tokenizer, row_tokens: int, wanted: int, count: int
-) -> None:
+def test_document_rows_equal_a_naive_best_fit(corpus, read_documents, tokenizer, row_tokens, wanted, count):
     """400 rows of 120 tokens are several epochs."""
     rows = DocumentRows(read_documents(corpus), row_tokens, wanted)
     got = [rows.next_row() for _ in range(count)]
@@ -72,9 +70,7 @@ def test_document_rows_equal_a_naive_best_fit(
 
 
 @pytest.mark.parametrize("packing_name", ["best_fit", "best_fit_whole", "stream"])
-def test_validation_counts_every_token_once(
-    corpus: Path, read_documents: Read, tokenizer: Tokenizer, packing_name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_validation_counts_every_token_once(corpus, read_documents, tokenizer, packing_name, capsys):
     """Guards against small validation sets that silently count several times."""
     texts = [[tokenizer.bos, *tokenizer.encode(text)] for text in Corpus.open(corpus).documents("validation")]
     size = sum(map(len, texts))
@@ -130,7 +126,7 @@ CONVERSATIONS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_si
 )
 
 
-def test_long_conversation_is_truncated_and_counted(tokenizer: Tokenizer) -> None:
+def test_long_conversation_is_truncated_and_counted(tokenizer):
     """nanochat's loader of 2026 never places such a conversation, and its buffer fills up with them."""
     long = conversation(0, 0, 50)
     rows = chat_rows([long], tokenizer, row_tokens=20, wanted=1)
@@ -143,9 +139,7 @@ def test_long_conversation_is_truncated_and_counted(tokenizer: Tokenizer) -> Non
 
 @settings(max_examples=40)
 @given(conversations=CONVERSATIONS, row_tokens=st.integers(30, 100), wanted=st.integers(1, 40), seed=st.integers(0, 9))
-def test_epoch_has_every_conversation_once_with_its_targets(
-    tokenizer: Tokenizer, conversations: list[dict[str, Any]], row_tokens: int, wanted: int, seed: int
-) -> None:
+def test_epoch_has_every_conversation_once_with_its_targets(tokenizer, conversations, row_tokens, wanted, seed):
     masks = {tuple(ids): mask for ids, mask in (render_conversation(tokenizer, each) for each in conversations)}
     rows, counted = (
         chat_rows(conversations, tokenizer, row_tokens=row_tokens, wanted=wanted, seed=seed) for _ in range(2)
@@ -167,7 +161,7 @@ def test_epoch_has_every_conversation_once_with_its_targets(
 @given(
     st.lists(st.integers(0, 300), min_size=1, max_size=4), st.sampled_from([1, 127, 128, 129, 300]), st.integers(0, 9)
 )
-def test_trimming_removes_only_padding(used: list[int], width: int, seed: int) -> None:
+def test_trimming_removes_only_padding(used, width, seed):
     rng = np.random.default_rng(seed)
     ids = rng.integers(0, 50, (len(used), width)).astype(np.int32)
     targets = np.full_like(ids, IGNORED)

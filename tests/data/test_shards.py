@@ -1,8 +1,5 @@
 """Shards: every document once, nanochat's format, few documents in memory."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +9,7 @@ from mlxchat.data.sources import Corpus, Shard, write_shards
 from mlxchat.errors import DataError
 
 
-def test_shards_have_nanochats_format_and_every_document_once(hundred: Path) -> None:
+def test_shards_have_nanochats_format_and_every_document_once(hundred):
     corpus = Corpus.open(hundred)
     assert list(corpus.documents("validation")) == DOCUMENTS[:10]
     assert list(corpus.documents("train")) == DOCUMENTS[10:]
@@ -24,13 +21,13 @@ def test_shards_have_nanochats_format_and_every_document_once(hundred: Path) -> 
     assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [7, 7, 7, 7, 7, 5]
 
 
-def test_shards_are_reproducible(hundred: Path, make_corpus: Callable[..., Path]) -> None:
+def test_shards_are_reproducible(hundred, make_corpus):
     again = make_corpus(DOCUMENTS, validation=10, shard=40, row_group=7)
     for path in hundred.iterdir():
         assert (again / path.name).read_bytes() == path.read_bytes()
 
 
-def test_corpora_without_training_documents_are_refused(tmp_path: Path) -> None:
+def test_corpora_without_training_documents_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"corpus has 3 documents, of which corpus\.validation_documents=3"):
         write_shards(tmp_path, DOCUMENTS[:3], validation_documents=3, shard_documents=10, row_group_documents=5)
     assert not list(tmp_path.iterdir())
@@ -38,7 +35,7 @@ def test_corpora_without_training_documents_are_refused(tmp_path: Path) -> None:
         Corpus.open(tmp_path)
 
 
-def test_few_long_documents_are_in_memory(tmp_path: Path) -> None:
+def test_few_long_documents_are_in_memory(tmp_path):
     """A kilobyte of parquet can contain 1,024 equal documents of many megabytes."""
     path = tmp_path / "long.parquet"
     pq.write_table(pa.table({"text": ["x" * (2 << 20)] * 64}), path, compression="zstd")

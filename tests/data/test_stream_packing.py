@@ -44,9 +44,7 @@ def encode_all(corpus: Path, tokenizer: Tokenizer) -> list[list[int]]:
 
 @settings(max_examples=25)
 @given(row_tokens=st.integers(1, 90), batch_rows=st.integers(1, 7), count=st.integers(1, 60))
-def test_stream_batches_are_slices_of_all_tokens(
-    corpus: Path, read_documents: Read, tokenizer: Tokenizer, row_tokens: int, batch_rows: int, count: int
-) -> None:
+def test_stream_batches_are_slices_of_all_tokens(corpus, read_documents, tokenizer, row_tokens, batch_rows, count):
     rows = document_rows("stream", read_documents(corpus), tokenizer, row_tokens=row_tokens, batch_rows=batch_rows)
     everything = [id_ for ids in encode_all(corpus, tokenizer) for id_ in ids]
     batch_tokens = row_tokens * batch_rows + 1
@@ -61,9 +59,7 @@ def test_stream_batches_are_slices_of_all_tokens(
 
 @settings(max_examples=25)
 @given(row_tokens=st.integers(2, 90), wanted=st.integers(1, 20))
-def test_best_fit_whole_places_every_token_once(
-    corpus: Path, read_documents: Read, tokenizer: Tokenizer, row_tokens: int, wanted: int
-) -> None:
+def test_best_fit_whole_places_every_token_once(corpus, read_documents, tokenizer, row_tokens, wanted):
     """Pieces of one document follow each other, whatever rows they are in."""
     rows = document_rows("best_fit_whole", read_documents(corpus), tokenizer, row_tokens=row_tokens, wanted=wanted)
     pieces: dict[Any, list[int]] = {}
@@ -84,7 +80,7 @@ def test_best_fit_whole_places_every_token_once(
     assert rows.counts()["cropped_tokens"] == 0
 
 
-def test_cropped_share_is_of_all_tokens_read(corpus: Path, read_documents: Read, tokenizer: Tokenizer) -> None:
+def test_cropped_share_is_of_all_tokens_read(corpus, read_documents, tokenizer):
     rows = document_rows("best_fit", read_documents(corpus), tokenizer, row_tokens=20)
     for _ in range(50):
         rows.next_row()
@@ -104,7 +100,7 @@ def chat_rows(
 
 
 @pytest.mark.parametrize("seed", [1, None])
-def test_alone_rows_have_one_conversation_and_padding(tokenizer: Tokenizer, seed: int | None) -> None:
+def test_alone_rows_have_one_conversation_and_padding(tokenizer, seed):
     rows = chat_rows("alone", tokenizer, count=12, row_tokens=50, seed=seed)
     order = []
     for _ in range(24):
@@ -123,7 +119,7 @@ def test_alone_rows_have_one_conversation_and_padding(tokenizer: Tokenizer, seed
 
 @pytest.mark.parametrize("packing", CONVERSATION_PACKINGS)
 @pytest.mark.parametrize("train_on", ["all", "assistant"])
-def test_conversations_read_once_are_targets_once(tokenizer: Tokenizer, packing: str, train_on: str) -> None:
+def test_conversations_read_once_are_targets_once(tokenizer, packing, train_on):
     """Guards against validation rows that run on into the conversations of a second epoch."""
     rows = take_rows(chat_rows(packing, tokenizer, row_tokens=70, train_on=train_on, once=True), 1000)
     counted = Counter(int(id_) for _, targets in rows for id_ in targets[targets != IGNORED])
@@ -141,7 +137,7 @@ def test_conversations_read_once_are_targets_once(tokenizer: Tokenizer, packing:
 
 
 @pytest.mark.parametrize("train_on", ["all", "assistant"])
-def test_conversation_stream_has_the_epochs_order(tokenizer: Tokenizer, train_on: str) -> None:
+def test_conversation_stream_has_the_epochs_order(tokenizer, train_on):
     order = list(range(30))
     random.Random("1/0").shuffle(order)
     rendered = [render_conversation(tokenizer, conversations(30)[number]) for number in order]
@@ -162,9 +158,7 @@ def test_conversation_stream_has_the_epochs_order(tokenizer: Tokenizer, train_on
     packing=st.sampled_from([*DOCUMENT_PACKINGS, *(f"chat {name}" for name in CONVERSATION_PACKINGS)]),
     row_tokens=st.integers(30, 70),
 )
-def test_resumed_rows_are_equal(
-    corpus: Path, read_documents: Read, tokenizer: Tokenizer, stops: list[int], packing: str, row_tokens: int
-) -> None:
+def test_resumed_rows_are_equal(corpus, read_documents, tokenizer, stops, packing, row_tokens):
     def start() -> RowStream:
         if packing.startswith("chat "):
             return chat_rows(packing[5:], tokenizer, row_tokens=row_tokens)

@@ -37,14 +37,14 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @given(st.text())
 @example("<|bos|><|user_start|>")
 @example("\U0001f600\u0301 ZWJ \u200d")
-def test_encoding_is_lossless(tokenizer: Tokenizer, text: str) -> None:
+def test_encoding_is_lossless(tokenizer, text):
     ids = tokenizer.encode(text)
     assert (tokenizer.decode_bytes(ids), tokenizer.decode(ids)) == (text.encode(), text)
     assert int(tokenizer.token_bytes[ids].sum()) == len(text.encode())
 
 
 @pytest.mark.parametrize("text", [" " * 1_000_000, "x" + " " * 1_500_000])
-def test_blanks_beyond_the_backtracking_limit_are_encoded(tokenizer: Tokenizer, text: str) -> None:
+def test_blanks_beyond_the_backtracking_limit_are_encoded(tokenizer, text):
     """nanochat's tokenizer panics."""
     with pytest.raises(ValueError, match="backtrack"):
         tokenizer.encoding.encode_to_numpy(text)
@@ -59,19 +59,19 @@ def test_blanks_beyond_the_backtracking_limit_are_encoded(tokenizer: Tokenizer, 
     [*((text, text) for text in ("a" * 200_000, "\n" * 200_000, "!" * 100_000, "the cat sat. " * 30_000)),
      ("a\ud800b", "a\ufffdb")],
 )  # fmt: skip
-def test_long_runs_and_lone_surrogates_are_encoded(tokenizer: Tokenizer, text: str, expected: str) -> None:
+def test_long_runs_and_lone_surrogates_are_encoded(tokenizer, text, expected):
     assert tokenizer.decode(tokenizer.encode(text)) == expected
     (document,) = tokenizer.encode_documents([text.replace("\ud800", "\ufffd")])
     assert tokenizer.decode(document[1:].tolist()) == expected
 
 
-def test_token_bytes_are_lengths_or_zero_for_special_tokens(tokenizer: Tokenizer) -> None:
+def test_token_bytes_are_lengths_or_zero_for_special_tokens(tokenizer):
     lengths = {rank: len(token) for token, rank in tokenizer.ranks.items()}
     assert tokenizer.token_bytes.tolist() == [lengths.get(rank, 0) for rank in range(320)]
     assert tokenizer.token_bytes[0xC3] == 1  # the first byte of é, invalid alone
 
 
-def test_most_frequent_pair_is_merged_first() -> None:
+def test_most_frequent_pair_is_merged_first():
     """The textbook's example: aa is the most frequent pair, then ab, then aa with ab."""
     ranks = train_tokenizer(["aaabdaaabac"], 256 + 9 + 3).ranks
     assert [ranks[token] for token in (b"aa", b"ab", b"aaab")] == [256, 257, 258]
@@ -83,7 +83,7 @@ def hugging_face(folder: Path) -> Any:
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-def test_tokenizers_library_gives_the_same_ids(tokenizer: Tokenizer, hugging_face: Any) -> None:
+def test_tokenizers_library_gives_the_same_ids(tokenizer, hugging_face):
     for text in VARIED:
         ids = hugging_face.encode(text).ids
         assert ids == tokenizer.encode(text)
@@ -120,7 +120,7 @@ SYSTEM = {"role": "system", "content": "Be brief. "}
     [[USER, ASSISTANT], [SYSTEM, USER, ASSISTANT], [SYSTEM, USER, ASSISTANT, USER, ASSISTANT], [USER], [SYSTEM, USER],
      [USER, ASSISTANT, USER]],
 )  # fmt: skip
-def test_chat_template_equals_our_rendering(tokenizer: Tokenizer, folder: Path, messages: list[dict[str, str]]) -> None:
+def test_chat_template_equals_our_rendering(tokenizer, folder, messages):
     ids, _ = render_conversation(tokenizer, {"messages": messages})
     assert render_template(folder, messages, add_generation_prompt=False) == tokenizer.decode(ids)
     if messages[-1] is USER:
@@ -143,7 +143,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("lines", DAMAGE.values(), ids=DAMAGE.keys())
-def test_damaged_files_are_refused(tmp_path: Path, lines: list[str] | None) -> None:
+def test_damaged_files_are_refused(tmp_path, lines):
     if lines is not None:
         (tmp_path / "ranks.tiktoken").write_text("\n".join(lines) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"ranks\.tiktoken"):

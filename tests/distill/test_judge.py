@@ -52,7 +52,7 @@ def written(place: Path) -> list[Any]:
     return [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
 
 
-def test_task_pairs_reads_the_preferred_answers_as_chosen(judge: Judge, teacher: Teacher, place: Path) -> None:
+def test_task_pairs_reads_the_preferred_answers_as_chosen(judge, teacher, place):
     assert judge(lines=LINES[:32]) == 0
     assert len(teacher.bodies) == 8 * (NUM_ANSWERS - 1), "equal answers count once"
     task = Pairs("train", path=place / "out.jsonl", held_out_frac=0)
@@ -62,7 +62,7 @@ def test_task_pairs_reads_the_preferred_answers_as_chosen(judge: Judge, teacher:
     assert {pair["messages"][0]["content"] for pair in pairs} == {line["question"] for line in LINES[:32]}
 
 
-def test_both_orders_are_shown_equally_often(judge: Judge, teacher: Teacher, place: Path, capsys: Capture) -> None:
+def test_both_orders_are_shown_equally_often(judge, teacher, place, capsys):
     """80 fair draws: 3.5 standard deviations are 16; the draws are fixed, so this does not fail by chance."""
     judge()
     longer_first = sum(len(first) > len(second) for first, second in map(shown, teacher.asked()))
@@ -70,7 +70,7 @@ def test_both_orders_are_shown_equally_often(judge: Judge, teacher: Teacher, pla
     assert f"preferred in {longer_first / 80:.1%} of pairs" in capsys.readouterr().out
 
 
-def test_verdicts_are_cached_and_independent_of_other_lines(judge: Judge, teacher: Teacher, place: Path) -> None:
+def test_verdicts_are_cached_and_independent_of_other_lines(judge, teacher, place):
     lines = LINES[:32]
     judge(lines=lines)
     before = (place / "out.jsonl").read_bytes()
@@ -81,7 +81,7 @@ def test_verdicts_are_cached_and_independent_of_other_lines(judge: Judge, teache
     assert len(written(place)) == 8
 
 
-def test_verdicts_are_read_from_usual_replies(judge: Judge, teacher: Teacher, place: Path) -> None:
+def test_verdicts_are_read_from_usual_replies(judge, teacher, place):
     replies = ["B", " b.\n", "**B**", "Answer: B", "[[B]]", "answer_B", "<think>A?</think>B"]
     said = iter(replies)
     teacher.script = lambda prompt, tries: Reply(next(said))
@@ -90,7 +90,7 @@ def test_verdicts_are_read_from_usual_replies(judge: Judge, teacher: Teacher, pl
     assert [pair["chosen"][0]["content"] for pair in written(place)] == [shown(one)[1] for one in teacher.asked()]
 
 
-def test_ties_and_other_replies_give_no_pair(judge: Judge, teacher: Teacher, place: Path, capsys: Capture) -> None:
+def test_ties_and_other_replies_give_no_pair(judge, teacher, place, capsys):
     replies = iter(["tie", "Both A and B are fine", "", "A"])
     teacher.script = lambda prompt, tries: Reply(next(replies))
     assert judge("--limit", "4", "--concurrency", "1") == 0
@@ -100,7 +100,7 @@ def test_ties_and_other_replies_give_no_pair(judge: Judge, teacher: Teacher, pla
     assert (counts["tied"], counts["unclear"], counts["kept"], counts["preferred_first"]) == (1, 1, 1, 1)
 
 
-def test_judge_sees_the_conversation_and_the_criteria(judge: Judge, teacher: Teacher, place: Path) -> None:
+def test_judge_sees_the_conversation_and_the_criteria(judge, teacher, place):
     turns = [{"role": role, "content": f"{role} {number}"} for number, role in enumerate(["user", "assistant", "user"])]
     lines = [{"messages": [*turns, {"role": "assistant", "content": answer}]} for answer in ("one", "three")]
     judge("--system", "Be strict", lines=lines)
@@ -111,7 +111,7 @@ def test_judge_sees_the_conversation_and_the_criteria(judge: Judge, teacher: Tea
     assert written(place)[0]["prompt"] == turns
 
 
-def test_cost_limit_resumes_without_paying_twice(judge: Judge, teacher: Teacher, place: Path) -> None:
+def test_cost_limit_resumes_without_paying_twice(judge, teacher, place):
     limits = ["--price", "0,1000", "--max-tokens", "16", "--concurrency", "1", "--max-cost"]  # a reply costs 0.005
     judge(*limits, "0.05", lines=LINES[:40])
     paid = len(teacher.bodies)
@@ -122,7 +122,7 @@ def test_cost_limit_resumes_without_paying_twice(judge: Judge, teacher: Teacher,
     assert len(set(teacher.asked())) == 20
 
 
-def test_judge_refuses_unfit_options_and_files(judge: Judge, teacher: Teacher, place: Path) -> None:
+def test_judge_refuses_unfit_options_and_files(judge, teacher, place):
     with pytest.raises(ConfigError) as caught:
         judge("--samples", "2", "--only-correct", "--keep-cut")
     assert [line.split(",")[0] for line in str(caught.value).splitlines()] == [

@@ -118,13 +118,13 @@ def assert_close(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> 
 
 
 @pytest.mark.parametrize("name", ["straight", "stopped", "continued", "finished", "extended", "warm", "broken"])
-def test_two_ranks_train_as_one_process(name: str, one: Any, two: Any) -> None:
+def test_two_ranks_train_as_one_process(name, one, two):
     assert_equal(two[1][name], one[1][name])
     place = "stopped" if name == "continued" else name
     assert_close(arrays_of(two[0], place), arrays_of(one[0], place))
 
 
-def test_resume_with_two_ranks_is_bit_exact(two: Any) -> None:
+def test_resume_with_two_ranks_is_bit_exact(two):
     folder, found = two
     straight, continued = arrays_of(folder, "straight"), arrays_of(folder, "stopped")
     assert all(straight[key].tobytes() == continued[key].tobytes() for key in straight)
@@ -132,14 +132,14 @@ def test_resume_with_two_ranks_is_bit_exact(two: Any) -> None:
 
 
 @pytest.mark.parametrize("number", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_resume_with_another_number_of_ranks(number: int, two: Any, one: Any) -> None:
+def test_resume_with_another_number_of_ranks(number, two, one):
     folder, name = two[0], f"left for {number}"
     found = resume(None, str(folder), name) if number == 1 else ranks.lead_ranks(resume, number, str(folder), name)
     assert_equal(found, one[1]["straight"])
     assert_close(arrays_of(folder, name), arrays_of(one[0], "straight"))
 
 
-def test_ranks_skip_updates_and_restore_best_weights(two: Any) -> None:
+def test_ranks_skip_updates_and_restore_best_weights(two):
     records = two[1]["broken"]["records"]
     assert (records[2][1], records[2][3]) == (-1, 1)
     assert all(np.isfinite(record[1]) for record in records[3:])

@@ -65,7 +65,7 @@ def found() -> list[dict[str, Any]]:
     return list(ranks.run_ranks(use_group, 3))
 
 
-def test_broadcasts_are_bit_exact_from_any_rank(found: Any) -> None:
+def test_broadcasts_are_bit_exact_from_any_rank(found):
     for each in found:
         assert each["shared"] == BITS
         assert (each["scalar"], each["shape"]) == (3.5, [2, 0, 3])
@@ -73,14 +73,14 @@ def test_broadcasts_are_bit_exact_from_any_rank(found: Any) -> None:
         assert each["nothing"] is None
 
 
-def test_values_are_gathered_in_the_order_of_ranks(found: Any) -> None:
+def test_values_are_gathered_in_the_order_of_ranks(found):
     for each in found:
         assert each["gathered JSON"] == [{"rank": rank, "text": "ü" * 40 * rank} for rank in range(3)]
         assert each["gathered"] == [[0, 10], [1, 11], [2, 12]]
         assert each["traffic"] == [True, True]
 
 
-def test_sums_have_equal_bits_on_all_ranks(found: Any) -> None:
+def test_sums_have_equal_bits_on_all_ranks(found):
     for each, bucket in product(found, (64 * 2**20, 1)):
         assert each[f"sums {bucket}"] == {"a": [[6.0, 6.0]] * 3, "b": [3], "c": 0.75, "none": [], "d": [30.0] * 5}
     assert found[0]["noise"] == found[1]["noise"] == found[2]["noise"]
@@ -103,7 +103,7 @@ class Fake:
 
 @settings(max_examples=30)
 @given(size=st.integers(1, 20), count=st.integers(0, 100))
-def test_parts_are_contiguous_and_as_equal_as_can_be(size: int, count: int) -> None:
+def test_parts_are_contiguous_and_as_equal_as_can_be(size, count):
     parts = [range(count)[Group(Fake(rank, size), "ring").part(count)] for rank in range(size)]
     assert [index for part in parts for index in part] == list(range(count))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
@@ -127,7 +127,7 @@ def lead(team: Team) -> list[Any]:
     return [team.call(remember, {"add": 1}, given), team.call(remember, {"add": 10}), len(team.kept)]
 
 
-def test_all_ranks_call_the_function_with_equal_arguments() -> None:
+def test_all_ranks_call_the_function_with_equal_arguments():
     first, second, _ = ranks.lead_ranks(lead, 3)
     seen = {
         "ids": ["mlx.core.int32", [[0.0, 1.0], [2.0, 3.0]]], "half": ["mlx.core.bfloat16", [1.5, -2.0]],
@@ -151,7 +151,7 @@ def leave(group: Group) -> str:
     return "not detected"
 
 
-def test_a_lost_rank_raises_peer_lost() -> None:
+def test_a_lost_rank_raises_peer_lost():
     results = ranks.run_ranks(leave, 2, fresh=True)
     assert results[1] == "left"
     assert "another process of the group is gone" in results[0]
@@ -165,7 +165,7 @@ def cost(lengths: list[int]) -> int:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 4])
-def test_the_most_expensive_part_has_the_least_possible_cost(parts: int) -> None:
+def test_the_most_expensive_part_has_the_least_possible_cost(parts):
     rng = np.random.default_rng(parts)
     for count in range(9):
         lengths = rng.integers(1, 40, count).tolist()

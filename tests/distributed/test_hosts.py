@@ -5,8 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -67,7 +65,7 @@ def has_namespaces() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_namespaces(), reason="network namespaces are not allowed here")
-def test_two_hosts_end_with_their_link_and_resume(tiny: tuple[str, ...], mlxchat: Any, tmp_path: Path) -> None:
+def test_two_hosts_end_with_their_link_and_resume(tiny, mlxchat, tmp_path):
     settings = [*tiny, "stage=pretrain", "pretrain.num_iterations=300", "machine.checkpoint_seconds=0"]
     outputs = f"outputs={tmp_path}/outputs"
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLXCHAT", "MLX_", "PYTHON"))}

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import pytest
 
 from kit import ranks
 from mlxchat.distributed.team import Team
@@ -32,13 +31,13 @@ def clear(team: Team) -> list[list[int]]:
     return [before, team.call(cached)]
 
 
-def test_all_ranks_clear_their_caches() -> None:
+def test_all_ranks_clear_their_caches():
     before, after = ranks.lead_ranks(clear, 2)
     assert min(before) >= 2**24
     assert max(after) < 2**20
 
 
-def test_a_teachers_folder_is_sent_as_an_absolute_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_teachers_folder_is_sent_as_an_absolute_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     teacher = OutsideTeacher(None, 10, Path("teacher"))
     sent = send_teacher(Team(), Distillation(teacher=teacher, mix=Mix(weight=0.5), size=SIZE))

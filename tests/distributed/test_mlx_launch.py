@@ -53,7 +53,7 @@ def two_hosts(tmp_path: Path) -> Callable[[str], dict[str, Any]]:
     return make
 
 
-def test_ranks_of_a_hostfile_connect_and_print_an_error_once(launch: Any, two_hosts: Any, tmp_path: Path) -> None:
+def test_ranks_of_a_hostfile_connect_and_print_an_error_once(launch, two_hosts, tmp_path):
     process = launch("machine.num_processes=3", "experiment=smoke", f"outputs={tmp_path}", **two_hosts("A=B"))
     text, _ = process.communicate(timeout=60)
     assert "2 ranks compute together (ring)" in text
@@ -62,7 +62,7 @@ def test_ranks_of_a_hostfile_connect_and_print_an_error_once(launch: Any, two_ho
 
 
 @pytest.mark.slow
-def test_a_host_with_another_version_is_refused(launch: Any, two_hosts: Any, tmp_path: Path) -> None:
+def test_a_host_with_another_version_is_refused(launch, two_hosts, tmp_path):
     library = Path(mlxchat_module.__path__[0])
     shutil.copytree(library, tmp_path / "old" / "mlxchat", ignore=shutil.ignore_patterns("__pycache__"))
     init = tmp_path / "old" / "mlxchat" / "__init__.py"

@@ -36,7 +36,7 @@ def count_bytes(team: Team) -> float:
 
 
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_a_step_sends_the_predicted_bytes(size: int) -> None:
+def test_a_step_sends_the_predicted_bytes(size):
     """To 6 %: matrices are not cut, so some ranks hold more than 1/n of the weights."""
     found = ranks.lead_ranks(count_bytes, size)
     batch, parameters = 12 * ROWS * TOKENS, 4 * count_parameters(SIZES)["total"]

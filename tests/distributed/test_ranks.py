@@ -27,7 +27,7 @@ def write(folder: Path, value: Any) -> str:
     return str(path)
 
 
-def test_a_single_process_has_no_ranks(tmp_path: Path) -> None:
+def test_a_single_process_has_no_ranks(tmp_path):
     """Started alone, or by `mlx.launch -n 1`."""
     for variables in ({}, {"MLX_RANK": "0"}, {"MLX_RANK": "0", "MLX_HOSTFILE": write(tmp_path, "\n")}):
         assert find_meeting(variables) is None
@@ -35,7 +35,7 @@ def test_a_single_process_has_no_ranks(tmp_path: Path) -> None:
     assert lead_ranks(given) == (given, None)
 
 
-def test_rank_0_listens_one_port_above_those_of_mlx(tmp_path: Path) -> None:
+def test_rank_0_listens_one_port_above_those_of_mlx(tmp_path):
     hosts = [["10.0.0.1:5000", "10.0.1.1:5001"], ["10.0.0.2:5002", "10.0.1.2:5003"]]
     ring = {"MLX_RANK": "1", "MLX_HOSTFILE": write(tmp_path, hosts)}
     assert find_meeting(ring) == Meeting(
@@ -57,7 +57,7 @@ def test_rank_0_listens_one_port_above_those_of_mlx(tmp_path: Path) -> None:
         ("0", [["a"], ["b"]], '"a" is not a port: expected addresses of ranks as HOST:PORT'),
     ],
 )
-def test_an_unusable_hostfile_is_a_config_error(tmp_path: Path, rank: str, hosts: Any, message: str) -> None:
+def test_an_unusable_hostfile_is_a_config_error(tmp_path, rank, hosts, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         find_meeting({"MLX_RANK": rank, "MLX_HOSTFILE": write(tmp_path, hosts)})
 
@@ -69,7 +69,7 @@ def test_an_unusable_hostfile_is_a_config_error(tmp_path: Path, rank: str, hosts
         ("plan", False), ("run --help", False), ("--version", False), ("--cfg job", False),
     ],
 )  # fmt: skip
-def test_only_run_uses_all_ranks(line: str, expected: bool) -> None:
+def test_only_run_uses_all_ranks(line, expected):
     assert computes(line.split()) is expected
 
 
@@ -95,7 +95,7 @@ def meet(others: list[dict[str, Any]], size: int, seconds: float = 5) -> Watch:
     return watch
 
 
-def test_equal_ranks_connect_in_any_order() -> None:
+def test_equal_ranks_connect_in_any_order():
     strangers = [{"rank": 0}, {"rank": 3}, {"rank": "1"}, {}]
     watch = meet([*strangers, find_facts(2), find_facts(1)], 3)
     assert sorted(watch.facts) == [0, 1, 2]
@@ -110,7 +110,7 @@ def test_equal_ranks_connect_in_any_order() -> None:
         ("backend", "metal", "backend is metal there and cpu here"),
     ],
 )
-def test_a_rank_with_another_version_is_named_with_its_host(key: str, value: str, message: str) -> None:
+def test_a_rank_with_another_version_is_named_with_its_host(key, value, message):
     other = find_facts(2) | {"host": "mini2", key: value}
     with pytest.raises(ConfigError) as refused:
         meet([find_facts(1), other], 3)
@@ -120,7 +120,7 @@ def test_a_rank_with_another_version_is_named_with_its_host(key: str, value: str
     assert "rank 1" not in str(refused.value)
 
 
-def test_a_missing_rank_is_named_with_its_host() -> None:
+def test_a_missing_rank_is_named_with_its_host():
     with pytest.raises(StepFailed, match=re.escape("rank 2 (10.0.0.3) did not connect within 1 seconds")):
         meet([find_facts(1)], 3, seconds=1)
 
@@ -139,7 +139,7 @@ else:
 """
 
 
-def test_without_an_address_ranks_learn_it_in_the_group(tmp_path: Path) -> None:
+def test_without_an_address_ranks_learn_it_in_the_group(tmp_path):
     hosts = write(tmp_path, [[f"127.0.0.1:{port}"] for port in ranks.free_ports(2)])
     started = [
         subprocess.Popen(
@@ -162,9 +162,7 @@ def machine(*settings: str) -> Any:
 
 
 @pytest.mark.parametrize(("cores", "size", "threads"), [(8, 2, 4), (8, 3, 2), (2, 4, 1)])
-def test_ranks_share_the_cores_of_their_machine(
-    monkeypatch: pytest.MonkeyPatch, cores: int, size: int, threads: int
-) -> None:
+def test_ranks_share_the_cores_of_their_machine(monkeypatch, cores, size, threads):
     monkeypatch.setattr(machine_module, "available_cores", lambda: cores)
     shared, lead = lead_ranks(machine(f"machine.num_processes={size}"))
     assert shared.blas_threads == threads
@@ -173,7 +171,7 @@ def test_ranks_share_the_cores_of_their_machine(
     assert shared.blas_threads == 3, "an explicit setting is not divided"
 
 
-def test_more_ranks_than_rows_gives_a_remark() -> None:
+def test_more_ranks_than_rows_gives_a_remark():
     batches = {"pretrain": (1024, False), "midtrain": (2048, False), "sft": (None, False), "rl": (512, True)}
     config: Any = SimpleNamespace(**{
         name: SimpleNamespace(batch=SimpleNamespace(tokens=tokens, row_tokens=512))

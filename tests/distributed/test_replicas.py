@@ -66,7 +66,7 @@ def weights_everywhere(team: Team) -> dict[str, Any]:
     return {"found": found, "parameters": len(flat)}
 
 
-def test_only_changed_weights_are_sent() -> None:
+def test_only_changed_weights_are_sent():
     result = ranks.lead_ranks(weights_everywhere, 3)
     found, everything = result["found"], result["parameters"]
     sent = {name: values[0] for name, values in found.items()}

@@ -22,7 +22,7 @@ def called(path: Path) -> list[tuple[str, ast.Call]]:
 
 
 @pytest.mark.parametrize("path", ASKING, ids=lambda path: path.stem)
-def test_stages_use_all_ranks_for_evaluations(path: Path) -> None:
+def test_stages_use_all_ranks_for_evaluations(path):
     """Otherwise they would silently compute on rank 0 alone."""
     names = dict(called(path))
     assert not names.keys() & {"OwnModel"}
@@ -44,9 +44,7 @@ def results(outputs: Path) -> dict[str, Any]:
     return found | {"rl": [[each["question"], each["output"], each["reward"]] for each in records]}
 
 
-def test_rl_and_evaluations_equal_one_process(
-    mlxchat: Any, tiny: tuple[str, ...], outputs: Path, rows_sum_alike: bool
-) -> None:
+def test_rl_and_evaluations_equal_one_process(mlxchat, tiny, outputs, rows_sum_alike):
     before = results(outputs)
     done = mlxchat(*tiny, f"outputs={outputs}", "machine.num_processes=2", "force=[rl, eval_base]", timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr

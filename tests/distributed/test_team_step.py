@@ -177,7 +177,7 @@ def arrays_of(folder: Path, name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_losses_and_norms_equal_one_process(name: str, together: Any, one_folder: Path) -> None:
+def test_losses_and_norms_equal_one_process(name, together, one_folder):
     """To 1e-5, because sums are in another order; NaN where one process has NaN."""
     _, found = together
     expected = alone(name, str(one_folder))
@@ -187,7 +187,7 @@ def test_losses_and_norms_equal_one_process(name: str, together: Any, one_folder
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_weights_and_moments_equal_one_process(name: str, together: Any, one_folder: Path) -> None:
+def test_weights_and_moments_equal_one_process(name, together, one_folder):
     """To 5e-4 of each array's norm: AdamW divides by roots of tiny numbers. Equal bits on all ranks."""
     folder, found = together
     assert {each[0] for each in found[name]["ranks"]} == {found[name]["digest"]}
@@ -200,7 +200,7 @@ def test_weights_and_moments_equal_one_process(name: str, together: Any, one_fol
 
 
 @pytest.mark.parametrize("name", ["jul2026", "AdamW"])
-def test_every_moment_is_on_one_rank(name: str, together: Any) -> None:
+def test_every_moment_is_on_one_rank(name, together):
     folder, found = together
     whole = {key: value.size for key, value in arrays_of(folder, name).items() if key.startswith(("first.", "second."))}
     whole |= {key: value.size for key, value in arrays_of(folder, name).items() if key.startswith(("mom", "vari"))}
@@ -215,7 +215,7 @@ def test_every_moment_is_on_one_rank(name: str, together: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 3])
-def test_peak_memory_is_within_15_percent_of_the_prediction(size: int) -> None:
+def test_peak_memory_is_within_15_percent_of_the_prediction(size):
     """For a model of six layers; weights are on all ranks, moments are distributed."""
     found = ranks.lead_ranks(peak_of_large, size, fresh=True)
     assert found["held"] == pytest.approx([found["predicted"]] * size, rel=0.15)

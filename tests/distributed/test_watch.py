@@ -40,7 +40,7 @@ def two_ends() -> Any:
     other.close()
 
 
-def test_a_rank_that_does_not_read_delays_no_sender(two_ends: Any) -> None:
+def test_a_rank_that_does_not_read_delays_no_sender(two_ends):
     line, _ = two_ends
     sender = threading.Thread(target=lambda: [line.send({"text": "x" * 10_000}) for _ in range(2000)], daemon=True)
     sender.start()
@@ -62,7 +62,7 @@ def gather(seen: Watch, facts: dict[str, Any], token: str, seconds: float = 5) -
 
 
 @pytest.mark.usefixtures("terminated")
-def test_a_hanging_rank_is_reported_and_calls_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hanging_rank_is_reported_and_calls_raise(monkeypatch):
     monkeypatch.setattr(watch, "SILENCE_SECONDS", 1.0)
     monkeypatch.setattr(watch, "BEAT_SECONDS", 0.1)
     seen = Watch(find_facts(0), 2)
@@ -79,7 +79,7 @@ def test_a_hanging_rank_is_reported_and_calls_raise(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("terminated")
-def test_a_launchers_sigterm_does_not_hide_the_lost_rank(tmp_path: Path) -> None:
+def test_a_launchers_sigterm_does_not_hide_the_lost_rank(tmp_path):
     """mlx.launch sends SIGTERM to all ranks when one has ended."""
     seen = Watch(find_facts(0), 2)
     seen.work, seen.loss = tmp_path, "rank 1 was killed"
@@ -91,7 +91,7 @@ def test_a_launchers_sigterm_does_not_hide_the_lost_rank(tmp_path: Path) -> None
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
 
 
-def test_a_silent_connection_delays_no_rank() -> None:
+def test_a_silent_connection_delays_no_rank():
     seen = Watch(find_facts(0), 2)
     with listen_at("127.0.0.1", 0) as listener:
         silent = socket.create_connection(listener.getsockname()[:2])
@@ -103,14 +103,14 @@ def test_a_silent_connection_delays_no_rank() -> None:
     silent.close()
 
 
-def test_a_rank_gives_up_on_a_silent_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_gives_up_on_a_silent_rank_0(monkeypatch):
     monkeypatch.setattr(ranks, "_WELCOME_SECONDS", 0.3)
     with listen_at("127.0.0.1", 0) as listener:
         address = listener.getsockname()[:2]
         assert ranks.follow(ranks.Meeting(rank=1, size=2, backend="ring", address=address)) == 1
 
 
-def test_a_connection_without_the_token_is_refused() -> None:
+def test_a_connection_without_the_token_is_refused():
     seen = Watch(find_facts(0), 2, "right")
     with pytest.raises(StepFailed, match="rank 1 did not connect"):
         gather(seen, find_facts(1), "wrong", seconds=0.5)
@@ -119,7 +119,7 @@ def test_a_connection_without_the_token_is_refused() -> None:
     seen.leave()
 
 
-def test_child_processes_are_not_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_processes_are_not_ranks(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv(ranks.TOKEN, "word")
@@ -134,9 +134,7 @@ def test_child_processes_are_not_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     ("device", "nccl", "gpus", "expected"),
     [("cpu", True, 2, "ring"), ("auto", True, 2, "nccl"), ("auto", True, 0, "ring"), ("auto", False, 1, "ring")],
 )
-def test_the_backend_of_local_ranks_follows_the_device(
-    device: str, nccl: bool, gpus: int, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_backend_of_local_ranks_follows_the_device(device, nccl, gpus, expected, monkeypatch, tmp_path):
     import mlx.core as mx
 
     monkeypatch.setattr(mx.distributed, "is_available", lambda name: name != "nccl" or nccl)
@@ -161,7 +159,7 @@ with _ending_after(2, "MLX did not connect them"):
 
 
 @pytest.mark.parametrize("ends", [True, False])
-def test_joining_ends_with_a_message_after_the_limit(ends: bool) -> None:
+def test_joining_ends_with_a_message_after_the_limit(ends):
     with subprocess.Popen(
         [sys.executable, "-c", JOINS], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
@@ -191,13 +189,13 @@ time.sleep(30)
 """
 
 
-def test_work_between_calls_is_completed_after_a_loss() -> None:
+def test_work_between_calls_is_completed_after_a_loss():
     own = HANGS.replace("seen.begin()", "seen.is_calling = lambda: False; seen.begin()").replace("(30)", "(2)")
     done = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_a_blocked_process_is_ended_after_a_loss() -> None:
+def test_a_blocked_process_is_ended_after_a_loss():
     done = subprocess.run([sys.executable, "-c", HANGS], capture_output=True, text=True, timeout=20)
     assert done.returncode == 1
     assert "error: rank 1 (process 4711 on mini2) ended, or its connection was cut." in done.stderr
@@ -214,7 +212,7 @@ print("a warning", file=sys.stderr)
 """
 
 
-def test_only_pythons_errors_reach_the_terminal(tmp_path: Path) -> None:
+def test_only_pythons_errors_reach_the_terminal(tmp_path):
     log = tmp_path / "rank-0.log"
     done = subprocess.run([sys.executable, "-c", ERRORS, log], capture_output=True, text=True, timeout=20, check=True)
     assert done.stderr == "a warning\n"
@@ -241,7 +239,7 @@ for _ in range(2):  # C code that no signal interrupts
 """
 
 
-def test_a_blocked_rank_passes_its_signal_on_and_ends_at_the_second() -> None:
+def test_a_blocked_rank_passes_its_signal_on_and_ends_at_the_second():
     done = subprocess.run([sys.executable, "-c", BLOCKED], capture_output=True, text=True, timeout=20)
     assert done.stdout == '{"kind": "stop", "signal": 15}\n', done.stderr
     assert done.returncode == 128 + signal.SIGTERM

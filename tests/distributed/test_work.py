@@ -229,9 +229,7 @@ EACH = pytest.mark.parametrize(
 
 
 @EACH
-def test_answers_equal_one_process(
-    of_ranks: Any, of_one: Any, architecture: str, size: int, rows_sum_alike: bool
-) -> None:
+def test_answers_equal_one_process(of_ranks, of_one, architecture, size, rows_sum_alike):
     """Including calculator results, with too few rows and with none; bit for bit where rows sum alike."""
     expected, got = deepcopy((of_one(architecture)["completions"], of_ranks(architecture, size)["completions"]))
     assert [len(rows) for rows in expected.values()] == [7, 7, 7, 7, 1, 0, 7, 3]
@@ -246,7 +244,7 @@ def test_answers_equal_one_process(
 
 
 @EACH
-def test_losses_and_log_probabilities_agree(of_ranks: Any, of_one: Any, architecture: str, size: int) -> None:
+def test_losses_and_log_probabilities_agree(of_ranks, of_one, architecture, size):
     expected, got = of_one(architecture), of_ranks(architecture, size)
     assert np.ptp(np.array(expected["scores"])) > 0
     for name in ("text", "padded", "one_row", "scores", "reference_scores"):
@@ -255,7 +253,7 @@ def test_losses_and_log_probabilities_agree(of_ranks: Any, of_one: Any, architec
 
 
 @EACH
-def test_core_equals_one_process(of_ranks: Any, of_one: Any, architecture: str, size: int) -> None:
+def test_core_equals_one_process(of_ranks, of_one, architecture, size):
     expected, got = of_one(architecture), of_ranks(architecture, size)
     assert got["core"] == expected["core"]
     for mine, theirs in zip(got["core_examples"], expected["core_examples"], strict=True):
@@ -265,7 +263,7 @@ def test_core_equals_one_process(of_ranks: Any, of_one: Any, architecture: str, 
 
 
 @EACH
-def test_task_scores_equal_one_process(of_ranks: Any, of_one: Any, architecture: str, size: int) -> None:
+def test_task_scores_equal_one_process(of_ranks, of_one, architecture, size):
     expected, got = of_one(architecture), of_ranks(architecture, size)
     assert got["generative"] == expected["generative"]
     assert 0 < got["generative"][0]["accuracy"] < 1
@@ -278,7 +276,7 @@ def test_task_scores_equal_one_process(of_ranks: Any, of_one: Any, architecture:
 
 @EACH
 @pytest.mark.parametrize("bits", ["None", "8"])
-def test_rl_batches_equal_one_process(of_ranks: Any, of_one: Any, architecture: str, size: int, bits: str) -> None:
+def test_rl_batches_equal_one_process(of_ranks, of_one, architecture, size, bits):
     """Also after the weights have changed, with an unchanged reference, and with quantised rollouts."""
     (expected_log, expected), (log, got) = (
         each["rl"][bits] for each in (of_one(architecture), of_ranks(architecture, size))
@@ -295,7 +293,7 @@ def test_rl_batches_equal_one_process(of_ranks: Any, of_one: Any, architecture: 
 
 
 @EACH
-def test_adapters_equal_one_process(of_ranks: Any, of_one: Any, architecture: str, size: int) -> None:
+def test_adapters_equal_one_process(of_ranks, of_one, architecture, size):
     expected, got = of_one(architecture)["adapted"], of_ranks(architecture, size)["adapted"]
     assert got["answers"] == expected["answers"]
     np.testing.assert_allclose(got["losses"], expected["losses"], rtol=0, atol=TOLERANCE)
@@ -329,7 +327,7 @@ def answer_until(team: Team | None, folder: str, stop_after: int | None, kind: s
         pytest.param("categorical", 3, 1, marks=pytest.mark.slow),
     ],
 )
-def test_an_evaluation_resumes_with_another_number_of_ranks(tmp_path: Path, kind: str, first: int, then: int) -> None:
+def test_an_evaluation_resumes_with_another_number_of_ranks(tmp_path, kind, first, then):
     def answer(size: int, name: str, stop_after: int | None) -> list[Any]:
         given = (str(tmp_path / name), stop_after, kind)
         found = answer_until(None, *given) if size == 1 else ranks.lead_ranks(answer_until, size, *given)

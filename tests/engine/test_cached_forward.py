@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from kit import models
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.cache import Slots
 from mlxchat.engine.decode import make_decoder
 from mlxchat.engine.generate import Engine
@@ -47,7 +46,7 @@ def decoded_logits(model: GPT, rows: list[list[int]], read: list[int], kv_bits: 
 
 @pytest.mark.parametrize("lengths", [[7, 0, 30, 12], [140, 2, 127, 128, 300]], ids=str)
 @BOTH
-def test_decoded_logits_equal_those_of_whole_rows(path: str, architecture: str, lengths: list[int]) -> None:
+def test_decoded_logits_equal_those_of_whole_rows(path, architecture, lengths):
     """Also beyond the context of 64 tokens, which limits the windows of July 2026."""
     model = make_model(architecture)
     rows = [random_ids(index + 1, length + 20)[index].tolist() for index, length in enumerate(lengths)]
@@ -64,16 +63,14 @@ def test_decoded_logits_equal_those_of_whole_rows(path: str, architecture: str, 
     ],
     ids=str,
 )
-def test_decoded_logits_are_equal_for_all_heads_and_windows(
-    path: str, architecture: str, sizes: dict[str, int]
-) -> None:
+def test_decoded_logits_are_equal_for_all_heads_and_windows(path, architecture, sizes):
     model, row = make_model(architecture, **sizes), random_ids(180).tolist()
     (got,) = decoded_logits(model, [row], [130])
     np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, 130:], atol=TOLERANCE)
 
 
 @BOTH
-def test_bfloat16_decoding_is_near_float32(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+def test_bfloat16_decoding_is_near_float32(monkeypatch, architecture):
     monkeypatch.setenv("MLXCHAT_CPU", "plain")
     model, row = make_model(architecture), random_ids(60).tolist()
     exact = np.asarray(model(mx.array([row])))[0, 40:]
@@ -87,7 +84,7 @@ def test_bfloat16_decoding_is_near_float32(monkeypatch: pytest.MonkeyPatch, arch
 
 
 @pytest.mark.parametrize("feature", ["smear_lambda", "backout_lambda", "x0_lambdas"])
-def test_logits_depend_on_each_scalar(feature: str) -> None:
+def test_logits_depend_on_each_scalar(feature):
     """Otherwise a cache without the previous token would pass."""
     model, ids = make_model("jul2026"), random_ids(1, 20)
     before = np.asarray(model(mx.array(ids)))
@@ -96,7 +93,7 @@ def test_logits_depend_on_each_scalar(feature: str) -> None:
 
 
 @BOTH
-def test_greedy_decoding_equals_the_whole_row(path: str, tokenizer: Tokenizer, architecture: str) -> None:
+def test_greedy_decoding_equals_the_whole_row(path, tokenizer, architecture):
     model, prompts = make_model(architecture), [random_ids(2, length)[1].tolist() for length in (126, 5)]
     head = np.array(model.lm_head.weight)
     head[tokenizer.bos :] = 0  # no row ends

@@ -12,7 +12,6 @@ from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Request
 from mlxchat.errors import ConfigError
-from mlxchat.model.gpt import GPT
 
 PERSON = {
     "type": "object",
@@ -40,7 +39,7 @@ def is_person(value: Any) -> bool:
     )
 
 
-def test_answers_for_any_logits_match_the_schema(tokenizer: Tokenizer, constraint: Constraint) -> None:
+def test_answers_for_any_logits_match_the_schema(tokenizer, constraint):
     for seed in range(20):
         draws, state, said = np.random.default_rng(seed), constraint.copy(), []
         for _ in range(200):
@@ -52,18 +51,18 @@ def test_answers_for_any_logits_match_the_schema(tokenizer: Tokenizer, constrain
         assert is_person(json.loads(tokenizer.decode(said[:-1])))
 
 
-def test_special_tokens_are_forbidden_before_the_end(tokenizer: Tokenizer, constraint: Constraint) -> None:
+def test_special_tokens_are_forbidden_before_the_end(tokenizer, constraint):
     allowed = np.isfinite(constraint.allowed(np.zeros(tokenizer.vocab_size, dtype=np.float32)))
     assert allowed.any()
     assert not allowed[sorted(tokenizer.special_ids.values())].any()
 
 
-def test_invalid_schema_is_refused(tokenizer: Tokenizer) -> None:
+def test_invalid_schema_is_refused(tokenizer):
     with pytest.raises(ConfigError, match=r"JSON schema cannot be used: .*strin"):
         JsonGrammars(tokenizer).constraint({"type": "strin"})
 
 
-def test_constrained_and_free_rows_are_independent(model: GPT, tokenizer: Tokenizer, constraint: Constraint) -> None:
+def test_constrained_and_free_rows_are_independent(model, tokenizer, constraint):
     def ask(constraints: list[Constraint | None]) -> list[list[int]]:
         scheduler = Engine(model, tokenizer).scheduler()
         ids = [

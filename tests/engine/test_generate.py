@@ -11,7 +11,6 @@ from mlxchat.cpu import runtime
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.scheduler import Request
-from mlxchat.model.gpt import GPT
 
 # Of different lengths, one of them a single token.
 PROMPT_LENGTHS = [7, 1, 30, 12]
@@ -22,7 +21,7 @@ def prompts_of(lengths: list[int], tokenizer: Tokenizer) -> list[list[int]]:
     return [[tokenizer.bos, *rng.integers(0, 256, length - 1).tolist()] for length in lengths]
 
 
-def test_seed_determines_samples_but_not_greedy_answers(model: GPT, tokenizer: Tokenizer) -> None:
+def test_seed_determines_samples_but_not_greedy_answers(model, tokenizer):
     engine, prompts = Engine(model, tokenizer), prompts_of(PROMPT_LENGTHS, tokenizer)
     assert engine.complete(prompts, max_new_tokens=5, seed=1) == engine.complete(prompts, max_new_tokens=5, seed=2)
     first, same, other = (
@@ -31,7 +30,7 @@ def test_seed_determines_samples_but_not_greedy_answers(model: GPT, tokenizer: T
     assert first == same != other
 
 
-def test_draws_differ_between_rows_and_tokens(model: GPT, tokenizer: Tokenizer) -> None:
+def test_draws_differ_between_rows_and_tokens(model, tokenizer):
     """nanochat of October 2025 gave all samples of a question the same first token."""
     head = np.array(model.lm_head.weight) * 0.01  # all tokens about equally likely
     head[tokenizer.bos :] = 0  # but the end tokens
@@ -43,7 +42,7 @@ def test_draws_differ_between_rows_and_tokens(model: GPT, tokenizer: Tokenizer) 
     assert len(set(row.ids)) > 10
 
 
-def test_rows_end_with_an_end_token_or_at_the_limit(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
+def test_rows_end_with_an_end_token_or_at_the_limit(tokenizer, scripted):
     end, bos = tokenizer.assistant_end, tokenizer.bos
     engine, prompts = scripted([97, 98, 99], [100, end, 99], [bos])
     completions = engine.complete(prompts, max_new_tokens=3)
@@ -59,7 +58,7 @@ def run_script(tokenizer: Tokenizer, scripted: Callable[..., tuple], script: lis
     return completion.ids, completion.mask
 
 
-def test_calls_force_their_answers(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
+def test_calls_force_their_answers(tokenizer, scripted):
     """While tokens are forced, the model's own are ignored, here end tokens."""
     start, end = tokenizer.special_ids["<|python_start|>"], tokenizer.special_ids["<|python_end|>"]
     again = [start, *tokenizer.encode("9*")]  # a second start discards this
@@ -76,23 +75,21 @@ def test_calls_force_their_answers(tokenizer: Tokenizer, scripted: Callable[...,
 
 
 @pytest.mark.parametrize("expression", ["", "hello", "1/0", "2**9"])
-def test_calls_without_result_force_nothing(
-    tokenizer: Tokenizer, scripted: Callable[..., tuple], expression: str
-) -> None:
+def test_calls_without_result_force_nothing(tokenizer, scripted, expression):
     question = tool_call(tokenizer, expression)
     ids, mask = run_script(tokenizer, scripted, [*question, 98])
     assert ids == [*question, 98, tokenizer.assistant_end]
     assert set(mask) == {1}
 
 
-def test_model_reads_the_forced_tokens(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
+def test_model_reads_the_forced_tokens(tokenizer, scripted):
     question, forced = tool_call(tokenizer, "6*7"), tool_output(tokenizer, "42")
     engine, prompts = scripted([*question, *[120] * len(forced), tokenizer.assistant_end])
     engine.complete(prompts, max_new_tokens=50)
     assert [row[0] for row in engine.model.scripted.given[1:]] == [*question, *forced]
 
 
-def test_forced_tokens_count_as_new_tokens(tokenizer: Tokenizer, scripted: Callable[..., tuple]) -> None:
+def test_forced_tokens_count_as_new_tokens(tokenizer, scripted):
     question = tool_call(tokenizer, "6*7")
     engine, prompts = scripted([*question, *[0] * 20])
     (completion,) = engine.complete(prompts, max_new_tokens=len(question) + 2)
@@ -101,7 +98,7 @@ def test_forced_tokens_count_as_new_tokens(tokenizer: Tokenizer, scripted: Calla
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["to the end", "left early"])
-def test_blas_threads_are_restored(model: GPT, tokenizer: Tokenizer, early: bool) -> None:
+def test_blas_threads_are_restored(model, tokenizer, early):
     before = runtime.blas_threads()
     scheduler = Engine(model, tokenizer).scheduler()
     scheduler.submit(Request(prompt=[tokenizer.bos], max_new_tokens=4))

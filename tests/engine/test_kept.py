@@ -32,7 +32,7 @@ def found(kept: KeptPasts, prompt: list[int], *, exactly: bool = False) -> tuple
     return past and past.name, tokens, exact
 
 
-def test_longest_common_prefix_is_found() -> None:
+def test_longest_common_prefix_is_found():
     kept = KeptPasts(1000)
     kept.keep([*range(40), 98], Named("other"), 41)
     kept.keep([*range(40), *range(100, 160)], Named("long"), 70)
@@ -43,7 +43,7 @@ def test_longest_common_prefix_is_found() -> None:
     assert found(kept, [*range(10), 99, 98]) == (None, 0, 0), "too short"
 
 
-def test_longer_prefix_replaces_the_shorter() -> None:
+def test_longer_prefix_replaces_the_shorter():
     kept = KeptPasts(1000)
     for turn in range(1, 5):
         kept.keep(list(range(50 * turn)), Named(str(turn)), 50 * turn)
@@ -52,7 +52,7 @@ def test_longer_prefix_replaces_the_shorter() -> None:
     assert kept.num_tokens == 200, "cached already"
 
 
-def test_least_recently_used_prefix_is_dropped() -> None:
+def test_least_recently_used_prefix_is_dropped():
     kept = KeptPasts(100)
     for first in (1, 2):
         kept.keep([first] * 50, Named(str(first)), 50)
@@ -64,7 +64,7 @@ def test_least_recently_used_prefix_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8])
-def test_kept_past_does_not_hold_the_batch(path: str, tokenizer: Tokenizer, kv_bits: int | None) -> None:
+def test_kept_past_does_not_hold_the_batch(path, tokenizer, kv_bits):
     """Guards against slices that keep the whole batch's arrays in memory."""
     model = make_model(width=128, num_heads=2)
     forward: Any = Engine(model, tokenizer, kv_bits=kv_bits).forward()
@@ -105,7 +105,7 @@ def talk(scheduler: Scheduler, prompt: list[int], reuse: Any, seed: int = 1) -> 
     return [(event.token, event.logprob) for event in run(scheduler)]
 
 
-def test_exact_reuse_is_bit_identical(read: tuple[Scheduler, list[int]], tokenizer: Tokenizer) -> None:
+def test_exact_reuse_is_bit_identical(read, tokenizer):
     scheduler, sizes = read
     first = [tokenizer.bos, *range(50)]
     answer = [token or 0 for token, _ in talk(scheduler, first, "close")]
@@ -119,9 +119,7 @@ def test_exact_reuse_is_bit_identical(read: tuple[Scheduler, list[int]], tokeniz
     assert sum(sizes) == len(third) - 1 - PIECE
 
 
-def test_close_pasts_are_not_shared_with_exact_requests(
-    read: tuple[Scheduler, list[int]], tokenizer: Tokenizer
-) -> None:
+def test_close_pasts_are_not_shared_with_exact_requests(read, tokenizer):
     scheduler, _ = read
     first = [tokenizer.bos, *range(50)]
     answer = [token or 0 for token, _ in talk(scheduler, first, "close")]

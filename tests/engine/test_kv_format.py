@@ -70,9 +70,7 @@ def random_ids() -> list[int]:
 @BOTH
 @pytest.mark.parametrize("read", [[], [64, 64, 12]], ids=str)
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.005), (4, 0.05)])
-def test_tokens_attend_to_quantised_keys_and_values(
-    tokenizer: Tokenizer, architecture: str, read: list[int], bits: int, tolerance: float
-) -> None:
+def test_tokens_attend_to_quantised_keys_and_values(tokenizer, architecture, read, bits, tolerance):
     """The tolerance, for logits with a standard deviation of about 5, is for numbers that round to either side."""
     model, ids = make_model(architecture), random_ids()
     got = decoded(model, tokenizer, bits, ids, read)
@@ -82,9 +80,7 @@ def test_tokens_attend_to_quantised_keys_and_values(
 
 @BOTH
 @pytest.mark.parametrize(("bits", "most"), [(8, 1e-4), (4, 0.02)])
-def test_quantised_cache_is_close_to_the_exact_one(
-    tokenizer: Tokenizer, architecture: str, bits: int, most: float
-) -> None:
+def test_quantised_cache_is_close_to_the_exact_one(tokenizer, architecture, bits, most):
     """Mean divergence of the next token's distribution, in nats; not zero, since numbers are rounded."""
     model, ids = make_model(architecture), random_ids()
     exact, rounded = (
@@ -95,7 +91,7 @@ def test_quantised_cache_is_close_to_the_exact_one(
 
 
 @pytest.mark.parametrize(("width", "bits", "share"), [(64, 4, 5 / 32), (32, 8, 10 / 32)])
-def test_cache_memory_is_as_predicted(tokenizer: Tokenizer, width: int, bits: int, share: float) -> None:
+def test_cache_memory_is_as_predicted(tokenizer, width, bits, share):
     model = make_model("oct2025", width=4 * width)
     held = []
     for each in (None, bits):
@@ -110,6 +106,6 @@ def test_cache_memory_is_as_predicted(tokenizer: Tokenizer, width: int, bits: in
     assert held[1] == pytest.approx(share * held[0], rel=0.01)
 
 
-def test_unsupported_head_widths_are_refused(tokenizer: Tokenizer) -> None:
+def test_unsupported_head_widths_are_refused(tokenizer):
     with pytest.raises(ConfigError, match="head width 12 cannot be quantised: expected a multiple of 32"):
         Engine(make_model("oct2025", width=48), tokenizer, kv_bits=8).forward()

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 
 from kit.text import tool_call, tool_output
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
-from mlxchat.model.gpt import GPT
 
 RESULTS = {
     "2**100": "1267650600228229401496703205376",
@@ -44,15 +42,15 @@ def python() -> PythonTool:
 
 
 @pytest.mark.parametrize("code", RESULTS, ids=lambda code: ascii(code[:30]))
-def test_program_outputs(python: PythonTool, code: str) -> None:
+def test_program_outputs(python, code):
     assert python.run(code, 0) == RESULTS[code]
 
 
-def test_time_limit_ends_the_program() -> None:
+def test_time_limit_ends_the_program():
     assert PythonTool(seconds=0.5).run("while True: pass", 0) == "TimeoutError: after 0.5 s"
 
 
-def test_seed_determines_outputs(python: PythonTool) -> None:
+def test_seed_determines_outputs(python):
     code = "import random\nrandom.random(), hash('a'), {'b', 'a', 'c'}"
     assert python.run(code, 1) == python.run(code, 1) != python.run(code, 2)
 
@@ -87,7 +85,7 @@ def steps(scheduler: Scheduler, count: int = 10**9) -> list[Event]:
     return events
 
 
-def test_only_the_calling_row_waits_for_its_program(scripted: Script, tokenizer: Tokenizer) -> None:
+def test_only_the_calling_row_waits_for_its_program(scripted, tokenizer):
     python = Slow()
     program = [*tool_call(tokenizer, "2**5"), tokenizer.bos]
     letters = [*range(97, 123), tokenizer.bos]
@@ -107,14 +105,14 @@ def test_only_the_calling_row_waits_for_its_program(scripted: Script, tokenizer:
     assert [event.sampled for event in rest[: len(forced) + 1]] == [False] * len(forced) + [True]
 
 
-def test_calculator_precedes_python(scripted: Script, tokenizer: Tokenizer) -> None:
+def test_calculator_precedes_python(scripted, tokenizer):
     python = Slow()
     scheduler, _ = begin(scripted, python, [*tool_call(tokenizer, "12/4"), tokenizer.bos])
     assert "".join(event.text for event in steps(scheduler)).startswith("12/43")
     assert python.asked == []
 
 
-def test_waiting_row_can_be_cancelled(scripted: Script, tokenizer: Tokenizer) -> None:
+def test_waiting_row_can_be_cancelled(scripted, tokenizer):
     python = Slow()
     scheduler, (id,) = begin(scripted, python, [*tool_call(tokenizer, "2**5"), tokenizer.bos])
     steps(scheduler, 20)
@@ -124,9 +122,7 @@ def test_waiting_row_can_be_cancelled(scripted: Script, tokenizer: Tokenizer) ->
     assert python.asked[0][2].cancelled()
 
 
-def test_special_tokens_in_outputs_are_ordinary_text(
-    scripted: Script, tokenizer: Tokenizer, python: PythonTool
-) -> None:
+def test_special_tokens_in_outputs_are_ordinary_text(scripted, tokenizer, python):
     code = "print('<|assistant_end|>')"
     scheduler, _ = begin(scripted, python, [*tool_call(tokenizer, code), tokenizer.bos])
     forced = [event.token for event in steps(scheduler) if not event.sampled]
@@ -134,7 +130,7 @@ def test_special_tokens_in_outputs_are_ordinary_text(
     assert tokenizer.assistant_end not in forced
 
 
-def test_waiting_does_not_change_the_answer(model: GPT, tokenizer: Tokenizer, python: PythonTool) -> None:
+def test_waiting_does_not_change_the_answer(model, tokenizer, python):
     """While a row waits, its last token is decoded repeatedly; this must not change its cache."""
     special = tokenizer.special_ids
     before = [tokenizer.bos, *tokenizer.encode("the cat"), special["<|python_start|>"], *tokenizer.encode("2**5")]

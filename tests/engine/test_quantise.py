@@ -32,7 +32,7 @@ def wide(model: GPT) -> GPT:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_decoding_uses_the_quantised_weights(wide: GPT, tokenizer: Tokenizer, bits: int) -> None:
+def test_decoding_uses_the_quantised_weights(wide, tokenizer, bits):
     prompt = list(range(40))
     forward = Engine(wide, tokenizer, bits=bits).forward()
     forward.reserve(1, len(prompt))
@@ -42,7 +42,7 @@ def test_decoding_uses_the_quantised_weights(wide: GPT, tokenizer: Tokenizer, bi
     np.testing.assert_allclose(np.concatenate(steps), wanted, atol=2e-4)
 
 
-def test_model_with_a_large_quantisation_error_is_refused(wide: GPT) -> None:
+def test_model_with_a_large_quantisation_error_is_refused(wide):
     rows, weights = random_rows(2, 32, 320, seed=0, batch=0), flatten_parameters(wide)
     with pytest.raises(DataError, match=r"weights of 4 bits change this model too much: .* nats per token"):
         check_quantised(wide, 4, rows, most=-1.0)
@@ -52,7 +52,7 @@ def test_model_with_a_large_quantisation_error_is_refused(wide: GPT) -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_measured_cost_is_that_of_the_sample_text(wide: GPT, tokenizer: Tokenizer, bits: int) -> None:
+def test_measured_cost_is_that_of_the_sample_text(wide, tokenizer, bits):
     """Against evals/bpb.py and NumPy's divergence, 1e-4."""
     packed, cost = measure_quantised(wide, tokenizer, bits)
     ids = np.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: wide.sizes.context_tokens + 1], dtype=np.int32)
@@ -76,9 +76,7 @@ def saved(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> tuple[GPT, Path]:
     return wide, tmp_path
 
 
-def test_chat_prints_the_cost_of_quantised_weights(
-    saved: tuple[GPT, Path], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_chat_prints_the_cost_of_quantised_weights(saved, tokenizer, capsys):
     chat = Chat.load(saved[1], temperature=0.0, top_k=None, max_tokens=4, seed=0, bits=4, kv_bits=8)
     chat.answer_once("the cat")
     assert capsys.readouterr().err == f"{measure_quantised(saved[0], tokenizer, 4)[1]}\n"
@@ -103,7 +101,7 @@ print("held", mx.get_active_memory() - before)
 """
 
 
-def test_original_weights_are_freed(path: str, saved: tuple[GPT, Path]) -> None:
+def test_original_weights_are_freed(path, saved):
     """Matrices of 4 bits take 5/32 of float32's bytes; embeddings, a KV cache and, on a CPU, the decoder's copy of the
     packed matrices are also in memory."""
     own = sum(value.nbytes for value in flatten_parameters(saved[0]).values())

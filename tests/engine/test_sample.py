@@ -44,9 +44,7 @@ def found(logits: np.ndarray, **how: Any) -> np.ndarray:
     st.integers(0, 2**32 - 1), st.sampled_from([10, 300, 5000]), st.floats(0.2, 3), st.sampled_from(LIMITS),
     st.booleans(),
 )  # fmt: skip
-def test_distributions_equal_their_definitions(
-    seed: int, size: int, temperature: float, limits: dict[str, Any], ties: bool
-) -> None:
+def test_distributions_equal_their_definitions(seed, size, temperature, limits, ties):
     logits = np.random.default_rng(seed).normal(scale=4, size=size).astype(np.float32)
     logits = np.round(logits) if ties else logits
     wanted = expected(logits, temperature, **limits)
@@ -54,7 +52,7 @@ def test_distributions_equal_their_definitions(
 
 
 @pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.8}], ids=str)
-def test_draws_follow_the_distribution(limits: dict[str, Any]) -> None:
+def test_draws_follow_the_distribution(limits):
     draws, sampling = np.random.default_rng(0), Sampling(temperature=0.8, **limits)
     drawn = [sample_token(LOGITS, sampling, draws) for _ in range(NUM_DRAWS)]
     share, wanted = np.bincount(drawn, minlength=8) / NUM_DRAWS, expected(LOGITS, 0.8, **limits)
@@ -63,21 +61,21 @@ def test_draws_follow_the_distribution(limits: dict[str, Any]) -> None:
     assert (np.abs(share - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / NUM_DRAWS) + 1e-12).all()
 
 
-def test_temperature_zero_is_greedy_and_draws_nothing() -> None:
+def test_temperature_zero_is_greedy_and_draws_nothing():
     draws = np.random.default_rng(0)
     assert sample_token(LOGITS, Sampling(), draws) == 2
     assert draws.random() == np.random.default_rng(0).random()
 
 
 @pytest.mark.parametrize("penalty", [1.5, 0.5])
-def test_repetition_penalty(penalty: float) -> None:
+def test_repetition_penalty(penalty):
     logits = LOGITS.copy()
     logits[[2, 4]] = [2.0 / penalty, -3.0 * penalty]
     got = distribution(LOGITS, Sampling(temperature=1.0, repetition_penalty=penalty), [2, 4, 2, 2])[1]
     np.testing.assert_allclose(got, expected(logits, 1.0), atol=1e-7)
 
 
-def test_frequency_and_presence_penalties_ignore_the_prompt() -> None:
+def test_frequency_and_presence_penalties_ignore_the_prompt():
     """OpenAI's rule: minus frequency × count, minus presence once. The prompt is 6, 2."""
     sampling = Sampling(temperature=1.0, frequency_penalty=0.5, presence_penalty=0.25)
     logits = LOGITS.copy()
@@ -87,7 +85,7 @@ def test_frequency_and_presence_penalties_ignore_the_prompt() -> None:
     np.testing.assert_allclose(got, expected(logits, 1.0), atol=1e-7)
 
 
-def test_logit_bias_precedes_all_limits() -> None:
+def test_logit_bias_precedes_all_limits():
     sampling = Sampling(temperature=1.0, top_k=2, logit_bias=((4, 100.0), (2, -100.0)))
     ids, probabilities = distribution(LOGITS, sampling)
     assert ids is not None
@@ -95,7 +93,7 @@ def test_logit_bias_precedes_all_limits() -> None:
     np.testing.assert_allclose(probabilities, [1, 0], atol=1e-12)
 
 
-def test_log_probabilities_ignore_the_settings() -> None:
+def test_log_probabilities_ignore_the_settings():
     own, best = log_probability(LOGITS, 4, 3)
     logs = np.log(expected(LOGITS, 1.0))
     assert own == pytest.approx(logs[4], abs=1e-12)
@@ -103,7 +101,7 @@ def test_log_probabilities_ignore_the_settings() -> None:
     np.testing.assert_allclose([value for _, value in best], logs[[2, 5, 3]], atol=1e-12)
 
 
-def test_all_impossible_settings_are_named() -> None:
+def test_all_impossible_settings_are_named():
     bad = Sampling(temperature=-1, top_k=0, top_p=1.5, min_p=0, repetition_penalty=0)
     assert len(bad.problems()) == 5
     assert not Sampling(temperature=2, top_k=1, top_p=1, min_p=1, repetition_penalty=1).problems()
@@ -111,7 +109,7 @@ def test_all_impossible_settings_are_named() -> None:
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("settings", [{"temperature": 1e-300}, {"temperature": 1e-300, "repetition_penalty": 1e-300}])
-def test_smallest_temperature_takes_the_most_likely_token(settings: dict[str, Any]) -> None:
+def test_smallest_temperature_takes_the_most_likely_token(settings):
     """Guards against division by a float32 zero."""
     logits = np.array([1.0, 3.0, 2.0, -1.0], dtype=np.float32)
     for limits in LIMITS:

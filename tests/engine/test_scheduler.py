@@ -1,6 +1,5 @@
 """The scheduler: answers depend only on the request, for any order of events."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.scheduler import Event, Request, Scheduler
 from mlxchat.errors import ConfigError
-from mlxchat.model.gpt import GPT
 
 # Prompts of one token, of several chunks, equal ones, prefixes of others; windows of July 2026 are 128 tokens.
 LENGTHS = (1, 5, 40, 140, 40, 17, 5, 126)
@@ -60,7 +58,7 @@ def alone(tokenizer: Tokenizer, request: pytest.FixtureRequest) -> tuple[Engine,
     return engine, answers
 
 
-def test_answers_do_not_depend_on_other_requests(alone: tuple[Engine, list[list[Any]]], tokenizer: Tokenizer) -> None:
+def test_answers_do_not_depend_on_other_requests(alone, tokenizer):
     """Bit-identical tokens, texts and log-probabilities; beyond windows, with prefix reuse and little room."""
     engine, answers = alone
     requests = requests_of(tokenizer)
@@ -95,7 +93,7 @@ def test_answers_do_not_depend_on_other_requests(alone: tuple[Engine, list[list[
     check()
 
 
-def test_equal_prompts_are_read_once(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_prompts_are_read_once(model, tokenizer, monkeypatch):
     engine, read = Engine(model, tokenizer), []
     scheduler = engine.scheduler()
     forward: Any = scheduler.forward
@@ -109,9 +107,7 @@ def test_equal_prompts_are_read_once(model: GPT, tokenizer: Tokenizer, monkeypat
 
 @pytest.mark.parametrize("text", ["naïve 🙂 day", "ends END here", "ENENDx", "EN", "plain"])
 @pytest.mark.parametrize("stop", [(), ("END",), ("🙂", "day")], ids=str)
-def test_texts_have_whole_characters_and_end_before_stop_strings(
-    tokenizer: Tokenizer, scripted: Callable[..., tuple[Engine, list[list[int]]]], text: str, stop: tuple[str, ...]
-) -> None:
+def test_texts_have_whole_characters_and_end_before_stop_strings(tokenizer, scripted, text, stop):
     engine, (prompt,) = scripted([*byte_tokens(tokenizer, text.encode()), tokenizer.assistant_end])
     scheduler = engine.scheduler()
     scheduler.submit(Request(prompt=prompt, max_new_tokens=100, stop=stop))
@@ -122,9 +118,7 @@ def test_texts_have_whole_characters_and_end_before_stop_strings(
     assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + ["stop"]
 
 
-def test_incomplete_last_character_is_replaced(
-    tokenizer: Tokenizer, scripted: Callable[..., tuple[Engine, list[list[int]]]]
-) -> None:
+def test_incomplete_last_character_is_replaced(tokenizer, scripted):
     engine, (prompt,) = scripted(byte_tokens(tokenizer, "🙂🙂".encode()))
     scheduler = engine.scheduler()
     scheduler.submit(Request(prompt=prompt, max_new_tokens=6))
@@ -133,7 +127,7 @@ def test_incomplete_last_character_is_replaced(
     assert events[-1].finish_reason == "length"
 
 
-def test_impossible_requests_are_refused(model: GPT, tokenizer: Tokenizer) -> None:
+def test_impossible_requests_are_refused(model, tokenizer):
     bad = Request(prompt=[], max_new_tokens=0, sampling=Sampling(temperature=-1.0))
     with pytest.raises(ConfigError, match=r"temperature is -1.*prompt is empty.*max_new_tokens is 0"):
         Engine(model, tokenizer).scheduler().submit(bad)

@@ -41,14 +41,14 @@ def raw_bytes(tokenizer: Tokenizer, row: Row) -> np.ndarray:
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 50, 10_000])
-def test_bits_per_byte_count_text_only(model: GPT, tokenizer: Tokenizer, rows: list[Row], micro_tokens: int) -> None:
+def test_bits_per_byte_count_text_only(model, tokenizer, rows, micro_tokens):
     bits = sum((losses(model, row) * (raw_bytes(tokenizer, row) > 0)).sum() for row in rows) / math.log(2)
     expected = bits / sum(raw_bytes(tokenizer, row).sum() for row in rows)
     got = bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=micro_tokens)
     assert got == pytest.approx(expected, rel=1e-5)  # float32 losses
 
 
-def test_perplexity_is_exp_of_mean_text_loss(model: GPT, tokenizer: Tokenizer, rows: list[Row]) -> None:
+def test_perplexity_is_exp_of_mean_text_loss(model, tokenizer, rows):
     counted = [(losses(model, row), raw_bytes(tokenizer, row) > 0) for row in rows]
     mean = sum((values * text).sum() for values, text in counted) / sum(text.sum() for _, text in counted)
     found = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=50)
@@ -57,19 +57,19 @@ def test_perplexity_is_exp_of_mean_text_loss(model: GPT, tokenizer: Tokenizer, r
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 10_000])
-def test_mean_loss_includes_special_tokens(model: GPT, rows: list[Row], micro_tokens: int) -> None:
+def test_mean_loss_includes_special_tokens(model, rows, micro_tokens):
     expected = sum(losses(model, row).sum() for row in rows) / sum((row[1] >= 0).sum() for row in rows)
     assert mean_loss(model, rows, micro_tokens=micro_tokens) == pytest.approx(expected, rel=1e-5)
 
 
-def test_zero_head_has_uniform_loss(model: GPT, tokenizer: Tokenizer, rows: list[Row]) -> None:
+def test_zero_head_has_uniform_loss(model, tokenizer, rows):
     model.lm_head.weight = mx.zeros_like(model.lm_head.weight)
     found = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=1000)
     assert found.bits_per_byte == pytest.approx(uniform_bits_per_byte(rows, tokenizer.token_bytes), rel=1e-6)
     assert found.perplexity == pytest.approx(tokenizer.vocab_size, rel=1e-5)
 
 
-def test_loss_without_bytes_is_infinite(model: GPT, tokenizer: Tokenizer) -> None:
+def test_loss_without_bytes_is_infinite(model, tokenizer):
     for target in (IGNORED, tokenizer.bos):
         rows = [(np.zeros(4, np.int32), np.full(4, target, np.int32))]
         assert bits_per_byte(model, rows, tokenizer.token_bytes, micro_tokens=100) == math.inf

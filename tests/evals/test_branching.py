@@ -41,7 +41,7 @@ def groups_of(rng: np.random.Generator, trunk: int, *branches: int, count: int =
     [(1, (3, 9)), (40, (5, 1, 12, 3)), (150, (4, 30)), (140, (7,))],
     ids=["short trunk", "four options", "longer than a window", "one sequence"],
 )
-def test_losses_equal_those_of_each_sequence_alone(architecture: str, trunk: int, branches: tuple[int, ...]) -> None:
+def test_losses_equal_those_of_each_sequence_alone(architecture, trunk, branches):
     model = make_model(architecture)
     groups = groups_of(np.random.default_rng(trunk), trunk, *branches)
     for batch in make_batches(make_rows(groups, 4000), 4000):
@@ -52,7 +52,7 @@ def test_losses_equal_those_of_each_sequence_alone(architecture: str, trunk: int
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_predictions_equal_those_of_each_sequence_alone(architecture: str) -> None:
+def test_predictions_equal_those_of_each_sequence_alone(architecture):
     model = make_model(architecture)
     groups = groups_of(np.random.default_rng(0), 30, 6, 2)
     (batch,) = make_batches(make_rows(groups, 4000), 4000)
@@ -62,7 +62,7 @@ def test_predictions_equal_those_of_each_sequence_alone(architecture: str) -> No
             assert got.tolist() == logits[each.start - 1 : -1].argmax(-1).tolist()
 
 
-def test_common_prefix_is_computed_once() -> None:
+def test_common_prefix_is_computed_once():
     rng = np.random.default_rng(1)
     story = rng.integers(0, VOCAB, 100).tolist()
     groups = [[Continuation(story + rng.integers(0, VOCAB, 8).tolist(), 104)] for _ in range(6)]
@@ -74,7 +74,7 @@ def test_common_prefix_is_computed_once() -> None:
         np.testing.assert_allclose(got, alone(model, groups[group][0]), atol=TOLERANCE)
 
 
-def test_batches_respect_the_limit_and_hold_each_row_once() -> None:
+def test_batches_respect_the_limit_and_hold_each_row_once():
     rng = np.random.default_rng(4)
     groups = [group for size in (5, 20, 60, 200) for group in groups_of(rng, size, 3, 9, count=7)]
     batches = make_batches(make_rows(groups, 100), 300)
@@ -82,7 +82,7 @@ def test_batches_respect_the_limit_and_hold_each_row_once() -> None:
     assert sorted(group for batch in batches for row in batch for group in set(row.groups)) == list(range(28))
 
 
-def test_next_logits_equal_those_of_each_prompt_alone() -> None:
+def test_next_logits_equal_those_of_each_prompt_alone():
     model = make_model("jul2026")
     prompts = [[5], [1, 2, 3], list(range(40))]
     found = OwnModel(model).next_logits(prompts)
@@ -91,7 +91,7 @@ def test_next_logits_equal_those_of_each_prompt_alone() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 5])
-def test_options_without_scored_tokens_have_no_losses(length: int) -> None:
+def test_options_without_scored_tokens_have_no_losses(length):
     same = Continuation(list(range(length)), length)
     rows = make_rows([[same, same]], 100)
     assert [[len(each) for each in row] for row in OwnModel(make_model()).losses(rows)] == [[0, 0]]

@@ -1,7 +1,6 @@
 """Chat evaluation: order of answers, sampling, resuming, multiple choice, scores."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -65,7 +64,7 @@ def evaluate(engine: Any, task: Any, **changes: Any) -> tuple[Score, list[dict[s
 ANSWERS = ["yes", "no", "yes", "maybe", "", "yes", "no"]
 
 
-def test_records_keep_the_order_of_the_task(tokenizer: Tokenizer) -> None:
+def test_records_keep_the_order_of_the_task(tokenizer):
     engine, task = ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7)
     done: list[int] = []
     score, records = evaluate(engine, task, batch_rows=3, max_new_tokens=5, on_progress=done.append)
@@ -82,7 +81,7 @@ def test_records_keep_the_order_of_the_task(tokenizer: Tokenizer) -> None:
     assert sorted(asked) == list(range(7)) != asked
 
 
-def test_expected_answers_are_not_in_the_prompt(tokenizer: Tokenizer) -> None:
+def test_expected_answers_are_not_in_the_prompt(tokenizer):
     prompts: list[list[int]] = []
 
     class Spy(ScriptedEngine):
@@ -103,20 +102,20 @@ def sampled(model: GPT, tokenizer: Tokenizer, **changes: Any) -> tuple[Score, li
     return evaluate(Engine(model, tokenizer), Questions(["yes"] * 7), **how)
 
 
-def test_every_question_is_sampled_with_every_seed(model: GPT, tokenizer: Tokenizer) -> None:
+def test_every_question_is_sampled_with_every_seed(model, tokenizer):
     _, records = sampled(model, tokenizer)
     assert [(example["seed"], example["index"]) for example in records] == [(k, i) for k in range(3) for i in range(7)]
     by_question = {index: {each["output"] for each in records if each["index"] == index} for index in range(7)}
     assert all(len(outputs) > 1 for outputs in by_question.values())
 
 
-def test_samples_depend_on_the_seed_not_the_batch(model: GPT, tokenizer: Tokenizer) -> None:
+def test_samples_depend_on_the_seed_not_the_batch(model, tokenizer):
     one, other = sampled(model, tokenizer, batch_rows=1)[1], sampled(model, tokenizer, seed=6)[1]
     assert one == sampled(model, tokenizer, batch_rows=7)[1]
     assert [example["output"] for example in one] != [example["output"] for example in other]
 
 
-def test_greedy_answers_and_choices_have_no_seed(model: GPT, tokenizer: Tokenizer) -> None:
+def test_greedy_answers_and_choices_have_no_seed(model, tokenizer):
     _, records = evaluate(Engine(model, tokenizer), Questions(["yes"] * 3))
     assert {example["seed"] for example in records} == {None}
     choices = Questions(["A"] * 5, kind="categorical")
@@ -128,7 +127,7 @@ def test_greedy_answers_and_choices_have_no_seed(model: GPT, tokenizer: Tokenize
 # Continuing
 
 
-def test_stopped_evaluation_resumes_with_equal_results(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_stopped_evaluation_resumes_with_equal_results(model, tokenizer, tmp_path):
     whole = sampled(model, tokenizer, batch_rows=2)
     attempts = 0
     while True:
@@ -146,7 +145,7 @@ def test_stopped_evaluation_resumes_with_equal_results(model: GPT, tokenizer: To
     assert attempts == 13  # three times four batches, and one that finds all of them done
 
 
-def test_truncated_journal_line_is_computed_again(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_truncated_journal_line_is_computed_again(tokenizer, tmp_path):
     evaluate(ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7), batch_rows=3, work=tmp_path)
     (journal,) = tmp_path.iterdir()
     journal.write_bytes(journal.read_bytes()[:-20])
@@ -157,7 +156,7 @@ def test_truncated_journal_line_is_computed_again(tokenizer: Tokenizer, tmp_path
     assert [example["output"] for example in records] == ANSWERS
 
 
-def test_results_of_other_settings_are_not_reused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_results_of_other_settings_are_not_reused(tokenizer, tmp_path):
     evaluate(ScriptedEngine(tokenizer, ["yes"] * 7), Questions(["yes"] * 7), work=tmp_path)
     other = ScriptedEngine(tokenizer, ANSWERS)
     score, _ = evaluate(other, Questions(["yes"] * 7), max_new_tokens=8, work=tmp_path)
@@ -178,9 +177,7 @@ def best_letters(model: GPT, tokenizer: Tokenizer, task: Questions) -> list[str]
 
 @pytest.mark.parametrize("batch_tokens", [60, 10_000])
 @pytest.mark.parametrize("letters", [["A", "B", "C", "D"], ["C", "A", "E"]])
-def test_letter_with_the_highest_logit_is_chosen(
-    model: GPT, tokenizer: Tokenizer, batch_tokens: int, letters: list[str]
-) -> None:
+def test_letter_with_the_highest_logit_is_chosen(model, tokenizer, batch_tokens, letters):
     task = Questions(["A"] * 20, kind="categorical", letters=letters)
     expected = best_letters(model, tokenizer, task)
     score, records = evaluate(Engine(model, tokenizer), task, batch_tokens=batch_tokens)
@@ -194,9 +191,7 @@ def test_letter_with_the_highest_logit_is_chosen(
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 100])
-def test_batches_respect_the_token_limit(
-    model: GPT, tokenizer: Tokenizer, batch_tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_respect_the_token_limit(model, tokenizer, batch_tokens, monkeypatch):
     shapes: list[tuple[int, ...]] = []
     hidden = GPT.hidden
     monkeypatch.setattr(GPT, "hidden", lambda self, ids, *rest: shapes.append(ids.shape) or hidden(self, ids, *rest))
@@ -205,7 +200,7 @@ def test_batches_respect_the_token_limit(
     assert all(rows == 1 or rows * tokens <= batch_tokens for rows, tokens in shapes)
 
 
-def test_long_prompts_keep_their_end(model: GPT, tokenizer: Tokenizer) -> None:
+def test_long_prompts_keep_their_end(model, tokenizer):
     """The context of this model is 64 tokens."""
 
     class Long(Questions):
@@ -224,7 +219,7 @@ def test_long_prompts_keep_their_end(model: GPT, tokenizer: Tokenizer) -> None:
     assert [example["tokens"] for example in records] == [len(render_for_completion(tokenizer, task[0])), 64]
 
 
-def test_letters_of_several_tokens_are_refused(model: GPT, tokenizer: Tokenizer) -> None:
+def test_letters_of_several_tokens_are_refused(model, tokenizer):
     with pytest.raises(DataError, match="single tokens"):
         evaluate(Engine(model, tokenizer), Questions(["A"], kind="categorical", letters=["A", "BC"]))
 
@@ -236,14 +231,14 @@ def score(accuracy: float, chance: float, num_examples: int = 100) -> Score:
     return Score(kind="categorical", accuracy=accuracy, chance=chance, num_examples=num_examples)
 
 
-def test_mean_of_centred_scores_is_chatcores_formula() -> None:
+def test_mean_of_centred_scores_is_chatcores_formula():
     """nanochat's table for its SFT model: ARC-E, ARC-C, MMLU, GSM8K and HumanEval give ChatCORE 0.0884."""
     table: list[tuple[float, float]] = [(0.3876, 0.25), (0.2807, 0.25), (0.3151, 0.25), (0.0455, 0.0), (0.0854, 0.0)]
     assert mean_centered([score(*row) for row in table]) == pytest.approx(0.0884, abs=1e-4)
     assert mean_centered([]) is None
 
 
-def test_standard_errors_by_hand() -> None:
+def test_standard_errors_by_hand():
     """Three questions, right in 2, 1 and 0 of 2 samples: shares 1, 1/2, 0, whose variance is 1/6."""
     score = Score.of([[True, True, False], [True, False, False]], kind="generative", chance=0.0)
     assert score.accuracy == pytest.approx(0.5)
@@ -263,7 +258,7 @@ def suite_scores(names: tuple[str, ...]) -> dict[str, Score]:
 
 
 @pytest.mark.parametrize(("which", "value"), [("oct2025", 0.2258388888888889), ("jul2026", 0.07300666666666666)])
-def test_chatcore_of_a_snapshot_is_nanochats(which: str, value: float) -> None:
+def test_chatcore_of_a_snapshot_is_nanochats(which, value):
     """The values are nanochat's own for these accuracies."""
     names = CHATCORE_SETS[which]
     found = chatcore(suite_scores(names), {name: name for name in names})
@@ -274,7 +269,7 @@ def test_chatcore_of_a_snapshot_is_nanochats(which: str, value: float) -> None:
     assert found["stderr"] == mean_centered_stderr(scores)
 
 
-def test_chatcore_goes_by_task_types() -> None:
+def test_chatcore_goes_by_task_types():
     names = CHATCORE_SETS["jul2026"]
     scores = {f"my_{name}": each for name, each in suite_scores(names).items()}
     found = chatcore(scores | {"own": score(1.0, 0.0)}, {f"my_{name}": name for name in names} | {"own": "jsonl"})
@@ -285,18 +280,18 @@ def test_chatcore_goes_by_task_types() -> None:
     assert chatcore(scores, {f"my_{name}": name for name in names}) is None
 
 
-def test_centred_error_is_divided_by_the_distance_from_chance() -> None:
+def test_centred_error_is_divided_by_the_distance_from_chance():
     measure = Measure(name="boolq", metric="task", value=0.5, stderr=0.05, chance=0.25)
     assert measure.centered_stderr == pytest.approx(0.05 / 0.75)
 
 
-def test_error_of_chatcore_by_hand() -> None:
+def test_error_of_chatcore_by_hand():
     """Errors of 0.05 and 0.04, the first stretched by 1 / (1 − 0.25)."""
     scores = [score(0.5, 0.25, 100), score(0.2, 0.0, 100)]
     assert mean_centered_stderr(scores) == pytest.approx(math.sqrt((0.05 / 0.75) ** 2 + 0.04**2) / 2)
 
 
-def test_expected_answers_show_calls_and_results() -> None:
+def test_expected_answers_show_calls_and_results():
     """Guards against "37+53=37+539090": the text, the call, its result and the text again without anything between."""
     parts = [
         {"type": "text", "text": "37+53="}, {"type": "python", "text": "37+53"},
@@ -308,7 +303,7 @@ def test_expected_answers_show_calls_and_results() -> None:
     assert question_text({"messages": messages}) == "user: ?\n\nassistant: 37+53=<<37+53=90>>90\n\nuser: And?"
 
 
-def test_both_verdicts_on_gsm8k_are_recorded(tokenizer: Tokenizer) -> None:
+def test_both_verdicts_on_gsm8k_are_recorded(tokenizer):
     """Guards against scores beside published ones of another rule: "#### 18." is right here, wrong for nanochat."""
 
     class Numbers(Questions):

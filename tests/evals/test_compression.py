@@ -24,7 +24,7 @@ def rival(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     return made
 
 
-def test_rows_are_nanochats_texts_then_splits(tokenizer: Tokenizer) -> None:
+def test_rows_are_nanochats_texts_then_splits(tokenizer):
     rows = compression_rows(tokenizer, SPLITS)
     assert [row["text"] for row in rows] == ["news", "korean", "code", "math", "science", "train", "validation"]
     assert {row["text"]: row["bytes"] for row in rows[-2:]} == {"train": 16, "validation": len("naïve 你好".encode())}
@@ -33,7 +33,7 @@ def test_rows_are_nanochats_texts_then_splits(tokenizer: Tokenizer) -> None:
     assert all(row["ratio"] == row["bytes"] / row["ours"] for row in rows)
 
 
-def test_other_tokenizers_are_compared_if_installed(tokenizer: Tokenizer, rival: Tokenizer) -> None:
+def test_other_tokenizers_are_compared_if_installed(tokenizer, rival):
     encoding = tiktoken.Encoding("r", pat_str=SPLIT_PATTERN, mergeable_ranks=rival.ranks, special_tokens={})
     for row in compression_rows(tokenizer, SPLITS):
         assert row["gpt4"] is None
@@ -47,7 +47,7 @@ def test_other_tokenizers_are_compared_if_installed(tokenizer: Tokenizer, rival:
     assert compression_rows(rival, {})[0]["gpt2_better"] == "tie"
 
 
-def test_only_the_start_of_a_corpus_is_read(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_start_of_a_corpus_is_read(tokenizer, monkeypatch):
     monkeypatch.setattr(compression, "_SPLIT_CHARS", 1000)
     asked = 0
 

@@ -71,9 +71,7 @@ def zipped(bundle: Path) -> Path:
     return path
 
 
-def test_verdicts_equal_those_of_single_examples(
-    evaluate: Evaluate, model: GPT, tokenizer: Tokenizer, bundle: Path
-) -> None:
+def test_verdicts_equal_those_of_single_examples(evaluate, model, tokenizer, bundle):
     result, opened = evaluate(), Bundle(bundle)
     for task in opened.tasks:
         items = opened.examples(task)
@@ -82,7 +80,7 @@ def test_verdicts_equal_those_of_single_examples(
         assert got == expected, task.label
 
 
-def test_core_is_the_mean_of_centred_accuracies(evaluate: Evaluate) -> None:
+def test_core_is_the_mean_of_centred_accuracies(evaluate):
     result = evaluate()
     centered, variances = [], []
     for label, (_, _, percent) in KINDS.items():
@@ -98,19 +96,19 @@ def test_core_is_the_mean_of_centred_accuracies(evaluate: Evaluate) -> None:
     assert (some.core, some.stderr) == (None, None)
 
 
-def test_zip_and_folder_give_equal_results(evaluate: Evaluate, bundle: Path, tmp_path: Path) -> None:
+def test_zip_and_folder_give_equal_results(evaluate, bundle, tmp_path):
     from_folder = evaluate().to_dict()
     from_zip = evaluate(bundle=zipped(bundle), work=tmp_path / "other").to_dict()
     assert from_zip.pop("bundle_sha256") != from_folder.pop("bundle_sha256")
     assert from_zip == from_folder
 
 
-def test_verdicts_do_not_depend_on_the_batch(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_verdicts_do_not_depend_on_the_batch(evaluate, tmp_path):
     assert evaluate(batch_tokens=60).to_dict() == evaluate(batch_tokens=9000, work=tmp_path / "other").to_dict()
 
 
 @pytest.mark.parametrize("batches", [0, 2])
-def test_stopped_evaluation_resumes_with_equal_results(evaluate: Evaluate, tmp_path: Path, batches: int) -> None:
+def test_stopped_evaluation_resumes_with_equal_results(evaluate, tmp_path, batches):
     left = iter([False] * batches)
     with pytest.raises(Interrupted, match="CORE's task"):
         evaluate(should_stop=lambda: next(left, True), max_per_task=10)
@@ -120,7 +118,7 @@ def test_stopped_evaluation_resumes_with_equal_results(evaluate: Evaluate, tmp_p
     assert (continued.to_dict(), continued.examples) == (whole.to_dict(), whole.examples)
 
 
-def test_results_of_another_bundle_are_not_reused(evaluate: Evaluate, bundle: Path) -> None:
+def test_results_of_another_bundle_are_not_reused(evaluate, bundle):
     first = evaluate(max_per_task=6)
     path = bundle / "eval_bundle" / "eval_data" / "all" / "schema.jsonl"
     path.write_text("".join(json.dumps(item) + "\n" for item in core_items("schema", 6)))
@@ -137,7 +135,7 @@ def set_context(model: GPT, bundle_evaluate: Evaluate) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("rule", "counted"), [("extend", "extended"), ("cut", "cropped")])
-def test_long_prompts_are_counted(evaluate: Evaluate, model: GPT, rule: str, counted: str) -> None:
+def test_long_prompts_are_counted(evaluate, model, rule, counted):
     limit, longer = set_context(model, evaluate)
     result = evaluate(tasks=["language"], long_prompts=rule).to_dict()
     found = result["tasks"]["language"]
@@ -148,9 +146,7 @@ def test_long_prompts_are_counted(evaluate: Evaluate, model: GPT, rule: str, cou
     assert other.computed > 0, "results under another rule are not reused"
 
 
-def test_third_party_models_keep_their_limit(
-    model: GPT, tokenizer: Tokenizer, bundle: Path, tmp_path: Path, evaluate: Evaluate
-) -> None:
+def test_third_party_models_keep_their_limit(model, tokenizer, bundle, tmp_path, evaluate):
     class Bounded(OwnModel):
         extends = False
 
@@ -178,9 +174,7 @@ def numpy_verdict(model: GPT, question: Question) -> tuple[bool, list[float]]:
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_long_prompts_exceed_the_context_as_in_nanochat(
-    evaluate: Evaluate, tokenizer: Tokenizer, bundle: Path, tmp_path: Path, architecture: str
-) -> None:
+def test_long_prompts_exceed_the_context_as_in_nanochat(evaluate, tokenizer, bundle, tmp_path, architecture):
     """Guards against cut prompts, and against layers of July 2026 that see further back than the context (64)."""
     model = make_model(architecture, num_layers=3, scale=0.3, seed=5)
     described = bundle / "eval_bundle" / "core.yaml"
@@ -228,9 +222,7 @@ def test_long_prompts_exceed_the_context_as_in_nanochat(
     ],
     ids=str,
 )
-def test_damaged_bundle_is_refused_with_its_place(
-    evaluate: Evaluate, bundle: Path, path: str, text: str, message: str
-) -> None:
+def test_damaged_bundle_is_refused_with_its_place(evaluate, bundle, path, text, message):
     (bundle / "eval_bundle" / path).write_text(text, encoding="utf-8", errors="surrogateescape")
     if "../out" in text:
         with (bundle / "eval_bundle" / "eval_meta_data.csv").open("a") as file:
@@ -257,15 +249,13 @@ def damaged(path: Path, change: Callable[[bytearray, int], None]) -> Path:
     ],
     ids=["a bomb", "packed in an unknown way", "encrypted"],
 )  # fmt: skip
-def test_zip_bombs_and_unreadable_members_are_refused(
-    evaluate: Evaluate, bundle: Path, change: Callable[[bytearray, int], None], message: str
-) -> None:
+def test_zip_bombs_and_unreadable_members_are_refused(evaluate, bundle, change, message):
     """A zip of 3 MB that holds 3 GB of blanks once took 8 GB of memory."""
     with pytest.raises(DataError, match=message):
         evaluate(bundle=damaged(zipped(bundle), change), tasks=["choice"])
 
 
-def test_unpaired_surrogates_become_question_marks(evaluate: Evaluate, bundle: Path, tmp_path: Path) -> None:
+def test_unpaired_surrogates_become_question_marks(evaluate, bundle, tmp_path):
     lines = [json.dumps({"query": f"the \ud800 cat {place}", "choices": ["a", "b"], "gold": 0}) for place in range(5)]
     (bundle / "eval_bundle" / "eval_data" / "all" / "choice.jsonl").write_text("\n".join(lines))
     result = evaluate(tasks=["choice"])
@@ -274,7 +264,7 @@ def test_unpaired_surrogates_become_question_marks(evaluate: Evaluate, bundle: P
     assert evaluate(tasks=["choice"]).computed == 0, "the journal was read"
 
 
-def test_wrong_options_are_refused(evaluate: Evaluate, tmp_path: Path) -> None:
+def test_wrong_options_are_refused(evaluate, tmp_path):
     with pytest.raises(DataError, match="at least 3 per task"):
         evaluate(max_per_task=2)
     with pytest.raises(DataError, match=r"'chioce'.* Did you mean \"choice\""):
@@ -285,7 +275,7 @@ def test_wrong_options_are_refused(evaluate: Evaluate, tmp_path: Path) -> None:
             evaluate(bundle=path)
 
 
-def test_bundle_cannot_read_outside_its_folder(bundle: Path, tmp_path: Path) -> None:
+def test_bundle_cannot_read_outside_its_folder(bundle, tmp_path):
     (tmp_path / "secret.jsonl").write_text("{}\n")
     path = bundle / "eval_bundle" / "core.yaml"
     path.write_text(path.read_text().replace("all/choice.jsonl", "../../../secret.jsonl"))
@@ -294,7 +284,7 @@ def test_bundle_cannot_read_outside_its_folder(bundle: Path, tmp_path: Path) -> 
         opened.examples(opened.tasks[0])
 
 
-def test_ties_and_options_without_scored_tokens() -> None:
+def test_ties_and_options_without_scored_tokens():
     losses = [np.array([1.0, 2.0]), np.array([1.5]), np.array([])]
     assert mean_losses(losses) == [1.5, 1.5, None]
     assert likeliest([1.5, 1.5, None]) == 0

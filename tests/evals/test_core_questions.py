@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.evals.core_bundle import CoreTask
 from mlxchat.evals.core_questions import common_prefix, crop, draw_shots, render_prompts, tokenize_prompts
@@ -42,7 +41,7 @@ def items(draw: st.DrawFn, kind: str) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", list(TEMPLATES))
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
-def test_prompts_are_what_jinja_renders(kind: str, data: st.DataObject) -> None:
+def test_prompts_are_what_jinja_renders(kind, data):
     item, delimiter = data.draw(items(kind)), data.draw(st.sampled_from([" ", "\nAnswer: ", ""]))
     shots = data.draw(st.lists(items(kind), max_size=2))
     # A template's own last line break goes, the texts' stay.
@@ -56,7 +55,7 @@ def test_prompts_are_what_jinja_renders(kind: str, data: st.DataObject) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(count=st.integers(2, 400), shots=st.integers(1, 10), data=st.data())
-def test_shots_are_drawn_as_nanochat_does(count: int, shots: int, data: st.DataObject) -> None:
+def test_shots_are_drawn_as_nanochat_does(count, shots, data):
     index = data.draw(st.integers(0, count - 1))
     shots = min(shots, count - 1)
     others = [place for place in range(count) if place != index]
@@ -65,14 +64,14 @@ def test_shots_are_drawn_as_nanochat_does(count: int, shots: int, data: st.DataO
 
 @settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6), min_size=1, max_size=5))
-def test_common_prefix(sequences: list[list[int]]) -> None:
+def test_common_prefix(sequences):
     expected = 0
     while all(len(each) > expected and each[expected] == sequences[0][expected] for each in sequences):
         expected += 1
     assert common_prefix(sequences) == expected
 
 
-def test_scored_spans_of_choices_and_schemas(tokenizer: Tokenizer) -> None:
+def test_scored_spans_of_choices_and_schemas(tokenizer):
     prompts = ["the cat sat", "the cat ran"]
     sequences, starts = tokenize_prompts("multiple_choice", prompts, tokenizer)
     assert [tokenizer.decode(tokens[start:]) for tokens, start in zip(sequences, starts, strict=True)] == [
@@ -83,7 +82,7 @@ def test_scored_spans_of_choices_and_schemas(tokenizer: Tokenizer) -> None:
     assert {tokenizer.decode(tokens[start:]) for tokens, start in zip(sequences, starts, strict=True)} == {" sat"}
 
 
-def test_merged_continuation_is_scored_from_where_they_differ(tokenizer: Tokenizer) -> None:
+def test_merged_continuation_is_scored_from_where_they_differ(tokenizer):
     prompts = ["the ca", "the cat"]  # "at" is one token
     sequences, starts = tokenize_prompts("language_modeling", prompts, tokenizer)
     assert tokenizer.decode(sequences[0][starts[0] :]) == "at"
@@ -91,7 +90,7 @@ def test_merged_continuation_is_scored_from_where_they_differ(tokenizer: Tokeniz
         tokenize_prompts("language_modeling", prompts, tokenizer, strict=True)
 
 
-def test_long_prompts_are_cropped_at_the_front() -> None:
+def test_long_prompts_are_cropped_at_the_front():
     sequences, starts = [list(range(10)), list(range(12))], [8, 8]
     assert crop(sequences, starts, 12) == (sequences, starts, False)
     kept, scored, cut = crop(sequences, starts, 9)

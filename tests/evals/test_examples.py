@@ -1,7 +1,6 @@
 """The files of examples."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -22,7 +21,7 @@ ROWS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_examples_round_trip(tmp_path: Path) -> None:
+def test_examples_round_trip(tmp_path):
     write_examples(tmp_path / "examples.parquet", ROWS)
     assert list(read_examples(tmp_path)) == ROWS
     details = pq.read_table(tmp_path / "examples.parquet").column("details").to_pylist()
@@ -33,14 +32,14 @@ def test_examples_round_trip(tmp_path: Path) -> None:
     assert list(read_examples(tmp_path)) == []
 
 
-def test_examples_of_older_artifacts_are_read(tmp_path: Path) -> None:
+def test_examples_of_older_artifacts_are_read(tmp_path):
     line = {"task": "facts", "index": 3, "question": "q", "answer": "a", "correct": False}
     (tmp_path / "examples.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     (row,) = read_examples(tmp_path)
     assert (row["task"], row["prompt"], row["output"], row["verdict"]) == ("facts", "q", "a", False)
 
 
-def test_damaged_and_missing_examples_are_reported(tmp_path: Path) -> None:
+def test_damaged_and_missing_examples_are_reported(tmp_path):
     with pytest.raises(DataError, match=r"only evaluations .* and RL do"):
         list(read_examples(tmp_path))
     for name in ("examples.jsonl", "examples.parquet"):

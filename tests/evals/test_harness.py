@@ -14,7 +14,6 @@ from kit.serving import model as model
 from kit.serving import served as served
 from kit.serving import start as start
 from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT
 
@@ -60,7 +59,7 @@ def log_probabilities(model: GPT, ids: list[int]) -> np.ndarray[Any, Any]:
     return logits[np.arange(len(logits)), ids[1:]]
 
 
-def test_scores_are_the_models_own(served: Path, model: GPT, tokenizer: Tokenizer, tasks: list[Any]) -> None:
+def test_scores_are_the_models_own(served, model, tokenizer, tasks):
     from mlxchat.evals.harness import HarnessModel
 
     found = evaluate(HarnessModel(path="pretrain", outputs=str(served)), tasks)
@@ -90,7 +89,7 @@ def test_scores_are_the_models_own(served: Path, model: GPT, tokenizer: Tokenize
     assert found["results"]["bytes"]["bits_per_byte,none"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
 
 
-def test_conversation_is_rendered_as_in_training(served: Path, tokenizer: Tokenizer) -> None:
+def test_conversation_is_rendered_as_in_training(served, tokenizer):
     from mlxchat.evals.harness import HarnessModel
 
     model = HarnessModel(path=str(served / "store" / CHAT))
@@ -102,7 +101,7 @@ def test_conversation_is_rendered_as_in_training(served: Path, tokenizer: Tokeni
     assert model.tok_encode("the <|bos|> cat").count(tokenizer.bos) == 1, "special tokens of a text are no tokens"
 
 
-def test_server_gives_equal_results_to_lm_evals_client(start: Any, served: Path, tasks: list[Any]) -> None:
+def test_server_gives_equal_results_to_lm_evals_client(start, served, tasks):
     from mlxchat.evals.harness import HarnessModel
 
     own = evaluate(HarnessModel(path="pretrain", outputs=str(served)), tasks)

@@ -38,5 +38,5 @@ def slow_bits_per_byte(training: list[str], held_out: list[str]) -> float:
     ("training", "held_out"),
     [(TRAINING, HELD_OUT), (TRAINING, TRAINING), (["a"], HELD_OUT), ([""], HELD_OUT), ([], ["a"])],
 )
-def test_bits_per_byte_equal_a_slow_model(training: list[str], held_out: list[str]) -> None:
+def test_bits_per_byte_equal_a_slow_model(training, held_out):
     assert ngram_bits_per_byte(training, held_out) == pytest.approx(slow_bits_per_byte(training, held_out), rel=1e-9)

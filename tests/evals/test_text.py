@@ -53,7 +53,7 @@ def numpy_sums() -> tuple[list[float], list[int], int]:
     return nats, num_bytes, tokens
 
 
-def test_loss_of_text_equals_numpys(outputs: Path, tmp_path: Path, say: Say) -> None:
+def test_loss_of_text_equals_numpys(outputs, tmp_path, say):
     nats, num_bytes, tokens = numpy_sums()
     (tmp_path / "folder").mkdir()
     for number, text in enumerate(DOCUMENTS):
@@ -72,7 +72,7 @@ def test_loss_of_text_equals_numpys(outputs: Path, tmp_path: Path, say: Say) -> 
     assert measured(say, outputs, tmp_path / "folder")["artifact"] != folder["artifact"]
 
 
-def test_unreadable_text_is_refused_before_running(outputs: Path, tmp_path: Path, say: Say) -> None:
+def test_unreadable_text_is_refused_before_running(outputs, tmp_path, say):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "a.jsonl").write_text('{"other": 1}\n')
@@ -86,7 +86,7 @@ def test_unreadable_text_is_refused_before_running(outputs: Path, tmp_path: Path
     assert "--column requires --text" in say("eval", "base", "--task", "bpb", "--column", "x", code=2)
 
 
-def test_ratio_error_of_equal_documents_is_that_of_a_mean() -> None:
+def test_ratio_error_of_equal_documents_is_that_of_a_mean():
     x, y = np.random.default_rng(1).normal(5, 1, 30), np.full(30, 4.0)
     assert ratio_error(x, y) == pytest.approx(np.std(x / 4, ddof=1) / math.sqrt(30))
     assert ratio_error(x[:1], y[:1]) is None

@@ -8,7 +8,6 @@ import json
 import logging
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,7 @@ def outside(engine: ThirdPartyEngine) -> tuple[ThirdPartyModel, ThirdPartyTokeni
     return ThirdPartyModel(engine.model, engine.context_tokens), engine.tokenizer
 
 
-def test_mlx_lm_has_our_results_on_core_and_text(
-    outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], model: GPT, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_mlx_lm_has_our_results_on_core_and_text(outside, model, tokenizer, tmp_path):
     kinds = {"choice": "multiple_choice", "schema": "schema", "language": "language_modeling"}
     write_bundle(tmp_path / "bundle", {label: (kind, 1, 0, core_items(kind, 9)) for label, kind in kinds.items()})
 
@@ -82,9 +79,7 @@ def test_mlx_lm_has_our_results_on_core_and_text(
     assert theirs.bits_per_byte == pytest.approx(ours.bits_per_byte, abs=TOLERANCE)
 
 
-def test_tokenizer_read_by_transformers_is_ours(
-    outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], tokenizer: Tokenizer
-) -> None:
+def test_tokenizer_read_by_transformers_is_ours(outside, tokenizer):
     theirs = outside[1]
     assert (theirs.bos, theirs.vocab_size) == (tokenizer.bos, tokenizer.vocab_size)
     assert theirs.token_bytes.tolist() == tokenizer.token_bytes.tolist()
@@ -112,7 +107,7 @@ def sentencepiece(scheme: str) -> ThirdPartyTokenizer:
     return ThirdPartyTokenizer(TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")))
 
 
-def test_bytes_of_pieces_with_byte_fallback() -> None:
+def test_bytes_of_pieces_with_byte_fallback():
     tokenizer, text = sentencepiece("never"), "ab abc é 你好\n"
     assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
     assert tokenizer.token_bytes[tokenizer.bos] == 0
@@ -120,7 +115,7 @@ def test_bytes_of_pieces_with_byte_fallback() -> None:
 
 
 @pytest.mark.parametrize("scheme", ["always", "never"])
-def test_answers_begin_without_an_added_blank(scheme: str) -> None:
+def test_answers_begin_without_an_added_blank(scheme):
     """Answers are shown token by token, and their first one is "▁ab" where decoding the whole gives "ab"."""
     tokenizer = sentencepiece(scheme)
     ids = tokenizer.encode(" ab ab" if scheme == "never" else "ab ab")
@@ -150,7 +145,7 @@ class Letters(Task):
 ANSWERING = Answering(batch_rows=1, max_new_tokens=3)
 
 
-def test_letters_are_chosen_by_their_logits(engine: ThirdPartyEngine, tmp_path: Path) -> None:
+def test_letters_are_chosen_by_their_logits(engine, tmp_path):
     score, rows = evaluate_task(engine, Letters("test"), ANSWERING, work=tmp_path / "work")
     for row in rows:
         prompt = engine.render([{"role": "user", "content": f"the cat {row['index']}"}])
@@ -160,7 +155,7 @@ def test_letters_are_chosen_by_their_logits(engine: ThirdPartyEngine, tmp_path: 
     assert score.accuracy == np.mean([row["output"] == "B" for row in rows])
 
 
-def test_answers_equal_those_of_our_engine(engine: ThirdPartyEngine, model: GPT, tokenizer: Tokenizer) -> None:
+def test_answers_equal_those_of_our_engine(engine, model, tokenizer):
     prompts = [engine.render([{"role": "user", "content": text}]) for text in ("the cat", "the dog sat on the")]
     ours = Engine(model, tokenizer).complete(prompts, max_new_tokens=8)
     assert [row.ids for row in engine.complete(prompts, max_new_tokens=8)] == [row.ids for row in ours]
@@ -173,9 +168,7 @@ def test_answers_equal_those_of_our_engine(engine: ThirdPartyEngine, model: GPT,
     assert [said[id_] for id_ in ids] == [row.ids for row in ours]
 
 
-def test_hf_export_has_equal_logits(
-    model: GPT, folder: Path, outside: tuple[ThirdPartyModel, ThirdPartyTokenizer], tmp_path: Path
-) -> None:
+def test_hf_export_has_equal_logits(model, folder, outside, tmp_path):
     """mlx-lm has other names of nanochat's parameters; the error ended where their list began."""
     from mlxchat.interop import exporting
 
@@ -189,7 +182,7 @@ def test_hf_export_has_equal_logits(
     assert tokenizer.has_chat_template
 
 
-def test_terminal_reports_dropped_turns(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_terminal_reports_dropped_turns(folder, capsys):
     """The context was cut without a word."""
     from mlxchat.terminal.chat import Chat
 
@@ -206,7 +199,7 @@ def test_terminal_reports_dropped_turns(folder: Path, capsys: pytest.CaptureFixt
     assert len(chat.messages) == 4
 
 
-def test_top_k_beyond_the_vocabulary_leaves_every_token(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_top_k_beyond_the_vocabulary_leaves_every_token(folder, capsys):
     """The default of 50 ended in a traceback of mlx-lm where the vocabulary was smaller."""
     from mlxchat.terminal.chat import Chat
 
@@ -218,7 +211,7 @@ def test_top_k_beyond_the_vocabulary_leaves_every_token(folder: Path, capsys: py
     assert answers[0] == answers[1] != ""
 
 
-def test_warnings_have_no_control_characters(folder: Path) -> None:
+def test_warnings_have_no_control_characters(folder):
     """Its warning about an unknown kind of rotary embedding brought OSC 52 to the terminal."""
     import transformers
 
@@ -235,7 +228,7 @@ def test_warnings_have_no_control_characters(folder: Path) -> None:
     assert "\x1b" not in screen.getvalue()
 
 
-def test_faulty_folders_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_faulty_folders_are_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"config\.json"):
         ThirdPartyEngine.load(tmp_path / "empty")
@@ -252,7 +245,7 @@ def test_faulty_folders_are_refused(folder: Path, tmp_path: Path) -> None:
         ThirdPartyEngine.load(folder)
 
 
-def test_code_of_the_folder_is_not_run(folder: Path, tmp_path: Path) -> None:
+def test_code_of_the_folder_is_not_run(folder, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_file": "model.py"}))
     (folder / "model.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
@@ -272,7 +265,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("kind", list(OTHERS))
-def test_rows_equal_single_sequences_in_other_architectures(kind: str) -> None:
+def test_rows_equal_single_sequences_in_other_architectures(kind):
     module = importlib.import_module(f"mlx_lm.models.{kind}")
     config = {"model_type": kind, **OTHERS[kind]}
     mx.random.seed(3)
@@ -292,9 +285,7 @@ def test_rows_equal_single_sequences_in_other_architectures(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_pipeline_measures_a_folder_once(
-    folder: Path, model: GPT, tokenizer: Tokenizer, mlxchat: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_pipeline_measures_a_folder_once(folder, model, tokenizer, mlxchat, tmp_path):
     text = tmp_path / "text.jsonl"
     lines = [{"text": f"The cat {number} sat on the mat and the dog sat on the log."} for number in range(300)]
     text.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -10,10 +10,10 @@ import pytest
 from mlxchat.engine.cache import Slots
 from mlxchat.evals import throughput
 from mlxchat.evals.throughput import measure_throughput
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import flatten_parameters
 
 
-def test_prefill_and_decoding_speed(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefill_and_decoding_speed(model, monkeypatch):
     """With 10 ms per call: prefill of 64 tokens at 6,400 tokens/s, decoding at 100 tokens/s."""
     clock = [0.0]
     monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
@@ -30,7 +30,7 @@ def test_prefill_and_decoding_speed(model: GPT, monkeypatch: pytest.MonkeyPatch)
     assert found["decode_tokens_per_second"] == pytest.approx(100)
 
 
-def test_measuring_keeps_the_model_and_counts_its_memory(model: GPT) -> None:
+def test_measuring_keeps_the_model_and_counts_its_memory(model):
     before = {name: np.array(value) for name, value in flatten_parameters(model).items()}
     found = measure_throughput(model, seconds=0.01)
     after = flatten_parameters(model)

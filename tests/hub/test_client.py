@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def fetch(pattern: str = "*", **more: Any) -> dict[str, bytes]:
 # What is fetched
 
 
-def test_files_are_downloaded_once(hub: Any, texts: Any) -> None:
+def test_files_are_downloaded_once(hub, texts):
     (file,) = list_files(NAME, pattern="data/0.parquet")
     assert (file.bytes, file.revision) == (200_000, texts.commit)
     assert record(file) == {
@@ -56,7 +55,7 @@ def test_files_are_downloaded_once(hub: Any, texts: Any) -> None:
     assert len(hub.log) == requests
 
 
-def test_corrupt_file_is_downloaded_again(hub: Any, texts: Any) -> None:
+def test_corrupt_file_is_downloaded_again(hub, texts):
     """Files in LFS are checked by sha256, the others by git id."""
     assert {file.path for file in list_files(NAME) if file.sha256 is None} == {"README.md"}
     hub.faults.corrupt = "*"
@@ -64,7 +63,7 @@ def test_corrupt_file_is_downloaded_again(hub: Any, texts: Any) -> None:
     assert [len(hub.requests(path)) for path in CONTENT] == [2] * len(CONTENT)
 
 
-def test_official_client_reads_our_cache(hub: Any, texts: Any) -> None:
+def test_official_client_reads_our_cache(hub, texts):
     from huggingface_hub import hf_hub_download
 
     fetch()
@@ -76,9 +75,7 @@ def test_official_client_reads_our_cache(hub: Any, texts: Any) -> None:
     assert hub.sent() == sent
 
 
-def test_matching_shards_of_nanochat_are_used(
-    hub: Any, texts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_matching_shards_of_nanochat_are_used(hub, texts, tmp_path, monkeypatch):
     folder = tmp_path / "nanochat" / "base_data_climbmix"
     folder.mkdir(parents=True)
     (folder / "0.parquet").write_bytes(CONTENT["data/0.parquet"])
@@ -91,7 +88,7 @@ def test_matching_shards_of_nanochat_are_used(
     assert fetch() == CONTENT, "a shard that changes later is downloaded"
 
 
-def test_altered_file_in_the_cache_is_downloaded_again(hub: Any, texts: Any) -> None:
+def test_altered_file_in_the_cache_is_downloaded_again(hub, texts):
     fetch()
     (file,) = list_files(NAME, pattern="data/2.parquet")
     damaged = bytearray(CONTENT["data/2.parquet"])
@@ -104,14 +101,14 @@ def test_altered_file_in_the_cache_is_downloaded_again(hub: Any, texts: Any) -> 
 
 
 @pytest.mark.parametrize("times", [1, 0], ids=["once", "always"])
-def test_cut_download_resumes_without_repeating_bytes(hub: Any, texts: Any, times: int) -> None:
+def test_cut_download_resumes_without_repeating_bytes(hub, texts, times):
     hub.faults.truncate, hub.faults.times = "data/*", times
     assert fetch() == CONTENT
     assert [each.range for each in hub.requests("0.parquet")][:2] == [None, "bytes=100000-"]
     assert hub.sent("parquet") == 800_000
 
 
-def test_permanently_corrupt_file_is_refused_and_others_kept(hub: Any, texts: Any) -> None:
+def test_permanently_corrupt_file_is_refused_and_others_kept(hub, texts):
     hub.faults.corrupt, hub.faults.times = "data/2.parquet", 0
     with pytest.raises(DataError, match=r"data/2\.parquet is corrupt: its sha256 is") as raised:
         fetch()
@@ -125,12 +122,12 @@ def test_permanently_corrupt_file_is_refused_and_others_kept(hub: Any, texts: An
 
 
 @pytest.mark.parametrize("status", [503, 429])
-def test_busy_server_is_retried(hub: Any, texts: Any, status: int) -> None:
+def test_busy_server_is_retried(hub, texts, status):
     hub.faults.fail_first, hub.faults.status = 4, status
     assert fetch() == CONTENT
 
 
-def test_redirect_to_another_host_does_not_get_the_token(hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirect_to_another_host_does_not_get_the_token(hub, texts, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret_token")
     hub.faults.redirect, hub.faults.truncate = True, "data/*"
     assert fetch() == CONTENT
@@ -147,7 +144,7 @@ def test_redirect_to_another_host_does_not_get_the_token(hub: Any, texts: Any, m
         (lambda hub: setattr(hub.faults, "denied", "data/*"), r"403.*authorized.*HF_TOKEN"),
     ],
 )
-def test_permanent_errors_are_not_retried(hub: Any, texts: Any, change: Callable[[Any], None], message: str) -> None:
+def test_permanent_errors_are_not_retried(hub, texts, change, message):
     files = list_files(NAME)
     change(hub)
     before = len(hub.log)
@@ -157,7 +154,7 @@ def test_permanent_errors_are_not_retried(hub: Any, texts: Any, change: Callable
     assert len(hub.log) <= before + 6
 
 
-def test_full_disk_is_refused_before_the_download(hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_refused_before_the_download(hub, texts, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=(256 << 20) + 799_999)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(DataError, match=r"org/texts \(5 files to fetch\) needs 800\.0 kB.*269\.2 MB free.*HF_HOME"):
@@ -165,7 +162,7 @@ def test_full_disk_is_refused_before_the_download(hub: Any, texts: Any, monkeypa
     assert hub.requests("parquet") == []
 
 
-def test_stopped_download_keeps_received_bytes(hub: Any, texts: Any) -> None:
+def test_stopped_download_keeps_received_bytes(hub, texts):
     class Enough(Exception):
         pass
 
@@ -194,7 +191,7 @@ def start_child() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", CHILD])
 
 
-def test_killed_download_resumes(hub: Any, texts: Any) -> None:
+def test_killed_download_resumes(hub, texts):
     hub.faults.block_seconds = 0.03
     child = start_child()
     until = time.monotonic() + 30
@@ -221,18 +218,14 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     listings.forget()
 
 
-def test_offline_without_listing_the_error_gives_the_command(
-    hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_without_listing_the_error_gives_the_command(hub, texts, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mlxchat", "experiment=speedrun_d20", "--fail-fast"])
     offline(monkeypatch)
     with pytest.raises(DataError, match=r"org/texts.*HF_HUB_OFFLINE.*mlxchat data fetch experiment=speedrun_d20$"):
         list_files(NAME)
 
 
-def test_offline_cached_files_are_used_and_missing_ones_named(
-    hub: Any, texts: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_cached_files_are_used_and_missing_ones_named(hub, texts, monkeypatch):
     fetch("data/0.parquet")
     offline(monkeypatch)
     requests = len(hub.log)
@@ -242,7 +235,7 @@ def test_offline_cached_files_are_used_and_missing_ones_named(
     assert len(hub.log) == requests
 
 
-def test_recorded_listing_replaces_a_silent_hub(hub: Any, texts: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recorded_listing_replaces_a_silent_hub(hub, texts, capsys):
     hub.faults.fail_first = 10_000
     with pytest.raises(PassingError, match="does not answer"):
         list_files(NAME)
@@ -260,7 +253,7 @@ def test_recorded_listing_replaces_a_silent_hub(hub: Any, texts: Any, capsys: py
 # Plain addresses
 
 
-def test_url_is_downloaded_once_resumed_and_recorded(hub: Any) -> None:
+def test_url_is_downloaded_once_resumed_and_recorded(hub):
     hub.files["words.txt"] = content(9)
     hub.faults.truncate = "words.txt"
     url = f"{hub.url}/files/words.txt"
@@ -273,14 +266,14 @@ def test_url_is_downloaded_once_resumed_and_recorded(hub: Any) -> None:
     }  # fmt: skip
 
 
-def test_url_on_the_hub_is_checked_by_etag(hub: Any) -> None:
+def test_url_on_the_hub_is_checked_by_etag(hub):
     hub.files["bundle.zip"] = content(9)
     hub.faults.corrupt = "bundle.zip"
     assert fetch_url(f"{hub.url}/files/bundle.zip").read_bytes() == content(9)
     assert len(hub.requests("bundle.zip")) == 2
 
 
-def test_equal_contents_are_downloaded_once_and_empty_files_exist(hub: Any) -> None:
+def test_equal_contents_are_downloaded_once_and_empty_files_exist(hub):
     files = {"a.parquet": content(1), "b.parquet": content(1), "empty.parquet": b""}
     hub.add(NAME, files)
     assert fetch() == files
@@ -288,7 +281,7 @@ def test_equal_contents_are_downloaded_once_and_empty_files_exist(hub: Any) -> N
 
 
 @pytest.mark.slow
-def test_two_processes_download_each_file_once(hub: Any, texts: Any) -> None:
+def test_two_processes_download_each_file_once(hub, texts):
     hub.faults.block_seconds = 0.005
     children = [start_child(), start_child()]
     assert [child.wait(timeout=60) for child in children] == [0, 0]
@@ -296,7 +289,7 @@ def test_two_processes_download_each_file_once(hub: Any, texts: Any) -> None:
     assert fetch() == CONTENT
 
 
-def test_url_that_changes_during_a_cut_starts_over(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_url_that_changes_during_a_cut_starts_over(hub, monkeypatch):
     hub.files["words.txt"] = content(9)
     hub.faults.truncate = "words.txt"
     receive = downloads.Download._receive

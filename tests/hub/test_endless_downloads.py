@@ -148,7 +148,7 @@ SIZES: dict[str, tuple[int | None, ...]] = {
 @pytest.mark.parametrize(
     ("name", "size"), [(name, size) for name in ENDLESS for size in SIZES.get(name, (WHOLE, None))]
 )
-def test_download_ends_after_a_bounded_number_of_requests(name: str, size: int | None, server: Server) -> None:
+def test_download_ends_after_a_bounded_number_of_requests(name, size, server):
     """A failure count that any byte resets would allow endless requests."""
     behaviour, most = ENDLESS[name]
     # Beyond the bound the whole file is sent, so that the test fails instead of hanging.
@@ -164,7 +164,7 @@ def test_download_ends_after_a_bounded_number_of_requests(name: str, size: int |
     assert not (cache.cache_folder() / "a").exists()
 
 
-def test_attempts_without_progress_back_off(server: Server) -> None:
+def test_attempts_without_progress_back_off(server):
     server.answer = cut
     with pytest.raises(PassingError, match=r"128,000 of 256,000 bytes.*Range"):
         server.fetch()
@@ -173,14 +173,14 @@ def test_attempts_without_progress_back_off(server: Server) -> None:
     assert server.pauses == [0.0, *[first * 2**number for number in range(5)]]
 
 
-def test_whole_file_arrives_although_range_is_ignored(server: Server) -> None:
+def test_whole_file_arrives_although_range_is_ignored(server):
     sizes = [HALF, 1000, HALF - 1, 3 * WHOLE // 4, 10, WHOLE]
     server.answer = lambda request, number, start: rest(request, 0, sizes[number - 1])
     assert server.fetch().read_bytes() == CONTENT
     assert len(server.starts) == len(sizes)
 
 
-def test_redirect_body_is_not_read(server: Server) -> None:
+def test_redirect_body_is_not_read(server):
     """The HTTP library would keep all of it in memory."""
     sent = 0
 
@@ -199,7 +199,7 @@ def test_redirect_body_is_not_read(server: Server) -> None:
     assert sent < 32 << 20
 
 
-def test_many_cuts_with_progress_are_accepted(server: Server) -> None:
+def test_many_cuts_with_progress_are_accepted(server):
     server.answer = lambda request, number, start: rest(request, start, WHOLE // 40)
     assert server.fetch().read_bytes() == CONTENT
     assert sum(server.pauses) == 0
@@ -230,7 +230,7 @@ def trickling(request: pytest.FixtureRequest, server: Server) -> Iterator[Server
     over.set()
 
 
-def test_trickling_answers_are_cut(trickling: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trickling_answers_are_cut(trickling, monkeypatch):
     monkeypatch.setattr(downloads, "_SLOW_SECONDS", 0.05)
     with pytest.raises(PassingError, match="fewer than"):
         trickling.fetch(None)
@@ -239,7 +239,7 @@ def test_trickling_answers_are_cut(trickling: Server, monkeypatch: pytest.Monkey
         downloads.read_answer(trickling.url, {}, downloads.within(0.05))
 
 
-def test_tls_handshake_that_trickles_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tls_handshake_that_trickles_is_cut(monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
@@ -258,7 +258,7 @@ def test_tls_handshake_that_trickles_is_cut(monkeypatch: pytest.MonkeyPatch) -> 
         assert time.monotonic() - began < 10
 
 
-def test_redirects_share_one_time_limit(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redirects_share_one_time_limit(server, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(downloads.time, "monotonic", lambda: clock[0])
 
@@ -272,7 +272,7 @@ def test_redirects_share_one_time_limit(server: Server, monkeypatch: pytest.Monk
     assert len(server.starts) <= 4 * downloads.TRIES, "instead of 21"
 
 
-def test_waiting_for_headers_can_be_stopped(server: Server) -> None:
+def test_waiting_for_headers_can_be_stopped(server):
     over, calls = threading.Event(), 0
 
     def answer(request: Any, number: int, start: int) -> None:
@@ -296,14 +296,14 @@ def test_waiting_for_headers_can_be_stopped(server: Server) -> None:
         over.set()
 
 
-def test_changed_length_restarts_the_download(server: Server) -> None:
+def test_changed_length_restarts_the_download(server):
     """A length announced before a cut must not be trusted for ever, also by later commands."""
     lengths = iter([2 * WHOLE, WHOLE])
     server.answer = lambda request, number, start: rest(request, 0, WHOLE, Content_Length=str(next(lengths)))
     assert server.fetch(None).read_bytes() == CONTENT
 
 
-def test_wrong_length_does_not_outlive_a_command(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_length_does_not_outlive_a_command(server, monkeypatch):
     monkeypatch.setattr(downloads, "TRIES", 1)
     monkeypatch.delenv("HF_HUB_OFFLINE")
     server.answer = lambda request, number, start: rest(request, 0, 0, Content_Length=str(2 * WHOLE))
@@ -313,7 +313,7 @@ def test_wrong_length_does_not_outlive_a_command(server: Server, monkeypatch: py
     assert fetch_url(server.url).read_bytes() == CONTENT
 
 
-def test_wrong_content_is_downloaded_three_times(server: Server) -> None:
+def test_wrong_content_is_downloaded_three_times(server):
     server.answer = lambda request, number, start: send(request, 200, b"x" * (WHOLE + 1))
     with pytest.raises(DataError, match="in 3 consecutive downloads"):
         server.fetch()

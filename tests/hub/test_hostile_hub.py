@@ -76,7 +76,7 @@ def hostile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     ],
     ids=lambda changed: ascii(changed)[:40],
 )  # fmt: skip
-def test_listing_that_leaves_the_cache_is_refused(hostile: Any, tmp_path: Path, changed: dict[str, Any]) -> None:
+def test_listing_that_leaves_the_cache_is_refused(hostile, tmp_path, changed):
     if "commit" in changed:
         hostile.commit = changed["commit"]
     else:
@@ -89,12 +89,12 @@ def test_listing_that_leaves_the_cache_is_refused(hostile: Any, tmp_path: Path, 
 
 @pytest.mark.parametrize("path", ["a.parquet", "data/train-00000-of-00001.parquet", "données/a b.parquet", "..a/b..c"])
 @pytest.mark.parametrize("sums", [(SHA256, None), (None, GIT)], ids=["lfs", "git"])
-def test_ordinary_paths_are_inside_the_cache(path: str, sums: tuple[str | None, str | None]) -> None:
+def test_ordinary_paths_are_inside_the_cache(path, sums):
     file = HubFile("org/name", "dataset", COMMIT, path, 0, *sums)
     assert file.place.resolve().is_relative_to(hub_cache().resolve())
 
 
-def test_file_longer_than_listed_is_discarded(hostile: Any) -> None:
+def test_file_longer_than_listed_is_discarded(hostile):
     """Without Content-Length only the listed size ends the transfer."""
     target = cache.cache_folder() / "a"
     download = downloads.Download(target=target, url=f"{hostile.url}/files/a", name="a", bytes=100_000)
@@ -105,7 +105,7 @@ def test_file_longer_than_listed_is_discarded(hostile: Any) -> None:
     assert not target.with_name("a.part").exists()
 
 
-def test_endless_file_stops_before_the_disk_is_full(hostile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endless_file_stops_before_the_disk_is_full(hostile, monkeypatch):
     monkeypatch.setattr(downloads, "_LOOK_BYTES", 1 << 20)
     free = iter([10**9] * 3 + [10**6] * 100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=next(free)))
@@ -115,7 +115,7 @@ def test_endless_file_stops_before_the_disk_is_full(hostile: Any, monkeypatch: p
 
 
 @pytest.mark.parametrize("place", ["/tree/0?page=1", "/tree/0?page={number}", "http://localhost:{port}/tree/x"])
-def test_endless_list_of_files_is_refused(hostile: Any, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+def test_endless_list_of_files_is_refused(hostile, monkeypatch, place):
     """Circular pages, endless new pages, pages of another host (which must not get the token)."""
     monkeypatch.setattr(listings, "_MOST_PAGES", 20)
     port = hostile.server_address[1]
@@ -131,7 +131,7 @@ def test_endless_list_of_files_is_refused(hostile: Any, monkeypatch: pytest.Monk
     assert set(hostile.hosts) == {f"127.0.0.1:{port}"}
 
 
-def test_retry_after_is_capped_at_a_minute(hostile: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_after_is_capped_at_a_minute(hostile, monkeypatch):
     """The official client would sleep for a year."""
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
@@ -142,7 +142,7 @@ def test_retry_after_is_capped_at_a_minute(hostile: Any, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("entry", [7, {"type": "file"}, {"type": "file", "path": "a", "size": 1, "lfs": 7}])
-def test_malformed_listing_is_one_message(hostile: Any, monkeypatch: pytest.MonkeyPatch, entry: Any) -> None:
+def test_malformed_listing_is_one_message(hostile, monkeypatch, entry):
     monkeypatch.setattr(listings, "FIRST_PAUSE_SECONDS", 0.0)
     hostile.entry = entry
     with pytest.raises(MlxchatError, match="a/b"):
@@ -154,9 +154,7 @@ def test_malformed_listing_is_one_message(hostile: Any, monkeypatch: pytest.Monk
     [("[" * 100_000, r"a/b: .* nested too deeply"), ("x" * (2 << 20), "its answer has more than 1 MB")],
     ids=["nested", "long"],
 )
-def test_unreadable_listing_is_one_message(
-    hostile: Any, monkeypatch: pytest.MonkeyPatch, body: str, message: str
-) -> None:
+def test_unreadable_listing_is_one_message(hostile, monkeypatch, body, message):
     monkeypatch.setattr(listings, "FIRST_PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(downloads, "MOST_ANSWER_BYTES", 1 << 20)
     monkeypatch.setattr(json, "dumps", lambda value: body)

@@ -78,7 +78,7 @@ def there(place: Place) -> list[str]:
     return sorted(path.rpartition("/store/")[2] for path in place.files.find(place.path()))
 
 
-def test_export_and_import_keep_every_byte(place: Place, made: Any, folders: list[Path], tmp_path: Path) -> None:
+def test_export_and_import_keep_every_byte(place, made, folders, tmp_path):
     assert export_to(place, folders) == 2
     other = Store(tmp_path / "other")
     new, known = import_from(other, place, [])
@@ -91,9 +91,7 @@ def test_export_and_import_keep_every_byte(place: Place, made: Any, folders: lis
 
 
 @pytest.mark.parametrize("after", [1, 2])
-def test_interrupted_export_resumes_and_shows_no_partial_artifact(
-    after: int, place: Place, made: Any, folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_export_resumes_and_shows_no_partial_artifact(after, place, made, folders, tmp_path, monkeypatch):
     original, count = place.files.put_file, 0
 
     def breaking(*arguments: Any, **options: Any) -> Any:
@@ -120,7 +118,7 @@ def test_interrupted_export_resumes_and_shows_no_partial_artifact(
     assert contents(other.outputs / "store") == contents(made.outputs / "store")
 
 
-def test_files_of_an_unfinished_transfer_are_replaced(place: Place, folders: list[Path]) -> None:
+def test_files_of_an_unfinished_transfer_are_replaced(place, folders):
     right = (folders[1] / "result.txt").read_bytes()
     place.files.makedirs(place.path(folders[1].name), exist_ok=True)
     place.files.pipe_file(place.path(folders[1].name, "result.txt"), b"x" * len(right))
@@ -131,7 +129,7 @@ def test_files_of_an_unfinished_transfer_are_replaced(place: Place, folders: lis
 
 
 @pytest.mark.parametrize("damage", ["file", "short", "long", "missing", "manifest"])
-def test_import_refuses_damaged_artifacts(damage: str, place: Place, folders: list[Path], tmp_path: Path) -> None:
+def test_import_refuses_damaged_artifacts(damage, place, folders, tmp_path):
     export_to(place, folders)
     target = place.path(folders[0].name, "manifest.json" if damage == "manifest" else "result.txt")
     content = place.files.cat_file(target)
@@ -146,14 +144,14 @@ def test_import_refuses_damaged_artifacts(damage: str, place: Place, folders: li
     assert list((other.outputs / "store").iterdir()) == []
 
 
-def test_damaged_artifact_is_not_sent(place: Place, folders: list[Path]) -> None:
+def test_damaged_artifact_is_not_sent(place, folders):
     (folders[0] / "result.txt").write_text("9")
     with pytest.raises(StoreError, match=r"is damaged.*Nothing of it was sent"):
         export_to(place, folders)
     assert there(place) == []
 
 
-def test_manifest_with_paths_outside_is_refused(place: Place, folders: list[Path], tmp_path: Path) -> None:
+def test_manifest_with_paths_outside_is_refused(place, folders, tmp_path):
     export_to(place, folders)
     target = place.path(folders[0].name, "manifest.json")
     record = json.loads(place.files.cat_file(target))
@@ -165,7 +163,7 @@ def test_manifest_with_paths_outside_is_refused(place: Place, folders: list[Path
         import_from(Store(tmp_path / "other"), place, [])
 
 
-def test_manifest_with_wrong_types_is_refused(folders: list[Path], tmp_path: Path) -> None:
+def test_manifest_with_wrong_types_is_refused(folders, tmp_path):
     place = open_place(f"file://{tmp_path}/elsewhere")
     export_to(place, folders)
     target = Path(place.path(folders[0].name, "manifest.json"))
@@ -179,7 +177,7 @@ def test_manifest_with_wrong_types_is_refused(folders: list[Path], tmp_path: Pat
     assert list((tmp_path / "other" / "store").iterdir()) == []
 
 
-def test_import_by_name_includes_inputs(place: Place, made: Any, folders: list[Path], tmp_path: Path) -> None:
+def test_import_by_name_includes_inputs(place, made, folders, tmp_path):
     export_to(place, folders)
     new, _ = import_from(Store(tmp_path / "one"), place, ["make"])
     assert [path.name for path in new] == [folders[0].name]
@@ -215,9 +213,7 @@ else:
          ("import", "import.checked"), ("import", "import.renamed"),
      ))],
 )  # fmt: skip
-def test_killed_transfer_resumes_and_leaves_no_partial_artifact(
-    way: str, point: str, toys: Any, tmp_path: Path
-) -> None:
+def test_killed_transfer_resumes_and_leaves_no_partial_artifact(way, point, toys, tmp_path):
     toys.add("make", "(ctx.out / 'result.txt').write_text('0123456789' * 1000)")
     toys.run(toys.plan(PIPELINE))
     url, other = f"file://{tmp_path}/elsewhere", Store(tmp_path / "other")
@@ -236,7 +232,7 @@ def test_killed_transfer_resumes_and_leaves_no_partial_artifact(
     assert list((other.outputs / "work").iterdir()) == []
 
 
-def test_interrupted_import_reads_only_the_rest(toys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_import_reads_only_the_rest(toys, tmp_path, monkeypatch):
     toys.add("make", "(ctx.out / 'result.txt').write_text('0123456789' * 1000)")
     toys.run(toys.plan({"first": {"stage": "make"}}))
     place = open_place(f"memory://{tmp_path.name}")
@@ -265,7 +261,7 @@ def test_interrupted_import_reads_only_the_rest(toys: Any, tmp_path: Path, monke
     assert (other.outputs / "store").is_dir()
 
 
-def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named_with_its_extra(monkeypatch):
     import fsspec
 
     assert fsspec.__version__
@@ -275,9 +271,7 @@ def test_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch
         open_place("s3://bucket/path")
 
 
-def test_hub_roundtrip_in_one_commit(
-    upload_hub: Any, made: Any, folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_hub_roundtrip_in_one_commit(upload_hub, made, folders, tmp_path, capsys):
     arguments = ["push", "second", "hf://me/runs/artifacts", f"outputs={made.outputs}"]
     assert dispatch(arguments) == 0
     repository = upload_hub.repositories["me/runs"]
@@ -293,7 +287,7 @@ def test_hub_roundtrip_in_one_commit(
     assert "2 artifacts pulled" in capsys.readouterr().out
 
 
-def test_failed_upload_leaves_the_repository_empty(upload_hub: Any, folders: list[Path]) -> None:
+def test_failed_upload_leaves_the_repository_empty(upload_hub, folders):
     from mlxchat.hub.places import push_artifacts
 
     upload_hub.faults.broken = "/commit/"
@@ -302,9 +296,7 @@ def test_failed_upload_leaves_the_repository_empty(upload_hub: Any, folders: lis
     assert upload_hub.repositories["me/runs"].files == {}
 
 
-def test_missing_credentials_and_buckets_are_one_message(
-    bucket: str, folders: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_credentials_and_buckets_are_one_message(bucket, folders, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match=r"s3://nobucket/x does not exist"):
         export_to(open_place("s3://nobucket/x"), folders)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -315,9 +307,7 @@ def test_missing_credentials_and_buckets_are_one_message(
         export_to(open_place(f"s3://{bucket}/x"), folders)
 
 
-def test_unreachable_server_is_a_transient_error(
-    bucket: str, folders: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_server_is_a_transient_error(bucket, folders, monkeypatch):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
@@ -327,9 +317,7 @@ def test_unreachable_server_is_a_transient_error(
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=")  # the official client's, of large files
-def test_uploads_use_plain_http_and_print_lines(
-    upload_hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_uploads_use_plain_http_and_print_lines(upload_hub, tmp_path, monkeypatch, capsys):
     """hf_xet retries silently for minutes where Xet storage does not answer."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     monkeypatch.setattr(places, "_LINE_SECONDS", 0.001)

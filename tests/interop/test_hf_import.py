@@ -76,7 +76,7 @@ def change(folder: Path, **values: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-def test_numbers_sizes_and_token_ids_are_equal(hf: Twin, tmp_path: Path) -> None:
+def test_numbers_sizes_and_token_ids_are_equal(hf, tmp_path):
     out = take(hf.folder, tmp_path)
     found = load_file(out / "model.safetensors")
     assert found.keys() == hf.tensors.keys()
@@ -91,7 +91,7 @@ def test_numbers_sizes_and_token_ids_are_equal(hf: Twin, tmp_path: Path) -> None
     )[0].encode("Hello ab world")  # fmt: skip
 
 
-def test_chat_model_saved_by_transformers_stays_one(hf: Twin, tmp_path: Path) -> None:
+def test_chat_model_saved_by_transformers_stays_one(hf, tmp_path):
     # Guards against chat_template.jinja, written by transformers 5, not being read.
     transformers = pytest.importorskip("transformers")
     transformers.AutoTokenizer.from_pretrained(hf.folder).save_pretrained(hf.folder)
@@ -106,7 +106,7 @@ def test_chat_model_saved_by_transformers_stays_one(hf: Twin, tmp_path: Path) ->
     assert load_checkpoint(take(hf.folder, tmp_path))[2]["format"] == "base"
 
 
-def test_sharded_weights_are_imported(hf: Twin, tmp_path: Path) -> None:
+def test_sharded_weights_are_imported(hf, tmp_path):
     whole = load_file(hf.folder / "model.safetensors")
     (hf.folder / "model.safetensors").unlink()
     index = {}
@@ -121,7 +121,7 @@ def test_sharded_weights_are_imported(hf: Twin, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("later", [False, True])
-def test_our_checkpoints_can_be_imported(twin: Twins, tmp_path: Path, later: bool) -> None:
+def test_our_checkpoints_can_be_imported(twin, tmp_path, later):
     made = twin(later=later)
     first = tmp_path / "first"
     first.mkdir()
@@ -180,7 +180,7 @@ FAULTS: list[tuple[Callable[[Path], Any], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "message"), FAULTS, ids=[message for _, message in FAULTS])
-def test_faulty_models_are_refused(hf: Twin, tmp_path: Path, spoil: Callable[[Path], Any], message: str) -> None:
+def test_faulty_models_are_refused(hf, tmp_path, spoil, message):
     spoil(hf.folder)
     with pytest.raises(DataError, match=message):
         take(hf.folder, tmp_path)
@@ -195,7 +195,7 @@ HOSTILE_SIZES = [
 ]  # fmt: skip
 
 
-def test_impossible_sizes_are_refused_at_once(hf: Twin) -> None:
+def test_impossible_sizes_are_refused_at_once(hf):
     """Guards against a billion layers, whose parameters' names filled the memory."""
     valid = (hf.folder / "config.json").read_text()
     for key, value in HOSTILE_SIZES:
@@ -206,14 +206,14 @@ def test_impossible_sizes_are_refused_at_once(hf: Twin) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_huge_small_files_are_refused(hf: Twin, tmp_path: Path, name: str) -> None:
+def test_huge_small_files_are_refused(hf, tmp_path, name):
     with (hf.folder / name).open("ab") as file:
         file.truncate(40 << 20)
     with pytest.raises(DataError, match=f"{name} has 41,943,040 bytes, more than 33,554,432"):
         take(hf.folder, tmp_path)
 
 
-def test_checkpoint_of_a_billion_layers_is_refused(twin: Twins, tmp_path: Path) -> None:
+def test_checkpoint_of_a_billion_layers_is_refused(twin, tmp_path):
     made, out = twin(), tmp_path / "out"
     out.mkdir()
     import_model(made.config(), out, lambda: None)

@@ -69,7 +69,7 @@ def refused(data: bytes, message: str | None = None, *, watched: bool = True) ->
     ],
     ids=["system", "eval", "exec", "getattr", "open", "popen", "bytearray"],
 )
-def test_no_function_is_called(call: Calls, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_function_is_called(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for protocol in range(2, 6):
         for content in (call, {"weights": [call]}, [call, 1]):
@@ -110,7 +110,7 @@ def shared_lists(levels: int) -> bytes:
     ],
     ids=range(14),
 )
-def test_malicious_pickles_are_refused_in_little_memory(opcodes: bytes, message: str | None) -> None:
+def test_malicious_pickles_are_refused_in_little_memory(opcodes, message):
     refused(b"\x80\x04" + opcodes, message)
 
 
@@ -122,7 +122,7 @@ def nested_tuples(levels: int) -> bytes:
     return data
 
 
-def test_messages_format_no_container(tmp_path: Path, lay: Lay) -> None:
+def test_messages_format_no_container(tmp_path, lay):
     """Guards against gigabytes of text for a name or storage that is a tuple of tuples."""
     refused(b"\x80\x02" + nested_tuples(6) + b"h\x06\x93.", "names tuple.tuple")
     refused(b"\x80\x02)" + b"\x85" * 100_000 + b"N\x93.", "names tuple.None", watched=False)
@@ -132,7 +132,7 @@ def test_messages_format_no_container(tmp_path: Path, lay: Lay) -> None:
     refuse_file(path, "data/tuple is missing")
 
 
-def test_deep_nesting_and_recursion_are_harmless() -> None:
+def test_deep_nesting_and_recursion_are_harmless():
     assert isinstance(reading(b"\x80\x02N" + b"\x85" * 100_000 + b"."), tuple)
     recursive = reading(b"\x80\x02]q\x00h\x00a.")
     assert recursive[0] is recursive
@@ -147,13 +147,13 @@ def test_deep_nesting_and_recursion_are_harmless() -> None:
 @pytest.mark.parametrize(
     "value", [b")" + b"\x85" * 100_000, b")" + b"q\x00h\x00\x86" * 60], ids=["deep", "shared, so 2^60 long"]
 )
-def test_arguments_are_not_hashed(value: bytes) -> None:
+def test_arguments_are_not_hashed(value):
     """Hashing keys of collections.OrderedDict([(value, 1)]) killed the process or never ended."""
     items = value + b"K\x01\x86\x85\x85q\x01"
     refused(b"\x80\x02" + items + b"ccollections\nOrderedDict\nh\x01R\x86.", "TypeError", watched=False)
 
 
-def test_long_tokens_are_refused_in_imports_and_artifacts(tmp_path: Path) -> None:
+def test_long_tokens_are_refused_in_imports_and_artifacts(tmp_path):
     """One of 10,000 bytes delayed an import by minutes; one of 8 MB in an artifact lengthened answers by as much."""
     single = {bytes([byte]): byte for byte in range(256)}
     Vocabulary({**single, b" " * 1024: 256}, "")
@@ -173,7 +173,7 @@ def opening(path: Path) -> dict[str, Any]:
         return {name: file.numbers(tensor) for name, tensor in tensors.items()}
 
 
-def test_models_and_tokenizers_execute_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lay: Lay) -> None:
+def test_models_and_tokenizers_execute_no_code(tmp_path, monkeypatch, lay):
     monkeypatch.chdir(tmp_path)
     path, model = tmp_path / "tokenizer.pkl", tmp_path / "model_000001.pt"
     path.write_bytes(pickle.dumps(Calls(os.system, "touch ran")))
@@ -214,7 +214,7 @@ NUMBERS = np.arange(24, dtype=np.float32).reshape(4, 6)
         ({"count": 10**600}, "refers to something that is no storage"),
     ],
 )  # fmt: skip
-def test_false_sizes_and_strides_are_refused(lies: dict[str, Any], message: str, tmp_path: Path, lay: Lay) -> None:
+def test_false_sizes_and_strides_are_refused(lies, message, tmp_path, lay):
     path = tmp_path / "model_000001.pt"
     if "strides" not in lies and "shape" in lies:
         lies = {**lies, "strides": (6, 1) if len(lies["shape"]) == 2 else lies["shape"]}
@@ -222,7 +222,7 @@ def test_false_sizes_and_strides_are_refused(lies: dict[str, Any], message: str,
     refuse_file(path, message)
 
 
-def test_many_dimensions_take_no_memory(tmp_path: Path, lay: Lay) -> None:
+def test_many_dimensions_take_no_memory(tmp_path, lay):
     # Guards against multiplying before counting: 0.5 MB of dimensions took 20 GB.
     path = tmp_path / "model_000001.pt"
     many = (2**31 - 1,) * 2_000  # 8 MB of partial products; 100,000 took 20 GB
@@ -235,7 +235,7 @@ def test_many_dimensions_take_no_memory(tmp_path: Path, lay: Lay) -> None:
         tracemalloc.stop()
 
 
-def test_safetensors_header_with_many_dimensions_is_refused(tmp_path: Path) -> None:
+def test_safetensors_header_with_many_dimensions_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     entry = {"dtype": "F32", "shape": [2**31 - 1] * 2_000, "data_offsets": [0, 4]}
     header = json.dumps({"w": entry}).encode()
@@ -244,7 +244,7 @@ def test_safetensors_header_with_many_dimensions_is_refused(tmp_path: Path) -> N
         SafetensorsFile(path)
 
 
-def test_missing_and_duplicate_members_are_refused(tmp_path: Path, lay: Lay) -> None:
+def test_missing_and_duplicate_members_are_refused(tmp_path, lay):
     path, other = tmp_path / "model_000001.pt", tmp_path / "other.pt"
     lay.write_torch(other, {"w": lay.Tensor(NUMBERS)})
     with zipfile.ZipFile(other) as archive:
@@ -255,7 +255,7 @@ def test_missing_and_duplicate_members_are_refused(tmp_path: Path, lay: Lay) -> 
     refuse_file(other, "data/0 twice")
 
 
-def test_tensors_of_one_storage_must_not_overlap(tmp_path: Path, lay: Lay) -> None:
+def test_tensors_of_one_storage_must_not_overlap(tmp_path, lay):
     def part(first: int, rows: int) -> Any:
         return lay.Tensor(NUMBERS, key="0", first=first, shape=(rows, 6), strides=(6, 1))
 
@@ -268,7 +268,7 @@ def test_tensors_of_one_storage_must_not_overlap(tmp_path: Path, lay: Lay) -> No
     refuse_file(path, "a and b share their numbers")
 
 
-def test_storage_of_many_tensors_is_read_at_most_twice(tmp_path: Path, lay: Lay) -> None:
+def test_storage_of_many_tensors_is_read_at_most_twice(tmp_path, lay):
     """Guards against computing the checksum for each tensor: 2,400 in 18 MB read 43 GB."""
     path, numbers = tmp_path / "model_000001.pt", np.ones((500, 6), np.float32)
     lay.write_torch(path, {f"w{row}": lay.Tensor(numbers, key="0", first=6 * row, shape=(6,)) for row in range(500)})
@@ -295,7 +295,7 @@ class Counting:
         return getattr(self.file, name)
 
 
-def test_token_bytes_of_another_length_are_not_read(tmp_path: Path, lay: Lay, tokenizer: Tokenizer) -> None:
+def test_token_bytes_of_another_length_are_not_read(tmp_path, lay, tokenizer):
     """Guards against reading them before their number is compared."""
     path = tmp_path / "token_bytes.pt"
     lay.write_torch(path, lay.Tensor(np.zeros(8 << 20, np.int32)))
@@ -308,14 +308,14 @@ def test_token_bytes_of_another_length_are_not_read(tmp_path: Path, lay: Lay, to
         tracemalloc.stop()
 
 
-def test_zip_bomb_is_not_unpacked(tmp_path: Path, lay: Lay) -> None:
+def test_zip_bomb_is_not_unpacked(tmp_path, lay):
     path = tmp_path / "model_000001.pt"
     lay.write_torch(path, {"w": lay.Tensor(np.zeros(4 << 20, np.float32))}, compression=zipfile.ZIP_DEFLATED)
     assert path.stat().st_size < 1 << 16
     refuse_file(path, "is compressed or encrypted")
 
 
-def test_overlapping_members_are_refused(tmp_path: Path, lay: Lay) -> None:
+def test_overlapping_members_are_refused(tmp_path, lay):
     path = tmp_path / "model_000001.pt"
     lay.write_torch(path, {"w": lay.Tensor(NUMBERS)})
     data = path.read_bytes()
@@ -332,7 +332,7 @@ def test_overlapping_members_are_refused(tmp_path: Path, lay: Lay) -> None:
     refuse_file(path, "two names|overlaps another")
 
 
-def test_damaged_directories_are_refused(tmp_path: Path, lay: Lay) -> None:
+def test_damaged_directories_are_refused(tmp_path, lay):
     path = tmp_path / "model_000001.pt"
     lay.write_torch(path, {"w": lay.Tensor(NUMBERS)})
     whole = path.read_bytes()
@@ -347,7 +347,7 @@ def test_damaged_directories_are_refused(tmp_path: Path, lay: Lay) -> None:
         refuse_file(path, "truncated|damaged")
 
 
-def test_huge_directory_is_not_read(tmp_path: Path, lay: Lay) -> None:
+def test_huge_directory_is_not_read(tmp_path, lay):
     path = tmp_path / "model_000001.pt"
     lay.write_torch(path, {"w": lay.Tensor(NUMBERS)})
     with path.open("r+b") as file:
@@ -367,13 +367,13 @@ def test_huge_directory_is_not_read(tmp_path: Path, lay: Lay) -> None:
         (b"\x80\x04N.", "not a file of torch.save"),
     ],
 )  # fmt: skip
-def test_other_formats_are_named(beginning: bytes, message: str, tmp_path: Path) -> None:
+def test_other_formats_are_named(beginning, message, tmp_path):
     path = tmp_path / "model_000001.pt"
     path.write_bytes(beginning)
     refuse_file(path, message)
 
 
-def test_fuzzed_files_are_read_or_refused(tmp_path: Path, lay: Lay) -> None:
+def test_fuzzed_files_are_read_or_refused(tmp_path, lay):
     path, draw = tmp_path / "model_000001.pt", random.Random(7)
     lay.write_torch(path, {"a": lay.Tensor(NUMBERS), "b": lay.Tensor(NUMBERS)})
     tokenizer = tmp_path / "tokenizer.pkl"
@@ -390,7 +390,7 @@ def test_fuzzed_files_are_read_or_refused(tmp_path: Path, lay: Lay) -> None:
                 read(place)
 
 
-def test_zip64_archives_are_read(tmp_path: Path, lay: Lay) -> None:
+def test_zip64_archives_are_read(tmp_path, lay):
     # zip64, as in archives above 4 GB.
     path = tmp_path / "model_000001.pt"
     lay.write_torch(path, {"w": lay.Tensor(NUMBERS)})

@@ -27,7 +27,7 @@ def offered(hub: Any, made: Twin, **more: Any) -> Any:
     return made.config(folder=None, repository="org/model")
 
 
-def test_repository_and_folder_give_the_same_checkpoint(hub: Any, twin: Twins, tmp_path: Path) -> None:
+def test_repository_and_folder_give_the_same_checkpoint(hub, twin, tmp_path):
     made = twin(prefix="_orig_mod.", later=True)
     config = offered(hub, made)
     assert pins_of(config, hash_file) == pins_of(made.config(), hash_file)
@@ -40,7 +40,7 @@ def test_repository_and_folder_give_the_same_checkpoint(hub: Any, twin: Twins, t
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
-def test_folder_of_a_repository_is_imported(hub: Any, twin: Twins) -> None:
+def test_folder_of_a_repository_is_imported(hub, twin):
     made = twin()
     files = files_of(made.folder, "chatsft_checkpoints/d2/") | files_of(twin("b", seed=3).folder, "mid_checkpoints/d2/")
     tokenizer = {
@@ -56,9 +56,7 @@ def test_folder_of_a_repository_is_imported(hub: Any, twin: Twins) -> None:
         pins_of(made.config(folder=None, repository="org/all/chatsft_checkpoints/d3"), hash_file)
 
 
-def test_planning_works_offline_after_an_import(
-    hub: Any, twin: Twins, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planning_works_offline_after_an_import(hub, twin, tmp_path, monkeypatch):
     config = offered(hub, twin())
     pins = pins_of(config, hash_file)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -78,7 +76,7 @@ def another(twin: Twins, tmp_path: Path) -> Path:
     return folder
 
 
-def test_third_party_model_chats(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_third_party_model_chats(another, capsys):
     pytest.importorskip("mlx_lm")
     arguments = ["chat", "--model", f"hf:{another}", "-p", "hello", "--max-tokens", "3", "--system", "be brief"]
     assert dispatch(arguments) == 0
@@ -89,7 +87,7 @@ def test_third_party_model_chats(another: Path, capsys: pytest.CaptureFixture[st
         dispatch(["chat", "--model", f"hf:{another}", "-p", "hello", "--bits", "4"])
 
 
-def test_model_without_a_template_continues_text(another: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_without_a_template_continues_text(another, capsys):
     pytest.importorskip("mlx_lm")
     (another / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     dispatch(["chat", "--model", f"hf:{another}", "-p", "Once upon", "--max-tokens", "2"])
@@ -98,7 +96,7 @@ def test_model_without_a_template_continues_text(another: Path, capsys: pytest.C
         dispatch(["chat", "--model", f"hf:{another}", "-p", "x", "--system", "be brief"])
 
 
-def test_no_code_is_downloaded(hub: Any, another: Path) -> None:
+def test_no_code_is_downloaded(hub, another):
     files = files_of(another) | {"modeling.py": b"raise SystemExit", "pytorch_model.bin": b"\x80\x04."}
     hub.add("org/other", files, kind="model", lfs=(".safetensors",))
     folder = outside_folder("hf:org/other")

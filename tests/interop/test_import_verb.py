@@ -11,7 +11,6 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from kit.commands import Say
 from mlxchat.cli import dispatch
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, MlxchatError
@@ -51,7 +50,7 @@ def wired(name: str) -> tuple[str, ...]:
     return (*RL, "~pipeline.imported", "~pipeline.eval_imported", f"pipeline.rl.checkpoint=import:{name}")
 
 
-def test_import_is_made_once_and_may_have_several_names(twin: Twins, capfd: pytest.CaptureFixture[str]) -> None:
+def test_import_is_made_once_and_may_have_several_names(twin, capfd):
     made = twin("org/some-model")
     place = take(str(made.folder))
     assert place.name.startswith("imported-some_model-")
@@ -83,9 +82,7 @@ def base(tmp_path: Path, lay: Lay, monkeypatch: pytest.MonkeyPatch) -> Path:
     return base
 
 
-def test_nanochats_folder_is_listed(
-    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nanochats_folder_is_listed(base, tmp_path, capsys, monkeypatch):
     assert dispatch(["import", "nanochat"]) == 0
     printed = capsys.readouterr().out
     assert re.findall(r"^  (\S+) +steps ([\d, ]+) \(", printed, re.MULTILINE) == [
@@ -98,7 +95,7 @@ def test_nanochats_folder_is_listed(
         dispatch(["import", "nanochat"])
 
 
-def test_checkpoint_is_named_by_source_tag_and_step(base: Path) -> None:
+def test_checkpoint_is_named_by_source_tag_and_step(base):
     for word, step, name in (("sft:d2", 7, "d2-sft"), ("sft:d2@3", 3, "d2-sft-3"), ("mine", 5, "mine-rl")):
         assert dispatch(["import", "nanochat", word, *(["--name", name] if "@" in word else [])]) == 0
         place = resolve(Store(Path("outputs")), f"import:{name}")
@@ -112,7 +109,7 @@ def test_checkpoint_is_named_by_source_tag_and_step(base: Path) -> None:
             dispatch(["import", "nanochat", word])
 
 
-def test_rl_key_does_not_depend_on_the_reference(twin: Twins) -> None:
+def test_rl_key_does_not_depend_on_the_reference(twin):
     made = twin("model")
     take(str(made.folder), "--name", "d2")
     from_name, from_stage = plan(*wired("d2")), plan(*RL, f"imported.folder={made.folder}")
@@ -122,7 +119,7 @@ def test_rl_key_does_not_depend_on_the_reference(twin: Twins) -> None:
     assert from_name["rl"].title == "rl-d2"
 
 
-def test_unknown_import_is_refused_before_the_run(twin: Twins) -> None:
+def test_unknown_import_is_refused_before_the_run(twin):
     with pytest.raises(ConfigError, match=r"pipeline\.rl\.checkpoint: there is no import.*Nothing was imported"):
         plan(*wired("d32"))
     take(str(twin().folder), "--name", "nanochat-d32")
@@ -130,7 +127,7 @@ def test_unknown_import_is_refused_before_the_run(twin: Twins) -> None:
         plan(*wired("nanochat-d23"))
 
 
-def test_rows_longer_than_the_imported_context_are_refused(twin: Twins) -> None:
+def test_rows_longer_than_the_imported_context_are_refused(twin):
     take(str(twin().folder), "--name", "x")
     wiring = ("pipeline.sft.checkpoint=import:x", "stage=sft")
     with pytest.raises(ConfigError, match=r"longer than the context.*: 64\. Give sft\.batch\.row_tokens=64"):
@@ -138,7 +135,7 @@ def test_rows_longer_than_the_imported_context_are_refused(twin: Twins) -> None:
     assert plan(*wiring, "sft.batch.row_tokens=64")["sft"].state == "run"
 
 
-def test_import_name_can_be_replaced_and_removed(twin: Twins) -> None:
+def test_import_name_can_be_replaced_and_removed(twin):
     first, second = twin("first", seed=1), twin("second", seed=2)
     take(str(first.folder), "--name", "x")
     before = resolve(Store(Path("outputs")), "import:x")
@@ -151,7 +148,7 @@ def test_import_name_can_be_replaced_and_removed(twin: Twins) -> None:
         dispatch(["import", "--forget", "x"])
 
 
-def test_named_import_is_not_collected(twin: Twins) -> None:
+def test_named_import_is_not_collected(twin):
     place = take(str(twin().folder), "--name", "x")
     for folder in Path("outputs/refs").iterdir():
         if folder.name != "imports":
@@ -161,7 +158,7 @@ def test_named_import_is_not_collected(twin: Twins) -> None:
     assert found.kept[place.name] == "import:x"
 
 
-def test_only_import_is_found_by_chat_status_and_report(twin: Twins, capfd: pytest.CaptureFixture[str]) -> None:
+def test_only_import_is_found_by_chat_status_and_report(twin, capfd):
     """After an import chat and status said there was nothing, and the report was titled by the default experiment."""
     place = take(str(twin().folder), "--name", "x")
     store = Store(Path("outputs"))
@@ -189,12 +186,12 @@ def test_only_import_is_found_by_chat_status_and_report(twin: Twins, capfd: pyte
         (["./a_folder"], ConfigError, "For artifacts: mlxchat pull PLACE"),
     ],
 )
-def test_wrong_arguments_are_refused(words: list[str], error: type[Exception], message: str) -> None:
+def test_wrong_arguments_are_refused(words, error, message):
     with pytest.raises(error, match=message):
         dispatch(["import", *words])
 
 
-def test_import_stage_needs_exactly_one_source() -> None:
+def test_import_stage_needs_exactly_one_source():
     with pytest.raises(ConfigError, match=r"exactly one of imported\.repository and imported\.folder.*neither is"):
         compose_config([*RL])
     with pytest.raises(ConfigError) as caught:
@@ -204,7 +201,7 @@ def test_import_stage_needs_exactly_one_source() -> None:
     assert expected in str(caught.value)
 
 
-def test_rl_chat_and_evaluation_accept_an_import(twin: Twins, say: Say, tmp_path: Path, tiny: tuple[str, ...]) -> None:
+def test_rl_chat_and_evaluation_accept_an_import(twin, say, tmp_path, tiny):
     take(str(twin().folder), "--name", "x")
     wiring = (
         "pipeline=imported_rl", "~pipeline.imported", "pipeline.rl.checkpoint=import:x",
@@ -220,7 +217,7 @@ def test_rl_chat_and_evaluation_accept_an_import(twin: Twins, say: Say, tmp_path
     say("verify", "import:x")
 
 
-def test_import_needs_less_memory_than_the_file(tmp_path: Path, lay: Lay) -> None:
+def test_import_needs_less_memory_than_the_file(tmp_path, lay):
     made = lay.make_twin(tmp_path / "large", width=512, num_layers=5, later=True, random=False)
     size = (made.folder / "model_000007.pt").stat().st_size
     assert size > 50e6
@@ -235,12 +232,12 @@ def test_import_needs_less_memory_than_the_file(tmp_path: Path, lay: Lay) -> Non
     assert Path("out/model.safetensors").stat().st_size > size
 
 
-def test_key_of_an_import_is_stable(twin: Twins) -> None:
+def test_key_of_an_import_is_stable(twin):
     steps = plan(*RL, f"imported.folder={twin('golden', random=False).folder}")
     assert steps["imported"].key == "mdymr4hx2qihgryagyec3jce7jz3mykuepkliun45rwkzyorovha"
 
 
-def test_failed_import_is_named_by_the_next(twin: Twins, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failed_import_is_named_by_the_next(twin, monkeypatch, tmp_path):
     command = ["import", "nanochat", str(twin().folder), "--name", "x"]
     with monkeypatch.context() as patch:
         patch.setenv("MLXCHAT_CRASH_AT", "publish.renamed")

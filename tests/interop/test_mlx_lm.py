@@ -1,7 +1,6 @@
 """Checkpoints in mlx-lm: equal logits, ids and tokens."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -39,7 +38,7 @@ def ids_of(model: GPT, count: int) -> mx.array:
     return mx.array(np.random.default_rng(1).integers(0, model.sizes.vocab_size, (2, count)))
 
 
-def test_logits_agree_with_and_without_a_cache(opened: Any) -> None:
+def test_logits_agree_with_and_without_a_cache(opened):
     from mlx_lm.models.cache import make_prompt_cache
 
     model, theirs, _ = opened
@@ -52,7 +51,7 @@ def test_logits_agree_with_and_without_a_cache(opened: Any) -> None:
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_logits_agree_beyond_the_context(tmp_path: Path, tokenizer: Tokenizer, architecture: str) -> None:
+def test_logits_agree_beyond_the_context(tmp_path, tokenizer, architecture):
     """Guards against long windows of July 2026 that see all of an input longer than the context (64) in mlx-lm."""
     from mlx_lm.models.cache import make_prompt_cache
 
@@ -66,7 +65,7 @@ def test_logits_agree_beyond_the_context(tmp_path: Path, tokenizer: Tokenizer, a
         np.testing.assert_allclose(np.asarray(found), expected, atol=1e-3)
 
 
-def test_chat_template_renders_the_trained_ids(opened: Any, tokenizer: Tokenizer) -> None:
+def test_chat_template_renders_the_trained_ids(opened, tokenizer):
     theirs = opened[2]
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -81,9 +80,7 @@ def test_chat_template_renders_the_trained_ids(opened: Any, tokenizer: Tokenizer
 
 
 @pytest.mark.parametrize("feature", [{"query_key_scale": 1.2}, {"window_pattern": "SL"}])
-def test_unsupported_features_need_the_model_file(
-    feature: dict[str, Any], tmp_path: Path, tokenizer: Tokenizer
-) -> None:
+def test_unsupported_features_need_the_model_file(feature, tmp_path, tokenizer):
     """Neither adds parameters, so mlx-lm would load the model and compute something else."""
     model = make_model("oct2025", **feature)
     save_checkpoint(tmp_path, model, tokenizer, {"stage": "sft", "format": "chat"})

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from kit.commands import Say
 from kit.training import make_optimizer
 from mlxchat.errors import DataError
 from mlxchat.interop.importing import import_model
@@ -101,9 +100,7 @@ def importing(made: Twin, out: Path) -> Path:
 
 
 @pytest.mark.parametrize(("later", "ranks"), [(True, 1), (True, 4), (False, 1), (False, 3)])
-def test_moments_of_all_ranks_are_those_of_our_optimizer(
-    model: Callable[..., tuple[Twin, Numbers]], tmp_path: Path, later: bool, ranks: int
-) -> None:
+def test_moments_of_all_ranks_are_those_of_our_optimizer(model, tmp_path, later, ranks):
     made, moments = model(later=later, ranks=ranks)
     out = importing(made, tmp_path / "out")
     found = load_file(out / "training_state.safetensors")
@@ -117,9 +114,7 @@ def test_moments_of_all_ranks_are_those_of_our_optimizer(
 
 
 @pytest.mark.parametrize(("later", "rank"), [(True, 3), (False, 2), (True, 1)])
-def test_missing_rank_is_refused(
-    model: Callable[..., tuple[Twin, Numbers]], tmp_path: Path, later: bool, rank: int
-) -> None:
+def test_missing_rank_is_refused(model, tmp_path, later, rank):
     made, _ = model(later=later, ranks=4 if later else 3)
     (made.folder / f"optim_000007_rank{rank}.pt").unlink()
     expected = "lacks optim_000007_rank1.pt" if rank == 1 else "saved by .* ranks.*every rank.*without --optimizer"
@@ -127,12 +122,12 @@ def test_missing_rank_is_refused(
         importing(made, tmp_path / "out")
 
 
-def test_missing_optimizer_is_refused(twin: Callable[..., Twin], tmp_path: Path) -> None:
+def test_missing_optimizer_is_refused(twin, tmp_path):
     with pytest.raises(DataError, match=r"no optim_000007_rank0\.pt.*without --optimizer"):
         importing(twin(), tmp_path / "out")
 
 
-def test_unknown_optimizer_contents_are_refused(twin: Callable[..., Twin], lay: Lay, tmp_path: Path) -> None:
+def test_unknown_optimizer_contents_are_refused(twin, lay, tmp_path):
     made = twin()
     for number, content in enumerate(({}, {"state": {}, "param_groups": []}, [1], {"state": 3, "param_groups": [{}]})):
         lay.write_torch(made.folder / "optim_000007_rank0.pt", content)
@@ -140,9 +135,7 @@ def test_unknown_optimizer_contents_are_refused(twin: Callable[..., Twin], lay: 
             importing(made, tmp_path / f"out{number}")
 
 
-def test_training_continues_from_imported_moments(
-    model: Callable[..., tuple[Twin, Numbers]], tmp_path: Path, tiny: tuple[str, ...], say: Say
-) -> None:
+def test_training_continues_from_imported_moments(model, tmp_path, tiny, say):
     """As nanochat's base_train continues: by pretrain.extend."""
     made, _ = model(later=True, ranks=2)
     outputs = f"outputs={tmp_path / 'outputs'}"

@@ -29,7 +29,7 @@ def importing(twin: Twin, tmp_path: Path, **settings: Any) -> Path:
 
 
 @pytest.mark.parametrize(("later", "prefix"), [(False, ""), (True, "_orig_mod.")])
-def test_import_is_bit_exact(twin: Twins, tmp_path: Path, later: bool, prefix: str) -> None:
+def test_import_is_bit_exact(twin, tmp_path, later, prefix):
     made = twin(later=later, prefix=prefix)
     out = importing(made, tmp_path)
     save_file({name.removeprefix(prefix): value for name, value in made.tensors.items()}, tmp_path / "theirs",
@@ -41,14 +41,14 @@ def test_import_is_bit_exact(twin: Twins, tmp_path: Path, later: bool, prefix: s
 
 
 @pytest.mark.parametrize(("chat", "expected"), [(None, "base"), (True, "chat")])
-def test_meta_of_a_pretraining_means_base_model(twin: Twins, tmp_path: Path, chat: bool | None, expected: str) -> None:
+def test_meta_of_a_pretraining_means_base_model(twin, tmp_path, chat, expected):
     made = twin()
     path = made.folder / "meta_000007.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"device_batch_size": 32, "max_seq_len": 64}))
     assert load_checkpoint(importing(made, tmp_path, chat=chat))[2]["format"] == expected
 
 
-def test_token_bytes_of_october_2025_are_accepted(twin: Twins, tmp_path: Path, lay: Lay) -> None:
+def test_token_bytes_of_october_2025_are_accepted(twin, tmp_path, lay):
     made, encoding = twin(), lay.encoding_of()
     tokens = [encoding.decode_single_token_bytes(index) for index in range(encoding.n_vocab - 9)]
     lengths = [len(token.decode("utf-8", "replace").encode()) for token in tokens]
@@ -70,7 +70,7 @@ def write_tokenizer_json(folder: Path, specials_first: bool) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(record))
 
 
-def test_tokenizer_json_is_read(twin: Twins, tmp_path: Path) -> None:
+def test_tokenizer_json_is_read(twin, tmp_path):
     made = twin()
     expected = load_vocabulary(str(made.folder / "tokenizer.pkl"))[0]
     write_tokenizer_json(made.folder, specials_first=False)
@@ -151,16 +151,14 @@ BUILT_IN = b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b."
     ],
     ids=range(15),  # their messages are too long
 )
-def test_faulty_checkpoints_are_refused(
-    twin: Twins, tmp_path: Path, lay: Lay, spoil: Callable[[Path, Lay], Any], message: str
-) -> None:
+def test_faulty_checkpoints_are_refused(twin, tmp_path, lay, spoil, message):
     made = twin()
     spoil(made.folder, lay)
     with pytest.raises(DataError, match=message):
         importing(made, tmp_path)
 
 
-def test_versions_between_the_two_are_refused() -> None:
+def test_versions_between_the_two_are_refused():
     meta = {"sequence_len": 256, "vocab_size": 1000, "n_layer": 3, "n_head": 2, "n_kv_head": 1, "n_embd": 64}
     with pytest.raises(DataError, match="between October 2025 and July 2026"):
         sizes_from_nanochat(meta, ["resid_lambdas", "x0_lambdas"], "model_000001.pt")

@@ -93,16 +93,16 @@ def generate(model: Path, *more: str | Path) -> str:
     return answer_of(run("generate", *arguments))
 
 
-def test_generate_answers_as_we_do(folder: Path, expected: str) -> None:
+def test_generate_answers_as_we_do(folder, expected):
     assert generate(folder).strip() == expected.strip()
 
 
-def test_chat_answers_as_we_do(folder: Path, expected: str) -> None:
+def test_chat_answers_as_we_do(folder, expected):
     said = run("chat", "--model", folder, "--max-tokens", str(ANSWER_TOKENS), "--temp", "0.0", stdin=f"{QUESTION}\nq\n")
     assert expected.strip() in said
 
 
-def test_server_answers_as_we_do(folder: Path, expected: str) -> None:
+def test_server_answers_as_we_do(folder, expected):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -127,13 +127,13 @@ def test_server_answers_as_we_do(folder: Path, expected: str) -> None:
     assert found["choices"][0]["message"]["content"].strip() == expected.strip()
 
 
-def test_convert_makes_a_quantised_folder_that_generates(folder: Path, tmp_path: Path) -> None:
+def test_convert_makes_a_quantised_folder_that_generates(folder, tmp_path):
     run("convert", "--hf-path", folder, "--mlx-path", tmp_path / "q8", "-q", "--q-bits", "8", "--q-group-size", "32")
     assert json.loads((tmp_path / "q8" / "config.json").read_text())["quantization"]["bits"] == 8
     generate(tmp_path / "q8")
 
 
-def test_lora_trains_and_fuse_makes_a_whole_model(folder: Path, tmp_path: Path) -> None:
+def test_lora_trains_and_fuse_makes_a_whole_model(folder, tmp_path):
     """The same greedy answer with the adapters beside the model and within it."""
     run(
         "lora", "--model", folder, "--train", "--data", folder.parent / "chats", "--iters", "20", "--batch-size", "2",
@@ -146,7 +146,7 @@ def test_lora_trains_and_fuse_makes_a_whole_model(folder: Path, tmp_path: Path) 
     assert beside != generate(folder)
 
 
-def test_perplexity_is_that_of_our_own_loss(folder: Path, outputs: Path) -> None:
+def test_perplexity_is_that_of_our_own_loss(folder, outputs):
     """Four rows of 128 tokens of its stream of documents, each ended by the answer's last token; to 1e-3."""
     pytest.importorskip("datasets")
     said = run(
@@ -162,7 +162,7 @@ def test_perplexity_is_that_of_our_own_loss(folder: Path, outputs: Path) -> None
     assert float(printed[1]) == pytest.approx(ours, rel=1e-3)
 
 
-def test_transformers_pipeline_answers_as_we_do(outputs: Path, expected: str, tmp_path: Path) -> None:
+def test_transformers_pipeline_answers_as_we_do(outputs, expected, tmp_path):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     assert run_here("export", "oct", "--to", "hf", tmp_path / "hf", f"outputs={outputs}") == 0
@@ -187,7 +187,7 @@ print("ANSWER " + json.dumps(tokenizer.decode(ids[len(prompt):])))
 """
 
 
-def test_nanochats_engine_answers_as_we_do(outputs: Path, tmp_path: Path) -> None:
+def test_nanochats_engine_answers_as_we_do(outputs, tmp_path):
     pytest.importorskip("torch")
     checkout = os.environ.get("MLXCHAT_NANOCHAT")
     if checkout is None:

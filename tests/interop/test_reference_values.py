@@ -34,7 +34,7 @@ def loaded(imported: dict[str, Any]) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     return model, tokenizer, facts
 
 
-def test_tensors_are_nanochats(imported: dict[str, Any]) -> None:
+def test_tensors_are_nanochats(imported):
     model, _, facts = loaded(imported)
     parameters = flatten_parameters(model)
     wanted = imported["expected"]["tensors"]
@@ -50,7 +50,7 @@ def test_tensors_are_nanochats(imported: dict[str, Any]) -> None:
     assert facts["imported"]["step"] == imported["expected"]["step"]
 
 
-def test_token_ids_are_nanochats(imported: dict[str, Any]) -> None:
+def test_token_ids_are_nanochats(imported):
     _, tokenizer, _ = loaded(imported)
     expected = imported["expected"]
     assert len(expected["tokenizer"]) == 20
@@ -62,7 +62,7 @@ def test_token_ids_are_nanochats(imported: dict[str, Any]) -> None:
     assert (len(tokenizer.token_bytes), int((tokenizer.token_bytes == 0).sum())) == (told["count"], told["zero"])
 
 
-def test_greedy_text_is_nanochats(imported: dict[str, Any]) -> None:
+def test_greedy_text_is_nanochats(imported):
     model, tokenizer, _ = loaded(imported)
     for prompt in imported["expected"]["prompts"]:
         # Each of nanochat's greedy tokens is the most likely one after those before it.

@@ -47,7 +47,7 @@ def globals_of(data: bytes) -> set[str]:
 
 
 @pytest.mark.parametrize(("later", "prefix"), [(False, ""), (True, "_orig_mod.")])
-def test_nanochat_round_trip_is_bit_exact(twin: Twins, tmp_path: Path, later: bool, prefix: str) -> None:
+def test_nanochat_round_trip_is_bit_exact(twin, tmp_path, later, prefix):
     made, out = twin(later=later, prefix=prefix), tmp_path / "back"
     out.mkdir()
     snapshot = exporting.write_nanochat(come_in(made, tmp_path / "ours"), out)
@@ -64,7 +64,7 @@ def bits_of_tensor(path: Path) -> tuple[str, bytes]:
         return tensor.dtype.name, b"".join(piece.tobytes() for piece in file.pieces(tensor))
 
 
-def test_written_tokenizer_unpickles_as_tiktokens(twin: Twins, tmp_path: Path) -> None:
+def test_written_tokenizer_unpickles_as_tiktokens(twin, tmp_path):
     made, out = twin(), tmp_path / "back"
     out.mkdir()
     exporting.write_nanochat(come_in(made, tmp_path / "ours"), out)
@@ -76,7 +76,7 @@ def test_written_tokenizer_unpickles_as_tiktokens(twin: Twins, tmp_path: Path) -
     assert np.array_equal(lengths, Tokenizer(expected._mergeable_ranks).token_bytes)
 
 
-def test_written_pickles_name_nothing_that_runs(twin: Twins, tmp_path: Path) -> None:
+def test_written_pickles_name_nothing_that_runs(twin, tmp_path):
     out = tmp_path / "back"
     out.mkdir()
     exporting.write_nanochat(come_in(twin(later=True), tmp_path / "ours"), out)
@@ -90,7 +90,7 @@ def test_written_pickles_name_nothing_that_runs(twin: Twins, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_hugging_face_round_trip_is_byte_exact(twin: Twins, tmp_path: Path, dtype: str) -> None:
+def test_hugging_face_round_trip_is_byte_exact(twin, tmp_path, dtype):
     theirs, out = tmp_path / "theirs", tmp_path / "back"
     for folder in (theirs, out):
         folder.mkdir()
@@ -103,7 +103,7 @@ def test_hugging_face_round_trip_is_byte_exact(twin: Twins, tmp_path: Path, dtyp
         assert json.loads((out / name).read_text()) == json.loads((theirs / name).read_text())
 
 
-def test_trained_import_is_exported_exactly(twin: Twins, tmp_path: Path) -> None:
+def test_trained_import_is_exported_exactly(twin, tmp_path):
     """Its tables were imported as bfloat16 and are float32 after training."""
     from safetensors.numpy import save_file
 

@@ -52,7 +52,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_changed_copy_trains_with_the_new_activation(changed: Path) -> None:
+def test_changed_copy_trains_with_the_new_activation(changed):
     overrides = [[], ["architecture.activation=silu"]]
     environ = {**os.environ, "PYTHONPATH": str(changed / "src"), "MLXCHAT_COMPOSED_CACHE": "off"}
     command = [sys.executable, "-c", TRAIN, json.dumps(overrides)]

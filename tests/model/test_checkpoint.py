@@ -39,7 +39,7 @@ def saved(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> Path:
     return folder
 
 
-def test_round_trip_is_bit_identical(model: GPT, tokenizer: Tokenizer, saved: Path) -> None:
+def test_round_trip_is_bit_identical(model, tokenizer, saved):
     loaded, read, facts = load_checkpoint(saved)
     before, after = flatten_parameters(model), flatten_parameters(loaded)
     assert before.keys() == after.keys()
@@ -51,7 +51,7 @@ def test_round_trip_is_bit_identical(model: GPT, tokenizer: Tokenizer, saved: Pa
     assert facts == {"stage": "pretrain", "format": "base"}
 
 
-def test_weights_are_written_in_float32(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_weights_are_written_in_float32(model, tokenizer, tmp_path):
     set_parameters(model, {name: value.astype(mx.bfloat16) for name, value in flatten_parameters(model).items()})
     save_checkpoint(tmp_path, model, tokenizer, {})
     arrays = load_file(tmp_path / "model.safetensors")
@@ -78,7 +78,7 @@ save_checkpoint(folder, model, tokenizer, {"stage": "sft", "format": "chat"})
 """
 
 
-def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
+def test_two_processes_write_the_same_bytes(tmp_path):
     digests = []
     for hash_seed in ("1", "2"):
         folder = tmp_path / hash_seed
@@ -90,7 +90,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     assert digests[0].keys() == FILES
 
 
-def test_files_are_safe_formats(saved: Path) -> None:
+def test_files_are_safe_formats(saved):
     assert {path.name for path in saved.iterdir()} == FILES
     for path in saved.iterdir():
         with pytest.raises(ValueError):  # noqa: PT011  (must not be a pickle)
@@ -98,7 +98,7 @@ def test_files_are_safe_formats(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "checkpoint.json", "ranks.tiktoken"])
-def test_missing_and_truncated_files_are_refused(saved: Path, name: str) -> None:
+def test_missing_and_truncated_files_are_refused(saved, name):
     data = (saved / name).read_bytes()
     for part in (0.0, 0.1, 0.5, 0.999):
         (saved / name).write_bytes(data[: min(int(part * len(data)), len(data) - 3)])
@@ -119,7 +119,7 @@ def test_missing_and_truncated_files_are_refused(saved: Path, name: str) -> None
         ("num_attention_heads", 0, "num_heads is 0"),
     ],
 )  # fmt: skip
-def test_missing_and_wrong_sizes_are_refused(saved: Path, key: str, value: int | None, message: str) -> None:
+def test_missing_and_wrong_sizes_are_refused(saved, key, value, message):
     config = json.loads((saved / "config.json").read_text()) | {key: value}
     if value is None:
         del config[key]
@@ -128,7 +128,7 @@ def test_missing_and_wrong_sizes_are_refused(saved: Path, key: str, value: int |
         load_checkpoint(saved)
 
 
-def test_tokenizer_of_another_size_is_refused(saved: Path) -> None:
+def test_tokenizer_of_another_size_is_refused(saved):
     train_tokenizer(["the cat sat on the mat"], 270).save(saved)
     with pytest.raises(DataError, match="270 tokens, the model 280"):
         load_checkpoint(saved)

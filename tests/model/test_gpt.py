@@ -37,7 +37,7 @@ def random_ids(*shape: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("tokens", "num_kv_heads"), [(1, 4), (300, 2), (150, 1)])
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_logits_equal_nanochat_in_numpy(path: str, architecture: str, num_kv_heads: int, tokens: int) -> None:
+def test_logits_equal_nanochat_in_numpy(path, architecture, num_kv_heads, tokens):
     """The short windows of July 2026 are 128 tokens here, and its tables have 320 rows for 280 tokens."""
     model = make_model(architecture, num_kv_heads=num_kv_heads)
     ids = random_ids(2, tokens)
@@ -46,7 +46,7 @@ def test_logits_equal_nanochat_in_numpy(path: str, architecture: str, num_kv_hea
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_bfloat16_logits_are_near_nanochat_in_numpy(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+def test_bfloat16_logits_are_near_nanochat_in_numpy(monkeypatch, architecture):
     """On the plain path; the oracle is float64. Eight bits of mantissa through three layers, logits within ±15."""
     monkeypatch.setenv("MLXCHAT_CPU", "plain")
     model, ids = make_model(architecture), random_ids(2, 150)
@@ -61,7 +61,7 @@ def test_bfloat16_logits_are_near_nanochat_in_numpy(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_bfloat16_gradients_are_near_float32(monkeypatch: pytest.MonkeyPatch, architecture: str) -> None:
+def test_bfloat16_gradients_are_near_float32(monkeypatch, architecture):
     """On the plain path. The head's is summed in float32 over chunks of 30 rows and rounded once."""
     monkeypatch.setenv("MLXCHAT_CPU", "plain")
     monkeypatch.setattr(cross_entropy, "LOGITS", 30 * 280)
@@ -89,13 +89,13 @@ def test_bfloat16_gradients_are_near_float32(monkeypatch: pytest.MonkeyPatch, ar
 @pytest.mark.parametrize(
     ("num_layers", "pattern", "context_tokens"), [(1, "S", 64), (2, "S", 64), (4, "LS", 64), (5, "SSL", 700)]
 )
-def test_windows_follow_the_pattern(path: str, num_layers: int, pattern: str, context_tokens: int) -> None:
+def test_windows_follow_the_pattern(path, num_layers, pattern, context_tokens):
     model = make_model("jul2026", num_layers=num_layers, window_pattern=pattern, context_tokens=context_tokens)
     ids = random_ids(1, 400)
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), numpy_logits(model, ids), atol=2e-4)
 
 
-def test_long_windows_of_july_2026_are_limited() -> None:
+def test_long_windows_of_july_2026_are_limited():
     """Guards against unlimited long windows in inputs longer than the context (64)."""
     ids, logits = random_ids(1, 210), {}
     for architecture in ("oct2025", "jul2026"):
@@ -110,7 +110,7 @@ def test_long_windows_of_july_2026_are_limited() -> None:
     assert np.abs(logits["oct2025"][1][209] - logits["oct2025"][0][209]).max() > 1e-4
 
 
-def test_longer_context_keeps_the_logits_within_the_old_one(path: str) -> None:
+def test_longer_context_keeps_the_logits_within_the_old_one(path):
     """Short windows stay at 128, not a quarter of the new context; the last layer's grows from 512 to 2048."""
     model = make_model("jul2026", window_pattern="SSL", context_tokens=512)
     longer, ids = lengthen_context(model, 2048), random_ids(1, 600)
@@ -122,7 +122,7 @@ def test_longer_context_keeps_the_logits_within_the_old_one(path: str) -> None:
     assert longer.sizes.lengthened(4096).windows() == [128, 128, 4096]
 
 
-def test_short_windows_are_limited() -> None:
+def test_short_windows_are_limited():
     """Two layers, the first short: position 200 sees 72 … 200 in it, 71 by the smear."""
     model = make_model("jul2026", num_layers=2, window_pattern="S", context_tokens=512)
     zeros = {"transformer.h.1.attn.c_proj.weight", "transformer.h.1.mlp.c_proj.weight"}
@@ -137,7 +137,7 @@ def test_short_windows_are_limited() -> None:
 
 @pytest.mark.parametrize("num_kv_heads", [pytest.param(4, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_gradients_equal_central_differences(path: str, architecture: str, num_kv_heads: int) -> None:
+def test_gradients_equal_central_differences(path, architecture, num_kv_heads):
     """For every parameter, along its gradient and across it; differences of the loss in float64."""
     model, ids = make_model(architecture, num_kv_heads=num_kv_heads), random_ids(1, 141)
     inputs, targets = ids[:, :-1], ids[:, 1:]
@@ -166,12 +166,12 @@ def test_gradients_equal_central_differences(path: str, architecture: str, num_k
 
 
 @pytest.mark.parametrize("theta", [100.0, 100_000.0])
-def test_rope_theta_is_used(theta: float) -> None:
+def test_rope_theta_is_used(theta):
     model, ids = make_model(rope_theta=theta), random_ids(1, 60)
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), numpy_logits(model, ids), atol=2e-4)
 
 
-def test_norm_has_float32s_epsilon() -> None:
+def test_norm_has_float32s_epsilon():
     """At a mean square of 1e-7, an epsilon of 1e-5 would shrink the result tenfold."""
     x = np.full((1, 8), 1e-7**0.5, dtype=np.float32)
     np.testing.assert_allclose(np.asarray(rms_norm(mx.array(x))), numpy_norm(x.astype(np.float64)), rtol=1e-5)
@@ -189,7 +189,7 @@ def fresh() -> GPT:
     return model
 
 
-def test_output_projections_and_head_start_at_zero(fresh: GPT) -> None:
+def test_output_projections_and_head_start_at_zero(fresh):
     zero = {name for name, value in flatten_parameters(fresh).items() if not mx.any(value != 0).item()}
     assert zero == {
         "lm_head.weight",
@@ -201,7 +201,7 @@ def test_output_projections_and_head_start_at_zero(fresh: GPT) -> None:
     ("name", "rows", "columns"),
     [("wte", 0, 0), ("h.0.attn.c_q", 128, 128), ("h.1.attn.c_k", 32, 128), ("h.1.mlp.c_fc", 512, 128)],
 )
-def test_initial_weights_are_normal_with_nanochats_deviation(fresh: GPT, name: str, rows: int, columns: int) -> None:
+def test_initial_weights_are_normal_with_nanochats_deviation(fresh, name, rows, columns):
     weight = np.asarray(flatten_parameters(fresh)[f"transformer.{name}.weight"])
     deviation = 1.0 if name == "wte" else min(1, math.sqrt(rows / columns)) / math.sqrt(columns)
     # Four standard errors of the mean and of the deviation of so many draws.
@@ -209,7 +209,7 @@ def test_initial_weights_are_normal_with_nanochats_deviation(fresh: GPT, name: s
     assert weight.std() == pytest.approx(deviation, rel=4 / math.sqrt(2 * weight.size))
 
 
-def test_draws_depend_on_the_seed_and_the_name(fresh: GPT) -> None:
+def test_draws_depend_on_the_seed_and_the_name(fresh):
     same, other = GPT(fresh.sizes), GPT(fresh.sizes)
     init_weights(same, seed=1)
     init_weights(other, seed=2)
@@ -220,7 +220,7 @@ def test_draws_depend_on_the_seed_and_the_name(fresh: GPT) -> None:
     assert abs(float(np.corrcoef(one, two)[0, 1])) < 0.05
 
 
-def test_new_parameter_does_not_change_other_draws(fresh: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_parameter_does_not_change_other_draws(fresh, monkeypatch):
     monkeypatch.setitem(gpt.INITIAL_WEIGHTS["oct2025"], "*.norm.weight", gpt.constant(1.0))
     wider = GPT(fresh.sizes)
     wider.transformer["h"][0].norm = nn.RMSNorm(128)
@@ -236,7 +236,7 @@ def test_new_parameter_does_not_change_other_draws(fresh: GPT, monkeypatch: pyte
      ("transformer.h.0.mlp.c_fc", -0.0613, 0.0613), ("transformer.h.1.attn.ve_gate", 0, 0.02),
      ("smear_gate", 0, 0.02)],
 )  # fmt: skip
-def test_initial_weights_of_july_2026_have_nanochats_ranges(name: str, low: float, high: float) -> None:
+def test_initial_weights_of_july_2026_have_nanochats_ranges(name, low, high):
     """The bound of the width 128 is sqrt(3 / 128) = 0.1531, and 0.4 of it in the MLP."""
     model = make_model(architecture="jul2026", width=128, num_layers=2)
     init_weights(model, seed=1)
@@ -245,7 +245,7 @@ def test_initial_weights_of_july_2026_have_nanochats_ranges(name: str, low: floa
     assert high - 0.15 * (high - low) <= weight.max() <= high + 1e-3
 
 
-def test_initial_scalars_of_july_2026_are_nanochats() -> None:
+def test_initial_scalars_of_july_2026_are_nanochats():
     model = make_model("jul2026")
     init_weights(model, seed=1)
     np.testing.assert_allclose(np.asarray(model.resid_lambdas), [1.15, 1.10, 1.05], rtol=1e-6)

@@ -29,9 +29,7 @@ def published_sizes(depth: int, num_kv_heads: int | None = None) -> GPTSizes:
 
 
 @pytest.mark.parametrize(("depth", "width", "heads", "total", "matrices"), PUBLISHED)
-def test_depth_gives_the_published_sizes_and_parameters(
-    depth: int, width: int, heads: int, total: int, matrices: int
-) -> None:
+def test_depth_gives_the_published_sizes_and_parameters(depth, width, heads, total, matrices):
     sizes = published_sizes(depth)
     counts = count_parameters(sizes)
     assert (sizes.num_layers, sizes.width, sizes.num_heads, sizes.num_kv_heads) == (depth, width, heads, heads)
@@ -41,12 +39,12 @@ def test_depth_gives_the_published_sizes_and_parameters(
     assert published_sizes(depth, num_kv_heads=2).num_kv_heads == 2
 
 
-def test_d20_has_the_published_flops() -> None:
+def test_d20_has_the_published_flops():
     assert flops_per_token(published_sizes(20)) == 3_491_758_080
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
-def test_parameter_counts_are_the_models(num_kv_heads: int) -> None:
+def test_parameter_counts_are_the_models(num_kv_heads):
     model = make_model(num_kv_heads=num_kv_heads)
     counts = count_parameters(model.sizes)
     held = {name: value.size for name, value in flatten_parameters(model).items()}

@@ -78,13 +78,13 @@ VALUES = [
 
 
 @pytest.mark.parametrize(("tokens", "heads", "kv_heads", "window"), VALUES)
-def test_values_equal_softmax_attention(path: str, tokens: int, heads: int, kv_heads: int, window: int | None) -> None:
+def test_values_equal_softmax_attention(path, tokens, heads, kv_heads, window):
     q, k, v, d_out = example(tokens, heads=heads, kv_heads=kv_heads)
     got = causal_attention(mx.array(q), mx.array(k), mx.array(v), window)
     np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out, window)[0], atol=TOLERANCE)
 
 
-def test_widest_heads_are_exact(path: str) -> None:
+def test_widest_heads_are_exact(path):
     """Width 256 with q = ±k gives scores of ±16, within the exponential's range of ±24."""
     q, k, v, d_out = example(130, heads=2, kv_heads=2, width=256)
     k[:, :, ::2], k[:, :, 1::2] = q[:, :, ::2], -q[:, :, 1::2]
@@ -93,7 +93,7 @@ def test_widest_heads_are_exact(path: str) -> None:
 
 
 @pytest.mark.parametrize("changed", [1, 128])
-def test_future_tokens_do_not_affect_earlier_ones(path: str, changed: int) -> None:
+def test_future_tokens_do_not_affect_earlier_ones(path, changed):
     q, k, v, _ = example(200)
     before = np.asarray(causal_attention(mx.array(q), mx.array(k), mx.array(v)))
     for x in (q, k, v):
@@ -110,7 +110,7 @@ def test_future_tokens_do_not_affect_earlier_ones(path: str, changed: int) -> No
         (5, 2, 2), (129, 128, 4), (300, 0, 2), (300, 70, 1), (300, 150, 4), (300, 299, 2),
     ],
 )  # fmt: skip
-def test_gradients_equal_softmax_attention(path: str, tokens: int, window: int | None, kv_heads: int) -> None:
+def test_gradients_equal_softmax_attention(path, tokens, window, kv_heads):
     q, k, v, d_out = example(tokens, kv_heads=kv_heads)
     _, gradients = mx.vjp(
         lambda q, k, v: causal_attention(q, k, v, window),
@@ -124,7 +124,7 @@ def test_gradients_equal_softmax_attention(path: str, tokens: int, window: int |
 
 
 @pytest.mark.parametrize("window", [None, 70])
-def test_bfloat16_values_and_gradients_are_bfloat16(path: str, window: int | None) -> None:
+def test_bfloat16_values_and_gradients_are_bfloat16(path, window):
     """Within eight bits of mantissa of the exact result for the rounded inputs."""
     inputs = [mx.array(x).astype(mx.bfloat16) for x in example(140)]
     out, gradients = mx.vjp(lambda q, k, v: causal_attention(q, k, v, window), inputs[:3], [inputs[3].swapaxes(1, 2)])

@@ -13,7 +13,7 @@ from mlxchat.ops.loss import sum_rows
 
 @pytest.mark.parametrize("count", [1, 7, 4096, 65_536])
 @pytest.mark.parametrize("spread", [0.0, 1.0])
-def test_sums_of_rows_are_within_a_millionth(count: int, spread: float) -> None:
+def test_sums_of_rows_are_within_a_millionth(count, spread):
     """Of positive numbers, such as exponentials and squares; against float64."""
     x = (1 + spread * np.random.default_rng(0).random((2, 3, count))).astype(np.float32)
     got = np.asarray(sum_rows(mx.array(x)))
@@ -21,7 +21,7 @@ def test_sums_of_rows_are_within_a_millionth(count: int, spread: float) -> None:
     np.testing.assert_allclose(got, x.astype(np.float64).sum(-1), rtol=1e-6)
 
 
-def test_gradient_of_row_sums_is_one() -> None:
+def test_gradient_of_row_sums_is_one():
     gradient = mx.grad(lambda x: (sum_rows(x) * mx.array([1.0, 2.0])).sum())(mx.zeros((2, 5)))
     np.testing.assert_array_equal(np.asarray(gradient), [[1.0] * 5, [2.0] * 5])
 
@@ -33,7 +33,7 @@ def kernels(result: mx.array) -> list[str]:
     return re.findall(r'label ="(\w+)"', dot.getvalue())
 
 
-def test_scalar_is_computed_once() -> None:
+def test_scalar_is_computed_once():
     """Otherwise the root would be fused into the loop over the array."""
     x, scalar = mx.ones(1000), mx.array(2.0)
     again = kernels(mx.compile(lambda x, scalar: x * mx.sqrt(scalar))(x, scalar))
@@ -43,7 +43,7 @@ def test_scalar_is_computed_once() -> None:
     assert not any("Sqrt" in name and "Multiply" in name for name in once)
 
 
-def test_differentiable_uses_the_given_gradient() -> None:
+def test_differentiable_uses_the_given_gradient():
     @differentiable
     def double(x: mx.array) -> mx.array:
         return 2 * x

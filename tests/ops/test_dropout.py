@@ -32,7 +32,7 @@ def mask_of(keys: np.ndarray, shape: tuple[int, ...], rate: float) -> np.ndarray
 @pytest.mark.parametrize(("tokens", "width", "rate"), [(1, 1, 0.1), (3, 5, 0.99), (4, 6, 0.001)])
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
-def test_masks_equal_a_hash_in_python(seed: int, tokens: int, width: int, rate: float) -> None:
+def test_masks_equal_a_hash_in_python(seed, tokens, width, rate):
     keys = draw_keys(seed, 3, rows=2)
     masks = mask_of(keys, (tokens, width), rate)
     for mask, (first, second) in zip(masks, keys.tolist(), strict=True):
@@ -40,7 +40,7 @@ def test_masks_equal_a_hash_in_python(seed: int, tokens: int, width: int, rate: 
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.5, 0.9])
-def test_dropped_share_is_the_rate_and_the_mean_is_kept(rate: float) -> None:
+def test_dropped_share_is_the_rate_and_the_mean_is_kept(rate):
     """Of 2.1 million numbers: within five standard deviations of a binomial draw."""
     out = np.asarray(dropped(mx.ones((16, 256, 512)), mx.array(draw_keys(1, 2, rows=16)), rate))
     deviation = (rate * (1 - rate) / out.size) ** 0.5
@@ -49,7 +49,7 @@ def test_dropped_share_is_the_rate_and_the_mean_is_kept(rate: float) -> None:
     assert len(np.unique(out)) == 2
 
 
-def test_masks_are_uncorrelated() -> None:
+def test_masks_are_uncorrelated():
     """Correlations of 2^17 bits within five standard deviations, of whole masks and of each with itself shifted."""
     of_rows = [mx.array(draw_keys(5, iteration, rows=3)) for iteration in (0, 1, 2)]
     keys = [np.asarray(fold(rows, place)) for rows in of_rows for place in (0, 1)]
@@ -61,7 +61,7 @@ def test_masks_are_uncorrelated() -> None:
         assert np.abs((masks * np.roll(masks, shift, axis=1)).mean(1)).max() < bound
 
 
-def test_keys_depend_on_seed_iteration_row_and_place() -> None:
+def test_keys_depend_on_seed_iteration_row_and_place():
     keys = draw_keys(7, 11, rows=8)
     assert keys.dtype == np.uint32
     np.testing.assert_array_equal(draw_keys(7, 11, rows=3), keys[:3])
@@ -72,7 +72,7 @@ def test_keys_depend_on_seed_iteration_row_and_place() -> None:
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_gradient_has_the_mask_of_the_output(dtype: mx.Dtype) -> None:
+def test_gradient_has_the_mask_of_the_output(dtype):
     rng = np.random.default_rng(0)
     x, slopes = (mx.array(rng.normal(size=(4, 8, 6)).astype(np.float32)).astype(dtype) for _ in range(2))
     keys = mx.array(draw_keys(0, 0, rows=4))
@@ -85,6 +85,6 @@ def test_gradient_has_the_mask_of_the_output(dtype: mx.Dtype) -> None:
         assert mx.array_equal(found, wanted)
 
 
-def test_rate_zero_returns_its_input() -> None:
+def test_rate_zero_returns_its_input():
     x = mx.ones((2, 3))
     assert dropped(x, mx.zeros((2, 2), dtype=mx.uint32), 0.0) is x

@@ -8,7 +8,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlxchat.ops.linear import Activation, linear, squared_relu
+from mlxchat.ops.linear import linear, squared_relu
 
 
 def example() -> list[np.ndarray]:
@@ -28,7 +28,7 @@ def reference(*inputs: np.ndarray) -> list[np.ndarray]:
     ]
 
 
-def test_product_and_gradients_equal_numpy(path: str) -> None:
+def test_product_and_gradients_equal_numpy(path):
     x, weight, cotangent = (mx.array(value) for value in example())
     out, gradients = mx.vjp(lambda x, weight: linear(x, weight, squared_relu), [x, weight], [cotangent])
     for got, expected in zip([out[0], *gradients], reference(*example()), strict=True):
@@ -36,7 +36,7 @@ def test_product_and_gradients_equal_numpy(path: str) -> None:
         np.testing.assert_allclose(np.asarray(got), expected, atol=2e-5, rtol=1e-5)
 
 
-def test_bfloat16_values_and_gradients_are_bfloat16(path: str) -> None:
+def test_bfloat16_values_and_gradients_are_bfloat16(path):
     """Within some roundings of eight bits of mantissa, in norm."""
     x, weight, cotangent = (mx.array(value).astype(mx.bfloat16) for value in example())
     out, gradients = mx.vjp(lambda x, weight: linear(x, weight, squared_relu), [x, weight], [cotangent])
@@ -47,7 +47,7 @@ def test_bfloat16_values_and_gradients_are_bfloat16(path: str) -> None:
 
 
 @pytest.mark.parametrize("activation", [nn.silu, nn.gelu_approx, mx.tanh])
-def test_other_activations_equal_mlx_own_gradients(path: str, activation: Activation) -> None:
+def test_other_activations_equal_mlx_own_gradients(path, activation):
     x, weight, cotangent = (mx.array(value) for value in example())
     found = mx.vjp(lambda x, weight: linear(x, weight, activation), [x, weight], [cotangent])
     right = mx.vjp(lambda x, weight: activation(x) @ weight.T, [x, weight], [cotangent])

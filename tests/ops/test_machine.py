@@ -32,14 +32,12 @@ def driver(major: int, status: int = 0) -> Any:
 @pytest.mark.parametrize(
     ("major", "status", "dtype"), [(7, 0, "float32"), (8, 0, "bfloat16"), (9, 0, "bfloat16"), (7, 100, "bfloat16")]
 )
-def test_bfloat16_needs_compute_capability_8(
-    major: int, status: int, dtype: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bfloat16_needs_compute_capability_8(major, status, dtype, monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: driver(major, status))
     assert machine.fast_dtype("cuda") == dtype
 
 
-def test_other_devices_need_no_nvidia_driver() -> None:
+def test_other_devices_need_no_nvidia_driver():
     assert [machine.fast_dtype(kind) for kind in ("cpu", "metal")] == ["float32", "bfloat16"]
     assert machine.dtype_name("cpu", "auto") == "float32"
     assert machine.dtype_name("cpu", "bfloat16") == "bfloat16", "the explicit setting wins"

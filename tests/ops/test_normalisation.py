@@ -28,14 +28,14 @@ def heads(*, tokens: int = 50, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("theta", "scale"), [(10_000.0, 1.0), (100_000.0, 1.2)])
-def test_heads_are_rotated_and_normalised(path: str, theta: float, scale: float) -> None:
+def test_heads_are_rotated_and_normalised(path, theta, scale):
     got = rotate_and_normalise(mx.array(heads().astype(np.float32)), offset=0, theta=theta, scale=scale)
     expected = scale * numpy_norm(numpy_rotate(heads(), theta))
     np.testing.assert_allclose(np.asarray(got), expected, atol=1e-5)  # float32 sines of angles up to 50
 
 
 @pytest.mark.parametrize("tokens", [1, 1023, 1024, 1025, 2100])
-def test_rows_of_any_length_rotate(path: str, tokens: int) -> None:
+def test_rows_of_any_length_rotate(path, tokens):
     """Also across the borders of the tables, which grow by 1,024 tokens."""
     got = rotate_and_normalise(mx.array(heads(tokens=tokens).astype(np.float32)), offset=0, theta=1e4, scale=1.0)
     # Angles up to 2,100 are known to 1e-4 in float32.
@@ -43,7 +43,7 @@ def test_rows_of_any_length_rotate(path: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize(("first", "tokens"), [(30, 50), (49, 50), (1020, 1030), (1024, 1030)])
-def test_offset_continues_the_rotation(path: str, first: int, tokens: int) -> None:
+def test_offset_continues_the_rotation(path, first, tokens):
     x = mx.array(heads(tokens=tokens).astype(np.float32))
     whole = np.asarray(rotate_and_normalise(x, offset=0, theta=1e4, scale=1.0))
     rest = np.asarray(rotate_and_normalise(x[:, first:], offset=first, theta=1e4, scale=1.0))
@@ -51,20 +51,20 @@ def test_offset_continues_the_rotation(path: str, first: int, tokens: int) -> No
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 1e3])
-def test_norm_divides_by_the_root_mean_square(path: str, magnitude: float) -> None:
+def test_norm_divides_by_the_root_mean_square(path, magnitude):
     """Also of small numbers, where the epsilon matters."""
     x = magnitude * heads()
     np.testing.assert_allclose(np.asarray(rms_norm(mx.array(x.astype(np.float32)))), numpy_norm(x), rtol=1e-5)
 
 
-def test_zero_rows_stay_zero(path: str) -> None:
+def test_zero_rows_stay_zero(path):
     zeros = mx.zeros((1, 2, 3, 8))
     assert not mx.any(rms_norm(zeros) != 0).item()
     assert not mx.any(rotate_and_normalise(zeros, offset=0, theta=1e4, scale=1.2) != 0).item()
 
 
 @pytest.mark.parametrize("function", ["rms_norm", "rotate_and_normalise"])
-def test_gradients_equal_central_differences(path: str, function: str) -> None:
+def test_gradients_equal_central_differences(path, function):
     """Central differences in float64 of the numpy formula, along a random direction."""
     x, direction, weights = (heads(seed=seed) for seed in range(3))
     if function == "rotate_and_normalise":
@@ -84,7 +84,7 @@ def test_gradients_equal_central_differences(path: str, function: str) -> None:
 
 
 @pytest.mark.parametrize("function", ["rms_norm", "rotate_and_normalise"])
-def test_bfloat16_values_and_gradients_are_bfloat16(path: str, function: str) -> None:
+def test_bfloat16_values_and_gradients_are_bfloat16(path, function):
     """Within eight bits of mantissa of what float32 gives for the rounded numbers."""
     x = mx.array(heads()).astype(mx.bfloat16)
 

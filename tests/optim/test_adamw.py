@@ -35,7 +35,7 @@ def our_updates(parameter: np.ndarray, *, epsilon: float, weight_decay: float) -
 
 
 @pytest.mark.parametrize(("epsilon", "weight_decay"), [(1e-10, 0.0), (1e-3, 0.1)])
-def test_three_updates_equal_the_published_formula(epsilon: float, weight_decay: float) -> None:
+def test_three_updates_equal_the_published_formula(epsilon, weight_decay):
     value, first, second = start(), 0.0, 0.0
     after: list[np.ndarray] = []
     for count, (gradient, lr) in enumerate(zip(gradients(), LRS, strict=True), 1):

@@ -26,7 +26,7 @@ def relative_norm(got: mx.array, expected: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected))
 
 
-def test_bfloat16_is_within_a_tenth() -> None:
+def test_bfloat16_is_within_a_tenth():
     matrices = random_matrices(2, 16, 24)
     got = orthogonalise(mx.array(matrices), 5, mx.bfloat16)
     assert got.dtype == mx.float32
@@ -34,7 +34,7 @@ def test_bfloat16_is_within_a_tenth() -> None:
     assert relative_norm(got, np.asarray(orthogonalise(mx.array(matrices), 5, mx.float32))) < 0.1
 
 
-def test_matrices_of_a_stack_are_independent_of_each_other_and_of_scale() -> None:
+def test_matrices_of_a_stack_are_independent_of_each_other_and_of_scale():
     matrices = random_matrices(4, 8, 12)
     alone = np.asarray(orthogonalise(mx.array(matrices), 5, mx.float32))
     matrices[1] *= 1000
@@ -45,7 +45,7 @@ def test_matrices_of_a_stack_are_independent_of_each_other_and_of_scale() -> Non
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_three_updates_equal_nanochat(shape: tuple[int, int]) -> None:
+def test_three_updates_equal_nanochat(shape):
     momenta, expected_momenta = mx.zeros((2, *shape)), np.zeros((2, *shape))
     for iteration, momentum in enumerate([0.85, 0.9, 0.95]):
         gradients = random_matrices(2, *shape, seed=iteration)
@@ -62,9 +62,7 @@ def test_three_updates_equal_nanochat(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("shape", "smallest"), [((128, 32), 1e-7), ((32, 128), 0.0), ((128, 96), 1e-3), ((7, 16), 0.1)]
 )
-def test_singular_values_of_every_magnitude_follow_the_quintic(
-    shape: tuple[int, int], smallest: float, path: str
-) -> None:
+def test_singular_values_of_every_magnitude_follow_the_quintic(shape, smallest, path):
     """On a CPU long matrices use their Gram matrix, which squares the singular values."""
     rng = np.random.default_rng(0)
     u, _, v = np.linalg.svd(rng.normal(size=shape), full_matrices=False)

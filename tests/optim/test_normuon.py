@@ -58,7 +58,7 @@ class Reference:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_polar_express_equals_quintics_of_singular_values(shape: tuple[int, int]) -> None:
+def test_polar_express_equals_quintics_of_singular_values(shape):
     matrices = random_matrices(3, *shape)
     matrices[1] *= 1000
     got = polar_express(mx.array(matrices), 5, mx.float32)
@@ -69,20 +69,20 @@ def test_polar_express_equals_quintics_of_singular_values(shape: tuple[int, int]
     assert singular.max() < 1.2
 
 
-def test_zero_matrix_stays_zero() -> None:
+def test_zero_matrix_stays_zero():
     zeros = mx.zeros((2, 4, 6))
     direction, scale, _, _ = normuon_update(zeros, zeros, mx.zeros((2, 1, 6)), mx.array(0.9), 0.9, 5, mx.float32)
     np.testing.assert_array_equal(np.asarray(direction * scale), 0)
 
 
-def test_bfloat16_is_within_a_tenth() -> None:
+def test_bfloat16_is_within_a_tenth():
     matrices = random_matrices(2, 16, 24)
     got = polar_express(mx.array(matrices), 5, mx.bfloat16)
     assert got.dtype == mx.float32
     assert relative_norm(got, np.asarray(polar_express(mx.array(matrices), 5, mx.float32))) < 0.1
 
 
-def test_three_updates_equal_nanochat() -> None:
+def test_three_updates_equal_nanochat():
     """Of every matrix of jul2026, including gates, with varying momentum and weight decay."""
     model, config = make_model("jul2026"), optimizer_config("muon_jul2026")
     optimizer = Optimizer(model, config, width=32, batch_lr_scale=0.5, weight_decay=0.4)

@@ -44,7 +44,7 @@ def updated(
     ("architecture", "option"),
     [("oct2025", "muon_oct2025"), ("oct2025", "muon_jul2026"), ("jul2026", "muon_jul2026"), ("jul2026", "adamw")],
 )
-def test_any_optimizer_updates_every_parameter_of_any_architecture(architecture: str, option: str) -> None:
+def test_any_optimizer_updates_every_parameter_of_any_architecture(architecture, option):
     """Each parameter has one rule, is in one share, and owns its moments."""
     model = make_model(architecture)
     optimizer = Optimizer(model, optimizer_config(option), width=32)
@@ -67,7 +67,7 @@ def test_any_optimizer_updates_every_parameter_of_any_architecture(architecture:
         assert (new[name] != np.asarray(value)).mean() > 0.9, name
 
 
-def test_jul2026_has_the_rates_of_nanochat_at_d4() -> None:
+def test_jul2026_has_the_rates_of_nanochat_at_d4():
     """As computed by nanochat for width 256 and 262,144 tokens per iteration."""
     optimizer = Optimizer(make_model("jul2026"), optimizer_config("muon_jul2026"), width=256, batch_lr_scale=0.5**0.5)
     expected = {
@@ -87,7 +87,7 @@ def test_jul2026_has_the_rates_of_nanochat_at_d4() -> None:
 
 
 @pytest.mark.parametrize("name", ["lambdas", "transformer.h.0.attn.bias", "transformer.value_embeds.weight"])
-def test_parameter_without_group_is_refused(model: GPT, name: str) -> None:
+def test_parameter_without_group_is_refused(model, name):
     class Foreign(nn.Module):
         def trainable_parameters(self) -> dict[str, object]:
             return {**flatten_parameters(model), name: mx.zeros(3)}
@@ -97,7 +97,7 @@ def test_parameter_without_group_is_refused(model: GPT, name: str) -> None:
 
 
 @pytest.mark.parametrize(("width", "scale"), [(768, 1.0), (192, 2.0)])
-def test_width_scales_table_rates_and_lr_frac_all(model: GPT, width: int, scale: float) -> None:
+def test_width_scales_table_rates_and_lr_frac_all(model, width, scale):
     optimizer = Optimizer(model, optimizer_config(), width=width, lr_frac=0.1)
     assert {name: rule.lr for name, rule in optimizer.adamw_rules.items()} == {
         "transformer.wte.weight": pytest.approx(0.02 * scale),
@@ -107,7 +107,7 @@ def test_width_scales_table_rates_and_lr_frac_all(model: GPT, width: int, scale:
     assert not Optimizer(model, optimizer_config(kind="adamw"), width=16).muon_shapes
 
 
-def test_tables_follow_adam_and_matrices_muon(model: GPT) -> None:
+def test_tables_follow_adam_and_matrices_muon(model):
     gradients = random_gradients(model)
     new = updated(Optimizer(model, optimizer_config(), width=768), model, gradients, lr_factor=0.5)
     for name, value in flatten_parameters(model).items():
@@ -128,7 +128,7 @@ def test_tables_follow_adam_and_matrices_muon(model: GPT) -> None:
 # Parts of an update
 
 
-def test_state_has_the_names_of_parameters(model: GPT) -> None:
+def test_state_has_the_names_of_parameters(model):
     optimizer = Optimizer(model, optimizer_config("muon_jul2026"), width=16)
     kinds = {name: ("first", "second") if name in TABLES else ("momentum", "variance") for name in all_names(model)}
     assert set(optimizer.state) == {"count", *(f"{kind}.{name}" for name in kinds for kind in kinds[name])}
@@ -138,7 +138,7 @@ def test_state_has_the_names_of_parameters(model: GPT) -> None:
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_weight_decay_shrinks_only_matrices(option: str) -> None:
+def test_weight_decay_shrinks_only_matrices(option):
     """By rate × weight_decay; jul2026's applies only where it agrees with the update's sign."""
     model, gradients = make_model(), random_gradients(make_model())
     groups = {
@@ -177,7 +177,7 @@ def clipped(gradients: dict[str, mx.array], limit: float) -> dict[str, mx.array]
     return {name: gradient * factor for name, gradient in gradients.items()}
 
 
-def test_norm_is_exact_for_millions_of_numbers_and_adds_over_parts() -> None:
+def test_norm_is_exact_for_millions_of_numbers_and_adds_over_parts():
     """A plain float32 sum of them is off by a percent; lanes add the squares of their parts."""
     rng = np.random.default_rng(0)
     values = {str(index): rng.normal(size=shape) for index, shape in enumerate([(3,), (2048, 1024), (2, 3, 4), (1, 1)])}
@@ -189,7 +189,7 @@ def test_norm_is_exact_for_millions_of_numbers_and_adds_over_parts() -> None:
     assert sum_squares({}).item() == 0
 
 
-def test_clipping_scales_gradients_above_the_limit() -> None:
+def test_clipping_scales_gradients_above_the_limit():
     found = clipped(arrays([0.3], [0.4]), 1.0)
     assert (found["0"].item(), found["1"].item()) == (np.float32(0.3), np.float32(0.4)), "below the limit: unchanged"
     found = clipped(arrays([3.0, -0.0], [4.0]), 1.0)

@@ -1,7 +1,6 @@
 """Schedules of rates and momentum, at their edges and against nanochat's formulas."""
 
 import math
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -27,7 +26,7 @@ def nanochat(it: int, n: int, warmup_frac: float, warmdown_frac: float, final_fr
     return progress * 1.0 + (1 - progress) * final_frac
 
 
-def test_warmup_reaches_one_at_its_last_iteration() -> None:
+def test_warmup_reaches_one_at_its_last_iteration():
     rising = [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert [lr_multiplier(it, 40, warmup_frac=0.1, warmdown_frac=0.0, final_frac=0.0) for it in range(6)] == rising
     assert [lr_multiplier(it, 1000, **PRETRAIN, warmup_iterations=4) for it in range(6)] == rising
@@ -37,7 +36,7 @@ def test_warmup_reaches_one_at_its_last_iteration() -> None:
     n=st.integers(1, 3000), place=st.floats(0, 1, exclude_max=True), warmup=st.floats(0, 0.4),
     warmdown=st.floats(0, 0.6), final=st.floats(0, 1),
 )  # fmt: skip
-def test_multipliers_equal_nanochat(n: int, place: float, warmup: float, warmdown: float, final: float) -> None:
+def test_multipliers_equal_nanochat(n, place, warmup, warmdown, final):
     it = int(place * n)
     got = lr_multiplier(it, n, warmup_frac=warmup, warmdown_frac=warmdown, final_frac=final)
     assert got == pytest.approx(nanochat(it, n, warmup, warmdown, final), abs=1e-12)
@@ -53,13 +52,11 @@ def test_multipliers_equal_nanochat(n: int, place: float, warmup: float, warmdow
         (JUL2026, 6750, 0.935), (JUL2026, 10_000, 0.9),
     ],
 )  # fmt: skip
-def test_momentum_rises_over_its_warmup_and_falls_in_the_warmdown(
-    schedule: dict[str, Any], iteration: int, expected: float
-) -> None:
+def test_momentum_rises_over_its_warmup_and_falls_in_the_warmdown(schedule, iteration, expected):
     assert muon_momentum(iteration, 10_000, **schedule) == pytest.approx(expected)
 
 
-def test_rise_of_momentum_precedes_its_fall() -> None:
+def test_rise_of_momentum_precedes_its_fall():
     values = [muon_momentum(it, 500, **JUL2026) for it in (399, 400)]
     assert values == pytest.approx([0.97 - 0.12 / 400, 0.97 - 0.07 * (400 - 175) / 325])
 
@@ -68,7 +65,7 @@ def test_rise_of_momentum_precedes_its_fall() -> None:
 
 
 @pytest.mark.parametrize("iteration", [0, 39, 40, 500, 999])
-def test_jul2026_recipe_has_the_rates_of_nanochat(iteration: int) -> None:
+def test_jul2026_recipe_has_the_rates_of_nanochat(iteration):
     config = composed("experiment=speedrun_jul2026_d12")
     rates = rates_at(iteration, 1000, config.pretrain.schedule, config.optimizer)
     fall = (1000 - iteration) / 650
@@ -79,7 +76,7 @@ def test_jul2026_recipe_has_the_rates_of_nanochat(iteration: int) -> None:
     assert rates.weight_decay_factor == pytest.approx(0.5 * (1 + math.cos(math.pi * iteration / 1000)))
 
 
-def test_stages_have_the_optimizers_momentum_or_their_own() -> None:
+def test_stages_have_the_optimizers_momentum_or_their_own():
     config = composed("experiment=speedrun_jul2026_d12")
     for iteration, momentum in ((0, 0.85), (150, 0.9), (300, 0.95), (999, 0.95)):
         rates = rates_at(iteration, 1000, config.sft.schedule, config.optimizer)
@@ -102,7 +99,7 @@ def nanogpt(it: int, n: int, warmup: int, final: float) -> float:
 
 
 @given(n=st.integers(2, 3000), place=st.floats(0, 1), warmup=st.floats(0, 0.9), final=st.floats(0, 1))
-def test_full_cosine_equals_the_published_form(n: int, place: float, warmup: float, final: float) -> None:
+def test_full_cosine_equals_the_published_form(n, place, warmup, final):
     it, rising = int(place * (n - 1)), int(warmup * n)
     got = lr_multiplier(
         it, n, warmup_frac=0.0, warmup_iterations=rising, warmdown_frac=1.0, final_frac=final, shape="cosine"
@@ -111,7 +108,7 @@ def test_full_cosine_equals_the_published_form(n: int, place: float, warmup: flo
     assert 0 <= got <= 1
 
 
-def test_cosine_of_a_partial_or_absent_warmdown() -> None:
+def test_cosine_of_a_partial_or_absent_warmdown():
     falling = [lr_multiplier(it, 100, **PRETRAIN | {"final_frac": 0.1}, shape="cosine") for it in (80, 85, 90, 95)]
     assert falling == pytest.approx([1.0, 0.55 + 0.45 * 0.5**0.5, 0.55, 0.55 - 0.45 * 0.5**0.5])
     after = [lr_multiplier(it, 100, **PRETRAIN | {"final_frac": 0.1}, shape="cosine") for it in (100, 1000)]
@@ -120,7 +117,7 @@ def test_cosine_of_a_partial_or_absent_warmdown() -> None:
     assert values == [0.25, 0.5, 0.75, 1.0]
 
 
-def test_schedule_shape_is_configured() -> None:
+def test_schedule_shape_is_configured():
     config = composed("pretrain.schedule.shape=cosine", "pretrain.schedule.warmdown_frac=1.0")
     rates = rates_at(250, 1000, config.pretrain.schedule, config.optimizer)
     assert rates.lr_factor == pytest.approx(0.5 + 0.5**1.5)

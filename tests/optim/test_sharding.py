@@ -31,7 +31,7 @@ def optimizer_of(option: str, num_layers: int, *, newer: bool) -> Optimizer:
 
 @settings(max_examples=30)
 @given(size=st.integers(1, 40), num_layers=st.integers(1, 5), newer=st.booleans(), option=st.sampled_from(OPTIONS))
-def test_every_row_is_on_one_rank(size: int, num_layers: int, newer: bool, option: str) -> None:
+def test_every_row_is_on_one_rank(size, num_layers, newer, option):
     optimizer = optimizer_of(option, num_layers, newer=newer)
     dealt = deal_pieces(optimizer, size)
     assert len(dealt) == size
@@ -51,7 +51,7 @@ def test_every_row_is_on_one_rank(size: int, num_layers: int, newer: bool, optio
 @pytest.mark.parametrize("option", OPTIONS)
 @settings(max_examples=12)
 @given(size=st.integers(1, 12))
-def test_work_per_rank_is_bounded(option: str, size: int) -> None:
+def test_work_per_rank_is_bounded(option, size):
     optimizer = optimizer_of(option, 5, newer=True)
     work = []
     for own in deal_pieces(optimizer, size):

@@ -14,7 +14,7 @@ import check
 import numpy as np
 import pytest
 from check import QUANTITIES, SUFFIXES, compare, open_file, show
-from comparison import Comparison, Quantity, exact, largest
+from comparison import Comparison, exact, largest
 from parity_file import FOLDER, ParityFile
 from safetensors.numpy import load_file, save_file
 
@@ -29,7 +29,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("path", "quantity"), CASES or [pytest.param(None, None, id="absent", marks=ABSENT)])
-def test_quantity_agrees_with_nanochat(path: Path, quantity: Quantity) -> None:
+def test_quantity_agrees_with_nanochat(path, quantity):
     assert [show(line) for line in compare(open_file(path), quantity) if not line.ok] == []
 
 
@@ -116,7 +116,7 @@ def original(pattern: str) -> Path:
 
 
 @pytest.mark.parametrize("what", JSON)
-def test_altered_json_value_fails(what: str, tmp_path: Path) -> None:
+def test_altered_json_value_fails(what, tmp_path):
     kind, quantity, alter = JSON[what]
     path = original(f"{kind}_*.json")
     values = json.loads(path.read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def test_altered_json_value_fails(what: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["oct2025", "jul2026"])
 @pytest.mark.parametrize("what", TENSORS)
-def test_altered_tensor_fails(what: str, variant: str, tmp_path: Path) -> None:
+def test_altered_tensor_fails(what, variant, tmp_path):
     name, quantity, change = TENSORS[what]
     path = original(f"nanochat_{variant}_*.safetensors")
     file, values = ParityFile(path), load_file(path)
@@ -141,14 +141,14 @@ def test_altered_tensor_fails(what: str, variant: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", ["oct2025", "jul2026"])
-def test_altered_counts_fail(variant: str, tmp_path: Path) -> None:
+def test_altered_counts_fail(variant, tmp_path):
     path = original(f"nanochat_{variant}_*.safetensors")
     altered = tmp_path / path.name
     save_file(load_file(path), altered, metadata=ParityFile(path).metadata | {"flops_per_token": "7"})
     assert failures(altered, "counts") == ["FLOPs per token"]
 
 
-def test_nan_or_no_case_fails() -> None:
+def test_nan_or_no_case_fails():
     assert not Comparison("", float("nan"), 1.0).ok
     assert not largest("", {"a": 0.0, "b": float("nan")}, 1.0).ok
     assert not largest("", {}, 1.0).ok
@@ -164,9 +164,7 @@ def test_nan_or_no_case_fails() -> None:
         ("tasks_a.json", "{}", "holds nothing of the format tasks_*"),
     ],
 )
-def test_unreadable_file_is_reported_in_one_line(
-    name: str, content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_file_is_reported_in_one_line(name, content, message, tmp_path, capsys):
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
     assert check.main([str(path)]) == 2
@@ -175,14 +173,14 @@ def test_unreadable_file_is_reported_in_one_line(
     assert message in told
 
 
-def test_check_runs_from_any_folder_and_names_a_missing_file(tmp_path: Path) -> None:
+def test_check_runs_from_any_folder_and_names_a_missing_file(tmp_path):
     command = [sys.executable, str(Path(check.__file__)), "nanochat_none.safetensors"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: nanochat_none.safetensors: no such file\n"
 
 
-def test_exceptions_and_missing_values_are_failed_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exceptions_and_missing_values_are_failed_lines(tmp_path, capsys):
     for name, content in (("tasks_q.json", '{"calculator": [{"expr": "1+1"}]}'), ("schedules_q.json", "{}")):
         (tmp_path / name).write_text(content, encoding="utf-8")
         assert check.main([str(tmp_path / name)]) == 1

@@ -25,13 +25,13 @@ def estimate(tmp_path: Path, *overrides: str) -> Estimate:
     return estimates(tmp_path, "experiment=speedrun_d20", "stage=pretrain", *overrides)["pretrain"]
 
 
-def test_only_long_trainings_are_estimated_by_the_devices_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_long_trainings_are_estimated_by_the_devices_peak(tmp_path, monkeypatch):
     monkeypatch.setattr("mlxchat.planning.peak.peak_flops", lambda dtype: 1e12)
     assert estimates(tmp_path, "experiment=quickstart", "model=d4", "stage=pretrain") == {}
     assert estimate(tmp_path).seconds == pytest.approx(D20_FLOPS / 4e11, rel=1e-4)
 
 
-def test_reached_speed_has_priority_over_the_configured_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reached_speed_has_priority_over_the_configured_one(tmp_path, monkeypatch):
     """Of the finished pretraining on this kind of device that is nearest in FLOPs per token."""
     assert estimate(tmp_path, "machine.training_flops=8e12").seconds == pytest.approx(D20_FLOPS / 8e12, rel=1e-4)
     history: list[dict[str, Any]] = [
@@ -45,7 +45,7 @@ def test_reached_speed_has_priority_over_the_configured_one(tmp_path: Path, monk
     assert found.seconds == pytest.approx(D20_FLOPS / 2e11, rel=1e-4)
 
 
-def test_bytes_are_those_of_weights_and_moments(tmp_path: Path) -> None:
+def test_bytes_are_those_of_weights_and_moments(tmp_path):
     whole = estimate(tmp_path, "machine.training_flops=8e12")
     weights = estimate(tmp_path, "machine.training_flops=8e12", "pretrain.save_training_state=false")
     tables, matrices = 2 * 65_536 * 1_280, 393_216_000
@@ -53,7 +53,7 @@ def test_bytes_are_those_of_weights_and_moments(tmp_path: Path) -> None:
     assert whole.bytes - weights.bytes == pytest.approx(4 * (2 * tables + matrices), rel=1e-3)
 
 
-def test_later_trainings_are_estimated_by_their_num_iterations(tmp_path: Path) -> None:
+def test_later_trainings_are_estimated_by_their_num_iterations(tmp_path):
     recipe = ("experiment=mac_evening", "machine.training_flops=1e12")
     found = estimates(tmp_path, *recipe)
     assert found["sft"].seconds / found["pretrain"].seconds == pytest.approx(3500 / 13000)

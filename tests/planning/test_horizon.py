@@ -31,11 +31,11 @@ def derive(depth: int, recipe: Config = OCT2025, tokens: int | None = BATCH, **h
 
 
 @pytest.mark.parametrize(("depth", "iterations"), [(4, 1400), (12, 7080), (20, 21_400), (32, 71_680), (34, 84_575)])
-def test_twenty_tokens_per_parameter_give_the_published_iterations(depth: int, iterations: int) -> None:
+def test_twenty_tokens_per_parameter_give_the_published_iterations(depth, iterations):
     assert derive(depth, tokens_per_parameter=20).num_iterations == iterations
 
 
-def test_other_horizons() -> None:
+def test_other_horizons():
     """nanochat: 1e17 FLOPs at d8 are 421 iterations."""
     assert derive(4, num_iterations=77).num_iterations == 77
     assert derive(8, target_flops=1e17).num_iterations == 421 == round(1e17 / (flops_per_token(sizes(8)) * BATCH))
@@ -46,7 +46,7 @@ def test_other_horizons() -> None:
     ]
 
 
-def test_derived_numbers_follow_from_each_other() -> None:
+def test_derived_numbers_follow_from_each_other():
     derived = derive(20, tokens_per_parameter=20)
     numbers = derive_numbers(derived, sizes(20), micro_tokens=32 * 2048)
     assert numbers["num_parameters"] == 560_988_160
@@ -69,9 +69,7 @@ def test_derived_numbers_follow_from_each_other() -> None:
         (12, 19, 2520, 0.28), (20, 20, 4980, None), (24, 20, 8352, None), (26, 20, 10_510, None), (32, 21, 9600, None),
     ],
 )  # fmt: skip
-def test_batch_iterations_and_weight_decay_are_nanochats_at_every_depth(
-    depth: int, exponent: int, iterations: int, weight_decay: float | None
-) -> None:
+def test_batch_iterations_and_weight_decay_are_nanochats_at_every_depth(depth, exponent, iterations, weight_decay):
     unbounded = replace(
         JUL2026, optimizer=replace(JUL2026.optimizer, scaling=replace(JUL2026.optimizer.scaling, max_weight_decay=None))
     )
@@ -83,17 +81,17 @@ def test_batch_iterations_and_weight_decay_are_nanochats_at_every_depth(
 
 
 @pytest.mark.parametrize(("depth", "weight_decay"), [(2, 0.52), (4, 0.52), (8, 0.5197231443014819), (12, 0.28)])
-def test_weight_decay_is_bounded_below_depth_eight(depth: int, weight_decay: float) -> None:
+def test_weight_decay_is_bounded_below_depth_eight(depth, weight_decay):
     assert derive(depth, JUL2026, None, tokens_per_parameter=12).weight_decay == pytest.approx(weight_decay, rel=1e-9)
 
 
 @pytest.mark.parametrize("horizon", [{"num_iterations": 77}, {"target_flops": 1e17}])
-def test_scaling_follows_parameters_whatever_the_horizon(horizon: dict[str, float]) -> None:
+def test_scaling_follows_parameters_whatever_the_horizon(horizon):
     found, usual = derive(8, JUL2026, None, **horizon), derive(8, JUL2026, None, tokens_per_parameter=12)
     assert replace(found, num_iterations=0) == replace(usual, num_iterations=0)
 
 
-def test_given_batch_scales_rates_and_weight_decay() -> None:
+def test_given_batch_scales_rates_and_weight_decay():
     """nanochat, d4 at 32,768 tokens per iteration: rates × 0.25, 4,224 iterations."""
     found = derive(4, JUL2026, 32_768, tokens_per_parameter=12)
     assert (found.batch_lr_scale, found.num_iterations) == (0.25, 4224)

@@ -20,9 +20,7 @@ def conversations(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("verb", [[], ["-m", "seed=1,2"]], ids=["run", "sweep"])
-def test_broken_lines_are_found_before_anything_is_computed(
-    verb: list[str], conversations: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_broken_lines_are_found_before_anything_is_computed(verb, conversations, tmp_path, capsys):
     """Bug: a broken .jsonl for SFT was found after pretraining and midtraining."""
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "good"}\n{"words": "bad"}\n')
@@ -39,7 +37,7 @@ def test_broken_lines_are_found_before_anything_is_computed(
     assert not (tmp_path / "outputs").exists()
 
 
-def test_files_are_read_for_their_stages_only_and_again_once_changed(conversations: Path, tmp_path: Path) -> None:
+def test_files_are_read_for_their_stages_only_and_again_once_changed(conversations, tmp_path):
     item = f"+sft.mixture.mine={{task: jsonl, path: {conversations}}}"
     command = ("plan", "experiment=smoke", item, f"outputs={tmp_path}/outputs")
     assert run_here(*command, "stage=pretrain") == 0

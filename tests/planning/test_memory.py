@@ -108,14 +108,14 @@ def needs_lanes() -> None:
 
 
 @pytest.mark.parametrize("case", quick(CASES, 0, len(CASES) - len(PLAIN)))
-def test_peak_of_training_is_predicted_within_15_percent(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peak_of_training_is_predicted_within_15_percent(case, monkeypatch):
     if case[0] == "plain":
         monkeypatch.setenv("MLXCHAT_CPU", "plain")
     compare(case)
 
 
 @pytest.mark.slow
-def test_dropout_keeps_no_masks() -> None:
+def test_dropout_keeps_no_masks():
     compare(CASES[1], dropout=0.1)
 
 
@@ -143,7 +143,7 @@ def training(limit: int | None = None, rows: int = 12, **changes: Any) -> Traini
     )
 
 
-def test_weights_and_moments_are_counted_exactly() -> None:
+def test_weights_and_moments_are_counted_exactly():
     peak, further = (predict_peak(training(None, 1, further_weights=copies), 1) for copies in (0, 1))
     counts = count_parameters(SIZES)
     assert peak.weights == 4 * counts["total"]
@@ -155,19 +155,19 @@ def test_weights_and_moments_are_counted_exactly() -> None:
     ("rows", "most", "expected"),
     [(12, 10**4, 12), (12, 6, 6), (12, 0, 1), (12, 5, 4), (12, 7, 6), (13, 8, 7), (13, 12, 7), (7, 3, 3)],
 )
-def test_micro_batches_have_one_size_where_that_is_cheap(rows: int, most: int, expected: int) -> None:
+def test_micro_batches_have_one_size_where_that_is_cheap(rows, most, expected):
     """Otherwise they are as equal as possible; a row is never cut."""
     assert training(None, rows).micro_rows(most * 128) == expected
 
 
-def test_largest_micro_batch_that_fits_is_chosen() -> None:
+def test_largest_micro_batch_that_fits_is_chosen():
     machine, free = composed("machine=cpu", "machine.device_batch_tokens=512").machine, training()
     assert training(free.peak_bytes(5)).micro_rows(10**6) == 4, "the largest divisor of 12 up to 5"
     assert training(free.peak_bytes(1) - 1).micro_rows(10**6) == 0
     assert [rows_at_a_time(training(limit), machine) for limit in (None, free.peak_bytes(3))] == [4, 3]
 
 
-def test_resumed_training_keeps_its_micro_batch_while_it_fits(tmp_path: Path) -> None:
+def test_resumed_training_keeps_its_micro_batch_while_it_fits(tmp_path):
     def chosen(limit: int | None, tokens: int | None = None) -> int:
         config = config_of("machine=cpu", "machine.blas_threads=1")
         config.machine.device_batch_tokens, config.machine.memory_limit_bytes = tokens, limit
@@ -187,7 +187,7 @@ def planned(config: Config, tmp_path: Path, target: str = "sft") -> list[Planned
     return make_plan(config, config.pipeline, Store(tmp_path), targets=[target], seed=0, force=[])
 
 
-def test_evaluation_during_training_stays_below_its_peak() -> None:
+def test_evaluation_during_training_stays_below_its_peak():
     # Bug: validation took 571 MB during a training for which 246 MB were predicted.
     config = composed("machine=auto", "machine.device=cpu")
     sizes = sizes_of(config.model, config.architecture, 4096)
@@ -200,7 +200,7 @@ def test_evaluation_during_training_stays_below_its_peak() -> None:
     assert 2 * weights + predict_forward_bytes(sizes, tokens=2 * bound) > peak
 
 
-def test_plan_names_steps_that_do_not_fit_at_the_same_time(tmp_path: Path) -> None:
+def test_plan_names_steps_that_do_not_fit_at_the_same_time(tmp_path):
     config = config_of("machine=cpu", "machine.max_parallel_steps=2", "pipeline=two_sft")
     plan = planned(config, tmp_path)
     needs = forecast_bytes(config, plan)
@@ -218,7 +218,7 @@ def test_plan_names_steps_that_do_not_fit_at_the_same_time(tmp_path: Path) -> No
     assert describe_conflicts(config, plan) == []
 
 
-def test_refusal_names_need_limit_and_keys(tmp_path: Path) -> None:
+def test_refusal_names_need_limit_and_keys(tmp_path):
     config = config_of("machine=auto", "model.depth=6", "machine.blas_threads=2", "machine.memory_limit_bytes=90000000")
     with pytest.raises(ConfigError) as caught:
         check_memory(config, planned(config, tmp_path))
@@ -234,13 +234,13 @@ def test_refusal_names_need_limit_and_keys(tmp_path: Path) -> None:
         check_memory(config, planned(config, tmp_path, "eval_sft"))
 
 
-def test_refusal_exits_with_2_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusal_exits_with_2_before_anything_is_written(tmp_path, capsys):
     assert run_here("machine.memory_limit_bytes=30000000", f"outputs={tmp_path / 'none'}") == 2
     assert capsys.readouterr().err.startswith("error: pretrain needs about ")
     assert not (tmp_path / "none").exists()
 
 
-def test_predictions_need_no_mlx(tmp_path: Path) -> None:
+def test_predictions_need_no_mlx(tmp_path):
     code = """
 import sys
 from mlxchat.composition.compose import compose_config
@@ -297,7 +297,7 @@ print(json.dumps({"measured": measured, "left": mx.get_active_memory() - before}
 
 
 @pytest.mark.parametrize("case", quick(SAMPLING, 1))
-def test_peak_of_sampling_is_predicted_within_15_percent(case: Any) -> None:
+def test_peak_of_sampling_is_predicted_within_15_percent(case):
     """Four layers 512 wide, in a new process. Nothing is left afterwards, when the step needs the memory."""
     needs_lanes()
     variant, rows, prompt, new, dtype, plain, bits = case
@@ -320,7 +320,7 @@ def test_peak_of_sampling_is_predicted_within_15_percent(case: Any) -> None:
     assert left < 0.02 * measured
 
 
-def test_quantised_rollouts_hold_packed_and_own_weights() -> None:
+def test_quantised_rollouts_hold_packed_and_own_weights():
     sampling = []
     for overrides in ([], ["rl.rollout_bits=8"]):
         found = training_of(config_of("machine=cpu", *overrides), "rl", SIZES)
@@ -329,7 +329,7 @@ def test_quantised_rollouts_hold_packed_and_own_weights() -> None:
     assert sampling[1] - sampling[0] > counts["matrices"] + counts["head"], "a byte for each number, and more"
 
 
-def test_sampled_rows_are_the_most_that_fit() -> None:
+def test_sampled_rows_are_the_most_that_fit():
     config = config_of("rl.questions_per_iteration=64")
 
     def sampled(limit: int | None) -> int:
@@ -345,7 +345,7 @@ def test_sampled_rows_are_the_most_that_fit() -> None:
     assert sampled(held.weights) == 1, "the plan is refused by its peak"
 
 
-def test_generated_samples_count_in_the_peak_of_a_training() -> None:
+def test_generated_samples_count_in_the_peak_of_a_training():
     config = config_of("machine=cpu", "pretrain.prompts=[abc]", "pretrain.sample_tokens=7")
     config.midtrain = replace(config.midtrain, suite={"choice": TaskItem(task="kinds_mc")})
     config.sft = replace(config.sft, suite={"sums": TaskItem(task="gsm8k")}, suite_max_new_tokens=1000)
@@ -367,7 +367,7 @@ D32 = replace(SIZES, vocab_size=65536, num_layers=32, num_heads=16, num_kv_heads
      (["machine=mac_36gb", "adapter=none"], False)],
     ids=str,
 )  # fmt: skip
-def test_grpo_on_d32_is_admitted_where_it_fits(overrides: list[str], fits: bool) -> None:
+def test_grpo_on_d32_is_admitted_where_it_fits(overrides, fits):
     config = composed("experiment=grpo_nanochat_d32", *overrides)
     training = training_of(config, "rl", D32)
     assert training.row_tokens == 320 + 256, "the longest prompt of GSM8K and rl.max_new_tokens, not the context"
@@ -387,7 +387,7 @@ def decoding(row_tokens: int, where: Device | None = None, **how: Any) -> Decodi
     return Decoding(sizes=SIZES, device=where or Device(), row_tokens=row_tokens, **how)
 
 
-def test_answers_at_a_time_are_the_most_that_fit() -> None:
+def test_answers_at_a_time_are_the_most_that_fit():
     weights = 2 * count_parameters(SIZES)["total"]
     assert decoding(256, device(None)).rows("it", most=64) == 64
     for rows in (1, 6, 32):

@@ -20,7 +20,7 @@ from mlxchat.planning.peak import keep_peak, peak_flops, raise_peak, tabled_peak
         ("Apple M4 Max", None, None), ("NVIDIA RTX A1000", None, None), ("", None, None),
     ],
 )  # fmt: skip
-def test_published_peaks_are_found_by_device_name(name: str, bfloat16: float | None, float32: float | None) -> None:
+def test_published_peaks_are_found_by_device_name(name, bfloat16, float32):
     for dtype, teraflops in ((mx.bfloat16, bfloat16), (mx.float32, float32), (mx.float16, None)):
         assert tabled_peak_flops(name, dtype) == (None if teraflops is None else pytest.approx(teraflops * 1e12))
 
@@ -31,7 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_measured_rate_is_that_of_large_products(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measured_rate_is_that_of_large_products(monkeypatch):
     """Within 90 % of NumPy's BLAS, which uses other threads; it is measured once per process."""
     one, other = np.ones((2048, 1024), np.float32), np.ones((1024, 4096), np.float32)
     seconds = []
@@ -46,7 +46,7 @@ def test_measured_rate_is_that_of_large_products(monkeypatch: pytest.MonkeyPatch
     assert peak_flops(mx.bfloat16) is None, "MLX emulates it on a CPU"
 
 
-def test_best_rate_ever_seen_on_a_machine_is_its_peak(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_best_rate_ever_seen_on_a_machine_is_its_peak(monkeypatch, cache):
     """Bug: a peak measured beside other work was too low, and a training reached 101 % of it."""
     assert [keep_peak(mx.float32, rate) for rate in (5e10, 1e10, 7e10)] == [5e10, 5e10, 7e10]
     rates = iter([6e10, 8e10, 5e10] * 2)
@@ -62,9 +62,7 @@ def test_best_rate_ever_seen_on_a_machine_is_its_peak(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("device", "expected"), [("Apple M4 Max", 1.5e13), ("Apple M1", 2.6e12)])
-def test_gpu_is_measured_where_no_figure_is_published(
-    device: str, expected: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_is_measured_where_no_figure_is_published(device, expected, monkeypatch):
     monkeypatch.setattr(peak, "default_dtype", lambda: mx.bfloat16)
     monkeypatch.setattr(peak, "measure_flops", lambda dtype: 1.5e13)
     monkeypatch.setattr(peak, "_device_name", lambda: device)

@@ -42,7 +42,7 @@ def grid() -> list[Training]:
     ]
 
 
-def test_laws_are_those_of_the_loss_surface() -> None:
+def test_laws_are_those_of_the_loss_surface():
     """N* grows as C^(β/(α+β)), D* as C^(α/(α+β)): within 0.005, the parabola's error over a factor of four."""
     laws: Any = fit_scaling_laws(grid())
     assert laws.parameters.exponent == pytest.approx(BETA / (ALPHA + BETA), abs=0.005)
@@ -56,7 +56,7 @@ def test_laws_are_those_of_the_loss_surface() -> None:
         assert one.best_bpb == pytest.approx(training(best, one.flops).bpb, rel=1e-4)
 
 
-def test_interval_of_an_exponent_is_that_of_least_squares() -> None:
+def test_interval_of_an_exponent_is_that_of_least_squares():
     """NumPy's covariance of a line, times 2.776, Student's t of four degrees of freedom at 97.5 %."""
     x = np.geomspace(1, 100, 6)
     y = 3 * x**0.5 * np.exp(np.array([0.1, -0.2, 0.05, 0.15, -0.1, 0.02]))
@@ -67,7 +67,7 @@ def test_interval_of_an_exponent_is_that_of_least_squares() -> None:
     assert law(10.0) == pytest.approx(float(np.exp(np.polyval(np.polyfit(np.log(x), np.log(y), 1), math.log(10)))))
 
 
-def test_two_points_have_no_interval_and_one_has_no_law() -> None:
+def test_two_points_have_no_interval_and_one_has_no_law():
     law: Any = fit_power_law([1, 2], [1, 4])
     assert law.exponent == pytest.approx(2)
     assert law.half_width is None
@@ -75,7 +75,7 @@ def test_two_points_have_no_interval_and_one_has_no_law() -> None:
 
 
 @pytest.mark.parametrize("slope", [-0.1, 0.1])
-def test_minimum_outside_the_models_gives_no_best_size(slope: float) -> None:
+def test_minimum_outside_the_models_gives_no_best_size(slope):
     sizes = np.geomspace(1e6, 1e8, 5)
     rising = [1 + slope * math.log(size) + 0.001 * math.log(size / 1e7) ** 2 for size in sizes]
     found = [training(size, flops, bpb) for flops in (1e15, 1e16) for size, bpb in zip(sizes, rising, strict=True)]
@@ -84,13 +84,13 @@ def test_minimum_outside_the_models_gives_no_best_size(slope: float) -> None:
     assert [one.best_parameters for one in laws.budgets] == [None, None]
 
 
-def test_fewer_than_two_budgets_of_three_sizes_give_no_laws() -> None:
+def test_fewer_than_two_budgets_of_three_sizes_give_no_laws():
     assert fit_scaling_laws([training(size, 1e15) for size in (1e6, 2e6, 3e6)]) is None
     assert fit_scaling_laws([training(size, flops) for size in (1e6, 2e6) for flops in (1e15, 1e16)]) is None
     assert fit_scaling_laws([]) is None
 
 
-def test_table_has_nanochats_columns() -> None:
+def test_table_has_nanochats_columns():
     """The header that nanochat's scaling_laws.sh of January 2026 writes, and its miniseries' tokens per parameter."""
     (row,) = table_of([training(1e6, 1.2e14)])
     assert list(row) == [

@@ -37,14 +37,14 @@ def record_listing(tmp_path: Path, files: int, size: int, commit: str = "c" * 40
 
 
 @pytest.mark.parametrize(("packing", "kept"), [("best_fit", 0.65), ("best_fit_whole", 1.0)])
-def test_need_is_the_tokens_in_characters_and_what_packing_drops(tmp_path: Path, packing: str, kept: float) -> None:
+def test_need_is_the_tokens_in_characters_and_what_packing_drops(tmp_path, packing, kept):
     need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain", f"pretrain.packing={packing}")
     assert need is not None
     assert need.tokens == pytest.approx(11.2 * GIGA, rel=0.01)  # nanochat's published figure
     assert need.chars == pytest.approx(need.tokens * 4.8 / kept * 1.1)
 
 
-def test_short_training_needs_what_its_tokenizer_reads(tmp_path: Path) -> None:
+def test_short_training_needs_what_its_tokenizer_reads(tmp_path):
     short = ("pretrain.num_iterations=1", "pretrain.tokens_per_parameter=null")
     need = need_of(tmp_path, "experiment=speedrun_d12", *short)
     assert need is not None
@@ -52,7 +52,7 @@ def test_short_training_needs_what_its_tokenizer_reads(tmp_path: Path) -> None:
     assert need_of(tmp_path, "experiment=quickstart") is None, "bundled text"
 
 
-def test_need_counts_files_of_a_listing_and_repeated_epochs(tmp_path: Path) -> None:
+def test_need_counts_files_of_a_listing_and_repeated_epochs(tmp_path):
     record_listing(tmp_path, files=100, size=100_000_000)
     need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain", "pretrain.packing=best_fit")
     assert need is not None
@@ -63,7 +63,7 @@ def test_need_counts_files_of_a_listing_and_repeated_epochs(tmp_path: Path) -> N
     )
 
 
-def test_run_without_space_for_text_and_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_space_for_text_and_tokens_is_refused(tmp_path, monkeypatch):
     record_listing(tmp_path, files=1000, size=100_000_000)
     need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain", "pretrain.packing=best_fit")
     usage = shutil.disk_usage("/")._replace(free=50 * GIGA)

@@ -1,6 +1,5 @@
 """Pairs as rows and batches: what is trained on, the gradient of a batch, the order, the reference."""
 
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -52,7 +51,7 @@ def make_batches(rows: PairRows, model: GPT, reference: Any, **changes: Any) -> 
     return PairBatches(rows, make_scores(model), reference, config, seed=3, log=lambda record: None)
 
 
-def test_only_the_last_answers_own_tokens_are_targets() -> None:
+def test_only_the_last_answers_own_tokens_are_targets():
     tokenizer = make_tokenizer()
     earlier = {"role": "assistant", "content": "the dog"}
     parts = [{"type": "python", "text": "1+1"}, {"type": "python_output", "text": "2"}, {"type": "text", "text": "2"}]
@@ -62,7 +61,7 @@ def test_only_the_last_answers_own_tokens_are_targets() -> None:
     assert rejected == "<|python_start|>1+1<|python_end|>2<|assistant_end|>"
 
 
-def test_pairs_with_a_long_answer_are_left_out_whole() -> None:
+def test_pairs_with_a_long_answer_are_left_out_whole():
     longest = max(len(render_conversation(make_tokenizer(), answer, None)[0]) for answer in Answers(PAIRS)) - 1
     assert make_rows(PAIRS, longest).num_left_out == 0
     rows = make_rows(PAIRS, longest - 1)
@@ -71,7 +70,7 @@ def test_pairs_with_a_long_answer_are_left_out_whole() -> None:
 
 
 @pytest.mark.parametrize(("loss", "micro_tokens"), [("dpo", 32), ("orpo", 32), ("dpo", 1024)])
-def test_gradient_of_a_batch_is_that_of_the_loss(loss: str, micro_tokens: int) -> None:
+def test_gradient_of_a_batch_is_that_of_the_loss(loss, micro_tokens):
     """Against MLX's gradient of the formula with the logits of whole rows; micro-batches of one row or of all."""
     model, start, rows = make_model(), make_model(seed=8), make_rows(PAIRS)
     reference = np.stack([make_scores(start)(*rows.rows([each]))[0].sum(axis=1) for each in range(len(PAIRS))])
@@ -104,7 +103,7 @@ def test_gradient_of_a_batch_is_that_of_the_loss(loss: str, micro_tokens: int) -
         assert np.abs(np.asarray(gradients[name]) - np.asarray(gradient)).max() <= 2e-4 * scale + 1e-7, name
 
 
-def test_each_epoch_has_every_pair_once_in_another_order() -> None:
+def test_each_epoch_has_every_pair_once_in_another_order():
     rows = make_rows([pair(f"the {'cat ' * i}", "dog") for i in range(1, 7)])
     batches = make_batches(rows, make_model(), None, loss="orpo")
     seen = []
@@ -119,7 +118,7 @@ def test_each_epoch_has_every_pair_once_in_another_order() -> None:
     assert again.documents() == seen[8:10]
 
 
-def test_interrupted_reference_resumes_without_recomputing(tmp_path: Path) -> None:
+def test_interrupted_reference_resumes_without_recomputing(tmp_path):
     rows, calls, model = make_rows(PAIRS * 20), 0, make_model()
     whole = reference_sums(make_context(tmp_path / "whole"), "data", rows, make_scores(model))
     scores = make_scores(model)
@@ -138,7 +137,7 @@ def test_interrupted_reference_resumes_without_recomputing(tmp_path: Path) -> No
     assert calls == len(rows.parts) == 3
 
 
-def test_validation_of_the_start_model_by_dpo_is_undecided(tmp_path: Path) -> None:
+def test_validation_of_the_start_model_by_dpo_is_undecided(tmp_path):
     rows, model, ctx = make_rows(PAIRS * 20), make_model(), make_context(tmp_path)
     reference, config = reference_sums(ctx, "validation", rows, make_scores(model)), make_config(loss="dpo")
     start = validate(ctx, rows, make_scores(model), reference, config)

@@ -2,7 +2,6 @@
 
 import json
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,7 @@ ANIMALS = ("cat", "dog")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
-def test_held_out_pairs_are_told_apart_by_the_rule_of_the_training_pairs(loss: str, tmp_path: Path) -> None:
+def test_held_out_pairs_are_told_apart_by_the_rule_of_the_training_pairs(loss, tmp_path):
     """The chosen answer names the animal of the question, so that no preference of an answer in itself helps.
 
     Such a preference and a guess are right in half of the pairs. The model that training starts from is random.

@@ -40,7 +40,7 @@ def published(sums: Floats, config: PreferenceConfig) -> list[float]:
 
 
 @pytest.mark.parametrize("changes", LOSSES)
-def test_values_and_weights_are_those_of_the_published_loss(changes: dict[str, Any]) -> None:
+def test_values_and_weights_are_those_of_the_published_loss(changes):
     config, step = make_config(**changes), 1e-5
     found = pair_loss(SUMS, LENGTHS, REFERENCE, config)
     assert found.values == pytest.approx(published(SUMS, config), rel=1e-12)
@@ -52,7 +52,7 @@ def test_values_and_weights_are_those_of_the_published_loss(changes: dict[str, A
         assert found.weights[place] == pytest.approx(-slope, rel=1e-6, abs=1e-10)
 
 
-def test_margins_are_positive_where_the_chosen_answer_is_preferred() -> None:
+def test_margins_are_positive_where_the_chosen_answer_is_preferred():
     dpo, orpo = (pair_loss(SUMS, LENGTHS, REFERENCE, make_config(loss=loss)) for loss in ("dpo", "orpo"))
     gained = SUMS - REFERENCE
     assert ((dpo.margins > 0) == (gained[:, 0] > gained[:, 1])).all()
@@ -61,7 +61,7 @@ def test_margins_are_positive_where_the_chosen_answer_is_preferred() -> None:
 
 
 @pytest.mark.parametrize("loss", ["dpo", "orpo"])
-def test_extreme_log_probabilities_give_finite_losses_and_weights(loss: str) -> None:
+def test_extreme_log_probabilities_give_finite_losses_and_weights(loss):
     sums, lengths = np.array([[0.0, -1e4], [-1e4, 0.0], [-1e-9, -1e-9]]), np.ones((3, 2))
     found = pair_loss(sums, lengths, np.zeros((3, 2)), make_config(loss=loss))
     assert np.isfinite(found.values).all()

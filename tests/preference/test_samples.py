@@ -1,6 +1,5 @@
 """Pairs of the model's own answers: which answers become pairs, their file, and sampling that continues."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,7 +53,7 @@ def make_engine() -> Scripted:
     return Scripted(make_model(), make_tokenizer())
 
 
-def test_different_right_answers_are_paired_with_different_wrong_ones(tmp_path: Path) -> None:
+def test_different_right_answers_are_paired_with_different_wrong_ones(tmp_path):
     ctx = make_context(tmp_path)
     pairs = sample_pairs(ctx, "data", Cats("train"), make_engine(), make_config(pairs_per_question=4), seed=1)
     of_one = [(pair["messages"][-1]["content"], pair["rejected"]) for pair in pairs[:3]]
@@ -66,7 +65,7 @@ def test_different_right_answers_are_paired_with_different_wrong_ones(tmp_path: 
     assert fewer == pairs[::3]
 
 
-def test_interrupted_sampling_continues_and_gives_the_same_pairs(tmp_path: Path) -> None:
+def test_interrupted_sampling_continues_and_gives_the_same_pairs(tmp_path):
     how: dict[str, Any] = {"config": make_config(max_new_tokens=4, samples_per_question=8, top_k=5), "seed": 1}
     task = Cats("train", size=20)
     task.evaluate = lambda conversation, response: len(response) % 2 == 0  # type: ignore[method-assign]  # the verdict of this test
@@ -97,7 +96,7 @@ def _ending(engine: Engine) -> Any:
     return Ending(engine.model, make_tokenizer())
 
 
-def test_task_without_right_answers_is_refused(tmp_path: Path) -> None:
+def test_task_without_right_answers_is_refused(tmp_path):
     task = Cats("train")
     task.evaluate = lambda conversation, response: False  # type: ignore[method-assign]  # the verdict of this test
     with pytest.raises(
@@ -106,7 +105,7 @@ def test_task_without_right_answers_is_refused(tmp_path: Path) -> None:
         sample_pairs(make_context(tmp_path), "data", task, make_engine(), make_config(), seed=1)
 
 
-def test_written_pairs_are_read_as_they_were(tmp_path: Path) -> None:
+def test_written_pairs_are_read_as_they_were(tmp_path):
     kinds = {"text": "1+1=", "python": "1+1", "python_output": "2"}
     parts = [{"type": kind, "text": text} for kind, text in kinds.items()]
     pair = {"messages": [{"role": "user", "content": "sum?"}, {"role": "assistant", "content": parts}], "rejected": "3"}
@@ -114,7 +113,7 @@ def test_written_pairs_are_read_as_they_were(tmp_path: Path) -> None:
     assert load_task("pairs", "train", path=tmp_path / "pairs.jsonl", held_out_frac=0)[0] == pair
 
 
-def test_parsed_answers_render_to_the_same_tokens() -> None:
+def test_parsed_answers_render_to_the_same_tokens():
     """Tokens that no content renders to give None."""
     tokenizer = make_tokenizer()
     text, python, empty = ({"type": kind, "text": text} for kind, text in

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kit.artifacts import publish_base
-from kit.commands import CommandLine, run_here
+from kit.commands import run_here
 from kit.models import composed
 from mlxchat.store.fingerprint import hash_file
 from mlxchat.store.manifest import CONTINUATION
@@ -48,9 +48,7 @@ def made(outputs: Path) -> Path:
     return outputs / "store" / str(found["name"])
 
 
-def test_killed_training_ends_with_the_same_bytes_and_prefers_the_chosen(
-    outputs: Path, mlxchat: CommandLine, tmp_path: Path
-) -> None:
+def test_killed_training_ends_with_the_same_bytes_and_prefers_the_chosen(outputs, mlxchat, tmp_path):
     settings = command(outputs, "preference.adapter.kind=lora")
     killed = mlxchat(*settings, cwd=tmp_path, environ={"MLXCHAT_CRASH_AT": "train.iteration:4"})
     assert killed.returncode == -9, killed.stdout + killed.stderr
@@ -67,7 +65,7 @@ def test_killed_training_ends_with_the_same_bytes_and_prefers_the_chosen(
     assert hash_file(made(straight) / "adapters.safetensors") == hash_file(resumed / "adapters.safetensors")
 
 
-def test_extension_is_bit_identical_to_one_training(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_extension_is_bit_identical_to_one_training(outputs, capsys):
     """48 pairs are trained on, of which there are 38: the second epoch's order is the same too, and the reference."""
     constant = ("preference.schedule.warmup_frac=0", "preference.schedule.warmdown_frac=0")
 
@@ -112,14 +110,12 @@ def test_extension_is_bit_identical_to_one_training(outputs: Path, capsys: pytes
         ),
     ],
 )  # fmt: skip
-def test_impossible_settings_are_refused(
-    more: list[str], messages: list[str], outputs: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_impossible_settings_are_refused(more, messages, outputs, capsys):
     assert run_here(*command(outputs, *more)) == 2
     refusal = capsys.readouterr().err
     assert [each for each in messages if each not in refusal] == []
 
 
-def test_stage_preference_means_the_pipeline_that_has_it() -> None:
+def test_stage_preference_means_the_pipeline_that_has_it():
     pipeline = composed("stage=preference", "preference.data.task=arithmetic").pipeline
     assert pipeline["preference"] == {"stage": "preference", "checkpoint": "sft"}

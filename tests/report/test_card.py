@@ -1,9 +1,5 @@
 """What the Hugging Face Hub reads of a model card: the scores of the model, and of no other."""
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import pytest
 from huggingface_hub import ModelCard
 
@@ -20,9 +16,7 @@ KINDS = {"corpus": "corpus", "tokenizer": "tokenizer", "eval": "scores"}
         ("pretrain", False, {"arithmetic": 0.004, "capitals": 0.262, "spelling": 0.0, "trivia": 0.241, "text": 1.1187}),
     ],
 )
-def test_the_hub_reads_a_models_own_scores(
-    make: Callable[..., Any], tmp_path: Path, step: str, chats: bool, expected: dict[str, float]
-) -> None:
+def test_the_hub_reads_a_models_own_scores(make, tmp_path, step, chats, expected):
     fake = make()
     for name, entry in fake.pipeline.items():
         inputs = {

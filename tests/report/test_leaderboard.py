@@ -39,7 +39,7 @@ def run_of(
 
 
 @pytest.mark.parametrize(("value", "iteration"), [(2.0, 10), (1.5, 20), (1.4, 30), (1.25, 30)])
-def test_target_is_reached_at_the_first_good_value(value: float, iteration: int) -> None:
+def test_target_is_reached_at_the_first_good_value(value, iteration):
     run = run_of("a", seconds=3.0, cost=36.0)
     found = reach(run, run.steps[0], Target("val_bpb", value), [])
     assert found is not None
@@ -48,7 +48,7 @@ def test_target_is_reached_at_the_first_good_value(value: float, iteration: int)
     assert dict(found.costs())["cost"] == f"${3 * iteration / 100:.2f}"
 
 
-def test_extension_adds_to_the_clock() -> None:
+def test_extension_adds_to_the_clock():
     run = run_of("a")
     for record in run.steps[0].records:
         if "elapsed_seconds" in record and record["iteration"] > 20:
@@ -58,7 +58,7 @@ def test_extension_adds_to_the_clock() -> None:
     assert found.seconds == pytest.approx(30)
 
 
-def test_core_comes_from_any_evaluation_of_the_model() -> None:
+def test_core_comes_from_any_evaluation_of_the_model():
     runs = [run_of("a", core=0.3), run_of("b", seconds=0.5), run_of("c", core=0.1)]
     other = run_of("b", core=0.4)
     other.steps.pop(0)
@@ -67,7 +67,7 @@ def test_core_comes_from_any_evaluation_of_the_model() -> None:
     assert [(row.step.rid, row.core, row.seconds) for row in rows] == [("b", 0.4, 20.0), ("a", 0.3, 40.0)]
 
 
-def test_fastest_is_first_per_corpus() -> None:
+def test_fastest_is_first_per_corpus():
     runs = [run_of("slow", seconds=2), run_of("fast"), run_of("fast"), run_of("elsewhere", corpus="corpus-b")]
     assert rank(runs, Target("val_bpb", 1.1)) == {}
     found = rank(runs, Target("val_bpb", 1.5))
@@ -77,12 +77,12 @@ def test_fastest_is_first_per_corpus() -> None:
     }
 
 
-def test_targets_default_to_those_of_the_runs() -> None:
+def test_targets_default_to_those_of_the_runs():
     found = rank([run_of("a", settings={"target_bpb": 1.5}), run_of("b", seconds=0.5)], None)
     assert [row.step.rid for row in next(iter(found.values()))] == ["b", "a"]
 
 
-def test_table_is_markdown_without_empty_columns() -> None:
+def test_table_is_markdown_without_empty_columns():
     lines = tables(rank([run_of("a")], Target("val_bpb", 1.5))).splitlines()
     assert lines[2].startswith("| # | time | val_bpb | tokens | FLOPs | iterations | settings | device |")
     assert lines[4].startswith(r"| 1 | 20.0s | 1.50000 | 2k | 4.00e09 | 20 | model=d4 | Apple M3 \| Max | 2026-11-23 |")
@@ -96,7 +96,7 @@ def test_table_is_markdown_without_empty_columns() -> None:
         ({}, ""),
     ],
 )  # fmt: skip
-def test_report_says_when_the_target_was_reached(target: dict[str, float], said: str) -> None:
+def test_report_says_when_the_target_was_reached(target, said):
     learnt = dict(answers(run_of("a", settings=target, cost=1.2)))["Did it learn?"]
     assert said in learnt
     assert ("target" in learnt) is bool(said)

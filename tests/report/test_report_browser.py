@@ -31,17 +31,17 @@ def show(browser: Any, reported: Any) -> Iterator[Any]:
 
 
 @pytest.mark.parametrize("width", [320, 375, 768, 1280])
-def test_page_fits_the_screen(show: Any, width: int) -> None:
+def test_page_fits_the_screen(show, width):
     assert show(width).evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_page_makes_no_requests_and_logs_nothing(show: Any, reported: Any) -> None:
+def test_page_makes_no_requests_and_logs_nothing(show, reported):
     page = show(1280)
     assert page.asked == [(reported.run / "report.html").as_uri()]
     assert page.told == []
 
 
-def test_text_in_pictures_is_readable_on_a_phone(show: Any) -> None:
+def test_text_in_pictures_is_readable_on_a_phone(show):
     page = show(375)
     sizes = page.evaluate("""[...document.querySelectorAll('svg.chart text')].map(e => {
         const placed = e.getScreenCTM();
@@ -56,14 +56,14 @@ def test_text_in_pictures_is_readable_on_a_phone(show: Any) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "ground"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(13, 17, 23)")])
-def test_text_has_enough_contrast(show: Any, scheme: str, ground: str) -> None:
+def test_text_has_enough_contrast(show, scheme, ground):
     page = show(1280, scheme)
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == ground
     assert page.locator("svg.chart").count() > 5
     assert weakest_contrast(page)[0] >= 4.5, weakest_contrast(page)
 
 
-def test_print_is_light(show: Any) -> None:
+def test_print_is_light(show):
     page = show(1280, "dark")
     page.emulate_media(media="print", color_scheme="dark")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

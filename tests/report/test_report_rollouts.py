@@ -27,7 +27,7 @@ def write(whole: Any) -> Path:
     return folder
 
 
-def test_best_and_worst_rollouts_are_shown(whole: Any) -> None:
+def test_best_and_worst_rollouts_are_shown(whole):
     found = rollout_examples(write(whole))
     assert [(each.prompt, each.output, each.is_right) for each in found] == [
         ("ask 5", "say 1<<1+1=2>> <b>", True), ("ask 5", "say 0<<1+1=2>> <b>", False),
@@ -36,7 +36,7 @@ def test_best_and_worst_rollouts_are_shown(whole: Any) -> None:
     assert found[0].task == "iteration 1, reward 1, advantage +0.5"
 
 
-def test_damaged_rollouts_are_left_out(whole: Any) -> None:
+def test_damaged_rollouts_are_left_out(whole):
     folder = write(whole)
     with (folder / "rollouts.jsonl").open("a") as file:
         file.write('{"iteration": 5, "question": null}\n{"iteration": 6, "ques')

@@ -146,7 +146,7 @@ def test_numbers_are_short_with_units():
     assert format_count(999_999) == "1M"
 
 
-def test_any_right_of_several_samples_is_shown() -> None:
+def test_any_right_of_several_samples_is_shown():
     raw = {"accuracy": 0.5, "stderr": 0.1, "any_right": 0.75, "seeds": 2}
     cell = shown(read_scores({"tasks": {"gsm8k": raw}}).measures["gsm8k"])
     assert (cell.text, cell.detail) == ("50.0%", "± 10.0, any of 2: 75.0%")

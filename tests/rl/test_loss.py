@@ -60,7 +60,7 @@ def name(config: RLConfig) -> str:
 
 
 @pytest.mark.parametrize("config", CASES, ids=name)
-def test_value_and_weights_match_the_published_loss(config: RLConfig) -> None:
+def test_value_and_weights_match_the_published_loss(config):
     """The weights against central differences, 1e-6."""
     now, sampled, reference = log_probabilities()
     frozen = reference if config.kl_coefficient else None
@@ -76,14 +76,14 @@ def test_value_and_weights_match_the_published_loss(config: RLConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [case for case in CASES if case.clip_high and not case.kl_coefficient], ids=name)
-def test_every_ratio_is_one_without_log_probabilities(config: RLConfig) -> None:
+def test_every_ratio_is_one_without_log_probabilities(config):
     now, _, _ = log_probabilities()
     known, unknown = loss_of(config, now, now), policy_loss(MASK, ADVANTAGES, config)
     np.testing.assert_array_equal(unknown.weights, known.weights)
     assert known.numbers == unknown.numbers == {"ratio": 1.0, "clip_frac": 0.0}
 
 
-def test_kl_and_its_gradient_vanish_at_the_reference() -> None:
+def test_kl_and_its_gradient_vanish_at_the_reference():
     """Forced tokens and padding have no weight."""
     now, sampled, reference = log_probabilities()
     config = rl_config(kl_coefficient=0.1)
@@ -94,7 +94,7 @@ def test_kl_and_its_gradient_vanish_at_the_reference() -> None:
         assert not loss_of(config, now, sampled, reference).weights[MASK == 0].any()
 
 
-def test_only_updates_away_from_the_old_policy_are_clipped() -> None:
+def test_only_updates_away_from_the_old_policy_are_clipped():
     """A good token that became rarer, and a bad one that became likelier, are trained whatever the bounds."""
     one = np.ones((4, 1))
     now = np.log([[1.5], [0.5], [1.5], [0.5]])
@@ -107,7 +107,7 @@ def test_only_updates_away_from_the_old_policy_are_clipped() -> None:
 # Advantages
 
 
-def test_advantages_are_relative_to_the_group() -> None:
+def test_advantages_are_relative_to_the_group():
     """Equal rewards have none."""
     rewards = np.array([[1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 0.0], [0.3, 0.3, 0.3, 0.3]])
     mean, z_score, others = (advantages_of(rewards, kind) for kind in ("mean", "z_score", "leave_one_out"))
@@ -121,7 +121,7 @@ def test_advantages_are_relative_to_the_group() -> None:
 # Recipes
 
 
-def test_recipes_match_their_papers() -> None:
+def test_recipes_match_their_papers():
     """DeepSeekMath §4.1.3; DAPO §3; Dr. GRPO §3; GSPO §4.1 and §5.1."""
     found = {recipe: composed(f"rl={recipe}").rl for recipe in ("grpo", "dr_grpo", "dapo", "gspo")}
     chosen = {
@@ -139,7 +139,7 @@ def test_recipes_match_their_papers() -> None:
 # Quantised rollouts
 
 
-def test_importance_multiplies_gain_and_kl_of_each_token() -> None:
+def test_importance_multiplies_gain_and_kl_of_each_token():
     """Against the loss as written, token by token; the clip and the divisor stay those of the ratio and the mask."""
     now, sampled, reference = log_probabilities()
     factors = np.random.default_rng(2).uniform(0.2, 2.0, MASK.shape)
@@ -157,7 +157,7 @@ def test_importance_multiplies_gain_and_kl_of_each_token() -> None:
     np.testing.assert_allclose(got.weights, plain.weights * factors, atol=1e-12)
 
 
-def test_importance_weights_make_the_samples_mean_the_policys() -> None:
+def test_importance_weights_make_the_samples_mean_the_policys():
     """Σ over all tokens of μ × weight × gain = Σ π × gain where no weight is truncated; 1e-12."""
     rng = np.random.default_rng(0)
     logits, gain = rng.normal(size=50), rng.normal(size=50)
@@ -168,7 +168,7 @@ def test_importance_weights_make_the_samples_mean_the_policys() -> None:
     assert numbers["rollout_capped"] == 0
 
 
-def test_importance_weights_are_truncated_and_may_be_per_sequence() -> None:
+def test_importance_weights_are_truncated_and_may_be_per_sequence():
     mask, old, drawn = (np.array([row]) for row in ([1.0, 0, 1], [-1.0, 0, -1.5], [-2.0, 0, -1]))
     token, numbers = importance_weights(old, drawn, mask, rl_config())
     np.testing.assert_allclose(token, [[2.0, 1.0, np.exp(-0.5)]])
@@ -177,6 +177,6 @@ def test_importance_weights_are_truncated_and_may_be_per_sequence() -> None:
     np.testing.assert_allclose(sequence, np.exp([[0.25] * 3]))
 
 
-def test_drift_of_nan_is_refused() -> None:
+def test_drift_of_nan_is_refused():
     with pytest.raises(StepFailed, match=r"KL nan nats per token.*Restart with rl.rollout_bits=null"):
         check_rollout_drift(math.nan, rl_config(rollout_bits=8), 3)

@@ -9,7 +9,7 @@ from mlxchat.training.finetune import rates_of
 
 
 @pytest.mark.parametrize("kind", ["muon_oct2025", "adamw"])
-def test_table_lr_frac_scales_embeddings_and_head_only(kind: str) -> None:
+def test_table_lr_frac_scales_embeddings_and_head_only(kind):
     rates = (rates_of(optimizer_config(kind), table_lr_frac=share, clip_gradients=False) for share in (1.0, 0.1))
     one, other = (Optimizer(make_model(), each, width=64, lr_frac=0.5) for each in rates)
     assert one.muon_lr == other.muon_lr

@@ -55,7 +55,7 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_reward_is_the_tasks_or_the_weighted_sum_of_parts(functions: Path) -> None:
+def test_reward_is_the_tasks_or_the_weighted_sum_of_parts(functions):
     """Functions are imported from the current folder."""
     assert [judge("it is 4"), judge("it is 5")] == [(1.0, {}), (0.0, {})]
     parts = {
@@ -79,7 +79,7 @@ FAILURES = {
 }
 
 
-def test_length_penalty_is_linear_between_its_bounds() -> None:
+def test_length_penalty_is_linear_between_its_bounds():
     penalties = [overlong_penalty(length, free_tokens=10, most_tokens=20) for length in (0, 10, 12, 20, 99)]
     assert penalties == [0, 0, -0.2, -1, -1]
 
@@ -89,7 +89,7 @@ def function(name: str, **settings: Any) -> RewardConfig:
 
 
 @pytest.mark.parametrize("name", FAILURES)
-def test_failing_function_stops_the_step_or_counts_failure_value(functions: Path, name: str) -> None:
+def test_failing_function_stops_the_step_or_counts_failure_value(functions, name):
     with pytest.raises(StepFailed, match=f"rl.rewards.own: judging_of_tests:{name} {FAILURES[name]}") as raised:
         judge("abc", own=function(name))
     assert "The answer was 'abc'." in str(raised.value)
@@ -98,21 +98,21 @@ def test_failing_function_stops_the_step_or_counts_failure_value(functions: Path
     assert [reward.pop_failures(), reward.pop_failures()] == [{"own": 2}, {"own": 0}]
 
 
-def test_broken_function_fails_before_sampling(functions: Path) -> None:
+def test_broken_function_fails_before_sampling(functions):
     for parts in ({"right": RewardConfig(kind="exact")}, {"own": function("brief")}):
         Reward(SUMS, parts).try_out(RIGHT)
     with pytest.raises(StepFailed, match=r"The answer was '4'\."):
         Reward(SUMS, {"own": function("worded")}).try_out(RIGHT)
 
 
-def test_function_cannot_change_the_conversation(functions: Path) -> None:
+def test_function_cannot_change_the_conversation(functions):
     functions.write_text("def eats(conversation, answer): return len(conversation.pop('messages'))\n")
     part = RewardConfig(kind="function", function="judging_of_tests:eats")
     assert [judge("4", own=part)[0], judge("4", own=part, right=RewardConfig(kind="exact"))[0]] == [2.0, 3.0]
     assert len(RIGHT["messages"]) == 2
 
 
-def test_time_limit_preserves_other_alarms(functions: Path) -> None:
+def test_time_limit_preserves_other_alarms(functions):
     """Such as the one that ends a step after its time limit."""
     rung: list[int] = []
     former = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
@@ -140,14 +140,14 @@ IMPOSSIBLE = {
 }
 
 
-def test_impossible_parts_are_refused_together(functions: Path) -> None:
+def test_impossible_parts_are_refused_together(functions):
     parts = ", ".join(f"part{number}: {part}" for number, part in enumerate(IMPOSSIBLE))
     with pytest.raises(ConfigError) as caught:
         compose_config([f"+rl.rewards={{{parts}}}"])
     assert [message for message in IMPOSSIBLE.values() if message not in str(caught.value)] == []
 
 
-def test_identity_covers_the_own_code_of_a_function(functions: Path) -> None:
+def test_identity_covers_the_own_code_of_a_function(functions):
     helper = functions.with_name("judging_helper.py")
     helper.write_text("LIMIT = 3\n")
     functions.write_text(f"import numpy\nfrom judging_helper import LIMIT\n{functions.read_text()}")

@@ -61,7 +61,7 @@ def assert_equal(got: Batch, expected: Batch) -> None:
 # Rows
 
 
-def test_sampled_tokens_alone_are_targets_and_have_weights() -> None:
+def test_sampled_tokens_alone_are_targets_and_have_weights():
     made = batch()
     for row, (prompt, answer, advantage) in enumerate(zip(PROMPTS, COMPLETIONS, ADVANTAGES, strict=True)):
         whole = [*prompt, *answer.ids]
@@ -74,7 +74,7 @@ def test_sampled_tokens_alone_are_targets_and_have_weights() -> None:
     assert ((made.targets >= 0) == (made.weights != 0)).all()
 
 
-def test_rows_without_advantage_are_left_out_but_count_in_the_divisor() -> None:
+def test_rows_without_advantage_are_left_out_but_count_in_the_divisor():
     made = batch(HALF_ZERO)
     assert np.abs(made.weights).sum() == pytest.approx((3 * 0.5 + 2 * 0.5) / SAMPLED_TOKENS)
     assert not (made.ids == 20).any()
@@ -99,7 +99,7 @@ def nanochat_loss(model: GPT, advantages: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize(("advantages", "micro_tokens"), [(ADVANTAGES, 64), (HALF_ZERO, 10_000)])
-def test_loss_is_advantage_times_cross_entropy_as_in_nanochat(advantages: np.ndarray, micro_tokens: int) -> None:
+def test_loss_is_advantage_times_cross_entropy_as_in_nanochat(advantages, micro_tokens):
     model = make_model()
     expected = nanochat_loss(model, advantages)
     step = TrainStep(model, make_optimizer(model), micro_tokens=micro_tokens, dtype=mx.float32)
@@ -164,7 +164,7 @@ def scripted(engine: Any, size: int, log: Log | None = None, **changes: Any) -> 
                     scores=scores)  # fmt: skip
 
 
-def test_one_pass_asks_each_question_once_in_shuffled_groups(tokenizer: Tokenizer) -> None:
+def test_one_pass_asks_each_question_once_in_shuffled_groups(tokenizer):
     engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
     source = scripted(engine, 10)
     for iteration in range(5):
@@ -176,7 +176,7 @@ def test_one_pass_asks_each_question_once_in_shuffled_groups(tokenizer: Tokenize
     assert len(set(engine.seeds)) == 5
 
 
-def test_rewards_are_logged_and_weight_the_batch(tokenizer: Tokenizer) -> None:
+def test_rewards_are_logged_and_weight_the_batch(tokenizer):
     """The token that ends a completion is not judged: the task compares the whole answer."""
     log: Log = []
     source = scripted(ScriptedEngine(tokenizer, lambda question, sample: sample < 1), 4, log)
@@ -198,7 +198,7 @@ def iterate(engine: Any, source: Rollouts, iteration: int) -> tuple[list[int], l
     return trained, [question for rows in engine.asked[rounds:] for question in rows[::4]]
 
 
-def test_questions_without_signal_are_replaced_by_the_next_ones(tokenizer: Tokenizer) -> None:
+def test_questions_without_signal_are_replaced_by_the_next_ones(tokenizer):
     """Only questions that three divides have right and wrong completions."""
     log: Log = []
     engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0 if question % 3 == 0 else question % 2 == 0)
@@ -215,7 +215,7 @@ def test_questions_without_signal_are_replaced_by_the_next_ones(tokenizer: Token
     assert (log[0]["teaching_frac"], log[0]["filled_frac"]) == (pytest.approx(2 / len(asked)), 1.0)
 
 
-def test_iterations_and_resumes_continue_after_the_last_question(tokenizer: Tokenizer) -> None:
+def test_iterations_and_resumes_continue_after_the_last_question(tokenizer):
     def start(**changes: Any) -> tuple[ScriptedEngine, Rollouts]:
         engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0 and question % 3 == 0)
         return engine, scripted(engine, 30, **changes)
@@ -231,7 +231,7 @@ def test_iterations_and_resumes_continue_after_the_last_question(tokenizer: Toke
     assert asked == order[: len(asked)]
 
 
-def test_after_the_last_round_questions_without_signal_stay(tokenizer: Tokenizer) -> None:
+def test_after_the_last_round_questions_without_signal_stay(tokenizer):
     log: Log = []
     engine = ScriptedEngine(tokenizer, lambda question, sample: True)
     source = scripted(engine, 30, log, resample_rounds=3)
@@ -248,7 +248,7 @@ def test_after_the_last_round_questions_without_signal_stay(tokenizer: Tokenizer
 OUTCOMES = np.array([[0, 0, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 1]], dtype=bool)
 
 
-def test_pass_at_k_is_the_share_solved_by_one_of_the_first_k(tokenizer: Tokenizer) -> None:
+def test_pass_at_k_is_the_share_solved_by_one_of_the_first_k(tokenizer):
     engine: Any = ScriptedEngine(tokenizer, lambda question, sample: bool(OUTCOMES[question][sample]))
     task: Any = Numbers(5)
     got = pass_at_k(engine, task, rl_config(), seed=0)
@@ -259,7 +259,7 @@ def test_pass_at_k_is_the_share_solved_by_one_of_the_first_k(tokenizer: Tokenize
     assert got["held_out_reward_stderr"] == pytest.approx(np.std([0.5, 0.25, 0.0, 0.5, 0.25]) / np.sqrt(5))
 
 
-def test_pass_at_k_asks_every_question_in_bounded_passes(tokenizer: Tokenizer) -> None:
+def test_pass_at_k_asks_every_question_in_bounded_passes(tokenizer):
     engine: Any = ScriptedEngine(tokenizer, lambda question, sample: question % 2 == 0)
     task: Any = Numbers(70)
     assert pass_at_k(engine, task, rl_config(), seed=0)["pass_at_1"] == 0.5
@@ -288,7 +288,7 @@ def real(tokenizer: Tokenizer, log: Log, model: GPT | None = None, **changes: An
 
 
 @pytest.mark.parametrize("bits", [None, 8])
-def test_resume_within_a_rollout_is_bit_exact(tokenizer: Tokenizer, bits: int | None) -> None:
+def test_resume_within_a_rollout_is_bit_exact(tokenizer, bits):
     """The state is JSON. The ratio leaves 1 and KL leaves 0 once the model has moved."""
     log: Log = []
     straight, resumed = (
@@ -310,7 +310,7 @@ def test_resume_within_a_rollout_is_bit_exact(tokenizer: Tokenizer, bits: int | 
     assert updates[2]["kl"] > 0
 
 
-def test_nothing_is_scored_unless_the_loss_or_entropy_needs_it(tokenizer: Tokenizer) -> None:
+def test_nothing_is_scored_unless_the_loss_or_entropy_needs_it(tokenizer):
     log: Log = []
     source = real(tokenizer, log, entropy_every=2)
     for iteration in range(3):
@@ -319,12 +319,12 @@ def test_nothing_is_scored_unless_the_loss_or_entropy_needs_it(tokenizer: Tokeni
     assert source.state() == {"mean_reward": source.mean_reward}
 
 
-def test_unfinished_completions_are_left_out_on_request(tokenizer: Tokenizer) -> None:
+def test_unfinished_completions_are_left_out_on_request(tokenizer):
     some, all_ = (real(tokenizer, [], max_new_tokens=2, train_unfinished=each).next_batch(0) for each in (False, True))
     assert (some.targets >= 0).sum() < (all_.targets >= 0).sum()
 
 
-def test_minibatches_hold_whole_groups_and_together_the_rollout(tokenizer: Tokenizer) -> None:
+def test_minibatches_hold_whole_groups_and_together_the_rollout(tokenizer):
     engine = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)
     source = scripted(engine, 4, minibatches_per_rollout=2)
     held = []
@@ -338,7 +338,7 @@ def test_minibatches_hold_whole_groups_and_together_the_rollout(tokenizer: Token
 # Quantised rollouts
 
 
-def test_weights_of_quantised_rollouts_are_advantages_times_importance(tokenizer: Tokenizer) -> None:
+def test_weights_of_quantised_rollouts_are_advantages_times_importance(tokenizer):
     log: Log = []
     model = make_model(width=128, scale=0.1)  # whole groups of weights, so that they are rounded
     source = real(tokenizer, log, model, max_new_tokens=12, top_k=None, rollout_bits=4)
@@ -360,9 +360,7 @@ def test_weights_of_quantised_rollouts_are_advantages_times_importance(tokenizer
     assert abs(log[0]["rollout_kl"] - divergence.mean()) < 4 * np.sqrt(2 * divergence.mean() / sampled.sum())
 
 
-def test_drifted_quantised_rollouts_stop_and_leave_the_position(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drifted_quantised_rollouts_stop_and_leave_the_position(tokenizer, monkeypatch):
     monkeypatch.setattr("mlxchat.rl.loss.MOST_CHANGE", -1.0)
     source = real(tokenizer, [], make_model(width=128, scale=0.1), rollout_bits=4, resample_rounds=1)
     before = source.state()
@@ -371,7 +369,7 @@ def test_drifted_quantised_rollouts_stop_and_leave_the_position(
     assert source.state() == before
 
 
-def test_conversation_rows_have_the_assistants_tokens_as_targets(tokenizer: Tokenizer) -> None:
+def test_conversation_rows_have_the_assistants_tokens_as_targets(tokenizer):
     task: Any = Numbers(6)
     rows, start = conversation_rows(tokenizer, task), tokenizer.special_ids["<|assistant_start|>"]
     assert len({len(ids) for ids, _ in rows}) == 1
@@ -384,7 +382,7 @@ def test_conversation_rows_have_the_assistants_tokens_as_targets(tokenizer: Toke
 # The system prompt, and the longest held-out answer
 
 
-def test_system_prompt_precedes_every_question(tokenizer: Tokenizer) -> None:
+def test_system_prompt_precedes_every_question(tokenizer):
     """Joined to the question by an empty line, as in nanochat; a question's own system message replaces it."""
     config = rl_config(system_prompt="Be brief.", eval_max_new_tokens=5)
     engine: Any = ScriptedEngine(tokenizer, lambda question, sample: sample == 0)

@@ -2,17 +2,15 @@
 
 import mlx.core as mx
 import numpy as np
-import pytest
 
 from kit.models import make_model
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.quantise import packed_copy
 from mlxchat.rl.rollouts import Rollout
 from mlxchat.rl.scores import PolicyScores
 
 
-def test_scores_are_those_of_the_whole_distribution(path: str) -> None:
+def test_scores_are_those_of_the_whole_distribution(path):
     """Against NumPy's log-softmax of the model's logits, 1e-4."""
     model, draw = make_model(), np.random.default_rng(0)
     ids = draw.integers(0, 200, (5, 32)).astype(np.int32)
@@ -26,7 +24,7 @@ def test_scores_are_those_of_the_whole_distribution(path: str) -> None:
         np.testing.assert_allclose(entropies, np.where(targets >= 0, -(np.exp(logp) * logp).sum(-1), 0), atol=1e-4)
 
 
-def test_sampling_in_bfloat16_is_scored_in_bfloat16(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer) -> None:
+def test_sampling_in_bfloat16_is_scored_in_bfloat16(monkeypatch, tokenizer):
     """On the plain path. Ratios of training to sampling stay nearer to 1 than with sampling in float32."""
     monkeypatch.setenv("MLXCHAT_CPU", "plain")
     model, prompts = make_model(scale=0.3), [[row, row + 1] for row in range(6)]
@@ -42,7 +40,7 @@ def test_sampling_in_bfloat16_is_scored_in_bfloat16(monkeypatch: pytest.MonkeyPa
     assert differences[0] < 0.8 * differences[1]
 
 
-def test_engine_reports_the_quantised_models_log_probabilities(path: str, tokenizer: Tokenizer) -> None:
+def test_engine_reports_the_quantised_models_log_probabilities(path, tokenizer):
     """Float32, 2e-4."""
     model = make_model(width=128, scale=0.1)
     prompts = [[row, row + 1] for row in range(6)]

@@ -62,14 +62,14 @@ def modules(tree: Path, cache: str = "none/index/code.json") -> dict[str, str]:
     return found
 
 
-def test_closure_follows_all_kinds_of_imports(tree: Path) -> None:
+def test_closure_follows_all_kinds_of_imports(tree):
     assert list(modules(tree)) == [
         "model/__init__.py", "model/gpt.py", "ops/__init__.py", "ops/late.py", "ops/norm.py", "stages/train.py",
         "tasks/__init__.py", "tasks/facts.csv", "tasks/sums.py", "tasks/texts/one.txt",
     ]  # fmt: skip
 
 
-def test_closure_has_every_module_that_python_imports(tmp_path: Path) -> None:
+def test_closure_has_every_module_that_python_imports(tmp_path):
     code = "import sys, mlxchat.stages.sft; print(*[m.__file__ for n, m in sys.modules.items() if n[:8] == 'mlxchat.'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     library = ROOT / "src" / "mlxchat"
@@ -81,7 +81,7 @@ def test_closure_has_every_module_that_python_imports(tmp_path: Path) -> None:
     assert computing - set(found) <= {"cpu/__init__.py"}
 
 
-def test_changes_are_named_by_their_modules(tree: Path) -> None:
+def test_changes_are_named_by_their_modules(tree):
     before = modules(tree)
     for name in ("ops/unused.py", "typed.py", "errors.py", "runner/context.py", "tasks/unread.csv"):
         (tree / "mlxchat" / name).write_text("raise SystemExit\n")
@@ -100,7 +100,7 @@ def states(toys: Any, code: str) -> dict[str, tuple[str, str]]:
     return {step.name: (step.state, step.reason) for step in toys.plan(CHAIN, code=code)}
 
 
-def test_changed_code_is_reported_and_reruns_only_if_strict(toys: Any) -> None:
+def test_changed_code_is_reported_and_reruns_only_if_strict(toys):
     toys.run(toys.plan(CHAIN))
     key = toys.plan(CHAIN)[0].key
     assert list(toys.store.made(key)["code"]["modules"]) == ["stages/make.py"]
@@ -147,7 +147,7 @@ OTHER = {
 }  # fmt: skip
 
 
-def test_code_changes_the_digest_and_comments_and_layout_do_not(tmp_path: Path) -> None:
+def test_code_changes_the_digest_and_comments_and_layout_do_not(tmp_path):
     whole = digest(CODE, tmp_path / "a.py")
     assert whole == "4dab1a537b852cee", "in every Python"
     for changes, same in ((SAME, True), (OTHER, False)):

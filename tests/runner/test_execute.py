@@ -50,7 +50,7 @@ def count(toys: Any) -> int:
     return len((toys.outputs / "count").read_text())
 
 
-def test_failed_step_has_a_log_and_only_it_is_retried(toys: Any) -> None:
+def test_failed_step_has_a_log_and_only_it_is_retried(toys):
     copy = (toys.package / "copy.py").read_text()
     toys.add("copy", "(ctx.out / 'rest').touch(); raise OSError('no')", inputs={"source": "thing"}, config=("other",))
     with pytest.raises(StepFailed, match="step two failed: OSError: no") as caught:
@@ -82,7 +82,7 @@ THREE = {**CHAIN, "three": {"stage": "copy", "source": "two"}}
 
 
 @pytest.mark.parametrize(("number", "remade"), [(5, ["one"]), (15, ["one", "two", "three"])])
-def test_input_rebuilt_with_equal_bytes_reruns_nothing(number: int, remade: list[str], toys: Any) -> None:
+def test_input_rebuilt_with_equal_bytes_reruns_nothing(number, remade, toys):
     toys.add("make", ROUNDED)
     toys.run(toys.plan(THREE))
     before = refs_of(toys.store)["three"]
@@ -94,14 +94,14 @@ def test_input_rebuilt_with_equal_bytes_reruns_nothing(number: int, remade: list
     assert (refs_of(toys.store)["three"] == before) == (remade == ["one"])
 
 
-def test_missing_artifact_is_rebuilt_alone(toys: Any) -> None:
+def test_missing_artifact_is_rebuilt_alone(toys):
     toys.run(toys.plan(THREE))
     shutil.rmtree(refs_of(toys.store)["two"])
     assert [step.state for step in toys.plan(THREE)] == ["done", "run", "maybe"]
     assert started(toys.run(toys.plan(THREE))) == ["two"]
 
 
-def test_manifest_records_provenance(toys: Any) -> None:
+def test_manifest_records_provenance(toys):
     toys.run(toys.plan(CHAIN))
     one, two = (toys.store.made(step.key) for step in toys.plan(CHAIN))
     assert two["inputs"] == {"source": {"step": "one", "artifact": one["name"], "rid": one["rid"], "tree": one["tree"]}}
@@ -111,7 +111,7 @@ def test_manifest_records_provenance(toys: Any) -> None:
     assert [file["path"] for file in two["outputs"]] == ["result.txt"]
 
 
-def test_manifest_records_what_the_stage_reports(toys: Any) -> None:
+def test_manifest_records_what_the_stage_reports(toys):
     toys.add("make", """
         ctx.metrics |= {"loss": 2.5, "tokens_per_second": 10.0}
         ctx.derived["width"] = 3
@@ -133,7 +133,7 @@ def test_manifest_records_what_the_stage_reports(toys: Any) -> None:
     assert tracked == [("one", {"iteration": 1, "loss": 2.5})]
 
 
-def test_full_disk_at_publishing_is_recoverable(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_at_publishing_is_recoverable(toys, monkeypatch):
     def full(*arguments: Any) -> Path:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -146,7 +146,7 @@ def test_full_disk_at_publishing_is_recoverable(toys: Any, monkeypatch: pytest.M
     assert result(toys, "one") == "1"
 
 
-def test_rebuild_with_a_new_label_keeps_one_folder_per_id(toys: Any) -> None:
+def test_rebuild_with_a_new_label_keeps_one_folder_per_id(toys):
     toys.add("make", COUNTED)
     path = toys.package / "make.py"
     path.write_text(path.read_text() + '\nLABEL = "machine"\n')
@@ -157,7 +157,7 @@ def test_rebuild_with_a_new_label_keeps_one_folder_per_id(toys: Any) -> None:
     assert toys.plan(ONE)[0].artifact == folder.name
 
 
-def test_undeclared_settings_cannot_be_read(toys: Any) -> None:
+def test_undeclared_settings_cannot_be_read(toys):
     toys.add("make", "ctx.config.other")
     with pytest.raises(StepFailed, match=r"stage make reads config\.other, which its CONFIG does not declare"):
         toys.run(toys.plan(ONE))
@@ -177,7 +177,7 @@ ctx.rewind_records(1)
 
 
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_interrupted_step_resumes(name: str, code: int, toys: Any) -> None:
+def test_interrupted_step_resumes(name, code, toys):
     toys.add("make", RESUMABLE.format(signal=name))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(Interrupted, match=r"one stopped at iteration 1 of 2\. The same command continues") as caught:
@@ -194,7 +194,7 @@ def test_interrupted_step_resumes(name: str, code: int, toys: Any) -> None:
     assert result(toys, "one") == "continued"
 
 
-def test_signal_stops_after_an_unaware_stage(toys: Any) -> None:
+def test_signal_stops_after_an_unaware_stage(toys):
     toys.add("make", "os.kill(os.getpid(), signal.SIGTERM); (ctx.out / 'result.txt').write_text('1')")
     with pytest.raises(Interrupted) as caught:
         toys.run(toys.plan(CHAIN))
@@ -202,7 +202,7 @@ def test_signal_stops_after_an_unaware_stage(toys: Any) -> None:
     assert states(toys) == {"one": "done", "two": "missing"}
 
 
-def test_manifest_lists_killed_attempts(toys: Any) -> None:
+def test_manifest_lists_killed_attempts(toys):
     (step,) = toys.plan(ONE)
     attempts.start(toys.store.work(step.key), "killed_run", "one")
     attempts._began.clear()  # as if another process had started it
@@ -222,7 +222,7 @@ while not go.exists():
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_waiting_process_shares_the_holders_result_or_error(fails: bool, toys: Any) -> None:
+def test_waiting_process_shares_the_holders_result_or_error(fails, toys):
     toys.add("make", WAITS + COUNTED + ("raise ValueError('oh no')" if fails else ""))
     raised: list[BaseException] = []
 
@@ -251,7 +251,7 @@ def test_waiting_process_shares_the_holders_result_or_error(fails: bool, toys: A
     assert heard == [f"one        waits: process {os.getpid()} on {os.uname().nodename} (run run1) is making it"]
 
 
-def test_step_finished_before_our_lock_is_not_rerun(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_finished_before_our_lock_is_not_rerun(toys, monkeypatch):
     toys.add("make", COUNTED)
     plan, hold = toys.plan(ONE), locks.hold
 
@@ -265,7 +265,7 @@ def test_step_finished_before_our_lock_is_not_rerun(toys: Any, monkeypatch: pyte
     assert count(toys) == 1
 
 
-def test_forced_step_keeps_the_former_artifact(toys: Any) -> None:
+def test_forced_step_keeps_the_former_artifact(toys):
     """What a pin or another run reads stays; the key means the new artifact."""
     toys.run(toys.plan(CHAIN))
     before = toys.store.made(toys.plan(CHAIN)[0].key)
@@ -283,7 +283,7 @@ def test_forced_step_keeps_the_former_artifact(toys: Any) -> None:
     assert result(toys, "one") == "other"
 
 
-def test_forced_step_with_new_bytes_reruns_downstream(toys: Any) -> None:
+def test_forced_step_with_new_bytes_reruns_downstream(toys):
     toys.run(toys.plan(CHAIN))
     toys.add("make", "(ctx.out / 'result.txt').write_text('other')")
     run = toys.run(toys.plan(CHAIN, force=["one"]))
@@ -294,7 +294,7 @@ def test_forced_step_with_new_bytes_reruns_downstream(toys: Any) -> None:
     assert states(toys) == {"one": "done", "two": "input changed: source (one)"}
 
 
-def test_observations_rerun_nothing_downstream(toys: Any) -> None:
+def test_observations_rerun_nothing_downstream(toys):
     toys.add("make", "ctx.log({'iteration': 1, 'time': time.time()}); (ctx.out / 'result.txt').write_text('1')")
     toys.run(toys.plan(CHAIN))
     first = toys.store.made(toys.plan(ONE)[0].key)
@@ -305,7 +305,7 @@ def test_observations_rerun_nothing_downstream(toys: Any) -> None:
     assert states(toys) == {"one": "done", "two": "done"}
 
 
-def test_work_on_other_input_bytes_is_not_resumed(toys: Any) -> None:
+def test_work_on_other_input_bytes_is_not_resumed(toys):
     toys.add("copy", """
         text = (ctx.inputs["source"] / "result.txt").read_text()
         saved = ctx.work / "state"

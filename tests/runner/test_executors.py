@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kit.commands import CommandLine, saved_trainings, wait_until
+from kit.commands import saved_trainings, wait_until
 from kit.models import composed
 from mlxchat.composition.sections import executor_of
 from mlxchat.config.schema import Config, ExecutorConfig
@@ -80,9 +80,7 @@ def process_of(job: Any) -> int:
 
 
 @pytest.mark.slow
-def test_timed_out_job_is_requeued_in_the_same_directory(
-    tmp_path: Path, submitted: list[Job], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_timed_out_job_is_requeued_in_the_same_directory(tmp_path, submitted, monkeypatch):
     monkeypatch.chdir(tmp_path)
     count = tmp_path / "count"
     job = start(Count(count, most=200), submitted)
@@ -94,7 +92,7 @@ def test_timed_out_job_is_requeued_in_the_same_directory(
     assert place == str(tmp_path)
 
 
-def test_lost_job_names_its_log(tmp_path: Path, submitted: list[Job], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lost_job_names_its_log(tmp_path, submitted, monkeypatch):
     count = tmp_path / "count"
     job = start(Count(count), submitted)
     wait_until(lambda: count.exists() and count.read_text())
@@ -105,20 +103,20 @@ def test_lost_job_names_its_log(tmp_path: Path, submitted: list[Job], monkeypatc
         job.result()
 
 
-def test_unreachable_cluster_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_cluster_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"executor=slurm: .*slurm"):
         submit(config_of("executor=slurm").executor, [Count(tmp_path / "count")], tmp_path / "jobs")
 
 
-def test_missing_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_library_names_the_extra(monkeypatch):
     monkeypatch.setattr(executors, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"executor=slurm needs submitit: pip install 'mlxchat\[submitit\]'"):
         check_installed(replace(LOCAL, kind="slurm"))
     check_installed(replace(LOCAL, kind="local"))
 
 
-def test_step_executor_overrides_the_runs_or_uses_conf() -> None:
+def test_step_executor_overrides_the_runs_or_uses_conf():
     config = config_of("executor=slurm", "executor.partition=gpu", "pipeline.pretrain.executor={gpus_per_node: 8}")
     assert executor_of(config, "sft") is config.executor
     assert executor_of(config, "pretrain") == replace(config.executor, gpus_per_node=8)
@@ -143,12 +141,12 @@ def test_step_executor_overrides_the_runs_or_uses_conf() -> None:
         ("executor.kind=slrum", 'executor.kind is "slrum": local, slurm'),
     ],
 )
-def test_invalid_executor_is_refused(override: str, message: str) -> None:
+def test_invalid_executor_is_refused(override, message):
     with pytest.raises(ConfigError, match=message):
         config_of(override)
 
 
-def test_remote_gpu_requires_a_dtype(tmp_path: Path) -> None:
+def test_remote_gpu_requires_a_dtype(tmp_path):
     settings = ["executor=slurm", "executor.gpus_per_node=1", "stage=pretrain"]
     config = config_of(*settings, "machine.compute_dtype=auto")
     with pytest.raises(ConfigError, match=r"pretrain runs on GPUs of another machine .*compute_dtype=bfloat16"):
@@ -157,7 +155,7 @@ def test_remote_gpu_requires_a_dtype(tmp_path: Path) -> None:
     assert place_steps(config, plan_of(config, Store(tmp_path))).keys() == {"corpus", "tokenizer", "pretrain"}
 
 
-def test_remote_step_need_not_fit_here(tmp_path: Path) -> None:
+def test_remote_step_need_not_fit_here(tmp_path):
     small = "machine.memory_limit_bytes=1000000"
     config = config_of("stage=pretrain", small)
     with pytest.raises(ConfigError, match="pretrain needs about"):
@@ -178,9 +176,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     return str(request.param)
 
 
-def test_job_gives_the_same_bytes(
-    kind: str, tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path, finished: Any
-) -> None:
+def test_job_gives_the_same_bytes(kind, tiny, mlxchat, tmp_path, finished):
     outputs = tmp_path / "outputs"
     command = [*tiny, "stage=pretrain", f"outputs={outputs}"]
     done = mlxchat(*command, f"pipeline.pretrain.executor={kind}")
@@ -193,9 +189,7 @@ def test_job_gives_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_stop_cancels_the_job_resumably(
-    kind: str, tiny: tuple[str, ...], mlxchat: CommandLine, start_mlxchat: Any, outputs: Path
-) -> None:
+def test_stop_cancels_the_job_resumably(kind, tiny, mlxchat, start_mlxchat, outputs):
     command = [*tiny, "stage=pretrain", "pretrain.num_iterations=3000", "machine.checkpoint_seconds=0"]
     command += [f"outputs={outputs}", f"pipeline.pretrain.executor={kind}"]
     process = start_mlxchat(*command)
@@ -209,9 +203,7 @@ def test_stop_cancels_the_job_resumably(
 
 
 @pytest.mark.slow
-def test_lost_job_fails_its_step_resumably(
-    tiny: tuple[str, ...], start_mlxchat: Any, mlxchat: CommandLine, outputs: Path
-) -> None:
+def test_lost_job_fails_its_step_resumably(tiny, start_mlxchat, mlxchat, outputs):
     command = [*tiny, "stage=pretrain", "pretrain.num_iterations=60", "machine.checkpoint_seconds=0"]
     command += [f"outputs={outputs}", "pipeline.pretrain.executor=submitit_local"]
     process = start_mlxchat(*command)

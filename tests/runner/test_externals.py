@@ -35,7 +35,7 @@ COPY = "import pathlib; (ctx.out / 'result.txt').write_text(pathlib.Path(path).r
 
 
 @pytest.mark.parametrize("meddle", ["pathlib.Path(path).write_text('new')", "os.unlink(path)"], ids=["changed", "gone"])
-def test_file_changed_during_its_step_fails_the_step(meddle: str, toys: Any, tmp_path: Path) -> None:
+def test_file_changed_during_its_step_fails_the_step(meddle, toys, tmp_path):
     path = reading(toys, tmp_path, f"{COPY}\n{meddle}")
     plan = toys.plan(ONE)
     with pytest.raises(
@@ -51,7 +51,7 @@ def test_file_changed_during_its_step_fails_the_step(meddle: str, toys: Any, tmp
     assert (toys.store.find_made(step.key) / "result.txt").read_text() == "new"
 
 
-def test_file_changed_since_planning_fails_the_step(toys: Any, tmp_path: Path) -> None:
+def test_file_changed_since_planning_fails_the_step(toys, tmp_path):
     path = reading(toys, tmp_path, COPY)
     plan = toys.plan(ONE)
     path.write_text("new")
@@ -62,7 +62,7 @@ def test_file_changed_since_planning_fails_the_step(toys: Any, tmp_path: Path) -
     assert list(toys.store.manifests()) == []
 
 
-def test_hash_cache_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hash_cache_is_exact(tmp_path, monkeypatch):
     text, cache = tmp_path / "text.txt", tmp_path / "index" / "files.json"
     text.write_text("old")
 
@@ -92,7 +92,7 @@ class Folder:
     path: str = field(default="", metadata={"external": "folder", "identity": False})
 
 
-def test_folder_is_pinned_by_names_and_contents(tmp_path: Path) -> None:
+def test_folder_is_pinned_by_names_and_contents(tmp_path):
     pins = []
     for name, text in (("one", "weights"), ("two", "weights"), ("three", "other weights")):
         (tmp_path / name / "deep").mkdir(parents=True)
@@ -104,14 +104,14 @@ def test_folder_is_pinned_by_names_and_contents(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["absent", "empty", "file"])
-def test_empty_folder_is_refused(name: str, tmp_path: Path) -> None:
+def test_empty_folder_is_refused(name, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"outside\.path: .*no folder with files"):
         keys.pin_externals({"outside": Folder(str(tmp_path / name))})
 
 
-def test_moved_file_keeps_its_key_and_another_setting_changes_it(tmp_path: Path) -> None:
+def test_moved_file_keeps_its_key_and_another_setting_changes_it(tmp_path):
     def section(one: str, other: str) -> dict[str, Any]:
         return {"sft": {"a": TaskItem(task="jsonl", path=one), "b": TaskItem(task="jsonl", path=other)}}
 

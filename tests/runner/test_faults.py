@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from kit.commands import Say
 from kit.servers import Loopback, QuietHandler
 from kit.toys import CHAIN, ONE
 from mlxchat.config.secrets import redact
@@ -49,7 +48,7 @@ def wrapped(cause: Exception) -> Exception:
         return error
 
 
-def test_network_and_server_errors_are_transient_and_others_are_not() -> None:
+def test_network_and_server_errors_are_transient_and_others_are_not():
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
     httpx = importlib.import_module(HTTPError.__module__)  # whatever it is called in this version
@@ -82,7 +81,7 @@ if number < 3:
 """
 
 
-def test_transient_errors_are_retried_with_growing_pauses(toys: Any) -> None:
+def test_transient_errors_are_retried_with_growing_pauses(toys):
     toys.add("make", FAILS_TWICE)
     run = toys.run(toys.plan(ONE), policy=RETRY)
     manifest = toys.store.made(toys.plan(ONE)[0].key)
@@ -97,7 +96,7 @@ def test_transient_errors_are_retried_with_growing_pauses(toys: Any) -> None:
     )
 
 
-def test_last_attempt_and_permanent_errors_fail_the_step(toys: Any) -> None:
+def test_last_attempt_and_permanent_errors_fail_the_step(toys):
     toys.add("make", FAILS_TWICE)
     with pytest.raises(StepFailed, match="the hub hung up"):
         toys.run(toys.plan(ONE), policy=Policy(retry_attempts=2, retry_seconds=0.01))
@@ -109,7 +108,7 @@ def test_last_attempt_and_permanent_errors_fail_the_step(toys: Any) -> None:
     assert (toys.outputs / "tries").read_text() == "x"
 
 
-def test_stop_ends_the_pause_between_attempts(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stop_ends_the_pause_between_attempts(toys, monkeypatch):
     toys.add("make", FAILS_TWICE)
     pause = run._pause
     monkeypatch.setattr(run, "_pause", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), pause(*given)))
@@ -131,7 +130,7 @@ for step in range(600):
 """
 
 
-def test_step_over_its_time_limit_saves_and_fails(toys: Any) -> None:
+def test_step_over_its_time_limit_saves_and_fails(toys):
     toys.add("make", WAITS)
     with pytest.raises(
         StepFailed, match=r"took longer than timeout\.one=0\.2 seconds\. one stopped at iteration"
@@ -144,7 +143,7 @@ def test_step_over_its_time_limit_saves_and_fails(toys: Any) -> None:
     assert [attempt["outcome"] for attempt in attempts.read(work)] == ["failed"]
 
 
-def test_step_that_ignores_its_limit_is_ended(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_that_ignores_its_limit_is_ended(toys, monkeypatch):
     toys.add("make", "time.sleep(60)")
     monkeypatch.setattr(run, "GRACE_SECONDS", 0.2)
     began = time.monotonic()
@@ -170,7 +169,7 @@ def server() -> Iterator[tuple[str, list[dict[str, Any]]]]:
         yield serving.url, posted
 
 
-def test_hook_commands_run_in_order_with_facts(toys: Any, tmp_path: Path) -> None:
+def test_hook_commands_run_in_order_with_facts(toys, tmp_path):
     log = tmp_path / "log"
     shell = f'echo "$MLXCHAT_EVENT $MLXCHAT_STEP $MLXCHAT_STAGE" >> {log}'
     words = [sys.executable, "-c", f"import os; open({str(log)!r}, 'a').write(os.environ['MLXCHAT_ARTIFACT'] + '\\n')"]
@@ -180,7 +179,7 @@ def test_hook_commands_run_in_order_with_facts(toys: Any, tmp_path: Path) -> Non
     assert run.hooks._thread is None
 
 
-def test_hook_url_receives_json(toys: Any, server: Any) -> None:
+def test_hook_url_receives_json(toys, server):
     address, posted = server
     toys.add("make", "raise ValueError('oh no')")
     with pytest.raises(StepFailed):
@@ -194,7 +193,7 @@ BROKEN = ["exit 3", ["/no/such/program"], "sleep 60", "{address}/broken"]
 
 
 @pytest.mark.parametrize("target", BROKEN, ids=str)
-def test_broken_hook_warns_once_and_breaks_nothing(target: Any, toys: Any, server: Any) -> None:
+def test_broken_hook_warns_once_and_breaks_nothing(target, toys, server):
     target = target.format(address=server[0]) if isinstance(target, str) else target
     began = time.monotonic()
     hooks = Hooks(on_start=target, on_success=target, warn=toys.said.append, timeout_seconds=0.3)
@@ -206,7 +205,7 @@ def test_broken_hook_warns_once_and_breaks_nothing(target: Any, toys: Any, serve
     assert len({line.split(" failed")[0] for line in warnings}) == len(warnings), "each is warned of once"
 
 
-def test_slow_hook_delays_no_step(toys: Any, tmp_path: Path) -> None:
+def test_slow_hook_delays_no_step(toys, tmp_path):
     """The hook ends only once all steps are done."""
     hooks = Hooks(on_start=f"while [ ! -e {tmp_path}/done ]; do sleep 0.01; done", warn=toys.said.append)
     ended = f"open({str(tmp_path / 'done')!r}, 'w').close(); (ctx.out / 'result.txt').touch()"
@@ -215,7 +214,7 @@ def test_slow_hook_delays_no_step(toys: Any, tmp_path: Path) -> None:
     assert not [line for line in toys.said if line.startswith("warning")]
 
 
-def test_clock_jumps_change_no_duration(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clock_jumps_change_no_duration(toys, monkeypatch):
     jumps, real = itertools.cycle((0.0, -7_200.0, 259_200.0, -34_560_000.0)), time.time
 
     class JumpingClock(datetime):
@@ -249,13 +248,13 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return SECRETS
 
 
-def test_secrets_are_replaced_by_variable_names(secrets: dict[str, str]) -> None:
+def test_secrets_are_replaced_by_variable_names(secrets):
     nested = {"a": [f"x {value} y" for value in secrets.values()], SECRETS["HF_TOKEN"]: 1, "n": 2.5, "none": None}
     assert redact(nested) == {"a": [f"x <{name}> y" for name in secrets], "<HF_TOKEN>": 1, "n": 2.5, "none": None}
     assert redact("pa%2Fss%20word%2B1") == "<DB_PASSWORD>", "as part of an address"
 
 
-def test_other_variables_and_short_values_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_variables_and_short_values_are_kept(monkeypatch):
     kept = {"TOKENIZERS_PARALLELISM": "false-ish", "MAX_TOKENS": "1048576", "HOME": "/root/home", "X_TOKEN": "abc"}
     for name, value in kept.items():
         monkeypatch.setenv(name, value)
@@ -273,7 +272,7 @@ def leaks(folder: Path, secrets: dict[str, str]) -> list[str]:
     return found
 
 
-def test_secrets_reach_no_file_or_output(toys: Any, secrets: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_reach_no_file_or_output(toys, secrets, monkeypatch):
     everything = " ".join(secrets.values())
     monkeypatch.setattr(sys, "argv", ["mlxchat", f"hooks.on_start=curl -H '{everything}'"])
     toys.add("make", """
@@ -295,9 +294,7 @@ def test_secrets_reach_no_file_or_output(toys: Any, secrets: dict[str, str], mon
     assert manifest["externals"] == [{"url": "https://x/<HF_TOKEN>"}]
 
 
-def test_secrets_of_the_command_line_reach_no_file(
-    say: Say, tiny: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_secrets_of_the_command_line_reach_no_file(say, tiny, tmp_path, monkeypatch):
     secrets = {"HF_TOKEN": "hf_abcdefgh12345", "WANDB_API_KEY": "0123456789abcdef0123", "DB_PASSWORD": "pass-word-1"}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
@@ -314,7 +311,7 @@ def test_secrets_of_the_command_line_reach_no_file(
     assert leaks(tmp_path / "outputs", secrets) == []
 
 
-def test_mac_is_kept_awake_during_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mac_is_kept_awake_during_a_run(tmp_path, monkeypatch):
     program, log = tmp_path / "caffeinate", tmp_path / "log"
     program.write_text(f'#!/bin/sh\necho "$@" > {log}.new\nmv {log}.new {log}\nexec sleep 60\n')
     program.chmod(0o755)

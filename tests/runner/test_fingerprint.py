@@ -175,7 +175,7 @@ def ids(config: Config) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("_no_downloads_of_tasks")
-def test_dtype_is_part_of_gpu_steps_keys_only() -> None:
+def test_dtype_is_part_of_gpu_steps_keys_only():
     config, found = full_config(), {}
     for dtype in ("float32", "bfloat16"):
         plan = make_plan(
@@ -225,14 +225,14 @@ def sorted_deep(value: Any) -> Any:
 
 @settings(max_examples=25)
 @given(plain_data, st.randoms(use_true_random=False))
-def test_canonical_text_is_injective_and_ignores_key_order(data: Any, rng: random.Random) -> None:
+def test_canonical_text_is_injective_and_ignores_key_order(data, rng):
     text = canonical_json(data)
     assert repr(sorted_deep(json.loads(text))) == repr(sorted_deep(data))
     assert canonical_json(shuffled(data, rng)) == text
     assert identity_of((data, [1])) == identity_of([data, (1,)])
 
 
-def test_leaves_cover_every_field_of_the_schema() -> None:
+def test_leaves_cover_every_field_of_the_schema():
     def names(schema: type, prefix: str = "") -> Iterator[str]:
         for item in fields(schema):
             hint = get_type_hints(schema)[item.name]
@@ -256,7 +256,7 @@ def readers_of(path: str) -> set[str]:
 @pytest.mark.usefixtures("_no_downloads_of_tasks")
 @pytest.mark.parametrize("planned", [1, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("section", READ_BY)
-def test_identity_field_changes_only_its_readers_ids(section: str, planned: int) -> None:
+def test_identity_field_changes_only_its_readers_ids(section, planned):
     """Of each group of fields with the same readers, so many are planned; all change the section's identity."""
     before, counts, wrong = full_ids(), Counter[str](), {}
     paths = [path for path in LEAVES if path.split(".")[0] == section and path not in NOT_IDENTITY]
@@ -278,7 +278,7 @@ def test_identity_field_changes_only_its_readers_ids(section: str, planned: int)
 
 
 @pytest.mark.usefixtures("_no_downloads_of_tasks")
-def test_excluded_fields_change_no_id() -> None:
+def test_excluded_fields_change_no_id():
     with ExitStack() as stack:
         for path in [*sorted(NOT_IDENTITY), *(path for path in LEAVES if path.split(".")[0] in NEVER)]:
             if path.endswith(".extend") or ".teacher." in path:  # must exist for a plan
@@ -293,7 +293,7 @@ def test_excluded_fields_change_no_id() -> None:
 
 
 @pytest.mark.usefixtures("_no_downloads_of_tasks")
-def test_core_is_part_of_the_identity_where_it_ends_the_training(tmp_path: Path) -> None:
+def test_core_is_part_of_the_identity_where_it_ends_the_training(tmp_path):
     bundle = tmp_path / "bundle.zip"
 
     def key(contents: bytes, target: float | None, **changes: Any) -> str:
@@ -308,7 +308,7 @@ def test_core_is_part_of_the_identity_where_it_ends_the_training(tmp_path: Path)
         assert key(b"one", 0.2) != key(contents, 0.2, **changes)
 
 
-def test_key_order_changes_no_conversation_order() -> None:
+def test_key_order_changes_no_conversation_order():
     # The id sorts the keys, so what is made must not depend on their order either.
     items = {name: full_config().sft.mixture[name] for name in ("identity", "arithmetic", "kinds_mc")}
     backwards = dict(reversed(items.items()))
@@ -316,7 +316,7 @@ def test_key_order_changes_no_conversation_order() -> None:
     assert list(Mixture(items, seed=1)) == list(Mixture(backwards, seed=1))
 
 
-def test_order_of_reward_parts_changes_nothing() -> None:
+def test_order_of_reward_parts_changes_nothing():
     """0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in their last bit, and keys do not know the order."""
 
     class Right:
@@ -332,7 +332,7 @@ def test_order_of_reward_parts_changes_nothing() -> None:
     assert list(one({"messages": []}, "", 0)[1]) == list(other({"messages": []}, "", 0)[1])
 
 
-def test_order_of_the_suite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_the_suite_changes_nothing(monkeypatch):
     from mlxchat.stages import eval as stage
 
     from mlxchat.evals.scores import Score
@@ -360,7 +360,7 @@ def test_order_of_the_suite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert found[0] == found[1]
 
 
-def test_later_fields_keep_old_ids_at_their_default() -> None:
+def test_later_fields_keep_old_ids_at_their_default():
     @dataclass
     class Before:
         rate: float = 1.0
@@ -374,7 +374,7 @@ def test_later_fields_keep_old_ids_at_their_default() -> None:
     assert identity_of(After(window=3)) == {"rate": 1.0, "window": 3}
 
 
-def test_values_without_canonical_form_are_refused() -> None:
+def test_values_without_canonical_form_are_refused():
     for value in (float("nan"), -float("inf"), len, lambda: 1, object(), {1, 2}, b"bytes", Path("x"), Config, 1j):
         for wrapped in (value, {"a": [value]}):
             with pytest.raises(TypeError, match=r"identity|canonical"):
@@ -395,7 +395,7 @@ GOLDEN_TEXT = (
 GOLDEN_RID = base64.b32encode(hashlib.sha256(GOLDEN_TEXT.encode()).digest()).decode().strip("=").lower()
 
 
-def test_golden_id_is_stable() -> None:
+def test_golden_id_is_stable():
     """Every supported Python runs this."""
     rid = compute_key(*(GOLDEN[part] for part in ("stage", "version", "config", "inputs", "externals")))
     assert rid == GOLDEN_RID == "toptyhoq2jrc" + GOLDEN_RID[12:]
@@ -405,7 +405,7 @@ def test_golden_id_is_stable() -> None:
 EXPERIMENT_IDS = Path(__file__).with_name("golden_ids.json")
 
 
-def test_shipped_experiments_keep_their_golden_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shipped_experiments_keep_their_golden_ids(monkeypatch):
     """If an id must change, raise the stage's VERSION and write the file anew; all users compute again."""
     # Packages are pinned by version, and what is elsewhere by commit or sha256, which change.
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
@@ -422,7 +422,7 @@ def test_shipped_experiments_keep_their_golden_ids(monkeypatch: pytest.MonkeyPat
     assert {name: ids(compose_config([f"experiment={name}"]).config) for name in golden} == golden
 
 
-def test_numbers_have_their_fields_type() -> None:
+def test_numbers_have_their_fields_type():
     @dataclass
     class Rates:
         lr: float = 0.5

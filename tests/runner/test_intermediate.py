@@ -57,7 +57,7 @@ def fail_after(training: Any, iteration: int, folder: Any) -> None:
         training.run(training.plan(ONE))
 
 
-def test_intermediate_models_are_artifacts_with_provenance(training: Any) -> None:
+def test_intermediate_models_are_artifacts_with_provenance(training):
     training.run(training.plan(ONE))
     store: Store = training.store
     place = resolve(store, "one@4")
@@ -70,7 +70,7 @@ def test_intermediate_models_are_artifacts_with_provenance(training: Any) -> Non
     assert [attempt["outcome"] for attempt in manifest["attempts"]] == ["running"]
 
 
-def test_publishing_changes_no_key_and_no_plan(training: Any) -> None:
+def test_publishing_changes_no_key_and_no_plan(training):
     training.config.toy.cadence = 0
     training.run(training.plan(ONE))
     (without,) = training.plan(ONE)
@@ -83,7 +83,7 @@ def test_publishing_changes_no_key_and_no_plan(training: Any) -> None:
     assert training.plan(ONE)[0].reason == "config changed: toy.number 1 → 2"
 
 
-def test_resumed_training_publishes_each_model_once(training: Any, tmp_path: Any) -> None:
+def test_resumed_training_publishes_each_model_once(training, tmp_path):
     fail_after(training, 3, tmp_path)
     assert sorted(links(training.store, "run1")) == ["one@2"]
     training.run(training.plan(ONE))
@@ -93,7 +93,7 @@ def test_resumed_training_publishes_each_model_once(training: Any, tmp_path: Any
     assert list((training.outputs / "work").iterdir()) == []
 
 
-def test_running_training_names_its_last_model(training: Any, tmp_path: Any) -> None:
+def test_running_training_names_its_last_model(training, tmp_path):
     fail_after(training, 5, tmp_path)
     store = training.store
     names = ("one", "run1/one", "run1", "one@4", "run1/one@4")
@@ -106,7 +106,7 @@ def test_running_training_names_its_last_model(training: Any, tmp_path: Any) -> 
         find(store, "run1/two")
 
 
-def test_gc_treats_intermediate_models_like_others(training: Any) -> None:
+def test_gc_treats_intermediate_models_like_others(training):
     old = training.run(training.plan(ONE)).name
     training.config.toy.number = 2
     training.run(training.plan(ONE))
@@ -119,7 +119,7 @@ def test_gc_treats_intermediate_models_like_others(training: Any) -> None:
     assert {item.reason for item in going} == {"an intermediate model of one"}
 
 
-def test_the_newest_model_of_a_run_in_progress_is_followed(training: Any, tmp_path: Any) -> None:
+def test_the_newest_model_of_a_run_in_progress_is_followed(training, tmp_path):
     store = training.store
     with pytest.raises(StoreError, match=r"no run is in progress in .*leave out --follow"):
         running_run(store)
@@ -140,9 +140,7 @@ def test_the_newest_model_of_a_run_in_progress_is_followed(training: Any, tmp_pa
     assert find_newest_model(training.store, "run2").place == resolve(store, "one@2")
 
 
-def test_an_extension_that_was_stopped_continues_and_does_not_extend_its_own_models(
-    training: Any, tmp_path: Any
-) -> None:
+def test_an_extension_that_was_stopped_continues_and_does_not_extend_its_own_models(training, tmp_path):
     fail_after(training, 3, tmp_path)
     extended = resolve(training.store, "one")
     training.config.toy = Extending(number=2, extend="one")

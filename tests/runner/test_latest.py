@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ def chosen(models: Any) -> tuple[str, str]:
     return found.place.name.split("-")[0], str(found.run)
 
 
-def test_latest_is_the_last_run_that_finished_a_model(models: Any) -> None:
+def test_latest_is_the_last_run_that_finished_a_model(models):
     models.run(models.plan(WHOLE))
     assert (chosen(models), set(refs_of(models.store))) == (("sft", "run1"), set(WHOLE))
     models.config.toy.number = 2
@@ -50,7 +49,7 @@ def test_latest_is_the_last_run_that_finished_a_model(models: Any) -> None:
     assert chosen(models) == ("sft", "run4"), "the failed run finished no model"
 
 
-def test_stopped_run_with_a_model_is_latest(models: Any) -> None:
+def test_stopped_run_with_a_model_is_latest(models):
     handler = signal.getsignal(signal.SIGINT)
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
@@ -64,7 +63,7 @@ def test_stopped_run_with_a_model_is_latest(models: Any) -> None:
     assert chosen(models) == ("pretrain", "run2")
 
 
-def test_run_of_a_verb_is_latest_only_alone(models: Any, tmp_path: Path) -> None:
+def test_run_of_a_verb_is_latest_only_alone(models, tmp_path):
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
     models.run(models.plan(BASE), becomes_latest=False)
@@ -83,7 +82,7 @@ def repeated(models: Any, pipeline: dict[str, dict[str, str]]) -> None:
     _name_again(compose_config(["name=again"]), models.plan(pipeline), models.store, name)
 
 
-def test_finished_command_makes_its_run_latest(models: Any) -> None:
+def test_finished_command_makes_its_run_latest(models):
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
     models.run(models.plan(BASE))
@@ -92,7 +91,7 @@ def test_finished_command_makes_its_run_latest(models: Any) -> None:
     assert chosen(models) == ("sft", "run1")
 
 
-def test_unnamed_artifact_of_a_killed_run_gets_named(models: Any) -> None:
+def test_unnamed_artifact_of_a_killed_run_gets_named(models):
     models.run(models.plan({"corpus": BASE["corpus"]}))
     shutil.rmtree(models.outputs / "refs")
     (models.outputs / "refs").mkdir()
@@ -101,7 +100,7 @@ def test_unnamed_artifact_of_a_killed_run_gets_named(models: Any) -> None:
     assert not (models.outputs / "refs" / "latest").is_symlink()
 
 
-def test_finished_steps_of_several_runs_become_one_run(models: Any) -> None:
+def test_finished_steps_of_several_runs_become_one_run(models):
     models.run(models.plan(WHOLE))
     models.run(models.plan({**BASE, "other": {"stage": "copy", "source": "corpus"}}))
     repeated(models, {**WHOLE, "other": {"stage": "copy", "source": "corpus"}})
@@ -110,7 +109,7 @@ def test_finished_steps_of_several_runs_become_one_run(models: Any) -> None:
     assert json.loads((models.outputs / "runs" / latest(models.store) / "plan.json").read_text())["steps"]
 
 
-def test_old_mixed_latest_folder_is_replaced(models: Any) -> None:
+def test_old_mixed_latest_folder_is_replaced(models):
     models.run(models.plan(WHOLE))
     models.config.toy.number = 2
     models.run(models.plan(BASE))
@@ -133,5 +132,5 @@ def test_old_mixed_latest_folder_is_replaced(models: Any) -> None:
         ("mine", "mine"),
     ],
 )  # fmt: skip
-def test_run_name_follows_its_number(folder: str, name: str) -> None:
+def test_run_name_follows_its_number(folder, name):
     assert called(folder) == name

@@ -1,7 +1,6 @@
 """The plan: order, wiring, and whether and why each step runs."""
 
 import importlib.metadata
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +33,7 @@ REAL = {
 
 
 @given(st.permutations(list(REAL)), st.none() | st.lists(st.sampled_from(list(REAL)), min_size=1))
-def test_steps_are_in_topological_order(names: list[str], targets: list[str] | None) -> None:
+def test_steps_are_in_topological_order(names, targets):
     pipeline = {name: REAL[name] for name in names}
     order = order_steps(pipeline, targets, Stages())
     assert len(set(order)) == len(order)
@@ -53,7 +52,7 @@ def test_steps_are_in_topological_order(names: list[str], targets: list[str] | N
         ("eval_base", ["corpus", "tokenizer", "pretrain", "eval_base"]),
     ],
 )
-def test_target_includes_only_needed_steps(target: str, steps: list[str]) -> None:
+def test_target_includes_only_needed_steps(target, steps):
     assert order_steps(REAL, [target], Stages()) == steps
 
 
@@ -74,12 +73,12 @@ def test_target_includes_only_needed_steps(target: str, steps: list[str]) -> Non
         ({"a": {"stage": "sft", "checkpoint": "b"}, "b": {"stage": "sft", "checkpoint": "a"}}, r"cycle: a → b → a"),
     ],
 )
-def test_wrong_wiring_gets_a_suggestion(steps: dict[str, dict[str, str]], message: str) -> None:
+def test_wrong_wiring_gets_a_suggestion(steps, message):
     with pytest.raises(ConfigError, match=message):
         order_steps(REAL | steps, None, Stages())
 
 
-def test_wiring_mistakes_are_reported_together() -> None:
+def test_wiring_mistakes_are_reported_together():
     wrong = {"sft": {"stage": "sft"}, "eval_sft": {"stage": "evla"}, "more": {"stage": "rl", "checkpoint": "nope"}}
     with pytest.raises(ConfigError, match=r'"sftt" is neither a stage nor a step.*Did you mean "sft"\?') as caught:
         order_steps(REAL | wrong, ["sftt", "midtrain"], Stages())
@@ -94,7 +93,7 @@ def reasons(toys: Any, **options: Any) -> dict[str, tuple[str, str]]:
     return {step.name: (step.state, step.reason) for step in toys.plan(CHAIN, **options)}
 
 
-def test_changed_setting_is_shown_old_and_new(toys: Any) -> None:
+def test_changed_setting_is_shown_old_and_new(toys):
     toys.run(toys.plan(CHAIN))
     toys.config.toy.number = 2
     assert reasons(toys) == {
@@ -120,14 +119,14 @@ class LaterSection:
     part: LaterPart = field(default_factory=LaterPart)
 
 
-def test_later_field_is_shown_with_its_default(toys: Any) -> None:
+def test_later_field_is_shown_with_its_default(toys):
     toys.config.toy = LaterSection()
     toys.run(toys.plan(CHAIN))
     toys.config.toy = LaterSection(shape="square", part=LaterPart(weight=1.5))
     assert reasons(toys)["one"][1] == "config changed: toy.part.weight 0.5 → 1.5, toy.shape round → square"
 
 
-def test_reason_compares_with_the_nearest_artifact(toys: Any) -> None:
+def test_reason_compares_with_the_nearest_artifact(toys):
     for number, seed in ((1, 1), (7, 1), (1, 2)):
         toys.config.toy.number = number
         toys.run(toys.plan({"one": CHAIN["one"]}, seed=seed))
@@ -136,7 +135,7 @@ def test_reason_compares_with_the_nearest_artifact(toys: Any) -> None:
     assert step.reason == "config changed: toy.number 1 → 9"
 
 
-def test_unchanged_data_seed_is_not_listed(toys: Any) -> None:
+def test_unchanged_data_seed_is_not_listed(toys):
     file = toys.package / "make.py"
     file.write_text(f'SEEDED = "both"\n{file.read_text()}')
     read_stage.cache_clear()
@@ -146,7 +145,7 @@ def test_unchanged_data_seed_is_not_listed(toys: Any) -> None:
 
 
 @pytest.mark.parametrize(("force", "forced"), [(["two"], {"two"}), (["all"], set(CHAIN)), ([], set())])
-def test_force_runs_exactly_its_steps(force: list[str], forced: set[str], toys: Any) -> None:
+def test_force_runs_exactly_its_steps(force, forced, toys):
     toys.run(toys.plan(CHAIN))
     found = reasons(toys, force=force)
     assert {step for step, reason in found.items() if reason == ("run", "forced")} == forced
@@ -155,13 +154,13 @@ def test_force_runs_exactly_its_steps(force: list[str], forced: set[str], toys: 
     assert {step for step, (state, _) in found.items() if state == "maybe"} == below
 
 
-def test_raised_version_reruns_the_stage(toys: Any) -> None:
+def test_raised_version_reruns_the_stage(toys):
     toys.run(toys.plan(CHAIN))
     toys.add("make", "(ctx.out / 'result.txt').write_text('x')", version=2)
     assert reasons(toys)["one"] == ("run", "stage changed: version 1 → 2")
 
 
-def test_targets_and_names_of_steps_change_no_id(toys: Any) -> None:
+def test_targets_and_names_of_steps_change_no_id(toys):
     renamed = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
     assert [step.key for step in toys.plan(renamed)] == [step.key for step in toys.plan(CHAIN)][:2]
     whole = {step.name: step.key for step in toys.plan(CHAIN)}
@@ -171,12 +170,12 @@ def test_targets_and_names_of_steps_change_no_id(toys: Any) -> None:
         assert target in part
 
 
-def test_planning_writes_nothing(toys: Any) -> None:
+def test_planning_writes_nothing(toys):
     toys.plan(CHAIN)
     assert not toys.outputs.exists()
 
 
-def test_planning_reads_only_needed_manifests(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_planning_reads_only_needed_manifests(toys, monkeypatch):
     pipeline = {"s0": {"stage": "make"}} | {f"s{n}": {"stage": "copy", "source": f"s{n - 1}"} for n in range(1, 10)}
     toys.run(toys.plan(pipeline))
     for number in range(200):
@@ -189,7 +188,7 @@ def test_planning_reads_only_needed_manifests(toys: Any, monkeypatch: pytest.Mon
     assert len(seen) == len(set(seen)) == 20, "of each step its record and its manifest"
 
 
-def test_estimate_comes_from_the_nearest_artifact_of_this_size() -> None:
+def test_estimate_comes_from_the_nearest_artifact_of_this_size():
     def made(label: str, epochs: int, seconds: float) -> dict[str, Any]:
         return {
             "name": f"sft-{label}-{'a' * 16}", "config": {"sft": {"num_epochs": epochs}}, "version": 1,
@@ -214,7 +213,7 @@ class Sources:
     paths: list[str] = field(default_factory=list, metadata={"external": "file"})
 
 
-def test_missing_files_and_packages_are_reported_together(tmp_path: Path) -> None:
+def test_missing_files_and_packages_are_reported_together(tmp_path):
     sources = {"a": Sources(paths=["/no/such"], packages=["no-such-package"]), "b": {"x": Sources(paths=["/nor/this"])}}
     with pytest.raises(ConfigError) as caught:
         pin_externals(sources)
@@ -234,14 +233,14 @@ def test_missing_files_and_packages_are_reported_together(tmp_path: Path) -> Non
         (lambda text: text.replace("PRODUCES", "MAKES").replace("OUTPUTS", "FILES"), "PRODUCES, OUTPUTS"),
     ],
 )
-def test_incomplete_stage_declaration_is_refused(write: Callable[[str], str], message: str, toys: Any) -> None:
+def test_incomplete_stage_declaration_is_refused(write, message, toys):
     path = toys.package / "make.py"
     path.write_text(write(path.read_text()))
     with pytest.raises(ConfigError, match=message):
         toys.plan(CHAIN)
 
 
-def test_planning_imports_no_stage(toys: Any) -> None:
+def test_planning_imports_no_stage(toys):
     path = toys.package / "make.py"
     path.write_text("raise RuntimeError('imported')\n" + path.read_text())
     assert [step.name for step in toys.plan(CHAIN)] == list(CHAIN)

@@ -46,11 +46,11 @@ def shown(width: int, monkeypatch: pytest.MonkeyPatch, title: str = "pretrain", 
         (120, r"loss 4\.751.*4\.02k tok/s.*mfu 50%.*571\.2 MB.*eta "),
     ],
 )
-def test_line_shows_what_fits_and_always_the_eta(width: int, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_line_shows_what_fits_and_always_the_eta(width, line, monkeypatch):
     assert re.search(line, shown(width, monkeypatch, **TRAINING))
 
 
-def test_eta_ignores_the_first_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eta_ignores_the_first_unit(monkeypatch):
     # After one iteration of 54 s, 53 of which compiled, five hours were predicted for a training of two minutes.
     now = 0.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
@@ -63,7 +63,7 @@ def test_eta_ignores_the_first_unit(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
 
 
-def test_long_lines_wrap_between_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_lines_wrap_between_pairs(monkeypatch):
     text = "rl         done in 4.2s: " + "  ".join(f"pass_at_{k} 0.{k}" for k in range(1, 9))
     lines = fill(text, width=60).split("\n")
     assert max(map(len, lines)) <= 60

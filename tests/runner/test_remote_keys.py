@@ -40,7 +40,7 @@ def repositories(hub: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("section", [hub_corpus, task], ids=["corpus", "task"])
-def test_key_has_the_commit_of_a_branch(section: Any, hub: Any, repositories: list[Any]) -> None:
+def test_key_has_the_commit_of_a_branch(section, hub, repositories):
     before = pin_externals(section())
     assert pin_externals(section()) == before
     assert [each.path for each in hub.log if "/revision/" in each.path] == [hub.log[0].path], "one request a process"
@@ -53,7 +53,7 @@ def test_key_has_the_commit_of_a_branch(section: Any, hub: Any, repositories: li
 
 
 @pytest.mark.parametrize("section", [hub_corpus, task], ids=["corpus", "task"])
-def test_commit_and_branch_give_the_same_key(section: Any, hub: Any, repositories: list[Any]) -> None:
+def test_commit_and_branch_give_the_same_key(section, hub, repositories):
     branch, commit = section(), section(revision=repositories[0].commit)
     pins = pin_externals(commit)
     assert hub.log == []
@@ -61,9 +61,7 @@ def test_commit_and_branch_give_the_same_key(section: Any, hub: Any, repositorie
     assert identity_of(commit) == identity_of(branch)
 
 
-def test_offline_uses_the_recorded_commit(
-    hub: Any, repositories: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_offline_uses_the_recorded_commit(hub, repositories, monkeypatch, capsys):
     before = pin_externals(hub_corpus())
     listings.forget()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -71,7 +69,7 @@ def test_offline_uses_the_recorded_commit(
     assert f"org/texts: offline; main is commit {repositories[0].commit[:12]}, as recorded" in capsys.readouterr().err
 
 
-def test_unresponsive_hub_is_requested_once(hub: Any, repositories: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresponsive_hub_is_requested_once(hub, repositories, monkeypatch):
     monkeypatch.setattr(listings, "_PLAN_SECONDS", 0.2)
     hub.faults.latency_seconds = 5.0
     assert find_unknown(pin_externals(hub_corpus())) == {"corpus.revision": "org/texts at main"}
@@ -80,7 +78,7 @@ def test_unresponsive_hub_is_requested_once(hub: Any, repositories: list[Any], m
     assert len(hub.log) == asked == 1
 
 
-def test_file_and_url_with_equal_bytes_share_a_key(hub: Any, tmp_path: Path) -> None:
+def test_file_and_url_with_equal_bytes_share_a_key(hub, tmp_path):
     bundle = tmp_path / "bundle.zip"
     bundle.write_bytes(b"zip")
     digest = hashlib.sha256(b"zip").hexdigest()
@@ -99,7 +97,7 @@ def run_key(hub: Any, outputs: Path, plan: Any = plan_to_run) -> str:
     return {step.name: step.key for step in plan(config, Store(outputs))}["eval_base"]
 
 
-def test_url_without_checksum_is_pinned_by_content(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_url_without_checksum_is_pinned_by_content(hub, tmp_path, monkeypatch):
     found = []
     for content in (b"one", b"two"):
         hub.files["bundle.zip"] = content
@@ -113,7 +111,7 @@ def test_url_without_checksum_is_pinned_by_content(hub: Any, tmp_path: Path, mon
     assert found[0] != found[1]
 
 
-def test_offline_run_names_the_missing_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_offline_run_names_the_missing_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
     config = compose_config(["experiment=smoke", "corpus=tinystories", "targets=[corpus]"]).config

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -27,9 +26,7 @@ def run(tmp_path: Path, said: list[str]) -> Run:
     return Run(folder=tmp_path / "run", seed=1, overrides=[], environment=environment, say=said.append)
 
 
-def test_waiting_line_follows_the_holders_progress(
-    run: Run, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_line_follows_the_holders_progress(run, said, tmp_path, monkeypatch):
     lock, work = tmp_path / "x.lock", tmp_path / "work"
     lock.write_text(json.dumps(OWNER))
     metrics = Records(work / "ckpt" / "records" / "metrics.jsonl")
@@ -48,7 +45,7 @@ def test_waiting_line_follows_the_holders_progress(
 
 
 @pytest.mark.parametrize(("number", "code"), [(2, 130), (15, 143)])
-def test_stop_ends_the_wait(number: int, code: int, run: Run, tmp_path: Path) -> None:
+def test_stop_ends_the_wait(number, code, run, tmp_path):
     _, look = Waiting(run, "train", tmp_path / "x.lock", doing="is making it").calls
     look()
     run.request_stop(number)
@@ -61,7 +58,7 @@ def test_stop_ends_the_wait(number: int, code: int, run: Run, tmp_path: Path) ->
     ("content", "expected"),
     [(b"", None), (b'{"iteration": 3}\n{"iter', 3), (b'{"loss": 1}\n', None), (b"\xff\n[]\n", None)],
 )
-def test_last_iteration_is_read_from_partial_records(content: bytes, expected: Any, tmp_path: Path) -> None:
+def test_last_iteration_is_read_from_partial_records(content, expected, tmp_path):
     (tmp_path / "ckpt" / "records").mkdir(parents=True)
     (tmp_path / "ckpt" / "records" / "metrics.jsonl").write_bytes(content)
     assert iteration(tmp_path) == expected

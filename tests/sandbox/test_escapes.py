@@ -178,9 +178,7 @@ def need(*protections: str, landlock: int = 1) -> None:
 
 @pytest.mark.parametrize("protections", [None, "namespaces", "landlock", "seccomp"])
 @pytest.mark.parametrize("name", KILLS)
-def test_no_signal_reaches_a_process_outside(
-    name: str, protections: str | None, victim: subprocess.Popen[bytes]
-) -> None:
+def test_no_signal_reaches_a_process_outside(name, protections, victim):
     """All protections together (None), and each one alone."""
     need(*([protections] if protections else []), landlock=6)
     if not {"seccomp", "landlock", "namespaces"} & set(protections_here()):
@@ -191,13 +189,13 @@ def test_no_signal_reaches_a_process_outside(
 
 
 @pytest.mark.parametrize("name", KILLS)
-def test_attacks_kill_without_protections(name: str, victim: subprocess.Popen[bytes]) -> None:
+def test_attacks_kill_without_protections(name, victim):
     """The control of the test above."""
     attack(KILLS[name], victim, protections=[])
     assert is_killed(victim)
 
 
-def test_forbidden_calls_and_arguments_are_refused() -> None:
+def test_forbidden_calls_and_arguments_are_refused():
     need("seccomp")
     calls = {name: (numbers[COLUMN], *[-1] * 6) for name, numbers in FORBIDDEN.items() if numbers[COLUMN] is not None}
     calls |= {name: call for name, call in ARGUMENTS.items() if COLUMN == 0 or "x32" not in name}
@@ -207,7 +205,7 @@ def test_forbidden_calls_and_arguments_are_refused() -> None:
     assert dict(line.rsplit("=", 1) for line in outcome.output.splitlines()) == dict.fromkeys(calls, "EPERM")
 
 
-def test_unlisted_calls_are_refused() -> None:
+def test_unlisted_calls_are_refused():
     need("seccomp")
     listed = {numbers[COLUMN] for numbers in [*ALLOWED.values(), *CHANGING.values(), *CONDITIONAL.values()]}
     # uretprobe and uprobe of x86 bypass filters; the kernel kills processes that call them.
@@ -217,14 +215,14 @@ def test_unlisted_calls_are_refused() -> None:
     assert len(unlisted) > 900
 
 
-def test_clone3_and_the_parent_are_hidden() -> None:
+def test_clone3_and_the_parent_are_hidden():
     """The flags of clone3 are in memory, so the C library must fall back to clone."""
     need("seccomp")
     assert run_program(f"{PRELUDE}\nprint(call(435, 0, 0), os.getppid())").output == "ENOSYS 0\n"
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="an ABI of x86")
-def test_call_through_the_32_bit_abi_kills_the_program() -> None:
+def test_call_through_the_32_bit_abi_kills_the_program():
     need("seccomp")
     code = """
 import mmap
@@ -239,7 +237,7 @@ print(ctypes.CFUNCTYPE(ctypes.c_int)(place)(), "after", flush=True)
     assert not outcome.passed
 
 
-def test_memory_of_another_process_cannot_be_read(victim: subprocess.Popen[bytes]) -> None:
+def test_memory_of_another_process_cannot_be_read(victim):
     if not {"seccomp", "landlock", "namespaces"} & set(protections_here()):
         pytest.skip("this system has only limits")
     code = """
@@ -298,9 +296,7 @@ def find_possible(protections: tuple[str, ...], victim: subprocess.Popen[bytes],
 
 
 @pytest.mark.parametrize("protections", POSSIBLE, ids=lambda names: "+".join(names) or "limits")
-def test_what_each_protection_leaves_possible(
-    protections: tuple[str, ...], victim: subprocess.Popen[bytes], tmp_path: Path
-) -> None:
+def test_what_each_protection_leaves_possible(protections, victim, tmp_path):
     """These are the rows of the table in docs/internals/security.md."""
     need(*protections, landlock=6)
     assert find_possible(protections, victim, tmp_path) == POSSIBLE[protections].split()
@@ -335,10 +331,7 @@ def older_landlock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
 
 @pytest.mark.parametrize("version", LANDLOCK_LEAVES)
 @pytest.mark.parametrize("others", [(), ("seccomp",)], ids=["alone", "with seccomp"])
-def test_every_version_of_landlock_confines_with_seccomp(
-    version: int, others: tuple[str, ...], older_landlock: Callable[[int], None], victim: subprocess.Popen[bytes],
-    tmp_path: Path,
-) -> None:  # fmt: skip
+def test_every_version_of_landlock_confines_with_seccomp(version, others, older_landlock, victim, tmp_path):
     older_landlock(version)
     possible = find_possible(("landlock", *others), victim, tmp_path)
     assert possible == (["find"] if others else LANDLOCK_LEAVES[version].split())
@@ -353,7 +346,7 @@ def test_every_version_of_landlock_confines_with_seccomp(
         (("limits", "sandbox-exec"), True),
     ],
 )
-def test_humaneval_needs_confinement(found: tuple[str, ...], holds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_humaneval_needs_confinement(found, holds, monkeypatch):
     from mlxchat.tasks import load_task
 
     monkeypatch.setattr(programs, "protections_here", lambda: found)
@@ -368,7 +361,7 @@ def test_humaneval_needs_confinement(found: tuple[str, ...], holds: bool, monkey
         load_task("humaneval", "test").evaluate(talk, "")
 
 
-def test_only_pythons_files_exist_in_namespaces(tmp_path: Path) -> None:
+def test_only_pythons_files_exist_in_namespaces(tmp_path):
     """Landlock alone does not hide that a file exists, and its size."""
     need("namespaces")
     secret = tmp_path / "secret"
@@ -389,7 +382,7 @@ except OSError:
 
 
 @pytest.mark.parametrize("protections", [("namespaces",), ("landlock",)], ids="+".join)
-def test_files_beside_a_venv_cannot_be_read(protections: tuple[str, ...], tmp_path: Path) -> None:
+def test_files_beside_a_venv_cannot_be_read(protections, tmp_path):
     """After `python -m venv .` sys.prefix is the whole project."""
     need(*protections)
     import venv
@@ -411,7 +404,7 @@ def test_files_beside_a_venv_cannot_be_read(protections: tuple[str, ...], tmp_pa
     assert done.stdout.split() == ["no"], done
 
 
-def test_program_in_namespaces_sees_no_other_process() -> None:
+def test_program_in_namespaces_sees_no_other_process():
     need("namespaces")
     code = """
 import os
@@ -428,7 +421,7 @@ print(found, os.getpid(), os.getppid(), os.getsid(0), os.getpgid(0))
     assert run_program(code, seconds=20, protections=["namespaces"]).output == "[1, 2, 3] 2 1 0 0\n"
 
 
-def test_program_has_no_capabilities() -> None:
+def test_program_has_no_capabilities():
     """Also without namespaces and as root."""
     need("landlock")
     code = f"""
@@ -440,7 +433,7 @@ print(data.raw == bytes(24))
     assert run_program(PRELUDE + code, protections=[]).output == "True\n"
 
 
-def test_program_inherits_no_files() -> None:
+def test_program_inherits_no_files():
     """It has its standard files and the pipes of the verdict."""
     kinds = """
 import os, stat
@@ -471,14 +464,14 @@ print(made)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="machine code of x86")
-def test_threads_are_limited_for_root() -> None:
+def test_threads_are_limited_for_root():
     """RLIMIT_NPROC exempts root, so without a change of user a program could take every process id."""
     outcome = run_program(PRELUDE + THREADS, seconds=20)
     assert 0 < int(outcome.output) < 2000
 
 
 @pytest.mark.parametrize("counted", [True, False], ids=["by the kernel", "in the folder"])
-def test_written_bytes_are_limited_without_namespaces(counted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_written_bytes_are_limited_without_namespaces(counted, monkeypatch):
     """RLIMIT_FSIZE limits only the size of each file."""
     need("landlock", "seccomp")
     if not counted:
@@ -503,14 +496,14 @@ FILLS = {
 
 
 @pytest.mark.parametrize("name", FILLS)
-def test_entries_are_limited_without_namespaces(name: str) -> None:
+def test_entries_are_limited_without_namespaces(name):
     """They do not count as written bytes; removing 60,000 of them takes 11 s."""
     need("landlock", "seccomp")
     code = f"import os, time\nfor n in range(1500):\n    {FILLS[name]}\ntime.sleep(15)"
     assert run_program(code, seconds=20, protections=["landlock", "seccomp"]).status == "output"
 
 
-def test_files_cannot_be_written_by_shared_mappings() -> None:
+def test_files_cannot_be_written_by_shared_mappings():
     """Pages of a tmpfs written that way are not counted, and one mapped page keeps a deleted file of 4 MB."""
     need("seccomp")
     code = """
@@ -527,7 +520,7 @@ print(len(mmap.mmap(-1, 4096)))  # shared memory without a file
     assert run_program(PRELUDE + code).output.split() == ["refused", "refused", "4096", "4096"]
 
 
-def test_threads_share_one_limit_of_open_files() -> None:
+def test_threads_share_one_limit_of_open_files():
     """CLOSE_RANGE_UNSHARE would give each of 32 threads 64 files of 4 MB."""
     need("seccomp")
     code = """
@@ -546,7 +539,7 @@ print(len(opened) < 64)
     assert run_program(PRELUDE + code, seconds=20).output == "True\n"
 
 
-def test_namespace_without_mounts_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_namespace_without_mounts_is_bounded(tmp_path, monkeypatch):
     """AppArmor can allow user namespaces but forbid mounts, so that the folder stays on the disk."""
     need("namespaces")
     child = tmp_path / "child.py"
@@ -560,7 +553,7 @@ HEADERS = {"x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "aarch64":
 
 
 @pytest.mark.parametrize("machine", HEADERS)
-def test_call_numbers_equal_the_kernel_headers(machine: str) -> None:
+def test_call_numbers_equal_the_kernel_headers(machine):
     header, column = Path(HEADERS[machine]), [*HEADERS].index(machine)
     if not header.is_file():
         pytest.skip("the kernel's headers are not here")
@@ -574,7 +567,7 @@ def test_call_numbers_equal_the_kernel_headers(machine: str) -> None:
 
 
 @pytest.mark.parametrize("protections", [("namespaces", "landlock", "seccomp"), ("landlock", "seccomp")], ids=len)
-def test_program_dies_with_its_parent(protections: tuple[str, ...], tmp_path: Path) -> None:
+def test_program_dies_with_its_parent(protections, tmp_path):
     need(*protections)
     code = (
         f"import tempfile\ntempfile.tempdir = {str(tmp_path)!r}\n"

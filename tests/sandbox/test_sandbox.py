@@ -178,7 +178,7 @@ def survivors(folder: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("protections", [PROTECTIONS, ()], ids=["all", "none"])
-def test_honest_programs_pass(protections: tuple[str, ...]) -> None:
+def test_honest_programs_pass(protections):
     run = partial(run_program, seconds=20, protections=protections)
     with ThreadPoolExecutor(4) as pool:
         for name, outcome in zip(HONEST, pool.map(run, HONEST.values()), strict=True):
@@ -186,7 +186,7 @@ def test_honest_programs_pass(protections: tuple[str, ...]) -> None:
             assert set(outcome.protections) <= {"limits", *protections}
 
 
-def test_hostile_programs_fail_without_harm(tmp_path: Path) -> None:
+def test_hostile_programs_fail_without_harm(tmp_path):
     """Several run at a time, each with a file outside its folder that it may attack."""
     parent = os.getpid(), Path.cwd(), dict(os.environ)
     confined = {"seccomp", "landlock"} <= set(protections_here())
@@ -222,7 +222,7 @@ def needs_protection(name: str) -> bool:
     return any(word in name for word in (*words, "process", "shell", "system", "another program"))
 
 
-def test_output_ends_with_the_traceback() -> None:
+def test_output_ends_with_the_traceback():
     outcome = run_program("print('before')\nraise ValueError('the reason')")
     assert outcome.status == "failed"
     assert outcome.output.startswith("before\n")
@@ -230,7 +230,7 @@ def test_output_ends_with_the_traceback() -> None:
     assert "sandbox" not in outcome.output
 
 
-def test_status_names_the_cause_and_output_is_bounded() -> None:
+def test_status_names_the_cause_and_output_is_bounded():
     causes = {"sleep": "timeout", "a memory bomb": "memory", "huge output": "output", "sys.exit(0)": "failed"}
     outcomes = {name: run_program(HOSTILE[name], seconds=0.5 if name == "sleep" else 20) for name in causes}
     assert {name: outcome.status for name, outcome in outcomes.items()} == causes
@@ -238,28 +238,28 @@ def test_status_names_the_cause_and_output_is_bounded() -> None:
     assert 0.4 < outcomes["sleep"].seconds < 5, "wall-clock time"
 
 
-def test_environment_and_folder_are_empty() -> None:
+def test_environment_and_folder_are_empty():
     outcome = run_program("import os\nprint(dict(os.environ), os.listdir('.'))")
     assert outcome.output == "{} []\n"
 
 
-def test_only_the_standard_library_can_be_imported() -> None:
+def test_only_the_standard_library_can_be_imported():
     code = "for name in ('mlxchat', 'numpy', 'execution', 'seccomp'):\n    try:\n        __import__(name)\n"
     assert run_program(code + "    except ImportError:\n        continue\n    raise SystemExit(name)").passed
 
 
-def test_order_of_sets_is_reproducible() -> None:
+def test_order_of_sets_is_reproducible():
     code = "print([*{'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'}], hash('x'))"
     assert len({run_program(code).output for _ in range(3)}) == 1
 
 
-def test_memory_limit_is_exact() -> None:
+def test_memory_limit_is_exact():
     code = "b = bytearray(80 << 20)"
     assert run_program(code, seconds=20, memory_bytes=256 << 20).passed
     assert run_program(code, seconds=20, memory_bytes=64 << 20).status == "memory"
 
 
-def test_no_file_descriptor_leaks() -> None:
+def test_no_file_descriptor_leaks():
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("counts files in /proc")
     run_program("")
@@ -272,7 +272,7 @@ def test_no_file_descriptor_leaks() -> None:
 # With limits only
 
 
-def test_hostile_programs_fail_without_protections() -> None:
+def test_hostile_programs_fail_without_protections():
     names = [
         "sys.exit(0)", "os._exit(0)", "an infinite loop that catches everything", "a growing memory bomb",
         "huge output", "a huge file", "one process", "a fork bomb", "a shell", "reading the environment",
@@ -284,7 +284,7 @@ def test_hostile_programs_fail_without_protections() -> None:
     assert passed == [False] * len(names)
 
 
-def test_deeply_nested_folders_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deeply_nested_folders_are_removed(monkeypatch):
     """Removing them must not exceed our own recursion limit."""
     monkeypatch.setattr(Run, "_is_folder_full", lambda self: False)
     before = set(Path(tempfile.gettempdir()).glob("mlxchat-program-*"))
@@ -294,7 +294,7 @@ def test_deeply_nested_folders_are_removed(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(Path(tempfile.gettempdir()).glob("mlxchat-program-*")) <= before
 
 
-def test_process_in_a_new_session_is_killed(folder: Path) -> None:
+def test_process_in_a_new_session_is_killed(folder):
     """It forks twice and starts a new session, its parents end, then the time limit is reached."""
     code = (
         "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(60)\n"
@@ -305,7 +305,7 @@ def test_process_in_a_new_session_is_killed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("one", ["namespaces", "landlock", "seccomp"])
-def test_each_protection_works_alone(one: str) -> None:
+def test_each_protection_works_alone(one):
     if one not in protections_here():
         pytest.skip("this system does not offer it")
     outcome = run_program(HONEST["threads"], protections=[one])
@@ -313,7 +313,7 @@ def test_each_protection_works_alone(one: str) -> None:
     assert outcome.protections == ("limits", one)
 
 
-def test_without_landlock_no_file_can_be_changed(tmp_path: Path) -> None:
+def test_without_landlock_no_file_can_be_changed(tmp_path):
     if "seccomp" not in protections_here():
         pytest.skip("this system does not offer it")
     existing = tmp_path / "existing"
@@ -328,7 +328,7 @@ def test_without_landlock_no_file_can_be_changed(tmp_path: Path) -> None:
     assert not run_program("open('mine', 'w')", protections=["seccomp"]).passed
 
 
-def test_memory_of_descendants_is_counted() -> None:
+def test_memory_of_descendants_is_counted():
     import subprocess
 
     code = "import subprocess, sys\nb = bytearray(b'x' * (30 << 20))\nprint(flush=True)\n"
@@ -341,7 +341,7 @@ def test_memory_of_descendants_is_counted() -> None:
         process.communicate(b"\n")
 
 
-def test_mac_profile_allows_writes_only_in_the_folder() -> None:
+def test_mac_profile_allows_writes_only_in_the_folder():
     rules = mac_profile(Path("/private/tmp/mine"))
     assert re.findall(r"\(allow file-write\S* \((\S+) ([^)]+)\)", rules) == [
         ("subpath", '"/private/tmp/mine"'), ("literal", '"/dev/null"'),

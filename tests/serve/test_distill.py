@@ -11,7 +11,6 @@ from mlxchat.cli import dispatch
 from mlxchat.config.schema import TaskItem
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.mixture import Mixture
-from mlxchat.data.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -28,10 +27,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[A
     return run
 
 
-def test_answers_of_our_server_become_a_mixture(
-    start: Callable[..., Any], ask: Callable[..., list[Any]], tokenizer: Tokenizer, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_answers_of_our_server_become_a_mixture(start, ask, tokenizer, tmp_path, monkeypatch):
     with start(limits={"max_rows": 3}) as running:
         options = ["--max-tokens", "8", "--temperature", "1", "--body", "seed=3", "--keep-cut", "--samples", "2"]
         first = ask(running, *options, "--concurrency", "8")

@@ -1,7 +1,6 @@
 """Log-probabilities of text completions: text offsets, partial characters, echoed prompts."""
 
 import json
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -9,9 +8,7 @@ import numpy as np
 import pytest
 
 from kit.text import byte_tokens, tool_call
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.scheduler import Event, Parts
-from mlxchat.model.gpt import GPT
 from mlxchat.serve.choices import Choice
 
 TEXT = "the cat ▖ sat 5é on 😀 mat"
@@ -29,7 +26,7 @@ def said_bytes(token: str) -> bytes:
     return token.encode()
 
 
-def test_text_offset_counts_over_all_chunks_of_a_stream(start: Callable[..., Any]) -> None:
+def test_text_offset_counts_over_all_chunks_of_a_stream(start):
     with start(says=TEXT, seconds=0.0) as server:
         whole = complete(server, logprobs=1).json()["choices"][0]
         lines = complete(server, logprobs=1, stream=True).text.splitlines()
@@ -49,7 +46,7 @@ def test_text_offset_counts_over_all_chunks_of_a_stream(start: Callable[..., Any
     assert data.decode() == TEXT
 
 
-def test_logprobs_include_the_end_token(server: Any, tokenizer: Tokenizer) -> None:
+def test_logprobs_include_the_end_token(server, tokenizer):
     """lm-evaluation-harness drops the last token, which must be the sampled one."""
     end = {"logit_bias": {str(tokenizer.assistant_end): 100}, "temperature": 0}
     told = complete(server, prompt="the cat", echo=True, logprobs=0, max_tokens=1, **end).json()["choices"][0]
@@ -61,7 +58,7 @@ def test_logprobs_include_the_end_token(server: Any, tokenizer: Tokenizer) -> No
 
 
 @pytest.mark.parametrize("echoed", [False, True])
-def test_text_offset_counts_characters_cut_short(echoed: bool, tokenizer: Tokenizer) -> None:
+def test_text_offset_counts_characters_cut_short(echoed, tokenizer):
     cut = (b"\xe2\x82a", b"\xe2\x82\xc3\xa9", b"\xf0\x9f\xf0\x9f\x98\x80b", b"\xe2\x82\xff", b"\xc3\xa9a", b"a\xe2")
     for data in cut:
         ids = byte_tokens(tokenizer, data)
@@ -75,7 +72,7 @@ def test_text_offset_counts_characters_cut_short(echoed: bool, tokenizer: Tokeni
         assert told["text_offset"][: len(ids)] == [end - 1 for end in ends], "each byte is in the character it ends in"
 
 
-def test_text_offset_counts_tool_results(start: Callable[..., Any], tokenizer: Tokenizer) -> None:
+def test_text_offset_counts_tool_results(start, tokenizer):
     call = [*tool_call(tokenizer, "2*30"), *tokenizer.encode("xyzuvwqp")]
     with start(says=call, seconds=0.0) as server:
         told = complete(server, logprobs=0).json()["choices"][0]
@@ -89,7 +86,7 @@ def test_text_offset_counts_tool_results(start: Callable[..., Any], tokenizer: T
     assert len("".join(found)) == len(told["text"]) - 2, "the result was not sampled and has no log-probability"
 
 
-def test_partial_utf8_alternatives_are_not_merged(tokenizer: Tokenizer) -> None:
+def test_partial_utf8_alternatives_are_not_merged(tokenizer):
     (a,) = tokenizer.encode("a")
     ids = [a, *byte_tokens(tokenizer, bytes(range(128, 160)))]
     event = Event(id=0, token=ids[-1], sampled=True, logprob=-3.0, top_logprobs=[(id_, -float(id_)) for id_ in ids])
@@ -108,7 +105,7 @@ def test_partial_utf8_alternatives_are_not_merged(tokenizer: Tokenizer) -> None:
     assert [each["bytes"] for each in chat["content"][0]["top_logprobs"][1:]] == [[byte] for byte in range(128, 160)]
 
 
-def test_echoed_prompt_has_the_models_log_probabilities(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
+def test_echoed_prompt_has_the_models_log_probabilities(server, model, tokenizer):
     text = "the cat 5é sat"
     ids = tokenizer.encode(text)
     scores = np.asarray(model.logits(model.hidden(mx.array([[tokenizer.bos, *ids]]))[0]), dtype=np.float64)

@@ -72,7 +72,7 @@ def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: 
 @pytest.mark.parametrize(
     ("verb", "form"), [*(("show", form) for form in FORMS), *((verb, "a folder of a run") for verb in VERBS)]
 )
-def test_every_verb_accepts_every_form_of_a_name(verb: str, form: str, say: Any, tmp_path: Path) -> None:
+def test_every_verb_accepts_every_form_of_a_name(verb, form, say, tmp_path):
     code, said = say(VERBS[verb], FORMS[form])
     if verb == "push":
         said += " ".join(path.name for path in (tmp_path / "place" / "store").iterdir())
@@ -81,21 +81,21 @@ def test_every_verb_accepts_every_form_of_a_name(verb: str, form: str, say: Any,
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_unknown_names_give_one_message(verb: str, say: Any) -> None:
+def test_unknown_names_give_one_message(verb, say):
     assert say(VERBS[verb], "sftt") == (2, (
         'error: "sftt" is no artifact or run in outputs. Steps of the latest run (quickstart): pretrain, sft. '
         'Runs: quickstart. Pins: best. Imports: mine. Did you mean "sft"?\n'
     ))  # fmt: skip
 
 
-def test_impossible_file_names_are_unknown(say: Any) -> None:
+def test_impossible_file_names_are_unknown(say):
     for name in ("a" * 256, "latest/" + "a" * 256, "a/" * 3000 + "a", "~nobody-here/a"):
         code, said = say(VERBS["show"], name)
         assert (code, said.count("\n")) == (2, 1)
         assert said.startswith("error: ")
 
 
-def test_server_resolves_names_in_its_first_run(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_resolves_names_in_its_first_run(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(store.outputs / "store" / CHAT, store.outputs / "store" / OTHER)
     manifest = read_manifest(store.outputs / "store" / CHAT)
@@ -111,7 +111,7 @@ def test_server_resolves_names_in_its_first_run(store: Store, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("verb", ["chat", "serve", "a request"])
-def test_altered_model_is_refused(verb: str, store: Store, say: Any) -> None:
+def test_altered_model_is_refused(verb, store, say):
     folder = store.outputs / "store" / CHAT
     manifest = read_manifest(folder) | {"run": QUICKSTART, "overrides": ["experiment=smoke"], "version": 1, "pins": {}}
     (folder / MANIFEST).unlink()

@@ -2,16 +2,13 @@
 
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kit.serving import BASE, CHAT
 from mlxchat.data.conversation import render_for_completion
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.model.gpt import GPT
 from mlxchat.serve.models import Models
 from mlxchat.store.store import Store
 
@@ -28,7 +25,7 @@ def answers(response: Any) -> list[str]:
     return [choice["message"]["content"] for choice in response.json()["choices"]]
 
 
-def test_greedy_answer_equals_the_engines(server: Any, model: GPT, tokenizer: Tokenizer) -> None:
+def test_greedy_answer_equals_the_engines(server, model, tokenizer):
     prompt = render_for_completion(tokenizer, {"messages": [{"role": "user", "content": "the cat"}]})
     (expected,) = Engine(model, tokenizer).complete([prompt], max_new_tokens=12)
     told = server.chat(temperature=0).json()
@@ -45,7 +42,7 @@ def test_greedy_answer_equals_the_engines(server: Any, model: GPT, tokenizer: To
     }  # fmt: skip
 
 
-def test_stream_gives_the_same_answer(server: Any) -> None:
+def test_stream_gives_the_same_answer(server):
     body: dict[str, Any] = {"seed": 5, "n": 2, "temperature": 1.2, "stream_options": {"include_usage": True}}
     whole = server.chat(**body)
     told = chunks(server.chat(**body, stream=True))
@@ -63,7 +60,7 @@ def test_stream_gives_the_same_answer(server: Any) -> None:
     assert told[-1]["usage"] == whole.json()["usage"]
 
 
-def test_seed_gives_the_same_answer_alone_and_batched(server: Any) -> None:
+def test_seed_gives_the_same_answer_alone_and_batched(server):
     alone = answers(server.chat(seed=7, temperature=1.5))
     several = answers(server.chat(seed=7, temperature=1.5, n=4))
     assert several[0] == alone[0]
@@ -71,7 +68,7 @@ def test_seed_gives_the_same_answer_alone_and_batched(server: Any) -> None:
     assert answers(server.chat(seed=8, temperature=1.5)) == several[1:2]
 
 
-def test_completions_accept_texts_and_ids(server: Any, tokenizer: Tokenizer) -> None:
+def test_completions_accept_texts_and_ids(server, tokenizer):
     def ask(prompt: Any, **more: Any) -> list[str]:
         body = {"model": "pretrain", "prompt": prompt, "temperature": 0, "max_tokens": 6, **more}
         return [choice["text"] for choice in server.client.post("/v1/completions", json=body).json()["choices"]]
@@ -83,7 +80,7 @@ def test_completions_accept_texts_and_ids(server: Any, tokenizer: Tokenizer) -> 
     assert ask("the dog", echo=True) == ["the dog" + single[0]]
 
 
-def test_models_are_listed_with_provenance(server: Any) -> None:
+def test_models_are_listed_with_provenance(server):
     listed = server.client.get("/v1/models").json()
     assert [entry["id"] for entry in listed["data"]] == [CHAT, BASE]
     own = listed["data"][0]["mlxchat"]
@@ -96,7 +93,7 @@ def test_models_are_listed_with_provenance(server: Any) -> None:
     assert one["mlxchat"]["digest"] == "0" * 64
 
 
-def test_fingerprint_changes_with_contents_and_settings_only(server: Any, served: Path) -> None:
+def test_fingerprint_changes_with_contents_and_settings_only(server, served):
     told = server.client.get("/v1/models/sft").json()["mlxchat"]["fingerprint"]
     text = {"prompt": "the", "max_tokens": 2, "model": "sft"}
     for answer in (server.chat(), server.client.post("/v1/completions", json=text)):
@@ -112,7 +109,7 @@ def test_fingerprint_changes_with_contents_and_settings_only(server: Any, served
     assert fingerprint("0" * 64, bits=4, top_k=50) == fingerprint("0" * 64, top_k=50, bits=4)
 
 
-def test_unknown_model_error_lists_models_only(server: Any, served: Path) -> None:
+def test_unknown_model_error_lists_models_only(server, served):
     corpus = served / "store" / ("corpus-bundled-" + "f" * 16)
     shutil.copytree(served / "store" / ("eval-d2-" + "e" * 16), corpus)
     Store(served).set_ref("latest", "corpus", corpus)
@@ -152,9 +149,7 @@ def test_unknown_model_error_lists_models_only(server: Any, served: Path) -> Non
          400, "response_format", None),
     ],
 )  # fmt: skip
-def test_invalid_requests_get_openai_errors(
-    server: Any, body: dict[str, Any], status: int, param: str, code: str | None
-) -> None:
+def test_invalid_requests_get_openai_errors(server, body, status, param, code):
     response = server.chat(**body)
     assert response.status_code == status
     error = response.json()["error"]
@@ -162,7 +157,7 @@ def test_invalid_requests_get_openai_errors(
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
 
 
-def test_unknown_fields_are_refused_by_name(server: Any) -> None:
+def test_unknown_fields_are_refused_by_name(server):
     error = server.chat(temprature=0, min_tokens=5, user="me", metadata={"a": "b"}).json()["error"]
     expected = 'unknown fields temprature, min_tokens. Did you mean "temperature"?'
     assert (error["message"], error["code"]) == (expected, "unknown_parameter")
@@ -175,7 +170,7 @@ def test_unknown_fields_are_refused_by_name(server: Any) -> None:
     assert server.client.post("/v1/responses", json=body).json()["error"]["param"] == "verbosity"
 
 
-def test_json_schema_constrains_every_choice(server: Any) -> None:
+def test_json_schema_constrains_every_choice(server):
     schema = {"type": "object", "properties": {"yes": {"type": "boolean"}, "n": {"enum": [1, 22]}},
               "required": ["yes", "n"], "additionalProperties": False}  # fmt: skip
     form = {"type": "json_schema", "json_schema": {"name": "choice", "strict": True, "schema": schema}}
@@ -187,7 +182,7 @@ def test_json_schema_constrains_every_choice(server: Any) -> None:
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in streamed) == texts[0]
 
 
-def test_logit_bias_and_penalties_apply(server: Any, tokenizer: Tokenizer) -> None:
+def test_logit_bias_and_penalties_apply(server, tokenizer):
     (token,) = tokenizer.encode("e")
     repeated = server.chat(logit_bias={str(token): 100}, max_tokens=4, temperature=0)
     assert answers(repeated) == ["eeee"]
@@ -197,7 +192,7 @@ def test_logit_bias_and_penalties_apply(server: Any, tokenizer: Tokenizer) -> No
     assert set(answers(varied)[0]) == {"e", "t"}
 
 
-def test_earlier_tool_calls_are_rendered_unchanged(server: Any, tokenizer: Tokenizer) -> None:
+def test_earlier_tool_calls_are_rendered_unchanged(server, tokenizer):
     parts = [
         {"type": "text", "text": "2+3="}, {"type": "python", "text": "2+3"}, {"type": "python_output", "text": "5"},
     ]  # fmt: skip

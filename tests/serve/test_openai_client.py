@@ -23,7 +23,7 @@ def client(guarded: Any) -> Iterator[Any]:
         yield client
 
 
-def test_openai_client_parses_pydantic_models(client: Any) -> None:
+def test_openai_client_parses_pydantic_models(client):
     class Weather(pydantic.BaseModel):
         city: Literal["Rome", "Oslo"]
         sunny: bool
@@ -32,7 +32,7 @@ def test_openai_client_parses_pydantic_models(client: Any) -> None:
     assert isinstance(told.choices[0].message.parsed, Weather)
 
 
-def test_responses_api_whole_streamed_and_parsed(client: Any) -> None:
+def test_responses_api_whole_streamed_and_parsed(client):
     asked = {"model": "sft", "input": "the cat", "instructions": "a", "max_output_tokens": 8, "temperature": 0}
     told = client.responses.create(**asked)
     chat = client.chat.completions.create(
@@ -57,7 +57,7 @@ def test_responses_api_whole_streamed_and_parsed(client: Any) -> None:
         assert stream.get_final_response().output_text == parsed.output_text
 
 
-def test_responses_api_is_stateless(client: Any) -> None:
+def test_responses_api_is_stateless(client):
     first = client.responses.create(model="sft", input="the cat", max_output_tokens=4)
     turns = [*QUESTION, *(item.model_dump() for item in first.output), {"role": "user", "content": "the dog"}]
     assert client.responses.create(model="sft", input=turns, max_output_tokens=4).object == "response"
@@ -67,7 +67,7 @@ def test_responses_api_is_stateless(client: Any) -> None:
         client.responses.create(model="sft", input="a", tools=[{"type": "web_search"}])
 
 
-def test_openai_client_streams(client: Any) -> None:
+def test_openai_client_streams(client):
     with client.chat.completions.stream(
         model="sft", messages=QUESTION, max_tokens=6, seed=2, logprobs=True, stream_options={"include_usage": True}
     ) as stream:
@@ -78,14 +78,14 @@ def test_openai_client_streams(client: Any) -> None:
     assert final.usage.total_tokens == final.usage.prompt_tokens + final.usage.completion_tokens
 
 
-def test_openai_client_completes_and_lists_models(client: Any) -> None:
+def test_openai_client_completes_and_lists_models(client):
     told = client.completions.create(model="pretrain", prompt="the dog", max_tokens=4, temperature=0, echo=True)
     assert told.choices[0].text.startswith("the dog")
     models = [model.id for model in client.models.list()]
     assert client.models.retrieve(models[0]).id == models[0]
 
 
-def test_errors_raise_the_clients_exceptions(client: Any, guarded: Any) -> None:
+def test_errors_raise_the_clients_exceptions(client, guarded):
     with pytest.raises(openai.NotFoundError, match="gpt-4o"):
         client.chat.completions.create(model="gpt-4o", messages=QUESTION)
     with pytest.raises(openai.BadRequestError, match="temperature"):

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ def said(server: Any) -> str:
 
 
 @pytest.mark.filterwarnings("default")  # litellm's own types warn
-def test_litellm(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_litellm(url, said, monkeypatch):
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
     litellm = pytest.importorskip("litellm")
     asked: dict[str, Any] = {
@@ -48,7 +47,7 @@ def test_litellm(url: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
         litellm.completion(**{**asked, "messages": [{"role": "user", "content": "a " * 300}]})
 
 
-def test_langchain(url: str, said: str) -> None:
+def test_langchain(url, said):
     langchain = pytest.importorskip("langchain_openai")
     options: dict[str, Any] = {"base_url": url, "api_key": "none", "temperature": 0, "max_tokens": 8}
     chat = langchain.ChatOpenAI(model="sft", **options)
@@ -65,7 +64,7 @@ def test_langchain(url: str, said: str) -> None:
         chat.bind_tools([Answer]).invoke("the cat")
 
 
-def test_llm(url: str, said: str, tmp_path: Path) -> None:
+def test_llm(url, said, tmp_path):
     pytest.importorskip("llm")
     (tmp_path / "extra-openai-models.yaml").write_text(
         f"- model_id: ours\n  model_name: sft\n  api_base: {url}\n  supports_schema: true\n"

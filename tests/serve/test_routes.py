@@ -14,7 +14,7 @@ CHAT = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0.0, "max_tokens": 8}
 
 
-def test_metrics_count_requests_and_tokens(server: Any) -> None:
+def test_metrics_count_requests_and_tokens(server):
     def metrics() -> dict[str, float]:
         response = server.client.get("/metrics")
         assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
@@ -31,7 +31,7 @@ def test_metrics_count_requests_and_tokens(server: Any) -> None:
     assert {"process_resident_memory_bytes", "process_start_time_seconds", "process_cpu_seconds_total"} <= after.keys()
 
 
-def test_health_status_reflects_readiness(start: Callable[..., Any]) -> None:
+def test_health_status_reflects_readiness(start):
     server, may_load = start(), threading.Event()
     own = server.worker._load
     server.worker._load = lambda *given: may_load.wait(30) and own(*given)
@@ -45,7 +45,7 @@ def test_health_status_reflects_readiness(start: Callable[..., Any]) -> None:
             assert slow.client.head(path).status_code == 200
 
 
-def test_page_loads_nothing_elsewhere_and_forbids_frames(server: Any) -> None:
+def test_page_loads_nothing_elsewhere_and_forbids_frames(server):
     page = server.client.get("/")
     assert page.headers["content-type"].startswith("text/html")
     policy = page.headers["content-security-policy"]
@@ -57,7 +57,7 @@ def test_page_loads_nothing_elsewhere_and_forbids_frames(server: Any) -> None:
         assert server.client.get(place).status_code == 200
 
 
-def test_oversized_bodies_are_refused_unread(server: Any) -> None:
+def test_oversized_bodies_are_refused_unread(server):
     assert server.client.post("/v1/chat/completions", json={"messages": "a" * 1_100_000}).status_code == 413
 
     def pieces() -> Any:
@@ -69,7 +69,7 @@ def test_oversized_bodies_are_refused_unread(server: Any) -> None:
     assert server.client.post("/v1/chat/completions", content=pieces(), headers=headers).status_code == 413
 
 
-def test_key_protects_all_but_page_and_health(start: Callable[..., Any]) -> None:
+def test_key_protects_all_but_page_and_health(start):
     with start(api_key="secret", loopback_only=False) as guarded:
         for path in ("/v1/models", "/metrics", "/openapi.json", "/api/runs"):
             assert guarded.client.get(path).status_code == 401
@@ -89,9 +89,7 @@ def test_key_protects_all_but_page_and_health(start: Callable[..., Any]) -> None
         (["eval"], "error: "),
     ],
 )
-def test_serve_refuses_invalid_options(
-    served: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_serve_refuses_invalid_options(served, arguments, message, capsys, monkeypatch):
     monkeypatch.delenv("MLXCHAT_API_KEY", raising=False)
     with pytest.raises(SystemExit) as caught:
         main(["serve", f"outputs={served}", *arguments])
@@ -99,9 +97,7 @@ def test_serve_refuses_invalid_options(
     assert capsys.readouterr().err.startswith(message)
 
 
-def test_files_and_text_are_processed_outside_the_event_loop(
-    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_and_text_are_processed_outside_the_event_loop(start, monkeypatch):
     """On the event loop, loading tokenizers and encoding prompts would block all streams."""
     from mlxchat.data.tokenizer import Tokenizer
     from mlxchat.serve import models

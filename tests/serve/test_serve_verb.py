@@ -4,8 +4,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -50,9 +48,7 @@ worker._thread.join()  # and the process ends at once
 """
 
 
-def test_serve_prints_its_address_answers_and_stops(
-    served: Path, start_mlxchat: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_serve_prints_its_address_answers_and_stops(served, start_mlxchat):
     process = start_mlxchat("serve", f"outputs={served}", "--port", "0", "sft", "--temperature", "0")
     assert process.stdout is not None
     try:
@@ -73,13 +69,13 @@ def test_serve_prints_its_address_answers_and_stops(
         process.wait()
 
 
-def test_process_with_lanes_exits_cleanly(served: Path) -> None:
+def test_process_with_lanes_exits_cleanly(served):
     # What MLX keeps for a thread was freed after Python had joined it, while the process already ended.
     done = subprocess.run([sys.executable, "-c", ANSWERED, str(served)], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_cached_tokens_are_bounded_by_memory(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_tokens_are_bounded_by_memory(served, monkeypatch):
     model, limits = Models(Store(served), served / "store" / CHAT).find(None), Limits(kept_tokens=0)
     sizes = sizes_of_folder(model.folder)
     needed = Decoding(sizes=sizes, device=Device(), row_tokens=model.context_tokens).bytes_beside_weights(6)
@@ -90,9 +86,7 @@ def test_cached_tokens_are_bounded_by_memory(served: Path, monkeypatch: pytest.M
         rows_that_fit(model, limits, held_bytes=room)
 
 
-def test_model_beyond_memory_is_refused_before_its_weights_are_read(
-    served: Path, command: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_model_beyond_memory_is_refused_before_its_weights_are_read(served, command, monkeypatch):
     monkeypatch.setattr("mlxchat.serve.models.find_device", lambda **options: Device(limit_bytes=1000))
     monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: 0)
     code, said = command("serve", "sft", f"outputs={served}", "--port", "0")

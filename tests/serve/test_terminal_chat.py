@@ -7,13 +7,11 @@ from typing import Any
 
 import pytest
 
-from kit.commands import Command
 from kit.serving import BASE, CHAT
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import ConfigError
 from mlxchat.evals.samples import continue_prompts
-from mlxchat.model.gpt import GPT
 from mlxchat.planning.memory import Device
 from mlxchat.terminal.chat import COMMANDS, Chat, Shown
 
@@ -27,7 +25,7 @@ def said(chat: Chat) -> list[str]:
     return [message["content"] for message in chat.messages if message["role"] == "user"]
 
 
-def test_chat_keeps_history_and_system_prompt(chat: Chat, model: GPT) -> None:
+def test_chat_keeps_history_and_system_prompt(chat, model):
     chat.system = "the log"
     chat.ask("the cat")
     chat.ask("the dog")
@@ -39,7 +37,7 @@ def test_chat_keeps_history_and_system_prompt(chat: Chat, model: GPT) -> None:
     assert text == chat.engine.tokenizer.decode([id_ for id_ in expected.ids if id_ not in special])
 
 
-def test_retry_and_edit_undo_the_last_turn(chat: Chat) -> None:
+def test_retry_and_edit_undo_the_last_turn(chat):
     assert chat.obey("/retry") == "there is no question yet"
     chat.ask("the cat")
     chat.obey("/temperature 1.5")
@@ -57,7 +55,7 @@ def test_retry_and_edit_undo_the_last_turn(chat: Chat) -> None:
     assert chat.messages == []
 
 
-def test_saved_conversation_loads_unchanged(chat: Chat, tmp_path: Path) -> None:
+def test_saved_conversation_loads_unchanged(chat, tmp_path):
     chat.obey("/system the log")
     chat.ask("the cat")
     before = [*chat.messages]
@@ -77,9 +75,7 @@ def test_saved_conversation_loads_unchanged(chat: Chat, tmp_path: Path) -> None:
         ('{"messages": [{"role": "user", "content": "a"}]}', "ends with a question"),
     ],
 )  # fmt: skip
-def test_invalid_file_is_refused_and_changes_nothing(
-    chat: Chat, tmp_path: Path, contents: str | None, message: str
-) -> None:
+def test_invalid_file_is_refused_and_changes_nothing(chat, tmp_path, contents, message):
     if contents is not None:
         (tmp_path / "talk.json").write_text(contents)
     assert message in chat.obey(f"/load {tmp_path}/talk.json")
@@ -88,12 +84,12 @@ def test_invalid_file_is_refused_and_changes_nothing(
 
 @pytest.mark.parametrize("command", ["/temperature x", "/temperature -1", "/topk -1", "/topp 0", "/tokens 0", "/seed a",
                                      "/save", "/load"])  # fmt: skip
-def test_invalid_command_value_says_what_is_accepted(chat: Chat, command: str) -> None:
+def test_invalid_command_value_says_what_is_accepted(chat, command):
     name = command.split()[0]
     assert chat.obey(command) == f'"{command}": expected {name} {COMMANDS[name][0]}; {COMMANDS[name][1]}'
 
 
-def test_calculator_calls_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_calculator_calls_are_shown(capsys):
     shown = Shown()
     for kind, text in (("text", "2*3="), ("python", "2*3"), ("python_output", "6"), ("text", "6.")):
         shown.add(kind, text)
@@ -101,7 +97,7 @@ def test_calculator_calls_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "2*3=<<2*3=6>>6.\n"
 
 
-def test_control_characters_of_the_model_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_characters_of_the_model_are_escaped(monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -116,7 +112,7 @@ def test_control_characters_of_the_model_are_escaped(monkeypatch: pytest.MonkeyP
     assert not {"\x1b", "\x07", "\r", "\x9b", "\u202e"} & set(screen.getvalue())
 
 
-def test_saving_overwrites_conversations_only(chat: Chat, tmp_path: Path) -> None:
+def test_saving_overwrites_conversations_only(chat, tmp_path):
     chat.ask("the cat")
     notes, talk = tmp_path / "notes.md", tmp_path / "talk.json"
     notes.write_text("mine")
@@ -126,9 +122,7 @@ def test_saving_overwrites_conversations_only(chat: Chat, tmp_path: Path) -> Non
         assert chat.obey(f"/save {talk}").startswith("2 messages")
 
 
-def test_piped_input_is_a_question_or_a_conversation(
-    chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_piped_input_is_a_question_or_a_conversation(chat, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("the cat\n"))
     chat.answer_once("-")
     once = capsys.readouterr().out
@@ -143,9 +137,7 @@ def test_piped_input_is_a_question_or_a_conversation(
         chat.answer_once("-")
 
 
-def test_base_model_continues_texts_without_memory(
-    served: Path, model: GPT, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_base_model_continues_texts_without_memory(served, model, capsys):
     settings: dict[str, Any] = {"temperature": 0.0, "top_k": None, "max_tokens": 6, "seed": 0}
     chat = Chat.load(served / "store" / BASE, **settings)
     ((_, expected),) = continue_prompts(Engine(model, chat.engine.tokenizer), ["the cat"], 6)
@@ -158,14 +150,14 @@ def test_base_model_continues_texts_without_memory(
         Chat.load(served / "store" / BASE, **settings, system="the log")
 
 
-def test_model_too_large_for_memory_is_refused(served: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_too_large_for_memory_is_refused(served, monkeypatch):
     device = Device(limit_bytes=1000, limit_is="a test")
     monkeypatch.setattr("mlxchat.terminal.chat.find_device", lambda **options: device)
     with pytest.raises(ConfigError, match=r"needs about .*; the limit is .* \(a test\)\. .*--kv-bits 4"):
         Chat.load(served / "store" / BASE, temperature=0.0, top_k=None, max_tokens=6, seed=0)
 
 
-def test_impossible_settings_are_refused(command: Command, tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(command, tmp_path):
     code, printed = command("chat", "-p", "Hi", "--temperature", "-1", f"outputs={tmp_path / 'outputs'}")
     assert code == 2
     assert "--temperature and --top-k must be at least 0, --max-tokens at least 1" in printed
@@ -181,9 +173,7 @@ def asked(chat: Chat, monkeypatch: pytest.MonkeyPatch, text: str) -> list[int]:
     return prompts[0]
 
 
-def test_chat_reports_dropped_turns(
-    chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chat_reports_dropped_turns(chat, capsys, monkeypatch):
     chat.system = "the log"
     turns = [{"role": role, "content": f"the cat sat {n}"} for n in range(9) for role in ("user", "assistant")]
     chat.messages = list(turns)
@@ -198,9 +188,7 @@ def test_chat_reports_dropped_turns(
     assert capsys.readouterr().err == ""
 
 
-def test_chat_reports_truncated_questions(
-    chat: Chat, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chat_reports_truncated_questions(chat, capsys, monkeypatch):
     tokenizer = chat.engine.tokenizer
     ids = tokenizer.encode("1 2 3 4 5 " * 30)
     prompt = asked(chat, monkeypatch, tokenizer.decode(ids))
@@ -212,7 +200,7 @@ def test_chat_reports_truncated_questions(
     assert said(chat) == [tokenizer.decode(ids)], "the conversation keeps it whole"
 
 
-def test_following_chat_changes_models_and_keeps_the_conversation(chat: Chat, served: Path) -> None:
+def test_following_chat_changes_models_and_keeps_the_conversation(chat, served):
     asked = []
 
     def newer(name: str) -> Chat | None:

@@ -4,7 +4,7 @@ import gc
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import openai
 import pytest
 
-from kit.commands import Command
 from kit.serving import BASE, CHAT, Server
 from mlxchat.engine.scheduler import Request
 from mlxchat.serve.api import Service
@@ -92,7 +91,7 @@ def greedy(folder: Path, prompt: list[int], most: int) -> list[int]:
     return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=most)]
 
 
-def test_third_party_chat_equals_mlx_lm(client: openai.OpenAI, folder: Path) -> None:
+def test_third_party_chat_equals_mlx_lm(client, folder):
     prompt = "<|im_start|>system\nbe brief<|im_end|><|im_start|>user\nhello<|im_end|><|im_start|>assistant\n"
     specials = {"<|im_start|>": 256, "<|im_end|>": 257}
     ids: list[int] = []
@@ -113,7 +112,7 @@ def test_third_party_chat_equals_mlx_lm(client: openai.OpenAI, folder: Path) -> 
     assert chunks[-1].usage == whole.usage
 
 
-def test_third_party_answer_follows_a_json_schema(server: Server) -> None:
+def test_third_party_answer_follows_a_json_schema(server):
     schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"],
               "additionalProperties": False}  # fmt: skip
     form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
@@ -121,7 +120,7 @@ def test_third_party_answer_follows_a_json_schema(server: Server) -> None:
     assert json.loads(told["message"]["content"]).keys() == {"yes"}
 
 
-def test_third_party_echo_has_log_probabilities(client: openai.OpenAI, folder: Path) -> None:
+def test_third_party_echo_has_log_probabilities(client, folder):
     import mlx.core as mx
     from mlx_lm import load
 
@@ -137,7 +136,7 @@ def test_third_party_echo_has_log_probabilities(client: openai.OpenAI, folder: P
     assert told.choices[0].text.startswith("the cat")
 
 
-def test_third_party_reuses_the_prefix(server: Server) -> None:
+def test_third_party_reuses_the_prefix(server):
     def reused() -> float:
         text = server.client.get("/metrics").text
         return float(text.split("\nmlxchat_reused_prompt_tokens_total ")[1].split("\n")[0])
@@ -150,7 +149,7 @@ def test_third_party_reuses_the_prefix(server: Server) -> None:
     assert reused() - before >= 40
 
 
-def test_own_and_third_party_models_are_served_together(server: Server, client: openai.OpenAI) -> None:
+def test_own_and_third_party_models_are_served_together(server, client):
     listed = [entry.id for entry in client.models.list()]
     assert (listed[0], set(listed)) == (NAME, {NAME, CHAT, BASE})
     one = server.client.get(f"/v1/models/{NAME}").json()
@@ -173,12 +172,12 @@ def test_own_and_third_party_models_are_served_together(server: Server, client: 
     ],
     ids=["tools", "no such token", "beyond the context", "the template raises"],
 )  # fmt: skip
-def test_unsupported_third_party_requests_are_refused(server: Server, body: dict[str, Any], param: str) -> None:
+def test_unsupported_third_party_requests_are_refused(server, body, param):
     response = server.chat(**body)
     assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 
-def test_unloaded_third_party_model_is_freed(folder: Path, served: Path) -> None:
+def test_unloaded_third_party_model_is_freed(folder, served):
     model = Models(Store(served), folder, third_party={NAME: folder}).find(None)
     scheduler = load_scheduler(model, Limits())
     forward: Any = scheduler.forward
@@ -195,7 +194,7 @@ def test_unloaded_third_party_model_is_freed(folder: Path, served: Path) -> None
         gc.enable()
 
 
-def test_model_without_template_continues_text(tmp_path: Path, served: Path, start: Callable[..., Server]) -> None:
+def test_model_without_template_continues_text(tmp_path, served, start):
     folder = make_folder(tmp_path / "base", template=None)
     models = Models(Store(served), folder, third_party={"base": folder})
     with Server(Service(models, Worker(Limits(), load_scheduler), Defaults())) as server:
@@ -204,9 +203,7 @@ def test_model_without_template_continues_text(tmp_path: Path, served: Path, sta
         assert server.client.post("/v1/completions", json=body).status_code == 200
 
 
-def test_serve_accepts_model_folders(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command
-) -> None:
+def test_serve_accepts_model_folders(folder, tmp_path, monkeypatch, command):
     monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: print("served", options["name"]))
     code, said = command("serve", "--model", f"hf:{folder}", f"outputs={tmp_path}/none")
     assert (code or 0, f"model: {NAME} (third-party, by mlx-lm)" in said, f"served {NAME}" in said) == (0, True, True)
@@ -221,9 +218,7 @@ def test_serve_accepts_model_folders(
 
 
 @pytest.mark.parametrize("said", [{"max_position_embeddings": -5}, {"num_hidden_layers": "two", "eos_token_id": {}}])
-def test_unreadable_folder_error_hides_its_path(
-    tmp_path: Path, folder: Path, served: Path, said: dict[str, Any]
-) -> None:
+def test_unreadable_folder_error_hides_its_path(tmp_path, folder, served, said):
     bad = tmp_path / "bad"
     shutil.copytree(folder, bad)
     config = json.loads((bad / "config.json").read_text())

@@ -33,7 +33,7 @@ def rendered(tokenizer: Tokenizer, *said: Turn) -> list[int]:
     return render_for_completion(tokenizer, {"messages": messages(*said)})
 
 
-def test_truncation_keeps_the_system_prompt(tokenizer: Tokenizer) -> None:
+def test_truncation_keeps_the_system_prompt(tokenizer):
     said = pairs(9)
     got = prompt(tokenizer, 128, [("system", "the dog"), *said, ("user", "the mat")])
     kept = said[2 * got.truncated_turns :]
@@ -56,7 +56,7 @@ def test_truncation_keeps_the_system_prompt(tokenizer: Tokenizer) -> None:
     ],
     ids=["long question", "long answer", "long conversation", "many messages"],
 )
-def test_limits_apply_after_truncation(tokenizer: Tokenizer, old: list[Turn], limits: dict[str, int]) -> None:
+def test_limits_apply_after_truncation(tokenizer, old, limits):
     last = [*pairs(1, "the dog "), ("user", "the mat")]
     got = prompt(tokenizer, 2000, [*old, *last], **limits)
     assert got.truncated_turns > 0
@@ -67,7 +67,7 @@ def test_limits_apply_after_truncation(tokenizer: Tokenizer, old: list[Turn], li
         prompt(tokenizer, 2000, [*old, *last], truncate=False, **limits)
 
 
-def test_oversized_unanswered_message_is_dropped_alone(tokenizer: Tokenizer) -> None:
+def test_oversized_unanswered_message_is_dropped_alone(tokenizer):
     assert prompt(tokenizer, 128, [("user", "a b " * 90), ("user", "the mat")]).ids == rendered(
         tokenizer, ("user", "the mat")
     )
@@ -79,7 +79,7 @@ def test_oversized_unanswered_message_is_dropped_alone(tokenizer: Tokenizer) -> 
     assert short.ids == rendered(tokenizer, *said, ("user", "the log\n\nthe mat"))
 
 
-def test_long_text_in_many_turns_fits_the_context_exactly(tokenizer: Tokenizer) -> None:
+def test_long_text_in_many_turns_fits_the_context_exactly(tokenizer):
     for context in range(40, 130, 7):
         said = [("system", "the dog"), *pairs(9), ("user", "x"), ("user", "the log"), ("user", "the mat")]
         got = prompt(tokenizer, context, said)
@@ -95,15 +95,13 @@ def test_long_text_in_many_turns_fits_the_context_exactly(tokenizer: Tokenizer) 
         ([("user", "1 2 " * 60)], {}, "maximum context length is 128 tokens, answer included; the message has 244"),
     ],
 )  # fmt: skip
-def test_impossible_truncation_is_explained(
-    tokenizer: Tokenizer, said: list[Turn], limits: dict[str, int], expected: str
-) -> None:
+def test_impossible_truncation_is_explained(tokenizer, said, limits, expected):
     with pytest.raises(Fault, match=expected) as caught:
         prompt(tokenizer, 128, said, **limits)
     assert caught.value.status == 400
 
 
-def test_response_counts_dropped_turns(server: Any) -> None:
+def test_response_counts_dropped_turns(server):
     long = messages(*pairs(12), ("user", "the mat"))
     told = server.chat(messages=long, truncation="auto").json()
     assert told["mlxchat"]["truncated_turns"] > 0

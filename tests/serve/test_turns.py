@@ -1,12 +1,10 @@
 """Conversations over HTTP: prefix reuse in the KV cache, and programs."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kit.text import tool_call
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
 
@@ -21,7 +19,7 @@ def talk(server: Any, turns: int, **body: Any) -> list[str]:
     return said
 
 
-def test_next_turn_reuses_the_prefix(start: Callable[..., Any]) -> None:
+def test_next_turn_reuses_the_prefix(start):
     with start(says="yes", seconds=0.0) as server:
         read: list[int] = []
         server.until(lambda: len(server.worker.loaded) == 1)
@@ -37,7 +35,7 @@ def test_next_turn_reuses_the_prefix(start: Callable[..., Any]) -> None:
     assert reused > prompt / 3
 
 
-def test_seeded_answers_do_not_depend_on_the_cache(start: Callable[..., Any]) -> None:
+def test_seeded_answers_do_not_depend_on_the_cache(start):
     with start(limits={"kept_tokens": 0}) as alone:
         seeded, greedy = talk(alone, 4, seed=5, temperature=1.0), talk(alone, 4, temperature=0)
     with start() as server:
@@ -46,7 +44,7 @@ def test_seeded_answers_do_not_depend_on_the_cache(start: Callable[..., Any]) ->
         assert talk(server, 4, temperature=0) == greedy
 
 
-def test_programs_run_only_with_the_operators_option(start: Callable[..., Any], tokenizer: Tokenizer) -> None:
+def test_programs_run_only_with_the_operators_option(start, tokenizer):
     call = tool_call(tokenizer, "2**100")
     tool = PythonTool()
     try:

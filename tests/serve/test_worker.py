@@ -7,7 +7,6 @@ import string
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,7 +20,7 @@ def streaming(server: Any, **body: Any) -> Any:
     return server.client.stream("POST", "/v1/chat/completions", json=body)
 
 
-def test_full_queue_gives_429_with_retry_after(slow: Any) -> None:
+def test_full_queue_gives_429_with_retry_after(slow):
     with ThreadPoolExecutor() as pool:
         accepted = [pool.submit(slow.chat, max_tokens=15) for _ in range(3)]
         slow.until(lambda: slow.worker.num_choices == 3)
@@ -33,7 +32,7 @@ def test_full_queue_gives_429_with_retry_after(slow: Any) -> None:
     assert slow.chat().status_code == 200
 
 
-def test_disconnect_cancels_generation(slow: Any) -> None:
+def test_disconnect_cancels_generation(slow):
     with streaming(slow) as response:
         next(response.iter_lines())
         assert slow.worker.num_choices == 1
@@ -47,7 +46,7 @@ def test_disconnect_cancels_generation(slow: Any) -> None:
     assert slow.chat().json()["choices"][0]["message"]["content"] == string.ascii_lowercase[:12]
 
 
-def test_failed_computation_is_reported_and_recovers(slow: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_computation_is_reported_and_recovers(slow, monkeypatch):
     assert slow.chat().status_code == 200
     (scheduler,) = slow.worker._schedulers.values()
     monkeypatch.setattr(scheduler, "step", lambda: 1 / 0)
@@ -60,7 +59,7 @@ def test_failed_computation_is_reported_and_recovers(slow: Any, monkeypatch: pyt
     assert slow.chat().status_code == 200, "the model was loaded anew"
 
 
-def test_first_signal_lets_answers_finish(start: Callable[..., Any]) -> None:
+def test_first_signal_lets_answers_finish(start):
     with start(seconds=0.01) as server, ThreadPoolExecutor() as pool:
         began = pool.submit(server.chat, max_tokens=30)
         server.until(lambda: server.worker.num_choices == 1)
@@ -68,7 +67,7 @@ def test_first_signal_lets_answers_finish(start: Callable[..., Any]) -> None:
         assert began.result().json()["usage"]["completion_tokens"] == 30
 
 
-def test_grace_period_drops_long_answers(start: Callable[..., Any]) -> None:
+def test_grace_period_drops_long_answers(start):
     with start(seconds=0.05) as server:
         server.server.config.timeout_graceful_shutdown = 1
         with streaming(server) as response:
@@ -82,9 +81,7 @@ def test_grace_period_drops_long_answers(start: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("path", ["", pytest.param("plain", marks=pytest.mark.slow)])
-def test_unloaded_models_are_freed(
-    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, path: str
-) -> None:
+def test_unloaded_models_are_freed(start, monkeypatch, caplog, path):
     """A reference cycle would keep an evicted model until the garbage collector runs."""
     monkeypatch.setenv("MLXCHAT_CPU", path)
     caplog.set_level(logging.CRITICAL, "mlxchat.serve")  # caplog keeps tracebacks, which hold models
@@ -146,13 +143,13 @@ def load(server: Any, streams: int, seconds: float) -> int:
     return answered
 
 
-def test_sixteen_concurrent_streams_are_exact(start: Callable[..., Any]) -> None:
+def test_sixteen_concurrent_streams_are_exact(start):
     with start(limits={"max_rows": 8}) as server:
         assert load(server, 16, 0.1) >= 16
 
 
 @pytest.mark.slow
-def test_sustained_load_has_bounded_memory(start: Callable[..., Any]) -> None:
+def test_sustained_load_has_bounded_memory(start):
     process = psutil.Process()
     with start(limits={"max_rows": 32, "max_queue": 64}) as server:
         load(server, 64, 20)
@@ -201,7 +198,7 @@ def ask(server: Any, model: str) -> tuple[str, int]:
     return model, response.status_code
 
 
-def test_further_model_waits_for_an_idle_one(start: Callable[..., Any]) -> None:
+def test_further_model_waits_for_an_idle_one(start):
     with start(limits={"max_models": 1}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
         held = Held(server)
         asked = []
@@ -215,7 +212,7 @@ def test_further_model_waits_for_an_idle_one(start: Callable[..., Any]) -> None:
     assert held.loads == ["pretrain", "sft", "pretrain"], "first come, first served: no model waits forever"
 
 
-def test_rows_are_bounded_over_all_models(start: Callable[..., Any]) -> None:
+def test_rows_are_bounded_over_all_models(start):
     with start(limits={"max_rows": 2}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
         held = Held(server)
         asked = [pool.submit(ask, server, model) for model in ("sft", "pretrain") * 3]
@@ -226,7 +223,7 @@ def test_rows_are_bounded_over_all_models(start: Callable[..., Any]) -> None:
         assert (server.worker.num_running, server.worker.num_waiting) == (0, 0)
 
 
-def test_disconnect_while_model_waits_frees_the_queue(start: Callable[..., Any]) -> None:
+def test_disconnect_while_model_waits_frees_the_queue(start):
     with start(limits={"max_models": 1}, seconds=0.0) as server, ThreadPoolExecutor() as pool:
         held = Held(server)
         first = pool.submit(ask, server, "sft")

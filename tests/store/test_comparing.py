@@ -10,20 +10,20 @@ def made_with(backend: str, mlx: str | None) -> dict[str, Any]:
     return {"device": {"backend": backend}, "versions": {"mlx": mlx, "python": "3.12"}}
 
 
-def test_diff_shows_device_and_mlx() -> None:
+def test_diff_shows_device_and_mlx():
     changes = differences(made_with("metal", "0.31.0"), made_with("cuda", "0.32.0"))
     assert {section: found for section, found in changes.items() if found} == {
         "environment": {"mlx": ("0.31.0", "0.32.0"), "device.backend": ("metal", "cuda")}
     }
 
 
-def test_drift_is_another_device_or_mlx_than_here() -> None:
+def test_drift_is_another_device_or_mlx_than_here():
     here = versions()["mlx"]
     assert environment_drift(made_with("cpu", here), "cpu") == {}
     assert environment_drift(made_with("metal", "0.1"), "cpu") == {"device": ("metal", "cpu"), "mlx": ("0.1", here)}
     assert environment_drift({}, "cpu") == {}, "older artifacts did not record it"
 
 
-def test_column_is_numeric_if_all_its_values_are_numbers() -> None:
+def test_column_is_numeric_if_all_its_values_are_numbers():
     rows = [{"rate": 1, "name": "x", "tied": True}, {"rate": None, "name": 2.5}]
     assert [numeric(rows, column) for column in ("rate", "name", "tied", "absent")] == [True, False, False, False]

@@ -64,7 +64,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_size) for path in paths}
 
 
-def test_ended_runs_keep_everything_until_a_limit_is_given(toys: Any) -> None:
+def test_ended_runs_keep_everything_until_a_limit_is_given(toys):
     old = run_with(toys, 1)
     run_with(toys, 2)
     before = {artifact(toys, f"{old}/first"), artifact(toys, f"{old}/second")}
@@ -75,7 +75,7 @@ def test_ended_runs_keep_everything_until_a_limit_is_given(toys: Any) -> None:
     assert names(toys, Limits(older_than_seconds=0.0)) == before
 
 
-def test_pin_keeps_an_artifact_and_its_inputs(toys: Any) -> None:
+def test_pin_keeps_an_artifact_and_its_inputs(toys):
     run_with(toys, 1)
     store = toys.store
     store.set_ref("pins", "best", resolve(store, "second"))
@@ -85,7 +85,7 @@ def test_pin_keeps_an_artifact_and_its_inputs(toys: Any) -> None:
     assert len(names(toys, ALL)) == 2
 
 
-def test_unreferenced_artifact_is_garbage_without_limits(toys: Any) -> None:
+def test_unreferenced_artifact_is_garbage_without_limits(toys):
     old = run_with(toys, 1)
     lost = artifact(toys, f"{old}/second")
     run_with(toys, 1, 2)
@@ -93,7 +93,7 @@ def test_unreferenced_artifact_is_garbage_without_limits(toys: Any) -> None:
     assert names(toys, NONE) == {lost}
 
 
-def test_max_bytes_removes_only_the_oldest(toys: Any) -> None:
+def test_max_bytes_removes_only_the_oldest(toys):
     for number in (1, 2, 3):
         run_with(toys, number)
     total = sum(summary["bytes"] for summary in read_catalog(toys.store))
@@ -104,7 +104,7 @@ def test_max_bytes_removes_only_the_oldest(toys: Any) -> None:
     assert names(toys, Limits(max_bytes=0)) == names(toys, ALL)
 
 
-def test_collection_removes_what_the_preview_lists(toys: Any) -> None:
+def test_collection_removes_what_the_preview_lists(toys):
     run_with(toys, 1)
     run_with(toys, 2)
     preview = names(toys, ALL)
@@ -118,7 +118,7 @@ def test_collection_removes_what_the_preview_lists(toys: Any) -> None:
     assert all(link.exists() for link in links)
 
 
-def test_abandoned_work_is_garbage_and_locked_work_is_not(toys: Any) -> None:
+def test_abandoned_work_is_garbage_and_locked_work_is_not(toys):
     run_with(toys, 1)
     store = toys.store
     for rid in ("a" * 52, "b" * 52, "c" * 52):
@@ -131,7 +131,7 @@ def test_abandoned_work_is_garbage_and_locked_work_is_not(toys: Any) -> None:
         assert [item.path.name for item in find_garbage(store, NONE).garbage] == ["a" * 52]
 
 
-def test_gc_refuses_while_a_step_runs(toys: Any) -> None:
+def test_gc_refuses_while_a_step_runs(toys):
     run_with(toys, 1)
     run_with(toys, 2)
     lock = toys.outputs / "locks" / "gc.lock"
@@ -152,7 +152,7 @@ def test_gc_refuses_while_a_step_runs(toys: Any) -> None:
         holder.stdout.close()
 
 
-def test_artifacts_of_a_run_in_progress_are_kept(toys: Any) -> None:
+def test_artifacts_of_a_run_in_progress_are_kept(toys):
     old = run_with(toys, 1)
     plan = {step.name: step.rid for step in toys.plan(PIPELINE)}
     run_with(toys, 2)
@@ -170,7 +170,7 @@ def test_artifacts_of_a_run_in_progress_are_kept(toys: Any) -> None:
     "point",
     ["gc.moved", *(pytest.param(each, marks=pytest.mark.slow) for each in ("gc.planned", "gc.deleted", "gc.moved:2"))],
 )
-def test_kill_leaves_a_valid_store(verb: str, point: str, toys: Any) -> None:
+def test_kill_leaves_a_valid_store(verb, point, toys):
     kept = artifact(toys, f"{run_with(toys, 1)}/second")
     run = run_with(toys, 2)
     (toys.outputs / "refs" / run / "gone").symlink_to("../../store/make-z")
@@ -186,7 +186,7 @@ def test_kill_leaves_a_valid_store(verb: str, point: str, toys: Any) -> None:
     assert not (toys.outputs / "trash").exists()
 
 
-def test_removing_a_run_removes_its_unshared_artifacts(toys: Any) -> None:
+def test_removing_a_run_removes_its_unshared_artifacts(toys):
     old = run_with(toys, 1, 1)
     only_old, shared = artifact(toys, f"{old}/second"), artifact(toys, f"{old}/first")
     new = run_with(toys, 1, 2)
@@ -202,7 +202,7 @@ def test_removing_a_run_removes_its_unshared_artifacts(toys: Any) -> None:
     assert not (toys.outputs / "trash").exists()
 
 
-def test_pin_outlives_its_removed_run(toys: Any) -> None:
+def test_pin_outlives_its_removed_run(toys):
     run = run_with(toys, 1)
     toys.store.set_ref("pins", "best", resolve(toys.store, "second"))
     kept = remove(toys.store, [Run(run)], force=False).kept
@@ -211,7 +211,7 @@ def test_pin_outlives_its_removed_run(toys: Any) -> None:
     assert find_garbage(toys.store, ALL).garbage == []
 
 
-def test_removing_an_input_or_pin_needs_force(toys: Any) -> None:
+def test_removing_an_input_or_pin_needs_force(toys):
     run_with(toys, 1)
     first, second = resolve(toys.store, "first"), resolve(toys.store, "second")
     toys.store.set_ref("pins", "best", first)
@@ -224,7 +224,7 @@ def test_removing_an_input_or_pin_needs_force(toys: Any) -> None:
     assert [link for link in (toys.outputs / "refs").rglob("*") if link.is_symlink() and not link.exists()] == []
 
 
-def test_removing_a_run_in_progress_needs_force(toys: Any) -> None:
+def test_removing_a_run_in_progress_needs_force(toys):
     run = run_with(toys, 1)
     record = {"started": "2999-01-01T00:00:00+00:00", "steps": [{"rid": step.rid} for step in toys.plan(PIPELINE)]}
     (toys.outputs / "runs" / run / "plan.json").write_text(json.dumps(record))
@@ -237,7 +237,7 @@ def test_removing_a_run_in_progress_needs_force(toys: Any) -> None:
     assert list((toys.outputs / "store").iterdir()) == []
 
 
-def test_ages_and_sizes_are_parsed() -> None:
+def test_ages_and_sizes_are_parsed():
     ages = {"90s": 90, "12h": 43200, "7d": 7 * DAY_SECONDS, "1.5m": 90}
     sizes = {"10GB": 1e10, "500MB": 5e8, "1.5T": 1.5e12, "100": 100}
     assert {text: parse_age(text) for text in ages} == ages

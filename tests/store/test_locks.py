@@ -53,7 +53,7 @@ def hold_elsewhere(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Po
         holder.communicate()
 
 
-def test_waiter_sees_the_holder_and_gets_its_lock(tmp_path: Path, hold_elsewhere: Any) -> None:
+def test_waiter_sees_the_holder_and_gets_its_lock(tmp_path, hold_elsewhere):
     assert not locks.is_held(tmp_path / "x.lock")
     holder, _ = hold_elsewhere()
     assert locks.is_held(tmp_path / "x.lock")
@@ -70,7 +70,7 @@ def test_waiter_sees_the_holder_and_gets_its_lock(tmp_path: Path, hold_elsewhere
 
 
 @pytest.mark.parametrize("kind", ["program", "fork"])
-def test_surviving_child_does_not_keep_the_lock(kind: str, tmp_path: Path, hold_elsewhere: Any) -> None:
+def test_surviving_child_does_not_keep_the_lock(kind, tmp_path, hold_elsewhere):
     holder, child = hold_elsewhere(kind)
     try:
         assert locks.is_held(tmp_path / "x.lock")
@@ -82,7 +82,7 @@ def test_surviving_child_does_not_keep_the_lock(kind: str, tmp_path: Path, hold_
         os.kill(child, signal.SIGKILL)
 
 
-def test_free_lock_is_taken_and_released(tmp_path: Path) -> None:
+def test_free_lock_is_taken_and_released(tmp_path):
     path = tmp_path / "locks" / "x.lock"
     with locks.hold(path, {"step": "sft"}, lambda owner: pytest.fail("nobody holds it")) as waited:
         assert not waited
@@ -95,7 +95,7 @@ def test_free_lock_is_taken_and_released(tmp_path: Path) -> None:
     assert not locks.is_held(path)
 
 
-def test_exiting_forked_child_leaves_the_parents_lock(tmp_path: Path) -> None:
+def test_exiting_forked_child_leaves_the_parents_lock(tmp_path):
     with locks.hold(tmp_path / "x.lock", {"step": "sft"}, lambda owner: None):
         child = os.fork()
         if child == 0:
@@ -106,7 +106,7 @@ def test_exiting_forked_child_leaves_the_parents_lock(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
-def test_file_system_without_locks_is_refused(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_without_locks_is_refused(number, tmp_path, monkeypatch):
     def no_locks(handle: int, operation: int) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -118,7 +118,7 @@ def test_file_system_without_locks_is_refused(number: int, tmp_path: Path, monke
         pass
 
 
-def test_file_system_that_grants_every_lock_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_system_that_grants_every_lock_is_refused(tmp_path, monkeypatch):
     locks.check_locks(tmp_path)
     monkeypatch.setattr(fcntl, "flock", lambda handle, operation: None)
     with pytest.raises(StoreError, match=r"grants a lock to two holders at once.*outputs=PATH"):
@@ -126,7 +126,7 @@ def test_file_system_that_grants_every_lock_is_refused(tmp_path: Path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_waiter_for_a_removed_lock_file_takes_the_new_one(tmp_path: Path, hold_elsewhere: Any) -> None:
+def test_waiter_for_a_removed_lock_file_takes_the_new_one(tmp_path, hold_elsewhere):
     hold_elsewhere()
     path = tmp_path / "x.lock"
     with locks.hold(path, {"step": "mine"}, lambda owner: path.unlink()):
@@ -134,7 +134,7 @@ def test_waiter_for_a_removed_lock_file_takes_the_new_one(tmp_path: Path, hold_e
         assert locks.owns(path)
 
 
-def test_lock_with_a_removed_file_is_not_owned(tmp_path: Path) -> None:
+def test_lock_with_a_removed_file_is_not_owned(tmp_path):
     path = tmp_path / "x.lock"
     with locks.hold(path, {}, lambda owner: None):
         assert locks.owns(path)
@@ -144,7 +144,7 @@ def test_lock_with_a_removed_file_is_not_owned(tmp_path: Path) -> None:
         assert not locks.owns(path)
 
 
-def test_shared_holders_exclude_only_exclusive_ones(tmp_path: Path) -> None:
+def test_shared_holders_exclude_only_exclusive_ones(tmp_path):
     path = tmp_path / "gc.lock"
 
     def refuse(owner: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ def test_shared_holders_exclude_only_exclusive_ones(tmp_path: Path) -> None:
             assert locks.read_owner(path)["step"] == "sft", "a refused wait keeps the holder's record"
 
 
-def test_brief_check_of_a_lock_is_not_reported(tmp_path: Path) -> None:
+def test_brief_check_of_a_lock_is_not_reported(tmp_path):
     path = tmp_path / "x.lock"
     path.write_text('{"pid": 999999999, "host": "' + os.uname().nodename + '"}')  # left by a killed process
     glance = os.open(path, os.O_RDWR)
@@ -190,10 +190,7 @@ TWO = ("GPU-8932f937-aa", "GPU-11d0e0aa-bb")
         (TWO, None, "0,1", ["0", "1"]),
     ],
 )
-def test_each_visible_gpu_has_one_lock(
-    uuids: tuple[str, ...], visible: str | None, job: str | None, devices: list[str], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_each_visible_gpu_has_one_lock(uuids, visible, job, devices, tmp_path, monkeypatch):
     for number, uuid in enumerate(uuids):
         (tmp_path / f"0000:0{number}:00.0").mkdir()
         (tmp_path / f"0000:0{number}:00.0" / "information").write_text(f"Model: \t H100\nGPU UUID: \t {uuid}\n")
@@ -209,7 +206,7 @@ def test_each_visible_gpu_has_one_lock(
     assert [path.name for path in found.values()] == [f"gpu-{device}.lock" for device in devices]
 
 
-def test_gpu_locks_of_another_user_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_locks_of_another_user_are_refused(monkeypatch):
     monkeypatch.setattr(os, "getuid", lambda: 12345678)
     monkeypatch.setenv("MLXCHAT_LOCKS", "/tmp")
     with pytest.raises(StoreError, match=r"/tmp, the folder .*another user: set MLXCHAT_LOCKS"):

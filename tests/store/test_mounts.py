@@ -37,12 +37,12 @@ SSHFS = Mount("fuse.sshfs", "server:/data", ("rw",))
         (Mount("beegfs", "beegfs_nodev", ("rw",)), "not known"),
     ],
 )
-def test_mount_decides_whether_hosts_share_locks(mount: Mount, message: str | None) -> None:
+def test_mount_decides_whether_hosts_share_locks(mount, message):
     reason = mount.hides_locks()
     assert reason is None if message is None else message in (reason or "")
 
 
-def test_innermost_and_last_mount_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_innermost_and_last_mount_counts(monkeypatch, tmp_path):
     table = tmp_path / "mountinfo"
     inner = str(tmp_path / "a b")
     (tmp_path / "a b").mkdir()
@@ -68,7 +68,7 @@ def on(monkeypatch: pytest.MonkeyPatch, mount: Mount, host: str) -> None:
     monkeypatch.setattr(locks, "host_name", lambda: host)
 
 
-def test_unshared_locks_bind_a_folder_to_its_first_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unshared_locks_bind_a_folder_to_its_first_host(tmp_path, monkeypatch):
     store = Store(tmp_path / "outputs")
     on(monkeypatch, SSHFS, "one")
     store.prepare()
@@ -86,14 +86,14 @@ def test_unshared_locks_bind_a_folder_to_its_first_host(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("mount", [NFS, Mount("ext4", "/dev/sda1", ("rw",))])
-def test_shared_locks_allow_several_hosts(mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_locks_allow_several_hosts(mount, tmp_path, monkeypatch):
     for host in ("one", "two"):
         on(monkeypatch, mount, host)
         Store(tmp_path / "outputs").prepare()
     assert list((tmp_path / "outputs" / "locks").iterdir()) == []
 
 
-def test_one_of_two_simultaneous_claims_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_of_two_simultaneous_claims_wins(tmp_path, monkeypatch):
     (tmp_path / "one-host.json").touch()  # the other host has created the file and is writing it
     on(monkeypatch, SSHFS, "two")
     written = json.dumps({"host": "one", "since": "now"})
@@ -104,7 +104,7 @@ def test_one_of_two_simultaneous_claims_wins(tmp_path: Path, monkeypatch: pytest
     timer.join()
 
 
-def test_tested_hosts_share_a_folder_until_its_mount_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tested_hosts_share_a_folder_until_its_mount_changes(tmp_path, monkeypatch):
     beegfs = Mount("beegfs", "x", ())
     on(monkeypatch, beegfs, "one")
     claim(tmp_path)
@@ -118,7 +118,7 @@ def test_tested_hosts_share_a_folder_until_its_mount_changes(tmp_path: Path, mon
         claim(tmp_path)
 
 
-def test_unreadable_symlinks_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_symlinks_are_refused(tmp_path, monkeypatch):
     store = Store(tmp_path / "outputs")
     store.prepare()
 
@@ -132,9 +132,7 @@ def test_unreadable_symlinks_are_refused(tmp_path: Path, monkeypatch: pytest.Mon
     assert list((store.outputs / "refs").iterdir()) == []
 
 
-def test_probe_passes_here_finds_broken_locks_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_probe_passes_here_finds_broken_locks_and_leaves_nothing(tmp_path, monkeypatch):
     assert [text for mark, text in probe_folder(tmp_path) if mark == "wrong"] == []
     monkeypatch.setattr(fcntl, "flock", lambda handle, operation: None)
     (text,) = (text for mark, text in probe_folder(tmp_path) if mark == "wrong")
@@ -160,7 +158,7 @@ def meet(folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[str, 
     return found
 
 
-def test_successful_test_of_two_hosts_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_successful_test_of_two_hosts_is_recorded(tmp_path, monkeypatch):
     for found in meet(tmp_path / "locks", monkeypatch):
         assert [mark for mark, _ in found] == ["ok"], found
         assert "see each other's locks" in found[0][1]
@@ -168,7 +166,7 @@ def test_successful_test_of_two_hosts_is_recorded(tmp_path: Path, monkeypatch: p
     assert [path.name for path in (tmp_path / "locks").iterdir()] == ["hosts.json"]
 
 
-def test_hosts_that_hold_the_same_lock_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hosts_that_hold_the_same_lock_are_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda handle, operation: None)
     for found in meet(tmp_path / "locks", monkeypatch):
         assert found[0][0] == "wrong"
@@ -176,13 +174,13 @@ def test_hosts_that_hold_the_same_lock_are_reported(tmp_path: Path, monkeypatch:
     assert list((tmp_path / "locks").iterdir()) == []
 
 
-def test_missing_second_host_is_reported(tmp_path: Path) -> None:
+def test_missing_second_host_is_reported(tmp_path):
     ((mark, text),) = probe_hosts(tmp_path / "locks", 0.2)
     assert (mark, "no other machine responded" in text) == ("note", True)
     assert list((tmp_path / "locks").iterdir()) == []
 
 
-def test_leftovers_of_a_killed_host_test_are_reported(tmp_path: Path) -> None:
+def test_leftovers_of_a_killed_host_test_are_reported(tmp_path):
     meeting = tmp_path / "locks" / ".two-hosts"
     meeting.mkdir(parents=True)
     for name in ("first", "first-is", "lock"):

@@ -37,11 +37,11 @@ def store(tmp_path: Path) -> Store:
         ("abcde", FIRST), (SECOND, SECOND), (SECOND[:20], SECOND), ("x", THIRD),
     ],
 )  # fmt: skip
-def test_every_form_of_a_name_is_resolved(name: str, rid: str, store: Store) -> None:
+def test_every_form_of_a_name_is_resolved(name, rid, store):
     assert resolve(store, name).name.endswith(rid[:16])
 
 
-def test_ambiguous_prefix_lists_candidates(store: Store) -> None:
+def test_ambiguous_prefix_lists_candidates(store):
     with pytest.raises(StoreError, match=rf'"abcd" is ambiguous.*sft-d4-{FIRST[:16]}, sft-d4-{SECOND[:16]}.*more of'):
         resolve(store, "abcd")
 
@@ -58,7 +58,7 @@ def test_ambiguous_prefix_lists_candidates(store: Store) -> None:
         ("/", ""),
     ],
 )
-def test_unknown_name_suggests_the_nearest(name: str, hint: str | None, store: Store) -> None:
+def test_unknown_name_suggests_the_nearest(name, hint, store):
     if hint is None:
         assert resolve(store, name) == resolve(store, "latest/sft"), "a prefix of a group's name is accepted"
         return
@@ -67,14 +67,14 @@ def test_unknown_name_suggests_the_nearest(name: str, hint: str | None, store: S
     assert f'Did you mean "{hint}"?' in str(caught.value) or not hint
 
 
-def test_pin_and_step_of_one_name_are_ambiguous(store: Store) -> None:
+def test_pin_and_step_of_one_name_are_ambiguous(store):
     store.set_ref("pins", "sft", store.outputs / "store" / f"rl-d4-{THIRD[:16]}")
     with pytest.raises(StoreError, match=rf"ambiguous: use latest/sft \(sft-d4-{FIRST[:16]}\), pins/sft \(rl-"):
         resolve(store, "sft")
     assert resolve(store, "pins/sft").name.startswith("rl")
 
 
-def test_cached_catalog_follows_every_change(store: Store) -> None:
+def test_cached_catalog_follows_every_change(store):
     read = read_catalog(store, trusted=False)
     assert read_catalog(store) == read
     folder = store.outputs / "store" / f"rl-d4-{THIRD[:16]}"
@@ -85,7 +85,7 @@ def test_cached_catalog_follows_every_change(store: Store) -> None:
     assert {summary["step"] for summary in read_catalog(store)} == {"sft"}
 
 
-def test_damaged_catalog_is_rebuilt(store: Store) -> None:
+def test_damaged_catalog_is_rebuilt(store):
     expected = read_catalog(store)
     place = store.outputs / "index" / "catalog.json"
     whole = place.read_bytes()
@@ -100,7 +100,7 @@ def test_damaged_catalog_is_rebuilt(store: Store) -> None:
     assert place.read_bytes() == whole
 
 
-def test_damaged_manifest_is_listed_as_damaged(store: Store) -> None:
+def test_damaged_manifest_is_listed_as_damaged(store):
     (store.outputs / "store" / f"rl-d4-{THIRD[:16]}" / "manifest.json").write_text('{"rid": ')
     (damaged,) = (summary for summary in read_catalog(store) if "damaged" in summary)
     assert damaged["folder"].startswith("rl-d4-")

@@ -27,14 +27,14 @@ def cut_files(tmp_path: Path) -> list[tuple[int, Records]]:
     return found
 
 
-def test_cut_file_keeps_earlier_and_later_records(tmp_path: Path) -> None:
+def test_cut_file_keeps_earlier_and_later_records(tmp_path):
     for num_whole, cut in cut_files(tmp_path):
         assert cut.read() == WRITTEN[:num_whole]
         cut.append({"iteration": 9})
         assert cut.read() == [*WRITTEN[:num_whole], {"iteration": 9}]
 
 
-def test_truncation_drops_later_iterations_and_a_cut_line(tmp_path: Path) -> None:
+def test_truncation_drops_later_iterations_and_a_cut_line(tmp_path):
     log = Records(tmp_path / "metrics.jsonl")
     kept: list[dict[str, Any]] = [
         {"note": "no iteration"}, {"iteration": 1}, {"iteration": 2, "val": 1}, {"iteration": 2},
@@ -48,7 +48,7 @@ def test_truncation_drops_later_iterations_and_a_cut_line(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == [log.path]
 
 
-def test_execution_without_an_end_was_killed(tmp_path: Path) -> None:
+def test_execution_without_an_end_was_killed(tmp_path):
     attempts.start(tmp_path, "run1", "sft")
     assert attempts.read(tmp_path)[0]["outcome"] == "running"
     attempts._began.clear()  # as in another process
@@ -62,7 +62,7 @@ def test_execution_without_an_end_was_killed(tmp_path: Path) -> None:
     assert killed["started"] <= done["started"] <= done["ended"], "times sort as text"
 
 
-def test_path_below_a_file_has_no_records(tmp_path: Path) -> None:
+def test_path_below_a_file_has_no_records(tmp_path):
     """Other processes create files in work/ for an instant while it is scanned."""
     (tmp_path / "probe").touch()
     assert Records(tmp_path / "probe" / "attempts.jsonl").read() == []

@@ -45,14 +45,14 @@ def refuse(folder: Path) -> dict[str, float]:
     raise AssertionError("it exists already")
 
 
-def test_existing_artifact_is_reused(shared: SharedArtifacts) -> None:
+def test_existing_artifact_is_reused(shared):
     place = obtain(shared, write)
     assert (place / "tokens").read_text() == "content"
     assert obtain(shared, refuse) == obtain(open_shared(shared.outputs), refuse, label="other") == place
 
 
 @pytest.mark.parametrize("changes", [{"version": 2}, {"identity": {"text": "abd"}}], ids=str)
-def test_other_formats_and_contents_are_other_artifacts(shared: SharedArtifacts, changes: dict[str, Any]) -> None:
+def test_other_formats_and_contents_are_other_artifacts(shared, changes):
     def write_other(folder: Path) -> dict[str, float]:
         (folder / "tokens").write_text("other")
         return {}
@@ -60,7 +60,7 @@ def test_other_formats_and_contents_are_other_artifacts(shared: SharedArtifacts,
     assert obtain(shared, write_other, **changes) != obtain(shared, write)
 
 
-def test_shared_artifact_has_lineage_and_digests(shared: SharedArtifacts) -> None:
+def test_shared_artifact_has_lineage_and_digests(shared):
     place = obtain(shared, write)
     (manifest,) = Store(shared.outputs).manifests()
     assert place.name == manifest["name"] == f"tokens-shard-{manifest['rid'][:16]}"
@@ -73,7 +73,7 @@ def test_shared_artifact_has_lineage_and_digests(shared: SharedArtifacts) -> Non
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=["fault", "interrupt"])
-def test_failure_leaves_nothing_and_is_repeated(shared: SharedArtifacts, error: BaseException) -> None:
+def test_failure_leaves_nothing_and_is_repeated(shared, error):
     def fail(folder: Path) -> dict[str, float]:
         write(folder)
         raise error
@@ -84,7 +84,7 @@ def test_failure_leaves_nothing_and_is_repeated(shared: SharedArtifacts, error: 
     assert (obtain(shared, write) / "tokens").exists()
 
 
-def test_full_disk_is_one_message(shared: SharedArtifacts) -> None:
+def test_full_disk_is_one_message(shared):
     def fail(folder: Path) -> dict[str, float]:
         raise OSError(28, "No space left on device", str(folder / "tokens"))
 
@@ -92,7 +92,7 @@ def test_full_disk_is_one_message(shared: SharedArtifacts) -> None:
         obtain(shared, fail)
 
 
-def test_waiting_is_reported_once_and_can_be_stopped(shared: SharedArtifacts) -> None:
+def test_waiting_is_reported_once_and_can_be_stopped(shared):
     lines: list[str] = []
     patience = [1, 2, 3]
 
@@ -132,7 +132,7 @@ def start(outputs: Path, log: Path, slow: float) -> subprocess.Popen[str]:
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
 
 
-def test_killed_process_leaves_no_artifact(shared: SharedArtifacts, tmp_path: Path) -> None:
+def test_killed_process_leaves_no_artifact(shared, tmp_path):
     log = tmp_path / "log"
     process = start(shared.outputs, log, 60)
     while not any((shared.outputs / "work").glob("*/out/tokens")):

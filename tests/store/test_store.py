@@ -36,14 +36,14 @@ def make_artifact(store: Store, text: str = "content", **more: Any) -> Path:
     return place
 
 
-def test_manifest_without_git_is_valid(toys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifest_without_git_is_valid(toys, monkeypatch):
     """Installed from a wheel there is no git checkout, and `git` is null in manifests."""
     monkeypatch.setattr("mlxchat.store.environment.git_state", lambda folder: None)
     toys.run(toys.plan({"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}))
     assert read_manifest(resolve(toys.store, "second"))["git"] is None
 
 
-def test_invalid_manifest_is_not_published(store: Store) -> None:
+def test_invalid_manifest_is_not_published(store):
     out = store.work(KEY) / "out"
     out.mkdir(parents=True)
     with pytest.raises(StoreError, match=r"cannot be published: .*metrics\.loss is 'low', expected a number"):
@@ -59,7 +59,7 @@ def store(tmp_path: Path) -> Store:
     return found
 
 
-def test_artifact_exists_if_its_manifest_does(store: Store) -> None:
+def test_artifact_exists_if_its_manifest_does(store):
     place = store.outputs / "store" / f"sft-d4-{RID[:16]}"
     place.mkdir()
     (place / "model.safetensors").write_text("weights")
@@ -132,7 +132,7 @@ print(json.dumps(states))
 
 
 @pytest.mark.parametrize("before", ["nothing", "rebuild", "damaged"])
-def test_kill_during_publishing_leaves_no_partial_artifact(before: str, tmp_path: Path) -> None:
+def test_kill_during_publishing_leaves_no_partial_artifact(before, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", CRASHES, str(tmp_path / "outputs"), KEY, before],
         capture_output=True, text=True, check=True, timeout=120,
@@ -148,7 +148,7 @@ def test_kill_during_publishing_leaves_no_partial_artifact(before: str, tmp_path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/fd")
-def test_everything_is_synced_before_the_rename(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_synced_before_the_rename(store, monkeypatch):
     events: list[str] = []
     fsync, rename = os.fsync, Path.rename
     monkeypatch.setattr(
@@ -161,7 +161,7 @@ def test_everything_is_synced_before_the_rename(store: Store, monkeypatch: pytes
     assert Path(events[-1]).name == "store", "the folder that holds the new name is synced after the rename"
 
 
-def test_other_contents_are_another_artifact(store: Store) -> None:
+def test_other_contents_are_another_artifact(store):
     """A forced step must not take the bytes from pins and readers of the former artifact."""
     old = make_artifact(store, "old", published="2026-01-01")
     new = make_artifact(store, "new", published="2026-01-02")
@@ -175,7 +175,7 @@ def test_other_contents_are_another_artifact(store: Store) -> None:
     assert store.find_made(KEY) == old
 
 
-def test_equal_contents_keep_the_artifact_and_add_a_record(store: Store) -> None:
+def test_equal_contents_keep_the_artifact_and_add_a_record(store):
     first = make_artifact(store, published="2026-01-01")
     assert make_artifact(store, published="2026-01-02") == first
     assert read_manifest(first)["published"] == "2026-01-01", "it is never written again"
@@ -186,7 +186,7 @@ def test_equal_contents_keep_the_artifact_and_add_a_record(store: Store) -> None
     assert read_manifest(first)["tree"] == read_manifest(make_artifact(store, key="z" * 52))["tree"]
 
 
-def test_files_get_the_permissions_of_their_folder(store: Store) -> None:
+def test_files_get_the_permissions_of_their_folder(store):
     out = store.work(KEY) / "out"
     out.mkdir(parents=True)
     out.chmod(0o750)
@@ -200,7 +200,7 @@ def test_files_get_the_permissions_of_their_folder(store: Store) -> None:
     }
 
 
-def test_refs_survive_a_move_of_the_folder(store: Store, tmp_path: Path) -> None:
+def test_refs_survive_a_move_of_the_folder(store, tmp_path):
     place = make_artifact(store)
     store.set_ref("latest", "sft", place)
     store.set_ref("run1", "sft", place)
@@ -211,14 +211,14 @@ def test_refs_survive_a_move_of_the_folder(store: Store, tmp_path: Path) -> None
     assert refs_of(Store(moved)) == refs_of(Store(moved), "run1") == expected
 
 
-def test_unwritable_outputs_folder_is_refused(tmp_path: Path) -> None:
+def test_unwritable_outputs_folder_is_refused(tmp_path):
     (tmp_path / "outputs").touch()
     with pytest.raises(StoreError, match=r"cannot be written .*outputs=PATH"):
         Store(tmp_path / "outputs").prepare()
 
 
 @pytest.mark.parametrize("label", ["../../etc", "a/b", "a b", "-x", ".", "", "ü"])
-def test_label_cannot_leave_the_store(label: str) -> None:
+def test_label_cannot_leave_the_store(label):
     name = artifact_name("sft", label, RID)
     assert Path(name).name == name
     assert name.startswith("sft-")
@@ -228,7 +228,7 @@ def test_label_cannot_leave_the_store(label: str) -> None:
 @pytest.mark.parametrize(
     ("name", "counts"), [("model.bin", True), ("new.bin", True), ("metrics.jsonl", False), ("samples.jsonl", False)]
 )
-def test_tree_excludes_observations(name: str, counts: bool, tmp_path: Path) -> None:
+def test_tree_excludes_observations(name, counts, tmp_path):
     (tmp_path / "model.bin").write_bytes(b"1")
     _, before = describe_outputs(tmp_path)
     (tmp_path / name).write_bytes(b"2")
@@ -238,7 +238,7 @@ def test_tree_excludes_observations(name: str, counts: bool, tmp_path: Path) -> 
     assert listed in files, "it is always listed"
 
 
-def test_huge_manifest_is_refused_unread(tmp_path: Path) -> None:
+def test_huge_manifest_is_refused_unread(tmp_path):
     """2 MB of a compressed archive can unpack to 2 GB of blanks."""
     with (tmp_path / "manifest.json").open("wb") as file:
         file.truncate(1 << 33)
@@ -246,7 +246,7 @@ def test_huge_manifest_is_refused_unread(tmp_path: Path) -> None:
         read_manifest(tmp_path)
 
 
-def test_outputs_of_version_0_1_are_reported(tmp_path: Path) -> None:
+def test_outputs_of_version_0_1_are_reported(tmp_path):
     folder = tmp_path / "outputs" / "store" / f"sft-d4-{RID[:16]}"
     folder.mkdir(parents=True)
     (folder / "manifest.json").write_text(json.dumps({"rid": RID, "schema": 1}))

@@ -43,7 +43,7 @@ def exported(made: Any, to: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["folder", "x.tar", "x.tar.gz"])
-def test_export_and_import_keep_every_byte(form: str, made: Any, tmp_path: Path) -> None:
+def test_export_and_import_keep_every_byte(form, made, tmp_path):
     other = Store(tmp_path / "other")
     new, known = import_all(other, exported(made, tmp_path / form))
     assert [place.name.split("-")[0] for place in new] == ["make", "copy"]
@@ -58,7 +58,7 @@ def test_export_and_import_keep_every_byte(form: str, made: Any, tmp_path: Path)
 
 
 @pytest.mark.parametrize("form", ["folder/store", "copy", "artifact"])
-def test_store_folder_or_single_artifact_can_be_imported(form: str, made: Any, tmp_path: Path) -> None:
+def test_store_folder_or_single_artifact_can_be_imported(form, made, tmp_path):
     place = exported(made, tmp_path / "folder") / "store"
     source = {"folder/store": place, "copy": place.rename(tmp_path / "copy") if form == "copy" else place}.get(form)
     for verb in ("local", "file"):
@@ -69,7 +69,7 @@ def test_store_folder_or_single_artifact_can_be_imported(form: str, made: Any, t
         assert contents(other.outputs / "store") == contents(made.store.outputs / "store")
 
 
-def test_import_includes_inputs_that_differ_here(made: Any, tmp_path: Path) -> None:
+def test_import_includes_inputs_that_differ_here(made, tmp_path):
     """The child must not be imported alone: its inputs would be missing."""
     place = exported(made, tmp_path / "folder")
     theirs = resolve(made.store, "first")
@@ -86,7 +86,7 @@ def test_import_includes_inputs_that_differ_here(made: Any, tmp_path: Path) -> N
     assert [step.state for step in made.plan(PIPELINE)] == ["done", "run"]
 
 
-def test_export_copies_only_missing_artifacts(made: Any, tmp_path: Path) -> None:
+def test_export_copies_only_missing_artifacts(made, tmp_path):
     place = exported(made, tmp_path / "folder")
     folders = closure(made.store, [resolve(made.store, "second")])
     assert export(made.store, folders, place) == 0
@@ -97,7 +97,7 @@ def test_export_copies_only_missing_artifacts(made: Any, tmp_path: Path) -> None
     assert export(made.store, folders, place) == 1
 
 
-def test_export_refuses_missing_inputs(made: Any, tmp_path: Path) -> None:
+def test_export_refuses_missing_inputs(made, tmp_path):
     first = resolve(made.store, "first")
     first.rename(tmp_path / first.name)
     with pytest.raises(StoreError, match="which is not in"):
@@ -105,7 +105,7 @@ def test_export_refuses_missing_inputs(made: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["file", "manifest", "missing", "extra"])
-def test_import_refuses_damaged_artifacts(damage: str, made: Any, tmp_path: Path) -> None:
+def test_import_refuses_damaged_artifacts(damage, made, tmp_path):
     place = exported(made, tmp_path / "folder")
     victim = next((place / "store").glob("copy-*"))
     if damage == "file":
@@ -129,7 +129,7 @@ EVIL = ["../evil.txt", "/tmp/evil.txt", "store/a/../../../evil.txt", "store/evil
 
 
 @pytest.mark.parametrize("name", [*EVIL, "link", "hardlink", "device"])
-def test_tar_with_paths_outside_is_refused(name: str, made: Any, tmp_path: Path) -> None:
+def test_tar_with_paths_outside_is_refused(name, made, tmp_path):
     exported(made, tmp_path / "x.tar")
     with tarfile.open(tmp_path / "x.tar", "a") as tar:
         member = tarfile.TarInfo(name if name in EVIL else "store/a/b")
@@ -149,7 +149,7 @@ PATHS = ["/{home}/papers", "../../../home/papers", "../latest/second", "..", "."
 
 
 @pytest.mark.parametrize("step", PATHS, ids=ascii)
-def test_step_named_like_a_path_is_refused(step: str, made: Any, tmp_path: Path) -> None:
+def test_step_named_like_a_path_is_refused(step, made, tmp_path):
     """The link refs/<group>/<step> would replace a folder of the user, and the next run delete its files."""
     papers = tmp_path / "home" / "papers"
     papers.mkdir(parents=True)
@@ -204,7 +204,7 @@ def small_record() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("change", MISSHAPEN.values(), ids=MISSHAPEN)
-def test_malformed_manifest_is_refused(change: Any, tmp_path: Path) -> None:
+def test_malformed_manifest_is_refused(change, tmp_path):
     """Otherwise import, ls or show would end in tracebacks."""
     record = small_record()
     folder = tmp_path / "store" / f"make-{record['rid'][:16]}"
@@ -219,7 +219,7 @@ def test_malformed_manifest_is_refused(change: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("schema", "field"), [(1, "key"), (3, "stage")])
-def test_manifest_cannot_place_records_outside(schema: int, field: str, tmp_path: Path) -> None:
+def test_manifest_cannot_place_records_outside(schema, field, tmp_path):
     """A record's file name contains stage and key."""
     record = small_record() | {"schema": schema, "key": "../../../escaped"}
     if field == "stage":
@@ -248,7 +248,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
-def test_odd_but_valid_manifest_can_be_shown(change: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_odd_but_valid_manifest_can_be_shown(change, tmp_path, capsys):
     record = small_record() | change
     record["rid"] = compute_key("make", 1, record["config"], {}, {})
     folder = tmp_path / "store" / f"make-{record['rid'][:16]}"
@@ -260,7 +260,7 @@ def test_odd_but_valid_manifest_can_be_shown(change: Any, tmp_path: Path, capsys
     assert not {"\x1b", "\x07"} & set(capsys.readouterr().out)
 
 
-def test_artifacts_made_from_each_other_are_refused(made: Any, tmp_path: Path) -> None:
+def test_artifacts_made_from_each_other_are_refused(made, tmp_path):
     """Ids do not cover inputs, so manifests can form a cycle."""
     place = exported(made, tmp_path / "folder")
     folder = next((place / "store").glob("copy-*"))
@@ -295,7 +295,7 @@ def hostile_tar(path: Path, kind: bytes, size: int, content: bytes = b"") -> Pat
      (tarfile.GNUTYPE_SPARSE, 0, "not a file of an artifact"), (tarfile.REGTYPE, 1 << 50, "GB free")],
     ids=["header", "name", "sparse", "size"],
 )  # fmt: skip
-def test_tar_bomb_is_refused(kind: bytes, size: int, message: str, tmp_path: Path) -> None:
+def test_tar_bomb_is_refused(kind, size, message, tmp_path):
     """A sparse member of 1.5 kB can unpack to any size, a compressed header of 230 kB to 1.5 GB."""
     content = bytes(64 << 20) if size == 64 << 20 else bytes(1024)
     source = hostile_tar(tmp_path / "x.tar", kind, size, content)
@@ -308,7 +308,7 @@ def test_tar_bomb_is_refused(kind: bytes, size: int, message: str, tmp_path: Pat
         tracemalloc.stop()
 
 
-def test_folder_with_control_characters_is_refused(made: Any, tmp_path: Path) -> None:
+def test_folder_with_control_characters_is_refused(made, tmp_path):
     place = next((exported(made, tmp_path / "folder") / "store").glob("copy-*"))
     place.rename(place.with_name(f"a\x1b]0;b\x07-{place.name[-16:]}"))
     with pytest.raises(StoreError, match="not plain text"):
@@ -316,13 +316,13 @@ def test_folder_with_control_characters_is_refused(made: Any, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("step", ["../x", "/x", "a/b", "..", ""])
-def test_ref_cannot_leave_its_run(step: str, made: Any) -> None:
+def test_ref_cannot_leave_its_run(step, made):
     with pytest.raises(StoreError, match="cannot be called"):
         made.store.set_ref("run", step, resolve(made.store, "first"))
 
 
 @pytest.mark.parametrize("length", [0.0, 0.6])
-def test_cut_tar_is_refused(length: float, made: Any, tmp_path: Path) -> None:
+def test_cut_tar_is_refused(length, made, tmp_path):
     whole = exported(made, tmp_path / "x.tar").read_bytes()
     used = whole.rstrip(b"\0")
     (tmp_path / "x.tar").write_bytes(used[: int(len(used) * length)])
@@ -336,7 +336,7 @@ def test_cut_tar_is_refused(length: float, made: Any, tmp_path: Path) -> None:
     "point",
     ["import.checked", *(pytest.param(each, marks=pytest.mark.slow) for each in ("import.unpacked", "import.renamed"))],
 )
-def test_killed_import_leaves_no_partial_artifact(point: str, made: Any, tmp_path: Path) -> None:
+def test_killed_import_leaves_no_partial_artifact(point, made, tmp_path):
     source, other = exported(made, tmp_path / "x.tar"), Store(tmp_path / "other")
     done = subprocess.run(
         [sys.executable, "-m", "mlxchat", "pull", str(source), f"outputs={other.outputs}"],

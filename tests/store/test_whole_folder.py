@@ -24,7 +24,7 @@ def fill(path: Path, content: str = "new", *, force: bool = False) -> None:
         (folder / "inside" / "file").write_text(content)
 
 
-def test_file_is_replaced_atomically(tmp_path: Path) -> None:
+def test_file_is_replaced_atomically(tmp_path):
     place = tmp_path / "file"
     write_whole(place, "old")
     with whole_file(place) as first, whole_file(place, durable=False) as second:
@@ -35,7 +35,7 @@ def test_file_is_replaced_atomically(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [place]
 
 
-def test_error_keeps_the_old_file(tmp_path: Path) -> None:
+def test_error_keeps_the_old_file(tmp_path):
     place = tmp_path / "file"
     write_whole(place, b"old")
 
@@ -51,7 +51,7 @@ def test_error_keeps_the_old_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link"])
-def test_existing_path_is_replaced_only_by_force(tmp_path: Path, kind: str) -> None:
+def test_existing_path_is_replaced_only_by_force(tmp_path, kind):
     place = tmp_path / "out"
     if kind == "file":
         place.write_text("mine")
@@ -68,7 +68,7 @@ def test_existing_path_is_replaced_only_by_force(tmp_path: Path, kind: str) -> N
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
-def test_path_filled_meanwhile_is_kept(tmp_path: Path) -> None:
+def test_path_filled_meanwhile_is_kept(tmp_path):
     place = tmp_path / "out"
 
     def be_late() -> None:
@@ -83,7 +83,7 @@ def test_path_filled_meanwhile_is_kept(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
-def test_leftovers_of_ended_processes_are_removed(tmp_path: Path) -> None:
+def test_leftovers_of_ended_processes_are_removed(tmp_path):
     host = socket.gethostname()
     gone = tmp_path / f".out.unfinished-{host}-{gone_process()}"
     alive = tmp_path / f".out.unfinished-{host}-{os.getppid()}"
@@ -94,7 +94,7 @@ def test_leftovers_of_ended_processes_are_removed(tmp_path: Path) -> None:
     assert {each.name for each in tmp_path.iterdir()} == {"out", alive.name, elsewhere.name}
 
 
-def test_kill_between_two_renames_is_undone(tmp_path: Path) -> None:
+def test_kill_between_two_renames_is_undone(tmp_path):
     former = tmp_path / f".out.replaced-{socket.gethostname()}-{gone_process()}"
     former.mkdir()
     (former / "mine").touch()
@@ -105,7 +105,7 @@ def test_kill_between_two_renames_is_undone(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
 
 
-def test_process_of_another_user_counts_as_running(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_of_another_user_counts_as_running(monkeypatch):
     """Its lock must not be taken, nor its unfinished folder removed."""
 
     def refuse(process: int, number: int) -> None:

@@ -3,12 +3,10 @@
 import csv
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kit.commands import Say, run_captured
+from kit.commands import run_captured
 from kit.sweeps import Swept
 from mlxchat.errors import ConfigError
 from mlxchat.store.store import Store
@@ -29,7 +27,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, short: tuple[str, ...]) -> t
     return Swept(outputs), done.stdout, command
 
 
-def test_shared_steps_run_once_before_all_jobs(three: Any) -> None:
+def test_shared_steps_run_once_before_all_jobs(three):
     swept, text, _ = three
     assert swept.started() == {"corpus": 1, "tokenizer": 1, "pretrain": 3}
     assert (
@@ -37,7 +35,7 @@ def test_shared_steps_run_once_before_all_jobs(three: Any) -> None:
     )
 
 
-def test_table_has_a_row_per_job_best_first(three: Any) -> None:
+def test_table_has_a_row_per_job_best_first(three):
     swept, text, _ = three
     made = {
         manifest["config"]["optimizer"]["matrix_lr"]: manifest["metrics"]["val_bpb"]
@@ -58,7 +56,7 @@ def test_table_has_a_row_per_job_best_first(three: Any) -> None:
     }  # fmt: skip
 
 
-def test_repeated_sweep_runs_nothing(three: Any, say: Say) -> None:
+def test_repeated_sweep_runs_nothing(three, say):
     swept, _, command = three
     more = say("plan", *command[:-2], f"{command[-2]},0.09", command[-1])
     assert len(re.findall(r"^job \d/4 .* is done$", more, re.M)) == 3
@@ -73,9 +71,7 @@ def test_repeated_sweep_runs_nothing(three: Any, say: Say) -> None:
 
 
 @pytest.mark.parametrize("fail_fast", [False, True])
-def test_failed_job_stops_others_with_fail_fast_only(
-    fail_fast: bool, swept: Swept, tiny: tuple[str, ...], say: Say
-) -> None:
+def test_failed_job_stops_others_with_fail_fast_only(fail_fast, swept, tiny, say):
     settings = ["stage=tokenizer", "tokenizer.vocab_size=310,60000,320", f"fail_fast={fail_fast}"]
     text = say("-m", *tiny, *settings, f"outputs={swept.outputs}", code=1)
     assert "── job 2/3 tokenizer.vocab_size=60000 failed: tokenizer.vocab_size is 60000" in text
@@ -85,7 +81,7 @@ def test_failed_job_stops_others_with_fail_fast_only(
     assert error.startswith("tokenizer.vocab_size is 60000, but the corpus yields only")
 
 
-def test_failed_shared_step_ends_only_its_jobs(swept: Swept, short: tuple[str, ...], say: Say) -> None:
+def test_failed_shared_step_ends_only_its_jobs(swept, short, say):
     before = swept.started()
     settings = ["tokenizer.vocab_size=60000,310", "optimizer.matrix_lr=0.01,0.03"]
     say("-m", *short, *settings, f"outputs={swept.outputs}", code=1)
@@ -98,7 +94,7 @@ def test_failed_shared_step_ends_only_its_jobs(swept: Swept, short: tuple[str, .
     assert swept.started() - before == {"tokenizer": 2, "pretrain": 2}
 
 
-def test_forced_shared_step_runs_once(swept: Swept, short: tuple[str, ...], say: Say) -> None:
+def test_forced_shared_step_runs_once(swept, short, say):
     before = swept.started()
     say("-m", *short, "force=[tokenizer]", "optimizer.matrix_lr=0.01,0.03", f"outputs={swept.outputs}")
     assert swept.started() - before == {"tokenizer": 1, "pretrain": 2}
@@ -106,7 +102,7 @@ def test_forced_shared_step_runs_once(swept: Swept, short: tuple[str, ...], say:
     assert all(row.keys() == columns for row in swept.rows()), "only steps of the jobs"
 
 
-def test_jobs_are_all_combinations_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_jobs_are_all_combinations_once(tmp_path, monkeypatch):
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "own.yaml").write_text("defaults: [d2]\nname: own\n")
     (tmp_path / "mine" / "experiment").mkdir()
@@ -147,21 +143,19 @@ def test_jobs_are_all_combinations_once(tmp_path: Path, monkeypatch: pytest.Monk
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_a_mistake_is_refused_before_anything_is_written(
-    arguments: list[str], message: str, tmp_path: Path, say: Say
-) -> None:
+def test_a_mistake_is_refused_before_anything_is_written(arguments, message, tmp_path, say):
     text = say("-m", *arguments, f"outputs={tmp_path}/outputs", code=2)
     assert re.search(message, text), text
     assert not (tmp_path / "outputs").exists()
 
 
-def test_sweep_folder_may_use_resolvers() -> None:
+def test_sweep_folder_may_use_resolvers():
     folder = "hydra.sweep.dir='/sweeps/${now:%Y}/${name}-${seed}'"
     found = HydraSettings.read([folder], ["experiment=smoke", "seed=7"], [])
     assert re.fullmatch(r"/sweeps/20\d\d/smoke-7", str(found.folder))
 
 
-def test_sweep_plan_counts_shared_steps_once(say: Say, tmp_path: Path) -> None:
+def test_sweep_plan_counts_shared_steps_once(say, tmp_path):
     command = ["experiment=smoke", "stage=pretrain", "optimizer.matrix_lr=0.01,0.02", "model=d2,d4"]
     command += [f"outputs={tmp_path}/outputs"]
     text = say("plan", "-m", *command)

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from kit.commands import CommandLine, Say, run_captured
+from kit.commands import run_captured
 from mlxchat.sweep.search import Trials
 
 SETTINGS = [
@@ -50,7 +50,7 @@ def expected_end(number: int, rows: dict[int, dict[str, Any]]) -> int | None:
     return None
 
 
-def test_trials_outside_the_best_stop_at_a_rung(halved: tuple[Path, list[str]]) -> None:
+def test_trials_outside_the_best_stop_at_a_rung(halved):
     rows = rows_of(halved[0])
     assert {row["status"] for row in rows.values()} == {"pruned", "done"}
     assert {number: row.get("iterations") for number, row in rows.items()} == {
@@ -61,7 +61,7 @@ def test_trials_outside_the_best_stop_at_a_rung(halved: tuple[Path, list[str]]) 
     assert len(attempts) == pruned, "each pruned trial keeps its state"
 
 
-def test_pruned_trial_resumes_when_run_alone(halved: tuple[Path, list[str]], say: Say) -> None:
+def test_pruned_trial_resumes_when_run_alone(halved, say):
     outputs, command = halved
     row = next(row for row in rows_of(outputs).values() if row["status"] == "pruned")
     rate = row["overrides"]["optimizer.matrix_lr"]
@@ -75,9 +75,7 @@ def test_pruned_trial_resumes_when_run_alone(halved: tuple[Path, list[str]], say
 
 @pytest.mark.slow
 @pytest.mark.parametrize("point", ["search.told:2", "train.iteration:5"])
-def test_killed_halving_ends_with_the_same_trials(
-    point: str, halved: tuple[Path, list[str]], tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
-) -> None:
+def test_killed_halving_ends_with_the_same_trials(point, halved, tiny, mlxchat, tmp_path):
     command = [*tiny, *SETTINGS, f"outputs={tmp_path}/outputs"]
     killed = mlxchat(*command, environ={"MLXCHAT_CRASH_AT": point})
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr

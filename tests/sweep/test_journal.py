@@ -34,7 +34,7 @@ def path(tmp_path: Path) -> Path:
     return trials.path
 
 
-def test_optuna_reads_the_journal(path: Path) -> None:
+def test_optuna_reads_the_journal(path):
     study = Trials(path).study
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", "PRUNED"]
     assert study.direction.name == "MAXIMIZE"
@@ -43,7 +43,7 @@ def test_optuna_reads_the_journal(path: Path) -> None:
     assert [each["job"] for each in Trials(path).rows()] == [1, 2, 3]
 
 
-def test_truncated_journal_resumes_from_its_last_whole_line(path: Path) -> None:
+def test_truncated_journal_resumes_from_its_last_whole_line(path):
     text = path.read_bytes()
     for cut in range(text.rfind(b"\n", 0, -1), len(text), 3):
         path.write_bytes(text[:cut])
@@ -55,7 +55,7 @@ def test_truncated_journal_resumes_from_its_last_whole_line(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [b"not json", b"{}", b"[]"])
-def test_damaged_journal_line_is_refused(path: Path, damage: bytes) -> None:
+def test_damaged_journal_line_is_refused(path, damage):
     lines = path.read_bytes().splitlines()
     lines[2] = damage
     path.write_bytes(b"\n".join(lines) + b"\n")
@@ -63,7 +63,7 @@ def test_damaged_journal_line_is_refused(path: Path, damage: bytes) -> None:
         Trials(path)
 
 
-def test_different_search_is_refused_with_differences(path: Path) -> None:
+def test_different_search_is_refused_with_differences(path):
     with pytest.raises(ConfigError) as caught:
         Trials(path).begin({**DEFINITION, "space": {"a": "float 0..2"}, "fixed": {"seed": 1, "b": 3}})
     assert "fixed.b: 2.5 → 3" in str(caught.value)

@@ -3,14 +3,11 @@
 import os
 import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kit.commands import CommandLine, Say, is_alive, saved_trainings, wait_until
-from kit.sweeps import Swept
+from kit.commands import is_alive, saved_trainings, wait_until
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
 SETTINGS = {
@@ -27,9 +24,7 @@ def launcher(request: pytest.FixtureRequest) -> list[str]:
     return [f"hydra/launcher={request.param}", *SETTINGS[request.param]]
 
 
-def test_jobs_in_other_processes_give_the_same_table(
-    launcher: list[str], swept: Swept, tiny: tuple[str, ...], mlxchat: CommandLine, say: Say
-) -> None:
+def test_jobs_in_other_processes_give_the_same_table(launcher, swept, tiny, mlxchat, say):
     outputs = f"outputs={swept.outputs}"
     command = ["-m", *tiny, "stage=tokenizer", "tokenizer.vocab_size=301,60000,302"]
     done = mlxchat(*command, *launcher, outputs)
@@ -55,9 +50,7 @@ def long(tiny: tuple[str, ...], outputs: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_stops_remote_jobs_resumably(
-    number: signal.Signals, long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Swept
-) -> None:
+def test_signal_stops_remote_jobs_resumably(number, long, outputs, start_mlxchat, swept):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = start_mlxchat(*long)
     wait_until(lambda: len(saved_trainings(outputs)) == 2, process)
@@ -71,9 +64,7 @@ def test_signal_stops_remote_jobs_resumably(
 
 
 @pytest.mark.slow
-def test_killed_worker_is_a_failed_row(
-    long: list[str], outputs: Path, start_mlxchat: Callable[..., Any], swept: Swept
-) -> None:
+def test_killed_worker_is_a_failed_row(long, outputs, start_mlxchat, swept):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = start_mlxchat(*long)
     wait_until(lambda: len(saved_trainings(outputs)) == 2, process)
@@ -88,7 +79,7 @@ def test_killed_worker_is_a_failed_row(
 
 
 @pytest.mark.slow
-def test_jobs_of_a_killed_sweep_stop(long: list[str], outputs: Path, start_mlxchat: Callable[..., Any]) -> None:
+def test_jobs_of_a_killed_sweep_stop(long, outputs, start_mlxchat):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = start_mlxchat(*long)
     wait_until(lambda: len(saved_trainings(outputs)) == 2, process)

@@ -30,7 +30,7 @@ def declared(*overrides: str) -> dict[str, str]:
     return {metric.name: metric.direction for metric in metrics_of_plan(plan, config) if not metric.absent}
 
 
-def test_stages_declare_exactly_their_recorded_metrics(finished: Any, tiny: tuple[str, ...]) -> None:
+def test_stages_declare_exactly_their_recorded_metrics(finished, tiny):
     recorded = {
         f"{manifest['step']}.{name}"
         for manifest in Store(finished.outputs).manifests()
@@ -40,7 +40,7 @@ def test_stages_declare_exactly_their_recorded_metrics(finished: Any, tiny: tupl
     assert recorded == set(declared(*tiny))
 
 
-def test_training_metrics_are_in_metrics_jsonl(finished: Any) -> None:
+def test_training_metrics_are_in_metrics_jsonl(finished):
     for stage in ("pretrain", "midtrain", "sft", "rl"):
         declared = Stages()[stage]
         (folder,) = (finished.outputs / "store").glob(f"{stage}-*")
@@ -58,11 +58,11 @@ def test_training_metrics_are_in_metrics_jsonl(finished: Any) -> None:
         ("rl", "pass_at_8_stderr", "neither"), ("eval", "core", "maximize"), ("tokenizer", "facts", None),
     ],
 )  # fmt: skip
-def test_metrics_have_the_right_direction(stage: str, metric: str, direction: str | None) -> None:
+def test_metrics_have_the_right_direction(stage, metric, direction):
     assert Stages()[stage].direction_of(metric) == direction
 
 
-def test_compare_and_ls_sort_a_metric_best_first(toys: Any, say: Any) -> None:
+def test_compare_and_ls_sort_a_metric_best_first(toys, say):
     metrics = {"score": "maximize", "val_loss": "minimize", "num_tokens": "neither"}
     body = """
         (ctx.out / "result.txt").write_text("x")
@@ -104,15 +104,13 @@ def test_compare_and_ls_sort_a_metric_best_first(toys: Any, say: Any) -> None:
         (["suite=none", "stage=pretrain"], ["pretrain.val_bpb"], ["eval_base.val_bpb", "eval_rl.kinds_mc"]),
     ],
 )
-def test_configuration_decides_which_metrics_are_recorded(
-    overrides: list[str], present: list[str], missing: list[str]
-) -> None:
+def test_configuration_decides_which_metrics_are_recorded(overrides, present, missing):
     found = declared(*overrides)
     assert found.keys() >= set(present)
     assert not found.keys() & set(missing)
 
 
-def test_unrecorded_metric_is_refused_with_the_reason() -> None:
+def test_unrecorded_metric_is_refused_with_the_reason():
     found = plans("rl.eval_samples=2")
     assert find_metric("pretrain.val_bpb", None, found) == "minimize"
     assert find_metric("pretrain.val_bpb", "maximize", found) == "maximize"

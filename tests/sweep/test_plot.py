@@ -30,7 +30,7 @@ def points(axes: Any) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for line in axes.lines for x, y in line.get_xydata()]
 
 
-def test_number_gives_a_curve_with_the_best_marked(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_gives_a_curve_with_the_best_marked(monkeypatch):
     (axes,) = axes_of(rows([{"lr": 0.3}, {"lr": 0.1}, {"lr": 0.2}], [3.0, 1.0, 2.0]), monkeypatch)
     assert points(axes) == [(0.1, 1.0), (0.2, 2.0), (0.3, 3.0), (0.1, 1.0)]
     assert axes.get_xscale() == "linear"
@@ -40,14 +40,14 @@ def test_number_gives_a_curve_with_the_best_marked(monkeypatch: pytest.MonkeyPat
     assert {"0.001", "0.01", "0.1"} <= labels, "not matplotlib's formulas, unread"
 
 
-def test_number_and_word_give_a_curve_per_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_and_word_give_a_curve_per_word(monkeypatch):
     settings = [{"lr": lr, "model": model} for lr in (1, 2, 3) for model in ("d2", "d4")]
     (axes,) = axes_of(rows(settings), monkeypatch)
     assert [line.get_label() for line in axes.lines] == ["model=d2", "model=d4", "best"]
     assert [float(x) for x in axes.lines[0].get_xdata()] == [1, 2, 3]
 
 
-def test_two_words_give_labelled_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_words_give_labelled_cells(monkeypatch):
     settings = [{"optimizer": name, "model": model} for name in ("muon", "adamw") for model in ("d2", "d4")]
     (axes,) = axes_of(rows(settings, [1.0, 2.0, 3.0, 4.0]), monkeypatch)
     (image,) = axes.images
@@ -63,7 +63,7 @@ def test_two_words_give_labelled_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sorted(text.get_text() for text in axes.texts) == ["1", "2", "3", "4"]
 
 
-def test_several_settings_give_points_without_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_settings_give_points_without_a_line(monkeypatch):
     """A line joined them: matplotlib's empty format means its default, a line."""
     panels = axes_of(rows([{"lr": 0.1, "x": 1, "y": 2}, {"lr": 0.2, "x": 2, "y": 4}]), monkeypatch)
     assert [panel.lines[0].get_linestyle() for panel in panels] == ["None"] * 3
@@ -80,12 +80,12 @@ def test_several_settings_give_points_without_a_line(monkeypatch: pytest.MonkeyP
     ],
     ids=["one row", "nothing differs", "one value", "no value", "nothing"],
 )
-def test_nothing_to_compare_draws_nothing(found: list[dict[str, Any]]) -> None:
+def test_nothing_to_compare_draws_nothing(found):
     assert draw_sweep(found, ["a"], "sft.val_loss", less_is_better=True) is None
 
 
 @pytest.mark.parametrize("name", ["$\\frac{", "_x", "naïve 模型", "a\nb", "x" * 300, ""])
-def test_hostile_names_can_be_drawn(name: str) -> None:
+def test_hostile_names_can_be_drawn(name):
     found = rows([{"model": name}, {"model": "other"}])
     picture = draw_sweep(found, ["model"], "sft.val_loss", less_is_better=True)
     assert picture is not None

@@ -2,11 +2,7 @@
 
 import json
 import re
-from pathlib import Path
 from textwrap import dedent
-
-from kit.commands import CommandLine
-from kit.sweeps import Swept
 
 PLUGINS = """
     from hydra.core.config_store import ConfigStore
@@ -53,9 +49,7 @@ PLUGINS = """
 """
 
 
-def test_plugin_sweeper_and_launcher_run_the_jobs(
-    swept: Swept, tiny: tuple[str, ...], mlxchat: CommandLine, tmp_path: Path
-) -> None:
+def test_plugin_sweeper_and_launcher_run_the_jobs(swept, tiny, mlxchat, tmp_path):
     (tmp_path / "hydra_plugins").mkdir()
     (tmp_path / "hydra_plugins" / "toys.py").write_text(dedent(PLUGINS))
     settings = ["stage=tokenizer", "hydra/sweeper=climb", "hydra/launcher=backwards", f"outputs={swept.outputs}"]

@@ -2,10 +2,8 @@
 
 import csv
 import re
-from pathlib import Path
 
 import pytest
-from tests.kit.commands import CommandLine
 
 from mlxchat.planning.scaling import Training, fit_scaling_laws
 from mlxchat.sweep.scaling import describe_laws, laws_of_report, write_scaling
@@ -14,7 +12,7 @@ SIZES = (10**5, 2 * 10**5, 4 * 10**5, 8 * 10**5)
 
 
 @pytest.mark.slow
-def test_sweep_over_sizes_and_budgets_fits_laws(mlxchat: CommandLine, tmp_path: Path) -> None:
+def test_sweep_over_sizes_and_budgets_fits_laws(mlxchat, tmp_path):
     settings = ["experiment=smoke", "stage=pretrain", "model.aspect_ratio=8,16,32", "model.head_width=16"]
     settings += ["pretrain.num_iterations=null", "pretrain.target_flops=1e10,3e10", "pretrain.eval_tokens=2048"]
     done = mlxchat("-m", *settings, f"outputs={tmp_path / 'outputs'}", timeout=900)
@@ -41,14 +39,14 @@ def training(size: int, flops: float, bpb: float) -> Training:
 
 
 @pytest.mark.parametrize("middle", [2.5, 2.9])
-def test_budgets_with_and_without_a_minimum_are_drawn(middle: float, tmp_path: Path) -> None:
+def test_budgets_with_and_without_a_minimum_are_drawn(middle, tmp_path):
     found = [training(size, flops, bpb) for flops in (1e12, 1e13) for size, bpb in ((10, 3.0), (20, middle), (40, 2.8))]
     files = write_scaling(found, tmp_path)
     assert [file.name for file in files] == ["scaling.csv", "scaling.md", "scaling.png"]
     assert files[2].read_bytes().startswith(b"\x89PNG")
 
 
-def test_budget_without_minimum_suggests_sizes() -> None:
+def test_budget_without_minimum_suggests_sizes():
     falling = [training(size, 1e12, bpb) for size, bpb in ((10**5, 3.0), (2 * 10**5, 2.9), (4 * 10**5, 2.8))]
     bowl = [training(size, 1e13, bpb) for size, bpb in ((10**5, 2.6), (2 * 10**5, 2.5), (4 * 10**5, 2.6))]
     laws = fit_scaling_laws(falling + bowl)
@@ -58,12 +56,12 @@ def test_budget_without_minimum_suggests_sizes() -> None:
     assert "| 1e+13 | 3 | 200,000 | 8,333,333 | 41.7 | 2.5000 |" in text
 
 
-def test_two_sizes_write_no_scaling_files(tmp_path: Path) -> None:
+def test_two_sizes_write_no_scaling_files(tmp_path):
     assert write_scaling([training(10, 1e9, 3.0), training(20, 1e9, 2.9)], tmp_path) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_report_has_the_laws_in_words_and_as_a_picture() -> None:
+def test_report_has_the_laws_in_words_and_as_a_picture():
     bowl = [(size, flops, 2.5 + (size / best - 1) ** 2) for flops, best in ((1e12, 2e5), (1e13, 5e5)) for size in SIZES]
     words, pictures = laws_of_report([training(*one) for one in bowl])
     assert str(words).startswith("## Scaling laws")

@@ -15,7 +15,7 @@ pytest.importorskip("optuna")
 from optuna.distributions import FloatDistribution
 from optuna.trial import create_trial
 
-from kit.commands import CommandLine, Say, run_captured
+from kit.commands import run_captured
 from mlxchat.sweep.search import Trials, ask
 
 SEARCH = [
@@ -40,7 +40,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, short: tuple[str, ...]
     return outputs, done.stdout, command
 
 
-def test_search_prints_its_best_trial_and_command(undisturbed: Any, say: Say) -> None:
+def test_search_prints_its_best_trial_and_command(undisturbed, say):
     outputs, text, _ = undisturbed
     trials = told(outputs)
     assert [(number, status) for number, _, status, _ in trials] == [(n, "done") for n in (1, 2, 3, 4)]
@@ -61,9 +61,7 @@ def test_search_prints_its_best_trial_and_command(undisturbed: Any, say: Say) ->
         )
     ],
 )  # fmt: skip
-def test_killed_search_ends_like_an_uninterrupted_one(
-    point: str, undisturbed: Any, mlxchat: CommandLine, short: tuple[str, ...], tmp_path: Path, say: Say
-) -> None:
+def test_killed_search_ends_like_an_uninterrupted_one(point, undisturbed, mlxchat, short, tmp_path, say):
     command = [*short, *SEARCH, f"outputs={tmp_path}/outputs"]
     killed = mlxchat(*command, environ={"MLXCHAT_CRASH_AT": point})
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
@@ -71,7 +69,7 @@ def test_killed_search_ends_like_an_uninterrupted_one(
     assert told(tmp_path / "outputs") == told(undisturbed[0])
 
 
-def test_finished_search_runs_nothing_again(undisturbed: Any, say: Say) -> None:
+def test_finished_search_runs_nothing_again(undisturbed, say):
     outputs, _, command = undisturbed
     before = told(outputs)
     text = say(*command)
@@ -81,7 +79,7 @@ def test_finished_search_runs_nothing_again(undisturbed: Any, say: Say) -> None:
     assert "seed: 0 → 1" in say(*command, "sweep.seed=1", code=2), "another search needs another name"
 
 
-def test_search_folder_does_not_shadow_the_run_name(outputs: Path, tiny: tuple[str, ...], say: Say) -> None:
+def test_search_folder_does_not_shadow_the_run_name(outputs, tiny, say):
     (run,) = (outputs / "runs").iterdir()
     settings = ["sweep=tpe", "sweep.trials=2", "sweep.metric=tokenizer.bytes_per_token", f"outputs={outputs}"]
     say(*tiny, *settings, "tokenizer.vocab_size=choice(280,330)", "sweep.seed=1")
@@ -99,7 +97,7 @@ def test_search_folder_does_not_shadow_the_run_name(outputs: Path, tiny: tuple[s
     assert Path(report.splitlines()[-1].removeprefix("report: ")).is_file()
 
 
-def test_failed_trials_do_not_stop_the_search(outputs: Path, tiny: tuple[str, ...], say: Say) -> None:
+def test_failed_trials_do_not_stop_the_search(outputs, tiny, say):
     settings = ["sweep=tpe", "sweep.name=s", "sweep.trials=3", "tokenizer.vocab_size=choice(280,330,60000)"]
     settings += ["sweep.seed=8", "sweep.metric=tokenizer.bytes_per_token"]
     text = say(*tiny, *settings, f"outputs={outputs}")
@@ -133,20 +131,18 @@ def test_failed_trials_do_not_stop_the_search(outputs: Path, tiny: tuple[str, ..
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_refused_before_anything_is_written(
-    arguments: list[str], message: str, tmp_path: Path, say: Say
-) -> None:
+def test_a_mistake_is_refused_before_anything_is_written(arguments, message, tmp_path, say):
     text = say(*arguments, f"outputs={tmp_path}/outputs", code=2)
     assert re.search(message, text), text
     assert not (tmp_path / "outputs").exists()
 
 
-def test_missing_optuna_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, say: Say) -> None:
+def test_missing_optuna_names_the_extra(tmp_path, monkeypatch, say):
     monkeypatch.setattr("mlxchat.sweep.search.importlib.util.find_spec", lambda name: None)
     assert "pip install 'mlxchat[search]'" in say("sweep=tpe", "seed=1,2", f"outputs={tmp_path}/outputs", code=2)
 
 
-def test_results_and_direction_guide_the_choice() -> None:
+def test_results_and_direction_guide_the_choice():
     space: Any = {"x": FloatDistribution(-4.0, 4.0)}
     told = [create_trial(params={"x": x}, distributions=space, value=x) for x in np.linspace(-4, 4, 17)]
 

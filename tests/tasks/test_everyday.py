@@ -23,7 +23,7 @@ def exchanges(split: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_calculator_agrees_with_every_call(split: str) -> None:
+def test_calculator_agrees_with_every_call(split):
     calls = [
         re.fullmatch(r"(.*)=(-?\d+)", call)
         for _, answer in exchanges(split)
@@ -35,7 +35,7 @@ def test_calculator_agrees_with_every_call(split: str) -> None:
         assert calculate(call[1]) == call[2]
 
 
-def test_plain_sums_are_right() -> None:
+def test_plain_sums_are_right():
     sums = [
         (int(found[1]), found[2], int(found[3]), int(answer.rstrip(".").split(">>")[-1]))
         for question, answer in exchanges("train")
@@ -46,14 +46,14 @@ def test_plain_sums_are_right() -> None:
         assert result == {"plus": a + b, "minus": a - b, "times": a * b, "divided by": a / b}[sign]
 
 
-def test_spelled_words_are_the_words_asked_for() -> None:
+def test_spelled_words_are_the_words_asked_for():
     for question, answer in exchanges("train"):
         for word, letters in re.findall(r"The word (\w+): ((?:\w )*\w)\.", answer):
             assert letters.replace(" ", "") == word
             assert word in question.lower()
 
 
-def test_wordings_and_words_of_the_test_split_are_not_trained() -> None:
+def test_wordings_and_words_of_the_test_split_are_not_trained():
     def frame(question: str) -> str:
         return re.sub(r"\W+", " ", question).strip().lower()
 
@@ -66,7 +66,7 @@ def test_wordings_and_words_of_the_test_split_are_not_trained() -> None:
     assert not [word for word in spelled if is_test_word(word)]
 
 
-def test_training_spells_held_out_words_but_never_counts_their_letters() -> None:
+def test_training_spells_held_out_words_but_never_counts_their_letters():
     held_out = {word for word in first_words() if is_only_spelled(word)}
     counted = {word for _, answer in exchanges("train") for word in re.findall(r"The word (\w+): <<", answer)}
     spelled = {word for _, answer in exchanges("train") for word in re.findall(r"The word (\w+): \w ", answer)}
@@ -85,7 +85,7 @@ def test_training_spells_held_out_words_but_never_counts_their_letters() -> None
     assert len(spelled & held_out) > 20
 
 
-def test_no_first_question_has_a_wording_of_the_training_data() -> None:
+def test_no_first_question_has_a_wording_of_the_training_data():
     def words(text: str) -> str:
         return " ".join(re.sub(r"[^\w{}+*/=' -]", " ", text.lower()).split())
 
@@ -98,7 +98,7 @@ def test_no_first_question_has_a_wording_of_the_training_data() -> None:
     assert not [question for question in questions for frame in frames if frame.fullmatch(words(question))]
 
 
-def test_practice_has_the_shares_of_its_options() -> None:
+def test_practice_has_the_shares_of_its_options():
     task = load_task("practice", "train", size=500, letters_frac=0.3, everyday_frac=0.2, two_step_frac=0.5)
     talks = [task[index] for index in range(500)]
     numbered = [talk["raw"] for talk in talks if "raw" in talk]
@@ -117,12 +117,12 @@ def test_practice_has_the_shares_of_its_options() -> None:
         ({"letters_frac": 0.6, "everyday_frac": 0.5}, r"letters_frac \+ everyday_frac of task practice is 1.1"),
     ],
 )
-def test_impossible_shares_are_refused(options: dict[str, float], message: str) -> None:
+def test_impossible_shares_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         load_task("practice", "train", **options)
 
 
-def test_calls_are_no_part_of_a_response() -> None:
+def test_calls_are_no_part_of_a_response():
     task = load_task("everyday", "test")
     talk = dialogue("3 + 4", calculator_parts("The answer is <<3+4=7>>7."))
     call = "<|python_start|>3+4<|python_end|><|output_start|>7<|output_end|>"

@@ -28,14 +28,14 @@ def problems(hub: Any) -> list[dict[str, str]]:
     return rows
 
 
-def test_rows_have_the_order_of_the_seeds_shuffle(problems: list[dict[str, str]]) -> None:
+def test_rows_have_the_order_of_the_seeds_shuffle(problems):
     for seed, options in ((42, {}), (1, {"seed": 1})):
         expected = [problems[number]["question"] for number in np.random.default_rng(seed).permutation(10)]
         asked = [talk["messages"][0]["content"] for talk in everything(load_task("gsm8k", "train", **options))]
         assert asked == expected
 
 
-def test_slices_are_pythons_and_size_is_bounded_by_the_rows(problems: list[dict[str, str]]) -> None:
+def test_slices_are_pythons_and_size_is_bounded_by_the_rows(problems):
     whole = everything(load_task("gsm8k", "train"))
     for start, stop, step in ((0, None, 1), (3, None, 1), (0, 4, 1), (2, 9, 3), (1, 50, 2)):
         assert everything(load_task("gsm8k", "train").select(start, stop, step)) == whole[start:stop:step]
@@ -43,7 +43,7 @@ def test_slices_are_pythons_and_size_is_bounded_by_the_rows(problems: list[dict[
     assert everything(load_task("gsm8k", "train", size=99)) == whole
 
 
-def test_nothing_is_read_before_the_first_conversation(hub: Any) -> None:
+def test_nothing_is_read_before_the_first_conversation(hub):
     task = load_task("mmlu", "auxiliary_train", revision="v1", repository="me/copy")
     assert [(need.repository, need.revision, need.pattern) for need in task.needs()] == [
         ("me/copy", "v1", "all/auxiliary_train-*.parquet")
@@ -53,7 +53,7 @@ def test_nothing_is_read_before_the_first_conversation(hub: Any) -> None:
         len(task)
 
 
-def test_sources_name_files_and_commit(hub: Any, problems: list[dict[str, str]]) -> None:
+def test_sources_name_files_and_commit(hub, problems):
     sources = load_task("gsm8k", "train").sources()
     assert [source["name"] for source in sources] == [
         f"openai/gsm8k/main/train-0000{n}-of-00002.parquet" for n in (0, 1)
@@ -61,7 +61,7 @@ def test_sources_name_files_and_commit(hub: Any, problems: list[dict[str, str]])
     assert {source["revision"] for source in sources} == {"5ca1ab1e" * 5}
 
 
-def test_calculator_calls_become_parts() -> None:
+def test_calculator_calls_become_parts():
     answer = "So <<12/60=0.2>>0.2 each,\n<<0.2*50=10>><<5*3>>.\n#### 10"
     assert calculator_parts(answer, keep_empty=True) == [
         text("So "), {"type": "python", "text": "12/60"}, {"type": "python_output", "text": "0.2"},
@@ -78,7 +78,7 @@ def test_calculator_calls_become_parts() -> None:
         ("####18", None), ("#### .", None), ("", None),
     ],
 )  # fmt: skip
-def test_number_follows_the_first_marker(response: str, number: str | None) -> None:
+def test_number_follows_the_first_marker(response, number):
     assert final_number(response) == number
 
 
@@ -87,7 +87,7 @@ def test_number_follows_the_first_marker(response: str, number: str | None) -> N
     [("It is eight.", "It is eight.", False, True), ("#### 18", "#### 18.", True, False),
      ("#### 18", "#### 18", True, True), ("#### 18", "18", False, False)],
 )  # fmt: skip
-def test_verdicts_are_ours_or_nanochats(answer: str, response: str, ours: bool, nanochats: bool) -> None:
+def test_verdicts_are_ours_or_nanochats(answer, response, ours, nanochats):
     talk = {"messages": [{}, {"content": [text(answer)]}]}
     task = load_task("gsm8k", "test")
     assert (task.reward(talk, response), is_right_by_nanochat(talk, response)) == (float(ours), nanochats)
@@ -103,7 +103,7 @@ RENDERED = (
 )
 
 
-def test_mmlu_conversation_is_exact(hub: Any) -> None:
+def test_mmlu_conversation_is_exact(hub):
     hub.write("cais/mmlu", "all/test-00000-of-00001.parquet", [QUESTION])
     task = load_task("mmlu", "test")
     assert everything(task) == [
@@ -116,7 +116,7 @@ def test_mmlu_conversation_is_exact(hub: Any) -> None:
     assert [task.evaluate(task[0], letter) for letter in ("A", "C", "E", "")] == [False, True, False, False]
 
 
-def test_mmlu_training_rows_are_equal_in_both_subsets(hub: Any) -> None:
+def test_mmlu_training_rows_are_equal_in_both_subsets(hub):
     rows = [{**QUESTION, "question": f"q{n}", "answer": n % 4} for n in range(20)]
     hub.write("cais/mmlu", "all/auxiliary_train-00000-of-00001.parquet", rows)
     hub.write("cais/mmlu", "auxiliary_train/train-00000-of-00001.parquet", [{"train": row} for row in rows])
@@ -126,7 +126,7 @@ def test_mmlu_training_rows_are_equal_in_both_subsets(hub: Any) -> None:
     assert len(flat) == 20
 
 
-def test_arc_keeps_the_data_sets_labels(hub: Any) -> None:
+def test_arc_keeps_the_data_sets_labels(hub):
     choices = {"text": ["ice", "steam", "fog"], "label": ["1", "2", "3"]}
     row = {"id": "x", "question": "Cold?", "choices": choices, "answerKey": "1"}
     hub.write("allenai/ai2_arc", "ARC-Challenge/train-00000-of-00001.parquet", [row])
@@ -165,7 +165,7 @@ TALK = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     ],
     ids=str,
 )  # fmt: skip
-def test_malformed_rows_are_named(hub: Any, task: str, split: str, file: str, row: dict[str, Any]) -> None:
+def test_malformed_rows_are_named(hub, task, split, file, row):
     """Guards against a null that became the question "None"."""
     repository, folder = file.split(":")
     hub.write(repository, f"{folder}/{split}-00000-of-00001.parquet", [row])
@@ -173,7 +173,7 @@ def test_malformed_rows_are_named(hub: Any, task: str, split: str, file: str, ro
         load_task(task, split)[0]
 
 
-def test_messages_that_quote_a_row_are_printable(hub: Any) -> None:
+def test_messages_that_quote_a_row_are_printable(hub):
     row = {**ARC, "answerKey": "\x1b[2J\x1b]0;title\x07\u202e"}
     hub.write("allenai/ai2_arc", "ARC-Easy/test-00000-of-00001.parquet", [row])
     with pytest.raises(DataError, match=r"row 0 of allenai/ai2_arc/ARC-Easy/test-\*\.parquet has the answer") as caught:
@@ -186,7 +186,7 @@ USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "conte
 SYSTEM = {"role": "system", "content": "s"}
 
 
-def test_smoltalk_conversations_are_unchanged(hub: Any) -> None:
+def test_smoltalk_conversations_are_unchanged(hub):
     talks = [[SYSTEM, USER, ASSISTANT], [USER, ASSISTANT, USER, ASSISTANT]]
     hub.write("HuggingFaceTB/smol-smoltalk", "data/test-00000.parquet", [{"messages": talk} for talk in talks])
     found = [talk["messages"] for talk in everything(load_task("smoltalk", "test"))]
@@ -196,7 +196,7 @@ def test_smoltalk_conversations_are_unchanged(hub: Any) -> None:
 @pytest.mark.parametrize(
     "talk", [[], [SYSTEM], [USER], [ASSISTANT, USER], [USER, USER], [USER, {**ASSISTANT, "content": None}]]
 )
-def test_invalid_smoltalk_conversations_are_named(talk: list[Any], hub: Any) -> None:
+def test_invalid_smoltalk_conversations_are_named(talk, hub):
     hub.write(
         "HuggingFaceTB/smol-smoltalk", "data/train-00000.parquet", [{"messages": talk or None}, {"messages": [USER]}]
     )
@@ -206,14 +206,14 @@ def test_invalid_smoltalk_conversations_are_named(talk: list[Any], hub: Any) -> 
         task[place]
 
 
-def test_program_is_the_first_code_block_with_the_prompts_imports() -> None:
+def test_program_is_the_first_code_block_with_the_prompts_imports():
     assert extract_program("Here:\n```python\nx = 1\n```\n```\ny = 2\n```") == "x = 1"
     assert extract_program(" x = 1\n") == "x = 1"
     assert extract_program("```py\nx = 1\n```") == "```py\nx = 1\n```"
     assert extract_imports("# a\nimport os\n\nfrom a import b\nx = 1\nimport late") == "import os\nfrom a import b"
 
 
-def test_humaneval_program_passes_and_fails_its_tests(hub: Any) -> None:
+def test_humaneval_program_passes_and_fails_its_tests(hub):
     row = {
         "task_id": "x/1", "prompt": "import math\n\ndef f(x):\n", "canonical_solution": "    return math.floor(x)\n",
         "entry_point": "f", "test": "def check(g):\n    assert g(1.5) == 1",
@@ -230,7 +230,7 @@ def test_humaneval_program_passes_and_fails_its_tests(hub: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "mmlu", "arc_easy", "smoltalk", "humaneval"])
-def test_wrong_splits_and_subsets_are_refused(name: str) -> None:
+def test_wrong_splits_and_subsets_are_refused(name):
     with pytest.raises(ConfigError, match=f'split of task {name} is "tset", expected'):
         load_task(name, "tset")
     with pytest.raises(ConfigError, match=f'subset of task {name} is "nain", expected'):

@@ -55,14 +55,14 @@ def items(lines: dict[str, dict[str, Any]]) -> dict[str, TaskItem]:
     ],
     ids=lambda given: given if isinstance(given, str) else "",
 )
-def test_mixtures_and_suites_are_nanochats(choice: str, expected: dict[str, dict[str, Any]]) -> None:
+def test_mixtures_and_suites_are_nanochats(choice, expected):
     config = compose_config([choice]).config
     found = {"sft.mixture": config.sft.mixture, "sft.validation": config.sft.validation, "suite": config.suite}
     assert found[choice.partition("=")[0].rpartition("@")[2]] == items(expected)
 
 
 @pytest.mark.parametrize("name", [*MIXTURES, *VALIDATION])
-def test_the_default_subsets_and_seeds_are_nanochats(name: str) -> None:
+def test_the_default_subsets_and_seeds_are_nanochats(name):
     lines = items({**MIXTURES, **VALIDATION}[name])
     tasks = [load_item(line) for line in lines.values() if line.task in ("smoltalk", "gsm8k", "arc_easy")]
     assert {task.seed for task in tasks} == {42}
@@ -91,19 +91,19 @@ def test_the_default_subsets_and_seeds_are_nanochats(name: str) -> None:
         ({**GSM8K, "weight": 0.0}, "all weights are 0"),
     ],
 )
-def test_each_problem_is_one_message(line: dict[str, Any], expected: str) -> None:
+def test_each_problem_is_one_message(line, expected):
     problems = list(find_item_problems("sft.mixture", {"mine": TaskItem(**line)}, training=True))
     assert len(problems) == 1
     assert re.search(expected, problems[0]), problems[0]
     assert problems[0].startswith("sft.mixture")
 
 
-def test_all_problems_of_all_items_are_reported() -> None:
+def test_all_problems_of_all_items_are_reported():
     lines = items({"a": {**GSM8K, "size": 0, "epochs": 0}, "b": {"task": "mmlu", "split": "x", "stop": 0}})
     assert len(list(find_item_problems("suite", lines, training=False))) == 4
 
 
-def test_weights_are_for_all_items_or_none() -> None:
+def test_weights_are_for_all_items_or_none():
     lines = items({"a": {**GSM8K, "weight": 1.0}, "b": SMOLTALK})
     assert list(find_item_problems("m", lines, training=True)) == [
         "m: a has a weight, b has none: give every task one, or none"

@@ -1,7 +1,6 @@
 """Files of pairs: the forms that datasets have, and faults line by line."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "conten
         ({"chosen": [SYSTEM, USER, YES], "rejected": [SYSTEM, USER, NO]}, [SYSTEM, USER]),
     ],
 )
-def test_common_forms_give_messages_and_the_rejected_answer(line: dict[str, Any], before: list[Any]) -> None:
+def test_common_forms_give_messages_and_the_rejected_answer(line, before):
     assert parse_pair(line) == {"messages": [*before, YES], "rejected": "no"}
 
 
@@ -44,7 +43,7 @@ FAULTS: list[tuple[Any, str]] = [
 ]
 
 
-def test_all_faults_of_a_file_are_named_with_their_lines(tmp_path: Path) -> None:
+def test_all_faults_of_a_file_are_named_with_their_lines(tmp_path):
     lines = [{"prompt": "Hi", "chosen": "yes", "rejected": "no"}, *(line for line, _ in FAULTS)]
     path = tmp_path / "pairs.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\nnot JSON\n")
@@ -58,7 +57,7 @@ def test_all_faults_of_a_file_are_named_with_their_lines(tmp_path: Path) -> None
     assert "line 12: not JSON" in said
 
 
-def test_splits_share_no_prompt_and_evaluate_by_the_chosen_answer(tmp_path: Path) -> None:
+def test_splits_share_no_prompt_and_evaluate_by_the_chosen_answer(tmp_path):
     path = tmp_path / "pairs.jsonl"
     pairs = [{"prompt": f"Hi {n // 2}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(200)]
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))

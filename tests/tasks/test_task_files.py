@@ -25,12 +25,12 @@ MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
     "line",
     [{"messages": MESSAGES}, MESSAGES, {"question": "Hi", "answer": "Hello"}, {"prompt": "Hi", "completion": "Hello"}],
 )
-def test_four_line_formats_are_read(line: Any, tmp_path: Path) -> None:
+def test_four_line_formats_are_read(line, tmp_path):
     task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line), held_out_frac=0)
     assert [task[i] for i in range(len(task))] == [{"messages": MESSAGES}]
 
 
-def test_gsm8k_calls_in_a_file_become_parts(tmp_path: Path) -> None:
+def test_gsm8k_calls_in_a_file_become_parts(tmp_path):
     path = write(tmp_path / "a.jsonl", {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"})
     task = load("jsonl", "train", path=path, held_out_frac=0)
     assert [part["type"] for part in task[0]["messages"][1]["content"]] == ["text", "python", "python_output", "text"]
@@ -57,9 +57,7 @@ def test_gsm8k_calls_in_a_file_become_parts(tmp_path: Path) -> None:
         ("#### 4", "#### 4.0", True, True), ("#### 4", "4", False, False), ("#### 1.2.3", "#### 1.2.3", True, True),
     ],
 )  # fmt: skip
-def test_verdict_by_equality_or_by_contained_words(
-    tmp_path: Path, answer: str, response: str, equal: bool, contained: bool
-) -> None:
+def test_verdict_by_equality_or_by_contained_words(tmp_path, answer, response, equal, contained):
     """Guards against containment without word borders: "4" in "14", "no" in "know", "..." in everything."""
     path = write(tmp_path / "a.jsonl", {"question": "?", "answer": answer})
     strict, lenient = (load("jsonl", "train", path=path, held_out_frac=0, **o) for o in ({}, {"contains": 1.0}))
@@ -67,7 +65,7 @@ def test_verdict_by_equality_or_by_contained_words(
     assert lenient.evaluate(lenient[0], response) is contained
 
 
-def test_all_invalid_lines_are_named(tmp_path: Path) -> None:
+def test_all_invalid_lines_are_named(tmp_path):
     path = write(
         tmp_path / "a.jsonl", MESSAGES, "{not json", "", {"text": "no messages"}, [MESSAGES[1], MESSAGES[0]],
         MESSAGES[:1], [*MESSAGES, MESSAGES[0]], [MESSAGES[0], {"role": "assistant"}],
@@ -89,7 +87,7 @@ def test_all_invalid_lines_are_named(tmp_path: Path) -> None:
     ]
 
 
-def test_deeply_nested_and_huge_lines_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deeply_nested_and_huge_lines_are_refused(tmp_path, monkeypatch):
     """A conversation of 100 MB took 3 GB and a minute, and was truncated to one row."""
     monkeypatch.setattr(jsonl, "_MOST_LINE_BYTES", 200_000)
     path = tmp_path / "talks.jsonl"
@@ -111,7 +109,7 @@ def test_deeply_nested_and_huge_lines_are_refused(tmp_path: Path, monkeypatch: p
     ],
     ids=["missing", "not UTF-8", "many", "empty split", "contains"],
 )
-def test_unusable_files_are_refused(content: bytes | None, options: Any, message: str, tmp_path: Path) -> None:
+def test_unusable_files_are_refused(content, options, message, tmp_path):
     path = tmp_path / "a.jsonl"
     if content is not None:
         path.write_bytes(content)
@@ -119,7 +117,7 @@ def test_unusable_files_are_refused(content: bytes | None, options: Any, message
         load("jsonl", path=path, **{"split": "train", **options})
 
 
-def test_equal_first_messages_are_in_one_split(tmp_path: Path) -> None:
+def test_equal_first_messages_are_in_one_split(tmp_path):
     lines = [{"question": f"q{i % 40}", "answer": f"a{i}"} for i in range(120)]
     path = write(tmp_path / "a.jsonl", *lines)
     train, test = (load("jsonl", split, path=path, held_out_frac=0.3) for split in ("train", "test"))
@@ -128,19 +126,19 @@ def test_equal_first_messages_are_in_one_split(tmp_path: Path) -> None:
     assert not opening[0] & opening[1]
 
 
-def test_identity_reads_the_users_file_and_repeats_it(tmp_path: Path) -> None:
+def test_identity_reads_the_users_file_and_repeats_it(tmp_path):
     line = [{"role": "system", "content": "Be kind."}, *MESSAGES]
     task = load("identity", "train", path=write(tmp_path / "me.jsonl", line), held_out_frac=0, size=3)
     assert [task[i] for i in range(3)] == [{"messages": line}] * 3
 
 
-def test_lines_end_at_line_feeds_only(tmp_path: Path) -> None:
+def test_lines_end_at_line_feeds_only(tmp_path):
     line = json.dumps({"question": "a\u2028b\x0bc", "answer": "d"}, ensure_ascii=False)
     task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line, ""), held_out_frac=0)
     assert task[0]["messages"][0]["content"] == "a\u2028b\x0bc"
 
 
-def test_only_line_offsets_are_in_memory(tmp_path: Path) -> None:
+def test_only_line_offsets_are_in_memory(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"question": f"q{n}", "answer": "a" * 1000}) + "\n" for n in range(5000)))
     tracemalloc.start()
@@ -151,7 +149,7 @@ def test_only_line_offsets_are_in_memory(tmp_path: Path) -> None:
     assert kept < 500_000  # of five million
 
 
-def test_changed_file_is_refused(tmp_path: Path) -> None:
+def test_changed_file_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", MESSAGES, MESSAGES)
     task = load("jsonl", "train", path=path, held_out_frac=0)
     path.write_text("{}")

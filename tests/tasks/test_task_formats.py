@@ -3,13 +3,11 @@
 import json
 import re
 from collections import Counter
-from typing import Any
 
 import pytest
 
 from kit.text import conversations_of
 from mlxchat.data.conversation import render_conversation
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.tasks.answers import calculator_parts
 from mlxchat.tasks.arithmetic import Arithmetic
 
@@ -17,12 +15,12 @@ BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_
 CATEGORICAL = ["facts_mc", "reading_mc"]
 
 
-def test_calls_with_two_or_no_equals_signs() -> None:
+def test_calls_with_two_or_no_equals_signs():
     assert calculator_parts("<<x==2=True>>")[0] == {"type": "python", "text": "x==2"}
     assert calculator_parts("<<3+4>>") == [{"type": "python", "text": "3+4"}, {"type": "python_output", "text": ""}]
 
 
-def test_problem_has_parts_and_the_raw_answer() -> None:
+def test_problem_has_parts_and_the_raw_answer():
     task = Arithmetic("train", size=50)
     for index in range(50):
         messages, raw = task[index]["messages"], task[index]["raw"]
@@ -32,7 +30,7 @@ def test_problem_has_parts_and_the_raw_answer() -> None:
 
 @pytest.mark.parametrize("name", BUNDLED)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_conversations_alternate_and_render(name: str, split: str, tokenizer: Tokenizer) -> None:
+def test_conversations_alternate_and_render(name, split, tokenizer):
     for number, conversation in enumerate(conversations_of(name, split)):
         roles = [message["role"] for message in conversation["messages"]]
         assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -45,7 +43,7 @@ def test_conversations_alternate_and_render(name: str, split: str, tokenizer: To
 
 @pytest.mark.parametrize("name", CATEGORICAL)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_choices_are_distinct_and_letters_equally_frequent(name: str, split: str) -> None:
+def test_choices_are_distinct_and_letters_equally_frequent(name, split):
     talks = conversations_of(name, split)
     for talk in talks:
         choices = dict(re.findall(r"^- (.*)=([A-D])$", talk["messages"][0]["content"], re.MULTILINE))
@@ -56,7 +54,7 @@ def test_choices_are_distinct_and_letters_equally_frequent(name: str, split: str
     assert max(counts.values()) - min(counts.values()) <= 4
 
 
-def test_passage_contains_only_the_right_choice() -> None:
+def test_passage_contains_only_the_right_choice():
     for conversation in conversations_of("reading_mc", "test"):
         passage, _, rest = conversation["messages"][0]["content"].partition("\n")
         stated = [choice in passage for choice, _ in re.findall(r"^- (.*)=([A-D])$", rest, re.MULTILINE)]
@@ -64,7 +62,7 @@ def test_passage_contains_only_the_right_choice() -> None:
         assert sum(stated) == 1
 
 
-def test_arithmetic_results_are_right() -> None:
+def test_arithmetic_results_are_right():
     for conversation in conversations_of("arithmetic", "train")[::5] + conversations_of("arithmetic", "test"):
         calls = re.findall(r"<<(.*?)=(\d+)>>", conversation["raw"])
         for call, result in calls:
@@ -74,18 +72,18 @@ def test_arithmetic_results_are_right() -> None:
 
 
 @pytest.mark.parametrize(("options", "calls"), [({}, {1}), ({"steps": 2}, {2}), ({"two_step_frac": 0.5}, {1, 2})])
-def test_number_of_steps_is_an_option(options: dict[str, Any], calls: set[int]) -> None:
+def test_number_of_steps_is_an_option(options, calls):
     task = Arithmetic("train", size=100, **options)
     assert {task[i]["raw"].count("<<") for i in range(100)} == calls
 
 
-def test_spelling_is_exact() -> None:
+def test_spelling_is_exact():
     for conversation in conversations_of("spelling", "test"):
         word = conversation["messages"][0]["content"].removeprefix("Spell the word: ")
         assert conversation["messages"][1]["content"] == word + ":" + ",".join(word)
 
 
-def test_letter_count_calls_the_calculator() -> None:
+def test_letter_count_calls_the_calculator():
     counts = Counter()
     for conversation in conversations_of("letter_count", "train"):
         question, answer = (message["content"] for message in conversation["messages"])

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from functools import cache
-from typing import Any
 
 import pytest
 
@@ -33,7 +32,7 @@ def user_messages(name: str, split: str) -> set[str]:
 
 
 @pytest.mark.parametrize("test_name", BUNDLED)
-def test_splits_of_all_tasks_share_no_user_message(test_name: str) -> None:
+def test_splits_of_all_tasks_share_no_user_message(test_name):
     asked = user_messages(test_name, "test")
     for name in BUNDLED:
         assert not user_messages(name, "train") & asked
@@ -52,7 +51,7 @@ def _markers() -> list[tuple[str, tuple[str, str]]]:
 
 
 @pytest.mark.parametrize("name", ["facts", "facts_mc", "reading_mc"])
-def test_held_out_facts_are_in_no_training_sentence(name: str) -> None:
+def test_held_out_facts_are_in_no_training_sentence(name):
     training = {
         sentence.strip()
         for conversation in conversations_of(name, "train")
@@ -63,7 +62,7 @@ def test_held_out_facts_are_in_no_training_sentence(name: str) -> None:
     assert not [pair for marker, pair in _markers() if marker in training]
 
 
-def test_held_out_facts_are_in_no_training_list() -> None:
+def test_held_out_facts_are_in_no_training_list():
     tags = {(fact.country, FIELDS[fact.field].tag(fact.value)) for fact in facts() if is_test_pair(fact)}
     for conversation in conversations_of("reading_mc", "train"):
         question = conversation["messages"][0]["content"]
@@ -71,20 +70,20 @@ def test_held_out_facts_are_in_no_training_list() -> None:
         assert not listed or not [tag for country, tag in tags if country == listed[1] and tag in listed[2]]
 
 
-def test_about_15_percent_of_each_field_are_held_out() -> None:
+def test_about_15_percent_of_each_field_are_held_out():
     for field in FIELDS:
         chosen = [is_test_pair(fact) for fact in facts() if fact.field == field]
         assert 0.05 < sum(chosen) / len(chosen) < 0.25
 
 
-def test_capitals_of_examples_are_trained_on() -> None:
+def test_capitals_of_examples_are_trained_on():
     asked = user_messages("facts", "train")
     for country in ("France", "Japan", "Peru", "United States"):
         questions = {FIELDS["capital"].ask(country, i) for i in range(4)}
         assert questions & asked
 
 
-def test_arithmetic_splits_share_no_template_with_equal_numbers() -> None:
+def test_arithmetic_splits_share_no_template_with_equal_numbers():
     def frame(question: str) -> str:
         question = re.sub(r"\b(he|she|him|her)\b", "they", question, flags=re.IGNORECASE)
         words = arithmetic.texts()
@@ -97,13 +96,13 @@ def test_arithmetic_splits_share_no_template_with_equal_numbers() -> None:
     assert not train & test
 
 
-def test_split_is_a_stable_hash() -> None:
+def test_split_is_a_stable_hash():
     assert [key for key in "abcdefgh" if held_out(key, 0.5)] == ["b", "c", "d", "e", "f"]
     assert not held_out("a", 0.0)
     assert held_out("a", 1.0)
 
 
-def test_golden_problems_never_change() -> None:
+def test_golden_problems_never_change():
     train, test = Arithmetic("train"), Arithmetic("test", seed=1, steps=2)
     found = [(talk["messages"][0]["content"], talk["raw"]) for talk in (train[0], test[7])]
     assert found == [GOLDEN[:2], GOLDEN[2:]]
@@ -118,7 +117,7 @@ GOLDEN = (
 
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_conversations_do_not_depend_on_the_hash_seed(hash_seed: str) -> None:
+def test_conversations_do_not_depend_on_the_hash_seed(hash_seed):
     code = (
         "import json; from mlxchat.tasks import load_task\n"
         f"for name in {BUNDLED}:\n    task = load_task(name, 'test')\n"
@@ -131,7 +130,7 @@ def test_conversations_do_not_depend_on_the_hash_seed(hash_seed: str) -> None:
 
 
 @pytest.mark.parametrize("name", BUNDLED)
-def test_size_takes_a_prefix_and_the_seed_other_conversations(name: str) -> None:
+def test_size_takes_a_prefix_and_the_seed_other_conversations(name):
     small, other = load_task(name, "train", size=20), load_task(name, "train", size=20, seed=5)
     assert [small[i] for i in range(20)] == conversations_of(name, "train")[:20]
     assert [other[i] for i in range(20)] != conversations_of(name, "train")[:20]
@@ -141,7 +140,7 @@ def test_size_takes_a_prefix_and_the_seed_other_conversations(name: str) -> None
 
 @pytest.mark.parametrize("name", BUNDLED)
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_reference_answer_is_right_and_an_empty_one_wrong(name: str, split: str) -> None:
+def test_reference_answer_is_right_and_an_empty_one_wrong(name, split):
     task = load_task(name, split)
     for conversation in conversations_of(name, split)[:200]:
         assert task.evaluate(conversation, answer_text(conversation))
@@ -160,7 +159,7 @@ def test_reference_answer_is_right_and_an_empty_one_wrong(name: str, split: str)
     ],
     ids=["arithmetic", "facts", "facts_mc"],
 )  # fmt: skip
-def test_verdicts(name: str, conversation: dict[str, Any], right: list[str], wrong: list[str]) -> None:
+def test_verdicts(name, conversation, right, wrong):
     task = load_task(name, "test")
     assert [task.evaluate(conversation, response) for response in right + wrong] == [
         response in right for response in right + wrong
@@ -183,17 +182,17 @@ def test_verdicts(name: str, conversation: dict[str, Any], right: list[str], wro
         ("identity", {"held_out_frac": 1}, r"held_out_frac of task identity is 1, expected 0 to below 1"),
     ],
 )
-def test_wrong_names_and_options_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+def test_wrong_names_and_options_are_refused(name, options, message):
     with pytest.raises(ConfigError, match=message):
         load_task(name, **{"split": "train", **options})
 
 
-def test_bundled_identity_names_mlxchat() -> None:
+def test_bundled_identity_names_mlxchat():
     both = conversations_of("identity", "train") + conversations_of("identity", "test")
     assert len(both) > 50
     assert "mlxchat" in next(answer_text(c) for c in both if c["messages"][0]["content"] == "Who are you?")
 
 
-def test_place_names_have_their_article() -> None:
+def test_place_names_have_their_article():
     assert with_article("Gambia") == "the Gambia"
     assert FIELDS["capital"].ask("Gambia") == "What is the capital of the Gambia?"

@@ -72,7 +72,7 @@ def events_of(folder: Path) -> Iterator[Any]:
             data = data[16 + length :]
 
 
-def test_tensorboard_gets_curves_and_results(tmp_path: Path) -> None:
+def test_tensorboard_gets_curves_and_results(tmp_path):
     pytest.importorskip("tensorboardX")
     folder = tmp_path / "runs" / "1"
     folder.mkdir(parents=True)
@@ -126,7 +126,7 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
 
 
 @pytest.mark.slow
-def test_trackio_continues_its_run(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_trackio_continues_its_run(tmp_path, environ):
     pytest.importorskip("trackio")
     track("trackio", tmp_path, environ)
     (database,) = (tmp_path / "trackio").glob("parity*.db")
@@ -146,7 +146,7 @@ def test_trackio_continues_its_run(tmp_path: Path, environ: dict[str, str]) -> N
 
 
 @pytest.mark.slow
-def test_wandb_continues_its_run_offline(tmp_path: Path, environ: dict[str, str]) -> None:
+def test_wandb_continues_its_run_offline(tmp_path, environ):
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
 
@@ -181,7 +181,7 @@ def test_wandb_continues_its_run_offline(tmp_path: Path, environ: dict[str, str]
 
 
 @pytest.mark.slow
-def test_killed_training_continues_its_curve(tmp_path: Path, mlxchat: Any, tiny: tuple[str, ...]) -> None:
+def test_killed_training_continues_its_curve(tmp_path, mlxchat, tiny):
     pytest.importorskip("tensorboardX")
     settings = [*tiny, "stage=pretrain", "tracker=tensorboard", "pretrain.num_iterations=6", "machine.log_every=1"]
     settings += ["machine.checkpoint_seconds=0", f"outputs={tmp_path / 'outputs'}"]

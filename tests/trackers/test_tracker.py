@@ -59,7 +59,7 @@ def write(path: Path, *records: dict[str, Any]) -> None:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def test_samples_and_rollouts_arrive_as_tables(tmp_path: Path) -> None:
+def test_samples_and_rollouts_arrive_as_tables(tmp_path):
     """Iterations come once, when they are complete, and the last ones from the artifact."""
     work, done = tmp_path / "work", tmp_path / "done"
     work.mkdir()
@@ -84,7 +84,7 @@ def test_samples_and_rollouts_arrive_as_tables(tmp_path: Path) -> None:
     ]
 
 
-def test_sent_tables_are_not_repeated_after_a_kill(tmp_path: Path) -> None:
+def test_sent_tables_are_not_repeated_after_a_kill(tmp_path):
     tables = []
     write(tmp_path / "samples.jsonl", {"iteration": 1, "prompt": "a", "text": "b"})
     for run in "12":
@@ -96,7 +96,7 @@ def test_sent_tables_are_not_repeated_after_a_kill(tmp_path: Path) -> None:
     assert len(tables) == 1
 
 
-def test_service_without_tables_gets_none(tmp_path: Path) -> None:
+def test_service_without_tables_gets_none(tmp_path):
     notebook, said = Notebook(), []
     plain = SimpleNamespace(log=notebook.log, finish=notebook.finish)
     write(tmp_path / "samples.jsonl", {"iteration": 1, "prompt": "a", "text": "b"})
@@ -107,7 +107,7 @@ def test_service_without_tables_gets_none(tmp_path: Path) -> None:
     assert (notebook.results, said) == (Results(), [])
 
 
-def test_records_arrive_in_order(tmp_path: Path) -> None:
+def test_records_arrive_in_order(tmp_path):
     notebook = Notebook()
     tracker = start(tmp_path, "1", notebook)
     for iteration in range(1, 50):
@@ -120,12 +120,12 @@ def test_records_arrive_in_order(tmp_path: Path) -> None:
     assert notebook.results.numbers == {"pretrain": {"loss": 0.02}}
 
 
-def test_only_finite_numbers_are_sent() -> None:
+def test_only_finite_numbers_are_sent():
     record = {"iteration": 3, "loss": float("nan"), "norm": 1.5, "warning": "spike", "flag": True, "count": 2}
     assert numbers_of(record, without="iteration") == {"norm": 1.5, "count": 2}
 
 
-def test_interrupted_run_continues_its_tracked_run(tmp_path: Path) -> None:
+def test_interrupted_run_continues_its_tracked_run(tmp_path):
     first, second = Notebook(), Notebook()
     tracker = start(tmp_path, "20260101-a", first)
     for iteration in (1, 2, 3):
@@ -141,7 +141,7 @@ def test_interrupted_run_continues_its_tracked_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("note", ["{", "[]", '{"same": 3}', ""])
-def test_damaged_note_starts_a_new_tracked_run(note: str, tmp_path: Path) -> None:
+def test_damaged_note_starts_a_new_tracked_run(note, tmp_path):
     start(tmp_path, "1", Notebook()).log("sft", {"iteration": 1, "loss": 1.0})  # killed
     second, third = Notebook(), Notebook()
     start(tmp_path, "2", second).finish(Results(is_done=False))
@@ -152,7 +152,7 @@ def test_damaged_note_starts_a_new_tracked_run(note: str, tmp_path: Path) -> Non
     assert third.runs[0].name == "3"
 
 
-def test_finished_or_different_runs_are_not_continued(tmp_path: Path) -> None:
+def test_finished_or_different_runs_are_not_continued(tmp_path):
     start(tmp_path, "1", Notebook()).finish(Results())
     start(tmp_path, "2", Notebook(), ids="abc").finish(Results(is_done=False))
     third = Notebook()
@@ -160,7 +160,7 @@ def test_finished_or_different_runs_are_not_continued(tmp_path: Path) -> None:
     assert (third.runs[0].name, third.runs[0].is_continued) == ("3", False)
 
 
-def test_records_before_a_crash_are_sent_first(tmp_path: Path) -> None:
+def test_records_before_a_crash_are_sent_first(tmp_path):
     notebook = Notebook()
     write(tmp_path / "metrics.jsonl", *({"iteration": i, "loss": float(i)} for i in (1, 2, 3, 4)))
     tracker = start(tmp_path, "1", notebook, records=lambda step, name: tmp_path / f"{name}.jsonl")
@@ -171,7 +171,7 @@ def test_records_before_a_crash_are_sent_first(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"iteration": "x"}', "null", "3", '{"iter', "\x00"])
-def test_unreadable_history_is_skipped(line: str, tmp_path: Path) -> None:
+def test_unreadable_history_is_skipped(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_text(line + "\n")
     (tmp_path / "samples.jsonl").write_text(line + "\n")
     notebook = Notebook()
@@ -181,7 +181,7 @@ def test_unreadable_history_is_skipped(line: str, tmp_path: Path) -> None:
     assert [iteration for _, iteration, _ in notebook.logged] == [4]
 
 
-def test_tracker_failure_warns_once(tmp_path: Path) -> None:
+def test_tracker_failure_warns_once(tmp_path):
     said: list[str] = []
     notebook = Notebook(fails_at=2)
     tracker = start(tmp_path, "1", notebook, said)
@@ -193,9 +193,7 @@ def test_tracker_failure_warns_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), ConnectionError("refused sesame-open")])
-def test_tracker_that_exits_does_not_end_the_run(
-    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tracker_that_exits_does_not_end_the_run(error, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "sesame-open")
     said: list[str] = []
 
@@ -208,7 +206,7 @@ def test_tracker_that_exits_does_not_end_the_run(
     assert "sesame" not in said[0], "secrets are removed"
 
 
-def test_missing_tracker_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tracker_package_names_the_extra(tmp_path, monkeypatch):
     said: list[str] = []
     monkeypatch.setitem(sys.modules, "wandb", None)
     start(tmp_path, "1", None, said).finish(Results())
@@ -216,7 +214,7 @@ def test_missing_tracker_package_names_the_extra(tmp_path: Path, monkeypatch: py
     assert "pip install 'mlxchat[wandb]'" in said[0]
 
 
-def test_hanging_service_does_not_delay_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hanging_service_does_not_delay_the_end(tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, "FINISH_SECONDS", 0.2)
     said: list[str] = []
     end = threading.Event()
@@ -234,7 +232,7 @@ def test_hanging_service_does_not_delay_the_end(tmp_path: Path, monkeypatch: pyt
     assert "not waiting any longer" in said[0]
 
 
-def test_no_tracker_starts_no_thread(tmp_path: Path) -> None:
+def test_no_tracker_starts_no_thread(tmp_path):
     before = set(threading.enumerate())
     tracker = start(tmp_path, "1", None, kind="none")
     tracker.log("sft", {"iteration": 1, "loss": 1.0})

@@ -1,7 +1,5 @@
 """A training of adapters: they alone move, have moments and are saved."""
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -64,7 +62,7 @@ def learn(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_adapters_move_and_have_moments(kind: str) -> None:
+def test_only_adapters_move_and_have_moments(kind):
     """The first step of Adam has the length of the rate in every number with a gradient."""
     model, optimizer = make(kind)
     before, adapters = copies(flatten_parameters(model)), set(trained_parameters(model))
@@ -76,7 +74,7 @@ def test_only_adapters_move_and_have_moments(kind: str) -> None:
         np.testing.assert_allclose(np.abs(value - before[name]), RULE.lr if name in adapters else 0, rtol=1e-2)
 
 
-def test_weight_decay_spares_the_magnitudes_of_dora() -> None:
+def test_weight_decay_spares_the_magnitudes_of_dora():
     model, optimizer = make("dora")
     decaying = Optimizer(model, optimizer.config, width=model.sizes.width, adapter=RULE._replace(weight_decay=0.1))
     decays = {name.rpartition(".")[2]: rule.weight_decay for name, rule in decaying.adamw_rules.items()}
@@ -84,7 +82,7 @@ def test_weight_decay_spares_the_magnitudes_of_dora() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dora", "qlora"])
-def test_both_code_paths_learn_the_same(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_both_code_paths_learn_the_same(monkeypatch, kind):
     """The plain path in bfloat16 has the gradients of float32 and float32 adapters."""
     on_cpu = learn(*make(kind))
     _, exact = TrainStep(*make(kind), micro_tokens=1000, dtype=mx.float32).gradients(batch())
@@ -102,7 +100,7 @@ def test_both_code_paths_learn_the_same(monkeypatch: pytest.MonkeyPatch, kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_micro_batches_change_rounding_and_recomputing_no_bit(kind: str) -> None:
+def test_micro_batches_change_rounding_and_recomputing_no_bit(kind):
     model, optimizer = make(kind, dropout=0.3)
     whole = learn(model, optimizer)
     np.testing.assert_allclose(learn(*make(kind, dropout=0.3), micro_tokens=32), whole, rtol=1e-5)
@@ -111,7 +109,7 @@ def test_micro_batches_change_rounding_and_recomputing_no_bit(kind: str) -> None
     assert bits(recomputed) == bits(model)
 
 
-def test_dropout_affects_training_but_not_evaluation() -> None:
+def test_dropout_affects_training_but_not_evaluation():
     (with_dropout, optimizer), (without, other) = make(dropout=0.5), make()
     ids = mx.array(batch().ids)
     assert mx.array_equal(with_dropout(ids), without(ids)).item()
@@ -119,9 +117,7 @@ def test_dropout_affects_training_but_not_evaluation() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dora", "qlora"])
-def test_interrupted_training_resumes_bit_for_bit_from_saved_adapters(
-    train: Callable[..., Trained], tmp_path: Path, kind: str
-) -> None:
+def test_interrupted_training_resumes_bit_for_bit_from_saved_adapters(train, tmp_path, kind):
     linear = schedule(warmdown_frac=0.5, shape="linear", weight_decay_frac=0.0)
 
     def go(name: str, **options: Any) -> tuple[Trained, set[str]]:
@@ -139,7 +135,7 @@ def test_interrupted_training_resumes_bit_for_bit_from_saved_adapters(
 
 
 @pytest.mark.parametrize("kind", ["dora", "qlora"])
-def test_untrained_adapters_serve_as_reference_for_rl(kind: str) -> None:
+def test_untrained_adapters_serve_as_reference_for_rl(kind):
     model, optimizer = make(kind, zeros=True)
     rows = batch()
     reference = trained_parameters(model)
@@ -153,12 +149,12 @@ def test_untrained_adapters_serve_as_reference_for_rl(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_new_adapters_change_no_bit(kind: str) -> None:
+def test_new_adapters_change_no_bit(kind):
     ids = mx.array(batch().ids)
     assert mx.array_equal(make(kind, zeros=True)[0](ids), make_model()(ids)).item()
 
 
-def test_a_starts_uniform_and_b_at_zero() -> None:
+def test_a_starts_uniform_and_b_at_zero():
     model, _ = make(zeros=True)
     shapes = matrices_of(model.sizes)
     for name, value in trained_parameters(model).items():
@@ -178,5 +174,5 @@ def test_a_starts_uniform_and_b_at_zero() -> None:
     [(("attention",), 8), (("mlp",), 4), (("all",), 12), (("c_q", "c_v"), 4), (("c_proj",), 4),
      (("mlp.c_proj",), 2), (("h.1.attn.c_k",), 1), (("transformer.h.0.mlp.c_fc", "mlp"), 4)],
 )  # fmt: skip
-def test_targets_are_groups_or_suffixes_of_names(targets: tuple[str, ...], count: int) -> None:
+def test_targets_are_groups_or_suffixes_of_names(targets, count):
     assert len(resolve_targets(targets, make_model().sizes)) == count

@@ -46,7 +46,7 @@ def firsts(batch: Batch) -> list[int]:
     return batch.ids[:, 0].tolist()
 
 
-def test_position_counts_and_documents_are_those_of_the_last_batch() -> None:
+def test_position_counts_and_documents_are_those_of_the_last_batch():
     with RowBatches(Numbers(seconds=0.002), 2) as batches:
         assert (batches.state(), batches.counts(), batches.documents()) == ({"number": 0}, {"rows": 0}, [])
         for iteration in range(3):
@@ -60,7 +60,7 @@ def test_position_counts_and_documents_are_those_of_the_last_batch() -> None:
         assert firsts(batches.next_batch(1)) == [2, 3]
 
 
-def test_failure_within_a_batch_leaves_the_position_before_it() -> None:
+def test_failure_within_a_batch_leaves_the_position_before_it():
     """Bug: the position saved at a stop during encoding left out the rows drawn before it."""
     with RowBatches(Numbers(fails_at=5), 2) as batches:
         assert [firsts(batches.next_batch(i)) for i in range(2)] == [[0, 1], [2, 3]]
@@ -70,7 +70,7 @@ def test_failure_within_a_batch_leaves_the_position_before_it() -> None:
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_stream_is_closed_however_training_ends(error: type[BaseException] | None) -> None:
+def test_stream_is_closed_however_training_ends(error):
     rows = Numbers()
     with suppress(KeyboardInterrupt), RowBatches(rows, 2):
         if error is not None:

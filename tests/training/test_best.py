@@ -1,7 +1,6 @@
 """The best weights are kept: which they are, through kills, and beside the last ones for an extension."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +64,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         return train(tmp_path_factory.mktemp("short"), 6)
 
 
-def test_model_ends_with_the_weights_of_the_best_candidate(straight: Trained) -> None:
+def test_model_ends_with_the_weights_of_the_best_candidate(straight):
     assert straight.weights == straight.seen[4] != straight.seen[10]
     assert bits(load_checkpoint(straight.ctx.out)[0]) == straight.seen[4]
     metrics = straight.ctx.metrics
@@ -82,9 +81,7 @@ def test_model_ends_with_the_weights_of_the_best_candidate(straight: Trained) ->
         (2, NUMBERS, max, 10),
     ],
 )
-def test_best_is_the_first_candidate_with_the_best_finite_number(
-    every: int, numbers: list[float], choose: Callable[[float, float], float], expected: int | None
-) -> None:
+def test_best_is_the_first_candidate_with_the_best_finite_number(every, numbers, choose, expected):
     model, best = make_model(), Best(every=every, basis=None, metric="reward", choose=choose)
     best.offer(0, {"reward": choose(-99.0, 99.0)}, model)
     for iteration, number in enumerate(numbers, 1):
@@ -97,17 +94,17 @@ def test_best_is_the_first_candidate_with_the_best_finite_number(
                          "last_reward": 0.4, "last_pass_at_1": 0.1}  # fmt: skip
 
 
-def test_last_iteration_of_a_training_is_a_candidate(tmp_path: Path) -> None:
+def test_last_iteration_of_a_training_is_a_candidate(tmp_path):
     assert train(tmp_path, 5, every=3).ctx.metrics["best_iteration"] == 5
 
 
-def test_without_a_finite_number_the_last_weights_stay(tmp_path: Path) -> None:
+def test_without_a_finite_number_the_last_weights_stay(tmp_path):
     model, hook = make_model(), Hook(run=lambda _: {"val_bpb": math.nan}, every=1)
     done = training.train(tmp_path, 2, model=model, best=Best(every=1, basis=1), hooks=[hook])
     assert "best_iteration" not in done.ctx.metrics
 
 
-def test_interrupted_training_keeps_the_same_weights(straight: Trained, tmp_path: Path) -> None:
+def test_interrupted_training_keeps_the_same_weights(straight, tmp_path):
     """Saves hold the best weights only where they are not the present ones."""
     for stop, is_present in ((4, True), (5, False), (9, False)):
         with pytest.raises(Interrupted):
@@ -120,9 +117,7 @@ def test_interrupted_training_keeps_the_same_weights(straight: Trained, tmp_path
     assert [resumed.ctx.metrics[key] for key in kept] == [straight.ctx.metrics[key] for key in kept]
 
 
-def test_extension_continues_from_the_last_weights_and_keeps_the_best(
-    straight: Trained, short: Trained, tmp_path: Path
-) -> None:
+def test_extension_continues_from_the_last_weights_and_keeps_the_best(straight, short, tmp_path):
     assert short.weights == short.seen[4]
     extended = train(tmp_path / "extended", extends=short.ctx.out)
     assert extended.seen[10] == straight.seen[10]
@@ -134,7 +129,7 @@ def test_extension_continues_from_the_last_weights_and_keeps_the_best(
     assert train(tmp_path / "other", basis=2, extends=short.ctx.out).ctx.metrics["best_iteration"] == 8
 
 
-def test_model_has_the_best_weights_for_a_while() -> None:
+def test_model_has_the_best_weights_for_a_while():
     model, best = make_model(), Best(every=1, basis=1)
     before = bits(model)
     best.offer(1, {"val_bpb": 1.0}, model)
@@ -145,7 +140,7 @@ def test_model_has_the_best_weights_for_a_while() -> None:
     assert bits(model) == after
 
 
-def test_only_adapters_are_kept_of_a_model_that_has_them() -> None:
+def test_only_adapters_are_kept_of_a_model_that_has_them():
     model, best = make_model(), Best(every=1, basis=None)
     attach_adapters(model, adapter_sizes(model.sizes), seed=1, dtype=mx.float32)
     best.offer(1, {"val_bpb": 1.0}, model)

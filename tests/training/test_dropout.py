@@ -1,6 +1,5 @@
 """Dropout in a training step: where it acts, and what its masks do not depend on."""
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -42,9 +41,7 @@ def reference_loss(model: GPT, batch: Batch, iteration: int) -> float:
 
 
 @pytest.mark.parametrize(("lanes", "micro_rows"), [(1, 6), (2, 4), (3, 6)])
-def test_masks_depend_neither_on_lanes_nor_on_micro_batches(
-    lanes: int, micro_rows: int, batch: Batch, set_lanes: Callable[[int], None]
-) -> None:
+def test_masks_depend_neither_on_lanes_nor_on_micro_batches(lanes, micro_rows, batch, set_lanes):
     """They depend on the iteration, of which two give two losses; nothing is compiled again."""
     set_lanes(lanes)
     model = make_model()
@@ -58,7 +55,7 @@ def test_masks_depend_neither_on_lanes_nor_on_micro_batches(
     assert step.num_traces == traces
 
 
-def test_gradients_are_the_slopes_of_the_loss_with_dropout(batch: Batch) -> None:
+def test_gradients_are_the_slopes_of_the_loss_with_dropout(batch):
     """Of the uncompiled model."""
     model = make_model()
     _, gradients = make_step(model).gradients(batch, 4)
@@ -69,7 +66,7 @@ def test_gradients_are_the_slopes_of_the_loss_with_dropout(batch: Batch) -> None
     ("one", "other"), [({}, {"recompute": True}), ({"dropout": 0.0}, {"dropout": 0.0, "dropout_seed": 3})],
     ids=["recomputed layers", "rate of zero"],
 )  # fmt: skip
-def test_steps_give_the_same_bits(one: dict[str, Any], other: dict[str, Any], batch: Batch) -> None:
+def test_steps_give_the_same_bits(one, other, batch):
     outcomes = []
     for options in (one, other):
         model = make_model()
@@ -79,9 +76,7 @@ def test_steps_give_the_same_bits(one: dict[str, Any], other: dict[str, Any], ba
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
-def test_dropout_acts_on_the_embedding_and_each_attention_and_mlp(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_acts_on_the_embedding_and_each_attention_and_mlp(architecture, monkeypatch):
     """Other keys at any of these places give other states."""
     model = make_model(architecture, num_layers=3, scale=1.0)
     ids = mx.array(np.random.default_rng(0).integers(0, 40, (2, 16)))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -34,7 +33,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         return training.train(tmp_path_factory.mktemp("short"), 2, keep_state=True)
 
 
-def test_extensions_equal_one_training_bit_for_bit(straight: Trained, short: Trained, train: Train) -> None:
+def test_extensions_equal_one_training_bit_for_bit(straight, short, train):
     """An extension can be interrupted and extended; its records begin with those of what it extends."""
     longer = train("longer", 4, extends=short.ctx.out, keep_state=True)
     assert longer.ctx.resumed_from is None, "nothing of its own was interrupted"
@@ -46,7 +45,7 @@ def test_extensions_equal_one_training_bit_for_bit(straight: Trained, short: Tra
     assert longest.curve("loss") == straight.curve("loss")
 
 
-def test_interruptions_leave_the_same_files(straight: Trained, train: Train) -> None:
+def test_interruptions_leave_the_same_files(straight, train):
     """Bug: training_state.json contained seconds and throughput."""
     for done in (1, 4):
         with pytest.raises(Interrupted):
@@ -60,7 +59,7 @@ def test_interruptions_leave_the_same_files(straight: Trained, train: Train) -> 
     assert not load_file(out / STATE).keys() & load_file(out / "model.safetensors").keys(), "moments only"
 
 
-def test_rates_follow_the_new_horizon_after_the_extended_iterations(train: Train) -> None:
+def test_rates_follow_the_new_horizon_after_the_extended_iterations(train):
     falling = schedule(warmdown_frac=0.5)
     short = train("short", 4, schedule=falling, keep_state=True)
     long = train("long", 8, extends=short.ctx.out, schedule=falling)
@@ -81,9 +80,7 @@ def cut(path: Path) -> None:
         (lambda path: save_file({"count": np.zeros(())}, path), {}, "these arrays do not fit"),
     ],
 )
-def test_unsuitable_training_states_are_refused(
-    damage: Callable[[Path], None] | None, changes: dict[str, Any], message: str, train: Train
-) -> None:
+def test_unsuitable_training_states_are_refused(damage, changes, message, train):
     out = train("short", 1, keep_state=True).ctx.out
     if damage is not None:
         damage(out / STATE)
@@ -91,7 +88,7 @@ def test_unsuitable_training_states_are_refused(
         train("long", 2, extends=out, optimizer=make_optimizer(make_model(), **changes))
 
 
-def test_warm_start_takes_the_moments_and_not_the_rates(tmp_path: Path) -> None:
+def test_warm_start_takes_the_moments_and_not_the_rates(tmp_path):
     before, after = make_optimizer(make_model()), make_optimizer(make_model(), matrix_lr=0.007)
     rng = np.random.default_rng(3)
     for name, value in before.state.items():

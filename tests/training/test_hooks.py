@@ -1,6 +1,5 @@
 """Evaluations during training: their numbers, that they affect no bits, and that an interrupted one resumes."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from kit.models import composed, computing_on_cpu, make_model
 from kit.text import core_items, write_bundle
 from kit.training import Trained, make_context
 from mlxchat.config.schema import CoreConfig, PretrainConfig, TaskItem
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import Interrupted
 from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.model.gpt import GPT, flatten_parameters
@@ -42,9 +40,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         return training.train(tmp_path_factory.mktemp("plain"), 4)
 
 
-def test_core_estimates_change_no_byte_and_continue_after_a_stop(
-    train: Callable[..., Trained], plain: Trained, pretrain: PretrainConfig, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_core_estimates_change_no_byte_and_continue_after_a_stop(train, plain, pretrain, tokenizer, tmp_path):
     """The stop comes after the first batch of the estimate at iteration 2, before the training has saved anything."""
 
     def hooks(ctx: Context, model: GPT) -> list[Hook]:
@@ -69,9 +65,7 @@ def test_core_estimates_change_no_byte_and_continue_after_a_stop(
     assert resumed.ctx.resumed_from == 2
 
 
-def test_core_estimates_respect_both_limits_and_selected_tasks(
-    tmp_path: Path, pretrain: PretrainConfig, tokenizer: Tokenizer
-) -> None:
+def test_core_estimates_respect_both_limits_and_selected_tasks(tmp_path, pretrain, tokenizer):
     """The standard error tells the number of examples: 0.5 in either task of n is sqrt(0.25 / n) × 2 / sqrt(2)."""
 
     def estimate(**core: Any) -> dict[str, float]:
@@ -89,9 +83,7 @@ def test_core_estimates_respect_both_limits_and_selected_tasks(
     assert -1 <= one["core_tasks_estimate"] <= 1
 
 
-def test_suite_changes_no_byte_and_logs_accuracies_and_centred_means(
-    train: Callable[..., Trained], plain: Trained, tokenizer: Tokenizer
-) -> None:
+def test_suite_changes_no_byte_and_logs_accuracies_and_centred_means(train, plain, tokenizer):
     sft = replace(composed().sft, suite=SUITE, suite_every=2, suite_max_new_tokens=4)
     done = train("with", 4, hooks=lambda ctx, model: suite_hooks(ctx, sft, model, tokenizer))
     assert done.bits == plain.bits
@@ -103,10 +95,7 @@ def test_suite_changes_no_byte_and_logs_accuracies_and_centred_means(
 
 
 @pytest.mark.parametrize("kind", ["core", "suite"])
-def test_hooks_compute_in_the_dtype_of_the_training(
-    kind: str, train: Callable[..., Trained], pretrain: PretrainConfig, tokenizer: Tokenizer,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_hooks_compute_in_the_dtype_of_the_training(kind, train, pretrain, tokenizer, monkeypatch):
     monkeypatch.setenv("MLXCHAT_CPU", "plain")
     model, dtypes, hidden = make_model(), set[mx.Dtype](), GPT.hidden
     sft = replace(composed().sft, suite=SUITE, suite_max_new_tokens=4)
@@ -132,9 +121,7 @@ def test_hooks_compute_in_the_dtype_of_the_training(
     assert {value.dtype for value in flatten_parameters(model).values()} == {mx.float32}
 
 
-def test_suite_samples_the_rows_that_fit_beside_the_training(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_suite_samples_the_rows_that_fit_beside_the_training(tmp_path, tokenizer, monkeypatch):
     ctx, made = make_context(tmp_path), []
     ctx.derived["sampled_rows"] = 3
     monkeypatch.setattr("mlxchat.training.hooks.Engine", lambda *given, **options: made.append(options))
@@ -142,9 +129,7 @@ def test_suite_samples_the_rows_that_fit_beside_the_training(
     assert [options["max_rows"] for options in made] == [3]
 
 
-def test_train_bpb_is_of_the_first_rows_at_the_end(
-    tmp_path: Path, pretrain: PretrainConfig, tokenizer: Tokenizer
-) -> None:
+def test_train_bpb_is_of_the_first_rows_at_the_end(tmp_path, pretrain, tokenizer):
     ids = np.array([tokenizer.bos, *tokenizer.encode("the cat sat on the mat and the dog")] * 3, np.int32)
     rows = [(ids[start : start + 16], ids[start + 1 : start + 17]) for start in (0, 4, 8)]
     config, model = replace(pretrain, train_bpb_tokens=2 * pretrain.batch.row_tokens + 1), make_model()

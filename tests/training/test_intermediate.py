@@ -55,12 +55,12 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Weights, dict[in
         return train(tmp_path_factory.mktemp("straight"))
 
 
-def test_models_are_published_at_their_cadence_but_not_at_the_end(straight: Any, tmp_path: Path) -> None:
+def test_models_are_published_at_their_cadence_but_not_at_the_end(straight, tmp_path):
     assert list(straight[1]) == [3, 6, 9]
     assert list(train(tmp_path, every=5)[1]) == [5]
 
 
-def test_extended_intermediate_model_ends_as_the_training_did(straight: Any, tmp_path: Path) -> None:
+def test_extended_intermediate_model_ends_as_the_training_did(straight, tmp_path):
     end, published = straight
     (published[6] / "metrics.jsonl").write_text(json.dumps({"iteration": 6}) + "\n")
     extended, further = train(tmp_path, extends=published[6])
@@ -68,7 +68,7 @@ def test_extended_intermediate_model_ends_as_the_training_did(straight: Any, tmp
     assert extended == end
 
 
-def test_intermediate_models_have_the_present_weights_and_the_end_the_best(straight: Any, tmp_path: Path) -> None:
+def test_intermediate_models_have_the_present_weights_and_the_end_the_best(straight, tmp_path):
     """Validation only rises: the first weights are the best."""
     end, published = train(tmp_path, best=True, every=1)
     model = {iteration: bits(load_checkpoint(published[iteration])[0]) for iteration in (1, 6)}
@@ -79,7 +79,7 @@ def test_intermediate_models_have_the_present_weights_and_the_end_the_best(strai
 
 
 @pytest.mark.parametrize("stop", [{"stop_after": 6}, {"stop_in_hook": 6}, {"stop_after": 7}], ids=str)
-def test_stop_at_the_iteration_of_a_model_omits_none(straight: Any, tmp_path: Path, stop: dict[str, int]) -> None:
+def test_stop_at_the_iteration_of_a_model_omits_none(straight, tmp_path, stop):
     with pytest.raises(Interrupted):
         train(tmp_path, **stop)
     end, after = train(tmp_path)
@@ -88,7 +88,7 @@ def test_stop_at_the_iteration_of_a_model_omits_none(straight: Any, tmp_path: Pa
     assert {path.name for path in tmp_path.glob("model@*")} == {"model@3", "model@6", "model@9"}
 
 
-def test_counts_of_a_training_follow_its_iterations() -> None:
+def test_counts_of_a_training_follow_its_iterations():
     whole = {"num_iterations": 40, "total_tokens": 81_920, "total_flops": 4e12, "width": 64}
     quarter = {"num_iterations": 10, "total_tokens": 20_480, "total_flops": 1e12, "width": 64}
     assert derived_after(10, 40, whole) == quarter

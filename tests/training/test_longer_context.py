@@ -1,11 +1,9 @@
 """Later stages may train a model on rows longer than its context, which lengthens it."""
 
 import json
-from pathlib import Path
 
 import pytest
 
-from kit.commands import Say
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.store.naming import refs_of
@@ -15,7 +13,7 @@ from mlxchat.sweep.job import plan_of
 LONGER = ["midtrain.context_tokens=512", "midtrain.batch.row_tokens=512"]
 
 
-def test_longer_rows_lengthen_the_context(say: Say, tiny: tuple[str, ...], outputs: Path) -> None:
+def test_longer_rows_lengthen_the_context(say, tiny, outputs):
     """The finished run's context is 256."""
     say(*tiny, "targets=[midtrain]", f"outputs={outputs}", *LONGER)
     config = json.loads((refs_of(Store(outputs))["midtrain"] / "config.json").read_text())
@@ -31,9 +29,7 @@ def test_longer_rows_lengthen_the_context(say: Say, tiny: tuple[str, ...], outpu
         (["sft.batch.row_tokens=768", *LONGER], "768 is longer than the context .*: 512.*, or sft.context_tokens=768"),
     ],
 )
-def test_impossible_contexts_are_refused(
-    tiny: tuple[str, ...], tmp_path: Path, settings: list[str], message: str
-) -> None:
+def test_impossible_contexts_are_refused(tiny, tmp_path, settings, message):
     batches = ["midtrain.batch.tokens=null", "sft.batch.tokens=null"]
     config = compose_config([*tiny, *batches, *settings, f"outputs={tmp_path}"]).config
     with pytest.raises(ConfigError, match=message):

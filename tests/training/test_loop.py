@@ -1,7 +1,6 @@
 """The loop: records, cadences, and that an interrupted training ends with the same bits."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -59,7 +58,7 @@ def records(done: Trained) -> list[dict[str, Any]]:
 # Records and hooks
 
 
-def test_each_iteration_is_recorded(straight: Trained) -> None:
+def test_each_iteration_is_recorded(straight):
     found = [record for record in records(straight) if "loss" in record]
     assert [record["iteration"] for record in found] == [1, 2, 3, 4, 5, 6]
     assert [record["lr_multiplier"] for record in found] == pytest.approx([1, 1, 1, 1, 2 / 3, 1 / 3])
@@ -73,7 +72,7 @@ def test_each_iteration_is_recorded(straight: Trained) -> None:
     assert metrics["val_loss"] == 6.0
 
 
-def test_hooks_and_records_follow_their_cadences(train: Train, straight: Trained) -> None:
+def test_hooks_and_records_follow_their_cadences(train, straight):
     """A hook whose two cadences coincide is called once."""
     cases: list[tuple[int | None, tuple[int | None, ...], bool, list[int]]] = [
         (None, (), False, [6]), (2, (), False, [2, 4, 6]), (4, (), True, [0, 4, 6]), (None, (), True, [0, 6]),
@@ -96,7 +95,7 @@ def test_hooks_and_records_follow_their_cadences(train: Train, straight: Trained
     assert done.curve("loss")[4] != straight.curve("loss")[4], "it has no dropout"
 
 
-def test_smoothed_loss_is_the_debiased_exponential_mean() -> None:
+def test_smoothed_loss_is_the_debiased_exponential_mean():
     meter, losses = Meter(), [5.0, 4.0, 3.5, 3.0]
     for loss in losses:
         meter.add(loss, 10, 1.0)
@@ -104,7 +103,7 @@ def test_smoothed_loss_is_the_debiased_exponential_mean() -> None:
     assert meter.loss == pytest.approx(float(weights @ losses / weights.sum()))
 
 
-def test_mfu_is_the_rate_over_the_peak_and_never_above_one() -> None:
+def test_mfu_is_the_rate_over_the_peak_and_never_above_one():
     """Training faster than the measured peak raises the peak; an unknown peak gives no MFU."""
     rates: list[float] = []
 
@@ -129,10 +128,7 @@ def test_mfu_is_the_rate_over_the_peak_and_never_above_one() -> None:
     [("cpu", (1, 2, 3), ([1], [2], [])), ("metal", (1, 2, 3), ([1], [2], [3])),
      ("metal", (None, None, None), ([], [], []))],
 )  # fmt: skip
-def test_memory_limits_apply_where_the_device_has_them(
-    where: str, limits: tuple[int | None, ...], expected: tuple[list[int], ...], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_memory_limits_apply_where_the_device_has_them(where, limits, expected, tmp_path, monkeypatch):
     calls: dict[str, list[int]] = {"memory": [], "cache": [], "wired": []}
     for name, seen in calls.items():
         monkeypatch.setattr(mx, f"set_{name}_limit", seen.append)
@@ -145,7 +141,7 @@ def test_memory_limits_apply_where_the_device_has_them(
 # Interruption
 
 
-def test_interrupted_training_ends_with_the_same_bits(train: Train, straight: Trained) -> None:
+def test_interrupted_training_ends_with_the_same_bits(train, straight):
     options = OPTIONS | {"hooks": [validation()]}
     for stop in (1, 2, 5):
         with pytest.raises(Interrupted, match=f"iteration {stop} of 6") as caught:
@@ -157,9 +153,7 @@ def test_interrupted_training_ends_with_the_same_bits(train: Train, straight: Tr
 
 
 @pytest.mark.parametrize("checkpoint_seconds", [0.0, 1e9], ids=["saved each iteration", "never saved"])
-def test_killed_training_ends_with_the_same_bits_and_records(
-    train: Train, straight: Trained, checkpoint_seconds: float
-) -> None:
+def test_killed_training_ends_with_the_same_bits_and_records(train, straight, checkpoint_seconds):
     options = OPTIONS | {"context": {"checkpoint_seconds": checkpoint_seconds}}
     for iteration in (1, 4):
         with pytest.raises(Crash):
@@ -170,7 +164,7 @@ def test_killed_training_ends_with_the_same_bits_and_records(
 
 
 @pytest.mark.parametrize("damaged", ["arrays.safetensors", "state.json"])
-def test_damaged_save_is_not_used(train: Train, straight: Trained, tmp_path: Path, damaged: str) -> None:
+def test_damaged_save_is_not_used(train, straight, tmp_path, damaged):
     with pytest.raises(Interrupted):
         train(stop_after=3)
     (path,) = tmp_path.rglob(damaged)
@@ -180,7 +174,7 @@ def test_damaged_save_is_not_used(train: Train, straight: Trained, tmp_path: Pat
     assert_same(done, straight)
 
 
-def test_saved_arrays_keep_their_shapes(tmp_path: Path) -> None:
+def test_saved_arrays_keep_their_shapes(tmp_path):
     # A count with an axis would broadcast into AdamW's update of jul2026's scalars.
     arrays = {"count": np.asarray(np.float32(3)), "row": np.arange(3.0), "turned": np.arange(6.0).reshape(2, 3).T}
     write_save(tmp_path, 1, arrays, {})

@@ -45,7 +45,7 @@ def losses_of(model: GPT, batch: Batch) -> np.ndarray:
 
 
 @pytest.mark.parametrize("micro_rows", [1, 2, 100])
-def test_loss_is_the_mean_over_all_targets_of_the_batch(micro_rows: int) -> None:
+def test_loss_is_the_mean_over_all_targets_of_the_batch(micro_rows):
     """nanochat's mean of the micro-batches' means would be another number."""
     model, batch = make_model(), make_batch(4, targets_per_row=[16, 1, 3, 0])
     losses = losses_of(model, batch)
@@ -55,14 +55,14 @@ def test_loss_is_the_mean_over_all_targets_of_the_batch(micro_rows: int) -> None
 
 
 @pytest.mark.parametrize(("targets", "rates"), [([0, 0], RATES), ([16, 16], Rates(0.0, 0.9, 1.0))])
-def test_no_targets_or_a_rate_of_zero_change_no_weight(targets: list[int], rates: Rates[float]) -> None:
+def test_no_targets_or_a_rate_of_zero_change_no_weight(targets, rates):
     model, batch = make_model(), make_batch(2, targets_per_row=targets)
     before, step = bits(model), make_step(model)
     assert (step(batch, rates) == (0.0, 0.0)) is (targets == [0, 0])
     assert bits(model) == before
 
 
-def test_gradients_are_the_slopes_of_the_loss(path: str) -> None:
+def test_gradients_are_the_slopes_of_the_loss(path):
     """The norm is before clipping."""
     model, batch = make_model(), make_batch(3)
     step = make_step(model, grad_clip=0.01)
@@ -74,7 +74,7 @@ def test_gradients_are_the_slopes_of_the_loss(path: str) -> None:
 
 
 @pytest.mark.parametrize(("micro_rows", "value"), [(1, np.nan), (3, np.inf), (4, -np.inf)])
-def test_non_finite_step_changes_neither_weights_nor_moments(micro_rows: int, value: float) -> None:
+def test_non_finite_step_changes_neither_weights_nor_moments(micro_rows, value):
     model, batches = make_model(), NumberedBatches(rows=4, broken={1}, value=value)
     step = make_step(model, micro_rows=micro_rows)
     step(batches.next_batch(0), RATES)
@@ -89,7 +89,7 @@ def test_non_finite_step_changes_neither_weights_nor_moments(micro_rows: int, va
 
 
 @pytest.mark.parametrize("micro_rows", [0, 1, 4])
-def test_accumulation_equals_the_whole_batch(micro_rows: int) -> None:
+def test_accumulation_equals_the_whole_batch(micro_rows):
     """Also where the last micro-batch is smaller, and where not even a row fits."""
     batches = [make_batch(6, seed=seed, targets_per_row=[16, 2, 9, 0, 16, 5]) for seed in range(2)]
     whole, parts, start = make_model(), make_model(), arrays_of(make_model())
@@ -107,9 +107,7 @@ def test_accumulation_equals_the_whole_batch(micro_rows: int) -> None:
     ("num_lanes", "micro_rows", "variant", "num_rows"),
     [(2, 4, "oct2025", 7), (3, 100, "jul2026", 7), (3, 4, "jul2026", 7), (3, 100, "oct2025", 2)],
 )
-def test_several_lanes_equal_one(
-    set_lanes: SetLanes, num_lanes: int, micro_rows: int, variant: str, num_rows: int
-) -> None:
+def test_several_lanes_equal_one(set_lanes, num_lanes, micro_rows, variant, num_rows):
     """Seven rows give the lanes unequal parts; with micro-batches of four the last one has other parts."""
     batches = [make_batch(num_rows, seed=seed, targets_per_row=[16, 2, 9, 0, 16, 5, 1]) for seed in range(2)]
     results = []
@@ -127,9 +125,7 @@ def test_several_lanes_equal_one(
 
 
 @pytest.mark.parametrize(("num_lanes", "micro_rows", "traces"), [(1, 100, 1), (1, 4, 2), (2, 4, 4), (3, 2, 2)])
-def test_new_rates_and_data_compile_nothing_again(
-    set_lanes: SetLanes, monkeypatch: pytest.MonkeyPatch, num_lanes: int, micro_rows: int, traces: int
-) -> None:
+def test_new_rates_and_data_compile_nothing_again(set_lanes, monkeypatch, num_lanes, micro_rows, traces):
     """One trace per shape and lane: six rows by four leave a micro-batch of two; one of two rows takes two lanes."""
     set_lanes(num_lanes)
     moves, move = [], Optimizer.move
@@ -149,7 +145,7 @@ def test_new_rates_and_data_compile_nothing_again(
 
 
 @pytest.mark.parametrize("micro_rows", [1, 100])
-def test_bfloat16_computes_beside_float32_masters(path: str, micro_rows: int) -> None:
+def test_bfloat16_computes_beside_float32_masters(path, micro_rows):
     model, batches = make_model(), [make_batch(3, seed=seed) for seed in range(2)]
     step = make_step(model, micro_rows=micro_rows, dtype=mx.bfloat16)
     exact = make_step(make_model())

@@ -42,16 +42,14 @@ def to_target(train: Callable[..., Trained]) -> Train:
     ("target", "reached", "iterations", "val_bpb"),
     [(3.0, 1.0, 6, 3.0), (0.5, 0.0, 10, 2.5), (2.5, 1.0, 8, 1.0), (None, None, None, 2.5)],
 )
-def test_training_ends_where_a_comparison_finds_the_target(
-    to_target: Train, target: float | None, reached: float | None, iterations: int | None, val_bpb: float
-) -> None:
+def test_training_ends_where_a_comparison_finds_the_target(to_target, target, reached, iterations, val_bpb):
     done, metrics, called = to_target("run", target)
     assert metrics == {"reached_target": reached, "iterations": iterations, "val_bpb": val_bpb}
     assert called == [iterations or 10], "hooks of the end run there"
     assert target is None or done.ctx.metrics["seconds_to_target"] > 0
 
 
-def test_stops_before_and_in_the_last_hook_change_nothing(to_target: Train) -> None:
+def test_stops_before_and_in_the_last_hook_change_nothing(to_target):
     straight, expected, _ = to_target("straight", 3.0)
     for stop in (1, 5, -6):
         with pytest.raises(Interrupted):
@@ -60,7 +58,7 @@ def test_stops_before_and_in_the_last_hook_change_nothing(to_target: Train) -> N
     assert (done.bits, metrics, called) == (straight.bits, expected, [6])
 
 
-def test_target_of_core_ignores_estimates_between_its_comparisons(train: Callable[..., Trained]) -> None:
+def test_target_of_core_ignores_estimates_between_its_comparisons(train):
     """CORE is estimated every third iteration for display and every fourth for the target."""
     estimates = {3: 0.9, 4: 0.2, 6: 0.9, 8: 0.5, 9: 0.1}
     done = train(

@@ -1,7 +1,6 @@
 """Learning from a teacher's distributions: which teachers fit, what is learnt, and that it resumes."""
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 
 from kit.artifacts import publish_base
 from kit.models import composed, make_model
-from kit.training import Trained, make_optimizer, schedule
+from kit.training import make_optimizer, schedule
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TeacherConfig
 from mlxchat.data.bpe import train_tokenizer
@@ -88,9 +87,7 @@ def expected_parts(student: GPT, teacher: GPT, batch: Any) -> tuple[float, float
 
 
 @pytest.mark.parametrize(("kind", "micro_tokens"), [("folder", 16), ("exported", 64)])
-def test_step_reports_cross_entropy_and_divergence_at_targets(
-    kind: str, micro_tokens: int, request: pytest.FixtureRequest, tokenizer: Tokenizer
-) -> None:
+def test_step_reports_cross_entropy_and_divergence_at_targets(kind, micro_tokens, request, tokenizer):
     student, batch = make_model(), batch_of(0)
     ce, kl = expected_parts(student, make_teacher(), batch)
     step = make_step(student, load(request.getfixturevalue(kind), tokenizer, weight=0.25), micro_tokens=micro_tokens)
@@ -105,9 +102,7 @@ def test_step_reports_cross_entropy_and_divergence_at_targets(
     assert alone.loss_parts == {}
 
 
-def test_interrupted_distillation_ends_with_the_same_bits(
-    folder: Path, tokenizer: Tokenizer, train: Callable[..., Trained]
-) -> None:
+def test_interrupted_distillation_ends_with_the_same_bits(folder, tokenizer, train):
     options = {"distillation": load(folder, tokenizer, top_k=7), "schedule": schedule(warmdown_frac=0.5)}
     whole = train("whole", 5, **options)
     with pytest.raises(Interrupted):
@@ -121,7 +116,7 @@ def test_interrupted_distillation_ends_with_the_same_bits(
         assert loss == pytest.approx(0.5 * ce + 0.5 * kl, rel=1e-5)
 
 
-def test_teacher_with_another_vocabulary_or_shorter_rows_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_teacher_with_another_vocabulary_or_shorter_rows_is_refused(tmp_path, tokenizer):
     other = train_tokenizer(["a completely different text about zebras, quartz and jazz " * 5], 281)
     save_checkpoint(tmp_path, make_teacher(281), other, {"format": "chat"})
     with pytest.raises(DataError, match=r"281 tokens there, 280 here, .* ids differ .*here.*mlxchat distill"):
@@ -131,7 +126,7 @@ def test_teacher_with_another_vocabulary_or_shorter_rows_is_refused(tmp_path: Pa
         load(tmp_path, tokenizer)
 
 
-def test_impossible_settings_are_reported_together() -> None:
+def test_impossible_settings_are_reported_together():
     settings = ["path=x", "artifact=y", "weight=0", "temperature=0.1", "top_k=0"]
     with pytest.raises(ConfigError) as caught:
         compose_config([f"sft.teacher.{setting}" for setting in settings])
@@ -147,7 +142,7 @@ def sft_step(store: Store, **teacher: Any) -> Any:
     return {step.name: step for step in plan}["sft"]
 
 
-def test_identity_covers_the_contents_of_the_teachers_folder(folder: Path, tmp_path: Path) -> None:
+def test_identity_covers_the_contents_of_the_teachers_folder(folder, tmp_path):
     """But not the folder's path."""
     store = Store(tmp_path / "outputs")
     without = sft_step(store).key
@@ -159,7 +154,7 @@ def test_identity_covers_the_contents_of_the_teachers_folder(folder: Path, tmp_p
     assert sft_step(store, path=moved).key != first
 
 
-def test_teacher_artifact_is_an_input_of_the_step(tmp_path: Path) -> None:
+def test_teacher_artifact_is_an_input_of_the_step(tmp_path):
     store = Store(tmp_path)
     steps = []
     for seed in (3, 4):
@@ -170,7 +165,7 @@ def test_teacher_artifact_is_an_input_of_the_step(tmp_path: Path) -> None:
     assert len({sft_step(store).key, *(step.key for step in steps)}) == 3
 
 
-def test_unsuitable_teachers_are_refused_before_anything_runs(folder: Path, tmp_path: Path) -> None:
+def test_unsuitable_teachers_are_refused_before_anything_runs(folder, tmp_path):
     settings = ["model.depth=2", f"sft.teacher.path={folder}", "machine=cpu", "machine.memory_limit_bytes=300000000"]
     config, store = compose_config([*settings, f"outputs={tmp_path}"]).config, Store(tmp_path)
     plan = make_plan(config, config.pipeline, store, targets=["sft"], seed=0, force=[])

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,9 +35,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         return training.train(tmp_path_factory.mktemp("straight"), 8)
 
 
-def test_nan_stops_and_the_same_command_continues_before_it(
-    train_with: Callable[..., Trained], straight: Trained, tmp_path: Path
-) -> None:
+def test_nan_stops_and_the_same_command_continues_before_it(train_with, straight, tmp_path):
     with pytest.raises(StepFailed, match="after iteration 0"):
         train_with("run", {0})
     with pytest.raises(StepFailed) as caught:
@@ -53,9 +50,7 @@ def test_nan_stops_and_the_same_command_continues_before_it(
     assert done.bits == straight.bits
 
 
-def test_skipped_updates_are_counted_and_recorded(
-    train_with: Callable[..., Trained], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_skipped_updates_are_counted_and_recorded(train_with, capsys):
     """Bits do not depend on a stop before the first: on_nan is no part of the identity."""
     done = train_with("run", {2, 5}, **SKIP)
     found = done.ctx.records("metrics").read()
@@ -72,13 +67,13 @@ def test_skipped_updates_are_counted_and_recorded(
     assert train_with("stopped", {2, 5}, **SKIP).bits == done.bits
 
 
-def test_skipping_changes_nothing_where_all_is_finite(train_with: Callable[..., Trained], straight: Trained) -> None:
+def test_skipping_changes_nothing_where_all_is_finite(train_with, straight):
     skip = train_with("skip", set(), **SKIP)
     assert (skip.bits, skip.curve("loss")) == (straight.bits, straight.curve("loss"))
     assert (skip.ctx.metrics["skipped_iterations"], "skipped_iterations" in straight.ctx.metrics) == (0, False)
 
 
-def test_too_many_skipped_in_a_row_stop(train_with: Callable[..., Trained]) -> None:
+def test_too_many_skipped_in_a_row_stop(train_with):
     bad = {1, 3, 4, 5}
     assert train_with("enough", bad, **SKIP, max_skipped_in_a_row=3).ctx.metrics["skipped_iterations"] == 4
     with pytest.raises(StepFailed, match="iteration 6 of 8"):
@@ -103,9 +98,7 @@ USUAL = [1.0, 1.2, 0.8, 1.1] * 5
         ([1.03**iteration for iteration in range(100)], 10, []),  # a slow rise
     ],
 )
-def test_norms_far_above_the_median_give_a_warning(
-    norms: list[float], factor: float | None, expected: list[int]
-) -> None:
+def test_norms_far_above_the_median_give_a_warning(norms, factor, expected):
     """Also where the training is resumed after every iteration."""
     config = replace(composed().training, norm_warning_factor=factor)
     for resumed in (False, True):
@@ -119,9 +112,7 @@ def test_norms_far_above_the_median_give_a_warning(
         assert found == expected
 
 
-def test_exploding_norm_is_recorded_and_shown(
-    train: Callable[..., Trained], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_exploding_norm_is_recorded_and_shown(train, capsys):
     class Loud(NumberedBatches):
         def next_batch(self, iteration: int) -> Batch:
             batch = super().next_batch(iteration)
@@ -149,7 +140,7 @@ FALLING = [5.0, 4.0, 3.0, 2.5, 2.0, 1.5, 1.0]
         ([3.0, 2.0, math.nan, math.nan, math.nan, 2.0, 2.0], FALLING, [5]),
     ],
 )
-def test_overfitting_is_reported_once(validations: list[float], losses: list[float], expected: list[int]) -> None:
+def test_overfitting_is_reported_once(validations, losses, expected):
     """Also where the training is resumed after any validation."""
     for restart_after in range(8):
         watch, found = Overfitting(), []
@@ -161,9 +152,7 @@ def test_overfitting_is_reported_once(validations: list[float], losses: list[flo
         assert found == expected
 
 
-def test_training_that_overfits_prints_since_when(
-    train: Callable[..., Trained], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_that_overfits_prints_since_when(train, capsys):
     class OneBatch(NumberedBatches):
         def next_batch(self, iteration: int) -> Batch:
             self.number = 0

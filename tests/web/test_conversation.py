@@ -36,23 +36,23 @@ def run(node: Callable[..., Any], *steps: list[Any]) -> list[Any]:
     return found
 
 
-def test_new_answer_to_an_early_message_keeps_the_later_turns(node: Callable[..., Any]) -> None:
+def test_new_answer_to_an_early_message_keeps_the_later_turns(node):
     told = run(node, *TWO_TURNS, ["answer", "a1b", 0], ["path"], ["versions", 4], ["choose", 1], ["path"])
     assert told == ["u1 a1b", [1, 4], "u1 a1 u2 a2"]
 
 
-def test_edited_message_appears_once_answered(node: Callable[..., Any]) -> None:
+def test_edited_message_appears_once_answered(node):
     told = run(node, *TWO_TURNS, ["say", "u1b", -1], ["path"], ["versions", 0], ["answer", "a1b", 4], ["path"],
                ["choose", 0], ["path"])  # fmt: skip
     assert told == ["u1 a1 u2 a2", [0, 4], "u1b a1b", "u1 a1 u2 a2"]
 
 
-def test_unanswered_messages_are_not_sent(node: Callable[..., Any]) -> None:
+def test_unanswered_messages_are_not_sent(node):
     told = run(node, *TWO_TURNS, ["say", "u3", 3], ["say", "u4", 4], ["path"], ["read"])
     assert told == ["u1 a1 u2 a2 u3 u4", ["u1 a1 u2 a2 u4", 0]]
 
 
-def test_sent_conversation_fits_into_a_body(node: Callable[..., Any]) -> None:
+def test_sent_conversation_fits_into_a_body(node):
     """A part of one character takes forty bytes as JSON."""
     size = """
     (page) => {
@@ -69,7 +69,7 @@ def test_sent_conversation_fits_into_a_body(node: Callable[..., Any]) -> None:
     assert turns == 200
 
 
-def test_long_conversation_is_cut_at_a_turn(node: Callable[..., Any]) -> None:
+def test_long_conversation_is_cut_at_a_turn(node):
     """The server refuses bodies above 1 MB, so without this every further message would fail."""
     long = "a" * 100_000
     told = run(

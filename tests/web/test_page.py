@@ -67,7 +67,7 @@ def known(page: Any) -> None:
     page.wait_for_selector("#model-name:not(:empty)")
 
 
-def test_answer_streams_in_from_the_server_alone(show: Any) -> None:
+def test_answer_streams_in_from_the_server_alone(show):
     page = show(says="yes, the cat sat on the mat")
     assert ask(page, "did it?").inner_text() == "yes, the cat sat on the mat"
     assert page.locator("li.user .said").inner_text() == "did it?"
@@ -77,7 +77,7 @@ def test_answer_streams_in_from_the_server_alone(show: Any) -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_text_never_becomes_script(show: Any, attack: str) -> None:
+def test_text_never_becomes_script(show, attack):
     page = show(says=attack)
     known(page)
     said = ask(page, attack)
@@ -94,7 +94,7 @@ def test_text_never_becomes_script(show: Any, attack: str) -> None:
     assert page.evaluate("() => window.hurt") is None
 
 
-def test_stored_text_never_becomes_script(show: Any) -> None:
+def test_stored_text_never_becomes_script(show):
     page = show()
     page.evaluate("""() => localStorage.setItem('mlxchat.conversations', JSON.stringify([
         {id: '"><script>window.hurt=1</script>', changed: 1, messages: [
@@ -114,7 +114,7 @@ def test_stored_text_never_becomes_script(show: Any) -> None:
     assert ask(page, "a").inner_text().startswith("abc"[:1])
 
 
-def test_stop_cancels_generation(show: Any) -> None:
+def test_stop_cancels_generation(show):
     page = show(seconds=0.03)
     page.fill("#input", "go on")
     page.press("#input", "Enter")
@@ -142,7 +142,7 @@ SIX = ("one", "yes", "two", "yes", "three", "yes")
 
 
 @pytest.mark.parametrize("way", ["Regenerate", "Edit"])
-def test_failed_regenerate_and_edit_lose_nothing(show: Any, way: str) -> None:
+def test_failed_regenerate_and_edit_lose_nothing(show, way):
     page = show(says="yes")
     for text in SIX[::2]:
         ask(page, text)
@@ -165,7 +165,7 @@ def test_failed_regenerate_and_edit_lose_nothing(show: Any, way: str) -> None:
         assert is_shown(page, "changed", "yes")
 
 
-def test_reload_keeps_a_partial_answer(show: Any) -> None:
+def test_reload_keeps_a_partial_answer(show):
     page = show(seconds=0.05)
     page.fill("#input", "go on")
     page.press("#input", "Enter")
@@ -177,7 +177,7 @@ def test_reload_keeps_a_partial_answer(show: Any) -> None:
     assert page.locator("li.assistant .note").inner_text() == "cut off"
 
 
-def test_messages_after_an_oversized_one_are_answered(show: Any) -> None:
+def test_messages_after_an_oversized_one_are_answered(show):
     page = show(says="yes")
     ask(page, "one")
     ask(page, "a" * 8001)
@@ -194,7 +194,7 @@ def test_messages_after_an_oversized_one_are_answered(show: Any) -> None:
     assert "not answered" in page.locator("li.user").nth(1).inner_text()
 
 
-def test_conversation_beyond_the_limits_is_truncated(show: Any) -> None:
+def test_conversation_beyond_the_limits_is_truncated(show):
     page = show(says="the cat sat on the mat " * 3, limits={"max_message_chars": 60, "max_conversation_chars": 150})
     for _ in range(4):
         assert ask(page, "the dog sat on the log").inner_text().startswith("the cat")
@@ -221,7 +221,7 @@ def test_conversation_beyond_the_limits_is_truncated(show: Any) -> None:
          "The server failed while it answered. Try again. <img src=x onerror=window.hurt=1>."),
     ],
 )  # fmt: skip
-def test_errors_are_readable(show: Any, status: int, error: dict[str, str], words: str) -> None:
+def test_errors_are_readable(show, status, error, words):
     page = show(says="yes")
     answer = {"status": status, "json": {"error": error}, "headers": {"Retry-After": "7"}}
     page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
@@ -230,7 +230,7 @@ def test_errors_are_readable(show: Any, status: int, error: dict[str, str], word
     assert page.locator("#problem").inner_text() == words
 
 
-def test_names_never_become_script(show: Any) -> None:
+def test_names_never_become_script(show):
     page = show(says="yes")
     hurt = "<img src=x onerror=window.hurt=1>"
     entry = {"id": hurt, "object": "model", "created": 1, "owned_by": hurt, "mlxchat": {
@@ -247,7 +247,7 @@ def test_names_never_become_script(show: Any) -> None:
     assert page.evaluate("() => window.hurt") is None
 
 
-def test_bidirectional_overrides_are_removed(show: Any) -> None:
+def test_bidirectional_overrides_are_removed(show):
     turned = 'if access != "user\u202e \u2066// admin\u2069 \u2066"'
     page = show(says="```\na\u202e b\n```\n[https://good\u202e/](https://x.example/)")
     known(page)
@@ -257,7 +257,7 @@ def test_bidirectional_overrides_are_removed(show: Any) -> None:
     assert page.locator(".said a").get_attribute("title") == "https://x.example/", "where a link leads can be seen"
 
 
-def test_conversations_are_kept_and_deleted_on_confirmation(show: Any) -> None:
+def test_conversations_are_kept_and_deleted_on_confirmation(show):
     page = show(says="yes")
     ask(page, "the first one")
     page.keyboard.press("Control+Shift+O")
@@ -280,7 +280,7 @@ def test_conversations_are_kept_and_deleted_on_confirmation(show: Any) -> None:
     assert page.locator("#list .name").all_inner_texts() == ["the second one"]
 
 
-def test_model_dialog_shows_the_manifest(show: Any) -> None:
+def test_model_dialog_shows_the_manifest(show):
     page = show(seconds=0.001)
     known(page)
     page.get_by_role("button", name="Model:").click()
@@ -297,7 +297,7 @@ def test_model_dialog_shows_the_manifest(show: Any) -> None:
     assert page.locator("#model-name").inner_text().startswith("pretrain · 40K")
 
 
-def test_settings_are_kept_and_sent(show: Any) -> None:
+def test_settings_are_kept_and_sent(show):
     page = show(says="yes")
     page.get_by_role("button", name="Settings").click()
     page.fill("#set-top_k", "7")
@@ -315,7 +315,7 @@ def test_settings_are_kept_and_sent(show: Any) -> None:
     assert page.input_value("#set-top_k") == "7"
 
 
-def test_missing_key_opens_the_key_dialog(show: Any) -> None:
+def test_missing_key_opens_the_key_dialog(show):
     page = show(says="yes", api_key="secret")
     page.get_by_role("textbox", name="API key").fill("secret")
     page.get_by_role("button", name="Go on").click()
@@ -327,7 +327,7 @@ def test_missing_key_opens_the_key_dialog(show: Any) -> None:
     assert "at most 8000" in page.locator("[role=alert]").inner_text()
 
 
-def test_page_works_by_keyboard(show: Any) -> None:
+def test_page_works_by_keyboard(show):
     page = show(says="yes")
     assert page.evaluate("() => document.activeElement.id") == "input"
     page.keyboard.type("one")
@@ -376,7 +376,7 @@ FAULTS = """() => {
 
 
 @pytest.mark.parametrize("width", [375, 1280])
-def test_page_has_accessible_names_and_landmarks(show: Any, width: int) -> None:
+def test_page_has_accessible_names_and_landmarks(show, width):
     page = show(width=width, says=MARKDOWN)
     known(page)
     assert page.evaluate(FAULTS) == []
@@ -395,7 +395,7 @@ def test_page_has_accessible_names_and_landmarks(show: Any, width: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [320, 375, 1280])
-def test_page_fits_the_screen_with_enough_contrast(show: Any, width: int, scheme: str) -> None:
+def test_page_fits_the_screen_with_enough_contrast(show, width, scheme):
     page = show(width=width, scheme=scheme, says=MARKDOWN + "\n\n" + "long" * 200)
     ask(page, "show me " + "w" * 300)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width

@@ -62,7 +62,7 @@ def step(server: Any, run: str) -> Any:
     return server.client.get(f"/api/runs/{run}/two").json()
 
 
-def test_runs_are_listed_with_their_records(watched: Any) -> None:
+def test_runs_are_listed_with_their_records(watched):
     runs = watched.client.get("/api/runs").json()["data"]
     assert [(run["run"], run["experiment"]) for run in runs] == [(RUNNING, "toy2"), (FINISHED, "toy1")]
     finished = watched.client.get(f"/api/runs/{FINISHED}").json()
@@ -79,7 +79,7 @@ def test_runs_are_listed_with_their_records(watched: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["run9", "..%2fstore", "run1%00", "run1/three"])
-def test_unknown_runs_and_steps_get_404(watched: Any, name: str) -> None:
+def test_unknown_runs_and_steps_get_404(watched, name):
     assert watched.client.get(f"/api/runs/{name}").status_code == 404
 
 
@@ -93,7 +93,7 @@ PLANS = {
 }
 
 
-def test_hostile_plan_hides_no_other_run(served: Path, start: Callable[..., Any], tmp_path: Path) -> None:
+def test_hostile_plan_hides_no_other_run(served, start, tmp_path):
     outputs = shutil.copytree(served, tmp_path / "outputs", symlinks=True)
     for name, plan in PLANS.items():
         (outputs / "runs" / name).mkdir(parents=True)
@@ -112,7 +112,7 @@ def test_hostile_plan_hides_no_other_run(served: Path, start: Callable[..., Any]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [375, 1280])
-def test_runs_page_draws_running_steps(watched: Any, browser: Any, width: int) -> None:
+def test_runs_page_draws_running_steps(watched, browser, width):
     page = browser.new_page(viewport={"width": width, "height": 800})
     page.set_default_timeout(15_000)
     asked: list[str] = []
