@@ -203,8 +203,7 @@ def rows_sum_alike() -> bool:
     OpenBLAS's kernels for AVX-512 have this property. Those for AVX2 alone (Haswell, Zen) add up rows beyond a
     multiple of four in another order.
     """
-    import mlxchat  # noqa: F401  (before MLX, so that the fast BLAS is loaded first)
-    import mlx.core as mx  # isort: skip
+    import mlx.core as mx
 
     rows, matrix = (mx.random.normal(shape, key=mx.random.key(0)) for shape in ((8, 64), (64, 256)))
     return all(mx.array_equal(rows[:count] @ matrix, (rows @ matrix)[:count]).item() for count in (1, 2, 3))

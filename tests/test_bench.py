@@ -1,7 +1,5 @@
 """`mlxchat bench`: configuration, measured quantities and output; no test depends on speed."""
 
-import mlxchat  # isort: split
-
 import json
 import re
 import statistics
@@ -26,8 +24,6 @@ from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
 from mlxchat.model.sizes import sizes_of
 from mlxchat.optim.optimizer import Optimizer, Rates
-
-assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
 Done = subprocess.CompletedProcess[str]
 

@@ -98,10 +98,6 @@ def test_stages_import_no_stage_and_no_command():
     assert offenders(STAGES, lambda path: beginning_with(path, *forbidden)) == {}
 
 
-def test_the_library_never_imports_a_stage():
-    assert offenders(LIBRARY, lambda path: beginning_with(path, "mlxchat.stages", "stages")) == {}
-
-
 def test_only_the_loader_names_the_stages_package():
     naming = {name(path) for path in LIBRARY if "mlxchat.stages" in path.read_text(encoding="utf-8")}
     assert naming == {"src/mlxchat/runner/stage.py"}

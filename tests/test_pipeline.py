@@ -184,9 +184,3 @@ def test_longer_sft_reruns_exactly_its_dependents(finished, plan):
         "eval_sft": "input checkpoint (sft) will be rebuilt",
         "eval_rl": "input checkpoint (rl) will be rebuilt",
     }
-
-
-def test_moved_outputs_folder_is_still_done(outputs, plan, tmp_path):
-    moved = outputs.rename(tmp_path / "elsewhere")
-    assert to_run(plan(moved)) == {}
-    assert set(refs_of(Store(moved))) == set(KINDS)

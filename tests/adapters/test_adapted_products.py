@@ -1,7 +1,5 @@
 """Products and gradients of adapters: against NumPy in float64 and mlx-lm's layers."""
 
-import mlxchat  # isort: split
-
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -15,7 +13,6 @@ from mlxchat.ops.dropout import Dropping, draw_keys, dropped, dropping, fold
 from mlxchat.ops.linear import identity
 from mlxchat.ops.linear import squared_relu as relu_squared
 
-assert mlxchat
 IN, OUT, RANK, SCALE, GROUP = 64, 48, 4, 1.7, 32
 Numbers = dict[str, np.ndarray]
 

@@ -14,8 +14,6 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, encode_shard
 from mlxchat.errors import DataError
 
-Read = Callable[..., Documents]
-
 
 def texts(cursor: Documents, count: int, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(cursor.ids(address)[1:].tolist()) for address, _ in cursor.next(count)]

@@ -1,7 +1,6 @@
 """Best-fit packing against a naive search: full rows, complete epochs, targets."""
 
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,6 @@ from mlxchat.data.packing import (
 )
 from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import Documents
-
-Read = Callable[..., Documents]
 
 
 def naive_document_rows(

@@ -3,7 +3,6 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,9 +23,7 @@ from mlxchat.data.packing import (
 )
 from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import Documents
 
-Read = Callable[..., Documents]
 DOCUMENT_PACKINGS, CONVERSATION_PACKINGS = ("best_fit", "best_fit_whole", "stream"), ("best_fit", "stream", "alone")
 
 

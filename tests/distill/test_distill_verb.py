@@ -25,7 +25,6 @@ from mlxchat.errors import ConfigError, DataError, MlxchatError, PassingError
 from mlxchat.tasks.jsonl import Jsonl
 
 Ask = Callable[..., int]
-Capture = pytest.CaptureFixture[str]
 QUESTIONS = [f"question {number}" for number in range(6)]
 
 

@@ -14,7 +14,6 @@ from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks.pairs import Pairs
 
 Judge = Callable[..., int]
-Capture = pytest.CaptureFixture[str]
 NUM_QUESTIONS, NUM_ANSWERS = 40, 3
 LINES = [
     {"question": f"question {number}", "answer": "x" * length}

@@ -1,7 +1,5 @@
 """CORE from a bundle: results, resuming, cropping, standard errors, and what is refused."""
 
-import mlxchat  # isort: split
-
 import io
 import json
 import math
@@ -26,8 +24,6 @@ from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import OwnModel
 from mlxchat.model.gpt import GPT
 from mlxchat.runner.progress import Progress
-
-assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
 KINDS = {
     "choice": ("multiple_choice", 2, 25),

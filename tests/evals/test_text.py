@@ -1,7 +1,5 @@
 """`mlxchat eval MODEL --text PATH`: every token of every document once, against NumPy."""
 
-import mlxchat  # isort: split
-
 import json
 import math
 from pathlib import Path
@@ -17,8 +15,6 @@ from kit.commands import Say
 from kit.numpy_gpt import numpy_logits
 from mlxchat.evals.text import ratio_error
 from mlxchat.model.checkpoint import save_checkpoint
-
-assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
 # The last one is longer than the context of 64 tokens.
 DOCUMENTS = ["The house in the garden.", "It isn't so.", "", "12 windows had the house in the garden. " * 12]

@@ -1,7 +1,5 @@
 """Third-party models: our own checkpoint, opened by mlx-lm, has the results that it has with our code."""
 
-import mlxchat  # isort: split
-
 import importlib
 import io
 import json
@@ -35,8 +33,6 @@ from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.runner.progress import Progress
 from mlxchat.tasks.base import Task
-
-assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first
 
 # mlx-lm adds 1e-5 where ours adds 1.2e-7 to the mean squares of its norms.
 TOLERANCE = 2e-3

@@ -24,7 +24,6 @@ from mlxchat.interop.nanochat import check_token_bytes
 from mlxchat.interop.tensors import SafetensorsFile
 from mlxchat.interop.torch_files import TorchFile
 
-Lay = Any
 _MOST_GROWTH_BYTES = 64 << 20
 
 

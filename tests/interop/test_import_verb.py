@@ -4,7 +4,6 @@ import contextlib
 import json
 import re
 import tracemalloc
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
 
 Twin, Lay = Any, Any
-Twins = Callable[..., Twin]
 RL = ("pipeline=imported_rl", "stage=rl", "machine=cpu", "rl.num_iterations=1")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from mlxchat.interop.importing import import_model
 from mlxchat.interop.names import sizes_from_nanochat
 from mlxchat.model.checkpoint import load_checkpoint
 
-Twin, Lay = Any, Any
-Twins = Callable[..., Twin]
+Twin = Any
 
 
 def importing(twin: Twin, tmp_path: Path, **settings: Any) -> Path:

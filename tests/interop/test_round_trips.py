@@ -4,7 +4,6 @@ import json
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from mlxchat.interop.importing import import_model
 from mlxchat.interop.torch_files import TorchFile
 
 Twin = Any
-Twins = Callable[..., Twin]
 # Names that PyTorch's safe loader allows.
 HARMLESS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
             "torch BFloat16Storage", "torch IntStorage"}  # fmt: skip

@@ -1,6 +1,5 @@
 """Execution of steps: atomic, correctly reported, and never repeated."""
 
-import errno
 import os
 import shutil
 import signal
@@ -13,11 +12,10 @@ from typing import Any
 import pytest
 
 from kit.toys import CHAIN, ONE, started
-from mlxchat.errors import Interrupted, MlxchatError, StepFailed
+from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.store import attempts, locks
 from mlxchat.store.files import Record, Records
 from mlxchat.store.naming import refs_of, resolve
-from mlxchat.store.store import Store
 
 
 def states(toys: Any, **options: Any) -> dict[str, str]:
@@ -131,19 +129,6 @@ def test_manifest_records_what_the_stage_reports(toys):
     place = toys.store.find(manifest["rid"])
     assert Records(place / "metrics.jsonl").read() == [{"iteration": 1, "loss": 2.5}]
     assert tracked == [("one", {"iteration": 1, "loss": 2.5})]
-
-
-def test_full_disk_at_publishing_is_recoverable(toys, monkeypatch):
-    def full(*arguments: Any) -> Path:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Store, "publish", full)
-        with pytest.raises(MlxchatError, match="No space left on device"):
-            toys.run(toys.plan(ONE))
-    assert [attempt["outcome"] for attempt in attempts.read(toys.store.work(toys.plan(ONE)[0].key))] == ["failed"]
-    toys.run(toys.plan(ONE))
-    assert result(toys, "one") == "1"
 
 
 def test_rebuild_with_a_new_label_keeps_one_folder_per_id(toys):

@@ -1,6 +1,5 @@
 """An extended training ends as if it had been longer from the start; warm starts take over the moments."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
@@ -15,7 +14,6 @@ from mlxchat.errors import DataError, Interrupted
 from mlxchat.store.manifest import OBSERVATIONS
 from mlxchat.training.state import load_moments
 
-Train = Callable[..., Trained]
 STATE = "training_state.safetensors"
 
 

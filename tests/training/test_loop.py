@@ -1,6 +1,5 @@
 """The loop: records, cadences, and that an interrupted training ends with the same bits."""
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +16,6 @@ from mlxchat.training.loop import Hook
 from mlxchat.training.monitor import Meter
 from mlxchat.training.state import read_newest, write_save
 
-Train = Callable[..., Trained]
 OPTIONS: dict[str, Any] = {"schedule": schedule(warmup_frac=0.2, warmdown_frac=0.5), "dropout": 0.2}
 MEASURED = {"tokens_per_second", "mfu", "data_wait_frac", "elapsed_seconds", "peak_memory_bytes"}
 

@@ -1,7 +1,5 @@
 """One iteration: micro-batches and lanes do not matter, every target counts once, master weights stay float32."""
 
-from collections.abc import Callable
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -17,7 +15,6 @@ from mlxchat.training.step import TrainStep
 
 ROW_TOKENS = 16
 RATES = Rates(1.0, 0.9, 1.0)
-SetLanes = Callable[[int], None]
 
 
 def make_batch(count: int, *, seed: int = 0, targets_per_row: list[int] | None = None) -> Batch:
