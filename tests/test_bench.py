@@ -35,7 +35,6 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def done(mlxchat: Callable[..., Done]) -> Done:
-    """One measurement in a process of its own."""
     return mlxchat("bench", "train", *TINY, "--json")
 
 
@@ -61,7 +60,6 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
 
 
 def found_by(say: Say, *arguments: str) -> dict[str, Any]:
-    """Run a measurement in this process and return its JSON line."""
     text = say("bench", *arguments, "--json")
     found: dict[str, Any] = json.loads(next(line for line in text.splitlines() if line[:1] == "{"))
     return found

@@ -31,7 +31,6 @@ def plan(tiny: tuple[str, ...], finished: Any) -> Callable[..., PlannedStep]:
 
 @pytest.fixture
 def pretrain(finished: Any) -> dict[str, Any]:
-    """The manifest of the finished pretraining."""
     return read_manifest(refs_of(Store(finished.outputs))["pretrain"])
 
 

@@ -72,7 +72,6 @@ def copy_sources(target: Path) -> Path:
 
 
 def run(command: list[str | Path], folder: Path) -> None:
-    """Run a command in the folder, away from this environment; show what it printed if it fails."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{command}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"

@@ -37,7 +37,6 @@ CONTRACT = {
 
 @pytest.fixture(scope="module")
 def manifests(finished: Any) -> dict[str, dict[str, Any]]:
-    """Step → manifest of the finished run."""
     return {step: read_manifest(place) for step, place in refs_of(Store(finished.outputs)).items()}
 
 

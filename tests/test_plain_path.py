@@ -35,7 +35,6 @@ print("done")
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package without `cpu`."""
     folder = tmp_path_factory.mktemp("copy")
     shutil.copytree(PACKAGE, folder / "mlxchat", ignore=shutil.ignore_patterns("cpu", "__pycache__"))
     for name in ("conf", "stages"):

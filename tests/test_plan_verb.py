@@ -54,7 +54,6 @@ def test_plan_on_bundled_data_names_the_replacements(tmp_path, capsys):
 
 
 def planned(settings: list[str], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """Return the lines that `mlxchat plan` prints."""
     assert run_here("plan", *settings) == 0
     return capsys.readouterr().out.splitlines()
 

@@ -28,7 +28,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 def shown(capsys: pytest.CaptureFixture[str], folder: Path, which: str, **changes: Any) -> list[str]:
-    """Return the lines that name an example."""
     show_examples(folder, **{"which": which, "count": 5, "task": None} | changes)
     return [line for line in capsys.readouterr().out.splitlines() if line.endswith("3 tokens")]
 

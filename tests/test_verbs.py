@@ -28,7 +28,6 @@ PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "f
 
 @pytest.fixture
 def say(say: Say, toys: Any) -> Say:
-    """Run a command line on the toys' outputs; return what it printed."""
     return lambda *arguments, **options: say(*arguments, f"outputs={toys.outputs}", **options)
 
 

@@ -14,7 +14,6 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only MLX's Linu
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter."""
     inherited = {key: value for key, value in os.environ.items() if key != "MLXCHAT_BLAS"}
     return subprocess.run(
         [sys.executable, "-c", code],

@@ -43,7 +43,6 @@ def write_script(path: Path, text: str) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     def run(code: str, **environment: str) -> list[str]:
-        """Return the lines that code prints in a new interpreter."""
         (tmp_path / "home").mkdir(exist_ok=True)
         (tmp_path / "tmp").mkdir(exist_ok=True)
         inherited = {

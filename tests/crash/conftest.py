@@ -99,7 +99,6 @@ class Stubs:
         return Stubs(folder)
 
     def end(self) -> None:
-        """Kill what still runs."""
         for process in self.started:
             if process.poll() is None:
                 process.kill()
@@ -108,7 +107,6 @@ class Stubs:
 
 @pytest.fixture
 def stubs(tmp_path: Path) -> Iterator[Stubs]:
-    """An empty folder for the stubs' pipeline."""
     (tmp_path / "stubs").mkdir()
     made = Stubs(tmp_path / "stubs")
     yield made

@@ -17,7 +17,6 @@ STEPS = ("source", "convert", "train", "score", "inspect")
 
 
 def has_state(stubs: Any) -> bool:
-    """Return whether the training has saved a state."""
     return any(stubs.outputs.glob("work/*/ckpt/0*"))
 
 

@@ -85,7 +85,6 @@ def kill_and_continue(
 
 
 def check_whole(outputs: Path) -> None:
-    """Check that artifacts are undamaged and no lock is held."""
     for folder in (outputs / "store").glob("*"):
         assert list(find_damage(folder, read_manifest(folder))) == []
     for lock in (outputs / "locks").glob("*"):

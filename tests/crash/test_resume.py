@@ -51,12 +51,10 @@ class Story:
     printed: list[str] = field(default_factory=list)
 
     def manifest(self, step: str) -> dict[str, Any]:
-        """Return the manifest of a step's only artifact."""
         (found,) = (manifest for manifest in Store(self.outputs).manifests() if manifest["step"] == step)
         return found
 
     def file(self, step: str, name: str) -> Path:
-        """Return a file of a step's artifact."""
         return self.outputs / "store" / self.manifest(step)["name"] / name
 
     def records(self, step: str) -> list[dict[str, Any]]:

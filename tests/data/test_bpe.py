@@ -30,7 +30,6 @@ TEXTS = [
 
 
 def train(texts: Iterable[str], num_tokens: int) -> Trained:
-    """Return the result of a training."""
     *_, trained = train_ranks(texts, num_tokens)
     return trained
 

@@ -103,7 +103,6 @@ class Generation(Extension):
 
 
 def render_template(folder: Path, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    """Render as transformers does."""
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation])
     return environment.from_string(config["chat_template"]).render(

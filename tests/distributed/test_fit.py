@@ -67,7 +67,6 @@ def train(
 
 
 def train_two(team: Team | None, folder: str) -> dict[str, Any]:
-    """Return the records of all trainings."""
     found = {
         "straight": train(team, folder, "straight", rates=SCHEDULE),
         "stopped": train(team, folder, "stopped", stop_after=3, rates=SCHEDULE),

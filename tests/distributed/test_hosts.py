@@ -54,7 +54,6 @@ name=again; run "$@"; finish
 
 
 def has_namespaces() -> bool:
-    """Return whether this user may create network namespaces."""
     if not all(map(shutil.which, ("unshare", "nsenter", "ip", "tc"))):
         return False
     tried = subprocess.run(

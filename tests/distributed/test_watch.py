@@ -23,7 +23,6 @@ from mlxchat.runner.process import stop_on_signals
 
 @pytest.fixture
 def terminated() -> Iterator[None]:
-    """Restore the handler of SIGTERM."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)

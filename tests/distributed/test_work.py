@@ -54,8 +54,6 @@ def calling(model: GPT) -> GPT:
 
 
 class Questions:
-    """Conversations of different lengths, with a verdict."""
-
     chance = 0.25
 
     def __init__(self, count: int, kind: str = "generative") -> None:
@@ -79,7 +77,6 @@ class Questions:
 
 
 def rows_of(lengths: list[int], width: int = 96) -> list[Row]:
-    """Return rows with these numbers of targets."""
     rng, rows = np.random.default_rng(1), []
     for length in lengths:
         ids, targets = rng.integers(0, 280, width).astype(np.int32), np.full(width, -1, np.int32)

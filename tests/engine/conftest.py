@@ -14,7 +14,6 @@ from mlxchat.model.gpt import GPT
 
 @pytest.fixture
 def model() -> GPT:
-    """Three layers with grouped heads."""
     return make_model(num_layers=3, scale=0.3)
 
 

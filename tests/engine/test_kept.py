@@ -17,8 +17,6 @@ PIECE = 32
 
 
 class Named:
-    """A past with a name."""
-
     def __init__(self, name: str, tokens: int | None = None) -> None:
         self.name, self.tokens = name, tokens
 
@@ -99,7 +97,6 @@ def read(monkeypatch: pytest.MonkeyPatch, model: GPT, tokenizer: Tokenizer) -> t
 
 
 def talk(scheduler: Scheduler, prompt: list[int], reuse: Any, seed: int = 1) -> list[tuple[int | None, float | None]]:
-    """Return tokens and log-probabilities of an answer."""
     sampling = Sampling(temperature=1.0, seed=seed)
     scheduler.submit(Request(prompt=prompt, max_new_tokens=12, sampling=sampling, reuse=reuse, logprobs=0))
     return [(event.token, event.logprob) for event in run(scheduler)]

@@ -42,7 +42,6 @@ def run(scheduler: Scheduler) -> dict[int, list[Event]]:
 
 
 def contents(events: list[Event]) -> list[Any]:
-    """Return the contents of events without their id."""
     return [(each.token, each.text, each.logprob, each.top_logprobs, each.finish_reason) for each in events]
 
 

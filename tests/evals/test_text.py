@@ -22,7 +22,6 @@ DOCUMENTS = ["The house in the garden.", "It isn't so.", "", "12 windows had the
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An outputs folder with a base model."""
     place = tmp_path_factory.mktemp("text") / "outputs"
     model, tokenizer = make_model("jul2026", context_tokens=64), make_tokenizer()
     publish(place, "base", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "pretrain", "format": "base"}))

@@ -102,7 +102,6 @@ def write_torch(path: Path, content: dict[str, Any] | list[Any] | Tensor, **zip_
 
 
 def write_zip(path: Path, members: dict[str, bytes], folder: str = "archive", compression: int = 0) -> None:
-    """Write a zip whose members are in one folder."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         for name, data in members.items():
             archive.writestr(zipfile.ZipInfo(f"{folder}/{name}"), data, compression)  # the same bytes at any time
@@ -127,7 +126,6 @@ class Twin:
     """Our name → float32; the tables were stored as bfloat16."""
 
     def config(self, **settings: Any) -> ImportConfig:
-        """Return the configuration of its import."""
         given = {"name": "twin", "format": "nanochat", "repository": None, "revision": "main",
                  "folder": str(self.folder), "step": None, "chat": None}  # fmt: skip
         return ImportConfig(**{**given, **settings})

@@ -28,8 +28,6 @@ _MOST_GROWTH_BYTES = 64 << 20
 
 
 class Calls:
-    """Pickles as a call."""
-
     def __init__(self, function: Any, *arguments: Any) -> None:
         self.call = (function, arguments)
 
@@ -280,8 +278,6 @@ def test_storage_of_many_tensors_is_read_at_most_twice(tmp_path, lay):
 
 
 class Counting:
-    """A file that counts the bytes that are read."""
-
     def __init__(self, file: Any) -> None:
         self.file, self.num_bytes = file, 0
 

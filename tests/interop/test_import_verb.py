@@ -32,7 +32,6 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def take(*words: str) -> Path:
-    """Import a model and return its artifact."""
     assert dispatch(["import", "nanochat", *words]) == 0
     (place,) = Path("outputs/store").glob("imported-*")
     return place

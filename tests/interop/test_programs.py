@@ -65,7 +65,6 @@ def expected(outputs: Path) -> str:
 
 
 def answer_of_ours(outputs: Path, name: str) -> str:
-    """Return our engine's greedy answer."""
     model, tokenizer, _ = load_checkpoint(resolve(Store(outputs), name))
     prompt = render_for_completion(tokenizer, {"messages": [{"role": "user", "content": QUESTION}]})
     [found] = Engine(model, tokenizer).complete([prompt], max_new_tokens=ANSWER_TOKENS, temperature=0.0)

@@ -73,7 +73,6 @@ def publish(
 
 
 def publish_base(outputs: Path, step: str = "base", architecture: str = "oct2025", *, seed: int = 3) -> Path:
-    """Publish a whole model."""
     model, tokenizer = make_model(architecture, seed=seed), make_tokenizer()
     return publish(outputs, step, lambda out: save_checkpoint(out, model, tokenizer, dict(FACTS)), stage="midtrain")
 
@@ -81,7 +80,6 @@ def publish_base(outputs: Path, step: str = "base", architecture: str = "oct2025
 def publish_adapters(
     outputs: Path, base: Path, step: str = "tuned", kind: str = "lora", *, seed: int = 5, **more: Any
 ) -> Path:
-    """Publish adapters on an artifact."""
     sizes = load_checkpoint(base)[0].sizes
     of = adapter_sizes(sizes, kind, **more)
     arrays = random_adapters(of, sizes, seed=seed)
@@ -93,7 +91,6 @@ def publish_adapters(
 
 
 def some_ids(count: int = 200) -> mx.array:
-    """Return token ids (2, count)."""
     return mx.array(np.random.default_rng(1).integers(0, 300, (2, count)))
 
 

@@ -107,7 +107,6 @@ class LoopbackHub(Served):
         return super().__enter__()
 
     def add(self, name: str, files: dict[str, bytes], **more: Any) -> Repository:
-        """Add a repository."""
         self.repositories[name] = Repository(files, **more)
         return self.repositories[name]
 

@@ -79,5 +79,4 @@ def randomise(model: GPT, *, seed: int = 7, scale: float = 0.2, head_scale: floa
 
 
 def arrays_of(model: GPT) -> dict[str, np.ndarray[Any, Any]]:
-    """Return copies of all parameters."""
     return {name: np.array(value) for name, value in flatten_parameters(model).items()}

@@ -28,7 +28,6 @@ class Swept:
         return max((self.outputs / "multirun").iterdir())
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return its table."""
         rows: list[dict[str, Any]] = json.loads((self.folder / "table.json").read_text())
         return rows
 

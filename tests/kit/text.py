@@ -39,7 +39,6 @@ def conversations(count: int) -> list[Conversation]:
 
 @cache
 def conversations_of(task: str, split: str) -> list[Conversation]:
-    """Return all conversations of a task."""
     loaded = load_task(task, split)
     return [loaded[index] for index in range(len(loaded))]
 

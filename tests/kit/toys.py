@@ -26,8 +26,6 @@ def started(run: Run) -> list[str]:
 
 @dataclass
 class ToySection:
-    """Settings of a toy stage."""
-
     number: int = 1
     cadence: int = field(default=5, metadata={"identity": False})
 

@@ -21,7 +21,6 @@ def start() -> np.ndarray:
 
 
 def our_updates(parameter: np.ndarray, *, epsilon: float, weight_decay: float) -> list[np.ndarray]:
-    """Return the parameter after each of the updates."""
     value = mx.array(parameter.astype(np.float32))
     first, second = mx.zeros_like(value), mx.zeros_like(value)
     after = []

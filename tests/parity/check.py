@@ -75,13 +75,11 @@ def compare(file: ParityFile, quantity: Quantity) -> Iterator[Comparison]:
 
 
 def show(line: Comparison) -> str:
-    """Return a line of the table."""
     verdict = "ok" if line.ok else "FAIL"
     return f"  {line.name:<48} {line.error:>10.3g}  ≤ {line.tolerance:<8.3g} {verdict:<4}  {line.detail}".rstrip()
 
 
 def main(arguments: list[str]) -> int:
-    """Compare files, print the lines, and return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if arguments else 2

@@ -39,7 +39,6 @@ class Scripted:
         return (past or 0) + len(ids)
 
     def fill(self, row: int, past: int | None) -> None:
-        """Start a row."""
         self.lengths[row] = (past or 0) + 1
 
     def reserve(self, rows: int, tokens: int) -> None:
@@ -191,7 +190,6 @@ def _calls(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Iterator[tu
 
 @contextmanager
 def _calculator(answer: Callable[[str], str | None]) -> Iterator[None]:
-    """Replace the engine's calculator."""
     own, tools.calculate = tools.calculate, answer
     try:
         yield

@@ -190,12 +190,10 @@ def apply_rounded(x: mx.array, quintics: Sequence[muon.Quintic]) -> mx.array:
 
 
 def whole_batch(file: ParityFile) -> Batch:
-    """Return the file's rows as one batch."""
     return mean_batch(list(zip(file.tensors["ids"], file.tensors["targets"], strict=True)))
 
 
 def loss_and_gradients(model: GPT, batch: Batch) -> tuple[float, dict[str, np.ndarray[Any, Any]]]:
-    """Return the weighted loss of a batch and the gradient of every parameter."""
     parameters = flatten_parameters(model)
 
     def loss_of(weights: dict[str, mx.array]) -> mx.array:

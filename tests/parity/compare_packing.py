@@ -27,7 +27,6 @@ class NanochatOrder:
     """
 
     def __init__(self, file: ParityFile, documents: list[Array], case: dict[str, Any]) -> None:
-        """Keep the encoded documents; nothing is read yet."""
         self.epoch = 0
         self._documents = documents
         self._batches = self._read(file.json, case)
@@ -57,11 +56,9 @@ class NanochatOrder:
         return [((0, index), len(self._documents[index])) for index in next(self._batches)]
 
     def length(self, address: Address) -> int:
-        """Return the length of a document."""
         return len(self._documents[address[1]])
 
     def ids(self, address: Address) -> Array:
-        """Return the ids of a document."""
         return self._documents[address[1]]
 
     def name(self, address: Address) -> str:

@@ -146,7 +146,6 @@ QUANTITIES: tuple[Quantity, ...] = (advantages, trained_tokens, policy_gradient,
 
 
 def _rows(case: dict[str, Any]) -> tuple[list[list[int]], list[Completion], np.ndarray[Any, Any]]:
-    """Return prompts, completions and advantages of a case."""
     prompts, completions, weights = [], [], []
     for example in case["examples"]:
         start = example["prompt_length"]

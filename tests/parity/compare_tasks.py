@@ -249,7 +249,6 @@ def _kind(name: str, data: dict[str, Any]) -> Comparison:
 
 
 def _slice(case: dict[str, Any]) -> list[int]:
-    """Return the indices of the rows in a slice."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"
         count = case.get("num_examples", 10)

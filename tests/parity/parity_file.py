@@ -30,7 +30,6 @@ class ParityFile:
     """One file, read at most once, with access to the tokenizer and the models of its set."""
 
     def __init__(self, path: Path) -> None:
-        """Keep the path; nothing is read yet."""
         self.path = path
         self.kind = path.name.partition("_")[0].partition(".")[0]
 
@@ -46,12 +45,10 @@ class ParityFile:
 
     @cached_property
     def tensors(self) -> dict[str, np.ndarray[Any, Any]]:
-        """The tensors of a safetensors file by name."""
         return self._safetensors[1]
 
     @cached_property
     def metadata(self) -> dict[str, str]:
-        """The metadata of a safetensors file."""
         return self._safetensors[0]
 
     @cached_property

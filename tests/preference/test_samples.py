@@ -19,8 +19,6 @@ ANSWERS = ["the cat", "the dog", "the cat", "the mat", "the log", "the cat sat",
 
 
 class Cats(Task):
-    """Right is what has a cat."""
-
     name = "cats"
 
     def _own_size(self) -> int:

@@ -52,7 +52,6 @@ def chat_result(seed: int, level: float, tasks: list[str]) -> dict[str, Any]:
 
 
 def example_rows(seed: int, tasks: list[str]) -> list[dict[str, Any]]:
-    """Return rows as evaluations keep them."""
     draw = random.Random(seed)
     return [
         {

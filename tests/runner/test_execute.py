@@ -32,7 +32,6 @@ def result(toys: Any, step: str) -> str:
 
 
 def events(run: Any) -> list[tuple[str, str | None]]:
-    """Return (event, step) of a run."""
     return [(event["event"], event.get("step")) for event in Records(run.folder / "events.jsonl").read()]
 
 
@@ -44,7 +43,6 @@ with open(ctx.out.parents[2] / "count", "a") as file:
 
 
 def count(toys: Any) -> int:
-    """Return how often a COUNTED stage ran."""
     return len((toys.outputs / "count").read_text())
 
 

@@ -166,7 +166,6 @@ def changed(path: str) -> Iterator[Config]:
 
 
 def ids(config: Config) -> dict[str, str]:
-    """Return step → id."""
     store = Store(Path("/nonexistent"))
     plan = make_plan(
         config, config.pipeline, store, targets=None, seed=config.seed, data_seed=config.data_seed, force=[]
@@ -191,7 +190,6 @@ def test_dtype_is_part_of_gpu_steps_keys_only():
 
 @cache
 def full_ids() -> dict[str, str]:
-    """Return the ids of the full configuration."""
     return ids(full_config())
 
 

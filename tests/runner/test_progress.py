@@ -13,8 +13,6 @@ TRAINING = {"loss": "4.751", "speed": "4.02k tok/s", "mfu": "50%", "memory": "57
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
     def isatty(self) -> bool:
         return True
 

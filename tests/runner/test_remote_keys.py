@@ -19,23 +19,19 @@ OTHER = "b" * 40
 
 
 def hub_corpus(revision: str = "main") -> dict[str, Any]:
-    """Return a section with a data set of the Hub."""
     return {"corpus": HubConfig(repository="org/texts", revision=revision, train_files="*.parquet", column="text")}
 
 
 def task(**source: str) -> dict[str, Any]:
-    """Return a section with a task of the Hub."""
     return {"suite": {"maths": TaskItem(task="gsm8k", split="test", source=source)}}
 
 
 def core(bundle: str, sha256: str | None = None) -> dict[str, Any]:
-    """Return a section with CORE."""
     return {"eval": CoreConfig(bundle=bundle, sha256=sha256)}
 
 
 @pytest.fixture
 def repositories(hub: Any) -> list[Any]:
-    """Offer two data sets."""
     return [hub.add("org/texts", {"a.parquet": b"text"}), hub.add("openai/gsm8k", {"main/test-0.parquet": b"rows"})]
 
 

@@ -148,7 +148,6 @@ def victim() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def attack(code: str, victim: subprocess.Popen[bytes], protections: list[str] | None = None) -> str:
-    """Run an attack on a process; return its output."""
     chosen = protections_here() if protections is None else protections
     return run_program(PRELUDE + code.format(victim=victim.pid), seconds=20, protections=chosen).output
 

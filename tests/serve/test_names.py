@@ -57,7 +57,6 @@ def store(served: Path, tmp_path: Path) -> Store:
 
 @pytest.fixture
 def say(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> Any:
-    """Run a command line; return its exit code and what it printed."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: 0)
 

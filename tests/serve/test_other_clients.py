@@ -25,7 +25,6 @@ def url(start: Callable[..., Any]) -> Iterator[str]:
 
 @pytest.fixture
 def said(server: Any) -> str:
-    """The model's greedy answer."""
     told: str = server.chat(temperature=0, max_tokens=8).json()["choices"][0]["message"]["content"]
     return told
 

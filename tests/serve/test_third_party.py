@@ -82,7 +82,6 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 
 
 def greedy(folder: Path, prompt: list[int], most: int) -> list[int]:
-    """Return mlx-lm's answer to a prompt."""
     import mlx.core as mx
     from mlx_lm import load
     from mlx_lm.generate import generate_step

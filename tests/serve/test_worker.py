@@ -193,7 +193,6 @@ class Held:
 
 
 def ask(server: Any, model: str) -> tuple[str, int]:
-    """Return (model, status) of a completion of 20 tokens."""
     response = server.client.post("/v1/completions", json={"model": model, "prompt": "a", "max_tokens": 20})
     return model, response.status_code
 

@@ -51,7 +51,6 @@ def whole_artifacts(toys: Any) -> set[str]:
 
 
 def kill(toys: Any, point: str, *arguments: str) -> None:
-    """Run mlxchat until it kills itself at this point."""
     done = subprocess.run(
         [sys.executable, "-m", "mlxchat", *arguments, "--apply", f"outputs={toys.outputs}"],
         env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, capture_output=True, cwd=toys.outputs,

@@ -12,7 +12,6 @@ from mlxchat.store.files import is_alive, whole_file, whole_folder, write_whole
 
 
 def gone_process() -> int:
-    """Return the id of an ended process."""
     child = subprocess.Popen(["true"])
     child.wait()
     return child.pid

@@ -56,7 +56,6 @@ class FolderHub:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FolderHub:
-    """An empty Hub."""
     made = FolderHub(tmp_path / "hub")
     made.folder.mkdir()
     for name in ("list_files", "fetch_files", "fetch_url"):

@@ -28,8 +28,6 @@ Weights = dict[str, bytes]
 
 @dataclass
 class Trained:
-    """A finished training."""
-
     ctx: Context
     weights: Weights
     seen: dict[int, Weights]

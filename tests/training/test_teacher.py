@@ -33,14 +33,12 @@ TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0, t
 
 
 def make_teacher(vocab_size: int = 280, **sizes: Any) -> GPT:
-    """Return a model of other sizes than the student's."""
     other = {"num_layers": 3, "num_heads": 2, "width": 16, "seed": 11, "scale": 0.4}
     return make_model(**{**other, "vocab_size": vocab_size, **sizes})
 
 
 @pytest.fixture
 def folder(tokenizer: Tokenizer, tmp_path: Path) -> Path:
-    """A checkpoint of ours."""
     path = tmp_path / "teacher"
     path.mkdir()
     save_checkpoint(path, make_teacher(), tokenizer, {"format": "chat"})

@@ -29,7 +29,6 @@ COLUMNS = 92
 
 
 def main() -> None:
-    """Take the pictures of the page, then of the terminal."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the pictures go")
     parser.add_argument("--chromium", default="chromium")

@@ -109,7 +109,6 @@ def test_vendored_files_have_their_recorded_digests_and_licences():
 
 @pytest.fixture(scope="module")
 def document(browser: Any, start: Callable[..., Any]) -> Iterator[Any]:
-    """The page of a server, where its modules can be imported."""
     with start(seconds=0.001) as server:
         page = browser.new_page()
         page.goto(server.url)

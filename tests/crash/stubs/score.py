@@ -16,7 +16,6 @@ def run(ctx):
 
 
 def look(ctx, path):
-    """Write the size of a file."""
     count_execution(ctx)
     if ctx.step in ctx.config.score.failing:
         raise ValueError(f"{ctx.step} cannot be scored")
