@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from kit.commands import Say
+from kit.toys import PIPELINE
 from mlxchat.cli import main
 from mlxchat.commands.arguments import quoted
 from mlxchat.commands.completion import complete_for_shell
@@ -22,8 +23,6 @@ from mlxchat.config.verbs import VERBS
 from mlxchat.store import attempts
 from mlxchat.store.files import Records
 from mlxchat.store.naming import resolve
-
-PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 
 
 @pytest.fixture

@@ -247,9 +247,6 @@ def test_recorded_listing_replaces_a_silent_hub(hub, texts, capsys):
     assert f"using recorded commit {texts.commit[:12]}" in capsys.readouterr().err
 
 
-# Revisions
-
-
 # Plain addresses
 
 

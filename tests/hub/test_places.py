@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from kit.artifacts import find_faults
+from kit.artifacts import contents, find_faults
+from kit.toys import PIPELINE
 from mlxchat.cli import dispatch
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub import places
@@ -20,8 +21,6 @@ from mlxchat.hub.places import Place, export_to, import_from, open_place
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
-
-PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 
 
 @pytest.fixture
@@ -67,10 +66,6 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     s3fs.S3FileSystem(skip_instance_cache=True).mkdir(name)
     yield name
     server.stop()
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
 def there(place: Place) -> list[str]:

@@ -97,3 +97,8 @@ def some_ids(count: int = 200) -> mx.array:
 def find_faults(store: Store, folder: Path) -> list[str]:
     """Return everything about an artifact that is not as its manifest, or the store, requires."""
     return [*check_contents(folder), *find_absent(store, folder)]
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    """Return path → bytes of all files in a folder."""
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}

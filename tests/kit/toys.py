@@ -16,6 +16,7 @@ from mlxchat.store.files import Records
 from mlxchat.store.store import Store
 
 ONE = {"one": {"stage": "make"}}
+PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 CHAIN = {"one": {"stage": "make"}, "two": {"stage": "copy", "source": "one"}}
 
 

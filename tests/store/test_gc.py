@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from kit.artifacts import find_faults
+from kit.commands import run_process
+from kit.toys import PIPELINE
 from mlxchat.errors import ConfigError
 from mlxchat.store.catalog import read_catalog, references
 from mlxchat.store.gc import DAY_SECONDS, Limits, collect, find_garbage, find_removal, parse_age, parse_bytes, remove
 from mlxchat.store.naming import Found, Run, groups, latest, resolve
 
-PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
 NONE, ALL = Limits(), Limits(keep_last=0)
 
 
@@ -51,10 +52,8 @@ def whole_artifacts(toys: Any) -> set[str]:
 
 
 def kill(toys: Any, point: str, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mlxchat", *arguments, "--apply", f"outputs={toys.outputs}"],
-        env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, capture_output=True, cwd=toys.outputs,
-    )  # fmt: skip
+    arguments = (*arguments, "--apply", f"outputs={toys.outputs}")
+    done = run_process(*arguments, cwd=toys.outputs, environ={"MLXCHAT_CRASH_AT": point})
     assert done.returncode == -signal.SIGKILL
 
 

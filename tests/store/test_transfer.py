@@ -2,10 +2,7 @@
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -13,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from kit.artifacts import find_faults
-from kit.commands import run_here
+from kit.artifacts import contents, find_faults
+from kit.commands import run_here, run_process
+from kit.toys import PIPELINE
 from mlxchat.errors import StoreError
 from mlxchat.store.files import seal
 from mlxchat.store.fingerprint import compute_key
@@ -24,17 +22,11 @@ from mlxchat.store.naming import latest, refs_of, resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure, export, import_all
 
-PIPELINE = {"first": {"stage": "make"}, "second": {"stage": "copy", "source": "first"}}
-
 
 @pytest.fixture
 def made(toys: Any) -> Any:
     toys.run(toys.plan(PIPELINE))
     return toys
-
-
-def contents(store: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.rglob("*") if path.is_file()}
 
 
 def exported(made: Any, to: Path) -> Path:
@@ -338,10 +330,7 @@ def test_cut_tar_is_refused(length, made, tmp_path):
 )
 def test_killed_import_leaves_no_partial_artifact(point, made, tmp_path):
     source, other = exported(made, tmp_path / "x.tar"), Store(tmp_path / "other")
-    done = subprocess.run(
-        [sys.executable, "-m", "mlxchat", "pull", str(source), f"outputs={other.outputs}"],
-        env={**os.environ, "MLXCHAT_CRASH_AT": point}, check=False, capture_output=True, cwd=tmp_path,
-    )  # fmt: skip
+    done = run_process("pull", source, f"outputs={other.outputs}", cwd=tmp_path, environ={"MLXCHAT_CRASH_AT": point})
     assert done.returncode == -signal.SIGKILL
     here = list((other.outputs / "store").iterdir())
     assert [fault for place in here for fault in find_faults(other, place)] == []
