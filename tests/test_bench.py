@@ -41,8 +41,7 @@ def done(mlxchat: Callable[..., Done]) -> Done:
 @pytest.fixture(scope="module")
 def record(done: Done) -> dict[str, Any]:
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return json.loads(done.stdout)
 
 
 @pytest.fixture
@@ -61,8 +60,7 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
 
 def found_by(say: Say, *arguments: str) -> dict[str, Any]:
     text = say("bench", *arguments, "--json")
-    found: dict[str, Any] = json.loads(next(line for line in text.splitlines() if line[:1] == "{"))
-    return found
+    return json.loads(next(line for line in text.splitlines() if line[:1] == "{"))
 
 
 def test_only_adapters_are_measured_as_trained(say):

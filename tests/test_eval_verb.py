@@ -50,7 +50,6 @@ def test_evaluation_is_a_cached_step(made, say):
     right, error = re.search(r"arithmetic +([\d.]+)% +([\d.]+)%", again).groups()
     told = say("compare", "--step", "eval", f"outputs={made}")
     cell = re.search(r"^arithmetic +(\S+) ± (\S+)", told, re.M)
-    assert cell is not None
     assert [float(each) * 100 for each in cell.groups()] == pytest.approx([float(right), float(error)], abs=0.6)
 
 

@@ -85,16 +85,13 @@ def test_older_state_is_resumed_if_the_newest_is_damaged(tmp_path):
     older.rename(tmp_path / "00000003")  # as after a crash before it was removed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000003", "00000007"], "no unfinished state"
     found = read_newest(tmp_path)
-    assert found is not None
     assert found[1] == {"iteration": 7, "at": [7]}
     (tmp_path / "00000007" / "arrays.safetensors").write_bytes(b"")
     found = read_newest(tmp_path)
-    assert found is not None
     assert found[1] == {"iteration": 3, "at": [3]}
     np.testing.assert_array_equal(found[0]["weights"], np.random.default_rng(3).normal(size=7))
     (tmp_path / "00000003" / "state.json").write_text(json.dumps({"iteration": 3, "at": [3]}))
     found = read_newest(tmp_path)
-    assert found is not None
     assert found[1] == {"iteration": 3, "at": [3]}, "states of versions without digests are read"
 
 

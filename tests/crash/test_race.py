@@ -87,7 +87,6 @@ with stop_on_signals(lambda number: None, lambda: print("stopping", flush=True))
 
 def test_second_stop_exits_at_once_inside_a_library():
     process = subprocess.Popen([sys.executable, "-c", STUCK], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
     for line in ("ready\n", "stopping\n"):
         assert process.stdout.readline() == line
         process.terminate()

@@ -25,8 +25,7 @@ def wait_for(stubs: Any, iteration: int) -> list[int]:
     """Return the processes of the latest run's ranks once its step has done some iterations."""
     wait_until(lambda: any((attempts.iteration(work) or 0) >= iteration for work in stubs.outputs.glob("work/*")))
     latest = max(stubs.outputs.glob("runs/*/ranks.json"), key=lambda path: path.stat().st_mtime)
-    pids: list[int] = json.loads(latest.read_text())["pids"]
-    return pids
+    return json.loads(latest.read_text())["pids"]
 
 
 def check_gone(pids: list[int]) -> None:

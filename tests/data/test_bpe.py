@@ -160,7 +160,6 @@ PARENT = """
 @pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_worker_ends_with_its_parent(number):
     with subprocess.Popen([sys.executable, "-c", dedent(PARENT)], stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
         worker = psutil.Process(int(parent.stdout.readline()))
         os.kill(parent.pid, number)
         parent.wait()
@@ -173,8 +172,6 @@ def test_ctrl_c_reaches_only_the_parent():
         [sys.executable, "-c", dedent(PARENT)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,
     ) as parent:  # fmt: skip
-        assert parent.stdout is not None
-        assert parent.stderr is not None
         parent.stdout.readline()
         os.killpg(parent.pid, signal.SIGINT)
         text = parent.stderr.read()

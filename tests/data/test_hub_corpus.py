@@ -90,7 +90,6 @@ def test_other_columns_are_read_and_null_is_an_empty_document(hub, pin):
 def test_nanochats_corpora_hold_out_the_last_shard(hub, name, shards):
     """`shard_00000.parquet` to `MAX_SHARD`, as in nanochat's dataset.py, which validates on the last one."""
     config = composed(f"corpus={name}").corpus
-    assert config.hub is not None
     names = [f"shard_{number:05d}.parquet" for number in range(shards)]
     hub.add(config.hub.repository, dict.fromkeys([".gitattributes", "README.md", *names], b"x"))
     corpus = Corpus.listed(config.hub, config.validation_documents)

@@ -162,7 +162,6 @@ def test_joining_ends_with_a_message_after_the_limit(ends):
     with subprocess.Popen(
         [sys.executable, "-c", JOINS], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
-        assert process.stdout is not None
         process.stdout.readline()
         if ends:
             process.send_signal(signal.SIGINT)

@@ -202,8 +202,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 def of_ranks(bundle: str) -> Callable[[str, int], dict[str, Any]]:
     @cache
     def run(architecture: str, size: int) -> dict[str, Any]:
-        found: dict[str, Any] = ranks.lead_ranks(work, size, architecture, bundle)
-        return found
+        return ranks.lead_ranks(work, size, architecture, bundle)
 
     return run
 
@@ -214,8 +213,7 @@ def of_one(bundle: str) -> Callable[[str], dict[str, Any]]:
     def run(architecture: str) -> dict[str, Any]:
         mx.set_default_device(mx.cpu)
         runtime.set_blas_threads(1)
-        found: dict[str, Any] = json.loads(json.dumps(work(None, architecture, bundle)))
-        return found
+        return json.loads(json.dumps(work(None, architecture, bundle)))
 
     return run
 

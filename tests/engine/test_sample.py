@@ -88,7 +88,6 @@ def test_frequency_and_presence_penalties_ignore_the_prompt():
 def test_logit_bias_precedes_all_limits():
     sampling = Sampling(temperature=1.0, top_k=2, logit_bias=((4, 100.0), (2, -100.0)))
     ids, probabilities = distribution(LOGITS, sampling)
-    assert ids is not None
     assert ids.tolist() == [4, 5]
     np.testing.assert_allclose(probabilities, [1, 0], atol=1e-12)
 

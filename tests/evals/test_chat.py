@@ -262,7 +262,6 @@ def test_chatcore_of_a_snapshot_is_nanochats(which, value):
     """The values are nanochat's own for these accuracies."""
     names = CHATCORE_SETS[which]
     found = chatcore(suite_scores(names), {name: name for name in names})
-    assert found is not None
     assert found["value"] == pytest.approx(value)
     assert (found["set"], found["tasks"]) == (which, list(names))
     scores = list(suite_scores(names).values())
@@ -273,7 +272,6 @@ def test_chatcore_goes_by_task_types():
     names = CHATCORE_SETS["jul2026"]
     scores = {f"my_{name}": each for name, each in suite_scores(names).items()}
     found = chatcore(scores | {"own": score(1.0, 0.0)}, {f"my_{name}": name for name in names} | {"own": "jsonl"})
-    assert found is not None
     assert found["value"] == pytest.approx(0.07300666666666666)
     assert "own" not in found["tasks"]
     scores.pop(f"my_{names[0]}")
@@ -324,5 +322,4 @@ def test_both_verdicts_on_gsm8k_are_recorded(tokenizer):
     assert (found["accuracy"], found["nanochat_accuracy"]) == (0.5, 0.25)
     assert found["nanochat_stderr"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
     whole = chatcore(dict.fromkeys(CHATCORE_SETS["jul2026"], score), {n: n for n in CHATCORE_SETS["jul2026"]})
-    assert whole is not None
     assert (whole["value"], whole["nanochat_value"]) == (0.5, 0.25)

@@ -71,7 +71,6 @@ class _Ring:
         self.calls += 1
         results = [self.folder / f"{self.calls}-{rank}.json" for rank in range(len(self.ranks))]
         for rank, result in zip(self.ranks, results, strict=True):
-            assert rank.stdin is not None
             with suppress(BrokenPipeError):
                 rank.stdin.write(json.dumps({**order, "result": str(result)}).encode() + b"\n")
                 rank.stdin.flush()
@@ -92,7 +91,6 @@ class _Ring:
             with suppress(ProcessLookupError):
                 os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
-            assert rank.stdin is not None
             with suppress(BrokenPipeError):  # an order that it did not read
                 rank.stdin.close()
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -178,8 +176,6 @@ def _module_of(file: Path) -> Any:
     name = f"mlxchat.of_{file.stem}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None
-        assert spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]

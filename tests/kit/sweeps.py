@@ -28,8 +28,7 @@ class Swept:
         return max((self.outputs / "multirun").iterdir())
 
     def rows(self) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = json.loads((self.folder / "table.json").read_text())
-        return rows
+        return json.loads((self.folder / "table.json").read_text())
 
     def column(self, name: str) -> dict[Any, Any]:
         """Return setting → status."""

@@ -39,7 +39,6 @@ def record_listing(tmp_path: Path, files: int, size: int, commit: str = "c" * 40
 @pytest.mark.parametrize(("packing", "kept"), [("best_fit", 0.65), ("best_fit_whole", 1.0)])
 def test_need_is_the_tokens_in_characters_and_what_packing_drops(tmp_path, packing, kept):
     need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain", f"pretrain.packing={packing}")
-    assert need is not None
     assert need.tokens == pytest.approx(11.2 * GIGA, rel=0.01)  # nanochat's published figure
     assert need.chars == pytest.approx(need.tokens * 4.8 / kept * 1.1)
 
@@ -47,7 +46,6 @@ def test_need_is_the_tokens_in_characters_and_what_packing_drops(tmp_path, packi
 def test_short_training_needs_what_its_tokenizer_reads(tmp_path):
     short = ("pretrain.num_iterations=1", "pretrain.tokens_per_parameter=null")
     need = need_of(tmp_path, "experiment=speedrun_d12", *short)
-    assert need is not None
     assert need.chars == pytest.approx(2 * GIGA * 1.1)
     assert need_of(tmp_path, "experiment=quickstart") is None, "bundled text"
 
@@ -55,7 +53,6 @@ def test_short_training_needs_what_its_tokenizer_reads(tmp_path):
 def test_need_counts_files_of_a_listing_and_repeated_epochs(tmp_path):
     record_listing(tmp_path, files=100, size=100_000_000)
     need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain", "pretrain.packing=best_fit")
-    assert need is not None
     passes = need.tokens * 4.8 / 0.65 / (100 * 100_000_000 * 2.6)
     assert need.epochs == pytest.approx(passes)
     assert str(need).endswith(

@@ -42,7 +42,6 @@ def run_of(
 def test_target_is_reached_at_the_first_good_value(value, iteration):
     run = run_of("a", seconds=3.0, cost=36.0)
     found = reach(run, run.steps[0], Target("val_bpb", value), [])
-    assert found is not None
     assert (found.iteration, found.seconds) == (iteration, pytest.approx(3 * iteration))
     assert (found.tokens, found.flops) == (100 * iteration, pytest.approx(2e8 * iteration))
     assert dict(found.costs())["cost"] == f"${3 * iteration / 100:.2f}"
@@ -54,7 +53,6 @@ def test_extension_adds_to_the_clock():
         if "elapsed_seconds" in record and record["iteration"] > 20:
             record["elapsed_seconds"] -= 20
     found = reach(run, run.steps[0], Target("val_bpb", 1.2), [])
-    assert found is not None
     assert found.seconds == pytest.approx(30)
 
 

@@ -343,7 +343,6 @@ def test_weights_of_quantised_rollouts_are_advantages_times_importance(tokenizer
     model = make_model(width=128, scale=0.1)  # whole groups of weights, so that they are rounded
     source = real(tokenizer, log, model, max_new_tokens=12, top_k=None, rollout_bits=4)
     made, rollout = source.next_batch(0), source._rollout
-    assert rollout is not None
     assert rollout.rollout_log_probs is not None
     own, _ = PolicyScores(model, micro_tokens=4096, dtype=mx.float32)(rollout.ids[:, :-1], rollout.targets)
     sampled = rollout.mask > 0

@@ -26,7 +26,6 @@ def shown(width: int, monkeypatch: pytest.MonkeyPatch, title: str = "pretrain", 
         bar.update(1, **numbers)
         now = 100.0
         bar.update(86, **numbers)
-        assert bar.bar is not None
         out = io.StringIO()
         Console(file=out, width=width).print(bar.bar.get_renderable())
     lines = out.getvalue().rstrip("\n").split("\n")

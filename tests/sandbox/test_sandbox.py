@@ -334,7 +334,6 @@ def test_memory_of_descendants_is_counted():
     code = "import subprocess, sys\nb = bytearray(b'x' * (30 << 20))\nprint(flush=True)\n"
     code += "subprocess.run([sys.executable, '-c', 'b = bytearray(30 << 20); print(flush=True); input()'])"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
         process.stdout.readline()
         process.stdout.readline()
         assert 60 << 20 < Watch(process.pid).look() < 300 << 20

@@ -67,7 +67,6 @@ def test_text_offset_counts_characters_cut_short(echoed, tokenizer):
             scores: Any = [(-1.0, [])] * (len(ids) - 1) if echoed else []
             choice.add(Event(id=0, token=id_, sampled=True, logprob=-1.0, prompt_logprobs=scores))
         told = choice.text_logprobs(choice.events)
-        assert told is not None
         ends = [len(data[:end].decode(errors="replace")) for end in range(1, len(data) + 1)]
         assert told["text_offset"][: len(ids)] == [end - 1 for end in ends], "each byte is in the character it ends in"
 
@@ -93,14 +92,12 @@ def test_partial_utf8_alternatives_are_not_merged(tokenizer):
     choice = Choice(tokenizer, Parts(tokenizer))
     choice.add(event)
     told = choice.text_logprobs(choice.newest)
-    assert told is not None
     (top,) = told["top_logprobs"]
     assert top == {"a": -float(a)} | {
         f"bytes:\\x{byte:02x}": -float(id_) for byte, id_ in zip(range(128, 160), ids[1:], strict=True)
     }
     assert told["tokens"] == ["bytes:\\x9f"]
     chat = choice.chat_logprobs(choice.newest)
-    assert chat is not None
     assert [chat["content"][0]["token"], chat["content"][0]["bytes"]] == ["bytes:\\x9f", [0x9F]]
     assert [each["bytes"] for each in chat["content"][0]["top_logprobs"][1:]] == [[byte] for byte in range(128, 160)]
 

@@ -25,8 +25,7 @@ def url(start: Callable[..., Any]) -> Iterator[str]:
 
 @pytest.fixture
 def said(server: Any) -> str:
-    told: str = server.chat(temperature=0, max_tokens=8).json()["choices"][0]["message"]["content"]
-    return told
+    return server.chat(temperature=0, max_tokens=8).json()["choices"][0]["message"]["content"]
 
 
 @pytest.mark.filterwarnings("default")  # litellm's own types warn

@@ -137,7 +137,6 @@ def test_gc_refuses_while_a_step_runs(toys):
         [sys.executable, "-c", f"import fcntl, time; f = open({str(lock)!r}, 'w')\n"
          "fcntl.flock(f, fcntl.LOCK_SH); print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE,
     )  # fmt: skip
-    assert holder.stdout is not None
     holder.stdout.readline()
     try:
         before = snapshot(toys.outputs)

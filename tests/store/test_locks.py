@@ -44,7 +44,6 @@ def hold_elsewhere(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Po
             [sys.executable, "-c", HOLDER, str(tmp_path / "x.lock"), *arguments], stdout=subprocess.PIPE, text=True
         )
         started.append(holder)
-        assert holder.stdout is not None
         return holder, int(holder.stdout.readline())
 
     yield start

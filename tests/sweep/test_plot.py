@@ -88,5 +88,4 @@ def test_nothing_to_compare_draws_nothing(found):
 def test_hostile_names_can_be_drawn(name):
     found = rows([{"model": name}, {"model": "other"}])
     picture = draw_sweep(found, ["model"], "sft.val_loss", less_is_better=True)
-    assert picture is not None
     assert picture.startswith(b"\x89PNG")

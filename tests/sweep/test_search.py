@@ -47,7 +47,6 @@ def test_search_prints_its_best_trial_and_command(undisturbed, say):
     best = min(trials, key=lambda trial: trial[3])
     assert f"best: trial {best[0]}/4 " in text
     command = re.search(r"^its command: mlxchat (.*)$", text, re.MULTILINE)
-    assert command is not None
     assert say("plan", *shlex.split(command[1])).splitlines()[-1].startswith("3 steps: 3 done")
 
 

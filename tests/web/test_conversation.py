@@ -32,8 +32,7 @@ TWO_TURNS = [["say", "u1", -1], ["answer", "a1", 0], ["say", "u2", 1], ["answer"
 
 
 def run(node: Callable[..., Any], *steps: list[Any]) -> list[Any]:
-    found: list[Any] = node("conversation.js", RUN, steps)
-    return found
+    return node("conversation.js", RUN, steps)
 
 
 def test_new_answer_to_an_early_message_keeps_the_later_turns(node):
