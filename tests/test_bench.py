@@ -13,11 +13,10 @@ import pytest
 
 from kit.artifacts import make_model as artifacts_model
 from kit.artifacts import make_tokenizer, publish
-from kit.commands import Say
+from kit.commands import Say, run_here
 from mlxchat.bench import generate
 from mlxchat.bench.parts import parts_of_step, phases_of_step
 from mlxchat.bench.timing import fill_zero_weights
-from mlxchat.cli import main
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config
 from mlxchat.model.checkpoint import save_checkpoint
@@ -50,9 +49,7 @@ def composed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Config]:
         """Return the configuration that a command line would measure."""
         found: list[Config] = []
         monkeypatch.setattr("mlxchat.bench.train.measure_training", lambda config: found.append(config) or {})
-        with pytest.raises(SystemExit) as caught:
-            main(["bench", "train", *arguments, "--json"])
-        assert caught.value.code == 0
+        assert run_here("bench", "train", *arguments, "--json") == 0
         return found[0]
 
     return compose
@@ -95,12 +92,9 @@ def test_parts_and_rest_sum_to_the_median_step(record):
     assert "alone" in split["how"]
 
 
-def test_tables_have_the_same_numbers_as_json(record, monkeypatch, capsys):
+def test_tables_have_the_same_numbers_as_json(record, monkeypatch, say):
     monkeypatch.setattr("mlxchat.bench.train.measure_training", lambda config: record)
-    with pytest.raises(SystemExit) as caught:
-        main(["bench", "train", *TINY])
-    text = capsys.readouterr().out
-    assert caught.value.code == 0
+    text = say("bench", "train", *TINY)
     assert f"{record['tokens_per_second']:,.0f} tok/s" in text
     assert f"{record['share_of_peak']:.1%}" in text
     for word in ("forward", "backward", "optimizer", "attention", "mlp", "head and loss", "embedding", "rest", "alone"):
@@ -128,10 +122,9 @@ def test_experiment_sets_its_sizes(composed):
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
 def test_mistakes_are_refused_before_measuring(arguments, expected, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["bench", *arguments])
+    assert run_here("bench", *arguments) == 2
     output = capsys.readouterr()
-    assert (caught.value.code, output.out) == (2, "")
+    assert output.out == ""
     assert re.search(expected, output.err)
 
 

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from kit.commands import Say
+from kit.commands import Say, run_here
 from kit.toys import PIPELINE
-from mlxchat.cli import main
 from mlxchat.commands.arguments import quoted
 from mlxchat.commands.completion import complete_for_shell
 from mlxchat.composition.compose import group_options
@@ -295,8 +294,7 @@ def test_quoting_round_trips(value):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_are_valid(shell, capsys, tmp_path):
-    with pytest.raises(SystemExit):
-        main(["completion", shell])
+    assert run_here("completion", shell) == 0
     script = tmp_path / "script"
     script.write_text(capsys.readouterr().out)
     assert "_ARGCOMPLETE" in script.read_text()
@@ -308,8 +306,7 @@ def test_completion_scripts_are_valid(shell, capsys, tmp_path):
 def test_bash_completes_after_an_equals_sign(tmp_path, capsys):
     if shutil.which("bash") is None:
         pytest.skip("no bash here")
-    with pytest.raises(SystemExit):
-        main(["completion", "bash"])
+    assert run_here("completion", "bash") == 0
     program = tmp_path / "mlxchat"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mlxchat "$@"\n')
     program.chmod(0o755)

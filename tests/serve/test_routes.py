@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from mlxchat.cli import main
-
 CHAT = "/v1/chat/completions"
 QUESTION = {"messages": [{"role": "user", "content": "the cat"}], "temperature": 0.0, "max_tokens": 8}
 
@@ -89,12 +87,9 @@ def test_key_protects_all_but_page_and_health(start):
         (["eval"], "error: "),
     ],
 )
-def test_serve_refuses_invalid_options(served, arguments, message, capsys, monkeypatch):
+def test_serve_refuses_invalid_options(served, arguments, message, say, monkeypatch):
     monkeypatch.delenv("MLXCHAT_API_KEY", raising=False)
-    with pytest.raises(SystemExit) as caught:
-        main(["serve", f"outputs={served}", *arguments])
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith(message)
+    assert say("serve", f"outputs={served}", *arguments, code=2).startswith(message)
 
 
 def test_files_and_text_are_processed_outside_the_event_loop(start, monkeypatch):
