@@ -6,7 +6,7 @@ import re
 import shlex
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,7 @@ from mlxchat.composition.sections import schema_of
 from mlxchat.config.schema import MODELS, Config
 from mlxchat.data.vocabulary import vocab_size_of
 from mlxchat.errors import ConfigError
+from mlxchat.store.fingerprint import flatten
 
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
     from collections.abc import Callable
@@ -270,7 +271,7 @@ def to_typed(composed: DictConfig) -> Config:
     Raises:
         ConfigError: names every missing or impossible value.
     """
-    from omegaconf import OmegaConf, open_dict
+    from omegaconf import MISSING, OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
     from mlxchat.composition.misspelling import first_line, unknown_keys
@@ -280,10 +281,15 @@ def to_typed(composed: DictConfig) -> Config:
         raise ConfigError("\n".join(strangers))
     with open_dict(composed):
         composed.pop("hydra", None)
+    plain = OmegaConf.to_container(composed)
+    removed = [each.name for each in fields(Config) if each.name not in plain]
+    if removed:  # by ~KEY; to_object would fill in "???"
+        hints = {key: f"; '~pipeline.{key}' leaves the step out" for key in composed.get("pipeline") or ()}
+        raise ConfigError("\n".join(f"{key} cannot be removed, only changed{hints.get(key, '')}" for key in removed))
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        missing = sorted(str(key) for key in OmegaConf.missing_keys(composed))
+        missing = sorted(key for key, value in flatten(plain).items() if value == MISSING)
         lines = [f"{key} has no value: give {key}=…" for key in missing] or [first_line(error)]
         raise ConfigError("\n".join(lines)) from None
     except (ValueError, TypeError) as error:  # raised by a user's __post_init__

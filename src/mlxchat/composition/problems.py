@@ -84,7 +84,7 @@ def _find_problems(config: Config, steps: Pipeline) -> list[str]:
 def _execution(config: Config) -> Iterator[str]:
     for step, seconds in config.timeout.items():
         if step not in config.pipeline:
-            yield f"timeout.{step}: no step of the pipeline.{suggest(step, config.pipeline)}"
+            yield f"timeout.{step}: {step} is not a step of the pipeline.{suggest(step, config.pipeline)}"
         elif seconds <= 0:
             yield f"timeout.{step} is {seconds:g}, expected seconds above 0"
     if config.machine.num_processes > 1 and config.machine.max_parallel_steps > 1:

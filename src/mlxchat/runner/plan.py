@@ -304,7 +304,7 @@ def make_plan(
     Raises:
         ConfigError: the pipeline is wired wrongly, or a file of the configuration cannot be read.
     """
-    force = list(force)
+    force = [str(name) for name in force]
     unknown = [name for name in force if name not in pipeline and name != "all"]
     if unknown:
         raise ConfigError(f"force: {', '.join(unknown)} is not a step of the pipeline.{suggest(unknown[0], pipeline)}")
