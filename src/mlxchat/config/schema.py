@@ -950,7 +950,7 @@ class Config:
     force: list[str] = MISSING
     """Steps to run although their artifact exists; "all": every step."""
     code: str = field(default=MISSING, metadata={"one_of": ("warn", "strict", "ignore")})
-    """If the code of a finished step has changed: warn, strict (run the step again) or ignore."""
+    """If the code of a finished or interrupted step has changed: warn, strict (run it from the start) or ignore."""
     fail_fast: bool = MISSING
     """Whether a failed step also stops the steps that do not need it."""
     timeout: dict[str, float] = MISSING

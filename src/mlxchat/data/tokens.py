@@ -36,6 +36,7 @@ from mlxchat.store.fingerprint import canonical_json
 from mlxchat.tasks.pairs import Answers
 
 FORMAT = 1
+"""Part of the keys of token files, which else depend on texts and tokenizer only: raise it when rendering changes."""
 FILE = "tokens.safetensors"
 
 # The header is written last into reserved space; the format allows spaces after the JSON.

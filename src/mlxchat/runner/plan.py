@@ -8,6 +8,7 @@ stands for its contents.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
@@ -28,6 +29,8 @@ from mlxchat.store.store import Store, artifact_title
 
 Pipeline = Mapping[str, Mapping[str, Any]]
 """Step → {stage, role: what fills it, with: settings of this step alone}."""
+SAVED_CODE = "code.json"
+"""In a step's work folder: module → digest when its saved state was begun."""
 GIVEN = ("import:", "artifact:")
 """A role may be filled by a model of the store instead of a step: import:NAME is an imported model, artifact:NAME any
 model, by any name that `mlxchat show` accepts."""
@@ -273,6 +276,16 @@ class PlannedStep:
         """Return the names of modules that have changed since an artifact was made."""
         return changed_modules(manifest["code"].get("modules", {}), self.code["modules"])
 
+    def drift_of_saved(self, store: Store) -> list[str]:
+        """Return the names of modules that have changed since the step's saved state was begun."""
+        work = store.work(self.key)
+        if self.code_policy == "ignore" or not (work / "ckpt").is_dir():
+            return []
+        try:
+            return changed_modules(json.loads((work / SAVED_CODE).read_bytes()), self.code["modules"])
+        except (OSError, ValueError):
+            return []  # saved by an earlier version
+
 
 def make_plan(
     config: Any,
@@ -382,6 +395,8 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
     made = step.inputs_made(store, planned)
     difference = find_difference(step, store, {role: manifest["tree"] for role, manifest in made.items()})
     resumable = ", resumes" if (store.work(step.key) / "ckpt").is_dir() else ""
+    if changed := first_of(step.drift_of_saved(store), _MOST_MODULES_SHOWN):
+        resumable = f", {'starts again' if step.code_policy == 'strict' else 'resumes'}: code changed ({changed})"
     if pending and difference.only_inputs:
         told = ", ".join(f"{role} ({source})" for role, source in pending.items())
         return Verdict(state="maybe", reason=f"input {told} will be rebuilt{resumable}", difference=difference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import shutil
 import signal
@@ -21,7 +22,7 @@ from mlxchat.config.wording import format_bytes, format_count, format_number, fo
 from mlxchat.errors import Interrupted, MlxchatError, PassingError, StepFailed, StoreError
 from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.keys import check_pins
-from mlxchat.runner.plan import PlannedStep, Verdict, judge
+from mlxchat.runner.plan import SAVED_CODE, PlannedStep, Verdict, judge
 from mlxchat.runner.process import Hooks
 from mlxchat.runner.progress import fill
 from mlxchat.store import attempts as attempt_log
@@ -29,7 +30,7 @@ from mlxchat.store import locks
 from mlxchat.store.bases import bases_of
 from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment, peak_array_bytes, peak_memory_bytes, reset_peak_memory
-from mlxchat.store.files import Record, Records, now
+from mlxchat.store.files import Record, Records, now, write_whole
 from mlxchat.store.fingerprint import plain_of
 from mlxchat.store.manifest import MEASURED, SCHEMA, Manifest, find_damage, read_manifest
 from mlxchat.store.naming import links, runs
@@ -282,6 +283,10 @@ class _Making:
         step, run, out = self.step, self.run, self.work / "out"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
+        if step.code_policy == "strict" and step.drift_of_saved(self.store):
+            shutil.rmtree(self.work / "ckpt")
+        if not (self.work / "ckpt").exists():
+            write_whole(self.work / SAVED_CODE, json.dumps(step.code["modules"]), durable=False)
         crash_point("step.prepared")
         limit = TimeLimit(run.policy.timeouts.get(step.name))
         ctx = self._context(out, lambda: run.stop_signal or (signal.SIGTERM if limit.passed else None))
