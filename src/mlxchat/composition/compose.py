@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING, Any, cast, get_type_hints
 
 from mlxchat.composition.cache import ComposedCache, Stamp, stamp_folder
 from mlxchat.composition.overrides import as_hydra, implied_experiment
@@ -281,7 +281,7 @@ def to_typed(composed: DictConfig) -> Config:
         raise ConfigError("\n".join(strangers))
     with open_dict(composed):
         composed.pop("hydra", None)
-    plain = OmegaConf.to_container(composed)
+    plain = cast("dict[str, Any]", OmegaConf.to_container(composed))
     removed = [each.name for each in fields(Config) if each.name not in plain]
     if removed:  # by ~KEY; to_object would fill in "???"
         hints = {key: f"; '~pipeline.{key}' leaves the step out" for key in composed.get("pipeline") or ()}
