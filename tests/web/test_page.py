@@ -59,7 +59,11 @@ def ask(page: Any, text: str) -> Any:
     page.fill("#input", text)
     page.press("#input", "Enter")
     page.wait_for_selector("#stop", state="hidden")
-    page.wait_for_function("() => [...document.querySelectorAll('li.assistant .said')].every(said => said.innerText)")
+    # A refused question leaves an empty answer and says why.
+    page.wait_for_function(
+        "() => document.querySelector('#problem').checkVisibility()"
+        " || [...document.querySelectorAll('li.assistant .said')].at(-1)?.innerText"
+    )
     return page.locator("li.assistant .said").last
 
 
