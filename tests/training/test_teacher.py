@@ -25,6 +25,7 @@ from mlxchat.planning.memory import check_memory
 from mlxchat.runner.plan import Pipeline, make_plan
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
+from mlxchat.training.forecast_finetune import measure_teacher
 from mlxchat.training.step import TrainStep
 from mlxchat.training.teacher import Distillation, load_teacher
 
@@ -161,6 +162,14 @@ def test_teacher_artifact_is_an_input_of_the_step(tmp_path):
         assert steps[-1].artifacts["teacher"]["name"] == name
         assert sft_step(store, artifact=name[-16:]).key == steps[-1].key, "by any of its names"
     assert len({sft_step(store).key, *(step.key for step in steps)}) == 3
+
+
+def test_forecast_counts_a_teachers_wide_feed_forward(tmp_path):
+    """LLaMA's holds gate, up and their product for each token, here of 11,008 float32 numbers each."""
+    (tmp_path / "config.json").write_text('{"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 11008}')
+    assert measure_teacher(tmp_path).working_per_token == 3 * 11008 * 4
+    (tmp_path / "config.json").write_text('{"n_embd": 64, "n_layer": 2}')  # GPT-2's names
+    assert measure_teacher(tmp_path).working_per_token < 3 * 11008 * 4
 
 
 def test_unsuitable_teachers_are_refused_before_anything_runs(folder, tmp_path):
