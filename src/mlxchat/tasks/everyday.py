@@ -98,17 +98,38 @@ def wordings() -> Iterator[str]:
         yield from (ask.replace("{sum}", form) for form in sums[sign] for ask in sums["ask"])
         yield from sums["whole"][sign]
     yield from choices["bigger"]["ask"]
-    asks = [*texts["talk"], texts["unknown"], *texts["facts"].values(), texts["spell"], texts["letters"]]
-    lists = [choices[name] for name in ("kind_ask", "kind_plain", "member_ask", "size_ask", "place_ask")]
+    asks = [
+        *texts["talk"],
+        *texts["facts"].values(),
+        *(texts[key] for key in ("unknown", "spell", "letters", "length")),
+    ]
+    yield from (_fill(frame, name) for each in asks for frame in texts["frames"] for name in each.get("names", ()))
+    lists = [
+        choices[name] for name in ("kind_ask", "kind_plain", "member_ask", "size_ask", "property_ask", "place_ask")
+    ]
     problems = [*texts["one_step"].values(), *texts["two_step"].values()]
-    for wordings in (*(each["ask"] for each in asks), texts["letters"]["length"], *lists, *problems):
-        yield from wordings
+    for wordings in (*(each["ask"] for each in asks), *lists, *problems):
+        yield from (wording.replace("{left}", left) for wording in wordings for left in texts["left"])
 
 
 def _wording(wordings: Sequence[str], rng: random.Random, is_train: bool) -> str:
     """Return a wording of the split; if none is held out, the last one is."""
     hidden = {text for text in wordings if held_out(f"everyday/{text}", _TEST_FRACTION)} or {wordings[-1]}
     return rng.choice([text for text in wordings if (text not in hidden) == is_train])
+
+
+def _asking(texts: dict[str, Any], rng: random.Random, is_train: bool) -> str:
+    """Return a wording of the texts or a frame around a name of what is asked for; a name counts as three wordings."""
+    names = texts.get("names", [])
+    if rng.randrange(len(texts["ask"]) + 3 * len(names)) < len(texts["ask"]):
+        return _wording(texts["ask"], rng, is_train)
+    return _fill(_wording(_texts()["frames"], rng, is_train), rng.choice(names))
+
+
+def _fill(frame: str, name: str) -> str:
+    """Return "Tell me the capital of {place}." for "Tell me {what}." and "the capital of {place}"."""
+    text = frame.replace("{what}", name)
+    return text[0].upper() + text[1:]
 
 
 def _vary(question: str, rng: random.Random) -> str:
@@ -119,6 +140,8 @@ def _vary(question: str, rng: random.Random) -> str:
         question = question[:-1]
     elif rng.random() < 0.08:
         question += rng.choice(_texts()["closers"])
+    if rng.random() < 0.1:
+        question = question.replace("'", "")
     return question.lower() if rng.random() < 0.3 else question
 
 
@@ -132,7 +155,7 @@ def _unknown(rng: random.Random, is_train: bool) -> tuple[str, str]:
     texts = _texts()["unknown"]
     fills = {name: rng.choice(texts[name]) for name in ("person", "title", "machine", "science")}
     fills |= {"place": rng.choice(list(_texts()["countries"])), "year": str(rng.randint(1900, 2030))}
-    return _wording(texts["ask"], rng, is_train).format(**fills), rng.choice(texts["reply"])
+    return _asking(texts, rng, is_train).format(**fills), rng.choice(texts["reply"])
 
 
 def _country(rng: random.Random, *, but: str = "") -> dict[str, str]:
@@ -146,7 +169,7 @@ def _fact(rng: random.Random, is_train: bool) -> tuple[str, str]:
     field = rng.choices(["capital", "continent", "language", "about", "country"], [8, 5, 6, 2, 3])[0]
     texts = _texts()["facts"][field]
     answer = texts["reply"].format(**known, value=known.get(field, ""))
-    return _wording(texts["ask"], rng, is_train).format(**known), answer[0].upper() + answer[1:]
+    return _asking(texts, rng, is_train).format(**known), answer[0].upper() + answer[1:]
 
 
 def _sum(rng: random.Random, is_train: bool) -> tuple[str, str]:
@@ -195,8 +218,20 @@ def _problem(rng: random.Random, is_train: bool) -> tuple[str, str]:
     thing = rng.choice(texts["things"])
     words = {**draw_words(rng), "thing": thing, "things": thing if thing == "sheep" else f"{thing}s"}
     words |= {"place": rng.choice(texts["places"]), "his": "his" if words["he"] == "he" else "her"}
-    question = _wording(kinds[signs], rng, is_train).format(a=a, b=b, c=c, **words)
+    words |= _verbs(rng)
+    wording = _wording(kinds[signs], rng, is_train).replace("{left}", rng.choice(texts["left"]))
+    question = wording.format(a=a, b=b, c=c, **words)
     return question, _answer(texts["sums"]["reply"], steps, numbers)
+
+
+def _verbs(rng: random.Random) -> dict[str, str]:
+    """Return words for templates: how things and people become more or fewer, and where people are."""
+    texts = _texts()
+    get, gets, got = rng.choice(texts["gaining"]).split("|")
+    lose, loses, lost = rng.choice(texts["losing"]).split("|")
+    come, leave, spot = (rng.choice(texts[key]) for key in ("coming", "going", "spots"))
+    verbs = {"get": get, "gets": gets, "got": got, "lose": lose, "loses": loses, "lost": lost}
+    return verbs | {"come": come, "leave": leave, "spot": spot}
 
 
 def _bigger(rng: random.Random, is_train: bool) -> tuple[str, str]:
@@ -257,8 +292,18 @@ def _size(rng: random.Random, is_train: bool) -> tuple[str, str]:
     return question[0].upper() + question[1:], f"{right[0].upper()}{right[1:]} is {adjective}."
 
 
+def _property(rng: random.Random, is_train: bool) -> tuple[str, str]:
+    """Return a question about what a thing is like: one of two words of a group."""
+    texts = _texts()["choices"]
+    group = rng.choice(texts["properties"])
+    right, wrong = rng.sample(list(group), 2)
+    item = rng.choice(group[right].split("|"))
+    question = _wording(texts["property_ask"], rng, is_train).format(item=item, a=right, b=wrong)
+    return question[0].upper() + question[1:], f"{item[0].upper()}{item[1:]} is {right}."
+
+
 def _choice(rng: random.Random, is_train: bool) -> tuple[str, str]:
-    return rng.choice((_bigger, _bigger, _kind, _kind, _size, _place))(rng, is_train)
+    return rng.choice((_bigger, _bigger, _kind, _kind, _size, _property, _place))(rng, is_train)
 
 
 def _quoted(text: str, rng: random.Random) -> str:
@@ -267,7 +312,7 @@ def _quoted(text: str, rng: random.Random) -> str:
 
 def _spell(rng: random.Random, is_train: bool) -> tuple[str, str]:
     texts = _texts()["spell"]
-    wording = _wording(texts["ask"], rng, is_train)
+    wording = _asking(texts, rng, is_train)
     if rng.random() < 0.15:
         return wording.format(word=_quoted(rng.choice(_other_words()), rng)), texts["unknown"]
     word = rng.choice(first_words())
@@ -275,12 +320,12 @@ def _spell(rng: random.Random, is_train: bool) -> tuple[str, str]:
 
 
 def _letters(rng: random.Random, is_train: bool) -> tuple[str, str]:
-    texts = _texts()["letters"]
+    texts = _texts()
     word = rng.choice([word for word in first_words() if not is_only_spelled(word)])
     if rng.random() < 0.3:
-        question, letter = _wording(texts["length"], rng, is_train), " "
+        question, letter = _asking(texts["length"], rng, is_train), " "
     else:
-        question, letter = _wording(texts["ask"], rng, is_train), rng.choice(word)
+        question, letter = _asking(texts["letters"], rng, is_train), rng.choice(word)
     question = question.format(
         word=_quoted(word, rng), letter=letter if "{letter}s" in question else _quoted(letter, rng)
     )
@@ -288,14 +333,14 @@ def _letters(rng: random.Random, is_train: bool) -> tuple[str, str]:
 
 
 _KINDS: dict[str, tuple[float, Callable[[random.Random, bool], tuple[str, str]]]] = {
-    "talk": (0.16, _talk),
-    "unknown": (0.05, _unknown),
-    "fact": (0.20, _fact),
+    "talk": (0.12, _talk),
+    "unknown": (0.06, _unknown),
+    "fact": (0.21, _fact),
     "sum": (0.12, _sum),
-    "problem": (0.26, _problem),
-    "choice": (0.15, _choice),
+    "problem": (0.27, _problem),
+    "choice": (0.19, _choice),
     "name": (0.07, _name),
     "spell": (0.12, _spell),
-    "letters": (0.05, _letters),
+    "letters": (0.07, _letters),
 }
 """Name → share of the questions, function that returns a question and its answer in GSM8K's notation."""

@@ -18,9 +18,9 @@ class Practice(Task):
     """Conversations of `arithmetic`, `first_letter_count` and `everyday`, judged as those tasks judge them."""
 
     name = "practice"
-    letters_frac: float = 0.3
+    letters_frac: float = 0.25
     """Fraction of letters to count, 0 to 1."""
-    everyday_frac: float = 0.3
+    everyday_frac: float = 0.25
     """Fraction of everyday questions, 0 to 1, so that the model forgets less of what it does not practise."""
     two_step_frac: float = 0.6
     """Fraction of word problems with two steps, 0 to 1."""
