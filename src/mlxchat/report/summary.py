@@ -259,7 +259,7 @@ def _next(report: RunReport) -> Iterator[str]:
         xs, ys = step.series("val_bpb") if step.series("val_bpb")[0] else step.series("val_loss")
         if not _is_training(step) or len(ys) < 4:
             continue
-        quarter = ys[-max(1, len(ys) // 4) - 1]
+        quarter = max((x, y) for x, y in zip(xs, ys, strict=True) if x <= max(0.75 * xs[-1], xs[0]))[1]
         change = ys[-1] / quarter - 1 if quarter else 0.0
         if change < -_FLAT:
             falling.append(f"{step.name} (by {-change:.1%} over its last quarter)")
