@@ -254,7 +254,7 @@ def test_seed_changes_no_validation_data():
 
     def context(config: Config) -> Context:
         return Context(
-            step="sft", config=None, inputs={}, input_steps={}, out=Path(), work=Path(), stage="sft",  # type: ignore[arg-type]  # not read
+            step="sft", config=None, inputs={}, out=Path(), work=Path(), stage="sft",  # type: ignore[arg-type]  # not read
             root_seed=config.seed, root_data_seed=config.data_seed, stop_signal=lambda: None,
             on_metrics=lambda step, record: None,
         )  # fmt: skip

@@ -39,7 +39,7 @@ def make_context(corpus: Path, tmp_path: Path) -> Callable[..., Context]:
         shared = SharedArtifacts(outputs=outputs, run="run", inputs={}, facts=dict, say=print)
         config: Any = SimpleNamespace()
         return Context(
-            step="toy", stage="toy", config=config, inputs={"corpus": folder}, input_steps={}, out=tmp_path / "out",
+            step="toy", stage="toy", config=config, inputs={"corpus": folder}, out=tmp_path / "out",
             work=tmp_path / "work", root_seed=0, stop_signal=stop_signal, on_metrics=lambda step, record: None,
             shared=shared,
         )  # fmt: skip

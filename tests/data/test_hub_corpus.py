@@ -100,7 +100,7 @@ def test_nanochats_corpora_hold_out_the_last_shard(hub, name, shards):
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no training file": ({"train_files": "nothing-*"}, "has 0 files like nothing-.* and 1 like shard_00004"),
     "no validation file": ({"validation_files": "none"}, "has 5 files like shard_.* and 0 like none"),
-    "no such column": ({"column": "story"}, 'no column "story"; it has id, text'),
+    "no such column": ({"column": "story"}, 'no column "story", expected one of id, text'),
     "a column of numbers": ({"column": "id"}, 'column "id" has type int64, expected text'),
     "files of another kind": ({"train_files": "*.json"}, r"notes\.json is not a parquet file.*refs/convert/parquet"),
     "no such revision": ({"revision": "v9"}, "org/texts.*no such dataset or revision"),

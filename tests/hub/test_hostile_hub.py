@@ -125,7 +125,7 @@ def test_endless_list_of_files_is_refused(hostile, monkeypatch, place):
         return {"Link": f'<{after if "://" in after else hostile.url + after}>; rel="next"'} if after else {}
 
     hostile.headers = link
-    with pytest.raises(DataError, match="a/b: its list of files does not end"):
+    with pytest.raises(DataError, match=r"a/b: its list of files (repeats a page|has over)"):
         list_files("a/b")
     assert len(hostile.hosts) <= 22
     assert set(hostile.hosts) == {f"127.0.0.1:{port}"}

@@ -133,7 +133,7 @@ def make_context(
     for place in (work, out):
         place.mkdir(parents=True, exist_ok=True)
     return Context(
-        step="toy", stage="toy", config=settings, inputs={}, input_steps={}, out=out, work=work, root_seed=0,
+        step="toy", stage="toy", config=settings, inputs={}, out=out, work=work, root_seed=0,
         stop_signal=stop_signal, on_metrics=lambda step, record: None, team=team,
     )  # fmt: skip
 

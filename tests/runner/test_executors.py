@@ -132,7 +132,7 @@ def test_step_executor_overrides_the_runs_or_uses_conf():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("pipeline.pretrain.executor=slrum", 'pipeline.pretrain.executor: there is no executor "slrum": .*"slurm"'),
+        ("pipeline.pretrain.executor=slrum", 'pipeline.pretrain.executor: "slrum" is not an executor.*"slurm"'),
         ("pipeline.pretrain.executor={gpus: 8}", 'there is no "executor.gpus" for pipeline.pretrain.executor'),
         (
             "pipeline.pretrain.executor={kind: slurm, cpus_per_task: 0}",

@@ -104,7 +104,11 @@ def test_deeply_nested_and_huge_lines_are_refused(tmp_path, monkeypatch):
         (None, {}, r"a\.jsonl cannot be read"),
         (json.dumps(MESSAGES).encode() + b'\n["\xff"]\n', {}, "line 2: not UTF-8"),
         (b"x\n" * 23, {}, "and 3 more, lines 21, 22, 23"),
-        (json.dumps(MESSAGES).encode(), {"split": "test", "held_out_frac": 0}, "no conversation for the test split"),
+        (
+            json.dumps(MESSAGES).encode(),
+            {"split": "test", "held_out_frac": 0},
+            "none of its conversations is in the test split",
+        ),
         (json.dumps(MESSAGES).encode(), {"contains": 0.5}, "contains of task jsonl is 0"),
     ],
     ids=["missing", "not UTF-8", "many", "empty split", "contains"],

@@ -71,7 +71,7 @@ class _Rows(Protocol):
         """Return the bytes of KV cache that a decoding step reads after so many tokens per row."""
 
     def flops(self, tokens: float, *, decoding: bool) -> float:
-        """Return the FLOPs of one token after so many others; only decoding computes the head."""
+        """Return the FLOPs of one token that follows `tokens` others; the output head counts if `decoding`."""
 
 
 def measure_generation(config: Config, given: GivenModel | None = None) -> dict[str, Any]:

@@ -70,7 +70,8 @@ def _installation() -> Iterator[Finding]:
         told = f"{' and '.join(backends)} are installed together and overwrite each other's library: {remedy}"
         yield ("wrong", "backend", told)
     elif sys.platform == "linux" and not backends:
-        yield ("wrong", "backend", "MLX has no backend: pip install 'mlx[cpu]', or make setup DEVICE=cuda13")
+        told = "MLX has no backend: pip install 'mlx[cpu]', or, for NVIDIA, make setup DEVICE=cuda13"
+        yield ("wrong", "backend", told)
 
 
 def _device() -> Iterator[Finding]:

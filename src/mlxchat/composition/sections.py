@@ -74,7 +74,8 @@ def executor_of(config: Config, step: str) -> ExecutorConfig:
         raise ConfigError(f"{where} is {given}, expected one of {', '.join(EXECUTORS)}, or {{kind: slurm, …}}")
     kind = own.get("kind", config.executor.kind)
     if kind not in EXECUTORS:
-        raise ConfigError(f'{where}: there is no executor "{kind}": {", ".join(EXECUTORS)}.{suggest(kind, EXECUTORS)}')
+        known = ", ".join(EXECUTORS)
+        raise ConfigError(f'{where}: "{kind}" is not an executor, expected one of {known}.{suggest(kind, EXECUTORS)}')
     base = config.executor if kind == config.executor.kind else ExecutorConfig(**_executor_settings(kind))
     found: ExecutorConfig = _with(base, own, "executor", where)
     return found

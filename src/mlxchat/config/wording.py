@@ -24,7 +24,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """Return a count in three digits with a thousands' letter: 950, 4.1k, 5.24M, 1.3B."""
+    """Return a count in at most three digits and a letter for its thousands: 950, 4.1k, 5.24M, 1.3B."""
     for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= limit * 0.9995:  # 999,999 is 1M, not 1e+03k
             return f"{count / limit:.3g}{letter}"

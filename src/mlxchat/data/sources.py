@@ -137,7 +137,7 @@ class Shard:
             raise DataError(f"{path}: cannot be read ({error})") from None
         names = file.schema_arrow.names
         if self.column not in names:
-            raise DataError(f'{self.name}: no column "{self.column}"; it has {", ".join(names)}')
+            raise DataError(f'{self.name}: no column "{self.column}", expected one of {", ".join(names)}')
         kind = file.schema_arrow.field(self.column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise DataError(f'{self.name}: column "{self.column}" has type {kind}, expected text')

@@ -156,7 +156,7 @@ class Branches:
         self.layers = [_BranchedLayer(border, visible, window, offset, self) for window in windows]
 
     def shift(self, x: mx.array) -> mx.array:
-        """Return the predecessor in its own sequence of each token of x (B, T, C); zeros for a row's first."""
+        """Return x (B, T, C) moved on by one: in each place what precedes it in its branch, in a row's first zeros."""
         if not self._branching:
             return mx.concatenate([mx.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
         before = mx.take_along_axis(x, self._before[..., None], axis=1)

@@ -188,10 +188,8 @@ def _files_of(repository: str, commit: str, kind: str) -> list[HubFile]:
     files: list[HubFile] = []
     while page is not None:
         if page in seen or len(seen) == _MOST_PAGES or len(files) > _MOST_FILES:
-            raise DataError(
-                f"{repository}: its list of files does not end. Page {len(seen) + 1} is {page[:200]}, expected a new "
-                f"page, and {_MOST_PAGES:,} at most"
-            )
+            fault = "repeats a page" if page in seen else f"has over {_MOST_PAGES:,} pages or {_MOST_FILES:,} files"
+            raise DataError(f"{repository}: its list of files {fault} ({page[:200]}). Try again, or use another copy")
         seen.add(page)
         entries, page = _get_json(page)
         if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):

@@ -125,7 +125,7 @@ def open_place(url: str) -> Place:
     from fsspec.registry import available_protocols
 
     if scheme not in available_protocols():
-        raise ConfigError(f"{url}: fsspec does not support {scheme}://. Use one of {', '.join(_NEEDS)}, file, memory")
+        raise ConfigError(f"{url}: {scheme}:// is not supported. Use one of {', '.join(_NEEDS)}, file")
     with _place_errors(url):
         options = {"endpoint": os.environ.get("HF_ENDPOINT") or None} if scheme == "hf" else {}
         files, root = url_to_fs(url, skip_instance_cache=True, **options)

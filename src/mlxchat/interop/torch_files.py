@@ -150,7 +150,7 @@ def _content_start(file: BinaryIO, header: int, raw: bytes, end: int, length: in
         raise DataError(f"{where} is damaged: a member has two names. {AGAIN}")
     start = int(header + 30 + names + extra)
     if start + length > end:
-        raise DataError(f"{where} is truncated or damaged: a member extends beyond the directory. {AGAIN}")
+        raise DataError(f"{where} is truncated or damaged: a member is longer than the rest. {AGAIN}")
     return start
 
 

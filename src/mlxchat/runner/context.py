@@ -53,8 +53,6 @@ class Context:
     """The typed configuration, limited to the sections that the stage declares."""
     inputs: dict[str, Path]
     """Role → folder of the artifact that fills it; an optional role may be absent."""
-    input_steps: dict[str, str]
-    """Role → name of the step that fills it."""
     out: Path
     """Folder of the new artifact. A stage may write only here and in `work`."""
     work: Path

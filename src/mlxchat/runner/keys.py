@@ -77,17 +77,17 @@ def file_hashes(outputs: Path) -> FileCache:
 def check_pins(
     step: str, pins: Mapping[str, str], sections: Mapping[str, Any], when: str, unread: Container[str] = ()
 ) -> None:
-    """Hash all external data again and compare with the step's key.
+    """Hash a step's external data again, and refuse if it is not what the step's key was made from.
 
     Args:
         step: name of the step.
-        pins: `pin_externals` of the plan.
-        sections: sections of the configuration, as for `pin_externals`.
+        pins: name → hash, which `pin_externals` returned when the step was planned.
+        sections: sections of the configuration.
         when: time of the change, for the message: "since it was planned", "while it was read".
-        unread: as for `pin_externals`.
+        unread: sections and settings to skip.
 
     Raises:
-        StepFailed: names the changed data, from which nothing may be published under that key.
+        StepFailed: names the data that changed; the step's result must not be published under its key.
     """
     try:
         now = pin_externals(sections, unread=unread)

@@ -337,7 +337,6 @@ class _Making:
         is_shared = run.ranks is not None and "gpu" in step.stage.resources
         ctx = Context(
             step=step.name, stage=step.stage.name, inputs=self.folders, out=out,
-            input_steps={role: made["step"] for role, made in self.lineage.items()},
             config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]  # it acts as a Config
             work=work, root_seed=run.seed, root_data_seed=run.data_seed,
             hints=run.policy.hints, stop_signal=stop_signal, on_metrics=run.on_metrics,

@@ -90,10 +90,10 @@ class Compared(NamedTuple):
 
 
 def find_runs(store: Store, names: list[str]) -> list[Compared]:
-    """Return runs in order of time and all jobs of the named sweeps; without names, all runs.
+    """Return the named runs, oldest first, then the jobs of the named sweeps; without names, all runs.
 
-    A name is matched in this order: the name of a run's folder, its last part (smoke: all runs of that name), the
-    folder of a sweep, a prefix of run names. multirun/NAME is always the sweep.
+    The first that matches counts: a run's folder; the end of such names after a hyphen (smoke: all runs of that
+    experiment); a sweep's folder; the beginning of run names. multirun/NAME is always the sweep.
 
     Raises:
         ConfigError: a name matches no run and no sweep.

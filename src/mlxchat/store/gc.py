@@ -71,7 +71,9 @@ def parse_age(text: str) -> float:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", text)
     if found is None:
-        raise ConfigError(f'"{text}" is no age: expected a number with s, m, h, d or w, such as 12h, 7d or 2w')
+        raise ConfigError(
+            f'"{text}" is not an age: expected a number with s, m (minutes), h, d or w, such as 12h, 7d or 2w'
+        )
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": DAY_SECONDS, "w": 7 * DAY_SECONDS}[found[2]]
 
 

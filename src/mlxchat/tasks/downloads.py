@@ -106,7 +106,7 @@ class UrlTask(Task):
             if not source.url.startswith(("http://", "https://")):
                 raise ConfigError(
                     f'{option} of task {self.name} is "{source.url}", expected an address (http://, https://){also}. '
-                    "Give a local file as path=FILE; its contents become part of the artifact's id."
+                    "For a local file, set the task's option path=FILE."
                 )
 
     def needs(self) -> list[UrlSource]:

@@ -60,8 +60,8 @@ class Jsonl(Task):
         ]
         if not places:
             raise DataError(
-                f"{path} has no conversation for the {self.split} split of task {self.name} at held_out_frac "
-                f"{self.held_out_frac}. Add conversations or change held_out_frac."
+                f"{path}: none of its conversations is in the {self.split} split of task {self.name}. Add some, or "
+                f"{'raise' if self.split == 'test' else 'lower'} held_out_frac, which is {self.held_out_frac}."
             )
         self._places = array("Q", self._shuffled(places))
 
@@ -223,8 +223,13 @@ def _find_fault(line: bytes, parse: Callable[[Any], Conversation]) -> str:
 def parse_conversation(value: Any, *, ends_answered: bool = True, least: int = 2) -> Conversation:
     """Return the conversation of a parsed line, in one of the forms of `read_conversations`.
 
+    Args:
+        value: the parsed JSON.
+        ends_answered: the last message must be the assistant's.
+        least: fewest messages; with 1, a question alone is a conversation.
+
     Raises:
-        ValueError: there is none; with the reason.
+        ValueError: the line is no such conversation, and why.
     """
     if isinstance(value, str) and least == 1:
         value = {"question": value}

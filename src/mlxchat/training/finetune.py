@@ -135,7 +135,7 @@ def _batch_tokens(stage: str, config: FinetuneConfig, checkpoint: Path, facts: d
     """Return the tokens of an iteration, at least one row: as configured, or as many as in pretraining."""
     tokens = config.batch.tokens or facts.get("pretrain_batch_tokens")
     if tokens is None:
-        raise DataError(f"{checkpoint} does not record the batch size of pretraining: give {stage}.batch.tokens")
+        raise DataError(f"{checkpoint} does not record the batch size of pretraining: set {stage}.batch.tokens")
     return whole_rows(int(tokens), config.batch.row_tokens)
 
 

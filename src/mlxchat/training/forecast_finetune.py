@@ -108,7 +108,7 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
     elif rows > context:
         yield (
             f"{stage}.batch.row_tokens={rows} is longer than the context of the model that {step.name} starts from: "
-            f"{context}. Give {stage}.batch.row_tokens={context}, or {stage}.context_tokens={rows}"
+            f"{context}. Set {stage}.batch.row_tokens={context}, or extend it by {stage}.context_tokens={rows}"
         )
     if section.teacher.is_there:
         trained = any(each.stage.produces == "tokenizer" for each in plan)
