@@ -138,7 +138,7 @@ def test_step_executor_overrides_the_runs_or_uses_conf():
             "pipeline.pretrain.executor={kind: slurm, cpus_per_task: 0}",
             "executor.cpus_per_task is 0, expected at least 1",
         ),
-        ("executor.kind=slrum", 'executor.kind is "slrum": local, slurm'),
+        ("executor.kind=slrum", 'executor.kind is "slrum", expected one of local, slurm'),
     ],
 )
 def test_invalid_executor_is_refused(override, message):

@@ -61,7 +61,7 @@ def _compare(options: Namespace) -> int:
         print(f"{store.outputs} has no runs yet: run mlxchat first")
         return 0
     if not rows:
-        raise ConfigError(f"{', '.join(names)}: no job of it has artifacts in {store.outputs}")
+        raise ConfigError(f"no job of {', '.join(names)} has artifacts in {store.outputs}")
     wanted = options.metrics.split(",") if options.metrics else []
     table = make_table(rows, options.sort, wanted, best_of)
     if wanted and not table.metrics:

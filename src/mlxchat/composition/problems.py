@@ -112,9 +112,11 @@ def _execution(config: Config) -> Iterator[str]:
 
 def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> Iterator[str]:
     if executor.kind not in EXECUTORS:
-        yield f'{where}.kind is "{executor.kind}": {", ".join(EXECUTORS)}.{suggest(executor.kind, EXECUTORS)}'
+        known = ", ".join(EXECUTORS)
+        yield f'{where}.kind is "{executor.kind}", expected one of {known}.{suggest(executor.kind, EXECUTORS)}'
     if executor.kind != "local" and machine.num_processes > 1:
-        yield f"{where} is {executor.kind}, but machine.num_processes are {machine.num_processes} ranks on this machine"
+        ranks = machine.num_processes
+        yield f"{where} is {executor.kind}, but machine.num_processes={ranks} starts ranks here: set only one"
 
 
 def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:
