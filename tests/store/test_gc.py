@@ -240,5 +240,5 @@ def test_ages_and_sizes_are_parsed():
     assert {text: parse_age(text) for text in ages} == ages
     assert {text: parse_bytes(text) for text in sizes} == sizes
     for text in ("7", "d", "-1d", "7 days", ""):
-        with pytest.raises(ConfigError, match="no age"):
+        with pytest.raises(ConfigError, match="not an age"):
             parse_age(text)

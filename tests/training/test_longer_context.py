@@ -26,7 +26,7 @@ def test_longer_rows_lengthen_the_context(say, tiny, outputs):
         (["midtrain.context_tokens=512"], "rows have 256 tokens.* midtrain.batch.row_tokens=512"),
         (["midtrain.context_tokens=128", "midtrain.batch.row_tokens=128"], "shorter than the context .*: 256"),
         (["sft.context_tokens=384", "sft.batch.row_tokens=384", *LONGER], "sft.context_tokens=384 is shorter .*: 512"),
-        (["sft.batch.row_tokens=768", *LONGER], "768 is longer than the context .*: 512.*, or sft.context_tokens=768"),
+        (["sft.batch.row_tokens=768", *LONGER], "768 is longer than the context .*: 512.* by sft.context_tokens=768"),
     ],
 )
 def test_impossible_contexts_are_refused(tiny, tmp_path, settings, message):
