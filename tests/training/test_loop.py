@@ -9,7 +9,7 @@ import pytest
 from kit import training
 from kit.models import computing_on_cpu
 from kit.training import Trained, make_context, schedule
-from mlxchat.errors import Interrupted
+from mlxchat.errors import Interrupted, StoreError
 from mlxchat.ops import device
 from mlxchat.ops.device import prepare_machine
 from mlxchat.training.loop import Hook
@@ -159,6 +159,21 @@ def test_killed_training_ends_with_the_same_bits_and_records(train, straight, ch
     done = train(hooks=[validation()], **options)
     assert done.ctx.resumed_from == (None if checkpoint_seconds else 3)
     assert_same(done, straight)
+
+
+def test_training_without_its_lock_saves_nothing(train, tmp_path):
+    """Outputs that are removed meanwhile do not come back with a save but without their intermediate models."""
+
+    def without_lock(ctx, model):
+        ctx.check_lock = refuse
+        return []
+
+    def refuse():
+        raise StoreError("removed")
+
+    with pytest.raises(StoreError):
+        train(hooks=without_lock, context={"checkpoint_seconds": 0.0})
+    assert list(tmp_path.rglob("state.json")) == []
 
 
 @pytest.mark.parametrize("damaged", ["arrays.safetensors", "state.json"])

@@ -82,6 +82,8 @@ class Context:
     """The ranks that compute this step together, with this process as rank 0; None: a single process."""
     publisher: Callable[[int, Callable[[Path], None], Mapping[str, Any]], str] | None = None
     """Called by `publish`; None without a store."""
+    check_lock: Callable[[], None] = lambda: None
+    """Raises if the lock of this step was removed, and with it maybe its work; call it before a save."""
     resumed_from: int | None = None
     """Iteration from which this attempt resumed, if it did."""
 

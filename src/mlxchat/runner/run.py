@@ -340,7 +340,7 @@ class _Making:
             config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]  # it acts as a Config
             work=work, root_seed=run.seed, root_data_seed=run.data_seed,
             hints=run.policy.hints, stop_signal=stop_signal, on_metrics=run.on_metrics,
-            publisher=lambda *model: self._publish_intermediate(ctx, *model),
+            publisher=lambda *model: self._publish_intermediate(ctx, *model), check_lock=self._check_lock,
             team=run.ranks.start(run, work) if is_shared else None,  # type: ignore[union-attr]  # shared only with ranks
             shared=SharedArtifacts(
                 outputs=self.store.outputs, run=run.name, inputs=self.lineage, facts=run.environment.record, say=run.say
@@ -403,7 +403,7 @@ class _Making:
         return str(made["name"])
 
     def _check_lock(self) -> None:
-        """Refuse to publish if another process may publish the same.
+        """Refuse to save or publish if another process may make the same.
 
         Raises:
             StoreError: the lock was removed.

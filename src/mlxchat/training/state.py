@@ -175,6 +175,7 @@ class Checkpointer:
             state = {**state, "best": self.best.state()}
             if self.best.iteration != iteration:
                 arrays |= _numpy(self.best.weights, _BEST)
+        self.ctx.check_lock()  # a save among removed outputs would later continue without their intermediate models
         write_save(self.ctx.work, iteration, arrays, state)
 
     def _restore_save(self, arrays: Arrays, state: dict[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def run(ctx):
         time.sleep(settings.pause)
         if done == settings.iterations // 2:
             ctx.publish(done, lambda folder: (folder / "model.bin").write_bytes(weights.tobytes()), {})  # noqa: B023
+        ctx.check_lock()
         write_save(ctx.work, done, {"weights": weights}, {"rate": 0.5})
         if ctx.should_stop() and done < settings.iterations:
             raise ctx.stop(f"iteration {done} of {settings.iterations}")
