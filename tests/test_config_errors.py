@@ -176,8 +176,12 @@ def test_all_mistakes_are_reported_at_once(mistakes, refuse):
         (["+pipeline.sft.checkpont=pretrain"], r'checkpont.*"[\w.]*checkpoint"\?$'),
         (
             ["architecture=oct2025", "model.depth=4", "model.aspect_ratio=64", "model.head_width=7"],
-            r"model\.depth=4 gives width 256 .*Depths that fit head_width=7: 7, 14, 21",
+            r"model\.head_width is 7, expected .*even part of the width 256 \(.*\): 2, 4, 8, 16, 32, 64, 128, 256$",
         ),
+        (["architecture=oct2025", "model.head_width=33"], r"head_width is 33, expected .* 192 .*: 2, .*, 96, 192$"),
+        (["architecture=oct2025", "model.head_width=34"], r"model\.head_width is 34, expected .* 192 "),
+        (["model.head_width=33"], r"model\.head_width is 33, expected an even number$"),
+        (["architecture=oct2025", "model.depth=3", "model.aspect_ratio=15"], r"width 45 \(.*\), which must be even$"),
         (["sft.context_tokens=4096", "adapter=lora"], r"sft\.context_tokens is 4096, but adapters keep"),
         (
             [

@@ -144,6 +144,14 @@ def test_unchanged_data_seed_is_not_listed(toys):
     assert reasons(toys, seed=1, data_seed=2)["one"] == ("run", "config changed: data_seed 1 → 2")
 
 
+def test_changed_data_seed_is_named_by_its_key(toys):
+    file = toys.package / "make.py"
+    file.write_text(f'SEEDED = "data"\n{file.read_text()}')
+    read_stage.cache_clear()
+    toys.run(toys.plan(CHAIN))
+    assert reasons(toys, seed=1, data_seed=2)["one"] == ("run", "config changed: data_seed 1 → 2")
+
+
 @pytest.mark.parametrize(("force", "forced"), [(["two"], {"two"}), (["all"], set(CHAIN)), ([], set())])
 def test_force_runs_exactly_its_steps(force, forced, toys):
     toys.run(toys.plan(CHAIN))

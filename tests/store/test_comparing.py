@@ -17,6 +17,11 @@ def test_diff_shows_device_and_mlx():
     }
 
 
+def test_diff_names_both_seeds_by_their_keys():
+    old, new = ({"config": {"seed": data_seed}, "seed": 1, "data_seed": data_seed} for data_seed in (1, 2))
+    assert differences(old, new)["config"] == {"data_seed": (1, 2)}
+
+
 def test_drift_is_another_device_or_mlx_than_here():
     here = versions()["mlx"]
     assert environment_drift(made_with("cpu", here), "cpu") == {}

@@ -28,7 +28,7 @@ from mlxchat.config.schema import (
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.model.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
-from mlxchat.model.sizes import count_heads, sizes_of
+from mlxchat.model.sizes import NANOCHATS_HEAD_WIDTH, count_heads, sizes_of
 from mlxchat.runner.plan import Pipeline, roles_of
 from mlxchat.runner.stage import Stages
 from mlxchat.store.fingerprint import flatten, plain_of
@@ -150,7 +150,7 @@ def _model(config: Config) -> Iterator[str]:
         yield f"model.context_tokens is {model.context_tokens}, expected at least 1"
     architecture = config.architecture
     width = model.depth * model.aspect_ratio
-    if architecture.whole_heads:
+    if whole_heads := architecture.whole_heads:
         width = -(-width // model.head_width) * model.head_width
     if not 0 <= architecture.dropout < 1:
         yield f"architecture.dropout is {architecture.dropout}, expected at least 0 (off) and below 1"
@@ -159,13 +159,11 @@ def _model(config: Config) -> Iterator[str]:
     if architecture.smear and width < 24:
         yield f"architecture.smear needs a width of at least 24, got {width}"
     heads = count_heads(width, model.head_width)
-    if width % heads or (width // heads) % 2:
-        fitting = [depth for depth in range(2, 41) if not (depth * model.aspect_ratio) % model.head_width][:6]
-        yield (
-            f"model.depth={model.depth} gives width {width} and {heads} heads of {width / heads:g}: the head width "
-            f"must be a whole, even number. Depths that fit head_width={model.head_width}: "
-            f"{', '.join(map(str, fitting))}, …"
-        )
+    if width % heads or (width // heads) % 2 or model.head_width not in (width // heads, NANOCHATS_HEAD_WIDTH):
+        even = [str(each) for each in range(2, width + 1, 2) if width % each == 0]
+        expected = f"a whole, even part of the width {width} (model.depth × model.aspect_ratio)"
+        expected += f": {', '.join(even)}" if even else ", which must be even"
+        yield f"model.head_width is {model.head_width}, expected {'an even number' if whole_heads else expected}"
     elif model.num_kv_heads is not None and (model.num_kv_heads < 1 or heads % model.num_kv_heads):
         yield f"model.num_kv_heads={model.num_kv_heads} must divide the {heads} heads"
     elif model.context_tokens >= 1 and architecture.window_pattern and not set(architecture.window_pattern) - set("SL"):

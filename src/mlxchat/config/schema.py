@@ -27,7 +27,8 @@ class ModelConfig:
     aspect_ratio: int = MISSING
     """Width per layer of depth."""
     head_width: int = MISSING
-    """Target width of a head; heads = ceil(width / head_width), or the next number that divides the width evenly."""
+    """Width of a head: even, and a whole part of the width. 128 is nanochat's target: ceil(width / 128) heads, or the
+    next number that divides the width evenly."""
     num_kv_heads: int | None = MISSING
     """Number of key/value heads; null: as many as query heads."""
     context_tokens: int = MISSING

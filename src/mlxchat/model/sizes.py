@@ -17,6 +17,8 @@ from mlxchat.errors import DataError
 # Input channels of the gates of value embeddings and of the smear.
 VALUE_GATE_CHANNELS = 12
 SMEAR_GATE_CHANNELS = 24
+# October 2025 takes this as a target: depth 5 has 4 heads of 80. Other values of model.head_width must hold exactly.
+NANOCHATS_HEAD_WIDTH = 128
 # Short windows are multiples of the tile of nanochat's attention kernel.
 _WINDOW_TILE = 128
 _MOST_LAYERS, _MOST_CONTEXT_TOKENS, _MOST_SIZE, _MOST_FACTOR = 10_000, 1 << 24, 1 << 31, 1e12

@@ -63,6 +63,8 @@ def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]
     for one, other in ((before, now), (now, before)):
         if "data_seed" in other and "seed" in one:
             one.setdefault("data_seed", one["seed"])  # omitted if both seeds are equal: Stage.seeds
+        if step.stage.seeded == "data" and "seed" in one:
+            one["data_seed"] = one.pop("seed")
     pins = nearest.get("pins", {})
     return Difference(
         nearest=nearest["name"],

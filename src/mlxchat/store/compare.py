@@ -51,8 +51,9 @@ def environment_drift(made: Manifest, backend: str) -> dict[str, Change]:
 
 
 def _settings(manifest: Manifest) -> dict[str, Any]:
-    # The full configuration includes fields that are not part of the identity.
-    return {**flatten(manifest.get("full_config", {})), **flatten(manifest.get("config", {}))}
+    # The full configuration includes fields that are not part of the identity. There `seed` may be the data's.
+    seeds = {str(key): manifest[key] for key in ("seed", "data_seed") if key in manifest}
+    return {**flatten(manifest.get("full_config", {})), **flatten(manifest.get("config", {})), **seeds}
 
 
 def _inputs(manifest: Manifest) -> dict[str, Any]:
