@@ -103,10 +103,15 @@ def test_lost_job_names_its_log(tmp_path, submitted, monkeypatch):
         job.result()
 
 
-def test_unreachable_cluster_is_one_message(tmp_path, monkeypatch):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ConfigError, match=r"executor=slurm: .*slurm"):
+@pytest.mark.parametrize("programs", [{}, {"srun": "", "sbatch": "echo sbatch: error: slurm is down >&2; exit 1"}])
+def test_unreachable_cluster_is_one_message(programs, tmp_path, monkeypatch):
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setattr(executors, "AS_STARTED", {"PATH": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"executor=slurm: .*slurm") as error:
         submit(config_of("executor=slurm").executor, [Count(tmp_path / "count")], tmp_path / "jobs")
+    assert "\n" not in str(error.value)
 
 
 def test_missing_library_names_the_extra(monkeypatch):
