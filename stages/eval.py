@@ -33,7 +33,7 @@ from mlxchat.planning.memory import forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.store.files import Records
 
-VERSION = 6
+VERSION = 7
 CONFIG = ["suite", "eval"]
 READS_IF = {
     "suite": "chat",

@@ -27,7 +27,7 @@ from mlxchat.tasks.pairs import Answers
 from mlxchat.training.finetune import begin_adapters, rates_of, save_trained
 from mlxchat.training.loop import Hook, fit
 
-VERSION = 1
+VERSION = 2
 CONFIG = ["optimizer", "preference", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"

@@ -25,7 +25,7 @@ from mlxchat.training.best import Best
 from mlxchat.training.finetune import begin_adapters, rates_of, save_trained
 from mlxchat.training.loop import Hook, fit
 
-VERSION = 6
+VERSION = 7
 CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"

@@ -7,7 +7,7 @@ conf/settings/sft.yaml.
 from mlxchat.runner.context import Context
 from mlxchat.training.finetune import finetune
 
-VERSION = 3
+VERSION = 4
 CONFIG = ["optimizer", "sft", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"

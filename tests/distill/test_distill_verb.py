@@ -60,7 +60,7 @@ def test_task_jsonl_reads_the_output_in_the_order_of_the_questions(ask, teacher,
         [question, f"to {question}"] for question in QUESTIONS
     ], "without the system prompt"
     assert teacher.most_at_once > 1
-    task = Jsonl("train", path=place / "out.jsonl", held_out_frac=0)
+    task = Jsonl("train", path=place / "out.jsonl")
     assert sorted(task[index]["messages"][-1]["content"] for index in range(len(task))) == answers(place)
 
 
@@ -84,7 +84,7 @@ def test_conversations_become_training_rows_of_all_their_turns(ask, teacher, pla
     assert schema["properties"]["messages"]["items"]["properties"]["role"]["enum"] == ["user", "assistant"]
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
 
-    task = Jsonl("train", path=place / "out.jsonl", held_out_frac=0)
+    task = Jsonl("train", path=place / "out.jsonl")
     conversation = next(task[index] for index in range(6) if task[index]["messages"] == expected[3])
     tokenizer = train_tokenizer(["the cat sat on the mat " * 9], 270)
     ids, mask = render_conversation(tokenizer, conversation)
@@ -400,7 +400,7 @@ def test_requests_contain_only_the_given_fields(ask, teacher):
 
 @pytest.mark.parametrize(
     ("item", "kept"),
-    [("mine.jsonl", ["Four"]), ("{task: jsonl, path: mine.jsonl, options: {held_out_frac: 0, contains: 1}}",
+    [("mine.jsonl", ["Four"]), ("{task: jsonl, path: mine.jsonl, options: {contains: 1}}",
                                ["Four", "It is four."])],
     ids=["file: the whole text", "mixture item: its own rule"],
 )  # fmt: skip

@@ -45,3 +45,21 @@ def test_files_are_read_for_their_stages_only_and_again_once_changed(conversatio
     lines = (json.dumps({**GOOD, "question": str(number)}) for number in range(40))
     conversations.write_text("".join(f"{line}\n" for line in lines))
     assert run_here(*command) == 0
+
+
+def test_own_conversations_are_all_trained_on(tmp_path, capsys):
+    """Bug: a tenth of a user's file was held out without a word."""
+    path = tmp_path / "town.jsonl"
+    path.write_text("".join(json.dumps({**GOOD, "question": str(number)}) + "\n" for number in range(60)))
+    item = f"+sft.mixture.mine={{task: jsonl, path: {path}}}"
+    command = ("plan", "stage=sft", "experiment=smoke", f"outputs={tmp_path}/outputs")
+    assert run_here(*command, item) == 0
+    assert f"sft.mixture.mine: {path} has 60 conversations, 0 held out\n" in capsys.readouterr().out
+    suite = f"+sft.validation.mine={{task: jsonl, path: {path}, split: test}}"
+    assert run_here(*command, item, suite) == 2
+    assert "none of its conversations is in the test split" in capsys.readouterr().err
+    held = ", options: {held_out_frac: 0.2}}"
+    assert run_here(*command, item.replace("}", held), suite.replace("}", held)) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if str(path) in line]
+    assert lines == [f"{line.split(':')[0]}: {path} has 60 conversations, 15 held out" for line in lines]
+    assert len(lines) == 2

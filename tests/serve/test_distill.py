@@ -34,7 +34,7 @@ def test_answers_of_our_server_become_a_mixture(start, ask, tokenizer, tmp_path,
         monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "elsewhere"))
         again = ask(running, *options, "--concurrency", "1")
     assert first == again, "a seed's answer is the same alone and among others"
-    item = TaskItem(task="jsonl", path=str(tmp_path / "out.jsonl"), options={"held_out_frac": 0.0})
+    item = TaskItem(task="jsonl", path=str(tmp_path / "out.jsonl"))
     mixture = Mixture({"teacher": item}, seed=0)
     assert len(mixture) == len(first)
     for conversation in mixture:

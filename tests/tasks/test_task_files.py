@@ -26,13 +26,13 @@ MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
     [{"messages": MESSAGES}, MESSAGES, {"question": "Hi", "answer": "Hello"}, {"prompt": "Hi", "completion": "Hello"}],
 )
 def test_four_line_formats_are_read(line, tmp_path):
-    task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line), held_out_frac=0)
+    task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line))
     assert [task[i] for i in range(len(task))] == [{"messages": MESSAGES}]
 
 
 def test_gsm8k_calls_in_a_file_become_parts(tmp_path):
     path = write(tmp_path / "a.jsonl", {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"})
-    task = load("jsonl", "train", path=path, held_out_frac=0)
+    task = load("jsonl", "train", path=path)
     assert [part["type"] for part in task[0]["messages"][1]["content"]] == ["text", "python", "python_output", "text"]
     assert task.evaluate(task[0], "so #### 2.")
     assert not task.evaluate(task[0], "2")
@@ -60,7 +60,7 @@ def test_gsm8k_calls_in_a_file_become_parts(tmp_path):
 def test_verdict_by_equality_or_by_contained_words(tmp_path, answer, response, equal, contained):
     """Guards against containment without word borders: "4" in "14", "no" in "know", "..." in everything."""
     path = write(tmp_path / "a.jsonl", {"question": "?", "answer": answer})
-    strict, lenient = (load("jsonl", "train", path=path, held_out_frac=0, **o) for o in ({}, {"contains": 1.0}))
+    strict, lenient = (load("jsonl", "train", path=path, **o) for o in ({}, {"contains": 1.0}))
     assert strict.evaluate(strict[0], response) is equal
     assert lenient.evaluate(lenient[0], response) is contained
 
@@ -106,7 +106,7 @@ def test_deeply_nested_and_huge_lines_are_refused(tmp_path, monkeypatch):
         (b"x\n" * 23, {}, "and 3 more, lines 21, 22, 23"),
         (
             json.dumps(MESSAGES).encode(),
-            {"split": "test", "held_out_frac": 0},
+            {"split": "test"},
             "none of its conversations is in the test split",
         ),
         (json.dumps(MESSAGES).encode(), {"contains": 0.5}, "contains of task jsonl is 0"),
@@ -132,13 +132,13 @@ def test_equal_first_messages_are_in_one_split(tmp_path):
 
 def test_identity_reads_the_users_file_and_repeats_it(tmp_path):
     line = [{"role": "system", "content": "Be kind."}, *MESSAGES]
-    task = load("identity", "train", path=write(tmp_path / "me.jsonl", line), held_out_frac=0, size=3)
+    task = load("identity", "train", path=write(tmp_path / "me.jsonl", line), size=3)
     assert [task[i] for i in range(3)] == [{"messages": line}] * 3
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):
     line = json.dumps({"question": "a\u2028b\x0bc", "answer": "d"}, ensure_ascii=False)
-    task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line, ""), held_out_frac=0)
+    task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line, ""))
     assert task[0]["messages"][0]["content"] == "a\u2028b\x0bc"
 
 
@@ -146,7 +146,7 @@ def test_only_line_offsets_are_in_memory(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"question": f"q{n}", "answer": "a" * 1000}) + "\n" for n in range(5000)))
     tracemalloc.start()
-    task = load("jsonl", "train", path=path, held_out_frac=0)
+    task = load("jsonl", "train", path=path)
     kept = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert (len(task), task[7]["messages"][1]["content"]) == (5000, "a" * 1000)
@@ -155,7 +155,7 @@ def test_only_line_offsets_are_in_memory(tmp_path):
 
 def test_changed_file_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", MESSAGES, MESSAGES)
-    task = load("jsonl", "train", path=path, held_out_frac=0)
+    task = load("jsonl", "train", path=path)
     path.write_text("{}")
     with pytest.raises(DataError, match=r"a\.jsonl changed while it was read"):
         [task[index] for index in range(2)]

@@ -53,6 +53,7 @@ def _plan(options: Namespace) -> int:
     from mlxchat.ops.machine import device_kind
     from mlxchat.planning.downloads import find_downloads
     from mlxchat.planning.duration import estimate_trainings
+    from mlxchat.planning.given import describe_own_conversations
     from mlxchat.planning.memory import describe_conflicts, describe_memory
     from mlxchat.planning.text import describe_text
     from mlxchat.runner.keys import find_unknown
@@ -101,7 +102,8 @@ def _plan(options: Namespace) -> int:
             print(visible(old))
         for line in _describe_recipe(composed, plan, find_downloads(config, plan, store), times):
             print(line)
-        for line in (format_plan(plan, remarks, estimates), *describe_conflicts(config, plan)):
+        own = map(visible, describe_own_conversations(plan))
+        for line in (format_plan(plan, remarks, estimates), *own, *describe_conflicts(config, plan)):
             print(line, flush=True)
     place_steps(config, plan)
     return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0

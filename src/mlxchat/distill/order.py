@@ -26,11 +26,9 @@ from mlxchat.runner.process import stop_on_signals
 from mlxchat.runner.progress import Progress
 from mlxchat.store.files import now, sync, write_whole
 from mlxchat.store.fingerprint import hash_file
-from mlxchat.tasks.base import held_out
 
 _MOST_SHOWN = 5
 _IDENTITY_SECONDS = 20.0
-_HELD_OUT_FRAC = 0.1  # default of the task jsonl
 # Finish reasons of incomplete answers.
 _CUT = ("length", "content_filter")
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
@@ -245,11 +243,7 @@ def next_setting(out: Path, conversations: Sequence[dict[str, Any]]) -> str:
         path = '"' + path.replace("\\", "\\\\").replace('"', '\\"') + '"'
     if "chosen" in conversations[0]:
         return "stage=preference " + _quote(f"preference.data.path={path}")
-    first = [next(str(m["content"]) for m in each["messages"] if m["role"] == "user") for each in conversations]
-    # The task jsonl holds conversations out by their first user message: of very few, possibly all.
-    trained = any(not held_out(f"jsonl/{text}", _HELD_OUT_FRAC) for text in first)
-    options = "" if trained else ", options: {held_out_frac: 0}"
-    return _quote(f"+sft.mixture.teacher={{task: jsonl, path: {path}{options}}}")
+    return _quote(f"+sft.mixture.teacher={{task: jsonl, path: {path}}}")
 
 
 def _quote(setting: str) -> str:

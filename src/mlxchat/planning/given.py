@@ -6,10 +6,10 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mlxchat.config.schema import Config, CorpusConfig, EvalConfig, TaskItem
 from mlxchat.data.sources import read_file, read_texts
@@ -17,7 +17,8 @@ from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.store import Store
-from mlxchat.tasks import load_item
+from mlxchat.tasks import load_item, task_class
+from mlxchat.tasks.jsonl import Jsonl
 
 _ROLE = "checkpoint"
 
@@ -97,30 +98,52 @@ def check_local_files(config: Config, plan: Iterable[PlannedStep]) -> None:
         raise DataError("\n".join(f"{', '.join(places)}: {fault}" for fault, places in faults.items()))
 
 
-def _faults(where: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield the place in the configuration and the fault of every file that a section names."""
-    if isinstance(value, TaskItem):
-        if value.path is not None and (fault := _fault(repr(value), value.path, partial(load_item, value))):
-            yield where, fault
-    elif isinstance(value, CorpusConfig):
-        for path in value.paths:
-            if fault := _fault(path, path, partial(_read_text, path)):
-                yield f"{where}.paths", fault
-    elif isinstance(value, EvalConfig) and value.text is not None:
-        texts = partial(read_texts, Path(value.text), value.text_column)
-        if fault := _fault(f"{value.text} {value.text_column}", value.text, lambda: deque(texts(), maxlen=0)):
-            yield f"{where}.text", fault
-        yield from _faults(where, replace(value, text=None))
-    elif is_dataclass(value):
+def describe_own_conversations(plan: Iterable[PlannedStep]) -> list[str]:
+    """Return a line for each file of conversations of the pending steps: how many it has and how many are held out."""
+    found: dict[str, None] = {}
+    for step in plan:
+        for name, section in {} if step.done else step.sections.items():
+            for where, item in _nested(name, section):
+                if isinstance(item, TaskItem) and item.path and issubclass(task_class(item.task), Jsonl):
+                    task = cast(Jsonl, load_item(item))
+                    count = f"{task.num_conversations:,} conversations, {task.num_held_out:,} held out"
+                    found[f"{where}: {item.path} has {count}"] = None
+    return list(found)
+
+
+def _nested(where: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the place in the configuration and the value of a section and of every section in it."""
+    if is_dataclass(value):
+        yield where, value
         for field in fields(value):
-            yield from _faults(f"{where}.{field.name}", getattr(value, field.name))
+            yield from _nested(f"{where}.{field.name}", getattr(value, field.name))
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _faults(f"{where}.{key}", item)
+            yield from _nested(f"{where}.{key}", item)
+
+
+def _faults(where: str, section: Any) -> Iterator[tuple[str, str]]:
+    """Yield the place in the configuration and the fault of every file that a section names."""
+    for place, value in _nested(where, section):
+        if isinstance(value, TaskItem) and value.path is not None:
+            if fault := _fault(repr(value), value.path, partial(load_item, value)):
+                yield place, fault
+        elif isinstance(value, CorpusConfig):
+            for path in value.paths:
+                if fault := _fault(path, path, partial(_read_text, path)):
+                    yield f"{place}.paths", fault
+        elif isinstance(value, EvalConfig) and value.text is not None:
+            read = partial(_read_column, Path(value.text), value.text_column)
+            if fault := _fault(f"{value.text} {value.text_column}", value.text, read):
+                yield f"{place}.text", fault
 
 
 def _read_text(path: str) -> None:
     deque(read_file(Path(path)), maxlen=0)
+
+
+def _read_column(path: Path, column: str | None) -> None:
+    deque(read_texts(path, column), maxlen=0)
 
 
 # By file and its state: a process plans all jobs of a sweep and all trials of a search.

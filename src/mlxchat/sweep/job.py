@@ -22,7 +22,7 @@ from mlxchat.errors import ConfigError, StoreError, visible
 from mlxchat.hub.cache import endpoint, is_offline
 from mlxchat.hub.listings import fetch_command
 from mlxchat.ops.machine import device_kind, dtype_name
-from mlxchat.planning.given import check_given
+from mlxchat.planning.given import check_given, describe_own_conversations
 from mlxchat.planning.memory import check_memory, describe_conflicts, find_device, forecast_bytes
 from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
 from mlxchat.runner.executors import check_installed
@@ -80,7 +80,7 @@ def run_pipeline(
             _say(line)
     if need is not None:
         _say(str(need))
-    for line in describe_conflicts(config, plan):
+    for line in (*describe_own_conversations(plan), *describe_conflicts(config, plan)):
         _say(line)
     if finished:
         with suppress(StoreError, PermissionError):  # a user who may only read the folder cannot name runs in it

@@ -33,10 +33,13 @@ class Jsonl(Task):
 
     name: ClassVar[str] = "jsonl"
     own_path: ClassVar[Path | None] = None
+    usually_held_out: ClassVar[float] = 0.0
+    """held_out_frac of a user's file if it is None."""
     path: str | Path | None = None
     """The .jsonl file, in UTF-8; empty lines are skipped. None: the task's default file."""
-    held_out_frac: float = 0.1
-    """Approximate fraction of conversations in the test split, 0 to below 1."""
+    held_out_frac: float | None = None
+    """Approximate fraction of conversations in the test split, 0 to below 1. None: 0 for a user's file, 0.1 for the
+    task's default file and for pairs."""
     contains: float = 0
     """1: a response is right if it contains the answer as whole words; 0: it must equal the answer."""
 
@@ -46,6 +49,8 @@ class Jsonl(Task):
         path = self.own_path if self.path is None else self.path
         if path is None:
             raise ConfigError(f"task {self.name} has no path. Set the .jsonl file to read: path=my.jsonl.")
+        if self.held_out_frac is None:
+            self.held_out_frac = 0.1 if self.path is None else self.usually_held_out
         if not 0 <= self.held_out_frac < 1:
             raise ConfigError(f"held_out_frac of task {self.name} is {self.held_out_frac}, expected 0 to below 1.")
         if self.contains not in (0, 1):
@@ -59,11 +64,20 @@ class Jsonl(Task):
             if held_out(f"jsonl/{_first_user(conversation)}", self.held_out_frac) == (self.split == "test")
         ]
         if not places:
+            remedy = (
+                "Set options: {held_out_frac: 0.1} here and for the same file in the training mixture, or use split: "
+                "train for a file that is not trained on"
+                if self.split == "test"
+                else "Add some, or lower held_out_frac"
+            )
             raise DataError(
-                f"{path}: none of its conversations is in the {self.split} split of task {self.name}. Add some, or "
-                f"{'raise' if self.split == 'test' else 'lower'} held_out_frac, which is {self.held_out_frac}."
+                f"{path}: none of its conversations is in the {self.split} split of task "
+                f"{self.name}, whose held_out_frac is {self.held_out_frac:g}. {remedy}."
             )
         self._places = array("Q", self._shuffled(places))
+        self.num_conversations = len(self._conversations)
+        """Of the file, in both splits."""
+        self.num_held_out = len(places) if self.split == "test" else self.num_conversations - len(places)
 
     def _read(self, path: Path) -> ConversationFile:
         return read_conversations(path)

@@ -22,6 +22,7 @@ class Pairs(Jsonl):
 
     name = "pairs"
     is_paired = True
+    usually_held_out = 0.1
 
     def _read(self, path: Path) -> ConversationFile:
         return read_lines(path, parse_pair, "pairs", _FORMS)
