@@ -142,7 +142,7 @@ def _read_text(path: str) -> None:
     deque(read_file(Path(path)), maxlen=0)
 
 
-def _read_column(path: Path, column: str | None) -> None:
+def _read_column(path: Path, column: str) -> None:
     deque(read_texts(path, column), maxlen=0)
 
 
