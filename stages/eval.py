@@ -18,7 +18,7 @@ from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core import measure_core
 from mlxchat.evals.examples import write_examples
 from mlxchat.evals.forecast import memory
-from mlxchat.evals.ngram import ngram_bits_per_byte
+from mlxchat.evals.ngram import ngram_bits_per_byte, texts_of_rows
 from mlxchat.evals.own import measure_own
 from mlxchat.evals.plain_choice import measure_plain_choice
 from mlxchat.evals.rank_model import language_model, text_model
@@ -129,7 +129,7 @@ def _measure_text(ctx: Context, model: GPT, tokenizer: Tokenizer) -> dict[str, f
     )  # fmt: skip
     micro_tokens = forward_tokens(ctx.config.machine, model.sizes)
     loss = text_loss(text_model(ctx.team, model), rows, tokenizer.token_bytes, micro_tokens=micro_tokens)
-    ngram = ngram_bits_per_byte(*(Corpus.open(corpus).documents(split) for split in ("train", "validation")))
+    ngram = ngram_bits_per_byte(Corpus.open(corpus).documents("train"), texts_of_rows(rows, tokenizer))
     bpb = {
         "val": loss.bits_per_byte, "perplexity": loss.perplexity, "tokens": loss.num_tokens, "ngram_order2": ngram,
         "untrained": uniform_bits_per_byte(rows, tokenizer.token_bytes),

@@ -3,9 +3,11 @@
 import math
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 
-from mlxchat.evals.ngram import ngram_bits_per_byte
+from mlxchat.data.bpe import train_tokenizer
+from mlxchat.evals.ngram import ngram_bits_per_byte, texts_of_rows
 
 TRAINING = ["the cat sat on the mat.", "the dog sat; naïve café!", "on and on and on", "x"]
 HELD_OUT = ["the cat and the dog", "zebra ünseen", "on"]
@@ -40,3 +42,12 @@ def slow_bits_per_byte(training: list[str], held_out: list[str]) -> float:
 )
 def test_bits_per_byte_equal_a_slow_model(training, held_out):
     assert ngram_bits_per_byte(training, held_out) == pytest.approx(slow_bits_per_byte(training, held_out), rel=1e-9)
+
+
+def test_baseline_text_is_the_text_of_the_rows():
+    tokenizer = train_tokenizer(TRAINING, 290)
+    first, second = ([tokenizer.bos, *tokenizer.encode(text)] for text in HELD_OUT[:2])
+    whole, cropped = [*first, *second, -1, -1], second[:4]
+    rows = [(np.maximum(row[:-1], 0).astype(np.int32), np.array(row[1:], np.int32)) for row in (whole, cropped)]
+    texts = [text for text in texts_of_rows(rows, tokenizer) if text]
+    assert texts == [*HELD_OUT[:2], tokenizer.decode(second[1:4])]

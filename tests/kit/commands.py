@@ -92,12 +92,11 @@ _SHORT = """
     model.aspect_ratio=16 model.head_width=16 model.context_tokens=256 tokenizer.vocab_size=300
     tokenizer.max_chars=20000
     pretrain.num_iterations=4 pretrain.batch.tokens=512 pretrain.eval_tokens=256 pretrain.sample_tokens=2
-    pretrain.packing_buffer_documents=50
     midtrain.num_iterations=2 midtrain.batch.tokens=512 midtrain.eval_tokens=1024
     sft.num_iterations=2 sft.batch.tokens=512 sft.eval_tokens=1024
     rl.task.size=4 rl.evaluation.size=2 rl.num_iterations=2 rl.questions_per_iteration=2 rl.samples_per_question=2
     rl.max_new_tokens=8 rl.eval_samples=2
-    eval.bpb_tokens=256 eval.max_new_tokens=4
+    eval.max_new_tokens=4
 """
 
 

@@ -500,7 +500,7 @@ class EvalConfig:
     """Evaluation of a checkpoint."""
 
     bpb_tokens: int = MISSING
-    """Validation tokens for bits per byte, at most: held-out text is read once."""
+    """Validation tokens for bits per byte, at most: held-out text is read once. Default: as in pretraining."""
     core: CoreConfig | None = field(default=None, metadata={"since_default": None})
     """CORE for base models; null: not computed. Set by the core group."""
     max_new_tokens: int = field(default=MISSING, metadata={"at_least": 1})

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from mlxchat.data.packing import Row
+    from mlxchat.data.tokenizer import Tokenizer
 
 _MOST_TRAINING_BYTES = 20_000_000
 _SEPARATOR = b"\x00"
@@ -32,6 +36,14 @@ def ngram_bits_per_byte(training: Iterable[str], held_out: Iterable[str]) -> flo
     probability = weight * counts[a, b, c] / np.maximum(1, total) + (1 - weight) * order1[b, c]
     counted = test[2:] != _SEPARATOR[0]
     return float(-np.log2(probability[counted]).mean())
+
+
+def texts_of_rows(rows: Iterable[Row], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the text of each document's part in the rows, so that a baseline is measured on the model's text."""
+    for ids, targets in rows:
+        tokens = np.append(ids[:1], targets[targets >= 0])
+        for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.bos)):
+            yield tokenizer.decode(part[part != tokenizer.bos].tolist())
 
 
 def _to_bytes(documents: Iterable[str]) -> np.ndarray[Any, np.dtype[np.uint8]]:
