@@ -33,7 +33,7 @@ from mlxchat.planning.memory import forward_tokens
 from mlxchat.runner.context import Context
 from mlxchat.store.files import Records
 
-VERSION = 7
+VERSION = 8
 CONFIG = ["suite", "eval"]
 READS_IF = {
     "suite": "chat",

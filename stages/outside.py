@@ -22,7 +22,7 @@ from mlxchat.evals.third_party import MOST_CONTEXT_TOKENS, ThirdPartyModel
 from mlxchat.ops.device import prepare_machine
 from mlxchat.runner.context import Context
 
-VERSION = 3
+VERSION = 4
 CONFIG = ["outside", "suite", "eval"]
 READS_IF = {"eval.bpb_tokens": "corpus", "eval.seeds": "never", "eval.temperature": "never", "eval.top_k": "never"}
 INPUTS: dict[str, str] = {}

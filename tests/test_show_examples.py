@@ -143,3 +143,20 @@ def test_damaged_answers_are_reported(line, answers_folder):
         file.write(f"{line}\n")
     with pytest.raises(DataError, match="cannot be read"):
         show_rollouts(answers_folder, which="all", count=1, iteration=None)
+
+
+def test_right_number_without_its_form_is_shown_so(capsys, tmp_path, answers_folder):
+    outputs = [("#### 8", True), ("It is 8.", False), ("#### 9", False), ("nine", False)]
+    rows = [
+        example("sums", index, verdict=verdict, output=output, expected="#### 8")
+        for index, (output, verdict) in enumerate(outputs)
+    ]
+    write_examples(tmp_path / "examples.parquet", rows)
+    assert show_examples(tmp_path, which="all", count=4, task=None) == 0
+    out = capsys.readouterr().out
+    verdicts = [line.split("  ")[1] for line in out.splitlines() if line.startswith("sums ")]
+    assert verdicts == ["right", "wrong form", "wrong", "wrong"]
+    assert out.endswith("sums: 1 of 4 right; right number: 2, right form: 2\n")
+    lines = [answer(11, 1, 0, 0.0, output="It is 8.", expected="#### 8")]
+    (answers_folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "  wrong form  reward 0" in shown_answers(answers_folder, capsys)

@@ -14,6 +14,7 @@ from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat import Answering, evaluate_task, expected_text, question_text
 from mlxchat.evals.scores import CHATCORE_SETS, Measure, Score, chatcore, mean_centered, mean_centered_stderr
 from mlxchat.model.gpt import GPT
+from mlxchat.tasks.answers import is_right
 from mlxchat.tasks.benchmarks import GSM8K
 
 
@@ -323,3 +324,16 @@ def test_both_verdicts_on_gsm8k_are_recorded(tokenizer):
     assert found["nanochat_stderr"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
     whole = chatcore(dict.fromkeys(CHATCORE_SETS["jul2026"], score), {n: n for n in CHATCORE_SETS["jul2026"]})
     assert (whole["value"], whole["nanochat_value"]) == (0.5, 0.25)
+
+
+def test_right_numbers_and_right_forms_have_shares_of_their_own(tokenizer):
+    class Numbers(Questions):
+        def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
+            return is_right(conversation, response)
+
+    answers = ["#### 18", "It is 18.", "#### 7", "none"]
+    score, _ = evaluate(ScriptedEngine(tokenizer, answers), Numbers(["#### 18"] * 4))
+    found = score.to_dict()
+    assert (found["accuracy"], found["right_number"], found["right_form"]) == (0.25, 0.5, 0.5)
+    score, _ = evaluate(ScriptedEngine(tokenizer, answers[:2]), Numbers(["#### 18", "Paris"]))
+    assert not {"right_number", "right_form"} & score.to_dict().keys()

@@ -187,6 +187,14 @@ def test_good_bad_and_typical_answers_are_shown(make):
     assert found["Good"].output == "answer xxxx", "the one of median length"
 
 
+def test_report_names_a_wrong_form(make):
+    fake = make()
+    row = {"task": "sums", "index": 0, "seed": None, "prompt": "?", "output": "It is 8.", "expected": "#### 8",
+           "verdict": False, "tokens": 1, "details": {}}  # fmt: skip
+    write_examples(fake.folder("eval_rl") / "examples.parquet", [row])
+    assert "sums, **wrong form**, expected #### 8" in render_markdown(document(fake.read())).replace("\\", "")
+
+
 def test_examples_are_found_anywhere_in_a_long_file(whole):
     row = {"index": 0, "seed": None, "prompt": "p", "output": "o", "expected": "e", "tokens": 1, "details": {}}
     rows = [row | {"task": "early", "verdict": False}] * 9000 + [row | {"task": "late", "verdict": True, "prompt": "q"}]

@@ -153,3 +153,14 @@ def test_any_right_of_several_samples_is_shown():
     raw = {"accuracy": 0.5, "stderr": 0.1, "any_right": 0.75, "seeds": 2}
     cell = shown(read_scores({"tasks": {"gsm8k": raw}}).measures["gsm8k"])
     assert (cell.text, cell.detail) == ("50.0%", "± 10.0, any of 2: 75.0%")
+
+
+def test_shares_of_numbers_and_forms_are_rows_where_form_costs(whole):
+    tasks = {"sums": {"accuracy": 0.2, "right_number": 0.7, "right_form": 0.3},
+             "letters": {"accuracy": 0.4, "right_number": 0.4, "right_form": 0.6}}  # fmt: skip
+    whole.edit_json("eval_sft", "scores.json", tasks=tasks)
+    table = metric_table(whole.read())
+    assert words(table, "sums: right number")[3] == "70.0%"
+    assert words(table, "sums: right form")[3] == "30.0%"
+    assert not any(row[0].text.startswith("letters:") for row in table.rows)
+    assert any("right number" in note for note in table.notes)

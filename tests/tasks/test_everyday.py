@@ -7,6 +7,7 @@ import pytest
 
 from mlxchat.engine.tools import calculate
 from mlxchat.errors import ConfigError
+from mlxchat.evals.chat import expected_text
 from mlxchat.tasks import load_task
 from mlxchat.tasks.answers import calculator_parts, content_text
 from mlxchat.tasks.base import dialogue
@@ -98,6 +99,14 @@ def test_no_first_question_has_a_wording_of_the_training_data():
     questions = [task[index]["messages"][0]["content"] for index in range(len(task))]
     assert len(questions) >= 50
     assert not [question for question in questions for frame in frames if frame.fullmatch(words(question))]
+
+
+def test_first_questions_have_readable_expected_answers():
+    task = load_task("first_questions", "test")
+    for talk in (task[index] for index in range(len(task))):
+        expected = expected_text(talk)
+        assert task.evaluate(talk, expected)
+        assert re.fullmatch(r"[\w ,.!']+", expected)
 
 
 def test_practice_has_the_shares_of_its_options():

@@ -12,7 +12,7 @@ import pytest
 from kit.text import conversations_of
 from mlxchat.errors import ConfigError
 from mlxchat.tasks import arithmetic, load_task
-from mlxchat.tasks.answers import answer_text, calculator_parts
+from mlxchat.tasks.answers import answer_text, calculator_parts, number_and_form
 from mlxchat.tasks.arithmetic import Arithmetic
 from mlxchat.tasks.base import dialogue, held_out
 from mlxchat.tasks.facts import FIELDS, facts, is_test_pair, with_article
@@ -196,3 +196,20 @@ def test_bundled_identity_names_mlxchat():
 def test_place_names_have_their_article():
     assert with_article("Gambia") == "the Gambia"
     assert FIELDS["capital"].ask("Gambia") == "What is the capital of the Gambia?"
+
+
+@pytest.mark.parametrize(
+    ("response", "number", "form"),
+    [
+        ("12-4=<<12-4=8>>8\n#### 8", True, True),
+        ("He has <|python_start|>12-4<|python_end|><|output_start|>8<|output_end|>8 left.", True, False),
+        ("It is 12-8", True, False),
+        ("8 or 9", False, False),
+        ("8, so\n#### 9", False, True),
+        ("eight", False, False),
+        ("", False, False),
+    ],
+)
+def test_right_number_and_right_form_are_told_apart(response, number, form):
+    assert number_and_form("The rest.\n#### 8", response) == (number, form)
+    assert number_and_form("Paris", response) is None

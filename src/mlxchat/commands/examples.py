@@ -15,11 +15,12 @@ from typing import Any
 from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import print_json
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
-from mlxchat.report.examples import with_calls
+from mlxchat.report.examples import verdict_of, with_calls
 from mlxchat.store import attempts, locks
 from mlxchat.store.files import Records, list_folder
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
+from mlxchat.tasks.answers import number_and_form
 
 _MOST_CHARS = 1500
 _WIDEST = 110
@@ -37,12 +38,15 @@ def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> 
     from mlxchat.evals.examples import read_examples
 
     totals: dict[str, list[int]] = {}
+    forms: dict[str, list[tuple[bool, bool]]] = {}
     chosen: dict[str, list[dict[str, Any]]] = {}
     for example in read_examples(folder):
         name, verdict = example["task"], bool(example["verdict"])
         total = totals.setdefault(name, [0, 0])
         total[0] += verdict
         total[1] += 1
+        if pair := number_and_form(example["expected"] or "", example["output"] or ""):
+            forms.setdefault(name, []).append(pair)
         if which == "all" or verdict == (which == "right"):
             found = chosen.setdefault(name, [])
             if len(found) < count:  # bounds memory for any number of examples
@@ -58,7 +62,9 @@ def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> 
         print("\n".join(_describe(example, width, colour=colour)), end="\n\n")
     for name in [task] if task is not None else totals:
         right, asked = totals[name]
-        print(f"{visible(name)}: {right} of {asked} right")
+        number, form = (sum(side) for side in zip(*forms.get(name, [(False, False)]), strict=True))
+        shares = f"; right number: {number}, right form: {form}" if len(forms.get(name, ())) == asked else ""
+        print(f"{visible(name)}: {right} of {asked} right{shares}")
     if not shown:
         print(f"no {'' if which == 'all' else which + ' '}examples")
     return 0
@@ -71,7 +77,7 @@ def _in_turn(groups: Iterable[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]
 
 
 def _describe(example: dict[str, Any], width: int, *, colour: bool) -> Iterator[str]:
-    verdict = "right" if example["verdict"] else "wrong"
+    verdict = verdict_of(example["output"] or "", example["expected"] or "", is_right=example["verdict"])
     seed = "" if example["seed"] is None else f"  seed {example['seed']}"
     tokens = "" if example["tokens"] is None else f"  {example['tokens']} tokens"
     head = f"{visible(example['task'])} {example['index']}{seed}  {verdict}{tokens}"
@@ -175,7 +181,7 @@ def _describe_question(
     yield from wrapped("asked", first["prompt"], width)
     yield from wrapped("expected", first["expected"], width)
     for answer in sorted(wanted, key=lambda each: (-each["reward"], each["sample"])):
-        verdict = "right" if answer["right"] else "wrong"
+        verdict = verdict_of(answer["output"], first["expected"], is_right=answer["right"])
         parts = "".join(f"  {name} {value:.3g}" for name, value in answer["parts"].items())
         cut = "" if answer["finished"] else "  cut"
         line = f"  {verdict}  reward {answer['reward']:.3g}{parts}  advantage {answer['advantage']:+.3f}  "

@@ -14,6 +14,8 @@ from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from mlxchat.tasks.answers import number_and_form
+
 if TYPE_CHECKING:
     from mlxchat.runner.context import Context
 
@@ -44,6 +46,8 @@ class Score:
     """Questions whose prompt was longer than the model's context."""
     nanochat: Score | None = None
     """The score by nanochat's verdicts, if they differ from ours (GSM8K)."""
+    number_and_form: tuple[float, float] | None = None
+    """Shares of answers with the right number, and with a number after ####, if all expected answers have one."""
 
     @classmethod
     def of_examples(
@@ -51,6 +55,11 @@ class Score:
     ) -> Score:
         """Return the score of examples by sample and question, with nanochat's verdicts if recorded."""
         score = cls.of([[each["verdict"] for each in one] for one in passes], kind=kind, chance=chance, cropped=cropped)
+        found = [number_and_form(each["expected"], each["output"]) for one in passes for each in one]
+        pairs = [pair for pair in found if pair]
+        if pairs and len(pairs) == len(found):
+            number, form = (sum(side) / len(pairs) for side in zip(*pairs, strict=True))
+            score = replace(score, number_and_form=(number, form))
         theirs = [[each["details"].get("nanochat_verdict") for each in one] for one in passes]
         if any(verdict is None for one in theirs for verdict in one) or not score.num_examples:
             return score
@@ -99,6 +108,8 @@ class Score:
         }  # fmt: skip
         if self.cropped:
             numbers["cropped"] = self.cropped
+        if self.number_and_form is not None:
+            numbers["right_number"], numbers["right_form"] = self.number_and_form
         if self.nanochat is not None:
             numbers |= {"nanochat_accuracy": self.nanochat.accuracy, "nanochat_stderr": self.nanochat.stderr}
         if self.per_seed:
@@ -188,7 +199,7 @@ class Measure:
     @property
     def is_share(self) -> bool:
         """True for a fraction of questions, shown as a percentage."""
-        return self.metric in ("task", "pass_at_k")
+        return self.metric in ("task", "form", "pass_at_k")
 
     @property
     def centered(self) -> float | None:
@@ -216,12 +227,14 @@ METRICS = (
     "text_bpb",
     "core",
     "task",
+    "form",
     "chatcore",
     "mean_centered",
     "pass_at_k",
     "own",
 )
-"""The metrics of measures in the order of tables. task, pass_at_k: shares, more is better; own: users' functions."""
+"""The metrics of measures in the order of tables. task, form, pass_at_k: shares, more is better; own: users'
+functions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +282,8 @@ def read_scores(raw: Mapping[str, Any]) -> Scores:
         _measure("CORE", "core", core.get("core"), core.get("stderr"),
                  conditions=(conditions.get("max_per_task"), "cropped" in conditions)),
         *(_read_task(name, entry) for name, entry in mapping(raw.get("tasks")).items()),
+        *(_measure(f"{name}: {part.replace('_', ' ')}", "form", mapping(entry).get(part))
+          for name, entry in mapping(raw.get("tasks")).items() for part in ("right_number", "right_form")),
         _measure("ChatCORE", "chatcore", chat.get("value"), chat.get("stderr"), conditions=chat_tasks,
                  published=(chat.get("nanochat_value"), chat.get("nanochat_stderr"))),
         *_read_pass_at_k(mapping(raw.get("pass_at_k")), mapping(raw.get("pass_at_k_stderr"))),

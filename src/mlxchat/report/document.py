@@ -128,16 +128,16 @@ def _telling(report: RunReport) -> Iterator[Block]:
 
 
 def _card(example: Example, name: str = "") -> Group:
-    verdict = "right" if example.is_right else "wrong"
     title = f"**{name}:** {escape(example.task)}, " if name else f"{escape(example.task)}, "
-    last = example.expected.strip().rpartition("\n")[2].removeprefix("#### ")
+    last = example.expected.strip().rpartition("\n")[2]
+    last = last if example.verdict == "wrong form" else last.removeprefix("#### ")
     expected = f", expected {escape(last)}" if last else ""
     words: list[Block] = [
-        f"{title}**{verdict}**{expected}",
+        f"{title}**{example.verdict}**{expected}",
         Group("prompt", [fenced(example.prompt)]),
         fenced(f"→ {example.output}"),
     ]
-    return Group(f"card {verdict}", words)
+    return Group(f"card {'right' if example.is_right else 'wrong'}", words)
 
 
 def _steps(report: RunReport) -> Iterator[Block]:

@@ -11,6 +11,7 @@ from typing import Any
 from mlxchat.config.wording import plural
 from mlxchat.evals.scores import mapping, number
 from mlxchat.report.collect import RunReport, Sample, StepReport, checkpoint_name, log, read_jsonl, text
+from mlxchat.tasks.answers import number_and_form
 
 # Of a suite with more tasks, such as CORE's 22, only so many are shown.
 MOST_TASKS = 8
@@ -30,6 +31,17 @@ class Example:
     prompt: str
     output: str
     expected: str
+
+    @property
+    def verdict(self) -> str:
+        """Right, wrong, or wrong form."""
+        return verdict_of(self.output, self.expected, is_right=self.is_right)
+
+
+def verdict_of(output: str, expected: str, *, is_right: bool) -> str:
+    """Return right, wrong form (the right number is there, but not after ####) or wrong."""
+    number, form = number_and_form(expected, output) or (False, False)
+    return "right" if is_right else "wrong form" if number and not form else "wrong"
 
 
 def with_calls(output: str) -> str:

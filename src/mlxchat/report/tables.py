@@ -151,9 +151,18 @@ def metric_table(report: RunReport) -> Table | None:
         return None
     measures = [measure for column in chosen for measure in column.measures.values()]
     names = list(dict.fromkeys(each.name for each in sorted(measures, key=lambda each: METRICS.index(each.metric))))
+    costly = _wrong_forms(chosen)
+    names = [name for name in names if ": right " not in name or name.partition(": right ")[0] in costly]
     rows = [_row(name, [column.measures.get(name) for column in chosen]) for name in names]
     header = ["Metric", *(column.label for column in chosen)]
     return Table(header=header, align="l" + "r" * len(chosen), rows=rows, notes=list(_metric_notes(chosen)))
+
+
+def _wrong_forms(chosen: list[Column]) -> set[str]:
+    """Return the tasks in which a right number was not right because of its form."""
+    found = ((name, task, column) for column in chosen for name, task in column.scores.tasks.items())
+    return {name for name, task, column in found if (right := column.measures.get(f"{name}: right number"))
+            and right.value > task.value}  # fmt: skip
 
 
 def _row(name: str, found: list[Measure | None]) -> list[Cell]:
@@ -204,7 +213,7 @@ def _clear_best(measured: list[Measure], chances: list[float]) -> float | None:
 def _direction(measure: Measure) -> Callable[..., float] | None:
     """Return min or max as the stage declares the metric; None: neither is better."""
     if measure.is_share:
-        return max
+        return None if measure.metric == "form" else max
     return best_of("pretrain" if measure.metric == "train_bpb" else "eval", measure.metric)
 
 
@@ -226,6 +235,8 @@ def _metric_notes(chosen: list[Column]) -> Iterator[str]:
                 f"{t.name} ({plural(t.num_questions, 'question')})" if t.num_questions else t.name for t in of_kind
             ]
             yield f"{join(sized)}: share of questions in which {meaning}."
+    if _wrong_forms(chosen):
+        yield "right number: also without ####. right form: any number after ####. An answer is right with both."
     if tasks:
         yield "chance: what guessing scores. ±: one standard error, in percentage points."
     if "core" in metrics or any(column.scores.core_tasks for column in chosen):

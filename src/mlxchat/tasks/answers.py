@@ -11,6 +11,7 @@ Conversation = dict[str, Any]
 """{"messages": [{"role", "content"}, ...]}, plus "letters" and "answer" in a categorical task."""
 
 _NUMBER = re.compile(r"#### (-?[0-9.,]+)")
+_ANY_NUMBER = re.compile(r"(?<![\d)])-?\d[\d,]*(?:\.\d+)?")
 _CALL = re.compile(r"(<<[^>]+>>)")
 _VALUE = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?(?:\.[0-9]+)?(?<=[0-9])")
 _GAPS = re.compile(r"[\s—…]|\.{2,}|--+")
@@ -74,6 +75,18 @@ def is_right(conversation: Conversation, response: str) -> bool:
     answer = answer_text(conversation)
     number = final_number(answer)
     return final_number(response) == number if number is not None else response.strip() == answer.strip()
+
+
+def number_and_form(expected: str, response: str) -> tuple[bool, bool] | None:
+    """Return whether a response has the number of the expected answer, and whether it has a number after ####.
+
+    Without ####, the response's last number counts. None: the expected answer has no number after ####.
+    """
+    number, given = final_number(expected), final_number(response)
+    if number is None:
+        return None
+    numbers = _ANY_NUMBER.findall(response)[-1:] if given is None else [given]
+    return any(_word(each) == _word(number) for each in numbers), given is not None
 
 
 def is_right_by_nanochat(conversation: Conversation, response: str) -> bool:

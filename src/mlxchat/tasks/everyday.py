@@ -76,12 +76,11 @@ class FirstQuestions(Task):
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         row = _first_questions()[index]
-        return dialogue(row["question"], row["accept"], kind=row["kind"])
+        return dialogue(row["question"], row["expected"], accept=row["accept"], kind=row["kind"])
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Return True if the question's expression is in the response without its calculator calls."""
-        pattern = conversation["messages"][-1]["content"]
-        return re.search(pattern, _CALL.sub("", response), re.IGNORECASE) is not None
+        return re.search(conversation["accept"], _CALL.sub("", response), re.IGNORECASE) is not None
 
 
 @cache
