@@ -1,14 +1,17 @@
 """Steps in separate processes: several at a time, one on each GPU, and none that outlives the run."""
 
 import os
+import pty
 import re
 import signal
+import sys
 import time
 from collections import Counter
 from typing import Any
 
 import pytest
 
+from crash import stub_run
 from kit.commands import wait_until
 from mlxchat.store import locks
 
@@ -115,6 +118,18 @@ def test_second_stop_exits_at_once_with_every_child(stubs, make_stubs):
     wait_until(lambda: not any(map(locks.is_held, (stubs.outputs / "locks").glob("*.lock"))))
     stubs.check_whole()
     check_continued(stubs, make_stubs)
+
+
+def test_closed_terminal_stops_a_run_that_saves(stubs):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        command = [sys.executable, stub_run.__file__, str(stubs.outputs), "train.iterations=400", "train.pause=0.05"]
+        os.execv(command[0], command)
+    wait_until(lambda: has_state(stubs))
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    (interrupted,) = stubs.events("step_interrupted")
+    assert interrupted["step"] == "train"
 
 
 def test_children_of_a_killed_run_save_and_end(stubs):

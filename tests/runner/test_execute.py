@@ -161,7 +161,7 @@ ctx.rewind_records(1)
 """
 
 
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 def test_interrupted_step_resumes(name, code, toys):
     toys.add("make", RESUMABLE.format(signal=name))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -177,6 +177,15 @@ def test_interrupted_step_resumes(name, code, toys):
         ("interrupted", None), ("done", 1),
     ]  # fmt: skip
     assert result(toys, "one") == "continued"
+
+
+def test_repeated_sigterm_does_not_end_a_job_before_it_saves(toys, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    twice = "SIGTERM)\n    time.sleep(0.06)\n    os.kill(os.getpid(), signal.SIGTERM"
+    toys.add("make", RESUMABLE.format(signal=twice))
+    with pytest.raises(Interrupted):
+        toys.run(toys.plan(CHAIN))
+    assert states(toys)["one"] == "missing, resumes"
 
 
 def test_signal_stops_after_an_unaware_stage(toys):

@@ -21,6 +21,7 @@ from mlxchat.errors import ConfigError
 from mlxchat.runner import executors
 from mlxchat.runner.executors import Job, Leave, LostJob, check_installed, submit
 from mlxchat.runner.process import stop_on_signals
+from mlxchat.store.attempts import iteration
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
@@ -59,6 +60,24 @@ class Count:
         return began, int(self.file.read_text()), str(Path.cwd())
 
 
+@dataclass(frozen=True)
+class Marked:
+    """Marks itself, writes whether it was marked before, and is queued again once."""
+
+    file: Path
+    marks: list[int]
+
+    def __call__(self, leave: Leave | None) -> Any:
+        with self.file.open("a") as file:
+            file.write("marked\n" if self.marks else "first start\n")
+        self.marks.append(1)
+        starts = self.file.read_text().splitlines()
+        if len(starts) == 1 and leave is not None:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            return leave()
+        return starts
+
+
 @pytest.fixture
 def submitted(tmp_path: Path) -> Iterator[list[Job]]:
     """Jobs that end with the test."""
@@ -90,6 +109,13 @@ def test_timed_out_job_is_requeued_in_the_same_directory(tmp_path, submitted, mo
     began, reached, place = job.result()
     assert 0 < began < reached == 200
     assert place == str(tmp_path)
+
+
+def test_requeued_call_is_the_submitted_one(tmp_path, submitted):
+    call = Marked(tmp_path / "starts", [])
+    job = start(call, submitted)
+    wait_until(job.done)
+    assert job.result() == ["first start", "first start"]
 
 
 def test_lost_job_names_its_log(tmp_path, submitted, monkeypatch):
@@ -205,6 +231,28 @@ def test_stop_cancels_the_job_resumably(kind, tiny, mlxchat, start_mlxchat, outp
     assert "pretrain was stopped. The same command continues it." in text
     (log,) = outputs.glob("work/*/attempts.jsonl")
     assert '"outcome": "interrupted"' in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [[signal.SIGUSR2], [signal.SIGTERM, signal.SIGUSR2, signal.SIGTERM]])
+def test_step_is_requeued_until_it_is_done(signals, tiny, start_mlxchat, outputs):
+    command = [*tiny, "stage=pretrain", "pretrain.num_iterations=200", "machine.checkpoint_seconds=0"]
+    process = start_mlxchat(*command, f"outputs={outputs}", "pipeline.pretrain.executor=submitit_local")
+    for attempt in (1, 2):
+        wait_until(lambda: saved_trainings(outputs), process)
+        (log,) = outputs.glob("work/*/attempts.jsonl")
+        wait_until(lambda log=log, attempt=attempt: len(re.findall(r'"started"', log.read_text())) == attempt, process)
+        before = iteration(log.parent)
+        wait_until(lambda log=log, before=before: iteration(log.parent) != before, process)
+        pid = int(re.findall(r'"pid": (\d+)', log.read_text())[-1])
+        for number in signals:
+            os.kill(pid, number)
+        wait_until(lambda log=log, attempt=attempt: len(re.findall(r'"ended"', log.read_text())) == attempt, process)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    attempts = read_manifest(refs_of(Store(outputs))["pretrain"])["attempts"]
+    assert [attempt["outcome"] for attempt in attempts] == ["interrupted", "interrupted", "done"]
+    assert attempts[2]["resumed_from"] > attempts[1]["resumed_from"] > 0
 
 
 @pytest.mark.slow

@@ -340,7 +340,8 @@ class Follower:
         signal.set_wakeup_fd(writing)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, frame: None)
-        threading.Thread(target=self._pass_signals, args=(reading,), name="signals", daemon=True).start()
+        if "SLURM_JOB_ID" not in os.environ:  # SLURM sends its signals to all ranks, twice
+            threading.Thread(target=self._pass_signals, args=(reading,), name="signals", daemon=True).start()
 
     def fail(self, error: BaseException) -> None:
         """Report this rank's error to rank 0."""

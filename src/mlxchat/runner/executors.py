@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -100,10 +101,11 @@ class _Here:
             return self.call(leave)
 
     def checkpoint(self) -> Any:
-        """Return what submitit queues at the time limit: the same call, which continues from its saved state."""
+        """Return what submitit queues at the time limit: the call as it was submitted, without traces of this start."""
+        from submitit import JobEnvironment
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self)
+        return DelayedSubmission.load(JobEnvironment().paths.submitted_pickle)
 
 
 def _submit_to_slurm(settings: ExecutorConfig, calls: Sequence[_Here], folder: Path) -> list[Job]:
@@ -225,8 +227,8 @@ def environment(variables: Mapping[str, str | None]) -> Iterator[None]:
 def queue_signals() -> Iterator[Leave | None]:
     """Stop the run at SLURM's signal; yield how to be queued again, None outside of a queue.
 
-    SLURM sends SIGUSR2 (chosen by submitit) at the time limit and SIGTERM at preemption, in any order. The first signal
-    makes the run save and stop; later ones must not end it before it has saved.
+    SLURM sends SIGUSR2 (chosen by submitit) at the time limit and SIGTERM, twice, at preemption, in any order. The
+    first signal makes the run save and stop; later ones must not end it before it has saved.
     """
     executor = os.environ.get("SUBMITIT_EXECUTOR")
     if executor not in ("slurm", "local"):
@@ -244,15 +246,15 @@ def queue_signals() -> Iterator[Leave | None]:
 
     def leave() -> str:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        if not heard:
-            if executor == "local":
-                return "it was cancelled"
-            # SLURM queues preempted jobs itself; cancelled ones are over.
+        if not heard and executor == "local":
+            return "it was cancelled"
+        # Without a grace time SLURM queues a preempted job itself; with one, a job that ends early is over.
+        if not heard and _state_of_this_job() != "RUNNING":
             print("stopped by SLURM; state saved. If SLURM queues the job again, it continues from there", flush=True)
             raise SystemExit(128 + signal.SIGTERM)
         try:
             if callable(requeue):
-                requeue(heard[0], None)  # requests SLURM to queue the job again, and exits
+                requeue(signal.SIGUSR2, None)  # requests SLURM to queue the job again, and exits
         except Exception as error:  # submitit raises all kinds where it gives up
             return f"{error} executor.requeues limits how often. The same command continues"
         return "submitit does not queue it again. The same command continues"
@@ -262,3 +264,11 @@ def queue_signals() -> Iterator[Leave | None]:
         yield leave
     finally:
         signal.signal(signal.SIGUSR2, requeue)
+
+
+def _state_of_this_job() -> str:
+    """Return the state of the SLURM job that this process belongs to: CANCELLED, or RUNNING if it is preempted."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ.get('SLURM_JOB_ID')}"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.strip()
+    return ""

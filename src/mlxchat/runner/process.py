@@ -7,6 +7,7 @@ import os
 import queue
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -17,9 +18,18 @@ from typing import Any
 
 from mlxchat.config.secrets import redact
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Signals that requested the run of this process to stop.
 _heard: list[list[int]] = []
+
+
+def ends_at_once(number: int) -> bool:
+    """Return True if a signal, repeated, means "at once": Ctrl-C, and `kill` outside of SLURM.
+
+    SLURM repeats SIGTERM within milliseconds, and a closing terminal SIGHUP.
+    """
+    in_job = "SLURM_JOB_ID" in os.environ or "SUBMITIT_EXECUTOR" in os.environ
+    return number == signal.SIGINT or (number == signal.SIGTERM and not in_job)
 
 
 def is_stopping() -> bool:
@@ -31,13 +41,13 @@ def is_stopping() -> bool:
 def stop_on_signals(
     request: Callable[[int], None], announce: Callable[[], None], leave: Callable[[], None] = lambda: None
 ) -> Iterator[None]:
-    """Call `request` with the number of the first signal; at the second, call `leave` and exit.
+    """Call `request` with the number of the first signal; at a second that `ends_at_once`, call `leave` and exit.
 
     `request` interrupts the main thread at any point, so it may only set a flag. `announce` prints in another thread,
     since printing could interrupt another line.
 
     Files on disk are always complete, so no cleanup is needed. Outside the main thread this does nothing: the program
-    that started the thread handles signals.
+    that started the thread handles signals. SIGHUP stays ignored under nohup.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -47,8 +57,10 @@ def stop_on_signals(
 
     def handle(number: int, frame: object) -> None:
         received.append(number)
-        if len(received) > 1:
+        if len(received) > 1 and ends_at_once(number):
             _end(number, leave)
+        if number == signal.SIGHUP:
+            _leave_terminal()
         request(number)
 
     def watch() -> None:
@@ -59,7 +71,7 @@ def stop_on_signals(
                 if number not in SIGNALS:
                     continue
                 seen += 1
-                if seen > 1:
+                if seen > 1 and ends_at_once(number):
                     _end(number, leave)
                 if seen == 1:
                     with suppress(Exception):
@@ -70,7 +82,8 @@ def stop_on_signals(
     thread = threading.Thread(target=watch, name="signals", daemon=True)
     thread.start()
     former = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    handlers = {number: signal.signal(number, handle) for number in SIGNALS}
+    heard = [number for number in SIGNALS if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
+    handlers = {number: signal.signal(number, handle) for number in heard}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
@@ -83,6 +96,16 @@ def stop_on_signals(
         os.close(writing)
         thread.join()
         os.close(reading)
+
+
+def _leave_terminal() -> None:
+    """Print nowhere from now on: writing to a closed terminal fails."""
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for handle in (0, 1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(handle).st_mode):
+                os.dup2(nowhere, handle)
+    os.close(nowhere)
 
 
 def _end(number: int, leave: Callable[[], None]) -> None:
