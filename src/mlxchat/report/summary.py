@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
+from statistics import linear_regression, pvariance
 from typing import TYPE_CHECKING
 
 from mlxchat.config.wording import format_bytes, format_count, format_dollars, format_seconds, format_time, join, plural
@@ -19,6 +21,10 @@ if TYPE_CHECKING:
 
 # Relative change of the validation loss over the last quarter that counts as flat.
 _FLAT = 0.01
+# Validations to fit a line to, at least.
+_FEWEST = 3
+# Mean accuracy from which on longer training is not advised.
+_SOLVED = 0.98
 
 
 def answers(report: RunReport) -> list[tuple[str, str]]:
@@ -259,18 +265,34 @@ def _next(report: RunReport) -> Iterator[str]:
         xs, ys = step.series("val_bpb") if step.series("val_bpb")[0] else step.series("val_loss")
         if not _is_training(step) or len(ys) < 4:
             continue
-        quarter = max((x, y) for x, y in zip(xs, ys, strict=True) if x <= max(0.75 * xs[-1], xs[0]))[1]
-        change = ys[-1] / quarter - 1 if quarter else 0.0
-        if change < -_FLAT:
-            falling.append(f"{step.name} (by {-change:.1%} over its last quarter)")
-        elif ys[-1] > min(ys) * (1 + _FLAT):
-            lowest = xs[min(range(len(ys)), key=ys.__getitem__)]
-            yield f"The validation of {step.name} was lowest at iteration {lowest:,.0f} and rose since: train it less."
-    if falling:
+        lowest = xs[ys.index(min(ys))]
+        if ys[-1] > min(ys) * (1 + _FLAT):
+            since = f"was lowest at iteration {lowest:,.0f} and rose since: train it less"
+            yield f"The validation of {step.name} {since}." if lowest else f"{step.name} did not lower its validation."
+        elif (fall := _fall(xs, ys)) > _FLAT:
+            falling.append(f"{step.name} (by {fall:.1%} over its last quarter)")
+    tasks = [task.value for _, scores in _own_scores(report)[-1:] for task in scores.tasks.values()]
+    if falling and not (tasks and sum(tasks) / len(tasks) >= _SOLVED):
         yield f"Train longer: validation still fell at the end of {join(falling)}."
     last = next((step for step in reversed(report.steps) if _is_training(step) and step.manifest), None)
     if last is not None:
         yield f"Talk to it: `mlxchat chat {last.artifact or last.name}`"
+
+
+def _fall(xs: list[float], ys: list[float]) -> float:
+    """Return the relative fall of a line through the last quarter's values; 0 if it is not clear or they are too few.
+
+    Clear: the slope is beyond two standard errors.
+    """
+    begin = 0.75 * xs[-1]
+    xs, ys = [x for x in xs if x >= begin], [y for x, y in zip(xs, ys, strict=True) if x >= begin]
+    if len(xs) < _FEWEST or len(set(xs)) < len(xs):
+        return 0.0
+    slope, level = linear_regression(xs, ys)
+    squares = sum((y - level - slope * x) ** 2 for x, y in zip(xs, ys, strict=True))
+    error = math.sqrt(squares / (len(xs) - 2) / (pvariance(xs) * len(xs)))
+    at = level + slope * begin
+    return -slope * (xs[-1] - begin) / at if at > 0 and -slope > 2 * error else 0.0
 
 
 def _sentence(claim: str, detail: str) -> str:
