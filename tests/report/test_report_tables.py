@@ -115,7 +115,7 @@ def next_steps(make: Any, losses: dict[int, float], accuracy: float | None = Non
     [
         (FALLING, "Train longer: validation still fell at the end of sft (by 7.7% over its last quarter)"),
         # Noise of 1% around the same line does not change the advice.
-        ({x: y * (1.01 if x % 10 else 0.99) for x, y in FALLING.items()}, "Train longer: validation still fell at the end of sft"),
+        ({x: y * (1.01 if x % 10 else 0.99) for x, y in FALLING.items()}, "Train longer: validation still fell"),
         ({x: max(y, 3.26) for x, y in FALLING.items()}, ""),
         # One noisy value at the end of a flat curve is no trend.
         ({x: 3.0 if x < 100 else 2.8 for x in FALLING}, ""),
