@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.tools import calculate
+from mlxchat.model import gpt
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.gpt import flatten_parameters, set_parameters
 from mlxchat.store.naming import resolve
@@ -383,3 +385,14 @@ def test_wrong_or_missing_token_is_reported(export, upload_hub, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     code, said = export("oct", "--to", "mlx", "--hub", "me/model")
     assert (code, "set HF_TOKEN" in said, upload_hub.repositories) == (2, True, {})
+
+
+@pytest.mark.parametrize("target", ["hf", "nanochat", "mlx"])
+@pytest.mark.parametrize("name", ["oct", "jul"])
+def test_model_of_a_changed_forward_pass_is_not_exported(export, tmp_path, monkeypatch, name, target):
+    """Bug: after gpt.py's activation was changed, exports were written as nanochat's model."""
+    monkeypatch.setattr(gpt.MLP, "activation", staticmethod(nn.silu))
+    code, said = export(name, "--to", target, tmp_path / "out")
+    assert code == 2
+    assert "computes other logits than nanochat's architecture" in said or "does not support" in said
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ import pytest
 
 from kit import models
 from kit.numpy_gpt import numpy_logits, numpy_norm, weights_of
+from mlxchat.errors import ConfigError
 from mlxchat.model import gpt
 from mlxchat.model.gpt import (
     GPT,
@@ -24,7 +25,7 @@ from mlxchat.model.gpt import (
     rms_norm,
     set_parameters,
 )
-from mlxchat.model.sizes import GPTSizes
+from mlxchat.model.sizes import GPTSizes, count_parameters
 from mlxchat.ops import loss as cross_entropy
 from mlxchat.ops.loss import cross_entropy_sum
 
@@ -224,6 +225,11 @@ def test_new_parameter_does_not_change_other_draws(fresh, monkeypatch):
     monkeypatch.setitem(gpt.INITIAL_WEIGHTS["oct2025"], "*.norm.weight", gpt.constant(1.0))
     wider = GPT(fresh.sizes)
     wider.transformer["h"][0].norm = nn.RMSNorm(128)
+    with pytest.raises(
+        ConfigError, match=r"parameters, but count_parameters \(mlxchat/model/sizes.py\) counts"
+    ):
+        init_weights(wider, seed=1)
+    monkeypatch.setattr(gpt, "count_parameters", lambda sizes: {"total": count_parameters(sizes)["total"] + 128})
     init_weights(wider, seed=1)
     before, after = flatten_parameters(fresh), flatten_parameters(wider)
     assert after.keys() - before.keys() == {"transformer.h.0.norm.weight"}

@@ -106,6 +106,7 @@ def _write_model(
     for each in (place, *checkpoint.bases):
         if damage := list(find_damage(each, read_manifest(each))):
             raise StoreError(f"{each.name} differs from its manifest: {damage[0]}. See: mlxchat verify")
+    exporting.check_computation(checkpoint)
     with ExitStack() as opened:
         if kept := path is not None:
             to = path

@@ -30,6 +30,7 @@ from mlxchat.interop.names import (
     sizes_from_hf,
 )
 from mlxchat.interop.peft import check_peft, write_peft
+from mlxchat.interop.published import published_logits
 from mlxchat.interop.tensors import FLOATS, AdaptedWeights, Array, Entry, StoredWeights, as_stored, write_safetensors
 from mlxchat.interop.torch_files import write_encoding, write_state, write_tensor
 from mlxchat.model.sizes import GPTSizes
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 CODES = {dtype.name: code for code, dtype in FLOATS.items()}
 _GROUP_NUMBERS = (64, 32)
 _TABLES = ("transformer.wte.", "value_embeds.")
+_COMPARED_TOKENS = 8
+# Of logits within ±15, in float32: rounding stays far below, a changed activation far above.
+_MOST_DIFFERENCE = 0.01
 # The default of nanochat's scripts; only meta files of base models have it.
 _NANOCHAT_BATCH_ROWS = 32
 
@@ -121,6 +125,30 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
         check_peft(_read_adapters(checkpoint).sizes, checkpoint.folder.name)
     if target == "nanochat":
         nanochat_snapshot(checkpoint.sizes)
+
+
+def check_computation(checkpoint: Checkpoint) -> None:
+    """Check on a few tokens that the model computes what other tools compute with its weights.
+
+    Raises:
+        ConfigError: mlxchat/model/gpt.py was changed, so an export would be another model.
+    """
+    import mlx.core as mx
+
+    from mlxchat.model.checkpoint import load_checkpoint
+
+    sizes = checkpoint.sizes
+    ids = np.arange(1, _COMPARED_TOKENS + 1)[None] * 7919 % sizes.vocab_size
+    with mx.stream(mx.cpu):
+        model, _, _ = load_checkpoint(checkpoint.folder)
+        ours = np.asarray(model(mx.array(ids)))
+    difference = float(np.abs(ours - published_logits(checkpoint.weights, sizes, ids)).max())
+    if not difference <= _MOST_DIFFERENCE:
+        raise ConfigError(
+            f"{checkpoint.folder.name} computes other logits than nanochat's architecture with the same weights (by up "
+            f"to {difference:.3g}), since mlxchat/model/gpt.py was changed. Other tools would run another model, so it "
+            "cannot be exported. mlxchat itself runs it: mlxchat chat, serve, eval"
+        )
 
 
 def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> None:

@@ -22,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from mlxchat.errors import ConfigError
 from mlxchat.model.recompute import recomputed
-from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
+from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes, count_parameters
 from mlxchat.ops.attention import Positions, causal_attention, rms_norm, rotate_and_normalise
 from mlxchat.ops.dropout import dropout
 from mlxchat.ops.linear import Activation, identity, linear, squared_relu
@@ -302,7 +302,7 @@ def init_weights(model: GPT, seed: int) -> None:
     Each parameter's random key depends only on the seed and its name, so that new parameters do not change others.
 
     Raises:
-        ConfigError: a parameter has no rule, or several.
+        ConfigError: a parameter has no rule, or several, or is not counted in `sizes.count_parameters`.
     """
     rules = INITIAL_WEIGHTS[model.sizes.architecture]
     drawn, problems = {}, []
@@ -317,6 +317,12 @@ def init_weights(model: GPT, seed: int) -> None:
             f"init_weights: each parameter needs one rule in INITIAL_WEIGHTS[{model.sizes.architecture!r}] "
             f"(mlxchat/model/gpt.py): {'; '.join(problems)}. Add, for example, "
             f'"{problems[0].split()[0]}": constant(1.0)'
+        )
+    real, counted = sum(value.size for value in drawn.values()), count_parameters(model.sizes)["total"]
+    if real != counted:
+        raise ConfigError(
+            f"init_weights: the model has {real:,} parameters, but count_parameters (mlxchat/model/sizes.py) counts "
+            f"{counted:,}, and memory, FLOPs and iterations follow from it. Count the new matrices there"
         )
     set_parameters(model, drawn)
 
