@@ -225,9 +225,7 @@ def test_new_parameter_does_not_change_other_draws(fresh, monkeypatch):
     monkeypatch.setitem(gpt.INITIAL_WEIGHTS["oct2025"], "*.norm.weight", gpt.constant(1.0))
     wider = GPT(fresh.sizes)
     wider.transformer["h"][0].norm = nn.RMSNorm(128)
-    with pytest.raises(
-        ConfigError, match=r"parameters, but count_parameters \(mlxchat/model/sizes.py\) counts"
-    ):
+    with pytest.raises(ConfigError, match=r"parameters, but count_parameters \(mlxchat/model/sizes.py\) counts"):
         init_weights(wider, seed=1)
     monkeypatch.setattr(gpt, "count_parameters", lambda sizes: {"total": count_parameters(sizes)["total"] + 128})
     init_weights(wider, seed=1)

@@ -8,13 +8,15 @@ import pytest
 
 from kit.commands import run_captured
 from kit.sweeps import Swept
-from mlxchat.errors import ConfigError
+from mlxchat.errors import ConfigError, StoreError
+from mlxchat.store.naming import latest, resolve
 from mlxchat.store.store import Store
 from mlxchat.sweep import sweeper
 from mlxchat.sweep.launchers import HydraSettings
 from mlxchat.sweep.sweeper import read_sweep
 
 RATES = [0.001, 0.0013, 0.00169]
+COLUMNS = {"job", "optimizer.matrix_lr", "pretrain.val_bpb", "run", "id", "status"}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,9 @@ def test_table_has_a_row_per_job_best_first(three):
     }  # fmt: skip
     assert sorted(made) == RATES
     rows = swept.rows()
-    assert [row.keys() for row in rows] == [{"job", "optimizer.matrix_lr", "pretrain.val_bpb", "status"}] * 3
+    assert [row.keys() for row in rows] == [
+        {"job", "optimizer.matrix_lr", "pretrain.val_bpb", "run", "id", "status"}
+    ] * 3
     assert {row["optimizer.matrix_lr"]: row["pretrain.val_bpb"] for row in rows} == pytest.approx(made, abs=1e-4)
     numbers = [row["pretrain.val_bpb"] for row in rows]
     assert numbers == sorted(numbers)
@@ -54,6 +58,27 @@ def test_table_has_a_row_per_job_best_first(three):
     assert {path.name for path in swept.folder.iterdir()} == {
         "plot.png", "report.html", "report.md", "report", "sweep.json", "table.csv", "table.json", "table.md",
     }  # fmt: skip
+
+
+def test_best_job_has_a_name_and_jobs_have_none_of_a_run(three):
+    """Bug: after a sweep the names of the run, its steps and `chat` were the last job, which may be half-trained."""
+    swept, text, _ = three
+    store, rows = Store(swept.outputs), swept.rows()
+    assert [row["run"].rpartition("-")[2] for row in rows] == [f"job{row['job']}" for row in rows]
+    assert text.endswith("smoke-sweep/best. To chat with it: mlxchat chat smoke-sweep/best\n")
+    assert resolve(store, "smoke-sweep/best").name == rows[0]["id"]
+    assert latest(store) == rows[0]["run"], "no other run is there"
+    with pytest.raises(StoreError, match='"smoke" is no artifact or run'):
+        resolve(store, "smoke")
+
+
+def test_sweep_leaves_the_latest_run(swept, short, say):
+    store = Store(swept.outputs)
+    before = latest(store), resolve(store, "smoke/pretrain"), resolve(store, "pretrain")
+    say("-m", *short, "optimizer.matrix_lr=0.011,0.031", f"outputs={swept.outputs}")
+    store.forget()
+    assert (latest(store), resolve(store, "smoke/pretrain"), resolve(store, "pretrain")) == before
+    assert resolve(store, "smoke-sweep/best").name == swept.rows()[0]["id"]
 
 
 def test_repeated_sweep_runs_nothing(three, say):
@@ -98,8 +123,7 @@ def test_forced_shared_step_runs_once(swept, short, say):
     before = swept.started()
     say("-m", *short, "force=[tokenizer]", "optimizer.matrix_lr=0.01,0.03", f"outputs={swept.outputs}")
     assert swept.started() - before == {"tokenizer": 1, "pretrain": 2}
-    columns = {"job", "optimizer.matrix_lr", "pretrain.val_bpb", "status"}
-    assert all(row.keys() == columns for row in swept.rows()), "only steps of the jobs"
+    assert all(row.keys() == COLUMNS for row in swept.rows()), "only steps of the jobs"
 
 
 def test_jobs_are_all_combinations_once(tmp_path, monkeypatch):

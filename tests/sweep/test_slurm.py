@@ -160,7 +160,7 @@ def test_node_without_shared_locks_reports_it(tmp_path):
 
 
 def test_queue_interruption_leaves_no_row(tmp_path, monkeypatch, tiny):
-    def stopped(*_: object) -> None:
+    def stopped(*_: object, **__: object) -> None:
         raise Interrupted("stopped", signal.SIGTERM)
 
     def leave() -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 from argparse import Namespace
@@ -336,10 +335,10 @@ def _folder_name(name: str) -> str:
 
 
 def _sweep_folder(outputs: Path, name: str) -> Path | None:
-    from mlxchat.store.compare import find_runs
+    from mlxchat.store.compare import find_runs, find_sweep
 
-    folder = outputs / "multirun" / _folder_name(name)
-    if not os.path.isfile(folder / "sweep.json"):  # noqa: PTH113  (False for names that are too long for a file)
+    folder = find_sweep(outputs, _folder_name(name))
+    if folder is None or not (folder / "sweep.json").is_file():
         return None
     is_run = any((outputs / "runs" / run.name).is_dir() for run in find_runs(Store(outputs), [name]))
     return None if is_run else folder

@@ -15,7 +15,7 @@ from mlxchat.store.catalog import read_catalog
 from mlxchat.store.environment import versions
 from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.manifest import Manifest, read_manifest
-from mlxchat.store.naming import LATEST, latest
+from mlxchat.store.naming import LATEST, called, latest
 from mlxchat.store.store import Store
 
 Change = tuple[Any, Any]
@@ -126,10 +126,17 @@ def find_runs(store: Store, names: list[str]) -> list[Compared]:
     return [*runs, *jobs]
 
 
+def find_sweep(outputs: Path, name: str) -> Path | None:
+    """Return the folder of a sweep by its name, or the last one whose name ends so: town-sweep."""
+    folder = outputs / "multirun" / name
+    if name and os.path.isdir(folder):  # noqa: PTH112  (False for names that are too long for a file)
+        return folder
+    return max((each for each in (outputs / "multirun").glob("*") if called(each.name) == name), default=None)
+
+
 def _jobs_of_sweep(store: Store, name: str) -> list[Compared] | None:
     """Return the jobs or trials of a sweep that have artifacts; None if there is no such sweep."""
-    folder = store.outputs / "multirun" / name
-    if not name or not os.path.isdir(folder):  # noqa: PTH112  (False for names that are too long for a file)
+    if (folder := find_sweep(store.outputs, name)) is None:
         return None
     try:
         jobs = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["jobs"].values()

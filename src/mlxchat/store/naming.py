@@ -5,6 +5,7 @@ latest/sft, RUN/sft             a step of a run; of a training in progress, its 
 sft@500, RUN/sft@500            the model after 500 iterations of a training (save_every)
 latest, RUN                     a run; where one artifact is expected, the run's model
 best, pins/best                 a pin
+town-sweep/best                 the best model of a sweep: the name of its folder, or the last part of it
 d32, import:d32                 a model that was imported under this name
 sft-d4-247by4vjkvu7s7hg         an artifact's folder, or a prefix of it
 247by4                          a prefix of an id
@@ -39,6 +40,8 @@ _STAGES = ("rl", "preference", "sft", "midtrain", "pretrain", "fused", "imported
 _STAMP = re.compile(r"(\d{8}-\d{6})(?:-\d{6})?(?:-\d+-(?P<called>.+))?$")
 # Verbs that publish a checkpoint but do not make their run the latest one.
 _VERBS = ("import", "fuse")
+_JOB = re.compile(r".-(job\d+|trial\d+|shared)$")
+BEST = "best"
 
 
 class Found(NamedTuple):
@@ -82,7 +85,7 @@ def find(store: Store, name: str, *, within: str | None = None, paths: bool = Tr
     if isinstance(meant, Found):
         return meant
     steps = links(store, meant.name)
-    if (place := _model_of(steps) or last_saved(steps)) is None:
+    if (place := model_of(steps) or last_saved(steps)) is None:
         has = f"has no model, only {', '.join(steps)}: use {name}/STEP" if steps else "has no artifacts"
         raise StoreError(f"run {meant.name} {has}.{_hint_of_saving(store, meant.name)}")
     return Found(place, meant.name)
@@ -111,7 +114,7 @@ def find_model(store: Store, name: str | None) -> Found:
     if name is None:
         group = latest(store)
         steps = links(store, group)
-        if (place := _model_of(steps) or last_saved(steps)) is None:
+        if (place := model_of(steps) or last_saved(steps)) is None:
             raise StoreError(f"{store.outputs} holds no model yet: run mlxchat to train one, or name a model")
         return Found(place, group)
     found = find(store, name)
@@ -199,7 +202,7 @@ def latest(store: Store) -> str:
     """
     link = store.outputs / "refs" / LATEST
     recorded = link.readlink().name if link.is_symlink() else ""
-    if _model_of(links(store, recorded)) is not None:
+    if model_of(links(store, recorded)) is not None:
         return recorded
     best, highest = "", 0
     for run in reversed(runs(store)):
@@ -215,6 +218,11 @@ def called(run: str) -> str:
     """Return the last part of a run's folder name, such as quickstart."""
     stamp = _STAMP.match(run)
     return (stamp["called"] or run) if stamp else run
+
+
+def is_job(run: str) -> bool:
+    """Return True if a run is part of a sweep, by its name; a step's name alone does not mean such a run."""
+    return _JOB.search(run) is not None
 
 
 def describe_model(store: Store, found: Found) -> str:
@@ -332,9 +340,9 @@ _FINISHED = 4
 def _rank(store: Store, run: str) -> int:
     """Return a run's rank as a candidate for the latest run, from 4 (finished a model) to 0 (no artifacts)."""
     steps = links(store, run)
-    if _model_of(steps) is None:
+    if model_of(steps) is None:
         return int(bool(steps))
-    if run.startswith("imported-") or called(run) in _VERBS:
+    if run.startswith("imported-") or called(run) in _VERBS or is_job(run):
         return 2
     made = [_manifest(place) for place in steps.values()]
     if any(manifest.get("kind") == MODEL and manifest.get("run") == run for manifest in made):
@@ -346,7 +354,7 @@ def _rank(store: Store, run: str) -> int:
     return _FINISHED if b'"run_done"' in last else 3
 
 
-def _model_of(steps: dict[str, Path]) -> Path | None:
+def model_of(steps: dict[str, Path]) -> Path | None:
     """Return the chat model among a run's artifacts, else the base model; the newest of a stage."""
     made = []
     for name, place in steps.items():
@@ -373,13 +381,13 @@ def _exact(store: Store, name: str, within: str | None) -> Found | None:
     if direct or not name:
         return next(iter(direct.values()), None)
     refs = store.outputs / "refs"
-    elsewhere = [run for run in reversed(runs(store)) if os.path.lexists(refs / run / name)]
+    elsewhere = [run for run in reversed(runs(store)) if os.path.lexists(refs / run / name) and not is_job(run)]
     elsewhere = [run for run in elsewhere if name in links(store, run)]
     if elsewhere and within is not None:
         raise StoreError(f'{within} has no "{name}", only {", ".join(steps)}. Another run has: {elsewhere[0]}/{name}')
     if elsewhere:
         return Found(links(store, elsewhere[0])[name], elsewhere[0])
-    for run in [within] if within is not None else reversed(runs(store)):
+    for run in [within] if within is not None else [run for run in reversed(runs(store)) if not is_job(run)]:
         saved = any(each.startswith(f"{name}{SAVED}") for each in list_folder(refs / run))
         if saved and (place := last_saved(links(store, run), name)) is not None:
             return Found(place, run)

@@ -48,6 +48,7 @@ def run_pipeline(
     plan: list[PlannedStep] | None = None,
     *,
     is_verb: bool = False,
+    job: str | None = None,
     on_record: Callable[[str, Record], None] = lambda step, record: None,
 ) -> Path | None:
     """Complete the targets of a configuration; return the run's folder, or None if everything was done.
@@ -56,6 +57,8 @@ def run_pipeline(
         composed: the configuration and its command line.
         plan: plan of its targets from `plan_to_run`; None: make it here. Updated with each step's result.
         is_verb: run by a verb such as import: no report, and it does not become the latest run.
+        job: part of a sweep that it runs, such as job3. It is appended to the run's name, and the run does not become
+            the latest one: the names RUN, latest and STEP never mean a job.
         on_record: called with a step's name and each record of its metrics.jsonl.
 
     Raises:
@@ -68,7 +71,7 @@ def run_pipeline(
     executors = place_steps(config, plan)
     need = find_text_need(config, plan, store)
     check_text_room(need, store)
-    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}"
+    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}{f'-{job}' if job else ''}"
     finished = all(step.done for step in plan)
     if (remark := remark_old(store)) is not None:
         _say(remark)
@@ -85,7 +88,7 @@ def run_pipeline(
     if finished:
         with suppress(StoreError, PermissionError):  # a user who may only read the folder cannot name runs in it
             store.prepare()
-            if not is_verb:
+            if not is_verb and job is None:
                 _name_again(composed, plan, store, name)
         which = "the step is" if len(plan) == 1 else f"all {len(plan)} steps are"
         print(f"nothing to do: {which} done. mlxchat report shows the results.")
@@ -112,7 +115,7 @@ def run_pipeline(
             warn=_say,
         ),
         uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
-        becomes_latest=not is_verb,
+        becomes_latest=not is_verb and job is None,
     )  # fmt: skip
     is_done = False
     try:

@@ -298,9 +298,9 @@ def run_job(
         config = composed.config
         fail_fast = config.fail_fast
         row["steps"] = entries_of(plan)
-        place = run_pipeline(composed, plan)
+        run_pipeline(composed, plan, job=f"job{number}")
         row |= {
-            "run": place.name if place else None, "steps": entries_of(plan),
+            "steps": entries_of(plan),
             "metrics": metrics_of(plan, Store(Path(config.outputs)), config.sweep.metric),
         }  # fmt: skip
     except Interrupted as stop:

@@ -14,7 +14,7 @@ import difflib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from mlxchat.evals.scores import chatcore_set
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import FORMATS
 from mlxchat.store.files import write_whole
-from mlxchat.store.manifest import MEASURED, Manifest
+from mlxchat.store.manifest import MANIFEST, MEASURED, Manifest, read_manifest
+from mlxchat.store.naming import BEST, LATEST, MODEL, called, model_of
 from mlxchat.store.store import Store
 
 Row = dict[str, Any]
-"""job, overrides (key → value), status, metrics (step.metric → value), seconds; error and run, if any."""
+"""job, overrides (key → value), status, metrics (step.metric → value), seconds; error, run and id, if any."""
 
 _REMEDIES = {
     "eval.core": "core=nanochat computes it", "pretrain.core": "core=nanochat estimates it",
@@ -298,7 +299,7 @@ def write_results(
             unit: row["job"],
             **{key: row["overrides"].get(key, "") for key in keys},
             **row["metrics"],
-            **{key: row[key] for key in ("iterations", *_LAST) if row.get(key)},
+            **{key: row[key] for key in ("iterations", "run", "id", *_LAST) if row.get(key)},
         }
         for row in rows
     ]
@@ -324,6 +325,29 @@ def write_results(
             made[-1].write_bytes(picture)
     print(f"sweep: {', '.join(map(str, made))}", flush=True)
     return rows
+
+
+def product_of(steps: Sequence[Mapping[str, Any]], store: Store) -> dict[str, str]:
+    """Return the model of a job's steps, else its last artifact: `id`, its folder's name, and `run`, which made it."""
+    made = {str(step["step"]): place for step in steps if (place := store.find(str(step["rid"]))) is not None}
+    place = model_of(made) or next(reversed(made.values()), None)
+    return {} if place is None else {"run": str(read_manifest(place).get("run")), "id": place.name}
+
+
+def name_best(rows: Sequence[Row], metric: str | None, sweep: str, store: Store) -> None:
+    """Name the model of the first of the sorted rows SWEEP/best, and print how to chat with it.
+
+    Without any other run it also becomes the latest one.
+    """
+    best = next((row for row in rows if row["status"] == "done" and metric in row["metrics"]), None)
+    place = store.outputs / "store" / best.get("id", "") if best is not None else store.outputs
+    if best is None or not (place / MANIFEST).exists() or read_manifest(place)["kind"] != MODEL:
+        return
+    store.set_ref(sweep, BEST, place)
+    if not (store.outputs / "refs" / LATEST).exists():
+        store.link_group(LATEST, best["run"])
+    name = f"{called(sweep)}/{BEST}"
+    print(f"best: job {best['job']}, {name}. To chat with it: mlxchat chat {name}", flush=True)
 
 
 def differing(settings: Sequence[dict[str, Any]]) -> list[str]:

@@ -34,7 +34,16 @@ from mlxchat.store.files import Record, Records
 from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of, plan_to_run, run_pipeline
-from mlxchat.sweep.results import Row, SweepFolder, find_metric, metrics_of, recorded_numbers, write_results
+from mlxchat.sweep.results import (
+    Row,
+    SweepFolder,
+    find_metric,
+    metrics_of,
+    name_best,
+    product_of,
+    recorded_numbers,
+    write_results,
+)
 from mlxchat.sweep.sweeper import is_finished, listed, parse
 
 if TYPE_CHECKING:
@@ -465,8 +474,7 @@ def _run_trial(search: Search, number: int, trial: optuna.Trial) -> tuple[Row, f
         if any(is_worse(step, record) for record in _records(plan, store, step)):  # records of a killed attempt
             row["status"] = "pruned"
         elif not is_finished(plan):
-            place = run_pipeline(composed, plan, on_record=look)
-            row["run"] = place.name if place else None
+            run_pipeline(composed, plan, job=f"trial{number}", on_record=look)
     except Interrupted:
         if row["status"] != "pruned":
             raise
@@ -524,8 +532,11 @@ def _remember(search: Search, trials: Trials) -> None:
 def _conclude(search: Search, trials: Trials) -> int:
     """Write the table; print the best trial and its command."""
     rows = [{key: value for key, value in row.items() if key not in ("value", "curve")} for row in trials.rows()]
-    folder = SweepFolder(search.folder)
-    write_results(
+    folder, store = SweepFolder(search.folder), Store(Path(search.base.config.outputs))
+    for row in rows:
+        if row["status"] == "done":
+            row |= product_of(row["steps"], store)
+    rows = write_results(
         rows, search.folder, metric=search.target, less_is_better=search.direction == "minimize", unit="trial"
     )
     folder.tidy()
@@ -540,6 +551,7 @@ def _conclude(search: Search, trials: Trials) -> int:
     print(redact(f"its command: mlxchat {shlex.join([*dirs, *command])}"), flush=True)
     if any(row["status"] == "pruned" for row in rows):
         print("to continue a pruned trial from its saved state, run its settings")
+    name_best(rows, search.target, search.folder.name, store)
     return 0
 
 

@@ -50,6 +50,8 @@ from mlxchat.sweep.results import (
     main_metric,
     metrics_of,
     metrics_of_plan,
+    name_best,
+    product_of,
     settings_of,
     write_results,
 )
@@ -245,7 +247,8 @@ def run_sweep(arguments: list[str]) -> int:
         print(f"recipe: {implied[0]}, implied by model=. The default recipe: experiment=quickstart", flush=True)
     store = sweep.jobs[0].store
     store.prepare()
-    default = store.outputs / "multirun" / f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+    name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{redact(sweep.jobs[0].composed.config.name)}-sweep"
+    default = store.outputs / "multirun" / name
     folder = SweepFolder(sweep.hydra.folder or default)
 
     def tell_waiting(owner: dict[str, Any]) -> None:
@@ -349,7 +352,7 @@ class _Run:
         lines: list[str] = []
         began = now()
         try:
-            run_pipeline(composed, plan)
+            run_pipeline(composed, plan, job="shared")
         except Interrupted:
             raise
         except MlxchatError as error:
@@ -460,14 +463,18 @@ class _Run:
         plans = [(job.plan, job.composed.config) for job in self.sweep.jobs]
         declared = {one.name: one.direction for plan in plans for one in metrics_of_plan(*plan)}
         direction = config.direction or declared.get(metric or "", "minimize")
-        write_results(rows, self.folder.path, metric=metric, less_is_better=direction == "minimize")
         store = self.sweep.jobs[0].store
+        for row in rows:
+            if row["status"] == "done":
+                row |= product_of(self.state["jobs"][row["job"]]["steps"], store)
+        rows = write_results(rows, self.folder.path, metric=metric, less_is_better=direction == "minimize")
         made = [store.made(step["key"]) for job in self.state["jobs"].values() for step in job["steps"]]
         trainings = trainings_of(filter(None, made))
         if files := write_scaling(trainings, self.folder.path):
             print(f"scaling: {', '.join(map(str, files))}", flush=True)
         self._report(trainings)
         self.folder.tidy()
+        name_best(rows, metric, self.folder.path.name, store)
 
     def _report(self, trainings: list[Training]) -> None:
         """Write the report of all jobs and print its path."""
