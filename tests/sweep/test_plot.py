@@ -43,7 +43,8 @@ def test_number_gives_a_curve_with_the_best_marked(monkeypatch):
 def test_number_and_word_give_a_curve_per_word(monkeypatch):
     settings = [{"lr": lr, "model": model} for lr in (1, 2, 3) for model in ("d2", "d4")]
     (axes,) = axes_of(rows(settings), monkeypatch)
-    assert [line.get_label() for line in axes.lines] == ["model=d2", "model=d4", "best"]
+    assert [line.get_label() for line in axes.lines] == ["d2", "d4", "best"]
+    assert axes.get_legend().get_title().get_text() == "model"
     assert [float(x) for x in axes.lines[0].get_xdata()] == [1, 2, 3]
 
 

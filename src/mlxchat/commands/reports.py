@@ -239,10 +239,10 @@ def report(parser: Parser) -> None:
 def _report(options: Namespace) -> int:
     """Write a report; print its summary and path."""
     outputs, names = options.outputs, options.names
-    title, reports, titles = _reports(outputs, names)
+    title, reports, titles, metric = _reports(outputs, names)
     if options.cost_per_hour is not None:
         reports = [replace(report, cost_per_hour=options.cost_per_hour) for report in reports]
-    place = _write_report(title, reports, titles, Path(options.out) if options.out else None)
+    place = _write_report(title, reports, titles, metric, Path(options.out) if options.out else None)
     print(f"report: {place}")
     if options.open:
         import webbrowser
@@ -252,13 +252,13 @@ def _report(options: Namespace) -> int:
     return 0
 
 
-def _write_report(title: str, reports: list[RunReport], titles: list[str], out: Path | None) -> Path:
+def _write_report(title: str, reports: list[RunReport], titles: list[str], metric: str, out: Path | None) -> Path:
     """Write the report of one run, or the comparison of several; print the summary of a single one."""
     from mlxchat.report.comparison import comparison
     from mlxchat.report.document import document, title_of, write_document, write_page
 
     if len(reports) > 1:
-        blocks = comparison(title, reports, titles)
+        blocks = comparison(title, reports, titles, metric)
     else:
         title, blocks = title_of(reports[0]), document(reports[0])
     if out is not None and out.suffix == ".html":
@@ -274,8 +274,8 @@ def _write_report(title: str, reports: list[RunReport], titles: list[str], out: 
     return place
 
 
-def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], list[str]]:
-    """Return a title, the reports of the names, and a short name for each.
+def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], list[str], str]:
+    """Return a title, the reports of the names, a short name for each, and the metric that a sweep is ordered by.
 
     Raises:
         ConfigError: runs and artifacts are mixed.
@@ -298,18 +298,18 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
         entries = entries_of_artifacts(outputs, places)
         title = ", ".join(place.name for place in places) if names else latest(Store(outputs))
         folder = outputs / "reports" / "+".join(place.name for place in places)[:120]
-        return title, [collect_steps(outputs, title, entries, folder)], []
+        return title, [collect_steps(outputs, title, entries, folder)], [], ""
     folders = list(dict.fromkeys(folders))
     reports = [collect(outputs, folder) for folder in folders]
     short = [report.experiment or report.name for report in reports]
     titles = [s if short.count(s) == 1 else report.name for s, report in zip(short, reports, strict=True)]
     for sweep in sweeps.values():
-        _, jobs, names_of_jobs = _reports_of_sweep(outputs, sweep)
+        _, jobs, names_of_jobs, _ = _reports_of_sweep(outputs, sweep)
         reports, titles = reports + jobs, titles + names_of_jobs
     if len(reports) > 1:
         there = outputs / "reports" / "+".join(folder.name for folder in [*folders, *sweeps.values()])[:120]
         reports = [replace(report, folder=there) for report in reports]
-    return " and ".join(titles) if len(titles) < 4 else f"{len(titles)} runs", reports, titles
+    return " and ".join(titles) if len(titles) < 4 else f"{len(titles)} runs", reports, titles, ""
 
 
 def _meaning(store: Store, name: str) -> Path | list[Path]:
@@ -344,8 +344,9 @@ def _sweep_folder(outputs: Path, name: str) -> Path | None:
     return None if is_run else folder
 
 
-def _reports_of_sweep(outputs: Path, folder: Path) -> tuple[str, list[RunReport], list[str]]:
+def _reports_of_sweep(outputs: Path, folder: Path) -> tuple[str, list[RunReport], list[str], str]:
     from mlxchat.report.collect import collect_steps
+    from mlxchat.report.comparison import title_of_sweep
 
     state = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     jobs = [job for job in state["jobs"].values() if job.get("steps")]
@@ -353,4 +354,5 @@ def _reports_of_sweep(outputs: Path, folder: Path) -> tuple[str, list[RunReport]
         raise ConfigError(f"{folder}: no job of it has artifacts")
     titles = [job["title"] for job in jobs]
     reports = [collect_steps(outputs, job["title"], job["steps"], folder) for job in jobs]
-    return f"{'Search' if (folder / 'trials.jsonl').exists() else 'Sweep'} {folder.name}", reports, titles
+    title = title_of_sweep(state.get("name") or folder.name, [job["settings"] for job in jobs])
+    return title, reports, titles, state.get("sorted_by") or ""

@@ -2,39 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mlxchat.config.wording import ABSENT, format_count, format_dollars, format_seconds, plural
 from mlxchat.evals.scores import mapping
 from mlxchat.planning.scaling import fit_power_law
-from mlxchat.report.collect import RunReport, StepReport, checkpoint_name
+from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, read_json, text
 from mlxchat.report.document import Block, Group, escape
-from mlxchat.report.plots import COLOURS, Chart, Curve, Drawing, slug, smooth
+from mlxchat.report.plots import COLOURS, LABEL_LETTERS, Chart, Curve, Drawing, slug, smooth
 from mlxchat.report.summary import num_parameters, trained_tokens
-from mlxchat.report.tables import Cell, Table, computing_seconds, format_value, known, shown
+from mlxchat.report.tables import Cell, Table, computing_seconds, format_metric, format_value, known, shown
 from mlxchat.store.fingerprint import flatten
+from mlxchat.store.naming import model_of
 
 # One curve per colour.
 MOST_CURVES = len(COLOURS) - 1
 _MOST_SETTINGS = 12
+_MOST_IN_TITLE = 4
+_ORIGIN = ("run", "id")
+"""Columns of the run's model, else its last artifact, and of the run that made it: kept also if they are equal."""
 _MOST_NAMED = 8
 """Labelled points; more labels would overlap."""
 
 
-def comparison_table(reports: Sequence[RunReport], names: Sequence[str]) -> Table:
-    """Return a row for each run: settings that differ, size, effort, and the last score of each kind."""
+def title_of_sweep(name: str, settings: Sequence[Mapping[str, object]]) -> str:
+    """Return the run's name and the settings that differ between the jobs."""
+    keys = _differing(settings)
+    more = f" and {len(keys) - _MOST_IN_TITLE} more" if len(keys) > _MOST_IN_TITLE else ""
+    return f"{name}: {', '.join(keys[:_MOST_IN_TITLE])}{more}" if keys else name
+
+
+def comparison_table(reports: Sequence[RunReport], names: Sequence[str], metric: str = "") -> Table:
+    """Return a row for each run: settings that differ, scores, size, effort, the model and the run that made it.
+
+    Columns that are equal in all rows are a note. A score is the last of its kind in the pipeline.
+
+    Args:
+        reports: the runs.
+        names: a name for each; settings that are part of all names get no column.
+        metric: STEP.METRIC that the rows are ordered by; empty: none.
+    """
     settings = [_settings(report) for report in reports]
-    keys = list(dict.fromkeys(key for found in settings for key in found))
-    differing = [key for key in keys if len({str(found.get(key)) for found in settings}) > 1][:_MOST_SETTINGS]
-    columns = [_columns(report) for report in reports]
-    kinds = list(dict.fromkeys(kind for found in columns for kind in found))
-    rows = []
-    for name, found, told in zip(names, settings, columns, strict=True):
-        cells = [Cell(name), *(Cell(format_value(found.get(key))) for key in differing)]
-        rows.append(cells + [told.get(kind, Cell(ABSENT)) for kind in kinds])
-    header = ["Run", *differing, *kinds]
-    return Table(header=header, align="l" * (1 + len(differing)) + "r" * len(kinds), rows=rows)
+    keys = [] if _parts(names) else _differing(settings)[:_MOST_SETTINGS]
+    columns = [
+        {**{key: Cell(format_value(found.get(key))) for key in keys}, **_columns(report, metric)}
+        for found, report in zip(settings, reports, strict=True)
+    ]
+    rows: dict[str, list[Cell]] = {}
+    equal = []
+    for kind in dict.fromkeys(kind for found in columns for kind in found):
+        cells = [found.get(kind, Cell(ABSENT)) for found in columns]
+        if kind not in (metric, *_ORIGIN) and len(cells) > 1 and len({(c.text, c.detail) for c in cells}) == 1:
+            equal.append(f"{kind} {cells[0].text} {cells[0].detail}".rstrip())
+        elif [cell.text for cell in cells] != [cell.text for cell in rows.get(metric, ())]:
+            rows[kind] = cells
+    return Table(
+        header=["Run", *rows], align="l" + "".join("l" if kind in (*keys, *_ORIGIN) else "r" for kind in rows),
+        rows=[[Cell(name), *cells] for name, *cells in zip(names, *rows.values(), strict=True)],
+        notes=[f"Equal in all: {', '.join(equal)}."] if equal else [],
+    )  # fmt: skip
+
+
+def _differing(settings: Sequence[Mapping[str, object]]) -> list[str]:
+    keys = dict.fromkeys(key for found in settings for key in found)
+    return [key for key in keys if len({str(found.get(key)) for found in settings}) > 1]
 
 
 def _settings(report: RunReport) -> dict[str, object]:
@@ -45,9 +77,20 @@ def _settings(report: RunReport) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _columns(report: RunReport) -> dict[str, Cell]:
-    """Return the cells of one run; a score is the last of its kind in the pipeline."""
+def _columns(report: RunReport, metric: str) -> dict[str, Cell]:
     found: dict[str, Cell] = {}
+    step_name, _, fact = metric.rpartition(".")
+    if (one := report.step(step_name)) and (value := one.fact(fact)) is not None:
+        found[metric] = Cell(format_metric(fact, value))
+    for step in report.steps:
+        if step.stage == "pretrain" and (bpb := step.fact("val_bpb")) is not None:
+            found["val bpb"] = Cell(f"{bpb:.4f}")
+    for step in report.evals:
+        for kind in ("val_bpb", "core", "chatcore", "mean_centered"):
+            if step.scores and (measure := step.scores.find(kind)):
+                cell = shown(measure)
+                detail = f"{cell.detail} ({checkpoint_name(step)})".lstrip()
+                found[measure.name] = Cell(cell.text, detail, measure=cell.measure)
     for step in report.steps:
         if step.stage == "pretrain" and step.manifest:
             flops = step.fact("total_flops")
@@ -57,48 +100,84 @@ def _columns(report: RunReport) -> dict[str, Cell]:
     found["time"] = Cell(known(format_seconds, computing_seconds(report)))
     if cost := format_dollars(computing_seconds(report), report.cost_per_hour):
         found["cost"] = Cell(cost)
-    for step in report.steps:
-        if step.stage == "pretrain" and (bpb := step.fact("val_bpb")) is not None:
-            found["val bpb"] = Cell(f"{bpb:.4f}")
-    for step in report.evals:
-        for metric in ("val_bpb", "core", "chatcore", "mean_centered"):
-            if step.scores and (measure := step.scores.find(metric)):
-                cell = shown(measure)
-                detail = f"{cell.detail} ({checkpoint_name(step)})".lstrip()
-                found[measure.name] = Cell(cell.text, detail, measure=cell.measure)
+    if made := {step.name: step.folder for step in report.steps if step.folder is not None}:
+        last = model_of(made) or [*made.values()][-1]
+        found |= {"run": Cell(text(read_json(last / "manifest.json").get("run")) or ABSENT), "id": Cell(last.name)}
     return found
+
+
+def _parts(names: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """Return the (key, value) pairs of names that are settings, such as `model=d2 seed=1`; empty if any is not."""
+    found = [[tuple(part.split("=", 1)) for part in name.split(" ")] for name in names]
+    is_settings = all(len(pair) == 2 for pairs in found for pair in pairs)
+    same_keys = len({tuple(pair[0] for pair in pairs) for pairs in found}) == 1
+    return [[(pair[0], pair[1]) for pair in pairs] for pairs in found] if is_settings and same_keys else []
+
+
+def short_names(names: Sequence[str]) -> tuple[list[list[str]], str]:
+    """Return the parts of a legible, distinct legend label for each name, and the settings of which they are values.
+
+    Settings are named in full, else by the ends of their keys, else by their values alone; other names get their
+    number in front if their beginnings are equal.
+    """
+    pairs = _parts(names)
+    keys = [key for key, _ in pairs[0]] if pairs else []
+    ends = [key.rpartition(".")[2] for key in keys]
+    for shown_keys in (keys, ends) if len({*ends}) == len(ends) else (keys,):
+        parts = [[f"{key}={value}" for key, (_, value) in zip(shown_keys, found, strict=True)] for found in pairs]
+        if parts and _are_distinct([" ".join(found) for found in parts]):
+            return parts, ""
+    values = [[value for _, value in found] for found in pairs]
+    if values and _are_distinct([", ".join(found) for found in values]):
+        return values, ", ".join(keys)
+    if all(len(name) <= LABEL_LETTERS for name in names) and len({*names}) == len(names):
+        return [[name] for name in names], ""
+    return [[f"{number}: {name}"] for number, name in enumerate(names, start=1)], ""
+
+
+def _are_distinct(labels: Sequence[str]) -> bool:
+    return len({*labels}) == len(labels) and max(map(len, labels)) <= LABEL_LETTERS
+
+
+def _labels(reports: Sequence[RunReport], names: Sequence[str]) -> tuple[dict[str, str], str]:
+    """Return id or key of a step → its label, what is common to the runs that share it; and `short_names`' settings."""
+    parts, of = short_names(names)
+    sharing: dict[str, list[list[str]]] = {}
+    for report, own in zip(reports, parts, strict=True):
+        for step in report.steps:
+            sharing.setdefault(step.rid or step.key, []).append(own)
+    labels = {}
+    for key, found in sharing.items():
+        common = [each[0] if len({*each}) == 1 else "any" * bool(of) for each in zip(*found, strict=True)]
+        common = common if {*common} - {"", "any"} else found[0]
+        labels[key] = (", " if of else " ").join(filter(None, common))
+    return labels, of
 
 
 def comparison_charts(reports: Sequence[RunReport], names: Sequence[str]) -> list[Drawing]:
     """Return the scaling chart, and the curves of each training step that several runs have."""
     charts: list[Drawing] = []
-    if scaling := scaling_chart(points_of(reports, names)):
+    labels, _ = _labels(reports, names)
+    if scaling := scaling_chart(points_of(reports, labels)):
         charts.append(scaling)
-    steps = list(dict.fromkeys(step.name for report in reports for step in report.steps))
-    for step in steps:
+    for step in dict.fromkeys(step.name for report in reports for step in report.steps):
+        # An artifact shared by several runs is drawn once.
+        found = {one.rid or one.key: one for report in reports if (one := report.step(step))}
         for key, what, unit in (
             ("val_bpb", "validation", "bits per byte"), ("val_loss", "validation", "nats per token"),
             ("loss", "training loss, smoothed", "nats per token"), ("reward", "mean reward, smoothed", "per answer"),
         ):  # fmt: skip
-            found = [(name, report.step(step)) for report, name in zip(reports, names, strict=True)]
-            charts += _overlay(step, key, what, unit, _distinct(found))
+            charts += _overlay(step, key, what, unit, [(labels[rid], one) for rid, one in found.items()])
     return charts
-
-
-def _distinct(found: list[tuple[str, StepReport | None]]) -> list[tuple[str, StepReport]]:
-    """Return the steps that exist; an artifact shared by several runs occurs once."""
-    kept: dict[str, tuple[str, StepReport]] = {}
-    for name, step in found:
-        if step is not None:
-            kept.setdefault(step.rid or step.key, (name, step))
-    return list(kept.values())
 
 
 def _overlay(step: str, key: str, what: str, unit: str, found: list[tuple[str, StepReport]]) -> list[Chart]:
     curves: list[Curve] = []
-    for name, one in found:
+    found = [(name, one) for name, one in found if one.series(key)[0]]
+    what += f" (the first {MOST_CURVES} of {len(found)})" if len(found) > MOST_CURVES else ""
+    for name, one in found[:MOST_CURVES]:
         xs, ys = one.series(key)
-        if xs and len(curves) < MOST_CURVES:
+        if xs:
             drawn = smooth(ys) if "smoothed" in what else ys
             end = f"{drawn[-1]:.3f}"
             curves.append(Curve(points=(xs, drawn), label=name, colour=len(curves), end=end))
@@ -113,19 +192,25 @@ def _overlay(step: str, key: str, what: str, unit: str, found: list[tuple[str, S
     ]  # fmt: skip
 
 
-def comparison(title: str, reports: Sequence[RunReport], names: Sequence[str]) -> list[Block]:
-    """Return the report of several runs."""
+def comparison(title: str, reports: Sequence[RunReport], names: Sequence[str], metric: str = "") -> list[Block]:
+    """Return the report of several runs, ordered by a metric if one is given."""
+    _, of = _labels(reports, names)
     blocks: list[Block] = [
         f"# {escape(title)}",
-        Group("byline", [f"{plural(len(reports), 'run')} compared"]),
+        Group("byline", [escape(f"{plural(len(reports), 'run')} compared{metric and f', best {metric} first'}")]),
         "## Results",
-        comparison_table(reports, names),
+        comparison_table(reports, names, metric),
     ]
     if charts := comparison_charts(reports, names):
-        blocks += ["## Curves", charts]
+        blocks += [
+            "## Curves",
+            f"Labels: values of {escape(of)}; any: of runs that differ in it." if of else "",
+            charts,
+        ]
     return [
-        *blocks,
-        "Written by mlxchat. Every number comes from the manifests, metrics.jsonl and scores.json of the runs.",
+        *(block for block in blocks if block),
+        f"Written by mlxchat from {escape(reports[0].folder.name)}. Every number comes from the manifests, "
+        "metrics.jsonl and scores.json of the runs.",
     ]
 
 
@@ -138,13 +223,13 @@ class Point:
     bpb: float
 
 
-def points_of(reports: Sequence[RunReport], names: Sequence[str]) -> list[Point]:
+def points_of(reports: Sequence[RunReport], labels: Mapping[str, str]) -> list[Point]:
     """Return a point for each pretraining that was scored, by FLOPs; the same artifact in several runs counts once.
 
     The score is that of an evaluation on the checkpoint's own corpus, else the training's last validation.
     """
     found: dict[str, Point] = {}
-    for report, name in zip(reports, names, strict=True):
+    for report in reports:
         for step in report.steps:
             if step.stage != "pretrain" or not step.manifest:
                 continue
@@ -152,7 +237,7 @@ def points_of(reports: Sequence[RunReport], names: Sequence[str]) -> list[Point]
             bpb = next((measure.value for measure in evals if measure), None) or step.fact("val_bpb")
             flops = step.fact("total_flops")
             if bpb and flops:
-                found.setdefault(step.rid, Point(name=name, flops=flops, bpb=bpb))
+                found.setdefault(step.rid, Point(name=labels[step.rid or step.key], flops=flops, bpb=bpb))
     return sorted(found.values(), key=lambda point: point.flops)
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # In pixels: two charts fit side by side on a screen, one on a phone.
 WIDTH, HEIGHT = 460.0, 265.0
+_LEGEND_LINE, _LABEL_LINE = 18.0, 15.0
 LABEL_LETTERS = 34
 # Curves up to this length are not thinned.
 SMOOTH_FROM_POINTS = 30
@@ -92,7 +93,8 @@ class Chart:
     @cached_property
     def svg(self) -> str:
         """The chart as an SVG element."""
-        with styled(), _figure(HEIGHT) as (figure, axes):
+        lines = _legend_lines([label for curve in self.curves if (label := one_line(curve.label))])
+        with styled(), _figure(HEIGHT + _LEGEND_LINE * max(0, lines - 1)) as (figure, axes):
             _draw_curves(self, figure, axes)
             return _svg(figure, self.name, self.alt)
 
@@ -211,7 +213,9 @@ def make_panels(count: int, height: float = 3.1) -> tuple[Figure, list[Axes]]:
 
 def name_axes(panel: Axes, title: str, x: str, y: str) -> None:
     """Set a panel's title and axis labels."""
-    panel.set_title(one_line(title), loc="left", fontsize=11, fontweight="bold")
+    panel.set_title(
+        one_line(title, max(LABEL_LETTERS, 90 // len(panel.figure.axes))), loc="left", fontsize=11, fontweight="bold"
+    )
     panel.set_xlabel(one_line(x), fontsize=9.5)
     panel.set_ylabel(one_line(y), fontsize=9.5)
 
@@ -237,12 +241,39 @@ def _title(figure: Figure, axes: Axes, title: str) -> float:
     handles, labels = axes.get_legend_handles_labels()
     if not labels:
         return 30
-    across = max(1, int(WIDTH // (42 + 7.6 * max(map(len, labels)))))
+    lines = _legend_lines(labels)
     figure.legend(
         handles, labels, loc="upper left", bbox_to_anchor=(0, 1 - 22 / height), bbox_transform=figure.transFigure,
-        ncols=across, borderpad=0, borderaxespad=0, handlelength=1.3, columnspacing=1.4, handletextpad=0.5,
+        ncols=-(-len(labels) // lines), borderpad=0, borderaxespad=0, handlelength=1.3, columnspacing=1.4,
+        handletextpad=0.5,
     )  # fmt: skip
-    return 30 + 18 * -(-len(labels) // across)
+    return 30 + _LEGEND_LINE * lines
+
+
+def _legend_lines(labels: Sequence[str]) -> int:
+    across = max(1, int(WIDTH // (42 + 7.6 * max(map(len, labels), default=0))))
+    return -(-len(labels) // across)
+
+
+def spread(places: Sequence[float], gap: float, high: float) -> list[float]:
+    """Return ascending places as places at least `gap` apart, if possible within 0 to `high` with a margin.
+
+    Places that are too near to each other are moved apart around their mean.
+    """
+
+    def middle(group: list[float]) -> float:
+        half = gap * (len(group) - 1) / 2 + gap / 3
+        return max(half, min(high - half, sum(group) / len(group)))
+
+    groups: list[list[float]] = []
+    for place in places:
+        groups.append([place])
+        while len(groups) > 1 and (
+            middle(groups[-1]) - middle(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
+            last = groups.pop()
+            groups[-1] += last
+    return [middle(group) + gap * (at - (len(group) - 1) / 2) for group in groups for at in range(len(group))]
 
 
 def _tick(value: float, _: object = None) -> str:
@@ -272,6 +303,9 @@ def _draw_curves(chart: Chart, figure: Figure, axes: Axes) -> None:
     height = 72 * figure.get_figheight() - top - 46
     _name_levels(chart, axes, height)
     _name_ends(chart, axes, height)
+    for curve in chart.curves:
+        if curve.names:
+            _name_points(curve, axes, height)
 
 
 def _draw_curve(curve: Curve, axes: Axes) -> None:
@@ -286,12 +320,6 @@ def _draw_curve(curve: Curve, axes: Axes) -> None:
     label = one_line(curve.label) or "_"
     line = "-" if curve.has_line else "none"
     axes.plot(xs, drawn, linestyle=line, marker="o" if is_dotted else "", label=label, **style)
-    for x, y, name in zip(xs, ys, curve.names, strict=False):
-        side: dict[str, Any] = {"textcoords": "offset points", "annotation_clip": False, "color": colour}
-        is_right = x <= (min(xs) * max(xs)) ** 0.5
-        axes.annotate(
-            one_line(name, 20), (x, y), (6 if is_right else -6, 7), ha="left" if is_right else "right", **side
-        )
 
 
 def _set_ticks(chart: Chart, axes: Axes) -> None:
@@ -336,15 +364,29 @@ def _name_levels(chart: Chart, axes: Axes, height: float) -> None:
 
 
 def _name_ends(chart: Chart, axes: Axes, height: float) -> None:
-    """Label the ends of curves without overlaps."""
+    """Label the ends of curves at the right of the axes, without overlaps; a curve that ends before gets a dot."""
     low, high = axes.get_ylim()
-    floor = -float("inf")
-    for curve in sorted((curve for curve in chart.curves if curve.end), key=lambda curve: curve.drawn()[-1]):
-        y = curve.drawn()[-1]
-        place = (y - low) / (high - low) * height
-        floor = max(place, floor + 15)
-        axes.annotate(curve.end, (curve.points[0][-1], y), (7, floor - place), textcoords="offset points", va="center",
-                      color=COLOURS[curve.colour], fontweight="bold", annotation_clip=False)  # fmt: skip
+    curves = sorted((curve for curve in chart.curves if curve.end), key=lambda curve: curve.drawn()[-1])
+    places = [(curve.drawn()[-1] - low) / (high - low) * height for curve in curves]
+    for curve, place in zip(curves, spread(places, _LABEL_LINE, height), strict=True):
+        x, y, colour = curve.points[0][-1], curve.drawn()[-1], COLOURS[curve.colour]
+        if len(curves) > 1 and x < axes.get_xlim()[1]:
+            axes.plot([x], [y], "o", color=colour)
+        axes.annotate(curve.end, (1, place / height), (7, 0), xycoords="axes fraction", textcoords="offset points",
+                      va="center", color=colour, fontweight="bold", annotation_clip=False)  # fmt: skip
+
+
+def _name_points(curve: Curve, axes: Axes, height: float) -> None:
+    """Label points towards the middle of the axes, without overlaps."""
+    points = axes.transAxes.inverted().transform(axes.transData.transform(list(zip(*curve.points, strict=True))))
+    named = sorted(zip(points.tolist(), curve.names, strict=False), key=lambda each: each[0][1])
+    for is_left in (True, False):
+        side = [((x, y), name) for (x, y), name in named if (x <= 0.5) is is_left]
+        places = spread([y * height + 7 for (_, y), _ in side], _LABEL_LINE, height)
+        for ((x, _), name), place in zip(side, places, strict=True):
+            axes.annotate(one_line(name), (x, place / height), (8 if is_left else -8, 0), xycoords="axes fraction",
+                          textcoords="offset points", ha="left" if is_left else "right", va="center",
+                          color=COLOURS[curve.colour], annotation_clip=False)  # fmt: skip
 
 
 def _draw_bars(bars: Bars, figure: Figure, axes: Axes) -> None:

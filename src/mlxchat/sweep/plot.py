@@ -83,12 +83,11 @@ def _draw_two(columns: dict[str, list[Any]], values: list[float], metric: str, b
     if is_numeric(across) and len(set(map(str, other))) <= _MOST_CURVES:
         for colour, name in zip(COLOURS, _names(other), strict=False):
             points = sorted((x, y) for x, o, y in zip(across, other, values, strict=True) if str(o) == name)
-            label = one_line(f"{second}={name}")
-            panel.plot([x for x, _ in points], [y for _, y in points], "-o", color=colour, ms=4, label=label)
+            panel.plot([x for x, _ in points], [y for _, y in points], "-o", color=colour, ms=4, label=one_line(name))
         panel.plot([across[best]], [values[best]], "o", ms=10, mfc="none", mec=INK, mew=1.5, label="best")
         _scale(panel, across, "x")
         name_axes(panel, f"{metric} by {first}", first, metric)
-        panel.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        panel.legend(title=one_line(second), fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return render_png(figure)
     if cells <= min(_MOST_CELLS, 2 * len(values)) or not (is_numeric(across) and is_numeric(other)):
         _draw_cells(panel, across, other, values, best)

@@ -282,7 +282,7 @@ class _Run:
         self.state: dict[str, Any] = {
             "parent": whereabouts(), "arguments": sweep.arguments, "config_dirs": sweep.hydra.config_dirs,
             "hidden": hidden(sweep.hydra.tasks), "metric": self.config.sweep.metric, "jobs": described,
-            "pending": [], "made": [],
+            "pending": [], "made": [], "name": self.config.name,
         }  # fmt: skip
         folder.write_state(self.state)
 
@@ -458,7 +458,6 @@ class _Run:
         for row in rows:
             if "steps" in row:  # keys and ids, unknown before it ran
                 self.state["jobs"][row["job"]]["steps"] = row["steps"]
-        self.folder.write_state(self.state)
         metric = config.metric or main_metric(rows)
         plans = [(job.plan, job.composed.config) for job in self.sweep.jobs]
         declared = {one.name: one.direction for plan in plans for one in metrics_of_plan(*plan)}
@@ -468,6 +467,8 @@ class _Run:
             if row["status"] == "done":
                 row |= product_of(self.state["jobs"][row["job"]]["steps"], store)
         rows = write_results(rows, self.folder.path, metric=metric, less_is_better=direction == "minimize")
+        self.state |= {"sorted_by": metric, "jobs": {row["job"]: self.state["jobs"][row["job"]] for row in rows}}
+        self.folder.write_state(self.state)
         made = [store.made(step["key"]) for job in self.state["jobs"].values() for step in job["steps"]]
         trainings = trainings_of(filter(None, made))
         if files := write_scaling(trainings, self.folder.path):
@@ -479,7 +480,7 @@ class _Run:
     def _report(self, trainings: list[Training]) -> None:
         """Write the report of all jobs and print its path."""
         from mlxchat.report.collect import collect_steps
-        from mlxchat.report.comparison import comparison
+        from mlxchat.report.comparison import comparison, title_of_sweep
         from mlxchat.report.document import write_document
 
         outputs, place = self.sweep.jobs[0].store.outputs, self.folder.path
@@ -490,9 +491,9 @@ class _Run:
             collect_steps(stores.get(number, outputs), title, job["steps"], place)
             for (number, job), title in zip(jobs.items(), titles, strict=True)
         ]
-        title = f"Sweep {place.name}"
+        title = redact(title_of_sweep(self.state["name"], [job["settings"] for job in jobs.values()]))
         try:
-            blocks = comparison(title, reports, titles)
+            blocks = comparison(title, reports, titles, self.state["sorted_by"] or "")
             blocks[-1:-1] = laws_of_report(trainings)
             print(f"report: {write_document(place, title, blocks)}", flush=True)
         except StoreError as error:

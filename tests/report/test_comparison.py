@@ -1,0 +1,119 @@
+"""Runs beside each other: which columns, in which order, and labels that can be told apart."""
+
+import itertools
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from mlxchat.report.collect import RunReport, StepReport
+from mlxchat.report.comparison import comparison, comparison_charts, comparison_table, short_names, title_of_sweep
+from mlxchat.report.document import render_markdown
+from mlxchat.report.plots import LABEL_LETTERS, spread
+
+LONG = [
+    f"pretrain.schedule.init_lr_frac={one} sft.schedule.init_lr_frac={other}"
+    for one in (0.25, 0.5)
+    for other in (0.2, 0.4)
+]
+
+
+@pytest.fixture
+def training(tmp_path):
+    return partial(make_training, tmp_path)
+
+
+def make_training(root, rid, step="pretrain", last=3.0, **numbers):
+    manifest = {"metrics": {"val_bpb": last}, "derived": {"total_flops": 1e10} | numbers, "run": f"run-of-{rid}"}
+    manifest |= {"kind": "checkpoint", "stage": step}
+    folder = root / f"{step}-{rid}"
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    records = [{"iteration": i, "loss": last + 1 / (i + 1), "val_bpb": last + 1 / (i + 1)} for i in range(5)]
+    return StepReport(
+        name=step, stage=step, kind="checkpoint", artifact=f"{step}-{rid}", key=rid, rid=rid, inputs={}, outcome="run",
+        manifest=manifest, records=records, folder=folder,
+    )  # fmt: skip
+
+
+def job(*steps):
+    return RunReport(name="job", folder=Path("20261121-1"), steps=list(steps))
+
+
+def texts(table, column):
+    return [row[table.header.index(column)].text for row in table.rows]
+
+
+def test_equal_columns_are_a_note(training):
+    jobs = [job(training("a", last=3.0, total_tokens=41000)), job(training("b", last=2.0, total_tokens=41000))]
+    table = comparison_table(jobs, ["seed=1", "seed=2"])
+    assert "tokens 41k" in table.notes[0]
+    assert "FLOPs 1.00e10" in table.notes[0]
+    assert "tokens" not in table.header
+
+
+def test_each_row_names_model_and_run(training):
+    jobs = [job(training("a"), training("c", "sft")), job(training("b"), training("d", "sft"))]
+    table = comparison_table(jobs, ["seed=1", "seed=2"])
+    assert texts(table, "id") == ["sft-c", "sft-d"]
+    assert texts(table, "run") == ["run-of-c", "run-of-d"]
+    assert "| run-of-c | sft-c |" in render_markdown(comparison("t", jobs, ["seed=1", "seed=2"]))
+
+
+def test_metric_is_the_first_column_and_stands_once(training):
+    jobs = [job(training("a", last=3.0)), job(training("b", last=2.0))]
+    table = comparison_table(jobs, ["seed=1", "seed=2"], "pretrain.val_bpb")
+    assert table.header[:2] == ["Run", "pretrain.val_bpb"]
+    assert texts(table, "pretrain.val_bpb") == ["3.0000", "2.0000"]
+    assert "val bpb" not in table.header
+
+
+@pytest.mark.parametrize(
+    ("names", "expected", "of"),
+    [
+        (["model=d2 seed=1", "model=d2 seed=2"], [["model=d2", "seed=1"], ["model=d2", "seed=2"]], ""),
+        (
+            [f"pretrain.schedule.warmup_iterations={n}" for n in (1, 2)],
+            [["warmup_iterations=1"], ["warmup_iterations=2"]], "",
+        ),
+        (LONG[:2], [["0.25", "0.2"], ["0.25", "0.4"]], "pretrain.schedule.init_lr_frac, sft.schedule.init_lr_frac"),
+        (["quickstart", "smoke"], [["quickstart"], ["smoke"]], ""),
+        (["x" * 40 + "1", "x" * 40 + "2"], [["1: " + "x" * 40 + "1"], ["2: " + "x" * 40 + "2"]], ""),
+    ],
+)  # fmt: skip
+def test_labels_are_short_and_distinct(names, expected, of):
+    assert short_names(names) == (expected, of)
+    cut = [" ".join(parts)[: LABEL_LETTERS - 1] for parts in expected]
+    assert len(set(cut)) == len(names)
+
+
+def test_shared_curve_is_labelled_by_what_its_runs_share(training):
+    shared = [training("a"), training("a"), training("b", last=2.0), training("b", last=2.0)]
+    jobs = [job(one, training(f"s{n}", "sft", last=n)) for n, one in enumerate(shared)]
+    charts = {chart.name: chart for chart in comparison_charts(jobs, LONG)}
+    assert [curve.label for curve in charts["pretrain-val_bpb"].curves] == ["0.25, any", "0.5, any"]
+    assert [curve.label for curve in charts["sft-loss"].curves] == ["0.25, 0.2", "0.25, 0.4", "0.5, 0.2", "0.5, 0.4"]
+    named = [f"model=d{d} sft.seed={s}" for d in (2, 3) for s in (1, 2)]
+    charts = {chart.name: chart for chart in comparison_charts(jobs, named)}
+    assert [curve.label for curve in charts["pretrain-val_bpb"].curves] == ["model=d2", "model=d3"]
+
+
+def test_curves_that_are_left_out_are_counted(training):
+    jobs = [job(training(f"r{n}", last=n)) for n in range(8)]
+    charts = {chart.name: chart for chart in comparison_charts(jobs, [f"seed={n}" for n in range(8)])}
+    assert charts["pretrain-val_bpb"].title == "pretrain: validation (the first 6 of 8)"
+
+
+def test_end_labels_keep_their_distance():
+    places = spread([0, 1, 2, 50, 90, 91], gap=15, high=100)
+    assert all(after - before >= 15 for before, after in itertools.pairwise(places))
+    assert places[3] == 50
+    assert places[0] >= 0
+    assert places[-1] <= 100
+
+
+def test_sweep_is_named_by_its_run_and_settings():
+    jobs = [{"model": "d2", "seed": 1, "lr": 0.1}, {"model": "d3", "seed": 1, "lr": 0.2}]
+    assert title_of_sweep("town", jobs) == "town: model, lr"
+    assert title_of_sweep("town", jobs[:1]) == "town"
