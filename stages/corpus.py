@@ -9,7 +9,7 @@ import json
 from mlxchat.data.sources import LISTING, VALIDATION, Corpus, gather_documents, pin_corpus, write_shards
 from mlxchat.runner.context import Context
 
-VERSION = 2
+VERSION = 3
 CONFIG = ["corpus"]
 INPUTS: dict[str, str] = {}
 PRODUCES = "corpus"

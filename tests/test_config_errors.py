@@ -145,7 +145,7 @@ TOGETHER = {
         "optimizer.variant=jul2026": "",
         "optimizer.newton_schulz_iterations=6": r"expected at most 5",
         "corpus=files": "",
-        "corpus.paths=[a.pdf]": r"a\.pdf must end in \.txt, \.jsonl or \.parquet",
+        "corpus.paths=[a.pdf]": r"a\.pdf must be a folder or end in \.txt, \.jsonl, \.parquet",
     },
     "missing sources": {
         "corpus=fineweb_edu": "",

@@ -25,7 +25,7 @@ GROUPS = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"setti
 _NAMES = re.findall(r'"(\w+)": \w+_page', (ROOT / "docs" / "reference.py").read_text(encoding="utf-8"))
 GENERATED = [ROOT / "docs" / "reference" / f"{name}.md" for name in _NAMES]
 # Options that a page adds itself.
-OWN = {"my_mixture", "words", "verse", "me", "reverse", "alphabet"}
+OWN = {"town", "my_mixture", "words", "verse", "me", "reverse", "alphabet"}
 # A setting that code on the page adds, a file to replace by one of yours, no setting of a run, a shell's variable.
 NOT_HERE = ("architecture.activation", "path/to/tokenizer.json", "data show mixture=", "$SLURM_ARRAY_TASK_ID")
 RUN = [PAGES[0], *sorted((ROOT / "docs" / "course").glob("*.md"))]

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlxchat.data.sources import gather_documents, read_file
-from mlxchat.errors import DataError
+from mlxchat.data.sources import gather_documents, read_file, text_files
+from mlxchat.errors import ConfigError, DataError
 
 
 def read(path: Path) -> list[str]:
@@ -50,8 +50,36 @@ def test_missing_and_invalid_files_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"\xff\xfe\x00 neither text nor parquet")
     with pytest.raises(DataError, match=name):
         read(tmp_path / name)
-    with pytest.raises(DataError, match=r"expected a \.txt, \.jsonl or \.parquet file"):
+    with pytest.raises(DataError, match=r"expected a \.txt, \.jsonl, \.parquet file"):
         read(tmp_path / "a.csv")
+
+
+def test_folders_and_patterns_stand_for_their_text_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "town" / "old").mkdir(parents=True)
+    for name in ("b.txt", "a.jsonl", "old/c.txt", "notes.md", ".hidden.txt"):
+        (tmp_path / "town" / name).write_text('{"text": "one"}')
+    assert text_files(["town"]) == [Path("town/a.jsonl"), Path("town/b.txt"), Path("town/old/c.txt")]
+    assert text_files(["town/*.txt", "town/b.txt"]) == [Path("town/b.txt")]
+    assert text_files(["town/**/*.txt"]) == [Path("town/b.txt"), Path("town/old/c.txt")]
+    (tmp_path / "a[1].txt").write_text("x")
+    assert text_files(["a[1].txt"]) == [Path("a[1].txt")]
+    for path in ("town/*.parquet", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ConfigError):
+            text_files([path])
+
+
+def test_long_text_files_are_split_at_sentence_ends(tmp_path):
+    """Bug: a book in one .txt was one document, and document_chars applied to packages only."""
+    sentence = "The mill of Quellbrunn stands by the river. "
+    (tmp_path / "book.txt").write_text(sentence * 100)
+    (tmp_path / "whole.jsonl").write_text(json.dumps({"text": sentence * 100}))
+    documents, _ = gather_documents([], [str(tmp_path)], document_chars=300, seed=0)
+    assert sorted(map(len, documents))[-1] == 4400, "a line of a .jsonl is a document"
+    parts = [each for each in documents if len(each) < 4400]
+    assert all(each.strip().endswith("river.") and len(each) <= 300 for each in parts)
+    assert sum(each.count("mill") for each in parts) == 100
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from mlxchat.config.schema import (
     RLConfig,
     ScheduleConfig,
 )
+from mlxchat.data.sources import SUFFIXES
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.model.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
@@ -196,8 +197,8 @@ def _corpus(config: Config) -> Iterator[str]:
     if corpus.hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", corpus.hub.repository):
         yield f'corpus.hub.repository is "{corpus.hub.repository}", expected <organisation>/<name>, such as org/texts'
     for path in corpus.paths:
-        if Path(path).suffix not in (".txt", ".jsonl", ".parquet"):
-            yield f"corpus.paths: {path} must end in .txt, .jsonl or .parquet"
+        if Path(path).suffix not in SUFFIXES and not Path(path).is_dir():
+            yield f"corpus.paths: {path} must be a folder or end in {', '.join(SUFFIXES)}"
     yield from problems_of_vocabulary(config.tokenizer.source, config.tokenizer.vocab_size)
 
 

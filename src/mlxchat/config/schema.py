@@ -698,14 +698,17 @@ class CorpusConfig:
     """Name of the artifact."""
     packages: list[str] = field(default_factory=list, metadata={"external": "package"})
     """Installed packages that ship text."""
-    paths: list[str] = field(default_factory=list, metadata={"external": "file", "identity": False})
-    """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files. The key covers their contents, not their
-    place."""
+    paths: list[str] = field(
+        default_factory=list,
+        metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of_paths"},
+    )
+    """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files, folders of them, and patterns
+    (texts/*.txt). The key covers their contents, not their place."""
     hub: HubConfig | None = None
     """A dataset on the Hub; each of its files is one shard, used in place."""
     document_chars: int | None = MISSING
-    """Split documents of packages at sentence ends into parts of at most this many characters; null: keep them
-    whole."""
+    """Split documents of packages and of .txt files at sentence ends into parts of at most this many characters, at
+    least 200; null: keep them whole."""
     validation_documents: int = field(default=MISSING, metadata={"at_least": 1})
     """Documents held out as the validation shard (for the Hub: only if hub.validation_files is null)."""
     shard_documents: int = field(default=MISSING, metadata={"at_least": 1})

@@ -14,17 +14,18 @@ Planning imports this module, so pyarrow is imported only where files are read.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import hashlib
 import json
 import random
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.schema import EvalConfig, HubConfig
+from mlxchat.config.schema import CorpusConfig, EvalConfig, HubConfig
 from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
@@ -36,6 +37,8 @@ from mlxchat.store.manifest import MANIFEST
 LISTING = "corpus.json"
 VALIDATION = "validation.parquet"
 COLUMN = "text"
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+"""Of the local files of a corpus."""
 # For FineWeb-Edu and ClimbMix: files of 95 MB with 250 million characters. Measured after the first download.
 ESTIMATED_CHARS_PER_BYTE = 2.6
 
@@ -304,9 +307,11 @@ def gather_documents(
 ) -> tuple[list[str], list[dict[str, Any]]]:
     """Return the shuffled documents of packages and local files, and a record of each source.
 
-    Documents of packages are split at sentence ends into parts of at most `document_chars`; None: not split.
+    Documents of packages and of .txt files are split at sentence ends into parts of at most `document_chars`; None: not
+    split. `paths` are those of `text_files`.
 
     Raises:
+        ConfigError: a folder or a pattern has no files.
         DataError: a package or file is missing, cannot be read or has no text.
     """
     from mlxchat.tasks import bundled
@@ -318,14 +323,39 @@ def gather_documents(
         documents += texts
         facts = {"version": source.version, "licence": source.licence, "sha256": source.digest()}
         sources.append({"name": source.name, **facts, "chars": sum(map(len, texts))})
-    for path in map(Path, paths):
-        texts = [text for text in read_file(path) if text.strip()]
+    for path in text_files(paths):
+        limit = document_chars if path.suffix == ".txt" else None
+        texts = [part for text in read_file(path) if text.strip() for part in bundled.split_text(text, limit)]
         documents += texts
         sources.append({"name": path.name, "sha256": hash_file(path), "chars": sum(map(len, texts))})
     if not documents:
         raise DataError("the corpus is empty: give corpus.packages, corpus.paths or corpus.hub")
     random.Random(seed).shuffle(documents)
     return documents, sources
+
+
+def text_files(paths: Iterable[str]) -> list[Path]:
+    """Return the files of `corpus.paths`: files, the text files below folders and those that patterns match, each once.
+
+    Raises:
+        ConfigError: a folder or a pattern has none.
+    """
+    found: dict[Path, None] = {}
+    for path in paths:
+        files = [Path(path)]
+        if files[0].is_dir():
+            files = [file for file in _files_of(files[0]) if file.suffix in SUFFIXES]
+        elif glob.has_magic(path) and not files[0].exists():
+            files = sorted(Path(file) for file in glob.glob(path, recursive=True) if Path(file).suffix in SUFFIXES)  # noqa: PTH207  (absolute patterns)
+        if not files:
+            raise ConfigError(f"corpus.paths: {path} has no {', '.join(SUFFIXES)} files")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def contents_of_paths(config: CorpusConfig, hash_of: Callable[[Path], str]) -> list[str]:
+    """Return the ending and the sha256 of each file of `corpus.paths`, for a key."""
+    return [f"{file.suffix} {hash_of(file)}" for file in text_files(config.paths)]
 
 
 def read_file(path: Path, column: str = COLUMN) -> Iterator[str]:
@@ -342,7 +372,7 @@ def read_file(path: Path, column: str = COLUMN) -> Iterator[str]:
         elif path.suffix == ".txt":
             yield from path.read_text(encoding="utf-8").split("\n\n\n")
         else:
-            raise DataError(f"{path}: expected a .txt, .jsonl or .parquet file")
+            raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
@@ -411,7 +441,8 @@ def write_shards(
     if len(documents) <= validation_documents:
         raise DataError(
             f"the corpus has {len(documents)} documents, of which corpus.validation_documents={validation_documents} "
-            "are held out: nothing is left to train on. Lower it, or give more text."
+            "are held out: nothing is left to train on. Lower it, give more text, or split long .txt files: "
+            "corpus.document_chars=800"
         )
     import pyarrow as pa
     import pyarrow.parquet as pq

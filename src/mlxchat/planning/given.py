@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mlxchat.config.schema import Config, CorpusConfig, EvalConfig, TaskItem
-from mlxchat.data.sources import read_file, read_texts
+from mlxchat.data.sources import read_file, read_texts, text_files
 from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.runner.plan import PlannedStep
@@ -129,7 +129,7 @@ def _faults(where: str, section: Any) -> Iterator[tuple[str, str]]:
             if fault := _fault(repr(value), value.path, partial(load_item, value)):
                 yield place, fault
         elif isinstance(value, CorpusConfig):
-            for path in value.paths:
+            for path in map(str, text_files(value.paths)):
                 if fault := _fault(path, path, partial(_read_text, path)):
                     yield f"{place}.paths", fault
         elif isinstance(value, EvalConfig) and value.text is not None:

@@ -94,12 +94,12 @@ def documents(source: Source, max_chars: int | None = None) -> Iterator[str]:
     return (
         f"{heading}\n{piece}" if heading else piece
         for heading, body in _PACKAGES[source.name].read(source)
-        for piece in _pieces(body, None if max_chars is None else max_chars - len(heading) - 1)
+        for piece in split_text(body, None if max_chars is None else max_chars - len(heading) - 1)
     )
 
 
-def _pieces(text: str, limit: int | None) -> list[str]:
-    """Split at sentence ends into parts of about equal length, none longer than `limit`."""
+def split_text(text: str, limit: int | None) -> list[str]:
+    """Return a text split at sentence ends into parts of about equal length, none longer than `limit` (None: whole)."""
     if limit is None or len(text) <= limit:
         return [text]
     enough = len(text) / math.ceil(len(text) / limit)
