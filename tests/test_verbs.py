@@ -17,6 +17,7 @@ from kit.commands import Say, run_here
 from kit.toys import PIPELINE
 from mlxchat.commands.arguments import quoted
 from mlxchat.commands.completion import complete_for_shell
+from mlxchat.commands.reports import _heads
 from mlxchat.composition.compose import group_options
 from mlxchat.config.verbs import VERBS
 from mlxchat.store import attempts
@@ -136,6 +137,34 @@ def test_compare_shows_differences_in_four_formats(two, say):
     assert say("compare", "--format", "md").splitlines()[:2] == ["| name | run1 | run2 |", "| --- | --- | --- |"]
     assert 'Did you mean "first.score"' in say("compare", "--sort", "first.scor", code=2)
     assert "no run or sweep" in say("compare", "run7", code=2)
+
+
+def test_compare_counts_equal_rows(two, say):
+    sweep = two.outputs / "multirun" / "sweep1"
+    sweep.mkdir(parents=True)
+    steps = [json.loads((two.outputs / "runs" / run / "plan.json").read_text())["steps"] for run in ("run1", "run2")]
+    for other, is_shown in ((steps[0], False), (steps[1], True)):
+        (sweep / "sweep.json").write_text(json.dumps({"jobs": {"1": {"title": "job", "steps": other}}}))
+        told = say("compare", "run1", "sweep1")
+        assert bool(re.search(r"^first\.score ", told, re.M)) is is_shown
+        assert ("not shown: 1 row, equal in all (first)" in told) is not is_shown
+    (sweep / "sweep.json").write_text(json.dumps({"jobs": {"1": {"title": "job", "steps": steps[0]}}}))
+    assert "first.score  0.5  0.5" in re.sub(" +", "  ", say("compare", "run1", "sweep1", "--metrics", "first.score"))
+
+
+@pytest.mark.parametrize(
+    ("names", "heads"),
+    [
+        (["20261124-081950-550712-17660-smoke", "20261124-081951-550712-17660-town"], ["smoke", "town"]),
+        (["20261124-081950-550712-17660-x", "20261124-092001-550712-17660-x"], ["x 08:19", "x 09:20"]),
+        (["20261124-081950-550712-17660-x", "20261125-081950-550712-17660-x"],
+         ["x 11-24 08:19:50", "x 11-25 08:19:50"]),
+        (["pretrain-d2-igknu5l6cvbvjz3b", "pretrain-d2-zjrcfp3jnbcusuqf"], ["igknu5l6", "zjrcfp3j"]),
+        (["model=d2", "model=d3"], ["model=d2", "model=d3"]),
+    ],
+)  # fmt: skip
+def test_columns_are_named_by_what_differs(names, heads):
+    assert _heads(names) == heads
 
 
 def test_compare_accepts_steps_and_sweeps(two, say):

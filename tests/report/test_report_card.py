@@ -187,6 +187,20 @@ def test_good_bad_and_typical_answers_are_shown(make):
     assert found["Good"].output == "answer xxxx", "the one of median length"
 
 
+@pytest.mark.parametrize(("right", "names"), [(2, ["Good", "Typical"]), (1, ["Good"])])
+def test_good_and_typical_answers_are_of_different_questions(make, right, names):
+    fake = make()
+    rows = [
+        {"task": "sums", "index": i, "seed": None, "prompt": f"{i}?", "output": "It is 8.", "expected": "8",
+         "verdict": True, "tokens": 1, "details": {}}
+        for i in range(right)
+    ]  # fmt: skip
+    write_examples(fake.folder("eval_rl") / "examples.parquet", rows)
+    _, found = telling_examples(fake.read())
+    assert list(found) == names
+    assert len({each.prompt for each in found.values()}) == len(names)
+
+
 def test_report_names_a_wrong_form(make):
     fake = make()
     row = {"task": "sums", "index": 0, "seed": None, "prompt": "?", "output": "It is 8.", "expected": "#### 8",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from argparse import Namespace
@@ -14,17 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned, print_json, show_value
-from mlxchat.config.wording import format_number
+from mlxchat.config.wording import format_number, plural
 from mlxchat.errors import ConfigError, StoreError, visible
-from mlxchat.store.naming import LATEST, Found, latest, links, meaning
+from mlxchat.store.naming import LATEST, Found, called, latest, links, meaning
 from mlxchat.store.store import Store
 
 if TYPE_CHECKING:
     from mlxchat.report.collect import RunReport
     from mlxchat.store.compare import Table
 
-_WIDEST_HEAD = 16
+_WIDEST_HEAD = 24
 _WIDEST_CELL = 24
+_ARTIFACT = re.compile(r".+-[a-z2-7]{16}")
 
 
 _SWEEPS = "RUN may also be the folder of a sweep or search in multirun/."
@@ -34,8 +36,8 @@ def compare(parser: Parser) -> None:
     """Declare `mlxchat compare`."""
     parser.take_names("[RUN…]", least=0, most=None, about=f"{_SWEEPS} Without any: all runs")
     parser.description = (
-        "Compare runs, the jobs of a sweep or search, or all artifacts of a step: a row for each setting that differs "
-        "and each metric, a column for each run."
+        "Compare runs, the jobs of a sweep or search, or all artifacts of a step: a row for each setting "
+        "and metric that differs, a column for each run."
     )
     add = parser.add_argument
     add("--step", help="compare all artifacts of this step instead of runs")
@@ -65,7 +67,13 @@ def _compare(options: Namespace) -> int:
     table = make_table(rows, options.sort, wanted, best_of)
     if wanted and not table.metrics:
         raise ConfigError(f"--metrics {options.metrics}: no metric's name contains it")
+    equal = [] if wanted or options.format != "table" else table.equal
+    table = replace(table, metrics=[name for name in table.metrics if name not in equal])
     _print(table, options.format, {row["name"]: _errors_of(store, row["scores"]) for row in rows})
+    if equal:
+        steps = dict.fromkeys(name.partition(".")[0] for name in equal)
+        count = plural(len(equal), "row")
+        print(f"\nnot shown: {count}, equal in all ({', '.join(steps)}); to see one: --metrics {equal[0]}")
     if options.plot:
         _plot(table, Path(options.plot))
     return 0
@@ -106,7 +114,7 @@ def _print(table: Table, form: str, errors: dict[str, dict[str, float]]) -> None
 
 def _print_columns(table: Table, names: list[str], errors: dict[str, dict[str, float]]) -> None:
     """Print a line for each setting and metric; as many runs beside each other as the terminal is wide."""
-    heads = [str(row["name"]) for row in table.rows]
+    heads = _heads([str(row["name"]) for row in table.rows])
     if max(map(len, heads)) > _WIDEST_HEAD:
         for number, head in enumerate(heads, start=1):
             print(f"{number:>{len(str(len(heads)))}}  {visible(head)}")
@@ -128,6 +136,24 @@ def _print_columns(table: Table, names: list[str], errors: dict[str, dict[str, f
     if table.left_out:
         steps = ", ".join(table.left_out)
         print(f"\nnot shown: steps of a single run ({steps}); to see one: --metrics {table.left_out[0]}")
+
+
+def _heads(names: list[str]) -> list[str]:
+    """Return short names: of artifacts the start of their ids, of runs their last parts, with the time if need be."""
+    is_stamped = [called(name) != name for name in names]
+    forms = (
+        lambda name: name,
+        called,
+        lambda name: f"{called(name)} {name[9:11]}:{name[11:13]}",
+        lambda name: f"{called(name)} {name[9:11]}:{name[11:13]}:{name[13:15]}",
+        lambda name: f"{called(name)} {name[4:6]}-{name[6:8]} {name[9:11]}:{name[11:13]}:{name[13:15]}",
+    )
+    for form in forms:
+        heads = [form(name) if stamped else name for name, stamped in zip(names, is_stamped, strict=True)]
+        if len({*heads}) == len(heads) and max(map(len, heads)) <= _WIDEST_HEAD:
+            return heads
+    starts = [name.rpartition("-")[2][:8] for name in names if _ARTIFACT.fullmatch(name)]
+    return starts if len({*starts}) == len(names) else names
 
 
 def _shortened(text: str) -> str:

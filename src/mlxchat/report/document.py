@@ -116,10 +116,10 @@ def document(report: RunReport) -> list[Block]:
 
 
 def _telling(report: RunReport) -> Iterator[Block]:
-    """Yield three answers of the best evaluated model, or samples of the last training if there are none."""
+    """Yield up to three answers of the best evaluated model, or samples of the last training if there are none."""
     if found := telling_examples(report):
         step, examples = found
-        yield f"## Three answers ({escape(step.name)})"
+        yield f"## Answers ({escape(step.name)})"
         yield Group("cards", [_card(example, name) for name, example in examples.items()])
     elif samples := sample_groups(report):
         name, title, texts = samples[-1]

@@ -56,7 +56,7 @@ def telling_examples(report: RunReport) -> tuple[StepReport, dict[str, Example]]
 
     Good and bad are the answers of median length among the right and the wrong ones that the model wrote (for a model
     that wrote nothing, among its choices), each of another task where possible. Typical has the verdict that most
-    answers of its task have, in the task whose accuracy is nearest to the mean of all tasks.
+    answers of its task have, in the task whose accuracy is nearest to the mean of all tasks. No question occurs twice.
     """
     for step in reversed(report.evals):
         measured = {} if step.scores is None else {**step.scores.core_tasks, **step.scores.tasks}
@@ -80,16 +80,19 @@ def _telling(rows: list[dict[str, Any]], measured: dict[str, float]) -> dict[str
     best, worst = (sorted(tasks, key=lambda task: (sign * accuracy[task], task)) for sign in (-1, 1))
     chosen: dict[str, Example] = {}
     used: set[str] = set()
+    shown: set[str] = set()
     for name, order, verdict in (("Good", best, True), ("Bad", worst, False), ("Typical", by_mean, None)):
         for task in sorted(order, key=lambda each: each in used):
             wanted = accuracy[task] >= 0.5 if verdict is None else verdict
             matching = sorted(
-                (row for row in tasks[task] if _is_right(row) is wanted),
+                (row for row in tasks[task] if _is_right(row) is wanted and _question(row) not in shown),
                 key=lambda row: len(text(row.get("output", row.get("answer")))),
             )
             if matching:
-                chosen[name] = _example(task, wanted, matching[len(matching) // 2])
+                middle = matching[len(matching) // 2]
+                chosen[name] = _example(task, wanted, middle)
                 used.add(task)
+                shown.add(_question(middle))
                 break
     return chosen
 
@@ -166,12 +169,16 @@ def _rollout_example(line: dict[str, Any]) -> Example:
     return _example(told, bool(line.get("right")), line | {"prompt": with_calls(text(line.get("prompt")))})
 
 
+def _question(row: dict[str, Any]) -> str:
+    return text(row.get("prompt", row.get("question")))
+
+
 def _is_right(row: dict[str, Any]) -> bool:
     return bool(row.get("verdict", row.get("correct")))
 
 
 def _example(task: str, is_right: bool, row: dict[str, Any]) -> Example:
-    prompt = text(row.get("prompt", row.get("question"))).strip("\n")
+    prompt = _question(row).strip("\n")
     output = with_calls(text(row.get("output", row.get("answer")))).strip("\n")
     # Few-shot prompts are long, and the question is at their end.
     shown = prompt if len(prompt) <= _EXAMPLE_CHARACTERS else f"… {prompt[-_EXAMPLE_CHARACTERS:]}"

@@ -211,6 +211,8 @@ class Table:
     metrics: list[str]
     left_out: list[str]
     """Steps of only one run."""
+    equal: list[str]
+    """Metrics that are equal in all of several runs that have them."""
 
 
 def make_table(
@@ -267,7 +269,8 @@ def make_table(
         if matching[0] in shown:
             descending ^= any(best_of(*_metric_of(row, matching[0])) is max for row in rows)
         flat = [*sorted(have, key=lambda row: _order(row[matching[0]]), reverse=descending), *lack]
-    return Table(flat, settings, shown, left_out)
+    values = {key: {json.dumps(row[key]) for row in flat if key in row} for key in shown}
+    return Table(flat, settings, shown, left_out, [key for key in shown if len(values[key]) == 1 < len(flat)])
 
 
 def _metric_of(row: Row, column: str) -> tuple[str, str]:
