@@ -14,6 +14,7 @@ from kit.commands import run_here
 from mlxchat.cli import main
 from mlxchat.composition.compose import compose_config
 from mlxchat.composition.problems import find_problems
+from mlxchat.errors import ConfigError
 
 Refuse = Callable[..., str]
 
@@ -212,6 +213,76 @@ def test_all_mistakes_are_reported_at_once(mistakes, refuse):
 )
 def test_impossible_choices_are_refused(overrides, expected, refuse):
     assert re.search(expected, refuse(*overrides), re.M)
+
+
+GLOBAL = "# @package _global_\n"
+# Faults of YAML files: file, its text, the choice that reads it, and what the message says after FILE:LINE.
+FAULTS = {
+    "bracket": ("experiment/me", GLOBAL + "sft:\n  num_epochs: [1\n  train_on: all\n", 4,
+        r"expected ',' or '\]', but got ':' while parsing a flow sequence that starts in line 3: train_on: all\n"),
+    "tab": ("experiment/me", GLOBAL + "sft:\n\tnum_epochs: 3\n", 3, r"found character '\\t' .*\n.*indented by spaces"),
+    "key twice": ("experiment/me", GLOBAL + "seed: 3\nseed: 4\n", 3, "found duplicate key seed"),
+    "mixture's bracket": ("mixture/me", "mine: {task: facts\n", 2, "expected ',' or '}'"),
+    "Latin-1": ("experiment/me", GLOBAL + "name: caf\xe9\n", 2, "Save the file as UTF-8"),
+    "no package": ("experiment/me", "defaults: [quickstart, _self_]\nseed: 3\n", 1,
+        'the first line must be "# @package _global_"'),
+    "mixture as a list": ("mixture/me", "- {task: facts}\n", 1, "expected keys with values, such as .* in a mixture"),
+    "experiment as a list": ("experiment/me", GLOBAL + "- seed: 3\n", 2, "expected keys with values"),
+    "section as a number": ("experiment/me", GLOBAL + "seed: 3\nsft: 3\n", 3, "sft is 3, expected keys with values"),
+    "task as a word": ("mixture/me", "# me\nmine: facts\n", 2, "sft.mixture.mine is facts, expected keys with values"),
+    "misspelt key": ("experiment/me", GLOBAL + "sft:\n  num_epoch: 2\n", 3,
+        'there is no "sft.num_epoch" to set. Did you mean "num_epochs"\\?'),
+    "misspelt section": ("experiment/me", GLOBAL + "sfft: {}\n", 2, 'there is no "sfft" to set. Did you mean "sft"\\?'),
+    "unlike any key": ("mixture/me", "mine: {task: facts, zzz: 2}\n", 1, 'mine.zzz" to set. Known: task, .*size'),
+    "wrong type": ("mixture/me", "mine:\n  size: many\n", 2, "sft.mixture.mine.size is many, expected a whole number"),
+    "misspelt base": ("experiment/me", GLOBAL + "defaults:\n  - quickstar\n", 3,
+        'experiment has no option "quickstar": .*Did you mean "quickstart"\\?'),
+    "misspelt option": ("experiment/me", GLOBAL + "defaults:\n  - override /rl: dapoo\n", 3,
+        'rl has no option "dapoo": .*Did you mean "dapo"\\?'),
+    "misspelt group": ("experiment/me", GLOBAL + "defaults:\n  - override /rrl: dapo\n", 3,
+        'there is no "rrl" to override. Did you mean "rl"\\?'),
+    "group without override": ("experiment/me", GLOBAL + "defaults:\n  - rl: dapo\n", 3, "`override /rl: dapo`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_of_a_yaml_file_is_shown_with_its_line(fault, refuse, tmp_path):
+    name, text, line, expected = FAULTS[fault]
+    file = tmp_path / f"{name}.yaml"
+    file.parent.mkdir()
+    file.write_text(text, encoding="latin-1")
+    group = "mixture@sft.mixture" if name.startswith("mixture") else "experiment"
+    message = refuse("--config-dir", str(tmp_path), f"{group}=me")
+    assert re.match(rf"error: {re.escape(str(file))}:{line}: .*{expected}", message), message
+    assert len(message.splitlines()) <= 2
+
+
+def test_fault_of_the_primary_file_is_shown_with_its_line(refuse, tmp_path):
+    (tmp_path / "mine.yaml").write_text("defaults: [config, _self_]\nsft:\n  num_epoch: 1\n")
+    message = refuse("--config-path", str(tmp_path), "--config-name", "mine")
+    assert message.startswith(f'error: {tmp_path / "mine.yaml"}:3: there is no "sft.num_epoch" to set. Did you mean')
+
+
+def test_faults_of_the_files_of_a_sweep_are_shown_together(refuse, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(f"{GLOBAL}sft: {{{name}: 1}}\n")
+    message = refuse("--multirun", "--config-dir", str(tmp_path), "experiment=one,two")
+    assert re.findall(r"(\w+)\.yaml:2: there is no", message) == ["one", "two"]
+
+
+def test_misspelt_own_option_names_the_nearest(refuse, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "town.yaml").write_text(GLOBAL)
+    assert 'Did you mean "town"?' in refuse("--config-dir", str(tmp_path), "experiment=towm")
+
+
+def test_debugging_shows_what_hydra_said(tmp_path, monkeypatch):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "me.yaml").write_text("seed: 3\n")
+    with pytest.raises(ConfigError) as refused:
+        compose_config(["experiment=me"], [str(tmp_path)])
+    assert "Key 'experiment' not in" in str(refused.value.__cause__)
 
 
 def spoil(value: Any, number: float) -> Any:

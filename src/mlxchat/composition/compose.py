@@ -172,7 +172,8 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
         if primary is not None:
             with suppress(*_refusals()):
                 _check_hydras(compose(search), schema)
-        raise ConfigError(_diagnose(overrides, search, error, compose, schema)) from None
+        message = explain(error, overrides, folders, schema, primary)
+        raise ConfigError(message or _diagnose(overrides, folders, search, error, compose, schema)) from error
     _check_hydras(composed, schema)
     choices = {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
     choices = {group: option for group, option in choices.items() if "hydra" not in group}
@@ -234,7 +235,9 @@ def places_of_stages(overrides: list[str], config_dirs: list[str], primary: Path
     if given:
         return [place for part in given[-1].strip("[]").split(",") if (place := part.strip(" '\""))]
     folders = [Path(folder) for folder in config_dirs] + ([primary.parent] if primary is not None else [])
-    texts = (path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.yaml"))
+    texts = (
+        path.read_text(encoding="utf-8", errors="replace") for folder in folders for path in folder.rglob("*.yaml")
+    )
     found = [place for text in texts if "stages:" in text for place in _stages_in(text)]
     return list(dict.fromkeys(found))
 
@@ -338,8 +341,9 @@ def _refusals() -> tuple[type[Exception], ...]:
     """Return the exceptions of composing; Hydra raises a ValueError if a group gets a number."""
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    return (HydraException, OmegaConfBaseException, ValueError)
+    return (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 
 
 def _compose(overrides: list[str], *, primary: Path | None, schema: type[Config]) -> DictConfig:
@@ -395,13 +399,38 @@ def _compose_files(overrides: list[str], primary: Path | None, schema: type[Conf
         return compose("config", overrides, return_hydra_config=True)
 
 
+def explain(
+    error: Exception,
+    overrides: list[str],
+    config_dirs: list[str],
+    schema: type[Config] = Config,
+    primary: Path | None = None,
+) -> str | None:
+    """Return FILE:LINE and what is wrong there, if composing failed because of a YAML file, else None."""
+    from mlxchat.composition.misspelling import explain_file
+
+    folders = [*([primary.parent] if primary is not None else []), conf_folder(), *map(Path, config_dirs)]
+    return explain_file(error, folders, overrides, _groups(config_dirs), schema)
+
+
+def _groups(config_dirs: list[str]) -> dict[str, list[str]]:
+    """Return config group → options, those in the user's folders included."""
+    groups = {group: group_options(group) for group in group_names()}
+    for folder in config_dirs:
+        for file in sorted(Path(folder).glob("*/**/*.yaml")):
+            group, _, option = file.relative_to(folder).with_suffix("").as_posix().partition("/")
+            groups.setdefault(group, []).append(option)
+    return groups
+
+
 def _diagnose(
-    overrides: list[str], search: list[str], error: Exception, compose: _Compose, schema: type[Config]
-) -> str:
+    overrides: list[str], folders: list[str], search: list[str], error: Exception, compose: _Compose,
+    schema: type[Config],
+) -> str:  # fmt: skip
     """Return one line per wrong override; Hydra itself stops at the first."""
     from mlxchat.composition.misspelling import explain_override, first_line
 
-    groups = {group: group_options(group) for group in group_names()}
+    groups = _groups(folders)
     # Groups first, one at a time: they determine which keys exist.
     of_groups = [override for override in overrides if re.split("[@=]", override)[0] in groups]
     found: dict[str, str] = {}

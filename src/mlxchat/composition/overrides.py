@@ -70,20 +70,20 @@ def _as_hydra(override: str, schema: type[Config]) -> str:
 
 def _is_list(key: str, schema: type[Config]) -> bool:
     """Return True if the schema declares a list, or a list or null, at a dotted key."""
-    declared = _type_of(key, schema)
+    declared = type_of(key, schema)
     kinds = [kind for kind in (get_args(declared) or (declared,)) if kind is not type(None)]
     return get_origin(declared) is list or (len(kinds) == 1 and get_origin(kinds[0]) is list)
 
 
 def _starts_empty(key: str, schema: type[Config]) -> bool:
     """Return True if the schema declares a mapping to plain values at a dotted key, such as timeout or sweep.space."""
-    declared = _type_of(key, schema)
+    declared = type_of(key, schema)
     if get_origin(declared) is not dict or key.startswith("pipeline"):
         return False
     return not any(is_dataclass(kind) or get_origin(kind) is dict for kind in get_args(declared)[1:])
 
 
-def _type_of(key: str, schema: Any) -> Any:
+def type_of(key: str, schema: Any) -> Any:
     """Return the type that the schema declares at a dotted key; None if there is no such key."""
     for part in key.split("."):
         kinds = [kind for kind in (schema, *get_args(schema)) if is_dataclass(kind)]

@@ -26,6 +26,7 @@ from mlxchat.composition.compose import (
     CONF_MODULE,
     Composed,
     compose_config,
+    explain,
     places_of_stages,
     refuse_hydras,
     register_schema,
@@ -134,13 +135,15 @@ def _compose(overrides: list[str], config_dirs: list[str]) -> DictConfig:
     from hydra import compose, initialize_config_module
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     overrides = [*_for_hydra(overrides, config_dirs), *search_path(config_dirs)]
     try:
         with initialize_config_module(CONF_MODULE, version_base="1.3"):
             return compose("config", overrides, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(f"Hydra's settings: {str(error).splitlines()[0]}") from None
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        message = explain(error, overrides, config_dirs)
+        raise ConfigError(message or f"Hydra's settings: {str(error).splitlines()[0]}") from error
 
 
 def _for_hydra(overrides: list[str], config_dirs: list[str]) -> list[str]:
