@@ -1,5 +1,6 @@
 """Names of models: every verb and the server resolve them in the same way."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,33 @@ def test_altered_model_is_refused(verb, store, say):
     assert code == 2
     assert f"{CHAT} is damaged: model.safetensors has other contents" in said
     assert "Remove the folder and run again: mlxchat experiment=smoke" in said
+
+
+def test_equal_models_are_told_apart_by_run_settings_and_score(store):
+    settings = ["model=d2", "sft.num_epochs=2", "outputs=/home/me/outputs"]
+    for letter, run, overrides, facts in (("d", STORY, settings, 0.5), ("f", STORY, ["model=d2"], 0.75)):
+        folder = store.outputs / "store" / f"sft-d2-{letter * 16}"
+        shutil.copytree(store.outputs / "store" / CHAT, folder)
+        changes = {"name": folder.name, "rid": letter * 52, "run": run, "overrides": overrides}
+        write_manifest(folder, read_manifest(folder) | changes)
+        judged = {"checkpoint": {"step": "sft", "artifact": folder.name, "rid": letter * 52}}
+        scores = store.outputs / "store" / f"eval-d2-{letter * 16}"
+        scores.mkdir()
+        described = {"name": scores.name, "rid": "e" + letter * 51, "inputs": judged, "kind": "scores"}
+        metrics = {"mean_centered": facts}
+        write_manifest(scores, read_manifest(folder) | described | {"stage": "eval", "metrics": metrics})
+    entries = Models(store, resolve(store, "quickstart/sft"), within=QUICKSTART).entries()
+    assert {entry["id"][-1]: entry["mlxchat"]["details"] for entry in entries} == {
+        "b": "", "c": "run1 · val loss 0.5", "d": "story · model=d2 sft.num_epochs=2 · mean centered 0.5",
+        "f": "story · model=d2 · mean centered 0.75",
+    }  # fmt: skip
+
+
+def test_prompts_of_a_model_are_those_of_its_evaluation(store):
+    asked = [{"prompt": f"Where is {place}?", "text": "Here."} for place in ("the mill", "the pub", "the mill")]
+    evaluation = next((store.outputs / "store").glob("eval-*"))
+    for folder in (evaluation, store.outputs / "store" / BASE):
+        (folder / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    entries = Models(store, resolve(store, "quickstart/sft"), within=QUICKSTART).entries()
+    prompts = {entry["id"]: entry["mlxchat"]["prompts"] for entry in entries}
+    assert prompts == {name: ["Where is the mill?", "Where is the pub?"] for name in (CHAT, BASE)}

@@ -1,5 +1,6 @@
 """The chat page in a browser."""
 
+import shutil
 import string
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -404,3 +405,23 @@ def test_page_fits_the_screen_with_enough_contrast(show, width, scheme):
     ask(page, "show me " + "w" * 300)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
     assert weakest_contrast(page)[0] >= 4.5, weakest_contrast(page)
+
+
+def test_settings_button_is_whole_beside_a_long_model_name(show):
+    page = show(width=390)
+    known(page)
+    page.evaluate(
+        "() => { document.querySelector('#model-name').textContent = 'sft · 164K · ' + 'rate=0.5 '.repeat(20); }"
+    )
+    button = "document.querySelector('#settings-open')"
+    assert page.evaluate(f"() => {button}.scrollWidth <= {button}.clientWidth")
+    assert page.evaluate(f"() => {button}.getBoundingClientRect().right") <= 390
+
+
+def test_suggestions_are_prompts_of_the_models_evaluation(show, served, tmp_path):
+    outputs = shutil.copytree(served, tmp_path / "served", symlinks=True)
+    evaluation = next((outputs / "store").glob("eval-*"))
+    (evaluation / "samples.jsonl").write_text('{"prompt": "Who runs the mill?", "text": "Ada."}')
+    page = show(outputs=outputs)
+    page.wait_for_selector("#examples button:has-text('Who runs the mill?')")
+    assert page.locator("#examples button").count() == 1

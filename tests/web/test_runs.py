@@ -12,6 +12,7 @@ import pytest
 from kit.toys import CHAIN, Toys
 
 FINISHED, RUNNING = "run1", "run2"
+LONG = "_of_an_experiment_whose_name_is_wider_than_a_phone"
 
 
 @pytest.fixture
@@ -19,6 +20,7 @@ def watched(toys: Toys, served: Path, tmp_path: Path, start: Callable[..., Any])
     """A server whose outputs folder has a run that ended, and one whose second step runs until `go` is called."""
     toys.outputs = shutil.copytree(served, tmp_path / "served", symlinks=True)
     steps = """
+        ctx.derive({"num_iterations": 29})
         for iteration in range(1, 21):
             ctx.log({"iteration": iteration, "loss": 5 / iteration})
         go = ctx.out.parents[2] / "go"
@@ -36,7 +38,7 @@ def watched(toys: Toys, served: Path, tmp_path: Path, start: Callable[..., Any])
         folder = toys.outputs / "runs" / f"run{number}"
         folder.mkdir(parents=True)
         entries = [{"step": step.name, "stage": step.stage.name, "inputs": step.inputs} for step in plan]
-        record = {"experiment": f"toy{number}", "started": f"2026-01-0{number}T10:00:00+00:00", "steps": entries}
+        record = {"experiment": f"toy{number}{LONG}", "started": f"2026-01-0{number}T10:00:00+00:00", "steps": entries}
         (folder / "plan.json").write_text(json.dumps(record))
         toys.run(plan)
 
@@ -64,7 +66,7 @@ def step(server: Any, run: str) -> Any:
 
 def test_runs_are_listed_with_their_records(watched):
     runs = watched.client.get("/api/runs").json()["data"]
-    assert [(run["run"], run["experiment"]) for run in runs] == [(RUNNING, "toy2"), (FINISHED, "toy1")]
+    assert [(run["run"], run["experiment"]) for run in runs] == [(RUNNING, f"toy2{LONG}"), (FINISHED, f"toy1{LONG}")]
     finished = watched.client.get(f"/api/runs/{FINISHED}").json()
     assert [(each["step"], each["state"], each["inputs"]) for each in finished["steps"]] == [
         ("one", "run", {}), ("two", "run", {"source": "one"})
@@ -74,6 +76,7 @@ def test_runs_are_listed_with_their_records(watched):
     assert two["series"]["loss"][0] == list(range(1, 22))
     assert two["series"]["loss"][1][:2] == [5, 2.5]
     watched.until(lambda: step(watched, RUNNING)["iteration"] == 20, seconds=30)
+    assert step(watched, RUNNING)["iterations"] == 29
     watched.go()
     assert (step(watched, RUNNING)["state"], step(watched, RUNNING)["iteration"]) == ("run", None)
 
@@ -122,7 +125,7 @@ def test_runs_page_draws_running_steps(watched, browser, width):
     page.on("pageerror", lambda error: told.append(str(error)))
     page.goto(f"{watched.url}/runs")
     page.get_by_role("button", name="two").click()
-    page.wait_for_selector(".step.running:has-text('iteration 20')")
+    page.wait_for_selector(".step.running:has-text('iteration 20 of 29')")
     page.wait_for_selector(".curve canvas")
     watched.go()
     page.wait_for_selector(".step.run >> text=two")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -12,12 +13,16 @@ from typing import TYPE_CHECKING, Any
 from mlxchat.config.wording import format_number
 from mlxchat.errors import Interrupted
 from mlxchat.runner.progress import Progress, fill
-from mlxchat.store.files import Record, Records
+from mlxchat.store.files import Record, Records, write_whole
 from mlxchat.store.shared import SharedArtifacts
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import Config
     from mlxchat.distributed.team import Team
+
+
+DERIVED = "derived.json"
+"""In a step's work: what it derived, for those who look while it runs."""
 
 
 def stage_seed(root_seed: int, stage: str, purpose: str) -> int:
@@ -113,6 +118,8 @@ class Context:
             shown: names to print; None: all.
         """
         self.derived |= numbers
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_whole(self.work / DERIVED, json.dumps(self.derived, default=str), durable=False)
         pairs = [f"{key} {format_number(value)}" for key, value in numbers.items() if shown is None or key in shown]
         print(fill(f"{self.step:<10} {'  '.join(pairs)}"), flush=True)
 

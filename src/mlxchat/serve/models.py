@@ -16,6 +16,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.secrets import redact
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.constraint import JsonGrammars
@@ -27,6 +28,7 @@ from mlxchat.interop.source import PREFIX
 from mlxchat.model.sizes import count_parameters
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
+from mlxchat.report.collect import read_jsonl, text
 from mlxchat.serve.security import Fault, Limits
 from mlxchat.store.catalog import Summary, read_catalog
 from mlxchat.store.fingerprint import canonical_json
@@ -40,6 +42,9 @@ _log = logging.getLogger("mlxchat.serve")
 _LISTED_SECONDS = 2.0
 _NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*")
 _MOST_NAME_CHARS, _SHOWN_CHARS, _MOST_SHOWN = 300, 80, 8
+_MOST_PROMPTS, _MOST_PROMPT_CHARS = 4, 200
+_TELLING = ("chatcore", "mean_centered", "core", "pass_at_1", "val_bpb", "val_loss")
+"""Scores that tell models of one step apart: the first one that is known."""
 
 
 @dataclass(frozen=True)
@@ -116,16 +121,21 @@ class Models:
     def entries(self) -> list[dict[str, Any]]:
         """Return OpenAI's entry of every model, the default first, with provenance in the extra field `mlxchat`."""
         found = self._summaries()
-        scores = _scores(found)
+        judges = _judges(found)
         entries = []
         for summary in reversed(found):
             if summary.get("kind") == "checkpoint":
                 parameters = _num_parameters(self.store.outputs / "store" / summary["folder"])
                 fingerprint = self.fingerprint(summary["tree"])
-                entries.append(_own_entry(summary, scores.get(summary["rid"], {}), fingerprint, parameters))
+                judge = judges.get(summary["rid"], {})
+                asked = summary if summary["stage"] == "pretrain" else judge or summary
+                prompts = _prompts(self.store.outputs / "store" / asked["folder"] / "samples.jsonl")
+                scores = _numbers(judge.get("metrics", {}))
+                entries.append(_own_entry(summary, scores, fingerprint, parameters, prompts))
         with self._lock:
             others = [self._read(folder) for folder in self._third_party.values()]
         entries += [_third_party_entry(model, self.fingerprint(model.digest)) for model in others]
+        _tell_apart(entries, self.store)
         return sorted(entries, key=lambda entry: entry["id"] != self._names.get(self.default, self.default.name))
 
     def fingerprint(self, digest: str) -> str:
@@ -230,14 +240,51 @@ def read_third_party(name: str, folder: Path) -> Model:
     return Model(name, folder, tokenizer, context_tokens, tokenizer.has_chat_template, digest)
 
 
-def _scores(found: list[Summary]) -> dict[str, dict[str, float]]:
-    """Return id of a checkpoint → scores of its latest evaluation."""
-    scores: dict[str, dict[str, float]] = {}
-    for summary in found:
-        judged = (summary.get("inputs") or {}).get("checkpoint")
-        if summary.get("kind") == "scores" and judged:
-            scores[judged["rid"]] = _numbers(summary["metrics"])
-    return scores
+def _judges(found: list[Summary]) -> dict[str, Summary]:
+    """Return id of a checkpoint → its latest evaluation."""
+    scored = (summary for summary in found if summary.get("kind") == "scores")
+    return {made["rid"]: summary for summary in scored if (made := (summary.get("inputs") or {}).get("checkpoint"))}
+
+
+@lru_cache(maxsize=10_000)
+def _prompts(path: Path) -> list[str]:
+    """Return the first prompts of a file of samples."""
+    prompts = (text(record.get("prompt")).strip() for record in read_jsonl(path))
+    return list(dict.fromkeys(prompt for prompt in prompts if 0 < len(prompt) <= _MOST_PROMPT_CHARS))[:_MOST_PROMPTS]
+
+
+def _tell_apart(entries: list[dict[str, Any]], store: Store) -> None:
+    """Add `details`: what distinguishes models of equal step and size, as far as run, settings and score differ."""
+    alike: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for entry in entries:
+        own = entry["mlxchat"] | {"details": ""}
+        entry["mlxchat"] = own
+        alike.setdefault((own["step"], own.get("parameters")), []).append(entry)
+    for group in alike.values():
+        facts = [_facts(entry, store) for entry in group]
+        for entry, (run, settings, score) in zip(group, facts, strict=True) if len(group) > 1 else ():
+            runs, scores = ({fact[at] for fact in facts} for at in (0, 2))
+            differing = [each for each in settings if not all(each in fact[1] for fact in facts)]
+            parts = [run if len(runs) > 1 else "", " ".join(differing), score if len(scores) > 1 else ""]
+            entry["mlxchat"]["details"] = " · ".join(filter(None, parts))
+
+
+def _facts(entry: dict[str, Any], store: Store) -> tuple[str, tuple[str, ...], str]:
+    """Return the run's name without its time, the settings given for it except paths, and a score of a model."""
+    own = entry["mlxchat"]
+    numbers = {**own["metrics"], **own["scores"]}
+    scores = (f"{name.replace('_', ' ')} {numbers[name]:.4g}" for name in _TELLING if name in numbers)
+    settings = _overrides(store.outputs / "store" / entry["id"]) if "rid" in own else ()
+    return re.sub(r"^[\d-]+-", "", own.get("run") or ""), settings, next(scores, "")
+
+
+@lru_cache(maxsize=10_000)
+def _overrides(folder: Path) -> tuple[str, ...]:
+    try:
+        given = read_manifest(folder).get("overrides") or ()
+    except StoreError:
+        return ()
+    return tuple(redact([each for each in given if "/" not in each and not each.startswith(("outputs=", "stage="))]))
 
 
 @lru_cache(maxsize=10_000)
@@ -257,7 +304,9 @@ def _entry(name: str, owner: str, published: str, own: dict[str, Any]) -> dict[s
     }  # fmt: skip
 
 
-def _own_entry(summary: Summary, scores: dict[str, float], fingerprint: str, parameters: int | None) -> dict[str, Any]:
+def _own_entry(
+    summary: Summary, scores: dict[str, float], fingerprint: str, parameters: int | None, prompts: list[str]
+) -> dict[str, Any]:
     name, stage = summary["folder"], summary["stage"]
     own = {
         "rid": summary["rid"],
@@ -272,6 +321,7 @@ def _own_entry(summary: Summary, scores: dict[str, float], fingerprint: str, par
         "inputs": {role: made.get("artifact") for role, made in (summary.get("inputs") or {}).items() if made},
         "metrics": _numbers(summary["metrics"]),
         "scores": scores,
+        "prompts": prompts,
     }
     return _entry(name, "mlxchat", summary["published"], own)
 
@@ -280,7 +330,7 @@ def _third_party_entry(model: Model, fingerprint: str) -> dict[str, Any]:
     changed = datetime.fromtimestamp((model.folder / "config.json").stat().st_mtime, tz=UTC)
     own = {
         "digest": model.digest, "fingerprint": fingerprint, "step": model.name, "converses": model.converses,
-        "inputs": {}, "metrics": {}, "scores": {},
+        "inputs": {}, "metrics": {}, "scores": {}, "prompts": [],
     }  # fmt: skip
     return _entry(model.name, "third-party", changed.isoformat(timespec="seconds"), own)
 

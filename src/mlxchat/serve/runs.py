@@ -14,6 +14,7 @@ from fastapi import APIRouter
 from mlxchat.errors import StoreError
 from mlxchat.evals.scores import number
 from mlxchat.report.collect import RunReport, StepReport, collect, read_json, text
+from mlxchat.runner.context import DERIVED
 from mlxchat.serve.security import Fault
 from mlxchat.store import locks
 from mlxchat.store.store import Store
@@ -71,11 +72,13 @@ def run_routes(store: Store) -> APIRouter:
 def _step(store: Store, step: StepReport) -> Json:
     running = step.folder is None and bool(step.key) and locks.is_held(store.lock(step.key))
     last = step.all_series.get("iteration", ([], []))[1] if running else []
+    planned = read_json(store.outputs / "work" / step.key / "ckpt" / DERIVED) if running else {}
     measured = step.manifest.get("metrics") or {}
     return {
         "step": step.name, "stage": step.stage, "state": "running" if running else step.outcome, "error": step.error,
         "inputs": step.inputs, "artifact": step.artifact if step.folder else None, "seconds": step.seconds,
         "parameters": step.num_parameters, "iteration": last[-1] if last else None,
+        "iterations": number(planned.get("num_iterations")),
         "metrics": {key: value for key in measured if (value := number(measured[key])) is not None},
     }  # fmt: skip
 

@@ -97,7 +97,8 @@ function showModelName() {
   $("input").placeholder = converses ? "Ask something" : "Write a text for the model to continue";
   $("empty-title").textContent = converses ? "What would you like to know?" : "What should the model continue?";
   $("empty-note").textContent = one ? `${names.get(one.id)} ${converses ? "answers" : "was only pretrained: it continues text"}.` : "";
-  $("examples").replaceChildren(...(converses ? EXAMPLES : BEGINNINGS).map(
+  const prompts = one?.mlxchat.prompts ?? [];
+  $("examples").replaceChildren(...(prompts.length ? prompts.map(shown) : converses ? EXAMPLES : BEGINNINGS).map(
     (text) => make("button", { type: "button", onclick: () => say(text) }, text)));
 }
 

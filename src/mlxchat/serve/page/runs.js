@@ -8,6 +8,7 @@ import { day, measured } from "./view.js";
 const $ = (id) => document.getElementById(id);
 const LOOK_MILLISECONDS = 3000;
 const HEIGHT = 170;
+const FEWEST_OF_A_LINE = 3;
 // Shown first, in this order.
 const FIRST = ["loss", "smooth_loss", "val_bpb", "val_loss", "reward", "pass_at_1", "val_pair_accuracy", "lr_multiplier", "tokens_per_second"];
 
@@ -16,6 +17,7 @@ const HIDDEN = /_stderr$|^elapsed_seconds$/;
 
 let [run, step, other] = decodeURIComponent(location.hash.slice(1)).split("|");
 const charts = new Map(); // metric → chart
+let span = [0, 1]; // first and last iteration of all charts
 
 function runPath(...names) {
   return ["/api/runs", ...names.map(encodeURIComponent)].join("/");
@@ -87,8 +89,9 @@ function showSteps(steps) {
   if (focused) document.querySelector(`[data-step="${CSS.escape(focused)}"]`)?.focus();
 }
 
-function stateOf({ state, seconds, iteration }) {
-  if (state === "running") return iteration === null ? "runs" : `runs, iteration ${iteration.toLocaleString()}`;
+function stateOf({ state, seconds, iteration, iterations }) {
+  const planned = iterations === null ? "" : ` of ${iterations.toLocaleString()}`;
+  if (state === "running") return iteration === null ? "runs" : `runs, iteration ${iteration.toLocaleString()}${planned}`;
   const took = seconds === null ? "" : seconds < 90 ? `${seconds.toFixed(0)} s` : `${(seconds / 60).toFixed(0)} min`;
   return { run: took, cached: `${took}, kept`, missing: "not yet" }[state] ?? state;
 }
@@ -119,11 +122,24 @@ function showCurves(mine, theirs) {
     chart.destroy();
     charts.delete(name);
   }
+  const all = [mine, theirs].flatMap((series) => Object.values(series).flatMap(([xs]) => [xs[0], xs.at(-1)]));
+  span = [Math.min(...all), Math.max(...all, Math.min(...all) + 1)];
   for (const name of names) {
     const data = globalThis.uPlot.join([mine[name] ?? [[], []], theirs[name] ?? [[], []]]);
     if (charts.has(name)) charts.get(name).setData(data);
     else charts.set(name, Object.assign(draw(name, data), { step, other }));
   }
+}
+
+function rangeOf(low, high) {
+  if (low === null) return [0, 1];
+  const room = Math.abs(low) / 10 || 1; // around a single value
+  return low === high ? [low - room, high + room] : globalThis.uPlot.rangeNum(low, high, 0.1, true);
+}
+
+function lineOfMany(u, series, first, last) {
+  const count = u.data[series].filter((value) => value !== null && value !== undefined).length;
+  return count < FEWEST_OF_A_LINE ? null : globalThis.uPlot.paths.linear()(u, series, first, last);
 }
 
 function draw(name, data) {
@@ -134,14 +150,17 @@ function draw(name, data) {
     return getComputedStyle(figure).color;
   };
   const axis = { stroke: colour("soft"), grid: { stroke: colour("line"), width: 1 }, ticks: { show: false }, font: "12px system-ui", size: 28 };
+  // Few values are points: a line between two of them would show what was not measured.
   const line = (label, part, dash) => (
-    { label, stroke: colour(part), width: 2, dash, spanGaps: true, points: { show: data[0].length < 40, size: 5 } });
+    { label, stroke: colour(part), width: 2, dash, spanGaps: true, paths: lineOfMany, points: { show: (u) => u.data[0].length < 40, size: 6 } });
   const lines = [line("this run", "accent"), line("the other run", "soft", [5, 4])];
   figure.style.color = "";
   const compact = (tick) => Number(tick.toPrecision(6)).toLocaleString("en", { notation: "compact", maximumSignificantDigits: 4 });
   return new globalThis.uPlot({
-    width: figure.clientWidth, height: HEIGHT, legend: { show: false }, cursor: { y: false }, scales: { x: { time: false } },
-    axes: [axis, { ...axis, size: 52, values: (_, ticks) => ticks.map(compact) }],
+    width: figure.clientWidth, height: HEIGHT, legend: { show: false }, cursor: { y: false },
+    scales: { x: { time: false, range: () => span }, y: { range: (_, low, high) => rangeOf(low, high) } },
+    axes: [{ ...axis, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) && tick >= 0 ? compact(tick) : "")) },
+      { ...axis, size: (_, labels) => 16 + 7 * Math.max(3, ...(labels ?? []).map((label) => label.length)), values: (_, ticks) => ticks.map(compact) }],
     series: [{ label: "iteration" }, ...lines],
   }, data, figure);
 }
