@@ -165,6 +165,23 @@ def test_files_of_a_repository_are_one_row(whole):
     assert table.rows[0][0].detail == "(240 files)"
 
 
+def test_data_of_mixtures_and_suites_are_listed(whole):
+    town, suite, code = ({"task": "jsonl", "path": "/home/me/town.jsonl"}, {"task": "arithmetic"}, {"task": "my:Task"})
+    hub = {"url": "hf://datasets/openai/gsm8k/main/train.parquet", "revision": "c" * 40, "bytes": 100}
+    whole.edit_json("sft", "manifest.json", full_config={"sft": {"mixture": {"town": town, "gsm": {"task": "gsm8k"}}}},
+                    pins={"file sft.mixture.town.path (.jsonl)": "d" * 64}, externals=[hub],
+                    config={"sft": {}})  # fmt: skip
+    whole.edit_json("eval_sft", "manifest.json", full_config={"suite": {"town": town, "sums": suite, "own": code}},
+                    pins={"file suite.town.path (.jsonl)": "d" * 64}, config={"suite": {}})  # fmt: skip
+    whole.edit_json("eval_base", "manifest.json", full_config={"suite": {"own": code}}, config={"eval": {}})
+    table = source_table(whole.read())
+    assert words(table, "town.jsonl") == ["town.jsonl", "d" * 12, "—", "—", "sft, eval_sft"]
+    assert words(table, "arithmetic") == ["arithmetic", "mlxchat 0.1.0", "MIT", "—", "eval_sft"]
+    assert words(table, "my:Task") == ["my:Task", "—", "—", "—", "eval_sft"]
+    assert words(table, "openai/gsm8k")[-1] == "sft"
+    assert "gsm8k" not in [row[0].text for row in table.rows], "its repository stands there"
+
+
 def test_numbers_are_short_with_units():
     assert [format_seconds(value) for value in (59.97, 3599.8, 13_860)] == ["1m00s", "1h00m", "3h51m"]
     assert [format_bytes(value) for value in (9_800_000_000, 999_999)] == ["9.8 GB", "1.0 MB"]

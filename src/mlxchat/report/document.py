@@ -192,7 +192,7 @@ def _environment(report: RunReport) -> Iterator[Block]:
     for title, table in bench_tables(report):
         yield from (f"### {escape(title)}", table)
     if sources := source_table(report):
-        yield from ("### Outside data", sources)
+        yield from ("### Data", sources)
     yield from ("### Artifacts", artifact_table(report))
     yield (
         f"Written by mlxchat from {escape(report.folder.name)}. Every number comes from a manifest, metrics.jsonl or "

@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+from mlxchat.config.parts import is_own
 from mlxchat.config.wording import (
     ABSENT,
     format_bytes,
@@ -33,6 +35,7 @@ from mlxchat.evals.scores import METRICS, Measure, Scores, mapping, number
 from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, read_json, sequence, text
 from mlxchat.runner.stage import best_of
 from mlxchat.store.fingerprint import flatten
+from mlxchat.tasks import task_class, task_names
 
 Pairs = list[tuple[str, str]]
 
@@ -513,7 +516,7 @@ def _input_artifacts(report: RunReport, step: StepReport) -> Iterable[tuple[str,
 
 
 def source_table(report: RunReport) -> Table | None:
-    """Return the external data of all steps with revision and licence, one row per repository."""
+    """Return the data of all steps with version and licence: one row per repository, package, own file and task."""
     found: dict[tuple[str, str, str], list[tuple[str, float]]] = {}
     for step in report.steps:
         for item in map(mapping, sequence(step.manifest.get("externals"))):
@@ -522,6 +525,8 @@ def source_table(report: RunReport) -> Table | None:
             pins = [text(item[key]) for key in ("version", "revision", "sha256") if item.get(key)]
             source = (name, [*pins, address or ABSENT][0], text(item.get("licence")) or ABSENT)
             found.setdefault(source, []).append((step.name, number(item.get("bytes")) or 0))
+        for source in _task_sources(step):
+            found.setdefault(source, []).append((step.name, 0))
     rows = []
     for (name, pin, licence), uses in found.items():
         steps = list(dict.fromkeys(step for step, _ in uses))
@@ -532,6 +537,28 @@ def source_table(report: RunReport) -> Table | None:
                      Cell(format_bytes(size) if size else ABSENT), Cell(", ".join(steps))])  # fmt: skip
     header = ["Data", "Version", "Licence", "Size", "Used by"]
     return Table(header=header, align="lllrl", rows=rows) if rows else None
+
+
+def _task_sources(step: StepReport) -> Iterator[tuple[str, str, str]]:
+    """Yield name, version and licence of the files and tasks of mixtures and suites that are no external data."""
+    pins = {key.split(" ")[1]: text(pin) for key, pin in mapping(step.manifest.get("pins")).items() if " " in key}
+    package = f"mlxchat {text(mapping(step.manifest.get('versions')).get('mlxchat'))}".rstrip()
+
+    def visit(values: Mapping[str, Any], place: str) -> Iterator[tuple[str, str, str]]:
+        for key, value in values.items():
+            inside = mapping(value)
+            task, path = (text(inside.get(name)) for name in ("task", "path"))
+            if path and task:
+                yield Path(path).name, pins.get(f"{place}{key}.path", ABSENT), ABSENT
+            elif is_own(task):
+                yield task, ABSENT, ABSENT
+            elif task in task_names() and not (task_class(task).source_options and step.manifest.get("externals")):
+                yield task, package, "MIT"
+            yield from visit(inside, f"{place}{key}.")
+
+    # Sections that are not part of the id were not read: the suite of a base model, for example.
+    config, read = (mapping(step.manifest.get(key)) for key in ("full_config", "config"))
+    yield from dict.fromkeys(visit({name: section for name, section in config.items() if name in read}, ""))
 
 
 def _named(address: str) -> str:
