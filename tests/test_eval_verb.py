@@ -13,6 +13,7 @@ import pytest
 from kit.artifacts import make_model, make_tokenizer, publish
 from kit.numpy_gpt import numpy_logits
 from mlxchat.model.checkpoint import save_checkpoint
+from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.tasks import load_task
 
@@ -128,3 +129,16 @@ def test_third_party_folder_is_evaluated(made, tmp_path, say):
     assert rows[0] == rows[1]
     several = ["eval", f"hf:{made}", "--task", "facts", "--samples", "2", f"outputs={made}"]
     assert "requires a model of mlxchat" in say(*several, code=2)
+
+
+@pytest.mark.parametrize("target", ["hf", "nanochat"])
+def test_lineage_of_an_import_names_its_files_and_the_exported_model(made, tmp_path, say, target):
+    """Bug: the import of an own export was "made from nothing"."""
+    say("export", "talks", "--to", target, tmp_path / target, f"outputs={made}")
+    say("import", target, tmp_path / target, "--name", f"back-{target}", f"outputs={made}")
+    told = say("lineage", f"import:back-{target}", f"outputs={made}")
+    assert told.startswith("made from outside data\n")
+    assert str(tmp_path / target) in told
+    talks = resolve(Store(made), "talks").name
+    assert f"same weights: {talks}; its inputs: mlxchat lineage {talks} --up" in told
+    assert say("lineage", "talks", f"outputs={made}").startswith("made from nothing: ")

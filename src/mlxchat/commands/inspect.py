@@ -349,10 +349,7 @@ def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
     yield "metrics", [[key, format_number(value)] for key, value in manifest["metrics"].items()]
     yield "derived", [[key, show_value(value)] for key, value in flatten(manifest.get("derived") or {}).items()]
     yield "config", [[key, show_value(value)] for key, value in flatten(manifest["config"]).items()]
-    yield "from outside", [
-        [str(item.get("name") or item.get("url")), str(item.get("revision") or item.get("version") or ""),
-         str(item.get("sha256") or "")[:12]] for item in manifest.get("externals") or ()
-    ]  # fmt: skip
+    yield "from outside", [*_outside(manifest)]
     git, device = manifest.get("git") or {}, manifest.get("device") or {}
     commit = [["git", f"{str(git.get('commit'))[:12]}{' (changed since)' if git.get('dirty') else ''}"]] if git else []
     if ranks := (manifest.get("excluded") or {}).get("ranks"):
@@ -361,6 +358,13 @@ def _sections(manifest: Manifest) -> Iterator[tuple[str, list[list[str]]]]:
     versions = [[key, str(value)] for key, value in (manifest.get("versions") or {}).items()]
     yield "made with", [*commit, *([["device", str(device.get("name"))]] if device else []), *versions]
     yield "files", [[file["path"], format_bytes(file["bytes"]), file["sha256"][:12]] for file in manifest["outputs"]]
+
+
+def _outside(manifest: Manifest) -> Iterator[list[str]]:
+    """Yield name, version and the start of the sha256 of each external file or package."""
+    for item in manifest.get("externals") or ():
+        name, version = item.get("name") or item.get("url"), item.get("revision") or item.get("version")
+        yield [str(name), str(version or ""), str(item.get("sha256") or "")[:12]]
 
 
 def lineage(parser: Parser) -> None:
@@ -384,20 +388,43 @@ def _lineage(options: Namespace) -> int:
         from mlxchat.store.catalog import short_form
 
         known[manifest["rid"]] = short_form(place.name, manifest)
-    trees = {}
+    trees: dict[str, Any] = {}
     if options.up or not options.down:
         trees["inputs"] = ancestors(manifest["rid"], known)
+        trees["outside"] = [*_outside(manifest)]
+        trees["same_weights"] = [*_with_same_weights(store, manifest)]
     if options.down or not options.up:
         trees["uses"] = descendants(manifest["rid"], known)
     if options.json:
         print_json(trees)
         return 0
-    titles = {"inputs": "made from", "uses": "used by"}
-    for key, tree in trees.items():
-        print(titles[key] if tree[key] else f"{titles[key]} nothing: {visible(tree['artifact'])}")
+    for key, title in (("inputs", "made from"), ("uses", "used by")):
+        if key not in trees:
+            continue
+        tree, outside = trees[key], trees["outside"] if key == "inputs" else []
+        what = "" if tree[key] else " outside data" if outside else f" nothing: {visible(tree['artifact'])}"
+        print(f"{title}{what}")
         if tree[key]:
             print("\n".join(f"  {visible(line)}" for line in _draw(tree, key)))
+        elif outside:
+            print(aligned([["", *map(visible, row)] for row in outside]))
+    for name in map(visible, trees.get("same_weights", ())):
+        print(f"same weights: {name}; its inputs: mlxchat lineage {name} --up")
     return 0
+
+
+def _with_same_weights(store: Store, manifest: Manifest) -> Iterator[str]:
+    """Yield the artifacts that are not imported and have the weights of an imported model, as an export of them has."""
+    own = _weights_of(manifest) if manifest["stage"] == "imported" else None
+    for summary in read_catalog(store) if own else ():
+        if summary.get("kind") == manifest["kind"] and summary["stage"] != "imported":
+            other = read_manifest(store.outputs / "store" / summary["folder"])
+            if _weights_of(other) == own:
+                yield other["name"]
+
+
+def _weights_of(manifest: Manifest) -> str | None:
+    return next((str(file["sha256"]) for file in manifest["outputs"] if file["path"] == "model.safetensors"), None)
 
 
 def _draw(tree: Node, below: str) -> list[str]:
