@@ -49,7 +49,7 @@ def test_evaluation_is_a_cached_step(made, say):
     say("eval", "talks", "--task", "arithmetic", "--limit", "2", "--samples", "2", *settings)
     assert len(evaluations(made)) == 2, "another limit is another key"
     right, error = re.search(r"arithmetic +([\d.]+)% +([\d.]+)%", again).groups()
-    told = say("compare", "--step", "eval", f"outputs={made}")
+    told = say("compare", "--step", "eval", "--metrics", "arithmetic", f"outputs={made}")
     cell = re.search(r"^arithmetic +(\S+) ± (\S+)", told, re.M)
     assert [float(each) * 100 for each in cell.groups()] == pytest.approx([float(right), float(error)], abs=0.6)
 
