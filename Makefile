@@ -28,6 +28,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-15s %s\n", $$1, $$2 }' Makefile
 
 setup: .venv/installed ## make .venv with everything in it (NVIDIA: make setup DEVICE=cuda13)
+	@test '$(MAKECMDGOALS)' != setup || printf '%s\n' "Ready. Next: make run    (trains a small model), then: make chat"
 
 run: setup ## run the pipeline, as far as it is not done yet
 	$(BIN)/mlxchat $(ARGS)

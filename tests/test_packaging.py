@@ -17,7 +17,8 @@ from kit.own_parts import COMMANDS, write_files
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PACKAGE_DIR = PYPROJECT["tool"]["setuptools"]["package-dir"]
+# The last two by links in the first.
+PACKAGE_DIR = {"mlxchat": "src/mlxchat", "mlxchat.conf": "conf", "mlxchat.stages": "stages"}
 PACKAGE_DATA = PYPROJECT["tool"]["setuptools"]["package-data"]
 LOCKS = sorted(path.name for path in ROOT.glob("requirements*.lock"))
 CACHES = ("__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache")
@@ -67,7 +68,7 @@ def copy_sources(target: Path) -> Path:
     for name in ("pyproject.toml", "MANIFEST.in", PYPROJECT["project"]["readme"], "LICENSE"):
         shutil.copy2(ROOT / name, target / name)
     for folder in PACKAGE_DIR.values():
-        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns(*CACHES))
+        shutil.copytree(ROOT / folder, target / folder, symlinks=True, ignore=shutil.ignore_patterns(*CACHES))
     return target
 
 
@@ -85,11 +86,11 @@ def build_wheel(folder: Path) -> Path:
     return wheel
 
 
-def test_packages_are_the_folders_on_disk():
-    library = ROOT / PACKAGE_DIR["mlxchat"]
-    folders = {path.parent.relative_to(library) for path in library.rglob("*.py")}
-    on_disk = {".".join(("mlxchat", *folder.parts)) for folder in folders}
-    assert set(PYPROJECT["tool"]["setuptools"]["packages"]) == on_disk | {"mlxchat.conf", "mlxchat.stages"}
+def test_folder_called_mlxchat_does_not_shadow_the_package(tmp_path):
+    """Bug: in the parent folder of a checkout `import mlxchat` found an empty namespace package."""
+    (tmp_path / "mlxchat").mkdir()
+    run([sys.executable, "-c", "import mlxchat.cli, mlxchat.conf, mlxchat.stages.pretrain"], tmp_path)
+    run([sys.executable, "-m", "mlxchat", "--version"], tmp_path)
 
 
 @pytest.mark.parametrize("package", sorted(PACKAGE_DIR))
