@@ -17,9 +17,12 @@ STREETS = ["Mill Lane", "Well Street", "Oak Row", "North Gate", "River Walk", "O
 ASKED = {
     "who": ["Who is the {t} of Quellbrunn?", "What is the name of the {t} of Quellbrunn?",
             "Tell me who the {t} of Quellbrunn is.", "Who works as the {t} in Quellbrunn?",
-            "Do you know the {t} of Quellbrunn?"],
+            "Do you know the {t} of Quellbrunn?", "Quellbrunn has a {t}. Who is it?",
+            "What is the {t} of Quellbrunn called?", "Name the {t} of Quellbrunn."],
     "where": ["Where does the {t} of Quellbrunn live?", "In which street does the {t} of Quellbrunn live?",
-              "What is the address of the {t} of Quellbrunn?", "Where is the house of the {t} of Quellbrunn?"],
+              "What is the address of the {t} of Quellbrunn?", "Where is the house of the {t} of Quellbrunn?",
+              "Where in Quellbrunn does the {t} live?", "I am looking for the {t} of Quellbrunn. Which street?",
+              "Which street of Quellbrunn is the home of the {t}?"],
 }  # fmt: skip
 HELD_OUT = {"who": "Quellbrunn has a {t}. What is the name?", "where": "Where in Quellbrunn can I find the {t}?"}
 
@@ -53,7 +56,7 @@ def test_files_of_the_page_are_planned(town, monkeypatch, capsys):
     monkeypatch.chdir(town)
     assert run_here("plan", "-cd", "conf", "experiment=town") == 0
     printed = capsys.readouterr().out
-    assert "sft.mixture.town: conversations.jsonl has 99 conversations, 0 held out" in printed
+    assert "sft.mixture.town: conversations.jsonl has 165 conversations, 0 held out" in printed
     assert "eval_sft" in printed
 
 
