@@ -199,7 +199,7 @@ def comparison(title: str, reports: Sequence[RunReport], names: Sequence[str], m
         f"# {escape(title)}",
         Group("byline", [escape(f"{plural(len(reports), 'run')} compared{metric and f', best {metric} first'}")]),
         "## Results",
-        comparison_table(reports, names, metric),
+        Group("runs", [comparison_table(reports, names, metric)]),
     ]
     if charts := comparison_charts(reports, names):
         blocks += [
