@@ -132,7 +132,7 @@ def test_altered_model_is_refused(verb, store, say):
 
 
 def test_equal_models_are_told_apart_by_run_settings_and_score(store):
-    settings = ["model=d2", "sft.num_epochs=2", "outputs=/home/me/outputs"]
+    settings = ["model=d2", "sft.num_epochs=2", "rl.num_iterations=3", "outputs=/home/me/outputs"]
     for letter, run, overrides, facts in (("d", STORY, settings, 0.5), ("f", STORY, ["model=d2"], 0.75)):
         folder = store.outputs / "store" / f"sft-d2-{letter * 16}"
         shutil.copytree(store.outputs / "store" / CHAT, folder)

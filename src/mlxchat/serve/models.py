@@ -28,7 +28,7 @@ from mlxchat.interop.source import PREFIX
 from mlxchat.model.sizes import count_parameters
 from mlxchat.planning.given import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
-from mlxchat.report.collect import read_jsonl, text
+from mlxchat.report.collect import STAGE_LABELS, read_jsonl, text
 from mlxchat.serve.security import Fault, Limits
 from mlxchat.store.catalog import Summary, read_catalog
 from mlxchat.store.fingerprint import canonical_json
@@ -281,10 +281,14 @@ def _facts(entry: dict[str, Any], store: Store) -> tuple[str, tuple[str, ...], s
 @lru_cache(maxsize=10_000)
 def _overrides(folder: Path) -> tuple[str, ...]:
     try:
-        given = read_manifest(folder).get("overrides") or ()
+        manifest = read_manifest(folder)
     except StoreError:
         return ()
-    return tuple(redact([each for each in given if "/" not in each and not each.startswith(("outputs=", "stage="))]))
+    # Later trainings and evaluations of its run did not change the model.
+    later = (*STAGE_LABELS, "eval")[[*STAGE_LABELS, manifest["stage"]].index(manifest["stage"]) + 1 :]
+    others = ("outputs=", "stage=", *(f"{stage}." for stage in later))
+    given = manifest.get("overrides") or ()
+    return tuple(redact([each for each in given if "/" not in each and not each.startswith(others)]))
 
 
 @lru_cache(maxsize=10_000)
