@@ -47,8 +47,12 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("changed")
     shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     (diff,) = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
-    subprocess.run(["git", "apply", "-C1", "-"], cwd=copy, input=diff, text=True, check=True)
+    subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)
     return copy
+
+
+def test_diff_applies_with_git(changed):
+    assert "self.choices[sizes.activation]" in (changed / "src" / "mlxchat" / "model" / "gpt.py").read_text("utf-8")
 
 
 @pytest.mark.slow
