@@ -331,9 +331,8 @@ def test_order_of_reward_parts_changes_nothing():
 
 
 def test_order_of_the_suite_changes_nothing(monkeypatch):
-    from mlxchat.stages import eval as stage
-
     from mlxchat.evals.scores import Score
+    from mlxchat.stages import eval as stage
 
     def evaluate(engine: Any, task: TaskItem, answering: Any, **more: Any) -> tuple[Score, list[dict[str, Any]]]:
         score = Score(kind="generative", accuracy=answering.seed / 2**33, chance=0.1, num_examples=3)
