@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlxchat.errors import ConfigError
 from mlxchat.runner.keys import pin_externals
 from mlxchat.runner.plan import order_steps
-from mlxchat.runner.reasons import estimate_steps
+from mlxchat.runner.reasons import Difference, estimate_steps, format_plan
 from mlxchat.runner.stage import Stages, read_stage
 from mlxchat.store import manifest as manifest_module
 
@@ -252,3 +252,34 @@ def test_planning_imports_no_stage(toys):
     path = toys.package / "make.py"
     path.write_text("raise RuntimeError('imported')\n" + path.read_text())
     assert [step.name for step in toys.plan(CHAIN)] == list(CHAIN)
+
+
+def test_long_lines_fit_the_terminal_and_stay_whole_elsewhere(toys, monkeypatch):
+    plan = toys.plan(CHAIN)
+    remarks = dict.fromkeys(CHAIN, "38.2 MB with 2,048 tokens at a time; " * 3)
+    whole = format_plan(plan, remarks)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    narrow = format_plan(plan, remarks)
+    assert max(map(len, whole.splitlines())) > 60 >= max(map(len, narrow.splitlines()))
+    assert narrow.split() == whole.split()
+
+
+def test_exchanged_tasks_of_a_mixture_are_one_reason():
+    old = {f"sft.mixture.{name}.{key}": (value, "absent") for name in "abcde" for key, value in TASK.items()}
+    new = {f"sft.mixture.me.{key}": ("absent", value) for key, value in TASK.items()}
+    assert str(Difference(nearest="x", config=old | new)) == "config changed: sft.mixture a, b, c and 2 more → me"
+    assert str(Difference(nearest="x", config=new)) == "config changed: sft.mixture also has me"
+    assert str(Difference(nearest="x", config=old)) == "config changed: sft.mixture a, b, c and 2 more removed"
+    size = {"sft.mixture.a.size": (1, 2)}
+    assert str(Difference(nearest="x", config=size)) == "config changed: sft.mixture.a.size 1 → 2"
+
+
+TASK = {"task": "facts", "size": 3, "options": None}
+
+
+def test_learning_rate_that_a_group_takes_over_is_one_reason():
+    rate = {"optimizer.matrix_lr": (0.02, 0.01)}
+    copy = {"optimizer.adamw_groups.matrices.lr": (0.02, 0.01)}
+    assert str(Difference(nearest="x", config=copy | rate)) == "config changed: optimizer.matrix_lr 0.02 → 0.01"
+    assert "adamw_groups.matrices.lr" in str(Difference(nearest="x", config=copy))

@@ -143,7 +143,7 @@ def _describe_recipe(
 
 def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
     """Print what a sweep would run and its duration, counting shared steps once."""
-    from mlxchat.config.wording import format_bytes, format_seconds, plural
+    from mlxchat.config.wording import format_bytes, format_seconds, plural, wrapped
     from mlxchat.planning.duration import estimate_trainings
     from mlxchat.planning.memory import describe_memory
     from mlxchat.runner.reasons import estimate_steps
@@ -193,7 +193,8 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
         for step in group:
             notes = [memory.get(step.key), str(estimates[step.key] or "no estimate") if step.key in estimates else None]
             note = "; ".join(filter(None, notes))
-            yield f"  {step.name:<{width}}  {step.state:<5}  {step.reason}".rstrip() + (f" ({note})" if note else "")
+            line = f"  {step.name:<{width}}  {step.state:<5}  {step.reason}".rstrip()
+            yield wrapped(line + (f" ({note})" if note else ""), width + 11)
 
     for _, group in shared:
         users = sum(any(step.key == group[0].key for step in job.plan) for job in jobs)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 
 ABSENT = "—"
@@ -82,3 +85,11 @@ def join(parts: Iterable[str]) -> str:
 def first_of(names: Sequence[str], most: int) -> str:
     """Return the first `most` names in one line and the number of others: a, b and 3 more."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def wrapped(line: str, indent: int) -> str:
+    """Return a line wrapped to the terminal's width, further lines indented; unchanged if output is no terminal."""
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return "\n".join(textwrap.wrap(line, width, subsequent_indent=" " * indent, break_on_hyphens=False))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.config.wording import first_of, format_bytes, format_seconds, plural
+from mlxchat.config.wording import first_of, format_bytes, format_seconds, plural, wrapped
 from mlxchat.store.fingerprint import changes, flatten, left_out_of
 from mlxchat.store.manifest import Manifest
 from mlxchat.store.store import Store
@@ -44,8 +44,7 @@ class Difference:
         if self.version is not None:
             return f"stage changed: version {self.version[0]} → {self.version[1]}"
         if self.config:
-            shown = [f"{key} {_show(old)} → {_show(new)}" for key, (old, new) in self.config.items()]
-            return f"config changed: {first_of(shown, _MOST_CHANGES_SHOWN)}"
+            return f"config changed: {first_of(_describe_changes(self.config), _MOST_CHANGES_SHOWN)}"
         if self.inputs:
             return f"input changed: {', '.join(f'{role} ({source})' for role, source in self.inputs.items())}"
         if code := [name.removeprefix("code ") for name in self.externals if name.startswith("code ")]:
@@ -91,6 +90,30 @@ def nearest_of(identity: Mapping[str, Any], candidates: Iterable[Manifest]) -> M
         if best is None or (-distance, manifest["published"]) > (-best[0], best[1]):
             best = (distance, manifest["published"], manifest)
     return best[2] if best else None
+
+
+def _describe_changes(config: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    """Return key, old and new value of each change; one text for all tasks that a mixture or suite lost and gained.
+
+    The rate of an AdamW group is left out if the setting that it is taken from (`optimizer.matrix_lr`) changed alike.
+    """
+    lost: dict[str, list[str]] = {}
+    gained: dict[str, list[str]] = {}
+    for key, change in config.items():
+        mapping, _, name = key.removesuffix(".task").rpartition(".")
+        if key.endswith(".task") and "absent" in change:
+            (gained if change[0] == "absent" else lost).setdefault(mapping, []).append(name)
+    shown = []
+    for mapping in sorted(lost | gained):
+        names = [first_of(side.get(mapping, []), _MOST_CHANGES_SHOWN) for side in (lost, gained)]
+        shown.append(f"{mapping} {names[0] or 'also has'}{' → ' if all(names) else ' '}{names[1] or 'removed'}")
+    told = {f"{mapping}.{name}" for side in (lost, gained) for mapping, names in side.items() for name in names}
+    rates = [change for key, change in config.items() if key.endswith("_lr")]
+    for key, (old, new) in config.items():
+        is_copy = ".adamw_groups." in key and key.endswith(".lr") and (old, new) in rates
+        if not is_copy and key.rpartition(".")[0] not in told:
+            shown.append(f"{key} {_show(old)} → {_show(new)}")
+    return shown
 
 
 def _show(value: Any) -> str:
@@ -149,7 +172,8 @@ def format_plan(
         notes = [remarks[step.name]] if remarks and step.name in remarks else []
         if estimates is not None and step.name in estimates:
             notes.append(str(estimates[step.name] or "no estimate"))
-        lines.append(f"{line} ({'; '.join(notes)})" if notes else line)
+        line += f" ({'; '.join(notes)})" if notes else ""
+        lines.append(wrapped(line, width + states + 4))
     counts = {state: sum(step.state == state for step in plan) for state in ("run", "maybe", "waiting")}
     summary = f"{plural(len(plan), 'step')}: {sum(step.done for step in plan)} done, {counts['run']} to run"
     summary += "".join(f", {counts[state]} {state}" for state in ("maybe", "waiting") if counts[state])
