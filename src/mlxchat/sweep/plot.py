@@ -87,7 +87,7 @@ def _draw_two(columns: dict[str, list[Any]], values: list[float], metric: str, b
         panel.plot([across[best]], [values[best]], "o", ms=10, mfc="none", mec=INK, mew=1.5, label="best")
         _scale(panel, across, "x")
         name_axes(panel, f"{metric} by {first}", first, metric)
-        panel.legend(title=one_line(second), fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        panel.legend(title=one_line(second), title_fontsize=9, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         return render_png(figure)
     if cells <= min(_MOST_CELLS, 2 * len(values)) or not (is_numeric(across) and is_numeric(other)):
         _draw_cells(panel, across, other, values, best)

@@ -539,6 +539,8 @@ def _conclude(search: Search, trials: Trials) -> int:
     rows = write_results(
         rows, search.folder, metric=search.target, less_is_better=search.direction == "minimize", unit="trial"
     )
+    jobs = folder.state()["jobs"]
+    folder.write_state({"sorted_by": search.target, "jobs": {str(row["job"]): jobs[str(row["job"])] for row in rows}})
     folder.tidy()
     print(f"side by side: mlxchat compare {search.folder.name}; mlxchat report {search.folder.name}")
     best = _best(search, trials)
