@@ -159,3 +159,14 @@ def test_prompts_of_a_model_are_those_of_its_evaluation(store):
     entries = Models(store, resolve(store, "quickstart/sft"), within=QUICKSTART).entries()
     prompts = {entry["id"]: entry["mlxchat"]["prompts"] for entry in entries}
     assert prompts == {name: ["Where is the mill?", "Where is the pub?"] for name in (CHAT, BASE)}
+
+
+def test_prompts_of_a_model_that_is_not_evaluated_are_those_of_its_run(store):
+    for evaluation in (store.outputs / "store").glob("eval-*"):
+        shutil.rmtree(evaluation)
+    name = read_manifest(store.outputs / "store" / CHAT)["run"]
+    (store.outputs / "runs" / name).mkdir(parents=True, exist_ok=True)
+    settings = {"eval": {"prompts": ["Where is the mill?"]}}
+    (store.outputs / "runs" / name / "config.yaml").write_text(json.dumps(settings))
+    entries = Models(store, resolve(store, "quickstart/sft"), within=QUICKSTART).entries()
+    assert {entry["id"]: entry["mlxchat"]["prompts"] for entry in entries}[CHAT] == ["Where is the mill?"]

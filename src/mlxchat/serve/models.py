@@ -16,6 +16,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mlxchat.config.secrets import redact
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
@@ -38,6 +40,8 @@ from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
 from mlxchat.training.forecast_finetune import measure_teacher
 
+# libyaml is nine times as fast.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _log = logging.getLogger("mlxchat.serve")
 _LISTED_SECONDS = 2.0
 _NAME = re.compile(r"[\w.:@+-]+(/[\w.:@+-]+)*")
@@ -130,6 +134,8 @@ class Models:
                 judge = judges.get(summary["rid"], {})
                 asked = summary if summary["stage"] == "pretrain" else judge or summary
                 prompts = _prompts(self.store.outputs / "store" / asked["folder"] / "samples.jsonl")
+                if not prompts and summary.get("run"):  # it is not evaluated yet
+                    prompts = _planned_prompts(self.store.outputs / "runs" / Path(summary["run"]).name / "config.yaml")
                 scores = _numbers(judge.get("metrics", {}))
                 entries.append(_own_entry(summary, scores, fingerprint, parameters, prompts))
         with self._lock:
@@ -251,6 +257,16 @@ def _prompts(path: Path) -> list[str]:
     """Return the first prompts of a file of samples."""
     prompts = (text(record.get("prompt")).strip() for record in read_jsonl(path))
     return list(dict.fromkeys(prompt for prompt in prompts if 0 < len(prompt) <= _MOST_PROMPT_CHARS))[:_MOST_PROMPTS]
+
+
+@lru_cache(maxsize=1000)
+def _planned_prompts(path: Path) -> list[str]:
+    """Return the first of `eval.prompts` of a run's settings."""
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return [str(prompt)[:_MOST_PROMPT_CHARS] for prompt in settings["eval"]["prompts"]][:_MOST_PROMPTS]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return []
 
 
 def _tell_apart(entries: list[dict[str, Any]], store: Store) -> None:
