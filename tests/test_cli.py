@@ -70,6 +70,7 @@ def test_misspelt_option_gets_a_suggestion(say):
     assert 'unrecognized arguments: --jsn. Did you mean "--json"? See: mlxchat ls --help' in say("ls", "--jsn", code=2)
     assert 'Did you mean "--multirun"?' in say("--multirn", "seed=1,2", code=2)
     assert 'Did you mean "fetch"?' in say("data", "fetc", code=2)
+    assert say("--dry-run", "seed=1", code=2) == "error: --dry-run: `mlxchat plan` shows what would run\n"
     assert 'there is no verb "lineag"' in say("lineag", "x", code=2)
 
 
@@ -78,8 +79,8 @@ def test_misspelt_option_gets_a_suggestion(say):
     [
         (["status"], 0, r"{outputs} is empty: run mlxchat first\n"),
         (["ls"], 0, r"{outputs} holds no artifacts yet: run mlxchat first\n"),
-        (["chat", "-p", "hi"], 2, r"error: .*mlxchat.*\n"),
-        (["report"], 2, r"error: .*mlxchat.*\n"),
+        (["chat", "-p", "hi"], 2, r"error: {outputs} holds no model yet: `mlxchat` trains one; outputs=PATH .*\n"),
+        (["report"], 2, r"error: {outputs} holds no run yet: `mlxchat` starts one; outputs=PATH .*\n"),
     ],
 )
 def test_missing_outputs_folder_is_reported_and_not_created(words, code, told, say, tmp_path):

@@ -86,7 +86,7 @@ def test_mlx_export_has_our_logits_in_mlx_lm(export, made, tmp_path, name):
 @pytest.mark.parametrize(("name", "bits"), [("oct", 8), ("jul", 4)])
 def test_quantised_export_computes_with_rounded_weights(export, made, tmp_path, name, bits):
     mlx_lm = pytest.importorskip("mlx_lm")
-    code, said = export(name, "--to", "mlx", tmp_path / "out", "--quantize", bits)
+    code, said = export(name, "--to", "mlx", tmp_path / "out", "--bits", bits)
     assert code == 0
     assert f"Weights of {bits} bits:" in said
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -110,7 +110,7 @@ def test_printed_quantisation_cost_equals_mlx_lms(export, made, tmp_path):
     mlx_lm = pytest.importorskip("mlx_lm")
     from mlxchat.evals.rounding import held_out_rows
 
-    code, said = export("oct", "--to", "mlx", tmp_path / "out", "--quantize", "4")
+    code, said = export("oct", "--to", "mlx", tmp_path / "out", "--bits", "4")
     assert code == 0
     model, _ = mlx_lm.load(str(tmp_path / "out"))
     place = artifact(made, "oct")
@@ -244,10 +244,14 @@ def test_base_export_has_no_chat_template(export, tmp_path):
     ("arguments", "told"),
     [
         (["jul", "--to", "hf", "OUT"], "value embeddings, residual scalars, the smear, the backout.*--to mlx"),
-        (["oct", "--to", "gguf", "OUT"], "--to hf, nanochat, mlx, mlx-adapter"),
+        (
+            ["oct", "--to", "gguf", "OUT"],
+            "--to gguf is not supported, expected hf, nanochat, mlx, mlx-adapter, peft\\.$",
+        ),
+        (["oct", "--to", "mlx", "OUT", "--quantize", "4"], "--quantize is called --bits"),
         (["oct", "OUT"], r"To copy artifacts: mlxchat push oct \S+/out"),
         (["odd", "--to", "nanochat", "OUT"], r"rope_theta 5000\.0 instead of 10000\.0.*--to mlx or --to hf"),
-        (["oct", "--to", "hf", "OUT", "--quantize", "4"], "--quantize requires --to mlx"),
+        (["oct", "--to", "hf", "OUT", "--bits", "4"], "--bits requires --to mlx"),
         (["oct", "--to", "nanochat", "OUT", "--dtype", "bfloat16"], "--dtype requires --to hf or --to mlx"),
         (["oct", "--to", "hf", "OUT", "--public"], "--public requires --hub"),
         (["oct", "--to", "hf", "OUT", "--hub", "nowhere"], "is no repository"),

@@ -75,7 +75,7 @@ def test_unreadable_text_is_refused_before_running(outputs, tmp_path, say):
         ([tmp_path / "none.txt"], "cannot be read (No such file or directory)"),
         ([tmp_path / "empty"], "holds no files"),
         ([tmp_path / "bad.txt"], "cannot be read as UTF-8 text"),
-        ([tmp_path / "a.jsonl"], 'lines 1 are not JSON objects with a field "text"'),
+        ([tmp_path / "a.jsonl"], 'line 1 is not a JSON object with a field "text"'),
     ):
         assert told in say("eval", "base", "--text", *arguments, f"outputs={outputs}", code=2)
     assert "--column requires --text" in say("eval", "base", "--task", "bpb", "--column", "x", code=2)

@@ -242,6 +242,7 @@ def test_failed_import_is_named_by_the_next(twin, monkeypatch, tmp_path):
         with contextlib.suppress(MlxchatError):
             assert dispatch(command) != 0
     assert not (tmp_path / "outputs" / "refs" / "imports" / "x").exists()
+    assert list((tmp_path / "outputs" / "work").iterdir()) == [], "status does not list it"
     assert dispatch(command) == 0
     (place,) = (tmp_path / "outputs" / "store").iterdir()
     assert resolve(Store(tmp_path / "outputs"), "import:x") == place

@@ -30,7 +30,7 @@ def test_broken_lines_are_found_before_anything_is_computed(verb, conversations,
     for line in (
         f"sft.mixture.mine: {conversations} has 2 lines that are not conversations",
         "line 2: question and answer must be text", "line 4: not JSON",
-        f'{text}: lines 2 are not JSON objects with a field "text"',
+        f'{text}: line 2 is not a JSON object with a field "text"',
     ):  # fmt: skip
         assert line in printed
     assert printed.count(str(text)) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 from argparse import BooleanOptionalAction, Namespace
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser, quoted
 from mlxchat.config.wording import format_bytes, plural
-from mlxchat.errors import ConfigError, StoreError, suggest, visible
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, suggest, visible
 from mlxchat.store.bases import is_adapter
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import IMPORTS, describe_model, find_model, find_newest_model, links, run_of, running_run
@@ -49,7 +50,7 @@ def export(parser: Parser) -> None:
     parser.take_names("ID --to FORMAT PATH", most=2, about=_FORMATS)
     parser.description = "Write a model to PATH in another tool's format, with a model card."
     parser.add_argument("--to", metavar="FORMAT", help=", ".join(FORMATS))
-    parser.add_argument("--quantize", type=int, choices=(4, 8), help="quantise to this many bits (--to mlx)")
+    parser.add_argument("--bits", type=int, choices=(8, 4), help="quantise to this many bits (--to mlx)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of the other weights (--to hf, mlx)")
     parser.add_argument("--hub", metavar="REPO", help="upload it to this repository of the Hub; PATH is then optional")
     parser.add_argument("--public", action="store_true", help="with --hub: make the repository public")
@@ -63,10 +64,12 @@ def _export(options: Namespace) -> int:
     """Write a model in another tool's format to a folder, the Hub or both."""
     name, *rest = options.names
     if options.to not in FORMATS:
-        place = options.to or next(iter(rest), "PLACE")
+        if options.to is not None:
+            known = ", ".join(FORMATS)
+            raise ConfigError(f"--to {options.to} is not supported, expected {known}.{suggest(options.to, FORMATS)}")
         raise ConfigError(
-            f"export writes a model for another tool: --to {', '.join(FORMATS)}.{suggest(place, FORMATS)} "
-            f"To copy artifacts: mlxchat push {name} {place}"
+            f"export writes a model for another tool: --to {', '.join(FORMATS)}. "
+            f"To copy artifacts: mlxchat push {name} {next(iter(rest), 'PLACE')}"
         )
     if not rest and not options.hub:
         raise ConfigError(f"expected mlxchat export ID --to {options.to} PATH, or --hub ORGANISATION/NAME")
@@ -81,7 +84,7 @@ def _export(options: Namespace) -> int:
             "cc-by-sa-4.0 (https://huggingface.co/docs/hub/repositories-licenses)"
         )
     return _write_model(
-        Store(options.outputs), name, options.to, Path(rest[0]) if rest else None, bits=options.quantize,
+        Store(options.outputs), name, options.to, Path(rest[0]) if rest else None, bits=options.bits,
         dtype=options.dtype, force=options.force, repository=options.hub, public=options.public,
         card={"license": options.license, "language": languages},
     )  # fmt: skip
@@ -418,7 +421,13 @@ def _make(composed: Composed, step: PlannedStep, store: Store) -> Path:
     from mlxchat.sweep.job import run_pipeline
 
     if not step.done:
-        run_pipeline(composed, is_verb=True)
+        try:
+            run_pipeline(composed, is_verb=True)
+        except Interrupted:
+            raise
+        except MlxchatError:
+            shutil.rmtree(store.work(step.key), ignore_errors=True)  # it has no saved state to continue from
+            raise
         store.forget()
     made = store.find_made(step.key)
     assert made is not None, "a run that ends has made it"

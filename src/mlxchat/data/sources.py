@@ -393,7 +393,8 @@ def _read_jsonl(path: Path, column: str) -> Iterator[str]:
             bad.append(str(number))
     if bad:
         more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        raise DataError(f'{path}: lines {", ".join(bad[:20])}{more} are not JSON objects with a field "{column}"')
+        what = "line {} is not a JSON object" if len(bad) == 1 else "lines {} are not JSON objects"
+        raise DataError(f'{path}: {what.format(", ".join(bad[:20]) + more)} with a field "{column}"')
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:

@@ -112,13 +112,13 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
         instead = "mlx" if target == "mlx-adapter" else "hf"
         raise ConfigError(f"{checkpoint.folder.name} has no adapters. --to {instead} writes its weights")
     if adapters_alone and (bits is not None or dtype is not None):
-        raise ConfigError("adapters are written in float32; --quantize and --dtype require --to mlx")
+        raise ConfigError("adapters are written in float32; --bits and --dtype require --to mlx")
     if bits is not None and target != "mlx":
-        raise ConfigError(f"--quantize requires --to mlx, not {target}")
+        raise ConfigError(f"--bits requires --to mlx, not {target}")
     if dtype is not None and target == "nanochat":
         raise ConfigError("--dtype requires --to hf or --to mlx; nanochat's files have fixed types")
     if bits is not None and checkpoint.sizes.width % _GROUP_NUMBERS[-1]:
-        raise ConfigError(f"--quantize needs a width that is a multiple of 32, got {checkpoint.sizes.width}")
+        raise ConfigError(f"--bits needs a width that is a multiple of 32, got {checkpoint.sizes.width}")
     if target in ("hf", "peft"):
         check_hf(checkpoint.sizes)
     if target == "peft":

@@ -147,7 +147,9 @@ def latest_run(outputs: Path) -> Path:
     # Names begin with the time of the start, so the order of names is the order of runs.
     planned = sorted(path.parent for path in runs.glob("*/plan.json")) if runs.is_dir() else []
     if not planned:
-        raise StoreError(f"{runs} holds no run with a plan.json; expected at least one; start one with: mlxchat")
+        raise StoreError(
+            f"{outputs.resolve()} holds no run yet: `mlxchat` starts one; outputs=PATH reads another folder"
+        )
     return planned[-1]
 
 

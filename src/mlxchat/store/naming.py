@@ -115,7 +115,9 @@ def find_model(store: Store, name: str | None) -> Found:
         group = latest(store)
         steps = links(store, group)
         if (place := model_of(steps) or last_saved(steps)) is None:
-            raise StoreError(f"{store.outputs} holds no model yet: run mlxchat to train one, or name a model")
+            raise StoreError(
+                f"{store.outputs.resolve()} holds no model yet: `mlxchat` trains one; outputs=PATH reads another folder"
+            )
         return Found(place, group)
     found = find(store, name)
     if (kind := read_manifest(found.place)["kind"]) != MODEL:
