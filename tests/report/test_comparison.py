@@ -64,7 +64,7 @@ def test_each_row_names_model_and_run(training):
 def test_metric_is_the_first_column_and_stands_once(training):
     jobs = [job(training("a", last=3.0)), job(training("b", last=2.0))]
     table = comparison_table(jobs, ["seed=1", "seed=2"], "pretrain.val_bpb")
-    assert table.header[:2] == ["Run", "pretrain.val_bpb"]
+    assert table.header[:2] == ["Settings", "pretrain.val_bpb"]
     assert texts(table, "pretrain.val_bpb") == ["3.0000", "2.0000"]
     assert "val bpb" not in table.header
 

@@ -44,7 +44,8 @@ def comparison_table(reports: Sequence[RunReport], names: Sequence[str], metric:
         metric: STEP.METRIC that the rows are ordered by; empty: none.
     """
     settings = [_settings(report) for report in reports]
-    keys = [] if _parts(names) else _differing(settings)[:_MOST_SETTINGS]
+    is_named_by_settings = bool(_parts(names))
+    keys = [] if is_named_by_settings else _differing(settings)[:_MOST_SETTINGS]
     columns = [
         {**{key: Cell(format_value(found.get(key))) for key in keys}, **_columns(report, metric)}
         for found, report in zip(settings, reports, strict=True)
@@ -58,7 +59,7 @@ def comparison_table(reports: Sequence[RunReport], names: Sequence[str], metric:
         elif [cell.text for cell in cells] != [cell.text for cell in rows.get(metric, ())]:
             rows[kind] = cells
     return Table(
-        header=["Run", *rows], align="l" + "".join("l" if kind in (*keys, *_ORIGIN) else "r" for kind in rows),
+        header=["Settings" if is_named_by_settings else "Name", *rows], align="l" + "".join("l" if kind in (*keys, *_ORIGIN) else "r" for kind in rows),
         rows=[[Cell(name), *cells] for name, *cells in zip(names, *rows.values(), strict=True)],
         notes=[f"Equal in all: {', '.join(equal)}."] if equal else [],
     )  # fmt: skip
