@@ -59,7 +59,8 @@ def comparison_table(reports: Sequence[RunReport], names: Sequence[str], metric:
         elif [cell.text for cell in cells] != [cell.text for cell in rows.get(metric, ())]:
             rows[kind] = cells
     return Table(
-        header=["Settings" if is_named_by_settings else "Name", *rows], align="l" + "".join("l" if kind in (*keys, *_ORIGIN) else "r" for kind in rows),
+        header=["Settings" if is_named_by_settings else "Name", *rows],
+        align="l" + "".join("l" if kind in (*keys, *_ORIGIN) else "r" for kind in rows),
         rows=[[Cell(name), *cells] for name, *cells in zip(names, *rows.values(), strict=True)],
         notes=[f"Equal in all: {', '.join(equal)}."] if equal else [],
     )  # fmt: skip
