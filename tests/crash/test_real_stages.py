@@ -1,16 +1,19 @@
 """The real stages, killed where they compute and save: the next run gives the same bytes."""
 
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import save_file
 
 from mlxchat.store import crash, locks
 from mlxchat.store.manifest import find_damage, read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
+from mlxchat.training import state
 
 _SETTINGS = """
     machine.checkpoint_seconds=0
@@ -114,3 +117,26 @@ def test_unwritable_disk_is_one_message(error, settings, say, monkeypatch, tmp_p
     assert text.splitlines()[-1].startswith("error: ")
     assert "cannot be written" in text
     assert "Traceback" not in text
+
+
+def test_disk_that_fills_during_a_save_costs_no_earlier_save(settings, say, monkeypatch, tmp_path):
+    saves = []
+
+    def save_to_full_disk(arrays, path):
+        saves.append(path)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if len(saves) == 3 else limits[0], limits[1]))
+        try:
+            save_file(arrays, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(state, "save_file", save_to_full_disk)
+    command = (*settings, "targets=[pretrain]", f"outputs={tmp_path}/outputs")
+    said = say(*command, code=1)
+    message = "error: step pretrain failed: File too large while saving\n"
+    assert f"{message}       Fix that in {tmp_path}/outputs and run the same command again: it continues" in said
+    assert "SafetensorError" not in said + say("status", f"outputs={tmp_path}/outputs")
+    say(*command)
+    made = read_manifest(refs_of(Store(tmp_path / "outputs"))["pretrain"])
+    assert [attempt.get("resumed_from") for attempt in made["attempts"]] == [None, 2]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
+import re
 import shutil
 import signal
 import threading
@@ -482,8 +484,10 @@ class _Making:
     def _failure(self, error: Exception) -> StepFailed:
         """Return the message about an unexpected error, with the path of its traceback."""
         text = f"step {self.step.name} failed: {_tell(error)}"
-        if isinstance(error, OSError) and error.errno in _DISK:
-            text += "\nFix that and run the same command again: it continues from the last saved state."
+        if _disk_errno(error) is not None:
+            place = self.store.outputs.resolve()
+            text += f"\nFix that in {place} and run the same command again: it continues from the last saved state."
+            return StepFailed(redact(text))
         log = self.run.folder / f"{self.step.name}-error.log"
         with suppress(OSError):
             log.write_text(redact("".join(traceback.format_exception(error))), encoding="utf-8")
@@ -512,7 +516,15 @@ def summarise(manifest: Manifest) -> str:
 
 
 def _tell(error: BaseException) -> str:
-    return redact(f"{type(error).__name__}: {error}")
+    number = None if isinstance(error, OSError) else _disk_errno(error)
+    return redact(f"{type(error).__name__}: {error}" if number is None else f"{os.strerror(number)} while saving")
+
+
+def _disk_errno(error: BaseException) -> int | None:
+    """Return the errno of a disk that is full or fails, else None. safetensors' writer has it in its message only."""
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return number if number in _DISK else None
 
 
 REFRESH_SECONDS = 10.0
