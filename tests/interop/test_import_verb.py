@@ -9,8 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from mlxchat.cli import dispatch
+from mlxchat.commands.arguments import quoted
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.interop.importing import import_model
@@ -167,6 +169,26 @@ def test_only_import_is_found_by_chat_status_and_report(twin, capfd):
     said = capfd.readouterr().out
     assert str(found.run) in said
     assert "quickstart" not in said
+
+
+def test_recorded_command_of_an_import_has_no_needless_quotation_marks(twin):
+    folder = twin("my-model").folder
+    take(str(folder), "--name", "x")
+    (plan_file,) = Path("outputs/runs").glob("*/plan.json")
+    assert json.loads(plan_file.read_text())["command"] == (
+        "mlxchat outputs=outputs stage=imported pipeline=imported name=import imported.format=nanochat "
+        f"imported.folder={folder} imported.name=x"
+    )
+
+
+VALUES = ("outputs", "../a/b-c.d", "/x", "null", "1e5", "TRUE", "inf", "a b", "it's", ".5", "x=y", "${x}", "a,b", "")
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_quoted_value_is_read_as_the_same_text(value):
+    (override,) = OverridesParser.create().parse_overrides([f"name={quoted(value)}"])
+    assert str(override.value()) == value
+    assert not isinstance(override.value(), (int, float, bool, type(None)))
 
 
 @pytest.mark.parametrize(

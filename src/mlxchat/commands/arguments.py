@@ -20,6 +20,7 @@ _IDS = """ID: a step of the latest run (sft), RUN/STEP, RUN (its model), a pin, 
 path or id, or the start of one. RUN: latest, quickstart, or the start of a run's name"""
 _WITHOUT_VERB = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--hydra-help")
 _URL = re.compile(r"[A-Za-z0-9+]+://")
+_PLAIN = re.compile(r"[./]*[A-Za-z_][A-Za-z0-9_./-]*")
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -189,6 +190,8 @@ def outputs_folder(settings: Sequence[str]) -> Path:
 
 
 def quoted(value: str) -> str:
-    """Return a value quoted for an override."""
+    """Return a value for an override, quoted unless Hydra reads it as the same text without quotation marks."""
+    if _PLAIN.fullmatch(value) and value.lower() not in ("null", "true", "false", "inf", "nan"):
+        return value
     # Backslashes need escaping only before a quotation mark: one of the value's, or the closing one.
     return "'" + re.sub(r"(\\*)('|\Z)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"

@@ -18,6 +18,7 @@ from mlxchat.commands.arguments import Parser, quoted
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, suggest, visible
 from mlxchat.store.bases import is_adapter
+from mlxchat.store.locks import is_held
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import IMPORTS, describe_model, find_model, find_newest_model, links, run_of, running_run
 from mlxchat.store.store import Store
@@ -426,7 +427,8 @@ def _make(composed: Composed, step: PlannedStep, store: Store) -> Path:
         except Interrupted:
             raise
         except MlxchatError:
-            shutil.rmtree(store.work(step.key), ignore_errors=True)  # it has no saved state to continue from
+            if not is_held(store.lock(step.key)):  # by another process that makes the same
+                shutil.rmtree(store.work(step.key), ignore_errors=True)  # it has no saved state to continue from
             raise
         store.forget()
     made = store.find_made(step.key)
