@@ -77,15 +77,20 @@ def test_misspelt_option_gets_a_suggestion(say):
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        (["status"], 0, r"{outputs} is empty: run mlxchat first\n"),
-        (["ls"], 0, r"{outputs} holds no artifacts yet: run mlxchat first\n"),
-        (["chat", "-p", "hi"], 2, r"error: {outputs} holds no model yet: `mlxchat` trains one; outputs=PATH .*\n"),
-        (["report"], 2, r"error: {outputs} holds no run yet: `mlxchat` starts one; outputs=PATH .*\n"),
+        (["status"], 0, "{outputs} holds no runs"),
+        (["ls"], 0, "{outputs} holds no artifacts"),
+        (["verify"], 0, "{outputs} holds no artifacts"),
+        (["compare"], 0, "{outputs} holds no runs"),
+        (["chat", "-p", "hi"], 2, "error: {outputs} holds no models"),
+        (["chat", "sft"], 2, 'error: "sft" is no artifact or run in none. {outputs} holds no artifacts'),
+        (["report"], 2, "error: {outputs} holds no runs"),
     ],
 )
-def test_missing_outputs_folder_is_reported_and_not_created(words, code, told, say, tmp_path):
-    text = say(*words, f"outputs={tmp_path}/none", code=code)
-    assert re.fullmatch(told.format(outputs=f"{tmp_path}/none"), text, re.DOTALL)
+def test_missing_outputs_folder_is_reported_and_not_created(words, code, told, say, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = told.format(outputs=tmp_path / "none")
+    expected = f"{told} yet: `mlxchat` makes some; outputs=PATH reads another folder\n"
+    assert say(*words, "outputs=none", code=code) == expected
     assert not (tmp_path / "none").exists()
 
 

@@ -82,7 +82,7 @@ def test_missing_plan_is_named(tmp_path):
 def test_latest_run_is_the_newest_with_a_plan(whole, tmp_path):
     (whole.root / "runs" / "20261122-000000-000001-1-empty").mkdir()
     assert latest_run(whole.root) == whole.run
-    with pytest.raises(StoreError, match=r"holds no run yet"):
+    with pytest.raises(StoreError, match=r"holds no runs yet"):
         latest_run(tmp_path / "nothing")
 
 

@@ -62,7 +62,7 @@ def _status(options: Namespace) -> int:
         print(f"done ({'latest run: ' * (run == latest(store))}{run})")
         print(aligned([_cells_of_step(row) for row in done], right=(2, 3), indent="  "))
     if not done and not work:
-        print(f"{store.outputs} is empty: run mlxchat first")
+        print(store.lacking("runs"))
     return 0
 
 
@@ -219,7 +219,7 @@ def _ls(options: Namespace) -> int:
             "share, and make again if they are removed"
         )
     if not found:
-        print(f"{store.outputs} holds no artifacts yet: run mlxchat first")
+        print(store.lacking("artifacts"))
     return 0
 
 
@@ -540,7 +540,7 @@ def _verify(options: Namespace) -> int:
     if options.json:
         print_json({"artifacts": len(places), "bytes": size, "faults": faults, "absent": absent})
     elif not places:
-        print(f"{store.outputs} has no artifacts yet: run mlxchat first")
+        print(store.lacking("artifacts"))
     else:
         count = "1 artifact is" if len(places) == 1 else f"{len(places)} artifacts are"
         told = f"{len(faults)} of {len(places)} artifacts differ" if faults else f"{count} right"

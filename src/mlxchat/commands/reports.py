@@ -59,7 +59,7 @@ def _compare(options: Namespace) -> int:
     if options.last is not None:
         rows = rows[len(rows) - min(len(rows), max(0, options.last)) :]
     if not rows and not names:
-        print(f"{store.outputs} has no runs yet: run mlxchat first")
+        print(store.lacking("runs"))
         return 0
     if not rows:
         raise ConfigError(f"no job of {', '.join(names)} has artifacts in {store.outputs}")

@@ -147,9 +147,7 @@ def latest_run(outputs: Path) -> Path:
     # Names begin with the time of the start, so the order of names is the order of runs.
     planned = sorted(path.parent for path in runs.glob("*/plan.json")) if runs.is_dir() else []
     if not planned:
-        raise StoreError(
-            f"{outputs.resolve()} holds no run yet: `mlxchat` starts one; outputs=PATH reads another folder"
-        )
+        raise StoreError(Store(outputs).lacking("runs"))
     return planned[-1]
 
 

@@ -115,9 +115,7 @@ def find_model(store: Store, name: str | None) -> Found:
         group = latest(store)
         steps = links(store, group)
         if (place := model_of(steps) or last_saved(steps)) is None:
-            raise StoreError(
-                f"{store.outputs.resolve()} holds no model yet: `mlxchat` trains one; outputs=PATH reads another folder"
-            )
+            raise StoreError(store.lacking("models"))
         return Found(place, group)
     found = find(store, name)
     if (kind := read_manifest(found.place)["kind"]) != MODEL:
@@ -487,13 +485,12 @@ def _unknown(store: Store, name: str, text: str = "") -> StoreError:
     for what, names in (("Runs", known), ("Pins", pins), ("Imports", imports)):
         if names:
             lines.append(f"{what}: {', '.join(names[:_MOST_SHOWN])}{' …' if len(names) > _MOST_SHOWN else ''}.")
-    there = " ".join(lines) or "It is empty: run mlxchat first."
     last = name.rpartition("/")[2]
     near = suggest(name, [*steps, *pins, *imports, *known]) or suggest(
         last, list_folder(store.outputs / "store")[:2000]
     )
     text = text or f'"{name}" is no artifact or run'
-    return StoreError(f"{text} in {store.outputs}. {there}{near}")
+    return StoreError(f"{text} in {store.outputs}. {' '.join(lines) or store.lacking('artifacts')}{near}")
 
 
 def _manifest(place: Path) -> Manifest:

@@ -203,6 +203,10 @@ class Store:
         """Return the folder of a step's resumable work."""
         return self.outputs / "work" / key
 
+    def lacking(self, what: str) -> str:
+        """Return the message that the folder holds no `what`, such as "model"."""
+        return f"{self.outputs.resolve()} holds no {what} yet: `mlxchat` makes some; outputs=PATH reads another folder"
+
     def lock(self, key: str) -> Path:
         """Return the step's lock file."""
         return self.outputs / "locks" / f"{key}.lock"
