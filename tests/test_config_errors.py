@@ -368,3 +368,27 @@ def test_impossible_model_sizes_hide_no_other_problem(refuse, override, expected
 def test_key_below_a_section_that_is_null_is_refused(refuse):
     text = refuse("eval.core.max_per_task=5")
     assert "eval.core.max_per_task: eval.core is null. Choose an option that sets it; for CORE: core=nanochat" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("executor=ray executor.mem_gb=8", r"executor\.mem_gb is 8\.0, but Ray has no such setting: leave it out"),
+        ("executor=ray executor.timeout_min=5", r"executor\.timeout_min is 5, but Ray has"),
+        ("executor=ray executor.partition=gpu", r"executor\.partition is gpu, but Ray has"),
+        ("executor=ray executor.setup=[date]", r"executor\.setup is \['date'\], but Ray has"),
+        ("pipeline.sft.executor={kind: ray, options: {qos: x}}", r"pipeline\.sft\.executor\.options is .*but Ray has"),
+        ("pipeline.sft.executor={kind: slurm, options: {nodes: 2}}", r"sft\.executor\.options: nodes would start the"),
+        ("pipeline.sft.executor={kind: slurm, options: {ntasks-per-node: 2}}", r"ntasks-per-node would start the step"),
+    ],
+)
+def test_settings_that_an_executor_ignores_are_refused(settings: str, message: str) -> None:
+    overrides = [settings] if settings.startswith("pipeline") else settings.split()
+    with pytest.raises(ConfigError, match=message) as error:
+        compose_config(["experiment=smoke", *overrides])
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_ray_has_are_accepted() -> None:
+    compose_config(["experiment=smoke", "executor=ray", "executor.cpus_per_task=2", "executor.requeues=1"])
+    compose_config(["experiment=smoke", "pipeline.sft.executor={kind: slurm, options: {nodes: 1, reservation: x}}"])

@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxchat.composition.sections import config_of, executor_of
+from mlxchat.composition.sections import config_of, executor_of, executor_settings
 from mlxchat.config.parts import is_own, load_part, part_file
 from mlxchat.config.schema import (
     ADAMW_GROUPS,
@@ -111,6 +111,12 @@ def _execution(config: Config) -> Iterator[str]:
             yield f"hooks.{name} is {target!r}, expected a command, a list of its words, an http(s) URL or null"
 
 
+# The settings of an executor that mean something to Ray.
+_OF_RAY = {"kind", "cpus_per_task", "gpus_per_node", "requeues", "address"}
+# Options of sbatch that start a job's command more than once.
+_SEVERAL = ("nodes", "N", "ntasks", "n", "ntasks-per-node", "ntasks-per-core", "ntasks-per-gpu", "ntasks-per-socket")
+
+
 def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> Iterator[str]:
     if executor.kind not in EXECUTORS:
         known = ", ".join(EXECUTORS)
@@ -118,6 +124,13 @@ def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> I
     if executor.kind != "local" and machine.num_processes > 1:
         ranks = machine.num_processes
         yield f"{where} is {executor.kind}, but machine.num_processes={ranks} starts ranks here: set only one"
+    for name, default in executor_settings("ray").items() if executor.kind == "ray" else ():
+        if name not in _OF_RAY and (value := getattr(executor, name)) != default:
+            yield f"{where}.{name} is {value}, but Ray has no such setting: leave it out"
+    if executor.kind in ("slurm", "submitit_local"):
+        for name, value in executor.options.items():
+            if name.replace("_", "-") in _SEVERAL and str(value) != "1":
+                yield f"{where}.options: {name} would start the step several times, as separate runs: leave it out"
 
 
 def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:

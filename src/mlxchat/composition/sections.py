@@ -76,18 +76,18 @@ def executor_of(config: Config, step: str) -> ExecutorConfig:
     if kind not in EXECUTORS:
         known = ", ".join(EXECUTORS)
         raise ConfigError(f'{where}: "{kind}" is not an executor, expected one of {known}.{suggest(kind, EXECUTORS)}')
-    base = config.executor if kind == config.executor.kind else ExecutorConfig(**_executor_settings(kind))
+    base = config.executor if kind == config.executor.kind else ExecutorConfig(**executor_settings(kind))
     found: ExecutorConfig = _with(base, own, "executor", where)
     return found
 
 
-def _executor_settings(kind: str) -> dict[str, Any]:
+def executor_settings(kind: str) -> dict[str, Any]:
     """Return the settings of conf/executor/<kind>.yaml, including those of the file in its defaults list."""
     import yaml
 
     own: dict[str, Any] = yaml.safe_load(files("mlxchat.conf").joinpath("executor", f"{kind}.yaml").read_text("utf-8"))
     based_on = own.pop("defaults", [])
-    return {key: value for name in based_on for key, value in _executor_settings(name).items()} | own
+    return {key: value for name in based_on for key, value in executor_settings(name).items()} | own
 
 
 def _with(section: Any, given: Mapping[str, Any], name: str, where: str) -> Any:
