@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ settings.load_profile("mlxchat")
 # the variable when it is imported, which must not be what those fixtures find.
 huggingface_hub.constants.HF_HUB_OFFLINE = False
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Under nohup it is ignored, which child processes inherit.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
