@@ -90,6 +90,9 @@ lint: setup ## ruff
 type: setup ## mypy, strict
 	$(BIN)/mypy
 
+test-clusters: setup ## steps and sweeps on a private SLURM and Ray, where they are installed (tests/clusters)
+	$(BIN)/python -m pytest tests/clusters/slurm_cluster.py tests/clusters/ray_cluster.py $(TESTS)
+
 wheel-check: setup ## install the wheel in a fresh environment and run it from another folder
 	$(BIN)/python -m pytest -m slow tests/test_packaging.py
 
@@ -167,4 +170,4 @@ ifneq ($(MADE_FOR),$(DEVICE) $(CURDIR))
 .venv/made-for: FORCE
 endif
 
-.PHONY: help setup run chat serve report pictures course-pictures sweep scaling-laws miniseries rehearsal evening speedrun speedrun-d12 check test test-slow lint type wheel-check dist docs docs-serve lock clean FORCE
+.PHONY: test-clusters help setup run chat serve report pictures course-pictures sweep scaling-laws miniseries rehearsal evening speedrun speedrun-d12 check test test-slow lint type wheel-check dist docs docs-serve lock clean FORCE

@@ -1,5 +1,6 @@
 """Steps in jobs: submitit's local executor and, if installed, Ray on this machine."""
 
+import json
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from mlxchat.composition.sections import executor_of
 from mlxchat.config.schema import Config, ExecutorConfig
 from mlxchat.errors import ConfigError
 from mlxchat.runner import executors
-from mlxchat.runner.executors import Job, Leave, LostJob, check_installed, submit
+from mlxchat.runner.executors import Job, Leave, LostJob, Task, attach, check_installed, submit
 from mlxchat.runner.process import stop_on_signals
 from mlxchat.store.attempts import iteration
 from mlxchat.store.manifest import read_manifest
@@ -30,6 +31,8 @@ from mlxchat.sweep.job import place_steps, plan_of
 pytest.importorskip("submitit")
 cloudpickle = pytest.importorskip("cloudpickle")
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # a job cannot import this file
+# submitit's own job, which is dropped at once, holds the process of the job.
+pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in. <function Popen.__del__")
 
 
 def config_of(*overrides: str) -> Config:
@@ -87,15 +90,16 @@ def submitted(tmp_path: Path) -> Iterator[list[Job]]:
         job.cancel()
 
 
-def start(call: Count, submitted: list[Job], settings: ExecutorConfig = LOCAL) -> Any:
-    (job,) = submit(settings, [call], call.file.parent / "jobs")
+def start(call: Any, submitted: list[Job], settings: ExecutorConfig = LOCAL) -> Job:
+    folder = call.file.parent
+    (job,) = submit(settings, "test", [Task("count", call, folder / "job.jsonl")], folder / "jobs")
     submitted.append(job)
     return job
 
 
 def process_of(job: Any) -> int:
     """Return the process that runs the call; submitit's own starts it, and starts it again."""
-    return int(subprocess.check_output(["ps", "-o", "pid=", "--ppid", job.job.job_id]))
+    return int(subprocess.check_output(["ps", "-o", "pid=", "--ppid", job.facts["id"]]))
 
 
 @pytest.mark.slow
@@ -118,15 +122,45 @@ def test_requeued_call_is_the_submitted_one(tmp_path, submitted):
     assert job.result() == ["first start", "first start"]
 
 
-def test_lost_job_names_its_log(tmp_path, submitted, monkeypatch):
+def test_lost_job_names_its_log(tmp_path, submitted):
     count = tmp_path / "count"
     job = start(Count(count), submitted)
     wait_until(lambda: count.exists() and count.read_text())
-    monkeypatch.setattr(type(job.job), "_results_timeout_s", 0)
     os.kill(process_of(job), signal.SIGKILL)
     wait_until(job.done)
     with pytest.raises(LostJob, match=rf"submitit job \d+ was lost .*Its log: {tmp_path}/jobs/\d+_0_log\.out"):
         job.result()
+
+
+def test_finished_and_lost_jobs_are_not_attached(tmp_path, submitted):
+    job = start(Count(tmp_path / "count", most=1), submitted)
+    assert attach(job.path) is not None
+    wait_until(job.done)
+    assert attach(job.path) is None
+    assert job.result()[:2] == [0, 1]
+    assert attach(job.path) is None, "the result was taken"
+
+
+def test_state_of_a_slurm_job_is_that_of_squeue(tmp_path, monkeypatch):
+    """Bug: without accounting (sacct) a lost job was waited for without end."""
+    record, answer = tmp_path / "job.jsonl", tmp_path / "answer"
+    facts = {"job": "a", "kind": "slurm", "id": "7", "queue": "mlxchat-sft", "host": "h", "log": "7.out"}
+    record.write_text(json.dumps(facts) + "\n")
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\ncat {answer}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(executors, "_ASK_SECONDS", -1.0)
+    monkeypatch.setattr(executors, "_LATE_SECONDS", -1.0)
+    said = []
+    for line in ("7|mlxchat-sft|PENDING|Priority", "7|mlxchat-sft|RUNNING|None", "7|other|RUNNING|None", ""):
+        answer.write_text(line)
+        job = Job(record)
+        said.append((job.describe(), job.done()))
+    assert said == [
+        ("is queued (Priority)", False), ("is queued", False), ("has ended (no longer in the queue)", True),
+        ("has ended (no longer in the queue)", True),
+    ]  # fmt: skip
+    assert attach(record) is None
 
 
 @pytest.mark.parametrize("programs", [{}, {"srun": "", "sbatch": "echo sbatch: error: slurm is down >&2; exit 1"}])
@@ -136,7 +170,7 @@ def test_unreachable_cluster_is_one_message(programs, tmp_path, monkeypatch):
         (tmp_path / name).chmod(0o755)
     monkeypatch.setattr(executors, "AS_STARTED", {"PATH": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"executor=slurm: .*slurm") as error:
-        submit(config_of("executor=slurm").executor, [Count(tmp_path / "count")], tmp_path / "jobs")
+        start(Count(tmp_path / "count"), [], config_of("executor=slurm").executor)
     assert "\n" not in str(error.value)
 
 
@@ -150,7 +184,7 @@ def test_missing_library_names_the_extra(monkeypatch):
 def test_step_executor_overrides_the_runs_or_uses_conf():
     config = config_of("executor=slurm", "executor.partition=gpu", "pipeline.pretrain.executor={gpus_per_node: 8}")
     assert executor_of(config, "sft") is config.executor
-    assert executor_of(config, "pretrain") == replace(config.executor, gpus_per_node=8)
+    assert executor_of(config, "pretrain") == replace(config.executor, gpus_per_node="8")
     assert config.executor.requeues == 1000
     config = config_of("pipeline.pretrain.executor=slurm", "pipeline.eval_base.executor={kind: ray, cpus_per_task: 4}")
     assert config.executor.kind == "local"
@@ -231,6 +265,30 @@ def test_stop_cancels_the_job_resumably(kind, tiny, mlxchat, start_mlxchat, outp
     assert "pretrain was stopped. The same command continues it." in text
     (log,) = outputs.glob("work/*/attempts.jsonl")
     assert '"outcome": "interrupted"' in log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["kill", "hang up", "cancel"])
+def test_same_command_awaits_the_job_of_an_earlier_one(way, tiny, start_mlxchat, mlxchat, outputs):
+    """Bug: after kill -9 of the command its job went on, and the repetition submitted a second one."""
+    command = [*tiny, "stage=pretrain", "pretrain.num_iterations=300", "machine.checkpoint_seconds=0"]
+    command += [f"outputs={outputs}", "pipeline.pretrain.executor=submitit_local"]
+    process = start_mlxchat(*command)
+    wait_until(lambda: saved_trainings(outputs), process)
+    with process:  # also closes its pipe, which is not read
+        process.send_signal(signal.SIGHUP if way == "hang up" else signal.SIGKILL)
+    told = mlxchat("status", f"outputs={outputs}").stdout
+    assert re.search(r"^  pretrain +submitit job \d+ runs on \S+ \(run ", told, re.MULTILINE), told
+    if way == "cancel":
+        assert "is cancelled" in mlxchat("status", "--cancel", f"outputs={outputs}").stdout
+        (log,) = outputs.glob("work/*/attempts.jsonl")
+        wait_until(lambda: '"outcome": "interrupted"' in log.read_text())
+    done = mlxchat(*command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("awaits submitit job" in done.stdout) == (way != "cancel")
+    outcomes = [each["outcome"] for each in read_manifest(refs_of(Store(outputs))["pretrain"])["attempts"]]
+    assert outcomes == (["interrupted", "done"] if way == "cancel" else ["done"])
+    assert not list(outputs.glob("jobs/*.jsonl"))
 
 
 @pytest.mark.slow

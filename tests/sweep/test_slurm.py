@@ -179,9 +179,7 @@ def test_queue_interruption_leaves_no_row(tmp_path, monkeypatch, tiny):
             launchers.run_job(folder, 1, overrides, prepare, leave)
         assert (folder.rows(), folder.stop()) == ({}, None)
         launchers.run_job(folder, 1, overrides, prepare, lambda: "timed out too often.")
-        assert (
-            folder.rows()[1]["error"] == "the job reached its time limit and is not queued again: timed out too often."
-        )
+        assert folder.rows()[1]["error"] == "the job was stopped and is not queued again: timed out too often."
         assert folder.stop() is None
 
 

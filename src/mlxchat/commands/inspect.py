@@ -32,6 +32,7 @@ def status(parser: Parser) -> None:
     """Declare `mlxchat status`."""
     parser.take_names("[RUN]", least=0)
     parser.add_json()
+    parser.add_argument("--cancel", action="store_true", help="end all jobs in queues and on clusters; they save first")
     parser.set_defaults(main=_status)
 
 
@@ -44,12 +45,21 @@ def _status(options: Namespace) -> int:
         if not isinstance(meant, Run):
             raise StoreError(f'"{names[0]}" is {meant.place.name}, not a run. See: mlxchat show {names[0]}')
         run = meant.name
+    jobs = _describe_jobs(store, cancel=options.cancel)
+    in_jobs = {row["record"] for row in jobs}
     work = [_describe_work(store, folder) for folder in _folders(store.outputs / "work")]
+    work = [row for row in work if row["state"] == "running" or row["key"] not in in_jobs]
     done = [_describe_done(step, place) for step, place in links(store, run).items()]
     done.sort(key=lambda row: str(row.get("published", "")))
     if options.json:
-        print_json({"outputs": str(store.outputs), "work": work, "latest": latest(store), "run": run, "done": done})
+        found = {"outputs": str(store.outputs), "work": work, "jobs": jobs, "latest": latest(store), "run": run}
+        print_json({**found, "done": done})
         return 0
+    if jobs:
+        print("jobs")
+    for row in jobs:
+        where = f"run {row['run']}" if row["run"] else f"sweep {Path(row['sweep']).name}"
+        print(visible(f"  {row['step']:<11} {row['job']} {row['state']} ({where})"))
     by_title: dict[str, list[Row]] = {"running": [], "failed": [], "left over": []}
     for row in work:
         by_title.get(row["state"], by_title["left over"]).append(row)
@@ -61,9 +71,28 @@ def _status(options: Namespace) -> int:
     if done:
         print(f"done ({'latest run: ' * (run == latest(store))}{run})")
         print(aligned([_cells_of_step(row) for row in done], right=(2, 3), indent="  "))
-    if not done and not work:
+    if not done and not work and not jobs:
         print(store.lacking("runs"))
     return 0
+
+
+def _describe_jobs(store: Store, *, cancel: bool) -> list[Row]:
+    """Return the jobs of steps and sweeps in queues and on clusters, after cancelling them if requested."""
+    from mlxchat.runner.executors import attach
+
+    found = []
+    for path in sorted(store.jobs.glob("*.jsonl")):
+        if (job := attach(path)) is None:
+            continue
+        if cancel:
+            job.cancel()
+        facts = job.facts
+        state = "is cancelled" if cancel else job.describe()
+        found.append({
+            "job": job.name, "step": facts["name"], "run": facts.get("run"), "sweep": facts.get("sweep"),
+            "state": state, "submitted": facts["submitted"], "log": facts.get("log"), "record": path.stem,
+        })  # fmt: skip
+    return found
 
 
 def _describe_work(store: Store, folder: Path) -> Row:

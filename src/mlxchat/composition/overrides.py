@@ -60,7 +60,8 @@ def _as_hydra(override: str, schema: type[Config]) -> str:
     if _is_list(name, schema) and value and value not in ("null", "[]") and not re.match(r"[\[{$]", value):
         return f"{key}={value}" if _SWEEPS.match(value) else f"{key}=[{value}]"
     of_step = re.fullmatch(r"pipeline\.\w+\.(with|executor)(\.\w+)*", name)
-    if key == name and (of_step or _starts_empty(name.rpartition(".")[0], schema)):
+    mapping = name if value.startswith("{") else name.rpartition(".")[0]
+    if key == name and (of_step or _starts_empty(mapping, schema)):
         key = f"++{name}"
     elif key == name and (name == "rl.rewards" or name.startswith("rl.rewards.")) and value.startswith("{"):
         key = f"+{name}"

@@ -127,6 +127,8 @@ def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> I
     for name, default in executor_settings("ray").items() if executor.kind == "ray" else ():
         if name not in _OF_RAY and (value := getattr(executor, name)) != default:
             yield f"{where}.{name} is {value}, but Ray has no such setting: leave it out"
+    if executor.kind == "ray" and not (executor.gpus_per_node or "0").isdigit():
+        yield f"{where}.gpus_per_node is {executor.gpus_per_node}, expected a whole number for Ray"
     if executor.kind in ("slurm", "submitit_local"):
         for name, value in executor.options.items():
             if name.replace("_", "-") in _SEVERAL and str(value) != "1":

@@ -883,8 +883,8 @@ class ExecutorConfig:
     """Time limit of a job in minutes; the job then saves its state and is queued again."""
     cpus_per_task: int = field(default=MISSING, metadata={"at_least": 1})
     """CPU cores per job."""
-    gpus_per_node: int | None = MISSING
-    """GPUs per job."""
+    gpus_per_node: str | None = MISSING
+    """GPUs per job: 1, or TYPE:1 for SLURM (a100:1)."""
     mem_gb: float | None = MISSING
     """Memory per job in GB; null: the cluster's default."""
     requeues: int = MISSING

@@ -49,7 +49,7 @@ MOST_TOKENS = {"cpu": 8192, "metal": 32768, "cuda": 65536}
 _DEFAULT = MachineConfig(
     device="auto", compute_dtype="auto", memory_limit_bytes=None, blas_threads=None, num_processes=1
 )
-_CHOICE = "micro_batch.json"
+_CHOICE = "records/micro_batch.json"
 _MASTER_BYTES = 4
 
 

@@ -21,7 +21,7 @@ from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner.keys import CodeDigests, changed_modules, file_hashes, pin_externals
 from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.stage import Stage, Stages
-from mlxchat.store import locks
+from mlxchat.store import attempts, locks
 from mlxchat.store.fingerprint import compute_key, identity_of
 from mlxchat.store.manifest import Manifest, read_manifest
 from mlxchat.store.naming import find, resolve
@@ -394,8 +394,8 @@ def judge(step: PlannedStep, store: Store, *, forced: bool, planned: Mapping[str
         return Verdict(state="done", reason=f"code drift (warn): {changed}" if drift else "", drift=drift)
     made = step.inputs_made(store, planned)
     difference = find_difference(step, store, {role: manifest["tree"] for role, manifest in made.items()})
-    resumable = ", resumes" if (store.work(step.key) / "ckpt").is_dir() else ""
-    if changed := first_of(step.drift_of_saved(store), _MOST_MODULES_SHOWN):
+    resumable = ", resumes" if attempts.has_saved(store.work(step.key)) else ""
+    if resumable and (changed := first_of(step.drift_of_saved(store), _MOST_MODULES_SHOWN)):
         resumable = f", {'starts again' if step.code_policy == 'strict' else 'resumes'}: code changed ({changed})"
     if pending and difference.only_inputs:
         told = ", ".join(f"{role} ({source})" for role, source in pending.items())

@@ -32,6 +32,11 @@ def ends_at_once(number: int) -> bool:
     return number == signal.SIGINT or (number == signal.SIGTERM and not in_job)
 
 
+def heard_signals() -> list[signal.Signals]:
+    """Return the signals that stop a run: under nohup without SIGHUP."""
+    return [number for number in SIGNALS if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
+
+
 def is_stopping() -> bool:
     """Return True if a signal has requested the run of this process to stop."""
     return any(_heard)
@@ -47,7 +52,7 @@ def stop_on_signals(
     since printing could interrupt another line.
 
     Files on disk are always complete, so no cleanup is needed. Outside the main thread this does nothing: the program
-    that started the thread handles signals. SIGHUP stays ignored under nohup.
+    that started the thread handles signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -60,7 +65,7 @@ def stop_on_signals(
         if len(received) > 1 and ends_at_once(number):
             _end(number, leave)
         if number == signal.SIGHUP:
-            _leave_terminal()
+            leave_terminal()
         request(number)
 
     def watch() -> None:
@@ -82,8 +87,7 @@ def stop_on_signals(
     thread = threading.Thread(target=watch, name="signals", daemon=True)
     thread.start()
     former = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    heard = [number for number in SIGNALS if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN)]
-    handlers = {number: signal.signal(number, handle) for number in heard}
+    handlers = {number: signal.signal(number, handle) for number in heard_signals()}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
@@ -98,7 +102,7 @@ def stop_on_signals(
         os.close(reading)
 
 
-def _leave_terminal() -> None:
+def leave_terminal() -> None:
     """Print nowhere from now on: writing to a closed terminal fails."""
     nowhere = os.open(os.devnull, os.O_RDWR)
     for handle in (0, 1, 2):

@@ -21,7 +21,7 @@ from mlxchat import errors
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StepFailed, StoreError
-from mlxchat.runner.executors import Leave, LostJob, submit
+from mlxchat.runner.executors import Leave, LostJob, Task, attach, submit
 from mlxchat.runner.plan import PlannedStep, Verdict
 from mlxchat.runner.process import SIGNALS, keep_awake, stop_on_signals
 from mlxchat.runner.progress import fill
@@ -260,10 +260,13 @@ def _execute_in_processes(outcome: Outcome) -> None:
             worker.kill()
 
     fatal: MlxchatError | None = None
+    left: dict[str, str] = {}
     with stop_on_signals(run.request_stop, run.announce_stop, leave):
         try:
             while True:
                 failing = fatal is not None or (run.policy.fail_fast and bool(outcome.failures))
+                if run.stop_signal in (signal.SIGTERM, signal.SIGHUP):
+                    left |= _leave_jobs(workers)
                 if run.stop_signal is not None or failing:
                     for worker in workers.values():
                         worker.stop(run.stop_signal or signal.SIGTERM)
@@ -288,8 +291,23 @@ def _execute_in_processes(outcome: Outcome) -> None:
                 worker.close()
     if fatal is not None:
         raise fatal
+    if run.stop_signal is not None and left:
+        jobs = ", ".join(f"{name} in {job}" for name, job in left.items())
+        raise Interrupted(
+            f"stopped; {jobs} continues: the same command awaits it, mlxchat status --cancel ends it.", run.stop_signal
+        )
     if run.stop_signal is not None and len(outcome.finished) < len(outcome.plan) and not outcome.failures:
         raise Interrupted("stopped between two steps. The same command continues from there.", run.stop_signal)
+
+
+def _leave_jobs(workers: dict[str, _Child | _Elsewhere]) -> dict[str, str]:
+    """Remove the workers whose jobs outlive this process; return step → job."""
+    found = {
+        name: each.job.name for name, each in workers.items() if isinstance(each, _Elsewhere) and each.job.outlives
+    }
+    for name in found:
+        del workers[name]
+    return found
 
 
 def _start_what_is_ready(outcome: Outcome, workers: dict[str, _Child | _Elsewhere]) -> None:
@@ -416,28 +434,34 @@ class _Child:
 
 
 class _Elsewhere:
-    """A step that runs in an executor's job.
+    """A step that runs in an executor's job: one that an earlier command submitted, or a new one.
 
     Its progress is read from its records in the outputs folder, which both machines share. It continues if this process
-    ends, and the next run finds its artifact.
+    ends, and the next run awaits it.
     """
 
     signs = ()
 
     def __init__(self, step: PlannedStep, outcome: Outcome, executor: ExecutorConfig) -> None:
-        """Submit the job."""
+        """Find the job, or submit it."""
         self.step, self.run, self.outcome = step, outcome.run, outcome
         self.result: Result | None = None
         self.stopped_by = 0
         """The signal because of which it was cancelled."""
         self.work = outcome.store.work(step.key)
-        self.attempts = len(attempts.read(self.work))
         self.seen = len(self._metrics(self.work / "ckpt" / "records"))
         self.looked = self.said = time.monotonic()
-        self.state: str | None = None
         self.iteration: int | None = None
         self.lost = ""
-        (self.job,) = submit(executor, [_Submitted(Order.of(step, outcome))], self.run.folder / "jobs")
+        record = outcome.store.jobs / f"{step.key}.jsonl"
+        found = attach(record)
+        if found is None:
+            task = Task(step.name, _Submitted(Order.of(step, outcome)), record)
+            facts = {"step": step.name, "run": self.run.name}
+            (found,) = submit(executor, step.name, [task], self.run.folder / "jobs", **facts)
+        elif found.facts["run"] != self.run.name:
+            self.run.say(f"{step.name:<10} awaits {found.name} of run {found.facts['run']}")
+        self.job = found
         self._report()
 
     def has_ended(self) -> bool:
@@ -445,8 +469,10 @@ class _Elsewhere:
         if time.monotonic() - self.looked < _JOB_SECONDS:
             return False
         self.looked = time.monotonic()
-        self._report()
-        return self.job.done()
+        ended = self.job.done()
+        if not ended:
+            self._report()
+        return ended
 
     def stop(self, number: int) -> None:
         """Cancel it, once; if running, it saves and ends."""
@@ -456,17 +482,16 @@ class _Elsewhere:
 
     def kill(self) -> None:
         """Cancel it, since nothing waits for it any more."""
-        self.stopped_by = self.stopped_by or signal.SIGTERM
-        self.job.cancel()
+        self.stop(signal.SIGTERM)
 
     def close(self) -> None:
         """Return its result."""
-        if self.stopped_by:
-            return
         try:
-            self.result = self.job.result()
+            self.result = tuple(self.job.result())
         except LostJob as error:
             self.lost = str(error)
+        if self.stopped_by:
+            self.result = None
         if self.result is not None and self.result[0] == "done":
             place = Path(self.result[1])
             self._pass_on(place)
@@ -474,21 +499,21 @@ class _Elsewhere:
 
     def how_it_was_lost(self) -> str:
         """Return how it ended without a result."""
-        return f"{self.lost}\nThe same command submits it again, and it continues from what was saved last."
+        saved = attempts.has_saved(self.work)
+        return f"{self.lost}\nThe same command submits it again{', and it continues from what was saved' * saved}."
 
     def _report(self) -> None:
         """Print its progress if it has changed, and pass on its metrics."""
         self._pass_on(self.work / "ckpt" / "records")
-        began = attempts.read(self.work)[self.attempts :]
-        if self.state is not None and not began:  # finished, or not started
-            return
-        state = f"runs on {began[-1]['host']}" if began else "is queued"
-        iteration = attempts.iteration(self.work) if began else None
+        starts, executions = self.job.lines("started"), attempts.read(self.work)
+        is_own = bool(starts and executions) and all(executions[-1][it] == starts[-1][it] for it in ("pid", "host"))
+        iteration = attempts.iteration(self.work) if is_own else None
         is_due = time.monotonic() - self.said >= REFRESH_SECONDS
-        if state != self.state or (is_due and iteration != self.iteration):
-            self.state, self.iteration, self.said = state, iteration, time.monotonic()
+        state = self.job.news()
+        if state or (is_due and iteration != self.iteration):
+            self.iteration, self.said = iteration, time.monotonic()
             far = f", at iteration {iteration}" if iteration else ""
-            self.run.say(f"{self.step.name:<10} {self.job.name} {state}{far}")
+            self.run.say(f"{self.step.name:<10} {self.job.name} {state or self.job.describe()}{far}")
 
     def _pass_on(self, folder: Path) -> None:
         records = self._metrics(folder)

@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from mlxchat.store.files import Record, Records, now
+from mlxchat.store.files import Record, Records, list_folder, now
 from mlxchat.store.locks import host_name
 
 # (work folder, number) → start of an execution of this process by the monotonic clock, in seconds.
@@ -59,6 +59,11 @@ def new_failure(work: Path, known: set[int]) -> str | None:
     """Return the error of the last execution if it failed and its number is not in `known`, else None."""
     last = (read(work) or [{}])[-1]
     return str(last["error"]) if last.get("outcome") == "failed" and last["attempt"] not in known else None
+
+
+def has_saved(work: Path) -> bool:
+    """Return whether a step has saved a state in its work folder, besides records of its progress."""
+    return any(name != "records" for name in list_folder(work / "ckpt"))
 
 
 def iteration(work: Path) -> int | None:

@@ -207,6 +207,11 @@ class Store:
         """Return the message that the folder holds no `what`, such as "model"."""
         return f"{self.outputs.resolve()} holds no {what} yet: `mlxchat` makes some; outputs=PATH reads another folder"
 
+    @property
+    def jobs(self) -> Path:
+        """Return the folder of the records of jobs in queues and on clusters."""
+        return self.outputs / "jobs"
+
     def lock(self, key: str) -> Path:
         """Return the step's lock file."""
         return self.outputs / "locks" / f"{key}.lock"

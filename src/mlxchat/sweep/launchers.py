@@ -38,6 +38,7 @@ from mlxchat.config.secrets import redact
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, suggest
 from mlxchat.runner.executors import AS_STARTED, Leave, environment, queue_signals
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
+from mlxchat.runner.process import heard_signals, leave_terminal
 from mlxchat.store import locks
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_to_run, run_pipeline
@@ -239,6 +240,8 @@ def run_elsewhere(
 ) -> Row:
     """Run a job of a sweep, usually in another process, and return its row.
 
+    A submitted job does not need the sweep's own process; other jobs end with it.
+
     Args:
         folder: the sweep's folder.
         number: number of the job.
@@ -251,8 +254,7 @@ def run_elsewhere(
     overrides = _reveal(planned["overrides"] if planned else [*state["hidden"], *chosen])
     parent = state["parent"]
     is_here = socket.gethostname() == parent["host"]
-    folder.begin(number)
-    if not is_here and not locks.is_held(folder.lock):
+    if not is_submitted and not is_here and not locks.is_held(folder.lock):
         row: Row = {"job": number, "overrides": settings_of(overrides), "status": "failed", "metrics": {}}
         row["error"] = _UNSEEN.format(here=socket.gethostname(), **parent)
         folder.add_row(row)
@@ -270,7 +272,7 @@ def run_elsewhere(
             plan = plan_again(plan, store, force=force)
         return replace(composed, config=config, overrides=overrides), plan
 
-    with _prefixed(f"[{number}] "), _stopping_with(folder, parent, at_home=at_home):
+    with _prefixed(f"[{number}] "), _stopping_with(folder, parent, at_home=at_home, alone=is_submitted):
         if not at_home:
             os.chdir(parent["cwd"])
         return run_job(folder, number, overrides, prepare, leave)
@@ -308,8 +310,8 @@ def run_job(
         }  # fmt: skip
     except Interrupted as stop:
         row |= {"status": "interrupted", "error": str(stop)}
-        if leave is not None and not folder.stop() and locks.is_held(folder.lock):
-            row["error"] = f"the job reached its time limit and is not queued again: {leave()}"
+        if leave is not None and not folder.stop():
+            row["error"] = f"the job was stopped and is not queued again: {leave()}"
         else:
             folder.ask_to_stop("signal", stop.exit_code - 128)
     except Exception as error:  # any failure of a job is a row of the table; the other jobs continue
@@ -337,10 +339,13 @@ def whereabouts() -> dict[str, Any]:
 
 
 @contextmanager
-def watched(folder: SweepFolder, told: set[int], tell: Callable[[Row], None]) -> Iterator[None]:
+def watched(
+    folder: SweepFolder, told: set[int], tell: Callable[[Row], None], *, outlived: bool = False
+) -> Iterator[None]:
     """Call `tell` with each job's row that is not in `told` yet, while the body runs; a signal asks all jobs to stop.
 
-    It is called in another thread, because launchers return only after all jobs.
+    It is called in another thread, because launchers return only after all jobs. If the jobs outlive this process
+    (`outlived`), only Ctrl-C stops them; SIGTERM and SIGHUP raise Interrupted.
     """
     ended = threading.Event()
 
@@ -355,6 +360,12 @@ def watched(folder: SweepFolder, told: set[int], tell: Callable[[Row], None]) ->
             look()
 
     def request_stop(number: int, frame: object) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
+        if outlived and number != signal.SIGINT:
+            raise Interrupted(
+                "stopped; the jobs continue: the same command awaits them, mlxchat status --cancel ends them.", number
+            )
         if folder.stop():
             os._exit(128 + number)  # jobs notice that the lock is free, and end
         folder.ask_to_stop("signal", number)
@@ -362,7 +373,7 @@ def watched(folder: SweepFolder, told: set[int], tell: Callable[[Row], None]) ->
             "stopping: jobs end after their current iteration, no further job starts (again: stop at once)", flush=True
         )
 
-    previous = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, request_stop) for number in heard_signals()}
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
@@ -412,11 +423,18 @@ def _prefixed(prefix: str) -> Iterator[None]:
 
 
 @contextmanager
-def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool) -> Iterator[None]:
+def _stopping_with(
+    folder: SweepFolder, parent: dict[str, Any], *, at_home: bool, alone: bool = False
+) -> Iterator[None]:
     """Send this process one SIGTERM when the sweep stops or its parent process no longer holds the lock.
 
-    Ctrl-C in the terminal must reach only the parent process, since a second signal means "at once". `at_home`: this is
-    the parent process, which receives signals itself.
+    Ctrl-C in the terminal must reach only the parent process, since a second signal means "at once".
+
+    Args:
+        folder: the sweep's folder.
+        parent: the sweep's own process.
+        at_home: this is the parent process, which receives signals itself.
+        alone: the job continues without the parent process.
     """
     if at_home:
         yield
@@ -430,7 +448,7 @@ def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool
     def watch() -> None:
         told = False
         while not ended.wait(pause):
-            stop, orphaned = folder.stop(), not locks.is_held(folder.lock)
+            stop, orphaned = folder.stop(), not alone and not locks.is_held(folder.lock)
             if not told and (stop or orphaned):
                 told = True
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -452,5 +470,5 @@ def _stopping_with(folder: SweepFolder, parent: dict[str, Any], *, at_home: bool
         ended.set()
         thread.join()
         signal.signal(signal.SIGTERM, former)
-        if not locks.is_held(folder.lock):
+        if not alone and not locks.is_held(folder.lock):
             os._exit(1)  # nobody reads the result; idle workers would stay for minutes

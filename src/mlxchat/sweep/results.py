@@ -173,7 +173,7 @@ class SweepFolder:
     """The folder of a sweep. Each file in it is written atomically.
 
     sweep.json     the jobs, and what was computed for all of them
-    rows/<n>.json  the result of a job, from whichever process ran it; <n>.begun: the job has left its queue
+    rows/<n>.json  the result of a job, from whichever process ran it
     sweep.lock     held by the sweep's own process while it waits for jobs
     stop           a request to end: no further job starts
     table.*        at the end, when rows/ is removed
@@ -206,14 +206,6 @@ class SweepFolder:
         """Return job number → its row of the table, for jobs that have one."""
         paths = (self.path / "rows").glob("[0-9]*.json")
         return {int(path.stem): json.loads(path.read_text(encoding="utf-8")) for path in paths}
-
-    def begin(self, number: int) -> None:
-        """Record that a job has started, on any machine."""
-        (self.path / "rows" / f"{number}.begun").touch()
-
-    def has_begun(self, number: int) -> bool:
-        """Return True if a job has started."""
-        return (self.path / "rows" / f"{number}.begun").exists()
 
     def ask_to_stop(self, why: str, signal_number: int) -> None:
         """Start no further job and stop running jobs where they can continue; the first request counts."""

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
@@ -25,14 +26,14 @@ from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, visible
 from mlxchat.planning.scaling import Training
-from mlxchat.runner.executors import LostJob, submit
+from mlxchat.runner.executors import Job as QueueJob
+from mlxchat.runner.executors import LostJob, Task, attach, submit
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.store import locks
 from mlxchat.store.files import now
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import place_steps, plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.launchers import (
-    POLL_SECONDS,
     HydraSettings,
     SubmittedJob,
     force_only_others,
@@ -58,6 +59,7 @@ from mlxchat.sweep.results import (
 from mlxchat.sweep.scaling import laws_of_report, trainings_of, write_scaling
 
 _MOST_OPTIONS = 20
+_QUEUE_SECONDS = 1.0
 
 
 @dataclass(kw_only=True)
@@ -249,13 +251,25 @@ def run_sweep(arguments: list[str]) -> int:
     store.prepare()
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{redact(sweep.jobs[0].composed.config.name)}-sweep"
     default = store.outputs / "multirun" / name
-    folder = SweepFolder(sweep.hydra.folder or default)
+    folder = SweepFolder(_with_jobs(store, sweep) or sweep.hydra.folder or default)
 
     def tell_waiting(owner: dict[str, Any]) -> None:
         print(f"{locks.name_process(owner)} runs a sweep in this folder; waiting", flush=True)
 
     with locks.hold(folder.lock, {"sweep": folder.path.name}, tell_waiting):
         return _Run(sweep, folder).run()
+
+
+def _with_jobs(store: Store, sweep: Sweep) -> Path | None:
+    """Return the folder in which the same command line left jobs in a queue or on a cluster, if any."""
+    for path in sorted(store.jobs.glob("*.jsonl"), reverse=True):
+        place = Path(QueueJob(path).facts.get("sweep", path))
+        with suppress(OSError, ValueError):
+            state = SweepFolder(place).state()
+            is_same = [state["arguments"], state["parent"]["cwd"]] == [sweep.arguments, whereabouts()["cwd"]]
+            if is_same and SweepFolder(place).stop() is None and attach(path) is not None:
+                return place
+    return None
 
 
 class _Run:
@@ -271,6 +285,8 @@ class _Run:
         """Keys of shared steps that this sweep has made."""
         self.failed: dict[str, str] = {}
         """Key → error of a shared step that failed."""
+        self.has_left = False
+        """Whether jobs continue although this process ends."""
         self.titles = {job.number: job.title for job in self.jobs}
         described = {
             job.number: {
@@ -289,13 +305,15 @@ class _Run:
     def run(self) -> int:
         """Run the unfinished jobs and write the results of all."""
         for job in self.jobs:
-            if job.is_finished:
+            if job.is_finished and job.number not in self.folder.rows():
                 metrics = metrics_of(job.plan, job.store, self.config.sweep.metric)
                 self._end(job, {"status": "done", "cached": True, "metrics": metrics, "seconds": 0.0})
         stop: Interrupted | None = None
         try:
             self._run_pending()
         except Interrupted as error:
+            if self.has_left:
+                raise
             stop = error
         asked = self.folder.stop()
         if stop is None and asked and asked["why"] == "signal":
@@ -382,13 +400,16 @@ class _Run:
         print(f"\n── {count} by {who}; their lines begin with their number", flush=True)
         numbered = ["hydra.sweeper.params=null", f"sweep.job={','.join(str(job.number) for job in pending)}"]
         overrides = numbered if self.is_listed else self.sweep.varying
-        lost: dict[int, str] = {}
+        outlived = is_submitted and (self.config.executor.kind, self.config.executor.address) != ("ray", None)
         try:
-            with watched(folder, set(folder.rows()), self._say):
+            with watched(folder, set(folder.rows()), self._say, outlived=outlived):
                 if is_submitted:
-                    lost = self._submit(pending)
+                    self._submit(pending)
                 else:
                     launch(hydra, folder, overrides)
+        except Interrupted:
+            self.has_left = outlived
+            raise
         except MlxchatError:
             raise
         except Exception as error:  # a process was killed or could not start; launchers raise their own exceptions
@@ -396,36 +417,45 @@ class _Run:
             print(visible(said), file=sys.stderr, flush=True)
             if not self.is_listed:
                 raise StoreError(f"{who} ended early: {type(error).__name__}") from error
-        known = folder.rows()
         for job in pending:
-            if job.number not in known:
-                status, error_text = "failed", lost.get(job.number, "its process ended without a result")
-                if folder.stop():
-                    status, error_text = "interrupted", "stopped before it had a result"
-                self._end(job, {"status": status, "error": error_text})
+            self._end_without_row(job, "its process ended without a result")
 
-    def _submit(self, pending: list[Job]) -> dict[int, str]:
-        """Run jobs by the executor until all have ended; return number → reason of jobs that were lost."""
-        folder = self.folder
-        calls = [SubmittedJob(folder, job.number) for job in pending]
-        jobs = submit(self.config.executor, calls, folder.path / "jobs")
-        running = {planned.number: job for planned, job in zip(pending, jobs, strict=True)}
-        lost: dict[int, str] = {}
+    def _end_without_row(self, job: Job, error: str) -> None:
+        """Write the row of a job that has ended without one."""
+        if job.number not in self.folder.rows():
+            status = "failed"
+            if self.folder.stop():
+                status, error = "interrupted", "stopped before it had a result"
+            self._end(job, {"status": status, "error": error})
+
+    def _submit(self, pending: list[Job]) -> None:
+        """Run jobs by the executor until all have ended; those that an earlier command submitted are awaited."""
+        folder, where = self.folder, self.sweep.jobs[0].store.jobs
+        records = {job.number: where / f"{folder.path.name}-{job.number}.jsonl" for job in pending}
+        running = {number: job for number, path in records.items() if (job := attach(path)) is not None}
+        new = [number for number in records if number not in running]
+        for number in new:
+            (folder.path / "rows" / f"{number}.json").unlink(missing_ok=True)
+        tasks = [Task(records[number].stem, SubmittedJob(folder, number), records[number]) for number in new]
+        facts = {"sweep": str(folder.path.resolve())}
+        if tasks:
+            jobs = submit(self.config.executor, folder.path.name, tasks, folder.path / "jobs", **facts)
+            running |= dict(zip(new, jobs, strict=True))
+        by_number = {job.number: job for job in pending}
         while running:
-            time.sleep(POLL_SECONDS)
+            time.sleep(_QUEUE_SECONDS)
             for number, job in list(running.items()):
                 if job.done():
                     del running[number]
                     try:
                         job.result()
                     except LostJob as error:
-                        lost[number] = str(error)
-                elif folder.stop() and not folder.has_begun(
-                    number
-                ):  # running jobs see the request themselves, and save
+                        self._end_without_row(by_number[number], str(error))
+                elif folder.stop() and job.waits:  # running jobs see the request themselves, and save
                     del running[number]
                     job.cancel()
-        return lost
+                elif news := job.news():
+                    print(f"── {self._title(number)}: {job.name} {news}", flush=True)
 
     def _end(self, job: Job, result: Row) -> None:
         """Write and print the row of a job that did not write it itself."""
