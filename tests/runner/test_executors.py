@@ -182,9 +182,9 @@ def test_missing_library_names_the_extra(monkeypatch):
 
 
 def test_step_executor_overrides_the_runs_or_uses_conf():
-    config = config_of("executor=slurm", "executor.partition=gpu", "pipeline.pretrain.executor={gpus_per_node: 8}")
+    config = config_of("executor=slurm", "executor.partition=gpu", "pipeline.pretrain.executor={gpus_per_node: 1}")
     assert executor_of(config, "sft") is config.executor
-    assert executor_of(config, "pretrain") == replace(config.executor, gpus_per_node="8")
+    assert executor_of(config, "pretrain") == replace(config.executor, gpus_per_node="1")
     assert config.executor.requeues == 1000
     config = config_of("pipeline.pretrain.executor=slurm", "pipeline.eval_base.executor={kind: ray, cpus_per_task: 4}")
     assert config.executor.kind == "local"
@@ -204,6 +204,7 @@ def test_step_executor_overrides_the_runs_or_uses_conf():
             "executor.cpus_per_task is 0, expected at least 1",
         ),
         ("executor.kind=slrum", 'executor.kind is "slrum", expected one of local, slurm'),
+        ("pipeline.pretrain.executor={kind: slurm, gpus_per_node: 'a100:8'}", "a100:8, but a job is one process"),
     ],
 )
 def test_invalid_executor_is_refused(override, message):

@@ -129,6 +129,12 @@ def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> I
             yield f"{where}.{name} is {value}, but Ray has no such setting: leave it out"
     if executor.kind == "ray" and not (executor.gpus_per_node or "0").isdigit():
         yield f"{where}.gpus_per_node is {executor.gpus_per_node}, expected a whole number for Ray"
+    gpus = (executor.gpus_per_node or "0").rpartition(":")[2]
+    if executor.kind != "local" and gpus.isdigit() and int(gpus) > 1:
+        yield (
+            f"{where}.gpus_per_node is {executor.gpus_per_node}, but a job is one process, which computes on one GPU: "
+            "give 1. For several: mlx.launch (docs/guides/several_machines.md)"
+        )
     if executor.kind in ("slurm", "submitit_local"):
         for name, value in executor.options.items():
             if name.replace("_", "-") in _SEVERAL and str(value) != "1":
