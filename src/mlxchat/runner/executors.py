@@ -384,7 +384,8 @@ class _Actor:
         import ray
 
         call()
-        ray.actor.exit_actor()  # type: ignore[no-untyped-call]
+        leave: Any = ray.actor.exit_actor  # without types, where Ray is installed
+        leave()
 
 
 _CLUSTERS: dict[str, _Slurm | _Ray] = {"slurm": _Slurm(), "submitit_local": _Local(), "ray": _Ray()}
