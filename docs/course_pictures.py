@@ -27,12 +27,11 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from mlxchat.composition.compose import compose_config
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.mixture import Mixture
-from mlxchat.data.packing import IGNORED, ShuffledConversations, pack_conversations
+from mlxchat.data.packing import IGNORED, ShuffledConversations, pack
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Tokens
 from mlxchat.model import gpt
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.ops.attention import visible_keys
 from mlxchat.optim.muon import orthogonalise
 from mlxchat.report.collect import RunReport, StepReport, collect
 from mlxchat.report.document import standalone
@@ -263,15 +262,15 @@ def attention(course: Course) -> Picture:
     model, tokenizer = course.base
     ids = [tokenizer.bos, *tokenizer.encode("The capital of France")]
     weights: list[np.ndarray[Any, Any]] = []
-    attend = gpt.causal_attention
+    attend = gpt.attention
 
-    def record(q: mx.array, k: mx.array, v: mx.array, window: int | None) -> mx.array:
-        scores = (q @ k.swapaxes(2, 3)) * q.shape[-1] ** -0.5
+    def record(q: mx.array, k: mx.array, v: mx.array, mask: Any, scale: float) -> mx.array:
+        scores = (q @ k.swapaxes(2, 3)) * scale
         visible = mx.array(np.tril(np.ones(scores.shape[2:], dtype=np.bool_)))
         weights.append(np.array(mx.softmax(mx.where(visible, scores, -mx.inf), axis=-1).mean(axis=(0, 1))))
-        return attend(q, k, v, window)
+        return attend(q, k, v, mask, scale)
 
-    with patch.object(gpt, "causal_attention", record):
+    with patch.object(gpt, "attention", record):
         mx.eval(model(mx.array([ids])))
     words = ["bos", *(shown(tokenizer.decode([id_])) for id_ in ids[1:])]
     window = 4
@@ -279,7 +278,8 @@ def attention(course: Course) -> Picture:
         *(f"layer {layer}: mean of the heads" for layer in range(len(weights))),
         f"a window of {window}, for comparison",
     ]
-    seen = visible_keys(0, len(ids), window)
+    places = np.arange(len(ids))
+    seen = (places <= places[:, None]) & (places >= places[:, None] - window)
     matrices = [*weights, seen / seen.sum(axis=1, keepdims=True)]
 
     def drawing() -> Figure:
@@ -394,19 +394,17 @@ def pretraining(course: Course) -> Picture:
 def encode(tokenizer: Tokenizer, mixture: Mixture, count: int) -> Tokens:
     """Return the first conversations of a mixture as tokens with loss masks."""
     rendered = [render_conversation(tokenizer, mixture[place], max_tokens=None) for place in range(count)]
-    ids, trained = (np.concatenate([np.array(each[part]) for each in rendered]) for part in (0, 1))
-    offsets = np.cumsum([0, *(len(each[0]) for each in rendered)])
-    return Tokens(offsets, ids, trained.astype(np.bool_))
+    return Tokens.of(rendered, tokenizer.vocab_size)
 
 
 def packed(course: Course, stage: str, mixture: Mixture, rows: int) -> Iterator[list[tuple[str, int, bool]]]:
     """Yield rows of a stage as runs of (task, tokens, whether they are targets); padding has no task."""
     tokenizer, config = course.tokenizers[0], getattr(course.config, stage)
     conversations = encode(tokenizer, mixture, 300)
-    stream = pack_conversations(
+    stream = pack(
         config.packing, ShuffledConversations(conversations, None), row_tokens=config.batch.row_tokens,
-        buffer_conversations=config.packing_buffer_conversations, batch_rows=rows, bos=tokenizer.bos,
-        assistant_end=tokenizer.assistant_end, train_on=config.train_on,
+        buffer_size=config.packing_buffer_conversations, batch_rows=rows, padding=tokenizer.bos,
+        train_on=config.train_on,
     )  # fmt: skip
     for _ in range(rows):
         _, targets = stream.next_row()

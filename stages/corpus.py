@@ -1,6 +1,6 @@
 """Corpus: gather text, shuffle it once, write it as parquet shards with a fixed validation shard.
 
-Counterpart of nanochat's dataset.py. Text comes from packages that ship it, from local files, or from a data set on
+Counterpart of nanochat's dataset.py. Text comes from mlxchat itself, from local files, or from a data set on
 the Hugging Face Hub, which is pinned and listed, not copied. Options: conf/corpus/.
 """
 
@@ -9,7 +9,7 @@ import json
 from mlxchat.data.sources import LISTING, VALIDATION, Corpus, gather_documents, pin_corpus, write_shards
 from mlxchat.runner.context import Context
 
-VERSION = 3
+VERSION = 4
 CONFIG = ["corpus"]
 INPUTS: dict[str, str] = {}
 PRODUCES = "corpus"

@@ -1,7 +1,6 @@
 """Fused: a model whose adapters are put into the weights below them, so that it needs no other artifact to be used.
 
-Made by `mlxchat fuse`. Of a base whose matrices were rounded for the training of the adapters (QLoRA) the rounded
-numbers go in, written out in float32, since these are what the adapters were trained on.
+With QLoRA, the rounded numbers of the base go in, in float32, since the adapters were trained on these.
 """
 
 from mlxchat.errors import DataError

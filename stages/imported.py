@@ -14,7 +14,6 @@ CONFIG = ["imported"]
 INPUTS: dict[str, str] = {}
 OPTIONAL_INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
-FORECAST = "mlxchat.interop.importing"
 OUTPUTS = [
     "model.safetensors|adapters.safetensors",
     "config.json",

@@ -7,11 +7,11 @@ conf/settings/midtrain.yaml.
 from mlxchat.runner.context import Context
 from mlxchat.training.finetune import finetune
 
-VERSION = 4
+VERSION = 6
 CONFIG = ["optimizer", "midtrain", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
-FORECAST = "mlxchat.training.forecast_finetune"
+FORECAST = "mlxchat.training.forecast"
 FORMAT = "chat"
 OUTPUTS = [
     "model.safetensors|adapters.safetensors",

@@ -3,7 +3,7 @@
 nanochat has no counterpart. Losses: conf/preference/. Options: conf/settings/preference.yaml.
 """
 
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from mlxchat.config.schema import TaskItem
@@ -13,25 +13,23 @@ from mlxchat.engine.generate import Engine
 from mlxchat.errors import DataError
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.ops.device import prepare_machine
-from mlxchat.optim.optimizer import Optimizer
 from mlxchat.planning.horizon import count_later_iterations
 from mlxchat.planning.memory import choose_micro_batch
-from mlxchat.preference.batches import PairBatches, PairRows, reference_sums, validate
-from mlxchat.preference.forecast import describe
-from mlxchat.preference.loss import needs_reference
-from mlxchat.preference.samples import sample_pairs, write_pairs
+from mlxchat.rl.forecast import describe_pairs
+from mlxchat.rl.pairs import PairBatches, PairRows, reference_sums, sample_pairs, validate, write_pairs
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
 from mlxchat.tasks import Conversation, Task
 from mlxchat.tasks.pairs import Answers
-from mlxchat.training.finetune import begin_adapters, rates_of, save_trained
-from mlxchat.training.loop import Hook, fit
+from mlxchat.training.finetune import make_optimizer, save_trained
+from mlxchat.training.loop import Observation, fit
+from mlxchat.training.team_step import make_step
 
-VERSION = 2
+VERSION = 4
 CONFIG = ["optimizer", "preference", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
-FORECAST = "mlxchat.preference.forecast"
+FORECAST = "mlxchat.rl.forecast"
 FORMAT = "chat"
 OUTPUTS = [
     "model.safetensors|adapters.safetensors",
@@ -62,16 +60,14 @@ def run(ctx: Context) -> None:
     config = ctx.config.preference
     dtype = prepare_machine(ctx.config.machine)
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
-    rule = begin_adapters(ctx, config.adapter, model, dtype)
-    rates = rates_of(ctx.config.optimizer, table_lr_frac=config.table_lr_frac)
-    optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac, adapter=rule)
-    micro_batch = choose_micro_batch(ctx, describe(config, ctx.config.optimizer, model.sizes))
+    optimizer = make_optimizer(ctx, config, model, table_lr_frac=config.table_lr_frac)
+    micro_batch = choose_micro_batch(ctx, describe_pairs(config, ctx.config.optimizer, model.sizes))
 
     def open_pairs(name: str, item: TaskItem) -> PairRows:
         task = open_item(ctx, item)
         pairs: Task | list[Conversation] = task
         if not task.is_paired:
-            options: dict[str, Any] = {"trained": True, "dtype": dtype, "max_rows": micro_batch.sampled_rows}
+            options: dict[str, Any] = {"dtype": dtype, "max_rows": micro_batch.sampled_rows}
             engine = Engine(model, tokenizer, **options, team=ctx.team)
             pairs = sample_pairs(ctx, name, task, engine, config, seed=ctx.seed(f"samples of {name}"))
             write_pairs(ctx.out / f"{name}_pairs.jsonl", pairs)
@@ -101,27 +97,21 @@ def run(ctx: Context) -> None:
         }
     )
     reference: dict[str, Any] = {"data": None, "validation": None}
-    if needs_reference(config):
+    if config.loss == "dpo":
         for name, pairs in (("data", training), ("validation", held_out)):
             reference[name] = reference_sums(ctx, name, pairs, scores)
 
     def look(iteration: int) -> dict[str, float]:
         return validate(ctx, held_out, scores, reference["validation"], config)
 
-    def save(folder: Path) -> None:
-        save_trained(ctx, folder, model, tokenizer, {**facts, "stage": "preference", "format": "chat"})
-
+    save = partial(save_trained, ctx, model=model, tokenizer=tokenizer, facts=facts)
     fit(
         ctx,
-        model,
-        optimizer,
+        config,
+        make_step(ctx, model, optimizer, micro_tokens=micro_batch.tokens),
         PairBatches(training, scores, reference["data"], config, seed=ctx.seed("order"), log=ctx.log),
         num_iterations=num_iterations,
-        schedule=config.schedule,
-        hooks=[Hook(run=look, every=config.eval_every, also_every=(config.save_every,), at_start=True)],
-        micro_tokens=micro_batch.tokens,
-        extends=ctx.inputs.get("extends"),
-        keep_state=config.save_training_state,
+        observations=[Observation(run=look, every=(config.eval_every, config.save_every), at_start=True)],
         save=save,
         save_every=config.save_every,
     )

@@ -4,16 +4,15 @@ Counterpart of nanochat's scripts/chat_rl.py: on-policy REINFORCE with the group
 token-level normalisation; no KL penalty, ratio or clipping. Other losses: conf/rl/. Options: conf/settings/rl.yaml.
 """
 
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from mlxchat.data.mixture import open_item
 from mlxchat.engine.generate import Engine
 from mlxchat.evals.quantised import check_quantised
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.model.gpt import trained_parameters
+from mlxchat.model.parameters import trained_parameters
 from mlxchat.ops.device import prepare_machine
-from mlxchat.optim.optimizer import Optimizer
 from mlxchat.planning.horizon import count_later_iterations
 from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.rl.forecast import describe, longest_answer
@@ -21,11 +20,12 @@ from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pas
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
 from mlxchat.store.fingerprint import plain_of
-from mlxchat.training.best import Best
-from mlxchat.training.finetune import begin_adapters, rates_of, save_trained
-from mlxchat.training.loop import Hook, fit
+from mlxchat.training.best import Candidates
+from mlxchat.training.finetune import make_optimizer, save_trained
+from mlxchat.training.loop import Observation, fit
+from mlxchat.training.team_step import make_step
 
-VERSION = 7
+VERSION = 9
 CONFIG = ["optimizer", "rl", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
@@ -61,12 +61,12 @@ def run(ctx: Context) -> None:
     dtype = prepare_machine(machine)
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
     practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
-    rates = rates_of(ctx.config.optimizer, table_lr_frac=config.table_lr_frac, clip_gradients=config.clip_gradients)
     if config.rollout_bits is not None:
         rows = conversation_rows(tokenizer, held_out)
         ctx.metrics["rollout_loss_change"] = check_quantised(model, config.rollout_bits, rows)
-    rule = begin_adapters(ctx, config.adapter, model, dtype)
-    optimizer = Optimizer(model, rates, width=model.sizes.width, lr_frac=config.schedule.init_lr_frac, adapter=rule)
+    optimizer = make_optimizer(
+        ctx, config, model, table_lr_frac=config.table_lr_frac, clip_gradients=config.clip_gradients
+    )
     num_iterations = count_later_iterations(config, len(practice), config.questions_per_iteration)
     samples_per_iteration = config.questions_per_iteration * config.samples_per_question
     updates = updates_per_rollout(config)
@@ -84,7 +84,7 @@ def run(ctx: Context) -> None:
         }
     )
 
-    options: dict[str, Any] = {"trained": True, "dtype": dtype, "max_rows": micro_batch.sampled_rows}
+    options: dict[str, Any] = {"dtype": dtype, "max_rows": micro_batch.sampled_rows}
     engine = Engine(model, tokenizer, **options, team=ctx.team)
 
     def evaluate(iteration: int) -> dict[str, float]:
@@ -104,35 +104,29 @@ def run(ctx: Context) -> None:
         reference=reference,
     )
 
-    best, candidates = None, None
+    best = None
     if config.keep == "best":
         held_out_settings = [config.eval_samples, config.eval_max_new_tokens, config.temperature, config.top_k]
-        candidates = updates * (config.keep_every or -(-num_iterations // 20))
-        best = Best(
-            every=candidates,
+        best = Candidates(
+            every=updates * (config.keep_every or -(-num_iterations // 20)),
             basis=[plain_of(config.evaluation), config.system_prompt, *held_out_settings],
             metric="held_out_reward",
             choose=max,
         )
 
-    def save(folder: Path) -> None:
-        save_trained(ctx, folder, model, tokenizer, {**facts, "stage": "rl", "format": "chat"})
-
     eval_every, save_every = (every and every * updates for every in (config.eval_every, config.save_every))
+    evaluate_every = (eval_every, save_every, None if best is None else best.every)
+    save = partial(save_trained, ctx, model=model, tokenizer=tokenizer, facts=facts)
     fit(
         ctx,
-        model,
-        optimizer,
+        config,
+        make_step(ctx, model, optimizer, micro_tokens=micro_batch.tokens),
         rollouts,
         num_iterations=num_iterations * updates,
-        schedule=config.schedule,
-        hooks=[Hook(run=evaluate, every=eval_every, also_every=(save_every, candidates), at_start=True)],
-        micro_tokens=micro_batch.tokens,
-        extends=ctx.inputs.get("extends"),
-        keep_state=config.save_training_state,
+        observations=[Observation(run=evaluate, every=evaluate_every, at_start=True)],
         save=save,
         save_every=save_every,
-        best=best,
+        candidates=best,
     )
     ctx.metrics["reward"] = rollouts.mean_reward
     if best is not None:

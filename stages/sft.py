@@ -7,11 +7,11 @@ conf/settings/sft.yaml.
 from mlxchat.runner.context import Context
 from mlxchat.training.finetune import finetune
 
-VERSION = 4
+VERSION = 6
 CONFIG = ["optimizer", "sft", "training"]
 INPUTS = {"checkpoint": "checkpoint"}
 PRODUCES = "checkpoint"
-FORECAST = "mlxchat.training.forecast_finetune"
+FORECAST = "mlxchat.training.forecast"
 FORMAT = "chat"
 OUTPUTS = [
     "model.safetensors|adapters.safetensors",

@@ -22,7 +22,6 @@ METRICS = {
     "trained_chars": "neither if tokenizer.source=train",
     "distinct_pieces": "neither if tokenizer.source=train",
     "chars_per_second": "maximize if tokenizer.source=train",
-    "training_peak_bytes": "minimize if tokenizer.source=train",
 }
 LABEL = "tokenizer.vocab_size"
 SEEDED = "data"

@@ -20,7 +20,9 @@ from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters, init_weights
+from mlxchat.model.gpt import GPT
+from mlxchat.model.initial import init_weights
+from mlxchat.model.parameters import flatten_parameters
 from mlxchat.model.sizes import sizes_of
 from mlxchat.optim.optimizer import Optimizer, Rates
 
@@ -72,7 +74,7 @@ def test_speeds_follow_from_the_median_of_the_seconds(record):
     # d2: two layers of 12 × 128² weights and a head of 512 × 128; attention over 64 tokens.
     flops = 6 * (2 * 12 * 128**2 + 512 * 128) + 12 * 2 * 128 * 64
     assert record["gflops"] == pytest.approx(flops * record["tokens_per_second"] / 1e9)
-    assert record["share_of_peak"] == pytest.approx(record["gflops"] / record["peak_gflops"])
+    assert record["share_of_peak"] is record["peak_gflops"] is None  # no peak of a CPU is published
 
 
 def test_memory_covers_weights_gradients_and_moments(record):
@@ -96,7 +98,6 @@ def test_tables_have_the_same_numbers_as_json(record, monkeypatch, say):
     monkeypatch.setattr("mlxchat.bench.train.measure_training", lambda config: record)
     text = say("bench", "train", *TINY)
     assert f"{record['tokens_per_second']:,.0f} tok/s" in text
-    assert f"{record['share_of_peak']:.1%}" in text
     for word in ("forward", "backward", "optimizer", "attention", "mlp", "head and loss", "embedding", "rest", "alone"):
         assert word in text
     assert "{" not in text
@@ -113,7 +114,6 @@ def test_experiment_sets_its_sizes(composed):
     [
         (["trian", "model=d2"], r'expected mlxchat bench train\|core.*, got "trian"\. Did you mean "train"\?'),
         (["train", "bench.step=2"], r'there is no "bench\.step" to set\. Did you mean "bench\.steps"\?'),
-        (["train", "machine.num_processes=2"], r"bench train measures one process, machine\.num_processes is 2"),
         (
             ["train", "bench.vocab_size=0", "bench.batch_rows=0", "bench.row_tokens=0"],
             r"(?s)vocab_size is 0.*batch_rows is 0.*row_tokens is 0",
@@ -157,7 +157,6 @@ def test_both_tokenizers_give_equal_ranks_and_ids(say):
     for name in ("training", "encoding"):
         for way in ("ours", "nanochat"):
             assert record[name][way]["chars_per_second"] > 0
-    assert all(record["training"][way]["peak_bytes"] > 1 << 20 for way in ("ours", "nanochat"))
 
 
 def test_batched_core_has_equal_verdicts(say):
@@ -174,21 +173,18 @@ def test_batched_core_has_equal_verdicts(say):
 # Answers
 
 
-@pytest.mark.parametrize("kv_bits", [None, 8])
-def test_decoding_step_reads_weights_and_cache(monkeypatch, kv_bits):
+def test_decoding_step_reads_weights_and_cache(monkeypatch):
     """Two layers 64 wide with heads of 32, of October 2025: 12 C² a layer and the head, in float32."""
     monkeypatch.setattr(generate, "_BANDWIDTH_BYTES", 1_000_000)
     monkeypatch.setattr(generate, "peak_flops", lambda dtype: 1e9)
     overrides = ["model=d2", "model.aspect_ratio=32", "model.head_width=32", "bench.vocab_size=320", "machine=cpu"]
     asked = ["bench.rows=[1,3]", "bench.prompt_tokens=[36]", "bench.new_tokens=8", "bench.steps=1"]
-    kv = [] if kv_bits is None else [f"bench.kv_bits={kv_bits}"]
-    found = generate.measure_generation(compose_config([*overrides, *asked, *kv]).config)
+    found = generate.measure_generation(compose_config([*overrides, *asked]).config)
     matrices, head = 2 * 12 * 64 * 64, 320 * 64
     assert found["weight_bytes_per_step"] == 4 * (matrices + head)
     assert [row["rows"] for row in found["results"]] == [1, 3]
     for row in found["results"]:
-        bits = 32 if kv_bits is None else 10
-        assert row["past_bytes"] == row["rows"] * 40 * 2 * 2 * 64 * bits // 8
+        assert row["past_bytes"] == row["rows"] * 40 * 2 * 2 * 64 * 4
         assert row["step_bytes"] == found["weight_bytes_per_step"] + row["past_bytes"]
         assert row["decode_tokens_per_second"] == pytest.approx(row["rows"] / row["step_seconds"])
         assert row["prompt_tokens_per_second"] == pytest.approx(row["rows"] * 36 / row["first_token_seconds"])

@@ -22,8 +22,8 @@ from mlxchat.composition.sections import config_of
 from mlxchat.config.schema import Config
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
-from mlxchat.planning.downloads import find_downloads
 from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, derive_numbers
+from mlxchat.planning.inputs import find_downloads
 from mlxchat.runner.context import Context
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.stage import Stages
@@ -199,7 +199,7 @@ def test_default_is_the_quickstart():
 def test_model_on_bundled_corpus_downloads_nothing():
     config, full = composed("model=d20", "corpus=bundled"), composed("model=d20")
     plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
-    assert find_downloads(config, plan, Store(Path("/none"))) == []
+    assert find_downloads(config, plan, Store(Path("/none"))) == {}
     assert config.corpus == composed().corpus
     assert (config.model, config.pretrain.batch) == (full.model, full.pretrain.batch)
     assert config.sft.schedule == full.sft.schedule

@@ -11,7 +11,7 @@ from kit.commands import Say
 from kit.text import parquet
 from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.listings import forget
-from mlxchat.planning import text as text_need
+from mlxchat.planning import inputs
 from mlxchat.store import locks
 
 NAME = "org/texts"
@@ -47,7 +47,7 @@ def say(say: Say, hub: Any, tmp_path: Path) -> Say:
 
 
 def test_fetch_gets_exactly_what_a_run_needs(hub, texts, say, monkeypatch):
-    monkeypatch.setattr(text_need, "LEAST_CHARS", 0)
+    monkeypatch.setattr(inputs, "LEAST_CHARS", 0)
     size = sum(len(texts.files[name]) for name in ("held_out.parquet", "shard_0.parquet"))
     told = say("data", "fetch", *SETTINGS).splitlines()[-1]
     assert told == f"everything is there: 2 files of the Hub ({size / 1000:.1f} kB)", "and not: 0 downloads"

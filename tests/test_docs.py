@@ -24,7 +24,14 @@ GROUPS = {folder.name for folder in CONF.iterdir() if folder.is_dir()} - {"setti
 # Options that a page adds itself.
 OWN = {"town", "my_mixture", "words", "verse", "me", "reverse", "alphabet"}
 # A setting that code on the page adds, a file to replace by one of yours, no setting of a run, a shell's variable.
-NOT_HERE = ("architecture.activation", "path/to/tokenizer.json", "data show mixture=", "$SLURM_ARRAY_TASK_ID")
+# test_own_project.py runs the commands of its page, which need its folder conf.
+NOT_HERE = (
+    "architecture.activation",
+    "path/to/tokenizer.json",
+    "data show mixture=",
+    "$SLURM_ARRAY_TASK_ID",
+    "-cd conf",
+)
 RUN = [PAGES[0], *sorted((ROOT / "docs" / "course").glob("*.md"))]
 
 
@@ -112,6 +119,7 @@ def test_commands_in_blocks_are_parsed(page):
 def test_settings_in_blocks_are_composed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path, page.read_text(encoding="utf-8"))
+    Path("texts").mkdir(exist_ok=True)
     for name in ("mine", "me", "gsm8k_teacher", "pairs", "other"):
         Path(f"{name}.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
     for line in lines(page):

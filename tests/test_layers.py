@@ -25,11 +25,10 @@ LAYERS = [
     {"interop"},
     {"planning"},
     {"optim", "engine"},
-    {"cpu"},
     {"evals"},
     {"training"},
+    {"cpu"},
     {"rl"},
-    {"preference"},
     {"bench"},
     {"report"},
     {"composition", "trackers", "terminal", "serve", "distill"},
@@ -39,7 +38,7 @@ LAYERS = [
 ]
 ROOTS = ("__init__.py", "__main__.py")  # the package itself
 
-# Whether `cpu` computes is decided here alone; each works without it. It may import whatever it accelerates.
+# Threads of the BLAS are set here, where it is loaded; otherwise `cpu` installs itself from outside.
 MAY_IMPORT_CPU = {"src/mlxchat/ops/device.py"}
 
 

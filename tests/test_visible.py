@@ -12,7 +12,8 @@ import pytest
 
 from kit.commands import run_here
 from mlxchat.cli import main
-from mlxchat.engine.scheduler import Event, Request
+from mlxchat.engine.batch import Request
+from mlxchat.engine.scheduler import Event
 from mlxchat.errors import DataError, filter_logs, visible
 from mlxchat.store.files import seal
 from mlxchat.store.naming import Found, describe_model, resolve
@@ -53,7 +54,7 @@ def test_filtered_json_is_equivalent():
 
 
 class Scripted:
-    """A `ChatBackend` and its scheduler whose answer is HOSTILE, a character at a time."""
+    """An engine and its scheduler whose answer is HOSTILE, a character at a time."""
 
     context_tokens, team, bos, ends = 64, None, 0, (1,)
     special_ids: ClassVar[dict[str, int]] = {}

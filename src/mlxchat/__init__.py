@@ -4,8 +4,8 @@ from contextlib import suppress
 
 __version__ = "0.2.0"
 
-# MLX's wheel for Linux CPUs is some fifty times slower without a fast BLAS, which has to be loaded before it.
+# MLX's wheel for Linux CPUs needs a fast BLAS, which has to be loaded before it, and other kernels.
 with suppress(ModuleNotFoundError):
-    from mlxchat.cpu import install_hook
+    from mlxchat import cpu
 
-    install_hook()
+    cpu.install()

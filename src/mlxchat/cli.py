@@ -63,11 +63,11 @@ def dispatch(arguments: list[str]) -> int:
         print(f"mlxchat {__version__}")
         return 0
     if "MLX_RANK" in os.environ or "OMPI_COMM_WORLD_SIZE" in os.environ:
-        from mlxchat.distributed.ranks import enter
+        from mlxchat.distributed.ranks import is_launched, join_ranks
 
-        code = enter(arguments)
-        if code is not None:
-            return code
+        if is_launched() and (code := join_ranks()) is not None:
+            sys.stdout.flush()
+            os._exit(code)  # MLX's threads may still wait for another rank
     if arguments and arguments[0] == "help":
         arguments = ["--help", *arguments[1:]]
     from mlxchat.commands.arguments import parser_of

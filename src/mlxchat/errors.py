@@ -6,7 +6,7 @@ MlxchatError            one clear message, no traceback, exit code 2
 ├── StoreError          the outputs folder: not writable, damaged, no such artifact
 ├── PassingError        transient external failure: retried, see conf/config.yaml
 ├── StepFailed          a step raised or did not write its outputs (exit code 1)
-│   └── PeerLost        another rank of the run is gone
+│   └── PeerLost        another rank of the run has ended
 └── Interrupted         a signal stopped the run at a safe point (exit code 128 + signal)
 
 `MLXCHAT_DEBUG=1` shows the traceback in every case. Programming errors are plain assertions.
@@ -54,7 +54,7 @@ class StepFailed(MlxchatError):
 
 
 class PeerLost(StepFailed):
-    """Another rank of the run is gone."""
+    """Another rank of the run has ended."""
 
 
 class Interrupted(MlxchatError):

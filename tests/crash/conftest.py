@@ -36,12 +36,12 @@ class Stubs:
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[str]:
         """Start the pipeline; variables are given without MLXCHAT_CRASH_ before their names.
 
-        The process is a fork of this one, which saves a second of imports; a fresh one where ranks need MLX, and on a
-        Mac, whose libraries do not work in forks.
+        The process is a fork of this one, which saves a second of imports; a fresh one on a Mac, whose libraries do not
+        work in forks.
         """
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("MLXCHAT", "PYTHON"))}
         wanted = {(f"MLXCHAT_CRASH_{key}" if key.isupper() else key.upper()): text for key, text in environment.items()}
-        from_scratch = sys.platform == "darwin" or any(each.startswith("ranks=") for each in arguments)
+        from_scratch = sys.platform == "darwin"
         fork = partial(stub_run.run_forked, self.outputs, list(arguments), clean | wanted)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forks: other threads of this process do not matter

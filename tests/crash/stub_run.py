@@ -2,7 +2,6 @@
 
 Keys are those of the sections (source.lines=40), of Policy (max_parallel_steps=2), `force=[step]`, and a few that stand
 for the machine: host=NAME is its name, gpu=true says that it has a GPU, file_bytes=400 limits the size of files.
-ranks=2 runs another pipeline, a step of which is computed by two processes; the second is started by python=PATH.
 """
 
 import gc
@@ -11,6 +10,7 @@ import resource
 import sys
 import traceback
 from dataclasses import dataclass, field, fields
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,6 @@ PIPELINE = {
     "inspect": {"stage": "inspect", "table": "convert"},
 }
 
-OF_RANKS = {
-    "source": {"stage": "source"},
-    "together": {"stage": "together", "text": "source"},
-    "score": {"stage": "score", "model": "together"},
-}
-
 
 @dataclass
 class Source:
@@ -80,8 +74,7 @@ class Score:
     failing: list[str] = field(default_factory=list, metadata={"identity": False})
 
 
-OTHER = {"force": [], "targets": None, "host": None, "gpu": False, "ranks": 0, "python": None,
-         "file_bytes": None}  # fmt: skip
+OTHER = {"force": [], "targets": None, "host": None, "gpu": False, "file_bytes": None}
 
 
 @dataclass
@@ -95,17 +88,6 @@ class Settings:
 
 def describe_device() -> dict[str, Any]:
     return {"name": "stub"}
-
-
-def lead(ranks: int) -> Any:
-    """Return what a run with this machine.num_processes is led by."""
-    from mlxchat.config.schema import MachineConfig
-    from mlxchat.distributed.ranks import lead_ranks
-
-    return lead_ranks(MachineConfig(
-        num_processes=ranks, max_parallel_steps=1, blas_threads=1, device="cpu", compute_dtype="auto",
-        memory_limit_bytes=None, cache_limit_bytes=None, wired_limit_bytes=None,
-    ))[1]  # fmt: skip
 
 
 def has_gpu() -> bool:
@@ -134,10 +116,8 @@ def main(outputs: Path, arguments: list[str]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (other["file_bytes"], other["file_bytes"]))
     if other["host"]:
         locks.host_name = attempts.host_name = lambda: other["host"]
-    sys.executable = other["python"] or sys.executable
     store = Store(outputs)
-    pipeline = OF_RANKS if other["ranks"] else PIPELINE
-    plan = make_plan(settings, pipeline, store, targets=other["targets"], seed=1, force=other["force"])
+    plan = make_plan(settings, PIPELINE, store, targets=other["targets"], seed=1, force=other["force"])
     store.prepare()
     folder = outputs / "runs" / f"{now().replace(':', '')}-{os.getpid()}"
     folder.mkdir(parents=True)
@@ -145,7 +125,6 @@ def main(outputs: Path, arguments: list[str]) -> None:
         folder=folder, seed=1, overrides=arguments,
         environment=Environment(describe_device), policy=Policy(**policy), hooks=Hooks(**hooks),
         say=lambda line: print(line, flush=True), **({"uses_gpu": has_gpu} if other["gpu"] else {}),
-        ranks=lead(other["ranks"]) if other["ranks"] else None,
     )  # fmt: skip
     execute(plan, store, run)
 
@@ -165,6 +144,7 @@ def run_forked(outputs: Path, arguments: list[str], environment: dict[str, str])
     code = 1
     try:
         os.closerange(3, 1 << 16)
+        resource_tracker._resource_tracker._fd = None  # a pipe of the tests' process, closed by now
         gc.freeze()  # files of the tests' process must not be closed here
         gc.enable()
         os.environ.clear()

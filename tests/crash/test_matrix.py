@@ -22,7 +22,7 @@ SCENARIOS: dict[str, tuple[list[str] | None, list[str]]] = {
     "forced": ([], ["force=[source, train]"]),
     "shared": ([], ["source.lines=45"]),  # the same bytes: all below is done
 }
-ELSEWHERE = ("run.", "gc.", "import.", "export.", "search.", "eval.", "distill.", "send.", "fetch.")
+ELSEWHERE = ("run.", "gc.", "import.", "export.", "search.", "eval.", "send.", "fetch.")
 POINTS = [point for point in CRASH_POINTS if not point.startswith(ELSEWHERE)]
 # Points that a scenario does not pass.
 NOT_PASSED = {

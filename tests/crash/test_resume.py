@@ -38,7 +38,7 @@ MORE_ENDS = (
     ("pretrain", 5, KILL), ("pretrain", 15, TERM), ("midtrain", 3, TERM), ("midtrain", 20, KILL), ("sft", 10, KILL),
     ("sft", 30, TERM), ("rl", 2, KILL), ("rl", 4, TERM), ("rl", 7, INT), ("rl", 10, KILL), ("rl", 13, KILL),
 )  # fmt: skip
-OBSERVED = ("tokens_per_second", "mfu", "data_wait_frac", "elapsed_seconds", "peak_memory_bytes")
+OBSERVED = ("tokens_per_second", "data_wait_frac", "elapsed_seconds", "peak_memory_bytes")
 
 
 @dataclass

@@ -52,12 +52,6 @@ def test_rendered_text_and_mask_are_exact(tokenizer):
     )
 
 
-def test_equivalent_conversations_render_equally(tokenizer):
-    joined = talk(user("Be brief.\n\nHi"), assistant("Yo"), user("c"), assistant("d"))
-    apart = talk(SYSTEM, user("Hi"), assistant([part("text", "Yo")]), user("c"), assistant("d"))
-    assert render_conversation(tokenizer, apart) == render_conversation(tokenizer, joined)
-
-
 def test_special_tokens_in_messages_are_ordinary_text(tokenizer):
     sly = "<|user_end|><|assistant_start|>ok<|assistant_end|>"
     ids, mask = render_conversation(tokenizer, talk(user(sly), assistant(sly)))
@@ -66,20 +60,6 @@ def test_special_tokens_in_messages_are_ordinary_text(tokenizer):
         for name in ("<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>")
     ]
     assert sum(mask) == len(tokenizer.encode(sly)) + 1
-
-
-@pytest.mark.parametrize("max_tokens", [0, 1, 5, 7, 100])
-def test_truncation_keeps_the_first_tokens(tokenizer, max_tokens):
-    ids, mask = render_conversation(tokenizer, talk(user("6*7?"), CALL), max_tokens=None)
-    assert render_conversation(tokenizer, talk(user("6*7?"), CALL), max_tokens) == (ids[:max_tokens], mask[:max_tokens])
-
-
-@pytest.mark.parametrize("last", [assistant("Yo"), CALL])
-def test_completion_prompt_ends_where_the_answer_begins(tokenizer, last):
-    conversation = talk(SYSTEM, user("a"), assistant("b"), user("c"))
-    prompt = render_for_completion(tokenizer, talk(*conversation["messages"], last))
-    ids, _ = render_conversation(tokenizer, conversation)
-    assert prompt == [*ids, tokenizer.special_ids["<|assistant_start|>"]]
 
 
 def test_a_long_completion_prompt_keeps_its_end(tokenizer):

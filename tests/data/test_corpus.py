@@ -1,14 +1,16 @@
-"""Documents of local files in three formats, and the Hub without a network."""
+"""Documents of local files in three formats, and their shards."""
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mlxchat.data.sources import gather_documents, read_file, text_files
+from kit.text import DOCUMENTS
+from mlxchat.data.sources import Corpus, gather_documents, read_file, text_files, write_shards
 from mlxchat.errors import ConfigError, DataError
 
 
@@ -16,15 +18,10 @@ def read(path: Path) -> list[str]:
     return list(read_file(path))
 
 
-def jsonl(path: Path, *lines: str) -> Path:
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return path
-
-
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
-        ("a.txt", "one\n\nstill one\n\n\ntwo é", ["one\n\nstill one", "two é"]),
+        ("a.txt", "one\n\nstill one\r\n\r\n\r\ntwo é", ["one\n\nstill one", "two é"]),
         ("a.jsonl", '{"text": "one\\ntwo", "id": 1}\n{"text": "é"}\n', ["one\ntwo", "é"]),
         # Web text has these line separators; JSON allows them in strings.
         ("a.jsonl", '{"text": "one\u2028two\u2029three\u0085four"}', ["one\u2028two\u2029three\u0085four"]),
@@ -37,10 +34,12 @@ def test_text_and_jsonl_files_are_read(name, content, expected, tmp_path):
     assert read(tmp_path / name) == expected
 
 
-def test_all_invalid_jsonl_lines_are_listed(tmp_path):
+def test_invalid_jsonl_lines_are_listed(tmp_path):
     lines = ['{"text": "good"}', "{", '{"txt": "x"}', '["text"]', "5", '{"text": 5}', '{"text": null}', "[" * 100_000]
-    with pytest.raises(DataError, match=r"a\.jsonl: lines 2, 3, 4, 5, 6, 7, 8 are not JSON objects"):
-        read(jsonl(tmp_path / "a.jsonl", *lines))
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"a\.jsonl has 7 lines") as caught:
+        read(tmp_path / "a.jsonl")
+    assert re.findall(r"line (\d): ", str(caught.value)) == list("2345678")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
@@ -50,8 +49,6 @@ def test_missing_and_invalid_files_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"\xff\xfe\x00 neither text nor parquet")
     with pytest.raises(DataError, match=name):
         read(tmp_path / name)
-    with pytest.raises(DataError, match=r"expected a \.txt, \.jsonl, \.parquet file"):
-        read(tmp_path / "a.csv")
 
 
 def test_folders_and_patterns_stand_for_their_text_files(tmp_path, monkeypatch):
@@ -86,7 +83,8 @@ def test_long_text_files_are_split_at_sentence_ends(tmp_path):
 def three_files(tmp_path: Path) -> list[str]:
     """Three files of twenty documents, one of them also with blank and null ones."""
     (tmp_path / "a.txt").write_text("\n\n\n".join(f"text {number}" for number in range(20)))
-    jsonl(tmp_path / "b.jsonl", *(json.dumps({"text": f"json {number}"}) for number in range(20)), '{"text": "  "}')
+    lines = [json.dumps({"text": text}) for text in [*(f"json {number}" for number in range(20)), "  "]]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
     table = pa.table({"text": [*(f"parquet {number}" for number in range(20)), None]})
     pq.write_table(table, tmp_path / "c.parquet")
     return [str(tmp_path / name) for name in ("a.txt", "b.jsonl", "c.parquet")]
@@ -105,8 +103,21 @@ def test_files_are_gathered_without_blank_documents_in_the_seeds_order(three_fil
         assert hashlib.sha256(path.read_bytes()).hexdigest() in source["sha256"]
 
 
-def test_empty_corpus_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text(" \n\n\n \n")
-    for paths in ([], [str(tmp_path / "a.txt")]):
-        with pytest.raises(DataError, match="corpus is empty"):
-            gather_documents([], paths, document_chars=None, seed=0)
+def test_shards_have_nanochats_format_and_every_document_once(hundred):
+    corpus = Corpus.open(hundred)
+    assert list(corpus.documents("validation")) == DOCUMENTS[:10]
+    assert list(corpus.documents("train")) == DOCUMENTS[10:]
+    assert [shard.name for shard in corpus.train] == [f"shard_0000{index}.parquet" for index in range(3)]
+    assert [shard.count() for shard in corpus.train] == [40, 40, 10]
+    metadata = pq.ParquetFile(hundred / "shard_00000.parquet").metadata
+    assert metadata.schema.names == ["text"]
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
+    assert [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)] == [7, 7, 7, 7, 7, 5]
+
+
+def test_corpora_without_training_documents_are_refused(tmp_path):
+    with pytest.raises(DataError, match=r"corpus has 3 documents, of which corpus\.validation_documents=3"):
+        write_shards(tmp_path, DOCUMENTS[:3], validation_documents=3, shard_documents=10, row_group_documents=5)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(DataError, match=r"has no shard_\*\.parquet or no validation\.parquet"):
+        Corpus.open(tmp_path)

@@ -3,17 +3,13 @@
 import json
 import random
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mlxchat.config.schema import TaskItem
-from mlxchat.data.mixture import Mixture, open_item, shuffled_places
-from mlxchat.errors import ConfigError, Interrupted
-from mlxchat.tasks import load_item
+from mlxchat.data.mixture import Mixture, shuffled_places
+from mlxchat.errors import ConfigError
 
 
 def write_questions(folder: Path, count: int) -> str:
@@ -57,12 +53,6 @@ def test_empty_mixtures_and_empty_slices_are_refused(tmp_path):
         Mixture({"mine": item, "sums": TaskItem(task="arithmetic", size=5)}, seed=0)
 
 
-def test_start_stop_and_step_slice_the_task(tmp_path):
-    path = write_questions(tmp_path, 10)
-    item = TaskItem(task="identity_conversations", path=path, start=2, stop=9, step=3, epochs=2)
-    assert sorted(questions(Mixture({"mine": item}, seed=0))) == ["q2", "q2", "q5", "q5", "q8", "q8"]
-
-
 def test_weights_divide_the_total_size(tmp_path):
     mine = TaskItem(task="identity_conversations", path=write_questions(tmp_path, 4), weight=3.0)
     mixture = Mixture({"mine": mine, "sums": TaskItem(task="arithmetic", size=12, weight=1.0)}, seed=0)
@@ -76,43 +66,6 @@ def test_order_is_nanochats():
     expected = list(pairs)
     random.Random(42).shuffle(expected)
     assert [pairs[place] for place in shuffled_places(len(pairs), 42)] == expected
-
-
-class StageContext:
-    """The part of a stage's context that `open_item` uses."""
-
-    def __init__(self) -> None:
-        self.externals: list[dict[str, str]] = []
-        self.stops = False
-
-    def should_stop(self) -> bool:
-        return self.stops
-
-    def stop(self, where: str) -> Exception:
-        return Interrupted(where, 15)
-
-
-def fetching(monkeypatch: pytest.MonkeyPatch) -> TaskItem:
-    """Return an item whose task has a download."""
-
-    def fetch(self: object, check: Callable[[], None] = lambda: None) -> list[Path]:
-        check()
-        return []
-
-    item = TaskItem(task="arithmetic", size=5)
-    monkeypatch.setattr(type(load_item(item)), "fetch", fetch)
-    monkeypatch.setattr(type(load_item(item)), "sources", lambda self: [{"url": "u"}])
-    return item
-
-
-def test_downloads_are_recorded_once_and_end_at_a_stop(monkeypatch):
-    ctx: Any = StageContext()
-    item = fetching(monkeypatch)
-    Mixture({"a": item, "b": item}, seed=0, load=partial(open_item, ctx))
-    assert ctx.externals == [{"url": "u"}]
-    ctx.stops = True
-    with pytest.raises(Interrupted, match="the download for task arithmetic"):
-        open_item(ctx, item)
 
 
 def test_a_given_order_learns_one_task_after_the_other(items):

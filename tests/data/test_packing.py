@@ -1,5 +1,6 @@
-"""Best-fit packing against a naive search: full rows, complete epochs, targets."""
+"""Packing against naive searches and slices: rows, epochs, targets, resuming."""
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kit.text import conversation, render
+from kit.text import conversation, conversations, render
 from mlxchat.data import packing
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.packing import (
     IGNORED,
-    ConversationRows,
-    DocumentRows,
+    BestFitRows,
+    RowStream,
     ShuffledConversations,
     count_rows,
-    pack_documents,
+    pack,
     take_validation,
     trim_rows,
 )
 from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
+
+DOCUMENT_PACKINGS, CONVERSATION_PACKINGS = ("best_fit", "stream"), ("best_fit", "stream", "alone")
+THIRTY = conversations(30)
 
 
 def naive_document_rows(
@@ -56,26 +60,25 @@ def naive_document_rows(
 @given(row_tokens=st.integers(3, 120), wanted=st.integers(1, 250), count=st.sampled_from([30, 30, 400]))
 def test_document_rows_equal_a_naive_best_fit(corpus, read_documents, tokenizer, row_tokens, wanted, count):
     """400 rows of 120 tokens are several epochs."""
-    rows = DocumentRows(read_documents(corpus), row_tokens, wanted)
+    rows = BestFitRows(read_documents(corpus), row_tokens, wanted)
     got = [rows.next_row() for _ in range(count)]
     expected, cropped = naive_document_rows(corpus, tokenizer, row_tokens, wanted, count)
     assert [[*inputs.tolist(), int(targets[-1])] for inputs, targets in got] == expected
     assert all((inputs[1:] == targets[:-1]).all() for inputs, targets in got)
     assert {array.dtype for row in got for array in row} == {np.dtype(np.int32)}
-    assert rows.cropped_tokens == cropped
+    assert rows.counts()["cropped_tokens"] == cropped
+    assert rows.counts()["cropped_frac"] == cropped / (cropped + count * (row_tokens + 1))
 
 
-@pytest.mark.parametrize("packing_name", ["best_fit", "best_fit_whole", "stream"])
+@pytest.mark.parametrize("packing_name", DOCUMENT_PACKINGS)
 def test_validation_counts_every_token_once(corpus, read_documents, tokenizer, packing_name, capsys):
     """Guards against small validation sets that silently count several times."""
     texts = [[tokenizer.bos, *tokenizer.encode(text)] for text in Corpus.open(corpus).documents("validation")]
     size = sum(map(len, texts))
 
     def read(row_tokens: int, tokens: int) -> list[packing.Row]:
-        rows = pack_documents(
-            packing_name, read_documents(corpus, "validation", once=True), row_tokens=row_tokens,
-            buffer_documents=1000, batch_rows=4, bos=tokenizer.bos,
-        )  # fmt: skip
+        source = read_documents(corpus, "validation", once=True)
+        rows = pack(packing_name, source, row_tokens=row_tokens, buffer_size=1000, batch_rows=4)
         return take_validation(rows, row_tokens=row_tokens, tokens=tokens, setting="eval_tokens")
 
     ((ids, targets),) = read(2 * size, 100 * size)
@@ -95,12 +98,15 @@ def test_validation_counts_every_token_once(corpus, read_documents, tokenizer, p
 
 
 def chat_rows(
-    conversations: list[dict[str, Any]], tokenizer: Tokenizer, *, row_tokens: int = 60, wanted: int = 10,
-    seed: int = 0,
-) -> ConversationRows:  # fmt: skip
-    return ConversationRows(
-        ShuffledConversations(render(conversations, tokenizer), seed), padding=tokenizer.bos, row_tokens=row_tokens,
-        buffer_conversations=wanted, train_on="assistant",
+    packing_name: str, tokenizer: Tokenizer, conversations: list[dict[str, Any]] | None = None, *, row_tokens: int = 50,
+    wanted: int = 10, train_on: str = "assistant", once: bool = False, seed: int | None = 1,
+) -> RowStream:  # fmt: skip
+    tokens = render(THIRTY if conversations is None else conversations, tokenizer)
+    source = ShuffledConversations(tokens, seed, once=once)
+    padding = tokenizer.assistant_end if packing_name == "alone" else tokenizer.bos
+    return pack(
+        packing_name, source, row_tokens=row_tokens, buffer_size=wanted, batch_rows=3, padding=padding,
+        train_on=train_on,
     )  # fmt: skip
 
 
@@ -125,12 +131,12 @@ CONVERSATIONS = st.lists(st.tuples(st.integers(0, 8), st.integers(0, 8)), min_si
 def test_long_conversation_is_truncated_and_counted(tokenizer):
     """nanochat's loader of 2026 never places such a conversation, and its buffer fills up with them."""
     long = conversation(0, 0, 50)
-    rows = chat_rows([long], tokenizer, row_tokens=20, wanted=1)
+    rows = chat_rows("best_fit", tokenizer, [long], row_tokens=20, wanted=1)
     inputs, targets = rows.next_row()
     ids, mask = render_conversation(tokenizer, long)
     assert inputs.tolist() == ids[:20]
     assert targets.tolist() == [token if bit else IGNORED for token, bit in zip(ids[1:21], mask[1:21], strict=True)]
-    assert rows.truncated == 1
+    assert rows.counts() == {"truncated_conversations": 1}
 
 
 @settings(max_examples=40)
@@ -138,7 +144,8 @@ def test_long_conversation_is_truncated_and_counted(tokenizer):
 def test_epoch_has_every_conversation_once_with_its_targets(tokenizer, conversations, row_tokens, wanted, seed):
     masks = {tuple(ids): mask for ids, mask in (render_conversation(tokenizer, each) for each in conversations)}
     rows, counted = (
-        chat_rows(conversations, tokenizer, row_tokens=row_tokens, wanted=wanted, seed=seed) for _ in range(2)
+        chat_rows("best_fit", tokenizer, conversations, row_tokens=row_tokens, wanted=wanted, seed=seed)
+        for _ in range(2)
     )
     seen: Counter[tuple[int, ...]] = Counter()
     for _ in range(count_rows(counted)):
@@ -151,7 +158,7 @@ def test_epoch_has_every_conversation_once_with_its_targets(tokenizer, conversat
         assert inputs.tolist() == ids[:-1]
         assert targets.tolist() == [token if bit else IGNORED for token, bit in zip(ids[1:], mask[1:], strict=True)]
     assert seen == Counter(tuple(render_conversation(tokenizer, each)[0]) for each in conversations)
-    assert rows.truncated == 0
+    assert rows.counts() == {"truncated_conversations": 0}
 
 
 @given(
@@ -169,3 +176,80 @@ def test_trimming_removes_only_padding(used, width, seed):
     assert np.array_equal(got_targets, targets[:, :kept])
     assert (targets[:, kept:] == IGNORED).all()
     assert kept == min(width, max(1, -(-min(max(used), width) // 128)) * 128)
+
+
+def document_rows(packing_name: str, documents: Any, *, row_tokens: int = 40, batch_rows: int = 4) -> RowStream:
+    return pack(packing_name, documents, row_tokens=row_tokens, buffer_size=30, batch_rows=batch_rows)
+
+
+@settings(max_examples=25)
+@given(row_tokens=st.integers(1, 90), batch_rows=st.integers(1, 7), count=st.integers(1, 60))
+def test_stream_batches_are_slices_of_all_tokens(corpus, read_documents, tokenizer, row_tokens, batch_rows, count):
+    rows = document_rows("stream", read_documents(corpus), row_tokens=row_tokens, batch_rows=batch_rows)
+    everything = [
+        id_ for ids in tokenizer.encode_documents(list(Corpus.open(corpus).documents("train"))) for id_ in ids
+    ]
+    batch_tokens = row_tokens * batch_rows + 1
+    for number in range(count):
+        inputs, targets = rows.next_row()
+        start = number // batch_rows * batch_tokens + number % batch_rows * row_tokens
+        expected = [everything[(start + step) % len(everything)] for step in range(row_tokens + 1)]
+        assert [*inputs.tolist(), int(targets[-1])] == expected
+        assert inputs[1:].tolist() == targets[:-1].tolist()
+    assert rows.counts()["cropped_frac"] == 0
+
+
+@pytest.mark.parametrize("seed", [1, None])
+def test_alone_rows_have_one_conversation_and_padding(tokenizer, seed):
+    rows = chat_rows("alone", tokenizer, conversations(12), seed=seed)
+    order = []
+    for _ in range(24):
+        inputs, targets = rows.next_row()
+        (number,) = rows.placed
+        order.append(number)
+        ids, mask = render_conversation(tokenizer, conversations(12)[number])
+        assert inputs.tolist() == ids[:-1] + [tokenizer.assistant_end] * (50 - len(ids) + 1)
+        wanted = [id_ if bit else IGNORED for id_, bit in zip(ids[1:], mask[1:], strict=True)]
+        assert targets.tolist() == wanted + [IGNORED] * (50 - len(wanted))
+    first, second = order[:12], order[12:]
+    given_order = list(range(12))
+    assert sorted(first) == sorted(second) == given_order
+    assert (first == second == given_order) if seed is None else len({*map(tuple, (first, second, given_order))}) == 3
+
+
+@pytest.mark.parametrize("packing_name", CONVERSATION_PACKINGS)
+def test_conversations_read_once_end_with_their_epoch(tokenizer, packing_name):
+    """Guards against validation rows that run on into a second epoch."""
+    rows = chat_rows(packing_name, tokenizer, row_tokens=70, once=True)
+    rows = take_validation(rows, row_tokens=1, tokens=1000, setting="")
+    epoch = count_rows(chat_rows(packing_name, tokenizer, row_tokens=70))
+    assert len(rows) in (epoch, epoch - 1 if packing_name == "stream" else epoch)
+
+
+@settings(max_examples=40)
+@given(
+    stops=st.lists(st.integers(0, 60), min_size=1, max_size=3),
+    packing_name=st.sampled_from([*DOCUMENT_PACKINGS, *(f"chat {name}" for name in CONVERSATION_PACKINGS)]),
+    row_tokens=st.integers(30, 70),
+)
+def test_resumed_rows_are_equal(corpus, read_documents, tokenizer, stops, packing_name, row_tokens):
+    def start() -> RowStream:
+        if packing_name.startswith("chat "):
+            return chat_rows(packing_name[5:], tokenizer, row_tokens=row_tokens)
+        return document_rows(packing_name, read_documents(corpus), row_tokens=row_tokens)
+
+    straight, stopped = start(), start()
+    for stop in stops:
+        for _ in range(stop):
+            for one, other in zip(straight.next_row(), stopped.next_row(), strict=True):
+                assert one.tobytes() == other.tobytes()
+            assert straight.placed == stopped.placed
+        position = json.loads(json.dumps(stopped.state()))
+        stopped.close()
+        stopped = start()
+        stopped.next_row()  # restore works from any position
+        stopped.restore(position)
+    for _ in range(10):
+        for one, other in zip(straight.next_row(), stopped.next_row(), strict=True):
+            assert one.tobytes() == other.tobytes()
+    assert (straight.counts(), straight.state()) == (stopped.counts(), stopped.state())

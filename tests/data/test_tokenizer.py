@@ -3,7 +3,7 @@
 import base64
 import json
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 from hypothesis import example, given
@@ -16,15 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.errors import DataError
-
-VARIED = [
-    "The cat sat, didn't it? I'LL say we'd've.  \n\n\n\t ",
-    "1234567 3.14159 12:30 -5% http://x.y/z?a=b&c=d#e_f",
-    "naïve café — “quotes” … 你好，世界！ こんにちは Привет مرحبا 🤖👩‍👩‍👧 🇨🇭",
-    "a\r\nb\rc\u00a0d\u2003e \x00\x01\x7f" + "x" * 500 + " " * 50 + "end",
-]
 
 
 @pytest.fixture(scope="module")
@@ -54,42 +46,10 @@ def test_blanks_beyond_the_backtracking_limit_are_encoded(tokenizer, text):
     assert document.tolist() == [tokenizer.bos, *ids]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [*((text, text) for text in ("a" * 200_000, "\n" * 200_000, "!" * 100_000, "the cat sat. " * 30_000)),
-     ("a\ud800b", "a\ufffdb")],
-)  # fmt: skip
-def test_long_runs_and_lone_surrogates_are_encoded(tokenizer, text, expected):
-    assert tokenizer.decode(tokenizer.encode(text)) == expected
-    (document,) = tokenizer.encode_documents([text.replace("\ud800", "\ufffd")])
-    assert tokenizer.decode(document[1:].tolist()) == expected
-
-
-def test_token_bytes_are_lengths_or_zero_for_special_tokens(tokenizer):
-    lengths = {rank: len(token) for token, rank in tokenizer.ranks.items()}
-    assert tokenizer.token_bytes.tolist() == [lengths.get(rank, 0) for rank in range(320)]
-    assert tokenizer.token_bytes[0xC3] == 1  # the first byte of é, invalid alone
-
-
 def test_most_frequent_pair_is_merged_first():
     """The textbook's example: aa is the most frequent pair, then ab, then aa with ab."""
     ranks = train_tokenizer(["aaabdaaabac"], 256 + 9 + 3).ranks
     assert [ranks[token] for token in (b"aa", b"ab", b"aaab")] == [256, 257, 258]
-
-
-@pytest.fixture(scope="module")
-def hugging_face(folder: Path) -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
-def test_tokenizers_library_gives_the_same_ids(tokenizer, hugging_face):
-    for text in VARIED:
-        ids = hugging_face.encode(text).ids
-        assert ids == tokenizer.encode(text)
-        assert hugging_face.decode(ids, skip_special_tokens=False) == text
-    assert {name: hugging_face.token_to_id(name) for name in SPECIAL_TOKENS} == tokenizer.special_ids
-    assert hugging_face.get_vocab_size() == tokenizer.vocab_size
 
 
 class Generation(Extension):

@@ -1,56 +1,233 @@
-"""Token files: round trip, safetensors format, damage."""
+"""Encoded text: token files, order and positions of documents, encoding on demand, sharing between steps."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kit.text import write_sequences
-from mlxchat.data.tokens import FILE, Tokens, open_tokens, read_tokens
-from mlxchat.errors import DataError
+from kit.text import DOCUMENTS
+from mlxchat.config.schema import TaskItem
+from mlxchat.data import tokens as tokens_module
+from mlxchat.data.bpe import train_tokenizer
+from mlxchat.data.conversation import render_conversation
+from mlxchat.data.mixture import Mixture
+from mlxchat.data.sources import Corpus, Shard
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.data.tokens import Documents, Tokens, encode_shard, open_documents, open_mixture
+from mlxchat.errors import DataError, Interrupted
+from mlxchat.runner.context import Context
+from mlxchat.store.manifest import MANIFEST, describe_outputs
+from mlxchat.store.shared import SharedArtifacts
+from mlxchat.store.store import Store
 
-SEQUENCES = st.lists(st.lists(st.integers(0, 299), max_size=9), max_size=9)
 
-
-def write(sequences: list[list[int]], *, vocab_size: int = 300, masks: bool = False) -> bytes:
-    pairs = ((ids, [token % 2 == 0 for token in ids] if masks else None) for ids in sequences)
-    return write_sequences(pairs, vocab_size=vocab_size)
-
-
-def as_lists(tokens: Tokens) -> list[list[int]]:
+def lists(tokens: Tokens) -> list[list[int]]:
     return [tokens.ids(index).tolist() for index in range(len(tokens))]
 
 
-@given(SEQUENCES, st.booleans())
-def test_round_trip_with_and_without_masks(sequences, masks):
-    tokens = read_tokens(write(sequences, masks=masks))
-    assert as_lists(tokens) == sequences
+@given(st.lists(st.lists(st.integers(0, 299), max_size=9), max_size=9), st.booleans())
+def test_saved_tokens_are_opened_unchanged(tmp_path_factory, sequences, masks):
+    folder = tmp_path_factory.mktemp("tokens")
+    pairs = [(ids, [token % 2 == 0 for token in ids] if masks else None) for ids in sequences]
+    Tokens.of(pairs, 300).save(folder)
+    tokens = Tokens.open(folder)
+    assert lists(tokens) == sequences
     assert tokens.lengths(0, len(tokens)) == [len(ids) for ids in sequences]
     if masks and sequences:
-        found = [tokens.trained(index).tolist() for index in range(len(tokens))]
-        assert found == [[token % 2 == 0 for token in ids] for ids in sequences]
-
-
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(300, np.uint16), (1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
-def test_ids_have_the_narrowest_type(vocab_size, dtype):
-    largest = vocab_size - 1
-    tokens = read_tokens(write([[largest]], vocab_size=vocab_size))
-    assert tokens.flat.dtype == dtype
-    assert as_lists(tokens) == [[largest]]
-
-
-def test_truncated_file_is_refused(tmp_path):
-    whole = write([[1, 2, 3], [4]], masks=True)
-    for length in range(len(whole)):
-        (tmp_path / FILE).write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"tokens\.safetensors is damaged.*Remove the folder"):
-            open_tokens(tmp_path)
-
-
-def test_tokens_are_memory_mapped(tmp_path):
-    (tmp_path / FILE).write_bytes(write([[1, 2, 3], [4]]))
-    tokens = open_tokens(tmp_path)
-    assert as_lists(tokens) == [[1, 2, 3], [4]]
-    assert not tokens.flat.flags.owndata
+        assert [tokens.trained(index).tolist() for index in range(len(tokens))] == [mask for _, mask in pairs]
     with pytest.raises(ValueError, match="read-only"):
-        tokens.ids(0)[0] = 5
+        tokens.flat[:] = 5
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
+def test_ids_have_the_narrowest_type(vocab_size, dtype):
+    tokens = Tokens.of([([vocab_size - 1], None)], vocab_size)
+    assert (tokens.flat.dtype, tokens.flat.tolist()) == (dtype, [vocab_size - 1])
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", "trained.npy"])
+def test_truncated_file_is_refused(tmp_path, name):
+    Tokens.of([([1, 2, 3], [True] * 3), ([4], [True])], 300).save(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for length in range(len(whole)):
+        (tmp_path / name).write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"is damaged.*Remove it"):
+            Tokens.open(tmp_path)
+
+
+# Documents
+
+
+def texts(documents: Documents, count: int, tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode(documents.ids(address)[1:].tolist()) for address, _ in documents.next(count)]
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+def test_documents_repeat_in_order_and_count_epochs(hundred, read_documents, tokenizer, count):
+    documents, found = read_documents(hundred), []
+    while len(found) < 200:
+        found += texts(documents, count, tokenizer)
+        assert documents.epoch == (len(found) - 1) // 90
+    assert documents.name((1, 3)) == "shard_00001.parquet document 3"
+    assert found == (DOCUMENTS[10:] * 3)[: len(found)]
+
+
+def test_empty_shards_are_skipped_and_an_empty_corpus_refused(make_corpus, read_documents, tokenizer):
+    folder = make_corpus(["held", "a", "b"], validation=1, shard=1, row_group=1)
+    empty = pq.read_table(folder / "shard_00000.parquet").slice(0, 0)
+    pq.write_table(empty, folder / "shard_00000.parquet")
+    assert texts(read_documents(folder), 3, tokenizer) == ["b", "b", "b"]
+    pq.write_table(empty.slice(0, 0), folder / "shard_00001.parquet")
+    for once in (False, True):
+        with pytest.raises(DataError, match=r"has no documents in shard_00000\.parquet"):
+            read_documents(folder, once=once).next(1)
+
+
+class Maker:
+    """Encodes shards, once `unblocked` is set, and records each call: shard and whether a caller waits for it."""
+
+    def __init__(self, corpus: Path, tokenizer: Tokenizer, work: Path) -> None:
+        self.tokenizer, self.work, self.shards = tokenizer, work, Corpus.open(corpus).train
+        self.asked: list[tuple[str, bool]] = []
+        self.unblocked = threading.Event()
+        self.unblocked.set()
+
+    def __call__(self, shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
+        self.asked.append((shard.stem, is_awaited))
+        while not self.unblocked.wait(0.001):
+            check()
+        folder = self.work / shard.stem
+        if not folder.exists():
+            folder.mkdir()
+            encode_shard(shard, self.tokenizer, folder, threads=1, check=check)
+        return folder
+
+
+@pytest.fixture
+def maker(hundred: Path, tokenizer: Tokenizer, tmp_path: Path) -> Maker:
+    return Maker(hundred, tokenizer, tmp_path)
+
+
+def test_the_next_shard_is_encoded_in_the_background(maker):
+    documents = Documents(maker.shards, maker)
+    assert maker.asked == [], "nothing is encoded before the first document is read"
+    documents.next(1)
+    documents._worker[1].join()
+    documents.next(1)
+    documents.close()
+    assert maker.asked == [("shard_00000", True), ("shard_00001", False)]
+    threading.Timer(0.05, maker.unblocked.set).start()
+    maker.unblocked.clear()
+    documents.prepare(2)
+    assert len(documents.tokens(2)) == 10
+
+
+def test_closing_ends_the_background_encoding(maker):
+    documents, before = Documents(maker.shards, maker), threading.active_count()
+    maker.unblocked.clear()
+    documents.prepare(1)
+    assert threading.active_count() == before + 1
+    documents.close()
+    assert threading.active_count() == before
+    assert list(maker.work.iterdir()) == []
+
+
+def test_failed_background_encoding_is_raised_to_the_reader(maker):
+    def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
+        if shard.stem == "shard_00001":
+            raise OSError("disk is full")
+        return maker(shard, is_awaited, check)
+
+    documents = Documents(maker.shards, obtain)
+    documents.next(40)
+    with pytest.raises(OSError, match="disk is full"):
+        documents.next(1)
+
+
+# Artifacts
+
+
+@pytest.fixture
+def make_context(corpus: Path, tmp_path: Path) -> Callable[..., Context]:
+    """Return the context of a step that reads a copy of the corpus as an artifact."""
+
+    def make(place: str = "corpus", stop_signal: Callable[[], int | None] = lambda: None) -> Context:
+        folder = tmp_path / place
+        if not folder.exists():
+            shutil.copytree(corpus, folder)
+            (folder / MANIFEST).write_text(json.dumps({"outputs": describe_outputs(corpus)[0]}))
+        outputs = tmp_path / "outputs"
+        Store(outputs).prepare()
+        shared = SharedArtifacts(outputs=outputs, run="run", inputs={}, facts=dict, say=print)
+        config: Any = SimpleNamespace()
+        return Context(
+            step="toy", stage="toy", config=config, inputs={"corpus": folder}, out=tmp_path / "out",
+            work=tmp_path / "work", root_seed=0, stop_signal=stop_signal, on_metrics=lambda step, record: None,
+            shared=shared,
+        )  # fmt: skip
+
+    return make
+
+
+def names(tmp_path: Path) -> list[str]:
+    return sorted(folder.name.rpartition("-")[0] for folder in (tmp_path / "outputs" / "store").iterdir())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_encoded_shard_does_not_depend_on_threads(corpus, tokenizer, tmp_path, threads, monkeypatch):
+    monkeypatch.setattr(tokens_module, "_PART_DOCUMENTS", 2)  # so that row groups of 7 make several parts
+    (shard,) = Corpus.open(corpus).validation
+    numbers = encode_shard(shard, tokenizer, tmp_path, threads=threads)
+    expected = [[tokenizer.bos, *tokenizer.encode(text)] for text in Corpus.open(corpus).documents("validation")]
+    assert lists(Tokens.open(tmp_path)) == expected
+    assert (numbers["documents"], numbers["tokens"]) == (len(expected), sum(map(len, expected)))
+
+
+def test_step_reads_the_documents_of_its_corpus(make_context, corpus, tokenizer, tmp_path):
+    documents = open_documents(make_context(), "train", tokenizer)
+    got = [documents.ids(address).tolist() for address, _ in documents.next(180)]
+    documents.close()
+    assert got == [[tokenizer.bos, *tokenizer.encode(text)] for text in Corpus.open(corpus).documents("train")]
+    assert names(tmp_path) == [f"tokens-shard_0000{index}" for index in range(5)]
+
+
+def test_tokens_are_shared_by_text_and_tokenizer(make_context, tokenizer, tmp_path, monkeypatch):
+    def read(place: str, by: Tokenizer) -> None:
+        open_documents(make_context(place), "validation", by).next(1)
+
+    read("corpus", tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(tokens_module, "encode_shard", pytest.fail)
+        tokenizer.save(tmp_path)
+        read("elsewhere", Tokenizer.load(tmp_path))
+    read("corpus", train_tokenizer(["the cat sat on the mat " * 9], 270))
+    assert names(tmp_path) == ["tokens-validation", "tokens-validation"]
+
+
+def test_stop_signal_ends_the_encoding(make_context, tokenizer, tmp_path):
+    documents = open_documents(make_context(stop_signal=lambda: 15), "train", tokenizer)
+    with pytest.raises(Interrupted, match=r"toy stopped at the encoding of shard_00000\.parquet"):
+        documents.next(1)
+    assert names(tmp_path) == list((tmp_path / "outputs" / "work").iterdir()) == []
+
+
+def test_mixture_is_rendered_exactly_and_once(make_context, tokenizer, monkeypatch):
+    items = {"arithmetic": TaskItem(task="arithmetic", size=20), "facts": TaskItem(task="facts", size=5)}
+    mixture = Mixture(items, seed=1)
+    tokens = open_mixture(make_context(), "mixture", mixture, tokenizer)
+    rendered = [render_conversation(tokenizer, conversation, None) for conversation in mixture]
+    assert lists(tokens) == [ids for ids, _ in rendered]
+    assert [tokens.trained(index).tolist() for index in range(25)] == [
+        [bit == 1 for bit in mask] for _, mask in rendered
+    ]
+    monkeypatch.setattr(tokens_module, "render_conversation", None)
+    assert lists(open_mixture(make_context(), "mixture", mixture, tokenizer)) == lists(tokens)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kit.servers import Teacher
-from mlxchat.distill import collect
+from mlxchat.distill import teacher as client
 
 
 @pytest.fixture
@@ -17,9 +17,9 @@ def teacher() -> Iterator[Teacher]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, empty, with its own cache and short pauses between retries."""
+    """The current folder, empty, with its own cache and one retry."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLXCHAT_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLXCHAT_TEACHER_API_KEY", raising=False)
-    monkeypatch.setattr(collect, "FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(client, "RETRIES", 1)
     return tmp_path

@@ -1,12 +1,12 @@
 """A small random model, and an engine with scripted answers."""
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from kit.models import make_model
-from kit.scripted import Scripted
+from kit.scripted import ScriptedDecoder
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT
@@ -21,9 +21,9 @@ def model() -> GPT:
 def scripted(tokenizer: Tokenizer) -> Callable[..., tuple[Engine, list[list[int]]]]:
     def make(*scripts: Sequence[int]) -> tuple[Engine, list[list[int]]]:
         """Return an engine that follows the scripts, and a prompt for each."""
-        forward = Scripted([[*script, 32] for script in scripts], tokenizer.vocab_size)
-        engine = Engine(SimpleNamespace(scripted=forward), tokenizer)
-        engine.forward = lambda: forward
+        nothing: Any = None
+        engine = Engine(nothing, tokenizer)
+        engine.decoder = ScriptedDecoder([[*script, 32] for script in scripts], tokenizer.vocab_size)
         return engine, [[tokenizer.bos] * (1 + row) for row in range(len(scripts))]
 
     return make

@@ -1,21 +1,28 @@
 """Chat evaluation: order of answers, sampling, resuming, multiple choice, scores."""
 
 import math
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.training import make_context
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat import Answering, evaluate_task, expected_text, question_text
+from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import CHATCORE_SETS, Measure, Score, chatcore, mean_centered, mean_centered_stderr
 from mlxchat.model.gpt import GPT
 from mlxchat.tasks.answers import is_right
 from mlxchat.tasks.benchmarks import GSM8K
+
+Evaluate = Callable[..., tuple[Score, list[dict[str, Any]]]]
 
 
 class Questions:
@@ -57,20 +64,26 @@ class ScriptedEngine:
         return [Completion(ids=self.tokenizer.encode(self.answers[number])) for number in numbers]
 
 
-def evaluate(engine: Any, task: Any, **changes: Any) -> tuple[Score, list[dict[str, Any]]]:
-    how = {name: changes.pop(name) for name in list(changes) if name in Answering.__dataclass_fields__}
-    return evaluate_task(engine, task, Answering(**{"batch_rows": 4, "max_new_tokens": 9} | how), **changes)
+@pytest.fixture
+def evaluate(tmp_path: Path) -> Evaluate:
+    def run(engine: Any, task: Any, batch_tokens: int = 1000, stops: bool = False, work: str | None = None, **how: Any):
+        ctx = make_context(tmp_path, stop_signal=lambda: 15 if stops else None)
+        folder = tmp_path / (work or f"{len(list(tmp_path.iterdir()))}")
+        answering = Answering(**{"batch_rows": 4, "max_new_tokens": 9} | how)
+        model = LanguageModel(engine, batch_tokens=batch_tokens)
+        return evaluate_task(ctx, model, task, answering, name="toy", work=folder)
+
+    return run
 
 
 ANSWERS = ["yes", "no", "yes", "maybe", "", "yes", "no"]
 
 
-def test_records_keep_the_order_of_the_task(tokenizer):
+def test_records_keep_the_order_of_the_task(tokenizer, evaluate):
     engine, task = ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7)
-    done: list[int] = []
-    score, records = evaluate(engine, task, batch_rows=3, max_new_tokens=5, on_progress=done.append)
+    score, records = evaluate(engine, task, batch_rows=3, max_new_tokens=5)
     assert (score.accuracy, score.num_examples, score.chance) == (3 / 7, 7, 0.0)
-    assert done == [0, 3, 6, 7]
+    assert [len(batch) for batch in engine.batches] == [3, 3, 1]
     assert all(each["max_new_tokens"] == 5 and not each.get("temperature") for each in engine.settings)
     assert [record["index"] for record in records] == list(range(7))
     assert [record["output"] for record in records] == ANSWERS
@@ -82,7 +95,7 @@ def test_records_keep_the_order_of_the_task(tokenizer):
     assert sorted(asked) == list(range(7)) != asked
 
 
-def test_expected_answers_are_not_in_the_prompt(tokenizer):
+def test_expected_answers_are_not_in_the_prompt(tokenizer, evaluate):
     prompts: list[list[int]] = []
 
     class Spy(ScriptedEngine):
@@ -98,25 +111,29 @@ def test_expected_answers_are_not_in_the_prompt(tokenizer):
 # Samples
 
 
-def sampled(model: GPT, tokenizer: Tokenizer, **changes: Any) -> tuple[Score, list[dict[str, Any]]]:
-    how = {"seeds": 3, "temperature": 1.0, "max_new_tokens": 6, "seed": 5} | changes
-    return evaluate(Engine(model, tokenizer), Questions(["yes"] * 7), **how)
+@pytest.fixture
+def sampled(model: GPT, tokenizer: Tokenizer, evaluate: Evaluate) -> Evaluate:
+    def run(**changes: Any) -> tuple[Score, list[dict[str, Any]]]:
+        how = {"seeds": 3, "temperature": 1.0, "max_new_tokens": 6, "seed": 5} | changes
+        return evaluate(Engine(model, tokenizer), Questions(["yes"] * 7), **how)
+
+    return run
 
 
-def test_every_question_is_sampled_with_every_seed(model, tokenizer):
-    _, records = sampled(model, tokenizer)
+def test_every_question_is_sampled_with_every_seed(sampled):
+    _, records = sampled()
     assert [(example["seed"], example["index"]) for example in records] == [(k, i) for k in range(3) for i in range(7)]
     by_question = {index: {each["output"] for each in records if each["index"] == index} for index in range(7)}
     assert all(len(outputs) > 1 for outputs in by_question.values())
 
 
-def test_samples_depend_on_the_seed_not_the_batch(model, tokenizer):
-    one, other = sampled(model, tokenizer, batch_rows=1)[1], sampled(model, tokenizer, seed=6)[1]
-    assert one == sampled(model, tokenizer, batch_rows=7)[1]
+def test_samples_depend_on_the_seed_not_the_batch(sampled):
+    one, other = sampled(batch_rows=1)[1], sampled(seed=6)[1]
+    assert one == sampled(batch_rows=7)[1]
     assert [example["output"] for example in one] != [example["output"] for example in other]
 
 
-def test_greedy_answers_and_choices_have_no_seed(model, tokenizer):
+def test_greedy_answers_and_choices_have_no_seed(model, tokenizer, evaluate):
     _, records = evaluate(Engine(model, tokenizer), Questions(["yes"] * 3))
     assert {example["seed"] for example in records} == {None}
     choices = Questions(["A"] * 5, kind="categorical")
@@ -128,39 +145,31 @@ def test_greedy_answers_and_choices_have_no_seed(model, tokenizer):
 # Continuing
 
 
-def test_stopped_evaluation_resumes_with_equal_results(model, tokenizer, tmp_path):
-    whole = sampled(model, tokenizer, batch_rows=2)
-    attempts = 0
-    while True:
+def test_stopped_evaluation_resumes_with_equal_results(sampled):
+    whole, attempts, found = sampled(batch_rows=2), 0, None
+    while found is None and attempts < 20:
         attempts += 1
-        try:  # each attempt does one batch
-            found = evaluate_task(
-                Engine(model, tokenizer), Questions(["yes"] * 7),
-                Answering(batch_rows=2, max_new_tokens=6, seeds=3, temperature=1.0, seed=5),
-                work=tmp_path, should_stop=lambda: True,
-            )  # fmt: skip
-            break
-        except Interrupted:
-            assert attempts < 20
+        with suppress(Interrupted):  # each attempt does one batch
+            found = sampled(batch_rows=2, work="kept", stops=True)
     assert found == whole
     assert attempts == 13  # three times four batches, and one that finds all of them done
 
 
-def test_truncated_journal_line_is_computed_again(tokenizer, tmp_path):
-    evaluate(ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7), batch_rows=3, work=tmp_path)
-    (journal,) = tmp_path.iterdir()
+def test_truncated_journal_line_is_computed_again(tokenizer, tmp_path, evaluate):
+    evaluate(ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7), batch_rows=3, work="kept")
+    (journal,) = (tmp_path / "kept").iterdir()
     journal.write_bytes(journal.read_bytes()[:-20])
     engine = ScriptedEngine(tokenizer, ANSWERS)
-    score, records = evaluate(engine, Questions(["yes"] * 7), batch_rows=3, work=tmp_path)
+    score, records = evaluate(engine, Questions(["yes"] * 7), batch_rows=3, work="kept")
     assert [len(batch) for batch in engine.batches] == [1]
     assert score.accuracy == 3 / 7
     assert [example["output"] for example in records] == ANSWERS
 
 
-def test_results_of_other_settings_are_not_reused(tokenizer, tmp_path):
-    evaluate(ScriptedEngine(tokenizer, ["yes"] * 7), Questions(["yes"] * 7), work=tmp_path)
+def test_results_of_other_settings_are_not_reused(tokenizer, evaluate):
+    evaluate(ScriptedEngine(tokenizer, ["yes"] * 7), Questions(["yes"] * 7), work="kept")
     other = ScriptedEngine(tokenizer, ANSWERS)
-    score, _ = evaluate(other, Questions(["yes"] * 7), max_new_tokens=8, work=tmp_path)
+    score, _ = evaluate(other, Questions(["yes"] * 7), max_new_tokens=8, work="kept")
     assert score.accuracy == 3 / 7
 
 
@@ -178,7 +187,7 @@ def best_letters(model: GPT, tokenizer: Tokenizer, task: Questions) -> list[str]
 
 @pytest.mark.parametrize("batch_tokens", [60, 10_000])
 @pytest.mark.parametrize("letters", [["A", "B", "C", "D"], ["C", "A", "E"]])
-def test_letter_with_the_highest_logit_is_chosen(model, tokenizer, batch_tokens, letters):
+def test_letter_with_the_highest_logit_is_chosen(model, tokenizer, evaluate, batch_tokens, letters):
     task = Questions(["A"] * 20, kind="categorical", letters=letters)
     expected = best_letters(model, tokenizer, task)
     score, records = evaluate(Engine(model, tokenizer), task, batch_tokens=batch_tokens)
@@ -191,17 +200,7 @@ def test_letter_with_the_highest_logit_is_chosen(model, tokenizer, batch_tokens,
         assert example["details"]["logits"] == pytest.approx(wanted, abs=1e-4)  # float32, another shape
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 100])
-def test_batches_respect_the_token_limit(model, tokenizer, batch_tokens, monkeypatch):
-    shapes: list[tuple[int, ...]] = []
-    hidden = GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda self, ids, *rest: shapes.append(ids.shape) or hidden(self, ids, *rest))
-    evaluate(Engine(model, tokenizer), Questions(["A"] * 20, kind="categorical"), batch_tokens=batch_tokens)
-    assert sum(rows for rows, _ in shapes) == 20
-    assert all(rows == 1 or rows * tokens <= batch_tokens for rows, tokens in shapes)
-
-
-def test_long_prompts_keep_their_end(model, tokenizer):
+def test_long_prompts_keep_their_end(model, tokenizer, evaluate):
     """The context of this model is 64 tokens."""
 
     class Long(Questions):
@@ -220,7 +219,7 @@ def test_long_prompts_keep_their_end(model, tokenizer):
     assert [example["tokens"] for example in records] == [len(render_for_completion(tokenizer, task[0])), 64]
 
 
-def test_letters_of_several_tokens_are_refused(model, tokenizer):
+def test_letters_of_several_tokens_are_refused(model, tokenizer, evaluate):
     with pytest.raises(DataError, match="single tokens"):
         evaluate(Engine(model, tokenizer), Questions(["A"], kind="categorical", letters=["A", "BC"]))
 
@@ -302,7 +301,7 @@ def test_expected_answers_show_calls_and_results():
     assert question_text({"messages": messages}) == "user: ?\n\nassistant: 37+53=<<37+53=90>>90\n\nuser: And?"
 
 
-def test_both_verdicts_on_gsm8k_are_recorded(tokenizer):
+def test_both_verdicts_on_gsm8k_are_recorded(tokenizer, evaluate):
     """Guards against scores beside published ones of another rule: "#### 18." is right here, wrong for nanochat."""
 
     class Numbers(Questions):
@@ -326,7 +325,7 @@ def test_both_verdicts_on_gsm8k_are_recorded(tokenizer):
     assert (whole["value"], whole["nanochat_value"]) == (0.5, 0.25)
 
 
-def test_right_numbers_and_right_forms_have_shares_of_their_own(tokenizer):
+def test_right_numbers_and_right_forms_have_shares_of_their_own(tokenizer, evaluate):
     class Numbers(Questions):
         def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
             return is_right(conversation, response)

@@ -32,17 +32,9 @@ def test_examples_round_trip(tmp_path):
     assert list(read_examples(tmp_path)) == []
 
 
-def test_examples_of_older_artifacts_are_read(tmp_path):
-    line = {"task": "facts", "index": 3, "question": "q", "answer": "a", "correct": False}
-    (tmp_path / "examples.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
-    (row,) = read_examples(tmp_path)
-    assert (row["task"], row["prompt"], row["output"], row["verdict"]) == ("facts", "q", "a", False)
-
-
 def test_damaged_and_missing_examples_are_reported(tmp_path):
     with pytest.raises(DataError, match=r"only evaluations .* and RL do"):
         list(read_examples(tmp_path))
-    for name in ("examples.jsonl", "examples.parquet"):
-        (tmp_path / name).write_bytes(b"{damaged")
-        with pytest.raises(DataError, match="cannot be read"):
-            list(read_examples(tmp_path))
+    (tmp_path / "examples.parquet").write_bytes(b"{damaged")
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_examples(tmp_path))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlxchat.data.bpe import train_tokenizer
-from mlxchat.evals.ngram import ngram_bits_per_byte, texts_of_rows
+from mlxchat.evals.bpb import ngram_bits_per_byte, texts_of_rows
 
 TRAINING = ["the cat sat on the mat.", "the dog sat; naïve café!", "on and on and on", "x"]
 HELD_OUT = ["the cat and the dog", "zebra ünseen", "on"]

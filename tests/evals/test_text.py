@@ -13,7 +13,7 @@ import pytest
 from kit.artifacts import make_model, make_tokenizer, publish
 from kit.commands import Say
 from kit.numpy_gpt import numpy_logits
-from mlxchat.evals.text import ratio_error
+from mlxchat.evals.bpb import ratio_error
 from mlxchat.model.checkpoint import save_checkpoint
 
 # The last one is longer than the context of 64 tokens.
@@ -67,7 +67,7 @@ def test_loss_of_text_equals_numpys(outputs, tmp_path, say):
     assert measured(say, outputs, tmp_path / "folder")["artifact"] != folder["artifact"]
 
 
-def test_unreadable_text_is_refused_before_running(outputs, tmp_path, say):
+def test_unreadable_text_is_one_message(outputs, tmp_path, say):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "a.jsonl").write_text('{"other": 1}\n')
@@ -75,7 +75,7 @@ def test_unreadable_text_is_refused_before_running(outputs, tmp_path, say):
         ([tmp_path / "none.txt"], "cannot be read (No such file or directory)"),
         ([tmp_path / "empty"], "holds no files"),
         ([tmp_path / "bad.txt"], "cannot be read as UTF-8 text"),
-        ([tmp_path / "a.jsonl"], 'line 1 is not a JSON object with a field "text"'),
+        ([tmp_path / "a.jsonl"], 'line 1: no field "text" with text'),
     ):
         assert told in say("eval", "base", "--text", *arguments, f"outputs={outputs}", code=2)
     assert "--column requires --text" in say("eval", "base", "--task", "bpb", "--column", "x", code=2)

@@ -1,4 +1,4 @@
-"""Malicious files: no code is executed, memory stays small, and each is refused by name."""
+"""Malicious files: no code is executed, and each is refused by name."""
 
 import builtins
 import contextlib
@@ -8,7 +8,6 @@ import pickle
 import random
 import struct
 import subprocess
-import tracemalloc
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxchat.data.pickled import Made, Maker, OrderedNames, read_pickle
-from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
-from mlxchat.data.vocabulary import Vocabulary, spell_ranks
+from mlxchat.data.pickled import read_pickle
+from mlxchat.data.tokenizer import load_vocabulary
 from mlxchat.errors import DataError
-from mlxchat.interop.nanochat import check_token_bytes
 from mlxchat.interop.tensors import SafetensorsFile
 from mlxchat.interop.torch_files import TorchFile
-
-_MOST_GROWTH_BYTES = 64 << 20
 
 
 class Calls:
@@ -35,22 +30,10 @@ class Calls:
         return self.call
 
 
-def reading(data: bytes) -> Any:
-    names = {("collections", "OrderedDict"): Maker(OrderedNames), ("tiktoken.core", "Encoding"): Maker(Made)}
-    return read_pickle(data, names, where="evil.pkl", what="a test's pickle")
-
-
-def refused(data: bytes, message: str | None = None, *, watched: bool = True) -> None:
-    """Check that a pickle is refused and, if `watched` (slow), that little memory was used."""
-    if watched:
-        tracemalloc.start()
-    try:
-        with pytest.raises(DataError, match=message) as caught:
-            reading(data)
-        assert "evil.pkl" in str(caught.value)
-        assert not watched or tracemalloc.get_traced_memory()[1] < _MOST_GROWTH_BYTES
-    finally:
-        tracemalloc.stop()
+def refused(data: bytes, message: str | None = None) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        read_pickle(data, where="evil.pkl", what="a test's pickle", calls=["tiktoken.core.Encoding"])
+    assert "evil.pkl" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -70,98 +53,36 @@ def test_no_function_is_called(call, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for protocol in range(2, 6):
         for content in (call, {"weights": [call]}, [call, 1]):
-            refused(pickle.dumps(content, protocol), "which such a file does not need. No code of it was executed")
+            refused(pickle.dumps(content, protocol), "which such a file does not need.*No code of it was executed")
     for protocol in (0, 1):
         refused(pickle.dumps(call, protocol))
     assert list(tmp_path.iterdir()) == []
 
 
-def shared_lists(levels: int) -> bytes:
-    """Return a pickle of lists with ten references to the list before: 10^levels items."""
-    data = b"]q\x00"
-    for level in range(levels):
-        data += b"](" + b"h" + bytes([level]) + (b"h" + bytes([level])) * 9 + b"eq" + bytes([level + 1])
-    return data + b"."
-
-
 @pytest.mark.parametrize(
-    ("opcodes", "message"),
+    "opcodes",
     [
-        # collections.OrderedDict is allowed, its attributes are not.
-        (b"\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93)R.", "OrderedDict.__init__"),
-        (b"ccollections\nOrderedDict\nq\x00(X\x01\x00\x00\x00ah\x00uR.", None),
-        (b"}(U.", None),
-        (b"X\x01\x00\x00\x00a)R.", "calls something that is not an allowed function"),
-        (b"]}b.", "sets the state of something that has none"),
-        # False lengths of bytes8, bytes, text8, a frame and long4.
-        (b"\x8e" + struct.pack("<Q", 1 << 60) + b"x.", None),
-        (b"B" + struct.pack("<I", 0xFFFFFFFF) + b"x.", None),
-        (b"\x8d" + struct.pack("<Q", (1 << 64) - 1) + b".", None),
-        (b"\x95" + b"\xff" * 8 + b"\x8c\xff.", None),
-        (b"\x8b" + struct.pack("<i", 0x7FFFFFFF) + b".", None),
-        # Python's unpickler allocates all memo entries up to the largest: 32 GB.
-        (b"j\xff\xff\xff\xff.", "memo entry 4294967295"),
-        (b"h\x05.", "empty memo entry 5"),
-        (b"q\x00.", "stores an empty stack"),
-        (shared_lists(40), "stack is not empty"),
+        b"\x8c\x0bcollections\x8c\x14OrderedDict.__init__\x93)R.",
+        b"ctiktoken.core\nEncoding.__init__\n.",
+        b"X\x01\x00\x00\x00a)R.",  # calls a text
+        b"ccollections\nOrderedDict\n}X\x03\x00\x00\x00popNsb.",  # sets an attribute of a class
+        b"ctiktoken.core\nEncoding\n}X\x04\x00\x00\x00nameNsb.",
+        b"]}b.",
+        b"\x82\x01.",  # an extension's number
+        b"h\x05.",
+        b"N",
+        b"\xff.",
     ],
-    ids=range(14),
+    ids=range(10),
 )
-def test_malicious_pickles_are_refused_in_little_memory(opcodes, message):
-    refused(b"\x80\x04" + opcodes, message)
+def test_pickles_call_and_change_nothing(opcodes):
+    refused(b"\x80\x04" + opcodes)
 
 
-def nested_tuples(levels: int) -> bytes:
-    """Return the opcodes of a tuple with 10^levels items: ten references to the level below at each level."""
-    data = b"Nq\x00"
-    for level in range(levels):
-        data += b"(" + (b"h" + bytes([level])) * 10 + b"tq" + bytes([level + 1])
-    return data
-
-
-def test_messages_format_no_container(tmp_path, lay):
-    """Guards against gigabytes of text for a name or storage that is a tuple of tuples."""
-    refused(b"\x80\x02" + nested_tuples(6) + b"h\x06\x93.", "names tuple.tuple")
-    refused(b"\x80\x02)" + b"\x85" * 100_000 + b"N\x93.", "names tuple.None", watched=False)
-    path = tmp_path / "model_000001.pt"
-    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nh\x06X\x03\0\0\0cpuK\x00tQ."
-    lay.write_zip(path, {"data.pkl": b"\x80\x02" + nested_tuples(6) + storage})
-    refuse_file(path, "data/tuple is missing")
-
-
-def test_deep_nesting_and_recursion_are_harmless():
-    assert isinstance(reading(b"\x80\x02N" + b"\x85" * 100_000 + b"."), tuple)
-    recursive = reading(b"\x80\x02]q\x00h\x00a.")
-    assert recursive[0] is recursive
-    assert reading(b"\x80\x02Nr\xff\xff\xff\xff.") is None
-    # Hashing it as a key would recurse.
-    refused(b"\x80\x02}N" + b"\x85" * 100_000 + b"Ns.", "key of type tuple", watched=False)
-    refused(b"\x80\x02" + b"(" * 1_500_000 + b".", watched=False)
-    refused(b"\x80\x02" + b"N" * 2_000_001 + b".", "operations", watched=False)
-    refused(b"\x80\x02" + b"N" * (40 << 20) + b".", "bytes", watched=False)
-
-
-@pytest.mark.parametrize(
-    "value", [b")" + b"\x85" * 100_000, b")" + b"q\x00h\x00\x86" * 60], ids=["deep", "shared, so 2^60 long"]
-)
-def test_arguments_are_not_hashed(value):
-    """Hashing keys of collections.OrderedDict([(value, 1)]) killed the process or never ended."""
-    items = value + b"K\x01\x86\x85\x85q\x01"
-    refused(b"\x80\x02" + items + b"ccollections\nOrderedDict\nh\x01R\x86.", "TypeError", watched=False)
-
-
-def test_long_tokens_are_refused_in_imports_and_artifacts(tmp_path):
-    """One of 10,000 bytes delayed an import by minutes; one of 8 MB in an artifact lengthened answers by as much."""
-    single = {bytes([byte]): byte for byte in range(256)}
-    Vocabulary({**single, b" " * 1024: 256}, "")
-    with pytest.raises(DataError, match="tokens of up to 10,000 bytes"):
-        Vocabulary({**single, b"ab" * 5000: 256}, "")
-    with pytest.raises(DataError, match="tokens of up to 2,000 bytes"):
-        Vocabulary({**single, **{b"%2000d" % rank: rank for rank in range(256, 300)}}, "")
-    (tmp_path / "ranks.tiktoken").write_text(spell_ranks({**single, b"a" * (8 << 20): 256}))
-    (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(DataError, match="tokens of up to 8,388,608 bytes"):
-        Tokenizer.load(tmp_path)
+def test_described_objects_are_data():
+    call = b"ctiktoken.core\nEncoding\n(K\x01tR}X\x09\x00\x00\x00argumentsNsb."
+    made = read_pickle(b"\x80\x02" + call, where="", what="", calls=["tiktoken.core.Encoding"])
+    assert (made.name, made.arguments, made.state) == ("tiktoken.core.Encoding", (1,), {"arguments": None})
 
 
 def opening(path: Path) -> dict[str, Any]:
@@ -174,7 +95,7 @@ def test_models_and_tokenizers_execute_no_code(tmp_path, monkeypatch, lay):
     monkeypatch.chdir(tmp_path)
     path, model = tmp_path / "tokenizer.pkl", tmp_path / "model_000001.pt"
     path.write_bytes(pickle.dumps(Calls(os.system, "touch ran")))
-    with pytest.raises(DataError, match=r"tokenizer\.pkl is not a tokenizer of nanochat's.*posix\.system"):
+    with pytest.raises(DataError, match=r"is not a tokenizer of nanochat's.*posix\.system"):
         load_vocabulary(str(path))
     lay.write_zip(model, {"data.pkl": pickle.dumps({"w": Calls(os.system, "touch ran")}, 2)})
     refuse_file(model, r"posix\.system.*No code of it was executed")
@@ -217,19 +138,6 @@ def test_false_sizes_and_strides_are_refused(lies, message, tmp_path, lay):
         lies = {**lies, "strides": (6, 1) if len(lies["shape"]) == 2 else lies["shape"]}
     lay.write_torch(path, {"w": lay.Tensor(NUMBERS, **lies)})
     refuse_file(path, message)
-
-
-def test_many_dimensions_take_no_memory(tmp_path, lay):
-    # Guards against multiplying before counting: 0.5 MB of dimensions took 20 GB.
-    path = tmp_path / "model_000001.pt"
-    many = (2**31 - 1,) * 2_000  # 8 MB of partial products; 100,000 took 20 GB
-    lay.write_torch(path, {"w": lay.Tensor(NUMBERS, shape=many, strides=many)})
-    tracemalloc.start()
-    try:
-        refuse_file(path, "has 2,000 dimensions")
-        assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    finally:
-        tracemalloc.stop()
 
 
 def test_safetensors_header_with_many_dimensions_is_refused(tmp_path):
@@ -288,19 +196,6 @@ class Counting:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
-
-
-def test_token_bytes_of_another_length_are_not_read(tmp_path, lay, tokenizer):
-    """Guards against reading them before their number is compared."""
-    path = tmp_path / "token_bytes.pt"
-    lay.write_torch(path, lay.Tensor(np.zeros(8 << 20, np.int32)))
-    tracemalloc.start()
-    try:
-        with pytest.raises(DataError, match="8,388,608 and"):
-            check_token_bytes(path, tokenizer)
-        assert tracemalloc.get_traced_memory()[1] < 8 << 20
-    finally:
-        tracemalloc.stop()
 
 
 def test_zip_bomb_is_not_unpacked(tmp_path, lay):

@@ -12,7 +12,8 @@ from mlxchat.config.schema import ImportConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.interop.importing import import_model
 from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters
 
 HUB = Path(__file__).resolve().parents[3] / "shared" / "hub"
 EXPECTED = HUB / "expected_nanochat_import.json"

@@ -15,7 +15,8 @@ from mlxchat.config.schema import Config
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.interop.names import architecture_values
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
 
 assert mlxchat  # imported before MLX, so that a fast BLAS is loaded first

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from mlxchat.interop.published import norm as numpy_norm
-from mlxchat.interop.published import published_logits
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters
+from mlxchat.model.published import norm as numpy_norm
+from mlxchat.model.published import published_logits
 
 __all__ = ["numpy_logits", "numpy_norm", "weights_of"]
 

@@ -1,53 +1,72 @@
-"""A model without weights, whose answers are given."""
+"""A model without weights, whose answers are given, and all steps of a scheduler."""
 
 import time
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
-
-class Tokens(int):
-    """A past of which nothing is known but its length."""
-
-    def begun(self, tokens: int) -> "Tokens":
-        return Tokens(tokens)
+from mlxchat.engine.decode import Decoder, LastEmbedding, Past, tokens_of
+from mlxchat.engine.scheduler import Event, Scheduler
 
 
-class Scripted:
-    """A `Forward` whose most likely token after t tokens of an answer is scripts[p][t]; the last one repeats.
+class ScriptedDecoder(Decoder):
+    """Its most likely token after t tokens of an answer is scripts[p][t]; the last one repeats.
 
-    p is the number of the prompt's tokens before its last one, at most that of the last script. A step takes `seconds`.
+    p is the number of the prompt's tokens before its last one, less `shortest`, at most that of the last script. A step
+    takes `seconds`.
     """
 
-    def __init__(self, scripts: Sequence[Sequence[int]], vocab_size: int, seconds: float = 0.0) -> None:
-        self.scripts, self.vocab_size, self.seconds = scripts, vocab_size, seconds
+    def __init__(
+        self, scripts: Sequence[Sequence[int]], vocab_size: int, seconds: float = 0.0, shortest: int = 0
+    ) -> None:
+        self.scripts, self.vocab_size, self.seconds, self.shortest = scripts, vocab_size, seconds, shortest
+        self.model: Any = SimpleNamespace(sizes=None)
         self.given: list[list[int]] = []
-        self.lengths: list[int] = []
+        self.lengths = np.zeros(0, dtype=np.int64)
+        self.starts = np.zeros(0, dtype=np.int64)
+        self.room, self.last = 1 << 20, LastEmbedding([None])
 
-    def read(self, ids: list[int], past: Any, last: int | None) -> "Tokens":
-        return Tokens((past or 0) + len(ids))
+    def use(self, model: Any) -> None:
+        pass
 
-    def reserve(self, rows: int, tokens: int) -> None:
-        self.lengths += [0] * (rows - len(self.lengths))
+    def read(self, prompts: Sequence[Sequence[int]], past: Past | None = None, last: int | None = None) -> list[Past]:
+        return [past_of_zeros(tokens_of(past) + len(prompt)) for prompt in prompts]
 
-    def keep(self, kept: list[int], tokens: int) -> None:
-        self.lengths = [self.lengths[row] for row in kept]
+    def resize(self, kept: Sequence[int], rows: int, tokens: int) -> None:
+        for name in ("lengths", "starts"):
+            before, after = getattr(self, name), np.zeros(rows, dtype=np.int64)
+            after[: len(kept)] = before[list(kept)]
+            setattr(self, name, after)
 
-    def clear(self) -> None:
-        self.lengths = []
+    def fill(self, first: int, pasts: Sequence[Past | None], last: Sequence[int]) -> None:
+        rows = slice(first, first + len(pasts))
+        self.lengths[rows] = self.starts[rows] = [tokens_of(past) for past in pasts]
 
-    def fill(self, row: int, past: Any) -> None:
-        self.lengths[row] = past or 0
+    def past_of(self, row: int, tokens: int) -> Past:
+        return past_of_zeros(tokens)
 
-    def past_of(self, row: int, tokens: int) -> None:
-        return None
-
-    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
+    def step(self, tokens: mx.array, advances: Sequence[bool]) -> mx.array:
         time.sleep(self.seconds)
-        self.given.append(ids)
-        logits = np.zeros((len(ids), self.vocab_size), dtype=np.float32)
-        for row, (position, past) in enumerate(zip(positions, self.lengths, strict=False)):
-            script = self.scripts[min(past, len(self.scripts) - 1)]
-            logits[row, script[min(max(position - past, 0), len(script) - 1)]] = 1000.0
-        return logits
+        self.given.append(np.asarray(tokens).tolist())
+        logits = np.zeros((len(advances), self.vocab_size), dtype=np.float32)
+        for row, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            script = self.scripts[min(max(start - self.shortest, 0), len(self.scripts) - 1)]
+            logits[row, script[min(length - start, len(script) - 1)]] = 1000.0
+        self.lengths = self.lengths + np.array(advances)
+        return mx.array(logits)
+
+
+def past_of_zeros(tokens: int) -> Past:
+    return [(mx.zeros((1, 1, tokens, 1)),) * 2]
+
+
+def steps(scheduler: Scheduler, count: int = 10**9) -> list[Event]:
+    """Return the events of all requests, or of so many steps."""
+    events: list[Event] = []
+    while not scheduler.idle and count:
+        events += scheduler.step()
+        count -= 1
+    return events

@@ -88,18 +88,13 @@ class Teacher(Served):
         self.times: list[float] = []
         self.paths: set[str] = set()
         self.models = ["only"]
-        self.fingerprint: str | None = None
-        """What `mlxchat serve` says of a model, and with each answer; None: as other endpoints."""
         self.at_once, self.most_at_once = 0, 0
         self._lock = threading.Lock()
         teacher = self
 
         class Endpoint(QuietHandler):
             def do_GET(self) -> None:
-                value: dict[str, Any] = {"data": [{"id": name} for name in teacher.models]}
-                if not self.path.endswith("/models"):
-                    own = {"mlxchat": {"fingerprint": teacher.fingerprint}} if teacher.fingerprint else {}
-                    value = {"id": "m", "object": "model", **own}
+                value = {"data": [{"id": name} for name in teacher.models]}
                 self.send(Reply(raw=json.dumps(value).encode()))
 
             def do_POST(self) -> None:
@@ -125,7 +120,7 @@ class Teacher(Served):
                 value = {
                     "model": "teacher-2026", "choices": [{"message": {"role": "assistant", "content": reply.text},
                     "finish_reason": reply.finish}], "usage": reply.usage,
-                    "system_fingerprint": teacher.fingerprint, **reply.extra,
+                    **reply.extra,
                 }  # fmt: skip
                 data = json.dumps(value).encode() if reply.raw is None else reply.raw
                 self.send_response(reply.status)

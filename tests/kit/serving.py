@@ -14,8 +14,9 @@ import pytest
 import uvicorn
 
 from kit.models import make_model
-from kit.scripted import Scripted
+from kit.scripted import ScriptedDecoder
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.batch import Generator
 from mlxchat.engine.scheduler import Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.model.checkpoint import save_checkpoint
@@ -126,10 +127,9 @@ def start(served: Path) -> Callable[..., Server]:
             tokenizer = model.tokenizer
             said = tokenizer.encode(says) if isinstance(says, str) else says
             script = [*range(ord("a"), ord("z") + 1)] * 1000 if said is None else [*said, *tokenizer.ends[:1]]
-            forward = Scripted([script], tokenizer.vocab_size, seconds)
-            scheduler = Scheduler(forward, tokenizer, max_rows=limits.max_rows, kept_tokens=limits.kept_tokens)
-            scheduler.python = python
-            return scheduler
+            decoder = ScriptedDecoder([script], tokenizer.vocab_size, seconds)
+            generator = Generator(decoder, max_rows=limits.max_rows, kept_tokens=limits.kept_tokens)
+            return Scheduler(generator, tokenizer, python=python)
 
         bounds = Limits(**limits or {})
         models = Models(Store(outputs), outputs / "store" / CHAT)

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import Tokens, read_tokens, write_tokens
+from mlxchat.data.tokens import Tokens
 from mlxchat.tasks import load_task
 
 Conversation = dict[str, Any]
@@ -43,20 +43,10 @@ def conversations_of(task: str, split: str) -> list[Conversation]:
     return [loaded[index] for index in range(len(loaded))]
 
 
-def write_sequences(sequences: Iterable[tuple[Sequence[int], Sequence[int] | None]], *, vocab_size: int = 300) -> bytes:
-    """Return the file of token ids and masks, where there are masks."""
-    pairs = [
-        (np.array(ids, np.uint32), None if mask is None else np.array(mask, dtype=bool)) for ids, mask in sequences
-    ]
-    file = io.BytesIO()
-    write_tokens(file, iter(pairs), count=len(pairs), vocab_size=vocab_size)
-    return file.getvalue()
-
-
 def render(conversations: Iterable[Conversation], tokenizer: Tokenizer) -> Tokens:
     """Return the tokens of conversations, none of them cut."""
     rendered = (render_conversation(tokenizer, each, max_tokens=None) for each in conversations)
-    return read_tokens(write_sequences(rendered, vocab_size=tokenizer.vocab_size))
+    return Tokens.of(rendered, tokenizer.vocab_size)
 
 
 def parquet(texts: Sequence[str | None], column: str = "text", **options: Any) -> bytes:

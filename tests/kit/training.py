@@ -12,15 +12,19 @@ import pytest
 
 from kit.models import VOCABULARY, composed, make_model, make_tokenizer
 from mlxchat.config.schema import Config, OptimizerConfig, RLConfig, ScheduleConfig
+from mlxchat.engine.generate import Completion
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
-from mlxchat.planning.memory import Training, memory_of
+from mlxchat.planning.memory import Training, describe_memory
+from mlxchat.rl.rollouts import Group, Rollout
 from mlxchat.runner.context import Context
 from mlxchat.runner.stage import Stages
 from mlxchat.training.batches import Batch, mean_batch
-from mlxchat.training.loop import Hook, fit
+from mlxchat.training.loop import Observation, fit
+from mlxchat.training.team_step import make_step
 
 Rows = list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 
@@ -35,9 +39,7 @@ def make_optimizer(model: GPT, option: str = "muon_oct2025", **changes: Any) -> 
     return Optimizer(model, optimizer_config(option, **changes), width=model.sizes.width)
 
 
-def move(
-    optimizer: Optimizer, parameters: Flat, gradients: dict[str, Any], rates: Rates[float], norm: Any = None
-) -> Flat:
+def move(optimizer: Optimizer, parameters: Flat, gradients: dict[str, Any], rates: Rates, norm: Any = None) -> Flat:
     """Return the parameters after an update of the optimizer."""
     arrays = {name: mx.array(value) for name, value in gradients.items()}
     parts = optimizer.update(dict(parameters), arrays, rates, norm)
@@ -58,7 +60,7 @@ def make_rows(count: int = 3, *, seed: int = 0, tokens: int = 16) -> Rows:
 
 def training_of(config: Config, stage: str, sizes: GPTSizes | None = None) -> Training:
     """Return what the memory of a stage's training depends on, by its forecast, on the configuration's machine."""
-    found = memory_of(config, Stages()[stage], sizes)
+    found = describe_memory(config, Stages()[stage], sizes)
     assert isinstance(found, Training)
     return found
 
@@ -108,6 +110,9 @@ class NumberedBatches:
             batch.weights[0, 0] = self.value
         self.number += 1
         return batch
+
+    def prepare(self) -> None:
+        pass
 
     def documents(self) -> list[str]:
         return [f"book {self.number - 1}", "page 7"]
@@ -159,14 +164,26 @@ def bits(model: GPT, optimizer: Optimizer | None = None) -> dict[str, bytes]:
 
 
 def train(
-    folder: Path, num_iterations: int = 6, *, hooks: Sequence[Hook] | Callable[[Context, GPT], list[Hook]] = (),
-    stop_after: int | None = None, model: GPT | None = None, optimizer: Optimizer | None = None, batches: Any = None,
-    context: dict[str, Any] | None = None, **options: Any,
-) -> Trained:  # fmt: skip
+    folder: Path,
+    num_iterations: int = 6,
+    *,
+    observations: Sequence[Observation] | Callable[[Context, GPT], list[Observation]] = (),
+    stop_after: int | None = None,
+    model: GPT | None = None,
+    optimizer: Optimizer | None = None,
+    batches: Any = None,
+    context: dict[str, Any] | None = None,
+    extends: Path | None = None,
+    keep_state: bool = False,
+    rates: ScheduleConfig | None = None,
+    dropout: float = 0.0,
+    distillation: Any = None,
+    **options: Any,
+) -> Trained:
     """Train a small model, from where an earlier attempt in this folder stopped.
 
-    A signal arrives during iteration `stop_after`. `context` is for make_context, `options` for fit. With keep_state
-    the context's `out` gets what a stage publishes.
+    A signal arrives during iteration `stop_after`. `context` is for make_context, `options` for fit, `rates` the
+    schedule. With keep_state the context's `out` gets what a stage publishes.
     """
     model, batches = model or make_model(), batches or NumberedBatches()
     optimizer = optimizer or make_optimizer(model)
@@ -174,15 +191,33 @@ def train(
         folder,
         **{"stop_signal": lambda: 15 if stop_after and batches.number >= stop_after else None, **(context or {})},
     )
-    defaults = {"schedule": schedule(), "micro_tokens": 64}
+    if extends is not None:
+        ctx.inputs["extends"] = extends
+    config: Any = SimpleNamespace(schedule=rates or schedule(), save_training_state=keep_state)
     fit(
-        ctx, model, optimizer, batches, num_iterations=num_iterations,
-        hooks=hooks(ctx, model) if callable(hooks) else list(hooks), **defaults | options,
-    )  # fmt: skip
-    if options.get("keep_state"):
+        ctx,
+        config,
+        make_step(ctx, model, optimizer, micro_tokens=64, dropout=dropout, distillation=distillation),
+        batches,
+        num_iterations=num_iterations,
+        observations=observations(ctx, model) if callable(observations) else observations,
+        **{"save": lambda folder: None, **options},
+    )
+    if keep_state:
         save_checkpoint(ctx.out, model, make_tokenizer(), {})
         (ctx.out / "metrics.jsonl").write_bytes(ctx.records("metrics").path.read_bytes())
     return Trained(ctx, bits(model, optimizer))
+
+
+def rollout_of(
+    prompts: list[list[int]], completions: list[Completion], advantages: np.ndarray[Any, Any], *, padding: int
+) -> Rollout:
+    """Return completions as the rows of a rollout, each of a question of its own."""
+    groups = [
+        Group(question=number, prompt=prompt, completions=[completion], rewards=[], parts=[])
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
+    ]
+    return Rollout.of_groups(groups, advantages, padding=padding)
 
 
 def rl_config(**changes: Any) -> RLConfig:
@@ -192,7 +227,8 @@ def rl_config(**changes: Any) -> RLConfig:
            "top_k": 50, "eval_samples": 4, "eval_max_new_tokens": None,
            "system_prompt": None, "num_epochs": 1,
            "advantages": "mean", "ratio": "token", "clip_low": None, "clip_high": None,
-           "loss_divisor": "tokens", "kl_coefficient": 0.0, "minibatches_per_rollout": 1, "passes_per_rollout": 1,
+           "loss_divisor": "tokens", "answers_per_pass": 8,
+           "kl_coefficient": 0.0, "minibatches_per_rollout": 1, "passes_per_rollout": 1,
            "resample_rounds": 0, "train_unfinished": True, "entropy_every": None, "rollouts_kept": None,
            "rollout_bits": None, "rollout_correction": 2.0} | changes
     )  # fmt: skip

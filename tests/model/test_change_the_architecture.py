@@ -1,6 +1,5 @@
-"""The diff of docs/internals/change_the_architecture.md, applied to a copy of the package that then trains."""
+"""Changes of the model in a copy of the package: what trains, chats, is evaluated and exported follows gpt.py alone."""
 
-import json
 import os
 import re
 import shutil
@@ -12,58 +11,60 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "internals" / "change_the_architecture.md").read_text(encoding="utf-8")
+# A gated unit: one matrix more, with its initial weights and its count.
+GATED = {
+    "gpt.py": [
+        ("self.c_fc = Linear(", "self.c_gate = Linear(sizes.width, 4 * sizes.width)\n        self.c_fc = Linear("),
+        ("squared_relu(self.c_fc(x))", "nn.silu(self.c_gate(x)) * self.c_fc(x)"),
+    ],
+    "initial.py": [('"c_v" | "c_fc"', '"c_v" | "c_gate" | "c_fc"')],
+    "sizes.py": [("8 * width * width", "12 * width * width")],
+}
 
-TRAIN = """
-import json, sys
-import mlxchat
-import mlx.core as mx
-mx.set_default_device(mx.cpu)
-import numpy as np
-from mlxchat.composition.compose import compose_config
-from mlxchat.model.gpt import GPT, init_weights
-from mlxchat.model.sizes import sizes_of
-from mlxchat.optim.optimizer import Optimizer
-from mlxchat.optim.optimizer import Rates
-from mlxchat.training.batches import mean_batch
-from mlxchat.training.step import TrainStep
 
-losses = {}
-for overrides in json.loads(sys.argv[1]):
-    config = compose_config(["model=d1", *overrides]).config
-    model = GPT(sizes_of(config.model, config.architecture, 64))
-    init_weights(model, 0)
-    step = TrainStep(model, Optimizer(model, config.optimizer, width=64), micro_tokens=64, dtype=mx.float32)
-    ids = np.random.default_rng(0).integers(0, 64, (2, 33)).astype(np.int32)
-    batch = mean_batch([(row[:-1], row[1:]) for row in ids])
-    losses[" ".join(overrides)] = [step(batch, Rates(1.0, 0.9, 1.0), index)[0] for index in range(3)]
-print(mlxchat.__file__)
-print(json.dumps(losses))
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    left_out = (".git", ".venv", "__pycache__", "*.egg-info", "tests", "docs", "outputs", ".*_cache")
+    return shutil.copytree(ROOT, tmp_path / "copy", ignore=shutil.ignore_patterns(*left_out), symlinks=True)
+
+
+def test_diff_of_the_page_applies_with_git(copy):
+    (diff,) = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
+    subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)
+    assert "self.activation(self.c_fc(x))" in (copy / "src" / "mlxchat" / "model" / "gpt.py").read_text("utf-8")
+
+
+COMPARE = """
+import mlxchat; import numpy as np, mlx.core as mx, mlx_lm; from pathlib import Path
+from mlxchat.model.checkpoint import load_checkpoint
+ids, (ours, *_) = mx.array([[1, 2, 3, 4]]), load_checkpoint(next(Path("outputs/store").glob("sft-*")))
+theirs, _ = mlx_lm.load("out", trust_remote_code=True)
+assert "c_gate" in theirs.layers[0].mlp
+np.testing.assert_allclose(np.asarray(theirs(ids)), np.asarray(ours(ids)), atol=1e-3)
 """
 
 
-@pytest.fixture(scope="module")
-def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package with the page's diff in it."""
-    copy = tmp_path_factory.mktemp("changed")
-    shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    (diff,) = re.findall(r"```diff\n(.*?)```", PAGE, re.S)
-    subprocess.run(["git", "apply", "-"], cwd=copy, input=diff, text=True, check=True)
-    return copy
-
-
-def test_diff_applies_with_git(changed):
-    assert "self.choices[sizes.activation]" in (changed / "src" / "mlxchat" / "model" / "gpt.py").read_text("utf-8")
-
-
 @pytest.mark.slow
-def test_changed_copy_trains_with_the_new_activation(changed):
-    overrides = [[], ["architecture.activation=silu"]]
-    environ = {**os.environ, "PYTHONPATH": str(changed / "src"), "MLXCHAT_COMPOSED_CACHE": "off"}
-    command = [sys.executable, "-c", TRAIN, json.dumps(overrides)]
-    ended = subprocess.run(command, cwd=changed, env=environ, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    where, losses = ended.stdout.splitlines()
-    assert Path(where).is_relative_to(changed)
-    after = [values[1:] for values in json.loads(losses).values()]
-    assert all(values[-1] < 4.2 for values in after), "ln 64 = 4.16 is the loss of guessing"
-    assert after[0] != after[1]
+def test_gated_unit_is_trained_answered_evaluated_and_exported(copy, tmp_path):
+    pytest.importorskip("mlx_lm")
+    for name, changes in GATED.items():
+        path = copy / "src" / "mlxchat" / "model" / name
+        for old, new in changes:
+            text = path.read_text("utf-8")
+            assert old in text
+            path.write_text(text.replace(old, new), "utf-8")
+
+    def python(*arguments: str, code: int = 0) -> str:
+        environ = {**os.environ, "PYTHONPATH": str(copy / "src")}
+        ended = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+        )
+        assert ended.returncode == code, ended.stderr
+        return ended.stdout + ended.stderr
+
+    python("-m", "mlxchat", "experiment=smoke", "stage=sft")
+    python("-m", "mlxchat", "chat", "sft", "-p", "the cat", "--max-tokens", "8", "--temperature", "0")
+    assert "bpb" in python("-m", "mlxchat", "eval", "sft", "--task", "bpb")
+    python("-m", "mlxchat", "export", "sft", "--to", "mlx", "out")
+    python("-c", COMPARE)
+    assert "Use --to mlx" in python("-m", "mlxchat", "export", "sft", "--to", "hf", "hf", code=2)

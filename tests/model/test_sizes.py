@@ -6,21 +6,10 @@ import pytest
 
 from kit.models import make_model
 from mlxchat.composition.compose import compose_config
-from mlxchat.model.gpt import flatten_parameters
+from mlxchat.model.parameters import flatten_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 
 RECIPE = compose_config(["experiment=speedrun_d20"]).config
-# depth, width, heads, all parameters, parameters of matrices; vocabulary 65,536 (nanochat, October 2025).
-PUBLISHED = [
-    (4, 256, 2, 36_700_160, 3_145_728),
-    (8, 512, 4, 92_274_688, 25_165_824),
-    (12, 768, 6, 185_597_952, 84_934_656),
-    (20, 1280, 10, 560_988_160, 393_216_000),
-    (26, 1664, 13, 1_081_999_360, 863_895_552),
-    (30, 1920, 15, 1_578_762_240, 1_327_104_000),
-    (32, 2048, 16, 1_879_048_192, 1_610_612_736),
-    (34, 2176, 17, 2_217_082_880, 1_931_870_208),
-]
 
 
 def published_sizes(depth: int, num_kv_heads: int | None = None) -> GPTSizes:
@@ -28,22 +17,28 @@ def published_sizes(depth: int, num_kv_heads: int | None = None) -> GPTSizes:
     return sizes_of(model, RECIPE.architecture, RECIPE.tokenizer.vocab_size)
 
 
-@pytest.mark.parametrize(("depth", "width", "heads", "total", "matrices"), PUBLISHED)
+# Vocabulary 65,536 (nanochat, October 2025).
+@pytest.mark.parametrize(
+    ("depth", "width", "heads", "total", "matrices"),
+    [
+        (4, 256, 2, 36_700_160, 3_145_728),
+        (12, 768, 6, 185_597_952, 84_934_656),
+        (20, 1280, 10, 560_988_160, 393_216_000),
+        (26, 1664, 13, 1_081_999_360, 863_895_552),
+        (34, 2176, 17, 2_217_082_880, 1_931_870_208),
+    ],
+)
 def test_depth_gives_the_published_sizes_and_parameters(depth, width, heads, total, matrices):
     sizes = published_sizes(depth)
     counts = count_parameters(sizes)
     assert (sizes.num_layers, sizes.width, sizes.num_heads, sizes.num_kv_heads) == (depth, width, heads, heads)
     assert (counts["total"], counts["matrices"]) == (total, matrices)
     assert counts["embedding"] == counts["head"] == 65_536 * width
-    assert sizes.head_width == 128
-    assert published_sizes(depth, num_kv_heads=2).num_kv_heads == 2
+    assert (sizes.head_width, published_sizes(depth, num_kv_heads=2).num_kv_heads) == (128, 2)
+    assert depth != 20 or flops_per_token(sizes) == 3_491_758_080
 
 
-def test_d20_has_the_published_flops():
-    assert flops_per_token(published_sizes(20)) == 3_491_758_080
-
-
-@pytest.mark.parametrize("num_kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
 def test_parameter_counts_are_the_models(num_kv_heads):
     model = make_model(num_kv_heads=num_kv_heads)
     counts = count_parameters(model.sizes)

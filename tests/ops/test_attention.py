@@ -7,10 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.ops.attention import causal_attention
+from mlxchat.model import gpt, parameters  # noqa: F401  (puts the CPU's kernels in place)
 
-# One token, part of a block of 128, around its end, and several blocks with a rest.
-LENGTHS = [1, 127, 128, 129, 300]
 # The exponential is within 6e-6, float32 sums of a few hundred products within about as much again.
 TOLERANCE = 2e-5
 
@@ -29,106 +27,95 @@ def example(tokens: int, *, heads: int = 4, kv_heads: int = 2, width: int = 16) 
     return q, k, v, d_out
 
 
-def softmax_weights(q: np.ndarray, k: np.ndarray, window: int | None = None) -> np.ndarray:
-    """Row i sees the keys i − window … i."""
-    tokens, width = q.shape[-2:]
-    scores = q @ k.swapaxes(-1, -2) / np.sqrt(width)
-    seen = np.tril(np.ones((tokens, tokens), dtype=bool))
-    if window is not None:
-        seen &= ~np.tril(seen, -window - 1)
-    scores = np.where(seen, scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
-
-
 def reference(
     q: np.ndarray, k: np.ndarray, v: np.ndarray, d_out: np.ndarray, window: int | None = None
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Softmax attention (B, T, H, D) and its gradients, in float64 with the whole (T, T) matrix.
 
-    `d_out` is (B, H, T, D), as the inputs are.
+    `d_out` is (B, H, T, D), as the inputs are; row i sees the keys i − window … i.
     """
     q, k, v, d_out = (x.astype(np.float64) for x in (q, k, v, d_out))
-    groups, kv_shape = q.shape[1] // k.shape[1], k.shape
-    k, v = k.repeat(groups, axis=1), v.repeat(groups, axis=1)
-    weights = softmax_weights(q, k, window)
+    (B, H, T, D), kv_heads = q.shape, k.shape[1]
+    k, v = k.repeat(H // kv_heads, axis=1), v.repeat(H // kv_heads, axis=1)
+    distance = np.arange(T)[:, None] - np.arange(T)
+    seen = (distance >= 0) & (distance <= (T if window is None else window))
+    scores = np.where(seen, q @ k.swapaxes(-1, -2) / np.sqrt(D), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
     d_weights = d_out @ v.swapaxes(-1, -2)
-    d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) / np.sqrt(q.shape[-1])
-    d_k, d_v = d_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ d_out
-
-    def add_group(x: np.ndarray) -> np.ndarray:
-        return x.reshape(kv_shape[0], kv_shape[1], groups, *kv_shape[2:]).sum(2)
-
-    return (weights @ v).swapaxes(1, 2), (d_scores @ k, add_group(d_k), add_group(d_v))
+    d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True)) / np.sqrt(D)
+    per_head = (d_scores.swapaxes(-1, -2) @ q, weights.swapaxes(-1, -2) @ d_out)
+    d_k, d_v = (x.reshape(B, kv_heads, -1, T, D).sum(2) for x in per_head)
+    return (weights @ v).swapaxes(1, 2), (d_scores @ k, d_k, d_v)
 
 
-def relative_norm(got: mx.array, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(np.asarray(got) - expected) / np.linalg.norm(expected))
+def attend(
+    inputs: tuple[np.ndarray, ...], window: int | None, dtype: mx.Dtype
+) -> tuple[list[mx.array], list[mx.array]]:
+    """Return what `reference` does, by the model's attention."""
+    q, k, v, d_out = (mx.array(x).astype(dtype) for x in inputs)
+    mask = gpt.window_mask(q.shape[2], window, dtype)
+    scale = q.shape[3] ** -0.5
+    return mx.vjp(lambda q, k, v: gpt.attention(q, k, v, mask, scale), [q, k, v], [d_out.swapaxes(1, 2)])
 
 
-# Windows: only the token itself, few, around and over the border of a block, as long as the row and longer.
-WINDOWS = [0, 1, 127, 128, 129, 299, 1000]
-VALUES = [
-    *((tokens, 4, 2, None) for tokens in LENGTHS),
-    *((140, heads, kv_heads, None) for heads, kv_heads in ((4, 4), (4, 1), (1, 1))),
-    *((300, 4, 2, window) for window in WINDOWS),
-    (100, 4, 4, 70),
-    (300, 4, 1, 70),
+# Tokens, key/value heads and window: part of a block of 128, around its end, several blocks with a rest. Windows: only
+# the token itself, few, around the border of a block, as long as the row and longer.
+CASES = [
+    *((tokens, 2, None) for tokens in (1, 127, 128, 129, 300)),
+    *((140, kv_heads, None) for kv_heads in (4, 1)),
+    *((300, kv_heads, window) for kv_heads, window in ((2, 0), (1, 1), (4, 127), (2, 128), (2, 129), (2, 1000))),
 ]
 
 
-@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "window"), VALUES)
-def test_values_equal_softmax_attention(path, tokens, heads, kv_heads, window):
-    q, k, v, d_out = example(tokens, heads=heads, kv_heads=kv_heads)
-    got = causal_attention(mx.array(q), mx.array(k), mx.array(v), window)
-    np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out, window)[0], atol=TOLERANCE)
+@pytest.mark.parametrize(("tokens", "kv_heads", "window"), CASES)
+def test_values_and_gradients_equal_softmax_attention(path, tokens, kv_heads, window):
+    inputs = example(tokens, kv_heads=kv_heads)
+    (out,), gradients = attend(inputs, window, mx.float32)
+    expected, expected_gradients = reference(*inputs, window)
+    np.testing.assert_allclose(np.asarray(out), expected, atol=TOLERANCE)
+    for got, exact in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(np.asarray(got), exact, atol=TOLERANCE * max(1.0, np.abs(exact).max()))
 
 
 def test_widest_heads_are_exact(path):
     """Width 256 with q = ±k gives scores of ±16, within the exponential's range of ±24."""
     q, k, v, d_out = example(130, heads=2, kv_heads=2, width=256)
     k[:, :, ::2], k[:, :, 1::2] = q[:, :, ::2], -q[:, :, 1::2]
-    got = causal_attention(mx.array(q), mx.array(k), mx.array(v))
-    np.testing.assert_allclose(np.asarray(got), reference(q, k, v, d_out)[0], atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("changed", [1, 128])
-def test_future_tokens_do_not_affect_earlier_ones(path, changed):
-    q, k, v, _ = example(200)
-    before = np.asarray(causal_attention(mx.array(q), mx.array(k), mx.array(v)))
-    for x in (q, k, v):
-        x[:, :, changed:] = x[:, :, changed:][:, :, ::-1] * 0.5
-    after = np.asarray(causal_attention(mx.array(q), mx.array(k), mx.array(v)))
-    np.testing.assert_array_equal(after[:, :changed], before[:, :changed])
-    assert np.abs(after[:, changed:] - before[:, changed:]).max() > 0.1
-
-
-@pytest.mark.parametrize(
-    ("tokens", "window", "kv_heads"),
-    [
-        (5, None, 2), (128, None, 4), (129, None, 1), (300, None, 2),
-        (5, 2, 2), (129, 128, 4), (300, 0, 2), (300, 70, 1), (300, 150, 4), (300, 299, 2),
-    ],
-)  # fmt: skip
-def test_gradients_equal_softmax_attention(path, tokens, window, kv_heads):
-    q, k, v, d_out = example(tokens, kv_heads=kv_heads)
-    _, gradients = mx.vjp(
-        lambda q, k, v: causal_attention(q, k, v, window),
-        [mx.array(q), mx.array(k), mx.array(v)],
-        [mx.array(d_out).swapaxes(1, 2)],
-    )
-    for got, expected in zip(gradients, reference(q, k, v, d_out, window)[1], strict=True):
-        # If each token sees only itself, q and k have zero gradients.
-        np.testing.assert_allclose(np.asarray(got), expected, atol=TOLERANCE * max(1.0, np.abs(expected).max()))
-        assert window is not None or relative_norm(got, expected) < TOLERANCE
+    (out,), _ = attend((q, k, v, d_out), None, mx.float32)
+    np.testing.assert_allclose(np.asarray(out), reference(q, k, v, d_out)[0], atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("window", [None, 70])
-def test_bfloat16_values_and_gradients_are_bfloat16(path, window):
+def test_bfloat16_values_and_gradients_are_near(path, window):
     """Within eight bits of mantissa of the exact result for the rounded inputs."""
-    inputs = [mx.array(x).astype(mx.bfloat16) for x in example(140)]
-    out, gradients = mx.vjp(lambda q, k, v: causal_attention(q, k, v, window), inputs[:3], [inputs[3].swapaxes(1, 2)])
-    expected = reference(*(np.asarray(x.astype(mx.float32)) for x in inputs), window)
-    for got, exact in zip([out[0], *gradients], [expected[0], *expected[1]], strict=True):
+    inputs = tuple(np.asarray(mx.array(x).astype(mx.bfloat16).astype(mx.float32)) for x in example(140))
+    out, gradients = attend(inputs, window, mx.bfloat16)
+    expected, expected_gradients = reference(*inputs, window)
+    for got, exact in zip([*out, *gradients], [expected, *expected_gradients], strict=True):
         assert got.dtype == mx.bfloat16
-        assert relative_norm(got.astype(mx.float32), exact) < 1e-2
+        assert np.linalg.norm(np.asarray(got.astype(mx.float32)) - exact) < 1e-2 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("kind", ["causal", "none", "booleans", "additive"])
+def test_cached_keys_are_seen_by_the_mask(path, kind):
+    """Three new tokens after 137 cached ones; with one mask for all rows, or one per row."""
+    q, k, v, _ = example(140)
+    visible = np.tril(np.ones((140, 140), dtype=bool))[-3:]
+    if kind == "none":
+        visible[:] = True
+    if kind in ("booleans", "additive"):
+        visible &= np.arange(140) > 20
+    rows = np.stack([visible, visible & (np.arange(140) != 7)])[:, None]
+    mask = {
+        "causal": "causal",
+        "none": None,
+        "booleans": mx.array(visible),
+        "additive": mx.array(np.where(rows, 0, -np.inf).astype(np.float32)),
+    }[kind]
+    out = gpt.attention(mx.array(q[:, :, -3:]), mx.array(k), mx.array(v), mask, 0.25)
+    k, v = (x.astype(np.float64).repeat(2, axis=1) for x in (k, v))
+    scores = np.where(rows if kind == "additive" else visible, 0.25 * q[:, :, -3:] @ k.swapaxes(-1, -2), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    wanted = (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(1, 2)
+    np.testing.assert_allclose(np.asarray(out), wanted, atol=TOLERANCE)

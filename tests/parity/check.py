@@ -7,8 +7,11 @@ FAIL. The exit code is 0 if all quantities agree, 1 if some do not, and 2 if a f
 import mlxchat  # isort: split
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).parents[1]))  # isort: split  # for `kit`
+
+from collections.abc import Iterator
 
 import compare_bpb
 import compare_chat

@@ -1,14 +1,18 @@
 """core_*.json and tasks_*.json: the scores of chat tasks, by letters' logits, ChatCORE and executed programs."""
 
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from comparison import Comparison, Quantity, largest, same, scaled_distance
 from parity_file import ParityFile
 
+from kit.training import make_context
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
-from mlxchat.evals.chat import Answering, evaluate_task, letter_logits
+from mlxchat.evals.chat import Answering, evaluate_task
+from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import CHATCORE_SETS, Score, chatcore
 from mlxchat.sandbox.programs import run_program
 from mlxchat.tasks.base import Task
@@ -50,7 +54,7 @@ def letters(file: ParityFile) -> Iterator[Comparison]:
         return
     tokenizer, tasks = file.tokenizer(), file.companion("tasks", ".json").json
     for variant, groups in file.json["chat_categorical"].items():
-        engine = Engine(file.core_model(variant), tokenizer)
+        model = LanguageModel(Engine(file.core_model(variant), tokenizer), batch_tokens=_BATCH_TOKENS)
         for group in groups:
             name, task = f"{variant} {group['task']}", _Conversations(tasks[group["task"]]["conversations"])
             yield same(f"{name}: prompt lengths", [
@@ -58,15 +62,17 @@ def letters(file: ParityFile) -> Iterator[Comparison]:
                 for row in group["results"]
             ])  # fmt: skip
             # Beyond the context nanochat reads the whole prompt, and ours keeps its end.
-            results = [row for row in group["results"] if row["prompt_length"] <= engine.model.sizes.context_tokens]
+            results = [row for row in group["results"] if row["prompt_length"] <= model.context_tokens]
             prompts = [render_for_completion(tokenizer, task[row["index"]]) for row in results]
-            logits = letter_logits(engine, prompts, [row["letters"] for row in results])
+            logits = model.letter_logits(prompts, [row["letters"] for row in results])
             yield largest(f"{name}: letters' logits", {
                 str(row["index"]): scaled_distance(found, row["letter_logits"])
                 for row, found in zip(results, logits, strict=True)
             }, LOGITS)  # fmt: skip
-            how = Answering(batch_rows=8, max_new_tokens=1, batch_tokens=_BATCH_TOKENS)
-            score, examples = evaluate_task(engine, cast(Task, task), how)
+            how = Answering(batch_rows=8, max_new_tokens=1)
+            with tempfile.TemporaryDirectory() as folder:
+                ctx = make_context(Path(folder))
+                score, examples = evaluate_task(ctx, model, cast(Task, task), how, name=name, work=ctx.work)
             answers = {example["index"]: (example["output"], example["verdict"]) for example in examples}
             yield same(f"{name}: answers", [
                 (str(row["index"]), answers[row["index"]], (row["predicted"], bool(row["correct"]))) for row in results

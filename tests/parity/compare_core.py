@@ -11,13 +11,17 @@ import numpy as np
 from comparison import Comparison, Quantity, exact, largest, same, scaled_distance
 from parity_file import ParityFile
 
+from kit.training import make_context
+from mlxchat.config.schema import CoreConfig
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Engine
 from mlxchat.errors import DataError
-from mlxchat.evals.branching import Branches, Continuation, Row, make_rows
 from mlxchat.evals.core import answer_examples, evaluate_core, likeliest, mean_losses
 from mlxchat.evals.core_bundle import Bundle, CoreTask
 from mlxchat.evals.core_questions import Question, common_prefix, crop, draw_shots, render_prompts, tokenize_prompts
-from mlxchat.evals.language_model import LanguageModel, OwnModel
-from mlxchat.model.sizes import GPTSizes, count_parameters
+from mlxchat.evals.language_model import LanguageModel
+from mlxchat.model.gpt import GPT
+from mlxchat.model.sizes import count_parameters
 from mlxchat.runner.progress import Progress
 
 LOSS = 1e-5
@@ -78,15 +82,6 @@ def _common_lengths(file: ParityFile) -> Iterator[Comparison]:
     )
 
 
-def _padding(file: ParityFile) -> Iterator[Comparison]:
-    case = file.json["stack_sequences"]
-    rows = [Row(trunk=tokens, branches=[], groups=[], starts=[], targets=[]) for tokens in case["tokens"]]
-    sizes = GPTSizes(
-        vocab_size=16, num_layers=1, num_heads=1, num_kv_heads=1, width=8, context_tokens=16, rope_theta=1e4
-    )
-    yield same("padding of prompts", [("rows", Branches(rows, sizes, case["pad"]).ids.tolist(), case["result"])])
-
-
 def _draws(file: ParityFile) -> Iterator[Comparison]:
     yield same(
         "draws of examples",
@@ -122,11 +117,11 @@ def _tasks(file: ParityFile) -> Iterator[Comparison]:
             rendered.append((f"{task.label} {case['index']}", got, expected))
     yield same("prompts of the tasks", rendered)
     for variant in VARIANTS:
-        model = OwnModel(file.core_model(variant))
+        model = _model(file.core_model(variant), tokenizer)
         verdicts, losses, predicted, accuracy = [], {}, [], {}
         for entry in file.json["tasks"]:
             task = _entry(entry)
-            batches = answer_examples(model, tokenizer, task, entry["data"], _BATCH_TOKENS)
+            batches = answer_examples(model, task, entry["data"])
             records = {record["index"]: record for batch in batches for record in batch}
             for case in entry[variant]["results"]:
                 record, name = records[case["index"]], f"{task.label} {case['index']}"
@@ -154,13 +149,13 @@ def _cropped(file: ParityFile) -> Iterator[Comparison]:
             index, name = result["index"], f"{task.label} {result['index']}"
             shots = [items[place] for place in draw_shots(index, len(items), task.num_fewshot)]
             sequences, starts = tokenize_prompts(task.kind, render_prompts(task, items[index], shots), tokenizer)
-            sequences, starts, _ = crop(sequences, starts, case["max_seq_len"], together=False)
+            sequences, starts, _ = crop(sequences, starts, case["max_seq_len"])
             gold = None if task.kind == "language_modeling" else items[index]["gold"]
             question = Question(index=index, sequences=sequences, starts=starts, gold=gold)
             if "error" not in result:
                 kept.append((name, sequences, result["tokens"]))
             for variant in VARIANTS:
-                got = _verdict(OwnModel(file.core_model(variant)), question)
+                got = _verdict(_model(file.core_model(variant), tokenizer), question)
                 # Where nanochat fails, ours still has a verdict, and any will do.
                 verdicts.append((f"{name}, {variant}", got, result.get(f"{variant}_correct", got)))
     yield same("cropped prompts", kept)
@@ -174,18 +169,16 @@ def _suite(file: ParityFile) -> Iterator[Comparison]:
         _write_bundle(bundle, file.json["tasks"])
         for variant in VARIANTS:
             for number, case in enumerate(file.json["suite"][variant]):
-                found = evaluate_core(
-                    OwnModel(file.core_model(variant)), tokenizer, bundle, max_per_task=case["max_per_task"],
-                    tasks=None, batch_tokens=_BATCH_TOKENS, work=Path(folder) / f"{variant}{number}",
-                    progress=_silent,
+                place = Path(folder) / f"{variant}{number}"
+                found, _ = evaluate_core(
+                    make_context(place), _model(file.core_model(variant), tokenizer), CoreConfig(bundle=str(bundle)),
+                    max_per_task=case["max_per_task"], work=place / "core", progress=_silent,
                 )  # fmt: skip
                 name = f"{variant}, {case['max_per_task'] or 'all'} of each"
-                for score in found.scores:
-                    label = score.task.label
-                    errors[f"{label}, {name}"] = abs(score.accuracy - case["results"][label])
-                    errors[f"{label} centred, {name}"] = abs(score.centered - case["centered_results"][label])
-                assert found.core is not None
-                errors[f"CORE, {name}"] = abs(found.core - case["core_metric"])
+                for label, score in found["tasks"].items():
+                    errors[f"{label}, {name}"] = abs(score["accuracy"] - case["results"][label])
+                    errors[f"{label} centred, {name}"] = abs(score["centered"] - case["centered_results"][label])
+                errors[f"CORE, {name}"] = abs(found["core"] - case["core_metric"])
     yield largest("the CORE metric", errors, ACCURACY)
 
 
@@ -207,7 +200,6 @@ def _shuffled(file: ParityFile) -> Iterator[Comparison]:
 _COMPARED: dict[str, Callable[[ParityFile], Iterator[Comparison]]] = {
     "render": _prompts,
     "find_common_length": _common_lengths,
-    "stack_sequences": _padding,
     "fewshot_draws": _draws,
     "too_few_items_for_the_shots": _too_few,
     "tasks": _tasks,
@@ -227,12 +219,15 @@ def _entry(entry: dict[str, Any]) -> CoreTask:
     return _task(meta["task_type"], meta["continuation_delimiter"], meta["num_fewshot"], entry["label"])
 
 
+def _model(gpt: GPT, tokenizer: Tokenizer) -> LanguageModel:
+    return LanguageModel(Engine(gpt, tokenizer), batch_tokens=_BATCH_TOKENS)
+
+
 def _verdict(model: LanguageModel, question: Question) -> bool:
-    rows = make_rows([[Continuation(*each) for each in question.scored()]], _BATCH_TOKENS)
     if question.gold is not None:
-        return likeliest(mean_losses(model.losses(rows)[0])) == question.gold
-    expected = question.sequences[0][question.starts[0] :]
-    return model.predictions(rows)[0][0].tolist() == expected
+        return likeliest(mean_losses([found[0] for found in model.score(question.rows())])) == question.gold
+    ((predicted,),) = model.score(question.rows(), ("likeliest",))
+    return bool(predicted.tolist() == question.sequences[0][question.starts[0] :])
 
 
 def _write_bundle(folder: Path, entries: list[dict[str, Any]]) -> None:

@@ -4,15 +4,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from compare_tasks import our_rule
 from comparison import Comparison, Quantity, largest, same
 from parity_file import ParityFile
 
+from kit.scripted import ScriptedDecoder
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine import tools
+from mlxchat.engine import scheduler
 from mlxchat.engine.generate import Completion, Engine
-from mlxchat.engine.sample import Sampling, distribution, sample_token
+from mlxchat.engine.sample import Sampler, Sampling
 from mlxchat.engine.tools import calculate
 
 VARIANTS = ("oct2025", "jul2026")
@@ -21,47 +23,6 @@ _DRAWS = 20_000
 _UNLIMITED = 1000
 # If two logits are closer than this, rounding decides, and either token is right.
 _TIE = 4e-4
-
-
-class Scripted:
-    """A stand-in for the model whose logits favour scripts[r][t] as token t of row r.
-
-    It tells the rows apart by the lengths of their prompts.
-    """
-
-    def __init__(self, scripts: list[list[int]], shortest: int, filler: int, vocab_size: int) -> None:
-        """Keep the scripts; `shortest` is the length of the first row's prompt."""
-        self.scripts, self.shortest, self.filler, self.vocab_size = scripts, shortest, filler, vocab_size
-        self.lengths: dict[int, int] = {}
-
-    def read(self, ids: list[int], past: Any, last: int | None) -> int:
-        """Return the number of tokens read so far."""
-        return (past or 0) + len(ids)
-
-    def fill(self, row: int, past: int | None) -> None:
-        self.lengths[row] = (past or 0) + 1
-
-    def reserve(self, rows: int, tokens: int) -> None:
-        """Do nothing: there is no cache."""
-
-    def keep(self, kept: list[int], tokens: int) -> None:
-        """Renumber the rows that stay."""
-        self.lengths = {row: self.lengths[old] for row, old in enumerate(kept)}
-
-    def clear(self) -> None:
-        """Do nothing: there is no cache."""
-
-    def past_of(self, row: int, tokens: int) -> None:
-        """Do nothing: there is no cache."""
-
-    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
-        """Return logits (B, V) that favour the next token of each row's script."""
-        logits = np.zeros((len(ids), self.vocab_size), dtype=np.float32)
-        for place, position in enumerate(positions):
-            if place in self.lengths:
-                script, step = self.scripts[self.lengths[place] - self.shortest], position + 1 - self.lengths[place]
-                logits[place, script[step] if 0 <= step < len(script) else self.filler] = 1000
-        return logits
 
 
 def protocol(file: ParityFile) -> Iterator[Comparison]:
@@ -97,7 +58,7 @@ def refusals(file: ParityFile) -> Iterator[Comparison]:
         ended = got.ids[:-1] if got.ids and got.ids[-1] in (tokenizer.assistant_end, tokenizer.bos) else got.ids
         yield same("exit() in an expression", [("tokens", [*values["prompt"], *ended], case["batch_results"][0])])
     if "first_token_of_64_rows" in values:
-        drawn = [_draw(np.zeros(32), 1.0, None, _row_generator(0, row)) for row in range(64)]
+        drawn = [_draw(np.zeros(32), 1.0, None, _row_generator(0, row))[0] for row in range(64)]
         shared = values["first_token_of_64_rows"]["jul2026"]["all_rows_share_the_first_token"]
         yield same("rows share their first token", [("64 rows", len(set(drawn)) == 1, shared)])
 
@@ -113,7 +74,7 @@ def distributions(file: ParityFile) -> Iterator[Comparison]:
         logits = np.array(case["logits"], np.float32)
         name = f"{number}: temperature {case['temperature']}, top_k {case['top_k']}"
         if "argmax" in case:
-            got = [_draw(row, case["temperature"], top_k, _row_generator(0, 0)) for row in logits]
+            got = [_draw(row, case["temperature"], top_k, _row_generator(0, 0))[0] for row in logits]
             argmax.append((name, got, case["argmax"]))
             continue
         expected = np.array(case["probs"])
@@ -121,7 +82,7 @@ def distributions(file: ParityFile) -> Iterator[Comparison]:
         exact[name] = float(np.abs(found - expected).max())
         for row, wanted in enumerate(expected):
             draws = _row_generator(0, row)
-            drawn = [_draw(logits[row], case["temperature"], top_k, draws) for _ in range(_DRAWS)]
+            drawn = _draw(logits[row], case["temperature"], top_k, draws, _DRAWS)
             share = np.bincount(drawn, minlength=logits.shape[1]) / _DRAWS
             if (share[wanted == 0] > 0).any():
                 shares[f"{name}, row {row}"] = float("inf")
@@ -157,7 +118,8 @@ def _run(file: ParityFile, tokenizer: Tokenizer, scripts: list[list[int]], limit
     prompts = [file.json["prompt"] + [filler] * row for row in range(len(scripts))]
     nothing: Any = None
     engine = Engine(nothing, tokenizer)
-    engine.forward = lambda: Scripted(scripts, shortest, filler, tokenizer.vocab_size)  # type: ignore[method-assign]
+    scripts = [[*script, filler] for script in scripts]
+    engine.decoder = ScriptedDecoder(scripts, tokenizer.vocab_size, shortest=shortest - 1)
     return engine.complete(prompts, max_new_tokens=_UNLIMITED if limit is None else limit)
 
 
@@ -190,26 +152,32 @@ def _calls(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Iterator[tu
 
 @contextmanager
 def _calculator(answer: Callable[[str], str | None]) -> Iterator[None]:
-    own, tools.calculate = tools.calculate, answer
+    own, scheduler.calculate = scheduler.calculate, answer
     try:
         yield
     finally:
-        tools.calculate = own
+        scheduler.calculate = own
 
 
 def _distribution(
     logits: np.ndarray[Any, Any], temperature: float, top_k: int | None
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Return the probabilities (B, V) that tokens are drawn with."""
+    sampler = Sampler([Sampling(temperature=temperature, top_k=top_k)] * len(logits))
+    ids, probabilities = sampler.distribution(mx.array(logits.astype(np.float32)))
+    values = np.asarray(probabilities).astype(np.float64)
     found = np.zeros(logits.shape)
-    for row, each in enumerate(logits):
-        ids, probabilities = distribution(each, Sampling(temperature=temperature, top_k=top_k))
-        found[row, slice(None) if ids is None else ids] = probabilities
-    return found
+    np.put_along_axis(found, np.indices(logits.shape)[1] if ids is None else np.asarray(ids), values, axis=1)
+    return found / found.sum(-1, keepdims=True)
 
 
-def _draw(logits: np.ndarray[Any, Any], temperature: float, top_k: int | None, draws: np.random.Generator) -> int:
-    return sample_token(logits, Sampling(temperature=temperature, top_k=top_k), draws)
+def _draw(
+    logits: np.ndarray[Any, Any], temperature: float, top_k: int | None, draws: np.random.Generator, count: int = 1
+) -> list[int]:
+    """Return `count` tokens."""
+    sampler = Sampler([Sampling(temperature=temperature, top_k=top_k)] * count)
+    rows = mx.array(np.tile(logits.astype(np.float32), (count, 1)))
+    return [int(token) for token in np.asarray(sampler(rows, draws.random(count).tolist()))]
 
 
 def _row_generator(seed: int, row: int) -> np.random.Generator:

@@ -15,9 +15,9 @@ from parity_file import ParityFile
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import OptimizerConfig
 from mlxchat.engine.generate import Engine
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.model.sizes import count_parameters, flops_per_token
-from mlxchat.ops.device import Lanes
 from mlxchat.ops.loss import cross_entropy_sum, token_losses
 from mlxchat.optim import muon
 from mlxchat.optim import optimizer as optimizer_module
@@ -277,22 +277,21 @@ def _undecided(file: ParityFile) -> Arrays:
 
     model, batch = file.model("weights."), whole_batch(file)
     optimizer = optimizer_of(model, file.variant, mx.float32)
-    one_lane = Lanes([mx.default_stream(mx.default_device())])  # so that matrices of one shape are updated together
     mx.disable_compile()
     optimizer_module.normuon_update = recorded
     try:
         for _ in range(3):
             _, got = loss_and_gradients(model, batch)
             arrays = {name: mx.array(value) for name, value in got.items()}
-            for moved in optimizer.update(flatten_parameters(model), arrays, Rates(1.0, 0.95, 1.0), lanes=one_lane):
+            for moved in optimizer.update(flatten_parameters(model), arrays, Rates(1.0, 0.95, 1.0)):
                 set_parameters(model, moved)
     finally:
         optimizer_module.normuon_update = normuon_update
         mx.enable_compile()
     undecided: Arrays = {}
-    for index, names in enumerate(optimizer.muon_shapes.values()):
+    for index, names in enumerate(optimizer.stacks.values()):
         for place, name in enumerate(names):
-            own = [stacked[place] for stacked in steps[index :: len(optimizer.muon_shapes)]]
+            own = [stacked[place] for stacked in steps[index :: len(optimizer.stacks)]]
             # A step of exactly 0, for a unit that never fires, is 0 in nanochat too.
             small = [(step != 0) & (np.abs(step) < 1e-4 * np.sqrt((step**2).mean())) for step in own]
             undecided[name] = np.any(small, axis=0)

@@ -1,5 +1,6 @@
 """packing_*.json: rows packed from documents and from conversations, read in nanochat's order."""
 
+import bisect
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,12 +11,12 @@ from parity_file import ParityFile
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.packing import (
     IGNORED,
-    ConversationRows,
-    DocumentRows,
+    BestFitRows,
+    EndOfText,
+    Row,
     RowStream,
     ShuffledConversations,
-    pack_conversations,
-    pack_documents,
+    pack,
 )  # fmt: skip
 from mlxchat.data.tokens import Address, Array, Tokens
 
@@ -30,6 +31,7 @@ class NanochatOrder:
         self.epoch = 0
         self._documents = documents
         self._batches = self._read(file.json, case)
+        self._left: list[int] = []
 
     def _read(self, values: dict[str, Any], case: dict[str, Any]) -> Iterator[list[int]]:
         sizes, group, world = values["shard_sizes"], values["row_group_size"], case["world_size"]
@@ -52,8 +54,11 @@ class NanochatOrder:
             first = 0
 
     def next(self, count: int) -> list[tuple[Address, int]]:
-        """Return nanochat's next batch, whatever `count` is."""
-        return [((0, index), len(self._documents[index])) for index in next(self._batches)]
+        """Return at most `count` documents of a batch of nanochat's."""
+        self._left = self._left or next(self._batches)
+        taken = self._left[:count]
+        self._left = self._left[count:]
+        return [((0, index), len(self._documents[index])) for index in taken]
 
     def length(self, address: Address) -> int:
         return len(self._documents[address[1]])
@@ -76,13 +81,6 @@ class NanochatOrder:
         """Do nothing."""
 
 
-class InOrder(ShuffledConversations):
-    """Conversations in the given order: nanochat's mixture has shuffled them already."""
-
-    def _shuffle(self) -> list[int]:
-        return list(range(len(self._conversations)))
-
-
 def documents(file: ParityFile) -> Iterator[Comparison]:
     """Compare the token ids of documents, and rows packed from them, also for several ranks and after a resume."""
     encoded = file.tokenizer().encode_documents(file.json["documents"])
@@ -96,7 +94,7 @@ def documents(file: ParityFile) -> Iterator[Comparison]:
     pairs = []
     for number, case in enumerate(file.json["jul2026_bestfit"]):
         source = NanochatOrder(file, encoded, case)
-        rows = DocumentRows(source, case["T"], case.get("buffer_size", 1000))
+        rows = BestFitRows(source, case["T"], case.get("buffer_size", 1000))
         pairs += _rows(number, rows, case)
     yield same("rows of documents, best fit", pairs)
 
@@ -119,13 +117,11 @@ def conversations(file: ParityFile) -> Iterator[Comparison]:
         used = case["uses_conversations"][case["rank"] :: case["world_size"]]
         if max(lengths[index] for index in used) > case["max_seq_len"] + 1:
             continue
-        rows = ConversationRows(
-            InOrder(_tokens([rendered[index] for index in used]), 0), padding=tokenizer.bos,
-            row_tokens=case["max_seq_len"], buffer_conversations=case["buffer_size"], train_on="assistant",
-        )  # fmt: skip
+        tokens = Tokens.of([rendered[index] for index in used], 1 << 16)
+        rows = _best_fit(BestFitRows, tokens, case, tokenizer.bos)
         for inputs, targets in _expected_rows(case["batches"]):
             got = rows.next_row()
-            position = rows.state()
+            position = rows.state()["cursor"]
             if position["epoch"] or position["next"] == len(used):
                 break
             pairs.append((f"case {number}", (got[0].tolist(), got[1].tolist()), (inputs, targets)))
@@ -137,10 +133,8 @@ def streams(file: ParityFile) -> Iterator[Comparison]:
     encoded = file.tokenizer().encode_documents(file.json["documents"])
     pairs = []
     for number, case in enumerate(file.json["oct2025_stream"]):
-        rows = pack_documents(
-            "stream", NanochatOrder(file, encoded, case), row_tokens=case["T"], buffer_documents=1,
-            batch_rows=case["B"], bos=file.tokenizer().bos,
-        )  # fmt: skip
+        source = NanochatOrder(file, encoded, case)
+        rows = pack("stream", source, row_tokens=case["T"], buffer_size=1, batch_rows=case["B"])
         pairs += _rows(number, rows, case)
     yield same("rows of one token stream, oct2025", pairs)
 
@@ -175,12 +169,16 @@ def conversations_of_2025(file: ParityFile) -> Iterator[Comparison]:
 
 def _in_order(packing: str, sequences: list[Any], row_tokens: int, case: dict[str, Any], tokenizer: Any) -> RowStream:
     """Return rows packed from rendered conversations in the given order."""
-    options = {
-        "batch_rows": case.get("device_batch_size", 1), "bos": tokenizer.bos, "row_tokens": row_tokens,
-        "assistant_end": tokenizer.assistant_end, "buffer_conversations": 1,
-        "train_on": "all" if packing == "stream" else "assistant",
-    }  # fmt: skip
-    return pack_conversations(packing, InOrder(_tokens(sequences), 0), **options)
+    is_stream = packing == "stream"
+    return pack(
+        packing,
+        ShuffledConversations(Tokens.of(sequences, 1 << 16), None),
+        row_tokens=row_tokens,
+        buffer_size=1,
+        batch_rows=case.get("device_batch_size", 1),
+        padding=tokenizer.bos if is_stream else tokenizer.assistant_end,
+        train_on="all" if is_stream else "assistant",
+    )
 
 
 def long_conversations(file: ParityFile) -> Iterator[Comparison]:
@@ -192,23 +190,34 @@ def long_conversations(file: ParityFile) -> Iterator[Comparison]:
         capacity = case["max_seq_len"] + 1
         if max(lengths[index] for index in used) <= capacity:
             continue
-        rows = NeverPlaced(
-            InOrder(_tokens([render_conversation(tokenizer, values["conversations"][index]) for index in used]), 0),
-            padding=tokenizer.bos, row_tokens=case["max_seq_len"], buffer_conversations=case["buffer_size"],
-            train_on="assistant",
-        )  # fmt: skip
+        rendered = [render_conversation(tokenizer, values["conversations"][index]) for index in used]
+        rows = _best_fit(NeverPlaced, Tokens.of(rendered, 1 << 16), case, tokenizer.bos)
         pairs += _rows(number, rows, case)
     if pairs:
         yield same("rows where a conversation is longer than a row", pairs)
 
 
-class NeverPlaced(ConversationRows):
+def _best_fit(kind: type[BestFitRows], tokens: Tokens, case: dict[str, Any], bos: int) -> BestFitRows:
+    source = ShuffledConversations(tokens, None)
+    return kind(source, case["max_seq_len"], case["buffer_size"], padding=bos, train_on="assistant")
+
+
+class NeverPlaced(BestFitRows):
     """Packing as in nanochat: conversations longer than a row are never placed, and epochs share rows."""
 
-    def _fill(self) -> None:
-        while len(self._buffer) < self._wanted:
+    def next_row(self) -> Row:
+        """Return the next row, which is only padding if no buffered conversation fits."""
+        try:
+            return super().next_row()
+        except EndOfText:
+            ids = np.full(self._row_tokens, self._padding, np.int32)
+            return ids, np.full_like(ids, IGNORED)
+
+    def _fill(self, *, row_is_begun: bool) -> None:
+        while len(self._buffer) < self._buffer_size:
             ((index, length),) = self._source.next(1)
-            self._buffer.add(index, length)
+            bisect.insort(self._buffer, (length, self._arrivals, index))
+            self._arrivals += 1
 
 
 QUANTITIES: tuple[Quantity, ...] = (documents, conversations, streams, conversations_of_2025, long_conversations)
@@ -224,10 +233,3 @@ def _rows(number: int, rows: RowStream, case: dict[str, Any]) -> Iterator[tuple[
     for expected in _expected_rows(case["batches"]):
         inputs, targets = rows.next_row()[:2]
         yield f"case {number}", (inputs.tolist(), targets.tolist()), expected
-
-
-def _tokens(sequences: list[tuple[list[int], list[int]]]) -> Tokens:
-    """Return rendered conversations as `Tokens` in memory."""
-    offsets = np.cumsum([0, *(len(ids) for ids, _ in sequences)])
-    flat = np.array([id_ for ids, _ in sequences for id_ in ids], dtype=np.uint32)
-    return Tokens(offsets, flat, np.array([bit for _, mask in sequences for bit in mask], dtype=np.bool_))

@@ -1,6 +1,7 @@
 """rl_*.json: advantages, trained tokens, policy gradients and updates of both snapshots, multipliers and pass@k."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -9,13 +10,14 @@ from compare_model import ZERO, loss_and_gradients, optimizer_of
 from comparison import Comparison, Quantity, distance, largest, same
 from parity_file import ParityFile
 
-from mlxchat.config.schema import RLConfig
+from kit.training import rollout_of
+from mlxchat.composition.compose import compose_config
+from mlxchat.config.schema import ScheduleConfig
 from mlxchat.engine.generate import Completion
-from mlxchat.model.gpt import flatten_parameters
+from mlxchat.model.parameters import flatten_parameters
 from mlxchat.ops.loss import token_losses
 from mlxchat.optim.optimizer import Rates, lr_multiplier
 from mlxchat.rl.loss import advantages_of, policy_loss
-from mlxchat.rl.rollouts import Rollout
 from mlxchat.training.batches import Batch
 from mlxchat.training.step import TrainStep
 
@@ -43,8 +45,8 @@ def trained_tokens(file: ParityFile) -> Iterator[Comparison]:
     """Compare inputs and targets of the rows with an advantage; ours leaves out the others, which have no effect."""
     padding, pairs = file.tokenizer().assistant_end, []
     for case in file.json["cases"]:
-        prompts, completions, weights = _rows(case)
-        batch = _batch(prompts, completions, weights, padding=padding)
+        _, _, weights = _rows(case)
+        batch = _batch(case, padding=padding)
         inputs = [row for example in case["examples"] for row in example["inputs"]]
         targets = [row for example in case["examples"] for row in example["targets"]]
         for row, index in enumerate(np.flatnonzero(weights)):
@@ -61,16 +63,14 @@ def trained_tokens(file: ParityFile) -> Iterator[Comparison]:
 
 
 def policy_gradient(file: ParityFile) -> Iterator[Comparison]:
-    """Compare loss and gradients with nanochat's token weights, and our loss with one from its log-probabilities."""
+    """Compare log-probabilities, loss and gradients of the recipe rl=nanochat."""
     padding = file.tokenizer().assistant_end
     for variant in VARIANTS:
         model = file.core_model(variant)
-        losses, norms, parts, ours, logps = {}, {}, {}, {}, {}
+        losses, norms, parts, logps = {}, {}, {}, {}
         for case in file.json["cases"]:
-            prompts, completions, weights = _rows(case)
-            batch = _batch(prompts, completions, weights, padding=padding)
-            theirs = Batch(batch.ids, batch.targets, _nanochat_weights(case, batch, weights))
-            loss, gradients = loss_and_gradients(model, theirs)
+            batch = _batch(case, padding=padding)
+            loss, gradients = loss_and_gradients(model, batch)
             expected, name = case[variant], case["name"]
             losses[name] = abs(loss - expected["loss_sum_over_passes"])
             total = np.sqrt(sum((gradient.astype(np.float64) ** 2).sum() for gradient in gradients.values()))
@@ -80,10 +80,6 @@ def policy_gradient(file: ParityFile) -> Iterator[Comparison]:
             for parameter, values in expected["grads"].items():
                 zero = ZERO * expected["grad_norm_total"]
                 parts[f"{name}: {parameter}"] = _gradient_error(gradients.get(parameter, np.zeros(0)), values, zero)
-            logp = [np.array(each) for example in case["examples"] for each in example[variant]["logp"]]
-            count = sum(sum(completion.mask) for completion in completions)
-            wanted = -sum((each.sum(-1) * part).sum() for each, part in zip(logp, _passes(case), strict=True)) / count
-            ours[name] = abs(loss_and_gradients(model, batch)[0] - wanted)
             logps[name] = max(
                 distance(_log_probabilities(model, example, start, case), each)
                 for example in case["examples"]
@@ -93,7 +89,6 @@ def policy_gradient(file: ParityFile) -> Iterator[Comparison]:
         yield largest(f"loss, absolute, {variant}", losses, RELATIVE)
         yield largest(f"norm of all gradients, relative, {variant}", norms, RELATIVE)
         yield largest(f"each gradient's norm, sum and first values, {variant}", parts, PARTS)
-        yield largest(f"loss as ours weights it, absolute, {variant}", ours, RELATIVE)
 
 
 def update(file: ParityFile) -> Iterator[Comparison]:
@@ -102,17 +97,13 @@ def update(file: ParityFile) -> Iterator[Comparison]:
     for variant in VARIANTS:
         matrices, rest = {}, {}
         for case in file.json["cases"]:
-            prompts, completions, weights = _rows(case)
-            batch = _batch(prompts, completions, weights, padding=padding)
+            batch = _batch(case, padding=padding)
             model, settings = file.core_model(variant), case["settings"]
             before = {name: np.array(value) for name, value in flatten_parameters(model).items()}
             rates = {key: settings[key] for key in ("embedding_lr", "unembedding_lr", "matrix_lr", "weight_decay")}
             optimizer = optimizer_of(model, variant, mx.float32, lr_frac=settings["init_lr_frac"], **rates)
             step = TrainStep(model, optimizer, micro_tokens=1 << 30, dtype=mx.float32)
-            step(
-                Batch(batch.ids, batch.targets, _nanochat_weights(case, batch, weights)),
-                Rates(case["lr_multiplier"], 0.95, 0.0),
-            )
+            step(batch, Rates(case["lr_multiplier"], 0.95, 0.0))
             moved = {name: np.asarray(value) - before[name] for name, value in flatten_parameters(model).items()}
             for name, expected in case[variant]["update_norms"].items():
                 if case[variant]["grads"][name]["norm"] < ZERO * case[variant]["grad_norm_total"]:
@@ -128,7 +119,8 @@ def multipliers(file: ParityFile) -> Iterator[Comparison]:
     errors = {}
     for case in file.json["cases"]:
         step, steps = case["settings"]["step"], case["settings"]["num_steps"]
-        got = lr_multiplier(step, steps, warmup_frac=0.0, warmdown_frac=1.0, final_frac=0.0)
+        schedule = ScheduleConfig(warmup_frac=0.0, warmdown_frac=1.0, final_lr_frac=0.0, shape="linear")
+        got = lr_multiplier(step, steps, schedule)
         errors[case["name"]] = abs(got - case["lr_multiplier"])
     yield largest("multipliers, absolute", errors, 1e-9)
 
@@ -156,35 +148,15 @@ def _rows(case: dict[str, Any]) -> tuple[list[list[int]], list[Completion], np.n
     return prompts, completions, np.array(weights)
 
 
-def _batch(
-    prompts: list[list[int]], completions: list[Completion], advantages: np.ndarray[Any, Any], *, padding: int
-) -> Batch:
-    """Return our batch of these rows with the default recipe."""
-    config = RLConfig(loss_divisor="tokens", kl_coefficient=0.0, clip_low=None, clip_high=None)
-    rollout = Rollout.of_completions([], prompts, completions, advantages, padding=padding)
+def _batch(case: dict[str, Any], *, padding: int) -> Batch:
+    """Return our batch of a case's rows with the recipe rl=nanochat."""
+    (prompts, completions, advantages), settings = _rows(case), case["settings"]
+    config = replace(
+        compose_config(["rl=nanochat"]).config.rl,
+        samples_per_question=settings["num_samples"], answers_per_pass=settings["device_batch_size"],
+    )  # fmt: skip
+    rollout = rollout_of(prompts, completions, advantages, padding=padding)
     return rollout.batch(policy_loss(rollout.mask, advantages, config).weights, padding=padding)
-
-
-def _nanochat_weights(case: dict[str, Any], batch: Batch, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return nanochat's token weights for our rows: normalised within each pass, then averaged over passes."""
-    settings, useful = case["settings"], np.flatnonzero(weights)
-    found = np.zeros_like(batch.weights)
-    rows, samples = settings["device_batch_size"], settings["num_samples"]
-    for row, index in enumerate(useful):
-        valid = case["examples"][index // samples]["num_valid"][index % samples // rows]
-        scale = weights[index] / (valid * settings["num_passes"] * settings["examples_per_rank"])
-        found[row] = np.where(batch.targets[row] >= 0, scale, 0)
-    return found
-
-
-def _passes(case: dict[str, Any]) -> list[np.ndarray[Any, Any]]:
-    """Return the advantages of every pass of every example."""
-    rows = case["settings"]["device_batch_size"]
-    return [
-        np.array(example["advantages"][start : start + rows])
-        for example in case["examples"]
-        for start in range(0, len(example["advantages"]), rows)
-    ]
 
 
 def _log_probabilities(model: Any, example: dict[str, Any], number: int, case: dict[str, Any]) -> np.ndarray[Any, Any]:

@@ -11,8 +11,9 @@ from parity_file import ParityFile
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.composition.problems import find_problems
-from mlxchat.config.schema import Config
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.config.schema import Config, MomentumConfig, ScheduleConfig
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.optim.optimizer import Optimizer, lr_multiplier, muon_momentum, rates_at
 from mlxchat.planning.horizon import Hyperparameters, derive_hyperparameters
@@ -72,15 +73,15 @@ def progress(file: ParityFile) -> Iterator[Comparison]:
             for place, expected in zip(case["progress"], case["lr_multiplier"], strict=True):
                 if place < warmup:
                     continue
-                got = lr_multiplier(
-                    place * length, length, warmup_frac=warmup, warmdown_frac=warmdown,
-                    final_frac=case.get("final_lr_frac", 0.0),
-                )  # fmt: skip
+                final = case.get("final_lr_frac", 0.0)
+                schedule = ScheduleConfig(
+                    warmup_frac=warmup, warmdown_frac=warmdown, final_lr_frac=final, shape="linear"
+                )
+                got = lr_multiplier(place * length, length, schedule)
                 multipliers[f"{case['stage']} {number} at {place}"] = _clamped_distance([got], [expected])
             for step, expected in zip(case["muon_momentum_steps"], case["muon_momentum"], strict=True):
-                got = muon_momentum(
-                    step, length, start=0.85, end=0.95, warmup_iterations=300, final=None, warmdown_frac=0.0
-                )
+                momentum = MomentumConfig(start=0.85, end=0.95, warmup_iterations=300, final=None)
+                got = muon_momentum(step, length, momentum, warmdown_frac=0.0)
                 momenta[f"{case['stage']} {number} at {step}"] = abs(got - expected)
         yield largest(f"multipliers over progress, {variant}", multipliers, MULTIPLIER)
         yield largest(f"momentum of conversations, {variant}", momenta, MULTIPLIER)
@@ -205,8 +206,8 @@ def _integers(sizes: GPTSizes, derived: Hyperparameters, settings: dict[str, Any
         "num_kv_heads": sizes.num_kv_heads,
         "head_dim": sizes.head_width,
         "padded_vocab_size": sizes.padded_vocab_size,
-        "window_sizes": [context if window is None else window for window in sizes.windows()],
-        "value_embed_layers": [layer for layer in range(sizes.num_layers) if sizes.has_value_embedding(layer)],
+        "window_sizes": [context if window is None else window for window in sizes.windows],
+        "value_embed_layers": [layer for layer in range(sizes.num_layers) if layer in sizes.value_embedding_layers],
         "num_params": counts["total"],
         "params.wte": counts["embedding"],
         "params.lm_head": counts["head"],
@@ -254,7 +255,7 @@ def _group_errors(
             shape = group.get("shape")
             names = [
                 name
-                for each in optimizer.muon_shapes.values()
+                for each in optimizer.stacks.values()
                 for name in each
                 if (list(shapes[name]) == shape if shape else int(np.prod(shapes[name])) == per_tensor)
             ]

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import ArchitectureConfig
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes
 
 FOLDER = Path(os.environ.get("MLXCHAT_PARITY") or Path(__file__).resolve().parents[3] / "shared" / "parity")

@@ -1,4 +1,4 @@
-"""Predicted against measured peaks, the choice of a micro-batch, and the refusal of what cannot fit."""
+"""Predicted against measured and counted peaks, the choice of a micro-batch, and the refusal of what cannot fit."""
 
 import gc
 import json
@@ -13,68 +13,40 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.commands import clean_environment, run_here
+from kit.commands import clean_environment
 from kit.models import composed
 from kit.training import training_of
-from mlxchat.config.schema import Config, TaskItem
-from mlxchat.config.wording import format_bytes
+from mlxchat.config.schema import Config, MachineConfig
 from mlxchat.cpu import runtime
 from mlxchat.errors import ConfigError
-from mlxchat.model.gpt import GPT, init_weights
-from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
+from mlxchat.model.gpt import GPT
+from mlxchat.model.initial import init_weights
+from mlxchat.model.sizes import GPTSizes, adapter_sizes_of, count_parameters, sizes_of
 from mlxchat.optim.optimizer import Optimizer, rates_at
-from mlxchat.planning.memory import (
-    Decoding,
-    Device,
-    Training,
-    check_memory,
-    choose_micro_batch,
-    describe_conflicts,
-    forecast_bytes,
-    forward_tokens,
-    predict_forward_bytes,
-    predict_peak,
-    rows_at_a_time,
-)  # fmt: skip
+from mlxchat.planning.memory import Decoding, Device, Training, check_memory, choose_micro_batch, forward_tokens
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
 
-# (path, variant, compute type, depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes): sizes at
-# which each part counts, of a hundred megabytes or more, beside which a few incidental buffers do not matter.
-Case = tuple[str, str, mx.Dtype, int, int, int, int, int, bool, int]
-SMALL = [(4, 4096, 512, 4, 2, False, 2), (4, 2048, 512, 4, 4, True, 2), (6, 512, 256, 1, 1, False, 1)]
-LARGE = [
-    (4, 4096, 2048, 2, 2, False, 2), (4, 32768, 512, 4, 4, False, 2), (4, 4096, 1024, 8, 2, True, 2),
-    (6, 16384, 512, 4, 2, False, 1), (8, 4096, 256, 2, 1, False, 2), (8, 4096, 512, 2, 2, True, 2),
-]  # fmt: skip
-PLAIN = [
-    ("oct2025", mx.float32, 2, 512, 1024, 2, 2, False), ("oct2025", mx.bfloat16, 2, 2048, 256, 8, 4, False),
-    ("oct2025", mx.bfloat16, 2, 16384, 256, 2, 2, False), ("oct2025", mx.bfloat16, 2, 512, 1024, 2, 2, True),
-    ("oct2025", mx.float32, 4, 4096, 256, 2, 2, False), ("jul2026", mx.float32, 2, 4096, 256, 4, 2, False),
-    ("jul2026", mx.bfloat16, 2, 512, 512, 4, 4, False), ("jul2026", mx.bfloat16, 2, 4096, 256, 4, 2, False),
-]  # fmt: skip
-CASES: list[Any] = [
-    *(("cpu", "oct2025", mx.float32, *case) for case in SMALL),
-    *(("cpu", variant, mx.float32, *case) for case in LARGE for variant in ("oct2025", "jul2026")),
-    *(("plain", *case, 1) for case in PLAIN),
+# (architecture, depth, vocabulary, tokens per row, rows, micro-batch's rows, recompute, lanes)
+CASES = [
+    ("oct2025", 4, 4096, 512, 4, 2, False, 2),
+    ("oct2025", 6, 512, 256, 1, 1, False, 1),
+    ("jul2026", 8, 4096, 512, 2, 2, True, 2),
 ]
 
 
-def quick(cases: list[Any], *fast: int) -> list[Any]:
-    """Return parameters of which all but those at some places are slow."""
-    return [
-        pytest.param(case, marks=[] if place in fast else [pytest.mark.slow], id=str(case))
-        for place, case in enumerate(cases)
-    ]
+def needs_lanes() -> None:
+    if runtime.blas_threads() is None:
+        pytest.skip("factors were measured with OpenBLAS")
 
 
-def compare(case: Case, *, dropout: float = 0.0) -> None:
-    """Compare the most bytes that two steps of a training hold, by MLX's own count, with those predicted."""
-    path, variant, dtype, depth, vocab_size, row_tokens, rows, micro_rows, recompute, num_lanes = case
-    if path == "cpu":
-        needs_lanes()
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_peak_on_a_cpu_is_predicted_from_above(case):
+    """Of two steps, by MLX's own count."""
+    needs_lanes()
+    variant, depth, vocab_size, row_tokens, rows, micro_rows, recompute, num_lanes = case
     config = composed(f"model.depth={depth}", f"architecture={variant}", f"optimizer=muon_{variant}")
     sizes = sizes_of(replace(config.model, context_tokens=row_tokens), config.architecture, vocab_size)
     runtime.set_blas_threads(num_lanes)  # the fixture same_cores restores them
@@ -85,9 +57,7 @@ def compare(case: Case, *, dropout: float = 0.0) -> None:
     model = GPT(sizes)
     init_weights(model, 0)
     optimizer = Optimizer(model, config.optimizer, width=sizes.width)
-    step = TrainStep(
-        model, optimizer, micro_tokens=micro_rows * row_tokens, dtype=dtype, recompute=recompute, dropout=dropout
-    )
+    step = TrainStep(model, optimizer, micro_tokens=micro_rows * row_tokens, dtype=mx.float32, recompute=recompute)
     ids = np.random.default_rng(0).integers(0, vocab_size, (rows, row_tokens + 1), dtype=np.int32)
     batch = mean_batch([(row[:-1], row[1:]) for row in ids])
     for _ in range(2):
@@ -95,28 +65,49 @@ def compare(case: Case, *, dropout: float = 0.0) -> None:
     measured = mx.get_peak_memory() - before
     described = Training(
         sizes=sizes, optimizer=config.optimizer, rows=rows, row_tokens=row_tokens, recompute=recompute,
-        device=Device(num_lanes=num_lanes, plain=path == "plain", compute_bytes=dtype.size),
+        device=Device(num_lanes=num_lanes, plain=False, compute_bytes=4),
     )  # fmt: skip
-    predicted = predict_peak(described, micro_rows).total
-    print(f"predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
-    assert predicted == pytest.approx(measured, rel=0.15)
+    assert measured <= described.peak_bytes(micro_rows) <= 1.3 * measured
 
 
-def needs_lanes() -> None:
-    if runtime.blas_threads() is None:
-        pytest.skip("factors were measured with OpenBLAS")
+# (depth, rows of an iteration, their tokens, rows of a micro-batch, adapters, recomputation), and GB allocated on Metal
+# and CUDA with architecture oct2025, and with jul2026: MLX 0.32.4, bfloat16, vocabulary 32,768, 65,536 with d20. The
+# allocations were counted, not estimated; a real device frees memory later, which the predictions' surplus covers.
+COUNTED: list[Any] = [
+    ((8, 4, 2048, 4, "none", False), (5.01, 4.72, 6.63, 5.84)),
+    ((8, 8, 2048, 8, "none", False), (8.84, 8.46, 10.08, 8.13)),
+    ((8, 16, 2048, 16, "none", False), (14.07, 12.36, 15.68, 13.79)),
+    ((12, 4, 2048, 4, "none", False), (9.99, 7.52, 12.21, 9.84)),
+    ((12, 8, 2048, 8, "none", False), (16.14, 13.14, 18.93, 15.26)),
+    ((12, 16, 2048, 16, "none", False), (29.84, 21.13, 32.35, 24.57)),
+    ((20, 4, 2048, 4, "none", False), (26.78, 21.42, 38.11, 34.40)),
+    ((20, 8, 2048, 8, "none", False), (43.14, 33.63, 55.69, 46.69)),
+    ((20, 16, 2048, 16, "none", False), (79.01, 52.72, 92.16, 68.59)),
+    ((12, 16, 512, 16, "none", False), (8.13, 7.52, 10.39, 9.83)),
+    ((12, 16, 2048, 4, "none", False), (10.53, 8.06, 13.36, 10.99)),
+    ((12, 8, 2048, 8, "none", True), (4.94, 6.61, 7.76, 8.63)),
+    ((20, 4, 2048, 4, "none", True), (15.77, 15.77, 27.47, 28.47)),
+    ((12, 4, 2048, 4, "lora", False), (8.35, 6.18, 8.53, 6.91)),
+    ((20, 8, 2048, 8, "qlora", False), (36.25, 24.90, 38.26, 27.44)),
+    ((12, 4, 2048, 4, "dora", False), (11.08, 9.19, 11.23, 9.68)),
+]
 
 
-@pytest.mark.parametrize("case", quick(CASES, 0, len(CASES) - len(PLAIN)))
-def test_peak_of_training_is_predicted_within_15_percent(case, monkeypatch):
-    if case[0] == "plain":
-        monkeypatch.setenv("MLXCHAT_CPU", "plain")
-    compare(case)
-
-
-@pytest.mark.slow
-def test_dropout_keeps_no_masks():
-    compare(CASES[1], dropout=0.1)
+@pytest.mark.parametrize(("case", "counted"), COUNTED, ids=lambda value: str(value))
+def test_peak_on_a_gpu_is_predicted_from_above(case, counted):
+    depth, rows, row_tokens, micro_rows, adapter, recompute = case
+    kinds = [(architecture, kind) for architecture in ("oct2025", "jul2026") for kind in ("metal", "cuda")]
+    for (architecture, kind), needed in zip(kinds, counted, strict=True):
+        chosen = (f"architecture={architecture}", f"optimizer=muon_{architecture}", f"adapter={adapter}")
+        config = composed("experiment=speedrun_d12", f"model=d{depth}", "sft.warm_start=false", *chosen)
+        vocab_size = 65536 if depth == 20 else 32768
+        sizes = sizes_of(replace(config.model, context_tokens=row_tokens), config.architecture, vocab_size)
+        described = Training(
+            sizes=sizes, optimizer=config.optimizer, rows=rows, row_tokens=row_tokens, recompute=recompute,
+            adapters=adapter_sizes_of("adapter", config.adapter, sizes),
+            device=Device(kind=kind, plain=True, compute_bytes=2),
+        )  # fmt: skip
+        assert needed <= described.peak_bytes(micro_rows) / 1e9 <= 1.27 * needed, (architecture, kind)
 
 
 SIZES = GPTSizes(
@@ -128,6 +119,10 @@ def config_of(*overrides: str) -> Config:
     """Return a configuration of the caller's own."""
     found = composed(*overrides)
     return replace(found, machine=replace(found.machine))
+
+
+def batches_of(rows: int) -> MachineConfig:
+    return replace(composed("machine=cpu").machine, device_batch_tokens=max(1, 128 * rows))
 
 
 def training(limit: int | None = None, rows: int = 12, **changes: Any) -> Training:
@@ -144,11 +139,10 @@ def training(limit: int | None = None, rows: int = 12, **changes: Any) -> Traini
 
 
 def test_weights_and_moments_are_counted_exactly():
-    peak, further = (predict_peak(training(None, 1, further_weights=copies), 1) for copies in (0, 1))
     counts = count_parameters(SIZES)
-    assert peak.weights == 4 * counts["total"]
-    assert peak.moments == 4 * (counts["matrices"] + 2 * (counts["embedding"] + counts["head"]))
-    assert further.total - peak.total == 4 * counts["total"]
+    moments = counts["matrices"] + 2 * (counts["embedding"] + counts["head"])
+    assert training().held_bytes == 4 * (counts["total"] + moments)
+    assert training(further_weights=1).held_bytes == 4 * (2 * counts["total"] + moments)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +151,14 @@ def test_weights_and_moments_are_counted_exactly():
 )
 def test_micro_batches_have_one_size_where_that_is_cheap(rows, most, expected):
     """Otherwise they are as equal as possible; a row is never cut."""
-    assert training(None, rows).micro_rows(most * 128) == expected
+    assert training(None, rows).fitting_rows(batches_of(most)) == expected
 
 
 def test_largest_micro_batch_that_fits_is_chosen():
     machine, free = composed("machine=cpu", "machine.device_batch_tokens=512").machine, training()
-    assert training(free.peak_bytes(5)).micro_rows(10**6) == 4, "the largest divisor of 12 up to 5"
-    assert training(free.peak_bytes(1) - 1).micro_rows(10**6) == 0
-    assert [rows_at_a_time(training(limit), machine) for limit in (None, free.peak_bytes(3))] == [4, 3]
+    assert training(free.peak_bytes(5)).fitting_rows(batches_of(10**4)) == 4, "the largest divisor of 12 up to 5"
+    assert training(free.peak_bytes(1) - 1).fitting_rows(batches_of(10**4)) == 0
+    assert [training(limit).fitting_rows(machine) for limit in (None, free.peak_bytes(3))] == [4, 3]
 
 
 def test_resumed_training_keeps_its_micro_batch_while_it_fits(tmp_path):
@@ -187,35 +181,15 @@ def planned(config: Config, tmp_path: Path, target: str = "sft") -> list[Planned
     return make_plan(config, config.pipeline, Store(tmp_path), targets=[target], seed=0, force=[])
 
 
-def test_evaluation_during_training_stays_below_its_peak():
-    # Bug: validation took 571 MB during a training for which 246 MB were predicted.
-    config = composed("machine=auto", "machine.device=cpu")
-    sizes = sizes_of(config.model, config.architecture, 4096)
-    described = Training(sizes=sizes, optimizer=config.optimizer, rows=8, row_tokens=256, device=Device(num_lanes=2))
-    peak = described.peak_bytes(8)
-    bound = forward_tokens(config.machine, sizes, training_peak_bytes=peak)
-    weights = 4 * count_parameters(sizes)["total"]
-    assert 256 <= bound < forward_tokens(config.machine, sizes)
-    assert 2 * weights + predict_forward_bytes(sizes, tokens=bound) <= peak
-    assert 2 * weights + predict_forward_bytes(sizes, tokens=2 * bound) > peak
+def test_evaluation_computes_fewer_tokens_at_a_time_where_memory_is_short():
+    def chosen(**machine: Any) -> int:
+        usual = {"device_batch_tokens": None, "memory_limit_bytes": None}
+        return forward_tokens(replace(composed("machine=cpu").machine, **usual | machine), SIZES)
 
-
-def test_plan_names_steps_that_do_not_fit_at_the_same_time(tmp_path):
-    config = config_of("machine=cpu", "machine.max_parallel_steps=2", "pipeline=two_sft")
-    plan = planned(config, tmp_path)
-    needs = forecast_bytes(config, plan)
-    assert needs.keys() >= {"pretrain", "midtrain", "sft_short", "sft_long"}
-    both = needs["sft_short"] + needs["sft_long"]
-    config.machine.memory_limit_bytes = both
-    assert not any("sft_short" in line and "sft_long" in line for line in describe_conflicts(config, plan))
-    config.machine.memory_limit_bytes = both - 1
-    (line,) = describe_conflicts(config, plan)
-    assert line.startswith("not at the same time, more than ")
-    assert "(machine.memory_limit_bytes): " in line
-    assert f"sft_short ({format_bytes(needs['sft_short'])}) and sft_long" in line
-    assert "pretrain" not in line, "each other step needs it"
-    config.machine.max_parallel_steps = 1
-    assert describe_conflicts(config, plan) == []
+    weights = 4 * count_parameters(SIZES)["total"]
+    assert chosen(device_batch_tokens=77) == 77
+    assert chosen(memory_limit_bytes=weights) == SIZES.context_tokens, "a row is never cut"
+    assert SIZES.context_tokens < chosen(memory_limit_bytes=weights + 10**7) < chosen()
 
 
 def test_refusal_names_need_limit_and_keys(tmp_path):
@@ -234,33 +208,10 @@ def test_refusal_names_need_limit_and_keys(tmp_path):
         check_memory(config, planned(config, tmp_path, "eval_sft"))
 
 
-def test_refusal_exits_with_2_before_anything_is_written(tmp_path, capsys):
-    assert run_here("machine.memory_limit_bytes=30000000", f"outputs={tmp_path / 'none'}") == 2
-    assert capsys.readouterr().err.startswith("error: pretrain needs about ")
-    assert not (tmp_path / "none").exists()
-
-
-def test_predictions_need_no_mlx(tmp_path):
-    code = """
-import sys
-from mlxchat.composition.compose import compose_config
-from mlxchat.planning.memory import memory_of
-from mlxchat.runner.stage import Stages
-for name in ("pretrain", "sft", "rl", "eval"):
-    memory_of(compose_config([]).config, Stages()[name])
-assert "mlx" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
-
-
 # Decoding
 
-# (variant, rows, tokens of the prompt, new tokens, compute type, plain path, bits of the weights)
-SAMPLING = [
-    ("jul2026", 4, 480, 32, mx.float32, False, None), ("oct2025", 4, 100, 28, mx.float32, False, 4),
-    ("oct2025", 1, 8, 2, mx.bfloat16, True, 4), ("oct2025", 32, 100, 28, mx.float32, True, None),
-    ("oct2025", 16, 480, 16, mx.float32, False, None), ("oct2025", 4, 60, 4, mx.float32, True, 8),
-]  # fmt: skip
+# (variant, rows, tokens of the prompt, new tokens, plain path, bits of the weights)
+SAMPLING = [("oct2025", 4, 100, 28, False, 4), ("oct2025", 32, 100, 28, True, None)]
 
 
 SAMPLE = """
@@ -272,7 +223,8 @@ import mlx.core as mx
 from mlxchat.cpu import runtime
 from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.engine.generate import Engine
-from mlxchat.model.gpt import GPT, init_weights
+from mlxchat.model.gpt import GPT
+from mlxchat.model.initial import init_weights
 from mlxchat.model.sizes import GPTSizes
 
 asked = SimpleNamespace(**json.loads(sys.argv[1]))
@@ -282,7 +234,7 @@ model = GPT(GPTSizes(**asked.sizes))
 init_weights(model, 0)
 mx.eval(model.parameters())
 tokenizer = SimpleNamespace(assistant_end=-1, bos=-2, ends=(-1, -2), special_ids=dict.fromkeys(SPECIAL_TOKENS, -3))
-engine = Engine(model, tokenizer, trained=True, bits=asked.bits, dtype=getattr(mx, asked.dtype))
+engine = Engine(model, tokenizer, bits=asked.bits, dtype=mx.float32)
 ids = np.random.default_rng(0).integers(0, 2048, asked.prompt).tolist()
 for time in range(2):  # compiled functions and their constants, kept for the process, are made the first time
     gc.collect()
@@ -296,66 +248,38 @@ print(json.dumps({"measured": measured, "left": mx.get_active_memory() - before}
 """
 
 
-@pytest.mark.parametrize("case", quick(SAMPLING, 1))
-def test_peak_of_sampling_is_predicted_within_15_percent(case):
+@pytest.mark.parametrize("case", SAMPLING, ids=str)
+def test_peak_of_sampling_is_predicted(case):
     """Four layers 512 wide, in a new process. Nothing is left afterwards, when the step needs the memory."""
     needs_lanes()
-    variant, rows, prompt, new, dtype, plain, bits = case
-    kind = "float32" if dtype == mx.float32 else "bfloat16"
+    variant, rows, prompt, new, plain, bits = case
     config = composed("model.depth=4", f"architecture={variant}", "model.aspect_ratio=128", "model.head_width=128")
     sizes = sizes_of(replace(config.model, context_tokens=512), config.architecture, 2048)
-    asked = {"sizes": asdict(sizes), "rows": rows, "prompt": prompt, "new": new, "dtype": kind, "bits": bits}
+    asked = {"sizes": asdict(sizes), "rows": rows, "prompt": prompt, "new": new, "bits": bits}
     done = subprocess.run(
         [sys.executable, "-c", SAMPLE, json.dumps(asked)], env=clean_environment(MLXCHAT_CPU="plain" if plain else ""),
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     measured, left = json.loads(done.stdout.splitlines()[-1]).values()
-    described = Decoding(
-        sizes=sizes, device=Device(plain=plain, compute_bytes=dtype.size, num_lanes=2), row_tokens=prompt + new,
-        bits=bits, trained=True, casts=dtype != mx.float32,
-    )  # fmt: skip
-    predicted = described.bytes_beside_weights(rows)
+    where = Device(plain=plain, num_lanes=2)
+    described = Decoding(sizes=sizes, device=where, row_tokens=prompt + new, bits=bits)
+    predicted = described.bytes_beside_weights(rows) + (described.packed_bytes() if bits else 0)
     print(f"predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
-    assert predicted == pytest.approx(measured, rel=0.15)
+    assert 0.85 * measured <= predicted <= 1.3 * measured + 10e6
     assert left < 0.02 * measured
 
 
-def test_quantised_rollouts_hold_packed_and_own_weights():
-    sampling = []
-    for overrides in ([], ["rl.rollout_bits=8"]):
-        found = training_of(config_of("machine=cpu", *overrides), "rl", SIZES)
-        sampling.append(predict_peak(found, 1).sampling)
-    counts = count_parameters(SIZES)
-    assert sampling[1] - sampling[0] > counts["matrices"] + counts["head"], "a byte for each number, and more"
-
-
 def test_sampled_rows_are_the_most_that_fit():
-    config = config_of("rl.questions_per_iteration=64")
+    sampling = Decoding(sizes=SIZES, row_tokens=128)
 
     def sampled(limit: int | None) -> int:
-        found = training_of(config, "rl", SIZES)
-        found = replace(found, row_tokens=128, sampled_tokens=128, device=training(limit).device)
-        return predict_peak(found, 1).sampled_rows
+        return training(limit, sampling=sampling).sampled_at_a_time
 
     assert sampled(None) == 64
-    held = predict_peak(training(), 1)
     for rows in (24, 8, 1):
-        needed = decoding(128, training().device).bytes_beside_weights(rows)
-        assert sampled(held.weights + held.moments + needed) == rows
-    assert sampled(held.weights) == 1, "the plan is refused by its peak"
-
-
-def test_generated_samples_count_in_the_peak_of_a_training():
-    config = config_of("machine=cpu", "pretrain.prompts=[abc]", "pretrain.sample_tokens=7")
-    config.midtrain = replace(config.midtrain, suite={"choice": TaskItem(task="kinds_mc")})
-    config.sft = replace(config.sft, suite={"sums": TaskItem(task="gsm8k")}, suite_max_new_tokens=1000)
-    pretrain, midtrain, sft = (training_of(config, stage, SIZES) for stage in ("pretrain", "midtrain", "sft"))
-    assert (pretrain.sampled_rows, pretrain.sampled_tokens) == (1, 4 + 7), "a token has a byte at least"
-    assert midtrain.sampled_rows == 0, "choices are no generated answers"
-    assert (sft.sampled_rows, sft.sampled_tokens) == (64, 128 + 1000)
-    assert predict_peak(sft, 1).sampling == decoding(1128).bytes_beside_weights(64)
-    fewer = replace(sft, device=Device(limit_bytes=sft.peak_bytes(1) - 1))
-    assert predict_peak(fewer, 1).sampled_rows < 64
+        needed = replace(sampling, device=training().device).bytes_beside_weights(rows)
+        assert sampled(training().held_bytes + needed) == rows
+    assert sampled(training().held_bytes) == 1, "the plan is refused by its peak"
 
 
 D32 = replace(SIZES, vocab_size=65536, num_layers=32, num_heads=16, num_kv_heads=16, width=2048, context_tokens=2048)
@@ -371,7 +295,7 @@ def test_grpo_on_d32_is_admitted_where_it_fits(overrides, fits):
     config = composed("experiment=grpo_nanochat_d32", *overrides)
     training = training_of(config, "rl", D32)
     assert training.row_tokens == 320 + 256, "the longest prompt of GSM8K and rl.max_new_tokens, not the context"
-    assert (rows_at_a_time(training, config.machine) > 0) is fits
+    assert (training.fitting_rows(config.machine) > 0) is fits
     unbounded = training_of(composed(), "rl")
     assert unbounded.row_tokens == unbounded.sizes.context_tokens, "the task does not bound its prompts"
 
@@ -393,7 +317,6 @@ def test_answers_at_a_time_are_the_most_that_fit():
     for rows in (1, 6, 32):
         limit = weights + decoding(256, device(None)).bytes_beside_weights(rows)
         assert decoding(256, device(limit)).rows("it", most=64) == rows
-        assert decoding(256, device(limit), kv_bits=4).rows("it", most=64) > rows
         assert decoding(256, device(limit + 100)).rows("it", most=64, held_bytes=100) == rows
     with pytest.raises(ConfigError, match=r"it needs about .* 256 tokens.*limit is 10 B .*: less"):
         decoding(256, device(10), remedies=("less",)).rows("it")

@@ -4,10 +4,10 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from mlxchat.evals.core import CoreResult, TaskScore
+from mlxchat.evals.core import task_data
 from mlxchat.evals.core_bundle import CoreTask
 from mlxchat.evals.examples import write_examples
-from mlxchat.evals.scores import Score, chatcore, mean_centered
+from mlxchat.evals.scores import Score, chatcore, mean_centered, mean_centered_stderr
 
 # label, kind, shots, baseline
 CORE_TASKS = [("squad", "language_modeling", 10, 0.0), ("copa", "multiple_choice", 0, 0.5),
@@ -26,13 +26,15 @@ CHAT_TASKS = {
 def core_result(seed: int, level: float) -> dict[str, Any]:
     """Return what evals/core.py writes of a model with a mean centred accuracy near `level`."""
     draw = random.Random(seed)
-    scores = []
+    scores, tasks = [], {}
     for label, kind, shots, baseline in CORE_TASKS:
         accuracy = baseline + (1 - baseline) * max(0.0, min(0.9, draw.gauss(level, 0.15)))
         task = CoreTask(label=label, kind=kind, data="", num_fewshot=shots, delimiter=" ", baseline=baseline)
         count = draw.randint(200, 9000)
-        scores.append(TaskScore(task=task, kind=task.kind, chance=task.baseline, accuracy=accuracy, num_examples=count))
-    return CoreResult(scores=scores, bundle_sha256="0" * 64, max_per_task=None, is_whole=True).to_dict()
+        scores.append(Score(kind=kind, chance=baseline, accuracy=accuracy, num_examples=count))
+        tasks[label] = task_data(task, scores[-1])
+    about = {"bundle_sha256": "0" * 64, "max_per_task": None, "long_prompts": "extend", "context_tokens": 2048}
+    return {"core": mean_centered(scores), "stderr": mean_centered_stderr(scores), **about, "tasks": tasks}
 
 
 def chat_result(seed: int, level: float, tasks: list[str]) -> dict[str, Any]:

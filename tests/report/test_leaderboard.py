@@ -90,7 +90,6 @@ def test_table_is_markdown_without_empty_columns():
     ("target", "said"),
     [
         ({"target_bpb": 1.2}, "target, val_bpb ≤ 1.2, after 30 iterations: 30.0s, 3k tokens, 6.00e09 FLOPs, $0.01"),
-        ({"target_core": 0.2}, "It did not reach its target, CORE ≥ 0.2."),
         ({}, ""),
     ],
 )  # fmt: skip

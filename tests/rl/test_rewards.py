@@ -1,6 +1,5 @@
 """Rewards: their parts, and users' functions that raise, hang or return anything."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,17 +37,8 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def brief(conversation, answer): return len(answer) <= LIMIT\n"
         "def lost(conversation, answer): return float('nan')\n"
         "def broken(conversation, answer): raise KeyError('no such thing')\n"
-        "def gone(conversation, answer): raise SystemExit(0)\n"
-        "def worded(conversation, answer): return '0.5'\n"
         "def silent(conversation, answer): pass\n"
-        "class Odd:\n"
-        "    def __repr__(self): raise KeyError\n"
-        "def odd(conversation, answer): return Odd()\n"
-        "def slow(conversation, answer):\n"
-        "    while True:\n"
-        "        try:\n"
-        "            while True: pass\n"
-        "        except Exception: pass\n"
+        "def gone(conversation, answer): raise SystemExit(0)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, file.stem, raising=False)
@@ -70,12 +60,9 @@ def test_reward_is_the_tasks_or_the_weighted_sum_of_parts(functions):
 
 FAILURES = {
     "lost": "returned nan, expected a finite number",
-    "broken": r"raised KeyError: 'no such thing' \(judging_of_tests.py, line 4\)",
+    "broken": "raised KeyError: 'no such thing'",
+    "silent": "raised TypeError",
     "gone": "raised SystemExit: 0",
-    "worded": "returned '0.5', a str, expected a finite number",
-    "silent": "returned None, a NoneType, expected a finite number",
-    "odd": "returned <Odd instance at .*>, a Odd, expected a finite number",
-    "slow": "took longer than rl.rewards.own.timeout_seconds=0.05",
 }
 
 
@@ -84,48 +71,11 @@ def test_length_penalty_is_linear_between_its_bounds():
     assert penalties == [0, 0, -0.2, -1, -1]
 
 
-def function(name: str, **settings: Any) -> RewardConfig:
-    return RewardConfig(kind="function", function=f"judging_of_tests:{name}", timeout_seconds=0.05, **settings)
-
-
 @pytest.mark.parametrize("name", FAILURES)
-def test_failing_function_stops_the_step_or_counts_failure_value(functions, name):
-    with pytest.raises(StepFailed, match=f"rl.rewards.own: judging_of_tests:{name} {FAILURES[name]}") as raised:
-        judge("abc", own=function(name))
-    assert "The answer was 'abc'." in str(raised.value)
-    reward = Reward(SUMS, {"own": function(name, failure_value=-0.5, weight=2.0)})
-    assert [reward(RIGHT, text, 1) for text in ("abc", "4")] == [(-1.0, {"own": -0.5})] * 2
-    assert [reward.pop_failures(), reward.pop_failures()] == [{"own": 2}, {"own": 0}]
-
-
-def test_broken_function_fails_before_sampling(functions):
-    for parts in ({"right": RewardConfig(kind="exact")}, {"own": function("brief")}):
-        Reward(SUMS, parts).try_out(RIGHT)
-    with pytest.raises(StepFailed, match=r"The answer was '4'\."):
-        Reward(SUMS, {"own": function("worded")}).try_out(RIGHT)
-
-
-def test_function_cannot_change_the_conversation(functions):
-    functions.write_text("def eats(conversation, answer): return len(conversation.pop('messages'))\n")
-    part = RewardConfig(kind="function", function="judging_of_tests:eats")
-    assert [judge("4", own=part)[0], judge("4", own=part, right=RewardConfig(kind="exact"))[0]] == [2.0, 3.0]
-    assert len(RIGHT["messages"]) == 2
-
-
-def test_time_limit_preserves_other_alarms(functions):
-    """Such as the one that ends a step after its time limit."""
-    rung: list[int] = []
-    former = signal.signal(signal.SIGALRM, lambda number, frame: rung.append(number))
-    try:
-        functions.write_text("import os, signal\ndef rings(*_): os.kill(os.getpid(), signal.SIGALRM); return 1\n")
-        part = RewardConfig(kind="function", function="judging_of_tests:rings", timeout_seconds=30)
-        assert judge("abc", own=part)[0] == 1.0
-        assert rung == [signal.SIGALRM]
-        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-        signal.raise_signal(signal.SIGALRM)
-        assert len(rung) == 2
-    finally:
-        signal.signal(signal.SIGALRM, former)
+def test_failing_function_stops_the_step(functions, name):
+    part = RewardConfig(kind="function", function=f"judging_of_tests:{name}")
+    with pytest.raises(StepFailed, match=f"rl.rewards.own: judging_of_tests:{name} {FAILURES[name]}.*'abc'"):
+        judge("abc", own=part)
 
 
 IMPOSSIBLE = {
@@ -135,8 +85,6 @@ IMPOSSIBLE = {
     "{kind: format, pattern: '('}": "is not a regular expression",
     "{kind: length, free_tokens: 9, most_tokens: 9}": "expected 0 <= free < most",
     "{kind: exat}": 'Did you mean "exact"',
-    "{kind: function, function: 'judging_of_tests:brief', timeout_seconds: 0}": "expected more than 0",
-    "{kind: function, function: 'judging_of_tests:brief', failure_value: inf}": "expected a finite number",
 }
 
 

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 
 from kit.models import make_model
+from kit.training import rollout_of
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.quantise import packed_copy
-from mlxchat.rl.rollouts import Rollout
 from mlxchat.rl.scores import PolicyScores
 
 
@@ -30,10 +30,10 @@ def test_sampling_in_bfloat16_is_scored_in_bfloat16(monkeypatch, tokenizer):
     model, prompts = make_model(scale=0.3), [[row, row + 1] for row in range(6)]
     differences = []
     for dtype in (mx.bfloat16, mx.float32):
-        completions = Engine(model, tokenizer, trained=True, dtype=dtype).complete(
+        completions = Engine(model, tokenizer, dtype=dtype).complete(
             prompts, max_new_tokens=20, temperature=1.0, seed=1, log_probabilities=True
         )
-        rollout = Rollout.of_completions([], prompts, completions, np.zeros(6), padding=tokenizer.assistant_end)
+        rollout = rollout_of(prompts, completions, np.zeros(6), padding=tokenizer.assistant_end)
         scored, _ = PolicyScores(model, micro_tokens=4096, dtype=mx.bfloat16)(rollout.ids[:, :-1], rollout.targets)
         differences.append(np.abs(rollout.rollout_log_probs - scored).mean())
     assert model.lm_head.weight.dtype == mx.float32
@@ -47,7 +47,7 @@ def test_engine_reports_the_quantised_models_log_probabilities(path, tokenizer):
     completions = Engine(model, tokenizer, bits=4).complete(
         prompts, max_new_tokens=20, temperature=1.0, seed=1, log_probabilities=True
     )
-    rollout = Rollout.of_completions([], prompts, completions, np.zeros(6), padding=tokenizer.assistant_end)
+    rollout = rollout_of(prompts, completions, np.zeros(6), padding=tokenizer.assistant_end)
     rounded, own = (
         PolicyScores(each, micro_tokens=4096, dtype=mx.float32)(rollout.ids[:, :-1], rollout.targets)[0]
         for each in (packed_copy(model, 4), model)

@@ -1,7 +1,6 @@
 """What changes an artifact's id, and what does not."""
 
 import base64
-import copy
 import hashlib
 import importlib.metadata
 import json
@@ -41,7 +40,7 @@ NOT_IDENTITY = {
     *(
         f"pretrain.{name}"  # CORE is only looked at there
         for name in ("core.bundle", "core.sha256", "core.max_per_task", "core.tasks", "core.long_prompts", "core_every",
-                     "core_max_per_task", "train_bpb_tokens", "sample_every", "sample_tokens", "prompts",
+                     "core_max_per_task", "sample_every", "sample_tokens", "prompts",
                      "sample_temperature", "sample_top_k")
     ),
     *(
@@ -53,7 +52,7 @@ NOT_IDENTITY = {
     "rl.entropy_every", "rl.rollouts_kept", "eval.batch_rows", "eval.prompts",
     "outside.path",  # what is in the folder counts instead
     *(f"imported.{name}" for name in ("name", "repository", "revision", "folder", "step")),  # its files count
-    "training.on_nan", "training.max_skipped_in_a_row", "training.norm_warning_factor",
+    "training.on_nan", "training.max_skipped_in_a_row",
 }  # fmt: skip
 # What is in the files counts instead, wherever they are: test_externals.py, test_remote_keys.py.
 PINNED = {"paths", "path", "text", "source", "revision", "bundle", "sha256"}
@@ -290,22 +289,6 @@ def test_excluded_fields_change_no_id():
         assert ids(full_config()) == full_ids()
 
 
-@pytest.mark.usefixtures("_no_downloads_of_tasks")
-def test_core_is_part_of_the_identity_where_it_ends_the_training(tmp_path):
-    bundle = tmp_path / "bundle.zip"
-
-    def key(contents: bytes, target: float | None, **changes: Any) -> str:
-        bundle.write_bytes(contents)
-        config = copy.deepcopy(full_config())
-        config.pretrain.core.bundle = config.eval.core.bundle = str(bundle)
-        config.pretrain = replace(config.pretrain, target_core=target, **changes)
-        return ids(config)["pretrain"]
-
-    for contents, changes in ((b"two", {}), (b"one", {"core_max_per_task": 7})):
-        assert key(b"one", None) == key(contents, None, **changes)
-        assert key(b"one", 0.2) != key(contents, 0.2, **changes)
-
-
 def test_key_order_changes_no_conversation_order():
     # The id sorts the keys, so what is made must not depend on their order either.
     items = {name: full_config().sft.mixture[name] for name in ("identity", "arithmetic", "kinds_mc")}
@@ -331,10 +314,12 @@ def test_order_of_reward_parts_changes_nothing():
 
 
 def test_order_of_the_suite_changes_nothing(monkeypatch):
+    from mlxchat.evals import measure as stage
     from mlxchat.evals.scores import Score
-    from mlxchat.stages import eval as stage
 
-    def evaluate(engine: Any, task: TaskItem, answering: Any, **more: Any) -> tuple[Score, list[dict[str, Any]]]:
+    def evaluate(
+        ctx: Any, model: Any, task: TaskItem, answering: Any, **more: Any
+    ) -> tuple[Score, list[dict[str, Any]]]:
         score = Score(kind="generative", accuracy=answering.seed / 2**33, chance=0.1, num_examples=3)
         return score, [{"verdict": True, "question": task.task}]
 
@@ -342,7 +327,6 @@ def test_order_of_the_suite_changes_nothing(monkeypatch):
     monkeypatch.setattr(TaskItem, "kind", "choice", raising=False)
     monkeypatch.setattr(TaskItem, "__len__", lambda item: 3, raising=False)
     monkeypatch.setattr(stage, "evaluate_task", evaluate)
-    monkeypatch.setattr(stage, "forward_tokens", lambda machine, sizes: 64)
     config = compose_config(["experiment=smoke", "suite=bundled"]).config
     found = []
     for suite in (config.suite, dict(reversed(config.suite.items()))):
@@ -352,7 +336,7 @@ def test_order_of_the_suite_changes_nothing(monkeypatch):
             should_stop=None, stop=None,
         )  # fmt: skip
         examples: list[dict[str, Any]] = []
-        scores = stage._measure_tasks(ctx, SimpleNamespace(model=SimpleNamespace(sizes=None)), examples)  # type: ignore[arg-type]  # stand-ins
+        scores = stage._measure_suite(ctx, SimpleNamespace(is_ours=True), examples, as_chat=True)  # type: ignore[arg-type]  # stand-ins
         found.append((json.dumps(scores), examples, ctx.metrics))
     assert found[0] == found[1]
 

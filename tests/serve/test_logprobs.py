@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kit.text import byte_tokens, tool_call
-from mlxchat.engine.scheduler import Event, Parts
+from mlxchat.engine.scheduler import Event
 from mlxchat.serve.choices import Choice
 
 TEXT = "the cat ▖ sat 5é on 😀 mat"
@@ -62,7 +62,7 @@ def test_text_offset_counts_characters_cut_short(echoed, tokenizer):
     cut = (b"\xe2\x82a", b"\xe2\x82\xc3\xa9", b"\xf0\x9f\xf0\x9f\x98\x80b", b"\xe2\x82\xff", b"\xc3\xa9a", b"a\xe2")
     for data in cut:
         ids = byte_tokens(tokenizer, data)
-        choice = Choice(tokenizer, Parts(tokenizer), ids if echoed else [])
+        choice = Choice(tokenizer, ids if echoed else [])
         for id_ in ids[:1] if echoed else ids:
             scores: Any = [(-1.0, [])] * (len(ids) - 1) if echoed else []
             choice.add(Event(id=0, token=id_, sampled=True, logprob=-1.0, prompt_logprobs=scores))
@@ -89,7 +89,7 @@ def test_partial_utf8_alternatives_are_not_merged(tokenizer):
     (a,) = tokenizer.encode("a")
     ids = [a, *byte_tokens(tokenizer, bytes(range(128, 160)))]
     event = Event(id=0, token=ids[-1], sampled=True, logprob=-3.0, top_logprobs=[(id_, -float(id_)) for id_ in ids])
-    choice = Choice(tokenizer, Parts(tokenizer))
+    choice = Choice(tokenizer)
     choice.add(event)
     told = choice.text_logprobs(choice.newest)
     (top,) = told["top_logprobs"]

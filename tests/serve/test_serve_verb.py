@@ -12,7 +12,7 @@ import pytest
 from kit.serving import CHAT
 from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import count_parameters
-from mlxchat.planning.given import sizes_of_folder
+from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, Device
 from mlxchat.serve.models import Models, rows_that_fit
 from mlxchat.serve.security import Limits
@@ -22,7 +22,8 @@ ANSWERED = """
 import mlxchat, asyncio, sys
 from pathlib import Path
 import mlx.core as mx
-from mlxchat.engine.scheduler import Request, Sampling
+from mlxchat.engine.batch import Request
+from mlxchat.engine.sample import Sampling
 from mlxchat.cpu import runtime
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
@@ -91,4 +92,4 @@ def test_model_beyond_memory_is_refused_before_its_weights_are_read(served, comm
     monkeypatch.setattr("mlxchat.serve.run.run_server", lambda *arguments, **options: 0)
     code, said = command("serve", "sft", f"outputs={served}", "--port", "0")
     assert code == 2
-    assert re.search(rf"^error: {CHAT} .*--kv-bits 4", said, re.MULTILINE), said
+    assert re.search(rf"^error: {CHAT} .*--bits 4", said, re.MULTILINE), said

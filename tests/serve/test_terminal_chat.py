@@ -153,7 +153,7 @@ def test_base_model_continues_texts_without_memory(served, model, capsys):
 def test_model_too_large_for_memory_is_refused(served, monkeypatch):
     device = Device(limit_bytes=1000, limit_is="a test")
     monkeypatch.setattr("mlxchat.terminal.chat.find_device", lambda **options: device)
-    with pytest.raises(ConfigError, match=r"needs about .*; the limit is .* \(a test\)\. .*--kv-bits 4"):
+    with pytest.raises(ConfigError, match=r"needs about .*; the limit is .* \(a test\)\. .*--bits 4"):
         Chat.load(served / "store" / BASE, temperature=0.0, top_k=None, max_tokens=6, seed=0)
 
 

@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from kit.serving import BASE, CHAT, Server
-from mlxchat.engine.scheduler import Request
+from mlxchat.engine.batch import Request
 from mlxchat.serve.api import Service
 from mlxchat.serve.models import Models, load_scheduler
 from mlxchat.serve.requests import Defaults
@@ -178,15 +178,15 @@ def test_unsupported_third_party_requests_are_refused(server, body, param):
 def test_unloaded_third_party_model_is_freed(folder, served):
     model = Models(Store(served), folder, third_party={NAME: folder}).find(None)
     scheduler = load_scheduler(model, Limits())
-    forward: Any = scheduler.forward
-    held = weakref.ref(forward.model)
+    source: Any = scheduler.source
+    held = weakref.ref(source.model)
     gc.collect()
     gc.disable()
     try:
-        scheduler.submit(Request(prompt=[1, 2, 3], max_new_tokens=2, reuse="close"))
+        scheduler.submit(Request(prompt=[1, 2, 3], max_new_tokens=2, reuse=True))
         while not scheduler.idle:
             scheduler.step()
-        del scheduler, forward
+        del scheduler, source
         assert held() is None
     finally:
         gc.enable()

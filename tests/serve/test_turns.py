@@ -24,9 +24,9 @@ def test_next_turn_reuses_the_prefix(start):
         read: list[int] = []
         server.until(lambda: len(server.worker.loaded) == 1)
         (scheduler,) = server.worker._schedulers.values()
-        forward = scheduler.forward
-        own = forward.read
-        forward.read = lambda ids, *past: read.append(len(ids)) or own(ids, *past)
+        decoder = scheduler.source.decoder
+        own = decoder.read
+        decoder.read = lambda prompts, *past: read.extend(map(len, prompts)) or own(prompts, *past)
         talk(server, 4)
         metrics = server.client.get("/metrics").text
     prompt = float(metrics.split("\nmlxchat_prompt_tokens_total ")[1].split("\n")[0])

@@ -91,7 +91,7 @@ def test_unloaded_models_are_freed(start, monkeypatch, caplog, path):
     def recorded(model: Any, limits: Any) -> Any:
         assert [each() for each in loaded if each() is not None] == [], "in memory while another one is loaded"
         scheduler = load(model, limits)
-        loaded.append(weakref.ref(scheduler.forward.model))
+        loaded.append(weakref.ref(scheduler.source.decoder.model))
         return scheduler
 
     monkeypatch.setattr(server.worker, "_load", recorded)
@@ -184,7 +184,7 @@ class Held:
             self.entered.set()
             assert self.gate.wait(60)
             events = own()
-            rows = sum(each.num_active for each in self.worker._schedulers.values())
+            rows = sum(len(each._rows) for each in self.worker._schedulers.values())
             self.most_rows = max(self.most_rows, rows)
             return events
 

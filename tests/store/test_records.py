@@ -62,6 +62,20 @@ def test_execution_without_an_end_was_killed(tmp_path):
     assert killed["started"] <= done["started"] <= done["ended"], "times sort as text"
 
 
+def test_killed_execution_is_explained_once_with_what_helps(tmp_path):
+    assert attempts.explain_killed(tmp_path) is None
+    number = attempts.start(tmp_path, "run1", "one")
+    attempts._began.clear()  # as in another process
+    assert "out-of-memory killer" in attempts.explain_killed(tmp_path, on_mac=False)
+    (tmp_path / "ckpt").mkdir()
+    (tmp_path / "ckpt" / "derived.json").write_text('{"micro_batch_tokens": 8192}')
+    for on_mac in (True, False):
+        assert "machine.device_batch_tokens=4096" in attempts.explain_killed(tmp_path, on_mac=on_mac)
+    assert "AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1" in attempts.explain_killed(tmp_path, on_mac=True)
+    attempts.finish(tmp_path, number, "interrupted", None, None)
+    assert attempts.explain_killed(tmp_path) is None
+
+
 def test_path_below_a_file_has_no_records(tmp_path):
     """Other processes create files in work/ for an instant while it is scanned."""
     (tmp_path / "probe").touch()

@@ -1,14 +1,18 @@
 """nanochat's data sets: conversations against hand-written ones, verdicts, malformed rows."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import DataError
 from mlxchat.tasks import Task, load_task
 from mlxchat.tasks.answers import calculator_parts, final_number, is_right_by_nanochat
 from mlxchat.tasks.benchmarks import assemble_program, extract_imports, extract_program
+from mlxchat.tasks.downloads import Rows
 
 
 def text(part: str) -> dict[str, str]:
@@ -139,51 +143,40 @@ ARC = {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "a
 MMLU = {"question": "?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 1}
 GSM8K = {"question": "?", "answer": "#### 1"}
 HUMANEVAL = {"prompt": "p", "canonical_solution": "c", "entry_point": "e", "test": "t"}
-TALK = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
+USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+SYSTEM = {"role": "system", "content": "s"}
 
 
 @pytest.mark.parametrize(
-    ("task", "split", "file", "row"),
+    ("task", "file", "row"),
     [
-        *(("gsm8k", "test", "openai/gsm8k:main", GSM8K | change) for change in (
+        *(("gsm8k", "openai/gsm8k:main", GSM8K | change) for change in (
             {"answer": None}, {"answer": 3}, {"question": ["?"]}, {"question": b"\xff"},
         )),
-        *(("mmlu", "test", "cais/mmlu:all", MMLU | change) for change in (
-            {"question": None}, {"question": ["?"]}, {"choices": None}, {"choices": 3}, {"answer": "B"}, {"answer": -1},
+        *(("mmlu", "cais/mmlu:all", MMLU | change) for change in (
+            {"question": None}, {"choices": None}, {"choices": 3}, {"answer": "E"}, {"answer": -1},
             {"choices": ["a", None, "c", "d"]}, {"choices": ["a"]},
         )),
-        *(("arc_easy", "test", "allenai/ai2_arc:ARC-Easy", ARC | change) for change in (
-            {"question": None}, {"choices": None}, {"choices": ["x", "y"]}, {"answerKey": 1},
+        *(("arc_easy", "allenai/ai2_arc:ARC-Easy", ARC | change) for change in (
+            {"question": None}, {"choices": ["x", "y"]}, {"answerKey": 1}, {"answerKey": "\x1b[2J\u202e"},
             {"choices": {"text": ["x"], "label": ["A", "B"]}}, {"choices": {"text": ["x", None], "label": ["A", "B"]}},
         )),
-        *(("humaneval", "test", "openai/openai_humaneval:openai_humaneval", HUMANEVAL | change) for change in (
-            {"test": None}, {"entry_point": 3}, {"prompt": ["p"]},
+        *(("humaneval", "openai/openai_humaneval:openai_humaneval", HUMANEVAL | change) for change in (
+            {"test": None}, {"prompt": ["p"]},
         )),
-        *(("smoltalk", "test", "HuggingFaceTB/smol-smoltalk:data", {"messages": talk}) for talk in (
-            [None, *TALK], "talk", ["u", "a"], {"role": "user"}, 3, [{"role": "user"}, {"role": "assistant"}],
+        *(("smoltalk", "HuggingFaceTB/smol-smoltalk:data", {"messages": talk}) for talk in (
+            None, [SYSTEM], [USER], [ASSISTANT, USER], [USER, USER], [USER, {**ASSISTANT, "content": None}],
+            [None, USER, ASSISTANT], "talk", ["u", "a"], 3, [{"role": "user"}, {"role": "assistant"}],
         )),
     ],
     ids=str,
 )  # fmt: skip
-def test_malformed_rows_are_named(hub, task, split, file, row):
-    """Guards against a null that became the question "None"."""
+def test_malformed_rows_are_named(task, file, row, hub):
     repository, folder = file.split(":")
-    hub.write(repository, f"{folder}/{split}-00000-of-00001.parquet", [row])
-    with pytest.raises(DataError, match=f"task {task}: row 0 of {repository}/"):
-        load_task(task, split)[0]
-
-
-def test_messages_that_quote_a_row_are_printable(hub):
-    row = {**ARC, "answerKey": "\x1b[2J\x1b]0;title\x07\u202e"}
-    hub.write("allenai/ai2_arc", "ARC-Easy/test-00000-of-00001.parquet", [row])
-    with pytest.raises(DataError, match=r"row 0 of allenai/ai2_arc/ARC-Easy/test-\*\.parquet has the answer") as caught:
-        load_task("arc_easy", "test")[0]
-    assert r'the answer "\x1b[2J\x1b]0;title\x07\u202e"' in str(caught.value)
+    hub.write(repository, f"{folder}/test-00000-of-00001.parquet", [row])
+    with pytest.raises(DataError, match=f"task {task}: row 0 of {repository}/.* is no conversation") as caught:
+        load_task(task, "test")[0]
     assert str(caught.value).isprintable()
-
-
-USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
-SYSTEM = {"role": "system", "content": "s"}
 
 
 def test_smoltalk_conversations_are_unchanged(hub):
@@ -191,19 +184,6 @@ def test_smoltalk_conversations_are_unchanged(hub):
     hub.write("HuggingFaceTB/smol-smoltalk", "data/test-00000.parquet", [{"messages": talk} for talk in talks])
     found = [talk["messages"] for talk in everything(load_task("smoltalk", "test"))]
     assert sorted(found, key=len) == talks
-
-
-@pytest.mark.parametrize(
-    "talk", [[], [SYSTEM], [USER], [ASSISTANT, USER], [USER, USER], [USER, {**ASSISTANT, "content": None}]]
-)
-def test_invalid_smoltalk_conversations_are_named(talk, hub):
-    hub.write(
-        "HuggingFaceTB/smol-smoltalk", "data/train-00000.parquet", [{"messages": talk or None}, {"messages": [USER]}]
-    )
-    task = load_task("smoltalk", "train", seed=1)
-    place = next(index for index in range(2) if task.rows.number(index) == 0)  # type: ignore[attr-defined]
-    with pytest.raises(DataError, match=r"row 0 of HuggingFaceTB/smol-smoltalk/data/train-\*\.parquet is no conversa"):
-        task[place]
 
 
 def test_program_is_the_first_code_block_with_the_prompts_imports():
@@ -229,11 +209,47 @@ def test_humaneval_program_passes_and_fails_its_tests(hub):
     assert not task.evaluate(talk, "import sys\nsys.exit(0)")  # a pass in nanochat, since nothing failed
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "mmlu", "arc_easy", "smoltalk", "humaneval"])
-def test_wrong_splits_and_subsets_are_refused(name):
-    with pytest.raises(ConfigError, match=f'split of task {name} is "tset", expected'):
-        load_task(name, "tset")
-    with pytest.raises(ConfigError, match=f'subset of task {name} is "nain", expected'):
-        load_task(name, "test", subset="nain")
-    with pytest.raises(ConfigError, match="only the split auxiliary_train, not test"):
-        load_task("mmlu", "test", subset="auxiliary_train")
+# Rows of parquet files
+
+
+def write(path: Path, values: list[str], **options: int) -> Path:
+    pq.write_table(pa.table({"text": values, "other": list(range(len(values)))}), path, **options)
+    return path
+
+
+def texts(rows: Rows) -> list[str]:
+    return [rows[index]["text"] for index in range(len(rows))]
+
+
+def test_files_are_concatenated_without_a_seed(tmp_path):
+    files = [write(tmp_path / "b", ["b0", "b1"]), write(tmp_path / "a", ["a0"]), write(tmp_path / "c", [])]
+    assert texts(Rows(files, ["text"])) == ["b0", "b1", "a0"]
+    assert len(Rows(files[2:], ["text"], seed=42)) == 0
+
+
+def test_seed_42_gives_the_order_of_datasets_shuffle(tmp_path):
+    """As `datasets.Dataset.shuffle(seed=42)` orders six rows: nanochat's HumanEval rows show it."""
+    rows = Rows([write(tmp_path / "a", list("012345"), row_group_size=2)], ["text"], seed=42)
+    assert texts(rows) == list("325410")
+    assert [rows.number(index) for index in range(6)] == [3, 2, 5, 4, 1, 0]
+
+
+def test_table_is_memory_mapped_and_leaves_no_file(tmp_path, monkeypatch):
+    values = [f"{n:07d}" * 100 for n in range(20_000)]  # 14 MB
+    path = write(tmp_path / "a", values, row_group_size=500)
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("MLXCHAT_CACHE", str(cache))
+    before = pa.total_allocated_bytes()
+    rows = Rows([path], ["text"], seed=1)
+    assert pa.total_allocated_bytes() - before < 4 << 20
+    assert sorted(texts(rows)) == values
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("column", ["answer", "text"])
+def test_missing_columns_and_damaged_files_are_named(column, tmp_path):
+    path = write(tmp_path / "a", ["x"])
+    if column == "text":
+        path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match=f"cannot be read as parquet with the columns {column}"):
+        Rows([path], [column])

@@ -7,7 +7,8 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TaskItem
-from mlxchat.tasks import find_item_problems, load_item
+from mlxchat.errors import ConfigError
+from mlxchat.tasks import find_item_problems, load_item, load_task
 
 SMOLTALK, GSM8K = {"task": "smoltalk"}, {"task": "gsm8k"}
 MMLU = {"task": "mmlu", "split": "auxiliary_train"}
@@ -73,38 +74,44 @@ def test_the_default_subsets_and_seeds_are_nanochats(name):
     ("line", "expected"),
     [
         ({"task": "gsm8q"}, 'task is "gsm8q", expected one of .* Did you mean "gsm8k"'),
-        ({"task": "mmlu"}, r'split is "train", expected auxiliary_train or test or validation or dev'),
+        ({"task": "mmlu"}, 'split of task mmlu is "train", expected auxiliary_train or test or validation or dev'),
         ({"task": "mmlu", "split": "test"}, "held-out conversations are never trained on. Train on auxiliary_train"),
         ({"task": "humaneval", "split": "test"}, "held-out conversations are never trained on"),
-        ({**GSM8K, "source": {"revison": "x"}}, 'source: task gsm8k has no "revison".* Did you mean "revision"'),
-        ({**GSM8K, "options": {"sede": 1.0}}, r'options: task gsm8k has no "sede".* Did you mean "seed"'),
+        ({**MMLU, "split": "test", "source": {"subset": "auxiliary_train"}}, "only the split auxiliary_train, not te"),
+        ({**GSM8K, "source": {"revison": "x"}}, 'task gsm8k has no source "revison".* Did you mean "revision"'),
+        ({**GSM8K, "options": {"sede": 1.0}}, 'task gsm8k has no option "sede".* Did you mean "seed"'),
         ({**GSM8K, "source": {"subset": "mian"}}, 'subset of task gsm8k is "mian".* Did you mean "main"'),
-        ({**GSM8K, "fields": ["capital"]}, 'task gsm8k has no "fields"'),
-        ({"task": "facts", "source": {"url": "http://x"}}, r'source: task facts has no "url"'),
+        ({**GSM8K, "fields": ["capital"]}, 'task gsm8k has no option "fields"'),
+        ({"task": "facts", "source": {"url": "http://x"}}, 'task facts has no source "url"'),
+        ({"task": "facts", "fields": ["capitol"]}, 'fields of task facts is "capitol".*Did you mean "capital"'),
+        ({"task": "facts", "fields": []}, 'fields of task facts is ""'),
         ({"task": "identity_conversations", "source": {"url": "me.jsonl"}}, "expected an address .* path=FILE"),
         ({"task": "spelling_bee", "source": {"words": "w.txt"}}, "expected an address .* or bundled"),
-        ({**GSM8K, "start": -1}, "start is -1, expected at least 0"),
-        ({**GSM8K, "step": 0}, "step is 0, expected at least 1"),
-        ({**GSM8K, "start": 7, "stop": 7}, r"stop is 7, expected more than start \(7\): no conversation is left"),
-        ({**GSM8K, "size": 7, "start": 7}, r"start is 7, expected less than size \(7\): no conversation is left"),
+        ({"task": "arithmetic", "options": {"steps": 3.0}}, "steps of task arithmetic is 3.0, expected 1 or 2"),
+        ({"task": "arithmetic", "options": {"two_step_frac": 2.0}}, "two_step_frac of task arithmetic is 2.0, exp"),
+        ({"task": "practice", "options": {"letters_frac": 0.6, "everyday_frac": 0.5}}, "of task practice is above 1"),
+        ({"task": "jsonl"}, "task jsonl has no path"),
+        ({"task": "jsonl", "path": "/no/such.jsonl"}, "no file /no/such.jsonl"),
+        ({"task": "identity", "options": {"held_out_frac": 1.0}}, "held_out_frac of task identity is 1.0, expected 0"),
+        ({"task": "identity", "options": {"contains": 0.5}}, "contains of task identity is 0.5"),
+        ({**GSM8K, "size": 0}, "size of task gsm8k is 0, expected 1 or more"),
+        ({**GSM8K, "start": -1}, "start=-1, .* select nothing"),
+        ({**GSM8K, "step": 0}, "step=0 .* select nothing"),
+        ({**GSM8K, "start": 7, "stop": 7}, "start=7, stop=7, .* select nothing"),
+        ({**GSM8K, "size": 7, "start": 7}, "start=7, stop=null, .* select nothing"),
+        ({**GSM8K, "epochs": 0}, "epochs is 0, expected at least 1"),
         ({**GSM8K, "weight": -0.5}, "weight is -0.5, expected at least 0"),
         ({**GSM8K, "weight": 0.0}, "all weights are 0"),
     ],
 )
-def test_each_problem_is_one_message(line, expected):
-    problems = list(find_item_problems("sft.mixture", {"mine": TaskItem(**line)}, training=True))
-    assert len(problems) == 1
-    assert re.search(expected, problems[0]), problems[0]
-    assert problems[0].startswith("sft.mixture")
+def test_problems_are_found_without_data(line, expected):
+    found = list(find_item_problems("sft.mixture", {"mine": TaskItem(**line)}, training=True))
+    assert re.search(f"^sft.mixture.*{expected}", found[0]), found[0]
 
 
-def test_all_problems_of_all_items_are_reported():
-    lines = items({"a": {**GSM8K, "size": 0, "epochs": 0}, "b": {"task": "mmlu", "split": "x", "stop": 0}})
-    assert len(list(find_item_problems("suite", lines, training=False))) == 4
-
-
-def test_weights_are_for_all_items_or_none():
-    lines = items({"a": {**GSM8K, "weight": 1.0}, "b": SMOLTALK})
-    assert list(find_item_problems("m", lines, training=True)) == [
-        "m: a has a weight, b has none: give every task one, or none"
-    ]
+def test_all_items_are_checked_and_weights_are_for_all_or_none():
+    lines = items({"a": {**GSM8K, "size": 0}, "b": {"task": "mmlu", "split": "x"}, "c": {**GSM8K, "weight": 1.0}})
+    found = list(find_item_problems("suite", lines, training=False))
+    assert [line.split(":")[0] for line in found] == ["suite.a", "suite.b", "suite"]
+    with pytest.raises(ConfigError, match=r'no option "stepz", expected one of size, .*Did you mean "steps"'):
+        load_task("arithmetic", "train", stepz=2)

@@ -1,16 +1,14 @@
-"""Tasks from the user's own .jsonl files."""
+"""Tasks from the user's own .jsonl files: conversations, pairs, and verdicts on answers."""
 
 import json
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mlxchat.errors import DataError, MlxchatError
-from mlxchat.tasks import jsonl
+from mlxchat.errors import DataError
 from mlxchat.tasks import load_task as load
-from mlxchat.tasks.jsonl import read_conversations
+from mlxchat.tasks.pairs import parse_pair
 
 
 def write(path: Path, *lines: Any) -> Path:
@@ -18,16 +16,22 @@ def write(path: Path, *lines: Any) -> Path:
     return path
 
 
-MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+USER, SYSTEM = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}
+YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "content": "no"}
 
 
 @pytest.mark.parametrize(
     "line",
-    [{"messages": MESSAGES}, MESSAGES, {"question": "Hi", "answer": "Hello"}, {"prompt": "Hi", "completion": "Hello"}],
+    [
+        {"messages": [USER, YES]},
+        [USER, YES],
+        {"question": "Hi", "answer": "yes"},
+        {"prompt": "Hi", "completion": "yes"},
+    ],
 )
 def test_four_line_formats_are_read(line, tmp_path):
     task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line))
-    assert [task[i] for i in range(len(task))] == [{"messages": MESSAGES}]
+    assert [task[i] for i in range(len(task))] == [{"messages": [USER, YES]}]
 
 
 def test_gsm8k_calls_in_a_file_become_parts(tmp_path):
@@ -41,20 +45,17 @@ def test_gsm8k_calls_in_a_file_become_parts(tmp_path):
 @pytest.mark.parametrize(
     ("answer", "response", "equal", "contained"),
     [
-        ("4", "4", True, True), ("4", " 4. ", True, True), ("4", "It is 4.", False, True),
-        ("4", "It is 14.", False, False), ("4", "4.5", False, False), ("4", "1,4", False, False),
-        ("4", "-4", False, False), ("-4", "it is -4", False, True), ("no", "No!", True, True),
-        ("no", "I do not know", False, False), ("no", "Well, no, never", False, True),
-        ("Straße  7", "straße 7", True, True), ("Straße 7", "STRASSE 7", True, True),
-        ("C++", "c++ is one", False, True), ("...", "anything", False, False), ("...", "...", True, True),
-        ("?", "", False, False), ("...", "", False, False), ("4", "4.0", True, True), ("1000", "1,000", True, True),
-        ("1000", "about $1,000", False, False), ("0.5", ".50", True, True), ("4.5", "4,5", False, False),
-        ("-5", "−5", True, True), ("5", "+5.", True, True), ("5", "5%", False, False),
-        ("2019", "**2019**.", True, True), ("yes, sir", "Yes sir", True, True), ('"Paris"', "(Paris)", True, True),
-        ("Paris", "It's Paris—the capital", False, True), ("it's", "It’s", True, True), ("é", "e\u0301", True, True),
-        ("C", "C++", False, False), ("C", "C#", False, False), ("+", "-", False, False), ("*", "*", True, True),
-        ("a * b", "a b", False, False), ("new york", "York is new", False, False), ("4", "#### 4", False, True),
-        ("#### 4", "#### 4.0", True, True), ("#### 4", "4", False, False), ("#### 1.2.3", "#### 1.2.3", True, True),
+        ("4", " 4. ", True, True), ("4", "It is 4.", False, True), ("4", "It is 14.", False, False),
+        ("4", "4.5", False, False), ("4", "1,4", False, False), ("4", "-4", False, False),
+        ("-4", "it is -4", False, True), ("no", "No!", True, True), ("no", "I do not know", False, False),
+        ("Straße  7", "straße 7", True, True), ("C++", "c++ is one", False, True), ("...", "anything", False, False),
+        ("...", "...", True, True), ("?", "", False, False), ("4", "4.0", True, True), ("1000", "1,000", True, True),
+        ("1000", "about $1,000", False, False), ("0.5", ".50", True, True), ("-5", "−5", True, True),
+        ("5", "5%", False, False), ("2019", "**2019**.", True, True), ("yes, sir", "Yes sir", True, True),
+        ('"Paris"', "(Paris)", True, True), ("Paris", "It's Paris—the capital", False, True),
+        ("it's", "It’s", True, True), ("é", "e\u0301", True, True), ("C", "C#", False, False), ("*", "*", True, True),
+        ("new york", "York is new", False, False), ("4", "#### 4", False, True), ("#### 4", "#### 4.0", True, True),
+        ("#### 4", "4", False, False),
     ],
 )  # fmt: skip
 def test_verdict_by_equality_or_by_contained_words(tmp_path, answer, response, equal, contained):
@@ -65,60 +66,59 @@ def test_verdict_by_equality_or_by_contained_words(tmp_path, answer, response, e
     assert lenient.evaluate(lenient[0], response) is contained
 
 
-def test_all_invalid_lines_are_named(tmp_path):
-    path = write(
-        tmp_path / "a.jsonl", MESSAGES, "{not json", "", {"text": "no messages"}, [MESSAGES[1], MESSAGES[0]],
-        MESSAGES[:1], [*MESSAGES, MESSAGES[0]], [MESSAGES[0], {"role": "assistant"}],
-        [MESSAGES[0], {"role": "assistant", "content": [{"type": "image", "text": ""}]}],
-        {"question": 1, "answer": "x"},
-    )  # fmt: skip
+CONVERSATION_FAULTS: list[tuple[Any, str]] = [
+    ("{not json", "not JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1))"),
+    ("[" * 100_000, "not JSON (maximum recursion depth exceeded"),
+    ({"text": "no messages"}, "no messages"),
+    ([YES, USER], 'message 1 is from "assistant", expected "user"'),
+    ([USER], "1 messages, expected a user and an assistant message or more"),
+    ([USER, YES, USER], "the last message is not from the assistant"),
+    ([USER, {"role": "assistant"}], "a message lacks role or content"),
+    ([USER, {**YES, "content": [{"type": "image", "text": ""}]}], "content of the assistant message is not text, or a"),
+    ({"question": 1, "answer": "x"}, "question and answer must be text"),
+]
+PAIR_FAULTS: list[tuple[Any, str]] = [
+    ("not JSON", "not JSON"),
+    ({"prompt": "Hi", "chosen": "yes"}, 'not an object with "chosen" and "rejected"'),
+    ({"prompt": 3, "chosen": "yes", "rejected": "no"}, "no question before chosen"),
+    ({"prompt": "Hi", "chosen": "yes", "rejected": ""}, "rejected: content of the assistant message is empty"),
+    ({"prompt": "Hi", "chosen": "yes", "rejected": "yes"}, "chosen and rejected are the same"),
+    ({"chosen": [USER, YES], "rejected": [{**USER, "content": "Ho"}, NO]}, "differ before their last message"),
+    ({"chosen": [USER], "rejected": [USER, NO]}, "chosen: 1 messages, expected a user and an assistant message"),
+    ({"prompt": "Hi", "chosen": {"text": "yes"}, "rejected": "no"}, "content of the assistant message is not text"),
+]
+
+
+@pytest.mark.parametrize(("name", "faults"), [("jsonl", CONVERSATION_FAULTS), ("pairs", PAIR_FAULTS)])
+def test_faults_of_a_file_are_named_with_their_lines(name, faults, tmp_path):
+    good = {"prompt": "Hi", "completion": "yes", "chosen": "yes", "rejected": "no"}
+    path = write(tmp_path / "a.jsonl", good, "", *(line for line, _ in faults))
     with pytest.raises(DataError) as caught:
-        load("jsonl", "train", path=path)
-    assert str(caught.value).splitlines()[:-1] == [
-        f"{path} has 8 lines that are not conversations:",
-        "  line 2: not JSON (Expecting property name enclosed in double quotes at column 2)",
-        "  line 4: no messages",
-        '  line 5: message 1 is from "assistant", expected "user"',
-        "  line 6: 1 messages, expected a user and an assistant message or more",
-        "  line 7: the last message is not from the assistant",
-        "  line 8: a message lacks role or content",
-        '  line 9: a part of the content is not {"type": one of text, python, python_output, "text": ...}',
-        "  line 10: question and answer must be text",
-    ]
-
-
-def test_deeply_nested_and_huge_lines_are_refused(tmp_path, monkeypatch):
-    """A conversation of 100 MB took 3 GB and a minute, and was truncated to one row."""
-    monkeypatch.setattr(jsonl, "_MOST_LINE_BYTES", 200_000)
-    path = tmp_path / "talks.jsonl"
-    path.write_text("[" * 100_000 + "\n" + json.dumps({"question": "?", "answer": "x" * 300_000}) + "\n")
-    with pytest.raises(
-        DataError, match=r"line 1: nested too deeply\n  line 2: 300,\d+ bytes, expected at most 200,000"
-    ):
-        read_conversations(path)
+        len(load(name, "train", path=path))
+    first, *lines, last = str(caught.value).splitlines()
+    assert first == f"{path} has {len(faults)} lines that are wrong:"
+    for line, (number, (_, fault)) in zip(lines, enumerate(faults, start=3), strict=True):
+        assert line.startswith(f"  line {number}: ")
+        assert fault in line
+    assert last.startswith("Expected {")
 
 
 @pytest.mark.parametrize(
-    ("content", "options", "message"),
+    ("content", "split", "message"),
     [
-        (None, {}, r"a\.jsonl cannot be read"),
-        (json.dumps(MESSAGES).encode() + b'\n["\xff"]\n', {}, "line 2: not UTF-8"),
-        (b"x\n" * 23, {}, "and 3 more, lines 21, 22, 23"),
-        (
-            json.dumps(MESSAGES).encode(),
-            {"split": "test"},
-            "none of its conversations is in the test split",
-        ),
-        (json.dumps(MESSAGES).encode(), {"contains": 0.5}, "contains of task jsonl is 0"),
+        (None, "train", r"a\.jsonl cannot be read"),
+        (b'[1]\n["\xff"]\n', "train", "line 2: not JSON .*utf-8"),
+        (b"x\n" * 13, "train", r"13 lines .*line 10: .*\n  …\nExpected"),
+        (json.dumps([USER, YES]).encode(), "test", "none of its conversations is in the test split"),
     ],
-    ids=["missing", "not UTF-8", "many", "empty split", "contains"],
+    ids=["missing", "not UTF-8", "many", "empty split"],
 )
-def test_unusable_files_are_refused(content, options, message, tmp_path):
+def test_unusable_files_are_refused(content, split, message, tmp_path):
     path = tmp_path / "a.jsonl"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(MlxchatError, match=message):
-        load("jsonl", path=path, **{"split": "train", **options})
+    with pytest.raises(DataError, match=f"(?s){message}"):
+        len(load("jsonl", split, path=path))
 
 
 def test_equal_first_messages_are_in_one_split(tmp_path):
@@ -128,12 +128,12 @@ def test_equal_first_messages_are_in_one_split(tmp_path):
     assert len(train) + len(test) == 120
     opening = [{task[i]["messages"][0]["content"] for i in range(len(task))} for task in (train, test)]
     assert not opening[0] & opening[1]
+    assert opening[1]
 
 
 def test_identity_reads_the_users_file_and_repeats_it(tmp_path):
-    line = [{"role": "system", "content": "Be kind."}, *MESSAGES]
-    task = load("identity", "train", path=write(tmp_path / "me.jsonl", line), size=3)
-    assert [task[i] for i in range(3)] == [{"messages": line}] * 3
+    task = load("identity", "train", path=write(tmp_path / "me.jsonl", [SYSTEM, USER, YES]), size=3)
+    assert [task[i] for i in range(3)] == [{"messages": [SYSTEM, USER, YES]}] * 3
 
 
 def test_lines_end_at_line_feeds_only(tmp_path):
@@ -142,20 +142,27 @@ def test_lines_end_at_line_feeds_only(tmp_path):
     assert task[0]["messages"][0]["content"] == "a\u2028b\x0bc"
 
 
-def test_only_line_offsets_are_in_memory(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps({"question": f"q{n}", "answer": "a" * 1000}) + "\n" for n in range(5000)))
-    tracemalloc.start()
-    task = load("jsonl", "train", path=path)
-    kept = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert (len(task), task[7]["messages"][1]["content"]) == (5000, "a" * 1000)
-    assert kept < 500_000  # of five million
+@pytest.mark.parametrize(
+    ("line", "before"),
+    [
+        ({"prompt": "Hi", "chosen": "yes", "rejected": "no"}, [USER]),
+        ({"prompt": [USER], "chosen": [YES], "rejected": [NO]}, [USER]),
+        ({"prompt": "Hi", "chosen": [USER, YES], "rejected": [USER, NO], "score_chosen": 8.5}, [USER]),
+        ({"messages": [USER, YES, USER], "chosen": "yes", "rejected": "no"}, [USER, YES, USER]),
+        ({"system": "Be brief.", "question": "Hi", "chosen": "yes", "rejected": "no"}, [SYSTEM, USER]),
+        ({"chosen": [SYSTEM, USER, YES], "rejected": [SYSTEM, USER, NO]}, [SYSTEM, USER]),
+    ],
+)
+def test_common_forms_of_pairs_give_messages_and_the_rejected_answer(line, before):
+    assert parse_pair(line) == {"messages": [*before, YES], "rejected": "no"}
 
 
-def test_changed_file_is_refused(tmp_path):
-    path = write(tmp_path / "a.jsonl", MESSAGES, MESSAGES)
-    task = load("jsonl", "train", path=path)
-    path.write_text("{}")
-    with pytest.raises(DataError, match=r"a\.jsonl changed while it was read"):
-        [task[index] for index in range(2)]
+def test_pairs_are_split_by_prompt_and_judged_by_the_chosen_answer(tmp_path):
+    pairs = [{"prompt": f"Hi {n // 2}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(200)]
+    path = write(tmp_path / "pairs.jsonl", *pairs)
+    train, test = (load("pairs", split, path=path) for split in ("train", "test"))
+    prompts = [{task[n]["messages"][0]["content"] for n in range(len(task))} for task in (train, test)]
+    assert not prompts[0] & prompts[1]
+    assert (len(train) + len(test), prompts[1] != set()) == (200, True)
+    assert train.evaluate(train[0], train[0]["messages"][-1]["content"])
+    assert not train.evaluate(train[0], train[0]["rejected"])

@@ -1,21 +1,20 @@
-"""Tasks: train and test splits that share nothing, the same conversations everywhere, verdicts, refusals."""
+"""Bundled tasks: splits that share nothing, right answers, the same conversations everywhere, verdicts."""
 
-import json
-import os
 import re
-import subprocess
-import sys
+from collections import Counter
 from functools import cache
 
 import pytest
 
 from kit.text import conversations_of
-from mlxchat.errors import ConfigError
+from mlxchat.data.conversation import render_conversation
+from mlxchat.engine.tools import calculate
+from mlxchat.evals.chat import expected_text
 from mlxchat.tasks import arithmetic, load_task
-from mlxchat.tasks.answers import answer_text, calculator_parts, number_and_form
+from mlxchat.tasks.answers import answer_text, calculator_parts, content_text, number_and_form
 from mlxchat.tasks.arithmetic import Arithmetic
-from mlxchat.tasks.base import dialogue, held_out
-from mlxchat.tasks.facts import FIELDS, facts, is_test_pair, with_article
+from mlxchat.tasks.base import dialogue
+from mlxchat.tasks.spelling import first_words, is_only_spelled, is_test_word
 
 BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_count", "identity"]
 
@@ -31,56 +30,24 @@ def user_messages(name: str, split: str) -> set[str]:
     }
 
 
+@cache
+def exchanges(split: str) -> list[tuple[str, str]]:
+    """Return (question, answer in GSM8K's notation) of the first 2,000 everyday conversations."""
+    task = load_task("everyday", split, size=2000)
+    talks = [task[index]["messages"] for index in range(len(task))]
+    return [
+        (talk[i]["content"], content_text(talk[i + 1]["content"])) for talk in talks for i in range(0, len(talk), 2)
+    ]
+
+
+# Splits
+
+
 @pytest.mark.parametrize("test_name", BUNDLED)
 def test_splits_of_all_tasks_share_no_user_message(test_name):
     asked = user_messages(test_name, "test")
     for name in BUNDLED:
         assert not user_messages(name, "train") & asked
-
-
-@cache
-def _markers() -> list[tuple[str, tuple[str, str]]]:
-    found = []
-    for fact in facts():
-        if is_test_pair(fact):
-            pair = (fact.field, fact.country)
-            field = FIELDS[fact.field]
-            found += [(field.ask(fact.country, i), pair) for i in range(len(field.questions))]
-            found += [(fact.state(i), pair) for i in range(len(field.statements))]
-    return found
-
-
-@pytest.mark.parametrize("name", ["facts", "facts_mc", "reading_mc"])
-def test_held_out_facts_are_in_no_training_sentence(name):
-    training = {
-        sentence.strip()
-        for conversation in conversations_of(name, "train")
-        for message in conversation["messages"]
-        for sentence in re.split(r"(?<=[.?:])\s", message["content"])
-    }
-    assert training
-    assert not [pair for marker, pair in _markers() if marker in training]
-
-
-def test_held_out_facts_are_in_no_training_list():
-    tags = {(fact.country, FIELDS[fact.field].tag(fact.value)) for fact in facts() if is_test_pair(fact)}
-    for conversation in conversations_of("reading_mc", "train"):
-        question = conversation["messages"][0]["content"]
-        listed = re.match(r"Multiple Choice question: ([A-Z][A-Za-z' -]+): (.*?)\. [A-Z]", question)
-        assert not listed or not [tag for country, tag in tags if country == listed[1] and tag in listed[2]]
-
-
-def test_about_15_percent_of_each_field_are_held_out():
-    for field in FIELDS:
-        chosen = [is_test_pair(fact) for fact in facts() if fact.field == field]
-        assert 0.05 < sum(chosen) / len(chosen) < 0.25
-
-
-def test_capitals_of_examples_are_trained_on():
-    asked = user_messages("facts", "train")
-    for country in ("France", "Japan", "Peru", "United States"):
-        questions = {FIELDS["capital"].ask(country, i) for i in range(4)}
-        assert questions & asked
 
 
 def test_arithmetic_splits_share_no_template_with_equal_numbers():
@@ -96,37 +63,125 @@ def test_arithmetic_splits_share_no_template_with_equal_numbers():
     assert not train & test
 
 
-def test_split_is_a_stable_hash():
-    assert [key for key in "abcdefgh" if held_out(key, 0.5)] == ["b", "c", "d", "e", "f"]
-    assert not held_out("a", 0.0)
-    assert held_out("a", 1.0)
+def test_everyday_wordings_and_words_of_the_test_split_are_not_trained():
+    def frame(question: str) -> str:
+        return re.sub(r"\W+", " ", question).strip().lower()
+
+    trained = {frame(question) for question, _ in exchanges("train")}
+    asked = {frame(question) for question, _ in exchanges("test")}
+    assert len(asked) > 500
+    assert not trained & asked
+    spelled = {word for _, answer in exchanges("train") for word in re.findall(r"The word (\w+):", answer)}
+    assert len(spelled) > 200
+    assert not [word for word in spelled if is_test_word(word)]
+
+
+def test_training_spells_held_out_words_but_never_counts_their_letters():
+    held_out = {word for word in first_words() if is_only_spelled(word)}
+    counted = {word for _, answer in exchanges("train") for word in re.findall(r"The word (\w+): <<", answer)}
+    spelled = {word for _, answer in exchanges("train") for word in re.findall(r"The word (\w+): \w ", answer)}
+    asked = {
+        split: {
+            re.findall(r"in (?:the word )?(\w+)", talk["messages"][0]["content"])[-1]
+            for talk in conversations_of("first_letter_count", split)
+        }
+        for split in ("train", "test")
+    }
+    assert counted
+    assert asked["train"]
+    assert not (counted | asked["train"]) & held_out
+    assert asked["test"] == held_out
+    assert len(spelled & held_out) > 20
+
+
+# Conversations
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_conversations_render_and_their_answers_are_right(name, split, tokenizer):
+    task = load_task(name, split)
+    for number, conversation in enumerate(conversations_of(name, split)[:300]):
+        roles = [message["role"] for message in conversation["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert task.evaluate(conversation, answer_text(conversation))
+        assert task.reward(conversation, "") == 0.0
+        if number < 20:
+            ids, mask = render_conversation(tokenizer, conversation)
+            assert 0 < sum(mask) < len(mask) == len(ids)
+
+
+@pytest.mark.parametrize(("options", "calls"), [({}, {1}), ({"steps": 2}, {2}), ({"two_step_frac": 0.5}, {1, 2})])
+def test_arithmetic_has_right_results_and_the_steps_of_its_options(options, calls):
+    task = Arithmetic("train", size=500, **options)
+    talks = [task[index] for index in range(500)]
+    assert {talk["raw"].count("<<") for talk in talks} == calls
+    for talk in talks:
+        steps = re.findall(r"<<(.*?)=(\d+)>>", talk["raw"])
+        assert all(eval(step) == int(result) >= 2 for step, result in steps)
+        assert talk["raw"].endswith(f"#### {steps[-1][1]}")
+        assert talk["messages"][1]["content"] == calculator_parts(talk["raw"])
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_everyday_calls_and_spellings_are_right(split):
+    calls = [call for _, answer in exchanges(split) for call in re.findall(r"<<(.*?)=(-?\d+)>>", answer)]
+    assert len(calls) > 300
+    assert [call for call in calls if calculate(call[0]) != call[1]] == []
+    for question, answer in exchanges(split):
+        for word, letters in re.findall(r"The word (\w+): ((?:\w )*\w)\.", answer):
+            assert letters.replace(" ", "") == word
+            assert word in question.lower()
+
+
+def test_letter_count_calls_the_calculator_and_counts_vary():
+    counts = Counter()
+    for conversation in conversations_of("letter_count", "train"):
+        question, answer = (message["content"] for message in conversation["messages"])
+        spelled, letter = re.fullmatch(r'"((?: \w)+)"\.count\("(\w)"\)', answer[1]["text"]).groups()  # type: ignore[union-attr]
+        word = spelled.replace(" ", "")
+        assert re.search(rf"\b{word}\b", question)
+        assert f"'{letter}'" in question
+        assert answer[2] == {"type": "python_output", "text": str(word.count(letter))}
+        counts[answer[2]["text"]] += 1
+    assert counts["1"] < 0.7 * sum(counts.values())
+
+
+def test_practice_has_the_shares_of_its_options():
+    task = load_task("practice", "train", size=500, letters_frac=0.3, everyday_frac=0.2, two_step_frac=0.5)
+    talks = [task[index] for index in range(500)]
+    numbered = [talk["raw"] for talk in talks if "raw" in talk]
+    letters = sum("count(" in raw for raw in numbered)
+    two_step = sum(raw.count("<<") == 2 for raw in numbered)
+    # Four standard errors of a binomial share.
+    for count, share in ((letters, 0.3), (len(talks) - len(numbered), 0.2), (two_step, 0.25)):
+        assert abs(count - 500 * share) < 4 * (500 * share * (1 - share)) ** 0.5
+    assert all("####" in raw for raw in numbered)
+
+
+def test_first_questions_have_readable_expected_answers():
+    task = load_task("first_questions", "test")
+    for talk in (task[index] for index in range(len(task))):
+        expected = expected_text(talk)
+        assert task.evaluate(talk, expected)
+        assert re.fullmatch(r"[\w ,.!']+", expected)
+
+
+# The same everywhere
 
 
 def test_golden_problems_never_change():
     train, test = Arithmetic("train"), Arithmetic("test", seed=1, steps=2)
-    found = [(talk["messages"][0]["content"], talk["raw"]) for talk in (train[0], test[7])]
-    assert found == [GOLDEN[:2], GOLDEN[2:]]
-
-
-GOLDEN = (
-    "There are 16 stones on the table and 81 in the box. How many stones are there in all?",
-    "There are 16+81=<<16+81=97>>97 stones.\n#### 97",
-    "Eva has 12 boxes with 7 cups in each box. She gives 2 cups away. How many cups are left?",
-    "Eva has 12*7=<<12*7=84>>84 cups. Then she has 84-2=<<84-2=82>>82 cups.\n#### 82",
-)
-
-
-@pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_conversations_do_not_depend_on_the_hash_seed(hash_seed):
-    code = (
-        "import json; from mlxchat.tasks import load_task\n"
-        f"for name in {BUNDLED}:\n    task = load_task(name, 'test')\n"
-        "    print(json.dumps([task[i] for i in range(5)]))"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    ours = [json.dumps(conversations_of(name, "test")[:5]) for name in BUNDLED]
-    assert done.stdout.splitlines() == ours
+    assert [(talk["messages"][0]["content"], talk["raw"]) for talk in (train[0], test[7])] == [
+        (
+            "There are 16 stones on the table and 81 in the box. How many stones are there in all?",
+            "There are 16+81=<<16+81=97>>97 stones.\n#### 97",
+        ),
+        (
+            "Eva has 12 boxes with 7 cups in each box. She gives 2 cups away. How many cups are left?",
+            "Eva has 12*7=<<12*7=84>>84 cups. Then she has 84-2=<<84-2=82>>82 cups.\n#### 82",
+        ),
+    ]
 
 
 @pytest.mark.parametrize("name", BUNDLED)
@@ -138,13 +193,7 @@ def test_size_takes_a_prefix_and_the_seed_other_conversations(name):
         small[20]
 
 
-@pytest.mark.parametrize("name", BUNDLED)
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_reference_answer_is_right_and_an_empty_one_wrong(name, split):
-    task = load_task(name, split)
-    for conversation in conversations_of(name, split)[:200]:
-        assert task.evaluate(conversation, answer_text(conversation))
-        assert task.reward(conversation, "") == 0.0
+# Verdicts
 
 
 @pytest.mark.parametrize(
@@ -156,46 +205,16 @@ def test_reference_answer_is_right_and_an_empty_one_wrong(name, split):
         ("facts", dialogue("?", "The capital of Oman is Muscat.", answer="Muscat"),
          ["The capital of Oman is Muscat.", "muscat"], ["Muscats", "Oman"]),
         ("facts_mc", dialogue("?", "B", answer="B"), ["B", " B\n"], ["A", "B.", "AB"]),
+        ("everyday", dialogue("3 + 4", calculator_parts("The answer is <<3+4=7>>7.")),
+         ["The answer is <|python_start|>3+4<|python_end|><|output_start|>7<|output_end|>7."], ["The answer is 8."]),
     ],
-    ids=["arithmetic", "facts", "facts_mc"],
+    ids=["arithmetic", "facts", "facts_mc", "everyday"],
 )  # fmt: skip
 def test_verdicts(name, conversation, right, wrong):
     task = load_task(name, "test")
     assert [task.evaluate(conversation, response) for response in right + wrong] == [
         response in right for response in right + wrong
     ]
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("arithmatic", {}, r'task is "arithmatic", expected one of facts, .*Did you mean "arithmetic"\?'),
-        ("facts", {"split": "validation"}, r'split of task facts is "validation", expected train or test'),
-        ("facts", {"split": "trian"}, r'Did you mean "train"\?'),
-        ("arithmetic", {"stepz": 2}, r'no option "stepz", expected one of size, .*Did you mean "steps"\?'),
-        ("arithmetic", {"steps": 3}, r"steps of task arithmetic is 3, expected 1 or 2"),
-        ("arithmetic", {"two_step_frac": 2}, r"two_step_frac of task arithmetic is 2, expected 0 to 1"),
-        ("facts", {"fields": ["capitol"]}, r'fields of task facts has "capitol".*Did you mean "capital"\?'),
-        ("facts", {"fields": []}, r"fields of task facts is empty"),
-        ("spelling", {"size": 0}, r"size of task spelling is 0, expected 1 or more"),
-        ("jsonl", {}, r"task jsonl has no path"),
-        ("identity", {"held_out_frac": 1}, r"held_out_frac of task identity is 1, expected 0 to below 1"),
-    ],
-)
-def test_wrong_names_and_options_are_refused(name, options, message):
-    with pytest.raises(ConfigError, match=message):
-        load_task(name, **{"split": "train", **options})
-
-
-def test_bundled_identity_names_mlxchat():
-    both = conversations_of("identity", "train") + conversations_of("identity", "test")
-    assert len(both) > 50
-    assert "mlxchat" in next(answer_text(c) for c in both if c["messages"][0]["content"] == "Who are you?")
-
-
-def test_place_names_have_their_article():
-    assert with_article("Gambia") == "the Gambia"
-    assert FIELDS["capital"].ask("Gambia") == "What is the capital of the Gambia?"
 
 
 @pytest.mark.parametrize(
@@ -207,7 +226,6 @@ def test_place_names_have_their_article():
         ("8 or 9", False, False),
         ("8, so\n#### 9", False, True),
         ("eight", False, False),
-        ("", False, False),
     ],
 )
 def test_right_number_and_right_form_are_told_apart(response, number, form):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlxchat.engine.tools import calculate
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import DataError
 from mlxchat.tasks import load_task
 
 WORDS = ["strawberry", "mississippi", "banana", "onomatopoeia", "queue", "rhythm", "zebra"]
@@ -30,9 +30,6 @@ def test_spelling_bee_counts_are_consistent(words):
         assert f"\n{word}:{','.join(word)}\n" in by_hand
         assert calculate(call) == output == str(count)
         assert end.endswith(f"#### {count}")
-        asked = task[index]["messages"][0]["content"]
-        assert word in asked
-        assert letter in asked
         assert task.evaluate(task[index], f"#### {count}.")
         assert not task.evaluate(task[index], str(count))
 
@@ -51,16 +48,19 @@ def test_words_follow_nanochats_draws(words):
         ]
 
 
-def test_test_split_is_not_the_shifted_training_split(words):
-    train, test = (load_task("spelling_bee", split, size=50, path=words) for split in ("train", "test"))
+def test_seed_and_split_change_conversations(words):
+    train, test, other = (
+        [task[index] for index in range(50)]
+        for task in (
+            load_task("spelling_bee", split, size=50, path=words, seed=seed)
+            for split, seed in (("train", 0), ("test", 0), ("train", 1))
+        )
+    )
+    assert train != other
+    # nanochat's test conversations are its training conversations shifted by one.
     assert sum(test[index] == train[index + 1] for index in range(49)) < 5
     theirs = load_task("spelling_bee", "test", size=50, path=words, nanochat_seeds=True)
     assert all(theirs[index] == train[index + 1] for index in range(49))
-
-
-def test_seed_changes_conversations(words):
-    first, other = (load_task("spelling_bee", "train", size=20, seed=seed, path=words) for seed in (0, 1))
-    assert [first[index] for index in range(20)] != [other[index] for index in range(20)]
 
 
 def test_words_are_downloaded_and_recorded(hub):
@@ -84,31 +84,18 @@ def test_empty_word_list_is_refused(tmp_path):
         load_task("spelling_bee", "train", path=tmp_path / "none.txt")[0]
 
 
-def test_path_as_address_is_refused():
-    with pytest.raises(ConfigError, match=r'words of task spelling_bee is "words\.txt".*path=FILE'):
-        load_task("spelling_bee", "train", words="words.txt")
-
-
-def talk(question: str, *more: str) -> str:
-    turns = [question, *more]
-    return json.dumps([{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(turns)])
-
-
 def test_identity_conversations_keep_the_files_order(hub):
-    lines = [talk(f"q{n}", f"a{n}") for n in range(30)]
-    hub.write_text("http://a/me.jsonl", "\n".join(lines) + "\n")
+    # nanochat accepts a user message at the end
+    turns = [["Who?", f"I am {n}."] + ["Bye"] * (n % 2) for n in range(30)]
+    talks = [[{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(each)] for each in turns]
+    hub.write_text("http://a/me.jsonl", "".join(json.dumps(talk) + "\n" for talk in talks))
     task = load_task("identity_conversations", "train", url="http://a/me.jsonl")
-    assert [task[n]["messages"] for n in range(len(task))] == [json.loads(line) for line in lines]
-    assert len(load_task("identity_conversations", "train", url="http://a/me.jsonl", size=7)) == 7
-
-
-def test_identity_conversations_read_a_local_file(tmp_path):
-    path = tmp_path / "me.jsonl"
-    path.write_text(talk("Who?", "I am Ada.", "Bye") + "\n")  # nanochat accepts a user message at the end
-    assert load_task("identity_conversations", "train", path=path)[0]["messages"][2]["content"] == "Bye"
+    assert [task[n]["messages"] for n in range(len(task))] == talks
+    local = load_task("identity_conversations", "train", path=hub.folder / "me.jsonl", size=7)
+    assert [local[n]["messages"] for n in range(len(local))] == talks[:7]
 
 
 def test_wrong_sha256_is_refused(hub):
-    hub.write_text("http://a/me.jsonl", talk("q", "a"))
+    hub.write_text("http://a/me.jsonl", "[]")
     with pytest.raises(DataError, match="not what it should be"):
         len(load_task("identity_conversations", "train", url="http://a/me.jsonl", sha256="0" * 64))

@@ -9,8 +9,8 @@ import pytest
 
 from kit import training
 from kit.training import Trained
-from mlxchat.ops.device import Lanes, make_lanes
-from mlxchat.training import step as step_module
+from mlxchat.cpu import lanes as cpu_lanes
+from mlxchat.cpu import step as cpu_step
 
 
 @pytest.fixture
@@ -25,12 +25,13 @@ def train(tmp_path: Path) -> Callable[..., Trained]:
 
 @pytest.fixture
 def set_lanes(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Give new steps this many lanes, whatever the machine has."""
+    """Give steps this many lanes, whatever the machine has."""
 
-    def make(count: int) -> Lanes:
-        lanes = make_lanes()
+    def choose(count: int) -> None:
+        lanes = cpu_lanes.Lanes()
         missing = max(0, count - len(lanes))
         lanes.streams = [*lanes.streams[:count], *(mx.new_stream(mx.cpu) for _ in range(missing))]
-        return lanes
+        for module in (cpu_lanes, cpu_step):
+            monkeypatch.setattr(module, "Lanes", lambda: lanes)
 
-    return lambda count: monkeypatch.setattr(step_module, "make_lanes", lambda: make(count))
+    return choose

@@ -1,17 +1,14 @@
 """A training of adapters: they alone move, have moments and are saved."""
 
-from typing import Any
-
 import mlx.core as mx
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from kit.models import make_model
-from kit.training import Trained, bits, make_optimizer, make_rows, schedule
-from mlxchat.errors import Interrupted
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters, trained_parameters
+from kit.training import bits, make_optimizer, make_rows
+from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters
+from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, resolve_targets
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.rl.scores import PolicyScores
@@ -109,31 +106,6 @@ def test_micro_batches_change_rounding_and_recomputing_no_bit(kind):
     assert bits(recomputed) == bits(model)
 
 
-def test_dropout_affects_training_but_not_evaluation():
-    (with_dropout, optimizer), (without, other) = make(dropout=0.5), make()
-    ids = mx.array(batch().ids)
-    assert mx.array_equal(with_dropout(ids), without(ids)).item()
-    assert learn(with_dropout, optimizer) != learn(without, other)
-
-
-@pytest.mark.parametrize("kind", ["dora", "qlora"])
-def test_interrupted_training_resumes_bit_for_bit_from_saved_adapters(train, tmp_path, kind):
-    linear = schedule(warmdown_frac=0.5, shape="linear", weight_decay_frac=0.0)
-
-    def go(name: str, **options: Any) -> tuple[Trained, set[str]]:
-        model, optimizer = make(kind, dropout=0.1)
-        done = train(name, 5, model=model, optimizer=optimizer, schedule=linear, **options)
-        return done, set(trained_parameters(model))
-
-    with pytest.raises(Interrupted):
-        go("stopped", stop_after=3)
-    (saved,) = tmp_path.rglob("arrays.safetensors")
-    names = {name.split(".", 1)[1] for name in load_file(saved) if name.startswith("model.")}
-    (resumed, adapters), (straight, _) = go("stopped"), go("straight")
-    assert names == adapters
-    assert resumed.bits == straight.bits
-
-
 @pytest.mark.parametrize("kind", ["dora", "qlora"])
 def test_untrained_adapters_serve_as_reference_for_rl(kind):
     model, optimizer = make(kind, zeros=True)
@@ -148,25 +120,14 @@ def test_untrained_adapters_serve_as_reference_for_rl(kind):
     assert not np.allclose(now, then, atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_new_adapters_change_no_bit(kind):
-    ids = mx.array(batch().ids)
-    assert mx.array_equal(make(kind, zeros=True)[0](ids), make_model()(ids)).item()
-
-
 def test_a_starts_uniform_and_b_at_zero():
     model, _ = make(zeros=True)
     shapes = matrices_of(model.sizes)
     for name, value in trained_parameters(model).items():
         module, _, which = name.rpartition(".")
-        if which == "lora_b":
-            assert not np.asarray(value).any()
-            continue
-        bound = shapes[module][1] ** -0.5
-        numbers = np.asarray(value)
-        assert np.abs(numbers).max() <= bound
-        assert numbers.std() == pytest.approx(bound / 3**0.5, rel=0.25)
-    assert len({np.asarray(value).tobytes() for name, value in trained_parameters(model).items() if "_a" in name}) > 5
+        bound = shapes[module][1] ** -0.5 if which == "lora_a" else 0.0
+        assert np.abs(np.asarray(value)).max() <= bound
+        assert np.asarray(value).std() == pytest.approx(bound / 3**0.5, rel=0.25)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 """Batches of rows, and the position after the last whole one."""
 
-import time
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,18 +11,20 @@ from mlxchat.training.batches import Batch, RowBatches
 
 
 class Numbers(RowStream):
-    """Rows filled with their own number; each takes `seconds`, and row `fails_at` raises."""
+    """Rows filled with their own number; row `fails_at` raises."""
 
-    def __init__(self, *, seconds: float = 0.0, fails_at: int | None = None) -> None:
-        super().__init__(None, row_tokens=4)
-        self.number, self.seconds, self.fails_at, self.closed = 0, seconds, fails_at, 0
+    def __init__(self, fails_at: int | None = None) -> None:
+        super().__init__(self, row_tokens=4)
+        self.number, self.fails_at = 0, fails_at
 
-    def _pieces(self, space: int) -> Iterator[tuple[int, np.ndarray, bool]]:
-        time.sleep(self.seconds)
+    def ids(self, address: int) -> np.ndarray:
+        return np.full(5, address)
+
+    def _pieces(self, space: int) -> Iterator[tuple[int, int, int]]:
         if self.number == self.fails_at:
             raise RuntimeError(f"row {self.number} cannot be read")
         self.number += 1
-        yield self.number - 1, np.full(space, self.number - 1), True
+        yield self.number - 1, 0, space
 
     def name(self, address: Any) -> str:
         return f"row {address}"
@@ -38,41 +38,36 @@ class Numbers(RowStream):
     def restore(self, state: dict[str, Any]) -> None:
         self.number = state["number"]
 
-    def close(self) -> None:
-        self.closed += 1
-
 
 def firsts(batch: Batch) -> list[int]:
     return batch.ids[:, 0].tolist()
 
 
-def test_position_counts_and_documents_are_those_of_the_last_batch():
-    with RowBatches(Numbers(seconds=0.002), 2) as batches:
-        assert (batches.state(), batches.counts(), batches.documents()) == ({"number": 0}, {"rows": 0}, [])
-        for iteration in range(3):
-            first = 2 * iteration
-            assert firsts(batches.next_batch(iteration)) == [first, first + 1]
-            assert (batches.state(), batches.counts()) == ({"number": first + 2}, {"rows": first + 2})
-            assert batches.documents() == [f"row {first}", f"row {first + 1}"]
-        assert batches.waited_seconds >= 0.012
-        batches.restore({"number": 2})
-        assert (batches.state(), batches.documents()) == ({"number": 2}, [])
-        assert firsts(batches.next_batch(1)) == [2, 3]
+def after(batches: RowBatches) -> tuple[Any, ...]:
+    return batches.state(), batches.counts(), batches.documents()
+
+
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_position_is_that_after_the_last_batch(is_ahead):
+    """Also where the next batch is prepared, once or twice."""
+    batches = RowBatches(Numbers(), 2)
+    assert after(batches) == ({"number": 0}, {"rows": 0}, [])
+    for iteration in range(3):
+        first = 2 * iteration
+        assert firsts(batches.next_batch(iteration)) == [first, first + 1]
+        for _ in range(2 * is_ahead):
+            batches.prepare()
+        assert after(batches) == ({"number": first + 2}, {"rows": first + 2}, [f"row {first}", f"row {first + 1}"])
+    batches.restore({"number": 2})
+    assert after(batches) == ({"number": 2}, {"rows": 2}, [])
+    assert firsts(batches.next_batch(1)) == [2, 3]
 
 
 def test_failure_within_a_batch_leaves_the_position_before_it():
     """Bug: the position saved at a stop during encoding left out the rows drawn before it."""
-    with RowBatches(Numbers(fails_at=5), 2) as batches:
-        assert [firsts(batches.next_batch(i)) for i in range(2)] == [[0, 1], [2, 3]]
-        with pytest.raises(RuntimeError, match="row 5 cannot be read"):
-            batches.next_batch(2)
-        assert (batches.state(), batches.documents()) == ({"number": 4}, ["row 2", "row 3"])
-
-
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_stream_is_closed_however_training_ends(error):
-    rows = Numbers()
-    with suppress(KeyboardInterrupt), RowBatches(rows, 2):
-        if error is not None:
-            raise error
-    assert rows.closed == 1
+    batches = RowBatches(Numbers(fails_at=5), 2)
+    assert [firsts(batches.next_batch(i)) for i in range(2)] == [[0, 1], [2, 3]]
+    batches.prepare()  # while the device computes, where nothing may fail
+    with pytest.raises(RuntimeError, match="row 5 cannot be read"):
+        batches.next_batch(2)
+    assert (batches.state(), batches.documents()) == ({"number": 4}, ["row 2", "row 3"])

@@ -1,7 +1,9 @@
-"""The best weights are kept: which they are, through kills, and beside the last ones for an extension."""
+"""Candidates and intermediate models: which weights are kept and published, through stops and for an extension."""
 
+import json
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,16 @@ from safetensors.numpy import load_file
 
 from kit import training
 from kit.artifacts import adapter_sizes
-from kit.models import computing_on_cpu, make_model
+from kit.models import computing_on_cpu, make_model, make_tokenizer
 from kit.training import bits
 from mlxchat.errors import Interrupted
-from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.model.gpt import flatten_parameters, trained_parameters
+from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
+from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters
+from mlxchat.model.parameters import flatten_parameters, trained_parameters
 from mlxchat.runner.context import Context
-from mlxchat.training.best import Best
-from mlxchat.training.loop import Hook
+from mlxchat.training.best import Candidates
+from mlxchat.training.loop import Observation, derived_after
 
 # val_bpb after each iteration. Every second one is a candidate: the lowest of these is 3.0, at the fourth and sixth.
 NUMBERS = [9.0, 5.0, 7.0, 3.0, 1.0, 3.0, 4.0, 6.0, 5.0, 8.0]
@@ -29,37 +32,53 @@ Weights = dict[str, bytes]
 @dataclass
 class Trained:
     ctx: Context
-    weights: Weights
-    seen: dict[int, Weights]
+    weights: Weights = field(default_factory=dict)
+    seen: dict[int, Weights] = field(default_factory=dict)
     """The weights after each iteration."""
+    published: dict[int, Path] = field(default_factory=dict)
+    """The intermediate models."""
 
 
-def train(folder: Path, num_iterations: int = 10, *, every: int | None = 2, basis: int = 1, **options: Any) -> Trained:
-    """Train to the end or to a signal, and keep the weights that are best by NUMBERS."""
-    model, seen = make_model(), dict[int, Weights]()
+def train(
+    folder: Path, num_iterations: int = 10, *, numbers: list[float] = NUMBERS, keep: bool = True, target: Any = None,
+    basis: int = 1, stop_in_hook: int = 99, **options: Any,
+) -> Trained:  # fmt: skip
+    """Train to the end, to a target or to a stop, with every second of the numbers as a candidate."""
+    model, seen, published = make_model(), dict[int, Weights](), dict[int, Path]()
+
+    def publish(iteration: int, write: Callable[[Path], None], derived: Mapping[str, Any]) -> str:
+        published[iteration] = folder / f"model@{iteration}"
+        published[iteration].mkdir(exist_ok=True)
+        write(published[iteration])
+        (published[iteration] / "metrics.jsonl").write_text(json.dumps({"iteration": iteration}) + "\n")
+        return "model"
 
     def validate(iteration: int) -> dict[str, float]:
+        if iteration == stop_in_hook:
+            raise Interrupted("stopped while validating", 15)
         seen[iteration] = bits(model)
-        return {"val_bpb": NUMBERS[iteration - 1], "val_perplexity": 10 * NUMBERS[iteration - 1]}
+        return {"val_bpb": numbers[iteration - 1], "val_perplexity": 10 * numbers[iteration - 1]}
+
+    def observe(ctx: Context, model: GPT) -> list[Observation]:
+        ctx.publisher = publish
+        return [Observation(run=validate, every=(1,))]
 
     done = training.train(
-        folder, num_iterations, model=model, hooks=[Hook(run=validate, every=1)], keep_state=True,
-        best=Best(every=every, basis=basis) if every else None, **options,
+        folder, num_iterations, model=model, observations=observe, keep_state=True,
+        candidates=Candidates(every=2, basis=basis, keep=keep, target=target),
+        save=lambda folder: save_checkpoint(folder, model, make_tokenizer(), {}), **options,
     )  # fmt: skip
-    return Trained(done.ctx, bits(model), seen)
+    return Trained(done.ctx, bits(model), seen, published)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """A training with intermediate models, which ends with the weights of its fourth iteration."""
     with computing_on_cpu():
-        return train(tmp_path_factory.mktemp("straight"))
+        return train(tmp_path_factory.mktemp("straight"), save_every=3)
 
 
-@pytest.fixture(scope="module")
-def short(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Its first six iterations."""
-    with computing_on_cpu():
-        return train(tmp_path_factory.mktemp("short"), 6)
+# The best weights
 
 
 def test_model_ends_with_the_weights_of_the_best_candidate(straight):
@@ -80,26 +99,17 @@ def test_model_ends_with_the_weights_of_the_best_candidate(straight):
     ],
 )
 def test_best_is_the_first_candidate_with_the_best_finite_number(every, numbers, choose, expected):
-    model, best = make_model(), Best(every=every, basis=None, metric="reward", choose=choose)
+    model, best = make_model(), Candidates(every=every, metric="reward", choose=choose)
     best.offer(0, {"reward": choose(-99.0, 99.0)}, model)
     for iteration, number in enumerate(numbers, 1):
-        best.offer(iteration, {"reward": number, "pass_at_1": 2 * number}, model, is_last=iteration == len(numbers))
+        best.offer(iteration, {"reward": number}, model, is_last=iteration == len(numbers))
     assert best.iteration == expected
-    if expected is not None:
-        found = best.put_back(model, {"reward": 0.4, "pass_at_1": 0.1, "loss": 1.0})
-        number = numbers[expected - 1]
-        assert found == {"reward": number, "pass_at_1": 2 * number, "best_iteration": expected,
-                         "last_reward": 0.4, "last_pass_at_1": 0.1}  # fmt: skip
-
-
-def test_last_iteration_of_a_training_is_a_candidate(tmp_path):
-    assert train(tmp_path, 5, every=3).ctx.metrics["best_iteration"] == 5
 
 
 def test_without_a_finite_number_the_last_weights_stay(tmp_path):
-    model, hook = make_model(), Hook(run=lambda _: {"val_bpb": math.nan}, every=1)
-    done = training.train(tmp_path, 2, model=model, best=Best(every=1, basis=1), hooks=[hook])
+    done = train(tmp_path, 3, numbers=[math.nan] * 3)
     assert "best_iteration" not in done.ctx.metrics
+    assert done.weights == done.seen[3]
 
 
 def test_interrupted_training_keeps_the_same_weights(straight, tmp_path):
@@ -115,31 +125,67 @@ def test_interrupted_training_keeps_the_same_weights(straight, tmp_path):
     assert [resumed.ctx.metrics[key] for key in kept] == [straight.ctx.metrics[key] for key in kept]
 
 
-def test_extension_continues_from_the_last_weights_and_keeps_the_best(straight, short, tmp_path):
+def test_extension_continues_from_the_last_weights_and_keeps_the_best(straight, tmp_path):
+    short = train(tmp_path / "short", 6)
     assert short.weights == short.seen[4]
     extended = train(tmp_path / "extended", extends=short.ctx.out)
-    assert extended.seen[10] == straight.seen[10]
-    assert extended.weights == straight.seen[4]
+    assert (extended.seen[10], extended.weights) == (straight.seen[10], straight.seen[4])
     assert extended.ctx.metrics["best_iteration"] == 4
-    without = train(tmp_path / "without", every=None, extends=short.ctx.out)
-    assert without.weights == straight.seen[10]
+    assert train(tmp_path / "without", keep=False, extends=short.ctx.out).weights == straight.seen[10]
     # Numbers of another validation are not compared: of 6.0 at 8 and 8.0 at 10 the first is better.
     assert train(tmp_path / "other", basis=2, extends=short.ctx.out).ctx.metrics["best_iteration"] == 8
 
 
-def test_model_has_the_best_weights_for_a_while():
-    model, best = make_model(), Best(every=1, basis=1)
-    before = bits(model)
-    best.offer(1, {"val_bpb": 1.0}, model)
-    model.lm_head.weight = model.lm_head.weight + 1
-    after = bits(model)
-    with best.in_place(model):
-        assert bits(model) == before
-    assert bits(model) == after
-
-
 def test_only_adapters_are_kept_of_a_model_that_has_them():
-    model, best = make_model(), Best(every=1, basis=None)
+    model, best = make_model(), Candidates(every=1)
     attach_adapters(model, adapter_sizes(model.sizes), seed=1, dtype=mx.float32)
     best.offer(1, {"val_bpb": 1.0}, model)
     assert best.weights.keys() == trained_parameters(model).keys() < flatten_parameters(model).keys()
+
+
+# A target
+
+
+def test_training_ends_at_the_first_candidate_that_reaches_the_target(tmp_path):
+    """Observations see that it ends, and a stop changes nothing."""
+
+    def to_target(name: str, target: float, **options: Any) -> Trained:
+        return train(tmp_path / name, keep=False, target=target, **options)
+
+    straight = to_target("straight", 3.0)
+    assert (max(straight.seen), straight.ctx.metrics["val_bpb"]) == (4, 3.0)
+    assert max(to_target("never", 0.5).seen) == 10
+    for stop in ({"stop_after": 1}, {"stop_after": 3}, {"stop_in_hook": 4}):
+        with pytest.raises(Interrupted):
+            to_target("stopped", 3.0, **stop)
+    assert to_target("stopped", 3.0).weights == straight.weights
+
+
+# Intermediate models
+
+
+def test_intermediate_models_have_the_present_weights_and_can_be_extended(straight, tmp_path):
+    """An extension of one starts without best weights: of its own candidates the one at 8 is the best."""
+    assert list(straight.published) == [3, 6, 9]
+    assert list(train(tmp_path / "other", save_every=5).published) == [5], "the end is no intermediate model"
+    for iteration, folder in straight.published.items():
+        assert bits(load_checkpoint(folder)[0]) == straight.seen[iteration]
+    extended = train(tmp_path / "extended", extends=straight.published[6], save_every=3)
+    assert (list(extended.published), extended.seen[10]) == ([9], straight.seen[10])
+    assert extended.weights == straight.seen[8]
+
+
+@pytest.mark.parametrize("stop", [{"stop_after": 6}, {"stop_in_hook": 6}, {"stop_after": 7}], ids=str)
+def test_stop_at_the_iteration_of_a_model_omits_none(straight, tmp_path, stop):
+    with pytest.raises(Interrupted):
+        train(tmp_path, save_every=3, **stop)
+    done = train(tmp_path, save_every=3)
+    assert done.weights == straight.weights
+    assert set(done.published) <= {3, 6, 9}
+    assert {path.name for path in tmp_path.glob("model@*")} == {"model@3", "model@6", "model@9"}
+
+
+def test_counts_of_a_training_follow_its_iterations():
+    whole = {"num_iterations": 40, "total_tokens": 81_920, "total_flops": 4e12, "width": 64}
+    assert derived_after(10, 40, whole) == {**whole, "num_iterations": 10, "total_tokens": 20_480, "total_flops": 1e12}
+    assert derived_after(6, 12, {"num_iterations": 3, "num_updates": 12}) == {"num_iterations": 1, "num_updates": 6}

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from kit.models import arrays_of, make_model
-from kit.training import NumberedBatches, assert_slopes, bits, make_optimizer
+from kit.training import NumberedBatches, assert_slopes, bits, make_optimizer, make_rows
 from mlxchat.data.packing import IGNORED
-from mlxchat.model.gpt import GPT, flatten_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters
 from mlxchat.ops.loss import token_losses
 from mlxchat.optim.optimizer import Optimizer, Rates
 from mlxchat.training.batches import Batch, mean_batch
@@ -19,14 +20,9 @@ RATES = Rates(1.0, 0.9, 1.0)
 
 def make_batch(count: int, *, seed: int = 0, targets_per_row: list[int] | None = None) -> Batch:
     """Return random rows; with targets_per_row only the first targets of each row count."""
-    rng, rows = np.random.default_rng(seed), []
-    for row in range(count):
-        ids = rng.integers(0, 280, ROW_TOKENS + 1).astype(np.int32)
-        targets = ids[1:].copy()
-        if targets_per_row is not None:
-            targets[targets_per_row[row] :] = IGNORED
-        rows.append((ids[:-1], targets))
-    return mean_batch(rows)
+    kept = (targets_per_row or [ROW_TOKENS] * count)[:count]
+    rows = zip(make_rows(count, seed=seed), kept, strict=True)
+    return mean_batch([(ids, np.where(np.arange(ROW_TOKENS) < n, targets, IGNORED)) for (ids, targets), n in rows])
 
 
 def make_step(model: GPT, *, micro_rows: int = 100, dtype: mx.Dtype = mx.float32, **optimizer: object) -> TrainStep:

@@ -23,11 +23,13 @@ from rich.text import Text
 from mlxchat.bench.tables import make_table
 from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.config.schema import Config
+from mlxchat.engine.generate import Engine
 from mlxchat.evals.core import answer_examples, likeliest, mean_losses
 from mlxchat.evals.core_bundle import Bundle, CoreTask
-from mlxchat.evals.core_questions import Question, TextEncoder, build_question
-from mlxchat.evals.language_model import OwnModel
-from mlxchat.model.gpt import GPT, init_weights
+from mlxchat.evals.core_questions import Question, build_question
+from mlxchat.evals.language_model import LanguageModel
+from mlxchat.model.gpt import GPT
+from mlxchat.model.initial import init_weights
 from mlxchat.model.sizes import count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.planning.memory import forward_tokens
@@ -74,8 +76,9 @@ def measure_core(config: Config) -> dict[str, Any]:
     model = GPT(sizes)
     init_weights(model, config.seed)
     fill_zero_weights(model, config.seed)
-    encoder, own = Words(bench.vocab_size), OwnModel(model)
+    encoder: Any = Words(bench.vocab_size)
     batch_tokens = forward_tokens(machine, sizes)
+    own = LanguageModel(Engine(model, encoder), batch_tokens=batch_tokens)
     tasks = list(_tasks(config))
     found: dict[str, dict[str, Any]] = {}
     rounds = 1 + bench.steps
@@ -87,7 +90,7 @@ def measure_core(config: Config) -> dict[str, Any]:
                 for way, spent in seconds.items():
                     began = time.perf_counter()
                     if way == "batched":
-                        results = [each for batch in answer_examples(own, encoder, task, items, batch_tokens)
+                        results = [each for batch in answer_examples(own, task, items)
                                    for each in batch]  # fmt: skip
                         verdicts[way] = [each["verdict"] for each in sorted(results, key=lambda each: each["index"])]
                     else:
@@ -113,10 +116,10 @@ def measure_core(config: Config) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def answer_alone(model: GPT, encoder: TextEncoder, task: CoreTask, items: Examples, index: int) -> bool:
+def answer_alone(model: GPT, encoder: Any, task: CoreTask, items: Examples, index: int) -> bool:
     """Return the verdict on one example as nanochat computes it: whole options, all logits."""
     question = build_question(task, items, index, encoder)
-    longest = max(question.ends)
+    longest = question.longest
     ids = mx.array([tokens + [encoder.bos] * (longest - len(tokens)) for tokens in question.sequences])
     logits = model(ids)
     following = mx.concatenate([ids[:, 1:], ids[:, :1]], axis=1)
@@ -180,7 +183,7 @@ def _tasks(config: Config) -> Iterator[tuple[CoreTask, Examples]]:
 
 
 def _verdict(question: Question, losses: np.ndarray[Any, Any], predictions: np.ndarray[Any, Any]) -> bool:
-    spans = [slice(start - 1, len(tokens) - 1) for tokens, start in question.scored()]
+    spans = [row.places for row in question.rows()]
     if question.gold is None:
         expected = question.sequences[0][question.starts[0] :]
         return bool(expected) and predictions[0, spans[0]].tolist() == expected

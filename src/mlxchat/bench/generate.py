@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol, TextIO
@@ -21,26 +20,29 @@ from mlxchat.bench.tables import make_table
 from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.config.schema import BenchConfig, Config
 from mlxchat.config.wording import format_bytes, format_count
-from mlxchat.engine.cache import Slots
-from mlxchat.engine.decode import make_decoder
+from mlxchat.engine.batch import Generator, Request
+from mlxchat.engine.decode import Decoder
 from mlxchat.engine.quantise import packed_copy
 from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.errors import ConfigError
 from mlxchat.model.checkpoint import load_for_inference
-from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, init_weights, set_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.initial import init_weights
+from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
-from mlxchat.ops.device import describe_device, make_lanes, prepare_machine
+from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.ops.machine import PREFILL_TOKENS
-from mlxchat.planning.given import sizes_of_folder
+from mlxchat.planning.duration import peak_flops
+from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
-from mlxchat.planning.peak import peak_flops
 from mlxchat.runner.progress import Progress
 from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, versions
-from mlxchat.training.forecast_finetune import measure_teacher, teacher_context
+from mlxchat.training.forecast import measure_teacher, teacher_context
 
 # Prefill is repeated for at most so many seconds.
 _ENOUGH_SECONDS = 3.0
 _BANDWIDTH_BYTES, _BANDWIDTH_TIMES = 256_000_000, 5
+_ARRAYS = 16  # that are read to measure it
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,12 @@ def _sizes(config: Config, given: GivenModel | None, longest: int) -> GPTSizes |
 
 
 def _find_problems(config: Config, given: GivenModel | None, sizes: GPTSizes | None, longest: int) -> Iterator[str]:
-    bench, device = config.bench, find_device(config.machine, ask_mlx=True)
+    bench, device = config.bench, find_device(config.machine)
     rows = max(bench.rows)
     what = f"{rows} rows of {longest:,} tokens, prompts and answers, with the weights"
     remedies = ("a smaller --batch", "a smaller --prompt", "a smaller --new")
     if sizes is not None:
-        needed = Decoding(sizes=sizes, device=device, row_tokens=longest, bits=bench.bits, kv_bits=bench.kv_bits)
+        needed = Decoding(sizes=sizes, device=device, row_tokens=longest, bits=bench.bits)
         if not device.fits(needed.peak_bytes(rows)):
             yield f"bench generate {device.excess(needed.peak_bytes(rows), what, remedies)}"
         return
@@ -179,9 +181,8 @@ def _find_problems(config: Config, given: GivenModel | None, sizes: GPTSizes | N
         )
     if not device.fits(total := size.weights + rows * longest * size.kept_per_token):
         yield f"bench generate {device.excess(total, what, remedies)}"
-    for key in ("bits", "kv_bits"):
-        if getattr(bench, key) is not None:
-            yield f"bench.{key} requires a model of mlxchat; mlx-lm runs {given.name} as it is"
+    if bench.bits is not None:
+        yield f"bench.bits requires a model of mlxchat; mlx-lm runs {given.name} as it is"
 
 
 def _load(config: Config, given: GivenModel | None, sizes: GPTSizes | None, dtype: mx.Dtype) -> _Rows:
@@ -198,7 +199,7 @@ def _load(config: Config, given: GivenModel | None, sizes: GPTSizes | None, dtyp
         mx.eval(flatten_parameters(model))
     if config.bench.bits is not None:
         model = packed_copy(model, config.bench.bits)
-    return _OwnRows(model, config.bench.kv_bits)
+    return _OwnRows(model)
 
 
 def _measure(
@@ -243,30 +244,28 @@ def _measure(
 class _OwnRows:
     """`_Rows` of our model, computed as in the engine."""
 
-    def __init__(self, model: GPT, kv_bits: int | None) -> None:
-        self._decoder = make_decoder(model, kv_bits=kv_bits)
+    def __init__(self, model: GPT) -> None:
+        self._decoder = Decoder(model)
         self._sizes, self._counts = model.sizes, count_parameters(model.sizes)
         self.vocab_size, self.num_parameters = model.sizes.vocab_size, self._counts["total"]
-        self.weight_bytes = self._decoder.bytes_per_step()
+        tables = tuple(f"{name}." for name in model.tables())
+        weights = flatten_parameters(model)
+        self.weight_bytes = sum(value.nbytes for name, value in weights.items() if not name.startswith(tables))
+        self._number_bytes: int = model.transformer["wte"].weight.dtype.size
 
     def read(self, prompts: list[list[int]], new_tokens: int) -> None:
-        self._slots, self._last = Slots(self._decoder), [ids[-1] for ids in prompts]
-        self._position = len(prompts[0]) - 1
-        self._slots.reserve(len(prompts), len(prompts[0]) + new_tokens)
-        for row, ids in enumerate(prompts):
-            past = None
-            for start in range(0, len(ids) - 1, PREFILL_TOKENS):
-                piece = ids[start : min(start + PREFILL_TOKENS, len(ids) - 1)]
-                past = self._slots.read(piece, past, ids[start - 1] if start else None)
-            self._slots.fill(row, past)
-        self.step()
+        self._decoder.resize([], 0, 1)
+        self._generator = Generator(self._decoder, max_rows=len(prompts))
+        for ids in prompts:
+            self._generator.insert(Request(prompt=ids, max_new_tokens=new_tokens + 2))
+        while not self._generator.next():  # the first call reads the prompts
+            pass
 
     def step(self) -> None:
-        self._slots.step(self._last, self._last, [self._position] * len(self._last))
-        self._position += 1
+        self._generator.next()
 
     def past_bytes(self, rows: int, tokens: int) -> int:
-        return rows * self._seen(tokens) * self._sizes.num_kv_heads * self._decoder.format.bytes_per_token()
+        return 2 * rows * self._seen(tokens) * self._sizes.kv_width * self._number_bytes
 
     def flops(self, tokens: float, *, decoding: bool) -> float:
         weights = self._counts["matrices"] + (self._counts["head"] if decoding else 0)
@@ -274,7 +273,7 @@ class _OwnRows:
 
     def _seen(self, tokens: int) -> int:
         """Return the number of attended tokens, summed over layers, after so many."""
-        return sum(tokens if window is None else min(tokens, window + 1) for window in self._sizes.windows())
+        return sum(tokens if window is None else min(tokens, window + 1) for window in self._sizes.windows)
 
 
 class _ThirdPartyRows:
@@ -328,13 +327,17 @@ def _bytes_of(tree: Any) -> int:
 
 
 def _bandwidth() -> float:
-    """Return the best memory bandwidth of all lanes in bytes per second."""
-    lanes = make_lanes()
-    arrays = [mx.ones(_BANDWIDTH_BYTES // 4 // len(lanes) // 4096 * 4096).reshape(-1, 4096) for _ in range(len(lanes))]
+    """Return the best memory bandwidth in bytes per second."""
+    arrays = [mx.ones(_BANDWIDTH_BYTES // 4 // _ARRAYS // 4096 * 4096).reshape(-1, 4096) for _ in range(_ARRAYS)]
     mx.eval(arrays)
     best = float("inf")
     for _ in range(_BANDWIDTH_TIMES):
         began = time.perf_counter()
-        mx.eval(lanes.run([partial(mx.sum, array, axis=0) for array in arrays]))
+        sum_arrays(arrays)
         best = min(best, time.perf_counter() - began)
     return float(sum(array.nbytes for array in arrays) / best)
+
+
+def sum_arrays(arrays: list[mx.array]) -> None:
+    """Read arrays once."""
+    mx.eval([mx.sum(array, axis=0) for array in arrays])

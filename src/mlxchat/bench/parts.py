@@ -16,8 +16,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops.attention import rms_norm
+from mlxchat.model.gpt import GPT, rms_norm, window_mask
+from mlxchat.model.parameters import flatten_parameters, module_at, set_parameters
+from mlxchat.model.recompute import recomputed
 from mlxchat.ops.loss import cross_entropy_sum, token_losses
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 
@@ -36,14 +37,14 @@ class Part:
 
 
 def phases_of_step(
-    model: GPT, optimizer: Optimizer, ids: mx.array, rates: Rates[float], *, dtype: mx.Dtype, recompute: bool
+    model: GPT, optimizer: Optimizer, ids: mx.array, rates: Rates, *, dtype: mx.Dtype, recompute: bool
 ) -> list[Part]:
     """Return 'forward', 'forward_and_backward' and 'optimizer' of a step on the micro-batch `ids` (B, T), once each."""
     targets, weights = ids.reshape(-1), mx.full(ids.size, 1 / ids.size)
 
     def hidden(parameters: Flat) -> mx.array:
         set_parameters(model, {name: value.astype(dtype) for name, value in parameters.items()})
-        model.recompute = recompute
+        model.run_layer = recomputed if recompute else GPT.run_layer
         return model.hidden(ids).reshape(-1, model.sizes.width)
 
     def loss_alone(parameters: Flat) -> mx.array:
@@ -68,7 +69,7 @@ def parts_of_step(model: GPT, ids: mx.array, *, dtype: mx.Dtype) -> list[Part]:
     There is an 'attention' for every kind of layer: with this window, with or without a value embedding.
     """
     sizes = model.sizes
-    kinds = [(window, sizes.has_value_embedding(layer)) for layer, window in enumerate(sizes.windows())]
+    kinds = [(window, layer in sizes.value_embedding_layers) for layer, window in enumerate(sizes.windows)]
     return [
         Part("embedding", 1, partial(_embedding, model, ids, dtype)),
         *(
@@ -81,7 +82,7 @@ def parts_of_step(model: GPT, ids: mx.array, *, dtype: mx.Dtype) -> list[Part]:
 
 
 def _embedding(model: GPT, ids: mx.array, dtype: mx.Dtype) -> Work:
-    tables = [model.transformer["wte"], *(model.value_embeds.values() if model.sizes.value_embeddings else [])]
+    tables = [module_at(model, name) for name in model.tables()]
 
     def look_up(*weights: mx.array) -> list[mx.array]:
         first, *others = (weight.astype(dtype)[ids] for weight in weights)
@@ -93,9 +94,10 @@ def _embedding(model: GPT, ids: mx.array, dtype: mx.Dtype) -> Work:
 def _attention(model: GPT, layer: int, shape: tuple[int, ...], dtype: mx.Dtype) -> Work:
     attention = model.transformer["h"][layer].attn
     inputs = [_random((*shape, model.sizes.width), dtype)]
-    if model.sizes.has_value_embedding(layer):
+    if layer in model.sizes.value_embedding_layers:
         inputs.append(_random((*shape, model.sizes.kv_width), dtype))
-    return _layer(attention, lambda x, *value_embedding: x + attention(rms_norm(x), *value_embedding), inputs, dtype)
+    mask = window_mask(shape[1], model.sizes.windows[layer], dtype)
+    return _layer(attention, lambda x, value=None: x + attention(rms_norm(x), value, mask), inputs, dtype)
 
 
 def _mlp(model: GPT, shape: tuple[int, ...], dtype: mx.Dtype) -> Work:
@@ -112,7 +114,7 @@ def _head_and_loss(model: GPT, ids: mx.array, dtype: mx.Dtype) -> Work:
     return _forward_and_backward(loss, [rms_norm(_random((ids.size, model.sizes.width), dtype)), model.head_weight])
 
 
-def _optimizer(model: GPT, optimizer: Optimizer, rates: Rates[float]) -> Work:
+def _optimizer(model: GPT, optimizer: Optimizer, rates: Rates) -> Work:
     parameters = flatten_parameters(model)
     gradients = {name: 0.01 * _random(value.shape, mx.float32) for name, value in parameters.items()}
     mx.eval(gradients)

@@ -10,7 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxchat.data.packing import Row
-from mlxchat.model.gpt import flatten_parameters, set_parameters
+from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.runner.progress import Progress
 
 

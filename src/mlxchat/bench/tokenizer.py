@@ -26,8 +26,8 @@ from rich.console import Console
 
 from mlxchat.bench.tables import make_table
 from mlxchat.config.schema import Config
-from mlxchat.config.wording import format_bytes, format_count
-from mlxchat.data.bpe import train_ranks
+from mlxchat.config.wording import format_count
+from mlxchat.data.bpe import TrainingProcess
 from mlxchat.data.sources import gather_documents
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import SPECIAL_TOKENS, SPLIT_PATTERN
@@ -44,7 +44,7 @@ _PIECES, _GROWTH = 25_000, 0.67
 _ROUNDS = 2
 
 _NANOCHAT = """
-import json, re, sys, time, resource
+import json, sys, time
 import pyarrow.parquet as pq, rustbpe
 path, num_tokens, pattern = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 def texts():
@@ -57,15 +57,12 @@ trainer = rustbpe.Tokenizer()
 trainer.train_from_iterator(texts(), num_tokens, pattern=pattern)
 ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
 seconds = time.monotonic() - began
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-if sys.platform == "linux":
-    peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) * 1024
-print(json.dumps([seconds, peak, sorted((rank, token.hex()) for token, rank in ranks.items())]))
+print(json.dumps([seconds, sorted((rank, token.hex()) for token, rank in ranks.items())]))
 """
 
 
 def measure_tokenizer(config: Config) -> dict[str, Any]:
-    """Return seconds, characters per second and memory of both, measured alternately; ranks and ids are compared."""
+    """Return seconds, and characters per second of both, measured alternately; ranks and ids are compared."""
     bench = config.bench
     with tempfile.TemporaryDirectory() as name, Progress("tokenizer", 2 * _ROUNDS + 2, "measurements") as progress:
         shard = Path(name, "shard_00000.parquet")
@@ -73,18 +70,19 @@ def measure_tokenizer(config: Config) -> dict[str, Any]:
         pq.write_table(pa.table({"text": documents}), shard, row_group_size=1024, compression="zstd")
         chars = sum(map(len, documents))
         num_tokens = bench.vocab_size - len(SPECIAL_TOKENS)
-        trainings: dict[str, list[tuple[float, int]]] = {"ours": [], "nanochat": []}
+        trainings: dict[str, list[float]] = {"ours": [], "nanochat": []}
         ranks: dict[bytes, int] = {}
         for turn in range(_ROUNDS):
-            seconds, peak, theirs = _train_as_nanochat(shard, num_tokens)
-            trainings["nanochat"].append((seconds, peak))
+            seconds, theirs = _train_as_nanochat(shard, num_tokens)
+            trainings["nanochat"].append(seconds)
             progress.update(2 * turn + 1)
             began = time.monotonic()
-            *_, trained = train_ranks(_read(shard), num_tokens)
-            trainings["ours"].append((time.monotonic() - began, trained.peak_bytes))
+            with TrainingProcess(num_tokens) as training:
+                *_, _ = training.read(_read(shard))
+                reports = list(training.reports())
+            trainings["ours"].append(time.monotonic() - began)
             progress.update(2 * turn + 2)
-            assert trained.ranks is not None, "it has ended"
-            ranks = trained.ranks
+            ranks = reports[-1]["ranks"]
         tokenizer = Tokenizer(ranks)
         part = documents[: max(1, len(documents) // 4)]
         encodings = _compare_encoding(tokenizer, part, bench.steps)
@@ -92,9 +90,9 @@ def measure_tokenizer(config: Config) -> dict[str, Any]:
         "chars": chars,
         "documents": len(documents),
         "vocab_size": bench.vocab_size,
-        "distinct_pieces": trained.pieces,
+        "distinct_pieces": max(report.get("pieces", 0) for report in reports),
         "same_ranks": ranks == theirs,
-        "training": {way: _rate(chars, *min(found)) for way, found in trainings.items()},
+        "training": {way: _rate(chars, min(found)) for way, found in trainings.items()},
         "encoding": encodings,
         "device": describe_device(),
         "versions": versions(),
@@ -114,16 +112,13 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
         ours, theirs = record[name]["ours"], record[name]["nanochat"]
         speeds = [f"{format_count(way['chars_per_second'])} chars/s" for way in (ours, theirs)]
         table.add_row(name, *speeds, f"{ours['chars_per_second'] / theirs['chars_per_second']:.2f}")
-    ours, theirs = (record["training"][way]["peak_bytes"] for way in ("ours", "nanochat"))
-    table.add_row("memory of the training", format_bytes(ours), format_bytes(theirs), f"{ours / theirs:.2f}")
     console.print(table)
     same = "the same ranks" if record["same_ranks"] else "RANKS DIFFER"
     console.print(f"{same}; {'the same ids' if record['encoding']['same_ids'] else 'IDS DIFFER'}")
 
 
-def _rate(chars: int, seconds: float, peak: int | None = None) -> dict[str, Any]:
-    numbers = {"seconds": seconds, "chars_per_second": chars / seconds}
-    return numbers if peak is None else {**numbers, "peak_bytes": peak}
+def _rate(chars: int, seconds: float) -> dict[str, Any]:
+    return {"seconds": seconds, "chars_per_second": chars / seconds}
 
 
 def _documents(config: Config, chars: int) -> Iterator[str]:
@@ -150,11 +145,11 @@ def _read(shard: Path) -> Iterator[str]:
         yield from (text[:10_000] for text in batch.column(0).to_pylist())
 
 
-def _train_as_nanochat(shard: Path, num_tokens: int) -> tuple[float, int, dict[bytes, int]]:
+def _train_as_nanochat(shard: Path, num_tokens: int) -> tuple[float, dict[bytes, int]]:
     command = [sys.executable, "-c", _NANOCHAT, str(shard), str(num_tokens), SPLIT_PATTERN]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    seconds, peak, ranks = json.loads(done.stdout)
-    return seconds, peak, {bytes.fromhex(token): rank for rank, token in ranks}
+    seconds, ranks = json.loads(done.stdout)
+    return seconds, {bytes.fromhex(token): rank for rank, token in ranks}
 
 
 def _compare_encoding(tokenizer: Tokenizer, documents: list[str], rounds: int) -> dict[str, Any]:

@@ -16,14 +16,15 @@ from mlxchat.bench.timing import Stopwatch, fill_zero_weights, random_rows
 from mlxchat.config.schema import Config
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
-from mlxchat.model.adapter_problems import adapter_sizes_of
-from mlxchat.model.gpt import GPT, init_weights, trained_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.initial import init_weights
 from mlxchat.model.lora import attach_adapters
-from mlxchat.model.sizes import AdapterSizes, GPTSizes, count_parameters, flops_per_token, sizes_of
+from mlxchat.model.parameters import trained_parameters
+from mlxchat.model.sizes import AdapterSizes, GPTSizes, adapter_sizes_of, count_parameters, flops_per_token, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, Rates, adapter_rule, rates_at
-from mlxchat.planning.memory import Training, find_device, forward_tokens, rows_at_a_time
-from mlxchat.planning.peak import peak_flops, raise_peak, tabled_peak_flops
+from mlxchat.planning.duration import peak_flops
+from mlxchat.planning.memory import Training, find_device, forward_tokens
 from mlxchat.runner.progress import Progress
 from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.training.batches import mean_batch
@@ -47,11 +48,6 @@ def measure_training(config: Config) -> dict[str, Any]:
     steps, weights and moments included: the most that MLX held, on a CPU the growth of the process if that is more.
     """
     bench, machine, seed = config.bench, config.machine, config.seed
-    if machine.num_processes > 1:
-        raise ConfigError(
-            f"bench train measures one process, machine.num_processes is {machine.num_processes}: leave it out. What "
-            "ranks reach together is in the metrics of a training: tokens_per_second and communication_frac"
-        )
     dtype = prepare_machine(machine)
     sizes = sizes_of(replace(config.model, context_tokens=bench.row_tokens), config.architecture, bench.vocab_size)
     tokens = bench.batch_rows * bench.row_tokens
@@ -61,10 +57,10 @@ def measure_training(config: Config) -> dict[str, Any]:
         rows=bench.batch_rows,
         row_tokens=bench.row_tokens,
         recompute=machine.grad_checkpointing,
-        device=find_device(machine, ask_mlx=True),
+        device=find_device(machine),
         adapters=adapter_sizes_of("adapter", config.adapter, sizes),
     )
-    micro_rows = rows_at_a_time(training, machine)
+    micro_rows = training.fitting_rows(machine)
     if micro_rows == 0:
         raise ConfigError(f"the step {training.explain_excess()}")
 
@@ -99,8 +95,6 @@ def measure_training(config: Config) -> dict[str, Any]:
         )  # fmt: skip
         peak = peak_flops(dtype)
         flops = flops_per_token(sizes) * tokens / median(seconds)
-        if peak and flops > peak:  # measured beside other work
-            peak = raise_peak(dtype, flops)
         split = _split(watch, phases, parts, bench.batch_rows / micro_rows, min(seconds)) if split_too else None
     growth = max(0, resident_peak - resident_before)
     device = describe_device()
@@ -132,7 +126,6 @@ def measure_training(config: Config) -> dict[str, Any]:
         "bench": asdict(bench),
         "seed": seed,
         "dtype": str(dtype).removeprefix("mlx.core."),
-        "peak_is": "tabled" if tabled_peak_flops(device["name"], dtype) else "measured",
         "device": device,
         "blas": device["blas"],
         "versions": versions(),
@@ -156,7 +149,7 @@ def _make_model(
 
 
 def _step(
-    config: Config, model: GPT, optimizer: Optimizer, dtype: mx.Dtype, rates: Rates[float],
+    config: Config, model: GPT, optimizer: Optimizer, dtype: mx.Dtype, rates: Rates,
     rows: Callable[[int], Any], micro_tokens: int,
 ) -> tuple[Callable[[int], None], list[float]]:  # fmt: skip
     """Return a function that trains on the batch of a number, and the list of losses it appends to."""

@@ -73,12 +73,13 @@ def _fetch(options: Namespace) -> int:
             if not groups[name]:
                 raise DataError(f"{name} at {options.revision} has no file like {options.files}")
     else:
-        from mlxchat.planning.downloads import find_files
+        from mlxchat.planning.inputs import find_files
         from mlxchat.sweep.job import plan_of
 
         config = compose_config(*split_options(options.settings)).config
         store = Store(Path(config.outputs))
-        groups, urls = find_files(config, plan_of(config, store), store, measure=not options.dry_run)
+        listed, urls = find_files(config, plan_of(config, store), store, network=True, measure=not options.dry_run)
+        groups = {title: files or [] for title, files in listed.items()}
     for title, files in groups.items():
         left = sum(file.bytes for file in files if not file.is_there())
         size = format_bytes(sum(file.bytes for file in files))

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from mlxchat.distill.questions import Question
 
 _KEY = "MLXCHAT_TEACHER_API_KEY"
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _ABOUT = f"""QUESTIONS: a .txt file (a question a line), a .jsonl file of question, prompt or messages, a task such as
-gsm8k, or a line of a mixture such as '{{task: mmlu, split: auxiliary_train, stop: 500}}';
-with --judge, a .jsonl file of conversations: those that differ only in the last message answer the same question
+gsm8k, or a line of a mixture such as '{{task: mmlu, split: auxiliary_train, stop: 500}}'
 
 The endpoint's key is read from the environment variable {_KEY}.
 Answers are cached by the content of the request: the same command sends only the missing requests.
@@ -33,8 +33,7 @@ examples
   {_KEY}=$OPENAI_API_KEY mlxchat distill mine.txt --teacher https://api.openai.com/v1 --model NAME \\
     --price 0.15,0.60 --max-cost 2 --rpm 500 --out mine_teacher.jsonl
   mlxchat distill prompts.jsonl --conversations --samples 5 --temperature 1 --max-tokens 2000 \\
-    --teacher http://localhost:8000/v1 --out conversations.jsonl
-  mlxchat distill answers.jsonl --judge --teacher http://localhost:8000/v1 --out pairs.jsonl"""
+    --teacher http://localhost:8000/v1 --out conversations.jsonl"""
 
 
 def distill(parser: Parser) -> None:
@@ -58,86 +57,96 @@ def distill(parser: Parser) -> None:
     add("--conversations", action="store_true",
         help="answers are whole conversations as JSON, which the questions ask for")  # fmt: skip
     add("--only-correct", action="store_true", help="keep only answers that the task accepts or that equal the file's")
-    add("--judge", action="store_true",
-        help="compare the answers to each question of QUESTIONS, for stage=preference")  # fmt: skip
     add("--keep-cut", action="store_true", help="also keep answers that --max-tokens cut off")
     add("--concurrency", type=int, default=8, metavar="N", help="parallel requests (default: 8)")
     add("--rpm", type=float, metavar="N", help="requests per minute, evenly spaced")
     add("--timeout", type=float, default=300.0, metavar="S", help="time limit of an answer in seconds (default: 300)")
     add("--price", metavar="IN,OUT", help="prices per million input and output tokens")
-    add("--max-cost", type=float, metavar="C", help="limit of the total cost of all runs for --out")
-    add("--refresh", action="store_true", help="send cached requests again")
-    add("--dry-run", action="store_true", help="count requests and estimate cost; send nothing")
+    add("--max-cost", type=float, metavar="C", help="stop before the cost of this command exceeds C")
+    add("--dry-run", action="store_true", help="estimate requests, tokens and cost; send nothing")
     parser.set_defaults(main=_distill)
 
 
 def _distill(options: Namespace) -> int:
     """Send the requests without a cached answer, and write the file."""
     try:
-        from mlxchat.distill.order import Order, estimate, find_model, find_out_problems
-        from mlxchat.distill.order import distill as answer
+        from mlxchat.distill.collect import Order
+        from mlxchat.distill.collect import distill as collect
     except ModuleNotFoundError as error:
-        if error.name not in ("aiolimiter", "httpx2", "openai"):
+        if error.name != "openai":
             raise
-        raise ConfigError("mlxchat distill needs openai and aiolimiter: pip install 'mlxchat[distill]'") from None
+        raise ConfigError("mlxchat distill needs openai: pip install 'mlxchat[distill]'") from None
     import asyncio
 
-    from mlxchat.distill.collect import Limits
     from mlxchat.distill.questions import clean
-    from mlxchat.distill.teacher import is_loopback
+    from mlxchat.distill.teacher import find_model
     from mlxchat.hub.cache import cache_folder
 
-    problems = [*_url_problems(options.teacher), *find_out_problems(options.out), *_number_problems(options)]
+    problems = [*_url_problems(options.teacher), *_out_problems(options.out), *_number_problems(options)]
     if options.conversations and options.only_correct:
         problems.append("--only-correct: conversations of --conversations have no answer to compare with. Remove one")
-    if options.judge:
-        problems += _judge_problems(options)
     body = _read_body(options, problems)
     prices = _read_prices(options, problems)
-    key = os.environ.get(_KEY, "").strip() or None
-    if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-        problems.append(f"{_KEY} is not a valid key: it has blanks, control characters or non-ASCII characters")
     source = _read_source(options, problems)
     if problems:
         raise ConfigError("\n".join(problems))
     assert source is not None
-    questions, about = _questions(source, options.limit, options.judge)
+    questions, about = _questions(source, options.limit)
     if options.only_correct and (unknown := [each.name for each in questions if each.judge is None]):
         raise ConfigError(f"--only-correct: {len(unknown)} questions have no answer to compare with ({unknown[0]}, …)")
     base = options.teacher.removesuffix("/").removesuffix("/chat/completions").rstrip("/")
-    order = Order(
-        teacher=base, key=key,
-        model=options.model or asyncio.run(find_model(base, key, min(options.timeout, 30.0))),
-        questions=questions, source={**about, "limit": options.limit},
-        system=None if options.system is None else clean(options.system), samples=options.samples, body=body,
-        limits=Limits(
-            concurrency=options.concurrency, requests_per_minute=options.rpm, max_cost=options.max_cost,
-            max_tokens=max(_bounds(body), default=options.max_tokens),
-        ),
-        timeout_seconds=options.timeout, prices=prices, only_correct=options.only_correct, keep_cut=options.keep_cut,
-        conversations=options.conversations, out=options.out, cache=cache_folder() / "distill", refresh=options.refresh,
-    )  # fmt: skip
-    if options.dry_run:
-        print(estimate(order))
-        return 0
-    if key is not None and base.startswith("http://") and not is_loopback(base):
+    key = os.environ.get(_KEY, "").strip() or None
+    if key is not None and urlsplit(base).scheme == "http" and urlsplit(base).hostname not in _LOOPBACK:
         print("note: the key and all texts travel unencrypted to another machine (http)", file=sys.stderr)
-    return answer(order)
+    order = Order(
+        teacher=base,
+        key=key,
+        model=options.model or asyncio.run(find_model(base, key, min(options.timeout, 30.0))),
+        questions=questions,
+        source={**about, "limit": options.limit},
+        system=None if options.system is None else clean(options.system),
+        samples=options.samples,
+        body=body,
+        max_tokens=max(_bounds(body), default=options.max_tokens),
+        concurrency=options.concurrency,
+        requests_per_minute=options.rpm,
+        timeout_seconds=options.timeout,
+        prices=prices,
+        max_cost=options.max_cost,
+        only_correct=options.only_correct,
+        keep_cut=options.keep_cut,
+        conversations=options.conversations,
+        out=options.out,
+        cache=cache_folder() / "distill",
+    )
+    return collect(order, dry_run=options.dry_run)
 
 
 def _url_problems(url: str) -> Iterator[str]:
-    import httpx2
-
     try:
         parts = urlsplit(url)
-        port_is_fine = parts.port != 0 and bool(httpx2.URL(url))
-    except (ValueError, httpx2.InvalidURL) as error:
-        yield f"--teacher is {visible(url)}: {error}"
-        return
-    if parts.username or parts.password:
-        yield f"--teacher holds a password. Pass the key in the environment: {_KEY}"
-    elif parts.scheme not in ("http", "https") or not parts.hostname or not port_is_fine:
+        is_fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_fine = False
+    if not is_fine:
         yield f'--teacher is "{visible(url)}", expected an address such as http://localhost:8000/v1'
+    elif parts.username or parts.password:
+        yield f"--teacher holds a password. Pass the key in the environment: {_KEY}"
+
+
+def _out_problems(out: Path) -> Iterator[str]:
+    from mlxchat.distill.collect import provenance_place
+    from mlxchat.hub.cache import read_json
+    from mlxchat.store.fingerprint import hash_file
+
+    if out.suffix != ".jsonl":
+        yield f"--out is {out}, expected a file that ends in .jsonl"
+    elif not out.absolute().parent.is_dir():
+        yield f"--out: no folder {out.absolute().parent}"
+    elif out.exists():
+        known = read_json(provenance_place(out))
+        if not isinstance(known, dict) or known.get("sha256") != hash_file(out):
+            yield f"--out: {out} exists and was not written by mlxchat distill, or was changed since. Move it away"
 
 
 def _number_problems(options: Namespace) -> Iterator[str]:
@@ -155,16 +164,6 @@ def _number_problems(options: Namespace) -> Iterator[str]:
         yield f"--temperature is {options.temperature:g}, expected 0 to 2"
     if options.temperature == 0 and options.samples > 1:
         yield f"--samples is {options.samples} and --temperature 0: greedy answers are all equal"
-
-
-def _judge_problems(options: Namespace) -> Iterator[str]:
-    if not options.names[0].endswith(".jsonl"):
-        yield f"--judge: QUESTIONS is {visible(options.names[0])}, expected a .jsonl file of conversations"
-    for name in ("only_correct", "keep_cut", "conversations"):
-        if getattr(options, name):
-            yield f"--judge cannot be combined with --{name.replace('_', '-')}"
-    if options.samples != 1:
-        yield f"--samples is {options.samples}, expected 1 with --judge: each pair is compared once"
 
 
 def _read_body(options: Namespace, problems: list[str]) -> dict[str, Any]:
@@ -198,7 +197,7 @@ def _bounds(body: dict[str, Any]) -> list[int]:
 
 
 def _read_prices(options: Namespace, problems: list[str]) -> Any:
-    from mlxchat.distill.cost import Prices
+    from mlxchat.distill.teacher import Prices
 
     if options.price is None:
         if options.max_cost is not None:
@@ -247,12 +246,11 @@ def _read_source(options: Namespace, problems: list[str]) -> Path | TaskItem | N
     return item
 
 
-def _questions(source: Path | TaskItem, limit: int | None, judge: bool) -> tuple[list[Question], dict[str, Any]]:
+def _questions(source: Path | TaskItem, limit: int | None) -> tuple[list[Question], dict[str, Any]]:
     """Return the questions and a description of their source."""
-    from mlxchat.distill.questions import comparisons_of_file, questions_of_file, questions_of_task
+    from mlxchat.distill.questions import questions_of_file, questions_of_task
     from mlxchat.store.fingerprint import hash_file, plain_of
 
     if isinstance(source, Path):
-        read = comparisons_of_file if judge else questions_of_file
-        return read(source)[:limit], {"file": source.name, "sha256": hash_file(source), "compared": judge}
+        return questions_of_file(source)[:limit], {"file": source.name, "sha256": hash_file(source)}
     return questions_of_task(source, limit), {"task": plain_of(source)}

@@ -112,7 +112,6 @@ def _describe_work(store: Store, folder: Path) -> Row:
         "state": state, "step": owner.get("step") or last.get("step") or key[:16], "key": key, "run": run,
         "pid": owner.get("pid") or last.get("pid"), "host": owner.get("host") or last.get("host"),
         "started": last.get("started"), "ended": last.get("ended"), "attempts": len(executions),
-        "ranks": (_of_run(store, str(run), "ranks.json", "size", "backend", "hosts", "pids") or None) if held else None,
         "iteration": latest.get("iteration"), "loss": latest.get("loss"),
         "tokens_per_second": latest.get("tokens_per_second"), "error": last.get("error"),
         "command": _of_run(store, str(last.get("run")), "plan.json", "command").get("command"),
@@ -126,11 +125,7 @@ def _lines_of_work(row: Row) -> list[str]:
     speed = f", {format_count(row['tokens_per_second'])} tok/s" if row["tokens_per_second"] else ""
     if row["state"] == "running":
         since = f", since {when(row['started'])}" if row["started"] else ""
-        ranks = row["ranks"] or {}
-        hosts = list(dict.fromkeys(ranks.get("hosts", ())))
-        where = f" on {', '.join(hosts)}" if len(hosts) > 1 else ""
-        together = f" with {ranks['size']} ranks ({ranks['backend']}){where}" if ranks else ""
-        who = f"running in process {row['pid']} on {row['host']}{together} (run {row['run']}){at}{speed}{since}"
+        who = f"running in process {row['pid']} on {row['host']} (run {row['run']}){at}{speed}{since}"
         return [f"  {row['step']:<11} {who}"]
     tries = f", attempt {row['attempts']}" if row["attempts"] > 1 else ""
     error = f": {row['error']}" if row["error"] else ""

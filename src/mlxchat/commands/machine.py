@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
 import shutil
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
@@ -38,6 +38,7 @@ Finding = tuple[str, str, str]
 
 def doctor(parser: Parser) -> None:
     """Declare `mlxchat doctor`."""
+    parser.add_argument("--gpu", action="store_true", help="check training and generation on this device: two minutes")
     parser.add_argument("--hosts", action="store_true", help="test locks of two hosts: run it on both at once")
     parser.add_argument("--seconds", type=float, default=120, help="time to wait for the other machine (default: 120)")
     parser.set_defaults(main=_doctor)
@@ -45,6 +46,11 @@ def doctor(parser: Parser) -> None:
 
 def _doctor(options: Namespace) -> int:
     """Print the findings; return 1 if something is wrong."""
+    if options.gpu:
+        os.environ["MLXCHAT_CPU"] = "plain"  # on a CPU, check what GPUs compute
+        from mlxchat.commands.device_checks import check_device
+
+        return int(not check_device())
     outputs = options.outputs
     if options.hosts:
         findings = [*_folder(outputs), *_hosts(outputs, options.seconds)]
@@ -79,6 +85,7 @@ def _device() -> Iterator[Finding]:
         import mlx.core as mx
 
         from mlxchat.ops.device import describe_device, remedy
+        from mlxchat.planning.duration import measure_flops
     except ImportError as error:
         yield ("wrong", "mlx", f"cannot be imported ({error}): make setup")
         return
@@ -96,14 +103,7 @@ def _device() -> Iterator[Finding]:
     lacking = f" ({', '.join(missing)}: not here)" if missing else ""
     mark = "ok" if available else "note"
     yield (mark, "ranks", f"collective operations by {', '.join(available) or 'nothing'}{lacking}")
-    matrix = mx.random.normal((1024, 1024))
-    mx.eval(matrix @ matrix)
-    seconds = []
-    for _ in range(7):
-        began = time.perf_counter()
-        mx.eval(matrix @ matrix)
-        seconds.append(time.perf_counter() - began)
-    gflops = 2 * 1024**3 / min(seconds) / 1e9
+    gflops = measure_flops(mx.float32) / 1e9
     slow = gflops < _SLOW_GFLOPS
     remedy_text = ": far too slow. Is another program using the cores, or no fast BLAS loaded?" if slow else ""
     yield ("wrong" if slow else "ok", "speed", f"{gflops:,.0f} GFLOP/s in float32 matrix products{remedy_text}")
@@ -181,14 +181,14 @@ _BENCH_SETTINGS = """
   bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps, split: conf/settings/bench.yaml
                        tokenizer: chars, vocab_size
                        core: bundle (default: synthetic examples), core_tasks, core_examples
-                       generate: rows, prompt_tokens, new_tokens, bits, kv_bits, as the options do
+                       generate: rows, prompt_tokens, new_tokens, bits, as the options do
   model=d8             nanochat's own sizes, since experiment=bench is the default here
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise
   experiment=NAME      its model, architecture, optimizer, vocabulary and rows: quickstart is what plain mlxchat trains
 """
 
 
-_OF_GENERATE = ("rows", "prompt_tokens", "new_tokens", "bits", "kv_bits")
+_OF_GENERATE = ("rows", "prompt_tokens", "new_tokens", "bits")
 _LISTS = ("rows", "prompt_tokens")
 _BESIDE_MODEL = ("bench.", "machine", "outputs=", "seed=")
 
@@ -208,7 +208,6 @@ def bench(parser: Parser) -> None:
     add("--prompt", dest="prompt_tokens", metavar="N,…", help="generate: tokens per prompt (default: 128,1024)")
     add("--new", dest="new_tokens", metavar="N", help="generate: tokens per answer (default: 64)")
     add("--bits", type=int, choices=(8, 4), help="generate: bits of the weights")
-    add("--kv-bits", type=int, choices=(8, 4), help="generate: bits of the KV cache")
     parser.add_json("print one JSON object instead of tables")
     parser.set_defaults(main=_bench)
 

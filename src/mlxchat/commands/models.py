@@ -1,4 +1,4 @@
-"""Verbs for models: export and import in other tools' formats, fuse, chat, serve."""
+"""Verbs for models: export and import in other tools' formats, chat, serve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from mlxchat.commands.arguments import Parser, quoted
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, suggest, visible
-from mlxchat.store.bases import is_adapter
 from mlxchat.store.locks import is_held
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import IMPORTS, describe_model, find_model, find_newest_model, links, run_of, running_run
@@ -36,7 +35,6 @@ FORMATS = ("hf", "nanochat", "mlx", "mlx-adapter", "peft")
 _FORMATS = """FORMAT: hf (transformers' NanoChatForCausalLM), nanochat (model_<step>.pt, meta, tokenizer), mlx (mlx-lm),
 mlx-adapter (adapters without base, for mlx-lm), peft (the same, for PEFT)"""
 _LANGUAGE, _LICENSE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?"), re.compile(r"[a-z][a-z0-9.+-]{1,40}")
-_MEASURED_TOKENS = 8192
 _TOOLS = {
     "hf": "transformers' NanoChatForCausalLM",
     "nanochat": "nanochat's own files",
@@ -110,7 +108,8 @@ def _write_model(
     for each in (place, *checkpoint.bases):
         if damage := list(find_damage(each, read_manifest(each))):
             raise StoreError(f"{each.name} differs from its manifest: {damage[0]}. See: mlxchat verify")
-    exporting.check_computation(checkpoint)
+    if target != "mlx":  # whose folders carry the model's own code
+        exporting.check_computation(checkpoint)
     with ExitStack() as opened:
         if kept := path is not None:
             to = path
@@ -163,7 +162,7 @@ def _write(
     if dtype == "bfloat16" and not bits:
         notes.append("Its weights were rounded to bfloat16.")
     if bits:
-        notes.append(_measure(store, place, checkpoint, bits, dtype))
+        notes.append(f"Its weights were rounded to {bits} bits.")
     weights = "adapters.safetensors" if checkpoint.bases else "model.safetensors"
     text = render_card(
         store, place, target=target, how=how, notes=notes, sha256=hash_file(place / weights),
@@ -207,18 +206,6 @@ def _nanochat_words(checkpoint: Checkpoint, snapshot: str) -> dict[str, str]:
         source, script = "base", "base_loss" if old else "base_eval --eval sample"
     tag = f"d{checkpoint.sizes.num_layers}"
     return {"snapshot": _MONTHS[snapshot], "source": source, "script": script, "tag": tag}
-
-
-def _measure(store: Store, place: Path, checkpoint: Checkpoint, bits: int, dtype: str | None) -> str:
-    """Return a sentence about the bits per byte of text that quantisation costs."""
-    from mlxchat.evals.rounding import bits_per_byte_of_both, held_out_rows
-
-    rows, what = held_out_rows(store, place, checkpoint.tokenizer, checkpoint.sizes.context_tokens, _MEASURED_TOKENS)
-    before, after = bits_per_byte_of_both(checkpoint, rows, bits, dtype)
-    return (
-        f"Weights of {bits} bits: {after:.4f} bits per byte of {what} instead of {before:.4f} "
-        f"({after - before:+.4f}, {(after - before) / before:+.1%})."
-    )
 
 
 def _check_outside(store: Store, path: Path) -> None:
@@ -391,32 +378,6 @@ def _list_nanochat() -> int:
     return 0
 
 
-def fuse(parser: Parser) -> None:
-    """Declare `mlxchat fuse`."""
-    parser.take_names("ID")
-    parser.set_defaults(main=_fuse)
-
-
-def _fuse(options: Namespace) -> int:
-    """Fuse a checkpoint with adapters, unless the store has the result; print its name."""
-    store = Store(options.outputs)
-    place = find_model(store, options.names[0]).place
-    if not is_adapter(place):
-        raise ConfigError(f"{place.name} has no adapters to fuse")
-    from mlxchat.composition.compose import compose_config
-    from mlxchat.sweep.job import plan_of
-
-    composed = compose_config([
-        f"outputs={quoted(str(store.outputs))}", "targets=[fused]", "name=fuse",
-        f"+pipeline.fused={{stage: fused, checkpoint: {quoted(f'artifact:{place.name}')}}}",
-    ])  # fmt: skip
-    (step,) = plan_of(composed.config, store)
-    made = _make(composed, step, store)
-    size = format_bytes(sum(file["bytes"] for file in read_manifest(made)["outputs"]))
-    print(f"{place.name} fused: {made.name} ({size}). In a pipeline: artifact:{made.name}")
-    return 0
-
-
 def _make(composed: Composed, step: PlannedStep, store: Store) -> Path:
     """Run a plan of one step unless it is done; return its artifact."""
     from mlxchat.sweep.job import run_pipeline
@@ -480,7 +441,7 @@ def _chat(options: Namespace) -> int:
         if options.follow:
             options.model = options.model or running_run(store)
         find = find_newest_model if options.follow else find_model
-        settings |= {"bits": options.bits, "kv_bits": options.kv_bits}
+        settings |= {"bits": options.bits}
 
         def load(present: str) -> Chat | None:
             """Load the model unless it is the present one."""
@@ -511,7 +472,7 @@ def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
     Raises:
         ConfigError: an option requires a model of ours.
     """
-    ours = [name for name in ("python_tool", "bits", "kv_bits", "follow") if getattr(options, name, None)]
+    ours = [name for name in ("python_tool", "bits", "follow") if getattr(options, name, None)]
     refused = [f"--{name.replace('_', '-')}" for name in ours]
     if refused:
         raise ConfigError(f"{', '.join(refused)} requires a model of mlxchat; mlx-lm runs {reference}")
@@ -539,7 +500,6 @@ def _add_decoding(parser: Parser) -> None:
     add = parser.add_argument
     add("--python-tool", action="store_true", help="run the model's Python, sandboxed (default: only sums)")
     add("--bits", type=int, choices=(8, 4), help="quantise the weights to this many bits; prints the loss in quality")
-    add("--kv-bits", type=int, choices=(8, 4), help="quantise the KV cache to this many bits, for long contexts")
 
 
 _THIRD_PARTY = "hf:"
@@ -607,7 +567,7 @@ def _serve(options: Namespace) -> int:
     chosen = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _LIMITS}
     limits = Limits(**{name: value for name, value in chosen.items() if value is not None})
     answering = {
-        "bits": options.bits, "kv_bits": options.kv_bits, "python_tool": options.python_tool,
+        "bits": options.bits, "python_tool": options.python_tool,
         "temperature": options.temperature, "top_k": options.top_k,
     }  # fmt: skip
     store = Store(options.outputs)
@@ -630,10 +590,10 @@ def _serve(options: Namespace) -> int:
         print(f"model: {describe_model(store, found)}", file=sys.stderr)
     models = Models(store, place, answering, within=within, third_party=third_party)
     model = models.find(None)
-    rows_that_fit(model, limits, bits=options.bits, kv_bits=options.kv_bits)
+    rows_that_fit(model, limits, bits=options.bits)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
     python = _python_tool() if options.python_tool else None
-    load = partial(load_scheduler, python=python, bits=options.bits, kv_bits=options.kv_bits)
+    load = partial(load_scheduler, python=python, bits=options.bits)
     service = Service(models, Worker(limits, load), defaults)
     app = make_app(service, api_key=key, loopback_only=loopback and key is None, cors=options.cors)
     return run_server(

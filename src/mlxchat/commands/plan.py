@@ -21,7 +21,6 @@ from mlxchat.errors import ConfigError, suggest, visible
 
 if TYPE_CHECKING:
     from mlxchat.composition.compose import Composed
-    from mlxchat.planning.downloads import Download
     from mlxchat.runner.plan import PlannedStep
     from mlxchat.runner.reasons import Estimate
 
@@ -51,11 +50,9 @@ def _plan(options: Namespace) -> int:
         return _plan_sweep(options.settings, as_json=options.json, exit_code=options.exit_code)
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.ops.machine import device_kind
-    from mlxchat.planning.downloads import find_downloads
     from mlxchat.planning.duration import estimate_trainings
-    from mlxchat.planning.given import describe_own_conversations
-    from mlxchat.planning.memory import describe_conflicts, describe_memory
-    from mlxchat.planning.text import describe_text
+    from mlxchat.planning.inputs import find_downloads, find_text_need, reads_text
+    from mlxchat.planning.memory import forecast_memory
     from mlxchat.runner.keys import find_unknown
     from mlxchat.runner.reasons import estimate_steps, format_plan
     from mlxchat.store.compare import environment_drift
@@ -66,7 +63,7 @@ def _plan(options: Namespace) -> int:
     composed = compose_config(*split_options(options.settings))
     config, store = composed.config, Store(Path(composed.config.outputs))
     plan = plan_of(config, store)
-    memory = describe_memory(config, plan)
+    memory = {name: each.text for name, each in forecast_memory(config, plan).items() if each.text}
     times = estimate_trainings(config, plan, store)
     estimates = estimate_steps(plan, store) | times
     backend = device_kind(config.machine.device)
@@ -79,11 +76,8 @@ def _plan(options: Namespace) -> int:
         print_json(describe_plan(plan, estimates, memory, drift))
     else:
         remarks = dict(memory)
-        forecast = {
-            step.name: remark(getattr(step.config, step.stage.name, None))
-            for step in plan
-            if not step.done and (remark := getattr(step.stage.load_forecast(), "remark", None)) is not None
-        }
+        need = find_text_need(config, plan, store)
+        reader = next((step.name for step in plan if reads_text(step)), None)
         drifted = {
             name: f"computed with {', '.join(f'{key} {old}, now {new}' for key, (old, new) in changes.items())}"
             for name, changes in drift.items()
@@ -95,29 +89,27 @@ def _plan(options: Namespace) -> int:
             if (found := find_unknown(step.externals))
         }
         elsewhere = {name: f"by {executor.kind}" for name, executor in find_executors(config, plan).items()}
-        for further in (elsewhere, describe_text(config, plan, store), forecast, drifted, unknown):
+        for further in (elsewhere, {reader: str(need)} if reader and need else {}, drifted, unknown):
             for name, text in further.items():
                 remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
         if (old := remark_old(store)) is not None:
             print(visible(old))
         for line in _describe_recipe(composed, plan, find_downloads(config, plan, store), times):
             print(line)
-        own = map(visible, describe_own_conversations(plan))
-        for line in (format_plan(plan, remarks, estimates), *own, *describe_conflicts(config, plan)):
-            print(line, flush=True)
+        print(format_plan(plan, remarks, estimates), flush=True)
     place_steps(config, plan)
     return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
 
 
 def _describe_recipe(
-    composed: Composed, plan: list[PlannedStep], downloads: list[Download], times: Mapping[str, Estimate]
+    composed: Composed, plan: list[PlannedStep], downloads: Mapping[str, int | None], times: Mapping[str, Estimate]
 ) -> Iterator[str]:
     """Yield the lines before a plan: downloads and duration, then the implied recipe.
 
     Yields nothing for a plan without downloads and implied recipe that takes less than a day.
     """
     from mlxchat.config.wording import format_seconds
-    from mlxchat.planning.downloads import describe_downloads
+    from mlxchat.planning.inputs import describe_downloads
 
     implied = composed.implied
     waiting = [step for step in plan if not step.done]
@@ -145,7 +137,7 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
     """Print what a sweep would run and its duration, counting shared steps once."""
     from mlxchat.config.wording import format_bytes, format_seconds, plural, wrapped
     from mlxchat.planning.duration import estimate_trainings
-    from mlxchat.planning.memory import describe_memory
+    from mlxchat.planning.memory import forecast_memory
     from mlxchat.runner.reasons import estimate_steps
     from mlxchat.sweep.sweeper import read_sweep
 
@@ -159,7 +151,7 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
         config, by_name = job.composed.config, {step.name: step.key for step in job.plan}
         found = estimate_steps(job.plan, job.store) | estimate_trainings(config, job.plan, job.store)
         estimates |= {by_name[name]: estimate for name, estimate in found.items()}
-        memory |= {by_name[name]: text for name, text in describe_memory(config, job.plan).items()}
+        memory |= {by_name[name]: each.text for name, each in forecast_memory(config, job.plan).items() if each.text}
     known = [estimate for estimate in estimates.values() if estimate is not None]
     seconds, size = sum(each.seconds for each in known), sum(each.bytes for each in known)
     steps = {step.key: step for job in jobs for step in job.plan}

@@ -212,8 +212,8 @@ def leaderboard(parser: Parser) -> None:
     """Declare `mlxchat leaderboard`."""
     parser.take_names("[RUN…]", least=0, most=None, about=f"{_SWEEPS} Without any: all runs")
     parser.description = (
-        "Rank pretrainings by the training time to a target, by default each of pretrain.target_bpb and "
-        "pretrain.target_core of these runs. Runs without a target count, too, if their curve reached it."
+        "Rank pretrainings by the training time to a target, by default each pretrain.target_bpb "
+        "of these runs. Runs without a target count, too, if their curve reached it."
     )
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--bpb", type=float, metavar="X", help="the target: validation bits per byte of at most X")
@@ -246,7 +246,7 @@ def _leaderboard(options: Namespace) -> int:
         print(visible(tables(found)))
     else:
         asked = f"{target}" if target else "a target"
-        hint = "" if target else ": give --bpb or --core, or train with pretrain.target_bpb or pretrain.target_core"
+        hint = "" if target else ": give --bpb or --core, or train with pretrain.target_bpb"
         print(f"no pretraining in {outputs} has reached {asked}{hint}")
     return 0
 

@@ -37,8 +37,9 @@ _CONFIG_OPTIONS = {
     "--config-path": "--config-path", "-cp": "--config-path",
     "--config-name": "--config-name", "-cn": "--config-name",
 }  # fmt: skip
-# Why a run refuses settings of Hydra. Those of sweeps need -m.
-_HYDRAS_SETTINGS = {
+# Why a run refuses these settings, most of them Hydra's. Those of sweeps need -m.
+_REFUSED = {
+    "machine.num_processes": "ranks are started by mlx.launch -n N mlxchat …",
     "hydra.run.": "a run's folder is OUTPUTS/runs/<time>-<name>: set outputs=PATH and name=NAME",
     "hydra.output_subdir": "a run writes its config.yaml to OUTPUTS/runs/<time>-<name>",
     "hydra.job.chdir": "a run stays in its working directory; outputs=PATH sets where artifacts go",
@@ -199,9 +200,11 @@ def refuse_hydras(overrides: list[str]) -> None:
     problems = []
     for override in overrides:
         key = override.lstrip("+~").partition("=")[0]
+        reason = next((text for prefix, text in _REFUSED.items() if key.startswith(prefix)), None)
         if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
-            reasons = (text for prefix, text in _HYDRAS_SETTINGS.items() if key.startswith(prefix))
-            problems.append(f"{override}: {next(reasons, 'has no effect on a run')}")
+            reason = reason or "has no effect on a run"
+        if reason is not None:
+            problems.append(f"{override}: {reason}")
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -215,7 +218,7 @@ def _check_hydras(composed: DictConfig, schema: type[Config]) -> None:
         "hydra.output_subdir": composed.hydra.output_subdir is not None,
         "hydra.job.chdir": bool(composed.hydra.job.chdir),
     }
-    problems = [f"{key.rstrip('.')} in a YAML file: {_HYDRAS_SETTINGS[key]}" for key, is_set in found.items() if is_set]
+    problems = [f"{key.rstrip('.')} in a YAML file: {_REFUSED[key]}" for key, is_set in found.items() if is_set]
     if OmegaConf.get_type(composed) is not schema:
         name = composed.hydra.job.config_name
         problems = [

@@ -15,10 +15,11 @@ from mlxchat.config.parts import is_own, load_part, part_file
 from mlxchat.config.schema import (
     ADAMW_GROUPS,
     EXECUTORS,
+    NO_ADAPTER,
     BatchConfig,
     Config,
+    ConversationConfig,
     ExecutorConfig,
-    FinetuneConfig,
     MachineConfig,
     OptimizerConfig,
     RewardConfig,
@@ -28,12 +29,12 @@ from mlxchat.config.schema import (
 from mlxchat.data.sources import SUFFIXES
 from mlxchat.data.vocabulary import problems_of_vocabulary
 from mlxchat.errors import ConfigError, DataError, suggest
-from mlxchat.model.adapter_problems import find_adapter_problems, find_fusing_problems, find_unread_problems
-from mlxchat.model.sizes import NANOCHATS_HEAD_WIDTH, count_heads, sizes_of
+from mlxchat.model.sizes import NANOCHATS_HEAD_WIDTH, count_heads, find_adapter_problems, sizes_of
 from mlxchat.runner.plan import Pipeline, roles_of
 from mlxchat.runner.stage import Stages
 from mlxchat.store.fingerprint import flatten, plain_of
 from mlxchat.tasks import find_item_problems
+from mlxchat.tasks.bundled import source
 
 _POLAR_EXPRESS_ITERATIONS = 5
 
@@ -79,6 +80,10 @@ def _find_problems(config: Config, steps: Pipeline) -> list[str]:
         *find_bound_problems("", config),
         *_execution(config),
     ]
+    # Stages take over the values of the group `adapter`, whose problems are reported once.
+    found = [
+        line for line in found if (group := re.sub(r"\w+\.adapter\.", "adapter.", line)) == line or group not in found
+    ]
     return [*found, *find_unbounded(config, found)]
 
 
@@ -88,11 +93,6 @@ def _execution(config: Config) -> Iterator[str]:
             yield f"timeout.{step}: {step} is not a step of the pipeline.{suggest(step, config.pipeline)}"
         elif seconds <= 0:
             yield f"timeout.{step} is {seconds:g}, expected seconds above 0"
-    if config.machine.num_processes > 1 and config.machine.max_parallel_steps > 1:
-        yield (
-            f"machine.num_processes is {config.machine.num_processes} and machine.max_parallel_steps "
-            f"{config.machine.max_parallel_steps}: processes share one step or run steps in parallel; set one to 1"
-        )
     yield from _executor("executor", config.executor, config.machine)
     for step in (step for step, entry in config.pipeline.items() if "executor" in entry):
         where = f"pipeline.{step}.executor"
@@ -121,9 +121,6 @@ def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> I
     if executor.kind not in EXECUTORS:
         known = ", ".join(EXECUTORS)
         yield f'{where}.kind is "{executor.kind}", expected one of {known}.{suggest(executor.kind, EXECUTORS)}'
-    if executor.kind != "local" and machine.num_processes > 1:
-        ranks = machine.num_processes
-        yield f"{where} is {executor.kind}, but machine.num_processes={ranks} starts ranks here: set only one"
     for name, default in executor_settings("ray").items() if executor.kind == "ray" else ():
         if name not in _OF_RAY and (value := getattr(executor, name)) != default:
             yield f"{where}.{name} is {value}, but Ray has no such setting: leave it out"
@@ -144,23 +141,18 @@ def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> I
 def _adapters(config: Config, *, model_is_good: bool) -> Iterator[str]:
     stages = {"midtrain": config.midtrain.adapter, "sft": config.sft.adapter, "rl": config.rl.adapter,
               "preference": config.preference.adapter}  # fmt: skip
-    yield from find_unread_problems(config.adapter, list(stages.values()))
-    yield from find_fusing_problems(config.pipeline, stages)
+    unused = [name for name in vars(NO_ADAPTER) if getattr(config.adapter, name) != getattr(NO_ADAPTER, name)]
+    if unused and not any(each.is_there for each in (config.adapter, *stages.values())):
+        keys = ", ".join(unused)
+        yield f"adapter: {keys} set, but there is no adapter. Choose adapter=lora, adapter=dora or adapter=qlora"
     # Sizes of existing models are known only when the plan is made.
     steps = config.pipeline.values()
     others = any(source.startswith(("import:", "artifact:")) for step in steps for source in roles_of(step).values())
-    ours = model_is_good and not others and any(step.get("stage") == "pretrain" for step in steps)
-    sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size) if ours else None
-    seen: list[str] = []
-    for name, adapter in {
-        "adapter": config.adapter,
-        **{f"{name}.adapter": each for name, each in stages.items()},
-    }.items():
-        # Problems that stages take over from the group are reported once.
-        for line in find_adapter_problems(name, adapter, sizes):
-            if (what := line.replace(f"{name}.", "")) not in seen:
-                seen.append(what)
-                yield line
+    if model_is_good and not others and any(step.get("stage") == "pretrain" for step in steps):
+        sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+        yield from find_adapter_problems("adapter", config.adapter, sizes)
+        for name, adapter in stages.items():
+            yield from find_adapter_problems(f"{name}.adapter", adapter, sizes)
 
 
 def _model(config: Config) -> Iterator[str]:
@@ -217,6 +209,11 @@ def _corpus(config: Config) -> Iterator[str]:
         yield "corpus.hub cannot be mixed with corpus.packages or corpus.paths"
     if corpus.hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", corpus.hub.repository):
         yield f'corpus.hub.repository is "{corpus.hub.repository}", expected <organisation>/<name>, such as org/texts'
+    for name in corpus.packages:
+        try:
+            source(name)
+        except ConfigError as error:
+            yield f"corpus.packages: {error}"
     for path in corpus.paths:
         if Path(path).suffix not in SUFFIXES and not Path(path).is_dir():
             yield f"corpus.paths: {path} must be a folder or end in {', '.join(SUFFIXES)}"
@@ -238,13 +235,8 @@ def _pretrain(config: Config) -> Iterator[str]:
             "exactly one of pretrain.num_iterations, pretrain.target_flops and pretrain.tokens_per_parameter must be "
             f"set; given: {given}.{remedy}"
         )
-    targets = {key: getattr(pretrain, key) for key in ("target_bpb", "target_core")}
-    horizons |= {key: value for key, value in targets.items() if value is not None}
-    if None not in targets.values():
-        yield "pretrain.target_bpb and pretrain.target_core are both set; expected one of them"
-    if pretrain.target_core is not None and (pretrain.core is None or pretrain.core.tasks is not None):
-        what = "pretrain.core is null" if pretrain.core is None else "pretrain.core.tasks selects tasks"
-        yield f"pretrain.target_core is set, but {what}: CORE is the mean of all tasks. Give core=nanochat"
+    if pretrain.target_bpb is not None:
+        horizons["target_bpb"] = pretrain.target_bpb
     for key, value in horizons.items():
         if value <= 0:
             yield f"pretrain.{key} is {value:g}, expected more than 0"
@@ -257,7 +249,7 @@ def _pretrain(config: Config) -> Iterator[str]:
     yield from _schedule("pretrain", pretrain.schedule)
 
 
-def _finetune(name: str, finetune: FinetuneConfig, config: Config, steps: Pipeline) -> Iterator[str]:
+def _finetune(name: str, finetune: ConversationConfig, config: Config, steps: Pipeline) -> Iterator[str]:
     longer = finetune.context_tokens
     context = config.model.context_tokens
     is_lengthened = any((each.context_tokens or 0) > context for each in (config.midtrain, config.sft))
@@ -429,17 +421,17 @@ def find_rl_problems(rl: RLConfig) -> Iterator[str]:
 def _preference(config: Config, steps: Pipeline) -> Iterator[str]:
     preference = config.preference
     yield from _schedule("preference", preference.schedule)
-    yield from find_item_problems("preference", {"data": preference.data}, training=True)
-    yield from find_item_problems("preference", {"validation": preference.validation}, training=False)
     if not any(step.get("stage") == "preference" for step in steps.values()):
         return
-    for name in ("data", "validation"):
+    for name, training in (("data", True), ("validation", False)):
         item = getattr(preference, name)
         if item.task == "pairs" and item.path is None:
             yield (
                 f"preference.{name}.path is null: give a file of pairs, or the task whose questions the model shall "
                 f"answer, such as preference.{name}.task=arithmetic"
             )
+        else:
+            yield from find_item_problems("preference", {name: item}, training=training)
     if preference.adapter.is_there and preference.adapter.dropout > 0:
         yield (
             f"preference.adapter.dropout is {preference.adapter.dropout}, expected 0: the loss needs the "

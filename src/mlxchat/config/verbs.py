@@ -27,7 +27,6 @@ VERBS = {
     "pull": ("artifacts:pull", "import pushed artifacts from a folder, tar file or URL"),
     "export": ("models:export", "write a model for another tool: export ID --to hf|nanochat|mlx|mlx-adapter|peft PATH"),
     "import": ("models:import_model", "import a model or adapters of another tool: import nanochat|hf|adapter WHAT"),
-    "fuse": ("models:fuse", "merge a model's adapters into its weights; the result is a checkpoint"),
     "chat": ("models:chat", "chat with a model (-p QUESTION for one answer)"),
     "serve": ("models:serve", "serve models over HTTP: OpenAI's API, nanochat's API, and a chat page"),
     "eval": ("evaluate:evaluate", "evaluate a model on a task or suite: eval sft --task gsm8k --limit 100 --samples 8"),

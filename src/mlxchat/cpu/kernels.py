@@ -10,21 +10,24 @@ float64.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import cache, wraps
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.ops.attention import RMS_NORM_EPSILON, Positions, rotation, visible_keys
+from mlxchat.cpu import plain_version
+from mlxchat.engine.sample import MOST_DRAW
+from mlxchat.model import gpt, lora
+from mlxchat.model.gpt import RMS_NORM_EPSILON, Mask
+from mlxchat.model.lora import Adapter, Packed, unpacked
 from mlxchat.ops.device import compiled, differentiable
-from mlxchat.ops.dropout import dropped
-from mlxchat.ops.linear import Activation, Adapter, Packed, identity, unpacked
-from mlxchat.ops.loss import SOFT_CAP, TINY, Logits, Mix, split_positions, with_gradients
+from mlxchat.ops.loss import SOFT_CAP, Found, Kind, split_positions, with_gradients
 from mlxchat.ops.machine import CPU_ATTENTION_TOKENS as _BLOCK_TOKENS
 from mlxchat.ops.machine import CPU_LEAST_LOGITS_ROWS as _LEAST_ROWS
 from mlxchat.ops.machine import CPU_LOGITS as _CHUNK_FLOATS
-from mlxchat.optim.muon import Quintic, gram_matrix, multiply_quintics
+from mlxchat.optim import muon
+from mlxchat.optim.muon import Quintic, gram_matrix
 
 # Rational minimax fit of tanh on [-7.9, 7.9]: odd numerator, even denominator, lowest power first.
 _TANH_OVER = (
@@ -43,6 +46,7 @@ _EXP = (
     2.542680109e-05, 2.695181888e-06,
 )  # fmt: skip
 
+_TABLE_TOKENS = 1024
 EXP_UNIT = 16
 """Unit of the argument of `masked_exp_of_units`."""
 
@@ -64,10 +68,10 @@ def masked_exp_of_units(x: mx.array, mask: mx.array) -> mx.array:
     return power
 
 
-def exp_of_units(tanh: mx.array, cap: float) -> mx.array:
-    """Return exp(cap × tanh) for |tanh| <= 1 and cap <= 16, within 5e-6 relative."""
-    scale = cap / 16
-    power = _polynomial(tanh, tuple(scale**power * factor for power, factor in enumerate(_EXP)))
+@compiled
+def exp_of_capped(tanh: mx.array) -> mx.array:
+    """Return exp(15 tanh) for |tanh| <= 1, within 5e-6 relative: a polynomial for exp(15/16 tanh), to the power 16."""
+    power = _polynomial(tanh, tuple((SOFT_CAP / 16) ** power * factor for power, factor in enumerate(_EXP)))
     for _ in range(4):
         power = power * power
     return power
@@ -105,13 +109,53 @@ def sum_rows(x: mx.array) -> mx.array:
     return x @ mx.ones(x.shape[-1], dtype=x.dtype)
 
 
+def for_many_tokens(version: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Use MLX's own operations for one token of each row (axis 1): those here take longer to set up."""
+
+    @wraps(version)
+    def chosen(x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        function = plain_version(getattr(gpt, version.__name__)) if x.shape[1] == 1 else version
+        found: mx.array = function(x, *args, **kwargs)
+        return found
+
+    return chosen
+
+
+@for_many_tokens
 def rms_norm(x: mx.array) -> mx.array:
     return _rms_norm(x.astype(mx.float32))[0].astype(x.dtype)
 
 
-def rotate_and_normalise(x: mx.array, *, offset: int | Positions, theta: float, scale: float) -> mx.array:
+@for_many_tokens
+def rotate_and_normalise(x: mx.array, *, offset: int | mx.array, theta: float) -> mx.array:
     cos, sin = rotation(offset, x.shape[1], x.shape[3], theta)
-    return _rotated_norm(x.astype(mx.float32), cos, sin, mx.array(scale))[0].astype(x.dtype)
+    return _rotated_norm(x.astype(mx.float32), cos, sin, mx.array(1.0))[0].astype(x.dtype)
+
+
+def rotation(offset: int | mx.array, tokens: int, width: int, theta: float) -> tuple[mx.array, mx.array]:
+    """Return the factors of halves and of swapped halves, (T, 2, D / 2), or (B, 1, T, 2, D / 2) for rows."""
+    if isinstance(offset, int):
+        blocks = -(-(offset + tokens) // _TABLE_TOKENS)
+        cos, sin = (table[offset : offset + tokens] for table in _tables(blocks, width, theta))
+        return cos, sin
+    blocks = -(-(cast(int, offset.max().item()) + tokens) // _TABLE_TOKENS)
+    places = offset[:, None] + mx.arange(tokens)
+    cos, sin = (table[places][:, None] for table in _tables(blocks, width, theta))
+    return cos, sin
+
+
+@cache
+def _tables(blocks: int, width: int, theta: float) -> tuple[mx.array, mx.array]:
+    cos, sin = angles(blocks * _TABLE_TOKENS, width, theta)
+    return mx.array(cos), mx.array(sin)
+
+
+def angles(tokens: int, width: int, theta: float) -> tuple[Any, Any]:
+    """Return tables of cosines and sines (T, 2, D / 2)."""
+    frequencies = 1 / np.float32(theta) ** (np.arange(0, width, 2, dtype=np.float32) / np.float32(width))
+    turned = np.arange(tokens, dtype=np.float32)[:, None] * frequencies
+    cos, sin = np.cos(turned), np.sin(turned)
+    return np.stack([cos, cos], axis=1), np.stack([sin, -sin], axis=1)
 
 
 @differentiable
@@ -197,102 +241,35 @@ def rotate_halves(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.ar
 # gradient, and packed ones are unpacked for each product, because MLX's quantised product takes 40 times as long.
 
 
+@for_many_tokens
 def squared_relu(x: mx.array) -> mx.array:
     return _squared_relu(x)
 
 
-def linear(x: mx.array, weight: mx.array, activation: Activation = identity) -> mx.array:
-    return _linear(activation)(x, weight)
+@for_many_tokens
+def linear(x: mx.array, weight: mx.array) -> mx.array:
+    return _linear(x, weight)
 
 
-def scale_columns(x: mx.array, factor: mx.array) -> mx.array:
-    return _scale_columns(x, factor)
+@differentiable
+def _linear(x: mx.array, weight: mx.array) -> mx.array:
+    return x @ weight.T
 
 
-@cache
-def _linear(activation: Activation) -> Callable[[mx.array, mx.array], mx.array]:
-    @differentiable
-    def forward(x: mx.array, weight: mx.array) -> mx.array:
-        return activation(x) @ weight.T
-
-    @forward.vjp
-    def gradient(
-        primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        x, weight = primals
-        # Depend on the cotangent, so that mx.compile recomputes the activation instead of keeping it.
-        seen = x if activation is identity else activation(mx.depends([x], [cotangent])[0])
-        d_weight = cotangent.reshape(-1, cotangent.shape[-1]).T @ seen.reshape(-1, x.shape[-1])
-        (d_seen,) = mx.depends([cotangent @ weight], [d_weight])
-        return _activation_gradient(activation, x, d_seen), d_weight.astype(weight.dtype)
-
-    return forward
+@_linear.vjp
+def _linear_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    x, weight = primals
+    d_weight = cotangent.reshape(-1, cotangent.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    (d_x,) = mx.depends([cotangent @ weight], [d_weight])
+    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
 
 
-def frozen_linear(
-    x: mx.array, matrix: mx.array | Packed, activation: Activation = identity, adapter: Adapter | None = None
-) -> mx.array:
-    packing = matrix[3:] if isinstance(matrix, Packed) else None
-    frozen = matrix[:3] if isinstance(matrix, Packed) else (matrix,)
-    if adapter is None:
-        return _frozen_linear(activation, packing, None, None)(x, *frozen)
-    keys = () if adapter.keys is None else (adapter.keys,)
-    function = _frozen_linear(activation, packing, adapter.scale, adapter.dropout if keys else None)
-    return function(x, *frozen, adapter.a, adapter.b, *keys)
-
-
-@cache
-def _frozen_linear(
-    activation: Activation, packing: tuple[int, int] | None, scale: float | None, dropout: float | None
-) -> Callable[..., mx.array]:
-    """Return the function of (x, W or its three packed arrays, A, B, keys); the last three are optional."""
-    num_frozen = 1 if packing is None else 3
-
-    def whole(frozen: tuple[mx.array, ...]) -> mx.array:
-        if packing is None:
-            return frozen[0]
-        numbers, scales, offsets = frozen
-        return unpacked(Packed(numbers, scales, offsets, *packing))
-
-    def shown(x: mx.array, keys: tuple[mx.array, ...]) -> mx.array:
-        return x if dropout is None else dropped(x, keys[0], dropout)
-
-    @differentiable
-    def forward(x: mx.array, *arrays: mx.array) -> mx.array:
-        frozen, small, keys = arrays[:num_frozen], arrays[num_frozen : num_frozen + 2], arrays[num_frozen + 2 :]
-        seen = activation(x)
-        out = seen @ whole(frozen).T
-        if scale is None:
-            return out
-        # addmm adds in the same pass as the small product.
-        return mx.addmm(out, shown(seen, keys) @ small[0], small[1], alpha=scale)
-
-    @forward.vjp
-    def gradient(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> Any:
-        x, *arrays = primals
-        # Depend on the cotangent, so that mx.compile recomputes these instead of keeping them.
-        again, *frozen = mx.depends([x, *arrays[:num_frozen]], [cotangent])
-        d_seen, slopes = cotangent @ whole(tuple(frozen)), list[mx.array]()
-        if scale is not None:
-            (a, b), keys = arrays[num_frozen : num_frozen + 2], tuple(arrays[num_frozen + 2 :])
-            seen = shown(activation(again), keys)
-            d_inner = scale * (cotangent @ b.T)
-            d_b = scale * ((seen @ a).reshape(-1, a.shape[1]).T @ cotangent.reshape(-1, cotangent.shape[-1]))
-            d_a = seen.reshape(-1, a.shape[0]).T @ d_inner.reshape(-1, a.shape[1])
-            d_seen = mx.addmm(d_seen, d_inner, a.T) if dropout is None else d_seen + shown(d_inner @ a.T, keys)
-            slopes = [d_a, d_b]
-            (d_seen,) = mx.depends([d_seen], slopes)
-            slopes += map(mx.zeros_like, keys)
-        return [_activation_gradient(activation, x, d_seen), *map(mx.zeros_like, frozen), *slopes]
-
-    return forward
-
-
-def _activation_gradient(activation: Activation, x: mx.array, cotangent: mx.array) -> mx.array:
-    if activation is identity:
-        return cotangent.astype(x.dtype)
-    gradient: mx.array = mx.vjp(activation, [x], [cotangent])[1][0]
-    return gradient.astype(x.dtype)
+def frozen_linear(x: mx.array, matrix: mx.array | Packed, adapter: Adapter | None = None) -> mx.array:
+    # MLX's quantised product takes as long for each row as unpacking the matrix.
+    if x.size > x.shape[-1]:
+        matrix = mx.stop_gradient(unpacked(matrix))
+    found: mx.array = plain_version(lora.frozen_linear)(x, matrix, adapter)
+    return found
 
 
 @differentiable
@@ -313,47 +290,40 @@ def _squared_relu_gradient(x: mx.array, cotangent: mx.array) -> mx.array:
     return (x + mx.abs(x)) * cotangent
 
 
-@differentiable
-def _scale_columns(x: mx.array, factor: mx.array) -> mx.array:
-    return (x * factor).astype(x.dtype)
-
-
-@_scale_columns.vjp
-def _scale_columns_vjp(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array
-) -> tuple[mx.array, mx.array]:
-    """Use the output, which the next operation keeps anyway, so that x is not kept. A factor of 0 has no gradient."""
-    x, factor = primals
-    sums = (cotangent.astype(factor.dtype) * output).reshape(-1, output.shape[-1]).sum(0)
-    d_factor = mx.where(factor == 0, 0.0, sums / factor).astype(factor.dtype)
-    (d_x,) = mx.depends([(cotangent * factor).astype(x.dtype)], [d_factor])
-    return d_x, d_factor
-
-
 # Attention
 
 
-def causal_attention(q: mx.array, k: mx.array, v: mx.array, window: int | None = None) -> mx.array:
-    """The softmax does not subtract the maximum, so every |q·k| / sqrt(D) must be below 24.
+def window_mask(tokens: int, window: int | None, dtype: mx.Dtype) -> int:
+    """Return the window, for `attention`'s blocks."""
+    return tokens if window is None else min(window, tokens)
+
+
+def attention(q: mx.array, k: mx.array, v: mx.array, mask: Mask | int, scale: float) -> mx.array:
+    """The softmax does not subtract the maximum, so every scale × |q·k| must be below 24.
 
     RMS-normalised heads up to width 256 satisfy that, also scaled by 1.2.
     """
     batch, heads, tokens, width = q.shape
-    window = tokens if window is None else min(window, tokens)
     # Query heads of one group share a key head: (B, K, G, T, D) against (B, K, 1, T, D).
     dtype, (q, k, v) = q.dtype, (x.astype(mx.float32) for x in (q, k, v))
-    q = q.reshape(batch, k.shape[1], heads // k.shape[1], tokens, width) * (width**-0.5 / EXP_UNIT)
-    out, _ = _windowed(window)(q, k[:, :, None], v[:, :, None])
-    return out.reshape(batch, tokens, heads, width).astype(dtype)
-
-
-def masked_attention(q: mx.array, k: mx.array, v: mx.array, visible: mx.array) -> mx.array:
-    batch, heads, tokens, width = q.shape
-    dtype, (q, k, v) = q.dtype, (x.astype(mx.float32) for x in (q, k, v))
-    q = q.reshape(batch, k.shape[1], heads // k.shape[1], tokens, width) * (width**-0.5 / EXP_UNIT)
-    weights = masked_exp(q @ k[:, :, None].swapaxes(-1, -2), visible[:, None, None].astype(mx.float32))
+    q = q.reshape(batch, k.shape[1], heads // k.shape[1], tokens, width) * (scale / EXP_UNIT)
+    if isinstance(mask, int):
+        out, _ = _windowed(mask)(q, k[:, :, None], v[:, :, None])
+        return out.reshape(batch, tokens, heads, width).astype(dtype)
+    visible = _visible(mask, tokens, k.shape[2])
+    weights = masked_exp(q @ k[:, :, None].swapaxes(-1, -2), visible.astype(mx.float32))
     out = multiply_rows(weights @ v[:, :, None], (1 / sum_rows(weights))[..., None])
     return out.reshape(batch, heads, tokens, width).swapaxes(1, 2).astype(dtype)
+
+
+def _visible(mask: Mask, tokens: int, keys: int) -> mx.array:
+    """Return which keys each query sees, broadcast to (B, K, G, T, S)."""
+    if mask is None:
+        return mx.ones(1)
+    if isinstance(mask, str):
+        return mx.arange(keys) <= mx.arange(keys - tokens, keys)[:, None]
+    visible = mask if mask.dtype == mx.bool_ else mask == 0
+    return visible[:, :, None] if visible.ndim == 4 else visible
 
 
 @cache
@@ -414,7 +384,8 @@ def _blocks(tokens: int, window: int) -> Iterator[tuple[Any, Any, mx.array]]:
 
 @cache
 def _mask(start: int, stop: int, window: int) -> mx.array:
-    return mx.array(visible_keys(start, stop, window).astype(np.float32))
+    query, key = np.arange(start, stop)[:, None], np.arange(stop)
+    return mx.array(((key <= query) & (key >= query - window)).astype(np.float32))
 
 
 def _sum_spans(parts: list[tuple[int, mx.array]]) -> mx.array:
@@ -442,6 +413,27 @@ def _softmax_gradient(weights: mx.array, d_weights: mx.array, inner: mx.array) -
     return weights * (d_weights - inner) * EXP_UNIT
 
 
+# Sampling, by NumPy: MLX's argmax takes 7 ns per number on a CPU, its partition 40 and its running sum 30
+
+
+def most_likely(logits: mx.array) -> mx.array:
+    return mx.array(np.asarray(logits).argmax(axis=-1).astype(np.uint32))
+
+
+def likeliest(scores: mx.array, count: int) -> mx.array:
+    values = np.asarray(scores)
+    some = np.argpartition(values, -count, axis=-1)[:, -count:]
+    order = np.argsort(-np.take_along_axis(values, some, axis=-1), axis=-1)
+    return mx.array(np.take_along_axis(some, order, axis=-1).astype(np.uint32))
+
+
+def draw_places(probabilities: mx.array, draws: Sequence[float]) -> mx.array:
+    sums = np.cumsum(np.asarray(probabilities), axis=-1)
+    aims = np.minimum(draws, MOST_DRAW).astype(np.float32) * sums[:, -1]
+    places = [np.searchsorted(row, aim, side="right") for row, aim in zip(sums, aims, strict=True)]
+    return mx.array(np.minimum(places, sums.shape[1] - 1).astype(np.int32)[:, None])
+
+
 # Losses
 
 
@@ -457,142 +449,62 @@ def tanh_of_head(x: mx.array, weight: mx.array) -> mx.array:
     return _tanh((x.astype(mx.float32) * (1 / SOFT_CAP)) @ weight.astype(mx.float32).T)
 
 
-def exp_of_capped(tanh: mx.array, cap: float) -> mx.array:
-    return _exp_of(cap)(tanh) if cap <= 16 else mx.exp(cap * tanh)
+def capped_logits(x: mx.array, weight: mx.array) -> mx.array:
+    return SOFT_CAP * tanh_of_head(x, weight)
 
 
-class _Chunk(NamedTuple):
-    """A chunk's contribution to a loss.
-
-    The gradient in x Wᵀ is slope × row_factor, except for the target's term, which is subtracted by index. So factors
-    per row are applied to the thin matrices, and the wide one needs few passes.
-    """
-
-    sums: list[mx.array]
-    slope: mx.array
-    """(N, V)."""
-    row_factor: mx.array | None
-    """(N, 1); None: 1."""
-    target: mx.array
-    target_slope: mx.array
-    """(N, 1), to be subtracted."""
+def token_scores(x: mx.array, weight: mx.array, targets: mx.array, kinds: Sequence[Kind]) -> list[mx.array]:
+    chunks: list[list[mx.array]] = []
+    for rows in split_positions(x[None], chunk_rows(len(weight))):
+        tanh, target = tanh_of_head(x[rows], weight), mx.maximum(targets[rows], 0)
+        logits = SOFT_CAP * mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
+        exponentials = exp_of_capped(tanh)
+        sums = sum_rows(exponentials)
+        found: dict[Kind, mx.array] = {
+            "losses": mx.log(sums) - logits,
+            "entropies": mx.log(sums) - SOFT_CAP * sum_rows(exponentials * tanh) / sums,
+            "logits": logits,
+            "likeliest": tanh.argmax(-1),
+        }
+        chunks.append([mx.where(targets[rows] >= 0, found[kind], 0) for kind in kinds])
+    return [mx.concatenate(list(parts)) for parts in zip(*chunks, strict=True)]
 
 
 def cross_entropy_sum(
     x: mx.array, weight: mx.array, targets: mx.array, row_weights: mx.array, *, frozen_head: bool = False
 ) -> mx.array:
-    """The gradient in a logit is factor × (p − 1 at the target) × (1 − tanh²) with p = exp / sum."""
+    """The gradient in a logit is factor × (p − 1 at the target) × (1 − tanh²) with p = exp / sum.
 
-    def of_chunk(part: slice, tanh: mx.array, after: list[mx.array]) -> _Chunk:
-        target, factor = targets[part], row_weights[part]
-        exponentials = exp_of_capped(tanh, SOFT_CAP)
-        sums = sum_rows(exponentials)
-        target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
-        losses = (mx.log(sums) - SOFT_CAP * target_tanh) * factor
-        target_slope = (factor * (1 - mx.square(target_tanh)))[:, None]
-        return _Chunk([losses.sum()], _slope(exponentials, tanh), (factor / sums)[:, None], target, target_slope)
+    The target's term is subtracted by index, and factors of rows are applied to thin matrices, so the wide matrix of
+    slopes needs few passes.
+    """
 
-    return _sum_over_chunks(x[None], weight, of_chunk, [1.0], frozen_head=frozen_head)[0]
-
-
-def distillation_sum(
-    x: mx.array,
-    weight: mx.array,
-    targets: mx.array,
-    row_weights: mx.array,
-    teacher: Logits,
-    mix: Mix,
-    *,
-    capped: bool,
-    frozen_head: bool = False,
-) -> tuple[mx.array, mx.array, mx.array]:
-    def of_chunk(part: slice, tanh: mx.array, after: list[mx.array]) -> _Chunk:
-        target, factor = targets[:, part].reshape(-1), row_weights[:, part].reshape(-1)
-        return _distilled(tanh, teacher(part, after), target, factor, mix, capped=capped)
-
-    total, ce, kl = _sum_over_chunks(x, weight, of_chunk, mix.coefficients, frozen_head=frozen_head)
-    return total, mx.stop_gradient(ce), mx.stop_gradient(kl)
-
-
-def _distilled(
-    tanh: mx.array, logits: mx.array, target: mx.array, factor: mx.array, mix: Mix, *, capped: bool
-) -> _Chunk:
-    """Return the weighted sums of cross-entropies and divergences of a chunk, with their gradient."""
-    soft = mix.temperature
-    exp = exp_of_capped(tanh, SOFT_CAP)
-    exp_soft = exp if soft == 1 else exp_of_capped(tanh, SOFT_CAP / soft)
-    sums = sum_rows(exp)
-    sums_soft = sums if soft == 1 else sum_rows(exp_soft)
-    target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
-    ce = mx.log(sums) - SOFT_CAP * target_tanh
-    if capped:
-        teacher_exp = exp_of_capped(logits * (1 / SOFT_CAP), SOFT_CAP / soft)
-        shift = mx.zeros(len(logits))
-    else:
-        shift = logits.max(-1) / soft
-        teacher_exp = mx.exp(logits / soft - shift[:, None])
-    teacher_sums = sum_rows(teacher_exp)
-    # Per row: the factors that make exponentials probabilities.
-    student_norm, teacher_norm = 1 / sums_soft, 1 / teacher_sums
-    # log p − log q is (teacher's logit − student's) / T, plus this constant per row.
-    constant = mx.log(sums_soft) - mx.log(teacher_sums) - shift
-    difference = _difference(teacher_exp, logits, tanh)
-    mean_norm = teacher_norm / soft
-    pull = factor * (mix.weight * soft)
-    ce_factor = factor * ((1 - mix.weight) / sums)
-    if mix.top_k is None or mix.top_k >= logits.shape[-1]:
-        kl = sum_rows(difference) * mean_norm + constant
-        pulls = ce_factor[:, None], (pull * student_norm)[:, None], (pull * teacher_norm)[:, None]
-        slope = _distilled_slope(exp, exp_soft, teacher_exp, tanh, *pulls)
-    else:
-        border = mx.partition(logits, logits.shape[-1] - mix.top_k, axis=-1)[:, -mix.top_k, None]
-        top = (logits >= border).astype(mx.float32)
-        teacher_rest = sum_rows(teacher_exp * (1 - top)) * teacher_norm
-        student_rest = sum_rows(exp_soft * (1 - top)) * student_norm
-        rest = mx.log(mx.maximum(teacher_rest, TINY)) - mx.log(mx.maximum(student_rest, TINY))
-        kl = sum_rows(difference * top) * mean_norm + constant * (1 - teacher_rest) + teacher_rest * rest
-        ratio = teacher_rest / mx.maximum(student_rest, TINY)
-        aim = top * teacher_exp * teacher_norm[:, None] + (1 - top) * exp_soft * (student_norm * ratio)[:, None]
-        slope = ce_factor[:, None] * exp + pull[:, None] * (exp_soft * student_norm[:, None] - aim)
-        slope = slope * (1 - mx.square(tanh))
-    target_slope = ((1 - mix.weight) * factor * (1 - mx.square(target_tanh)))[:, None]
-    return _Chunk([(ce * factor).sum(), (kl * factor).sum()], slope, None, target, target_slope)
-
-
-def _sum_over_chunks(
-    x: mx.array,
-    weight: mx.array,
-    of_chunk: Callable[[slice, mx.array, list[mx.array]], _Chunk],
-    coefficients: Sequence[float],
-    *,
-    frozen_head: bool,
-) -> list[mx.array]:
-    """As `ops.loss.sum_over_chunks`, in float32."""
-
-    def sums_and_gradients(x: mx.array, weight: mx.array) -> tuple[list[mx.array], list[mx.array], mx.array]:
-        sums, d_x, targets, at_target, done = [], list[mx.array](), [], [], list[mx.array]()
-        d_weight = mx.zeros((1, 1) if frozen_head else weight.shape)
-        for part in split_positions(x, weight.shape[0]):
+    def loss_and_gradients(x: mx.array, weight: mx.array) -> Found:
+        losses, d_x, at_targets, done = list[mx.array](), list[mx.array](), list[mx.array](), list[mx.array]()
+        d_weight = None if frozen_head else mx.zeros(weight.shape)
+        for part in split_positions(x, chunk_rows(len(weight))):
             # Depend on the previous chunk: otherwise MLX would compute the logits of all chunks first.
-            (chunk,) = mx.depends([x[:, part].reshape(-1, x.shape[2])], done)
-            found = of_chunk(part, tanh_of_head(chunk, weight), done)
-            sums.append(found.sums)
-            product, rows = found.slope @ weight, chunk
-            if found.row_factor is not None:
-                product, rows = product * found.row_factor, chunk * found.row_factor
-            d_x.append(product - found.target_slope * weight[found.target])
-            done = [d_x[-1], *found.sums]
-            if not frozen_head:
-                d_weight = mx.addmm(d_weight, found.slope.T, rows)
-                targets.append(found.target)
-                at_target.append(found.target_slope * chunk)
+            (rows,) = mx.depends([x[0, part]], done)
+            tanh, target, factor = tanh_of_head(rows, weight), targets[part], row_weights[part]
+            exponentials = exp_of_capped(tanh)
+            sums = sum_rows(exponentials)
+            target_tanh = mx.take_along_axis(tanh, target[:, None], axis=-1)[:, 0]
+            losses.append(((mx.log(sums) - SOFT_CAP * target_tanh) * factor).sum())
+            slope, row_factor = _slope(exponentials, tanh), (factor / sums)[:, None]
+            target_slope = (factor * (1 - mx.square(target_tanh)))[:, None]
+            d_x.append((slope @ weight) * row_factor - target_slope * weight[target])
+            done = [d_x[-1], losses[-1]]
+            if d_weight is not None:
+                d_weight = mx.addmm(d_weight, slope.T, rows * row_factor)
+                at_targets.append(target_slope * rows)
                 # One number of the sum, not the sum itself: the next chunk's sum reuses its memory.
-                done += [d_weight[:1, :1] * 1.0, at_target[-1]]
-        if not frozen_head:
-            d_weight = d_weight.at[mx.concatenate(targets)].subtract(mx.concatenate(at_target))
-        return [sum(each[1:], each[0]) for each in zip(*sums, strict=True)], d_x, d_weight
+                done += [d_weight[:1, :1] * 1.0, at_targets[-1]]
+        if d_weight is not None:
+            d_weight = d_weight.at[targets].subtract(mx.concatenate(at_targets))
+        return [sum(losses[1:], losses[0])], d_x, d_weight
 
-    return with_gradients(sums_and_gradients, x.astype(mx.float32), weight.astype(mx.float32), coefficients)
+    x, weight = x[None].astype(mx.float32), weight.astype(mx.float32)
+    return with_gradients(loss_and_gradients, x, weight, frozen_head=frozen_head)[0]
 
 
 @compiled
@@ -603,35 +515,10 @@ def _cap(logits: mx.array) -> mx.array:
 _tanh = compiled(rational_tanh)
 
 
-# One output per kernel: a compiled loop with two outputs takes twice as long.
-@cache
-def _exp_of(cap: float) -> Callable[[mx.array], mx.array]:
-    return compiled(partial(exp_of_units, cap=cap))
-
-
 @compiled
 def _slope(exponentials: mx.array, tanh: mx.array) -> mx.array:
     """Return exp × (1 − tanh²), where the second factor is the derivative of the soft cap."""
     return exponentials * (1 - tanh * tanh)
-
-
-@compiled
-def _distilled_slope(
-    exp: mx.array,
-    exp_soft: mx.array,
-    teacher_exp: mx.array,
-    tanh: mx.array,
-    ce: mx.array,
-    pull: mx.array,
-    push: mx.array,
-) -> mx.array:
-    return (exp * ce + exp_soft * pull - teacher_exp * push) * (1 - tanh * tanh)
-
-
-@compiled
-def _difference(teacher_exp: mx.array, logits: mx.array, tanh: mx.array) -> mx.array:
-    """Return the teacher's exponential × (its logit − the student's)."""
-    return teacher_exp * (logits - SOFT_CAP * tanh)
 
 
 # The optimizer
@@ -644,11 +531,12 @@ def apply_quintics(x: mx.array, quintics: Sequence[Quintic]) -> mx.array:
 
     Each quintic multiplies x by a polynomial of its Gram matrix. These polynomials commute, so their product needs only
     small matrices. Squaring loses half of the digits of small singular values, and each further quintic amplifies the
-    error. So the Gram matrix is recomputed in between, and half precision uses `multiply_quintics`.
+    error. So the Gram matrix is recomputed in between, and half precision takes the plain way.
     """
     rows, columns = x.shape[-2:]
     if x.dtype != mx.float32 or max(rows, columns) < 2 * min(rows, columns):
-        return multiply_quintics(x, quintics)
+        found: mx.array = plain_version(muon.apply_quintics)(x, quintics)
+        return found
     for part in (quintics[:_FRESH_GRAM], quintics[_FRESH_GRAM:]):
         gram, product = gram_matrix(x), None
         identity = mx.eye(gram.shape[-1])

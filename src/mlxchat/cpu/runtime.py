@@ -6,22 +6,20 @@ returns large buffers to the kernel on every release, which costs half a trainin
 keep them. On macOS, where MLX uses Accelerate, all of this is a no-op.
 
 Compiler flags: `mx.compile` writes each fused kernel as C++ and calls `g++ -O3` without a target CPU, so loops use
-SSE2: four numbers at a time, no fused multiply-add, no vectorised maximum. The command is fixed inside MLX, but it
-finds `g++` by PATH, so a script of that name in front of it adds the flags. MLX caches compiled kernels by name in
-TMPDIR, where kernels that other programs compiled without flags would be reused; ours are in the user's cache. Both
-variables change for this process and its children; Python's own temporary folder stays the same.
-
-Most of a kernel's compilation time is MLX's header, which every kernel includes. The script precompiles it once (50 MB
-in the same folder), which leaves a fifth of the time and gives the same machine code.
+SSE2. The command is fixed inside MLX, but it finds `g++` by PATH, so a script of that name in front of it adds the
+flags. MLX caches compiled kernels by name in TMPDIR, where kernels that other programs compiled without flags would be
+reused; ours are in the user's cache. Both variables change for this process and its children; Python's own temporary
+folder stays the same. Most of a kernel's compilation time is MLX's header, which the script precompiles once (50 MB).
 
 Products of few rows: OpenBLAS first copies both operands of a product, which takes half of a decoding step. `thin.cpp`
-is compiled into the same folder and provides a `cblas_sgemm` in front of OpenBLAS's; `thin_products` enables it.
+is compiled into the same folder and provides a `cblas_sgemm` in front of OpenBLAS's.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -29,11 +27,11 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+
+from mlxchat.store.files import whole_file
 
 # Constants of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
@@ -41,8 +39,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _FLAGS = ["-march=native", "-fno-math-errno", "-fno-trapping-math"]
 # MLX's own. A precompiled header is used only with the flags that it was compiled with.
 _MLX_FLAGS = ["-std=c++17", "-O3", "-Wall", "-fPIC"]
-# The first makes GCC fuse every multiply-add; otherwise tiles of different sizes would round differently.
-_THIN_FLAGS = ["--param", "avoid-fma-max-bits=0", "-fschedule-insns", "-fsched-pressure"]
+_THIN_FLAGS = ["-std=c++20", "-O3", "-fPIC", "--param", "avoid-fma-max-bits=0", "-fschedule-insns", "-fsched-pressure"]
 _HEADER = "mlx/backend/cpu/compiled_preamble.h"
 _SCRIPT = """#!/bin/sh
 header="{place}/include/{header}.gch"
@@ -54,6 +51,8 @@ exec "{compiler}" {flags} -I"{place}/include" "$@"
 """
 _SCRIPT_FOLDER = "mlxchat-compiler"
 _THIN = Path(__file__).with_name("thin.cpp")
+_NEEDED = sys.platform == "linux"
+"""Linux's wheels of MLX link the reference BLAS."""
 
 
 @dataclass(frozen=True)
@@ -80,91 +79,66 @@ def remedy() -> Remedy:
     if _remedy is not None:
         return _remedy
     if "mlx.core" in sys.modules:
-        return Remedy(needed=_needed(), library=None, reason="MLX was imported before mlxchat: import mlxchat first")
-    found = _find_openblas() if _needed() else None
-    return Remedy(needed=_needed(), library=str(found) if found else None, reason="not loaded yet")
+        return Remedy(needed=_NEEDED, library=None, reason="MLX was imported before mlxchat: import mlxchat first")
+    found = _find_openblas() if _NEEDED else None
+    return Remedy(needed=_NEEDED, library=str(found) if found else None, reason="not loaded yet")
 
 
 def apply_remedy() -> Remedy:
     """Load an OpenBLAS, set malloc's thresholds and install the compiler flags, once; warn if there is no OpenBLAS.
 
     `MLXCHAT_BLAS=off` disables this; `MLXCHAT_BLAS=/path/lib.so` names the library.
-
-    Returns:
-        what was done.
     """
-    global _remedy, _openblas, _thin
-    if _remedy is not None:
-        return _remedy
-    if not _needed():
-        _remedy = Remedy(needed=False, library=None, reason="not needed: the platform's own BLAS is fast")
-        return _remedy
-    if os.environ.get("MLXCHAT_BLAS") == "off":
-        _remedy = Remedy(needed=True, library=None, reason="switched off by MLXCHAT_BLAS=off")
-        return _remedy
+    global _remedy
+    if _remedy is None:
+        if not _NEEDED:
+            _remedy = Remedy(needed=False, library=None, reason="not needed: the platform's own BLAS is fast")
+        elif os.environ.get("MLXCHAT_BLAS") == "off":
+            _remedy = Remedy(needed=True, library=None, reason="switched off by MLXCHAT_BLAS=off")
+        else:
+            _remedy = _apply()
+    return _remedy
+
+
+def _apply() -> Remedy:
+    global _openblas, _thin
     _calm_malloc()
     compiler = install_compiler_flags()
     # MLX orders a graph breadth-first up to this width, then depth-first. With its default of 20 the lanes of a batch
     # (lanes.py) would run one after the other.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "400")
+    if core := _core_type():
+        os.environ.setdefault("OPENBLAS_CORETYPE", core)
     found = _find_openblas()
-    if found is None:
-        reason = "no OpenBLAS found"
-    else:
-        core = _core_type()
-        if core:
-            os.environ.setdefault("OPENBLAS_CORETYPE", core)
-        try:
-            _openblas = _load_openblas(found)
-            _thin = _load_thin(_openblas)
-            ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
-        except OSError as error:
-            found, reason = None, f"OpenBLAS could not be loaded ({error})"
-        else:
-            reason = f"OpenBLAS, kernels {os.environ.get('OPENBLAS_CORETYPE', 'by its own choice')}"
-    if found is None:
+    try:
+        if found is None:
+            raise OSError("none was found")
+        _openblas = _load_openblas(found)
+        _thin = _load_thin(_openblas)
+        ctypes.CDLL(str(found), mode=ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        reason = f"OpenBLAS could not be loaded ({error})"
         warnings.warn(
             f"{reason}: matrix products will be about 50 times slower. "
             "Install the cpu extra (pip install 'mlxchat[cpu]') or set MLXCHAT_BLAS to a libopenblas.so.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    _remedy = Remedy(needed=True, library=str(found) if found else None, reason=reason, compiler=compiler)
-    return _remedy
+        return Remedy(needed=True, library=None, reason=reason, compiler=compiler)
+    reason = f"OpenBLAS, kernels {os.environ.get('OPENBLAS_CORETYPE', 'by its own choice')}"
+    return Remedy(needed=True, library=str(found), reason=reason, compiler=compiler)
 
 
 def set_blas_threads(count: int) -> None:
-    """Set the number of cores of a matrix product; a no-op without the remedy.
-
-    The large products of training use all cores. The thin ones of decoding are fastest on one, because idle BLAS
-    threads spin.
-    """
-    if _openblas is not None and hasattr(_openblas, "openblas_set_num_threads"):
+    """Set the number of cores of a matrix product; a no-op without the remedy."""
+    if _openblas is not None:
         _openblas.openblas_set_num_threads(ctypes.c_int(count))
+    if _thin is not None:
+        ctypes.c_int.in_dll(_thin, "mlxchat_threads").value = count
 
 
 def blas_threads() -> int | None:
     """Return the number of cores of a matrix product; None if our OpenBLAS is not loaded."""
-    if _openblas is None or not hasattr(_openblas, "openblas_get_num_threads"):
-        return None
-    return int(_openblas.openblas_get_num_threads())
-
-
-@contextmanager
-def thin_products() -> Iterator[None]:
-    """Compute matrix products with `thin.cpp`, for few rows; a no-op without a compiler."""
-    switch = None if _thin is None else ctypes.c_int.in_dll(_thin, "mlxchat_thin")
-    if switch is not None:
-        switch.value = 1
-    try:
-        yield
-    finally:
-        if switch is not None:
-            switch.value = 0
-
-
-def _needed() -> bool:
-    """Return whether this is Linux, whose wheels of MLX link the reference BLAS."""
-    return sys.platform == "linux"
+    return None if _openblas is None else int(_openblas.openblas_get_num_threads())
 
 
 def _find_openblas() -> Path | None:
@@ -184,32 +158,27 @@ def _find_openblas() -> Path | None:
 
 
 def _load_openblas(path: Path) -> ctypes.CDLL:
-    """Load the library; on systems without a Fortran runtime, with that of MLX's wheel.
-
-    Raises:
-        OSError: the library or a dependency cannot be loaded.
-    """
+    """Load the library; on systems without a Fortran runtime, with that of MLX's wheel."""
     try:
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         if "libgfortran" not in str(error) or not _lend_fortran_runtime():
             raise
-    return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
+    if not hasattr(library, "openblas_set_num_threads"):
+        raise OSError(f"{path} is another library")
+    return library
 
 
 def _load_thin(blas: ctypes.CDLL) -> ctypes.CDLL | None:
-    """Load `thin.cpp` globally, so that MLX finds its `cblas_sgemm` before that of `blas`.
-
-    Returns:
-        the library; None if there is no compiler, or `blas` has no `cblas_sgemm`.
-    """
-    folder = Path(os.environ.get("TMPDIR", ""))
-    library = _thin_library(folder)
-    if not _flags_are_installed() or not library.exists() or not hasattr(blas, "cblas_sgemm"):
+    """Load `thin.cpp` globally, so that MLX finds its `cblas_sgemm` before that of `blas`; None without a compiler."""
+    if not _flags_are_installed():
         return None
+    library = _thin_library(Path(os.environ["TMPDIR"]))
     thin = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     behind = ctypes.cast(blas.cblas_sgemm, ctypes.c_void_p)
     ctypes.c_void_p.in_dll(thin, "mlxchat_openblas").value = behind.value
+    ctypes.c_int.in_dll(thin, "mlxchat_threads").value = blas.openblas_get_num_threads()
     return thin
 
 
@@ -260,10 +229,8 @@ def _calm_malloc() -> None:
 def install_compiler_flags() -> str:
     """Make MLX compile kernels for this CPU; return a readable line on what was done.
 
-    Without a compiler, with one that rejects the flags, or with `MLXCHAT_JIT_FLAGS=off`, nothing changes.
+    Without a compiler, or with one that rejects the flags, nothing changes.
     """
-    if os.environ.get("MLXCHAT_JIT_FLAGS") == "off":
-        return "as MLX does: switched off by MLXCHAT_JIT_FLAGS=off"
     compiler = shutil.which("g++")
     if compiler is None:
         return "no g++: element-wise operations are not fused"
@@ -291,63 +258,40 @@ def _thin_library(folder: Path) -> Path:
 
 
 def _folder(compiler: str) -> Path:
-    """Create and return the private folder for this compiler, these flags and this CPU.
-
-    Raises:
-        OSError: neither the user's cache nor a temporary folder can be written.
-    """
-    identity = [compiler, str(Path(compiler).stat().st_mtime_ns), *_FLAGS, platform.machine(), _cpu_flags()]
+    """Create and return the private folder for this compiler and this CPU: several machines may share a home folder."""
+    identity = [compiler, str(Path(compiler).stat().st_mtime_ns), platform.machine(), _cpu_flags()]
     name = hashlib.sha256("\n".join(identity).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "mlxchat" / "kernels" / name
     try:
-        folder = cache / "mlxchat" / "kernels" / name
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(folder)
-    except (OSError, RuntimeError):
+    except OSError:  # no home folder, as in containers
         folder = Path(tempfile.mkdtemp(prefix="mlxchat-kernels-"))
     return folder
 
 
 def _build_thin(folder: Path, compiler: str) -> None:
-    """Compile `thin.cpp` once, which also tests that the compiler accepts the flags.
-
-    Raises:
-        OSError: the library cannot be written.
-        subprocess.SubprocessError: the compiler rejects the flags.
-    """
+    """Compile `thin.cpp` once, which also tests that the compiler accepts the flags."""
     library = _thin_library(folder)
     if library.exists():
         return
-    from mlxchat.store.files import whole_file
-
     with whole_file(library, durable=False) as unfinished:
-        command = [compiler, *_FLAGS, *_MLX_FLAGS, *_THIN_FLAGS, "-shared", str(_THIN), "-o", str(unfinished)]
+        command = [compiler, *_FLAGS, *_THIN_FLAGS, "-shared", str(_THIN), "-o", str(unfinished)]
         subprocess.run(command, check=True, capture_output=True, timeout=60)
 
 
 def _write_compiler(folder: Path, compiler: str) -> Path:
-    """Return the compiler script for this version of MLX; it is written once.
-
-    Raises:
-        OSError: the script cannot be written.
-    """
+    """Return the compiler script for this version of MLX; it is written once."""
     mlx = find_spec("mlx")
     include = Path(next(iter(mlx.submodule_search_locations or [""])) if mlx else "", "include")
-    version = include / "mlx" / "version.h"
-    digest = hashlib.sha256(version.read_bytes() if version.exists() else b"").hexdigest()[:16]
-    place = folder / f"headers-{digest}"
+    place = folder / f"headers-{importlib.metadata.version('mlx')}"
     script = place / _SCRIPT_FOLDER / "g++"
     if script.exists():
         return script
     (place / "include" / _HEADER).parent.mkdir(parents=True, exist_ok=True)
     script.parent.mkdir(exist_ok=True)
-    text = _SCRIPT.format(
-        place=place, include=include, compiler=compiler, header=_HEADER,
-        flags=" ".join(_FLAGS), mlx_flags=" ".join(_MLX_FLAGS),
-    )  # fmt: skip
-    from mlxchat.store.files import whole_file
-
+    names = {"place": place, "include": include, "compiler": compiler, "header": _HEADER}
+    text = _SCRIPT.format(**names, flags=" ".join(_FLAGS), mlx_flags=" ".join(_MLX_FLAGS))
     with whole_file(script, durable=False) as unfinished:
         unfinished.write_text(text)
         unfinished.chmod(0o700)
@@ -355,7 +299,7 @@ def _write_compiler(folder: Path, compiler: str) -> Path:
 
 
 def _cpu_flags() -> str:
-    """Return the CPU's feature flags: several machines may share a home folder."""
+    """Return the CPU's feature flags; "" where the kernel does not list them."""
     try:
         return Path("/proc/cpuinfo").read_text().split("flags", 1)[1].split("\n", 1)[0]
     except (OSError, IndexError):

@@ -1,8 +1,18 @@
 // Products of few rows for decoding, out = x B or out = x Bᵀ, as a `cblas_sgemm` in front of OpenBLAS's.
 //
 // OpenBLAS copies both operands of a product first. For few rows the copies take longer than the product, so here B is
-// read once, in place. The order of summation does not depend on the number of rows, so a row has the same bits in any
-// batch.
+// read once, in place, by all cores: each takes the next share of B's columns until none is left, so that a core that
+// is busy elsewhere delays nobody.
+
+#include <algorithm>
+#include <atomic>
+#include <functional>
+#include <mutex>
+#include <thread>
+
+extern "C" {
+int mlxchat_threads = 1;
+}
 
 namespace {
 
@@ -114,6 +124,70 @@ void multiply(const Product &p, long end, long outer) {
     Kind::rest(p, end, column, outer);
 }
 
+constexpr int share_numbers = 1 << 15;  // of B; smaller shares cost more than they save
+constexpr int patience = 1000;          // looks for the next product before a thread sleeps
+using Share = std::function<void(long)>;
+
+struct Team {
+    std::atomic<unsigned long> state{0};  // number of the product << 16 | its shares that nobody has taken
+    std::atomic<long> done{0};
+    const Share *share = nullptr;
+    std::mutex busy;
+
+    static long left(unsigned long state) { return state & 0xffff; }
+
+    void work() {
+        unsigned long now = state.load();
+        while (left(now)) {
+            if (!state.compare_exchange_weak(now, now - 1)) continue;
+            (*share)(left(now) - 1);
+            ++done;
+            now = state.load();
+        }
+    }
+
+    void help() {
+        for (;;) {
+            unsigned long now = state.load();
+            for (int look = 0; look < patience && !left(now); ++look) {
+                std::this_thread::yield();
+                now = state.load();
+            }
+            if (!left(now)) state.wait(now);
+            work();
+        }
+    }
+
+    void run(long shares, const Share &given) {
+        static const bool has_helpers = [this] {
+            for (int helper = 1; helper < mlxchat_threads; ++helper) std::thread([this] { help(); }).detach();
+            return true;
+        }();
+        (void)has_helpers;
+        share = &given;
+        done = 0;
+        state = ((state.load() >> 16) + 1) << 16 | shares;
+        state.notify_all();
+        work();
+        while (done.load() < shares) std::this_thread::yield();
+    }
+};
+
+Team team;
+
+// Calls work(first column, columns) for parts of B (inner, outer) on the team, or for all of it if the team is busy.
+template <class Work>
+void distribute(long outer, long inner, Work work) {
+    const long unit = 64, units = (outer + unit - 1) / unit, shares = std::min(units, outer * inner / share_numbers);
+    std::unique_lock<std::mutex> alone(team.busy, std::defer_lock);
+    if (mlxchat_threads < 2 || shares < 2 || !alone.try_lock()) return work(0, outer);
+    team.run(shares, [&](long share) {
+        const long first = units * share / shares * unit, last = std::min(outer, units * (share + 1) / shares * unit);
+        work(first, last - first);
+    });
+}
+
+constexpr int most_rows = 64, least_columns = 16;  // otherwise OpenBLAS is faster or more exact
 constexpr int row_major = 101, as_it_lies = 111, transposed = 112;
 typedef void Sgemm(int, int, int, int, int, int, float, const float *, int, const float *, int, float, float *, int);
 
@@ -122,17 +196,19 @@ typedef void Sgemm(int, int, int, int, int, int, float, const float *, int, cons
 extern "C" {
 
 Sgemm *mlxchat_openblas;
-int mlxchat_thin;
 
 void cblas_sgemm(int order, int x_kind, int b_kind, int rows, int outer, int inner, float alpha, const float *x,
                  int x_step, const float *b, int b_step, float beta, float *out, int out_step) {
-    if (!mlxchat_thin || order != row_major || x_kind != as_it_lies || alpha != 1 || beta != 0)
+    if (rows > most_rows || outer < least_columns || order != row_major || x_kind != as_it_lies || alpha != 1 || beta != 0)
         return mlxchat_openblas(order, x_kind, b_kind, rows, outer, inner, alpha, x, x_step, b, b_step, beta, out,
                                 out_step);
-    Product p{inner, x, x_step, b, b_step, out, out_step};
-    if (b_kind == transposed)
-        rows == 1 ? multiply<Transposed, 1, 8>(p, rows, outer) : multiply<Transposed, 3, 4>(p, rows, outer);
-    else
-        rows == 1 ? multiply<AsItLies, 1, 64 / width>(p, rows, outer) : multiply<AsItLies, 4, 2>(p, rows, outer);
+    const bool dots = b_kind == transposed;
+    distribute(outer, inner, [&](long first, long columns) {
+        Product p{inner, x, x_step, b + first * (dots ? b_step : 1), b_step, out + first, out_step};
+        if (dots)
+            rows == 1 ? multiply<Transposed, 1, 8>(p, rows, columns) : multiply<Transposed, 3, 4>(p, rows, columns);
+        else
+            rows == 1 ? multiply<AsItLies, 1, 64 / width>(p, rows, columns) : multiply<AsItLies, 4, 2>(p, rows, columns);
+    });
 }
 }

@@ -36,9 +36,6 @@ def render_conversation(
         conversation: {"messages": [{"role", "content"}]}, user and assistant alternating. An optional system message
             in front is prepended to the first user message with an empty line.
         max_tokens: maximum length; None: no truncation.
-
-    Raises:
-        DataError: the roles or contents are invalid.
     """
     messages: Any = conversation.get("messages")
     if fault := find_fault(messages, least=1):

@@ -15,14 +15,7 @@ from mlxchat.tasks import Conversation, Task, load_item
 
 
 def open_item(ctx: Context, item: TaskItem) -> Task:
-    """Return the task of an item, after its downloads, which are recorded in `ctx.externals`.
-
-    Raises:
-        ConfigError, DataError: as in `load_item`.
-        StepFailed: as in `Task.check`.
-        PassingError: a download fails now.
-        Interrupted: a signal stopped the run.
-    """
+    """Return the task of an item, after its downloads, which are recorded in `ctx.externals`."""
     task = load_item(item)
     task.check()
 
@@ -60,9 +53,6 @@ class Mixture:
             seed: of the shuffle.
             order: all names, for conversations task by task; None: all are shuffled together.
             load: returns the task of an item; stages use `open_item`.
-
-        Raises:
-            ConfigError: the mixture or one of its tasks is empty.
         """
         # By name, since the order of tasks in a file is not part of the key.
         ordered = {name: items[name] for name in (sorted(items) if order is None else order)}

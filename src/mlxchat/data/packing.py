@@ -3,7 +3,6 @@
 Documents:
 - best_fit (nanochat's pretraining of 2026): rows begin with <|bos|> and are full. The longest buffered document that
   fits is placed; if none fits, the shortest is cropped, and its rest is dropped.
-- best_fit_whole: the rest goes back to the buffer with its own <|bos|>.
 - stream (nanochat's pretraining of 2025): slices of one stream of tokens.
 
 Conversations:
@@ -12,7 +11,7 @@ Conversations:
 - stream (its midtraining of 2025).
 
 Rows are produced one at a time, so the micro-batch size does not affect the data order. The state contains the buffered
-documents, so a resumed training gets the same rows. The buffer holds addresses and lengths; tokens are copied from
+sequences, so a resumed training gets the same rows. The buffer holds addresses and lengths; tokens are copied from
 their file when a row is built.
 """
 
@@ -21,8 +20,8 @@ from __future__ import annotations
 import bisect
 import random
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from operator import itemgetter
 from typing import Any
 
@@ -47,12 +46,21 @@ class ShuffledConversations:
     """Conversations in an order that depends on seed and epoch only (seed None: unshuffled); endless unless `once`."""
 
     def __init__(
-        self, conversations: Tokens, seed: int | None, name_of: Callable[[int], str] = "conversation {}".format, *,
+        self,
+        conversations: Tokens,
+        seed: int | None,
+        name_of: Callable[[int], str] = "conversation {}".format,
+        *,
         once: bool = False,
-    ) -> None:  # fmt: skip
-        self._conversations, self._seed, self.name, self._once = conversations, seed, name_of, once
+    ) -> None:
+        self.name = name_of
+        self.epoch = 0
+        self.ids = conversations.ids
+        self.trained = conversations.trained
         self._lengths = conversations.lengths(0, len(conversations))
-        self.epoch = self._next = 0
+        self._seed = seed
+        self._once = once
+        self._next = 0
         self._order = self._shuffle()
 
     @property
@@ -60,31 +68,19 @@ class ShuffledConversations:
         """Conversations left in this epoch."""
         return len(self._order) - self._next
 
-    def begin_epoch(self) -> None:
-        """Begin the next epoch; a source that is read once stays at its end."""
-        self.epoch += 1
-        if not self._once:
-            self._next, self._order = 0, self._shuffle()
-
     def next(self, count: int) -> list[tuple[int, int]]:
-        """Return the indices and lengths of the next conversations of one epoch."""
-        if not self.left:
-            self.begin_epoch()
+        """Return the indices and lengths of at most `count` conversations of one epoch; none at the end."""
+        if not self.left and not self._once:
+            self.epoch += 1
+            self._next = 0
+            self._order = self._shuffle()
         found = self._order[self._next : self._next + count]
         self._next += len(found)
         return [(index, self._lengths[index]) for index in found]
 
-    def length(self, address: int) -> int:
-        """Return the length of a conversation."""
-        return self._lengths[address]
-
-    def ids(self, address: int) -> Array:
-        """Return the ids of a conversation."""
-        return self._conversations.ids(address)
-
-    def trained(self, address: int) -> Array:
-        """Return the loss mask of a conversation."""
-        return self._conversations.trained(address)
+    def length(self, index: int) -> int:
+        """Return the length of a conversation in tokens."""
+        return self._lengths[index]
 
     def state(self) -> dict[str, Any]:
         """Return the epoch and the position in it."""
@@ -92,70 +88,41 @@ class ShuffledConversations:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore a position."""
-        self.epoch, self._next = state["epoch"], state["next"]
+        self.epoch = state["epoch"]
+        self._next = state["next"]
         self._order = self._shuffle()
 
     def close(self) -> None:
         """Do nothing: there is no background work."""
 
     def _shuffle(self) -> list[int]:
-        order = list(range(len(self._conversations)))
+        order = list(range(len(self._lengths)))
         if self._seed is not None:
             random.Random(f"{self._seed}/{self.epoch}").shuffle(order)
         return order
 
 
-class BestFitBuffer:
-    """A buffer of sequences, searched by length in logarithmic time; first in, first out among equal lengths."""
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[int, int, Any]] = []  # sorted by length and arrival
-        self._arrivals = 0
-
-    def __len__(self) -> int:
-        return len(self._waiting)
-
-    def add(self, address: Any, length: int) -> None:
-        """Add a sequence."""
-        bisect.insort(self._waiting, (length, self._arrivals, address))
-        self._arrivals += 1
-
-    def take_largest(self, space: int) -> tuple[Any, int] | None:
-        """Remove the longest sequence of at most `space` tokens; return its address and length, or None."""
-        end = bisect.bisect_left(self._waiting, (space + 1,))
-        if end == 0:
-            return None
-        longest = self._waiting[end - 1][0]
-        return self._remove(bisect.bisect_left(self._waiting, (longest,), 0, end))
-
-    def take_shortest(self) -> tuple[Any, int]:
-        """Remove the shortest sequence; return its address and length."""
-        return self._remove(0)
-
-    def addresses(self) -> list[Any]:
-        """Return the buffered addresses in order of arrival."""
-        return [address for _, _, address in sorted(self._waiting, key=itemgetter(1))]
-
-    def _remove(self, index: int) -> tuple[Any, int]:
-        length, _, address = self._waiting.pop(index)
-        return address, length
-
-
 class RowStream(ABC):
     """Rows of a source; endless unless the source is read once."""
 
-    def __init__(self, source: Any, row_tokens: int, padding: int | None = None) -> None:
+    def __init__(
+        self, source: Any, row_tokens: int, *, padding: int | None = None, train_on: str | None = None
+    ) -> None:
         """Start at the source's position.
 
         Args:
             source: `Documents` or `ShuffledConversations`.
             row_tokens: T.
             padding: id that fills the end of a row; None: the row's first id.
+            train_on: for conversations 'assistant' or 'all'; None: documents.
         """
-        self._source, self._row_tokens = source, row_tokens
-        self._padding: Any = padding
         self.placed: list[Any] = []
         """The addresses in the last row."""
+        self._source = source
+        self._row_tokens = row_tokens
+        self._padding: Any = padding
+        self._train_on = train_on
+        self._alone = False
 
     @property
     def epoch(self) -> int:
@@ -163,26 +130,32 @@ class RowStream(ABC):
         return int(self._source.epoch)
 
     def next_row(self) -> Row:
-        """Return the next row.
-
-        Raises:
-            EndOfText: the source has ended.
-        """
-        row, trained = np.empty(self._row_tokens + 1, dtype=np.int32), np.zeros(self._row_tokens + 1, dtype=np.bool_)
-        filled, self.placed = 0, []
-        for address, ids, is_trained in self._pieces(len(row)):
-            end = filled + len(ids)
-            row[filled:end], trained[filled:end] = ids, is_trained
+        """Return the next row; raises EndOfText if the source has ended."""
+        row = np.empty(self._row_tokens + 1, dtype=np.int32)
+        trained = np.zeros(self._row_tokens + 1, dtype=np.bool_)
+        filled = 0
+        self.placed = []
+        for address, start, stop in self._pieces(len(row)):
+            end = filled + stop - start
+            row[filled:end] = self._source.ids(address)[start:stop]
+            trained[filled:end] = self._trained(address, start, stop)
             filled = end
             self.placed.append(address)
-        if filled < 2 and self._padding is None:  # no target
+        if filled < 2:  # no target
             raise EndOfText
         row[filled:] = row[0] if self._padding is None else self._padding
-        return row[:-1], np.where(trained[1:], row[1:], np.int32(IGNORED))
+        targets = np.where(trained[1:], row[1:], np.int32(IGNORED))
+        if self._alone:
+            row[filled - 1 :] = self._padding
+        return row[:-1], targets
 
     @abstractmethod
-    def _pieces(self, space: int) -> Iterator[tuple[Any, Array, Array | bool]]:
-        """Yield the pieces of the next row: address, ids and loss mask; at most `space` ids together."""
+    def _pieces(self, space: int) -> Iterator[tuple[Any, int, int]]:
+        """Yield the pieces of the next row: address, start and stop in its ids; at most `space` ids together."""
+
+    def _trained(self, address: Any, start: int, stop: int) -> Array | bool:
+        """Return which ids of a piece are targets."""
+        return bool(self._train_on != "assistant") or self._source.trained(address)[start:stop]
 
     def name(self, address: Any) -> str:
         """Return an address's name for messages."""
@@ -205,171 +178,109 @@ class RowStream(ABC):
         self._source.close()
 
 
-class DocumentRows(RowStream):
-    """Rows of documents, best fit with cropping; every token but the row's first is a target.
+class BestFitRows(RowStream):
+    """Rows of the longest buffered sequences that fit; the oldest among equal ones.
 
-    If the source ends, the last row is padded without targets.
+    Without padding, what does not fit is cropped, and every token but the row's first is a target. With padding,
+    sequences stay whole, unless they are longer than a row, and no row has sequences of two epochs. `alone` puts one
+    into each row, whose last id is only a target, as in nanochat.
     """
 
     def __init__(
-        self, documents: Documents, row_tokens: int, buffer_documents: int, *, rest_begins: int | None = None
+        self,
+        source: Documents | ShuffledConversations,
+        row_tokens: int,
+        buffer_size: int,
+        *,
+        padding: int | None = None,
+        train_on: str | None = None,
+        alone: bool = False,
     ) -> None:
-        """Start at the source's position.
+        """Start at the source's position; `buffer_size` sequences are chosen from."""
+        super().__init__(source, row_tokens, padding=padding, train_on=train_on)
+        self._buffer_size = 1 if alone else buffer_size
+        self._crops = padding is None
+        self._alone = alone
+        # Length, arrival and address, sorted, so that a length is found in logarithmic time.
+        self._buffer: list[tuple[int, int, Any]] = []
+        self._arrivals = 0
+        self._counted = {"placed_tokens": 0, "cropped_tokens": 0, "truncated": 0}
 
-        Args:
-            documents: the source, whose addresses are pairs.
-            row_tokens: T.
-            buffer_documents: size of the best-fit buffer.
-            rest_begins: None: cropped tokens are dropped, as in nanochat; an id (<|bos|>): they return to the buffer
-                behind this id, with the document's address and the offset of the rest as the address.
-        """
-        super().__init__(documents, row_tokens)
-        self._wanted, self._rest_begins = buffer_documents, rest_begins
-        self._buffer = BestFitBuffer()
-        self.cropped_tokens = self.placed_tokens = 0
+    @property
+    def epoch(self) -> int:
+        """Completed passes over the source."""
+        ends = not self._crops and not self._buffer and not self._source.left
+        return int(self._source.epoch) + ends
 
-    def _pieces(self, space: int) -> Iterator[tuple[Any, Array, bool]]:
+    def _pieces(self, space: int) -> Iterator[tuple[Any, int, int]]:
+        row_is_begun = False
         while space:
-            self._fill()
-            if not self._buffer:
+            self._fill(row_is_begun=row_is_begun)
+            place = self._find_largest(space)
+            if place is None:
                 break
-            found = self._buffer.take_largest(space)
-            if found is None:
-                found = self._buffer.take_shortest()
-                self._crop(*found, space)
-            address, length = found
+            length, _, address = self._buffer.pop(place)
             used = min(length, space)
-            yield address[:2], self._ids(address, used), True
+            yield address, 0, used
             space -= used
-            self.placed_tokens += used
+            self._counted["placed_tokens"] += used
+            self._counted["cropped_tokens"] += length - used
+            if self._alone:
+                break
+            row_is_begun = True
+
+    def _find_largest(self, space: int) -> int | None:
+        """Return the place of the longest buffered sequence of at most `space` tokens, or of one to crop, or None."""
+        end = bisect.bisect_left(self._buffer, (space + 1,))
+        if end == 0:
+            return 0 if self._crops and self._buffer else None  # the shortest
+        return bisect.bisect_left(self._buffer, (self._buffer[end - 1][0],), 0, end)
+
+    def _fill(self, *, row_is_begun: bool) -> None:
+        """Read sequences into the buffer; with padding, those of the next epoch only for a new row."""
+        while len(self._buffer) < self._buffer_size:
+            if not self._crops and not self._source.left and (row_is_begun or self._buffer):
+                break
+            found = self._source.next(_REFILL_DOCUMENTS if self._crops else self._buffer_size - len(self._buffer))
+            if not found:
+                break
+            for address, length in found:
+                self._add(address, length)
+
+    def _add(self, address: Any, length: int) -> None:
+        longest = self._row_tokens + 1
+        if not self._crops and length > longest:
+            self._counted["truncated"] += 1
+            length = longest
+        bisect.insort(self._buffer, (length, self._arrivals, address))
+        self._arrivals += 1
+
+    def _trained(self, address: Any, start: int, stop: int) -> Array | bool:
+        if self._train_on == "all":  # but not <|bos|>
+            return np.arange(start, stop) > 0
+        return super()._trained(address, start, stop)
 
     def counts(self) -> dict[str, float]:
-        """Return the epochs, the cropped tokens, and their share of all tokens read."""
-        used = self.cropped_tokens + self.placed_tokens
-        return {
-            "epochs": self.epoch,
-            "cropped_tokens": self.cropped_tokens,
-            "cropped_frac": self.cropped_tokens / used if used else 0.0,
-        }
+        """Return the epochs, the cropped tokens, and their share of all tokens read; or truncated conversations."""
+        if not self._crops:
+            return {"truncated_conversations": self._counted["truncated"]}
+        cropped = self._counted["cropped_tokens"]
+        read = cropped + self._counted["placed_tokens"]
+        return {"epochs": self.epoch, "cropped_tokens": cropped, "cropped_frac": cropped / max(1, read)}
 
     def state(self) -> dict[str, Any]:
-        """Return the source's position and the buffered addresses."""
-        return {
-            "cursor": self._source.state(),
-            "waiting": self._buffer.addresses(),
-            "cropped_tokens": self.cropped_tokens,
-            "placed_tokens": self.placed_tokens,
-        }
+        """Return the source's position, the buffered addresses in order of arrival, and the counts."""
+        waiting = [address for _, _, address in sorted(self._buffer, key=itemgetter(1))]
+        return {"cursor": self._source.state(), "waiting": waiting, "counted": dict(self._counted)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position."""
         self._source.restore(state["cursor"])
-        self._buffer = BestFitBuffer()
-        for address in map(tuple, state["waiting"]):
-            length = self._source.length(address[:2])
-            self._buffer.add(address, length - address[2] + 1 if len(address) > 2 else length)
-        self.cropped_tokens = state["cropped_tokens"]
-        self.placed_tokens = state.get("placed_tokens", 0)
-
-    def _fill(self) -> None:
-        while len(self._buffer) < self._wanted:
-            found = self._source.next(_REFILL_DOCUMENTS)
-            if not found:
-                break
-            for address, length in found:
-                self._buffer.add(address, length)
-
-    def _crop(self, address: Any, length: int, space: int) -> None:
-        """Drop a document's tokens beyond `space`, or return them to the buffer."""
-        if self._rest_begins is None:
-            self.cropped_tokens += length - space
-        else:
-            begins = address[2] - 1 if len(address) > 2 else 0
-            self._buffer.add((*address[:2], begins + space), length - space + 1)
-
-    def _ids(self, address: Any, used: int) -> Any:
-        if len(address) == 2:
-            return self._source.ids(address)[:used]
-        rest = self._source.ids(address[:2])[address[2] : address[2] + used - 1]
-        return np.concatenate((np.array([self._rest_begins], dtype=rest.dtype), rest))
-
-
-class ConversationRows(RowStream):
-    """Rows of conversations, best fit with padding; no row has conversations of two epochs."""
-
-    def __init__(
-        self, conversations: ShuffledConversations, *, padding: int, row_tokens: int, buffer_conversations: int,
-        train_on: str, alone: bool = False,
-    ) -> None:  # fmt: skip
-        """Start the first epoch.
-
-        Args:
-            conversations: the mixture, encoded.
-            padding: id that fills the end of a row.
-            row_tokens: T; longer conversations are truncated to T + 1 and counted in `truncated`.
-            buffer_conversations: size of the best-fit buffer.
-            train_on: 'assistant' or 'all'.
-            alone: one conversation per row.
-        """
-        super().__init__(conversations, row_tokens, padding)
-        self._wanted, self._train_on, self._alone = buffer_conversations, train_on, alone
-        self._buffer = BestFitBuffer()
-        self.truncated = 0
-
-    def next_row(self) -> Row:
-        """Return the next row."""
-        inputs, targets = super().next_row()
-        if self._alone:  # the last id is only a target
-            inputs[self._source.length(self.placed[0]) - 1 :] = self._padding
-        return inputs, targets
-
-    def _pieces(self, space: int) -> Iterator[tuple[int, Array, Array]]:
-        row_space = space
-        while space:
-            self._fill()
-            found = self._buffer.take_largest(space)
-            if found is None:
-                break
-            index, length = found
-            yield index, self._source.ids(index)[:length], self._mask(index)[:length]
-            space -= length
-            if self._alone:
-                break
-        if not self._buffer and not self._source.left:
-            if space == row_space:
-                raise EndOfText
-            self._source.begin_epoch()
-
-    def counts(self) -> dict[str, float]:
-        """Return the number of truncated conversations."""
-        return {"truncated_conversations": self.truncated}
-
-    def state(self) -> dict[str, Any]:
-        """Return the source's position and the buffered conversations."""
-        return {**self._source.state(), "waiting": self._buffer.addresses(), "truncated": self.truncated}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Return to a position."""
-        self._source.restore(state)
-        self._buffer = BestFitBuffer()
-        for index in state["waiting"]:
-            self._add(index, self._source.length(index))
-        self.truncated = state["truncated"]
-
-    def _fill(self) -> None:
-        missing = min(self._wanted - len(self._buffer), self._source.left)
-        for index, length in self._source.next(missing) if missing > 0 else ():
-            self._add(index, length)
-
-    def _add(self, index: int, length: int) -> None:
-        self.truncated += length > self._row_tokens + 1
-        self._buffer.add(index, min(length, self._row_tokens + 1))
-
-    def _mask(self, index: int) -> Array:
-        if self._train_on == "all":
-            return np.arange(self._source.length(index)) > 0
-        trained: Array = self._source.trained(index)
-        return trained
+        self._buffer = []
+        for waiting in state["waiting"]:
+            address = _address(waiting)
+            self._add(address, self._source.length(address))
+        self._counted = dict(state["counted"])
 
 
 class StreamRows(RowStream):
@@ -379,48 +290,44 @@ class StreamRows(RowStream):
     batch's last row, whose last target is never an input.
     """
 
-    def __init__(self, source: Any, row_tokens: int, batch_rows: int, *, train_on: str | None = None) -> None:
-        """Start at the source's position.
-
-        Args:
-            source: of documents or conversations.
-            row_tokens: T.
-            batch_rows: rows per batch.
-            train_on: for conversations 'assistant' or 'all' (nanochat's choice); None: documents.
-        """
-        super().__init__(source, row_tokens)
-        self._batch_rows, self._train_on = batch_rows, train_on
-        # Address, length and epoch of sequences that are not used up.
-        self._waiting: deque[tuple[Any, int, int]] = deque()
-        self._offset = self._available = self._rows = 0
+    def __init__(
+        self,
+        source: Documents | ShuffledConversations,
+        row_tokens: int,
+        batch_rows: int,
+        *,
+        train_on: str | None = None,
+    ) -> None:
+        """Start at the source's position; `batch_rows` is B."""
+        super().__init__(source, row_tokens, train_on=train_on)
+        self._batch_rows = batch_rows
+        self._rows = 0
+        # Address, length and epoch of the sequence that is being read, and its used tokens.
+        self._current: tuple[Any, int, int] | None = None
+        self._used = 0
 
     @property
     def epoch(self) -> int:
         """Completed passes, whose last token was used."""
-        return self._waiting[0][2] if self._waiting else int(self._source.epoch)
+        return int(self._source.epoch) if self._current is None else self._current[2]
 
-    def _pieces(self, space: int) -> Iterator[tuple[Any, Array, Array | bool]]:
-        needed = space
-        while self._available < needed:
-            if not (found := self._source.next(1)):  # one at a time, so that the source's epoch is the sequence's
-                break
-            self._waiting += ((address, length, self._source.epoch) for address, length in found)
-            self._available += sum(length for _, length in found)
-        offset = self._offset
-        for address, length, _ in self._waiting:
-            part = slice(offset, offset + min(length - offset, space))
-            if part.stop > offset:
-                trained = self._source.trained(address)[part] if self._train_on == "assistant" else True
-                yield address, self._source.ids(address)[part], trained
-            space, offset = space - (part.stop - offset), 0
-            if not space:
-                break
+    def _pieces(self, space: int) -> Iterator[tuple[Any, int, int]]:
+        while space:
+            if self._current is None or self._used == self._current[1]:
+                found = self._source.next(1)  # one at a time, so that the source's epoch is the sequence's
+                if not found:
+                    self._current = None
+                    break
+                self._current = (*found[0], self._source.epoch)
+                self._used = 0
+            address, length, _ = self._current
+            start = self._used
+            self._used = min(length, start + space)
+            space -= self._used - start
+            yield address, start, self._used
         self._rows += 1
-        passed = min(needed - space, needed if self._rows % self._batch_rows == 0 else self._row_tokens)
-        self._available -= passed
-        self._offset += passed
-        while self._waiting and self._offset >= self._waiting[0][1]:
-            self._offset -= self._waiting.popleft()[1]
+        if not space and self._rows % self._batch_rows:
+            self._used -= 1
 
     def counts(self) -> dict[str, float]:
         """Return the epochs; nothing is cropped or truncated."""
@@ -429,58 +336,50 @@ class StreamRows(RowStream):
         return {"epochs": self.epoch, "cropped_tokens": 0, "cropped_frac": 0.0}
 
     def state(self) -> dict[str, Any]:
-        """Return the source's position and the sequences that are not used up."""
-        return {
-            "cursor": self._source.state(),
-            "stream": [list(waiting) for waiting in self._waiting],
-            "offset": self._offset,
-            "rows": self._rows,
-        }
+        """Return the source's position and that in the current sequence."""
+        current = [] if self._current is None else [list(self._current)]
+        return {"cursor": self._source.state(), "stream": current, "used": self._used, "rows": self._rows}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position."""
         self._source.restore(state["cursor"])
-        self._waiting = deque(
-            (tuple(address) if isinstance(address, list) else address, length, epoch)
-            for address, length, epoch in state["stream"]
-        )
-        self._offset, self._rows = state["offset"], state["rows"]
-        self._available = sum(length for _, length, _ in self._waiting) - self._offset
+        self._current = None
+        for address, length, epoch in state["stream"]:
+            self._current = (_address(address), length, epoch)
+        self._used = state["used"]
+        self._rows = state["rows"]
 
 
-def pack_documents(
-    packing: str, source: Documents, *, row_tokens: int, buffer_documents: int, batch_rows: int, bos: int
+def _address(saved: Any) -> Any:
+    """Return an address from JSON data, where tuples are lists."""
+    return tuple(saved) if isinstance(saved, list) else saved
+
+
+def pack(
+    packing: str,
+    source: Documents | ShuffledConversations,
+    *,
+    row_tokens: int,
+    buffer_size: int,
+    batch_rows: int,
+    padding: int | None = None,
+    train_on: str | None = None,
 ) -> RowStream:
-    """Return rows of documents.
+    """Return rows of documents or, with `padding` and `train_on`, of conversations.
 
     Args:
-        packing: best_fit, best_fit_whole or stream.
-        source: of documents.
+        packing: best_fit, stream or, for conversations, alone.
+        source: of the sequences.
         row_tokens: T.
-        buffer_documents: size of the best-fit buffer.
+        buffer_size: sequences that best_fit chooses from.
         batch_rows: rows per batch, for stream.
-        bos: id of <|bos|>.
+        padding: id that fills rows of conversations: <|bos|>, or <|assistant_end|> if they are alone.
+        train_on: 'assistant' or 'all' for conversations.
     """
     if packing == "stream":
-        return StreamRows(source, row_tokens, batch_rows)
-    return DocumentRows(source, row_tokens, buffer_documents, rest_begins=bos if packing == "best_fit_whole" else None)
-
-
-def pack_conversations(
-    packing: str, conversations: ShuffledConversations, *, row_tokens: int, buffer_conversations: int, batch_rows: int,
-    train_on: str, bos: int, assistant_end: int,
-) -> RowStream:  # fmt: skip
-    """Return rows of conversations: best_fit (padded with <|bos|>), alone (padded with <|assistant_end|>) or stream.
-
-    The other arguments are those of `pack_documents` and `ConversationRows`.
-    """
-    if packing == "stream":
-        return StreamRows(conversations, row_tokens, batch_rows, train_on=train_on)
+        return StreamRows(source, row_tokens, batch_rows, train_on=train_on)
     alone = packing == "alone"
-    return ConversationRows(
-        conversations, padding=assistant_end if alone else bos, row_tokens=row_tokens,
-        buffer_conversations=1 if alone else buffer_conversations, train_on=train_on, alone=alone,
-    )  # fmt: skip
+    return BestFitRows(source, row_tokens, buffer_size, padding=padding, train_on=train_on, alone=alone)
 
 
 def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:
@@ -493,26 +392,16 @@ def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:
     return ids[:, :width], targets[:, :width]
 
 
-def take_rows(rows: RowStream, count: int) -> list[Row]:
-    """Return the first `count` rows of a stream, or fewer if it ends, and close it."""
-    found: list[Row] = []
-    try:
-        while len(found) < count:
-            found.append(rows.next_row())
-    except EndOfText:
-        pass
-    finally:
-        rows.close()
-    return found
-
-
 def take_validation(rows: RowStream, *, row_tokens: int, tokens: int, setting: str) -> list[Row]:
     """Return validation rows with `tokens` tokens together, at least one row; print a line if there are fewer.
 
     The source must be read once, so that no token counts twice. `setting` is the key that `tokens` comes from.
     """
     count = max(1, tokens // row_tokens)
-    found = take_rows(rows, count)
+    found: list[Row] = []
+    with closing(rows), suppress(EndOfText):
+        while len(found) < count:
+            found.append(rows.next_row())
     if len(found) < count:
         held = sum(int((targets >= 0).sum()) for _, targets in found)
         print(f"  the validation text has only {held:,} tokens in rows, fewer than {setting}={tokens:,}", flush=True)

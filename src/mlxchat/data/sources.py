@@ -21,12 +21,12 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
 from mlxchat.config.schema import CorpusConfig, EvalConfig, HubConfig
-from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
 from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes, read_json
@@ -42,12 +42,8 @@ SUFFIXES = (".txt", ".jsonl", ".parquet")
 # For FineWeb-Edu and ClimbMix: files of 95 MB with 250 million characters. Measured after the first download.
 ESTIMATED_CHARS_PER_BYTE = 2.6
 
-# Documents in memory at a time. Few, since a compressed file of a kilobyte can have many of megabytes; 8 are as fast
-# as 1,024.
-_BATCH_DOCUMENTS = 8
+_BATCH_DOCUMENTS = 64
 _NAMES_SHOWN = 10
-# Files downloaded ahead of the one being read, if the run's total is unknown.
-_AHEAD_FILES = 1
 
 Check = Callable[[], None]
 """Called often during long work; may raise to end it."""
@@ -67,11 +63,6 @@ class Shard:
     """First row of the range."""
     stop: int | None = None
     """End of the range, exclusive; None: end of the file."""
-
-    @classmethod
-    def of(cls, path: Path, sha256: str | None = None) -> Shard:
-        """Return the shard of a local file."""
-        return cls(path.name, sha256 or hash_file(path), local=path)
 
     @classmethod
     def on_hub(cls, file: HubFile, column: str, first: int = 0, stop: int | None = None) -> Shard:
@@ -96,12 +87,7 @@ class Shard:
         return [self.file.path, self.file.bytes, self.file.sha256, self.file.git_sha1, *rows]
 
     def path(self, check: Check = lambda: None) -> Path:
-        """Return the file's path, after downloading and verifying it if necessary.
-
-        Raises:
-            DataError: it cannot be downloaded.
-            PassingError: the network or the Hub fails now.
-        """
+        """Return the file's path, after downloading and verifying it if necessary."""
         if self.local is not None:
             return self.local
         from mlxchat.hub.client import fetch_files
@@ -115,21 +101,18 @@ class Shard:
         return int(min(rows, self.stop if self.stop is not None else rows) - self.first)
 
     def documents(self, check: Check = lambda: None) -> Iterator[str]:
-        """Yield the documents in order, with few in memory at a time; null is an empty document.
-
-        Raises:
-            DataError: the file cannot be read, or the column is missing or not text.
-        """
+        """Yield the documents in order; null is an empty document."""
         import pyarrow as pa
 
         batches = self._open(check).iter_batches(_BATCH_DOCUMENTS, columns=[self.column], use_threads=False)
         try:
             rows = (text or "" for batch in batches for text in batch.column(0).to_pylist())
             yield from islice(rows, self.first, self.stop)
-        except (OSError, KeyError, pa.ArrowException, UnicodeDecodeError) as error:  # KeyError: several of that name
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
             raise DataError(f"{self.name}: cannot be read ({error})") from None
 
     def _open(self, check: Check) -> Any:
+        """Return the parquet file; raises DataError if it cannot be read, or lacks the column."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -138,12 +121,10 @@ class Shard:
             file = pq.ParquetFile(path)
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: cannot be read ({error})") from None
-        names = file.schema_arrow.names
-        if self.column not in names:
-            raise DataError(f'{self.name}: no column "{self.column}", expected one of {", ".join(names)}')
-        kind = file.schema_arrow.field(self.column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise DataError(f'{self.name}: column "{self.column}" has type {kind}, expected text')
+        kinds = {field.name: str(field.type) for field in file.schema_arrow}
+        if kinds.get(self.column) not in ("string", "large_string"):
+            columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+            raise DataError(f'{self.name}: no column "{self.column}" of text, expected one of {columns}')
         return file
 
 
@@ -161,30 +142,27 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:
-        """Return the corpus of an artifact; nothing is downloaded.
-
-        Raises:
-            DataError: it has no shards.
-        """
+        """Return the corpus of an artifact; nothing is downloaded."""
         listing = read_json(folder / LISTING) or {}
         if "hub" in listing:
             hub = listing["hub"]
+            pinned = (hub["repository"], hub["kind"], hub["revision"])
             train, validation = (
-                [
-                    Shard.on_hub(
-                        HubFile(hub["repository"], hub["kind"], hub["revision"], *row[:4]), hub["column"], *row[4:6]
-                    )
-                    for row in listing[split]
-                ]
+                [Shard.on_hub(HubFile(*pinned, *row[:4]), hub["column"], *row[4:6]) for row in listing[split]]
                 for split in ("shards", "validation")
             )
             return cls(train, validation, float(listing["chars_per_byte"]), True)
-        paths = {pattern: sorted(folder.glob(pattern)) for pattern in ("shard_*.parquet", VALIDATION)}
-        if missing := [pattern for pattern, found in paths.items() if not found]:
-            raise DataError(f"{folder} has no {' and no '.join(missing)}")
         manifest = read_json(folder / MANIFEST) or {}
         hashes = {file["path"]: file["sha256"] for file in manifest.get("outputs", ())}
-        train, validation = ([Shard.of(path, hashes.get(path.name)) for path in found] for found in paths.values())
+        train, validation = (
+            [
+                Shard(path.name, hashes.get(path.name) or hash_file(path), local=path)
+                for path in sorted(folder.glob(name))
+            ]
+            for name in ("shard_*.parquet", VALIDATION)
+        )
+        if not train or not validation:
+            raise DataError(f"{folder} has no shard_*.parquet or no {VALIDATION}")
         return cls(train, validation)
 
     @classmethod
@@ -193,22 +171,17 @@ class Corpus:
 
         Validation files are chosen by their names. Without a pattern for them, the first `validation_documents` of the
         first file are held out.
-
-        Raises:
-            DataError: the data set does not exist, or no file matches.
         """
         from mlxchat.hub.client import list_files
 
         files = list_files(hub.repository, revision=hub.revision)
         train, held_out = _choose(hub, files)
         if not train or (hub.validation_files and not held_out):
-            counts = f"{plural(len(train), 'file')} like {hub.train_files}"
-            if hub.validation_files:
-                counts += f" and {len(held_out)} like {hub.validation_files}"
+            names = ", ".join(file.path for file in files[:_NAMES_SHOWN])
             raise DataError(
-                f"{hub.repository} has {counts}; corpus.hub.train_files and corpus.hub.validation_files (null: the "
-                f"first documents of the first file) must name some. Files: "
-                f"{', '.join(file.path for file in files[:_NAMES_SHOWN])} …"
+                f"{hub.repository} has {len(train)} files like {hub.train_files} and {len(held_out)} like "
+                f"{hub.validation_files}: set corpus.hub.train_files and corpus.hub.validation_files (null: the "
+                f"first documents of the first file). Files: {names} …"
             )
         if others := [file for file in train if not file.path.endswith(".parquet")]:
             raise DataError(
@@ -236,8 +209,9 @@ class Corpus:
 
         `chars` is how much the run will read, and limits the downloads; None: one file ahead.
         """
-        for index, shard in enumerate(self.shards(split)):
-            self.fetch_ahead(split, index + 1, chars)
+        for index, shard in enumerate(self.shards(split), start=1):
+            if split == "train":
+                self.fetch_ahead(index, chars)
             yield from shard.documents()
 
     def files(self, split: str = "train") -> list[HubFile]:
@@ -249,9 +223,9 @@ class Corpus:
         """Characters of all training files on the Hub together."""
         return self.chars_per_byte * sum(file.bytes for file in self.files())
 
-    def first(self, chars: float, split: str = "train") -> list[HubFile]:
-        """Return the first files that have `chars` characters together; all if they have fewer."""
-        files = self.files(split)
+    def first(self, chars: float) -> list[HubFile]:
+        """Return the first training files that have `chars` characters together; all if they have fewer."""
+        files = self.files()
         sizes = list(accumulate(file.bytes for file in files))
         return files[: bisect_left(sizes, chars / self.chars_per_byte) + 1]
 
@@ -259,21 +233,17 @@ class Corpus:
         """Return the bytes of the first files with `chars` characters that are not on this machine."""
         return missing_bytes((file.blob, file.bytes) for file in self.first(chars) if not file.is_there())
 
-    def fetch_ahead(self, split: str, start: int, chars: float | None = None) -> None:
-        """Download a split's files in the background, from index `start` until all have `chars` characters together.
-
-        None: one file.
-        """
-        if files := self.files(split):
+    def fetch_ahead(self, start: int, chars: float | None = None) -> None:
+        """Download training files in the background, from `start` until all have `chars`; None: one file."""
+        if files := self.files():
             from mlxchat.hub import client
 
-            stop = start + _AHEAD_FILES if chars is None else len(self.first(chars, split))
-            client.fetch_ahead(files[start:stop])
+            client.fetch_ahead(files[start : start + 1] if chars is None else self.first(chars)[start:])
 
     def measure(self, check: Check = lambda: None) -> tuple[Corpus, int, int]:
         """Return the corpus with measured characters per byte, and the validation's documents and characters.
 
-        Downloads the validation files if necessary; raises as `pin_corpus`.
+        Downloads the validation files if necessary.
         """
         documents = chars = 0
         size = 0.0
@@ -309,10 +279,6 @@ def gather_documents(
 
     Documents of packages and of .txt files are split at sentence ends into parts of at most `document_chars`; None: not
     split. `paths` are those of `text_files`.
-
-    Raises:
-        ConfigError: a folder or a pattern has no files.
-        DataError: a package or file is missing, cannot be read or has no text.
     """
     from mlxchat.tasks import bundled
 
@@ -335,18 +301,13 @@ def gather_documents(
 
 
 def text_files(paths: Iterable[str]) -> list[Path]:
-    """Return the files of `corpus.paths`: files, the text files below folders and those that patterns match, each once.
-
-    Raises:
-        ConfigError: a folder or a pattern has none.
-    """
+    """Return the files of `corpus.paths`: files, text files below folders and those that patterns match."""
     found: dict[Path, None] = {}
     for path in paths:
         files = [Path(path)]
-        if files[0].is_dir():
-            files = [file for file in _files_of(files[0]) if file.suffix in SUFFIXES]
-        elif glob.has_magic(path) and not files[0].exists():
-            files = sorted(Path(file) for file in glob.glob(path, recursive=True) if Path(file).suffix in SUFFIXES)  # noqa: PTH207  (absolute patterns)
+        if not files[0].is_file():
+            listed = files_of(files[0]) if files[0].is_dir() else map(Path, glob.glob(path, recursive=True))  # noqa: PTH207  (absolute patterns)
+            files = sorted(file for file in listed if file.suffix in SUFFIXES)
         if not files:
             raise ConfigError(f"corpus.paths: {path} has no {', '.join(SUFFIXES)} files")
         found |= dict.fromkeys(files)
@@ -359,69 +320,50 @@ def contents_of_paths(config: CorpusConfig, hash_of: Callable[[Path], str]) -> l
 
 
 def read_file(path: Path, column: str = COLUMN) -> Iterator[str]:
-    """Yield the documents of a .txt (separated by two blank lines), or a `column` of a .jsonl or .parquet file.
+    """Yield the documents of a .txt (separated by two blank lines), or a `column` of a .jsonl or .parquet file."""
+    if path.suffix == ".parquet":
+        yield from Shard(str(path), "", local=path, column=column).documents()
+    elif path.suffix == ".jsonl":
+        from mlxchat.tasks.jsonl import Lines
 
-    Raises:
-        DataError: another extension, no such column, or invalid JSON (the message has the line numbers).
-    """
+        yield from Lines(path, partial(_text_of, column), f'{{"{column}": "text"}}')
+    else:
+        yield from _read_text(path).replace("\r\n", "\n").split("\n\n\n")
+
+
+def _text_of(column: str, value: Any) -> str:
+    text = value.get(column) if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'no field "{column}" with text')
+    return text.encode(errors="replace").decode()  # replaces lone surrogates, which parquet cannot store
+
+
+def _read_text(path: Path) -> str:
     try:
-        if path.suffix == ".parquet":
-            yield from Shard(str(path), "", local=path, column=column).documents()
-        elif path.suffix == ".jsonl":
-            yield from _read_jsonl(path, column)
-        elif path.suffix == ".txt":
-            yield from path.read_text(encoding="utf-8").split("\n\n\n")
-        else:
-            raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file")
+        return path.read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
-
-
-def _read_jsonl(path: Path, column: str) -> Iterator[str]:
-    bad = []
-    # Not splitlines, which also splits at U+2028; JSON allows it within a line.
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[column]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            text = None
-        if isinstance(text, str):
-            yield text.encode(errors="replace").decode()  # replaces lone surrogates, which parquet cannot store
-        else:
-            bad.append(str(number))
-    if bad:
-        more = f" and {len(bad) - 20} more" if len(bad) > 20 else ""
-        what = "line {} is not a JSON object" if len(bad) == 1 else "lines {} are not JSON objects"
-        raise DataError(f'{path}: {what.format(", ".join(bad[:20]) + more)} with a field "{column}"')
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def read_texts(path: Path, column: str) -> Iterator[str]:
     """Yield the documents of `eval.text`: lines of a .jsonl, rows of a .parquet, any other file of UTF-8 as a whole.
 
     Of a folder all files count, in the order of their names; hidden ones do not.
-
-    Raises:
-        ConfigError: the folder has no files.
-        DataError: a file cannot be read, is no text, or has no such column.
     """
-    for file in _files_of(path):
+    for file in files_of(path):
         if file.suffix in (".jsonl", ".parquet"):
             yield from read_file(file, column)
-            continue
-        try:
-            yield file.read_bytes().decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{file}: cannot be read as UTF-8 text ({error})") from None
+        else:
+            yield _read_text(file)
 
 
 def contents_of_text(config: EvalConfig, hash_of: Callable[[Path], str]) -> list[str]:
     """Return the ending and the sha256 of each file of `eval.text`, for a key."""
-    return [] if config.text is None else [f"{file.suffix} {hash_of(file)}" for file in _files_of(Path(config.text))]
+    return [] if config.text is None else [f"{file.suffix} {hash_of(file)}" for file in files_of(Path(config.text))]
 
 
-def _files_of(path: Path) -> list[Path]:
+def files_of(path: Path) -> list[Path]:
+    """Return a file, or the files below a folder that are not hidden, sorted; raises ConfigError if it has none."""
     if not path.is_dir():
         return [path]
     found = sorted(file for file in path.rglob("*") if file.is_file())
@@ -434,11 +376,7 @@ def _files_of(path: Path) -> list[Path]:
 def write_shards(
     folder: Path, documents: list[str], *, validation_documents: int, shard_documents: int, row_group_documents: int
 ) -> None:
-    """Write documents as shards; the first `validation_documents` are held out.
-
-    Raises:
-        DataError: no document is left to train on.
-    """
+    """Write documents as shards; the first `validation_documents` are held out."""
     if len(documents) <= validation_documents:
         raise DataError(
             f"the corpus has {len(documents)} documents, of which corpus.validation_documents={validation_documents} "
@@ -465,10 +403,6 @@ def pin_corpus(
 
     Downloads and checks the validation files and the first training file. The files that the run will read
     (`train_chars`, if known) follow in the background.
-
-    Raises:
-        DataError: a file is invalid, or the disk has no space for the run's text.
-        PassingError: the Hub does not answer.
     """
     from mlxchat.hub.client import fetch_files, record
 
@@ -478,11 +412,11 @@ def pin_corpus(
     fetch_files(looked_at, check=check)
     corpus, documents, chars = corpus.measure(check)
     if not chars or corpus.train[0].count(check) < 1:
-        raise DataError(f"{hub.repository}: no document in {looked_at[0].path if not chars else corpus.train[0].name}")
+        raise DataError(f"{hub.repository}: no document in {' or '.join(file.path for file in looked_at)}")
     if train_chars is not None:
         what = f"The text of this run ({hub.repository}, {len(corpus.first(train_chars))} files)"
         check_space(hub_cache(), corpus.missing_bytes(train_chars), what)
-    corpus.fetch_ahead("train", 1, train_chars)
+    corpus.fetch_ahead(1, train_chars)
     pinned = {"repository": hub.repository, "kind": "dataset", "revision": files[0].revision, "column": hub.column}
     facts = {"validation_documents": documents, "validation_chars": chars}
     rows = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from mlxchat.errors import DataError
 
 FILES = (RANKS_FILE, HF_FILE, CONFIG_FILE, "token_bytes.safetensors")
 _PART_CHARS = 50_000
+Ids = np.ndarray[Any, np.dtype[np.uint32]]
 
 _CHAT_TEMPLATE = """{{- '<|bos|>' -}}
 {%- set ns = namespace(system='') -%}
@@ -63,11 +64,9 @@ class Tokenizer:
         Args:
             ranks: mergeable tokens: bytes → id, 0 … n − 1, including the 256 single bytes.
             pattern: regular expression that splits text into pieces.
-
-        Raises:
-            DataError: the pattern is not a regular expression.
         """
-        self.ranks, self.pattern = ranks, pattern
+        self.ranks = ranks
+        self.pattern = pattern
         self.special_ids = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}
         try:
             self.encoding = tiktoken.Encoding(
@@ -87,25 +86,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text. Names of special tokens in it are ordinary text."""
-        try:
-            return [id_ for part in self._encode_to_numpy(text) for id_ in part.tolist()]
-        except UnicodeEncodeError:  # lone surrogates, which encode_ordinary replaces
-            return self.encoding.encode_ordinary(text)
+        return list(self._encode(text).tolist())
 
-    def encode_documents(self, texts: list[str]) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
+    def encode_documents(self, texts: list[str]) -> list[Ids]:
         """Return each document's ids, with <|bos|> in front. Releases the interpreter's lock."""
-        # Arrays instead of lists halve the time, most of which then runs without the interpreter's lock.
         bos = np.array([self.bos], dtype=np.uint32)
-        return [np.concatenate((bos, *self._encode_to_numpy(text))) for text in texts]
+        return [np.concatenate((bos, self._encode(text))) for text in texts]
 
-    def _encode_to_numpy(self, text: str) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
+    def _encode(self, text: str) -> Ids:
+        # Arrays instead of lists halve the time, most of which then runs without the interpreter's lock.
         try:
-            return [self.encoding.encode_to_numpy(text, disallowed_special=())]
-        except UnicodeEncodeError:
-            raise
+            return self.encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # lone surrogates, which encode_ordinary replaces
+            return np.array(self.encoding.encode_ordinary(text), dtype=np.uint32)
         except ValueError:  # hundreds of thousands of blanks exceed the pattern's backtracking limit
             parts = (text[start : start + _PART_CHARS] for start in range(0, len(text), _PART_CHARS))
-            return [self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts]
+            return np.concatenate([self.encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; invalid UTF-8 becomes U+FFFD."""
@@ -118,11 +114,7 @@ class Tokenizer:
     @cached_property
     def digest(self) -> str:
         """The sha256 of everything that determines the encoding, in hexadecimal."""
-        lines = [
-            self.pattern,
-            *SPECIAL_TOKENS,
-            *(token.hex() for token in sorted(self.ranks, key=self.ranks.__getitem__)),
-        ]
+        lines = [self.pattern, *SPECIAL_TOKENS, *(token.hex() for token in self._ordered())]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @cached_property
@@ -137,56 +129,46 @@ class Tokenizer:
         """Write FILES."""
         (folder / RANKS_FILE).write_text(spell_ranks(self.ranks), encoding="ascii")
         (folder / HF_FILE).write_text(json.dumps(self._to_hf(), ensure_ascii=False), encoding="utf-8")
-        (folder / CONFIG_FILE).write_text(
-            json.dumps(
-                {
-                    "tokenizer_class": "PreTrainedTokenizerFast",
-                    "bos_token": "<|bos|>",
-                    "eos_token": "<|assistant_end|>",
-                    "pad_token": "<|assistant_end|>",
-                    "additional_special_tokens": list(SPECIAL_TOKENS),
-                    "clean_up_tokenization_spaces": False,
-                    "chat_template": _CHAT_TEMPLATE,
-                    **({} if self.pattern == SPLIT_PATTERN else {PATTERN_KEY: self.pattern}),
-                },
-                indent=1,
-            ),
-            encoding="utf-8",
-        )
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|bos|>",
+            "eos_token": "<|assistant_end|>",
+            "pad_token": "<|assistant_end|>",
+            "additional_special_tokens": list(SPECIAL_TOKENS),
+            "clean_up_tokenization_spaces": False,
+            "chat_template": _CHAT_TEMPLATE,
+        }
+        if self.pattern != SPLIT_PATTERN:
+            config[PATTERN_KEY] = self.pattern
+        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1), encoding="utf-8")
         save_file({"token_bytes": self.token_bytes}, folder / "token_bytes.safetensors")
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """Read a tokenizer from a tokenizer or checkpoint artifact.
-
-        Raises:
-            DataError: the file is missing or damaged.
-        """
+        """Read a tokenizer from a tokenizer or checkpoint artifact; raises DataError if it is damaged."""
         return cls(read_ranks(folder / RANKS_FILE), read_pattern(folder))
 
     def _to_hf(self) -> dict[str, Any]:
         """Return the same tokenizer as a Hugging Face tokenizer.json: byte-level BPE with merges."""
-        letters, pattern = byte_letters(), hf_pattern_of(self.pattern)
+        letters = byte_letters()
 
         def spell(token: bytes) -> str:
             return "".join(letters[byte] for byte in token)
 
+        tokens = self._ordered()
+        merges = [split_token(token, self.ranks) for token in tokens if len(token) > 1]
+        special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        split = {"type": "Split", "pattern": {"Regex": hf_pattern_of(self.pattern)}}
         return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
-            "added_tokens": [
-                {
-                    "id": rank, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                    "normalized": False, "special": True,
-                }
-                for name, rank in self.special_ids.items()
-            ],
+            "added_tokens": [{"id": rank, "content": name, **special} for name, rank in self.special_ids.items()],
             "normalizer": None,
             "pre_tokenizer": {
                 "type": "Sequence",
                 "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+                    {**split, "behavior": "Isolated", "invert": False},
                     {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
                 ],
             },
@@ -201,24 +183,17 @@ class Tokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": {spell(token): rank for token, rank in sorted(self.ranks.items(), key=lambda item: item[1])},
-                "merges": [[spell(left), spell(right)] for left, right in self._merges()],
+                "vocab": {spell(token): self.ranks[token] for token in tokens},
+                "merges": [[spell(left), spell(right)] for left, right in merges],
             },
-        }  # fmt: skip
+        }
 
-    def _merges(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the pair that each token of several bytes was merged from."""
-        for token in sorted(self.ranks, key=self.ranks.__getitem__):
-            if len(token) > 1:
-                yield split_token(token, self.ranks)
+    def _ordered(self) -> list[bytes]:
+        return sorted(self.ranks, key=self.ranks.__getitem__)
 
 
 def load_vocabulary(source: str) -> tuple[Tokenizer, bool]:
-    """Return a tokenizer with an existing vocabulary and our special tokens, and whether it keeps the source's ids.
-
-    Raises:
-        DataError: the vocabulary is missing or damaged, or its encoding cannot be reproduced.
-    """
+    """Return a tokenizer with an existing vocabulary and our special tokens, and whether it keeps the source's ids."""
     vocabulary = read_vocabulary(source)
     tokenizer = Tokenizer(vocabulary.ranks, vocabulary.pattern)
     if tokenizer.decode(tokenizer.encode(_EVERY_KIND)) != _EVERY_KIND:

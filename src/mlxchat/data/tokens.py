@@ -1,27 +1,25 @@
 """Token files, and the documents of a corpus, whose shards are encoded on demand.
 
 Text and conversations are encoded once per content and tokenizer into artifacts (`tokens-…`) that all runs share. Each
-is a safetensors file, written as a stream and memory-mapped:
-- offsets (n + 1,) int64: the start of each sequence, and the end of the last;
-- ids (tokens,) uint16, or uint32 for vocabularies above 65,536;
-- trained (tokens,) bool, for conversations: the loss mask.
+has memory-mapped arrays:
+- offsets.npy (n + 1,) int64: the start of each sequence, and the end of the last;
+- ids.npy (tokens,) uint16, or uint32 for vocabularies above 65,536;
+- trained.npy (tokens,) bool, for conversations: the loss mask.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,13 +33,9 @@ from mlxchat.runner.context import Context
 from mlxchat.store.fingerprint import canonical_json
 from mlxchat.tasks.pairs import Answers
 
-FORMAT = 1
+FORMAT = 2
 """Part of the keys of token files, which else depend on texts and tokenizer only: raise it when rendering changes."""
-FILE = "tokens.safetensors"
 
-# The header is written last into reserved space; the format allows spaces after the JSON.
-_HEADER_BYTES = 512
-_TYPES = {"I64": np.int64, "U16": np.uint16, "U32": np.uint32, "BOOL": np.bool_}
 # Documents that one thread encodes between two checks for a stop: a fraction of a second.
 _PART_DOCUMENTS = 128
 _MOST_OPEN_SHARDS = 16
@@ -62,13 +56,43 @@ class Tokens:
     flat_trained: Array | None
     """(tokens,): the loss mask; None: documents."""
 
+    @classmethod
+    def of(cls, sequences: Iterable[tuple[Any, Any | None]], vocab_size: int) -> Tokens:
+        """Return sequences of ids with loss masks; either all or no masks are None."""
+        width = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+        ends = [0]
+        parts = [np.zeros(0, width)]
+        masks: list[Array] = []
+        for ids, trained in sequences:
+            ends.append(ends[-1] + len(ids))
+            parts.append(np.asarray(ids).astype(width))
+            if trained is not None:
+                masks.append(np.asarray(trained, np.bool_))
+        return cls(np.array(ends, np.int64), np.concatenate(parts), np.concatenate(masks) if masks else None)
+
+    def save(self, folder: Path) -> None:
+        """Write the arrays."""
+        np.save(folder / "offsets.npy", self.offsets)
+        np.save(folder / "ids.npy", self.flat)
+        if self.flat_trained is not None:
+            np.save(folder / "trained.npy", self.flat_trained)
+
+    @classmethod
+    def open(cls, folder: Path) -> Tokens:
+        """Return the memory-mapped sequences of a folder; raises DataError if a file is missing or damaged."""
+        try:
+            # As plain arrays, whose slices are made faster.
+            found = {path.stem: np.asarray(np.load(path, mmap_mode="r")) for path in folder.glob("*.npy")}
+            return cls(found["offsets"], found["ids"], found.get("trained"))
+        except (OSError, ValueError, EOFError, KeyError) as error:
+            raise DataError(f"{folder} is damaged ({error}). Remove it; the next run recreates it.") from None
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def lengths(self, start: int, stop: int) -> list[int]:
         """Return the lengths in tokens of sequences start … stop − 1."""
-        lengths: list[int] = np.diff(self.offsets[start : stop + 1]).tolist()
-        return lengths
+        return list(np.diff(self.offsets[start : stop + 1]).tolist())
 
     def ids(self, index: int) -> Array:
         """Return the ids of a sequence, as a view of the file."""
@@ -78,82 +102,6 @@ class Tokens:
         """Return the loss mask of a sequence, as a view of the file."""
         assert self.flat_trained is not None, "documents have no loss mask"
         return self.flat_trained[self.offsets[index] : self.offsets[index + 1]]
-
-
-def write_tokens(
-    file: BinaryIO, sequences: Iterable[tuple[Array, Array | None]], *, count: int, vocab_size: int
-) -> int:
-    """Write sequences to an empty file as a stream; return their total number of tokens.
-
-    Args:
-        file: seekable.
-        sequences: ids and loss masks; either all or no masks are None.
-        count: number of sequences.
-        vocab_size: determines the type of the ids.
-
-    Raises:
-        DataError: there are more or fewer than `count` sequences.
-    """
-    width = np.uint16 if vocab_size <= 1 << 16 else np.uint32
-    offsets = np.zeros(count + 1, dtype=np.int64)
-    masks: list[Array] = []
-    file.seek(_HEADER_BYTES + offsets.nbytes)
-    found = 0
-    for ids, trained in sequences:
-        if found < count:
-            offsets[found + 1] = offsets[found] + len(ids)
-        found += 1
-        file.write(ids.astype(width).tobytes())
-        if trained is not None:
-            masks.append(trained.astype(np.bool_))
-    if found != count:
-        raise DataError(f"{found} sequences were encoded, expected {count}: the text changed meanwhile")
-    total = int(offsets[-1])
-    for mask in masks:
-        file.write(mask.tobytes())
-    arrays = [("offsets", "I64", count + 1), ("ids", "U16" if width is np.uint16 else "U32", total)]
-    header, end = {}, 0
-    for name, dtype, length in [*arrays, *([("trained", "BOOL", total)] if masks else [])]:
-        start, end = end, end + length * np.dtype(_TYPES[dtype]).itemsize
-        header[name] = {"dtype": dtype, "shape": [length], "data_offsets": [start, end]}
-    file.seek(0)
-    file.write((_HEADER_BYTES - 8).to_bytes(8, "little") + json.dumps(header).encode().ljust(_HEADER_BYTES - 8))
-    file.write(offsets.tobytes())
-    return total
-
-
-def open_tokens(folder: Path) -> Tokens:
-    """Return the memory-mapped sequences of a folder.
-
-    Raises:
-        DataError: the file is missing, truncated or invalid.
-    """
-    path = folder / FILE
-    try:
-        with path.open("rb") as file:
-            return read_tokens(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}). Remove the folder; the next run recreates it.") from None
-
-
-def read_tokens(buffer: Any) -> Tokens:
-    """Return the sequences of a file's bytes, as views.
-
-    Raises:
-        ValueError, KeyError, TypeError: the bytes are not in `write_tokens`'s format.
-    """
-    size = int.from_bytes(buffer[:8], "little")
-    header = json.loads(bytes(buffer[8 : 8 + size]))
-
-    def view(name: str) -> Array:
-        start, stop = header[name]["data_offsets"]
-        (count,) = header[name]["shape"]
-        if 8 + size + stop > len(buffer):
-            raise ValueError("it is truncated")
-        dtype = _TYPES[header[name]["dtype"]]
-        return np.frombuffer(buffer, dtype, count, 8 + size + start) if count else np.zeros(0, dtype)
-
-    return Tokens(view("offsets"), view("ids"), view("trained") if "trained" in header else None)
 
 
 Obtain = Callable[[Shard, bool, Check], Path]
@@ -166,47 +114,40 @@ class Documents:
     Each shard is encoded on demand. While it is read, a thread encodes the next one.
     """
 
-    def __init__(
-        self, shards: Sequence[Shard], obtain: Obtain, *, once: bool = False,
-        on_open: Callable[[int], object] = lambda index: None,
-    ) -> None:  # fmt: skip
+    def __init__(self, shards: Sequence[Shard], obtain: Obtain, *, once: bool = False) -> None:
         """Start at the first document; nothing is read yet.
 
         Args:
             shards: of text, in order.
             obtain: encodes a shard, unless it is encoded already.
             once: end after the last document instead of starting over.
-            on_open: called with the index of a shard before it is read.
         """
-        self._shards, self._obtain, self._once, self._on_open = list(shards), obtain, once, on_open
         self.epoch = 0
+        self._shards = list(shards)
+        self._obtain = obtain
+        self._once = once
         self._position: Address = (0, 0)
-        self._empty = 0  # consecutive shards without a document
-        # Few are open, since each takes a file handle; buffered documents come from few shards.
-        self._open: OrderedDict[int, Tokens] = OrderedDict()
+        self._is_empty = True
+        # Few are open, since each takes file handles; buffered documents come from few shards.
+        self.tokens = lru_cache(_MOST_OPEN_SHARDS)(self._open)
         self._closing = threading.Event()
         self._worker: tuple[int, threading.Thread] | None = None
 
     def next(self, count: int) -> list[tuple[Address, int]]:
-        """Return addresses and lengths in tokens of the next `count` documents; fewer at the end if read `once`.
-
-        Raises:
-            DataError: the corpus has no documents.
-        """
+        """Return addresses and lengths in tokens of the next `count` documents; fewer at the end if read `once`."""
         found: list[tuple[Address, int]] = []
         while len(found) < count:
             shard, start = self._position
             if shard == len(self._shards):
-                if self._once and self._empty < len(self._shards):
+                if self._is_empty:
+                    raise DataError(f"the corpus has no documents in {self._shards[0].name} and what follows")
+                if self._once:
                     break
                 self.epoch, self._position = self.epoch + 1, (0, 0)
                 continue
             tokens = self.tokens(shard)
             self.prepare((shard + 1) % len(self._shards))
-            self._empty = 0 if len(tokens) else self._empty + 1
-            if self._empty > len(self._shards):
-                names = [shard.name for shard in self._shards]
-                raise DataError(f"the corpus has no documents in {', '.join(names[:5])}{' …' * (len(names) > 5)}")
+            self._is_empty = self._is_empty and not len(tokens)
             stop = min(len(tokens), start + count - len(found))
             found += (((shard, start + i), length) for i, length in enumerate(tokens.lengths(start, stop)))
             self._position = (shard, stop) if stop < len(tokens) else (shard + 1, 0)
@@ -236,37 +177,30 @@ class Documents:
         self.epoch = state["epoch"]
         shard, document = state["position"]
         self._position = (shard, document)
+        self._is_empty = False
 
-    def tokens(self, index: int) -> Tokens:
+    def _open(self, index: int) -> Tokens:
         """Return a shard's tokens, after encoding it if necessary."""
-        found = self._open.get(index)
-        if found is None:
-            self._on_open(index)
-            if self._worker is not None and self._worker[0] == index:
-                self._worker[1].join()  # checks for stops, too
-            found = self._open[index] = open_tokens(self._obtain(self._shards[index], True, lambda: None))
-            while len(self._open) > _MOST_OPEN_SHARDS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(index)
-        return found
+        if self._worker is not None and self._worker[0] == index:
+            self._worker[1].join()  # checks for stops, too
+        return Tokens.open(self._obtain(self._shards[index], True, lambda: None))
 
     def prepare(self, index: int) -> None:
-        """Start encoding a shard in the background, unless the thread is busy."""
-        if index in self._open or (self._worker is not None and self._worker[1].is_alive()):
+        """Start encoding a shard in the background, unless it was started or the thread is busy."""
+        if self._worker is not None and (self._worker[0] == index or self._worker[1].is_alive()):
             return
         self._closing.clear()
+        name = f"encode {self._shards[index].name}"
+        self._worker = index, threading.Thread(target=self._encode_ahead, args=(index,), name=name, daemon=True)
+        self._worker[1].start()
 
-        def check() -> None:
-            if self._closing.is_set():
-                raise _Closed
+    def _encode_ahead(self, index: int) -> None:
+        with suppress(Exception):  # fails again, with a message, when the shard is needed
+            self._obtain(self._shards[index], False, self._check_open)
 
-        def work() -> None:
-            with suppress(Exception):  # fails again, with a message, when the shard is needed
-                self._obtain(self._shards[index], False, check)
-
-        worker = threading.Thread(target=work, name=f"encode {self._shards[index].name}", daemon=True)
-        worker.start()
-        self._worker = index, worker
+    def _check_open(self) -> None:
+        if self._closing.is_set():
+            raise _Closed
 
     def close(self) -> None:
         """End the background work until the next `restore`."""
@@ -302,28 +236,27 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
     that the run will need are downloaded ahead.
     """
     corpus = Corpus.open(ctx.inputs["corpus"])
-    chars = ctx.hints.get("train_chars") if split == "train" else None
+    if split == "train":
+        corpus.fetch_ahead(1, ctx.hints.get("train_chars"))
 
     def obtain(shard: Shard, is_awaited: bool, check: Check) -> Path:
+        look = partial(_check_both, ctx, shard, check)
         threads = available_cores() if is_awaited else max(1, available_cores() // 4)
-
-        def look() -> None:
-            check()
-            if ctx.should_stop():
-                raise ctx.stop(f"the encoding of {shard.name}")
-
         return ctx.encoded(
             version=FORMAT,
             label=shard.stem,
             identity={**shard.identity(), "tokenizer": tokenizer.digest},
-            make=lambda folder: encode_shard(shard, tokenizer, folder, threads=threads, check=look),
+            make=partial(encode_shard, shard, tokenizer, threads=threads, check=look),
             check=look,
         )
 
-    def fetch(index: int) -> None:
-        corpus.fetch_ahead(split, index + 1, chars)
+    return Documents(corpus.shards(split), obtain, once=once)
 
-    return Documents(corpus.shards(split), obtain, once=once, on_open=fetch)
+
+def _check_both(ctx: Context, shard: Shard, check: Check) -> None:
+    check()
+    if ctx.should_stop():
+        raise ctx.stop(f"the encoding of {shard.name}")
 
 
 def encode_shard(
@@ -333,18 +266,18 @@ def encode_shard(
 
     `check` is called every few hundred documents and may raise to end the work.
     """
+    return _save(_encode(shard, tokenizer, threads, check), folder, "documents", tokenizer.vocab_size)
 
-    def encode() -> Iterator[tuple[Array, None]]:
-        texts = shard.documents(check)
-        with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
-            while part := list(islice(texts, threads * _PART_DOCUMENTS)):
-                check()
-                size = -(-len(part) // threads)
-                parts = [part[first : first + size] for first in range(0, len(part), size)]
-                for encoded in pool.map(tokenizer.encode_documents, parts):
-                    yield from ((ids, None) for ids in encoded)
 
-    return _write(folder, encode(), "documents", shard.count(check), tokenizer.vocab_size)
+def _encode(shard: Shard, tokenizer: DocumentTokenizer, threads: int, check: Check) -> Iterator[tuple[Array, None]]:
+    texts = shard.documents(check)
+    with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
+        while part := list(islice(texts, threads * _PART_DOCUMENTS)):
+            check()
+            size = -(-len(part) // threads)
+            parts = [part[first : first + size] for first in range(0, len(part), size)]
+            for encoded in pool.map(tokenizer.encode_documents, parts):
+                yield from ((ids, None) for ids in encoded)
 
 
 def open_mixture(ctx: Context, name: str, mixture: Mixture | Answers, tokenizer: Tokenizer) -> Tokens:
@@ -352,26 +285,25 @@ def open_mixture(ctx: Context, name: str, mixture: Mixture | Answers, tokenizer:
     digest = hashlib.sha256()
     for conversation in mixture:
         digest.update(canonical_json(conversation.get("messages")).encode() + b"\n")
+    identity = {"conversations": digest.hexdigest(), "tokenizer": tokenizer.digest}
+    make = partial(_encode_mixture, ctx, mixture, tokenizer)
+    return Tokens.open(ctx.encoded(version=FORMAT, label=f"{ctx.step}_{name}", identity=identity, make=make))
 
-    def render() -> Iterator[tuple[Array, Array]]:
+
+def _encode_mixture(ctx: Context, mixture: Mixture | Answers, tokenizer: Tokenizer, folder: Path) -> dict[str, float]:
+    def rendered() -> Iterator[tuple[list[int], list[int]]]:
         for conversation in mixture:
             if ctx.should_stop():
                 raise ctx.stop("the encoding of its conversations")
-            ids, mask = render_conversation(tokenizer, conversation, max_tokens=None)
-            yield np.array(ids, dtype=np.uint32), np.array(mask, dtype=np.bool_)
+            yield render_conversation(tokenizer, conversation, max_tokens=None)
 
-    def make(folder: Path) -> dict[str, float]:
-        return _write(folder, render(), "conversations", len(mixture), tokenizer.vocab_size)
-
-    identity = {"conversations": digest.hexdigest(), "tokenizer": tokenizer.digest}
-    return open_tokens(ctx.encoded(version=FORMAT, label=f"{ctx.step}_{name}", identity=identity, make=make))
+    return _save(rendered(), folder, "conversations", tokenizer.vocab_size)
 
 
-def _write(
-    folder: Path, sequences: Iterable[tuple[Array, Array | None]], kind: str, count: int, vocab_size: int
-) -> dict[str, float]:
+def _save(sequences: Iterable[tuple[Any, Any]], folder: Path, kind: str, vocab_size: int) -> dict[str, float]:
     """Write sequences to a folder; return the numbers for the manifest."""
     began = time.monotonic()
-    with (folder / FILE).open("wb") as file:
-        tokens = write_tokens(file, sequences, count=count, vocab_size=vocab_size)
-    return {kind: count, "tokens": tokens, "tokens_per_second": tokens / max(1e-9, time.monotonic() - began)}
+    tokens = Tokens.of(sequences, vocab_size)
+    tokens.save(folder)
+    count = len(tokens.flat)
+    return {kind: len(tokens), "tokens": count, "tokens_per_second": count / max(1e-9, time.monotonic() - began)}

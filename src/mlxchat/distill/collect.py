@@ -1,211 +1,335 @@
-"""Sends requests to a teacher concurrently, with a rate limit, retries and a cost limit."""
+"""One run of `mlxchat distill`: collect the missing answers, choose, write the file and its provenance."""
 
 from __future__ import annotations
 
 import asyncio
-import random
+import hashlib
+import json
+import math
+import re
 import time
-from collections.abc import Awaitable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from aiolimiter import AsyncLimiter
+import openai
 
-from mlxchat.config.wording import format_count
-from mlxchat.distill.answers import Answer, Answers
-from mlxchat.distill.cost import Budget, Prices, Usage, most_tokens
-from mlxchat.distill.questions import one_line
-from mlxchat.distill.teacher import Failed, Teacher
-from mlxchat.errors import MlxchatError, PassingError, StoreError
+from mlxchat import __version__
+from mlxchat.distill.questions import Message, Question, clean, one_line, read_answered_conversation
+from mlxchat.distill.teacher import Answer, Answers, Failed, Prices, ask, connect, most_tokens, public_url
+from mlxchat.errors import DataError, Interrupted, MlxchatError, PassingError, StoreError
+from mlxchat.runner.process import stop_on_signals
 from mlxchat.runner.progress import Progress
+from mlxchat.store.files import now, write_whole
+from mlxchat.store.fingerprint import canonical_json
 
-RETRIES = 6
-"""Further attempts after a transient failure."""
-FIRST_PAUSE_SECONDS = 1.0
-"""Pause before the first retry; doubled each time, with a jitter of ±50%."""
-_MOST_PAUSE_SECONDS = 60.0
-# A longer Retry-After counts as a failure.
-_LONGEST_WAIT_SECONDS = 900.0
+_MOST_SHOWN = 5
 # This many refusals without any answer end the run: every request has the same fault.
 _REFUSALS = 5
+# Finish reasons of incomplete answers.
+_CUT = ("length", "content_filter")
+_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Request:
     """One chat request."""
 
-    key: str
-    name: str
-    """Of its question, for messages."""
+    question: Question
     body: dict[str, Any]
+    key: str
+    """Of the cache: a hash of endpoint, body and the index among several answers to the question."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Limits of rate, cost and answer length."""
+@dataclass(kw_only=True)
+class Order:
+    """The settings of a run."""
 
-    concurrency: int = 8
-    requests_per_minute: float | None = None
-    max_cost: float | None = None
-    max_tokens: int = 1024
+    teacher: str
+    """Address of the endpoint, without the route."""
+    key: str | None
+    """API key of the endpoint; never written to disk."""
+    model: str
+    questions: Sequence[Question]
+    source: dict[str, Any]
+    """Origin of the questions, for the provenance."""
+    system: str | None
+    """System prompt of each request; not written to the conversations."""
+    samples: int
+    """Answers to each question."""
+    body: dict[str, Any]
+    """Further fields of each request. Sample number i gets seed + i."""
+    max_tokens: int
     """Maximum length of an answer, whichever field of the request sets it."""
+    concurrency: int
+    requests_per_minute: float | None
+    timeout_seconds: float
+    prices: Prices
+    max_cost: float | None
+    only_correct: bool
+    keep_cut: bool
+    """Whether answers that max_tokens truncated are kept."""
+    conversations: bool
+    """Whether an answer is a whole conversation as JSON (`CONVERSATION_FORMAT`) instead of the next message."""
+    out: Path
+    cache: Path
+
+    def requests(self) -> list[Request]:
+        """Return the requests in the order of questions and samples."""
+        requests = []
+        for question in self.questions:
+            for sample in range(self.samples):
+                body: dict[str, Any] = {"model": self.model, "messages": question.asked(self.system), **self.body}
+                if isinstance(body.get("seed"), int):
+                    body["seed"] += sample
+                asked = canonical_json({"url": self.teacher, "body": body, "sample": sample})
+                requests.append(Request(question, body, hashlib.sha256(asked.encode()).hexdigest()))
+        return requests
 
 
-@dataclass
-class Collected:
-    """The result of a run."""
+def distill(order: Order, *, dry_run: bool) -> int:
+    """Collect the missing answers, write the file, print a summary and return the exit code.
 
-    asked: int = 0
-    """Answers received in this run."""
-    usage: Usage = field(default_factory=Usage)
-    """Of these answers."""
-    failed: dict[str, str] = field(default_factory=dict)
-    """Request key → question and reason."""
-    seconds: float = 0.0
-    out_of_money: bool = False
-    spent: float = 0.0
-    """By all runs that share the ledger of --max-cost."""
-    spent_before: float = 0.0
-    unanswered_cost: float = 0.0
-    """Cost counted in this run for unanswered requests that the teacher may bill."""
-    fault: MlxchatError | None = None
-    """The error that ended the run."""
+    Raises:
+        MlxchatError: the teacher refuses or does not answer, or the disk fails. The file is written from the answers
+            so far, if there are any.
+        Interrupted: a signal stopped the run.
+    """
+    answers = Answers(order.cache, order.teacher, order.model)
+    requests = order.requests()
+    missing = [request for request in requests if request.key not in answers.known]
+    bounds = [most_tokens(request.body, order.max_tokens) for request in missing]
+    most = order.prices.describe(sum(given for given, _ in bounds), sum(taken for _, taken in bounds))
+    known = len(requests) - len(missing)
+    print(f"{len(requests):,} answers: {known:,} cached, {len(missing):,} to request, at most {most}")
+    if dry_run:
+        return 0
+    collector = Collector(order, answers)
+    if missing:
+        asyncio.run(collector.run(missing))
+    chosen = Chosen(order, requests, answers)
+    if chosen.lines:
+        _write(order, chosen, {"cached": known, "asked": collector.asked, "failed": len(collector.failed)})
+        _report(order, chosen, [f"{collector.asked:,} new, {known:,} cached", *collector.notes()])
+    if collector.fault is not None:
+        raise collector.fault
+    if collector.signals:
+        missing_count = chosen.counts["not answered"]
+        text = f"stopped: {missing_count:,} answers are missing. Run the same command to get them."
+        raise Interrupted(text, collector.signals[0])
+    if not chosen.lines:
+        first = f"no usable answer, so {order.out} is not written: {chosen.left_out()}"
+        raise DataError("\n".join([first, *collector.notes(), *chosen.faults[:_MOST_SHOWN]]))
+    return 1 if collector.failed else 0
 
 
 class Collector:
-    """Sends requests to a teacher and stores their answers."""
+    """Sends requests to the teacher in parallel, within the limits of rate and cost, and stores the answers."""
 
-    def __init__(self, teacher: Teacher, answers: Answers, limits: Limits, prices: Prices, ledger: Path) -> None:
-        """Send nothing yet. `ledger` is the file of costs, used if `limits.max_cost` is set."""
-        self.teacher, self.answers, self.limits, self.prices = teacher, answers, limits, prices
-        self.collected = Collected()
-        self._budget = Budget(limits.max_cost, prices, ledger)
-        rate = limits.requests_per_minute
-        # Evenly spaced: some servers count requests by the second.
-        self._pace = None if rate is None else AsyncLimiter(1, 60 / rate)
-        self._closed_until = 0.0
-        self._refusals = 0
-        self._answered_at = -1.0
-        self._stopped = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._wake = asyncio.Event()
+    def __init__(self, order: Order, answers: Answers) -> None:
+        """Send nothing yet."""
+        self._order = order
+        self._answers = answers
+        self.asked = 0
+        """Answers received in this run."""
+        self.failed: list[str] = []
+        """Question and reason of each."""
+        self.fault: MlxchatError | None = None
+        """The error that ended the run."""
+        self.signals: list[int] = []
+        # Failed requests and answers without token counts count at their upper bound, since they may be billed.
+        self._spent = 0.0
+        self._reserved: list[float] = []  # upper bounds of the costs of requests in flight
+        self._is_out_of_money = False
+        self._queue: deque[Request] = deque()
+        self._next_start = 0.0
+        self._stopped = asyncio.Event()
 
-    def stop(self) -> None:
-        """Send no further requests; requests in flight are awaited. Safe to call from a signal handler."""
-        self._stopped = True
-        if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._wake.set)
+    async def run(self, requests: Sequence[Request]) -> None:
+        """Send the requests in order; after a signal or a fault of all requests, only await those in flight."""
+        order = self._order
+        loop = asyncio.get_running_loop()
+        self._queue.extend(requests)
 
-    async def run(self, requests: Sequence[Request], progress: Progress, done: int) -> Collected:
-        """Send the requests in order. `done` others, answered before, count in the progress."""
-        self._loop = asyncio.get_running_loop()
-        if self._stopped:
-            self._wake.set()
-        began = time.monotonic()
-        queue = iter(requests)
-        self.collected.spent_before = self._budget.spent
+        def request_stop(number: int) -> None:
+            self.signals.append(number)
+            loop.call_soon_threadsafe(self._stopped.set)
+
+        with Progress("distill", len(requests), "answers") as progress:
+
+            def announce() -> None:
+                progress.note("stopping after the requests in flight; press Ctrl-C again to stop now")
+
+            with stop_on_signals(request_stop, announce):
+                async with connect(order.teacher, order.key, order.timeout_seconds) as client:
+                    await asyncio.gather(*(self._work(client, progress) for _ in range(order.concurrency)))
+
+    async def _work(self, client: openai.AsyncOpenAI, progress: Progress) -> None:
+        """Send requests until none is left, the run stops, or the next one does not fit the cost limit."""
+        order = self._order
+        while self._queue and not self._stopped.is_set():
+            most = most_tokens(self._queue[0].body, order.max_tokens)
+            most_cost = order.prices.of(*most) or 0.0
+            if order.max_cost is not None and math.fsum([self._spent, most_cost, *self._reserved]) > order.max_cost:
+                # The other workers go on: an answer frees a part of what is reserved for it.
+                self._is_out_of_money = not self._reserved
+                return
+            request = self._queue.popleft()
+            self._reserved.append(most_cost)
+            await self._pace()
+            if not self._stopped.is_set():
+                tokens = await self._ask(client, request)
+                self._spent += order.prices.of(*(tokens or most)) or 0.0
+            self._reserved.remove(most_cost)
+            progress.update(self.asked, cost=f"{self._spent:.4f}" if self._spent else "")
+
+    async def _pace(self) -> None:
+        """Wait until the rate limit allows a request or the run stops. Requests are evenly spaced."""
+        if self._order.requests_per_minute is None:
+            return
+        start = max(self._next_start, time.monotonic())
+        self._next_start = start + 60 / self._order.requests_per_minute
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopped.wait(), start - time.monotonic())
+
+    async def _ask(self, client: openai.AsyncOpenAI, request: Request) -> tuple[int, int] | None:
+        """Store the answer to a request and return its (input, output) tokens; None if they are unknown."""
+        asked_before = self.asked
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.limits.concurrency, len(requests))):
-                    group.create_task(self._work(queue, progress, done, began))
-        finally:
-            self._budget.close()
-        self.collected.seconds = time.monotonic() - began
-        self.collected.spent, self.collected.unanswered_cost = self._budget.spent, self._budget.unanswered
-        return self.collected
-
-    async def _work(self, queue: Iterator[Request], progress: Progress, done: int, began: float) -> None:
-        while not self._stopped and (request := next(queue, None)) is not None:
-            try:
-                answer = await self._ask(request)
-                if answer is not None:
-                    self.answers.add(request.key, answer)
-            except Failed as error:
-                self._fail(request, str(error))
-                self._refusals += not error.retry
-                if error.for_all or (self._refusals >= _REFUSALS and self._answered_at < 0):
-                    self._end(MlxchatError(f"the teacher refuses: {error}"))
-            except StoreError as error:
-                self._fail(request, "its answer or its cost could not be written")
-                self._end(error)
-            progress.update(done + self.collected.asked, **self._numbers(time.monotonic() - began))
-
-    async def _ask(self, request: Request) -> Answer | None:
-        """Return the answer, retrying transient failures; None if the run stopped first."""
-        most = most_tokens(request.body, self.limits.max_tokens)
-        first, pause = time.monotonic(), FIRST_PAUSE_SECONDS
-        failures, refused = 0, first
-        while await self._wait_for_turn(most):
-            reserved = self._budget.reserve(most)
-            try:
-                answer = await self.teacher.ask(request.body)
-            except BaseException as error:
-                self._budget.settle_unanswered(reserved, free=isinstance(error, Failed) and error.free)
-                if not (isinstance(error, Failed) and error.retry):
-                    raise
-                # A teacher that has answered other requests since its last 429 is only overloaded.
-                failures = 1 if error.no_room and self._answered_at > refused else failures + 1
-                refused = time.monotonic()
-                if failures > RETRIES or (error.retry_after or 0) > _LONGEST_WAIT_SECONDS:
-                    if self._answered_at < first:
-                        self._end(PassingError(f"the teacher does not answer now: {error}"))
-                    raise
-                wait = error.retry_after or 0.0
-                self._closed_until = max(self._closed_until, time.monotonic() + wait)  # holds for all requests
-                await self._unless_stopped(asyncio.sleep(wait + pause * random.uniform(0.5, 1.5)))
-                pause = min(2 * pause, _MOST_PAUSE_SECONDS)
-            else:
-                self._budget.settle(reserved, most, answer.tokens)
-                self._answered_at = time.monotonic()
-                self.collected.asked += 1
-                self.collected.usage.add(answer.tokens)
-                return answer
+            answer = await ask(client, request.body)
+            self.asked += 1
+            self._answers.add(request.key, answer)
+            return answer.tokens
+        except StoreError as error:
+            self._end(error)
+        except Failed as error:
+            self.failed.append(f"{one_line(request.question.name)}: {error}")
+            if error.passing and self.asked == asked_before:
+                self._end(PassingError(f"the teacher does not answer now: {error}"))
+            elif error.for_all or (not self.asked and len(self.failed) >= _REFUSALS):
+                self._end(MlxchatError(f"the teacher refuses: {error}"))
         return None
 
-    async def _wait_for_turn(self, most: tuple[int, int]) -> bool:
-        """Wait until rate limit, Retry-After and cost limit allow a request; return False if the run stops first."""
-        is_paced = self._pace is None
-        while not self._stopped:
-            if not self._budget.fits(most):
-                if not self._budget.has_waiting():
-                    self.collected.out_of_money = True
-                    self.stop()
-                    return False
-                await self._unless_stopped(asyncio.sleep(0.05))  # until answers free part of their reservations
-            elif (wait := self._closed_until - time.monotonic()) > 0:
-                await self._unless_stopped(asyncio.sleep(wait))
-            elif not is_paced:
-                assert self._pace is not None
-                await self._unless_stopped(self._pace.acquire())
-                is_paced = True
-            else:
-                return True
-        return False
-
-    async def _unless_stopped(self, awaited: Awaitable[None]) -> None:
-        """Await something, at most until the run stops."""
-        tasks = {asyncio.ensure_future(awaited), asyncio.ensure_future(self._wake.wait())}
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-
-    def _fail(self, request: Request, reason: str) -> None:
-        self.collected.failed[request.key] = f"{one_line(request.name)}: {reason}"
-
     def _end(self, fault: MlxchatError) -> None:
-        if self.collected.fault is None:
-            self.collected.fault = fault
-        self.stop()
+        self.fault = self.fault or fault
+        self._stopped.set()
 
-    def _numbers(self, seconds: float) -> dict[str, str]:
-        usage, failed = self.collected.usage, len(self.collected.failed)
-        cost = self.prices.of(usage)
-        return {
-            "speed": f"{self.collected.asked / max(seconds, 1e-9):.3g}/s",
-            "tokens": f"{format_count(usage.input)} + {format_count(usage.output)}",
-            "cost": "" if cost is None else f"{cost:.4f}",
-            "failed": str(failed) if failed else "",
-        }
+    def notes(self) -> list[str]:
+        """Return lines about failures and a cost limit that was reached."""
+        notes = [f"failed: {reason}" for reason in self.failed[:_MOST_SHOWN]]
+        if len(self.failed) > _MOST_SHOWN:
+            notes.append(f"and {len(self.failed) - _MOST_SHOWN:,} more")
+        if self._is_out_of_money:
+            limit = self._order.max_cost
+            notes.append(f"stopped at --max-cost {limit:g}: {self._spent:.4f} is spent. Raise it to continue")
+        return notes
+
+
+class Chosen:
+    """The answers that are kept, as lines of the file in the order of the requests, and what was left out."""
+
+    def __init__(self, order: Order, requests: Sequence[Request], answers: Answers) -> None:
+        """Choose among the stored answers."""
+        self._order = order
+        self.lines: list[str] = []
+        self.counts: Counter[str] = Counter()
+        """Reason → answers left out for it."""
+        self.faults: list[str] = []
+        """Question and reason of the answers that are no conversation, with --conversations."""
+        self.tokens = (0, 0)
+        """Input and output tokens of all answers, cached ones included."""
+        self.models: set[str] = set()
+        """Model names in the responses."""
+        seen: set[str] = set()
+        for request in requests:
+            if request.key not in answers.known:
+                self.counts["not answered"] += 1
+                continue
+            answer = answers.known[request.key]
+            given, taken = answer.tokens or (0, 0)
+            self.tokens = (self.tokens[0] + given, self.tokens[1] + taken)
+            self.models.add(answer.model or order.model)
+            messages, reason = self._judge(request.question, answer)
+            line = json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
+            mark = f"{request.question.name} {line}"
+            if reason is None and mark in seen:
+                reason = "duplicate"
+            if reason is None:
+                self.lines.append(line)
+                seen.add(mark)
+            else:
+                self.counts[reason] += 1
+
+    def _judge(self, question: Question, answer: Answer) -> tuple[list[Message], str | None]:
+        """Return the conversation that an answer gives, and why it is left out; None: it is kept."""
+        content = _content_of(answer)
+        text = content if isinstance(content, str) else "".join(p["text"] for p in content if p["type"] == "text")
+        messages = [*question.messages, {"role": "assistant", "content": content}]
+        if not text.strip():
+            return messages, "empty"
+        if answer.finish in _CUT and not self._order.keep_cut:
+            return messages, "truncated"
+        if self._order.conversations:
+            messages, fault = read_answered_conversation(text)
+            if fault:
+                self.faults.append(f"invalid: {one_line(question.name)}: {fault}")
+                return messages, "invalid"
+        if self._order.only_correct and question.judge is not None and not question.judge(text):
+            return messages, "wrong"
+        return messages, None
+
+    def left_out(self) -> str:
+        """Return what was left out as text; empty if nothing was."""
+        return ", ".join(f"{count:,} {reason}" for reason, count in self.counts.items())
+
+
+def _content_of(answer: Answer) -> str | list[dict[str, str]]:
+    """Return an answer as a message's content, without the leading <think> … </think> of reasoning models."""
+    if answer.parts is not None and any(part["type"] != "text" for part in answer.parts):
+        return [{"type": part["type"], "text": clean(part["text"])} for part in answer.parts]
+    return _THOUGHT.sub("", clean(answer.text), count=1).strip()
+
+
+def provenance_place(out: Path) -> Path:
+    """Return the path of the record beside a file of answers."""
+    return out.with_name(f"{out.name.removesuffix('.jsonl')}.provenance.json")
+
+
+def _write(order: Order, chosen: Chosen, counts: dict[str, int]) -> None:
+    """Write the conversations and their provenance, each by one rename."""
+    data = "".join(chosen.lines).encode()
+    record = {
+        "mlxchat": __version__,
+        "teacher": {"url": public_url(order.teacher), "model": order.model},
+        "models": sorted(one_line(model) for model in chosen.models),
+        "questions": order.source,
+        "sampling": {"system": order.system, "samples": order.samples, "body": order.body},
+        "kept": {"only_correct": order.only_correct, "cut": order.keep_cut, "conversations": order.conversations},
+        "written": now(),
+        "complete": not chosen.counts["not answered"],
+        "counts": {"kept": len(chosen.lines), **chosen.counts, **counts},
+        "tokens": chosen.tokens,
+        "prices": asdict(order.prices),
+        "cost": order.prices.of(*chosen.tokens),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
+    try:
+        write_whole(order.out, data)
+        write_whole(provenance_place(order.out), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise StoreError(
+            f"{order.out} cannot be written ({error.strerror}). The answers are cached: run the same command again."
+        ) from None
+
+
+def _report(order: Order, chosen: Chosen, notes: Sequence[str]) -> None:
+    """Print a summary and the command that trains on the file."""
+    left_out = f" ({chosen.left_out()})" if chosen.left_out() else ""
+    print(f"{order.out}: {len(chosen.lines):,} conversations of {len(order.questions):,} questions{left_out}")
+    print(f"  {order.prices.describe(*chosen.tokens)}; see {provenance_place(order.out)}")
+    for note in [*notes, *chosen.faults[:_MOST_SHOWN]]:
+        print(f"  {note}")
+    print(f"Train on it:\n  mlxchat '+sft.mixture.teacher={{task: jsonl, path: {order.out}}}'")

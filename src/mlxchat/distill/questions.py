@@ -1,14 +1,12 @@
-"""Reads questions for a teacher from a file or a task; reference answers are removed, or compared in pairs."""
+"""Reads questions for a teacher from a file or a task; reference answers are removed."""
 
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,51 +18,23 @@ from mlxchat.tasks.jsonl import parse_conversation, read_conversations
 
 # Control characters except tab and newline, and lone surrogates.
 _UNFIT = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
-# After the system prompt, so that --system may state the criteria.
-_COMPARISON = """Which of two answers to the last message of this conversation is better?
-
-<conversation>
-{conversation}
-</conversation>
-
-<answer_A>
-{first}
-</answer_A>
-
-<answer_B>
-{second}
-</answer_B>
-
-Reply with one word: A, B or tie."""
-_VERDICT = re.compile(r"[\W_]*(?:answer[\W_]+)?(a|b|tie)[\W_]*", re.IGNORECASE)
-
 Message = dict[str, Any]
 
+_MESSAGE_SCHEMA = {
+    "type": "object",
+    "properties": {"role": {"type": "string", "enum": ["user", "assistant"]}, "content": {"type": "string"}},
+    "required": ["role", "content"],
+    "additionalProperties": False,
+}
+_SCHEMA = {
+    "type": "object",
+    "properties": {"messages": {"type": "array", "items": _MESSAGE_SCHEMA}},
+    "required": ["messages"],
+    "additionalProperties": False,
+}
 CONVERSATION_FORMAT = {
     "type": "json_schema",
-    "json_schema": {
-        "name": "conversation",
-        "strict": True,
-        "schema": {
-            "type": "object",
-            "properties": {
-                "messages": {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "properties": {
-                            "role": {"type": "string", "enum": ["user", "assistant"]},
-                            "content": {"type": "string"},
-                        },
-                        "required": ["role", "content"],
-                        "additionalProperties": False,
-                    },
-                }
-            },
-            "required": ["messages"],
-            "additionalProperties": False,
-        },
-    },
+    "json_schema": {"name": "conversation", "strict": True, "schema": _SCHEMA},
 }
 """Field response_format of a request for a whole conversation, as in nanochat's dev/gen_synthetic_data.py."""
 
@@ -79,40 +49,29 @@ class Question:
     """For messages: file and number, or task and number."""
     judge: Callable[[str], bool] | None = None
     """Returns True for a right answer; None: there is no reference answer."""
-    answers: tuple[Any, Any] | None = None
-    """Contents of two answers that the teacher compares, as A and B; None: the teacher answers the question."""
 
-    def asked(self) -> list[dict[str, str]]:
-        """Return the messages in OpenAI's format: contents made of parts become plain text."""
+    def asked(self, system: str | None = None) -> list[Message]:
+        """Return the messages in OpenAI's format, after a system prompt: contents made of parts become plain text."""
         asked = [{"role": each["role"], "content": _text_of(each["content"])} for each in self.messages]
-        if self.answers is None:
-            return asked
-        conversation = "\n\n".join(f"{each['role']}: {each['content']}" for each in asked)
-        first, second = map(_text_of, self.answers)
-        return [{"role": "user", "content": _COMPARISON.format(conversation=conversation, first=first, second=second)}]
+        if system is not None and asked[0]["role"] == "system":
+            system = f"{system}\n\n{asked.pop(0)['content']}"
+        return asked if system is None else [{"role": "system", "content": system}, *asked]
 
 
 def questions_of_task(item: TaskItem, limit: int | None = None) -> list[Question]:
-    """Return the first `limit` questions of a task; its data are downloaded if necessary.
-
-    Raises:
-        ConfigError, DataError, PassingError: as in `load_item` and `Task.fetch`.
-    """
+    """Return the first `limit` questions of a task; its data are downloaded if necessary."""
     task = load_item(item)
     task.fetch()
-    conversations = (task[index] for index in range(len(task))[:limit])
-    return _distinct([
-        _question(conversation, f"{item.task} conversation {index}", partial(task.evaluate, conversation))
-        for index, conversation in enumerate(conversations)
-    ])  # fmt: skip
+    questions = []
+    for index in range(len(task))[:limit]:
+        conversation = task[index]
+        judge = partial(task.evaluate, conversation)
+        questions.append(_question(conversation, f"{item.task} conversation {index}", judge))
+    return _distinct(questions)
 
 
 def questions_of_file(path: Path) -> list[Question]:
-    """Return the questions of a .txt file (one per line) or a .jsonl file; empty lines are skipped.
-
-    Raises:
-        DataError: the file cannot be read, has no question, or has invalid lines (the message names all of them).
-    """
+    """Return the questions of a .txt file (one per line) or a .jsonl file; empty lines are skipped."""
     if path.suffix == ".jsonl":
         conversations = list(read_conversations(path, ends_answered=False, least=1))
     else:
@@ -131,60 +90,20 @@ def questions_of_file(path: Path) -> list[Question]:
     return _distinct(questions)
 
 
-def comparisons_of_file(path: Path) -> list[Question]:
-    """Return comparisons of the different answers that the conversations of a .jsonl file give to the same question.
-
-    The answers to a question are put in a random order, and each is compared with the next: n answers give n - 1
-    comparisons. A hash of the texts determines the order, so it does not depend on other lines.
-
-    Raises:
-        DataError: the file cannot be read, has invalid lines, or has no question with two different answers.
-    """
-    groups: dict[str, tuple[Question, dict[str, Any]]] = {}
-    for number, conversation in enumerate(read_conversations(path), start=1):
-        question = _question(conversation, f"{path.name} conversation {number}", None)
-        content = conversation["messages"][-1]["content"]
-        key = json.dumps(question.asked())
-        groups.setdefault(key, (question, {}))[1].setdefault(_text_of(content).strip(), content)
-    comparisons = []
-    for key, (question, answers) in groups.items():
-        texts = sorted(answers)
-        random.Random(json.dumps([key, texts])).shuffle(texts)
-        comparisons += [replace(question, answers=pair) for pair in pairwise(answers[text] for text in texts)]
-    if not comparisons:
-        raise DataError(
-            f"{path} has no question with two different answers. Expected conversations that differ in the last "
-            "message alone, as mlxchat distill --samples 4 --temperature 1 writes them."
-        )
-    return comparisons
-
-
-def read_verdict(text: str) -> str | None:
-    """Return a judge's verdict: a, b or tie; None if the reply is something else."""
-    found = _VERDICT.fullmatch(text)
-    return found[1].lower() if found else None
-
-
 def _text_of(content: Any) -> str:
     return clean(answer_text({"messages": [{"role": "assistant", "content": content}]}))
 
 
 def _question(conversation: Conversation, name: str, judge: Callable[[str], bool] | None) -> Question:
-    messages = conversation["messages"]
-    last = max((place for place, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    if last < 0:
+    messages = [dict(message) for message in conversation["messages"]]
+    while messages and messages[-1]["role"] != "user":
+        messages.pop()
+    if not messages:
         raise DataError(f"{name} has no user message")
-    return Question(
-        [
-            {
-                "role": each["role"],
-                "content": clean(each["content"]) if each["role"] != "assistant" else each["content"],
-            }
-            for each in messages[: last + 1]
-        ],
-        name,
-        judge,
-    )
+    for message in messages:
+        if message["role"] != "assistant":
+            message["content"] = clean(message["content"])
+    return Question(messages, name, judge)
 
 
 def _distinct(questions: Sequence[Question]) -> list[Question]:
@@ -207,8 +126,6 @@ def read_answered_conversation(text: str) -> tuple[list[Message], str]:
         messages = parse_conversation({"messages": messages})["messages"]
     except json.JSONDecodeError as error:
         return [], f"not JSON ({error.msg} at character {error.pos})"
-    except RecursionError:
-        return [], "nested too deeply"
     except ValueError as error:
         return [], one_line(str(error))
     if messages[0]["role"] == "system":

@@ -1,15 +1,14 @@
-"""MLX's collectives for the ranks of a run, and the distribution of rows to ranks.
+"""MLX's collectives for the ranks of a run.
 
-Collectives are evaluated immediately, so that all ranks run them in the same order; a lost rank raises `PeerLost`.
+Collectives are evaluated immediately, so that all ranks run them in the same order.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -20,31 +19,22 @@ from mlxchat.ops.machine import BUCKET_BYTES
 
 Arrays = dict[str, mx.array]
 
+LOST = "another rank has ended; its own output says why. The same command continues from the last saved state"
+
 
 @dataclass
-class Traffic:
-    """Cost of this rank's collectives so far."""
-
-    sent_bytes: int = 0
-    """Bytes sent by this rank, computed for ring algorithms."""
-    seconds: float = 0.0
-    """Duration, including the wait for other ranks."""
-
-
-@dataclass(frozen=True)
 class Group:
     """Ranks 0 to size − 1, one of which is this process. Only rank 0, the leader, reads and writes files.
 
-    Every method that communicates raises `PeerLost` if another rank is lost.
+    Every method that communicates raises `PeerLost` if another rank has ended.
     """
 
     raw: Any = None
     """MLX's group; None for a single process."""
     backend: str = "none"
     """ring, jaccl, nccl or mpi."""
-    traffic: Traffic = field(default_factory=Traffic, compare=False)
-    explain: Callable[[object], str] = field(default="another process of the group is gone ({})".format, compare=False)
-    """Takes the error of a collective; returns the message of `PeerLost`."""
+    seconds: float = 0.0
+    """Time spent in collectives so far, including the wait for other ranks."""
 
     @property
     def rank(self) -> int:
@@ -123,11 +113,8 @@ class Group:
             found: mx.array = collective(array, group=self.raw, stream=stream)
             mx.eval(found)
         except RuntimeError as error:
-            raise PeerLost(self.explain(error)) from error
-        # In a ring of n ranks a sum sends 2 (n − 1) messages of 1/n of the array, a gather n − 1 whole arrays.
-        share = 2 / self.size if collective is mx.distributed.all_sum else 1
-        self.traffic.sent_bytes += round(array.nbytes * share * (self.size - 1))
-        self.traffic.seconds += time.perf_counter() - began
+            raise PeerLost(f"{LOST} ({error})") from error
+        self.seconds += time.perf_counter() - began
         return found
 
 
@@ -147,32 +134,3 @@ def buckets(arrays: Mapping[str, mx.array]) -> Iterator[Sequence[str]]:
         size, dtype = size + array.nbytes, array.dtype
     if bucket:
         yield bucket
-
-
-def deal_padded(lengths: Sequence[int], parts: int) -> list[slice]:
-    """Return contiguous slices of rows with the least possible maximum cost; some may be empty.
-
-    Rows of a slice are padded to its longest row, so its cost is the number of rows times that length. Rows of similar
-    length should be neighbours.
-
-    Args:
-        lengths: of the rows, in tokens.
-        parts: number of slices, at least 1.
-    """
-    longest = max(lengths, default=0)
-    costs = range(longest, len(lengths) * longest)
-    place = bisect_left(costs, True, key=lambda most: len(_fill(lengths, most)) <= parts)
-    found = _fill(lengths, longest + place)
-    return found + [slice(len(lengths), len(lengths))] * (parts - len(found))
-
-
-def _fill(lengths: Sequence[int], most: int) -> list[slice]:
-    """Return the fewest slices that cost at most `most` each; `most` is at least the longest row."""
-    found: list[slice] = []
-    start = longest = 0
-    for place, length in enumerate(lengths):
-        longest = max(longest, length)
-        if longest * (place + 1 - start) > most:
-            found.append(slice(start, place))
-            start, longest = place, length
-    return [*found, slice(start, len(lengths))] if start < len(lengths) else found

@@ -7,14 +7,15 @@ collectives, and rank 0 can stop, save or fail between two calls like a single p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import mlx.core as mx
 from numpy.typing import NDArray
 
-from mlxchat.distributed.group import ALONE, Group
+from mlxchat.distributed.group import ALONE, LOST, Group
+from mlxchat.errors import PeerLost
 
 Given = Mapping[str, "mx.array | NDArray[Any]"]
 Shared = Callable[["Team", dict[str, Any], dict[str, mx.array]], Any]
@@ -23,10 +24,10 @@ Shared = Callable[["Team", dict[str, Any], dict[str, mx.array]], Any]
 class Team:
     """The ranks of a group during a step, and the state that each keeps between calls."""
 
-    def __init__(self, group: Group = ALONE, wake: Callable[[], None] = lambda: None) -> None:
-        """`wake` is called by rank 0 before each call, for ranks that do not wait in a collective."""
-        self.group, self._wake = group, wake
-        self.open = False
+    def __init__(self, group: Group = ALONE, hosts: Sequence[str] = ("",)) -> None:
+        """`hosts`: name of each rank's machine."""
+        self.group, self.hosts = group, list(hosts)
+        self.is_broken = False
         """Whether a call has begun and not succeeded: the ranks may then be at different collectives."""
         self.kept: dict[str, Any] = {}
         """Name → objects that functions keep on this rank for later calls: model, optimizer, …"""
@@ -35,6 +36,15 @@ class Team:
     def size(self) -> int:
         """The number of ranks."""
         return self.group.size
+
+    @property
+    def neighbours(self) -> int:
+        """The number of ranks on this machine."""
+        return self.hosts.count(self.hosts[self.group.rank])
+
+    def describe(self) -> dict[str, Any]:
+        """Return number, backend and hosts of the ranks, for records."""
+        return {"size": self.size, "backend": self.group.backend, "hosts": self.hosts}
 
     def call(self, function: Shared, request: dict[str, Any] | None = None, arrays: Given | None = None) -> Any:
         """Call `function(team, request, arrays)` on every rank; return rank 0's result.
@@ -49,18 +59,19 @@ class Team:
             assert self.group.leads, "only rank 0 calls"
             shapes = {name: [list(array.shape), name_of(array.dtype)] for name, array in given.items()}
             name = f"{function.__module__}:{function.__qualname__}"
-            self.open = True
-            self._wake()
+            if self.is_broken:
+                raise PeerLost(LOST)
+            self.is_broken = True
             self.group.share_json({"function": name, "request": request or {}, "arrays": shapes})
             for array in given.values():
                 self.group.share(array)
         found = function(self, request or {}, given)
-        self.open = False
+        self.is_broken = False
         return found
 
-    def follow(self, wait: Callable[[], bool] = lambda: True) -> None:
-        """Execute the calls of rank 0 until `wait`, called before each, returns False, or rank 0 shares None."""
-        while wait() and (order := self.group.share_json()) is not None:
+    def follow(self) -> None:
+        """Execute the calls of rank 0 until it shares None."""
+        while (order := self.group.share_json()) is not None:
             module, _, name = order["function"].partition(":")
             assert module.partition(".")[0] == "mlxchat", module
             function: Shared = getattr(import_module(module), name)

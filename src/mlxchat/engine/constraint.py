@@ -6,6 +6,8 @@ The grammar is llguidance's, which computes a mask in well under a millisecond.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,54 +17,47 @@ from mlxchat.errors import ConfigError
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-    from mlxchat.engine.scheduler import TextTokenizer
+    from mlxchat.engine.third_party import AnyTokenizer
 
-Array = np.ndarray[Any, Any]
 # Spaces as in json.dumps. With free white space a small model may fill its answer with line breaks.
 _SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
+@dataclass
 class Constraint:
     """The grammar's state in one row; other rows need a `copy`."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        """`matcher` is the state of a grammar."""
-        self._matcher = matcher
+    matcher: LLMatcher
+    followed: int = 0
+    """Tokens of the answer that it consumed."""
 
     def copy(self) -> Constraint:
         """Return a copy in the same state."""
-        return Constraint(self._matcher.deep_copy())
+        return Constraint(self.matcher.deep_copy(), self.followed)
 
-    def allowed(self, logits: Array) -> Array:
-        """Return logits (V,) with -inf for forbidden tokens; end tokens are forbidden until the text is complete.
+    def allowed(self, answer: Sequence[int], vocab_size: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Return which tokens (V,) may follow an answer, which continues that of the last call.
 
-        A grammar that exceeds llguidance's limits allows only end tokens.
+        End tokens may once the text is complete. A grammar that exceeds llguidance's limits allows only these.
         """
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
-        mask = np.zeros(len(logits), dtype=bool)
-        mask[: len(bits)] = bits[: len(logits)]
-        return np.where(mask, logits, np.float32("-inf"))
-
-    def follow(self, token: int) -> None:
-        """Advance by the drawn token."""
-        self._matcher.consume_token(token)
+        for token in answer[self.followed :]:
+            self.matcher.consume_token(token)
+        self.followed = len(answer)
+        bits = np.unpackbits(np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8), bitorder="little")
+        return np.pad(bits, (0, max(0, vocab_size - len(bits))))[:vocab_size].astype(np.bool_)
 
 
 class JsonGrammars:
     """Creates constraints for one tokenizer, whose vocabulary is prepared once."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
         """Answers end with one of the tokenizer's `ends`."""
         from llguidance import LLTokenizer, TokenizerWrapper  # takes 20 ms, which few commands need
 
         self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=[*tokenizer.ends])
 
     def constraint(self, schema: dict[str, Any]) -> Constraint:
-        """Return the constraint of a JSON Schema; {"type": "object"} is any object.
-
-        Raises:
-            ConfigError: the schema is invalid, or llguidance does not support it.
-        """
+        """Return the constraint of a JSON Schema, {"type": "object"} for any object; raises ConfigError for others."""
         from llguidance import LLMatcher
 
         try:
@@ -78,7 +73,7 @@ class JsonGrammars:
 class _Vocabulary:
     """A tokenizer in llguidance's interface."""
 
-    def __init__(self, tokenizer: TextTokenizer) -> None:
+    def __init__(self, tokenizer: AnyTokenizer) -> None:
         self._tokenizer = tokenizer
         self.eos_token_id, self.bos_token_id = tokenizer.ends[0], tokenizer.bos
         self.special_token_ids = sorted(tokenizer.special_ids.values())
@@ -88,6 +83,4 @@ class _Vocabulary:
         ]
 
     def __call__(self, text: str | bytes) -> list[int]:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        return self._tokenizer.encode(text)
+        return self._tokenizer.encode(text.decode() if isinstance(text, bytes) else text)

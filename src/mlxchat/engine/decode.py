@@ -1,165 +1,219 @@
-"""One decoding step: computes a token of each row with the KV cache. Rows may have different lengths.
+"""A batch of rows with their KV cache: reads prompts, and computes a step of one token in every row.
 
-Shapes: B rows, C width, H query heads, K key/value heads, G = H / K, S cached tokens, D head width.
+Keys and values of a layer are one array for all rows, with room for the longest, which grows by blocks. While all rows
+have the same length, as with one row or with samples of one question, a step needs no mask.
+
+Shapes: B rows, K key/value heads, S tokens with room, D head width, C width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.engine.quantise import Kept, KVFormat, weight_bytes
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops.attention import Positions, masked_attention, rms_norm
-from mlxchat.ops.device import accelerated, compiled, make_lanes
+from mlxchat.model.gpt import GPT, Mask
+from mlxchat.ops.device import round_tokens
 
-Caches = list[list[Kept]]
-"""Keys, then values, of each lane and layer (`quantise.py`); () for a lane without heads."""
-Ints = np.ndarray[Any, np.dtype[np.int32]]
-Logits = np.ndarray[Any, np.dtype[np.float32]]
-# Tables of rotary embeddings have a multiple of this many tokens.
-_TABLE_TOKENS = 1024
+Layer = tuple[mx.array, mx.array]
+"""Keys and values (B, K, S, D)."""
+Past = list[Layer]
+"""One row's keys and values in every layer, which never change."""
+_BLOCK_TOKENS = 256
 
 
-@accelerated
-def make_decoder(model: GPT, *, packed: bool = True, kv_bits: int | None = None) -> Decoder:
-    """Return a decoder of a model.
-
-    Args:
-        model: its weights are not copied.
-        packed: False allows a decoder to unpack the matrices of a `PackedGPT` if that is faster.
-        kv_bits: 8 or 4 quantises keys and values.
-
-    Raises:
-        ConfigError: the heads' width does not support `kv_bits`.
-    """
-    return Decoder(model, kv_bits=kv_bits)
+def tokens_of(past: Past | None) -> int:
+    """Return the number of tokens of a past; None is empty."""
+    return int(past[0][0].shape[2]) if past else 0
 
 
-class Decoder:
-    """Computes steps by `GPT` itself."""
+class Reading:
+    """The cache of one layer while prompts are read: the new keys and values follow those of the past."""
 
-    def __init__(self, model: GPT, *, kv_bits: int | None) -> None:
-        """See `make_decoder`."""
-        self.sizes = model.sizes
-        self.format = KVFormat(model.sizes.head_width, kv_bits)
-        self.lanes = make_lanes()
-        # Of each lane.
-        self.kv_heads = [slice(0, model.sizes.num_kv_heads)]
-        self._windows = model.sizes.windows()
-        self._decode = compiled(self._decoded)
-        self.model: GPT | None = model
-        """Reads prompts; None after `release`."""
+    def __init__(self, past: Layer | None, offset: int) -> None:
+        """Continue `offset` tokens."""
+        self.past, self.offset = past, offset
 
-    def arrange(self, model: GPT) -> None:
-        """Use the current weights of a model of the same sizes."""
-        self.model = model
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Layer:
+        """Add keys and values (B, K, T, D) and return all."""
+        if self.past is not None:
+            keys, values = (mx.concatenate([*pair], axis=2) for pair in zip(self.past, (keys, values), strict=True))
+        self.past, self.offset = (keys, values), keys.shape[2]
+        return keys, values
 
-    def release(self) -> None:
-        """Drop the weights until `arrange`."""
-        self.model = None
+    def make_mask(self, tokens: int, window_size: int | None = None) -> Mask:
+        """Return the mask of new tokens; a window includes the token itself."""
+        total = self.offset + tokens
+        if window_size is None or total <= window_size:
+            return "causal" if tokens > 1 else None
+        query, key = mx.arange(self.offset, total)[:, None], mx.arange(total)
+        return (key <= query) & (key > query - window_size)
 
-    def bytes_per_step(self) -> int:
-        """Return the bytes of weights that a step reads, without rows of embeddings."""
-        assert self.model is not None
-        tables = tuple(f"{name}." for name in self.model.tables())
-        weights = flatten_parameters(self.model)
-        return weight_bytes([value for name, value in weights.items() if not name.startswith(tables)])
 
-    def step(self, ids: Ints, previous: Ints, positions: Ints, caches: Caches) -> Logits:
-        """Return the next tokens' logits (B, V) in float32; `ids` are added to `caches`.
+class LastEmbedding(list[Any]):
+    """The state of the smear, in mlx-lm's interface: item 0 is the embedding (B, 1, C) before the next one, or None."""
 
-        Args:
-            ids: (B,) the current token of each row.
-            previous: (B,) the token before it; ignored at position 0.
-            positions: (B,) of the current tokens, from 0.
-            caches: with room for the tokens; layers with a window may have less room and rotate.
-        """
-        assert self.model is not None
-        kinds = [(room_of(caches, layer), window) for layer, window in enumerate(self._windows)]
-        places = {
-            (room, window): (mx.array(positions % room), mx.array(visible_slots(positions, room, window) > 0))
-            for room, window in set(kinds)
-        }
-        given = {
-            "ids": mx.array(ids)[:, None], "previous": mx.array(previous)[:, None],
-            "has_previous": mx.array(positions > 0)[:, None, None], "positions": mx.array(positions)[:, None],
-            "places": [places[kind] for kind in kinds],
-        }  # fmt: skip
-        end = -(-(int(positions.max()) + 1) // _TABLE_TOKENS) * _TABLE_TOKENS
-        held = caches.pop()
-        # MLX writes in place if there are no other references to the old arrays.
-        logits, made = self._decode(end, flatten_parameters(self.model), given, held)
-        del held
-        caches.append(made)
-        mx.eval(logits, made)
-        return np.asarray(logits)
+    lengths = None
 
-    def _decoded(
-        self, end: int, parameters: Mapping[str, mx.array], given: dict[str, Any], held: list[Kept]
-    ) -> tuple[mx.array, list[Kept]]:
-        model = self.model
-        assert model is not None
-        own = flatten_parameters(model)
-        set_parameters(model, parameters)
-        before = rms_norm(model.transformer["wte"](given["previous"]))
-        before = mx.where(given["has_previous"], before, mx.zeros_like(before))
-        past = _Step(held, given["places"], Positions(given["positions"], end), before, self.format)
-        hidden = model.hidden(given["ids"], past)[:, 0]
-        logits = model.logits(hidden)
-        set_parameters(model, own)
-        return logits, [layer.kept for layer in past.layers]
+    def make_mask(self, tokens: int) -> None:
+        """Nothing is padded on the left."""
+
+    def advance(self, tokens: int) -> None:
+        """Positions are not counted here."""
 
 
 class _Step:
-    """`model.gpt.Cache` of a decoding step."""
+    """The cache of one layer in a decoding step."""
 
-    def __init__(
-        self, held: list[Kept], places: list[tuple[mx.array, mx.array]], positions: Positions, before: mx.array,
-        format: KVFormat,
-    ) -> None:  # fmt: skip
-        self.layers = [_LayerStep(kept, *each, positions, format) for kept, each in zip(held, places, strict=True)]
-        self._before = before
+    def __init__(self, decoder: Decoder, layer: int) -> None:
+        self.decoder, self.layer, self.offset = decoder, layer, decoder.positions
 
-    def shift(self, x: mx.array) -> mx.array:
-        return self._before
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Layer:
+        """Write keys and values (B, K, 1, D) and return those that the new tokens may see."""
+        layers, window = self.decoder.layers, self.decoder.model.sizes.windows[self.layer]
+        pairs = zip(layers[self.layer], (keys, values), strict=True)
+        layers[self.layer] = tuple(self._written(held, new) for held, new in pairs)
+        first = max(0, self.offset - window) if isinstance(self.offset, int) and window is not None else 0
+        return tuple(part[:, :, first : self.decoder.end] for part in layers[self.layer])
 
+    def _written(self, held: mx.array, new: mx.array) -> mx.array:
+        if isinstance(self.offset, int):
+            held[:, :, self.offset : self.offset + 1] = new
+            return held
+        at = mx.broadcast_to(self.offset[:, None, None, None], new.shape)
+        return mx.put_along_axis(held, at, new, axis=2)
 
-class _LayerStep:
-    def __init__(self, kept: Kept, slots: mx.array, visible: mx.array, offset: Positions, format: KVFormat) -> None:
-        self.kept, self.offset = kept, offset
-        self._slots, self._visible, self._format = slots, visible, format
-
-    def attend(self, q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-        new = (*self._format.pack(k), *self._format.pack(v))
-        self.kept = tuple(written(old, self._slots, more) for old, more in zip(self.kept, new, strict=True))
-        keys, values = self.kept[: len(self.kept) // 2], self.kept[len(self.kept) // 2 :]
-        if self._format.bits is None:
-            return masked_attention(q, keys[0], values[0], self._visible[:, None]).swapaxes(1, 2)
-        batch, heads, _, width = q.shape
-        queries = q.reshape(batch, k.shape[1], heads // k.shape[1], width) * width**-0.5
-        scores = self._format.scores(queries, keys).astype(mx.float32)
-        scores = mx.where(self._visible[:, None, None], scores, -mx.inf)
-        weights = mx.softmax(scores, axis=-1).astype(q.dtype)
-        return self._format.mixed(weights, values).reshape(q.shape)
-
-
-def room_of(caches: Caches, layer: int) -> int:
-    """Return the number of tokens for which a layer has room."""
-    return next(lane[layer][1].shape[2] for lane in caches if lane[layer])
+    def make_mask(self, tokens: int, window_size: int | None = None) -> Mask:
+        """Return which cached tokens each row's new one sees; None if all rows have the same length."""
+        if isinstance(self.offset, int):
+            return None
+        position, slot = self.offset[:, None], mx.arange(self.decoder.end)
+        visible = slot <= position
+        if window_size is not None:
+            visible = visible & (slot > position - window_size)
+        dtype = self.decoder.layers[self.layer][0].dtype
+        return mx.where(visible, 0.0, -mx.inf).astype(dtype)[:, None, None]
 
 
-def visible_slots(positions: Ints, room: int, window: int | None) -> Logits:
-    """Return (B, S) float32: 1 for slots whose tokens are visible to the new ones, including themselves."""
-    age = (positions[:, None] - np.arange(room)) % room
-    seen = positions if window is None else np.minimum(positions, window)
-    return (age <= seen[:, None]).astype(np.float32)
+def extend_caches(model: GPT, ids: np.ndarray[Any, Any], cache: list[Any]) -> None:
+    """Read tokens (B, T) into a `Reading` of each layer and, last, a `LastEmbedding`."""
+    model.hidden(mx.array(ids), cache)
+    mx.eval([layer.past for layer in cache[:-1]])
 
 
-def written(kept: mx.array, slots: mx.array, new: mx.array) -> mx.array:
-    """Return an array (B, K, S, …) with the new tokens (B, K, 1, …) written to their slots (B,)."""
-    at = mx.broadcast_to(slots[:, None, None, None], new.shape)
-    return mx.put_along_axis(kept, at, new.astype(kept.dtype), axis=2)
+class Decoder:
+    """A model and the rows that it continues."""
+
+    def __init__(self, model: GPT) -> None:
+        """Start without rows."""
+        self.model = model
+        self.layers: list[Any] = []
+        self.lengths = np.zeros(0, dtype=np.int64)
+        """Tokens of each row that have keys and values."""
+        self.room = 0
+        self.last = LastEmbedding([None])
+        self.positions: int | mx.array = 0
+        """Of the tokens of the present step: one number if all are equal, else (B,)."""
+        self.end = 0
+
+    def read(self, prompts: Sequence[Sequence[int]], past: Past | None = None, last: int | None = None) -> list[Past]:
+        """Return the past of each prompt, of which shorter ones are padded on the right while they are read.
+
+        A single prompt may continue a `past`, whose `last` token is then given.
+        """
+        width, start = round_tokens(max(map(len, prompts))), tokens_of(past)
+        ids = np.array([[*prompt, *[0] * (width - len(prompt))] for prompt in prompts], dtype=np.int32)
+        layers: list[Any] = past or [None] * self.model.sizes.num_layers
+        cache = [Reading(layer, start) for layer in layers]
+        before = None if last is None or not self.model.sizes.smear else self.model.embed(mx.array([[last]]))
+        extend_caches(self.model, ids, [*cache, LastEmbedding([before])])
+        read = [layer.past for layer in cache if layer.past is not None]
+        return [
+            [(k[row : row + 1, :, : start + len(prompt)], v[row : row + 1, :, : start + len(prompt)]) for k, v in read]
+            for row, prompt in enumerate(prompts)
+        ]
+
+    def resize(self, kept: Sequence[int], rows: int, tokens: int) -> None:
+        """Keep these rows, renumbered from 0, in a batch of `rows` with room for `tokens`."""
+        room = -(-max(tokens, 1) // _BLOCK_TOKENS) * _BLOCK_TOKENS
+        kept = list(kept)
+        if kept == list(range(len(self.lengths))) and (rows, room) == (len(self.lengths), self.room):
+            return
+        old, self.layers = self.layers, []
+        for layer in range(self.model.sizes.num_layers):
+            self.layers.append(self._moved(old[layer] if old else None, kept, rows, room))
+            mx.eval(self.layers[layer])
+            if old:  # freed layer by layer, to limit the peak memory
+                old[layer] = None
+        lengths, self.lengths, self.room = self.lengths, np.zeros(rows, dtype=np.int64), room
+        self.lengths[: len(kept)] = lengths[kept]
+        if self.model.sizes.smear:
+            shape = (rows, 1, self.model.sizes.width)
+            before, dtype = self.last[0], self.model.transformer["wte"].weight.dtype
+            self.last[0] = mx.zeros(shape, dtype) if before is None else resized(before, kept, shape)
+
+    def _moved(self, layer: Any, kept: list[int], rows: int, room: int) -> Any:
+        sizes, dtype = self.model.sizes, self.model.transformer["wte"].weight.dtype
+        shape = (rows, sizes.num_kv_heads, room, sizes.head_width)
+        if layer is None:
+            return tuple(mx.zeros(shape, dtype) for _ in range(2))
+        return tuple(resized(part, kept, shape) for part in layer)
+
+    def fill(self, first: int, pasts: Sequence[Past | None], last: Sequence[int]) -> None:
+        """Set the pasts of consecutive rows from `first`; `last` are their last tokens, ignored where there is none."""
+        rows = slice(first, first + len(pasts))
+        self.lengths[rows] = [tokens_of(past) for past in pasts]
+        if self.last[0] is not None:
+            has_past = mx.array([past is not None for past in pasts])[:, None, None]
+            self.last[0][rows] = mx.where(has_past, self.model.embed(mx.array(list(last))[:, None]), 0)
+        for row, past in enumerate(pasts, first):
+            for layer, parts in enumerate(past or ()):
+                self._fill(self.layers[layer], row, parts)
+        mx.eval(self.layers, self.state())
+
+    def _fill(self, held: Any, row: int, parts: Layer) -> None:
+        for array, part in zip(held, parts, strict=True):
+            array[row : row + 1, :, : part.shape[2]] = part
+
+    def past_of(self, row: int, tokens: int) -> Past:
+        """Return the past of a row's first tokens."""
+        # Gathered, since a slice would keep the whole batch's arrays in memory.
+        past: Past = [(k[mx.array([row]), :, :tokens], v[mx.array([row]), :, :tokens]) for k, v in self.layers]
+        mx.eval(past)
+        return past
+
+    def step(self, tokens: mx.array, advances: Sequence[bool]) -> mx.array:
+        """Return logits (B, V) in float32, not yet evaluated, after one more token of each row.
+
+        Args:
+            tokens: (B,).
+            advances: whether a row goes on; others, which are free or wait, compute something that is not kept.
+        """
+        lengths = self.lengths
+        used = lengths[(lengths > 0) | np.array(advances)]
+        self.positions = int(used[0]) if (used == used[0]).all() else mx.array(lengths.astype(np.int32))
+        self.end = int(lengths.max()) + 1
+        cache = [*(_Step(self, layer) for layer in range(self.model.sizes.num_layers)), self.last]
+        before = self.last[0]
+        logits = self.model.logits(self.model.hidden(tokens[:, None], cache)[:, -1])
+        self._keep_waiting(before, advances)
+        self.lengths = lengths + np.array(advances, dtype=np.int64)
+        return logits
+
+    def _keep_waiting(self, before: mx.array | None, advances: Sequence[bool]) -> None:
+        """Undo the smear's state of rows that did not advance."""
+        if before is not None and not all(advances):
+            self.last[0] = mx.where(mx.array(list(advances))[:, None, None], self.last[0], before)
+
+    def state(self) -> list[mx.array]:
+        """Return what a step leaves for the next one besides keys and values, to be evaluated with its logits."""
+        return [] if self.last[0] is None else [self.last[0]]
+
+
+def resized(array: mx.array, kept: list[int], shape: tuple[int, ...]) -> mx.array:
+    """Return some rows of an array, cropped or padded with zeros to a shape."""
+    part = array if kept == list(range(len(array))) else array[mx.array(kept, dtype=mx.int32)]
+    part = part[tuple(slice(0, size) for size in shape)]
+    return mx.pad(part, [(0, size - has) for size, has in zip(shape, part.shape, strict=True)])

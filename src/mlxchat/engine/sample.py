@@ -1,147 +1,179 @@
-"""Sampling of the next token, in NumPy and float64, from the row's random generator.
+"""Sampling of the next token, on the device.
 
-A draw depends only on the row's logits, settings and seed. In this order: logit bias, penalties, temperature, top-k,
-top-p, min-p.
+In this order: logit bias and penalties, temperature, top-k, top-p, min-p. A row's draws are numbers in [0, 1) that
+depend on its seed alone, so a seed repeats its tokens on every backend up to rounding. Nothing waits for the device,
+except in rows with a grammar, a bias or penalties, whose next distribution depends on the latest token.
+
+Shapes: B rows, V vocabulary, N candidates.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import mlx.core as mx
 import numpy as np
 
-Array = np.ndarray[Any, Any]
-# The maxima of blocks give a lower bound of the k-th largest logit in one pass.
-_BLOCK = 64
-# Minimum divisor of logits: smaller ones overflow float32, and are greedy in any case.
-_LEAST_DIVISOR = 1e-15
+# Smaller divisors of logits overflow float32, and are greedy in any case.
+_LEAST_TEMPERATURE = 1e-15
+MOST_DRAW = 1 - 1e-6
+Scored = tuple[float, list[tuple[int, float]]]
+"""The log-probability of a token, and (alternative, log-probability) pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """Sampling settings; None is off."""
 
-    temperature: float = 0.0
-    """0 takes the most likely token; above 0 logits are divided by it."""
-    top_k: int | None = None
-    """Draw among the k most likely."""
-    top_p: float | None = None
-    """Draw among the fewest most likely tokens whose probabilities, after top_k, add up to this."""
-    min_p: float | None = None
-    """Draw among tokens with at least this fraction of the highest probability."""
-    repetition_penalty: float | None = None
-    """Divides positive logits of tokens in the prompt or the answer, and multiplies negative ones."""
-    frequency_penalty: float = 0.0
-    """Subtracted from a token's logit for each occurrence in the answer, as in OpenAI's API."""
-    presence_penalty: float = 0.0
-    """Subtracted once from the logit of each token in the answer."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token, number added to its logit)."""
-    seed: int = 0
-    """Seed of the row's draws."""
+    temperature: float = 0.0  # 0 takes the most likely token; above 0 logits are divided by it
+    top_k: int | None = None  # draw among the k most likely
+    top_p: float | None = None  # draw among the fewest likeliest tokens that, after top_k, add up to this
+    min_p: float | None = None  # draw among tokens with at least this fraction of the highest probability
+    repetition_penalty: float | None = None  # divides positive logits of prompt and answer, multiplies negative ones
+    frequency_penalty: float = 0.0  # subtracted from a token's logit for each occurrence in the answer
+    presence_penalty: float = 0.0  # subtracted once from the logit of each token in the answer
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, number added to its logit)
+    seed: int = 0  # seed of the row's draws
 
     def problems(self) -> list[str]:
         """Return a message for each impossible value."""
-        found = []
-        if not 0 <= self.temperature < float("inf"):
-            found.append(f"temperature is {self.temperature}; expected a number from 0")
-        if self.top_k is not None and self.top_k < 1:
-            found.append(f"top_k is {self.top_k}; expected at least 1")
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                found.append(f"{name} is {value}; expected more than 0 and at most 1")
-        if self.repetition_penalty is not None and not 0 < self.repetition_penalty < float("inf"):
-            found.append(f"repetition_penalty is {self.repetition_penalty}; expected more than 0")
-        return found
+        shares = {"top_p": self.top_p, "min_p": self.min_p}
+        repetition = 1 if self.repetition_penalty is None else self.repetition_penalty
+        checks = (
+            (0 <= self.temperature < float("inf"), "temperature", "a number from 0"),
+            (self.top_k is None or self.top_k >= 1, "top_k", "at least 1"),
+            *((share is None or 0 < share <= 1, name, "more than 0 and at most 1") for name, share in shares.items()),
+            (0 < repetition < float("inf"), "repetition_penalty", "more than 0"),
+        )
+        return [f"{name} is {getattr(self, name)}; expected {what}" for fine, name, what in checks if not fine]
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits change by the tokens so far, or by a bias."""
+        repeated = self.repetition_penalty not in (None, 1)
+        return bool(repeated or self.frequency_penalty or self.presence_penalty or self.logit_bias)
 
 
-def sample_token(
-    logits: Array, sampling: Sampling, draws: np.random.Generator, said: Sequence[int] = (), prompt_tokens: int = 0
-) -> int:
-    """Return the token drawn by the logits (V,).
+class Sampler:
+    """Draws a token for each row of a batch by the row's settings."""
 
-    `draws` advances by one number, unless the temperature is 0. `said` are the tokens of the prompt (the first
-    `prompt_tokens`) and the answer, for the penalties.
-    """
-    if sampling.temperature == 0:
-        return int(np.argmax(_adjusted(logits, sampling, said, prompt_tokens)))
-    ids, probabilities = distribution(logits, sampling, said, prompt_tokens)
-    sums = np.cumsum(probabilities)
-    place = min(int(np.searchsorted(sums, draws.random() * sums[-1], side="right")), len(sums) - 1)
-    return place if ids is None else int(ids[place])
+    def __init__(self, rows: Sequence[Sampling]) -> None:
+        """Prepare the rows' settings as arrays (B, 1)."""
 
+        def column(values: list[Any], off: float) -> mx.array:
+            return mx.array([[off if value is None else value] for value in values], dtype=mx.float32)
 
-def distribution(
-    logits: Array, sampling: Sampling, said: Sequence[int] = (), prompt_tokens: int = 0
-) -> tuple[Array | None, Array]:
-    """Return the tokens (N,) that may be drawn, or None for all in order, and their probabilities (N,).
+        drawn = [row for row in rows if row.temperature > 0]
+        self.is_greedy = not drawn
+        self._temperature = column([max(row.temperature, _LEAST_TEMPERATURE) for row in rows], 1.0)
+        self._is_drawn = mx.array([row.temperature > 0 for row in rows])
+        self._top_k = column([row.top_k for row in rows], float("inf"))
+        self._top_p = column([row.top_p for row in rows], 2.0)
+        self._min_p = column([row.min_p for row in rows], 0.0)
+        self._has_min_p = any(row.min_p is not None for row in drawn)
+        ranked = any(row.top_k is not None or row.top_p is not None for row in drawn)
+        self._most: float | None = max(row.top_k or float("inf") for row in drawn) if ranked else None
+        """Candidates to sort, at most; None: nothing depends on an order."""
 
-    The temperature must be above 0. Among equally likely tokens at a limit, lower ids are taken.
-    """
-    logits = _adjusted(logits, sampling, said, prompt_tokens)
-    ids = None
-    if sampling.top_k is not None and sampling.top_k < len(logits):
-        ids = _best(logits, sampling.top_k)
-        logits = logits[ids]
-    scores = (logits / np.float32(max(sampling.temperature, _LEAST_DIVISOR))).astype(np.float64)
-    weights = np.exp(scores - scores.max())
-    if sampling.top_p is not None and sampling.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
-        sums = np.cumsum(weights[order])
-        order = np.sort(order[: int(np.searchsorted(sums, sampling.top_p * sums[-1] * (1 - 1e-12))) + 1])
-        ids, weights = order if ids is None else ids[order], weights[order]
-    if sampling.min_p is not None:
-        enough = np.flatnonzero(weights >= sampling.min_p * weights.max())
-        ids, weights = enough if ids is None else ids[enough], weights[enough]
-    return ids, weights / weights.sum()
+    def __call__(self, logits: mx.array, draws: Sequence[float]) -> mx.array:
+        """Return tokens (B,) drawn by logits (B, V) in float32 with one number in [0, 1) for each row."""
+        best = most_likely(logits)
+        if self.is_greedy:
+            return best
+        ids, probabilities = self.distribution(logits)
+        place = draw_places(probabilities, draws)
+        drawn = place if ids is None else mx.take_along_axis(ids, place, axis=-1)
+        return mx.where(self._is_drawn, drawn[:, 0].astype(best.dtype), best)
 
+    def distribution(self, logits: mx.array) -> tuple[mx.array | None, mx.array]:
+        """Return the candidates (B, N), None for all in order, and their probabilities (B, N), not normalised.
 
-def log_probability(logits: Array, token: int, most: int) -> tuple[float, list[tuple[int, float]]]:
-    """Return the log-probability of a token, and the `most` likely tokens with theirs, the likeliest first.
-
-    They are computed from the model's logits (V,), without sampling settings.
-    """
-    scores = logits.astype(np.float64)
-    scores -= scores.max() + np.log(np.exp(scores - scores.max()).sum())
-    best = _best(logits, min(most, len(logits))) if most else np.empty(0, dtype=int)
-    best = best[np.argsort(-scores[best], kind="stable")]
-    return float(scores[token]), [(int(each), float(scores[each])) for each in best]
-
-
-def _best(logits: Array, count: int) -> Array:
-    """Return the ids of the `count` largest logits, in order of ids."""
-    blocks = len(logits) // _BLOCK
-    if blocks < 2 * count:
-        bound = np.partition(logits, len(logits) - count)[len(logits) - count]
-    else:
-        tops = logits[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
-        bound = np.partition(tops, blocks - count)[blocks - count]
-    candidates = np.flatnonzero(logits >= bound)
-    if len(candidates) < count:  # with NaN, which a partition puts last
-        candidates = np.arange(len(logits))
-    order = np.argsort(-logits[candidates], kind="stable")[:count]
-    return np.sort(candidates[order])
+        With a temperature of 0 the probabilities have no meaning.
+        """
+        scores, ids = logits / self._temperature, None
+        if self._most is not None:
+            ids = likeliest(scores, int(min(self._most, logits.shape[-1])))
+            scores = mx.take_along_axis(scores, ids, axis=-1)
+        probabilities = mx.softmax(scores, axis=-1)
+        if ids is not None:
+            probabilities = mx.where(mx.arange(ids.shape[-1]) < self._top_k, probabilities, 0.0)
+            before = mx.cumsum(probabilities, axis=-1, inclusive=False)
+            whole = probabilities.sum(axis=-1, keepdims=True)
+            probabilities = mx.where(before < self._top_p * whole, probabilities, 0.0)
+        if self._has_min_p:
+            enough = probabilities >= self._min_p * probabilities.max(axis=-1, keepdims=True)
+            probabilities = mx.where(enough, probabilities, 0.0)
+        return ids, probabilities
 
 
-def _adjusted(logits: Array, sampling: Sampling, said: Sequence[int], prompt_tokens: int) -> Array:
-    """Return the logits after `logit_bias` and penalties; the same array if there are none."""
-    penalty = sampling.repetition_penalty
-    repeated = penalty is not None and penalty != 1
-    counted = bool(sampling.frequency_penalty or sampling.presence_penalty)
-    if not (repeated or counted or sampling.logit_bias):
+def most_likely(logits: mx.array) -> mx.array:
+    """Return the tokens (B,) with the largest logits (B, V)."""
+    return mx.argmax(logits, axis=-1)
+
+
+def likeliest(scores: mx.array, count: int) -> mx.array:
+    """Return the tokens (B, count) with the largest scores (B, V), in their order."""
+    if count == scores.shape[-1]:
+        return mx.argsort(-scores, axis=-1)
+    some = mx.argpartition(-scores, kth=count - 1, axis=-1)[:, :count]
+    return mx.take_along_axis(some, mx.argsort(-mx.take_along_axis(scores, some, axis=-1), axis=-1), axis=-1)
+
+
+def draw_places(probabilities: mx.array, draws: Sequence[float]) -> mx.array:
+    """Return the places (B, 1) drawn by rows of probabilities (B, N), not normalised, with numbers in [0, 1)."""
+    sums = mx.cumsum(probabilities, axis=-1)
+    # The first place whose sum is above a share of the whole has a probability above 0.
+    aim = mx.array([[min(draw, MOST_DRAW)] for draw in draws], dtype=mx.float32) * sums[:, -1:]
+    return mx.minimum((sums <= aim).sum(axis=-1, keepdims=True), sums.shape[-1] - 1)
+
+
+def adjusted(logits: mx.array, row: int, how: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> mx.array:
+    """Return logits (B, V) with one row changed by its bias and its penalties."""
+    factors = dict.fromkeys([*prompt, *answer], how.repetition_penalty or 1.0)
+    added = dict(how.logit_bias)
+    for token, count in Counter(answer).items():
+        added[token] = added.get(token, 0.0) - count * how.frequency_penalty - how.presence_penalty
+    changed = list(factors | added)
+    if not changed:
         return logits
-    logits = logits.copy()
-    for token, more in sampling.logit_bias:
-        logits[token] += more
-    if repeated:
-        assert penalty is not None
-        tokens = np.unique(np.asarray(said, dtype=np.int64))
-        found = logits[tokens]
-        logits[tokens] = np.where(found > 0, found / max(penalty, _LEAST_DIVISOR), found * penalty)
-    if counted:
-        tokens, counts = np.unique(np.asarray(said[prompt_tokens:], dtype=np.int64), return_counts=True)
-        logits[tokens] -= counts * sampling.frequency_penalty + sampling.presence_penalty
-    return logits
+    factor, more = (
+        mx.array([[factors.get(token, 1.0) for token in changed]]),
+        [added.get(token, 0.0) for token in changed],
+    )
+    found = mx.take_along_axis(logits[row : row + 1], mx.array([changed]), axis=-1)
+    new = mx.where(found > 0, found / mx.maximum(factor, _LEAST_TEMPERATURE), found * factor) + mx.array([more])
+    own = mx.put_along_axis(logits[row : row + 1], mx.array([changed]), new, axis=-1)
+    return mx.concatenate([logits[:row], own, logits[row + 1 :]])
+
+
+class Scores(NamedTuple):
+    """Log-probabilities by the model's distribution, without sampling settings, in nats."""
+
+    of_token: mx.array  # (B,) of the given tokens
+    best: mx.array  # (B, N) the most likely tokens, the likeliest first
+    of_best: mx.array  # (B, N) theirs
+
+    def read(self) -> list[Scored]:
+        """Return each token's log-probability and alternatives; waits for the device."""
+        own, best, of_best = (np.asarray(part).tolist() for part in self)
+        return [(score, list(zip(*pairs, strict=True))) for score, *pairs in zip(own, best, of_best, strict=True)]
+
+
+def score_tokens(logits: mx.array, tokens: mx.array, most: int) -> Scores:
+    """Return the log-probabilities of tokens (B,), and the `most` likely ones, by logits (B, V)."""
+    scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    of_token = mx.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
+    most = min(most, logits.shape[-1])
+    if most == 0:
+        none = mx.zeros((len(tokens), 0))
+        return Scores(of_token, none.astype(mx.uint32), none)
+    best = likeliest(scores, most)
+    return Scores(of_token, best, mx.take_along_axis(scores, best, axis=-1))
+
+
+def make_draws(seed: int) -> np.random.Generator:
+    """Return the generator of a row's draws."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))

@@ -1,27 +1,32 @@
-"""Third-party models, loaded by mlx-lm, as a `ChatBackend`: their chat template and tokenizer, our scheduler.
+"""Third-party models, loaded by mlx-lm: their chat template and tokenizer, mlx-lm's batches.
 
 Only safetensors and JSON are read, neither pickles nor code.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
 
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import byte_letters
-from mlxchat.engine.generate import Completion
+from mlxchat.engine.batch import Request, Token, restricted, score_sequence
+from mlxchat.engine.generate import Completion, complete_all, row_seeds
+from mlxchat.engine.sample import Sampler, Scored, make_draws, score_tokens
 from mlxchat.engine.scheduler import Scheduler
 from mlxchat.errors import ConfigError, DataError, filter_logs
+from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 from mlxchat.tasks.answers import content_text
 from mlxchat.tasks.base import find_fault
 
@@ -30,20 +35,18 @@ MOST_CONTEXT_TOKENS = 8192
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 _MOST_REASON_CHARS = 300
 _HALF = re.compile("[\ud800-\udfff]")
-# Tokens whose logits are in memory at a time.
-_SCORED_TOKENS = 128
 
 
 class ThirdPartyEngine:
-    """A `ChatBackend` of any architecture. Rows are computed one by one, so answers do not depend on each other."""
+    """What `Engine` is for our models, with any architecture that mlx-lm can batch, in one process."""
 
     team = None
-    """No other ranks."""
 
     def __init__(self, model: Any, tokenizer: ThirdPartyTokenizer, config: dict[str, Any], context_tokens: int) -> None:
         """`model` is mlx-lm's, `config` the contents of config.json, `context_tokens` the maximum input length."""
         self.model, self.tokenizer, self.context_tokens = model, tokenizer, context_tokens
         self.model_type = str(config.get("model_type"))
+        self.render = tokenizer.render
 
     @classmethod
     def load(
@@ -63,37 +66,13 @@ class ThirdPartyEngine:
             context = context_tokens or min(_context_of(config), most_context_tokens)
             return cls(model, _load_tokenizer(loading, folder, config), config, context)
 
-    def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """See `ThirdPartyTokenizer.render`."""
-        return self.tokenizer.render(messages)
+    def scheduler(self, *, python: Any = None, **options: Any) -> Scheduler:
+        """Return a scheduler without requests; `options` are `ThirdPartyGenerator`'s, and there are no tools."""
+        return Scheduler(ThirdPartyGenerator(self.model, **options), self.tokenizer)
 
-    def scheduler(self, **options: Any) -> Scheduler:
-        """Return a scheduler without requests; `options` are `Scheduler`'s."""
-        return Scheduler(ThirdPartySlots(self.model), self.tokenizer, **options)
-
-    def complete(
-        self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
-        seed: int | Sequence[int] = 0,
-    ) -> list[Completion]:  # fmt: skip
-        """Return one greedy completion per prompt, batched by mlx-lm.
-
-        Raises:
-            ConfigError: `temperature` is not 0.
-        """
-        if temperature:
-            raise ConfigError(f"temperature is {temperature}; whole batches of third-party models are greedy")
-        from mlx_lm.generate import batch_generate
-
-        found = batch_generate(
-            self.model, self.tokenizer.wrapper, prompts, max_tokens=max_new_tokens, return_token_ids=True
-        )
-        assert found.token_ids is not None
-        return [
-            Completion(ids, [1] * len(ids))
-            if len(ids) == max_new_tokens
-            else Completion([*ids, self.tokenizer.ends[0]], [1] * (len(ids) + 1), finished=True)
-            for ids in found.token_ids
-        ]
+    def complete(self, prompts: list[list[int]], *, seed: int | Sequence[int] = 0, **how: Any) -> list[Completion]:
+        """Return one completion per prompt; see `Engine.complete`."""
+        return complete_all(self.scheduler(), prompts, row_seeds(seed, len(prompts)), **how)
 
 
 @contextmanager
@@ -111,18 +90,12 @@ def _opening(folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     except MemoryError:
         raise
     except Exception as error:  # a hostile or damaged folder may raise any error
-        reason = " ".join(str(error).split())  # a list of parameters begins on the second line
-        shown = reason if len(reason) <= _MOST_REASON_CHARS else reason[:_MOST_REASON_CHARS] + "…"
-        raise DataError(f"{folder}: mlx-lm cannot open it ({type(error).__name__}: {shown})") from None
+        reason = shorten(str(error), _MOST_REASON_CHARS, placeholder="…")  # parameters begin on the second line
+        raise DataError(f"{folder}: mlx-lm cannot open it ({type(error).__name__}: {reason})") from None
 
 
 def load_tokenizer(folder: Path) -> tuple[ThirdPartyTokenizer, int]:
-    """Return the tokenizer of a folder and the model's maximum input length; the model is not loaded.
-
-    Raises:
-        ConfigError: mlx-lm is not installed.
-        DataError: the folder does not exist, or mlx-lm cannot open it.
-    """
+    """Return a folder's tokenizer and the model's maximum input length; the model is not loaded. Errors as `load`'s."""
     with _opening(folder) as (loading, config):
         return _load_tokenizer(loading, folder, config), _context_of(config)
 
@@ -135,25 +108,16 @@ def _load_tokenizer(loading: Any, folder: Path, config: dict[str, Any]) -> Third
 
 
 def _context_of(config: dict[str, Any]) -> int:
-    """Return a model's maximum input length by its config.json, at most 8192 tokens.
-
-    Raises:
-        ValueError: it is below 1.
-    """
+    """Return a model's maximum input length by its config.json, at most MOST_CONTEXT_TOKENS."""
     sources = (config, config.get("text_config", {}))
-    found = [(key, int(source[key])) for source in sources for key in _CONTEXT_KEYS if source.get(key)]
-    for key, tokens in found[:1]:
-        if tokens < 1:
-            raise ValueError(f"{key} is {tokens}, expected at least 1")
-        return min(MOST_CONTEXT_TOKENS, tokens)
-    return MOST_CONTEXT_TOKENS
+    tokens = next((int(each[key]) for each in sources for key in _CONTEXT_KEYS if each.get(key)), MOST_CONTEXT_TOKENS)
+    if tokens < 1:
+        raise ValueError(f"the context has {tokens} tokens, expected at least 1")
+    return min(MOST_CONTEXT_TOKENS, tokens)
 
 
 def _nanochat_options(config: dict[str, Any]) -> dict[str, Any]:
-    """Return options of mlx-lm's `load_model` for a nanochat model with `NanoChatForCausalLM`'s names.
-
-    mlx-lm supports only nanochat's names; folders of transformers and of `mlxchat export --to hf` have the others.
-    """
+    """Return options of mlx-lm's `load_model` for the names of transformers and `mlxchat export --to hf`."""
     from mlx_lm.models import nanochat
 
     from mlxchat.interop.names import ours_from_hf
@@ -169,111 +133,95 @@ def _nanochat_options(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Past:
-    """mlx-lm's cache of a row's prefix."""
+class ThirdPartyGenerator:
+    """Continues rows by mlx-lm's `BatchGenerator`, with the methods of `batch.Generator` except those of tools."""
 
-    def __init__(self, cache: list[Any], tokens: int) -> None:
-        self.cache, self.tokens = cache, tokens
+    def __init__(
+        self, model: Any, *, max_rows: int = DECODED_ROWS, prefill_tokens: int = PREFILL_TOKENS,
+        kept_tokens: int = KEPT_TOKENS,
+    ) -> None:  # fmt: skip
+        """Start without rows; mlx-lm keeps the prefixes of some rows if `kept_tokens` is above 0."""
+        from mlx_lm.generate import BatchGenerator
+        from mlx_lm.models.cache import LRUPromptCache
 
-    def begun(self, tokens: int) -> _Past | None:
-        """Return the first `tokens`; None: this cache cannot be trimmed."""
-        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+        self.model, self.num_reused = model, 0
+        self._batch: Any = BatchGenerator(
+            model, completion_batch_size=max_rows, prefill_batch_size=min(8, max_rows),
+            prefill_step_size=prefill_tokens, stream=mx.default_stream(mx.default_device()),
+        )  # fmt: skip
+        self._kept = LRUPromptCache() if kept_tokens else None
+        self._requests: dict[int, Request] = {}
+        self._ended: dict[int, tuple[list[Any], list[int]]] = {}
 
-        cache = copy.deepcopy(self.cache)  # arrays are shared until one of the two is written
-        if tokens < self.tokens:
-            if not can_trim_prompt_cache(cache):
-                return None
-            trim_prompt_cache(cache, self.tokens - tokens)
-        return _Past(cache, tokens)
+    def insert(self, request: Request) -> int:
+        """See `Generator.insert`."""
+        cache, missing = None, request.prompt
+        if request.reuse and self._kept is not None:
+            cache, missing = self._kept.fetch_nearest_cache(None, request.prompt)
+        if not missing:  # the last token is always forwarded
+            cache, missing = None, request.prompt
+        seen = request.prompt[: len(request.prompt) - len(missing)]
+        self.num_reused += len(seen)
+        sampler, draws = Sampler([request.sampling]), make_draws(request.sampling.seed)
 
+        def draw(logits: mx.array) -> mx.array:
+            return sampler(logits, [draws.random()])
 
-class ThirdPartySlots:
-    """The scheduler's `Forward`, with a separate cache for each row."""
+        def restrict(context: mx.array, logits: mx.array) -> mx.array:
+            answer = np.asarray(context)[len(request.prompt) :].tolist()
+            return restricted(logits.astype(mx.float32), 0, request, answer)
 
-    def __init__(self, model: Any) -> None:
-        """`model` is mlx-lm's."""
-        self.model = model
-        self._rows: list[_Past | None] = []
+        (id,) = self._batch.insert(
+            [missing], [request.max_new_tokens], caches=None if cache is None else [cache], all_tokens=[seen],
+            samplers=[greedy if request.sampling.temperature == 0 else draw],
+            logits_processors=[[restrict]] if request.in_step else None,
+        )  # fmt: skip
+        self._requests[id] = request
+        return int(id)
 
-    def read(self, ids: list[int], past: _Past | None, last: int | None) -> _Past:
-        """Return the past of a row of `past` followed by `ids`."""
-        row = self._copied(past)
-        self.model(mx.array([ids]), cache=row.cache)
-        mx.eval([each.state for each in row.cache])
-        row.tokens += len(ids)
-        return row
-
-    def score(self, ids: list[int]) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield the logits (V,) after each of `ids`, at the beginning of a row."""
-        row = self._copied(None)
-        for start in range(0, len(ids), _SCORED_TOKENS):
-            logits = self.model(mx.array([ids[start : start + _SCORED_TOKENS]]), cache=row.cache)[0]
-            yield from np.asarray(logits.astype(mx.float32))
-
-    def reserve(self, rows: int, tokens: int) -> None:
-        """Grow to at least this many rows."""
-        self._rows += [None] * (rows - len(self._rows))
-
-    def keep(self, kept: list[int], tokens: int) -> None:
-        """Keep only these rows, renumbered from 0."""
-        self._rows = [self._rows[place] for place in kept]
-
-    def clear(self) -> None:
-        """Remove all rows."""
-        self._rows = []
-
-    def fill(self, row: int, past: _Past | None) -> None:
-        """Set the past of a row; None: empty."""
-        self._rows[row] = self._copied(past)
-
-    def past_of(self, row: int, tokens: int) -> _Past | None:
-        """Return the past of a row's first tokens."""
-        held = self._rows[row]
-        return held and held.begun(tokens)
-
-    def step(self, ids: list[int], previous: list[int], positions: list[int]) -> np.ndarray[Any, Any]:
-        """Return logits (B, V) after one more token of each row; rows whose past has another length are free."""
-        rows = [row if row and row.tokens == at else None for row, at in zip(self._rows, positions, strict=False)]
-        self._rows = [*rows, *self._rows[len(rows) :]]
-        used = [place for place, row in enumerate(rows) if row is not None]
+    def next(self) -> list[Token]:
+        """See `Generator.next`."""
         found = []
-        for place in used:
-            row = rows[place]
-            assert row is not None
-            found.append(self.model(mx.array([[ids[place]]]), cache=row.cache)[0, -1].astype(mx.float32))
-            row.tokens += 1
-        logits = np.asarray(mx.stack(found))
-        every = np.zeros((len(ids), logits.shape[1]), dtype=np.float32)
-        every[used] = logits
-        return every
+        for response in self._batch.next()[1]:
+            scored = None
+            if (most := self._requests[response.uid].logprobs) is not None:
+                scores = response.logprobs[None].astype(mx.float32)
+                (scored,) = score_tokens(scores, mx.array([response.token]), most).read()
+            if response.finish_reason is not None:
+                self._ended[response.uid] = response.prompt_cache, response.all_tokens
+            found.append(Token(response.uid, response.token, sampled=True, scored=scored))
+        return found
 
-    def _copied(self, past: _Past | None) -> _Past:
-        from mlx_lm.models.cache import make_prompt_cache
+    def remove(self, id: int) -> None:
+        """See `Generator.remove`."""
+        held = self._ended.pop(id, None) or self._batch.remove([id], return_prompt_caches=True)[id]
+        if self._requests.pop(id).reuse and self._kept is not None and held[1]:
+            self._kept.insert_cache(None, list(held[1]), held[0])
 
-        copied = past.begun(past.tokens) if past else _Past(make_prompt_cache(self.model), 0)
-        assert copied is not None
-        return copied
+    def score(self, ids: Sequence[int], most: int) -> list[Scored]:
+        """See `Generator.score`."""
+        logits = self.model(mx.array([list(ids[:-1])]))[0].astype(mx.float32)
+        return score_sequence(lambda part: logits[part], ids, most)
+
+
+def greedy(logits: mx.array) -> mx.array:
+    """Return the most likely tokens (B,); one function for all rows, so that mlx-lm calls it once for the batch."""
+    return mx.argmax(logits, axis=-1)
 
 
 class ThirdPartyTokenizer:
     """A tokenizer of the transformers library with our interface."""
 
     def __init__(self, wrapper: Any) -> None:
-        """`wrapper` is mlx-lm's.
-
-        Raises:
-            DataError: it has no token to begin a text with.
-        """
+        """`wrapper` is mlx-lm's; raises DataError if there is no token to begin a text with."""
         self.wrapper = wrapper
-        self._inner = getattr(wrapper, "_tokenizer", wrapper)
-        names = self._inner.get_vocab()
-        candidates = [
-            self._inner.bos_token_id, names.get("<|bos|>"), names.get("<|endoftext|>"), self._inner.eos_token_id,
-        ]  # fmt: skip
-        found = [candidate for candidate in candidates if candidate is not None]
-        if not found:
+        self._inner = inner = getattr(wrapper, "_tokenizer", wrapper)
+        names = inner.get_vocab()
+        candidates = (inner.bos_token_id, names.get("<|bos|>"), names.get("<|endoftext|>"), inner.eos_token_id)
+        bos = next((candidate for candidate in candidates if candidate is not None), None)
+        if bos is None:
             raise DataError("the tokenizer has no token that begins or ends a text")
-        self.bos = int(found[0])
+        self.bos = int(bos)
 
     @cached_property
     def vocab_size(self) -> int:
@@ -340,36 +288,34 @@ class ThirdPartyTokenizer:
     def skips_blank(self) -> bool:
         """Whether decoding drops the blank before the first word, as with SentencePiece."""
         words = (index for index, data in self._bytes.items() if data[:1] == b" " and data.strip())
-        first = next(words, None)
-        return first is not None and not self.decode([first]).startswith(" ")
+        return any(not self.decode([first]).startswith(" ") for first in islice(words, 1))
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
         """Id → bytes of every token that is not special."""
         letters = {letter: byte for byte, letter in byte_letters().items()}
         bytewise = '"ByteLevel"' in self._inner.backend_tokenizer.to_str()
-        special, added = set(self.special_ids.values()), self._inner.added_tokens_decoder
-        found = {}
-        for token, index in self._inner.get_vocab().items():
-            if index in special:
-                continue
+        added = self._inner.added_tokens_decoder
+
+        def spell(token: str, index: int) -> bytes:
             if bytewise and index not in added and letters.keys() >= set(token):
-                found[int(index)] = bytes(letters[letter] for letter in token)
-            elif len(token) == 6 and token.startswith("<0x"):
-                found[int(index)] = bytes([int(token[3:5], 16)])
-            else:
-                found[int(index)] = token.replace("▁", " ").encode()
-        return found
+                return bytes(letters[letter] for letter in token)
+            if len(token) == 6 and token.startswith("<0x"):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("▁", " ").encode()
+
+        names, special = self._inner.get_vocab().items(), set(self.special_ids.values())
+        return {int(index): spell(token, index) for token, index in names if index not in special}
 
     @cached_property
     def token_bytes(self) -> np.ndarray[Any, np.dtype[np.int32]]:
         """Number of bytes of each id, 0 for special tokens: (vocab_size,)."""
-        lengths = np.zeros(self.vocab_size, dtype=np.int32)
-        for index, data in self._bytes.items():
-            lengths[index] = len(data)
-        return lengths
+        return np.array([len(self._bytes.get(index, b"")) for index in range(self.vocab_size)], dtype=np.int32)
 
     @cached_property
     def digest(self) -> str:
         """The sha256 of everything that determines the encoding, in hexadecimal."""
         return hashlib.sha256(f"{self.bos}\n{self._inner.backend_tokenizer.to_str()}".encode()).hexdigest()
+
+
+AnyTokenizer: TypeAlias = Tokenizer | ThirdPartyTokenizer

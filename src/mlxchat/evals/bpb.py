@@ -1,28 +1,34 @@
 """Bits per byte: a loss that does not depend on the tokenizer. Counterpart of nanochat/loss_eval.py.
 
-Also the perplexity per token, which is comparable only between models with the same vocabulary.
+Also the perplexity per token, which is comparable only between models with the same vocabulary, and a byte-level n-gram
+model as a baseline.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
-from mlxchat.data.packing import Ints, Row, trim_rows
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
-from mlxchat.ops.device import make_lanes
-from mlxchat.ops.loss import token_losses
-
-if TYPE_CHECKING:
-    from mlxchat.evals.language_model import LanguageModel
+from mlxchat.data.packing import Ints, Row
+from mlxchat.data.sources import read_texts
+from mlxchat.distributed.team import Team
+from mlxchat.errors import DataError
+from mlxchat.evals.language_model import AnyTokenizer, LanguageModel
+from mlxchat.model.scoring import Floats, ScoredRow, row_of, score_rows
+from mlxchat.runner.context import Context
 
 _LARGEST_EXPONENT = 700
+# Rows of a text that are sorted by length before batching; a stop waits for them.
+_WINDOW_ROWS = 256
+_MOST_TRAINING_BYTES = 20_000_000
+_SEPARATOR = b"\x00"
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,7 @@ class TextLoss:
 
 
 def text_loss(
-    model: GPT | LanguageModel, rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]], *, micro_tokens: int
+    model: Any, rows: Sequence[Row], token_bytes: Ints, *, micro_tokens: int, team: Team | None = None
 ) -> TextLoss:
     """Return the model's loss on the rows' targets.
 
@@ -55,84 +61,141 @@ def text_loss(
     bits nor in bytes.
 
     Args:
-        model: to evaluate; `rank_model.text_model` spreads it over all ranks.
+        model: to evaluate; see `score_rows`.
         rows: inputs (T,) and targets (T,), −1 = ignored.
         token_bytes: (V,) raw bytes of each id, 0 for special tokens.
         micro_tokens: tokens per forward pass, at most.
+        team: ranks that share the rows; None: this process alone.
     """
-    nats, num_bytes, num_tokens = 0.0, 0, 0
-    for losses, targets in _losses(model, rows, micro_tokens):
-        weight = np.where(targets >= 0, token_bytes[np.maximum(targets, 0)], 0)
-        nats += float((losses * (weight > 0)).sum(dtype=np.float64))
-        num_bytes += int(weight.sum())
-        num_tokens += int((weight > 0).sum())
-    return TextLoss(nats, num_bytes, num_tokens)
+    scored = [row_of(*row) for row in rows]
+    sums = _sums(scored, score_rows(model, scored, batch_tokens=micro_tokens, team=team), token_bytes).sum(0)
+    return TextLoss(float(sums[0]), int(sums[1]), int(sums[2]))
 
 
 def bits_per_byte(
-    model: GPT | LanguageModel, rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]], *, micro_tokens: int
+    model: Any, rows: Sequence[Row], token_bytes: Ints, *, micro_tokens: int, team: Team | None = None
 ) -> float:
     """Return the model's bits per byte of the rows' targets, infinite if no byte counts; arguments as `text_loss`."""
-    return text_loss(model, rows, token_bytes, micro_tokens=micro_tokens).bits_per_byte
+    return text_loss(model, rows, token_bytes, micro_tokens=micro_tokens, team=team).bits_per_byte
 
 
-def mean_loss(model: GPT | LanguageModel, rows: list[Row], *, micro_tokens: int) -> float:
+def mean_loss(model: Any, rows: Sequence[Row], *, micro_tokens: int, team: Team | None = None) -> float:
     """Return the mean cross-entropy in nats over the rows' targets that are not ignored."""
-    total, count = 0.0, 0
-    for losses, targets in _losses(model, rows, micro_tokens):
-        total += float(losses.sum(dtype=np.float64))
-        count += int((targets >= 0).sum())
-    return total / max(1, count)
+    losses = score_rows(model, [row_of(*row) for row in rows], batch_tokens=micro_tokens, team=team)
+    return sum(float(each.sum(dtype=np.float64)) for each in losses) / max(1, sum(each.size for each in losses))
 
 
-def uniform_bits_per_byte(rows: list[Row], token_bytes: np.ndarray[Any, np.dtype[np.int32]]) -> float:
+def uniform_bits_per_byte(rows: Sequence[Row], token_bytes: Ints) -> float:
     """Return the bits per byte of the uniform distribution over tokens."""
-    targets = np.concatenate([row[1] for row in rows])
-    weight = np.where(targets >= 0, token_bytes[np.maximum(targets, 0)], 0)
+    weight = np.concatenate([token_bytes[targets[targets >= 0]] for _, targets in rows])
     return float((weight > 0).sum() * math.log2(len(token_bytes)) / weight.sum())
 
 
-def _losses(
-    model: GPT | LanguageModel, rows: list[Row], micro_tokens: int
-) -> list[tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.int32]]]]:
-    """Return loss and target of every token, flat, micro-batch by micro-batch."""
-    per_pass = max(1, micro_tokens // len(rows[0][0])) if rows else 1
-    batches = [
-        trim_rows(*(np.stack([row[side] for row in rows[start : start + per_pass]]) for side in (0, 1)))
-        for start in range(0, len(rows), per_pass)
-    ]
-    return [(losses_of(model, ids, targets).reshape(-1), targets.reshape(-1)) for ids, targets in batches]
+def _sums(rows: Sequence[ScoredRow], losses: Sequence[Floats], token_bytes: Ints) -> np.ndarray[Any, Any]:
+    """Return nats, bytes and tokens of each row (rows, 3), of targets that stand for bytes."""
+    sums = np.zeros((len(rows), 3))
+    for number, (row, values) in enumerate(zip(rows, losses, strict=True)):
+        weight = token_bytes[row.targets]
+        sums[number] = (values[0] * (weight > 0)).sum(dtype=np.float64), weight.sum(), (weight > 0).sum()
+    return sums
 
 
-def losses_of(model: GPT | LanguageModel, ids: Ints, targets: Ints) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return the loss in nats of every target (B, T) after ids (B, T); 0 where a target is negative."""
-    if not isinstance(model, GPT):
-        return model.token_losses(ids, targets)
-    return own_losses(model, ids, targets).reshape(targets.shape)
+# Any text; every token of every document counts once
 
 
-def own_losses(model: GPT, ids: Ints, targets: Ints) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return the loss of every target (B T,) after ids (B, T), 0 where a target is negative, computed on all cores."""
-    lanes, compiled_losses, weights = make_lanes(), _compiled_losses(model), flatten_parameters(model)
-    deals = lanes.deal(len(ids))
-    calls = [partial(compiled_losses, weights, mx.array(ids[deal]), mx.array(targets[deal])) for deal in deals]
-    with lanes.sharing(len(deals)):
-        losses = mx.concatenate(lanes.run(calls))
-        mx.eval(losses)
-    return np.asarray(losses)
+def measure_text(ctx: Context, model: LanguageModel) -> dict[str, Any]:
+    """Return a model's loss on `eval.text` as data of scores.json; bits per byte and perplexity become metrics.
+
+    Documents longer than the model's context are cut into rows of that length as in lm-evaluation-harness: the only
+    context of a row is the token before it. Standard errors are over documents; over rows if there is only one.
+
+    Raises:
+        DataError: the text cannot be read or is empty.
+        Interrupted: the run was asked to stop.
+    """
+    config, token_bytes = ctx.config.eval, model.tokenizer.token_bytes
+    documents = partial(read_texts, Path(config.text or ""), config.text_column)
+    total = sum(1 for _ in documents())
+    pieces = (
+        (number, row_of(piece[:-1], piece[1:]))
+        for number, text in enumerate(documents())
+        for piece in _pieces(model.tokenizer.encode_documents([text])[0].astype(np.int32), model.context_tokens)
+    )
+    owners, parts = list[int](), list[np.ndarray[Any, Any]]()
+    with ctx.progress(total, "documents") as progress:
+        while window := list(islice(pieces, _WINDOW_ROWS)):
+            rows = [row for _, row in window]
+            owners += [number for number, _ in window]
+            parts.append(_sums(rows, model.score(rows), token_bytes))
+            progress.update(owners[-1] + 1)
+            if ctx.should_stop():
+                raise ctx.stop(f"document {owners[-1] + 1} of {total}")
+    nats, num_bytes, tokens = np.concatenate(parts).T if parts else np.zeros((3, 0))
+    if total > 1:
+        nats, num_bytes, tokens = (np.bincount(owners, each) for each in (nats, num_bytes, tokens))
+    if not num_bytes.sum():
+        raise DataError(f"{config.text} holds no text")
+    found = TextLoss(float(nats.sum()), int(num_bytes.sum()), int(tokens.sum()))
+    error, loss_error = ratio_error(nats, num_bytes), ratio_error(nats, tokens)
+    ctx.metrics |= {"text_bpb": found.bits_per_byte, "text_perplexity": found.perplexity}
+    return {
+        "bpb": found.bits_per_byte, "stderr": error and error / math.log(2), "perplexity": found.perplexity,
+        "perplexity_stderr": loss_error and loss_error * found.perplexity, "tokens": found.num_tokens,
+        "bytes": found.num_bytes, "documents": total,
+    }  # fmt: skip
 
 
-def _compiled_losses(model: GPT) -> Callable[..., mx.array]:
-    """Return weights, ids (B, T), targets (B, T) → losses (B T,), compiled once for a model."""
+def _pieces(ids: Ints, context_tokens: int) -> Iterator[Ints]:
+    """Yield parts of at most context_tokens + 1 ids that share one with the next."""
+    for start in range(0, len(ids) - 1, context_tokens):
+        yield ids[start : start + context_tokens + 1]
 
-    def losses_of(weights: dict[str, mx.array], ids: mx.array, targets: mx.array) -> mx.array:
-        own = flatten_parameters(model)
-        set_parameters(model, weights)
-        hidden = model.hidden(ids).reshape(-1, model.sizes.width)
-        losses = token_losses(hidden, model.head_weight, targets.reshape(-1))
-        set_parameters(model, own)
-        return losses
 
-    # Kept on the model so that both have the same lifetime; plain attributes are not parameters.
-    kept: Callable[..., mx.array] = vars(model).setdefault("_compiled_losses", mx.compile(losses_of))
-    return kept
+def ratio_error(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> float | None:
+    """Return the standard error of sum(x) / sum(y) over independent pairs (n,), linearised; None if n < 2."""
+    if len(x) < 2:
+        return None
+    residuals = x - x.sum() / y.sum() * y
+    return float(math.sqrt(len(x) / (len(x) - 1) * (residuals**2).sum()) / y.sum())
+
+
+# A baseline
+
+
+def ngram_bits_per_byte(training: Iterable[str], held_out: Iterable[str]) -> float:
+    """Return the bits per byte of held-out documents under byte trigram counts of the training documents.
+
+    Each order is interpolated with the one below by Witten-Bell smoothing (weights n / (n + distinct successors)),
+    down to uniform bytes. At most 20 MB of training text are counted.
+    """
+    train, test = _to_bytes(training), _to_bytes(held_out)
+    probability = np.full(len(test) - 2, 1 / 256)
+    seen = np.zeros(len(train), np.int64)  # the last `order` bytes before each byte as a number
+    asked = np.zeros(len(test) - 2, np.int64)
+    for order in range(3):
+        if order:
+            seen[order:] += train[:-order].astype(np.int64) * 256 ** (order - 1)
+            asked += test[2 - order : len(test) - order].astype(np.int64) * 256 ** (order - 1)
+        counts = np.bincount(seen[order:] * 256 + train[order:], minlength=256 ** (order + 1)).reshape(-1, 256)
+        totals, kinds = counts.sum(-1)[asked], (counts > 0).sum(-1)[asked]
+        found = counts[asked, test[2:]] + kinds * probability
+        probability = np.where(totals > 0, found / np.maximum(1, totals + kinds), probability)
+    return float(-np.log2(probability[test[2:] != _SEPARATOR[0]]).mean())
+
+
+def texts_of_rows(rows: Iterable[Row], tokenizer: AnyTokenizer) -> Iterator[str]:
+    """Yield the text of each document's part in the rows, so that a baseline is measured on the model's text."""
+    for ids, targets in rows:
+        tokens = np.append(ids[:1], targets[targets >= 0])
+        for part in np.split(tokens, np.flatnonzero(tokens == tokenizer.bos)):
+            yield tokenizer.decode(part[part != tokenizer.bos].tolist())
+
+
+def _to_bytes(documents: Iterable[str]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    parts, size = [], 0
+    for document in documents:
+        parts.append(document.encode())
+        size += len(parts[-1])
+        if size > _MOST_TRAINING_BYTES:
+            break
+    return np.frombuffer(_SEPARATOR * 2 + _SEPARATOR.join(parts), dtype=np.uint8)

@@ -8,28 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlxchat.engine.generate import Engine, clear_caches
-from mlxchat.engine.third_party import ThirdPartyEngine
-from mlxchat.errors import DataError, Interrupted
-from mlxchat.evals.core_journal import Journal
-from mlxchat.evals.rank_model import language_model
+from mlxchat.engine.generate import clear_caches
+from mlxchat.evals.examples import Example, answer_all
+from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import Score
-from mlxchat.evals.third_party import ThirdPartyModel
+from mlxchat.runner.context import Context
+from mlxchat.runner.progress import Progress
 from mlxchat.tasks.answers import content_text
 from mlxchat.tasks.base import Task
 
-Example = dict[str, Any]
-"""One row of examples.parquet, without its task."""
 _Verdict = tuple[bool, dict[str, Any]]
+_Answer = tuple[str, int, dict[str, Any]]
+"""Text, tokens and details."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +39,6 @@ class Answering:
     """Answers that a process generates at a time."""
     max_new_tokens: int
     """Longest generated answer."""
-    batch_tokens: int = 16384
-    """Tokens per forward pass of multiple-choice questions."""
     seeds: int = 1
     """Samples per generated answer; multiple choice is deterministic and computed once."""
     temperature: float = 0.0
@@ -51,57 +48,41 @@ class Answering:
     seed: int = 0
     """Seed of the sampling; an answer depends only on it, the question's index and the sample's."""
 
-    def about(self) -> dict[str, Any]:
-        """Return the settings that answers depend on, for the journals."""
-        names = ("max_new_tokens", "temperature", "top_k", "seed")
-        return {name: getattr(self, name) for name in names}
-
 
 def evaluate_task(
-    engine: Engine | ThirdPartyEngine,
-    task: Task,
-    answering: Answering,
-    *,
-    work: Path | None = None,
-    on_progress: Callable[[int], None] = lambda done: None,
-    should_stop: Callable[[], bool] = lambda: False,
-    stop: Callable[[str], Exception] | None = None,
-) -> tuple[Score, list[Example]]:
+    ctx: Context, model: LanguageModel, task: Task, answering: Answering, *, name: str, work: Path,
+    progress: Callable[[int, str], Progress] | None = None,
+) -> tuple[Score, list[Example]]:  # fmt: skip
     """Return the score of a model's answers to all of a task's conversations, and a record of each answer.
 
     Args:
-        engine: the model.
+        ctx: of the stage.
+        model: to evaluate.
         task: held-out conversations with a verdict.
         answering: generation and batching.
-        work: folder for this task's journals, kept between attempts; None: no journals.
-        on_progress: called with the number of judged answers over all seeds.
-        should_stop: called between batches.
-        stop: maps a position to the exception to raise; None: `Interrupted`.
+        name: of the task.
+        work: folder for this task's journals, kept between attempts.
+        progress: returns the display; None: the context's.
 
     Raises:
         DataError: a letter is not a single token.
-        Interrupted: `should_stop` returned True; the same call resumes.
+        Interrupted: the run was asked to stop; the same call resumes.
     """
-    asked = _Asked(engine, task, answering)
+    asked = _Asked(model, task, answering)
     samples = answering.seeds if task.kind == "generative" else 1
-    about = {"questions": len(task), "kind": task.kind, **answering.about()}
+    about = {"questions": len(task), "kind": task.kind, **asdict(answering), "batch_rows": None, "seeds": None}
     passes: list[list[Example]] = []
-    before = 0
     # Slow verdicts, such as running programs, overlap with the next batch.
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="verdicts") as pool:
         for sample in range(samples):
-            journal = Journal(work and work / f"{sample}.jsonl", {**about, "sample": sample})
-            on_progress(before + len(journal.records))
-            for examples in asked.answer(sample, journal.records, pool):
-                journal.append(examples)
-                done = before + len(journal.records)
-                on_progress(done)
-                if should_stop():
-                    where = f"answer {done} of {samples * len(task)}"
-                    raise stop(where) if stop else Interrupted(f"stopped at {where}", signal.SIGTERM)
-            clear_caches(engine.team)  # of shapes that occur only in this task
-            passes.append([journal.records[index] for index in range(len(task))])
-            before += len(task)
+            unit = f"questions of {name}" + (f" ({sample + 1}/{samples})" if samples > 1 else "")
+            passes.append(
+                answer_all(
+                    ctx, work / f"{sample}.jsonl", {**about, "sample": sample}, len(task), unit,
+                    partial(asked.answer, sample, pool), progress,
+                )
+            )  # fmt: skip
+            clear_caches(model.engine.team)  # of shapes that occur only in this task
     score = Score.of_examples(passes, kind=task.kind, chance=task.chance, cropped=sum(asked.cropped))
     return score, [example for each in passes for example in each]
 
@@ -109,101 +90,65 @@ def evaluate_task(
 class _Asked:
     """A task's questions as prompts, in batches that do not depend on earlier answers."""
 
-    def __init__(self, engine: Engine | ThirdPartyEngine, task: Task, answering: Answering) -> None:
-        self.engine, self.task, self.answering = engine, task, answering
-        most = engine.context_tokens
-        rendered = [engine.render(task[index]["messages"][:-1]) for index in range(len(task))]
+    def __init__(self, model: LanguageModel, task: Task, answering: Answering) -> None:
+        self.model, self.task, self.answering = model, task, answering
+        most = model.context_tokens
+        rendered = [model.render(task[index]["messages"][:-1]) for index in range(len(task))]
         # Long prompts keep their end, which has the question.
         self.prompts = [ids if len(ids) <= most else [ids[0], *ids[1 - most :]] for ids in rendered]
         self.cropped = [len(ids) > most for ids in rendered]
 
-    def answer(self, sample: int, known: dict[int, Example], pool: ThreadPoolExecutor) -> Iterator[list[Example]]:
+    def answer(self, sample: int, pool: ThreadPoolExecutor, known: dict[int, Example]) -> Iterator[list[Example]]:
         """Yield the examples of each batch that is not completely known."""
         draws = self.task.kind == "generative" and self.answering.temperature > 0
-        find = self._choose_letters if self.task.kind == "categorical" else self._generate
-        waiting: tuple[list[Example], list[Future[_Verdict]]] | None = None
+        waiting: list[tuple[Example, Future[_Verdict]]] = []
         for batch in self._batches():
             if all(index in known for index in batch):
                 continue
-            conversations = [self.task[index] for index in batch]
-            found = find(batch, conversations, sample)
-            examples, verdicts = [], []
-            for index, conversation, (text, tokens, details) in zip(batch, conversations, found, strict=True):
-                verdicts.append(pool.submit(judge, self.task, conversation, text))
-                details |= {"cropped": True} if self.cropped[index] else {}
-                examples.append(
-                    {
-                        "index": index, "seed": sample if draws else None,
-                        "prompt": question_text(conversation), "output": text, "expected": expected_text(conversation),
-                        "verdict": None, "tokens": tokens, "details": details,
-                    }
-                )  # fmt: skip
-            if waiting is not None:
-                yield _with_verdicts(*waiting)
-            waiting = examples, verdicts
-        if waiting is not None:
-            yield _with_verdicts(*waiting)
+            talks = [self.task[index] for index in batch]
+            found = self._letters(batch, talks) if self.task.kind == "categorical" else self._texts(batch, sample)
+            examples = []
+            for index, talk, (text, tokens, details) in zip(batch, talks, found, strict=True):
+                example = {
+                    "index": index, "seed": sample if draws else None, "prompt": question_text(talk), "output": text,
+                    "expected": expected_text(talk), "verdict": None, "tokens": tokens,
+                    "details": details | ({"cropped": True} if self.cropped[index] else {}),
+                }  # fmt: skip
+                examples.append((example, pool.submit(judge, self.task, talk, text)))
+            if waiting:
+                yield [_with_verdict(*each) for each in waiting]
+            waiting = examples
+        if waiting:
+            yield [_with_verdict(*each) for each in waiting]
 
     def _batches(self) -> list[list[int]]:
         """Return the questions' indices in batches of similar length, to save padding."""
         order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
-        if self.task.kind != "categorical":
-            team = self.engine.team
-            rows = self.answering.batch_rows * (1 if team is None else team.size)
-            return [order[start : start + rows] for start in range(0, len(order), rows)]
-        batches: list[list[int]] = []
-        for index in order:  # ascending, so the others are padded to this length
-            if not batches or (len(batches[-1]) + 1) * len(self.prompts[index]) > self.answering.batch_tokens:
-                batches.append([])
-            batches[-1].append(index)
-        return batches
+        rows = self.answering.batch_rows * self.model.num_ranks
+        if self.task.kind == "categorical":
+            rows = max(1, self.model.batch_tokens // max(map(len, self.prompts), default=1))
+        return [order[start : start + rows] for start in range(0, len(order), rows)]
 
-    def _choose_letters(
-        self, batch: list[int], conversations: list[dict[str, Any]], sample: int
-    ) -> list[tuple[str, int, dict[str, Any]]]:
-        """Return each question's letter with the highest logit, tokens and details."""
-        prompts = [self.prompts[index] for index in batch]
-        letters = [conversation["letters"] for conversation in conversations]
-        logits = letter_logits(self.engine, prompts, letters)
+    def _letters(self, batch: list[int], talks: list[dict[str, Any]]) -> list[_Answer]:
+        """Return the letter with the highest logit after each question."""
+        prompts, letters = [self.prompts[index] for index in batch], [talk["letters"] for talk in talks]
+        logits = self.model.letter_logits(prompts, letters)
         return [
             (offered[int(np.argmax(row))], len(prompt), {"logits": dict(zip(offered, row, strict=True))})
             for prompt, offered, row in zip(prompts, letters, logits, strict=True)
         ]
 
-    def _generate(
-        self, batch: list[int], conversations: list[dict[str, Any]], sample: int
-    ) -> list[tuple[str, int, dict[str, Any]]]:
-        """Return each question's answer, tokens and details."""
+    def _texts(self, batch: list[int], sample: int) -> list[_Answer]:
+        """Return the generated answer to each question."""
         how = self.answering
-        completions = self.engine.complete(
+        completions = self.model.complete(
             [self.prompts[index] for index in batch],
             max_new_tokens=how.max_new_tokens,
             temperature=how.temperature,
             top_k=how.top_k,
             seed=[_seed_of(how.seed, index, sample) for index in batch],
         )
-        return [(each.text(self.engine.tokenizer), len(each.ids), {"finished": each.finished}) for each in completions]
-
-
-def letter_logits(
-    engine: Engine | ThirdPartyEngine, prompts: list[list[int]], letters: Sequence[Sequence[str]]
-) -> list[list[float]]:
-    """Return the logits of each prompt's letters as its next token.
-
-    Raises:
-        DataError: a letter is not a single token, or two letters of a third-party model end in the same token.
-    """
-    tokens = [[engine.tokenizer.encode(letter) for letter in offered] for offered in letters]
-    for offered, encoded in zip(letters, tokens, strict=True):
-        if isinstance(engine, Engine) and any(len(token) != 1 for token in encoded):
-            raise DataError(f"the letters {list(offered)} must be single tokens of this tokenizer")
-        if len({token[-1] for token in encoded}) < len(encoded):  # SentencePiece may add a leading token for the space
-            raise DataError(f"the letters {list(offered)} do not end in different tokens of this tokenizer")
-    if isinstance(engine, Engine):
-        find = language_model(engine.team, engine.model, padding=engine.tokenizer.bos).logits_of
-    else:
-        find = ThirdPartyModel(engine.model, engine.context_tokens).logits_of
-    return find(prompts, [[token[-1] for token in encoded] for encoded in tokens])
+        return [(each.text(self.model.tokenizer), len(each.ids), {"finished": each.finished}) for each in completions]
 
 
 def question_text(conversation: dict[str, Any]) -> str:
@@ -227,11 +172,9 @@ def judge(task: Task, conversation: dict[str, Any], text: str) -> _Verdict:
     return bool(task.evaluate(conversation, text)), {}
 
 
-def _with_verdicts(examples: list[Example], verdicts: list[Future[_Verdict]]) -> list[Example]:
-    for example, verdict in zip(examples, verdicts, strict=True):
-        example["verdict"], more = verdict.result()
-        example["details"] |= more
-    return examples
+def _with_verdict(example: Example, verdict: Future[_Verdict]) -> Example:
+    is_right, more = verdict.result()
+    return example | {"verdict": is_right, "details": example["details"] | more}
 
 
 def _seed_of(seed: int, index: int, sample: int) -> int:

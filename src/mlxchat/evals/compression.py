@@ -13,7 +13,6 @@ import tiktoken
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import is_packaged, read_vocabulary
-from mlxchat.errors import DataError
 
 RIVALS = {"gpt2": "gpt2", "gpt4": "cl100k"}
 """Column of the table → packaged vocabulary."""
@@ -33,36 +32,25 @@ def compression_rows(tokenizer: Tokenizer, splits: dict[str, Iterable[str]]) -> 
     Returns:
         For each text its name, bytes, and tokens of ours, gpt2 and gpt4 (None: not installed); for each installed rival
         the fraction of tokens that ours saves, and which is better: ours, the rival or tie.
-
-    Raises:
-        DataError: decoding does not return the text (a bug).
     """
     rivals = {name: _encoding(source) if is_packaged(source) else None for name, source in RIVALS.items()}
+    folder = Path(__file__).with_name("texts")
+    texts = {kind: [folder.joinpath(f"{kind}.txt").read_text(encoding="utf-8")] for kind in KINDS}
     rows = []
-    for name, documents in _texts(splits):
-        ids = [tokenizer.encode(text) for text in documents]
-        if [tokenizer.decode(each) for each in ids] != documents:
-            raise DataError("the tokenizer does not return what it encoded; this is a bug")
-        size, ours = sum(len(text.encode()) for text in documents), sum(map(len, ids))
+    for name, documents in (texts | {name: list(_first(split)) for name, split in splits.items()}).items():
+        size, ours = (sum(len(each) for each in map(how, documents)) for how in (str.encode, tokenizer.encode))
         row = {
-            "text": name,
-            "chars": sum(map(len, documents)),
-            "bytes": size,
-            "ours": ours,
-            "ratio": _ratio(size, ours),
-        }
+            "text": name, "chars": sum(map(len, documents)), "bytes": size, "ours": ours, "ratio": size / max(1, ours),
+        }  # fmt: skip
         for rival, encoding in rivals.items():
-            if encoding is None:
-                row[rival] = None
-                continue
-            theirs = sum(len(encoding.encode_ordinary(text)) for text in documents)
-            better = "tie" if ours == theirs else "ours" if ours < theirs else rival
-            row |= {
-                rival: theirs,
-                f"{rival}_ratio": _ratio(size, theirs),
-                f"{rival}_difference": (theirs - ours) / theirs if theirs else 0.0,
-                f"{rival}_better": better,
-            }
+            row[rival] = None
+            if encoding is not None:
+                theirs = sum(len(encoding.encode_ordinary(text)) for text in documents)
+                row |= {
+                    rival: theirs, f"{rival}_ratio": size / max(1, theirs),
+                    f"{rival}_difference": (theirs - ours) / max(1, theirs),
+                    f"{rival}_better": "tie" if ours == theirs else "ours" if ours < theirs else rival,
+                }  # fmt: skip
         rows.append(row)
     return rows
 
@@ -70,27 +58,10 @@ def compression_rows(tokenizer: Tokenizer, splits: dict[str, Iterable[str]]) -> 
 def print_compression(rows: list[dict[str, Any]]) -> None:
     """Print each text's bytes, tokens, bytes per token, and the savings compared with each rival."""
     rivals = [rival for rival in RIVALS if rows and rows[0][rival] is not None]
-    print(f"  {'text':<11}{'bytes':>11}{'tokens':>10}{'ratio':>7}" + "".join(f"{rival:>21}" for rival in rivals))
+    print(f"  {'text':<11}{'bytes':>11}{'tokens':>10}{'ratio':>7}" + "".join(f"{rival:>20}" for rival in rivals))
     for row in rows:
         line = f"  {row['text']:<11}{row['bytes']:>11,}{row['ours']:>10,}{row['ratio']:>7.2f}"
-        for rival in rivals:
-            line += f"{row[rival]:>11,} {row[f'{rival}_difference']:>+8.1%}{_MARKS[row[f'{rival}_better']]}"
-        print(line, flush=True)
-
-
-_MARKS = {"ours": "+", "tie": "="} | dict.fromkeys(RIVALS, "-")
-
-
-def _ratio(size: int, tokens: int) -> float:
-    return size / tokens if tokens else 0.0
-
-
-def _texts(splits: dict[str, Iterable[str]]) -> Iterator[tuple[str, list[str]]]:
-    folder = Path(__file__).with_name("texts")
-    for kind in KINDS:
-        yield kind, [folder.joinpath(f"{kind}.txt").read_text(encoding="utf-8")]
-    for name, documents in splits.items():
-        yield name, list(_first(documents))
+        print(line + "".join(f"{row[rival]:>11,} {row[f'{rival}_difference']:>+8.1%}" for rival in rivals), flush=True)
 
 
 def _first(documents: Iterable[str]) -> Iterator[str]:

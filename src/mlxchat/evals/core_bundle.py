@@ -1,7 +1,4 @@
-"""CORE's data: nanochat's eval bundle, a zip or its unpacked folder, read in place.
-
-The zip is never unpacked: members are read by their names in `core.yaml`, so nothing in it decides where a file goes.
-"""
+"""CORE's data: nanochat's eval bundle, a zip or its unpacked folder, read in place."""
 
 from __future__ import annotations
 
@@ -12,8 +9,7 @@ import json
 import random
 import re
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +20,11 @@ import yaml
 from mlxchat.config.schema import CoreConfig
 from mlxchat.errors import DataError, suggest
 from mlxchat.hub import client
+from mlxchat.runner.context import Context
 from mlxchat.runner.keys import UNKNOWN
 from mlxchat.store.fingerprint import hash_file
 
 SHUFFLE_SEED = 1337
-# Limit of one unpacked file (nanochat's largest has 8 MB), against zip bombs.
-_MOST_BYTES = 512 << 20
 _LABEL = re.compile(r"\w[\w.-]*")  # also the name of the task's journal
 _FIELDS = {
     "multiple_choice": ("query", "choices", "gold"),
@@ -53,12 +48,31 @@ class CoreTask:
     baseline: float
     """Accuracy of guessing, 0 … 1."""
 
+    def options(self, item: dict[str, Any]) -> list[str]:
+        """Return the options of an example; language modelling has none."""
+        found: list[str] = item.get("choices" if self.kind == "multiple_choice" else "context_options", [])
+        return found
+
 
 def contents_of(config: CoreConfig, hash_of: Callable[[Path], str]) -> list[str]:
     """Return the sha256 of CORE's bundle, for a key: a file and a URL with equal contents give equal keys."""
     if "://" not in config.bundle:
         return [hash_of(Path(config.bundle))]
     return [client.find_content(config.bundle, config.sha256) or f"{UNKNOWN}{config.bundle}"]
+
+
+def open_bundle(ctx: Context, config: CoreConfig) -> Bundle:
+    """Return CORE's bundle; fetch it if it has a URL, and record that once in ctx.externals.
+
+    Raises:
+        DataError, PassingError: it cannot be fetched or opened.
+    """
+    if "://" not in config.bundle:
+        return Bundle(Path(config.bundle))
+    path = client.fetch_url(config.bundle, sha256=config.sha256)
+    source = {"name": "eval_bundle", **client.record(path)}
+    ctx.externals += [source] if source not in ctx.externals else []
+    return Bundle(path)
 
 
 class Bundle:
@@ -71,33 +85,25 @@ class Bundle:
             DataError: it is neither, or has no core.yaml.
         """
         self.path = path
-        self._zip: zipfile.ZipFile | None = None
-        self._root = ""
-        if path.is_dir():
-            roots = [path / "eval_bundle", path]
-            found = [root for root in roots if (root / "core.yaml").is_file()]
-            self._folder = found[0] if found else path
-        else:
-            try:
-                self._zip = zipfile.ZipFile(path)
-            except (OSError, zipfile.BadZipFile) as error:
-                raise DataError(
-                    f"{path}: not a readable zip or folder ({error}); expected nanochat's eval_bundle.zip"
-                ) from None
-            found_names = [name for name in self._zip.namelist() if name.rpartition("/")[2] == "core.yaml"]
-            self._root = min(found_names, key=len).removesuffix("core.yaml") if found_names else ""
-            found = [path] if found_names else []
-        if not found:
+        try:
+            top = path if path.is_dir() else zipfile.Path(path)
+        except (OSError, zipfile.BadZipFile) as error:
+            raise DataError(
+                f"{path}: not a readable zip or folder ({error}); expected nanochat's eval bundle"
+            ) from None
+        roots = [root for root in (top / "eval_bundle", top) if (root / "core.yaml").is_file()]
+        if not roots:
             raise DataError(f"{path}: has no core.yaml; expected nanochat's eval bundle")
+        self._root = roots[0]
 
     @cached_property
     def sha256(self) -> str:
         """Hash of the zip; of a folder, of the names and contents of the files that CORE reads."""
-        if self._zip is not None:
+        if self.path.is_file():
             return hash_file(self.path)
         digest = hashlib.sha256()
         for name in ["core.yaml", "eval_meta_data.csv", *sorted(f"eval_data/{task.data}" for task in self.tasks)]:
-            digest.update(f"{name}\0{hashlib.sha256(self._read(name)).hexdigest()}\n".encode())
+            digest.update(f"{name}\0{hashlib.sha256(self._read(name).encode()).hexdigest()}\n".encode())
         return digest.hexdigest()
 
     @cached_property
@@ -108,7 +114,7 @@ class Bundle:
             DataError: core.yaml or eval_meta_data.csv is malformed, or a task has no baseline.
         """
         try:
-            rows = csv.DictReader(io.StringIO(self._read("eval_meta_data.csv").decode()))
+            rows = csv.DictReader(io.StringIO(self._read("eval_meta_data.csv")))
             baselines = {row["Eval Task"]: row["Random baseline"] for row in rows}
             tasks = [
                 CoreTask(
@@ -121,14 +127,13 @@ class Bundle:
                 )
                 for task in yaml.safe_load(self._read("core.yaml"))["icl_tasks"]
             ]
-        except (
-            KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, csv.Error, yaml.YAMLError
-        ) as error:  # fmt: skip
+            for task in tasks:
+                if task.kind not in _FIELDS or not _LABEL.fullmatch(task.label) or not 0 <= task.baseline < 1:
+                    raise ValueError(f"{task} is not a task of nanochat's")
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, csv.Error, yaml.YAMLError) as error:
             raise DataError(
                 f"{self.path}: core.yaml and eval_meta_data.csv do not describe tasks ({type(error).__name__}: {error})"
             ) from None
-        if problems := list(_find_problems(tasks)):
-            raise DataError(f"{self.path}: {'; '.join(problems)}")
         return tasks
 
     def choose(self, labels: list[str] | None) -> list[CoreTask]:
@@ -152,12 +157,21 @@ class Bundle:
             DataError: a line is not an example of the task's type, or there are too few for the shots.
         """
         items: list[dict[str, Any]] = []
-        for number, line in enumerate(self._read(f"eval_data/{task.data}").split(b"\n"), 1):
-            if line.strip():
-                items.append(_parse(line, task, f"{self.path}: {task.data} line {number}"))
+        for number, line in enumerate(self._read(f"eval_data/{task.data}").split("\n"), 1):
+            if not line.strip():
+                continue
+            try:
+                item = json.loads(line)
+                if missing := [field for field in _FIELDS[task.kind] if field not in item]:
+                    raise ValueError(f"no {', '.join(missing)}")
+                if task.kind != "language_modeling" and item["gold"] not in range(len(task.options(item))):
+                    raise ValueError(f"gold is {item['gold']!r} of {len(task.options(item))}")
+            except (ValueError, TypeError) as error:
+                where = f"{self.path}: {task.data} line {number}"
+                raise DataError(f"{where}: not an example of type {task.kind} ({error})") from None
+            items.append(item)
         random.Random(SHUFFLE_SEED).shuffle(items)
-        if max_per_task is not None:
-            items = items[:max_per_task]
+        items = items[:max_per_task]
         if len(items) <= task.num_fewshot:
             raise DataError(
                 f"{self.path}: {task.label} shows {task.num_fewshot} other examples before each one and has "
@@ -165,53 +179,8 @@ class Bundle:
             )
         return items
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, name: str) -> str:
         try:
-            path = self._folder / name if self._zip is None else self.path
-            if self._zip is None and not path.resolve().is_relative_to(self._folder.resolve()):
-                raise DataError(f"{self.path}: {name} leads out of the bundle")
-            size = path.stat().st_size if self._zip is None else self._zip.getinfo(self._root + name).file_size
-            if size > _MOST_BYTES:
-                raise DataError(f"{self.path}: {name} has {size:,} bytes, expected at most {_MOST_BYTES:,}")
-            return path.read_bytes() if self._zip is None else self._zip.read(self._root + name)
-        except (OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError) as error:
-            # RuntimeError: encrypted, or an unknown compression method.
+            return (self._root / name).read_bytes().decode()
+        except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
             raise DataError(f"{self.path}: cannot read {name} ({error})") from None
-
-
-def _find_problems(tasks: Sequence[CoreTask]) -> Iterator[str]:
-    """Yield a message for each invalid task."""
-    if not tasks:
-        yield "core.yaml names no task"
-    labels = [task.label for task in tasks]
-    for label in sorted({label for label in labels if labels.count(label) > 1}):
-        yield f"core.yaml has several tasks {label!r}"
-    if unknown := sorted({task.kind for task in tasks} - _FIELDS.keys()):
-        yield f"tasks of unknown type {', '.join(unknown)}; known: {', '.join(_FIELDS)}"
-    for task in tasks:
-        if not _LABEL.fullmatch(task.label):
-            yield f"a task is called {task.label!r}, expected letters, digits, dots, - and _"
-        if task.num_fewshot < 0 or not 0 <= task.baseline < 1:
-            yield (
-                f"{task.label} has {task.num_fewshot} shots and a baseline of {100 * task.baseline:g} %, expected at "
-                "least 0 shots and a baseline of at least 0 and below 100 %"
-            )
-
-
-def _parse(line: bytes, task: CoreTask, where: str) -> dict[str, Any]:
-    try:
-        item = json.loads(line.decode())
-        if not isinstance(item, dict):
-            raise ValueError("not an object")
-        missing = [field for field in _FIELDS[task.kind] if field not in item]
-        if missing:
-            raise ValueError(f"no {', '.join(missing)}")
-        if task.kind != "language_modeling":
-            options, gold = item["choices" if task.kind == "multiple_choice" else "context_options"], item["gold"]
-            if not isinstance(options, list):
-                raise ValueError("its options are not a list")
-            if not isinstance(gold, int) or not 0 <= gold < len(options):
-                raise ValueError(f"gold is {gold!r} of {len(options)}")
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not an example of type {task.kind} ({error})") from None
-    return item

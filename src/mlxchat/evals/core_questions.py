@@ -9,26 +9,14 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, overload
+from typing import Any
 
 from mlxchat.errors import DataError
 from mlxchat.evals.core_bundle import CoreTask
+from mlxchat.evals.language_model import AnyTokenizer
+from mlxchat.model.scoring import ScoredRow, continuation
 
 FEWSHOT_SEED = 1234
-
-
-class TextEncoder(Protocol):
-    """The part of a tokenizer that CORE uses."""
-
-    @property
-    def bos(self) -> int:
-        """The id that every sequence begins with."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text without special tokens."""
-
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +35,14 @@ class Question:
     """Whether tokens were left out at the front."""
 
     @property
-    def ends(self) -> list[int]:
-        """Position after the last scored one of each sequence, which is its end."""
-        return [len(sequence) for sequence in self.sequences]
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences))
 
-    def scored(self) -> list[tuple[list[int], int]]:
-        """Return each sequence with its first scored position, at least 1."""
-        return [(tokens, max(1, start)) for tokens, start in zip(self.sequences, self.starts, strict=True)]
+    def rows(self) -> list[ScoredRow]:
+        """Return each sequence with its scored tokens."""
+        pairs = zip(self.sequences, self.starts, strict=True)
+        return [continuation(tokens, max(1, start)) for tokens, start in pairs]
 
 
 def draw_shots(index: int, count: int, shots: int) -> list[int]:
@@ -62,7 +51,8 @@ def draw_shots(index: int, count: int, shots: int) -> list[int]:
     Raises:
         ValueError: there are fewer others than shots.
     """
-    return random.Random(FEWSHOT_SEED + index).sample(_Others(index, count), shots) if shots else []
+    drawn = random.Random(FEWSHOT_SEED + index).sample(range(count - 1), shots)
+    return [place + (place >= index) for place in drawn]
 
 
 def render_prompts(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any]]) -> list[str]:
@@ -83,7 +73,7 @@ def render_prompts(task: CoreTask, item: dict[str, Any], shots: list[dict[str, A
 
 
 def tokenize_prompts(
-    kind: str, prompts: list[str], encoder: TextEncoder, *, strict: bool = False
+    kind: str, prompts: list[str], encoder: AnyTokenizer, *, strict: bool = False
 ) -> tuple[list[list[int]], list[int]]:
     """Return the sequences to compute and the first scored position of each.
 
@@ -107,33 +97,19 @@ def tokenize_prompts(
     return sequences, [common_prefix(sequences)] * len(sequences)
 
 
-def crop(
-    sequences: list[list[int]], starts: list[int], limit: int, *, together: bool = True
-) -> tuple[list[list[int]], list[int], bool]:
+def crop(sequences: list[list[int]], starts: list[int], limit: int) -> tuple[list[list[int]], list[int], bool]:
     """Return sequences of at most `limit` tokens, their first scored positions, and whether anything was cut.
 
-    Tokens are dropped at the front; scored tokens that are dropped do not count.
-
-    Args:
-        sequences: token ids.
-        starts: first scored positions.
-        limit: tokens that the model can read.
-        together: drop the same tokens of all options, so that they share a prefix, which is computed once; otherwise
-            each loses only its own excess, as in nanochat.
+    Tokens are dropped at the front, of each option its own excess, as in nanochat; scored tokens that are dropped do
+    not count. At least one token of context and one to score remain.
     """
-    excess = [max(0, len(sequence) - limit) for sequence in sequences]
-    if not any(excess):
-        return sequences, starts, False
-    if together:
-        excess = [max(excess)] * len(sequences)
-    # At least one token of context and one to score remain.
-    excess = [min(cut, max(0, len(sequence) - 2)) for cut, sequence in zip(excess, sequences, strict=True)]
-    kept = [sequence[cut:] for sequence, cut in zip(sequences, excess, strict=True)]
-    return kept, [max(1, start - cut) for start, cut in zip(starts, excess, strict=True)], True
+    cuts = [min(max(0, len(sequence) - limit), max(0, len(sequence) - 2)) for sequence in sequences]
+    kept = [sequence[cut:] for sequence, cut in zip(sequences, cuts, strict=True)]
+    return kept, [max(1, start - cut) if cut else start for start, cut in zip(starts, cuts, strict=True)], any(cuts)
 
 
 def build_question(
-    task: CoreTask, items: list[dict[str, Any]], index: int, encoder: TextEncoder, limit: int | None = None
+    task: CoreTask, items: list[dict[str, Any]], index: int, encoder: AnyTokenizer, limit: int | None = None
 ) -> Question:
     """Return example `index` of a task with its shots before it, cropped to `limit` tokens."""
     shots = [items[place] for place in draw_shots(index, len(items), task.num_fewshot)]
@@ -154,24 +130,3 @@ def common_prefix(sequences: Sequence[list[int]]) -> int:
     if low[:length] == high[:length]:
         return length
     return next(place for place in range(length) if low[place] != high[place])
-
-
-class _Others(Sequence[int]):
-    """range(count) without one number, as a lazy sequence."""
-
-    def __init__(self, left_out: int, count: int) -> None:
-        self._left_out, self._count = left_out, count
-
-    def __len__(self) -> int:
-        return self._count - 1
-
-    @overload
-    def __getitem__(self, place: int) -> int: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[int]: ...
-    def __getitem__(self, place: int | slice) -> int | list[int]:
-        if isinstance(place, slice):
-            return [self[each] for each in range(*place.indices(len(self)))]
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        return place if place < self._left_out else place + 1

@@ -1,9 +1,12 @@
-"""examples.parquet: prompt, output, expected answer and verdict of every example of an evaluation."""
+"""The examples of an evaluation: prompt, output, expected answer and verdict of each.
+
+A journal holds them while it runs, examples.parquet afterwards.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mlxchat.errors import DataError
-from mlxchat.store.manifest import find_wrong_types
+from mlxchat.runner.context import Context
+from mlxchat.runner.progress import Progress
+from mlxchat.store.crash import crash_point
+from mlxchat.store.files import Record, Records
 
+Example = dict[str, Any]
+"""One row of examples.parquet, without its task."""
+Answer = Callable[[dict[int, Example]], Iterator[list[Example]]]
+"""Known examples by index → the others, batch by batch."""
 EXAMPLES_FILE = "examples.parquet"
 ROLLOUTS_FILE = "rollouts.jsonl"
 _SCHEMA = pa.schema(
@@ -23,11 +33,62 @@ _SCHEMA = pa.schema(
     ]
 )  # fmt: skip
 
-_ROLLOUT = {
-    "iteration": int, "question": int, "sample": int, "prompt": str, "output": str, "expected": str,
-    "reward": int | float, "parts": {"*": int | float}, "right": bool, "advantage": int | float, "tokens": int,
-    "finished": bool,
-}  # fmt: skip
+_ROLLOUT = (
+    "iteration", "question", "sample", "prompt", "output", "expected", "reward", "parts", "right", "advantage",
+    "tokens", "finished",
+)  # fmt: skip
+
+
+class Journal:
+    """The results of one task's examples by index, a JSON line per batch, from which an evaluation resumes."""
+
+    def __init__(self, path: Path, about: Record) -> None:
+        """Read the journal; ignore a truncated last line, and all lines of an evaluation with another `about`."""
+        self.records: dict[int, Example] = {}
+        self._file = Records(path)
+        first, *lines = self._file.read() or [{}]
+        if first != {"about": about}:
+            path.unlink(missing_ok=True)
+            self._file.append({"about": about})
+            return
+        for line in lines:
+            self.records |= {record["index"]: record for record in line["results"]}
+
+    def append(self, results: list[dict[str, Any]]) -> None:
+        """Add the results of a batch."""
+        self._file.append({"results": results})
+        crash_point("eval.answered")
+        self.records |= {record["index"]: record for record in results}
+
+
+def answer_all(
+    ctx: Context, path: Path, about: Record, total: int, unit: str, answer: Answer,
+    progress: Callable[[int, str], Progress] | None = None,
+) -> list[Example]:  # fmt: skip
+    """Return all examples of a task by index; those of an earlier attempt come from its journal.
+
+    Args:
+        ctx: of the stage.
+        path: the journal.
+        about: JSON data that identifies the evaluation.
+        total: number of examples.
+        unit: their name on the display.
+        answer: computes the missing ones.
+        progress: returns the display; None: the context's.
+
+    Raises:
+        Interrupted: the run was asked to stop; the next attempt continues.
+    """
+    journal = Journal(path, about)
+    with (progress or ctx.progress)(total, unit) as display:
+        display.start = len(journal.records)
+        display.update(display.start)
+        for results in answer(journal.records):
+            journal.append(results)
+            display.update(len(journal.records))
+            if ctx.should_stop():
+                raise ctx.stop(f"{len(journal.records)} of {total} {unit}")
+    return [journal.records[index] for index in range(total)]
 
 
 def write_examples(path: Path, examples: Iterable[dict[str, Any]]) -> None:
@@ -46,29 +107,20 @@ def _encodable(value: Any) -> Any:
 
 
 def read_examples(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of an evaluation's artifact, `details` as it was; older artifacts hold examples.jsonl.
+    """Yield the rows of an evaluation's artifact, `details` as it was.
 
     Raises:
         DataError: there are none, or they cannot be read.
     """
-    path, older = folder / EXAMPLES_FILE, folder / "examples.jsonl"
-    if not (path.is_file() or older.is_file()):
+    path = folder / EXAMPLES_FILE
+    if not path.is_file():
         raise DataError(f"{folder.name} holds no examples: only evaluations (eval_base, eval_sft, …) and RL do")
     try:
-        if path.is_file():
-            with pq.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=1024):
-                    for row in batch.to_pylist():
-                        yield row | {"details": json.loads(row["details"])}
-            return
-        with older.open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                yield {
-                    "task": row["task"], "index": row["index"], "seed": None, "prompt": row["question"],
-                    "output": row["answer"], "expected": None, "verdict": row["correct"], "tokens": None, "details": {},
-                }  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, pa.ArrowException) as error:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    yield row | {"details": json.loads(row["details"])}
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
         raise DataError(f"the examples of {folder.name} cannot be read ({error})") from None
 
 
@@ -85,11 +137,7 @@ def read_rollouts(folder: Path) -> list[dict[str, Any]]:
     """
     try:
         lines = [json.loads(line) for line in (folder / ROLLOUTS_FILE).read_bytes().split(b"\n") if line]
-        for number, line in enumerate(lines, start=1):
-            if wrong := next(find_wrong_types(line, _ROLLOUT, f"line {number}"), None):
-                raise ValueError(wrong)
-            if absent := _ROLLOUT.keys() - line.keys():
-                raise ValueError(f"line {number} lacks {', '.join(sorted(absent))}")
-        return sorted(lines, key=lambda each: -each["iteration"])
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{folder.name}/{ROLLOUTS_FILE} cannot be read ({error})") from None
+        rows = [{name: line[name] for name in _ROLLOUT} for line in lines]
+        return sorted(rows, key=lambda each: -each["iteration"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder.name}/{ROLLOUTS_FILE} cannot be read ({type(error).__name__}: {error})") from None

@@ -22,18 +22,18 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from mlxchat.data.conversation import render_for_completion
+from mlxchat.engine.batch import Request
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Request
 from mlxchat.errors import MlxchatError
-from mlxchat.evals.branching import Continuation, make_batches, make_rows
-from mlxchat.evals.language_model import OwnModel
+from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.checkpoint import load_for_inference
+from mlxchat.model.scoring import continuation
 from mlxchat.store.naming import find
 from mlxchat.store.store import Store
 
 _WINDOW_REQUESTS = 512
-"""Requests per window, within which common prefixes are shared."""
+"""Requests that are sorted by length before batching."""
 
 
 @register_model("mlxchat")
@@ -59,9 +59,8 @@ class HarnessModel(TemplateLM):
         super().__init__()
         folder = Path(path) if Path(path).is_dir() else find(Store(Path(outputs)), path).place
         model, self._own_tokenizer, _ = load_for_inference(folder)
-        self._model = OwnModel(model, padding=self._own_tokenizer.bos)
-        self._engine = Engine(model, self._own_tokenizer)
-        self._batch_tokens, self._max_gen_toks, self._name = int(batch_tokens), int(max_gen_toks), folder.name
+        self._model = LanguageModel(Engine(model, self._own_tokenizer), batch_tokens=int(batch_tokens))
+        self._max_gen_toks, self._name = int(max_gen_toks), folder.name
         special = sorted(self._own_tokenizer.special_ids)
         self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
@@ -106,7 +105,7 @@ class HarnessModel(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the answers, decoded in batches; greedy unless the task sets `do_sample`."""
-        scheduler = self._engine.scheduler()
+        scheduler = self._model.engine.scheduler()
         answers: dict[int, str] = {}
         for request in requests:
             context, given = request.args
@@ -121,7 +120,7 @@ class HarnessModel(TemplateLM):
             prompt = self.tok_encode(context)[-(self._model.context_tokens - most) :]
             until = tuple(settings["until"])
             id_ = scheduler.submit(
-                Request(prompt=prompt, max_new_tokens=most, sampling=sampling, stop=until, tools=False, reuse="exact")
+                Request(prompt=prompt, max_new_tokens=most, sampling=sampling, stop=until, tools=False, reuse=True)
             )
             answers[id_] = ""
         with tqdm(total=len(requests), disable=disable_tqdm) as bar:
@@ -138,16 +137,15 @@ class HarnessModel(TemplateLM):
         found: list[tuple[float, bool]] = []
         with tqdm(total=len(requests), disable=disable_tqdm) as bar:
             for start in range(0, len(requests), _WINDOW_REQUESTS):
-                window = requests[start : start + _WINDOW_REQUESTS]
-                groups = [[Continuation([*context, *text], len(context))] for _, context, text in window]
-                scored: dict[int, tuple[float, bool]] = {}
-                for batch in make_batches(make_rows(groups, self._batch_tokens), self._batch_tokens):
-                    losses, likeliest = self._model.losses(batch), self._model.predictions(batch)
-                    for row, of_row, best in zip(batch, losses, likeliest, strict=True):
-                        for group, loss, ids, targets in zip(row.groups, of_row, best, row.targets, strict=True):
-                            scored[group] = -float(loss.sum(dtype="float64")), ids.tolist() == targets
-                    bar.update(sum(len(row.groups) for row in batch))
-                found += [scored[index] for index in range(len(window))]
+                rows = [
+                    continuation([*context, *text], len(context))
+                    for _, context, text in requests[start : start + _WINDOW_REQUESTS]
+                ]
+                for row, (losses, likeliest) in zip(
+                    rows, self._model.score(rows, ("losses", "likeliest")), strict=True
+                ):
+                    found.append((-float(losses.sum(dtype="float64")), bool((likeliest == row.targets).all())))
+                bar.update(len(rows))
         return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from mlxchat.data.packing import Row
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.quantise import PackedGPT, packed_copy
 from mlxchat.errors import DataError
-from mlxchat.evals.bpb import mean_loss
+from mlxchat.evals.bpb import bits_per_byte, mean_loss
 from mlxchat.model.gpt import GPT
 
 MOST_CHANGE = 0.2
@@ -23,25 +22,19 @@ SAMPLE = Path(__file__).with_name("quantised_sample.txt").read_text(encoding="ut
 """About 500 tokens on which the cost of quantised weights is measured."""
 
 
-def loss_change(model: GPT, bits: int, rows: list[Row]) -> float:
-    """Return the increase of the loss on rows with weights of `bits`, in nats per token."""
-    exact, rounded = (mean_loss(each, rows, micro_tokens=_MICRO_TOKENS) for each in (model, packed_copy(model, bits)))
-    return rounded - exact
-
-
 def check_quantised(model: GPT, bits: int, rows: list[Row], *, most: float = MOST_CHANGE) -> float:
-    """Return `loss_change`.
+    """Return the increase of the loss on rows with weights of `bits`, in nats per token.
 
     Raises:
         DataError: it is not finite, or more than `most`.
     """
-    change = loss_change(model, bits, rows)
-    if not math.isfinite(change) or change > most:
-        told = f"{change:+.2f} nats per token" if math.isfinite(change) else "the loss is not finite"
+    exact, rounded = (mean_loss(each, rows, micro_tokens=_MICRO_TOKENS) for each in (model, packed_copy(model, bits)))
+    change = rounded - exact
+    if not change <= most:  # nor if it is not a number
         instead = "Use 8 bits or none" if bits < 8 else "Do not quantise it"
         raise DataError(
-            f"weights of {bits} bits change this model too much: {told} on {len(rows)} rows, at most {most:+.2f}. "
-            f"{instead}"
+            f"weights of {bits} bits change this model too much: {change:+.2f} nats per token on {len(rows)} rows, at "
+            f"most {most:+.2f}. {instead}"
         )
     return change
 
@@ -79,19 +72,12 @@ class QuantisedLoss:
 def measure_quantised(model: GPT, tokenizer: Tokenizer, bits: int) -> tuple[PackedGPT, QuantisedLoss]:
     """Return the quantised model and its cost on about 500 tokens."""
     packed = packed_copy(model, bits)
-    ids = mx.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: model.sizes.context_tokens + 1])
-    weights = np.asarray(tokenizer.token_bytes)[np.asarray(ids[1:])]
-    exact, rounded_ = (_log_probabilities(each, ids[:-1]) for each in (model, packed))
-    bits_per_byte = [
-        -float((np.asarray(mx.take_along_axis(each, ids[1:, None], axis=-1))[:, 0] * (weights > 0)).sum())
-        / (math.log(2) * max(1, int(weights.sum())))
-        for each in (exact, rounded_)
-    ]
-    divergence = float(np.asarray((mx.exp(exact) * (exact - rounded_)).sum(-1)).mean())
-    return packed, QuantisedLoss(bits=bits, exact=bits_per_byte[0], rounded=bits_per_byte[1], divergence=divergence)
-
-
-def _log_probabilities(model: GPT, ids: mx.array) -> mx.array:
-    """Return log-probabilities (T, V) of ids (T,)."""
-    logits = model(ids[None])[0]
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    ids = np.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: model.sizes.context_tokens + 1], np.int32)
+    exact, rounded = (
+        bits_per_byte(each, [(ids[:-1], ids[1:])], tokenizer.token_bytes, micro_tokens=_MICRO_TOKENS)
+        for each in (model, packed)
+    )
+    p, q = (each(mx.array(ids[None, :-1]))[0] for each in (model, packed))
+    p, q = (each - mx.logsumexp(each, axis=-1, keepdims=True) for each in (p, q))
+    divergence = float(np.asarray((mx.exp(p) * (p - q)).sum(-1)).mean())
+    return packed, QuantisedLoss(bits=bits, exact=exact, rounded=rounded, divergence=divergence)

@@ -2,40 +2,26 @@
 
 from __future__ import annotations
 
-from mlxchat.data.conversation import render_for_completion
+from typing import Any
+
 from mlxchat.data.vocabulary import SPECIAL_TOKENS
 from mlxchat.engine.generate import Engine
 
 
-def continue_prompts(
-    engine: Engine,
-    prompts: list[str],
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    seed: int = 0,
-) -> list[tuple[str, str]]:
+def continue_prompts(engine: Engine, prompts: list[str], max_new_tokens: int, **how: Any) -> list[tuple[str, str]]:
     """Return each prompt with the model's continuation; sampling parameters are those of `Engine.complete`."""
-    tokenizer = engine.tokenizer
-    ids = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in prompts]
-    if not ids:
-        return []
-    completions = engine.complete(ids, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, seed=seed)
-    return [
-        (prompt, readable(tokenizer.decode(completion.ids)))
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    ids = [[engine.tokenizer.bos, *engine.tokenizer.encode(prompt)] for prompt in prompts]
+    completions = engine.complete(ids, max_new_tokens=max_new_tokens, **how)
+    texts = [readable(engine.tokenizer.decode(completion.ids)) for completion in completions]
+    return list(zip(prompts, texts, strict=True))
 
 
 def answer_prompts(engine: Engine, prompts: list[str], max_new_tokens: int) -> list[tuple[str, str]]:
     """Return each prompt with the model's greedy answer as an assistant."""
-    tokenizer = engine.tokenizer
-    rendered = [
-        render_for_completion(tokenizer, {"messages": [{"role": "user", "content": prompt}]}) for prompt in prompts
+    ids = [engine.render([{"role": "user", "content": prompt}]) for prompt in prompts]
+    texts = [
+        readable(engine.tokenizer.decode(each.ids)) for each in engine.complete(ids, max_new_tokens=max_new_tokens)
     ]
-    completions = engine.complete(rendered, max_new_tokens=max_new_tokens) if rendered else []
-    texts = [readable(tokenizer.decode(completion.ids)) for completion in completions]
     return list(zip(prompts, texts, strict=True))
 
 

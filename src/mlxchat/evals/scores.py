@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean, pvariance, stdev
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.tasks.answers import number_and_form
@@ -68,16 +69,13 @@ class Score:
     @classmethod
     def of(cls, verdicts: Sequence[Sequence[bool]], *, kind: str, chance: float, cropped: int = 0) -> Score:
         """Return the score of verdicts by sample and question."""
-        import numpy as np  # not needed by readers of scores
-
-        table = np.array(verdicts, dtype=np.float64)
-        count = table.shape[1]
-        several = len(table) > 1 and count > 0
+        shares = [fmean(of_question) for of_question in zip(*verdicts, strict=True)]
+        several = len(verdicts) > 1 and bool(shares)
         return cls(
-            kind=kind, accuracy=float(table.mean()) if count else 0.0, chance=chance, num_examples=count,
-            per_seed=tuple(float(row.mean()) for row in table) if several else (),
-            any_right=float(table.max(0).mean()) if several else None,
-            variance=float(table.mean(0).var()) if several else None, cropped=cropped,
+            kind=kind, accuracy=fmean(shares) if shares else 0.0, chance=chance, num_examples=len(shares),
+            per_seed=tuple(map(fmean, verdicts)) if several else (),
+            any_right=fmean(share > 0 for share in shares) if several else None,
+            variance=pvariance(shares) if several else None, cropped=cropped,
         )  # fmt: skip
 
     @property
@@ -96,9 +94,7 @@ class Score:
         """Standard error of the accuracy over samples of the same questions; None with one sample."""
         if len(self.per_seed) < 2:
             return None
-        import numpy as np
-
-        return float(np.std(self.per_seed, ddof=1)) / math.sqrt(len(self.per_seed))
+        return stdev(self.per_seed) / math.sqrt(len(self.per_seed))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for scores.json."""
@@ -124,9 +120,7 @@ class Score:
 
 def mean_centered(scores: Sequence[Score]) -> float | None:
     """Return the mean of the centred scores (ChatCORE's formula), or None without scores."""
-    import numpy as np
-
-    return float(np.mean([score.centered for score in scores])) if scores else None
+    return fmean(score.centered for score in scores) if scores else None
 
 
 def mean_centered_stderr(scores: Sequence[Score]) -> float | None:
@@ -221,18 +215,9 @@ class Measure:
 
 
 METRICS = (
-    "val_bpb",
-    "train_bpb",
-    "perplexity",
-    "text_bpb",
-    "core",
-    "task",
-    "form",
-    "chatcore",
-    "mean_centered",
-    "pass_at_k",
+    "val_bpb", "train_bpb", "perplexity", "text_bpb", "core", "task", "form", "chatcore", "mean_centered", "pass_at_k",
     "own",
-)
+)  # fmt: skip
 """The metrics of measures in the order of tables. task, form, pass_at_k: shares, more is better; own: users'
 functions."""
 
@@ -262,14 +247,13 @@ class Scores:
 
 
 def read_scores(raw: Mapping[str, Any]) -> Scores:
-    """Return the contents of scores.json of any version; absent or malformed entries are left out."""
+    """Return the contents of scores.json; absent or malformed entries are left out."""
     bpb, core, chat, text = (mapping(raw.get(key)) for key in ("bpb", "core", "chatcore", "text"))
-    in_core = mapping(core.get("tasks"))
-    core_tasks = {name: task for name, entry in in_core.items() if (task := _read_task(name, entry))}
-    conditions = {key: count for key in ("max_per_task", "context_tokens") if (count := _whole(core.get(key)))}
+    in_core, tasks, passes = mapping(core.get("tasks")), mapping(raw.get("tasks")), mapping(raw.get("pass_at_k"))
+    conditions = {key: int(count) for key in ("max_per_task", "context_tokens") if (count := number(core.get(key)))}
     for key in ("extended", "cropped"):
-        if count := sum(_whole(mapping(task).get(key)) or 0 for task in in_core.values()):
-            conditions[key] = count
+        if count := sum(number(mapping(task).get(key)) or 0 for task in in_core.values()):
+            conditions[key] = int(count)
     chat_names = chat.get("tasks")
     chat_tasks = tuple(map(str, chat_names)) if isinstance(chat_names, list) else ()
     found = [
@@ -278,25 +262,35 @@ def read_scores(raw: Mapping[str, Any]) -> Scores:
         # Per token, so that only models of one vocabulary compare: that of this checkpoint.
         _measure("perplexity", "perplexity", bpb.get("perplexity"), conditions=str(raw.get("checkpoint"))),
         _measure("text bpb", "text_bpb", text.get("bpb"), text.get("stderr"),
-                 conditions=(_whole(text.get("documents")), _whole(text.get("bytes")))),
+                 conditions=(number(text.get("documents")), number(text.get("bytes")))),
         _measure("CORE", "core", core.get("core"), core.get("stderr"),
                  conditions=(conditions.get("max_per_task"), "cropped" in conditions)),
-        *(_read_task(name, entry) for name, entry in mapping(raw.get("tasks")).items()),
+        *(_read_task(name, entry) for name, entry in tasks.items()),
         *(_measure(f"{name}: {part.replace('_', ' ')}", "form", mapping(entry).get(part))
-          for name, entry in mapping(raw.get("tasks")).items() for part in ("right_number", "right_form")),
+          for name, entry in tasks.items() for part in ("right_number", "right_form")),
         _measure("ChatCORE", "chatcore", chat.get("value"), chat.get("stderr"), conditions=chat_tasks,
                  published=(chat.get("nanochat_value"), chat.get("nanochat_stderr"))),
-        *_read_pass_at_k(mapping(raw.get("pass_at_k")), mapping(raw.get("pass_at_k_stderr"))),
+        *(_measure(f"pass@{k}", "pass_at_k", value, mapping(raw.get("pass_at_k_stderr")).get(k))
+          for k, value in passes.items() if k.isdecimal()),
         *(_measure(name, "own", value) for name, value in mapping(raw.get("own")).items()),
     ]  # fmt: skip
     measures = [measure for measure in found if measure is not None]
     if not any(measure.metric == "chatcore" for measure in measures):
-        measures += _read_mean(raw.get("mean_centered"), [each for each in measures if each.metric == "task"])
+        of_tasks = [each for each in measures if each.metric == "task"]
+        errors = [each.centered_stderr for each in of_tasks]
+        known = [error for error in errors if error is not None]  # the mean has an error if all its tasks have one
+        mean = _measure(
+            "mean centred", "mean_centered", raw.get("mean_centered"),
+            math.hypot(*known) / len(known) if known and len(known) == len(errors) else None,
+            conditions=frozenset(each.name for each in of_tasks),
+        )  # fmt: skip
+        measures += [] if mean is None else [mean]
     return Scores(
         checkpoint=str(raw.get("checkpoint") or ""),
         measures={each.name: each for each in sorted(measures, key=lambda each: METRICS.index(each.metric))},
         baselines={key: value for key in ("ngram_order2", "untrained") if (value := number(bpb.get(key))) is not None},
-        core_tasks=core_tasks, core_conditions=conditions, chatcore_tasks=chat_tasks,
+        core_tasks={name: task for name, entry in in_core.items() if (task := _read_task(name, entry))},
+        core_conditions=conditions, chatcore_tasks=chat_tasks,
     )  # fmt: skip
 
 
@@ -312,40 +306,25 @@ def errors_of(scores: Scores) -> dict[str, float]:
 
 def _read_task(name: str, entry: object) -> Measure | None:
     raw = mapping(entry)
+    share, shots = number(raw.get("any_right")), number(raw.get("num_fewshot"))
+    questions = number(raw.get("num_questions", raw.get("num_examples")))
     return _measure(
         name, "task", raw.get("accuracy"), raw.get("stderr"),
         chance=number(raw.get("chance", raw.get("baseline"))), kind=str(raw.get("kind") or raw.get("type") or ""),
-        num_questions=_whole(raw.get("num_questions")) or _whole(raw.get("num_examples")),
-        any_right=None if (share := number(raw.get("any_right"))) is None else (share, _whole(raw.get("seeds")) or 0),
-        shots=_whole(raw.get("num_fewshot")), published=(raw.get("nanochat_accuracy"), raw.get("nanochat_stderr")),
+        num_questions=None if questions is None else int(questions), shots=None if shots is None else int(shots),
+        any_right=None if share is None else (share, int(number(raw.get("seeds")) or 0)),
+        published=(raw.get("nanochat_accuracy"), raw.get("nanochat_stderr")),
     )  # fmt: skip
 
 
-def _read_mean(value: object, tasks: Sequence[Measure]) -> Iterator[Measure]:
-    """Yield the mean of centred accuracies; it has a standard error if all its tasks have one."""
-    errors = [task.centered_stderr for task in tasks]
-    known = [error for error in errors if error is not None]
-    stderr = math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
-    same = frozenset(task.name for task in tasks)
-    if measure := _measure("mean centred", "mean_centered", value, stderr, conditions=same):
-        yield measure
-
-
-def _read_pass_at_k(values: Mapping[str, Any], errors: Mapping[str, Any]) -> Iterator[Measure | None]:
-    for k, value in values.items():
-        if k.isdecimal():
-            yield _measure(f"pass@{k}", "pass_at_k", value, errors.get(k))
-
-
 def _measure(
-    name: str, metric: str, value: object, stderr: object = None, *, published: Iterable[object] = (None, None),
+    name: str, metric: str, value: object, stderr: object = None, *, published: Sequence[object] = (None, None),
     **more: Any,
 ) -> Measure | None:  # fmt: skip
-    known = number(value)
+    known, theirs = number(value), number(published[0])
     if known is None:
         return None
-    theirs, error = map(number, published)
-    rule = None if theirs is None else (theirs, error)
+    rule = None if theirs is None else (theirs, number(published[1]))
     return Measure(name=name, metric=metric, value=known, stderr=number(stderr), published_rule=rule, **more)
 
 
@@ -359,8 +338,3 @@ def number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if abs(value) <= sys.float_info.max else None
-
-
-def _whole(value: object) -> int | None:
-    found = number(value)
-    return None if found is None else int(found)

@@ -22,7 +22,6 @@ from mlxchat.interop.names import (
     COMPILED_PREFIX,
     HF_ARCHITECTURE,
     SOFT_CAP,
-    beyond_october,
     check_hf,
     hf_from_ours,
     nanochat_from_sizes,
@@ -30,9 +29,9 @@ from mlxchat.interop.names import (
     sizes_from_hf,
 )
 from mlxchat.interop.peft import check_peft, write_peft
-from mlxchat.interop.published import published_logits
 from mlxchat.interop.tensors import FLOATS, AdaptedWeights, Array, Entry, StoredWeights, as_stored, write_safetensors
 from mlxchat.interop.torch_files import write_encoding, write_state, write_tensor
+from mlxchat.model.published import published_logits
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.store.bases import find_chain
 from mlxchat.store.manifest import MANIFEST, read_manifest
@@ -147,7 +146,7 @@ def check_computation(checkpoint: Checkpoint) -> None:
         raise ConfigError(
             f"{checkpoint.folder.name} computes other logits than nanochat's architecture with the same weights (by up "
             f"to {difference:.3g}), since mlxchat/model/gpt.py was changed. Other tools would run another model, so it "
-            "cannot be exported. mlxchat itself runs it: mlxchat chat, serve, eval"
+            "cannot be exported in this format. Use --to mlx, whose folder carries gpt.py"
         )
 
 
@@ -159,7 +158,7 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
         out: an empty folder.
         dtype: float32 or bfloat16; None: as imported, or float32.
     """
-    from mlxchat.ops.attention import RMS_NORM_EPSILON
+    from mlxchat.model.gpt import RMS_NORM_EPSILON
 
     sizes, weights = checkpoint.sizes, checkpoint.weights
     kinds = {name: CODES[dtype] if dtype else _kept_dtype(checkpoint, name, "hf") for name in weights.shapes}
@@ -297,7 +296,9 @@ def _read_adapters(checkpoint: Checkpoint) -> Adapters:
 
 def needs_model_file(checkpoint: Checkpoint) -> bool:
     """Return True if mlx-lm needs the folder's model file."""
-    return bool(beyond_october(checkpoint.sizes))
+    from mlxchat.model import checkpoint as checkpoints
+
+    return checkpoints.needs_model_file(checkpoint.sizes)
 
 
 def rounded(values: np.ndarray[Any, np.dtype[np.float32]], name: str, bits: int, dtype: str | None) -> Any:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config.schema import ImportConfig
-from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub.cache import HubFile, check_space
 from mlxchat.interop import hf, nanochat, peft
@@ -76,18 +75,6 @@ def _sizes_of_meta(data: bytes, where: str) -> GPTSizes:
     model_config = nanochat.read_meta(data, where)["model_config"]
     # The tensors decide the architecture; here a key that July 2026 added.
     return sizes_from_nanochat(model_config, LATER if "window_pattern" in model_config else (), where)
-
-
-def remark(config: ImportConfig) -> str:
-    """Return a text with a model's parameters, disk space, and bytes to download."""
-    found = find(config)
-    if isinstance(found.files, peft.AdapterFiles):
-        return f"adapters of {format_bytes(found.source.size(found.files.adapters))}"
-    parameters = count_parameters(model_sizes(config))["total"]
-    files = [found.source.files[name] for name in found.files.all()]
-    missing = sum(file.bytes for file in files if isinstance(file, HubFile) and not file.is_there())
-    text = f"{format_count(parameters)} parameters, {format_bytes(4 * parameters)} on disk"
-    return f"{text}, {format_bytes(missing)} to download" if missing else text
 
 
 def files_to_fetch(config: ImportConfig) -> list[HubFile]:

@@ -58,6 +58,7 @@ def write_moments(path: Path, files: Sequence[Path], sizes: GPTSizes) -> None:
 def _find(ranks: list[TorchFile], sizes: GPTSizes) -> tuple[dict[str, tuple[Shape, Places]], int]:
     """Return our name of each moment → its shape and the tensors to concatenate; and the number of updates."""
     shapes, found = expected_shapes(sizes), dict[str, tuple[Shape, Places]]()
+    of_matrices: dict[tuple[str, str], tuple[TorchFile, TorchTensor]] = {}  # (our kind of moment, matrix) → its place
     parts = [rank.content if type(rank.content) is list else [rank.content] for rank in ranks]
     stacked = len(parts[0]) == 1
     groups = {
@@ -84,12 +85,17 @@ def _find(ranks: list[TorchFile], sizes: GPTSizes) -> tuple[dict[str, tuple[Shap
             matrices = _unstack(held[0], len(held)) if stacked else [_only(each, ranks) for each in held]
             if ours == "momentum":
                 names = _names_of(group["params"], matrices[0][1].shape, shapes)
-            for name, (rank, tensor) in zip(names, matrices, strict=True):
-                found[f"{ours}.{name}"] = tensor.shape, [(rank, tensor)]
+            for name, place in zip(names, matrices, strict=True):
+                of_matrices[ours, name] = place
     lacking = [
         name for name, shape in shapes.items()
-        if shape not in (found.get(f"{kind}.{name}", (None,))[0] for kind in ("first", "momentum"))
+        if shape != (of_matrices["momentum", name][1].shape if ("momentum", name) in of_matrices
+                     else found.get(f"first.{name}", (None,))[0])
     ]  # fmt: skip
+    for (kind, name), place in sorted(of_matrices.items(), key=lambda each: each[0]):
+        stack = f"{kind}.{'x'.join(map(str, shapes[name]))}"
+        places = [*found.get(stack, ((), []))[1], place]
+        found[stack] = (len(places), *place[1].shape), places
     if lacking or any(not tensor.dtype.code for _, places in found.values() for _, tensor in places):
         raise ValueError(f"moments of {lacking[0]} are missing" if lacking else "moments are not floating-point")
     updates = parts[0][0]["state"][numbers[0]]["step"]

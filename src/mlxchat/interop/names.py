@@ -170,7 +170,7 @@ def expected_shapes(sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
             f"{place}.mlp.c_fc.weight": (4 * width, width),
             f"{place}.mlp.c_proj.weight": (width, 4 * width),
         }
-        if sizes.has_value_embedding(layer):
+        if layer in sizes.value_embedding_layers:
             shapes[f"{place}.attn.ve_gate.weight"] = (sizes.num_kv_heads, VALUE_GATE_CHANNELS)
             shapes[f"value_embeds.{layer}.weight"] = (rows, sizes.kv_width)
     if sizes.residual_scalars:
@@ -251,7 +251,7 @@ def beyond_october(sizes: GPTSizes) -> list[str]:
     The base of the rotary embedding is not compared.
     """
     found = [words for name, words in _WORDS.items() if getattr(sizes, name)]
-    if any(window is not None and window < sizes.context_tokens for window in sizes.windows()):
+    if any(window is not None and window < sizes.context_tokens for window in sizes.windows):
         found.append(f"sliding windows ({sizes.window_pattern})")
     if sizes.query_key_scale != 1.0:
         found.append(f"queries and keys scaled by {sizes.query_key_scale:g}")

@@ -89,8 +89,8 @@ def check_peft(sizes: AdapterSizes, name: str) -> None:
     """
     if sizes.bits is not None:
         raise ConfigError(
-            f"{name} was trained on weights quantised by MLX to {sizes.bits} bits, which PEFT does not support. Use "
-            f"mlxchat fuse {name}, then --to hf"
+            f"{name} was trained on weights quantised by MLX to {sizes.bits} bits, which PEFT does not support. "
+            "--to hf writes the merged weights"
         )
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mlxchat.data.pickled import MOST_BYTES, Maker, OrderedNames, brief, read_pickle
+from mlxchat.data.pickled import Made, read_pickle
 from mlxchat.errors import DataError
 from mlxchat.interop.tensors import AGAIN, DTYPES, FLOATS, MOST_DIMENSIONS, Array, Dtype, Entry, TensorFile, bytes_of
 
@@ -172,6 +172,8 @@ def _without_folder(members: dict[str, Member], where: str) -> dict[str, Member]
 _MOST_NUMBERS = 1 << 63
 """Offsets, lengths and strides are 64-bit signed integers in torch."""
 _WHAT = "a file of torch.save"
+_TENSOR, _PARAMETER = "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter"
+_STORAGES = {f"torch.{dtype.storage}": dtype for dtype in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class TorchFile(TensorFile):
         if not isinstance(content, dict) or not content:
             raise DataError(f"{self.where} is not a dictionary of tensors, as a model's file is")
         others = [
-            brief(key) for key, value in content.items() if type(key) is not str or type(value) is not TorchTensor
+            str(key)[:80] for key, value in content.items() if type(key) is not str or type(value) is not TorchTensor
         ]
         if others:
             raise DataError(f"{self.where} has entries that are not tensors: {', '.join(others[:3])}")
@@ -253,38 +255,49 @@ class TorchFile(TensorFile):
         pickle = self._members.get("data.pkl")
         if pickle is None:
             raise DataError(f"{self.where} is not a file of torch.save: it has no data.pkl")
-        if pickle.bytes > MOST_BYTES:
-            raise DataError(f"{self.where} cannot be read: its data.pkl has {pickle.bytes:,} bytes")
         order = self._members.get("byteorder")
         if order is not None and self._bytes(order, 16) != b"little":
             raise DataError(f"{self.where} was saved on a big-endian machine, which is not supported")
-        names: dict[tuple[str, str], Any] = {
-            ("collections", "OrderedDict"): Maker(OrderedNames),
-            ("torch._utils", "_rebuild_tensor_v2"): Maker(self._rebuild),
-            ("torch._utils", "_rebuild_parameter"): Maker(lambda data, grad, hooks: data),
-            **{("torch", dtype.storage): dtype for dtype in DTYPES},
-        }
-        data = self._bytes(pickle, MOST_BYTES)
+        data = self._bytes(pickle, pickle.bytes)
         self._compare(pickle, zlib.crc32(data))
-        return read_pickle(data, names, where=self.where, what=_WHAT, persistent=self._storage)
+        content = read_pickle(data, where=self.where, what=_WHAT, calls=(_TENSOR, _PARAMETER), types=_STORAGES)
+        try:
+            return self._interpret(content)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise DataError(f"{self.where} is damaged ({error}). {AGAIN}") from None
 
-    def _storage(self, key: Any) -> Storage:
-        if type(key) is not tuple or len(key) != 5 or key[0] != "storage" or not isinstance(key[1], Dtype):
+    def _interpret(self, value: Any) -> Any:
+        """Return a value of the pickle with checked places of tensors for their descriptions."""
+        if isinstance(value, dict):
+            return {name: self._interpret(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [self._interpret(each) for each in value]
+        if isinstance(value, Made) and value.name == _PARAMETER:
+            data, _grad, _hooks = value.arguments
+            return self._interpret(data)
+        if isinstance(value, Made) and value.name == _TENSOR:
+            storage, first, shape, strides, *_ = value.arguments
+            return self._tensor(self._storage(storage), first, shape, strides)
+        return value
+
+    def _storage(self, value: Any) -> Storage:
+        (key,) = value.arguments if isinstance(value, Made) and not value.name else (None,)
+        if type(key) is not tuple or len(key) != 5 or key[0] != "storage" or key[1] not in _STORAGES:
             raise DataError(f"{self.where} cannot be read: it refers to something that is no storage")
-        _, dtype, name, _device, count = key
-        if type(count) is not int or not 0 <= count < _MOST_NUMBERS:
+        _, kind, name, _device, count = key
+        if type(name) is not str or type(count) is not int or not 0 <= count < _MOST_NUMBERS:
             raise DataError(f"{self.where} cannot be read: it refers to something that is no storage")
-        member = self._members.get(f"data/{name}") if type(name) is str else None
+        dtype, member = _STORAGES[kind], self._members.get(f"data/{name}")
         if member is None:
-            raise DataError(f"{self.where} is damaged: data/{brief(name)} is missing")
+            raise DataError(f"{self.where} is damaged: data/{name} is missing")
         if count * dtype.bytes != member.bytes:
             raise DataError(
                 f"{self.where} is damaged: data/{name} has {member.bytes:,} bytes, not {count} {dtype.name}"
             )
         return Storage(dtype, member, count)
 
-    def _rebuild(self, storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> TorchTensor:
-        if type(shape) is not tuple or type(strides) is not tuple or not isinstance(storage, Storage):
+    def _tensor(self, storage: Storage, first: Any, shape: Any, strides: Any) -> TorchTensor:
+        if type(shape) is not tuple or type(strides) is not tuple:
             raise DataError(f"{self.where} cannot be read: a tensor has an impossible place or shape")
         # Checked first, since the product of many or huge dimensions could exhaust memory.
         if max(len(shape), len(strides)) > MOST_DIMENSIONS:

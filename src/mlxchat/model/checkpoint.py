@@ -2,16 +2,17 @@
 
 Files: model.safetensors with nanochat's parameter names, config.json with `model_type: nanochat` (as in mlx-lm), the
 tokenizer's files, and checkpoint.json with facts of the training. mlx-lm supports the architecture of October 2025;
-other folders have a model file, which mlx-lm uses with --trust-remote-code. A checkpoint of adapters has
+folders of other models carry gpt.py, which mlx-lm uses with --trust-remote-code. A checkpoint of adapters has
 adapters.safetensors and adapter_config.json instead of the weights, which are its base's.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +22,24 @@ from safetensors.numpy import load_file, save_file
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
-from mlxchat.model.gpt import GPT, cast_parameters, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT, RMS_NORM_EPSILON
 from mlxchat.model.lora import read_adapters, rounding_of, write_adapters
+from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
+from mlxchat.model.published import published_logits
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
-from mlxchat.ops.attention import RMS_NORM_EPSILON
 from mlxchat.ops.device import default_dtype
 from mlxchat.store.bases import ADAPTER_KEY, describe_base, find_chain
 
 # Fields of config.json for features beyond October 2025.
-_FEATURES = [field.name for field in dataclasses.fields(GPTSizes) if field.default is not dataclasses.MISSING]
-MODEL_FILE = "mlx_lm_nanochat.py"
-"""The model's code for mlx-lm, in folders whose architecture mlx-lm lacks."""
+_FEATURES = {field.name: field.default for field in fields(GPTSizes) if field.default is not MISSING}
+MODEL_FILE = "gpt.py"
+"""The model's own code, in folders whose model mlx-lm lacks."""
 
 
 def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-    """Write a model folder.
+    """Write a model into an existing folder, reproducibly and in float32.
 
-    Args:
-        folder: an existing folder.
-        model: its parameters are written reproducibly in float32.
-        tokenizer: written beside the weights.
-        facts: plain data for checkpoint.json: 'stage', 'format' ('base' or 'chat'), 'iterations', …
+    `facts` is plain data for checkpoint.json: 'stage', 'format' ('base' or 'chat'), 'iterations', …
     """
     arrays = {name: np.asarray(value.astype(mx.float32)) for name, value in flatten_parameters(model).items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "mlx"})
@@ -49,28 +47,12 @@ def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[
 
 
 def save_adapters(
-    folder: Path,
-    adapters: Mapping[str, mx.array],
-    adapter_sizes: AdapterSizes,
-    *,
-    base: Path,
-    sizes: GPTSizes,
-    tokenizer: Tokenizer,
-    facts: dict[str, Any],
-) -> None:
-    """Write a model folder with adapters only, which refers to its base artifact.
+    folder: Path, adapters: Mapping[str, mx.array], adapter_sizes: AdapterSizes, *, base: Path, sizes: GPTSizes,
+    tokenizer: Tokenizer, facts: dict[str, Any],
+) -> None:  # fmt: skip
+    """Write a model folder with adapters only, by name, which refers to its base artifact, as `save_checkpoint` does.
 
-    Args:
-        folder: an existing folder.
-        adapters: by name, in float32.
-        adapter_sizes: of the adapters.
-        base: folder of the artifact on which they were trained; it may have adapters, too.
-        sizes: of the model.
-        tokenizer: as in `save_checkpoint`.
-        facts: as in `save_checkpoint`.
-
-    Raises:
-        StoreError: the base is not an artifact.
+    `base` is the artifact's folder; it may have adapters, too.
     """
     write_adapters(folder, adapters, adapter_sizes, num_layers=sizes.num_layers)
     about = {"base": describe_base(base), **rounding_of(adapter_sizes)}
@@ -78,7 +60,7 @@ def save_adapters(
 
 
 def write_description(folder: Path, sizes: GPTSizes, tokenizer: Tokenizer, facts: dict[str, Any]) -> None:
-    """Write a model folder's files except the weights; see `save_checkpoint`."""
+    """Write a model folder's files except the weights, as `save_checkpoint` does."""
     config = config_of(sizes, tokenizer)
     if "model_file" in config:
         write_model_file(folder)
@@ -94,9 +76,7 @@ def write_model_file(folder: Path) -> None:
 
 def config_of(sizes: GPTSizes, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the contents of config.json, as mlx-lm expects them."""
-    features = _features(sizes)
-    # Within the context, the architecture's name has no effect.
-    known_to_mlx_lm = not features.keys() - {"architecture"}
+    own = {"model_file": MODEL_FILE, "sizes": sizes.for_model_file()} if needs_model_file(sizes) else {}
     return {
         "model_type": "nanochat",
         "architectures": ["NanoChatForCausalLM"],
@@ -109,22 +89,42 @@ def config_of(sizes: GPTSizes, tokenizer: Tokenizer) -> dict[str, Any]:
         "max_position_embeddings": sizes.context_tokens,
         "rope_theta": sizes.rope_theta,
         "rms_norm_eps": RMS_NORM_EPSILON,
-        **features,
-        **({} if known_to_mlx_lm else {"model_file": MODEL_FILE}),
+        **_features(sizes),
+        **own,
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.assistant_end,
         "tie_word_embeddings": False,
     }
 
 
+def needs_model_file(sizes: GPTSizes) -> bool:
+    """Return whether mlx-lm's own `nanochat` would compute something else than this model."""
+    # Within the context, the architecture's name has no effect.
+    return bool(_features(sizes).keys() - {"architecture"}) or not computes_as_published(sizes)
+
+
+@cache
+def computes_as_published(sizes: GPTSizes) -> bool:
+    """Return whether gpt.py computes nanochat's architecture: three tokens of a tiny model with the same features."""
+    kv_heads = 1 if sizes.num_kv_heads < sizes.num_heads else 2
+    small = replace(sizes, num_layers=2, width=32, num_heads=2, num_kv_heads=kv_heads, vocab_size=16, vocab_multiple=1)
+    rng, ids = np.random.default_rng(0), np.array([[3, 14, 7]])
+    with mx.stream(mx.cpu):
+        model = GPT(small)
+        drawn = {name: rng.normal(0, 0.3, value.shape) for name, value in flatten_parameters(model).items()}
+        set_parameters(model, {name: mx.array(value.astype(np.float32)) for name, value in drawn.items()})
+        ours = np.asarray(model(mx.array(ids)))
+    try:
+        return bool(np.allclose(ours, published_logits(drawn.__getitem__, small, ids), atol=1e-3))
+    except (KeyError, ValueError):  # other parameters than nanochat's
+        return False
+
+
 def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """Return the model, its tokenizer and the facts of checkpoint.json.
 
-    Adapters are fused into the weights of their base, which must be in the same store.
-
-    Raises:
-        DataError: a file is missing or damaged, or weights and config do not match.
-        StoreError: the base of an adapter is missing, or has other weights than it was trained on.
+    Adapters are fused into the weights of their base: a StoreError if it is not in the same store or has other weights
+    than they were trained on. A DataError names a file that is missing, damaged or does not match the others.
     """
     *above, whole = find_chain(folder)
     model, tokenizer, facts = _load_whole(whole)
@@ -148,7 +148,6 @@ def load_for_inference(folder: Path, dtype: mx.Dtype | None = None) -> tuple[GPT
 
 
 def _load_whole(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """Return model, tokenizer and facts of a folder with all weights."""
     sizes, facts = _read_description(folder)
     try:
         arrays = load_file(folder / "model.safetensors")
@@ -193,8 +192,7 @@ def _load_tokenizer(folder: Path, sizes: GPTSizes) -> Tokenizer:
 
 def _features(sizes: GPTSizes) -> dict[str, Any]:
     """Return the fields that differ from October 2025; empty for models that mlx-lm supports."""
-    fields = {field.name: field for field in dataclasses.fields(sizes)}
-    return {name: getattr(sizes, name) for name in _FEATURES if getattr(sizes, name) != fields[name].default}
+    return {name: getattr(sizes, name) for name, usual in _FEATURES.items() if getattr(sizes, name) != usual}
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

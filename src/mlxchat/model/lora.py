@@ -5,6 +5,8 @@ row of W + scale × (A B)ᵀ to a learnt magnitude m; the gradient treats the pr
 matrices of the base's layers are quantised to 4 or 8 bits; embeddings, gates and head are not. The layers here replace
 those of the model. Names, shapes, scale, initial values and files (adapters.safetensors, adapter_config.json) are
 mlx-lm's; checkpoint.json describes the quantisation of the base, for which mlx-lm has no field.
+
+Shapes: x (…, in), W (out, in), A (in, R), B (R, out).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,23 +24,68 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mlxchat.errors import DataError
-from mlxchat.model.gpt import GPT, flatten_parameters, key_of, module_at, set_parameters
+from mlxchat.model.gpt import GPT
+from mlxchat.model.initial import key_of
+from mlxchat.model.parameters import flatten_parameters, module_at, set_parameters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of
-from mlxchat.ops.dropout import fold, present_dropping
-from mlxchat.ops.linear import Activation, Adapter, Packed, frozen_linear, identity, scale_columns, unpacked
+from mlxchat.ops.dropout import dropped, fold, present_dropping
 from mlxchat.store.bases import ADAPTER_KEY
 
-Flat = dict[str, mx.array]
 ADAPTERS_FILE, ADAPTER_CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
 PARAMETERS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 """Kind → names of an adapter's parameters."""
-_BITS, _GROUP_SIZES = (None, 4, 8), (32, 64, 128)
-_MOST_SCALE = 1e30
-# Embeddings.
-_TABLES = ("transformer.wte.", "value_embeds.")
+_LAYER = "transformer.h."
 
 
-# Layers
+class Packed(NamedTuple):
+    """A matrix quantised by `mx.quantize`."""
+
+    numbers: mx.array
+    scales: mx.array
+    offsets: mx.array
+    group_size: int
+    """Numbers of a row that share a scale."""
+    bits: int
+
+
+class Adapter(NamedTuple):
+    """An adapter of a frozen matrix: W + scale × (A B)ᵀ."""
+
+    a: mx.array
+    b: mx.array
+    scale: float
+    keys: mx.array | None = None
+    """(batch, 2), keys of the dropout applied to A's input; None disables it."""
+    dropout: float = 0.0
+
+
+def frozen_linear(x: mx.array, matrix: mx.array | Packed, adapter: Adapter | None = None) -> mx.array:
+    """Return x Wᵀ, plus scale × (x A) B with an adapter; W has no gradient."""
+    if isinstance(matrix, Packed):
+        numbers, scales, offsets, group, bits = matrix
+        out = mx.quantized_matmul(x, numbers, scales, offsets, transpose=True, group_size=group, bits=bits)
+    else:
+        out = x @ matrix.T
+    if adapter is None:
+        return out
+    seen = x if adapter.keys is None else dropped(x, adapter.keys, adapter.dropout)
+    return out + (adapter.scale * ((seen @ adapter.a) @ adapter.b)).astype(out.dtype)
+
+
+def unpacked(matrix: mx.array | Packed) -> mx.array:
+    """Return a matrix, dequantised if it is packed."""
+    if not isinstance(matrix, Packed):
+        return matrix
+    numbers, scales, offsets, group_size, bits = matrix
+    return mx.dequantize(numbers, scales, offsets, group_size=group_size, bits=bits)
+
+
+def scale_columns(x: mx.array, factor: mx.array) -> mx.array:
+    """Return x (…, out) times factor (out,), in the dtype of x.
+
+    The factor stays float32 if x is bfloat16: otherwise 1.011 would become 1.008, and its gradient's sum coarse.
+    """
+    return (x * factor).astype(x.dtype)
 
 
 class FrozenLinear(nn.Module):
@@ -54,9 +101,9 @@ class FrozenLinear(nn.Module):
             self.scales, self.biases = scales.astype(dtype), biases.astype(dtype)
         self.freeze()
 
-    def __call__(self, x: mx.array, activation: Activation = identity) -> mx.array:
-        """Return activation(x) Wᵀ (…, out) of x (…, in)."""
-        return frozen_linear(x, self.base, activation)
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return x Wᵀ (…, out) of x (…, in)."""
+        return frozen_linear(x, self.base)
 
     @property
     def base(self) -> mx.array | Packed:
@@ -82,17 +129,17 @@ class LoRALinear(FrozenLinear):
         self.lora_a = mx.random.uniform(-bound, bound, (inner, sizes.rank), key=key)
         self.lora_b = mx.zeros((sizes.rank, outer))
 
-    def __call__(self, x: mx.array, activation: Activation = identity) -> mx.array:
-        """Return activation(x) Wᵀ + scale × (activation(x) A) B."""
+    def __call__(self, x: mx.array) -> mx.array:
+        """Return x Wᵀ + scale × (x A) B."""
         present = present_dropping() if self.dropout else None
         keys = None if present is None else fold(present.keys, self.place)
         adapter = Adapter(self.lora_a, self.lora_b, self.scale, keys, self.dropout)
-        return frozen_linear(x, self.base, activation, adapter)
+        return frozen_linear(x, self.base, adapter)
 
     @property
     def matrix(self) -> mx.array:
-        """W + scale × (A B)ᵀ."""
-        return adapted_matrix(unpacked(self.base), self.lora_a, self.lora_b, self.scale)
+        """W + scale × (A B)ᵀ, with DoRA rescaled to rows of magnitude m."""
+        return adapted_matrix(super().matrix, self.lora_a, self.lora_b, self.scale, self.get("m"))
 
 
 class DoRALinear(LoRALinear):
@@ -102,16 +149,12 @@ class DoRALinear(LoRALinear):
         super().__init__(weight, sizes, dtype, key=key, place=place)
         self.m = row_lengths(unpacked(self.base).astype(mx.float32))
 
-    def __call__(self, x: mx.array, activation: Activation = identity) -> mx.array:
+    def __call__(self, x: mx.array) -> mx.array:
         """Return `LoRALinear`'s product times m / (the row's present length)."""
         # In float32, since it is a quotient of two nearly equal lengths.
-        lengths = mx.stop_gradient(row_lengths(super().matrix.astype(mx.float32)))
-        return scale_columns(super().__call__(x, activation), _row_factors(self.m.astype(mx.float32), lengths))
-
-    @property
-    def matrix(self) -> mx.array:
-        """W + scale × (A B)ᵀ with rows of magnitude m."""
-        return adapted_matrix(unpacked(self.base), self.lora_a, self.lora_b, self.scale, self.m)
+        adapted = adapted_matrix(unpacked(self.base), self.lora_a, self.lora_b, self.scale)
+        lengths = mx.stop_gradient(row_lengths(adapted.astype(mx.float32)))
+        return scale_columns(super().__call__(x), _row_factors(self.m.astype(mx.float32), lengths))
 
 
 LAYERS = {"lora": LoRALinear, "dora": DoRALinear}
@@ -135,17 +178,10 @@ def _row_factors(magnitudes: mx.array, lengths: mx.array) -> mx.array:
     return magnitudes / mx.where(lengths == 0, 1, lengths)
 
 
-# Models with adapters
-
-
 def attach_adapters(model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx.Dtype = mx.float32) -> None:
-    """Freeze a model, add new adapters, and quantise its base if `sizes.bits` is set.
+    """Freeze a model, add new adapters in float32, and quantise its base if `sizes.bits` is set.
 
-    Args:
-        model: with the base's parameters in float32.
-        sizes: of the adapters.
-        seed: of A.
-        dtype: of computations and of the frozen weights; adapters are float32.
+    The base's parameters are in float32 and become `dtype`, in which the model computes; `seed` is that of A.
     """
     model.freeze()
     model.adapters = sizes
@@ -157,10 +193,10 @@ def attach_adapters(model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx
             layer: FrozenLinear = LAYERS[sizes.kind](weight, sizes, dtype, key=key, place=place)
         else:
             layer = FrozenLinear(weight, sizes, dtype)
-        mx.eval(layer.parameters())
+        mx.eval(layer.parameters())  # one at a time, to limit the memory
         set_parameters(model, {name: layer})
-    rest = {name: value for name, value in flatten_parameters(model).items() if name.rpartition(".")[0] not in matrices}
-    set_parameters(model, {name: value.astype(dtype) for name, value in rest.items()})
+    rest = [name for name in flatten_parameters(model) if name.rpartition(".")[0] not in matrices]
+    set_parameters(model, {name: module_at(model, name).astype(dtype) for name in rest})
     mx.eval(flatten_parameters(model))
 
 
@@ -182,17 +218,14 @@ class Adapters:
         return self.sizes.bits is not None or name.removesuffix(".weight") in self.sizes.targets
 
     def on(self, name: str, weight: mx.array) -> mx.array:
-        """Return a weight of the base fused with these adapters, in float32.
-
-        With a quantised base, the rounded weight is fused, as in training.
-        """
+        """Return a weight of the base, rounded if the base is quantised, fused with these adapters; float32."""
         sizes, module, value = self.sizes, name.removesuffix(".weight"), weight.astype(mx.float32)
-        if sizes.bits is not None and _is_packed(name):
+        if sizes.bits is not None and name.startswith(_LAYER) and name.endswith(".weight") and "gate" not in name:
             packed = mx.quantize(value, group_size=sizes.group_size, bits=sizes.bits)
             value = mx.dequantize(*packed, group_size=sizes.group_size, bits=sizes.bits)
         if module not in sizes.targets:
             return value
-        a, b, *m = (mx.array(self.arrays[each]) for each in _names(sizes.kind, module))
+        a, b, *m = (mx.array(self.arrays[f"{module}.{each}"]) for each in PARAMETERS[sizes.kind])
         return adapted_matrix(value, a, b, sizes.scale, *m)
 
     def apply(self, model: GPT) -> None:
@@ -204,27 +237,12 @@ class Adapters:
             set_parameters(model, {name: value})
 
 
-def _is_packed(name: str) -> bool:
-    """Return True if a quantised base has this parameter in few bits."""
-    return name.startswith("transformer.h.") and name.endswith(".weight") and "gate" not in name
-
-
-# Files
-
-
 def write_adapters(folder: Path, adapters: Mapping[str, mx.array], sizes: AdapterSizes, *, num_layers: int) -> None:
     """Write both files of adapters in mlx-lm's format."""
-    expected = {name for module in sizes.targets for name in _names(sizes.kind, module)}
-    assert adapters.keys() == expected, sorted(adapters.keys() ^ expected)
     arrays = {name: np.asarray(adapters[name].astype(mx.float32)) for name in sorted(adapters)}
     save_file(arrays, folder / ADAPTERS_FILE, metadata={"format": "mlx"})
-    config = {
-        "fine_tune_type": sizes.kind,
-        "num_layers": num_layers,
-        "lora_parameters": {
-            "rank": sizes.rank, "scale": sizes.scale, "dropout": sizes.dropout, "keys": list(sizes.targets),
-        },
-    }  # fmt: skip
+    about = {"rank": sizes.rank, "scale": sizes.scale, "dropout": sizes.dropout, "keys": list(sizes.targets)}
+    config = {"fine_tune_type": sizes.kind, "num_layers": num_layers, "lora_parameters": about}
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -234,27 +252,17 @@ def rounding_of(sizes: AdapterSizes) -> dict[str, int]:
 
 
 def read_adapters(folder: Path, model_sizes: GPTSizes) -> Adapters:
-    """Return the adapters of a checkpoint's folder.
-
-    Raises:
-        DataError: a file is missing or damaged, or they do not match each other or the model.
-    """
+    """Return the adapters of a folder; a DataError: files are damaged or do not match each other or the model."""
+    sizes = read_adapter_config(folder, model_sizes)
     try:
         facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))[ADAPTER_KEY]
-        bits, group_size = facts.get("bits"), facts.get("group_size", AdapterSizes.group_size)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder}: not a readable adapter ({type(error).__name__}: {error})") from None
-    if bits not in _BITS or isinstance(bits, bool) or type(group_size) is not int or group_size not in _GROUP_SIZES:
-        raise DataError(f"{folder}: checkpoint.json: adapter: unsupported bits {bits!r} or group_size {group_size!r}")
-    sizes = replace(read_adapter_config(folder, model_sizes), bits=bits, group_size=group_size)
-    try:
+        sizes = replace(sizes, bits=facts.get("bits"), group_size=facts.get("group_size", AdapterSizes.group_size))
         arrays = load_file(folder / ADAPTERS_FILE)
     except Exception as error:  # the safetensors reader has several error types
-        raise DataError(f"{folder}: not a readable {ADAPTERS_FILE} ({type(error).__name__}: {error})") from None
+        raise DataError(f"{folder}: not a readable adapter ({type(error).__name__}: {error})") from None
+    if sizes.bits not in (None, 4, 8) or sizes.group_size not in (32, 64, 128):
+        raise DataError(f"{folder}: checkpoint.json: unsupported bits {sizes.bits!r} or group_size {sizes.group_size}")
     check_shapes({name: value.shape for name, value in arrays.items()}, sizes, model_sizes, folder)
-    kinds = sorted({str(value.dtype) for value in arrays.values()} - {"float32"})
-    if kinds:
-        raise DataError(f"{folder}: {ADAPTERS_FILE} has {', '.join(kinds)}, expected float32")
     return Adapters(sizes, arrays)
 
 
@@ -262,100 +270,57 @@ def read_adapter_config(folder: Path, model_sizes: GPTSizes) -> AdapterSizes:
     """Return the sizes in adapter_config.json, interpreted as in mlx-lm.
 
     Keys may be full names (transformer.h.0.attn.c_q) or names within a layer (attn.c_q), which select the last
-    `num_layers`; without keys, all matrices of these layers have adapters.
-
-    Raises:
-        DataError: it is missing or damaged, or does not match the model.
+    `num_layers`; without keys, all matrices of these layers have adapters. A DataError says what is unusable.
     """
     try:
         config = json.loads((folder / ADAPTER_CONFIG_FILE).read_text(encoding="utf-8"))
-        given = {str(name): value for name, value in config["lora_parameters"].items()}
-        kind = config.get("fine_tune_type", "lora")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"{folder}: not a readable {ADAPTER_CONFIG_FILE} ({type(error).__name__}: {error})") from None
-    rank, scale, dropout = given.get("rank"), given.get("scale"), given.get("dropout")
-    dropout = float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0
-    problems = []
-    if kind not in list(PARAMETERS):  # may be unhashable
-        problems.append(f"fine_tune_type {kind!r} is neither lora nor dora")
-    if type(rank) is not int or rank < 1:
-        problems.append(f"rank {rank!r} is not an integer above 0")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) <= _MOST_SCALE:
-        problems.append(f"scale {scale!r} is not a finite number")
-    targets, wrong = _targets(given.get("keys"), config.get("num_layers"), model_sizes)
-    problems += wrong
-    if problems:
-        raise DataError(f"{folder}: {ADAPTER_CONFIG_FILE}: {'; '.join(problems)}")
-    assert type(rank) is int
-    assert isinstance(scale, int | float)
-    return AdapterSizes(kind=kind, rank=rank, scale=float(scale), targets=targets, dropout=dropout)
+        given, layers, kind = config["lora_parameters"], config["num_layers"], config.get("fine_tune_type", "lora")
+        rank, scale, dropout = given["rank"], float(given["scale"]), float(given.get("dropout") or 0)
+        if kind not in PARAMETERS or type(rank) is not int or rank < 1 or not abs(scale) <= 1e30:
+            raise ValueError(f"expected lora or dora, a rank above 0, a finite scale; got {kind}, {rank!r}, {scale}")
+        known = _matrices(model_sizes)
+        ends = {name: name.split(".", 3)[3] for name in known if name.startswith(_LAYER)}
+        first = max(0, model_sizes.num_layers - layers) if layers > 0 else 0
+        last = {name: end for name, end in ends.items() if int(name.split(".")[2]) >= first}
+        keys = set(last.values() if given.get("keys") is None else given["keys"])
+        if unknown := sorted(keys - known.keys() - set(last.values())):
+            raise ValueError(f"{', '.join(unknown[:3])} is not a matrix of the model")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise DataError(f"{folder}: {ADAPTER_CONFIG_FILE} is unusable ({type(error).__name__}: {error})") from None
+    targets = tuple(name for name in known if name in keys or last.get(name) in keys)
+    return AdapterSizes(kind, rank, scale, targets, dropout=dropout)
 
 
 def check_shapes(
     found: Mapping[str, tuple[int, ...]], sizes: AdapterSizes, model_sizes: GPTSizes, where: Path | str
 ) -> None:
-    """Check that arrays are exactly those of adapters on a model.
-
-    Raises:
-        DataError: arrays are missing, unknown or of another shape.
-    """
-    if unknown := [name for name in sizes.targets if name not in _matrices(model_sizes)]:
-        raise DataError(f"{where}: the model has no matrix {', '.join(unknown[:3])}")
+    """Raise a DataError unless arrays have the names and shapes of adapters on a model."""
     expected = shapes_of(sizes, model_sizes)
-    strange = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    if strange:
-        shown = "; ".join(f"{name} is {_shown(found, name)}, expected {_shown(expected, name)}" for name in strange[:3])
-        more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-        raise DataError(f"{where}: adapters do not fit {ADAPTER_CONFIG_FILE} and the model: {shown}{more}")
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise DataError(
+                f"{where}: adapters do not fit {ADAPTER_CONFIG_FILE} and the model: {name} is "
+                f"{found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
+            )
 
 
 def shapes_of(sizes: AdapterSizes, model_sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of adapters on a model.
-
-    Raises:
-        KeyError: a target is not a matrix of the model.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    known = _matrices(model_sizes)
-    for module in sizes.targets:
-        rows, columns = known[module]
-        all_three = ((columns, sizes.rank), (sizes.rank, rows), (rows,))
-        shapes |= dict(zip(_names(sizes.kind, module), all_three, strict=False))
-    return shapes
+    """Return the shape of every parameter of adapters on a model."""
+    known, rank = _matrices(model_sizes), sizes.rank
+    return {
+        f"{module}.{name}": shape
+        for module, (rows, columns) in known.items()
+        if module in sizes.targets
+        for name, shape in zip(PARAMETERS[sizes.kind], ((columns, rank), (rank, rows), (rows,)), strict=False)
+    }
 
 
 def _matrices(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
     """Return the shape (out, in) of every linear layer, including gates and the head, which mlx-lm may adapt."""
-    shapes = {
-        name.removesuffix(".weight"): value.shape
-        for name, value in flatten_parameters(GPT(sizes)).items()
-        if value.ndim == 2 and not name.startswith(_TABLES)
+    model = GPT(sizes)
+    weights = {name.removesuffix(".weight"): value for name, value in flatten_parameters(model).items()}
+    return {
+        name: (len(value), value.shape[1])
+        for name, value in weights.items()
+        if value.ndim == 2 and name not in model.tables()
     }
-    return {name: (rows, columns) for name, (rows, columns) in shapes.items()}
-
-
-def _names(kind: str, module: str) -> list[str]:
-    return [f"{module}.{name}" for name in PARAMETERS[kind]]
-
-
-def _targets(keys: Any, layers: Any, sizes: GPTSizes) -> tuple[tuple[str, ...], list[str]]:
-    """Return the modules of mlx-lm's keys, in the model's order, and the problems of the keys."""
-    known = _matrices(sizes)
-    if keys is not None and (not isinstance(keys, list) or not all(isinstance(key, str) for key in keys)):
-        return (), ["keys is not a list of names"]
-    if type(layers) is not int:
-        return (), [f"num_layers {layers!r} is not an integer"]
-    last = range(sizes.num_layers)[-layers if layers > 0 else 0 :]
-    within = {f"transformer.h.{layer}." for layer in last}
-    chosen, unknown = set(), []
-    inner = {".".join(name.split(".")[3:]) for name in known if name.startswith("transformer.h.")}
-    for key in keys if keys is not None else sorted(inner):
-        meant = {name for name in (key, *(f"{layer}{key}" for layer in within)) if name in known}
-        chosen |= meant
-        unknown += [] if meant else [key]
-    wrong = [f"{', '.join(unknown[:3])} is not a matrix of the model"] if unknown else []
-    return tuple(name for name in known if name in chosen), wrong if chosen or wrong else ["it names no matrices"]
-
-
-def _shown(shapes: Mapping[str, tuple[int, ...]], name: str) -> str:
-    return str(list(shapes[name])) if name in shapes else "absent"

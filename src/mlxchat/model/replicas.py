@@ -15,16 +15,14 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlxchat.distributed.team import Team
-from mlxchat.model.gpt import GPT, flatten_parameters, set_parameters
+from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of, attach_adapters
+from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
 
 
 def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:
-    """Send the current weights of `model` from rank 0 to every rank; without effect if there is only one.
-
-    `role` distinguishes the models of a step: model, teacher.
-    """
+    """Send the current weights of a model from rank 0 to all, if there are several; a step's roles: model, teacher."""
     if team is None or team.size == 1:
         return
     parameters, adapters = flatten_parameters(model), adapters_of(model)

@@ -7,21 +7,21 @@ The depth determines width, heads, parameters and FLOPs, as in nanochat's script
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
-from mlxchat.config.schema import ArchitectureConfig, ModelConfig
-from mlxchat.errors import DataError
+from mlxchat.config.schema import AdapterConfig, ArchitectureConfig, ModelConfig
+from mlxchat.errors import ConfigError, DataError, suggest
 
-# Input channels of the gates of value embeddings and of the smear.
 VALUE_GATE_CHANNELS = 12
 SMEAR_GATE_CHANNELS = 24
 # October 2025 takes this as a target: depth 5 has 4 heads of 80. Other values of model.head_width must hold exactly.
 NANOCHATS_HEAD_WIDTH = 128
-# Short windows are multiples of the tile of nanochat's attention kernel.
-_WINDOW_TILE = 128
-_MOST_LAYERS, _MOST_CONTEXT_TOKENS, _MOST_SIZE, _MOST_FACTOR = 10_000, 1 << 24, 1 << 31, 1e12
+# Of values from foreign files, which determine memory and time.
+_LIMITS = {"num_layers": 10_000, "context_tokens": 1 << 24}
+_LIMIT = 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,29 +54,22 @@ class GPTSizes:
     backout: bool = False
     """Whether a learnt share of the middle layer's stream is subtracted before the head."""
 
-    def __post_init__(self) -> None:
-        """Check the values, which may come from foreign files and determine memory and time.
+    value_gate_channels: ClassVar[int] = VALUE_GATE_CHANNELS
+    """Input channels of the gates of value embeddings."""
+    smear_gate_channels: ClassVar[int] = SMEAR_GATE_CHANNELS
+    """Input channels of the smear's gate."""
 
-        Raises:
-            DataError: values are impossible; names all of them.
-        """
-        most = {"num_layers": _MOST_LAYERS, "context_tokens": _MOST_CONTEXT_TOKENS}
+    def __post_init__(self) -> None:
+        """Raise a DataError that names all impossible values; they may come from foreign files."""
+        kinds: dict[Any, Any] = {"bool": bool, "str": str, "int": int, "int | None": int | None, "float": int | float}
         wrong = []
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "bool":
-                fits = isinstance(value, bool)
-            elif field.type.startswith("int"):
-                fits = isinstance(value, int) and not isinstance(value, bool)
-                fits = fits and 1 <= value <= most.get(field.name, _MOST_SIZE)
-                fits = fits or (value is None and field.default is None)
-            elif field.type == "float":
-                fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST_FACTOR
-            else:
-                fits = isinstance(value, str) and bool(value)
-            if field.name == "window_pattern":
-                fits = fits and not set(value) - {"S", "L"}
-            wrong += [] if fits else [f"{field.name} is {str(value)[:40]}"]
+            fits = isinstance(value, kinds.get(field.type, object))
+            if field.type != "bool" and isinstance(value, int | float):
+                fits = fits and not isinstance(value, bool) and 0 < value <= _LIMITS.get(field.name, _LIMIT)
+            if not fits or value == "" or (field.name == "window_pattern" and set(value) - {"S", "L"}):
+                wrong.append(f"{field.name} is {str(value)[:40]}")
         if wrong:
             raise DataError(f"impossible sizes of a model: {', '.join(wrong)}")
 
@@ -95,8 +88,9 @@ class GPTSizes:
         """Rows of the embedding and of the head."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
+    @cached_property
     def windows(self) -> list[int | None]:
-        """Return for each layer the number of earlier tokens that a token attends to; None: all.
+        """For each layer the number of earlier tokens that a token attends to; None: all.
 
         In nanochat of July 2026 long windows have the length of the context, which limits them in longer inputs.
         October 2025 has no windows.
@@ -112,17 +106,25 @@ class GPTSizes:
         kept = short if "S" in self.window_pattern and short != _short_window(context_tokens) else None
         return replace(self, context_tokens=context_tokens, short_window=kept)
 
-    def has_value_embedding(self, layer: int) -> bool:
-        """Return True if a layer has a value embedding."""
-        return self.value_embeddings and layer % 2 == (self.num_layers - 1) % 2
+    @cached_property
+    def value_embedding_layers(self) -> list[int]:
+        """The layers with a value embedding: every second one, the last included."""
+        return list(range((self.num_layers - 1) % 2, self.num_layers, 2)) if self.value_embeddings else []
 
     def to_dict(self) -> dict[str, Any]:
         """Return the sizes as plain numbers."""
         return asdict(self)
 
+    def for_model_file(self) -> dict[str, Any]:
+        """Return every number that gpt.py reads, also those that follow from others, for mlx-lm."""
+        derived = "head_width kv_width padded_vocab_size windows value_embedding_layers"
+        constants = "value_gate_channels smear_gate_channels"
+        return {**asdict(self), **{name: getattr(self, name) for name in f"{derived} {constants}".split()}}
+
 
 def _short_window(context_tokens: int) -> int:
-    return -(-context_tokens // 4 // _WINDOW_TILE) * _WINDOW_TILE
+    """Return a quarter of the context, in whole tiles of nanochat's attention kernel."""
+    return -(-context_tokens // 4 // 128) * 128
 
 
 def count_heads(width: int, head_width: int) -> int:
@@ -161,18 +163,16 @@ def count_parameters(sizes: GPTSizes) -> dict[str, int]:
     'matrices' are all weights of the layers, including the gates of value embeddings; 'scalars' are the learnt scalars
     and the smear's gate (nanochat's `num_scaling_params`).
     """
-    value_layers = sum(map(sizes.has_value_embedding, range(sizes.num_layers)))
-    attention = 2 * sizes.width * sizes.width + 2 * sizes.width * sizes.kv_width
-    matrices = sizes.num_layers * (attention + 8 * sizes.width * sizes.width)
-    matrices += value_layers * VALUE_GATE_CHANNELS * sizes.num_kv_heads
+    width, value_layers = sizes.width, len(sizes.value_embedding_layers)
+    layer = 2 * width * width + 2 * width * sizes.kv_width + 8 * width * width
+    gates = value_layers * VALUE_GATE_CHANNELS * sizes.num_kv_heads
     scalars = 2 * sizes.num_layers * sizes.residual_scalars
     scalars += (SMEAR_GATE_CHANNELS + 1) * sizes.smear + sizes.backout
-    table = sizes.padded_vocab_size * sizes.width
     counts = {
-        "embedding": table,
-        "head": table,
+        "embedding": sizes.padded_vocab_size * width,
+        "head": sizes.padded_vocab_size * width,
         "value_embeddings": value_layers * sizes.padded_vocab_size * sizes.kv_width,
-        "matrices": matrices,
+        "matrices": sizes.num_layers * layer + gates,
         "scalars": scalars,
     }
     return {**counts, "total": sum(counts.values())}
@@ -187,17 +187,15 @@ def flops_per_token(sizes: GPTSizes) -> int:
     counts = count_parameters(sizes)
     multiplied = counts["matrices"] + counts["head"] + SMEAR_GATE_CHANNELS * sizes.smear
     context = sizes.context_tokens
-    seen = sum(context if window is None else min(window, context) for window in sizes.windows())
+    seen = sum(context if window is None else min(window, context) for window in sizes.windows)
     return 6 * multiplied + 12 * sizes.num_heads * sizes.head_width * seen
 
 
 # Adapters
 
-TARGET_GROUPS = {
-    "attention": ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj"),
-    "mlp": ("mlp.c_fc", "mlp.c_proj"),
-    "all": ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-}
+_ATTENTION = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj")
+_MLP = ("mlp.c_fc", "mlp.c_proj")
+TARGET_GROUPS = {"attention": _ATTENTION, "mlp": _MLP, "all": _ATTENTION + _MLP}
 """Names of groups of matrices in every layer."""
 
 
@@ -222,15 +220,10 @@ class AdapterSizes:
 
 def matrices_of(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
     """Return module name → shape (out, in) of every matrix that may have an adapter."""
-    width, inner, kv = sizes.width, 4 * sizes.width, sizes.kv_width
-    shapes = {
-        "attn.c_q": (width, width),
-        "attn.c_k": (kv, width),
-        "attn.c_v": (kv, width),
-        "attn.c_proj": (width, width),
-        "mlp.c_fc": (inner, width),
-        "mlp.c_proj": (width, inner),
-    }
+    width = sizes.width
+    shapes = dict.fromkeys(TARGET_GROUPS["attention"], (width, width))
+    shapes |= dict.fromkeys(("attn.c_k", "attn.c_v"), (sizes.kv_width, width))
+    shapes |= {"mlp.c_fc": (4 * width, width), "mlp.c_proj": (width, 4 * width)}
     layers = range(sizes.num_layers)
     return {f"transformer.h.{layer}.{name}": shape for layer in layers for name, shape in shapes.items()}
 
@@ -245,14 +238,9 @@ def count_adapter_parameters(adapters: AdapterSizes, sizes: GPTSizes) -> int:
 
 
 def resolve_targets(targets: Iterable[str], sizes: GPTSizes) -> tuple[str, ...]:
-    """Return the modules of targets, in the model's order.
+    """Return the modules of targets, in the model's order; a KeyError names a target that matches none.
 
-    Args:
-        targets: names of TARGET_GROUPS, or suffixes of modules' names: c_q, mlp.c_proj, h.0.attn.c_q.
-        sizes: of the model.
-
-    Raises:
-        KeyError: a target matches no module.
+    A target is a name of TARGET_GROUPS or a suffix of modules' names: c_q, mlp.c_proj, h.0.attn.c_q.
     """
     known, meant = matrices_of(sizes), set()
     for target in targets:
@@ -262,3 +250,49 @@ def resolve_targets(targets: Iterable[str], sizes: GPTSizes) -> tuple[str, ...]:
             raise KeyError(target)
         meant |= found
     return tuple(name for name in known if name in meant)
+
+
+def find_adapter_problems(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> Iterator[str]:
+    """Yield a message for each value of a section, such as sft.adapter, that is impossible with a model's sizes.
+
+    The bounds of single values are in `config/schema.py`.
+    """
+    if not adapter.is_there:
+        return
+    shapes = matrices_of(sizes)
+    for target in adapter.targets:
+        try:
+            least = min(min(shapes[name]) for name in resolve_targets([target], sizes))
+        except KeyError:
+            known = [*TARGET_GROUPS, *dict.fromkeys(name.rpartition(".")[2] for name in shapes)]
+            yield (
+                f'{where}.targets: the model has no matrix "{target}": expected attention, mlp, all, or c_q, c_k, c_v, '
+                f"c_proj, c_fc, optionally with their prefixes (mlp.c_proj, h.0.attn.c_q).{suggest(target, known)}"
+            )
+            continue
+        if least < adapter.rank < math.inf:  # other faults are the schema's
+            yield f"{where}.rank is {adapter.rank}, but {target} has matrices with {least} rows or columns"
+    if not adapter.targets:
+        yield f"{where}.targets is empty, expected attention, mlp, all, or matrices such as c_q"
+    if adapter.bits is not None and sizes.width % max(1, adapter.group_size):
+        yield (
+            f"{where}.group_size is {adapter.group_size}, which does not divide the model's width of {sizes.width}: "
+            f"expected 32, 64 or 128, or {where}.bits=null"
+        )
+
+
+def adapter_sizes_of(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> AdapterSizes | None:
+    """Return the sizes of a model's adapters; None: it has none. A ConfigError lists what does not fit the model."""
+    if not adapter.is_there:
+        return None
+    if problems := list(find_adapter_problems(where, adapter, sizes)):
+        raise ConfigError("\n".join(problems))
+    same = {field.name: getattr(adapter, field.name) for field in fields(AdapterSizes)}
+    return AdapterSizes(**same | {"targets": resolve_targets(adapter.targets, sizes)})
+
+
+def adapter_remedies(stage: str, sizes: AdapterSizes | None) -> tuple[str, ...]:
+    """Return settings of a stage's adapters that lower its memory."""
+    if sizes is None:
+        return (f"{stage}.adapter.kind=lora",)
+    return (f"{stage}.adapter.bits=4",) if sizes.bits is None else ()

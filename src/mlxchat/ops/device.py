@@ -1,17 +1,13 @@
-"""The default device, its streams and transforms; the only module that decides whether `mlxchat.cpu` is used.
-
-`mlxchat.cpu` makes Linux CPUs fast: it replaces functions marked `accelerated` by functions of the same names. Metal
-and CUDA never use it, `MLXCHAT_CPU=plain` disables it, and without that package everything works, slower.
-"""
+"""The default device, its limits, and MLX's function transforms with types."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
-from functools import cache, wraps
-from itertools import pairwise
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 from weakref import WeakMethod
@@ -20,11 +16,16 @@ import mlx.core as mx
 import psutil
 
 from mlxchat.errors import ConfigError
-from mlxchat.ops.machine import available_cores, fast_dtype
+from mlxchat.ops.machine import available_cores, fast_dtype, round_up
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import MachineConfig
     from mlxchat.cpu.runtime import Remedy
+
+# MLX reads this when it compiles its first CUDA kernel; its own default lies in TMPDIR, which many systems clear.
+if mx.cuda.is_available():
+    _CACHE = Path(os.environ.get("MLXCHAT_CACHE") or Path.home() / ".cache" / "mlxchat")
+    os.environ.setdefault("MLX_PTX_CACHE_DIR", str(_CACHE / "cuda-kernels" / importlib.metadata.version("mlx")))
 
 _DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 P = ParamSpec("P")
@@ -38,44 +39,8 @@ def backend() -> str:
     return "metal" if mx.metal.is_available() else "cuda"
 
 
-def accelerated(function: Callable[P, R]) -> Callable[P, R]:
-    """Replace a function by the one of the same name in `mlxchat.cpu` where that is in use."""
-
-    @wraps(function)
-    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
-        fastest: Callable[P, R] = _faster().get(function.__name__, function)
-        return fastest(*args, **kwargs)
-
-    return chosen
-
-
-def _faster() -> dict[str, Callable[..., Any]]:
-    """Return name → function of `mlxchat.cpu`; empty for the plain path."""
-    if mx.default_device().type != mx.DeviceType.cpu or os.environ.get("MLXCHAT_CPU") == "plain":
-        return {}
-    return _functions_of_cpu()
-
-
-@cache
-def _functions_of_cpu() -> dict[str, Callable[..., Any]]:
-    try:
-        from mlxchat.cpu import decode, kernels, lanes
-    except ModuleNotFoundError as error:
-        if error.name != "mlxchat.cpu":
-            raise
-        return {}
-    others = (lanes.make_lanes, lanes.step_context, decode.make_decoder)
-    return {**vars(kernels), **{function.__name__: function for function in others}}
-
-
 def select_device(choice: str, dtype: str) -> mx.Dtype:
-    """Make `choice` ('auto', 'cpu' or 'gpu') MLX's default device; return the dtype to compute in.
-
-    `dtype` 'auto' is `default_dtype`.
-
-    Raises:
-        ConfigError: there is no GPU.
-    """
+    """Make `choice` ('auto', 'cpu' or 'gpu') MLX's default device; return the dtype ('auto': `default_dtype`)."""
     if choice != "auto":
         try:
             mx.set_default_device(mx.cpu if choice == "cpu" else mx.gpu)
@@ -92,25 +57,48 @@ def default_dtype() -> mx.Dtype:
     return _DTYPES[fast_dtype(backend())]
 
 
-def product_shape() -> tuple[int, int, int]:
-    """Return rows, inner width and columns of a matrix product that saturates the default device.
+def round_tokens(tokens: int) -> int:
+    """Return a row's length, rounded up to few different ones, which suit the default device.
 
-    On a CPU it takes 10 to 20 ms, so that some of a hundred run without interruption by other programs.
+    On CUDA a new length costs a plan of cuDNN (tens of ms), and its attention's gradient needs multiples of 128.
     """
-    return (1024, 512, 1024) if backend() == "cpu" else (4096, 4096, 4096)
+    return round_up(tokens, {"cuda": 128, "metal": 32}.get(backend(), 16))
+
+
+def compiles_first() -> bool:
+    """Return True if MLX has yet to compile the CUDA kernels of a training, which takes minutes."""
+    return backend() == "cuda" and not any(Path(os.environ["MLX_PTX_CACHE_DIR"]).glob("*.ptx"))
 
 
 def prepare_machine(machine: MachineConfig, threads: int | None = None) -> mx.Dtype:
     """Apply device, memory limits and threads (None: those of `machine`); return the dtype to compute in."""
     dtype = select_device(machine.device, machine.compute_dtype)
-    if machine.memory_limit_bytes is not None:
-        mx.set_memory_limit(machine.memory_limit_bytes)
-    if machine.cache_limit_bytes is not None:
-        mx.set_cache_limit(machine.cache_limit_bytes)
-    if machine.wired_limit_bytes is not None and backend() == "metal":  # elsewhere memory is not wired
-        mx.set_wired_limit(machine.wired_limit_bytes)
+    for name, limit in memory_limits(machine, backend(), mx.device_info()).items():
+        getattr(mx, f"set_{name}_limit")(limit)
     set_cpu_threads(threads or machine.blas_threads or available_cores())
     return dtype
+
+
+def memory_limits(machine: MachineConfig, where: str, info: Mapping[str, Any]) -> dict[str, int]:
+    """Return MLX's limits in bytes, by name (memory, cache, wired); MLX's defaults apply to those that are absent.
+
+    Without a setting, a Mac's memory and wired limits are what Metal recommends (mlx-lm wires as much), and half of
+    that may stay cached for other shapes; on CUDA they are MLX's own: 95 % of the GPU's memory. A CPU has none.
+
+    Args:
+        machine: its limits that are not None are used as they are.
+        where: the backend.
+        info: `mx.device_info()`.
+    """
+    limits: dict[str, int] = {}
+    if where == "metal" and (most := int(info.get("max_recommended_working_set_size", 0))):
+        limits = {"memory": most, "cache": most // 2, "wired": most}
+    elif where == "cuda" and "total_memory" in info:
+        limits = dict.fromkeys(("memory", "cache"), int(info["total_memory"] * 0.95))
+    given = {"memory": machine.memory_limit_bytes, "cache": machine.cache_limit_bytes}
+    if where == "metal":
+        given["wired"] = machine.wired_limit_bytes
+    return limits | {name: limit for name, limit in given.items() if limit is not None}
 
 
 def set_cpu_threads(count: int) -> None:
@@ -132,9 +120,9 @@ def remedy() -> Remedy | None:
 
 def describe_device() -> dict[str, Any]:
     """Return name, backend, BLAS, cores, memory (bytes) and platform of this machine, for records."""
-    info, done = mx.device_info(), remedy()
+    done = remedy()
     return {
-        "name": str(info.get("device_name", "unknown")),
+        "name": str(mx.device_info().get("device_name", "unknown")),
         "backend": backend(),
         "blas": done.reason if done is not None else "MLX's own",
         "cores": available_cores(),
@@ -143,49 +131,10 @@ def describe_device() -> dict[str, Any]:
     }
 
 
-# Streams
-
-
-class Lanes:
-    """Streams that share the rows of a batch: MLX's default one, or one for each core of a CPU (`mlxchat.cpu`)."""
-
-    def __init__(self, streams: Sequence[mx.Stream]) -> None:
-        self.streams = list(streams)
-
-    def __len__(self) -> int:
-        return len(self.streams)
-
-    def deal(self, count: int) -> list[slice]:
-        """Return at most one slice of `count` rows per lane, none empty; sizes differ by at most 1."""
-        parts = min(len(self), count)
-        borders = [count * part // parts for part in range(parts + 1)]
-        return [slice(start, stop) for start, stop in pairwise(borders)]
-
-    def run(self, calls: Sequence[Callable[[], R]]) -> list[R]:
-        """Return the results of calls, the i-th built on lane i; `mx.eval` of the results runs them in parallel."""
-        results = []
-        for stream, call in zip(self.streams, calls, strict=False):
-            with mx.stream(stream):
-                results.append(call())
-        return results
-
-    def sharing(self, parts: int) -> AbstractContextManager[None]:
-        """Return the context in which `parts` lanes are evaluated."""
-        return nullcontext()
-
-
-@accelerated
-def make_lanes() -> Lanes:
-    """Return the lanes of the default device."""
-    return Lanes([mx.default_stream(mx.default_device())])
-
-
-# MLX's function transforms with types
-
-# Row factors: `mx.compile` fuses a broadcast with the computation of its operand, so a reciprocal or root of one number
-# per row would be recomputed for every element of the row. Therefore row factors are kept in an array without the row's
-# axis, which is added with [..., None]; nothing is fused across that. Scalars computed inside a compiled function go
-# through `made_once` for the same reason.
+# MLX's function transforms with types. Row factors: `mx.compile` fuses a broadcast with the computation of its operand,
+# so a reciprocal or root of one number per row would be recomputed for every element of the row. Therefore row factors
+# are kept in an array without the row's axis, which is added with [..., None]; nothing is fused across that. Scalars
+# computed inside a compiled function go through `made_once` for the same reason.
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
@@ -193,16 +142,16 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     So an object that holds its own compiled method is freed, with its arrays, as soon as nothing else holds it.
     """
-    if isinstance(function, MethodType):
-        method = WeakMethod(function)
+    if not isinstance(function, MethodType):
+        return cast(Callable[P, R], mx.compile(function))
+    method = WeakMethod(function)
 
-        def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            bound = method()
-            assert bound is not None, "the caller holds the object"
-            return cast(R, bound(*args, **kwargs))
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = method()
+        assert bound is not None, "the caller holds the object"
+        return cast(R, bound(*args, **kwargs))
 
-        return cast(Callable[P, R], mx.compile(call))
-    return cast(Callable[P, R], mx.compile(function))
+    return cast(Callable[P, R], mx.compile(call))
 
 
 def made_once(scalar: mx.array) -> mx.array:

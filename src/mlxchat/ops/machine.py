@@ -33,6 +33,11 @@ BUCKET_BYTES = 64 * 2**20
 """Maximum bytes of a collective, so that no second copy of a whole model is in memory."""
 
 
+def round_up(count: int, step: int) -> int:
+    """Return the next multiple of `step`."""
+    return -(-int(count) // step) * step
+
+
 def available_cores() -> int:
     """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -40,9 +45,13 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def share_of_cores(processes: int) -> int:
-    """Return the number of cores for each of several processes that compute at the same time."""
-    return max(1, available_cores() // processes)
+def limit_cores(part: int, parts: int) -> None:
+    """Restrict this process to one of `parts` equal shares of its cores; has no effect on a Mac."""
+    if parts > 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // parts)
+        first = part * share % len(cores)
+        os.sched_setaffinity(0, cores[first : first + share])
 
 
 def device_kind(choice: str) -> str:
@@ -72,16 +81,14 @@ def fast_dtype(kind: str) -> str:
 def nvidia_has_bfloat16() -> bool:
     """Return whether the first NVIDIA GPU has bfloat16 (compute capability 8.0, Ampere, or later); True without a GPU.
 
-    It asks the driver, not MLX, because keys in plans depend on the dtype and plans do not load MLX.
+    It reads the driver, not MLX, because keys in plans depend on the dtype and plans do not load MLX.
     """
-    device, major, compute_capability_major = ctypes.c_int(), ctypes.c_int(), 75
+    device, major = ctypes.c_int(), ctypes.c_int()
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return True
-    failed = (
-        driver.cuInit(0)
-        or driver.cuDeviceGet(ctypes.byref(device), 0)
-        or driver.cuDeviceGetAttribute(ctypes.byref(major), compute_capability_major, device)
-    )
+    failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
+    major_capability = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+    failed = failed or driver.cuDeviceGetAttribute(ctypes.byref(major), major_capability, device)
     return bool(failed) or major.value >= 8

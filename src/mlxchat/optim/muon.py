@@ -12,8 +12,6 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlxchat.ops.device import accelerated
-
 Quintic = tuple[float, float, float]
 
 # Coefficients with the steepest slope at zero.
@@ -30,12 +28,9 @@ _EPSILON = 1e-6
 
 
 def orthogonalise(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> mx.array:
-    """Return for each matrix (S, R, C) one with the same singular vectors and singular values near 1.
+    """Return for each matrix (S, R, C) of any scale one with the same singular vectors and singular values near 1.
 
-    Args:
-        matrices: any scale; each is divided by its Frobenius norm first.
-        num_iterations: Newton-Schulz iterations, 5 in nanochat.
-        dtype: of the computation: bfloat16 on a GPU, float32 on a CPU.
+    Newton-Schulz iterations, 5 in nanochat, in `dtype`: bfloat16 on a GPU, float32 on a CPU.
     """
     x = matrices.astype(dtype)
     x = x / (_norm(x, (-2, -1)).astype(dtype) + 1e-7)
@@ -43,14 +38,10 @@ def orthogonalise(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> m
 
 
 def polar_express(matrices: mx.array, num_iterations: int, dtype: mx.Dtype) -> mx.array:
-    """Return for each matrix (S, R, C) the nearest one whose singular values are 1, after balancing its rows.
+    """Return for each matrix (S, R, C) of any scale the nearest one whose singular values are 1.
 
-    Rows are scaled to their mean norm first (MuonEq, arXiv 2603.28254).
-
-    Args:
-        matrices: any scale.
-        num_iterations: of Polar Express, at most 5.
-        dtype: of the computation: bfloat16 on a GPU, float32 on a CPU.
+    At most 5 iterations of Polar Express in `dtype`, after its rows were scaled to their mean norm (MuonEq, arXiv
+    2603.28254).
     """
     x = matrices.astype(dtype)
     row_norms = _norm(x, (-1,))
@@ -71,12 +62,9 @@ def nesterov(gradients: mx.array, momenta: mx.array, momentum: mx.array) -> tupl
 def muon_update(
     gradients: mx.array, momenta: mx.array, momentum: mx.array, num_iterations: int, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    """Return oct2025's update of matrices (S, R, C), to be multiplied by −lr, and the new momenta.
-
-    Nesterov momentum, then orthogonalisation, then the factor sqrt(max(1, R/C)).
-    """
+    """Return oct2025's update of matrices (S, R, C), to be multiplied by −lr × `aspect_factor`, and the new momenta."""
     ahead, momenta = nesterov(gradients, momenta, momentum)
-    return orthogonalise(ahead, num_iterations, dtype) * aspect_factor(gradients), momenta
+    return orthogonalise(ahead, num_iterations, dtype), momenta
 
 
 def normuon_update(
@@ -91,19 +79,11 @@ def normuon_update(
     """Return jul2026's update of matrices (S, R, C) as two factors, and the new momenta and variances.
 
     Nesterov momentum, Polar Express, a Frobenius norm of sqrt(min(R, C)) (Muon+, arXiv 2602.21545), then normalisation
-    by a running mean of squares of each row or column, at the same norm (NorMuon, arXiv 2510.05491).
-
-    Args:
-        gradients: of the loss.
-        momenta: like gradients.
-        variances: (S, R, 1), or (S, 1, C) for wide matrices: means along the other axis.
-        momentum: scalar.
-        beta2: decay of the variances.
-        num_iterations: of Polar Express.
-        dtype: of Polar Express.
+    by a running mean of squares (decay beta2) of each row or column, at the same norm (NorMuon, arXiv 2510.05491).
 
     Returns:
-        Directions (S, R, C); their scales, shaped like variances, sqrt(max(1, R/C)) not included; momenta; variances.
+        Directions (S, R, C), and their scales, shaped like variances, to be multiplied by −lr × `aspect_factor`;
+        momenta; variances: (S, R, 1), or (S, 1, C) for wide matrices.
     """
     ahead, momenta = nesterov(gradients, momenta, momentum)
     direction = polar_express(ahead, num_iterations, dtype)
@@ -139,14 +119,8 @@ def _norm(x: mx.array, axes: tuple[int, ...]) -> mx.array:
     return mx.sqrt(squares)
 
 
-@accelerated
 def apply_quintics(x: mx.array, quintics: Sequence[Quintic]) -> mx.array:
     """Apply odd quintics in turn to the singular values of matrices (S, R, C)."""
-    return multiply_quintics(x, quintics)
-
-
-def multiply_quintics(x: mx.array, quintics: Sequence[Quintic]) -> mx.array:
-    """Compute `apply_quintics` directly: three products per quintic."""
     tall = x.shape[-2] > x.shape[-1]
     for a, b, c in quintics:
         gram = gram_matrix(x)

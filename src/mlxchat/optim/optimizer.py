@@ -3,29 +3,29 @@
 With `kind: adamw` AdamW updates the matrices, too. Any optimizer trains any architecture. A parameter's rate is
 
     lr of its group × lr_frac × init_lr_frac × (width and batch scaling) × lr_factor of the iteration
+
+Muon's matrices of one shape are updated as one stack (S, R, C), whose name is RxC: their gradients are stacked once per
+update, and their momenta are stored as a stack.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
-from itertools import zip_longest
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxchat.config.schema import AdamWGroupConfig, AdapterConfig, OptimizerConfig, ScalingConfig, ScheduleConfig
+from mlxchat.config.schema import AdamWGroupConfig, AdapterConfig, MomentumConfig, OptimizerConfig, ScheduleConfig
 from mlxchat.errors import ConfigError
-from mlxchat.model.gpt import trained_parameters
-from mlxchat.ops.device import Lanes, compiled, default_dtype, made_once, make_lanes
+from mlxchat.model.parameters import trained_parameters
+from mlxchat.ops.device import compiled, default_dtype, made_once
 from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update, variance_shape
 
 Flat = dict[str, mx.array]
 Shape = tuple[int, ...]
-Number = TypeVar("Number")
 
 # Prefix of parameter names → group of AdamW.
 _GROUPS = {
@@ -38,17 +38,17 @@ _GROUPS = {
     "smear_lambda": "smear",
     "backout_lambda": "smear",
 }
+_TOGETHER = 1 << 22
+"""Numbers of small parameters that are updated together: 16 MB of each moment."""
+_ROW = 1024
 
 
-class Rates(NamedTuple, Generic[Number]):
-    """Values of the schedule in an iteration; passed as arrays, so that compiled code is not retraced."""
+class Rates(NamedTuple):
+    """Factor of every learning rate, Muon's momentum, and the factor of Muon's weight decay in an iteration."""
 
-    lr_factor: Number
-    """Factor of every learning rate."""
-    momentum: Number
-    """Muon's momentum."""
-    weight_decay_factor: Number
-    """Factor of Muon's weight decay."""
+    lr_factor: float
+    momentum: float
+    weight_decay_factor: float
 
 
 class AdamWRule(NamedTuple):
@@ -68,7 +68,8 @@ def adapter_rule(config: AdapterConfig, width: int, optimizer: OptimizerConfig) 
 class Optimizer:
     """Rules and moments of all trained parameters of a model.
 
-    `state` holds arrays by name: count, and first, second, momentum and variance of each parameter.
+    `state` holds arrays by name: count; first.<parameter> and second.<parameter> of AdamW; momentum.<stack> and
+    variance.<stack> of Muon.
     """
 
     def __init__(
@@ -92,24 +93,26 @@ class Optimizer:
             batch_lr_scale: factor for the batch size, of Muon's rate and of groups with scale_with_batch.
             weight_decay: Muon's; None: the configuration's.
             adapter: rule of all trained parameters if these are adapters.
-
-        Raises:
-            ConfigError: a parameter belongs to no group.
         """
         self.config = config
-        self._given = {
-            "width": width, "lr_frac": lr_frac, "batch_lr_scale": batch_lr_scale, "weight_decay": weight_decay,
+        self.recipe = {
+            "config": asdict(config),
+            "width": width,
+            "lr_frac": lr_frac,
+            "batch_lr_scale": batch_lr_scale,
+            "weight_decay": weight_decay,
             "adapter": adapter,
-        }  # fmt: skip
+        }
+        """JSON data from which `of_recipe` creates the same rules in another process."""
         self.gather_state: Callable[[], Flat] | None = None
         """Returns the state with the moments of all ranks; None: `state` has all of it."""
         self.weight_decay = config.weight_decay if weight_decay is None else weight_decay
         self.muon_lr = config.matrix_lr * lr_frac * batch_lr_scale
         self.adamw_rules: dict[str, AdamWRule] = {}
-        self.muon_shapes: dict[Shape, list[str]] = {}
-        parameters = trained_parameters(model)
-        self.shapes = {name: value.shape for name, value in parameters.items()}
-        for name, shape in self.shapes.items():
+        self.stacks: dict[str, list[str]] = {}
+        """Name of a stack → names of its matrices."""
+        self.shapes = {name: value.shape for name, value in trained_parameters(model).items()}
+        for name, shape in sorted(self.shapes.items()):
             if adapter is not None:
                 rule = AdamWRule(*adapter)  # a list after JSON
                 # DoRA's row lengths do not decay.
@@ -117,7 +120,7 @@ class Optimizer:
                 continue
             group = _group_of(name, shape)
             if group == "matrices" and config.kind == "muon":
-                self.muon_shapes.setdefault(shape, []).append(name)
+                self.stacks.setdefault("x".join(map(str, shape)), []).append(name)
                 continue
             numbers = config.adamw_groups[group]
             lr = numbers.lr * numbers.lr_frac * lr_frac
@@ -126,172 +129,145 @@ class Optimizer:
             if numbers.scale_with_batch:
                 lr *= batch_lr_scale
             self.adamw_rules[name] = AdamWRule(lr, (numbers.beta1, numbers.beta2), numbers.weight_decay)
-        self.state: Flat = {"count": mx.array(0.0)}
-        self.state |= {name: mx.zeros(shape) for name, shape in self.state_shapes(self.shapes).items()}
-        self._move = mx.compile(self.move)
-
-    def recipe(self) -> dict[str, Any]:
-        """Return JSON data from which `of_recipe` creates the same rules in another process."""
-        return {"config": asdict(self.config), **self._given}
+        zeros = {name: mx.zeros(shape) for name, shape in self.state_shapes().items()}
+        self.state: Flat = {"count": mx.array(0.0), **zeros}
+        self._move = compiled(self.move)
 
     @classmethod
     def of_recipe(cls, model: nn.Module, recipe: dict[str, Any]) -> Optimizer:
         """Return an optimizer from a recipe, with zero moments."""
         given = recipe["config"]
         groups = {name: AdamWGroupConfig(**group) for name, group in given["adamw_groups"].items()}
-        scaling = ScalingConfig(**given["scaling"]) if given["scaling"] else None
-        config = OptimizerConfig(**{**given, "adamw_groups": groups, "scaling": scaling})
+        config = OptimizerConfig(**{**given, "adamw_groups": groups, "scaling": None})  # scaling is done
         return cls(model, **{**recipe, "config": config})
 
     def whole_state(self) -> Flat:
         """Return `state` with the moments of all ranks."""
         return self.state if self.gather_state is None else self.gather_state()
 
+    def state_shapes(self) -> dict[str, Shape]:
+        """Return the shape of each array of the whole state, without the count."""
+        shapes = {f"{kind}.{name}": self.shapes[name] for name in self.adamw_rules for kind in ("first", "second")}
+        for stack, names in self.stacks.items():
+            rows, columns = self.shapes[names[0]]
+            shapes[f"momentum.{stack}"] = (len(names), rows, columns)
+            if self.config.variant == "jul2026":
+                shapes[f"variance.{stack}"] = (len(names), *variance_shape(rows, columns))
+        return shapes
+
     # The update
 
-    def update(
-        self,
-        parameters: Flat,
-        gradients: Flat,
-        rates: Rates[float],
-        norm: mx.array | None = None,
-        lanes: Lanes | None = None,
-    ) -> Iterator[Flat]:
-        """Yield the new parameters in batches, and advance `state`.
+    def stack(self, gradients: Flat) -> Flat:
+        """Return gradients with Muon's matrices of one shape in one array; empties `gradients`."""
+        stacked: Flat = {}
+        for stack, names in self.stacks.items():
+            if found := [gradients.pop(name) for name in names if name in gradients]:
+                stacked[stack] = mx.stack(found)
+        stacked |= gradients
+        gradients.clear()
+        return stacked
 
-        Put each batch into the model before taking the next one, so that few parameters exist both old and new.
+    def update(
+        self, parameters: Flat, gradients: Flat, rates: Rates, norm: mx.array | None = None, ok: mx.array | None = None
+    ) -> Iterator[Flat]:
+        """Yield the new parameters in parts, and advance `state`; both are queued, not awaited.
+
+        Put each part into the model before taking the next one, so that new values take the memory of the old ones.
 
         Args:
-            parameters: by name; emptied.
-            gradients: of the loss averaged over the iteration's tokens, for all or some parameters; emptied.
+            parameters: by name, all or some; emptied.
+            gradients: of the loss averaged over the iteration's tokens, for these parameters, as they are or from
+                `stack`; emptied.
             rates: of this iteration.
             norm: 2-norm of all gradients together, for clipping; None: computed from `gradients`.
-            lanes: streams that share the work; None: those of the device.
+            ok: whether to update, bool; False leaves parameters and state as they are. None: if the norm is finite.
         """
-        lanes, norm = lanes or make_lanes(), mx.sqrt(sum_squares(gradients)) if norm is None else norm
-        varying = Rates(*(mx.array(rate, dtype=mx.float32) for rate in rates))
-        count = self.state["count"] = self.state["count"] + 1
-        mx.eval(count, norm)  # otherwise lanes would wait for each other
-        shares = share_evenly(self.costs({name: value.shape for name, value in gradients.items()}), len(lanes))
-        for names_of_lanes in zip_longest(*map(self.batches, shares), fillvalue=()):
-            calls = [
-                partial(
-                    self._move,
-                    {name: parameters.pop(name) for name in names},
-                    {name: gradients.pop(name) for name in names},
-                    {name: self.state.pop(name) for name in self.state_names(names)},
-                    count,
-                    norm,
-                    varying,
-                )
-                for names in names_of_lanes
-            ]
-            moved = lanes.run(calls)
-            del calls
-            for new, new_state in moved:
-                self.state.update(new_state)
-                yield new
-            mx.eval(moved)
+        gradients = self.stack(gradients)
+        norm = mx.sqrt(sum_squares(gradients)) if norm is None else norm
+        ok = mx.isfinite(norm) if ok is None else ok
+        count = self.state["count"] = self.state["count"] + ok
+        varying = [mx.array(rate, dtype=mx.float32) for rate in rates]  # so that compiled code is not retraced
+        for together in list(_together(gradients)):
+            names = [name for each in together for name in self.stacks.get(each, [each]) if name in parameters]
+            moments = sorted(name for name in self.state if name.partition(".")[2] in together)
+            new, state = self._move(
+                {name: parameters.pop(name) for name in names},
+                {name: gradients.pop(name) for name in together},
+                {name: self.state.pop(name) for name in moments},
+                [count, norm, ok],
+                varying,
+            )
+            self.state |= state
+            yield new
+            mx.async_eval(new, state)
 
     def move(
-        self, parameters: Flat, gradients: Flat, state: Flat, count: mx.array, norm: mx.array, rates: Rates[mx.array]
+        self, parameters: Flat, gradients: Flat, state: Flat, scalars: list[mx.array], rates: list[mx.array]
     ) -> tuple[Flat, Flat]:
-        """Return the new values and moments of a batch of parameters (`batches`); `update` runs it compiled."""
-        if self.config.grad_clip is not None:
-            factor = clip_factor(norm, self.config.grad_clip)
-            gradients = {name: gradient * factor for name, gradient in gradients.items()}
-        names = list(gradients)
-        if names and names[0] not in self.adamw_rules:
-            return self._move_matrices(names, parameters, gradients, state, rates)
-        new, new_state = Flat(), Flat()
-        for name in names:
-            rule = self.adamw_rules[name]
-            new[name], new_state[f"first.{name}"], new_state[f"second.{name}"] = adamw_update(
-                parameters[name],
-                gradients[name],
-                state[f"first.{name}"],
-                state[f"second.{name}"],
-                count=count,
-                lr=rule.lr * rates.lr_factor,
-                betas=rule.betas,
-                epsilon=self.config.adam_epsilon,
-                weight_decay=rule.weight_decay,
-            )
-        return new, new_state
+        """Return the new values and moments of some parameters or stacks; `update` runs it compiled."""
+        count, norm, ok = scalars
+        new, moments = Flat(), Flat()
+        for name, gradient in gradients.items():
+            gradient = gradient.astype(mx.float32)
+            if self.config.grad_clip is not None:
+                gradient = gradient * clip_factor(norm, self.config.grad_clip)
+            if name in self.stacks:
+                moved, changed = self._move_stack(name, parameters, gradient, state, rates)
+                new |= {each: mx.where(made_once(ok), value, parameters[each]) for each, value in moved.items()}
+                moments |= {each: mx.where(made_once(ok), value, state[each]) for each, value in changed.items()}
+            else:
+                first, second = f"first.{name}", f"second.{name}"
+                given = parameters[name], gradient, state[first], state[second], self.adamw_rules[name]
+                new[name], moments[first], moments[second] = adamw_update(
+                    *given, count=count, lr_factor=rates[0], epsilon=self.config.adam_epsilon, ok=ok
+                )
+        return new, moments
 
-    def _move_matrices(
-        self, names: list[str], parameters: Flat, gradients: Flat, state: Flat, rates: Rates[mx.array]
+    def _move_stack(
+        self, stack: str, parameters: Flat, gradients: mx.array, state: Flat, rates: list[mx.array]
     ) -> tuple[Flat, Flat]:
-        """Return matrices of one shape, and their moments, after Muon's update."""
-
-        def stack(arrays: Flat, kind: str = "") -> mx.array:
-            return mx.stack([arrays[kind + name] for name in names])
-
-        def unstack(kind: str, moments: mx.array) -> Flat:
-            return {f"{kind}.{name}": moments[index] for index, name in enumerate(names)}
-
-        config, stacked, momenta = self.config, stack(gradients), stack(state, "momentum.")
-        lr = self.muon_lr * aspect_factor(stacked) * rates.lr_factor
-        shrink = made_once(lr * self.weight_decay * rates.weight_decay_factor)
-        new = Flat()
-        if config.variant == "jul2026":
-            step, scale, momenta, variances = normuon_update(
-                stacked, momenta, stack(state, "variance."), rates.momentum, config.muon_beta2,
-                config.newton_schulz_iterations, default_dtype(),
-            )  # fmt: skip
-            lr = made_once(lr)
-            for index, name in enumerate(names):
-                weight = parameters[name]
-                # Cautious weight decay: only where it agrees with the update's sign.
-                new[name] = weight - lr * scale[index] * step[index] - shrink * weight * (step[index] * weight >= 0)
-            return new, unstack("momentum", momenta) | unstack("variance", variances)
-        step, momenta = muon_update(stacked, momenta, rates.momentum, config.newton_schulz_iterations, default_dtype())
-        lr = made_once(self.muon_lr * rates.lr_factor)  # `step` includes the aspect factor
-        for index, name in enumerate(names):
-            weight = parameters[name] * (1 - shrink) if self.weight_decay else parameters[name]
-            new[name] = weight - lr * step[index]
-        return new, unstack("momentum", momenta)
-
-    # Parts of the parameters
-
-    def state_shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-        """Return name in `state` → shape for parameters, or parts of them, with these shapes; without the count."""
-        return {
-            f"{kind}.{name}": variance_shape(*shapes[name]) if kind == "variance" else shapes[name]
-            for name in self._names()
-            if name in shapes
-            for kind in self._moments_of(name)
+        """Return the matrices of a stack, and their moments, after Muon's update."""
+        lr_factor, momentum, weight_decay_factor = rates
+        lr = self.muon_lr * aspect_factor(gradients) * lr_factor
+        shrink = made_once(lr * self.weight_decay * weight_decay_factor)
+        lr = made_once(lr)
+        weights = {name: parameters[name] for name in self.stacks[stack] if name in parameters}
+        momenta, options = state[f"momentum.{stack}"], (self.config.newton_schulz_iterations, default_dtype())
+        if self.config.variant == "oct2025":
+            steps, momenta = muon_update(gradients, momenta, momentum, *options)
+            found = zip(weights.items(), _unstack(steps), strict=True)
+            new = {name: weight * (1 - shrink) - lr * step for (name, weight), step in found}
+            return new, {f"momentum.{stack}": momenta}
+        variances, beta2 = state[f"variance.{stack}"], self.config.muon_beta2
+        steps, scales, momenta, variances = normuon_update(gradients, momenta, variances, momentum, beta2, *options)
+        new = {
+            # Cautious weight decay: only where it agrees with the update's sign.
+            name: weight - lr * scale * step - shrink * weight * (step * weight >= 0)
+            for (name, weight), step, scale in zip(weights.items(), _unstack(steps), _unstack(scales), strict=True)
         }
+        return new, {f"momentum.{stack}": momenta, f"variance.{stack}": variances}
 
-    def state_names(self, names: Iterable[str]) -> list[str]:
-        """Return the names in `state` of the moments of parameters."""
-        return [f"{kind}.{name}" for name in names for kind in self._moments_of(name)]
 
-    def batches(self, names: Iterable[str]) -> list[list[str]]:
-        """Return names in batches for `move`: matrices of one shape together, every other parameter alone."""
-        wanted = set(names)
-        stacks = [[name for name in stack if name in wanted] for stack in self.muon_shapes.values()]
-        return [stack for stack in stacks if stack] + [[name] for name in self.adamw_rules if name in wanted]
+def _unstack(stack: mx.array) -> list[mx.array]:
+    """Return the matrices of a stack as views of it."""
+    return [matrix.squeeze(0) for matrix in mx.split(stack, len(stack))]
 
-    def costs(self, shapes: Mapping[str, Shape]) -> dict[str, float]:
-        """Return the approximate relative time of updating parameters, or parts of them, with these shapes."""
-        found = {name: 1.0 * math.prod(shapes[name]) for name in self._names() if name in shapes}
-        # Muon's products cost about as much as AdamW's passes over memory times the short side / 25.
-        return {
-            name: cost if name in self.adamw_rules else cost * min(shapes[name]) / 25 for name, cost in found.items()
-        }
 
-    def share(self, parts: int) -> list[list[str]]:
-        """Return the parameters' names in `parts` parts of about equal update time."""
-        return share_evenly(self.costs(self.shapes), parts)
-
-    def _names(self) -> list[str]:
-        return [*self.adamw_rules, *(name for names in self.muon_shapes.values() for name in names)]
-
-    def _moments_of(self, name: str) -> tuple[str, ...]:
-        if name in self.adamw_rules:
-            return "first", "second"
-        return ("momentum", "variance") if self.config.variant == "jul2026" else ("momentum",)
+def _together(arrays: Flat) -> Iterator[list[str]]:
+    """Yield the names of all arrays: of large ones alone, of small ones together."""
+    small: list[str] = []
+    size = 0
+    for name, array in arrays.items():
+        if array.size > _TOGETHER:
+            yield [name]
+            continue
+        if size + array.size > _TOGETHER:
+            yield small
+            small, size = [], 0
+        small.append(name)
+        size += array.size
+    if small:
+        yield small
 
 
 def adamw_update(
@@ -299,12 +275,12 @@ def adamw_update(
     gradient: mx.array,
     first: mx.array,
     second: mx.array,
+    rule: AdamWRule,
     *,
     count: mx.array,
-    lr: mx.array,
-    betas: tuple[float, float],
+    lr_factor: mx.array,
     epsilon: float,
-    weight_decay: float,
+    ok: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Return a parameter and its first and second moments after an update as in torch.optim.AdamW.
 
@@ -313,49 +289,45 @@ def adamw_update(
         gradient: of the loss.
         first: running mean of the gradient.
         second: running mean of its square.
+        rule: its weight decay is decoupled (arXiv 1711.05101).
         count: number of this update, from 1.
-        lr: learning rate of this update.
-        betas: decay of the two means.
+        lr_factor: of the learning rate.
         epsilon: added to the root of the second moment.
-        weight_decay: decoupled (arXiv 1711.05101); the parameter shrinks by lr × weight_decay.
+        ok: scalar, bool; False changes nothing.
     """
     # Scalars outside the kernel, which would compute powers of beta for each element.
-    step = made_once(lr / (1 - betas[0] ** count))
-    correction = made_once(mx.rsqrt(1 - betas[1] ** count))
-    keep = made_once(1 - lr * weight_decay)
-    return _adamw(parameter, gradient, first, second, step, correction, keep, *map(mx.array, (*betas, epsilon)))
-
-
-@compiled
-def _adamw(
-    parameter: mx.array, gradient: mx.array, first: mx.array, second: mx.array, step: mx.array, correction: mx.array,
-    keep: mx.array, beta1: mx.array, beta2: mx.array, epsilon: mx.array,
-) -> tuple[mx.array, mx.array, mx.array]:  # fmt: skip
-    first = beta1 * first + (1 - beta1) * gradient
-    second = beta2 * second + (1 - beta2) * mx.square(gradient)
+    (beta1, beta2), lr = rule.betas, rule.lr * lr_factor
+    step = made_once(mx.where(ok, lr / (1 - beta1**count), 0.0))
+    correction = made_once(mx.where(ok, mx.rsqrt(1 - beta2**count), 1.0))
+    keep = made_once(mx.where(ok, 1 - lr * rule.weight_decay, 1.0))
+    keep1, add1, keep2, add2 = (
+        made_once(mx.where(ok, *pair)) for pair in ((beta1, 1.0), (1 - beta1, 0.0), (beta2, 1.0), (1 - beta2, 0.0))
+    )
+    gradient = mx.where(made_once(ok), gradient, 0.0)  # NaN × 0 would be NaN
+    first = keep1 * first + add1 * gradient
+    second = keep2 * second + add2 * mx.square(gradient)
     return parameter * keep - step * first / (mx.sqrt(second) * correction + epsilon), first, second
 
 
-def sum_squares(gradients: Flat) -> mx.array:
-    """Return the sum of the squares of all gradients together."""
-    # Axis by axis: a single sum of millions of numbers loses digits on a CPU.
-    return sum((mx.square(gradient).sum(-1).sum() for gradient in gradients.values()), mx.array(0.0))
+@compiled
+def sum_squares(arrays: Flat) -> mx.array:
+    """Return the sum of the squares of all numbers together, in float32."""
+    total = mx.array(0.0)
+    for names in _together(arrays):
+        if len(names) == 1:
+            rows = arrays[names[0]]
+        else:
+            flat = [arrays[name].reshape(-1) for name in names]
+            padding = mx.zeros(-sum(each.size for each in flat) % _ROW, flat[0].dtype)
+            rows = mx.concatenate([*flat, padding]).reshape(-1, _ROW)
+        # Axis by axis: a single sum of millions of numbers loses digits on a CPU.
+        total = total + mx.square(rows.astype(mx.float32)).sum(-1).sum()
+    return total
 
 
 def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
     """Return the factor (1,) that clips gradients of this 2-norm to `max_norm`, as torch does."""
     return made_once(mx.minimum(1.0, max_norm / (norm + 1e-6)))
-
-
-def share_evenly(costs: Mapping[str, float], parts: int) -> list[list[str]]:
-    """Return names in `parts` parts of about equal cost: greedily, the most expensive first."""
-    shares: list[list[str]] = [[] for _ in range(parts)]
-    loads = [0.0] * parts
-    for name in sorted(costs, key=lambda name: -costs[name]):
-        lightest = loads.index(min(loads))
-        shares[lightest].append(name)
-        loads[lightest] += costs[name]
-    return shares
 
 
 def _group_of(name: str, shape: Shape) -> str:
@@ -370,96 +342,53 @@ def _group_of(name: str, shape: Shape) -> str:
 # The schedule
 
 
-def rates_at(iteration: int, num_iterations: int, schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Rates[float]:
+def rates_at(iteration: int, num_iterations: int, schedule: ScheduleConfig, optimizer: OptimizerConfig) -> Rates:
     """Return the rates of one iteration, 0 … num_iterations − 1."""
-    momentum = schedule.momentum
+    momentum = schedule.momentum or MomentumConfig(
+        start=optimizer.momentum_start,
+        end=optimizer.momentum_end,
+        warmup_iterations=optimizer.momentum_warmup_iterations,
+        final=optimizer.momentum_final,
+    )
     return Rates(
-        lr_factor=lr_multiplier(
-            iteration,
-            num_iterations,
-            warmup_frac=schedule.warmup_frac,
-            warmup_iterations=schedule.warmup_iterations,
-            warmdown_frac=schedule.warmdown_frac,
-            final_frac=schedule.final_lr_frac,
-            shape=schedule.shape,
-        ),
-        momentum=muon_momentum(
-            iteration,
-            num_iterations,
-            start=momentum.start if momentum else optimizer.momentum_start,
-            end=momentum.end if momentum else optimizer.momentum_end,
-            warmup_iterations=momentum.warmup_iterations if momentum else optimizer.momentum_warmup_iterations,
-            final=momentum.final if momentum else optimizer.momentum_final,
-            warmdown_frac=schedule.warmdown_frac,
-        ),
-        weight_decay_factor=schedule.weight_decay_frac * cosine_decay(iteration, num_iterations),
+        lr_multiplier(iteration, num_iterations, schedule),
+        muon_momentum(iteration, num_iterations, momentum, schedule.warmdown_frac),
+        # nanochat's get_weight_decay: from 1 to 0 along half a cosine
+        schedule.weight_decay_frac * 0.5 * (1 + math.cos(math.pi * iteration / num_iterations)),
     )
 
 
-def lr_multiplier(
-    iteration: float,
-    num_iterations: int,
-    *,
-    warmup_frac: float,
-    warmdown_frac: float,
-    final_frac: float,
-    warmup_iterations: int | None = None,
-    shape: str = "linear",
-) -> float:
-    """Return the factor of every learning rate: linear warmup, constant, warmdown to `final_frac`; never below 0.
+def lr_multiplier(iteration: float, num_iterations: int, schedule: ScheduleConfig) -> float:
+    """Return the factor of every learning rate: linear warmup, constant, warmdown to final_lr_frac; never below 0.
 
     Counterpart of `get_lr_multiplier` in nanochat's scripts; with warmdown_frac 1 it is chat_sft's 1 − it / N. A cosine
-    warmdown starts after the warmup, so that warmdown_frac 1 is the schedule of GPT-3 (arXiv 2005.14165).
-
-    Args:
-        iteration: 0 … num_iterations − 1.
-        num_iterations: iterations of the whole training.
-        warmup_frac: share of iterations of the warmup, from 1/(their number) to 1.
-        warmdown_frac: share of iterations of the warmdown, at the end.
-        final_frac: factor that the warmdown would reach at iteration `num_iterations`.
-        warmup_iterations: length of the warmup; None: `warmup_frac` of the iterations.
-        shape: of the warmdown: linear, or cosine (half a period).
+    (half a period) starts after the warmup, so that with warmdown_frac 1 it is that of GPT-3 (arXiv 2005.14165).
     """
-    warmup = round(warmup_frac * num_iterations) if warmup_iterations is None else warmup_iterations
-    warmdown = round(warmdown_frac * num_iterations)
+    warmup = schedule.warmup_iterations
+    if warmup is None:
+        warmup = round(schedule.warmup_frac * num_iterations)
+    warmdown = round(schedule.warmdown_frac * num_iterations)
     if iteration < warmup:
         return (iteration + 1) / warmup
-    if shape == "cosine":
+    if schedule.shape == "cosine":
         warmdown = min(warmdown, num_iterations - warmup)
     if iteration <= num_iterations - warmdown:
         return 1.0
     progress = (num_iterations - iteration) / warmdown
-    if shape == "cosine":
+    if schedule.shape == "cosine":
         progress = 0.5 * (1 - math.cos(math.pi * max(0.0, progress)))
-    return max(0.0, progress + (1 - progress) * final_frac)
+    return max(0.0, progress + (1 - progress) * schedule.final_lr_frac)
 
 
-def muon_momentum(
-    iteration: int,
-    num_iterations: int,
-    *,
-    start: float,
-    end: float,
-    warmup_iterations: int,
-    final: float | None,
-    warmdown_frac: float,
-) -> float:
+def muon_momentum(iteration: int, num_iterations: int, momentum: MomentumConfig, warmdown_frac: float) -> float:
     """Return Muon's momentum: linear from `start` to `end`, then during the warmdown to `final` (None: constant).
 
     Counterpart of `get_muon_momentum`: .85 → .95 over 300 iterations in 2025; .85 → .97 over 400, then → .90 in 2026.
     If both overlap, the rise comes first.
     """
-    if iteration < warmup_iterations:
-        frac = iteration / warmup_iterations
-        return (1 - frac) * start + frac * end
+    start, end, final = momentum.start, momentum.end, momentum.final
+    if iteration < momentum.warmup_iterations:
+        return start + (end - start) * iteration / momentum.warmup_iterations
     warmdown = round(warmdown_frac * num_iterations)
     fallen = iteration - (num_iterations - warmdown)
-    if final is None or fallen <= 0:
-        return end
-    frac = fallen / warmdown
-    return (1 - frac) * end + frac * final
-
-
-def cosine_decay(iteration: int, num_iterations: int) -> float:
-    """Return the factor of weight decay, from 1 to 0 along half a cosine (nanochat's `get_weight_decay`)."""
-    return 0.5 * (1 + math.cos(math.pi * iteration / num_iterations))
+    return end if final is None or fallen <= 0 else end + (final - end) * fallen / warmdown

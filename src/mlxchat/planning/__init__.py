@@ -1,1 +1,1 @@
-"""Predictions before a run starts: horizon, text, memory, time. Only `peak` imports MLX."""
+"""Predictions before a run starts: horizon, inputs, memory, time."""

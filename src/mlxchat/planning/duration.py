@@ -1,19 +1,24 @@
-"""Predicted time of trainings: FLOPs divided by the speed of an earlier pretraining."""
+"""Predicted time of pretrainings: FLOPs divided by a speed. Published peaks of devices, for that and for MFU."""
 
 from __future__ import annotations
 
 import math
+import re
+import time
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.schema import Config
 from mlxchat.model.sizes import flops_per_token, sizes_of
 from mlxchat.ops.machine import device_kind
 from mlxchat.planning.horizon import derive_hyperparameters
-from mlxchat.planning.memory import Training, predict_peak
+from mlxchat.planning.memory import Training
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.reasons import Estimate
-from mlxchat.store.manifest import Manifest
 from mlxchat.store.store import Store
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 # Reached by trainings of this project on CPUs; on GPUs an assumption.
 _SHARE_OF_PEAK = 0.4
@@ -22,56 +27,93 @@ _LONG_FLOPS = 1e15
 
 
 def estimate_trainings(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, Estimate]:
-    """Return step → estimate of pending trainings with a known speed.
-
-    These are pretrainings, and after them in the plan midtrain and sft where `num_iterations` is set.
+    """Return step → estimate of pending pretrainings with a known speed; the bytes are those of weights and moments.
 
     The speed is that of the finished pretraining in the store with the nearest FLOPs per token on the same kind of
     device; without one it is `machine.training_flops`. If that is null too, a training that may take a day is
-    estimated by a share of this device's peak, measured on a CPU. The bytes are those of weights and moments.
+    estimated by a share of this device's peak, measured on a CPU.
     """
     found: dict[str, Estimate] = {}
-    plan = list(plan)
-    is_pretrained_here = any(step.stage.name == "pretrain" for step in plan)
     for step in plan:
-        config, name = step.config, step.stage.name
-        later = getattr(config, name) if name in ("midtrain", "sft") and is_pretrained_here else None
-        if step.done or (name != "pretrain" and (later is None or later.num_iterations is None)):
+        if step.done or step.stage.name != "pretrain":
             continue
+        config = step.config
         sizes = sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
         derived, per_token = derive_hyperparameters(config, sizes), flops_per_token(sizes)
-        reached, source = config.machine.training_flops, "machine.training_flops"
-        if made := _find_nearest(store.recent("pretrain"), per_token, device_kind(config.machine.device)):
-            reached, source = _speed(made), made["name"]
-        tokens = derived.batch_tokens * derived.num_iterations
-        if later is not None:
-            tokens = (later.batch.tokens or derived.batch_tokens) * later.num_iterations
-        flops = per_token * tokens
-        if reached is None and flops > _LONG_FLOPS:
-            reached, source = _share_of_peak(config), "this device's peak"
-        if reached is None:
-            continue
-        peak = predict_peak(Training(sizes=sizes, optimizer=config.optimizer, rows=1, row_tokens=1), 1)
-        moments = peak.moments if (later or config.pretrain).save_training_state else 0
-        found[step.name] = Estimate(seconds=flops / reached, bytes=int(peak.weights + moments), artifact=source)
+        flops = per_token * derived.batch_tokens * derived.num_iterations
+        kind = device_kind(config.machine.device)
+        made = [each for each in store.recent("pretrain") if _speed(each) and each["device"]["backend"] == kind]
+        speed, source = config.machine.training_flops, "machine.training_flops"
+        if made:
+            nearest = min(made, key=lambda each: abs(math.log(each["derived"]["flops_per_token"] / per_token)))
+            speed, source = _speed(nearest), nearest["name"]
+        elif speed is None and flops > _LONG_FLOPS:
+            from mlxchat.ops.device import select_device  # imports MLX
+
+            dtype = select_device(config.machine.device, config.machine.compute_dtype)
+            speed, source = _SHARE_OF_PEAK * (peak_flops(dtype) or measure_flops(dtype)), "this device's peak"
+        if speed is not None:
+            held = Training(sizes=sizes, optimizer=config.optimizer, rows=1, row_tokens=1).held_bytes
+            found[step.name] = Estimate(seconds=flops / speed, bytes=held, artifact=source)
     return found
 
 
-def _share_of_peak(config: Config) -> float | None:
-    from mlxchat.ops.device import select_device
-    from mlxchat.planning.peak import peak_flops  # imports MLX
-
-    peak = peak_flops(select_device(config.machine.device, config.machine.compute_dtype))
-    return None if peak is None else _SHARE_OF_PEAK * peak
+def _speed(made: Mapping[str, Any]) -> float:
+    """Return the FLOP/s of a finished pretraining; 0: not in its manifest."""
+    per_token: float = made.get("derived", {}).get("flops_per_token", 0)
+    return per_token * (made.get("tokens_per_second") or 0)
 
 
-def _find_nearest(made: Iterable[Manifest], per_token: float, device: str) -> Manifest | None:
-    known = [each for each in made if _speed(each) and each.get("device", {}).get("backend") == device]
-    return min(known, key=lambda each: abs(math.log(each["derived"]["flops_per_token"] / per_token)), default=None)
+# Dense TFLOP/s of (bfloat16, float32) by words of the device's name, the more specific first.
+# NVIDIA: the architecture white papers (Ampere, Ada, Hopper, Blackwell) and data sheets, which state products with
+# structured sparsity at twice these; float32 is TF32, MLX's default there.
+# Apple: M1 from its announcements. M2: cores × 128 ALUs × 2 × 1.398 GHz with the most cores of each chip (19, 38, 76);
+# the M2's 3.6 is also Apple's own. Their ALUs compute half precision at the rate of float32 (Metal Benchmarks).
+# M3, M4, M5: published clocks contradict each other and Apple states none.
+_PEAKS = {
+    "h200 nvl": (836.0, 418.0),
+    "h200": (989.4, 494.7),
+    "h100 nvl": (835.0, 417.5),
+    "h100 pcie": (756.0, 378.0),
+    "h100": (989.4, 494.7),
+    "a100": (312.0, 156.0),
+    "l40s": (362.0, 183.0),
+    "l4": (121.0, 60.0),
+    "rtx 4090": (165.2, 82.6),
+    "rtx 5090": (209.5, 104.8),
+    "m1 ultra": (21.0, 21.0),
+    "m1 max": (10.4, 10.4),
+    "m1 pro": (5.2, 5.2),
+    "m1": (2.6, 2.6),
+    "m2 ultra": (27.2, 27.2),
+    "m2 max": (13.6, 13.6),
+    "m2 pro": (6.8, 6.8),
+    "m2": (3.6, 3.6),
+}
 
 
-def _speed(made: Mapping[str, object]) -> float | None:
-    """Return the FLOP/s of a finished pretraining; None: not in its manifest."""
-    derived, tokens = made.get("derived"), made.get("tokens_per_second")
-    per_token = derived.get("flops_per_token") if isinstance(derived, Mapping) else None
-    return tokens * per_token if isinstance(tokens, float) and per_token else None
+def peak_flops(dtype: mx.Dtype, device_name: str | None = None) -> float | None:
+    """Return the published dense peak in FLOP/s of a GPU by its name (None: the default device); None: not known."""
+    import mlx.core as mx
+
+    from mlxchat.ops.device import backend
+
+    if device_name is None:
+        device_name = "" if backend() == "cpu" else str(mx.device_info().get("device_name", ""))
+    words = set(re.split(r"[^a-z0-9]+", device_name.lower()))
+    for name, (half, single) in _PEAKS.items():
+        if words.issuperset(name.split()) and dtype in (mx.bfloat16, mx.float32):
+            return 1e12 * (half if dtype == mx.bfloat16 else single)
+    return None
+
+
+def measure_flops(dtype: mx.Dtype, size: int = 1024) -> float:
+    """Return the FLOP/s of the fastest of some products of matrices (size, size)."""
+    import mlx.core as mx
+
+    matrix, seconds = mx.ones((size, size), dtype=dtype), []
+    for _ in range(8):
+        began = time.perf_counter()
+        mx.eval(matrix @ matrix)
+        seconds.append(time.perf_counter() - began)
+    return 2.0 * size**3 / min(seconds)

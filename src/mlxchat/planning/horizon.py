@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from mlxchat.config.schema import Config, FinetuneConfig, PreferenceConfig, PretrainConfig, RLConfig, ScalingConfig
+from mlxchat.config.schema import Config, ConversationConfig, PreferenceConfig, PretrainConfig, RLConfig
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 
 
@@ -48,9 +48,13 @@ def derive_hyperparameters(config: Config, sizes: GPTSizes) -> Hyperparameters:
         tokens = int(per_parameter * parameters) if pretrain.tokens_per_parameter else parameters
         ratio = tokens / (per_parameter * count_horizon_parameters(reference, pretrain.horizon_parameters))
         if batch_tokens is None:
-            batch_tokens = whole_rows(best_batch_tokens(ratio, scaling), pretrain.batch.row_tokens)
+            best = scaling.reference_batch_tokens * ratio**scaling.batch_exponent
+            batch_tokens = whole_rows(int(2 ** round(math.log2(best))), pretrain.batch.row_tokens)
         lr_scale = math.sqrt(batch_tokens / scaling.reference_batch_tokens)
-        weight_decay = scaled_weight_decay(optimizer.weight_decay, batch_tokens, ratio, scaling)
+        # Keeps B / (rate × decay × D) as it is at the reference (arXiv 2405.13698), bounded; nanochat's is not.
+        weight_decay *= lr_scale / ratio
+        if scaling.max_weight_decay is not None:
+            weight_decay = min(weight_decay, max(optimizer.weight_decay, scaling.max_weight_decay))
     assert batch_tokens is not None, "validation has checked that there is a batch or a rule for it"
     return Hyperparameters(
         horizon_parameters=parameters,
@@ -67,30 +71,16 @@ def count_horizon_parameters(sizes: GPTSizes, which: str) -> int:
     return counts["total"] if which == "all" else counts["matrices"] + counts["head"]
 
 
-def best_batch_tokens(ratio: float, scaling: ScalingConfig) -> int:
-    """Return the power of two that is nearest to the best batch of a training `ratio` times the reference's length."""
-    return int(2 ** round(math.log2(scaling.reference_batch_tokens * ratio**scaling.batch_exponent)))
-
-
 def whole_rows(tokens: int, row_tokens: int) -> int:
     """Return the nearest number of tokens, at most `tokens`, that is a positive number of rows."""
     return max(1, tokens // row_tokens) * row_tokens
 
 
 def count_later_iterations(
-    section: FinetuneConfig | RLConfig | PreferenceConfig, per_epoch: int, per_iteration: int
+    section: ConversationConfig | RLConfig | PreferenceConfig, per_epoch: int, per_iteration: int
 ) -> int:
     """Return the iterations of a later stage: as given, or those of its epochs; per_… count rows, questions, pairs."""
     return section.num_iterations or max(1, section.num_epochs * per_epoch // per_iteration)
-
-
-def scaled_weight_decay(weight_decay: float, batch_tokens: int, ratio: float, scaling: ScalingConfig) -> float:
-    """Return the weight decay that keeps B / (rate × decay × D) as it is at the reference, bounded (arXiv 2405.13698).
-
-    With `max_weight_decay` null it is nanochat's, unbounded.
-    """
-    scaled = weight_decay * math.sqrt(batch_tokens / scaling.reference_batch_tokens) / ratio
-    return scaled if scaling.max_weight_decay is None else min(scaled, max(weight_decay, scaling.max_weight_decay))
 
 
 def count_iterations(config: PretrainConfig, sizes: GPTSizes, batch_tokens: int) -> int:

@@ -18,10 +18,6 @@ _BUDGETS_ARE_ONE = 0.1
 """Trainings whose FLOPs differ by less than this share have one budget: iterations are whole numbers."""
 # Two-sided 95 % points of Student's t by degrees of freedom, from 1.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-_COLUMNS = {
-    "matrices": "params_transformer", "embedding": "params_wte", "value_embeddings": "params_value_embeds",
-    "head": "params_lm_head", "scalars": "params_scalars", "total": "params_total",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +54,9 @@ class IsoFlop:
     """Geometric mean of N."""
     best_parameters: float | None
     """N*; None if the parabola has no minimum between the smallest and the largest model."""
-    best_tokens: float | None
-    """D*, along the line of tokens over parameters that the trainings of this budget lie on."""
-    best_bpb: float | None
+    best_tokens: float
+    """D*, along the line of tokens over parameters that the trainings of this budget lie on; NaN without a minimum."""
+    best_bpb: float
 
     def bpb_at(self, parameters: float) -> float:
         """Return the parabola's bits per byte for this number of parameters."""
@@ -101,9 +97,7 @@ class ScalingLaws:
     @property
     def tokens_per_parameter(self) -> list[float]:
         """Return D*/N* of the budgets that have a minimum."""
-        return [
-            one.best_tokens / one.best_parameters for one in self.budgets if one.best_parameters and one.best_tokens
-        ]
+        return [one.best_tokens / one.best_parameters for one in self.budgets if one.best_parameters]
 
 
 def fit_power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
@@ -120,24 +114,23 @@ def fit_power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
         # Beyond the table: within 0.1 % of Student's t.
         student = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.4 / freedom + 2.9 / freedom**2
         half_width = student * math.sqrt(float((rest**2).sum()) / freedom / spread)
-    return PowerLaw(
-        centre=math.exp(x.mean()), at_centre=math.exp(y.mean()), exponent=exponent, half_width=half_width,
-        num_points=len(xs),
-    )  # fmt: skip
+    centre, at_centre = math.exp(x.mean()), math.exp(y.mean())
+    return PowerLaw(centre=centre, at_centre=at_centre, exponent=exponent, half_width=half_width, num_points=len(xs))
 
 
 def fit_scaling_laws(trainings: Sequence[Training]) -> ScalingLaws | None:
     """Return the laws of trainings; None unless at least two budgets have three models of different sizes."""
-    groups = [fit_budget(group) for group in group_by_budget(trainings) if _has_parabola(group)]
-    if len(groups) < 2:
+    groups = group_by_budget(trainings)
+    budgets = [_fit_budget(group) for group in groups if len({one.horizon_parameters for one in group}) >= 3]
+    if len(budgets) < 2:
         return None
-    found = [one for one in groups if one.best_parameters and one.best_tokens and one.best_bpb]
+    found = [one for one in budgets if one.best_parameters]
     flops = [one.flops for one in found]
     return ScalingLaws(
-        budgets=groups,
+        budgets=budgets,
         parameters=fit_power_law(flops, [one.best_parameters or 0.0 for one in found]),
-        tokens=fit_power_law(flops, [one.best_tokens or 0.0 for one in found]),
-        bpb=fit_power_law(flops, [one.best_bpb or 0.0 for one in found]),
+        tokens=fit_power_law(flops, [one.best_tokens for one in found]),
+        bpb=fit_power_law(flops, [one.best_bpb for one in found]),
     )
 
 
@@ -152,30 +145,24 @@ def group_by_budget(trainings: Sequence[Training]) -> list[list[Training]]:
     return [sorted(group, key=lambda one: one.horizon_parameters) for group in groups]
 
 
-def _has_parabola(trainings: Sequence[Training]) -> bool:
-    return len({one.horizon_parameters for one in trainings}) >= 3
-
-
-def fit_budget(trainings: Sequence[Training]) -> IsoFlop:
-    """Return the parabola of the trainings of one budget; at least three sizes."""
-    size = np.log([one.horizon_parameters for one in trainings])
+def _fit_budget(trainings: list[Training]) -> IsoFlop:
+    """Return the parabola of the trainings of one budget, of at least three sizes."""
+    numbers = [one.horizon_parameters for one in trainings]
+    size = np.log(numbers)
     middle = float(size.mean())
     a, b, c = (float(value) for value in np.polyfit(size - middle, [one.bpb for one in trainings], 2))
-    parameters = tokens = bpb = None
     lowest = middle - b / (2 * a) if a > 0 else math.inf
-    if size.min() <= lowest <= size.max():
-        parameters, bpb = math.exp(lowest), c - b * b / (4 * a)
-        law = fit_power_law([one.horizon_parameters for one in trainings], [one.tokens for one in trainings])
-        assert law is not None, "there are three sizes"
-        tokens = law(parameters)
+    has_minimum = size.min() <= lowest <= size.max()
+    law = fit_power_law(numbers, [one.tokens for one in trainings])
+    assert law is not None, "there are three sizes"
     return IsoFlop(
         flops=math.exp(float(np.mean(np.log([one.flops for one in trainings])))),
-        trainings=list(trainings),
+        trainings=trainings,
         coefficients=(a, b, c),
         centre=math.exp(middle),
-        best_parameters=parameters,
-        best_tokens=tokens,
-        best_bpb=bpb,
+        best_parameters=math.exp(lowest) if has_minimum else None,
+        best_tokens=law(math.exp(lowest)) if has_minimum else math.nan,
+        best_bpb=c - b * b / (4 * a) if has_minimum else math.nan,
     )
 
 
@@ -186,7 +173,12 @@ def table_of(trainings: Sequence[Training]) -> list[dict[str, Any]]:
             "flops_budget": f"{group[0].flops:.4g}",
             "depth": one.depth,
             "model_dim": one.width,
-            **{column: one.parameters[kind] for kind, column in _COLUMNS.items()},
+            "params_transformer": one.parameters["matrices"],
+            "params_wte": one.parameters["embedding"],
+            "params_value_embeds": one.parameters["value_embeddings"],
+            "params_lm_head": one.parameters["head"],
+            "params_scalars": one.parameters["scalars"],
+            "params_total": one.parameters["total"],
             "num_iterations": one.num_iterations,
             "tokens_trained": one.tokens,
             "param_data_ratio": round(one.tokens / one.horizon_parameters, 2),

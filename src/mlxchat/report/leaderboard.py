@@ -69,10 +69,8 @@ class Reached:
 def target_of(step: StepReport) -> Target | None:
     """Return the target at which a pretraining was to end; None: it had none."""
     settings = mapping(mapping(step.manifest.get("config")).get("pretrain"))
-    for metric, name in (("val_bpb", "target_bpb"), ("core", "target_core")):
-        if isinstance(value := settings.get(name), int | float):
-            return Target(metric, float(value))
-    return None
+    value = settings.get("target_bpb")
+    return Target("val_bpb", float(value)) if isinstance(value, int | float) else None
 
 
 def reach(run: RunReport, step: StepReport, target: Target, evals: Iterable[StepReport]) -> Reached | None:

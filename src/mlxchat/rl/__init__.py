@@ -1,1 +1,1 @@
-"""Reinforcement learning on sampled answers. Read rollouts, rewards, scores, loss in this order."""
+"""Training on judged answers: RL (rollouts, rewards), preferences (pairs); scores and loss are shared."""

@@ -1,32 +1,39 @@
-"""The forecast of RL: its memory, and why it cannot extend another training. Imports no MLX."""
+"""The forecasts of RL and preference training: their memory, and why they cannot run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-from mlxchat.config.schema import Config, OptimizerConfig, RLConfig
-from mlxchat.model.adapter_problems import adapter_remedies, adapter_sizes_of
-from mlxchat.model.sizes import GPTSizes
+from mlxchat.config.schema import Config, OptimizerConfig, PreferenceConfig, RLConfig
+from mlxchat.model.sizes import GPTSizes, adapter_remedies, adapter_sizes_of
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import count_later_iterations
-from mlxchat.planning.memory import Training
+from mlxchat.planning.memory import Decoding, Training
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.tasks import task_class
 from mlxchat.training.extension import find_extension_problems
 
-# What weights, moments or the position in the data depend on.
-_SAME = (
-    "seed", "optimizer.kind", "optimizer.variant", "rl.task", "rl.adapter", "rl.questions_per_iteration",
-    "rl.minibatches_per_rollout", "rl.passes_per_rollout", "rl.resample_rounds",
-)  # fmt: skip
+# What weights, moments or the position in the data depend on; where the model answers questions, its answers too.
+_SAME_RL = (
+    "task",
+    "adapter",
+    "questions_per_iteration",
+    "minibatches_per_rollout",
+    "passes_per_rollout",
+    "resample_rounds",
+)
+_SAME_PAIRS = ("data", "adapter", "pairs_per_iteration", "row_tokens")
+_SAME_SAMPLES = ("samples_per_question", "pairs_per_question", "max_new_tokens", "temperature", "top_k")
 
 
 def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
-    """Return what the memory of RL depends on.
+    """Return what the memory of a stage depends on.
 
-    Rows are as long as the tasks' bounds of prompts allow, or as the context; the stage measures the longest prompt.
+    RL's rows are as long as the tasks' bounds of prompts allow, or as the context; the stage measures the longest
+    prompt.
     """
+    if stage == "preference":
+        return describe_pairs(config.preference, config.optimizer, sizes)
     limits = [task_class(item.task).prompt_tokens for item in (config.rl.task, config.rl.evaluation)]
     known = [limit for limit in limits if limit is not None]
     row_tokens = sizes.context_tokens
@@ -37,12 +44,28 @@ def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
 
 
 def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: GPTSizes | None) -> Iterator[str]:
-    """Yield why a step cannot extend the finished training that it names."""
-
-    def count_wanted(derived: Mapping[str, Any]) -> int:
-        return count_later_iterations(config.rl, derived["num_questions"], config.rl.questions_per_iteration)
-
-    yield from find_extension_problems(step, plan, same=_SAME, count_wanted=count_wanted)
+    """Yield why a step cannot train on rows of this length, or extend the finished training that it names."""
+    same: tuple[str, ...]
+    if step.stage.name == "rl":
+        per_iteration, count = config.rl.questions_per_iteration, "num_questions"
+        same = _SAME_RL
+    else:
+        per_iteration, count = config.preference.pairs_per_iteration, "num_pairs"
+        is_sampled = not task_class(config.preference.data.task).is_paired
+        same = _SAME_PAIRS + (_SAME_SAMPLES if is_sampled else ())
+        rows = config.preference.row_tokens
+        if sizes is not None and rows > sizes.context_tokens:
+            yield (
+                f"preference.row_tokens={rows} is longer than the context of the model that {step.name} starts from: "
+                f"{sizes.context_tokens}. Give preference.row_tokens={sizes.context_tokens}"
+            )
+    section = getattr(config, step.stage.name)
+    yield from find_extension_problems(
+        step,
+        plan,
+        same=("seed", "optimizer.kind", "optimizer.variant", *(f"{step.stage.name}.{name}" for name in same)),
+        count_wanted=lambda derived: count_later_iterations(section, derived[count], per_iteration),
+    )
 
 
 def longest_answer(config: RLConfig) -> int:
@@ -55,9 +78,29 @@ def describe(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, row_
     adapters = adapter_sizes_of("rl.adapter", config.adapter, sizes)
     rows = config.questions_per_iteration * config.samples_per_question
     return Training(
-        sizes=sizes, optimizer=optimizer, rows=rows, row_tokens=row_tokens, adapters=adapters,
+        sizes=sizes,
+        optimizer=optimizer,
+        rows=rows,
+        row_tokens=row_tokens,
+        adapters=adapters,
         further_weights=(config.kl_coefficient > 0) + (config.keep == "best"),
-        sampled_rows=min(rows, DECODED_ROWS), sampled_tokens=row_tokens,
-        sampled_bits=config.rollout_bits,
+        sampling=Decoding(sizes=sizes, row_tokens=row_tokens, bits=config.rollout_bits),
+        sampled_rows=min(rows, DECODED_ROWS),
         remedies=(*adapter_remedies("rl", adapters), "a smaller rl.max_new_tokens"),
-    )  # fmt: skip
+    )
+
+
+def describe_pairs(config: PreferenceConfig, optimizer: OptimizerConfig, sizes: GPTSizes) -> Training:
+    """Return what the memory of preference training depends on, whatever pairs are found."""
+    adapters = adapter_sizes_of("preference.adapter", config.adapter, sizes)
+    sampled_tokens = sizes.context_tokens + config.max_new_tokens
+    is_sampled = not all(task_class(item.task).is_paired for item in (config.data, config.validation))
+    return Training(
+        sizes=sizes,
+        optimizer=optimizer,
+        rows=2 * config.pairs_per_iteration,
+        row_tokens=config.row_tokens,
+        adapters=adapters,
+        sampling=Decoding(sizes=sizes, row_tokens=sampled_tokens) if is_sampled else None,
+        remedies=(*adapter_remedies("preference", adapters), "a smaller preference.row_tokens"),
+    )

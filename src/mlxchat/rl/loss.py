@@ -1,8 +1,8 @@
-"""From rewards to the gradient: advantages, importance weights, and the losses of the GRPO family as token weights.
+"""From rewards or preferences to the gradient: the GRPO family, DPO and ORPO as weights of tokens.
 
-Each loss here depends on the model only through the log-probabilities of the sampled tokens. So its gradient is
+Each loss here depends on the model only through the log-probabilities of the answers' tokens. So its gradient is
 Σ (∂ loss / ∂ log p) × ∇ log p, which is what `TrainStep` computes for rows with weights −∂ loss / ∂ log p. Pretraining,
-fine-tuning and every RL loss therefore share one compiled step. Arrays are (B, T): rows by targets.
+fine-tuning and every loss here therefore share one compiled step. Arrays are (B, T): rows by targets.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.config.schema import RLConfig
+from mlxchat.config.schema import PreferenceConfig, RLConfig
 from mlxchat.errors import StepFailed
 from mlxchat.evals.quantised import MOST_CHANGE
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 _EPSILON = 1e-4  # added to the standard deviation, as in TRL
+_LARGEST_MEAN = -1e-6  # the odds of an answer of probability 1 are infinite
 
 
 def advantages_of(rewards: Floats, kind: str) -> Floats:
@@ -61,7 +62,8 @@ def policy_loss(
     Args:
         mask: 1 where a token was sampled and is trained, else 0.
         advantages: (B,).
-        config: ratio, clip_low, clip_high, loss_divisor, kl_coefficient, max_new_tokens.
+        config: ratio, clip_low, clip_high, loss_divisor, answers_per_pass, kl_coefficient, max_new_tokens,
+            samples_per_question.
         log_probs: of the sampled tokens under the policy that is trained; None: `old_log_probs`, so every ratio is 1.
         old_log_probs: under the policy when it sampled them; given with `log_probs`.
         ref_log_probs: under the frozen reference; None: no KL term.
@@ -93,13 +95,20 @@ def policy_loss(
 
 def _divisors(mask: Floats, config: RLConfig) -> Floats:
     """Return the divisor of each row's sum over tokens (B,)."""
-    rows = len(mask)
-    if config.loss_divisor == "answers":
-        lengths: Floats = rows * np.maximum(1.0, mask.sum(axis=1))
-        return lengths
-    if config.loss_divisor == "longest":
-        return np.full(rows, float(rows * config.max_new_tokens))
-    return np.full(rows, max(1.0, mask.sum()))
+    lengths = mask.sum(axis=1)
+    if config.loss_divisor == "passes":
+        question, answer = np.divmod(np.arange(len(mask)), config.samples_per_question)
+        passes_per_question = -(-config.samples_per_question // config.answers_per_pass)
+        number = question * passes_per_question + answer // config.answers_per_pass  # of each row's pass
+        tokens = np.bincount(number, weights=lengths)
+        divisors: Floats = len(tokens) * np.maximum(1.0, tokens[number])
+    elif config.loss_divisor == "answers":
+        divisors = len(mask) * np.maximum(1.0, lengths)
+    elif config.loss_divisor == "longest":
+        divisors = np.full(len(mask), float(len(mask) * config.max_new_tokens))
+    else:
+        divisors = np.full(len(mask), max(1.0, mask.sum()))
+    return divisors
 
 
 def _ratios(log_ratio: Floats, mask: Floats, advantages: Floats, config: RLConfig) -> tuple[Floats, Floats]:
@@ -147,11 +156,7 @@ def importance_weights(
 
 
 def check_rollout_drift(rollout_kl: float, config: RLConfig, iteration: int) -> None:
-    """Stop RL when the rounded model no longer resembles the policy.
-
-    Raises:
-        StepFailed: `rollout_kl` is not finite or above the bound.
-    """
+    """Raise StepFailed if the rounded model no longer resembles the policy."""
     if math.isfinite(rollout_kl) and rollout_kl <= MOST_CHANGE:
         return
     instead = "rl.rollout_bits=8 or rl.rollout_bits=null" if config.rollout_bits == 4 else "rl.rollout_bits=null"
@@ -159,3 +164,72 @@ def check_rollout_drift(rollout_kl: float, config: RLConfig, iteration: int) -> 
         f"iteration {iteration} of RL: {config.rollout_bits}-bit rollouts drifted from the policy "
         f"(KL {rollout_kl:.2f} nats per token, accepted: at most {MOST_CHANGE:.2f}). Restart with {instead}"
     )
+
+
+# Preferences: both losses depend on the sums s of the answers' log-probabilities, so all tokens of an answer have the
+# weight −∂ loss / ∂ s, and micro-batches may separate the two answers of a pair. Arrays are (P, 2): pairs by chosen,
+# rejected.
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLoss:
+    """A loss, its derivatives, and the model's preferences."""
+
+    values: Floats
+    """(P,): the loss of each pair; that of a batch is their mean."""
+    weights: Floats
+    """(P, 2): −∂ mean of values / ∂ sum of an answer's log-probabilities."""
+    margins: Floats
+    """(P,): above 0 where the chosen answer is preferred. DPO: β × (log-ratio to the reference of chosen − of
+    rejected); ORPO: the log odds ratio."""
+
+
+def pair_loss(sums: Floats, lengths: Floats, reference: Floats | None, config: PreferenceConfig) -> PairLoss:
+    """Return the loss of each pair with its derivatives.
+
+    Args:
+        sums: (P, 2): Σ log p over an answer's tokens, in nats.
+        lengths: (P, 2): numbers of these tokens.
+        reference: `sums` under the model that training starts from; only DPO needs it.
+        config: loss, beta, label_smoothing, odds_weight.
+    """
+    if config.loss == "orpo":
+        return _orpo(sums, lengths, config.odds_weight)
+    assert reference is not None, "DPO compares with the reference"
+    return _dpo(sums - reference, config.beta, config.label_smoothing)
+
+
+def _dpo(log_ratios: Floats, beta: float, smoothing: float) -> PairLoss:
+    """Return −(1 − ε) log σ(m) − ε log σ(−m) with m = β × (log-ratio of chosen − of rejected).
+
+    Rafailov et al. 2023, arXiv 2305.18290, eq. 7; with ε (the assumed share of wrong labels) cDPO, Mitchell 2023.
+    """
+    margins = beta * (log_ratios[:, 0] - log_ratios[:, 1])
+    slopes = beta * ((1 - smoothing) * _sigmoid(-margins) - smoothing * _sigmoid(margins)) / len(margins)
+    return PairLoss(
+        values=(1 - smoothing) * np.logaddexp(0, -margins) + smoothing * np.logaddexp(0, margins),
+        weights=np.stack([slopes, -slopes], axis=1),
+        margins=margins,
+    )
+
+
+def _orpo(sums: Floats, lengths: Floats, odds_weight: float) -> PairLoss:
+    """Return −log p(chosen) − λ log σ(log odds ratio), where p is the geometric mean of an answer's probabilities.
+
+    Hong et al. 2024, arXiv 2403.07691, eq. 6; d log odds / d log p = 1 / (1 − p).
+    """
+    means = np.minimum(sums / lengths, _LARGEST_MEAN)
+    others = -np.expm1(means)  # 1 − p
+    log_odds = means - np.log(others)
+    margins = log_odds[:, 0] - log_odds[:, 1]
+    slopes = odds_weight * _sigmoid(-margins)[:, None] / others * np.array([1.0, -1.0]) + np.array([1.0, 0.0])
+    return PairLoss(
+        values=-means[:, 0] + odds_weight * np.logaddexp(0, -margins),
+        weights=slopes / lengths / len(margins),
+        margins=margins,
+    )
+
+
+def _sigmoid(values: Floats) -> Floats:
+    found: Floats = np.exp(-np.logaddexp(0, -values))
+    return found

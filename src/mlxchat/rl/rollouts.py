@@ -1,6 +1,6 @@
 """RL from the task's questions to a weighted batch, and pass@k on held-out questions.
 
-Counterpart of nanochat's chat_rl.py, whose recipe is the default: on-policy REINFORCE with the group's mean reward as
+Counterpart of nanochat's chat_rl.py: on-policy REINFORCE with the group's mean reward as
 baseline. `Rollouts.next_batch` follows an iteration: sample a group of completions per question, reward each
 (rewards.py), compare the rewards within a group (advantages, loss.py), compute log-probabilities where the loss needs
 them (scores.py), derive one weight per sampled token from the loss (loss.py). `TrainStep` then minimises
@@ -9,7 +9,7 @@ them (scores.py), derive one weight per sampled token from the loss (loss.py). `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +20,18 @@ from mlxchat.data.conversation import render_conversation, render_for_completion
 from mlxchat.data.packing import IGNORED, Ints, Row
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
+from mlxchat.ops.device import round_tokens
+from mlxchat.ops.machine import round_up
 from mlxchat.optim.optimizer import Flat
 from mlxchat.rl.loss import Floats, advantages_of, check_rollout_drift, importance_weights, policy_loss
 from mlxchat.rl.rewards import Reward
-from mlxchat.rl.scores import ROWS_STEP, PolicyScores, round_up
+from mlxchat.rl.scores import ROWS_STEP, PolicyScores
 from mlxchat.tasks.answers import Conversation, answer_text
 from mlxchat.tasks.base import Task
-from mlxchat.training.batches import Batch
+from mlxchat.training.batches import Batch, BatchSource
 
 Log = Callable[[dict[str, Any]], None]
 
-_WIDTH_STEP = 32  # of batches, as ROWS_STEP is of rows
 _EVALUATED_ROWS = 128
 _CHECKED_CONVERSATIONS = 64
 
@@ -57,7 +58,8 @@ class Group:
 class Rollout:
     """Completions as rows, group by group. Target t of a row is `ids[t + 1]`; arrays (B, T) belong to targets."""
 
-    questions: list[int]
+    questions: Ints
+    """(groups,)."""
     ids: Ints
     """(B, T + 1): prompt, completion, padding."""
     lengths: Ints
@@ -76,34 +78,27 @@ class Rollout:
     """(B, T): those under the frozen reference."""
 
     @classmethod
-    def of_completions(
-        cls,
-        questions: list[int],
-        prompts: Sequence[list[int]],
-        completions: Sequence[Completion],
-        advantages: Floats,
-        *,
-        padding: int,
-    ) -> Rollout:
-        """Place each completion behind its prompt; `padding` is a token id."""
-        lengths = np.array([len(prompt) + len(row.ids) for prompt, row in zip(prompts, completions, strict=True)])
-        shape = (len(prompts), round_up(lengths.max(), _WIDTH_STEP))
+    def of_groups(cls, groups: list[Group], advantages: Floats, *, padding: int) -> Rollout:
+        """Place each completion behind its prompt; `padding` is a token id, advantages are (groups, samples)."""
+        answers = [(group.prompt, completion) for group in groups for completion in group.completions]
+        lengths = np.array([len(prompt) + len(completion.ids) for prompt, completion in answers], dtype=np.int32)
+        shape = (len(answers), round_tokens(lengths.max()))
         ids = np.full((shape[0], shape[1] + 1), padding, dtype=np.int32)
         mask, log_probs = np.zeros(shape), np.zeros(shape)
-        for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        for row, (prompt, completion) in enumerate(answers):
             ids[row, : lengths[row]] = [*prompt, *completion.ids]
             targets = slice(len(prompt) - 1, lengths[row] - 1)
             mask[row, targets] = completion.mask
             if completion.log_probabilities:
                 log_probs[row, targets] = completion.log_probabilities
         return cls(
-            questions=questions,
+            questions=np.array([group.question for group in groups]),
             ids=ids,
-            lengths=lengths.astype(np.int32),
+            lengths=lengths,
             mask=mask,
-            finished=np.array([completion.finished for completion in completions], dtype=np.int32),
-            advantages=advantages,
-            rollout_log_probs=log_probs if any(row.log_probabilities for row in completions) else None,
+            finished=np.array([completion.finished for _, completion in answers], dtype=np.int32),
+            advantages=advantages.reshape(-1),
+            rollout_log_probs=log_probs if any(completion.log_probabilities for _, completion in answers) else None,
         )
 
     @property
@@ -113,44 +108,39 @@ class Rollout:
 
     def minibatch(self, index: int, count: int) -> Rollout:
         """Return the `index`-th of `count` parts with equally many groups, as narrow as its own rows allow."""
-        size, height = len(self.questions) // count, len(self.ids) // count
-        rows = slice(index * height, (index + 1) * height)
-        width = round_up(self.lengths[rows].max(), _WIDTH_STEP)
-        arrays = {name: value[rows] for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        narrow = {name: value[:, :width] for name, value in arrays.items() if value.ndim == 2}
-        questions = self.questions[index * size : (index + 1) * size]
-        return Rollout(questions=questions, **arrays | narrow | {"ids": arrays["ids"][:, : width + 1]})
+        part = {name: np.split(value, count)[index] for name, value in vars(self).items() if value is not None}
+        width = round_tokens(part["lengths"].max())
+        narrow = {name: value[:, :width] for name, value in part.items() if value.ndim == 2}
+        return Rollout(**part | narrow | {"ids": part["ids"][:, : width + 1]})
 
     def batch(self, weights: Floats, *, padding: int) -> Batch:
         """Return a batch whose loss is Σ weight × cross-entropy; rows without any weight are left out."""
         useful = np.flatnonzero(weights.any(axis=1))
-        width = round_up(self.lengths[useful].max(initial=1), _WIDTH_STEP)
+        width = round_tokens(self.lengths[useful].max(initial=1))
         height = round_up(max(1, len(useful)), ROWS_STEP)
         ids = np.full((height, width + 1), padding, dtype=np.int32)
         placed = np.zeros((height, width), dtype=np.float32)
-        ids[: len(useful)], placed[: len(useful)] = self.ids[useful, : width + 1], weights[useful, :width]
+        ids[: len(useful)] = self.ids[useful, : width + 1]
+        placed[: len(useful)] = weights[useful, :width]
         targets = np.where(placed != 0, ids[:, 1:], IGNORED).astype(np.int32)
         return Batch(ids[:, :-1], targets, placed)
 
     def state(self) -> dict[str, Any]:
-        """Return all fields as JSON data, from which `of_state` restores the same bits."""
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
+        """Return all arrays as JSON data, from which `of_state` restores the same bits."""
+        return {name: value.tolist() for name, value in vars(self).items() if value is not None}
 
     @classmethod
     def of_state(cls, state: dict[str, Any]) -> Rollout:
         """Return the rollout whose `state` this is."""
-        integers = {name: np.array(state[name], dtype=np.int32) for name in ("ids", "lengths", "finished")}
-        floats = {
-            name: None if value is None else np.array(value, dtype=np.float64)
-            for name, value in state.items()
-            if name != "questions" and name not in integers
-        }
-        arrays: dict[str, Any] = {**integers, **floats}
-        return cls(questions=state["questions"], **arrays)
+        return cls(**{name: np.array(value) for name, value in state.items()})
 
 
-class Rollouts:
-    """A source of batches for `fit` that samples its own data. Its position is the number of updates."""
+class Rollouts(BatchSource):
+    """A source of batches for `fit` that samples its own data. Its position is the number of updates.
+
+    The next rows are sampled with the weights after this update, so none are prepared. Sampling counts as work, not as
+    waiting for data.
+    """
 
     def __init__(
         self,
@@ -164,7 +154,7 @@ class Rollouts:
         keep: Log = lambda record: None,
         reference: Flat | None = None,
     ) -> None:
-        """Shuffle the questions and try out the reward functions.
+        """Shuffle the questions.
 
         Args:
             engine: samples from the model that is trained, or from its quantised weights.
@@ -175,22 +165,16 @@ class Rollouts:
             scores: log-probabilities under the model that is trained.
             keep: gets the completions of `rollouts_kept` questions per iteration, one record each.
             reference: weights of the frozen reference; None: no KL term.
-
-        Raises:
-            ConfigError: a reward function cannot be imported.
-            StepFailed: a reward function fails on the first question's expected answer.
         """
         self.engine, self._task, self._config, self._seed = engine, task, config, seed
         self._log, self._keep, self._scores, self._reference = log, keep, scores, reference
         self._reward = Reward(task, config.rewards)
-        self._reward.try_out(task[0])
         self._order = np.random.default_rng(seed).permutation(len(task))
         self._rollout: Rollout | None = None
         self._partway = False  # whether further updates train on the rollout
         self._questions: list[int] = []
         self._num_asked = 0
         self.mean_reward = 0.0
-        self.waited_seconds = 0.0  # sampling counts as work, not as waiting for data
 
     def next_batch(self, iteration: int) -> Batch:
         """Return the rows of an update; the first update of a rollout samples it."""
@@ -200,7 +184,7 @@ class Rollouts:
             self._rollout = self._sample(number, iteration + 1)
         assert self._rollout is not None, "restored, or sampled by an earlier update"
         part = self._rollout.minibatch(update % config.minibatches_per_rollout, config.minibatches_per_rollout)
-        self._questions = part.questions
+        self._questions = part.questions.tolist()
         self._partway = update + 1 < updates_per_rollout(config)
         log_probs = part.old_log_probs if update == 0 else self._score(part)[0]
         importance = None
@@ -244,21 +228,14 @@ class Rollouts:
         first = self._num_asked if config.resample_rounds else number * config.questions_per_iteration
         groups, asked = self._sample_groups(first, draw_seed(self._seed, number))
         advantages = advantages_of(np.array([group.rewards for group in groups]), config.advantages)
-        rollout = Rollout.of_completions(
-            [group.question for group in groups],
-            [group.prompt for group in groups for _ in group.completions],
-            [completion for group in groups for completion in group.completions],
-            advantages.reshape(-1),
-            padding=self.engine.tokenizer.assistant_end,
-        )
+        rollout = Rollout.of_groups(groups, advantages, padding=self.engine.tokenizer.assistant_end)
         numbers = self._numbers(groups, asked)
         measure = config.entropy_every is not None and number % config.entropy_every == 0
         if measure or needs_log_probs(config):
             numbers |= self._add_log_probs(rollout, iteration)
         self._log({"iteration": iteration, **numbers})
         for group, own in list(zip(groups, advantages, strict=True))[: config.rollouts_kept]:
-            for record in self._records(group, own):
-                self._keep({"iteration": iteration, **record})
+            self._keep_group(iteration, group, own)
         # Last, because a failure above must leave the position as it was: the training is saved then.
         self.mean_reward, self._num_asked = numbers["reward"], first + len(asked)
         return rollout
@@ -269,10 +246,9 @@ class Rollouts:
         The questions after place `first` of the order replace those whose group has no signal, in `resample_rounds`
         rounds at most (DAPO's dynamic sampling).
         """
-        config = self._config
-        groups = self._sample_questions(first, config.questions_per_iteration, seed)
+        groups = self._sample_questions(first, self._config.questions_per_iteration, seed)
         asked = list(groups)
-        for attempt in range(1, config.resample_rounds + 1):
+        for attempt in range(1, self._config.resample_rounds + 1):
             places = [place for place, group in enumerate(groups) if not group.has_signal]
             if not places:
                 break
@@ -288,12 +264,14 @@ class Rollouts:
         questions = [int(self._order[(first + place) % len(self._order)]) for place in range(count)]
         conversations = [self._task[question] for question in questions]
         prompts = [render_question(tokenizer, conversation, config) for conversation in conversations]
-        sampled = sample(self.engine, prompts, config, samples=config.samples_per_question, seed=seed,
-                         log_probabilities=config.rollout_bits is not None)  # fmt: skip
+        with_log_probs = config.rollout_bits is not None
+        sampled = sample(
+            self.engine, prompts, config, config.samples_per_question, seed=seed, log_probabilities=with_log_probs
+        )
         groups = []
         for question, conversation, prompt, completions in zip(questions, conversations, prompts, sampled, strict=True):
             judged = [self._reward(conversation, row.text(tokenizer), sum(row.mask)) for row in completions]
-            rewards, parts = [reward for reward, _ in judged], [values for _, values in judged]
+            rewards, parts = (list(each) for each in zip(*judged, strict=True))
             groups.append(
                 Group(question=question, prompt=prompt, completions=completions, rewards=rewards, parts=parts)
             )
@@ -319,38 +297,40 @@ class Rollouts:
     def _numbers(self, groups: list[Group], asked: list[Group]) -> dict[str, float]:
         """Return means over all completions that were sampled, for the log."""
         completions = [completion for group in asked for completion in group.completions]
-        numbers = {
-            "reward": float(np.mean([reward for group in asked for reward in group.rewards])),
-            "completion_tokens": float(np.mean([len(completion.ids) for completion in completions])),
-            "finished": float(np.mean([completion.finished for completion in completions])),
-            "teaching_frac": float(np.mean([group.has_signal for group in asked])),
+        values: dict[str, list[float]] = {
+            "reward": [reward for group in asked for reward in group.rewards],
+            "completion_tokens": [len(completion.ids) for completion in completions],
+            "finished": [completion.finished for completion in completions],
+            "teaching_frac": [group.has_signal for group in asked],
         }
         if self._config.resample_rounds:
-            numbers["questions_asked"] = len(asked)
-            numbers["filled_frac"] = float(np.mean([group.has_signal for group in groups]))
+            values["filled_frac"] = [group.has_signal for group in groups]
         for name in self._config.rewards:
-            numbers[f"reward_{name}"] = float(np.mean([parts[name] for group in asked for parts in group.parts]))
-        failures = self._reward.pop_failures()
-        return numbers | {f"reward_{name}_failures": count for name, count in failures.items() if count}
+            values[f"reward_{name}"] = [parts[name] for group in asked for parts in group.parts]
+        numbers = {name: float(np.mean(each)) for name, each in values.items()}
+        return numbers | ({"questions_asked": len(asked)} if self._config.resample_rounds else {})
 
-    def _records(self, group: Group, advantages: Floats) -> Iterator[dict[str, Any]]:
-        """Yield a record of each completion for rollouts.jsonl."""
+    def _keep_group(self, iteration: int, group: Group, advantages: Floats) -> None:
+        """Keep a record of each completion for rollouts.jsonl."""
         tokenizer, conversation = self.engine.tokenizer, self._task[group.question]
         for index, completion in enumerate(group.completions):
             text = completion.text(tokenizer)
-            yield {
-                "question": group.question,
-                "sample": index,
-                "prompt": tokenizer.decode(group.prompt),
-                "output": text,
-                "expected": answer_text(conversation),
-                "reward": group.rewards[index],
-                "parts": group.parts[index],
-                "right": self._task.evaluate(conversation, text),
-                "advantage": float(advantages[index]),
-                "tokens": len(completion.ids),
-                "finished": completion.finished,
-            }
+            self._keep(
+                {
+                    "iteration": iteration,
+                    "question": group.question,
+                    "sample": index,
+                    "prompt": tokenizer.decode(group.prompt),
+                    "output": text,
+                    "expected": answer_text(conversation),
+                    "reward": group.rewards[index],
+                    "parts": group.parts[index],
+                    "right": self._task.evaluate(conversation, text),
+                    "advantage": float(advantages[index]),
+                    "tokens": len(completion.ids),
+                    "finished": completion.finished,
+                }
+            )
 
 
 def updates_per_rollout(config: RLConfig) -> int:
@@ -364,18 +344,11 @@ def needs_log_probs(config: RLConfig) -> bool:
 
 
 def sample(
-    engine: Engine, prompts: list[list[int]], config: RLConfig | PreferenceConfig, *, samples: int, seed: int,
-    log_probabilities: bool = False, max_new_tokens: int | None = None,
-) -> list[list[Completion]]:  # fmt: skip
-    """Return `samples` completions per prompt, sampled as configured; `max_new_tokens` replaces the configured one."""
-    found = engine.complete(
-        [prompt for prompt in prompts for _ in range(samples)],
-        max_new_tokens=max_new_tokens or config.max_new_tokens,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        seed=seed,
-        log_probabilities=log_probabilities,
-    )
+    engine: Engine, prompts: list[list[int]], config: RLConfig | PreferenceConfig, samples: int, **options: Any
+) -> list[list[Completion]]:
+    """Return `samples` completions per prompt, sampled as configured; for the options see `Engine.complete`."""
+    drawn = {"max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k}
+    found = engine.complete([prompt for prompt in prompts for _ in range(samples)], **drawn | options)
     return [found[start : start + samples] for start in range(0, len(found), samples)]
 
 
@@ -386,19 +359,18 @@ def pass_at_k(engine: Engine, task: Task, config: RLConfig, *, seed: int) -> dic
     samples, less noisy than pass_at_1.
     """
     samples, tokenizer = config.eval_samples, engine.tokenizer
-    solved = np.zeros((len(task), samples), dtype=bool)
+    most = config.eval_max_new_tokens or config.max_new_tokens
+    solved: list[list[bool]] = []
     per_pass = max(1, _EVALUATED_ROWS // samples)
     for start in range(0, len(task), per_pass):
         conversations = [task[index] for index in range(start, min(start + per_pass, len(task)))]
         prompts = [render_question(tokenizer, conversation, config) for conversation in conversations]
-        groups = sample(
-            engine, prompts, config, samples=samples, seed=draw_seed(seed, start),
-            max_new_tokens=config.eval_max_new_tokens,
-        )  # fmt: skip
-        for place, (conversation, completions) in enumerate(zip(conversations, groups, strict=True)):
-            solved[start + place] = [task.evaluate(conversation, row.text(tokenizer)) for row in completions]
-    each = {f"pass_at_{k}": solved[:, :k].any(axis=1) for k in range(1, samples + 1)}
-    each["held_out_reward"] = solved.mean(axis=1)
+        groups = sample(engine, prompts, config, samples, seed=draw_seed(seed, start), max_new_tokens=most)
+        for conversation, completions in zip(conversations, groups, strict=True):
+            solved.append([task.evaluate(conversation, row.text(tokenizer)) for row in completions])
+    verdicts = np.array(solved)
+    each = {f"pass_at_{k}": verdicts[:, :k].any(axis=1) for k in range(1, samples + 1)}
+    each["held_out_reward"] = verdicts.mean(axis=1)
     means = {name: float(values.mean()) for name, values in each.items()}
     return means | {f"{name}_stderr": float(values.std() / np.sqrt(len(task))) for name, values in each.items()}
 
@@ -418,14 +390,10 @@ def longest_prompt(tokenizer: Tokenizer, config: RLConfig, *tasks: Task) -> int:
 
 def conversation_rows(tokenizer: Tokenizer, task: Task) -> list[Row]:
     """Return rows of whole conversations with the assistant's tokens as targets, to check quantised weights on."""
-    rendered = [render_conversation(tokenizer, task[index]) for index in range(min(len(task), _CHECKED_CONVERSATIONS))]
-    width = max(len(ids) for ids, _ in rendered)
     rows = []
-    for ids, mask in rendered:
-        padded = np.full(width, tokenizer.assistant_end, dtype=np.int32)
-        targets = np.full(width, IGNORED, dtype=np.int32)
-        padded[: len(ids)], targets[: len(ids)] = ids, np.where(mask, ids, IGNORED)
-        rows.append((padded[:-1], targets[1:]))
+    for index in range(min(len(task), _CHECKED_CONVERSATIONS)):
+        ids, mask = (np.array(each, np.int32) for each in render_conversation(tokenizer, task[index]))
+        rows.append((ids[:-1], np.where(mask[1:], ids[1:], IGNORED)))
     return rows
 
 

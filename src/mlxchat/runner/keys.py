@@ -136,7 +136,7 @@ def pin_externals(
             if place in unread:
                 continue
             if kind is None:
-                if is_identity(value, field):  # settings that change no result have no pins
+                if is_identity(field):  # settings that change no result have no pins
                     visit(place, item)
                 continue
             if kind == "section":

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
+from mlxchat.distributed.ranks import begin_step
 from mlxchat.errors import Interrupted, MlxchatError, PassingError, StepFailed, StoreError
 from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.keys import check_pins
@@ -41,7 +42,7 @@ from mlxchat.store.store import SAVED, Store
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import ExecutorConfig
-    from mlxchat.distributed.ranks import Ranks
+    from mlxchat.distributed.team import Team
 
 
 def ignore(step: str, record: Record) -> None:
@@ -98,7 +99,7 @@ class Run:
     """Returns whether stages that declare `gpu` use one; may be slow, since it may load MLX."""
     becomes_latest: bool = True
     """Whether it becomes the latest run (store/naming.py) once it has finished a model."""
-    ranks: Ranks | None = None
+    team: Team | None = None
     """The ranks that compute steps that declare `gpu` together; None: this process alone."""
     stop_signal: int | None = field(default=None, init=False)
     """The signal that requested the run to stop, if any."""
@@ -293,6 +294,8 @@ class _Making:
         limit = TimeLimit(run.policy.timeouts.get(step.name))
         ctx = self._context(out, lambda: run.stop_signal or (signal.SIGTERM if limit.passed else None))
         self._name_intermediate()
+        if "gpu" in step.stage.resources and (cause := attempt_log.explain_killed(self.work)):
+            run.say(f"{step.name:<10} the last attempt ended without a record: {cause}")
         attempt = attempt_log.start(self.work, run.name, step.name)
         run.event("step_started", step=step.name, key=step.key, reason=step.reason)
         crash_point("step.started")
@@ -336,14 +339,16 @@ class _Making:
     def _context(self, out: Path, stop_signal: Callable[[], int | None]) -> Context:
         """Return the stage's context."""
         step, run, work = self.step, self.run, self.work / "ckpt"
-        is_shared = run.ranks is not None and "gpu" in step.stage.resources
+        team = run.team if "gpu" in step.stage.resources else None
+        if team is not None:
+            begin_step(team, step.config.machine)
         ctx = Context(
             step=step.name, stage=step.stage.name, inputs=self.folders, out=out,
             config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]  # it acts as a Config
             work=work, root_seed=run.seed, root_data_seed=run.data_seed,
             hints=run.policy.hints, stop_signal=stop_signal, on_metrics=run.on_metrics,
             publisher=lambda *model: self._publish_intermediate(ctx, *model), check_lock=self._check_lock,
-            team=run.ranks.start(run, work) if is_shared else None,  # type: ignore[union-attr]  # shared only with ranks
+            team=team,
             shared=SharedArtifacts(
                 outputs=self.store.outputs, run=run.name, inputs=self.lineage, facts=run.environment.record, say=run.say
             ),
@@ -450,8 +455,8 @@ class _Making:
         step, run = self.step, self.run
         metrics, attempts = dict(ctx.metrics), attempt_log.read(self.work)
         excluded: dict[str, Any] = {"machine": plain_of(step.config.machine)}
-        if run.ranks is not None and ctx.team is not None:
-            excluded["ranks"] = run.ranks.describe()
+        if ctx.team is not None:
+            excluded["ranks"] = ctx.team.describe()
         return {
             "schema": SCHEMA,
             "key": step.key,

@@ -13,8 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 from mlxchat.config.parts import import_module, module_files
 from mlxchat.errors import ConfigError, suggest
@@ -59,8 +58,8 @@ class Stage:
     """Section or setting → condition without which the stage does not read it, so that it is not in the key: a role
     that must be filled, the format of the model to evaluate (base or chat), or never."""
     forecast: str | None = None
-    """Module with facts about a step before it runs, without MLX; it may have the functions
-    memory(config, stage, sizes), problems(config, step, plan, sizes), model_sizes(section) and remark(section)."""
+    """Module with facts about a step before it runs; it may have the functions memory(config, stage, sizes) and
+    problems(config, step, plan, sizes)."""
     format: str | None = None
     """Format of the checkpoint that it makes: base or chat; None: unknown before it is made."""
     settings: str | None = None
@@ -121,10 +120,9 @@ class Stage:
         run: Callable[[Any], None] = import_module(self.module, self.root).run
         return run
 
-    def load_forecast(self) -> ModuleType | None:
-        """Import FORECAST; None if the stage has none."""
-        forecast: ModuleType | None = None if self.forecast is None else import_module(self.forecast, self.root)
-        return forecast
+    def forecast_function(self, name: Literal["memory", "problems"]) -> Callable[..., Any] | None:
+        """Return a function of the module FORECAST; None: the stage has none."""
+        return None if self.forecast is None else getattr(import_module(self.forecast, self.root), name, None)
 
 
 class Stages(Mapping[str, Stage]):

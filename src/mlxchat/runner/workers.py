@@ -81,8 +81,7 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
 def _execute_here(outcome: Outcome) -> None:
     """Complete the steps one after the other in this process."""
     plan, run = outcome.plan, outcome.run
-    leave = run.ranks.kill if run.ranks is not None else lambda: None
-    with stop_on_signals(run.request_stop, run.announce_stop, leave):
+    with stop_on_signals(run.request_stop, run.announce_stop):
         for step in plan:
             if outcome.must_skip(step):
                 continue
@@ -95,7 +94,7 @@ def _execute_here(outcome: Outcome) -> None:
                 raise
             except MlxchatError as error:
                 outcome.fail(step, error)
-                if run.policy.fail_fast or (run.ranks is not None and run.ranks.is_broken):
+                if run.policy.fail_fast or (run.team is not None and run.team.is_broken):
                     return
                 continue
             outcome.finish(step, place)

@@ -27,8 +27,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from mlxchat import __version__
+from mlxchat.engine.batch import Request as EngineRequest
 from mlxchat.engine.scheduler import Event
-from mlxchat.engine.scheduler import Request as EngineRequest
 from mlxchat.serve.choices import Choice, choices_of, usage_of
 from mlxchat.serve.models import Model, Models
 from mlxchat.serve.requests import (
@@ -331,7 +331,7 @@ def responses_routes(service: Service) -> APIRouter:
 
 
 def _message(head: Json, choice: Choice | None, status: str) -> Json:
-    content = [] if choice is None else [_part(choice.parts.text)]
+    content = [] if choice is None else [_part(choice.text)]
     name = "msg_" + str(head["id"]).removeprefix("resp_")
     return {"type": "message", "id": name, "role": "assistant", "status": status, "content": content}
 
@@ -378,7 +378,7 @@ async def _events(answer: Answer, head: Json) -> AsyncIterator[Json]:
                 yield event("output_text.delta", **at, delta=text, logprobs=[])
     whole = _whole(head, answer, choice)
     (item,) = whole["output"]
-    yield event("output_text.done", **at, text=choice.parts.text, logprobs=[])
+    yield event("output_text.done", **at, text=choice.text, logprobs=[])
     yield event("content_part.done", **at, part=item["content"][0])
     yield event("output_item.done", output_index=0, item=item)
     yield event(whole["status"], response=whole)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxchat.engine.scheduler import Event, Kind, Parts, TextTokenizer
+from mlxchat.engine.scheduler import Event, Kind, content_of
+from mlxchat.engine.third_party import AnyTokenizer
 from mlxchat.serve.requests import Echo
 from mlxchat.serve.worker import Answer
 
@@ -20,12 +21,12 @@ Scored = tuple[Event, Kind, int]
 class Choice:
     """A choice up to its newest event."""
 
-    tokenizer: TextTokenizer
-    parts: Parts
+    tokenizer: AnyTokenizer
     echoed: list[int] = field(default_factory=list)
     """Tokens of the echoed prompt at the beginning of the text."""
     position: int = 0
     """Offset of the next token in the choice's text, in characters, including an echoed prompt."""
+    texts: list[tuple[Kind, str]] = field(default_factory=list)
     events: list[Scored] = field(default_factory=list)
     newest: list[Scored] = field(default_factory=list)
     """What the last event added to `events`: several tokens for an echoed prompt."""
@@ -47,17 +48,25 @@ class Choice:
             self.position += len(self._decoder.decode(data, final=special))
         if event.finish_reason is not None:
             self.finish_reason = event.finish_reason if event.finish_reason == "length" else "stop"
-        return list(self.parts.add(event))
+        new = [(event.kind, event.text)] if event.text else []
+        self.texts += new
+        return new
+
+    @property
+    def text(self) -> str:
+        """The text without tool calls and their results."""
+        return "".join(text for kind, text in self.texts if kind == "text")
 
     @property
     def all_text(self) -> str:
         """The whole text, including tool calls and their results."""
-        return "".join(text for _, text in self.parts.found)
+        return "".join(text for _, text in self.texts)
 
     def message(self) -> Json:
         """Return the assistant's message; with `parts` if it used a tool."""
-        own = {"parts": self.parts.as_content()} if self.parts.tools_used else {}
-        return {"role": "assistant", "content": self.parts.text, "refusal": None, **own}
+        parts = content_of(self.texts)
+        own = {"parts": parts} if any(part["type"] != "text" for part in parts) else {}
+        return {"role": "assistant", "content": self.text, "refusal": None, **own}
 
     def chat_logprobs(self, found: list[Scored]) -> Json | None:
         """Return the log-probabilities of the text tokens among `events` or `newest`."""
@@ -91,7 +100,7 @@ class Choice:
         special = self._is_special(event.token)
         if event.logprob is not None and (event.finish_reason is not None or not special):
             data = b"" if event.token is None or special else self.tokenizer.decode_bytes([event.token])
-            yield event, self.parts.kind, self.position + _num_cut_short(self._decoder, data)
+            yield event, event.kind, self.position + _num_cut_short(self._decoder, data)
 
     def _is_special(self, token: int | None) -> bool:
         return token in self.tokenizer.special_ids.values()
@@ -135,9 +144,7 @@ def _num_cut_short(decoder: codecs.IncrementalDecoder, data: bytes) -> int:
 def choices_of(answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
     """Return the empty choices of an answer, with the prompts that they echo."""
     tokenizer = answer.model.tokenizer
-    return [
-        Choice(tokenizer, Parts(tokenizer), ids, len(text)) for text, ids in echoes or [("", [])] * len(answer.requests)
-    ]
+    return [Choice(tokenizer, ids, len(text)) for text, ids in echoes or [("", [])] * len(answer.requests)]
 
 
 def usage_of(answer: Answer, choices: list[Choice], each: int) -> Json:

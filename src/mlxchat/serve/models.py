@@ -28,7 +28,7 @@ from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest
 from mlxchat.interop.source import PREFIX
 from mlxchat.model.sizes import count_parameters
-from mlxchat.planning.given import sizes_of_folder
+from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.report.collect import STAGE_LABELS, read_jsonl, text
 from mlxchat.serve.security import Fault, Limits
@@ -38,7 +38,7 @@ from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import find
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
-from mlxchat.training.forecast_finetune import measure_teacher
+from mlxchat.training.forecast import measure_teacher
 
 # libyaml is nine times as fast.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -366,9 +366,7 @@ def _seconds(published: str) -> int:
         return 0
 
 
-def rows_that_fit(
-    model: Model, limits: Limits, *, bits: int | None = None, kv_bits: int | None = None, held_bytes: int = 0
-) -> int:
+def rows_that_fit(model: Model, limits: Limits, *, bits: int | None = None, held_bytes: int = 0) -> int:
     """Return how many rows of full context fit into memory next to a model's weights, at most `limits.max_rows`.
 
     `held_bytes` are in use by other models; other arguments are as for `load_scheduler`.
@@ -379,17 +377,17 @@ def rows_that_fit(
     if model.third_party:
         return _third_party_rows(model, limits, held_bytes)
     remedies = [f"--max-models {limits.max_models - 1}"] if held_bytes and limits.max_models > 1 else []
-    remedies += ["--kv-bits 4"] if kv_bits is None else []
+    remedies += ["--bits 4"] if bits is None else []
     remedies += ["a smaller --kept-tokens"] if limits.kept_tokens else []
     decoding = Decoding(
-        sizes=sizes_of_folder(model.folder), device=find_device(ask_mlx=True), row_tokens=model.context_tokens,
-        bits=bits, kv_bits=kv_bits, kept_tokens=limits.kept_tokens, remedies=tuple(remedies),
+        sizes=sizes_of_folder(model.folder), device=find_device(), row_tokens=model.context_tokens,
+        bits=bits, kept_tokens=limits.kept_tokens, remedies=tuple(remedies),
     )  # fmt: skip
     return decoding.rows(model.name, most=limits.max_rows, held_bytes=held_bytes)
 
 
 def _third_party_rows(model: Model, limits: Limits, held_bytes: int) -> int:
-    size, device = measure_teacher(model.folder), find_device(ask_mlx=True)
+    size, device = measure_teacher(model.folder), find_device()
 
     def bytes_of(rows: int) -> int:
         row_tokens = rows * model.context_tokens + limits.kept_tokens
@@ -402,12 +400,11 @@ def _third_party_rows(model: Model, limits: Limits, held_bytes: int) -> int:
 
 
 def load_scheduler(
-    model: Model, limits: Limits, *, python: PythonTool | None = None, bits: int | None = None,
-    kv_bits: int | None = None,
-) -> Scheduler:  # fmt: skip
+    model: Model, limits: Limits, *, python: PythonTool | None = None, bits: int | None = None
+) -> Scheduler:
     """Load a model's weights and return its scheduler.
 
-    `python` runs tool calls other than sums; `bits` and `kv_bits` are as for `Engine`, and the log says what the
+    `python` runs tool calls other than sums; `bits` is as for `Engine`, and the log says what the
     quantisation costs.
 
     Raises:
@@ -422,14 +419,10 @@ def load_scheduler(
         check_model(model.folder)
     held = mx.get_active_memory()  # by other models
     try:
-        rows = rows_that_fit(model, limits, bits=bits, kv_bits=kv_bits, held_bytes=held)
+        rows = rows_that_fit(model, limits, bits=bits, held_bytes=held)
     except ConfigError as error:
         raise Fault(str(error), status=503) from None
-    # Counts rows of full context; more rows fit if they are shorter.
-    room = None if rows == limits.max_rows else rows * model.context_tokens
-    options: dict[str, Any] = {
-        "max_rows": limits.max_rows, "max_cached_tokens": room, "kept_tokens": limits.kept_tokens, "python": python,
-    }  # fmt: skip
+    options: dict[str, Any] = {"max_rows": rows, "kept_tokens": limits.kept_tokens, "python": python}
     if model.third_party:
         return ThirdPartyEngine.load(model.folder).scheduler(**options)
     weights, tokenizer, _ = load_for_inference(model.folder)
@@ -438,4 +431,4 @@ def load_scheduler(
 
         weights, cost = measure_quantised(weights, tokenizer, bits)
         _log.log(logging.WARNING if cost.bad else logging.INFO, "%s: %s", model.name, cost)
-    return Engine(weights, tokenizer, kv_bits=kv_bits).scheduler(**options)
+    return Engine(weights, tokenizer).scheduler(**options)

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
+from mlxchat.engine.batch import Request
 from mlxchat.engine.constraint import Constraint
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Request
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.serve.models import Model
 from mlxchat.serve.security import Fault, Limits
@@ -334,8 +334,6 @@ def requests_for(
     first = secrets.randbelow(_SEEDS) if body.seed is None else body.seed
     top_k = defaults.top_k if body.top_k is None else body.top_k or None
     temperature = defaults.temperature if body.temperature is None else body.temperature
-    # Repeatable requests reuse the KV cache only where results are bit-identical.
-    repeatable = body.seed is not None or temperature == 0 or body.n > 1
     found = []
     for prompt in prompts:
         room = model.context_tokens - len(prompt)
@@ -353,9 +351,10 @@ def requests_for(
             )  # fmt: skip
             most = min(max_tokens or limits.max_tokens, limits.max_tokens, room)
             found.append(
+                # A seed means the same answer each time: reused keys and values differ by rounding.
                 Request(
                     prompt=prompt, max_new_tokens=most, sampling=sampling, stop=stop, logprobs=logprobs,
-                    prompt_logprobs=prompt_logprobs, reuse="exact" if repeatable else "close",
+                    prompt_logprobs=prompt_logprobs, reuse=body.seed is None,
                     tools=constraint is None, constraint=constraint.copy() if constraint else None,
                     skip_blank=skip_blank,
                 )

@@ -19,7 +19,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mlxchat import __version__
-from mlxchat.engine.scheduler import Event, Request, Scheduler
+from mlxchat.engine.batch import Request
+from mlxchat.engine.scheduler import Event, Scheduler
 from mlxchat.serve.models import Model
 from mlxchat.serve.security import Fault, Limits
 
@@ -130,7 +131,7 @@ class Worker:
     @property
     def num_reused(self) -> int:
         """Prompt tokens whose keys and values were reused from earlier requests."""
-        return sum(scheduler.kept.num_found for scheduler in list(self._schedulers.values())) + self._reused_before
+        return sum(scheduler.source.num_reused for scheduler in list(self._schedulers.values())) + self._reused_before
 
     @property
     def alive(self) -> bool:
@@ -229,7 +230,7 @@ class Worker:
             while len(self._schedulers) >= self.limits.max_models:
                 if not unused:
                     return False
-                self._reused_before += self._schedulers.pop(unused.pop(0)).kept.num_found
+                self._reused_before += self._schedulers.pop(unused.pop(0)).source.num_reused
             began = time.perf_counter()
             self._schedulers[model.name] = self._load(model, self.limits)
             self.has_loaded = True
@@ -261,7 +262,7 @@ class Worker:
 
     def _drop(self, name: str, error: Exception) -> None:
         """Free a model whose computation failed, and fail its answers; the next request loads it again."""
-        self._reused_before += self._schedulers.pop(name).kept.num_found
+        self._reused_before += self._schedulers.pop(name).source.num_reused
         failed = {answer for (model, _), (answer, _) in self._choices.items() if model == name}
         self._choices = {key: value for key, value in self._choices.items() if key[0] != name}
         for answer in failed:

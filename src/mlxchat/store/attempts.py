@@ -6,7 +6,9 @@ An execution without an end was killed.
 from __future__ import annotations
 
 import os
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from mlxchat.store.files import Record, Records, list_folder, now
@@ -48,6 +50,24 @@ def read(work: Path) -> list[Record]:
         if (began := _began.get((work, number))) is not None:
             record |= {"outcome": "running", "seconds": round(time.monotonic() - began, 3)}
     return list(merged.values())
+
+
+def explain_killed(work: Path, *, on_mac: bool = sys.platform == "darwin") -> str | None:
+    """Return what probably ended the last execution and what helps; None: it recorded its end, or there was none.
+
+    Metal aborts a process, without a traceback, if memory is exhausted or, while the display is on, if a command takes
+    too long (github.com/ml-explore/mlx/issues/3267).
+    """
+    if (read(work) or [{}])[-1].get("outcome") != "killed":
+        return None
+    tokens = None
+    with suppress(OSError):
+        tokens = (Records.parse((work / "ckpt" / "derived.json").read_bytes()) or {}).get("micro_batch_tokens")
+    smaller = f"machine.device_batch_tokens={tokens // 2}" if isinstance(tokens, int) else "smaller batches"
+    if on_mac:
+        how = "macOS ends programs that exhaust the memory or whose GPU commands take too long while the display is on"
+        return f"{how}. If it happens again: {smaller}, display off, or AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1"
+    return f"probably killed, maybe by the out-of-memory killer (see dmesg). If it happens again: {smaller}"
 
 
 def ended(work: Path) -> set[int]:

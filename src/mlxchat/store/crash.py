@@ -51,7 +51,6 @@ CRASH_POINTS = {
     "send.described": "all files of an artifact were sent, its manifest was not",
     "fetch.piece": "a piece of a remote file was written, maybe not yet on disk",
     "fetch.artifact": "one remote artifact was copied under a temporary name",
-    "distill.answered": "a teacher's answer is in the file of answers, maybe not yet on disk",
     "search.ended": "a trial of a search has ended, the journal does not have it",
     "search.told": "the journal of a search has the trial's result",
 }

@@ -30,10 +30,9 @@ def identity_of(config: Any) -> Any:
     return _plain(config, identity_only=True)
 
 
-def is_identity(section: Any, field: dataclasses.Field[Any]) -> bool:
-    """Return whether a field of a section belongs to its identity: `identity_if` names a field that, set, reads it."""
-    reader = field.metadata.get("identity_if", "")
-    return field.metadata.get("identity") is not False or getattr(section, reader, None) is not None
+def is_identity(field: dataclasses.Field[Any]) -> bool:
+    """Return whether a field of a section belongs to its identity."""
+    return field.metadata.get("identity") is not False
 
 
 def left_out_of(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -121,7 +120,7 @@ def _plain(value: Any, *, identity_only: bool) -> Any:
         for field in dataclasses.fields(value):
             item = getattr(value, field.name)
             if identity_only:
-                if not is_identity(value, field) or _is_later_default(item, field.metadata):
+                if not is_identity(field) or _is_later_default(item, field.metadata):
                     continue
                 if _FLOAT.search(str(field.type)) and not _INT.search(str(field.type)):
                     item = _with_floats(item)

@@ -38,8 +38,6 @@ _MOST_SHOWN = 8
 # In order of preference, chat models first.
 _STAGES = ("rl", "preference", "sft", "midtrain", "pretrain", "fused", "imported")
 _STAMP = re.compile(r"(\d{8}-\d{6})(?:-\d{6})?(?:-\d+-(?P<called>.+))?$")
-# Verbs that publish a checkpoint but do not make their run the latest one.
-_VERBS = ("import", "fuse")
 _JOB = re.compile(r".-(job\d+|trial\d+|shared)$")
 BEST = "best"
 
@@ -342,7 +340,7 @@ def _rank(store: Store, run: str) -> int:
     steps = links(store, run)
     if model_of(steps) is None:
         return int(bool(steps))
-    if run.startswith("imported-") or called(run) in _VERBS or is_job(run):
+    if run.startswith("imported-") or called(run) == "import" or is_job(run):
         return 2
     made = [_manifest(place) for place in steps.values()]
     if any(manifest.get("kind") == MODEL and manifest.get("run") == run for manifest in made):

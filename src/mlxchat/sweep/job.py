@@ -17,14 +17,13 @@ from mlxchat.composition.compose import Composed
 from mlxchat.composition.sections import config_of, executor_of
 from mlxchat.config.schema import Config, ExecutorConfig
 from mlxchat.config.secrets import redact
-from mlxchat.distributed.ranks import lead_ranks
+from mlxchat.distributed.ranks import current_team
 from mlxchat.errors import ConfigError, StoreError, visible
 from mlxchat.hub.cache import endpoint, is_offline
 from mlxchat.hub.listings import fetch_command
 from mlxchat.ops.machine import device_kind, dtype_name
-from mlxchat.planning.given import check_given, describe_own_conversations
-from mlxchat.planning.memory import check_memory, describe_conflicts, find_device, forecast_bytes
-from mlxchat.planning.text import TextNeed, check_text_room, find_text_need
+from mlxchat.planning.inputs import TextNeed, check_inputs, find_text_need
+from mlxchat.planning.memory import check_memory, find_device, forecast_memory
 from mlxchat.runner.executors import check_installed
 from mlxchat.runner.keys import find_unknown
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
@@ -64,13 +63,13 @@ def run_pipeline(
     Raises:
         MlxchatError: raised by steps and the store.
     """
-    machine, ranks = lead_ranks(composed.config.machine)
-    config = replace(composed.config, machine=machine)
+    team, config = current_team(), composed.config
+    if team is not None and config.machine.max_parallel_steps > 1:
+        raise ConfigError("several ranks compute one step at a time: leave machine.max_parallel_steps out")
     store = Store(Path(config.outputs))
     plan = plan_to_run(config, store) if plan is None else plan
     executors = place_steps(config, plan)
     need = find_text_need(config, plan, store)
-    check_text_room(need, store)
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}{f'-{job}' if job else ''}"
     finished = all(step.done for step in plan)
     if (remark := remark_old(store)) is not None:
@@ -78,13 +77,8 @@ def run_pipeline(
     if not finished:
         store.prepare()
     _say(format_plan(plan))
-    if ranks is not None:
-        for line in remark_few_rows(plan, ranks.size):
-            _say(line)
     if need is not None:
         _say(str(need))
-    for line in (*describe_own_conversations(plan), *describe_conflicts(config, plan)):
-        _say(line)
     if finished:
         with suppress(StoreError, PermissionError):  # a user who may only read the folder cannot name runs in it
             store.prepare()
@@ -114,7 +108,7 @@ def run_pipeline(
             on_start=config.hooks.on_start, on_success=config.hooks.on_success, on_failure=config.hooks.on_failure,
             warn=_say,
         ),
-        uses_gpu=partial(_uses_gpu, config.machine.device), ranks=ranks,
+        uses_gpu=partial(_uses_gpu, config.machine.device), team=team,
         becomes_latest=not is_verb and job is None,
     )  # fmt: skip
     is_done = False
@@ -137,17 +131,6 @@ def _show_report(store: Store, folder: Path) -> None:
         _say(f"the report could not be written ({error.strerror}: {error.filename}). Fix that and run: mlxchat report")
 
 
-def remark_few_rows(plan: list[PlannedStep], ranks: int) -> list[str]:
-    """Return a warning for each step with fewer rows per iteration than ranks."""
-    found = []
-    for step in plan:
-        batch = None if step.done else getattr(getattr(step.config, step.stage.name, None), "batch", None)
-        if batch is not None and batch.tokens is not None and (rows := batch.tokens // batch.row_tokens) < ranks:
-            text = f"has {rows} rows per iteration for {ranks} ranks: some ranks are idle"
-            found.append(f"{step.name:<10} {text}")
-    return found
-
-
 def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     """Return the plan of a configuration.
 
@@ -160,7 +143,7 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
         compute_dtype=dtype_name(config.machine.device, config.machine.compute_dtype),
         config_of=partial(config_of, config),
     )  # fmt: skip
-    check_given(config, plan)
+    check_inputs(config, plan)
     return plan
 
 
@@ -267,16 +250,17 @@ def _policy(
 ) -> Policy:
     """Return the policy of a run."""
     is_parallel = config.machine.max_parallel_steps > 1
+    forecasts = forecast_memory(config, plan) if is_parallel else {}
     return Policy(
         executors=executors,
-        memory=forecast_bytes(config, plan) if is_parallel else {},
+        memory={name: each.peak_bytes for name, each in forecasts.items()},
         memory_limit=find_device(config.machine).limit_bytes if is_parallel else None,
         max_parallel_steps=config.machine.max_parallel_steps,
         fail_fast=config.fail_fast,
         retry_attempts=config.retry.attempts,
         retry_seconds=config.retry.seconds,
         timeouts=config.timeout,
-        hints=need.hints() if need is not None else {},
+        hints={"train_chars": need.chars} if need is not None else {},
     )
 
 

@@ -102,7 +102,7 @@ def describe_laws(laws: ScalingLaws) -> str:
     ]  # fmt: skip
     for one in laws.budgets:
         sizes = [training.horizon_parameters for training in one.trainings]
-        if one.best_parameters is None or one.best_tokens is None:
+        if one.best_parameters is None:
             side = "smaller" if one.bpb_at(sizes[0]) < one.bpb_at(sizes[-1]) else "larger"
             found = f"none among these sizes: try {side} ones | | |"
             lines.append(f"| {one.flops:.3g} | {len(sizes)} | {found} {min(t.bpb for t in one.trainings):.4f} |")
@@ -174,7 +174,7 @@ def _draw_parabola(panel: Axes, one: IsoFlop, colour: str) -> None:
         lw=1.3,
         label=f"{one.flops:.3g} FLOPs".replace("e+", "e"),
     )
-    if one.best_parameters and one.best_bpb:
+    if one.best_parameters:
         panel.plot([one.best_parameters], [one.best_bpb], "*", color=COLOURS[1], ms=11, zorder=3)
 
 

@@ -55,16 +55,15 @@ class Arithmetic(Task):
         super().__post_init__()
         if self.steps not in (1, 2):
             raise ConfigError(f"steps of task arithmetic is {self.steps}, expected 1 or 2.")
-        share = self.steps - 1 if self.two_step_frac is None else self.two_step_frac
-        if not 0 <= share <= 1:
-            raise ConfigError(f"two_step_frac of task arithmetic is {share}, expected 0 to 1, or null.")
-        self._two_step_share = share
+        if self.two_step_frac is None:
+            self.two_step_frac = self.steps - 1.0
+        self._check_share("two_step_frac")
 
     def _own_size(self) -> int:
         return 8000 if self.split == "train" else 400
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        templates = texts()["two_step" if rng.random() < self._two_step_share else "one_step"]
+        templates = texts()["two_step" if rng.random() < (self.two_step_frac or 0.0) else "one_step"]
         number, template = rng.choice(list(enumerate(templates)))
         while True:
             numbers = draw_numbers(template, rng)

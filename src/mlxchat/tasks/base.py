@@ -9,16 +9,15 @@ from __future__ import annotations
 import hashlib
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.tasks.answers import Conversation, is_right
+from mlxchat.tasks.answers import Conversation, calculator_parts, is_right
 
 _T = TypeVar("_T")
-SPLITS = ("train", "test")
 LETTERS = ("A", "B", "C", "D")
 PARTS = ("text", "python", "python_output")
 """Types of the parts of an answer: {"type", "text"}."""
@@ -29,7 +28,7 @@ class Task(ABC):
     """A sequence of conversations, equal for equal options on every machine.
 
     The fields are the options that an item of a mixture or suite may set. A subclass that adds options must be a
-    dataclass, too.
+    dataclass, too. Creating a task checks its options; data is read when the first conversation is needed.
 
     Attributes:
         name: in the registry; by default the class's name.
@@ -37,8 +36,7 @@ class Task(ABC):
         chance: accuracy of random guessing, 0 to 1.
         splits: allowed values of `split`.
         training_splits: the splits that may be trained on.
-        source_options: options that locate the data; all other options are numbers.
-        is_lazy: whether creating the task reads no data.
+        source_options: options that locate the data.
         is_paired: whether conversations also have a rejected answer, conversation["rejected"].
         repeats: whether a `size` above the number of conversations repeats them; otherwise all are taken once.
         prompt_tokens: an upper bound of the prompt length, for predictions of memory; None: unknown.
@@ -48,10 +46,9 @@ class Task(ABC):
     name: ClassVar[str] = ""
     kind: ClassVar[Literal["categorical", "generative"]] = "generative"
     chance: ClassVar[float] = 0.0
-    splits: ClassVar[tuple[str, ...]] = SPLITS
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
     training_splits: ClassVar[tuple[str, ...]] = ("train",)
     source_options: ClassVar[tuple[str, ...]] = ()
-    is_lazy: ClassVar[bool] = False
     is_paired: ClassVar[bool] = False
     repeats: ClassVar[bool] = True
     prompt_tokens: ClassVar[int | None] = None
@@ -68,31 +65,31 @@ class Task(ABC):
         cls.name = cls.name or cls.__name__
 
     def __post_init__(self) -> None:
-        """Check the options.
-
-        Raises:
-            ConfigError: the split is unknown, or an option is out of range.
-            DataError: the task's data is missing or unreadable.
-        """
-        if self.split not in self.splits:
-            expected, hint = " or ".join(self.splits), suggest(self.split, self.splits)
-            raise ConfigError(f'split of task {self.name} is "{self.split}", expected {expected}.{hint}')
+        """Check the options; raises ConfigError."""
+        self._check_choice("split", self.split, self.splits)
         if self.size is not None and self.size < 1:
             raise ConfigError(f"size of task {self.name} is {self.size}, expected 1 or more, or null for all.")
         # Options of a configuration are floats.
         self.seed, self.size = int(self.seed), None if self.size is None else int(self.size)
         self._slice = slice(0, None, 1)
 
-    def select(self, start: int = 0, stop: int | None = None, step: int = 1) -> Self:
-        """Restrict the task to conversations[start:stop:step] and return it.
+    def _check_choice(self, option: str, value: str, known: Collection[str]) -> None:
+        if value not in known:
+            expected = " or ".join(known)
+            raise ConfigError(f'{option} of task {self.name} is "{value}", expected {expected}.{suggest(value, known)}')
 
-        Raises:
-            ConfigError: the slice is always empty or goes backwards.
-        """
-        if start < 0 or step < 1 or (stop is not None and stop <= start):
+    def _check_share(self, option: str) -> None:
+        value = getattr(self, option)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{option} of task {self.name} is {value}, expected 0 to 1.")
+
+    def select(self, start: int = 0, stop: int | None = None, step: int = 1) -> Self:
+        """Restrict the task to conversations[start:stop:step] and return it; raises ConfigError if none can be left."""
+        end = min(bound for bound in (stop, self.size, float("inf")) if bound is not None)
+        if not 0 <= start < end or step < 1:
             raise ConfigError(
                 f"start={start}, stop={'null' if stop is None else stop}, step={step} of task {self.name} select "
-                "nothing: start must be at least 0, stop above it, step at least 1."
+                "nothing: start must be at least 0, stop and size above it, step at least 1."
             )
         self._slice = slice(start, stop, step)
         return self
@@ -109,11 +106,7 @@ class Task(ABC):
         return [path for source in self.needs() for path in source.fetch(check)]
 
     def check(self) -> None:  # noqa: B027  (most tasks need nothing of the machine)
-        """Check that this machine can judge responses.
-
-        Raises:
-            StepFailed: it cannot.
-        """
+        """Check that this machine can judge responses; raises StepFailed."""
 
     def sources(self) -> list[dict[str, Any]]:
         """Return a record of each file that the task downloaded, for the manifest."""
@@ -175,7 +168,9 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
 def choice_dialogue(
     question: str, letters: Sequence[str], choices: Sequence[str], answer: str, **extra: Any
 ) -> Conversation:
-    """Return a multiple-choice conversation with the keys "letters" and "answer"."""
+    """Return a multiple-choice conversation with the keys "letters" and "answer"; raises ValueError if unanswerable."""
+    if len(letters) != len(choices) or answer not in letters:
+        raise ValueError(f"answer {answer} and {len(choices)} choices, expected one of {', '.join(letters)}")
     offered = {"question": question, "choices": list(choices), "letters": list(letters), "answer": answer}
     return dialogue(render_mc(question, letters, choices), answer, **extra, **offered)
 
@@ -186,6 +181,11 @@ def dialogue(user: str, assistant: str | list[dict[str, str]], **extra: Any) -> 
     return {"messages": messages, **extra}
 
 
+def answered(question: str, answer: str) -> Conversation:
+    """Return a conversation whose answer is in GSM8K's notation: calculator calls, if any, become parts."""
+    return dialogue(question, calculator_parts(answer) if "<<" in answer else answer)
+
+
 def find_fault(messages: Any, *, least: int = 2) -> str:
     """Return why messages are not a conversation, or an empty string if they are.
 
@@ -194,7 +194,7 @@ def find_fault(messages: Any, *, least: int = 2) -> str:
     """
     if not isinstance(messages, list):
         return "no messages"
-    if not all(isinstance(message, dict) and "role" in message and "content" in message for message in messages):
+    if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
         return "a message lacks role or content"
     turns = messages[1:] if messages and messages[0]["role"] == "system" else messages
     if len(turns) < least:
@@ -203,16 +203,15 @@ def find_fault(messages: Any, *, least: int = 2) -> str:
         expected = "assistant" if position % 2 else "user"
         if message["role"] != expected:
             return f'message {position + 1} is from "{message["role"]}", expected "{expected}"'
-    return next(filter(None, map(_find_content_fault, messages)), "")
-
-
-def _find_content_fault(message: dict[str, Any]) -> str:
-    role, content = message["role"], message["content"]
-    if isinstance(content, str):
-        return ""
-    if role != "assistant" or not isinstance(content, list):
-        return f"content of the {role} message is not text"
-    for part in content:
-        if not (isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str)):
-            return f'a part of the content is not {{"type": one of {", ".join(PARTS)}, "text": ...}}'
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if not isinstance(content, str) and not (role == "assistant" and _are_parts(content)):
+            also = f", or a list of parts: {', '.join(PARTS)}" if role == "assistant" else ""
+            return f"content of the {role} message is not text{also}"
     return ""
+
+
+def _are_parts(content: Any) -> bool:
+    return isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") in PARTS and isinstance(part.get("text"), str) for part in content
+    )

@@ -5,14 +5,13 @@ To add one: a class here with its repository, subsets, splits and columns, and a
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from mlxchat.errors import ConfigError, DataError, StepFailed
+from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.tasks.answers import Conversation, calculator_parts, final_number, is_right_by_nanochat
-from mlxchat.tasks.base import LETTERS, choice_dialogue, dialogue, find_fault
+from mlxchat.tasks.base import LETTERS, choice_dialogue, dialogue
 from mlxchat.tasks.downloads import HubTask
 
 
@@ -25,13 +24,10 @@ class SmolTalk(HubTask):
     name = "smoltalk"
     home = "HuggingFaceTB/smol-smoltalk"
     subsets = ("data",)
-    columns = may_be_null = ("messages",)  # find_fault gives better messages
+    columns = ("messages",)
 
-    def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        messages = self.row(index)["messages"]
-        if fault := find_fault(messages):
-            raise DataError(f"{self.place(index)} is no conversation: {fault}")
-        return {"messages": messages}
+    def _conversation_of(self, row: dict[str, Any]) -> Conversation:
+        return {"messages": row["messages"]}
 
 
 class MMLU(HubTask):
@@ -49,9 +45,7 @@ class MMLU(HubTask):
     training_splits = ("auxiliary_train",)
     subsets = ("all", "auxiliary_train")
     columns = ("question", "subject", "choices", "answer")
-    texts = ("question",)
     may_be_null = ("subject",)
-    nested = "train"
 
     def pattern(self) -> str:
         """Return the shell pattern of the split's files; the subset auxiliary_train has only its own split."""
@@ -61,11 +55,8 @@ class MMLU(HubTask):
             raise ConfigError(f"subset {self.subset} of task mmlu has only the split {self.subset}, not {self.split}.")
         return f"{self.subset}/train-*.parquet"
 
-    def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        row = self.row(index)
-        if len(row["choices"]) != len(LETTERS) or row["answer"] not in range(len(LETTERS)):
-            raise DataError(f"{self.place(index)} has {len(row['choices'])} choices and answer {row['answer']}, not 4")
-        letter = LETTERS[row["answer"]]
+    def _conversation_of(self, row: dict[str, Any]) -> Conversation:
+        letter = dict(enumerate(LETTERS)).get(row["answer"], str(row["answer"]))
         return choice_dialogue(row["question"], LETTERS, row["choices"], letter, subject=row["subject"])
 
 
@@ -79,16 +70,10 @@ class ArcEasy(HubTask):
     splits = ("train", "validation", "test")
     subsets = ("ARC-Easy",)
     columns = ("question", "choices", "answerKey")
-    texts = ("question", "answerKey")
 
-    def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        row = self.row(index)
-        letters, answer = row["choices"]["label"], row["answerKey"]
-        if answer not in letters:
-            raise DataError(f'{self.place(index)} has the answer "{answer}", expected one of {", ".join(letters)}')
-        if len(letters) != len(row["choices"]["text"]):
-            raise DataError(f"{self.place(index)} has {len(letters)} labels for {len(row['choices']['text'])} choices")
-        return choice_dialogue(row["question"], letters, row["choices"]["text"], answer)
+    def _conversation_of(self, row: dict[str, Any]) -> Conversation:
+        choices = row["choices"]
+        return choice_dialogue(row["question"], choices["label"], choices["text"], row["answerKey"])
 
 
 class ArcChallenge(ArcEasy):
@@ -109,13 +94,12 @@ class GSM8K(HubTask):
     name = "gsm8k"
     home = "openai/gsm8k"
     subsets = ("main", "socratic")
-    columns = texts = ("question", "answer")
+    columns = ("question", "answer")
     prompt_tokens = 320
     nanochat_verdict: bool = False
     """Use nanochat's verdicts as scores and rewards. Evaluations always record them."""
 
-    def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        row = self.row(index)
+    def _conversation_of(self, row: dict[str, Any]) -> Conversation:
         return dialogue(row["question"], calculator_parts(row["answer"], keep_empty=True))
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
@@ -143,7 +127,7 @@ class HumanEval(HubTask):
     splits = ("test",)
     training_splits = ()
     subsets = ("openai_humaneval",)
-    columns = texts = ("prompt", "canonical_solution", "entry_point", "test")
+    columns = ("prompt", "canonical_solution", "entry_point", "test")
     unconfined: bool = False
     """Run programs even if the system cannot isolate them from the user's files, processes and network."""
 
@@ -156,8 +140,7 @@ class HumanEval(HubTask):
                 f"task humaneval: {problem}. Leave the task out, or accept the risk with options: {{unconfined: 1}}"
             )
 
-    def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        row = self.row(index)
+    def _conversation_of(self, row: dict[str, Any]) -> Conversation:
         solution = f"{row['prompt']}\n{row['canonical_solution']}"
         return dialogue(row["prompt"], solution, entry_point=row["entry_point"], test=row["test"])
 

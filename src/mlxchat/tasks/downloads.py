@@ -1,25 +1,25 @@
 """Tasks with downloaded data: from a data set of the Hugging Face Hub, or from an address.
 
-Nothing is downloaded before the first conversation is needed. Rows of the Hub stay in Arrow tables.
+Nothing is downloaded before the first conversation is needed. Rows of the Hub stay in memory-mapped Arrow tables.
 """
 
 from __future__ import annotations
 
-import os
+import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import client, listings
 from mlxchat.hub.cache import cache_folder
 from mlxchat.runner.keys import UNKNOWN
 from mlxchat.tasks.answers import Conversation
-from mlxchat.tasks.base import Task
+from mlxchat.tasks.base import Task, find_fault
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -58,11 +58,7 @@ class HubSource:
 
     @cached_property
     def files(self) -> list[client.HubFile]:
-        """The matching files.
-
-        Raises:
-            DataError: none match.
-        """
+        """The matching files; raises DataError if none match."""
         files = client.list_files(self.repository, revision=self.revision, pattern=self.pattern)
         if not files:
             raise DataError(f"{self.repository} at {self.revision} has no file {self.pattern}")
@@ -75,11 +71,9 @@ class HubSource:
     def content(self) -> str:
         """Return the repository, pattern and commit, for the step's key."""
         commit = listings.find_commit(self.repository, self.revision)
-        return (
-            f"{self.repository}/{self.pattern} at {commit}"
-            if commit
-            else f"{UNKNOWN}{self.repository} at {self.revision}"
-        )
+        if commit is None:
+            return f"{UNKNOWN}{self.repository} at {self.revision}"
+        return f"{self.repository}/{self.pattern} at {commit}"
 
     def records(self) -> list[dict[str, Any]]:
         """Return a record of each file: url, revision, sha256, bytes."""
@@ -90,7 +84,6 @@ class HubSource:
 class UrlTask(Task):
     """A task that reads one file: `path`, or the address in the first of `source_options`."""
 
-    is_lazy = True
     bundled: ClassVar[str | None] = None
     """Value of the address option that selects data shipped with mlxchat; None: there are none."""
     sha256: str | None = None
@@ -101,12 +94,12 @@ class UrlTask(Task):
     def __post_init__(self) -> None:
         """Check the address."""
         super().__post_init__()
-        option, also = self.source_options[0], f" or {self.bundled}" if self.bundled else ""
         for source in self.needs():
             if not source.url.startswith(("http://", "https://")):
+                also = f" or {self.bundled}" if self.bundled else ""
                 raise ConfigError(
-                    f'{option} of task {self.name} is "{source.url}", expected an address (http://, https://){also}. '
-                    "For a local file, set the task's option path=FILE."
+                    f'{self.source_options[0]} of task {self.name} is "{source.url}", expected an address (http://, '
+                    f"https://){also}. For a local file, set the task's option path=FILE."
                 )
 
     def needs(self) -> list[UrlSource]:
@@ -128,14 +121,9 @@ class HubTask(Task):
     subsets: ClassVar[tuple[str, ...]]
     """Readable configurations of the data set; the first is the default."""
     columns: ClassVar[tuple[str, ...]]
-    texts: ClassVar[tuple[str, ...]] = ()
-    """Columns that must contain strings."""
     may_be_null: ClassVar[tuple[str, ...]] = ()
     """Columns that may be null."""
-    nested: ClassVar[str | None] = None
-    """A struct column that may contain all the others."""
     source_options: ClassVar[tuple[str, ...]] = ("repository", "revision", "subset")
-    is_lazy = True
     repeats = False
     seed: int = NANOCHAT_SEED
     """Seed of the shuffle."""
@@ -151,9 +139,7 @@ class HubTask(Task):
         super().__post_init__()
         if self.subset is None:
             self.subset = self.subsets[0]
-        if self.subset not in self.subsets:
-            expected, hint = " or ".join(self.subsets), suggest(self.subset, self.subsets)
-            raise ConfigError(f'subset of task {self.name} is "{self.subset}", expected {expected}.{hint}')
+        self._check_choice("subset", self.subset, self.subsets)
         self._source = HubSource(self.repository or self.home, self.revision, self.pattern())
 
     def pattern(self) -> str:
@@ -167,40 +153,25 @@ class HubTask(Task):
     @cached_property
     def rows(self) -> Rows:
         """All rows in the shuffled order, before `start`, `stop` and `step`."""
-        return Rows(self.fetch(), self.columns, seed=self.seed, nested=self.nested)
+        return Rows(self.fetch(), self.columns, seed=self.seed)
 
-    def row(self, index: int) -> dict[str, Any]:
-        """Return the row of a conversation: column → value.
+    @abstractmethod
+    def _conversation_of(self, row: dict[str, Any]) -> Conversation:
+        """Return the conversation of a row (column → value); may raise if the row has an unexpected format."""
 
-        Raises:
-            DataError: a required cell is null, or a column of `texts` is not text.
-        """
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        row = self.rows[index]
         try:
-            row = self.rows[index]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{self.place(index)} is not in UTF-8 ({error})") from None
-        empty = [name for name, value in row.items() if name not in self.may_be_null and _holds_null(value)]
-        if empty:
-            raise DataError(f"{self.place(index)} is null in {', '.join(empty)}")
-        if wrong := [name for name in self.texts if not isinstance(row[name], str)]:
-            raise DataError(f"{self.place(index)} is not text in {', '.join(wrong)}")
-        return row
-
-    def __getitem__(self, index: int) -> Conversation:
-        """Return a conversation.
-
-        Raises:
-            DataError: its row has an unexpected format.
-        """
-        try:
-            return super().__getitem__(index)
-        except (TypeError, KeyError, AttributeError) as error:
-            place = self.place(self._indices()[index])
-            raise DataError(f"{place} has an unexpected format ({error})") from None
-
-    def place(self, index: int) -> str:
-        """Return the name of a row for messages."""
-        return f"task {self.name}: row {self.rows.number(index)} of {self._source.repository}/{self._source.pattern}"
+            empty = [name for name, value in row.items() if name not in self.may_be_null and _holds_null(value)]
+            fault = f"it is null in {', '.join(empty)}" if empty else ""
+            conversation = {} if fault else self._conversation_of(row)
+            fault = fault or find_fault(conversation["messages"])
+        except (LookupError, ValueError, TypeError, AttributeError) as error:  # whatever an unexpected type raises
+            fault = str(error)
+        if fault:
+            place = f"row {self.rows.number(index)} of {self._source.repository}/{self._source.pattern}"
+            raise DataError(f"task {self.name}: {place} is no conversation: {fault}")
+        return conversation
 
     def _own_size(self) -> int:
         return len(self.rows)
@@ -213,28 +184,16 @@ def _holds_null(value: Any) -> bool:
 
 
 class Rows:
-    """The concatenated rows of files, permuted as by `datasets.Dataset.shuffle(seed)`.
+    """The rows of parquet files, permuted as by `datasets.Dataset.shuffle(seed)`; memory-mapped: they may be GB."""
 
-    They are memory-mapped, so that data sets of gigabytes need no memory.
-    """
-
-    def __init__(
-        self, files: Sequence[Path], columns: Sequence[str], *, seed: int | None = None, nested: str | None = None
-    ) -> None:
-        """Read columns of parquet files, from inside the struct column `nested` if they are not at the top level.
-
-        Without a seed the rows keep their order.
-
-        Raises:
-            DataError: a file cannot be read or lacks a column.
-        """
-        self._table = _read_parquet(files, columns, nested)
+    def __init__(self, files: Sequence[Path], columns: Sequence[str], *, seed: int | None = None) -> None:
+        """Read columns; without a seed the rows keep their order."""
+        self._table = _read_parquet(files, list(columns))
         self._order = None
         if seed is not None:
             import numpy as np
 
             self._order = np.random.default_rng(seed).permutation(self._table.num_rows)
-        self._columns = [(name, self._table.column(name)) for name in columns]
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -244,56 +203,37 @@ class Rows:
         return index if self._order is None else int(self._order[index])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Return a row: column → value.
-
-        Raises:
-            IndexError: `index` is out of range.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"row {index} is out of range, there are {len(self)} rows")
+        """Return a row: column → value."""
         number = self.number(index)
-        return {name: column[number].as_py() for name, column in self._columns}
+        return {name: self._table.column(name)[number].as_py() for name in self._table.column_names}
 
 
-def _read_parquet(files: Sequence[Path], columns: Sequence[str], nested: str | None) -> pa.Table:
+def _read_parquet(files: Sequence[Path], columns: list[str]) -> pa.Table:
     """Return columns of files as one table, memory-mapped from an unlinked temporary file."""
     import pyarrow as pa  # not at module level: planning imports tasks but reads no rows
+    import pyarrow.parquet as pq
 
-    folder = cache_folder()
-    with suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        folder = Path(tempfile.gettempdir())
-    with tempfile.NamedTemporaryFile(suffix=".arrow", dir=folder) as file:
-        writer, schema = None, None
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(suffix=".arrow", dir=cache_folder()) as target:
+        writer = None
+        schema: pa.Schema | None = None
         for path in files:
             try:
-                for batch in _batches(path, columns, nested):
+                source = pq.ParquetFile(path)
+                # By row groups, since iter_batches reads ahead hundreds of megabytes.
+                for group in range(source.num_row_groups):
+                    table = source.read_row_group(group)
+                    if table.num_columns == 1 and pa.types.is_struct(table.schema.types[0]):
+                        table = pa.Table.from_struct_array(table.column(0))  # as in MMLU's auxiliary_train
+                    table = table.select(columns)
                     if writer is None:
-                        schema = batch.schema
-                        writer = pa.ipc.new_file(file.name, schema)
-                    writer.write_batch(batch.cast(schema))
+                        schema = table.schema
+                        writer = pa.ipc.new_file(target.name, schema)
+                    writer.write_table(table.cast(schema))
             except (OSError, KeyError, pa.ArrowException) as error:
-                raise DataError(f"{path}: cannot be read as parquet ({error})") from None
+                has = f"the columns {', '.join(columns)}"
+                raise DataError(f"{path}: cannot be read as parquet with {has} ({error})") from None
         if writer is None:
             return pa.table({column: [] for column in columns})
         writer.close()
-        return pa.ipc.open_file(pa.memory_map(file.name)).read_all()
-
-
-def _batches(path: Path, columns: Sequence[str], nested: str | None) -> Iterator[pa.RecordBatch]:
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(path)
-    names = file.schema_arrow.names
-    inside = nested if nested in names and not set(columns) <= set(names) else None
-    missing = [] if inside else [column for column in columns if column not in names]
-    if missing:
-        raise DataError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(names)}")
-    # By row groups, since iter_batches reads ahead hundreds of megabytes.
-    for group in range(file.metadata.num_row_groups):
-        table = file.read_row_group(group, columns=[inside] if inside else list(columns))
-        if inside:
-            table = table.flatten()
-            table = table.rename_columns([name.removeprefix(f"{inside}.") for name in table.column_names])
-        yield from table.select(list(columns)).to_batches()
+        return pa.ipc.open_file(pa.memory_map(target.name)).read_all()

@@ -7,24 +7,108 @@ from __future__ import annotations
 
 import json
 import random
-from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.tasks.answers import Conversation, calculator_parts, is_answer
-from mlxchat.tasks.base import Task, dialogue, find_fault, held_out
+from mlxchat.tasks.answers import Conversation, is_answer
+from mlxchat.tasks.base import Task, answered, find_fault, held_out
 from mlxchat.tasks.downloads import UrlTask
 
-IDENTITY_FILE = Path(__file__).with_name("identity.jsonl")
 NANOCHAT_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
 """nanochat's 1,000 conversations about itself."""
-_MAX_FAULTS_SHOWN = 20
-# A conversation is tokenized as a whole before it is truncated to a row: 100 MB would take 3 GB of memory.
-_MOST_LINE_BYTES = 16 << 20
+_FORMS = (
+    '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, a list of messages, '
+    '{"question", "answer"} or {"prompt", "completion"}'
+)
+_FAULTS_SHOWN = 10
+T = TypeVar("T")
+
+
+class Lines(Generic[T]):
+    """What the lines of a file stand for. They are in memory, and parsed when they are used."""
+
+    def __init__(self, path: Path, parse: Callable[[Any], T], forms: str) -> None:
+        """Check each line of a .jsonl file in UTF-8; empty lines are skipped.
+
+        Args:
+            path: the file.
+            parse: takes a line's JSON value; raises ValueError with what is wrong.
+            forms: of a line that are accepted, for messages.
+
+        Raises:
+            DataError: the file cannot be read, or lines of it are wrong; the first ones are named.
+        """
+        try:
+            lines = path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error}).") from None
+        self._parse = parse
+        self._lines = [line for line in lines if line.strip()]
+        faults = [f"line {number}: {fault}" for number, line in enumerate(lines, 1) if (fault := self._fault(line))]
+        if faults:
+            more = ["…"] * (len(faults) > _FAULTS_SHOWN)
+            shown = "\n  ".join([*faults[:_FAULTS_SHOWN], *more])
+            raise DataError(f"{path} has {len(faults)} lines that are wrong:\n  {shown}\nExpected {forms}.")
+
+    def _fault(self, line: bytes) -> str:
+        """Return why a line is wrong, or an empty string if it is not."""
+        try:
+            if line.strip():
+                self._parse(json.loads(line))
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            return f"not JSON ({error})"
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __iter__(self) -> Iterator[T]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> T:
+        return self._parse(json.loads(self._lines[index]))
+
+
+def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2) -> Lines[Conversation]:
+    """Return the conversations of a .jsonl file, whose lines are checked by `parse_conversation`.
+
+    Args:
+        path: the file, in UTF-8; empty lines are skipped.
+        ends_answered: refuse conversations that end with a user message, which nanochat accepts.
+        least: minimum number of messages; 1 also accepts {"question"}, {"prompt"} and a JSON string.
+    """
+    return Lines(path, partial(parse_conversation, ends_answered=ends_answered, least=least), _FORMS)
+
+
+def parse_conversation(value: Any, *, ends_answered: bool = True, least: int = 2) -> Conversation:
+    """Return the conversation of a parsed line; raises ValueError with what is wrong."""
+    if isinstance(value, str) and least == 1:
+        value = {"question": value}
+    if isinstance(value, dict):
+        for asked, answer in (("question", "answer"), ("prompt", "completion")):
+            if asked in value and answer in value:
+                if not isinstance(value[asked], str) or not isinstance(value[answer], str):
+                    raise ValueError(f"{asked} and {answer} must be text")
+                return answered(value[asked], value[answer])
+            if asked in value and least == 1:
+                value = [{"role": "user", "content": value[asked]}]
+                break
+    messages: Any = value.get("messages") if isinstance(value, dict) else value
+    if fault := find_fault(messages, least=least):
+        raise ValueError(fault)
+    if ends_answered and messages[-1]["role"] != "assistant":
+        raise ValueError("the last message is not from the assistant")
+    for message in messages:
+        content = message["content"]
+        if not (content.strip() if isinstance(content, str) else content):
+            raise ValueError(f"content of the {message['role']} message is empty")
+    return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}
 
 
 @dataclass(eq=False, kw_only=True)
@@ -34,7 +118,7 @@ class Jsonl(Task):
     name: ClassVar[str] = "jsonl"
     own_path: ClassVar[Path | None] = None
     usually_held_out: ClassVar[float] = 0.0
-    """held_out_frac of a user's file if it is None."""
+    """held_out_frac if it is None."""
     path: str | Path | None = None
     """The .jsonl file, in UTF-8; empty lines are skipped. None: the task's default file."""
     held_out_frac: float | None = None
@@ -44,49 +128,56 @@ class Jsonl(Task):
     """1: a response is right if it contains the answer as whole words; 0: it must equal the answer."""
 
     def __post_init__(self) -> None:
-        """Read the file."""
+        """Check the options."""
         super().__post_init__()
-        path = self.own_path if self.path is None else self.path
-        if path is None:
+        if self.path is None and self.own_path is None:
             raise ConfigError(f"task {self.name} has no path. Set the .jsonl file to read: path=my.jsonl.")
         if self.held_out_frac is None:
             self.held_out_frac = 0.1 if self.path is None else self.usually_held_out
         if not 0 <= self.held_out_frac < 1:
             raise ConfigError(f"held_out_frac of task {self.name} is {self.held_out_frac}, expected 0 to below 1.")
         if self.contains not in (0, 1):
-            raise ConfigError(
-                f"contains of task {self.name} is {self.contains:g}, expected 0 (equal) or 1 (contains the answer)."
-            )
-        self._conversations = self._read(Path(path))
+            raise ConfigError(f"contains of task {self.name} is {self.contains}, expected 0 (equal) or 1 (contains).")
+
+    def _read(self, path: Path) -> Lines[Conversation]:
+        return read_conversations(path)
+
+    @cached_property
+    def _lines(self) -> Lines[Conversation]:
+        return self._read(Path(self.path or self.own_path or ""))
+
+    @cached_property
+    def _places(self) -> list[int]:
+        """The indices of the split's conversations."""
+        fraction = self.held_out_frac or 0.0
         places = [
             place
-            for place, conversation in enumerate(self._conversations)
-            if held_out(f"jsonl/{_first_user(conversation)}", self.held_out_frac) == (self.split == "test")
+            for place, conversation in enumerate(self._lines)
+            if held_out(f"jsonl/{_first_user(conversation)}", fraction) == (self.split == "test")
         ]
         if not places:
-            remedy = (
-                "Set options: {held_out_frac: 0.1} here and for the same file in the training mixture, or use split: "
-                "train for a file that is not trained on"
-                if self.split == "test"
-                else "Add some, or lower held_out_frac"
-            )
             raise DataError(
-                f"{path}: none of its conversations is in the {self.split} split of task "
-                f"{self.name}, whose held_out_frac is {self.held_out_frac:g}. {remedy}."
+                f"{self.path}: none of its conversations is in the {self.split} split of task {self.name}, whose "
+                f"held_out_frac is {fraction:g}. Set options: {{held_out_frac: 0.1}} here and for the same file in the "
+                "training mixture, or use split: train for a file that is not trained on."
             )
-        self._places = array("Q", self._shuffled(places))
-        self.num_conversations = len(self._conversations)
-        """Of the file, in both splits."""
-        self.num_held_out = len(places) if self.split == "test" else self.num_conversations - len(places)
+        return self._shuffled(places)
 
-    def _read(self, path: Path) -> ConversationFile:
-        return read_conversations(path)
+    @property
+    def num_conversations(self) -> int:
+        """Number of conversations in both splits."""
+        return len(self._lines)
+
+    @property
+    def num_held_out(self) -> int:
+        """Number of conversations in the test split."""
+        return len(self._places) if self.split == "test" else len(self._lines) - len(self._places)
 
     def _own_size(self) -> int:
         return len(self._places)
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        return self._conversations[self._places[index % len(self._places)]]
+        return self._lines[self._places[index % len(self._places)]]
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Judge by `is_answer`."""
@@ -97,7 +188,7 @@ class Identity(Jsonl):
     """Conversations about the model itself: the bundled ones about mlxchat, or those of `path`."""
 
     name = "identity"
-    own_path = IDENTITY_FILE
+    own_path = Path(__file__).with_name("identity.jsonl")
 
 
 @dataclass(eq=False, kw_only=True)
@@ -113,16 +204,16 @@ class IdentityConversations(UrlTask):
     seed: int = field(default=0, init=False)  # the order is the file's
 
     @cached_property
-    def _conversations(self) -> ConversationFile:
+    def _lines(self) -> Lines[Conversation]:
         path = self._file()
         assert path is not None, "no data are bundled"
         return read_conversations(path, ends_answered=False)
 
     def _own_size(self) -> int:
-        return len(self._conversations)
+        return len(self._lines)
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        return self._conversations[index]
+        return self._lines[index]
 
     def evaluate(self, conversation: Conversation, response: str) -> bool:
         """Judge as task jsonl does."""
@@ -131,140 +222,3 @@ class IdentityConversations(UrlTask):
 
 def _first_user(conversation: Conversation) -> str:
     return next(str(message["content"]) for message in conversation["messages"] if message["role"] == "user")
-
-
-class ConversationFile:
-    """The conversations of a file. Only the offsets of their lines are in memory."""
-
-    def __init__(self, path: Path, places: array[int], parse: Callable[[Any], Conversation]) -> None:
-        """`places` are the offsets of the conversations' lines, which were checked before with `parse`."""
-        self._path, self._places, self._parse = path, places, parse
-
-    def __len__(self) -> int:
-        return len(self._places)
-
-    def __iter__(self) -> Iterator[Conversation]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> Conversation:
-        """Return a conversation.
-
-        Raises:
-            DataError: the file changed.
-        """
-        place = self._places[index]
-        try:
-            with self._path.open("rb") as file:
-                file.seek(place)
-                return self._parse(json.loads(file.readline()))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self._path} changed while it was read ({error}).") from error
-
-
-def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2) -> ConversationFile:
-    """Check a .jsonl file of conversations and return them.
-
-    Args:
-        path: the file, in UTF-8; empty lines are skipped.
-        ends_answered: refuse conversations that end with a user message, which nanochat accepts.
-        least: minimum number of messages; 1 also accepts {"question"}, {"prompt"} and a JSON string.
-
-    Raises:
-        DataError: the file cannot be read, or has invalid lines (the message names all of them).
-
-    """
-    forms = (
-        '{"messages": [{"role": "user", "content": ...}, {"role": "assistant", ...}]}, '
-        'a list of messages, {"question", "answer"} or {"prompt", "completion"}'
-    )
-    parse = partial(parse_conversation, ends_answered=ends_answered, least=least)
-    return read_lines(path, parse, "conversations", forms)
-
-
-def read_lines(path: Path, parse: Callable[[Any], Conversation], what: str, forms: str) -> ConversationFile:
-    """Check each line of a .jsonl file and return what `parse` makes of them.
-
-    Args:
-        path: the file, in UTF-8; empty lines are skipped.
-        parse: takes a line's JSON value; raises ValueError with what is wrong.
-        what: the lines are, for messages.
-        forms: of a line that are accepted.
-
-    Raises:
-        DataError: the file cannot be read, or lines of it are wrong; all of them are named.
-    """
-    places, faults, place = array("Q"), [], 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    fault = _find_fault(line, parse)
-                    if fault:
-                        faults.append(f"line {number}: {fault}")
-                    places.append(place)
-                place += len(line)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read as a UTF-8 file of {what} ({error}).") from error
-    if faults:
-        more = len(faults) - _MAX_FAULTS_SHOWN
-        shown = faults[:_MAX_FAULTS_SHOWN]
-        if more > 0:
-            rest = ", ".join(fault.split(":")[0].removeprefix("line ") for fault in faults[_MAX_FAULTS_SHOWN:])
-            shown.append(f"and {more} more, lines {rest}")
-        raise DataError(
-            f"{path} has {len(faults)} lines that are not {what}:\n  " + "\n  ".join(shown) + f"\nExpected {forms}."
-        )
-    return ConversationFile(path, places, parse)
-
-
-def _find_fault(line: bytes, parse: Callable[[Any], Conversation]) -> str:
-    """Return why `parse` rejects a line, or an empty string if it does not."""
-    if len(line) > _MOST_LINE_BYTES:
-        return f"{len(line):,} bytes, expected at most {_MOST_LINE_BYTES:,}"
-    try:
-        parse(json.loads(line))
-    except json.JSONDecodeError as error:
-        return f"not JSON ({error.msg} at column {error.colno})"
-    except UnicodeDecodeError:
-        return "not UTF-8"
-    except RecursionError:
-        return "nested too deeply"
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def parse_conversation(value: Any, *, ends_answered: bool = True, least: int = 2) -> Conversation:
-    """Return the conversation of a parsed line, in one of the forms of `read_conversations`.
-
-    Args:
-        value: the parsed JSON.
-        ends_answered: the last message must be the assistant's.
-        least: fewest messages; with 1, a question alone is a conversation.
-
-    Raises:
-        ValueError: the line is no such conversation, and why.
-    """
-    if isinstance(value, str) and least == 1:
-        value = {"question": value}
-    if isinstance(value, dict):
-        for asked, answered in (("question", "answer"), ("prompt", "completion")):
-            if asked in value and (answered in value or least == 1):
-                question, answer = value[asked], value.get(answered)
-                if not (isinstance(question, str) and (isinstance(answer, str) or answered not in value)):
-                    raise ValueError(f"{asked} and {answered} must be text")
-                if not question.strip() and least == 1:
-                    raise ValueError(f"{asked} is empty")
-                if answer is None:
-                    return {"messages": [{"role": "user", "content": question}]}
-                return dialogue(question, calculator_parts(answer) if "<<" in answer else answer)
-    messages: Any = value.get("messages") if isinstance(value, dict) else value
-    if fault := find_fault(messages, least=least):
-        raise ValueError(fault)
-    if ends_answered and messages[-1]["role"] != "assistant":
-        raise ValueError("the last message is not from the assistant")
-    for message in messages:
-        content = message["content"]
-        if not (content.strip() if isinstance(content, str) else content):
-            raise ValueError(f"content of the {message['role']} message is empty")
-    return {"messages": [{"role": message["role"], "content": message["content"]} for message in messages]}

@@ -8,13 +8,12 @@ from typing import Any
 
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task
-from mlxchat.tasks.jsonl import ConversationFile, Jsonl, parse_conversation, read_lines
+from mlxchat.tasks.jsonl import Jsonl, Lines, parse_conversation
 
 _FORMS = (
     '{"prompt" or "messages": text or messages, "chosen": ..., "rejected": ...}, where both answers are text or lists '
     "of messages; lists that begin with the user's message need no prompt"
 )
-_PROMPTS = ("messages", "prompt", "question")
 
 
 class Pairs(Jsonl):
@@ -24,20 +23,17 @@ class Pairs(Jsonl):
     is_paired = True
     usually_held_out = 0.1
 
-    def _read(self, path: Path) -> ConversationFile:
-        return read_lines(path, parse_pair, "pairs", _FORMS)
+    def _read(self, path: Path) -> Lines[Conversation]:
+        return Lines(path, parse_pair, _FORMS)
 
 
 def parse_pair(value: Any) -> Conversation:
     """Return {"messages", "rejected"} of one parsed line: the messages up to the chosen answer, the rejected content.
 
-    Raises:
-        ValueError: with what is wrong.
+    Raises ValueError with what is wrong.
     """
-    if not isinstance(value, dict):
-        raise ValueError("not an object")
-    if missing := [name for name in ("chosen", "rejected") if name not in value]:
-        raise ValueError(f"no {' and no '.join(missing)}")
+    if not isinstance(value, dict) or not {"chosen", "rejected"} <= value.keys():
+        raise ValueError('not an object with "chosen" and "rejected"')
     chosen, rejected = (_whole(value, name) for name in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("chosen and rejected differ before their last message")
@@ -53,10 +49,11 @@ def _whole(value: dict[str, Any], name: str) -> list[dict[str, Any]]:
         answer = [{"role": "assistant", "content": answer}]
     # A list that begins with a question is the whole conversation.
     if not (answer and isinstance(answer[0], dict) and answer[0].get("role") in ("user", "system")):
-        prompt = next((value[key] for key in _PROMPTS if key in value), None)
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        asked = next((value[key] for key in ("messages", "prompt", "question") if key in value), None)
+        if isinstance(asked, str):
+            asked = [{"role": "user", "content": asked}]
         if not isinstance(asked, list):
-            raise ValueError(f"no question before {name}, neither in it nor as {', '.join(_PROMPTS)}")
+            raise ValueError(f"no question before {name}, neither in it nor as messages, prompt, question")
         if isinstance(system := value.get("system"), str) and system.strip():
             asked = [{"role": "system", "content": system}, *asked]
         answer = [*asked, *answer]

@@ -23,11 +23,7 @@ from mlxchat.tasks.downloads import UrlTask
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
 """370 thousand English words."""
-QUESTIONS_FILE = Path(__file__).with_name("spelling_questions.json")
-WORDS_FILE = Path(__file__).with_name("common_words.txt")
-"""Words of 3 to 8 letters that occur 30 times or more in the Bible in Basic English and the Factbook; no names."""
-FIRST_WORDS_FILE = Path(__file__).with_name("first_words.txt")
-
+_FOLDER = Path(__file__).parent
 _TEST_FRACTION = 0.15
 _COUNT_QUESTIONS = (
     "How many '{letter}' are in {word}?",
@@ -35,20 +31,22 @@ _COUNT_QUESTIONS = (
     "Count the letter '{letter}' in {word}.",
     "How many times is '{letter}' in the word {word}?",
 )
-_LOWER_FRACTION, _MARK_FRACTION, _LETTER_OF_WORD_FRACTION = 0.3, 0.5, 0.9
+_LOWER_FRACTION = 0.3
+_MARK_FRACTION = 0.5
+_LETTER_OF_WORD_FRACTION = 0.9
 _QUOTES = ("", "'", '"')
 
 
 @cache
 def common_words() -> list[str]:
-    """Return the bundled common words in alphabetical order."""
-    return WORDS_FILE.read_text(encoding="ascii").split()
+    """Return the words of 3 to 8 letters that occur 30 times or more in the Bible and the Factbook; no names."""
+    return (_FOLDER / "common_words.txt").read_text(encoding="ascii").split()
 
 
 @cache
 def first_words() -> list[str]:
     """Return the words that newcomers ask about first, in alphabetical order."""
-    return FIRST_WORDS_FILE.read_text(encoding="ascii").split()
+    return (_FOLDER / "first_words.txt").read_text(encoding="ascii").split()
 
 
 def is_test_word(word: str) -> bool:
@@ -61,42 +59,33 @@ def is_only_spelled(word: str) -> bool:
     return held_out(f"letters/{word}", _TEST_FRACTION)
 
 
-class _WordTask(Task):
-    """A task about the words of a split, by default each once."""
+class Spelling(Task):
+    """Spell the word: apple -> apple:a,p,p,l,e; the response must be exact. By default each word of the split once."""
 
-    def __post_init__(self) -> None:
-        """Select the words."""
-        super().__post_init__()
-        self._words = self._shuffled(self._choose_words(is_test=self.split == "test"))
+    name = "spelling"
 
-    def _choose_words(self, *, is_test: bool) -> list[str]:
+    @cached_property
+    def _words(self) -> list[str]:
+        return self._shuffled(self._words_of(is_test=self.split == "test"))
+
+    def _words_of(self, *, is_test: bool) -> list[str]:
         return [word for word in common_words() if is_test_word(word) == is_test]
 
     def _own_size(self) -> int:
         return len(self._words)
 
-    def _word(self, index: int) -> str:
-        return self._words[index % len(self._words)]
-
-
-class Spelling(_WordTask):
-    """Spell the word: apple -> apple:a,p,p,l,e; the response must be exact."""
-
-    name = "spelling"
-
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        word = self._word(index)
-        spelled = f"{word}:{','.join(word)}"
-        return dialogue(f"Spell the word: {word}", spelled, answer=spelled)
+        word = self._words[index % len(self._words)]
+        return _spell(word, answer=f"{word}:{','.join(word)}")
 
 
-class LetterCount(_WordTask):
+class LetterCount(Spelling):
     """Count a letter in a word; judged by the number after ####."""
 
     name = "letter_count"
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        word = self._word(index)
+        word = self._words[index % len(self._words)]
         # Favours repeated and absent letters: otherwise the count would nearly always be one.
         repeated = [letter for letter in word if word.count(letter) > 1]
         letter = rng.choice([*word, *repeated * 3] if rng.random() < 0.85 else string.ascii_lowercase)
@@ -111,8 +100,12 @@ class FirstLetterCount(LetterCount):
 
     name = "first_letter_count"
 
-    def _choose_words(self, *, is_test: bool) -> list[str]:
+    def _words_of(self, *, is_test: bool) -> list[str]:
         return [word for word in first_words() if is_only_spelled(word) == is_test]
+
+
+def _spell(word: str, **extra: str) -> Conversation:
+    return dialogue(f"Spell the word: {word}", f"{word}:{','.join(word)}", **extra)
 
 
 def count_letters(word: str, letter: str) -> str:
@@ -131,8 +124,6 @@ class _WordListTask(UrlTask):
 
     source_options: ClassVar[tuple[str, ...]] = ("words", "sha256")
     bundled: ClassVar[str | None] = "bundled"
-    is_shuffled: ClassVar[bool] = False
-    """Whether the list is shuffled before words are drawn."""
     words: str = WORDS_URL
     """Address of a list with one word per line, or "bundled": the common words of the bundled texts."""
     nanochat_seeds: bool = False
@@ -140,10 +131,8 @@ class _WordListTask(UrlTask):
 
     @cached_property
     def _words(self) -> list[str]:
-        words = list(_words_of(self._file()))
-        if self.is_shuffled:
-            random.Random(42).shuffle(words)
-        return words
+        path = self._file()
+        return common_words() if path is None else _read_words(path)
 
     def _own_size(self) -> int:
         return 1000
@@ -167,7 +156,8 @@ class SpellingBee(_WordListTask):
         question = draw.choice(_questions())
         if draw.random() < _LOWER_FRACTION:
             question = question.lower()
-        quote, quote_of_word = draw.choice(_QUOTES), draw.choice(_QUOTES)
+        quote = draw.choice(_QUOTES)
+        quote_of_word = draw.choice(_QUOTES)
         asked = question.format(letter=f"{quote}{letter}{quote}", word=f"{quote_of_word}{word}{quote_of_word}")
         if draw.random() < _MARK_FRACTION:
             asked += "?"
@@ -178,16 +168,21 @@ class SimpleSpelling(_WordListTask):
     """Spell the word: apple -> apple:a,p,p,l,e; the response must be exact."""
 
     name = "simple_spelling"
-    is_shuffled = True
+
+    @cached_property
+    def _words(self) -> list[str]:
+        words = list(super()._words)
+        random.Random(42).shuffle(words)
+        return words
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        word = self._draw(index).choice(self._words)
-        return dialogue(f"Spell the word: {word}", f"{word}:{','.join(word)}")
+        return _spell(self._draw(index).choice(self._words))
 
 
 def _count_aloud(word: str, letter: str) -> list[dict[str, str]]:
     """Return an answer that spells the word, counts the letter, calls the calculator and ends with the number."""
-    lines, count = [], 0
+    lines = []
+    count = 0
     for place, char in enumerate(word, start=1):
         count += char == letter
         # No space after the colon, so that letters are the same tokens as in the spelled word.
@@ -208,14 +203,11 @@ def _count_aloud(word: str, letter: str) -> list[dict[str, str]]:
 
 @cache
 def _questions() -> list[str]:
-    return list(json.loads(QUESTIONS_FILE.read_text(encoding="utf-8")))
+    return list(json.loads((_FOLDER / "spelling_questions.json").read_text(encoding="utf-8")))
 
 
 @cache
-def _words_of(path: Path | None) -> list[str]:
-    """Return the words of a file in its order; None: the bundled words."""
-    if path is None:
-        return common_words()
+def _read_words(path: Path) -> list[str]:
     try:
         words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -9,14 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlxchat.engine.generate import ChatBackend, Engine
+from mlxchat.engine.batch import Request
+from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Kind, Parts, Request, Scheduler
+from mlxchat.engine.scheduler import Kind, Scheduler, content_of
+from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.ops.machine import KEPT_TOKENS
-from mlxchat.planning.given import sizes_of_folder
+from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
 
 # Command → (its argument, description).
@@ -42,7 +44,7 @@ _SHORT = {"/reset": "/clear", "/temp": "/temperature", "/exit": "/quit"}
 class Chat:
     """A model, its settings and the conversation."""
 
-    engine: ChatBackend
+    engine: Engine | ThirdPartyEngine
     name: str
     temperature: float
     top_k: int | None
@@ -69,10 +71,10 @@ class Chat:
             raise ConfigError(f"{self.name} continues text and knows no system prompt")
 
     @classmethod
-    def load(cls, folder: Path, *, bits: int | None = None, kv_bits: int | None = None, **settings: Any) -> Chat:
+    def load(cls, folder: Path, *, bits: int | None = None, **settings: Any) -> Chat:
         """Load a checkpoint artifact.
 
-        `bits` and `kv_bits` are as for `Engine`, `settings` fields of the class.
+        `bits` is as for `Engine`, `settings` are fields of the class.
 
         Raises:
             ConfigError: the model does not fit into memory, or does not support a system prompt.
@@ -80,8 +82,8 @@ class Chat:
         """
         sizes = sizes_of_folder(folder)
         decoding = Decoding(
-            sizes=sizes, device=find_device(ask_mlx=True), row_tokens=sizes.context_tokens, bits=bits, kv_bits=kv_bits,
-            kept_tokens=KEPT_TOKENS, remedies=("--kv-bits 4",) if kv_bits is None else (),
+            sizes=sizes, device=find_device(), row_tokens=sizes.context_tokens, bits=bits,
+            kept_tokens=KEPT_TOKENS, remedies=("--bits 4",) if bits is None else (),
         )  # fmt: skip
         decoding.rows(folder.name, most=1)
         model, tokenizer, facts = load_for_inference(folder)
@@ -90,7 +92,7 @@ class Chat:
 
             model, cost = measure_quantised(model, tokenizer, bits)
             print(cost, file=sys.stderr)
-        engine = Engine(model, tokenizer, kv_bits=kv_bits)
+        engine = Engine(model, tokenizer)
         return cls(engine, folder.name, continues=facts.get("format") != "chat", **settings)
 
     @classmethod
@@ -101,8 +103,6 @@ class Chat:
             ConfigError: mlx-lm is not installed, or the model does not support a system prompt.
             DataError: mlx-lm cannot open it.
         """
-        from mlxchat.engine.third_party import ThirdPartyEngine
-
         engine = ThirdPartyEngine.load(folder)
         words = engine.tokenizer
         return cls(engine, name, continues=not words.has_chat_template, skip_blank=words.skips_blank, **settings)
@@ -169,36 +169,37 @@ class Chat:
             self._stream(prompt)
             return
         question = {"role": "user", "content": text}
-        parts = self._stream(self.engine.render(self._fitting(question)))
-        self.messages += [question, {"role": "assistant", "content": parts.as_content()}]
+        content = self._stream(self.engine.render(self._fitting(question)))
+        self.messages += [question, {"role": "assistant", "content": content}]
 
     def last_question(self) -> str | None:
         """Return the last question or continued text."""
         asked = [message["content"] for message in self.messages if message["role"] == "user"]
         return asked[-1] if asked else self.last
 
-    def _stream(self, prompt: list[int]) -> Parts:
-        """Print the tokens after a prompt as they are generated; Ctrl-C stops."""
+    def _stream(self, prompt: list[int]) -> list[dict[str, Any]]:
+        """Print the tokens after a prompt as they are generated; Ctrl-C stops. Return the answer's content."""
         if self._scheduler is None:
             self._scheduler = self.engine.scheduler(max_rows=1, python=self.python)
         scheduler = self._scheduler
         self.seed += 1
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
         request = Request(
-            prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, reuse="close",
+            prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, reuse=True,
             skip_blank=self.skip_blank and not self.continues,
         )  # fmt: skip
         id_ = scheduler.submit(request)
-        parts, shown = Parts(self.engine.tokenizer), Shown()
+        texts, shown = list[tuple[Kind, str]](), Shown()
         while not scheduler.idle:
             try:
                 for event in scheduler.step():
-                    for kind, text in parts.add(event):
-                        shown.add(kind, text)
+                    if event.text:
+                        texts.append((event.kind, event.text))
+                        shown.add(event.kind, event.text)
             except KeyboardInterrupt:
                 scheduler.cancel(id_)
         shown.finish()
-        return parts
+        return content_of(texts)
 
     def _room(self) -> int:
         """Return how many tokens a prompt may have: at least half of the context."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
 
@@ -37,27 +38,33 @@ def mean_batch(rows: Sequence[tuple[Ints, Ints]], *, trimmed: bool = False) -> B
     return Batch(ids, targets, (counted / max(1, int(counted.sum()))).astype(np.float32))
 
 
-class BatchSource(Protocol):
-    """A source of one batch for each iteration."""
+class BatchSource:
+    """A source of one batch for each iteration; here one without a position."""
 
-    waited_seconds: float
-    """Seconds spent in `next_batch` so far."""
+    waited_seconds = 0.0
+    """Seconds spent waiting for data so far."""
 
     def next_batch(self, iteration: int) -> Batch:
         """Return the batch of an iteration."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Prepare the next batch while the device computes; position and documents stay those of the last one."""
 
     def documents(self) -> list[str]:
-        """Return the names of the documents of the last batch."""
+        """Return the names of the documents of the last batch, for warnings."""
+        raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """Return the position, as JSON data."""
+        """Return the position after the last batch, as JSON data."""
+        return {}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position."""
 
 
-class RowBatches:
-    """`num_rows` rows of a stream for each iteration; a context manager that closes the stream."""
+class RowBatches(BatchSource):
+    """`num_rows` rows of a stream for each iteration."""
 
     def __init__(self, rows: RowStream, num_rows: int, *, trimmed: bool = False) -> None:
         """Start at the stream's position; `trimmed` removes the padding that all rows of a batch end with."""
@@ -65,27 +72,31 @@ class RowBatches:
         # After the last whole batch: the next one may be interrupted.
         self._state, self._counts = rows.state(), rows.counts()
         self._addresses: list[Any] = []
-        self.waited_seconds = 0.0
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Close the stream."""
-        self._rows.close()
+        self._ahead: Future[tuple[Batch, dict[str, Any], dict[str, float], list[Any]]] = Future()
 
     def next_batch(self, iteration: int) -> Batch:
         """Return the next rows; their loss is the mean over all targets of the iteration."""
         began = time.perf_counter()
-        rows, addresses = [], []
-        for _ in range(self._num_rows):
-            rows.append(self._rows.next_row())
-            addresses += self._rows.placed
-        batch = mean_batch(rows, trimmed=self._trimmed)
-        self._state, self._counts, self._addresses = self._rows.state(), self._rows.counts(), addresses
+        self.prepare()
         self.waited_seconds += time.perf_counter() - began
+        ahead = self._ahead
+        self._ahead = Future()
+        batch, self._state, self._counts, self._addresses = ahead.result()
         return batch
+
+    def prepare(self) -> None:
+        """Read the next rows; if that fails, `next_batch` raises the error."""
+        if self._ahead.done():
+            return
+        try:
+            rows, addresses = [], list[Any]()
+            for _ in range(self._num_rows):
+                rows.append(self._rows.next_row())
+                addresses += self._rows.placed
+            batch = mean_batch(rows, trimmed=self._trimmed)
+            self._ahead.set_result((batch, self._rows.state(), self._rows.counts(), addresses))
+        except Exception as error:
+            self._ahead.set_exception(error)
 
     def documents(self) -> list[str]:
         """Return the names of the documents of the last batch."""
@@ -102,4 +113,6 @@ class RowBatches:
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position of the stream."""
         self._rows.restore(state)
-        self._state, self._counts, self._addresses = state, self._rows.counts(), []
+        self._state, self._counts = state, self._rows.counts()
+        self._addresses = []
+        self._ahead = Future()

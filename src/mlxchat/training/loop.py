@@ -1,188 +1,133 @@
-"""The training loop: iterations with validation, logging, saving and signals between them."""
+"""The training loop: iterations with observations, intermediate models, saves and signals between them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlxchat.config.schema import ScheduleConfig
-from mlxchat.model.gpt import GPT
-from mlxchat.ops.device import prepare_machine
-from mlxchat.optim.optimizer import Optimizer, rates_at
+from mlxchat.config.schema import TrainingStageConfig
+from mlxchat.model.parameters import computing_in
+from mlxchat.optim.optimizer import rates_at
 from mlxchat.runner.context import Context
 from mlxchat.store.crash import crash_point
 from mlxchat.training.batches import BatchSource
-from mlxchat.training.best import Best
+from mlxchat.training.best import Candidates
 from mlxchat.training.monitor import Monitor
 from mlxchat.training.state import Checkpointer
-from mlxchat.training.teacher import Distillation
-from mlxchat.training.team_step import make_step
+from mlxchat.training.team_step import Step
 
 # Derived numbers that are proportional to the iterations.
 _COUNTED = ("num_iterations", "num_updates", "total_tokens", "total_flops")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hook:
-    """An observation between iterations, such as validation or sampling."""
+class Observation:
+    """A measurement between iterations, such as validation. It changes neither weights nor random numbers."""
 
     run: Callable[[int], dict[str, float]]
     """Takes the number of iterations done; returns numbers to log."""
-    every: int | None
-    """Iterations between calls; None: only at the end."""
-    also_every: tuple[int | None, ...] = ()
-    """Iterations between further calls."""
+    every: tuple[int | None, ...] = ()
+    """Iterations between calls; it is due where any of these divides the number done."""
     at_start: bool = False
-    """Whether to call it before the first iteration too."""
+    at_end: bool = True
     title: str = ""
     """Its name on the progress line while it runs; empty: the line stays."""
 
-    def is_due(self, done: int, total: int) -> bool:
-        """Return whether to call it after `done` of `total` iterations."""
+    def is_due(self, done: int, *, ends: bool) -> bool:
+        """Return whether to call it after `done` iterations, with which the training perhaps ends."""
         if done == 0:
             return self.at_start
-        return done == total or any(every and done % every == 0 for every in (self.every, *self.also_every))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """A held-out number at which a training ends before its horizon; compared every `every` iterations."""
-
-    metric: str
-    value: float
-    every: int
-    choose: Callable[[float, float], float] = min
-    """min or max, whichever returns the better of two numbers."""
-
-    def is_reached(self, numbers: Mapping[str, float]) -> bool:
-        """Return whether the metric is among some numbers, and as good as the target or better."""
-        found = numbers.get(self.metric, math.nan)
-        return math.isfinite(found) and self.choose(found, self.value) == found
-
-    def record(self, done: int, numbers: Mapping[str, float], metrics: dict[str, float]) -> None:
-        """Set reached_target in the metrics, which saves contain, if the numbers after `done` iterations reach it."""
-        if done % self.every == 0 and self.is_reached(numbers):
-            metrics["reached_target"] = 1.0
+        if ends:
+            return self.at_end
+        return any(every and done % every == 0 for every in self.every)
 
 
 def fit(
     ctx: Context,
-    model: GPT,
-    optimizer: Optimizer,
+    config: TrainingStageConfig,
+    step: Step,
     batches: BatchSource,
     *,
     num_iterations: int,
-    schedule: ScheduleConfig,
-    hooks: list[Hook],
-    micro_tokens: int,
-    extends: Path | None = None,
-    keep_state: bool = False,
-    best: Best | None = None,
-    target: Target | None = None,
-    save: Callable[[Path], None] | None = None,
+    observations: Sequence[Observation],
+    save: Callable[[Path], None],
     save_every: int | None = None,
-    dropout: float = 0.0,
-    distillation: Distillation | None = None,
-) -> None:
-    """Train for `num_iterations`, resuming where an earlier attempt of this step stopped.
+    candidates: Candidates | None = None,
+) -> int:
+    """Train, continuing where an earlier attempt of this step stopped; return the iterations done.
 
-    On a CPU the result is bit-identical however often it was interrupted.
+    On a CPU the result is bit-identical however often it was interrupted. The training that the step extends is its
+    input `extends`: weights, moments and data position are those of its end, so the result equals a straight training
+    where both schedules agree on the first iterations (a constant rate).
 
-    Args:
-        ctx: of the step; its metrics get the final loss and tokens per second.
-        model: float32 weights, trained in place.
-        optimizer: of the model's parameters.
-        batches: one batch per iteration.
-        num_iterations: of the whole training, including what it extends.
-        schedule: learning rates over the iterations.
-        hooks: called at their cadence and after the last iteration, in this order.
-        micro_tokens: tokens per micro-batch.
-        extends: folder of a finished training, from whose weights, moments and data position this one starts. It equals
-            a straight training where both schedules agree on the first iterations (a constant rate).
-        keep_state: whether to save in the artifact what an extension needs.
-        best: keeps the best weights, with which the model ends; an extension starts with the last ones.
-        target: ends the training when it is reached; a hook measures it at its cadence. The metrics get reached_target
-            (1 or 0), iterations and seconds_to_target.
-        save: writes the stage's outputs into a folder.
-        save_every: iterations between intermediate models, which are published as artifacts; with `keep_state` each
-            can be extended.
-        dropout: share of the residual stream that is zeroed.
-        distillation: a teacher whose distributions are learnt in addition to the targets.
-
-    Raises:
-        Interrupted: a signal arrived; the state was saved.
-        StepFailed: loss or gradients became NaN or Inf and on_nan is stop; the state before that was saved.
-        DataError: the training in `extends` does not fit.
+    Observations are called when due, in this order. `save` writes the stage's outputs into a folder; every `save_every`
+    iterations the present ones are published as an intermediate model. `candidates` keeps the best weights, with which
+    the model ends, and ends the training at a target. The step's metrics get the loss and tokens per second.
     """
-    dtype = prepare_machine(ctx.config.machine)
     mx.reset_peak_memory()
-    monitor = Monitor(ctx, model, batches, dtype, num_iterations, best)
-    checkpointer = Checkpointer(ctx, model, optimizer, batches, monitor, best)
-    done, first_hook = checkpointer.restore(extends)
-    step = make_step(
-        ctx.team, model, optimizer, micro_tokens=micro_tokens, dtype=dtype, dropout=dropout,
-        dropout_seed=ctx.seed("dropout"), recompute=ctx.config.machine.grad_checkpointing, distillation=distillation,
-    )  # fmt: skip
-
-    def ended() -> bool:
-        return done >= num_iterations or (target is not None and "reached_target" in ctx.metrics)
-
-    def run_hooks(first: int = 0) -> None:
-        for number, hook in enumerate(hooks[first:], first):
-            if hook.is_due(done, done if ended() else num_iterations):
-                with checkpointer.saving_on_stop(done, pending_hook=number):
-                    numbers = monitor.observe(done, hook.title, hook.run)
-                    if target is not None:
-                        target.record(done, numbers, ctx.metrics)
+    model, best = step.model, candidates if candidates is not None and candidates.keep else None
+    monitor = Monitor(ctx, step, batches, num_iterations)
+    checkpointer = Checkpointer(ctx, step, batches, monitor, best)
+    first, is_observed = checkpointer.restore(ctx.inputs.get("extends"))
+    done = first
 
     def write(folder: Path) -> None:
-        assert save is not None
         save(folder)
-        if keep_state:
+        if config.save_training_state:
             checkpointer.save_finished(done, folder, intermediate=True)
 
-    def publish() -> None:
-        if save_every and done and done % save_every == 0 and not ended():
-            name = ctx.publish(done, write, derived_after(done, num_iterations, ctx.derived))
-            monitor.progress.note(f"published {name}")
-
-    with ctx.progress(num_iterations, "iterations", start=done) as monitor.progress:
-        if first_hook is not None:
-            run_hooks(first_hook)
-            publish()
-        while not ended():
+    with ctx.progress(num_iterations, "iterations", start=done) as progress:
+        while True:
+            ends = done == num_iterations
+            if not is_observed:
+                numbers: dict[str, float] = {}
+                with checkpointer.saving_on_stop(done, is_observed=False):
+                    for each in observations:
+                        if not each.is_due(done, ends=ends):
+                            continue
+                        if each.title:
+                            progress.update(done, now=each.title)
+                        with computing_in(model, step.dtype):
+                            numbers |= each.run(done)
+                        ends = ends or (candidates is not None and candidates.reach_target(done, numbers))
+                if best is not None:
+                    best.offer(done, numbers, model, is_last=done == num_iterations)
+                if numbers:
+                    ctx.log({"iteration": done, **numbers})
+                    ctx.metrics |= numbers
+                # Before the state is saved, so that a training killed in between publishes again.
+                if save_every and done and done % save_every == 0 and not ends:
+                    name = ctx.publish(done, write, derived_after(done, num_iterations, ctx.derived))
+                    progress.note(f"published {name}")
+            if ends:
+                break
             with checkpointer.saving_on_stop(done):
+                if done > first and ctx.should_stop():
+                    raise ctx.stop(f"iteration {done:,} of {num_iterations:,}", saved=True)
+                if done > first:
+                    checkpointer.save_if_due(done)
                 monitor.begin_iteration()
                 batch = batches.next_batch(done)
-                rates = rates_at(done, num_iterations, schedule, optimizer.config)
-                loss, norm = step(batch, rates, done)
-                monitor.end_iteration(done + 1, batch, loss + batch.offset, norm, step.loss_parts, rates)
+                rates = rates_at(done, num_iterations, config.schedule, step.optimizer.config)
+                loss, norm = step(batch, rates, done, batches.prepare if done + 1 < num_iterations else None)
+                monitor.end_iteration(done + 1, batch, loss + batch.offset, norm, rates, progress)
             done += 1
+            is_observed = False
             crash_point("train.iteration")
-            run_hooks()
-            publish()  # before the state is saved, so that a killed training publishes again
-            if ctx.should_stop() and not ended():
-                checkpointer.save(done)
-                raise ctx.stop(f"iteration {done:,} of {num_iterations:,}", saved=True)
-            checkpointer.save_if_due(done)
         crash_point("train.finished")
-        if keep_state:
+        if config.save_training_state:
             checkpointer.save_finished(done, ctx.out)
-        monitor.finish()
-        if target is not None:
-            reached = target.is_reached(ctx.metrics)
-            ctx.metrics |= {
-                "reached_target": float(reached), "iterations": done, "seconds_to_target": monitor.meter.seconds,
-            }  # fmt: skip
-            verb, found = "reached" if reached else "not reached", ctx.metrics[target.metric]
-            monitor.progress.note(
-                f"{target.metric} {target.value} {verb}: {found:.4f} after {done:,} of {num_iterations:,} iterations"
+        if best is not None and best.iteration is not None:
+            progress.note(
+                f"kept the weights of iteration {best.iteration}: {best.metric} {best.numbers[best.metric]:.5f}"
             )
+            ctx.metrics |= best.put_back(model, ctx.metrics)
+    monitor.finish()
+    return done
 
 
 def derived_after(done: int, total: int, derived: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,21 +21,23 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from mlxchat.errors import DataError, Interrupted, PeerLost, StepFailed
-from mlxchat.model.gpt import GPT, set_parameters, trained_parameters
 from mlxchat.model.lora import ADAPTERS_FILE, adapters_of
-from mlxchat.optim.optimizer import Optimizer
+from mlxchat.model.parameters import set_parameters, trained_parameters
+from mlxchat.optim.optimizer import Flat, Optimizer
 from mlxchat.runner.context import Context
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import seal, sync, unseal
 from mlxchat.store.fingerprint import hash_file
 from mlxchat.training.batches import BatchSource
-from mlxchat.training.best import Best
+from mlxchat.training.best import Candidates
 from mlxchat.training.monitor import Monitor
+from mlxchat.training.team_step import Step
 
 Arrays = dict[str, NDArray[Any]]
 
 _ARRAYS, _STATE = "arrays.safetensors", "state.json"
 _FINISHED_ARRAYS, _FINISHED_STATE = "training_state.safetensors", "training_state.json"
+_SAVE_EVERY_COSTS = 50  # saves take 2 % of the time at most
 _MODEL, _OPTIMIZER, _BEST, _LAST = "model.", "optimizer.", "best.", "last."
 
 
@@ -68,10 +70,8 @@ def read_newest(work: Path) -> tuple[Arrays, dict[str, Any]] | None:
     """Return arrays and state of the newest save that is whole, or None; damaged saves are removed."""
     for place in reversed(_saves(work)):
         try:
-            state, sealed = unseal((place / _STATE).read_bytes())
-            digest = state.pop("arrays_sha256", None)
-            # Saves from before there were digests have neither.
-            if sealed == (digest is not None) and (not sealed or digest == hash_file(place / _ARRAYS)):
+            state, is_sealed = unseal((place / _STATE).read_bytes())
+            if is_sealed and state.pop("arrays_sha256") == hash_file(place / _ARRAYS):
                 return load_file(place / _ARRAYS), state
         except Exception:
             pass  # damaged; the safetensors reader has several error types of its own
@@ -88,67 +88,66 @@ class Checkpointer:
     """Saves and restores a training: weights, moments, position in the data, numbers seen so far."""
 
     def __init__(
-        self, ctx: Context, model: GPT, optimizer: Optimizer, batches: BatchSource, monitor: Monitor, best: Best | None
+        self, ctx: Context, step: Step, batches: BatchSource, monitor: Monitor, best: Candidates | None
     ) -> None:
-        self.ctx, self.model, self.optimizer, self.best = ctx, model, optimizer, best
-        self.batches, self.monitor = batches, monitor
-        self._saved_at = time.monotonic()
+        self.ctx, self.model, self.optimizer = ctx, step.model, step.optimizer
+        self.batches, self.monitor, self.best = batches, monitor, best
+        self._saved_at, self._cost_seconds = time.monotonic(), 0.0
 
-    def restore(self, extends: Path | None = None) -> tuple[int, int | None]:
+    def restore(self, extends: Path | None) -> tuple[int, bool]:
         """Continue from the newest save of this step, else from the finished training in folder `extends`, if any.
 
-        Returns:
-            Iterations done, and the number of the hook to continue with (None: all hooks of that iteration are done).
-
-        Raises:
-            DataError: the training in `extends` does not fit this model and optimizer.
+        Returns the iterations done, and whether the observations after them were made.
         """
         if (found := read_newest(self.ctx.work)) is not None:
-            state = self._restore_save(*found)
+            arrays, state = found
+            weights, moments, best = (_arrays(arrays, prefix) for prefix in (_MODEL, _OPTIMIZER, _BEST))
             self.ctx.rewind_records(state["iteration"])
-            self.ctx.metrics |= state.get("metrics", {})
+            self.ctx.metrics |= state["metrics"]
         elif extends is not None:
-            state = self._restore_finished(extends)
+            weights, moments, best, state = self._read_finished(extends)
             self.ctx.take_records(extends)
         else:
             self.ctx.rewind_records(0)
-            return 0, 0
-        mx.eval(self.model.state)
-        if "batches" in state:  # not of an imported model, whose text is read from its beginning
-            self.batches.restore(state["batches"])
-            self.monitor.restore(state)
-        # Records of iteration 0 were dropped, so all its hooks run again.
-        return state["iteration"], state.get("pending_hook") if state["iteration"] else 0
-
-    def save(self, iteration: int) -> None:
-        """Save the state after `iteration` iterations; older saves are removed."""
-        self._save(iteration, self._state())
+            return 0, False
+        set_parameters(self.model, weights)
+        self.optimizer.state.update(moments)
+        mx.eval(self.model.state, self.optimizer.state)
+        if self.best is not None and "best" in state:
+            self.best.restore(state["best"], trained_parameters(self.model) | best)
+        self.batches.restore(state["batches"])
+        self.monitor.restore(state)
+        # Records of iteration 0 were dropped, so it is observed again.
+        return state["iteration"], state["iteration"] > 0 and state.get("is_observed", True)
 
     def save_if_due(self, iteration: int) -> None:
-        """Save if `machine.checkpoint_seconds` have passed since the last time."""
-        if time.monotonic() - self._saved_at >= self.ctx.config.machine.checkpoint_seconds:
-            self.save(iteration)
+        """Save if `machine.checkpoint_seconds` and _SAVE_EVERY_COSTS times the last save's seconds have passed."""
+        began, every = time.monotonic(), self.ctx.config.machine.checkpoint_seconds
+        if began - self._saved_at >= (max(every, _SAVE_EVERY_COSTS * self._cost_seconds) if every else 0):
+            self._save(iteration, self._state())
             self._saved_at = time.monotonic()
+            self._cost_seconds = self._saved_at - began
 
     @contextmanager
-    def saving_on_stop(self, iteration: int, **more: int) -> Iterator[None]:
-        """Save the state before the body, with `more` in it, if the body is interrupted or fails.
+    def saving_on_stop(self, iteration: int, *, is_observed: bool = True) -> Iterator[None]:
+        """Save the state before the body if the body is interrupted or fails.
 
         The body changes weights and moments last, or not at all.
         """
-        before = {**self._state(), **more}
+        before = {**self._state(), "is_observed": is_observed}
         try:
             yield
         except PeerLost:
             raise  # the moments of a lost rank cannot be saved
-        except (Interrupted, StepFailed) as error:
+        except Interrupted:
             self._save(iteration, before)
-            if isinstance(error, Interrupted):
-                raise
-            saved = (
-                f"The state after iteration {iteration} of {self.monitor.num_iterations} is saved in {self.ctx.work}"
-            )
-            raise StepFailed(f"{error}\n{saved}; the same command continues there.") from error
+            raise
+        except StepFailed as error:
+            self._save(iteration, before)
+            raise StepFailed(
+                f"{error}\nThe state after iteration {iteration} of {self.monitor.num_iterations} is saved in "
+                f"{self.ctx.work}; the same command continues there."
+            ) from error
 
     def save_finished(self, iteration: int, folder: Path, *, intermediate: bool = False) -> None:
         """Write what an extension needs: moments, state and, where the best weights are earlier ones, the last.
@@ -156,15 +155,14 @@ class Checkpointer:
         It contains no times, so that trainings of one key leave equal files. An intermediate model has the present
         weights, so its extension starts without best ones.
         """
-        state: dict[str, Any] = {"batches": self.batches.state(), "meter": self.monitor.meter.loss_state()}
+        state = {"iteration": iteration, "batches": self.batches.state(), **self.monitor.finished_state()}
         arrays = _numpy(self.optimizer.whole_state())
         if self.best is not None and not intermediate:
             state["best"] = self.best.state()
             if self.best.iteration not in (None, iteration):
                 arrays |= _numpy(trained_parameters(self.model), _LAST)
         save_file(arrays, folder / _FINISHED_ARRAYS)
-        text = json.dumps({"iteration": iteration, **state})
-        (folder / _FINISHED_STATE).write_text(text, encoding="utf-8")
+        (folder / _FINISHED_STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def _state(self) -> dict[str, Any]:
         return {"batches": self.batches.state(), **self.monitor.state()}
@@ -178,32 +176,16 @@ class Checkpointer:
         self.ctx.check_lock()  # a save among removed outputs would later continue without their intermediate models
         write_save(self.ctx.work, iteration, arrays, state)
 
-    def _restore_save(self, arrays: Arrays, state: dict[str, Any]) -> dict[str, Any]:
-        """Set model, optimizer and best weights to those of a save; return its state."""
-        set_parameters(self.model, _arrays(arrays, _MODEL))
-        _set_moments(self.optimizer, {name: arrays[f"{_OPTIMIZER}{name}"] for name in self.optimizer.state})
-        if self.best is not None and "best" in state:
-            self.best.restore(state["best"], trained_parameters(self.model) | _arrays(arrays, _BEST))
-        return state
-
-    def _restore_finished(self, folder: Path) -> dict[str, Any]:
-        """Set model, optimizer and best weights to the end of a finished training; return its state."""
-        moments, last = _read_moments(folder)
-        with _reading(folder):
-            kept = load_file(folder / ("model.safetensors" if adapters_of(self.model) is None else ADAPTERS_FILE))
-            state: dict[str, Any] = json.loads((folder / _FINISHED_STATE).read_text(encoding="utf-8"))
+    def _read_finished(self, folder: Path) -> tuple[Flat, Flat, Flat, dict[str, Any]]:
+        """Return last weights, moments, best weights and state of a finished training that fits this one."""
+        weights_file = "model.safetensors" if adapters_of(self.model) is None else ADAPTERS_FILE
+        moments, best, state = _read(folder, _FINISHED_ARRAYS, weights_file, _FINISHED_STATE)
         if state["iteration"] >= (total := self.monitor.num_iterations):
             raise DataError(f"{folder} already has {state['iteration']} iterations, expected fewer than {total}")
-        _check_arrays(folder, trained_parameters(self.model), kept)
+        last = {name.removeprefix(_LAST): moments.pop(name) for name in list(moments) if name.startswith(_LAST)}
+        _check_arrays(folder, trained_parameters(self.model), last or best)
         _check_arrays(folder, self.optimizer.state, moments)
-        if last:
-            _check_arrays(folder, kept, last)
-        weights = _arrays(kept)
-        set_parameters(self.model, _arrays(last) or weights)
-        _set_moments(self.optimizer, moments)
-        if self.best is not None and "best" in state:
-            self.best.restore(state["best"], weights)
-        return state
+        return _arrays(last or best), _arrays(moments), _arrays(best), state
 
 
 def load_moments(folder: Path, optimizer: Optimizer) -> None:
@@ -214,24 +196,18 @@ def load_moments(folder: Path, optimizer: Optimizer) -> None:
     Raises:
         DataError: the folder has none, or they are of other parameters or another optimizer.
     """
-    moments, _ = _read_moments(folder, advice=", or give warm_start=false")
+    (arrays,) = _read(folder, _FINISHED_ARRAYS, advice=", or give warm_start=false")
+    moments = {name: value for name, value in arrays.items() if not name.startswith(_LAST)}
     _check_arrays(folder, optimizer.state, moments)
-    _set_moments(optimizer, moments)
+    optimizer.state.update(_arrays(moments))
+    mx.eval(optimizer.state)
 
 
-def _read_moments(folder: Path, advice: str = "") -> tuple[Arrays, Arrays]:
-    """Return moments, and the last weights where the model beside them has earlier ones."""
-    with _reading(folder, advice):
-        arrays = load_file(folder / _FINISHED_ARRAYS)
-    last = {name.removeprefix(_LAST): arrays.pop(name) for name in sorted(arrays) if name.startswith(_LAST)}
-    return arrays, last
-
-
-@contextmanager
-def _reading(folder: Path, advice: str = "") -> Iterator[None]:
-    """Raise DataError if the body cannot read a finished training."""
+def _read(folder: Path, *names: str, advice: str = "") -> list[Any]:
+    """Return the arrays or the JSON data of files of a finished training."""
+    paths = [folder / name for name in names]
     try:
-        yield
+        return [json.loads(path.read_bytes()) if path.suffix == ".json" else load_file(path) for path in paths]
     except Exception as error:  # the safetensors reader has several error types of its own
         raise DataError(
             f"{folder} has no readable training state ({type(error).__name__}: {error}). Train it with "
@@ -239,26 +215,18 @@ def _reading(folder: Path, advice: str = "") -> Iterator[None]:
         ) from None
 
 
+def _check_arrays(folder: Path, expected: Mapping[str, Any], found: Arrays) -> None:
+    shapes, found_shapes = ({name: tuple(value.shape) for name, value in each.items()} for each in (expected, found))
+    wrong = sorted(name for name, _ in shapes.items() ^ found_shapes.items())
+    if wrong:
+        raise DataError(f"{folder} cannot be continued: these arrays do not fit: {', '.join(wrong[:5])}")
+
+
 def _numpy(arrays: Mapping[str, mx.array], prefix: str = "") -> Arrays:
     """Return arrays for a file, their names behind a prefix."""
     return {f"{prefix}{name}": np.asarray(value) for name, value in arrays.items()}
 
 
-def _arrays(found: Arrays, prefix: str = "") -> dict[str, mx.array]:
+def _arrays(found: Arrays, prefix: str = "") -> Flat:
     """Return the arrays of a file whose names have a prefix, without it."""
     return {name.removeprefix(prefix): mx.array(value) for name, value in found.items() if name.startswith(prefix)}
-
-
-def _set_moments(optimizer: Optimizer, moments: Arrays) -> None:
-    optimizer.state.update(_arrays(moments))
-    mx.eval(optimizer.state)
-
-
-def _check_arrays(folder: Path, expected: Mapping[str, Any], found: Arrays) -> None:
-    wrong = sorted(
-        name
-        for name in expected.keys() | found.keys()
-        if name not in expected or name not in found or tuple(expected[name].shape) != found[name].shape
-    )
-    if wrong:
-        raise DataError(f"{folder} cannot be continued: these arrays do not fit: {', '.join(wrong[:5])}")

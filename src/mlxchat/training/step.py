@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
 
 from mlxchat.distributed.group import ALONE, Group
-from mlxchat.model.gpt import (
-    GPT,
+from mlxchat.model.gpt import GPT
+from mlxchat.model.lora import adapters_of
+from mlxchat.model.parameters import (
     LookedUp,
     cast_parameters,
     flatten_parameters,
     module_at,
     set_parameters,
-    trained_parameters,
 )
-from mlxchat.model.lora import adapters_of
-from mlxchat.ops.device import accelerated, compiled, make_lanes
+from mlxchat.model.recompute import recomputed
+from mlxchat.ops.device import compiled
 from mlxchat.ops.dropout import Dropping, draw_keys, dropping
 from mlxchat.ops.loss import cross_entropy_sum, distillation_sum
-from mlxchat.optim.optimizer import Flat, Optimizer, Rates
+from mlxchat.optim.optimizer import Flat, Optimizer, Rates, sum_squares
 from mlxchat.optim.sharding import Sharding
 from mlxchat.training.batches import Batch
-from mlxchat.training.gradients import Gradients, GradientSums
 from mlxchat.training.teacher import Distillation
 
+Rows = dict[str, np.ndarray[Any, Any]]
+"""Rows of a batch: ids, targets and weights (B, T), and with dropout keys (B, 2)."""
+
 _LOSS_PARTS = ("ce", "kl")
+
+
+class Gradients(NamedTuple):
+    """Loss and gradients of some rows of a batch, in the dtype that they were computed in."""
+
+    loss: mx.array
+    """Scalar, or with a teacher (3,): total, ce and kl."""
+    whole: Flat
+    """Of all parameters but embeddings, by name."""
+    read: dict[str, tuple[mx.array, mx.array]]
+    """Of embeddings, by name: token ids (N,), and the gradients (N, C) of the rows that they read."""
+
+
+class Sums(NamedTuple):
+    """Loss and gradients of all micro-batches so far."""
+
+    loss: mx.array
+    gradients: Flat
 
 
 class TrainStep:
@@ -70,142 +87,144 @@ class TrainStep:
         self.loss_parts: dict[str, float] = {}
         """With a teacher, of the last batch: ce, the mean cross-entropy, and kl, the mean divergence."""
         self.num_traces = 0
+        self.tables = {f"{name}.weight": name for name in model.tables()}
+        """The embeddings: name of the parameter → name of the module."""
         self.group = group
         self.sharding = Sharding(group, optimizer) if group.size > 1 else None
         """Which rank updates which parameters; None: this process updates all."""
-        self.lanes = make_lanes()
-        self._shares = optimizer.share(len(self.lanes))
         self._gradients = compiled(self._loss_and_gradients)
 
-    def __call__(self, batch: Batch, rates: Rates[float], iteration: int = 0) -> tuple[float, float]:
+    def __call__(
+        self, batch: Batch, rates: Rates, iteration: int = 0, meanwhile: Callable[[], object] | None = None
+    ) -> tuple[float, float]:
         """Update the model; return the loss and the gradients' norm before clipping.
 
         Only dropout depends on the iteration. If loss or norm is NaN or infinite, weights and optimizer stay as they
-        were.
+        were. `meanwhile` is called while the device computes.
         """
-        with step_context(self, batch):
-            loss, gradients, norm = self._sum_gradients(batch, iteration)
-            result, *parts = cast(list[float], loss.reshape(-1).tolist())
-            self.loss_parts = dict(zip(_LOSS_PARTS, parts, strict=False))
-            length = float(cast(float, norm.item()))
-            if math.isfinite(result) and math.isfinite(length):
-                self._update(gradients, norm, rates)
-        return float(result), length
+        loss, gradients = self.gradients(batch, iteration)
+        if self.sharding is None:
+            gradients = self.optimizer.stack(gradients)
+            norm = mx.sqrt(sum_squares(gradients))
+        else:
+            loss, gradients, norm = self.sharding.sum(loss, gradients)
+        ok = mx.isfinite(loss.reshape(-1)[0] + norm)
+        updating = self.optimizer if self.sharding is None else self.sharding
+        for moved in updating.update(flatten_parameters(self.model), gradients, rates, norm, ok):
+            set_parameters(self.model, moved)
+        numbers = mx.concatenate([norm.reshape(1), loss.reshape(-1)])
+        mx.async_eval(numbers)
+        if meanwhile is not None:
+            meanwhile()
+        length, result, *parts = cast(list[float], numbers.tolist())
+        self.loss_parts = dict(zip(_LOSS_PARTS, parts, strict=False))
+        return result, length
 
-    def gradients(self, batch: Batch, iteration: int = 0) -> tuple[mx.array, Flat]:
-        """Return the loss and the gradient of every parameter by name, before clipping; nothing is changed."""
-        loss, gradients, _ = self._sum_gradients(batch, iteration)
-        return loss, gradients
+    def gradients(self, batch: Batch, iteration: int = 0) -> Sums:
+        """Return the loss and the gradient of every parameter by name, over this rank's rows; nothing is changed."""
+        parameters, shapes = flatten_parameters(self.model), self.optimizer.shapes
+        # Broadcast, so that no zeros are in memory.
+        zeros = {name: mx.broadcast_to(mx.array(0.0), shapes[name]) for name in self.tables if name in shapes}
+        sums = Sums(mx.array(0.0), zeros)
+        for rows in self._micro_batches(batch, iteration):
+            mx.eval(sums)  # of the micro-batch before, so that one at a time is in memory
+            sums = self.add_micro_batch(sums, rows, parameters)
+        return sums
 
     def micro_rows(self, batch: Batch) -> int:
         """Return how many rows of a batch a rank computes at a time."""
         return max(1, self.micro_tokens // int(batch.ids.shape[1]))
 
-    def _sum_gradients(self, batch: Batch, iteration: int) -> tuple[mx.array, Flat, mx.array]:
-        """Return the batch's loss, gradients and norm; with several ranks, the gradients of this rank's part."""
-        parameters = flatten_parameters(self.model)
-        sums = GradientSums(self.lanes, self._shares, self.optimizer.shapes)
-        for arrays in self._micro_batches(batch, iteration):
-            calls = [
-                partial(self._gradients, parameters, *(mx.array(array[rows]) for array in arrays))
-                for rows in self.lanes.deal(len(arrays[0]))
-            ]
-            sums.add(self.lanes.run(calls))
-        loss, gradients, norm = sums.total()
-        if self.sharding is None:
-            return loss, gradients, norm
-        loss = self.group.sum({"loss": loss})["loss"]
-        own, norm = self.sharding.sum(gradients)
-        # Rank 0's numbers: not every backend sums to the same bits everywhere, and all must decide alike.
-        shared = self.group.share(mx.concatenate([loss.reshape(-1), norm.reshape(1)]))
-        return shared[:-1].reshape(loss.shape), own, shared[-1]
+    def add_micro_batch(self, sums: Sums, rows: Rows, parameters: Flat) -> Sums:
+        """Return sums to which loss and gradients of a micro-batch are added."""
+        return add(sums, [self.gradients_of(rows, parameters)])
 
-    def _micro_batches(self, batch: Batch, iteration: int) -> Iterator[list[np.ndarray[Any, Any]]]:
-        """Yield this rank's rows of each micro-batch: ids, targets, weights and, for dropout, keys."""
-        arrays: list[np.ndarray[Any, Any]] = [batch.ids, batch.targets, batch.weights]
+    def gradients_of(self, rows: Rows, parameters: Flat) -> Gradients:
+        """Return loss and gradients of rows; a teacher computes its states outside the gradient's trace."""
+        arrays = {name: mx.array(array) for name, array in rows.items()}
+        if self.distillation is not None:
+            arrays["seen"] = self.distillation.teacher.see(arrays["ids"])
+        return self._gradients(parameters, arrays)
+
+    def _micro_batches(self, batch: Batch, iteration: int) -> Iterator[Rows]:
+        """Yield this rank's rows of each micro-batch."""
         adapters = adapters_of(self.model)
+        arrays: Rows = {"ids": batch.ids, "targets": batch.targets, "weights": batch.weights}
         if self.dropout or (adapters is not None and adapters.dropout):
-            arrays.append(draw_keys(self._dropout_seed, iteration, rows=len(batch.ids)))
-        together = self.micro_rows(batch) * self.group.size  # ranks compute parts of a range of rows, as lanes do
+            arrays["keys"] = draw_keys(self._dropout_seed, iteration, rows=len(batch.ids))
+        together = self.micro_rows(batch) * self.group.size  # ranks compute parts of a range of rows
         for start in range(0, len(batch.ids), together):
             own = self.group.part(min(together, len(batch.ids) - start))
             if own.start < own.stop:
-                yield [array[start + own.start : start + own.stop] for array in arrays]
+                yield {name: array[start + own.start : start + own.stop] for name, array in arrays.items()}
             elif start == 0:  # no rows for this rank: compute one with weight 0
-                yield [array[:1] * 0 if array is batch.weights else array[:1] for array in arrays]
+                yield {name: array[:1] * (name != "weights") for name, array in arrays.items()}
 
-    def _update(self, gradients: Flat, norm: mx.array, rates: Rates[float]) -> None:
-        """Clip the gradients and update the parameters; with several ranks, each its part."""
-        parameters = flatten_parameters(self.model)
-        if self.sharding is None:
-            for moved in self.optimizer.update(parameters, gradients, rates, norm, self.lanes):
-                set_parameters(self.model, moved)
-            return
-        own = {name: piece.of(parameters[name]) for name, piece in self.sharding.own.items()}
-        new = Flat()
-        for moved in self.optimizer.update(own, gradients, rates, norm, self.lanes):
-            new |= moved
-        for name, whole in self.sharding.gather(new):
-            mx.eval(whole)
-            set_parameters(self.model, {name: whole})
-
-    def _loss_and_gradients(
-        self, parameters: Flat, ids: mx.array, targets: mx.array, weights: mx.array, keys: mx.array | None = None
-    ) -> Gradients:
+    def _loss_and_gradients(self, parameters: Flat, arrays: Flat) -> Gradients:
         """Return the loss and the gradients, of embeddings those of the rows that were read.
 
         An embedding is as large as all layers of a small model, and few of its rows are read: its whole gradient would
         be filled, kept and summed for each micro-batch.
         """
         self.num_traces += 1  # runs only while tracing
-        model, masters, trained = self.model, flatten_parameters(self.model), trained_parameters(self.model)
-        model.recompute = self.recompute
-        tables = {f"{name}.weight": name for name in model.tables()}
-        modules = {name: module_at(model, name) for name in tables.values()}
-        rows = {name: parameters[name][ids] for name in tables}
-        others = {name: value for name, value in parameters.items() if name not in tables}
+        model, ids, tables = self.model, arrays["ids"], self.tables
+        model.run_layer = recomputed if self.recompute else GPT.run_layer
+        inputs = {name: value[ids] if name in tables else value for name, value in parameters.items()}
+        inputs = cast_parameters(inputs, self.dtype)
+        before = {name: module_at(model, name) for name in tables.values()} | flatten_parameters(model)
 
-        def loss_of(moved: Flat, moved_rows: Flat) -> tuple[mx.array, mx.array]:
-            set_parameters(model, cast_parameters({**others, **moved}, self.dtype))
-            read = {**rows, **moved_rows}
-            set_parameters(model, {tables[name]: LookedUp(value.astype(self.dtype)) for name, value in read.items()})
-            with dropping(None if keys is None else Dropping(self.dropout, keys)):
+        def loss_of(trained: Flat) -> tuple[mx.array, mx.array]:
+            for name, value in {**inputs, **trained}.items():
+                set_parameters(model, {tables[name]: LookedUp(value)} if name in tables else {name: value})
+            with dropping(Dropping(self.dropout, arrays["keys"]) if "keys" in arrays else None):
                 hidden = model.hidden(ids)
-            return self._loss(hidden, ids, targets, weights, frozen_head="lm_head.weight" not in trained)
+            return self._loss(hidden, arrays, frozen_head="lm_head.weight" not in trained)
 
         try:
-            (_, loss), (gradients, of_rows) = mx.value_and_grad(loss_of, argnums=(0, 1))(
-                {name: value for name, value in others.items() if name in trained},
-                {name: value for name, value in rows.items() if name in trained},
-            )
+            (_, loss), gradients = mx.value_and_grad(loss_of)({name: inputs[name] for name in self.optimizer.shapes})
         finally:
-            set_parameters(model, modules)
-            set_parameters(model, masters)
-        flat = {name: (ids.reshape(-1), row.reshape(-1, row.shape[-1])) for name, row in of_rows.items()}
-        return Gradients(loss, gradients, flat)
+            set_parameters(model, before)
+        read = {name: (ids.reshape(-1), flat(gradients.pop(name))) for name in tables if name in gradients}
+        return Gradients(loss, gradients, read)
 
-    def _loss(
-        self, hidden: mx.array, ids: mx.array, targets: mx.array, weights: mx.array, *, frozen_head: bool
-    ) -> tuple[mx.array, mx.array]:
+    def _loss(self, hidden: mx.array, arrays: Flat, *, frozen_head: bool) -> tuple[mx.array, mx.array]:
         """Return the loss, and the numbers to report: the loss alone, or with a teacher total, ce and kl."""
-        head, targets = self.model.head_weight, mx.maximum(targets, 0)
+        head, targets, weights = self.model.head_weight, mx.maximum(arrays["targets"], 0), arrays["weights"]
         if self.distillation is not None:
             teacher, mix = self.distillation.teacher, self.distillation.mix
+            logits = teacher.logits(arrays["seen"])
             total, *parts = distillation_sum(
-                hidden, head, targets, weights, teacher.logits(ids), mix, capped=teacher.capped, frozen_head=frozen_head
+                hidden, head, targets, weights, logits, mix, capped=teacher.capped, frozen_head=frozen_head
             )
             return total, mx.stack([mx.stop_gradient(total), *parts])
-        total = cross_entropy_sum(
-            hidden.reshape(-1, hidden.shape[-1]),
-            head,
-            targets.reshape(-1),
-            weights.reshape(-1),
-            frozen_head=frozen_head,
-        )
+        total = cross_entropy_sum(flat(hidden), head, targets.reshape(-1), weights.reshape(-1), frozen_head=frozen_head)
         return total, total
 
 
-@accelerated
-def step_context(step: TrainStep, batch: Batch) -> AbstractContextManager[None]:
-    """Return the context in which a step computes a batch."""
-    return nullcontext()
+def add(sums: Sums, parts: Sequence[Gradients], only: Collection[str] | None = None) -> Sums:
+    """Return sums to which parts of a batch are added; `only`: with the gradients of these parameters alone."""
+    gradients: Flat = {}
+    for name in parts[0].whole:
+        if only is None or name in only:
+            found = [part.whole[name] for part in parts]
+            if name in sums.gradients:
+                found.append(sums.gradients[name])
+            gradients[name] = _sum(found) if len(found) > 1 else found[0]
+    for name in parts[0].read:
+        if only is None or name in only:
+            ids = mx.concatenate([part.read[name][0] for part in parts])
+            rows = mx.concatenate([part.read[name][1] for part in parts])
+            gradients[name] = sums.gradients[name].at[ids].add(rows.astype(mx.float32))
+    return Sums(sum((part.loss for part in parts), sums.loss), gradients)
+
+
+@compiled
+def _sum(arrays: list[mx.array]) -> mx.array:
+    """Return the sum of arrays in float32."""
+    first, *others = (array.astype(mx.float32) for array in arrays)
+    return sum(others, first)
+
+
+def flat(x: mx.array) -> mx.array:
+    """Return x (B, T, C) as (N, C)."""
+    return x.reshape(-1, x.shape[-1])

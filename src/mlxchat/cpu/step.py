@@ -1,0 +1,83 @@
+"""The training step on lanes: each computes gradients of some rows, then sums of some gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import mlx.core as mx
+
+from mlxchat.cpu import plain_version
+from mlxchat.cpu.lanes import Lanes, present, present_lanes
+from mlxchat.model.lora import adapters_of
+from mlxchat.optim.optimizer import Flat, Rates
+from mlxchat.planning.memory import Device, Training
+from mlxchat.training.batches import Batch
+from mlxchat.training.step import Rows, Sums, TrainStep, add
+
+_LIMIT = 0.94  # of the predicted bytes
+
+
+def apply_batch(
+    step: TrainStep, batch: Batch, rates: Rates, iteration: int = 0, meanwhile: Callable[[], object] | None = None
+) -> tuple[float, float]:
+    """As `TrainStep.__call__`, distributed to lanes, with MLX's memory limited to the predicted peak.
+
+    Without the limit MLX allocates memory for a hundred operations ahead: up to 40 % of a step's peak. It exceeds the
+    limit by a few percent.
+    """
+    lanes = Lanes()
+    rows = len(range(len(batch.ids))[step.group.part(len(batch.ids))]) or 1
+    micro_rows = min(rows, step.micro_rows(batch))
+    training = Training(
+        sizes=step.model.sizes,
+        optimizer=step.optimizer.config,
+        rows=rows * step.group.size,
+        row_tokens=batch.ids.shape[1],
+        device=Device(num_lanes=len(lanes), compute_bytes=step.dtype.size),
+        recompute=step.recompute,
+        teacher=None if step.distillation is None else step.distillation.size,
+        adapters=adapters_of(step.model),
+        num_ranks=step.group.size,
+    )
+    wanted = mx.get_active_memory() + round(_LIMIT * training.step_bytes(micro_rows))
+    limit = mx.set_memory_limit(wanted)
+    mx.set_memory_limit(min(limit, wanted))
+    present.lanes = lanes
+    try:
+        with lanes.sharing(len(lanes.deal(micro_rows))):
+            result: tuple[float, float] = plain_version(TrainStep.__call__)(step, batch, rates, iteration, meanwhile)
+            return result
+    finally:
+        present.lanes = None
+        mx.set_memory_limit(limit)
+
+
+def add_micro_batch(step: TrainStep, sums: Sums, rows: Rows, parameters: Flat) -> Sums:
+    """As `TrainStep.add_micro_batch`, each lane with a part of the rows, then with a part of the sums."""
+    lanes = present_lanes()
+    dealt = lanes.deal(len(rows["ids"]))
+    of_lanes = [{name: array[part] for name, array in rows.items()} for part in dealt]
+    parts = lanes.run([partial(step.gradients_of, own, parameters) for own in of_lanes])
+    # Evaluated before adding: otherwise MLX would run the lanes one after the other.
+    mx.eval(parts)
+    sizes = {name: array.size for part in parts for name, array in part.whole.items()}
+    sizes |= {name: sums.gradients[name].size for name in parts[0].read}
+    found = lanes.run([partial(add, sums, parts, names) for names in _share_evenly(sizes, len(lanes))])
+    del sums, parts
+    mx.eval(found)
+    loss, gradients = found[0]
+    for _, more in found[1:]:
+        gradients |= more
+    return Sums(loss, gradients)
+
+
+def _share_evenly(sizes: dict[str, int], parts: int) -> list[list[str]]:
+    """Return names in `parts` parts of about equal size: greedily, the largest first."""
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    loads = [0] * parts
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        lightest = loads.index(min(loads))
+        shares[lightest].append(name)
+        loads[lightest] += sizes[name]
+    return shares

@@ -1,0 +1,324 @@
+"""The generation loop. Counterpart of nanochat/engine.py.
+
+`Generator.next` queues the next token of every row before it reads the last one, so the device never waits for the
+host: it forwards the tokens sampled before, samples the following ones, starts that, and then returns the tokens whose
+values are ready by now. What the host finds in them (an end, a tool's answer, a stop string) takes effect in the next
+call, and a token sampled in vain is dropped. Rows join and leave at any time (continuous batching).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlxchat.engine.constraint import Constraint
+from mlxchat.engine.decode import Decoder, Past, tokens_of
+from mlxchat.engine.sample import Sampler, Sampling, Scored, Scores, adjusted, make_draws, score_tokens
+from mlxchat.ops.machine import BATCH_ROWS, DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
+
+# Looking up shorter prefixes costs more than reading them.
+_LEAST_KEPT_TOKENS = 16
+# Tokens whose logits are in memory at a time while a prompt is scored.
+_SCORED_TOKENS = 128
+# Prompts are read together up to this many chunks, padding included.
+_BATCH_PARTS = 4
+
+
+@dataclass(kw_only=True)
+class Request:
+    """A prompt and how to continue it."""
+
+    prompt: list[int]  # at least one token
+    max_new_tokens: int  # including forced ones
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: tuple[str, ...] = ()  # stop strings; the text ends before them
+    tools: bool = True  # whether calls are answered by the calculator, and by Python if the scheduler has it
+    logprobs: int | None = None  # alternatives with each token's log-probability; None: no log-probabilities
+    prompt_logprobs: bool = False  # whether the first event has those of the prompt; requires `logprobs`
+    reuse: bool = False  # whether to continue the past of an earlier request that begins alike and allowed it, too
+    text: bool = True  # whether events have text; False: no text and no stop strings
+    skip_blank: bool = False  # whether to drop a blank at the beginning of the text
+    constraint: Constraint | None = None  # grammar of the answer, not shared with other requests
+
+    @property
+    def in_step(self) -> bool:
+        """Whether the next distribution depends on the latest token's value."""
+        return self.constraint is not None or self.sampling.adjusts
+
+
+class Token(NamedTuple):
+    """The next token of a row."""
+
+    id: int  # of the row
+    token: int
+    sampled: bool  # False if it was forced
+    scored: Scored | None
+
+
+@dataclass(eq=False)
+class _Row:
+    id: int
+    request: Request
+    ids: list[int]  # prompt and reported answer
+    draws: np.random.Generator
+    past: Past | None = None  # what was read or found of the prompt, until the row has a place
+    given: deque[int] = field(default_factory=deque)  # tokens that follow instead of sampled ones
+    begun: bool = False  # whether the prompt's last token, which is not reported, was forwarded
+    held: bool = False
+
+    @property
+    def unread(self) -> list[int]:
+        """The prompt's tokens without keys and values; the last one is the first that is decoded."""
+        return self.request.prompt[tokens_of(self.past) : -1]
+
+    @property
+    def left(self) -> int:
+        return self.request.max_new_tokens - (len(self.ids) - len(self.request.prompt))
+
+
+class Generator:
+    """Continues rows with one of our models."""
+
+    def __init__(
+        self, decoder: Decoder, *, max_rows: int = DECODED_ROWS, prefill_tokens: int = PREFILL_TOKENS,
+        kept_tokens: int = KEPT_TOKENS,
+    ) -> None:  # fmt: skip
+        """Start without rows.
+
+        Args:
+            decoder: the model.
+            max_rows: rows decoded at a time.
+            prefill_tokens: chunk size of prompts, and about the most that is read between two steps.
+            kept_tokens: size of the LRU cache of rows with `reuse`.
+        """
+        self.decoder, self.max_rows, self.prefill_tokens = decoder, max_rows, prefill_tokens
+        self.kept = KeptPasts(kept_tokens)
+        self._waiting: deque[_Row] = deque()
+        self._rows: list[_Row | None] = []
+        """By place in the decoder's batch."""
+        self._tokens = mx.zeros(0, dtype=mx.uint32)
+        """The queued tokens (B,), and their scores."""
+        self._scores: Scores | None = None
+        self._sampler: Sampler | None = None
+        self._next_id = 0
+
+    @property
+    def num_reused(self) -> int:
+        """Prompt tokens whose keys and values were found, so far."""
+        return self.kept.num_found
+
+    def insert(self, request: Request) -> int:
+        """Add a row, which waits for a place, and return its id."""
+        self._next_id += 1
+        self._waiting.append(_Row(self._next_id, request, list(request.prompt), make_draws(request.sampling.seed)))
+        return self._next_id
+
+    def force(self, id: int, tokens: Sequence[int], *, hold: bool = False) -> None:
+        """Continue a row by given tokens instead of sampled ones; `hold` it after its last until the next call."""
+        row = self._row(id)
+        row.given.extend(tokens)
+        row.held = hold
+
+    def remove(self, id: int) -> None:
+        """End a row."""
+        row = self._row(id)
+        if row in self._waiting:
+            self._waiting.remove(row)
+            return
+        place = self._rows.index(row)
+        if row.request.reuse:
+            self.kept.keep(row.ids[: self.decoder.lengths[place]], self.decoder, place)
+        self._rows[place], self.decoder.lengths[place], self._sampler = None, 0, None
+
+    def next(self) -> list[Token]:
+        """Queue the next token of every row, and return the tokens that were queued before."""
+        self._admit()
+        rows = [row if row and not row.held else None for row in self._rows]
+        if not any(rows):
+            return []
+        reports = [row is not None and row.begun for row in rows]
+        tokens, given = self._inputs(rows)
+        scores, values = self._scores, None
+        if any(row and row.left > done for row, done in zip(rows, reports, strict=True)):
+            logits = self._forward(tokens, rows)
+            if in_step := [(place, row) for place, row in enumerate(rows) if row and row.request.in_step]:
+                mx.async_eval(logits)
+                values = np.asarray(tokens).tolist()
+                for place, row in in_step:
+                    answer = [*row.ids, values[place]] if reports[place] else row.ids
+                    logits = restricted(logits, place, row.request, answer[len(row.request.prompt) :])
+            self._sample(logits, rows)
+        values = np.asarray(tokens).tolist() if values is None else values
+        known = scores.read() if scores else []
+        found = []
+        for place, each in enumerate(rows):
+            if each is None:
+                continue
+            if reports[place]:
+                each.ids.append(values[place])
+                scored = None
+                if each.request.logprobs is not None and known and not given[place]:
+                    scored = known[place][0], known[place][1][: each.request.logprobs]
+                found.append(Token(each.id, values[place], not given[place], scored))
+            each.begun = True
+        return found
+
+    def score(self, ids: Sequence[int], most: int) -> list[Scored]:
+        """Return the log-probabilities of all tokens except the first, with `most` alternatives."""
+        hidden = self.decoder.model.hidden(mx.array([ids[:-1]]))[0]
+        return score_sequence(lambda part: self.decoder.model.logits(hidden[part]), ids, most)
+
+    def _row(self, id: int) -> _Row:
+        return next(row for row in [*self._rows, *self._waiting] if row is not None and row.id == id)
+
+    def _inputs(self, rows: list[_Row | None]) -> tuple[mx.array, list[bool]]:
+        """Return the tokens to forward (B,), and which of them are given instead of sampled."""
+        given = [-1] * len(rows)
+        for place, row in enumerate(rows):
+            if row is not None and not row.begun:
+                given[place] = row.request.prompt[-1]
+            elif row is not None and row.given:
+                given[place] = row.given.popleft()
+        is_given = [token >= 0 for token in given]
+        if not any(is_given):
+            return self._tokens, is_given
+        instead = mx.array(given)
+        tokens = mx.where(instead >= 0, instead.astype(mx.uint32), self._tokens)
+        mx.async_eval(tokens)  # on its own, so that reading it does not wait for the step
+        return tokens, is_given
+
+    def _forward(self, tokens: mx.array, rows: list[_Row | None]) -> mx.array:
+        """Return the logits (B, V) after one more token of each row, not yet evaluated."""
+        longest = int(self.decoder.lengths.max()) + 1
+        if longest > self.decoder.room:
+            self.decoder.resize(range(len(rows)), len(rows), longest)
+        return self.decoder.step(tokens, [row is not None for row in rows])
+
+    def _sample(self, logits: mx.array, rows: list[_Row | None]) -> None:
+        """Start the computation of the next tokens and of what is reported with them."""
+        if self._sampler is None:
+            self._sampler = Sampler([row.request.sampling if row else Sampling() for row in self._rows])
+        draws = [] if self._sampler.is_greedy else [row.draws.random() if row else 0.0 for row in rows]
+        self._tokens = self._sampler(logits, draws)
+        asked = [row.request.logprobs for row in rows if row and row.request.logprobs is not None]
+        self._scores = score_tokens(logits, self._tokens, max(asked)) if asked else None
+        mx.async_eval(self._tokens, self._scores or [], self.decoder.state())
+
+    def _admit(self) -> None:
+        """Read prompts and give them places; limit what is read if other rows are being decoded."""
+        kept = [place for place, row in enumerate(self._rows) if row is not None]
+        budget = self.prefill_tokens if kept else 1 << 60
+        chosen: list[_Row] = []
+        while self._waiting and len(kept) + len(chosen) < self.max_rows and budget > 0:
+            row = self._waiting[0]
+            if row.request.reuse and row.past is None:
+                row.past = self.kept.find(row.request.prompt)
+            rest = row.unread
+            budget -= min(len(rest), self.prefill_tokens)
+            if len(rest) > self.prefill_tokens or (rest and row.past):
+                last = row.request.prompt[-len(rest) - 2] if row.past else None
+                (row.past,) = self.decoder.read([rest[: self.prefill_tokens]], row.past, last)
+                if row.unread:
+                    continue
+            chosen.append(self._waiting.popleft())
+        prompts = sorted({tuple(row.unread): None for row in chosen if row.unread}, key=len)
+        while prompts:
+            widest = [len(prompt) * (place + 1) for place, prompt in enumerate(prompts)]
+            count = max(1, sum(tokens <= _BATCH_PARTS * self.prefill_tokens for tokens in widest))
+            read = dict(zip(prompts, self.decoder.read(prompts[:count]), strict=False))
+            for row in chosen:
+                row.past = row.past or read.get(tuple(row.unread))
+            del prompts[:count]
+        for row, other in product(chosen, self._waiting):  # samples of a question share its reading
+            if other.past is None and other.request.prompt == row.request.prompt:
+                other.past = row.past
+        if chosen or (not self._waiting and batch_rows(len(kept)) < len(self._rows)):
+            self._place(kept, chosen)
+
+    def _place(self, kept: list[int], more: list[_Row]) -> None:
+        """Give rows places behind those that stay, in a batch that is not larger than needed."""
+        rows = batch_rows(len(kept) + len(more)) if kept or more else 0
+        longest = [*self.decoder.lengths[kept].tolist(), *(len(row.request.prompt) for row in more)]
+        self.decoder.resize(kept, rows, max(longest, default=0) + 1)
+        if rows:
+            chosen = mx.array(kept + [0] * (rows - len(kept)), dtype=mx.int32)
+            self._tokens = (self._tokens if len(self._tokens) else mx.zeros(1, dtype=mx.uint32))[chosen]
+            self._scores = Scores(*(part[chosen] for part in self._scores)) if self._scores and kept else None
+        self._rows = [*(self._rows[place] for place in kept), *more]
+        self._rows += [None] * (rows - len(self._rows))
+        if more:
+            self.decoder.fill(len(kept), [row.past for row in more], [row.request.prompt[-2:][0] for row in more])
+        for row in more:
+            row.past = None
+        self._sampler = None
+
+
+def batch_rows(rows: int) -> int:
+    """Return the batch size that is allocated for `rows`."""
+    return next((size for size in BATCH_ROWS if size >= rows), -(-rows // BATCH_ROWS[-1]) * BATCH_ROWS[-1])
+
+
+def restricted(logits: mx.array, row: int, request: Request, answer: Sequence[int]) -> mx.array:
+    """Return logits (B, V) with one row's changed by its bias, penalties and grammar, which follow its answer."""
+    if request.sampling.adjusts:
+        logits = adjusted(logits, row, request.sampling, request.prompt, answer)
+    if request.constraint is not None:
+        allowed = mx.array(request.constraint.allowed(answer, logits.shape[-1]))
+        is_other = (mx.arange(len(logits)) != row)[:, None]
+        logits = mx.where(is_other | allowed, logits, -mx.inf)
+    return logits
+
+
+def score_sequence(logits_of: Any, ids: Sequence[int], most: int) -> list[Scored]:
+    """Return the scores of a row's tokens except the first, by a function slice of positions → logits (N, V)."""
+    found: list[Scored] = []
+    for start in range(0, len(ids) - 1, _SCORED_TOKENS):
+        stop = min(start + _SCORED_TOKENS, len(ids) - 1)
+        scores = score_tokens(logits_of(slice(start, stop)), mx.array(list(ids[start + 1 : stop + 1])), most)
+        found += scores.read()
+    return found
+
+
+class KeptPasts:
+    """An LRU cache of prefixes' keys and values with at most `max_tokens` together."""
+
+    def __init__(self, max_tokens: int) -> None:
+        """Start empty."""
+        self.max_tokens = max_tokens
+        self.num_found = 0
+        """Tokens found so far, which were not read again."""
+        self.held: list[tuple[list[int], Past]] = []
+        """Least recently used first."""
+
+    def find(self, prompt: list[int]) -> Past | None:
+        """Return the past of the longest common prefix, at most of all tokens but the last."""
+        found = [(common_length(prompt[:-1], ids), place) for place, (ids, _) in enumerate(self.held)]
+        tokens, place = max(found, default=(0, 0))
+        if tokens < _LEAST_KEPT_TOKENS:
+            return None
+        self.held.append(self.held.pop(place))
+        self.num_found += tokens
+        return [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.held[-1][1]]
+
+    def keep(self, ids: list[int], decoder: Decoder, row: int) -> None:
+        """Add the tokens of a decoder's row, in place of their own prefixes; drop the least recently used ones."""
+        known = any(held[: len(ids)] == ids for held, _ in self.held)
+        if known or not _LEAST_KEPT_TOKENS <= len(ids) <= self.max_tokens:
+            return
+        self.held = [(held, past) for held, past in self.held if held != ids[: len(held)]]
+        self.held.append((ids, decoder.past_of(row, len(ids))))
+        while sum(len(held) for held, _ in self.held) > self.max_tokens:
+            del self.held[0]
+
+
+def common_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return the length of the common prefix of two lists."""
+    return next(
+        (place for place, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b))
+    )

@@ -1,0 +1,113 @@
+"""What the stages eval and outside measure of a model, whoever trained it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from mlxchat.config.parts import load_part
+from mlxchat.data.mixture import open_item
+from mlxchat.data.packing import BestFitRows, take_validation
+from mlxchat.data.sources import Corpus
+from mlxchat.data.tokens import open_documents
+from mlxchat.engine.generate import Engine
+from mlxchat.errors import StepFailed
+from mlxchat.evals.bpb import (
+    measure_text,
+    ngram_bits_per_byte,
+    text_loss,
+    texts_of_rows,
+    uniform_bits_per_byte,
+)
+from mlxchat.evals.chat import Answering, evaluate_task
+from mlxchat.evals.core import measure_core, measure_plain_choice
+from mlxchat.evals.examples import EXAMPLES_FILE, write_examples
+from mlxchat.evals.language_model import LanguageModel
+from mlxchat.evals.scores import Score, record_suite
+from mlxchat.runner.context import Context
+
+
+def measure(ctx: Context, model: LanguageModel, *, as_base: bool, as_chat: bool) -> dict[str, Any]:
+    """Return what `eval` and `suite` demand of a model as data of scores.json, write its examples, record metrics.
+
+    Args:
+        ctx: of the stage; `corpus` is an optional input.
+        model: to evaluate.
+        as_base: measure CORE and multiple choice as plain text.
+        as_chat: measure the suite.
+    """
+    examples: list[dict[str, Any]] = []
+    scores: dict[str, Any] = {
+        "bpb": _measure_corpus(ctx, model) if "corpus" in ctx.inputs else None,
+        "core": measure_core(ctx, model, examples) if as_base else None,
+        **_measure_suite(ctx, model, examples, as_chat=as_chat),
+        "pass_at_k": None,
+    }
+    if as_base and ctx.config.eval.base_tasks:
+        scores["tasks"] |= measure_plain_choice(ctx, model, examples)
+    if ctx.config.eval.text is not None:
+        scores["text"] = measure_text(ctx, model)
+    write_examples(ctx.out / EXAMPLES_FILE, examples)
+    return scores
+
+
+def write_scores(ctx: Context, scores: dict[str, Any]) -> None:
+    """Write scores.json."""
+    (ctx.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+
+
+def measure_own(engine: Engine, functions: Mapping[str, str]) -> dict[str, float]:
+    """Return name → what the user's function `module:name` of `eval.own` returns for a model.
+
+    Raises:
+        StepFailed: a function did not return a finite number.
+    """
+    found = {}
+    for name, function in sorted(functions.items()):
+        value = load_part(function)(engine)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise StepFailed(f"eval.own.{name}: {function} returned {value!r}, expected a finite number")
+        found[name] = float(value)
+    return found
+
+
+def _measure_corpus(ctx: Context, model: LanguageModel) -> dict[str, float]:
+    """Return how well the validation text, in rows of the model's own tokens, is predicted, also by baselines."""
+    documents = open_documents(ctx, "validation", model.tokenizer, once=True)
+    rows = take_validation(
+        BestFitRows(documents, model.context_tokens, 1000), row_tokens=model.context_tokens,
+        tokens=ctx.config.eval.bpb_tokens, setting="eval.bpb_tokens",
+    )  # fmt: skip
+    loss = text_loss(
+        model.engine.model, rows, model.tokenizer.token_bytes, micro_tokens=model.batch_tokens, team=model.engine.team
+    )
+    found = {"val": loss.bits_per_byte, "perplexity": loss.perplexity, "tokens": loss.num_tokens}
+    ctx.metrics |= {"val_bpb": loss.bits_per_byte, "perplexity": loss.perplexity}
+    if model.is_ours:  # others have other rows, so other baselines
+        training = Corpus.open(ctx.inputs["corpus"]).documents("train")
+        found["ngram_order2"] = ngram_bits_per_byte(training, texts_of_rows(rows, model.tokenizer))
+        found["untrained"] = uniform_bits_per_byte(rows, model.tokenizer.token_bytes)
+        ctx.metrics |= {"ngram_bpb": found["ngram_order2"], "untrained_bpb": found["untrained"]}
+    return found
+
+
+def _measure_suite(
+    ctx: Context, model: LanguageModel, examples: list[dict[str, Any]], *, as_chat: bool
+) -> dict[str, Any]:
+    """Return the scores of the suite's tasks, and add their examples; third-party models answer greedily and once."""
+    config, results = ctx.config.eval, dict[str, Score]()
+    seeds = config.seeds if model.is_ours else 1
+    temperature = float(seeds > 1) if config.temperature is None or not model.is_ours else config.temperature
+    # All at first, so that a task that cannot be judged on this machine ends the step before any answer.
+    tasks = {name: open_item(ctx, item) for name, item in sorted(ctx.config.suite.items())} if as_chat else {}
+    for name, task in tasks.items():
+        answering = Answering(
+            batch_rows=config.batch_rows, max_new_tokens=config.max_new_tokens, seeds=seeds, temperature=temperature,
+            top_k=config.top_k if model.is_ours else None, seed=ctx.seed(f"answers/{name}"),
+        )  # fmt: skip
+        results[name], rows = evaluate_task(ctx, model, task, answering, name=name, work=ctx.work / "tasks" / name)
+        examples += [{"task": name, **row} for row in rows]
+        ctx.metrics[name] = results[name].accuracy
+    return record_suite(ctx, results)

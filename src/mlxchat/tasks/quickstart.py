@@ -1,0 +1,198 @@
+"""The quick run's tasks: everyday questions, countries, kinds of names, and what its reinforcement learning practises.
+
+Their conversations are rows of shipped/*.jsonl.gz, which docs/quickstart_data.py generates. About 10 to 15 % of the
+wordings, of the pairs of a country and a field, and of the names are only in the test splits.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from mlxchat.errors import ConfigError
+from mlxchat.tasks.answers import Conversation, answer_text
+from mlxchat.tasks.arithmetic import Arithmetic
+from mlxchat.tasks.base import LETTERS, Task, answered, choice_dialogue, dialogue
+from mlxchat.tasks.spelling import FirstLetterCount
+
+FOLDER = Path(__file__).with_name("shipped")
+_CALL = re.compile(r"<\|python_start\|>.*?<\|output_end\|>")
+
+
+@cache
+def read_rows(name: str) -> list[Any]:
+    """Return the JSON values of a file of `FOLDER`, one per line."""
+    lines = gzip.decompress((FOLDER / f"{name}.jsonl.gz").read_bytes()).split(b"\n")
+    return [json.loads(line) for line in lines if line]
+
+
+class _ShippedTask(Task):
+    """A task whose conversations are rows of a file; those of seed 0 are followed by those of seed 1, and so on."""
+
+    num_seeds: ClassVar[int] = 2
+
+    @cached_property
+    def _rows(self) -> list[Any]:
+        return read_rows(f"{self.name}-{self.split}")
+
+    def _own_size(self) -> int:
+        return len(self._rows) // self.num_seeds
+
+    def _row(self, index: int) -> list[Any]:
+        return list(self._rows[(self.seed * self._own_size() + index) % len(self._rows)])
+
+
+class Everyday(_ShippedTask):
+    """Everyday questions in many wordings; a response is right if its text, without calculator calls, is the reference.
+
+    Small talk, sums, word problems, countries, choices, spelling, letters; in training up to three in a conversation.
+    """
+
+    name = "everyday"
+    num_seeds = 3
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        row = self._row(index)
+        messages: list[dict[str, Any]] = []
+        for question, answer in zip(row[::2], row[1::2], strict=True):
+            messages += answered(question, answer)["messages"]
+        return {"messages": messages}
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Return True if the response without its calculator calls is the reference."""
+        return _CALL.sub("", response).strip() == answer_text(conversation)
+
+
+class FirstQuestions(Task):
+    """Questions of newcomers, whose wordings no everyday conversation has; judged by a regular expression each."""
+
+    name = "first_questions"
+    splits = ("test",)
+    training_splits = ()
+    repeats = False
+
+    @cached_property
+    def _rows(self) -> list[dict[str, str]]:
+        lines = Path(__file__).with_name("first_questions.jsonl").read_text(encoding="ascii").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def _own_size(self) -> int:
+        return len(self._rows)
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        row = self._rows[index]
+        return dialogue(row["question"], row["expected"], accept=row["accept"], kind=row["kind"])
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Return True if the question's expression is in the response without its calculator calls."""
+        return re.search(conversation["accept"], _CALL.sub("", response), re.IGNORECASE) is not None
+
+
+@dataclass(eq=False, kw_only=True)
+class Facts(_ShippedTask):
+    """A question about a country, answered in one sentence; a response is right if it contains the value."""
+
+    name = "facts"
+    fields: Sequence[str] | None = None
+    """Kinds of facts, such as capital; None: all of the task."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        super().__post_init__()
+        if self.fields is not None:
+            known = sorted({row[0] for row in read_rows(f"{self.name}-{self.split}")})
+            for name in self.fields or [""]:
+                self._check_choice("fields", name, known)
+
+    @cached_property
+    def _rows(self) -> list[Any]:
+        rows = read_rows(f"{self.name}-{self.split}")
+        return [row for row in rows if self.fields is None or row[0] in self.fields]
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        _, question, sentence, value = self._row(index)
+        return dialogue(question, sentence, answer=value)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Return True if the response contains the value as whole words, in any letter case."""
+        value = re.escape(conversation["answer"])
+        return re.search(rf"(?<!\w){value}(?!\w)", response, re.IGNORECASE) is not None
+
+
+class FactsMC(Facts):
+    """A question about a country with four values to choose from; the model must know the fact."""
+
+    name = "facts_mc"
+    kind = "categorical"
+    chance = 1 / len(LETTERS)
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        _, question, choices, letter = self._row(index)
+        return choice_dialogue(question, LETTERS, choices, letter)
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Return True if the response is the letter."""
+        return Task.evaluate(self, conversation, response)
+
+
+class ReadingMC(FactsMC):
+    """The same with a passage that states the fact; the model only needs to read."""
+
+    name = "reading_mc"
+
+
+class KindsMC(FactsMC):
+    """The kind of a name: a capital, a currency, a mountain or a nationality, always in this order.
+
+    The easiest categorical task: each letter always means the same kind, and names of a kind look alike.
+    """
+
+    name = "kinds_mc"
+
+
+@dataclass(eq=False, kw_only=True)
+class Practice(Task):
+    """Conversations of `arithmetic`, `first_letter_count` and `everyday`, judged as those tasks judge them."""
+
+    name = "practice"
+    letters_frac: float = 0.25
+    """Fraction of letters to count, 0 to 1."""
+    everyday_frac: float = 0.25
+    """Fraction of everyday questions, 0 to 1, so that the model forgets less of what it does not practise."""
+    two_step_frac: float = 0.6
+    """Fraction of word problems with two steps, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        super().__post_init__()
+        self._check_share("letters_frac")
+        self._check_share("everyday_frac")
+        if self.letters_frac + self.everyday_frac > 1:
+            raise ConfigError("letters_frac + everyday_frac of task practice is above 1.")
+        self._letters = FirstLetterCount(self.split, seed=self.seed)
+        self._everyday = Everyday(self.split, seed=self.seed + 2)
+        self._problems = Arithmetic(self.split, seed=self.seed, two_step_frac=self.two_step_frac)
+
+    def _own_size(self) -> int:
+        return len(self._problems)
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        draw = rng.random()
+        task: Task = self._problems
+        if draw < self.letters_frac:
+            task = self._letters
+        elif draw < self.letters_frac + self.everyday_frac:
+            task = self._everyday
+        return task[rng.randrange(len(task))]
+
+    def evaluate(self, conversation: Conversation, response: str) -> bool:
+        """Return the verdict of the conversation's own task."""
+        task = self._problems if "raw" in conversation else self._everyday
+        return task.evaluate(conversation, response)

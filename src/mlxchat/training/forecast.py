@@ -1,0 +1,211 @@
+"""The forecasts of pretraining and of training on conversations: their memory, and why they cannot run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mlxchat.config.schema import Config, ConversationConfig, OptimizerConfig, TeacherConfig
+from mlxchat.data.vocabulary import RANKS_FILE
+from mlxchat.errors import MlxchatError
+from mlxchat.model.sizes import GPTSizes, adapter_remedies, adapter_sizes_of, sizes_of
+from mlxchat.ops.machine import DECODED_ROWS
+from mlxchat.planning.horizon import derive_hyperparameters
+from mlxchat.planning.memory import Decoding, TeacherSize, Training
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.store.bases import find_chain, folder_of_weights, is_adapter
+from mlxchat.store.naming import resolve
+from mlxchat.store.store import Store
+from mlxchat.tasks import task_class
+from mlxchat.training.extension import find_extension_problems, keeps_state, train_again
+
+# What weights, moments and the position in the data depend on.
+_SAME_PRETRAINING = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
+_SAME_CONVERSATIONS = (
+    "mixture",
+    "mixture_order",
+    "context_tokens",
+    "packing",
+    "packing_buffer_conversations",
+    "batch.row_tokens",
+    "adapter",
+)
+# Numbers per token and channel of a teacher's forward pass, one layer at a time.
+_FORWARD = 20.0
+_BYTES = 4
+_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+
+
+def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
+    """Return what the memory of a stage depends on; a batch is as large as pretraining's where none is given."""
+    if stage == "pretrain":
+        return _pretraining(config, sizes)
+    section: ConversationConfig = getattr(config, stage)
+    tokens = section.batch.tokens or derive_hyperparameters(config, sizes).batch_tokens
+    folder = teacher_folder(section.teacher, Path(config.outputs))
+    teacher = None if folder is None else measure_teacher(folder)
+    return describe(stage, section, config.optimizer, sizes, tokens // section.batch.row_tokens, teacher)
+
+
+def _pretraining(config: Config, sizes: GPTSizes) -> Training:
+    section, row_tokens = config.pretrain, config.pretrain.batch.row_tokens
+    # A token has at least a byte; one more begins the text.
+    prompts = [min(sizes.context_tokens, 1 + len(prompt.encode())) for prompt in section.prompts]
+    return Training(
+        sizes=sizes,
+        optimizer=config.optimizer,
+        row_tokens=row_tokens,
+        rows=max(1, derive_hyperparameters(config, sizes).batch_tokens // row_tokens),
+        further_weights=int(section.keep == "best"),
+        sampling=Decoding(sizes=sizes, row_tokens=max(prompts) + section.sample_tokens) if prompts else None,
+        sampled_rows=min(len(prompts), DECODED_ROWS),
+        remedies=("a smaller model.depth", "a smaller pretrain.batch.row_tokens"),
+    )
+
+
+def describe(
+    stage: str,
+    section: ConversationConfig,
+    optimizer: OptimizerConfig,
+    sizes: GPTSizes,
+    rows: int,
+    teacher: TeacherSize | None,
+) -> Training:
+    """Return what the memory of iterations of `rows` rows of conversations depends on."""
+    adapters = adapter_sizes_of(f"{stage}.adapter", section.adapter, sizes)
+    row_tokens = sizes.context_tokens + section.suite_max_new_tokens
+    answers = any(task_class(item.task).kind == "generative" for item in section.suite.values())
+    remedies = (f"no {stage}.teacher",) if teacher is not None else adapter_remedies(stage, adapters)
+    return Training(
+        sizes=sizes,
+        optimizer=optimizer,
+        rows=max(1, rows),
+        row_tokens=section.batch.row_tokens,
+        adapters=adapters,
+        teacher=teacher,
+        sampling=Decoding(sizes=sizes, row_tokens=row_tokens) if answers else None,
+        remedies=(*remedies, f"a smaller {stage}.batch.row_tokens"),
+    )
+
+
+def _sizes_of(config: Config) -> GPTSizes:
+    return sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+
+
+def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: GPTSizes | None) -> Iterator[str]:
+    """Yield why a step cannot extend its training, start from its model and moments, or learn from its teacher."""
+    stage = step.stage.name
+    if stage == "pretrain":
+
+        def count_pretraining(derived: Mapping[str, Any]) -> int:
+            model = sizes_of(config.model, config.architecture, derived["vocab_size"])
+            return derive_hyperparameters(config, model).num_iterations
+
+        yield from find_extension_problems(
+            step, plan, same=_SAME_PRETRAINING, may_differ=("architecture.dropout",), count_wanted=count_pretraining
+        )
+        return
+    section: ConversationConfig = getattr(config, stage)
+    yield from find_extension_problems(
+        step,
+        plan,
+        same=("seed", "optimizer.kind", "optimizer.variant", *(f"{stage}.{name}" for name in _SAME_CONVERSATIONS)),
+        count_wanted=lambda derived: section.num_iterations,
+    )
+    yield from _find_length_problems(step, section, (sizes or _sizes_of(config)).context_tokens)
+    if section.warm_start:
+        source = next((each for each in plan if each.name == step.inputs.get("checkpoint")), None)
+        made = step.artifacts.get("checkpoint")
+        if source is not None and source.done:
+            made = Store(Path(config.outputs)).made(source.key)
+        if made is not None and not keeps_state(made):
+            yield (
+                f"{stage}.warm_start is true, but {made['name']} was made without a training state. "
+                f"{train_again(made)}, or give {stage}.warm_start=false"
+            )
+    if section.teacher.is_there:
+        yield from (f"{stage}.teacher: {line}" for line in _find_teacher_problems(section.teacher, config))
+
+
+def _find_length_problems(step: PlannedStep, section: ConversationConfig, context: int) -> Iterator[str]:
+    stage, rows, wanted = step.stage.name, section.batch.row_tokens, section.context_tokens
+    before = f"the context of the model that {step.name} starts from: {context}"
+    if wanted is not None and wanted < context:
+        yield f"{stage}.context_tokens={wanted} is shorter than {before}. Give at least that, or null"
+    elif wanted is not None and rows != wanted:
+        yield (
+            f"{stage}.context_tokens={wanted}, but rows have {rows} tokens, and later positions are not trained: "
+            f"give {stage}.batch.row_tokens={wanted}"
+        )
+    elif wanted is None and rows > context:
+        yield (
+            f"{stage}.batch.row_tokens={rows} is longer than {before}. Set {stage}.batch.row_tokens={context}, or "
+            f"extend it by {stage}.context_tokens={rows}"
+        )
+
+
+# Teachers
+
+
+def measure_teacher(folder: Path) -> TeacherSize:
+    """Return the memory of the model in a folder, from its files."""
+    record = _read_config(folder)
+    width = _number(record, "hidden_size", "n_embd", "d_model") or 0
+    layers = _number(record, "num_hidden_layers", "n_layer", "n_layers") or 0
+    heads = _number(record, "num_attention_heads", "n_head") or 1
+    head_width = _number(record, "head_dim") or width // heads
+    keys_and_values = 2 * layers * head_width * (_number(record, "num_key_value_heads") or heads)
+    whole = folder_of_weights(folder)
+    inner = max(_FORWARD * width, 3 * (_number(record, "intermediate_size") or 0))
+    is_ours = (folder / RANKS_FILE).is_file() and (folder / "checkpoint.json").is_file()
+    return TeacherSize(
+        weights=sum(path.stat().st_size for path in whole.glob("model*.safetensors")) if whole.is_dir() else 0,
+        kept_per_token=_BYTES * (width if is_ours else keys_and_values),
+        working_per_token=round(_BYTES * inner),
+    )
+
+
+def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path | None:
+    """Return the folder of a teacher; None: there is none.
+
+    Raises:
+        StoreError: no artifact, or several, have its name.
+    """
+    if teacher.artifact is not None:
+        return resolve(Store(outputs), teacher.artifact)
+    return None if teacher.path is None else Path(teacher.path)
+
+
+def teacher_context(folder: Path) -> int | None:
+    """Return the longest row that a teacher takes; None: not in its config.json."""
+    return _number(_read_config(folder), *_CONTEXT_KEYS)
+
+
+def _find_teacher_problems(teacher: TeacherConfig, config: Config) -> Iterator[str]:
+    """Yield why a teacher cannot be opened; vocabulary and context are compared when it is (`teacher.load_teacher`)."""
+    try:
+        folder = teacher_folder(teacher, Path(config.outputs))
+        assert folder is not None
+        if is_adapter(folder):
+            find_chain(folder)
+    except MlxchatError as error:
+        yield str(error)
+        return
+    if not (folder / "config.json").is_file() or not any(folder_of_weights(folder).glob("model*.safetensors")):
+        yield f"{folder} holds no model; expected config.json, model*.safetensors and a tokenizer's files"
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            text = record.get("text_config")
+            return {**text, **record} if isinstance(text, dict) else record
+    return {}
+
+
+def _number(record: dict[str, Any], *names: str) -> int | None:
+    return next((value for name in names if isinstance(value := record.get(name), int) and value > 0), None)

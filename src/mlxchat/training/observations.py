@@ -1,0 +1,99 @@
+"""Evaluations during training: CORE in pretraining (as in nanochat's base_train), tasks afterwards (as in chat_sft).
+
+They do not affect weights or random numbers; after an interruption only unanswered questions are evaluated.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlxchat.config.schema import ConversationConfig, PretrainConfig
+from mlxchat.data.mixture import open_item
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.evals.chat import Answering, evaluate_task
+from mlxchat.evals.core import evaluate_core
+from mlxchat.evals.language_model import LanguageModel
+from mlxchat.evals.scores import mean_centered
+from mlxchat.model.gpt import GPT
+from mlxchat.ops.machine import DECODED_ROWS
+from mlxchat.runner.context import Context
+from mlxchat.runner.progress import Progress
+from mlxchat.training.loop import Observation
+
+
+def observe_core(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: Tokenizer) -> list[Observation]:
+    """Return the estimate of CORE by the first examples of each task; nothing if pretrain.core is null.
+
+    It logs core_estimate and its standard error, or for selected tasks core_tasks_estimate.
+    """
+    core = config.core
+    if core is None:
+        return []
+    limits = [limit for limit in (config.core_max_per_task, core.max_per_task) if limit is not None]
+
+    def estimate(iteration: int) -> dict[str, float]:
+        asked = _scoring(ctx, Engine(model, tokenizer, team=ctx.team))
+        with _resumable(ctx.work / "core" / str(iteration)) as work:
+            most = min(limits, default=None)
+            result, _ = evaluate_core(ctx, asked, core, max_per_task=most, work=work, progress=_hidden)
+        if result["core"] is None:
+            centered = [task["centered"] for task in result["tasks"].values()]
+            return {"core_tasks_estimate": sum(centered) / len(centered)}
+        return {"core_estimate": result["core"], "core_estimate_stderr": result["stderr"]}
+
+    return [Observation(run=estimate, every=(config.core_every,), title="CORE")]
+
+
+def observe_suite(ctx: Context, config: ConversationConfig, model: GPT, tokenizer: Tokenizer) -> list[Observation]:
+    """Return the measurement of accuracies on `suite`; nothing if it is empty.
+
+    It logs accuracy_<entry>, mean_centered over all entries and, where only some are multiple choice,
+    mean_centered_choice over these. Generated answers are greedy.
+    """
+    if not config.suite:
+        return []
+    rows = ctx.derived.get("sampled_rows", DECODED_ROWS)
+    engine = Engine(model, tokenizer, max_rows=rows, team=ctx.team)
+    answering = Answering(batch_rows=config.suite_batch_rows, max_new_tokens=config.suite_max_new_tokens)
+    tasks = {name: open_item(ctx, item) for name, item in config.suite.items()}
+
+    def measure(iteration: int) -> dict[str, float]:
+        asked = _scoring(ctx, engine)
+        with _resumable(ctx.work / "suite" / str(iteration)) as work:
+            scores = {
+                name: evaluate_task(ctx, asked, task, answering, name=name, work=work / name, progress=_hidden)[0]
+                for name, task in tasks.items()
+            }
+        choice = [score for score in scores.values() if score.kind == "categorical"]
+        means = {"mean_centered": mean_centered(list(scores.values()))}
+        if len(choice) < len(scores):
+            means["mean_centered_choice"] = mean_centered(choice)
+        accuracies = {f"accuracy_{name}": score.accuracy for name, score in scores.items()}
+        return accuracies | {name: mean for name, mean in means.items() if mean is not None}
+
+    return [Observation(run=measure, every=(config.suite_every,), title="the suite")]
+
+
+def _scoring(ctx: Context, engine: Engine) -> LanguageModel:
+    """Return the model with as many tokens at a time as the training's, whose peak is then not exceeded."""
+    return LanguageModel(engine, batch_tokens=ctx.derived.get("micro_batch_tokens"))
+
+
+@contextmanager
+def _resumable(work: Path) -> Iterator[Path]:
+    """Yield a folder for recorded answers, which is removed once the body has ended without an error."""
+    yield work
+    shutil.rmtree(work, ignore_errors=True)
+    mx.clear_cache()  # of memory for the shapes of the evaluation
+
+
+def _hidden(total: int, unit: str) -> Progress:
+    """Return a progress display without output: the terminal shows the training's."""
+    return Progress("", total, unit, stream=StringIO())

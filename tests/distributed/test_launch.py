@@ -1,0 +1,90 @@
+"""mlx.launch starts mlxchat's ranks: rank 0 runs the command, the others follow it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kit import ranks
+from kit.commands import clean_environment, wait_until
+from mlxchat.distributed.ranks import _compare, is_launched
+from mlxchat.ops.machine import available_cores, limit_cores
+
+LAUNCHER = Path(sys.executable).with_name("mlx.launch")
+PRETRAIN = ("stage=pretrain", "pretrain.num_iterations=12", "machine.checkpoint_seconds=0", "machine.blas_threads=1")
+
+
+@pytest.fixture
+def launch(tiny, tmp_path) -> Callable[..., subprocess.Popen[str]]:
+    """Start `mlx.launch -n SIZE -- mlxchat` with small settings."""
+    if not LAUNCHER.exists():
+        pytest.skip("mlx.launch is not installed")
+
+    def start(size: int, *arguments: str) -> subprocess.Popen[str]:
+        port = ranks.first_of_free_ports(size)  # the launcher counts up from it
+        return subprocess.Popen(
+            [str(LAUNCHER), "-n", str(size), "-p", str(port), "--", sys.executable, "-m", "mlxchat", *tiny, *PRETRAIN,
+             f"outputs={tmp_path}", *arguments],
+            env=clean_environment(), stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+    return start
+
+
+def manifest_of(outputs: Path) -> dict[str, Any]:
+    return json.loads((outputs / "refs/latest/pretrain/manifest.json").read_text())
+
+
+def test_an_interrupted_run_resumes_with_another_number_of_ranks(launch, mlxchat, tiny, tmp_path, monkeypatch):
+    process = launch(2)
+    wait_until(lambda: list(tmp_path.glob("work/*/ckpt/0000*")), process)
+    os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+    text, _ = process.communicate(timeout=60)
+    assert "2 ranks compute together (ring)" in text
+    done, rest = launch(3).communicate(timeout=120)
+    assert "resumes" in done, (text, done, rest)
+    found = manifest_of(tmp_path)
+    assert found["excluded"]["ranks"] == {"size": 3, "backend": "ring", "hosts": [os.uname().nodename] * 3}
+    alone = mlxchat(*tiny, *PRETRAIN, f"outputs={tmp_path}/alone")
+    assert alone.returncode == 0, alone.stderr
+    expected = manifest_of(tmp_path / "alone")["metrics"]["loss"]
+    assert found["metrics"]["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_wrong_setting_is_one_error_and_ends_all_ranks(launch):
+    text, _ = launch(2, "seed=abc").communicate(timeout=60)
+    assert text.count("error:") == 1
+
+
+def test_one_process_is_no_rank(monkeypatch, tmp_path):
+    assert not is_launched()
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text("\n")  # mlx.launch -n 1
+    monkeypatch.setenv("MLX_HOSTFILE", str(hosts))
+    assert not is_launched()
+    hosts.write_text('[["127.0.0.1:5000"], ["127.0.0.1:5001"]]')
+    assert is_launched()
+
+
+def test_ranks_with_other_versions_are_named_with_their_hosts():
+    here = {"host": "mini1", "mlxchat": "0.2", "MLX": "0.32.4", "backend": "metal"}
+    (line,) = _compare([here, here | {"host": "mini2"}, here | {"host": "mini3", "MLX": "0.31.0"}])
+    assert "rank 2 on mini3 has MLX 0.31.0, rank 0 on mini1 has 0.32.4" in line
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes have no affinity here")
+def test_ranks_share_the_cores_of_their_machine():
+    cores = os.sched_getaffinity(0)
+    try:
+        limit_cores(1, 2)
+        assert available_cores() == max(1, len(cores) // 2)
+        assert os.sched_getaffinity(0) <= cores
+    finally:
+        os.sched_setaffinity(0, cores)

