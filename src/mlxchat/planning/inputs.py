@@ -16,8 +16,6 @@ from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.hub.cache import HubFile, missing_bytes
 from mlxchat.hub.client import url_place
 from mlxchat.hub.listings import recorded_files
-from mlxchat.interop.importing import files_to_fetch, model_sizes
-from mlxchat.interop.names import sizes_from_hf
 from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.plan import PlannedStep
@@ -102,6 +100,8 @@ def find_model_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
         elif folder is not None:
             sizes = sizes_of_folder(folder)
         elif isinstance(section, ImportConfig):
+            from mlxchat.interop.importing import model_sizes  # tiktoken and NumPy would delay every plan
+
             sizes = model_sizes(section)
         if isinstance(section, ConversationConfig) and section.context_tokens is not None:
             sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
@@ -113,6 +113,8 @@ def find_model_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
 
 def sizes_of_folder(folder: Path) -> GPTSizes:
     """Return the sizes of the checkpoint in a folder, adapters included, without its weights."""
+    from mlxchat.interop.names import sizes_from_hf  # yaml would delay every plan
+
     return sizes_from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")), folder.name)
 
 
@@ -214,6 +216,8 @@ def find_files(
         groups[source.repository] = files and list(dict.fromkeys([*before, *files]))
     for _, imported in _find(plan, ImportConfig):
         if imported.repository is not None:
+            from mlxchat.interop.importing import files_to_fetch
+
             groups[imported.repository] = files_to_fetch(imported)
     return groups, urls
 
