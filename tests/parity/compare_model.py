@@ -41,6 +41,8 @@ FLOAT32_MATRICES, FLOAT32_TABLES = 0.04, 0.003
 ZERO = 1e-6
 # The largest share of elements for which rounding may decide whether they decay.
 FEW = 5e-3
+# Steps smaller than this many times the noise of rounding have an undecided sign.
+SIGMAS = 4.0
 
 
 def logits(file: ParityFile) -> Iterator[Comparison]:
@@ -214,12 +216,7 @@ def _three_steps(
     """Return the losses of three steps, and the weights after them."""
     model, batch = file.model("weights."), whole_batch(file)
     if flip_last_bits:
-        rng = np.random.default_rng(0)
-        start = {
-            name: np.nextafter(value, rng.choice([-9, 9], value.shape).astype(np.float32))
-            for name, value in file.weights("weights.").items()
-        }
-        set_parameters(model, {name: mx.array(value) for name, value in start.items()})
+        set_parameters(model, {name: mx.array(value) for name, value in _last_bits_flipped(file).items()})
     step = TrainStep(model, optimizer_of(model, file.variant, dtype), micro_tokens=micro_tokens, dtype=mx.float32)
     found = [step(batch, Rates(1.0, 0.95, 1.0))[0] for _ in range(3)]
     return found, {name: np.asarray(value) for name, value in flatten_parameters(model).items()}
@@ -265,17 +262,32 @@ def _decays(file: ParityFile, weights: Arrays, undecided: Arrays) -> Comparison:
 def _undecided(file: ParityFile) -> Arrays:
     """Return for every matrix the elements for which rounding decides whether they decay, in one of three steps.
 
-    jul2026 decays a weight if its step has the same sign. Steps result from five iterations in float32, so rounding
-    decides the sign of those below a ten-thousandth of their root mean square.
+    jul2026 decays a weight if its step has the same sign. Steps result from five iterations in float32. What rounding
+    does to a matrix's steps is measured by flipping the last bit of every weight: it decides the sign of elements
+    below SIGMAS times that.
     """
+    names, steps = _steps(file, file.weights("weights."))
+    _, others = _steps(file, _last_bits_flipped(file))
+    undecided: Arrays = {name: np.zeros(step.shape, dtype=bool) for name, step in zip(names, steps[0], strict=True)}
+    for own, other in zip(steps, others, strict=True):
+        for name, step, moved in zip(names, own, other, strict=True):
+            noise = np.sqrt(((moved - step) ** 2).mean())
+            # A step of exactly 0, for a unit that never fires, is 0 in nanochat too.
+            undecided[name] |= (step != 0) & (np.abs(step) < SIGMAS * noise)
+    return undecided
+
+
+def _steps(file: ParityFile, weights: Arrays) -> tuple[list[str], list[list[np.ndarray[Any, Any]]]]:
+    """Return the names of the matrices, and the steps of each before decay in three updates from these weights."""
     steps: list[np.ndarray[Any, Any]] = []
 
     def recorded(*arguments: Any) -> Any:
         found = normuon_update(*arguments)
-        steps.append(np.asarray(found[0] * found[1]))
+        steps.extend(np.asarray(found[0] * found[1]))
         return found
 
     model, batch = file.model("weights."), whole_batch(file)
+    set_parameters(model, {name: mx.array(value) for name, value in weights.items()})
     optimizer = optimizer_of(model, file.variant, mx.float32)
     mx.disable_compile()
     optimizer_module.normuon_update = recorded
@@ -288,14 +300,17 @@ def _undecided(file: ParityFile) -> Arrays:
     finally:
         optimizer_module.normuon_update = normuon_update
         mx.enable_compile()
-    undecided: Arrays = {}
-    for index, names in enumerate(optimizer.stacks.values()):
-        for place, name in enumerate(names):
-            own = [stacked[place] for stacked in steps[index :: len(optimizer.stacks)]]
-            # A step of exactly 0, for a unit that never fires, is 0 in nanochat too.
-            small = [(step != 0) & (np.abs(step) < 1e-4 * np.sqrt((step**2).mean())) for step in own]
-            undecided[name] = np.any(small, axis=0)
-    return undecided
+    names = [name for stack in optimizer.stacks.values() for name in stack]
+    return names, [steps[first : first + len(names)] for first in range(0, len(steps), len(names))]
+
+
+def _last_bits_flipped(file: ParityFile) -> Arrays:
+    """Return the weights, each moved to a neighbouring number."""
+    rng = np.random.default_rng(0)
+    return {
+        name: np.nextafter(value, rng.choice([-9, 9], value.shape).astype(np.float32))
+        for name, value in file.weights("weights.").items()
+    }
 
 
 def _tokens(name: str, got: list[int], expected: list[int]) -> Comparison:
