@@ -59,7 +59,6 @@ TOGETHER = {
         "sft.num_epochs=null": r"sft\.num_epochs is null, expected a value",
         "rl.num_epochs=true": r"rl\.num_epochs is [Tt]rue, expected a whole number",
         "optimizer.matrix_lr=fast": r"optimizer\.matrix_lr is fast, expected a number",
-        "timeout.pretrain=abc": r"timeout\.pretrain is abc, expected a number",
         "seed=abc": r"seed is abc, expected a whole number",
         "pretrain.prompts={a: 1}": r"pretrain\.prompts",
         "sft.mixture.kinds_mc=3": r"sft\.mixture\.kinds_mc",
@@ -86,7 +85,6 @@ TOGETHER = {
         "sft.schedule.shape=cosin": r'sft\.schedule\.shape is "cosin", expected linear or cosine.*"cosine"\?$',
         "pretrain.keep=bset": r'pretrain\.keep is "bset", expected last or best.*"best"\?$',
         "pretrain.horizon_parameters=head": r'pretrain\.horizon_parameters is "head"',
-        "timeout.pretrian=60": r'timeout\.pretrian: .*"pretrain"\?$',
     },
     "impossible values": {
         "model.num_kv_heads=7": r"model\.num_kv_heads=7 must divide the 4 heads",
@@ -321,7 +319,6 @@ def test_overrides_may_omit_brackets_and_plus():
         "force=sft": "force=[sft]",
         "targets=sft": "targets=[sft]",
         "pretrain.prompts='Once, upon'": "pretrain.prompts=['Once, upon']",
-        "timeout.pretrain=3600": "+timeout.pretrain=3600",
         "suite.arithmetic.options.seed=1": "+suite.arithmetic.options.seed=1",
         "rl.rewards.right={kind: exact}": "+rl.rewards={right: {kind: exact}}",
     }

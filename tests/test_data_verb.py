@@ -18,7 +18,7 @@ NAME = "org/texts"
 SETTINGS = (
     "experiment=smoke", "stage=tokenizer", "corpus=hub", "corpus.packages=[]", f"corpus.hub.repository={NAME}",
     "corpus.hub.train_files=shard_*", "corpus.hub.validation_files=held_out.parquet", "tokenizer.max_chars=5000",
-    "tokenizer.vocab_size=275", "retry.attempts=1",
+    "tokenizer.vocab_size=275",
 )  # fmt: skip
 CORPUS_ALONE = tuple(word.replace("stage=tokenizer", "stage=corpus") for word in SETTINGS)
 

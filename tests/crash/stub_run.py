@@ -1,7 +1,7 @@
 """Run the pipeline of stubs in a process of its own: stub_run.py OUTPUTS [key=value ...].
 
-Keys are those of the sections (source.lines=40), of Policy (max_parallel_steps=2), `force=[step]`, and a few that stand
-for the machine: host=NAME is its name, gpu=true says that it has a GPU, file_bytes=400 limits the size of files.
+Keys are those of the sections (source.lines=40), `fail_fast=true`, `force=[step]`, and a few that stand for the
+machine: host=NAME is its name, gpu=true says that it has a GPU, file_bytes=400 limits the size of files.
 """
 
 import gc
@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import traceback
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ import yaml
 from mlxchat.errors import MlxchatError
 from mlxchat.runner import stage
 from mlxchat.runner.plan import make_plan
-from mlxchat.runner.process import Hooks
-from mlxchat.runner.run import Policy, Run
+from mlxchat.runner.run import Run
 from mlxchat.runner.workers import execute
 from mlxchat.store import attempts, locks
 from mlxchat.store.environment import Environment
@@ -74,7 +73,7 @@ class Score:
     failing: list[str] = field(default_factory=list, metadata={"identity": False})
 
 
-OTHER = {"force": [], "targets": None, "host": None, "gpu": False, "file_bytes": None}
+OTHER = {"force": [], "targets": None, "host": None, "gpu": False, "file_bytes": None, "fail_fast": False}
 
 
 @dataclass
@@ -96,19 +95,13 @@ def has_gpu() -> bool:
 
 def main(outputs: Path, arguments: list[str]) -> None:
     """Plan and execute; exit as the command line does."""
-    settings, policy, hooks, other = Settings(), {}, {}, dict(OTHER)
+    settings, other = Settings(), dict(OTHER)
     for argument in arguments:
         key, _, text = argument.partition("=")
         section, _, name = key.partition(".")
         value = yaml.safe_load(text)
-        if section == "hooks":
-            hooks[name] = value
-        elif name and section == "timeout":
-            policy.setdefault("timeouts", {})[name] = value
-        elif name:
+        if name:
             setattr(getattr(settings, section), name, value)
-        elif key in {item.name for item in fields(Policy)}:
-            policy[key] = value
         else:
             assert key in other, key
             other[key] = value
@@ -123,7 +116,7 @@ def main(outputs: Path, arguments: list[str]) -> None:
     folder.mkdir(parents=True)
     run = Run(
         folder=folder, seed=1, overrides=arguments,
-        environment=Environment(describe_device), policy=Policy(**policy), hooks=Hooks(**hooks),
+        environment=Environment(describe_device), fail_fast=other["fail_fast"],
         say=lambda line: print(line, flush=True), **({"uses_gpu": has_gpu} if other["gpu"] else {}),
     )  # fmt: skip
     execute(plan, store, run)

@@ -14,7 +14,6 @@ import pytest
 from kit.toys import CHAIN, ONE, started
 from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.runner import workers
-from mlxchat.runner.run import Policy
 from mlxchat.store import attempts, locks
 from mlxchat.store.files import Record, Records
 from mlxchat.store.naming import refs_of, resolve
@@ -196,14 +195,14 @@ def test_signal_stops_after_an_unaware_stage(toys):
     assert states(toys) == {"one": "done", "two": "missing"}
 
 
-def test_signal_before_any_process_runs_interrupts(toys, monkeypatch):
+def test_signal_before_any_step_interrupts(toys, monkeypatch):
     def arriving(request_stop, *rest):
         request_stop(signal.SIGTERM)
         return nullcontext()
 
     monkeypatch.setattr(workers, "stop_on_signals", arriving)
     with pytest.raises(Interrupted) as caught:
-        toys.run(toys.plan(CHAIN), policy=Policy(max_parallel_steps=2))
+        toys.run(toys.plan(CHAIN))
     assert caught.value.exit_code == 143
 
 

@@ -66,8 +66,8 @@ READ_BY_SOME = {
 NEVER = (
     "stages",  # where they are found; what a stage is, its own key says
     "adapter",  # what each stage takes of it is its own
-    "machine", "executor", "tracker", "bench", "name", "outputs", "targets", "force", "code", "fail_fast", "timeout",
-    "retry", "hooks", "report", "sweep",
+    "machine", "executor", "tracker", "bench", "name", "outputs", "targets", "force", "code", "fail_fast",
+    "report", "sweep",
 )  # fmt: skip
 TRAININGS = {"pretrain", "midtrain", "sft", "rl", "preference"}
 EVALUATIONS = {"eval_base", "eval_mid", "eval_sft", "eval_rl"}

@@ -24,7 +24,7 @@ def as_hydra(overrides: list[str], schema: type[Config] = Config, *, imply: bool
       has such a step, unless a pipeline or an experiment is chosen.
     - `+experiment=smoke` becomes `experiment=smoke`.
     - One value for a list (`force=sft`) becomes a list of one.
-    - A new key of a mapping that starts empty (`timeout.sft=60`, `rl.rewards={…}`), and of a step's settings
+    - A new key of a mapping that starts empty (`rl.rewards={…}`), and of a step's settings
       (`pipeline.sft.with.num_epochs=2`, `pipeline.sft.executor=slurm`), needs no `+`.
     - `+sft.mixture.mine={…}` becomes `+sft.mixture={mine: {…}}`: OmegaConf can merge a new task but not set it.
     """
@@ -77,7 +77,7 @@ def _is_list(key: str, schema: type[Config]) -> bool:
 
 
 def _starts_empty(key: str, schema: type[Config]) -> bool:
-    """Return True if the schema declares a mapping to plain values at a dotted key, such as timeout or sweep.space."""
+    """Return True if the schema declares a mapping to plain values at a dotted key, such as sweep.space."""
     declared = type_of(key, schema)
     if get_origin(declared) is not dict or key.startswith("pipeline"):
         return False

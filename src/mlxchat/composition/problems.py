@@ -88,11 +88,6 @@ def _find_problems(config: Config, steps: Pipeline) -> list[str]:
 
 
 def _execution(config: Config) -> Iterator[str]:
-    for step, seconds in config.timeout.items():
-        if step not in config.pipeline:
-            yield f"timeout.{step}: {step} is not a step of the pipeline.{suggest(step, config.pipeline)}"
-        elif seconds <= 0:
-            yield f"timeout.{step} is {seconds:g}, expected seconds above 0"
     yield from _executor("executor", config.executor, config.machine)
     for step in (step for step, entry in config.pipeline.items() if "executor" in entry):
         where = f"pipeline.{step}.executor"
@@ -104,11 +99,6 @@ def _execution(config: Config) -> Iterator[str]:
     for key in ("rows", "prompt_tokens"):
         if min(counts := getattr(config.bench, key), default=0) < 1:
             yield f"bench.{key} is {counts}, expected one or more numbers of at least 1"
-    for name in ("on_start", "on_success", "on_failure"):
-        target = getattr(config.hooks, name)
-        parts = target if isinstance(target, list) and target else [target]
-        if target is not None and not all(isinstance(part, str) and part for part in parts):
-            yield f"hooks.{name} is {target!r}, expected a command, a list of its words, an http(s) URL or null"
 
 
 # The settings of an executor that mean something to Ray.

@@ -633,28 +633,6 @@ class SweepConfig:
 
 
 @dataclass(kw_only=True)
-class RetryConfig:
-    """Retries after transient errors, such as a network failure or a busy Hub. Other errors fail the step at once."""
-
-    attempts: int = field(default=MISSING, metadata={"at_least": 1})
-    """Attempts per step; 1: no retry."""
-    seconds: float = field(default=MISSING, metadata={"at_least": 0})
-    """Seconds before the second attempt; doubles with each further one."""
-
-
-@dataclass(kw_only=True)
-class HooksConfig:
-    """Notifications: an http(s) URL receives JSON, a command (shell text or a list) variables such as MLXCHAT_STEP."""
-
-    on_start: Any = MISSING
-    """When a step starts; null: no notification."""
-    on_success: Any = MISSING
-    """When a step has published its artifact; null: no notification."""
-    on_failure: Any = MISSING
-    """When a step has failed; null: no notification."""
-
-
-@dataclass(kw_only=True)
 class ReportConfig:
     """Settings of the report."""
 
@@ -831,8 +809,6 @@ class MachineConfig:
     """Memory that MLX may keep resident on a Mac; null: what Metal recommends. Ignored elsewhere."""
     training_flops: float | None = MISSING
     """Expected FLOP/s in training, to predict durations until a training has measured it; null: unknown."""
-    max_parallel_steps: int = field(default=MISSING, metadata={"at_least": 1})
-    """Steps that run at the same time, each in its own process if above 1. A GPU still runs one step at a time."""
     blas_threads: int | None = field(default=MISSING, metadata={"at_least": 1})
     """Threads per matrix product on a Linux CPU; null: all available, shared by this machine's ranks."""
 
@@ -922,8 +898,6 @@ class Config:
     """If the code of a finished or interrupted step has changed: warn, strict (run it from the start) or ignore."""
     fail_fast: bool = MISSING
     """Whether a failed step also stops the steps that do not need it."""
-    timeout: dict[str, float] = MISSING
-    """Step → time limit in seconds; the step then saves its state and fails. The same command continues it."""
     stages: list[str] = MISSING
     """Your own stages: folders, such as ./my_stages, and modules. Those of installed packages are always found."""
     pipeline: dict[str, dict[str, Any]] = MISSING
@@ -950,8 +924,6 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
     executor: ExecutorConfig = field(default_factory=ExecutorConfig)
-    retry: RetryConfig = field(default_factory=RetryConfig)
-    hooks: HooksConfig = field(default_factory=HooksConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     bench: BenchConfig = field(default_factory=BenchConfig)

@@ -1,10 +1,8 @@
-"""The running process: stopping by signals, keeping a Mac awake, notifying hooks."""
+"""The running process: stopping by signals, keeping a Mac awake."""
 
 from __future__ import annotations
 
-import json
 import os
-import queue
 import shutil
 import signal
 import stat
@@ -13,10 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any
-
-from mlxchat.config.secrets import redact
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Signals that requested the run of this process to stop.
@@ -88,7 +82,6 @@ def stop_on_signals(
     thread.start()
     former = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     handlers = {number: signal.signal(number, handle) for number in heard_signals()}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:
@@ -139,85 +132,3 @@ def keep_awake() -> Iterator[None]:
     finally:
         watcher.terminate()
         watcher.wait()
-
-
-# Time limit of one notification, and of waiting for pending ones at the end of a run.
-TIMEOUT_SECONDS = 10.0
-
-Target = str | list[str] | None
-
-
-@dataclass(kw_only=True)
-class Hooks:
-    """Notifications. A target is an http(s) URL, a shell command line, or a command as a list."""
-
-    on_start: Target = None
-    on_success: Target = None
-    on_failure: Target = None
-    warn: Callable[[str], None] = print
-    timeout_seconds: float = TIMEOUT_SECONDS
-    _waiting: queue.SimpleQueue[tuple[str, dict[str, Any]] | None] | None = field(default=None, init=False)
-    _thread: threading.Thread | None = field(default=None, init=False)
-    _warned: set[str] = field(default_factory=set, init=False)
-
-    def tell(self, name: str, **facts: Any) -> None:
-        """Notify the target of `on_start`, `on_success` or `on_failure` in the background.
-
-        A command gets the facts as variables (step → MLXCHAT_STEP), a URL as JSON.
-        """
-        if getattr(self, name) is None:
-            return
-        if self._thread is None or self._waiting is None:
-            self._waiting = queue.SimpleQueue()
-            self._thread = threading.Thread(target=self._work, args=(self._waiting,), name="hooks", daemon=True)
-            self._thread.start()
-        self._waiting.put((name, redact({"event": name, **facts})))
-
-    def finish(self) -> None:
-        """Wait a limited time for pending notifications."""
-        if self._thread is not None and self._waiting is not None:
-            self._waiting.put(None)
-            self._thread.join(self.timeout_seconds)
-            if self._thread.is_alive():
-                self._complain("hooks", f"still busy after {self.timeout_seconds:g} s, not waiting any longer")
-            self._thread = None
-
-    def _work(self, waiting: queue.SimpleQueue[tuple[str, dict[str, Any]] | None]) -> None:
-        while (entry := waiting.get()) is not None:
-            name, facts = entry
-            target: Target = getattr(self, name)
-            try:
-                if isinstance(target, str) and target.startswith(("http://", "https://")):
-                    self._post(target, facts)
-                elif target is not None:
-                    self._call(target, facts)
-            except Exception as error:  # a user's hook may raise anything; it never breaks a run
-                self._complain(name, f"{type(error).__name__}: {error}")
-
-    def _call(self, command: str | list[str], facts: dict[str, Any]) -> None:
-        variables = {f"MLXCHAT_{key.upper()}": str(value) for key, value in facts.items() if value is not None}
-        process = subprocess.Popen(
-            command, shell=isinstance(command, str), env=os.environ | variables, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
-        try:
-            _, complaint = process.communicate(timeout=self.timeout_seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # including processes that a shell started
-            process.communicate()
-            raise TimeoutError(f"killed after {self.timeout_seconds:g} s") from None
-        if process.returncode:
-            last = complaint.decode(errors="replace").strip().splitlines()[-1:]
-            raise RuntimeError(" ".join([f"ended with {process.returncode}", *last]))
-
-    def _post(self, address: str, facts: dict[str, Any]) -> None:
-        import urllib.request
-
-        body = json.dumps(facts).encode()
-        request = urllib.request.Request(address, body, {"Content-Type": "application/json"}, method="POST")
-        urllib.request.urlopen(request, timeout=self.timeout_seconds).close()
-
-    def _complain(self, name: str, problem: str) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
-            self.warn(redact(f"warning: hooks.{name} failed ({problem}); the run continues without it"))

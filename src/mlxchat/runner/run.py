@@ -8,25 +8,21 @@ import math
 import os
 import re
 import shutil
-import signal
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
 from mlxchat.distributed.ranks import begin_step
-from mlxchat.errors import Interrupted, MlxchatError, PassingError, StepFailed, StoreError
+from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner.context import Context, Sections
 from mlxchat.runner.keys import check_pins
 from mlxchat.runner.plan import SAVED_CODE, PlannedStep, Verdict, judge
-from mlxchat.runner.process import Hooks
 from mlxchat.runner.progress import fill
 from mlxchat.store import attempts as attempt_log
 from mlxchat.store import locks
@@ -54,30 +50,6 @@ def _no_gpu() -> bool:
     return False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Policy:
-    """How steps are executed; never changes results."""
-
-    max_parallel_steps: int = 1
-    """Steps that run at the same time; above 1 each runs in a separate process."""
-    executors: Mapping[str, ExecutorConfig] = field(default_factory=dict)
-    """Step → executor, for steps that do not run here."""
-    memory: Mapping[str, int] = field(default_factory=dict)
-    """Step → predicted memory in bytes."""
-    memory_limit: int | None = None
-    """Memory in bytes for parallel steps together; None: unlimited."""
-    fail_fast: bool = False
-    """Whether a failed step also stops steps that do not need it."""
-    retry_attempts: int = 1
-    """Attempts of a step after transient errors."""
-    retry_seconds: float = 10.0
-    """Seconds before the second attempt; doubles with each further one."""
-    timeouts: Mapping[str, float] = field(default_factory=dict)
-    """Step → time limit in seconds."""
-    hints: Mapping[str, float] = field(default_factory=dict)
-    """Facts about the whole run for steps: `Context.hints`."""
-
-
 @dataclass(kw_only=True)
 class Run:
     """One invocation."""
@@ -93,8 +65,12 @@ class Run:
     """Prints a line."""
     on_metrics: Callable[[str, Record], None] = ignore
     """Called with step and record, for trackers."""
-    policy: Policy = field(default_factory=Policy)
-    hooks: Hooks = field(default_factory=Hooks)
+    executors: Mapping[str, ExecutorConfig] = field(default_factory=dict)
+    """Step → executor, for steps that do not run here."""
+    fail_fast: bool = False
+    """Whether a failed step also stops steps that do not need it."""
+    hints: Mapping[str, float] = field(default_factory=dict)
+    """Facts about the whole run for steps: `Context.hints`."""
     uses_gpu: Callable[[], bool] = _no_gpu
     """Returns whether stages that declare `gpu` use one; may be slow, since it may load MLX."""
     becomes_latest: bool = True
@@ -219,35 +195,23 @@ class _Making:
 
         Raises:
             Interrupted: a signal arrived; the stage has saved its state.
-            StepFailed: the stage raised, exceeded its time limit, or did not write the declared outputs.
+            StepFailed: the stage raised, or did not write the declared outputs.
             StoreError: an input is damaged, or the artifact cannot be written.
         """
         step, run = self.step, self.run
-        facts = {
-            "step": step.name, "stage": step.stage.name, "run": run.name, "key": step.key,
-            "outputs": str(self.store.outputs.resolve()),
-        }  # fmt: skip
         with ExitStack() as held:
             if "gpu" in step.stage.resources and run.uses_gpu():
                 for device, token in locks.gpu_locks().items():
                     waiting = Waiting(run, step.name, token, doing=f"has GPU {device}")
                     held.enter_context(locks.hold(token, {"run": run.name, "step": step.name}, *waiting.calls))
             self._check_inputs()
-            run.hooks.tell("on_start", **facts)
             began = time.monotonic()
-            try:
-                place, made = self._publish(*self._run_stage())
-            except Interrupted:
-                raise
-            except Exception as error:  # run the failure hook for any error, then re-raise
-                run.hooks.tell("on_failure", error=str(error), **facts)
-                raise
+            place, made = self._publish(*self._run_stage())
             shutil.rmtree(self.work, ignore_errors=True)
             crash_point("step.cleaned")
             seconds = time.monotonic() - began
             run.event("step_done", step=step.name, artifact=place.name, seconds=seconds)
             run.say(fill(f"{step.name:<10} done in {format_seconds(seconds)}: {summarise(made)}"))
-            run.hooks.tell("on_success", seconds=round(seconds, 3), artifact=place.name, **facts)
             return place
 
     def _check_inputs(self) -> None:
@@ -260,29 +224,10 @@ class _Making:
                 )
 
     def _run_stage(self) -> tuple[Context, int]:
-        """Run the stage, with retries after transient errors; return context and number of the successful attempt."""
-        step, run = self.step, self.run
-        tries = run.policy.retry_attempts
-        number = 1
-        while True:
-            try:
-                return self._attempt()
-            except Exception as error:  # a stage may raise anything
-                if isinstance(error, Interrupted) or number == tries or not is_passing(error):
-                    if isinstance(error, MlxchatError):
-                        raise
-                    raise self._failure(error) from error
-                text = _tell(error)
-            delay = run.policy.retry_seconds * 2 ** (number - 1)
-            number += 1
-            run.event("step_retries", step=step.name, error=text, attempt=number, seconds=delay)
-            run.say(redact(
-                f"{step.name:<10} failed ({text}), which may pass: try {number} of {tries} in {format_seconds(delay)}"
-            ))  # fmt: skip
-            _pause(delay, step, run)
+        """Run the stage, with an empty `out` and the saved state of earlier attempts; return context and attempt.
 
-    def _attempt(self) -> tuple[Context, int]:
-        """Run the stage once, with an empty `out` and the saved state of earlier attempts, and record how it ended."""
+        How it ended is recorded.
+        """
         step, run, out = self.step, self.run, self.work / "out"
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
@@ -291,8 +236,7 @@ class _Making:
         if not (self.work / "ckpt").exists():
             write_whole(self.work / SAVED_CODE, json.dumps(step.code["modules"]), durable=False)
         crash_point("step.prepared")
-        limit = TimeLimit(run.policy.timeouts.get(step.name))
-        ctx = self._context(out, lambda: run.stop_signal or (signal.SIGTERM if limit.passed else None))
+        ctx = self._context(out)
         self._name_intermediate()
         if "gpu" in step.stage.resources and (cause := attempt_log.explain_killed(self.work)):
             run.say(f"{step.name:<10} the last attempt ended without a record: {cause}")
@@ -301,11 +245,9 @@ class _Making:
         crash_point("step.started")
         run.say(f"{step.name:<10} starts ({step.reason})")
         reset_peak_memory()
-        error: BaseException
         try:
             check_pins(step.name, step.externals, step.sections, "since it was planned", step.unread)
-            with limit:
-                step.stage.load()(ctx)
+            step.stage.load()(ctx)
             crash_point("step.ran")
             try:
                 check_pins(step.name, step.externals, step.sections, "while it ran", step.unread)
@@ -316,27 +258,19 @@ class _Making:
                 raise StepFailed(f"step {step.name} did not make {', '.join(missing)} ({ctx.out})")
             return ctx, attempt
         except Interrupted as stop:
-            if run.stop_signal is not None or not limit.passed:
-                with suppress(OSError):
-                    attempt_log.finish(self.work, attempt, "interrupted", str(stop), ctx.resumed_from)
-                run.try_event("step_interrupted", step=step.name, error=str(stop))
+            with suppress(OSError):
+                attempt_log.finish(self.work, attempt, "interrupted", str(stop), ctx.resumed_from)
+            run.try_event("step_interrupted", step=step.name, error=str(stop))
+            raise
+        except BaseException as error:
+            with suppress(OSError):
+                attempt_log.finish(self.work, attempt, "failed", _tell(error), ctx.resumed_from)
+            run.try_event("step_failed", step=step.name, error=_tell(error))
+            if isinstance(error, MlxchatError) or not isinstance(error, Exception):
                 raise
-            error = StepFailed(
-                f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds. {stop}"
-            )
-        except TimeIsUp:
-            error = StepFailed(
-                f"step {step.name} took longer than timeout.{step.name}={limit.seconds:g} seconds, did not stop when "
-                "requested, and was ended."
-            )
-        except BaseException as raised:
-            error = raised
-        with suppress(OSError):
-            attempt_log.finish(self.work, attempt, "failed", _tell(error), ctx.resumed_from)
-        run.try_event("step_failed", step=step.name, error=_tell(error))
-        raise error
+            raise self._failure(error) from error  # a stage may raise anything
 
-    def _context(self, out: Path, stop_signal: Callable[[], int | None]) -> Context:
+    def _context(self, out: Path) -> Context:
         """Return the stage's context."""
         step, run, work = self.step, self.run, self.work / "ckpt"
         team = run.team if "gpu" in step.stage.resources else None
@@ -346,7 +280,7 @@ class _Making:
             step=step.name, stage=step.stage.name, inputs=self.folders, out=out,
             config=Sections(step.config, step.stage.config, step.stage.name),  # type: ignore[arg-type]  # it acts as a Config
             work=work, root_seed=run.seed, root_data_seed=run.data_seed,
-            hints=run.policy.hints, stop_signal=stop_signal, on_metrics=run.on_metrics,
+            hints=run.hints, stop_signal=lambda: run.stop_signal, on_metrics=run.on_metrics,
             publisher=lambda *model: self._publish_intermediate(ctx, *model), check_lock=self._check_lock,
             team=team,
             shared=SharedArtifacts(
@@ -500,17 +434,6 @@ class _Making:
         return StepFailed(redact(text))
 
 
-def _pause(seconds: float, step: PlannedStep, run: Run) -> None:
-    """Wait before another attempt; end early if the run is to stop."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if run.stop_signal is not None:
-            raise Interrupted(
-                f"stopped before another attempt of {step.name}. The same command continues.", run.stop_signal
-            )
-        time.sleep(min(0.1, max(0.0, until - time.monotonic())))
-
-
 def summarise(manifest: Manifest) -> str:
     """Return the artifact's name, size and metrics in one line."""
     size = format_bytes(sum(file["bytes"] for file in manifest["outputs"]))
@@ -567,112 +490,3 @@ class Waiting:
         if line != self._said:
             self._said = line
             self.run.say(line)
-
-
-# Time for a step to reach the next check and save.
-GRACE_SECONDS = 30.0
-
-
-class TimeIsUp(BaseException):
-    """Raised in a step that did not stop when requested; a stage's `except Exception` does not catch it."""
-
-
-class TimeLimit:
-    """A context manager whose `passed` becomes true after some seconds of monotonic time."""
-
-    def __init__(self, seconds: float | None) -> None:
-        """Set the limit; None: no limit."""
-        self.seconds = seconds
-        self.passed = False
-        self._timers: list[threading.Timer] = []
-        self._over = False
-
-    def __enter__(self) -> TimeLimit:
-        """Start the timer."""
-        if self.seconds is None:
-            return self
-        self._timers = [threading.Timer(self.seconds, self._pass)]
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # exceptions can be raised from outside only in the main thread
-            self._former = signal.signal(signal.SIGALRM, self._raise)
-            self._timers.append(threading.Timer(self.seconds + GRACE_SECONDS, self._ring))
-        for timer in self._timers:
-            timer.daemon = True
-            timer.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop the timer."""
-        self._over = True
-        for timer in self._timers:
-            timer.cancel()
-        if len(self._timers) > 1:
-            signal.signal(signal.SIGALRM, self._former)
-
-    def _pass(self) -> None:
-        self.passed = True
-
-    def _ring(self) -> None:
-        if not self._over:
-            identity = threading.main_thread().ident
-            assert identity is not None
-            signal.pthread_kill(identity, signal.SIGALRM)
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        if not self._over:
-            raise TimeIsUp
-
-
-_ERRNO = frozenset(
-    getattr(errno, name)
-    for name in (
-        "EAGAIN", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETRESET",
-        "ENETUNREACH", "EPIPE", "ETIMEDOUT", "ESTALE",
-    )
-    if hasattr(errno, name)
-)  # fmt: skip
-# HTTP libraries that huggingface_hub has used, by name because none needs to be installed, and without the version
-# number that one of them has in its name.
-_CLASSES = frozenset(
-    {
-        "httpx.TransportError", "requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError",
-        "urllib.ProtocolError",  # urllib3
-    }
-)  # fmt: skip
-_TOO_BUSY = (408, 425, 429)
-
-
-def is_passing(error: BaseException) -> bool:
-    """Return True if an error, or its cause, may be transient.
-
-    These are PassingError, lost or refused connections, network timeouts, and HTTP 408, 425, 429 and 5xx.
-    """
-    return any(_is_passing(link) for link in _chain(error))
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or link.__context__
-
-
-def _is_passing(error: BaseException) -> bool:
-    if isinstance(error, PassingError):
-        return True
-    status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "code", None)
-    if isinstance(status, int) and 100 <= status < 600:
-        return status >= 500 or status in _TOO_BUSY
-    if isinstance(error, ConnectionError | TimeoutError) or (isinstance(error, OSError) and error.errno in _ERRNO):
-        return True
-    if isinstance(reason := getattr(error, "reason", None), BaseException):  # urllib's URLError
-        return _is_passing(reason)
-    names = {
-        f"{kind.__module__.partition('.')[0].rstrip('0123456789')}.{kind.__name__}" for kind in type(error).__mro__
-    }
-    return bool(names & _CLASSES)

@@ -1,29 +1,20 @@
-"""Runs many steps, here or in separate processes; what follows when one fails."""
+"""Runs the steps of a plan, here or as jobs elsewhere; what follows when one fails."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mlxchat import errors
-from mlxchat.config.secrets import redact
-from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner.executors import Leave, LostJob, Task, attach, submit
 from mlxchat.runner.plan import PlannedStep, Verdict
-from mlxchat.runner.process import SIGNALS, keep_awake, stop_on_signals
+from mlxchat.runner.process import keep_awake, stop_on_signals
 from mlxchat.runner.progress import fill
 from mlxchat.runner.run import REFRESH_SECONDS, Run, complete, find_done, ignore, summarise
 from mlxchat.store import attempts
@@ -36,7 +27,6 @@ if TYPE_CHECKING:
     from mlxchat.config.schema import ExecutorConfig
 
 _LOOK_SECONDS = 0.2
-_PRINTER_SECONDS = 5.0
 # Each poll of a job is a request to a file server.
 _JOB_SECONDS = 1.0
 
@@ -59,11 +49,7 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
     try:
         run.event("run_started", steps=[step.name for step in plan])
         with keep_awake():
-            is_elsewhere = any(step.name in run.policy.executors for step in plan if not step.done)
-            if is_elsewhere or run.policy.max_parallel_steps > 1:
-                _execute_in_processes(outcome)
-            else:
-                _execute_here(outcome)
+            _complete_steps(outcome)
         outcome.conclude()
     except OSError as error:
         raise StoreError(
@@ -73,34 +59,108 @@ def execute(plan: list[PlannedStep], store: Store, run: Run) -> None:
     except MlxchatError as error:
         run.try_event("run_failed", step=outcome.current, error=str(error))
         raise
-    finally:
-        run.hooks.finish()
     run.event("run_done")
 
 
-def _execute_here(outcome: Outcome) -> None:
-    """Complete the steps one after the other in this process."""
-    plan, run = outcome.plan, outcome.run
-    with stop_on_signals(run.request_stop, run.announce_stop):
-        for step in plan:
-            if outcome.must_skip(step):
-                continue
-            try:
-                place = find_done(step, outcome.store, run, outcome.planned)
-                outcome.note(step)
-                place = place or complete(step, outcome.store, run, outcome.planned)
-            except (Interrupted, StoreError):
-                outcome.current = step.name
-                raise
-            except MlxchatError as error:
-                outcome.fail(step, error)
-                if run.policy.fail_fast or (run.team is not None and run.team.is_broken):
-                    return
-                continue
+def _complete_steps(outcome: Outcome) -> None:
+    """Complete the steps of a plan: one after the other here, and jobs elsewhere as soon as their inputs exist.
+
+    Raises:
+        Interrupted: a signal arrived; every running step has saved its state.
+        StoreError: the outputs folder cannot be used.
+    """
+    run, jobs, left = outcome.run, dict[str, _Elsewhere](), dict[str, str]()
+    fatal: MlxchatError | None = None
+
+    def cancel_all() -> None:
+        for job in jobs.values():
+            job.stop(signal.SIGTERM)
+
+    with stop_on_signals(run.request_stop, run.announce_stop, cancel_all):
+        try:
+            while True:
+                here = None
+                if run.stop_signal in (signal.SIGTERM, signal.SIGHUP):
+                    left |= _leave_jobs(jobs)
+                if run.stop_signal is not None or fatal is not None or outcome.is_over:
+                    for job in jobs.values():
+                        job.stop(run.stop_signal or signal.SIGTERM)
+                else:
+                    here = _submit_what_is_ready(outcome, jobs)
+                try:
+                    if here is not None:
+                        _complete_here(here, outcome)
+                    elif jobs:
+                        time.sleep(_LOOK_SECONDS)
+                    else:
+                        break
+                    for job in [job for job in jobs.values() if job.has_ended()]:
+                        del jobs[job.step.name]
+                        _take_result(job, outcome)
+                except StoreError as error:
+                    fatal = error
+                except Interrupted as stop:
+                    if run.stop_signal is not None or here is not None:  # else a job that was cancelled after a failure
+                        fatal = fatal or stop
+        finally:
+            cancel_all()
+    if fatal is not None:
+        raise fatal
+    if run.stop_signal is not None and left:
+        waiting = ", ".join(f"{name} in {job}" for name, job in left.items())
+        raise Interrupted(
+            f"stopped; {waiting} continues: the same command awaits it, mlxchat status --cancel ends it.",
+            run.stop_signal,
+        )
+    if run.stop_signal is not None and len(outcome.finished) < len(outcome.plan) and not outcome.failures:
+        raise Interrupted("stopped between two steps. The same command continues from there.", run.stop_signal)
+
+
+def _leave_jobs(jobs: dict[str, _Elsewhere]) -> dict[str, str]:
+    """Remove the jobs that outlive this process; return step → job."""
+    found = {name: each.job.name for name, each in jobs.items() if each.job.outlives}
+    for name in found:
+        del jobs[name]
+    return found
+
+
+def _submit_what_is_ready(outcome: Outcome, jobs: dict[str, _Elsewhere]) -> PlannedStep | None:
+    """Submit every job whose inputs exist; return the first step that can run here."""
+    here = None
+    for step in outcome.plan:
+        if step.name in outcome.finished or step.name in outcome.failures or step.name in jobs:
+            continue
+        if outcome.must_skip(step) or any(source not in outcome.finished for source in step.inputs.values()):
+            continue
+        executor = outcome.run.executors.get(step.name)
+        if executor is None:
+            here = here or step
+            continue
+        place = find_done(step, outcome.store, outcome.run, outcome.planned)
+        outcome.note(step)
+        if place is not None:
             outcome.finish(step, place)
-            # a stage need not check for signals; then the run stops between steps
-            if run.stop_signal is not None and step is not plan[-1]:
-                raise Interrupted(f"stopped after {step.name}. The same command continues from there.", run.stop_signal)
+            continue
+        try:
+            jobs[step.name] = _Elsewhere(step, outcome, executor)
+        except ConfigError as error:  # refused by the cluster
+            outcome.fail(step, error)
+    return here
+
+
+def _complete_here(step: PlannedStep, outcome: Outcome) -> None:
+    """Complete a step in this process, and record how it ended."""
+    try:
+        place = find_done(step, outcome.store, outcome.run, outcome.planned)
+        outcome.note(step)
+        place = place or complete(step, outcome.store, outcome.run, outcome.planned)
+    except (Interrupted, StoreError):
+        outcome.current = step.name
+        raise
+    except MlxchatError as error:
+        outcome.fail(step, error)
+    else:
+        outcome.finish(step, place)
 
 
 class Outcome:
@@ -114,10 +174,14 @@ class Outcome:
         self.failures: dict[str, MlxchatError] = {}
         self.skipped: dict[str, str] = {}
         """Step → the failed step that it needs."""
-        self.waiting: set[str] = set()
-        """Steps for which waiting for memory was announced."""
         self.current: str | None = None
         """The step that was running when the run ended."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a failure keeps further steps from starting."""
+        run = self.run
+        return bool(self.failures) and (run.fail_fast or (run.team is not None and run.team.is_broken))
 
     def finish(self, step: PlannedStep, place: Path) -> None:
         """Record a step's artifact and set its names."""
@@ -144,7 +208,7 @@ class Outcome:
         """Record that a step failed; print it now if other steps continue."""
         self.failures[step.name] = error
         self.current = step.name
-        if not self.run.policy.fail_fast and any(self._goes_on(other) for other in self.plan):
+        if not self.run.fail_fast and any(self._goes_on(other) for other in self.plan):
             self.run.say(f"{step.name:<10} failed: {(str(error).splitlines() or ['?'])[0]} (other steps continue)")
 
     def must_skip(self, step: PlannedStep) -> bool:
@@ -157,21 +221,6 @@ class Outcome:
             self.run.event("step_skipped", step=step.name, failed=cause)
             self.run.say(f"{step.name:<10} is skipped: {cause} failed")
         return True
-
-    def has_memory_for(self, step: PlannedStep, running: Iterable[str]) -> bool:
-        """Return True if a step fits into memory beside the running ones, or runs alone; print once if not."""
-        needs, limit = self.run.policy.memory, self.run.policy.memory_limit
-        beside = [name for name in running if needs.get(name)]
-        if limit is None or not beside or sum(needs.get(name, 0) for name in (step.name, *beside)) <= limit:
-            return True
-        if step.name not in self.waiting:
-            self.waiting.add(step.name)
-            shown = ", ".join(f"{name}'s {format_bytes(needs[name])}" for name in beside)
-            self.run.say(
-                f"{step.name:<10} waits for memory: it needs {format_bytes(needs[step.name])} beside {shown}, "
-                f"and {format_bytes(limit)} may be used"
-            )
-        return False
 
     def cause_of(self, name: str) -> str | None:
         """Return the failed step that this one needs."""
@@ -217,9 +266,7 @@ class Order:
         planned = {name: copy(outcome.planned[name]) for name in (step.name, *step.inputs.values())}
         for each in planned.values():
             each.digests = None  # their results are kept in the step's `code`
-        run = outcome.run
-        hooks = replace(run.hooks, warn=_say)
-        alone = replace(run, hooks=hooks, say=_say, on_metrics=ignore)
+        alone = replace(outcome.run, say=_say, on_metrics=ignore)
         return cls(step.name, planned, outcome.store.outputs, alone)
 
     def complete(self) -> Result:
@@ -233,8 +280,6 @@ class Order:
         except OSError as error:
             what = f"({error.strerror or error}: {error.filename})"
             return StoreError.__name__, f"outputs folder {self.outputs} can no longer be used {what}", 2
-        finally:
-            run.hooks.finish()
 
 
 Result = tuple[str, str, int]
@@ -245,108 +290,18 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _execute_in_processes(outcome: Outcome) -> None:
-    """Complete the steps of a plan as soon as their inputs exist: up to `max_parallel_steps` here, and jobs.
-
-    Raises:
-        Interrupted: a signal arrived; every running step has saved its state.
-        StoreError: the outputs folder cannot be used.
-    """
-    run, workers = outcome.run, dict[str, _Child | _Elsewhere]()
-
-    def leave() -> None:
-        for worker in workers.values():
-            worker.kill()
-
-    fatal: MlxchatError | None = None
-    left: dict[str, str] = {}
-    with stop_on_signals(run.request_stop, run.announce_stop, leave):
-        try:
-            while True:
-                failing = fatal is not None or (run.policy.fail_fast and bool(outcome.failures))
-                if run.stop_signal in (signal.SIGTERM, signal.SIGHUP):
-                    left |= _leave_jobs(workers)
-                if run.stop_signal is not None or failing:
-                    for worker in workers.values():
-                        worker.stop(run.stop_signal or signal.SIGTERM)
-                else:
-                    _start_what_is_ready(outcome, workers)
-                if not workers:
-                    break
-                wait([each for worker in workers.values() for each in worker.signs], timeout=_LOOK_SECONDS)
-                for worker in [worker for worker in workers.values() if worker.has_ended()]:
-                    del workers[worker.step.name]
-                    try:
-                        _take_result(worker, outcome)
-                    except Interrupted as stop:
-                        if run.stop_signal is not None:
-                            fatal = fatal or stop
-                    except StoreError as error:
-                        outcome.current = worker.step.name
-                        fatal = error
-        finally:
-            for worker in workers.values():
-                worker.kill()
-                worker.close()
-    if fatal is not None:
-        raise fatal
-    if run.stop_signal is not None and left:
-        jobs = ", ".join(f"{name} in {job}" for name, job in left.items())
-        raise Interrupted(
-            f"stopped; {jobs} continues: the same command awaits it, mlxchat status --cancel ends it.", run.stop_signal
-        )
-    if run.stop_signal is not None and len(outcome.finished) < len(outcome.plan) and not outcome.failures:
-        raise Interrupted("stopped between two steps. The same command continues from there.", run.stop_signal)
-
-
-def _leave_jobs(workers: dict[str, _Child | _Elsewhere]) -> dict[str, str]:
-    """Remove the workers whose jobs outlive this process; return step → job."""
-    found = {
-        name: each.job.name for name, each in workers.items() if isinstance(each, _Elsewhere) and each.job.outlives
-    }
-    for name in found:
-        del workers[name]
-    return found
-
-
-def _start_what_is_ready(outcome: Outcome, workers: dict[str, _Child | _Elsewhere]) -> None:
-    """Start every step whose inputs exist, as far as there is room; finished steps need no process."""
-    for step in outcome.plan:
-        if step.name in outcome.finished or step.name in outcome.failures or step.name in workers:
-            continue
-        if outcome.must_skip(step) or any(source not in outcome.finished for source in step.inputs.values()):
-            continue
-        executor = outcome.run.policy.executors.get(step.name)
-        children = [name for name, worker in workers.items() if isinstance(worker, _Child)]
-        if executor is None and len(children) >= outcome.run.policy.max_parallel_steps:
-            continue
-        if step.name in outcome.waiting and not outcome.has_memory_for(step, children):
-            continue
-        place = find_done(step, outcome.store, outcome.run, outcome.planned)
-        outcome.note(step)
-        if place is not None:
-            outcome.finish(step, place)
-        elif executor is not None:
-            try:
-                workers[step.name] = _Elsewhere(step, outcome, executor)
-            except ConfigError as error:  # refused by the cluster
-                outcome.fail(step, error)
-        elif outcome.has_memory_for(step, children):
-            workers[step.name] = _Child(step, outcome)
-
-
-def _take_result(worker: _Child | _Elsewhere, outcome: Outcome) -> None:
-    """Record the result of a step whose worker has ended."""
-    worker.close()
-    step, run = worker.step, outcome.run
-    if worker.result is None and worker.stopped_by:
-        raise Interrupted(f"{step.name} was stopped. The same command continues it.", worker.stopped_by)
-    if worker.result is None:
-        text = f"step {step.name} failed: {worker.how_it_was_lost()}"
+def _take_result(job: _Elsewhere, outcome: Outcome) -> None:
+    """Record the result of a step whose job has ended."""
+    job.close()
+    step, run = job.step, outcome.run
+    if job.result is None and job.stopped_by:
+        raise Interrupted(f"{step.name} was stopped. The same command continues it.", job.stopped_by)
+    if job.result is None:
+        text = f"step {step.name} failed: {job.how_it_was_lost()}"
         run.event("step_failed", step=step.name, error=text)
         outcome.fail(step, StepFailed(text))
         return
-    kind, message, code = worker.result
+    kind, message, code = job.result
     if kind == "done":
         step.verdict = Verdict(state="done")
         outcome.store.forget()
@@ -354,82 +309,10 @@ def _take_result(worker: _Child | _Elsewhere, outcome: Outcome) -> None:
     elif kind == Interrupted.__name__:
         raise Interrupted(message, code - 128)
     elif kind == StoreError.__name__:
+        outcome.current = step.name
         raise StoreError(message)
     else:
         outcome.fail(step, getattr(errors, kind, StepFailed)(message))
-
-
-class _Child:
-    """A step that runs in a separate process on this machine, started fresh and never forked.
-
-    Its output goes to <step>.log in the run's folder and, prefixed with the step's name, to the terminal. It runs in a
-    new session, so that Ctrl-C reaches it once, from here; if this process dies, it saves its state and ends.
-    """
-
-    def __init__(self, step: PlannedStep, outcome: Outcome) -> None:
-        """Start the process."""
-        self.step, self.run = step, outcome.run
-        self.result: Result | None = None
-        self.stopped_by = 0
-        """The signal that was sent to it."""
-        context = multiprocessing.get_context("spawn")
-        self.messages, theirs = context.Pipe()
-        printed, printing = context.Pipe(duplex=False)
-        order = Order.of(step, outcome)
-        self.process = context.Process(target=_work, args=(order, theirs, printing), name=step.name)
-        # a signal during its start would end it before it can save
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        theirs.close()
-        printing.close()
-        self.log = self.run.folder / f"{step.name}.log"
-        self.printer = threading.Thread(
-            target=_print, args=(printed, self.log, step.name, self.run.say), name=f"{step.name} output", daemon=True
-        )
-        self.printer.start()
-
-    @property
-    def signs(self) -> tuple[int, Connection]:
-        """What becomes readable when it reports something or ends."""
-        return self.process.sentinel, self.messages
-
-    def has_ended(self) -> bool:
-        """Return True if it has ended; pass on what it has reported."""
-        ended = not self.process.is_alive()
-        with suppress(EOFError, OSError):
-            while self.messages.poll():
-                message = self.messages.recv()
-                if message[0] == "metrics":
-                    self.run.on_metrics(*message[1:])
-                else:
-                    self.result = message
-        return ended
-
-    def stop(self, number: int) -> None:
-        """Request it, once, to save and end."""
-        if not self.stopped_by and self.process.pid is not None:
-            self.stopped_by = number
-            with suppress(ProcessLookupError):
-                os.kill(self.process.pid, number)
-
-    def kill(self) -> None:
-        """Kill it."""
-        self.process.kill()
-
-    def close(self) -> None:
-        """Wait for its end and the rest of its output."""
-        self.process.join()
-        self.printer.join(_PRINTER_SECONDS)  # a process left behind by the stage may keep the pipe open
-        self.messages.close()
-
-    def how_it_was_lost(self) -> str:
-        """Return how it ended without a result."""
-        code = self.process.exitcode or 0
-        how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
-        return f"its process ended {how} without a message. {self.log}"
 
 
 class _Elsewhere:
@@ -438,8 +321,6 @@ class _Elsewhere:
     Its progress is read from its records in the outputs folder, which both machines share. It continues if this process
     ends, and the next run awaits it.
     """
-
-    signs = ()
 
     def __init__(self, step: PlannedStep, outcome: Outcome, executor: ExecutorConfig) -> None:
         """Find the job, or submit it."""
@@ -478,10 +359,6 @@ class _Elsewhere:
         if not self.stopped_by:
             self.stopped_by = number
             self.job.cancel()
-
-    def kill(self) -> None:
-        """Cancel it, since nothing waits for it any more."""
-        self.stop(signal.SIGTERM)
 
     def close(self) -> None:
         """Return its result."""
@@ -538,43 +415,3 @@ class _Submitted:
         if kind == Interrupted.__name__ and leave is not None:
             return StepFailed.__name__, f"{message}\nIts job ended: {leave()}", 1
         return kind, message, code
-
-
-def _print(printed: Connection, log: Path, step: str, say: Callable[[str], None]) -> None:
-    """Write a child's output to its log and print it with the step's name, until the child has ended."""
-    file: Any = None
-    with suppress(OSError):
-        file = log.open("a", encoding="utf-8")
-    with os.fdopen(os.dup(printed.fileno()), encoding="utf-8", errors="replace") as lines:
-        printed.close()
-        for line in lines:
-            text = redact(line.rstrip("\n"))
-            if file is not None:
-                with suppress(OSError):
-                    file.write(text + "\n")
-                    file.flush()
-            say(text if text.startswith(step) else f"{step:<10} {text.strip()}")
-    if file is not None:
-        with suppress(OSError):
-            file.close()
-
-
-def _work(order: Order, messages: Connection, printing: Connection) -> None:
-    """Complete one step, in the child process."""
-    os.setsid()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(printing.fileno(), 1)
-    os.dup2(printing.fileno(), 2)
-    printing.close()
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    order.run.on_metrics = lambda step, record: messages.send(("metrics", step, record))
-    messages.send(order.complete())
-
-
-def _end_with_parent() -> None:
-    """Signal this process to end when its parent has gone."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)

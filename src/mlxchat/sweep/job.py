@@ -1,4 +1,4 @@
-"""One invocation: plan, execute, notify trackers and hooks, report."""
+"""One invocation: plan, execute, notify trackers, report."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ from mlxchat.errors import ConfigError, StoreError, visible
 from mlxchat.hub.cache import endpoint, is_offline
 from mlxchat.hub.listings import fetch_command
 from mlxchat.ops.machine import device_kind, dtype_name
-from mlxchat.planning.inputs import TextNeed, check_inputs, find_text_need
-from mlxchat.planning.memory import check_memory, find_device, forecast_memory
+from mlxchat.planning.inputs import check_inputs, find_text_need
+from mlxchat.planning.memory import check_memory
 from mlxchat.runner.executors import check_installed
 from mlxchat.runner.keys import find_unknown
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
-from mlxchat.runner.process import Hooks
 from mlxchat.runner.reasons import format_plan
-from mlxchat.runner.run import Policy, Run
+from mlxchat.runner.run import Run
 from mlxchat.runner.workers import execute
 from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment
@@ -64,8 +63,6 @@ def run_pipeline(
         MlxchatError: raised by steps and the store.
     """
     team, config = current_team(), composed.config
-    if team is not None and config.machine.max_parallel_steps > 1:
-        raise ConfigError("several ranks compute one step at a time: leave machine.max_parallel_steps out")
     store = Store(Path(config.outputs))
     plan = plan_to_run(config, store) if plan is None else plan
     executors = place_steps(config, plan)
@@ -104,10 +101,7 @@ def run_pipeline(
     run = Run(
         folder=folder, seed=config.seed, data_seed=config.data_seed,
         overrides=composed.overrides, environment=Environment(_describe_device), say=_say, on_metrics=take,
-        policy=_policy(config, plan, need, executors), hooks=Hooks(
-            on_start=config.hooks.on_start, on_success=config.hooks.on_success, on_failure=config.hooks.on_failure,
-            warn=_say,
-        ),
+        executors=executors, fail_fast=config.fail_fast, hints={"train_chars": need.chars} if need is not None else {},
         uses_gpu=partial(_uses_gpu, config.machine.device), team=team,
         becomes_latest=not is_verb and job is None,
     )  # fmt: skip
@@ -243,25 +237,6 @@ def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorCo
         dtype = dtype_name(machine.device, machine.compute_dtype)
         step.config = replace(step.config, machine=replace(machine, compute_dtype=dtype))
     return executors
-
-
-def _policy(
-    config: Config, plan: list[PlannedStep], need: TextNeed | None, executors: dict[str, ExecutorConfig]
-) -> Policy:
-    """Return the policy of a run."""
-    is_parallel = config.machine.max_parallel_steps > 1
-    forecasts = forecast_memory(config, plan) if is_parallel else {}
-    return Policy(
-        executors=executors,
-        memory={name: each.peak_bytes for name, each in forecasts.items()},
-        memory_limit=find_device(config.machine).limit_bytes if is_parallel else None,
-        max_parallel_steps=config.machine.max_parallel_steps,
-        fail_fast=config.fail_fast,
-        retry_attempts=config.retry.attempts,
-        retry_seconds=config.retry.seconds,
-        timeouts=config.timeout,
-        hints={"train_chars": need.chars} if need is not None else {},
-    )
 
 
 def _uses_gpu(device: str) -> bool:
