@@ -27,7 +27,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from mlxchat.composition.compose import compose_config
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.mixture import Mixture
-from mlxchat.data.packing import IGNORED, ShuffledConversations, pack
+from mlxchat.data.packing import IGNORED, RowStream, ShuffledConversations
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Tokens
 from mlxchat.model import gpt
@@ -401,7 +401,7 @@ def packed(course: Course, stage: str, mixture: Mixture, rows: int) -> Iterator[
     """Yield rows of a stage as runs of (task, tokens, whether they are targets); padding has no task."""
     tokenizer, config = course.tokenizers[0], getattr(course.config, stage)
     conversations = encode(tokenizer, mixture, 300)
-    stream = pack(
+    stream = RowStream(
         config.packing, ShuffledConversations(conversations, None), row_tokens=config.batch.row_tokens,
         buffer_size=config.packing_buffer_conversations, batch_rows=rows, padding=tokenizer.bos,
         train_on=config.train_on,

@@ -6,7 +6,7 @@ Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain
 from contextlib import closing
 from pathlib import Path
 
-from mlxchat.data.packing import RowStream, pack, take_validation
+from mlxchat.data.packing import RowStream, take_validation
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import open_documents
 from mlxchat.engine.generate import Engine
@@ -82,7 +82,7 @@ def run(ctx: Context) -> None:
     )
 
     def read_rows(split: str, *, once: bool = False) -> RowStream:
-        return pack(
+        return RowStream(
             config.packing,
             open_documents(ctx, split, tokenizer, once=once),
             row_tokens=row_tokens,

@@ -15,11 +15,9 @@ from mlxchat.data import packing
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.packing import (
     IGNORED,
-    BestFitRows,
     RowStream,
     ShuffledConversations,
     count_rows,
-    pack,
     take_validation,
     trim_rows,
 )
@@ -60,7 +58,7 @@ def naive_document_rows(
 @given(row_tokens=st.integers(3, 120), wanted=st.integers(1, 250), count=st.sampled_from([30, 30, 400]))
 def test_document_rows_equal_a_naive_best_fit(corpus, read_documents, tokenizer, row_tokens, wanted, count):
     """400 rows of 120 tokens are several epochs."""
-    rows = BestFitRows(read_documents(corpus), row_tokens, wanted)
+    rows = RowStream("best_fit", read_documents(corpus), row_tokens=row_tokens, buffer_size=wanted)
     got = [rows.next_row() for _ in range(count)]
     expected, cropped = naive_document_rows(corpus, tokenizer, row_tokens, wanted, count)
     assert [[*inputs.tolist(), int(targets[-1])] for inputs, targets in got] == expected
@@ -78,7 +76,7 @@ def test_validation_counts_every_token_once(corpus, read_documents, tokenizer, p
 
     def read(row_tokens: int, tokens: int) -> list[packing.Row]:
         source = read_documents(corpus, "validation", once=True)
-        rows = pack(packing_name, source, row_tokens=row_tokens, buffer_size=1000, batch_rows=4)
+        rows = RowStream(packing_name, source, row_tokens=row_tokens, buffer_size=1000, batch_rows=4)
         return take_validation(rows, row_tokens=row_tokens, tokens=tokens, setting="eval_tokens")
 
     ((ids, targets),) = read(2 * size, 100 * size)
@@ -104,7 +102,7 @@ def chat_rows(
     tokens = render(THIRTY if conversations is None else conversations, tokenizer)
     source = ShuffledConversations(tokens, seed, once=once)
     padding = tokenizer.assistant_end if packing_name == "alone" else tokenizer.bos
-    return pack(
+    return RowStream(
         packing_name, source, row_tokens=row_tokens, buffer_size=wanted, batch_rows=3, padding=padding,
         train_on=train_on,
     )  # fmt: skip
@@ -179,7 +177,7 @@ def test_trimming_removes_only_padding(used, width, seed):
 
 
 def document_rows(packing_name: str, documents: Any, *, row_tokens: int = 40, batch_rows: int = 4) -> RowStream:
-    return pack(packing_name, documents, row_tokens=row_tokens, buffer_size=30, batch_rows=batch_rows)
+    return RowStream(packing_name, documents, row_tokens=row_tokens, buffer_size=30, batch_rows=batch_rows)
 
 
 @settings(max_examples=25)

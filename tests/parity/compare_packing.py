@@ -11,12 +11,10 @@ from parity_file import ParityFile
 from mlxchat.data.conversation import render_conversation
 from mlxchat.data.packing import (
     IGNORED,
-    BestFitRows,
     EndOfText,
     Row,
     RowStream,
     ShuffledConversations,
-    pack,
 )  # fmt: skip
 from mlxchat.data.tokens import Address, Array, Tokens
 
@@ -94,7 +92,7 @@ def documents(file: ParityFile) -> Iterator[Comparison]:
     pairs = []
     for number, case in enumerate(file.json["jul2026_bestfit"]):
         source = NanochatOrder(file, encoded, case)
-        rows = BestFitRows(source, case["T"], case.get("buffer_size", 1000))
+        rows = RowStream("best_fit", source, row_tokens=case["T"], buffer_size=case.get("buffer_size", 1000))
         pairs += _rows(number, rows, case)
     yield same("rows of documents, best fit", pairs)
 
@@ -118,7 +116,7 @@ def conversations(file: ParityFile) -> Iterator[Comparison]:
         if max(lengths[index] for index in used) > case["max_seq_len"] + 1:
             continue
         tokens = Tokens.of([rendered[index] for index in used], 1 << 16)
-        rows = _best_fit(BestFitRows, tokens, case, tokenizer.bos)
+        rows = _best_fit(RowStream, tokens, case, tokenizer.bos)
         for inputs, targets in _expected_rows(case["batches"]):
             got = rows.next_row()
             position = rows.state()["cursor"]
@@ -134,7 +132,7 @@ def streams(file: ParityFile) -> Iterator[Comparison]:
     pairs = []
     for number, case in enumerate(file.json["oct2025_stream"]):
         source = NanochatOrder(file, encoded, case)
-        rows = pack("stream", source, row_tokens=case["T"], buffer_size=1, batch_rows=case["B"])
+        rows = RowStream("stream", source, row_tokens=case["T"], batch_rows=case["B"])
         pairs += _rows(number, rows, case)
     yield same("rows of one token stream, oct2025", pairs)
 
@@ -170,11 +168,10 @@ def conversations_of_2025(file: ParityFile) -> Iterator[Comparison]:
 def _in_order(packing: str, sequences: list[Any], row_tokens: int, case: dict[str, Any], tokenizer: Any) -> RowStream:
     """Return rows packed from rendered conversations in the given order."""
     is_stream = packing == "stream"
-    return pack(
+    return RowStream(
         packing,
         ShuffledConversations(Tokens.of(sequences, 1 << 16), None),
         row_tokens=row_tokens,
-        buffer_size=1,
         batch_rows=case.get("device_batch_size", 1),
         padding=tokenizer.bos if is_stream else tokenizer.assistant_end,
         train_on="all" if is_stream else "assistant",
@@ -197,12 +194,13 @@ def long_conversations(file: ParityFile) -> Iterator[Comparison]:
         yield same("rows where a conversation is longer than a row", pairs)
 
 
-def _best_fit(kind: type[BestFitRows], tokens: Tokens, case: dict[str, Any], bos: int) -> BestFitRows:
+def _best_fit(kind: type[RowStream], tokens: Tokens, case: dict[str, Any], bos: int) -> RowStream:
     source = ShuffledConversations(tokens, None)
-    return kind(source, case["max_seq_len"], case["buffer_size"], padding=bos, train_on="assistant")
+    size = {"row_tokens": case["max_seq_len"], "buffer_size": case["buffer_size"]}
+    return kind("best_fit", source, **size, padding=bos, train_on="assistant")
 
 
-class NeverPlaced(BestFitRows):
+class NeverPlaced(RowStream):
     """Packing as in nanochat: conversations longer than a row are never placed, and epochs share rows."""
 
     def next_row(self) -> Row:

@@ -14,7 +14,7 @@ class Numbers(RowStream):
     """Rows filled with their own number; row `fails_at` raises."""
 
     def __init__(self, fails_at: int | None = None) -> None:
-        super().__init__(self, row_tokens=4)
+        super().__init__("best_fit", self, row_tokens=4)
         self.number, self.fails_at = 0, fails_at
 
     def ids(self, address: int) -> np.ndarray:

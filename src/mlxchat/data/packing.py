@@ -1,14 +1,10 @@
 """Packs documents and conversations into rows of equal length.
 
-Documents:
-- best_fit (nanochat's pretraining of 2026): rows begin with <|bos|> and are full. The longest buffered document that
-  fits is placed; if none fits, the shortest is cropped, and its rest is dropped.
-- stream (nanochat's pretraining of 2025): slices of one stream of tokens.
-
-Conversations:
-- best_fit (nanochat's SFT of 2026): whole conversations, then padding without loss.
-- alone (its SFT of 2025): one conversation per row.
-- stream (its midtraining of 2025).
+- best_fit: the longest buffered sequence that fits is placed, the oldest among equal ones. Documents fill rows: if none
+  fits, the shortest is cropped and its rest dropped (nanochat's pretraining of 2026). Conversations stay whole, and
+  padding without loss fills the rest (its SFT of 2026).
+- alone: one conversation per row, then padding (its SFT of 2025).
+- stream: slices of one stream of tokens; nothing is dropped (its pretraining and midtraining of 2025).
 
 Rows are produced one at a time, so the micro-batch size does not affect the data order. The state contains the buffered
 sequences, so a resumed training gets the same rows. The buffer holds addresses and lengths; tokens are copied from
@@ -19,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import random
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from operator import itemgetter
@@ -54,14 +49,12 @@ class ShuffledConversations:
         once: bool = False,
     ) -> None:
         self.name = name_of
-        self.epoch = 0
         self.ids = conversations.ids
         self.trained = conversations.trained
         self._lengths = conversations.lengths(0, len(conversations))
         self._seed = seed
         self._once = once
-        self._next = 0
-        self._order = self._shuffle()
+        self.restore({"epoch": 0, "next": 0})
 
     @property
     def left(self) -> int:
@@ -71,9 +64,7 @@ class ShuffledConversations:
     def next(self, count: int) -> list[tuple[int, int]]:
         """Return the indices and lengths of at most `count` conversations of one epoch; none at the end."""
         if not self.left and not self._once:
-            self.epoch += 1
-            self._next = 0
-            self._order = self._shuffle()
+            self.restore({"epoch": self.epoch + 1, "next": 0})
         found = self._order[self._next : self._next + count]
         self._next += len(found)
         return [(index, self._lengths[index]) for index in found]
@@ -87,47 +78,72 @@ class ShuffledConversations:
         return {"epoch": self.epoch, "next": self._next}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restore a position."""
-        self.epoch = state["epoch"]
-        self._next = state["next"]
-        self._order = self._shuffle()
+        """Continue from a position."""
+        self.epoch: int = state["epoch"]
+        self._next: int = state["next"]
+        self._order = list(range(len(self._lengths)))
+        if self._seed is not None:
+            random.Random(f"{self._seed}/{self.epoch}").shuffle(self._order)
 
     def close(self) -> None:
         """Do nothing: there is no background work."""
 
-    def _shuffle(self) -> list[int]:
-        order = list(range(len(self._lengths)))
-        if self._seed is not None:
-            random.Random(f"{self._seed}/{self.epoch}").shuffle(order)
-        return order
 
+class RowStream:
+    """Rows of a source; endless unless the source is read once.
 
-class RowStream(ABC):
-    """Rows of a source; endless unless the source is read once."""
+    With padding, no best-fit row has sequences of two epochs, and longer sequences than a row are truncated. A batch of
+    B streamed rows takes B × T + 1 tokens: each row's last target is the next row's first input, except in the batch's
+    last row, whose last target is never an input.
+    """
 
     def __init__(
-        self, source: Any, row_tokens: int, *, padding: int | None = None, train_on: str | None = None
+        self,
+        packing: str,
+        source: Documents | ShuffledConversations,
+        *,
+        row_tokens: int,
+        buffer_size: int = 1,
+        batch_rows: int = 1,
+        padding: int | None = None,
+        train_on: str | None = None,
     ) -> None:
         """Start at the source's position.
 
         Args:
-            source: `Documents` or `ShuffledConversations`.
+            packing: best_fit, stream or, for conversations, alone.
+            source: of the sequences.
             row_tokens: T.
-            padding: id that fills the end of a row; None: the row's first id.
-            train_on: for conversations 'assistant' or 'all'; None: documents.
+            buffer_size: sequences that best_fit chooses from.
+            batch_rows: B, for stream.
+            padding: for conversations the id that fills a row: <|bos|>, or <|assistant_end|> if they are alone.
+            train_on: for conversations 'assistant' or 'all'; None: documents, of which every token is a target.
         """
         self.placed: list[Any] = []
         """The addresses in the last row."""
-        self._source = source
+        self._source: Any = source
         self._row_tokens = row_tokens
-        self._padding: Any = padding
+        self._packing = packing
+        self._buffer_size = buffer_size if packing == "best_fit" else 1
+        self._batch_rows = batch_rows
+        self._padding: Any = None if packing == "stream" else padding
         self._train_on = train_on
-        self._alone = False
+        self._forget()
+
+    def _forget(self) -> None:
+        """Empty the buffer."""
+        # Length, arrival and address, sorted, so that a length is found in logarithmic time.
+        self._buffer: list[tuple[int, int, Any]] = []
+        self._arrivals = 0
+        # Of a stream: the used tokens of the buffered sequence, and the rows so far.
+        self._used = self._rows = 0
+        self._counted = {"placed_tokens": 0, "cropped_tokens": 0, "truncated": 0}
 
     @property
     def epoch(self) -> int:
-        """Completed passes over the source."""
-        return int(self._source.epoch)
+        """Completed passes over the source, whose last token was used."""
+        ends = self._padding is not None and not self._buffer and not self._source.left
+        return int(self._source.epoch) + ends
 
     def next_row(self) -> Row:
         """Return the next row; raises EndOfText if the source has ended."""
@@ -145,74 +161,24 @@ class RowStream(ABC):
             raise EndOfText
         row[filled:] = row[0] if self._padding is None else self._padding
         targets = np.where(trained[1:], row[1:], np.int32(IGNORED))
-        if self._alone:
+        if self._packing == "alone":  # as in nanochat, where the last id is only a target
             row[filled - 1 :] = self._padding
         return row[:-1], targets
 
-    @abstractmethod
-    def _pieces(self, space: int) -> Iterator[tuple[Any, int, int]]:
-        """Yield the pieces of the next row: address, start and stop in its ids; at most `space` ids together."""
-
     def _trained(self, address: Any, start: int, stop: int) -> Array | bool:
         """Return which ids of a piece are targets."""
-        return bool(self._train_on != "assistant") or self._source.trained(address)[start:stop]
-
-    def name(self, address: Any) -> str:
-        """Return an address's name for messages."""
-        return str(self._source.name(address))
-
-    @abstractmethod
-    def counts(self) -> dict[str, float]:
-        """Return counts up to the last row: epochs, cropped tokens, truncated conversations."""
-
-    @abstractmethod
-    def state(self) -> dict[str, Any]:
-        """Return the position, as JSON data."""
-
-    @abstractmethod
-    def restore(self, state: dict[str, Any]) -> None:
-        """Restore a position."""
-
-    def close(self) -> None:
-        """End the source's background work, until the next `restore`."""
-        self._source.close()
-
-
-class BestFitRows(RowStream):
-    """Rows of the longest buffered sequences that fit; the oldest among equal ones.
-
-    Without padding, what does not fit is cropped, and every token but the row's first is a target. With padding,
-    sequences stay whole, unless they are longer than a row, and no row has sequences of two epochs. `alone` puts one
-    into each row, whose last id is only a target, as in nanochat.
-    """
-
-    def __init__(
-        self,
-        source: Documents | ShuffledConversations,
-        row_tokens: int,
-        buffer_size: int,
-        *,
-        padding: int | None = None,
-        train_on: str | None = None,
-        alone: bool = False,
-    ) -> None:
-        """Start at the source's position; `buffer_size` sequences are chosen from."""
-        super().__init__(source, row_tokens, padding=padding, train_on=train_on)
-        self._buffer_size = 1 if alone else buffer_size
-        self._crops = padding is None
-        self._alone = alone
-        # Length, arrival and address, sorted, so that a length is found in logarithmic time.
-        self._buffer: list[tuple[int, int, Any]] = []
-        self._arrivals = 0
-        self._counted = {"placed_tokens": 0, "cropped_tokens": 0, "truncated": 0}
-
-    @property
-    def epoch(self) -> int:
-        """Completed passes over the source."""
-        ends = not self._crops and not self._buffer and not self._source.left
-        return int(self._source.epoch) + ends
+        if self._train_on == "assistant":
+            mask: Array = self._source.trained(address)[start:stop]
+            return mask
+        if self._train_on == "all" and self._padding is not None:  # but not <|bos|>
+            return np.arange(start, stop) > 0
+        return True
 
     def _pieces(self, space: int) -> Iterator[tuple[Any, int, int]]:
+        """Yield the pieces of the next row: address, start and stop in its ids; at most `space` ids together."""
+        return self._next_slices(space) if self._packing == "stream" else self._best_fitting(space)
+
+    def _best_fitting(self, space: int) -> Iterator[tuple[Any, int, int]]:
         row_is_begun = False
         while space:
             self._fill(row_is_begun=row_is_begun)
@@ -225,7 +191,7 @@ class BestFitRows(RowStream):
             space -= used
             self._counted["placed_tokens"] += used
             self._counted["cropped_tokens"] += length - used
-            if self._alone:
+            if self._packing == "alone":
                 break
             row_is_begun = True
 
@@ -233,15 +199,15 @@ class BestFitRows(RowStream):
         """Return the place of the longest buffered sequence of at most `space` tokens, or of one to crop, or None."""
         end = bisect.bisect_left(self._buffer, (space + 1,))
         if end == 0:
-            return 0 if self._crops and self._buffer else None  # the shortest
+            return 0 if self._padding is None and self._buffer else None  # the shortest
         return bisect.bisect_left(self._buffer, (self._buffer[end - 1][0],), 0, end)
 
     def _fill(self, *, row_is_begun: bool) -> None:
         """Read sequences into the buffer; with padding, those of the next epoch only for a new row."""
-        while len(self._buffer) < self._buffer_size:
-            if not self._crops and not self._source.left and (row_is_begun or self._buffer):
+        while (wanted := self._buffer_size - len(self._buffer)) > 0:
+            if self._padding is not None and not self._source.left and (row_is_begun or self._buffer):
                 break
-            found = self._source.next(_REFILL_DOCUMENTS if self._crops else self._buffer_size - len(self._buffer))
+            found = self._source.next(_REFILL_DOCUMENTS if self._padding is None else wanted)
             if not found:
                 break
             for address, length in found:
@@ -249,78 +215,21 @@ class BestFitRows(RowStream):
 
     def _add(self, address: Any, length: int) -> None:
         longest = self._row_tokens + 1
-        if not self._crops and length > longest:
+        if self._padding is not None and length > longest:
             self._counted["truncated"] += 1
             length = longest
         bisect.insort(self._buffer, (length, self._arrivals, address))
         self._arrivals += 1
 
-    def _trained(self, address: Any, start: int, stop: int) -> Array | bool:
-        if self._train_on == "all":  # but not <|bos|>
-            return np.arange(start, stop) > 0
-        return super()._trained(address, start, stop)
-
-    def counts(self) -> dict[str, float]:
-        """Return the epochs, the cropped tokens, and their share of all tokens read; or truncated conversations."""
-        if not self._crops:
-            return {"truncated_conversations": self._counted["truncated"]}
-        cropped = self._counted["cropped_tokens"]
-        read = cropped + self._counted["placed_tokens"]
-        return {"epochs": self.epoch, "cropped_tokens": cropped, "cropped_frac": cropped / max(1, read)}
-
-    def state(self) -> dict[str, Any]:
-        """Return the source's position, the buffered addresses in order of arrival, and the counts."""
-        waiting = [address for _, _, address in sorted(self._buffer, key=itemgetter(1))]
-        return {"cursor": self._source.state(), "waiting": waiting, "counted": dict(self._counted)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Return to a position."""
-        self._source.restore(state["cursor"])
-        self._buffer = []
-        for waiting in state["waiting"]:
-            address = _address(waiting)
-            self._add(address, self._source.length(address))
-        self._counted = dict(state["counted"])
-
-
-class StreamRows(RowStream):
-    """Slices of one stream of tokens; rows begin anywhere, and no token is dropped.
-
-    A batch of B rows takes B × T + 1 tokens: each row's last target is the next row's first input, except in the
-    batch's last row, whose last target is never an input.
-    """
-
-    def __init__(
-        self,
-        source: Documents | ShuffledConversations,
-        row_tokens: int,
-        batch_rows: int,
-        *,
-        train_on: str | None = None,
-    ) -> None:
-        """Start at the source's position; `batch_rows` is B."""
-        super().__init__(source, row_tokens, train_on=train_on)
-        self._batch_rows = batch_rows
-        self._rows = 0
-        # Address, length and epoch of the sequence that is being read, and its used tokens.
-        self._current: tuple[Any, int, int] | None = None
-        self._used = 0
-
-    @property
-    def epoch(self) -> int:
-        """Completed passes, whose last token was used."""
-        return int(self._source.epoch) if self._current is None else self._current[2]
-
-    def _pieces(self, space: int) -> Iterator[tuple[Any, int, int]]:
+    def _next_slices(self, space: int) -> Iterator[tuple[Any, int, int]]:
         while space:
-            if self._current is None or self._used == self._current[1]:
-                found = self._source.next(1)  # one at a time, so that the source's epoch is the sequence's
-                if not found:
-                    self._current = None
-                    break
-                self._current = (*found[0], self._source.epoch)
+            if not self._buffer or self._used == self._buffer[0][0]:
+                # One at a time, so that the source's epoch is the sequence's.
+                self._buffer = [(length, 0, address) for address, length in self._source.next(1)]
                 self._used = 0
-            address, length, _ = self._current
+            if not self._buffer:
+                break
+            length, _, address = self._buffer[0]
             start = self._used
             self._used = min(length, start + space)
             space -= self._used - start
@@ -329,57 +238,38 @@ class StreamRows(RowStream):
         if not space and self._rows % self._batch_rows:
             self._used -= 1
 
+    def name(self, address: Any) -> str:
+        """Return an address's name for messages."""
+        return str(self._source.name(address))
+
     def counts(self) -> dict[str, float]:
-        """Return the epochs; nothing is cropped or truncated."""
+        """Return counts up to the last row: truncated conversations; or epochs, cropped tokens and their share."""
         if self._train_on is not None:
-            return {"truncated_conversations": 0}
-        return {"epochs": self.epoch, "cropped_tokens": 0, "cropped_frac": 0.0}
+            return {"truncated_conversations": self._counted["truncated"]}
+        cropped = self._counted["cropped_tokens"]
+        read = cropped + self._counted["placed_tokens"]
+        return {"epochs": self.epoch, "cropped_tokens": cropped, "cropped_frac": cropped / max(1, read)}
 
     def state(self) -> dict[str, Any]:
-        """Return the source's position and that in the current sequence."""
-        current = [] if self._current is None else [list(self._current)]
-        return {"cursor": self._source.state(), "stream": current, "used": self._used, "rows": self._rows}
+        """Return the position as JSON data: the source's, the buffered addresses in order of arrival, and counts."""
+        waiting = [address for _, _, address in sorted(self._buffer, key=itemgetter(1))]
+        position = {"cursor": self._source.state(), "waiting": waiting, "counted": dict(self._counted)}
+        return position | {"used": self._used, "rows": self._rows}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Return to a position."""
         self._source.restore(state["cursor"])
-        self._current = None
-        for address, length, epoch in state["stream"]:
-            self._current = (_address(address), length, epoch)
-        self._used = state["used"]
-        self._rows = state["rows"]
+        self._forget()
+        for waiting in state["waiting"]:
+            address = tuple(waiting) if isinstance(waiting, list) else waiting  # JSON has no tuples
+            self._add(address, self._source.length(address))
+        self._counted = dict(state["counted"])
+        self._used = state.get("used", 0)
+        self._rows = state.get("rows", 0)
 
-
-def _address(saved: Any) -> Any:
-    """Return an address from JSON data, where tuples are lists."""
-    return tuple(saved) if isinstance(saved, list) else saved
-
-
-def pack(
-    packing: str,
-    source: Documents | ShuffledConversations,
-    *,
-    row_tokens: int,
-    buffer_size: int,
-    batch_rows: int,
-    padding: int | None = None,
-    train_on: str | None = None,
-) -> RowStream:
-    """Return rows of documents or, with `padding` and `train_on`, of conversations.
-
-    Args:
-        packing: best_fit, stream or, for conversations, alone.
-        source: of the sequences.
-        row_tokens: T.
-        buffer_size: sequences that best_fit chooses from.
-        batch_rows: rows per batch, for stream.
-        padding: id that fills rows of conversations: <|bos|>, or <|assistant_end|> if they are alone.
-        train_on: 'assistant' or 'all' for conversations.
-    """
-    if packing == "stream":
-        return StreamRows(source, row_tokens, batch_rows, train_on=train_on)
-    alone = packing == "alone"
-    return BestFitRows(source, row_tokens, buffer_size, padding=padding, train_on=train_on, alone=alone)
+    def close(self) -> None:
+        """End the source's background work, until the next `restore`."""
+        self._source.close()
 
 
 def trim_rows(ids: Ints, targets: Ints) -> tuple[Ints, Ints]:

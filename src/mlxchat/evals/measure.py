@@ -9,7 +9,7 @@ from typing import Any
 
 from mlxchat.config.parts import load_part
 from mlxchat.data.mixture import open_item
-from mlxchat.data.packing import BestFitRows, take_validation
+from mlxchat.data.packing import RowStream, take_validation
 from mlxchat.data.sources import Corpus
 from mlxchat.data.tokens import open_documents
 from mlxchat.engine.generate import Engine
@@ -77,7 +77,8 @@ def _measure_corpus(ctx: Context, model: LanguageModel) -> dict[str, float]:
     """Return how well the validation text, in rows of the model's own tokens, is predicted, also by baselines."""
     documents = open_documents(ctx, "validation", model.tokenizer, once=True)
     rows = take_validation(
-        BestFitRows(documents, model.context_tokens, 1000), row_tokens=model.context_tokens,
+        RowStream("best_fit", documents, row_tokens=model.context_tokens, buffer_size=1000),
+        row_tokens=model.context_tokens,
         tokens=ctx.config.eval.bpb_tokens, setting="eval.bpb_tokens",
     )  # fmt: skip
     loss = text_loss(

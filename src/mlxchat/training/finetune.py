@@ -12,7 +12,7 @@ import numpy as np
 
 from mlxchat.config.schema import ConversationConfig, FinetuneConfig
 from mlxchat.data.mixture import Mixture, open_item
-from mlxchat.data.packing import RowStream, ShuffledConversations, count_rows, pack, take_validation
+from mlxchat.data.packing import RowStream, ShuffledConversations, count_rows, take_validation
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Tokens, open_mixture
 from mlxchat.errors import DataError
@@ -63,7 +63,7 @@ def finetune(ctx: Context, config: ConversationConfig) -> None:
 
     def rows_of(conversations: Tokens, *, once: bool = False) -> RowStream:
         seed = ctx.seed("order") if once or order is None else None
-        return pack(
+        return RowStream(
             config.packing,
             ShuffledConversations(conversations, seed, mixture.name, once=once),
             row_tokens=row_tokens,
