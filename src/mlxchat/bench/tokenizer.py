@@ -79,10 +79,9 @@ def measure_tokenizer(config: Config) -> dict[str, Any]:
             began = time.monotonic()
             with TrainingProcess(num_tokens) as training:
                 *_, _ = training.read(_read(shard))
-                reports = list(training.reports())
+                ranks = training.ranks()
             trainings["ours"].append(time.monotonic() - began)
             progress.update(2 * turn + 2)
-            ranks = reports[-1]["ranks"]
         tokenizer = Tokenizer(ranks)
         part = documents[: max(1, len(documents) // 4)]
         encodings = _compare_encoding(tokenizer, part, bench.steps)
@@ -90,7 +89,6 @@ def measure_tokenizer(config: Config) -> dict[str, Any]:
         "chars": chars,
         "documents": len(documents),
         "vocab_size": bench.vocab_size,
-        "distinct_pieces": max(report.get("pieces", 0) for report in reports),
         "same_ranks": ranks == theirs,
         "training": {way: _rate(chars, min(found)) for way, found in trainings.items()},
         "encoding": encodings,
@@ -104,7 +102,7 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
     console = Console(file=stream, highlight=False)
     console.print(
         f"{format_count(record['chars'])} characters in {record['documents']:,} documents, "
-        f"{record['distinct_pieces']:,} distinct pieces, vocabulary {record['vocab_size']:,}, "
+        f"vocabulary {record['vocab_size']:,}, "
         f"{record['device']['cores']} cores"
     )
     table = make_table("", "mlxchat", "nanochat's way", "ratio")

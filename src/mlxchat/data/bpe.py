@@ -1,16 +1,14 @@
-"""Trains a tokenizer with rustbpe, for a step in a separate process.
+"""Trains a tokenizer with rustbpe in a separate process.
 
-rustbpe's merging holds the interpreter's lock for minutes. In a process of its own it can be killed at any moment, its
-progress is shown, and its memory is freed at its end.
+rustbpe's merging holds the interpreter's lock for minutes. In a process of its own it can be killed at any moment, and
+its memory is freed at its end.
 """
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import queue
-import re
 import signal
 import threading
 import time
@@ -33,8 +31,6 @@ from mlxchat.runner.process import SIGNALS
 _PART_CHARS = 1 << 18
 _WAITING_PARTS = 64
 _LOOK_SECONDS = 0.1
-_UNIQUE = re.compile(r"(\d+) unique$")
-_MERGES = re.compile(r"\((\d+)/(\d+) merges\)")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -45,7 +41,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Tokenizer:
     """Return a tokenizer trained on the first `max_chars` of a corpus; numbers go to the step's metrics."""
     began = time.monotonic()
-    chars = pieces = merges = 0
+    chars = 0
 
     def check() -> None:
         if ctx.should_stop():
@@ -54,21 +50,16 @@ def train_on_corpus(ctx: Context, corpus: Path, config: TokenizerConfig) -> Toke
     known_chars = (read_json(corpus / LISTING) or {}).get("train_chars")
     total = min(config.max_chars, int(known_chars or config.max_chars))
     num_tokens = config.vocab_size - len(SPECIAL_TOKENS)
-    report: dict[str, Any] = {}
     with TrainingProcess(num_tokens, check) as training:
         with ctx.progress(total, "chars") as bar:
             for chars in training.read(_first_documents(ctx, corpus, config)):
                 speed = chars / max(1e-9, time.monotonic() - began)
                 bar.update(min(chars, total), speed=f"{format_count(speed)} chars/s")
-        with ctx.progress(max(1, num_tokens - 256), "merges") as bar:
-            for report in training.reports():
-                pieces = report.get("pieces", pieces)
-                merges = report.get("merges", merges)
-                bar.update(merges, speed=f"{format_count(pieces)} distinct pieces")
+        with ctx.progress(num_tokens, "merges"):
+            ranks = training.ranks()
     ctx.metrics["trained_chars"] = chars
-    ctx.metrics["distinct_pieces"] = pieces
     ctx.metrics["chars_per_second"] = chars / max(1e-9, time.monotonic() - began)
-    return _tokenizer_of(report["ranks"], config.vocab_size)
+    return _tokenizer_of(ranks, config.vocab_size)
 
 
 def _first_documents(ctx: Context, corpus: Path, config: TokenizerConfig) -> Iterator[str]:
@@ -110,8 +101,8 @@ class TrainingProcess:
         context = multiprocessing.get_context("spawn")
         self._check = check
         self._parts: Any = context.Queue(_WAITING_PARTS)
-        self._reports: Any = context.Queue()
-        self._process = context.Process(target=_train, args=(num_tokens, self._parts, self._reports), daemon=True)
+        self._ranks: Any = context.Queue()
+        self._process = context.Process(target=_train, args=(num_tokens, self._parts, self._ranks), daemon=True)
         self._process.start()
 
     def __enter__(self) -> Self:
@@ -125,29 +116,26 @@ class TrainingProcess:
     def read(self, texts: Iterable[str]) -> Iterator[int]:
         """Send all texts, a few at a time; yield the number of characters sent so far."""
         part: list[str] = []
-        chars = part_chars = 0
+        chars = sent = 0
         for text in texts:
             part.append(text)
-            part_chars += len(text)
-            if part_chars >= _PART_CHARS:
+            chars += len(text)
+            if chars - sent >= _PART_CHARS:
                 self._send(part)
-                chars += part_chars
-                yield chars
                 part = []
-                part_chars = 0
+                sent = chars
+                yield sent
         self._send(part)
         self._send(None)
-        yield chars + part_chars
+        yield chars
 
     def _send(self, part: list[str] | None) -> None:
         self._repeat(lambda: self._parts.put(part, timeout=_LOOK_SECONDS))
 
-    def reports(self) -> Iterator[dict[str, Any]]:
-        """Yield reports of progress (`pieces`, `merges`); the last one has the `ranks`."""
-        report: dict[str, Any] = {}
-        while "ranks" not in report:
-            report = self._repeat(lambda: self._reports.get(timeout=_LOOK_SECONDS))
-            yield report
+    def ranks(self) -> dict[bytes, int]:
+        """Return token → id, once all texts are sent."""
+        found: dict[bytes, int] = self._repeat(lambda: self._ranks.get(timeout=_LOOK_SECONDS))
+        return found
 
     def _repeat(self, action: Callable[[], Any]) -> Any:
         """Return what an action on a queue returns, once the queue allows it."""
@@ -162,30 +150,12 @@ class TrainingProcess:
                     raise StepFailed(f"the tokenizer's training process ended {how}; its output is above") from None
 
 
-class _ReportedLog(logging.Handler):
-    """Reports the numbers in rustbpe's log."""
-
-    def __init__(self, reports: Any) -> None:
-        super().__init__()
-        self._reports = reports
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Report the number of distinct pieces or of merges."""
-        message = record.getMessage()
-        if found := _UNIQUE.search(message):
-            self._reports.put({"pieces": int(found[1])})
-        elif found := _MERGES.search(message):
-            self._reports.put({"merges": int(found[1])})
-
-
-def _train(num_tokens: int, parts: Any, reports: Any) -> None:
-    """Train on the parts up to None, and report the ranks: the work of the separate process."""
+def _train(num_tokens: int, parts: Any, ranks: Any) -> None:
+    """Train on the parts up to None, and send the ranks: the work of the separate process."""
     for number in SIGNALS:  # Ctrl-C reaches all processes of a terminal; the parent kills this one
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    logging.basicConfig(level=logging.INFO, handlers=[_ReportedLog(reports)])
-    texts = (text for part in iter(parts.get, None) for text in part)
-    reports.put({"ranks": _learn(texts, num_tokens)})
+    ranks.put(_learn((text for part in iter(parts.get, None) for text in part), num_tokens))
 
 
 def _end_with_parent() -> None:
