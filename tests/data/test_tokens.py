@@ -121,7 +121,7 @@ def test_the_next_shard_is_encoded_in_the_background(maker):
     documents = Documents(maker.shards, maker)
     assert maker.asked == [], "nothing is encoded before the first document is read"
     documents.next(1)
-    documents._worker[1].join()
+    documents._worker.join()
     documents.next(1)
     documents.close()
     assert maker.asked == [("shard_00000", True), ("shard_00001", False)]

@@ -131,7 +131,9 @@ class Documents:
         # Few are open, since each takes file handles; buffered documents come from few shards.
         self.tokens = lru_cache(_MOST_OPEN_SHARDS)(self._open)
         self._closing = threading.Event()
-        self._worker: tuple[int, threading.Thread] | None = None
+        self._worker = threading.Thread()
+        self._prepared: int | None = None
+        """The shard that the thread encodes or has encoded."""
 
     def next(self, count: int) -> list[tuple[Address, int]]:
         """Return addresses and lengths in tokens of the next `count` documents; fewer at the end if read `once`."""
@@ -181,37 +183,33 @@ class Documents:
 
     def _open(self, index: int) -> Tokens:
         """Return a shard's tokens, after encoding it if necessary."""
-        if self._worker is not None and self._worker[0] == index:
-            self._worker[1].join()  # checks for stops, too
+        if self._prepared == index:
+            self._worker.join()  # checks for stops, too
         return Tokens.open(self._obtain(self._shards[index], True, lambda: None))
 
     def prepare(self, index: int) -> None:
         """Start encoding a shard in the background, unless it was started or the thread is busy."""
-        if self._worker is not None and (self._worker[0] == index or self._worker[1].is_alive()):
+        if self._prepared == index or self._worker.is_alive():
             return
         self._closing.clear()
-        name = f"encode {self._shards[index].name}"
-        self._worker = index, threading.Thread(target=self._encode_ahead, args=(index,), name=name, daemon=True)
-        self._worker[1].start()
+        self._prepared = index
+        self._worker = threading.Thread(target=self._encode_ahead, args=(index,), daemon=True)
+        self._worker.start()
 
     def _encode_ahead(self, index: int) -> None:
-        with suppress(Exception):  # fails again, with a message, when the shard is needed
-            self._obtain(self._shards[index], False, self._check_open)
+        def check() -> None:
+            if self._closing.is_set():
+                raise InterruptedError
 
-    def _check_open(self) -> None:
-        if self._closing.is_set():
-            raise _Closed
+        with suppress(Exception):  # fails again, with a message, when the shard is needed
+            self._obtain(self._shards[index], False, check)
 
     def close(self) -> None:
         """End the background work until the next `restore`."""
         self._closing.set()
-        if self._worker is not None:
-            self._worker[1].join()
-            self._worker = None
-
-
-class _Closed(Exception):
-    """Ends the background work."""
+        if self._prepared is not None:
+            self._worker.join()
+            self._prepared = None
 
 
 class DocumentTokenizer(Protocol):
@@ -240,7 +238,11 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
         corpus.fetch_ahead(1, ctx.hints.get("train_chars"))
 
     def obtain(shard: Shard, is_awaited: bool, check: Check) -> Path:
-        look = partial(_check_both, ctx, shard, check)
+        def look() -> None:
+            check()
+            if ctx.should_stop():
+                raise ctx.stop(f"the encoding of {shard.name}")
+
         threads = available_cores() if is_awaited else max(1, available_cores() // 4)
         return ctx.encoded(
             version=FORMAT,
@@ -253,12 +255,6 @@ def open_documents(ctx: Context, split: str, tokenizer: DocumentTokenizer, *, on
     return Documents(corpus.shards(split), obtain, once=once)
 
 
-def _check_both(ctx: Context, shard: Shard, check: Check) -> None:
-    check()
-    if ctx.should_stop():
-        raise ctx.stop(f"the encoding of {shard.name}")
-
-
 def encode_shard(
     shard: Shard, tokenizer: DocumentTokenizer, folder: Path, *, threads: int, check: Check = lambda: None
 ) -> dict[str, float]:
@@ -266,18 +262,16 @@ def encode_shard(
 
     `check` is called every few hundred documents and may raise to end the work.
     """
-    return _save(_encode(shard, tokenizer, threads, check), folder, "documents", tokenizer.vocab_size)
 
+    def encoded() -> Iterator[tuple[Array, None]]:
+        texts = shard.documents(check)
+        with ThreadPoolExecutor(threads) as pool:
+            while parts := [part for _ in range(threads) if (part := list(islice(texts, _PART_DOCUMENTS)))]:
+                check()
+                for documents in pool.map(tokenizer.encode_documents, parts):
+                    yield from ((ids, None) for ids in documents)
 
-def _encode(shard: Shard, tokenizer: DocumentTokenizer, threads: int, check: Check) -> Iterator[tuple[Array, None]]:
-    texts = shard.documents(check)
-    with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
-        while part := list(islice(texts, threads * _PART_DOCUMENTS)):
-            check()
-            size = -(-len(part) // threads)
-            parts = [part[first : first + size] for first in range(0, len(part), size)]
-            for encoded in pool.map(tokenizer.encode_documents, parts):
-                yield from ((ids, None) for ids in encoded)
+    return _save(encoded(), folder, "documents", tokenizer.vocab_size)
 
 
 def open_mixture(ctx: Context, name: str, mixture: Mixture | Answers, tokenizer: Tokenizer) -> Tokens:
@@ -286,18 +280,17 @@ def open_mixture(ctx: Context, name: str, mixture: Mixture | Answers, tokenizer:
     for conversation in mixture:
         digest.update(canonical_json(conversation.get("messages")).encode() + b"\n")
     identity = {"conversations": digest.hexdigest(), "tokenizer": tokenizer.digest}
-    make = partial(_encode_mixture, ctx, mixture, tokenizer)
-    return Tokens.open(ctx.encoded(version=FORMAT, label=f"{ctx.step}_{name}", identity=identity, make=make))
 
-
-def _encode_mixture(ctx: Context, mixture: Mixture | Answers, tokenizer: Tokenizer, folder: Path) -> dict[str, float]:
     def rendered() -> Iterator[tuple[list[int], list[int]]]:
         for conversation in mixture:
             if ctx.should_stop():
                 raise ctx.stop("the encoding of its conversations")
             yield render_conversation(tokenizer, conversation, max_tokens=None)
 
-    return _save(rendered(), folder, "conversations", tokenizer.vocab_size)
+    def make(folder: Path) -> dict[str, float]:
+        return _save(rendered(), folder, "conversations", tokenizer.vocab_size)
+
+    return Tokens.open(ctx.encoded(version=FORMAT, label=f"{ctx.step}_{name}", identity=identity, make=make))
 
 
 def _save(sequences: Iterable[tuple[Any, Any]], folder: Path, kind: str, vocab_size: int) -> dict[str, float]:
