@@ -54,15 +54,12 @@ class Shard:
     """A file of documents or a range of its rows, local or on the Hub."""
 
     name: str
-    sha256: str
-    """Of the file; git's id if the Hub lists no sha256. Part of the key of its tokens."""
+    sha256: str  # of the file; git's id if the Hub lists no sha256. Part of the key of its tokens
     local: Path | None = None
     file: HubFile | None = None
     column: str = COLUMN
-    first: int = 0
-    """First row of the range."""
-    stop: int | None = None
-    """End of the range, exclusive; None: end of the file."""
+    first: int = 0  # first row of the range
+    stop: int | None = None  # end of the range, exclusive; None: end of the file
 
     @classmethod
     def on_hub(cls, file: HubFile, column: str, first: int = 0, stop: int | None = None) -> Shard:
@@ -132,13 +129,10 @@ class Shard:
 class Corpus:
     """The shards of a corpus, from an artifact or a listing of the Hub."""
 
-    train: list[Shard]
-    """In reading order."""
+    train: list[Shard]  # in reading order
     validation: list[Shard]
-    chars_per_byte: float = ESTIMATED_CHARS_PER_BYTE
-    """Characters of text per byte of a file on the Hub."""
-    is_measured: bool = False
-    """Whether `chars_per_byte` was measured on the validation files."""
+    chars_per_byte: float = ESTIMATED_CHARS_PER_BYTE  # characters of text per byte of a file on the Hub
+    is_measured: bool = False  # whether `chars_per_byte` was measured on the validation files
 
     @classmethod
     def open(cls, folder: Path) -> Corpus:

@@ -49,12 +49,9 @@ Address = tuple[int, int]
 class Tokens:
     """Sequences of token ids."""
 
-    offsets: Array
-    """(n + 1,)"""
-    flat: Array
-    """(tokens,): the concatenated ids of all sequences."""
-    flat_trained: Array | None
-    """(tokens,): the loss mask; None: documents."""
+    offsets: Array  # (n + 1,)
+    flat: Array  # (tokens,): the concatenated ids of all sequences
+    flat_trained: Array | None  # (tokens,): the loss mask; None: documents
 
     @classmethod
     def of(cls, sequences: Iterable[tuple[Any, Any | None]], vocab_size: int) -> Tokens:

@@ -57,12 +57,9 @@ _POSSESSIVE_INTERVAL = re.compile(r"(\{\d+(?:,\d*)?\})\+")
 class Vocabulary:
     """Byte-level tokens without special ones."""
 
-    ranks: dict[bytes, int]
-    """Token → id, 0 … n − 1 in merge order, including the 256 single bytes."""
-    pattern: str
-    """Regular expression, in tiktoken's syntax, that splits text into pieces."""
-    keeps_ids: bool = True
-    """Whether the ids are the source's; False if its special tokens were removed from among them."""
+    ranks: dict[bytes, int]  # token → id, 0 … n − 1 in merge order, including the 256 single bytes
+    pattern: str  # regular expression, in tiktoken's syntax, that splits text into pieces
+    keeps_ids: bool = True  # whether the ids are the source's; False if its special tokens were removed from among them
 
 
 @dataclass(frozen=True)

@@ -40,38 +40,29 @@ class Request:
 
     question: Question
     body: dict[str, Any]
-    key: str
-    """Of the cache: a hash of endpoint, body and the index among several answers to the question."""
+    key: str  # of the cache: a hash of endpoint, body and the index among several answers to the question
 
 
 @dataclass(kw_only=True)
 class Order:
     """The settings of a run."""
 
-    teacher: str
-    """Address of the endpoint, without the route."""
-    key: str | None
-    """API key of the endpoint; never written to disk."""
+    teacher: str  # address of the endpoint, without the route
+    key: str | None  # API key of the endpoint; never written to disk
     model: str
     questions: Sequence[Question]
-    source: dict[str, Any]
-    """Origin of the questions, for the provenance."""
-    system: str | None
-    """System prompt of each request; not written to the conversations."""
-    samples: int
-    """Answers to each question."""
-    body: dict[str, Any]
-    """Further fields of each request. Sample number i gets seed + i."""
-    max_tokens: int
-    """Maximum length of an answer, whichever field of the request sets it."""
+    source: dict[str, Any]  # origin of the questions, for the provenance
+    system: str | None  # system prompt of each request; not written to the conversations
+    samples: int  # answers to each question
+    body: dict[str, Any]  # further fields of each request. Sample number i gets seed + i
+    max_tokens: int  # maximum length of an answer, whichever field of the request sets it
     concurrency: int
     requests_per_minute: float | None
     timeout_seconds: float
     prices: Prices
     max_cost: float | None
     only_correct: bool
-    keep_cut: bool
-    """Whether answers that max_tokens truncated are kept."""
+    keep_cut: bool  # whether answers that max_tokens truncated are kept
     conversations: bool
     """Whether an answer is a whole conversation as JSON (`CONVERSATION_FORMAT`) instead of the next message."""
     out: Path

@@ -43,12 +43,9 @@ CONVERSATION_FORMAT = {
 class Question:
     """A conversation that ends with the user's message."""
 
-    messages: list[Message]
-    """An optional system message, then user and assistant alternately."""
-    name: str
-    """For messages: file and number, or task and number."""
-    judge: Callable[[str], bool] | None = None
-    """Returns True for a right answer; None: there is no reference answer."""
+    messages: list[Message]  # an optional system message, then user and assistant alternately
+    name: str  # for messages: file and number, or task and number
+    judge: Callable[[str], bool] | None = None  # returns True for a right answer; None: there is no reference answer
 
     def asked(self, system: str | None = None) -> list[Message]:
         """Return the messages in OpenAI's format, after a system prompt: contents made of parts become plain text."""

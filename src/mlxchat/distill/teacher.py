@@ -47,12 +47,9 @@ class Answer:
     text: str
     parts: list[dict[str, str]] | None = None
     """Text and calculator calls, if the teacher separates them (mlxchat serve)."""
-    finish: str | None = None
-    """The finish reason: stop, length, …"""
-    tokens: tuple[int, int] | None = None
-    """Input and output tokens, as the teacher counts them; None: unknown."""
-    model: str | None = None
-    """The model's name in the response."""
+    finish: str | None = None  # the finish reason: stop, length, …
+    tokens: tuple[int, int] | None = None  # input and output tokens, as the teacher counts them; None: unknown
+    model: str | None = None  # the model's name in the response
 
 
 @dataclass(frozen=True)

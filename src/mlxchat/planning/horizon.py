@@ -19,15 +19,11 @@ from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, siz
 class Hyperparameters:
     """Hyperparameters that follow from the size of a model."""
 
-    horizon_parameters: int
-    """Parameters counted by tokens per parameter."""
-    batch_tokens: int
-    """Tokens per iteration."""
+    horizon_parameters: int  # parameters counted by tokens per parameter
+    batch_tokens: int  # tokens per iteration
     num_iterations: int
-    batch_lr_scale: float
-    """Factor of the rates that scale with the batch."""
-    weight_decay: float
-    """Of Muon jul2026, at the start."""
+    batch_lr_scale: float  # factor of the rates that scale with the batch
+    weight_decay: float  # of Muon jul2026, at the start
 
 
 def derive_hyperparameters(config: Config, sizes: GPTSizes) -> Hyperparameters:

@@ -125,12 +125,9 @@ def sizes_of_folder(folder: Path) -> GPTSizes:
 class TextNeed:
     """The text that pending steps read from a corpus on the Hub."""
 
-    tokens: int
-    """Tokens that the model trains on."""
-    chars: float
-    """Characters to read, with those that packing drops and a margin; at least what the tokenizer reads."""
-    corpus: Corpus | None
-    """The corpus's files; None: they are not listed yet."""
+    tokens: int  # tokens that the model trains on
+    chars: float  # characters to read, with those that packing drops and a margin; at least what the tokenizer reads
+    corpus: Corpus | None  # the corpus's files; None: they are not listed yet
 
     def __str__(self) -> str:
         """Return a description."""

@@ -81,18 +81,12 @@ _GROUP = 64  # packed numbers that share a scale and an offset
 class Device:
     """The computing device, and how much memory it may use."""
 
-    kind: str = "cpu"
-    """cpu, metal or cuda."""
-    plain: bool = False
-    """Whether MLX's own operations compute, not `mlxchat.cpu`."""
-    num_lanes: int = 1
-    """Streams that share a micro-batch's rows (`cpu/lanes.py`)."""
-    compute_bytes: int = 4
-    """Of a number that is computed with: 4 in float32, 2 in bfloat16."""
-    limit_bytes: int | None = None
-    """None: unknown."""
-    limit_is: str = ""
-    """Where the limit comes from, for messages."""
+    kind: str = "cpu"  # cpu, metal or cuda
+    plain: bool = False  # whether MLX's own operations compute, not `mlxchat.cpu`
+    num_lanes: int = 1  # streams that share a micro-batch's rows (`cpu/lanes.py`)
+    compute_bytes: int = 4  # of a number that is computed with: 4 in float32, 2 in bfloat16
+    limit_bytes: int | None = None  # None: unknown
+    limit_is: str = ""  # where the limit comes from, for messages
 
     def fits(self, needed_bytes: int) -> bool:
         """Return True if the bytes fit, or if the limit is unknown."""
@@ -153,15 +147,11 @@ class Decoding:
     """What the memory of decoding depends on."""
 
     sizes: GPTSizes
-    row_tokens: int
-    """Prompt and answer, at most."""
+    row_tokens: int  # prompt and answer, at most
     device: Device = Device()
-    bits: int | None = None
-    """Of the model's matrices once they are packed; None: those of the compute type."""
-    kept_tokens: int = 0
-    """Whose keys and values are kept for later prompts."""
-    remedies: tuple[str, ...] = ()
-    """Settings that lower the need, for messages."""
+    bits: int | None = None  # of the model's matrices once they are packed; None: those of the compute type
+    kept_tokens: int = 0  # whose keys and values are kept for later prompts
+    remedies: tuple[str, ...] = ()  # settings that lower the need, for messages
 
     def on(self, machine: MachineConfig) -> Decoding:
         """Return the same on the device of a machine: `find_device`."""
@@ -217,12 +207,10 @@ class Decoding:
 class TeacherSize:
     """Memory of a teacher, in bytes."""
 
-    weights: int
-    """Size of its files."""
+    weights: int  # size of its files
     kept_per_token: int
     """Of a micro-batch, until its loss is known: final states, or the keys and values of mlx-lm's cache."""
-    working_per_token: int
-    """Of a micro-batch, before there are logits: the numbers of one layer."""
+    working_per_token: int  # of a micro-batch, before there are logits: the numbers of one layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,26 +219,17 @@ class Training:
 
     sizes: GPTSizes
     optimizer: OptimizerConfig
-    rows: int
-    """Of an iteration."""
+    rows: int  # of an iteration
     row_tokens: int
     device: Device = Device()
-    recompute: bool = False
-    """Whether layers keep only their input (`machine.grad_checkpointing`)."""
-    further_weights: int = 0
-    """Further copies of the trained weights: the best so far, RL's frozen reference."""
-    teacher: TeacherSize | None = None
-    """A frozen model whose distributions are learnt."""
-    adapters: AdapterSizes | None = None
-    """The only weights that are trained; None: all weights are."""
-    sampling: Decoding | None = None
-    """What generates answers between steps, on the same device: RL, samples, tasks."""
-    sampled_rows: int = bounds.DECODED_ROWS
-    """Of these at a time, at most."""
-    num_ranks: int = 1
-    """Processes that share an iteration's rows and the moments."""
-    remedies: tuple[str, ...] = ()
-    """Settings of the stage that lower the need, for messages."""
+    recompute: bool = False  # whether layers keep only their input (`machine.grad_checkpointing`)
+    further_weights: int = 0  # further copies of the trained weights: the best so far, RL's frozen reference
+    teacher: TeacherSize | None = None  # a frozen model whose distributions are learnt
+    adapters: AdapterSizes | None = None  # the only weights that are trained; None: all weights are
+    sampling: Decoding | None = None  # what generates answers between steps, on the same device: RL, samples, tasks
+    sampled_rows: int = bounds.DECODED_ROWS  # of these at a time, at most
+    num_ranks: int = 1  # processes that share an iteration's rows and the moments
+    remedies: tuple[str, ...] = ()  # settings of the stage that lower the need, for messages
 
     def on(self, machine: MachineConfig) -> Training:
         """Return the same on the device and ranks of a machine: `find_device`."""
@@ -375,8 +354,7 @@ class MicroBatch:
 
     tokens: int
     predicted_peak_bytes: int
-    sampled_rows: int
-    """Answers that are generated at a time."""
+    sampled_rows: int  # answers that are generated at a time
 
     def numbers(self) -> dict[str, int]:
         """Return its numbers for display and manifest."""
@@ -425,10 +403,8 @@ class Forecast:
     """Memory of a pending step."""
 
     peak_bytes: int
-    text: str
-    """Of a training: peak and micro-batch, for plans."""
-    problem: str
-    """Why it does not fit, with the settings that lower the need; empty if it fits."""
+    text: str  # of a training: peak and micro-batch, for plans
+    problem: str  # why it does not fit, with the settings that lower the need; empty if it fits
 
 
 def forecast_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, Forecast]:

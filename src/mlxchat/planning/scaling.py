@@ -27,15 +27,12 @@ class Training:
     name: str
     depth: int
     width: int
-    parameters: dict[str, int]
-    """By kind, as `count_parameters` returns them."""
-    horizon_parameters: int
-    """N: those counted by tokens per parameter."""
+    parameters: dict[str, int]  # by kind, as `count_parameters` returns them
+    horizon_parameters: int  # N: those counted by tokens per parameter
     num_iterations: int
     tokens: int
     flops: float
-    bpb: float
-    """Held-out bits per byte at the end."""
+    bpb: float  # held-out bits per byte at the end
     core: float | None = None
     seconds: float | None = None
 
@@ -44,16 +41,11 @@ class Training:
 class IsoFlop:
     """The models of one budget: a parabola of their bits per byte over log N, and its minimum."""
 
-    flops: float
-    """The budget: the geometric mean of the trainings'."""
-    trainings: list[Training]
-    """By N."""
-    coefficients: tuple[float, float, float]
-    """a, b, c of bpb = a·x² + b·x + c, with x = ln(N / centre)."""
-    centre: float
-    """Geometric mean of N."""
-    best_parameters: float | None
-    """N*; None if the parabola has no minimum between the smallest and the largest model."""
+    flops: float  # the budget: the geometric mean of the trainings'
+    trainings: list[Training]  # by N
+    coefficients: tuple[float, float, float]  # a, b, c of bpb = a·x² + b·x + c, with x = ln(N / centre)
+    centre: float  # geometric mean of N
+    best_parameters: float | None  # N*; None if the parabola has no minimum between the smallest and the largest model
     best_tokens: float
     """D*, along the line of tokens over parameters that the trainings of this budget lie on; NaN without a minimum."""
     best_bpb: float
@@ -85,14 +77,10 @@ class PowerLaw:
 class ScalingLaws:
     """Laws fitted to trainings at several budgets."""
 
-    budgets: list[IsoFlop]
-    """By FLOPs."""
-    parameters: PowerLaw | None
-    """N*(C); None unless two budgets have a minimum."""
-    tokens: PowerLaw | None
-    """D*(C)."""
-    bpb: PowerLaw | None
-    """The lowest bits per byte of each budget over C."""
+    budgets: list[IsoFlop]  # by FLOPs
+    parameters: PowerLaw | None  # N*(C); None unless two budgets have a minimum
+    tokens: PowerLaw | None  # D*(C)
+    bpb: PowerLaw | None  # the lowest bits per byte of each budget over C
 
     @property
     def tokens_per_parameter(self) -> list[float]:

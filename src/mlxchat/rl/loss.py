@@ -40,11 +40,9 @@ def advantages_of(rewards: Floats, kind: str) -> Floats:
 class PolicyLoss:
     """A loss and its derivatives."""
 
-    weights: Floats
-    """(B, T): −∂ loss / ∂ log p, 0 where no token was sampled."""
+    weights: Floats  # (B, T): −∂ loss / ∂ log p, 0 where no token was sampled
     value: float
-    numbers: dict[str, float]
-    """Means over the trained tokens, for the log: ratio, clip_frac and, with a reference, kl."""
+    numbers: dict[str, float]  # means over the trained tokens, for the log: ratio, clip_frac and, with a reference, kl
 
 
 def policy_loss(
@@ -175,10 +173,8 @@ def check_rollout_drift(rollout_kl: float, config: RLConfig, iteration: int) -> 
 class PairLoss:
     """A loss, its derivatives, and the model's preferences."""
 
-    values: Floats
-    """(P,): the loss of each pair; that of a batch is their mean."""
-    weights: Floats
-    """(P, 2): −∂ mean of values / ∂ sum of an answer's log-probabilities."""
+    values: Floats  # (P,): the loss of each pair; that of a batch is their mean
+    weights: Floats  # (P, 2): −∂ mean of values / ∂ sum of an answer's log-probabilities
     margins: Floats
     """(P,): above 0 where the chosen answer is preferred. DPO: β × (log-ratio to the reference of chosen − of
     rejected); ORPO: the log odds ratio."""

@@ -40,13 +40,11 @@ _CHECKED_CONVERSATIONS = 64
 class Group:
     """The sampled and rewarded completions of one question."""
 
-    question: int
-    """Index in the task."""
+    question: int  # index in the task
     prompt: list[int]
     completions: list[Completion]
     rewards: list[float]
-    parts: list[dict[str, float]]
-    """Of each reward, by name, without weights."""
+    parts: list[dict[str, float]]  # of each reward, by name, without weights
 
     @property
     def has_signal(self) -> bool:
@@ -58,24 +56,15 @@ class Group:
 class Rollout:
     """Completions as rows, group by group. Target t of a row is `ids[t + 1]`; arrays (B, T) belong to targets."""
 
-    questions: Ints
-    """(groups,)."""
-    ids: Ints
-    """(B, T + 1): prompt, completion, padding."""
-    lengths: Ints
-    """(B,): tokens of prompt and completion."""
-    mask: Floats
-    """(B, T): 1 where the target was sampled; 0 in prompts, forced output of tools and padding."""
-    finished: Ints
-    """(B,): 1 where the completion ended before max_new_tokens."""
-    advantages: Floats
-    """(B,)."""
-    rollout_log_probs: Floats | None = None
-    """(B, T): log-probabilities under the quantised weights that sampled."""
-    old_log_probs: Floats | None = None
-    """(B, T): those under the policy when the rollout was sampled."""
-    ref_log_probs: Floats | None = None
-    """(B, T): those under the frozen reference."""
+    questions: Ints  # (groups,)
+    ids: Ints  # (B, T + 1): prompt, completion, padding
+    lengths: Ints  # (B,): tokens of prompt and completion
+    mask: Floats  # (B, T): 1 where the target was sampled; 0 in prompts, forced output of tools and padding
+    finished: Ints  # (B,): 1 where the completion ended before max_new_tokens
+    advantages: Floats  # (B,)
+    rollout_log_probs: Floats | None = None  # (B, T): log-probabilities under the quantised weights that sampled
+    old_log_probs: Floats | None = None  # (B, T): those under the policy when the rollout was sampled
+    ref_log_probs: Floats | None = None  # (B, T): those under the frozen reference
 
     @classmethod
     def of_groups(cls, groups: list[Group], advantages: Floats, *, padding: int) -> Rollout:
