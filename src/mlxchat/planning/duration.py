@@ -29,9 +29,8 @@ _LONG_FLOPS = 1e15
 def estimate_trainings(config: Config, plan: Iterable[PlannedStep], store: Store) -> dict[str, Estimate]:
     """Return step → estimate of pending pretrainings with a known speed; the bytes are those of weights and moments.
 
-    The speed is that of the finished pretraining in the store with the nearest FLOPs per token on the same kind of
-    device; without one it is `machine.training_flops`. If that is null too, a training that may take a day is
-    estimated by a share of this device's peak, measured on a CPU.
+    The speed is that of the finished pretraining with the nearest FLOPs per token on the same kind of device, else
+    `machine.training_flops`, else, for a training that may take a day, a share of this device's peak.
     """
     found: dict[str, Estimate] = {}
     for step in plan:
@@ -65,11 +64,8 @@ def _speed(made: Mapping[str, Any]) -> float:
 
 
 # Dense TFLOP/s of (bfloat16, float32) by words of the device's name, the more specific first.
-# NVIDIA: the architecture white papers (Ampere, Ada, Hopper, Blackwell) and data sheets, which state products with
-# structured sparsity at twice these; float32 is TF32, MLX's default there.
-# Apple: M1 from its announcements. M2: cores × 128 ALUs × 2 × 1.398 GHz with the most cores of each chip (19, 38, 76);
-# the M2's 3.6 is also Apple's own. Their ALUs compute half precision at the rate of float32 (Metal Benchmarks).
-# M3, M4, M5: published clocks contradict each other and Apple states none.
+# NVIDIA: the white papers and data sheets, without sparsity; float32 is TF32, MLX's default there. Apple: M1 from its
+# announcements, M2 as cores × 128 ALUs × 2 × 1.398 GHz, half precision at the rate of float32; none are published later.
 _PEAKS = {
     "h200 nvl": (836.0, 418.0),
     "h200": (989.4, 494.7),

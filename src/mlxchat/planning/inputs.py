@@ -20,27 +20,20 @@ from mlxchat.model.sizes import GPTSizes, sizes_of
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.store import Store
-from mlxchat.tasks import load_item, task_class
-from mlxchat.tasks.base import Task
+from mlxchat.tasks import load_item
 from mlxchat.tasks.downloads import HubSource, UrlSource
 
-# Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu, smaller for smaller vocabularies; later measured.
+# Of nanochat's tokenizer of 65,536 tokens on FineWeb-Edu; later measured.
 _ESTIMATED_CHARS_PER_TOKEN = 4.8
 # Share of the tokens that packing=best_fit crops away: nanochat's figure for rows of 2,048. Other packings keep all.
 _CROPPED_SHARE = 0.35
 _MARGIN = 1.1
 # The beginning of the text, which tables and baselines read: tokenizers' compression, the n-gram model.
 LEAST_CHARS = 20_000_000
-_MOST_NAMED = 3  # downloads
 
 
 def check_inputs(config: Config, plan: list[PlannedStep]) -> None:
-    """Check the inputs of pending steps: by their stages' forecasts, and files of conversations.
-
-    Raises:
-        ConfigError: with all problems that the forecasts find, such as a teacher with another tokenizer.
-        DataError: with every line of every file that cannot be used.
-    """
+    """Check the inputs of pending steps: by their stages' forecasts (ConfigError), and conversations (DataError)."""
     sizes, problems = find_model_sizes(config, plan), list[str]()
     for step in plan:
         if not step.done and (find_problems := step.stage.forecast_function("problems")) is not None:
@@ -88,11 +81,8 @@ def find_model_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
     found: dict[str, GPTSizes] = {}
     for step in plan:  # inputs come first
         section, source = getattr(step.config, step.stage.name, None), step.inputs.get("checkpoint")
-        rid = (
-            step.rid
-            if isinstance(section, ImportConfig) and step.done
-            else step.artifacts.get("checkpoint", {}).get("rid")
-        )
+        is_imported = isinstance(section, ImportConfig) and step.done
+        rid = step.rid if is_imported else step.artifacts.get("checkpoint", {}).get("rid")
         folder = store.find(str(rid)) if rid else None
         sizes = None
         if source is not None:
@@ -159,9 +149,7 @@ def find_text_need(config: Config, plan: Iterable[PlannedStep], store: Store) ->
     kept = 1 - _CROPPED_SHARE if config.pretrain.packing == "best_fit" else 1.0
     chars = max(tokens * per_token / kept * _MARGIN, LEAST_CHARS)
     if "tokenizer" in waiting and config.tokenizer.source == "train":
-        chars = max(
-            chars, config.tokenizer.max_chars * _MARGIN
-        )  # it reads no more than the beginning of long documents
+        chars = max(chars, config.tokenizer.max_chars * _MARGIN)
     place = store.find(steps["corpus"].rid) if "corpus" in made else None
     return TextNeed(tokens, chars, Corpus.recorded(config.corpus.hub) if place is None else Corpus.open(place))
 
@@ -172,16 +160,6 @@ def reads_text(step: PlannedStep) -> bool:
 
 
 # Downloads
-
-
-def find_sources(plan: Iterable[PlannedStep]) -> list[HubSource | UrlSource]:
-    """Return what the tasks and CORE of pending steps read from the Hub and from other addresses."""
-    plan, found = list(plan), list[HubSource | UrlSource]()
-    for _, item in _find(plan, TaskItem):
-        if task_class(item.task).needs is not Task.needs:  # the others need nothing, and reading them takes seconds
-            found += load_item(item).needs()
-    found += [UrlSource(core.bundle, core.sha256) for _, core in _find(plan, CoreConfig) if "://" in core.bundle]
-    return list(dict.fromkeys(found))
 
 
 def find_files(
@@ -204,13 +182,14 @@ def find_files(
             print(replace(need, corpus=corpus))
         files = None if corpus is None else [*corpus.files("validation"), *corpus.first(need.chars)]
         groups[hub.repository] = files
-    for source in find_sources(plan):
+    for source in dict.fromkeys(need for _, item in _find(plan, TaskItem) for need in load_item(item).needs()):
         if isinstance(source, UrlSource):
             urls[source.url] = source.sha256
             continue
         files = source.files if network else _recorded(source)
         before = groups.get(source.repository) or []
         groups[source.repository] = files and list(dict.fromkeys([*before, *files]))
+    urls |= {core.bundle: core.sha256 for _, core in _find(plan, CoreConfig) if "://" in core.bundle}
     for _, imported in _find(plan, ImportConfig):
         if imported.repository is not None:
             from mlxchat.interop.importing import files_to_fetch
@@ -236,9 +215,7 @@ def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) ->
 
 
 def describe_downloads(downloads: Mapping[str, int | None]) -> str:
-    """Return the known bytes together, and the first names."""
+    """Return the known bytes together, and the names."""
     names = [f"{name} ({'size unknown' if size is None else format_bytes(size)})" for name, size in downloads.items()]
-    if len(names) > _MOST_NAMED:
-        names[_MOST_NAMED:] = [f"{len(names) - _MOST_NAMED} more"]
     total = sum(size or 0 for size in downloads.values())
-    return f"{f'about {format_bytes(total)}: ' if total else ''}{', '.join(names)}" if names else "nothing"
+    return f"{f'about {format_bytes(total)}: ' if total else ''}{', '.join(names)}" or "nothing"

@@ -6,9 +6,8 @@ allocator: measured on CPUs, counted in dry runs on Metal and CUDA (docs/interna
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from mlxchat.config.schema import Config, MachineConfig, OptimizerConfig
 from mlxchat.config.wording import format_bytes
 from mlxchat.distributed.ranks import current_team
 from mlxchat.errors import ConfigError
-from mlxchat.hub.cache import write_json
+from mlxchat.hub.cache import read_json, write_json
 from mlxchat.model.sizes import (
     AdapterSizes,
     GPTSizes,
@@ -94,15 +93,14 @@ class Device:
 
     def most_rows(self, most: int, needed: Callable[[int], int]) -> int:
         """Return the most rows of a KV cache, up to `most`, whose needed bytes fit; 0: not even one."""
-        sizes = sorted({most, *(rows for rows in bounds.BATCH_ROWS if rows < most)})
+        sizes = {most, *(rows for rows in bounds.BATCH_ROWS if rows < most)}
         return max((rows for rows in sizes if self.fits(needed(rows))), default=0)
 
-    def excess(self, needed_bytes: int, what: str, remedies: Iterable[str] = ()) -> str:
+    def excess(self, needed_bytes: int, what: str, remedies: Sequence[str] = ()) -> str:
         """Return the end of a message: what is needed, the limit, and the settings that lower the need."""
         limit = f"the limit is {format_bytes(self.limit_bytes or 0)} ({self.limit_is})"
-        lower = "; ".join(remedies)
-        text = f"needs about {format_bytes(needed_bytes)} for {what}; {limit}"
-        return f"{text}. To lower the need: {lower}" if lower else text
+        lower = f". To lower the need: {'; '.join(remedies)}" if remedies else ""
+        return f"needs about {format_bytes(needed_bytes)} for {what}; {limit}{lower}"
 
 
 def find_device(machine: MachineConfig | None = None) -> Device:
@@ -189,13 +187,11 @@ class Decoding:
     def rows(self, what: str, *, most: int = bounds.DECODED_ROWS, held_bytes: int = 0) -> int:
         """Return how many answers fit at a time beside the weights and `held_bytes`, at most `most`.
 
-        Raises:
-            ConfigError: none fits; the message begins with `what`.
+        A ConfigError whose message begins with `what` is raised if none fits.
         """
-        rows = self.device.most_rows(most, lambda rows: held_bytes + self.peak_bytes(rows))
-        if rows == 0:
-            raise ConfigError(f"{what} {self.explain_excess(held_bytes)}")
-        return rows
+        if rows := self.device.most_rows(most, lambda rows: held_bytes + self.peak_bytes(rows)):
+            return rows
+        raise ConfigError(f"{what} {self.explain_excess(held_bytes)}")
 
     def explain_excess(self, held_bytes: int = 0) -> str:
         """Return what one row needs, the limit, and the settings that lower the need."""
@@ -348,8 +344,7 @@ class Training:
 # What fits
 
 
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """The rows computed at a time."""
 
     tokens: int
@@ -358,33 +353,27 @@ class MicroBatch:
 
     def numbers(self) -> dict[str, int]:
         """Return its numbers for display and manifest."""
-        numbers = {"micro_batch_tokens": self.tokens, "predicted_peak_bytes": self.predicted_peak_bytes}
-        return {**numbers, "sampled_rows": self.sampled_rows} if self.sampled_rows else numbers
+        sampled = {"sampled_rows": self.sampled_rows} if self.sampled_rows else {}
+        return {"micro_batch_tokens": self.tokens, "predicted_peak_bytes": self.predicted_peak_bytes, **sampled}
 
 
 def choose_micro_batch(ctx: Context, training: Training) -> MicroBatch:
-    """Return the micro-batch of a stage.
+    """Return the micro-batch of a stage; raises ConfigError if not even one row fits.
 
     A resumed training keeps its micro-batch while that fits, because rounding depends on it.
-
-    Raises:
-        ConfigError: it does not fit; with the predicted bytes and settings that would.
     """
-    machine, row_tokens = ctx.config.machine, training.row_tokens
+    machine = ctx.config.machine
     training = training.on(machine)
     chosen = ctx.work / _CHOICE
-    rows = 0
-    if machine.device_batch_tokens is None and chosen.exists():
-        begun = json.loads(chosen.read_text(encoding="utf-8"))["tokens"] // row_tokens
-        rows = min(training.own_rows, max(1, begun))
+    begun = None if machine.device_batch_tokens is not None else read_json(chosen)
+    rows = 0 if begun is None else min(training.own_rows, max(1, begun["tokens"] // training.row_tokens))
     if rows == 0 or not training.device.fits(training.peak_bytes(rows)):
         rows = training.fitting_rows(machine)
     if rows == 0:
         raise ConfigError(f"{ctx.step} {training.explain_excess()}")
-    tokens = rows * row_tokens
+    tokens = rows * training.row_tokens
     write_json(chosen, {"tokens": tokens})
-    sampled = training.sampled_at_a_time
-    return MicroBatch(tokens=tokens, predicted_peak_bytes=training.peak_bytes(rows), sampled_rows=sampled)
+    return MicroBatch(tokens, training.peak_bytes(rows), training.sampled_at_a_time)
 
 
 def forward_tokens(machine: MachineConfig, sizes: GPTSizes) -> int:
@@ -398,8 +387,7 @@ def forward_tokens(machine: MachineConfig, sizes: GPTSizes) -> int:
     return max(sizes.context_tokens, min(most, int(free / each)))
 
 
-@dataclass(frozen=True)
-class Forecast:
+class Forecast(NamedTuple):
     """Memory of a pending step."""
 
     peak_bytes: int
