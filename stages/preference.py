@@ -20,7 +20,7 @@ from mlxchat.rl.pairs import PairBatches, PairRows, reference_sums, sample_pairs
 from mlxchat.rl.scores import PolicyScores
 from mlxchat.runner.context import Context
 from mlxchat.tasks import Conversation, Task
-from mlxchat.tasks.pairs import Answers
+from mlxchat.tasks.jsonl import Answers
 from mlxchat.training.finetune import make_optimizer, save_trained
 from mlxchat.training.loop import Observation, fit
 from mlxchat.training.team_step import make_step

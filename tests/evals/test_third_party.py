@@ -210,7 +210,9 @@ def test_pipeline_measures_a_folder_once(folder, model, tokenizer, mlxchat, tmp_
     assert found["outside"] == {"name": "cat", "model_type": "nanochat", "context_tokens": 64}
     (tokens,) = (tmp_path / "out" / "store").glob("tokens-*")
     cursor = Documents([Path("validation")], lambda shard, is_awaited, check: tokens, once=True)
-    rows = take_validation(RowStream("best_fit", cursor, row_tokens=64, buffer_size=1000), row_tokens=64, tokens=2000, setting="")
+    rows = take_validation(
+        RowStream("best_fit", cursor, row_tokens=64, buffer_size=1000), row_tokens=64, tokens=2000, setting=""
+    )
     expected = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=4096).bits_per_byte
     assert found["bpb"]["val"] == pytest.approx(expected, abs=TOLERANCE)
     moved = folder.rename(tmp_path / "moved")

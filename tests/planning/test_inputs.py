@@ -104,6 +104,4 @@ def test_downloads_are_the_missing_files_of_listings(tmp_path):
     need = need_of(tmp_path, *recipe)
     assert found[CORPUS] == 100_000_000 * (int(need.chars / 2.6 / 100_000_000) + 1)
     assert found["openai/gsm8k"] == 2000
-    assert describe_downloads({"a": 2_000_000, "b": None}) == (
-        "about 2.0 MB: a (2.0 MB), b (size unknown)"
-    )
+    assert describe_downloads({"a": 2_000_000, "b": None}) == ("about 2.0 MB: a (2.0 MB), b (size unknown)")

@@ -23,7 +23,7 @@ from mlxchat.rl.scores import PolicyScores
 from mlxchat.tasks import load_task
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task, dialogue
-from mlxchat.tasks.pairs import Answers
+from mlxchat.tasks.jsonl import Answers
 from mlxchat.training.step import TrainStep
 
 RNG = np.random.default_rng(0)

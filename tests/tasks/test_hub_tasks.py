@@ -11,7 +11,7 @@ import pytest
 from mlxchat.errors import DataError
 from mlxchat.tasks import Task, load_task
 from mlxchat.tasks.answers import calculator_parts, final_number, is_right_by_nanochat
-from mlxchat.tasks.benchmarks import assemble_program, extract_imports, extract_program
+from mlxchat.tasks.benchmarks import assemble_program
 from mlxchat.tasks.downloads import Rows
 
 
@@ -140,8 +140,6 @@ def test_arc_keeps_the_data_sets_labels(hub):
 
 
 ARC = {"question": "?", "choices": {"text": ["x", "y"], "label": ["A", "B"]}, "answerKey": "B"}
-MMLU = {"question": "?", "subject": "s", "choices": ["a", "b", "c", "d"], "answer": 1}
-GSM8K = {"question": "?", "answer": "#### 1"}
 HUMANEVAL = {"prompt": "p", "canonical_solution": "c", "entry_point": "e", "test": "t"}
 USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
@@ -150,23 +148,14 @@ SYSTEM = {"role": "system", "content": "s"}
 @pytest.mark.parametrize(
     ("task", "file", "row"),
     [
-        *(("gsm8k", "openai/gsm8k:main", GSM8K | change) for change in (
-            {"answer": None}, {"answer": 3}, {"question": ["?"]}, {"question": b"\xff"},
-        )),
-        *(("mmlu", "cais/mmlu:all", MMLU | change) for change in (
-            {"question": None}, {"choices": None}, {"choices": 3}, {"answer": "E"}, {"answer": -1},
-            {"choices": ["a", None, "c", "d"]}, {"choices": ["a"]},
-        )),
-        *(("arc_easy", "allenai/ai2_arc:ARC-Easy", ARC | change) for change in (
-            {"question": None}, {"choices": ["x", "y"]}, {"answerKey": 1}, {"answerKey": "\x1b[2J\u202e"},
-            {"choices": {"text": ["x"], "label": ["A", "B"]}}, {"choices": {"text": ["x", None], "label": ["A", "B"]}},
-        )),
-        *(("humaneval", "openai/openai_humaneval:openai_humaneval", HUMANEVAL | change) for change in (
-            {"test": None}, {"prompt": ["p"]},
-        )),
+        ("gsm8k", "openai/gsm8k:main", {"question": "?", "answer": 3}),
+        ("mmlu", "cais/mmlu:all", QUESTION | {"answer": 4}),
+        ("mmlu", "cais/mmlu:all", QUESTION | {"choices": ["a"]}),
+        ("arc_easy", "allenai/ai2_arc:ARC-Easy", ARC | {"answerKey": "C"}),
+        ("arc_easy", "allenai/ai2_arc:ARC-Easy", ARC | {"choices": ["x", "y"]}),
+        ("humaneval", "openai/openai_humaneval:openai_humaneval", HUMANEVAL | {"prompt": None}),
         *(("smoltalk", "HuggingFaceTB/smol-smoltalk:data", {"messages": talk}) for talk in (
-            None, [SYSTEM], [USER], [ASSISTANT, USER], [USER, USER], [USER, {**ASSISTANT, "content": None}],
-            [None, USER, ASSISTANT], "talk", ["u", "a"], 3, [{"role": "user"}, {"role": "assistant"}],
+            None, [USER], [ASSISTANT, USER], [USER, {**ASSISTANT, "content": None}], "talk",
         )),
     ],
     ids=str,
@@ -174,9 +163,8 @@ SYSTEM = {"role": "system", "content": "s"}
 def test_malformed_rows_are_named(task, file, row, hub):
     repository, folder = file.split(":")
     hub.write(repository, f"{folder}/test-00000-of-00001.parquet", [row])
-    with pytest.raises(DataError, match=f"task {task}: row 0 of {repository}/.* is no conversation") as caught:
+    with pytest.raises(DataError, match=f"task {task}: row 0 of {repository}/.* is no conversation"):
         load_task(task, "test")[0]
-    assert str(caught.value).isprintable()
 
 
 def test_smoltalk_conversations_are_unchanged(hub):
@@ -184,13 +172,6 @@ def test_smoltalk_conversations_are_unchanged(hub):
     hub.write("HuggingFaceTB/smol-smoltalk", "data/test-00000.parquet", [{"messages": talk} for talk in talks])
     found = [talk["messages"] for talk in everything(load_task("smoltalk", "test"))]
     assert sorted(found, key=len) == talks
-
-
-def test_program_is_the_first_code_block_with_the_prompts_imports():
-    assert extract_program("Here:\n```python\nx = 1\n```\n```\ny = 2\n```") == "x = 1"
-    assert extract_program(" x = 1\n") == "x = 1"
-    assert extract_program("```py\nx = 1\n```") == "```py\nx = 1\n```"
-    assert extract_imports("# a\nimport os\n\nfrom a import b\nx = 1\nimport late") == "import os\nfrom a import b"
 
 
 def test_humaneval_program_passes_and_fails_its_tests(hub):
@@ -221,17 +202,11 @@ def texts(rows: Rows) -> list[str]:
     return [rows[index]["text"] for index in range(len(rows))]
 
 
-def test_files_are_concatenated_without_a_seed(tmp_path):
-    files = [write(tmp_path / "b", ["b0", "b1"]), write(tmp_path / "a", ["a0"]), write(tmp_path / "c", [])]
-    assert texts(Rows(files, ["text"])) == ["b0", "b1", "a0"]
-    assert len(Rows(files[2:], ["text"], seed=42)) == 0
-
-
 def test_seed_42_gives_the_order_of_datasets_shuffle(tmp_path):
     """As `datasets.Dataset.shuffle(seed=42)` orders six rows: nanochat's HumanEval rows show it."""
     rows = Rows([write(tmp_path / "a", list("012345"), row_group_size=2)], ["text"], seed=42)
     assert texts(rows) == list("325410")
-    assert [rows.number(index) for index in range(6)] == [3, 2, 5, 4, 1, 0]
+    assert rows.order == [3, 2, 5, 4, 1, 0]
 
 
 def test_table_is_memory_mapped_and_leaves_no_file(tmp_path, monkeypatch):
@@ -252,4 +227,4 @@ def test_missing_columns_and_damaged_files_are_named(column, tmp_path):
     if column == "text":
         path.write_bytes(b"PAR1 and no more")
     with pytest.raises(DataError, match=f"cannot be read as parquet with the columns {column}"):
-        Rows([path], [column])
+        Rows([path], [column], seed=1)

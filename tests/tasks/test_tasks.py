@@ -1,7 +1,6 @@
 """Bundled tasks: splits that share nothing, right answers, the same conversations everywhere, verdicts."""
 
 import re
-from collections import Counter
 from functools import cache
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from kit.text import conversations_of
 from mlxchat.data.conversation import render_conversation
 from mlxchat.engine.tools import calculate
-from mlxchat.evals.chat import expected_text
 from mlxchat.tasks import arithmetic, load_task
 from mlxchat.tasks.answers import answer_text, calculator_parts, content_text, number_and_form
 from mlxchat.tasks.arithmetic import Arithmetic
@@ -134,19 +132,6 @@ def test_everyday_calls_and_spellings_are_right(split):
             assert word in question.lower()
 
 
-def test_letter_count_calls_the_calculator_and_counts_vary():
-    counts = Counter()
-    for conversation in conversations_of("letter_count", "train"):
-        question, answer = (message["content"] for message in conversation["messages"])
-        spelled, letter = re.fullmatch(r'"((?: \w)+)"\.count\("(\w)"\)', answer[1]["text"]).groups()  # type: ignore[union-attr]
-        word = spelled.replace(" ", "")
-        assert re.search(rf"\b{word}\b", question)
-        assert f"'{letter}'" in question
-        assert answer[2] == {"type": "python_output", "text": str(word.count(letter))}
-        counts[answer[2]["text"]] += 1
-    assert counts["1"] < 0.7 * sum(counts.values())
-
-
 def test_practice_has_the_shares_of_its_options():
     task = load_task("practice", "train", size=500, letters_frac=0.3, everyday_frac=0.2, two_step_frac=0.5)
     talks = [task[index] for index in range(500)]
@@ -157,14 +142,6 @@ def test_practice_has_the_shares_of_its_options():
     for count, share in ((letters, 0.3), (len(talks) - len(numbered), 0.2), (two_step, 0.25)):
         assert abs(count - 500 * share) < 4 * (500 * share * (1 - share)) ** 0.5
     assert all("####" in raw for raw in numbered)
-
-
-def test_first_questions_have_readable_expected_answers():
-    task = load_task("first_questions", "test")
-    for talk in (task[index] for index in range(len(task))):
-        expected = expected_text(talk)
-        assert task.evaluate(talk, expected)
-        assert re.fullmatch(r"[\w ,.!']+", expected)
 
 
 # The same everywhere

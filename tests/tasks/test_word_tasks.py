@@ -71,19 +71,6 @@ def test_words_are_downloaded_and_recorded(hub):
     assert [source["name"] for source in task.sources()] == ["words_alpha.txt"]
 
 
-def test_bundled_words_need_no_network(hub):
-    task = load_task("spelling_bee", "test", size=3, words="bundled")
-    assert (len(task), task.needs(), task.sources()) == (3, [], [])
-    assert task[0] == task[0]
-    assert hub.asked == []
-
-
-def test_empty_word_list_is_refused(tmp_path):
-    (tmp_path / "none.txt").write_text("\n\n")
-    with pytest.raises(DataError, match=r"none\.txt has no words"):
-        load_task("spelling_bee", "train", path=tmp_path / "none.txt")[0]
-
-
 def test_identity_conversations_keep_the_files_order(hub):
     # nanochat accepts a user message at the end
     turns = [["Who?", f"I am {n}."] + ["Bye"] * (n % 2) for n in range(30)]

@@ -34,7 +34,7 @@ from mlxchat.runner.plan import Pipeline, roles_of
 from mlxchat.runner.stage import Stages
 from mlxchat.store.fingerprint import flatten, plain_of
 from mlxchat.tasks import find_item_problems
-from mlxchat.tasks.bundled import source
+from mlxchat.tasks.quickstart import licence_of
 
 _POLAR_EXPRESS_ITERATIONS = 5
 
@@ -201,7 +201,7 @@ def _corpus(config: Config) -> Iterator[str]:
         yield f'corpus.hub.repository is "{corpus.hub.repository}", expected <organisation>/<name>, such as org/texts'
     for name in corpus.packages:
         try:
-            source(name)
+            licence_of(name)
         except ConfigError as error:
             yield f"corpus.packages: {error}"
     for path in corpus.paths:

@@ -6,7 +6,7 @@ and lists every file with its checksum. These files are in the Hub's cache and d
 background (`fetch_ahead`).
 
 To add a corpus: a YAML in `conf/corpus` with a data set of the Hub, local files (.txt, .jsonl, .parquet), or packages
-(`tasks/bundled.py`).
+(`tasks/quickstart.py`).
 
 Planning imports this module, so pyarrow is imported only where files are read.
 """
@@ -274,18 +274,19 @@ def gather_documents(
     Documents of packages and of .txt files are split at sentence ends into parts of at most `document_chars`; None: not
     split. `paths` are those of `text_files`.
     """
-    from mlxchat.tasks import bundled
+    from mlxchat.tasks import quickstart
 
     documents: list[str] = []
     sources: list[dict[str, Any]] = []
-    for source in [bundled.source(name) for name in packages]:
-        texts = list(bundled.documents(source, document_chars))
+    for name in packages:
+        texts = list(quickstart.documents(name, document_chars))
         documents += texts
-        facts = {"version": source.version, "licence": source.licence, "sha256": source.digest()}
-        sources.append({"name": source.name, **facts, "chars": sum(map(len, texts))})
+        version, licence = quickstart.licence_of(name)
+        facts = {"version": version, "licence": licence, "sha256": quickstart.digest_of(name)}
+        sources.append({"name": name, **facts, "chars": sum(map(len, texts))})
     for path in text_files(paths):
         limit = document_chars if path.suffix == ".txt" else None
-        texts = [part for text in read_file(path) if text.strip() for part in bundled.split_text(text, limit)]
+        texts = [part for text in read_file(path) if text.strip() for part in quickstart.split_text(text, limit)]
         documents += texts
         sources.append({"name": path.name, "sha256": hash_file(path), "chars": sum(map(len, texts))})
     if not documents:

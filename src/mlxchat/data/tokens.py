@@ -31,7 +31,7 @@ from mlxchat.errors import DataError
 from mlxchat.ops.machine import available_cores
 from mlxchat.runner.context import Context
 from mlxchat.store.fingerprint import canonical_json
-from mlxchat.tasks.pairs import Answers
+from mlxchat.tasks.jsonl import Answers
 
 FORMAT = 2
 """Part of the keys of token files, which else depend on texts and tokenizer only: raise it when rendering changes."""

@@ -65,7 +65,7 @@ def _speed(made: Mapping[str, Any]) -> float:
 
 # Dense TFLOP/s of (bfloat16, float32) by words of the device's name, the more specific first.
 # NVIDIA: the white papers and data sheets, without sparsity; float32 is TF32, MLX's default there. Apple: M1 from its
-# announcements, M2 as cores × 128 ALUs × 2 × 1.398 GHz, half precision at the rate of float32; none are published later.
+# announcements, M2 as cores × 128 ALUs × 2 × 1.398 GHz, half precision at the rate of float32.
 _PEAKS = {
     "h200 nvl": (836.0, 418.0),
     "h200": (989.4, 494.7),

@@ -35,7 +35,7 @@ _TASKS = {
     "first_letter_count": ("spelling", "FirstLetterCount"),
     "identity": ("jsonl", "Identity"),
     "jsonl": ("jsonl", "Jsonl"),
-    "pairs": ("pairs", "Pairs"),
+    "pairs": ("jsonl", "Pairs"),
     "identity_conversations": ("jsonl", "IdentityConversations"),
     "smoltalk": ("benchmarks", "SmolTalk"),
     "mmlu": ("benchmarks", "MMLU"),
@@ -56,15 +56,7 @@ def task_names() -> list[str]:
 
 
 def task_class(name: str) -> type[Task]:
-    """Return the class of a task; no data is loaded.
-
-    Args:
-        name: one of `task_names()`, or a user's `module:Class`.
-
-    Raises:
-        ConfigError: no task has this name.
-
-    """
+    """Return the class of a task, one of `task_names()` or a user's `module:Class`; raises ConfigError."""
     if is_own(name):
         found = load_part(name)
         if not (isinstance(found, type) and issubclass(found, Task)):
@@ -84,11 +76,7 @@ def load_task(name: str, split: str, **options: Any) -> Task:
     Args:
         name: one of `task_names()`, or `module:Class`.
         split: one of the task's `splits`.
-        options: fields of the task's class; all tasks have `size` and `seed`.
-
-    Raises:
-        ConfigError: the name, the split or an option is unknown, or an option's value is out of range.
-
+        options: fields of the task's class; all tasks have `size` and `seed`. A wrong one raises ConfigError.
     """
     cls = task_class(name)
     known = [option for option in inspect.signature(cls).parameters if option != "split"]
@@ -120,12 +108,9 @@ def contents_of(item: TaskItem, hash_of: Callable[[Path], str]) -> list[str]:
 
 
 def find_item_problems(where: str, items: Mapping[str, TaskItem], *, training: bool) -> Iterator[str]:
-    """Yield a message for each problem of the items of a mixture or suite; no data is read.
+    """Yield a message for each problem of the items at the key `where`; no data is read.
 
-    Args:
-        where: the key of the items in the configuration.
-        items: name → item.
-        training: whether they are trained on, so that held-out splits are refused.
+    With `training`, held-out splits are refused.
     """
     if not items:
         yield f"{where} is empty: give it at least one task"

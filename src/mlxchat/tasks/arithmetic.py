@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlxchat.errors import ConfigError
 from mlxchat.tasks.answers import Conversation, calculator_parts
@@ -21,8 +21,7 @@ from mlxchat.tasks.base import Task, dialogue, held_out
 _TEST_FRACTION = 0.1
 
 
-@dataclass(frozen=True)
-class Template:
+class Template(NamedTuple):
     """A question and its answer, in which each `{work}` stands for the next calculator call of `steps`."""
 
     question: str
@@ -57,7 +56,7 @@ class Arithmetic(Task):
             raise ConfigError(f"steps of task arithmetic is {self.steps}, expected 1 or 2.")
         if self.two_step_frac is None:
             self.two_step_frac = self.steps - 1.0
-        self._check_share("two_step_frac")
+        self._check_shares("two_step_frac")
 
     def _own_size(self) -> int:
         return 8000 if self.split == "train" else 400
@@ -128,7 +127,7 @@ def solve(template: Template, numbers: tuple[int, ...], least: int = 2) -> list[
 
 def _calculate(work: str) -> int:
     """Return the result of one operation on two integers, or 0 if a division leaves a remainder."""
-    left, sign, right = re.fullmatch(r"(\d+)([-+*/])(\d+)", work).groups()  # type: ignore[union-attr]
+    left, sign, right = re.split(r"([-+*/])", work)
     a, b = int(left), int(right)
     if sign == "/":
         return a // b if a % b == 0 else 0

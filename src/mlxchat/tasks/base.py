@@ -78,10 +78,10 @@ class Task(ABC):
             expected = " or ".join(known)
             raise ConfigError(f'{option} of task {self.name} is "{value}", expected {expected}.{suggest(value, known)}')
 
-    def _check_share(self, option: str) -> None:
-        value = getattr(self, option)
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{option} of task {self.name} is {value}, expected 0 to 1.")
+    def _check_shares(self, *options: str) -> None:
+        for option in options:
+            if not 0 <= getattr(self, option) <= 1:
+                raise ConfigError(f"{option} of task {self.name} is {getattr(self, option)}, expected 0 to 1.")
 
     def select(self, start: int = 0, stop: int | None = None, step: int = 1) -> Self:
         """Restrict the task to conversations[start:stop:step] and return it; raises ConfigError if none can be left."""
@@ -130,11 +130,8 @@ class Task(ABC):
 
     def _indices(self) -> range:
         """Return the indices of the selected conversations in the whole task."""
-        if self.size is None:
-            count = self._own_size()
-        else:
-            count = self.size if self.repeats else min(self.size, self._own_size())
-        return range(count)[self._slice]
+        count = self.size if self.size is not None and self.repeats else self._own_size()
+        return range(min(count, self.size or count))[self._slice]
 
     def __len__(self) -> int:
         return len(self._indices())

@@ -45,7 +45,6 @@ class MMLU(HubTask):
     training_splits = ("auxiliary_train",)
     subsets = ("all", "auxiliary_train")
     columns = ("question", "subject", "choices", "answer")
-    may_be_null = ("subject",)
 
     def pattern(self) -> str:
         """Return the shell pattern of the split's files; the subset auxiliary_train has only its own split."""

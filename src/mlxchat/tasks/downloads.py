@@ -121,8 +121,6 @@ class HubTask(Task):
     subsets: ClassVar[tuple[str, ...]]
     """Readable configurations of the data set; the first is the default."""
     columns: ClassVar[tuple[str, ...]]
-    may_be_null: ClassVar[tuple[str, ...]] = ()
-    """Columns that may be null."""
     source_options: ClassVar[tuple[str, ...]] = ("repository", "revision", "subset")
     repeats = False
     seed: int = NANOCHAT_SEED
@@ -162,14 +160,12 @@ class HubTask(Task):
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         row = self.rows[index]
         try:
-            empty = [name for name, value in row.items() if name not in self.may_be_null and _holds_null(value)]
-            fault = f"it is null in {', '.join(empty)}" if empty else ""
-            conversation = {} if fault else self._conversation_of(row)
-            fault = fault or find_fault(conversation["messages"])
+            conversation = self._conversation_of(row)
+            fault = find_fault(conversation["messages"])
         except (LookupError, ValueError, TypeError, AttributeError) as error:  # whatever an unexpected type raises
             fault = str(error)
         if fault:
-            place = f"row {self.rows.number(index)} of {self._source.repository}/{self._source.pattern}"
+            place = f"row {self.rows.order[index]} of {self._source.repository}/{self._source.pattern}"
             raise DataError(f"task {self.name}: {place} is no conversation: {fault}")
         return conversation
 
@@ -177,34 +173,23 @@ class HubTask(Task):
         return len(self.rows)
 
 
-def _holds_null(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_null, value.values()))
-    return any(map(_holds_null, value)) if isinstance(value, list) else value is None
-
-
 class Rows:
     """The rows of parquet files, permuted as by `datasets.Dataset.shuffle(seed)`; memory-mapped: they may be GB."""
 
-    def __init__(self, files: Sequence[Path], columns: Sequence[str], *, seed: int | None = None) -> None:
-        """Read columns; without a seed the rows keep their order."""
-        self._table = _read_parquet(files, list(columns))
-        self._order = None
-        if seed is not None:
-            import numpy as np
+    def __init__(self, files: Sequence[Path], columns: Sequence[str], *, seed: int) -> None:
+        """Read columns."""
+        import numpy as np
 
-            self._order = np.random.default_rng(seed).permutation(self._table.num_rows)
+        self._table = _read_parquet(files, list(columns))
+        self.order = np.random.default_rng(seed).permutation(self._table.num_rows).tolist()
+        """Positions in the files."""
 
     def __len__(self) -> int:
-        return int(self._table.num_rows)
-
-    def number(self, index: int) -> int:
-        """Return the position in the files of the row at an index."""
-        return index if self._order is None else int(self._order[index])
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Return a row: column → value."""
-        number = self.number(index)
+        number = self.order[index]
         return {name: self._table.column(name)[number].as_py() for name in self._table.column_names}
 
 

