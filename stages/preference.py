@@ -16,8 +16,8 @@ from mlxchat.ops.device import prepare_machine
 from mlxchat.planning.horizon import count_later_iterations
 from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.rl.forecast import describe_pairs
-from mlxchat.rl.pairs import PairBatches, PairRows, reference_sums, sample_pairs, validate, write_pairs
-from mlxchat.rl.scores import PolicyScores
+from mlxchat.rl.pairs import PairBatches, PairRows, sample_pairs, sum_pairs, validate, write_pairs
+from mlxchat.rl.rollouts import PolicyScores
 from mlxchat.runner.context import Context
 from mlxchat.tasks import Conversation, Task
 from mlxchat.tasks.jsonl import Answers
@@ -99,7 +99,7 @@ def run(ctx: Context) -> None:
     reference: dict[str, Any] = {"data": None, "validation": None}
     if config.loss == "dpo":
         for name, pairs in (("data", training), ("validation", held_out)):
-            reference[name] = reference_sums(ctx, name, pairs, scores)
+            reference[name], _ = sum_pairs(ctx, pairs, scores)
 
     def look(iteration: int) -> dict[str, float]:
         return validate(ctx, held_out, scores, reference["validation"], config)

@@ -9,15 +9,13 @@ from typing import Any
 
 from mlxchat.data.mixture import open_item
 from mlxchat.engine.generate import Engine
-from mlxchat.evals.quantised import check_quantised
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.parameters import trained_parameters
 from mlxchat.ops.device import prepare_machine
 from mlxchat.planning.horizon import count_later_iterations
 from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.rl.forecast import describe, longest_answer
-from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pass_at_k, updates_per_rollout
-from mlxchat.rl.scores import PolicyScores
+from mlxchat.rl.rollouts import PolicyScores, Rollouts, longest_prompt, pass_at_k, updates_per_rollout
 from mlxchat.runner.context import Context
 from mlxchat.store.fingerprint import plain_of
 from mlxchat.training.best import Candidates
@@ -48,7 +46,6 @@ METRICS = {
     "pass_at_{rl.eval_samples}_stderr": "neither",
     "held_out_reward_stderr": "neither",
     "loss": "neither",
-    "rollout_loss_change": "minimize if rl.rollout_bits",
     "skipped_iterations": "minimize if training.on_nan=skip",
     "tokens_per_second": "maximize",
     "data_wait_frac": "minimize",
@@ -61,9 +58,6 @@ def run(ctx: Context) -> None:
     dtype = prepare_machine(machine)
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])
     practice, held_out = open_item(ctx, config.task), open_item(ctx, config.evaluation)
-    if config.rollout_bits is not None:
-        rows = conversation_rows(tokenizer, held_out)
-        ctx.metrics["rollout_loss_change"] = check_quantised(model, config.rollout_bits, rows)
     optimizer = make_optimizer(
         ctx, config, model, table_lr_frac=config.table_lr_frac, clip_gradients=config.clip_gradients
     )

@@ -21,8 +21,7 @@ from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
-from mlxchat.rl.rollouts import Rollouts
-from mlxchat.rl.scores import PolicyScores
+from mlxchat.rl.rollouts import PolicyScores, Rollouts
 
 make_model = partial(models.make_model, context_tokens=96, scale=0.25)
 LENGTHS = [4, 9, 2, 17, 6, 11, 3]

@@ -18,8 +18,8 @@ from mlxchat.errors import DataError, Interrupted
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.rl.loss import Floats, pair_loss
-from mlxchat.rl.pairs import PairBatches, PairRows, reference_sums, sample_pairs, validate, write_pairs
-from mlxchat.rl.scores import PolicyScores
+from mlxchat.rl.pairs import PairBatches, PairRows, sample_pairs, sum_pairs, validate, write_pairs
+from mlxchat.rl.rollouts import PolicyScores
 from mlxchat.tasks import load_task
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task, dialogue
@@ -165,33 +165,14 @@ def test_each_epoch_has_every_pair_once_in_another_order():
     assert again.documents() == seen[8:10]
 
 
-def test_interrupted_reference_resumes_without_recomputing(tmp_path):
-    rows, calls, model = make_rows(PAIRS * 20), 0, make_model()
-    whole = reference_sums(make_context(tmp_path / "whole"), "data", rows, make_scores(model))
-    scores = make_scores(model)
-
-    def count(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return scores(*arguments)
-
-    counted: Any = count
-    with pytest.raises(Interrupted, match="32 of 80 data pairs scored"):
-        reference_sums(make_context(tmp_path, stop_signal=lambda: 15 if calls else None), "data", rows, counted)
-    assert calls == 1
-    assert (reference_sums(make_context(tmp_path), "data", rows, counted) == whole).all()
-    assert (reference_sums(make_context(tmp_path), "data", rows, counted) == whole).all()
-    assert calls == len(rows.parts) == 3
-
-
 def test_validation_of_the_start_model_by_dpo_is_undecided(tmp_path):
     rows, model, ctx = make_rows(PAIRS * 20), make_model(), make_context(tmp_path)
-    reference, config = reference_sums(ctx, "validation", rows, make_scores(model)), make_config(loss="dpo")
+    reference, config = sum_pairs(ctx, rows, make_scores(model))[0], make_config(loss="dpo")
     start = validate(ctx, rows, make_scores(model), reference, config)
     assert (start["val_margin"], start["val_pair_accuracy"]) == (0, 0.5)
     assert start["val_loss"] == pytest.approx(np.log(2), rel=1e-12)
     other = make_model(seed=8)
-    sums = reference_sums(make_context(tmp_path / "other"), "validation", rows, make_scores(other))
+    sums = sum_pairs(ctx, rows, make_scores(other))[0]
     gained = sums - reference
     found = validate(ctx, rows, make_scores(other), reference, config)
     assert found["val_pair_accuracy"] == pytest.approx((gained[:, 0] > gained[:, 1]).mean())

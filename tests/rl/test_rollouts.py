@@ -21,8 +21,7 @@ from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.ops.loss import token_losses
 from mlxchat.optim.optimizer import Rates
 from mlxchat.rl.loss import policy_loss
-from mlxchat.rl.rollouts import Rollouts, conversation_rows, longest_prompt, pass_at_k, render_question
-from mlxchat.rl.scores import PolicyScores
+from mlxchat.rl.rollouts import PolicyScores, Rollouts, longest_prompt, pass_at_k, render_question
 from mlxchat.training.batches import Batch
 from mlxchat.training.step import TrainStep
 
@@ -330,15 +329,6 @@ def test_drifted_quantised_rollouts_stop_and_leave_the_position(tokenizer, monke
     with pytest.raises(StepFailed, match=r"iteration 1 of RL: 4-bit rollouts drifted .* rl.rollout_bits=8 or"):
         source.next_batch(0)
     assert source.state() == before
-
-
-def test_conversation_rows_have_the_assistants_tokens_as_targets(tokenizer):
-    task: Any = Numbers(6)
-    rows, start = conversation_rows(tokenizer, task), tokenizer.special_ids["<|assistant_start|>"]
-    for index, (ids, targets) in enumerate(rows):
-        answer = targets[targets >= 0].tolist()
-        assert answer == [*tokenizer.encode("a" * index), tokenizer.assistant_end]
-        assert ids[np.flatnonzero(targets >= 0)].tolist() == [start, *answer[:-1]]
 
 
 # The system prompt, and the longest held-out answer

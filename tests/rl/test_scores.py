@@ -7,7 +7,7 @@ from kit.models import make_model
 from kit.training import rollout_of
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.quantise import packed_copy
-from mlxchat.rl.scores import PolicyScores
+from mlxchat.rl.rollouts import PolicyScores
 
 
 def test_scores_are_those_of_the_whole_distribution(path):

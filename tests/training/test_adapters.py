@@ -11,7 +11,7 @@ from mlxchat.model.lora import attach_adapters
 from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, matrices_of, resolve_targets
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
-from mlxchat.rl.scores import PolicyScores
+from mlxchat.rl.rollouts import PolicyScores
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
 

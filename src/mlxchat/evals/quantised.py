@@ -8,11 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.data.packing import Row
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.quantise import PackedGPT, packed_copy
-from mlxchat.errors import DataError
-from mlxchat.evals.bpb import bits_per_byte, mean_loss
+from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.model.gpt import GPT
 
 MOST_CHANGE = 0.2
@@ -20,23 +18,6 @@ MOST_CHANGE = 0.2
 _MICRO_TOKENS = 2048
 SAMPLE = Path(__file__).with_name("quantised_sample.txt").read_text(encoding="utf-8")
 """About 500 tokens on which the cost of quantised weights is measured."""
-
-
-def check_quantised(model: GPT, bits: int, rows: list[Row], *, most: float = MOST_CHANGE) -> float:
-    """Return the increase of the loss on rows with weights of `bits`, in nats per token.
-
-    Raises:
-        DataError: it is not finite, or more than `most`.
-    """
-    exact, rounded = (mean_loss(each, rows, micro_tokens=_MICRO_TOKENS) for each in (model, packed_copy(model, bits)))
-    change = rounded - exact
-    if not change <= most:  # nor if it is not a number
-        instead = "Use 8 bits or none" if bits < 8 else "Do not quantise it"
-        raise DataError(
-            f"weights of {bits} bits change this model too much: {change:+.2f} nats per token on {len(rows)} rows, at "
-            f"most {most:+.2f}. {instead}"
-        )
-    return change
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,7 @@ from mlxchat.errors import DataError
 from mlxchat.evals.examples import Example, answer_all
 from mlxchat.ops.device import round_tokens
 from mlxchat.rl.loss import Floats, PairLoss, pair_loss
-from mlxchat.rl.rollouts import draw_seed, sample
-from mlxchat.rl.scores import PolicyScores
+from mlxchat.rl.rollouts import PolicyScores, draw_seed, sample
 from mlxchat.runner.context import Context
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task
@@ -133,33 +132,22 @@ def sum_answers(scores: PolicyScores, ids: Ints, targets: Ints) -> tuple[Floats,
     return log_probs.sum(axis=1).reshape(-1, 2), (targets >= 0).sum(axis=1).reshape(-1, 2).astype(float)
 
 
-def reference_sums(ctx: Context, name: str, pairs: PairRows, scores: PolicyScores) -> Floats:
-    """Return the sums (P, 2) of all pairs under the model as it is; each part is saved, and computed once."""
-
-    def score(known: dict[int, Example]) -> Iterator[list[Example]]:
-        for part in pairs.parts:
-            if part[0] not in known:
-                sums, _ = sum_answers(scores, *pairs.rows(part))
-                yield [{"index": pair, "sums": row} for pair, row in zip(part, sums.tolist(), strict=True)]
-
-    journal = ctx.work / "reference" / f"{name}.jsonl"
-    about = {"pairs": len(pairs)}
-    records = answer_all(ctx, journal, about, len(pairs), f"{name} pairs scored", score)
-    return np.array([record["sums"] for record in records])
+def sum_pairs(ctx: Context, pairs: PairRows, scores: PolicyScores) -> tuple[Floats, Floats]:
+    """Return `sum_answers` of all pairs under the model as it is."""
+    sums, lengths = np.zeros((len(pairs), 2)), np.zeros((len(pairs), 2))
+    for part in pairs.parts:
+        if ctx.should_stop():
+            raise ctx.stop("the scoring of pairs")
+        sums[part], lengths[part] = sum_answers(scores, *pairs.rows(part))
+    return sums, lengths
 
 
 def validate(
     ctx: Context, pairs: PairRows, scores: PolicyScores, reference: Floats | None, config: PreferenceConfig
 ) -> dict[str, float]:
     """Return the means over held-out pairs under the present weights, all with the prefix val_."""
-    found = []
-    for part in pairs.parts:
-        if ctx.should_stop():
-            raise ctx.stop("the validation of pairs", saved=True)
-        found.append(sum_answers(scores, *pairs.rows(part)))
-    order = [pair for part in pairs.parts for pair in part]
-    sums, lengths = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
-    loss = pair_loss(sums, lengths, None if reference is None else reference[order], config)
+    sums, lengths = sum_pairs(ctx, pairs, scores)
+    loss = pair_loss(sums, lengths, reference, config)
     numbers = {"loss": float(loss.values.mean()), **_numbers(loss, sums)}
     numbers["pair_accuracy_stderr"] = float(_is_preferred(loss).std() / np.sqrt(len(pairs)))
     return {f"val_{name}": value for name, value in numbers.items()}

@@ -1,9 +1,9 @@
 """RL from the task's questions to a weighted batch, and pass@k on held-out questions.
 
-Counterpart of nanochat's chat_rl.py: on-policy REINFORCE with the group's mean reward as
-baseline. `Rollouts.next_batch` follows an iteration: sample a group of completions per question, reward each
-(rewards.py), compare the rewards within a group (advantages, loss.py), compute log-probabilities where the loss needs
-them (scores.py), derive one weight per sampled token from the loss (loss.py). `TrainStep` then minimises
+Counterpart of nanochat's chat_rl.py: on-policy REINFORCE with the group's mean reward as baseline.
+`Rollouts.next_batch` follows an iteration: sample a group of completions per question, reward each (rewards.py),
+compare the rewards within a group (advantages, loss.py), compute log-probabilities where the loss needs them
+(`PolicyScores`), derive one weight per sampled token from the loss (loss.py). `TrainStep` then minimises
 Σ weight × cross-entropy.
 """
 
@@ -13,19 +13,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mlxchat.config.schema import PreferenceConfig, RLConfig
-from mlxchat.data.conversation import render_conversation, render_for_completion
-from mlxchat.data.packing import IGNORED, Ints, Row
+from mlxchat.data.conversation import render_for_completion
+from mlxchat.data.packing import IGNORED, Ints
 from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.distributed.team import Team
 from mlxchat.engine.generate import Completion, Engine
+from mlxchat.model.gpt import GPT
+from mlxchat.model.parameters import flatten_parameters, set_parameters
+from mlxchat.model.scoring import row_of, score_rows
 from mlxchat.ops.device import round_tokens
 from mlxchat.ops.machine import round_up
 from mlxchat.optim.optimizer import Flat
 from mlxchat.rl.loss import Floats, advantages_of, check_rollout_drift, importance_weights, policy_loss
 from mlxchat.rl.rewards import Reward
-from mlxchat.rl.scores import ROWS_STEP, PolicyScores
 from mlxchat.tasks.answers import Conversation, answer_text
 from mlxchat.tasks.base import Task
 from mlxchat.training.batches import Batch, BatchSource
@@ -33,7 +37,8 @@ from mlxchat.training.batches import Batch, BatchSource
 Log = Callable[[dict[str, Any]], None]
 
 _EVALUATED_ROWS = 128
-_CHECKED_CONVERSATIONS = 64
+# Heights of batches are multiples of it, so that few shapes are compiled.
+_ROWS_STEP = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +111,7 @@ class Rollout:
         """Return a batch whose loss is Σ weight × cross-entropy; rows without any weight are left out."""
         useful = np.flatnonzero(weights.any(axis=1))
         width = round_tokens(self.lengths[useful].max(initial=1))
-        height = round_up(max(1, len(useful)), ROWS_STEP)
+        height = round_up(max(1, len(useful)), _ROWS_STEP)
         ids = np.full((height, width + 1), padding, dtype=np.int32)
         placed = np.zeros((height, width), dtype=np.float32)
         ids[: len(useful)] = self.ids[useful, : width + 1]
@@ -122,6 +127,33 @@ class Rollout:
     def of_state(cls, state: dict[str, Any]) -> Rollout:
         """Return the rollout whose `state` this is."""
         return cls(**{name: np.array(value) for name, value in state.items()})
+
+
+class PolicyScores:
+    """Scores rows with the forward pass of training, under the model's present weights or under others."""
+
+    def __init__(self, model: GPT, *, micro_tokens: int, dtype: mx.Dtype, team: Team | None = None) -> None:
+        """Take a float32 model, tokens of a forward pass, its dtype, and the ranks that share the rows."""
+        self._model = model
+        self._options: dict[str, Any] = {"batch_tokens": micro_tokens, "dtype": dtype, "team": team}
+
+    def __call__(self, ids: Ints, targets: Ints, weights: Flat | None = None) -> tuple[Floats, Floats]:
+        """Return log-probabilities and entropies in nats (B, T), 0 where the target is negative.
+
+        Args:
+            ids: (B, T).
+            targets: (B, T) token ids; negative ones are ignored.
+            weights: parameters that replace the model's by name, such as those of the frozen reference.
+        """
+        own = flatten_parameters(self._model)
+        role = "model" if weights is None else "reference"
+        set_parameters(self._model, weights or {})
+        rows = [row_of(*row) for row in zip(ids, targets, strict=True)]
+        found = score_rows(self._model, rows, ("losses", "entropies"), role=role, **self._options)
+        set_parameters(self._model, own)
+        losses, entropies = np.zeros(ids.shape), np.zeros(ids.shape)
+        losses[targets >= 0], entropies[targets >= 0] = np.concatenate(found, axis=1)
+        return -losses, entropies
 
 
 class Rollouts(BatchSource):
@@ -375,15 +407,6 @@ def render_question(tokenizer: Tokenizer, conversation: Conversation, config: RL
 def longest_prompt(tokenizer: Tokenizer, config: RLConfig, *tasks: Task) -> int:
     """Return the tokens of the longest prompt of some tasks."""
     return max(len(render_question(tokenizer, task[index], config)) for task in tasks for index in range(len(task)))
-
-
-def conversation_rows(tokenizer: Tokenizer, task: Task) -> list[Row]:
-    """Return rows of whole conversations with the assistant's tokens as targets, to check quantised weights on."""
-    rows = []
-    for index in range(min(len(task), _CHECKED_CONVERSATIONS)):
-        ids, mask = (np.array(each, np.int32) for each in render_conversation(tokenizer, task[index]))
-        rows.append((ids[:-1], np.where(mask[1:], ids[1:], IGNORED)))
-    return rows
 
 
 def draw_seed(seed: int, number: int) -> int:
