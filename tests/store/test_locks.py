@@ -110,19 +110,8 @@ def test_file_system_without_locks_is_refused(number, tmp_path, monkeypatch):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(StoreError, match=r"no locks .*outputs=PATH"):
-        locks.check_locks(tmp_path)
-    assert list(tmp_path.iterdir()) == []
     with pytest.raises(StoreError, match=r"no locks .*outputs=PATH"), locks.hold(tmp_path / "x.lock", {}, print):
         pass
-
-
-def test_file_system_that_grants_every_lock_is_refused(tmp_path, monkeypatch):
-    locks.check_locks(tmp_path)
-    monkeypatch.setattr(fcntl, "flock", lambda handle, operation: None)
-    with pytest.raises(StoreError, match=r"grants a lock to two holders at once.*outputs=PATH"):
-        locks.check_locks(tmp_path)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_waiter_for_a_removed_lock_file_takes_the_new_one(tmp_path, hold_elsewhere):
@@ -171,28 +160,22 @@ def test_brief_check_of_a_lock_is_not_reported(tmp_path):
     timer.join()
 
 
-NO_DRIVER: tuple[str, ...] = ()
-TWO = ("GPU-8932f937-aa", "GPU-11d0e0aa-bb")
-
-
 @pytest.mark.parametrize(
-    ("uuids", "visible", "job", "devices"),
+    ("devices", "visible", "job", "expected"),
     [
-        (NO_DRIVER, None, None, ["0"]),  # a Mac
-        (NO_DRIVER, "1,0", None, ["0", "1"]),
-        (TWO, None, None, ["0", "1"]),
-        (TWO, "1", None, ["1"]),
-        (TWO, "GPU-11d0,0", None, ["0", "1"]),
-        (TWO, "MIG-7d1b", None, ["MIG-7d1b"]),
-        (TWO, "0", "3", ["3"]),  # CUDA numbers the devices of the job
-        (TWO, "1", "0,1", ["1"]),
-        (TWO, None, "0,1", ["0", "1"]),
+        (0, None, None, ["0"]),  # a Mac
+        (0, "1,0", None, ["0", "1"]),
+        (2, None, None, ["0", "1"]),
+        (2, "1", None, ["1"]),
+        (2, "0", "3", ["3"]),  # CUDA numbers the devices of the job
+        (2, "1", "0,1", ["1"]),
+        (2, None, "0,1", ["0", "1"]),
     ],
 )
-def test_each_visible_gpu_has_one_lock(uuids, visible, job, devices, tmp_path, monkeypatch):
-    for number, uuid in enumerate(uuids):
+def test_each_visible_gpu_has_one_lock(devices, visible, job, expected, tmp_path, monkeypatch):
+    for number in range(devices):
         (tmp_path / f"0000:0{number}:00.0").mkdir()
-        (tmp_path / f"0000:0{number}:00.0" / "information").write_text(f"Model: \t H100\nGPU UUID: \t {uuid}\n")
+        (tmp_path / f"0000:0{number}:00.0" / "information").touch()
     monkeypatch.setattr(locks, "_NVIDIA", tmp_path)
     for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("SLURM_JOB_GPUS", job)):
         if value is None:
@@ -201,8 +184,8 @@ def test_each_visible_gpu_has_one_lock(uuids, visible, job, devices, tmp_path, m
             monkeypatch.setenv(name, value)
     monkeypatch.setenv("MLXCHAT_LOCKS", str(tmp_path / "locks"))
     found = locks.gpu_locks()
-    assert list(found) == devices
-    assert [path.name for path in found.values()] == [f"gpu-{device}.lock" for device in devices]
+    assert list(found) == expected
+    assert [path.name for path in found.values()] == [f"gpu-{device}.lock" for device in expected]
 
 
 def test_gpu_locks_of_another_user_are_refused(monkeypatch):

@@ -22,7 +22,7 @@ from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_bytes
-from mlxchat.errors import ConfigError, MlxchatError
+from mlxchat.errors import ConfigError, MlxchatError, StoreError
 from mlxchat.store.environment import versions
 from mlxchat.store.files import now, write_whole
 from mlxchat.store.naming import find_model
@@ -39,8 +39,6 @@ Finding = tuple[str, str, str]
 def doctor(parser: Parser) -> None:
     """Declare `mlxchat doctor`."""
     parser.add_argument("--gpu", action="store_true", help="check training and generation on this device: two minutes")
-    parser.add_argument("--hosts", action="store_true", help="test locks of two hosts: run it on both at once")
-    parser.add_argument("--seconds", type=float, default=120, help="time to wait for the other machine (default: 120)")
     parser.set_defaults(main=_doctor)
 
 
@@ -52,10 +50,7 @@ def _doctor(options: Namespace) -> int:
 
         return int(not check_device())
     outputs = options.outputs
-    if options.hosts:
-        findings = [*_folder(outputs), *_hosts(outputs, options.seconds)]
-    else:
-        findings = [*_installation(), *_device(), *_programs(), *_resources(outputs), *_folder(outputs)]
+    findings = [*_installation(), *_device(), *_programs(), *_resources(outputs), *_folder(outputs)]
     for mark, what, details in findings:
         print(f"{mark:<5} {what:<10} {details}")
     return int(any(mark == "wrong" for mark, _, _ in findings))
@@ -135,38 +130,22 @@ def _resources(outputs: Path) -> Iterator[Finding]:
 
 
 def _folder(outputs: Path) -> Iterator[Finding]:
-    from mlxchat.store.locks import mount_of
-    from mlxchat.store.probing import probe_folder
+    from mlxchat.store import locks
 
     place = outputs
     while not place.exists() and place != place.parent:
         place = place.parent
-    mount = mount_of(place)
-    reason = mount.hides_locks()
-    if reason is not None:
-        yield ("note", "sharing", f"{outputs} supports one host: {reason}. To test it: mlxchat doctor --hosts, on both")
-    elif not mount.is_local:
-        yield ("ok", "sharing", f"{outputs} is {mount.kind}: hosts that mount it this way see each other's locks")
+    path = place / f".probe-{os.urandom(6).hex()}"
     try:
-        found = list(probe_folder(place))
-    except OSError as error:
-        yield ("wrong", "outputs", f"{outputs} cannot be written ({error.strerror}): choose another with outputs=PATH")
+        with locks.hold(path, {}, lambda owner: None):
+            works = locks.is_held(path)
+    except (OSError, StoreError) as error:
+        yield ("wrong", "outputs", f"{getattr(error, 'strerror', None) or error}: choose another with outputs=PATH")
         return
-    if all(mark == "ok" for mark, _ in found):
-        yield ("ok", "outputs", f"{mount.kind}: locks, renames, links and times of files work in {outputs}")
-    for mark, text in found:
-        if mark != "ok":
-            yield (mark, "outputs", f"{text} ({place}, {mount.kind})")
-
-
-def _hosts(outputs: Path, seconds: float) -> Iterator[Finding]:
-    from mlxchat.store.probing import probe_hosts
-
-    try:
-        for mark, text in probe_hosts(outputs / "locks", seconds, say=lambda line: print(line, flush=True)):
-            yield (mark, "hosts", text.removeprefix("hosts: "))
-    except OSError as error:
-        yield ("wrong", "hosts", f"{outputs}: {error.strerror or error}")
+    finally:
+        path.unlink(missing_ok=True)
+    told = "files can be locked" if works else "two processes can hold one lock: choose another with outputs=PATH"
+    yield ("ok" if works else "wrong", "outputs", f"{outputs}: {told}")
 
 
 # Kind → (module in mlxchat.bench, its function from configuration to plain data, description).

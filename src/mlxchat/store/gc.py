@@ -304,8 +304,6 @@ def _delete(store: Store, verb: str, find: Callable[[], Collection]) -> Collecti
         raise ConfigError(f"{verb} needs that no step is running, but {running} is. See: mlxchat status")
 
     with locks.hold(store.outputs / "locks" / "gc.lock", {"step": verb}, refuse):
-        if (store.outputs / "refs").is_dir():
-            store.check()
         found = find()
         crash_point("gc.planned")
         trash = store.outputs / "trash"

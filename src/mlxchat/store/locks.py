@@ -1,8 +1,6 @@
 """Locks: one holder per step, by flock, which the kernel releases when the holder dies.
 
-Some network mounts keep flock local to each host, so that two hosts can hold the same lock. One host cannot detect
-that, so `claim` decides by the mount's type and options. Such a folder belongs to the host that used it first
-(`locks/one-host.json`), until two hosts have tested their locks against each other (`mlxchat doctor --hosts`).
+docs/guides/outputs.md says which file systems share locks between hosts.
 """
 
 from __future__ import annotations
@@ -15,19 +13,18 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxchat.config.secrets import redact
 from mlxchat.errors import StoreError
-from mlxchat.store.files import is_alive, now, write_whole
+from mlxchat.store.files import is_alive
 
 _POLL_SECONDS = 0.1
 # `is_held` takes a lock for an instant; a shorter wait is not reported.
 _GLANCE_SECONDS = 0.05
 _BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
-# The NVIDIA driver's description of each device on Linux, in PCI bus order.
+# The NVIDIA driver's description of each device on Linux.
 _NVIDIA = Path("/proc/driver/nvidia/gpus")
 # Open lock files of this process: handle → path.
 _held: dict[int, Path] = {}
@@ -136,19 +133,13 @@ def gpu_locks() -> dict[str, Path]:
     return {name: folder / f"gpu-{clean}.lock" for name, clean in sorted(names.items())}
 
 
-def _gpu_names() -> set[str]:
-    """Return the devices that SLURM and CUDA allow, as numbers or MIG names; without a restriction, all."""
-    records = [path.read_text() for path in sorted(_NVIDIA.glob("*/information"))]
-    uuids = [found[1] if (found := re.search(r"GPU UUID:\s*(\S+)", text)) else "" for text in records]
+def _gpu_names() -> list[str]:
+    """Return the devices that SLURM and CUDA allow; without a restriction, all."""
     visible = _split(os.environ.get("CUDA_VISIBLE_DEVICES"))
     job = _split(os.environ.get("SLURM_JOB_GPUS"))
     # In a job CUDA may number the job's devices from 0; SLURM's numbers are the machine's.
     chosen = visible if visible and set(visible) <= set(job or visible) else job
-    if chosen is None:
-        return {str(number) for number in range(len(uuids) or 1)}
-    # CUDA also accepts prefixes of UUIDs.
-    numbers = {name: str(at) for name in chosen for at, uuid in enumerate(uuids) if name and uuid.startswith(name)}
-    return {numbers.get(name, name) for name in chosen}
+    return chosen or [str(number) for number in range(len(list(_NVIDIA.glob("*/information"))) or 1)]
 
 
 def _split(text: str | None) -> list[str] | None:
@@ -168,27 +159,6 @@ def read_owner(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) else {}
-
-
-def check_locks(folder: Path) -> None:
-    """Check that locks work in a folder.
-
-    Raises:
-        StoreError: its file system has no locks, or grants the same one twice, as some network mounts do.
-    """
-    path = folder / f".probe-{os.urandom(8).hex()}"
-    handles = [os.open(path, os.O_RDWR | os.O_CREAT, 0o644), os.open(path, os.O_RDWR)]
-    try:
-        granted = [_try_lock(handle, path, shared=False) for handle in handles]
-    finally:
-        for handle in handles:
-            os.close(handle)
-        path.unlink()
-    if granted != [True, False]:
-        raise StoreError(
-            f"{folder}: this file system grants a lock to two holders at once, so two runs could run the same step. "
-            "Choose another folder: outputs=PATH"
-        )
 
 
 def _open(path: Path) -> int:
@@ -243,157 +213,3 @@ def _try_lock(handle: int, path: Path, *, shared: bool) -> bool:
             f"{path}: this file system has no locks ({error.strerror}). Choose another folder: outputs=PATH"
         ) from None
     return True
-
-
-CLAIM = "one-host.json"
-TESTED = "hosts.json"
-# Local disks, and folders that a virtual machine shares with its host: no other machine mounts them.
-_LOCAL = (
-    *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "reiserfs", "jfs", "ntfs", "ntfs3", "vfat"),
-    *("exfat", "msdos", "tmpfs", "ramfs", "overlay", "aufs", "squashfs", "erofs", "apfs", "hfs", "ufs", "devtmpfs"),
-    *("fuseblk", "fuse.fuse-overlayfs", "rootfs", "virtiofs", "9p", "fakeowner", "fuse.grpcfuse", "vboxsf"),
-)
-# Locks are kept by a server or the cluster.
-_SHARED = ("ceph", "fuse.ceph", "fuse.ceph-fuse", "gpfs", "fuse.glusterfs", "ocfs2", "gfs2", "fuse.juicefs", "panfs")
-# Type → options that keep locks local to the host.
-_OPTIONS = {
-    "nfs": ("nolock", "local_lock=all", "local_lock=flock", "locallocks"),
-    "nfs4": ("nolock", "local_lock=all", "local_lock=flock", "locallocks"),
-    "cifs": ("nobrl",),
-    "smb3": ("nobrl",),
-    "lustre": ("localflock",),
-}
-
-
-@dataclass(frozen=True)
-class Mount:
-    """A mounted file system."""
-
-    kind: str
-    """Type in the terms of mount(8): ext4, nfs4, fuse.sshfs."""
-    source: str
-    options: tuple[str, ...]
-
-    @property
-    def is_local(self) -> bool:
-        """Whether only this machine uses it."""
-        return self.kind in _LOCAL
-
-    def hides_locks(self) -> str | None:
-        """Return why other hosts may not see locks taken here; None if they do, or if it is local."""
-        if self.is_local or self.kind in _SHARED:
-            return None
-        if self.kind in _OPTIONS:
-            found = [option for option in _OPTIONS[self.kind] if option in self.options]
-            if found:
-                return f"it is {self.kind} mounted with {found[0]}, which keeps locks local to each host"
-            if self.kind == "lustre" and "flock" not in self.options:
-                return "it is lustre mounted without flock"
-            return None
-        return f"it is {self.kind or 'of an unknown type'}, and whether hosts see each other's locks there is not known"
-
-
-def mount_of(folder: Path) -> Mount:
-    """Return the mount of a folder, or of its nearest existing parent; local if unknown."""
-    place = folder.resolve()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    best, found = "", Mount("ext4", "", ())
-    for point, mount in _mounts():
-        inside = str(place) == point or str(place).startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, found = point, mount
-    return found
-
-
-def _mounts() -> list[tuple[str, Mount]]:
-    """Return (mount point, mount) of everything mounted; later ones shadow earlier ones."""
-    found = []
-    try:
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-    except OSError:
-        import psutil  # macOS
-
-        for part in psutil.disk_partitions(all=True):
-            found.append((part.mountpoint, Mount(part.fstype, part.device, tuple(part.opts.split(",")))))
-        return found
-    for line in lines:
-        fields, _, rest = line.partition(" - ")
-        kind, source, options = [*rest.split(" "), "", ""][:3]
-        point = re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), fields.split(" ")[4])
-        every = tuple(dict.fromkeys([*fields.split(" ")[5].split(","), *options.split(",")]))
-        found.append((point, Mount(kind, source, every)))
-    return found
-
-
-def claim(folder: Path) -> None:
-    """Claim `locks/` of an outputs folder for this host if hosts may not see each other's locks there.
-
-    Raises:
-        StoreError: another host uses the folder.
-    """
-    mount = mount_of(folder)
-    reason = mount.hides_locks()
-    if reason is None or _is_tested(folder, mount):
-        return
-    path, here = folder / CLAIM, host_name()
-    record = {"host": here, "since": now(), "mount": mount.kind, "source": mount.source}
-    with suppress(FileExistsError), path.open("x", encoding="utf-8") as file:
-        file.write(json.dumps(record))
-        return
-    for _ in range(20):  # it may be being written
-        if (owner := read_owner(path)) or not path.exists():
-            break
-        time.sleep(0.05)
-    if "host" not in owner:
-        if not path.exists():  # two hosts have just finished a test
-            claim(folder)
-            return
-        raise StoreError(
-            f"{path} does not name the host that uses this outputs folder, because its writer was killed. If no other "
-            "host uses the folder, remove the file"
-        )
-    if owner["host"] != here:
-        since, other = owner.get("since", "a while"), owner["host"]
-        raise StoreError(
-            f"{folder.parent}: {reason}. {other} uses this outputs folder since {since}, and {here} may not see its "
-            "locks, so both could run the same step. Test it: run "
-            f"mlxchat doctor --hosts outputs={folder.parent} on both at the same time; a successful test is recorded. "
-            f"If {other} no longer uses the folder, remove {path}. "
-            "Or mount it so that locks are shared (NFS: without nolock and local_lock)"
-        )
-
-
-def check_links(refs: Path) -> None:
-    """Check that symlinks in the writable folder `refs` can be read back, because gc keeps what they lead to.
-
-    Raises:
-        StoreError: this file system has no symlinks, or none that lead out of their folder.
-    """
-    link = refs / f".probe-{os.urandom(8).hex()}"
-    try:
-        link.symlink_to("../store")
-        right = str(link.readlink()) == "../store"
-    except OSError:
-        right = False
-    finally:
-        link.unlink(missing_ok=True)
-    if not right:
-        raise StoreError(
-            f"{refs}: this file system ({mount_of(refs).kind}) has no symbolic links to a neighbouring folder, which "
-            "refs/ needs. Choose another folder: outputs=PATH. "
-            "For sshfs: mount it with -o no_contain_symlinks"
-        )
-
-
-def remember_tested(folder: Path, hosts: list[str]) -> None:
-    """Record that hosts saw each other's locks in a folder with this type of mount."""
-    mount = mount_of(folder)
-    own = folder / f"{TESTED}.{host_name()}"  # both hosts write at the same time
-    write_whole(own, json.dumps({"hosts": hosts, "at": now(), "mount": mount.kind}).encode())
-    own.replace(folder / TESTED)
-    (folder / CLAIM).unlink(missing_ok=True)
-
-
-def _is_tested(folder: Path, mount: Mount) -> bool:
-    return bool(read_owner(folder / TESTED).get("mount") == mount.kind)

@@ -3,7 +3,7 @@
     store/<stage>-<label>-<rid16>/   an artifact; complete if and only if manifest.json exists
     records/<stage>-<key>-<time>-<rid16>.json   one per execution: the manifest of its result
     work/<key>/                      out/ (the unfinished artifact), ckpt/, attempts.jsonl, code.json; survives crashes
-    locks/<key>.lock                 flock files; one-host.json, hosts.json: store/locks.py
+    locks/<key>.lock                 flock files
     refs/<run>/<step>, refs/latest -> <run>   relative symlinks: readable names (store/naming.py);
                                      <step>@<iteration>: intermediate models of a training
     runs/<timestamp-pid-name>/       plan.json, events.jsonl, config.yaml, report
@@ -63,10 +63,10 @@ class Store:
         self._read: dict[Path, tuple[tuple[int, int], Manifest]] = {}
 
     def prepare(self) -> None:
-        """Create the folders, check the file system, and remove leftovers of killed processes.
+        """Create the folders, and remove leftovers of killed processes.
 
         Raises:
-            StoreError: the outputs folder cannot be written, or as `check`.
+            StoreError: the outputs folder cannot be written.
         """
         try:
             for name in ("store", "records", "work", "locks", "refs", "runs"):
@@ -74,23 +74,12 @@ class Store:
             probe = self.outputs / "work" / f".probe-{uuid.uuid4().hex}"
             probe.touch()
             probe.unlink(missing_ok=True)  # another process may tidy up
-            self.check()
             sweep(self.outputs)
         except OSError as error:
             raise StoreError(
                 f"outputs folder {self.outputs} cannot be written ({error.strerror}). "
                 "Choose another with outputs=PATH, or fix its permissions."
             ) from None
-
-    def check(self) -> None:
-        """Check that locks and symlinks work on this file system.
-
-        Raises:
-            StoreError: see `locks.check_locks`, `locks.claim`, `locks.check_links`.
-        """
-        locks.check_locks(self.outputs / "locks")
-        locks.claim(self.outputs / "locks")
-        locks.check_links(self.outputs / "refs")
 
     def find(self, rid: str) -> Path | None:
         """Return the folder of the complete artifact with this id, or None."""
