@@ -13,9 +13,9 @@ HEAVY = (
     "huggingface_hub", "jinja2",
 )  # fmt: skip
 STAGES = ("corpus", "tokenizer", "pretrain", "midtrain", "sft", "eval")
-# Some 30 ms of Python, and a second of it for ten thousand artifacts.
+# Some 30 ms of Python, and half a second of it for a thousand artifacts.
 CALLS, CALLS_OF_PLAN = 60_000, 400_000
-CALLS_AN_ARTIFACT = {"ls": 150, "gc": 400, "plan": 1000, "lineage": 50}
+CALLS_AN_ARTIFACT = {"ls": 700, "gc": 800, "plan": 1000, "lineage": 600}
 # Runs each line of arguments on stdin in a fork, and prints its function calls and the heavy packages it imported.
 WATCH = f"""
 import cProfile, io, json, os, pstats, sys

@@ -149,16 +149,15 @@ def test_names_within_layers_select_the_last_layers(tmp_path):
 
 
 def test_gc_keeps_the_base_of_an_adapter(tmp_path):
-    from mlxchat.store.gc import Limits, find_garbage
+    from mlxchat.store.gc import find_garbage
 
     outputs = tmp_path / "outputs"
     base = publish_base(outputs)
     tuned = publish_adapters(outputs, base)
     (outputs / "refs" / "latest" / "base").unlink()
-    limits = Limits(keep_last=0, older_than_seconds=None, max_bytes=None)
-    assert find_garbage(Store(outputs), limits).garbage == []
+    assert find_garbage(Store(outputs), 0).garbage == []
     (outputs / "refs" / "latest" / "tuned").unlink()
-    assert {item.path.name for item in find_garbage(Store(outputs), limits).garbage} == {base.name, tuned.name}
+    assert {item.path.name for item in find_garbage(Store(outputs), 0).garbage} == {base.name, tuned.name}
 
 
 def test_verbs_accept_adapters(tmp_path, monkeypatch, command):

@@ -17,7 +17,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, MlxchatError
 from mlxchat.interop.importing import import_model
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.store.gc import Limits, find_garbage
+from mlxchat.store.gc import find_garbage
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import describe_model, find_model, resolve
 from mlxchat.store.store import Store
@@ -153,7 +153,7 @@ def test_named_import_is_not_collected(twin):
         if folder.name != "imports":
             for link in folder.iterdir():
                 link.unlink()
-    found = find_garbage(Store(Path("outputs")), Limits())
+    found = find_garbage(Store(Path("outputs")))
     assert found.kept[place.name] == "import:x"
 
 

@@ -9,7 +9,7 @@ from kit.artifacts import find_faults
 from kit.toys import ONE, ToySection
 from mlxchat.errors import DataError, StoreError
 from mlxchat.store import locks
-from mlxchat.store.gc import Limits, find_garbage
+from mlxchat.store.gc import find_garbage
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import find, find_model, find_newest_model, latest, links, resolve, running_run
 from mlxchat.store.store import Store
@@ -113,8 +113,8 @@ def test_gc_treats_intermediate_models_like_others(training):
     named = training.outputs / "refs" / "20260101-000000-1-toy"
     (training.outputs / "refs" / old).rename(named)
     (training.outputs / "runs" / old).rename(training.outputs / "runs" / named.name)
-    assert find_garbage(training.store, Limits()).garbage == []
-    going = [item for item in find_garbage(training.store, Limits(keep_last=2)).garbage if item.kind == "artifact"]
+    assert find_garbage(training.store).garbage == []
+    going = [item for item in find_garbage(training.store, 2).garbage if item.kind == "artifact"]
     assert {item.path for item in going} == {resolve(training.store, f"{named.name}/one@{n}") for n in (2, 4)}
     assert {item.reason for item in going} == {"an intermediate model of one"}
 

@@ -17,10 +17,10 @@ from kit.commands import run_process
 from kit.toys import PIPELINE
 from mlxchat.errors import ConfigError
 from mlxchat.store.catalog import read_catalog, references
-from mlxchat.store.gc import DAY_SECONDS, Limits, collect, find_garbage, find_removal, parse_age, parse_bytes, remove
+from mlxchat.store.gc import DAY_SECONDS, collect, find_garbage, find_removal, remove
 from mlxchat.store.naming import Found, Run, groups, latest, resolve
 
-NONE, ALL = Limits(), Limits(keep_last=0)
+NONE, ALL = None, 0
 
 
 def run_with(toys: Any, first: int, second: int = 1) -> str:
@@ -36,8 +36,8 @@ def run_with(toys: Any, first: int, second: int = 1) -> str:
     return str(folder.name)
 
 
-def names(toys: Any, limits: Limits) -> set[str]:
-    return {item.path.name for item in find_garbage(toys.store, limits).garbage if item.kind == "artifact"}
+def names(toys: Any, keep_last: int | None) -> set[str]:
+    return {item.path.name for item in find_garbage(toys.store, keep_last).garbage if item.kind == "artifact"}
 
 
 def artifact(toys: Any, name: str) -> str:
@@ -67,10 +67,8 @@ def test_ended_runs_keep_everything_until_a_limit_is_given(toys):
     run_with(toys, 2)
     before = {artifact(toys, f"{old}/first"), artifact(toys, f"{old}/second")}
     assert names(toys, NONE) == set()
-    assert names(toys, Limits(keep_last=2)) == set()
-    assert names(toys, Limits(keep_last=1)) == names(toys, ALL) == before
-    assert names(toys, Limits(older_than_seconds=DAY_SECONDS)) == set()
-    assert names(toys, Limits(older_than_seconds=0.0)) == before
+    assert names(toys, 2) == set()
+    assert names(toys, 1) == names(toys, ALL) == before
 
 
 def test_pin_keeps_an_artifact_and_its_inputs(toys):
@@ -89,17 +87,6 @@ def test_unreferenced_artifact_is_garbage_without_limits(toys):
     run_with(toys, 1, 2)
     (toys.outputs / "refs" / old / "second").unlink()
     assert names(toys, NONE) == {lost}
-
-
-def test_max_bytes_removes_only_the_oldest(toys):
-    for number in (1, 2, 3):
-        run_with(toys, number)
-    total = sum(summary["bytes"] for summary in read_catalog(toys.store))
-    found = find_garbage(toys.store, Limits(max_bytes=total - 1)).garbage
-    assert [item.kind for item in found if item.kind == "artifact"] == ["artifact"]
-    oldest = next(summary for summary in read_catalog(toys.store) if summary["step"] == "second")
-    assert found[0].path.name == oldest["folder"], "an artifact is removed before its inputs"
-    assert names(toys, Limits(max_bytes=0)) == names(toys, ALL)
 
 
 def test_collection_removes_what_the_preview_lists(toys):
@@ -232,13 +219,3 @@ def test_removing_a_run_in_progress_needs_force(toys):
         remove(toys.store, [Found(resolve(toys.store, "second"))], force=False)
     remove(toys.store, [Run(run)], force=True)
     assert list((toys.outputs / "store").iterdir()) == []
-
-
-def test_ages_and_sizes_are_parsed():
-    ages = {"90s": 90, "12h": 43200, "7d": 7 * DAY_SECONDS, "1.5m": 90}
-    sizes = {"10GB": 1e10, "500MB": 5e8, "1.5T": 1.5e12, "100": 100}
-    assert {text: parse_age(text) for text in ages} == ages
-    assert {text: parse_bytes(text) for text in sizes} == sizes
-    for text in ("7", "d", "-1d", "7 days", ""):
-        with pytest.raises(ConfigError, match="not an age"):
-            parse_age(text)

@@ -74,32 +74,6 @@ def test_pin_and_step_of_one_name_are_ambiguous(store):
     assert resolve(store, "pins/sft").name.startswith("rl")
 
 
-def test_cached_catalog_follows_every_change(store):
-    read = read_catalog(store, trusted=False)
-    assert read_catalog(store) == read
-    folder = store.outputs / "store" / f"rl-d4-{THIRD[:16]}"
-    record = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**record, "step": "other"}))
-    assert {summary["step"] for summary in read_catalog(store)} == {"sft", "other"}
-    (folder / "manifest.json").unlink()
-    assert {summary["step"] for summary in read_catalog(store)} == {"sft"}
-
-
-def test_damaged_catalog_is_rebuilt(store):
-    expected = read_catalog(store)
-    place = store.outputs / "index" / "catalog.json"
-    whole = place.read_bytes()
-    for length in range(0, len(whole), 97):
-        place.write_bytes(whole[:length])
-        assert read_catalog(store) == expected
-    for position in range(0, len(whole), 61):
-        damaged = bytearray(whole)
-        damaged[position] ^= 4
-        place.write_bytes(damaged)
-        assert read_catalog(store) == expected
-    assert place.read_bytes() == whole
-
-
 def test_damaged_manifest_is_listed_as_damaged(store):
     (store.outputs / "store" / f"rl-d4-{THIRD[:16]}" / "manifest.json").write_text('{"rid": ')
     (damaged,) = (summary for summary in read_catalog(store) if "damaged" in summary)

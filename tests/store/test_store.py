@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from mlxchat.errors import StoreError
-from mlxchat.store.gc import remark_old
 from mlxchat.store.manifest import describe_outputs, read_manifest
 from mlxchat.store.naming import refs_of, resolve
 from mlxchat.store.store import Store, artifact_name
@@ -238,17 +237,3 @@ def test_huge_manifest_is_refused_unread(tmp_path):
         file.truncate(1 << 33)
     with pytest.raises(StoreError, match="it is larger than 64 MB"):
         read_manifest(tmp_path)
-
-
-def test_outputs_of_version_0_1_are_reported(tmp_path):
-    folder = tmp_path / "outputs" / "store" / f"sft-d4-{RID[:16]}"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"rid": RID, "schema": 1}))
-    store = Store(tmp_path / "outputs")
-    remark = remark_old(store)
-    assert remark is not None
-    assert "holds 1 artifact of version 0.1" in remark
-    assert store.read(RID) == {"rid": RID, "schema": 1}, "it is still found by name"
-    make_artifact(store)
-    assert remark_old(store) is None
-    assert remark_old(Store(tmp_path / "nothing")) is None

@@ -1,10 +1,7 @@
-"""Export and import: all inputs or nothing, verified before it reaches the store, and no path leads outside."""
+"""Push and pull: all inputs or nothing, verified before it reaches the store, and no path leads outside."""
 
-import io
 import json
 import signal
-import tarfile
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,14 @@ from kit.artifacts import contents, find_faults
 from kit.commands import run_here, run_process
 from kit.toys import PIPELINE
 from mlxchat.errors import StoreError
+from mlxchat.hub.places import export_to, import_from, open_place
 from mlxchat.store.files import seal
 from mlxchat.store.fingerprint import compute_key
-from mlxchat.store.gc import Limits, find_garbage
+from mlxchat.store.gc import find_garbage
 from mlxchat.store.manifest import identify, tree_of
 from mlxchat.store.naming import latest, refs_of, resolve
 from mlxchat.store.store import Store
-from mlxchat.store.transfer import closure, export, import_all
+from mlxchat.store.transfer import closure
 
 
 @pytest.fixture
@@ -29,21 +27,28 @@ def made(toys: Any) -> Any:
     return toys
 
 
+def export(folders: list[Path], to: Path) -> int:
+    return export_to(open_place(f"file://{to}"), folders)
+
+
+def import_all(store: Store, source: Path) -> tuple[list[Path], list[Path]]:
+    return import_from(store, open_place(f"file://{source}"), [])
+
+
 def exported(made: Any, to: Path) -> Path:
-    export(made.store, closure(made.store, [resolve(made.store, "second")]), to)
+    export(closure(made.store, [resolve(made.store, "second")]), to)
     return to
 
 
-@pytest.mark.parametrize("form", ["folder", "x.tar", "x.tar.gz"])
-def test_export_and_import_keep_every_byte(form, made, tmp_path):
+def test_export_and_import_keep_every_byte(made, tmp_path):
     other = Store(tmp_path / "other")
-    new, known = import_all(other, exported(made, tmp_path / form))
+    new, known = import_all(other, exported(made, tmp_path / "folder"))
     assert [place.name.split("-")[0] for place in new] == ["make", "copy"]
     assert known == []
     assert contents(other.outputs / "store") == contents(made.outputs / "store")
     assert [fault for place in new for fault in find_faults(other, place)] == []
-    assert import_all(other, tmp_path / form)[0] == [], "the second time nothing is new"
-    assert [item for item in find_garbage(other, Limits()).garbage if item.kind == "artifact"] == []
+    assert import_all(other, tmp_path / "folder")[0] == [], "the second time nothing is new"
+    assert [item for item in find_garbage(other).garbage if item.kind == "artifact"] == []
     assert latest(other).startswith("imported-")
     names = {step: place.name for step, place in refs_of(other).items()}
     assert names == {step: resolve(made.store, step).name for step in PIPELINE}
@@ -81,12 +86,12 @@ def test_import_includes_inputs_that_differ_here(made, tmp_path):
 def test_export_copies_only_missing_artifacts(made, tmp_path):
     place = exported(made, tmp_path / "folder")
     folders = closure(made.store, [resolve(made.store, "second")])
-    assert export(made.store, folders, place) == 0
+    assert export(folders, place) == 0
     manifest = place / "store" / folders[0].name / "manifest.json"
     manifest.unlink()  # as in an interrupted copy
     (place / "store" / folders[0].name / "result.txt").unlink()
     manifest.parent.rmdir()
-    assert export(made.store, folders, place) == 1
+    assert export(folders, place) == 1
 
 
 def test_export_refuses_missing_inputs(made, tmp_path):
@@ -96,7 +101,7 @@ def test_export_refuses_missing_inputs(made, tmp_path):
         closure(made.store, [resolve(made.store, "second")])
 
 
-@pytest.mark.parametrize("damage", ["file", "manifest", "missing", "extra"])
+@pytest.mark.parametrize("damage", ["file", "manifest", "missing"])
 def test_import_refuses_damaged_artifacts(damage, made, tmp_path):
     place = exported(made, tmp_path / "folder")
     victim = next((place / "store").glob("copy-*"))
@@ -104,8 +109,6 @@ def test_import_refuses_damaged_artifacts(damage, made, tmp_path):
         (victim / "result.txt").write_text("9 9")
     elif damage == "missing":
         (victim / "result.txt").unlink()
-    elif damage == "extra":
-        (victim / "more.txt").write_text("x")
     else:
         content = bytearray((victim / "manifest.json").read_bytes())
         content[len(content) // 2] ^= 1
@@ -115,26 +118,6 @@ def test_import_refuses_damaged_artifacts(damage, made, tmp_path):
         import_all(other, place)
     assert list((other.outputs / "store").iterdir()) == []
     assert list((other.outputs / "work").iterdir()) == []
-
-
-EVIL = ["../evil.txt", "/tmp/evil.txt", "store/a/../../../evil.txt", "store/evil.txt"]
-
-
-@pytest.mark.parametrize("name", [*EVIL, "link", "hardlink", "device"])
-def test_tar_with_paths_outside_is_refused(name, made, tmp_path):
-    exported(made, tmp_path / "x.tar")
-    with tarfile.open(tmp_path / "x.tar", "a") as tar:
-        member = tarfile.TarInfo(name if name in EVIL else "store/a/b")
-        kinds = {"link": tarfile.SYMTYPE, "hardlink": tarfile.LNKTYPE, "device": tarfile.CHRTYPE}
-        member.type = kinds.get(name, tarfile.REGTYPE)
-        member.linkname = "/etc/passwd"
-        member.size = 4 if name in EVIL else 0
-        tar.addfile(member, io.BytesIO(b"evil"))
-    other = Store(tmp_path / "deep" / "other")
-    with pytest.raises(StoreError, match="not a file of an artifact"):
-        import_all(other, tmp_path / "x.tar")
-    assert list((other.outputs / "store").iterdir()) == []
-    assert not list(tmp_path.rglob("evil.txt"))
 
 
 PATHS = ["/{home}/papers", "../../../home/papers", "../latest/second", "..", ".", "a/b", "a\x1b]0;b\x07", "x" * 300]
@@ -203,7 +186,7 @@ def test_malformed_manifest_is_refused(change, tmp_path):
     folder.mkdir(parents=True)
     path, other = folder / "manifest.json", Store(tmp_path / "other")
     path.write_text(change if isinstance(change, str) else json.dumps(record | change))
-    with pytest.raises(StoreError, match=rf"(?s)^nothing was imported:\n{folder.name}\b.{{,1000}}$"):
+    with pytest.raises(StoreError, match=rf"(?s): the manifest of {folder.name} is damaged .{{,1000}}$"):
         import_all(other, tmp_path / "store")
     assert list((other.outputs / "store").iterdir()) == []
     path.write_text(json.dumps(record))
@@ -267,39 +250,6 @@ def test_artifacts_made_from_each_other_are_refused(made, tmp_path):
         import_all(Store(tmp_path / "other"), place)
 
 
-def hostile_tar(path: Path, kind: bytes, size: int, content: bytes = b"") -> Path:
-    """Write a tar whose only member has this type and claims this size."""
-    member = tarfile.TarInfo("store/a/big")
-    member.type, member.size = kind, size
-    header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
-    if kind == tarfile.GNUTYPE_SPARSE:
-        header[483:495] = b"%011o\0" % (1 << 32)  # the file's length; nothing of it is stored
-        header[386:410] = b"%011o\0" % (1 << 32) + b"%011o\0" % 0
-        header[148:156] = b" " * 8
-        header[148:156] = b"%06o\0 " % sum(header)
-    path.write_bytes(bytes(header) + content)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("kind", "size", "message"),
-    [(tarfile.XHDTYPE, 64 << 20, "not a readable tar"), (tarfile.GNUTYPE_LONGNAME, 64 << 20, "not a readable tar"),
-     (tarfile.GNUTYPE_SPARSE, 0, "not a file of an artifact"), (tarfile.REGTYPE, 1 << 50, "GB free")],
-    ids=["header", "name", "sparse", "size"],
-)  # fmt: skip
-def test_tar_bomb_is_refused(kind, size, message, tmp_path):
-    """A sparse member of 1.5 kB can unpack to any size, a compressed header of 230 kB to 1.5 GB."""
-    content = bytes(64 << 20) if size == 64 << 20 else bytes(1024)
-    source = hostile_tar(tmp_path / "x.tar", kind, size, content)
-    tracemalloc.start()
-    try:
-        with pytest.raises(StoreError, match=message):
-            import_all(Store(tmp_path / "other"), source)
-        assert tracemalloc.get_traced_memory()[1] < 16 << 20
-    finally:
-        tracemalloc.stop()
-
-
 def test_folder_with_control_characters_is_refused(made, tmp_path):
     place = next((exported(made, tmp_path / "folder") / "store").glob("copy-*"))
     place.rename(place.with_name(f"a\x1b]0;b\x07-{place.name[-16:]}"))
@@ -313,23 +263,12 @@ def test_ref_cannot_leave_its_run(step, made):
         made.store.set_ref("run", step, resolve(made.store, "first"))
 
 
-@pytest.mark.parametrize("length", [0.0, 0.6])
-def test_cut_tar_is_refused(length, made, tmp_path):
-    whole = exported(made, tmp_path / "x.tar").read_bytes()
-    used = whole.rstrip(b"\0")
-    (tmp_path / "x.tar").write_bytes(used[: int(len(used) * length)])
-    other = Store(tmp_path / "other")
-    with pytest.raises(StoreError):
-        import_all(other, tmp_path / "x.tar")
-    assert list((other.outputs / "store").iterdir()) == []
-
-
 @pytest.mark.parametrize(
     "point",
-    ["import.checked", *(pytest.param(each, marks=pytest.mark.slow) for each in ("import.unpacked", "import.renamed"))],
+    ["import.checked", pytest.param("import.renamed", marks=pytest.mark.slow)],
 )
 def test_killed_import_leaves_no_partial_artifact(point, made, tmp_path):
-    source, other = exported(made, tmp_path / "x.tar"), Store(tmp_path / "other")
+    source, other = exported(made, tmp_path / "folder"), Store(tmp_path / "other")
     done = run_process("pull", source, f"outputs={other.outputs}", cwd=tmp_path, environ={"MLXCHAT_CRASH_AT": point})
     assert done.returncode == -signal.SIGKILL
     here = list((other.outputs / "store").iterdir())

@@ -5,17 +5,20 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.store.gc import Collection, Limits, collect, find_garbage, find_removal, parse_age, parse_bytes, remove
+from mlxchat.store.gc import Collection, collect, find_garbage, find_removal, remove
 from mlxchat.store.manifest import MANIFEST, read_manifest
 from mlxchat.store.naming import MODEL, PINS, find_all, links, meaning, resolve
 from mlxchat.store.store import Store
-from mlxchat.store.transfer import closure, export, import_all, is_url
+from mlxchat.store.transfer import closure, is_url
+
+if TYPE_CHECKING:
+    from mlxchat.hub.places import Place
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -59,8 +62,6 @@ def gc(parser: Parser) -> None:
     parser.add_argument(
         "--keep-last", type=int, metavar="N", help="for finished runs, keep the newest N artifacts of each step"
     )
-    parser.add_argument("--older-than", metavar="AGE", help="for finished runs, keep artifacts younger than this: 7d")
-    parser.add_argument("--max-bytes", metavar="SIZE", help="remove the oldest until the store fits into 10GB")
     parser.add_json()
     parser.set_defaults(main=_gc)
 
@@ -69,32 +70,26 @@ def _gc(options: Namespace) -> int:
     """Print what may be removed, with size and reason; with --apply remove it."""
     if options.keep_last is not None and options.keep_last < 0:
         raise ConfigError(f"--keep-last is {options.keep_last}, expected 0 or more")
-    limits = Limits(
-        keep_last=options.keep_last,
-        older_than_seconds=parse_age(options.older_than) if options.older_than else None,
-        max_bytes=parse_bytes(options.max_bytes) if options.max_bytes else None,
-    )
     store = Store(options.outputs)
     there = (store.outputs / "store").is_dir()
-    found = collect(store, limits) if options.apply and there else find_garbage(store, limits)
+    find = collect if options.apply and there else find_garbage
+    found = find(store, options.keep_last)
     if options.json:
         print_json(_describe_garbage(found, options.apply, store))
     else:
-        _show_garbage(found, options.apply, store, limits)
+        _show_garbage(found, options.apply, store, options.keep_last)
     return 0
 
 
-def _show_garbage(found: Collection, applied: bool, store: Store, limits: Limits) -> None:
+def _show_garbage(found: Collection, applied: bool, store: Store, keep_last: int | None) -> None:
     _list_garbage(found, applied, store, "and {} dangling names")
     size = format_bytes(sum(item.bytes for item in found.garbage))
     stay = "1 artifact stays" if len(found.kept) == 1 else f"{len(found.kept)} artifacts stay"
     staying = f"{stay} ({format_bytes(found.kept_bytes)})"
     if not found.garbage:
         print(f"nothing to remove: {staying}")
-        if not limits.given() and found.kept:
-            print(
-                "Names of finished runs protect their artifacts: --keep-last, --older-than or --max-bytes releases them"
-            )
+        if keep_last is None and found.kept:
+            print("Runs keep their artifacts: --keep-last N releases all but the newest N of each step")
     elif applied:
         print(f"removed {size}; {staying}")
     else:
@@ -159,9 +154,8 @@ def _rm(options: Namespace) -> int:
     return 0
 
 
-_LOCAL = ("file://", "local://")
-_PUSH_PLACE = """PLACE: a folder (as rsync likes it), FILE.tar, .tar.gz, .tgz, .tar.xz, hf://[datasets/]ORGANISATION/NAME[/PATH],
-s3://BUCKET/PATH, or another URL that fsspec supports"""
+_PUSH_PLACE = """PLACE: a folder (which rsync can copy further), hf://[datasets/]ORGANISATION/NAME[/PATH], s3://BUCKET/PATH,
+or another URL that fsspec supports"""
 _PULL_PLACE = """PLACE: where `mlxchat push` wrote, a copy of a folder store/, or an artifact's folder
 ARTIFACT: its name there or the start of it; what it was made from comes along. Without any: everything"""
 
@@ -175,35 +169,33 @@ def push(parser: Parser) -> None:
 
 
 def _push(options: Namespace) -> int:
-    """Write artifacts and their inputs to a folder, a tar file or a URL."""
+    """Write artifacts and their inputs to a folder or a URL."""
+    from mlxchat.hub.places import export_to, push_artifacts
+
     *names, place = options.names
     store = Store(options.outputs)
     folders = closure(store, [each for name in names for each in find_all(store, name)])
-    if is_url(place) and not place.startswith(_LOCAL):
-        copied, place = _push_elsewhere(place, folders, public=options.public)
+    if place.startswith("hf://"):
+        to = _open(place)
+        copied = push_artifacts(to, folders, public=options.public)
     elif options.public:
         raise ConfigError("--public requires a place of the Hub: hf://ORGANISATION/NAME")
     else:
-        to = Path(next((place.removeprefix(scheme) for scheme in _LOCAL if place.startswith(scheme)), place))
-        if to.exists() and to.resolve() == store.outputs.resolve():
-            raise ConfigError(f"{to} is the outputs folder itself")
-        copied, place = export(store, folders, to), str(to)
+        to = _open(place)
+        if Path(to.root).resolve() == store.outputs.resolve():
+            raise ConfigError(f"{place} is the outputs folder itself")
+        copied = export_to(to, folders)
     size = format_bytes(sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file()))
     there = f", {len(folders) - copied} already there" if copied < len(folders) else ""
     print(f"pushed {plural(copied, 'artifact')}{there} ({size} in all) to {place}")
     return 0
 
 
-def _push_elsewhere(url: str, folders: list[Path], *, public: bool) -> tuple[int, str]:
-    """Copy artifacts to a URL; return the number of new ones and the normalised URL."""
-    from mlxchat.hub.places import export_to, open_place, push_artifacts
+def _open(place: str) -> Place:
+    """Return the place of a URL or of a local folder."""
+    from mlxchat.hub.places import open_place
 
-    place = open_place(url)
-    if url.startswith("hf://"):
-        return push_artifacts(place, folders, public=public), place.url
-    if public:
-        raise ConfigError("--public requires a place of the Hub: hf://ORGANISATION/NAME")
-    return export_to(place, folders), place.url
+    return open_place(place if is_url(place) else f"file://{Path(place).resolve()}")
 
 
 def pull(parser: Parser) -> None:
@@ -214,21 +206,18 @@ def pull(parser: Parser) -> None:
 
 
 def _pull(options: Namespace) -> int:
-    """Import the artifacts of a folder, a tar file or a URL."""
+    """Import the artifacts of a folder or a URL."""
+    from mlxchat.hub.places import import_from
+
     source, *wanted = options.names
     store = Store(options.outputs)
-    if not is_url(source) and (Path(source) / MANIFEST).is_file():
-        path = Path(source).resolve()
-        source, wanted = str(path.parent), [path.name, *wanted]
-    if is_url(source) or wanted:
-        from mlxchat.hub.places import import_from, open_place
-
-        if not is_url(source) and not Path(source).is_dir():
-            raise ConfigError(f"{source} is no folder; of a tar file everything is taken in")
-        url = source if is_url(source) else f"file://{Path(source).resolve()}"
-        new, known = import_from(store, open_place(url), wanted)
-    else:
-        new, known = import_all(store, Path(source))
+    if not is_url(source):
+        if not Path(source).is_dir():
+            raise ConfigError(f"{source} is no folder: expected one that `mlxchat push` wrote, or a URL")
+        if (Path(source) / MANIFEST).is_file():
+            path = Path(source).resolve()
+            source, wanted = str(path.parent), [path.name, *wanted]
+    new, known = import_from(store, _open(source), wanted)
     for place in new:
         print(f"pulled {place.name}")
     print(f"{plural(len(new), 'artifact')} pulled into {store.outputs}, {len(known)} already there")

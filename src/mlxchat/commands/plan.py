@@ -56,7 +56,6 @@ def _plan(options: Namespace) -> int:
     from mlxchat.runner.keys import find_unknown
     from mlxchat.runner.reasons import estimate_steps, format_plan
     from mlxchat.store.compare import environment_drift
-    from mlxchat.store.gc import remark_old
     from mlxchat.store.store import Store
     from mlxchat.sweep.job import find_executors, place_steps, plan_of
 
@@ -92,8 +91,6 @@ def _plan(options: Namespace) -> int:
         for further in (elsewhere, {reader: str(need)} if reader and need else {}, drifted, unknown):
             for name, text in further.items():
                 remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
-        if (old := remark_old(store)) is not None:
-            print(visible(old))
         for line in _describe_recipe(composed, plan, find_downloads(config, plan, store), times):
             print(line)
         print(format_plan(plan, remarks, estimates), flush=True)

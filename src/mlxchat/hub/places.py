@@ -273,10 +273,11 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
             missing = {name: each for name, each in chosen.items() if store.find(each["rid"]) is None}
             for name in chosen.keys() - missing.keys():
                 store.learn(chosen[name])
-            if not missing:
-                return [], known
-            _fetch(place, missing, base)
+        if not missing:
+            return [], known
         try:
+            with _place_errors(place.url):
+                _fetch(place, missing, base)
             new, raced = take_in(store, base / "store")
         except OSError as error:
             raise StoreError(f"{place.url} cannot be imported ({error.strerror or error})") from error
@@ -329,7 +330,10 @@ def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
     with TransferProgress(place.url, total) as progress:
         for name, manifest in manifests.items():
             for file in manifest["outputs"]:
-                _fetch_file(place, name, file, base / "store" / name / file["path"], progress)
+                try:
+                    _fetch_file(place, name, file, base / "store" / name / file["path"], progress)
+                except FileNotFoundError:
+                    raise StoreError(f"{place.url}: {name} lacks {file['path']}. Nothing was imported") from None
             target = base / "store" / name / MANIFEST
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(place.files.cat_file(place.path(name, MANIFEST)))

@@ -1,19 +1,13 @@
-"""A cached summary of every artifact, for lists, lineage and garbage collection.
-
-`outputs/index/catalog.json` holds the summary of every manifest with its file's (size, mtime_ns, inode). A manifest
-whose file differs is read again; a damaged catalog is rebuilt.
-"""
+"""A summary of every artifact, for lists, lineage and garbage collection."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import StoreError
-from mlxchat.store.files import read_cache, write_cache
+from mlxchat.store.files import list_folder
 from mlxchat.store.manifest import MANIFEST, Manifest, read_manifest
 from mlxchat.store.store import Store
 
@@ -21,30 +15,13 @@ Summary = dict[str, Any]
 """folder, rid, key, stage, step, kind, version, published, seconds, bytes, files, tokens_per_second, metrics, inputs,
 tree, run; for a damaged manifest only folder and `damaged`, the reason."""
 
-_KIND = "catalog 2"
 _COPIED = ("rid", "key", "stage", "step", "kind", "version", "published", "seconds", "inputs", "metrics", "tree", "run")
 
 
-def read_catalog(store: Store, *, trusted: bool = True) -> list[Summary]:
-    """Return the summary of every artifact, the newest last; damaged ones come first.
-
-    Args:
-        store: only its index is written.
-        trusted: whether cached summaries of unchanged files may be used; False reads every manifest.
-    """
-    place = store.outputs / "index" / "catalog.json"
-    known = read_cache(place, _KIND) if trusted else {}
-    stamps = _stamps(store)
-    kept: dict[str, list[Any]] = {}
-    changed = len(known) != len(stamps)
-    for name, stamp in stamps.items():
-        entry = known.get(name)
-        if entry is None or entry[0] != stamp:
-            entry, changed = [stamp, summarise(store.outputs / "store" / name)], True
-        kept[name] = entry
-    if changed:
-        write_cache(place, _KIND, kept)
-    summaries = [summary for _, summary in kept.values()]
+def read_catalog(store: Store) -> list[Summary]:
+    """Return the summary of every artifact, the newest last; damaged ones come first."""
+    base = store.outputs / "store"
+    summaries = [summarise(base / name) for name in list_folder(base) if (base / name / MANIFEST).exists()]
     return sorted(summaries, key=lambda summary: (str(summary.get("published", "")), summary["folder"]))
 
 
@@ -77,18 +54,6 @@ def references(summary: Summary) -> list[str]:
 def by_rid(summaries: Iterable[Summary]) -> dict[str, Summary]:
     """Return id → summary of the artifacts that are not damaged."""
     return {summary["rid"]: summary for summary in summaries if "damaged" not in summary}
-
-
-def _stamps(store: Store) -> dict[str, list[int]]:
-    """Return folder → [size, mtime_ns, inode] of every manifest."""
-    found: dict[str, list[int]] = {}
-    base = f"{store.outputs}/store"
-    with contextlib.suppress(OSError):
-        for name in os.listdir(base):  # noqa: PTH208  (Path objects would double the time for 10,000 artifacts)
-            with contextlib.suppress(OSError):
-                status = os.stat(f"{base}/{name}/{MANIFEST}")  # noqa: PTH116  (speed)
-                found[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
-    return found
 
 
 Node = dict[str, Any]

@@ -43,7 +43,6 @@ CRASH_POINTS = {
     "gc.planned": "the garbage is listed, nothing was touched",
     "gc.moved": "one item was moved to trash/",
     "gc.deleted": "one item in trash/ was deleted",
-    "import.unpacked": "one artifact was copied under a temporary name",
     "import.checked": "the copy was hashed and is right, it is not in store/",
     "import.renamed": "one imported artifact is in store/",
     "export.synced": "an exported folder is complete and on disk under a temporary name",

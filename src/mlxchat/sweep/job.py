@@ -34,7 +34,6 @@ from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment
 from mlxchat.store.files import Record, Records, now, write_whole
 from mlxchat.store.fingerprint import plain_of
-from mlxchat.store.gc import remark_old
 from mlxchat.store.naming import LATEST, MODEL, called, links, runs
 from mlxchat.store.store import Store
 from mlxchat.trackers import Tracker, numbers_of
@@ -69,8 +68,6 @@ def run_pipeline(
     need = find_text_need(config, plan, store)
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{os.getpid()}-{redact(config.name)}{f'-{job}' if job else ''}"
     finished = all(step.done for step in plan)
-    if (remark := remark_old(store)) is not None:
-        _say(remark)
     if not finished:
         store.prepare()
     _say(format_plan(plan))
