@@ -3,11 +3,11 @@
     python docs/internals/several_machines.py [experiment=… model=…]
 
 A step on n ranks with P parameters of float32: rank 0 sends the batch to all, each rank computes its n-th of the rows,
-gradients are summed around a ring, each rank moves an n-th of the parameters, and new weights are gathered. Nothing of
-it happens at the same time as anything else:
+gradients are summed around a ring, and rank 0 updates the weights and sends them. Nothing of it happens at the same
+time as anything else:
 
-    seconds = FLOPs / (n × rate) + bytes / link
-    bytes = 2 (n−1)/n × 12 × tokens (batch) + 2 (n−1)/n × 4 P (gradients) + (n−1)/n × 4 P (weights)
+    seconds = (FLOPs of gradients / n + Muon's FLOPs) / rate + bytes / link
+    bytes = 2 (n−1)/n × (12 × tokens (batch) + 4 P (gradients) + 4 P (weights))
 """
 
 from __future__ import annotations
@@ -76,10 +76,14 @@ class Load:
     num_iterations: int
 
     @property
-    def step_flops(self) -> float:
-        """FLOPs of forward and backward pass, and of Muon's products; what moves numbers one by one is not counted."""
-        orthogonalising = orthogonalising_flops(self.sizes) if self.optimizer.kind == "muon" else 0.0
-        return float(flops_per_token(self.sizes)) * self.batch_tokens + orthogonalising
+    def gradient_flops(self) -> float:
+        """FLOPs of forward and backward pass."""
+        return float(flops_per_token(self.sizes)) * self.batch_tokens
+
+    @property
+    def update_flops(self) -> float:
+        """FLOPs of Muon's products; what moves numbers one by one is not counted."""
+        return orthogonalising_flops(self.sizes) if self.optimizer.kind == "muon" else 0.0
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def orthogonalising_flops(sizes: GPTSizes) -> float:
 
 def bytes_sent(parameters: int, batch_tokens: int, ranks: int) -> float:
     """Return the bytes that a rank sends to its neighbour in one step: batch, gradients, weights."""
-    return (ranks - 1) / ranks * (2 * 12 * batch_tokens + 2 * 4 * parameters + 4 * parameters)
+    return 2 * (ranks - 1) / ranks * (12 * batch_tokens + 8 * parameters)
 
 
 def sum_seconds(size: float, ranks: int, link: Link) -> float:
@@ -122,19 +126,13 @@ def sum_seconds(size: float, ranks: int, link: Link) -> float:
     return 2 * (ranks - 1) * (size / ranks / link.bytes_per_second + link.latency_seconds)
 
 
-def gather_seconds(size: float, ranks: int, link: Link) -> float:
-    """Return how long it takes until every rank has what all have, `size` bytes each: n − 1 messages of a whole."""
-    return (ranks - 1) * (size / link.bytes_per_second + link.latency_seconds)
-
-
 def step_on(load: Load, machine: Machine, ranks: int, link: Link | None) -> Step:
     """Return what one step takes on so many machines, with a link between neighbours; None: one machine."""
     parameters = count_parameters(load.sizes)["total"]
-    compute, talking = load.step_flops / (ranks * machine.flops), 0.0
+    compute, talking = (load.gradient_flops / ranks + load.update_flops) / machine.flops, 0.0
     if link is not None:
         buckets = -(-4 * parameters // BUCKET_BYTES)
-        talking = buckets * sum_seconds(4 * parameters / buckets, ranks, link)
-        talking += buckets * gather_seconds(4 * parameters / buckets / ranks, ranks, link)
+        talking = 2 * buckets * sum_seconds(4 * parameters / buckets, ranks, link)
         talking += sum_seconds(12 * load.batch_tokens, ranks, link)
     micro_rows, memory = _micro_rows(load, machine, ranks)
     return Step(

@@ -42,7 +42,7 @@ def train(team: Team | None, folder: str, name: str, stop_after: int | None = No
             observations=[],
             save=lambda folder: None,
         )
-    arrays = {**flatten_parameters(model), **optimizer.whole_state()}
+    arrays = {**flatten_parameters(model), **optimizer.state}
     np.savez(Path(folder, name, "arrays.npz"), **{key: np.array(value) for key, value in arrays.items()})
     keys = ("iteration", "loss", "grad_norm", "skipped_iterations")
     return [[record.get(key, -1) for key in keys] for record in ctx.records("metrics").read()]

@@ -58,7 +58,8 @@ class _Ring:
         self.ranks: list[subprocess.Popen[bytes]] = []
         for rank in range(size):
             with (self.folder / f"{rank}.err").open("wb") as errors:
-                variables = {"PYTHONPATH": str(_TESTS), "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+                path = os.pathsep.join([str(_TESTS), *sys.path])
+                variables = {"PYTHONPATH": path, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
                 self.ranks.append(
                     subprocess.Popen(
                         [sys.executable, "-m", "kit.ranks"], env=os.environ | variables,

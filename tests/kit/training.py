@@ -39,11 +39,10 @@ def make_optimizer(model: GPT, option: str = "muon_oct2025", **changes: Any) -> 
     return Optimizer(model, optimizer_config(option, **changes), width=model.sizes.width)
 
 
-def move(optimizer: Optimizer, parameters: Flat, gradients: dict[str, Any], rates: Rates, norm: Any = None) -> Flat:
-    """Return the parameters after an update of the optimizer."""
-    arrays = {name: mx.array(value) for name, value in gradients.items()}
-    parts = optimizer.update(dict(parameters), arrays, rates, norm)
-    return {name: value for part in parts for name, value in part.items()}
+def move(optimizer: Optimizer, model: GPT, gradients: dict[str, Any], rates: Rates) -> dict[str, np.ndarray]:
+    """Update a model's parameters; return them."""
+    optimizer.update(model, {name: mx.array(value) for name, value in gradients.items()}, rates)
+    return {name: np.asarray(value) for name, value in flatten_parameters(model).items()}
 
 
 def schedule(**changes: Any) -> ScheduleConfig:

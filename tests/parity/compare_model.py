@@ -295,8 +295,7 @@ def _steps(file: ParityFile, weights: Arrays) -> tuple[list[str], list[list[np.n
         for _ in range(3):
             _, got = loss_and_gradients(model, batch)
             arrays = {name: mx.array(value) for name, value in got.items()}
-            for moved in optimizer.update(flatten_parameters(model), arrays, Rates(1.0, 0.95, 1.0)):
-                set_parameters(model, moved)
+            optimizer.update(model, arrays, Rates(1.0, 0.95, 1.0))
     finally:
         optimizer_module.normuon_update = normuon_update
         mx.enable_compile()

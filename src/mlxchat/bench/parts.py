@@ -120,8 +120,8 @@ def _optimizer(model: GPT, optimizer: Optimizer, rates: Rates) -> Work:
     mx.eval(gradients)
 
     def work() -> None:
-        for _ in optimizer.update(dict(parameters), dict(gradients), rates):
-            pass
+        optimizer.update(model, dict(gradients), rates)
+        set_parameters(model, parameters)
 
     return work
 

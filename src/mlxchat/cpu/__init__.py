@@ -43,7 +43,8 @@ REPLACED: dict[str, dict[str, str]] = {
     },
     "mlxchat.training.step": {
         "TrainStep.__call__": "step.apply_batch",
-        "TrainStep.add_micro_batch": "step.add_micro_batch",
+        "Backward.sum_gradients": "step.sum_gradients",
+        "Backward.add_micro_batch": "step.add_micro_batch",
     },
 }
 """Module → its functions → their versions for CPUs. The original is `__wrapped__` of its replacement."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlxchat.model.lora import adapters_of
 from mlxchat.optim.optimizer import Flat, Rates
 from mlxchat.planning.memory import Device, Training
 from mlxchat.training.batches import Batch
-from mlxchat.training.step import Rows, Sums, TrainStep, add
+from mlxchat.training.step import Backward, Rows, Sums, TrainStep, add
 
 _LIMIT = 0.94  # of the predicted bytes
 
@@ -26,39 +27,59 @@ def apply_batch(
     Without the limit MLX allocates memory for a hundred operations ahead: up to 40 % of a step's peak. It exceeds the
     limit by a few percent.
     """
-    lanes = Lanes()
-    rows = len(range(len(batch.ids))[step.group.part(len(batch.ids))]) or 1
-    micro_rows = min(rows, step.micro_rows(batch))
-    training = Training(
-        sizes=step.model.sizes,
-        optimizer=step.optimizer.config,
-        rows=rows * step.group.size,
-        row_tokens=batch.ids.shape[1],
-        device=Device(num_lanes=len(lanes), compute_bytes=step.dtype.size),
-        recompute=step.recompute,
-        teacher=None if step.distillation is None else step.distillation.size,
-        adapters=adapters_of(step.model),
-        num_ranks=step.group.size,
-    )
-    wanted = mx.get_active_memory() + round(_LIMIT * training.step_bytes(micro_rows))
-    limit = mx.set_memory_limit(wanted)
-    mx.set_memory_limit(min(limit, wanted))
-    present.lanes = lanes
-    try:
-        with lanes.sharing(len(lanes.deal(micro_rows))):
+    rows, row_tokens = batch.ids.shape
+    own_rows = -(-rows // step.num_ranks)
+    micro_rows = min(own_rows, step.micro_rows(row_tokens))
+    with on_lanes(micro_rows) as lanes:
+        training = Training(
+            sizes=step.model.sizes,
+            optimizer=step.optimizer.config,
+            rows=rows,
+            row_tokens=row_tokens,
+            device=Device(num_lanes=len(lanes), compute_bytes=step.dtype.size),
+            recompute=step.recompute,
+            teacher=None if step.distillation is None else step.distillation.size,
+            adapters=adapters_of(step.model),
+            num_ranks=step.num_ranks,
+        )
+        wanted = mx.get_active_memory() + round(_LIMIT * training.step_bytes(micro_rows))
+        limit = mx.set_memory_limit(wanted)
+        mx.set_memory_limit(min(limit, wanted))
+        try:
             result: tuple[float, float] = plain_version(TrainStep.__call__)(step, batch, rates, iteration, meanwhile)
             return result
+        finally:
+            mx.set_memory_limit(limit)
+
+
+def sum_gradients(backward: Backward, rows: Rows) -> Sums:
+    """As `Backward.sum_gradients`, distributed to lanes."""
+    count, row_tokens = rows["ids"].shape
+    with on_lanes(min(count, backward.micro_rows(row_tokens))):
+        sums: Sums = plain_version(Backward.sum_gradients)(backward, rows)
+        return sums
+
+
+@contextmanager
+def on_lanes(rows: int) -> Iterator[Lanes]:
+    """Distribute the body's computation of so many rows to lanes; within such a body use its lanes."""
+    if present.lanes is not None:
+        yield present.lanes
+        return
+    lanes = present.lanes = Lanes()
+    try:
+        with lanes.sharing(len(lanes.deal(rows))):
+            yield lanes
     finally:
         present.lanes = None
-        mx.set_memory_limit(limit)
 
 
-def add_micro_batch(step: TrainStep, sums: Sums, rows: Rows, parameters: Flat) -> Sums:
-    """As `TrainStep.add_micro_batch`, each lane with a part of the rows, then with a part of the sums."""
+def add_micro_batch(backward: Backward, sums: Sums, rows: Rows, parameters: Flat) -> Sums:
+    """As `Backward.add_micro_batch`, each lane with a part of the rows, then with a part of the sums."""
     lanes = present_lanes()
     dealt = lanes.deal(len(rows["ids"]))
     of_lanes = [{name: array[part] for name, array in rows.items()} for part in dealt]
-    parts = lanes.run([partial(step.gradients_of, own, parameters) for own in of_lanes])
+    parts = lanes.run([partial(backward.gradients_of, own, parameters) for own in of_lanes])
     # Evaluated before adding: otherwise MLX would run the lanes one after the other.
     mx.eval(parts)
     sizes = {name: array.size for part in parts for name, array in part.whole.items()}

@@ -1,14 +1,11 @@
 """Copies rank 0's weights to every rank of a team.
 
 Rank 0 calls `sync_model` before each call that needs the model. It sends everything the first time, later only
-parameters that are other arrays than last time, such as weights swapped in for an evaluation. Weights that training has
-updated on all ranks (`moving_on_all`) are not sent again.
+parameters that are other arrays than last time, such as those that a training has updated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -17,7 +14,7 @@ import mlx.core as mx
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of, attach_adapters
-from mlxchat.model.parameters import flatten_parameters, set_parameters
+from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
 
 
@@ -35,13 +32,11 @@ def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:
     team.kept[f"{role} on all"] = (shape, parameters)
 
 
-@contextmanager
-def moving_on_all(team: Team, model: GPT) -> Iterator[None]:
-    """Declare that the body updates the weights of `model` identically on all ranks; frees references to the old."""
-    shape = team.kept["model on all"][0]
-    team.kept["model on all"] = (shape, {})
-    yield
-    team.kept["model on all"] = (shape, flatten_parameters(model))
+def forget_trained(team: Team) -> None:
+    """Free references to the trained weights that `sync_model` sent: the next update replaces them all."""
+    shape, sent = team.kept["model on all"]
+    trained = trained_parameters(model_on(team))
+    team.kept["model on all"] = (shape, {name: value for name, value in sent.items() if name not in trained})
 
 
 def model_on(team: Team, role: str = "model") -> GPT:

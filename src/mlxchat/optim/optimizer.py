@@ -11,16 +11,15 @@ update, and their momenta are stored as a stack.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxchat.config.schema import AdamWGroupConfig, AdapterConfig, MomentumConfig, OptimizerConfig, ScheduleConfig
+from mlxchat.config.schema import AdapterConfig, MomentumConfig, OptimizerConfig, ScheduleConfig
 from mlxchat.errors import ConfigError
-from mlxchat.model.parameters import trained_parameters
+from mlxchat.model.parameters import set_parameters, trained_parameters
 from mlxchat.ops.device import compiled, default_dtype, made_once
 from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update, variance_shape
 
@@ -95,28 +94,16 @@ class Optimizer:
             adapter: rule of all trained parameters if these are adapters.
         """
         self.config = config
-        self.recipe = {
-            "config": asdict(config),
-            "width": width,
-            "lr_frac": lr_frac,
-            "batch_lr_scale": batch_lr_scale,
-            "weight_decay": weight_decay,
-            "adapter": adapter,
-        }
-        """JSON data from which `of_recipe` creates the same rules in another process."""
-        self.gather_state: Callable[[], Flat] | None = None
-        """Returns the state with the moments of all ranks; None: `state` has all of it."""
         self.weight_decay = config.weight_decay if weight_decay is None else weight_decay
         self.muon_lr = config.matrix_lr * lr_frac * batch_lr_scale
         self.adamw_rules: dict[str, AdamWRule] = {}
         self.stacks: dict[str, list[str]] = {}
         """Name of a stack → names of its matrices."""
-        self.shapes = {name: value.shape for name, value in trained_parameters(model).items()}
-        for name, shape in sorted(self.shapes.items()):
+        shapes = {name: value.shape for name, value in trained_parameters(model).items()}
+        for name, shape in sorted(shapes.items()):
             if adapter is not None:
-                rule = AdamWRule(*adapter)  # a list after JSON
                 # DoRA's row lengths do not decay.
-                self.adamw_rules[name] = rule._replace(weight_decay=0.0) if name.endswith(".m") else rule
+                self.adamw_rules[name] = adapter._replace(weight_decay=0.0) if name.endswith(".m") else adapter
                 continue
             group = _group_of(name, shape)
             if group == "matrices" and config.kind == "muon":
@@ -129,77 +116,50 @@ class Optimizer:
             if numbers.scale_with_batch:
                 lr *= batch_lr_scale
             self.adamw_rules[name] = AdamWRule(lr, (numbers.beta1, numbers.beta2), numbers.weight_decay)
-        zeros = {name: mx.zeros(shape) for name, shape in self.state_shapes().items()}
-        self.state: Flat = {"count": mx.array(0.0), **zeros}
+        self.state: Flat = {"count": mx.array(0.0)}
+        for name in self.adamw_rules:
+            self.state |= {f"first.{name}": mx.zeros(shapes[name]), f"second.{name}": mx.zeros(shapes[name])}
+        for stack, names in self.stacks.items():
+            rows, columns = shapes[names[0]]
+            self.state[f"momentum.{stack}"] = mx.zeros((len(names), rows, columns))
+            if config.variant == "jul2026":
+                self.state[f"variance.{stack}"] = mx.zeros((len(names), *variance_shape(rows, columns)))
         self._move = compiled(self.move)
 
-    @classmethod
-    def of_recipe(cls, model: nn.Module, recipe: dict[str, Any]) -> Optimizer:
-        """Return an optimizer from a recipe, with zero moments."""
-        given = recipe["config"]
-        groups = {name: AdamWGroupConfig(**group) for name, group in given["adamw_groups"].items()}
-        config = OptimizerConfig(**{**given, "adamw_groups": groups, "scaling": None})  # scaling is done
-        return cls(model, **{**recipe, "config": config})
+    def update(self, model: nn.Module, gradients: Flat, rates: Rates, loss: mx.array | float = 0.0) -> mx.array:
+        """Update a model's parameters and `state`, queued and not awaited; return the 2-norm of all gradients.
 
-    def whole_state(self) -> Flat:
-        """Return `state` with the moments of all ranks."""
-        return self.state if self.gather_state is None else self.gather_state()
-
-    def state_shapes(self) -> dict[str, Shape]:
-        """Return the shape of each array of the whole state, without the count."""
-        shapes = {f"{kind}.{name}": self.shapes[name] for name in self.adamw_rules for kind in ("first", "second")}
-        for stack, names in self.stacks.items():
-            rows, columns = self.shapes[names[0]]
-            shapes[f"momentum.{stack}"] = (len(names), rows, columns)
-            if self.config.variant == "jul2026":
-                shapes[f"variance.{stack}"] = (len(names), *variance_shape(rows, columns))
-        return shapes
-
-    # The update
-
-    def stack(self, gradients: Flat) -> Flat:
-        """Return gradients with Muon's matrices of one shape in one array; empties `gradients`."""
-        stacked: Flat = {}
-        for stack, names in self.stacks.items():
-            if found := [gradients.pop(name) for name in names if name in gradients]:
-                stacked[stack] = mx.stack(found)
-        stacked |= gradients
-        gradients.clear()
-        return stacked
-
-    def update(
-        self, parameters: Flat, gradients: Flat, rates: Rates, norm: mx.array | None = None, ok: mx.array | None = None
-    ) -> Iterator[Flat]:
-        """Yield the new parameters in parts, and advance `state`; both are queued, not awaited.
-
-        Put each part into the model before taking the next one, so that new values take the memory of the old ones.
+        If norm or loss is not finite, nothing changes.
 
         Args:
-            parameters: by name, all or some; emptied.
-            gradients: of the loss averaged over the iteration's tokens, for these parameters, as they are or from
-                `stack`; emptied.
+            model: its parameters are replaced.
+            gradients: of the loss averaged over the iteration's tokens, by name; emptied.
             rates: of this iteration.
-            norm: 2-norm of all gradients together, for clipping; None: computed from `gradients`.
-            ok: whether to update, bool; False leaves parameters and state as they are. None: if the norm is finite.
+            loss: of this iteration.
         """
-        gradients = self.stack(gradients)
-        norm = mx.sqrt(sum_squares(gradients)) if norm is None else norm
-        ok = mx.isfinite(norm) if ok is None else ok
+        stacked = {stack: mx.stack([gradients.pop(name) for name in names]) for stack, names in self.stacks.items()}
+        stacked |= gradients
+        gradients.clear()
+        norm = mx.sqrt(sum_squares(stacked))
+        ok = mx.isfinite(loss + norm)
         count = self.state["count"] = self.state["count"] + ok
+        parameters = trained_parameters(model)
         varying = [mx.array(rate, dtype=mx.float32) for rate in rates]  # so that compiled code is not retraced
-        for together in list(_together(gradients)):
-            names = [name for each in together for name in self.stacks.get(each, [each]) if name in parameters]
+        for together in list(_together(stacked)):
+            names = [name for each in together for name in self.stacks.get(each, [each])]
             moments = sorted(name for name in self.state if name.partition(".")[2] in together)
             new, state = self._move(
                 {name: parameters.pop(name) for name in names},
-                {name: gradients.pop(name) for name in together},
+                {name: stacked.pop(name) for name in together},
                 {name: self.state.pop(name) for name in moments},
                 [count, norm, ok],
                 varying,
             )
+            # In parts, so that new values take the memory of the old ones.
             self.state |= state
-            yield new
+            set_parameters(model, new)
             mx.async_eval(new, state)
+        return norm
 
     def move(
         self, parameters: Flat, gradients: Flat, state: Flat, scalars: list[mx.array], rates: list[mx.array]
@@ -231,7 +191,7 @@ class Optimizer:
         lr = self.muon_lr * aspect_factor(gradients) * lr_factor
         shrink = made_once(lr * self.weight_decay * weight_decay_factor)
         lr = made_once(lr)
-        weights = {name: parameters[name] for name in self.stacks[stack] if name in parameters}
+        weights = {name: parameters[name] for name in self.stacks[stack]}
         momenta, options = state[f"momentum.{stack}"], (self.config.newton_schulz_iterations, default_dtype())
         if self.config.variant == "oct2025":
             steps, momenta = muon_update(gradients, momenta, momentum, *options)

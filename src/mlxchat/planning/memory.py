@@ -224,7 +224,7 @@ class Training:
     adapters: AdapterSizes | None = None  # the only weights that are trained; None: all weights are
     sampling: Decoding | None = None  # what generates answers between steps, on the same device: RL, samples, tasks
     sampled_rows: int = bounds.DECODED_ROWS  # of these at a time, at most
-    num_ranks: int = 1  # processes that share an iteration's rows and the moments
+    num_ranks: int = 1  # processes that share an iteration's rows
     remedies: tuple[str, ...] = ()  # settings of the stage that lower the need, for messages
 
     def on(self, machine: MachineConfig) -> Training:
@@ -254,7 +254,7 @@ class Training:
     @cached_property
     def held_bytes(self) -> int:
         """Bytes between steps: weights, moments, further copies of trained weights, a teacher's weights."""
-        moments = (2 * self.trained - self.matrices) // self.num_ranks
+        moments = 2 * self.trained - self.matrices
         held = _MASTER_BYTES * (self.trained * (1 + self.further_weights) + moments)
         held += 0 if self.teacher is None else self.teacher.weights
         adapters, compute_bytes = self.adapters, self.device.compute_bytes

@@ -18,7 +18,7 @@ from mlxchat.training.batches import BatchSource
 from mlxchat.training.best import Candidates
 from mlxchat.training.monitor import Monitor
 from mlxchat.training.state import Checkpointer
-from mlxchat.training.team_step import Step
+from mlxchat.training.step import TrainStep
 
 # Derived numbers that are proportional to the iterations.
 _COUNTED = ("num_iterations", "num_updates", "total_tokens", "total_flops")
@@ -49,7 +49,7 @@ class Observation:
 def fit(
     ctx: Context,
     config: TrainingStageConfig,
-    step: Step,
+    step: TrainStep,
     batches: BatchSource,
     *,
     num_iterations: int,

@@ -21,7 +21,7 @@ from mlxchat.planning.duration import peak_flops
 from mlxchat.runner.context import Context
 from mlxchat.runner.progress import Progress, fill
 from mlxchat.training.batches import Batch, BatchSource
-from mlxchat.training.team_step import Step
+from mlxchat.training.step import TrainStep
 
 _EMA_DECAY = 0.9
 _RECENT = 10  # iterations that speeds are of
@@ -52,7 +52,7 @@ class Counts:
 class Monitor:
     """Measures, logs and shows each iteration of a step's training."""
 
-    def __init__(self, ctx: Context, step: Step, batches: BatchSource, num_iterations: int) -> None:
+    def __init__(self, ctx: Context, step: TrainStep, batches: BatchSource, num_iterations: int) -> None:
         self.ctx, self.batches, self.num_iterations = ctx, batches, num_iterations
         self.counts = Counts()
         self._ranks = 1 if ctx.team is None else ctx.team.size

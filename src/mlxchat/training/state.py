@@ -31,7 +31,7 @@ from mlxchat.store.fingerprint import hash_file
 from mlxchat.training.batches import BatchSource
 from mlxchat.training.best import Candidates
 from mlxchat.training.monitor import Monitor
-from mlxchat.training.team_step import Step
+from mlxchat.training.step import TrainStep
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -88,7 +88,7 @@ class Checkpointer:
     """Saves and restores a training: weights, moments, position in the data, numbers seen so far."""
 
     def __init__(
-        self, ctx: Context, step: Step, batches: BatchSource, monitor: Monitor, best: Candidates | None
+        self, ctx: Context, step: TrainStep, batches: BatchSource, monitor: Monitor, best: Candidates | None
     ) -> None:
         self.ctx, self.model, self.optimizer = ctx, step.model, step.optimizer
         self.batches, self.monitor, self.best = batches, monitor, best
@@ -156,7 +156,7 @@ class Checkpointer:
         weights, so its extension starts without best ones.
         """
         state = {"iteration": iteration, "batches": self.batches.state(), **self.monitor.finished_state()}
-        arrays = _numpy(self.optimizer.whole_state())
+        arrays = _numpy(self.optimizer.state)
         if self.best is not None and not intermediate:
             state["best"] = self.best.state()
             if self.best.iteration not in (None, iteration):
@@ -168,7 +168,7 @@ class Checkpointer:
         return {"batches": self.batches.state(), **self.monitor.state()}
 
     def _save(self, iteration: int, state: dict[str, Any]) -> None:
-        arrays = _numpy(trained_parameters(self.model), _MODEL) | _numpy(self.optimizer.whole_state(), _OPTIMIZER)
+        arrays = _numpy(trained_parameters(self.model), _MODEL) | _numpy(self.optimizer.state, _OPTIMIZER)
         if self.best is not None:
             state = {**state, "best": self.best.state()}
             if self.best.iteration != iteration:

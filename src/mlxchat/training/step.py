@@ -1,14 +1,13 @@
-"""One iteration: micro-batches → loss and gradients → their sums → clipping and update. Compiled once per shape."""
+"""One iteration: micro-batches → loss and gradients → their sums → update. Compiled once per shape."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.distributed.group import ALONE, Group
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of
 from mlxchat.model.parameters import (
@@ -17,13 +16,13 @@ from mlxchat.model.parameters import (
     flatten_parameters,
     module_at,
     set_parameters,
+    trained_parameters,
 )
 from mlxchat.model.recompute import recomputed
 from mlxchat.ops.device import compiled
 from mlxchat.ops.dropout import Dropping, draw_keys, dropping
 from mlxchat.ops.loss import cross_entropy_sum, distillation_sum
-from mlxchat.optim.optimizer import Flat, Optimizer, Rates, sum_squares
-from mlxchat.optim.sharding import Sharding
+from mlxchat.optim.optimizer import Flat, Optimizer, Rates
 from mlxchat.training.batches import Batch
 from mlxchat.training.teacher import Distillation
 
@@ -51,89 +50,52 @@ class Sums(NamedTuple):
     gradients: Flat
 
 
-class TrainStep:
-    """Applies batches to a model and its optimizer. Shapes repeat, so each is compiled once."""
+class Backward:
+    """Computes the gradients of rows, a micro-batch at a time. Shapes repeat, so each is compiled once."""
 
     def __init__(
         self,
         model: GPT,
-        optimizer: Optimizer,
         *,
         micro_tokens: int,
         dtype: mx.Dtype,
         recompute: bool = False,
         dropout: float = 0.0,
-        dropout_seed: int = 0,
         distillation: Distillation | None = None,
-        group: Group = ALONE,
     ) -> None:
         """Compile lazily.
 
         Args:
-            model: float32 master weights, updated in place.
-            optimizer: its state is updated in place.
-            micro_tokens: tokens per micro-batch of a rank, at most; at least one row.
+            model: float32 master weights.
+            micro_tokens: tokens per micro-batch, at most; at least one row.
             dtype: compute type.
             recompute: whether the backward pass computes a layer's activations again instead of keeping them.
             dropout: rate on the embedding and on what each attention and MLP adds; 0: none.
-            dropout_seed: a row's mask depends on it, the iteration and the row's number only.
             distillation: a teacher whose distributions are learnt in addition to the targets.
-            group: ranks that compute this step together. Each gets equal weights and the whole batch, computes its
-                rows, and updates its part of the parameters with the sums over all ranks.
         """
-        self.model, self.optimizer, self.distillation = model, optimizer, distillation
-        self.micro_tokens, self.dtype, self.recompute = micro_tokens, dtype, recompute
-        self.dropout, self._dropout_seed = dropout, dropout_seed
-        self.loss_parts: dict[str, float] = {}
-        """With a teacher, of the last batch: ce, the mean cross-entropy, and kl, the mean divergence."""
+        self.model, self.distillation = model, distillation
+        self.micro_tokens, self.dtype, self.recompute, self.dropout = micro_tokens, dtype, recompute, dropout
         self.num_traces = 0
         self.tables = {f"{name}.weight": name for name in model.tables()}
         """The embeddings: name of the parameter → name of the module."""
-        self.group = group
-        self.sharding = Sharding(group, optimizer) if group.size > 1 else None
-        """Which rank updates which parameters; None: this process updates all."""
+        self.trained = list(trained_parameters(model))
         self._gradients = compiled(self._loss_and_gradients)
 
-    def __call__(
-        self, batch: Batch, rates: Rates, iteration: int = 0, meanwhile: Callable[[], object] | None = None
-    ) -> tuple[float, float]:
-        """Update the model; return the loss and the gradients' norm before clipping.
-
-        Only dropout depends on the iteration. If loss or norm is NaN or infinite, weights and optimizer stay as they
-        were. `meanwhile` is called while the device computes.
-        """
-        loss, gradients = self.gradients(batch, iteration)
-        if self.sharding is None:
-            gradients = self.optimizer.stack(gradients)
-            norm = mx.sqrt(sum_squares(gradients))
-        else:
-            loss, gradients, norm = self.sharding.sum(loss, gradients)
-        ok = mx.isfinite(loss.reshape(-1)[0] + norm)
-        updating = self.optimizer if self.sharding is None else self.sharding
-        for moved in updating.update(flatten_parameters(self.model), gradients, rates, norm, ok):
-            set_parameters(self.model, moved)
-        numbers = mx.concatenate([norm.reshape(1), loss.reshape(-1)])
-        mx.async_eval(numbers)
-        if meanwhile is not None:
-            meanwhile()
-        length, result, *parts = cast(list[float], numbers.tolist())
-        self.loss_parts = dict(zip(_LOSS_PARTS, parts, strict=False))
-        return result, length
-
-    def gradients(self, batch: Batch, iteration: int = 0) -> Sums:
-        """Return the loss and the gradient of every parameter by name, over this rank's rows; nothing is changed."""
-        parameters, shapes = flatten_parameters(self.model), self.optimizer.shapes
+    def sum_gradients(self, rows: Rows) -> Sums:
+        """Return the loss of rows and its gradient in every trained parameter by name; nothing is changed."""
+        parameters, size = flatten_parameters(self.model), self.micro_rows(rows["ids"].shape[1])
         # Broadcast, so that no zeros are in memory.
-        zeros = {name: mx.broadcast_to(mx.array(0.0), shapes[name]) for name in self.tables if name in shapes}
-        sums = Sums(mx.array(0.0), zeros)
-        for rows in self._micro_batches(batch, iteration):
+        tables = [name for name in self.tables if name in self.trained]
+        sums = Sums(mx.array(0.0), {name: mx.broadcast_to(mx.array(0.0), parameters[name].shape) for name in tables})
+        for start in range(0, len(rows["ids"]), size):
             mx.eval(sums)  # of the micro-batch before, so that one at a time is in memory
-            sums = self.add_micro_batch(sums, rows, parameters)
+            part = {name: array[start : start + size] for name, array in rows.items()}
+            sums = self.add_micro_batch(sums, part, parameters)
         return sums
 
-    def micro_rows(self, batch: Batch) -> int:
-        """Return how many rows of a batch a rank computes at a time."""
-        return max(1, self.micro_tokens // int(batch.ids.shape[1]))
+    def micro_rows(self, row_tokens: int) -> int:
+        """Return how many rows are computed at a time."""
+        return max(1, self.micro_tokens // row_tokens)
 
     def add_micro_batch(self, sums: Sums, rows: Rows, parameters: Flat) -> Sums:
         """Return sums to which loss and gradients of a micro-batch are added."""
@@ -145,20 +107,6 @@ class TrainStep:
         if self.distillation is not None:
             arrays["seen"] = self.distillation.teacher.see(arrays["ids"])
         return self._gradients(parameters, arrays)
-
-    def _micro_batches(self, batch: Batch, iteration: int) -> Iterator[Rows]:
-        """Yield this rank's rows of each micro-batch."""
-        adapters = adapters_of(self.model)
-        arrays: Rows = {"ids": batch.ids, "targets": batch.targets, "weights": batch.weights}
-        if self.dropout or (adapters is not None and adapters.dropout):
-            arrays["keys"] = draw_keys(self._dropout_seed, iteration, rows=len(batch.ids))
-        together = self.micro_rows(batch) * self.group.size  # ranks compute parts of a range of rows
-        for start in range(0, len(batch.ids), together):
-            own = self.group.part(min(together, len(batch.ids) - start))
-            if own.start < own.stop:
-                yield {name: array[start + own.start : start + own.stop] for name, array in arrays.items()}
-            elif start == 0:  # no rows for this rank: compute one with weight 0
-                yield {name: array[:1] * (name != "weights") for name, array in arrays.items()}
 
     def _loss_and_gradients(self, parameters: Flat, arrays: Flat) -> Gradients:
         """Return the loss and the gradients, of embeddings those of the rows that were read.
@@ -181,7 +129,7 @@ class TrainStep:
             return self._loss(hidden, arrays, frozen_head="lm_head.weight" not in trained)
 
         try:
-            (_, loss), gradients = mx.value_and_grad(loss_of)({name: inputs[name] for name in self.optimizer.shapes})
+            (_, loss), gradients = mx.value_and_grad(loss_of)({name: inputs[name] for name in self.trained})
         finally:
             set_parameters(model, before)
         read = {name: (ids.reshape(-1), flat(gradients.pop(name))) for name in tables if name in gradients}
@@ -199,6 +147,45 @@ class TrainStep:
             return total, mx.stack([mx.stop_gradient(total), *parts])
         total = cross_entropy_sum(flat(hidden), head, targets.reshape(-1), weights.reshape(-1), frozen_head=frozen_head)
         return total, total
+
+
+class TrainStep(Backward):
+    """Applies batches to a model and its optimizer, both updated in place."""
+
+    num_ranks = 1
+
+    def __init__(self, model: GPT, optimizer: Optimizer, *, dropout_seed: int = 0, **settings: Any) -> None:
+        """Take what `Backward` takes, and the seed of dropout: masks depend on it, iteration and row only."""
+        super().__init__(model, **settings)
+        self.optimizer, self._dropout_seed = optimizer, dropout_seed
+        self.loss_parts: dict[str, float] = {}
+        """With a teacher, of the last batch: ce, the mean cross-entropy, and kl, the mean divergence."""
+
+    def __call__(
+        self, batch: Batch, rates: Rates, iteration: int = 0, meanwhile: Callable[[], object] | None = None
+    ) -> tuple[float, float]:
+        """Update the model; return the loss and the gradients' norm before clipping.
+
+        Only dropout depends on the iteration. If loss or norm is NaN or infinite, weights and optimizer stay as they
+        were. `meanwhile` is called while the device computes.
+        """
+        loss, gradients = self.gradients(batch, iteration)
+        norm = self.optimizer.update(self.model, gradients, rates, loss.reshape(-1)[0])
+        numbers = mx.concatenate([norm.reshape(1), loss.reshape(-1)])
+        mx.async_eval(numbers)
+        if meanwhile is not None:
+            meanwhile()
+        length, result, *parts = cast(list[float], numbers.tolist())
+        self.loss_parts = dict(zip(_LOSS_PARTS, parts, strict=False))
+        return result, length
+
+    def gradients(self, batch: Batch, iteration: int = 0) -> Sums:
+        """Return the loss of a batch and its gradients; nothing is changed."""
+        rows: Rows = {"ids": batch.ids, "targets": batch.targets, "weights": batch.weights}
+        adapters = adapters_of(self.model)
+        if self.dropout or (adapters is not None and adapters.dropout):
+            rows["keys"] = draw_keys(self._dropout_seed, iteration, rows=len(batch.ids))
+        return self.sum_gradients(rows)
 
 
 def add(sums: Sums, parts: Sequence[Gradients], only: Collection[str] | None = None) -> Sums:
