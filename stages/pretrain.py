@@ -22,10 +22,10 @@ from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers
 from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.runner.context import Context
 from mlxchat.training.batches import RowBatches
-from mlxchat.training.best import Candidates
 from mlxchat.training.forecast import memory
 from mlxchat.training.loop import Observation, derived_after, fit
 from mlxchat.training.observations import observe_core
+from mlxchat.training.state import Candidates
 from mlxchat.training.team_step import make_step
 
 VERSION = 6
@@ -104,7 +104,6 @@ def run(ctx: Context) -> None:
             every=config.keep_every or -(-num_iterations // 20),
             keep=config.keep == "best",
             target=config.target_bpb,
-            basis=config.eval_tokens,
         )
     facts: dict[str, object] = {"stage": "pretrain", "format": "base", "pretrain_batch_tokens": derived.batch_tokens}
 

@@ -17,10 +17,9 @@ from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.rl.forecast import describe, longest_answer
 from mlxchat.rl.rollouts import PolicyScores, Rollouts, longest_prompt, pass_at_k, updates_per_rollout
 from mlxchat.runner.context import Context
-from mlxchat.store.fingerprint import plain_of
-from mlxchat.training.best import Candidates
 from mlxchat.training.finetune import make_optimizer, save_trained
 from mlxchat.training.loop import Observation, fit
+from mlxchat.training.state import Candidates
 from mlxchat.training.team_step import make_step
 
 VERSION = 9
@@ -100,10 +99,8 @@ def run(ctx: Context) -> None:
 
     best = None
     if config.keep == "best":
-        held_out_settings = [config.eval_samples, config.eval_max_new_tokens, config.temperature, config.top_k]
         best = Candidates(
             every=updates * (config.keep_every or -(-num_iterations // 20)),
-            basis=[plain_of(config.evaluation), config.system_prompt, *held_out_settings],
             metric="held_out_reward",
             choose=max,
         )

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from mlxchat.config.schema import Config, OptimizerConfig, PreferenceConfig, RLConfig
 from mlxchat.model.sizes import GPTSizes, adapter_remedies, adapter_sizes_of
 from mlxchat.ops.machine import DECODED_ROWS
-from mlxchat.planning.horizon import count_later_iterations
 from mlxchat.planning.memory import Decoding, Training
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.tasks import task_class
@@ -47,10 +46,8 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
     """Yield why a step cannot train on rows of this length, or extend the finished training that it names."""
     same: tuple[str, ...]
     if step.stage.name == "rl":
-        per_iteration, count = config.rl.questions_per_iteration, "num_questions"
         same = _SAME_RL
     else:
-        per_iteration, count = config.preference.pairs_per_iteration, "num_pairs"
         is_sampled = not task_class(config.preference.data.task).is_paired
         same = _SAME_PAIRS + (_SAME_SAMPLES if is_sampled else ())
         rows = config.preference.row_tokens
@@ -59,13 +56,8 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
                 f"preference.row_tokens={rows} is longer than the context of the model that {step.name} starts from: "
                 f"{sizes.context_tokens}. Give preference.row_tokens={sizes.context_tokens}"
             )
-    section = getattr(config, step.stage.name)
-    yield from find_extension_problems(
-        step,
-        plan,
-        same=("seed", "optimizer.kind", "optimizer.variant", *(f"{step.stage.name}.{name}" for name in same)),
-        count_wanted=lambda derived: count_later_iterations(section, derived[count], per_iteration),
-    )
+    settings = (f"{step.stage.name}.{name}" for name in same)
+    yield from find_extension_problems(step, plan, ("seed", "optimizer.kind", "optimizer.variant", *settings))
 
 
 def longest_answer(config: RLConfig) -> int:

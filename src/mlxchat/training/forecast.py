@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mlxchat.store.bases import find_chain, folder_of_weights, is_adapter
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.tasks import task_class
-from mlxchat.training.extension import find_extension_problems, keeps_state, train_again
+from mlxchat.training.extension import find_extension_problems
 
 # What weights, moments and the position in the data depend on.
 _SAME_PRETRAINING = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
@@ -91,47 +91,17 @@ def describe(
     )
 
 
-def _sizes_of(config: Config) -> GPTSizes:
-    return sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-
-
 def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: GPTSizes | None) -> Iterator[str]:
-    """Yield why a step cannot extend its training, start from its model and moments, or learn from its teacher."""
+    """Yield why a step cannot extend its training, have rows of this length, or learn from its teacher."""
     stage = step.stage.name
     if stage == "pretrain":
-
-        def count_pretraining(derived: Mapping[str, Any]) -> int:
-            model = sizes_of(config.model, config.architecture, derived["vocab_size"])
-            return derive_hyperparameters(config, model).num_iterations
-
-        yield from find_extension_problems(
-            step, plan, same=_SAME_PRETRAINING, may_differ=("architecture.dropout",), count_wanted=count_pretraining
-        )
+        yield from find_extension_problems(step, plan, _SAME_PRETRAINING)
         return
     section: ConversationConfig = getattr(config, stage)
-    yield from find_extension_problems(
-        step,
-        plan,
-        same=("seed", "optimizer.kind", "optimizer.variant", *(f"{stage}.{name}" for name in _SAME_CONVERSATIONS)),
-        count_wanted=lambda derived: section.num_iterations,
-    )
-    yield from _find_length_problems(step, section, (sizes or _sizes_of(config)).context_tokens)
-    if section.warm_start:
-        source = next((each for each in plan if each.name == step.inputs.get("checkpoint")), None)
-        made = step.artifacts.get("checkpoint")
-        if source is not None and source.done:
-            made = Store(Path(config.outputs)).made(source.key)
-        if made is not None and not keeps_state(made):
-            yield (
-                f"{stage}.warm_start is true, but {made['name']} was made without a training state. "
-                f"{train_again(made)}, or give {stage}.warm_start=false"
-            )
-    if section.teacher.is_there:
-        yield from (f"{stage}.teacher: {line}" for line in _find_teacher_problems(section.teacher, config))
-
-
-def _find_length_problems(step: PlannedStep, section: ConversationConfig, context: int) -> Iterator[str]:
-    stage, rows, wanted = step.stage.name, section.batch.row_tokens, section.context_tokens
+    same = ("seed", "optimizer.kind", "optimizer.variant", *(f"{stage}.{name}" for name in _SAME_CONVERSATIONS))
+    yield from find_extension_problems(step, plan, same)
+    sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
+    context, rows, wanted = sizes.context_tokens, section.batch.row_tokens, section.context_tokens
     before = f"the context of the model that {step.name} starts from: {context}"
     if wanted is not None and wanted < context:
         yield f"{stage}.context_tokens={wanted} is shorter than {before}. Give at least that, or null"
@@ -145,6 +115,8 @@ def _find_length_problems(step: PlannedStep, section: ConversationConfig, contex
             f"{stage}.batch.row_tokens={rows} is longer than {before}. Set {stage}.batch.row_tokens={context}, or "
             f"extend it by {stage}.context_tokens={rows}"
         )
+    if section.teacher.is_there:
+        yield from (f"{stage}.teacher: {line}" for line in _find_teacher_problems(section.teacher, config))
 
 
 # Teachers

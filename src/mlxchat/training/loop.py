@@ -15,9 +15,8 @@ from mlxchat.optim.optimizer import rates_at
 from mlxchat.runner.context import Context
 from mlxchat.store.crash import crash_point
 from mlxchat.training.batches import BatchSource
-from mlxchat.training.best import Candidates
 from mlxchat.training.monitor import Monitor
-from mlxchat.training.state import Checkpointer
+from mlxchat.training.state import Candidates, Checkpointer
 from mlxchat.training.step import TrainStep
 
 # Derived numbers that are proportional to the iterations.
@@ -78,7 +77,7 @@ def fit(
     def write(folder: Path) -> None:
         save(folder)
         if config.save_training_state:
-            checkpointer.save_finished(done, folder, intermediate=True)
+            checkpointer.save_finished(done, folder, is_last=False)
 
     with ctx.progress(num_iterations, "iterations", start=done) as progress:
         while True:
@@ -120,7 +119,7 @@ def fit(
             crash_point("train.iteration")
         crash_point("train.finished")
         if config.save_training_state:
-            checkpointer.save_finished(done, ctx.out)
+            checkpointer.save_finished(done, ctx.out, is_last=True)
         if best is not None and best.iteration is not None:
             progress.note(
                 f"kept the weights of iteration {best.iteration}: {best.metric} {best.numbers[best.metric]:.5f}"
