@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -11,10 +11,11 @@ import mlx.core as mx
 from mlxchat.cpu import plain_version
 from mlxchat.cpu.lanes import Lanes, present, present_lanes
 from mlxchat.model.lora import adapters_of
+from mlxchat.ops.device import compiled
 from mlxchat.optim.optimizer import Flat, Rates
 from mlxchat.planning.memory import Device, Training
 from mlxchat.training.batches import Batch
-from mlxchat.training.step import Backward, Rows, Sums, TrainStep, add
+from mlxchat.training.step import Backward, Gradients, Rows, Sums, TrainStep
 
 _LIMIT = 0.94  # of the predicted bytes
 
@@ -84,13 +85,37 @@ def add_micro_batch(backward: Backward, sums: Sums, rows: Rows, parameters: Flat
     mx.eval(parts)
     sizes = {name: array.size for part in parts for name, array in part.whole.items()}
     sizes |= {name: sums.gradients[name].size for name in parts[0].read}
-    found = lanes.run([partial(add, sums, parts, names) for names in _share_evenly(sizes, len(lanes))])
+    found = lanes.run([partial(_add, sums, parts, names) for names in _share_evenly(sizes, len(lanes))])
     del sums, parts
     mx.eval(found)
     loss, gradients = found[0]
     for _, more in found[1:]:
         gradients |= more
     return Sums(loss, gradients)
+
+
+def _add(sums: Sums, parts: Sequence[Gradients], names: Collection[str]) -> Sums:
+    """Return sums to which parts of a batch are added, with the gradients of some parameters alone."""
+    gradients: Flat = {}
+    for name in parts[0].whole:
+        if name in names:
+            found = [part.whole[name] for part in parts]
+            if name in sums.gradients:
+                found.append(sums.gradients[name])
+            gradients[name] = _sum(found) if len(found) > 1 else found[0]
+    for name in parts[0].read:
+        if name in names:
+            ids = mx.concatenate([part.read[name][0] for part in parts])
+            rows = mx.concatenate([part.read[name][1] for part in parts])
+            gradients[name] = sums.gradients[name].at[ids].add(rows.astype(mx.float32))
+    return Sums(sum((part.loss for part in parts), sums.loss), gradients)
+
+
+@compiled
+def _sum(arrays: list[mx.array]) -> mx.array:
+    """Return the sum of arrays in float32."""
+    first, *others = (array.astype(mx.float32) for array in arrays)
+    return sum(others, first)
 
 
 def _share_evenly(sizes: dict[str, int], parts: int) -> list[list[str]]:

@@ -53,7 +53,7 @@ def finetune(ctx: Context, config: ConversationConfig) -> None:
     rows_per_iteration = whole_rows(int(batch_tokens), row_tokens) // row_tokens
     distillation, teacher_size = None, None
     if config.teacher.is_there:
-        folder = ctx.inputs["teacher"] if config.teacher.artifact is not None else Path(config.teacher.path or "")
+        folder = ctx.inputs.get("teacher") or Path(config.teacher.path or "")
         distillation = load_teacher(config.teacher, folder, tokenizer, row_tokens=row_tokens, dtype=dtype)
         teacher_size = distillation.size
     order = config.mixture_order

@@ -10,13 +10,12 @@ from typing import Any
 
 from mlxchat.config.schema import Config, ConversationConfig, OptimizerConfig, TeacherConfig
 from mlxchat.data.vocabulary import RANKS_FILE
-from mlxchat.errors import MlxchatError
 from mlxchat.model.sizes import GPTSizes, adapter_remedies, adapter_sizes_of, sizes_of
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Decoding, TeacherSize, Training
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.store.bases import find_chain, folder_of_weights, is_adapter
+from mlxchat.store.bases import folder_of_weights
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.tasks import task_class
@@ -45,8 +44,9 @@ def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
         return _pretraining(config, sizes)
     section: ConversationConfig = getattr(config, stage)
     tokens = section.batch.tokens or derive_hyperparameters(config, sizes).batch_tokens
-    folder = teacher_folder(section.teacher, Path(config.outputs))
-    teacher = None if folder is None else measure_teacher(folder)
+    teacher = None
+    if section.teacher.is_there:
+        teacher = measure_teacher(teacher_folder(section.teacher, Path(config.outputs)))
     return describe(stage, section, config.optimizer, sizes, tokens // section.batch.row_tokens, teacher)
 
 
@@ -116,7 +116,12 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
             f"extend it by {stage}.context_tokens={rows}"
         )
     if section.teacher.is_there:
-        yield from (f"{stage}.teacher: {line}" for line in _find_teacher_problems(section.teacher, config))
+        folder = teacher_folder(section.teacher, Path(config.outputs))
+        if not (folder / "config.json").is_file() or not any(folder_of_weights(folder).glob("model*.safetensors")):
+            yield (
+                f"{stage}.teacher: {folder} holds no model; expected config.json, model*.safetensors and a tokenizer's "
+                "files"
+            )
 
 
 # Teachers
@@ -140,34 +145,14 @@ def measure_teacher(folder: Path) -> TeacherSize:
     )
 
 
-def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path | None:
-    """Return the folder of a teacher; None: there is none.
-
-    Raises:
-        StoreError: no artifact, or several, have its name.
-    """
-    if teacher.artifact is not None:
-        return resolve(Store(outputs), teacher.artifact)
-    return None if teacher.path is None else Path(teacher.path)
+def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path:
+    """Return the folder of a teacher; a StoreError: no artifact, or several, have its name."""
+    return Path(teacher.path or "") if teacher.artifact is None else resolve(Store(outputs), teacher.artifact)
 
 
 def teacher_context(folder: Path) -> int | None:
     """Return the longest row that a teacher takes; None: not in its config.json."""
     return _number(_read_config(folder), *_CONTEXT_KEYS)
-
-
-def _find_teacher_problems(teacher: TeacherConfig, config: Config) -> Iterator[str]:
-    """Yield why a teacher cannot be opened; vocabulary and context are compared when it is (`teacher.load_teacher`)."""
-    try:
-        folder = teacher_folder(teacher, Path(config.outputs))
-        assert folder is not None
-        if is_adapter(folder):
-            find_chain(folder)
-    except MlxchatError as error:
-        yield str(error)
-        return
-    if not (folder / "config.json").is_file() or not any(folder_of_weights(folder).glob("model*.safetensors")):
-        yield f"{folder} holds no model; expected config.json, model*.safetensors and a tokenizer's files"
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxchat.config.wording import format_bytes, format_count
+from mlxchat.config.wording import first_of, format_bytes, format_count
 from mlxchat.errors import StepFailed
 from mlxchat.model.lora import adapters_of
 from mlxchat.model.sizes import flops_per_token
@@ -43,24 +43,17 @@ class Counts:
     """Iterations whose update was skipped."""
     skipped_in_a_row: int = 0
 
-    @property
-    def smooth_loss(self) -> float:
-        """The debiased exponential mean of the loss."""
-        return self.loss / self.loss_weight if self.loss_weight else 0.0
-
 
 class Monitor:
     """Measures, logs and shows each iteration of a step's training."""
 
     def __init__(self, ctx: Context, step: TrainStep, batches: BatchSource, num_iterations: int) -> None:
-        self.ctx, self.batches, self.num_iterations = ctx, batches, num_iterations
+        self.ctx, self.step, self.batches, self.num_iterations = ctx, step, batches, num_iterations
         self.counts = Counts()
-        self._ranks = 1 if ctx.team is None else ctx.team.size
         self._recent: list[tuple[int, float, float]] = []
         # nanochat's FLOPs per token are those of a training of all weights.
         peak = peak_flops(step.dtype) if adapters_of(step.model) is None else None
-        self._mfu_per_speed = peak and flops_per_token(step.model.sizes) / (peak * self._ranks)
-        self._step = step
+        self._mfu_per_speed = peak and flops_per_token(step.model.sizes) / (peak * step.num_ranks)
         self._before = (0.0, 0.0, 0.0)
         if compiles_first():
             kept = os.environ["MLX_PTX_CACHE_DIR"]
@@ -78,35 +71,35 @@ class Monitor:
         Raises:
             StepFailed: loss or norm is NaN or Inf, and `training.on_nan` ends the training.
         """
-        ctx, counts, parts = self.ctx, self.counts, self._step.loss_parts
+        ctx, counts = self.ctx, self.counts
         seconds, waited, communicated = (now - then for now, then in zip(self._clocks(), self._before, strict=True))
         record: dict[str, Any] = {"lr_multiplier": rates.lr_factor}
         if math.isfinite(loss) and math.isfinite(norm):
             counts.skipped_in_a_row = 0
             counts.loss = _EMA_DECAY * counts.loss + (1 - _EMA_DECAY) * loss
             counts.loss_weight = _EMA_DECAY * counts.loss_weight + (1 - _EMA_DECAY)
-            ctx.metrics |= parts
-            record |= {"loss": loss, "grad_norm": norm, **parts}
+            ctx.metrics |= self.step.loss_parts
+            record |= {"loss": loss, "grad_norm": norm, **self.step.loss_parts}
         else:
             warning = self._skip(iteration, loss, norm)
             progress.note(f"iteration {iteration}: {warning}")
             record |= {"skipped_iterations": counts.skipped, "warning": warning}
-        if self._ranks > 1:
+        if self.step.num_ranks > 1:
             record["communication_frac"] = communicated / seconds
         counts.tokens += batch.ids.size
         counts.seconds += seconds
         counts.waited += waited
         self._recent = [*self._recent[1 - _RECENT :], (batch.ids.size, seconds, waited)]
         recent_tokens, recent_seconds, recent_waited = (sum(column) for column in zip(*self._recent, strict=True))
-        speed = recent_tokens / max(1e-9, recent_seconds)
+        speed = recent_tokens / recent_seconds
         record |= {
-            "smooth_loss": counts.smooth_loss,
+            "smooth_loss": self._smooth_loss(),
             "tokens_per_second": speed,
-            "data_wait_frac": recent_waited / max(1e-9, recent_seconds),
+            "data_wait_frac": recent_waited / recent_seconds,
             "elapsed_seconds": counts.seconds,
             "peak_memory_bytes": mx.get_peak_memory(),
         }
-        shown = {"loss": f"{counts.smooth_loss:.3f}", "speed": f"{format_count(speed)} tok/s"}
+        shown = {"loss": f"{self._smooth_loss():.3f}", "speed": f"{format_count(speed)} tok/s"}
         if self._mfu_per_speed is not None:
             record["mfu"] = self._mfu_per_speed * speed
             shown["mfu"] = f"{record['mfu']:.0%}"
@@ -119,7 +112,7 @@ class Monitor:
         metrics, counts = self.ctx.metrics, self.counts
         if counts.skipped or self.ctx.config.training.on_nan == "skip":
             metrics["skipped_iterations"] = counts.skipped
-        metrics["loss"] = counts.smooth_loss
+        metrics["loss"] = self._smooth_loss()
         metrics["tokens_per_second"] = counts.tokens / max(counts.seconds, 1e-9)
         metrics["data_wait_frac"] = counts.waited / max(counts.seconds, 1e-9)
 
@@ -136,6 +129,10 @@ class Monitor:
         """Continue from the state of a training, finished or not."""
         self.counts = Counts(**state["counts"])
 
+    def _smooth_loss(self) -> float:
+        """Return the debiased exponential mean of the loss."""
+        return self.counts.loss / self.counts.loss_weight if self.counts.loss_weight else 0.0
+
     def _clocks(self) -> tuple[float, float, float]:
         """Return the present seconds, and those spent on data and on communication so far."""
         communicated = 0.0 if self.ctx.team is None else self.ctx.team.group.seconds
@@ -144,9 +141,8 @@ class Monitor:
     def _skip(self, iteration: int, loss: float, norm: float) -> str:
         """Count a step without finite numbers, which updated nothing; return a warning, or end the training."""
         training, counts = self.ctx.config.training, self.counts
-        names = self.batches.documents()
-        more = f" and {len(names) - _MOST_DOCUMENTS_NAMED} more" if len(names) > _MOST_DOCUMENTS_NAMED else ""
-        warning = f"loss {loss} and gradient norm {norm}, batch of {', '.join(names[:_MOST_DOCUMENTS_NAMED])}{more}"
+        documents = first_of(self.batches.documents(), _MOST_DOCUMENTS_NAMED)
+        warning = f"loss {loss} and gradient norm {norm}, batch of {documents}"
         counts.skipped += 1
         counts.skipped_in_a_row += 1
         if training.on_nan == "stop" or counts.skipped_in_a_row > training.max_skipped_in_a_row:

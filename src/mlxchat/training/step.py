@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
@@ -99,7 +99,12 @@ class Backward:
 
     def add_micro_batch(self, sums: Sums, rows: Rows, parameters: Flat) -> Sums:
         """Return sums to which loss and gradients of a micro-batch are added."""
-        return add(sums, [self.gradients_of(rows, parameters)])
+        loss, whole, read = self.gradients_of(rows, parameters)
+        if sums.gradients.keys() >= whole.keys():
+            whole = {name: _add(gradient, sums.gradients[name]) for name, gradient in whole.items()}
+        for name, (ids, rows_read) in read.items():
+            whole[name] = sums.gradients[name].at[ids].add(rows_read.astype(mx.float32))
+        return Sums(sums.loss + loss, whole)
 
     def gradients_of(self, rows: Rows, parameters: Flat) -> Gradients:
         """Return loss and gradients of rows; a teacher computes its states outside the gradient's trace."""
@@ -188,28 +193,9 @@ class TrainStep(Backward):
         return self.sum_gradients(rows)
 
 
-def add(sums: Sums, parts: Sequence[Gradients], only: Collection[str] | None = None) -> Sums:
-    """Return sums to which parts of a batch are added; `only`: with the gradients of these parameters alone."""
-    gradients: Flat = {}
-    for name in parts[0].whole:
-        if only is None or name in only:
-            found = [part.whole[name] for part in parts]
-            if name in sums.gradients:
-                found.append(sums.gradients[name])
-            gradients[name] = _sum(found) if len(found) > 1 else found[0]
-    for name in parts[0].read:
-        if only is None or name in only:
-            ids = mx.concatenate([part.read[name][0] for part in parts])
-            rows = mx.concatenate([part.read[name][1] for part in parts])
-            gradients[name] = sums.gradients[name].at[ids].add(rows.astype(mx.float32))
-    return Sums(sum((part.loss for part in parts), sums.loss), gradients)
-
-
 @compiled
-def _sum(arrays: list[mx.array]) -> mx.array:
-    """Return the sum of arrays in float32."""
-    first, *others = (array.astype(mx.float32) for array in arrays)
-    return sum(others, first)
+def _add(gradient: mx.array, total: mx.array) -> mx.array:
+    return gradient.astype(mx.float32) + total.astype(mx.float32)
 
 
 def flat(x: mx.array) -> mx.array:
