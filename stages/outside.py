@@ -40,9 +40,8 @@ def run(ctx: Context) -> None:
     config = ctx.config.outside
     assert config.path is not None  # validated while planning
     prepare_machine(ctx.config.machine)
-    engine = ThirdPartyEngine.load(
-        Path(config.path), context_tokens=config.context_tokens, most_context_tokens=_MOST_CONTEXT_TOKENS
-    )
+    engine = ThirdPartyEngine.load(Path(config.path))
+    engine.context_tokens = config.context_tokens or min(engine.context_tokens, _MOST_CONTEXT_TOKENS)
     chats = engine.tokenizer.has_chat_template if config.chat is None else config.chat
     scores = measure(ctx, LanguageModel(engine), as_base=True, as_chat=chats)
     about = {"name": config.name, "model_type": engine.model_type, "context_tokens": engine.context_tokens}

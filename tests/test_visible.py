@@ -12,8 +12,7 @@ import pytest
 
 from kit.commands import run_here
 from mlxchat.cli import main
-from mlxchat.engine.batch import Request
-from mlxchat.engine.scheduler import Event
+from mlxchat.engine.batch import Event, Request
 from mlxchat.errors import DataError, filter_logs, visible
 from mlxchat.store.files import seal
 from mlxchat.store.naming import Found, describe_model, resolve

@@ -9,11 +9,10 @@ import pytest
 from kit.models import make_model
 from kit.scripted import steps
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.batch import Generator, KeptPasts, Request
+from mlxchat.engine.batch import Event, Generator, KeptPasts, Request
 from mlxchat.engine.decode import Decoder, tokens_of
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Event
 
 # Prompts of one token, of several chunks, equal ones, prefixes of others; windows of July 2026 are 128 tokens.
 LENGTHS = (1, 5, 40, 140, 40, 17, 5, 126)

@@ -8,7 +8,6 @@ from kit.scripted import steps
 from kit.text import byte_tokens, tool_call, tool_output
 from mlxchat.engine.batch import Request
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.sample import Sampling
 from mlxchat.errors import ConfigError
 
 
@@ -51,9 +50,8 @@ def test_rows_end_with_an_end_token_or_at_the_limit(tokenizer, scripted):
     ]  # fmt: skip
     assert len(engine.decoder.given) == 3, "the last token needs no further step"
     assert [each.ids for each in engine.complete(prompts, max_new_tokens=0)] == [[], [], []]
-    bad = Request(prompt=[], max_new_tokens=0, sampling=Sampling(temperature=-1.0))
-    with pytest.raises(ConfigError, match=r"temperature is -1.*prompt is empty.*max_new_tokens is 0"):
-        engine.scheduler().submit(bad)
+    with pytest.raises(ConfigError, match="prompt is empty"):
+        engine.complete([[]], max_new_tokens=1)
 
 
 def test_calls_force_their_answers(tokenizer, scripted):

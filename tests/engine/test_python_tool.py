@@ -10,8 +10,7 @@ import pytest
 from kit.scripted import steps
 from kit.text import tool_call, tool_output
 from mlxchat.engine.batch import Request
-from mlxchat.engine.generate import Engine
-from mlxchat.engine.scheduler import Scheduler
+from mlxchat.engine.generate import Engine, Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError
 
@@ -102,9 +101,11 @@ def test_waiting_does_not_change_the_answer(model, tokenizer):
         id = scheduler.submit(Request(prompt=[tokenizer.bos] * 9, max_new_tokens=24, logprobs=0))
         scheduler.submit(Request(prompt=[tokenizer.bos] * 5, max_new_tokens=40, logprobs=0))
         events = steps(scheduler, 4)
-        scheduler.source.force(id, [], hold=True)
+        row = scheduler._rows[id]
+        row.running = Future()
         events += steps(scheduler, seconds)
-        scheduler.source.force(id, [7, 8])
+        row.given.extend([7, 8])
+        row.running = None
         events += steps(scheduler)
         return [(event.token, event.logprob and round(event.logprob, 4)) for event in events if event.id == id]
 

@@ -97,9 +97,3 @@ def test_log_probabilities_are_the_models():
     assert (own, other) == pytest.approx((logs[4], np.log(expected(-LOGITS, 1.0))[0]), abs=1e-6)
     assert [token for token, _ in best] == [2, 5, 3]
     np.testing.assert_allclose([value for _, value in best], logs[[2, 5, 3]], atol=1e-6)
-
-
-def test_all_impossible_settings_are_named():
-    bad = Sampling(temperature=-1, top_k=0, top_p=1.5, min_p=0, repetition_penalty=0)
-    assert len(bad.problems()) == 5
-    assert not Sampling(temperature=2, top_k=1, top_p=1, min_p=1, repetition_penalty=1).problems()

@@ -18,8 +18,7 @@ from mlxchat.config.schema import CoreConfig
 from mlxchat.data.packing import RowStream, take_validation
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents
-from mlxchat.engine.generate import Engine
-from mlxchat.engine.scheduler import ShownText
+from mlxchat.engine.generate import Engine, ShownText
 from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer
 from mlxchat.errors import DataError
 from mlxchat.evals.bpb import text_loss
@@ -72,13 +71,14 @@ def test_tokenizer_read_by_transformers_is_ours(engine, tokenizer):
     for text in ("the cat sat", "  你好\n<|bos|> it's 1234"):
         assert theirs.encode(text.replace("<|bos|>", "")) == tokenizer.encode(text.replace("<|bos|>", ""))
         assert theirs.decode([*theirs.encode(text), theirs.vocab_size + 5]) == text
-    assert theirs.encode("a\ud800b") == theirs.encode("a\ufffdb")
+    assert theirs.encode("a\ud800b") == theirs.encode("a?b")
     messages = [{"role": "user", "content": "the cat"}]
     assert theirs.render(messages)[:2] == [tokenizer.bos, tokenizer.special_ids["<|user_start|>"]]
 
 
-def sentencepiece(scheme: str) -> ThirdPartyTokenizer:
-    """Return a tokenizer of pieces with byte fallback; `scheme` says where a blank is put before a text."""
+@pytest.fixture
+def sentencepiece() -> ThirdPartyTokenizer:
+    """Return a tokenizer of pieces with byte fallback, which puts a blank before a text."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Backend
@@ -87,27 +87,22 @@ def sentencepiece(scheme: str) -> ThirdPartyTokenizer:
     pieces = ["<s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcé", "ab", "▁ab"]
     backend = Backend(models.BPE({piece: place for place, piece in enumerate(pieces)}, [("a", "b"), ("▁", "ab")],
                                  byte_fallback=True))  # fmt: skip
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme=scheme)])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")])
     backend.add_special_tokens([AddedToken("<s>", special=True)])
     return ThirdPartyTokenizer(TokenizerWrapper(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")))
 
 
-def test_bytes_of_pieces_with_byte_fallback():
-    tokenizer, text = sentencepiece("never"), "ab abc é 你好\n"
-    assert tokenizer.token_bytes[tokenizer.encode(text)].sum() == len(text.encode())
-    assert tokenizer.token_bytes[tokenizer.bos] == 0
-    assert tokenizer.decode_bytes([tokenizer.bos, *tokenizer.encode(text)]) == text.encode()
-
-
-@pytest.mark.parametrize("scheme", ["always", "never"])
-def test_answers_begin_without_an_added_blank(scheme):
-    """Answers are shown token by token, and their first one is "▁ab" where decoding the whole gives "ab"."""
-    tokenizer = sentencepiece(scheme)
-    ids = tokenizer.encode(" ab ab" if scheme == "never" else "ab ab")
-    shown = ShownText(tokenizer, skip_blank=tokenizer.skips_blank)
-    assert "".join(shown.add(id_) for id_ in ids) == tokenizer.decode(ids)
-    assert tokenizer.skips_blank == (scheme == "always")
+def test_pieces_with_byte_fallback_have_bytes_and_answers_no_added_blank(sentencepiece):
+    text = "ab abc é 你好\n"
+    ids = sentencepiece.encode(text)
+    assert sentencepiece.decode_bytes([sentencepiece.bos, *ids]) == f" {text}".encode()
+    assert (sentencepiece.token_bytes[ids].sum(), sentencepiece.token_bytes[sentencepiece.bos]) == (
+        len(text.encode()) + 1,
+        0,
+    )
+    shown = ShownText(sentencepiece, skip_blank=True)
+    assert "".join(shown.add(id_) for id_ in ids) == text == sentencepiece.decode(ids)
 
 
 class Letters(Task):
@@ -154,20 +149,6 @@ def test_answers_equal_those_of_our_engine(engine, model, tokenizer):
     assert [row.ids for row in engine.complete(prompts, max_new_tokens=8)] == [row.ids for row in ours]
 
 
-def test_hf_export_has_equal_logits(engine, folder, tmp_path):
-    """mlx-lm has other names of nanochat's parameters; the error ended where their list began."""
-    from mlxchat.interop import exporting
-
-    checkpoint = exporting.open_checkpoint(folder)
-    (tmp_path / "hf").mkdir()
-    exporting.write_hf(checkpoint, tmp_path / "hf")
-    exported = ThirdPartyEngine.load(tmp_path / "hf")
-    tokenizer = exported.tokenizer
-    ids = mx.array([[tokenizer.bos, *tokenizer.encode("the cat sat on the mat")]])
-    assert np.array_equal(np.asarray(exported.model(ids)), np.asarray(engine.model(ids)))
-    assert tokenizer.has_chat_template
-
-
 def test_faulty_folders_are_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"config\.json"):
@@ -176,10 +157,7 @@ def test_faulty_folders_are_refused(folder, tmp_path):
     place.write_text(json.dumps({**valid, "model_max_length": "x"}))
     with pytest.raises(DataError, match="mlx-lm cannot open it"):
         ThirdPartyEngine.load(folder)
-    place.write_text(json.dumps({**valid, "chat_template": "{{ '' }}"}))
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
-    with pytest.raises(DataError, match="renders this conversation as empty text"):
-        ThirdPartyEngine.load(folder).render([{"role": "user", "content": "a"}])
+    place.write_text(json.dumps(valid))
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(DataError, match="safetensors"):
         ThirdPartyEngine.load(folder)

@@ -8,8 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxchat.engine.batch import Event
 from mlxchat.engine.decode import Decoder, LastEmbedding, Past, tokens_of
-from mlxchat.engine.scheduler import Event, Scheduler
+from mlxchat.engine.generate import Scheduler
 
 
 class ScriptedDecoder(Decoder):
@@ -29,8 +30,10 @@ class ScriptedDecoder(Decoder):
         self.starts = np.zeros(0, dtype=np.int64)
         self.room, self.last = 1 << 20, LastEmbedding([None])
 
-    def use(self, model: Any) -> None:
-        pass
+    def __call__(self, model: Any) -> "ScriptedDecoder":
+        """Begin again; an engine creates a decoder of its model."""
+        self.resize([], 0, 1)
+        return self
 
     def read(self, prompts: Sequence[Sequence[int]], past: Past | None = None, last: int | None = None) -> list[Past]:
         return [past_of_zeros(tokens_of(past) + len(prompt)) for prompt in prompts]

@@ -17,7 +17,7 @@ from kit.models import make_model
 from kit.scripted import ScriptedDecoder
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.batch import Generator
-from mlxchat.engine.scheduler import Scheduler
+from mlxchat.engine.generate import Scheduler
 from mlxchat.engine.tools import PythonTool
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT

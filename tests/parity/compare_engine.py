@@ -12,7 +12,7 @@ from parity_file import ParityFile
 
 from kit.scripted import ScriptedDecoder
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine import scheduler
+from mlxchat.engine import generate
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.engine.sample import Sampler, Sampling
 from mlxchat.engine.tools import calculate
@@ -152,11 +152,11 @@ def _calls(tokenizer: Tokenizer, ids: list[int], mask: list[int]) -> Iterator[tu
 
 @contextmanager
 def _calculator(answer: Callable[[str], str | None]) -> Iterator[None]:
-    own, scheduler.calculate = scheduler.calculate, answer
+    own, generate.calculate = generate.calculate, answer
     try:
         yield
     finally:
-        scheduler.calculate = own
+        generate.calculate = own
 
 
 def _distribution(

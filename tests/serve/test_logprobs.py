@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kit.text import byte_tokens, tool_call
-from mlxchat.engine.scheduler import Event
+from mlxchat.engine.batch import Event
 from mlxchat.serve.choices import Choice
 
 TEXT = "the cat ▖ sat 5é on 😀 mat"

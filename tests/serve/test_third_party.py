@@ -215,12 +215,11 @@ def test_serve_accepts_model_folders(folder, tmp_path, monkeypatch, command):
     assert (code, "Traceback" in said) == (2, False)
 
 
-@pytest.mark.parametrize("said", [{"max_position_embeddings": -5}, {"num_hidden_layers": "two", "eos_token_id": {}}])
-def test_unreadable_folder_error_hides_its_path(tmp_path, folder, served, said):
+def test_unreadable_folder_error_hides_its_path(tmp_path, folder, served):
     bad = tmp_path / "bad"
     shutil.copytree(folder, bad)
     config = json.loads((bad / "config.json").read_text())
-    (bad / "config.json").write_text(json.dumps(config | said))
+    (bad / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "two", "eos_token_id": {}}))
     models = Models(Store(served), folder, third_party={"bad": bad})
     with pytest.raises(Fault, match=r"^bad: mlx-lm cannot open it") as told:
         models.find("bad")

@@ -9,10 +9,9 @@ call, and a token sampled in vain is dropped. Rows join and leave at any time (c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import product
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +19,13 @@ import numpy as np
 from mlxchat.engine.constraint import Constraint
 from mlxchat.engine.decode import Decoder, Past, tokens_of
 from mlxchat.engine.sample import Sampler, Sampling, Scored, Scores, adjusted, make_draws, score_tokens
+from mlxchat.engine.tools import Kind
 from mlxchat.ops.machine import BATCH_ROWS, DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    from mlxchat.engine.generate import ShownText
 
 # Looking up shorter prefixes costs more than reading them.
 _LEAST_KEPT_TOKENS = 16
@@ -52,25 +57,21 @@ class Request:
         return self.constraint is not None or self.sampling.adjusts
 
 
-class Token(NamedTuple):
-    """The next token of a row."""
-
-    id: int  # of the row
-    token: int
-    sampled: bool  # False if it was forced
-    scored: Scored | None
-
-
 @dataclass(eq=False)
-class _Row:
+class Row:
+    """A request while it is computed."""
+
     id: int
     request: Request
     ids: list[int]  # prompt and reported answer
     draws: np.random.Generator
     past: Past | None = None  # what was read or found of the prompt, until the row has a place
-    given: deque[int] = field(default_factory=deque)  # tokens that follow instead of sampled ones
     begun: bool = False  # whether the prompt's last token, which is not reported, was forwarded
-    held: bool = False
+    given: deque[int] = field(default_factory=deque)  # tokens that follow instead of sampled ones
+    shown: ShownText | None = None
+    kind: Kind = "text"
+    call: list[int] | None = None  # tokens of a call that has begun
+    running: Future[str] | None = None  # the program for whose output the row waits
 
     @property
     def unread(self) -> list[int]:
@@ -78,8 +79,26 @@ class _Row:
         return self.request.prompt[tokens_of(self.past) : -1]
 
     @property
-    def left(self) -> int:
-        return self.request.max_new_tokens - (len(self.ids) - len(self.request.prompt))
+    def num_answered(self) -> int:
+        """Reported tokens."""
+        return len(self.ids) - len(self.request.prompt)
+
+
+@dataclass(kw_only=True)
+class Event:
+    """A token of a request, or its end."""
+
+    id: int
+    token: int | None  # None: the request was cancelled
+    sampled: bool = False  # False if a tool forced the token
+    text: str = ""  # text that can be shown now
+    kind: Kind = "text"
+    """What the text and the token belong to; the tokens around a call belong to what stands before them."""
+    logprob: float | None = None  # by the model's distribution, if requested and the token was sampled
+    top_logprobs: list[tuple[int, float]] | None = None
+    prompt_logprobs: list[Scored] | None = None  # (log-probability, alternatives) of each prompt token except the first
+    finish_reason: str | None = None
+    """'stop' (an end token or a stop string), 'length', 'cancelled'; None: not finished."""
 
 
 class Generator:
@@ -99,8 +118,8 @@ class Generator:
         """
         self.decoder, self.max_rows, self.prefill_tokens = decoder, max_rows, prefill_tokens
         self.kept = KeptPasts(kept_tokens)
-        self._waiting: deque[_Row] = deque()
-        self._rows: list[_Row | None] = []
+        self._waiting: deque[Row] = deque()
+        self._rows: list[Row | None] = []
         """By place in the decoder's batch."""
         self._tokens = mx.zeros(0, dtype=mx.uint32)
         """The queued tokens (B,), and their scores."""
@@ -113,41 +132,39 @@ class Generator:
         """Prompt tokens whose keys and values were found, so far."""
         return self.kept.num_found
 
-    def insert(self, request: Request) -> int:
-        """Add a row, which waits for a place, and return its id."""
+    def insert(self, request: Request) -> Row:
+        """Add a row, which waits for a place."""
         self._next_id += 1
-        self._waiting.append(_Row(self._next_id, request, list(request.prompt), make_draws(request.sampling.seed)))
-        return self._next_id
+        self._waiting.append(Row(self._next_id, request, list(request.prompt), make_draws(request.sampling.seed)))
+        return self._waiting[-1]
 
-    def force(self, id: int, tokens: Sequence[int], *, hold: bool = False) -> None:
-        """Continue a row by given tokens instead of sampled ones; `hold` it after its last until the next call."""
-        row = self._row(id)
-        row.given.extend(tokens)
-        row.held = hold
-
-    def remove(self, id: int) -> None:
+    def remove(self, row: Row) -> None:
         """End a row."""
-        row = self._row(id)
         if row in self._waiting:
             self._waiting.remove(row)
             return
         place = self._rows.index(row)
         if row.request.reuse:
             self.kept.keep(row.ids[: self.decoder.lengths[place]], self.decoder, place)
-        self._rows[place], self.decoder.lengths[place], self._sampler = None, 0, None
+        self._rows[place] = None
+        self.decoder.lengths[place] = 0
+        self._sampler = None
 
-    def next(self) -> list[Token]:
-        """Queue the next token of every row, and return the tokens that were queued before."""
+    def next(self) -> list[Event]:
+        """Queue the next token of every row that waits for no program; return the tokens that were queued before."""
         self._admit()
-        rows = [row if row and not row.held else None for row in self._rows]
+        rows = [row if row and row.running is None else None for row in self._rows]
         if not any(rows):
             return []
         reports = [row is not None and row.begun for row in rows]
         tokens, given = self._inputs(rows)
-        scores, values = self._scores, None
-        if any(row and row.left > done for row, done in zip(rows, reports, strict=True)):
+        scores = self._scores
+        values: list[int] | None = None
+        left = [row.request.max_new_tokens - row.num_answered if row else 0 for row in rows]
+        if any(count > done for count, done in zip(left, reports, strict=True)):
             logits = self._forward(tokens, rows)
-            if in_step := [(place, row) for place, row in enumerate(rows) if row and row.request.in_step]:
+            in_step = [(place, row) for place, row in enumerate(rows) if row and row.request.in_step]
+            if in_step:
                 mx.async_eval(logits)
                 values = np.asarray(tokens).tolist()
                 for place, row in in_step:
@@ -156,28 +173,24 @@ class Generator:
             self._sample(logits, rows)
         values = np.asarray(tokens).tolist() if values is None else values
         known = scores.read() if scores else []
-        found = []
+        events = []
         for place, each in enumerate(rows):
-            if each is None:
-                continue
-            if reports[place]:
+            if each is not None and each.begun:
                 each.ids.append(values[place])
-                scored = None
+                events.append(Event(id=each.id, token=values[place], sampled=not given[place]))
                 if each.request.logprobs is not None and known and not given[place]:
-                    scored = known[place][0], known[place][1][: each.request.logprobs]
-                found.append(Token(each.id, values[place], not given[place], scored))
-            each.begun = True
-        return found
+                    events[-1].logprob, alternatives = known[place]
+                    events[-1].top_logprobs = alternatives[: each.request.logprobs]
+            elif each is not None:
+                each.begun = True
+        return events
 
     def score(self, ids: Sequence[int], most: int) -> list[Scored]:
         """Return the log-probabilities of all tokens except the first, with `most` alternatives."""
         hidden = self.decoder.model.hidden(mx.array([ids[:-1]]))[0]
         return score_sequence(lambda part: self.decoder.model.logits(hidden[part]), ids, most)
 
-    def _row(self, id: int) -> _Row:
-        return next(row for row in [*self._rows, *self._waiting] if row is not None and row.id == id)
-
-    def _inputs(self, rows: list[_Row | None]) -> tuple[mx.array, list[bool]]:
+    def _inputs(self, rows: list[Row | None]) -> tuple[mx.array, list[bool]]:
         """Return the tokens to forward (B,), and which of them are given instead of sampled."""
         given = [-1] * len(rows)
         for place, row in enumerate(rows):
@@ -193,14 +206,14 @@ class Generator:
         mx.async_eval(tokens)  # on its own, so that reading it does not wait for the step
         return tokens, is_given
 
-    def _forward(self, tokens: mx.array, rows: list[_Row | None]) -> mx.array:
+    def _forward(self, tokens: mx.array, rows: list[Row | None]) -> mx.array:
         """Return the logits (B, V) after one more token of each row, not yet evaluated."""
         longest = int(self.decoder.lengths.max()) + 1
         if longest > self.decoder.room:
             self.decoder.resize(range(len(rows)), len(rows), longest)
         return self.decoder.step(tokens, [row is not None for row in rows])
 
-    def _sample(self, logits: mx.array, rows: list[_Row | None]) -> None:
+    def _sample(self, logits: mx.array, rows: list[Row | None]) -> None:
         """Start the computation of the next tokens and of what is reported with them."""
         if self._sampler is None:
             self._sampler = Sampler([row.request.sampling if row else Sampling() for row in self._rows])
@@ -214,34 +227,39 @@ class Generator:
         """Read prompts and give them places; limit what is read if other rows are being decoded."""
         kept = [place for place, row in enumerate(self._rows) if row is not None]
         budget = self.prefill_tokens if kept else 1 << 60
-        chosen: list[_Row] = []
+        chosen: list[Row] = []
         while self._waiting and len(kept) + len(chosen) < self.max_rows and budget > 0:
             row = self._waiting[0]
             if row.request.reuse and row.past is None:
                 row.past = self.kept.find(row.request.prompt)
             rest = row.unread
             budget -= min(len(rest), self.prefill_tokens)
-            if len(rest) > self.prefill_tokens or (rest and row.past):
+            if len(rest) > self.prefill_tokens or (rest and row.past):  # a chunk of its own
                 last = row.request.prompt[-len(rest) - 2] if row.past else None
                 (row.past,) = self.decoder.read([rest[: self.prefill_tokens]], row.past, last)
                 if row.unread:
                     continue
             chosen.append(self._waiting.popleft())
-        prompts = sorted({tuple(row.unread): None for row in chosen if row.unread}, key=len)
+        self._read_together(chosen)
+        for row in chosen:  # samples of a question share its reading
+            for other in self._waiting:
+                if other.past is None and other.request.prompt == row.request.prompt:
+                    other.past = row.past
+        if chosen or (not self._waiting and batch_rows(len(kept)) < len(self._rows)):
+            self._place(kept, chosen)
+
+    def _read_together(self, rows: list[Row]) -> None:
+        """Read the unread prompts of rows, each different one once, in batches of similar length."""
+        prompts = sorted(dict.fromkeys(tuple(row.unread) for row in rows if row.unread), key=len)
         while prompts:
             widest = [len(prompt) * (place + 1) for place, prompt in enumerate(prompts)]
             count = max(1, sum(tokens <= _BATCH_PARTS * self.prefill_tokens for tokens in widest))
             read = dict(zip(prompts, self.decoder.read(prompts[:count]), strict=False))
-            for row in chosen:
+            for row in rows:
                 row.past = row.past or read.get(tuple(row.unread))
             del prompts[:count]
-        for row, other in product(chosen, self._waiting):  # samples of a question share its reading
-            if other.past is None and other.request.prompt == row.request.prompt:
-                other.past = row.past
-        if chosen or (not self._waiting and batch_rows(len(kept)) < len(self._rows)):
-            self._place(kept, chosen)
 
-    def _place(self, kept: list[int], more: list[_Row]) -> None:
+    def _place(self, kept: list[int], more: list[Row]) -> None:
         """Give rows places behind those that stay, in a batch that is not larger than needed."""
         rows = batch_rows(len(kept) + len(more)) if kept or more else 0
         longest = [*self.decoder.lengths[kept].tolist(), *(len(row.request.prompt) for row in more)]
@@ -275,7 +293,7 @@ def restricted(logits: mx.array, row: int, request: Request, answer: Sequence[in
     return logits
 
 
-def score_sequence(logits_of: Any, ids: Sequence[int], most: int) -> list[Scored]:
+def score_sequence(logits_of: Callable[[slice], mx.array], ids: Sequence[int], most: int) -> list[Scored]:
     """Return the scores of a row's tokens except the first, by a function slice of positions → logits (N, V)."""
     found: list[Scored] = []
     for start in range(0, len(ids) - 1, _SCORED_TOKENS):
@@ -283,6 +301,16 @@ def score_sequence(logits_of: Any, ids: Sequence[int], most: int) -> list[Scored
         scores = score_tokens(logits_of(slice(start, stop)), mx.array(list(ids[start + 1 : stop + 1])), most)
         found += scores.read()
     return found
+
+
+def common_prefix(sequences: Sequence[list[int]]) -> int:
+    """Return the length of the sequences' common prefix."""
+    # In lexicographic order all others lie between these two and share their common prefix.
+    low, high = min(sequences), max(sequences)
+    length = min(len(low), len(high))
+    if low[:length] == high[:length]:
+        return length
+    return next(place for place in range(length) if low[place] != high[place])
 
 
 class KeptPasts:
@@ -298,7 +326,7 @@ class KeptPasts:
 
     def find(self, prompt: list[int]) -> Past | None:
         """Return the past of the longest common prefix, at most of all tokens but the last."""
-        found = [(common_length(prompt[:-1], ids), place) for place, (ids, _) in enumerate(self.held)]
+        found = [(common_prefix([prompt[:-1], ids]), place) for place, (ids, _) in enumerate(self.held)]
         tokens, place = max(found, default=(0, 0))
         if tokens < _LEAST_KEPT_TOKENS:
             return None
@@ -307,18 +335,9 @@ class KeptPasts:
         return [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.held[-1][1]]
 
     def keep(self, ids: list[int], decoder: Decoder, row: int) -> None:
-        """Add the tokens of a decoder's row, in place of their own prefixes; drop the least recently used ones."""
-        known = any(held[: len(ids)] == ids for held, _ in self.held)
-        if known or not _LEAST_KEPT_TOKENS <= len(ids) <= self.max_tokens:
-            return
-        self.held = [(held, past) for held, past in self.held if held != ids[: len(held)]]
-        self.held.append((ids, decoder.past_of(row, len(ids))))
+        """Add the tokens of a decoder's row; drop the least recently used ones."""
+        if _LEAST_KEPT_TOKENS <= len(ids) <= self.max_tokens:
+            self.held = [(held, past) for held, past in self.held if held != ids[: len(held)]]  # its own prefixes
+            self.held.append((ids, decoder.past_of(row, len(ids))))
         while sum(len(held) for held, _ in self.held) > self.max_tokens:
             del self.held[0]
-
-
-def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Return the length of the common prefix of two lists."""
-    return next(
-        (place for place, pair in enumerate(zip(a, b, strict=False)) if pair[0] != pair[1]), min(len(a), len(b))
-    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,9 +53,14 @@ class JsonGrammars:
 
     def __init__(self, tokenizer: AnyTokenizer) -> None:
         """Answers end with one of the tokenizer's `ends`."""
-        from llguidance import LLTokenizer, TokenizerWrapper  # takes 20 ms, which few commands need
+        if isinstance(tokenizer, Tokenizer):
+            from llguidance.tiktoken import lltokenizer_from_encoding  # takes 20 ms, which few commands need
 
-        self._tokenizer = LLTokenizer(TokenizerWrapper(_Vocabulary(tokenizer)), eos_token=[*tokenizer.ends])
+            self._tokenizer = lltokenizer_from_encoding(tokenizer.encoding, eos_token=[*tokenizer.ends])
+        else:
+            from llguidance.hf import from_tokenizer
+
+            self._tokenizer = from_tokenizer(tokenizer.inner, eos_token=[*tokenizer.ends])
 
     def constraint(self, schema: dict[str, Any]) -> Constraint:
         """Return the constraint of a JSON Schema, {"type": "object"} for any object; raises ConfigError for others."""
@@ -68,19 +74,3 @@ class JsonGrammars:
         if matcher.is_error():
             raise ConfigError(f"the JSON schema cannot be used: {matcher.get_error()}")
         return Constraint(matcher)
-
-
-class _Vocabulary:
-    """A tokenizer in llguidance's interface."""
-
-    def __init__(self, tokenizer: AnyTokenizer) -> None:
-        self._tokenizer = tokenizer
-        self.eos_token_id, self.bos_token_id = tokenizer.ends[0], tokenizer.bos
-        self.special_token_ids = sorted(tokenizer.special_ids.values())
-        special = {id_: name.encode() for name, id_ in tokenizer.special_ids.items()}
-        self.tokens = [
-            special[id_] if id_ in special else tokenizer.decode_bytes([id_]) for id_ in range(tokenizer.vocab_size)
-        ]
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        return self._tokenizer.encode(text.decode() if isinstance(text, bytes) else text)

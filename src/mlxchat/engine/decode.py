@@ -141,25 +141,18 @@ class Decoder:
         kept = list(kept)
         if kept == list(range(len(self.lengths))) and (rows, room) == (len(self.lengths), self.room):
             return
-        old, self.layers = self.layers, []
-        for layer in range(self.model.sizes.num_layers):
-            self.layers.append(self._moved(old[layer] if old else None, kept, rows, room))
-            mx.eval(self.layers[layer])
-            if old:  # freed layer by layer, to limit the peak memory
-                old[layer] = None
-        lengths, self.lengths, self.room = self.lengths, np.zeros(rows, dtype=np.int64), room
-        self.lengths[: len(kept)] = lengths[kept]
-        if self.model.sizes.smear:
-            shape = (rows, 1, self.model.sizes.width)
-            before, dtype = self.last[0], self.model.transformer["wte"].weight.dtype
-            self.last[0] = mx.zeros(shape, dtype) if before is None else resized(before, kept, shape)
-
-    def _moved(self, layer: Any, kept: list[int], rows: int, room: int) -> Any:
         sizes, dtype = self.model.sizes, self.model.transformer["wte"].weight.dtype
         shape = (rows, sizes.num_kv_heads, room, sizes.head_width)
-        if layer is None:
-            return tuple(mx.zeros(shape, dtype) for _ in range(2))
-        return tuple(resized(part, kept, shape) for part in layer)
+        old: list[Any] = self.layers or [(None, None)] * sizes.num_layers
+        self.layers = []
+        for layer, parts in enumerate(old):
+            self.layers.append(tuple(resized(part, kept, shape, dtype) for part in parts))
+            mx.eval(self.layers[layer])
+            old[layer], parts = None, ()  # freed layer by layer, to limit the peak memory
+        lengths, self.lengths, self.room = self.lengths, np.zeros(rows, dtype=np.int64), room
+        self.lengths[: len(kept)] = lengths[kept]
+        if sizes.smear:
+            self.last[0] = resized(self.last[0], kept, (rows, 1, sizes.width), dtype)
 
     def fill(self, first: int, pasts: Sequence[Past | None], last: Sequence[int]) -> None:
         """Set the pasts of consecutive rows from `first`; `last` are their last tokens, ignored where there is none."""
@@ -170,12 +163,9 @@ class Decoder:
             self.last[0][rows] = mx.where(has_past, self.model.embed(mx.array(list(last))[:, None]), 0)
         for row, past in enumerate(pasts, first):
             for layer, parts in enumerate(past or ()):
-                self._fill(self.layers[layer], row, parts)
+                for held, part in zip(self.layers[layer], parts, strict=True):
+                    held[row : row + 1, :, : part.shape[2]] = part
         mx.eval(self.layers, self.state())
-
-    def _fill(self, held: Any, row: int, parts: Layer) -> None:
-        for array, part in zip(held, parts, strict=True):
-            array[row : row + 1, :, : part.shape[2]] = part
 
     def past_of(self, row: int, tokens: int) -> Past:
         """Return the past of a row's first tokens."""
@@ -191,29 +181,26 @@ class Decoder:
             tokens: (B,).
             advances: whether a row goes on; others, which are free or wait, compute something that is not kept.
         """
-        lengths = self.lengths
+        lengths, before = self.lengths, self.last[0]
         used = lengths[(lengths > 0) | np.array(advances)]
         self.positions = int(used[0]) if (used == used[0]).all() else mx.array(lengths.astype(np.int32))
         self.end = int(lengths.max()) + 1
         cache = [*(_Step(self, layer) for layer in range(self.model.sizes.num_layers)), self.last]
-        before = self.last[0]
         logits = self.model.logits(self.model.hidden(tokens[:, None], cache)[:, -1])
-        self._keep_waiting(before, advances)
+        if before is not None and not all(advances):  # the smear's state of rows that wait
+            self.last[0] = mx.where(mx.array(list(advances))[:, None, None], self.last[0], before)
         self.lengths = lengths + np.array(advances, dtype=np.int64)
         return logits
-
-    def _keep_waiting(self, before: mx.array | None, advances: Sequence[bool]) -> None:
-        """Undo the smear's state of rows that did not advance."""
-        if before is not None and not all(advances):
-            self.last[0] = mx.where(mx.array(list(advances))[:, None, None], self.last[0], before)
 
     def state(self) -> list[mx.array]:
         """Return what a step leaves for the next one besides keys and values, to be evaluated with its logits."""
         return [] if self.last[0] is None else [self.last[0]]
 
 
-def resized(array: mx.array, kept: list[int], shape: tuple[int, ...]) -> mx.array:
-    """Return some rows of an array, cropped or padded with zeros to a shape."""
+def resized(array: mx.array | None, kept: list[int], shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Return some rows of an array, cropped or padded with zeros to a shape; None has no rows."""
+    if array is None:
+        return mx.zeros(shape, dtype)
     part = array if kept == list(range(len(array))) else array[mx.array(kept, dtype=mx.int32)]
     part = part[tuple(slice(0, size) for size in shape)]
     return mx.pad(part, [(0, size - has) for size, has in zip(shape, part.shape, strict=True)])

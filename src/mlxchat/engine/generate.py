@@ -1,15 +1,19 @@
-"""Completes batches of prompts with our models.
+"""Completes batches of prompts, and runs requests as text: tool calls, stop strings, streamed text.
 
-A row ends with <|assistant_end|> or <|bos|>. When the model closes a call with <|python_end|>, the calculator's answer
-is forced into the row; forced tokens have mask 0 and are never trained on. The loop is in `batch.py`.
+A row ends with <|assistant_end|> or <|bos|>. When the model closes a call with <|python_end|>, the tool's output is
+forced into the row; forced tokens have mask 0 and are never trained on. The loop is in `batch.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import codecs
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import groupby
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,16 +21,22 @@ import numpy as np
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.distributed.team import Team, name_of
-from mlxchat.engine.batch import Generator, Request
+from mlxchat.engine.batch import Event, Generator, Request, Row
 from mlxchat.engine.decode import Decoder
 from mlxchat.engine.quantise import packed_copy
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Scheduler
-from mlxchat.engine.tools import PythonTool
+from mlxchat.engine.tools import CALL_TOKENS, KINDS, Kind, PythonTool, calculate
+from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import computing_in
 from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.machine import DECODED_ROWS
+
+if TYPE_CHECKING:
+    from mlxchat.engine.third_party import AnyTokenizer, ThirdPartyGenerator
+
+# Maximum duration of a step in which every row waits for a program, so that requests and cancellations are noticed.
+_PATIENCE_SECONDS = 0.02
 
 
 @dataclass
@@ -68,8 +78,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.team = team if team is not None and team.size > 1 else None
         self.bits, self.dtype, self.max_rows = bits, dtype, max_rows
-        self.decoder: Decoder | None = None
-        """Of its schedulers, one of which runs at a time; made by the first."""
+        self.decoder: Callable[[GPT], Decoder] = Decoder
 
     @property
     def context_tokens(self) -> int:
@@ -83,12 +92,7 @@ class Engine:
     def scheduler(self, *, python: PythonTool | None = None, **options: Any) -> Scheduler:
         """Return a scheduler without requests; `options` are `Generator`'s, and `python` is `Scheduler`'s."""
         model = self.model if self.bits is None else packed_copy(self.model, self.bits)
-        if self.decoder is None:
-            self.decoder = Decoder(model)
-        else:
-            self.decoder.model = model
-        self.decoder.resize([], 0, 1)
-        generator = Generator(self.decoder, **{"max_rows": self.max_rows, **options})
+        generator = Generator(self.decoder(model), **{"max_rows": self.max_rows, **options})
         return Scheduler(generator, self.tokenizer, python=python)
 
     def complete(
@@ -106,7 +110,7 @@ class Engine:
             log_probabilities: whether completions have log-probabilities.
 
         Raises:
-            ConfigError: a prompt is empty, or a setting is impossible.
+            ConfigError: a prompt is empty.
         """
         how: dict[str, Any] = {
             "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
@@ -116,29 +120,22 @@ class Engine:
         if self.team is None or not prompts or not all(prompts):  # refuses an empty prompt before other ranks take part
             return self._complete_here(prompts, seeds, how)
         sync_model(self.team, self.model)
-        self.team.kept["engine"] = self
-        request = {"prompts": prompts, "seeds": seeds, "how": how, "engine": self._as_json()}
-        found: list[Completion] = self.team.call(_complete, request)
+        if self.team.kept.get("engine") is not self:
+            self.team.kept["engine"] = self
+            ranks = self.tokenizer.ranks
+            options = {"bits": self.bits, "max_rows": self.max_rows}
+            tokens = [token.hex() for token in sorted(ranks, key=ranks.__getitem__)]
+            dtype = None if self.dtype is None else name_of(self.dtype)
+            request = {"tokens": tokens, "pattern": self.tokenizer.pattern, "dtype": dtype, "options": options}
+            self.team.call(_make_engine, request)
+        found: list[Completion] = self.team.call(_complete, {"prompts": prompts, "seeds": seeds, "how": how})
         return found
 
     def _complete_here(self, prompts: list[list[int]], seeds: Sequence[int], how: dict[str, Any]) -> list[Completion]:
         if how["max_new_tokens"] < 1 or not prompts:
             return [Completion() for _ in prompts]
         with nullcontext() if self.dtype is None else computing_in(self.model, self.dtype):
-            completions = complete_all(self.scheduler(), prompts, seeds, **how)
-        if self.decoder is not None:
-            self.decoder.model = self.model  # frees quantised weights
-        return completions
-
-    def _as_json(self) -> dict[str, Any]:
-        """Return what other ranks need to create this engine, except its model."""
-        ranks = self.tokenizer.ranks
-        return {
-            "tokens": [token.hex() for token in sorted(ranks, key=ranks.__getitem__)],
-            "pattern": self.tokenizer.pattern,
-            "dtype": None if self.dtype is None else name_of(self.dtype),
-            "options": {"bits": self.bits, "max_rows": self.max_rows},
-        }
+            return complete_all(self.scheduler(), prompts, seeds, **how)
 
 
 def complete_all(
@@ -172,18 +169,22 @@ def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
     return [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in range(rows)]
 
 
+def _make_engine(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+    """Create this rank's engine, equal to rank 0's."""
+    if not team.group.leads:
+        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(request["tokens"])}
+        dtype = request["dtype"] and getattr(mx, request["dtype"])
+        tokenizer = Tokenizer(ranks, request["pattern"])
+        team.kept["engine"] = Engine(model_on(team), tokenizer, dtype=dtype, **request["options"])
+
+
 def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Completion]:
     """Return the completions of all prompts, each computed by one rank.
 
     A row's draws depend only on its seed, its sums on no other row, so the answers equal one process's.
     """
-    engine, wanted = team.kept.get("engine"), request["engine"]
-    if not team.group.leads and (engine is None or engine.model is not model_on(team) or engine._as_json() != wanted):
-        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(wanted["tokens"])}
-        tokenizer = Tokenizer(ranks, wanted["pattern"])
-        dtype = wanted["dtype"] and getattr(mx, wanted["dtype"])
-        engine = team.kept["engine"] = Engine(model_on(team), tokenizer, dtype=dtype, **wanted["options"])
-    assert engine is not None
+    engine = team.kept["engine"]
+    engine.model = model_on(team)
     # Strided, so that samples of a question and long prompts are spread evenly over the ranks.
     own = slice(team.group.rank, None, team.size)
     rows = engine._complete_here(request["prompts"][own], request["seeds"][own], request["how"])
@@ -193,10 +194,164 @@ def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) 
     return completions
 
 
-def clear_caches(team: Team | None) -> None:
-    """Free MLX's memory cache on every rank."""
-    (team or Team()).call(_clear_cache)
+class Scheduler:
+    """Runs requests on one thread, with nanochat's protocol of calls: an answer is forced when a call ends.
+
+    A program of the Python tool delays only its own row.
+    """
+
+    def __init__(
+        self, source: Generator | ThirdPartyGenerator, tokenizer: AnyTokenizer, *, python: PythonTool | None = None
+    ) -> None:
+        """Start without requests; only a `Generator` has tools, of which `python` runs what is no sum."""
+        self.source, self.tokenizer, self.python = source, tokenizer, python
+        self._special = [tokenizer.special_ids.get(name, -1) for name in CALL_TOKENS]
+        self._kinds = dict(zip(self._special, KINDS, strict=True))
+        self._has_tools = isinstance(source, Generator) and -1 not in self._special
+        self._rows: dict[int, Row] = {}
+        self._cancelled: list[int] = []
+
+    @property
+    def idle(self) -> bool:
+        """Whether there are no requests."""
+        return not self._rows
+
+    def submit(self, request: Request) -> int:
+        """Queue a request and return its id; raises ConfigError if the prompt is empty."""
+        if not request.prompt:
+            raise ConfigError("the prompt is empty; expected at least one token")
+        row = self.source.insert(request)
+        if request.text:
+            row.shown = ShownText(self.tokenizer, request.stop, skip_blank=request.skip_blank)
+        self._rows[row.id] = row
+        return row.id
+
+    def cancel(self, id: int) -> None:
+        """End a request with an event of the next step; no effect if it has ended."""
+        if id in self._rows:
+            self._cancelled.append(id)
+
+    def step(self) -> list[Event]:
+        """Return the events of the next token of every row that has one by now.
+
+        Raises:
+            StepFailed: this machine cannot start an interpreter for a program.
+        """
+        events = [self._cancel(id) for id in self._cancelled if id in self._rows]
+        self._cancelled = []
+        for row in self._rows.values():
+            if row.running is not None and row.running.done():
+                row.given.extend(self._output(row.running.result()))
+                row.running = None
+        running = [row.running for row in self._rows.values() if row.running is not None]
+        if running and len(running) == len(self._rows):
+            wait(running, _PATIENCE_SECONDS, FIRST_COMPLETED)
+            return events
+        for event in self.source.next():
+            if event.id in self._rows:
+                self._complete(event, self._rows[event.id])
+                events.append(event)
+        return events
+
+    def _cancel(self, id: int) -> Event:
+        row = self._rows[id]
+        self._end(row)
+        text = row.shown.finish() if row.shown else ""
+        return Event(id=id, token=None, text=text, kind=row.kind, finish_reason="cancelled")
+
+    def _complete(self, event: Event, row: Row) -> None:
+        """Add to a token's event what its text means."""
+        request, token = row.request, event.token
+        assert token is not None
+        if request.prompt_logprobs and row.num_answered == 1:
+            most = request.logprobs or 0
+            event.prompt_logprobs = self.source.score(request.prompt, most) if len(request.prompt) > 1 else []
+        event.text = row.shown.add(token) if row.shown else ""
+        if token in self.tokenizer.ends or (row.shown and row.shown.stopped):
+            event.finish_reason = "stop"
+        elif row.num_answered >= request.max_new_tokens:
+            event.finish_reason = "length"
+        if event.finish_reason:
+            event.text += row.shown.finish() if row.shown else ""
+            self._end(row)
+        elif request.tools and self._has_tools:
+            self._follow(row, token)
+        event.kind = row.kind
+        row.kind = self._kinds.get(token, row.kind)
+
+    def _follow(self, row: Row, token: int) -> None:
+        """Answer the call that a token ends, if it is an expression or may be a program."""
+        start, end, *_ = self._special
+        if token == start:
+            row.call = []
+        elif token == end and row.call is not None:
+            code = self.tokenizer.decode(row.call)
+            row.call = None
+            answer = calculate(code)
+            if answer is not None:
+                row.given.extend(self._output(answer))
+            elif self.python is not None and code.strip():
+                row.running = self.python.start(code, row.request.sampling.seed)
+        elif row.call is not None:
+            row.call.append(token)
+
+    def _output(self, output: str) -> list[int]:
+        """Return the tokens with which a row continues after a call."""
+        *_, start, end = self._special
+        return [start, *self.tokenizer.encode(output), end]
+
+    def _end(self, row: Row) -> None:
+        del self._rows[row.id]
+        if row.running is not None:
+            row.running.cancel()  # if it is queued; else it ends by its limits
+        self.source.remove(row)
 
 
-def _clear_cache(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
-    mx.clear_cache()
+class ShownText:
+    """Streams a row's text without special tokens, incomplete characters, and beginnings of stop strings."""
+
+    def __init__(self, tokenizer: AnyTokenizer, stop: tuple[str, ...] = (), *, skip_blank: bool = False) -> None:
+        """Start a row; the text ends before the first `stop` string."""
+        self.stopped = False
+        """Whether a stop string was found."""
+        self._tokenizer, self._stop = tokenizer, tuple(filter(None, stop))
+        self._special = set(tokenizer.special_ids.values())
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._held, self._skips_blank = "", skip_blank
+
+    def add(self, token: int) -> str:
+        """Return the text that can be shown after `token`."""
+        if token in self._special:
+            return self._show(self._decoder.decode(b"", final=True))
+        return self._show(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+
+    def finish(self) -> str:
+        """Return the remaining text at the end of the row; an incomplete character becomes U+FFFD."""
+        shown = self._show(self._decoder.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return shown if self.stopped else shown + held
+
+    def _show(self, more: str) -> str:
+        if self.stopped:
+            return ""
+        if more and self._skips_blank:
+            more, self._skips_blank = more.removeprefix(" "), False
+        text = self._held + more
+        found = [place for place in map(text.find, self._stop) if place >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+def content_of(texts: Iterable[tuple[Kind, str]]) -> list[dict[str, Any]]:
+    """Return (kind, text) pieces as content of a conversation's message: one part for neighbours of the same kind."""
+    return [{"type": kind, "text": "".join(text for _, text in each)} for kind, each in groupby(texts, itemgetter(0))]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of the text that is an incomplete beginning of the stop string."""
+    most = min(len(text), len(stop) - 1)
+    return next((size for size in range(most, 0, -1) if text.endswith(stop[:size])), 0)

@@ -38,18 +38,6 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, number added to its logit)
     seed: int = 0  # seed of the row's draws
 
-    def problems(self) -> list[str]:
-        """Return a message for each impossible value."""
-        shares = {"top_p": self.top_p, "min_p": self.min_p}
-        repetition = 1 if self.repetition_penalty is None else self.repetition_penalty
-        checks = (
-            (0 <= self.temperature < float("inf"), "temperature", "a number from 0"),
-            (self.top_k is None or self.top_k >= 1, "top_k", "at least 1"),
-            *((share is None or 0 < share <= 1, name, "more than 0 and at most 1") for name, share in shares.items()),
-            (0 < repetition < float("inf"), "repetition_penalty", "more than 0"),
-        )
-        return [f"{name} is {getattr(self, name)}; expected {what}" for fine, name, what in checks if not fine]
-
     @property
     def adjusts(self) -> bool:
         """Whether logits change by the tokens so far, or by a bias."""
@@ -139,13 +127,12 @@ def adjusted(logits: mx.array, row: int, how: Sampling, prompt: Sequence[int], a
     changed = list(factors | added)
     if not changed:
         return logits
-    factor, more = (
-        mx.array([[factors.get(token, 1.0) for token in changed]]),
-        [added.get(token, 0.0) for token in changed],
-    )
-    found = mx.take_along_axis(logits[row : row + 1], mx.array([changed]), axis=-1)
-    new = mx.where(found > 0, found / mx.maximum(factor, _LEAST_TEMPERATURE), found * factor) + mx.array([more])
-    own = mx.put_along_axis(logits[row : row + 1], mx.array([changed]), new, axis=-1)
+    at = mx.array([changed])
+    factor = mx.array([[factors.get(token, 1.0) for token in changed]])
+    more = mx.array([[added.get(token, 0.0) for token in changed]])
+    found = mx.take_along_axis(logits[row : row + 1], at, axis=-1)
+    new = mx.where(found > 0, found / mx.maximum(factor, _LEAST_TEMPERATURE), found * factor) + more
+    own = mx.put_along_axis(logits[row : row + 1], at, new, axis=-1)
     return mx.concatenate([logits[:row], own, logits[row + 1 :]])
 
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, TypeAlias
@@ -21,10 +19,9 @@ import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import byte_letters
-from mlxchat.engine.batch import Request, Token, restricted, score_sequence
-from mlxchat.engine.generate import Completion, complete_all, row_seeds
+from mlxchat.engine.batch import Event, Request, Row, restricted, score_sequence
+from mlxchat.engine.generate import Completion, Scheduler, complete_all, row_seeds
 from mlxchat.engine.sample import Sampler, Scored, make_draws, score_tokens
-from mlxchat.engine.scheduler import Scheduler
 from mlxchat.errors import ConfigError, DataError, filter_logs
 from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 from mlxchat.tasks.answers import content_text
@@ -32,9 +29,7 @@ from mlxchat.tasks.base import find_fault
 
 MOST_CONTEXT_TOKENS = 8192
 """Limit for third-party models, since a row's memory grows with its length."""
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 _MOST_REASON_CHARS = 300
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 class ThirdPartyEngine:
@@ -42,29 +37,23 @@ class ThirdPartyEngine:
 
     team = None
 
-    def __init__(self, model: Any, tokenizer: ThirdPartyTokenizer, config: dict[str, Any], context_tokens: int) -> None:
-        """`model` is mlx-lm's, `config` the contents of config.json, `context_tokens` the maximum input length."""
-        self.model, self.tokenizer, self.context_tokens = model, tokenizer, context_tokens
-        self.model_type = str(config.get("model_type"))
+    def __init__(self, model: Any, tokenizer: ThirdPartyTokenizer, model_type: str, context_tokens: int) -> None:
+        """`model` is mlx-lm's, `context_tokens` the maximum input length."""
+        self.model, self.tokenizer = model, tokenizer
+        self.model_type, self.context_tokens = model_type, context_tokens
         self.render = tokenizer.render
 
     @classmethod
-    def load(
-        cls, folder: Path, *, context_tokens: int | None = None, most_context_tokens: int = MOST_CONTEXT_TOKENS
-    ) -> ThirdPartyEngine:
+    def load(cls, folder: Path) -> ThirdPartyEngine:
         """Load a folder with config.json, model*.safetensors and a tokenizer's files.
-
-        `context_tokens` is the maximum input length; None: that of config.json, at most `most_context_tokens`.
 
         Raises:
             ConfigError: mlx-lm is not installed.
             DataError: the folder does not exist, or mlx-lm cannot load it without executing its code.
         """
+        tokenizer, context_tokens = load_tokenizer(folder)
         with _opening(folder) as (loading, config):
-            renamed = _nanochat_options(config) if config.get("model_type") == "nanochat" else {}
-            model = loading.load_model(folder, **renamed)[0]
-            context = context_tokens or min(_context_of(config), most_context_tokens)
-            return cls(model, _load_tokenizer(loading, folder, config), config, context)
+            return cls(loading.load_model(folder)[0], tokenizer, str(config.get("model_type")), context_tokens)
 
     def scheduler(self, *, python: Any = None, **options: Any) -> Scheduler:
         """Return a scheduler without requests; `options` are `ThirdPartyGenerator`'s, and there are no tools."""
@@ -87,54 +76,24 @@ def _opening(folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
         raise ConfigError("third-party models need mlx-lm: pip install 'mlxchat[outside]'") from None
     try:
         yield utils, json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except MemoryError:
-        raise
-    except Exception as error:  # a hostile or damaged folder may raise any error
-        reason = shorten(str(error), _MOST_REASON_CHARS, placeholder="…")  # parameters begin on the second line
+    except Exception as error:  # a damaged folder may raise any error
+        reason = shorten(str(error), _MOST_REASON_CHARS, placeholder="…")
         raise DataError(f"{folder}: mlx-lm cannot open it ({type(error).__name__}: {reason})") from None
 
 
 def load_tokenizer(folder: Path) -> tuple[ThirdPartyTokenizer, int]:
     """Return a folder's tokenizer and the model's maximum input length; the model is not loaded. Errors as `load`'s."""
     with _opening(folder) as (loading, config):
-        return _load_tokenizer(loading, folder, config), _context_of(config)
-
-
-def _load_tokenizer(loading: Any, folder: Path, config: dict[str, Any]) -> ThirdPartyTokenizer:
-    wrapper = loading.load_tokenizer(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
-    tokenizer = ThirdPartyTokenizer(wrapper)
-    tokenizer.encode("a")  # fails now for faults in some settings
-    return tokenizer
-
-
-def _context_of(config: dict[str, Any]) -> int:
-    """Return a model's maximum input length by its config.json, at most MOST_CONTEXT_TOKENS."""
-    sources = (config, config.get("text_config", {}))
-    tokens = next((int(each[key]) for each in sources for key in _CONTEXT_KEYS if each.get(key)), MOST_CONTEXT_TOKENS)
-    if tokens < 1:
-        raise ValueError(f"the context has {tokens} tokens, expected at least 1")
-    return min(MOST_CONTEXT_TOKENS, tokens)
-
-
-def _nanochat_options(config: dict[str, Any]) -> dict[str, Any]:
-    """Return options of mlx-lm's `load_model` for the names of transformers and `mlxchat export --to hf`."""
-    from mlx_lm.models import nanochat
-
-    from mlxchat.interop.names import ours_from_hf
-
-    class Renamed(nanochat.Model):
-        def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            return {ours_from_hf(name) or name: value for name, value in weights.items()}
-
-    theta = (config.get("rope_parameters") or {}).get("rope_theta")
-    return {
-        "get_model_classes": lambda config: (Renamed, nanochat.ModelArgs),
-        "model_config": {"rope_theta": theta} if theta and "rope_theta" not in config else None,
-    }
+        safely, ends = {"trust_remote_code": False}, config.get("eos_token_id")
+        tokenizer = ThirdPartyTokenizer(loading.load_tokenizer(folder, safely, eos_token_ids=ends))
+        tokenizer.encode("a")  # fails now for faults in some settings
+        sizes = config.get("text_config", config)
+        context_tokens = int(sizes.get("max_position_embeddings") or sizes.get("n_positions") or MOST_CONTEXT_TOKENS)
+        return tokenizer, min(MOST_CONTEXT_TOKENS, context_tokens)
 
 
 class ThirdPartyGenerator:
-    """Continues rows by mlx-lm's `BatchGenerator`, with the methods of `batch.Generator` except those of tools."""
+    """Continues rows by mlx-lm's `BatchGenerator`, with the methods of `batch.Generator`."""
 
     def __init__(
         self, model: Any, *, max_rows: int = DECODED_ROWS, prefill_tokens: int = PREFILL_TOKENS,
@@ -150,10 +109,10 @@ class ThirdPartyGenerator:
             prefill_step_size=prefill_tokens, stream=mx.default_stream(mx.default_device()),
         )  # fmt: skip
         self._kept = LRUPromptCache() if kept_tokens else None
-        self._requests: dict[int, Request] = {}
+        self._rows: dict[int, Row] = {}
         self._ended: dict[int, tuple[list[Any], list[int]]] = {}
 
-    def insert(self, request: Request) -> int:
+    def insert(self, request: Request) -> Row:
         """See `Generator.insert`."""
         cache, missing = None, request.prompt
         if request.reuse and self._kept is not None:
@@ -176,27 +135,29 @@ class ThirdPartyGenerator:
             samplers=[greedy if request.sampling.temperature == 0 else draw],
             logits_processors=[[restrict]] if request.in_step else None,
         )  # fmt: skip
-        self._requests[id] = request
-        return int(id)
+        self._rows[id] = Row(int(id), request, list(request.prompt), draws)
+        return self._rows[id]
 
-    def next(self) -> list[Token]:
+    def next(self) -> list[Event]:
         """See `Generator.next`."""
-        found = []
+        events = []
         for response in self._batch.next()[1]:
-            scored = None
-            if (most := self._requests[response.uid].logprobs) is not None:
-                scores = response.logprobs[None].astype(mx.float32)
-                (scored,) = score_tokens(scores, mx.array([response.token]), most).read()
+            row = self._rows[response.uid]
+            row.ids.append(response.token)
+            events.append(Event(id=row.id, token=response.token, sampled=True))
+            if (most := row.request.logprobs) is not None:
+                scores = score_tokens(response.logprobs[None].astype(mx.float32), mx.array([response.token]), most)
+                ((events[-1].logprob, events[-1].top_logprobs),) = scores.read()
             if response.finish_reason is not None:
-                self._ended[response.uid] = response.prompt_cache, response.all_tokens
-            found.append(Token(response.uid, response.token, sampled=True, scored=scored))
-        return found
+                self._ended[row.id] = response.prompt_cache, response.all_tokens
+        return events
 
-    def remove(self, id: int) -> None:
+    def remove(self, row: Row) -> None:
         """See `Generator.remove`."""
-        held = self._ended.pop(id, None) or self._batch.remove([id], return_prompt_caches=True)[id]
-        if self._requests.pop(id).reuse and self._kept is not None and held[1]:
-            self._kept.insert_cache(None, list(held[1]), held[0])
+        del self._rows[row.id]
+        cache, ids = self._ended.pop(row.id, None) or self._batch.remove([row.id], return_prompt_caches=True)[row.id]
+        if row.request.reuse and self._kept is not None and ids:
+            self._kept.insert_cache(None, list(ids), cache)
 
     def score(self, ids: Sequence[int], most: int) -> list[Scored]:
         """See `Generator.score`."""
@@ -215,32 +176,25 @@ class ThirdPartyTokenizer:
     def __init__(self, wrapper: Any) -> None:
         """`wrapper` is mlx-lm's; raises DataError if there is no token to begin a text with."""
         self.wrapper = wrapper
-        self._inner = inner = getattr(wrapper, "_tokenizer", wrapper)
-        names = inner.get_vocab()
-        candidates = (inner.bos_token_id, names.get("<|bos|>"), names.get("<|endoftext|>"), inner.eos_token_id)
-        bos = next((candidate for candidate in candidates if candidate is not None), None)
+        self.inner = getattr(wrapper, "_tokenizer", wrapper)
+        self.tokens = {int(index): str(token) for token, index in self.inner.get_vocab().items()}
+        """Id → token, spelled as in tokenizer.json."""
+        self.vocab_size = max(self.tokens) + 1
+        ends = self.inner.get_vocab().get("<|endoftext|>"), self.inner.eos_token_id
+        bos = next((token for token in (self.inner.bos_token_id, *ends) if token is not None), None)
         if bos is None:
             raise DataError("the tokenizer has no token that begins or ends a text")
         self.bos = int(bos)
 
-    @cached_property
-    def vocab_size(self) -> int:
-        """One more than the largest id."""
-        return int(max(self._inner.get_vocab().values())) + 1
-
-    def vocabulary(self) -> dict[int, str]:
-        """Return id → token, spelled as in tokenizer.json."""
-        return {int(index): str(token) for token, index in self._inner.get_vocab().items()}
-
     @property
     def has_chat_template(self) -> bool:
         """Whether it has a chat template."""
-        return bool(getattr(self._inner, "chat_template", None))
+        return bool(getattr(self.inner, "chat_template", None))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text without added tokens."""
-        text = _HALF.sub("\ufffd", text)  # the library refuses lone surrogates
-        return list(self._inner.encode(text, add_special_tokens=False))
+        text = text.encode(errors="replace").decode()  # the library refuses lone surrogates
+        return list(self.inner.encode(text, add_special_tokens=False))
 
     def encode_documents(self, texts: list[str]) -> list[np.ndarray[Any, np.dtype[np.uint32]]]:
         """Return each document's ids, with the begin token in front."""
@@ -248,7 +202,7 @@ class ThirdPartyTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ids; ids beyond the vocabulary, for which some models have logits, are skipped."""
-        return str(self._inner.decode([each for each in ids if each < self.vocab_size]))
+        return str(self.inner.decode([each for each in ids if each < self.vocab_size]))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the bytes of ids without special tokens."""
@@ -264,20 +218,17 @@ class ThirdPartyTokenizer:
             raise DataError(f"a conversation cannot be tokenized: {fault}")
         plain = [{"role": each["role"], "content": content_text(each["content"])} for each in messages]
         try:
-            text = self._inner.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)
+            return self.encode(str(self.inner.apply_chat_template(plain, add_generation_prompt=True, tokenize=False)))
         except Exception as error:  # a template may raise any error, with any text
             reason = f"{type(error).__name__}: {error}"[:500]
             raise DataError(f"the model's chat template does not render this conversation ({reason})") from None
-        if not (ids := self.encode(str(text))):
-            raise DataError("the model's chat template renders this conversation as empty text")
-        return ids
 
     @cached_property
     def special_ids(self) -> dict[str, int]:
         """Special token → id."""
-        added = self._inner.added_tokens_decoder.items()
-        names = {str(token) for index, token in added if token.special} | set(self._inner.all_special_tokens)
-        return {name: int(index) for name, index in self._inner.get_vocab().items() if name in names}
+        added = self.inner.added_tokens_decoder.values()
+        names = {str(token) for token in added if token.special} | set(self.inner.all_special_tokens)
+        return {token: index for index, token in self.tokens.items() if token in names}
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
@@ -285,27 +236,21 @@ class ThirdPartyTokenizer:
         return tuple(sorted(self.wrapper.eos_token_ids)) or (self.bos,)
 
     @cached_property
-    def skips_blank(self) -> bool:
-        """Whether decoding drops the blank before the first word, as with SentencePiece."""
-        words = (index for index, data in self._bytes.items() if data[:1] == b" " and data.strip())
-        return any(not self.decode([first]).startswith(" ") for first in islice(words, 1))
-
-    @cached_property
     def _bytes(self) -> dict[int, bytes]:
-        """Id → bytes of every token that is not special."""
+        """Id → bytes of every token that is not special, of byte-level BPE and of SentencePiece."""
         letters = {letter: byte for byte, letter in byte_letters().items()}
-        bytewise = '"ByteLevel"' in self._inner.backend_tokenizer.to_str()
-        added = self._inner.added_tokens_decoder
+        is_bytewise = '"ByteLevel"' in self.inner.backend_tokenizer.to_str()
+        added = self.inner.added_tokens_decoder
 
-        def spell(token: str, index: int) -> bytes:
-            if bytewise and index not in added and letters.keys() >= set(token):
+        def spell(index: int, token: str) -> bytes:
+            if is_bytewise and index not in added and letters.keys() >= set(token):
                 return bytes(letters[letter] for letter in token)
             if len(token) == 6 and token.startswith("<0x"):
                 return bytes([int(token[3:5], 16)])
             return token.replace("▁", " ").encode()
 
-        names, special = self._inner.get_vocab().items(), set(self.special_ids.values())
-        return {int(index): spell(token, index) for token, index in names if index not in special}
+        special = set(self.special_ids.values())
+        return {index: spell(index, token) for index, token in self.tokens.items() if index not in special}
 
     @cached_property
     def token_bytes(self) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -315,7 +260,7 @@ class ThirdPartyTokenizer:
     @cached_property
     def digest(self) -> str:
         """The sha256 of everything that determines the encoding, in hexadecimal."""
-        return hashlib.sha256(f"{self.bos}\n{self._inner.backend_tokenizer.to_str()}".encode()).hexdigest()
+        return hashlib.sha256(f"{self.bos}\n{self.inner.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 
 AnyTokenizer: TypeAlias = Tokenizer | ThirdPartyTokenizer

@@ -14,11 +14,16 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
+from typing import Literal
 
 from mlxchat.errors import ConfigError
 from mlxchat.sandbox.programs import find_confinement_problem, run_program
 
 CALL_TOKENS = ("<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>")
+Kind = Literal["text", "python", "python_output"]
+"""What a part of an answer's text belongs to."""
+KINDS: tuple[Kind, ...] = ("python", "text", "python_output", "text")
+"""What follows each of CALL_TOKENS."""
 _MOST_CODE_CHARS, _MOST_OUTPUT_CHARS = 10_000, 1000
 # Of a program, including the interpreter.
 _MEMORY_BYTES = 256 << 20

@@ -15,9 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
-from mlxchat.engine.generate import clear_caches
 from mlxchat.evals.examples import Example, answer_all
 from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import Score
@@ -82,7 +82,7 @@ def evaluate_task(
                     partial(asked.answer, sample, pool), progress,
                 )
             )  # fmt: skip
-            clear_caches(model.engine.team)  # of shapes that occur only in this task
+            mx.clear_cache()  # of shapes that occur only in this task
     score = Score.of_examples(passes, kind=task.kind, chance=task.chance, cropped=sum(asked.cropped))
     return score, [example for each in passes for example in each]
 

@@ -7,10 +7,10 @@ predicted from p − 1.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlxchat.engine.batch import common_prefix
 from mlxchat.errors import DataError
 from mlxchat.evals.core_bundle import CoreTask
 from mlxchat.evals.language_model import AnyTokenizer
@@ -120,13 +120,3 @@ def build_question(
         sequences, starts, cropped = crop(sequences, starts, limit)
     gold = None if task.kind == "language_modeling" else int(item["gold"])
     return Question(index=index, sequences=sequences, starts=starts, gold=gold, cropped=cropped)
-
-
-def common_prefix(sequences: Sequence[list[int]]) -> int:
-    """Return the length of the sequences' common prefix."""
-    # In lexicographic order all others lie between these two and share their common prefix.
-    low, high = min(sequences), max(sequences)
-    length = min(len(low), len(high))
-    if low[:length] == high[:length]:
-        return length
-    return next(place for place in range(length) if low[place] != high[place])

@@ -27,8 +27,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from mlxchat import __version__
+from mlxchat.engine.batch import Event
 from mlxchat.engine.batch import Request as EngineRequest
-from mlxchat.engine.scheduler import Event
 from mlxchat.serve.choices import Choice, choices_of, usage_of
 from mlxchat.serve.models import Model, Models
 from mlxchat.serve.requests import (
@@ -198,7 +198,7 @@ def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     requests = requests_for(
         model, body, [prompt.ids], service.limits, service.defaults, max_tokens=most, logprobs=logprobs,
-        constraint=json_constraint(model, body.response_format, service.limits), skip_blank=model.skips_blank,
+        constraint=json_constraint(model, body.response_format, service.limits), skip_blank=model.third_party,
     )  # fmt: skip
     return model, prompt, requests
 

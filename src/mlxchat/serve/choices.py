@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlxchat.engine.scheduler import Event, Kind, content_of
+from mlxchat.engine.batch import Event
+from mlxchat.engine.generate import content_of
 from mlxchat.engine.third_party import AnyTokenizer
+from mlxchat.engine.tools import Kind
 from mlxchat.serve.requests import Echo
 from mlxchat.serve.worker import Answer
 

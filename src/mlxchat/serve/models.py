@@ -22,7 +22,7 @@ from mlxchat.config.secrets import redact
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.constraint import JsonGrammars
-from mlxchat.engine.scheduler import Scheduler
+from mlxchat.engine.generate import Scheduler
 from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, load_tokenizer
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest
@@ -68,11 +68,6 @@ class Model:
     def third_party(self) -> bool:
         """Whether mlx-lm runs it."""
         return isinstance(self.tokenizer, ThirdPartyTokenizer)
-
-    @property
-    def skips_blank(self) -> bool:
-        """Whether a leading space of answers is dropped."""
-        return isinstance(self.tokenizer, ThirdPartyTokenizer) and self.tokenizer.skips_blank
 
     def render(self, messages: list[dict[str, Any]]) -> list[int]:
         """Return the prompt ids for the assistant's next message.

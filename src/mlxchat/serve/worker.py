@@ -19,8 +19,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, Info
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from mlxchat import __version__
-from mlxchat.engine.batch import Request
-from mlxchat.engine.scheduler import Event, Scheduler
+from mlxchat.engine.batch import Event, Request
+from mlxchat.engine.generate import Scheduler
 from mlxchat.serve.models import Model
 from mlxchat.serve.security import Fault, Limits
 

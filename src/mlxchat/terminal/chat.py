@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from mlxchat.engine.batch import Request
-from mlxchat.engine.generate import Engine
+from mlxchat.engine.generate import Engine, Scheduler, content_of
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.scheduler import Kind, Scheduler, content_of
 from mlxchat.engine.third_party import ThirdPartyEngine
-from mlxchat.engine.tools import PythonTool
+from mlxchat.engine.tools import Kind, PythonTool
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.ops.machine import KEPT_TOKENS
@@ -54,8 +53,6 @@ class Chat:
     """Whether the model is a base model, which continues text."""
     system: str | None = None
     top_p: float | None = None
-    skip_blank: bool = False
-    """Whether a leading space of answers is dropped."""
     python: PythonTool | None = None
     """Runs programs that the model calls; None: only sums."""
     newer: Callable[[str], Chat | None] | None = None
@@ -104,8 +101,7 @@ class Chat:
             DataError: mlx-lm cannot open it.
         """
         engine = ThirdPartyEngine.load(folder)
-        words = engine.tokenizer
-        return cls(engine, name, continues=not words.has_chat_template, skip_blank=words.skips_blank, **settings)
+        return cls(engine, name, continues=not engine.tokenizer.has_chat_template, **settings)
 
     def answer_once(self, prompt: str) -> None:
         """Print the answer to a question, or the continuation of a text; '-' reads it from standard input.
@@ -186,7 +182,7 @@ class Chat:
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
         request = Request(
             prompt=prompt, max_new_tokens=self.max_tokens, sampling=sampling, reuse=True,
-            skip_blank=self.skip_blank and not self.continues,
+            skip_blank=isinstance(self.engine, ThirdPartyEngine) and not self.continues,
         )  # fmt: skip
         id_ = scheduler.submit(request)
         texts, shown = list[tuple[Kind, str]](), Shown()

@@ -103,7 +103,7 @@ def load_teacher(
         teacher = OwnTeacher(model, dtype)
     else:
         engine = ThirdPartyEngine.load(folder)
-        theirs = engine.tokenizer.vocabulary()
+        theirs = engine.tokenizer.tokens
         context = teacher_context(folder)
         teacher = OutsideTeacher(engine.model, tokenizer.vocab_size, folder)
     ours = _spell_tokens(tokenizer)
