@@ -8,9 +8,8 @@ import pytest
 
 from kit.scripted import steps
 from mlxchat.engine.batch import Request
-from mlxchat.engine.constraint import Constraint, JsonGrammars
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.sample import Sampling
+from mlxchat.engine.sample import Constraint, JsonGrammars, Sampling
 from mlxchat.errors import ConfigError
 
 AGE = {"type": "integer", "minimum": 0, "maximum": 99}

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from mlxchat.engine.constraint import Constraint
 from mlxchat.engine.decode import Decoder, Past, tokens_of
-from mlxchat.engine.sample import Sampler, Sampling, Scored, Scores, adjusted, make_draws, score_tokens
+from mlxchat.engine.sample import Constraint, Sampler, Sampling, Scored, Scores, adjusted, make_draws, score_tokens
 from mlxchat.engine.tools import Kind
 from mlxchat.ops.machine import BATCH_ROWS, DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 

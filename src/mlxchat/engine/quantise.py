@@ -12,13 +12,9 @@ from mlxchat.model.sizes import AdapterSizes
 _MATRICES = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 
 
-class PackedGPT(GPT):
-    """A model whose matrices, including the head, are packed."""
-
-
-def packed_copy(model: GPT, bits: int) -> PackedGPT:
+def packed_copy(model: GPT, bits: int) -> GPT:
     """Return a model with all matrices except embeddings and gates in 8 or 4 bits; other parameters are shared."""
-    copy = PackedGPT(model.sizes)
+    copy = GPT(model.sizes)
     own = flatten_parameters(copy)
     set_parameters(copy, {name: value for name, value in flatten_parameters(model).items() if name in own})
     dtype = model.transformer["wte"].weight.dtype

@@ -13,7 +13,6 @@ import operator
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from typing import Literal
 
 from mlxchat.errors import ConfigError
@@ -113,6 +112,7 @@ class PythonTool:
     def __init__(self, *, seconds: float = 5.0) -> None:
         """Limit a call to `seconds` of wall time."""
         self.seconds = seconds
+        self._threads = ThreadPoolExecutor(_PROGRAMS_AT_ONCE, thread_name_prefix="python-tool")
 
     def check(self) -> None:
         """Raise ConfigError if this machine cannot isolate programs, which could then use files and the network."""
@@ -132,7 +132,3 @@ class PythonTool:
         ends = {"timeout": f"TimeoutError: after {self.seconds:g} s", "memory": "MemoryError"}
         text = ends.get(outcome.status, outcome.output.strip())
         return text if len(text) <= _MOST_OUTPUT_CHARS else text[:_MOST_OUTPUT_CHARS] + "…"
-
-    @cached_property
-    def _threads(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_PROGRAMS_AT_ONCE, thread_name_prefix="python-tool")

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.quantise import PackedGPT, packed_copy
+from mlxchat.engine.quantise import packed_copy
 from mlxchat.evals.bpb import bits_per_byte
 from mlxchat.model.gpt import GPT
 
@@ -50,7 +50,7 @@ class QuantisedLoss:
         return f"warning: {said}. The quantised model behaves differently: choose {instead}"
 
 
-def measure_quantised(model: GPT, tokenizer: Tokenizer, bits: int) -> tuple[PackedGPT, QuantisedLoss]:
+def measure_quantised(model: GPT, tokenizer: Tokenizer, bits: int) -> tuple[GPT, QuantisedLoss]:
     """Return the quantised model and its cost on about 500 tokens."""
     packed = packed_copy(model, bits)
     ids = np.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: model.sizes.context_tokens + 1], np.int32)

@@ -21,8 +21,8 @@ import yaml
 from mlxchat.config.secrets import redact
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.constraint import JsonGrammars
 from mlxchat.engine.generate import Scheduler
+from mlxchat.engine.sample import JsonGrammars
 from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, load_tokenizer
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest

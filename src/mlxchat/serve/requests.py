@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 
 from mlxchat.engine.batch import Request
-from mlxchat.engine.constraint import Constraint
-from mlxchat.engine.sample import Sampling
+from mlxchat.engine.sample import Constraint, Sampling
 from mlxchat.errors import ConfigError, DataError, suggest
 from mlxchat.serve.models import Model
 from mlxchat.serve.security import Fault, Limits
