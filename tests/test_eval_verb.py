@@ -121,9 +121,9 @@ def test_mistakes_are_reported_together(made, say):
 
 
 def test_third_party_folder_is_evaluated(made, tmp_path, say):
-    say("export", "talks", "--to", "hf", tmp_path / "hf", f"outputs={made}")
+    say("export", "talks", "--to", "mlx", tmp_path / "mlx", f"outputs={made}")
     settings = ["--limit", "4", "eval.max_new_tokens=4", f"outputs={made}", "--task", "facts_mc"]
-    theirs = say("eval", f"hf:{tmp_path / 'hf'}", *settings).splitlines()
+    theirs = say("eval", f"hf:{tmp_path / 'mlx'}", *settings).splitlines()
     ours = say("eval", "talks", *settings).splitlines()
     rows = [next(line for line in text if line.startswith("facts_mc")) for text in (theirs, ours)]
     assert rows[0] == rows[1]

@@ -133,9 +133,7 @@ def mean_centered_stderr(scores: Sequence[Score]) -> float | None:
 def chatcore(scores: Mapping[str, Score], tasks: Mapping[str, str]) -> dict[str, Any] | None:
     """Return ChatCORE of the first set whose tasks are all there, or None: our verdicts, nanochat's, errors, tasks.
 
-    Args:
-        scores: by name in the suite.
-        tasks: name in the suite → registered task, for those on the test split.
+    `tasks` are names in the suite → registered tasks, for those on the test split.
     """
     found = {task: name for name, task in tasks.items() if name in scores}
     which = chatcore_set(found)
@@ -214,10 +212,7 @@ class Measure:
         return replace(self, value=self.published_rule[0], stderr=self.published_rule[1])
 
 
-METRICS = (
-    "val_bpb", "train_bpb", "perplexity", "text_bpb", "core", "task", "form", "chatcore", "mean_centered", "pass_at_k",
-    "own",
-)  # fmt: skip
+METRICS = ("val_bpb", "perplexity", "text_bpb", "core", "task", "form", "chatcore", "mean_centered", "pass_at_k", "own")
 """The metrics of measures in the order of tables. task, form, pass_at_k: shares, more is better; own: users'
 functions."""
 
@@ -247,41 +242,36 @@ class Scores:
 
 
 def read_scores(raw: Mapping[str, Any]) -> Scores:
-    """Return the contents of scores.json; absent or malformed entries are left out."""
+    """Return the contents of scores.json; absent or malformed numbers are left out."""
     bpb, core, chat, text = (mapping(raw.get(key)) for key in ("bpb", "core", "chatcore", "text"))
-    in_core, tasks, passes = mapping(core.get("tasks")), mapping(raw.get("tasks")), mapping(raw.get("pass_at_k"))
-    conditions = {key: int(count) for key in ("max_per_task", "context_tokens") if (count := number(core.get(key)))}
-    for key in ("extended", "cropped"):
-        if count := sum(number(mapping(task).get(key)) or 0 for task in in_core.values()):
-            conditions[key] = int(count)
-    chat_names = chat.get("tasks")
-    chat_tasks = tuple(map(str, chat_names)) if isinstance(chat_names, list) else ()
+    in_core, tasks = mapping(core.get("tasks")), mapping(raw.get("tasks"))
+    counts = {key: core.get(key) for key in ("max_per_task", "context_tokens")}
+    counts |= {key: sum(task.get(key) or 0 for task in in_core.values()) for key in ("extended", "cropped")}
+    conditions = {key: int(count) for key, count in counts.items() if count}
+    chat_tasks = tuple(chat.get("tasks") or ())
     found = [
         _measure("val bpb", "val_bpb", bpb.get("val")),
-        _measure("train bpb", "train_bpb", bpb.get("train")),
         # Per token, so that only models of one vocabulary compare: that of this checkpoint.
         _measure("perplexity", "perplexity", bpb.get("perplexity"), conditions=str(raw.get("checkpoint"))),
         _measure("text bpb", "text_bpb", text.get("bpb"), text.get("stderr"),
-                 conditions=(number(text.get("documents")), number(text.get("bytes")))),
+                 conditions=(text.get("documents"), text.get("bytes"))),
         _measure("CORE", "core", core.get("core"), core.get("stderr"),
                  conditions=(conditions.get("max_per_task"), "cropped" in conditions)),
         *(_read_task(name, entry) for name, entry in tasks.items()),
-        *(_measure(f"{name}: {part.replace('_', ' ')}", "form", mapping(entry).get(part))
+        *(_measure(f"{name}: {part.replace('_', ' ')}", "form", entry.get(part))
           for name, entry in tasks.items() for part in ("right_number", "right_form")),
         _measure("ChatCORE", "chatcore", chat.get("value"), chat.get("stderr"), conditions=chat_tasks,
                  published=(chat.get("nanochat_value"), chat.get("nanochat_stderr"))),
-        *(_measure(f"pass@{k}", "pass_at_k", value, mapping(raw.get("pass_at_k_stderr")).get(k))
-          for k, value in passes.items() if k.isdecimal()),
         *(_measure(name, "own", value) for name, value in mapping(raw.get("own")).items()),
     ]  # fmt: skip
     measures = [measure for measure in found if measure is not None]
-    if not any(measure.metric == "chatcore" for measure in measures):
+    if not chat:
         of_tasks = [each for each in measures if each.metric == "task"]
         errors = [each.centered_stderr for each in of_tasks]
-        known = [error for error in errors if error is not None]  # the mean has an error if all its tasks have one
         mean = _measure(
             "mean centred", "mean_centered", raw.get("mean_centered"),
-            math.hypot(*known) / len(known) if known and len(known) == len(errors) else None,
+            # The mean has an error if all its tasks have one.
+            None if None in errors or not errors else math.hypot(*filter(None, errors)) / len(errors),
             conditions=frozenset(each.name for each in of_tasks),
         )  # fmt: skip
         measures += [] if mean is None else [mean]
@@ -296,23 +286,19 @@ def read_scores(raw: Mapping[str, Any]) -> Scores:
 
 def errors_of(scores: Scores) -> dict[str, float]:
     """Return metric, as recorded by steps → standard error, if known."""
-    names = {"task": lambda each: each.name, "pass_at_k": lambda each: each.name.replace("@", "_at_")}
     return {
-        names.get(each.metric, lambda each: each.metric)(each): each.stderr
+        each.name if each.metric == "task" else each.metric: each.stderr
         for each in scores.measures.values()
         if each.stderr is not None
     }
 
 
-def _read_task(name: str, entry: object) -> Measure | None:
-    raw = mapping(entry)
-    share, shots = number(raw.get("any_right")), number(raw.get("num_fewshot"))
-    questions = number(raw.get("num_questions", raw.get("num_examples")))
+def _read_task(name: str, raw: Mapping[str, Any]) -> Measure | None:
+    share = raw.get("any_right")
     return _measure(
-        name, "task", raw.get("accuracy"), raw.get("stderr"),
-        chance=number(raw.get("chance", raw.get("baseline"))), kind=str(raw.get("kind") or raw.get("type") or ""),
-        num_questions=None if questions is None else int(questions), shots=None if shots is None else int(shots),
-        any_right=None if share is None else (share, int(number(raw.get("seeds")) or 0)),
+        name, "task", raw.get("accuracy"), raw.get("stderr"), chance=raw.get("chance"), kind=raw.get("kind", ""),
+        num_questions=raw.get("num_questions"), shots=raw.get("num_fewshot"),
+        any_right=None if share is None else (share, raw["seeds"]),
         published=(raw.get("nanochat_accuracy"), raw.get("nanochat_stderr")),
     )  # fmt: skip
 

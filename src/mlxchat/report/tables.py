@@ -39,7 +39,7 @@ from mlxchat.tasks import task_class, task_names
 
 Pairs = list[tuple[str, str]]
 
-_DIGITS = {"val_bpb": 4, "train_bpb": 4, "perplexity": 2, "text_bpb": 4, "core": 4, "chatcore": 4, "mean_centered": 3}
+_DIGITS = {"val_bpb": 4, "perplexity": 2, "text_bpb": 4, "core": 4, "chatcore": 4, "mean_centered": 3}
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _direction(measure: Measure) -> Callable[..., float] | None:
     """Return min or max as the stage declares the metric; None: neither is better."""
     if measure.is_share:
         return None if measure.metric == "form" else max
-    return best_of("pretrain" if measure.metric == "train_bpb" else "eval", measure.metric)
+    return best_of("eval", measure.metric)
 
 
 def _metric_notes(chosen: list[Column]) -> Iterator[str]:
