@@ -1,14 +1,18 @@
-"""CORE from a bundle: results, resuming, cropping, standard errors, and what is refused."""
+"""CORE: prompts against jinja2, results from a bundle, resuming, cropping, standard errors, refusals."""
 
 import json
 import math
+import random
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kit.models import make_model
 from kit.numpy_gpt import numpy_logits
@@ -18,9 +22,18 @@ from mlxchat.config.schema import CoreConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.errors import DataError, Interrupted
-from mlxchat.evals.core import evaluate_core, likeliest, mean_losses
-from mlxchat.evals.core_bundle import Bundle
-from mlxchat.evals.core_questions import Question, build_question
+from mlxchat.evals.core import (
+    Question,
+    build_question,
+    crop,
+    draw_shots,
+    evaluate_core,
+    likeliest,
+    mean_losses,
+    render_prompts,
+    tokenize_prompts,
+)
+from mlxchat.evals.core_bundle import Bundle, CoreTask
 from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.gpt import GPT
@@ -220,3 +233,71 @@ def test_ties_and_options_without_scored_tokens():
     assert likeliest([1.5, 1.5, None]) == 0
     assert likeliest([2.0, None, 1.0]) == 2
     assert likeliest([None, 1.0]) == 0
+
+
+SHOTS = "{%% for s in shots %%}%s\n\n{%% endfor %%}"
+TEMPLATES = {
+    "multiple_choice": SHOTS % "{{ s.query }}{{ d }}{{ s.choices[s.gold] }}" + "{{ i.query }}{{ d }}{{ o }}",
+    "schema": SHOTS % "{{ s.context_options[s.gold] }}{{ d }}{{ s.continuation }}"
+    + "{{ o }}{{ d }}{{ i.continuation }}",
+    "language_modeling": SHOTS % "{{ s.context | trim }}{{ d }}{{ s.continuation }}"
+    + "{{ i.context | trim }}{{ d }}{{ o }}",
+}
+TEXTS = st.text(st.sampled_from(" ab{}%#<&\n\té你"), max_size=12)
+
+
+def task_of(kind: str, *, shots: int = 0, delimiter: str = " ") -> CoreTask:
+    return CoreTask(label="task", kind=kind, data="", num_fewshot=shots, delimiter=delimiter, baseline=0.25)
+
+
+@st.composite
+def items(draw: st.DrawFn, kind: str) -> dict[str, Any]:
+    options = draw(st.lists(TEXTS, min_size=2, max_size=3))
+    if kind == "multiple_choice":
+        return {"query": draw(TEXTS), "choices": options, "gold": draw(st.integers(0, len(options) - 1))}
+    if kind == "schema":
+        gold = draw(st.integers(0, len(options) - 1))
+        return {"context_options": options, "continuation": draw(TEXTS), "gold": gold}
+    return {"context": draw(TEXTS), "continuation": draw(TEXTS)}
+
+
+@pytest.mark.parametrize("kind", list(TEMPLATES))
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_prompts_are_what_jinja_renders(kind, data):
+    item, delimiter = data.draw(items(kind)), data.draw(st.sampled_from([" ", "\nAnswer: ", ""]))
+    shots = data.draw(st.lists(items(kind), max_size=2))
+    # A template's own last line break goes, the texts' stay.
+    template = jinja2.Environment(keep_trailing_newline=True).from_string(TEMPLATES[kind])
+    options = item.get("choices") or item.get("context_options") or ["", item["continuation"]]
+    expected = [template.render(shots=shots, i=item, d=delimiter, o=option) for option in options]
+    if kind == "language_modeling":
+        expected[0] = expected[0].strip()
+    assert render_prompts(task_of(kind, delimiter=delimiter), item, shots) == expected
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(2, 400), shots=st.integers(1, 10), data=st.data())
+def test_shots_are_drawn_as_nanochat_does(count, shots, data):
+    index = data.draw(st.integers(0, count - 1))
+    shots = min(shots, count - 1)
+    others = [place for place in range(count) if place != index]
+    assert draw_shots(index, count, shots) == random.Random(1234 + index).sample(others, shots)
+
+
+def test_scored_spans(tokenizer):
+    """Choices are scored from where they differ, schemas where they agree; "at" is one token."""
+    for kind, prompts, scored in (
+        ("multiple_choice", ["the cat sat", "the cat ran"], [" sat", " ran"]),
+        ("schema", ["a cat sat", "a dogs sat"], [" sat", " sat"]),
+        ("language_modeling", ["the ca", "the cat"], ["at"]),
+    ):
+        pairs = zip(*tokenize_prompts(kind, prompts, tokenizer), strict=True)
+        assert [tokenizer.decode(tokens[start:]) for tokens, start in pairs] == scored
+
+
+def test_long_prompts_are_cropped_at_the_front():
+    sequences, starts = [list(range(10)), list(range(12))], [8, 8]
+    assert crop(sequences, starts, 12) == (sequences, starts, False)
+    assert crop(sequences, starts, 9) == ([list(range(1, 10)), list(range(3, 12))], [7, 5], True)
+    assert crop([list(range(20))], [5], 8) == ([list(range(12, 20))], [1], True)

@@ -24,9 +24,8 @@ from mlxchat.bench.tables import make_table
 from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.config.schema import Config
 from mlxchat.engine.generate import Engine
-from mlxchat.evals.core import answer_examples, likeliest, mean_losses
+from mlxchat.evals.core import Question, answer_examples, build_question, likeliest, mean_losses
 from mlxchat.evals.core_bundle import Bundle, CoreTask
-from mlxchat.evals.core_questions import Question, build_question
 from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights

@@ -1,13 +1,15 @@
 """CORE: the mean centred accuracy of a base model on 22 tasks (DCLM's metric).
 
-Counterpart of nanochat/core_eval.py, with its prompts, draws and verdicts. Examples are batched by length. Results are
-journaled per batch, so a killed evaluation resumes. The same way of choosing an option measures multiple choice for
-models that cannot chat.
+Counterpart of nanochat/core_eval.py, with its prompts, draws, spans and verdicts. Examples are batched by length.
+Results are journaled per batch, so a killed evaluation resumes. The same way of choosing an option measures multiple
+choice for models that cannot chat. A sequence begins with <|bos|>. Position p is predicted from p − 1.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,13 @@ import numpy as np
 
 from mlxchat.config.schema import CoreConfig
 from mlxchat.data.mixture import open_item
+from mlxchat.engine.batch import common_prefix
 from mlxchat.errors import ConfigError
 from mlxchat.evals.core_bundle import CoreTask, open_bundle
-from mlxchat.evals.core_questions import Question, build_question, draw_shots, render_prompts
 from mlxchat.evals.examples import Example, answer_all
-from mlxchat.evals.language_model import LanguageModel
+from mlxchat.evals.language_model import AnyTokenizer, LanguageModel
 from mlxchat.evals.scores import Score, mean_centered, mean_centered_stderr
-from mlxchat.model.scoring import Floats
+from mlxchat.model.scoring import Floats, ScoredRow, continuation
 from mlxchat.ops.device import round_tokens
 from mlxchat.ops.loss import Kind
 from mlxchat.runner.context import Context
@@ -31,6 +33,7 @@ from mlxchat.tasks.base import Task
 
 # Examples tokenized at a time, which bounds memory.
 _WINDOW_EXAMPLES = 512
+FEWSHOT_SEED = 1234
 
 
 def evaluate_core(
@@ -64,19 +67,78 @@ def evaluate_core(
     scores, examples = dict[str, Score](), list[Example]()
     tasks: dict[str, dict[str, Any]] = {}
     for number, task in enumerate(chosen, 1):
-        items = bundle.examples(task, max_per_task)
-        records = answer_all(
-            ctx, work / f"{task.label}.jsonl", about, len(items),
-            f"examples of {task.label}, CORE's task {number} of {len(chosen)}",
-            partial(answer_examples, model, task, items, limit=limit), progress,
-        )  # fmt: skip
+        items, path = bundle.examples(task, max_per_task), work / f"{task.label}.jsonl"
+        unit = f"examples of {task.label}, CORE's task {number} of {len(chosen)}"
+        score, records = _score(ctx, model, task, items, path, about, unit, limit, progress)
         examples += [{"task": f"core/{task.label}", **record} for record in records]
-        cropped = sum(record["details"]["cropped"] for record in records)
-        score = Score.of_examples([records], kind=task.kind, chance=task.baseline, cropped=cropped)
         extended = sum(record["tokens"] > most for record in records)
         scores[task.label], tasks[task.label] = score, task_data(task, score, extended)
     whole = list(scores.values()) if len(chosen) == len(bundle.tasks) else []
     return {"core": mean_centered(whole), "stderr": mean_centered_stderr(whole), **about, "tasks": tasks}, examples
+
+
+def measure_core(ctx: Context, model: LanguageModel, examples: list[Example]) -> dict[str, Any] | None:
+    """Return a model's results on CORE's tasks as data of scores.json; None if eval.core is null.
+
+    Examples get theirs added. Raises as `evaluate_core`.
+    """
+    config = ctx.config.eval.core
+    if config is None:
+        return None
+    result, answered = evaluate_core(ctx, model, config, max_per_task=config.max_per_task, work=ctx.work / "core")
+    examples += answered
+    if result["core"] is not None:
+        ctx.metrics["core"] = result["core"]
+    return result
+
+
+def measure_plain_choice(ctx: Context, model: LanguageModel, examples: list[Example]) -> dict[str, Any]:
+    """Return a model's scores on `eval.base_tasks` by name as data of scores.json; accuracies become metrics.
+
+    The prompt is that of ARC in CORE without shots: "Question: …", and on the next line "Answer: " and the option.
+    Examples get theirs added.
+
+    Raises:
+        ConfigError: a task is not multiple choice, or does not name its options.
+        Interrupted: the run was asked to stop; the next attempt continues.
+    """
+    tasks = {name: open_item(ctx, item) for name, item in sorted(ctx.config.eval.base_tasks.items())}
+    asked = {name: _questions(name, task) for name, task in tasks.items()}
+    limit, scores = None if model.is_ours else model.context_tokens, {}
+    for name, items in asked.items():
+        task = CoreTask(
+            label=name, kind="multiple_choice", data="", num_fewshot=0, delimiter="\nAnswer: ",
+            baseline=tasks[name].chance,
+        )  # fmt: skip
+        path, about = ctx.work / "plain" / f"{name}.jsonl", {"questions": len(items)}
+        score, records = _score(ctx, model, task, items, path, about, f"questions of {name}", limit)
+        examples += [{"task": name, **record} for record in records]
+        scores[name], ctx.metrics[name] = score.to_dict(), score.accuracy
+    return scores
+
+
+def _questions(name: str, task: Task) -> list[dict[str, Any]]:
+    found = [task[index] for index in range(len(task))]
+    if any("choices" not in each for each in found):
+        raise ConfigError(f"eval.base_tasks.{name}: a base model needs options to choose from, and this task has none")
+    return [
+        {
+            "query": f"Question: {each['question']}", "choices": each["choices"],
+            "gold": each["letters"].index(each["answer"]),
+        }
+        for each in found
+    ]  # fmt: skip
+
+
+def _score(
+    ctx: Context, model: LanguageModel, task: CoreTask, items: list[dict[str, Any]], path: Path, about: dict[str, Any],
+    unit: str, limit: int | None, progress: Callable[[int, str], Progress] | None = None,
+) -> tuple[Score, list[Example]]:  # fmt: skip
+    """Return a model's score on a task, and the records of all examples; arguments as `answer_all`."""
+    answer = partial(answer_examples, model, task, items, limit=limit)
+    records = answer_all(ctx, path, about, len(items), unit, answer, progress)
+    cropped = sum(record["details"]["cropped"] for record in records)
+    return Score.of_examples([records], kind=task.kind, chance=task.baseline, cropped=cropped), records
 
 
 def task_data(task: CoreTask, score: Score, extended: int = 0) -> dict[str, Any]:
@@ -161,58 +223,91 @@ def likeliest(losses: Sequence[float | None]) -> int:
     return min((loss, place) for place, loss in enumerate(losses) if loss is not None)[1]
 
 
-def measure_core(ctx: Context, model: LanguageModel, examples: list[Example]) -> dict[str, Any] | None:
-    """Return a model's results on CORE's tasks as data of scores.json; None if eval.core is null.
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One example, ready for a model."""
 
-    Examples get theirs added. Raises as `evaluate_core`.
+    index: int
+    """Place among the task's examples."""
+    sequences: list[list[int]]
+    """Token ids of each option; one sequence for language modelling."""
+    starts: list[int]
+    """First scored position of each sequence."""
+    gold: int | None
+    """The right option; None: the continuation itself is expected."""
+    cropped: bool = False
+    """Whether tokens were left out at the front."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences))
+
+    def rows(self) -> list[ScoredRow]:
+        """Return each sequence with its scored tokens."""
+        pairs = zip(self.sequences, self.starts, strict=True)
+        return [continuation(tokens, max(1, start)) for tokens, start in pairs]
+
+
+def draw_shots(index: int, count: int, shots: int) -> list[int]:
+    """Return the indices of the few-shot examples for example `index` of `count`, as nanochat draws them."""
+    drawn = random.Random(FEWSHOT_SEED + index).sample(range(count - 1), shots)
+    return [place + (place >= index) for place in drawn]
+
+
+def render_prompts(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any]]) -> list[str]:
+    """Return the prompt of each option; of language modelling, the prompt without and with the continuation."""
+    delimiter = task.delimiter
+    if task.kind == "multiple_choice":
+        before = "".join(f"{shot['query']}{delimiter}{shot['choices'][shot['gold']]}\n\n" for shot in shots)
+        return [f"{before}{item['query']}{delimiter}{choice}" for choice in item["choices"]]
+    if task.kind == "schema":
+        before = "".join(
+            f"{shot['context_options'][shot['gold']]}{delimiter}{shot['continuation']}\n\n" for shot in shots
+        )
+        return [f"{before}{option}{delimiter}{item['continuation']}" for option in item["context_options"]]
+    before = "".join(f"{str(shot['context']).strip()}{delimiter}{shot['continuation']}\n\n" for shot in shots)
+    without = f"{before}{str(item['context']).strip()}{delimiter}"
+    # Stripped, so that its tokens are a prefix of the other's.
+    return [without.strip(), f"{without}{item['continuation']}"]
+
+
+def tokenize_prompts(kind: str, prompts: list[str], encoder: AnyTokenizer) -> tuple[list[list[int]], list[int]]:
+    """Return the sequences to compute and the first scored position of each.
+
+    Multiple choice scores from where the options part; schemas score the common end; language modelling scores what the
+    prompt without the continuation does not cover. If its tokens do not begin the other's, where nanochat fails,
+    scoring starts where they differ.
     """
-    config = ctx.config.eval.core
-    if config is None:
-        return None
-    result, answered = evaluate_core(ctx, model, config, max_per_task=config.max_per_task, work=ctx.work / "core")
-    examples += answered
-    if result["core"] is not None:
-        ctx.metrics["core"] = result["core"]
-    return result
+    sequences = [[encoder.bos, *encoder.encode(prompt)] for prompt in prompts]
+    if kind == "language_modeling":
+        return sequences[1:], [common_prefix(sequences)]
+    if kind == "schema":
+        length = common_prefix([sequence[::-1] for sequence in sequences])
+        return sequences, [len(sequence) - length for sequence in sequences]
+    return sequences, [common_prefix(sequences)] * len(sequences)
 
 
-def measure_plain_choice(ctx: Context, model: LanguageModel, examples: list[Example]) -> dict[str, Any]:
-    """Return a model's scores on `eval.base_tasks` by name as data of scores.json; accuracies become metrics.
+def crop(sequences: list[list[int]], starts: list[int], limit: int) -> tuple[list[list[int]], list[int], bool]:
+    """Return sequences of at most `limit` tokens, their first scored positions, and whether anything was cut.
 
-    The prompt is that of ARC in CORE without shots: "Question: …", and on the next line "Answer: " and the option.
-    Examples get theirs added.
-
-    Raises:
-        ConfigError: a task is not multiple choice, or does not name its options.
-        Interrupted: the run was asked to stop; the next attempt continues.
+    Tokens are dropped at the front, of each option its own excess, as in nanochat; scored tokens that are dropped do
+    not count. At least one token of context and one to score remain.
     """
-    tasks = {name: open_item(ctx, item) for name, item in sorted(ctx.config.eval.base_tasks.items())}
-    asked = {name: _questions(name, task) for name, task in tasks.items()}
-    limit, scores = None if model.is_ours else model.context_tokens, {}
-    for name, questions in asked.items():
-        task = CoreTask(
-            label=name, kind="multiple_choice", data="", num_fewshot=0, delimiter="\nAnswer: ",
-            baseline=tasks[name].chance,
-        )  # fmt: skip
-        records = answer_all(
-            ctx, ctx.work / "plain" / f"{name}.jsonl", {"questions": len(questions)}, len(questions),
-            f"questions of {name}", partial(answer_examples, model, task, questions, limit=limit),
-        )  # fmt: skip
-        examples += [{"task": name, **record} for record in records]
-        cropped = sum(record["details"]["cropped"] for record in records)
-        score = Score.of_examples([records], kind=task.kind, chance=task.baseline, cropped=cropped)
-        scores[name], ctx.metrics[name] = score.to_dict(), score.accuracy
-    return scores
+    cuts = [min(max(0, len(sequence) - limit), max(0, len(sequence) - 2)) for sequence in sequences]
+    kept = [sequence[cut:] for sequence, cut in zip(sequences, cuts, strict=True)]
+    return kept, [max(1, start - cut) if cut else start for start, cut in zip(starts, cuts, strict=True)], any(cuts)
 
 
-def _questions(name: str, task: Task) -> list[dict[str, Any]]:
-    found = [task[index] for index in range(len(task))]
-    if any("choices" not in each for each in found):
-        raise ConfigError(f"eval.base_tasks.{name}: a base model needs options to choose from, and this task has none")
-    return [
-        {
-            "query": f"Question: {each['question']}", "choices": each["choices"],
-            "gold": each["letters"].index(each["answer"]),
-        }
-        for each in found
-    ]  # fmt: skip
+def build_question(
+    task: CoreTask, items: list[dict[str, Any]], index: int, encoder: AnyTokenizer, limit: int | None = None
+) -> Question:
+    """Return example `index` of a task with its shots before it, cropped to `limit` tokens."""
+    shots = [items[place] for place in draw_shots(index, len(items), task.num_fewshot)]
+    item = items[index]
+    sequences, starts = tokenize_prompts(task.kind, render_prompts(task, item, shots), encoder)
+    cropped = False
+    if limit is not None:
+        sequences, starts, cropped = crop(sequences, starts, limit)
+    gold = None if task.kind == "language_modeling" else int(item["gold"])
+    return Question(index=index, sequences=sequences, starts=starts, gold=gold, cropped=cropped)
