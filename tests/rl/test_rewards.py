@@ -102,8 +102,6 @@ def test_identity_covers_the_own_code_of_a_function(functions):
     rl = compose_config(["+rl.rewards={own: {kind: function, function: 'judging_of_tests:brief'}}"]).config.rl
     before = pin_externals({"rl": rl})
     assert list(before) == ["code judging_of_tests.py", "code judging_helper.py", "package numpy"]
-    helper.write_text("# The longest answer.\nLIMIT = 3\n")
-    assert pin_externals({"rl": rl}) == before
     helper.write_text("LIMIT = 4\n")
     after = pin_externals({"rl": rl})
     assert {name for name in after if after[name] != before[name]} == {"code judging_helper.py"}

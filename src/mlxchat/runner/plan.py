@@ -18,7 +18,8 @@ from typing import Any
 
 from mlxchat.config.wording import first_of
 from mlxchat.errors import ConfigError, StoreError, suggest
-from mlxchat.runner.keys import CodeDigests, changed_modules, file_hashes, pin_externals
+from mlxchat.runner.code import changed_code, code_of_stage
+from mlxchat.runner.keys import file_hashes, pin_externals
 from mlxchat.runner.reasons import Difference, find_difference
 from mlxchat.runner.stage import Stage, Stages
 from mlxchat.store import attempts, locks
@@ -177,8 +178,6 @@ class PlannedStep:
     """Whether to run it although its artifact exists."""
     code_policy: str = "warn"
     """Effect of changed code: warn, strict (the step runs again) or ignore."""
-    digests: CodeDigests | None = None
-    """Source of the digests of code."""
     config: Any = field(default=None, repr=False)
     """The typed configuration of the step, including its own settings (`with`)."""
     sections: dict[str, Any] = field(default_factory=dict, repr=False)
@@ -207,8 +206,7 @@ class PlannedStep:
     @cached_property
     def code(self) -> dict[str, Any]:
         """Digests of the code that the stage runs, as its manifest records them; computed once."""
-        assert self.digests is not None
-        return {"modules": self.digests.of_stage(self.stage.path, self.stage.module, self.stage.root)}
+        return {"modules": code_of_stage(self.stage.path, self.stage.module, self.stage.root)}
 
     def key_with(self, contents: Mapping[str, str], iteration: int | None = None) -> str:
         """Return the key of the step with inputs of these contents (role → digest).
@@ -274,7 +272,7 @@ class PlannedStep:
 
     def drift(self, manifest: Manifest) -> list[str]:
         """Return the names of modules that have changed since an artifact was made."""
-        return changed_modules(manifest["code"].get("modules", {}), self.code["modules"])
+        return changed_code(manifest["code"].get("modules", {}), self.code["modules"])
 
     def drift_of_saved(self, store: Store) -> list[str]:
         """Return the names of modules that have changed since the step's saved state was begun."""
@@ -282,7 +280,7 @@ class PlannedStep:
         if self.code_policy == "ignore" or not (work / "ckpt").is_dir():
             return []
         try:
-            return changed_modules(json.loads((work / SAVED_CODE).read_bytes()), self.code["modules"])
+            return changed_code(json.loads((work / SAVED_CODE).read_bytes()), self.code["modules"])
         except (OSError, ValueError):
             return []  # saved by an earlier version
 
@@ -321,7 +319,6 @@ def make_plan(
     unknown = [name for name in force if name not in pipeline and name != "all"]
     if unknown:
         raise ConfigError(f"force: {', '.join(unknown)} is not a step of the pipeline.{suggest(unknown[0], pipeline)}")
-    digests = CodeDigests()
     hashes = file_hashes(store.outputs)
     # Computed once for all steps with the same sections.
     identities: dict[int, Any] = {}
@@ -351,7 +348,7 @@ def make_plan(
         step = PlannedStep(
             name=name, stage=stage, inputs=inputs, artifacts=given, identity=identity,
             externals=pins[read, unread], label=_label(stage, own, [*inherited, *labels]),
-            forced=name in force or "all" in force, code_policy=code, digests=digests, config=own, sections=sections,
+            forced=name in force or "all" in force, code_policy=code, config=own, sections=sections,
             format=format, unread=unread,
         )  # fmt: skip
         step.artifacts |= find_artifacts(step, store, planned)
@@ -361,7 +358,6 @@ def make_plan(
             maker = locks.name_process(locks.read_owner(store.lock(step.key)))
             step.verdict = Verdict(state="waiting", reason=f"{maker} is making it", difference=step.verdict.difference)
         planned[name] = step
-    digests.save()
     hashes.save()
     return list(planned.values())
 

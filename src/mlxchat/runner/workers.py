@@ -264,8 +264,6 @@ class Order:
     def of(cls, step: PlannedStep, outcome: Outcome) -> Order:
         """Return a step's order without what cannot be pickled."""
         planned = {name: copy(outcome.planned[name]) for name in (step.name, *step.inputs.values())}
-        for each in planned.values():
-            each.digests = None  # their results are kept in the step's `code`
         alone = replace(outcome.run, say=_say, on_metrics=ignore)
         return cls(step.name, planned, outcome.store.outputs, alone)
 
