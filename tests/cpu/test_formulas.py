@@ -11,7 +11,6 @@ from mlxchat.cpu.kernels import (
     exp_of_capped,
     masked_exp_of_units,
     rational_tanh,
-    square_of_positive,
     sum_rows,
 )
 
@@ -61,11 +60,6 @@ def test_mask_gives_exact_zeros_and_keeps_other_bits(as_run):
     got = np.asarray(as_run(masked_exp_of_units)(mx.array(x), mx.array(mask)))
     assert (got[mask == 0] == 0).all()
     np.testing.assert_array_equal(got[mask == 1], np.asarray(as_run(unmasked)(mx.array(x)))[mask == 1])
-
-
-def test_square_of_positive_is_exact(as_run):
-    x = np.random.default_rng(0).normal(size=10_000).astype(np.float32) * 100
-    np.testing.assert_array_equal(np.asarray(as_run(square_of_positive)(mx.array(x))), np.maximum(x, 0) ** 2)
 
 
 @pytest.mark.parametrize("count", [1, 7, 4096, 65_536])

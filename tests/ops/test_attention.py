@@ -1,13 +1,16 @@
-"""Causal attention equals softmax attention in float64, in values and gradients.
+"""Causal attention, rotation and soft cap equal their formulas in float64; attention's gradients, too.
 
 Shapes: B batch, H query heads, K key/value heads, T tokens, D head width.
 """
+
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlxchat.model import gpt, parameters  # noqa: F401  (puts the CPU's kernels in place)
+from mlxchat.model.published import norm, rotate
 
 # The exponential is within 6e-6, float32 sums of a few hundred products within about as much again.
 TOLERANCE = 2e-5
@@ -49,16 +52,6 @@ def reference(
     return (weights @ v).swapaxes(1, 2), (d_scores @ k, d_k, d_v)
 
 
-def attend(
-    inputs: tuple[np.ndarray, ...], window: int | None, dtype: mx.Dtype
-) -> tuple[list[mx.array], list[mx.array]]:
-    """Return what `reference` does, by the model's attention."""
-    q, k, v, d_out = (mx.array(x).astype(dtype) for x in inputs)
-    mask = gpt.window_mask(q.shape[2], window, dtype)
-    scale = q.shape[3] ** -0.5
-    return mx.vjp(lambda q, k, v: gpt.attention(q, k, v, mask, scale), [q, k, v], [d_out.swapaxes(1, 2)])
-
-
 # Tokens, key/value heads and window: part of a block of 128, around its end, several blocks with a rest. Windows: only
 # the token itself, few, around the border of a block, as long as the row and longer.
 CASES = [
@@ -71,30 +64,14 @@ CASES = [
 @pytest.mark.parametrize(("tokens", "kv_heads", "window"), CASES)
 def test_values_and_gradients_equal_softmax_attention(path, tokens, kv_heads, window):
     inputs = example(tokens, kv_heads=kv_heads)
-    (out,), gradients = attend(inputs, window, mx.float32)
+    q, k, v, d_out = map(mx.array, inputs)
+    mask = gpt.window_mask(tokens, window, mx.float32)
+    attend = partial(gpt.attention, mask=mask, scale=q.shape[3] ** -0.5)
+    (out,), gradients = mx.vjp(attend, [q, k, v], [d_out.swapaxes(1, 2)])
     expected, expected_gradients = reference(*inputs, window)
     np.testing.assert_allclose(np.asarray(out), expected, atol=TOLERANCE)
     for got, exact in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(np.asarray(got), exact, atol=TOLERANCE * max(1.0, np.abs(exact).max()))
-
-
-def test_widest_heads_are_exact(path):
-    """Width 256 with q = ±k gives scores of ±16, within the exponential's range of ±24."""
-    q, k, v, d_out = example(130, heads=2, kv_heads=2, width=256)
-    k[:, :, ::2], k[:, :, 1::2] = q[:, :, ::2], -q[:, :, 1::2]
-    (out,), _ = attend((q, k, v, d_out), None, mx.float32)
-    np.testing.assert_allclose(np.asarray(out), reference(q, k, v, d_out)[0], atol=TOLERANCE)
-
-
-@pytest.mark.parametrize("window", [None, 70])
-def test_bfloat16_values_and_gradients_are_near(path, window):
-    """Within eight bits of mantissa of the exact result for the rounded inputs."""
-    inputs = tuple(np.asarray(mx.array(x).astype(mx.bfloat16).astype(mx.float32)) for x in example(140))
-    out, gradients = attend(inputs, window, mx.bfloat16)
-    expected, expected_gradients = reference(*inputs, window)
-    for got, exact in zip([*out, *gradients], [expected, *expected_gradients], strict=True):
-        assert got.dtype == mx.bfloat16
-        assert np.linalg.norm(np.asarray(got.astype(mx.float32)) - exact) < 1e-2 * np.linalg.norm(exact)
 
 
 @pytest.mark.parametrize("kind", ["causal", "none", "booleans", "additive"])
@@ -119,3 +96,21 @@ def test_cached_keys_are_seen_by_the_mask(path, kind):
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     wanted = (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(1, 2)
     np.testing.assert_allclose(np.asarray(out), wanted, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("first", "tokens", "theta"), [(0, 1, 1e4), (30, 50, 1e5), (0, 1024, 1e4), (1020, 1030, 1e4), (0, 2100, 1e4)]
+)
+def test_rows_of_any_length_rotate_from_any_offset(path, first, tokens, theta):
+    """Also across the borders of the CPU's tables, which grow by 1,024 tokens."""
+    x = np.random.default_rng(0).normal(size=(2, tokens, 3, 8))
+    expected = norm(rotate(x, theta))[:, first:].swapaxes(1, 2)
+    for offset in (first, mx.array([first, first])):
+        got = gpt.rotate_and_normalise(mx.array(x[:, first:].astype(np.float32)), offset=offset, theta=theta)
+        # Angles up to 2,100 are known to 1e-4 in float32.
+        np.testing.assert_allclose(np.asarray(got), expected, atol=1e-5 if tokens <= 50 else 1e-3)
+
+
+def test_soft_cap_bounds_logits_at_fifteen(path):
+    logits = np.array([-1e30, -20.0, -0.1, 0.0, 2.0, 1e30], np.float32)
+    np.testing.assert_allclose(np.asarray(gpt.soft_cap(mx.array(logits))), 15 * np.tanh(logits / 15.0), rtol=1e-6)

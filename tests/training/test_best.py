@@ -7,19 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import pytest
 from safetensors.numpy import load_file
 
 from kit import training
-from kit.artifacts import adapter_sizes
 from kit.models import computing_on_cpu, make_model, make_tokenizer
 from kit.training import bits
 from mlxchat.errors import Interrupted
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.gpt import GPT
-from mlxchat.model.lora import attach_adapters
-from mlxchat.model.parameters import flatten_parameters, trained_parameters
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import Observation, derived_after
 from mlxchat.training.state import Candidates
@@ -106,12 +102,6 @@ def test_best_is_the_first_candidate_with_the_best_finite_number(every, numbers,
     assert best.iteration == expected
 
 
-def test_without_a_finite_number_the_last_weights_stay(tmp_path):
-    done = train(tmp_path, 3, numbers=[math.nan] * 3)
-    assert "best_iteration" not in done.ctx.metrics
-    assert done.weights == done.seen[3]
-
-
 def test_interrupted_training_keeps_the_same_weights(straight, tmp_path):
     """Saves hold the best weights only where they are not the present ones."""
     for stop, is_present in ((4, True), (5, False), (9, False)):
@@ -131,13 +121,6 @@ def test_extension_continues_from_the_last_weights(straight, tmp_path):
     assert short.weights == short.seen[4]
     extended = train(tmp_path / "extended", extends=short.ctx.out)
     assert (extended.seen[10], extended.weights) == (straight.seen[10], straight.seen[8])
-
-
-def test_only_adapters_are_kept_of_a_model_that_has_them():
-    model, best = make_model(), Candidates(every=1)
-    attach_adapters(model, adapter_sizes(model.sizes), seed=1, dtype=mx.float32)
-    best.offer(1, {"val_bpb": 1.0}, model)
-    assert best.weights.keys() == trained_parameters(model).keys() < flatten_parameters(model).keys()
 
 
 # A target

@@ -9,7 +9,7 @@ import pytest
 from kit import training
 from kit.models import computing_on_cpu
 from kit.training import Trained, make_context, schedule
-from mlxchat.errors import Interrupted, StoreError
+from mlxchat.errors import Interrupted
 from mlxchat.ops.device import memory_limits
 from mlxchat.training.loop import Observation
 from mlxchat.training.state import Checkpointer, read_newest, write_save
@@ -135,21 +135,6 @@ def test_interrupted_training_ends_with_the_same_bits(train, straight):
     done = train(stop_after=6, **options)  # a signal during the last iteration lets it end
     assert done.ctx.resumed_from == 5
     assert_same(done, straight)
-
-
-def test_training_without_its_lock_saves_nothing(train, tmp_path):
-    """Outputs that are removed meanwhile do not come back with a save but without their intermediate models."""
-
-    def without_lock(ctx, model):
-        ctx.check_lock = refuse
-        return []
-
-    def refuse():
-        raise StoreError("removed")
-
-    with pytest.raises(StoreError):
-        train(observations=without_lock, context={"checkpoint_seconds": 0.0})
-    assert list(tmp_path.rglob("state.json")) == []
 
 
 def test_saved_arrays_keep_their_shapes(tmp_path):

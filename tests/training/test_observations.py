@@ -2,19 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
 import pytest
 
 from kit import training
-from kit.models import composed, computing_on_cpu, make_model
+from kit.models import composed, computing_on_cpu
 from kit.text import core_items, write_bundle
-from kit.training import Trained, make_context
+from kit.training import Trained
 from mlxchat.config.schema import CoreConfig, PretrainConfig, TaskItem
 from mlxchat.errors import Interrupted
 from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import flatten_parameters
 from mlxchat.runner.context import Context
 from mlxchat.training.loop import Observation
 from mlxchat.training.observations import observe_core, observe_suite
@@ -59,25 +56,7 @@ def test_core_estimates_change_no_byte_and_continue_after_a_stop(train, plain, p
     assert resumed.ctx.resumed_from == 2
 
 
-def test_core_estimates_respect_both_limits_and_selected_tasks(tmp_path, pretrain, tokenizer):
-    """The standard error tells the number of examples: 0.5 in either task of n is sqrt(0.25 / n) × 2 / sqrt(2)."""
-
-    def estimate(**core: Any) -> dict[str, float]:
-        config = replace(pretrain, core=replace(pretrain.core, **core))
-        (hook,) = observe_core(make_context(tmp_path), config, make_model(), tokenizer)
-        return hook.run(4)
-
-    found = estimate(max_per_task=4)
-    grid = {(a / 4, b / 4) for a in range(5) for b in range(5)}
-    # Centred (p − 0.5) / 0.5, its mean over two tasks, and the error of that.
-    possible = {(round(a + b - 1, 9), round(((a * (1 - a) + b * (1 - b)) / 4) ** 0.5, 9)) for a, b in grid}
-    assert (round(found["core_estimate"], 9), round(found["core_estimate_stderr"], 9)) in possible
-    one = estimate(tasks=["two"])
-    assert "core_estimate" not in one
-    assert -1 <= one["core_tasks_estimate"] <= 1
-
-
-def test_suite_changes_no_byte_and_computes_in_the_dtype_of_the_training(train, plain, tokenizer, monkeypatch):
+def test_suite_changes_no_byte(train, plain, tokenizer):
     sft = replace(composed().sft, suite=SUITE, suite_every=2, suite_max_new_tokens=4)
     done = train("with", 4, observations=lambda ctx, model: observe_suite(ctx, sft, model, tokenizer))
     assert done.bits == plain.bits
@@ -86,25 +65,3 @@ def test_suite_changes_no_byte_and_computes_in_the_dtype_of_the_training(train, 
     centered = (accuracies[4] - 0.25) / 0.75
     assert metrics["mean_centered_choice"] == pytest.approx(centered, abs=1e-12)
     assert metrics["mean_centered"] == pytest.approx((centered + metrics["accuracy_sums"]) / 2, abs=1e-12)
-
-    monkeypatch.setenv("MLXCHAT_CPU", "plain")
-    model, dtypes, hidden = make_model(), set[mx.Dtype](), GPT.hidden
-
-    def noted(*given: Any) -> mx.array:
-        found = hidden(*given)
-        dtypes.add(found.dtype)
-        return found
-
-    def hooks(ctx: Context, model: GPT) -> list[Observation]:
-        (hook,) = observe_suite(ctx, sft, model, tokenizer)
-
-        def run(done: int) -> dict[str, float]:
-            with monkeypatch.context() as patched:
-                patched.setattr(GPT, "hidden", noted)
-                return hook.run(done)
-
-        return [Observation(run=run, every=(1,))]
-
-    train("bfloat16", 1, model=model, observations=hooks, context={"compute_dtype": "bfloat16"})
-    assert dtypes == {mx.bfloat16}
-    assert {value.dtype for value in flatten_parameters(model).values()} == {mx.float32}

@@ -10,7 +10,7 @@ from mlxchat.data.packing import IGNORED
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters
 from mlxchat.ops.loss import token_losses
-from mlxchat.optim.optimizer import Optimizer, Rates
+from mlxchat.optim.optimizer import Rates
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
 
@@ -45,14 +45,6 @@ def test_loss_is_the_mean_over_all_targets_of_the_batch(micro_rows):
     loss, _ = make_step(model, micro_rows=micro_rows)(batch, RATES)
     assert loss == pytest.approx(losses.sum() / 20, rel=1e-5)
     assert abs(loss - np.mean([losses[:16].mean(), losses[16:17].mean(), losses[32:35].mean()])) > 1e-3
-
-
-@pytest.mark.parametrize(("targets", "rates"), [([0, 0], RATES), ([16, 16], Rates(0.0, 0.9, 1.0))])
-def test_no_targets_or_a_rate_of_zero_change_no_weight(targets, rates):
-    model, batch = make_model(), make_batch(2, targets_per_row=targets)
-    before, step = bits(model), make_step(model)
-    assert (step(batch, rates) == (0.0, 0.0)) is (targets == [0, 0])
-    assert bits(model) == before
 
 
 def test_gradients_are_the_slopes_of_the_loss(path):
@@ -118,20 +110,14 @@ def test_several_lanes_equal_one(set_lanes, num_lanes, micro_rows, variant, num_
 
 
 @pytest.mark.parametrize(("num_lanes", "micro_rows", "traces"), [(1, 100, 1), (1, 4, 2), (2, 4, 4), (3, 2, 2)])
-def test_new_rates_and_data_compile_nothing_again(set_lanes, monkeypatch, num_lanes, micro_rows, traces):
+def test_new_rates_and_data_compile_nothing_again(set_lanes, num_lanes, micro_rows, traces):
     """One trace per shape and lane: six rows by four leave a micro-batch of two; one of two rows takes two lanes."""
     set_lanes(num_lanes)
-    moves, move = [], Optimizer.move
-    monkeypatch.setattr(Optimizer, "move", lambda *arguments: (moves.append(1), move(*arguments))[1])
     step = make_step(make_model(), micro_rows=micro_rows)
-    traced = []
     for iteration in range(3):
         rates = Rates(1.0 - 0.1 * iteration, 0.85 + 0.01 * iteration, 1.0 - 0.2 * iteration)
         step(make_batch(6, seed=iteration), rates)
-        traced.append((step.num_traces, len(moves)))
     assert step.num_traces == traces
-    assert moves
-    assert len(set(traced)) == 1, "neither gradients nor the update are traced after the first iteration"
 
 
 # Precision

@@ -9,8 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.artifacts import publish_base
-from kit.models import composed, make_model
+from kit.models import make_model
 from kit.training import make_optimizer, schedule
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TeacherConfig
@@ -22,7 +21,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.inputs import check_inputs
 from mlxchat.planning.memory import check_memory
-from mlxchat.runner.plan import Pipeline, make_plan
+from mlxchat.runner.plan import make_plan
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
@@ -124,27 +123,17 @@ def test_teacher_with_another_vocabulary_or_shorter_rows_is_refused(tmp_path, to
         load(tmp_path, tokenizer)
 
 
-def sft_step(store: Store, **teacher: Any) -> Any:
-    config = composed("pipeline=nanochat")
-    config = replace(config, sft=replace(config.sft, teacher=replace(config.sft.teacher, **teacher)))
-    pipeline: Pipeline = config.pipeline
-    plan = make_plan(config, pipeline, store, targets=["sft"], seed=0, force=[])
-    return {step.name: step for step in plan}["sft"]
+def test_identity_covers_the_contents_of_the_teacher_and_not_its_path(folder, tmp_path):
+    def key(teacher: Path) -> str:
+        config = composed("pipeline=nanochat")
+        config = replace(config, sft=replace(config.sft, teacher=replace(TEACHER, path=str(teacher))))
+        plan = make_plan(config, config.pipeline, Store(tmp_path), targets=["sft"], seed=0, force=[])
+        return {step.name: step.key for step in plan}["sft"]
 
-
-def test_identity_covers_the_contents_of_the_teacher(folder, tmp_path):
-    """But not its folder's path; an artifact is an input of the step, by any of its names."""
-    store = Store(tmp_path / "outputs")
-    without, first = sft_step(store).key, sft_step(store, path=str(folder)).key
-    moved = str(shutil.copytree(folder, tmp_path / "moved"))
-    assert sft_step(store, path=moved).key == first != without
-    assert sft_step(store, path=moved, temperature=2.0).key != first
-    save_checkpoint(Path(moved), make_teacher(seed=12), Tokenizer.load(Path(moved)), {"format": "chat"})
-    assert sft_step(store, path=moved).key != first
-    name = publish_base(tmp_path / "outputs", "teacher", seed=3).name
-    step = sft_step(store, artifact=name)
-    assert step.artifacts["teacher"]["name"] == name
-    assert sft_step(store, artifact=name[-16:]).key == step.key not in (without, first)
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    assert key(moved) == key(folder)
+    save_checkpoint(moved, make_teacher(seed=12), Tokenizer.load(moved), {"format": "chat"})
+    assert key(moved) != key(folder)
 
 
 def test_unsuitable_teachers_are_refused_before_anything_runs(folder, tmp_path):
