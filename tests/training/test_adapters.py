@@ -111,12 +111,3 @@ def test_untrained_adapters_serve_as_reference_for_rl(kind):
     then, _ = scores(rows.ids, rows.targets, reference)
     assert np.array_equal(then, at_first)
     assert not np.allclose(now, then, atol=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("targets", "count"),
-    [(("attention",), 8), (("mlp",), 4), (("all",), 12), (("c_q", "c_v"), 4), (("c_proj",), 4),
-     (("mlp.c_proj",), 2), (("h.1.attn.c_k",), 1), (("transformer.h.0.mlp.c_fc", "mlp"), 4)],
-)  # fmt: skip
-def test_targets_are_groups_or_suffixes_of_names(targets, count):
-    assert len(resolve_targets(targets, make_model().sizes)) == count

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,16 @@ Weights = dict[str, bytes]
 @dataclass
 class Trained:
     ctx: Context
-    weights: Weights = field(default_factory=dict)
-    seen: dict[int, Weights] = field(default_factory=dict)
+    weights: Weights
+    seen: dict[int, Weights]
     """The weights after each iteration."""
-    published: dict[int, Path] = field(default_factory=dict)
+    published: dict[int, Path]
     """The intermediate models."""
 
 
 def train(
-    folder: Path, num_iterations: int = 10, *, numbers: list[float] = NUMBERS, keep: bool = True, target: Any = None,
-    stop_in_hook: int = 99, **options: Any,
+    folder: Path, num_iterations: int = 10, *, keep: bool = True, target: Any = None, stop_in_hook: int = 99,
+    **options: Any,
 ) -> Trained:  # fmt: skip
     """Train to the end, to a target or to a stop, with every second of the numbers as a candidate."""
     model, seen, published = make_model(), dict[int, Weights](), dict[int, Path]()
@@ -53,7 +53,7 @@ def train(
         if iteration == stop_in_hook:
             raise Interrupted("stopped while validating", 15)
         seen[iteration] = bits(model)
-        return {"val_bpb": numbers[iteration - 1], "val_perplexity": 10 * numbers[iteration - 1]}
+        return {"val_bpb": NUMBERS[iteration - 1], "val_perplexity": 10 * NUMBERS[iteration - 1]}
 
     def observe(ctx: Context, model: GPT) -> list[Observation]:
         ctx.publisher = publish

@@ -1,5 +1,7 @@
 """The loop: records, cadences, and that an interrupted training ends with the same bits."""
 
+import json
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,8 +10,8 @@ import pytest
 
 from kit import training
 from kit.models import computing_on_cpu
-from kit.training import Trained, make_context, schedule
-from mlxchat.errors import Interrupted
+from kit.training import NumberedBatches, Trained, make_context, schedule
+from mlxchat.errors import Interrupted, StepFailed
 from mlxchat.ops.device import memory_limits
 from mlxchat.training.loop import Observation
 from mlxchat.training.state import Checkpointer, read_newest, write_save
@@ -145,3 +147,54 @@ def test_saved_arrays_keep_their_shapes(tmp_path):
     for name, value in arrays.items():
         assert found[0][name].shape == value.shape
         assert (found[0][name] == value).all()
+
+
+# Losses and gradients that are NaN or infinite
+
+SKIP = {"on_nan": "skip"}
+
+
+@pytest.fixture
+def train_with(train: Callable[..., Trained]) -> Callable[..., Trained]:
+    def run(name: str, broken: set[int], **settings: Any) -> Trained:
+        """Train six iterations with NaN in some batches; settings are those of `training`."""
+        context, batches = {"training": settings}, NumberedBatches(broken=broken)
+        return train(name, batches=batches, context=context, observations=[VALIDATION], **OPTIONS)
+
+    return run
+
+
+def test_nan_stops_and_the_same_command_continues_before_it(train_with, straight, tmp_path):
+    with pytest.raises(StepFailed) as caught:
+        train_with("run", {3})
+    message = str(caught.value)
+    for part in ("iteration 4 of 6 gave loss nan and gradient norm nan", "book 3, page 7", "training.on_nan=skip",
+                 f"after iteration 3 of 6 is saved in {tmp_path / 'run' / 'work'}"):  # fmt: skip
+        assert part in message
+    assert caught.value.exit_code == 1
+    done = train_with("run", set())
+    assert done.ctx.resumed_from == 3
+    assert done.bits == straight.bits
+
+
+def test_skipped_updates_are_counted_and_recorded(train_with, straight, capsys):
+    """Bits do not depend on a stop before the first: on_nan is no part of the identity."""
+    done = train_with("run", {2, 4}, **SKIP)
+    found = [record for record in records(done) if "lr_multiplier" in record]
+    assert (done.ctx.metrics["skipped_iterations"], "skipped_iterations" in straight.ctx.metrics) == (2, False)
+    assert [record["iteration"] for record in found if "loss" not in record] == [3, 5]
+    assert done.curve("skipped_iterations") == {3: 1, 5: 2}
+    assert "book 2, page 7" in found[2]["warning"]
+    assert np.isfinite(done.ctx.metrics["loss"])
+    json.dumps(found, allow_nan=False)  # other readers than Python's refuse NaN
+    assert "iteration 3: loss nan" in capsys.readouterr().err
+    with pytest.raises(StepFailed):
+        train_with("stopped", {2, 4})
+    assert train_with("stopped", {2, 4}, **SKIP).bits == done.bits
+
+
+def test_too_many_skipped_in_a_row_stop(train_with):
+    bad = {0, 2, 3, 4}
+    assert train_with("enough", bad, **SKIP, max_skipped_in_a_row=3).ctx.metrics["skipped_iterations"] == 4
+    with pytest.raises(StepFailed, match="iteration 5 of 6"):
+        train_with("too many", bad, **SKIP, max_skipped_in_a_row=2)

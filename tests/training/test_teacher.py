@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.models import make_model
+from kit.models import composed, make_model
 from kit.training import make_optimizer, schedule
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TeacherConfig
