@@ -118,7 +118,7 @@ def measure_training(config: Config) -> dict[str, Any]:
         "model": config.model.name,
         "architecture": config.architecture.name,
         "optimizer": {"kind": config.optimizer.kind, "variant": config.optimizer.variant},
-        "sizes": sizes.to_dict(),
+        "sizes": asdict(sizes),
         "num_parameters": count_parameters(sizes)["total"],
         "adapter": asdict(config.adapter) if training.adapters is not None else None,
         "num_trained_parameters": sum(value.size for value in trained_parameters(model).values()),

@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT, RMS_NORM_EPSILON
-from mlxchat.model.lora import read_adapters, rounding_of, write_adapters
+from mlxchat.model.lora import read_adapters, write_adapters
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.published import published_logits
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
@@ -55,7 +55,9 @@ def save_adapters(
     `base` is the artifact's folder; it may have adapters, too.
     """
     write_adapters(folder, adapters, adapter_sizes, num_layers=sizes.num_layers)
-    about = {"base": describe_base(base), **rounding_of(adapter_sizes)}
+    about: dict[str, Any] = {"base": describe_base(base)}
+    if adapter_sizes.bits is not None:
+        about |= {"bits": adapter_sizes.bits, "group_size": adapter_sizes.group_size}
     write_description(folder, sizes, tokenizer, {**facts, ADAPTER_KEY: about})
 
 

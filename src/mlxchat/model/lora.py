@@ -246,11 +246,6 @@ def write_adapters(folder: Path, adapters: Mapping[str, mx.array], sizes: Adapte
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def rounding_of(sizes: AdapterSizes) -> dict[str, int]:
-    """Return checkpoint.json's description of the base's quantisation; {} if it is not quantised."""
-    return {} if sizes.bits is None else {"bits": sizes.bits, "group_size": sizes.group_size}
-
-
 def read_adapters(folder: Path, model_sizes: GPTSizes) -> Adapters:
     """Return the adapters of a folder; a DataError: files are damaged or do not match each other or the model."""
     sizes = read_adapter_config(folder, model_sizes)

@@ -23,7 +23,7 @@ def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:
     if team is None or team.size == 1:
         return
     parameters, adapters = flatten_parameters(model), adapters_of(model)
-    shape = {"sizes": model.sizes.to_dict(), "names": list(parameters), "adapters": adapters and asdict(adapters)}
+    shape = {"sizes": asdict(model.sizes), "names": list(parameters), "adapters": adapters and asdict(adapters)}
     known, equal = team.kept.get(f"{role} on all", (None, {}))
     changed = {name: value for name, value in parameters.items() if known != shape or equal.get(name) is not value}
     team.kept[f"{role} here"] = model

@@ -22,7 +22,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import computing_in, flatten_parameters, set_parameters
 from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.device import round_tokens
-from mlxchat.ops.loss import Kind, token_scores
+from mlxchat.ops.loss import Kind, scores_of_logits, token_scores
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -150,13 +150,4 @@ def _forward_of_mlx_lm(
     model: Any, kinds: Sequence[Kind], ids: mx.array, places: mx.array, targets: mx.array
 ) -> list[mx.array]:
     logits = model(ids)
-    logits = logits.reshape(-1, logits.shape[-1])[places].astype(mx.float32)
-    log_sums = mx.logsumexp(logits, axis=-1)
-    of_targets = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    found: dict[Kind, mx.array] = {
-        "losses": log_sums - of_targets,
-        "entropies": log_sums - (mx.exp(logits - log_sums[:, None]) * logits).sum(-1),
-        "logits": of_targets,
-        "likeliest": logits.argmax(-1),
-    }
-    return [found[kind] for kind in kinds]
+    return scores_of_logits(logits.reshape(-1, logits.shape[-1])[places].astype(mx.float32), targets, kinds)

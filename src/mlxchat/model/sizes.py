@@ -111,10 +111,6 @@ class GPTSizes:
         """The layers with a value embedding: every second one, the last included."""
         return list(range((self.num_layers - 1) % 2, self.num_layers, 2)) if self.value_embeddings else []
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the sizes as plain numbers."""
-        return asdict(self)
-
     def for_model_file(self) -> dict[str, Any]:
         """Return every number that gpt.py reads, also those that follow from others, for mlx-lm."""
         derived = "head_width kv_width padded_vocab_size windows value_embedding_layers"

@@ -80,15 +80,10 @@ def prepare_machine(machine: MachineConfig, threads: int | None = None) -> mx.Dt
 
 
 def memory_limits(machine: MachineConfig, where: str, info: Mapping[str, Any]) -> dict[str, int]:
-    """Return MLX's limits in bytes, by name (memory, cache, wired); MLX's defaults apply to those that are absent.
+    """Return MLX's limits in bytes, by name (memory, cache, wired), on a backend with this `mx.device_info()`.
 
     Without a setting, a Mac's memory and wired limits are what Metal recommends (mlx-lm wires as much), and half of
     that may stay cached for other shapes; on CUDA they are MLX's own: 95 % of the GPU's memory. A CPU has none.
-
-    Args:
-        machine: its limits that are not None are used as they are.
-        where: the backend.
-        info: `mx.device_info()`.
     """
     limits: dict[str, int] = {}
     if where == "metal" and (most := int(info.get("max_recommended_working_set_size", 0))):

@@ -60,17 +60,22 @@ def token_scores(x: mx.array, weight: mx.array, targets: mx.array, kinds: Sequen
     """
     chunks: list[list[mx.array]] = []
     for rows in split_positions(x[None], LOGITS // len(weight)):
-        logits, target = capped_logits(x[rows], weight), mx.maximum(targets[rows], 0)[:, None]
-        log_sums, chosen = mx.logsumexp(logits, axis=-1), mx.take_along_axis(logits, target, axis=-1)[:, 0]
-        # Only what is returned is computed.
-        found: dict[Kind, mx.array] = {
-            "losses": log_sums - chosen,
-            "entropies": log_sums - (mx.exp(logits - log_sums[:, None]) * logits).sum(-1),
-            "logits": chosen,
-            "likeliest": logits.argmax(-1),
-        }
-        chunks.append([mx.where(targets[rows] >= 0, found[kind], 0) for kind in kinds])
+        found = scores_of_logits(capped_logits(x[rows], weight), mx.maximum(targets[rows], 0), kinds)
+        chunks.append([mx.where(targets[rows] >= 0, each, 0) for each in found])
     return [mx.concatenate(list(parts)) for parts in zip(*chunks, strict=True)]
+
+
+def scores_of_logits(logits: mx.array, targets: mx.array, kinds: Sequence[Kind]) -> list[mx.array]:
+    """Return an array (N,) for each kind of score of float32 logits (N, V) and targets (N,)."""
+    log_sums, chosen = mx.logsumexp(logits, axis=-1), mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    # Only what is returned is computed.
+    found: dict[Kind, mx.array] = {
+        "losses": log_sums - chosen,
+        "entropies": log_sums - (mx.exp(logits - log_sums[:, None]) * logits).sum(-1),
+        "logits": chosen,
+        "likeliest": logits.argmax(-1),
+    }
+    return [found[kind] for kind in kinds]
 
 
 # Losses with gradients

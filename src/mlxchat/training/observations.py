@@ -6,8 +6,7 @@ They do not affect weights or random numbers; after an interruption only unanswe
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 
@@ -38,17 +37,16 @@ def observe_core(ctx: Context, config: PretrainConfig, model: GPT, tokenizer: To
         return []
     limits = [limit for limit in (config.core_max_per_task, core.max_per_task) if limit is not None]
 
-    def estimate(iteration: int) -> dict[str, float]:
+    def estimate(work: Path) -> dict[str, float]:
         asked = _scoring(ctx, Engine(model, tokenizer, team=ctx.team))
-        with _resumable(ctx.work / "core" / str(iteration)) as work:
-            most = min(limits, default=None)
-            result, _ = evaluate_core(ctx, asked, core, max_per_task=most, work=work, progress=_hidden)
+        most = min(limits, default=None)
+        result, _ = evaluate_core(ctx, asked, core, max_per_task=most, work=work, progress=_hidden)
         if result["core"] is None:
             centered = [task["centered"] for task in result["tasks"].values()]
             return {"core_tasks_estimate": sum(centered) / len(centered)}
         return {"core_estimate": result["core"], "core_estimate_stderr": result["stderr"]}
 
-    return [Observation(run=estimate, every=(config.core_every,), title="CORE")]
+    return [Observation(run=_resumable(ctx.work / "core", estimate), every=(config.core_every,), title="CORE")]
 
 
 def observe_suite(ctx: Context, config: ConversationConfig, model: GPT, tokenizer: Tokenizer) -> list[Observation]:
@@ -64,13 +62,12 @@ def observe_suite(ctx: Context, config: ConversationConfig, model: GPT, tokenize
     answering = Answering(batch_rows=config.suite_batch_rows, max_new_tokens=config.suite_max_new_tokens)
     tasks = {name: open_item(ctx, item) for name, item in config.suite.items()}
 
-    def measure(iteration: int) -> dict[str, float]:
+    def measure(work: Path) -> dict[str, float]:
         asked = _scoring(ctx, engine)
-        with _resumable(ctx.work / "suite" / str(iteration)) as work:
-            scores = {
-                name: evaluate_task(ctx, asked, task, answering, name=name, work=work / name, progress=_hidden)[0]
-                for name, task in tasks.items()
-            }
+        scores = {
+            name: evaluate_task(ctx, asked, task, answering, name=name, work=work / name, progress=_hidden)[0]
+            for name, task in tasks.items()
+        }
         choice = [score for score in scores.values() if score.kind == "categorical"]
         means = {"mean_centered": mean_centered(list(scores.values()))}
         if len(choice) < len(scores):
@@ -78,7 +75,7 @@ def observe_suite(ctx: Context, config: ConversationConfig, model: GPT, tokenize
         accuracies = {f"accuracy_{name}": score.accuracy for name, score in scores.items()}
         return accuracies | {name: mean for name, mean in means.items() if mean is not None}
 
-    return [Observation(run=measure, every=(config.suite_every,), title="the suite")]
+    return [Observation(run=_resumable(ctx.work / "suite", measure), every=(config.suite_every,), title="the suite")]
 
 
 def _scoring(ctx: Context, engine: Engine) -> LanguageModel:
@@ -86,12 +83,16 @@ def _scoring(ctx: Context, engine: Engine) -> LanguageModel:
     return LanguageModel(engine, batch_tokens=ctx.derived.get("micro_batch_tokens"))
 
 
-@contextmanager
-def _resumable(work: Path) -> Iterator[Path]:
-    """Yield a folder for recorded answers, which is removed once the body has ended without an error."""
-    yield work
-    shutil.rmtree(work, ignore_errors=True)
-    mx.clear_cache()  # of memory for the shapes of the evaluation
+def _resumable(folder: Path, evaluate: Callable[[Path], dict[str, float]]) -> Callable[[int], dict[str, float]]:
+    """Return a function that evaluates in a subfolder for recorded answers, which it removes if there is no error."""
+
+    def run(iteration: int) -> dict[str, float]:
+        found = evaluate(folder / str(iteration))
+        shutil.rmtree(folder / str(iteration), ignore_errors=True)
+        mx.clear_cache()  # of memory for the shapes of the evaluation
+        return found
+
+    return run
 
 
 def _hidden(total: int, unit: str) -> Progress:
