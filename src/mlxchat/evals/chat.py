@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ def evaluate_task(
     samples = answering.seeds if task.kind == "generative" else 1
     about = {"questions": len(task), "kind": task.kind, **asdict(answering), "batch_rows": None, "seeds": None}
     passes: list[list[Example]] = []
-    # Slow verdicts, such as running programs, overlap with the next batch.
+    # Slow verdicts, such as running programs, are found together.
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="verdicts") as pool:
         for sample in range(samples):
             unit = f"questions of {name}" + (f" ({sample + 1}/{samples})" if samples > 1 else "")
@@ -101,25 +101,21 @@ class _Asked:
     def answer(self, sample: int, pool: ThreadPoolExecutor, known: dict[int, Example]) -> Iterator[list[Example]]:
         """Yield the examples of each batch that is not completely known."""
         draws = self.task.kind == "generative" and self.answering.temperature > 0
-        waiting: list[tuple[Example, Future[_Verdict]]] = []
         for batch in self._batches():
             if all(index in known for index in batch):
                 continue
             talks = [self.task[index] for index in batch]
-            found = self._letters(batch, talks) if self.task.kind == "categorical" else self._texts(batch, sample)
-            examples = []
-            for index, talk, (text, tokens, details) in zip(batch, talks, found, strict=True):
-                example = {
+            answers = self._letters(batch, talks) if self.task.kind == "categorical" else self._texts(batch, sample)
+            verdicts = pool.map(partial(judge, self.task), talks, [text for text, _, _ in answers])
+            yield [
+                {
                     "index": index, "seed": sample if draws else None, "prompt": question_text(talk), "output": text,
-                    "expected": expected_text(talk), "verdict": None, "tokens": tokens,
-                    "details": details | ({"cropped": True} if self.cropped[index] else {}),
-                }  # fmt: skip
-                examples.append((example, pool.submit(judge, self.task, talk, text)))
-            if waiting:
-                yield [_with_verdict(*each) for each in waiting]
-            waiting = examples
-        if waiting:
-            yield [_with_verdict(*each) for each in waiting]
+                    "expected": expected_text(talk), "verdict": is_right, "tokens": tokens,
+                    "details": details | ({"cropped": True} if self.cropped[index] else {}) | more,
+                }
+                for index, talk, (text, tokens, details), (is_right, more)
+                in zip(batch, talks, answers, verdicts, strict=True)
+            ]  # fmt: skip
 
     def _batches(self) -> list[list[int]]:
         """Return the questions' indices in batches of similar length, to save padding."""
@@ -170,11 +166,6 @@ def judge(task: Task, conversation: dict[str, Any], text: str) -> _Verdict:
     if explain is not None:
         return explain(conversation, text)
     return bool(task.evaluate(conversation, text)), {}
-
-
-def _with_verdict(example: Example, verdict: Future[_Verdict]) -> Example:
-    is_right, more = verdict.result()
-    return example | {"verdict": is_right, "details": example["details"] | more}
 
 
 def _seed_of(seed: int, index: int, sample: int) -> int:

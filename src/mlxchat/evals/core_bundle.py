@@ -76,25 +76,16 @@ def open_bundle(ctx: Context, config: CoreConfig) -> Bundle:
 
 
 class Bundle:
-    """The bundle's tasks and their examples."""
+    """The bundle's tasks and their examples. Every method raises DataError if a file is absent or malformed."""
 
     def __init__(self, path: Path) -> None:
-        """Open a zip or a folder, with or without a top folder `eval_bundle/`.
-
-        Raises:
-            DataError: it is neither, or has no core.yaml.
-        """
+        """Open a zip or a folder, with or without a top folder `eval_bundle/`."""
         self.path = path
         try:
             top = path if path.is_dir() else zipfile.Path(path)
         except (OSError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"{path}: not a readable zip or folder ({error}); expected nanochat's eval bundle"
-            ) from None
-        roots = [root for root in (top / "eval_bundle", top) if (root / "core.yaml").is_file()]
-        if not roots:
-            raise DataError(f"{path}: has no core.yaml; expected nanochat's eval bundle")
-        self._root = roots[0]
+            raise DataError(f"{path}: not a zip or folder ({error}); expected nanochat's eval bundle") from None
+        self._root = top / "eval_bundle" if (top / "eval_bundle" / "core.yaml").is_file() else top
 
     @cached_property
     def sha256(self) -> str:
@@ -108,14 +99,11 @@ class Bundle:
 
     @cached_property
     def tasks(self) -> list[CoreTask]:
-        """All tasks, in the bundle's order.
-
-        Raises:
-            DataError: core.yaml or eval_meta_data.csv is malformed, or a task has no baseline.
-        """
+        """All tasks, in the bundle's order."""
+        described, table = self._read("core.yaml"), self._read("eval_meta_data.csv")
         try:
-            rows = csv.DictReader(io.StringIO(self._read("eval_meta_data.csv")))
-            baselines = {row["Eval Task"]: row["Random baseline"] for row in rows}
+            rows = csv.DictReader(io.StringIO(table))
+            baselines = {row["Eval Task"]: 0.01 * float(row["Random baseline"]) for row in rows}
             tasks = [
                 CoreTask(
                     label=str(task["label"]),
@@ -123,53 +111,41 @@ class Bundle:
                     data=str(task["dataset_uri"]),
                     num_fewshot=int(task["num_fewshot"][0]),
                     delimiter=str(task.get("continuation_delimiter", " ")),
-                    baseline=0.01 * float(baselines[task["label"]]),
+                    baseline=baselines[task["label"]],
                 )
-                for task in yaml.safe_load(self._read("core.yaml"))["icl_tasks"]
+                for task in yaml.safe_load(described)["icl_tasks"]
             ]
             for task in tasks:
                 if task.kind not in _FIELDS or not _LABEL.fullmatch(task.label) or not 0 <= task.baseline < 1:
                     raise ValueError(f"{task} is not a task of nanochat's")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, csv.Error, yaml.YAMLError) as error:
-            raise DataError(
-                f"{self.path}: core.yaml and eval_meta_data.csv do not describe tasks ({type(error).__name__}: {error})"
-            ) from None
+        except (KeyError, TypeError, ValueError, IndexError, yaml.YAMLError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise DataError(f"{self.path}: core.yaml and eval_meta_data.csv do not describe tasks ({reason})") from None
         return tasks
 
     def choose(self, labels: list[str] | None) -> list[CoreTask]:
-        """Return the tasks with these labels, in the bundle's order; None: all.
-
-        Raises:
-            DataError: labels are unknown.
-        """
-        if labels is None:
-            return self.tasks
+        """Return the tasks with these labels, in the bundle's order; None: all."""
         known = [task.label for task in self.tasks]
-        for label in labels:
+        for label in labels or ():
             if label not in known:
                 raise DataError(f"{self.path}: has no task {label!r}.{suggest(label, known)} Tasks: {', '.join(known)}")
-        return [task for task in self.tasks if task.label in labels]
+        return [task for task in self.tasks if labels is None or task.label in labels]
 
     def examples(self, task: CoreTask, max_per_task: int | None = None) -> list[dict[str, Any]]:
-        """Return a task's examples in nanochat's order: shuffled with a fixed seed, then the first `max_per_task`.
-
-        Raises:
-            DataError: a line is not an example of the task's type, or there are too few for the shots.
-        """
+        """Return a task's examples in nanochat's order: shuffled with a fixed seed, then the first `max_per_task`."""
         items: list[dict[str, Any]] = []
         for number, line in enumerate(self._read(f"eval_data/{task.data}").split("\n"), 1):
             if not line.strip():
                 continue
             try:
-                item = json.loads(line)
-                if missing := [field for field in _FIELDS[task.kind] if field not in item]:
+                items.append(json.loads(line))
+                if missing := [field for field in _FIELDS[task.kind] if field not in items[-1]]:
                     raise ValueError(f"no {', '.join(missing)}")
-                if task.kind != "language_modeling" and item["gold"] not in range(len(task.options(item))):
-                    raise ValueError(f"gold is {item['gold']!r} of {len(task.options(item))}")
+                if "gold" in _FIELDS[task.kind] and items[-1]["gold"] not in range(len(task.options(items[-1]))):
+                    raise ValueError(f"gold is {items[-1]['gold']!r} of {len(task.options(items[-1]))}")
             except (ValueError, TypeError) as error:
                 where = f"{self.path}: {task.data} line {number}"
                 raise DataError(f"{where}: not an example of type {task.kind} ({error})") from None
-            items.append(item)
         random.Random(SHUFFLE_SEED).shuffle(items)
         items = items[:max_per_task]
         if len(items) <= task.num_fewshot:
@@ -183,4 +159,4 @@ class Bundle:
         try:
             return (self._root / name).read_bytes().decode()
         except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as error:
-            raise DataError(f"{self.path}: cannot read {name} ({error})") from None
+            raise DataError(f"{self.path}: cannot read {name} of the eval bundle ({error})") from None

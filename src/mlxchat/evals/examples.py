@@ -39,28 +39,6 @@ _ROLLOUT = (
 )  # fmt: skip
 
 
-class Journal:
-    """The results of one task's examples by index, a JSON line per batch, from which an evaluation resumes."""
-
-    def __init__(self, path: Path, about: Record) -> None:
-        """Read the journal; ignore a truncated last line, and all lines of an evaluation with another `about`."""
-        self.records: dict[int, Example] = {}
-        self._file = Records(path)
-        first, *lines = self._file.read() or [{}]
-        if first != {"about": about}:
-            path.unlink(missing_ok=True)
-            self._file.append({"about": about})
-            return
-        for line in lines:
-            self.records |= {record["index"]: record for record in line["results"]}
-
-    def append(self, results: list[dict[str, Any]]) -> None:
-        """Add the results of a batch."""
-        self._file.append({"results": results})
-        crash_point("eval.answered")
-        self.records |= {record["index"]: record for record in results}
-
-
 def answer_all(
     ctx: Context, path: Path, about: Record, total: int, unit: str, answer: Answer,
     progress: Callable[[int, str], Progress] | None = None,
@@ -69,8 +47,8 @@ def answer_all(
 
     Args:
         ctx: of the stage.
-        path: the journal.
-        about: JSON data that identifies the evaluation.
+        path: the journal: what it is about, then a JSON line per batch.
+        about: JSON data that identifies the evaluation; a journal of another one is removed.
         total: number of examples.
         unit: their name on the display.
         answer: computes the missing ones.
@@ -79,16 +57,24 @@ def answer_all(
     Raises:
         Interrupted: the run was asked to stop; the next attempt continues.
     """
-    journal = Journal(path, about)
+    journal = Records(path)
+    first, *lines = journal.read() or [{}]
+    if first != {"about": about}:
+        lines = []
+        path.unlink(missing_ok=True)
+        journal.append({"about": about})
+    known: dict[int, Example] = {record["index"]: record for line in lines for record in line["results"]}
     with (progress or ctx.progress)(total, unit) as display:
-        display.start = len(journal.records)
+        display.start = len(known)
         display.update(display.start)
-        for results in answer(journal.records):
-            journal.append(results)
-            display.update(len(journal.records))
+        for results in answer(known):
+            journal.append({"results": results})
+            crash_point("eval.answered")
+            known |= {record["index"]: record for record in results}
+            display.update(len(known))
             if ctx.should_stop():
-                raise ctx.stop(f"{len(journal.records)} of {total} {unit}")
-    return [journal.records[index] for index in range(total)]
+                raise ctx.stop(f"{len(known)} of {total} {unit}")
+    return [known[index] for index in range(total)]
 
 
 def write_examples(path: Path, examples: Iterable[dict[str, Any]]) -> None:
