@@ -19,7 +19,6 @@ from mlxchat.evals.chat import Answering, evaluate_task, expected_text, question
 from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import CHATCORE_SETS, Measure, Score, chatcore, mean_centered, mean_centered_stderr
 from mlxchat.model.gpt import GPT
-from mlxchat.tasks.answers import is_right
 from mlxchat.tasks.benchmarks import GSM8K
 
 Evaluate = Callable[..., tuple[Score, list[dict[str, Any]]]]
@@ -45,14 +44,14 @@ class Questions:
 
 
 class ScriptedEngine:
-    """An engine that answers question i with `answers[i]` and records its calls."""
+    """An engine that answers question i with `answers[i]` and records what it is asked."""
 
     team, context_tokens = None, 1000
 
     def __init__(self, tokenizer: Tokenizer, answers: list[str]) -> None:
         self.tokenizer, self.answers = tokenizer, answers
         self.batches: list[list[int]] = []
-        self.settings: list[dict[str, Any]] = []
+        self.prompts: list[list[int]] = []
 
     def render(self, messages: list[dict[str, Any]]) -> list[int]:
         return render_for_completion(self.tokenizer, {"messages": messages})
@@ -60,7 +59,7 @@ class ScriptedEngine:
     def complete(self, prompts: list[list[int]], **settings: Any) -> list[Completion]:
         numbers = [int(self.tokenizer.decode(prompt).split("<|user_start|>")[1].split(":")[0]) for prompt in prompts]
         self.batches.append(numbers)
-        self.settings.append(settings)
+        self.prompts += prompts
         return [Completion(ids=self.tokenizer.encode(self.answers[number])) for number in numbers]
 
 
@@ -84,28 +83,15 @@ def test_records_keep_the_order_of_the_task(tokenizer, evaluate):
     score, records = evaluate(engine, task, batch_rows=3, max_new_tokens=5)
     assert (score.accuracy, score.num_examples, score.chance) == (3 / 7, 7, 0.0)
     assert [len(batch) for batch in engine.batches] == [3, 3, 1]
-    assert all(each["max_new_tokens"] == 5 and not each.get("temperature") for each in engine.settings)
-    assert [record["index"] for record in records] == list(range(7))
-    assert [record["output"] for record in records] == ANSWERS
-    assert [record["prompt"] for record in records] == [task[index]["messages"][0]["content"] for index in range(7)]
-    assert [record["verdict"] for record in records] == [answer == "yes" for answer in ANSWERS]
-    assert {record["expected"] for record in records} == {"yes"}
-    assert [record["tokens"] for record in records] == [len(tokenizer.encode(answer)) for answer in ANSWERS]
-    asked = [number for batch in engine.batches for number in batch]
-    assert sorted(asked) == list(range(7)) != asked
-
-
-def test_expected_answers_are_not_in_the_prompt(tokenizer, evaluate):
-    prompts: list[list[int]] = []
-
-    class Spy(ScriptedEngine):
-        def complete(self, asked: list[list[int]], **settings: Any) -> list[Completion]:
-            prompts.extend(asked)
-            return super().complete(asked, **settings)
-
-    evaluate(Spy(tokenizer, ANSWERS), Questions(["a secret"] * 7))
-    assert not any("secret" in tokenizer.decode(prompt) for prompt in prompts)
-    assert {prompt[-1] for prompt in prompts} == {tokenizer.special_ids["<|assistant_start|>"]}
+    assert [number for batch in engine.batches for number in batch] != list(range(7)), "sorted by length"
+    for index, (record, answer) in enumerate(zip(records, ANSWERS, strict=True)):
+        assert record == {
+            "index": index, "seed": None, "prompt": task[index]["messages"][0]["content"], "output": answer,
+            "expected": "yes", "verdict": answer == "yes", "tokens": len(tokenizer.encode(answer)),
+            "details": {"finished": False},
+        }  # fmt: skip
+    assert not any("yes" in tokenizer.decode(prompt) for prompt in engine.prompts)
+    assert {prompt[-1] for prompt in engine.prompts} == {tokenizer.special_ids["<|assistant_start|>"]}
 
 
 # Samples
@@ -120,22 +106,15 @@ def sampled(model: GPT, tokenizer: Tokenizer, evaluate: Evaluate) -> Evaluate:
     return run
 
 
-def test_every_question_is_sampled_with_every_seed(sampled):
-    _, records = sampled()
-    assert [(example["seed"], example["index"]) for example in records] == [(k, i) for k in range(3) for i in range(7)]
-    by_question = {index: {each["output"] for each in records if each["index"] == index} for index in range(7)}
-    assert all(len(outputs) > 1 for outputs in by_question.values())
-
-
-def test_samples_depend_on_the_seed_not_the_batch(sampled):
+def test_samples_depend_on_seed_and_question_not_the_batch(sampled):
     one, other = sampled(batch_rows=1)[1], sampled(seed=6)[1]
+    assert [(example["seed"], example["index"]) for example in one] == [(k, i) for k in range(3) for i in range(7)]
+    assert all(len({each["output"] for each in one if each["index"] == index}) > 1 for index in range(7))
     assert one == sampled(batch_rows=7)[1]
     assert [example["output"] for example in one] != [example["output"] for example in other]
 
 
-def test_greedy_answers_and_choices_have_no_seed(model, tokenizer, evaluate):
-    _, records = evaluate(Engine(model, tokenizer), Questions(["yes"] * 3))
-    assert {example["seed"] for example in records} == {None}
+def test_choices_are_computed_once(model, tokenizer, evaluate):
     choices = Questions(["A"] * 5, kind="categorical")
     score, records = evaluate(Engine(model, tokenizer), choices, seeds=5, temperature=1.0)
     assert [example["seed"] for example in records] == [None] * 5
@@ -155,22 +134,14 @@ def test_stopped_evaluation_resumes_with_equal_results(sampled):
     assert attempts == 13  # three times four batches, and one that finds all of them done
 
 
-def test_truncated_journal_line_is_computed_again(tokenizer, tmp_path, evaluate):
-    evaluate(ScriptedEngine(tokenizer, ANSWERS), Questions(["yes"] * 7), batch_rows=3, work="kept")
-    (journal,) = (tmp_path / "kept").iterdir()
-    journal.write_bytes(journal.read_bytes()[:-20])
-    engine = ScriptedEngine(tokenizer, ANSWERS)
-    score, records = evaluate(engine, Questions(["yes"] * 7), batch_rows=3, work="kept")
-    assert [len(batch) for batch in engine.batches] == [1]
-    assert score.accuracy == 3 / 7
-    assert [example["output"] for example in records] == ANSWERS
-
-
-def test_results_of_other_settings_are_not_reused(tokenizer, evaluate):
-    evaluate(ScriptedEngine(tokenizer, ["yes"] * 7), Questions(["yes"] * 7), work="kept")
-    other = ScriptedEngine(tokenizer, ANSWERS)
-    score, _ = evaluate(other, Questions(["yes"] * 7), max_new_tokens=8, work="kept")
-    assert score.accuracy == 3 / 7
+def test_only_whole_lines_of_the_same_settings_are_reused(tokenizer, tmp_path, evaluate):
+    for settings, missing in (({}, [3, 3, 1]), ({}, [1]), ({"max_new_tokens": 8}, [3, 3, 1])):
+        engine = ScriptedEngine(tokenizer, ANSWERS)
+        score, records = evaluate(engine, Questions(["yes"] * 7), batch_rows=3, work="kept", **settings)
+        assert [len(batch) for batch in engine.batches] == missing
+        assert (score.accuracy, [example["output"] for example in records]) == (3 / 7, ANSWERS)
+        (journal,) = (tmp_path / "kept").iterdir()
+        journal.write_bytes(journal.read_bytes()[:-20])
 
 
 # Multiple choice
@@ -220,7 +191,7 @@ def test_long_prompts_keep_their_end(model, tokenizer, evaluate):
 
 
 def test_letters_of_several_tokens_are_refused(model, tokenizer, evaluate):
-    with pytest.raises(DataError, match="single tokens"):
+    with pytest.raises(DataError, match="different single tokens"):
         evaluate(Engine(model, tokenizer), Questions(["A"], kind="categorical", letters=["A", "BC"]))
 
 
@@ -273,18 +244,13 @@ def test_chatcore_goes_by_task_types():
     scores = {f"my_{name}": each for name, each in suite_scores(names).items()}
     found = chatcore(scores | {"own": score(1.0, 0.0)}, {f"my_{name}": name for name in names} | {"own": "jsonl"})
     assert found["value"] == pytest.approx(0.07300666666666666)
-    assert "own" not in found["tasks"]
-    scores.pop(f"my_{names[0]}")
-    assert chatcore(scores, {f"my_{name}": name for name in names}) is None
+    assert chatcore(scores, {f"my_{name}": name for name in names[1:]}) is None
 
 
-def test_centred_error_is_divided_by_the_distance_from_chance():
+def test_centred_errors_by_hand():
+    """Errors of 0.05 and 0.04, the first stretched by 1 / (1 − 0.25)."""
     measure = Measure(name="boolq", metric="task", value=0.5, stderr=0.05, chance=0.25)
     assert measure.centered_stderr == pytest.approx(0.05 / 0.75)
-
-
-def test_error_of_chatcore_by_hand():
-    """Errors of 0.05 and 0.04, the first stretched by 1 / (1 − 0.25)."""
     scores = [score(0.5, 0.25, 100), score(0.2, 0.0, 100)]
     assert mean_centered_stderr(scores) == pytest.approx(math.sqrt((0.05 / 0.75) ** 2 + 0.04**2) / 2)
 
@@ -301,7 +267,7 @@ def test_expected_answers_show_calls_and_results():
     assert question_text({"messages": messages}) == "user: ?\n\nassistant: 37+53=<<37+53=90>>90\n\nuser: And?"
 
 
-def test_both_verdicts_on_gsm8k_are_recorded(tokenizer, evaluate):
+def test_gsm8k_has_both_verdicts_and_shares_of_right_numbers_and_forms(tokenizer, evaluate):
     """Guards against scores beside published ones of another rule: "#### 18." is right here, wrong for nanochat."""
 
     class Numbers(Questions):
@@ -314,25 +280,15 @@ def test_both_verdicts_on_gsm8k_are_recorded(tokenizer, evaluate):
             conversation["messages"][-1]["content"] = [{"type": "text", "text": self.expected[index]}]
             return conversation
 
-    answers = ["#### 18", "#### 18.", "no number", "#### 18."]
-    score, records = evaluate(ScriptedEngine(tokenizer, answers), Numbers(["#### 18"] * 3 + ["no number"]))
+    answers = ["#### 18", "#### 18.", "It is 18.", "#### 7"]
+    score, records = evaluate(ScriptedEngine(tokenizer, answers), Numbers(["#### 18"] * 4))
     assert [record["verdict"] for record in records] == [True, True, False, False]
     assert [record["details"]["nanochat_verdict"] for record in records] == [True, False, False, False]
     found = score.to_dict()
     assert (found["accuracy"], found["nanochat_accuracy"]) == (0.5, 0.25)
     assert found["nanochat_stderr"] == pytest.approx(math.sqrt(0.25 * 0.75 / 4))
+    assert (found["right_number"], found["right_form"]) == (0.75, 0.75)
     whole = chatcore(dict.fromkeys(CHATCORE_SETS["jul2026"], score), {n: n for n in CHATCORE_SETS["jul2026"]})
     assert (whole["value"], whole["nanochat_value"]) == (0.5, 0.25)
-
-
-def test_right_numbers_and_right_forms_have_shares_of_their_own(tokenizer, evaluate):
-    class Numbers(Questions):
-        def evaluate(self, conversation: dict[str, Any], response: str) -> bool:
-            return is_right(conversation, response)
-
-    answers = ["#### 18", "It is 18.", "#### 7", "none"]
-    score, _ = evaluate(ScriptedEngine(tokenizer, answers), Numbers(["#### 18"] * 4))
-    found = score.to_dict()
-    assert (found["accuracy"], found["right_number"], found["right_form"]) == (0.25, 0.5, 0.5)
-    score, _ = evaluate(ScriptedEngine(tokenizer, answers[:2]), Numbers(["#### 18", "Paris"]))
+    score, _ = evaluate(ScriptedEngine(tokenizer, answers[:2]), Questions(["#### 18", "Paris"]))
     assert not {"right_number", "right_form"} & score.to_dict().keys()

@@ -182,8 +182,7 @@ class Constraint:
     """The state of llguidance's grammar in one row, which masks what would violate it; other rows need a `copy`."""
 
     matcher: LLMatcher
-    followed: int = 0
-    """Tokens of the answer that it consumed."""
+    followed: int = 0  # Tokens of the answer that it consumed
 
     def copy(self) -> Constraint:
         """Return a copy in the same state."""

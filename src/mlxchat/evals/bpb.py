@@ -19,8 +19,9 @@ import numpy as np
 from mlxchat.data.packing import Ints, Row
 from mlxchat.data.sources import read_texts
 from mlxchat.distributed.team import Team
+from mlxchat.engine.third_party import AnyTokenizer
 from mlxchat.errors import DataError
-from mlxchat.evals.language_model import AnyTokenizer, LanguageModel
+from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.scoring import Floats, ScoredRow, row_of, score_rows
 from mlxchat.runner.context import Context
 
@@ -35,8 +36,7 @@ _SEPARATOR = b"\x00"
 class TextLoss:
     """Sums of a model's loss over the targets that stand for bytes; special tokens are left out."""
 
-    nats: float
-    """Total cross-entropy."""
+    nats: float  # total cross-entropy
     num_bytes: int
     num_tokens: int
 
@@ -57,15 +57,8 @@ def text_loss(
 ) -> TextLoss:
     """Return the model's loss on the rows' targets.
 
-    A target counts if it is not ignored and stands for bytes; special tokens stand for none and count neither in
-    bits nor in bytes.
-
-    Args:
-        model: to evaluate; see `score_rows`.
-        rows: inputs (T,) and targets (T,), −1 = ignored.
-        token_bytes: (V,) raw bytes of each id, 0 for special tokens.
-        micro_tokens: tokens per forward pass, at most.
-        team: ranks that share the rows; None: this process alone.
+    A target (T,) counts if it is not −1 and has bytes by `token_bytes` (V,), which special tokens have not.
+    `micro_tokens` are those of a forward pass, at most; see `score_rows`.
     """
     scored = [row_of(*row) for row in rows]
     sums = _sums(scored, score_rows(model, scored, batch_tokens=micro_tokens, team=team), token_bytes).sum(0)
@@ -166,7 +159,7 @@ def ngram_bits_per_byte(training: Iterable[str], held_out: Iterable[str]) -> flo
     """Return the bits per byte of held-out documents under byte trigram counts of the training documents.
 
     Each order is interpolated with the one below by Witten-Bell smoothing (weights n / (n + distinct successors)),
-    down to uniform bytes. At most 20 MB of training text are counted.
+    down to uniform bytes.
     """
     train, test = _to_bytes(training), _to_bytes(held_out)
     probability = np.full(len(test) - 2, 1 / 256)
@@ -192,6 +185,7 @@ def texts_of_rows(rows: Iterable[Row], tokenizer: AnyTokenizer) -> Iterator[str]
 
 
 def _to_bytes(documents: Iterable[str]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Return the bytes of the first 20 MB of documents."""
     parts, size = [], 0
     for document in documents:
         parts.append(document.encode())

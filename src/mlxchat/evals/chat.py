@@ -35,18 +35,12 @@ _Answer = tuple[str, int, dict[str, Any]]
 class Answering:
     """Generation and batching of answers."""
 
-    batch_rows: int
-    """Answers that a process generates at a time."""
-    max_new_tokens: int
-    """Longest generated answer."""
-    seeds: int = 1
-    """Samples per generated answer; multiple choice is deterministic and computed once."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int | None = None
-    """Sample from the k most likely tokens; None: all."""
-    seed: int = 0
-    """Seed of the sampling; an answer depends only on it, the question's index and the sample's."""
+    batch_rows: int  # answers that a process generates at a time
+    max_new_tokens: int  # longest generated answer
+    seeds: int = 1  # samples per generated answer; multiple choice is deterministic and computed once
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int | None = None  # sample from the k most likely tokens; None: all
+    seed: int = 0  # seed of the sampling; an answer depends only on it, the question's index and the sample's
 
 
 def evaluate_task(
@@ -55,14 +49,7 @@ def evaluate_task(
 ) -> tuple[Score, list[Example]]:  # fmt: skip
     """Return the score of a model's answers to all of a task's conversations, and a record of each answer.
 
-    Args:
-        ctx: of the stage.
-        model: to evaluate.
-        task: held-out conversations with a verdict.
-        answering: generation and batching.
-        name: of the task.
-        work: folder for this task's journals, kept between attempts.
-        progress: returns the display; None: the context's.
+    `work` is the folder of this task's journals, kept between attempts; `progress` as in `answer_all`.
 
     Raises:
         DataError: a letter is not a single token.
@@ -93,7 +80,7 @@ class _Asked:
     def __init__(self, model: LanguageModel, task: Task, answering: Answering) -> None:
         self.model, self.task, self.answering = model, task, answering
         most = model.context_tokens
-        rendered = [model.render(task[index]["messages"][:-1]) for index in range(len(task))]
+        rendered = [model.engine.render(task[index]["messages"][:-1]) for index in range(len(task))]
         # Long prompts keep their end, which has the question.
         self.prompts = [ids if len(ids) <= most else [ids[0], *ids[1 - most :]] for ids in rendered]
         self.cropped = [len(ids) > most for ids in rendered]
@@ -120,7 +107,8 @@ class _Asked:
     def _batches(self) -> list[list[int]]:
         """Return the questions' indices in batches of similar length, to save padding."""
         order = sorted(range(len(self.prompts)), key=lambda index: len(self.prompts[index]))
-        rows = self.answering.batch_rows * self.model.num_ranks
+        team = self.model.engine.team
+        rows = self.answering.batch_rows * (1 if team is None else team.size)
         if self.task.kind == "categorical":
             rows = max(1, self.model.batch_tokens // max(map(len, self.prompts), default=1))
         return [order[start : start + rows] for start in range(0, len(order), rows)]
@@ -137,7 +125,7 @@ class _Asked:
     def _texts(self, batch: list[int], sample: int) -> list[_Answer]:
         """Return the generated answer to each question."""
         how = self.answering
-        completions = self.model.complete(
+        completions = self.model.engine.complete(
             [self.prompts[index] for index in batch],
             max_new_tokens=how.max_new_tokens,
             temperature=how.temperature,

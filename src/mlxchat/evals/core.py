@@ -19,10 +19,11 @@ import numpy as np
 from mlxchat.config.schema import CoreConfig
 from mlxchat.data.mixture import open_item
 from mlxchat.engine.batch import common_prefix
+from mlxchat.engine.third_party import AnyTokenizer
 from mlxchat.errors import ConfigError
 from mlxchat.evals.core_bundle import CoreTask, open_bundle
 from mlxchat.evals.examples import Example, answer_all
-from mlxchat.evals.language_model import AnyTokenizer, LanguageModel
+from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import Score, mean_centered, mean_centered_stderr
 from mlxchat.model.scoring import Floats, ScoredRow, continuation
 from mlxchat.ops.device import round_tokens
@@ -42,16 +43,10 @@ def evaluate_core(
 ) -> tuple[dict[str, Any], list[Example]]:  # fmt: skip
     """Return a base model's results on CORE as data of scores.json, and its examples with their tasks.
 
-    CORE and its standard error over examples, for fixed tasks, are None if tasks were left out.
-
-    Args:
-        ctx: of the stage.
-        model: to evaluate.
-        config: the bundle, its tasks, and the rule for prompts longer than the model's context: "extend" computes them
-            whole if the model is ours, as nanochat does; "cut" drops their beginning.
-        max_per_task: examples of each task, at most; None: all. The shots are drawn from these.
-        work: folder for the journals, kept between attempts.
-        progress: returns the display; None: the context's.
+    CORE and its standard error over examples, for fixed tasks, are None if tasks were left out. Prompts longer than the
+    model's context are computed whole by "extend" if the model is ours, as in nanochat; "cut" drops their beginning.
+    Shots are drawn from the `max_per_task` examples of a task. `work` is the folder of the journals, kept between
+    attempts; `progress` as in `answer_all`.
 
     Raises:
         DataError: the bundle cannot be read, lacks a task, or has too few examples for the shots.
@@ -134,7 +129,7 @@ def _score(
     ctx: Context, model: LanguageModel, task: CoreTask, items: list[dict[str, Any]], path: Path, about: dict[str, Any],
     unit: str, limit: int | None, progress: Callable[[int, str], Progress] | None = None,
 ) -> tuple[Score, list[Example]]:  # fmt: skip
-    """Return a model's score on a task, and the records of all examples; arguments as `answer_all`."""
+    """Return a model's score on a task, and the records of all examples; see `answer_all` and `answer_examples`."""
     answer = partial(answer_examples, model, task, items, limit=limit)
     records = answer_all(ctx, path, about, len(items), unit, answer, progress)
     cropped = sum(record["details"]["cropped"] for record in records)
@@ -142,7 +137,7 @@ def _score(
 
 
 def task_data(task: CoreTask, score: Score, extended: int = 0) -> dict[str, Any]:
-    """Return a task's score as data of scores.json; `extended`: prompts computed beyond the model's context."""
+    """Return a task's score as data of scores.json; `extended` prompts were computed beyond the model's context."""
     more = {"num_fewshot": task.num_fewshot, "type": task.kind, "baseline": task.baseline, "extended": extended}
     return score.to_dict() | more | {"cropped": score.cropped}
 
@@ -227,16 +222,11 @@ def likeliest(losses: Sequence[float | None]) -> int:
 class Question:
     """One example, ready for a model."""
 
-    index: int
-    """Place among the task's examples."""
-    sequences: list[list[int]]
-    """Token ids of each option; one sequence for language modelling."""
-    starts: list[int]
-    """First scored position of each sequence."""
-    gold: int | None
-    """The right option; None: the continuation itself is expected."""
-    cropped: bool = False
-    """Whether tokens were left out at the front."""
+    index: int  # place among the task's examples
+    sequences: list[list[int]]  # Token ids of each option; one sequence for language modelling
+    starts: list[int]  # first scored position of each sequence
+    gold: int | None  # the right option; None: the continuation itself is expected
+    cropped: bool = False  # whether tokens were left out at the front
 
     @property
     def longest(self) -> int:

@@ -38,15 +38,11 @@ class CoreTask:
     """One of CORE's tasks."""
 
     label: str
-    kind: str
-    """multiple_choice, schema or language_modeling."""
-    data: str
-    """Path of its .jsonl below eval_data/."""
+    kind: str  # multiple_choice, schema or language_modeling
+    data: str  # path of its .jsonl below eval_data/
     num_fewshot: int
-    delimiter: str
-    """Between a question and its continuation."""
-    baseline: float
-    """Accuracy of guessing, 0 … 1."""
+    delimiter: str  # between a question and its continuation
+    baseline: float  # accuracy of guessing, 0 … 1
 
     def options(self, item: dict[str, Any]) -> list[str]:
         """Return the options of an example; language modelling has none."""

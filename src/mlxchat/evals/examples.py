@@ -47,8 +47,8 @@ def answer_all(
 
     Args:
         ctx: of the stage.
-        path: the journal: what it is about, then a JSON line per batch.
-        about: JSON data that identifies the evaluation; a journal of another one is removed.
+        path: the journal: `about`, which identifies the evaluation, then a JSON line per batch.
+        about: JSON data; a journal about something else is removed.
         total: number of examples.
         unit: their name on the display.
         answer: computes the missing ones.

@@ -43,18 +43,10 @@ class HarnessModel(TemplateLM):
     def __init__(
         self, path: str, outputs: str = "outputs", batch_tokens: int = 8192, max_gen_toks: int = 256, **ignored: Any
     ) -> None:
-        """Load a model.
+        """Load a folder with a checkpoint, or a model by any name that `mlxchat show` takes.
 
-        Args:
-            path: a folder with a checkpoint, or any name that `mlxchat show` takes.
-            outputs: the folder of the store, for names.
-            batch_tokens: tokens per forward pass.
-            max_gen_toks: default for tasks that set no limit.
-            ignored: batch_size, max_batch_size and device, which lm_eval passes to every model.
-
-        Raises:
-            StoreError: no artifact has this name.
-            DataError: the checkpoint cannot be read.
+        `max_gen_toks` is for tasks that set no limit. lm_eval passes batch_size, max_batch_size and device, too, which
+        are ignored.
         """
         super().__init__()
         folder = Path(path) if Path(path).is_dir() else find(Store(Path(outputs)), path).place
@@ -111,12 +103,8 @@ class HarnessModel(TemplateLM):
             context, given = request.args
             settings = normalize_gen_kwargs(given, default_max_gen_toks=self._max_gen_toks)
             most = max(1, min(settings["max_gen_toks"], self._model.context_tokens - 1))
-            sampling = Sampling(
-                temperature=settings["temperature"] if settings["do_sample"] else 0.0,
-                top_k=settings.get("top_k"),
-                top_p=settings.get("top_p"),
-                seed=settings.get("seed", 0),
-            )
+            how = {name: settings[name] for name in ("top_k", "top_p", "seed") if name in settings}
+            sampling = Sampling(temperature=settings["temperature"] if settings["do_sample"] else 0.0, **how)
             prompt = self.tok_encode(context)[-(self._model.context_tokens - most) :]
             until = tuple(settings["until"])
             id_ = scheduler.submit(
@@ -137,13 +125,10 @@ class HarnessModel(TemplateLM):
         found: list[tuple[float, bool]] = []
         with tqdm(total=len(requests), disable=disable_tqdm) as bar:
             for start in range(0, len(requests), _WINDOW_REQUESTS):
-                rows = [
-                    continuation([*context, *text], len(context))
-                    for _, context, text in requests[start : start + _WINDOW_REQUESTS]
-                ]
-                for row, (losses, likeliest) in zip(
-                    rows, self._model.score(rows, ("losses", "likeliest")), strict=True
-                ):
+                window = requests[start : start + _WINDOW_REQUESTS]
+                rows = [continuation([*context, *text], len(context)) for _, context, text in window]
+                scores = self._model.score(rows, ("losses", "likeliest"))
+                for row, (losses, likeliest) in zip(rows, scores, strict=True):
                     found.append((-float(losses.sum(dtype="float64")), bool((likeliest == row.targets).all())))
                 bar.update(len(rows))
         return found

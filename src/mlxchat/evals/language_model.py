@@ -1,20 +1,17 @@
-"""A model as evaluations use it, ours or a third party's: it renders, completes and scores."""
+"""A model as evaluations use it, ours or a third party's: its engine renders and completes, and it scores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.generate import Completion, Engine
-from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.third_party import AnyTokenizer, ThirdPartyEngine
 from mlxchat.errors import DataError
 from mlxchat.model.scoring import Floats, ScoredRow, score_rows
 from mlxchat.ops.loss import Kind
 
-AnyTokenizer = Tokenizer | ThirdPartyTokenizer
 # Of third-party models, whose size is unknown; their logits are computed for every position.
 _MOST_TOKENS, _MOST_LOGITS = 4096, 1 << 27
 
@@ -29,36 +26,17 @@ class LanguageModel:
         self.is_ours = isinstance(engine, Engine)
         self.batch_tokens = batch_tokens or min(_MOST_TOKENS, _MOST_LOGITS // engine.tokenizer.vocab_size)
 
-    @property
-    def num_ranks(self) -> int:
-        """Processes that share the work."""
-        return 1 if self.engine.team is None else self.engine.team.size
-
-    def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Return the prompt of the assistant's next message."""
-        return self.engine.render(messages)
-
-    def complete(self, prompts: list[list[int]], **options: Any) -> list[Completion]:
-        """Return a completion of each prompt; options are those of `Engine.complete`."""
-        return self.engine.complete(prompts, **options)
-
     def score(self, rows: Sequence[ScoredRow], kinds: Sequence[Kind] = ("losses",)) -> list[Floats]:
         """Return the scores (K, n) of each row; see `score_rows`."""
         return score_rows(self.engine.model, rows, kinds, batch_tokens=self.batch_tokens, team=self.engine.team)
 
     def letter_logits(self, prompts: Sequence[list[int]], letters: Sequence[Sequence[str]]) -> list[list[float]]:
-        """Return the logits of each prompt's letters as its next token.
-
-        Raises:
-            DataError: a letter is not a single token, or two letters of a third-party model end in the same token.
-        """
+        """Return the logits of each prompt's letters as its next token; raises DataError if letters share a token."""
         rows = []
         for prompt, offered in zip(prompts, letters, strict=True):
             tokens = [self.tokenizer.encode(letter) for letter in offered]
-            if self.is_ours and any(len(each) != 1 for each in tokens):
-                raise DataError(f"the letters {list(offered)} must be single tokens of this tokenizer")
             targets = np.array([each[-1] for each in tokens], np.int32)  # SentencePiece may add a token for the space
-            if len({*targets.tolist()}) < len(targets):
-                raise DataError(f"the letters {list(offered)} do not end in different tokens of this tokenizer")
+            if (self.is_ours and any(len(each) != 1 for each in tokens)) or len({*targets.tolist()}) < len(targets):
+                raise DataError(f"the letters {list(offered)} must be different single tokens of this tokenizer")
             rows.append(ScoredRow(np.array(prompt, np.int32), np.full(len(targets), len(prompt) - 1), targets))
         return [values[0].tolist() for values in self.score(rows, ("logits",))]

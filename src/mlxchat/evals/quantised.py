@@ -25,10 +25,8 @@ class QuantisedLoss:
     """Loss on the sample text with original and with quantised weights."""
 
     bits: int
-    exact: float
-    """Bits per byte with the original weights."""
-    rounded: float
-    """Bits per byte with the quantised weights."""
+    exact: float  # bits per byte with the original weights
+    rounded: float  # bits per byte with the quantised weights
     divergence: float
     """Mean KL divergence of the next-token distributions in nats. Unlike the loss of a chat model on plain text, it
     cannot fall by chance."""

@@ -19,10 +19,8 @@ def continue_prompts(engine: Engine, prompts: list[str], max_new_tokens: int, **
 def answer_prompts(engine: Engine, prompts: list[str], max_new_tokens: int) -> list[tuple[str, str]]:
     """Return each prompt with the model's greedy answer as an assistant."""
     ids = [engine.render([{"role": "user", "content": prompt}]) for prompt in prompts]
-    texts = [
-        readable(engine.tokenizer.decode(each.ids)) for each in engine.complete(ids, max_new_tokens=max_new_tokens)
-    ]
-    return list(zip(prompts, texts, strict=True))
+    completions = engine.complete(ids, max_new_tokens=max_new_tokens)
+    return list(zip(prompts, [readable(engine.tokenizer.decode(each.ids)) for each in completions], strict=True))
 
 
 def readable(text: str) -> str:

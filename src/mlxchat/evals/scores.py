@@ -32,21 +32,15 @@ class Score:
     """The result of one task."""
 
     kind: str
-    accuracy: float
-    """Mean over the questions, and over the samples of each."""
+    accuracy: float  # mean over the questions, and over the samples of each
     chance: float
-    num_examples: int
-    """Questions."""
-    per_seed: tuple[float, ...] = ()
-    """Accuracy of each sample, if there are several."""
-    any_right: float | None = None
-    """Fraction of questions with a right sample (nanochat's pass rate with -n above 1)."""
+    num_examples: int  # questions
+    per_seed: tuple[float, ...] = ()  # accuracy of each sample, if there are several
+    any_right: float | None = None  # fraction of questions with a right sample (nanochat's pass rate with -n above 1)
     variance: float | None = None
     """Variance over questions of the fraction of right samples; None: one sample, p (1 − p)."""
-    cropped: int = 0
-    """Questions whose prompt was longer than the model's context."""
-    nanochat: Score | None = None
-    """The score by nanochat's verdicts, if they differ from ours (GSM8K)."""
+    cropped: int = 0  # questions whose prompt was longer than the model's context
+    nanochat: Score | None = None  # the score by nanochat's verdicts, if they differ from ours (GSM8K)
     number_and_form: tuple[float, float] | None = None
     """Shares of answers with the right number, and with a number after ####, if all expected answers have one."""
 
@@ -169,24 +163,19 @@ def record_suite(ctx: Context, results: Mapping[str, Score]) -> dict[str, Any]:
 class Measure:
     """One number of an evaluation, with what is needed to show and compare it."""
 
-    name: str
-    """Label in tables: val bpb, CORE, the name of a task, pass@4."""
-    metric: str
-    """One of METRICS."""
+    name: str  # label in tables: val bpb, CORE, the name of a task, pass@4
+    metric: str  # one of METRICS
     value: float
     stderr: float | None = None
-    chance: float | None = None
-    """Accuracy of guessing."""
+    chance: float | None = None  # accuracy of guessing
     num_questions: int | None = None
-    kind: str = ""
-    """categorical, generative, multiple_choice, schema or language_modeling."""
+    kind: str = ""  # categorical, generative, multiple_choice, schema or language_modeling
     shots: int | None = None
     any_right: tuple[float, int] | None = None
     """Fraction of questions with a right sample, and samples per question, if several."""
     published_rule: tuple[float, float | None] | None = None
     """Value and standard error by the rule of published results (nanochat's verdicts), where it differs from ours."""
-    conditions: Hashable = None
-    """Measures of one name are comparable if these are equal."""
+    conditions: Hashable = None  # measures of one name are comparable if these are equal
 
     @property
     def is_share(self) -> bool:
@@ -222,8 +211,7 @@ class Scores:
     """The results of one evaluation."""
 
     checkpoint: str = ""
-    measures: dict[str, Measure] = field(default_factory=dict)
-    """By name, in the order of METRICS."""
+    measures: dict[str, Measure] = field(default_factory=dict)  # by name, in the order of METRICS
     baselines: dict[str, float] = field(default_factory=dict)
     """Bits per byte of other predictors of the same text: ngram_order2 and untrained."""
     core_tasks: dict[str, Measure] = field(default_factory=dict)
