@@ -38,7 +38,6 @@ def test_steps_without_adapters_keep_their_keys():
             "adapter=lora adapter.targets=[c_p,atention] adapter.rank=65 adapter.bits=4 adapter.group_size=128",
             ['the model has no matrix "c_p"', 'Did you mean "attention"?', "does not divide the model's width of 64"],
         ),
-        ("adapter=lora adapter.rank=65", ["rank is 65, but all has matrices with 64 rows or columns"]),
         (
             "adapter=lora adapter.targets=[] adapter.rank=0 adapter.bits=3 adapter.group_size=48 adapter.dropout=1",
             ["adapter.targets is empty", "adapter.rank is 0, expected at least 1", "adapter.bits is 3, expected 4, 8",
