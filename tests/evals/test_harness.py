@@ -92,12 +92,9 @@ def test_scores_are_the_models_own(served, model, tokenizer, tasks):
 def test_conversation_is_rendered_as_in_training(served, tokenizer):
     from mlxchat.evals.harness import HarnessModel
 
-    model = HarnessModel(path=str(served / "store" / CHAT))
-    messages = [{"role": "user", "content": "the <|bos|> cat"}]
-    text = model.apply_chat_template(messages)
-    ids = render_for_completion(tokenizer, {"messages": [{"role": "user", "content": "the cat"}]})
-    assert model.tok_encode(model.apply_chat_template([{"role": "user", "content": "the cat"}])) == ids
-    assert text.startswith("<|bos|><|user_start|>")
+    model, messages = HarnessModel(path=str(served / "store" / CHAT)), [{"role": "user", "content": "the cat"}]
+    ids = render_for_completion(tokenizer, {"messages": messages})
+    assert model.tok_encode(model.apply_chat_template(messages)) == ids
     assert model.tok_encode("the <|bos|> cat").count(tokenizer.bos) == 1, "special tokens of a text are no tokens"
 
 
