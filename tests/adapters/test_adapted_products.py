@@ -48,10 +48,7 @@ def expected(kind: str, x: np.ndarray, numbers: Numbers, *, lengths_of: Numbers 
     return x @ adapted_weight.T
 
 
-@pytest.mark.parametrize(
-    ("kind", "bits"),
-    [("lora", None), ("lora", 4), ("dora", None), ("dora", 8)],
-)
+@pytest.mark.parametrize(("kind", "bits"), [("lora", None), ("lora", 4), ("dora", None), ("dora", 8)])
 def test_product_equals_the_papers(path, kind, bits):
     made = make(kind, bits)
     x = np.random.default_rng(1).normal(0, 1, (2, 5, IN))
@@ -59,10 +56,7 @@ def test_product_equals_the_papers(path, kind, bits):
     np.testing.assert_allclose(np.asarray(out), expected(kind, x, made.numbers), atol=2e-4)
 
 
-@pytest.mark.parametrize(
-    ("kind", "bits"),
-    [("lora", None), ("lora", 4), ("dora", None), ("dora", 4)],
-)
+@pytest.mark.parametrize(("kind", "bits"), [("lora", None), ("lora", 4), ("dora", None), ("dora", 4)])
 def test_gradients_equal_finite_differences(path, kind, bits):
     made, rng = make(kind, bits), np.random.default_rng(2)
     x, cotangent = rng.normal(0, 1, (2, 3, IN)), rng.normal(0, 1, (2, 3, OUT))

@@ -95,16 +95,6 @@ def test_mlx_lm_opens_and_fuses_our_adapters(mlx_lm, outputs, monkeypatch, archi
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_stacked_adapters_are_exported(mlx_lm, outputs):
-    below = publish_adapters(outputs, publish_base(outputs), "sft")
-    above = publish_adapters(outputs, below, "rl", "dora", seed=9)
-    export(below, "mlx", "base")
-    export(above, "mlx-adapter", "above")
-    assert f"mlxchat export {below.name} --to mlx BASE" in Path("above", "README.md").read_text().replace("\\", "")
-    theirs, _ = mlx_lm.load("base", adapter_path="above")
-    np.testing.assert_allclose(logits(theirs), our_logits(above), atol=1e-3)
-
-
 def test_export_merges_quantised_adapters_and_says_so(mlx_lm, outputs):
     tuned = publish_adapters(outputs, publish_base(outputs), bits=8)
     export(tuned, "mlx")

@@ -136,18 +136,6 @@ def test_names_within_layers_select_the_last_layers(tmp_path):
         assert list(read_adapter_config(tmp_path, sizes).targets) == expected
 
 
-def test_gc_keeps_the_base_of_an_adapter(tmp_path):
-    from mlxchat.store.gc import find_garbage
-
-    outputs = tmp_path / "outputs"
-    base = publish_base(outputs)
-    tuned = publish_adapters(outputs, base)
-    (outputs / "refs" / "latest" / "base").unlink()
-    assert find_garbage(Store(outputs), 0).garbage == []
-    (outputs / "refs" / "latest" / "tuned").unlink()
-    assert {item.path.name for item in find_garbage(Store(outputs), 0).garbage} == {base.name, tuned.name}
-
-
 def test_verbs_accept_adapters(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     outputs = tmp_path / "outputs"

@@ -1,7 +1,5 @@
 """The Python tool: outputs, limits, and rows that wait for it."""
 
-import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -51,10 +49,7 @@ class Slow(PythonTool):
         return self.asked[-1][1]
 
 
-Script = Callable[..., tuple[Engine, list[list[int]]]]
-
-
-def begin(scripted: Script, python: PythonTool, *scripts: list[int]) -> tuple[Scheduler, list[int]]:
+def begin(scripted: Any, python: PythonTool, *scripts: list[int]) -> tuple[Scheduler, list[int]]:
     engine, prompts = scripted(*scripts)
     scheduler = engine.scheduler(python=python)
     return scheduler, [scheduler.submit(Request(prompt=prompt, max_new_tokens=60)) for prompt in prompts]
@@ -69,9 +64,6 @@ def test_only_the_calling_row_waits_for_its_program(scripted, tokenizer):
     assert "".join(event.text for event in events if event.id == other).startswith("12/43ab"), "the calculator first"
     assert [event.token for event in events if event.id == other][-27:] == letters[-27:], "it ended before"
     assert [event.token for event in events if event.id == waiting] == program
-    began = time.monotonic()
-    steps(scheduler, 5)
-    assert time.monotonic() - began > 0.05, "waits instead of spinning"
     ((code, future),) = python.asked
     assert code == "2**5"
     output = "<|assistant_end|> 32"  # in an output it is ordinary text

@@ -34,7 +34,6 @@ from mlxchat.evals.core import (
     tokenize_prompts,
 )
 from mlxchat.evals.core_bundle import Bundle, CoreTask
-from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import LanguageModel
 from mlxchat.model.gpt import GPT
 
@@ -127,32 +126,21 @@ def test_results_of_another_bundle_are_not_reused(evaluate, bundle):
     assert evaluate(max_per_task=6) == evaluate(max_per_task=6, work="other")
 
 
-def set_context(model: GPT, bundle_evaluate: Evaluate) -> tuple[int, int]:
-    """Give a model a context that half of the prompts exceed; return it, and the number of longer prompts."""
-    tokens = sorted(example["tokens"] for example in bundle_evaluate(tasks=["language"])[1])
+@pytest.mark.parametrize(
+    ("rule", "ours", "counted"),
+    [("extend", True, "extended"), ("cut", True, "cropped"), ("extend", False, "cropped")],
+)
+def test_long_prompts_are_counted(evaluate, model, rule, ours, counted):
+    """Third-party models keep their limit."""
+    tokens = sorted(example["tokens"] for example in evaluate(tasks=["language"])[1])
     limit = tokens[len(tokens) // 2]
     object.__setattr__(model.sizes, "context_tokens", limit)
-    return limit, sum(count > limit for count in tokens)
-
-
-@pytest.mark.parametrize(("rule", "counted"), [("extend", "extended"), ("cut", "cropped")])
-def test_long_prompts_are_counted(evaluate, model, rule, counted):
-    limit, longer = set_context(model, evaluate)
-    result, _ = evaluate(tasks=["language"], long_prompts=rule)
+    result, examples = evaluate(tasks=["language"], long_prompts=rule, is_ours=ours)
     found = result["tasks"]["language"]
-    assert found[counted] == longer > 0
-    assert found["extended"] + found["cropped"] == longer
-    assert (result["long_prompts"], result["context_tokens"]) == (rule, limit)
-    other, _ = evaluate(tasks=["language"], long_prompts="cut" if rule == "extend" else "extend")
-    assert other["tasks"]["language"][counted] == 0, "results under another rule are not reused"
-
-
-def test_third_party_models_keep_their_limit(model, evaluate):
-    limit, longer = set_context(model, evaluate)
-    result, examples = evaluate(tasks=["language"], is_ours=False)
-    found = result["tasks"]["language"]
-    assert (result["long_prompts"], found["cropped"], found["extended"]) == ("cut", longer, 0)
-    assert max(example["tokens"] for example in examples) == limit
+    assert found[counted] == sum(count > limit for count in tokens) > 0
+    assert found["extended"] + found["cropped"] == found[counted]
+    assert (result["long_prompts"], result["context_tokens"]) == ("extend" if counted == "extended" else "cut", limit)
+    assert (max(example["tokens"] for example in examples) > limit) == (counted == "extended")
 
 
 def numpy_verdict(model: GPT, question: Question) -> tuple[bool, list[float]]:
@@ -205,15 +193,6 @@ def test_damaged_bundle_is_refused_with_its_place(evaluate, bundle, path, text, 
     (bundle / "eval_bundle" / path).write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(DataError, match=message):
         evaluate()
-
-
-def test_unpaired_surrogates_become_question_marks(evaluate, bundle, tmp_path):
-    lines = [json.dumps({"query": f"the \ud800 cat {place}", "choices": ["a", "b"], "gold": 0}) for place in range(5)]
-    (bundle / "eval_bundle" / "eval_data" / "all" / "choice.jsonl").write_text("\n".join(lines))
-    result = evaluate(tasks=["choice"])
-    write_examples(tmp_path / "examples.parquet", result[1])
-    assert all("the ? cat" in row["prompt"] for row in read_examples(tmp_path))
-    assert evaluate(tasks=["choice"]) == result, "the journal was read"
 
 
 def test_wrong_options_are_refused(evaluate, tmp_path):

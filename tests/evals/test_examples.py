@@ -1,9 +1,7 @@
 """The files of examples."""
 
-import json
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from mlxchat.errors import DataError
@@ -21,15 +19,12 @@ ROWS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_examples_round_trip(tmp_path):
-    write_examples(tmp_path / "examples.parquet", ROWS)
-    assert list(read_examples(tmp_path)) == ROWS
-    details = pq.read_table(tmp_path / "examples.parquet").column("details").to_pylist()
-    assert json.loads(details[1]) == ROWS[1]["details"]
-    write_examples(tmp_path / "again", iter(ROWS))
-    assert (tmp_path / "again").read_bytes() == (tmp_path / "examples.parquet").read_bytes()
-    write_examples(tmp_path / "examples.parquet", [])
-    assert list(read_examples(tmp_path)) == []
+def test_examples_round_trip_in_equal_bytes(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_examples(tmp_path / folder / "examples.parquet", iter(ROWS))
+        assert list(read_examples(tmp_path / folder)) == ROWS
+    assert len({(tmp_path / folder / "examples.parquet").read_bytes() for folder in "ab"}) == 1
 
 
 def test_damaged_and_missing_examples_are_reported(tmp_path):
