@@ -254,7 +254,8 @@ def _slice(case: dict[str, Any]) -> list[int]:
         count = case.get("num_examples", 10)
         pq.write_table(pa.table({"question": [str(i) for i in range(count)], "answer": ["#### 1"] * count}), path)
         task = GSM8K("train").select(case.get("start", 0), case.get("stop"), case.get("step", 1))
-        task.rows = Rows([path], GSM8K.columns)
+        task.rows = Rows([path], GSM8K.columns, seed=0)
+        task.rows.order = list(range(count))
     return [int(talk["messages"][0]["content"]) for talk in _all(task)]
 
 
