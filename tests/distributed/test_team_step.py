@@ -21,7 +21,7 @@ from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.planning.memory import TeacherSize
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
-from mlxchat.training.teacher import Distillation, OwnTeacher
+from mlxchat.training.teacher import Distillation
 from mlxchat.training.team_step import TeamStep
 
 TOKENS, VOCABULARY = 16, 281  # no multiple of any number of ranks
@@ -75,10 +75,8 @@ def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
     optimizer = make_optimizer(model, rule, **case["optimizer"])
     distillation = None
     if case.get("teacher"):
-        distillation = Distillation(
-            teacher=OwnTeacher(make_model(seed=8), mx.float32), mix=Mix(weight=0.5, temperature=2.0),
-            size=TeacherSize(weights=1, kept_per_token=1, working_per_token=1),
-        )  # fmt: skip
+        size = TeacherSize(weights=1, kept_per_token=1, working_per_token=1)
+        distillation = Distillation(make_model(seed=8), Mix(weight=0.5, temperature=2.0), size, mx.float32)
     settings = {"micro_tokens": case["micro_rows"] * TOKENS, "dtype": mx.float32, "dropout_seed": 5}
     settings |= {"dropout": case.get("dropout", 0.0), "distillation": distillation}
     make = partial(TeamStep, team) if team.size > 1 else TrainStep

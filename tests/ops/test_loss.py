@@ -66,7 +66,7 @@ class Case:
         def teacher(part: slice, after: list[mx.array]) -> mx.array:
             return logits[:, part].reshape(-1, VOCAB)
 
-        return lambda x, head: distillation_sum(x, head, targets, weights, teacher, mix, capped=mix.weight > 0.3)
+        return lambda x, head: distillation_sum(x, head, targets, weights, teacher, mix)
 
     def run(self, mix: Mix, dtype: mx.Dtype = mx.float32) -> tuple[list[float], list[Floats]]:
         """Return the loss (and cross-entropy and divergence), and the gradients in x and the head."""

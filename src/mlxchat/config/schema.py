@@ -290,8 +290,7 @@ class TeacherConfig:
     """Distillation from a frozen model: loss = (1 − weight) × cross-entropy + weight × T² × KL(teacher ‖ model)."""
 
     path: str | None = field(default=MISSING, metadata={"external": "folder", "identity": False})
-    """Folder of a model with the same vocabulary: a checkpoint of mlxchat, or one that mlx-lm opens. The key covers its
-    contents, not its place."""
+    """Folder of a checkpoint of mlxchat with the same vocabulary. The key covers its contents, not its place."""
     artifact: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "teacher"})
     """A checkpoint in the store: a step of the latest run, the name of its folder, or the start of an id. The
     checkpoint becomes an input of the step and so part of its key."""

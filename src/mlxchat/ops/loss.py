@@ -128,7 +128,6 @@ def distillation_sum(
     teacher: Logits,
     mix: Mix,
     *,
-    capped: bool,
     frozen_head: bool = False,
 ) -> tuple[mx.array, ...]:
     """Return (1 − w) × cross-entropy + w T² × KL(teacher, student), differentiable in x and weight, then both parts.
@@ -140,7 +139,6 @@ def distillation_sum(
         row_weights: (B, T) factor of each token's loss; 0 ignores it.
         teacher: returns the teacher's logits.
         mix: share w of the divergence, temperature T.
-        capped: whether the teacher's logits are within ±15, so that no maximum must be subtracted.
         frozen_head: skip the gradient of weight.
     """
 

@@ -10,7 +10,7 @@ from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.memory import Decoding, Training
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.tasks import task_class
-from mlxchat.training.extension import find_extension_problems
+from mlxchat.training.forecast import find_extension_problems
 
 # What weights, moments or the position in the data depend on; where the model answers questions, its answers too.
 _SAME_RL = (

@@ -110,7 +110,7 @@ class Backward:
         """Return loss and gradients of rows; a teacher computes its states outside the gradient's trace."""
         arrays = {name: mx.array(array) for name, array in rows.items()}
         if self.distillation is not None:
-            arrays["seen"] = self.distillation.teacher.see(arrays["ids"])
+            arrays["seen"] = self.distillation.see(arrays["ids"])
         return self._gradients(parameters, arrays)
 
     def _loss_and_gradients(self, parameters: Flat, arrays: Flat) -> Gradients:
@@ -144,11 +144,8 @@ class Backward:
         """Return the loss, and the numbers to report: the loss alone, or with a teacher total, ce and kl."""
         head, targets, weights = self.model.head_weight, mx.maximum(arrays["targets"], 0), arrays["weights"]
         if self.distillation is not None:
-            teacher, mix = self.distillation.teacher, self.distillation.mix
-            logits = teacher.logits(arrays["seen"])
-            total, *parts = distillation_sum(
-                hidden, head, targets, weights, logits, mix, capped=teacher.capped, frozen_head=frozen_head
-            )
+            logits, mix = self.distillation.logits(arrays["seen"]), self.distillation.mix
+            total, *parts = distillation_sum(hidden, head, targets, weights, logits, mix, frozen_head=frozen_head)
             return total, mx.stack([mx.stop_gradient(total), *parts])
         total = cross_entropy_sum(flat(hidden), head, targets.reshape(-1), weights.reshape(-1), frozen_head=frozen_head)
         return total, total

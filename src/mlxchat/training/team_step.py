@@ -7,7 +7,6 @@ the decision to skip an update are those of one process.
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 import mlx.core as mx
@@ -15,7 +14,6 @@ import numpy as np
 
 from mlxchat.distributed.group import buckets
 from mlxchat.distributed.team import Team, name_of
-from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.model.gpt import GPT
 from mlxchat.model.replicas import forget_trained, model_on, sync_model
 from mlxchat.ops.device import prepare_machine
@@ -24,7 +22,7 @@ from mlxchat.optim.optimizer import Flat, Optimizer
 from mlxchat.planning.memory import TeacherSize
 from mlxchat.runner.context import Context
 from mlxchat.training.step import Backward, Rows, Sums, TrainStep
-from mlxchat.training.teacher import Distillation, OutsideTeacher, OwnTeacher
+from mlxchat.training.teacher import Distillation
 
 
 def make_step(ctx: Context, model: GPT, optimizer: Optimizer, **settings: Any) -> TrainStep:
@@ -52,17 +50,23 @@ class TeamStep(TrainStep):
         if self.team.kept.get("training") is not self:
             self.team.kept["training"] = self
             settings = {name: getattr(self, name) for name in ("micro_tokens", "recompute", "dropout")}
-            teacher = _send_teacher(self.team, self.distillation)
+            teacher = None
+            if self.distillation is not None:
+                sync_model(self.team, self.distillation.teacher, "teacher")
+                teacher = {"mix": asdict(self.distillation.mix), "size": asdict(self.distillation.size)}
             self.team.call(_begin, {"settings": settings, "dtype": name_of(self.dtype), "teacher": teacher})
         return cast(Sums, self.team.call(_sum_gradients, arrays=rows))
 
 
 def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
     """Prepare this rank's part of a training."""
-    if not team.group.leads:
-        dtype = getattr(mx, request["dtype"])
-        teacher = _receive_teacher(team, request["teacher"], dtype)
-        team.kept["training"] = Backward(model_on(team), dtype=dtype, distillation=teacher, **request["settings"])
+    if team.group.leads:
+        return
+    dtype, distillation = getattr(mx, request["dtype"]), None
+    if (teacher := request["teacher"]) is not None:
+        mix, size = Mix(**teacher["mix"]), TeacherSize(**teacher["size"])
+        distillation = Distillation(model_on(team, "teacher"), mix, size, dtype)
+    team.kept["training"] = Backward(model_on(team), dtype=dtype, distillation=distillation, **request["settings"])
 
 
 def _sum_gradients(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> Sums:
@@ -76,27 +80,3 @@ def _sum_gradients(team: Team, request: dict[str, Any], arrays: dict[str, mx.arr
     for names in list(buckets(own)):
         gradients |= team.group.sum({name: own.pop(name).astype(mx.float32) for name in names})
     return Sums(team.group.sum({"loss": loss})["loss"], gradients)
-
-
-def _send_teacher(team: Team, distillation: Distillation | None) -> dict[str, Any] | None:
-    """Return what ranks need to create the teacher; sends the weights of a checkpoint of ours."""
-    if distillation is None:
-        return None
-    request = {"mix": asdict(distillation.mix), "size": asdict(distillation.size)}
-    if isinstance(teacher := distillation.teacher, OutsideTeacher):
-        return {**request, "folder": str(teacher.folder.absolute()), "vocab_size": teacher.vocab_size}
-    sync_model(team, teacher.model, "teacher")
-    return request
-
-
-def _receive_teacher(team: Team, request: dict[str, Any] | None, dtype: mx.Dtype) -> Distillation | None:
-    """Return rank 0's teacher."""
-    if request is None:
-        return None
-    teacher: OwnTeacher | OutsideTeacher
-    if "folder" in request:
-        folder = Path(request["folder"])
-        teacher = OutsideTeacher(ThirdPartyEngine.load(folder).model, request["vocab_size"], folder)
-    else:
-        teacher = OwnTeacher(model_on(team, "teacher"), dtype)
-    return Distillation(teacher=teacher, mix=Mix(**request["mix"]), size=TeacherSize(**request["size"]))
