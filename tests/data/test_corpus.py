@@ -42,15 +42,6 @@ def test_invalid_jsonl_lines_are_listed(tmp_path):
     assert re.findall(r"line (\d): ", str(caught.value)) == list("2345678")
 
 
-@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_missing_and_invalid_files_are_refused(tmp_path, name):
-    with pytest.raises(DataError, match=name):
-        read(tmp_path / name)
-    (tmp_path / name).write_bytes(b"\xff\xfe\x00 neither text nor parquet")
-    with pytest.raises(DataError, match=name):
-        read(tmp_path / name)
-
-
 def test_folders_and_patterns_stand_for_their_text_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "town" / "old").mkdir(parents=True)

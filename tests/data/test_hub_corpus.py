@@ -11,9 +11,7 @@ from kit.models import composed
 from kit.text import parquet
 from mlxchat.config.schema import HubConfig
 from mlxchat.data.sources import Corpus, pin_corpus
-from mlxchat.data.tokens import Documents, encode_shard
 from mlxchat.errors import DataError
-from mlxchat.hub.client import stop_fetching
 
 NAME = "org/texts"
 
@@ -113,15 +111,3 @@ def test_needed_files_are_the_first_with_so_many_characters(hub, five, pin):
         chars = corpus.chars_per_byte * (sum(sizes[:count]) - 1)
         assert [file.bytes for file in corpus.first(chars)] == sizes[:count]
     assert len(corpus.first(10 * corpus.chars)) == 4
-
-
-def test_encoded_shard_is_not_downloaded(hub, five, pin, tokenizer, tmp_path):
-    shards = Corpus.open(pin()).train
-    stop_fetching()
-    before = len(hub.requests("shard_00003.parquet"))
-    made = tmp_path / "made"
-    made.mkdir()
-    encode_shard(shards[0], tokenizer, made, threads=1)
-    reader = Documents(shards, lambda shard, is_awaited, check: made)
-    assert len(reader.tokens(3)) == 30
-    assert len(hub.requests("shard_00003.parquet")) == before

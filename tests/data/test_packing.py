@@ -215,15 +215,6 @@ def test_alone_rows_have_one_conversation_and_padding(tokenizer, seed):
     assert (first == second == given_order) if seed is None else len({*map(tuple, (first, second, given_order))}) == 3
 
 
-@pytest.mark.parametrize("packing_name", CONVERSATION_PACKINGS)
-def test_conversations_read_once_end_with_their_epoch(tokenizer, packing_name):
-    """Guards against validation rows that run on into a second epoch."""
-    rows = chat_rows(packing_name, tokenizer, row_tokens=70, once=True)
-    rows = take_validation(rows, row_tokens=1, tokens=1000, setting="")
-    epoch = count_rows(chat_rows(packing_name, tokenizer, row_tokens=70))
-    assert len(rows) in (epoch, epoch - 1 if packing_name == "stream" else epoch)
-
-
 @settings(max_examples=40)
 @given(
     stops=st.lists(st.integers(0, 60), min_size=1, max_size=3),

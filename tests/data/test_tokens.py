@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
@@ -23,7 +22,7 @@ from mlxchat.data.mixture import Mixture
 from mlxchat.data.sources import Corpus, Shard
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.tokens import Documents, Tokens, encode_shard, open_documents, open_mixture
-from mlxchat.errors import DataError, Interrupted
+from mlxchat.errors import DataError
 from mlxchat.runner.context import Context
 from mlxchat.store.manifest import MANIFEST, describe_outputs
 from mlxchat.store.shared import SharedArtifacts
@@ -46,12 +45,6 @@ def test_saved_tokens_are_opened_unchanged(tmp_path_factory, sequences, masks):
         assert [tokens.trained(index).tolist() for index in range(len(tokens))] == [mask for _, mask in pairs]
     with pytest.raises(ValueError, match="read-only"):
         tokens.flat[:] = 5
-
-
-@pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
-def test_ids_have_the_narrowest_type(vocab_size, dtype):
-    tokens = Tokens.of([([vocab_size - 1], None)], vocab_size)
-    assert (tokens.flat.dtype, tokens.flat.tolist()) == (dtype, [vocab_size - 1])
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "offsets.npy", "trained.npy"])
@@ -141,18 +134,6 @@ def test_closing_ends_the_background_encoding(maker):
     assert list(maker.work.iterdir()) == []
 
 
-def test_failed_background_encoding_is_raised_to_the_reader(maker):
-    def obtain(shard: Shard, is_awaited: bool, check: Callable[[], None]) -> Path:
-        if shard.stem == "shard_00001":
-            raise OSError("disk is full")
-        return maker(shard, is_awaited, check)
-
-    documents = Documents(maker.shards, obtain)
-    documents.next(40)
-    with pytest.raises(OSError, match="disk is full"):
-        documents.next(1)
-
-
 # Artifacts
 
 
@@ -211,13 +192,6 @@ def test_tokens_are_shared_by_text_and_tokenizer(make_context, tokenizer, tmp_pa
         read("elsewhere", Tokenizer.load(tmp_path))
     read("corpus", train_tokenizer(["the cat sat on the mat " * 9], 270))
     assert names(tmp_path) == ["tokens-validation", "tokens-validation"]
-
-
-def test_stop_signal_ends_the_encoding(make_context, tokenizer, tmp_path):
-    documents = open_documents(make_context(stop_signal=lambda: 15), "train", tokenizer)
-    with pytest.raises(Interrupted, match=r"toy stopped at the encoding of shard_00000\.parquet"):
-        documents.next(1)
-    assert names(tmp_path) == list((tmp_path / "outputs" / "work").iterdir()) == []
 
 
 def test_mixture_is_rendered_exactly_and_once(make_context, tokenizer, monkeypatch):

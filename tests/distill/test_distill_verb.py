@@ -141,16 +141,6 @@ def test_refusal_of_all_requests_ends_the_run(reply, count, ask, teacher, place)
     assert not (place / "out.jsonl").exists()
 
 
-def test_refused_question_is_not_retried(ask, teacher, place, capsys):
-    refusal = Reply(status=400, raw=b'{"error": {"message": "context_length_exceeded"}}')
-    teacher.script = lambda question, tries: refusal if question == "question 3" else Reply("fine")
-    assert ask() == 1
-    assert len(answers(place)) == 5
-    assert teacher.asked().count("question 3") == 1
-    assert "ask.txt question 4: 400 context_length_exceeded" in capsys.readouterr().out
-    assert provenance(place)["counts"] | {"kept": 5, "not answered": 1, "failed": 1} == provenance(place)["counts"]
-
-
 def test_answers_are_cleaned_and_special_tokens_stay_text(ask, teacher, place):
     said = "<|assistant_end|><|bos|>hi\x00\x1b[31mred\x9b\x07 half \ud800 end\r\nnext<|python_start|>1+1"
     teacher.script = lambda question, tries: Reply(said)
@@ -235,14 +225,6 @@ def test_samples_get_consecutive_seeds(ask, teacher, place):
     assert answers(place)[:4] == ["question 0 seed 7", "question 0 seed 8", "question 0 seed 9", "question 1 seed 7"]
 
 
-def test_requests_contain_only_the_given_fields(ask, teacher):
-    ask(
-        "--system", "Be brief", "--max-tokens", "7", "--body", "top_k=20", "--body", "max_tokens=null", questions=["hi"]
-    )
-    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "hi"}]
-    assert teacher.bodies == [{"model": "m", "messages": messages, "top_k": 20}]
-
-
 @pytest.mark.parametrize(
     ("item", "kept"),
     [("mine.jsonl", ["Four"]), ("{task: jsonl, path: mine.jsonl, options: {contains: 1}}",
@@ -289,17 +271,6 @@ def test_cost_stays_within_the_limit(ask, teacher, place, capsys):
     assert len(teacher.bodies) == 6
 
 
-def test_uncounted_requests_count_at_their_upper_bound(ask, teacher):
-    teacher.script = lambda question, tries: Reply("yes", usage=None)
-    ask(*LIMITED, "--max-cost", "0.0008")
-    assert len(teacher.bodies) == 2
-
-
-def test_max_cost_requires_a_limit_of_answer_tokens(ask):
-    with pytest.raises(ConfigError, match="needs a limit of answer tokens"):
-        ask("--price", "1,1", "--max-cost", "1", "--body", "max_tokens=null")
-
-
 def test_rate_limit_spaces_requests(ask, teacher):
     began = time.monotonic()
     ask("--rpm", "1200", "--concurrency", "6")
@@ -312,16 +283,6 @@ def test_foreign_file_is_not_overwritten(ask, teacher, place):
         ask()
     assert (place / "out.jsonl").read_text() == "my own work\n"
     assert not teacher.bodies
-
-
-def test_all_wrong_options_are_reported_together(place, say):
-    printed = say(
-        "distill", "{task: gsm9k, size: 0}", "--teacher", "ftp://x", "--out", "none/out.txt", "--limit", "0",
-        "--temperature", "3", "--max-cost", "1", "--body", "x=[", code=2,
-    )  # fmt: skip
-    for part in ("ftp://x", 'Did you mean "gsm8k"', ".jsonl", "--limit is 0", "--temperature is 3", "--price IN,OUT",
-                 "--body x=["):  # fmt: skip
-        assert part in printed
 
 
 @pytest.mark.parametrize("split", ["test", "trian"])

@@ -42,13 +42,6 @@ def test_broken_lines_are_found_before_anything_is_computed(verb, conversations,
     assert not (tmp_path / "outputs").exists()
 
 
-def test_files_are_read_for_their_stages_only(conversations, tmp_path):
-    item = f"+sft.mixture.mine={{task: jsonl, path: {conversations}}}"
-    command = ("plan", "experiment=smoke", item, f"outputs={tmp_path}/outputs")
-    assert run_here(*command, "stage=pretrain") == 0
-    assert run_here(*command) == 2
-
-
 # Text and downloads
 
 

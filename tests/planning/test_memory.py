@@ -154,13 +154,6 @@ def test_micro_batches_have_one_size_where_that_is_cheap(rows, most, expected):
     assert training(None, rows).fitting_rows(batches_of(most)) == expected
 
 
-def test_largest_micro_batch_that_fits_is_chosen():
-    machine, free = composed("machine=cpu", "machine.device_batch_tokens=512").machine, training()
-    assert training(free.peak_bytes(5)).fitting_rows(batches_of(10**4)) == 4, "the largest divisor of 12 up to 5"
-    assert training(free.peak_bytes(1) - 1).fitting_rows(batches_of(10**4)) == 0
-    assert [training(limit).fitting_rows(machine) for limit in (None, free.peak_bytes(3))] == [4, 3]
-
-
 def test_resumed_training_keeps_its_micro_batch_while_it_fits(tmp_path):
     def chosen(limit: int | None, tokens: int | None = None) -> int:
         config = config_of("machine=cpu", "machine.blas_threads=1")
@@ -267,19 +260,6 @@ def test_peak_of_sampling_is_predicted(case):
     print(f"predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
     assert 0.85 * measured <= predicted <= 1.3 * measured + 10e6
     assert left < 0.02 * measured
-
-
-def test_sampled_rows_are_the_most_that_fit():
-    sampling = Decoding(sizes=SIZES, row_tokens=128)
-
-    def sampled(limit: int | None) -> int:
-        return training(limit, sampling=sampling).sampled_at_a_time
-
-    assert sampled(None) == 64
-    for rows in (24, 8, 1):
-        needed = replace(sampling, device=training().device).bytes_beside_weights(rows)
-        assert sampled(training().held_bytes + needed) == rows
-    assert sampled(training().held_bytes) == 1, "the plan is refused by its peak"
 
 
 D32 = replace(SIZES, vocab_size=65536, num_layers=32, num_heads=16, num_kv_heads=16, width=2048, context_tokens=2048)

@@ -84,12 +84,6 @@ def test_minimum_outside_the_models_gives_no_best_size(slope):
     assert [one.best_parameters for one in laws.budgets] == [None, None]
 
 
-def test_fewer_than_two_budgets_of_three_sizes_give_no_laws():
-    assert fit_scaling_laws([training(size, 1e15) for size in (1e6, 2e6, 3e6)]) is None
-    assert fit_scaling_laws([training(size, flops) for size in (1e6, 2e6) for flops in (1e15, 1e16)]) is None
-    assert fit_scaling_laws([]) is None
-
-
 def test_table_has_nanochats_columns():
     """The header that nanochat's scaling_laws.sh of January 2026 writes, and its miniseries' tokens per parameter."""
     (row,) = table_of([training(1e6, 1.2e14)])

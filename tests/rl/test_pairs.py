@@ -18,9 +18,8 @@ from mlxchat.errors import DataError, Interrupted
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.rl.loss import Floats, pair_loss
-from mlxchat.rl.pairs import PairBatches, PairRows, sample_pairs, sum_pairs, validate, write_pairs
+from mlxchat.rl.pairs import PairBatches, PairRows, sample_pairs, sum_pairs, validate
 from mlxchat.rl.rollouts import PolicyScores
-from mlxchat.tasks import load_task
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task, dialogue
 from mlxchat.tasks.jsonl import Answers
@@ -106,14 +105,6 @@ def test_only_the_last_answers_own_tokens_are_targets():
     chosen, rejected = (tokenizer.decode(row[row >= 0].tolist()) for row in targets)
     assert chosen == "the log<|assistant_end|>"
     assert rejected == "<|python_start|>1+1<|python_end|>2<|assistant_end|>"
-
-
-def test_pairs_with_a_long_answer_are_left_out_whole():
-    longest = max(len(render_conversation(make_tokenizer(), answer, None)[0]) for answer in Answers(PAIRS)) - 1
-    assert make_rows(PAIRS, longest).num_left_out == 0
-    rows = make_rows(PAIRS, longest - 1)
-    assert (rows.num_left_out, len(rows)) == (1, len(PAIRS) - 1)
-    assert (rows.rows([0])[1] == make_rows(PAIRS).rows([1])[1]).all()
 
 
 @pytest.mark.parametrize(("loss", "micro_tokens"), [("dpo", 32), ("orpo", 32), ("dpo", 1024)])
@@ -245,14 +236,6 @@ def test_task_without_right_answers_is_refused(tmp_path):
         DataError, match=r"none of 40 questions has a right and a wrong answer among its 8 samples \(0\.0%"
     ):
         sample_pairs(make_context(tmp_path), "data", task, make_engine(), make_config(), seed=1)
-
-
-def test_written_pairs_are_read_as_they_were(tmp_path):
-    kinds = {"text": "1+1=", "python": "1+1", "python_output": "2"}
-    parts = [{"type": kind, "text": text} for kind, text in kinds.items()]
-    pair = {"messages": [{"role": "user", "content": "sum?"}, {"role": "assistant", "content": parts}], "rejected": "3"}
-    write_pairs(tmp_path / "pairs.jsonl", [pair])
-    assert load_task("pairs", "train", path=tmp_path / "pairs.jsonl", held_out_frac=0)[0] == pair
 
 
 def test_parsed_answers_render_to_the_same_tokens():

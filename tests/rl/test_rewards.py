@@ -9,7 +9,7 @@ import pytest
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import RewardConfig
 from mlxchat.errors import ConfigError, StepFailed
-from mlxchat.rl.rewards import Reward, overlong_penalty
+from mlxchat.rl.rewards import Reward
 from mlxchat.runner.keys import pin_externals
 
 RIGHT = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}
@@ -64,11 +64,6 @@ FAILURES = {
     "silent": "raised TypeError",
     "gone": "raised SystemExit: 0",
 }
-
-
-def test_length_penalty_is_linear_between_its_bounds():
-    penalties = [overlong_penalty(length, free_tokens=10, most_tokens=20) for length in (0, 10, 12, 20, 99)]
-    assert penalties == [0, 0, -0.2, -1, -1]
 
 
 @pytest.mark.parametrize("name", FAILURES)

@@ -74,16 +74,6 @@ def test_sampled_tokens_alone_are_targets_and_have_weights():
     assert ((made.targets >= 0) == (made.weights != 0)).all()
 
 
-def test_rows_without_advantage_are_left_out_but_count_in_the_divisor():
-    made = batch(HALF_ZERO)
-    assert np.abs(made.weights).sum() == pytest.approx((3 * 0.5 + 2 * 0.5) / SAMPLED_TOKENS)
-    assert not (made.ids == 20).any()
-    nothing = batch(np.zeros(4))
-    assert (nothing.targets < 0).all()
-    assert not nothing.weights.any()
-    assert nothing.ids.shape == made.ids.shape == batch().ids.shape == (16, 16), "batches have few shapes"
-
-
 # The loss of a batch
 
 
@@ -282,20 +272,6 @@ def test_resume_within_a_rollout_is_bit_exact(tokenizer, bits):
     assert (updates[0]["ratio"], updates[0]["kl"]) == (1.0, 0.0)
     assert updates[2]["ratio"] != 1.0
     assert updates[2]["kl"] > 0
-
-
-def test_nothing_is_scored_unless_the_loss_or_entropy_needs_it(tokenizer):
-    log: Log = []
-    source = real(tokenizer, log, entropy_every=2)
-    for iteration in range(3):
-        source.next_batch(iteration)
-    assert ["entropy" in record for record in log] == [True, False, True]
-    assert source.state() == {"mean_reward": source.mean_reward}
-
-
-def test_unfinished_completions_are_left_out_on_request(tokenizer):
-    some, all_ = (real(tokenizer, [], max_new_tokens=4, train_unfinished=each).next_batch(0) for each in (False, True))
-    assert (some.targets >= 0).sum() < (all_.targets >= 0).sum()
 
 
 # Quantised rollouts

@@ -7,8 +7,7 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TaskItem
-from mlxchat.errors import ConfigError
-from mlxchat.tasks import find_item_problems, load_item, load_task
+from mlxchat.tasks import find_item_problems
 
 SMOLTALK, GSM8K = {"task": "smoltalk"}, {"task": "gsm8k"}
 MMLU = {"task": "mmlu", "split": "auxiliary_train"}
@@ -62,14 +61,6 @@ def test_mixtures_and_suites_are_nanochats(choice, expected):
     assert found[choice.partition("=")[0].rpartition("@")[2]] == items(expected)
 
 
-@pytest.mark.parametrize("name", [*MIXTURES, *VALIDATION])
-def test_the_default_subsets_and_seeds_are_nanochats(name):
-    lines = items({**MIXTURES, **VALIDATION}[name])
-    tasks = [load_item(line) for line in lines.values() if line.task in ("smoltalk", "gsm8k", "arc_easy")]
-    assert {task.seed for task in tasks} == {42}
-    assert {need.pattern.split("/")[0] for task in tasks for need in task.needs()} <= {"data", "main", "ARC-Easy"}
-
-
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -99,11 +90,3 @@ def test_the_default_subsets_and_seeds_are_nanochats(name):
 def test_problems_are_found_without_data(line, expected):
     found = list(find_item_problems("sft.mixture", {"mine": TaskItem(**line)}, training=True))
     assert re.search(f"^sft.mixture.*{expected}", found[0]), found[0]
-
-
-def test_all_items_are_checked_and_weights_are_for_all_or_none():
-    lines = items({"a": {**GSM8K, "size": 0}, "b": {"task": "mmlu", "split": "x"}, "c": {**GSM8K, "weight": 1.0}})
-    found = list(find_item_problems("suite", lines, training=False))
-    assert [line.split(":")[0] for line in found] == ["suite.a", "suite.b", "suite"]
-    with pytest.raises(ConfigError, match=r'no option "stepz", expected one of size, .*Did you mean "steps"'):
-        load_task("arithmetic", "train", stepz=2)

@@ -8,7 +8,7 @@ import pytest
 from kit.text import conversations_of
 from mlxchat.data.conversation import render_conversation
 from mlxchat.engine.tools import calculate
-from mlxchat.tasks import arithmetic, load_task
+from mlxchat.tasks import load_task
 from mlxchat.tasks.answers import answer_text, calculator_parts, content_text, number_and_form
 from mlxchat.tasks.arithmetic import Arithmetic
 from mlxchat.tasks.base import dialogue
@@ -46,19 +46,6 @@ def test_splits_of_all_tasks_share_no_user_message(test_name):
     asked = user_messages(test_name, "test")
     for name in BUNDLED:
         assert not user_messages(name, "train") & asked
-
-
-def test_arithmetic_splits_share_no_template_with_equal_numbers():
-    def frame(question: str) -> str:
-        question = re.sub(r"\b(he|she|him|her)\b", "they", question, flags=re.IGNORECASE)
-        words = arithmetic.texts()
-        names, things = "|".join(words["he"] + words["she"]), "|".join(words["things"])
-        return re.sub(rf"\b({things})\b", "things", re.sub(rf"\b({names})\b", "name", question))
-
-    train, test = ({frame(question) for question in user_messages("arithmetic", split)} for split in ("train", "test"))
-    assert len({re.sub(r"\d+", "#", text) for text in test}) == 21
-    assert len(test) > 1000
-    assert not train & test
 
 
 def test_everyday_wordings_and_words_of_the_test_split_are_not_trained():
@@ -159,15 +146,6 @@ def test_golden_problems_never_change():
             "Eva has 12*7=<<12*7=84>>84 cups. Then she has 84-2=<<84-2=82>>82 cups.\n#### 82",
         ),
     ]
-
-
-@pytest.mark.parametrize("name", BUNDLED)
-def test_size_takes_a_prefix_and_the_seed_other_conversations(name):
-    small, other = load_task(name, "train", size=20), load_task(name, "train", size=20, seed=5)
-    assert [small[i] for i in range(20)] == conversations_of(name, "train")[:20]
-    assert [other[i] for i in range(20)] != conversations_of(name, "train")[:20]
-    with pytest.raises(IndexError):
-        small[20]
 
 
 # Verdicts

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from mlxchat.engine.tools import calculate
-from mlxchat.errors import DataError
 from mlxchat.tasks import load_task
 
 WORDS = ["strawberry", "mississippi", "banana", "onomatopoeia", "queue", "rhythm", "zebra"]
@@ -48,21 +47,6 @@ def test_words_follow_nanochats_draws(words):
         ]
 
 
-def test_seed_and_split_change_conversations(words):
-    train, test, other = (
-        [task[index] for index in range(50)]
-        for task in (
-            load_task("spelling_bee", split, size=50, path=words, seed=seed)
-            for split, seed in (("train", 0), ("test", 0), ("train", 1))
-        )
-    )
-    assert train != other
-    # nanochat's test conversations are its training conversations shifted by one.
-    assert sum(test[index] == train[index + 1] for index in range(49)) < 5
-    theirs = load_task("spelling_bee", "test", size=50, path=words, nanochat_seeds=True)
-    assert all(theirs[index] == train[index + 1] for index in range(49))
-
-
 def test_words_are_downloaded_and_recorded(hub):
     hub.write_text("http://a/words_alpha.txt", "aardvark\n")
     task = load_task("simple_spelling", "train", words="http://a/words_alpha.txt")
@@ -80,9 +64,3 @@ def test_identity_conversations_keep_the_files_order(hub):
     assert [task[n]["messages"] for n in range(len(task))] == talks
     local = load_task("identity_conversations", "train", path=hub.folder / "me.jsonl", size=7)
     assert [local[n]["messages"] for n in range(len(local))] == talks[:7]
-
-
-def test_wrong_sha256_is_refused(hub):
-    hub.write_text("http://a/me.jsonl", "[]")
-    with pytest.raises(DataError, match="not what it should be"):
-        len(load_task("identity_conversations", "train", url="http://a/me.jsonl", sha256="0" * 64))

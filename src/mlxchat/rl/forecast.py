@@ -13,32 +13,21 @@ from mlxchat.tasks import task_class
 from mlxchat.training.forecast import find_extension_problems
 
 # What weights, moments or the position in the data depend on; where the model answers questions, its answers too.
-_SAME_RL = (
-    "task",
-    "adapter",
-    "questions_per_iteration",
-    "minibatches_per_rollout",
-    "passes_per_rollout",
-    "resample_rounds",
-)
+_ROLLOUT = ("questions_per_iteration", "minibatches_per_rollout", "passes_per_rollout", "resample_rounds")
+_SAME_RL = ("task", "adapter", *_ROLLOUT)
 _SAME_PAIRS = ("data", "adapter", "pairs_per_iteration", "row_tokens")
 _SAME_SAMPLES = ("samples_per_question", "pairs_per_question", "max_new_tokens", "temperature", "top_k")
 
 
 def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
-    """Return what the memory of a stage depends on.
-
-    RL's rows are as long as the tasks' bounds of prompts allow, or as the context; the stage measures the longest
-    prompt.
-    """
+    """Return what the memory of a stage depends on; RL measures its longest prompt, of which tasks may have a bound."""
     if stage == "preference":
         return describe_pairs(config.preference, config.optimizer, sizes)
+    row_tokens = sizes.context_tokens
     limits = [task_class(item.task).prompt_tokens for item in (config.rl.task, config.rl.evaluation)]
     known = [limit for limit in limits if limit is not None]
-    row_tokens = sizes.context_tokens
     if len(known) == len(limits):  # a token is a byte or more
-        prompt_tokens = max(known) + len((config.rl.system_prompt or "").encode())
-        row_tokens = prompt_tokens + longest_answer(config.rl)
+        row_tokens = max(known) + len((config.rl.system_prompt or "").encode()) + longest_answer(config.rl)
     return describe(config.rl, config.optimizer, sizes, row_tokens)
 
 

@@ -26,15 +26,9 @@ class Reward:
         self._parts = {name: _make_part(name, part, task) for name, part in parts.items()}
 
     def __call__(self, conversation: Conversation, text: str, num_tokens: int) -> tuple[float, dict[str, float]]:
-        """Return the reward of a completion and the unweighted value of each part.
+        """Return the reward of a completion and the unweighted value of each part; StepFailed if a function failed.
 
-        Args:
-            conversation: the task's, with the expected answer.
-            text: of the completion, without the token that ended it.
-            num_tokens: sampled tokens, without forced ones.
-
-        Raises:
-            StepFailed: a user's function failed.
+        `num_tokens` are the sampled tokens, without forced ones; `text` lacks the token that ended it.
         """
         if not self._parts:
             return self._task.reward(conversation, text), {}

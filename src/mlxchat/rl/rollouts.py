@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -41,8 +41,7 @@ _EVALUATED_ROWS = 128
 _ROWS_STEP = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class Group:
+class Group(NamedTuple):
     """The sampled and rewarded completions of one question."""
 
     question: int  # index in the task
@@ -230,16 +229,12 @@ class Rollouts(BatchSource):
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed training needs, as JSON data; between the updates of a rollout, the rollout too."""
-        state: dict[str, Any] = {"mean_reward": self.mean_reward}
-        if self._config.resample_rounds:  # otherwise the iteration determines the next question
-            state["num_asked"] = self._num_asked
-        if self._rollout is not None and self._partway:
-            state["rollout"] = self._rollout.state()
-        return state
+        partway = {"rollout": self._rollout.state()} if self._rollout is not None and self._partway else {}
+        return {"mean_reward": self.mean_reward, "num_asked": self._num_asked, **partway}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a state."""
-        self.mean_reward, self._num_asked = state["mean_reward"], state.get("num_asked", 0)
+        self.mean_reward, self._num_asked = state["mean_reward"], state["num_asked"]
         self._rollout = Rollout.of_state(state["rollout"]) if "rollout" in state else None
         self._partway = self._rollout is not None
 
@@ -251,8 +246,7 @@ class Rollouts(BatchSource):
         advantages = advantages_of(np.array([group.rewards for group in groups]), config.advantages)
         rollout = Rollout.of_groups(groups, advantages, padding=self.engine.tokenizer.assistant_end)
         numbers = self._numbers(groups, asked)
-        measure = config.entropy_every is not None and number % config.entropy_every == 0
-        if measure or needs_log_probs(config):
+        if needs_log_probs(config) or (config.entropy_every is not None and number % config.entropy_every == 0):
             numbers |= self._add_log_probs(rollout, iteration)
         self._log({"iteration": iteration, **numbers})
         for group, own in list(zip(groups, advantages, strict=True))[: config.rollouts_kept]:
@@ -285,17 +279,13 @@ class Rollouts(BatchSource):
         questions = [int(self._order[(first + place) % len(self._order)]) for place in range(count)]
         conversations = [self._task[question] for question in questions]
         prompts = [render_question(tokenizer, conversation, config) for conversation in conversations]
-        with_log_probs = config.rollout_bits is not None
-        sampled = sample(
-            self.engine, prompts, config, config.samples_per_question, seed=seed, log_probabilities=with_log_probs
-        )
+        options = {"seed": seed, "log_probabilities": config.rollout_bits is not None}
+        sampled = sample(self.engine, prompts, config, config.samples_per_question, **options)
         groups = []
         for question, conversation, prompt, completions in zip(questions, conversations, prompts, sampled, strict=True):
             judged = [self._reward(conversation, row.text(tokenizer), sum(row.mask)) for row in completions]
             rewards, parts = (list(each) for each in zip(*judged, strict=True))
-            groups.append(
-                Group(question=question, prompt=prompt, completions=completions, rewards=rewards, parts=parts)
-            )
+            groups.append(Group(question, prompt, completions, rewards, parts))
         return groups
 
     def _add_log_probs(self, rollout: Rollout, iteration: int) -> dict[str, float]:
@@ -325,33 +315,22 @@ class Rollouts(BatchSource):
             "teaching_frac": [group.has_signal for group in asked],
         }
         if self._config.resample_rounds:
-            values["filled_frac"] = [group.has_signal for group in groups]
+            values |= {"filled_frac": [group.has_signal for group in groups], "questions_asked": [len(asked)]}
         for name in self._config.rewards:
             values[f"reward_{name}"] = [parts[name] for group in asked for parts in group.parts]
-        numbers = {name: float(np.mean(each)) for name, each in values.items()}
-        return numbers | ({"questions_asked": len(asked)} if self._config.resample_rounds else {})
+        return {name: float(np.mean(each)) for name, each in values.items()}
 
     def _keep_group(self, iteration: int, group: Group, advantages: Floats) -> None:
         """Keep a record of each completion for rollouts.jsonl."""
         tokenizer, conversation = self.engine.tokenizer, self._task[group.question]
+        common = {"iteration": iteration, "question": group.question, "prompt": tokenizer.decode(group.prompt)}
         for index, completion in enumerate(group.completions):
             text = completion.text(tokenizer)
-            self._keep(
-                {
-                    "iteration": iteration,
-                    "question": group.question,
-                    "sample": index,
-                    "prompt": tokenizer.decode(group.prompt),
-                    "output": text,
-                    "expected": answer_text(conversation),
-                    "reward": group.rewards[index],
-                    "parts": group.parts[index],
-                    "right": self._task.evaluate(conversation, text),
-                    "advantage": float(advantages[index]),
-                    "tokens": len(completion.ids),
-                    "finished": completion.finished,
-                }
-            )
+            judged = {"reward": group.rewards[index], "parts": group.parts[index], "advantage": float(advantages[index])}
+            right = self._task.evaluate(conversation, text)
+            size = {"tokens": len(completion.ids), "finished": completion.finished}
+            expected = answer_text(conversation)
+            self._keep(common | {"sample": index, "output": text, "expected": expected, "right": right} | judged | size)
 
 
 def updates_per_rollout(config: RLConfig) -> int:
