@@ -31,7 +31,7 @@ examples
   mlxchat distill gsm8k --limit 200 --teacher http://localhost:8000/v1 --only-correct \\
     --system 'Explain briefly. End with #### and the number alone.' --out gsm8k_teacher.jsonl
   {_KEY}=$OPENAI_API_KEY mlxchat distill mine.txt --teacher https://api.openai.com/v1 --model NAME \\
-    --price 0.15,0.60 --max-cost 2 --rpm 500 --out mine_teacher.jsonl
+    --price 0.15,0.60 --max-cost 2 --out mine_teacher.jsonl
   mlxchat distill prompts.jsonl --conversations --samples 5 --temperature 1 --max-tokens 2000 \\
     --teacher http://localhost:8000/v1 --out conversations.jsonl"""
 
@@ -59,7 +59,6 @@ def distill(parser: Parser) -> None:
     add("--only-correct", action="store_true", help="keep only answers that the task accepts or that equal the file's")
     add("--keep-cut", action="store_true", help="also keep answers that --max-tokens cut off")
     add("--concurrency", type=int, default=8, metavar="N", help="parallel requests (default: 8)")
-    add("--rpm", type=float, metavar="N", help="requests per minute, evenly spaced")
     add("--timeout", type=float, default=300.0, metavar="S", help="time limit of an answer in seconds (default: 300)")
     add("--price", metavar="IN,OUT", help="prices per million input and output tokens")
     add("--max-cost", type=float, metavar="C", help="stop before the cost of this command exceeds C")
@@ -109,7 +108,6 @@ def _distill(options: Namespace) -> int:
         body=body,
         max_tokens=max(_bounds(body), default=options.max_tokens),
         concurrency=options.concurrency,
-        requests_per_minute=options.rpm,
         timeout_seconds=options.timeout,
         prices=prices,
         max_cost=options.max_cost,
@@ -154,10 +152,8 @@ def _number_problems(options: Namespace) -> Iterator[str]:
         value = getattr(options, name)
         if value is not None and value < 1:
             yield f"--{name.replace('_', '-')} is {value}, expected at least 1"
-    for name in ("rpm", "timeout"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < math.inf:
-            yield f"--{name} is {value:g}, expected more than 0"
+    if not 0 < options.timeout < math.inf:
+        yield f"--timeout is {options.timeout:g}, expected more than 0"
     if options.max_cost is not None and not 0 <= options.max_cost < math.inf:
         yield f"--max-cost is {options.max_cost:g}, expected at least 0"
     if options.temperature is not None and not 0 <= options.temperature <= 2:

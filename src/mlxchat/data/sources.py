@@ -1,12 +1,8 @@
-"""Corpora: shards of documents from packages, local files, or the Hugging Face Hub.
+"""Corpora: shards of documents from shipped text, local files, or the Hugging Face Hub.
 
-A corpus artifact of packages and local files has parquet files with a column `text`: shard_00000.parquet … for
+A corpus artifact of shipped text and local files has parquet files with a column `text`: shard_00000.parquet … for
 training and validation.parquet, as in nanochat. A corpus on the Hub is pinned, not copied: corpus.json has the commit
-and lists every file with its checksum. These files are in the Hub's cache and downloaded on demand, or ahead in the
-background (`fetch_ahead`).
-
-To add a corpus: a YAML in `conf/corpus` with a data set of the Hub, local files (.txt, .jsonl, .parquet), or packages
-(`tasks/quickstart.py`).
+and lists every file with its checksum. These files are downloaded on demand, or ahead in the background.
 
 Planning imports this module, so pyarrow is imported only where files are read.
 """
@@ -149,10 +145,7 @@ class Corpus:
         manifest = read_json(folder / MANIFEST) or {}
         hashes = {file["path"]: file["sha256"] for file in manifest.get("outputs", ())}
         train, validation = (
-            [
-                Shard(path.name, hashes.get(path.name) or hash_file(path), local=path)
-                for path in sorted(folder.glob(name))
-            ]
+            [Shard(each.name, hashes.get(each.name) or hash_file(each), each) for each in sorted(folder.glob(name))]
             for name in ("shard_*.parquet", VALIDATION)
         )
         if not train or not validation:
@@ -163,8 +156,7 @@ class Corpus:
     def listed(cls, hub: HubConfig, validation_documents: int) -> Corpus:
         """Return the corpus of a data set of the Hub; only the listing is downloaded.
 
-        Validation files are chosen by their names. Without a pattern for them, the first `validation_documents` of the
-        first file are held out.
+        Without a pattern for validation files, the first `validation_documents` of the first file are held out.
         """
         from mlxchat.hub.client import list_files
 
@@ -199,10 +191,7 @@ class Corpus:
         return self.validation if split == "validation" else self.train
 
     def documents(self, split: str, chars: float | None = None) -> Iterator[str]:
-        """Yield every document of a split once, in order. The next files are downloaded in the background.
-
-        `chars` is how much the run will read, and limits the downloads; None: one file ahead.
-        """
+        """Yield every document of a split once, in order; files with `chars` are downloaded ahead, or the next one."""
         for index, shard in enumerate(self.shards(split), start=1):
             if split == "train":
                 self.fetch_ahead(index, chars)
@@ -235,10 +224,7 @@ class Corpus:
             client.fetch_ahead(files[start : start + 1] if chars is None else self.first(chars)[start:])
 
     def measure(self, check: Check = lambda: None) -> tuple[Corpus, int, int]:
-        """Return the corpus with measured characters per byte, and the validation's documents and characters.
-
-        Downloads the validation files if necessary.
-        """
+        """Return the corpus with characters per byte as in the validation, and its documents and characters."""
         documents = chars = 0
         size = 0.0
         for shard, file in zip(self.validation, self.files("validation"), strict=True):
@@ -269,10 +255,9 @@ def _choose(hub: HubConfig, files: Sequence[HubFile]) -> tuple[list[HubFile], li
 def gather_documents(
     packages: list[str], paths: list[str], *, document_chars: int | None, seed: int
 ) -> tuple[list[str], list[dict[str, Any]]]:
-    """Return the shuffled documents of packages and local files, and a record of each source.
+    """Return the shuffled documents of shipped text and local files (`text_files`), and a record of each source.
 
-    Documents of packages and of .txt files are split at sentence ends into parts of at most `document_chars`; None: not
-    split. `paths` are those of `text_files`.
+    Shipped text and .txt files are split at sentence ends into parts of at most `document_chars`; None: not split.
     """
     from mlxchat.tasks import quickstart
 
@@ -396,8 +381,8 @@ def pin_corpus(
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
     """Write the artifact of a corpus on the Hub; return its numbers, and records of the pinned files.
 
-    Downloads and checks the validation files and the first training file. The files that the run will read
-    (`train_chars`, if known) follow in the background.
+    Downloads and checks the validation files and the first training file; others that the run will read
+    (`train_chars`) follow in the background.
     """
     from mlxchat.hub.client import fetch_files, record
 
@@ -414,19 +399,11 @@ def pin_corpus(
     corpus.fetch_ahead(1, train_chars)
     pinned = {"repository": hub.repository, "kind": "dataset", "revision": files[0].revision, "column": hub.column}
     facts = {"validation_documents": documents, "validation_chars": chars}
-    rows = {
-        name: [shard.row() for shard in shards]
-        for name, shards in (("shards", corpus.train), ("validation", corpus.validation))
-    }
+    rows = {"shards": [each.row() for each in corpus.train], "validation": [each.row() for each in corpus.validation]}
     text = json.dumps({"hub": pinned, "chars_per_byte": corpus.chars_per_byte, **facts, **rows})
     (out / LISTING).write_text(text.replace("[[", "[\n[").replace("], [", "],\n[") + "\n", encoding="utf-8")
     numbers = {**facts, "train_files": len(files), "train_bytes": sum(file.bytes for file in files)}
     digest = hashlib.sha256("".join(f"{file.etag}  {file.path}\n" for file in files).encode()).hexdigest()
-    all_files = {
-        "url": f"hf://{files[0].kind}s/{files[0].repository}",
-        "revision": files[0].revision,
-        "sha256": digest,  # of the listing
-        "bytes": numbers["train_bytes"],
-        "files": len(files),
-    }
-    return numbers, [all_files, *map(record, looked_at)]
+    place = {"url": f"hf://{files[0].kind}s/{files[0].repository}", "revision": files[0].revision}
+    listing = {**place, "sha256": digest, "bytes": numbers["train_bytes"], "files": len(files)}
+    return numbers, [listing, *map(record, looked_at)]

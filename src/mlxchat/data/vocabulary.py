@@ -85,11 +85,7 @@ _KNOWN_FILES = {
 
 
 def read_vocabulary(source: str, *, check_merges: bool = True) -> Vocabulary:
-    """Return the vocabulary of gpt2, cl100k, a file or a folder.
-
-    Raises:
-        DataError: it is missing or damaged, or its encoding cannot be reproduced.
-    """
+    """Return the vocabulary of gpt2, cl100k, a file or a folder; DataError if its encoding cannot be reproduced."""
     file = _locate(source)
     try:
         if file.suffix == ".bpe":
@@ -190,10 +186,8 @@ def _locate(source: str) -> Path:
     for file in (path / RANKS_FILE, path / HF_FILE, path / PICKLED_FILE) if path.is_dir() else (path,):
         if file.exists() and file.suffix in (".tiktoken", ".json", ".pkl"):
             return file
-    raise DataError(
-        f"{source} is not a vocabulary: expected a .tiktoken file, a {HF_FILE}, nanochat's {PICKLED_FILE}, or a folder "
-        f"with one of them"
-    )
+    expected = f"a .tiktoken file, a {HF_FILE}, nanochat's {PICKLED_FILE}, or a folder with one of them"
+    raise DataError(f"{source} is not a vocabulary: expected {expected}")
 
 
 def _read_gpt2(file: Path) -> Vocabulary:
@@ -269,11 +263,10 @@ def _hf_pattern(source: str, record: Mapping[str, Any]) -> str:
         pattern = first.get("pattern", {}).get("Regex")
         is_split = first.get("type") == "Split" and keeps_pieces and pattern
         if len(steps) == 2 and is_split and not last.get("use_regex", True):
-            if _POSSESSIVE_INTERVAL.search(pattern):  # repeats the group there, is possessive in tiktoken
-                raise DataError(
-                    f"{source} cannot be imported: its pattern means something else in tiktoken ({pattern})"
-                )
-            return str(pattern)
+            if not _POSSESSIVE_INTERVAL.search(pattern):
+                return str(pattern)
+            # It repeats the group there, and is possessive in tiktoken.
+            raise DataError(f"{source} cannot be imported: its pattern means something else in tiktoken ({pattern})")
     kinds = ", ".join(str(step.get("type")) for step in steps)
     raise DataError(
         f"{source} cannot be imported: it splits text by {kinds}, expected ByteLevel with add_prefix_space=false, "
@@ -296,9 +289,7 @@ def _assemble(
     _check_ranks(ranks, where)
     order = [ranks.get(token, -1) for token in results]
     if -1 in order or order != sorted(order):
-        raise DataError(
-            f"{where} cannot be imported: its merges are not in the order of its ids, which tiktoken requires"
-        )
+        raise DataError(f"{where} cannot be imported: its merges are not in the order of its ids, as in tiktoken")
     keeps_ids = all(rank == place for place, (rank, _) in enumerate(ordered))
     return Vocabulary(ranks, pattern, keeps_ids)
 

@@ -7,10 +7,8 @@ import hashlib
 import json
 import math
 import re
-import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +55,6 @@ class Order:
     body: dict[str, Any]  # further fields of each request. Sample number i gets seed + i
     max_tokens: int  # maximum length of an answer, whichever field of the request sets it
     concurrency: int
-    requests_per_minute: float | None
     timeout_seconds: float
     prices: Prices
     max_cost: float | None
@@ -84,10 +81,8 @@ class Order:
 def distill(order: Order, *, dry_run: bool) -> int:
     """Collect the missing answers, write the file, print a summary and return the exit code.
 
-    Raises:
-        MlxchatError: the teacher refuses or does not answer, or the disk fails. The file is written from the answers
-            so far, if there are any.
-        Interrupted: a signal stopped the run.
+    If the teacher refuses or does not answer, the disk fails or a signal stops the run, an error is raised after the
+    file is written from the answers so far.
     """
     answers = Answers(order.cache, order.teacher, order.model)
     requests = order.requests()
@@ -136,7 +131,6 @@ class Collector:
         self._reserved: list[float] = []  # upper bounds of the costs of requests in flight
         self._is_out_of_money = False
         self._queue: deque[Request] = deque()
-        self._next_start = 0.0
         self._stopped = asyncio.Event()
 
     async def run(self, requests: Sequence[Request]) -> None:
@@ -170,21 +164,10 @@ class Collector:
                 return
             request = self._queue.popleft()
             self._reserved.append(most_cost)
-            await self._pace()
-            if not self._stopped.is_set():
-                tokens = await self._ask(client, request)
-                self._spent += order.prices.of(*(tokens or most)) or 0.0
+            tokens = await self._ask(client, request)
+            self._spent += order.prices.of(*(tokens or most)) or 0.0
             self._reserved.remove(most_cost)
             progress.update(self.asked, cost=f"{self._spent:.4f}" if self._spent else "")
-
-    async def _pace(self) -> None:
-        """Wait until the rate limit allows a request or the run stops. Requests are evenly spaced."""
-        if self._order.requests_per_minute is None:
-            return
-        start = max(self._next_start, time.monotonic())
-        self._next_start = start + 60 / self._order.requests_per_minute
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopped.wait(), start - time.monotonic())
 
     async def _ask(self, client: openai.AsyncOpenAI, request: Request) -> tuple[int, int] | None:
         """Store the answer to a request and return its (input, output) tokens; None if they are unknown."""

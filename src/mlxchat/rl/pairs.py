@@ -171,8 +171,7 @@ def sample_pairs(
 ) -> list[Conversation]:
     """Return pairs of answers to a task's questions, in the questions' order; each part is saved, and sampled once.
 
-    Raises:
-        DataError: no question has a right and a wrong answer.
+    DataError: no question has a right and a wrong answer.
     """
     samples = config.samples_per_question
 

@@ -326,11 +326,11 @@ class Rollouts(BatchSource):
         common = {"iteration": iteration, "question": group.question, "prompt": tokenizer.decode(group.prompt)}
         for index, completion in enumerate(group.completions):
             text = completion.text(tokenizer)
-            judged = {"reward": group.rewards[index], "parts": group.parts[index], "advantage": float(advantages[index])}
-            right = self._task.evaluate(conversation, text)
+            answer = {"sample": index, "output": text, "expected": answer_text(conversation)}
+            rewards = {"reward": group.rewards[index], "parts": group.parts[index]}
+            verdict = {"right": self._task.evaluate(conversation, text), "advantage": float(advantages[index])}
             size = {"tokens": len(completion.ids), "finished": completion.finished}
-            expected = answer_text(conversation)
-            self._keep(common | {"sample": index, "output": text, "expected": expected, "right": right} | judged | size)
+            self._keep(common | answer | rewards | verdict | size)
 
 
 def updates_per_rollout(config: RLConfig) -> int:

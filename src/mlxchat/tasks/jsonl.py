@@ -36,15 +36,9 @@ class Lines(Generic[T]):
     """What the lines of a file stand for. They are in memory, and parsed when they are used."""
 
     def __init__(self, path: Path, parse: Callable[[Any], T], forms: str) -> None:
-        """Check each line of a .jsonl file in UTF-8; empty lines are skipped.
+        """Check each line of a .jsonl file in UTF-8; DataError names the wrong ones. Empty lines are skipped.
 
-        Args:
-            path: the file.
-            parse: takes a line's JSON value; raises ValueError with what is wrong.
-            forms: of a line that are accepted, for messages.
-
-        Raises:
-            DataError: the file cannot be read, or lines of it are wrong; the first ones are named.
+        `parse` takes a line's JSON value, and raises ValueError with what is wrong; messages name the accepted `forms`.
         """
         try:
             lines = path.read_bytes().split(b"\n")
@@ -54,8 +48,7 @@ class Lines(Generic[T]):
         self._lines = [line for line in lines if line.strip()]
         faults = [f"line {number}: {fault}" for number, line in enumerate(lines, 1) if (fault := self._fault(line))]
         if faults:
-            more = ["…"] * (len(faults) > _FAULTS_SHOWN)
-            shown = "\n  ".join([*faults[:_FAULTS_SHOWN], *more])
+            shown = "\n  ".join(faults[:_FAULTS_SHOWN] + ["…"] * (len(faults) > _FAULTS_SHOWN))
             raise DataError(f"{path} has {len(faults)} lines that are wrong:\n  {shown}\nExpected {forms}.")
 
     def _fault(self, line: bytes) -> str:
