@@ -2,11 +2,9 @@
 
 import multiprocessing
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from textwrap import dedent
 from types import SimpleNamespace
@@ -56,18 +54,6 @@ def test_step_trains_on_the_first_characters(tmp_path):
 def test_stopped_step_leaves_no_process(tmp_path):
     with pytest.raises(Interrupted, match="tokenizer stopped at its beginning"):
         train(tmp_path, TEXTS, stop=15)
-    assert multiprocessing.active_children() == []
-
-
-def test_merging_can_be_killed():
-    """Merging random words takes minutes; words of few patterns would have no merges left at once."""
-    letters = random.Random(0)
-    texts = ["".join(letters.choices("abcdefghijklmnopqrstuvwxyz", k=40)) for _ in range(50_000)]
-    with TrainingProcess(1_000_000) as training:
-        *_, chars = training.read(texts)
-        assert chars == 50_000 * 40
-        time.sleep(3)  # it merges by now
-        assert training._process.is_alive()
     assert multiprocessing.active_children() == []
 
 

@@ -124,16 +124,6 @@ def test_the_next_shard_is_encoded_in_the_background(maker):
     assert len(documents.tokens(2)) == 10
 
 
-def test_closing_ends_the_background_encoding(maker):
-    documents, before = Documents(maker.shards, maker), threading.active_count()
-    maker.unblocked.clear()
-    documents.prepare(1)
-    assert threading.active_count() == before + 1
-    documents.close()
-    assert threading.active_count() == before
-    assert list(maker.work.iterdir()) == []
-
-
 # Artifacts
 
 

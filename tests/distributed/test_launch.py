@@ -14,7 +14,6 @@ import pytest
 from kit import ranks
 from kit.commands import clean_environment, wait_until
 from mlxchat.distributed.ranks import _compare, is_launched
-from mlxchat.ops.machine import available_cores, limit_cores
 
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 PRETRAIN = ("stage=pretrain", "pretrain.num_iterations=12", "machine.checkpoint_seconds=0", "machine.blas_threads=1")
@@ -77,14 +76,3 @@ def test_ranks_with_other_versions_are_named_with_their_hosts():
     here = {"host": "mini1", "mlxchat": "0.2", "MLX": "0.32.4", "backend": "metal"}
     (line,) = _compare([here, here | {"host": "mini2"}, here | {"host": "mini3", "MLX": "0.31.0"}])
     assert "rank 2 on mini3 has MLX 0.31.0, rank 0 on mini1 has 0.32.4" in line
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="processes have no affinity here")
-def test_ranks_share_the_cores_of_their_machine():
-    cores = os.sched_getaffinity(0)
-    try:
-        limit_cores(1, 2)
-        assert available_cores() == max(1, len(cores) // 2)
-        assert os.sched_getaffinity(0) <= cores
-    finally:
-        os.sched_setaffinity(0, cores)

@@ -75,12 +75,6 @@ def test_need_is_the_tokens_in_characters_and_what_packing_drops(tmp_path, packi
     assert need.chars == pytest.approx(need.tokens * 4.8 / kept * 1.1)
 
 
-def test_short_training_needs_what_its_tokenizer_reads(tmp_path):
-    short = ("pretrain.num_iterations=1", "pretrain.tokens_per_parameter=null")
-    assert need_of(tmp_path, "experiment=speedrun_d12", *short).chars == pytest.approx(2 * GIGA * 1.1)
-    assert need_of(tmp_path, "experiment=quickstart") is None, "bundled text"
-
-
 def test_need_counts_files_of_a_listing_and_repeated_epochs(tmp_path):
     record_listing(tmp_path, CORPUS, SHARDS, size=100_000_000)
     need = need_of(tmp_path, "experiment=speedrun_d20", "stage=pretrain", "pretrain.packing=best_fit")

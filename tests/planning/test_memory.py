@@ -23,7 +23,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
 from mlxchat.model.sizes import GPTSizes, adapter_sizes_of, count_parameters, sizes_of
 from mlxchat.optim.optimizer import Optimizer, rates_at
-from mlxchat.planning.memory import Decoding, Device, Training, check_memory, choose_micro_batch, forward_tokens
+from mlxchat.planning.memory import Decoding, Device, Training, check_memory, choose_micro_batch
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
@@ -174,17 +174,6 @@ def planned(config: Config, tmp_path: Path, target: str = "sft") -> list[Planned
     return make_plan(config, config.pipeline, Store(tmp_path), targets=[target], seed=0, force=[])
 
 
-def test_evaluation_computes_fewer_tokens_at_a_time_where_memory_is_short():
-    def chosen(**machine: Any) -> int:
-        usual = {"device_batch_tokens": None, "memory_limit_bytes": None}
-        return forward_tokens(replace(composed("machine=cpu").machine, **usual | machine), SIZES)
-
-    weights = 4 * count_parameters(SIZES)["total"]
-    assert chosen(device_batch_tokens=77) == 77
-    assert chosen(memory_limit_bytes=weights) == SIZES.context_tokens, "a row is never cut"
-    assert SIZES.context_tokens < chosen(memory_limit_bytes=weights + 10**7) < chosen()
-
-
 def test_refusal_names_need_limit_and_keys(tmp_path):
     config = config_of("machine=auto", "model.depth=6", "machine.blas_threads=2", "machine.memory_limit_bytes=90000000")
     with pytest.raises(ConfigError) as caught:
@@ -285,18 +274,3 @@ def test_grpo_on_d32_is_admitted_where_it_fits(overrides, fits):
 
 def device(limit: int | None, *, plain: bool = True) -> Device:
     return Device(kind="metal", plain=plain, compute_bytes=2, limit_bytes=limit, limit_is="a test")
-
-
-def decoding(row_tokens: int, where: Device | None = None, **how: Any) -> Decoding:
-    return Decoding(sizes=SIZES, device=where or Device(), row_tokens=row_tokens, **how)
-
-
-def test_answers_at_a_time_are_the_most_that_fit():
-    weights = 2 * count_parameters(SIZES)["total"]
-    assert decoding(256, device(None)).rows("it", most=64) == 64
-    for rows in (1, 6, 32):
-        limit = weights + decoding(256, device(None)).bytes_beside_weights(rows)
-        assert decoding(256, device(limit)).rows("it", most=64) == rows
-        assert decoding(256, device(limit + 100)).rows("it", most=64, held_bytes=100) == rows
-    with pytest.raises(ConfigError, match=r"it needs about .* 256 tokens.*limit is 10 B .*: less"):
-        decoding(256, device(10), remedies=("less",)).rows("it")

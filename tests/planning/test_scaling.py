@@ -67,13 +67,6 @@ def test_interval_of_an_exponent_is_that_of_least_squares():
     assert law(10.0) == pytest.approx(float(np.exp(np.polyval(np.polyfit(np.log(x), np.log(y), 1), math.log(10)))))
 
 
-def test_two_points_have_no_interval_and_one_has_no_law():
-    law: Any = fit_power_law([1, 2], [1, 4])
-    assert law.exponent == pytest.approx(2)
-    assert law.half_width is None
-    assert fit_power_law([1, 1], [1, 4]) is None
-
-
 @pytest.mark.parametrize("slope", [-0.1, 0.1])
 def test_minimum_outside_the_models_gives_no_best_size(slope):
     sizes = np.geomspace(1e6, 1e8, 5)

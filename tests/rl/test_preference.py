@@ -64,7 +64,7 @@ def test_killed_training_ends_with_the_same_bytes_and_prefers_the_chosen(outputs
     assert hash_file(made(straight) / "adapters.safetensors") == hash_file(resumed / "adapters.safetensors")
 
 
-def test_extension_is_bit_identical_to_one_training(outputs, capsys):
+def test_extension_is_bit_identical_to_one_training(outputs):
     """48 pairs are trained on, of which there are 38: the second epoch's order is the same too, and the reference."""
     constant = ("preference.schedule.warmup_frac=0", "preference.schedule.warmdown_frac=0")
 
@@ -81,17 +81,6 @@ def test_extension_is_bit_identical_to_one_training(outputs, capsys):
     extended = train(12, "preference.extend=preference")
     for name in straight:
         assert extended[name] == straight[name] != short[name], name
-    # Losses may differ, and nothing is sampled; pairs and their order may not.
-    extension = command(outputs, "preference.extend=preference", "preference.num_iterations=14", "preference.beta=0.2")
-    assert run_here("plan", *extension, *constant, "preference.temperature=0.5") == 0
-    assert run_here("plan", *extension, "preference.num_iterations=2") == 2
-    assert "already has 12 iterations" in capsys.readouterr().err
-    with outputs.with_name("pairs.jsonl").open("a") as file:
-        file.write(json.dumps({"prompt": "who", "chosen": "the cat", "rejected": "the dog"}) + "\n")
-    assert run_here("plan", *extension, "seed=7", "preference.pairs_per_iteration=5", "preference.row_tokens=65") == 2
-    printed = capsys.readouterr().err
-    for line in ("seed is 7, but", "pairs_per_iteration is 5, but", "row_tokens is 65, but", "preference.data.path ("):
-        assert line in printed
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import RewardConfig
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.rl.rewards import Reward
-from mlxchat.runner.keys import pin_externals
 
 RIGHT = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]}
 
@@ -88,15 +87,3 @@ def test_impossible_parts_are_refused_together(functions):
     with pytest.raises(ConfigError) as caught:
         compose_config([f"+rl.rewards={{{parts}}}"])
     assert [message for message in IMPOSSIBLE.values() if message not in str(caught.value)] == []
-
-
-def test_identity_covers_the_own_code_of_a_function(functions):
-    helper = functions.with_name("judging_helper.py")
-    helper.write_text("LIMIT = 3\n")
-    functions.write_text(f"import numpy\nfrom judging_helper import LIMIT\n{functions.read_text()}")
-    rl = compose_config(["+rl.rewards={own: {kind: function, function: 'judging_of_tests:brief'}}"]).config.rl
-    before = pin_externals({"rl": rl})
-    assert list(before) == ["code judging_of_tests.py", "code judging_helper.py", "package numpy"]
-    helper.write_text("LIMIT = 4\n")
-    after = pin_externals({"rl": rl})
-    assert {name for name in after if after[name] != before[name]} == {"code judging_helper.py"}

@@ -119,18 +119,6 @@ def test_everyday_calls_and_spellings_are_right(split):
             assert word in question.lower()
 
 
-def test_practice_has_the_shares_of_its_options():
-    task = load_task("practice", "train", size=500, letters_frac=0.3, everyday_frac=0.2, two_step_frac=0.5)
-    talks = [task[index] for index in range(500)]
-    numbered = [talk["raw"] for talk in talks if "raw" in talk]
-    letters = sum("count(" in raw for raw in numbered)
-    two_step = sum(raw.count("<<") == 2 for raw in numbered)
-    # Four standard errors of a binomial share.
-    for count, share in ((letters, 0.3), (len(talks) - len(numbered), 0.2), (two_step, 0.25)):
-        assert abs(count - 500 * share) < 4 * (500 * share * (1 - share)) ** 0.5
-    assert all("####" in raw for raw in numbered)
-
-
 # The same everywhere
 
 

@@ -27,19 +27,17 @@ class Hyperparameters:
 
 
 def derive_hyperparameters(config: Config, sizes: GPTSizes) -> Hyperparameters:
-    """Return batch, iterations and scaled numbers of a pretraining of a model.
+    """Return batch, iterations, and numbers that scale from a model of `optimizer.scaling.reference_depth`, if given.
 
-    Without `optimizer.scaling` they are as given. With it they scale from the reference, a model of
-    `scaling.reference_depth` with otherwise equal settings; a batch of null becomes the best one by scaling.
+    A batch of null becomes the best one by scaling.
     """
     pretrain, optimizer = config.pretrain, config.optimizer
     parameters = count_horizon_parameters(sizes, pretrain.horizon_parameters)
     batch_tokens, lr_scale, weight_decay = pretrain.batch.tokens, 1.0, optimizer.weight_decay
     scaling = optimizer.scaling
     if scaling is not None:
-        reference = sizes_of(
-            replace(config.model, depth=scaling.reference_depth), config.architecture, sizes.vocab_size
-        )
+        reference_model = replace(config.model, depth=scaling.reference_depth)
+        reference = sizes_of(reference_model, config.architecture, sizes.vocab_size)
         per_parameter = pretrain.tokens_per_parameter or 1.0
         tokens = int(per_parameter * parameters) if pretrain.tokens_per_parameter else parameters
         ratio = tokens / (per_parameter * count_horizon_parameters(reference, pretrain.horizon_parameters))

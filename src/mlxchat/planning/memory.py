@@ -110,12 +110,11 @@ def find_device(machine: MachineConfig | None = None) -> Device:
     plain = kind != "cpu" or os.environ.get("MLXCHAT_CPU") == "plain"
     limit, where = machine.memory_limit_bytes, "machine.memory_limit_bytes"
     if limit is None and (total := _memory_bytes(kind)) is not None:
-        limit = int(total * _MEMORY_SHARE[kind])
-        where = f"{_MEMORY_SHARE[kind]:.0%} of this machine's {format_bytes(total)}"
         team = current_team()
-        if team is not None and team.neighbours > 1 and kind != "cuda":  # on CUDA each has its own GPU
-            limit //= team.neighbours
-            where += f", shared by {team.neighbours} ranks"
+        sharing = 1 if team is None or kind == "cuda" else team.neighbours  # on CUDA each has its own GPU
+        limit = int(total * _MEMORY_SHARE[kind]) // sharing
+        where = f"{_MEMORY_SHARE[kind]:.0%} of this machine's {format_bytes(total)}"
+        where += f", shared by {sharing} ranks" if sharing > 1 else ""
     return Device(
         kind=kind,
         plain=plain,
@@ -160,7 +159,7 @@ class Decoding:
         sizes, device = self.sizes, self.device
         # One more row is being read, and on a CPU one more layer is copied while the cache grows.
         room = (rows + 1) * bounds.round_up(self.row_tokens, bounds.KV_TOKENS) + self.kept_tokens
-        numbers: float = 2 * sizes.kv_width * room * (sizes.num_layers + (not device.plain))
+        numbers = 2.0 * sizes.kv_width * room * (sizes.num_layers + (not device.plain))
         numbers += _READ * min(self.row_tokens, bounds.PREFILL_TOKENS) * sizes.width
         numbers += _DRAWN_LOGITS * rows * sizes.vocab_size * 4 / device.compute_bytes
         if self.bits is not None and not device.plain:  # a CPU unpacks the matrices that it reads prompts with
@@ -185,10 +184,7 @@ class Decoding:
         return self.device.most_rows(bounds.DECODED_ROWS, self.peak_bytes)
 
     def rows(self, what: str, *, most: int = bounds.DECODED_ROWS, held_bytes: int = 0) -> int:
-        """Return how many answers fit at a time beside the weights and `held_bytes`, at most `most`.
-
-        A ConfigError whose message begins with `what` is raised if none fits.
-        """
+        """Return how many answers fit at a time beside `held_bytes`, at most `most`; `what` begins the error if none."""
         if rows := self.device.most_rows(most, lambda rows: held_bytes + self.peak_bytes(rows)):
             return rows
         raise ConfigError(f"{what} {self.explain_excess(held_bytes)}")
@@ -321,7 +317,7 @@ class Training:
         return self.held_bytes + max(self.step_bytes(micro_rows), self.sampling_bytes(self.sampled_at_a_time))
 
     def fitting_rows(self, machine: MachineConfig) -> int:
-        """Return the rows of the largest micro-batch that fits, within `device_batch_tokens`; 0: not even one row fits.
+        """Return the rows of the largest micro-batch that fits; 0: not even one row.
 
         Micro-batches have one size where that costs less than half of it; otherwise they are as equal as possible.
         """
@@ -403,21 +399,19 @@ def forecast_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, Fo
         need = None if step.done else describe_memory(step.config, step.stage, sizes.get(step.name))
         if need is None:
             continue
-        rows, text = need.fitting_rows(config.machine), ""
+        rows, text, problem = need.fitting_rows(config.machine), "", ""
         peak = need.peak_bytes(rows or 1)
-        if isinstance(need, Training):
+        if rows == 0:
+            text, problem = "does not fit", f"{step.name} {need.explain_excess()}"
+        elif isinstance(need, Training):
             each = f" on each of {need.num_ranks} ranks" if need.num_ranks > 1 else ""
             text = f"{format_bytes(peak)} with {rows * need.row_tokens:,} tokens at a time{each}"
-        problem = "" if rows else f"{step.name} {need.explain_excess()}"
-        found[step.name] = Forecast(peak, text if rows else "does not fit", problem)
+        found[step.name] = Forecast(peak, text, problem)
     return found
 
 
 def describe_memory(config: Config, stage: Stage, sizes: GPTSizes | None = None) -> Training | Decoding | None:
-    """Return what the memory of a stage depends on, by its forecast; None: it has none.
-
-    `sizes` are those of its model (None: those of the configuration). Adapters that do not fit it raise a ConfigError.
-    """
+    """Return what the memory of a stage depends on; None: it has no forecast. `sizes` of None: the configuration's."""
     describe: Callable[[Config, str, GPTSizes], Training | Decoding] | None = stage.forecast_function("memory")
     if describe is None:
         return None

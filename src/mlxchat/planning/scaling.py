@@ -156,15 +156,13 @@ def _fit_budget(trainings: list[Training]) -> IsoFlop:
 
 def table_of(trainings: Sequence[Training]) -> list[dict[str, Any]]:
     """Return a row for each training, with the columns of nanochat's scaling_laws.sh; missing scores are empty."""
+    columns = {"transformer": "matrices", "wte": "embedding", "value_embeds": "value_embeddings", "lm_head": "head"}
     return [
         {
             "flops_budget": f"{group[0].flops:.4g}",
             "depth": one.depth,
             "model_dim": one.width,
-            "params_transformer": one.parameters["matrices"],
-            "params_wte": one.parameters["embedding"],
-            "params_value_embeds": one.parameters["value_embeddings"],
-            "params_lm_head": one.parameters["head"],
+            **{f"params_{name}": one.parameters[kind] for name, kind in columns.items()},
             "params_scalars": one.parameters["scalars"],
             "params_total": one.parameters["total"],
             "num_iterations": one.num_iterations,
