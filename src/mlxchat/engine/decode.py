@@ -16,12 +16,12 @@ import numpy as np
 
 from mlxchat.model.gpt import GPT, Mask
 from mlxchat.ops.device import round_tokens
+from mlxchat.ops.machine import KV_TOKENS, round_up
 
 Layer = tuple[mx.array, mx.array]
 """Keys and values (B, K, S, D)."""
 Past = list[Layer]
 """One row's keys and values in every layer, which never change."""
-_BLOCK_TOKENS = 256
 
 
 def tokens_of(past: Past | None) -> int:
@@ -137,7 +137,7 @@ class Decoder:
 
     def resize(self, kept: Sequence[int], rows: int, tokens: int) -> None:
         """Keep these rows, renumbered from 0, in a batch of `rows` with room for `tokens`."""
-        room = -(-max(tokens, 1) // _BLOCK_TOKENS) * _BLOCK_TOKENS
+        room = round_up(max(tokens, 1), KV_TOKENS)
         kept = list(kept)
         if kept == list(range(len(self.lengths))) and (rows, room) == (len(self.lengths), self.room):
             return

@@ -25,7 +25,7 @@ DECODED_ROWS = 64
 """Maximum number of answers decoded together."""
 KEPT_TOKENS = 8192
 """Tokens of earlier prompts whose keys and values are kept for prefix reuse."""
-KV_TOKENS = 128
+KV_TOKENS = 256
 """Tokens by which KV caches grow."""
 PREFILL_TOKENS = 512
 """Tokens per chunk of prefill."""

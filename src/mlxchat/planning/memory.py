@@ -157,9 +157,9 @@ class Decoding:
     def bytes_beside_weights(self, rows: int) -> int:
         """Return the engine's bytes with this many rows at a time: KV cache, a prompt, logits."""
         sizes, device = self.sizes, self.device
-        # One more row is being read, and on a CPU one more layer is copied while the cache grows.
-        room = (rows + 1) * bounds.round_up(self.row_tokens, bounds.KV_TOKENS) + self.kept_tokens
-        numbers = 2.0 * sizes.kv_width * room * (sizes.num_layers + (not device.plain))
+        # The prompts that were read are copied into the cache.
+        room = rows * (bounds.round_up(self.row_tokens, bounds.KV_TOKENS) + self.row_tokens) + self.kept_tokens
+        numbers = 2.0 * sizes.kv_width * room * sizes.num_layers
         numbers += _READ * min(self.row_tokens, bounds.PREFILL_TOKENS) * sizes.width
         numbers += _DRAWN_LOGITS * rows * sizes.vocab_size * 4 / device.compute_bytes
         if self.bits is not None and not device.plain:  # a CPU unpacks the matrices that it reads prompts with
@@ -184,7 +184,7 @@ class Decoding:
         return self.device.most_rows(bounds.DECODED_ROWS, self.peak_bytes)
 
     def rows(self, what: str, *, most: int = bounds.DECODED_ROWS, held_bytes: int = 0) -> int:
-        """Return how many answers fit at a time beside `held_bytes`, at most `most`; `what` begins the error if none."""
+        """Return how many answers fit at a time beside `held_bytes`, at most `most`; an error begins with `what`."""
         if rows := self.device.most_rows(most, lambda rows: held_bytes + self.peak_bytes(rows)):
             return rows
         raise ConfigError(f"{what} {self.explain_excess(held_bytes)}")
