@@ -157,7 +157,7 @@ KINDS = {
 }
 
 _BENCH_SETTINGS = """
-  bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps, split: conf/settings/bench.yaml
+  bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps, split: mlxchat explain bench
                        tokenizer: chars, vocab_size
                        core: bundle (default: synthetic examples), core_tasks, core_examples
                        generate: rows, prompt_tokens, new_tokens, bits, as the options do

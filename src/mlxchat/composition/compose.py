@@ -134,7 +134,7 @@ def register_schema(schema: type[Config] = Config) -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=schema)
     for name in MODELS if "model" not in store.repo else ():
-        store.store(group="model", name=name, node={"defaults": ["_depth", "_self_"], "depth": int(name[1:])})
+        store.store(group="model", name=name, node={"depth": int(name[1:])})
 
 
 def compose_config(overrides: list[str], config_dirs: list[str] | None = None, primary: Path | None = None) -> Composed:
@@ -337,7 +337,8 @@ def describe_options(options: list[str]) -> str:
 
 def group_names() -> list[str]:
     """Return the config groups that ship with mlxchat."""
-    return sorted(entry.name for entry in conf_folder().iterdir() if entry.is_dir() and entry.name[0] not in "._")
+    folders = {entry.name for entry in conf_folder().iterdir() if entry.is_dir() and entry.name[0] not in "._"}
+    return sorted({*folders, "model"})
 
 
 def _refusals() -> tuple[type[Exception], ...]:

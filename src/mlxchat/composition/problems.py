@@ -10,7 +10,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxchat.composition.sections import config_of, executor_of, executor_settings
+from mlxchat.composition.sections import config_of, executor_of
 from mlxchat.config.parts import is_own, load_part, part_file
 from mlxchat.config.schema import (
     ADAMW_GROUPS,
@@ -111,7 +111,7 @@ def _executor(where: str, executor: ExecutorConfig, machine: MachineConfig) -> I
     if executor.kind not in EXECUTORS:
         known = ", ".join(EXECUTORS)
         yield f'{where}.kind is "{executor.kind}", expected one of {known}.{suggest(executor.kind, EXECUTORS)}'
-    for name, default in executor_settings("ray").items() if executor.kind == "ray" else ():
+    for name, default in vars(ExecutorConfig(kind="ray")).items() if executor.kind == "ray" else ():
         if name not in _OF_RAY and (value := getattr(executor, name)) != default:
             yield f"{where}.{name} is {value}, but Ray has no such setting: leave it out"
     if executor.kind == "ray" and not (executor.gpus_per_node or "0").isdigit():

@@ -6,12 +6,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mlxchat.config.parts import import_module
-from mlxchat.config.schema import EXECUTORS, Config, ExecutorConfig
+from mlxchat.config.schema import EXECUTORS, REQUEUES, Config, ExecutorConfig
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.stage import Stage, Stages
 
@@ -61,7 +60,7 @@ def config_of(config: Config, step: str, stage: Stage) -> Config:
 
 
 def executor_of(config: Config, step: str) -> ExecutorConfig:
-    """Return where a step runs: its `executor` overrides the run's, or conf/executor/KIND.yaml if the kind differs.
+    """Return where a step runs: its `executor` overrides the run's, or is another one with its defaults.
 
     Raises:
         ConfigError: there is no such executor, or a setting is unknown or has the wrong type.
@@ -76,18 +75,9 @@ def executor_of(config: Config, step: str) -> ExecutorConfig:
     if kind not in EXECUTORS:
         known = ", ".join(EXECUTORS)
         raise ConfigError(f'{where}: "{kind}" is not an executor, expected one of {known}.{suggest(kind, EXECUTORS)}')
-    base = config.executor if kind == config.executor.kind else ExecutorConfig(**executor_settings(kind))
+    base = config.executor if kind == config.executor.kind else ExecutorConfig(kind=kind, requeues=REQUEUES[kind])
     found: ExecutorConfig = _with(base, own, "executor", where)
     return found
-
-
-def executor_settings(kind: str) -> dict[str, Any]:
-    """Return the settings of conf/executor/<kind>.yaml, including those of the file in its defaults list."""
-    import yaml
-
-    own: dict[str, Any] = yaml.safe_load(files("mlxchat.conf").joinpath("executor", f"{kind}.yaml").read_text("utf-8"))
-    based_on = own.pop("defaults", [])
-    return {key: value for name in based_on for key, value in executor_settings(name).items()} | own
 
 
 def _with(section: Any, given: Mapping[str, Any], name: str, where: str) -> Any:

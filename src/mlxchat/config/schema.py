@@ -1,4 +1,4 @@
-"""The schema: one dataclass per section, with each field's meaning and unit. The values are in conf/.
+"""The schema: one dataclass per section, with each field's default, meaning and unit. conf/ holds recipes.
 
 `metadata={"identity": False}` keeps a field out of artifact ids: such a field may change speed or reporting, never
 results. `at_least`, `at_most`, `above`, `below` and `one_of` are the accepted values (composition/problems.py).
@@ -6,32 +6,38 @@ results. `at_least`, `at_most`, `above`, `below` and `one_of` are the accepted v
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 MISSING: Any = "???"
-"""OmegaConf's mark of a value that YAML must give, here without importing OmegaConf."""
+"""OmegaConf's mark of a value that a group in conf/ must give, here without importing OmegaConf."""
+
+
+def refer(key: str) -> Any:
+    """Return OmegaConf's reference to another setting's value."""
+    return f"${{{key}}}"
+
 
 MODELS = [f"d{depth}" for depth in range(1, 65)]
-"""Options of the group `model`: conf/model/_depth.yaml with each of these depths."""
+"""Options of the group `model`: nanochat's sizes at each of these depths."""
 
 
 @dataclass(kw_only=True)
 class ModelConfig:
     """Sizes of the transformer, derived from its depth."""
 
-    name: str = field(default=MISSING, metadata={"identity": False})
+    name: str = field(default="d${model.depth}", metadata={"identity": False})
     """Name of the model's artifacts."""
     depth: int = MISSING
     """Number of layers."""
-    aspect_ratio: int = MISSING
+    aspect_ratio: int = 64
     """Width per layer of depth."""
-    head_width: int = MISSING
+    head_width: int = 128
     """Width of a head: even, and a whole part of the width. 128 is nanochat's target: ceil(width / 128) heads, or the
     next number that divides the width evenly."""
-    num_kv_heads: int | None = MISSING
+    num_kv_heads: int | None = None
     """Number of key/value heads; null: as many as query heads."""
-    context_tokens: int = MISSING
+    context_tokens: int = 2048
     """Tokens per row in training, and the longest context."""
 
 
@@ -162,19 +168,19 @@ class MomentumConfig:
 class ScheduleConfig:
     """Learning rates over the iterations."""
 
-    init_lr_frac: float = field(default=MISSING, metadata={"above": 0})
+    init_lr_frac: float = field(default=1.0, metadata={"above": 0})
     """Factor of every learning rate of the optimizer section."""
-    warmup_frac: float = field(default=MISSING, metadata={"at_least": 0, "at_most": 1})
+    warmup_frac: float = field(default=0.0, metadata={"at_least": 0, "at_most": 1})
     """Share of the iterations in which the rates rise."""
     warmup_iterations: int | None = field(default=None, metadata={"at_least": 0})
     """Number of iterations in which the rates rise; null: warmup_frac decides."""
-    warmdown_frac: float = field(default=MISSING, metadata={"at_least": 0, "at_most": 1})
+    warmdown_frac: float = field(default=0.2, metadata={"at_least": 0, "at_most": 1})
     """Share of the iterations, at the end, in which the rates fall; a cosine starts no sooner than the warmup ends."""
-    shape: str = field(default=MISSING, metadata={"since_default": "linear", "one_of": ("linear", "cosine")})
+    shape: str = field(default="linear", metadata={"since_default": "linear", "one_of": ("linear", "cosine")})
     """Shape of the warmdown: linear, or cosine (half a period)."""
-    final_lr_frac: float = field(default=MISSING, metadata={"at_least": 0, "at_most": 1})
+    final_lr_frac: float = field(default=0.0, metadata={"at_least": 0, "at_most": 1})
     """Factor of the rates at the end of the warmdown."""
-    weight_decay_frac: float = field(default=MISSING, metadata={"at_least": 0})
+    weight_decay_frac: float = field(default=0.0, metadata={"at_least": 0})
     """Factor of Muon's weight decay at the start; it falls to 0 at the end along a cosine. 0: no weight decay."""
     momentum: MomentumConfig | None = None
     """Muon's momentum in this stage; null: that of the optimizer section."""
@@ -217,7 +223,7 @@ class TokenizerConfig:
     """The byte-pair encoding: trained, or an existing vocabulary."""
 
     source: str = field(
-        default=MISSING,
+        default="train",
         metadata={
             "since_default": "train",
             "external": "source",
@@ -228,11 +234,11 @@ class TokenizerConfig:
     """train; gpt2 or cl100k (GPT-4) from an installed package; or the path of an existing vocabulary: a .tiktoken
     file, a tokenizer.json of Hugging Face (byte-level BPE), nanochat's tokenizer.pkl, or a tokenizer's folder. The
     9 special tokens are appended to it."""
-    vocab_size: int = MISSING
+    vocab_size: int = 65536
     """Number of tokens, including the 9 special ones; at least 265. An existing vocabulary keeps its own size."""
-    max_chars: int = field(default=MISSING, metadata={"at_least": 1})
+    max_chars: int = field(default=2000000000, metadata={"at_least": 1})
     """Characters of text to train on."""
-    document_chars: int = field(default=MISSING, metadata={"at_least": 1})
+    document_chars: int = field(default=10000, metadata={"at_least": 1})
     """Characters of each document to train on, at most."""
 
 
@@ -240,30 +246,30 @@ class TokenizerConfig:
 class AdapterConfig:
     """Low-rank adapters, which are trained while the model's own weights stay frozen."""
 
-    kind: str = field(default=MISSING, metadata={"one_of": ("none", "lora", "dora")})
+    kind: str = field(default="none", metadata={"one_of": ("none", "lora", "dora")})
     """none (train all weights), lora (arXiv 2106.09685) or dora (arXiv 2402.09353)."""
-    rank: int = field(default=MISSING, metadata={"at_least": 1})
+    rank: int = field(default=16, metadata={"at_least": 1})
     """Rank: columns of A and rows of B, whose product is added to a matrix."""
-    scale: float = field(default=MISSING, metadata={"above": 0})
+    scale: float = field(default=2.0, metadata={"above": 0})
     """Factor of the product, as in mlx-lm; the paper and PEFT give alpha = scale × rank."""
-    targets: list[str] = MISSING
+    targets: list[str] = field(default_factory=lambda: ["all"])
     """Matrices that get adapters: attention, mlp, all (both), or the ends of matrix names: c_q, mlp.c_proj,
     h.0.attn.c_v."""
-    dropout: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
+    dropout: float = field(default=0.0, metadata={"at_least": 0, "below": 1})
     """Dropout probability applied to adapter inputs in training; 0: no dropout."""
-    bits: int | None = field(default=MISSING, metadata={"one_of": (4, 8)})
+    bits: int | None = field(default=None, metadata={"one_of": (4, 8)})
     """4 or 8: quantise the layers' frozen matrices to this many bits (QLoRA, arXiv 2305.14314); null: do not
     quantise."""
-    group_size: int = field(default=MISSING, metadata={"one_of": (32, 64, 128)})
+    group_size: int = field(default=64, metadata={"one_of": (32, 64, 128)})
     """With bits: consecutive numbers of a row that share a scale; 32, 64 or 128."""
-    learning_rate: float = field(default=MISSING, metadata={"above": 0})
+    learning_rate: float = field(default=0.001, metadata={"above": 0})
     """AdamW's peak learning rate of the adapters, for a model of width optimizer.reference_width. The optimizer
     section's rates and the schedule's init_lr_frac do not apply."""
-    width_exponent: float = MISSING
+    width_exponent: float = 0.78
     """The rate is multiplied by (optimizer.reference_width / width)^width_exponent; 0: no scaling."""
-    beta1: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
-    beta2: float = field(default=MISSING, metadata={"at_least": 0, "below": 1})
-    weight_decay: float = field(default=MISSING, metadata={"at_least": 0})
+    beta1: float = field(default=0.9, metadata={"at_least": 0, "below": 1})
+    beta2: float = field(default=0.999, metadata={"at_least": 0, "below": 1})
+    weight_decay: float = field(default=0.0, metadata={"at_least": 0})
     """Decoupled: each iteration shrinks the parameters by learning rate × weight_decay."""
 
     def __eq__(self, other: object) -> bool:
@@ -278,28 +284,30 @@ class AdapterConfig:
         return self.kind != "none"
 
 
-NO_ADAPTER = AdapterConfig(
-    kind="none", rank=16, scale=2.0, targets=["all"], dropout=0.0, bits=None, group_size=64, learning_rate=1e-3,
-    width_exponent=0.78, beta1=0.9, beta2=0.999, weight_decay=0.0,
-)  # fmt: skip
+NO_ADAPTER = AdapterConfig()
 """A stage without adapters. Keys leave it out, so that keys from before adapters existed stay valid."""
+
+
+def adapter_of_group() -> AdapterConfig:
+    """Return a stage's adapters, each setting of which is the group's unless the stage sets another."""
+    return AdapterConfig(**{item.name: refer(f"adapter.{item.name}") for item in fields(AdapterConfig)})
 
 
 @dataclass(kw_only=True)
 class TeacherConfig:
     """Distillation from a frozen model: loss = (1 − weight) × cross-entropy + weight × T² × KL(teacher ‖ model)."""
 
-    path: str | None = field(default=MISSING, metadata={"external": "folder", "identity": False})
+    path: str | None = field(default=None, metadata={"external": "folder", "identity": False})
     """Folder of a checkpoint of mlxchat with the same vocabulary. The key covers its contents, not its place."""
-    artifact: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "teacher"})
+    artifact: str | None = field(default=None, metadata={"identity": False, "artifact": "teacher"})
     """A checkpoint in the store: a step of the latest run, the name of its folder, or the start of an id. The
     checkpoint becomes an input of the step and so part of its key."""
-    weight: float = field(default=MISSING, metadata={"above": 0, "at_most": 1})
+    weight: float = field(default=0.5, metadata={"above": 0, "at_most": 1})
     """Weight of the divergence in the loss, above 0 and at most 1."""
-    temperature: float = field(default=MISSING, metadata={"at_least": 0.5})
+    temperature: float = field(default=1.0, metadata={"at_least": 0.5})
     """T, which softens both distributions in the divergence. Below 0.5, exp(30 / T) nears the limit of float32, since
     logits are capped at ±15."""
-    top_k: int | None = field(default=MISSING, metadata={"at_least": 1})
+    top_k: int | None = field(default=None, metadata={"at_least": 1})
     """Match the teacher's k most likely tokens one by one and all others as one sum; null: match every token."""
 
     @property
@@ -308,7 +316,7 @@ class TeacherConfig:
         return self.path is not None or self.artifact is not None
 
 
-NO_TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0, top_k=None)
+NO_TEACHER = TeacherConfig()
 """A stage without a teacher. Keys leave it out, so that keys from before distillation stay valid."""
 
 
@@ -334,18 +342,18 @@ class RewardConfig:
 class TrainingStageConfig:
     """A training: its schedule, what it publishes, and the finished training of its stage that it continues."""
 
-    extend: str | None = field(default=MISSING, metadata={"identity": False, "artifact": "extends"})
+    extend: str | None = field(default=None, metadata={"identity": False, "artifact": "extends"})
     """A finished training of this stage to continue up to this horizon, which counts from its first iteration: a step
     of the latest run, the name of a folder in the store, or the start of an id. It becomes an input of the step and so
     part of its key."""
-    save_training_state: bool = field(default=MISSING, metadata={"identity": False})
+    save_training_state: bool = field(default=False, metadata={"identity": False})
     """Keep optimizer moments and data position in the artifact; extending it needs them."""
-    save_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    save_every: int | None = field(default=None, metadata={"identity": False, "at_least": 1})
     """Iterations (RL: rollouts) between intermediate models, each published as the artifact STEP@ITERATION; null: none.
     RL's ITERATION counts updates. With save_training_state each can be extended."""
-    schedule: ScheduleConfig = MISSING
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """Learning rates over the updates; warmup_iterations counts updates."""
-    eval_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    eval_every: int | None = field(default=150, metadata={"identity": False, "at_least": 1})
     """Iterations (RL: rollouts) between validations; null: only at the end, and in fine-tuning before the training."""
 
 
@@ -353,12 +361,12 @@ class TrainingStageConfig:
 class FinetuneConfig(TrainingStageConfig):
     """A training that starts from a checkpoint: midtrain, sft, rl and preference."""
 
-    num_epochs: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
+    num_epochs: int = field(default=1, metadata={"since_default": 1, "at_least": 1})
     """Passes over the data; num_iterations takes its place."""
-    num_iterations: int | None = field(default=MISSING, metadata={"at_least": 1})
+    num_iterations: int | None = field(default=None, metadata={"at_least": 1})
     """Iterations; null: num_epochs passes. In RL an iteration is a rollout, which has minibatches_per_rollout ×
     passes_per_rollout updates, the iterations of the metrics."""
-    adapter: AdapterConfig = field(default_factory=AdapterConfig, metadata={"since_default": NO_ADAPTER})
+    adapter: AdapterConfig = field(default_factory=adapter_of_group, metadata={"since_default": NO_ADAPTER})
     """LoRA adapters, trained in place of the model's weights; the group `adapter` sets those of all stages. In RL the
     base is then the reference of kl_coefficient."""
 
@@ -367,73 +375,73 @@ class FinetuneConfig(TrainingStageConfig):
 class RLConfig(FinetuneConfig):
     """Policy gradient on sampled completions: nanochat's simplified GRPO and the GRPO family."""
 
-    task: TaskItem = MISSING
+    task: TaskItem = field(default_factory=lambda: TaskItem(task="arithmetic"))
     """Questions to train on; the task rewards the answers, unless `rewards` is set."""
-    evaluation: TaskItem = MISSING
+    evaluation: TaskItem = field(default_factory=lambda: TaskItem(task="arithmetic", split="test"))
     """Held-out questions for pass@k."""
-    system_prompt: str | None = field(default=MISSING, metadata={"since_default": None})
+    system_prompt: str | None = field(default=None, metadata={"since_default": None})
     """System prompt before each question, in training and evaluation, unless the task has its own; null: none."""
-    questions_per_iteration: int = field(default=MISSING, metadata={"at_least": 1})
-    samples_per_question: int = MISSING
-    max_new_tokens: int = field(default=MISSING, metadata={"at_least": 1})
-    temperature: float = MISSING
-    top_k: int | None = field(default=MISSING, metadata={"at_least": 1})
+    questions_per_iteration: int = field(default=16, metadata={"at_least": 1})
+    samples_per_question: int = 16
+    max_new_tokens: int = field(default=256, metadata={"at_least": 1})
+    temperature: float = 1.0
+    top_k: int | None = field(default=50, metadata={"at_least": 1})
     rewards: dict[str, RewardConfig] = field(default_factory=dict, metadata={"since_default": {}})
     """Parts of the reward by name; empty: the task's reward."""
     advantages: str = field(
-        default=MISSING, metadata={"since_default": "mean", "one_of": ("mean", "z_score", "leave_one_out")}
+        default="mean", metadata={"since_default": "mean", "one_of": ("mean", "z_score", "leave_one_out")}
     )
     """mean: reward − mean reward of the question's answers (the group); z_score: that divided by the group's standard
     deviation; leave_one_out: reward − mean of the group's other rewards."""
-    ratio: str = field(default=MISSING, metadata={"since_default": "token", "one_of": ("token", "sequence")})
+    ratio: str = field(default="token", metadata={"since_default": "token", "one_of": ("token", "sequence")})
     """token: each token's probability divided by that at sampling; sequence: the geometric mean of these (GSPO)."""
-    clip_low: float | None = field(default=MISSING, metadata={"since_default": None, "above": 0, "at_most": 1})
+    clip_low: float | None = field(default=None, metadata={"since_default": None, "above": 0, "at_most": 1})
     """Negative advantages have no gradient where the ratio is below 1 − clip_low; null: no bound."""
-    clip_high: float | None = field(default=MISSING, metadata={"since_default": None, "above": 0})
+    clip_high: float | None = field(default=None, metadata={"since_default": None, "above": 0})
     """Positive advantages have no gradient where the ratio is above 1 + clip_high; null: no bound."""
     loss_divisor: str = field(
-        default=MISSING, metadata={"since_default": "tokens", "one_of": ("tokens", "passes", "answers", "longest")}
+        default="tokens", metadata={"since_default": "tokens", "one_of": ("tokens", "passes", "answers", "longest")}
     )
     """tokens: mean over all sampled tokens; passes: mean over each question's passes of answers_per_pass answers, of
     the mean over a pass's tokens (nanochat); answers: mean over answers of each answer's mean; longest: mean over
     answers of the sum over tokens / max_new_tokens (Dr. GRPO)."""
-    answers_per_pass: int = field(default=MISSING, metadata={"since_default": 8, "at_least": 1})
+    answers_per_pass: int = field(default=8, metadata={"since_default": 8, "at_least": 1})
     """Answers of a pass for loss_divisor=passes; nanochat's device_batch_size."""
-    kl_coefficient: float = field(default=MISSING, metadata={"since_default": 0.0, "at_least": 0})
+    kl_coefficient: float = field(default=0.0, metadata={"since_default": 0.0, "at_least": 0})
     """Factor of the KL divergence (k3) from the model that RL starts with, which stays in memory; 0: no KL term."""
-    minibatches_per_rollout: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
+    minibatches_per_rollout: int = field(default=1, metadata={"since_default": 1, "at_least": 1})
     """Parts of a rollout with equally many questions; each is one update."""
-    passes_per_rollout: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
+    passes_per_rollout: int = field(default=1, metadata={"since_default": 1, "at_least": 1})
     """Updates per minibatch."""
-    resample_rounds: int = field(default=MISSING, metadata={"since_default": 0, "at_least": 0})
+    resample_rounds: int = field(default=0, metadata={"since_default": 0, "at_least": 0})
     """Rounds, at most, in which the next questions replace those whose answers all have the same reward and so give no
     gradient (DAPO's dynamic sampling); 0: none."""
-    train_unfinished: bool = field(default=MISSING, metadata={"since_default": True})
+    train_unfinished: bool = field(default=True, metadata={"since_default": True})
     """Whether to train on answers that max_new_tokens cut off."""
-    rollout_bits: int | None = field(default=MISSING, metadata={"since_default": None, "one_of": (8, 4)})
+    rollout_bits: int | None = field(default=None, metadata={"since_default": None, "one_of": (8, 4)})
     """8 or 4: sample with weights quantised to this many bits and correct the loss by importance weights; null: sample
     with the model's own weights. pass@k always uses the model's own."""
-    rollout_correction: float = field(default=MISSING, metadata={"since_default": 2.0, "at_least": 1})
+    rollout_correction: float = field(default=2.0, metadata={"since_default": 2.0, "at_least": 1})
     """With rollout_bits: upper bound of a token's importance weight, its probability under the model divided by that
     under the quantised weights."""
-    clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
+    clip_gradients: bool = field(default=True, metadata={"since_default": True})
     """Whether optimizer.grad_clip applies in this stage."""
-    table_lr_frac: float = field(default=MISSING, metadata={"since_default": 1.0, "at_least": 0})
+    table_lr_frac: float = field(default=1.0, metadata={"since_default": 1.0, "at_least": 0})
     """Factor of the learning rates of embeddings, head and scalars. AdamW takes full steps also for the tiny gradients
     of tokens that are unrelated to the reward, so the policy drifts."""
-    eval_samples: int = field(default=MISSING, metadata={"at_least": 1})
+    eval_samples: int = field(default=8, metadata={"at_least": 1})
     """Samples per held-out question, for pass@1 … pass@eval_samples."""
-    keep: str = field(default=MISSING, metadata={"since_default": "last", "one_of": ("last", "best")})
+    keep: str = field(default="last", metadata={"since_default": "last", "one_of": ("last", "best")})
     """Weights of the checkpoint: last, or best (by held_out_reward, which is pass@1 over all held-out samples).
     rl.extend continues from the last weights either way."""
-    keep_every: int | None = field(default=MISSING, metadata={"since_default": None, "at_least": 1})
+    keep_every: int | None = field(default=None, metadata={"since_default": None, "at_least": 1})
     """Rollouts between the evaluations of keep=best; null: a twentieth of all rollouts."""
-    eval_max_new_tokens: int | None = field(default=MISSING, metadata={"since_default": None, "at_least": 1})
+    eval_max_new_tokens: int | None = field(default=None, metadata={"since_default": None, "at_least": 1})
     """Longest held-out answer; null: max_new_tokens."""
-    entropy_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    entropy_every: int | None = field(default=5, metadata={"identity": False, "at_least": 1})
     """Rollouts between measurements of the policy's entropy, one forward pass each; null: only where the loss needs
     log-probabilities anyway (several updates, a KL term or rollout_bits), and then in each rollout."""
-    rollouts_kept: int | None = field(default=MISSING, metadata={"identity": False})
+    rollouts_kept: int | None = field(default=4, metadata={"identity": False})
     """Questions of each rollout whose answers are kept in rollouts.jsonl; null: all."""
 
 
@@ -441,32 +449,38 @@ class RLConfig(FinetuneConfig):
 class PreferenceConfig(FinetuneConfig):
     """Training on pairs of a chosen and a rejected answer: DPO or ORPO."""
 
-    data: TaskItem = MISSING
+    data: TaskItem = field(default_factory=lambda: TaskItem(task="pairs"))
     """Pairs to train on: task pairs reads them from a file. Of any other task, the model answers the questions first,
     and right answers are paired with wrong ones."""
-    validation: TaskItem = MISSING
+    validation: TaskItem = field(
+        default_factory=lambda: TaskItem(
+            task=refer("preference.data.task"), split="test", stop=500, path=refer("preference.data.path"),
+            source=refer("preference.data.source"), fields=refer("preference.data.fields"),
+            options=refer("preference.data.options"),
+        )
+    )  # fmt: skip
     """Held-out pairs, or questions to make them of."""
-    loss: str = field(default=MISSING, metadata={"one_of": ("dpo", "orpo")})
+    loss: str = field(default="dpo", metadata={"one_of": ("dpo", "orpo")})
     """dpo (arXiv 2305.18290): compares with the model that training starts from; orpo (arXiv 2403.07691): needs none,
     and learns the chosen answers too."""
-    beta: float = field(default=MISSING, metadata={"above": 0})
+    beta: float = field(default=0.1, metadata={"above": 0})
     """dpo: factor of the log-ratios; larger values keep the model closer to the one that training starts from."""
-    label_smoothing: float = field(default=MISSING, metadata={"at_least": 0, "at_most": 0.5})
+    label_smoothing: float = field(default=0.0, metadata={"at_least": 0, "at_most": 0.5})
     """dpo: assumed share of pairs whose rejected answer is the better one; 0: none."""
-    odds_weight: float = field(default=MISSING, metadata={"at_least": 0})
+    odds_weight: float = field(default=0.1, metadata={"at_least": 0})
     """orpo: λ, the factor of the odds-ratio term beside the cross-entropy of the chosen answers."""
-    samples_per_question: int = field(default=MISSING, metadata={"at_least": 2})
+    samples_per_question: int = field(default=8, metadata={"at_least": 2})
     """Answers that are sampled to each question, where data has no pairs."""
-    pairs_per_question: int = field(default=MISSING, metadata={"at_least": 1})
+    pairs_per_question: int = field(default=4, metadata={"at_least": 1})
     """Pairs made of these, at most; an answer is in one pair only."""
-    max_new_tokens: int = field(default=MISSING, metadata={"at_least": 1})
+    max_new_tokens: int = field(default=256, metadata={"at_least": 1})
     """Longest sampled answer; what is cut off there is in no pair."""
-    temperature: float = field(default=MISSING, metadata={"above": 0})
-    top_k: int | None = field(default=MISSING, metadata={"at_least": 1})
-    pairs_per_iteration: int = field(default=MISSING, metadata={"at_least": 1})
-    row_tokens: int = field(default=MISSING, metadata={"at_least": 2})
+    temperature: float = field(default=1.0, metadata={"above": 0})
+    top_k: int | None = field(default=50, metadata={"at_least": 1})
+    pairs_per_iteration: int = field(default=32, metadata={"at_least": 1})
+    row_tokens: int = field(default=refer("model.context_tokens"), metadata={"at_least": 2})
     """Longest row, conversation and answer; pairs with a longer one are left out."""
-    table_lr_frac: float = field(default=MISSING, metadata={"at_least": 0})
+    table_lr_frac: float = field(default=1.0, metadata={"at_least": 0})
     """Factor of the learning rates of embeddings, head and scalars."""
 
 
@@ -494,25 +508,25 @@ class CoreConfig:
 class EvalConfig:
     """Evaluation of a checkpoint."""
 
-    bpb_tokens: int = MISSING
+    bpb_tokens: int = refer("pretrain.eval_tokens")
     """Validation tokens for bits per byte, at most: held-out text is read once. Default: as in pretraining."""
     core: CoreConfig | None = field(default=None, metadata={"since_default": None})
     """CORE for base models; null: not computed. Set by the core group."""
-    max_new_tokens: int = field(default=MISSING, metadata={"at_least": 1})
+    max_new_tokens: int = field(default=256, metadata={"at_least": 1})
     """Longest generated answer."""
-    seeds: int = field(default=MISSING, metadata={"since_default": 1, "at_least": 1})
+    seeds: int = field(default=1, metadata={"since_default": 1, "at_least": 1})
     """How often each generated answer is sampled; scores are means over all samples. Multiple choice samples
     nothing."""
-    temperature: float | None = field(default=MISSING, metadata={"since_default": None, "at_least": 0})
+    temperature: float | None = field(default=None, metadata={"since_default": None, "at_least": 0})
     """Temperature of generated answers and of a base model's samples; 0: greedy; null: 0 with one seed, 1 with
     several."""
-    top_k: int | None = field(default=MISSING, metadata={"since_default": None, "at_least": 1})
+    top_k: int | None = field(default=None, metadata={"since_default": None, "at_least": 1})
     """Sample among the k most likely tokens; null: all."""
     own: dict[str, str] = field(default_factory=dict, metadata={"external": "code", "since_default": {}})
     """Your own evaluations: name → module:function, called with the engine; returns a number, which is recorded under
     the name. The function's module and every module of your own that it imports are part of the key."""
     text: str | None = field(
-        default=MISSING,
+        default=None,
         metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of_text"},
     )
     """Text whose bits per byte and perplexity are measured: a .jsonl, a .parquet, any other text file, or a folder of
@@ -520,11 +534,18 @@ class EvalConfig:
     base_tasks: dict[str, TaskItem] = field(default_factory=dict, metadata={"since_default": {}})
     """Multiple-choice tasks for models that cannot chat, by name: each option is scored by its mean log-probability
     after the question as plain text."""
-    text_column: str = field(default=MISSING, metadata={"since_default": "text"})
+    text_column: str = field(default="text", metadata={"since_default": "text"})
     """The column of .jsonl and .parquet files that holds the text."""
-    batch_rows: int = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    batch_rows: int = field(default=32, metadata={"identity": False, "at_least": 1})
     """Questions answered at a time."""
-    prompts: list[str] = field(default=MISSING, metadata={"identity": False})
+    prompts: list[str] = field(
+        default_factory=lambda: [
+            "What is the capital of France?",
+            "Who are you?",
+            "Tom has 12 apples and buys 7 more. How many apples does Tom have now?",
+        ],
+        metadata={"identity": False},
+    )
     """Questions (base models: texts to continue) whose answers the report shows. A change reruns nothing; it applies
     from the next evaluation on."""
 
@@ -533,13 +554,13 @@ class EvalConfig:
 class OutsideConfig:
     """A third-party model, evaluated like ours (pipeline=outside)."""
 
-    name: str = MISSING
+    name: str = "outside"
     """Name of the model in tables and of the artifact."""
-    path: str | None = field(default=MISSING, metadata={"external": "folder", "identity": False})
+    path: str | None = field(default=None, metadata={"external": "folder", "identity": False})
     """A folder that mlx-lm opens: config.json, safetensors, a tokenizer. The key covers its contents, not its place."""
-    context_tokens: int | None = field(default=MISSING, metadata={"at_least": 1})
+    context_tokens: int | None = field(default=None, metadata={"at_least": 1})
     """Longest input; null: the value of its config.json, up to 2048 tokens."""
-    chat: bool | None = MISSING
+    chat: bool | None = None
     """Evaluate it on the suite's tasks; null: if its tokenizer has a chat template."""
 
 
@@ -547,20 +568,20 @@ class OutsideConfig:
 class ImportConfig:
     """A third-party model that becomes a checkpoint. The key covers the contents of its files, not their place."""
 
-    name: str = field(default=MISSING, metadata={"identity": False})
+    name: str = field(default="imported", metadata={"identity": False})
     """Name of the artifact."""
-    format: str = field(default=MISSING, metadata={"external": "section", "by": "mlxchat.interop.importing:pins_of"})
+    format: str = field(default="nanochat", metadata={"external": "section", "by": "mlxchat.interop.importing:pins_of"})
     """nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (a folder of NanoChatForCausalLM), or adapter
     (mlx-lm adapters for the checkpoint that the step reads)."""
-    repository: str | None = field(default=MISSING, metadata={"identity": False})
+    repository: str | None = field(default=None, metadata={"identity": False})
     """A model of the Hugging Face Hub, <organisation>/<name>, or a folder in it, <organisation>/<name>/<folder>."""
-    revision: str = field(default=MISSING, metadata={"identity": False})
+    revision: str = field(default="main", metadata={"identity": False})
     """Commit, tag or branch of the repository."""
-    folder: str | None = field(default=MISSING, metadata={"identity": False})
+    folder: str | None = field(default=None, metadata={"identity": False})
     """A local folder, instead of a repository."""
-    step: int | None = field(default=MISSING, metadata={"identity": False})
+    step: int | None = field(default=None, metadata={"identity": False})
     """The training step to import where a folder holds several of nanochat's; null: the last."""
-    chat: bool | None = MISSING
+    chat: bool | None = None
     """Whether the model is a chat model; null: its files decide."""
     optimizer: bool = field(default=False, metadata={"since_default": False})
     """nanochat: import the optimizer's moments, too (optim_<step>_rank*.pt), for warm starts."""
@@ -570,33 +591,33 @@ class ImportConfig:
 class BenchConfig:
     """What `mlxchat bench` measures and how often. No stage reads it, so it is not part of any key."""
 
-    vocab_size: int = field(default=MISSING, metadata={"at_least": 1})
+    vocab_size: int = field(default=refer("tokenizer.vocab_size"), metadata={"at_least": 1})
     """Size of the vocabulary: rows of embedding and head, before architecture.vocab_multiple."""
-    batch_rows: int = field(default=MISSING, metadata={"at_least": 1})
+    batch_rows: int = field(default=8, metadata={"at_least": 1})
     """Rows of a batch; machine.device_batch_tokens splits it into micro-batches."""
-    row_tokens: int = field(default=MISSING, metadata={"at_least": 1})
+    row_tokens: int = field(default=refer("model.context_tokens"), metadata={"at_least": 1})
     """Tokens per row, and the context for windows and FLOPs in place of model.context_tokens."""
-    steps: int = field(default=MISSING, metadata={"at_least": 1})
+    steps: int = field(default=5, metadata={"at_least": 1})
     """Timed repetitions; their median is reported."""
-    warmup_steps: int = field(default=MISSING, metadata={"at_least": 0})
+    warmup_steps: int = field(default=2, metadata={"at_least": 0})
     """Untimed repetitions before them; the first one compiles."""
-    split: bool = MISSING
+    split: bool = True
     """Also measure each part of a step alone; takes about twice as long."""
-    bits: int | None = field(default=MISSING, metadata={"one_of": (8, 4)})
+    bits: int | None = field(default=None, metadata={"one_of": (8, 4)})
     """8 or 4: bits of the weights in decoding; null: the model's own."""
-    rows: list[int] = MISSING
+    rows: list[int] = field(default_factory=lambda: [1, 8])
     """Batch sizes to measure generation with."""
-    prompt_tokens: list[int] = MISSING
+    prompt_tokens: list[int] = field(default_factory=lambda: [128, 1024])
     """Lengths of prompts; each is measured with each batch size."""
-    new_tokens: int = field(default=MISSING, metadata={"at_least": 2})
+    new_tokens: int = field(default=64, metadata={"at_least": 2})
     """Tokens of each answer; the first one counts as part of reading the prompt."""
-    chars: int = field(default=MISSING, metadata={"at_least": 1})
+    chars: int = field(default=20000000, metadata={"at_least": 1})
     """Characters of text to train a tokenizer on; a quarter of them is then encoded."""
-    core_examples: int = field(default=MISSING, metadata={"at_least": 1})
+    core_examples: int = field(default=24, metadata={"at_least": 1})
     """Examples of each CORE task; more where its shots need more."""
-    core_tasks: list[str] | None = MISSING
+    core_tasks: list[str] | None = None
     """CORE tasks to measure; null: all."""
-    bundle: str | None = MISSING
+    bundle: str | None = None
     """nanochat's eval_bundle.zip to take examples from; null: synthetic examples of the same shapes."""
 
 
@@ -604,26 +625,26 @@ class BenchConfig:
 class SweepConfig:
     """Many runs from one command."""
 
-    kind: str = field(default=MISSING, metadata={"one_of": ("none", "tpe", "halving")})
+    kind: str = field(default="none", metadata={"one_of": ("none", "tpe", "halving")})
     """none; tpe: earlier results guide the choice of trials; halving: tpe that stops bad trials early."""
-    name: str | None = MISSING
+    name: str | None = None
     """Folder of a search under outputs/multirun; null: the run's name and "-search". The same name continues the same
     search."""
-    metric: str | None = MISSING
+    metric: str | None = None
     """step.metric to optimise or sort by: any number that a step records. null (only for -m): the last metric of the
     pipeline that differs between jobs."""
-    direction: str | None = field(default=MISSING, metadata={"one_of": ("minimize", "maximize")})
+    direction: str | None = field(default=None, metadata={"one_of": ("minimize", "maximize")})
     """minimize or maximize; null: as the metric's stage declares."""
-    trials: int = field(default=MISSING, metadata={"at_least": 1})
+    trials: int = field(default=20, metadata={"at_least": 1})
     """Number of trials, including those of earlier commands."""
-    first_rung: int = field(default=MISSING, metadata={"at_least": 1})
+    first_rung: int = field(default=1, metadata={"at_least": 1})
     """halving: iterations before the first comparison of trials, which uses the next record of the metric."""
-    factor: int = field(default=MISSING, metadata={"at_least": 2})
+    factor: int = field(default=3, metadata={"at_least": 2})
     """halving: one in this many trials continues past a rung; the next rung comes after this many times the
     iterations."""
-    random_trials: int = field(default=MISSING, metadata={"at_least": 1})
+    random_trials: int = field(default=10, metadata={"at_least": 1})
     """Random trials before earlier results guide the choice."""
-    seed: int = field(default=MISSING, metadata={"at_least": 0})
+    seed: int = field(default=0, metadata={"at_least": 0})
     """Seed of the choice of trials."""
     job: int | None = None
     """Set by a sweep whose jobs run in separate processes: number of the job to run."""
@@ -635,7 +656,7 @@ class SweepConfig:
 class ReportConfig:
     """Settings of the report."""
 
-    cost_per_hour: float | None = field(default=MISSING, metadata={"at_least": 0})
+    cost_per_hour: float | None = field(default=None, metadata={"at_least": 0})
     """Cost of one hour of this machine in US dollars; null: the report shows no costs."""
 
 
@@ -646,18 +667,18 @@ class HubConfig:
     repository: str = MISSING
     """<organisation>/<name>."""
     revision: str = field(
-        default=MISSING, metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of"}
+        default="main", metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of"}
     )
     """Commit, tag or branch. The key holds the commit; planning resolves tags and branches."""
-    train_files: str = MISSING
+    train_files: str = "*.parquet"
     """Glob pattern of the training files in the repository, all parquet. Only those that the horizon needs are
     downloaded."""
-    num_train_files: int | None = field(default=MISSING, metadata={"at_least": 1})
+    num_train_files: int | None = field(default=None, metadata={"at_least": 1})
     """Use only this many training files, in order of their names; null: as many as the horizon needs."""
-    validation_files: str | None = MISSING
+    validation_files: str | None = None
     """Glob pattern of the validation files, never trained on; null: the first corpus.validation_documents documents
     of the first file."""
-    column: str = MISSING
+    column: str = "text"
     """Column that holds the text."""
 
 
@@ -677,14 +698,14 @@ class CorpusConfig:
     (texts/*.txt). The key covers their contents, not their place."""
     hub: HubConfig | None = None
     """A dataset on the Hub; each of its files is one shard, used in place."""
-    document_chars: int | None = MISSING
+    document_chars: int | None = None
     """Split documents of packages and of .txt files at sentence ends into parts of at most this many characters, at
     least 200; null: keep them whole."""
-    validation_documents: int = field(default=MISSING, metadata={"at_least": 1})
+    validation_documents: int = field(default=100, metadata={"at_least": 1})
     """Documents held out as the validation shard (for the Hub: only if hub.validation_files is null)."""
-    shard_documents: int = field(default=MISSING, metadata={"at_least": 1})
+    shard_documents: int = field(default=4096, metadata={"at_least": 1})
     """Documents per training shard, for text of packages and local files."""
-    row_group_documents: int = field(default=MISSING, metadata={"at_least": 1})
+    row_group_documents: int = field(default=256, metadata={"at_least": 1})
     """Documents per parquet row group."""
 
 
@@ -692,10 +713,10 @@ class CorpusConfig:
 class BatchConfig:
     """Size of one iteration's batch."""
 
-    tokens: int | None = MISSING
+    tokens: int | None = 524288
     """Tokens per iteration, a multiple of row_tokens; null: computed by optimizer.scaling in pretraining, and in later
     stages as many as pretraining used."""
-    row_tokens: int = MISSING
+    row_tokens: int = refer("model.context_tokens")
     """Tokens per row."""
 
 
@@ -703,43 +724,54 @@ class BatchConfig:
 class PretrainConfig(TrainingStageConfig):
     """Pretraining. Exactly one of the three horizons is set."""
 
-    num_iterations: int | None = MISSING
-    target_flops: float | None = MISSING
-    tokens_per_parameter: float | None = MISSING
+    num_iterations: int | None = None
+    target_flops: float | None = None
+    tokens_per_parameter: float | None = 20
     """nanochat's param-data ratio; 20 is Chinchilla's."""
-    horizon_parameters: str = field(default=MISSING, metadata={"one_of": ("all", "matrices_and_head")})
+    horizon_parameters: str = field(default="all", metadata={"one_of": ("all", "matrices_and_head")})
     """Parameters that tokens_per_parameter and optimizer.scaling count: all, or matrices_and_head."""
-    batch: BatchConfig = MISSING
-    packing: str = field(default=MISSING, metadata={"since_default": "best_fit", "one_of": ("best_fit", "stream")})
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    packing: str = field(default="best_fit", metadata={"since_default": "best_fit", "one_of": ("best_fit", "stream")})
     """How documents fill rows: best_fit (drop what is cropped off, as nanochat since 2026) or stream (cut rows out of
     one stream of tokens, as nanochat in 2025)."""
-    packing_buffer_documents: int = field(default=MISSING, metadata={"at_least": 1})
+    packing_buffer_documents: int = field(default=1000, metadata={"at_least": 1})
     """Documents that best-fit packing chooses from."""
-    eval_tokens: int = field(default=MISSING, metadata={"at_least": 1})
+    eval_tokens: int = field(default=10485760, metadata={"at_least": 1})
     """Tokens of each validation, at most; the held-out text is read once."""
-    keep: str = field(default=MISSING, metadata={"since_default": "last", "one_of": ("last", "best")})
+    keep: str = field(default="last", metadata={"since_default": "last", "one_of": ("last", "best")})
     """Weights of the checkpoint: last, or best (by validation bits per byte). pretrain.extend continues from the last
     weights either way."""
-    keep_every: int | None = field(default=MISSING, metadata={"since_default": None, "at_least": 1})
+    keep_every: int | None = field(default=None, metadata={"since_default": None, "at_least": 1})
     """Iterations between the validations of keep=best and of a target; null: a twentieth of all iterations."""
-    target_bpb: float | None = field(default=MISSING, metadata={"since_default": None})
+    target_bpb: float | None = field(default=None, metadata={"since_default": None})
     """Stop as soon as validation reaches this many bits per byte; null: run to the horizon. The schedule is that of
     the whole horizon."""
     core: CoreConfig | None = field(default=None, metadata={"identity": False})
     """CORE to estimate during training, with the fields of eval.core; null: none."""
-    core_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    core_every: int | None = field(default=2000, metadata={"identity": False, "at_least": 1})
     """Iterations between estimates; null: only at the end."""
-    core_max_per_task: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    core_max_per_task: int | None = field(default=500, metadata={"identity": False, "at_least": 1})
     """Examples of each task in an estimate, at most; null: core.max_per_task."""
-    sample_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    sample_every: int | None = field(default=2000, metadata={"identity": False, "at_least": 1})
     """Iterations between samples; null: only at the end."""
-    sample_temperature: float = field(default=MISSING, metadata={"identity": False, "at_least": 0})
+    sample_temperature: float = field(default=0.0, metadata={"identity": False, "at_least": 0})
     """Temperature of samples; 0: greedy."""
-    sample_top_k: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    sample_top_k: int | None = field(default=None, metadata={"identity": False, "at_least": 1})
     """Sample among the k most likely tokens; null: all."""
-    sample_tokens: int = field(default=MISSING, metadata={"identity": False})
+    sample_tokens: int = field(default=16, metadata={"identity": False})
     """Longest sample, in tokens."""
-    prompts: list[str] = field(default=MISSING, metadata={"identity": False})
+    prompts: list[str] = field(
+        default_factory=lambda: [
+            "The capital of France is",
+            "The chemical symbol of gold is",
+            "If yesterday was Friday, then tomorrow will be",
+            "The opposite of hot is",
+            "The planets of the solar system are:",
+            "My favorite color is",
+            "If 5*x + 3 = 13, then x is",
+        ],
+        metadata={"identity": False},
+    )
     """Prompts that samples continue."""
 
 
@@ -747,38 +779,39 @@ class PretrainConfig(TrainingStageConfig):
 class ConversationConfig(FinetuneConfig):
     """Training on conversations: midtrain and sft."""
 
-    mixture: dict[str, TaskItem] = MISSING
-    mixture_order: list[str] | None = field(default=MISSING, metadata={"since_default": None})
+    mixture: dict[str, TaskItem] = field(default_factory=dict)
+    """Conversations to train on, by name; the group `mixture` sets them."""
+    mixture_order: list[str] | None = field(default=None, metadata={"since_default": None})
     """All tasks of the mixture in the order in which they are learnt, one after the other (nanochat's TaskSequence);
     null: their conversations are shuffled together."""
-    validation: dict[str, TaskItem] = MISSING
+    validation: dict[str, TaskItem] = field(default_factory=dict)
     """Conversations held out for the validation loss."""
-    train_on: str = field(default=MISSING, metadata={"one_of": ("assistant", "all")})
+    train_on: str = field(default="all", metadata={"one_of": ("assistant", "all")})
     """Tokens with a loss: assistant (only the assistant's), or all (as nanochat's midtraining)."""
-    context_tokens: int | None = field(default=MISSING, metadata={"since_default": None})
+    context_tokens: int | None = field(default=None, metadata={"since_default": None})
     """Longer context of the model from this stage on, equal to batch.row_tokens; null: unchanged."""
-    warm_start: bool = field(default=MISSING, metadata={"since_default": False})
+    warm_start: bool = field(default=False, metadata={"since_default": False})
     """Start with the optimizer moments of the training that produced the checkpoint."""
-    clip_gradients: bool = field(default=MISSING, metadata={"since_default": True})
+    clip_gradients: bool = field(default=True, metadata={"since_default": True})
     """Whether optimizer.grad_clip applies in this stage."""
-    batch: BatchConfig = MISSING
+    batch: BatchConfig = field(default_factory=BatchConfig)
     packing: str = field(
-        default=MISSING, metadata={"since_default": "best_fit", "one_of": ("best_fit", "stream", "alone")}
+        default="best_fit", metadata={"since_default": "best_fit", "one_of": ("best_fit", "stream", "alone")}
     )
     """How conversations fill rows: best_fit, as nanochat since 2026; stream, as its midtraining of 2025; alone (one
     per row), as its SFT of 2025."""
-    packing_buffer_conversations: int = MISSING
+    packing_buffer_conversations: int = 100
     teacher: TeacherConfig = field(default_factory=TeacherConfig, metadata={"since_default": NO_TEACHER})
     """Model whose distributions are distilled into this one."""
-    eval_tokens: int = MISSING
+    eval_tokens: int = 10485760
     """Tokens of each validation."""
-    suite: dict[str, TaskItem] = field(default=MISSING, metadata={"identity": False})
+    suite: dict[str, TaskItem] = field(default_factory=dict, metadata={"identity": False})
     """Tasks whose accuracy is measured during training, with greedy answers; empty: none."""
-    suite_every: int | None = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    suite_every: int | None = field(default=200, metadata={"identity": False, "at_least": 1})
     """Iterations between measurements of the suite; null: only at the end."""
-    suite_max_new_tokens: int = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    suite_max_new_tokens: int = field(default=512, metadata={"identity": False, "at_least": 1})
     """Longest generated answer."""
-    suite_batch_rows: int = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    suite_batch_rows: int = field(default=32, metadata={"identity": False, "at_least": 1})
     """Answers generated at a time."""
 
 
@@ -786,68 +819,70 @@ class ConversationConfig(FinetuneConfig):
 class MachineConfig:
     """Speed and limits of this machine; not part of any key."""
 
-    device: str = field(default=MISSING, metadata={"one_of": ("auto", "cpu", "gpu")})
+    device: str = field(default="auto", metadata={"one_of": ("auto", "cpu", "gpu")})
     """auto, cpu or gpu."""
-    compute_dtype: str = field(default=MISSING, metadata={"one_of": ("auto", "float32", "bfloat16")})
+    compute_dtype: str = field(default="auto", metadata={"one_of": ("auto", "float32", "bfloat16")})
     """auto (bfloat16 on a GPU that has it, else float32), float32 or bfloat16."""
-    device_batch_tokens: int | None = field(default=MISSING, metadata={"at_least": 1})
+    device_batch_tokens: int | None = field(default=None, metadata={"at_least": 1})
     """Tokens per micro-batch, at most; null: as many as fit into memory and still raise the speed. Gradients
     accumulate over an iteration's micro-batches."""
-    grad_checkpointing: bool = MISSING
+    grad_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass instead of keeping them: less memory, more time."""
-    checkpoint_seconds: float = field(default=MISSING, metadata={"at_least": 0})
+    checkpoint_seconds: float = field(default=60, metadata={"at_least": 0})
     """Seconds between resumable states, at least; 50 times what the last one took, if that is more, so that saving
     takes 2 % of the time at most. 0: after every iteration."""
-    log_every: int = field(default=MISSING, metadata={"at_least": 1})
+    log_every: int = field(default=1, metadata={"at_least": 1})
     """Iterations between metrics records."""
-    memory_limit_bytes: int | None = field(default=MISSING, metadata={"at_least": 0})
+    memory_limit_bytes: int | None = field(default=None, metadata={"at_least": 0})
     """MLX's memory limit; null: on a Mac what Metal recommends, on CUDA 95 % of the GPU's memory."""
-    cache_limit_bytes: int | None = field(default=MISSING, metadata={"at_least": 0})
+    cache_limit_bytes: int | None = field(default=None, metadata={"at_least": 0})
     """Memory that MLX may keep for reuse; null: on a Mac half of what Metal recommends, on CUDA 95 % of the memory."""
-    wired_limit_bytes: int | None = field(default=MISSING, metadata={"at_least": 0})
+    wired_limit_bytes: int | None = field(default=None, metadata={"at_least": 0})
     """Memory that MLX may keep resident on a Mac; null: what Metal recommends. Ignored elsewhere."""
-    training_flops: float | None = MISSING
+    training_flops: float | None = None
     """Expected FLOP/s in training, to predict durations until a training has measured it; null: unknown."""
-    blas_threads: int | None = field(default=MISSING, metadata={"at_least": 1})
+    blas_threads: int | None = field(default=None, metadata={"at_least": 1})
     """Threads per matrix product on a Linux CPU; null: all available, shared by this machine's ranks."""
 
 
 EXECUTORS = ("local", "slurm", "submitit_local", "ray")
+REQUEUES = {"local": 0, "slurm": 1000, "submitit_local": 1000, "ray": 3}
+"""Default of executor.requeues for each kind."""
 
 
 @dataclass(kw_only=True)
 class ExecutorConfig:
     """Where steps run; not part of any key. Names are those of submitit and sbatch."""
 
-    kind: str = MISSING
+    kind: str = "local"
     """local; slurm: a SLURM job; submitit_local: the same on this machine, without SLURM; ray: a Ray task."""
-    timeout_min: int = field(default=MISSING, metadata={"at_least": 1})
+    timeout_min: int = field(default=240, metadata={"at_least": 1})
     """Time limit of a job in minutes; the job then saves its state and is queued again."""
-    cpus_per_task: int = field(default=MISSING, metadata={"at_least": 1})
+    cpus_per_task: int = field(default=1, metadata={"at_least": 1})
     """CPU cores per job."""
-    gpus_per_node: str | None = MISSING
+    gpus_per_node: str | None = None
     """GPUs per job: 1, or TYPE:1 for SLURM (a100:1)."""
-    mem_gb: float | None = MISSING
+    mem_gb: float | None = None
     """Memory per job in GB; null: the cluster's default."""
-    requeues: int = MISSING
+    requeues: int = 0
     """How often a job is queued again after its time limit (SLURM) or the loss of its machine (Ray)."""
-    partition: str | None = MISSING
+    partition: str | None = None
     """SLURM partition."""
-    account: str | None = MISSING
+    account: str | None = None
     """SLURM account to charge."""
-    qos: str | None = MISSING
+    qos: str | None = None
     """SLURM quality of service."""
-    constraint: str | None = MISSING
+    constraint: str | None = None
     """Features that SLURM nodes must have."""
-    setup: list[str] = MISSING
+    setup: list[str] = field(default_factory=list)
     """Shell lines that run before the job, such as `module load cuda`."""
-    options: dict[str, Any] = MISSING
+    options: dict[str, Any] = field(default_factory=dict)
     """Further options of sbatch: name → value."""
-    signal_delay_s: int = MISSING
+    signal_delay_s: int = 120
     """Seconds before the time limit at which a job starts to save; must cover one iteration."""
-    array_parallelism: int = field(default=MISSING, metadata={"at_least": 1})
+    array_parallelism: int = field(default=64, metadata={"at_least": 1})
     """Jobs of a sweep that run at the same time."""
-    address: str | None = MISSING
+    address: str | None = None
     """Ray cluster: auto, or HOST:PORT; null: start one on this machine."""
 
 
@@ -858,9 +893,9 @@ class TrainingConfig:
     Not part of any key: without such an event the settings change no result, and a stopped training has none.
     """
 
-    on_nan: str = field(default=MISSING, metadata={"identity": False, "one_of": ("stop", "skip")})
+    on_nan: str = field(default="stop", metadata={"identity": False, "one_of": ("stop", "skip")})
     """If the loss or gradient norm is NaN or infinite: stop the training, or skip the update."""
-    max_skipped_in_a_row: int = field(default=MISSING, metadata={"identity": False, "at_least": 1})
+    max_skipped_in_a_row: int = field(default=20, metadata={"identity": False, "at_least": 1})
     """Consecutive updates that may be skipped before the training stops."""
 
 
@@ -868,11 +903,11 @@ class TrainingConfig:
 class TrackerConfig:
     """An experiment tracker, which receives metrics in addition to metrics.jsonl."""
 
-    kind: str = MISSING
+    kind: str = "none"
     """none, wandb, trackio, tensorboard, or module:Class of your own."""
-    project: str = MISSING
+    project: str = "mlxchat"
     """The tracker's project."""
-    tags: list[str] = MISSING
+    tags: list[str] = field(default_factory=list)
     """Tags of the tracked run."""
 
 
@@ -880,24 +915,24 @@ class TrackerConfig:
 class Config:
     """The whole configuration."""
 
-    name: str = MISSING
+    name: str = "run"
     """Name of the run."""
-    seed: int = MISSING
+    seed: int = 42
     """Seed of training: initial weights, order of conversations, dropout, sampled answers."""
-    data_seed: int = MISSING
+    data_seed: int = 42
     """Seed of the data: held-out text (and so the tokenizer) and the conversations of validation losses. Runs that
     differ in `seed` alone share their data."""
-    outputs: str = MISSING
+    outputs: str = "outputs"
     """Folder of the store."""
-    targets: list[str] | None = MISSING
+    targets: list[str] | None = None
     """Steps or stages to complete, with the steps that they need; null: the whole pipeline. `stage=NAME` sets it."""
-    force: list[str] = MISSING
+    force: list[str] = field(default_factory=list)
     """Steps to run although their artifact exists; "all": every step."""
-    code: str = field(default=MISSING, metadata={"one_of": ("warn", "strict", "ignore")})
+    code: str = field(default="warn", metadata={"one_of": ("warn", "strict", "ignore")})
     """If the code of a finished or interrupted step has changed: warn, strict (run it from the start) or ignore."""
-    fail_fast: bool = MISSING
+    fail_fast: bool = False
     """Whether a failed step also stops the steps that do not need it."""
-    stages: list[str] = MISSING
+    stages: list[str] = field(default_factory=list)
     """Your own stages: folders, such as ./my_stages, and modules. Those of installed packages are always found."""
     pipeline: dict[str, dict[str, Any]] = MISSING
     """Step → {stage: STAGE, ROLE: STEP}. A role may also be import:NAME (an imported model) or artifact:NAME (any
@@ -908,17 +943,33 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    # nanochat's values of October 2025: base_train, mid_train, chat_sft, chat_rl. Midtraining's are those of its class.
+    pretrain: PretrainConfig = field(
+        default_factory=lambda: PretrainConfig(
+            save_training_state=True, eval_every=250, schedule=ScheduleConfig(weight_decay_frac=1.0)
+        )
+    )
     midtrain: ConversationConfig = field(default_factory=ConversationConfig)
-    sft: ConversationConfig = field(default_factory=ConversationConfig)
-    rl: RLConfig = field(default_factory=RLConfig)
-    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    sft: ConversationConfig = field(
+        default_factory=lambda: ConversationConfig(
+            train_on="assistant", batch=BatchConfig(tokens=65536), eval_every=100, eval_tokens=1048576,
+            schedule=ScheduleConfig(init_lr_frac=0.02, warmdown_frac=1.0),
+        )
+    )  # fmt: skip
+    rl: RLConfig = field(
+        default_factory=lambda: RLConfig(eval_every=60, schedule=ScheduleConfig(init_lr_frac=0.05, warmdown_frac=1.0))
+    )
+    preference: PreferenceConfig = field(
+        default_factory=lambda: PreferenceConfig(
+            eval_every=50, schedule=ScheduleConfig(init_lr_frac=0.01, warmup_frac=0.1, warmdown_frac=0.9)
+        )
+    )
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     """Default of midtrain.adapter, sft.adapter, rl.adapter and preference.adapter; no stage reads it directly."""
     eval: EvalConfig = field(default_factory=EvalConfig)
     outside: OutsideConfig = field(default_factory=OutsideConfig)
     imported: ImportConfig = field(default_factory=ImportConfig)
-    suite: dict[str, TaskItem] = MISSING
+    suite: dict[str, TaskItem] = field(default_factory=dict)
     """Tasks to evaluate chat models on."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     machine: MachineConfig = field(default_factory=MachineConfig)
