@@ -203,12 +203,13 @@ def groups_page() -> str:
         "# Groups\n",
         "A group is a folder of [conf/](../../conf), an option a file in it. `mlxchat group=option` chooses one:",
         "`mlxchat optimizer=adamw`. `group@place=option` puts it elsewhere: `suite@sft.suite=oct2025_sft`.",
-        "`settings` holds each section's base values, not options to choose.",
     ]
     for group in group_names():
         out += [f"\n## {group}\n", "| option | what it is |", "|---|---|"]
+        if group == "model":
+            out.append("| `d1` … `d64` | nanochat's sizes at this depth: width 64 × depth, heads 128 wide |")
         for path in sorted(conf_folder().joinpath(group).glob("*.yaml")):
-            option = "d1 … d64" if path.stem == "_depth" else path.stem
+            option = path.stem
             out.append(f"| [`{option}`](../../conf/{group}/{path.name}) | {_cell(first_comment(path))} |")
     return "\n".join(out) + "\n"
 

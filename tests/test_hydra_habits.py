@@ -8,6 +8,7 @@ import pytest
 from kit.commands import run_here
 from mlxchat.composition.compose import compose_config, split_options
 from mlxchat.errors import ConfigError
+from mlxchat.sweep.sweeper import read_sweep
 
 
 @pytest.fixture
@@ -65,15 +66,16 @@ def test_primary_file_needs_the_schema(own):
         ("hydra.run.dir=${now:%Y}", r"a run's folder is"),
         ("hydra.output_subdir=x", r"config\.yaml to OUTPUTS"),
         ("hydra.job.chdir=true", r"working directory"),
-        ("hydra.sweep.dir=x", r"add -m"),
-        ("hydra/launcher=joblib", r"add -m"),
-        ("+hydra.sweeper.params={seed: 1}", r"add -m"),
+        ("hydra.sweep.dir=x", r"a sweep's folder is OUTPUTS/multirun"),
+        ("hydra/launcher=joblib", r"executor=slurm, ray or submitit_local"),
+        ("+hydra.sweeper.params={seed: 1}", r"KEY=A,B"),
         ("hydra.verbose=true", r"no effect on a run"),
     ],
 )
 def test_ignored_hydra_settings_are_refused(override, reason):
-    with pytest.raises(ConfigError, match=rf"^{re.escape(override)}: .*{reason}"):
-        compose_config([override])
+    for refuse in (compose_config, read_sweep):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(override)}: .*{reason}"):
+            refuse([override])
 
 
 def test_ignored_hydra_settings_in_files_are_refused(own):

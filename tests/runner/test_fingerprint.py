@@ -392,7 +392,6 @@ def test_shipped_experiments_keep_their_golden_ids(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.0")
     monkeypatch.setattr(listings, "find_commit", lambda *revision: "0" * 40)
     monkeypatch.setattr(client, "find_content", lambda *address: "0" * 64)
-    monkeypatch.setenv("MLXCHAT_COMPOSED_CACHE", "off")
     golden = json.loads(EXPERIMENT_IDS.read_text())
     # tinystories_53m needs an extra, those with an import somebody's model: tests/interop has golden ids of imports.
     # nanochat's recipe is that of speedrun_d20, with bundled data that of the quickstart.

@@ -8,11 +8,9 @@ import pytest
 
 from kit.commands import run_captured
 from kit.sweeps import Swept
-from mlxchat.errors import ConfigError, StoreError
+from mlxchat.errors import StoreError
 from mlxchat.store.naming import latest, resolve
 from mlxchat.store.store import Store
-from mlxchat.sweep import sweeper
-from mlxchat.sweep.launchers import HydraSettings
 from mlxchat.sweep.sweeper import read_sweep
 
 RATES = [0.001, 0.0013, 0.00169]
@@ -137,7 +135,7 @@ def test_forced_shared_step_runs_once(swept, short, say):
     assert all(row.keys() == COLUMNS for row in swept.rows()), "only steps of the jobs"
 
 
-def test_jobs_are_all_combinations_once(tmp_path, monkeypatch):
+def test_jobs_are_all_combinations_once(tmp_path):
     (tmp_path / "mine" / "model").mkdir(parents=True)
     (tmp_path / "mine" / "model" / "own.yaml").write_text("defaults: [d2]\nname: own\n")
     (tmp_path / "mine" / "experiment").mkdir()
@@ -155,21 +153,12 @@ def test_jobs_are_all_combinations_once(tmp_path, monkeypatch):
     assert titles(*mine, "experiment=sizes", "model=own,d2") == [
         f"tokenizer.vocab_size={size} model={model}" for size in (300, 310) for model in ("own", "d2")
     ]
-    found = HydraSettings(sweeper="climb")
-    monkeypatch.setattr(sweeper.HydraSettings, "read", lambda *arguments: found)
-    with pytest.raises(ConfigError, match="hydra/sweeper=climb needs a metric: give sweep"):
-        titles("experiment=smoke")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["experiment=smoke", "seed=1,x", "model=d2,d65"], r'(?s)no option "d65".*seed'),
-        (["hydra/launcher=joblb", "seed=1,2"], 'hydra/launcher has no option "joblb".* Did you mean "joblib"?'),
-        (["hydra.launcher.n_job=2", "seed=1,2"], "Hydra's settings: Could not override 'hydra.launcher.n_job'"),
-        (["hydra/sweeper=optun", "seed=1,2"], "hydra/sweeper has no option.*For a search: sweep=tpe"),
-        (["hydra.sweep.dir=${nothing}", "seed=1,2"], "Hydra's settings: .*nothing"),
-        (["hydra.run.dir=x", "seed=1,2"], "hydra.run.dir"),
         (["seed=interval(1,2)"], "to search an interval use sweep=tpe"),
         (["sweep.metric=bpb", "seed=1,2"], "expected STEP.METRIC"),
         (["seed=glob(*)"], "seed is no group. List the values: seed=A,B"),
@@ -182,12 +171,6 @@ def test_a_mistake_is_refused_before_anything_is_written(arguments, message, tmp
     text = say("-m", *arguments, f"outputs={tmp_path}/outputs", code=2)
     assert re.search(message, text), text
     assert not (tmp_path / "outputs").exists()
-
-
-def test_sweep_folder_may_use_resolvers():
-    folder = "hydra.sweep.dir='/sweeps/${now:%Y}/${name}-${seed}'"
-    found = HydraSettings.read([folder], ["experiment=smoke", "seed=7"], [])
-    assert re.fullmatch(r"/sweeps/20\d\d/smoke-7", str(found.folder))
 
 
 def test_sweep_plan_counts_shared_steps_once(say, tmp_path):

@@ -123,7 +123,7 @@ def test_failed_trials_do_not_stop_the_search(outputs, tiny, say):
         (["sweep=tpe", "seed=1,2", "sweep.metric=pretran.val_bpb"], 'Did you mean "pretrain.val_bpb"'),
         (["sweep=tpe", "seed=1,2", "sweep.metric=null"], "sweep.metric has no value"),
         (["sweep=tpe", "seed=1,2", "sweep.name=a/b"], "expected a folder name"),
-        (["sweep=tpe", "seed=1,2", "hydra/launcher=joblib"], "sequentially in this process"),
+        (["sweep=tpe", "seed=1,2", "hydra/launcher=joblib"], "submitit_local runs jobs elsewhere"),
         (["sweep=halving", "seed=1,2", "sweep.metric=pretrain.tokens_per_second"], "(?s)only at the end.*val_bpb"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -18,7 +18,7 @@ from mlxchat.runner import executors
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store import locks
 from mlxchat.store.manifest import read_manifest
-from mlxchat.sweep import launchers
+from mlxchat.sweep import jobs as sweep_jobs
 from mlxchat.sweep.results import SweepFolder
 
 pytest.importorskip("submitit")
@@ -148,17 +148,6 @@ def test_queue_signal_stops_the_run_once(monkeypatch):
             signal.signal(number, handler)
 
 
-def test_node_without_shared_locks_reports_it(tmp_path):
-    folder = SweepFolder(tmp_path)
-    jobs = {"7": {"overrides": ["seed=2"], "settings": {"seed": 2}}}
-    folder.write_state({"parent": {"pid": 1, "host": "head", "cwd": "/"}, "jobs": jobs, "pending": [7], "made": []})
-    assert not locks.is_held(folder.lock)
-    launchers.run_elsewhere(folder, 7, None)
-    (row,) = folder.rows().values()
-    assert (row["status"], row["job"]) == ("failed", 7)
-    assert "does not see the lock of the sweep, which process 1 on head holds" in row["error"]
-
-
 def test_queue_interruption_leaves_no_row(tmp_path, monkeypatch, tiny):
     def stopped(*_: object, **__: object) -> None:
         raise Interrupted("stopped", signal.SIGTERM)
@@ -166,7 +155,7 @@ def test_queue_interruption_leaves_no_row(tmp_path, monkeypatch, tiny):
     def leave() -> str:
         raise SystemExit(143)
 
-    monkeypatch.setattr(launchers, "run_pipeline", stopped)
+    monkeypatch.setattr(sweep_jobs, "run_pipeline", stopped)
     folder = SweepFolder(tmp_path / "sweep")
     folder.write_state({})
     overrides = [*tiny, "stage=tokenizer", f"outputs={tmp_path}/outputs"]
@@ -176,9 +165,9 @@ def test_queue_interruption_leaves_no_row(tmp_path, monkeypatch, tiny):
 
     with locks.hold(folder.lock, {}, lambda owner: None):
         with pytest.raises(SystemExit):
-            launchers.run_job(folder, 1, overrides, prepare, leave)
+            sweep_jobs.run_job(folder, 1, overrides, prepare, leave)
         assert (folder.rows(), folder.stop()) == ({}, None)
-        launchers.run_job(folder, 1, overrides, prepare, lambda: "timed out too often.")
+        sweep_jobs.run_job(folder, 1, overrides, prepare, lambda: "timed out too often.")
         assert folder.rows()[1]["error"] == "the job was stopped and is not queued again: timed out too often."
         assert folder.stop() is None
 

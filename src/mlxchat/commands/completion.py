@@ -149,10 +149,13 @@ def _settings(current: str, words: list[str]) -> list[str]:
         elif group == "stage":
             names = ["all", *_stages(words)]
         return [f"{current.partition('=')[0]}={name}" for name in names]
-    others = ("settings", "__pycache__")
-    groups = ["stage=", *(f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name not in others)]
+    groups = [
+        "stage=",
+        "model=",
+        *(f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name != "__pycache__"),
+    ]
     keys = [f"{name}.{key}" for name, names in own.items() for key in names] if current else []
-    return [*groups, *(key if key.endswith(".") else f"{key}=" for key in [*_keys(conf, current), *keys])]
+    return [*groups, *(key if key.endswith(".") else f"{key}=" for key in [*_keys(current), *keys])]
 
 
 def _own_sections(words: list[str]) -> dict[str, list[str]]:
@@ -173,24 +176,26 @@ def _own_sections(words: list[str]) -> dict[str, list[str]]:
     }
 
 
-def _keys(conf: Path, current: str) -> list[str]:
-    """Return the dotted keys of the typed section, read from conf/settings without YAML."""
-    section = current.partition(".")[0]
+def _keys(current: str) -> list[str]:
+    """Return the keys of the configuration one level below the typed sections; `SECTION.` for sections."""
     if not current:
         return []
-    if "." not in current:
-        return ["seed", "data_seed", "force", "name", *(f"{name[:-5]}." for name in _names(conf / "settings"))]
-    try:
-        lines = (conf / "settings" / f"{section}.yaml").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    found, trail = [], [section]
-    for line in lines:
-        match = re.match(r"( *)(\w+):(.*)", line)
-        if match and match[2] != "defaults":
-            trail = [*trail[: len(match[1]) // 2 + 1], match[2]]
-            found.append(".".join(trail))
-    return found
+    from dataclasses import fields, is_dataclass
+    from typing import get_args, get_type_hints
+
+    from mlxchat.config import schema
+
+    *sections, _ = current.split(".")
+    kind: type = schema.Config
+    for section in sections:
+        hint = get_type_hints(kind).get(section)
+        kinds = [each for each in (hint, *get_args(hint)) if is_dataclass(each)]
+        if not kinds:
+            return []
+        kind = kinds[0]  # type: ignore[assignment]  # a dataclass
+    hints = get_type_hints(kind)
+    has_keys = {name: any(map(is_dataclass, (hint, *get_args(hint)))) for name, hint in hints.items()}
+    return [".".join([*sections, f"{item.name}." if has_keys[item.name] else item.name]) for item in fields(kind)]
 
 
 def _conf() -> Path:

@@ -139,8 +139,6 @@ def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
     from mlxchat.sweep.sweeper import read_sweep
 
     sweep = read_sweep(arguments)
-    if sweep.hydra.sweeper != "basic":
-        raise ConfigError(f"hydra/sweeper={sweep.hydra.sweeper} chooses its jobs during the sweep: nothing to plan")
     jobs, shared = sweep.jobs, sweep.shared
     estimates: dict[str, Estimate | None] = {}
     memory: dict[str, str] = {}

@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from contextlib import suppress
-from copy import deepcopy
-from dataclasses import dataclass, field, fields, is_dataclass, replace
-from functools import cache, lru_cache, partial
+from dataclasses import dataclass, field, fields
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, get_type_hints
+from typing import TYPE_CHECKING, Any, cast
 
-from mlxchat.composition.cache import ComposedCache, Stamp, stamp_folder
 from mlxchat.composition.overrides import as_hydra, implied_experiment
 from mlxchat.composition.problems import find_problems
 from mlxchat.composition.sections import schema_of
@@ -24,30 +22,25 @@ from mlxchat.store.fingerprint import flatten
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
     from collections.abc import Callable
 
-    from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
-    _Compose = Callable[[list[str]], DictConfig]
-
 CONF_MODULE = "mlxchat.conf"
-# Paths that Hydra's grammar parses as plain text.
-_PLAIN_OUTPUTS = re.compile(r"outputs=[A-Za-z0-9_./-]*/[A-Za-z0-9_./-]*")
 _CONFIG_OPTIONS = {
     "--config-dir": "--config-dir", "-cd": "--config-dir",
     "--config-path": "--config-path", "-cp": "--config-path",
     "--config-name": "--config-name", "-cn": "--config-name",
 }  # fmt: skip
-# Why a run refuses these settings, most of them Hydra's. Those of sweeps need -m.
+# What to give instead of these settings, most of them Hydra's.
 _REFUSED = {
     "machine.num_processes": "ranks are started by mlx.launch -n N mlxchat …",
     "hydra.run.": "a run's folder is OUTPUTS/runs/<time>-<name>: set outputs=PATH and name=NAME",
     "hydra.output_subdir": "a run writes its config.yaml to OUTPUTS/runs/<time>-<name>",
     "hydra.job.chdir": "a run stays in its working directory; outputs=PATH sets where artifacts go",
-    "hydra.sweep.subdir": "jobs of a sweep have no folders; their runs are in OUTPUTS/runs",
-    "hydra.sweep": "is for sweeps: add -m",
-    "hydra/sweeper": "is for sweeps: add -m",
-    "hydra.launcher": "is for sweeps: add -m",
-    "hydra/launcher": "is for sweeps: add -m",
+    "hydra/launcher": "executor=slurm, ray or submitit_local runs jobs elsewhere",
+    "hydra.launcher": "executor=slurm, ray or submitit_local runs jobs elsewhere",
+    "hydra/sweeper": "sweep=tpe and sweep=halving search",
+    "hydra.sweeper": "a sweep's values are given as KEY=A,B",
+    "hydra.sweep.": "a sweep's folder is OUTPUTS/multirun/<time>-<name>-sweep: set outputs=PATH and name=NAME",
 }
 
 
@@ -64,6 +57,8 @@ class Composed:
     """The experiment that the overrides imply, as an override."""
     options: list[str] = field(default_factory=list)
     """`--config-dir`, `--config-path` and `--config-name`, with their values."""
+    params: dict[str, str] = field(default_factory=dict)
+    """hydra.sweeper.params: key → values of the sweep that an experiment describes."""
 
     @property
     def command(self) -> str:
@@ -150,39 +145,85 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
         ConfigError: names everything that is wrong, with the nearest valid names.
     """
     folders = config_dirs or []
-    place = _place_of_outputs(overrides) if not folders and primary is None else None
-    if place is not None:
-        other = compose_config([each for each in overrides if not each.startswith("outputs=")])
-        return replace(other, config=replace(other.config, outputs=place), overrides=overrides)
     refuse_hydras(overrides)
     options = [word for folder in folders for word in ("--config-dir", folder)]
     if primary is not None:
         options += ["--config-path", str(primary.parent), "--config-name", primary.stem]
     implied = implied_experiment(overrides) if primary is None else []
     schema = schema_of(places_of_stages(overrides, folders, primary))
-    kept = ComposedCache(overrides, folders, conf_folder(), schema) if primary is None else None
-    known = kept.recall() if kept is not None else None
-    if known is not None:
-        _check(known[0])
-        return Composed(known[0], overrides, known[1], implied, options)
-    search = search_path(folders, primary)
-    compose = partial(_compose, primary=primary, schema=schema)
-    try:
-        composed = compose([*overrides, *search])
-    except _refusals() as error:
-        if primary is not None:
-            with suppress(*_refusals()):
-                _check_hydras(compose(search), schema)
-        message = explain(error, overrides, folders, schema, primary)
-        raise ConfigError(message or _diagnose(overrides, folders, search, error, compose, schema)) from error
+    composed = _compose_or_explain(overrides, folders, primary, schema)
     _check_hydras(composed, schema)
     choices = {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
     choices = {group: option for group, option in choices.items() if "hydra" not in group}
-    packages = _folders_of_packages(composed)
-    config = to_typed(composed)
-    if kept is not None:
-        kept.keep(config, choices, packages)
-    return Composed(config, overrides, choices, implied, options)
+    params = {str(key): str(value) for key, value in (composed.hydra.sweeper.get("params") or {}).items()}
+    return Composed(to_typed(composed), overrides, choices, implied, options, params)
+
+
+def _compose_or_explain(
+    overrides: list[str], folders: list[str], primary: Path | None, schema: type[Config]
+) -> DictConfig:
+    """Return the configuration that Hydra composes.
+
+    Hydra stops at the first mistake. The override with the mistake is left out, until all others compose.
+
+    Raises:
+        ConfigError: names every wrong override, or the YAML file that is wrong.
+    """
+    search = search_path(folders, primary)
+    good, problems, cause = list(overrides), list[str](), None
+    while True:
+        try:
+            composed = _compose([*good, *search], primary, schema)
+        except _refusals() as error:
+            cause = cause or error
+            if primary is not None:
+                with suppress(*_refusals()):
+                    _check_hydras(_compose(search, primary, schema), schema)
+            if (fault := explain(error, overrides, folders, schema, primary)) is not None:
+                raise ConfigError(fault) from error
+            wrong, alone = _culprit(good, error, search, primary, schema)
+            problems.append(_explained(wrong, alone, folders, lambda: _compose(search, primary, schema), schema))
+            if wrong is None:
+                break
+            good.remove(wrong)
+        else:
+            break
+    if problems:
+        raise ConfigError("\n".join(problems)) from cause
+    return composed
+
+
+def _culprit(
+    overrides: list[str], error: Exception, search: list[str], primary: Path | None, schema: type[Config]
+) -> tuple[str | None, Exception]:
+    """Return the override that does not compose, and its error: the one that Hydra names, else found by trying."""
+    keys = {each: re.split("[@=]", each.lstrip("+~"))[0] for each in overrides}
+    named = [each for each in overrides if f"'{keys[each]}'" in str(error) or f"override {each}" in str(error)]
+    if len(named) == 1:
+        return named[0], error
+    of_groups = [each for each in overrides if keys[each] in group_names()]
+    others = sorted(set(overrides) - {*of_groups}, key=lambda each: keys[each] not in str(error))
+    for each in [*of_groups, *others]:  # groups determine which keys exist
+        try:
+            _compose([*(of_groups if each in others else ()), each, *search], primary, schema)
+        except _refusals() as alone:
+            return each, alone
+    return None, error
+
+
+def _explained(
+    override: str | None, error: Exception, folders: list[str], default: Callable[[], DictConfig], schema: type[Config]
+) -> str:
+    """Return one line about a wrong override; None: Hydra's own words."""
+    from mlxchat.composition.misspelling import explain_override, first_line
+
+    if override is None:
+        return first_line(error)
+    if isinstance(error, AssertionError):  # OmegaConf's, for a key below null
+        key = override.lstrip("+").partition("=")[0]
+        section = key.rpartition(".")[0]
+        return f"{key}: {section} is null. Choose an option that sets it; for CORE: core=nanochat"
+    return explain_override(override, error, _groups(folders), default, schema)
 
 
 def search_path(config_dirs: list[str], primary: Path | None = None) -> list[str]:
@@ -192,7 +233,7 @@ def search_path(config_dirs: list[str], primary: Path | None = None) -> list[str
 
 
 def refuse_hydras(overrides: list[str]) -> None:
-    """Refuse settings of Hydra that a single run would ignore.
+    """Refuse settings of Hydra that have no effect here.
 
     Raises:
         ConfigError: names each, with the reason.
@@ -254,21 +295,6 @@ def _stages_in(text: str) -> list[str]:
         return []  # Hydra reports it later
     places = record.get("stages") if isinstance(record, dict) else None
     return [each for each in places if isinstance(each, str)] if isinstance(places, list) else []
-
-
-def _folders_of_packages(composed: DictConfig) -> list[str]:
-    """Return the folders that packages added to Hydra's search path."""
-    names = [source.path for source in composed.hydra.runtime.config_sources if source.schema == "pkg"]
-    specs = [find_spec(name) for name in names if name not in (CONF_MODULE, "hydra.conf")]
-    return [place for spec in specs if spec for place in spec.submodule_search_locations or ()]
-
-
-def _place_of_outputs(overrides: list[str]) -> str | None:
-    """Return the path of a plain `outputs=PATH` that nothing refers to; all such folders share a cache entry."""
-    found = [each for each in overrides if each.lstrip("+~").startswith("outputs")]
-    if any("outputs}" in each for each in overrides) or not all(map(_PLAIN_OUTPUTS.fullmatch, found)):
-        return None
-    return found[-1].removeprefix("outputs=") if found else None
 
 
 def to_typed(composed: DictConfig) -> Config:
@@ -347,60 +373,20 @@ def _refusals() -> tuple[type[Exception], ...]:
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    return (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+    return (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError)
 
 
-def _compose(overrides: list[str], *, primary: Path | None, schema: type[Config]) -> DictConfig:
-    """Return the configuration that Hydra composes.
-
-    Reading the files takes nearly all of the time, so they are composed once per process and choice of groups; single
-    values are then set in a copy, by Hydra's function.
-    """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
-
-    words = as_hydra(overrides, schema, imply=primary is None)
-    parsed = OverridesParser.create().parse_overrides(words)
-    if primary is not None or any(each.is_sweep_override() or each.is_hydra_override() for each in parsed):
-        return _compose_files(words, primary, schema)
-    values = [each for each in parsed if _sets_value(each, schema)]
-    groups = tuple(word for word, each in zip(words, parsed, strict=True) if each not in values)
-    kept = _compose_once(groups, schema, tuple(stamp_folder(conf_folder())))  # type: ignore[arg-type]  # a class has a hash
-    composed = deepcopy(kept)
-    try:
-        ConfigLoaderImpl._apply_overrides_to_config(values, composed)
-    except AssertionError:  # OmegaConf's, for a key below null
-        keys = [each.key_or_group for each in values if "." in each.key_or_group]
-        null = [key for key in keys if OmegaConf.select(kept, key.rpartition(".")[0], default=0) is None]
-        places = ", ".join(f"{key}: {key.rpartition('.')[0]} is null" for key in null)
-        raise ConfigError(f"{places}. Choose an option that sets it; for CORE: core=nanochat") from None
-    return composed
-
-
-def _sets_value(override: Override, schema: type[Config]) -> bool:
-    """Return True if an override sets a value instead of choosing a group's option."""
-    key = override.key_or_group
-    if override.package is not None or "/" in key:
-        return False
-    return "." in key or (key not in group_names() and not is_dataclass(get_type_hints(schema).get(key, schema)))
-
-
-@lru_cache(maxsize=32)
-def _compose_once(overrides: tuple[str, ...], schema: type[Config], stamps: tuple[Stamp, ...]) -> DictConfig:
-    """Cache `_compose_files` until the schema or the built-in YAML files change."""
-    return _compose_files(list(overrides), None, schema)
-
-
-def _compose_files(overrides: list[str], primary: Path | None, schema: type[Config]) -> DictConfig:
+def _compose(overrides: list[str], primary: Path | None, schema: type[Config]) -> DictConfig:
+    """Return the configuration that Hydra composes from overrides in our syntax."""
     from hydra import compose, initialize_config_dir, initialize_config_module
 
+    words = as_hydra(overrides, schema, imply=primary is None)
     register_schema(schema)
     if primary is not None:
         with initialize_config_dir(str(primary.parent), version_base="1.3"):
-            return compose(primary.stem, overrides, return_hydra_config=True)
+            return compose(primary.stem, words, return_hydra_config=True)
     with initialize_config_module(CONF_MODULE, version_base="1.3"):
-        return compose("config", overrides, return_hydra_config=True)
+        return compose("config", words, return_hydra_config=True)
 
 
 def explain(
@@ -425,46 +411,3 @@ def _groups(config_dirs: list[str]) -> dict[str, list[str]]:
             group, _, option = file.relative_to(folder).with_suffix("").as_posix().partition("/")
             groups.setdefault(group, []).append(option)
     return groups
-
-
-def _diagnose(
-    overrides: list[str], folders: list[str], search: list[str], error: Exception, compose: _Compose,
-    schema: type[Config],
-) -> str:  # fmt: skip
-    """Return one line per wrong override; Hydra itself stops at the first."""
-    from mlxchat.composition.misspelling import explain_override, first_line
-
-    groups = _groups(folders)
-    # Groups first, one at a time: they determine which keys exist.
-    of_groups = [override for override in overrides if re.split("[@=]", override)[0] in groups]
-    found: dict[str, str] = {}
-    around = list(search)
-    for override in of_groups:
-        wrong = _wrong_ones([override], around, compose)
-        default = partial(compose, around)
-        found |= {each: explain_override(each, error, groups, default, schema) for each, error in wrong}
-        around = [*around, override] if not wrong else around
-    keys = [override for override in overrides if override not in of_groups]
-    found |= {
-        override: explain_override(override, alone, groups, partial(compose, around), schema)
-        for override, alone in _wrong_ones(keys, around, compose)
-    }
-    problems = [found[override] for override in overrides if override in found]
-    return "\n".join(problems) if problems else first_line(error)
-
-
-def _wrong_ones(overrides: list[str], around: list[str], compose: _Compose) -> list[tuple[str, Exception]]:
-    """Return the overrides that do not compose in addition to `around`, each with the exception.
-
-    Bisects, since composing takes half a second and most overrides are valid.
-    """
-    if not overrides:
-        return []
-    try:
-        compose([*around, *overrides])
-    except _refusals() as error:
-        if len(overrides) == 1:
-            return [(overrides[0], error)]
-        middle = len(overrides) // 2
-        return _wrong_ones(overrides[:middle], around, compose) + _wrong_ones(overrides[middle:], around, compose)
-    return []

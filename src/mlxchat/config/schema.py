@@ -780,7 +780,6 @@ class ConversationConfig(FinetuneConfig):
     """Training on conversations: midtrain and sft."""
 
     mixture: dict[str, TaskItem] = field(default_factory=dict)
-    """Conversations to train on, by name; the group `mixture` sets them."""
     mixture_order: list[str] | None = field(default=None, metadata={"since_default": None})
     """All tasks of the mixture in the order in which they are learnt, one after the other (nanochat's TaskSequence);
     null: their conversations are shuffled together."""

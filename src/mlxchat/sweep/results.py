@@ -221,13 +221,10 @@ class SweepFolder:
         return request
 
     def tidy(self) -> None:
-        """Remove files that only running processes need, and Hydra's empty job folders."""
+        """Remove files that only running processes need."""
         shutil.rmtree(self.path / "rows", ignore_errors=True)
-        for name in ("stop", "sweep.lock", "multirun.yaml"):
+        for name in ("stop", "sweep.lock"):
             (self.path / name).unlink(missing_ok=True)
-        for job in self.path.glob("[0-9]*"):
-            if job.is_dir() and not any(job.iterdir()):
-                job.rmdir()
 
 
 def _write(path: Path, content: Any) -> None:

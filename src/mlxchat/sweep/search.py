@@ -133,9 +133,6 @@ def run_search(arguments: list[str]) -> int:
 
 def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
     """Return the search, checked as far as possible before it runs; None if the configuration has no search."""
-    for item in overrides:
-        if item.lstrip("+").startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher")):
-            raise ConfigError(f"{item}: a search runs its trials sequentially in this process")
     overrides = [*implied_experiment(overrides), *overrides]  # also if only trials choose a model
     plain = [item for item in overrides if not _varies(item)]
     base = compose_config(plain, config_dirs)

@@ -19,7 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
-from mlxchat.composition.compose import Composed, compose_config, group_options, split_config_dirs
+from mlxchat.composition.compose import Composed, compose_config, group_options, refuse_hydras, split_config_dirs
 from mlxchat.composition.overrides import implied_experiment
 from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
@@ -33,16 +33,7 @@ from mlxchat.store import locks
 from mlxchat.store.files import now
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import place_steps, plan_of, plan_to_run, run_pipeline
-from mlxchat.sweep.launchers import (
-    HydraSettings,
-    SubmittedJob,
-    force_only_others,
-    hidden,
-    launch,
-    run_job,
-    watched,
-    whereabouts,
-)
+from mlxchat.sweep.jobs import SubmittedJob, force_only_others, run_job, watched, whereabouts
 from mlxchat.sweep.results import (
     Row,
     SweepFolder,
@@ -87,13 +78,11 @@ class Job:
 
 @dataclass(kw_only=True)
 class Sweep:
-    """The checked and planned jobs of a command line; with a plugin's sweeper, one job of the fixed overrides."""
+    """The checked and planned jobs of a command line."""
 
     arguments: list[str]
     jobs: list[Job]
-    hydra: HydraSettings
-    varying: list[str]
-    """Overrides with several values."""
+    config_dirs: list[str]
 
     @property
     def shared(self) -> list[tuple[Job, list[PlannedStep]]]:
@@ -129,29 +118,29 @@ def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> Sweep:
         make_plan: plans each job; `plan_to_run` also downloads what keys need.
 
     Raises:
-        ConfigError: names all problems of its jobs, Hydra's settings and the metric.
+        ConfigError: names all problems of its jobs and the metric.
     """
     arguments = [item for item in arguments if item not in ("-m", "--multirun")]
     overrides, config_dirs = split_config_dirs(arguments)
-    of_hydra = [item for item in overrides if item.lstrip("+~").startswith(("hydra.", "hydra/"))]
-    parsed = [parse(item, config_dirs) for item in overrides if item not in of_hydra]
-    fixed = [item.input_line or "" for item in parsed if not item.is_sweep_override()]
-    hydra = HydraSettings.read(of_hydra, fixed, config_dirs)
+    refuse_hydras(overrides)
+    parsed = [parse(item, config_dirs) for item in overrides]
     given = {item.key_or_group for item in parsed}
-    params = [parse(item, config_dirs) for item in hydra.params]
-    parsed = [*(item for item in params if item.key_or_group not in given), *parsed]
-    varying = [item.input_line or "" for item in parsed if item.is_sweep_override()]
-    if hydra.sweeper == "basic":
-        lists = [_values(item, config_dirs) for item in parsed]
-        jobs = compose_jobs([list(job) for job in dict.fromkeys(itertools.product(*lists))], config_dirs, make_plan)
-    else:  # the plugin chooses the values; only fixed overrides can be checked here
-        jobs = compose_jobs([fixed], config_dirs, make_plan)
+    params = [item for item in _described(parsed, config_dirs) if item.key_or_group not in given]
+    lists = [_values(item, config_dirs) for item in [*params, *parsed]]
+    jobs = compose_jobs([list(job) for job in dict.fromkeys(itertools.product(*lists))], config_dirs, make_plan)
     metric = jobs[0].composed.config.sweep.metric
     if metric is not None:
         find_metric(metric, jobs[0].composed.config.sweep.direction, [(job.plan, job.composed.config) for job in jobs])
-    elif hydra.sweeper != "basic":
-        raise ConfigError(f"hydra/sweeper={hydra.sweeper} needs a metric: give sweep.metric=STEP.METRIC")
-    return Sweep(arguments=arguments, jobs=jobs, hydra=hydra, varying=varying)
+    return Sweep(arguments=arguments, jobs=jobs, config_dirs=config_dirs)
+
+
+def _described(parsed: list[Override], config_dirs: list[str]) -> list[Override]:
+    """Return the overrides with several values that the chosen experiment describes (hydra.sweeper.params)."""
+    chosen = [item for item in parsed if item.key_or_group == "experiment"]
+    if not chosen or chosen[0].is_sweep_override():
+        return []
+    params = compose_config([chosen[0].input_line or ""], config_dirs).params
+    return [parse(f"{key}={value}", config_dirs) for key, value in params.items()]
 
 
 def parse(text: str, config_dirs: list[str]) -> Override:
@@ -251,7 +240,7 @@ def run_sweep(arguments: list[str]) -> int:
     store.prepare()
     name = f"{datetime.now():%Y%m%d-%H%M%S-%f}-{redact(sweep.jobs[0].composed.config.name)}-sweep"
     default = store.outputs / "multirun" / name
-    folder = SweepFolder(_with_jobs(store, sweep) or sweep.hydra.folder or default)
+    folder = SweepFolder(_with_jobs(store, sweep) or default)
 
     def tell_waiting(owner: dict[str, Any]) -> None:
         print(f"{locks.name_process(owner)} runs a sweep in this folder; waiting", flush=True)
@@ -278,8 +267,7 @@ class _Run:
     def __init__(self, sweep: Sweep, folder: SweepFolder) -> None:
         """Write the sweep's folder."""
         self.sweep, self.folder = sweep, folder
-        self.is_listed = sweep.hydra.sweeper == "basic"
-        self.jobs = sweep.jobs if self.is_listed else []
+        self.jobs = sweep.jobs
         self.config = sweep.jobs[0].composed.config
         self.made: set[str] = set()
         """Keys of shared steps that this sweep has made."""
@@ -296,9 +284,8 @@ class _Run:
             for job in self.jobs
         }  # fmt: skip
         self.state: dict[str, Any] = {
-            "parent": whereabouts(), "arguments": sweep.arguments, "config_dirs": sweep.hydra.config_dirs,
-            "hidden": hidden(sweep.hydra.tasks), "metric": self.config.sweep.metric, "jobs": described,
-            "pending": [], "made": [], "name": self.config.name,
+            "parent": whereabouts(), "arguments": sweep.arguments, "config_dirs": sweep.config_dirs,
+            "metric": self.config.sweep.metric, "jobs": described, "made": [], "name": self.config.name,
         }  # fmt: skip
         folder.write_state(self.state)
 
@@ -328,10 +315,10 @@ class _Run:
         return int(any(row["status"] != "done" for row in rows.values()))
 
     def _run_pending(self) -> None:
-        """Make shared steps, then run the other jobs: sequentially here, by the executor, or by Hydra's launcher."""
+        """Make shared steps, then run the other jobs: one after the other here, or by the executor."""
         pending = [job for job in self.jobs if not job.is_finished]
         fail_fast = any(job.composed.config.fail_fast for job in pending)
-        for job, steps in self.sweep.shared if self.is_listed else ():
+        for job, steps in self.sweep.shared:
             users = sum(any(step.key == steps[0].key for step in other.plan) for other in self.jobs)
             print(f"\n── shared by {users} jobs: {', '.join(step.name for step in steps)}", flush=True)
             self._make_shared(job, steps)
@@ -343,12 +330,12 @@ class _Run:
             if reason is not None:
                 self._end(job, {"status": "failed", "error": reason})
                 pending.remove(job)
-        if self.is_listed and self.sweep.hydra.launcher == "basic" and self.config.executor.kind == "local":
+        if self.config.executor.kind == "local":
             for job in pending:
                 print(f"\n── {self._title(job.number)}", flush=True)
                 self._say(run_job(self.folder, job.number, job.overrides, partial(self._prepare, job)))
-        elif pending or not self.is_listed:
-            self._launch(pending)
+        elif pending:
+            self._submit_all(pending)
 
     def _prepare(self, job: Job) -> tuple[Composed, list[PlannedStep]]:
         """Return configuration and plan of a job that runs in this process; steps that this sweep made are done."""
@@ -388,35 +375,19 @@ class _Run:
             own = next((line for line in lines[1:] if line.startswith(f"{step.name}: ")), lines[0])
             self.failed[step.key] = self.failed[source] if source else f"shared step {step.name}: {own}"
 
-    def _launch(self, pending: list[Job]) -> None:
-        """Run jobs by the executor, or in processes of Hydra's launcher; a job without a row has failed."""
-        hydra, folder = self.sweep.hydra, self.folder
-        self.state |= {"pending": [job.number for job in pending], "made": sorted(self.made)}
-        folder.write_state(self.state)
-        is_submitted = self.is_listed and hydra.launcher == "basic"
-        who = hydra.launcher if self.is_listed else f"hydra/sweeper={hydra.sweeper}"
-        who = f"executor={self.config.executor.kind}" if is_submitted else who
-        count = f"{len(pending)} jobs" if self.is_listed else "jobs"
-        print(f"\n── {count} by {who}; their lines begin with their number", flush=True)
-        numbered = ["hydra.sweeper.params=null", f"sweep.job={','.join(str(job.number) for job in pending)}"]
-        overrides = numbered if self.is_listed else self.sweep.varying
-        outlived = is_submitted and (self.config.executor.kind, self.config.executor.address) != ("ray", None)
+    def _submit_all(self, pending: list[Job]) -> None:
+        """Run jobs by the executor; a job without a row has failed."""
+        executor = self.config.executor
+        self.state["made"] = sorted(self.made)
+        self.folder.write_state(self.state)
+        print(f"\n── {len(pending)} jobs by executor={executor.kind}; their lines begin with their number", flush=True)
+        outlived = (executor.kind, executor.address) != ("ray", None)
         try:
-            with watched(folder, set(folder.rows()), self._say, outlived=outlived):
-                if is_submitted:
-                    self._submit(pending)
-                else:
-                    launch(hydra, folder, overrides)
+            with watched(self.folder, set(self.folder.rows()), self._say, outlived=outlived):
+                self._submit(pending)
         except Interrupted:
             self.has_left = outlived
             raise
-        except MlxchatError:
-            raise
-        except Exception as error:  # a process was killed or could not start; launchers raise their own exceptions
-            said = redact(f"error: {who} gave up: {type(error).__name__}: {error}")
-            print(visible(said), file=sys.stderr, flush=True)
-            if not self.is_listed:
-                raise StoreError(f"{who} ended early: {type(error).__name__}") from error
         for job in pending:
             self._end_without_row(job, "its process ended without a result")
 
@@ -471,20 +442,11 @@ class _Run:
         print(visible(f"── {self._title(row['job'])} {how}{error}  {numbers}".rstrip()), flush=True)
 
     def _title(self, number: int) -> str:
-        count = f"/{len(self.jobs)}" if self.is_listed else ""
-        return redact(f"job {number}{count} {self.titles.get(number, '')}".rstrip())
+        return redact(f"job {number}/{len(self.jobs)} {self.titles.get(number, '')}".rstrip())
 
     def _conclude(self, rows: list[Row]) -> None:
         """Write the table, the plot and the report of all jobs."""
         config = self.config.sweep
-        if not self.is_listed:
-            settings = [row["overrides"] for row in rows]
-            keys = differing(settings)
-            for row in rows:
-                title = " ".join(f"{key}={row['overrides'][key]}" for key in keys if key in row["overrides"])
-                self.titles[row["job"]] = title
-                described = {"overrides": [], "settings": row["overrides"], "title": title or f"job {row['job']}"}
-                self.state["jobs"][row["job"]] = described | {"steps": []}
         for row in rows:
             if "steps" in row:  # keys and ids, unknown before it ran
                 self.state["jobs"][row["job"]]["steps"] = row["steps"]
