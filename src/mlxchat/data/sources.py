@@ -304,9 +304,9 @@ def read_file(path: Path, column: str = COLUMN) -> Iterator[str]:
     if path.suffix == ".parquet":
         yield from Shard(str(path), "", local=path, column=column).documents()
     elif path.suffix == ".jsonl":
-        from mlxchat.tasks.jsonl import Lines
+        from mlxchat.tasks.jsonl import read_lines
 
-        yield from Lines(path, partial(_text_of, column), f'{{"{column}": "text"}}')
+        yield from read_lines(path, partial(_text_of, column), f'{{"{column}": "text"}}')
     else:
         yield from _read_text(path).replace("\r\n", "\n").split("\n\n\n")
 

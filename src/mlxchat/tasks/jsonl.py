@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.tasks.answers import Conversation, is_answer
@@ -32,47 +32,32 @@ _FAULTS_SHOWN = 10
 T = TypeVar("T")
 
 
-class Lines(Generic[T]):
-    """What the lines of a file stand for. They are in memory, and parsed when they are used."""
+def read_lines(path: Path, parse: Callable[[Any], T], forms: str) -> list[T]:
+    """Return what the lines of a .jsonl file in UTF-8 stand for; empty lines are skipped.
 
-    def __init__(self, path: Path, parse: Callable[[Any], T], forms: str) -> None:
-        """Check each line of a .jsonl file in UTF-8; DataError names the wrong ones. Empty lines are skipped.
-
-        `parse` takes a line's JSON value, and raises ValueError with what is wrong; messages name the accepted `forms`.
-        """
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error}).") from None
-        self._parse = parse
-        self._lines = [line for line in lines if line.strip()]
-        faults = [f"line {number}: {fault}" for number, line in enumerate(lines, 1) if (fault := self._fault(line))]
-        if faults:
-            shown = "\n  ".join(faults[:_FAULTS_SHOWN] + ["…"] * (len(faults) > _FAULTS_SHOWN))
-            raise DataError(f"{path} has {len(faults)} lines that are wrong:\n  {shown}\nExpected {forms}.")
-
-    def _fault(self, line: bytes) -> str:
-        """Return why a line is wrong, or an empty string if it is not."""
+    `parse` takes a line's JSON value, and raises ValueError with what is wrong. Wrong lines are named in a DataError,
+    with the accepted `forms`.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error}).") from None
+    found, faults = [], []
+    for number, line in enumerate(lines, start=1):
         try:
             if line.strip():
-                self._parse(json.loads(line))
+                found.append(parse(json.loads(line)))
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-            return f"not JSON ({error})"
+            faults.append(f"line {number}: not JSON ({error})")
         except ValueError as error:
-            return str(error)
-        return ""
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __iter__(self) -> Iterator[T]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> T:
-        return self._parse(json.loads(self._lines[index]))
+            faults.append(f"line {number}: {error}")
+    if faults:
+        shown = "\n  ".join(faults[:_FAULTS_SHOWN] + ["…"] * (len(faults) > _FAULTS_SHOWN))
+        raise DataError(f"{path} has {len(faults)} lines that are wrong:\n  {shown}\nExpected {forms}.")
+    return found
 
 
-def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2) -> Lines[Conversation]:
+def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2) -> list[Conversation]:
     """Return the conversations of a .jsonl file, whose lines are checked by `parse_conversation`.
 
     Args:
@@ -80,7 +65,7 @@ def read_conversations(path: Path, *, ends_answered: bool = True, least: int = 2
         ends_answered: refuse conversations that end with a user message, which nanochat accepts.
         least: minimum number of messages; 1 also accepts {"question"}, {"prompt"} and a JSON string.
     """
-    return Lines(path, partial(parse_conversation, ends_answered=ends_answered, least=least), _FORMS)
+    return read_lines(path, partial(parse_conversation, ends_answered=ends_answered, least=least), _FORMS)
 
 
 def parse_conversation(value: Any, *, ends_answered: bool = True, least: int = 2) -> Conversation:
@@ -136,11 +121,11 @@ class Jsonl(Task):
         if self.contains not in (0, 1):
             raise ConfigError(f"contains of task {self.name} is {self.contains}, expected 0 (equal) or 1 (contains).")
 
-    def _read(self, path: Path) -> Lines[Conversation]:
+    def _read(self, path: Path) -> list[Conversation]:
         return read_conversations(path)
 
     @cached_property
-    def _lines(self) -> Lines[Conversation]:
+    def _lines(self) -> list[Conversation]:
         return self._read(Path(self.path or self.own_path or ""))
 
     @cached_property
@@ -185,8 +170,8 @@ class Pairs(Jsonl):
     is_paired = True
     usually_held_out = 0.1
 
-    def _read(self, path: Path) -> Lines[Conversation]:
-        return Lines(path, parse_pair, _PAIR_FORMS)
+    def _read(self, path: Path) -> list[Conversation]:
+        return read_lines(path, parse_pair, _PAIR_FORMS)
 
 
 def parse_pair(value: Any) -> Conversation:
@@ -256,7 +241,7 @@ class IdentityConversations(UrlTask):
     seed: int = field(default=0, init=False)  # the order is the file's
 
     @cached_property
-    def _lines(self) -> Lines[Conversation]:
+    def _lines(self) -> list[Conversation]:
         path = self._file()
         assert path is not None, "no data are bundled"
         return read_conversations(path, ends_answered=False)
