@@ -19,7 +19,6 @@ from mlxchat.data.packing import (
     ShuffledConversations,
     count_rows,
     take_validation,
-    trim_rows,
 )
 from mlxchat.data.sources import Corpus
 from mlxchat.data.tokenizer import Tokenizer
@@ -157,23 +156,6 @@ def test_epoch_has_every_conversation_once_with_its_targets(tokenizer, conversat
         assert targets.tolist() == [token if bit else IGNORED for token, bit in zip(ids[1:], mask[1:], strict=True)]
     assert seen == Counter(tuple(render_conversation(tokenizer, each)[0]) for each in conversations)
     assert rows.counts() == {"truncated_conversations": 0}
-
-
-@given(
-    st.lists(st.integers(0, 300), min_size=1, max_size=4), st.sampled_from([1, 127, 128, 129, 300]), st.integers(0, 9)
-)
-def test_trimming_removes_only_padding(used, width, seed):
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, 50, (len(used), width)).astype(np.int32)
-    targets = np.full_like(ids, IGNORED)
-    for row, length in enumerate(used):
-        targets[row, :length] = 7
-    got_ids, got_targets = trim_rows(ids, targets)
-    kept = got_ids.shape[1]
-    assert np.array_equal(got_ids, ids[:, :kept])
-    assert np.array_equal(got_targets, targets[:, :kept])
-    assert (targets[:, kept:] == IGNORED).all()
-    assert kept == min(width, max(1, -(-min(max(used), width) // 128)) * 128)
 
 
 def document_rows(packing_name: str, documents: Any, *, row_tokens: int = 40, batch_rows: int = 4) -> RowStream:

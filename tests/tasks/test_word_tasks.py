@@ -48,9 +48,9 @@ def test_words_follow_nanochats_draws(words):
 
 
 def test_words_are_downloaded_and_recorded(hub):
-    hub.write_text("http://a/words_alpha.txt", "aardvark\n")
-    task = load_task("simple_spelling", "train", words="http://a/words_alpha.txt")
-    assert hub.asked == []
+    hub.files["words_alpha.txt"] = b"aardvark\n"
+    task = load_task("simple_spelling", "train", words=f"{hub.url}/files/words_alpha.txt")
+    assert hub.log == []
     assert task[7]["messages"][1]["content"] == "aardvark:a,a,r,d,v,a,r,k"
     assert [source["name"] for source in task.sources()] == ["words_alpha.txt"]
 
@@ -59,8 +59,6 @@ def test_identity_conversations_keep_the_files_order(hub):
     # nanochat accepts a user message at the end
     turns = [["Who?", f"I am {n}."] + ["Bye"] * (n % 2) for n in range(30)]
     talks = [[{"role": ("user", "assistant")[n % 2], "content": turn} for n, turn in enumerate(each)] for each in turns]
-    hub.write_text("http://a/me.jsonl", "".join(json.dumps(talk) + "\n" for talk in talks))
-    task = load_task("identity_conversations", "train", url="http://a/me.jsonl")
-    assert [task[n]["messages"] for n in range(len(task))] == talks
-    local = load_task("identity_conversations", "train", path=hub.folder / "me.jsonl", size=7)
-    assert [local[n]["messages"] for n in range(len(local))] == talks[:7]
+    hub.files["me.jsonl"] = "".join(json.dumps(talk) + "\n" for talk in talks).encode()
+    task = load_task("identity_conversations", "train", url=f"{hub.url}/files/me.jsonl", size=7)
+    assert [task[n]["messages"] for n in range(len(task))] == talks[:7]
