@@ -143,14 +143,13 @@ class Collector:
             self.signals.append(number)
             loop.call_soon_threadsafe(self._stopped.set)
 
-        with Progress("distill", len(requests), "answers") as progress:
-
-            def announce() -> None:
-                progress.note("stopping after the requests in flight; press Ctrl-C again to stop now")
-
-            with stop_on_signals(request_stop, announce):
-                async with connect(order.teacher, order.key, order.timeout_seconds) as client:
-                    await asyncio.gather(*(self._work(client, progress) for _ in range(order.concurrency)))
+        text = "stopping after the requests in flight; press Ctrl-C again to stop now"
+        with (
+            Progress("distill", len(requests), "answers") as progress,
+            stop_on_signals(request_stop, lambda: progress.note(text)),
+        ):
+            async with connect(order.teacher, order.key, order.timeout_seconds) as client:
+                await asyncio.gather(*(self._work(client, progress) for _ in range(order.concurrency)))
 
     async def _work(self, client: openai.AsyncOpenAI, progress: Progress) -> None:
         """Send requests until none is left, the run stops, or the next one does not fit the cost limit."""
@@ -197,8 +196,8 @@ class Collector:
         if len(self.failed) > _MOST_SHOWN:
             notes.append(f"and {len(self.failed) - _MOST_SHOWN:,} more")
         if self._is_out_of_money:
-            limit = self._order.max_cost
-            notes.append(f"stopped at --max-cost {limit:g}: {self._spent:.4f} is spent. Raise it to continue")
+            limit = f"--max-cost {self._order.max_cost:g}"
+            notes.append(f"stopped at {limit}: {self._spent:.4f} is spent. Raise it to continue")
         return notes
 
 
