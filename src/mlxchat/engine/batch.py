@@ -91,13 +91,11 @@ class Event:
     token: int | None  # None: the request was cancelled
     sampled: bool = False  # False if a tool forced the token
     text: str = ""  # text that can be shown now
-    kind: Kind = "text"
-    """What the text and the token belong to; the tokens around a call belong to what stands before them."""
+    kind: Kind = "text"  # of the text and the token; the tokens around a call belong to what stands before them
     logprob: float | None = None  # by the model's distribution, if requested and the token was sampled
     top_logprobs: list[tuple[int, float]] | None = None
     prompt_logprobs: list[Scored] | None = None  # (log-probability, alternatives) of each prompt token except the first
-    finish_reason: str | None = None
-    """'stop' (an end token or a stop string), 'length', 'cancelled'; None: not finished."""
+    finish_reason: str | None = None  # 'stop' (an end token or a stop string), 'length', 'cancelled'; None: goes on
 
 
 class Generator:
@@ -107,29 +105,21 @@ class Generator:
         self, decoder: Decoder, *, max_rows: int = DECODED_ROWS, prefill_tokens: int = PREFILL_TOKENS,
         kept_tokens: int = KEPT_TOKENS,
     ) -> None:  # fmt: skip
-        """Start without rows.
+        """Start without rows, of which `max_rows` are decoded at a time.
 
-        Args:
-            decoder: the model.
-            max_rows: rows decoded at a time.
-            prefill_tokens: chunk size of prompts, and about the most that is read between two steps.
-            kept_tokens: size of the LRU cache of rows with `reuse`.
+        `prefill_tokens` is the chunk size of prompts, and about the most that is read between two steps; `kept_tokens`
+        the size of the LRU cache of rows with `reuse`.
         """
         self.decoder, self.max_rows, self.prefill_tokens = decoder, max_rows, prefill_tokens
         self.kept = KeptPasts(kept_tokens)
+        self.num_reused = 0
+        """Prompt tokens whose keys and values were found, so far."""
         self._waiting: deque[Row] = deque()
-        self._rows: list[Row | None] = []
-        """By place in the decoder's batch."""
-        self._tokens = mx.zeros(0, dtype=mx.uint32)
-        """The queued tokens (B,), and their scores."""
+        self._rows: list[Row | None] = []  # by place in the decoder's batch
+        self._tokens = mx.zeros(0, dtype=mx.uint32)  # the queued ones (B,)
         self._scores: Scores | None = None
         self._sampler: Sampler | None = None
         self._next_id = 0
-
-    @property
-    def num_reused(self) -> int:
-        """Prompt tokens whose keys and values were found, so far."""
-        return self.kept.num_found
 
     def insert(self, request: Request) -> Row:
         """Add a row, which waits for a place."""
@@ -231,6 +221,7 @@ class Generator:
             row = self._waiting[0]
             if row.request.reuse and row.past is None:
                 row.past = self.kept.find(row.request.prompt)
+                self.num_reused += tokens_of(row.past)
             rest = row.unread
             budget -= min(len(rest), self.prefill_tokens)
             if len(rest) > self.prefill_tokens or (rest and row.past):  # a chunk of its own
@@ -318,10 +309,7 @@ class KeptPasts:
     def __init__(self, max_tokens: int) -> None:
         """Start empty."""
         self.max_tokens = max_tokens
-        self.num_found = 0
-        """Tokens found so far, which were not read again."""
-        self.held: list[tuple[list[int], Past]] = []
-        """Least recently used first."""
+        self.held: list[tuple[list[int], Past]] = []  # least recently used first
 
     def find(self, prompt: list[int]) -> Past | None:
         """Return the past of the longest common prefix, at most of all tokens but the last."""
@@ -330,7 +318,6 @@ class KeptPasts:
         if tokens < _LEAST_KEPT_TOKENS:
             return None
         self.held.append(self.held.pop(place))
-        self.num_found += tokens
         return [(keys[:, :, :tokens], values[:, :, :tokens]) for keys, values in self.held[-1][1]]
 
     def keep(self, ids: list[int], decoder: Decoder, row: int) -> None:

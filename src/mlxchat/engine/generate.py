@@ -112,10 +112,8 @@ class Engine:
         Raises:
             ConfigError: a prompt is empty.
         """
-        how: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-            "log_probabilities": log_probabilities,
-        }  # fmt: skip
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
+        how["log_probabilities"] = log_probabilities
         seeds = row_seeds(seed, len(prompts))
         if self.team is None or not prompts or not all(prompts):  # refuses an empty prompt before other ranks take part
             return self._complete_here(prompts, seeds, how)

@@ -21,7 +21,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import byte_letters
 from mlxchat.engine.batch import Event, Request, Row, restricted, score_sequence
 from mlxchat.engine.generate import Completion, Scheduler, complete_all, row_seeds
-from mlxchat.engine.sample import Sampler, Scored, make_draws, score_tokens
+from mlxchat.engine.sample import Sampler, Scored, make_draws, most_likely, score_tokens
 from mlxchat.errors import ConfigError, DataError, filter_logs
 from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 from mlxchat.tasks.answers import content_text
@@ -132,7 +132,8 @@ class ThirdPartyGenerator:
 
         (id,) = self._batch.insert(
             [missing], [request.max_new_tokens], caches=None if cache is None else [cache], all_tokens=[seen],
-            samplers=[greedy if request.sampling.temperature == 0 else draw],
+            # The same function in all greedy rows is called once for the batch.
+            samplers=[most_likely if request.sampling.temperature == 0 else draw],
             logits_processors=[[restrict]] if request.in_step else None,
         )  # fmt: skip
         self._rows[id] = Row(int(id), request, list(request.prompt), draws)
@@ -165,17 +166,11 @@ class ThirdPartyGenerator:
         return score_sequence(lambda part: logits[part], ids, most)
 
 
-def greedy(logits: mx.array) -> mx.array:
-    """Return the most likely tokens (B,); one function for all rows, so that mlx-lm calls it once for the batch."""
-    return mx.argmax(logits, axis=-1)
-
-
 class ThirdPartyTokenizer:
     """A tokenizer of the transformers library with our interface."""
 
     def __init__(self, wrapper: Any) -> None:
         """`wrapper` is mlx-lm's; raises DataError if there is no token to begin a text with."""
-        self.wrapper = wrapper
         self.inner = getattr(wrapper, "_tokenizer", wrapper)
         self.tokens = {int(index): str(token) for token, index in self.inner.get_vocab().items()}
         """Id → token, spelled as in tokenizer.json."""
@@ -185,11 +180,9 @@ class ThirdPartyTokenizer:
         if bos is None:
             raise DataError("the tokenizer has no token that begins or ends a text")
         self.bos = int(bos)
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether it has a chat template."""
-        return bool(getattr(self.inner, "chat_template", None))
+        self.ends = tuple(sorted(getattr(wrapper, "eos_token_ids", ()))) or (self.bos,)
+        """Tokens that end an answer."""
+        self.has_chat_template = bool(getattr(self.inner, "chat_template", None))
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text without added tokens."""
@@ -229,11 +222,6 @@ class ThirdPartyTokenizer:
         added = self.inner.added_tokens_decoder.values()
         names = {str(token) for token in added if token.special} | set(self.inner.all_special_tokens)
         return {token: index for index, token in self.tokens.items() if token in names}
-
-    @cached_property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens that end an answer."""
-        return tuple(sorted(self.wrapper.eos_token_ids)) or (self.bos,)
 
     @cached_property
     def _bytes(self) -> dict[int, bytes]:
