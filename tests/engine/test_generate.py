@@ -12,13 +12,11 @@ from mlxchat.errors import ConfigError
 
 
 def test_seed_determines_samples_but_not_greedy_answers(model, tokenizer):
-    rng = np.random.default_rng(3)
-    engine = Engine(model, tokenizer)
+    rng, engine = np.random.default_rng(3), Engine(model, tokenizer)
     prompts = [[tokenizer.bos, *rng.integers(0, 256, length).tolist()] for length in (6, 0, 29, 11)]
     assert engine.complete(prompts, max_new_tokens=5, seed=1) == engine.complete(prompts, max_new_tokens=5, seed=2)
-    first, same, other = (
-        engine.complete(prompts, max_new_tokens=8, temperature=1.0, top_k=50, seed=seed) for seed in (1, 1, 2)
-    )
+    how = {"max_new_tokens": 8, "temperature": 1.0, "top_k": 50}
+    first, same, other = (engine.complete(prompts, seed=seed, **how) for seed in (1, 1, 2))
     assert first == same != other
 
 

@@ -17,8 +17,6 @@ KINDS: tuple[Kind, ...] = ("losses", "entropies", "logits", "likeliest")
 OTHERS = {
     "gpt2": {"n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64, "layer_norm_epsilon": 1e-5,
              "vocab_size": 80},
-    "llama": {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "vocab_size": 80},
     "mamba": {"vocab_size": 80, "hidden_size": 32, "intermediate_size": 64, "state_size": 4, "num_hidden_layers": 2,
               "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 2},
 }  # fmt: skip
