@@ -10,7 +10,7 @@ import pytest
 from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.engine.decode import Decoder
 from mlxchat.engine.quantise import packed_copy
-from mlxchat.evals.bpb import bits_per_byte
+from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.quantised import SAMPLE, measure_quantised
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
@@ -45,7 +45,8 @@ def test_measured_cost_is_that_of_the_sample_text(wide, tokenizer, bits):
     packed, cost = measure_quantised(wide, tokenizer, bits)
     ids = np.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: wide.sizes.context_tokens + 1], dtype=np.int32)
     models = (wide, packed)
-    losses = [bits_per_byte(each, [(ids[:-1], ids[1:])], tokenizer.token_bytes, micro_tokens=10_000) for each in models]
+    rows, sizes = [(ids[:-1], ids[1:])], tokenizer.token_bytes
+    losses = [text_loss(each, rows, sizes, micro_tokens=10_000).bits_per_byte for each in models]
     logits = [np.asarray(each(mx.array(ids[None, :-1])))[0].astype(np.float64) for each in models]
     exact, rounded = (each - np.log(np.exp(each).sum(-1, keepdims=True)) for each in logits)
     assert (cost.exact, cost.rounded) == pytest.approx(tuple(losses), rel=1e-4)

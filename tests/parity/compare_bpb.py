@@ -10,7 +10,7 @@ from comparison import Comparison, Quantity, largest, scaled_distance
 from parity_file import ParityFile
 
 from mlxchat.data.packing import Row
-from mlxchat.evals.bpb import bits_per_byte, mean_loss
+from mlxchat.evals.bpb import mean_loss, text_loss
 from mlxchat.model.gpt import GPT
 from mlxchat.ops.loss import token_losses
 
@@ -25,7 +25,7 @@ def bits(file: ParityFile) -> Iterator[Comparison]:
         model, errors = file.core_model(variant), {}
         for number, case in enumerate(file.json["cases"]):
             rows = [row for name in case["batches"][: case["steps"]] for row in _rows(file, name)]
-            got = bits_per_byte(model, rows, _token_bytes(file, case["token_bytes"]), micro_tokens=1000)
+            got = text_loss(model, rows, _token_bytes(file, case["token_bytes"]), micro_tokens=1000).bits_per_byte
             expected = case[variant]["bpb"] if variant in case else None
             expected = math.inf if case["infinite"] or expected is None else expected
             name = f"{number}: {' '.join(case['batches']) or 'no batch'}, {case['token_bytes']}"

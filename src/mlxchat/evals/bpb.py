@@ -65,13 +65,6 @@ def text_loss(
     return TextLoss(float(sums[0]), int(sums[1]), int(sums[2]))
 
 
-def bits_per_byte(
-    model: Any, rows: Sequence[Row], token_bytes: Ints, *, micro_tokens: int, team: Team | None = None
-) -> float:
-    """Return the model's bits per byte of the rows' targets, infinite if no byte counts; arguments as `text_loss`."""
-    return text_loss(model, rows, token_bytes, micro_tokens=micro_tokens, team=team).bits_per_byte
-
-
 def mean_loss(model: Any, rows: Sequence[Row], *, micro_tokens: int, team: Team | None = None) -> float:
     """Return the mean cross-entropy in nats over the rows' targets that are not ignored."""
     losses = score_rows(model, [row_of(*row) for row in rows], batch_tokens=micro_tokens, team=team)
@@ -101,10 +94,7 @@ def measure_text(ctx: Context, model: LanguageModel) -> dict[str, Any]:
 
     Documents longer than the model's context are cut into rows of that length as in lm-evaluation-harness: the only
     context of a row is the token before it. Standard errors are over documents; over rows if there is only one.
-
-    Raises:
-        DataError: the text cannot be read or is empty.
-        Interrupted: the run was asked to stop.
+    Raises DataError if the text cannot be read or is empty.
     """
     config, token_bytes = ctx.config.eval, model.tokenizer.token_bytes
     documents = partial(read_texts, Path(config.text or ""), config.text_column)

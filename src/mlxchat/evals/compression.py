@@ -23,15 +23,10 @@ _SPLIT_CHARS = 4_000_000
 
 
 def compression_rows(tokenizer: Tokenizer, splits: dict[str, Iterable[str]]) -> list[dict[str, Any]]:
-    """Return the rows of the compression table.
+    """Return the rows of the compression table, for nanochat's texts and the first 4 million characters of each split.
 
-    Args:
-        tokenizer: ours.
-        splits: name → documents of the corpus; the first 4 million characters are used.
-
-    Returns:
-        For each text its name, bytes, and tokens of ours, gpt2 and gpt4 (None: not installed); for each installed rival
-        the fraction of tokens that ours saves, and which is better: ours, the rival or tie.
+    A row has the text's name, its bytes, and tokens of ours, gpt2 and gpt4 (None: not installed); for each installed
+    rival the fraction of tokens that ours saves, and which is better: ours, the rival or tie.
     """
     rivals = {name: _encoding(source) if is_packaged(source) else None for name, source in RIVALS.items()}
     folder = Path(__file__).with_name("texts")

@@ -91,11 +91,7 @@ def measure_plain_choice(ctx: Context, model: LanguageModel, examples: list[Exam
     """Return a model's scores on `eval.base_tasks` by name as data of scores.json; accuracies become metrics.
 
     The prompt is that of ARC in CORE without shots: "Question: …", and on the next line "Answer: " and the option.
-    Examples get theirs added.
-
-    Raises:
-        ConfigError: a task is not multiple choice, or does not name its options.
-        Interrupted: the run was asked to stop; the next attempt continues.
+    Examples get theirs added. Raises ConfigError if a task does not name its options.
     """
     tasks = {name: open_item(ctx, item) for name, item in sorted(ctx.config.eval.base_tasks.items())}
     asked = {name: _questions(name, task) for name, task in tasks.items()}

@@ -93,11 +93,7 @@ def _encodable(value: Any) -> Any:
 
 
 def read_examples(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of an evaluation's artifact, `details` as it was.
-
-    Raises:
-        DataError: there are none, or they cannot be read.
-    """
+    """Yield the rows of an evaluation's artifact, `details` as it was; raises DataError if they cannot be read."""
     path = folder / EXAMPLES_FILE
     if not path.is_file():
         raise DataError(f"{folder.name} holds no examples: only evaluations (eval_base, eval_sft, …) and RL do")
@@ -116,11 +112,7 @@ def has_rollouts(folder: Path) -> bool:
 
 
 def read_rollouts(folder: Path) -> list[dict[str, Any]]:
-    """Return RL's saved rollouts, last iteration first, grouped by question.
-
-    Raises:
-        DataError: they cannot be read.
-    """
+    """Return RL's saved rollouts, last iteration first, grouped by question; raises DataError if they are damaged."""
     try:
         lines = [json.loads(line) for line in (folder / ROLLOUTS_FILE).read_bytes().split(b"\n") if line]
         rows = [{name: line[name] for name in _ROLLOUT} for line in lines]

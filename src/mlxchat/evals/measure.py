@@ -25,7 +25,7 @@ from mlxchat.evals.chat import Answering, evaluate_task
 from mlxchat.evals.core import measure_core, measure_plain_choice
 from mlxchat.evals.examples import EXAMPLES_FILE, write_examples
 from mlxchat.evals.language_model import LanguageModel
-from mlxchat.evals.scores import Score, record_suite
+from mlxchat.evals.scores import Score, chatcore, mean_centered
 from mlxchat.runner.context import Context
 
 
@@ -97,12 +97,15 @@ def _measure_corpus(ctx: Context, model: LanguageModel) -> dict[str, float]:
 def _measure_suite(
     ctx: Context, model: LanguageModel, examples: list[dict[str, Any]], *, as_chat: bool
 ) -> dict[str, Any]:
-    """Return the scores of the suite's tasks, and add their examples; third-party models answer greedily and once."""
-    config, results = ctx.config.eval, dict[str, Score]()
+    """Return scores of the suite's tasks and their means, which become metrics, too; add the examples.
+
+    Third-party models answer greedily and once.
+    """
+    config, results, suite = ctx.config.eval, dict[str, Score](), sorted(ctx.config.suite.items())
     seeds = config.seeds if model.is_ours else 1
     temperature = float(seeds > 1) if config.temperature is None or not model.is_ours else config.temperature
     # All at first, so that a task that cannot be judged on this machine ends the step before any answer.
-    tasks = {name: open_item(ctx, item) for name, item in sorted(ctx.config.suite.items())} if as_chat else {}
+    tasks = {name: open_item(ctx, item) for name, item in suite} if as_chat else {}
     for name, task in tasks.items():
         answering = Answering(
             batch_rows=config.batch_rows, max_new_tokens=config.max_new_tokens, seeds=seeds, temperature=temperature,
@@ -111,4 +114,10 @@ def _measure_suite(
         results[name], rows = evaluate_task(ctx, model, task, answering, name=name, work=ctx.work / "tasks" / name)
         examples += [{"task": name, **row} for row in rows]
         ctx.metrics[name] = results[name].accuracy
-    return record_suite(ctx, results)
+    mean = mean_centered(list(results.values()))
+    whole = chatcore(results, {name: item.task for name, item in suite if item.split == "test"})
+    measured = {"mean_centered": mean, "chatcore": None if whole is None else whole["value"]}
+    ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
+    return {
+        "tasks": {name: score.to_dict() for name, score in results.items()}, "mean_centered": mean, "chatcore": whole,
+    }  # fmt: skip

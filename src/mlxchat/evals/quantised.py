@@ -10,7 +10,7 @@ import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.quantise import packed_copy
-from mlxchat.evals.bpb import bits_per_byte
+from mlxchat.evals.bpb import text_loss
 from mlxchat.model.gpt import GPT
 
 MOST_CHANGE = 0.2
@@ -52,11 +52,11 @@ def measure_quantised(model: GPT, tokenizer: Tokenizer, bits: int) -> tuple[GPT,
     """Return the quantised model and its cost on about 500 tokens."""
     packed = packed_copy(model, bits)
     ids = np.array([tokenizer.bos, *tokenizer.encode(SAMPLE)][: model.sizes.context_tokens + 1], np.int32)
-    exact, rounded = (
-        bits_per_byte(each, [(ids[:-1], ids[1:])], tokenizer.token_bytes, micro_tokens=_MICRO_TOKENS)
-        for each in (model, packed)
-    )
+    rows, sizes = [(ids[:-1], ids[1:])], tokenizer.token_bytes
+    exact, rounded = (text_loss(each, rows, sizes, micro_tokens=_MICRO_TOKENS) for each in (model, packed))
     p, q = (each(mx.array(ids[None, :-1]))[0] for each in (model, packed))
     p, q = (each - mx.logsumexp(each, axis=-1, keepdims=True) for each in (p, q))
     divergence = float(np.asarray((mx.exp(p) * (p - q)).sum(-1)).mean())
-    return packed, QuantisedLoss(bits=bits, exact=exact, rounded=rounded, divergence=divergence)
+    return packed, QuantisedLoss(
+        bits=bits, exact=exact.bits_per_byte, rounded=rounded.bits_per_byte, divergence=divergence
+    )

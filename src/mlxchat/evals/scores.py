@@ -13,12 +13,9 @@ import sys
 from collections.abc import Container, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean, pvariance, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlxchat.tasks.answers import number_and_form
-
-if TYPE_CHECKING:
-    from mlxchat.runner.context import Context
 
 CHATCORE_SETS: dict[str, tuple[str, ...]] = {
     "oct2025": ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval", "spelling_bee"),
@@ -83,13 +80,6 @@ class Score:
         variance = self.accuracy * (1 - self.accuracy) if self.variance is None else self.variance
         return math.sqrt(variance / max(1, self.num_examples))
 
-    @property
-    def seed_stderr(self) -> float | None:
-        """Standard error of the accuracy over samples of the same questions; None with one sample."""
-        if len(self.per_seed) < 2:
-            return None
-        return stdev(self.per_seed) / math.sqrt(len(self.per_seed))
-
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for scores.json."""
         numbers: dict[str, Any] = {
@@ -104,8 +94,9 @@ class Score:
             numbers |= {"nanochat_accuracy": self.nanochat.accuracy, "nanochat_stderr": self.nanochat.stderr}
         if self.per_seed:
             numbers |= {
-                "seeds": len(self.per_seed), "per_seed": list(self.per_seed), "seed_stderr": self.seed_stderr,
-                "any_right": self.any_right,
+                "seeds": len(self.per_seed), "per_seed": list(self.per_seed),
+                # Over samples of the same questions.
+                "seed_stderr": stdev(self.per_seed) / math.sqrt(len(self.per_seed)), "any_right": self.any_right,
             }  # fmt: skip
             if self.nanochat is not None:
                 numbers["nanochat_any_right"] = self.nanochat.any_right
@@ -148,17 +139,6 @@ def chatcore_set(tasks: Container[str]) -> str | None:
     return next((which for which, members in CHATCORE_SETS.items() if all(task in tasks for task in members)), None)
 
 
-def record_suite(ctx: Context, results: Mapping[str, Score]) -> dict[str, Any]:
-    """Return results on the configured suite as data of scores.json; their means become metrics of the step."""
-    mean = mean_centered(list(results.values()))
-    tasks = {name: item.task for name, item in sorted(ctx.config.suite.items()) if item.split == "test"}
-    whole = chatcore(results, tasks)
-    measured = {"mean_centered": mean, "chatcore": None if whole is None else whole["value"]}
-    ctx.metrics |= {name: value for name, value in measured.items() if value is not None}
-    scores = {name: score.to_dict() for name, score in results.items()}
-    return {"tasks": scores, "mean_centered": mean, "chatcore": whole}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Measure:
     """One number of an evaluation, with what is needed to show and compare it."""
@@ -185,20 +165,17 @@ class Measure:
     @property
     def centered(self) -> float | None:
         """Accuracy rescaled: 0 is chance, 1 is perfect."""
-        return None if self.chance is None or self.chance >= 1 else (self.value - self.chance) / (1 - self.chance)
+        return None if self.chance is None else (self.value - self.chance) / (1 - self.chance)
 
     @property
     def centered_stderr(self) -> float | None:
         """Standard error of the centred accuracy."""
-        if self.stderr is None or self.chance is None or self.chance >= 1:
-            return None
-        return self.stderr / (1 - self.chance)
+        return None if self.stderr is None or self.chance is None else self.stderr / (1 - self.chance)
 
     def by_published_rule(self) -> Measure | None:
         """Return the measure for comparison with published results, None if not measured by their rule."""
-        if self.published_rule is None:
-            return None
-        return replace(self, value=self.published_rule[0], stderr=self.published_rule[1])
+        rule = self.published_rule
+        return None if rule is None else replace(self, value=rule[0], stderr=rule[1])
 
 
 METRICS = ("val_bpb", "perplexity", "text_bpb", "core", "task", "form", "chatcore", "mean_centered", "pass_at_k", "own")
