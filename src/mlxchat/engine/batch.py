@@ -9,9 +9,9 @@ call, and a token sampled in vain is dropped. Rows join and leave at any time (c
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,7 @@ import numpy as np
 from mlxchat.engine.decode import Decoder, Past, tokens_of
 from mlxchat.engine.sample import Constraint, Sampler, Sampling, Scored, Scores, adjusted, make_draws, score_tokens
 from mlxchat.engine.tools import Kind
+from mlxchat.model.gpt import GPT
 from mlxchat.ops.machine import BATCH_ROWS, DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 
 if TYPE_CHECKING:
@@ -110,7 +111,8 @@ class Generator:
         `prefill_tokens` is the chunk size of prompts, and about the most that is read between two steps; `kept_tokens`
         the size of the LRU cache of rows with `reuse`.
         """
-        self.decoder, self.max_rows, self.prefill_tokens = decoder, max_rows, prefill_tokens
+        self.decoder, self.model = decoder, decoder.model
+        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
         self.kept = KeptPasts(kept_tokens)
         self.num_reused = 0
         """Prompt tokens whose keys and values were found, so far."""
@@ -173,11 +175,6 @@ class Generator:
             elif each is not None:
                 each.begun = True
         return events
-
-    def score(self, ids: Sequence[int], most: int) -> list[Scored]:
-        """Return the log-probabilities of all tokens except the first, with `most` alternatives."""
-        hidden = self.decoder.model.hidden(mx.array([ids[:-1]]))[0]
-        return score_sequence(lambda part: self.decoder.model.logits(hidden[part]), ids, most)
 
     def _inputs(self, rows: list[Row | None]) -> tuple[mx.array, list[bool]]:
         """Return the tokens to forward (B,), and which of them are given instead of sampled."""
@@ -283,13 +280,17 @@ def restricted(logits: mx.array, row: int, request: Request, answer: Sequence[in
     return logits
 
 
-def score_sequence(logits_of: Callable[[slice], mx.array], ids: Sequence[int], most: int) -> list[Scored]:
-    """Return the scores of a row's tokens except the first, by a function slice of positions → logits (N, V)."""
+def score_prompt(model: Any, ids: Sequence[int], most: int) -> list[Scored]:
+    """Return the log-probabilities, by our or mlx-lm's model, of all tokens except the first, with `most` alternatives."""
+    if len(ids) == 1:
+        return []
+    read, is_ours = mx.array([list(ids[:-1])]), isinstance(model, GPT)
+    states = (model.hidden(read) if is_ours else model(read))[0]
     found: list[Scored] = []
-    for start in range(0, len(ids) - 1, _SCORED_TOKENS):
-        stop = min(start + _SCORED_TOKENS, len(ids) - 1)
-        scores = score_tokens(logits_of(slice(start, stop)), mx.array(list(ids[start + 1 : stop + 1])), most)
-        found += scores.read()
+    for start in range(0, len(states), _SCORED_TOKENS):
+        part = slice(start, start + _SCORED_TOKENS)
+        logits = model.logits(states[part]) if is_ours else states[part].astype(mx.float32)
+        found += score_tokens(logits, mx.array(list(ids[1:][part])), most).read()
     return found
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.distributed.team import Team, name_of
-from mlxchat.engine.batch import Event, Generator, Request, Row
+from mlxchat.engine.batch import Event, Generator, Request, Row, score_prompt
 from mlxchat.engine.decode import Decoder
 from mlxchat.engine.quantise import packed_copy
 from mlxchat.engine.sample import Sampling
@@ -262,8 +262,7 @@ class Scheduler:
         request, token = row.request, event.token
         assert token is not None
         if request.prompt_logprobs and row.num_answered == 1:
-            most = request.logprobs or 0
-            event.prompt_logprobs = self.source.score(request.prompt, most) if len(request.prompt) > 1 else []
+            event.prompt_logprobs = score_prompt(self.source.model, request.prompt, request.logprobs or 0)
         event.text = row.shown.add(token) if row.shown else ""
         if token in self.tokenizer.ends or (row.shown and row.shown.stopped):
             event.finish_reason = "stop"

@@ -19,9 +19,9 @@ import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import byte_letters
-from mlxchat.engine.batch import Event, Request, Row, restricted, score_sequence
+from mlxchat.engine.batch import Event, Request, Row, restricted
 from mlxchat.engine.generate import Completion, Scheduler, complete_all, row_seeds
-from mlxchat.engine.sample import Sampler, Scored, make_draws, most_likely, score_tokens
+from mlxchat.engine.sample import Sampler, make_draws, most_likely, score_tokens
 from mlxchat.errors import ConfigError, DataError, filter_logs
 from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 from mlxchat.tasks.answers import content_text
@@ -159,11 +159,6 @@ class ThirdPartyGenerator:
         cache, ids = self._ended.pop(row.id, None) or self._batch.remove([row.id], return_prompt_caches=True)[row.id]
         if row.request.reuse and self._kept is not None and ids:
             self._kept.insert_cache(None, list(ids), cache)
-
-    def score(self, ids: Sequence[int], most: int) -> list[Scored]:
-        """See `Generator.score`."""
-        logits = self.model(mx.array([list(ids[:-1])]))[0].astype(mx.float32)
-        return score_sequence(lambda part: logits[part], ids, most)
 
 
 class ThirdPartyTokenizer:
