@@ -281,7 +281,7 @@ def restricted(logits: mx.array, row: int, request: Request, answer: Sequence[in
 
 
 def score_prompt(model: Any, ids: Sequence[int], most: int) -> list[Scored]:
-    """Return the log-probabilities, by our or mlx-lm's model, of all tokens except the first, with `most` alternatives."""
+    """Return the log-probabilities by any model of all tokens except the first, with `most` alternatives."""
     if len(ids) == 1:
         return []
     read, is_ours = mx.array([list(ids[:-1])]), isinstance(model, GPT)
