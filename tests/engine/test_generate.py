@@ -1,13 +1,19 @@
-"""The engine: seeds, ends of rows, the calculator, texts."""
+"""The engine: one token ahead, prompts read together, prefixes kept; seeds, ends of rows, the calculator, texts."""
+
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.models import make_model
 from kit.scripted import steps
 from kit.text import byte_tokens, tool_call, tool_output
-from mlxchat.engine.batch import Request
+from mlxchat.data.tokenizer import Tokenizer
+from mlxchat.engine.batch import Event, Generator, KeptPasts, Request
+from mlxchat.engine.decode import Decoder, tokens_of
 from mlxchat.engine.generate import Engine
+from mlxchat.engine.sample import Sampling
 from mlxchat.errors import ConfigError
 
 
@@ -89,3 +95,109 @@ def test_incomplete_last_character_is_replaced(tokenizer, scripted):
     scheduler = engine.scheduler()
     scheduler.submit(Request(prompt=prompt, max_new_tokens=6))
     assert [event.text for event in steps(scheduler)] == ["", "", "", "🙂", "", "\ufffd"]
+
+
+# Prompts of one token, of several chunks, equal ones, prefixes of others; windows of July 2026 are 128 tokens.
+LENGTHS = (1, 5, 40, 140, 40, 17, 5, 126)
+
+
+def requests_of(tokenizer: Tokenizer) -> list[Request]:
+    ids = [tokenizer.bos, *np.random.default_rng(3).integers(0, 256, 200).tolist()]
+    hot = {"temperature": 1.0, "repetition_penalty": 1.1, "top_p": 0.95}
+    return [
+        Request(prompt=ids[:length], max_new_tokens=3 + 2 * index, logprobs=2, reuse=index % 3 > 0,
+                sampling=Sampling(seed=index, **(hot if index % 2 else {})))
+        for index, length in enumerate(LENGTHS)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"max_rows": 3}, {}], ids=str)
+@pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])
+def test_answers_are_those_of_each_request_alone(path, tokenizer, architecture, options):
+    """Within rounding: in chunks, in padded batches, in free places, with reused prefixes, with penalties."""
+    engine = Engine(make_model(architecture, width=128, scale=0.1), tokenizer)
+    alone = []
+    for request in requests_of(tokenizer):
+        scheduler = engine.scheduler(prefill_tokens=32)
+        scheduler.submit(request)
+        alone.append(steps(scheduler))
+    scheduler = engine.scheduler(prefill_tokens=32, **options)
+    ids = [scheduler.submit(request) for request in requests_of(tokenizer)]
+    together = steps(scheduler)
+    for id, wanted in zip(ids, alone, strict=True):
+        got = [event for event in together if event.id == id]
+        assert [(event.token, event.text) for event in got] == [(event.token, event.text) for event in wanted]
+        assert [event.logprob for event in got] == pytest.approx([event.logprob for event in wanted], abs=1e-4)
+        for mine, other in zip(got, wanted, strict=True):
+            assert dict(mine.top_logprobs) == pytest.approx(dict(other.top_logprobs), abs=1e-4)
+
+
+def test_next_token_is_queued_before_the_last_is_read(model, tokenizer, monkeypatch):
+    """A step starts one computation and waits for none; nothing large leaves the device."""
+    monkeypatch.setenv("MLXCHAT_CPU", "plain")
+    generator = Generator(Decoder(model))
+    for seed in range(4):
+        sampling = Sampling(temperature=1.0, top_k=5, seed=seed)
+        generator.insert(Request(prompt=[tokenizer.bos] * 9, max_new_tokens=20, sampling=sampling, logprobs=1))
+    generator.next()
+    order: list[str] = []
+
+    def noted(name: str, own: Any) -> Any:
+        def call(*given: Any, **more: Any) -> Any:
+            if name != "asarray" or isinstance(given[0], mx.array):
+                assert name != "asarray" or given[0].size <= 4, "no logits"
+                order.append(name)
+            return own(*given, **more)
+
+        return call
+
+    for module, name in ((mx, "eval"), (mx, "async_eval"), (np, "asarray")):
+        monkeypatch.setattr(module, name, noted(name, getattr(module, name)))
+    for _ in range(5):
+        order.clear()
+        assert len(generator.next()) == 4
+        assert order == ["async_eval", *["asarray"] * 4]
+
+
+def test_equal_prompts_are_read_once(model, tokenizer, monkeypatch):
+    read: list[int] = []
+    own = Decoder.read
+    monkeypatch.setattr(Decoder, "read", lambda self, ids, *past: read.append(len(ids)) or own(self, ids, *past))
+    engine = Engine(model, tokenizer)
+    engine.complete([[tokenizer.bos] * 30] * 6 + [[tokenizer.bos] * 20], max_new_tokens=2, temperature=1.0)
+    assert read == [2], "one batch of two different prompts"
+    engine.max_rows = 2
+    engine.complete([[tokenizer.bos] * 30] * 6, max_new_tokens=2, temperature=1.0)
+    assert read == [2, 1], "rows that wait share it, too"
+
+
+def test_kept_prefixes_are_found_and_the_least_recently_used_dropped():
+    kept, decoder = KeptPasts(100), Decoder(make_model())
+    decoder.resize([], 1, 128)
+    for ids in ([*range(30)], [*range(40)], [*range(20), *range(100, 130)]):
+        kept.keep(ids, decoder, 0)
+    assert [len(ids) for ids, _ in kept.held] == [40, 50], "a prefix of another goes"
+    for prompt, tokens in (([*range(40), 98], 40), ([*range(20), *range(100, 120), 7], 40), ([5, *range(40)], 0),
+                           ([*range(10), 99, 98], 0), ([*range(25)], 24)):  # fmt: skip
+        assert tokens_of(kept.find(prompt)) == tokens
+    for ids in ([3] * 50, [4] * 101):
+        kept.keep(ids, decoder, 0)
+    prompts = ([*range(41)], [*range(20), *range(100, 130), 7], [3] * 51, [4] * 102)
+    assert [tokens_of(kept.find(prompt)) for prompt in prompts] == [40, 20, 50, 0]
+
+
+def test_next_turn_continues_the_kept_prefix(model, tokenizer):
+    scheduler = Engine(model, tokenizer).scheduler()
+    first = [tokenizer.bos, *range(50)]
+
+    def ask(prompt: list[int], *, reuse: bool) -> list[Event]:
+        scheduler.submit(Request(prompt=prompt, max_new_tokens=12, reuse=reuse, logprobs=0))
+        return steps(scheduler)
+
+    second = [*first, *(event.token or 0 for event in ask(first, reuse=True)), *range(60, 80)]
+    alone = ask(second, reuse=False)
+    assert scheduler.source.num_reused == 0
+    again = ask(second, reuse=True)
+    assert scheduler.source.num_reused == len(first) + 11, "all but the last token of the answer"
+    assert [event.token for event in again] == [event.token for event in alone]
+    assert [event.logprob for event in again] == pytest.approx([event.logprob for event in alone], abs=1e-4)

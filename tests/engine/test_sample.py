@@ -1,5 +1,6 @@
-"""Sampling: distributions against their definitions in NumPy."""
+"""Sampling: distributions against their definitions in NumPy; answers by a JSON schema for any logits."""
 
+import json
 from typing import Any
 
 import mlx.core as mx
@@ -8,7 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxchat.engine.sample import Sampler, Sampling, adjusted, make_draws, score_tokens
+from kit.scripted import steps
+from mlxchat.engine.batch import Request
+from mlxchat.engine.generate import Engine
+from mlxchat.engine.sample import Constraint, JsonGrammars, Sampler, Sampling, adjusted, make_draws, score_tokens
+from mlxchat.errors import ConfigError
 
 NUM_DRAWS = 5_000
 LOGITS = np.array([0.5, -1.0, 2.0, 1.0, -3.0, 1.5, 0.0, -0.5], dtype=np.float32)
@@ -97,3 +102,53 @@ def test_log_probabilities_are_the_models():
     assert (own, other) == pytest.approx((logs[4], np.log(expected(-LOGITS, 1.0))[0]), abs=1e-6)
     assert [token for token, _ in best] == [2, 5, 3]
     np.testing.assert_allclose([value for _, value in best], logs[[2, 5, 3]], atol=1e-6)
+
+
+AGE = {"type": "integer", "minimum": 0, "maximum": 99}
+LIKES = {"type": "array", "items": {"enum": ["tea", "go"]}, "maxItems": 2}
+PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 4}, "age": AGE, "likes": LIKES},
+          "required": ["name", "age", "likes"], "additionalProperties": False}  # fmt: skip
+
+
+def is_person(value: Any) -> bool:
+    return (
+        value.keys() == {"name", "age", "likes"}
+        and (isinstance(value["name"], str) and len(value["name"]) <= 4)
+        and (isinstance(value["age"], int) and 0 <= value["age"] <= 99)
+        and (len(value["likes"]) <= 2 and set(value["likes"]) <= {"tea", "go"})
+    )
+
+
+def test_answers_for_any_logits_match_the_schema(tokenizer):
+    constraint = JsonGrammars(tokenizer).constraint(PERSON)
+    first = constraint.copy().allowed([], tokenizer.vocab_size)
+    assert first.any()
+    assert not first[sorted(tokenizer.special_ids.values())].any(), "no end yet"
+    for seed in range(20):
+        draws, state, said = np.random.default_rng(seed), constraint.copy(), []
+        while not said or said[-1] not in tokenizer.ends:
+            allowed = state.allowed(said, tokenizer.vocab_size)
+            said.append(int(np.argmax(np.where(allowed, draws.normal(size=tokenizer.vocab_size), -np.inf))))
+        assert is_person(json.loads(tokenizer.decode(said[:-1])))
+    with pytest.raises(ConfigError, match=r"JSON schema cannot be used: .*strin"):
+        JsonGrammars(tokenizer).constraint({"type": "strin"})
+
+
+def test_constrained_and_free_rows_are_independent(model, tokenizer):
+    constraint = JsonGrammars(tokenizer).constraint(PERSON)
+
+    def ask(*constraints: Constraint | None) -> list[list[int]]:
+        scheduler = Engine(model, tokenizer).scheduler()
+        said: dict[int, list[int]] = {}
+        for each in constraints:
+            request = Request(prompt=tokenizer.encode("a person"), max_new_tokens=60, tools=False, constraint=each,
+                              sampling=Sampling(temperature=1.0, seed=3))  # fmt: skip
+            said[scheduler.submit(request)] = []
+        for event in steps(scheduler):
+            said[event.id].append(event.token or 0)
+        return list(said.values())
+
+    held, free, again = ask(constraint.copy(), None, constraint.copy())
+    assert held == again
+    assert [free] == ask(None) != [held]
+    assert is_person(json.loads(tokenizer.decode(held[:-1])))

@@ -1,14 +1,33 @@
-"""Bits per byte, recomputed from logits in numpy."""
+"""Bits per byte from logits in NumPy, of the corpus and of any text, and the n-gram baseline with dictionaries."""
 
+import json
 import math
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from kit.artifacts import make_model, make_tokenizer, publish
+from kit.commands import Say
+from kit.numpy_gpt import numpy_logits
+from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.packing import IGNORED, Row
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.evals.bpb import TextLoss, mean_loss, text_loss, uniform_bits_per_byte
+from mlxchat.evals.bpb import (
+    TextLoss,
+    mean_loss,
+    ngram_bits_per_byte,
+    ratio_error,
+    text_loss,
+    texts_of_rows,
+    uniform_bits_per_byte,
+)
+from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 
 
@@ -66,3 +85,118 @@ def test_loss_without_bytes_is_infinite(model, tokenizer):
         rows = [(np.zeros(4, np.int32), np.full(4, target, np.int32))]
         assert text_loss(model, rows, tokenizer.token_bytes, micro_tokens=100).bits_per_byte == math.inf
     assert TextLoss(0.0, 0, 0).perplexity == TextLoss(1e6, 10, 1).perplexity == math.inf
+
+
+TRAINING = ["the cat sat on the mat.", "the dog sat; naïve café!", "on and on and on", "x"]
+HELD_OUT = ["the cat and the dog", "zebra ünseen", "on"]
+
+
+def slow_bits_per_byte(training: list[str], held_out: list[str]) -> float:
+    """Witten-Bell: P(c | context) = (count + kinds × P(c | shorter context)) / (total + kinds)."""
+
+    def to_bytes(documents: list[str]) -> bytes:
+        return b"\0\0" + b"\0".join(document.encode() for document in documents)
+
+    train, test = to_bytes(training), to_bytes(held_out)
+    followers: dict[bytes, Counter[int]] = defaultdict(Counter)
+    for order in (0, 1, 2):
+        for end in range(order, len(train)):
+            followers[train[end - order : end]][train[end]] += 1
+
+    def probability(context: bytes, byte: int) -> float:
+        lower = probability(context[1:], byte) if context else 1 / 256
+        seen = followers.get(context)
+        if not seen:
+            return lower
+        return (seen[byte] + len(seen) * lower) / (seen.total() + len(seen))
+
+    bits = [-math.log2(probability(test[end - 2 : end], test[end])) for end in range(2, len(test)) if test[end]]
+    return sum(bits) / len(bits)
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out"),
+    [(TRAINING, HELD_OUT), (TRAINING, TRAINING), (["a"], HELD_OUT), ([""], HELD_OUT), ([], ["a"])],
+)
+def test_bits_per_byte_equal_a_slow_model(training, held_out):
+    assert ngram_bits_per_byte(training, held_out) == pytest.approx(slow_bits_per_byte(training, held_out), rel=1e-9)
+
+
+def test_baseline_text_is_the_text_of_the_rows():
+    tokenizer = train_tokenizer(TRAINING, 290)
+    first, second = ([tokenizer.bos, *tokenizer.encode(text)] for text in HELD_OUT[:2])
+    whole, cropped = [*first, *second, -1, -1], second[:4]
+    rows = [(np.maximum(row[:-1], 0).astype(np.int32), np.array(row[1:], np.int32)) for row in (whole, cropped)]
+    texts = [text for text in texts_of_rows(rows, tokenizer) if text]
+    assert texts == [*HELD_OUT[:2], tokenizer.decode(second[1:4])]
+
+
+# The last one is longer than the context of 64 tokens.
+DOCUMENTS = ["The house in the garden.", "It isn't so.", "", "12 windows had the house in the garden. " * 12]
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("text") / "outputs"
+    model, tokenizer = make_model("jul2026", context_tokens=64), make_tokenizer()
+    publish(place, "base", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "pretrain", "format": "base"}))
+    return place
+
+
+def measured(say: Say, outputs: Path, *arguments: object) -> dict[str, Any]:
+    said = say("eval", "base", "--text", *arguments, "--json", "eval.prompts=[]", f"outputs={outputs}")
+    found: dict[str, Any] = json.JSONDecoder().raw_decode(said)[0]
+    return {**found["text"], "artifact": found["artifact"]}
+
+
+def numpy_sums() -> tuple[list[float], list[int], int]:
+    """Return nats and bytes of each document, and tokens of all: rows of 64 after the token before them, in float64."""
+    model, tokenizer = make_model("jul2026", context_tokens=64), make_tokenizer()
+    nats, num_bytes, tokens = [], [], 0
+    for text in DOCUMENTS:
+        ids, total = [tokenizer.bos, *tokenizer.encode(text)], 0.0
+        for start in range(0, len(ids) - 1, 64):
+            piece = ids[start : start + 65]
+            logits = numpy_logits(model, np.array([piece[:-1]]))[0]
+            total -= sum(row[target] - np.log(np.exp(row).sum()) for row, target in zip(logits, piece[1:], strict=True))
+        nats, num_bytes, tokens = [*nats, total], [*num_bytes, len(text.encode())], tokens + len(ids) - 1
+    return nats, num_bytes, tokens
+
+
+def test_loss_of_text_equals_numpys(outputs, tmp_path, say):
+    nats, num_bytes, tokens = numpy_sums()
+    (tmp_path / "folder").mkdir()
+    for number, text in enumerate(DOCUMENTS):
+        (tmp_path / "folder" / f"{number}.md").write_text(text)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"story": text}) + "\n" for text in DOCUMENTS))
+    pq.write_table(pa.table({"story": DOCUMENTS}), tmp_path / "a.parquet")
+    folder = measured(say, outputs, tmp_path / "folder")
+    assert (folder["tokens"], folder["bytes"], folder["documents"]) == (tokens, sum(num_bytes), 4)
+    assert folder["bpb"] == pytest.approx(sum(nats) / sum(num_bytes) / math.log(2), rel=1e-5)
+    assert folder["perplexity"] == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-5)
+    assert measured(say, outputs, tmp_path / "folder") == folder, "cached by contents"
+    for name in ("a.jsonl", "a.parquet"):
+        found = measured(say, outputs, tmp_path / name, "--column", "story")
+        assert {**found, "artifact": folder["artifact"]} == folder
+    (tmp_path / "folder" / "0.md").write_text("The house in the gardens.")
+    assert measured(say, outputs, tmp_path / "folder")["artifact"] != folder["artifact"]
+
+
+def test_unreadable_text_is_one_message(outputs, tmp_path, say):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
+    (tmp_path / "a.jsonl").write_text('{"other": 1}\n')
+    for arguments, told in (
+        ([tmp_path / "none.txt"], "cannot be read (No such file or directory)"),
+        ([tmp_path / "empty"], "holds no files"),
+        ([tmp_path / "bad.txt"], "cannot be read as UTF-8 text"),
+        ([tmp_path / "a.jsonl"], 'line 1: no field "text" with text'),
+    ):
+        assert told in say("eval", "base", "--text", *arguments, f"outputs={outputs}", code=2)
+    assert "--column requires --text" in say("eval", "base", "--task", "bpb", "--column", "x", code=2)
+
+
+def test_ratio_error_of_equal_documents_is_that_of_a_mean():
+    x, y = np.random.default_rng(1).normal(5, 1, 30), np.full(30, 4.0)
+    assert ratio_error(x, y) == pytest.approx(np.std(x / 4, ddof=1) / math.sqrt(30))
+    assert ratio_error(x[:1], y[:1]) is None

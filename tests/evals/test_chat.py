@@ -1,4 +1,4 @@
-"""Chat evaluation: order of answers, sampling, resuming, multiple choice, scores."""
+"""Chat evaluation: order of answers, sampling, resuming, multiple choice, scores, files of examples."""
 
 import math
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Completion, Engine
 from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.chat import Answering, evaluate_task, expected_text, question_text
+from mlxchat.evals.examples import read_examples, write_examples
 from mlxchat.evals.language_model import LanguageModel
 from mlxchat.evals.scores import CHATCORE_SETS, Measure, Score, chatcore, mean_centered_stderr
 from mlxchat.model.gpt import GPT
@@ -285,3 +286,31 @@ def test_gsm8k_has_both_verdicts_and_shares_of_right_numbers_and_forms(tokenizer
     assert (whole["value"], whole["nanochat_value"]) == (0.5, 0.25)
     score, _ = evaluate(ScriptedEngine(tokenizer, answers[:2]), Questions(["#### 18", "Paris"]))
     assert not {"right_number", "right_form"} & score.to_dict().keys()
+
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "task": "gsm8k", "index": 0, "seed": None, "prompt": "Wie viele Äpfel?", "output": "#### 4\u2028",
+        "expected": "4", "verdict": True, "tokens": 3, "details": {"finished": True},
+    },
+    {
+        "task": "core/copa", "index": 7, "seed": 2, "prompt": "", "output": "", "expected": "x", "verdict": False,
+        "tokens": 0, "details": {"losses": [0.1, None], "cropped": False},
+    },
+]  # fmt: skip
+
+
+def test_examples_round_trip_in_equal_bytes(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_examples(tmp_path / folder / "examples.parquet", iter(ROWS))
+        assert list(read_examples(tmp_path / folder)) == ROWS
+    assert len({(tmp_path / folder / "examples.parquet").read_bytes() for folder in "ab"}) == 1
+
+
+def test_damaged_and_missing_examples_are_reported(tmp_path):
+    with pytest.raises(DataError, match=r"only evaluations .* and RL do"):
+        list(read_examples(tmp_path))
+    (tmp_path / "examples.parquet").write_bytes(b"{damaged")
+    with pytest.raises(DataError, match="cannot be read"):
+        list(read_examples(tmp_path))

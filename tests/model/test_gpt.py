@@ -1,9 +1,10 @@
-"""The model against nanochat's architectures of October 2025 and July 2026 in NumPy.
+"""The model against nanochat's architectures of October 2025 and July 2026 in NumPy, and its published sizes.
 
 Shapes: B batch, T tokens, C width, H query heads, K key/value heads, D head width, V vocabulary.
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -13,11 +14,13 @@ import pytest
 
 from kit import models
 from kit.numpy_gpt import numpy_logits, weights_of
+from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.model import initial
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
 from mlxchat.model.parameters import cast_parameters, computing_in, flatten_parameters, lengthen_context, set_parameters
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.ops import loss as cross_entropy
 from mlxchat.ops.loss import cross_entropy_sum
 
@@ -179,3 +182,42 @@ def test_unknown_and_uncounted_parameters_are_named(fresh, monkeypatch):
     )
     with pytest.raises(ConfigError, match=r"parameters, but count_parameters \(mlxchat/model/sizes.py\) counts"):
         init_weights(wider, seed=1)
+
+
+RECIPE = compose_config(["experiment=speedrun_d20"]).config
+
+
+def published_sizes(depth: int, num_kv_heads: int | None = None) -> GPTSizes:
+    model = replace(RECIPE.model, depth=depth, num_kv_heads=num_kv_heads)
+    return sizes_of(model, RECIPE.architecture, RECIPE.tokenizer.vocab_size)
+
+
+# Vocabulary 65,536 (nanochat, October 2025).
+@pytest.mark.parametrize(
+    ("depth", "width", "heads", "total", "matrices"),
+    [
+        (4, 256, 2, 36_700_160, 3_145_728),
+        (12, 768, 6, 185_597_952, 84_934_656),
+        (20, 1280, 10, 560_988_160, 393_216_000),
+        (26, 1664, 13, 1_081_999_360, 863_895_552),
+        (34, 2176, 17, 2_217_082_880, 1_931_870_208),
+    ],
+)
+def test_depth_gives_the_published_sizes_and_parameters(depth, width, heads, total, matrices):
+    sizes = published_sizes(depth)
+    counts = count_parameters(sizes)
+    assert (sizes.num_layers, sizes.width, sizes.num_heads, sizes.num_kv_heads) == (depth, width, heads, heads)
+    assert (counts["total"], counts["matrices"]) == (total, matrices)
+    assert counts["embedding"] == counts["head"] == 65_536 * width
+    assert (sizes.head_width, published_sizes(depth, num_kv_heads=2).num_kv_heads) == (128, 2)
+    assert depth != 20 or flops_per_token(sizes) == 3_491_758_080
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 4])
+def test_parameter_counts_are_the_models(num_kv_heads):
+    model = make_model(num_kv_heads=num_kv_heads)
+    counts = count_parameters(model.sizes)
+    held = {name: value.size for name, value in flatten_parameters(model).items()}
+    assert counts["total"] == sum(held.values())
+    assert counts["matrices"] == sum(size for name, size in held.items() if ".h." in name)
+    assert counts["head"] == held["lm_head.weight"]
