@@ -150,11 +150,14 @@ class Checkpointer:
         """
         if (found := read_newest(self.ctx.work)) is not None:
             arrays, state = found
-            weights, moments = _arrays(arrays, _MODEL), _arrays(arrays, _OPTIMIZER)
+            weights, moments, best = (_arrays(arrays, prefix) for prefix in (_MODEL, _OPTIMIZER, _BEST))
+            if self.best is not None and state["best"]["iteration"] is not None:
+                self.best.iteration, self.best.numbers = state["best"]["iteration"], state["best"]["numbers"]
+                self.best.weights = best or weights
+                mx.eval(self.best.weights)
             self.ctx.rewind_records(state["iteration"])
             self.ctx.metrics |= state["metrics"]
         elif extends is not None:
-            arrays = {}
             weights, moments, state = self._read_finished(extends)
             self.ctx.take_records(extends)
         else:
@@ -162,10 +165,6 @@ class Checkpointer:
             return 0, False
         set_parameters(self.model, weights)
         self.optimizer.state.update(moments)
-        if self.best is not None and state.get("best", {}).get("iteration") is not None:
-            self.best.iteration, self.best.numbers = state["best"]["iteration"], state["best"]["numbers"]
-            self.best.weights = trained_parameters(self.model) | _arrays(arrays, _BEST)
-            mx.eval(self.best.weights)
         mx.eval(self.model.state, self.optimizer.state)
         self.batches.restore(state["batches"])
         self.monitor.restore(state)
