@@ -12,8 +12,7 @@ from kit import models
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
-from mlxchat.model.lora import shapes_of
-from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of
+from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of, shapes_of
 from mlxchat.store.fingerprint import compute_key
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.store import Store

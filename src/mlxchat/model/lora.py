@@ -27,13 +27,11 @@ from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import key_of
 from mlxchat.model.parameters import flatten_parameters, module_at, set_parameters
-from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of
+from mlxchat.model.sizes import PARAMETERS, AdapterSizes, GPTSizes, matrices_of, shapes_of
 from mlxchat.ops.dropout import dropped, fold, present_dropping
 from mlxchat.store.bases import ADAPTER_KEY
 
 ADAPTERS_FILE, ADAPTER_CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
-PARAMETERS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
-"""Kind → names of an adapter's parameters."""
 _LAYER = "transformer.h."
 
 
@@ -273,8 +271,8 @@ def read_adapter_config(folder: Path, model_sizes: GPTSizes) -> AdapterSizes:
         rank, scale, dropout = given["rank"], float(given["scale"]), float(given.get("dropout") or 0)
         if kind not in PARAMETERS or type(rank) is not int or rank < 1 or not abs(scale) <= 1e30:
             raise ValueError(f"expected lora or dora, a rank above 0, a finite scale; got {kind}, {rank!r}, {scale}")
-        known = _matrices(model_sizes)
-        ends = {name: name.split(".", 3)[3] for name in known if name.startswith(_LAYER)}
+        known = matrices_of(model_sizes)
+        ends = {name: name.split(".", 3)[3] for name in known}
         first = max(0, model_sizes.num_layers - layers) if layers > 0 else 0
         last = {name: end for name, end in ends.items() if int(name.split(".")[2]) >= first}
         keys = set(last.values() if given.get("keys") is None else given["keys"])
@@ -297,25 +295,3 @@ def check_shapes(
                 f"{where}: adapters do not fit {ADAPTER_CONFIG_FILE} and the model: {name} is "
                 f"{found.get(name, 'absent')}, expected {expected.get(name, 'absent')}"
             )
-
-
-def shapes_of(sizes: AdapterSizes, model_sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every parameter of adapters on a model."""
-    known, rank = _matrices(model_sizes), sizes.rank
-    return {
-        f"{module}.{name}": shape
-        for module, (rows, columns) in known.items()
-        if module in sizes.targets
-        for name, shape in zip(PARAMETERS[sizes.kind], ((columns, rank), (rank, rows), (rows,)), strict=False)
-    }
-
-
-def _matrices(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
-    """Return the shape (out, in) of every linear layer, including gates and the head, which mlx-lm may adapt."""
-    model = GPT(sizes)
-    weights = {name.removesuffix(".weight"): value for name, value in flatten_parameters(model).items()}
-    return {
-        name: (len(value), value.shape[1])
-        for name, value in weights.items()
-        if value.ndim == 2 and name not in model.tables()
-    }

@@ -193,6 +193,8 @@ _ATTENTION = ("attn.c_q", "attn.c_k", "attn.c_v", "attn.c_proj")
 _MLP = ("mlp.c_fc", "mlp.c_proj")
 TARGET_GROUPS = {"attention": _ATTENTION, "mlp": _MLP, "all": _ATTENTION + _MLP}
 """Names of groups of matrices in every layer."""
+PARAMETERS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
+"""Kind → names of an adapter's parameters."""
 
 
 @dataclass(frozen=True)
@@ -224,13 +226,20 @@ def matrices_of(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
     return {f"transformer.h.{layer}.{name}": shape for layer in layers for name, shape in shapes.items()}
 
 
+def shapes_of(adapters: AdapterSizes, sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter of adapters on a model."""
+    rank, matrices = adapters.rank, matrices_of(sizes)
+    return {
+        f"{module}.{name}": shape
+        for module in adapters.targets
+        for rows, columns in [matrices[module]]
+        for name, shape in zip(PARAMETERS[adapters.kind], ((columns, rank), (rank, rows), (rows,)), strict=False)
+    }
+
+
 def count_adapter_parameters(adapters: AdapterSizes, sizes: GPTSizes) -> int:
     """Return the number of trained parameters of adapters on a model."""
-    shapes = matrices_of(sizes)
-    return sum(
-        adapters.rank * sum(shapes[name]) + (shapes[name][0] if adapters.kind == "dora" else 0)
-        for name in adapters.targets
-    )
+    return sum(map(math.prod, shapes_of(adapters, sizes).values()))
 
 
 def resolve_targets(targets: Iterable[str], sizes: GPTSizes) -> tuple[str, ...]:
