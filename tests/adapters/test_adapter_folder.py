@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from kit.artifacts import adapter_sizes, make_model, publish, publish_adapters, publish_base, random_adapters, some_ids
+from kit.artifacts import adapter_sizes, make_model, publish_adapters, publish_base, some_ids
 from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import Config
 from mlxchat.errors import ConfigError, MlxchatError, StoreError
-from mlxchat.model.checkpoint import load_checkpoint, save_adapters
+from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapter_config
-from mlxchat.model.parameters import flatten_parameters, set_parameters
+from mlxchat.model.parameters import flatten_parameters
 from mlxchat.runner.plan import make_plan
 from mlxchat.store.bases import find_chain
 from mlxchat.store.manifest import read_manifest
@@ -68,27 +68,6 @@ def test_opened_weights_are_fused(tmp_path, architecture, kind, bits):
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
     changed = {name for name, value in plain.items() if not np.array_equal(value, found[name])}
     assert len(changed) >= len(adapter_sizes(make_model(architecture).sizes).targets)
-
-
-@pytest.mark.parametrize(("architecture", "kind", "bits"), [("oct2025", "lora", 4), ("jul2026", "dora", 8)])
-def test_opened_model_has_the_trained_models_logits(tmp_path, architecture, kind, bits):
-    """In training the adapters are beside the base's matrices, in an opened checkpoint they are fused."""
-
-    from mlxchat.model.lora import attach_adapters
-    from mlxchat.model.parameters import trained_parameters
-
-    base = publish_base(tmp_path / "outputs", architecture=architecture)
-    trained, tokenizer, facts = load_checkpoint(base)
-    sizes = adapter_sizes(trained.sizes, kind, bits=bits)
-    attach_adapters(trained, sizes)
-    set_parameters(trained, random_adapters(sizes, trained.sizes))
-    more = {"base": base, "sizes": trained.sizes, "tokenizer": tokenizer, "facts": facts}
-
-    def write(out: Path) -> None:
-        save_adapters(out, trained_parameters(trained), sizes, **more)
-
-    opened = publish(tmp_path / "outputs", "tuned", write, inputs={"checkpoint": base})
-    np.testing.assert_allclose(logits(opened), np.asarray(trained(some_ids())), atol=2e-4)
 
 
 def test_missing_base_is_named(tmp_path):

@@ -56,9 +56,9 @@ def _show(source, seed):
 _MOST_CHARS = 200
 _LARGEST = 1e15
 
-_BINARY: dict[type[ast.operator], Callable[[float, float], float]] = {
+_OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod,
+    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.UAdd: operator.pos, ast.USub: operator.neg,
 }  # fmt: skip
 
 
@@ -87,17 +87,11 @@ def _evaluate(node: ast.expr) -> float:
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
             value = number
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            value = -_evaluate(operand)
-        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            value = _evaluate(operand)
-        case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _BINARY:
-            value = _BINARY[type(operation)](_evaluate(left), _evaluate(right))
-        case ast.Call(
-            func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
-            args=[ast.Constant(value=str(part))],
-            keywords=[],
-        ):
+        case ast.UnaryOp(op=operation, operand=operand) if type(operation) in _OPERATORS:
+            value = _OPERATORS[type(operation)](_evaluate(operand))
+        case ast.BinOp(left=left, op=operation, right=right) if type(operation) in _OPERATORS:
+            value = _OPERATORS[type(operation)](_evaluate(left), _evaluate(right))
+        case ast.Call(ast.Attribute(ast.Constant(str(text)), "count"), [ast.Constant(str(part))], []):
             value = text.count(part)
         case _:
             raise ValueError("no arithmetic")
