@@ -63,12 +63,8 @@ def evaluate_task(
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="verdicts") as pool:
         for sample in range(samples):
             unit = f"questions of {name}" + (f" ({sample + 1}/{samples})" if samples > 1 else "")
-            passes.append(
-                answer_all(
-                    ctx, work / f"{sample}.jsonl", {**about, "sample": sample}, len(task), unit,
-                    partial(asked.answer, sample, pool), progress,
-                )
-            )  # fmt: skip
+            journal, answer = work / f"{sample}.jsonl", partial(asked.answer, sample, pool)
+            passes.append(answer_all(ctx, journal, {**about, "sample": sample}, len(task), unit, answer, progress))
             mx.clear_cache()  # of shapes that occur only in this task
     score = Score.of_examples(passes, kind=task.kind, chance=task.chance, cropped=sum(asked.cropped))
     return score, [example for each in passes for example in each]

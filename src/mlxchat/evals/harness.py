@@ -8,7 +8,6 @@ model's context is computed, as in CORE. Requires the extra `harness`.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,8 +52,6 @@ class HarnessModel(TemplateLM):
         model, self._own_tokenizer, _ = load_for_inference(folder)
         self._model = LanguageModel(Engine(model, self._own_tokenizer), batch_tokens=int(batch_tokens))
         self._max_gen_toks, self._name = int(max_gen_toks), folder.name
-        special = sorted(self._own_tokenizer.special_ids)
-        self._special = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
     @property
     def eot_token_id(self) -> int:
@@ -71,11 +68,10 @@ class HarnessModel(TemplateLM):
 
         Special tokens are recognised only in texts that begin with <|bos|>, as those of `apply_chat_template` do.
         """
-        encode, special = self._own_tokenizer.encode, self._own_tokenizer.special_ids
         if string.startswith("<|bos|>"):
-            parts = self._special.split(string)
-            return [id_ for part in parts for id_ in ([special[part]] if part in special else encode(part))]
-        return encode(string) if add_special_tokens is False else [self.eot_token_id, *encode(string)]
+            return self._own_tokenizer.encoding.encode(string, allowed_special="all")
+        ids = self._own_tokenizer.encode(string)
+        return ids if add_special_tokens is False else [self.eot_token_id, *ids]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return a conversation as text with special tokens, up to the assistant's next message."""

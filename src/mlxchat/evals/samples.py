@@ -12,8 +12,7 @@ def continue_prompts(engine: Engine, prompts: list[str], max_new_tokens: int, **
     """Return each prompt with the model's continuation; sampling parameters are those of `Engine.complete`."""
     ids = [[engine.tokenizer.bos, *engine.tokenizer.encode(prompt)] for prompt in prompts]
     completions = engine.complete(ids, max_new_tokens=max_new_tokens, **how)
-    texts = [readable(engine.tokenizer.decode(completion.ids)) for completion in completions]
-    return list(zip(prompts, texts, strict=True))
+    return list(zip(prompts, [readable(engine.tokenizer.decode(each.ids)) for each in completions], strict=True))
 
 
 def answer_prompts(engine: Engine, prompts: list[str], max_new_tokens: int) -> list[tuple[str, str]]:
