@@ -13,8 +13,6 @@ from rich.text import Text
 from mlxchat.config.wording import format_bytes, format_count
 
 _BUSY = "too much other work on this machine for shares: measure again when it is quiet"
-# Parts measured alone may take slightly longer than within a step.
-_MOST_SHARE = 1.25
 
 
 def print_tables(record: dict[str, Any], stream: TextIO) -> None:
@@ -32,10 +30,6 @@ def print_tables(record: dict[str, Any], stream: TextIO) -> None:
     where = f"{device['name']} ({device['backend']}), {device['cores']} cores, {record['blas']}; {versions}"
     console.print(Text(where))
     console.print(_speeds(record))
-    if record["split"]:
-        console.print(_split(record))
-        about = "Shares are of the fastest step" if _shares(record) else _BUSY
-        console.print(Text(f"{about}; {record['split']['how']}.", style="dim"))
 
 
 def _speeds(record: dict[str, Any]) -> Table:
@@ -64,26 +58,6 @@ def _adapter(record: dict[str, Any]) -> str:
     base = "" if adapter["bits"] is None else f" on {adapter['bits']} bits"
     trained = format_count(record["num_trained_parameters"])
     return f", {adapter['kind']} of rank {adapter['rank']}{base} ({trained} trained)"
-
-
-def _split(record: dict[str, Any]) -> Table:
-    table = make_table("of a step", "seconds", "share")
-    split, shares = record["split"], _shares(record)
-    groups = (split["phases"], {**split["parts"], "rest": split["rest"]})
-    for group in groups:
-        for name, seconds in group.items():
-            table.add_row(name.replace("_", " "), f"{seconds:.4f}", f"{shares[name]:.1%}" if shares else "")
-        table.add_section()
-    return table
-
-
-def _shares(record: dict[str, Any]) -> dict[str, float]:
-    """Return phase or part → share of the fastest step; empty if impossible (busy machine)."""
-    split, step = record["split"], min(record["seconds"])
-    found = {name: seconds / step for name, seconds in {**split["phases"], **split["parts"]}.items()}
-    whole = sum(split["parts"].values()) / step
-    possible = all(0 <= share <= _MOST_SHARE for share in found.values()) and whole < _MOST_SHARE
-    return {**found, "rest": split["rest"] / step} if possible else {}
 
 
 def make_table(*titles: str, left: Sequence[int] = (0,)) -> Table:

@@ -1,4 +1,4 @@
-"""Speed of training: whole steps, forward pass, comparison with the peak, parts of a step."""
+"""Speed of training: whole steps, forward pass, comparison with the peak."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from mlxchat.bench.parts import Part, parts_of_step, phases_of_step
 from mlxchat.bench.timing import Stopwatch, fill_zero_weights, random_rows
 from mlxchat.config.schema import Config
 from mlxchat.errors import ConfigError
@@ -29,14 +27,6 @@ from mlxchat.runner.progress import Progress
 from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, versions
 from mlxchat.training.batches import mean_batch
 from mlxchat.training.step import TrainStep
-
-# Timed repetitions of a part after compilation; a median of three suffices for a share.
-_PART_STEPS, _PART_WARMUP_STEPS = 3, 1
-
-HOW_PARTS_ARE_MEASURED = (
-    "each part is compiled and run alone at the step's shapes, forward and backward together; of equal layers one is "
-    "measured and multiplied; backward is how much longer both take than forward; rest is the step less its parts"
-)
 
 
 def measure_training(config: Config) -> dict[str, Any]:
@@ -64,26 +54,16 @@ def measure_training(config: Config) -> dict[str, Any]:
     if micro_rows == 0:
         raise ConfigError(f"the step {training.explain_excess()}")
 
-    def rows(batch: int, count: int = bench.batch_rows) -> Any:
-        return random_rows(count, bench.row_tokens, bench.vocab_size, seed=seed, batch=batch)
+    def rows(batch: int) -> Any:
+        return random_rows(bench.batch_rows, bench.row_tokens, bench.vocab_size, seed=seed, batch=batch)
 
     reset_peak_memory()
     resident_before = peak_memory_bytes()
     mx.clear_cache()
     mx.reset_peak_memory()
     model, optimizer = _make_model(config, sizes, training.adapters, dtype)
-    # Parts exist only for training of all weights.
-    split_too = bench.split and training.adapters is None
-    phases: list[Part] = []
-    parts: list[Part] = []
     rates = rates_at(0, 1000, config.pretrain.schedule, config.optimizer)
-    if split_too:
-        ids = mx.array(np.stack([row[0] for row in rows(0, micro_rows)]))
-        phases = phases_of_step(model, optimizer, ids, rates, dtype=dtype, recompute=machine.grad_checkpointing)
-        parts = parts_of_step(model, ids, dtype=dtype)
-    repetitions = bench.warmup_steps + bench.steps
-    total = 2 * repetitions + (len(phases) + len(parts)) * (_PART_STEPS + _PART_WARMUP_STEPS)
-    with Progress("bench", total, "measurements") as progress:
+    with Progress("bench", 2 * (bench.warmup_steps + bench.steps), "measurements") as progress:
         watch = Stopwatch(progress)
         step, losses = _step(config, model, optimizer, dtype, rates, rows, micro_rows * bench.row_tokens)
         seconds = watch.seconds("step", step, steps=bench.steps, warmup_steps=bench.warmup_steps)
@@ -95,7 +75,6 @@ def measure_training(config: Config) -> dict[str, Any]:
         )  # fmt: skip
         peak = peak_flops(dtype)
         flops = flops_per_token(sizes) * tokens / median(seconds)
-        split = _split(watch, phases, parts, bench.batch_rows / micro_rows, min(seconds)) if split_too else None
     growth = max(0, resident_peak - resident_before)
     device = describe_device()
     return {
@@ -107,7 +86,6 @@ def measure_training(config: Config) -> dict[str, Any]:
         "share_of_peak": flops / peak if peak else None,
         "seconds": seconds,
         "forward_seconds": forward,
-        "split": split,
         "tokens_per_step": tokens,
         "micro_batch_tokens": micro_rows * bench.row_tokens,
         "predicted_peak_bytes": training.peak_bytes(micro_rows),
@@ -165,28 +143,3 @@ def _step(
         losses.append(loss)
 
     return step, losses
-
-
-def _split(
-    watch: Stopwatch, phases: list[Part], parts: list[Part], micro_batches: float, step: float
-) -> dict[str, Any]:
-    """Return the seconds of the fastest step by phase and by part (fastest repetition each)."""
-
-    def measure(part: Part) -> float:
-        work = part.prepare()
-        times = part.times * (1 if part.name == "optimizer" else micro_batches)
-        found = watch.seconds(part.name, lambda _: work(), steps=_PART_STEPS, warmup_steps=_PART_WARMUP_STEPS)
-        mx.clear_cache()
-        return min(found) * times  # other work on the machine only adds
-
-    forward, both, optimizer = (measure(part) for part in phases)
-    seconds = {part.name: 0.0 for part in parts}
-    for part in parts:
-        seconds[part.name] += measure(part)
-    seconds["optimizer"] = optimizer
-    return {
-        "phases": {"forward": forward, "backward": both - forward, "optimizer": optimizer},
-        "parts": seconds,
-        "rest": step - sum(seconds.values()),
-        "how": HOW_PARTS_ARE_MEASURED,
-    }

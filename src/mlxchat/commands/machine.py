@@ -151,15 +151,11 @@ def _folder(outputs: Path) -> Iterator[Finding]:
 # Kind → (module in mlxchat.bench, its function from configuration to plain data, description).
 KINDS = {
     "train": ("train", "measure_training", "training steps, forward pass of validation, memory, utilisation (MFU)"),
-    "core": ("core", "measure_core", "CORE examples, batched and one at a time"),
     "generate": ("generate", "measure_generation", "prompt processing and decoding, with ID or random weights"),
-    "tokenizer": ("tokenizer", "measure_tokenizer", "tokenizer training and encoding, compared with nanochat's"),
 }
 
 _BENCH_SETTINGS = """
-  bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps, split: mlxchat explain bench
-                       tokenizer: chars, vocab_size
-                       core: bundle (default: synthetic examples), core_tasks, core_examples
+  bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps
                        generate: rows, prompt_tokens, new_tokens, bits, as the options do
   model=d8             nanochat's own sizes, since experiment=bench is the default here
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise

@@ -601,8 +601,6 @@ class BenchConfig:
     """Timed repetitions; their median is reported."""
     warmup_steps: int = field(default=2, metadata={"at_least": 0})
     """Untimed repetitions before them; the first one compiles."""
-    split: bool = True
-    """Also measure each part of a step alone; takes about twice as long."""
     bits: int | None = field(default=None, metadata={"one_of": (8, 4)})
     """8 or 4: bits of the weights in decoding; null: the model's own."""
     rows: list[int] = field(default_factory=lambda: [1, 8])
@@ -611,14 +609,6 @@ class BenchConfig:
     """Lengths of prompts; each is measured with each batch size."""
     new_tokens: int = field(default=64, metadata={"at_least": 2})
     """Tokens of each answer; the first one counts as part of reading the prompt."""
-    chars: int = field(default=20000000, metadata={"at_least": 1})
-    """Characters of text to train a tokenizer on; a quarter of them is then encoded."""
-    core_examples: int = field(default=24, metadata={"at_least": 1})
-    """Examples of each CORE task; more where its shots need more."""
-    core_tasks: list[str] | None = None
-    """CORE tasks to measure; null: all."""
-    bundle: str | None = None
-    """nanochat's eval_bundle.zip to take examples from; null: synthetic examples of the same shapes."""
 
 
 @dataclass(kw_only=True)

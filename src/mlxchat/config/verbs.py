@@ -36,7 +36,7 @@ VERBS = {
     "data ls": ("data:ls", "list downloads: files, size, revision, and the artifacts made from them"),
     "data rm": ("data:rm", "remove a repository or a download from this machine"),
     "data show": ("data:show", "show conversations of a mixture, suite or stage as the model reads them"),
-    "bench": ("machine:bench", "measure this machine's speed (bench train, bench core; --json for programs)"),
+    "bench": ("machine:bench", "measure this machine's speed (bench train, bench generate; --json for programs)"),
     "doctor": ("machine:doctor", "check device, BLAS, memory, versions and the outputs folder, and suggest fixes"),
     "completion": ("completion:completion", "print a completion script for bash, zsh or fish"),
 }
