@@ -1,7 +1,5 @@
-"""mlxchat data: downloads for offline runs, lists, and safe removal."""
+"""mlxchat data: downloads for offline runs."""
 
-import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +7,8 @@ import pytest
 
 from kit.commands import Say
 from kit.text import parquet
-from mlxchat.hub.cache import hub_cache
 from mlxchat.hub.listings import forget
 from mlxchat.planning import inputs
-from mlxchat.store import locks
 
 NAME = "org/texts"
 SETTINGS = (
@@ -76,52 +72,10 @@ def test_dry_run_fetches_nothing(hub, texts, say):
     assert hub.requests("parquet") == []
 
 
-def test_data_ls_shows_size_commit_and_users(hub, texts, say):
-    assert "no downloads yet" in say("data", "ls")
-    say("data", "fetch", *SETTINGS)
-    say(*CORPUS_ALONE)
-    found = json.loads(say("data", "ls", "--json"))
-    (holding,) = found["holdings"]
-    assert (holding["name"], holding["revision"], holding["verified"]) == (NAME, texts.commit, True)
-    assert [name.split("-")[0] for name in holding["needed_by"]] == ["corpus"]
-    assert found["bytes"] == holding["bytes"] == sum(map(len, texts.files.values()))
-    assert f"{NAME}  {texts.commit[:12]}" in say("data", "ls")
-
-
-def test_data_of_artifacts_needs_force_to_remove(hub, texts, say):
-    say(*CORPUS_ALONE)
-    assert "Nothing was removed" in say("data", "rm", NAME, code=2)
-    assert "would remove" in say("data", "rm", NAME, "--dry-run")
-    before = json.loads(say("data", "ls", "--json"))["bytes"]
-    assert before > 0
-    ends = time.monotonic() + 60  # the command before was of this process, and may still fetch what it did not need
-    while any(map(locks.is_held, (hub_cache() / ".locks").rglob("*.lock"))):
-        assert time.monotonic() < ends
-        time.sleep(0.05)
-    assert f"removed {NAME}" in say("data", "rm", NAME, "--force")
-    assert json.loads(say("data", "ls", "--json"))["holdings"] == []
-
-
-def test_removing_keeps_files_of_other_commits(hub, texts, say, tmp_path):
-    say("data", "fetch", *SETTINGS)
-    old = texts.commit
-    texts.commit, texts.files["shard_0.parquet"] = "f" * 40, shard(9)
-    say("data", "fetch", *SETTINGS)
-    sent = hub.sent()
-    say("data", "rm", f"{NAME}@{old[:8]}")
-    assert [holding["revision"] for holding in json.loads(say("data", "ls", "--json"))["holdings"]] == ["f" * 40]
-    say("data", "fetch", *SETTINGS)
-    assert hub.sent() == sent
-    blobs = [path for path in (tmp_path / "hf").rglob("blobs/*") if path.is_file()]
-    assert len(blobs) == 7
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("data", "rm", "org/text"), "no download is called org/text"),
-        (("data", "rm"), "expected mlxchat data rm NAME"),
-        (("data", "fech"), 'expected mlxchat data fetch|ls|rm|show, got "fech". Did you mean "fetch"?'),
+        (("data", "fech"), 'expected mlxchat data fetch|show, got "fech". Did you mean "fetch"?'),
     ],
 )
 def test_mistakes_give_one_message(hub, texts, say, words, message):

@@ -255,9 +255,9 @@ def test_samples_shows_running_and_finished_trainings(toys, say):
     toys.run(toys.plan({"first": {"stage": "make"}}))
     place = resolve(toys.store, "first")
     lines = [f"{prompt}\n  10        text of 10\n  20        text of 20\n" for prompt in ("Once", "Gold is")]
-    assert say("samples", "first") == f"{place.name}\n\n{lines[0]}\n{lines[1]}"
-    assert say("samples", "first", "--last").count("text of") == 2
-    assert json.loads(say("samples", "first", "--last", "--json"))[1] == {
+    assert say("show", "first", "--samples") == f"{place.name}\n\n{lines[0]}\n{lines[1]}"
+    assert say("show", "first", "--samples", "--last").count("text of") == 2
+    assert json.loads(say("show", "first", "--samples", "--last", "--json"))[1] == {
         "iteration": 20, "prompt": "Gold is", "text": " text of 20",
     }  # fmt: skip
     key = "a" * 52
@@ -265,14 +265,14 @@ def test_samples_shows_running_and_finished_trainings(toys, say):
     Records(toys.store.work(key) / "ckpt" / "records" / "samples.jsonl").append(
         {"iteration": 7, "prompt": "Once", "text": "\x1b[2Jupon"}
     )
-    assert "text of 20" in say("samples", "first"), "what was left over hides no artifact"
+    assert "text of 20" in say("show", "first", "--samples"), "what was left over hides no artifact"
     with toys.store.lock(key).open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        text = say("samples", "first")
+        text = say("show", "first", "--samples")
         assert text.startswith("first, in progress")
         assert "  7        \\x1b[2Jupon\n" in text
-    assert "no artifact or run" in say("samples", "frist", code=2)
-    assert "a" * 52 in say("samples", key), "a stopped training goes by its key"
+    assert "no artifact or run" in say("show", "frist", "--samples", code=2)
+    assert "a" * 52 in say("show", key, "--samples"), "a stopped training goes by its key"
 
 
 @pytest.fixture

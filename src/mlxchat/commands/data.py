@@ -1,4 +1,4 @@
-"""mlxchat data: download, list, remove and show data of the Hub and of URLs."""
+"""mlxchat data: download and show data of the Hub and of URLs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxchat.commands.arguments import Parser
-from mlxchat.commands.columns import aligned, print_json
+from mlxchat.commands.columns import aligned
 from mlxchat.config.verbs import VERBS
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.errors import ConfigError, DataError, PassingError, suggest, visible
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mlxchat.data.mixture import Mixture
     from mlxchat.data.tokenizer import Tokenizer
     from mlxchat.hub.client import HubFile
-    from mlxchat.hub.inventory import Holding
 
 
 def data(parser: Parser) -> None:
@@ -106,92 +105,6 @@ def _fetch(options: Namespace) -> int:
     told = [f"{count:,} file{'s' * (count != 1)} {what}" for what, count in counts.items() if count]
     print(f"everything is there: {', '.join(told)}" if told else "nothing to download")
     return 0
-
-
-_NEEDED_SHOWN = 2
-
-
-def ls(parser: Parser) -> None:
-    """Declare `mlxchat data ls`."""
-    parser.add_json()
-    parser.set_defaults(main=_ls)
-
-
-def _ls(options: Namespace) -> int:
-    """Print a line for each repository and download."""
-    from mlxchat.hub.cache import cache_folder, hub_cache
-    from mlxchat.hub.inventory import find_holdings
-
-    holdings = find_holdings(options.outputs)
-    total = sum(holding.bytes + holding.part_bytes for holding in holdings)
-    if options.json:
-        print_json({"hub_cache": str(hub_cache()), "cache": str(cache_folder()), "bytes": total,
-                    "holdings": [_describe_holding(holding) for holding in holdings]})  # fmt: skip
-        return 0
-    if not holdings:
-        print(f"no downloads yet: {hub_cache()} and {cache_folder()} have none of ours")
-        return 0
-    rows = [["NAME", "REVISION", "FILES", "SIZE", "NEEDED BY"]]
-    for holding in holdings:
-        files = f"{len(holding.files)} of {len(holding.listed)}" if holding.kind != "url" else "1"
-        size = format_bytes(holding.bytes)
-        if holding.part_bytes:
-            size += f" + {format_bytes(holding.part_bytes)} of incomplete files"
-        more = len(holding.needed_by) - _NEEDED_SHOWN
-        needed = ", ".join(holding.needed_by[:_NEEDED_SHOWN]) + (f" and {more} more" if more > 0 else "")
-        rows.append([holding.name, (holding.revision or "")[:12] or "-", files, size, needed or "-"])
-    print(aligned(rows, right=(2, 3)))
-    print(f"{format_bytes(total)} in {hub_cache()} and {cache_folder()}. To remove: mlxchat data rm NAME")
-    return 0
-
-
-def _describe_holding(holding: Holding) -> dict[str, object]:
-    return {
-        "name": holding.name, "kind": holding.kind, "revision": holding.revision, "files": len(holding.files) or 1,
-        "files_listed": len(holding.listed) or 1, "bytes": holding.bytes, "part_bytes": holding.part_bytes,
-        "verified": all(file.is_there() for file in holding.files), "needed_by": holding.needed_by,
-    }  # fmt: skip
-
-
-def rm(parser: Parser) -> None:
-    """Declare `mlxchat data rm`."""
-    parser.take_names("NAME…", most=None, about="NAME: repository[@commit] or address, as `mlxchat data ls` shows it")
-    parser.description = (
-        "Remove repositories of the Hub and downloads from this machine; they can be fetched again. What an artifact "
-        "was made from stays unless --force is given."
-    )
-    parser.add_argument("--force", action="store_true", help="also data that artifacts were made from")
-    parser.add_argument("--dry-run", action="store_true", help="show what would be removed; change nothing")
-    parser.set_defaults(main=_rm)
-
-
-def _rm(options: Namespace) -> int:
-    """Remove the named data; return 1 if some of it remains."""
-    from mlxchat.hub.inventory import choose, find_holdings, remove
-
-    holdings = find_holdings(options.outputs)
-    chosen = list({holding.title: holding for name in options.names for holding in choose(holdings, name)}.values())
-    needed = [holding for holding in chosen if holding.needed_by]
-    if needed and not options.force and not options.dry_run:
-        lines = [f"  {holding.title}: {', '.join(holding.needed_by[:3])}" for holding in needed]
-        raise DataError(
-            "Artifacts were made from this, and a step that reads it again would have to download it again:\n"
-            + "\n".join(lines)
-            + "\nNothing was removed. To remove it anyway: --force"
-        )
-    stays: list[str] = []
-    for holding in chosen:
-        if options.dry_run:
-            size = format_bytes(holding.bytes + holding.part_bytes)
-            print(f"would remove {holding.title} ({size}){'; needed by ' * bool(holding.needed_by)}"
-                  f"{', '.join(holding.needed_by[:3])}")  # fmt: skip
-            continue
-        freed, kept = remove(holding)
-        stays += kept
-        print(f"removed {holding.title} ({format_bytes(freed)})")
-        for name in kept:
-            print(f"  {name} stays: another process is fetching it")
-    return int(bool(stays))
 
 
 _STAGES = ("midtrain", "sft", "preference", "rl", "eval")

@@ -1,4 +1,4 @@
-"""Model output to read in a terminal: examples of evaluations and RL (`show --examples`), and `samples`."""
+"""Model output to read in a terminal: examples of evaluations and RL, and samples of trainings."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import re
 import shutil
 import sys
 import textwrap
-from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from itertools import groupby, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
-from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import print_json
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
 from mlxchat.report.examples import verdict_of, with_calls
@@ -190,30 +188,22 @@ def _describe_question(
         yield from wrapped("", answer["output"], width)
 
 
-def samples(parser: Parser) -> None:
-    """Declare `mlxchat samples`."""
-    parser.take_names("[ID]", least=0)
-    parser.description = (
-        "Show what a model wrote on its prompts over the iterations of a pretraining (default: pretrain), while it "
-        "runs, too; or on those of an evaluation."
-    )
-    parser.add_argument("--last", action="store_true", help="only samples of the last iteration")
-    parser.add_json("one JSON array for programs")
-    parser.set_defaults(main=_samples)
+def show_samples(store: Store, name: str, *, last: bool, as_json: bool) -> int:
+    """Print what a model wrote on each prompt over the iterations of its training, or those of an evaluation.
 
-
-def _samples(options: Namespace) -> int:
-    """Print the samples of each prompt over the iterations."""
-    name = next(iter(options.names), "pretrain")
-    title, path = _find_samples(Store(options.outputs), name)
+    Raises:
+        DataError: there are no samples.
+        StoreError: nothing has this name.
+    """
+    title, path = _find_samples(store, name)
     found = [
         {"iteration": record.get("iteration"), "prompt": record["prompt"], "text": record["text"]}
         for record in Records(path).read()
         if isinstance(record.get("prompt"), str) and isinstance(record.get("text"), str)
     ]
-    if options.last and found:
+    if last and found:
         found = [record for record in found if record["iteration"] == found[-1]["iteration"]]
-    if options.json:
+    if as_json:
         print_json(found)
         return 0
     print(visible(title))

@@ -303,15 +303,21 @@ def show(parser: Parser) -> None:
     parser.add_argument("-n", type=int, default=5, metavar="N", help="number of examples or RL questions (default: 5)")
     parser.add_argument("--task", metavar="NAME", help="for an evaluation: only examples of this task")
     parser.add_argument("--iteration", type=int, metavar="N", help="for RL: only answers of this iteration")
-    parser.add_json("the manifest, unchanged")
+    parser.add_argument("--samples", action="store_true", help="what a training wrote on its prompts, also during it")
+    parser.add_argument("--last", action="store_true", help="with --samples: only those of the last iteration")
+    parser.add_json("the manifest, unchanged; with --samples a list of them")
     parser.set_defaults(main=_show)
 
 
 def _show(options: Namespace) -> int:
-    """Print an artifact's manifest, or the examples of an evaluation or RL."""
+    """Print an artifact's manifest, the examples of an evaluation or RL, or samples."""
     if options.n < 1:
         raise ConfigError(f"-n is {options.n}, expected at least 1")
     store = Store(options.outputs)
+    if options.samples:
+        from mlxchat.commands.examples import show_samples
+
+        return show_samples(store, options.names[0], last=options.last, as_json=options.json)
     place = resolve(store, options.names[0])
     if options.examples is not None:
         from mlxchat.commands.examples import show_examples, show_rollouts  # slow imports

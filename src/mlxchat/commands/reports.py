@@ -208,49 +208,6 @@ def _plot(table: Table, place: Path) -> None:
     print(f"plot: {place}", file=sys.stderr)
 
 
-def leaderboard(parser: Parser) -> None:
-    """Declare `mlxchat leaderboard`."""
-    parser.take_names("[RUN…]", least=0, most=None, about=f"{_SWEEPS} Without any: all runs")
-    parser.description = (
-        "Rank pretrainings by the training time to a target, by default each pretrain.target_bpb "
-        "of these runs. Runs without a target count, too, if their curve reached it."
-    )
-    target = parser.add_mutually_exclusive_group()
-    target.add_argument("--bpb", type=float, metavar="X", help="the target: validation bits per byte of at most X")
-    target.add_argument("--core", type=float, metavar="X", help="the target: CORE of at least X (GPT-2 XL: 0.256525)")
-    parser.add_argument("--cost-per-hour", type=float, metavar="DOLLARS", help="what this machine costs")
-    parser.add_json()
-    parser.set_defaults(main=_leaderboard)
-
-
-def _leaderboard(options: Namespace) -> int:
-    """Print a table for each target, or say that none was reached."""
-    from mlxchat.evals.scores import number
-    from mlxchat.report.collect import collect_steps, read_json
-    from mlxchat.report.leaderboard import Target, describe, rank, tables
-    from mlxchat.store.compare import find_runs
-
-    outputs, target = options.outputs, None
-    for metric, value in (("val_bpb", options.bpb), ("core", options.core)):
-        target = Target(metric, value) if value is not None else target
-    reports = []
-    for run in find_runs(Store(outputs), options.names):
-        plan = read_json(outputs / "runs" / run.name / "plan.json")
-        costs = number(plan.get("cost_per_hour")) if options.cost_per_hour is None else options.cost_per_hour
-        entries = [entry for entry in run.steps if entry.get("stage") in ("pretrain", "eval")]
-        reports.append(replace(collect_steps(outputs, run.name, entries, outputs), cost_per_hour=costs))
-    found = rank(reports, target)
-    if options.json:
-        print_json({title: [describe(row) for row in rows] for title, rows in found.items()})
-    elif found:
-        print(visible(tables(found)))
-    else:
-        asked = f"{target}" if target else "a target"
-        hint = "" if target else ": give --bpb or --core, or train with pretrain.target_bpb"
-        print(f"no pretraining in {outputs} has reached {asked}{hint}")
-    return 0
-
-
 def report(parser: Parser) -> None:
     """Declare `mlxchat report`."""
     about = f"{_SWEEPS} Several runs are compared. Default: the latest run"

@@ -128,7 +128,7 @@ def check_space(folder: Path, needed: int, what: str, beside: tuple[Path, int] |
     if needed and needed + SPARE_BYTES > free:
         raise DataError(
             f"{what} needs {format_bytes(needed)}, but the disk of {folder} has {format_bytes(free)} free. Make room "
-            "(mlxchat data ls lists downloads, mlxchat data rm removes them; mlxchat gc lists unused artifacts), "
+            "(hf cache ls lists downloads, hf cache rm removes them; mlxchat gc lists unused artifacts), "
             "or use another disk: HF_HOME=FOLDER for data of the Hub, MLXCHAT_CACHE=FOLDER for other downloads, "
             "outputs=FOLDER for artifacts."
         )

@@ -12,8 +12,8 @@ from mlxchat.config.wording import format_bytes, format_count, format_dollars, f
 from mlxchat.errors import visible
 from mlxchat.evals.scores import Measure, Scores, mapping, number
 from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, text
-from mlxchat.report.leaderboard import reach, target_of
 from mlxchat.report.tables import Table, baseline_label, columns, computing_seconds, metric_table, published_core, shown
+from mlxchat.report.target import describe_target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ _SOLVED = 0.98
 def answers(report: RunReport) -> list[tuple[str, str]]:
     """Return (question, answer) pairs, of at most four questions."""
     found = [
-        ("Did it learn?", " ".join(_learnt(report))),
+        ("Did it learn?", " ".join(filter(None, _learnt(report)))),
         ("How well?", " ".join(_how_well(report))),
         ("What did it cost?", " ".join(_cost(report))),
         ("What next?", " ".join(_next(report))),
@@ -153,7 +153,7 @@ def _learnt(report: RunReport) -> Iterator[str]:
     for step in report.steps:
         if step.stage == "pretrain" and step.manifest:
             yield _trained(step)
-            yield from _to_target(report, step)
+            yield describe_target(step, report.cost_per_hour)
     texts = [(scores, bpb) for _, scores in _own_scores(report) if (bpb := scores.find("val_bpb"))]
     if texts:
         scores, bpb = min(texts, key=lambda each: each[1].value)
@@ -181,17 +181,6 @@ def _trained(step: StepReport) -> str:
     data = f" on {format_count(tokens)} tokens" if tokens else ""
     time = f" in {format_seconds(step.seconds)}" if step.seconds is not None else ""
     return f"Step {step.name} trained a {size}{depth}{data}{time}."
-
-
-def _to_target(report: RunReport, step: StepReport) -> Iterator[str]:
-    """Yield a sentence about the time to the target of a pretraining."""
-    if (target := target_of(step)) is None:
-        return
-    if (reached := reach(report, step, target, report.evals)) is None:
-        yield f"It did not reach its target, {target}."
-        return
-    costs = ", ".join(f"{value} {what}" if what in ("tokens", "FLOPs") else value for what, value in reached.costs())
-    yield f"It reached its target, {target}, after {plural(int(reached.iteration), 'iteration')}: {costs}."
 
 
 def _how_well(report: RunReport) -> Iterator[str]:
