@@ -95,9 +95,6 @@ class TrainingProcess:
 
     def __init__(self, num_tokens: int, check: Callable[[], None] = lambda: None) -> None:
         """Start it; `check` is called during each wait, and may raise."""
-        if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
-            # Within joblib's processes, whose method spawned processes do not know.
-            multiprocessing.set_start_method("spawn", force=True)
         context = multiprocessing.get_context("spawn")
         self._check = check
         self._parts: Any = context.Queue(_WAITING_PARTS)
