@@ -31,8 +31,7 @@ _CALL = re.compile(r"<\|python_start\|>.*?<\|output_end\|>")
 @cache
 def read_rows(name: str) -> list[Any]:
     """Return the JSON values of a file of `FOLDER`, one per line."""
-    lines = gzip.decompress((FOLDER / f"{name}.jsonl.gz").read_bytes()).split(b"\n")
-    return [json.loads(line) for line in lines if line]
+    return list(map(json.loads, gzip.decompress((FOLDER / f"{name}.jsonl.gz").read_bytes()).splitlines()))
 
 
 class _ShippedTask(Task):

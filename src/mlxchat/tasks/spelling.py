@@ -209,9 +209,6 @@ def _questions() -> list[str]:
 @cache
 def _read_words(path: Path) -> list[str]:
     try:
-        words = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as a UTF-8 list of words ({error}).") from error
-    if not words:
-        raise DataError(f"{path} has no words; expected one on each line.")
-    return words
