@@ -24,7 +24,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.serve.api import Service, make_app
 from mlxchat.serve.models import Model, Models, load_scheduler
 from mlxchat.serve.requests import Defaults
-from mlxchat.serve.security import Limits, PatientProtocol
+from mlxchat.serve.security import Limits
 from mlxchat.serve.worker import Worker
 from mlxchat.store.manifest import write_manifest
 from mlxchat.store.store import Store
@@ -75,7 +75,6 @@ class Server:
         self.service = service
         config = uvicorn.Config(
             make_app(service, **options), host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=5,
-            http=PatientProtocol,
         )  # fmt: skip
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run)

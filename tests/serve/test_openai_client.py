@@ -32,41 +32,6 @@ def test_openai_client_parses_pydantic_models(client):
     assert isinstance(told.choices[0].message.parsed, Weather)
 
 
-def test_responses_api_whole_streamed_and_parsed(client):
-    asked = {"model": "sft", "input": "the cat", "instructions": "a", "max_output_tokens": 8, "temperature": 0}
-    told = client.responses.create(**asked)
-    chat = client.chat.completions.create(
-        model="sft", messages=[{"role": "system", "content": "a"}, *QUESTION], max_tokens=8, temperature=0
-    )
-    assert told.output_text == chat.choices[0].message.content
-    assert (told.usage.input_tokens, told.usage.output_tokens) == (
-        chat.usage.prompt_tokens, chat.usage.completion_tokens,
-    )  # fmt: skip
-    assert told.status == {"stop": "completed", "length": "incomplete"}[chat.choices[0].finish_reason]
-    with client.responses.stream(**asked) as stream:
-        deltas = [event.delta for event in stream if event.type == "response.output_text.delta"]
-    assert "".join(deltas) == told.output_text
-
-    class Answer(pydantic.BaseModel):
-        yes: bool
-
-    form = {"model": "sft", "input": "the cat", "text_format": Answer, "max_output_tokens": 50, "temperature": 0}
-    parsed = client.responses.parse(**form)
-    assert isinstance(parsed.output_parsed, Answer)
-    with client.responses.stream(**form) as stream:
-        assert stream.get_final_response().output_text == parsed.output_text
-
-
-def test_responses_api_is_stateless(client):
-    first = client.responses.create(model="sft", input="the cat", max_output_tokens=4)
-    turns = [*QUESTION, *(item.model_dump() for item in first.output), {"role": "user", "content": "the dog"}]
-    assert client.responses.create(model="sft", input=turns, max_output_tokens=4).object == "response"
-    with pytest.raises(openai.BadRequestError, match="previous_response_id is not supported: nothing is stored"):
-        client.responses.create(model="sft", input="and?", previous_response_id=first.id)
-    with pytest.raises(openai.BadRequestError, match="tools are not supported"):
-        client.responses.create(model="sft", input="a", tools=[{"type": "web_search"}])
-
-
 def test_openai_client_streams(client):
     with client.chat.completions.stream(
         model="sft", messages=QUESTION, max_tokens=6, seed=2, logprobs=True, stream_options={"include_usage": True}

@@ -37,7 +37,6 @@ from mlxchat.serve.requests import (
     Defaults,
     Echo,
     Generation,
-    ResponsesRequest,
     TextRequest,
     chat_prompt,
     json_constraint,
@@ -50,10 +49,8 @@ from mlxchat.serve.worker import Answer, Worker
 
 PAGE = Path(__file__).with_name("page")
 _LEAST_BODY_BYTES = 1_000_000
-_PIECE_ITEMS = 64
 Json = dict[str, Any]
 Result = TypeVar("Result")
-_write_json = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 # At shutdown streams may finish within the server's grace period.
 AppStatus.enable_automatic_graceful_drain = False
@@ -92,7 +89,6 @@ def make_app(
     app = FastAPI(title="mlxchat", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     add_fault_handlers(app)
     app.include_router(openai_routes(service))
-    app.include_router(responses_routes(service))
     app.include_router(run_routes(service.models.store))
     metrics = service.worker.metrics
 
@@ -140,7 +136,7 @@ def openai_routes(service: Service) -> APIRouter:
     # Functions that are not async run in a thread, so reading files does not block the event loop.
     @routes.get("/models", response_model=None)
     def list_models() -> Response:
-        return LargeAnswer({"object": "list", "data": service.models.entries()})
+        return JsonAnswer({"object": "list", "data": service.models.entries()})
 
     @routes.get("/models/{name:path}")
     def show_model(name: str) -> Json:
@@ -180,11 +176,11 @@ def openai_routes(service: Service) -> APIRouter:
 
 def _whole_answer(
     answer: Answer, choices: list[Choice], head: Json, each: int, describe: Callable[[int, Choice], Json], own: Json
-) -> LargeAnswer:
+) -> JsonAnswer:
     data = [
         {"index": i, **describe(i, choice), "finish_reason": choice.finish_reason} for i, choice in enumerate(choices)
     ]
-    return LargeAnswer({**head, "choices": data, "usage": usage_of(answer, choices, each), **own})
+    return JsonAnswer({**head, "choices": data, "usage": usage_of(answer, choices, each), **own})
 
 
 def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt, list[EngineRequest]]:
@@ -283,9 +279,7 @@ async def _text_chunks(
         return chunk(index, text, choice.finish_reason, logprobs) if text or logprobs or choice.finish_reason else None
 
     async for index, event in answer:
-        if event.prompt_logprobs:  # thousands of tokens
-            yield await run_in_threadpool(lambda index, event: large_event(take(index, event)), index, event)
-        elif (item := take(index, event)) is not None:
+        if (item := take(index, event)) is not None:
             yield item
     if usage:
         yield {**head, "choices": [], "usage": usage_of(answer, choices, body.n)}
@@ -302,86 +296,6 @@ def _head(prefix: str, kind: str, service: Service, model: Model) -> Json:
 def _usage_field(body: Generation) -> Json:
     """Return the usage field of every chunk: null if usage comes at the end, else no field."""
     return {"usage": None} if body.stream_options and body.stream_options.include_usage else {}
-
-
-def responses_routes(service: Service) -> APIRouter:
-    """Return the route /v1/responses."""
-    routes = APIRouter(prefix="/v1")
-
-    @routes.post("/responses", response_model=None)
-    async def respond(body: ResponsesRequest, request: Request) -> Response:
-        if body.n != 1:
-            raise Fault("a response has one choice", param="n")
-        model, prompt, requests = await run_in_threadpool(lambda: prepare_chat(service, body.as_chat()))
-        answer = service.worker.submit(model, requests)
-        head: Json = {
-            "id": f"resp_{uuid.uuid4().hex}", "object": "response", "created_at": int(time.time()),
-            "model": model.name, "instructions": body.instructions, "temperature": requests[0].sampling.temperature,
-            "top_p": body.top_p, "max_output_tokens": body.max_output_tokens, "metadata": {}, "tools": [],
-            "tool_choice": "none", "parallel_tool_calls": False, "error": None, "incomplete_details": None,
-            "text": {"format": body.text.format.model_dump(by_alias=True, exclude_none=True)},
-            "truncation": body.truncation, "mlxchat": {"truncated_turns": prompt.truncated_turns},
-        }  # fmt: skip
-        if body.stream:
-            return EventStream(answer, _events(answer, head))
-        (choice,) = await while_connected(request, answer, collect(answer))
-        return LargeAnswer(_whole(head, answer, choice))
-
-    return routes
-
-
-def _message(head: Json, choice: Choice | None, status: str) -> Json:
-    content = [] if choice is None else [_part(choice.text)]
-    name = "msg_" + str(head["id"]).removeprefix("resp_")
-    return {"type": "message", "id": name, "role": "assistant", "status": status, "content": content}
-
-
-def _part(text: str) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
-
-
-def _whole(head: Json, answer: Answer, choice: Choice) -> Json:
-    """Return the finished response."""
-    cut = choice.finish_reason == "length"
-    status = "incomplete" if cut else "completed"
-    used = usage_of(answer, [choice], 1)
-    return {
-        **head, "status": status, "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-        "output": [_message(head, choice, status)],
-        "usage": {
-            "input_tokens": used["prompt_tokens"], "input_tokens_details": {"cached_tokens": 0},
-            "output_tokens": used["completion_tokens"], "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": used["total_tokens"],
-        },
-    }  # fmt: skip
-
-
-async def _events(answer: Answer, head: Json) -> AsyncIterator[Json]:
-    """Yield the events of a stream, numbered."""
-    count = 0
-    (choice,) = choices_of(answer)
-    at: Json = {"item_id": _message(head, None, "")["id"], "output_index": 0, "content_index": 0}
-
-    def event(kind: str, **fields: Any) -> Json:
-        nonlocal count
-        count += 1
-        return {"type": f"response.{kind}", "sequence_number": count - 1, **fields}
-
-    begun = {**head, "status": "in_progress", "output": [], "usage": None}
-    yield event("created", response=begun)
-    yield event("in_progress", response=begun)
-    yield event("output_item.added", output_index=0, item=_message(head, None, "in_progress"))
-    yield event("content_part.added", **at, part=_part(""))
-    async for _, step in answer:
-        for kind, text in choice.add(step):
-            if kind == "text":
-                yield event("output_text.delta", **at, delta=text, logprobs=[])
-    whole = _whole(head, answer, choice)
-    (item,) = whole["output"]
-    yield event("output_text.done", **at, text=choice.text, logprobs=[])
-    yield event("content_part.done", **at, part=item["content"][0])
-    yield event("output_item.done", output_index=0, item=item)
-    yield event(whole["status"], response=whole)
 
 
 class EventStream(EventSourceResponse):
@@ -438,26 +352,10 @@ async def _encoded(data: AsyncIterator[Any]) -> AsyncIterator[bytes | dict[str, 
         yield {"data": json.dumps(fault.body())}
 
 
-def large_event(item: Any) -> bytes:
-    """Return a server-sent event, encoded in pieces (`large_json`). Call it in a thread."""
-    return f"data: {large_json(item)}\n\n".encode()
-
-
-class LargeAnswer(JSONResponse):
-    """A JSON answer, encoded in pieces (`large_json`). Construct it in a thread."""
+class JsonAnswer(JSONResponse):
+    """A JSON answer whose text may have lone surrogates, which UTF-8 cannot encode."""
 
     def render(self, content: Any) -> bytes:
         """Return the body."""
-        return large_json(content).encode(errors="backslashreplace")  # JSON escapes lone surrogates the same way
-
-
-def large_json(value: Any) -> str:
-    """Return JSON, encoding long lists in pieces because no other thread runs during a call of the encoder."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{_write_json(key)}:{large_json(item)}" for key, item in value.items()) + "}"
-    if not isinstance(value, list):
-        return _write_json(value)
-    if len(value) <= _PIECE_ITEMS:
-        return "[" + ",".join(large_json(item) for item in value) + "]"
-    starts = range(0, len(value), _PIECE_ITEMS)
-    return "[" + ",".join(_write_json(value[at : at + _PIECE_ITEMS])[1:-1] for at in starts) + "]"
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode(errors="backslashreplace")  # JSON escapes lone surrogates the same way

@@ -162,65 +162,6 @@ class TextRequest(Generation):
     best_of: int | None = None
 
 
-class TextFormat(BaseModel):
-    """The format of an answer in /v1/responses, with the schema next to its type."""
-
-    model_config = STRICT
-
-    type: Literal["text", "json_object", "json_schema"] = "text"
-    name: str = ""
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
-    strict: bool | None = None
-    description: str | None = None
-
-
-class TextOptions(BaseModel):
-    """The field `text`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    format: TextFormat = TextFormat()
-
-
-class InputMessage(Message):
-    """A message of the input; answers that clients send back also have an id and a status."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-
-    type: Literal["message"] = "message"
-
-
-class ResponsesRequest(Generation):
-    """Body of /v1/responses."""
-
-    input: str | Annotated[list[InputMessage], FIRST_ONLY]
-    instructions: str | None = None
-    max_output_tokens: Tokens | None = None
-    text: TextOptions = TextOptions()
-
-    def as_chat(self) -> ChatRequest:
-        """Return the equivalent chat completion request.
-
-        Raises:
-            Fault: it refers to stored responses.
-        """
-        for name in ("previous_response_id", "conversation", "background", "prompt"):
-            if (self.model_extra or {}).get(name):
-                message = f"{name} is not supported: nothing is stored here"
-                raise Fault(message, param=name, code="unsupported_parameter")
-        self.refuse_unknown()
-        checked = [Message(role="system", content=self.instructions)] if self.instructions else []
-        given = [Message(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-        checked += [Message(role=each.role, content=each.content) for each in given]
-        form = self.text.format
-        schema = None if form.schema_ is None else {"name": form.name, "schema": form.schema_}
-        settings = self.model_dump(exclude_unset=True, exclude={"input", "instructions", "max_output_tokens", "text"})
-        return ChatRequest(
-            **settings, messages=checked, max_completion_tokens=self.max_output_tokens,
-            response_format=ResponseFormat.model_validate({"type": form.type, "json_schema": schema}),
-        )  # fmt: skip
-
-
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
     """Default settings of requests: nanochat's values."""

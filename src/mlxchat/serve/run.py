@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import socket
-from typing import cast
 
 import uvicorn
 from fastapi import FastAPI
 
 from mlxchat.errors import ConfigError, visible
-from mlxchat.serve.security import PatientProtocol, most_connections
+from mlxchat.serve.security import most_connections
 
 
 class _Lines(logging.Formatter):
@@ -58,7 +57,7 @@ def run_server(
         logging.getLogger(quiet).setLevel(logging.WARNING)
     config = uvicorn.Config(
         app, log_config=None, log_level="info" if log_requests else "warning", access_log=log_requests,
-        timeout_graceful_shutdown=grace_seconds, server_header=False, http=cast("type", PatientProtocol),
+        timeout_graceful_shutdown=grace_seconds, server_header=False, http="h11",
         limit_concurrency=most_connections(),
     )  # fmt: skip
     with listening:

@@ -20,15 +20,10 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlxchat.errors import ConfigError
 from mlxchat.ops.machine import KEPT_TOKENS
 
-# Connections whose headers take longer are closed (slow loris).
-HEAD_SECONDS = 15.0
-# A client that reads fewer bytes of its answer in this time is disconnected, since the rest would fill memory.
-READ_SECONDS, _READ_BYTES = 60.0, 16 << 10
 # Files other than connections: models, logs, sandboxed programs.
 _OTHER_FILES = 64
 # Paths that need no key, in addition to /page/.
@@ -249,65 +244,6 @@ def _name_of(host: str) -> str:
     if host.startswith("["):
         return host[1:].partition("]")[0]
     return host.partition(":")[0].lower().removesuffix(".")
-
-
-class PatientProtocol(H11Protocol):
-    """Closes connections whose headers take too long (slow loris) or whose client reads too slowly."""
-
-    _timer: asyncio.TimerHandle | None = None
-    _reading: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        """Start the time limit of the first request's headers."""
-        super().connection_made(transport)
-        transport.set_write_buffer_limits(high=1 << 16, low=0)  # resume only when the client has read everything
-        self._watch()
-
-    def pause_writing(self) -> None:
-        """Start the client's time limit for reading."""
-        super().pause_writing()
-        self._expect_reading()
-
-    def resume_writing(self) -> None:
-        """Stop the client's time limit for reading."""
-        super().resume_writing()
-        if self._reading is not None:
-            self._reading.cancel()
-
-    def _expect_reading(self) -> None:
-        most = max(0, self.transport.get_write_buffer_size() - _READ_BYTES)
-        self._reading = self.loop.call_later(READ_SECONDS, self._check_reading, most)
-
-    def _check_reading(self, most: int) -> None:
-        if self.transport.get_write_buffer_size() > most:
-            self.transport.abort()
-        else:
-            self._expect_reading()
-
-    def data_received(self, data: bytes) -> None:
-        """Receive data; start the time limit if it begins another request."""
-        super().data_received(data)
-        self._watch()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Stop all time limits."""
-        super().connection_lost(exc)
-        for timer in (self._timer, self._reading):
-            if timer is not None:
-                timer.cancel()
-
-    def _watch(self) -> None:
-        answering = self.cycle is not None and not self.cycle.response_complete
-        if answering and self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        elif not answering and self._timer is None:
-            self._timer = self.loop.call_later(HEAD_SECONDS, self._give_up)
-
-    def _give_up(self) -> None:
-        self._timer = None
-        if self.cycle is None or self.cycle.response_complete:
-            self.transport.close()
 
 
 def most_connections() -> int:
