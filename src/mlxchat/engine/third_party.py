@@ -170,8 +170,9 @@ class ThirdPartyTokenizer:
         self.tokens = {int(index): str(token) for token, index in self.inner.get_vocab().items()}
         """Id → token, spelled as in tokenizer.json."""
         self.vocab_size = max(self.tokens) + 1
-        ends = self.inner.get_vocab().get("<|endoftext|>"), self.inner.eos_token_id
-        bos = next((token for token in (self.inner.bos_token_id, *ends) if token is not None), None)
+        names = self.inner.get_vocab()
+        starts = (self.inner.bos_token_id, names.get("<|bos|>"), names.get("<|endoftext|>"), self.inner.eos_token_id)
+        bos = next((token for token in starts if token is not None), None)
         if bos is None:
             raise DataError("the tokenizer has no token that begins or ends a text")
         self.bos = int(bos)
