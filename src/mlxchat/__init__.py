@@ -6,6 +6,6 @@ __version__ = "0.2.0"
 
 # MLX's wheel for Linux CPUs needs a fast BLAS, which has to be loaded before it, and other kernels.
 with suppress(ModuleNotFoundError):
-    from mlxchat import cpu
+    from mlxchat.cpu import install
 
-    cpu.install()
+    install()
