@@ -6,7 +6,6 @@ import ast
 import importlib
 import inspect
 import itertools
-import json
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -356,7 +355,9 @@ _COLOURS = {"done": ("#cde8d5", "#2e7d4f"), "waiting": ("#fdecc8", "#9a6b00"), "
 def graph(parser: Parser) -> None:
     """Declare `mlxchat graph`."""
     parser.take_settings()
-    parser.add_argument("--format", choices=tuple(_FORMATS), default="ascii", help="default: ascii")
+    parser.add_argument(
+        "--format", choices=tuple(_FORMATS), default="ascii", help="default: ascii; as data: plan --json"
+    )
     parser.set_defaults(main=_graph)
 
 
@@ -381,30 +382,6 @@ def draw_mermaid(plan: list[PlannedStep]) -> str:
     used = {"done", *(step.state for step in plan)}
     colours = ((state, *each) for state, each in _COLOURS.items() if state in used)
     return "\n".join([*lines, *(f"  classDef {state} fill:{fill},stroke:{line}" for state, fill, line in colours)])
-
-
-def draw_dot(plan: list[PlannedStep]) -> str:
-    """Return a graph for Graphviz's `dot`."""
-    lines = ["digraph pipeline {", "  rankdir=LR;", '  node [shape=box, style="rounded,filled", fillcolor=white];']
-    for step in plan:
-        fill = f', fillcolor="{_COLOURS[step.state][0]}"' if step.state in _COLOURS else ""
-        lines.append(f'  "{step.name}" [label="{step.name}\\n{step.state}"{fill}];')
-        lines += [f'  "{source}" -> "{step.name}" [label="{role}"];' for role, source in step.inputs.items()]
-    return "\n".join([*lines, "}"])
-
-
-def draw_json(plan: list[PlannedStep]) -> str:
-    """Return the steps and their inputs as plain data."""
-    return json.dumps(
-        [
-            {
-                "step": step.name, "stage": step.stage.name, "state": step.state, "reason": step.reason,
-                "artifact": step.artifact, "key": step.key, "rid": step.rid, "inputs": step.inputs,
-            }
-            for step in plan
-        ],
-        indent=1, ensure_ascii=False,
-    )  # fmt: skip
 
 
 def draw_tree(plan: list[PlannedStep]) -> str:
@@ -432,6 +409,4 @@ def draw_tree(plan: list[PlannedStep]) -> str:
 _FORMATS: dict[str, Callable[[list[PlannedStep]], str]] = {
     "ascii": draw_tree,
     "mermaid": draw_mermaid,
-    "dot": draw_dot,
-    "json": draw_json,
 }

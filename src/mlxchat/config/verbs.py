@@ -9,7 +9,7 @@ VERBS = {
     "run": ("run:run", "run the pipeline, or what `stage=` selects; this is what plain `mlxchat` does"),
     "plan": ("plan:plan", "show what would run, and why"),
     "explain": ("plan:explain", "show a stage's or step's purpose, inputs, outputs and settings: explain sft"),
-    "graph": ("plan:graph", "draw the pipeline (--format ascii, mermaid, dot or json)"),
+    "graph": ("plan:graph", "draw the pipeline (--format ascii or mermaid)"),
     "status": ("inspect:status", "show steps that are running, failed, unfinished and done"),
     "ls": ("inspect:ls", "list the artifacts: all, or of a stage, a step or a run"),
     "show": ("inspect:show", "show everything about an artifact, its examples or samples"),
