@@ -16,14 +16,13 @@ import pytest
 
 from kit.models import make_model
 from mlxchat.engine.decode import Decoder, Reading
-from mlxchat.engine.quantise import packed_copy
 from mlxchat.engine.sample import Sampler, Sampling, score_tokens
 from mlxchat.model.gpt import GPT
-from mlxchat.model.lora import attach_adapters
+from mlxchat.model.lora import attach_adapters, packed_copy
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.recompute import recomputed
 from mlxchat.model.sizes import AdapterSizes, resolve_targets
-from mlxchat.ops.loss import cross_entropy_sum, token_losses
+from mlxchat.ops.loss import cross_entropy_sum, token_scores
 
 # MLX 0.32: what throws on CUDA or Metal for any type (mlx/backend/cuda/primitives.cpp, mlx/backend/metal/*.cpp).
 LACKING = {"SVD", "QRF", "LUF", "Inverse", "Cholesky", "Eig", "Eigh", "AllReduce", "AllGather", "Send", "Recv"}
@@ -129,7 +128,7 @@ def scoring(model: GPT) -> Trace:
 
     def score(ids: mx.array) -> mx.array:
         hidden = model.hidden(ids[:, :-1]).reshape(-1, model.sizes.width)
-        return token_losses(hidden, model.head_weight, ids[:, 1:].reshape(-1))
+        return token_scores(hidden, model.head_weight, ids[:, 1:].reshape(-1), ["losses"])[0]
 
     return trace(score, ids_of(3, 160))
 

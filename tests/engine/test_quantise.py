@@ -9,12 +9,12 @@ import pytest
 
 from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.engine.decode import Decoder
-from mlxchat.engine.quantise import packed_copy
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.quantised import SAMPLE, measure_quantised
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
+from mlxchat.model.lora import packed_copy
 from mlxchat.model.parameters import flatten_parameters
 from mlxchat.terminal.chat import Chat
 

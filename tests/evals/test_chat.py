@@ -115,13 +115,6 @@ def test_samples_depend_on_seed_and_question_not_the_batch(sampled):
     assert [example["output"] for example in one] != [example["output"] for example in other]
 
 
-def test_choices_are_computed_once(model, tokenizer, evaluate):
-    choices = Questions(["A"] * 5, kind="categorical")
-    score, records = evaluate(Engine(model, tokenizer), choices, seeds=5, temperature=1.0)
-    assert [example["seed"] for example in records] == [None] * 5
-    assert score.per_seed == ()
-
-
 # Continuing
 
 
@@ -162,7 +155,8 @@ def best_letters(model: GPT, tokenizer: Tokenizer, task: Questions) -> list[str]
 def test_letter_with_the_highest_logit_is_chosen(model, tokenizer, evaluate, batch_tokens, letters):
     task = Questions(["A"] * 20, kind="categorical", letters=letters)
     expected = best_letters(model, tokenizer, task)
-    score, records = evaluate(Engine(model, tokenizer), task, batch_tokens=batch_tokens)
+    score, records = evaluate(Engine(model, tokenizer), task, batch_tokens=batch_tokens, seeds=5, temperature=1.0)
+    assert ({record["seed"] for record in records}, score.per_seed) == ({None}, ()), "computed once"
     assert [record["output"] for record in records] == expected
     assert len(set(expected)) > 1
     assert score.accuracy == expected.count("A") / 20
@@ -199,8 +193,8 @@ def test_letters_of_several_tokens_are_refused(model, tokenizer, evaluate):
 # Scores
 
 
-def score(accuracy: float, chance: float, num_examples: int = 100) -> Score:
-    return Score(kind="categorical", accuracy=accuracy, chance=chance, num_examples=num_examples)
+def accuracy_of(accuracy: float, chance: float) -> Score:
+    return Score(kind="categorical", accuracy=accuracy, chance=chance, num_examples=100)
 
 
 def test_standard_errors_by_hand():
@@ -214,12 +208,17 @@ def test_standard_errors_by_hand():
     one = Score.of([[True, False, False, True, True]], kind="generative", chance=0.0)
     assert one.stderr == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
     assert (one.per_seed, "seed_stderr" in one.to_dict()) == ((), False)
+    # Errors of 0.05 and 0.04, the first stretched by 1 / (1 − 0.25).
+    measure = Measure(name="boolq", metric="task", value=0.5, stderr=0.05, chance=0.25)
+    assert measure.centered_stderr == pytest.approx(0.05 / 0.75)
+    both = [accuracy_of(0.5, 0.25), accuracy_of(0.2, 0.0)]
+    assert mean_centered_stderr(both) == pytest.approx(math.sqrt((0.05 / 0.75) ** 2 + 0.04**2) / 2)
 
 
 def suite_scores(names: tuple[str, ...]) -> dict[str, Score]:
     chances = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25}
     accuracies = [0.3561, 0.2875, 0.3111, 0.025, 0.0671, 0.99]
-    return {name: score(acc, chances.get(name, 0.0)) for name, acc in zip(names, accuracies, strict=False)}
+    return {name: accuracy_of(acc, chances.get(name, 0.0)) for name, acc in zip(names, accuracies, strict=False)}
 
 
 @pytest.mark.parametrize(("which", "value"), [("oct2025", 0.2258388888888889), ("jul2026", 0.07300666666666666)])
@@ -236,17 +235,9 @@ def test_chatcore_of_a_snapshot_is_nanochats(which, value):
 def test_chatcore_goes_by_task_types():
     names = CHATCORE_SETS["jul2026"]
     scores = {f"my_{name}": each for name, each in suite_scores(names).items()}
-    found = chatcore(scores | {"own": score(1.0, 0.0)}, {f"my_{name}": name for name in names} | {"own": "jsonl"})
+    found = chatcore(scores | {"own": accuracy_of(1.0, 0.0)}, {f"my_{name}": name for name in names} | {"own": "jsonl"})
     assert found["value"] == pytest.approx(0.07300666666666666)
     assert chatcore(scores, {f"my_{name}": name for name in names[1:]}) is None
-
-
-def test_centred_errors_by_hand():
-    """Errors of 0.05 and 0.04, the first stretched by 1 / (1 − 0.25)."""
-    measure = Measure(name="boolq", metric="task", value=0.5, stderr=0.05, chance=0.25)
-    assert measure.centered_stderr == pytest.approx(0.05 / 0.75)
-    scores = [score(0.5, 0.25, 100), score(0.2, 0.0, 100)]
-    assert mean_centered_stderr(scores) == pytest.approx(math.sqrt((0.05 / 0.75) ** 2 + 0.04**2) / 2)
 
 
 def test_expected_answers_show_calls_and_results():
@@ -300,15 +291,12 @@ ROWS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_examples_round_trip_in_equal_bytes(tmp_path):
+def test_examples_round_trip_in_equal_bytes_or_are_refused(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         write_examples(tmp_path / folder / "examples.parquet", iter(ROWS))
         assert list(read_examples(tmp_path / folder)) == ROWS
     assert len({(tmp_path / folder / "examples.parquet").read_bytes() for folder in "ab"}) == 1
-
-
-def test_damaged_and_missing_examples_are_reported(tmp_path):
     with pytest.raises(DataError, match=r"only evaluations .* and RL do"):
         list(read_examples(tmp_path))
     (tmp_path / "examples.parquet").write_bytes(b"{damaged")

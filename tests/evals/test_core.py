@@ -93,14 +93,10 @@ def test_core_is_the_mean_of_centred_accuracies(evaluate):
     assert (list(some["tasks"]), some["core"], some["stderr"]) == (["choice", "schema"], None, None)
 
 
-def test_zip_and_folder_give_equal_results(evaluate, bundle, tmp_path):
-    (from_folder, _), (from_zip, _) = evaluate(), evaluate(path=zipped(bundle), work="other")
+def test_zip_and_folder_give_equal_results_in_any_batches(evaluate, bundle):
+    from_folder, from_zip = evaluate(batch_tokens=60)[0], evaluate(9000, zipped(bundle), work="other")[0]
     assert from_zip.pop("bundle_sha256") != from_folder.pop("bundle_sha256")
     assert from_zip == from_folder
-
-
-def test_verdicts_do_not_depend_on_the_batch(evaluate, tmp_path):
-    assert evaluate(batch_tokens=60)[0] == evaluate(batch_tokens=9000, work="other")[0]
 
 
 @pytest.mark.parametrize("batches", [0, 2])
@@ -177,7 +173,6 @@ def test_long_prompts_exceed_the_context_as_in_nanochat(evaluate, tokenizer, bun
         ("core.yaml", "icl_tasks: [{label: x}]", "do not describe tasks"),
         ("eval_data/all/choice.jsonl", '{"query": "a"}\n', "choice.jsonl line 1.*no choices, gold"),
         ("eval_data/all/choice.jsonl", '{"query": "a", "choices": ["b"], "gold": 1}\n', "gold is 1 of 1"),
-        ("eval_data/all/choice.jsonl", "nonsense\n", "choice.jsonl line 1"),
     ],
     ids=str,
 )

@@ -70,10 +70,8 @@ def test_scores_are_the_models_own(served, model, tokenizer, tasks):
             wanted = log_probabilities(model, ids)[len(start) - 1 :].sum()
             assert float(value) == pytest.approx(wanted, abs=1e-3)
             assert str(greedy) == "False"
-    (end,) = {tokenizer.bos}
-    engine = Engine(model, tokenizer)
-    prompts = [[end, *tokenizer.encode(question)] for question in QUESTIONS]
-    answers = [each.text(tokenizer) for each in engine.complete(prompts, max_new_tokens=6)]
+    end, prompts = tokenizer.bos, [[tokenizer.bos, *tokenizer.encode(question)] for question in QUESTIONS]
+    answers = [each.text(tokenizer) for each in Engine(model, tokenizer).complete(prompts, max_new_tokens=6)]
     assert [told[0][0] for told in responses(found, "text")] == answers
     # Texts are longer than the context: each window begins with the last token of the one before.
     nats = size = 0.0

@@ -13,7 +13,7 @@ import pytest
 from mlxchat.cpu import kernels
 from mlxchat.model import gpt, parameters  # noqa: F401  (puts the CPU's kernels in place)
 from mlxchat.ops import loss
-from mlxchat.ops.loss import Mix, cross_entropy_sum, distillation_sum, token_losses
+from mlxchat.ops.loss import Mix, cross_entropy_sum, distillation_sum, token_scores
 
 ROWS, TOKENS, WIDTH, VOCAB = 2, 150, 12, 61
 CROSS_ENTROPY = Mix(weight=0.0)
@@ -126,6 +126,6 @@ def test_losses_of_states_of_any_size(path, scale):
     case = Case(scale)
     targets, expected = case.targets.reshape(-1).copy(), case.losses().reshape(-1)
     targets[3::7], expected[3::7] = -1, 0
-    losses = token_losses(floats(case.x).reshape(-1, WIDTH), floats(case.head), mx.array(targets))
+    (losses,) = token_scores(floats(case.x).reshape(-1, WIDTH), floats(case.head), mx.array(targets), ("losses",))
     np.testing.assert_allclose(np.asarray(losses), expected, atol=2e-5)
     assert all(np.isfinite(gradient).all() for gradient in case.run(CROSS_ENTROPY)[1])

@@ -12,7 +12,7 @@ from parity_file import ParityFile
 from mlxchat.data.packing import Row
 from mlxchat.evals.bpb import mean_loss, text_loss
 from mlxchat.model.gpt import GPT
-from mlxchat.ops.loss import token_losses
+from mlxchat.ops.loss import token_scores
 
 BITS = 1e-6
 LOSS = 1e-5
@@ -83,4 +83,4 @@ def _token_bytes(file: ParityFile, rule: str) -> np.ndarray[Any, np.dtype[np.int
 
 def _row_losses(model: GPT, row: Row) -> np.ndarray[Any, Any]:
     hidden = model.hidden(mx.array(row[0][None])).reshape(-1, model.sizes.width)
-    return np.asarray(token_losses(hidden, model.head_weight, mx.array(row[1])))
+    return np.asarray(token_scores(hidden, model.head_weight, mx.array(row[1]), ["losses"])[0])

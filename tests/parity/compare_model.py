@@ -18,7 +18,7 @@ from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.model.sizes import count_parameters, flops_per_token
-from mlxchat.ops.loss import cross_entropy_sum, token_losses
+from mlxchat.ops.loss import cross_entropy_sum, token_scores
 from mlxchat.optim import muon
 from mlxchat.optim import optimizer as optimizer_module
 from mlxchat.optim.muon import aspect_factor, normuon_update
@@ -55,7 +55,8 @@ def losses(file: ParityFile) -> Iterator[Comparison]:
     """Compare the loss of each token, and the mean."""
     model, targets = file.model("weights."), file.tensors["targets"].reshape(-1)
     hidden = model.hidden(mx.array(file.tensors["ids"])).reshape(-1, model.sizes.width)
-    got, expected = np.asarray(token_losses(hidden, model.head_weight, mx.array(targets))), file.tensors["loss_none"]
+    (losses,) = token_scores(hidden, model.head_weight, mx.array(targets), ["losses"])
+    got, expected = np.asarray(losses), file.tensors["loss_none"]
     yield Comparison("loss of each token", scaled_distance(got, expected.reshape(-1)), LOSS)
     ignored = [("", value, 0.0) for value in got[targets < 0].tolist()]
     if ignored:

@@ -15,7 +15,7 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import ScheduleConfig
 from mlxchat.engine.generate import Completion
 from mlxchat.model.parameters import flatten_parameters
-from mlxchat.ops.loss import token_losses
+from mlxchat.ops.loss import token_scores
 from mlxchat.optim.optimizer import Rates, lr_multiplier
 from mlxchat.rl.loss import advantages_of, policy_loss
 from mlxchat.training.batches import Batch
@@ -164,7 +164,8 @@ def _log_probabilities(model: Any, example: dict[str, Any], number: int, case: d
     rows = case["settings"]["device_batch_size"]
     ids, targets = (np.array(example[key][number * rows : (number + 1) * rows]) for key in ("inputs", "targets"))
     hidden = model.hidden(mx.array(ids)).reshape(-1, model.sizes.width)
-    return -np.asarray(token_losses(hidden, model.head_weight, mx.array(targets.reshape(-1)))).reshape(targets.shape)
+    (losses,) = token_scores(hidden, model.head_weight, mx.array(targets.reshape(-1)), ["losses"])
+    return -np.asarray(losses).reshape(targets.shape)
 
 
 def _gradient_error(got: np.ndarray[Any, Any], values: dict[str, Any], zero: float) -> float:

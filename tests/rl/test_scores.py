@@ -6,7 +6,7 @@ import numpy as np
 from kit.models import make_model
 from kit.training import rollout_of
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.quantise import packed_copy
+from mlxchat.model.lora import packed_copy
 from mlxchat.rl.rollouts import PolicyScores
 
 

@@ -9,7 +9,7 @@ from kit.training import NumberedBatches, assert_slopes, bits, make_optimizer, m
 from mlxchat.data.packing import IGNORED
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters
-from mlxchat.ops.loss import token_losses
+from mlxchat.ops.loss import token_scores
 from mlxchat.optim.optimizer import Rates
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
@@ -31,7 +31,7 @@ def make_step(model: GPT, *, micro_rows: int = 100, dtype: mx.Dtype = mx.float32
 
 def losses_of(model: GPT, batch: Batch) -> np.ndarray:
     hidden = model.hidden(mx.array(batch.ids)).reshape(-1, model.sizes.width)
-    return np.asarray(token_losses(hidden, model.lm_head.weight, mx.array(batch.targets.reshape(-1))))
+    return np.asarray(token_scores(hidden, model.lm_head.weight, mx.array(batch.targets.reshape(-1)), ["losses"])[0])
 
 
 # Loss and gradients

@@ -22,12 +22,12 @@ from mlxchat.config.schema import BenchConfig, Config
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.engine.batch import Generator, Request
 from mlxchat.engine.decode import Decoder
-from mlxchat.engine.quantise import packed_copy
 from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.errors import ConfigError
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
+from mlxchat.model.lora import packed_copy
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine

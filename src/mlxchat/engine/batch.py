@@ -296,12 +296,9 @@ def score_prompt(model: Any, ids: Sequence[int], most: int) -> list[Scored]:
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:
     """Return the length of the sequences' common prefix."""
-    # In lexicographic order all others lie between these two and share their common prefix.
-    low, high = min(sequences), max(sequences)
-    length = min(len(low), len(high))
-    if low[:length] == high[:length]:
-        return length
-    return next(place for place in range(length) if low[place] != high[place])
+    low, high = min(sequences), max(sequences)  # in lexicographic order all others lie between them
+    different = (place for place, (a, b) in enumerate(zip(low, high, strict=False)) if a != b)
+    return next(different, min(len(low), len(high)))
 
 
 class KeptPasts:

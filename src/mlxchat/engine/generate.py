@@ -23,11 +23,11 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.distributed.team import Team, name_of
 from mlxchat.engine.batch import Event, Generator, Request, Row, score_prompt
 from mlxchat.engine.decode import Decoder
-from mlxchat.engine.quantise import packed_copy
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.tools import CALL_TOKENS, KINDS, Kind, PythonTool, calculate
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
+from mlxchat.model.lora import packed_copy
 from mlxchat.model.parameters import computing_in
 from mlxchat.model.replicas import model_on, sync_model
 from mlxchat.ops.machine import DECODED_ROWS

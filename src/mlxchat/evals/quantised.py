@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.quantise import packed_copy
 from mlxchat.evals.bpb import text_loss
 from mlxchat.model.gpt import GPT
+from mlxchat.model.lora import packed_copy
 
 MOST_CHANGE = 0.2
 """Limit in nats per token."""

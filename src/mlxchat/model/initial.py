@@ -18,11 +18,6 @@ def normal(shape: tuple[int, ...], deviation: float, key: mx.array) -> mx.array:
     return deviation * mx.random.normal(shape, key=key)
 
 
-def uniform(shape: tuple[int, ...], low: float, high: float, key: mx.array) -> mx.array:
-    """Draw from U(low, high)."""
-    return mx.random.uniform(low, high, shape, key=key)
-
-
 def falling(count: int, first: float, last: float) -> mx.array:
     """Return numbers (count,) that change linearly from `first` to `last`."""
     return mx.array(first + (last - first) * (np.arange(count, dtype=np.float32) / max(count - 1, 1)))
@@ -38,7 +33,7 @@ def initial_value(name: str, shape: tuple[int, ...], sizes: GPTSizes, key: mx.ar
         case [*_, "c_q" | "c_k" | "c_v" | "c_fc" as matrix]:
             if july:
                 factor = 0.4 if matrix == "c_fc" else 1.0
-                return uniform(shape, -factor * bound, factor * bound, key)
+                return mx.random.uniform(-factor * bound, factor * bound, shape, key=key)
             rows, columns = shape  # arXiv 2310.17813
             return normal(shape, min(1.0, (rows / columns) ** 0.5) / columns**0.5, key)
         case [*_, "c_proj"] | ["smear_lambda"]:
@@ -46,9 +41,9 @@ def initial_value(name: str, shape: tuple[int, ...], sizes: GPTSizes, key: mx.ar
         case ["lm_head"]:
             return normal(shape, 0.001, key) if july else mx.zeros(shape)
         case ["value_embeds", _]:
-            return uniform(shape, -bound, bound, key)
+            return mx.random.uniform(-bound, bound, shape, key=key)
         case [*_, "ve_gate"] | ["smear_gate"]:
-            return uniform(shape, 0.0, 0.02, key)
+            return mx.random.uniform(0.0, 0.02, shape, key=key)
         case ["resid_lambdas"]:
             return falling(shape[0], 1.15, 1.05)
         case ["x0_lambdas"]:

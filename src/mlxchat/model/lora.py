@@ -78,14 +78,6 @@ def unpacked(matrix: mx.array | Packed) -> mx.array:
     return mx.dequantize(numbers, scales, offsets, group_size=group_size, bits=bits)
 
 
-def scale_columns(x: mx.array, factor: mx.array) -> mx.array:
-    """Return x (…, out) times factor (out,), in the dtype of x.
-
-    The factor stays float32 if x is bfloat16: otherwise 1.011 would become 1.008, and its gradient's sum coarse.
-    """
-    return (x * factor).astype(x.dtype)
-
-
 class FrozenLinear(nn.Module):
     """A frozen `Linear`; its matrix (out, in) may be packed as in `nn.QuantizedLinear`."""
 
@@ -152,7 +144,9 @@ class DoRALinear(LoRALinear):
         # In float32, since it is a quotient of two nearly equal lengths.
         adapted = adapted_matrix(unpacked(self.base), self.lora_a, self.lora_b, self.scale)
         lengths = mx.stop_gradient(row_lengths(adapted.astype(mx.float32)))
-        return scale_columns(super().__call__(x), _row_factors(self.m.astype(mx.float32), lengths))
+        out = super().__call__(x)
+        # The factor stays float32: in bfloat16 1.011 would become 1.008, and its gradient's sum coarse.
+        return (out * _row_factors(self.m.astype(mx.float32), lengths)).astype(out.dtype)
 
 
 LAYERS = {"lora": LoRALinear, "dora": DoRALinear}
@@ -196,6 +190,21 @@ def attach_adapters(model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx
     rest = [name for name in flatten_parameters(model) if name.rpartition(".")[0] not in matrices]
     set_parameters(model, {name: module_at(model, name).astype(dtype) for name in rest})
     mx.eval(flatten_parameters(model))
+
+
+def packed_copy(model: GPT, bits: int) -> GPT:
+    """Return a model with all matrices except embeddings and gates in 8 or 4 bits; other parameters are shared."""
+    copy, dtype = GPT(model.sizes), model.transformer["wte"].weight.dtype
+    own = flatten_parameters(copy)
+    set_parameters(copy, {name: value for name, value in flatten_parameters(model).items() if name in own})
+    for name in [*matrices_of(model.sizes), "lm_head"]:
+        matrix = model.head_weight if name == "lm_head" else module_at(model, name).matrix
+        group = next((group for group in (64, 32) if matrix.shape[1] % group == 0), None)
+        sizes = AdapterSizes("lora", 1, 1.0, (), None if group is None else bits, group or 64)
+        layer = FrozenLinear(matrix, sizes, dtype)
+        mx.eval(layer.parameters())  # one at a time, to limit the memory
+        set_parameters(copy, {name: layer})
+    return copy
 
 
 def adapters_of(model: GPT) -> AdapterSizes | None:

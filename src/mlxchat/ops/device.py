@@ -75,7 +75,10 @@ def prepare_machine(machine: MachineConfig, threads: int | None = None) -> mx.Dt
     dtype = select_device(machine.device, machine.compute_dtype)
     for name, limit in memory_limits(machine, backend(), mx.device_info()).items():
         getattr(mx, f"set_{name}_limit")(limit)
-    set_cpu_threads(threads or machine.blas_threads or available_cores())
+    with suppress(ModuleNotFoundError):  # without `mlxchat.cpu` the platform's own BLAS decides
+        from mlxchat.cpu import runtime
+
+        runtime.set_blas_threads(threads or machine.blas_threads or available_cores())
     return dtype
 
 
@@ -94,14 +97,6 @@ def memory_limits(machine: MachineConfig, where: str, info: Mapping[str, Any]) -
     if where == "metal":
         given["wired"] = machine.wired_limit_bytes
     return limits | {name: limit for name, limit in given.items() if limit is not None}
-
-
-def set_cpu_threads(count: int) -> None:
-    """Set the number of cores of a matrix product on a CPU; a no-op where the platform's own BLAS decides."""
-    with suppress(ModuleNotFoundError):
-        from mlxchat.cpu import runtime
-
-        runtime.set_blas_threads(count)
 
 
 def remedy() -> Remedy | None:

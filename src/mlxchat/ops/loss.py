@@ -44,11 +44,6 @@ def split_positions(x: mx.array, rows: int) -> list[slice]:
     return [slice(start, min(start + size, x.shape[1])) for start in range(0, x.shape[1], size)]
 
 
-def token_losses(x: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
-    """Return each token's cross-entropy in nats (N,), 0 where the target is negative; arguments as `token_scores`."""
-    return token_scores(x, weight, targets, ("losses",))[0]
-
-
 def token_scores(x: mx.array, weight: mx.array, targets: mx.array, kinds: Sequence[Kind]) -> list[mx.array]:
     """Return an array (N,) for each kind of score, 0 where the target is negative. Not meant for gradients.
 

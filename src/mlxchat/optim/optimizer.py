@@ -24,7 +24,6 @@ from mlxchat.ops.device import compiled, default_dtype, made_once
 from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update, variance_shape
 
 Flat = dict[str, mx.array]
-Shape = tuple[int, ...]
 
 # Prefix of parameter names → group of AdamW.
 _GROUPS = {
@@ -105,7 +104,9 @@ class Optimizer:
                 # DoRA's row lengths do not decay.
                 self.adamw_rules[name] = adapter._replace(weight_decay=0.0) if name.endswith(".m") else adapter
                 continue
-            group = _group_of(name, shape)
+            group = next((group for start, group in _GROUPS.items() if name.startswith(start)), "matrices")
+            if group == "matrices" and not (name.startswith("transformer.h.") and len(shape) == 2):
+                raise ConfigError(f"parameter {name} {shape} has no group in the optimizer: add its name to _GROUPS")
             if group == "matrices" and config.kind == "muon":
                 self.stacks.setdefault("x".join(map(str, shape)), []).append(name)
                 continue
@@ -129,13 +130,8 @@ class Optimizer:
     def update(self, model: nn.Module, gradients: Flat, rates: Rates, loss: mx.array | float = 0.0) -> mx.array:
         """Update a model's parameters and `state`, queued and not awaited; return the 2-norm of all gradients.
 
-        If norm or loss is not finite, nothing changes.
-
-        Args:
-            model: its parameters are replaced.
-            gradients: of the loss averaged over the iteration's tokens, by name; emptied.
-            rates: of this iteration.
-            loss: of this iteration.
+        `gradients`, by name, are those of the loss averaged over the iteration's tokens; they are emptied. If their
+        norm or the loss is not finite, nothing changes.
         """
         stacked = {stack: mx.stack([gradients.pop(name) for name in names]) for stack, names in self.stacks.items()}
         stacked |= gradients
@@ -242,18 +238,9 @@ def adamw_update(
     epsilon: float,
     ok: mx.array,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Return a parameter and its first and second moments after an update as in torch.optim.AdamW.
+    """Return a parameter of any shape and its moments after an update as in torch.optim.AdamW (arXiv 1711.05101).
 
-    Args:
-        parameter: any shape, that of gradient and moments.
-        gradient: of the loss.
-        first: running mean of the gradient.
-        second: running mean of its square.
-        rule: its weight decay is decoupled (arXiv 1711.05101).
-        count: number of this update, from 1.
-        lr_factor: of the learning rate.
-        epsilon: added to the root of the second moment.
-        ok: scalar, bool; False changes nothing.
+    `count` is the number of this update, from 1; `lr_factor` multiplies the rate; if `ok` is False, nothing changes.
     """
     # Scalars outside the kernel, which would compute powers of beta for each element.
     (beta1, beta2), lr = rule.betas, rule.lr * lr_factor
@@ -288,15 +275,6 @@ def sum_squares(arrays: Flat) -> mx.array:
 def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
     """Return the factor (1,) that clips gradients of this 2-norm to `max_norm`, as torch does."""
     return made_once(mx.minimum(1.0, max_norm / (norm + 1e-6)))
-
-
-def _group_of(name: str, shape: Shape) -> str:
-    if name.startswith("transformer.h.") and len(shape) == 2:
-        return "matrices"
-    for start, group in _GROUPS.items():
-        if name.startswith(start):
-            return group
-    raise ConfigError(f"parameter {name} {shape} has no group in the optimizer: add its name to _GROUPS")
 
 
 # The schedule
