@@ -20,7 +20,7 @@ from mlxchat.cpu import plain_version
 from mlxchat.engine.sample import MOST_DRAW
 from mlxchat.model import gpt, lora
 from mlxchat.model.gpt import RMS_NORM_EPSILON, Mask
-from mlxchat.model.lora import Adapter, Packed, unpacked
+from mlxchat.model.lora import Packed, unpacked
 from mlxchat.ops.device import compiled, differentiable
 from mlxchat.ops.loss import SOFT_CAP, Found, Kind, split_positions, with_gradients
 from mlxchat.ops.machine import CPU_ATTENTION_TOKENS as _BLOCK_TOKENS
@@ -264,11 +264,11 @@ def _linear_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output:
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
 
 
-def frozen_linear(x: mx.array, matrix: mx.array | Packed, adapter: Adapter | None = None) -> mx.array:
+def frozen_linear(x: mx.array, matrix: mx.array | Packed) -> mx.array:
     # MLX's quantised product takes as long for each row as unpacking the matrix.
     if x.size > x.shape[-1]:
         matrix = mx.stop_gradient(unpacked(matrix))
-    found: mx.array = plain_version(lora.frozen_linear)(x, matrix, adapter)
+    found: mx.array = plain_version(lora.frozen_linear)(x, matrix)
     return found
 
 

@@ -46,28 +46,12 @@ class Packed(NamedTuple):
     bits: int
 
 
-class Adapter(NamedTuple):
-    """An adapter of a frozen matrix: W + scale × (A B)ᵀ."""
-
-    a: mx.array
-    b: mx.array
-    scale: float
-    keys: mx.array | None = None
-    """(batch, 2), keys of the dropout applied to A's input; None disables it."""
-    dropout: float = 0.0
-
-
-def frozen_linear(x: mx.array, matrix: mx.array | Packed, adapter: Adapter | None = None) -> mx.array:
-    """Return x Wᵀ, plus scale × (x A) B with an adapter; W has no gradient."""
-    if isinstance(matrix, Packed):
-        numbers, scales, offsets, group, bits = matrix
-        out = mx.quantized_matmul(x, numbers, scales, offsets, transpose=True, group_size=group, bits=bits)
-    else:
-        out = x @ matrix.T
-    if adapter is None:
-        return out
-    seen = x if adapter.keys is None else dropped(x, adapter.keys, adapter.dropout)
-    return out + (adapter.scale * ((seen @ adapter.a) @ adapter.b)).astype(out.dtype)
+def frozen_linear(x: mx.array, matrix: mx.array | Packed) -> mx.array:
+    """Return x Wᵀ (…, out) of x (…, in); W has no gradient."""
+    if not isinstance(matrix, Packed):
+        return x @ matrix.T
+    numbers, scales, offsets, group, bits = matrix
+    return mx.quantized_matmul(x, numbers, scales, offsets, transpose=True, group_size=group, bits=bits)
 
 
 def unpacked(matrix: mx.array | Packed) -> mx.array:
@@ -120,11 +104,11 @@ class LoRALinear(FrozenLinear):
         self.lora_b = mx.zeros((sizes.rank, outer))
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Return x Wᵀ + scale × (x A) B."""
+        """Return x Wᵀ + scale × (x A) B, where training drops some numbers of A's input."""
         present = present_dropping() if self.dropout else None
-        keys = None if present is None else fold(present.keys, self.place)
-        adapter = Adapter(self.lora_a, self.lora_b, self.scale, keys, self.dropout)
-        return frozen_linear(x, self.base, adapter)
+        seen = x if present is None else dropped(x, fold(present.keys, self.place), self.dropout)
+        out = frozen_linear(x, self.base)
+        return out + (self.scale * ((seen @ self.lora_a) @ self.lora_b)).astype(out.dtype)
 
     @property
     def matrix(self) -> mx.array:
