@@ -175,11 +175,9 @@ class Decoder:
         return past
 
     def step(self, tokens: mx.array, advances: Sequence[bool]) -> mx.array:
-        """Return logits (B, V) in float32, not yet evaluated, after one more token of each row.
+        """Return logits (B, V) in float32, not yet evaluated, after one more token (B,) of each row that `advances`.
 
-        Args:
-            tokens: (B,).
-            advances: whether a row goes on; others, which are free or wait, compute something that is not kept.
+        Other rows, which are free or wait, compute something that is not kept.
         """
         lengths, before = self.lengths, self.last[0]
         used = lengths[(lengths > 0) | np.array(advances)]

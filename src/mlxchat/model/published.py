@@ -44,12 +44,9 @@ def _windows(sizes: GPTSizes) -> list[int]:
 
 
 def published_logits(weight: Callable[[str], Array], sizes: GPTSizes, ids: Array) -> Array:
-    """Return nanochat's soft-capped logits (B, T, V), in the dtype of the weights.
+    """Return nanochat's soft-capped logits (B, T, V) of ids (B, T), in the dtype of the weights.
 
-    Args:
-        weight: returns a parameter by nanochat's name.
-        sizes: of the model, with the features of July 2026 that it has.
-        ids: tokens (B, T).
+    `weight` returns a parameter by nanochat's name.
     """
     batch, tokens = ids.shape
     distance = np.arange(tokens)[:, None] - np.arange(tokens)
