@@ -239,7 +239,6 @@ def import_model(parser: Parser) -> None:
     add("--revision", default="main", help="commit, tag or branch of the repository (default: main)")
     add("--step", type=int, help="nanochat: training step of the checkpoint (default: the last)")
     add("--chat", action=BooleanOptionalAction, help="whether it is a chat model (default: from its files)")
-    add("--optimizer", action="store_true", help="nanochat: also import the optimizer moments, for warm starts")
     add("--base", metavar="ID", help="adapter: the mlxchat model that they were trained on")
     add("--replace", action="store_true", help="replace another import with the same name")
     add("--forget", metavar="IMPORT", help="remove the name import:IMPORT; gc may then remove the artifact")
@@ -271,8 +270,6 @@ def _import_model(options: Namespace) -> int:
         overrides.append(f"imported.step={options.step}")
     if options.chat is not None:
         overrides.append(f"imported.chat={str(options.chat).lower()}")
-    if options.optimizer:
-        overrides.append("imported.optimizer=true")
     return _import(store, name, overrides, replace=options.replace)
 
 
@@ -288,8 +285,6 @@ def _form_and_source(options: Namespace) -> tuple[str, str]:
     form, what = options.names
     if options.step is not None and form != "nanochat":
         raise ConfigError("--step requires the format nanochat")
-    if options.optimizer and form != "nanochat":
-        raise ConfigError("--optimizer requires the format nanochat: other formats have no moments")
     if (options.base is None) == (form == "adapter"):
         raise ConfigError("--base ID is for the format adapter, which requires it")
     return form, what

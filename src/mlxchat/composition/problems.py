@@ -269,15 +269,14 @@ def _finetune(name: str, finetune: ConversationConfig, config: Config, steps: Pi
         source = config.pipeline.get(wiring.get("checkpoint", ""), {})
         if not finetune.warm_start or wiring.get("stage") != name or source.get("stage") in (None, "outside"):
             continue
-        key = "optimizer" if source["stage"] == "imported" else "save_training_state"
-        keeps = getattr(getattr(config, source["stage"], None), key, None)
+        keeps = getattr(getattr(config, source["stage"], None), "save_training_state", None)
         if keeps is None:
             yield (
                 f"{name}.warm_start is true, but step {step} starts from {wiring['checkpoint']}, which keeps no "
                 f"moments. Give {name}.warm_start=false, or pipeline.{step}.checkpoint=pretrain"
             )
         elif not keeps:
-            yield f"{name}.warm_start is true, which needs {source['stage']}.{key}=true"
+            yield f"{name}.warm_start is true, which needs {source['stage']}.save_training_state=true"
 
 
 def _batch(name: str, batch: BatchConfig, context_tokens: int | None) -> Iterator[str]:
@@ -335,8 +334,6 @@ def _imported(config: Config) -> Iterator[str]:
             f'imported.repository is "{imported.repository}", expected <organisation>/<name>, such as '
             "karpathy/nanochat-d32"
         )
-    if imported.optimizer and imported.format != "nanochat":
-        yield f"imported.optimizer is true, which needs imported.format=nanochat; it is {imported.format}"
     if imported.step is not None and imported.step < 0:
         yield f"imported.step is {imported.step}, expected at least 0, or null for the last"
 

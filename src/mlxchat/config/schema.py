@@ -583,8 +583,6 @@ class ImportConfig:
     """The training step to import where a folder holds several of nanochat's; null: the last."""
     chat: bool | None = None
     """Whether the model is a chat model; null: its files decide."""
-    optimizer: bool = field(default=False, metadata={"since_default": False})
-    """nanochat: import the optimizer's moments, too (optim_<step>_rank*.pt), for warm starts."""
 
 
 @dataclass(kw_only=True)

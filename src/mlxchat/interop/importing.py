@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,13 +13,11 @@ from mlxchat.config.schema import ImportConfig
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub.cache import HubFile, check_space
 from mlxchat.interop import hf, nanochat, peft
-from mlxchat.interop.moments import write_moments
 from mlxchat.interop.names import LATER, sizes_from_hf, sizes_from_nanochat
 from mlxchat.interop.source import ModelSource, open_folder, open_repository, read_json
 from mlxchat.interop.tensors import SafetensorsFile, Tensor, TensorFile, write_float32
 from mlxchat.interop.torch_files import TorchFile
 from mlxchat.model.sizes import GPTSizes, count_parameters
-from mlxchat.store.manifest import CONTINUATION
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ def find(config: ImportConfig) -> Found:
         return Found(source, hf.find_files(source))
     if config.format == "adapter":
         return Found(source, peft.find_files(source))
-    return Found(source, nanochat.find_files(source, config.step, optimizer=config.optimizer))
+    return Found(source, nanochat.find_files(source, config.step))
 
 
 def pins_of(config: ImportConfig, hash_of: Callable[[Path], str]) -> dict[str, str]:
@@ -122,10 +119,6 @@ def import_model(
             tensors = {name: (file, tensor) for name, tensor in of_torch.items()}
             tokenizer = nanochat.read_matching_tokenizer(paths, files, sizes)
             facts = nanochat.facts_of(meta, files, config.chat)
-            if files.moments:
-                moments, state = (out / name for name in CONTINUATION)
-                write_moments(moments, [paths[name] for name in files.moments], sizes)
-                state.write_text(json.dumps({"iteration": files.step}), encoding="utf-8")
         check()
         write_float32(out / "model.safetensors", tensors)
         check()

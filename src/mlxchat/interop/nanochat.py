@@ -3,7 +3,6 @@
 model_000650.pt  meta_000650.json      at the top, or in a folder such as chatsft_checkpoints/d20/
 tokenizer.pkl    token_bytes.pt        beside them or in tokenizer/; token_bytes.pt is only compared
 tokenizer.json                         instead of tokenizer.pkl, written by an earlier class of nanochat
-optim_000650_rank0.pt …                the optimizer's moments, on request (moments.py); in 2025 also optim_000650.pt
 
 tokenizer.pkl is a pickled tiktoken encoding; its code is never executed.
 """
@@ -50,22 +49,18 @@ class NanochatFiles:
     meta: str
     tokenizer: str
     token_bytes: str | None
-    moments: tuple[str, ...] = ()
-    """The optimizer's files, one for each rank; empty unless requested."""
 
     def identity(self) -> list[str]:
         """Return the names of the files that determine the model."""
-        return [self.model, self.meta, self.tokenizer, *self.moments]
+        return [self.model, self.meta, self.tokenizer]
 
     def all(self) -> list[str]:
         """Return the names of all files that are read."""
         return [*self.identity(), *([self.token_bytes] if self.token_bytes else [])]
 
 
-def find_files(source: ModelSource, step: int | None, *, optimizer: bool = False) -> NanochatFiles:
+def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
     """Return the files of the checkpoint of a step (None: the last); nothing is downloaded.
-
-    With `optimizer` they include the optimizer's.
 
     Raises:
         DataError: there is no checkpoint, several folders have some, or a file is missing.
@@ -99,26 +94,7 @@ def find_files(source: ModelSource, step: int | None, *, optimizer: bool = False
             f"model was trained (nanochat keeps it in ~/.cache/nanochat/tokenizer)"
         )
     token_bytes = _join(PurePosixPath(tokenizer).parent, "token_bytes.pt")
-    moments = _find_moments(source, folder, chosen) if optimizer else ()
-    return NanochatFiles(chosen, str(model), meta, tokenizer, token_bytes if source.has(token_bytes) else None, moments)
-
-
-def _find_moments(source: ModelSource, folder: PurePosixPath, step: int) -> tuple[str, ...]:
-    """Return the files of all ranks' optimizers, in the order of the ranks."""
-    alone = _join(folder, f"optim_{step:06d}.pt")
-    pattern = re.compile(re.escape(_join(folder, f"optim_{step:06d}_rank")) + r"(\d{1,6})\.pt")
-    ranks = {int(match[1]): name for name in source.files if (match := pattern.fullmatch(name))}
-    if sorted(ranks) != list(range(len(ranks))):
-        missing = min(set(range(max(ranks))) - ranks.keys())
-        raise DataError(
-            f"{source.where} lacks optim_{step:06d}_rank{missing}.pt: each rank keeps its part of the moments"
-        )
-    if not ranks and not source.has(alone):
-        raise DataError(
-            f"{source.where} has no optim_{step:06d}_rank0.pt. Copy it from where the model was trained, or import "
-            "without --optimizer"
-        )
-    return tuple(ranks[rank] for rank in sorted(ranks)) or (alone,)
+    return NanochatFiles(chosen, str(model), meta, tokenizer, token_bytes if source.has(token_bytes) else None)
 
 
 @dataclass(frozen=True)
