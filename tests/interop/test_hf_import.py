@@ -158,7 +158,7 @@ FAULTS: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (
         lambda folder: os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 100),
-        r"model.safetensors is truncated or damaged",
+        r"model.safetensors is truncated or not a safetensors file",
     ),
     (
         lambda folder: save_changed(folder, lambda w: w.update({k: v.astype(np.uint8) for k, v in w.items()})),
@@ -203,14 +203,6 @@ def test_impossible_sizes_are_refused_at_once(hf):
         change(hf.folder, **{key: value})
         with pytest.raises(DataError, match=f"{hf.folder}: "):
             model_sizes(config_of(hf.folder))
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
-def test_huge_small_files_are_refused(hf, tmp_path, name):
-    with (hf.folder / name).open("ab") as file:
-        file.truncate(40 << 20)
-    with pytest.raises(DataError, match=f"{name} has 41,943,040 bytes, more than 33,554,432"):
-        take(hf.folder, tmp_path)
 
 
 def test_checkpoint_of_a_billion_layers_is_refused(twin, tmp_path):

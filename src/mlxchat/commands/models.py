@@ -137,6 +137,7 @@ def _write(
 ) -> list[str]:  # fmt: skip
     """Write an export's files and its model card; return notes for the user."""
     from mlxchat.interop import exporting
+    from mlxchat.model.checkpoint import needs_model_file
     from mlxchat.report.card import render_card
     from mlxchat.store.fingerprint import hash_file
 
@@ -153,7 +154,7 @@ def _write(
         how, notes = _adapter_words(checkpoint, "mlx" if target == "mlx-adapter" else "hf")
     else:
         exporting.write_mlx(checkpoint, out, bits=bits, dtype=dtype)
-        own = exporting.needs_model_file(checkpoint)
+        own = needs_model_file(checkpoint.sizes)
         how = {"trust": " --trust-remote-code" if own else ""}
         if own:
             notes.append("mlx-lm lacks this architecture: the folder includes its model file (--trust-remote-code).")
@@ -177,7 +178,7 @@ _MONTHS = {"oct2025": "October 2025", "jul2026": "July 2026"}
 
 def _adapter_words(checkpoint: Checkpoint, form: str) -> tuple[dict[str, str], list[str]]:
     """Return the card's section on using adapters with their base in the format `form`, and notes for the user."""
-    from mlxchat.interop.exporting import needs_model_file
+    from mlxchat.model.checkpoint import needs_model_file
 
     base, *below = checkpoint.bases
     notes = [
@@ -192,7 +193,7 @@ def _adapter_words(checkpoint: Checkpoint, form: str) -> tuple[dict[str, str], l
             f"They were trained on matrices of {bits} bits. On the base as it is they say something slightly else; "
             "--to mlx without -adapter is exactly the model that was trained."
         )
-    return {"trust": " --trust-remote-code" if needs_model_file(checkpoint) else "", "adapter": "yes"}, notes
+    return {"trust": " --trust-remote-code" if needs_model_file(checkpoint.sizes) else "", "adapter": "yes"}, notes
 
 
 def _nanochat_words(checkpoint: Checkpoint, snapshot: str) -> dict[str, str]:

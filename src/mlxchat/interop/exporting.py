@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import ConfigError
 from mlxchat.interop.names import (
     COMPILED_PREFIX,
     HF_ARCHITECTURE,
@@ -26,18 +28,19 @@ from mlxchat.interop.names import (
     hf_from_ours,
     nanochat_from_sizes,
     nanochat_snapshot,
-    sizes_from_hf,
 )
 from mlxchat.interop.peft import check_peft, write_peft
-from mlxchat.interop.tensors import FLOATS, AdaptedWeights, Array, Entry, StoredWeights, as_stored, write_safetensors
+from mlxchat.interop.source import read_json
+from mlxchat.interop.tensors import FLOATS, Array, Floats, as_stored, fits, write_safetensors
 from mlxchat.interop.torch_files import write_encoding, write_state, write_tensor
+from mlxchat.model.checkpoint import config_of, load_checkpoint, write_model_file
+from mlxchat.model.gpt import GPT, RMS_NORM_EPSILON
+from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE, read_adapters
+from mlxchat.model.parameters import flatten_parameters
 from mlxchat.model.published import published_logits
 from mlxchat.model.sizes import GPTSizes
 from mlxchat.store.bases import find_chain
 from mlxchat.store.manifest import MANIFEST, read_manifest
-
-if TYPE_CHECKING:
-    from mlxchat.model.lora import Adapters
 
 CODES = {dtype.name: code for code, dtype in FLOATS.items()}
 _GROUP_NUMBERS = (64, 32)
@@ -51,18 +54,28 @@ _NANOCHAT_BATCH_ROWS = 32
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint artifact to export; adapters are fused into its weights."""
+    """A checkpoint artifact to export."""
 
     folder: Path
-    sizes: GPTSizes
+    model: GPT
+    """With adapters fused into its weights."""
     tokenizer: Tokenizer
     facts: Mapping[str, Any]
     """Of checkpoint.json."""
-    weights: StoredWeights
     iterations: int
     """Updates of its last training."""
-    bases: tuple[Path, ...] = ()
+    bases: tuple[Path, ...]
     """The base models of a checkpoint with adapters, nearest first."""
+
+    @property
+    def sizes(self) -> GPTSizes:
+        """Sizes of the model."""
+        return self.model.sizes
+
+    @cached_property
+    def weights(self) -> dict[str, Floats]:
+        """Weights of the model by name."""
+        return {name: np.asarray(value) for name, value in sorted(flatten_parameters(self.model).items())}
 
     @property
     def chats(self) -> bool:
@@ -76,28 +89,20 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Return a checkpoint artifact; the weights are read later.
+    """Return a checkpoint artifact.
 
     Raises:
         DataError: a file is missing or damaged.
         StoreError: the manifest is damaged, or the base of its adapters is missing.
     """
-    chain = find_chain(folder)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-        manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
-        below = {base.name: json.loads((base / "config.json").read_text(encoding="utf-8")) for base in chain[1:]}
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{folder}: not a readable checkpoint ({error})") from None
-    sizes = sizes_from_hf(config, f"{folder.name}: config.json")
+    model, tokenizer, _ = load_checkpoint(folder)
+    facts = read_json(folder / "checkpoint.json", f"{folder.name}: checkpoint.json")
+    manifest = read_manifest(folder) if (folder / MANIFEST).exists() else {}
     iterations = facts.get("iterations", (manifest.get("derived") or {}).get("num_iterations"))
-    iterations = iterations if isinstance(iterations, int) and iterations >= 0 else 0
-    for name, config in below.items():
-        if sizes_from_hf(config, f"{name}: config.json") != sizes:
-            raise DataError(f"{folder}: config.json differs from that of its base, {name}")
-    weights = StoredWeights(folder) if len(chain) == 1 else AdaptedWeights(chain, sizes)
-    return Checkpoint(folder, sizes, Tokenizer.load(folder), facts, weights, iterations, tuple(chain[1:]))
+    return Checkpoint(
+        folder, model, tokenizer, facts, iterations if isinstance(iterations, int) else 0,
+        tuple(find_chain(folder)[1:]),
+    )  # fmt: skip
 
 
 def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype: str | None) -> None:
@@ -121,7 +126,7 @@ def check_export(checkpoint: Checkpoint, target: str, *, bits: int | None, dtype
     if target in ("hf", "peft"):
         check_hf(checkpoint.sizes)
     if target == "peft":
-        check_peft(_read_adapters(checkpoint).sizes, checkpoint.folder.name)
+        check_peft(read_adapters(checkpoint.folder, checkpoint.sizes).sizes, checkpoint.folder.name)
     if target == "nanochat":
         nanochat_snapshot(checkpoint.sizes)
 
@@ -132,16 +137,11 @@ def check_computation(checkpoint: Checkpoint) -> None:
     Raises:
         ConfigError: mlxchat/model/gpt.py was changed, so an export would be another model.
     """
-    import mlx.core as mx
-
-    from mlxchat.model.checkpoint import load_checkpoint
-
     sizes = checkpoint.sizes
     ids = np.arange(1, _COMPARED_TOKENS + 1)[None] * 7919 % sizes.vocab_size
     with mx.stream(mx.cpu):
-        model, _, _ = load_checkpoint(checkpoint.folder)
-        ours = np.asarray(model(mx.array(ids)))
-    difference = float(np.abs(ours - published_logits(checkpoint.weights, sizes, ids)).max())
+        ours = np.asarray(checkpoint.model(mx.array(ids)))
+    difference = float(np.abs(ours - published_logits(checkpoint.weights.__getitem__, sizes, ids)).max())
     if not difference <= _MOST_DIFFERENCE:
         raise ConfigError(
             f"{checkpoint.folder.name} computes other logits than nanochat's architecture with the same weights (by up "
@@ -158,16 +158,13 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
         out: an empty folder.
         dtype: float32 or bfloat16; None: as imported, or float32.
     """
-    from mlxchat.model.gpt import RMS_NORM_EPSILON
-
-    sizes, weights = checkpoint.sizes, checkpoint.weights
-    kinds = {name: CODES[dtype] if dtype else _kept_dtype(checkpoint, name, "hf") for name in weights.shapes}
-    ours = {hf_from_ours(name): name for name in weights.shapes}
-    entries = [Entry(name, kinds[ours[name]], weights.shapes[ours[name]]) for name in sorted(ours)]
-    write_safetensors(
-        out / "model.safetensors", entries, lambda name: _pieces(checkpoint, ours[name], kinds[ours[name]]),
-        made_for="pt",
-    )  # fmt: skip
+    sizes = checkpoint.sizes
+    arrays = {
+        hf_from_ours(name): as_stored(values, CODES[dtype] if dtype else _kept_dtype(checkpoint, name, "hf"))
+        for name, values in checkpoint.weights.items()
+    }
+    write_safetensors(out / "model.safetensors", dict(sorted(arrays.items())), made_for="pt")
+    types = {array.dtype for array in arrays.values()}
     stop = checkpoint.tokenizer.special_ids[checkpoint.stop_token]
     common = {"bos_token_id": checkpoint.tokenizer.bos, "eos_token_id": stop}
     config = {
@@ -191,7 +188,7 @@ def write_hf(checkpoint: Checkpoint, out: Path, *, dtype: str | None = None) -> 
         "use_cache": True,
         **common,
         "pad_token_id": None,  # else transformers would not train this row of the embedding
-        "dtype": next((name for name, kind in CODES.items() if set(kinds.values()) == {kind}), "float32"),
+        "dtype": next((each.name for each in FLOATS.values() if types == {np.dtype(each.numpy)}), "float32"),
     }
     _write_json(out / "config.json", config)
     _write_json(out / "generation_config.json", {**common, "pad_token_id": stop})
@@ -204,16 +201,13 @@ def write_nanochat(checkpoint: Checkpoint, out: Path) -> str:
     Files: model_NNNNNN.pt, meta_NNNNNN.json, tokenizer/tokenizer.pkl, tokenizer/token_bytes.pt.
     """
     snapshot = nanochat_snapshot(checkpoint.sizes)
-    weights, step = checkpoint.weights, checkpoint.iterations
-    kinds = {name: _kept_dtype(checkpoint, name, "nanochat") for name in weights.shapes}
+    step = checkpoint.iterations
     prefix = COMPILED_PREFIX if _as_imported(checkpoint, "nanochat").get("compiled") else ""
-    entries = [Entry(prefix + name, kinds[name], weights.shapes[name]) for name in weights.shapes]
-
-    def read(name: str) -> Iterator[Array]:
-        ours = name.removeprefix(prefix)
-        return _pieces(checkpoint, ours, kinds[ours])
-
-    write_state(out / f"model_{step:06d}.pt", entries, read)
+    arrays = {
+        prefix + name: as_stored(values, _kept_dtype(checkpoint, name, "nanochat"))
+        for name, values in checkpoint.weights.items()
+    }
+    write_state(out / f"model_{step:06d}.pt", arrays)
     numbers = _as_imported(checkpoint, "nanochat").get("meta") or {}
     base = {} if checkpoint.chats else {"device_batch_size": _NANOCHAT_BATCH_ROWS}
     base |= {} if checkpoint.chats else {"max_seq_len": checkpoint.sizes.context_tokens}
@@ -236,39 +230,25 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
         bits: of quantised matrices, 8 or 4; None: not quantised.
         dtype: of all other numbers, including scales; None: float32.
     """
-    from mlxchat.model.checkpoint import config_of, write_model_file
-
-    weights, kind = checkpoint.weights, CODES[dtype or "float32"]
+    code = CODES[dtype or "float32"]
     config = config_of(checkpoint.sizes, checkpoint.tokenizer)
     config["eos_token_id"] = checkpoint.tokenizer.special_ids[checkpoint.stop_token]
     if "model_file" in config:
         write_model_file(out)
-    groups = {name: _groups_of(name, shape) if bits else None for name, shape in weights.shapes.items()}
-    entries: list[Entry] = []
-    for name, (*rows, columns) in sorted(weights.shapes.items()):
-        if bits is None or (group := groups[name]) is None:
-            entries.append(Entry(name, kind, (*rows, columns)))
+    arrays: dict[str, Array] = {}
+    groups: dict[str, int] = {}
+    for name, values in checkpoint.weights.items():
+        group = _group_of(name, values.shape)
+        if bits is None or group is None:
+            arrays[name] = as_stored(values, code)
             continue
-        stem = name.removesuffix(".weight")
-        entries.append(Entry(name, "U32", (*rows, columns * bits // 32)))
-        entries += [Entry(f"{stem}.{part}", kind, (*rows, columns // group)) for part in ("scales", "biases")]
-    parts: dict[str, Array] = {}
-
-    def read(name: str) -> Iterator[Array]:
-        if name in parts:
-            yield parts.pop(name)
-        elif bits is None or (group := groups[name]) is None:
-            yield from _pieces(checkpoint, name, kind)
-        else:
-            stem = name.removesuffix(".weight")
-            packed, parts[f"{stem}.scales"], parts[f"{stem}.biases"] = _quantised(weights(name), group, bits, kind)
-            yield packed
-
-    write_safetensors(out / "model.safetensors", entries, read, made_for="mlx")
+        module = name.removesuffix(".weight")
+        groups[module] = group
+        arrays[name], arrays[f"{module}.scales"], arrays[f"{module}.biases"] = _quantised(values, group, bits, code)
+    write_safetensors(out / "model.safetensors", arrays, made_for="mlx")
     if bits is not None:
-        used = {name.removesuffix(".weight"): group for name, group in groups.items() if group is not None}
-        usual = {"group_size": max(used.values()), "bits": bits, "mode": "affine"}
-        narrow = {name: {**usual, "group_size": group} for name, group in used.items() if group < max(used.values())}
+        usual = {"group_size": max(groups.values()), "bits": bits, "mode": "affine"}
+        narrow = {name: {**usual, "group_size": size} for name, size in groups.items() if size < usual["group_size"]}
         quantization = {**usual, **narrow}
         config |= {"quantization": quantization, "quantization_config": quantization}
     _write_json(out / "config.json", config)
@@ -278,60 +258,23 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
 
 def write_adapters(checkpoint: Checkpoint, out: Path, target: str) -> None:
     """Write only the adapters, in the format of `target`: mlx-adapter or peft."""
-    from mlxchat.model.lora import ADAPTER_CONFIG_FILE, ADAPTERS_FILE
-
     if target == "peft":
-        adapters = _read_adapters(checkpoint)
+        adapters = read_adapters(checkpoint.folder, checkpoint.sizes)
         write_peft(adapters.arrays, adapters.sizes, out, base=checkpoint.bases[0].name)
         return
     for name in (ADAPTERS_FILE, ADAPTER_CONFIG_FILE):
         shutil.copyfile(checkpoint.folder / name, out / name)
 
 
-def _read_adapters(checkpoint: Checkpoint) -> Adapters:
-    from mlxchat.model.lora import read_adapters
-
-    return read_adapters(checkpoint.folder, checkpoint.sizes)
-
-
-def needs_model_file(checkpoint: Checkpoint) -> bool:
-    """Return True if mlx-lm needs the folder's model file."""
-    from mlxchat.model import checkpoint as checkpoints
-
-    return checkpoints.needs_model_file(checkpoint.sizes)
-
-
-def rounded(values: np.ndarray[Any, np.dtype[np.float32]], name: str, bits: int, dtype: str | None) -> Any:
-    """Return a tensor as an MLX array with the values of a quantised export."""
-    import mlx.core as mx
-
-    array, group = mx.array(values), _groups_of(name, values.shape)
-    if dtype == "bfloat16":
-        array = array.astype(mx.bfloat16)
-    if group is not None:
-        array = mx.dequantize(*mx.quantize(array, group_size=group, bits=bits), group_size=group, bits=bits)
-    return array.astype(mx.float32)
-
-
-def _quantised(
-    values: np.ndarray[Any, np.dtype[np.float32]], group: int, bits: int, kind: str
-) -> tuple[Array, Array, Array]:
-    import mlx.core as mx
-
-    matrix = mx.array(values)
-    if kind == "BF16":
-        matrix = matrix.astype(mx.bfloat16)
+def _quantised(values: Floats, group: int, bits: int, code: str) -> tuple[Array, Array, Array]:
+    """Return packed numbers, scales and biases of a matrix; the latter two are stored as `code`."""
+    matrix = mx.array(values).astype(mx.bfloat16 if code == "BF16" else mx.float32)
     packed, *others = mx.quantize(matrix, group_size=group, bits=bits)
-    scales, biases = (np.asarray(part.view(mx.uint16) if kind == "BF16" else part) for part in others)
+    scales, biases = (np.asarray(part.view(mx.uint16) if code == "BF16" else part) for part in others)
     return np.asarray(packed), scales, biases
 
 
-def _pieces(checkpoint: Checkpoint, name: str, kind: str) -> Iterator[Array]:
-    for piece in checkpoint.weights.pieces(name):
-        yield as_stored(piece, kind)
-
-
-def _groups_of(name: str, shape: tuple[int, ...]) -> int | None:
+def _group_of(name: str, shape: tuple[int, ...]) -> int | None:
     """Return the group size of a quantised matrix; None: not quantised, since its rows have no whole groups."""
     if len(shape) != 2 or not name.endswith(".weight"):
         return None
@@ -353,7 +296,7 @@ def _kept_dtype(checkpoint: Checkpoint, name: str, target: str) -> str:
         wanted = CODES[imported["dtypes"].get(name, "float32")]
     else:
         wanted = "BF16" if target == "nanochat" and name.startswith(_TABLES) else "F32"
-    return wanted if checkpoint.weights.fits(name, wanted) else "F32"
+    return wanted if fits(checkpoint.weights[name], wanted) else "F32"
 
 
 def _write_tokenizer(checkpoint: Checkpoint, out: Path) -> None:

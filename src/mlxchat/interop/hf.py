@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,9 +10,9 @@ from typing import Any
 from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
 from mlxchat.data.vocabulary import CONFIG_FILE, HF_FILE, RANKS_FILE, check_special_tokens
 from mlxchat.errors import DataError
-from mlxchat.interop.names import check_tensors, expected_shapes, ours_from_hf, sizes_from_hf
+from mlxchat.interop.names import check_tensors, ours_from_hf, sizes_from_hf
 from mlxchat.interop.source import ModelSource, read_json
-from mlxchat.interop.tensors import SafeTensor, SafetensorsFile
+from mlxchat.interop.tensors import Tensor
 from mlxchat.model.sizes import GPTSizes
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -111,20 +111,20 @@ def facts_of(config: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
 
 
 def read_model(
-    files: Mapping[str, SafetensorsFile], config: Mapping[str, Any], where: str
-) -> tuple[GPTSizes, dict[str, tuple[SafetensorsFile, SafeTensor]], dict[str, Any]]:
+    files: Iterable[Mapping[str, Tensor]], config: Mapping[str, Any], where: str
+) -> tuple[GPTSizes, dict[str, Tensor], dict[str, Any]]:
     """Return the sizes, the tensors by our names, and stored facts: `dtypes` other than float32.
 
     Raises:
         DataError: the tensors do not match config.json.
     """
     sizes = sizes_from_hf(config, f"{where}: config.json")
-    named = [(name, ours_from_hf(name), file, each) for file in files.values() for name, each in file.tensors.items()]
+    named = [(name, ours_from_hf(name), tensor) for file in files for name, tensor in file.items()]
     fault = f"{where}: the weights do not match config.json"
-    check_tensors(((name, ours, each.shape) for name, ours, _, each in named), sizes, fault)
-    found = {ours: (file, each) for _, ours, file, each in named if ours is not None}
-    dtypes = {name: each.dtype.name for name, (_, each) in found.items() if each.dtype.name != "float32"}
-    return sizes, {name: found[name] for name in expected_shapes(sizes)}, {"dtypes": dict(sorted(dtypes.items()))}
+    check_tensors(((name, ours, tensor.shape) for name, ours, tensor in named), sizes, fault)
+    tensors = {ours: tensor for _, ours, tensor in named if ours is not None}
+    dtypes = {name: tensor.dtype.name for name, tensor in tensors.items() if tensor.dtype.name != "float32"}
+    return sizes, tensors, {"dtypes": dict(sorted(dtypes.items()))}
 
 
 def read_matching_tokenizer(paths: Mapping[str, Path], files: HfFiles, sizes: GPTSizes) -> Tokenizer:

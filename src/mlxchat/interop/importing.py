@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,8 +14,9 @@ from mlxchat.hub.cache import HubFile, check_space
 from mlxchat.interop import hf, nanochat, peft
 from mlxchat.interop.names import LATER, sizes_from_hf, sizes_from_nanochat
 from mlxchat.interop.source import ModelSource, open_folder, open_repository, read_json
-from mlxchat.interop.tensors import SafetensorsFile, Tensor, TensorFile, write_float32
-from mlxchat.interop.torch_files import TorchFile
+from mlxchat.interop.tensors import read_safetensors, write_safetensors
+from mlxchat.interop.torch_files import read_state
+from mlxchat.model.checkpoint import write_description
 from mlxchat.model.sizes import GPTSizes, count_parameters
 
 
@@ -85,7 +85,7 @@ def import_model(
 ) -> tuple[GPTSizes, list[dict[str, Any]]]:
     """Write a third-party model to `out` as a checkpoint; return its sizes and a record of each file.
 
-    Tensors are copied in pieces of a few megabytes. `check` is called repeatedly and may raise to end the work.
+    `check` is called repeatedly and may raise to end the work.
     Adapters need the artifact of their `base`.
 
     Raises:
@@ -102,29 +102,24 @@ def import_model(
     parameters = count_parameters(model_sizes(config))["total"]
     check_space(out, 4 * parameters, f"The checkpoint of {source.where}")
     paths = source.fetch(files.all(), check)
-    with ExitStack() as opened:
-        tensors: Mapping[str, tuple[TensorFile, Tensor]]
-        if isinstance(files, hf.HfFiles):
-            about = read_json(paths[files.about_tokenizer], files.about_tokenizer) if files.about_tokenizer else {}
-            described = hf.read_config(source)
-            weights = {name: opened.enter_context(SafetensorsFile(paths[name])) for name in files.weights}
-            sizes, tensors, stored = hf.read_model(weights, described, source.where)
-            tokenizer = hf.read_matching_tokenizer(paths, files, sizes)
-            template = files.chat_template or about.get("chat_template")
-            facts = hf.facts_of(described, chat=bool(template) if config.chat is None else config.chat)
-        else:
-            meta = nanochat.read_meta(paths[files.meta].read_bytes(), files.meta)
-            file = opened.enter_context(TorchFile(paths[files.model], files.model))
-            sizes, of_torch, stored = nanochat.read_model(file, meta, files.meta)
-            tensors = {name: (file, tensor) for name, tensor in of_torch.items()}
-            tokenizer = nanochat.read_matching_tokenizer(paths, files, sizes)
-            facts = nanochat.facts_of(meta, files, config.chat)
-        check()
-        write_float32(out / "model.safetensors", tensors)
-        check()
-    # Imported here, since it imports MLX.
-    from mlxchat.model.checkpoint import write_description
-
+    if isinstance(files, hf.HfFiles):
+        about = read_json(paths[files.about_tokenizer], files.about_tokenizer) if files.about_tokenizer else {}
+        described = hf.read_config(source)
+        shards = [read_safetensors(paths[name]) for name in files.weights]
+        sizes, tensors, stored = hf.read_model(shards, described, source.where)
+        tokenizer = hf.read_matching_tokenizer(paths, files, sizes)
+        template = files.chat_template or about.get("chat_template")
+        facts = hf.facts_of(described, chat=bool(template) if config.chat is None else config.chat)
+    else:
+        meta = nanochat.read_meta(paths[files.meta].read_bytes(), files.meta)
+        state = read_state(paths[files.model], files.model)
+        sizes, tensors, stored = nanochat.read_model(state, meta, files.model, files.meta)
+        tokenizer = nanochat.read_matching_tokenizer(paths, files, sizes)
+        facts = nanochat.facts_of(meta, files, config.chat)
+    check()
+    arrays = {name: tensor.floats() for name, tensor in sorted(tensors.items())}
+    check()
+    write_safetensors(out / "model.safetensors", arrays, made_for="mlx")
     facts["imported"] |= stored
     write_description(out, sizes, tokenizer, facts)
     return sizes, [source.record(name) for name in files.all()]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,19 +25,18 @@ from mlxchat.interop.hf import check_added_tokens
 from mlxchat.interop.names import (
     COMPILED_PREFIX,
     check_tensors,
-    expected_shapes,
     ours_from_nanochat,
     sizes_from_nanochat,
 )
 from mlxchat.interop.source import ModelSource
-from mlxchat.interop.torch_files import TorchFile, TorchTensor
+from mlxchat.interop.tensors import Tensor
+from mlxchat.interop.torch_files import read_tensor
 from mlxchat.model.sizes import GPTSizes
 
 _MODEL = re.compile(r"model_(\d+)\.pt")
 _SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
             "rl": "chatrl_checkpoints"}  # fmt: skip
 _WORD = re.compile(rf"(?:({'|'.join(_SOURCES)}):)?([\w.-]+)(?:@(\d{{1,9}}))?")
-_FLOATS = ("float32", "bfloat16", "float16")
 _MOST_SHOWN = 8
 
 
@@ -182,28 +182,22 @@ def facts_of(meta: dict[str, Any], files: NanochatFiles, chat: bool | None) -> d
 
 
 def read_model(
-    file: TorchFile, meta: dict[str, Any], meta_name: str
-) -> tuple[GPTSizes, dict[str, TorchTensor], dict[str, Any]]:
+    tensors: Mapping[str, Tensor], meta: dict[str, Any], where: str, meta_name: str
+) -> tuple[GPTSizes, dict[str, Tensor], dict[str, Any]]:
     """Return the sizes, the tensors by our names, and stored facts: `compiled`, and `dtypes` other than float32.
 
     Raises:
         DataError: the tensors do not match the meta file.
     """
-    where = file.where
-    tensors = file.tensors()
     renamed = {ours_from_nanochat(name): tensor for name, tensor in tensors.items()}
     sizes = sizes_from_nanochat(meta["model_config"], renamed, f"{where} with {meta_name}")
     fault = f"{where} does not match {meta_name}"
     check_tensors(((name, ours_from_nanochat(name), each.shape) for name, each in tensors.items()), sizes, fault)
+    if others := [name for name, tensor in renamed.items() if not tensor.dtype.code]:
+        raise DataError(f"{fault}: {others[0]} has type {renamed[others[0]].dtype.name}, expected a type of floats")
     dtypes = {name: tensor.dtype.name for name, tensor in renamed.items() if tensor.dtype.name != "float32"}
-    if others := sorted(name for name, dtype in dtypes.items() if dtype not in _FLOATS):
-        raise DataError(f"{fault}: {others[0]} has type {dtypes[others[0]]}, expected one of {', '.join(_FLOATS)}")
-    order = {name: renamed[name] for name in expected_shapes(sizes)}
-    stored = {
-        "compiled": any(name.startswith(COMPILED_PREFIX) for name in tensors),
-        "dtypes": dict(sorted(dtypes.items())),
-    }
-    return sizes, order, stored
+    compiled = any(name.startswith(COMPILED_PREFIX) for name in tensors)
+    return sizes, renamed, {"compiled": compiled, "dtypes": dict(sorted(dtypes.items()))}
 
 
 def read_matching_tokenizer(paths: dict[str, Path], files: NanochatFiles, sizes: GPTSizes) -> Tokenizer:
@@ -242,15 +236,11 @@ def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
     Raises:
         DataError: it is damaged or another tokenizer's.
     """
-    with TorchFile(path) as file:
-        content = file.content
-        whole = isinstance(content, TorchTensor) and len(content.shape) == 1 and content.dtype.numpy[1] == "i"
-        if not whole:
-            raise DataError(f"{path.name} is not a one-dimensional tensor of integers, which nanochat writes")
-        raw = tokenizer.token_bytes.astype(np.int64)
-        # Read only if it has as many numbers as there are tokens: the file may have any size.
-        given = file.numbers(content).astype(np.int64) if content.shape == raw.shape else None
-    if given is not None:
+    tensor = read_tensor(path)
+    if len(tensor.shape) != 1 or tensor.dtype.code:
+        raise DataError(f"{path.name} is not a one-dimensional tensor of integers, which nanochat writes")
+    given, raw = tensor.read(), tokenizer.token_bytes
+    if given.shape == raw.shape:
         decoded = np.zeros_like(raw)
         for token, rank in tokenizer.ranks.items():
             decoded[rank] = len(token.decode("utf-8", "replace").encode())
@@ -260,7 +250,7 @@ def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
         at = int(differs[0])
         reason = f"token {at} has {given[at]} and {raw[at]} bytes"
     else:
-        reason = f"{content.count:,} and {len(raw):,} tokens"
+        reason = f"{len(given):,} and {len(raw):,} tokens"
     raise DataError(
         f"{path.name} and tokenizer.pkl do not match ({reason}). Copy both from where the model was trained"
     )

@@ -9,18 +9,23 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.interop.names import hf_from_ours, ours_from_hf, sizes_from_hf
 from mlxchat.interop.source import Check, ModelSource, read_json
-from mlxchat.interop.tensors import Array, Entry, SafetensorsFile, widen, write_safetensors
+from mlxchat.interop.tensors import read_safetensors, write_safetensors
+from mlxchat.model.checkpoint import save_adapters
+from mlxchat.model.lora import check_shapes, read_adapter_config
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
+from mlxchat.store.bases import ADAPTER_KEY
 
 PEFT_FILE = "adapter_model.safetensors"
 _CONFIG, _ADAPTERS = "adapter_config.json", "adapters.safetensors"
@@ -31,9 +36,7 @@ _THEIRS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magn
 _BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
-def sizes_from_peft(
-    config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
-) -> tuple[AdapterSizes, dict[str, str]]:
+def sizes_from_peft(config: Mapping[str, Any], given: Iterable[str], where: str) -> tuple[AdapterSizes, dict[str, str]]:
     """Return the sizes of PEFT's adapters, and our name of each of their tensors.
 
     Raises:
@@ -55,7 +58,7 @@ def sizes_from_peft(
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         problems.append(f"lora_alpha {alpha!r} is not a number")
     names, unknown = {}, []
-    for name in shapes:
+    for name in given:
         found = _TENSOR.fullmatch(name)
         ours = None if found is None else ours_from_hf(f"{found[1]}.weight")
         if found is None or ours is None:
@@ -119,22 +122,13 @@ def write_peft(adapters: Mapping[str, np.ndarray[Any, Any]], sizes: AdapterSizes
         "inference_mode": True,
     }
     (out / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    entries = [Entry(name, "F32", peft_shape(theirs[name], adapters[theirs[name]].shape)) for name in sorted(theirs)]
-
-    def read(name: str) -> Iterator[Array]:
-        yield as_peft(theirs[name], adapters[theirs[name]])
-
-    write_safetensors(out / PEFT_FILE, entries, read, made_for="pt")
+    arrays = {name: _as_peft(theirs[name], adapters[theirs[name]]) for name in sorted(theirs)}
+    write_safetensors(out / PEFT_FILE, arrays, made_for="pt")
 
 
-def as_peft(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _as_peft(name: str, values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Convert an adapter's array between our layout and PEFT's: A and B are transposed."""
     return values if name.endswith(".m") else np.ascontiguousarray(values.T)
-
-
-def peft_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of `as_peft`'s result."""
-    return shape if name.endswith(".m") else shape[::-1]
 
 
 def _peft_name(name: str) -> str:
@@ -191,36 +185,19 @@ def import_adapter(
     Raises:
         DataError: a file or the base is missing or damaged, or the adapters do not fit the base.
     """
-    import mlx.core as mx
-
-    from mlxchat.data.tokenizer import Tokenizer
-    from mlxchat.model.checkpoint import save_adapters
-    from mlxchat.model.lora import check_shapes, read_adapter_config
-    from mlxchat.store.bases import ADAPTER_KEY
-
     if base is None:
         raise DataError("adapters need a base: mlxchat import adapter FOLDER --base REF")
     described = f"{base.name}: config.json"
     sizes = sizes_from_hf(read_json(base / "config.json", described), described)
     paths = source.fetch(files.all(), check)
-    with SafetensorsFile(paths[files.adapters]) as file:
-        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        if files.adapters == PEFT_FILE:
-            adapter_sizes, ours = sizes_from_peft(
-                read_json(paths[files.config], f"{source.where}: {files.config}"), shapes, source.where
-            )
-            shapes = {ours[name]: peft_shape(ours[name], shape) for name, shape in shapes.items()}
-        else:
-            adapter_sizes = read_adapter_config(paths[files.config].parent, sizes)
-            ours = {name: name for name in shapes}
-        check_shapes(shapes, adapter_sizes, sizes, source.where)
-        arrays = {
-            ours[name]: np.concatenate([widen(piece, tensor.dtype) for piece in file.pieces(tensor)])
-            .reshape(tensor.shape)
-            for name, tensor in file.tensors.items()
-        }  # fmt: skip
+    arrays = {name: tensor.floats() for name, tensor in read_safetensors(paths[files.adapters]).items()}
     if files.adapters == PEFT_FILE:
-        arrays = {name: as_peft(name, value) for name, value in arrays.items()}
+        config = read_json(paths[files.config], f"{source.where}: {files.config}")
+        adapter_sizes, ours = sizes_from_peft(config, arrays, source.where)
+        arrays = {ours[name]: _as_peft(ours[name], values) for name, values in arrays.items()}
+    else:
+        adapter_sizes = read_adapter_config(paths[files.config].parent, sizes)
+    check_shapes({name: values.shape for name, values in arrays.items()}, adapter_sizes, sizes, source.where)
     strange = sorted(name for name, value in arrays.items() if not np.isfinite(value).all())
     if strange:
         raise DataError(f"{source.where}: {strange[0]} of the adapter has NaN or infinity")

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mlxchat.errors import ConfigError, DataError, suggest
@@ -16,8 +16,6 @@ from mlxchat.hub.client import fetch_files, list_files, record
 from mlxchat.store.fingerprint import hash_file
 
 _MOST_FILES, _DEEPEST, _MOST_SHOWN = 20_000, 4, 8
-_READ_WHOLE, _SMALL_BYTES = (".jinja", ".json", ".pkl", ".tiktoken"), 32 << 20
-"""Files that are read as a whole, and their maximum size; a vocabulary of 400,000 tokens has 8 MiB."""
 
 Check = Callable[[], None]
 
@@ -54,22 +52,14 @@ class ModelSource:
         """Return the first names, for messages."""
         return ", ".join(sorted(self.files)[:_MOST_SHOWN]) or "nothing"
 
-    def size(self, name: str) -> int:
-        """Return a file's size in bytes; nothing is downloaded."""
-        file = self.files[name]
-        return file.bytes if isinstance(file, HubFile) else file.stat().st_size
-
     def fetch(self, names: Iterable[str], check: Check = lambda: None) -> dict[str, Path]:
         """Return name → local path, after downloading and verifying files of the Hub.
 
         Raises:
-            DataError: the disk is full, a download is wrong, or a file to read as a whole is too large.
+            DataError: the disk is full, or a download is wrong.
             PassingError: the Hub does not answer.
         """
         names = list(names)
-        for name in names:
-            if PurePosixPath(name).suffix in _READ_WHOLE and self.size(name) > _SMALL_BYTES:
-                raise DataError(f"{self.where}: {name} has {self.size(name):,} bytes, more than {_SMALL_BYTES:,}")
         wanted = [file for name in names if isinstance(file := self.files[name], HubFile)]
         if wanted:
             fetch_files(wanted, check=check)
@@ -86,7 +76,7 @@ class ModelSource:
         """Return the content of a small file, downloaded if necessary.
 
         Raises:
-            DataError: it cannot be read or is too large.
+            DataError: it cannot be read.
         """
         try:
             return self.fetch([name])[name].read_bytes()
