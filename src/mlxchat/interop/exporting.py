@@ -247,8 +247,9 @@ def write_mlx(checkpoint: Checkpoint, out: Path, *, bits: int | None = None, dty
         arrays[name], arrays[f"{module}.scales"], arrays[f"{module}.biases"] = _quantised(values, group, bits, code)
     write_safetensors(out / "model.safetensors", arrays, made_for="mlx")
     if bits is not None:
-        usual = {"group_size": max(groups.values()), "bits": bits, "mode": "affine"}
-        narrow = {name: {**usual, "group_size": size} for name, size in groups.items() if size < usual["group_size"]}
+        largest = max(groups.values())
+        usual = {"group_size": largest, "bits": bits, "mode": "affine"}
+        narrow = {name: {**usual, "group_size": group} for name, group in groups.items() if group < largest}
         quantization = {**usual, **narrow}
         config |= {"quantization": quantization, "quantization_config": quantization}
     _write_json(out / "config.json", config)
