@@ -95,10 +95,7 @@ def load_tokenizer(folder: Path) -> tuple[ThirdPartyTokenizer, int]:
 class ThirdPartyGenerator:
     """Continues rows by mlx-lm's `BatchGenerator`, with the methods of `batch.Generator`."""
 
-    def __init__(
-        self, model: Any, *, max_rows: int = DECODED_ROWS, prefill_tokens: int = PREFILL_TOKENS,
-        kept_tokens: int = KEPT_TOKENS,
-    ) -> None:  # fmt: skip
+    def __init__(self, model: Any, *, max_rows: int = DECODED_ROWS, kept_tokens: int = KEPT_TOKENS) -> None:
         """Start without rows; mlx-lm keeps the prefixes of some rows if `kept_tokens` is above 0."""
         from mlx_lm.generate import BatchGenerator
         from mlx_lm.models.cache import LRUPromptCache
@@ -106,7 +103,7 @@ class ThirdPartyGenerator:
         self.model, self.num_reused = model, 0
         self._batch: Any = BatchGenerator(
             model, completion_batch_size=max_rows, prefill_batch_size=min(8, max_rows),
-            prefill_step_size=prefill_tokens, stream=mx.default_stream(mx.default_device()),
+            prefill_step_size=PREFILL_TOKENS, stream=mx.default_stream(mx.default_device()),
         )  # fmt: skip
         self._kept = LRUPromptCache() if kept_tokens else None
         self._rows: dict[int, Row] = {}

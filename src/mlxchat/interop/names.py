@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.model.sizes import SMEAR_GATE_CHANNELS, VALUE_GATE_CHANNELS, GPTSizes
+from mlxchat.model.sizes import GPTSizes
 
 COMPILED_PREFIX = "_orig_mod."
 """Prefix of all names in models compiled by torch.compile."""
@@ -171,12 +171,12 @@ def expected_shapes(sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
             f"{place}.mlp.c_proj.weight": (width, 4 * width),
         }
         if layer in sizes.value_embedding_layers:
-            shapes[f"{place}.attn.ve_gate.weight"] = (sizes.num_kv_heads, VALUE_GATE_CHANNELS)
+            shapes[f"{place}.attn.ve_gate.weight"] = (sizes.num_kv_heads, sizes.value_gate_channels)
             shapes[f"value_embeds.{layer}.weight"] = (rows, sizes.kv_width)
     if sizes.residual_scalars:
         shapes |= {"resid_lambdas": (sizes.num_layers,), "x0_lambdas": (sizes.num_layers,)}
     if sizes.smear:
-        shapes |= {"smear_gate.weight": (1, SMEAR_GATE_CHANNELS), "smear_lambda": (1,)}
+        shapes |= {"smear_gate.weight": (1, sizes.smear_gate_channels), "smear_lambda": (1,)}
     if sizes.backout:
         shapes["backout_lambda"] = (1,)
     return shapes

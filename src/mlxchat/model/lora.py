@@ -246,8 +246,6 @@ def read_adapters(folder: Path, model_sizes: GPTSizes) -> Adapters:
         arrays = load_file(folder / ADAPTERS_FILE)
     except Exception as error:  # the safetensors reader has several error types
         raise DataError(f"{folder}: not a readable adapter ({type(error).__name__}: {error})") from None
-    if sizes.bits not in (None, 4, 8) or sizes.group_size not in (32, 64, 128):
-        raise DataError(f"{folder}: checkpoint.json: unsupported bits {sizes.bits!r} or group_size {sizes.group_size}")
     check_shapes({name: value.shape for name, value in arrays.items()}, sizes, model_sizes, folder)
     return Adapters(sizes, arrays)
 

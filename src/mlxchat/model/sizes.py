@@ -15,8 +15,6 @@ from typing import Any, ClassVar
 from mlxchat.config.schema import AdapterConfig, ArchitectureConfig, ModelConfig
 from mlxchat.errors import ConfigError, DataError, suggest
 
-VALUE_GATE_CHANNELS = 12
-SMEAR_GATE_CHANNELS = 24
 # October 2025 takes this as a target: depth 5 has 4 heads of 80. Other values of model.head_width must hold exactly.
 NANOCHATS_HEAD_WIDTH = 128
 # Of values from foreign files, which determine memory and time.
@@ -54,9 +52,9 @@ class GPTSizes:
     backout: bool = False
     """Whether a learnt share of the middle layer's stream is subtracted before the head."""
 
-    value_gate_channels: ClassVar[int] = VALUE_GATE_CHANNELS
+    value_gate_channels: ClassVar[int] = 12
     """Input channels of the gates of value embeddings."""
-    smear_gate_channels: ClassVar[int] = SMEAR_GATE_CHANNELS
+    smear_gate_channels: ClassVar[int] = 24
     """Input channels of the smear's gate."""
 
     def __post_init__(self) -> None:
@@ -161,9 +159,9 @@ def count_parameters(sizes: GPTSizes) -> dict[str, int]:
     """
     width, value_layers = sizes.width, len(sizes.value_embedding_layers)
     layer = 2 * width * width + 2 * width * sizes.kv_width + 8 * width * width
-    gates = value_layers * VALUE_GATE_CHANNELS * sizes.num_kv_heads
+    gates = value_layers * sizes.value_gate_channels * sizes.num_kv_heads
     scalars = 2 * sizes.num_layers * sizes.residual_scalars
-    scalars += (SMEAR_GATE_CHANNELS + 1) * sizes.smear + sizes.backout
+    scalars += (sizes.smear_gate_channels + 1) * sizes.smear + sizes.backout
     counts = {
         "embedding": sizes.padded_vocab_size * width,
         "head": sizes.padded_vocab_size * width,
@@ -181,7 +179,7 @@ def flops_per_token(sizes: GPTSizes) -> int:
     snapshot of October 2025 counts every weight except the embedding, with equal results.
     """
     counts = count_parameters(sizes)
-    multiplied = counts["matrices"] + counts["head"] + SMEAR_GATE_CHANNELS * sizes.smear
+    multiplied = counts["matrices"] + counts["head"] + sizes.smear_gate_channels * sizes.smear
     context = sizes.context_tokens
     seen = sum(context if window is None else min(window, context) for window in sizes.windows)
     return 6 * multiplied + 12 * sizes.num_heads * sizes.head_width * seen
