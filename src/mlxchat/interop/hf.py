@@ -42,11 +42,7 @@ class HfFiles:
 
 
 def find_files(source: ModelSource) -> HfFiles:
-    """Return the files of a model; the weights are not downloaded.
-
-    Raises:
-        DataError: there is no model, it has another architecture, or a file is missing.
-    """
+    """Return the files of a model; the weights are not downloaded."""
     if not source.has(_CONFIG):
         raise DataError(
             f"{source.where} has no config.json, so it is not a Hugging Face model. It has {source.listed()}. For a "
@@ -72,20 +68,12 @@ def find_files(source: ModelSource) -> HfFiles:
 
 
 def read_config(source: ModelSource) -> dict[str, Any]:
-    """Return config.json.
-
-    Raises:
-        DataError: it is damaged.
-    """
+    """Return config.json."""
     return read_json(source.small(_CONFIG), f"{source.where}: config.json")
 
 
 def check_architecture(config: Mapping[str, Any], where: str) -> None:
-    """Check that the model is nanochat's.
-
-    Raises:
-        DataError: it is not; names the commands that support other models.
-    """
+    """Check that the model is nanochat's."""
     kind = config.get("model_type")
     if kind != "nanochat":
         names = config.get("architectures")
@@ -113,11 +101,7 @@ def facts_of(config: Mapping[str, Any], *, chat: bool) -> dict[str, Any]:
 def read_model(
     files: Iterable[Mapping[str, Tensor]], config: Mapping[str, Any], where: str
 ) -> tuple[GPTSizes, dict[str, Tensor], dict[str, Any]]:
-    """Return the sizes, the tensors by our names, and stored facts: `dtypes` other than float32.
-
-    Raises:
-        DataError: the tensors do not match config.json.
-    """
+    """Return the sizes, the tensors by our names, and stored facts: `dtypes` other than float32."""
     sizes = sizes_from_hf(config, f"{where}: config.json")
     named = [(name, ours_from_hf(name), tensor) for file in files for name, tensor in file.items()]
     fault = f"{where}: the weights do not match config.json"
@@ -128,11 +112,7 @@ def read_model(
 
 
 def read_matching_tokenizer(paths: Mapping[str, Path], files: HfFiles, sizes: GPTSizes) -> Tokenizer:
-    """Return the tokenizer with the source's ids.
-
-    Raises:
-        DataError: it is damaged, its encoding cannot be reproduced, or it is another model's.
-    """
+    """Return the tokenizer with the source's ids."""
     path = paths[files.tokenizer[0]]
     tokenizer, keeps_ids = load_vocabulary(str(path if path.name == HF_FILE else path.parent))
     if path.name == HF_FILE:
@@ -149,11 +129,7 @@ def read_matching_tokenizer(paths: Mapping[str, Path], files: HfFiles, sizes: GP
 
 
 def check_added_tokens(path: Path, tokenizer: Tokenizer) -> None:
-    """Check that a tokenizer.json's special tokens are nanochat's, after all others.
-
-    Raises:
-        DataError: they are not; names the first that differs.
-    """
+    """Check that a tokenizer.json's special tokens are nanochat's, after all others."""
     added = read_json(path, path.name).get("added_tokens") or []
     check_special_tokens({token["content"]: token["id"] for token in added}, len(tokenizer.ranks), path.name)
 

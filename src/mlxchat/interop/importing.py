@@ -29,12 +29,7 @@ class Found:
 
 
 def find(config: ImportConfig) -> Found:
-    """Return the files of a model; only small ones are downloaded.
-
-    Raises:
-        ConfigError: neither or both of a repository and a folder are given.
-        DataError, PassingError: the model does not exist, a file is missing, or the Hub does not answer.
-    """
+    """Return the files of a model; only small ones are downloaded."""
     if config.folder is not None and config.repository is None:
         source = open_folder(Path(config.folder))
     elif config.repository is not None and config.folder is None:

@@ -63,11 +63,7 @@ def ours_from_nanochat(name: str) -> str:
 
 
 def hf_from_ours(name: str) -> str:
-    """Return the name of our parameter in `NanoChatForCausalLM`.
-
-    Raises:
-        DataError: it has none, since the architecture is that of July 2026.
-    """
+    """Return the name of our parameter in `NanoChatForCausalLM`."""
     layer = _OUR_LAYER.fullmatch(name)
     if name in _HF_TABLES:
         return _HF_TABLES[name]
@@ -95,9 +91,6 @@ def sizes_from_nanochat(model_config: Mapping[str, Any], names: Iterable[str], w
         model_config: of meta_*.json.
         names: our names of its parameters, which determine the architecture.
         where: the model's name in messages.
-
-    Raises:
-        DataError: a size is missing or invalid, or the parameters match neither architecture.
     """
     given = list(names)
     found = {prefix for prefix in LATER if any(name.startswith(prefix) for name in given)}
@@ -183,11 +176,7 @@ def expected_shapes(sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(found: Iterable[tuple[str, str | None, tuple[int, ...]]], sizes: GPTSizes, fault: str) -> None:
-    """Check that tensors are exactly those of a model.
-
-    Raises:
-        DataError: tensors are unknown, missing, duplicate or of another shape.
-    """
+    """Check that tensors are exactly those of a model."""
     expected, seen, problems = expected_shapes(sizes), set(), []
     for theirs, ours, shape in found:
         if ours is None or ours not in expected:
@@ -261,11 +250,7 @@ def beyond_october(sizes: GPTSizes) -> list[str]:
 
 
 def check_hf(sizes: GPTSizes) -> None:
-    """Check that transformers' NanoChatForCausalLM supports a model.
-
-    Raises:
-        ConfigError: it does not; names the alternatives.
-    """
+    """Check that transformers' NanoChatForCausalLM supports a model."""
     if more := beyond_october(sizes):
         raise ConfigError(
             f"transformers' NanoChatForCausalLM, nanochat's model of October 2025, does not support {', '.join(more)}. "
@@ -274,11 +259,7 @@ def check_hf(sizes: GPTSizes) -> None:
 
 
 def nanochat_snapshot(sizes: GPTSizes) -> str:
-    """Return the snapshot of nanochat that supports a model: oct2025 or jul2026.
-
-    Raises:
-        ConfigError: neither does; names the reason and the alternatives.
-    """
+    """Return the snapshot of nanochat that supports a model: oct2025 or jul2026."""
     october, july = architecture_values("oct2025"), architecture_values("jul2026")
     differing = {}
     for name, values in (("oct2025", october), ("jul2026", july)):

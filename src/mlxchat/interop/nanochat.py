@@ -60,11 +60,7 @@ class NanochatFiles:
 
 
 def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
-    """Return the files of the checkpoint of a step (None: the last); nothing is downloaded.
-
-    Raises:
-        DataError: there is no checkpoint, several folders have some, or a file is missing.
-    """
+    """Return the files of the checkpoint of a step (None: the last); nothing is downloaded."""
     models = {PurePosixPath(name): int(match[1]) for name in source.files if (match := _MODEL.fullmatch(_last(name)))}
     folders = sorted({path.parent for path in models})
     if not models:
@@ -145,11 +141,7 @@ def choose_trained(base: Path, word: str) -> tuple[Trained, int | None] | None:
 
 
 def read_meta(data: bytes, where: str) -> dict[str, Any]:
-    """Return the contents of a meta_*.json.
-
-    Raises:
-        DataError: it is damaged or not a meta file.
-    """
+    """Return the contents of a meta_*.json."""
     try:
         meta = json.loads(data)
         assert isinstance(meta, dict)
@@ -184,11 +176,7 @@ def facts_of(meta: dict[str, Any], files: NanochatFiles, chat: bool | None) -> d
 def read_model(
     tensors: Mapping[str, Tensor], meta: dict[str, Any], where: str, meta_name: str
 ) -> tuple[GPTSizes, dict[str, Tensor], dict[str, Any]]:
-    """Return the sizes, the tensors by our names, and stored facts: `compiled`, and `dtypes` other than float32.
-
-    Raises:
-        DataError: the tensors do not match the meta file.
-    """
+    """Return the sizes, the tensors by our names, and stored facts: `compiled`, and `dtypes` other than float32."""
     renamed = {ours_from_nanochat(name): tensor for name, tensor in tensors.items()}
     sizes = sizes_from_nanochat(meta["model_config"], renamed, f"{where} with {meta_name}")
     fault = f"{where} does not match {meta_name}"
@@ -201,11 +189,7 @@ def read_model(
 
 
 def read_matching_tokenizer(paths: dict[str, Path], files: NanochatFiles, sizes: GPTSizes) -> Tokenizer:
-    """Return the tokenizer, after comparison with the model and token_bytes.pt.
-
-    Raises:
-        DataError: it is damaged or another model's.
-    """
+    """Return the tokenizer, after comparison with the model and token_bytes.pt."""
     path = paths[files.tokenizer]
     tokenizer, _ = load_vocabulary(str(path))
     if path.name == HF_FILE:
@@ -232,9 +216,6 @@ def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
     """Check that token_bytes.pt is the tokenizer's; otherwise model and tokenizer may not belong together.
 
     For tokens that are invalid UTF-8, their bytes (nanochat since 2026) or those of U+FFFD (before) are accepted.
-
-    Raises:
-        DataError: it is damaged or another tokenizer's.
     """
     tensor = read_tensor(path)
     if len(tensor.shape) != 1 or tensor.dtype.code:

@@ -37,11 +37,7 @@ _BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def sizes_from_peft(config: Mapping[str, Any], given: Iterable[str], where: str) -> tuple[AdapterSizes, dict[str, str]]:
-    """Return the sizes of PEFT's adapters, and our name of each of their tensors.
-
-    Raises:
-        DataError: ours cannot represent them; names all reasons.
-    """
+    """Return the sizes of PEFT's adapters, and our name of each of their tensors."""
     problems = []
     if config.get("peft_type") != "LORA":
         problems.append(f"peft_type {config.get('peft_type')!r} is not LORA")
@@ -85,11 +81,7 @@ def sizes_from_peft(config: Mapping[str, Any], given: Iterable[str], where: str)
 
 
 def check_peft(sizes: AdapterSizes, name: str) -> None:
-    """Check that PEFT can represent adapters.
-
-    Raises:
-        ConfigError: it cannot; names the reason and the alternative.
-    """
+    """Check that PEFT can represent adapters."""
     if sizes.bits is not None:
         raise ConfigError(
             f"{name} was trained on weights quantised by MLX to {sizes.bits} bits, which PEFT does not support. "
@@ -153,11 +145,7 @@ class AdapterFiles:
 
 
 def find_files(source: ModelSource) -> AdapterFiles:
-    """Return the files of adapters.
-
-    Raises:
-        DataError: one is missing.
-    """
+    """Return the files of adapters."""
     files = AdapterFiles(adapters=PEFT_FILE if source.has(PEFT_FILE) and not source.has(_ADAPTERS) else _ADAPTERS)
     missing = [name for name in files.all() if not source.has(name)]
     if missing:
@@ -181,9 +169,6 @@ def import_adapter(
         out: an existing folder.
         chats: whether the result is a chat model; None: as its base.
         check: may raise to end the work.
-
-    Raises:
-        DataError: a file or the base is missing or damaged, or the adapters do not fit the base.
     """
     if base is None:
         raise DataError("adapters need a base: mlxchat import adapter FOLDER --base REF")

@@ -21,11 +21,7 @@ Check = Callable[[], None]
 
 
 def read_json(content: Path | bytes, where: str) -> dict[str, Any]:
-    """Return the JSON object of a file or of its contents.
-
-    Raises:
-        DataError: it cannot be read or is not a JSON object.
-    """
+    """Return the JSON object of a file or of its contents."""
     try:
         found = json.loads(content.read_bytes() if isinstance(content, Path) else content)
     except (OSError, ValueError, RecursionError) as error:
@@ -53,12 +49,7 @@ class ModelSource:
         return ", ".join(sorted(self.files)[:_MOST_SHOWN]) or "nothing"
 
     def fetch(self, names: Iterable[str], check: Check = lambda: None) -> dict[str, Path]:
-        """Return name → local path, after downloading and verifying files of the Hub.
-
-        Raises:
-            DataError: the disk is full, or a download is wrong.
-            PassingError: the Hub does not answer.
-        """
+        """Return name → local path, after downloading and verifying files of the Hub."""
         names = list(names)
         wanted = [file for name in names if isinstance(file := self.files[name], HubFile)]
         if wanted:
@@ -73,11 +64,7 @@ class ModelSource:
         return hash_of(file)
 
     def small(self, name: str) -> bytes:
-        """Return the content of a small file, downloaded if necessary.
-
-        Raises:
-            DataError: it cannot be read.
-        """
+        """Return the content of a small file, downloaded if necessary."""
         try:
             return self.fetch([name])[name].read_bytes()
         except OSError as error:
@@ -92,12 +79,7 @@ class ModelSource:
 
 
 def open_repository(repository: str, revision: str) -> ModelSource:
-    """Return the files of a model repository, <organisation>/<name>, or of a folder in it, …/<folder>.
-
-    Raises:
-        DataError: the repository, revision or folder does not exist.
-        PassingError: the Hub does not answer, and no listing is cached.
-    """
+    """Return the files of a model repository, <organisation>/<name>, or of a folder in it, …/<folder>."""
     owner, _, rest = repository.partition("/")
     name, _, folder = rest.partition("/")
     if not owner or not name:
@@ -109,11 +91,7 @@ def open_repository(repository: str, revision: str) -> ModelSource:
 
 
 def open_folder(folder: Path) -> ModelSource:
-    """Return the files of a folder and its subfolders, and a tokenizer in its parents.
-
-    Raises:
-        DataError: the folder does not exist or has too many files.
-    """
+    """Return the files of a folder and its subfolders, and a tokenizer in its parents."""
     if not folder.is_dir():
         near = suggest(folder.name, (each.name for each in folder.parent.iterdir())) if folder.parent.is_dir() else ""
         kind = "is a file, expected its folder" if folder.exists() else "does not exist"

@@ -78,11 +78,7 @@ def check_pointer(path: Path, where: str) -> None:
 
 
 def read_safetensors(path: Path, where: str | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file by name; their numbers stay in the file until they are read.
-
-    Raises:
-        DataError: it is missing, damaged or holds other types than float32, bfloat16 and float16.
-    """
+    """Return the tensors of a safetensors file by name; their numbers stay in the file until they are read."""
     where = where or path.name
     check_pointer(path, where)
     try:

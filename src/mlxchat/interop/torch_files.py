@@ -27,11 +27,7 @@ _AGAIN = "Copy it again."
 
 
 def read_state(path: Path, where: str | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a saved state dict by name; their numbers stay in the file until they are read.
-
-    Raises:
-        DataError: the file is missing or damaged, names other code than tensors need, or holds something else.
-    """
+    """Return the tensors of a saved state dict by name; their numbers stay in the file until they are read."""
     where = where or path.name
     content = _read(path, where)
     if not isinstance(content, dict) or not content:
@@ -43,11 +39,7 @@ def read_state(path: Path, where: str | None = None) -> dict[str, Tensor]:
 
 
 def read_tensor(path: Path) -> Tensor:
-    """Return the only tensor of a file.
-
-    Raises:
-        DataError: the file is missing or damaged, or holds something else.
-    """
+    """Return the only tensor of a file."""
     content = _read(path, path.name)
     if type(content) is not Tensor:
         raise DataError(f"{path.name} is not a tensor")
