@@ -135,7 +135,7 @@ BUILT_IN = b"\x80\x04\x8c\rtiktoken.core\x8c\x08Encoding\x93)\x81\x8c\x04gpt2b."
         ),
         (
             lambda at, lay: (at / META).write_text('{"step": 7, "model_config"'),
-            r"meta_000007\.json is not a nanochat meta file",
+            r"meta_000007\.json is damaged",
         ),
         (
             lambda at, lay: (at / META).write_text((at / META).read_text().replace('"n_layer": 2', '"n_layer": 1')),

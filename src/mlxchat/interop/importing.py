@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mlxchat.config.schema import ImportConfig
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import DataError
 from mlxchat.hub.cache import HubFile, check_space
 from mlxchat.interop import hf, nanochat, peft
 from mlxchat.interop.names import LATER, sizes_from_hf, sizes_from_nanochat
@@ -20,33 +19,24 @@ from mlxchat.model.checkpoint import write_description
 from mlxchat.model.sizes import GPTSizes, count_parameters
 
 
-@dataclass(frozen=True)
-class Found:
-    """A model's files in its source."""
-
-    source: ModelSource
-    files: nanochat.NanochatFiles | hf.HfFiles | peft.AdapterFiles
-
-
-def find(config: ImportConfig) -> Found:
-    """Return the files of a model; only small ones are downloaded."""
-    if config.folder is not None and config.repository is None:
+def find(config: ImportConfig) -> tuple[ModelSource, nanochat.NanochatFiles | hf.HfFiles | peft.AdapterFiles]:
+    """Return where a model is, and its files there; only small ones are downloaded."""
+    if config.folder is not None:
         source = open_folder(Path(config.folder))
-    elif config.repository is not None and config.folder is None:
-        source = open_repository(config.repository, config.revision)
     else:
-        raise ConfigError("exactly one of imported.repository and imported.folder must be set")
+        assert config.repository is not None, "composition checks that one of them is given"
+        source = open_repository(config.repository, config.revision)
     if config.format == "hf":
-        return Found(source, hf.find_files(source))
+        return source, hf.find_files(source)
     if config.format == "adapter":
-        return Found(source, peft.find_files(source))
-    return Found(source, nanochat.find_files(source, config.step))
+        return source, peft.find_files(source)
+    return source, nanochat.find_files(source, config.step)
 
 
 def pins_of(config: ImportConfig, hash_of: Callable[[Path], str]) -> dict[str, str]:
     """Return name → sha256 of the files that determine the model; the same for a repository and a folder."""
-    found = find(config)
-    return {f"model {Path(name).name}": found.source.sha256(name, hash_of) for name in found.files.identity()}
+    source, files = find(config)
+    return {f"model {Path(name).name}": source.sha256(name, hash_of) for name in files.identity()}
 
 
 def model_sizes(config: ImportConfig) -> GPTSizes:
@@ -55,11 +45,11 @@ def model_sizes(config: ImportConfig) -> GPTSizes:
     Raises:
         DataError: the model does not exist, or its description is damaged.
     """
-    found = find(config)
-    if isinstance(found.files, hf.HfFiles):
-        return sizes_from_hf(hf.read_config(found.source), found.source.where)
-    assert isinstance(found.files, nanochat.NanochatFiles), "adapters do not describe their model"
-    return _sizes_of_meta(found.source.small(found.files.meta), found.files.meta)
+    source, files = find(config)
+    if isinstance(files, hf.HfFiles):
+        return sizes_from_hf(hf.read_config(source), source.where)
+    assert isinstance(files, nanochat.NanochatFiles), "adapters do not describe their model"
+    return _sizes_of_meta(source.small(files.meta), files.meta)
 
 
 @lru_cache(maxsize=8)
@@ -71,8 +61,8 @@ def _sizes_of_meta(data: bytes, where: str) -> GPTSizes:
 
 def files_to_fetch(config: ImportConfig) -> list[HubFile]:
     """Return the files of the Hub that an import reads; none if it is from a folder."""
-    found = find(config)
-    return [file for name in found.files.all() if isinstance(file := found.source.files[name], HubFile)]
+    source, files = find(config)
+    return [file for name in files.all() if isinstance(file := source.files[name], HubFile)]
 
 
 def import_model(
@@ -87,8 +77,7 @@ def import_model(
         DataError: a file is missing, damaged or invalid, or the disk is full.
         PassingError: the Hub does not answer.
     """
-    found = find(config)
-    source, files = found.source, found.files
+    source, files = find(config)
     if isinstance(files, peft.AdapterFiles):
         sizes = peft.import_adapter(source, files, base, out, chats=config.chat, check=check)
         return sizes, [source.record(name) for name in files.all()]

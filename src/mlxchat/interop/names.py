@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -176,7 +176,7 @@ def expected_shapes(sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(found: Iterable[tuple[str, str | None, tuple[int, ...]]], sizes: GPTSizes, fault: str) -> None:
-    """Check that tensors are exactly those of a model."""
+    """Raise a DataError unless tensors (their name, ours, shape) are exactly those of a model."""
     expected, seen, problems = expected_shapes(sizes), set(), []
     for theirs, ours, shape in found:
         if ours is None or ours not in expected:
@@ -250,7 +250,7 @@ def beyond_october(sizes: GPTSizes) -> list[str]:
 
 
 def check_hf(sizes: GPTSizes) -> None:
-    """Check that transformers' NanoChatForCausalLM supports a model."""
+    """Raise a ConfigError unless transformers' NanoChatForCausalLM supports a model."""
     if more := beyond_october(sizes):
         raise ConfigError(
             f"transformers' NanoChatForCausalLM, nanochat's model of October 2025, does not support {', '.join(more)}. "
@@ -259,25 +259,26 @@ def check_hf(sizes: GPTSizes) -> None:
 
 
 def nanochat_snapshot(sizes: GPTSizes) -> str:
-    """Return the snapshot of nanochat that supports a model: oct2025 or jul2026."""
+    """Return the snapshot of nanochat that supports a model, oct2025 or jul2026; a ConfigError if neither does."""
     october, july = architecture_values("oct2025"), architecture_values("jul2026")
-    differing = {}
-    for name, values in (("oct2025", october), ("jul2026", july)):
-        # Only the resulting number of rows matters, not how it was chosen.
-        ours = {**asdict(sizes), "vocab_multiple": values["vocab_multiple"]}
-        differing[name] = [key for key in values if key not in _NO_COMPUTATION and ours[key] != values[key]]
-        if replace(sizes, vocab_multiple=values["vocab_multiple"]).padded_vocab_size != sizes.padded_vocab_size:
-            differing[name].append("padded_vocab_size")
-        if sizes.short_window is not None:
-            differing[name].append("short_window")
-    if not beyond_october(sizes) and sizes.rope_theta == october["rope_theta"]:
-        return "oct2025"
-    if not differing["jul2026"]:
-        return "jul2026"
-    nearest = min(differing, key=lambda name: len(differing[name]))
-    values = architecture_values(nearest)
-    wrong = [f"{key} {getattr(sizes, key)} instead of {values.get(key, 'its own')}" for key in differing[nearest]]
-    wrong += [] if nearest == "jul2026" else [more for more in beyond_october(sizes) if "windows" in more]
+    differences = {
+        "oct2025": beyond_october(sizes),
+        "jul2026": [
+            f"{key} {getattr(sizes, key)} instead of {value}"
+            for key, value in july.items()
+            if key not in (*_NO_COMPUTATION, "vocab_multiple") and getattr(sizes, key) != value
+        ],
+    }
+    if sizes.rope_theta != october["rope_theta"]:
+        differences["oct2025"].append(f"rope_theta {sizes.rope_theta} instead of {october['rope_theta']}")
+    # Only the resulting number of rows matters, not how it was chosen.
+    if replace(sizes, vocab_multiple=july["vocab_multiple"]).padded_vocab_size != sizes.padded_vocab_size:
+        differences["jul2026"].append(f"tables of {sizes.padded_vocab_size:,} rows")
+    if sizes.short_window is not None:
+        differences["jul2026"].append(f"short_window {sizes.short_window}")
+    nearest, wrong = min(differences.items(), key=lambda item: len(item[1]))
+    if not wrong:
+        return nearest
     raise ConfigError(
         f"nanochat's code does not support this model; differences from {nearest}: {', '.join(wrong)}. "
         f"Use --to mlx{'' if beyond_october(sizes) else ' or --to hf'}"

@@ -9,7 +9,6 @@ tokenizer.pkl is a pickled tiktoken encoding; its code is never executed.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from mlxchat.interop.names import (
     ours_from_nanochat,
     sizes_from_nanochat,
 )
-from mlxchat.interop.source import ModelSource
+from mlxchat.interop.source import ModelSource, read_json
 from mlxchat.interop.tensors import Tensor
 from mlxchat.interop.torch_files import read_tensor
 from mlxchat.model.sizes import GPTSizes
@@ -61,7 +60,8 @@ class NanochatFiles:
 
 def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
     """Return the files of the checkpoint of a step (None: the last); nothing is downloaded."""
-    models = {PurePosixPath(name): int(match[1]) for name in source.files if (match := _MODEL.fullmatch(_last(name)))}
+    paths = [PurePosixPath(name) for name in source.files]
+    models = {path: int(match[1]) for path in paths if (match := _MODEL.fullmatch(path.name))}
     folders = sorted({path.parent for path in models})
     if not models:
         raise DataError(
@@ -76,20 +76,20 @@ def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
     if chosen not in steps:
         raise DataError(f"{source.where} has no model of step {step}; it has {', '.join(map(str, steps))}")
     model, folder = steps[chosen], folders[0]
-    meta = _join(folder, _last(str(model)).replace("model_", "meta_").replace(".pt", ".json"))
+    meta = str(folder / model.name.replace("model_", "meta_").replace(".pt", ".json"))
     if not source.has(meta):
         raise DataError(
             f"{source.where} has {model}, but no {meta} with its sizes. Copy it from where the model was trained"
         )
     places = [folder, PurePosixPath("tokenizer"), *folder.parents, *(each / "tokenizer" for each in folder.parents)]
-    wanted = [_join(place, name) for name in (PICKLED_FILE, HF_FILE) for place in places]
+    wanted = [str(place / name) for name in (PICKLED_FILE, HF_FILE) for place in places]
     tokenizer = next((name for name in wanted if source.has(name)), None)
     if tokenizer is None:
         raise DataError(
             f"{source.where} has no tokenizer.pkl, neither beside {model} nor in tokenizer/. Copy it from where the "
             f"model was trained (nanochat keeps it in ~/.cache/nanochat/tokenizer)"
         )
-    token_bytes = _join(PurePosixPath(tokenizer).parent, "token_bytes.pt")
+    token_bytes = str(PurePosixPath(tokenizer).with_name("token_bytes.pt"))
     return NanochatFiles(chosen, str(model), meta, tokenizer, token_bytes if source.has(token_bytes) else None)
 
 
@@ -142,13 +142,9 @@ def choose_trained(base: Path, word: str) -> tuple[Trained, int | None] | None:
 
 def read_meta(data: bytes, where: str) -> dict[str, Any]:
     """Return the contents of a meta_*.json."""
-    try:
-        meta = json.loads(data)
-        assert isinstance(meta, dict)
-        assert isinstance(meta["model_config"], dict)
-    except (ValueError, KeyError, AssertionError, RecursionError) as error:
-        reason = "model_config is missing" if isinstance(error, KeyError | AssertionError) else error
-        raise DataError(f"{where} is not a nanochat meta file ({reason}). Copy it again.") from None
+    meta = read_json(data, where)
+    if not isinstance(meta.get("model_config"), dict):
+        raise DataError(f"{where} is not a nanochat meta file: it has no model_config. Copy it again.")
     return meta
 
 
@@ -202,14 +198,6 @@ def read_matching_tokenizer(paths: dict[str, Path], files: NanochatFiles, sizes:
     if files.token_bytes is not None:
         check_token_bytes(paths[files.token_bytes], tokenizer)
     return tokenizer
-
-
-def _last(name: str) -> str:
-    return name.rsplit("/", 1)[-1]
-
-
-def _join(folder: PurePosixPath, name: str) -> str:
-    return str(folder / name)
 
 
 def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
