@@ -186,33 +186,16 @@ def test_faulty_models_are_refused(hf, tmp_path, spoil, message):
         take(hf.folder, tmp_path)
 
 
-HOSTILE_SIZES = [
-    ("num_hidden_layers", 10**9), ("vocab_size", 10**400), ("max_position_embeddings", 10**12), ("hidden_size", 2**40),
-    ("rope_theta", None), ("rope_theta", "x"), ("rope_theta", 10**400), ("rope_theta", float("nan")),
-    ("rope_theta", -1.0), ("rope_parameters", [1]), ("rope_parameters", "x"), ("vocab_multiple", 0),
-    ("vocab_multiple", 10**400), ("vocab_multiple", None), ("value_embeddings", None), ("smear", "x"),
-    ("residual_scalars", []), ("window_pattern", ""), ("window_pattern", [1]), ("query_key_scale", float("inf")),
+IMPOSSIBLE = [
+    ("num_hidden_layers", 10**9), ("hidden_size", 2**40), ("rope_theta", "x"), ("rope_theta", float("nan")),
+    ("rope_parameters", [1]), ("vocab_multiple", 0), ("value_embeddings", None), ("window_pattern", ""),
 ]  # fmt: skip
 
 
-def test_impossible_sizes_are_refused_at_once(hf):
-    """Guards against a billion layers, whose parameters' names filled the memory."""
+def test_impossible_sizes_are_refused(hf):
     valid = (hf.folder / "config.json").read_text()
-    for key, value in HOSTILE_SIZES:
+    for key, value in IMPOSSIBLE:
         (hf.folder / "config.json").write_text(valid)
         change(hf.folder, **{key: value})
         with pytest.raises(DataError, match=f"{hf.folder}: "):
             model_sizes(config_of(hf.folder))
-
-
-def test_checkpoint_of_a_billion_layers_is_refused(twin, tmp_path):
-    made, out = twin(), tmp_path / "out"
-    out.mkdir()
-    import_model(made.config(), out, lambda: None)
-    change(out, num_hidden_layers=10**9)
-    with pytest.raises(DataError, match="num_layers is 1000000000"):
-        load_checkpoint(out)
-    meta = made.folder / "meta_000007.json"
-    meta.write_text(meta.read_text().replace('"n_layer": 2', '"n_layer": 1000000000'))
-    with pytest.raises(DataError, match="num_layers is 1000000000"):
-        model_sizes(made.config())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
@@ -111,27 +111,21 @@ def read_model(
     return sizes, tensors, {"dtypes": dict(sorted(dtypes.items()))}
 
 
-def read_matching_tokenizer(paths: Mapping[str, Path], files: HfFiles, sizes: GPTSizes) -> Tokenizer:
-    """Return the tokenizer with the source's ids."""
-    path = paths[files.tokenizer[0]]
-    tokenizer, keeps_ids = load_vocabulary(str(path if path.name == HF_FILE else path.parent))
+def read_matching_tokenizer(path: Path, sizes: GPTSizes) -> Tokenizer:
+    """Return the tokenizer of a model, which may be nanochat's tokenizer.pkl, with its ids."""
+    # Our own tokenizer is a folder.
+    tokenizer, keeps_ids = load_vocabulary(str(path.parent if path.name == RANKS_FILE else path))
     if path.name == HF_FILE:
-        check_added_tokens(path, tokenizer)
-    name = PurePosixPath(files.tokenizer[0]).name
+        added = read_json(path, path.name).get("added_tokens") or []
+        check_special_tokens({token["content"]: token["id"] for token in added}, len(tokenizer.ranks), path.name)
     if not keeps_ids:
-        raise DataError(f"{name}: its tokens cannot keep their ids here, which the model's embedding needs")
+        raise DataError(f"{path.name}: its tokens cannot keep their ids here, which the model's embedding needs")
     if tokenizer.vocab_size != sizes.vocab_size:
         raise DataError(
-            f"{name} has {tokenizer.vocab_size:,} tokens, the model "
-            f"{sizes.vocab_size:,}: it is the tokenizer of another model"
+            f"{path.name} has {tokenizer.vocab_size:,} tokens, the model {sizes.vocab_size:,}: it is the tokenizer of "
+            "another model. Copy the right one to the model"
         )
     return tokenizer
-
-
-def check_added_tokens(path: Path, tokenizer: Tokenizer) -> None:
-    """Check that a tokenizer.json's special tokens are nanochat's, after all others."""
-    added = read_json(path, path.name).get("added_tokens") or []
-    check_special_tokens({token["content"]: token["id"] for token in added}, len(tokenizer.ranks), path.name)
 
 
 def _read_index(source: ModelSource) -> dict[str, str]:

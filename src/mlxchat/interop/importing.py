@@ -91,14 +91,16 @@ def import_model(
         described = hf.read_config(source)
         shards = [read_safetensors(paths[name]) for name in files.weights]
         sizes, tensors, stored = hf.read_model(shards, described, source.where)
-        tokenizer = hf.read_matching_tokenizer(paths, files, sizes)
+        tokenizer = hf.read_matching_tokenizer(paths[files.tokenizer[0]], sizes)
         template = files.chat_template or about.get("chat_template")
         facts = hf.facts_of(described, chat=bool(template) if config.chat is None else config.chat)
     else:
         meta = nanochat.read_meta(paths[files.meta].read_bytes(), files.meta)
         state = read_state(paths[files.model], files.model)
         sizes, tensors, stored = nanochat.read_model(state, meta, files.model, files.meta)
-        tokenizer = nanochat.read_matching_tokenizer(paths, files, sizes)
+        tokenizer = hf.read_matching_tokenizer(paths[files.tokenizer], sizes)
+        if files.token_bytes is not None:
+            nanochat.check_token_bytes(paths[files.token_bytes], tokenizer)
         facts = nanochat.facts_of(meta, files, config.chat)
     check()
     arrays = {name: tensor.floats() for name, tensor in sorted(tensors.items())}

@@ -57,11 +57,6 @@ LATER = ("value_embeds.", "resid_lambdas", "x0_lambdas", "smear_gate.", "smear_l
 """Beginnings of the parameters that only July 2026 has."""
 
 
-def ours_from_nanochat(name: str) -> str:
-    """Return our name of a parameter in nanochat's .pt file."""
-    return name.removeprefix(COMPILED_PREFIX)
-
-
 def hf_from_ours(name: str) -> str:
     """Return the name of our parameter in `NanoChatForCausalLM`."""
     layer = _OUR_LAYER.fullmatch(name)

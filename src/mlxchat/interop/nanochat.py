@@ -17,14 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from mlxchat.data.tokenizer import Tokenizer, load_vocabulary
+from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import HF_FILE, PICKLED_FILE
 from mlxchat.errors import ConfigError, DataError
-from mlxchat.interop.hf import check_added_tokens
 from mlxchat.interop.names import (
     COMPILED_PREFIX,
     check_tensors,
-    ours_from_nanochat,
     sizes_from_nanochat,
 )
 from mlxchat.interop.source import ModelSource, read_json
@@ -173,31 +171,15 @@ def read_model(
     tensors: Mapping[str, Tensor], meta: dict[str, Any], where: str, meta_name: str
 ) -> tuple[GPTSizes, dict[str, Tensor], dict[str, Any]]:
     """Return the sizes, the tensors by our names, and stored facts: `compiled`, and `dtypes` other than float32."""
-    renamed = {ours_from_nanochat(name): tensor for name, tensor in tensors.items()}
+    renamed = {name.removeprefix(COMPILED_PREFIX): tensor for name, tensor in tensors.items()}
     sizes = sizes_from_nanochat(meta["model_config"], renamed, f"{where} with {meta_name}")
     fault = f"{where} does not match {meta_name}"
-    check_tensors(((name, ours_from_nanochat(name), each.shape) for name, each in tensors.items()), sizes, fault)
+    check_tensors(((name, name, tensor.shape) for name, tensor in renamed.items()), sizes, fault)
     if others := [name for name, tensor in renamed.items() if not tensor.dtype.code]:
         raise DataError(f"{fault}: {others[0]} has type {renamed[others[0]].dtype.name}, expected a type of floats")
     dtypes = {name: tensor.dtype.name for name, tensor in renamed.items() if tensor.dtype.name != "float32"}
     compiled = any(name.startswith(COMPILED_PREFIX) for name in tensors)
     return sizes, renamed, {"compiled": compiled, "dtypes": dict(sorted(dtypes.items()))}
-
-
-def read_matching_tokenizer(paths: dict[str, Path], files: NanochatFiles, sizes: GPTSizes) -> Tokenizer:
-    """Return the tokenizer, after comparison with the model and token_bytes.pt."""
-    path = paths[files.tokenizer]
-    tokenizer, _ = load_vocabulary(str(path))
-    if path.name == HF_FILE:
-        check_added_tokens(path, tokenizer)
-    if tokenizer.vocab_size != sizes.vocab_size:
-        raise DataError(
-            f"{files.tokenizer} has {tokenizer.vocab_size:,} tokens, {files.model} has {sizes.vocab_size:,}: it is the "
-            "tokenizer of another model. Put the right tokenizer.pkl (and token_bytes.pt) beside the model"
-        )
-    if files.token_bytes is not None:
-        check_token_bytes(paths[files.token_bytes], tokenizer)
-    return tokenizer
 
 
 def check_token_bytes(path: Path, tokenizer: Tokenizer) -> None:
