@@ -192,7 +192,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(downloads, "FIRST_PAUSE_SECONDS", 0.002)
-    monkeypatch.setattr(listings, "FIRST_PAUSE_SECONDS", 0.002)
     listings.forget()
     with LoopbackHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)

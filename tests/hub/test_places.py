@@ -16,8 +16,7 @@ from kit.artifacts import contents, find_faults
 from kit.toys import PIPELINE
 from mlxchat.cli import dispatch
 from mlxchat.errors import ConfigError, PassingError, StoreError
-from mlxchat.hub import places
-from mlxchat.hub.places import Place, export_to, import_from, open_place
+from mlxchat.hub.places import Place, export_to, import_from, open_place, push_artifacts, push_folder
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
@@ -190,7 +189,6 @@ from mlxchat.hub.places import open_place
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
-places._PIECE_BYTES = 1000
 way, url, outputs = sys.argv[1:]
 store = Store(Path(outputs))
 if way == "export":
@@ -202,7 +200,7 @@ else:
 
 @pytest.mark.parametrize(
     ("way", "point"),
-    [("export", "send.file"), ("import", "fetch.piece:3"),
+    [("export", "send.file"), ("import", "fetch.file"),
      *(pytest.param(*each, marks=pytest.mark.slow) for each in (
          ("export", "send.described"), ("export", "send.described:2"), ("import", "fetch.artifact"),
          ("import", "import.checked"), ("import", "import.renamed"),
@@ -227,33 +225,25 @@ def test_killed_transfer_resumes_and_leaves_no_partial_artifact(way, point, toys
     assert list((other.outputs / "work").iterdir()) == []
 
 
-def test_interrupted_import_reads_only_the_rest(toys, tmp_path, monkeypatch):
-    toys.add("make", "(ctx.out / 'result.txt').write_text('0123456789' * 1000)")
-    toys.run(toys.plan({"first": {"stage": "make"}}))
+def test_interrupted_import_keeps_complete_files(made, folders, tmp_path, monkeypatch):
     place = open_place(f"memory://{tmp_path.name}")
-    export_to(place, closure(toys.store, [resolve(toys.store, "first")]))
-    monkeypatch.setattr(places, "_PIECE_BYTES", 1000)
-    read: list[int] = []
-    kind = type(place.files.open(place.path(resolve(toys.store, "first").name, "result.txt")))
-    original = kind.read
+    export_to(place, folders)
+    original = place.files.get_file
+    asked: list[str] = []
 
-    def reading(self: Any, *size: Any) -> bytes:
-        if len(read) == 4:
-            read.append(0)
+    def breaking(source: str, *arguments: Any, **options: Any) -> Any:
+        asked.append(source)
+        if len(asked) == 2:
             raise TimeoutError("the network is gone")
-        piece = original(self, *size)
-        read.append(len(piece))
-        return bytes(piece)
+        return original(source, *arguments, **options)
 
-    monkeypatch.setattr(kind, "read", reading)
+    monkeypatch.setattr(place.files, "get_file", breaking)
     other = Store(tmp_path / "other")
     with pytest.raises(PassingError):
         import_from(other, place, [])
-    del read[:]
-    read.extend([0] * 5)
     import_from(other, place, [])
-    assert sum(read) == 6000
-    assert (other.outputs / "store").is_dir()
+    assert len(asked) == 3, "the first file is not fetched again"
+    assert contents(other.outputs / "store") == contents(made.outputs / "store")
 
 
 def test_missing_package_is_named_with_its_extra(monkeypatch):
@@ -283,8 +273,6 @@ def test_hub_roundtrip_in_one_commit(upload_hub, made, folders, tmp_path, capsys
 
 
 def test_failed_upload_leaves_the_repository_empty(upload_hub, folders):
-    from mlxchat.hub.places import push_artifacts
-
     upload_hub.faults.broken = "/commit/"
     with pytest.raises(PassingError, match="Nothing was committed"):
         push_artifacts(open_place("hf://me/runs"), folders, public=False)
@@ -312,13 +300,12 @@ def test_unreachable_server_is_a_transient_error(bucket, folders, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Use 'content=")  # the official client's, of large files
-def test_uploads_use_plain_http_and_print_lines(upload_hub, tmp_path, monkeypatch, capsys):
+def test_uploads_use_plain_http(upload_hub, tmp_path, monkeypatch, capsys):
     """hf_xet retries silently for minutes where Xet storage does not answer."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
-    monkeypatch.setattr(places, "_LINE_SECONDS", 0.001)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "model.safetensors").write_bytes(bytes(1000))
-    places.push_folder(tmp_path / "model", "me/model", upload_hub.token, message="a model", public=False)
+    push_folder(tmp_path / "model", "me/model", upload_hub.token, message="a model", public=False)
     assert upload_hub.repositories["me/model"].files == {"model.safetensors": bytes(1000)}
     assert not [each for each in upload_hub.log if "xet" in each.path]
     assert "uploading 1.0 kB to me/model" in capsys.readouterr().err

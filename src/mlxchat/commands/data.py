@@ -40,7 +40,7 @@ def _data(options: Namespace) -> int:
 _FETCH = (
     "Fetch everything that the steps which are to run read from elsewhere: as much of the corpus as the horizon needs, "
     "the data of all tasks, CORE's bundle. Or a repository: mlxchat data fetch openai/gsm8k --files 'main/*'. What is "
-    "there is not fetched again; what was cut is continued."
+    "there is not fetched again."
 )
 
 

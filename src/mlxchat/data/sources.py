@@ -214,7 +214,7 @@ class Corpus:
 
     def missing_bytes(self, chars: float) -> int:
         """Return the bytes of the first files with `chars` characters that are not on this machine."""
-        return missing_bytes((file.blob, file.bytes) for file in self.first(chars) if not file.is_there())
+        return missing_bytes(self.first(chars))
 
     def fetch_ahead(self, start: int, chars: float | None = None) -> None:
         """Download training files in the background, from `start` until all have `chars`; None: one file."""

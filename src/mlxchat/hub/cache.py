@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -25,7 +26,8 @@ from mlxchat.store.files import whole_file, write_whole
 # Left free on a disk that is fetched to.
 SPARE_BYTES = 256 << 20
 _BLOCK_BYTES = 1 << 20
-HUB = "https://huggingface.co"
+# A part of the official client that was not written for this time has no process.
+_STALE_SECONDS = 3600.0
 _NO_NAME = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _MOST_PATH_BYTES, _MOST_NAME_BYTES = 1000, 200
 _MOST_BYTES = 1 << 60  # of a file: larger numbers are no floats
@@ -65,17 +67,13 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def checksum_of(path: Path, like: str | None = None, check: Callable[[], None] = lambda: None) -> str:
-    """Return a file's sha256 in hex, or git's blob id if `like` has 40 digits.
-
-    `check` is called for each block; it may raise to stop.
-    """
+def checksum_of(path: Path, like: str | None = None) -> str:
+    """Return a file's sha256 in hex, or git's blob id if `like` has 40 digits."""
     is_git = like is not None and len(like) == 40
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if is_git else hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
-            check()
     return digest.hexdigest()
 
 
@@ -141,13 +139,9 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def missing_bytes(wanted: Iterable[tuple[Path, int]]) -> int:
-    """Return how many bytes of these (target, size) pairs are still to be downloaded."""
-    left = 0
-    for target, size in wanted:
-        part = target.with_name(f"{target.name}.part")
-        left += size - min(size, part.stat().st_size if part.exists() else 0)
-    return left
+def missing_bytes(files: Iterable[HubFile]) -> int:
+    """Return how many bytes of these files are still to be downloaded; equal contents count once."""
+    return sum({file.blob: file.bytes for file in files if not file.is_there()}.values())
 
 
 # Files of the Hub
@@ -213,7 +207,7 @@ class HubFile:
 
     def is_there(self) -> bool:
         """Return whether the file is in the cache and verified; nothing is hashed."""
-        return self.place.exists() and is_verified(self.etag, self.blob if self.blob.exists() else self.place)
+        return is_verified(self.etag, self.place)
 
 
 def hub_cache() -> Path:
@@ -223,11 +217,6 @@ def hub_cache() -> Path:
         return Path(os.path.expandvars(chosen)).expanduser()
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     return Path(os.path.expandvars(home)).expanduser() / "hub"
-
-
-def endpoint() -> str:
-    """Return the Hub's address: HF_ENDPOINT, or the real one."""
-    return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
 
 
 def folder_name(repository: str, kind: str) -> str:
@@ -256,7 +245,17 @@ def settle(file: HubFile) -> bool:
         link(file)
         return True
     # On file systems without symlinks the official client stores the content itself there.
-    return not file.place.is_symlink() and has_content(file.place, file.etag)
+    return has_content(file.place, file.etag)
+
+
+def discard(file: HubFile) -> None:
+    """Remove a file's name and its content from the cache, and parts that killed downloads left."""
+    for path in (file.place.resolve(), file.place, file.blob):
+        path.unlink(missing_ok=True)
+    for part in file.blob.parent.glob(f"{file.etag}.*.incomplete"):
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime > _STALE_SECONDS:
+                part.unlink()
 
 
 def _adopt(file: HubFile) -> bool:

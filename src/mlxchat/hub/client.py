@@ -1,8 +1,7 @@
 """Files of the Hugging Face Hub and plain downloads: each is fetched once, verified, and shared by all runs.
 
-The Hub's files are in its own cache (HF_HOME), in the layout of the official client. Listings are recorded in
-`cache_folder()`: with HF_HUB_OFFLINE, or without a network, the recorded listing is used. huggingface_hub and its HTTP
-library are imported by the first request.
+The Hub's files are fetched by huggingface_hub into its own cache (HF_HOME) and hashed afterwards. Listings are recorded
+in `cache_folder()`: with HF_HUB_OFFLINE, or without a network, the recorded listing is used.
 """
 
 from __future__ import annotations
@@ -13,37 +12,43 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from mlxchat.config.wording import format_bytes, plural
-from mlxchat.errors import DataError, MlxchatError, PassingError, visible
+from mlxchat.errors import DataError, MlxchatError, PassingError, StoreError, visible
 from mlxchat.hub.cache import (
-    HUB,
     HubFile,
     cache_folder,
     check_space,
     checksum_of,
-    endpoint,
+    discard,
     has_content,
     hub_cache,
     is_offline,
-    link,
     missing_bytes,
+    note_verified,
     read_json,
     settle,
     write_json,
 )
-from mlxchat.hub.downloads import Check, Download, TransferProgress, nothing
+from mlxchat.hub.downloads import Check, TransferProgress, WrongContent, endpoint, nothing, prepare_client, retried
 from mlxchat.hub.listings import fetch_command, list_files
+from mlxchat.store import locks
 
 __all__ = ["HubFile", "fetch_ahead", "fetch_files", "fetch_url", "list_files", "record", "stop_fetching"]
 
+OnBytes = Callable[[int], None]
+"""Called with the number of bytes that arrived; negative if they were discarded."""
+OnWait = Callable[[dict[str, Any]], None]
+"""Called with the record of the process that holds the lock of a download."""
 _WORKERS = 4
 _POLL_SECONDS = 0.1
+_SILENCE_SECONDS = 30.0
 _END_SECONDS = 2.0
 
 
@@ -53,7 +58,7 @@ def fetch_files(files: Iterable[HubFile], *, workers: int = _WORKERS, check: Che
     Args:
         files: from `list_files`.
         workers: number of parallel downloads.
-        check: called repeatedly; it may raise to stop. Received bytes are kept.
+        check: called repeatedly; it may raise to stop. Complete files are kept.
 
     Raises:
         DataError: the disk is full, HF_HUB_OFFLINE is set, or a file is corrupt in every download.
@@ -64,12 +69,11 @@ def fetch_files(files: Iterable[HubFile], *, workers: int = _WORKERS, check: Che
     if missing:
         if is_offline():
             raise DataError(_missing_message(missing))
-        left = missing_bytes((file.blob, file.bytes) for file in missing)
-        check_space(hub_cache(), left, _name_of(missing))
-        total = sum(file.bytes for file in missing)
+        total = missing_bytes(missing)
+        check_space(hub_cache(), total, _name_of(missing))
         title = f"{missing[0].repository}: {plural(len(missing), 'file')}"
-        with TransferProgress(title, total, start=total - left) as progress:
-            fetching = Fetching(workers, progress.add, _print_once())
+        with TransferProgress(title, total) as progress:
+            fetching = Fetching(workers, progress.add)
             fetching.want(missing)
             fetching.finish(check)
         for file in files:
@@ -88,7 +92,7 @@ def fetch_ahead(files: Sequence[HubFile]) -> None:
 
 
 def stop_fetching() -> None:
-    """Stop the background downloads; received bytes are kept."""
+    """Stop the background downloads; complete files are kept."""
     global _ahead
     ended, _ahead = _ahead, Fetching()
     ended.close()
@@ -99,7 +103,7 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
 
     Args:
         url: http or https.
-        sha256: of the content, in hex; None: URLs of the Hub are checked by ETag, others by size.
+        sha256: of the content, in hex; None: only its length is checked.
         check: may raise to stop.
 
     Raises:
@@ -117,15 +121,42 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
         return place
     if is_offline():
         raise DataError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set. {fetch_command()}")
-    trusted = urlsplit(url).netloc in (urlsplit(endpoint()).netloc, urlsplit(HUB).netloc)
-    with TransferProgress(place.name, 0) as progress:
-        download = Download(
-            target=place, url=url, name=url, checksum=sha256, trusts_etag=trusted, on_bytes=progress.add, check=check
-        )
-        arrived = download.fetch(place.with_name("fetch.lock"), is_there=is_there)
-    if arrived is not None:
-        write_json(note, {"url": url, "revision": None, "sha256": arrived, "bytes": place.stat().st_size})
+    with _locked(place.with_name("fetch.lock"), url, check), TransferProgress(place.name, 0) as progress:
+        if not is_there():
+            part = place.with_name(f"{place.name}.part")
+            arrived = retried(lambda: _receive(url, part, sha256, progress.add, check), url, "file")
+            part.replace(place)
+            note_verified(arrived, place)
+            write_json(note, {"url": url, "revision": None, "sha256": arrived, "bytes": place.stat().st_size})
     return place
+
+
+def _receive(url: str, part: Path, sha256: str | None, on_bytes: OnBytes, check: Check) -> str:
+    """Download a URL to a file and return its sha256."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]  # exported lazily
+
+    digest, count = hashlib.sha256(), 0
+    headers = {"Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, timeout=_SILENCE_SECONDS) as answer, part.open("wb") as file:
+        hf_raise_for_status(answer)
+        length = answer.headers.get("Content-Length", "")
+        check_space(part.parent, int(length) if length.isdecimal() else 0, url)
+        try:
+            for block in answer.iter_bytes():  # raises if the connection ends before Content-Length
+                check()
+                file.write(block)
+                digest.update(block)
+                count += len(block)
+                on_bytes(len(block))
+        except BaseException:
+            on_bytes(-count)
+            raise
+        os.fsync(file.fileno())
+    if sha256 is not None and digest.hexdigest() != sha256:
+        part.unlink()
+        raise WrongContent(f"its sha256 is {digest.hexdigest()[:12]}… instead of {sha256[:12]}…")
+    return digest.hexdigest()
 
 
 def find_content(url: str, sha256: str | None) -> str | None:
@@ -160,12 +191,11 @@ def record(source: HubFile | Path) -> dict[str, Any]:
 class Fetching:
     """Daemon threads that download files of the Hub from a queue."""
 
-    def __init__(
-        self, workers: int = _WORKERS, on_bytes: Callable[[int], None] = lambda count: None,
-        on_wait: Callable[[dict[str, Any]], None] = lambda owner: None,
-    ) -> None:  # fmt: skip
-        """`on_bytes` and `on_wait` are those of `Download`; threads start with the first `want`."""
-        self._workers, self._on_bytes, self._on_wait = max(1, workers), on_bytes, on_wait
+    def __init__(self, workers: int = _WORKERS, on_bytes: OnBytes | None = None) -> None:
+        """Threads start with the first `want`; without `on_bytes` nothing is displayed."""
+        self._workers = max(1, workers)
+        self._on_bytes = on_bytes or (lambda count: None)
+        self._on_wait = _print_once() if on_bytes else (lambda owner: None)
         self._wanted: set[HubFile] = set()
         self._queue: SimpleQueue[HubFile | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
@@ -205,7 +235,7 @@ class Fetching:
             raise type(fault)(f"{fault}{more}")
 
     def close(self) -> None:
-        """Stop the threads within 2 s; received bytes are kept."""
+        """Stop the threads within 2 s; complete files are kept."""
         self._ended.set()
         self._end_queue()
         until = time.monotonic() + _END_SECONDS
@@ -239,32 +269,67 @@ _ahead = Fetching()
 atexit.register(stop_fetching)
 
 
-def _fetch_file(
-    file: HubFile, on_bytes: Callable[[int], None], check: Check, on_wait: Callable[[dict[str, Any]], None]
-) -> None:
-    """Download one file of the Hub into its cache, unless it is there; raises as `Download.fetch` does."""
-    if settle(file):
-        return
-
-    def headers() -> dict[str, str]:
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported lazily
-
-        return dict(build_hf_headers(library_name="mlxchat"))
-
-    path = "/".join(quote(part, safe="") for part in file.path.split("/"))
-    prefix = "datasets/" if file.kind == "dataset" else ""
-    download = Download(
-        target=file.blob, url=f"{endpoint()}/{prefix}{file.repository}/resolve/{file.revision}/{path}",
-        name=f"{file.repository}/{file.path}", bytes=file.bytes, checksum=file.etag, headers=headers,
-        on_bytes=on_bytes, check=check,
-    )  # fmt: skip
-    # The official client's own lock, so that both never fetch the same content at the same time.
-    lock = hub_cache() / ".locks" / file.folder.name / f"{file.etag}.lock"
-    download.fetch(lock, on_wait=on_wait, is_there=lambda: has_content(file.blob, file.etag))
-    link(file)
+def _fetch_file(file: HubFile, on_bytes: OnBytes, check: Check, on_wait: OnWait) -> None:
+    """Download one file of the Hub into its cache, unless it is there, and compare its checksum."""
+    lock = hub_cache() / ".locks" / file.folder.name / f"{file.etag}.mlxchat.lock"
+    name = f"{file.repository}/{file.path}"
+    with _locked(lock, name, check, on_wait):
+        if not settle(file):
+            retried(lambda: _fetch_once(file, on_bytes, check), name, "file")
 
 
-def _print_once() -> Callable[[dict[str, Any]], None]:
+def _fetch_once(file: HubFile, on_bytes: OnBytes, check: Check) -> None:
+    from huggingface_hub import hf_hub_download
+
+    class Bar:
+        """Counts bytes, and can stop the download; huggingface_hub calls it as it calls tqdm."""
+
+        def __init__(self, **described: Any) -> None:
+            self.count = 0
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+            if kind is not None:
+                on_bytes(-self.count)
+
+        def update(self, count: int) -> None:
+            self.count += count
+            on_bytes(count)
+            check()
+
+    prepare_client()
+    discard(file)  # wrong content, if any; the library would keep it
+    hf_hub_download(
+        file.repository,
+        file.path,
+        repo_type=file.kind,
+        revision=file.revision,
+        cache_dir=hub_cache(),
+        endpoint=endpoint(),
+        library_name="mlxchat",
+        tqdm_class=Bar,
+    )
+    if not has_content(file.place, file.etag):
+        found = checksum_of(file.place, like=file.etag)
+        on_bytes(-file.place.stat().st_size)
+        discard(file)
+        kind = "sha256" if file.sha256 else "git id"
+        raise WrongContent(f"its {kind} is {found[:12]}… instead of {file.etag[:12]}…")
+
+
+@contextmanager
+def _locked(lock: Path, name: str, check: Check, on_wait: OnWait = lambda owner: None) -> Iterator[None]:
+    """Hold the lock of a download, so that two processes never fetch the same content at the same time."""
+    try:
+        with locks.hold(lock, {"fetches": name}, on_wait, check):
+            yield
+    except StoreError as error:  # its message names the outputs folder
+        raise DataError(f"{name}: {error}".replace("outputs=PATH", "HF_HOME or MLXCHAT_CACHE")) from None
+
+
+def _print_once() -> OnWait:
     """Return a function whose first call prints which process holds the lock of a download."""
     first = threading.Lock()
 

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 import re
 import shlex
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 from mlxchat.errors import DataError, PassingError
 from mlxchat.hub.cache import (
     HubFile,
     cache_folder,
     check_commit,
-    endpoint,
     folder_name,
     is_offline,
     read_json,
     write_json,
 )
-from mlxchat.hub.downloads import Check, read_answer, retry_after, within
+from mlxchat.hub.downloads import endpoint, prepare_client, retried
 
-# With pauses of 0.5, 1, 2, 4, 8 s between them; fewer tries where a recorded answer exists.
+# Requests for a commit; fewer where a recorded answer exists.
 _TRIES, _TRIES_WITH_RECORD = 6, 2
-FIRST_PAUSE_SECONDS = 0.5
-_PLAN_SECONDS, ANSWER_SECONDS = 10.0, 120.0
-# Limits of a list of files; the Hub's pages have 1,000 files each.
-_MOST_PAGES, _MOST_FILES = 1000, 1_000_000
+_PLAN_SECONDS, _ANSWER_SECONDS = 10.0, 60.0
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 # (Hub, repository, revision, kind) → commit: a run uses one commit even if a new one is uploaded meanwhile.
@@ -137,13 +130,17 @@ def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False
 
 def _request_commit(repository: str, revision: str, kind: str, *, is_plan: bool, is_recorded: bool) -> str:
     """Return the commit by the Hub; for a plan with one try, and none if this Hub did not answer before."""
-    look = within(_PLAN_SECONDS) if is_plan else None
     hub = endpoint()
     if is_plan and hub in _silent:
         raise PassingError(f"{repository}: the Hub at {hub} did not answer before.")
     tries = 1 if is_plan else _TRIES_WITH_RECORD if is_recorded else _TRIES
+    seconds = _PLAN_SECONDS if is_plan else _ANSWER_SECONDS
+
+    def request() -> str:
+        return str(_api().repo_info(repository, revision=revision, repo_type=kind, timeout=seconds).sha)
+
     try:
-        return str(_request(repository, kind, tries, lambda: _commit_of(repository, revision, kind, look)))
+        return retried(request, repository, f"{kind} or revision", tries=tries)
     except PassingError:
         _silent.add(hub)
         raise
@@ -158,8 +155,7 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
             raise DataError(_unknown_message(repository, commit, kind))
     elif files is None or read_json(path).get("endpoint") != endpoint():
         try:
-            tries = _TRIES if files is None else _TRIES_WITH_RECORD
-            files = _request(repository, kind, tries, lambda: _files_of(repository, commit, kind))
+            files = retried(lambda: _files_of(repository, commit, kind), repository, f"{kind} or revision")
         except PassingError:
             if files is None:
                 raise
@@ -170,89 +166,24 @@ def _list_commit(repository: str, commit: str, kind: str) -> list[HubFile]:
     return files
 
 
-def _commit_of(repository: str, revision: str, kind: str, look: Check | None) -> str:
-    answer, _ = _get_json(f"{_api(repository, kind)}/revision/{quote(revision, safe='')}", look)
-    if not isinstance(answer, dict):
-        raise ValueError("its answer is not a JSON object")
-    return str(answer.get("sha"))
-
-
 def _files_of(repository: str, commit: str, kind: str) -> list[HubFile]:
-    """Return every file of a commit, sorted by path.
+    """Return every file of a commit by the Hub, sorted by path."""
+    from huggingface_hub.hf_api import RepoFile
 
-    The official client is not used: it follows circular pages, sends the token to any host that a page links to, and
-    obeys any Retry-After.
-    """
-    page: str | None = f"{_api(repository, kind)}/tree/{quote(commit, safe='')}?recursive=true"
-    seen: set[str] = set()
     files: list[HubFile] = []
-    while page is not None:
-        if page in seen or len(seen) == _MOST_PAGES or len(files) > _MOST_FILES:
-            fault = "repeats a page" if page in seen else f"has over {_MOST_PAGES:,} pages or {_MOST_FILES:,} files"
-            raise DataError(f"{repository}: its list of files {fault} ({page[:200]}). Try again, or use another copy")
-        seen.add(page)
-        entries, page = _get_json(page)
-        if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-            raise ValueError("its list of files is not a JSON list of objects")
-        for entry in entries:
-            if entry.get("type") == "file":
-                lfs = entry.get("lfs")
-                sha256 = lfs.get("oid") if isinstance(lfs, dict) else None
-                git_id = None if lfs else entry.get("oid")
-                where = (repository, kind, commit, str(entry.get("path", "")))
-                files.append(HubFile(*where, entry.get("size"), sha256, git_id))
+    for entry in _api().list_repo_tree(repository, recursive=True, revision=commit, repo_type=kind):
+        if isinstance(entry, RepoFile):
+            sha256 = entry.lfs.sha256 if entry.lfs else None
+            git_id = None if entry.lfs else entry.blob_id
+            files.append(HubFile(repository, kind, commit, entry.path, entry.size, sha256, git_id))
     return sorted(files, key=lambda file: file.path)
 
 
-def _api(repository: str, kind: str) -> str:
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported lazily
+def _api() -> Any:
+    from huggingface_hub import HfApi
 
-    validate_repo_id(repository)
-    return f"{endpoint()}/api/{kind}s/{repository}"
-
-
-def _get_json(url: str, look: Check | None = None) -> tuple[Any, str | None]:
-    """Return the JSON at a URL of the Hub, and the URL of the next page if there is one.
-
-    Raises:
-        HTTPError: an error status or a network failure.
-        OSError: the answer took too long.
-        ValueError: it is too long, or not JSON.
-    """
-    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]  # exported lazily
-
-    headers = build_hf_headers(library_name="mlxchat")
-    answer, body = read_answer(url, headers, look or within(ANSWER_SECONDS))
-    hf_raise_for_status(answer)
-    after = answer.links.get("next", {}).get("url")
-    if after is not None and not after.startswith(f"{endpoint()}/"):  # another host must not get the token
-        after = endpoint() + urlunsplit(urlsplit(after)._replace(scheme="", netloc=""))
-    try:
-        return json.loads(body), after
-    except RecursionError:
-        raise ValueError("its answer is nested too deeply") from None
-
-
-def _request(repository: str, kind: str, tries: int, request: Callable[[], Any]) -> Any:
-    """Return the Hub's answer; transient faults are retried with growing pauses."""
-    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of its HTTP library
-
-    for number in range(tries):
-        try:
-            return request()
-        except (HTTPError, OSError, ValueError) as error:
-            response = getattr(error, "response", None)
-            status = getattr(response, "status_code", None)
-            status = 400 if isinstance(error, HFValidationError) else status
-            reason = " ".join(str(error).split())[:300]
-            asked_pause = 0.0 if response is None else retry_after(response.headers)
-        # Outside the handler: raised inside, the error would be classified by its cause as transient.
-        if status is not None and status < 500 and status not in (408, 425, 429):
-            hint = " If it is not public, set HF_TOKEN." if status in (401, 403) else ""
-            raise DataError(f"{repository}: the Hub at {endpoint()} has no such {kind} or revision ({reason}).{hint}")
-        if number + 1 < tries:
-            time.sleep(max(asked_pause, FIRST_PAUSE_SECONDS * 2**number))
-    raise PassingError(f"{repository}: the Hub at {endpoint()} does not answer ({reason}).")
+    prepare_client()
+    return HfApi(endpoint=endpoint(), library_name="mlxchat")
 
 
 def _unknown_message(repository: str, revision: str, kind: str) -> str:

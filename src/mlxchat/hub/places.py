@@ -13,8 +13,6 @@ import os
 import re
 import shutil
 import sys
-import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config.secrets import redact
-from mlxchat.config.wording import format_bytes, format_seconds
-from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError, filter_logs
+from mlxchat.config.wording import format_bytes
+from mlxchat.errors import ConfigError, MlxchatError, PassingError, StoreError
 from mlxchat.hub.cache import check_space, checksum_of
-from mlxchat.hub.downloads import TransferProgress
+from mlxchat.hub.downloads import TransferProgress, endpoint, prepare_client
 from mlxchat.store import locks
 from mlxchat.store.catalog import references
 from mlxchat.store.crash import crash_point
@@ -58,12 +56,15 @@ _NEEDS = {
 }
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-_LINE_SECONDS = 30.0
 # The commit deletes older weights of these names, because loaders would read them as part of the model.
 _FORMER = (
-    "model*.safetensors", "model*.safetensors.index.json", "model_*.pt", "meta_*.json", "adapters.safetensors",
+    "model*.safetensors",
+    "model*.safetensors.index.json",
+    "model_*.pt",
+    "meta_*.json",
+    "adapters.safetensors",
     "adapter_config.json",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def open_place(url: str) -> Place:
     if scheme not in available_protocols():
         raise ConfigError(f"{url}: {scheme}:// is not supported. Use one of {', '.join(_NEEDS)}, file")
     with _place_errors(url):
-        options = {"endpoint": os.environ.get("HF_ENDPOINT") or None} if scheme == "hf" else {}
+        options = {"endpoint": endpoint()} if scheme == "hf" else {}
         files, root = url_to_fs(url, skip_instance_cache=True, **options)
         return Place(redact(url), files, str(root))
 
@@ -143,8 +144,9 @@ def _place_errors(url: str) -> Iterator[None]:
         raise
     except ImportError as error:
         hint = "'mlxchat[s3]'" if package == "s3fs" else package
-        raise ConfigError(f"{scheme}:// needs a package that is not installed ({error.name or package}): "
-                          f"pip install {hint}") from None  # fmt: skip
+        raise ConfigError(
+            f"{scheme}:// needs a package that is not installed ({error.name or package}): pip install {hint}"
+        ) from None
     except FileNotFoundError as error:
         raise ConfigError(f"{redact(url)} does not exist ({_short_of(error)})") from None
     except Exception as error:  # each file system has its own types
@@ -208,20 +210,12 @@ def _files(folder: Path) -> list[Path]:
 
 def _send(place: Place, folder: Path, progress: TransferProgress) -> None:
     """Copy one artifact; files that an earlier attempt left are kept if their contents are right."""
-    from fsspec.callbacks import Callback
-
-    class Counted(Callback):  # type: ignore[misc]  # fsspec has no types
-        """Adds sent bytes to the progress."""
-
-        def relative_update(self, inc: int = 1) -> None:
-            progress.add(inc)
-            super().relative_update(inc)
-
     base = place.path(folder.name)
     place.files.invalidate_cache()
     sizes = {str(path): entry["size"] for path, entry in place.files.find(base, detail=True).items()}
     for path in _files(folder):
-        target, size = place.path(folder.name, path.relative_to(folder).as_posix()), path.stat().st_size
+        target = place.path(folder.name, path.relative_to(folder).as_posix())
+        size = path.stat().st_size
         known = sizes.pop(target, sizes.pop(target.lstrip("/"), None))
         if path.name == MANIFEST and path.parent == folder:
             crash_point("send.described")
@@ -231,12 +225,27 @@ def _send(place: Place, folder: Path, progress: TransferProgress) -> None:
             progress.add(size)
             continue
         place.files.makedirs(target.rpartition("/")[0], exist_ok=True)
-        counted, before = Counted(), progress.done
-        place.files.put_file(str(path), target, callback=counted)
-        progress.add(size - (progress.done - before))  # some file systems count differently, or not at all
+        with _counted(progress, size) as callback:
+            place.files.put_file(str(path), target, callback=callback)
         if (arrived := place.files.info(target)["size"]) != size:
             raise PassingError(f"{place.url}: {target} has {arrived} bytes after {size} were sent; try again")
         crash_point("send.file")
+
+
+@contextmanager
+def _counted(progress: TransferProgress, size: int) -> Iterator[Any]:
+    """Yield fsspec's callback of the transfer of one file; at the end the progress has grown by `size`."""
+    from fsspec.callbacks import Callback
+
+    class Counted(Callback):  # type: ignore[misc]  # fsspec has no types
+        """Adds bytes to the progress."""
+
+        def relative_update(self, inc: int = 1) -> None:
+            progress.add(inc)
+
+    before = progress.done
+    yield Counted()
+    progress.add(size - (progress.done - before))  # some file systems count differently, or not at all
 
 
 def _digest(place: Place, path: str) -> str:
@@ -345,7 +354,7 @@ def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
 
 
 def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, progress: TransferProgress) -> None:
-    """Download one file, resuming an earlier attempt.
+    """Download one file, unless an earlier attempt did.
 
     Raises:
         StoreError: its contents differ from the manifest.
@@ -355,25 +364,13 @@ def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, pro
         return
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
-    resumed = True
-    while resumed:  # a resumed part with other contents is detected only at the end: then start over once
-        done = part.stat().st_size if part.exists() else 0
-        resumed = done > 0
-        progress.add(done)
-        with place.files.open(place.path(name, file["path"]), "rb") as source, part.open("ab") as out:
-            source.seek(done)
-            while done <= file["bytes"] and (piece := source.read(_PIECE_BYTES)):
-                out.write(piece)
-                done += len(piece)
-                progress.add(len(piece))
-                crash_point("fetch.piece")
-        if done == file["bytes"] and checksum_of(part) == file["sha256"]:
-            sync(part)
-            part.rename(target)
-            return
-        progress.add(-done)
-        part.unlink()
-    raise StoreError(f"{place.url}: {file['path']} of {name} differs from its manifest. Nothing was imported")
+    with _counted(progress, file["bytes"]) as callback:
+        place.files.get_file(place.path(name, file["path"]), str(part), callback=callback)
+    if checksum_of(part) != file["sha256"]:
+        raise StoreError(f"{place.url}: {file['path']} of {name} differs from its manifest. Nothing was imported")
+    sync(part)
+    part.rename(target)
+    crash_point("fetch.file")
 
 
 def check_repository(name: str, *, public: bool, kind: str = "model", option: str = "--hub ") -> str:
@@ -415,11 +412,14 @@ def push_folder(folder: Path, name: str, token: str, *, message: str, public: bo
     with _hub_errors(name):
         api = _api(token)
         api.create_repo(name, private=not public, repo_type="model", exist_ok=True)
-        with _uploading(name, [path for path in folder.rglob("*") if path.is_file()]):
-            info = api.upload_folder(
-                repo_id=name, folder_path=folder, repo_type="model", commit_message=message,
-                delete_patterns=list(_FORMER),
-            )  # fmt: skip
+        _announce(name, [path for path in folder.rglob("*") if path.is_file()])
+        info = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            repo_type="model",
+            commit_message=message,
+            delete_patterns=list(_FORMER),
+        )
         return str(info.commit_url)
 
 
@@ -454,44 +454,21 @@ def push_artifacts(place: Place, folders: Sequence[Path], *, public: bool) -> in
     if operations:
         with _hub_errors(name):
             message = f"{missing[-1].name} from mlxchat, with {len(missing) - 1} input artifacts"
-            with _uploading(name, [Path(str(each.path_or_fileobj)) for each in operations]):
-                api.create_commit(name, operations, commit_message=message, repo_type=kind)
+            _announce(name, [path for folder in missing for path in _files(folder)])
+            api.create_commit(name, operations, commit_message=message, repo_type=kind)
     return len(missing)
 
 
 def _api(token: str) -> Any:
     from huggingface_hub import HfApi
-    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    filter_logs()
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    return HfApi(endpoint=os.environ.get("HF_ENDPOINT") or None, token=token)
+    prepare_client()
+    return HfApi(endpoint=endpoint(), token=token)
 
 
-@contextmanager
-def _uploading(name: str, files: Sequence[Path]) -> Iterator[None]:
-    """Send files over plain HTTP, as downloads arrive, and print a line every half minute.
-
-    hf_xet would retry silently for minutes where a Hub has no Xet storage or it does not answer.
-    """
-    from huggingface_hub import constants
-
-    size, began, ended = format_bytes(sum(file.stat().st_size for file in files)), time.monotonic(), threading.Event()
-    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
-
-    def watch() -> None:
-        while not ended.wait(_LINE_SECONDS):
-            print(f"  uploading {size} to {name}, {format_seconds(time.monotonic() - began)} so far", file=sys.stderr)
-
-    thread = threading.Thread(target=watch, name="upload-watch", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        constants.HF_HUB_DISABLE_XET = before
+def _announce(name: str, files: Sequence[Path]) -> None:
+    size = format_bytes(sum(file.stat().st_size for file in files))
+    print(f"  uploading {size} to {name}", file=sys.stderr)
 
 
 @contextmanager

@@ -208,8 +208,7 @@ def find_downloads(config: Config, plan: Iterable[PlannedStep], store: Store) ->
     groups, urls = find_files(config, plan, store, network=False)
     found: dict[str, int | None] = {}
     for name, files in groups.items():
-        missing = {file.blob: file.bytes for file in files or () if not file.is_there()}
-        found[name] = None if files is None else missing_bytes(missing.items())
+        found[name] = None if files is None else missing_bytes(files)
     found |= {url.rpartition("/")[2]: None for url in urls if not url_place(url).exists()}
     return {name: size for name, size in found.items() if size != 0}
 

@@ -48,7 +48,7 @@ CRASH_POINTS = {
     "export.synced": "an exported folder is complete and on disk under a temporary name",
     "send.file": "one file was sent, the manifest of its artifact was not",
     "send.described": "all files of an artifact were sent, its manifest was not",
-    "fetch.piece": "a piece of a remote file was written, maybe not yet on disk",
+    "fetch.file": "one remote file was copied and is right, its artifact is not complete",
     "fetch.artifact": "one remote artifact was copied under a temporary name",
     "search.ended": "a trial of a search has ended, the journal does not have it",
     "search.told": "the journal of a search has the trial's result",

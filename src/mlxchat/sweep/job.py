@@ -19,7 +19,8 @@ from mlxchat.config.schema import Config, ExecutorConfig
 from mlxchat.config.secrets import redact
 from mlxchat.distributed.ranks import current_team
 from mlxchat.errors import ConfigError, StoreError, visible
-from mlxchat.hub.cache import endpoint, is_offline
+from mlxchat.hub.cache import is_offline
+from mlxchat.hub.downloads import endpoint
 from mlxchat.hub.listings import fetch_command
 from mlxchat.ops.machine import device_kind, dtype_name
 from mlxchat.planning.inputs import check_inputs, find_text_need
