@@ -107,21 +107,9 @@ def _stamp_of(path: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns, status.st_ino]
 
 
-def check_space(folder: Path, needed: int, what: str, beside: tuple[Path, int] | None = None) -> None:
-    """Raise if the disk lacks space for a transfer.
-
-    Args:
-        folder: the target.
-        needed: bytes.
-        what: subject of the error message.
-        beside: another folder and its bytes, which are added if it is on the same disk.
-
-    Raises:
-        DataError: less than `needed` + 256 MiB is free.
-    """
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Raise DataError, which begins with `what`, if the disk of a folder has less than `needed` bytes + 256 MiB."""
     place = _existing(folder)
-    if beside is not None and _existing(beside[0]).stat().st_dev == place.stat().st_dev:
-        needed += beside[1]
     free = shutil.disk_usage(place).free
     if needed and needed + SPARE_BYTES > free:
         raise DataError(
@@ -165,11 +153,7 @@ class HubFile:
     """Git's blob id, for the others."""
 
     def __post_init__(self) -> None:
-        """Reject paths outside the cache and malformed values: they come from a server or a third-party artifact.
-
-        Raises:
-            DataError: an invalid path, checksum or size.
-        """
+        """Reject paths outside the cache and malformed values: they come from a server or a third-party artifact."""
         parts = PurePosixPath(self.path).parts
         if not parts or ".." in parts or self.path.startswith("/") or _NO_NAME.search(self.path):
             raise DataError(
@@ -225,11 +209,7 @@ def folder_name(repository: str, kind: str) -> str:
 
 
 def check_commit(repository: str, commit: object) -> None:
-    """Reject a commit that cannot be a folder name.
-
-    Raises:
-        DataError: it is none.
-    """
+    """Raise DataError for a commit that cannot be a folder name."""
     if not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
         raise DataError(f"{repository} is at commit {commit!r}, expected hexadecimal digits")
 

@@ -214,11 +214,7 @@ class Fetching:
             self._threads.append(thread)
 
     def finish(self, check: Check) -> None:
-        """Wait until every file has arrived or failed; one failure does not stop the others.
-
-        Raises:
-            DataError, PassingError: files failed; permanent faults take precedence over transient ones.
-        """
+        """Wait until every file has arrived or failed; then raise a failure, permanent ones before transient ones."""
         try:
             self._end_queue()
             for thread in self._threads:

@@ -107,11 +107,13 @@ _INTERVAL_SECONDS = 0.2
 class TransferProgress:
     """A thread-safe count of a transfer's bytes, displayed after the first second."""
 
-    def __init__(self, title: str, total: int, *, start: int = 0, verb: str = "fetch") -> None:
-        """Start at `start` of `total` bytes (0: unknown); the display begins with `verb`."""
-        self.title, self.done, self.start = title, start, start
-        self._bar = _ByteProgress(verb, max(1, total), "", start=start)
-        self._is_shown, self._shown = False, self._bar.began
+    def __init__(self, title: str, total: int, *, verb: str = "fetch") -> None:
+        """Count up to `total` bytes (0: unknown); the display begins with `verb`."""
+        self.title = title
+        self.done = 0
+        self._bar = _ByteProgress(verb, max(1, total), "")
+        self._is_shown = False
+        self._shown = self._bar.began
         self._lock = threading.Lock()
 
     def __enter__(self) -> TransferProgress:
@@ -124,9 +126,9 @@ class TransferProgress:
         """Remove the display; print one line about a long transfer."""
         if self._is_shown:
             self._bar.__exit__(kind, error, trace)
-            count, seconds = self.done - self.start, max(1e-9, time.monotonic() - self._bar.began)
-            speed = f"{format_bytes(count / seconds)}/s"
-            self._bar.note(f"{self.title}: {format_bytes(count)} in {format_seconds(seconds)}, {speed}")
+            seconds = max(1e-9, time.monotonic() - self._bar.began)
+            speed = f"{format_bytes(self.done / seconds)}/s"
+            self._bar.note(f"{self.title}: {format_bytes(self.done)} in {format_seconds(seconds)}, {speed}")
 
     def add(self, count: int) -> None:
         """Count received bytes; negative: discarded ones."""
@@ -140,7 +142,7 @@ class TransferProgress:
             if not self._is_shown:
                 self._is_shown = True
                 self._bar.__enter__()
-            speed = max(0.0, (self.done - self.start) / max(1e-9, seconds))
+            speed = max(0.0, self.done / seconds)
             self._bar.update(self.done, speed=f"{format_bytes(speed)}/s")
 
 

@@ -83,11 +83,7 @@ class Place:
         return "/".join((self.root.rstrip("/"), *filter(None, (self.folder, *parts))))
 
     def manifest(self, name: str) -> Manifest | None:
-        """Return the manifest of an artifact, or None if there is none.
-
-        Raises:
-            StoreError: it is damaged.
-        """
+        """Return the manifest of an artifact, or None if there is none; StoreError if it is damaged."""
         try:
             if self.files.info(self.path(name, MANIFEST))["size"] > _MANIFEST_BYTES:
                 raise StoreError(f"{self.url}: the manifest of {name} is larger than {_MANIFEST_BYTES >> 20} MiB")
@@ -354,11 +350,7 @@ def _fetch(place: Place, manifests: dict[str, Manifest], base: Path) -> None:
 
 
 def _fetch_file(place: Place, name: str, file: dict[str, Any], target: Path, progress: TransferProgress) -> None:
-    """Download one file, unless an earlier attempt did.
-
-    Raises:
-        StoreError: its contents differ from the manifest.
-    """
+    """Download one file, unless an earlier attempt did; StoreError if its contents differ from the manifest."""
     if target.exists() and checksum_of(target) == file["sha256"]:
         progress.add(file["bytes"])
         return
