@@ -21,6 +21,13 @@ Twin = Any
 HARMLESS = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage",
             "torch BFloat16Storage", "torch IntStorage"}  # fmt: skip
 
+# Opcodes of torch/_weights_only_unpickler.py.
+OPCODES = {
+    "PROTO", "STOP", "GLOBAL", "NEWOBJ", "REDUCE", "BUILD", "SETITEM", "SETITEMS", "MARK", "TUPLE", "TUPLE1", "TUPLE2",
+    "TUPLE3", "EMPTY_TUPLE", "EMPTY_DICT", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE",
+    "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
+}  # fmt: skip
+
 
 def come_in(twin: Twin, out: Path, **settings: Any) -> exporting.Checkpoint:
     out.mkdir()
@@ -36,9 +43,9 @@ def bits_of(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
 
 
 def globals_of(data: bytes) -> set[str]:
-    """Return the names in a pickle; fails if it names something by another opcode than GLOBAL."""
+    """Return the names in a pickle; fails if it has an opcode that PyTorch's safe loader does not read."""
     found = list(pickletools.genops(data))
-    assert not {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "NEWOBJ_EX"} & {op.name for op, *_ in found}
+    assert {op.name for op, *_ in found} <= OPCODES | {"SHORT_BINBYTES"}  # tokenizer.pkl, which tiktoken reads
     return {str(argument) for op, argument, _ in found if op.name == "GLOBAL"}
 
 
