@@ -103,10 +103,12 @@ def test_only_the_loader_names_the_stages_package():
 
 
 def test_runner_imports_standard_library_only():
-    # rich draws the bar on a terminal, psutil knows what is mounted on a Mac, submitit and ray run steps elsewhere.
+    # rich draws the bar on a terminal, psutil finds processes, filelock locks, submitit and ray run steps elsewhere.
     # Each is imported only there.
     own = set(sys.stdlib_module_names) | {"mlxchat"}
-    assert offenders(RUNNER, lambda path: packages(path) - own - {"rich", "psutil", "submitit", "ray"}) == {}
+    assert (
+        offenders(RUNNER, lambda path: packages(path) - own - {"rich", "psutil", "filelock", "submitit", "ray"}) == {}
+    )
     assert offenders(RUNNER, lambda path: packages(path, everywhere=False) - own) == {}
 
 

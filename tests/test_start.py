@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlxchat.store.manifest import write_manifest
+
 HEAVY = (
     "hydra", "omegaconf", "yaml", "numpy", "mlx", "rich", "matplotlib", "pyarrow", "psutil", "safetensors", "tiktoken",
     "huggingface_hub", "jinja2",
@@ -61,7 +63,8 @@ def fill(outputs: Path, count: int) -> list[str]:
         rid = base64.b32encode(hashlib.sha256(str(number).encode()).digest()).decode().rstrip("=").lower()
         name = f"{stage}-d4-{rid[:16]}"
         manifest = {
-            "schema": 1, "rid": rid, "name": name, "stage": stage, "step": stage, "kind": "checkpoint", "version": 1,
+            "schema": 3, "key": "k" * 52, "rid": rid, "name": name, "stage": stage, "step": stage,
+            "kind": "checkpoint", "version": 1,
             "config": {"seed": number, stage: settings}, "full_config": {stage: settings}, "excluded": {},
             "inputs": {"source": made} if number % len(STAGES) else {}, "tree": "0" * 64, "pins": {}, "externals": [],
             "outputs": [{"path": f"file_{index}", "bytes": 1000, "sha256": "0" * 64} for index in range(5)],
@@ -70,7 +73,7 @@ def fill(outputs: Path, count: int) -> list[str]:
         }  # fmt: skip
         folder = outputs / "store" / name
         folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        write_manifest(folder, manifest)
         made = {"step": stage, "artifact": name, "rid": rid, "tree": "0" * 64}
         names.append(name)
     return names

@@ -17,6 +17,7 @@ from kit.toys import PIPELINE
 from mlxchat.cli import dispatch
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub.places import Place, export_to, import_from, open_place, push_artifacts, push_folder
+from mlxchat.store.files import seal
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
@@ -149,10 +150,8 @@ def test_manifest_with_paths_outside_is_refused(place, folders, tmp_path):
     export_to(place, folders)
     target = place.path(folders[0].name, "manifest.json")
     record = json.loads(place.files.cat_file(target))
-    record.pop("digest", None)
-    record["schema"] = 1
     record["outputs"].append({"path": "../../../evil.txt", "bytes": 1, "sha256": "0"})
-    place.files.pipe_file(target, json.dumps(record).encode())
+    place.files.pipe_file(target, seal(record))
     with pytest.raises(StoreError, match="outside its folder"):
         import_from(Store(tmp_path / "other"), place, [])
 

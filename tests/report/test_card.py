@@ -1,9 +1,12 @@
 """What the Hugging Face Hub reads of a model card: the scores of the model, and of no other."""
 
+import json
+
 import pytest
 from huggingface_hub import ModelCard
 
 from mlxchat.report.card import render_card
+from mlxchat.store.manifest import MANIFEST, write_manifest
 from mlxchat.store.store import Store
 
 KINDS = {"corpus": "corpus", "tokenizer": "tokenizer", "eval": "scores"}
@@ -25,7 +28,8 @@ def test_the_hub_reads_a_models_own_scores(make, tmp_path, step, chats, expected
         }
         kind = KINDS.get(entry["stage"], "checkpoint")
         facts = {"rid": fake.rid(name), "kind": kind, "tree": "0" * 64, "published": "2026-11-21T10:20:00+00:00"}
-        fake.edit_json(name, "manifest.json", **facts, inputs=inputs)
+        folder = fake.folder(name)
+        write_manifest(folder, {**json.loads((folder / MANIFEST).read_text()), **facts, "inputs": inputs})
     card = render_card(
         Store(fake.root), fake.folder(step), target="mlx", how={"trust": ""}, notes=[], sha256="0" * 64, chats=chats
     )

@@ -109,21 +109,6 @@ def test_finished_steps_of_several_runs_become_one_run(models):
     assert json.loads((models.outputs / "runs" / latest(models.store) / "plan.json").read_text())["steps"]
 
 
-def test_old_mixed_latest_folder_is_replaced(models):
-    models.run(models.plan(WHOLE))
-    models.config.toy.number = 2
-    models.run(models.plan(BASE))
-    link = models.outputs / "refs" / "latest"
-    link.unlink()
-    for step, run in (("pretrain", "run2"), ("sft", "run1")):
-        models.store.set_ref("latest", step, refs_of(models.store, run)[step])
-    assert chosen(models) == ("pretrain", "run2")
-    models.config.toy.number = 3
-    models.run(models.plan(BASE))
-    assert link.is_symlink()
-    assert chosen(models) == ("pretrain", "run3")
-
-
 @pytest.mark.parametrize(
     ("folder", "name"),
     [

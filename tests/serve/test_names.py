@@ -20,11 +20,9 @@ OTHER = "sft-d2-" + "d" * 16
 QUICKSTART, STORY = "20260101-000000-000001-1-quickstart", "20260102-000000-000001-1-story"
 FORMS = {
     "a step": "sft", "a step of the latest run": "latest/sft", "a step of a run": "quickstart/sft",
-    "a folder of a run": f"{QUICKSTART}/sft", "a run": "quickstart", "the start of a run": "20260101",
-    "latest": "latest",
-    "the start of an id": "cccc", "a folder": CHAT, "the start of a folder": CHAT[:9], "a path": "STORE",
+    "a folder of a run": f"{QUICKSTART}/sft", "a run": "quickstart", "latest": "latest",
+    "the start of an id": "cccc", "a folder": CHAT, "a path": "STORE",
     "a path of a name": "REFS", "a pin": "best", "a pin in full": "pins/best", "an import": "import:mine",
-    "an import's name": "mine",
 }  # fmt: skip
 VERBS = {
     "chat": ("chat", "NAME", "-p", "hello", "--max-tokens", "1"),

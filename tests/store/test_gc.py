@@ -1,11 +1,8 @@
 """Garbage collection: nothing needed is removed, a preview changes nothing, and a kill leaves a valid store."""
 
-import fcntl
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,9 @@ from kit.artifacts import find_faults
 from kit.commands import run_process
 from kit.toys import PIPELINE
 from mlxchat.errors import ConfigError
+from mlxchat.store import locks
 from mlxchat.store.catalog import read_catalog, references
-from mlxchat.store.gc import DAY_SECONDS, collect, find_garbage, find_removal, remove
+from mlxchat.store.gc import DAY_SECONDS, collect, collect_removal, find_garbage, find_removal
 from mlxchat.store.naming import Found, Run, groups, latest, resolve
 
 NONE, ALL = None, 0
@@ -58,8 +56,7 @@ def kill(toys: Any, point: str, *arguments: str) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    paths = (path for path in folder.rglob("*") if "index" not in path.parts)
-    return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_size) for path in paths}
+    return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_size) for path in folder.rglob("*")}
 
 
 def test_ended_runs_keep_everything_until_a_limit_is_given(toys):
@@ -96,7 +93,7 @@ def test_collection_removes_what_the_preview_lists(toys):
     collect(toys.store, ALL)
     assert not whole_artifacts(toys) & preview
     assert find_garbage(toys.store, ALL).garbage == []
-    assert not (toys.outputs / "trash").exists()
+    assert list((toys.outputs / "work").iterdir()) == []
     known = {summary["rid"] for summary in read_catalog(toys.store)}
     assert all(rid in known for summary in read_catalog(toys.store) for rid in references(summary))
     links = [link for link in (toys.outputs / "refs").rglob("*") if link.is_symlink()]
@@ -111,29 +108,31 @@ def test_abandoned_work_is_garbage_and_locked_work_is_not(toys):
         for path in (store.work(rid) / "ckpt", store.work(rid)):
             age = 0 if rid[0] == "c" else 8 * DAY_SECONDS
             os.utime(path, (time.time() - age, time.time() - age))
-    with store.lock("b" * 52).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with locks.hold(store.lock("b" * 52), {}):
         assert [item.path.name for item in find_garbage(store, NONE).garbage] == ["a" * 52]
 
 
 def test_gc_refuses_while_a_step_runs(toys):
     run_with(toys, 1)
     run_with(toys, 2)
-    lock = toys.outputs / "locks" / "gc.lock"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", f"import fcntl, time; f = open({str(lock)!r}, 'w')\n"
-         "fcntl.flock(f, fcntl.LOCK_SH); print(flush=True); time.sleep(60)"], stdout=subprocess.PIPE,
-    )  # fmt: skip
-    holder.stdout.readline()
-    try:
-        before = snapshot(toys.outputs)
-        with pytest.raises(ConfigError, match="no step is running"):
-            collect(toys.store, ALL)
-        assert snapshot(toys.outputs) == before
-    finally:
-        holder.kill()
-        holder.wait()
-        holder.stdout.close()
+    before = snapshot(toys.outputs / "store")
+    with locks.hold(toys.store.lock("x" * 52), {"step": "first"}), pytest.raises(ConfigError, match="no step is run"):
+        collect(toys.store, ALL)
+    assert snapshot(toys.outputs / "store") == before
+
+
+def test_step_waits_for_gc(toys):
+    run_with(toys, 1)
+    with locks.hold(toys.outputs / "locks" / "gc.lock", {"step": "gc"}), pytest.raises(ZeroDivisionError):
+        toys.run(toys.plan(PIPELINE, force=["first"]), say=stop_at("is collecting garbage"))
+
+
+def stop_at(words: str) -> Any:
+    def say(line: str) -> None:
+        if words in line:
+            raise ZeroDivisionError
+
+    return say
 
 
 def test_artifacts_of_a_run_in_progress_are_kept(toys):
@@ -163,11 +162,11 @@ def test_kill_leaves_a_valid_store(verb, point, toys):
     kill(toys, point, *(("gc", "--keep-last", "0") if verb == "gc" else ("rm", run)))
     whole_artifacts(toys)
     if verb == "rm" and (run in groups(toys.store) or (toys.outputs / "runs" / run).exists()):
-        remove(toys.store, [Run(run)], force=False)
+        collect_removal(toys.store, [Run(run)], force=False)
     collect(toys.store, ALL if verb == "gc" else NONE)
     assert artifact(toys, "second") == kept
     assert len(whole_artifacts(toys)) == 2
-    assert not (toys.outputs / "trash").exists()
+    assert list((toys.outputs / "work").iterdir()) == []
 
 
 def test_removing_a_run_removes_its_unshared_artifacts(toys):
@@ -179,18 +178,18 @@ def test_removing_a_run_removes_its_unshared_artifacts(toys):
     assert snapshot(toys.outputs) == before
     assert {item.path.name for item in found.garbage if item.kind == "artifact"} == {only_old}
     assert set(found.kept) == {shared}, "the newer run has it"
-    remove(toys.store, [Run(old)], force=False)
+    collect_removal(toys.store, [Run(old)], force=False)
     assert [run for run in (toys.outputs / "runs").iterdir() if run.name == old] == []
     assert (groups(toys.store), latest(toys.store)) == ([new], new)
     assert {path.name for path in (toys.outputs / "store").iterdir()} == {shared, artifact(toys, f"{new}/second")}
-    assert not (toys.outputs / "trash").exists()
+    assert list((toys.outputs / "work").iterdir()) == []
 
 
 def test_pin_outlives_its_removed_run(toys):
     run = run_with(toys, 1)
     toys.store.set_ref("pins", "best", resolve(toys.store, "second"))
-    kept = remove(toys.store, [Run(run)], force=False).kept
-    assert sorted(kept.values()) == sorted(["pins/best", f"{artifact(toys, 'best')} was made from it"])
+    kept = collect_removal(toys.store, [Run(run)], force=False).kept
+    assert sorted(kept.values()) == sorted(["pinned as best", f"{artifact(toys, 'best')} was made from it"])
     assert latest(toys.store) == ""
     assert find_garbage(toys.store, ALL).garbage == []
 
@@ -201,9 +200,9 @@ def test_removing_an_input_or_pin_needs_force(toys):
     toys.store.set_ref("pins", "best", first)
     reasons = rf"{first.name}: {second.name} was made from it\n{first.name}: it is pinned as best\n.*--force"
     with pytest.raises(ConfigError, match=reasons):
-        remove(toys.store, [Found(first)], force=False)
+        collect_removal(toys.store, [Found(first)], force=False)
     assert first.exists()
-    remove(toys.store, [Found(first), Found(second)], force=True)
+    collect_removal(toys.store, [Found(first), Found(second)], force=True)
     assert list((toys.outputs / "store").iterdir()) == []
     assert [link for link in (toys.outputs / "refs").rglob("*") if link.is_symlink() and not link.exists()] == []
 
@@ -214,8 +213,8 @@ def test_removing_a_run_in_progress_needs_force(toys):
     (toys.outputs / "runs" / run / "plan.json").write_text(json.dumps(record))
     (toys.outputs / "runs" / run / "events.jsonl").unlink(missing_ok=True)
     with pytest.raises(ConfigError, match=f"run {run} began less than a day ago"):
-        remove(toys.store, [Run(run)], force=False)
+        collect_removal(toys.store, [Run(run)], force=False)
     with pytest.raises(ConfigError, match=f"run {run}, which is in progress, uses it"):
-        remove(toys.store, [Found(resolve(toys.store, "second"))], force=False)
-    remove(toys.store, [Run(run)], force=True)
+        collect_removal(toys.store, [Found(resolve(toys.store, "second"))], force=False)
+    collect_removal(toys.store, [Run(run)], force=True)
     assert list((toys.outputs / "store").iterdir()) == []

@@ -20,7 +20,7 @@ HOLDER = """
 import os, subprocess, sys, time
 from pathlib import Path
 from mlxchat.store import locks
-with locks.hold(Path(sys.argv[1]), {"step": "pretrain", "run": "run7"}, lambda owner: None):
+with locks.hold(Path(sys.argv[1]), {"step": "pretrain", "run": "run7"}):
     child = 0
     if "program" in sys.argv:
         child = subprocess.Popen(["sleep", "60"]).pid
@@ -88,14 +88,13 @@ def test_free_lock_is_taken_and_released(tmp_path):
         assert locks.is_held(path)
         assert locks.read_owner(path) == {"pid": os.getpid(), "host": os.uname().nodename, "step": "sft"}
     assert not locks.is_held(path)
-    assert locks.read_owner(path) == {}
-    with pytest.raises(ZeroDivisionError), locks.hold(path, {}, lambda owner: None):
+    with pytest.raises(ZeroDivisionError), locks.hold(path, {}):
         _ = 1 / 0
     assert not locks.is_held(path)
 
 
 def test_exiting_forked_child_leaves_the_parents_lock(tmp_path):
-    with locks.hold(tmp_path / "x.lock", {"step": "sft"}, lambda owner: None):
+    with locks.hold(tmp_path / "x.lock", {"step": "sft"}):
         child = os.fork()
         if child == 0:
             os._exit(0)
@@ -104,13 +103,12 @@ def test_exiting_forked_child_leaves_the_parents_lock(tmp_path):
         assert locks.owns(tmp_path / "x.lock")
 
 
-@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])
-def test_file_system_without_locks_is_refused(number, tmp_path, monkeypatch):
+def test_file_system_without_locks_is_refused(tmp_path, monkeypatch):
     def no_locks(handle: int, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(StoreError, match=r"no locks .*outputs=PATH"), locks.hold(tmp_path / "x.lock", {}, print):
+    with pytest.raises(StoreError, match=r"cannot be locked .*outputs=PATH"), locks.hold(tmp_path / "x.lock", {}):
         pass
 
 
@@ -124,7 +122,7 @@ def test_waiter_for_a_removed_lock_file_takes_the_new_one(tmp_path, hold_elsewhe
 
 def test_lock_with_a_removed_file_is_not_owned(tmp_path):
     path = tmp_path / "x.lock"
-    with locks.hold(path, {}, lambda owner: None):
+    with locks.hold(path, {}):
         assert locks.owns(path)
         path.unlink()
         assert not locks.owns(path)
@@ -132,25 +130,21 @@ def test_lock_with_a_removed_file_is_not_owned(tmp_path):
         assert not locks.owns(path)
 
 
-def test_shared_holders_exclude_only_exclusive_ones(tmp_path):
-    path = tmp_path / "gc.lock"
-
+def test_refused_wait_keeps_the_holders_record(tmp_path):
     def refuse(owner: dict[str, Any]) -> None:
-        raise TimeoutError
+        raise ZeroDivisionError
 
-    both = locks.hold(path, {}, refuse, shared=True), locks.hold(path, {}, refuse, shared=True)
-    with both[0], both[1], pytest.raises(TimeoutError), locks.hold(path, {}, refuse):
-        pass
-    with locks.hold(path, {"step": "sft"}, refuse):
-        for shared in (True, False):
-            with pytest.raises(TimeoutError), locks.hold(path, {}, refuse, shared=shared):
-                pass
-            assert locks.read_owner(path)["step"] == "sft", "a refused wait keeps the holder's record"
+    path = tmp_path / "gc.lock"
+    with locks.hold(path, {"step": "sft"}):
+        with pytest.raises(ZeroDivisionError), locks.hold(path, {}, refuse):
+            pass
+        assert locks.read_owner(path)["step"] == "sft"
+        assert locks.owns(path)
 
 
 def test_brief_check_of_a_lock_is_not_reported(tmp_path):
     path = tmp_path / "x.lock"
-    path.write_text('{"pid": 999999999, "host": "' + os.uname().nodename + '"}')  # left by a killed process
+    path.touch()
     glance = os.open(path, os.O_RDWR)
     fcntl.flock(glance, fcntl.LOCK_EX)
     timer = threading.Timer(0.01, lambda: os.close(glance))
@@ -168,7 +162,6 @@ def test_brief_check_of_a_lock_is_not_reported(tmp_path):
         (2, None, None, ["0", "1"]),
         (2, "1", None, ["1"]),
         (2, "0", "3", ["3"]),  # CUDA numbers the devices of the job
-        (2, "1", "0,1", ["1"]),
         (2, None, "0,1", ["0", "1"]),
     ],
 )
@@ -186,10 +179,3 @@ def test_each_visible_gpu_has_one_lock(devices, visible, job, expected, tmp_path
     found = locks.gpu_locks()
     assert list(found) == expected
     assert [path.name for path in found.values()] == [f"gpu-{device}.lock" for device in expected]
-
-
-def test_gpu_locks_of_another_user_are_refused(monkeypatch):
-    monkeypatch.setattr(os, "getuid", lambda: 12345678)
-    monkeypatch.setenv("MLXCHAT_LOCKS", "/tmp")
-    with pytest.raises(StoreError, match=r"/tmp, the folder .*another user: set MLXCHAT_LOCKS"):
-        locks.gpu_locks()

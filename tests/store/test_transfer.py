@@ -120,7 +120,7 @@ def test_import_refuses_damaged_artifacts(damage, made, tmp_path):
     assert list((other.outputs / "work").iterdir()) == []
 
 
-PATHS = ["/{home}/papers", "../../../home/papers", "../latest/second", "..", ".", "a/b", "a\x1b]0;b\x07", "x" * 300]
+PATHS = ["/{home}/papers", "../../../home/papers", "..", "a\x1b]0;b\x07"]
 
 
 @pytest.mark.parametrize("step", PATHS, ids=ascii)
@@ -142,97 +142,47 @@ def test_step_named_like_a_path_is_refused(step, made, tmp_path):
     assert not any((other.outputs / "refs").iterdir())
 
 
-def nested(depth: int) -> Any:
-    return json.loads("[" * depth + "]" * depth)
+def small_record(**changes: Any) -> dict[str, Any]:
+    """Return a minimal manifest whose key and id are those of its contents."""
+    record = {
+        "schema": 3, "name": "x", "stage": "make", "step": "first", "kind": "number", "version": 1, "config": {},
+        "inputs": {}, "pins": {}, "outputs": [], "metrics": {}, "seconds": 1.0, "published": "2026-01-01T00:00:00",
+        **changes,
+    }  # fmt: skip
+    record.setdefault("tree", tree_of({"outputs": []}))
+    record.setdefault("key", compute_key(record["stage"], 1, record["config"], {}, {}))
+    record.setdefault("rid", identify({"key": record["key"], "outputs": []}))
+    return record
+
+
+def write_small(folder: Path, record: dict[str, Any]) -> Path:
+    place = folder / "store" / f"make-{small_record()['rid'][:16]}"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "manifest.json").write_bytes(seal(record))
+    return folder
 
 
 MISSHAPEN = {
-    "attempts of numbers": {"attempts": [5]},
-    "externals of text": {"externals": ["x"]},
-    "git a list": {"git": [1]},
     "inputs a list": {"inputs": [1]},
     "inputs without rid": {"inputs": {"a": {}}},
+    "key outside": {"key": "../../../escaped"},
     "metrics of text": {"metrics": {"loss": "x"}},
-    "metrics beyond all numbers": {"metrics": {"loss": 10**4000}},
     "outputs a number": {"outputs": 5},
     "outputs outside": {"outputs": [{"path": "../../x", "bytes": 1, "sha256": "0"}]},
-    "outputs with negative bytes": {"outputs": [{"path": "x", "bytes": -1, "sha256": "y"}]},
-    "overrides of numbers": {"overrides": [5]},
-    "rid a list": {"rid": ["x"]},
-    "seconds NaN": {"seconds": float("nan")},
+    "stage outside": {"stage": "../../../escaped"},
     "step a number": {"step": 5},
-    "step half a character": {"step": "a\ud800"},
-    "not an object": "[]",
-    "deeply nested": json.dumps(nested(900)),
-    "too deep to be parsed": "[" * 200_000 + "]" * 200_000,
-    "a number of 5,000 digits": '{"rid": ' + "9" * 5_000 + "}",
+    "of another version": {"schema": 2},
 }
-
-
-def small_record() -> dict[str, Any]:
-    """Return a minimal manifest of version 0.1."""
-    return {
-        "rid": compute_key("make", 1, {}, {}, {}), "name": "x", "stage": "make", "step": "first", "kind": "number",
-        "version": 1, "config": {}, "inputs": {}, "pins": {}, "outputs": [], "tree": tree_of({"outputs": []}),
-        "metrics": {}, "seconds": 1.0, "published": "2026-01-01T00:00:00",
-    }  # fmt: skip
 
 
 @pytest.mark.parametrize("change", MISSHAPEN.values(), ids=MISSHAPEN)
 def test_malformed_manifest_is_refused(change, tmp_path):
-    """Otherwise import, ls or show would end in tracebacks."""
-    record = small_record()
-    folder = tmp_path / "store" / f"make-{record['rid'][:16]}"
-    folder.mkdir(parents=True)
-    path, other = folder / "manifest.json", Store(tmp_path / "other")
-    path.write_text(change if isinstance(change, str) else json.dumps(record | change))
-    with pytest.raises(StoreError, match=rf"(?s): the manifest of {folder.name} is damaged .{{,1000}}$"):
-        import_all(other, tmp_path / "store")
-    assert list((other.outputs / "store").iterdir()) == []
-    path.write_text(json.dumps(record))
-    assert [place.name for place in import_all(other, tmp_path / "store")[0]] == [folder.name], "else it is valid"
-
-
-@pytest.mark.parametrize(("schema", "field"), [(1, "key"), (3, "stage")])
-def test_manifest_cannot_place_records_outside(schema, field, tmp_path):
-    """A record's file name contains stage and key."""
-    record = small_record() | {"schema": schema, "key": "../../../escaped"}
-    if field == "stage":
-        record["stage"] = "../../../escaped"
-        record["key"] = compute_key(record["stage"], 1, {}, {}, {})
-        record["rid"] = identify(record)
-    folder = tmp_path / "in" / "store" / f"make-{record['rid'][:16]}"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_bytes(seal(record))
-    other = Store(tmp_path / "deep" / "other")
-    if field == "stage":
-        with pytest.raises(StoreError, match=r"its stage is called '\.\./"):
-            import_all(other, tmp_path / "in")
-    else:
-        import_all(other, tmp_path / "in")
-    assert not list(tmp_path.rglob("*escaped*"))
-    assert list((other.outputs / "records").iterdir()) == []
-
-
-HARMLESS = {
-    "git commit a number": {"git": {"commit": 5}},
-    "null metrics": {"metrics": {"loss": None}},
-    "ranks without hosts": {"excluded": {"ranks": {"size": 2}}},
-    "control characters": {"config": {"a": "\x1b]52;c;AAAA\x07"}, "run": "\x1b[31m", "published": "9999-\x1b[31m"},
-}
-
-
-@pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)
-def test_odd_but_valid_manifest_can_be_shown(change, tmp_path, capsys):
-    record = small_record() | change
-    record["rid"] = compute_key("make", 1, record["config"], {}, {})
-    folder = tmp_path / "store" / f"make-{record['rid'][:16]}"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps(record))
-    import_all(Store(tmp_path / "other"), tmp_path / "store")
-    for verb, names in (("ls", []), ("show", [folder.name]), ("lineage", [folder.name]), ("status", [])):
-        assert run_here(verb, *names, f"outputs={tmp_path}/other") == 0
-    assert not {"\x1b", "\x07"} & set(capsys.readouterr().out)
+    other = Store(tmp_path / "other")
+    source = write_small(tmp_path, small_record(**change))
+    with pytest.raises(StoreError, match=r"the manifest of make-.* is damaged"):
+        import_all(other, source)
+    assert list((other.outputs / "store").iterdir()) == list((other.outputs / "records").iterdir()) == []
+    assert len(import_all(other, write_small(tmp_path, small_record()))[0]) == 1, "else it is valid"
 
 
 def test_artifacts_made_from_each_other_are_refused(made, tmp_path):
@@ -250,14 +200,7 @@ def test_artifacts_made_from_each_other_are_refused(made, tmp_path):
         import_all(Store(tmp_path / "other"), place)
 
 
-def test_folder_with_control_characters_is_refused(made, tmp_path):
-    place = next((exported(made, tmp_path / "folder") / "store").glob("copy-*"))
-    place.rename(place.with_name(f"a\x1b]0;b\x07-{place.name[-16:]}"))
-    with pytest.raises(StoreError, match="not plain text"):
-        import_all(Store(tmp_path / "other"), tmp_path / "folder")
-
-
-@pytest.mark.parametrize("step", ["../x", "/x", "a/b", "..", ""])
+@pytest.mark.parametrize("step", ["../x", "/x", ".."])
 def test_ref_cannot_leave_its_run(step, made):
     with pytest.raises(StoreError, match="cannot be called"):
         made.store.set_ref("run", step, resolve(made.store, "first"))

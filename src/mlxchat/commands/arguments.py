@@ -16,8 +16,8 @@ from mlxchat.config.verbs import VERBS
 from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError, suggest
 
-_IDS = """ID: a step of the latest run (sft), RUN/STEP, RUN (its model), a pin, import:NAME, an artifact's name,
-path or id, or the start of one. RUN: latest, quickstart, or the start of a run's name"""
+_IDS = """ID: a step of the latest run (sft), RUN/STEP, RUN (its model), a pin, import:NAME, an id or its start,
+or an artifact's folder. RUN: latest, quickstart, or a run's folder"""
 _WITHOUT_VERB = ("--cfg", "-c", "--info", "-i", "--resolve", "--package", "-p", "--hydra-help")
 _URL = re.compile(r"[A-Za-z0-9+]+://")
 _PLAIN = re.compile(r"[./]*[A-Za-z_][A-Za-z0-9_./-]*")

@@ -11,7 +11,7 @@ from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.store.gc import Collection, collect, find_garbage, find_removal, remove
+from mlxchat.store.gc import Collection, collect, collect_removal, find_garbage, find_removal
 from mlxchat.store.manifest import MANIFEST, read_manifest
 from mlxchat.store.naming import MODEL, PINS, find_all, links, meaning, resolve
 from mlxchat.store.store import Store
@@ -143,7 +143,7 @@ def _rm(options: Namespace) -> int:
     """Print what removing runs and artifacts removes; with --apply remove it."""
     store = Store(options.outputs)
     meant = [meaning(store, name) for name in options.names]
-    find = remove if options.apply else find_removal
+    find = collect_removal if options.apply else find_removal
     found = find(store, meant, force=options.force)
     if options.json:
         print_json(_describe_garbage(found, options.apply, store))

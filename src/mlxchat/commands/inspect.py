@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -15,6 +14,7 @@ from mlxchat.commands.columns import aligned, print_json, show_value, when
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
 from mlxchat.errors import ConfigError, MlxchatError, StoreError, suggest, visible
 from mlxchat.store.catalog import Summary, read_catalog
+from mlxchat.store.files import Records, read_end
 from mlxchat.store.manifest import MANIFEST, Manifest, read_manifest
 from mlxchat.store.naming import LATEST, Run, find_all, groups, latest, links, meaning, resolve
 from mlxchat.store.store import Store
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from mlxchat.store.catalog import Node
 
 _LOG_LINES = 3
-_TAIL_BYTES = 65536
 
 Row = dict[str, Any]
 
@@ -104,7 +103,7 @@ def _describe_work(store: Store, folder: Path) -> Row:
     last = executions[-1] if executions else {}
     held = locks.is_held(store.lock(key))
     owner = locks.read_owner(store.lock(key)) if held else {}
-    latest = _last_record(folder / "ckpt" / "records" / "metrics.jsonl")
+    latest = Records(folder / "ckpt" / "records" / "metrics.jsonl").last()
     run = owner.get("run") or last.get("run")
     state = "running" if held else str(last.get("outcome", "never started"))
     log = store.outputs / "runs" / str(run) / f"{last.get('step')}-error.log"
@@ -172,30 +171,9 @@ def _folders(place: Path) -> list[Path]:
         return []
 
 
-def _last_record(path: Path) -> Row:
-    """Return the last complete record of a file that may be large and growing."""
-    for line in reversed(_end_of(path).split(b"\n")):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            return record
-    return {}
-
-
 def _tail(path: Path) -> list[str]:
-    lines = [line.rstrip() for line in _end_of(path).decode(errors="replace").splitlines() if line.strip()]
+    lines = [line.rstrip() for line in read_end(path).decode(errors="replace").splitlines() if line.strip()]
     return lines[-_LOG_LINES:]
-
-
-def _end_of(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
-            return file.read()
-    except OSError:
-        return b""
 
 
 _ENCODED = "tokens"
@@ -408,16 +386,13 @@ def lineage(parser: Parser) -> None:
 
 def _lineage(options: Namespace) -> int:
     """Print both trees, or with --up or --down one of them."""
-    from mlxchat.store.catalog import ancestors, descendants, index
+    from mlxchat.store.catalog import ancestors, by_rid, descendants
 
     store = Store(options.outputs)
     place = resolve(store, options.names[0])
     manifest = read_manifest(place)
-    known = index(read_catalog(store)) if manifest["kind"] != "tokens" else {}
-    if manifest["rid"] not in known:
-        from mlxchat.store.catalog import short_form
-
-        known[manifest["rid"]] = short_form(place.name, manifest)
+    shown = (each for each in read_catalog(store) if each.get("kind") != _ENCODED or each["folder"] == place.name)
+    known = by_rid(shown)
     trees: dict[str, Any] = {}
     if options.up or not options.down:
         trees["inputs"] = ancestors(manifest["rid"], known)

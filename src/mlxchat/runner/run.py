@@ -135,8 +135,10 @@ def complete(step: PlannedStep, store: Store, run: Run, planned: dict[str, Plann
         if place is None:
             collector = store.outputs / "locks" / "gc.lock"
             looking = Waiting(run, step.name, collector, doing="is collecting garbage")
-            with locks.hold(collector, {}, *looking.calls, shared=True):
-                place = _Making(step, store, run, *_find_inputs(step, store, planned)).make()
+            # gc begins only while no step's lock is held, so it cannot begin after this.
+            with locks.hold(collector, {"step": step.name}, *looking.calls):
+                pass
+            place = _Making(step, store, run, *_find_inputs(step, store, planned)).make()
         step.take(store.made(step.key))
         step.verdict = Verdict(state="done")  # for downstream steps
         return place

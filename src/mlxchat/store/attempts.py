@@ -88,16 +88,5 @@ def has_saved(work: Path) -> bool:
 
 def iteration(work: Path) -> int | None:
     """Return the last recorded iteration of a training in this work folder, or None."""
-    path = work / "ckpt" / "records" / "metrics.jsonl"
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - 4096))
-            lines = file.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        record = Records.parse(line)
-        if record is not None and isinstance(record.get("iteration"), int):
-            found: int = record["iteration"]
-            return found
-    return None
+    found: int | None = Records(work / "ckpt" / "records" / "metrics.jsonl").last().get("iteration")
+    return found

@@ -20,14 +20,7 @@ ADAPTER_KEY = "adapter"
 
 
 def describe_base(folder: Path) -> dict[str, str]:
-    """Return an adapter's reference to its base: the artifact's id.
-
-    Args:
-        folder: the artifact, or a folder with its manifest.
-
-    Raises:
-        StoreError: its manifest is missing or damaged.
-    """
+    """Return an adapter's reference to its base, the artifact in this folder: its id."""
     return {"rid": read_manifest(folder)["rid"]}
 
 
@@ -35,7 +28,7 @@ def is_adapter(folder: Path) -> bool:
     """Return whether a folder holds an adapter, not a full model; False if checkpoint.json cannot be read."""
     try:
         return _adapter_of(folder) is not None
-    except (OSError, ValueError, RecursionError):
+    except DataError:
         return False
 
 
@@ -47,10 +40,8 @@ def find_chain(folder: Path) -> list[Path]:
         StoreError: a base is not in the same store.
     """
     chain = [folder]
-    while (base := _find_base(chain[-1])) is not None:
-        if base.resolve() in [each.resolve() for each in chain]:
-            raise DataError(f"{folder}: its adapters are each other's bases, so there are no base weights")
-        chain.append(base)
+    while (adapter := _adapter_of(chain[-1])) is not None:
+        chain.append(_find_base(chain[-1], adapter))
     return chain
 
 
@@ -66,26 +57,16 @@ def folder_of_weights(folder: Path) -> Path:
 
 
 def bases_of(folders: Mapping[str, Path]) -> list[Path]:
-    """Return all bases of the adapters among these inputs (role → folder), without duplicates.
-
-    Raises:
-        DataError, StoreError: as `find_chain`.
-    """
+    """Return all bases of the adapters among these inputs (role → folder), without duplicates."""
     found = [each for folder in folders.values() if is_adapter(folder) for each in find_chain(folder)[1:]]
     return list(dict.fromkeys(found))
 
 
-def _find_base(folder: Path) -> Path | None:
+def _find_base(folder: Path, adapter: Mapping[str, Any]) -> Path:
     try:
-        adapter = _adapter_of(folder)
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{folder}: checkpoint.json cannot be read ({type(error).__name__}: {error})") from None
-    if adapter is None:
-        return None
-    base = adapter.get("base")
-    rid = base.get("rid") if isinstance(base, dict) else None
-    if not isinstance(rid, str) or not rid:
-        raise DataError(f"{folder}: checkpoint.json does not name the base of its adapter by rid")
+        rid = str(adapter["base"]["rid"])
+    except (KeyError, TypeError):
+        raise DataError(f"{folder}: checkpoint.json does not name the base of its adapter by rid") from None
     store = Store(folder.resolve().parent.parent)
     place = store.find(rid) if folder.resolve().parent.name == "store" else None
     if place is None:
@@ -97,16 +78,9 @@ def _find_base(folder: Path) -> Path | None:
 
 
 def _adapter_of(folder: Path) -> dict[str, Any] | None:
-    """Return the adapter's description in checkpoint.json; None for a full model.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is not a JSON object.
-    """
-    facts = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
-    if not isinstance(facts, dict):
-        raise ValueError("checkpoint.json is not an object")
-    adapter = facts.get(ADAPTER_KEY)
-    if adapter is not None and not isinstance(adapter, dict):
-        raise ValueError("checkpoint.json: adapter is not an object")
-    return adapter
+    """Return the adapter's description in checkpoint.json; None for a full model."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder}: checkpoint.json cannot be read ({type(error).__name__}: {error})") from None
+    return facts.get(ADAPTER_KEY)

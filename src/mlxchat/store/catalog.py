@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from mlxchat.errors import StoreError
@@ -15,40 +14,36 @@ Summary = dict[str, Any]
 """folder, rid, key, stage, step, kind, version, published, seconds, bytes, files, tokens_per_second, metrics, inputs,
 tree, run; for a damaged manifest only folder and `damaged`, the reason."""
 
-_COPIED = ("rid", "key", "stage", "step", "kind", "version", "published", "seconds", "inputs", "metrics", "tree", "run")
+_COPIED = (
+    "rid", "key", "stage", "step", "kind", "version", "published", "seconds", "inputs", "metrics", "tree", "run",
+    "tokens_per_second",
+)  # fmt: skip
 
 
 def read_catalog(store: Store) -> list[Summary]:
     """Return the summary of every artifact, the newest last; damaged ones come first."""
     base = store.outputs / "store"
-    summaries = [summarise(base / name) for name in list_folder(base) if (base / name / MANIFEST).exists()]
+    summaries: list[Summary] = []
+    for name in list_folder(base):
+        if not (base / name / MANIFEST).exists():
+            continue
+        try:
+            summaries.append(_summarise(name, read_manifest(base / name)))
+        except StoreError as error:
+            summaries.append({"folder": name, "damaged": str(error)})
     return sorted(summaries, key=lambda summary: (str(summary.get("published", "")), summary["folder"]))
 
 
-def summarise(folder: Path) -> Summary:
-    """Return the summary of one artifact."""
-    try:
-        return short_form(folder.name, read_manifest(folder))
-    except (StoreError, KeyError, TypeError) as error:
-        return {"folder": folder.name, "damaged": str(error) or type(error).__name__}
-
-
-def short_form(name: str, manifest: Manifest) -> Summary:
-    """Return the summary of a manifest in the folder `name`."""
-    return {
-        "folder": name,
-        **{key: manifest[key] if key in ("rid", "published") else manifest.get(key) for key in _COPIED},
-        "inputs": manifest.get("inputs") or {},
-        "metrics": manifest.get("metrics") or {},
-        "tokens_per_second": manifest.get("tokens_per_second"),
-        "bytes": sum(file["bytes"] for file in manifest.get("outputs", ())),
-        "files": len(manifest.get("outputs", ())),
-    }
+def _summarise(name: str, manifest: Manifest) -> Summary:
+    files = manifest.get("outputs", ())
+    size = sum(file["bytes"] for file in files)
+    copied = {key: manifest.get(key) for key in _COPIED}
+    return {"folder": name, **copied, "bytes": size, "files": len(files)}
 
 
 def references(summary: Summary) -> list[str]:
     """Return the ids of an artifact's inputs, from its summary or its manifest."""
-    return [made["rid"] for made in summary["inputs"].values() if made.get("rid")]
+    return [made["rid"] for made in summary["inputs"].values()]
 
 
 def by_rid(summaries: Iterable[Summary]) -> dict[str, Summary]:
@@ -61,14 +56,9 @@ Node = dict[str, Any]
 nodes, `inputs` or `uses`."""
 
 
-def ancestors(rid: str, known: Mapping[str, Summary], role: str = "") -> Node:
+def ancestors(rid: str, known: Mapping[str, Summary]) -> Node:
     """Return the tree of an artifact's inputs with the artifact as root."""
-    summary = known[rid]
-    below = [
-        ancestors(made["rid"], known, name) if made["rid"] in known else _gone(name, made)
-        for name, made in summary["inputs"].items()
-    ]
-    return {**_node(summary, role), "inputs": below}
+    return _grow({"rid": rid}, "", known, "inputs", lambda summary: list(summary["inputs"].items()))
 
 
 def descendants(rid: str, known: Mapping[str, Summary]) -> Node:
@@ -77,25 +67,20 @@ def descendants(rid: str, known: Mapping[str, Summary]) -> Node:
     for summary in known.values():
         for role, made in summary["inputs"].items():
             users.setdefault(made["rid"], []).append((role, summary))
-
-    def grow(summary: Summary, role: str) -> Node:
-        return {**_node(summary, role), "uses": [grow(user, name) for name, user in users.get(summary["rid"], [])]}
-
-    return grow(known[rid], "")
+    return _grow({"rid": rid}, "", known, "uses", lambda summary: users.get(summary["rid"], []))
 
 
-def index(summaries: list[Summary]) -> dict[str, Summary]:
-    """Return id → summary, without the shared artifacts of encoded text."""
-    return by_rid(summary for summary in summaries if summary.get("kind") != "tokens")
-
-
-def _node(summary: Summary, role: str) -> Node:
+def _grow(
+    made: Mapping[str, Any], role: str, known: Mapping[str, Summary], below: str,
+    following: Callable[[Summary], list[tuple[str, Any]]],
+) -> Node:  # fmt: skip
+    """Return the tree of the artifact `made`, of which at least the id is given."""
+    summary = known.get(made["rid"])
+    if summary is None:
+        gone = {"role": role, "step": made.get("step"), "artifact": made.get("artifact"), "rid": made["rid"]}
+        return {**gone, "published": None, "here": False, below: []}
     return {
         "role": role, "step": summary["step"], "artifact": summary["folder"], "rid": summary["rid"],
         "published": summary["published"], "here": True,
+        below: [_grow(each, name, known, below, following) for name, each in following(summary)],
     }  # fmt: skip
-
-
-def _gone(role: str, made: Mapping[str, Any]) -> Node:
-    known = {"role": role, "step": made.get("step"), "artifact": made.get("artifact"), "rid": made["rid"]}
-    return {**known, "published": None, "here": False, "inputs": []}

@@ -1,29 +1,27 @@
 """Atomically written files and folders, JSON with a digest, and append-only JSON lines.
 
-A sealed JSON file ends in `digest`, the sha256 of every byte before it, which reveals truncation and changes. Older
-files have no digest; the caller decides whether to accept them.
+A sealed JSON file ends in `digest`, the sha256 of every byte before it, which reveals truncation and changes.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import stat
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mlxchat.config.secrets import redact
 from mlxchat.errors import StoreError
 from mlxchat.store.crash import crash_point
 
 _MARK = b',\n "digest": "'
+_END_BYTES = 65536
 _END = b'"\n}\n'
 
 
@@ -38,22 +36,20 @@ def seal(record: Mapping[str, Any]) -> bytes:
     return body + _MARK + hashlib.sha256(body).hexdigest().encode() + _END
 
 
-def unseal(data: bytes) -> tuple[dict[str, Any], bool]:
-    """Return the record without its digest, and whether it had one.
+def unseal(data: bytes) -> dict[str, Any]:
+    """Return a sealed record without its digest.
 
     Raises:
         ValueError: it is not a JSON object, or does not match its digest.
     """
-    record = json.loads(data)
-    if not isinstance(record, dict):
-        raise ValueError("expected a JSON object")
     body, mark, end = data.rpartition(_MARK)
     if not mark:
-        return record, False
+        raise ValueError("it lacks its digest")
     if end != hashlib.sha256(body).hexdigest().encode() + _END:
         raise ValueError("its contents do not match its digest")
+    record: dict[str, Any] = json.loads(data)
     del record["digest"]
-    return record, True
+    return record
 
 
 @contextmanager
@@ -91,6 +87,16 @@ def list_folder(folder: Path) -> list[str]:
         return []
 
 
+def read_end(path: Path) -> bytes:
+    """Return the last 64 kB of a file, which may be large and growing; empty if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _END_BYTES))
+            return file.read()
+    except OSError:
+        return b""
+
+
 def sync(path: Path) -> None:
     """Call fsync on a file or folder."""
     handle = os.open(path, os.O_RDONLY)
@@ -113,14 +119,11 @@ def settle(folder: Path) -> None:
     sync(folder)
 
 
-_UNFINISHED, _REPLACED = "unfinished", "replaced"
-
-
 @contextmanager
 def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield an empty folder to fill; it is renamed to `path` when the block ends without an error.
 
-    Its temporary name beside `path` begins with a dot. Folders that killed processes left there are removed.
+    Its temporary name beside `path` begins with a dot; what a killed process left under it is removed.
 
     Args:
         path: absent, or an empty folder.
@@ -129,22 +132,23 @@ def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         StoreError: `path` exists, or cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{_UNFINISHED}-{os.uname().nodename}-{os.getpid()}")
+    unfinished, replaced = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "replaced"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
         check_free(path, force=force)
-        unfinished.mkdir()
-    except OSError as error:
-        raise _unwritable(path, error) from None
-    try:
+        remove(unfinished)
+        unfinished.mkdir(parents=True)
         yield unfinished
         settle(unfinished)
         crash_point("export.synced")
-        _put(unfinished, path, force=force)
+        check_free(path, force=force)  # another process may have filled it
+        remove(replaced)
+        if os.path.lexists(path):
+            path.rename(replaced)
+        unfinished.rename(path)
+        remove(replaced)
         sync(path.parent)
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise StoreError(f"{path} cannot be written ({error.strerror or error}); no partial output was left") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -161,56 +165,12 @@ def check_free(path: Path, *, force: bool = False) -> None:
         raise StoreError(f"{path} exists already. Choose another path, or replace it with --force")
 
 
-def _put(unfinished: Path, path: Path, *, force: bool) -> None:
-    """Rename a finished folder to `path`: one step if `path` is absent or an empty folder, else two."""
-    if force and os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir())):
-        replaced = path.with_name(f".{path.name}.{_REPLACED}-{os.uname().nodename}-{os.getpid()}")
-        path.rename(replaced)
-        try:
-            unfinished.rename(path)
-        except OSError:
-            replaced.rename(path)
-            raise
-        if replaced.is_dir() and not replaced.is_symlink():
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            replaced.unlink()
-        return
-    try:
-        unfinished.rename(path)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            raise StoreError(f"{path} was filled meanwhile; it was not changed") from None
-        raise
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Remove temporary folders of ended processes of this machine."""
-    host = os.uname().nodename
-    for kind in (_UNFINISHED, _REPLACED):
-        prefix = f".{path.name}.{kind}-{host}-"
-        for place in path.parent.iterdir():
-            number = place.name.removeprefix(prefix)
-            if place.name.startswith(prefix) and number.isdecimal() and not is_alive(int(number)):
-                if kind == _REPLACED and not os.path.lexists(path):
-                    place.rename(path)  # killed between the two renames: restore the old folder
-                else:
-                    shutil.rmtree(place, ignore_errors=True)
-
-
-def is_alive(process: int) -> bool:
-    """Return whether a process of this machine may be running."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        return True
-    return True
-
-
-def _unwritable(path: Path, error: OSError) -> StoreError:
-    return StoreError(f"{path} cannot be written ({error.strerror or error}); no partial output was left")
+def remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all it contains, if it exists."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 Record = dict[str, Any]
@@ -224,24 +184,18 @@ def now() -> str:
 def read_cache(path: Path, kind: str) -> dict[str, Any]:
     """Return the contents of a cache file; {} if it is absent, damaged or not of this kind (name and format)."""
     try:
-        head, _, body = path.read_bytes().partition(b"\n")
-        found: dict[str, Any] = json.loads(body) if head == _head_of(kind, body) else {}
+        record = unseal(path.read_bytes())
     except (OSError, ValueError):
         return {}
-    return found
+    content: dict[str, Any] = record["content"] if record["kind"] == kind else {}
+    return content
 
 
 def write_cache(path: Path, kind: str, content: Mapping[str, Any]) -> None:
     """Write a cache file atomically; errors are ignored."""
-    # ASCII, since paths that are not UTF-8 have lone surrogates.
-    body = json.dumps(content, separators=(",", ":")).encode()
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # ValueError: a path that is not UTF-8
         path.parent.mkdir(exist_ok=True)
-        write_whole(path, _head_of(kind, body) + b"\n" + body, durable=False)
-
-
-def _head_of(kind: str, body: bytes) -> bytes:
-    return f"mlxchat {kind} {len(body)} {zlib.crc32(body):08x}".encode()
+        write_whole(path, seal({"kind": kind, "content": content}), durable=False)
 
 
 class Records:
@@ -257,8 +211,10 @@ class Records:
         line = json.dumps(redact(record), ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab+") as file:
-            if file.tell() and self._is_cut(file):
-                file.write(b"\n")
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # cut by a crash
+                    file.write(b"\n")
             file.write(line)
 
     def read(self) -> list[Record]:
@@ -271,6 +227,11 @@ class Records:
         records = (self.parse(line) for line in text.split(b"\n"))
         return [record for record in records if record is not None]
 
+    def last(self) -> Record:
+        """Return the last complete record; {} if there is none near the end."""
+        records = (self.parse(line) for line in reversed(read_end(self.path).split(b"\n")))
+        return next((record for record in records if record is not None), {})
+
     @staticmethod
     def parse(line: bytes) -> Record | None:
         """Return the record of a line, or None if it is cut or damaged."""
@@ -279,12 +240,6 @@ class Records:
         except ValueError:
             return None
         return record if isinstance(record, dict) else None
-
-    @staticmethod
-    def _is_cut(file: IO[bytes]) -> bool:
-        """Return whether the last line has no newline, as after a crash."""
-        file.seek(-1, 2)
-        return file.read(1) != b"\n"
 
     def truncate(self, iteration: int) -> None:
         """Drop the records after `iteration`, which a resumed attempt repeats."""

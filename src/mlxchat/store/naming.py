@@ -5,13 +5,12 @@ latest/sft, RUN/sft             a step of a run; of a training in progress, its 
 sft@500, RUN/sft@500            the model after 500 iterations of a training (save_every)
 latest, RUN                     a run; where one artifact is expected, the run's model
 best, pins/best                 a pin
-town-sweep/best                 the best model of a sweep: the name of its folder, or the last part of it
-d32, import:d32                 a model that was imported under this name
-sft-d4-247by4vjkvu7s7hg         an artifact's folder, or a prefix of it
-247by4                          a prefix of an id
-outputs/store/sft-d4-247by…     the path of an artifact or of a run
+town-sweep/best                 the best model of a sweep
+import:d32                      a model that was imported under this name
+247by4                          an id, or a prefix that only one id has
+sft-d4-247by4vjkvu7s7hg         an artifact's folder, also as a path: outputs/store/sft-d4-247by…
 
-RUN is the name of a run's folder, a prefix of it, or its last part (quickstart), which means the last such run.
+RUN is the name of a run's folder, also as a path, or its last part (quickstart), which means the last such run.
 The latest run is the last one that finished a model; `refs/latest` links to its refs.
 """
 
@@ -33,13 +32,13 @@ from mlxchat.store.store import SAVED, Store, clean_label
 LATEST, PINS, IMPORTS = "latest", "pins", "imports"
 MODEL = "checkpoint"
 """The kind of artifacts that are models."""
+BEST = "best"
 _ID_CHARS = 16
 _MOST_SHOWN = 8
 # In order of preference, chat models first.
 _STAGES = ("rl", "preference", "sft", "midtrain", "pretrain", "fused", "imported")
 _STAMP = re.compile(r"(\d{8}-\d{6})(?:-\d{6})?(?:-\d+-(?P<called>.+))?$")
 _JOB = re.compile(r".-(job\d+|trial\d+|shared)$")
-BEST = "best"
 
 
 class Found(NamedTuple):
@@ -52,10 +51,9 @@ class Found(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A run."""
+    """A run: the name of its folders in refs/ and runs/."""
 
     name: str
-    """Name of its folders in refs/ and runs/."""
 
 
 def resolve(store: Store, name: str) -> Path:
@@ -90,11 +88,7 @@ def find(store: Store, name: str, *, within: str | None = None, paths: bool = Tr
 
 
 def find_all(store: Store, name: str) -> list[Path]:
-    """Return the artifact with this name, or all artifacts of the run with this name.
-
-    Raises:
-        StoreError: as `find`, or the run has no artifacts.
-    """
+    """Return the artifact with this name, or all artifacts of the run with this name."""
     meant = meaning(store, name)
     if isinstance(meant, Found):
         return [meant.place]
@@ -104,11 +98,7 @@ def find_all(store: Store, name: str) -> list[Path]:
 
 
 def find_model(store: Store, name: str | None) -> Found:
-    """Return the model with this name; None: the chat model of the latest run, else its base model.
-
-    Raises:
-        StoreError: there is none, or the named artifact is not a model.
-    """
+    """Return the model with this name; None: the chat model of the latest run, else its base model."""
     if name is None:
         group = latest(store)
         steps = links(store, group)
@@ -122,11 +112,7 @@ def find_model(store: Store, name: str | None) -> Found:
 
 
 def running_run(store: Store) -> str:
-    """Return the run in progress that has published a model.
-
-    Raises:
-        StoreError: there is none, or more than one.
-    """
+    """Return the run in progress that has published a model."""
     running = list(dict.fromkeys(run for run, _ in running_steps(store)))
     having = [run for run in running if _models(store, run)]
     if len(having) == 1:
@@ -139,11 +125,7 @@ def running_run(store: Store) -> str:
 
 
 def find_newest_model(store: Store, name: str) -> Found:
-    """Return the model that a name means; of a run, the one that was published last, intermediate ones included.
-
-    Raises:
-        StoreError: there is none, or the name is that of something else.
-    """
+    """Return the model that a name means; of a run, the one that was published last, intermediate ones included."""
     meant = meaning(store, name)
     if isinstance(meant, Run) and (models := _models(store, meant.name)):
         return Found(max(models, key=lambda place: str(_manifest(place).get("published"))), meant.name)
@@ -181,15 +163,18 @@ def meaning(store: Store, name: str, *, within: str | None = None, paths: bool =
         return Found(base / name)
     if "/" in name.strip("/"):
         return _in_group(store, *name.rsplit("/", 1))
-    if (direct := _exact(store, name, within)) is not None:
+    if name and (direct := _step_or_pin(store, name, within)) is not None:
         return direct
     if (run := _run_called(store, name)) is not None:
         return Run(run)
-    if (folder := _only(store, name, [place.name for place in _begins(base, name)], "id")) is not None:
-        return Found(base / folder)
-    begun = [run for run in _all_runs(store) if name and run.startswith(name)]
-    if (run := _only(store, name, begun, "run's name")) is not None:
-        return Run(run)
+    found = [folder for folder in list_folder(base) if name and folder[-_ID_CHARS:].startswith(name[:_ID_CHARS])]
+    found = [folder for folder in found if str(_manifest(base / folder).get("rid")).startswith(name)]
+    if len(found) > 1:
+        raise StoreError(
+            f'"{name}" is ambiguous in {store.outputs}: {first_of(found, _MOST_SHOWN)}. Type more of the id.'
+        )
+    if found:
+        return Found(base / found[0])
     raise _unknown(store, name)
 
 
@@ -202,14 +187,16 @@ def latest(store: Store) -> str:
     recorded = link.readlink().name if link.is_symlink() else ""
     if model_of(links(store, recorded)) is not None:
         return recorded
-    best, highest = "", 0
-    for run in reversed(runs(store)):
-        if (rank := _rank(store, run)) > highest:
-            best, highest = run, rank
-        if highest == _FINISHED:
-            return best
-    # A folder named `latest` was created by hand, or by a version without the link.
-    return LATEST if not recorded and link.is_dir() else best
+    best = max(reversed(runs(store)), key=lambda run: _rank(store, run), default="")
+    return best if links(store, best) else ""
+
+
+def _rank(store: Store, run: str) -> int:
+    """Return a run's rank as a candidate for the latest run: with a model, only with other artifacts, with none."""
+    steps = links(store, run)
+    if model_of(steps) is None:
+        return int(bool(steps))
+    return 2 if run.startswith("imported-") or called(run) == "import" or is_job(run) else 3
 
 
 def called(run: str) -> str:
@@ -272,31 +259,29 @@ def _hint_of_saving(store: Store, run: str) -> str:
 
 
 def resolve_import(store: Store, name: str) -> Path:
-    """Return the folder of the model that was imported under a name, by the verb or by a pipeline.
-
-    Raises:
-        StoreError: there is none, or more than one.
-    """
+    """Return the folder of the model that was imported under a name, by the verb or by a pipeline."""
     named = links(store, IMPORTS)
     if name in named:
         return named[name]
-    base = store.outputs / "store"
-    labels = {folder: folder.removeprefix("imported-")[: -_ID_CHARS - 1] for folder in list_folder(base)}
-    labels = {folder: label for folder, label in labels.items() if folder.startswith("imported-")}
-    same = [folder for folder, label in labels.items() if label == clean_label(name)]
-    places = [base / folder for folder in same if (base / folder / MANIFEST).exists()]
-    if len(places) == 1:
-        return places[0]
-    if places:
-        raise StoreError(
-            f'several imports are called "{name}": {", ".join(same)}. Import one again with another --name'
-        )
+    labels = {place: place.name.removeprefix("imported-")[: -_ID_CHARS - 1] for place in _complete(store, "imported-")}
+    same = [place for place, label in labels.items() if label == clean_label(name)]
+    if len(same) == 1:
+        return same[0]
+    if same:
+        which = ", ".join(place.name for place in same)
+        raise StoreError(f'several imports are called "{name}": {which}. Import one again with another --name')
     known = sorted({*named, *labels.values()})
     text = f"Imports: {', '.join(known)}." if known else "Nothing was imported yet."
     raise StoreError(
         f'there is no import "{name}" in {store.outputs}. {text}{suggest(name, known)} '
         f"To import it: mlxchat import nanochat REPOSITORY --name {name}"
     )
+
+
+def _complete(store: Store, start: str) -> list[Path]:
+    """Return the artifacts whose folder names begin with `start`."""
+    base = store.outputs / "store"
+    return [base / name for name in list_folder(base) if name.startswith(start) and (base / name / MANIFEST).exists()]
 
 
 def links(store: Store, group: str) -> dict[str, Path]:
@@ -329,27 +314,7 @@ def groups(store: Store) -> list[str]:
 
 def runs(store: Store) -> list[str]:
     """Return the runs with refs, in order of time."""
-    return sorted((name for name in groups(store) if name not in (LATEST, PINS, IMPORTS)), key=_moment)
-
-
-_FINISHED = 4
-
-
-def _rank(store: Store, run: str) -> int:
-    """Return a run's rank as a candidate for the latest run, from 4 (finished a model) to 0 (no artifacts)."""
-    steps = links(store, run)
-    if model_of(steps) is None:
-        return int(bool(steps))
-    if run.startswith("imported-") or called(run) == "import" or is_job(run):
-        return 2
-    made = [_manifest(place) for place in steps.values()]
-    if any(manifest.get("kind") == MODEL and manifest.get("run") == run for manifest in made):
-        return _FINISHED
-    try:
-        last = (store.outputs / "runs" / run / "events.jsonl").read_bytes().rstrip().rpartition(b"\n")[2]
-    except OSError:
-        last = b""
-    return _FINISHED if b'"run_done"' in last else 3
+    return sorted((name for name in groups(store) if name not in (PINS, IMPORTS)), key=_moment)
 
 
 def model_of(steps: dict[str, Path]) -> Path | None:
@@ -364,30 +329,26 @@ def model_of(steps: dict[str, Path]) -> Path | None:
     return max(made)[2] if made else None
 
 
-def _exact(store: Store, name: str, within: str | None) -> Found | None:
-    """Return the step, pin or import with exactly this name."""
+def _step_or_pin(store: Store, name: str, within: str | None) -> Found | None:
+    """Return the step or pin with exactly this name."""
     group = within or latest(store)
-    direct: dict[str, Found] = {}
-    if name in (steps := links(store, group)):
-        direct[f"{within or LATEST}/{name}"] = Found(steps[name], group)
-    for other, form in ((PINS, f"{PINS}/{name}"), (IMPORTS, f"import:{name}")):
-        if name in (named := links(store, other)):
-            direct[form] = Found(named[name])
-    if len({found.place for found in direct.values()}) > 1:
-        forms = ", ".join(f"{form} ({found.place.name})" for form, found in direct.items())
-        raise StoreError(f'"{name}" is ambiguous: use {forms}')
-    if direct or not name:
-        return next(iter(direct.values()), None)
-    refs = store.outputs / "refs"
-    elsewhere = [run for run in reversed(runs(store)) if os.path.lexists(refs / run / name) and not is_job(run)]
-    elsewhere = [run for run in elsewhere if name in links(store, run)]
-    if elsewhere and within is not None:
-        raise StoreError(f'{within} has no "{name}", only {", ".join(steps)}. Another run has: {elsewhere[0]}/{name}')
-    if elsewhere:
-        return Found(links(store, elsewhere[0])[name], elsewhere[0])
-    for run in [within] if within is not None else [run for run in reversed(runs(store)) if not is_job(run)]:
-        saved = any(each.startswith(f"{name}{SAVED}") for each in list_folder(refs / run))
-        if saved and (place := last_saved(links(store, run), name)) is not None:
+    step, pin = links(store, group).get(name), links(store, PINS).get(name)
+    if step is not None and pin is not None and step != pin:
+        raise StoreError(
+            f'"{name}" is ambiguous: use {within or LATEST}/{name} ({step.name}), {PINS}/{name} ({pin.name})'
+        )
+    if step is not None:
+        return Found(step, group)
+    if pin is not None:
+        return Found(pin)
+    others = [run for run in reversed(runs(store)) if not is_job(run)]
+    elsewhere = next((run for run in others if name in links(store, run)), None)
+    if elsewhere is not None and within is not None:
+        raise StoreError(f'{within} has no "{name}". Another run has: {elsewhere}/{name}')
+    if elsewhere is not None:
+        return Found(links(store, elsewhere)[name], elsewhere)
+    for run in others if within is None else [within]:
+        if (place := last_saved(links(store, run), name)) is not None:
             return Found(place, run)
     return None
 
@@ -400,7 +361,7 @@ def _run_called(store: Store, name: str) -> str | None:
     if name in known:
         return name
     same = [run for run in reversed(known) if called(run) == name]
-    return max(same, key=lambda run: _rank(store, run)) if same else None
+    return max(same, key=lambda run: _rank(store, run), default=None)
 
 
 def _all_runs(store: Store) -> list[str]:
@@ -415,13 +376,9 @@ def _moment(run: str) -> tuple[str, str]:
 
 
 def _in_group(store: Store, group: str, step: str) -> Found:
-    """Return a step of a run, a pin or an import; `group` may be a prefix."""
-    run = _run_called(store, group) or (group if group in (PINS, IMPORTS) else None)
+    """Return a step of a run, a pin or an import."""
+    run = group if group in (PINS, IMPORTS) else _run_called(store, group)
     if run is None:
-        begun = sorted({one for one in [*groups(store), LATEST] if group and one.startswith(group)})
-        run = _only(store, group, begun, "run's name")
-        run = latest(store) if run == LATEST else run
-    if not run:
         raise _unknown(store, f"{group}/{step}", f'there is no run "{group}" with artifacts')
     steps = links(store, run)
     place = steps.get(step) or last_saved(steps, step)
@@ -445,33 +402,6 @@ def _without_path(store: Store, name: str) -> str:
         other = f": use outputs={real.parent.parent}" if real.parent.name == "store" else ""
         raise StoreError(f"{name} is an artifact, but not in {store.outputs}{other}")
     return name
-
-
-def _begins(base: Path, name: str) -> list[Path]:
-    """Return the artifacts whose folder name or id begins with `name`."""
-    if not name:
-        return []
-    found = [one for one in list_folder(base) if one.startswith(name) or one[-_ID_CHARS:].startswith(name[:16])]
-    places = [base / one for one in found if (base / one / MANIFEST).exists()]
-    if len(name) > _ID_CHARS:
-        places = [
-            place
-            for place in places
-            if place.name.startswith(name) or str(_manifest(place).get("rid")).startswith(name)
-        ]
-    return places
-
-
-def _only(store: Store, start: str, names: list[str], more_of: str) -> str | None:
-    """Return the only one of the matching names, or None.
-
-    Raises:
-        StoreError: there are several.
-    """
-    if len(names) > 1:
-        listed = first_of(names, _MOST_SHOWN)
-        raise StoreError(f'"{start}" is ambiguous in {store.outputs}: {listed}. Type more of the {more_of}.')
-    return names[0] if names else None
 
 
 def _unknown(store: Store, name: str, text: str = "") -> StoreError:

@@ -25,19 +25,18 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.config.secrets import redact
-from mlxchat.errors import StoreError, visible
+from mlxchat.errors import StoreError
 from mlxchat.store import attempts, locks
 from mlxchat.store.crash import crash_point
-from mlxchat.store.files import list_folder, settle, sync
+from mlxchat.store.files import list_folder, remove, settle, sync
 from mlxchat.store.manifest import (
     MANIFEST,
-    SCHEMA,
     SHARED_KIND,
     Manifest,
+    check_metrics,
     describe,
     describe_outputs,
     find_damage,
-    find_misshapen,
     identify,
     read_manifest,
     read_record,
@@ -49,7 +48,7 @@ MOST_RECENT = 200
 SAVED = "@"
 """Between step and iteration in the name of an intermediate model: pretrain@500."""
 _SHORT = 16
-_MOST_SHOWN = 5
+_TRASH = ".trash-"
 
 
 class Store:
@@ -60,7 +59,7 @@ class Store:
         self.outputs = outputs
         self._folders: dict[str, str] | None = None
         self._records: list[str] | None = None
-        self._read: dict[Path, tuple[tuple[int, int], Manifest]] = {}
+        self._read: dict[Path, Manifest] = {}
 
     def prepare(self) -> None:
         """Create the folders, and remove leftovers of killed processes.
@@ -71,10 +70,10 @@ class Store:
         try:
             for name in ("store", "records", "work", "locks", "refs", "runs"):
                 (self.outputs / name).mkdir(parents=True, exist_ok=True)
-            probe = self.outputs / "work" / f".probe-{uuid.uuid4().hex}"
-            probe.touch()
-            probe.unlink(missing_ok=True)  # another process may tidy up
-            sweep(self.outputs)
+            # The lock also finds out whether files can be created and locked here.
+            with locks.hold(self.outputs / "locks" / "sweep.lock", {"step": "sweep"}):
+                sweep(self)
+            self.forget()
         except OSError as error:
             raise StoreError(
                 f"outputs folder {self.outputs} cannot be written ({error.strerror}). "
@@ -94,8 +93,9 @@ class Store:
         return folder if folder is not None and (folder / MANIFEST).exists() else None
 
     def forget(self) -> None:
-        """Drop cached listings, so that the next `find` sees what other processes published."""
+        """Drop what is cached, so that the next `find` sees what other processes published."""
         self._folders = self._records = None
+        self._read = {}
 
     def read(self, rid: str) -> Manifest | None:
         """Return the manifest of the complete artifact with this id, or None.
@@ -146,24 +146,19 @@ class Store:
 
     def learn(self, manifest: Manifest) -> None:
         """Record an imported execution, unless its key has a result here, which takes precedence."""
-        if manifest.get("schema", 1) >= SCHEMA and self.made(manifest["key"]) is None:
+        if self.made(manifest["key"]) is None:
             self.record(manifest)
             with suppress(OSError):
                 self.work(manifest["key"]).rmdir()  # fails if the step has work there
 
     def manifest_of(self, folder: Path) -> Manifest:
-        """Return the manifest of an artifact's folder, cached while the file is unchanged."""
+        """Return the manifest of an artifact's folder, cached until `forget`."""
         return self._read_once(folder / MANIFEST)
 
     def _read_once(self, path: Path) -> Manifest:
-        try:
-            status = path.stat()
-        except OSError:
-            return read_record(path)
-        seen = (status.st_mtime_ns, status.st_ino)
-        if self._read.get(path, (None,))[0] != seen:
-            self._read[path] = (seen, read_record(path))
-        return self._read[path][1]
+        if path not in self._read:
+            self._read[path] = read_record(path)
+        return self._read[path]
 
     def manifests(self) -> Iterator[Manifest]:
         """Yield the manifests of all complete artifacts."""
@@ -228,14 +223,17 @@ class Store:
         here = self.find(rid)
         name = artifact_name(manifest["stage"], label, rid) if here is None else here.name  # maybe with another label
         manifest = {"rid": rid, "name": name, **manifest, "outputs": outputs, "tree": tree}
-        if wrong := list(islice(find_misshapen(manifest), _MOST_SHOWN)):
-            raise StoreError(f"{name} cannot be published: in its manifest {visible('; '.join(wrong))}")
+        if wrong := list(check_metrics(manifest)):
+            raise StoreError(f"{name} cannot be published: {'; '.join(wrong)}")
         crash_point("publish.described")
-        write_manifest(out, manifest)
+        try:
+            write_manifest(out, manifest)
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"{name} cannot be published: its manifest is no JSON ({error})") from None
         crash_point("publish.written")
         settle(out)
         crash_point("publish.synced")
-        with locks.hold(self.outputs / "locks" / "publish.lock", {"step": "publish"}, lambda owner: None):
+        with locks.hold(self.outputs / "locks" / "publish.lock", {"step": "publish"}):
             self.forget()
             here = self.find(rid)
             if here is not None and _is_whole(here):
@@ -253,13 +251,18 @@ class Store:
 
     def _put(self, out: Path, place: Path) -> None:
         """Rename a folder to its place, and remove a damaged artifact that is there."""
-        trash = self.outputs / "work" / f".trash-{uuid.uuid4().hex}"
-        if place.exists():
-            place.rename(trash)
+        damaged = self.to_trash(place) if place.exists() else None
         out.rename(place)
         crash_point("publish.renamed")
         sync(place.parent)
-        shutil.rmtree(trash, ignore_errors=True)
+        if damaged is not None:
+            remove(damaged)
+
+    def to_trash(self, path: Path) -> Path:
+        """Rename a file or folder so that `sweep` removes it if the caller does not; return its new path."""
+        trash = self.outputs / "work" / f"{_TRASH}{uuid.uuid4().hex}"
+        trash.parent.mkdir(exist_ok=True)
+        return path.rename(trash)
 
     def set_ref(self, group: str, step: str, artifact: Path) -> None:
         """Point refs/<group>/<step> at an artifact, atomically.
@@ -281,13 +284,11 @@ class Store:
     def _swap_link(self, link: Path, target: str) -> None:
         temporary = self.outputs / "refs" / ".new"
         # One at a time, so that an existing temporary name was left by a killed process.
-        with locks.hold(self.outputs / "locks" / "refs.lock", {"step": "refs"}, lambda owner: None):
+        with locks.hold(self.outputs / "locks" / "refs.lock", {"step": "refs"}):
             link.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
             temporary.symlink_to(target)
             crash_point("ref.made")
-            if link.is_dir() and not link.is_symlink():
-                link.rename(self.outputs / "work" / f".trash-{uuid.uuid4().hex}")  # removed by the next run
             temporary.replace(link)
             crash_point("ref.swapped")
 
@@ -321,26 +322,20 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def sweep(outputs: Path) -> None:
+def sweep(store: Store) -> None:
     """Remove what killed processes left and nothing resumes from.
 
-    These are replaced artifacts, temporary names, work whose artifact is in the store, and unfinished tokens. Work of
-    unfinished steps is kept, because they resume from it.
+    These are things that were being removed, temporary names, work whose artifact is in the store, and unfinished
+    encoded text. Work of unfinished steps is kept, because they resume from it.
     """
-    store = Store(outputs)
-    for folder in (outputs / "work").iterdir():
-        if folder.name.startswith(".trash-"):
+    for folder in (store.outputs / "work").iterdir():
+        if folder.name.startswith(_TRASH):
             shutil.rmtree(folder, ignore_errors=True)
-        elif folder.name.startswith(".probe-"):
-            folder.unlink(missing_ok=True)
         elif _is_finished(store, folder):
-            with (
-                suppress(BlockingIOError, StoreError),
-                locks.hold(store.lock(folder.name), {"step": "sweep"}, _give_up),
-            ):
+            with suppress(_Busy, StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _give_up):
                 if _is_finished(store, folder):
                     shutil.rmtree(folder, ignore_errors=True)
-    for path in (outputs / "index").glob(".*"):
+    for path in (store.outputs / "index").glob(".*"):
         path.unlink(missing_ok=True)
 
 
@@ -358,6 +353,9 @@ def _is_finished(store: Store, work: Path) -> bool:
     return all(attempt.get("started") in recorded for attempt in last)
 
 
+class _Busy(Exception):
+    """Another process holds the lock."""
+
+
 def _give_up(owner: dict[str, Any]) -> None:
-    """Raise instead of waiting for the holder of a lock."""
-    raise BlockingIOError
+    raise _Busy

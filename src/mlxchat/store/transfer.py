@@ -93,11 +93,11 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
         raise StoreError(f"nothing was imported:\n{error}") from None
     crash_point("import.checked")
     new, known = [], []
-    with locks.hold(store.outputs / "locks" / "gc.lock", {"step": "import"}, lambda owner: None, shared=True):
+    with locks.hold(store.outputs / "locks" / "gc.lock", {"step": "import"}):
         for folder in ordered:
             manifest = read_manifest(folder)
             rid = manifest["rid"]
-            with locks.hold(store.lock(rid), {"step": "import"}, lambda owner: None):
+            with locks.hold(store.lock(rid), {"step": "import"}):
                 store.forget()
                 store.learn(manifest)
                 here = store.find(rid)

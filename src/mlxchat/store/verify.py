@@ -16,7 +16,7 @@ from mlxchat.store.manifest import (
     Manifest,
     check_manifest,
     find_damage,
-    load_manifest,
+    parse_manifest,
     read_manifest,
 )
 from mlxchat.store.store import Store
@@ -53,7 +53,7 @@ def makers(manifests: list[Manifest]) -> str:
 def check_contents(folder: Path) -> Iterator[str]:
     """Yield a line for everything in an artifact's folder that differs from its manifest."""
     try:
-        manifest = load_manifest(folder / MANIFEST)
+        manifest = parse_manifest((folder / MANIFEST).read_bytes())
     except (OSError, ValueError) as error:
         yield f"its manifest is damaged ({error})"
         return

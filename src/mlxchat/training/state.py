@@ -72,8 +72,8 @@ def read_newest(work: Path) -> tuple[Arrays, dict[str, Any]] | None:
     """Return arrays and state of the newest save that is whole, or None; damaged saves are removed."""
     for place in reversed(_saves(work)):
         try:
-            state, is_sealed = unseal((place / _STATE).read_bytes())
-            if is_sealed and state.pop("arrays_sha256") == hash_file(place / _ARRAYS):
+            state = unseal((place / _STATE).read_bytes())
+            if state.pop("arrays_sha256") == hash_file(place / _ARRAYS):
                 return load_file(place / _ARRAYS), state
         except Exception:
             pass  # damaged; the safetensors reader has several error types of its own
