@@ -6,7 +6,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxchat.model import lora
 from mlxchat.model.lora import LAYERS, LoRALinear
 from mlxchat.model.sizes import AdapterSizes
 from mlxchat.ops.dropout import Dropping, draw_keys, dropped, dropping, fold
@@ -31,7 +30,7 @@ def make(kind: str, bits: int | None = None, *, seed: int = 0, dropout: float = 
     }  # fmt: skip
     sizes = AdapterSizes(kind, RANK, SCALE, (), bits, GROUP, dropout)
     layer = LAYERS[kind](mx.array(numbers["w"].astype(np.float32)), sizes, mx.float32, key=mx.random.key(0), place=3)
-    numbers["w"] = np.asarray(lora.unpacked(layer.base)).astype(np.float64)
+    numbers["w"] = np.asarray(layer.base).astype(np.float64)
     layer.lora_a, layer.lora_b = (mx.array(numbers[name].astype(np.float32)) for name in ("a", "b"))
     if kind == "dora":
         layer.m = mx.array(numbers["m"].astype(np.float32))

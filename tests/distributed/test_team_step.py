@@ -10,13 +10,13 @@ import pytest
 
 from kit import models, ranks
 from kit.training import optimizer_config
+from mlxchat.config.schema import TeacherConfig
 from mlxchat.cpu import runtime
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.sizes import AdapterSizes, resolve_targets
-from mlxchat.ops.loss import Mix
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.planning.memory import TeacherSize
 from mlxchat.training.batches import Batch, mean_batch
@@ -76,7 +76,7 @@ def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
     distillation = None
     if case.get("teacher"):
         size = TeacherSize(weights=1, kept_per_token=1, working_per_token=1)
-        distillation = Distillation(make_model(seed=8), Mix(weight=0.5, temperature=2.0), size, mx.float32)
+        distillation = Distillation(make_model(seed=8), TeacherConfig(weight=0.5, temperature=2.0), size, mx.float32)
     settings = {"micro_tokens": case["micro_rows"] * TOKENS, "dtype": mx.float32, "dropout_seed": 5}
     settings |= {"dropout": case.get("dropout", 0.0), "distillation": distillation}
     make = partial(TeamStep, team) if team.size > 1 else TrainStep

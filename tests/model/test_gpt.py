@@ -17,6 +17,7 @@ from kit.numpy_gpt import numpy_logits, weights_of
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
 from mlxchat.model import initial
+from mlxchat.model.checkpoint import computes_as_published
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
 from mlxchat.model.parameters import cast_parameters, computing_in, flatten_parameters, lengthen_context, set_parameters
@@ -39,6 +40,7 @@ def test_logits_equal_nanochat_in_numpy(path, architecture, num_kv_heads, tokens
     ids = random_ids(2, tokens)
     # The agreement that nanochat's own float32 has with float64 on models of this kind.
     np.testing.assert_allclose(np.asarray(model(mx.array(ids))), numpy_logits(model, ids), atol=2e-4)
+    assert computes_as_published(model.sizes)
 
 
 @pytest.mark.parametrize("architecture", ["oct2025", "jul2026"])

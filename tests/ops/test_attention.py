@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from kit.numpy_gpt import norm, rotate
 from mlxchat.model import gpt, parameters  # noqa: F401  (puts the CPU's kernels in place)
-from mlxchat.model.published import norm, rotate
 
 # The exponential is within 6e-6, float32 sums of a few hundred products within about as much again.
 TOLERANCE = 2e-5

@@ -10,21 +10,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxchat.config.schema import TeacherConfig
 from mlxchat.cpu import kernels
 from mlxchat.model import gpt, parameters  # noqa: F401  (puts the CPU's kernels in place)
 from mlxchat.ops import loss
-from mlxchat.ops.loss import Mix, cross_entropy_sum, distillation_sum, token_scores
+from mlxchat.ops.loss import cross_entropy_sum, distillation_sum, token_scores
 
 ROWS, TOKENS, WIDTH, VOCAB = 2, 150, 12, 61
-CROSS_ENTROPY = Mix(weight=0.0)
+CROSS_ENTROPY = TeacherConfig(weight=0.0)
 MIXES = [
     CROSS_ENTROPY,
-    Mix(weight=0.5),
-    Mix(weight=0.3, temperature=2.0),
-    Mix(weight=1.0, temperature=0.5),
-    Mix(weight=0.7, temperature=1.5, top_k=5),
-    Mix(weight=1.0, top_k=1),
-    Mix(weight=0.4, temperature=3.0, top_k=VOCAB),
+    TeacherConfig(weight=0.5),
+    TeacherConfig(weight=0.3, temperature=2.0),
+    TeacherConfig(weight=1.0, temperature=0.5),
+    TeacherConfig(weight=0.7, temperature=1.5, top_k=5),
+    TeacherConfig(weight=1.0, top_k=1),
+    TeacherConfig(weight=0.4, temperature=3.0, top_k=VOCAB),
 ]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -57,7 +58,7 @@ class Case:
         self.weights = (rng.random((ROWS, TOKENS)) < 0.67) * rng.choice([1.0, 1.0, -0.5], (ROWS, TOKENS)) / 200
         self.logits = rng.normal(scale=3, size=(ROWS, TOKENS, VOCAB))  # below the cap
 
-    def loss(self, mix: Mix) -> Callable[[mx.array, mx.array], Any]:
+    def loss(self, mix: TeacherConfig) -> Callable[[mx.array, mx.array], Any]:
         targets, weights, logits = mx.array(self.targets), floats(self.weights), floats(self.logits)
         if mix is CROSS_ENTROPY:
             flat = targets.reshape(-1), weights.reshape(-1)
@@ -68,7 +69,7 @@ class Case:
 
         return lambda x, head: distillation_sum(x, head, targets, weights, teacher, mix)
 
-    def run(self, mix: Mix, dtype: mx.Dtype = mx.float32) -> tuple[list[float], list[Floats]]:
+    def run(self, mix: TeacherConfig, dtype: mx.Dtype = mx.float32) -> tuple[list[float], list[Floats]]:
         """Return the loss (and cross-entropy and divergence), and the gradients in x and the head."""
         given = floats(self.x, dtype), floats(self.head, dtype)
         values, gradients = mx.value_and_grad(self.loss(mix), argnums=(0, 1))(*given)
@@ -84,7 +85,7 @@ class Case:
         chosen: Floats = np.take_along_axis(z, self.targets[..., None], -1)[..., 0]
         return np.log(np.exp(z - top[..., None]).sum(-1)) + top - chosen
 
-    def expected(self, mix: Mix) -> tuple[list[float], list[Floats]]:
+    def expected(self, mix: TeacherConfig) -> tuple[list[float], list[Floats]]:
         """Return what `run` returns, by the formulas and the chain rule."""
         tanh = np.tanh(self.x @ self.head.T / 15)
         z, soft = 15 * tanh, mix.temperature

@@ -20,8 +20,8 @@ from mlxchat.cpu import plain_version
 from mlxchat.engine.sample import MOST_DRAW
 from mlxchat.model import gpt, lora
 from mlxchat.model.gpt import RMS_NORM_EPSILON, Mask
-from mlxchat.model.lora import Packed, unpacked
-from mlxchat.ops.device import compiled, differentiable
+from mlxchat.model.lora import FrozenLinear
+from mlxchat.ops.device import differentiable
 from mlxchat.ops.loss import SOFT_CAP, Found, Kind, split_positions, with_gradients
 from mlxchat.ops.machine import CPU_ATTENTION_TOKENS as _BLOCK_TOKENS
 from mlxchat.ops.machine import CPU_LEAST_LOGITS_ROWS as _LEAST_ROWS
@@ -68,7 +68,7 @@ def masked_exp_of_units(x: mx.array, mask: mx.array) -> mx.array:
     return power
 
 
-@compiled
+@mx.compile
 def exp_of_capped(tanh: mx.array) -> mx.array:
     """Return exp(15 tanh) for |tanh| <= 1, within 5e-6 relative: a polynomial for exp(15/16 tanh), to the power 16."""
     power = _polynomial(tanh, tuple((SOFT_CAP / 16) ** power * factor for power, factor in enumerate(_EXP)))
@@ -206,32 +206,32 @@ def reciprocal_root(sum_of_squares: mx.array, count: int) -> mx.array:
     return mx.rsqrt(sum_of_squares * (1 / count) + RMS_NORM_EPSILON)
 
 
-@compiled
+@mx.compile
 def square(x: mx.array) -> mx.array:
     return x * x
 
 
-@compiled
+@mx.compile
 def _product(x: mx.array, y: mx.array) -> mx.array:
     return x * y
 
 
-@compiled
+@mx.compile
 def multiply_rows(x: mx.array, factor: mx.array) -> mx.array:
     return x * factor
 
 
-@compiled
+@mx.compile
 def _norm_gradient(gradient: mx.array, out: mx.array, along: mx.array, reciprocal: mx.array) -> mx.array:
     return (gradient - out * along) * reciprocal
 
 
-@compiled
+@mx.compile
 def _across(gradient: mx.array, out: mx.array, along: mx.array) -> mx.array:
     return gradient - out * along
 
 
-@compiled
+@mx.compile
 def rotate_halves(halves: mx.array, swapped: mx.array, cos: mx.array, sin: mx.array, factor: mx.array) -> mx.array:
     return (halves * cos + swapped * sin) * factor
 
@@ -264,11 +264,11 @@ def _linear_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output:
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
 
 
-def frozen_linear(x: mx.array, matrix: mx.array | Packed) -> mx.array:
+def frozen_linear(x: mx.array, layer: FrozenLinear) -> mx.array:
     # MLX's quantised product takes as long for each row as unpacking the matrix.
     if x.size > x.shape[-1]:
-        matrix = mx.stop_gradient(unpacked(matrix))
-    found: mx.array = plain_version(lora.frozen_linear)(x, matrix)
+        return x @ mx.stop_gradient(layer.base).T
+    found: mx.array = plain_version(lora.frozen_linear)(x, layer)
     return found
 
 
@@ -282,10 +282,10 @@ def _squared_relu_vjp(x: mx.array, cotangent: mx.array, output: mx.array) -> mx.
     return _squared_relu_gradient(x, cotangent)
 
 
-_fused_squared_relu = compiled(square_of_positive)
+_fused_squared_relu = mx.compile(square_of_positive)
 
 
-@compiled
+@mx.compile
 def _squared_relu_gradient(x: mx.array, cotangent: mx.array) -> mx.array:
     return (x + mx.abs(x)) * cotangent
 
@@ -403,12 +403,12 @@ def _sum_groups(gradient: mx.array) -> mx.array:
     return gradient if gradient.shape[2] == 1 else gradient.sum(2, keepdims=True)
 
 
-@compiled
+@mx.compile
 def masked_exp(scores: mx.array, mask: mx.array) -> mx.array:
     return masked_exp_of_units(scores, mask)
 
 
-@compiled
+@mx.compile
 def _softmax_gradient(weights: mx.array, d_weights: mx.array, inner: mx.array) -> mx.array:
     return weights * (d_weights - inner) * EXP_UNIT
 
@@ -507,15 +507,15 @@ def cross_entropy_sum(
     return with_gradients(loss_and_gradients, x, weight, frozen_head=frozen_head)[0]
 
 
-@compiled
+@mx.compile
 def _cap(logits: mx.array) -> mx.array:
     return SOFT_CAP * rational_tanh(logits * (1 / SOFT_CAP))
 
 
-_tanh = compiled(rational_tanh)
+_tanh = mx.compile(rational_tanh)
 
 
-@compiled
+@mx.compile
 def _slope(exponentials: mx.array, tanh: mx.array) -> mx.array:
     """Return exp × (1 − tanh²), where the second factor is the derivative of the soft cap."""
     return exponentials * (1 - tanh * tanh)

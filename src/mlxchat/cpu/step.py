@@ -11,7 +11,6 @@ import mlx.core as mx
 from mlxchat.cpu import plain_version
 from mlxchat.cpu.lanes import Lanes, present, present_lanes
 from mlxchat.model.lora import adapters_of
-from mlxchat.ops.device import compiled
 from mlxchat.optim.optimizer import Flat, Rates
 from mlxchat.planning.memory import Device, Training
 from mlxchat.training.batches import Batch
@@ -111,7 +110,7 @@ def _add(sums: Sums, parts: Sequence[Gradients], names: Collection[str]) -> Sums
     return Sums(sum((part.loss for part in parts), sums.loss), gradients)
 
 
-@compiled
+@mx.compile
 def _sum(arrays: list[mx.array]) -> mx.array:
     """Return the sum of arrays in float32."""
     first, *others = (array.astype(mx.float32) for array in arrays)

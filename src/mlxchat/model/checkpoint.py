@@ -23,15 +23,19 @@ from safetensors.numpy import load_file, save_file
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT, RMS_NORM_EPSILON
-from mlxchat.model.lora import read_adapters, write_adapters
+from mlxchat.model.lora import merge_adapters, read_adapters, write_adapters
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
-from mlxchat.model.published import published_logits
 from mlxchat.model.sizes import AdapterSizes, GPTSizes
 from mlxchat.ops.device import default_dtype
 from mlxchat.store.bases import ADAPTER_KEY, describe_base, find_chain
 
 # Fields of config.json for features beyond October 2025.
 _FEATURES = {field.name: field.default for field in fields(GPTSizes) if field.default is not MISSING}
+# Whether there are value embeddings → logits of `computes_as_published`'s model of October 2025 or of July 2026.
+_PUBLISHED = {
+    False: [0.8079, 0.5504, -0.2206, 1.6032, 1.0472, -0.4978, 0.1645, -1.4432],
+    True: [-0.9762, 0.1276, 1.756, -3.4417, 0.5237, -0.4309, -2.4445, -1.9487],
+}
 MODEL_FILE = "gpt.py"
 """The model's own code, in folders whose model mlx-lm lacks."""
 
@@ -107,19 +111,18 @@ def needs_model_file(sizes: GPTSizes) -> bool:
 
 @cache
 def computes_as_published(sizes: GPTSizes) -> bool:
-    """Return whether gpt.py computes nanochat's architecture: three tokens of a tiny model with the same features."""
-    kv_heads = 1 if sizes.num_kv_heads < sizes.num_heads else 2
-    small = replace(sizes, num_layers=2, width=32, num_heads=2, num_kv_heads=kv_heads, vocab_size=16, vocab_multiple=1)
-    rng, ids = np.random.default_rng(0), np.array([[3, 14, 7]])
+    """Return whether gpt.py computes nanochat's architecture: a tiny model has the logits that nanochat's code has."""
+    small = replace(
+        sizes, num_layers=2, width=32, num_heads=2, num_kv_heads=1, vocab_size=8, vocab_multiple=1, rope_theta=1e4
+    )
+    rng = np.random.RandomState(0)  # the same numbers in every version of NumPy
     with mx.stream(mx.cpu):
         model = GPT(small)
-        drawn = {name: rng.normal(0, 0.3, value.shape) for name, value in flatten_parameters(model).items()}
-        set_parameters(model, {name: mx.array(value.astype(np.float32)) for name, value in drawn.items()})
-        ours = np.asarray(model(mx.array(ids)))
-    try:
-        return bool(np.allclose(ours, published_logits(drawn.__getitem__, small, ids), atol=1e-3))
-    except (KeyError, ValueError):  # other parameters than nanochat's
-        return False
+        shapes = {name: value.shape for name, value in sorted(flatten_parameters(model).items())}
+        drawn = {name: mx.array(rng.normal(0, 0.3, shape).astype(np.float32)) for name, shape in shapes.items()}
+        set_parameters(model, drawn)
+        logits = model(mx.array([[3, 1, 7]]))[0, -1]
+        return bool(mx.allclose(logits, mx.array(_PUBLISHED[sizes.value_embeddings]), atol=1e-3))
 
 
 def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
@@ -134,7 +137,7 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
         sizes, _ = _read_description(each)
         if sizes != model.sizes:
             raise DataError(f"{each}: config.json differs from that of its base, {whole.name}")
-        read_adapters(each, sizes).apply(model)
+        merge_adapters(model, *read_adapters(each, sizes))
     if above:
         _, facts = _read_description(folder)
         tokenizer = _load_tokenizer(folder, model.sizes)

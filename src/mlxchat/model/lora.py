@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,38 +32,12 @@ from mlxchat.ops.dropout import dropped, fold, present_dropping
 from mlxchat.store.bases import ADAPTER_KEY
 
 ADAPTERS_FILE, ADAPTER_CONFIG_FILE = "adapters.safetensors", "adapter_config.json"
-_LAYER = "transformer.h."
-
-
-class Packed(NamedTuple):
-    """A matrix quantised by `mx.quantize`."""
-
-    numbers: mx.array
-    scales: mx.array
-    offsets: mx.array
-    group_size: int
-    """Numbers of a row that share a scale."""
-    bits: int
-
-
-def frozen_linear(x: mx.array, matrix: mx.array | Packed) -> mx.array:
-    """Return x Wᵀ (…, out) of x (…, in); W has no gradient."""
-    if not isinstance(matrix, Packed):
-        return x @ matrix.T
-    numbers, scales, offsets, group, bits = matrix
-    return mx.quantized_matmul(x, numbers, scales, offsets, transpose=True, group_size=group, bits=bits)
-
-
-def unpacked(matrix: mx.array | Packed) -> mx.array:
-    """Return a matrix, dequantised if it is packed."""
-    if not isinstance(matrix, Packed):
-        return matrix
-    numbers, scales, offsets, group_size, bits = matrix
-    return mx.dequantize(numbers, scales, offsets, group_size=group_size, bits=bits)
+Arrays = dict[str, np.ndarray[Any, Any]]
+"""Adapters by parameter name, in float32."""
 
 
 class FrozenLinear(nn.Module):
-    """A frozen `Linear`; its matrix (out, in) may be packed as in `nn.QuantizedLinear`."""
+    """A frozen `Linear`; its matrix (out, in) may be quantised as in `nn.QuantizedLinear`."""
 
     def __init__(self, weight: mx.array, sizes: AdapterSizes, dtype: mx.Dtype) -> None:
         super().__init__()
@@ -77,18 +51,28 @@ class FrozenLinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return x Wᵀ (…, out) of x (…, in)."""
-        return frozen_linear(x, self.base)
+        return frozen_linear(x, self)
 
     @property
-    def base(self) -> mx.array | Packed:
-        """The frozen matrix in its storage format."""
+    def base(self) -> mx.array:
+        """The frozen matrix W (out, in), dequantised."""
         weight: mx.array = self.weight
-        return weight if self.bits is None else Packed(weight, self.scales, self.biases, self.group_size, self.bits)
+        if self.bits is None:
+            return weight
+        return mx.dequantize(weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits)
 
     @property
     def matrix(self) -> mx.array:
         """The effective matrix (out, in), including the adapter."""
-        return unpacked(self.base)
+        return self.base
+
+
+def frozen_linear(x: mx.array, layer: FrozenLinear) -> mx.array:
+    """Return x Wᵀ (…, out) of x (…, in) and a layer's W, which has no gradient."""
+    if layer.bits is None:
+        return x @ layer.weight.T
+    group = layer.group_size
+    return mx.quantized_matmul(x, layer.weight, layer.scales, layer.biases, group_size=group, bits=layer.bits)
 
 
 class LoRALinear(FrozenLinear):
@@ -107,13 +91,13 @@ class LoRALinear(FrozenLinear):
         """Return x Wᵀ + scale × (x A) B, where training drops some numbers of A's input."""
         present = present_dropping() if self.dropout else None
         seen = x if present is None else dropped(x, fold(present.keys, self.place), self.dropout)
-        out = frozen_linear(x, self.base)
+        out = frozen_linear(x, self)
         return out + (self.scale * ((seen @ self.lora_a) @ self.lora_b)).astype(out.dtype)
 
     @property
     def matrix(self) -> mx.array:
         """W + scale × (A B)ᵀ, with DoRA rescaled to rows of magnitude m."""
-        return adapted_matrix(super().matrix, self.lora_a, self.lora_b, self.scale, self.get("m"))
+        return adapted_matrix(self.base, self.lora_a, self.lora_b, self.scale, self.get("m"))
 
 
 class DoRALinear(LoRALinear):
@@ -121,12 +105,12 @@ class DoRALinear(LoRALinear):
 
     def __init__(self, weight: mx.array, sizes: AdapterSizes, dtype: mx.Dtype, *, key: mx.array, place: int) -> None:
         super().__init__(weight, sizes, dtype, key=key, place=place)
-        self.m = row_lengths(unpacked(self.base).astype(mx.float32))
+        self.m = row_lengths(self.base.astype(mx.float32))
 
     def __call__(self, x: mx.array) -> mx.array:
         """Return `LoRALinear`'s product times m / (the row's present length)."""
         # In float32, since it is a quotient of two nearly equal lengths.
-        adapted = adapted_matrix(unpacked(self.base), self.lora_a, self.lora_b, self.scale)
+        adapted = adapted_matrix(self.base, self.lora_a, self.lora_b, self.scale)
         lengths = mx.stop_gradient(row_lengths(adapted.astype(mx.float32)))
         out = super().__call__(x)
         # The factor stays float32: in bfloat16 1.011 would become 1.008, and its gradient's sum coarse.
@@ -162,18 +146,33 @@ def attach_adapters(model: GPT, sizes: AdapterSizes, *, seed: int = 0, dtype: mx
     model.freeze()
     model.adapters = sizes
     matrices = list(matrices_of(model.sizes))
-    for place, name in enumerate(matrices, start=2 * model.sizes.num_layers + 1):
-        weight = module_at(model, name).weight.astype(mx.float32)
-        if name in sizes.targets:
-            key = key_of(seed, f"{name}.lora_a")
-            layer: FrozenLinear = LAYERS[sizes.kind](weight, sizes, dtype, key=key, place=place)
-        else:
-            layer = FrozenLinear(weight, sizes, dtype)
+    for name in matrices:
+        layer = _adapted_layer(model, name, sizes, dtype, seed)
         mx.eval(layer.parameters())  # one at a time, to limit the memory
         set_parameters(model, {name: layer})
     rest = [name for name in flatten_parameters(model) if name.rpartition(".")[0] not in matrices]
     set_parameters(model, {name: module_at(model, name).astype(dtype) for name in rest})
     mx.eval(flatten_parameters(model))
+
+
+def merge_adapters(model: GPT, sizes: AdapterSizes, arrays: Arrays) -> None:
+    """Fuse adapters into a model's weights, in float32; a quantised base is rounded, as in the training."""
+    for name in matrices_of(model.sizes) if sizes.bits is not None else sizes.targets:
+        layer = _adapted_layer(model, name, sizes, mx.float32)
+        for part in PARAMETERS[sizes.kind] if name in sizes.targets else ():
+            layer[part] = mx.array(arrays[f"{name}.{part}"])
+        weight = layer.matrix
+        mx.eval(weight)  # one at a time, to limit the memory
+        set_parameters(model, {f"{name}.weight": weight})
+
+
+def _adapted_layer(model: GPT, name: str, sizes: AdapterSizes, dtype: mx.Dtype, seed: int = 0) -> FrozenLinear:
+    """Return the layer that replaces a matrix of the base, with an adapter if it is a target."""
+    weight = module_at(model, name).weight.astype(mx.float32)
+    if name not in sizes.targets:
+        return FrozenLinear(weight, sizes, dtype)
+    place = 2 * model.sizes.num_layers + 1 + list(matrices_of(model.sizes)).index(name)
+    return LAYERS[sizes.kind](weight, sizes, dtype, key=key_of(seed, f"{name}.lora_a"), place=place)
 
 
 def packed_copy(model: GPT, bits: int) -> GPT:
@@ -196,38 +195,6 @@ def adapters_of(model: GPT) -> AdapterSizes | None:
     return getattr(model, "adapters", None)
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """Adapters that were read from a folder."""
-
-    sizes: AdapterSizes
-    arrays: dict[str, np.ndarray[Any, Any]]
-    """float32, by parameter name."""
-
-    def changes(self, name: str) -> bool:
-        """Return True if these adapters change a weight of the base."""
-        return self.sizes.bits is not None or name.removesuffix(".weight") in self.sizes.targets
-
-    def on(self, name: str, weight: mx.array) -> mx.array:
-        """Return a weight of the base, rounded if the base is quantised, fused with these adapters; float32."""
-        sizes, module, value = self.sizes, name.removesuffix(".weight"), weight.astype(mx.float32)
-        if sizes.bits is not None and name.startswith(_LAYER) and name.endswith(".weight") and "gate" not in name:
-            packed = mx.quantize(value, group_size=sizes.group_size, bits=sizes.bits)
-            value = mx.dequantize(*packed, group_size=sizes.group_size, bits=sizes.bits)
-        if module not in sizes.targets:
-            return value
-        a, b, *m = (mx.array(self.arrays[f"{module}.{each}"]) for each in PARAMETERS[sizes.kind])
-        return adapted_matrix(value, a, b, sizes.scale, *m)
-
-    def apply(self, model: GPT) -> None:
-        """Fuse these adapters into a model's weights, one at a time to limit the memory."""
-        weights = flatten_parameters(model)
-        for name in filter(self.changes, list(weights)):
-            value = self.on(name, weights.pop(name))
-            mx.eval(value)
-            set_parameters(model, {name: value})
-
-
 def write_adapters(folder: Path, adapters: Mapping[str, mx.array], sizes: AdapterSizes, *, num_layers: int) -> None:
     """Write both files of adapters in mlx-lm's format."""
     arrays = {name: np.asarray(adapters[name].astype(mx.float32)) for name in sorted(adapters)}
@@ -237,7 +204,7 @@ def write_adapters(folder: Path, adapters: Mapping[str, mx.array], sizes: Adapte
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
-def read_adapters(folder: Path, model_sizes: GPTSizes) -> Adapters:
+def read_adapters(folder: Path, model_sizes: GPTSizes) -> tuple[AdapterSizes, Arrays]:
     """Return the adapters of a folder; a DataError: files are damaged or do not match each other or the model."""
     sizes = read_adapter_config(folder, model_sizes)
     try:
@@ -247,7 +214,7 @@ def read_adapters(folder: Path, model_sizes: GPTSizes) -> Adapters:
     except Exception as error:  # the safetensors reader has several error types
         raise DataError(f"{folder}: not a readable adapter ({type(error).__name__}: {error})") from None
     check_shapes({name: value.shape for name, value in arrays.items()}, sizes, model_sizes, folder)
-    return Adapters(sizes, arrays)
+    return sizes, arrays
 
 
 def read_adapter_config(folder: Path, model_sizes: GPTSizes) -> AdapterSizes:

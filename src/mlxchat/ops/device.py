@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 from weakref import WeakMethod
 
@@ -124,29 +123,22 @@ def describe_device() -> dict[str, Any]:
 # MLX's function transforms with types. Row factors: `mx.compile` fuses a broadcast with the computation of its operand,
 # so a reciprocal or root of one number per row would be recomputed for every element of the row. Therefore row factors
 # are kept in an array without the row's axis, which is added with [..., None]; nothing is fused across that. Scalars
-# computed inside a compiled function go through `made_once` for the same reason.
+# computed inside a compiled function become (1,) by [None] for the same reason.
 
 
-def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """Return `mx.compile(function)`; a compiled method does not keep its object alive.
+def compiled_method(method: Callable[P, R]) -> Callable[P, R]:
+    """Return a method compiled by `mx.compile`, which does not keep its object alive.
 
     So an object that holds its own compiled method is freed, with its arrays, as soon as nothing else holds it.
     """
-    if not isinstance(function, MethodType):
-        return cast(Callable[P, R], mx.compile(function))
-    method = WeakMethod(function)
+    held = WeakMethod(method)
 
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = method()
+        bound = held()
         assert bound is not None, "the caller holds the object"
-        return cast(R, bound(*args, **kwargs))
+        return bound(*args, **kwargs)
 
-    return cast(Callable[P, R], mx.compile(call))
-
-
-def made_once(scalar: mx.array) -> mx.array:
-    """Return a scalar as (1,), which kernels read instead of recomputing it for every element."""
-    return scalar[None]
+    return mx.compile(call)
 
 
 class differentiable(Generic[P, R]):  # noqa: N801  (a decorator)

@@ -10,11 +10,11 @@ Shapes: B rows, T positions, N tokens (of a chunk, or of all rows), C width, V v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import mlx.core as mx
 
+from mlxchat.config.schema import TeacherConfig
 from mlxchat.ops.device import differentiable
 from mlxchat.ops.machine import LOGITS
 
@@ -104,24 +104,13 @@ def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.ar
     return losses, mx.exp(logits - log_sums) - (mx.arange(logits.shape[1]) == targets)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mix:
-    """Weights of the cross-entropy and the divergence from a teacher."""
-
-    weight: float
-    """Share of the divergence, 0 to 1."""
-    temperature: float = 1.0
-    top_k: int | None = None
-    """Match the teacher's probabilities of this many top tokens individually and the rest as one; None: all."""
-
-
 def distillation_sum(
     x: mx.array,
     weight: mx.array,
     targets: mx.array,
     row_weights: mx.array,
     teacher: Logits,
-    mix: Mix,
+    mix: TeacherConfig,
     *,
     frozen_head: bool = False,
 ) -> tuple[mx.array, ...]:
@@ -133,7 +122,7 @@ def distillation_sum(
         targets: (B, T) token ids, not negative.
         row_weights: (B, T) factor of each token's loss; 0 ignores it.
         teacher: returns the teacher's logits.
-        mix: share w of the divergence, temperature T.
+        mix: share w of the divergence, temperature T, and how many of the top tokens are matched one by one.
         frozen_head: skip the gradient of weight.
     """
 

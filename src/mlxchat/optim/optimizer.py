@@ -20,7 +20,7 @@ import mlx.nn as nn
 from mlxchat.config.schema import AdapterConfig, MomentumConfig, OptimizerConfig, ScheduleConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.parameters import set_parameters, trained_parameters
-from mlxchat.ops.device import compiled, default_dtype, made_once
+from mlxchat.ops.device import compiled_method, default_dtype
 from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update, variance_shape
 
 Flat = dict[str, mx.array]
@@ -125,7 +125,7 @@ class Optimizer:
             self.state[f"momentum.{stack}"] = mx.zeros((len(names), rows, columns))
             if config.variant == "jul2026":
                 self.state[f"variance.{stack}"] = mx.zeros((len(names), *variance_shape(rows, columns)))
-        self._move = compiled(self.move)
+        self._move = compiled_method(self.move)
 
     def update(self, model: nn.Module, gradients: Flat, rates: Rates, loss: mx.array | float = 0.0) -> mx.array:
         """Update a model's parameters and `state`, queued and not awaited; return the 2-norm of all gradients.
@@ -169,8 +169,8 @@ class Optimizer:
                 gradient = gradient * clip_factor(norm, self.config.grad_clip)
             if name in self.stacks:
                 moved, changed = self._move_stack(name, parameters, gradient, state, rates)
-                new |= {each: mx.where(made_once(ok), value, parameters[each]) for each, value in moved.items()}
-                moments |= {each: mx.where(made_once(ok), value, state[each]) for each, value in changed.items()}
+                new |= {each: mx.where(ok[None], value, parameters[each]) for each, value in moved.items()}
+                moments |= {each: mx.where(ok[None], value, state[each]) for each, value in changed.items()}
             else:
                 first, second = f"first.{name}", f"second.{name}"
                 given = parameters[name], gradient, state[first], state[second], self.adamw_rules[name]
@@ -185,8 +185,7 @@ class Optimizer:
         """Return the matrices of a stack, and their moments, after Muon's update."""
         lr_factor, momentum, weight_decay_factor = rates
         lr = self.muon_lr * aspect_factor(gradients) * lr_factor
-        shrink = made_once(lr * self.weight_decay * weight_decay_factor)
-        lr = made_once(lr)
+        shrink, lr = (lr * self.weight_decay * weight_decay_factor)[None], lr[None]
         weights = {name: parameters[name] for name in self.stacks[stack]}
         momenta, options = state[f"momentum.{stack}"], (self.config.newton_schulz_iterations, default_dtype())
         if self.config.variant == "oct2025":
@@ -244,19 +243,18 @@ def adamw_update(
     """
     # Scalars outside the kernel, which would compute powers of beta for each element.
     (beta1, beta2), lr = rule.betas, rule.lr * lr_factor
-    step = made_once(mx.where(ok, lr / (1 - beta1**count), 0.0))
-    correction = made_once(mx.where(ok, mx.rsqrt(1 - beta2**count), 1.0))
-    keep = made_once(mx.where(ok, 1 - lr * rule.weight_decay, 1.0))
-    keep1, add1, keep2, add2 = (
-        made_once(mx.where(ok, *pair)) for pair in ((beta1, 1.0), (1 - beta1, 0.0), (beta2, 1.0), (1 - beta2, 0.0))
-    )
-    gradient = mx.where(made_once(ok), gradient, 0.0)  # NaN × 0 would be NaN
+    step = mx.where(ok, lr / (1 - beta1**count), 0.0)[None]
+    correction = mx.where(ok, mx.rsqrt(1 - beta2**count), 1.0)[None]
+    keep = mx.where(ok, 1 - lr * rule.weight_decay, 1.0)[None]
+    pairs = ((beta1, 1.0), (1 - beta1, 0.0), (beta2, 1.0), (1 - beta2, 0.0))
+    keep1, add1, keep2, add2 = (mx.where(ok, *pair)[None] for pair in pairs)
+    gradient = mx.where(ok[None], gradient, 0.0)  # NaN × 0 would be NaN
     first = keep1 * first + add1 * gradient
     second = keep2 * second + add2 * mx.square(gradient)
     return parameter * keep - step * first / (mx.sqrt(second) * correction + epsilon), first, second
 
 
-@compiled
+@mx.compile
 def sum_squares(arrays: Flat) -> mx.array:
     """Return the sum of the squares of all numbers together, in float32."""
     total = mx.array(0.0)
@@ -274,7 +272,7 @@ def sum_squares(arrays: Flat) -> mx.array:
 
 def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
     """Return the factor (1,) that clips gradients of this 2-norm to `max_norm`, as torch does."""
-    return made_once(mx.minimum(1.0, max_norm / (norm + 1e-6)))
+    return mx.minimum(1.0, max_norm / (norm + 1e-6))[None]
 
 
 # The schedule

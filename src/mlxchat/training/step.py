@@ -19,7 +19,7 @@ from mlxchat.model.parameters import (
     trained_parameters,
 )
 from mlxchat.model.recompute import recomputed
-from mlxchat.ops.device import compiled
+from mlxchat.ops.device import compiled_method
 from mlxchat.ops.dropout import Dropping, draw_keys, dropping
 from mlxchat.ops.loss import cross_entropy_sum, distillation_sum
 from mlxchat.optim.optimizer import Flat, Optimizer, Rates
@@ -79,7 +79,7 @@ class Backward:
         self.tables = {f"{name}.weight": name for name in model.tables()}
         """The embeddings: name of the parameter → name of the module."""
         self.trained = list(trained_parameters(model))
-        self._gradients = compiled(self._loss_and_gradients)
+        self._gradients = compiled_method(self._loss_and_gradients)
 
     def sum_gradients(self, rows: Rows) -> Sums:
         """Return the loss of rows and its gradient in every trained parameter by name; nothing is changed."""
@@ -190,7 +190,7 @@ class TrainStep(Backward):
         return self.sum_gradients(rows)
 
 
-@compiled
+@mx.compile
 def _add(gradient: mx.array, total: mx.array) -> mx.array:
     return gradient.astype(mx.float32) + total.astype(mx.float32)
 

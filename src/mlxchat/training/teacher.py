@@ -12,8 +12,8 @@ from mlxchat.errors import DataError
 from mlxchat.model.checkpoint import load_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
-from mlxchat.ops.device import compiled
-from mlxchat.ops.loss import Logits, Mix
+from mlxchat.ops.device import compiled_method
+from mlxchat.ops.loss import Logits
 from mlxchat.planning.memory import TeacherSize
 from mlxchat.training.forecast import measure_teacher
 
@@ -21,12 +21,12 @@ from mlxchat.training.forecast import measure_teacher
 class Distillation:
     """A teacher and the weight of its distributions in the loss."""
 
-    def __init__(self, teacher: GPT, mix: Mix, size: TeacherSize, dtype: mx.Dtype) -> None:
+    def __init__(self, teacher: GPT, mix: TeacherConfig, size: TeacherSize, dtype: mx.Dtype) -> None:
         """Cast the teacher's weights to the dtype of the computation."""
         self.teacher, self.mix, self.size = teacher, mix, size
         set_parameters(teacher, {name: value.astype(dtype) for name, value in flatten_parameters(teacher).items()})
         mx.eval(flatten_parameters(teacher))
-        self._states = compiled(teacher.hidden)
+        self._states = compiled_method(teacher.hidden)
 
     def see(self, ids: mx.array) -> mx.array:
         """Return what `logits` needs of a batch (B, T): the states (B, T, C) of all positions."""
@@ -64,5 +64,4 @@ def load_teacher(
         raise DataError(
             f"the teacher {folder} takes {context:,} tokens at a time, rows have {row_tokens:,}: lower batch.row_tokens"
         )
-    mix = Mix(weight=config.weight, temperature=config.temperature, top_k=config.top_k)
-    return Distillation(teacher, mix, measure_teacher(folder), dtype)
+    return Distillation(teacher, config, measure_teacher(folder), dtype)

@@ -12,12 +12,12 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
+from mlxchat.config.schema import TeacherConfig
 from mlxchat.distributed.group import buckets
 from mlxchat.distributed.team import Team, name_of
 from mlxchat.model.gpt import GPT
 from mlxchat.model.replicas import forget_trained, model_on, sync_model
 from mlxchat.ops.device import prepare_machine
-from mlxchat.ops.loss import Mix
 from mlxchat.optim.optimizer import Flat, Optimizer
 from mlxchat.planning.memory import TeacherSize
 from mlxchat.runner.context import Context
@@ -64,7 +64,7 @@ def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> 
         return
     dtype, distillation = getattr(mx, request["dtype"]), None
     if (teacher := request["teacher"]) is not None:
-        mix, size = Mix(**teacher["mix"]), TeacherSize(**teacher["size"])
+        mix, size = TeacherConfig(**teacher["mix"]), TeacherSize(**teacher["size"])
         distillation = Distillation(model_on(team, "teacher"), mix, size, dtype)
     team.kept["training"] = Backward(model_on(team), dtype=dtype, distillation=distillation, **request["settings"])
 
