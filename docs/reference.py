@@ -255,7 +255,7 @@ def _about_stage(stage: Stage) -> Iterator[str]:
     sections = [f"[`{section}`](config.md#{section})" for section in stage.config]
     roles = [f"`{role}` ({kind})" for role, kind in stage.inputs.items()]
     roles += [f"`{role}` ({kind}, optional)" for role, kind in stage.optional_inputs.items()]
-    seeds = {True: "`seed`", False: "none", "data": "`data_seed`", "both": "`seed` and `data_seed`"}[stage.seeded]
+    seeds = {"run": "`seed`", "no": "none", "data": "`data_seed`", "both": "`seed` and `data_seed`"}[stage.seeded]
     yield f"{about}\n"
     yield "| | |\n|---|---|"
     yield f"| file | [stages/{stage.name}.py](../../stages/{stage.name}.py), version {stage.version} |"
@@ -263,9 +263,8 @@ def _about_stage(stage: Stage) -> Iterator[str]:
     yield f"| seeds | {seeds} |"
     yield f"| reads | {', '.join(roles) or 'nothing'} |"
     yield f"| writes | {stage.produces}: {', '.join(f'`{name}`'.replace('|', '` or `') for name in stage.outputs)} |"
-    yield from (f"| `{path}` | read only if: {condition} |" for path, condition in stage.reads_if.items())
-    yield "\n| metric | better | recorded |\n|---|---|---|"
-    for metric, declared in stage.metrics.items():
-        better, _, rest = declared.partition(" ")
-        better = {"minimize": "lower", "maximize": "higher", "neither": "—"}[better]
-        yield f"| `{metric}` | {better} | {rest or 'at the end'} |"
+    yield "\n| metric | better | recorded | needs |\n|---|---|---|---|"
+    for metric in stage.metrics:
+        better = {"minimize": "lower", "maximize": "higher", None: "—"}[metric.better]
+        when = "while training" if metric.curve else "at the end"
+        yield f"| `{metric.name}` | {better} | {when} | {metric.needs} |"

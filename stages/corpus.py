@@ -4,29 +4,34 @@ Counterpart of nanochat's dataset.py. Text comes from mlxchat itself, from local
 the Hugging Face Hub, which is pinned and listed, not copied. Options: conf/corpus/.
 """
 
+from __future__ import annotations
+
 import json
 
-from mlxchat.data.sources import LISTING, VALIDATION, Corpus, gather_documents, pin_corpus, write_shards
 from mlxchat.runner.context import Context
+from mlxchat.runner.stage import Metric, Stage
 
-VERSION = 4
-CONFIG = ["corpus"]
-INPUTS: dict[str, str] = {}
-PRODUCES = "corpus"
-OUTPUTS = ["corpus.json"]
-METRICS = {
-    "train_documents": "neither if not corpus.hub",
-    "train_chars": "neither if not corpus.hub",
-    "validation_documents": "neither",
-    "validation_chars": "neither",
-    "train_files": "neither if corpus.hub",
-    "train_bytes": "neither if corpus.hub",
-}
-SEEDED = "data"
-LABEL = "corpus.name"
+stage = Stage(
+    version=4,
+    produces="corpus",
+    outputs=["corpus.json"],
+    reads=["corpus"],
+    metrics=[
+        Metric("train_documents", when=lambda step: not step.config.corpus.hub, needs="a corpus in files"),
+        Metric("train_chars", when=lambda step: not step.config.corpus.hub, needs="a corpus in files"),
+        Metric("validation_documents"),
+        Metric("validation_chars"),
+        Metric("train_files", when=lambda step: bool(step.config.corpus.hub), needs="corpus.hub"),
+        Metric("train_bytes", when=lambda step: bool(step.config.corpus.hub), needs="corpus.hub"),
+    ],
+    seeded="data",
+    label=lambda config: config.corpus.name,
+)
 
 
 def run(ctx: Context) -> None:
+    from mlxchat.data.sources import LISTING, VALIDATION, Corpus, gather_documents, pin_corpus, write_shards
+
     config = ctx.config.corpus
 
     def check() -> None:

@@ -1,55 +1,61 @@
 """Eval: measure a checkpoint on held-out text, a base model on CORE, and one that can chat on the suite of tasks.
 
-Counterpart of nanochat's base_eval.py and chat_eval.py. Options: conf/settings/eval.yaml, conf/core/, conf/suite/.
+Counterpart of nanochat's base_eval.py and chat_eval.py. Settings: `EvalConfig` of config/schema.py,
+conf/core/, conf/suite/.
 Every finished batch of questions is kept under ctx.work, so that a killed evaluation continues from there.
 """
 
-from mlxchat.engine.generate import Engine
-from mlxchat.evals.forecast import memory
-from mlxchat.evals.language_model import LanguageModel
-from mlxchat.evals.measure import measure, measure_own, write_scores
-from mlxchat.evals.samples import answer_prompts, continue_prompts
-from mlxchat.model.checkpoint import load_for_inference
-from mlxchat.ops.device import prepare_machine
-from mlxchat.planning.memory import forward_tokens
-from mlxchat.runner.context import Context
-from mlxchat.store.files import Records
+from __future__ import annotations
 
-VERSION = 9
-CONFIG = ["suite", "eval"]
-READS_IF = {
-    "suite": "chat",
-    "eval.max_new_tokens": "chat",
-    "eval.seeds": "chat",
-    "eval.temperature": "chat",
-    "eval.top_k": "chat",
-    "eval.core": "base",
-    "eval.base_tasks": "base",
-    "eval.bpb_tokens": "corpus",
-}
-INPUTS = {"checkpoint": "checkpoint"}
-OPTIONAL_INPUTS = {"corpus": "corpus"}
-PRODUCES = "scores"
-FORECAST = "mlxchat.evals.forecast"
-OUTPUTS = ["scores.json", "examples.parquet"]
-METRICS = {
-    "val_bpb": "minimize if corpus",
-    "perplexity": "minimize if corpus",
-    "text_bpb": "minimize if eval.text",
-    "text_perplexity": "minimize if eval.text",
-    "core": "maximize if base and eval.core and not eval.core.tasks",
-    "{suite}": "maximize if chat",
-    "{eval.base_tasks}": "maximize if base",
-    "own_{eval.own}": "neither",
-    "mean_centered": "maximize if chat and suite",
-    "chatcore": "maximize if chat and chatcore",
-    "ngram_bpb": "neither if corpus",
-    "untrained_bpb": "neither if corpus",
-}
-RESOURCES = ["gpu"]
+from collections.abc import Collection, Iterator
+
+from mlxchat.evals.forecast import TASK_METRICS, TEXT_METRICS, has_core, has_corpus, memory
+from mlxchat.runner.context import Context
+from mlxchat.runner.stage import Metric, Stage
+
+
+def unread(filled: Collection[str], format: str | None) -> Iterator[str]:
+    """Yield the settings that this evaluation does not read: those of chat models, of base models, of the corpus."""
+    if format == "base":
+        yield from ("suite", "eval.max_new_tokens", "eval.seeds", "eval.temperature", "eval.top_k")
+    if format == "chat":
+        yield from ("eval.core", "eval.base_tasks")
+    if "corpus" not in filled:
+        yield "eval.bpb_tokens"
+
+
+stage = Stage(
+    version=9,
+    inputs={"checkpoint": "checkpoint"},
+    optional_inputs={"corpus": "corpus"},
+    produces="scores",
+    outputs=["scores.json", "examples.parquet"],
+    reads=["suite", "eval"],
+    unread=unread,
+    metrics=[
+        *TEXT_METRICS,
+        Metric("core", "maximize", when=has_core, needs="core=nanochat and a base model"),
+        *TASK_METRICS,
+        Metric("own_*", names=lambda config: config.eval.own),
+        Metric("ngram_bpb", when=has_corpus, needs="a step of the pipeline with `corpus`"),
+        Metric("untrained_bpb", when=has_corpus, needs="a step of the pipeline with `corpus`"),
+    ],
+    uses_gpu=True,
+    memory=memory,
+)
 
 
 def run(ctx: Context) -> None:
+    from mlxchat.engine.generate import Engine
+    from mlxchat.evals.forecast import memory
+    from mlxchat.evals.language_model import LanguageModel
+    from mlxchat.evals.measure import measure, measure_own, write_scores
+    from mlxchat.evals.samples import answer_prompts, continue_prompts
+    from mlxchat.model.checkpoint import load_for_inference
+    from mlxchat.ops.device import prepare_machine
+    from mlxchat.planning.memory import forward_tokens
+    from mlxchat.store.files import Records
+
     config, machine = ctx.config.eval, ctx.config.machine
     dtype = prepare_machine(machine)
     gpt, tokenizer, facts = load_for_inference(ctx.inputs["checkpoint"], dtype)

@@ -3,22 +3,27 @@
 With QLoRA, the rounded numbers of the base go in, in float32, since the adapters were trained on these.
 """
 
-from mlxchat.errors import DataError
-from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
-from mlxchat.model.sizes import count_parameters
-from mlxchat.runner.context import Context
-from mlxchat.store.bases import is_adapter
+from __future__ import annotations
 
-VERSION = 1
-CONFIG: list[str] = []
-INPUTS = {"checkpoint": "checkpoint"}
-PRODUCES = "checkpoint"
-OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
-METRICS = {"num_parameters": "neither"}
-SEEDED = False
+from mlxchat.runner.context import Context
+from mlxchat.runner.stage import CHECKPOINT_FILES, Metric, Stage
+
+stage = Stage(
+    version=1,
+    inputs={"checkpoint": "checkpoint"},
+    produces="checkpoint",
+    outputs=["model.safetensors", *CHECKPOINT_FILES],
+    metrics=[Metric("num_parameters")],
+    seeded="no",
+)
 
 
 def run(ctx: Context) -> None:
+    from mlxchat.errors import DataError
+    from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
+    from mlxchat.model.sizes import count_parameters
+    from mlxchat.store.bases import is_adapter
+
     folder = ctx.inputs["checkpoint"]
     if not is_adapter(folder):
         raise DataError(f"{folder.name} has all of its weights already: there are no adapters to fuse")

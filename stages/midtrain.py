@@ -1,41 +1,31 @@
 """Midtrain: go on from the base model with conversations, so that it learns their form, choices and tools.
 
-Counterpart of nanochat's scripts/mid_train.py (with its schedule the right way round). Options:
-conf/settings/midtrain.yaml.
+Counterpart of nanochat's scripts/mid_train.py (with its schedule the right way round).
+Settings: `ConversationConfig` of config/schema.py.
 """
 
-from mlxchat.runner.context import Context
-from mlxchat.training.finetune import finetune
+from __future__ import annotations
 
-VERSION = 6
-CONFIG = ["optimizer", "midtrain", "training"]
-INPUTS = {"checkpoint": "checkpoint"}
-PRODUCES = "checkpoint"
-FORECAST = "mlxchat.training.forecast"
-FORMAT = "chat"
-OUTPUTS = [
-    "model.safetensors|adapters.safetensors",
-    "config.json",
-    "checkpoint.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-]
-METRICS = {
-    "val_loss": "minimize while training",
-    "loss": "minimize while training",
-    "ce": "minimize if midtrain.teacher.is_there",
-    "kl": "minimize if midtrain.teacher.is_there",
-    "accuracy_{midtrain.suite}": "maximize",
-    "mean_centered": "maximize if midtrain.suite",
-    "mean_centered_choice": "maximize if midtrain.suite",
-    "truncated_conversations": "minimize",
-    "skipped_iterations": "minimize if training.on_nan=skip",
-    "tokens_per_second": "maximize",
-    "data_wait_frac": "minimize",
-}
-RESOURCES = ["gpu"]
-SEEDED = "both"
+from mlxchat.runner.context import Context
+from mlxchat.runner.stage import CHECKPOINT_FILES, WEIGHTS_OR_ADAPTERS, Stage
+from mlxchat.training.forecast import conversation_metrics, memory, problems
+
+stage = Stage(
+    version=6,
+    inputs={"checkpoint": "checkpoint"},
+    produces="checkpoint",
+    outputs=[WEIGHTS_OR_ADAPTERS, *CHECKPOINT_FILES],
+    reads=["optimizer", "midtrain", "training"],
+    metrics=conversation_metrics("midtrain"),
+    uses_gpu=True,
+    seeded="both",
+    format="chat",
+    memory=memory,
+    problems=problems,
+)
 
 
 def run(ctx: Context) -> None:
+    from mlxchat.training.finetune import finetune
+
     finetune(ctx, ctx.config.midtrain)

@@ -1,42 +1,44 @@
 """Outside: measure a third-party model as ours are measured, so that both stand in one table.
 
-Any folder that mlx-lm opens. Options: conf/settings/outside.yaml, conf/settings/eval.yaml, conf/core/, conf/suite/.
+Any folder that mlx-lm opens. Settings: `OutsideConfig` and
+`EvalConfig` of config/schema.py, conf/core/, conf/suite/.
 """
+
+from __future__ import annotations
 
 from pathlib import Path
 
-from mlxchat.engine.third_party import ThirdPartyEngine
-from mlxchat.evals.language_model import LanguageModel
-from mlxchat.evals.measure import measure, write_scores
-from mlxchat.ops.device import prepare_machine
+from mlxchat.evals.forecast import TASK_METRICS, TEXT_METRICS, has_core
 from mlxchat.runner.context import Context
-
-VERSION = 5
-CONFIG = ["outside", "suite", "eval"]
-READS_IF = {"eval.bpb_tokens": "corpus", "eval.seeds": "never", "eval.temperature": "never", "eval.top_k": "never"}
-INPUTS: dict[str, str] = {}
-OPTIONAL_INPUTS = {"corpus": "corpus"}
-PRODUCES = "scores"
-OUTPUTS = ["scores.json", "examples.parquet"]
-METRICS = {
-    "val_bpb": "minimize if corpus",
-    "perplexity": "minimize if corpus",
-    "text_bpb": "minimize if eval.text",
-    "text_perplexity": "minimize if eval.text",
-    "core": "maximize if eval.core and not eval.core.tasks",
-    "{suite}": "maximize",
-    "{eval.base_tasks}": "maximize",
-    "mean_centered": "maximize if suite",
-    "chatcore": "maximize if chatcore",
-}
-RESOURCES = ["gpu"]
-LABEL = "outside.name"
+from mlxchat.runner.stage import Metric, Stage
 
 # nanochat's.
 _MOST_CONTEXT_TOKENS = 2048
+NEVER_READ = ("eval.seeds", "eval.temperature", "eval.top_k")
+
+stage = Stage(
+    version=5,
+    optional_inputs={"corpus": "corpus"},
+    produces="scores",
+    outputs=["scores.json", "examples.parquet"],
+    reads=["outside", "suite", "eval"],
+    unread=lambda filled, format: [*NEVER_READ, *(() if "corpus" in filled else ["eval.bpb_tokens"])],
+    metrics=[
+        *TEXT_METRICS,
+        Metric("core", "maximize", when=has_core, needs="core=nanochat"),
+        *TASK_METRICS,
+    ],
+    uses_gpu=True,
+    label=lambda config: config.outside.name,
+)
 
 
 def run(ctx: Context) -> None:
+    from mlxchat.engine.third_party import ThirdPartyEngine
+    from mlxchat.evals.language_model import LanguageModel
+    from mlxchat.evals.measure import measure, write_scores
+    from mlxchat.ops.device import prepare_machine
+
     config = ctx.config.outside
     assert config.path is not None  # validated while planning
     prepare_machine(ctx.config.machine)

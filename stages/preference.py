@@ -1,62 +1,63 @@
 """Preference: make the chosen answer of a pair likelier than the rejected one, by DPO or ORPO.
 
-nanochat has no counterpart. Losses: conf/preference/. Options: conf/settings/preference.yaml.
+nanochat has no counterpart. Losses: conf/preference/. Settings: `PreferenceConfig` of config/schema.py.
 """
+
+from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
-from mlxchat.config.schema import TaskItem
-from mlxchat.data.mixture import open_item
-from mlxchat.data.tokens import open_mixture
-from mlxchat.engine.generate import Engine
-from mlxchat.errors import DataError
-from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.ops.device import prepare_machine
-from mlxchat.planning.horizon import count_later_iterations
-from mlxchat.planning.memory import choose_micro_batch
-from mlxchat.rl.forecast import describe_pairs
-from mlxchat.rl.pairs import PairBatches, PairRows, sample_pairs, sum_pairs, validate, write_pairs
-from mlxchat.rl.rollouts import PolicyScores
+from mlxchat.rl.forecast import memory, problems
 from mlxchat.runner.context import Context
-from mlxchat.tasks import Conversation, Task
-from mlxchat.tasks.jsonl import Answers
-from mlxchat.training.finetune import make_optimizer, save_trained
-from mlxchat.training.loop import Observation, fit
-from mlxchat.training.team_step import make_step
+from mlxchat.runner.stage import CHECKPOINT_FILES, WEIGHTS_OR_ADAPTERS, Metric, Stage
+from mlxchat.training.forecast import LOOP_METRICS
 
-VERSION = 4
-CONFIG = ["optimizer", "preference", "training"]
-INPUTS = {"checkpoint": "checkpoint"}
-PRODUCES = "checkpoint"
-FORECAST = "mlxchat.rl.forecast"
-FORMAT = "chat"
-OUTPUTS = [
-    "model.safetensors|adapters.safetensors",
-    "config.json",
-    "checkpoint.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-]
-METRICS = {
-    "val_pair_accuracy": "maximize while training",
-    "val_loss": "minimize while training",
-    "val_margin": "maximize while training",
-    "loss": "minimize while training",
-    "pair_accuracy": "maximize while training",
-    "margin": "maximize while training",
-    "val_chosen_log_prob": "neither",
-    "val_rejected_log_prob": "neither",
-    "val_pair_accuracy_stderr": "neither",
-    "left_out_pairs": "minimize",
-    "skipped_iterations": "minimize if training.on_nan=skip",
-    "tokens_per_second": "maximize",
-    "data_wait_frac": "minimize",
-}
-RESOURCES = ["gpu"]
+stage = Stage(
+    version=4,
+    inputs={"checkpoint": "checkpoint"},
+    produces="checkpoint",
+    outputs=[WEIGHTS_OR_ADAPTERS, *CHECKPOINT_FILES],
+    reads=["optimizer", "preference", "training"],
+    metrics=[
+        Metric("val_pair_accuracy", "maximize", curve=True),
+        Metric("val_loss", "minimize", curve=True),
+        Metric("val_margin", "maximize", curve=True),
+        Metric("loss", "minimize", curve=True),
+        Metric("pair_accuracy", "maximize", curve=True),
+        Metric("margin", "maximize", curve=True),
+        Metric("val_chosen_log_prob"),
+        Metric("val_rejected_log_prob"),
+        Metric("val_pair_accuracy_stderr"),
+        Metric("left_out_pairs", "minimize"),
+        *LOOP_METRICS,
+    ],
+    uses_gpu=True,
+    format="chat",
+    memory=memory,
+    problems=problems,
+)
 
 
 def run(ctx: Context) -> None:
+    from mlxchat.config.schema import TaskItem
+    from mlxchat.data.mixture import open_item
+    from mlxchat.data.tokens import open_mixture
+    from mlxchat.engine.generate import Engine
+    from mlxchat.errors import DataError
+    from mlxchat.model.checkpoint import load_checkpoint
+    from mlxchat.ops.device import prepare_machine
+    from mlxchat.planning.horizon import count_later_iterations
+    from mlxchat.planning.memory import choose_micro_batch
+    from mlxchat.rl.forecast import describe_pairs
+    from mlxchat.rl.pairs import PairBatches, PairRows, sample_pairs, sum_pairs, validate, write_pairs
+    from mlxchat.rl.rollouts import PolicyScores
+    from mlxchat.tasks import Conversation, Task
+    from mlxchat.tasks.jsonl import Answers
+    from mlxchat.training.finetune import make_optimizer, save_trained
+    from mlxchat.training.loop import Observation, fit
+    from mlxchat.training.team_step import make_step
+
     config = ctx.config.preference
     dtype = prepare_machine(ctx.config.machine)
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])

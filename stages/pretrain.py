@@ -1,65 +1,91 @@
 """Pretrain: teach the base model to predict text, one token at a time.
 
-Counterpart of nanochat's scripts/base_train.py. Options: conf/settings/pretrain.yaml.
+Counterpart of nanochat's scripts/base_train.py. Settings: `PretrainConfig` of config/schema.py.
 """
+
+from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
 
-from mlxchat.data.packing import RowStream, take_validation
-from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.data.tokens import open_documents
-from mlxchat.engine.generate import Engine
-from mlxchat.evals.bpb import text_loss
-from mlxchat.evals.samples import continue_prompts
-from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.model.gpt import GPT
-from mlxchat.model.initial import init_weights
-from mlxchat.model.sizes import sizes_of
-from mlxchat.ops.device import prepare_machine
-from mlxchat.optim.optimizer import Optimizer
-from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers
-from mlxchat.planning.memory import choose_micro_batch
 from mlxchat.runner.context import Context
-from mlxchat.training.batches import RowBatches
-from mlxchat.training.forecast import memory
-from mlxchat.training.loop import Observation, derived_after, fit
-from mlxchat.training.observations import observe_core
-from mlxchat.training.state import Candidates
-from mlxchat.training.team_step import make_step
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.stage import CHECKPOINT_FILES, Metric, Stage
+from mlxchat.training.forecast import LOOP_METRICS, memory, problems
 
-VERSION = 6
-CONFIG = ["model", "architecture", "optimizer", "pretrain", "training"]
-INPUTS = {"corpus": "corpus", "tokenizer": "tokenizer"}
-PRODUCES = "checkpoint"
-FORECAST = "mlxchat.training.forecast"
-FORMAT = "base"
-OUTPUTS = ["model.safetensors", "config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json"]
-METRICS = {
-    "val_bpb": "minimize while training",
-    "val_perplexity": "minimize while training",
-    "loss": "minimize while training",
-    "core_estimate": "maximize while training if pretrain.core and not pretrain.core.tasks",
-    "core_estimate_stderr": "neither if pretrain.core and not pretrain.core.tasks",
-    "core_tasks_estimate": "maximize if pretrain.core.tasks",
-    "best_iteration": "neither if pretrain.keep=best",
-    "last_val_bpb": "minimize if pretrain.keep=best",
-    "last_val_perplexity": "minimize if pretrain.keep=best",
-    "reached_target": "maximize if pretrain.target_bpb",
-    "iterations": "minimize if pretrain.target_bpb",
-    "seconds_to_target": "minimize if pretrain.target_bpb",
-    "epochs": "neither",
-    "cropped_tokens": "minimize",
-    "cropped_frac": "minimize",
-    "skipped_iterations": "minimize if training.on_nan=skip",
-    "tokens_per_second": "maximize",
-    "data_wait_frac": "minimize",
-}
-RESOURCES = ["gpu"]
-LABEL = "model.name"
+
+def estimates_core(step: PlannedStep) -> bool:
+    core = step.config.pretrain.core
+    return core is not None and not core.tasks
+
+
+def estimates_core_tasks(step: PlannedStep) -> bool:
+    core = step.config.pretrain.core
+    return core is not None and bool(core.tasks)
+
+
+def keeps_best(step: PlannedStep) -> bool:
+    return bool(step.config.pretrain.keep == "best")
+
+
+def has_target(step: PlannedStep) -> bool:
+    return step.config.pretrain.target_bpb is not None
+
+
+stage = Stage(
+    version=6,
+    inputs={"corpus": "corpus", "tokenizer": "tokenizer"},
+    produces="checkpoint",
+    outputs=["model.safetensors", *CHECKPOINT_FILES],
+    reads=["model", "architecture", "optimizer", "pretrain", "training"],
+    metrics=[
+        Metric("val_bpb", "minimize", curve=True),
+        Metric("val_perplexity", "minimize", curve=True),
+        Metric("loss", "minimize", curve=True),
+        Metric("core_estimate", "maximize", curve=True, when=estimates_core, needs="core=nanochat"),
+        Metric("core_estimate_stderr", when=estimates_core, needs="core=nanochat"),
+        Metric("core_tasks_estimate", "maximize", when=estimates_core_tasks, needs="pretrain.core.tasks"),
+        Metric("best_iteration", when=keeps_best, needs="pretrain.keep=best"),
+        Metric("last_val_bpb", "minimize", when=keeps_best, needs="pretrain.keep=best"),
+        Metric("last_val_perplexity", "minimize", when=keeps_best, needs="pretrain.keep=best"),
+        Metric("reached_target", "maximize", when=has_target, needs="pretrain.target_bpb"),
+        Metric("iterations", "minimize", when=has_target, needs="pretrain.target_bpb"),
+        Metric("seconds_to_target", "minimize", when=has_target, needs="pretrain.target_bpb"),
+        Metric("epochs"),
+        Metric("cropped_tokens", "minimize"),
+        Metric("cropped_frac", "minimize"),
+        *LOOP_METRICS,
+    ],
+    uses_gpu=True,
+    format="base",
+    label=lambda config: config.model.name,
+    memory=memory,
+    problems=problems,
+)
 
 
 def run(ctx: Context) -> None:
+    from mlxchat.data.packing import RowStream, take_validation
+    from mlxchat.data.tokenizer import Tokenizer
+    from mlxchat.data.tokens import open_documents
+    from mlxchat.engine.generate import Engine
+    from mlxchat.evals.bpb import text_loss
+    from mlxchat.evals.samples import continue_prompts
+    from mlxchat.model.checkpoint import save_checkpoint
+    from mlxchat.model.gpt import GPT
+    from mlxchat.model.initial import init_weights
+    from mlxchat.model.sizes import sizes_of
+    from mlxchat.ops.device import prepare_machine
+    from mlxchat.optim.optimizer import Optimizer
+    from mlxchat.planning.horizon import derive_hyperparameters, derive_numbers
+    from mlxchat.planning.memory import choose_micro_batch
+    from mlxchat.training.batches import RowBatches
+    from mlxchat.training.forecast import memory
+    from mlxchat.training.loop import Observation, derived_after, fit
+    from mlxchat.training.observations import observe_core
+    from mlxchat.training.state import Candidates
+    from mlxchat.training.team_step import make_step
+
     config, rates, machine = ctx.config.pretrain, ctx.config.optimizer, ctx.config.machine
     dtype = prepare_machine(machine)
     tokenizer = Tokenizer.load(ctx.inputs["tokenizer"])

@@ -1,58 +1,71 @@
 """RL: sample completions, reward them, make the better ones likelier.
 
 Counterpart of nanochat's scripts/chat_rl.py: on-policy REINFORCE with the group's mean reward as baseline and
-token-level normalisation; no KL penalty, ratio or clipping. Other losses: conf/rl/. Options: conf/settings/rl.yaml.
+token-level normalisation; no KL penalty, ratio or clipping. Other losses: conf/rl/.
+Settings: `RLConfig` of config/schema.py.
 """
+
+from __future__ import annotations
 
 from functools import partial
 from typing import Any
 
-from mlxchat.data.mixture import open_item
-from mlxchat.engine.generate import Engine
-from mlxchat.model.checkpoint import load_checkpoint
-from mlxchat.model.parameters import trained_parameters
-from mlxchat.ops.device import prepare_machine
-from mlxchat.planning.horizon import count_later_iterations
-from mlxchat.planning.memory import choose_micro_batch
-from mlxchat.rl.forecast import describe, longest_answer
-from mlxchat.rl.rollouts import PolicyScores, Rollouts, longest_prompt, pass_at_k, updates_per_rollout
+from mlxchat.config.schema import Config
+from mlxchat.rl.forecast import memory, problems
 from mlxchat.runner.context import Context
-from mlxchat.training.finetune import make_optimizer, save_trained
-from mlxchat.training.loop import Observation, fit
-from mlxchat.training.state import Candidates
-from mlxchat.training.team_step import make_step
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.stage import CHECKPOINT_FILES, WEIGHTS_OR_ADAPTERS, Metric, Stage
+from mlxchat.training.forecast import LOOP_METRICS
 
-VERSION = 9
-CONFIG = ["optimizer", "rl", "training"]
-INPUTS = {"checkpoint": "checkpoint"}
-PRODUCES = "checkpoint"
-FORECAST = "mlxchat.rl.forecast"
-FORMAT = "chat"
-OUTPUTS = [
-    "model.safetensors|adapters.safetensors",
-    "config.json",
-    "checkpoint.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-]
-METRICS = {
-    "pass_at_{rl.eval_samples}": "maximize",
-    "held_out_reward": "maximize",
-    "reward": "maximize while training",
-    "best_iteration": "neither if rl.keep=best",
-    "last_pass_at_{rl.eval_samples}": "maximize if rl.keep=best",
-    "last_held_out_reward": "maximize if rl.keep=best",
-    "pass_at_{rl.eval_samples}_stderr": "neither",
-    "held_out_reward_stderr": "neither",
-    "loss": "neither",
-    "skipped_iterations": "minimize if training.on_nan=skip",
-    "tokens_per_second": "maximize",
-    "data_wait_frac": "minimize",
-}
-RESOURCES = ["gpu"]
+
+def keeps_best(step: PlannedStep) -> bool:
+    return bool(step.config.rl.keep == "best")
+
+
+def numbers_of_samples(config: Config) -> range:
+    return range(1, config.rl.eval_samples + 1)
+
+
+stage = Stage(
+    version=9,
+    inputs={"checkpoint": "checkpoint"},
+    produces="checkpoint",
+    outputs=[WEIGHTS_OR_ADAPTERS, *CHECKPOINT_FILES],
+    reads=["optimizer", "rl", "training"],
+    metrics=[
+        Metric("pass_at_*", "maximize", names=numbers_of_samples),
+        Metric("held_out_reward", "maximize"),
+        Metric("reward", "maximize", curve=True),
+        Metric("best_iteration", when=keeps_best, needs="rl.keep=best"),
+        Metric("last_pass_at_*", "maximize", names=numbers_of_samples, when=keeps_best, needs="rl.keep=best"),
+        Metric("last_held_out_reward", "maximize", when=keeps_best, needs="rl.keep=best"),
+        Metric("pass_at_*_stderr", names=numbers_of_samples),
+        Metric("held_out_reward_stderr"),
+        Metric("loss"),
+        *LOOP_METRICS,
+    ],
+    uses_gpu=True,
+    format="chat",
+    memory=memory,
+    problems=problems,
+)
 
 
 def run(ctx: Context) -> None:
+    from mlxchat.data.mixture import open_item
+    from mlxchat.engine.generate import Engine
+    from mlxchat.model.checkpoint import load_checkpoint
+    from mlxchat.model.parameters import trained_parameters
+    from mlxchat.ops.device import prepare_machine
+    from mlxchat.planning.horizon import count_later_iterations
+    from mlxchat.planning.memory import choose_micro_batch
+    from mlxchat.rl.forecast import describe, longest_answer
+    from mlxchat.rl.rollouts import PolicyScores, Rollouts, longest_prompt, pass_at_k, updates_per_rollout
+    from mlxchat.training.finetune import make_optimizer, save_trained
+    from mlxchat.training.loop import Observation, fit
+    from mlxchat.training.state import Candidates
+    from mlxchat.training.team_step import make_step
+
     config, machine = ctx.config.rl, ctx.config.machine
     dtype = prepare_machine(machine)
     model, tokenizer, facts = load_checkpoint(ctx.inputs["checkpoint"])

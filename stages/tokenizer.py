@@ -1,32 +1,50 @@
 """Tokenizer: train byte-pair encoding on the corpus, or take one over, and measure how well it compresses text.
 
-Counterpart of nanochat's tok_train.py and tok_eval.py. Options: conf/settings/tokenizer.yaml.
+Counterpart of nanochat's tok_train.py and tok_eval.py. Settings: `TokenizerConfig` of config/schema.py.
 """
+
+from __future__ import annotations
 
 import json
 
-from mlxchat.data.bpe import train_on_corpus
-from mlxchat.data.sources import Corpus
-from mlxchat.data.tokenizer import load_vocabulary
-from mlxchat.evals.compression import compression_rows, print_compression
 from mlxchat.runner.context import Context
+from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.stage import Metric, Stage
 
-VERSION = 2
-CONFIG = ["tokenizer"]
-INPUTS = {"corpus": "corpus"}
-PRODUCES = "tokenizer"
-OUTPUTS = ["ranks.tiktoken", "tokenizer.json", "tokenizer_config.json", "token_bytes.safetensors", "compression.json"]
-METRICS = {
-    "bytes_per_token": "maximize",
-    "chars_per_token": "maximize",
-    "trained_chars": "neither if tokenizer.source=train",
-    "chars_per_second": "maximize if tokenizer.source=train",
-}
-LABEL = "tokenizer.vocab_size"
-SEEDED = "data"
+
+def is_trained(step: PlannedStep) -> bool:
+    return bool(step.config.tokenizer.source == "train")
+
+
+stage = Stage(
+    version=2,
+    inputs={"corpus": "corpus"},
+    produces="tokenizer",
+    outputs=[
+        "ranks.tiktoken",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "token_bytes.safetensors",
+        "compression.json",
+    ],
+    reads=["tokenizer"],
+    metrics=[
+        Metric("bytes_per_token", "maximize"),
+        Metric("chars_per_token", "maximize"),
+        Metric("trained_chars", when=is_trained, needs="tokenizer.source=train"),
+        Metric("chars_per_second", "maximize", when=is_trained, needs="tokenizer.source=train"),
+    ],
+    seeded="data",
+    label=lambda config: config.tokenizer.vocab_size,
+)
 
 
 def run(ctx: Context) -> None:
+    from mlxchat.data.bpe import train_on_corpus
+    from mlxchat.data.sources import Corpus
+    from mlxchat.data.tokenizer import load_vocabulary
+    from mlxchat.evals.compression import compression_rows, print_compression
+
     config, corpus = ctx.config.tokenizer, ctx.inputs["corpus"]
     if config.source == "train":
         tokenizer = train_on_corpus(ctx, corpus, config)

@@ -19,7 +19,7 @@ from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.evals.measure import measure_own
 from mlxchat.runner.keys import pin_externals
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.stage import Stages, read_stage
+from mlxchat.runner.stage import read_stage
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
@@ -106,48 +106,40 @@ def test_own_settings_are_checked(override, message, example):
         plan(override)
 
 
-STAGE = "VERSION = 1\nINPUTS = {}\nPRODUCES = 'x'\nOUTPUTS = []\n"
 DATACLASS = "from dataclasses import dataclass\n@dataclass\n"
+IMPORT = "from mlxchat.runner.stage import Stage\n"
+STAGE = f"{IMPORT}stage = Stage(version=1, produces='x', outputs=[])\n"
+WITH_SETTINGS = f"{IMPORT}stage = Stage(version=1, produces='x', outputs=[], settings=Settings)\n"
 
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
         ("sft", STAGE, "two stages are called sft"),
-        ("machine", f"{STAGE}{DATACLASS}class Settings:\n    x: int = 1\n", 'mlxchat already has a section "machine"'),
-        ("odd", "VERSION = 1\nINPUTS = {}\n", "a stage must declare PRODUCES, OUTPUTS as literals"),
-        ("odd", f"{STAGE}class Settings: pass\n", "my_stages.odd:Settings is not a dataclass"),
-        ("odd", f"{STAGE}{DATACLASS}class Settings:\n    x: set = None\n", "odd.py: Settings: .*x"),
-        ("odd", f"{STAGE}SETTINGS = 'my_stages.absent:Odd'\n", "importing my_stages.absent for the settings failed"),
-        ("odd", f"{STAGE}{DATACLASS}class Settings:\n    x: int\n", "odd.x has no value: give odd.x="),
+        (
+            "machine",
+            f"{DATACLASS}class Settings:\n    x: int = 1\n{WITH_SETTINGS}",
+            'mlxchat already has a section "machine"',
+        ),
+        ("odd", "VERSION = 1\nINPUTS = {}\nPRODUCES = 'x'\n", r"as up to version 0\.2\. Write stage = Stage\("),
+        ("odd", f"{IMPORT}stage = Stage(version=1, outputs=[])\n", "importing it failed .*'produces'"),
+        ("odd", "stage = 1\n", r"odd.py declares no stage; expected stage = Stage\("),
+        ("odd", f"class Settings: pass\n{WITH_SETTINGS}", "Settings'> is not a dataclass"),
+        ("odd", f"{DATACLASS}class Settings:\n    x: set = None\n{WITH_SETTINGS}", "odd.py: Settings: .*x"),
+        ("odd", f"{DATACLASS}class Settings:\n    x: int\n{WITH_SETTINGS}", "odd.x has no value: give odd.x="),
         (
             "odd",
-            f"{STAGE}{DATACLASS}class Settings:\n    x: int = 1\n    def __post_init__(self):\n"
-            "        if self.x < 2: raise ValueError('x is too small')\n",
+            f"{DATACLASS}class Settings:\n    x: int = 1\n    def __post_init__(self):\n"
+            f"        if self.x < 2: raise ValueError('x is too small')\n{WITH_SETTINGS}",
             "x is too small",
         ),
-        ("odd", "VERSION = (\n", "odd.py, line 1: '\\(' was never closed"),
+        ("odd", "stage = (\n", "odd.py, line 1: '\\(' was never closed"),
     ],
 )
 def test_invalid_stage_file_is_refused(name, text, message, example):
     (example / "my_stages" / f"{name}.py").write_text(text)
     with pytest.raises(ConfigError, match=message):
         plan()
-
-
-def test_settings_that_load_mlx_are_refused(example):
-    text = f"import mlx.core\n{STAGE}{DATACLASS}class Settings:\n    x: int = 1\n"
-    (example / "my_stages" / "heavy.py").write_text(text)
-    done = run_process("plan", *WORDS, cwd=example)
-    assert done.returncode == 2
-    assert "importing my_stages.heavy for the settings loads MLX" in done.stderr
-
-
-def test_settings_may_be_in_another_file(example):
-    (example / "my_stages" / "light.py").write_text(f"{DATACLASS}class Count:\n    most: int = 8\n")
-    (example / "my_stages" / "more.py").write_text(f"import mlx.core\n{STAGE}SETTINGS = 'my_stages.light:Count'\n")
-    assert compose_config(["stages=[my_stages]", "more.most=9"]).config.more.most == 9  # type: ignore[attr-defined]
-    assert Stages(["my_stages"])["more"].config == ("more",)
 
 
 def test_package_provides_stages_and_groups(example):

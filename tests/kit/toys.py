@@ -53,13 +53,14 @@ class Toys:
     def add(
         self, name: str, body: str, *, inputs: dict[str, str] | None = None, config: tuple[str, ...] = ("toy",),
         outputs: tuple[str, ...] = ("result.txt",), produces: str = "thing", version: int = 1,
-        metrics: dict[str, str] | None = None,
+        metrics: dict[str, str | None] | None = None,
     ) -> None:  # fmt: skip
         """Write a stage whose `run(ctx)` is `body`, or write it anew."""
         self.package.joinpath(f"{name}.py").write_text(
-            f"import os, signal, time\nfrom mlxchat.errors import DataError\nVERSION = {version}\n"
-            f"CONFIG = {list(config)}\nINPUTS = {inputs or {}}\nPRODUCES = {produces!r}\nOUTPUTS = {list(outputs)}\n"
-            f"METRICS = {metrics or {}}\n"
+            "import os, signal, time\nfrom mlxchat.errors import DataError\n"
+            "from mlxchat.runner.stage import Metric, Stage\n"
+            f"stage = Stage(version={version}, inputs={inputs or {}}, produces={produces!r}, outputs={list(outputs)}, "
+            f"reads={list(config)}, metrics=[Metric(*each) for each in {list((metrics or {}).items())}])\n"
             f"def run(ctx):\n{indent(dedent(body).strip(), '    ')}\n"
         )
         stage_module.read_stage.cache_clear()

@@ -181,7 +181,7 @@ def test_dtype_is_part_of_gpu_steps_keys_only():
         )
         found[dtype] = {step.name: step for step in plan}
     changed = {name for name, step in found["bfloat16"].items() if step.key != found["float32"][name].key}
-    computing = {name for name, step in found["bfloat16"].items() if "gpu" in step.stage.resources}
+    computing = {name for name, step in found["bfloat16"].items() if step.stage.uses_gpu}
     assert changed == below(computing) > {"pretrain", "sft"}
     assert all(found["bfloat16"][name].identity["compute_dtype"] == "bfloat16" for name in computing)
     assert not any("compute_dtype" in step.identity for step in found["float32"].values())

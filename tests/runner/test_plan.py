@@ -1,6 +1,8 @@
 """The plan: order, wiring, and whether and why each step runs."""
 
+import importlib
 import importlib.metadata
+import sys
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -134,19 +136,24 @@ def test_reason_compares_with_the_nearest_artifact(toys):
     assert step.reason == "config changed: toy.number 1 → 9"
 
 
-def test_unchanged_data_seed_is_not_listed(toys):
+def declare(toys, before: str, after: str) -> None:
+    """Change the declaration of the stage make."""
     file = toys.package / "make.py"
-    file.write_text(f'SEEDED = "both"\n{file.read_text()}')
+    file.write_text(file.read_text().replace(before, after))
     read_stage.cache_clear()
+    sys.modules.pop(f"{toys.package.name}.make", None)
+    importlib.invalidate_caches()
+
+
+def test_unchanged_data_seed_is_not_listed(toys):
+    declare(toys, "produces=", 'seeded="both", produces=')
     toys.run(toys.plan(CHAIN))
     assert reasons(toys, seed=2, data_seed=1)["one"] == ("run", "config changed: seed 1 → 2")
     assert reasons(toys, seed=1, data_seed=2)["one"] == ("run", "config changed: data_seed 1 → 2")
 
 
 def test_changed_data_seed_is_named_by_its_key(toys):
-    file = toys.package / "make.py"
-    file.write_text(f'SEEDED = "data"\n{file.read_text()}')
-    read_stage.cache_clear()
+    declare(toys, "produces=", 'seeded="data", produces=')
     toys.run(toys.plan(CHAIN))
     assert reasons(toys, seed=1, data_seed=2)["one"] == ("run", "config changed: data_seed 1 → 2")
 
@@ -233,24 +240,10 @@ def test_missing_files_and_packages_are_reported_together(tmp_path):
     assert "b.x.paths: /nor/this cannot be read" in text
 
 
-@pytest.mark.parametrize(
-    ("write", "message"),
-    [
-        (lambda text: text.replace("VERSION = 1", "VERSION = int('1')"), "must declare VERSION as literals"),
-        (lambda text: text.replace("PRODUCES", "MAKES").replace("OUTPUTS", "FILES"), "PRODUCES, OUTPUTS"),
-    ],
-)
-def test_incomplete_stage_declaration_is_refused(write, message, toys):
-    path = toys.package / "make.py"
-    path.write_text(write(path.read_text()))
-    with pytest.raises(ConfigError, match=message):
+def test_incomplete_stage_declaration_is_refused(toys):
+    declare(toys, "version=1, ", "")
+    with pytest.raises(ConfigError, match=r"make\.py: importing it failed .*'version'"):
         toys.plan(CHAIN)
-
-
-def test_planning_imports_no_stage(toys):
-    path = toys.package / "make.py"
-    path.write_text("raise RuntimeError('imported')\n" + path.read_text())
-    assert [step.name for step in toys.plan(CHAIN)] == list(CHAIN)
 
 
 def test_long_lines_fit_the_terminal_and_stay_whole_elsewhere(toys, monkeypatch):

@@ -3,13 +3,12 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
-from mlxchat.runner.plan import entries_of
+from mlxchat.runner.plan import PlannedStep, entries_of
 from mlxchat.runner.stage import Stages
 from mlxchat.store.store import Store
 from mlxchat.sweep.job import plan_of
@@ -18,16 +17,16 @@ from mlxchat.sweep.results import find_metric, metrics_of_plan
 APART = ("tokens_per_second", "data_wait_frac")
 
 
-def plans(*overrides: str, outputs: Path = Path("nowhere")) -> list[Any]:
+def plans(*overrides: str, outputs: Path = Path("nowhere")) -> list[list[PlannedStep]]:
     """Return what `find_metric` takes, for one configuration."""
     config = compose_config(["experiment=smoke", *overrides, f"outputs={outputs}"]).config
-    return [(plan_of(config, Store(outputs)), config)]
+    return [plan_of(config, Store(outputs))]
 
 
-def declared(*overrides: str) -> dict[str, str]:
+def declared(*overrides: str) -> dict[str, str | None]:
     """Return STEP.METRIC → direction of what a configuration records."""
-    ((plan, config),) = plans(*overrides)
-    return {metric.name: metric.direction for metric in metrics_of_plan(plan, config) if not metric.absent}
+    (plan,) = plans(*overrides)
+    return {metric.name: metric.direction for metric in metrics_of_plan(plan) if not metric.needs}
 
 
 def test_stages_declare_exactly_their_recorded_metrics(finished, tiny):
@@ -42,10 +41,9 @@ def test_stages_declare_exactly_their_recorded_metrics(finished, tiny):
 
 def test_training_metrics_are_in_metrics_jsonl(finished):
     for stage in ("pretrain", "midtrain", "sft", "rl"):
-        declared = Stages()[stage]
         (folder,) = (finished.outputs / "store").glob(f"{stage}-*")
         names = {name for line in (folder / "metrics.jsonl").read_text().splitlines() for name in json.loads(line)}
-        expected = {name for name in declared.metrics if declared.is_curve(name)} - {"core_estimate"}
+        expected = {each.name for each in Stages()[stage].metrics if each.curve} - {"core_estimate"}
         assert expected, stage
         assert expected <= names, stage
 
@@ -55,15 +53,17 @@ def test_training_metrics_are_in_metrics_jsonl(finished):
     [
         ("pretrain", "val_bpb", "minimize"), ("pretrain", "tokens_per_second", "maximize"),
         ("sft", "val_loss", "minimize"), ("sft", "accuracy_facts", "maximize"), ("rl", "pass_at_8", "maximize"),
-        ("rl", "pass_at_8_stderr", "neither"), ("eval", "core", "maximize"), ("tokenizer", "facts", None),
+        ("rl", "pass_at_8_stderr", None), ("eval", "core", "maximize"), ("eval", "facts", "maximize"),
     ],
 )  # fmt: skip
 def test_metrics_have_the_right_direction(stage, metric, direction):
-    assert Stages()[stage].direction_of(metric) == direction
+    found = Stages()[stage].metric(metric)
+    assert found is not None
+    assert found.better == direction
 
 
 def test_compare_and_ls_sort_a_metric_best_first(toys, say):
-    metrics = {"score": "maximize", "val_loss": "minimize", "num_tokens": "neither"}
+    metrics = {"score": "maximize", "val_loss": "minimize", "num_tokens": None}
     body = """
         (ctx.out / "result.txt").write_text("x")
         ctx.metrics |= {"score": ctx.config.toy.number, "val_loss": ctx.config.toy.number, "num_tokens": 1}
@@ -115,13 +115,13 @@ def test_unrecorded_metric_is_refused_with_the_reason():
     assert find_metric("pretrain.val_bpb", None, found) == "minimize"
     assert find_metric("pretrain.val_bpb", "maximize", found) == "maximize"
     for metric, message in {
-        "eval_base.core": r"not recorded here, since eval.core is null \(core=nanochat computes it\)",
+        "eval_base.core": "not recorded here; it needs core=nanochat",
         "eval_base.cor": r'(?s)records no "cor": val_bpb, perplexity.*mean "eval_base.core".*core=nanochat',
-        "eval_sft.core": "eval_sft evaluates a chat model",
+        "eval_sft.core": "it needs core=nanochat and a base model",
         "sft.val_bpb": r'(?s)records no "val_bpb": val_loss, loss.*Did you mean "sft.val_loss"',
         "kinds_mc": r'(?s)expected STEP.METRIC.*\n +eval_sft: kinds_mc, .*Did you mean "eval_mid.kinds_mc"',
         "pretran.val_bpb": r'(?s)"pretran" is not a step of this run.*\n +pretrain: .*mean "pretrain.val_bpb"',
-        "pretrain.best_iteration": "pretrain.keep is last",
+        "pretrain.best_iteration": "it needs pretrain.keep=best",
         "corpus.train_chars": "give sweep.direction=minimize or sweep.direction=maximize",
     }.items():
         with pytest.raises(ConfigError) as caught:

@@ -68,7 +68,7 @@ def _plan(options: Namespace) -> int:
     drift = {
         step.name: environment_drift(manifest, backend)
         for step in plan
-        if step.done and "gpu" in step.stage.resources and (manifest := store.made(step.key)) is not None
+        if step.done and step.stage.uses_gpu and (manifest := store.made(step.key)) is not None
     }
     if options.json:
         print_json(describe_plan(plan, estimates, memory, drift))
@@ -296,14 +296,15 @@ def describe_stage(name: str, overrides: list[str]) -> dict[str, Any]:
         raise ConfigError(f'"{name}" is neither a stage nor a step: {", ".join(known)}.{suggest(name, known)}')
     stage = stages[key]
     section = getattr(config_of(config, name, stage) if is_step else config, key, None)
-    text = ast.get_docstring(ast.parse(stage.path.read_text(encoding="utf-8"))) or ""
+    text = inspect.getdoc(importlib.import_module(stage.module)) or ""
     return {
         "stage": key, "does": " ".join(text.partition("\n\n")[0].split()), "file": str(stage.path),
         "version": stage.version,
         "reads": [f"{role} ({kind})" for role, kind in stage.inputs.items()]
         + [f"{role} ({kind}, optional)" for role, kind in stage.optional_inputs.items()],
         "produces": stage.produces, "writes": [names.replace("|", " or ") for names in stage.outputs],
-        "needs": list(stage.resources), "metrics": dict(stage.metrics),
+        "needs": ["gpu"] if stage.uses_gpu else [],
+        "metrics": {each.name: str(each) for each in stage.metrics},
         "settings": dict(_settings(section, key)) if is_dataclass(section) else {},
         "sections": [other for other in stage.config if other != key],
     }  # fmt: skip

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, is_dataclass, make_dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.parts import import_module
 from mlxchat.config.schema import EXECUTORS, REQUEUES, Config, ExecutorConfig
 from mlxchat.errors import ConfigError, suggest
 from mlxchat.runner.stage import Stage, Stages
@@ -33,7 +31,7 @@ def _schema_of(places: tuple[str, ...], here: Path) -> type[Config]:
     known = {item.name for item in fields(Config)}
     if taken := [stage for stage in stages if stage.name in known]:
         raise ConfigError(f'{taken[0].path}: mlxchat already has a section "{taken[0].name}". Rename the file')
-    sections = [(stage.name, kind, _section(kind)) for stage in stages for kind in [_settings_class(stage)]]
+    sections = [(stage.name, _settings_class(stage), _section(stage.settings)) for stage in stages]
 
     def reduce(config: Any) -> tuple[Any, ...]:
         return _restore, (places, {item.name: getattr(config, item.name) for item in fields(config)})
@@ -103,38 +101,25 @@ def _restore(places: tuple[str, ...], values: dict[str, Any]) -> Config:
     return schema_of(places)(**values)
 
 
-def _section(kind: type) -> Any:
+def _section(kind: type | None) -> Any:
     # OmegaConf takes the class as a section whose values are still missing.
     return field(default_factory=lambda: kind)
 
 
 def _settings_class(stage: Stage) -> type:
-    """Import the dataclass of a stage's settings.
+    """Return the dataclass of a stage's settings.
 
     Raises:
-        ConfigError: it cannot be imported, imports MLX, or has fields that YAML cannot fill.
+        ConfigError: it is no dataclass, or has fields that YAML cannot fill.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    assert stage.settings is not None
-    module, _, name = stage.settings.partition(":")
-    was_there = "mlx" in sys.modules
-    try:
-        kind = getattr(import_module(module, stage.root), name, None)
-    except Exception as error:  # the user's code may raise anything
-        raise ConfigError(
-            f"{stage.path}: importing {module} for the settings failed ({type(error).__name__}: {error})"
-        ) from None
-    if "mlx" in sys.modules and not was_there:
-        raise ConfigError(
-            f"{stage.path}: importing {module} for the settings loads MLX, which slows down every start. Import MLX "
-            f'inside run, or move the dataclass to another file: SETTINGS = "module:Class"'
-        )
+    kind = stage.settings
     if not (isinstance(kind, type) and is_dataclass(kind)):
-        raise ConfigError(f"{stage.path}: {stage.settings} is not a dataclass")
+        raise ConfigError(f"{stage.path}: settings={kind!r} is not a dataclass")
     try:
         OmegaConf.structured(kind)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{stage.path}: {name}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{stage.path}: {kind.__name__}: {str(error).splitlines()[0]}") from None
     return kind

@@ -2,7 +2,7 @@
 
 `Score` is what an evaluation measured of one task. `read_scores` turns scores.json into `Measure`s: every number with
 its metric, unit, chance, count of questions and standard error. Whether less or more of a metric is better is declared
-in METRICS of the stages (`runner.stage.best_of`). Counterpart of nanochat's chat_eval: centred =
+in `metrics` of the stages (`runner.stage.best_of`). Counterpart of nanochat's chat_eval: centred =
 (accuracy − chance) / (1 − chance), 0 is guessing, 1 is perfect.
 """
 

@@ -36,8 +36,8 @@ def check_inputs(config: Config, plan: list[PlannedStep]) -> None:
     """Check the inputs of pending steps: by their stages' forecasts (ConfigError), and conversations (DataError)."""
     sizes, problems = find_model_sizes(config, plan), list[str]()
     for step in plan:
-        if not step.done and (find_problems := step.stage.forecast_function("problems")) is not None:
-            problems += find_problems(step.config, step, plan, sizes.get(step.name))
+        if not step.done and step.stage.problems is not None:
+            problems += step.stage.problems(step.config, step, plan, sizes.get(step.name))
     if problems:
         raise ConfigError("\n".join(problems))
     faults: dict[str, dict[str, None]] = {}

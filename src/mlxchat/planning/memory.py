@@ -412,11 +412,11 @@ def forecast_memory(config: Config, plan: Iterable[PlannedStep]) -> dict[str, Fo
 
 def describe_memory(config: Config, stage: Stage, sizes: GPTSizes | None = None) -> Training | Decoding | None:
     """Return what the memory of a stage depends on; None: it has no forecast. `sizes` of None: the configuration's."""
-    describe: Callable[[Config, str, GPTSizes], Training | Decoding] | None = stage.forecast_function("memory")
-    if describe is None:
+    if stage.memory is None:
         return None
     sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-    return describe(config, stage.name, sizes).on(config.machine)
+    need: Training | Decoding = stage.memory(config, stage.name, sizes)
+    return need.on(config.machine)
 
 
 def check_memory(config: Config, plan: Iterable[PlannedStep]) -> None:

@@ -21,7 +21,7 @@ from mlxchat.errors import ConfigError, StoreError, suggest
 from mlxchat.runner.code import changed_code, code_of_stage
 from mlxchat.runner.keys import file_hashes, pin_externals
 from mlxchat.runner.reasons import Difference, find_difference
-from mlxchat.runner.stage import Stage, Stages
+from mlxchat.runner.stage import Format, Stage, Stages
 from mlxchat.store import attempts, locks
 from mlxchat.store.fingerprint import compute_key, identity_of
 from mlxchat.store.manifest import Manifest, read_manifest
@@ -182,7 +182,7 @@ class PlannedStep:
     """The typed configuration of the step, including its own settings (`with`)."""
     sections: dict[str, Any] = field(default_factory=dict, repr=False)
     """The configuration sections that the stage reads."""
-    format: str | None = None
+    format: Format | None = None
     """Format of the checkpoint that the step starts from: base or chat; None: unknown, or no checkpoint."""
     unread: frozenset[str] = frozenset()
     """Sections and settings that this step does not read."""
@@ -301,7 +301,7 @@ def make_plan(
     """Return the steps in topological order, each with its key and whether and why it has to run.
 
     Args:
-        config: typed configuration; a stage's CONFIG names the attributes that it reads.
+        config: typed configuration; a stage's `config` names the sections that it reads.
         pipeline: see `Pipeline`.
         store: store of artifacts.
         targets: steps or stages; None: all.
@@ -335,13 +335,13 @@ def make_plan(
             if id(section) not in identities:
                 identities[id(section)] = identity_of(section)
         format = _format_of_input(stage, inputs, given, planned, stages)
-        unread = stage.unread({*inputs, *given}, format)
+        unread = frozenset(stage.unread({*inputs, *given}, format))
         read = tuple(map(id, sections.values()))
         if (read, unread) not in pins:
             pins[read, unread] = pin_externals(sections, lambda path: str(hashes.of(str(path.resolve()))), unread)
         identity = _without(unread, {section: identities[id(value)] for section, value in sections.items()})
         identity |= stage.seeds(seed, seed if data_seed is None else data_seed)
-        if compute_dtype != "float32" and "gpu" in stage.resources:
+        if compute_dtype != "float32" and stage.uses_gpu:
             identity["compute_dtype"] = compute_dtype
         inherited = [planned[step].label for step in inputs.values()]
         labels = [given_label(source, given[role]) for role, source in given_of(pipeline[name]).items()]
@@ -464,7 +464,7 @@ def _format_of_input(
     given: Mapping[str, Manifest],
     planned: Mapping[str, PlannedStep],
     stages: Mapping[str, Stage],
-) -> str | None:
+) -> Format | None:
     """Return base or chat for the checkpoint that a step of this stage starts from; None: unknown, or no checkpoint."""
     role = next((role for role, kind in stage.roles.items() if kind == GIVEN_KIND), "")
     if role in inputs:
@@ -485,10 +485,7 @@ def _without(unread: frozenset[str], identity: dict[str, Any]) -> dict[str, Any]
 def _label(stage: Stage, config: Any, inherited: list[str]) -> str:
     if stage.label is None:
         return inherited[0] if inherited else ""
-    value = config
-    for part in stage.label.split("."):
-        value = getattr(value, part)
-    return str(value)
+    return str(stage.label(config))
 
 
 def entries_of(plan: list[PlannedStep]) -> list[dict[str, Any]]:

@@ -202,7 +202,7 @@ class _Making:
         """
         step, run = self.step, self.run
         with ExitStack() as held:
-            if "gpu" in step.stage.resources and run.uses_gpu():
+            if step.stage.uses_gpu and run.uses_gpu():
                 for device, token in locks.gpu_locks().items():
                     waiting = Waiting(run, step.name, token, doing=f"has GPU {device}")
                     held.enter_context(locks.hold(token, {"run": run.name, "step": step.name}, *waiting.calls))
@@ -240,7 +240,7 @@ class _Making:
         crash_point("step.prepared")
         ctx = self._context(out)
         self._name_intermediate()
-        if "gpu" in step.stage.resources and (cause := attempt_log.explain_killed(self.work)):
+        if step.stage.uses_gpu and (cause := attempt_log.explain_killed(self.work)):
             run.say(f"{step.name:<10} the last attempt ended without a record: {cause}")
         attempt = attempt_log.start(self.work, run.name, step.name)
         run.event("step_started", step=step.name, key=step.key, reason=step.reason)
@@ -275,7 +275,7 @@ class _Making:
     def _context(self, out: Path) -> Context:
         """Return the stage's context."""
         step, run, work = self.step, self.run, self.work / "ckpt"
-        team = run.team if "gpu" in step.stage.resources else None
+        team = run.team if step.stage.uses_gpu else None
         if team is not None:
             begin_step(team, step.config.machine)
         ctx = Context(

@@ -1,16 +1,17 @@
-"""Stages: Python files whose declarations are read here; imported only when they run.
+"""Stages: Python files that declare a `Stage` and define its `run`.
 
 Ours are in stages/. Users' stages are in the folders and modules of the configuration's `stages`, and in modules that
-installed packages declare under the entry-point group `mlxchat.stages`.
+installed packages declare under the entry-point group `mlxchat.stages`. Planning imports the files, so they import
+what only `run` needs inside `run`.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -19,96 +20,117 @@ from mlxchat.config.parts import import_module, module_files
 from mlxchat.errors import ConfigError, suggest
 
 _PACKAGE = "mlxchat.stages"
-FORMATS = ("base", "chat")
-"""Formats of checkpoints: base models continue text, chat models answer."""
 _GROUP = "mlxchat.stages"  # of entry points
-_REQUIRED = ("VERSION", "INPUTS", "PRODUCES", "OUTPUTS")
+_DECLARATION = "stage = Stage(version=1, inputs={…}, produces=KIND, outputs=[FILE])"
+
+CHECKPOINT_FILES = ("config.json", "checkpoint.json", "tokenizer.json", "tokenizer_config.json")
+"""Outputs of a stage that makes a checkpoint, besides the weights."""
+WEIGHTS_OR_ADAPTERS = "model.safetensors|adapters.safetensors"
+
+Format = Literal["base", "chat"]
+"""Formats of checkpoints: base models continue text, chat models answer."""
+Direction = Literal["minimize", "maximize"]
+Condition = Callable[[Any], bool]
+"""Of a `PlannedStep`: its `config`, `inputs`, `artifacts` and `format`."""
+
+
+def _always(step: object) -> bool:
+    return True
+
+
+def _nothing(filled: Collection[str], format: Format | None) -> Iterable[str]:
+    return ()
 
 
 @dataclass(frozen=True)
-class Stage:
-    """The declarations of a stage file."""
+class Metric:
+    """A number that a stage records."""
 
     name: str
-    path: Path
-    module: str
-    """Dotted name of its module."""
-    root: Path | None
-    """Folder of the module; None: it is installed."""
+    """`*` stands for each of `names`: pass_at_*."""
+    better: Direction | None = None
+    """The better direction; None: neither."""
+    curve: bool = False
+    """Whether it is also recorded during training."""
+    names: Callable[[Any], Iterable[object]] | None = None
+    """Config → what `*` stands for."""
+    when: Condition = _always
+    """Of a planned step: whether it records the metric."""
+    needs: str = ""
+    """The condition `when` in words: "pretrain.keep=best"."""
+
+    def __str__(self) -> str:
+        """Return its better direction and condition."""
+        return f"{self.better or 'neither'}{f' with {self.needs}' if self.needs else ''}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What a stage declares, and where it is."""
+
     version: int
     """Raised by hand when a code change changes results."""
-    config: tuple[str, ...]
-    """Configuration sections that it reads; they are part of its key."""
-    inputs: dict[str, str]
+    inputs: Mapping[str, str] = field(default_factory=dict)
     """Role → kind of artifact."""
-    optional_inputs: dict[str, str]
+    optional_inputs: Mapping[str, str] = field(default_factory=dict)
     """Roles that a step may leave empty."""
     produces: str
     """Kind of the artifact."""
-    outputs: tuple[str, ...]
+    outputs: Collection[str]
     """Files that must exist afterwards; of names separated by |, exactly one."""
-    resources: tuple[str, ...]
-    """Exclusive resources: "gpu", of which there is one."""
-    label: str | None
-    """Dotted path of the config value in the artifact's name; None: the label of the first input."""
-    metrics: dict[str, str] = field(default_factory=dict)
-    """Metric → minimize, maximize or neither, whether it is also recorded during training, and under which
-    conditions."""
-    reads_if: dict[str, str] = field(default_factory=dict)
-    """Section or setting → condition without which the stage does not read it, so that it is not in the key: a role
-    that must be filled, the format of the model to evaluate (base or chat), or never."""
-    forecast: str | None = None
-    """Module with facts about a step before it runs; it may have the functions memory(config, stage, sizes) and
-    problems(config, step, plan, sizes)."""
-    format: str | None = None
-    """Format of the checkpoint that it makes: base or chat; None: unknown before it is made."""
-    settings: str | None = None
-    """module:Class of the dataclass of its own section; None: it has no section of its own."""
-    seeded: bool | str = True
-    """Seeds that it uses, which are part of its key: True (the run's), False (none), "data" (only the data's),
-    "both" (the run's, and the data's for what it validates on)."""
+    settings: type | None = None
+    """Dataclass of a user's stage's own section, which has the stage's name."""
+    reads: Collection[str] = ()
+    """Other sections of the configuration that it reads; they are part of its key."""
+    unread: Callable[[Collection[str], Format | None], Iterable[str]] = _nothing
+    """(filled roles, format of its checkpoint) → sections and settings that such a step does not read, so that they
+    are not in its key. A format of None is unknown: it may read the settings of both."""
+    metrics: Collection[Metric] = ()
+    uses_gpu: bool = False
+    """Whether it computes on the GPU, of which there is one."""
+    seeded: Literal["run", "data", "both", "no"] = "run"
+    """Seeds that it uses, which are part of its key; "both": the run's, and the data's for what it validates on."""
+    format: Format | None = None
+    """Format of the checkpoint that it makes; None: unknown before it is made."""
+    label: Callable[[Any], object] | None = None
+    """Config → label in the artifact's name; None: the label of the first input."""
+    memory: Callable[[Any, str, Any], Any] | None = None
+    """(config, stage, sizes) → what its memory depends on (planning/memory.py)."""
+    problems: Callable[[Any, Any, Any, Any], Iterable[str]] | None = None
+    """(config, step, plan, sizes) → why a planned step cannot run."""
+
+    name: str = ""
+    """Name of its file; this and the following fields are set when the file is read."""
+    path: Path = Path()
+    module: str = ""
+    """Dotted name of its module."""
+    root: Path | None = None
+    """Folder of the module; None: it is installed."""
+
+    @property
+    def config(self) -> tuple[str, ...]:
+        """All sections that it reads, its own first."""
+        return ((self.name,) if self.settings is not None else ()) + tuple(self.reads)
 
     @property
     def roles(self) -> dict[str, str]:
         """All roles, including optional ones."""
-        return self.inputs | self.optional_inputs
+        return {**self.inputs, **self.optional_inputs}
 
-    def direction_of(self, metric: str) -> str | None:
-        """Return the better direction of a metric declared in METRICS; None: not declared."""
-        return self._declared(metric).partition(" ")[0] or None
-
-    def is_curve(self, metric: str) -> bool:
-        """Return True if a metric is also recorded during training."""
-        return " while training" in self._declared(metric)
-
-    def _declared(self, metric: str) -> str:
-        """Return the METRICS entry of a metric; the longest matching pattern, such as "accuracy_{sft.suite}"."""
-        patterns = sorted(self.metrics, key=len, reverse=True)
-        for pattern in [metric, *patterns] if metric in self.metrics else patterns:
-            if re.fullmatch(re.sub(r"\\\{.+?\\\}", ".+", re.escape(pattern)), metric):
-                return self.metrics[pattern]
-        return ""
-
-    def unread(self, filled: Collection[str], format: str | None) -> frozenset[str]:
-        """Return the sections and settings that a step of this stage does not read.
-
-        Args:
-            filled: its filled roles.
-            format: format of its checkpoint, base or chat; None: unknown, so it may read the settings of both.
-        """
-        return frozenset(
-            path
-            for path, condition in self.reads_if.items()
-            if not (condition in filled or (condition in FORMATS and format in (condition, None)))
-        )
+    def metric(self, name: str) -> Metric | None:
+        """Return the declaration of a metric, the longest that matches; None: it is not declared."""
+        fitting = [each for each in self.metrics if fnmatchcase(name, each.name)]
+        return max(fitting, key=lambda each: (each.name == name, len(each.name)), default=None)
 
     def seeds(self, seed: int, data_seed: int) -> dict[str, int]:
         """Return the seeds that are part of an artifact's key."""
+        if self.seeded == "no":
+            return {}
         if self.seeded == "data":
             return {"seed": data_seed}
         # Before data_seed there was one seed; keys from then stay valid if both seeds are equal.
         of_data = {"data_seed": data_seed} if self.seeded == "both" and data_seed != seed else {}
-        return {"seed": seed, **of_data} if self.seeded else {}
+        return {"seed": seed, **of_data}
 
     def missing_outputs(self, out: Path) -> list[str]:
         """Return promised files that a folder lacks, and alternatives of which it has too many."""
@@ -116,27 +138,23 @@ class Stage:
         return [names.replace("|", " or ") for names in wrong]
 
     def load(self) -> Callable[[Any], None]:
-        """Import the stage and return its `run`; this imports MLX."""
+        """Return the stage's `run`."""
         run: Callable[[Any], None] = import_module(self.module, self.root).run
         return run
-
-    def forecast_function(self, name: Literal["memory", "problems"]) -> Callable[..., Any] | None:
-        """Return a function of the module FORECAST; None: the stage has none."""
-        return None if self.forecast is None else getattr(import_module(self.forecast, self.root), name, None)
 
 
 class Stages(Mapping[str, Stage]):
     """Name → stage: ours, those of installed packages, and those of a configuration."""
 
     def __init__(self, places: Iterable[str] = ()) -> None:
-        """Find the stage files; ours are read on demand.
+        """Find the stage files; ours are imported on demand.
 
         Args:
             places: folders (with a slash, such as ./my_stages) and modules, as in the configuration's `stages`.
 
         Raises:
-            ConfigError: a place does not exist or has no stage, a declaration is missing or not a literal, or two
-                stages have the same name.
+            ConfigError: a place does not exist or has no stage, a file cannot be imported, or two stages have the same
+                name.
         """
         self._ours = stage_files()
         self.own: dict[str, Stage] = {}
@@ -168,68 +186,32 @@ def stage_files() -> dict[str, Path]:
 
 @cache
 def read_stage(path: Path, module: str, root: Path | None = None) -> Stage:
-    """Return the declarations of a stage's file without importing it: planning must not load MLX.
+    """Import a stage's file and return what it declares.
 
     Raises:
-        ConfigError: a declaration is missing or not a literal.
+        ConfigError: it cannot be imported, or declares no stage.
     """
-    values, has_settings = _read_declarations(path)
-    if missing := [key for key in _REQUIRED if key not in values]:
-        raise ConfigError(f"{path}: a stage must declare {', '.join(missing)} as literals")
-    settings = values.get("SETTINGS") or (f"{module}:Settings" if has_settings else None)
-    own = [path.stem] if settings else []
-    return Stage(
-        name=path.stem,
-        path=path,
-        module=module,
-        root=root,
-        version=values["VERSION"],
-        config=(*own, *values.get("CONFIG", ())),
-        inputs=dict(values["INPUTS"]),
-        optional_inputs=dict(values.get("OPTIONAL_INPUTS", {})),
-        produces=values["PRODUCES"],
-        outputs=tuple(values["OUTPUTS"]),
-        resources=tuple(values.get("RESOURCES", ())),
-        label=values.get("LABEL"),
-        metrics=dict(values.get("METRICS", {})),
-        reads_if=dict(values.get("READS_IF", {})),
-        forecast=values.get("FORECAST"),
-        format=values.get("FORMAT"),
-        settings=settings,
-        seeded=values.get("SEEDED", True),
-    )
+    try:
+        found = getattr(import_module(module, root), "stage", None)
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:  # the user's code may raise anything
+        raise ConfigError(f"{path}: importing it failed ({type(error).__name__}: {error})") from None
+    if not isinstance(found, Stage):
+        raise ConfigError(f"{path} declares no stage; expected {_DECLARATION} from mlxchat.runner.stage")
+    return replace(found, name=path.stem, path=path, module=module, root=root)
 
 
 def best_of(stage: str, metric: str) -> Callable[..., float] | None:
     """Return min or max as the better direction of a stage's metric; None: neither, or unknown."""
-    ours = _folder() / f"{stage}.py"
-    declared = read_stage(ours, f"{_PACKAGE}.{stage}") if ours.is_file() else Stages().get(stage)
-    if declared is None:
-        return None  # an artifact of other code
+    stages = Stages()
+    found = stages[stage].metric(metric) if stage in stages else None  # else an artifact of other code
     choices: dict[str | None, Callable[..., float]] = {"minimize": min, "maximize": max}
-    return choices.get(declared.direction_of(metric))
-
-
-def _read_declarations(path: Path) -> tuple[dict[str, Any], bool]:
-    """Return the literals that a file assigns to upper-case names, and whether it has a class Settings."""
-    try:
-        body = ast.parse(path.read_bytes()).body
-    except SyntaxError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
-    values: dict[str, Any] = {}
-    for node in body:
-        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        value = getattr(node, "value", None)
-        if isinstance(target, ast.Name) and target.id.isupper() and value is not None:
-            try:
-                values[target.id] = ast.literal_eval(value)
-            except ValueError:
-                continue
-    return values, any(isinstance(node, ast.ClassDef) and node.name == "Settings" for node in body)
+    return None if found is None else choices.get(found.better)
 
 
 def _stages_at(place: str, root: Path | None) -> list[Stage]:
-    """Return the stages of a folder or module; files without any stage declaration are ignored.
+    """Return the stages of a folder or module; files that declare none are not imported.
 
     The folder `root` is searched first; None: installed modules only.
 
@@ -246,12 +228,17 @@ def _stages_at(place: str, root: Path | None) -> list[Stage]:
             raise ConfigError(f"stages: there is no folder {place}.{suggest(place, near)}")
         if not module.isidentifier():
             raise ConfigError(f'stages: the folder {place} is imported as a package, so "{module}" must be a name')
-    files = {file.stem: (file, name) for name, file in _files_of(module, root)}
-    declared = {stem: _read_declarations(file)[0].keys() & set(_REQUIRED) for stem, (file, _) in files.items()}
-    found = [read_stage(*files[stem], root) for stem in sorted(files) if declared[stem]]
+    files = _files_of(module, root)
+    found = []
+    for name, file in files:
+        text = file.read_text(encoding="utf-8", errors="replace")
+        if re.search(r"^VERSION\b", text, re.M) and re.search(r"^PRODUCES\b", text, re.M):
+            raise ConfigError(f"{file} declares VERSION and PRODUCES, as up to version 0.2. Write {_DECLARATION}")
+        if re.search(r"^stage\b", text, re.M):
+            found.append(read_stage(file, name, root))
     if not found:
         raise ConfigError(
-            f"stages: {place} has no stage: none of its Python files declares {', '.join(_REQUIRED)}"
+            f"stages: {place} has no stage: none of its Python files declares {_DECLARATION}"
             if files or is_folder
             else f"stages: there is no module {place}, neither in {Path.cwd()} nor installed; a folder is written "
             f"./{place}"

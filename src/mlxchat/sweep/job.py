@@ -227,7 +227,7 @@ def place_steps(config: Config, plan: list[PlannedStep]) -> dict[str, ExecutorCo
             continue
         check_installed(executor)
         is_unknown = machine.compute_dtype == "auto" and device_kind(machine.device) == "cpu"
-        if is_unknown and executor.gpus_per_node and "gpu" in step.stage.resources:
+        if is_unknown and executor.gpus_per_node and step.stage.uses_gpu:
             raise ConfigError(
                 f"{step.name} runs on GPUs of another machine (executor={executor.kind}), whose dtype is part of its "
                 "key: give machine.compute_dtype=bfloat16 or float32"

@@ -1,30 +1,20 @@
-"""Results of sweeps: the metrics that steps declare, the rows of jobs, and the final table.
-
-Stages declare their metrics in METRICS: `"core": "maximize if base and eval.core"`, and "while training" after the
-direction for metrics that metrics.jsonl has per iteration. {path} in a name stands for the keys of that mapping of the
-configuration, or for 1 … n. A condition is a role of the step (must be filled); base or chat (kind of the evaluated
-model); chatcore (the suite has a whole set of ChatCORE's tasks); or a path of the configuration (not null, false or
-empty), possibly after "not", or with =VALUE.
-"""
+"""Results of sweeps: the metrics that steps declare, the rows of jobs, and the final table."""
 
 from __future__ import annotations
 
 import csv
 import difflib
 import json
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
 from mlxchat.errors import ConfigError, visible
-from mlxchat.evals.scores import chatcore_set
 from mlxchat.runner.plan import PlannedStep
-from mlxchat.runner.stage import FORMATS
+from mlxchat.runner.stage import Direction
 from mlxchat.store.files import write_whole
 from mlxchat.store.manifest import MANIFEST, MEASURED, Manifest, read_manifest
 from mlxchat.store.naming import BEST, LATEST, MODEL, called, model_of
@@ -33,61 +23,53 @@ from mlxchat.store.store import Store
 Row = dict[str, Any]
 """job, overrides (key → value), status, metrics (step.metric → value), seconds; error, run and id, if any."""
 
-_REMEDIES = {
-    "eval.core": "core=nanochat computes it", "pretrain.core": "core=nanochat estimates it",
-    "suite": "suite=bundled has tasks", "chatcore": "suite=chatcore has them",
-}  # fmt: skip
 _SHOWN = ("val_bpb", "val_loss", "core", "mean_centered", "chatcore", "pass_at_1")
 """Metrics that every table shows, for each step."""
 _LAST = ("status", "error")
 
 
 @dataclass(frozen=True)
-class Metric:
+class StepMetric:
     """A number that a step declares."""
 
     step: str
     name: str
     """STEP.METRIC."""
-    direction: str
-    """minimize, maximize or neither."""
-    absent: str = ""
-    """Reason why this configuration does not record it; empty: it does."""
+    direction: Direction | None
+    needs: str = ""
+    """What this configuration lacks to record it; empty: it records it."""
 
 
-def metrics_of_plan(plan: Sequence[PlannedStep], config: Config) -> list[Metric]:
+def metrics_of_plan(plan: Sequence[PlannedStep]) -> list[StepMetric]:
     """Return all metrics that the steps declare, in the order of the steps."""
-    found = []
-    for step in plan:
-        for pattern, declared in step.stage.metrics.items():
-            words, _, conditions = declared.partition(" if ")
-            direction = words.partition(" ")[0]
-            reasons = (_unmet(condition, step, config) for condition in conditions.split(" and ") if condition)
-            absent = next(filter(None, reasons), "")
-            found += [Metric(step.name, f"{step.name}.{name}", direction, absent) for name in _expand(pattern, config)]
-    return found
+    return [
+        StepMetric(step.name, f"{step.name}.{each.name.replace('*', str(name))}", each.better, needs)
+        for step in plan
+        for each in step.stage.metrics
+        for needs in ["" if each.when(step) else each.needs]
+        for name in ([""] if each.names is None else each.names(step.config))
+    ]
 
 
-def find_metric(name: str, direction: str | None, plans: Sequence[tuple[Sequence[PlannedStep], Config]]) -> str:
+def find_metric(name: str, direction: str | None, plans: Sequence[Sequence[PlannedStep]]) -> str:
     """Return the direction, minimize or maximize, of a metric that at least one of the plans records.
 
     Args:
         name: STEP.METRIC.
         direction: sweep.direction; None: the declared one.
-        plans: plans with their configurations.
+        plans: plans, of all jobs of a sweep.
 
     Raises:
         ConfigError: no plan records it (lists the known names), or it needs sweep.direction.
     """
-    found = [metric for plan, config in plans for metric in metrics_of_plan(plan, config) if metric.name == name]
-    recorded = [metric for metric in found if not metric.absent]
+    found = [metric for plan in plans for metric in metrics_of_plan(plan) if metric.name == name]
+    recorded = [metric for metric in found if not metric.needs]
     if found and not recorded:
-        raise ConfigError(f"sweep.metric={name} is not recorded here, since {found[0].absent}")
+        raise ConfigError(f"sweep.metric={name} is not recorded here; it needs {found[0].needs}")
     if not found:
-        plan, config = plans[0]
-        raise ConfigError(_refusal(name, metrics_of_plan(plan, config), [step.name for step in plan]))
+        raise ConfigError(_refusal(name, metrics_of_plan(plans[0]), [step.name for step in plans[0]]))
     chosen = direction or recorded[0].direction
-    if chosen == "neither":
+    if chosen is None:
         raise ConfigError(
             f"sweep.metric={name}: the metric has no better direction: "
             "give sweep.direction=minimize or sweep.direction=maximize"
@@ -95,11 +77,11 @@ def find_metric(name: str, direction: str | None, plans: Sequence[tuple[Sequence
     return chosen
 
 
-def _refusal(name: str, declared: list[Metric], steps: list[str]) -> str:
+def _refusal(name: str, declared: list[StepMetric], steps: list[str]) -> str:
     """Return the message about an unknown metric: known names and the nearest one."""
     step, _, metric = name.rpartition(".")
     recorded = {
-        one: [each.name.removeprefix(f"{one}.") for each in declared if each.step == one and not each.absent]
+        one: [each.name.removeprefix(f"{one}.") for each in declared if each.step == one and not each.needs]
         for one in steps
     }
     if step in recorded:
@@ -110,15 +92,15 @@ def _refusal(name: str, declared: list[Metric], steps: list[str]) -> str:
         lines += [f"  {one}: {', '.join(names)}" for one, names in recorded.items() if names]
     near = _nearest(name, declared)
     if near is not None:
-        absent = f" It is not recorded here, since {near.absent}." if near.absent else ""
-        lines.append(f'Did you mean "{near.name}"?{absent}')
+        needs = f" It is not recorded here; it needs {near.needs}." if near.needs else ""
+        lines.append(f'Did you mean "{near.name}"?{needs}')
     return "\n".join(lines)
 
 
-def _nearest(name: str, declared: list[Metric]) -> Metric | None:
+def _nearest(name: str, declared: list[StepMetric]) -> StepMetric | None:
     """Return the most likely intended metric: of the same step, of the same name, or with similar spelling."""
     step, _, metric = name.rpartition(".")
-    declared = sorted(declared, key=lambda one: bool(one.absent))
+    declared = sorted(declared, key=lambda one: bool(one.needs))
     candidates = [one for one in declared if one.step == step] or declared
     same = next((one for one in candidates if one.name == f"{one.step}.{metric}"), None)
     if same is not None:
@@ -126,47 +108,6 @@ def _nearest(name: str, declared: list[Metric]) -> Metric | None:
     shown = {one.name.removeprefix(f"{step}."): one for one in candidates}
     close = difflib.get_close_matches(name.removeprefix(f"{step}."), shown, n=1, cutoff=0.5)
     return shown[close[0]] if close else None
-
-
-def _expand(pattern: str, config: Config) -> Iterator[str]:
-    place = re.search(r"\{(.+)\}", pattern)
-    if place is None:
-        yield pattern
-        return
-    value = _value(place[1], config)
-    for key in range(1, value + 1) if isinstance(value, int) else value or ():
-        yield pattern.replace(place[0], str(key))
-
-
-def _unmet(condition: str, step: PlannedStep, config: Config) -> str:
-    """Return why a condition does not hold; empty if it holds."""
-    if condition in step.stage.roles:
-        filled = condition in step.inputs or condition in step.artifacts
-        return "" if filled else f"pipeline.{step.name} has no {condition}"
-    if condition in FORMATS:
-        if step.format in (condition, None):
-            return ""
-        return f"{step.name} evaluates a {step.format} model, and this is of {condition} ones"
-    if condition == "chatcore":
-        tasks = {item.task for item in config.suite.values() if item.split == "test"}
-        return "" if chatcore_set(tasks) else f"the suite lacks tasks of ChatCORE ({_REMEDIES[condition]})"
-    is_negated = condition.startswith("not ")
-    path, _, wanted = condition.removeprefix("not ").partition("=")
-    value = _value(path, config)
-    holds = str(value) == wanted if wanted else bool(value)
-    if holds != is_negated:
-        return ""
-    if is_negated:
-        return f"{path} is set"
-    shown = "null" if value is None else "empty" if value in ({}, []) else value
-    remedy = _REMEDIES.get(path) or (f"{path}={wanted} records it" if wanted else "")
-    return f"{path} is {shown}" + (f" ({remedy})" if remedy else "")
-
-
-def _value(path: str, config: Any) -> Any:
-    for part in path.split("."):
-        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
-    return config
 
 
 class SweepFolder:

@@ -151,10 +151,10 @@ def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
     if base.config.targets is None and step in base.config.pipeline:  # steps after the metric's are not needed
         base = replace(base, config=replace(base.config, targets=[step]))
     plan = plan_of(base.config, Store(Path(base.config.outputs)))
-    direction = find_metric(sweep.metric, sweep.direction, [(plan, base.config)])
+    direction = find_metric(sweep.metric, sweep.direction, [plan])
     stage = next(planned.stage for planned in plan if planned.name == step)
-    curves = [name for name, declared in stage.metrics.items() if " while training" in declared]
-    if sweep.kind == "halving" and not stage.is_curve(metric):
+    curves = [each.name for each in stage.metrics if each.curve]
+    if sweep.kind == "halving" and metric not in curves:
         raise ConfigError(
             f"sweep=halving compares trials during training, and {sweep.metric} is known only at the end: use "
             f"sweep=tpe, or {' or '.join(f'{step}.{name}' for name in curves) or 'a metric of a training'}"

@@ -130,7 +130,7 @@ def read_sweep(arguments: list[str], make_plan: Planner = plan_of) -> Sweep:
     jobs = compose_jobs([list(job) for job in dict.fromkeys(itertools.product(*lists))], config_dirs, make_plan)
     metric = jobs[0].composed.config.sweep.metric
     if metric is not None:
-        find_metric(metric, jobs[0].composed.config.sweep.direction, [(job.plan, job.composed.config) for job in jobs])
+        find_metric(metric, jobs[0].composed.config.sweep.direction, [job.plan for job in jobs])
     return Sweep(arguments=arguments, jobs=jobs, config_dirs=config_dirs)
 
 
@@ -451,8 +451,7 @@ class _Run:
             if "steps" in row:  # keys and ids, unknown before it ran
                 self.state["jobs"][row["job"]]["steps"] = row["steps"]
         metric = config.metric or main_metric(rows)
-        plans = [(job.plan, job.composed.config) for job in self.sweep.jobs]
-        declared = {one.name: one.direction for plan in plans for one in metrics_of_plan(*plan)}
+        declared = {one.name: one.direction for job in self.sweep.jobs for one in metrics_of_plan(job.plan)}
         direction = config.direction or declared.get(metric or "", "minimize")
         store = self.sweep.jobs[0].store
         for row in rows:

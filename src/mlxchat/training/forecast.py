@@ -15,6 +15,7 @@ from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.memory import Decoding, TeacherSize, Training
 from mlxchat.runner.plan import PlannedStep
+from mlxchat.runner.stage import Metric
 from mlxchat.store.bases import folder_of_weights
 from mlxchat.store.fingerprint import changes, flatten, left_out_of
 from mlxchat.store.manifest import CONTINUATION
@@ -33,10 +34,47 @@ _SAME_CONVERSATIONS = (
     "batch.row_tokens",
     "adapter",
 )
+LOOP_METRICS = (
+    Metric(
+        "skipped_iterations",
+        "minimize",
+        when=lambda step: step.config.training.on_nan == "skip",
+        needs="training.on_nan=skip",
+    ),
+    Metric("tokens_per_second", "maximize"),
+    Metric("data_wait_frac", "minimize"),
+)
+"""Metrics of every training."""
 # Numbers per token and channel of a teacher's forward pass, one layer at a time.
 _FORWARD = 20.0
 _BYTES = 4
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+
+
+def conversation_metrics(stage: str) -> tuple[Metric, ...]:
+    """Return the metrics of midtrain or sft."""
+
+    def section(config: Config) -> ConversationConfig:
+        found: ConversationConfig = getattr(config, stage)
+        return found
+
+    def has_teacher(step: PlannedStep) -> bool:
+        return section(step.config).teacher.is_there
+
+    def has_suite(step: PlannedStep) -> bool:
+        return bool(section(step.config).suite)
+
+    return (
+        Metric("val_loss", "minimize", curve=True),
+        Metric("loss", "minimize", curve=True),
+        Metric("ce", "minimize", when=has_teacher, needs=f"{stage}.teacher"),
+        Metric("kl", "minimize", when=has_teacher, needs=f"{stage}.teacher"),
+        Metric("accuracy_*", "maximize", names=lambda config: section(config).suite),
+        Metric("mean_centered", "maximize", when=has_suite, needs=f"{stage}.suite"),
+        Metric("mean_centered_choice", "maximize", when=has_suite, needs=f"{stage}.suite"),
+        Metric("truncated_conversations", "minimize"),
+        *LOOP_METRICS,
+    )
 
 
 def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:

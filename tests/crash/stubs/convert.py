@@ -1,12 +1,15 @@
 """Makes its artifact from one input, as the tokenizer does."""
 
+from mlxchat.runner.stage import Stage
 from stubs.source import count_execution
 
-VERSION = 1
-CONFIG = ["convert"]
-INPUTS = {"text": "text"}
-PRODUCES = "table"
-OUTPUTS = ["table.txt"]
+stage = Stage(
+    version=1,
+    inputs={"text": "text"},
+    produces="table",
+    outputs=["table.txt"],
+    reads=["convert"],
+)
 
 
 def run(ctx):

@@ -1,12 +1,15 @@
 """Looks at a table: a branch of its own beside the training."""
 
+from mlxchat.runner.stage import Stage
 from stubs import score
 
-VERSION = 1
-CONFIG = ["score"]
-INPUTS = {"table": "table"}
-PRODUCES = "scores"
-OUTPUTS = ["scores.json"]
+stage = Stage(
+    version=1,
+    inputs={"table": "table"},
+    produces="scores",
+    outputs=["scores.json"],
+    reads=["score"],
+)
 
 
 def run(ctx):

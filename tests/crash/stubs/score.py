@@ -2,13 +2,16 @@
 
 import time
 
+from mlxchat.runner.stage import Stage
 from stubs.source import count_execution
 
-VERSION = 1
-CONFIG = ["score"]
-INPUTS = {"model": "model"}
-PRODUCES = "scores"
-OUTPUTS = ["scores.json"]
+stage = Stage(
+    version=1,
+    inputs={"model": "model"},
+    produces="scores",
+    outputs=["scores.json"],
+    reads=["score"],
+)
 
 
 def run(ctx):

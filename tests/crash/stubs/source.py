@@ -1,10 +1,13 @@
 """Makes its artifact from settings alone, as the corpus does."""
 
-VERSION = 1
-CONFIG = ["source"]
-INPUTS = {}
-PRODUCES = "text"
-OUTPUTS = ["text.txt"]
+from mlxchat.runner.stage import Stage
+
+stage = Stage(
+    version=1,
+    produces="text",
+    outputs=["text.txt"],
+    reads=["source"],
+)
 
 
 def run(ctx):

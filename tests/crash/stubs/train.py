@@ -4,16 +4,19 @@ import time
 
 import numpy as np
 
+from mlxchat.runner.stage import Stage
 from mlxchat.store.crash import crash_point
 from mlxchat.training.state import read_newest, write_save
 from stubs.source import count_execution
 
-VERSION = 1
-CONFIG = ["train"]
-INPUTS = {"text": "text", "table": "table"}
-PRODUCES = "model"
-OUTPUTS = ["model.bin"]
-RESOURCES = ["gpu"]
+stage = Stage(
+    version=1,
+    inputs={"text": "text", "table": "table"},
+    produces="model",
+    outputs=["model.bin"],
+    reads=["train"],
+    uses_gpu=True,
+)
 
 
 def run(ctx):
