@@ -8,11 +8,11 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import MlxchatError
+from mlxchat.pipeline import plan_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.manifest import CONTINUATION, read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of
 
 
 @pytest.fixture

@@ -31,7 +31,9 @@ LAYERS = [
     {"rl"},
     {"bench"},
     {"report"},
+    {"artifact"},
     {"composition", "trackers", "terminal", "serve", "distill"},
+    {"pipeline"},
     {"sweep"},
     {"commands"},
     {"cli"},
@@ -129,7 +131,7 @@ def test_parts_import_no_part_above():
 
 def test_package_root_has_only_startup_modules():
     names = {path.name for path in LIBRARY if path.parent.name == "mlxchat"}
-    assert names == {"__init__.py", "__main__.py", "cli.py", "errors.py"}
+    assert names == {"__init__.py", "__main__.py", "artifact.py", "cli.py", "errors.py", "pipeline.py"}
 
 
 def test_module_names_are_specific():

@@ -17,12 +17,12 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import TrackerConfig
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.evals.measure import measure_own
+from mlxchat.pipeline import plan_of
 from mlxchat.runner.keys import pin_externals
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import read_stage
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of
 from mlxchat.tasks import load_item
 from mlxchat.trackers import Tracker
 from mlxchat.trackers.services import Results

@@ -6,11 +6,11 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
+from mlxchat.pipeline import plan_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of
 
 TWO = ("experiment=smoke", "pipeline=two_sft")
 

@@ -13,12 +13,12 @@ from mlxchat.cli import dispatch
 from mlxchat.commands.arguments import quoted
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError, DataError, MlxchatError
+from mlxchat.pipeline import plan_of
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store.gc import find_garbage
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import describe_model, find_model, resolve
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of
 
 Twin, Lay = Any, Any
 RL = ("pipeline=imported_rl", "stage=rl", "machine=cpu", "rl.num_iterations=1")

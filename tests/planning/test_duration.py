@@ -7,10 +7,10 @@ import mlx.core as mx
 import pytest
 
 from kit.models import composed
+from mlxchat.pipeline import plan_of
 from mlxchat.planning.duration import estimate_trainings, peak_flops
 from mlxchat.runner.reasons import Estimate
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of
 
 # nanochat's published d20: 3.491758e9 FLOPs per token, 21,400 iterations of 524,288 tokens.
 D20_FLOPS = 3.491758e9 * 21_400 * 524_288

@@ -7,9 +7,9 @@ import pytest
 
 from kit.commands import run_here
 from kit.models import composed
+from mlxchat.pipeline import plan_of
 from mlxchat.planning.inputs import TextNeed, describe_downloads, find_downloads, find_text_need
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of
 
 GIGA = 1_000_000_000
 CORPUS = "karpathy/fineweb-edu-100b-shuffle"

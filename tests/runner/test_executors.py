@@ -19,6 +19,7 @@ from kit.models import composed
 from mlxchat.composition.sections import executor_of
 from mlxchat.config.schema import Config, ExecutorConfig
 from mlxchat.errors import ConfigError
+from mlxchat.pipeline import place_steps, plan_of
 from mlxchat.runner import executors
 from mlxchat.runner.executors import Job, Leave, LostJob, Task, attach, check_installed, submit
 from mlxchat.runner.process import stop_on_signals
@@ -26,7 +27,6 @@ from mlxchat.store.attempts import iteration
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import place_steps, plan_of
 
 pytest.importorskip("submitit")
 cloudpickle = pytest.importorskip("cloudpickle")

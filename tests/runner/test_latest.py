@@ -9,8 +9,8 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import DataError, Interrupted
+from mlxchat.pipeline import _name_again
 from mlxchat.store.naming import called, find, find_model, latest, refs_of
-from mlxchat.sweep.job import _name_again
 
 BASE = {"corpus": {"stage": "make"}, "pretrain": {"stage": "pretrain", "source": "corpus"}}
 WHOLE = {**BASE, "sft": {"stage": "sft", "source": "pretrain"}, "eval": {"stage": "copy", "source": "corpus"}}

@@ -10,10 +10,10 @@ from mlxchat.composition.compose import compose_config
 from mlxchat.config.schema import CoreConfig, HubConfig, TaskItem
 from mlxchat.errors import ConfigError, MlxchatError
 from mlxchat.hub import listings
+from mlxchat.pipeline import plan_of, plan_to_run
 from mlxchat.runner.keys import find_unknown, pin_externals
 from mlxchat.store.fingerprint import identity_of
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of, plan_to_run
 
 OTHER = "b" * 40
 

@@ -8,10 +8,10 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
+from mlxchat.pipeline import plan_of
 from mlxchat.runner.plan import PlannedStep, entries_of
 from mlxchat.runner.stage import Stages
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of
 from mlxchat.sweep.results import find_metric, metrics_of_plan
 
 APART = ("tokens_per_second", "data_wait_frac")

@@ -6,9 +6,9 @@ import pytest
 
 from mlxchat.composition.compose import compose_config
 from mlxchat.errors import ConfigError
+from mlxchat.pipeline import plan_of
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of
 
 LONGER = ["midtrain.context_tokens=512", "midtrain.batch.row_tokens=512"]
 

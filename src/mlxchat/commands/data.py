@@ -72,8 +72,8 @@ def _fetch(options: Namespace) -> int:
             if not groups[name]:
                 raise DataError(f"{name} at {options.revision} has no file like {options.files}")
     else:
+        from mlxchat.pipeline import plan_of
         from mlxchat.planning.inputs import find_files
-        from mlxchat.sweep.job import plan_of
 
         config = compose_config(*split_options(options.settings)).config
         store = Store(Path(config.outputs))

@@ -63,7 +63,7 @@ def _evaluate(options: Namespace) -> int:
 
 def _run(options: Namespace) -> int:
     from mlxchat.composition.compose import compose_config, split_options
-    from mlxchat.sweep.job import plan_to_run, run_pipeline
+    from mlxchat.pipeline import plan_to_run, run_pipeline
 
     given = split_options(options.settings)
     # Settings such as eval.core.tasks need the group.

@@ -307,7 +307,7 @@ def _forget(store: Store, name: str) -> int:
 
 def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> int:
     from mlxchat.composition.compose import compose_config
-    from mlxchat.sweep.job import plan_of
+    from mlxchat.pipeline import plan_of
 
     composed = compose_config(overrides)
     (step,) = plan_of(composed.config, store)
@@ -376,7 +376,7 @@ def _list_nanochat() -> int:
 
 def _make(composed: Composed, step: PlannedStep, store: Store) -> Path:
     """Run a plan of one step unless it is done; return its artifact."""
-    from mlxchat.sweep.job import run_pipeline
+    from mlxchat.pipeline import run_pipeline
 
     if not step.done:
         try:

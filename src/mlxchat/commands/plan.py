@@ -49,6 +49,7 @@ def _plan(options: Namespace) -> int:
         return _plan_sweep(options.settings, as_json=options.json, exit_code=options.exit_code)
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.ops.machine import device_kind
+    from mlxchat.pipeline import find_executors, place_steps, plan_of
     from mlxchat.planning.duration import estimate_trainings
     from mlxchat.planning.inputs import find_downloads, find_text_need, reads_text
     from mlxchat.planning.memory import forecast_memory
@@ -56,7 +57,6 @@ def _plan(options: Namespace) -> int:
     from mlxchat.runner.reasons import estimate_steps, format_plan
     from mlxchat.store.compare import environment_drift
     from mlxchat.store.store import Store
-    from mlxchat.sweep.job import find_executors, place_steps, plan_of
 
     composed = compose_config(*split_options(options.settings))
     config, store = composed.config, Store(Path(composed.config.outputs))
@@ -365,8 +365,8 @@ def graph(parser: Parser) -> None:
 def _graph(options: Namespace) -> int:
     """Print the pipeline's graph with each step's state."""
     from mlxchat.composition.compose import compose_config, split_options
+    from mlxchat.pipeline import plan_of
     from mlxchat.store.store import Store
-    from mlxchat.sweep.job import plan_of
 
     config = compose_config(*split_options(options.settings)).config
     plan = plan_of(config, Store(Path(config.outputs)))

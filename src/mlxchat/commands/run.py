@@ -58,10 +58,9 @@ def _run(options: Namespace) -> int:
         from mlxchat.sweep.sweeper import run_sweep
 
         return run_sweep(settings)
-    from mlxchat.composition.compose import compose_config, split_options
-    from mlxchat.sweep.job import run_pipeline
+    from mlxchat.pipeline import compose, run_pipeline
 
-    composed = compose_config(*split_options(settings))
+    composed = compose(*settings).composed
     if composed.config.sweep.kind != "none":  # chosen by a user's file
         from mlxchat.sweep.search import run_search
 

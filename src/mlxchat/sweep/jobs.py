@@ -23,11 +23,11 @@ from mlxchat.composition.compose import (
 )
 from mlxchat.config.secrets import redact
 from mlxchat.errors import Interrupted, MlxchatError
+from mlxchat.pipeline import plan_to_run, run_pipeline
 from mlxchat.runner.executors import Leave
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.runner.process import heard_signals, leave_terminal
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_to_run, run_pipeline
 from mlxchat.sweep.results import Row, SweepFolder, metrics_of, settings_of
 
 if TYPE_CHECKING:

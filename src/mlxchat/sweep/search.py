@@ -27,13 +27,13 @@ from mlxchat.composition.overrides import implied_experiment
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
+from mlxchat.pipeline import plan_of, plan_to_run, run_pipeline
 from mlxchat.runner.plan import PlannedStep, entries_of
 from mlxchat.store import locks
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import Record, Records
 from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.results import (
     Row,
     SweepFolder,

@@ -25,6 +25,7 @@ from mlxchat.config.schema import Config
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, visible
+from mlxchat.pipeline import place_steps, plan_of, plan_to_run, run_pipeline
 from mlxchat.planning.scaling import Training
 from mlxchat.runner.executors import Job as QueueJob
 from mlxchat.runner.executors import LostJob, Task, attach, submit
@@ -32,7 +33,6 @@ from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.store import locks
 from mlxchat.store.files import now
 from mlxchat.store.store import Store
-from mlxchat.sweep.job import place_steps, plan_of, plan_to_run, run_pipeline
 from mlxchat.sweep.jobs import SubmittedJob, force_only_others, run_job, watched, whereabouts
 from mlxchat.sweep.results import (
     Row,

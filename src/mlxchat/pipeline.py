@@ -1,4 +1,7 @@
-"""One invocation: plan, execute, notify trackers, report."""
+"""A pipeline from its settings to its artifacts: compose, plan, execute, notify trackers, report.
+
+The verbs and a notebook use the same functions: `compose(...)` returns a `Pipeline` with `plan()` and `run()`.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mlxchat.composition.compose import Composed
+from mlxchat.artifact import Artifact
+from mlxchat.composition.compose import Composed, compose_config, split_options
 from mlxchat.composition.sections import config_of, executor_of
 from mlxchat.config.schema import Config, ExecutorConfig
 from mlxchat.config.secrets import redact
@@ -39,6 +43,41 @@ from mlxchat.store.naming import LATEST, MODEL, called, links, runs
 from mlxchat.store.store import Store
 from mlxchat.trackers import Tracker, numbers_of
 from mlxchat.trackers.services import Published, Results
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A composed configuration, ready to be planned and run."""
+
+    composed: Composed
+
+    @property
+    def config(self) -> Config:
+        """The typed configuration."""
+        return self.composed.config
+
+    def plan(self) -> list[PlannedStep]:
+        """Return the steps in topological order, each with its `state` (done, run, maybe or waiting) and `reason`."""
+        return plan_of(self.config, Store(Path(self.config.outputs)))
+
+    def run(self) -> dict[str, Artifact]:
+        """Complete the pipeline as `mlxchat` does, and return step → artifact.
+
+        Raises:
+            MlxchatError: raised by steps and the store.
+        """
+        run_pipeline(self.composed)
+        store = Store(Path(self.config.outputs))
+        return {step.name: Artifact(place) for step in self.plan() if (place := store.find(step.rid)) is not None}
+
+
+def compose(*overrides: str) -> Pipeline:
+    """Return the pipeline of a command line: `compose("experiment=smoke", "seed=2")`.
+
+    Raises:
+        ConfigError: names everything that is wrong, with the nearest valid names.
+    """
+    return Pipeline(compose_config(*split_options(list(overrides))))
 
 
 def run_pipeline(
