@@ -48,22 +48,13 @@ def test_number_and_word_give_a_curve_per_word(monkeypatch):
     assert [float(x) for x in axes.lines[0].get_xdata()] == [1, 2, 3]
 
 
-def test_two_words_give_labelled_cells(monkeypatch):
+def test_two_words_give_a_panel_each(monkeypatch):
     settings = [{"optimizer": name, "model": model} for name in ("muon", "adamw") for model in ("d2", "d4")]
-    (axes,) = axes_of(rows(settings, [1.0, 2.0, 3.0, 4.0]), monkeypatch)
-    (image,) = axes.images
-    names = (
-        [label.get_text() for label in axes.get_xticklabels()],
-        [label.get_text() for label in axes.get_yticklabels()],
-    )
-    found = {
-        frozenset((names[0][x], names[1][y])): float(image.get_array()[y, x]) for x in range(2) for y in range(2)
-    }  # fmt: skip
-    expected = {frozenset(items.values()): value for items, value in zip(settings, (1.0, 2.0, 3.0, 4.0), strict=True)}
-    assert found == expected
-    assert {text.get_text(): text.get_color() for text in axes.texts} == {
-        "1": "white", "2": "white", "3": "black", "4": "black",
-    }, "legible on dark and on light cells"  # fmt: skip
+    panels = axes_of(rows(settings, [1.0, 2.0, 3.0, 4.0]), monkeypatch)
+    assert [points(panel)[:4] for panel in panels] == [
+        [(0, 1.0), (0, 2.0), (1, 3.0), (1, 4.0)], [(0, 1.0), (0, 3.0), (1, 2.0), (1, 4.0)],
+    ]  # fmt: skip
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["muon", "adamw"]
 
 
 def test_several_settings_give_points_without_a_line(monkeypatch):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlxchat.report.collect import RunReport
     from mlxchat.store.compare import Table
 
+_MOST_PLOTTED = 4
 _WIDEST_HEAD = 24
 _WIDEST_CELL = 24
 _ARTIFACT = re.compile(r".+-[a-z2-7]{16}")
@@ -45,7 +46,11 @@ def compare(parser: Parser) -> None:
     add("--sort", metavar="NAME", help="by a setting (smallest first) or metric (best first); --sort=-NAME reverses")
     add("--metrics", metavar="A,B", help="only metrics with one of these in their name, including steps of single runs")
     add("--format", choices=("table", "csv", "json", "md"), default="table", help="csv and json: one record per run")
-    add("--plot", metavar="FILE.png", help="plot the metrics against the first setting that differs")
+    add(
+        "--plot",
+        metavar="FILE.png",
+        help="plot up to four metrics against the first setting that differs",
+    )
     parser.set_defaults(main=_compare)
 
 
@@ -171,40 +176,28 @@ def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, f
 
 
 def _plot(table: Table, place: Path) -> None:
-    """Draw a panel per metric, with the runs ordered by the first setting that differs, if any."""
+    """Draw a panel per metric, against the first setting that differs or the runs' names."""
     from mlxchat.store.compare import numeric
 
     rows = table.rows
-    shown = [name for name in table.metrics if numeric([*rows], name)][:12]
+    shown = [name for name in table.metrics if numeric([*rows], name)][:_MOST_PLOTTED]
     if not shown:
         raise ConfigError("--plot: there is no metric to plot")
-    setting = next(iter(table.settings), "")
-    import matplotlib
+    setting = next(iter(table.settings), "name")
+    from mlxchat.report.plots import make_panels, render_png, styled
+    from mlxchat.sweep.plot import draw_points
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    across = min(3, len(shown))
-    down = -(-len(shown) // across)
-    figure, panels = pyplot.subplots(down, across, figsize=(4 * across, 3 * down), squeeze=False, layout="constrained")
-    numbers = bool(setting) and numeric([*rows], setting)
-    for panel, metric in zip(panels.flat, shown, strict=False):
-        have = [row for row in rows if row.get(metric) is not None and (not numbers or row.get(setting) is not None)]
-        if numbers:
-            panel.scatter([row[setting] for row in have], [row[metric] for row in have], color="#2e7d4f")
-            panel.set_xlabel(setting)
-        else:
-            labels = [_cell(row, setting) if setting else str(row["name"])[-12:] for row in have]
-            panel.bar(range(len(have)), [row[metric] for row in have], color="#2e7d4f")
-            panel.set_xticks(range(len(have)), labels, rotation=30, ha="right")
-        panel.set_title(metric, fontsize=10)
-    for panel in panels.flat[len(shown) :]:
-        panel.axis("off")
+    with styled():
+        figure, panels = make_panels(len(shown))
+        for panel, metric in zip(panels, shown, strict=True):
+            have = [row for row in rows if row.get(metric) is not None]
+            draw_points(panel, setting, [row.get(setting, "") for row in have], [row[metric] for row in have], metric)
+        picture = render_png(figure)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(place, dpi=120, format=place.suffix[1:] or "png")
-    except (OSError, ValueError) as error:
-        raise StoreError(f"--plot: {place} cannot be written ({error})") from None
+        place.write_bytes(picture)
+    except OSError as error:
+        raise StoreError(f"--plot: {place} cannot be written ({error.strerror})") from None
     print(f"plot: {place}", file=sys.stderr)
 
 
