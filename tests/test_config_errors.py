@@ -305,7 +305,7 @@ def test_no_setting_is_reported_twice():
 
 
 @pytest.mark.parametrize(
-    ("words", "verb"), [(["statsu"], "status"), (["rnu"], "run"), (["grahp"], "graph"), (["seed=1", "paln"], "plan")]
+    ("words", "verb"), [(["statsu"], "status"), (["rnu"], "run"), (["verfy"], "verify"), (["seed=1", "paln"], "plan")]
 )
 def test_misspelt_verb_gets_a_suggestion(words, verb, refuse):
     message = refuse(*words[1:], verb=words[0])

@@ -308,7 +308,7 @@ def test_completion_covers_verbs_options_keys_and_artifacts(two, complete, tmp_p
     rid = resolve(two.store, "first").name[-16:]
     assert complete(f"mlxchat show {place} {rid[:6]}") == {rid}
     assert complete(f"mlxchat diff {place} run2/s") == {"run2/second"}
-    assert complete("mlxchat graph --format=m") == {"--format=mermaid"}
+    assert complete("mlxchat plan --graph=m") == {"--graph=mermaid"}
     assert complete("mlxchat -m executor=s") == {"executor=slurm", "executor=submitit_local"}
     assert complete("mlxchat import ") == {"adapter", "hf", "nanochat", "outputs="}
     assert complete("mlxchat data fetch --dr") == {"--dry-run"}

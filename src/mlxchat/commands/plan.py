@@ -1,4 +1,4 @@
-"""Verbs that show what would run: plan, explain, graph."""
+"""Verbs that show what would run: plan, explain."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import inspect
 import itertools
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -39,6 +39,9 @@ def plan(parser: Parser) -> None:
     parser.description = _PURPOSE
     parser.add_argument("--multirun", "-m", action="store_true", help="plan a sweep; shared steps count once")
     parser.add_json("JSON for programs, including every changed key")
+    parser.add_argument(
+        "--graph", choices=("ascii", "mermaid"), help="draw the pipeline with each step's state instead"
+    )
     parser.add_argument("--exit-code", action="store_true", help=f"exit with {_EXIT_PENDING} if something is not done")
     parser.set_defaults(main=_plan)
 
@@ -61,6 +64,9 @@ def _plan(options: Namespace) -> int:
     composed = compose_config(*split_options(options.settings))
     config, store = composed.config, Store(Path(composed.config.outputs))
     plan = plan_of(config, store)
+    if options.graph is not None:
+        print(visible(draw_tree(plan) if options.graph == "ascii" else draw_mermaid(plan)))
+        return 0
     memory = {name: each.text for name, each in forecast_memory(config, plan).items() if each.text}
     times = estimate_trainings(config, plan, store)
     estimates = estimate_steps(plan, store) | times
@@ -353,27 +359,6 @@ def _meanings(kind: type[object]) -> dict[str, str]:
 _COLOURS = {"done": ("#cde8d5", "#2e7d4f"), "waiting": ("#fdecc8", "#9a6b00"), "maybe": ("#e3e7f7", "#4a5aa8")}
 
 
-def graph(parser: Parser) -> None:
-    """Declare `mlxchat graph`."""
-    parser.take_settings()
-    parser.add_argument(
-        "--format", choices=tuple(_FORMATS), default="ascii", help="default: ascii; as data: plan --json"
-    )
-    parser.set_defaults(main=_graph)
-
-
-def _graph(options: Namespace) -> int:
-    """Print the pipeline's graph with each step's state."""
-    from mlxchat.composition.compose import compose_config, split_options
-    from mlxchat.pipeline import plan_of
-    from mlxchat.store.store import Store
-
-    config = compose_config(*split_options(options.settings)).config
-    plan = plan_of(config, Store(Path(config.outputs)))
-    print(visible(_FORMATS[options.format](plan)))
-    return 0
-
-
 def draw_mermaid(plan: list[PlannedStep]) -> str:
     """Return a Mermaid flowchart; done, waiting and undecided steps are coloured."""
     lines = ["flowchart LR"]
@@ -405,9 +390,3 @@ def draw_tree(plan: list[PlannedStep]) -> str:
         if step.name not in parent:
             draw(step, "", True)
     return "\n".join(lines)
-
-
-_FORMATS: dict[str, Callable[[list[PlannedStep]], str]] = {
-    "ascii": draw_tree,
-    "mermaid": draw_mermaid,
-}
