@@ -95,32 +95,6 @@ def test_mlx_lm_opens_and_fuses_our_adapters(mlx_lm, outputs, monkeypatch, archi
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_export_merges_quantised_adapters_and_says_so(mlx_lm, outputs):
-    tuned = publish_adapters(outputs, publish_base(outputs), bits=8)
-    export(tuned, "mlx")
-    np.testing.assert_allclose(logits(mlx_lm.load("out")[0]), our_logits(tuned), atol=1e-3)
-    assert "Its adapters were merged into the weights of" in Path("out", "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [(None, "has no adapters.safetensors"), ({"rank": 5}, "adapters do not fit adapter_config.json and the model"),
-     ({"keys": ["model.layers.0.q_proj"]}, "is not a matrix of the model")],
-    ids=str,
-)  # fmt: skip
-def test_faulty_adapters_are_refused_before_writing(outputs, changes, reason):
-    base = publish_base(outputs)
-    export(publish_adapters(outputs, base), "mlx-adapter", "there")
-    record = json.loads(Path("there", CONFIG).read_text())
-    record["lora_parameters"] |= changes or {}
-    Path("there", CONFIG).write_text(json.dumps(record))
-    if changes is None:
-        Path("there", "adapters.safetensors").unlink()
-    with pytest.raises(DataError, match=reason):
-        import_from("there", base)
-    assert not list(Path("made").iterdir())
-
-
 def test_impossible_exchanges_are_refused(outputs, command):
     base = publish_base(outputs)
     july = publish_adapters(outputs, publish_base(outputs, "july", "jul2026"), "july-tuned")

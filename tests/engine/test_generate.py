@@ -10,8 +10,8 @@ from kit.models import make_model
 from kit.scripted import steps
 from kit.text import byte_tokens, tool_call, tool_output
 from mlxchat.data.tokenizer import Tokenizer
-from mlxchat.engine.batch import Event, Generator, KeptPasts, Request
-from mlxchat.engine.decode import Decoder, tokens_of
+from mlxchat.engine.batch import Event, Generator, Request
+from mlxchat.engine.decode import Decoder
 from mlxchat.engine.generate import Engine
 from mlxchat.engine.sample import Sampling
 from mlxchat.errors import ConfigError
@@ -169,21 +169,6 @@ def test_equal_prompts_are_read_once(model, tokenizer, monkeypatch):
     engine.max_rows = 2
     engine.complete([[tokenizer.bos] * 30] * 6, max_new_tokens=2, temperature=1.0)
     assert read == [2, 1], "rows that wait share it, too"
-
-
-def test_kept_prefixes_are_found_and_the_least_recently_used_dropped():
-    kept, decoder = KeptPasts(100), Decoder(make_model())
-    decoder.resize([], 1, 128)
-    for ids in ([*range(30)], [*range(40)], [*range(20), *range(100, 130)]):
-        kept.keep(ids, decoder, 0)
-    assert [len(ids) for ids, _ in kept.held] == [40, 50], "a prefix of another goes"
-    for prompt, tokens in (([*range(40), 98], 40), ([*range(20), *range(100, 120), 7], 40), ([5, *range(40)], 0),
-                           ([*range(10), 99, 98], 0), ([*range(25)], 24)):  # fmt: skip
-        assert tokens_of(kept.find(prompt)) == tokens
-    for ids in ([3] * 50, [4] * 101):
-        kept.keep(ids, decoder, 0)
-    prompts = ([*range(41)], [*range(20), *range(100, 130), 7], [3] * 51, [4] * 102)
-    assert [tokens_of(kept.find(prompt)) for prompt in prompts] == [40, 20, 50, 0]
 
 
 def test_next_turn_continues_the_kept_prefix(model, tokenizer):

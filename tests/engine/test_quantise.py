@@ -1,6 +1,5 @@
 """Quantised weights: decoding, measured cost, refusal, memory."""
 
-import gc
 from dataclasses import replace
 
 import mlx.core as mx
@@ -11,12 +10,9 @@ from mlxchat.bench.timing import fill_zero_weights
 from mlxchat.engine.decode import Decoder
 from mlxchat.evals.bpb import text_loss
 from mlxchat.evals.quantised import SAMPLE, measure_quantised
-from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
 from mlxchat.model.lora import packed_copy
-from mlxchat.model.parameters import flatten_parameters
-from mlxchat.terminal.chat import Chat
 
 
 @pytest.fixture
@@ -52,19 +48,3 @@ def test_measured_cost_is_that_of_the_sample_text(wide, tokenizer, bits):
     assert (cost.exact, cost.rounded) == pytest.approx(tuple(losses), rel=1e-4)
     assert cost.divergence == pytest.approx((np.exp(exact) * (exact - rounded)).sum(-1).mean(), abs=1e-4)
     assert not cost.bad
-
-
-def test_chat_prints_the_cost_and_frees_the_original_weights(path, wide, tokenizer, tmp_path, capsys):
-    """Matrices of 4 bits take 5/32 of float32's bytes; embeddings, a KV cache and, on a CPU, the decoder's copy of the
-    packed matrices are also in memory."""
-    save_checkpoint(tmp_path, wide, tokenizer, {"format": "chat"})
-    for _ in range(2):  # the first time also creates compiled functions and constants
-        chat = None
-        gc.collect()
-        before = mx.get_active_memory()
-        chat = Chat.load(tmp_path, temperature=0.0, top_k=None, max_tokens=4, seed=0, bits=4)
-        chat.answer_once("the cat")
-        gc.collect()
-    held = mx.get_active_memory() - before
-    assert held < 0.7 * sum(value.nbytes for value in flatten_parameters(wide).values())
-    assert capsys.readouterr().err == f"{measure_quantised(wide, tokenizer, 4)[1]}\n" * 2

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kit.scripted import steps
 from mlxchat.engine.batch import Request
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.sample import Constraint, JsonGrammars, Sampler, Sampling, adjusted, make_draws, score_tokens
+from mlxchat.engine.sample import Constraint, JsonGrammars, Sampler, Sampling, make_draws, score_tokens
 from mlxchat.errors import ConfigError
 
 NUM_DRAWS = 5_000
@@ -90,7 +90,8 @@ def test_penalties_and_bias():
     wanted[[1, 2]] = [-1.0 * 1.5, 2.0 / 1.5 - 3 * 0.5 - 0.25]
     wanted[4] = -3.0 * 1.5 - 0.5 - 0.25
     wanted[6] += 3.0
-    got = adjusted(mx.array(np.stack([LOGITS] * 3)), 1, sampling, [1, 2], [2, 4, 2, 2])
+    request = Request(prompt=[1, 2], max_new_tokens=9, sampling=sampling)
+    got = request.restrict(mx.array(np.stack([LOGITS] * 3)), 1, [2, 4, 2, 2])
     np.testing.assert_allclose(np.asarray(got), [LOGITS, wanted, LOGITS], atol=1e-6)
     assert not Sampling(temperature=1.0, top_k=3, repetition_penalty=1.0).adjusts
 

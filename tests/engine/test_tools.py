@@ -75,16 +75,6 @@ def test_only_the_calling_row_waits_for_its_program(scripted, tokenizer):
     assert {event.kind for event in rest if event.text and not event.sampled} == {"python_output"}
 
 
-def test_waiting_row_can_be_cancelled(scripted, tokenizer):
-    python = Slow()
-    scheduler, (id,) = begin(scripted, python, [*tool_call(tokenizer, "2**5"), tokenizer.bos])
-    steps(scheduler, 20)
-    scheduler.cancel(id)
-    (event,) = steps(scheduler)
-    assert event.finish_reason == "cancelled"
-    assert python.asked[0][1].cancelled()
-
-
 def test_waiting_does_not_change_the_answer(model, tokenizer):
     """While a row waits, it takes part in the batch's steps; this must not change its cache."""
 

@@ -15,17 +15,13 @@ import pytest
 from kit.artifacts import make_model, make_tokenizer, publish
 from kit.commands import Say
 from kit.numpy_gpt import numpy_logits
-from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.packing import IGNORED, Row
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.evals.bpb import (
-    TextLoss,
     mean_loss,
     ngram_bits_per_byte,
     ratio_error,
     text_loss,
-    texts_of_rows,
-    uniform_bits_per_byte,
 )
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
@@ -69,20 +65,6 @@ def test_loss_counts_text_only_and_the_mean_all_tokens(model, tokenizer, rows, m
     assert mean_loss(model, rows, micro_tokens=micro_tokens) == pytest.approx(expected, rel=1e-5)
 
 
-def test_zero_head_has_uniform_loss(model, tokenizer, rows):
-    model.lm_head.weight = mx.zeros_like(model.lm_head.weight)
-    found = text_loss(model, rows, tokenizer.token_bytes, micro_tokens=1000)
-    assert found.bits_per_byte == pytest.approx(uniform_bits_per_byte(rows, tokenizer.token_bytes), rel=1e-6)
-    assert found.perplexity == pytest.approx(tokenizer.vocab_size, rel=1e-5)
-
-
-def test_loss_without_bytes_is_infinite(model, tokenizer):
-    for target in (IGNORED, tokenizer.bos):
-        rows = [(np.zeros(4, np.int32), np.full(4, target, np.int32))]
-        assert text_loss(model, rows, tokenizer.token_bytes, micro_tokens=100).bits_per_byte == math.inf
-    assert TextLoss(0.0, 0, 0).perplexity == TextLoss(1e6, 10, 1).perplexity == math.inf
-
-
 TRAINING = ["the cat sat on the mat.", "the dog sat; naïve café!", "on and on and on", "x"]
 HELD_OUT = ["the cat and the dog", "zebra ünseen", "on"]
 
@@ -116,15 +98,6 @@ def slow_bits_per_byte(training: list[str], held_out: list[str]) -> float:
 )
 def test_bits_per_byte_equal_a_slow_model(training, held_out):
     assert ngram_bits_per_byte(training, held_out) == pytest.approx(slow_bits_per_byte(training, held_out), rel=1e-9)
-
-
-def test_baseline_text_is_the_text_of_the_rows():
-    tokenizer = train_tokenizer(TRAINING, 290)
-    first, second = ([tokenizer.bos, *tokenizer.encode(text)] for text in HELD_OUT[:2])
-    whole, cropped = [*first, *second, -1, -1], second[:4]
-    rows = [(np.maximum(row[:-1], 0).astype(np.int32), np.array(row[1:], np.int32)) for row in (whole, cropped)]
-    texts = [text for text in texts_of_rows(rows, tokenizer) if text]
-    assert texts == [*HELD_OUT[:2], tokenizer.decode(second[1:4])]
 
 
 # The last one is longer than the context of 64 tokens.

@@ -128,16 +128,6 @@ def test_stopped_evaluation_resumes_with_equal_results(sampled):
     assert attempts == 13  # three times four batches, and one that finds all of them done
 
 
-def test_only_whole_lines_of_the_same_settings_are_reused(tokenizer, tmp_path, evaluate):
-    for settings, missing in (({}, [3, 3, 1]), ({}, [1]), ({"max_new_tokens": 8}, [3, 3, 1])):
-        engine = ScriptedEngine(tokenizer, ANSWERS)
-        score, records = evaluate(engine, Questions(["yes"] * 7), batch_rows=3, work="kept", **settings)
-        assert [len(batch) for batch in engine.batches] == missing
-        assert (score.accuracy, [example["output"] for example in records]) == (3 / 7, ANSWERS)
-        (journal,) = (tmp_path / "kept").iterdir()
-        journal.write_bytes(journal.read_bytes()[:-20])
-
-
 # Multiple choice
 
 
@@ -185,11 +175,6 @@ def test_long_prompts_keep_their_end(model, tokenizer, evaluate):
     assert [example["tokens"] for example in records] == [len(render_for_completion(tokenizer, task[0])), 64]
 
 
-def test_letters_of_several_tokens_are_refused(model, tokenizer, evaluate):
-    with pytest.raises(DataError, match="different single tokens"):
-        evaluate(Engine(model, tokenizer), Questions(["A"], kind="categorical", letters=["A", "BC"]))
-
-
 # Scores
 
 
@@ -230,14 +215,6 @@ def test_chatcore_of_a_snapshot_is_nanochats(which, value):
     assert (found["set"], found["tasks"]) == (which, list(names))
     scores = list(suite_scores(names).values())
     assert found["stderr"] == mean_centered_stderr(scores)
-
-
-def test_chatcore_goes_by_task_types():
-    names = CHATCORE_SETS["jul2026"]
-    scores = {f"my_{name}": each for name, each in suite_scores(names).items()}
-    found = chatcore(scores | {"own": accuracy_of(1.0, 0.0)}, {f"my_{name}": name for name in names} | {"own": "jsonl"})
-    assert found["value"] == pytest.approx(0.07300666666666666)
-    assert chatcore(scores, {f"my_{name}": name for name in names[1:]}) is None
 
 
 def test_expected_answers_show_calls_and_results():

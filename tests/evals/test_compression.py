@@ -1,7 +1,5 @@
 """The compression table against other tokenizers."""
 
-import itertools
-
 import pytest
 import tiktoken
 
@@ -42,8 +40,3 @@ def test_other_tokenizers_are_compared_if_installed(tokenizer, rival):
     assert rows[-2]["gpt2"] == sum(len(encoding.encode_ordinary(text)) for text in SPLITS["train"])
     assert compression_rows(train_tokenizer([], 265), {})[0]["gpt2_better"] == "gpt2"
     assert compression_rows(rival, {})[0]["gpt2_better"] == "tie"
-
-
-def test_only_the_start_of_a_corpus_is_read(tokenizer, monkeypatch):
-    monkeypatch.setattr(compression, "_SPLIT_CHARS", 1000)
-    assert compression_rows(tokenizer, {"train": itertools.repeat("the cat " * 10)})[-1]["chars"] == 1040

@@ -1,6 +1,5 @@
 """CORE: prompts against jinja2, results from a bundle, resuming, cropping, standard errors, refusals."""
 
-import json
 import math
 import random
 import zipfile
@@ -22,11 +21,8 @@ from mlxchat.errors import DataError, Interrupted
 from mlxchat.evals.core import (
     Question,
     build_question,
-    crop,
     draw_shots,
     evaluate_core,
-    likeliest,
-    mean_losses,
     render_prompts,
     tokenize_prompts,
 )
@@ -109,30 +105,6 @@ def test_stopped_evaluation_resumes_with_equal_results(evaluate, monkeypatch, ba
     assert evaluate(batch_tokens=300, max_per_task=10) == whole
 
 
-def test_results_of_another_bundle_are_not_reused(evaluate, bundle):
-    evaluate(max_per_task=6)
-    path = bundle / "eval_bundle" / "eval_data" / "all" / "schema.jsonl"
-    path.write_text("".join(json.dumps(item) + "\n" for item in core_items("schema", 6)))
-    assert evaluate(max_per_task=6) == evaluate(max_per_task=6, work="other")
-
-
-@pytest.mark.parametrize(
-    ("rule", "ours", "counted"),
-    [("extend", True, "extended"), ("cut", True, "cropped"), ("extend", False, "cropped")],
-)
-def test_long_prompts_are_counted(evaluate, model, rule, ours, counted):
-    """Third-party models keep their limit."""
-    tokens = sorted(example["tokens"] for example in evaluate(tasks=["language"])[1])
-    limit = tokens[len(tokens) // 2]
-    object.__setattr__(model.sizes, "context_tokens", limit)
-    result, examples = evaluate(tasks=["language"], long_prompts=rule, is_ours=ours)
-    found = result["tasks"]["language"]
-    assert found[counted] == sum(count > limit for count in tokens) > 0
-    assert found["extended"] + found["cropped"] == found[counted]
-    assert (result["long_prompts"], result["context_tokens"]) == ("extend" if counted == "extended" else "cut", limit)
-    assert (max(example["tokens"] for example in examples) > limit) == (counted == "extended")
-
-
 def numpy_verdict(model: GPT, question: Question) -> tuple[bool, list[float]]:
     """Return the verdict on an example and the mean loss of each option, by nanochat's transformer in float64."""
     means, predicted = [], []
@@ -193,14 +165,6 @@ def test_wrong_options_are_refused(evaluate, tmp_path):
             evaluate(path=path)
 
 
-def test_ties_and_options_without_scored_tokens():
-    losses = [np.array([1.0, 2.0]), np.array([1.5]), np.array([])]
-    assert mean_losses(losses) == [1.5, 1.5, None]
-    assert likeliest([1.5, 1.5, None]) == 0
-    assert likeliest([2.0, None, 1.0]) == 2
-    assert likeliest([None, 1.0]) == 0
-
-
 @pytest.mark.parametrize(
     ("kind", "item", "shot", "prompts"),
     [
@@ -233,10 +197,3 @@ def test_scored_spans(tokenizer):
     ):
         pairs = zip(*tokenize_prompts(kind, prompts, tokenizer), strict=True)
         assert [tokenizer.decode(tokens[start:]) for tokens, start in pairs] == scored
-
-
-def test_long_prompts_are_cropped_at_the_front():
-    sequences, starts = [list(range(10)), list(range(12))], [8, 8]
-    assert crop(sequences, starts, 12) == (sequences, starts, False)
-    assert crop(sequences, starts, 9) == ([list(range(1, 10)), list(range(3, 12))], [7, 5], True)
-    assert crop([list(range(20))], [5], 8) == ([list(range(12, 20))], [1], True)

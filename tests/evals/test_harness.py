@@ -9,11 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.serving import BASE, CHAT
+from kit.serving import BASE
 from kit.serving import model as model
 from kit.serving import served as served
 from kit.serving import start as start
-from mlxchat.data.conversation import render_for_completion
 from mlxchat.engine.generate import Engine
 from mlxchat.model.gpt import GPT
 
@@ -85,15 +84,6 @@ def test_scores_are_the_models_own(served, model, tokenizer, tasks):
             new = len(ids[first : first + most])
             nats -= log_probabilities(model, window)[-new:].sum()
     assert found["results"]["bytes"]["bits_per_byte,none"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
-
-
-def test_conversation_is_rendered_as_in_training(served, tokenizer):
-    from mlxchat.evals.harness import HarnessModel
-
-    model, messages = HarnessModel(path=str(served / "store" / CHAT)), [{"role": "user", "content": "the cat"}]
-    ids = render_for_completion(tokenizer, {"messages": messages})
-    assert model.tok_encode(model.apply_chat_template(messages)) == ids
-    assert model.tok_encode("the <|bos|> cat").count(tokenizer.bos) == 1, "special tokens of a text are no tokens"
 
 
 def test_server_gives_equal_results_to_lm_evals_client(start, served, tasks):

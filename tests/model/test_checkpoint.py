@@ -7,18 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from kit.models import make_model
-from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
 from mlxchat.model.gpt import GPT
-from mlxchat.model.parameters import flatten_parameters, set_parameters
+from mlxchat.model.parameters import flatten_parameters
 
 
 @pytest.fixture
@@ -40,15 +37,6 @@ def test_round_trip_is_bit_identical(model, tokenizer, saved):
     assert before.keys() == after.keys()
     assert all(np.asarray(before[name]).tobytes() == np.asarray(after[name]).tobytes() for name in before)
     assert (loaded.sizes, read.ranks, facts) == (model.sizes, tokenizer.ranks, {"stage": "pretrain", "format": "base"})
-
-
-def test_weights_are_written_in_float32(model, tokenizer, tmp_path):
-    set_parameters(model, {name: value.astype(mx.bfloat16) for name, value in flatten_parameters(model).items()})
-    save_checkpoint(tmp_path, model, tokenizer, {})
-    arrays = load_file(tmp_path / "model.safetensors")
-    assert {array.dtype for array in arrays.values()} == {np.dtype(np.float32)}
-    name = "transformer.h.0.mlp.c_proj.weight"  # not transposed
-    np.testing.assert_array_equal(arrays[name], np.asarray(flatten_parameters(model)[name].astype(mx.float32)))
 
 
 SAVE = """
@@ -109,10 +97,4 @@ def test_missing_and_wrong_sizes_are_refused(saved, key, value, message):
         del config[key]
     (saved / "config.json").write_text(json.dumps(config))
     with pytest.raises(DataError, match=message):
-        load_checkpoint(saved)
-
-
-def test_tokenizer_of_another_size_is_refused(saved):
-    train_tokenizer(["the cat sat on the mat"], 270).save(saved)
-    with pytest.raises(DataError, match="270 tokens, the model 280"):
         load_checkpoint(saved)

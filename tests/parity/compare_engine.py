@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -116,7 +117,7 @@ def _run(file: ParityFile, tokenizer: Tokenizer, scripts: list[list[int]], limit
     scripts = [[scripts[0][0], *script[1:]] for script in scripts]
     shortest, filler = len(file.json["prompt"]), file.json["filler_token"]
     prompts = [file.json["prompt"] + [filler] * row for row in range(len(scripts))]
-    nothing: Any = None
+    nothing: Any = SimpleNamespace(sizes=SimpleNamespace(context_tokens=1 << 20))
     engine = Engine(nothing, tokenizer)
     scripts = [[*script, filler] for script in scripts]
     engine.decoder = ScriptedDecoder(scripts, tokenizer.vocab_size, shortest=shortest - 1)

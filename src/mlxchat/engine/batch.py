@@ -56,6 +56,15 @@ class Request:
         """Whether the next distribution depends on the latest token's value."""
         return self.constraint is not None or self.sampling.adjusts
 
+    def restrict(self, logits: mx.array, row: int, answer: Sequence[int]) -> mx.array:
+        """Return logits (B, V) with one row's changed by bias, penalties and grammar, which follow its answer."""
+        own = logits[row : row + 1]
+        if self.sampling.adjusts:
+            own = adjusted(own, self.sampling, self.prompt, answer)
+        if self.constraint is not None:
+            own = mx.where(mx.array(self.constraint.allowed(answer, logits.shape[-1])), own, -mx.inf)
+        return mx.concatenate([logits[:row], own, logits[row + 1 :]])
+
 
 @dataclass(eq=False)
 class Row:
@@ -160,7 +169,7 @@ class Generator:
                 values = np.asarray(tokens).tolist()
                 for place, row in in_step:
                     answer = [*row.ids, values[place]] if reports[place] else row.ids
-                    logits = restricted(logits, place, row.request, answer[len(row.request.prompt) :])
+                    logits = row.request.restrict(logits, place, answer[len(row.request.prompt) :])
             self._sample(logits, rows)
         values = np.asarray(tokens).tolist() if values is None else values
         known = scores.read() if scores else []
@@ -267,17 +276,6 @@ class Generator:
 def batch_rows(rows: int) -> int:
     """Return the batch size that is allocated for `rows`."""
     return next((size for size in BATCH_ROWS if size >= rows), -(-rows // BATCH_ROWS[-1]) * BATCH_ROWS[-1])
-
-
-def restricted(logits: mx.array, row: int, request: Request, answer: Sequence[int]) -> mx.array:
-    """Return logits (B, V) with one row's changed by its bias, penalties and grammar, which follow its answer."""
-    if request.sampling.adjusts:
-        logits = adjusted(logits, row, request.sampling, request.prompt, answer)
-    if request.constraint is not None:
-        allowed = mx.array(request.constraint.allowed(answer, logits.shape[-1]))
-        is_other = (mx.arange(len(logits)) != row)[:, None]
-        logits = mx.where(is_other | allowed, logits, -mx.inf)
-    return logits
 
 
 def score_prompt(model: Any, ids: Sequence[int], most: int) -> list[Scored]:

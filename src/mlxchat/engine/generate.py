@@ -58,13 +58,13 @@ class Completion:
 
 
 class Engine:
-    """One of our models with its tokenizer: answers and continues text."""
+    """A model with its tokenizer: answers and continues text."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, *, bits: int | None = None,
-        dtype: mx.Dtype | None = None, max_rows: int = DECODED_ROWS, team: Team | None = None,
+        self, model: GPT, tokenizer: Tokenizer, *, bits: int | None = None, dtype: mx.Dtype | None = None,
+        max_rows: int = DECODED_ROWS, team: Team | None = None,
     ) -> None:  # fmt: skip
-        """Create an engine.
+        """Create an engine of one of our models.
 
         Args:
             model: its weights may change between calls.
@@ -75,15 +75,13 @@ class Engine:
             team: the ranks that share `complete`, which rank 0 calls; None: this process. Schedulers always run in
                 this process.
         """
-        self.model, self.tokenizer = model, tokenizer
+        self.model: Any = model
+        self.context_tokens = model.sizes.context_tokens
+        """Maximum length of an input: that of the model's training rows."""
+        self.tokenizer: Any = tokenizer
         self.team = team if team is not None and team.size > 1 else None
         self.bits, self.dtype, self.max_rows = bits, dtype, max_rows
         self.decoder: Callable[[GPT], Decoder] = Decoder
-
-    @property
-    def context_tokens(self) -> int:
-        """Length of the model's training rows."""
-        return self.model.sizes.context_tokens
 
     def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Return the prompt of the assistant's next message; raises DataError for an invalid conversation."""
@@ -112,52 +110,47 @@ class Engine:
         Raises:
             ConfigError: a prompt is empty.
         """
-        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k}
-        how["log_probabilities"] = log_probabilities
-        seeds = row_seeds(seed, len(prompts))
-        if self.team is None or not prompts or not all(prompts):  # refuses an empty prompt before other ranks take part
-            return self._complete_here(prompts, seeds, how)
+        requests = [
+            Request(
+                prompt=prompt, max_new_tokens=max_new_tokens, text=False, logprobs=0 if log_probabilities else None,
+                sampling=Sampling(temperature=temperature, top_k=top_k, seed=row_seed),
+            )
+            for prompt, row_seed in zip(prompts, row_seeds(seed, len(prompts)), strict=True)
+        ]  # fmt: skip
+        if max_new_tokens < 1:
+            return [Completion() for _ in prompts]
+        if self.team is None or not all(prompts):  # refuses an empty prompt before other ranks take part
+            return self._complete_here(requests)
         sync_model(self.team, self.model)
+        settings = None
         if self.team.kept.get("engine") is not self:
             self.team.kept["engine"] = self
-            ranks = self.tokenizer.ranks
-            options = {"bits": self.bits, "max_rows": self.max_rows}
-            tokens = [token.hex() for token in sorted(ranks, key=ranks.__getitem__)]
-            dtype = None if self.dtype is None else name_of(self.dtype)
-            request = {"tokens": tokens, "pattern": self.tokenizer.pattern, "dtype": dtype, "options": options}
-            self.team.call(_make_engine, request)
-        found: list[Completion] = self.team.call(_complete, {"prompts": prompts, "seeds": seeds, "how": how})
+            settings = self._describe()
+        given = {"engine": settings, "requests": [asdict(each) for each in requests]}
+        found: list[Completion] = self.team.call(_complete, given)
         return found
 
-    def _complete_here(self, prompts: list[list[int]], seeds: Sequence[int], how: dict[str, Any]) -> list[Completion]:
-        if how["max_new_tokens"] < 1 or not prompts:
-            return [Completion() for _ in prompts]
+    def _complete_here(self, requests: Sequence[Request]) -> list[Completion]:
+        """Return the completions of requests in this process."""
         with nullcontext() if self.dtype is None else computing_in(self.model, self.dtype):
-            return complete_all(self.scheduler(), prompts, seeds, **how)
+            scheduler, scored = self.scheduler(), any(request.logprobs is not None for request in requests)
+            found = {scheduler.submit(request): Completion() for request in requests}
+            while not scheduler.idle:
+                for event in scheduler.step():
+                    row = found[event.id]
+                    assert event.token is not None, "nothing is cancelled"
+                    row.ids.append(event.token)
+                    row.mask.append(int(event.sampled))
+                    row.log_probabilities += [event.logprob or 0.0] if scored else []
+                    row.finished = event.finish_reason == "stop"
+            return list(found.values())
 
-
-def complete_all(
-    scheduler: Scheduler, prompts: list[list[int]], seeds: Sequence[int], *, max_new_tokens: int,
-    temperature: float = 0.0, top_k: int | None = None, log_probabilities: bool = False,
-) -> list[Completion]:  # fmt: skip
-    """Return the completions of prompts, computed by a scheduler; see `Engine.complete`."""
-    by_id = {}
-    for prompt, seed in zip(prompts, seeds, strict=True):
-        request = Request(
-            prompt=prompt, max_new_tokens=max_new_tokens, text=False, logprobs=0 if log_probabilities else None,
-            sampling=Sampling(temperature=temperature, top_k=top_k, seed=seed),
-        )  # fmt: skip
-        by_id[scheduler.submit(request)] = Completion()
-    while not scheduler.idle:
-        for event in scheduler.step():
-            row = by_id[event.id]
-            assert event.token is not None, "nothing is cancelled"
-            row.ids.append(event.token)
-            row.mask.append(int(event.sampled))
-            if log_probabilities:
-                row.log_probabilities.append(event.logprob or 0.0)
-            row.finished = event.finish_reason == "stop"
-    return list(by_id.values())
+    def _describe(self) -> dict[str, Any]:
+        """Return as JSON what other ranks need to create an equal engine."""
+        ranks, options = self.tokenizer.ranks, {"bits": self.bits, "max_rows": self.max_rows}
+        tokens = [token.hex() for token in sorted(ranks, key=ranks.__getitem__)]
+        dtype = None if self.dtype is None else name_of(self.dtype)
+        return {"tokens": tokens, "pattern": self.tokenizer.pattern, "dtype": dtype, "options": options}
 
 
 def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
@@ -167,26 +160,21 @@ def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
     return [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in range(rows)]
 
 
-def _make_engine(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> None:
-    """Create this rank's engine, equal to rank 0's."""
-    if not team.group.leads:
-        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(request["tokens"])}
-        dtype = request["dtype"] and getattr(mx, request["dtype"])
-        tokenizer = Tokenizer(ranks, request["pattern"])
-        team.kept["engine"] = Engine(model_on(team), tokenizer, dtype=dtype, **request["options"])
-
-
 def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Completion]:
-    """Return the completions of all prompts, each computed by one rank.
+    """Return the completions of all requests, each computed by one rank.
 
     A row's draws depend only on its seed, its sums on no other row, so the answers equal one process's.
     """
+    if (given := request["engine"]) is not None and not team.group.leads:
+        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(given["tokens"])}
+        dtype, tokenizer = given["dtype"] and getattr(mx, given["dtype"]), Tokenizer(ranks, given["pattern"])
+        team.kept["engine"] = Engine(model_on(team), tokenizer, dtype=dtype, **given["options"])
     engine = team.kept["engine"]
     engine.model = model_on(team)
     # Strided, so that samples of a question and long prompts are spread evenly over the ranks.
-    own = slice(team.group.rank, None, team.size)
-    rows = engine._complete_here(request["prompts"][own], request["seeds"][own], request["how"])
-    completions = [Completion() for _ in request["prompts"]]
+    own = request["requests"][team.group.rank :: team.size]
+    rows = engine._complete_here([Request(**each | {"sampling": Sampling(**each["sampling"])}) for each in own])
+    completions = [Completion() for _ in request["requests"]]
     for rank, found in enumerate(team.group.gather_json([asdict(row) for row in rows])):
         completions[rank :: team.size] = [Completion(**row) for row in found]
     return completions

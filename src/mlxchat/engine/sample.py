@@ -129,22 +129,19 @@ def draw_places(probabilities: mx.array, draws: Sequence[float]) -> mx.array:
     return mx.minimum((sums <= aim).sum(axis=-1, keepdims=True), sums.shape[-1] - 1)
 
 
-def adjusted(logits: mx.array, row: int, how: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> mx.array:
-    """Return logits (B, V) with one row changed by its bias and its penalties."""
+def adjusted(logits: mx.array, how: Sampling, prompt: Sequence[int], answer: Sequence[int]) -> mx.array:
+    """Return a row's logits (1, V) changed by its bias and its penalties."""
     factors = dict.fromkeys([*prompt, *answer], how.repetition_penalty or 1.0)
     added = dict(how.logit_bias)
     for token, count in Counter(answer).items():
         added[token] = added.get(token, 0.0) - count * how.frequency_penalty - how.presence_penalty
     changed = list(factors | added)
-    if not changed:
-        return logits
-    at = mx.array([changed])
     factor = mx.array([[factors.get(token, 1.0) for token in changed]])
     more = mx.array([[added.get(token, 0.0) for token in changed]])
-    found = mx.take_along_axis(logits[row : row + 1], at, axis=-1)
+    at = mx.array([changed])
+    found = mx.take_along_axis(logits, at, axis=-1)
     new = mx.where(found > 0, found / mx.maximum(factor, _LEAST_TEMPERATURE), found * factor) + more
-    own = mx.put_along_axis(logits[row : row + 1], at, new, axis=-1)
-    return mx.concatenate([logits[:row], own, logits[row + 1 :]])
+    return mx.put_along_axis(logits, at, new, axis=-1)
 
 
 class Scores(NamedTuple):

@@ -19,8 +19,8 @@ import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import byte_letters
-from mlxchat.engine.batch import Event, Request, Row, restricted
-from mlxchat.engine.generate import Completion, Scheduler, complete_all, row_seeds
+from mlxchat.engine.batch import Event, Request, Row
+from mlxchat.engine.generate import Engine, Scheduler
 from mlxchat.engine.sample import Sampler, make_draws, most_likely, score_tokens
 from mlxchat.errors import ConfigError, DataError, filter_logs
 from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
@@ -30,18 +30,21 @@ from mlxchat.tasks.base import find_fault
 MOST_CONTEXT_TOKENS = 8192
 """Limit for third-party models, since a row's memory grows with its length."""
 _MOST_REASON_CHARS = 300
+# Tokens after which mlx-lm would end a row; the scheduler removes it before.
+_UNLIMITED = 1 << 30
 
 
-class ThirdPartyEngine:
-    """What `Engine` is for our models, with any architecture that mlx-lm can batch, in one process."""
-
-    team = None
+class ThirdPartyEngine(Engine):
+    """An engine of any architecture that mlx-lm can batch, in one process."""
 
     def __init__(self, model: Any, tokenizer: ThirdPartyTokenizer, model_type: str, context_tokens: int) -> None:
         """`model` is mlx-lm's, `context_tokens` the maximum input length."""
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.dtype, self.team = model, tokenizer, None, None
         self.model_type, self.context_tokens = model_type, context_tokens
-        self.render = tokenizer.render
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """See `ThirdPartyTokenizer.render`."""
+        return list(self.tokenizer.render(messages))
 
     @classmethod
     def load(cls, folder: Path) -> ThirdPartyEngine:
@@ -58,10 +61,6 @@ class ThirdPartyEngine:
     def scheduler(self, *, python: Any = None, **options: Any) -> Scheduler:
         """Return a scheduler without requests; `options` are `ThirdPartyGenerator`'s, and there are no tools."""
         return Scheduler(ThirdPartyGenerator(self.model, **options), self.tokenizer)
-
-    def complete(self, prompts: list[list[int]], *, seed: int | Sequence[int] = 0, **how: Any) -> list[Completion]:
-        """Return one completion per prompt; see `Engine.complete`."""
-        return complete_all(self.scheduler(), prompts, row_seeds(seed, len(prompts)), **how)
 
 
 @contextmanager
@@ -107,7 +106,6 @@ class ThirdPartyGenerator:
         )  # fmt: skip
         self._kept = LRUPromptCache() if kept_tokens else None
         self._rows: dict[int, Row] = {}
-        self._ended: dict[int, tuple[list[Any], list[int]]] = {}
 
     def insert(self, request: Request) -> Row:
         """See `Generator.insert`."""
@@ -125,10 +123,10 @@ class ThirdPartyGenerator:
 
         def restrict(context: mx.array, logits: mx.array) -> mx.array:
             answer = np.asarray(context)[len(request.prompt) :].tolist()
-            return restricted(logits.astype(mx.float32), 0, request, answer)
+            return request.restrict(logits.astype(mx.float32), 0, answer)
 
         (id,) = self._batch.insert(
-            [missing], [request.max_new_tokens], caches=None if cache is None else [cache], all_tokens=[seen],
+            [missing], [_UNLIMITED], caches=None if cache is None else [cache], all_tokens=[seen],
             # The same function in all greedy rows is called once for the batch.
             samplers=[most_likely if request.sampling.temperature == 0 else draw],
             logits_processors=[[restrict]] if request.in_step else None,
@@ -146,14 +144,12 @@ class ThirdPartyGenerator:
             if (most := row.request.logprobs) is not None:
                 scores = score_tokens(response.logprobs[None].astype(mx.float32), mx.array([response.token]), most)
                 ((events[-1].logprob, events[-1].top_logprobs),) = scores.read()
-            if response.finish_reason is not None:
-                self._ended[row.id] = response.prompt_cache, response.all_tokens
         return events
 
     def remove(self, row: Row) -> None:
         """See `Generator.remove`."""
         del self._rows[row.id]
-        cache, ids = self._ended.pop(row.id, None) or self._batch.remove([row.id], return_prompt_caches=True)[row.id]
+        cache, ids = self._batch.remove([row.id], return_prompt_caches=True)[row.id]
         if row.request.reuse and self._kept is not None and ids:
             self._kept.insert_cache(None, list(ids), cache)
 

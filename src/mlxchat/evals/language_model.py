@@ -19,11 +19,11 @@ _MOST_TOKENS, _MOST_LOGITS = 4096, 1 << 27
 class LanguageModel:
     """A loaded model with its tokenizer."""
 
-    def __init__(self, engine: Engine | ThirdPartyEngine, *, batch_tokens: int | None = None) -> None:
+    def __init__(self, engine: Engine, *, batch_tokens: int | None = None) -> None:
         """Keep an engine, and the tokens of a forward pass that scores; None: what a third-party model may take."""
         self.engine, self.context_tokens = engine, engine.context_tokens
         self.tokenizer: AnyTokenizer = engine.tokenizer
-        self.is_ours = isinstance(engine, Engine)
+        self.is_ours = not isinstance(engine, ThirdPartyEngine)
         self.batch_tokens = batch_tokens or min(_MOST_TOKENS, _MOST_LOGITS // engine.tokenizer.vocab_size)
 
     def score(self, rows: Sequence[ScoredRow], kinds: Sequence[Kind] = ("losses",)) -> list[Floats]:

@@ -63,8 +63,8 @@ def score_rows(
         role: under which the ranks keep the model.
     """
     found: list[Floats] = [np.zeros((len(kinds), 0), np.float32)] * len(rows)
-    order = [number for number, row in enumerate(rows) if len(row.targets)]
-    order.sort(key=lambda number: -len(rows[number].ids))
+    scored = [number for number, row in enumerate(rows) if len(row.targets)]
+    order = sorted(scored, key=lambda number: -len(rows[number].ids))
     chosen = [rows[number] for number in order]
     if team is None or team.size == 1 or not chosen:
         scores = _score(model, chosen, tuple(kinds), batch_tokens, dtype)
@@ -97,7 +97,7 @@ def _score(
     found: list[Floats] = []
     start = 0
     with nullcontext() if dtype is None else computing_in(model, dtype):
-        forward = _forward(model, kinds) if isinstance(model, GPT) else partial(_forward_of_mlx_lm, model, kinds)
+        forward = _forward(model, kinds)
         while start < len(rows):
             width = round_tokens(len(rows[start].ids))
             most = max(1, batch_tokens // width)
@@ -130,10 +130,14 @@ def arrays_of(rows: list[ScoredRow], shape: tuple[int, int], *, padded: bool = T
     return [mx.array(ids), mx.array(np.pad(places, padding)), mx.array(np.pad(targets, padding))]
 
 
-def _forward(model: GPT, kinds: tuple[Kind, ...]) -> Callable[..., list[mx.array]]:
-    """Return ids (B, W), places (N,), targets (N,) → scores (N,); compiled once, it reads the current weights."""
+def _forward(model: Any, kinds: tuple[Kind, ...]) -> Callable[..., list[mx.array]]:
+    """Return ids (B, W), places (N,), targets (N,) → scores (N,), compiled once; it reads the current weights."""
 
-    def forward(weights: dict[str, mx.array], ids: mx.array, places: mx.array, targets: mx.array) -> list[mx.array]:
+    def of_mlx_lm(ids: mx.array, places: mx.array, targets: mx.array) -> list[mx.array]:
+        logits = model(ids)
+        return scores_of_logits(logits.reshape(-1, logits.shape[-1])[places].astype(mx.float32), targets, kinds)
+
+    def of_ours(weights: dict[str, mx.array], ids: mx.array, places: mx.array, targets: mx.array) -> list[mx.array]:
         own = flatten_parameters(model)
         set_parameters(model, weights)
         hidden = model.hidden(ids).reshape(-1, model.sizes.width)[places]
@@ -141,13 +145,8 @@ def _forward(model: GPT, kinds: tuple[Kind, ...]) -> Callable[..., list[mx.array
         set_parameters(model, own)
         return scores
 
+    if not isinstance(model, GPT):
+        return of_mlx_lm
     # Kept on the model so that both have the same lifetime; plain attributes are not parameters.
     kept: dict[tuple[Kind, ...], Callable[..., list[mx.array]]] = vars(model).setdefault("_compiled_scores", {})
-    return partial(kept.setdefault(kinds, mx.compile(forward)), flatten_parameters(model))
-
-
-def _forward_of_mlx_lm(
-    model: Any, kinds: Sequence[Kind], ids: mx.array, places: mx.array, targets: mx.array
-) -> list[mx.array]:
-    logits = model(ids)
-    return scores_of_logits(logits.reshape(-1, logits.shape[-1])[places].astype(mx.float32), targets, kinds)
+    return partial(kept.setdefault(kinds, mx.compile(of_ours)), flatten_parameters(model))

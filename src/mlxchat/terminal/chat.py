@@ -43,7 +43,7 @@ _SHORT = {"/reset": "/clear", "/temp": "/temperature", "/exit": "/quit"}
 class Chat:
     """A model, its settings and the conversation."""
 
-    engine: Engine | ThirdPartyEngine
+    engine: Engine
     name: str
     temperature: float
     top_k: int | None
