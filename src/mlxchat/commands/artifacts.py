@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned, print_json
@@ -15,10 +15,7 @@ from mlxchat.store.gc import Collection, collect, collect_removal, find_garbage,
 from mlxchat.store.manifest import MANIFEST, read_manifest
 from mlxchat.store.naming import MODEL, PINS, find_all, links, meaning, resolve
 from mlxchat.store.store import Store
-from mlxchat.store.transfer import closure, is_url
-
-if TYPE_CHECKING:
-    from mlxchat.hub.places import Place
+from mlxchat.store.transfer import closure
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -170,18 +167,17 @@ def push(parser: Parser) -> None:
 
 def _push(options: Namespace) -> int:
     """Write artifacts and their inputs to a folder or a URL."""
-    from mlxchat.hub.places import export_to, push_artifacts
+    from mlxchat.hub.places import export_to, open_place, push_artifacts
 
     *names, place = options.names
     store = Store(options.outputs)
     folders = closure(store, [each for name in names for each in find_all(store, name)])
+    to = open_place(place)
     if place.startswith("hf://"):
-        to = _open(place)
         copied = push_artifacts(to, folders, public=options.public)
     elif options.public:
         raise ConfigError("--public requires a place of the Hub: hf://ORGANISATION/NAME")
     else:
-        to = _open(place)
         if Path(to.root).resolve() == store.outputs.resolve():
             raise ConfigError(f"{place} is the outputs folder itself")
         copied = export_to(to, folders)
@@ -189,13 +185,6 @@ def _push(options: Namespace) -> int:
     there = f", {len(folders) - copied} already there" if copied < len(folders) else ""
     print(f"pushed {plural(copied, 'artifact')}{there} ({size} in all) to {place}")
     return 0
-
-
-def _open(place: str) -> Place:
-    """Return the place of a URL or of a local folder."""
-    from mlxchat.hub.places import open_place
-
-    return open_place(place if is_url(place) else f"file://{Path(place).resolve()}")
 
 
 def pull(parser: Parser) -> None:
@@ -207,17 +196,17 @@ def pull(parser: Parser) -> None:
 
 def _pull(options: Namespace) -> int:
     """Import the artifacts of a folder or a URL."""
-    from mlxchat.hub.places import import_from
+    from mlxchat.hub.places import import_from, open_place
 
     source, *wanted = options.names
     store = Store(options.outputs)
-    if not is_url(source):
+    if "://" not in source:
         if not Path(source).is_dir():
             raise ConfigError(f"{source} is no folder: expected one that `mlxchat push` wrote, or a URL")
         if (Path(source) / MANIFEST).is_file():
             path = Path(source).resolve()
             source, wanted = str(path.parent), [path.name, *wanted]
-    new, known = import_from(store, _open(source), wanted)
+    new, known = import_from(store, open_place(source), wanted)
     for place in new:
         print(f"pulled {place.name}")
     print(f"{plural(len(new), 'artifact')} pulled into {store.outputs}, {len(known)} already there")

@@ -38,7 +38,7 @@ from mlxchat.store.manifest import (
     read_manifest,
 )
 from mlxchat.store.store import Store
-from mlxchat.store.transfer import take_in, tell_waiting
+from mlxchat.store.transfer import take_in
 
 _PIECE_BYTES = 1 << 22
 _MANIFEST_BYTES = 1 << 26
@@ -110,11 +110,13 @@ class Place:
 
 
 def open_place(url: str) -> Place:
-    """Return the place of a URL without accessing it.
+    """Return the place of a URL, or of the path of a folder, without accessing it.
 
     Raises:
         ConfigError: fsspec does not support the scheme, or its package is not installed.
     """
+    if "://" not in url:
+        url = f"file://{Path(url).resolve()}"
     scheme = url.partition("://")[0]
     if not url.partition("://")[2].strip("/"):
         raise ConfigError(f"{url} names no folder: expected, for instance, {scheme}://BUCKET/PATH")
@@ -268,7 +270,15 @@ def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list
     """
     store.prepare()
     base = store.outputs / "work" / f".import-{hashlib.sha256(place.url.encode()).hexdigest()[:16]}"
-    with locks.hold(store.outputs / "locks" / "import.lock", {"step": "import"}, tell_waiting):
+
+    def tell_waiting(owner: dict[str, Any]) -> None:
+        print(f"waiting for {owner.get('step')} of {locks.name_process(owner)}", file=sys.stderr, flush=True)
+
+    folder = store.outputs / "locks"
+    with locks.hold(folder / "import.lock", {"step": "import"}, tell_waiting):
+        with locks.hold(folder / "gc.lock", {"step": "import"}, tell_waiting):
+            pass  # as for steps, gc cannot begin after this
+        store.forget()
         with _place_errors(place.url):
             bare = replace(place, folder="")
             if not place.names() and any(bare.files.exists(bare.path(name, MANIFEST)) for name in bare.names()):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxchat.errors import ConfigError, StoreError, suggest
-from mlxchat.store.catalog import read_catalog
+from mlxchat.store.catalog import by_rid, read_catalog
 from mlxchat.store.environment import versions
 from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.manifest import Manifest, read_manifest
@@ -28,15 +28,29 @@ def differences(old: Manifest, new: Manifest) -> dict[str, dict[str, Change]]:
     Sections: config (settings that are part of the id), machine (settings that are not), inputs, code, metrics,
     execution, environment, contents.
     """
+    before, after = _sections(old), _sections(new)
+    return {section: changes(before[section], after[section]) for section in before}
+
+
+def _sections(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    part = {key: manifest.get(key) or {} for key in (
+        "full_config", "config", "excluded", "inputs", "pins", "git", "code", "metrics", "versions", "device",
+    )}  # fmt: skip
+    # The full configuration includes fields that are not part of the identity. There `seed` may be the data's.
+    seeds = {key: manifest[key] for key in ("seed", "data_seed") if key in manifest}
+    inputs = {role: made.get("artifact", made["rid"]) for role, made in part["inputs"].items()}
+    git = {"git.commit": str(part["git"].get("commit"))[:12], "git.dirty": part["git"].get("dirty")}
+    stage = {"stage": manifest.get("stage"), "version": manifest.get("version")}
+    host = {"host": (manifest.get("attempts") or [{}])[-1].get("host")}
     return {
-        "config": changes(_settings(old), _settings(new)),
-        "machine": changes(flatten(old.get("excluded", {})), flatten(new.get("excluded", {}))),
-        "inputs": changes(_inputs(old), _inputs(new)),
-        "code": changes(_code(old), _code(new)),
-        "metrics": changes(flatten(old.get("metrics", {})), flatten(new.get("metrics", {}))),
-        "execution": changes({key: old.get(key) for key in _EXECUTION}, {key: new.get(key) for key in _EXECUTION}),
-        "environment": changes(_environment(old), _environment(new)),
-        "contents": changes(_contents(old), _contents(new)),
+        "config": flatten(part["full_config"]) | flatten(part["config"]) | seeds,
+        "machine": flatten(part["excluded"]),
+        "inputs": inputs | {f"pin {name}": value for name, value in part["pins"].items()},
+        "code": stage | flatten(part["code"]) | git,
+        "metrics": flatten(part["metrics"]),
+        "execution": {key: manifest.get(key) for key in _EXECUTION},
+        "environment": flatten(part["versions"]) | flatten(part["device"], "device.") | host,
+        "contents": {file["path"]: file["sha256"][:12] for file in manifest.get("outputs", ())},
     }
 
 
@@ -48,35 +62,6 @@ def environment_drift(made: Manifest, backend: str) -> dict[str, Change]:
     before = {"device": (made.get("device") or {}).get("backend"), "mlx": (made.get("versions") or {}).get("mlx")}
     now = {"device": backend, "mlx": versions().get("mlx")}
     return {key: (old, now[key]) for key, old in before.items() if old is not None and old != now[key]}
-
-
-def _settings(manifest: Manifest) -> dict[str, Any]:
-    # The full configuration includes fields that are not part of the identity. There `seed` may be the data's.
-    seeds = {str(key): manifest[key] for key in ("seed", "data_seed") if key in manifest}
-    return {**flatten(manifest.get("full_config", {})), **flatten(manifest.get("config", {})), **seeds}
-
-
-def _inputs(manifest: Manifest) -> dict[str, Any]:
-    return {role: made.get("artifact", made.get("rid")) for role, made in (manifest.get("inputs") or {}).items()} | {
-        f"pin {name}": value for name, value in (manifest.get("pins") or {}).items()
-    }
-
-
-def _code(manifest: Manifest) -> dict[str, Any]:
-    git = manifest.get("git") or {}
-    return {
-        "stage": manifest.get("stage"), "version": manifest.get("version"), **flatten(manifest.get("code", {})),
-        "git.commit": str(git.get("commit"))[:12], "git.dirty": git.get("dirty"),
-    }  # fmt: skip
-
-
-def _environment(manifest: Manifest) -> dict[str, Any]:
-    host = (manifest.get("attempts") or [{}])[-1].get("host")
-    return {**flatten(manifest.get("versions", {})), **flatten(manifest.get("device", {}), "device."), "host": host}
-
-
-def _contents(manifest: Manifest) -> dict[str, Any]:
-    return {file["path"]: file["sha256"][:12] for file in manifest.get("outputs", ())}
 
 
 Row = dict[str, Any]
@@ -93,36 +78,33 @@ class Compared(NamedTuple):
 def find_runs(store: Store, names: list[str]) -> list[Compared]:
     """Return the named runs, oldest first, then the jobs of the named sweeps; without names, all runs.
 
-    The first that matches counts: a run's folder; the end of such names after a hyphen (smoke: all runs of that
-    experiment); a sweep's folder; the beginning of run names. multirun/NAME is always the sweep.
+    A name is that of a run's folder, else its last part (smoke: all runs called so), else that of a sweep;
+    multirun/NAME is always the sweep.
 
     Raises:
         ConfigError: a name matches no run and no sweep.
         StoreError: the plan of a named run cannot be read.
     """
-    base = store.outputs / "runs"
-    every = sorted(path for path in base.iterdir() if (path / "plan.json").exists()) if base.is_dir() else []
-    chosen: dict[Path, None] = {} if names else dict.fromkeys(every)
+    every = {path.parent.name: path for path in sorted((store.outputs / "runs").glob("*/plan.json"))}
+    chosen = set[str]() if names else {*every}
     jobs: list[Compared] = []
     for name in names:
         last = latest(store) if name == LATEST else name.rstrip("/").rpartition("/")[2]
-        of_sweep = _jobs_of_sweep(store, last)
-        matching = [path for path in every if path.name == last]
-        matching = matching or [path for path in every if path.name.endswith(f"-{last}")]
-        if of_sweep is not None and ("multirun/" in name or not matching):
-            jobs += of_sweep
-        elif matching := matching or [path for path in every if path.name.startswith(last)]:
-            chosen.update(dict.fromkeys(matching))
+        matching = {last} & every.keys() or {run for run in every if called(run) == last}
+        if matching and "multirun/" not in name:
+            chosen |= matching
+        elif (sweep := find_sweep(store.outputs, last)) is not None:
+            jobs += _jobs_of(sweep)
         else:
-            known = [path.name for path in every]
-            raise ConfigError(f'"{name}" is no run or sweep in {store.outputs}.{suggest(name, known)}')
+            raise ConfigError(f'"{name}" is no run or sweep in {store.outputs}.{suggest(name, every)}')
     runs = []
-    for folder in sorted(chosen):
+    for run, path in every.items():
         try:
-            runs.append(Compared(folder.name, json.loads((folder / "plan.json").read_text(encoding="utf-8"))["steps"]))
+            if run in chosen:
+                runs.append(Compared(run, json.loads(path.read_text(encoding="utf-8"))["steps"]))
         except (OSError, ValueError, KeyError) as error:
             if names:
-                raise StoreError(f"{folder / 'plan.json'} cannot be read ({error})") from None
+                raise StoreError(f"{path} cannot be read ({error})") from None
     return [*runs, *jobs]
 
 
@@ -134,16 +116,14 @@ def find_sweep(outputs: Path, name: str) -> Path | None:
     return max((each for each in (outputs / "multirun").glob("*") if called(each.name) == name), default=None)
 
 
-def _jobs_of_sweep(store: Store, name: str) -> list[Compared] | None:
-    """Return the jobs or trials of a sweep that have artifacts; None if there is no such sweep."""
-    if (folder := find_sweep(store.outputs, name)) is None:
-        return None
+def _jobs_of(sweep: Path) -> list[Compared]:
+    """Return the jobs or trials of a sweep that have artifacts."""
     try:
-        jobs = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))["jobs"].values()
+        jobs = json.loads((sweep / "sweep.json").read_text(encoding="utf-8"))["jobs"].values()
         return [Compared(job["title"], job["steps"]) for job in jobs if job["steps"]]
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"{folder}/sweep.json cannot be read ({type(error).__name__}): run the same sweep again to rewrite it; "
+            f"{sweep}/sweep.json cannot be read ({type(error).__name__}): run the same sweep again to rewrite it; "
             "finished jobs are not recomputed"
         ) from None
 
@@ -158,7 +138,7 @@ def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
         row: Row = {"name": run.name, "config": {}, "metrics": {}, "steps": {}, "scores": {}}
         for step in run.steps:
             try:
-                manifest = store.made(step.get("key", ""), step["rid"]) or store.read(step["rid"])
+                manifest = store.made(step.get("key", ""), step["rid"])
             except StoreError:
                 continue
             if manifest is None:
@@ -166,7 +146,7 @@ def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
             row["steps"][step["step"]] = manifest["stage"]
             if manifest["kind"] == "scores":
                 row["scores"][f"{step['step']}."] = manifest["name"]
-            row["config"] |= settings_of(manifest)
+            row["config"] |= flatten(manifest["config"])
             row["metrics"] |= {f"{step['step']}.{key}": value for key, value in manifest["metrics"].items()}
         rows.append(row)
     return rows
@@ -178,7 +158,7 @@ def rows_of_step(store: Store, step: str) -> list[Row]:
     Raises:
         ConfigError: the step has no artifact.
     """
-    summaries = [summary for summary in read_catalog(store) if "damaged" not in summary]
+    summaries = by_rid(read_catalog(store)).values()
     chosen = [summary for summary in summaries if step in (summary["step"], summary["stage"])]
     if not chosen:
         known = sorted({str(summary["step"]) for summary in summaries})
@@ -189,15 +169,11 @@ def rows_of_step(store: Store, step: str) -> list[Row]:
     for summary in chosen:
         manifest = read_manifest(store.outputs / "store" / summary["folder"])
         made = {f"input {role}": one.get("artifact") for role, one in manifest["inputs"].items()}
-        config = {**settings_of(manifest), **made}
-        row = {"name": summary["folder"], "config": config, "metrics": dict(manifest["metrics"])}
-        rows.append(row | {"stage": manifest["stage"], "scores": {"": summary["folder"]}})
+        rows.append({
+            "name": summary["folder"], "config": {**flatten(manifest["config"]), **made},
+            "metrics": dict(manifest["metrics"]), "stage": manifest["stage"], "scores": {"": summary["folder"]},
+        })  # fmt: skip
     return rows
-
-
-def settings_of(manifest: Manifest) -> dict[str, Any]:
-    """Return the settings that are part of an artifact's id, as dotted key → value."""
-    return flatten(manifest["config"])
 
 
 @dataclass(frozen=True)
@@ -251,43 +227,47 @@ def make_table(
         shown = [key for key in shown if any(part in key for part in metrics)]
     shown = [key for key in shown if _first(key) not in left_out]
     flat = [
-        {
-            "name": row["name"], **{key: row["config"].get(key) for key in settings},
-            **{key: row["metrics"][key] for key in shown if key in row["metrics"]},
-        }
+        {"name": row["name"], **{key: row["config"].get(key) for key in settings}}
+        | {key: row["metrics"][key] for key in shown if key in row["metrics"]}
         for row in rows
-    ]  # fmt: skip
+    ]
     if sort:
-        known = ["name", *settings, *shown]
-        descending, column = sort.startswith("-"), sort.removeprefix("-")
-        matching = [name for name in known if name == column] or [name for name in known if name.endswith(f".{column}")]
-        if len(matching) != 1:
-            found = f"may be {', '.join(matching)}" if matching else f"is not in this table: {', '.join(known)}"
-            raise ConfigError(f'--sort: "{column}" {found}.{suggest(column, known)}')
-        have = [row for row in flat if row.get(matching[0]) is not None]
-        lack = [row for row in flat if row.get(matching[0]) is None]
-        if matching[0] in shown:
-            descending ^= any(best_of(*_metric_of(row, matching[0])) is max for row in rows)
-        flat = [*sorted(have, key=lambda row: _order(row[matching[0]]), reverse=descending), *lack]
+        flat = _sorted(
+            flat, sort, ["name", *settings, *shown], lambda name: name in shown and _is_maximised(rows, name, best_of)
+        )
     values = {key: {json.dumps(row[key]) for row in flat if key in row} for key in shown}
     return Table(flat, settings, shown, left_out, [key for key in shown if len(values[key]) == 1 < len(flat)])
 
 
-def _metric_of(row: Row, column: str) -> tuple[str, str]:
-    """Return stage and metric of a column in a row."""
-    if "stage" in row:
-        return row["stage"], column
+def _sorted(rows: list[Row], sort: str, known: list[str], is_maximised: Callable[[str], bool]) -> list[Row]:
+    """Return the rows in the order of a column, those without a value last."""
+    column = sort.removeprefix("-")
+    matching = [name for name in known if name == column] or [name for name in known if name.endswith(f".{column}")]
+    if len(matching) != 1:
+        found = f"may be {', '.join(matching)}" if matching else f"is not in this table: {', '.join(known)}"
+        raise ConfigError(f'--sort: "{column}" {found}.{suggest(column, known)}')
+    (name,) = matching
+    have = [row for row in rows if row.get(name) is not None]
+    lack = [row for row in rows if row.get(name) is None]
+    is_number = all(isinstance(row[name], int | float) for row in have)
+    have.sort(
+        key=lambda row: row[name] if is_number else str(row[name]),
+        reverse=sort.startswith("-") ^ is_maximised(name),
+    )
+    return [*have, *lack]
+
+
+def _is_maximised(rows: list[Row], column: str, best_of: Callable[[str, str], Callable[..., float] | None]) -> bool:
+    """Return whether a column is a metric whose best value is the largest."""
     step, _, metric = column.partition(".")
-    return row.get("steps", {}).get(step, ""), metric
+    of_step = [
+        best_of(row["stage"], column) if "stage" in row else best_of(row["steps"].get(step, ""), metric) for row in rows
+    ]
+    return max in of_step
 
 
 def _first(key: str) -> str:
     return key.partition(".")[0]
-
-
-def _order(value: Any) -> tuple[bool, float, str]:
-    number = isinstance(value, int | float)
-    return (not number, float(value) if number else 0.0, "" if number else str(value))
 
 
 def is_number(value: Any) -> bool:
