@@ -22,6 +22,14 @@ from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 
 
+def check_whole(outputs: Path) -> None:
+    """What must hold at any moment: what the store shows is whole, and no lock is held by the dead."""
+    for folder in (outputs / "store").glob("*"):
+        assert list(find_damage(folder, read_manifest(folder))) == []
+    for lock in (outputs / "locks").glob("*"):
+        assert not locks.is_held(lock), lock
+
+
 @dataclass
 class Stubs:
     """One folder with outputs/ in it, on which the stubs' pipeline runs."""
@@ -80,11 +88,7 @@ class Stubs:
         return [record for log in logs for record in Records(log).read() if record["event"] == event]
 
     def check_whole(self) -> None:
-        """What must hold at any moment: what the store shows is whole, and no lock is held by the dead."""
-        for folder in (self.outputs / "store").glob("*"):
-            assert list(find_damage(folder, read_manifest(folder))) == []
-        for lock in (self.outputs / "locks").glob("*"):
-            assert not locks.is_held(lock), lock
+        check_whole(self.outputs)
 
     def check_clean(self) -> None:
         """What must hold after a run that succeeded: it is whole, and nothing is left of what happened before."""

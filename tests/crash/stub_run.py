@@ -1,7 +1,7 @@
 """Run the pipeline of stubs in a process of its own: stub_run.py OUTPUTS [key=value ...].
 
 Keys are those of the sections (source.lines=40), `fail_fast=true`, `force=[step]`, and a few that stand for the
-machine: host=NAME is its name, gpu=true says that it has a GPU, file_bytes=400 limits the size of files.
+machine: gpu=true says that it has a GPU, file_bytes=400 limits the size of files.
 """
 
 import gc
@@ -21,7 +21,6 @@ from mlxchat.runner import stage
 from mlxchat.runner.plan import make_plan
 from mlxchat.runner.run import Run
 from mlxchat.runner.workers import execute
-from mlxchat.store import attempts, locks
 from mlxchat.store.environment import Environment
 from mlxchat.store.files import now
 from mlxchat.store.store import Store
@@ -73,7 +72,7 @@ class Score:
     failing: list[str] = field(default_factory=list, metadata={"identity": False})
 
 
-OTHER = {"force": [], "targets": None, "host": None, "gpu": False, "file_bytes": None, "fail_fast": False}
+OTHER = {"force": [], "targets": None, "gpu": False, "file_bytes": None, "fail_fast": False}
 
 
 @dataclass
@@ -107,8 +106,6 @@ def main(outputs: Path, arguments: list[str]) -> None:
             other[key] = value
     if other["file_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (other["file_bytes"], other["file_bytes"]))
-    if other["host"]:
-        locks.host_name = attempts.host_name = lambda: other["host"]
     store = Store(outputs)
     plan = make_plan(settings, PIPELINE, store, targets=other["targets"], seed=1, force=other["force"])
     store.prepare()

@@ -1,4 +1,4 @@
-"""Eight processes on one outputs folder, of one host and of two: each step is computed exactly once."""
+"""Eight processes on one outputs folder: each step is computed exactly once."""
 
 import os
 import random
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kit.commands import saved_trainings, wait_until
+from mlxchat.store import locks
 
 ONCE = Counter({"source": 1, "convert": 1, "train": 1, "score": 1, "inspect": 1})
 PROCESSES = 8
@@ -20,10 +21,7 @@ PROCESSES = 8
 
 def race(stubs: Any, kill: random.Random | None) -> None:
     """Start eight runs together, kill three of them if requested, and wait for all."""
-    racers = [
-        stubs.start(f"host={('alpha', 'beta')[number % 2]}", "train.pause=0.01", "score.seconds=0.02")
-        for number in range(PROCESSES)
-    ]
+    racers = [stubs.start("train.pause=0.01", "score.seconds=0.02") for _ in range(PROCESSES)]
     for victim in kill.sample(racers, 3) if kill else ():
         time.sleep(kill.uniform(0.05, 0.3) if kill else 0)
         victim.kill()
@@ -35,7 +33,7 @@ def race(stubs: Any, kill: random.Random | None) -> None:
     ("rounds", "kill"),
     [(1, False), pytest.param(50, False, marks=pytest.mark.slow), pytest.param(20, True, marks=pytest.mark.slow)],
 )
-def test_one_of_eight_processes_on_two_hosts_runs_each_step(rounds, kill, make_stubs):
+def test_one_of_eight_processes_runs_each_step(rounds, kill, make_stubs):
     trees = None
     for number in range(rounds):
         stubs = make_stubs()
@@ -61,13 +59,13 @@ def start_training(stubs: Any, *settings: str) -> Any:
 
 def test_waiter_names_the_holder_and_takes_over_from_a_killed_one(stubs):
     settings = ("train.iterations=30", "train.pause=0.05")
-    maker = start_training(stubs, "host=alpha", *settings)
-    waiter = stubs.start("host=beta", *settings)
+    maker = start_training(stubs, *settings)
+    waiter = stubs.start(*settings)
     line = next(line for line in iter(waiter.stdout.readline, "") if "waits" in line)
     maker.kill()
     text, _ = waiter.communicate(timeout=60)
     assert waiter.returncode == 0, text
-    assert line.startswith(f"train      waits: process {maker.pid} on alpha (run ")
+    assert line.startswith(f"train      waits: process {maker.pid} on {locks.host_name()} (run ")
     assert ") is making it, at iteration " in line
     stubs.check_clean()
 

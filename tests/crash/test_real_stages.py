@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from safetensors.numpy import save_file
 
-from mlxchat.store import crash, locks
-from mlxchat.store.manifest import find_damage, read_manifest
+from crash.conftest import check_whole
+from mlxchat.store import crash
+from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 from mlxchat.training import state
@@ -85,13 +86,6 @@ def kill_and_continue(
     check_whole(outputs)
     assert list((outputs / "work").iterdir()) == []
     assert read_manifest(refs_of(Store(outputs))[step])["tree"] == tree
-
-
-def check_whole(outputs: Path) -> None:
-    for folder in (outputs / "store").glob("*"):
-        assert list(find_damage(folder, read_manifest(folder))) == []
-    for lock in (outputs / "locks").glob("*"):
-        assert not locks.is_held(lock)
 
 
 WHOLE = [

@@ -4,7 +4,6 @@ import os
 import pty
 import signal
 import sys
-import time
 from typing import Any
 
 import pytest
@@ -53,20 +52,6 @@ def test_stopped_step_saves_and_continues(number, expected, stubs, make_stubs):
     assert {event["step"] for event in stubs.events("step_interrupted")} == {"train"}
     stubs.check_whole()
     check_continued(stubs, make_stubs, "train.iterations=100")
-
-
-@pytest.mark.slow
-def test_second_stop_exits_at_once(stubs, make_stubs):
-    process = stubs.start("train.pause=600")
-    wait_until(lambda: stubs.outputs.exists() and len(stubs.events("step_started")) == 3)
-    process.terminate()
-    time.sleep(0.3)
-    assert process.poll() is None, "train is in an iteration of 10 minutes"
-    process.terminate()
-    process.communicate(timeout=120)
-    assert process.returncode == 143
-    stubs.check_whole()
-    check_continued(stubs, make_stubs)
 
 
 def test_closed_terminal_stops_a_run_that_saves(stubs):

