@@ -81,7 +81,7 @@ def test_every_verb_accepts_every_form_of_a_name(verb, form, say, tmp_path):
 @pytest.mark.parametrize("verb", VERBS)
 def test_unknown_names_give_one_message(verb, say):
     assert say(VERBS[verb], "sftt") == (2, (
-        'error: "sftt" is no artifact or run in outputs. Steps of the latest run (quickstart): pretrain, sft. '
+        'error: "sftt" is no artifact or run in outputs. Steps of the latest run: pretrain, sft. '
         'Runs: quickstart. Pins: best. Imports: mine. Did you mean "sft"?\n'
     ))  # fmt: skip
 

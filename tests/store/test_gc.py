@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from kit.artifacts import find_faults
-from kit.commands import run_process
+from kit.commands import run_here, run_process
 from kit.toys import PIPELINE
 from mlxchat.errors import ConfigError
 from mlxchat.store import locks
 from mlxchat.store.catalog import read_catalog, references
 from mlxchat.store.gc import DAY_SECONDS, collect, collect_removal, find_garbage, find_removal
-from mlxchat.store.naming import Found, Run, groups, latest, resolve
+from mlxchat.store.naming import groups, latest, resolve
 
 NONE, ALL = None, 0
 
@@ -162,7 +162,7 @@ def test_kill_leaves_a_valid_store(verb, point, toys):
     kill(toys, point, *(("gc", "--keep-last", "0") if verb == "gc" else ("rm", run)))
     whole_artifacts(toys)
     if verb == "rm" and (run in groups(toys.store) or (toys.outputs / "runs" / run).exists()):
-        collect_removal(toys.store, [Run(run)], force=False)
+        collect_removal(toys.store, {run})
     collect(toys.store, ALL if verb == "gc" else NONE)
     assert artifact(toys, "second") == kept
     assert len(whole_artifacts(toys)) == 2
@@ -174,11 +174,11 @@ def test_removing_a_run_removes_its_unshared_artifacts(toys):
     only_old, shared = artifact(toys, f"{old}/second"), artifact(toys, f"{old}/first")
     new = run_with(toys, 1, 2)
     before = snapshot(toys.outputs)
-    found = find_removal(toys.store, [Run(old)], force=False)
+    found = find_removal(toys.store, {old})
     assert snapshot(toys.outputs) == before
     assert {item.path.name for item in found.garbage if item.kind == "artifact"} == {only_old}
     assert set(found.kept) == {shared}, "the newer run has it"
-    collect_removal(toys.store, [Run(old)], force=False)
+    collect_removal(toys.store, {old})
     assert [run for run in (toys.outputs / "runs").iterdir() if run.name == old] == []
     assert (groups(toys.store), latest(toys.store)) == ([new], new)
     assert {path.name for path in (toys.outputs / "store").iterdir()} == {shared, artifact(toys, f"{new}/second")}
@@ -188,33 +188,18 @@ def test_removing_a_run_removes_its_unshared_artifacts(toys):
 def test_pin_outlives_its_removed_run(toys):
     run = run_with(toys, 1)
     toys.store.set_ref("pins", "best", resolve(toys.store, "second"))
-    kept = collect_removal(toys.store, [Run(run)], force=False).kept
+    kept = collect_removal(toys.store, {run}).kept
     assert sorted(kept.values()) == sorted(["pinned as best", f"{artifact(toys, 'best')} was made from it"])
     assert latest(toys.store) == ""
     assert find_garbage(toys.store, ALL).garbage == []
 
 
-def test_removing_an_input_or_pin_needs_force(toys):
-    run_with(toys, 1)
-    first, second = resolve(toys.store, "first"), resolve(toys.store, "second")
-    toys.store.set_ref("pins", "best", first)
-    reasons = rf"{first.name}: {second.name} was made from it\n{first.name}: it is pinned as best\n.*--force"
-    with pytest.raises(ConfigError, match=reasons):
-        collect_removal(toys.store, [Found(first)], force=False)
-    assert first.exists()
-    collect_removal(toys.store, [Found(first), Found(second)], force=True)
-    assert list((toys.outputs / "store").iterdir()) == []
-    assert [link for link in (toys.outputs / "refs").rglob("*") if link.is_symlink() and not link.exists()] == []
-
-
-def test_removing_a_run_in_progress_needs_force(toys):
+def test_removing_a_run_in_progress_needs_force(toys, capsys):
     run = run_with(toys, 1)
     record = {"started": "2999-01-01T00:00:00+00:00", "steps": [{"rid": step.rid} for step in toys.plan(PIPELINE)]}
     (toys.outputs / "runs" / run / "plan.json").write_text(json.dumps(record))
     (toys.outputs / "runs" / run / "events.jsonl").unlink(missing_ok=True)
-    with pytest.raises(ConfigError, match=f"run {run} began less than a day ago"):
-        collect_removal(toys.store, [Run(run)], force=False)
-    with pytest.raises(ConfigError, match=f"run {run}, which is in progress, uses it"):
-        collect_removal(toys.store, [Found(resolve(toys.store, "second"))], force=False)
-    collect_removal(toys.store, [Run(run)], force=True)
+    assert run_here("rm", run, "--apply", f"outputs={toys.outputs}") == 2
+    assert f"run {run} began less than a day ago" in capsys.readouterr().err
+    assert run_here("rm", run, "--apply", "--force", f"outputs={toys.outputs}") == 0
     assert list((toys.outputs / "store").iterdir()) == []

@@ -11,9 +11,9 @@ from mlxchat.commands.arguments import Parser
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
-from mlxchat.store.gc import Collection, collect, collect_removal, find_garbage, find_removal
+from mlxchat.store.gc import Collection, collect, collect_removal, find_garbage, find_removal, runs_in_progress
 from mlxchat.store.manifest import MANIFEST, read_manifest
-from mlxchat.store.naming import MODEL, PINS, find_all, links, meaning, resolve
+from mlxchat.store.naming import MODEL, PINS, Run, find_all, links, meaning, resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
 
@@ -124,24 +124,26 @@ def _describe_garbage(found: Collection, applied: bool, store: Store) -> dict[st
 
 def rm(parser: Parser) -> None:
     """Declare `mlxchat rm`."""
-    parser.take_names("ID|RUN…", most=None)
+    parser.take_names("RUN…", most=None)
     parser.description = (
-        "Show what goes with a run or an artifact, and how many bytes; --apply removes it. With a run go its names and "
-        "events, and those of its artifacts that nothing else needs. What an artifact is pinned by, or what was made "
-        "from it, keeps it."
+        "Show what goes with a run, and how many bytes; --apply removes it. With a run go its names and events, and "
+        "those of its artifacts that nothing else needs: a pin, another run, or what was made from them keeps them."
     )
     parser.add_argument("--apply", action="store_true", help="remove it; without this nothing changes")
-    parser.add_argument("--force", action="store_true", help="also pinned artifacts, and inputs of others")
+    parser.add_argument("--force", action="store_true", help="also runs that may be in progress")
     parser.add_json()
     parser.set_defaults(main=_rm)
 
 
 def _rm(options: Namespace) -> int:
-    """Print what removing runs and artifacts removes; with --apply remove it."""
+    """Print what removing runs removes; with --apply remove it."""
     store = Store(options.outputs)
-    meant = [meaning(store, name) for name in options.names]
-    find = collect_removal if options.apply else find_removal
-    found = find(store, meant, force=options.force)
+    runs = {_run_of(store, name) for name in options.names}
+    if not options.force and (busy := runs & runs_in_progress(store).keys()):
+        raise ConfigError(
+            f"run {', '.join(sorted(busy))} began less than a day ago and has no recorded end. To remove it: --force"
+        )
+    found = collect_removal(store, runs) if options.apply else find_removal(store, runs)
     if options.json:
         print_json(_describe_garbage(found, options.apply, store))
         return 0
@@ -149,6 +151,13 @@ def _rm(options: Namespace) -> int:
     size = format_bytes(sum(item.bytes for item in found.garbage))
     print(f"removed {size}" if options.apply else f"{size} can be removed. Nothing changed: add --apply to remove it")
     return 0
+
+
+def _run_of(store: Store, name: str) -> str:
+    meant = meaning(store, name)
+    if isinstance(meant, Run):
+        return meant.name
+    raise ConfigError(f'"{name}" is {meant.place.name}, not a run. `mlxchat gc` removes artifacts that nothing needs')
 
 
 _PUSH_PLACE = """PLACE: a folder (which rsync can copy further), hf://[datasets/]ORGANISATION/NAME[/PATH], s3://BUCKET/PATH,

@@ -153,11 +153,7 @@ def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
 
 
 def rows_of_step(store: Store, step: str) -> list[Row]:
-    """Return a row per artifact of a step, in order of time.
-
-    Raises:
-        ConfigError: the step has no artifact.
-    """
+    """Return a row per artifact of a step, in order of time."""
     summaries = by_rid(read_catalog(store)).values()
     chosen = [summary for summary in summaries if step in (summary["step"], summary["stage"])]
     if not chosen:
@@ -208,9 +204,6 @@ def make_table(
             None: keep the order.
         metrics: show only metrics whose names contain one of these; empty: all.
         best_of: returns min or max for (stage, metric), or None.
-
-    Raises:
-        ConfigError: `sort` names no setting or metric of the table.
     """
     sections = [{_first(key) for key in row["config"]} for row in rows]
 

@@ -59,11 +59,7 @@ _passed: dict[str, int] = {}
 
 
 def crash_point(name: str) -> None:
-    """Inject a fault if the environment names this point, one of CRASH_POINTS; else do nothing.
-
-    Raises:
-        OSError: the one that MLXCHAT_CRASH_ERROR names.
-    """
+    """Inject a fault if the environment names this point, one of CRASH_POINTS; else do nothing."""
     wanted, trace = os.environ.get("MLXCHAT_CRASH_AT"), os.environ.get("MLXCHAT_CRASH_TRACE")
     if wanted is None and trace is None:
         return

@@ -26,22 +26,14 @@ _END = b'"\n}\n'
 
 
 def seal(record: Mapping[str, Any]) -> bytes:
-    """Return a non-empty record as JSON with its digest.
-
-    Raises:
-        ValueError: it holds NaN or Infinity.
-    """
+    """Return a non-empty record as JSON with its digest."""
     rest = {key: value for key, value in record.items() if key != "digest"}
     body = json.dumps(rest, indent=1, ensure_ascii=False, allow_nan=False).removesuffix("\n}").encode()
     return body + _MARK + hashlib.sha256(body).hexdigest().encode() + _END
 
 
 def unseal(data: bytes) -> dict[str, Any]:
-    """Return a sealed record without its digest.
-
-    Raises:
-        ValueError: it is not a JSON object, or does not match its digest.
-    """
+    """Return a sealed record without its digest; ValueError if the bytes were cut or altered."""
     body, mark, end = data.rpartition(_MARK)
     if not mark:
         raise ValueError("it lacks its digest")
@@ -154,11 +146,7 @@ def whole_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 
 
 def check_free(path: Path, *, force: bool = False) -> None:
-    """Raise if a path is taken.
-
-    Raises:
-        StoreError: `path` is more than an empty folder, and `force` is False.
-    """
+    """Raise a StoreError if a path is more than an empty folder, and `force` is False."""
     if force or not os.path.lexists(path):
         return
     if not path.is_dir() or path.is_symlink() or any(path.iterdir()):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +21,7 @@ from mlxchat.store.catalog import Summary, by_rid, read_catalog, references
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import Records, list_folder, remove
 from mlxchat.store.manifest import MANIFEST, SHARED_KIND
-from mlxchat.store.naming import IMPORTS, LATEST, PINS, Found, Run, groups, latest, links, running_steps
+from mlxchat.store.naming import IMPORTS, LATEST, PINS, groups, latest, links, running_steps
 from mlxchat.store.store import SAVED, Store, rid_of_record, sweep
 
 DAY_SECONDS = 86400.0
@@ -50,26 +50,23 @@ class Collection:
     kept_bytes: int = 0
 
 
-def find_garbage(
-    store: Store, keep_last: int | None = None, *, runs: Set[str] = frozenset(), chosen: Set[str] = frozenset()
-) -> Collection:
+def find_garbage(store: Store, keep_last: int | None = None, *, without: Set[str] = frozenset()) -> Collection:
     """Return what can be removed; nothing is changed.
 
     Args:
         store: the outputs folder.
         keep_last: artifacts to keep of each step of ended runs, the newest; intermediate models do not count. None:
             everything that their refs lead to.
-        runs: runs whose refs do not count.
-        chosen: ids of artifacts to remove even if something was made from them.
+        without: runs whose refs do not count.
     """
     known = by_rid(read_catalog(store))
-    roots = _roots(store, known, keep_last, runs)
-    stays = {rid: reason for rid, reason in roots.items() if rid in known.keys() - chosen}
+    roots = _roots(store, known, keep_last, without)
+    stays = {rid: reason for rid, reason in roots.items() if rid in known}
     queue = list(stays)
     while queue:
         summary = known[queue.pop()]
         for rid in references(summary):
-            if rid in known and rid not in chosen and rid not in stays:
+            if rid in known and rid not in stays:
                 stays[rid] = f"{summary['folder']} was made from it"
                 queue.append(rid)
     for rid, summary in known.items():  # encoded text is no step's input: it is kept with the text that it is made of
@@ -86,43 +83,24 @@ def find_garbage(
         found.garbage.append(Garbage(path, "artifact", summary["bytes"], _why(summary, keep_last)))
     found.garbage += [*_unreadable(store, known), *_abandoned(store)]
     for group in groups(store):
-        for link in _entries(store.outputs / "refs" / group) if group not in runs else ():
+        for link in _entries(store.outputs / "refs" / group) if group not in without else ():
             if link.is_symlink() and link.readlink().name not in found.kept:
                 found.garbage.append(Garbage(link, "ref", 0, "its artifact is gone"))
     return found
 
 
 def collect(store: Store, keep_last: int | None = None) -> Collection:
-    """Remove garbage and return it. No step can start meanwhile.
-
-    Raises:
-        ConfigError: a step is running.
-    """
+    """Remove garbage and return it. No step can start meanwhile."""
     return _delete(store, "gc", lambda: find_garbage(store, keep_last))
 
 
-def find_removal(store: Store, meant: Sequence[Found | Run], *, force: bool) -> Collection:
-    """Return what is removed with these runs and artifacts; nothing is changed.
+def find_removal(store: Store, runs: Set[str]) -> Collection:
+    """Return what is removed with these runs; nothing is changed.
 
-    A run is removed with its refs, events and those of its artifacts that no other ref leads to and no other artifact
-    was made from. An artifact is removed with the refs that lead to it.
-
-    Args:
-        store: the outputs folder.
-        meant: the runs and artifacts.
-        force: also remove pinned artifacts, inputs of others, and runs that may be in progress.
-
-    Raises:
-        ConfigError: every reason against the removal, unless `force` is True.
+    That are their refs, events and those of their artifacts that no other ref leads to.
     """
-    known = by_rid(read_catalog(store))
-    runs = {each.name for each in meant if isinstance(each, Run)}
-    places = {each.place.name for each in meant if isinstance(each, Found)}
-    chosen = {rid for rid, summary in known.items() if summary["folder"] in places}
-    if not force and (reasons := sorted({*_reasons_against(store, known, runs, chosen)})):
-        raise ConfigError("\n".join([*reasons, "To remove it anyway: --force"]))
-    already = {each.path for each in find_garbage(store).garbage if each.path.name not in places}
-    found = find_garbage(store, runs=runs, chosen=chosen)
+    already = {each.path for each in find_garbage(store).garbage}
+    found = find_garbage(store, without=runs)
     found.garbage = [each for each in found.garbage if each.path not in already]
     own = {folder for group, _, folder in _refs(store) if group in runs}
     found.kept = {folder: reason for folder, reason in found.kept.items() if folder in own}
@@ -137,13 +115,9 @@ def find_removal(store: Store, meant: Sequence[Found | Run], *, force: bool) -> 
     return found
 
 
-def collect_removal(store: Store, meant: Sequence[Found | Run], *, force: bool) -> Collection:
-    """Remove what `find_removal` returns, and return it.
-
-    Raises:
-        ConfigError: a step is running, or there are reasons against the removal.
-    """
-    return _delete(store, "rm", lambda: find_removal(store, meant, force=force))
+def collect_removal(store: Store, runs: Set[str]) -> Collection:
+    """Remove what `find_removal` returns, and return it."""
+    return _delete(store, "rm", lambda: find_removal(store, runs))
 
 
 def runs_in_progress(store: Store) -> dict[str, list[str]]:
@@ -206,24 +180,6 @@ def _why(summary: Summary, keep_last: int | None) -> str:
         return "nothing needs it"
     step, intermediate, _ = str(summary["step"]).partition(SAVED)
     return f"an intermediate model of {step}" if intermediate else f"not one of the last {keep_last} of {step}"
-
-
-def _reasons_against(store: Store, known: Mapping[str, Summary], runs: Set[str], chosen: Set[str]) -> Iterator[str]:
-    """Yield a line for everything that speaks against removing these runs and the artifacts `chosen` (ids)."""
-    for run, rids in runs_in_progress(store).items():
-        if run in runs:
-            yield f"run {run} began less than a day ago and has no recorded end"
-        for rid in chosen & {*rids} if run not in runs else ():
-            yield f"{known[rid]['folder']}: run {run}, which is in progress, uses it"
-    folders = {known[rid]["folder"] for rid in chosen}
-    for group, name, folder in _refs(store):
-        if folder in folders and group in (PINS, IMPORTS):
-            yield f"{folder}: it is {'pinned as ' if group == PINS else 'import:'}{name}"
-    own = {folder for group, _, folder in _refs(store) if group in runs}
-    for rid, summary in known.items():
-        if summary["kind"] != SHARED_KIND and rid not in chosen and summary["folder"] not in own:
-            for source in chosen & {*references(summary)}:
-                yield f"{known[source]['folder']}: {summary['folder']} was made from it"
 
 
 def _unreadable(store: Store, known: Mapping[str, Summary]) -> Iterator[Garbage]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,6 @@ OBSERVATIONS = ("metrics.jsonl", "samples.jsonl", "rollouts.jsonl")
 CONTINUATION = ("training_state.safetensors", "training_state.json")
 # Measurements of the execution, not of the result: manifests keep them apart from the metrics.
 MEASURED = ("tokens_per_second", "data_wait_frac")
-_MOST_SHOWN = 5  # faults in a message
-_EACH = "*"  # any key of a mapping
-_NUMBER = int | float | None
-_INPUT = {"rid": str, "tree": str}
-_FILE = {"path": str, "bytes": int, "sha256": str}
-# What every manifest has: key → its type, [type of each item], or {key: type of its value}.
-_REQUIRED: Mapping[str, Any] = {
-    "key": str, "rid": str, "name": str, "stage": str, "step": str, "kind": str, "version": int, "config": dict,
-    "inputs": {_EACH: _INPUT}, "pins": {_EACH: str}, "outputs": [_FILE], "tree": str, "metrics": {_EACH: _NUMBER},
-    "seconds": _NUMBER, "published": str,
-}  # fmt: skip
-_WORDS = {
-    dict: "an object",
-    list: "a list",
-    str: "text",
-    int: "a whole number",
-    _NUMBER: "a number or null",
-}
 # Files hashed by this process: path → hash and (size, mtime, inode).
 _read: dict[Path, tuple[str, tuple[int, int, int]]] = {}
 
@@ -66,11 +48,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def read_record(path: Path) -> Manifest:
-    """Return the manifest of an artifact or the record of an execution in a file.
-
-    Raises:
-        StoreError: it is damaged.
-    """
+    """Return the manifest of an artifact or the record of an execution in a file."""
     try:
         return parse_manifest(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -79,11 +57,7 @@ def read_record(path: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """Return a manifest from the bytes of its file.
-
-    Raises:
-        ValueError: they were cut or altered, or another version wrote them.
-    """
+    """Return a manifest from the bytes of its file."""
     manifest = unseal(data)
     if manifest.get("schema") != SCHEMA:
         raise ValueError(f"its schema is {manifest.get('schema')}, expected {SCHEMA}")
@@ -143,43 +117,37 @@ def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iter
             yield f"{file['path']} cannot be read ({error.strerror})"
 
 
-def find_wrong_types(value: Any, expected: Any, where: str = "its manifest") -> Iterator[str]:
-    """Yield a line for each part of a value that is missing or has another type than in the notation of `_REQUIRED`."""
-    kind = type(expected) if isinstance(expected, list | dict) else expected
-    if not isinstance(value, kind):
-        yield f"{where} is {str(value)[:40]!r}, expected {_WORDS[kind]}"
-    elif isinstance(expected, list):
-        for position, item in enumerate(value):
-            yield from find_wrong_types(item, expected[0], f"{where}[{position}]")
-    elif isinstance(expected, dict):
-        wanted = dict.fromkeys(value, expected[_EACH]) if _EACH in expected else expected
-        for key, each in wanted.items():
-            if key in value:
-                yield from find_wrong_types(value[key], each, f"{where}.{key}")
-            else:
-                yield f"{where} lacks {key}"
-
-
 def check_metrics(manifest: Manifest) -> Iterator[str]:
     """Yield a line for each metric that is no number, as a user's stage may record one."""
-    yield from find_wrong_types(manifest.get("metrics", {}), {_EACH: _NUMBER}, "metrics")
+    for name, value in manifest["metrics"].items():
+        if not isinstance(value, int | float | None):
+            yield f"metrics.{name} is {str(value)[:40]!r}, expected a number"
 
 
 def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
-    """Yield every inconsistency of a manifest in the folder `name`."""
-    if wrong := list(find_wrong_types(manifest, _REQUIRED)):
-        yield from wrong[:_MOST_SHOWN]
-        return
+    """Yield every inconsistency of a manifest, which others may have written, in the folder `name`."""
+    try:
+        yield from _inconsistencies(name, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        yield f"its manifest lacks a value or has one of a wrong type ({type(error).__name__}: {error})"
+
+
+def _inconsistencies(name: str, manifest: Manifest) -> Iterator[str]:
+    yield from check_metrics(manifest)
     yield from _check_ids(manifest)
     if manifest["rid"][:16] != name[-16:]:
         yield f"its folder's name does not end in its id, {manifest['rid'][:16]}"
     if tree_of(manifest) != manifest["tree"]:
         yield "its digest does not follow from its files"
-    if strange := [file["path"] for file in manifest["outputs"] if not is_plain(file["path"])]:
+    if strange := [file["path"] for file in manifest["outputs"] if file["bytes"] < 0 or not is_plain(file["path"])]:
         yield f"it lists files outside its folder: {', '.join(strange)}"
     for what, value in (("folder", name), ("stage", manifest["stage"]), ("step", manifest["step"])):
         if not is_name(value):
-            yield f"its {what} is called {value[:80]!r}, expected a plain name"
+            yield f"its {what} is called {str(value)[:80]!r}, expected a plain name"
+    if lacking := [role for role, made in manifest["inputs"].items() if "rid" not in made]:
+        yield f"it does not name its inputs {', '.join(lacking)} by id"
+    if not isinstance(manifest["published"], str):
+        yield "it does not say when it was published"
 
 
 def _check_ids(manifest: Manifest) -> Iterator[str]:

@@ -128,7 +128,7 @@ def find_newest_model(store: Store, name: str) -> Found:
     """Return the model that a name means; of a run, the one that was published last, intermediate ones included."""
     meant = meaning(store, name)
     if isinstance(meant, Run) and (models := _models(store, meant.name)):
-        return Found(max(models, key=lambda place: str(_manifest(place).get("published"))), meant.name)
+        return Found(max(models, key=_published), meant.name)
     return find_model(store, name)
 
 
@@ -226,7 +226,7 @@ def describe_model(store: Store, found: Found) -> str:
 def last_saved(steps: Mapping[str, Path], step: str = "") -> Path | None:
     """Return the last intermediate model of a step's training, or of any training ("")."""
     made = [place for name, place in steps.items() if SAVED in name and step in ("", name.partition(SAVED)[0])]
-    return max(made, key=lambda place: str(_manifest(place).get("published")), default=None)
+    return max(made, key=_published, default=None)
 
 
 def link_saved(store: Store, run: str, step: str, attempts: Iterable[Mapping[str, Any]]) -> None:
@@ -259,29 +259,18 @@ def _hint_of_saving(store: Store, run: str) -> str:
 
 
 def resolve_import(store: Store, name: str) -> Path:
-    """Return the folder of the model that was imported under a name, by the verb or by a pipeline."""
-    named = links(store, IMPORTS)
-    if name in named:
-        return named[name]
-    labels = {place: place.name.removeprefix("imported-")[: -_ID_CHARS - 1] for place in _complete(store, "imported-")}
-    same = [place for place, label in labels.items() if label == clean_label(name)]
-    if len(same) == 1:
-        return same[0]
-    if same:
-        which = ", ".join(place.name for place in same)
-        raise StoreError(f'several imports are called "{name}": {which}. Import one again with another --name')
-    known = sorted({*named, *labels.values()})
-    text = f"Imports: {', '.join(known)}." if known else "Nothing was imported yet."
+    """Return the folder of the model that was last imported under a name, by the verb or by a pipeline."""
+    base = store.outputs / "store"
+    folders = [folder for folder in list_folder(base) if folder.startswith("imported-")]
+    made = sorted((base / folder for folder in folders if (base / folder / MANIFEST).exists()), key=_published)
+    named = {place.name.removeprefix("imported-")[: -_ID_CHARS - 1]: place for place in made} | links(store, IMPORTS)
+    if (place := named.get(name) or named.get(clean_label(name))) is not None:
+        return place
+    text = f"Imports: {', '.join(sorted(named))}." if named else "Nothing was imported yet."
     raise StoreError(
-        f'there is no import "{name}" in {store.outputs}. {text}{suggest(name, known)} '
+        f'there is no import "{name}" in {store.outputs}. {text}{suggest(name, named)} '
         f"To import it: mlxchat import nanochat REPOSITORY --name {name}"
     )
-
-
-def _complete(store: Store, start: str) -> list[Path]:
-    """Return the artifacts whose folder names begin with `start`."""
-    base = store.outputs / "store"
-    return [base / name for name in list_folder(base) if name.startswith(start) and (base / name / MANIFEST).exists()]
 
 
 def links(store: Store, group: str) -> dict[str, Path]:
@@ -309,7 +298,7 @@ def refs_of(store: Store, group: str = "") -> dict[str, Path]:
 def groups(store: Store) -> list[str]:
     """Return the names of all groups of refs: pins, imports, runs, and groups created by users."""
     folder = store.outputs / "refs"
-    return sorted(name for name in list_folder(folder) if (folder / name).is_dir() and not (folder / name).is_symlink())
+    return [name for name in list_folder(folder) if not (folder / name).is_symlink()]
 
 
 def runs(store: Store) -> list[str]:
@@ -396,29 +385,26 @@ def _without_path(store: Store, name: str) -> str:
     if not os.path.isdir(path):  # noqa: PTH112  (pathlib raises for names that are too long)
         return name
     real, outputs = Path(path).resolve(), store.outputs.resolve()
-    if real.parent in (outputs / "store", outputs / "runs", outputs / "refs"):
-        return real.name
-    if (real / MANIFEST).is_file():
-        other = f": use outputs={real.parent.parent}" if real.parent.name == "store" else ""
-        raise StoreError(f"{name} is an artifact, but not in {store.outputs}{other}")
-    return name
+    return real.name if real.parent in (outputs / "store", outputs / "runs", outputs / "refs") else name
 
 
 def _unknown(store: Store, name: str, text: str = "") -> StoreError:
     """Return the error for an unknown name, with the existing names and the nearest one."""
-    run = latest(store)
-    steps, pins, imports = list(links(store, run)), list(links(store, PINS)), list(links(store, IMPORTS))
-    known = list(dict.fromkeys(called(one) for one in reversed(_all_runs(store))))
-    lines = [f"Steps of the latest run{f' ({called(run)})' if run else ''}: {', '.join(steps)}."] if steps else []
-    for what, names in (("Runs", known), ("Pins", pins), ("Imports", imports)):
-        if names:
-            lines.append(f"{what}: {', '.join(names[:_MOST_SHOWN])}{' …' if len(names) > _MOST_SHOWN else ''}.")
-    last = name.rpartition("/")[2]
-    near = suggest(name, [*steps, *pins, *imports, *known]) or suggest(
-        last, list_folder(store.outputs / "store")[:2000]
-    )
+    known = {
+        "Steps of the latest run": [*links(store, latest(store))],
+        "Runs": [*dict.fromkeys(called(run) for run in reversed(_all_runs(store)))],
+        "Pins": [*links(store, PINS)],
+        "Imports": [*links(store, IMPORTS)],
+    }
+    lines = [f"{what}: {first_of(names, _MOST_SHOWN)}." for what, names in known.items() if names]
+    near = suggest(name, [each for names in known.values() for each in names])
+    near = near or suggest(name.rpartition("/")[2], list_folder(store.outputs / "store")[:2000])
     text = text or f'"{name}" is no artifact or run'
     return StoreError(f"{text} in {store.outputs}. {' '.join(lines) or store.lacking('artifacts')}{near}")
+
+
+def _published(place: Path) -> str:
+    return str(_manifest(place).get("published"))
 
 
 def _manifest(place: Path) -> Manifest:

@@ -62,11 +62,7 @@ class Store:
         self._read: dict[Path, Manifest] = {}
 
     def prepare(self) -> None:
-        """Create the folders, and remove leftovers of killed processes.
-
-        Raises:
-            StoreError: the outputs folder cannot be written.
-        """
+        """Create the folders, and remove leftovers of killed processes."""
         try:
             for name in ("store", "records", "work", "locks", "refs", "runs"):
                 (self.outputs / name).mkdir(parents=True, exist_ok=True)
@@ -98,11 +94,7 @@ class Store:
         self._read = {}
 
     def read(self, rid: str) -> Manifest | None:
-        """Return the manifest of the complete artifact with this id, or None.
-
-        Raises:
-            StoreError: the manifest is damaged.
-        """
+        """Return the manifest of the complete artifact with this id, or None."""
         folder = self.find(rid)
         return self.manifest_of(folder) if folder is not None else None
 
@@ -223,7 +215,7 @@ class Store:
         here = self.find(rid)
         name = artifact_name(manifest["stage"], label, rid) if here is None else here.name  # maybe with another label
         manifest = {"rid": rid, "name": name, **manifest, "outputs": outputs, "tree": tree}
-        if wrong := list(check_metrics(manifest)):
+        if wrong := list(check_metrics({"metrics": {}, **manifest})):
             raise StoreError(f"{name} cannot be published: {'; '.join(wrong)}")
         crash_point("publish.described")
         try:
@@ -265,11 +257,7 @@ class Store:
         return path.rename(trash)
 
     def set_ref(self, group: str, step: str, artifact: Path) -> None:
-        """Point refs/<group>/<step> at an artifact, atomically.
-
-        Raises:
-            StoreError: the step's name is a path, which could replace another folder.
-        """
+        """Point refs/<group>/<step> at an artifact, atomically."""
         if "/" in step or step in ("", ".", ".."):
             raise StoreError(f"a step cannot be called {step!r}: expected a name without slashes")
         link = self.outputs / "refs" / group / step

@@ -22,9 +22,6 @@ def closure(store: Store, folders: Iterable[Path], elsewhere: Store | None = Non
         store: holds them.
         folders: the artifacts.
         elsewhere: a store that may hold inputs that `store` lacks; these are omitted.
-
-    Raises:
-        StoreError: an input is missing.
     """
     seen: set[Path] = set()
     ordered: list[Path] = []
@@ -55,9 +52,6 @@ def take_in(store: Store, incoming: Path) -> tuple[list[Path], list[Path]]:
 
     Returns:
         the new ones, and those that the store had.
-
-    Raises:
-        StoreError: an artifact lacks an input; none was imported.
     """
     ordered = closure(Store(incoming.parent), [incoming / name for name in list_folder(incoming)], elsewhere=store)
     crash_point("import.checked")

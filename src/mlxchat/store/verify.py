@@ -25,12 +25,7 @@ _MOST_COMMANDS = 3
 
 
 def check_model(folder: Path) -> None:
-    """Verify the files that a model and its bases are loaded from.
-
-    Raises:
-        StoreError: a file is missing or has other contents.
-        DataError: the checkpoint cannot be read.
-    """
+    """Verify the files that a model and its bases are loaded from."""
     for each in find_chain(folder):
         manifest = read_manifest(each)
         read = [file for file in manifest["outputs"] if file["path"] not in OBSERVATIONS + CONTINUATION]
@@ -68,11 +63,7 @@ def check_contents(folder: Path) -> Iterator[str]:
 
 
 def find_absent(store: Store, folder: Path) -> Iterator[str]:
-    """Yield a line for each input of an artifact that the store lacks.
-
-    Raises:
-        StoreError: its manifest is damaged.
-    """
+    """Yield a line for each input of an artifact that the store lacks."""
     manifest = read_manifest(folder)
     for role, made in manifest["inputs"].items():
         if manifest["kind"] != SHARED_KIND and store.find(made["rid"]) is None:
