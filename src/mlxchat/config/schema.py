@@ -634,8 +634,6 @@ class SweepConfig:
     """Random trials before earlier results guide the choice."""
     seed: int = field(default=0, metadata={"at_least": 0})
     """Seed of the choice of trials."""
-    job: int | None = None
-    """Set by a sweep whose jobs run in separate processes: number of the job to run."""
     space: dict[str, str] = field(default_factory=dict)
     """Key or group → values to try: choice(a,b), range(1,9), interval(0.1,1), int(interval(1,8)), tag(log,…)."""
 

@@ -15,12 +15,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
-from mlxchat.composition.compose import (
-    Composed,
-    compose_config,
-)
+from mlxchat.composition.compose import Composed, compose_config
 from mlxchat.config.secrets import redact
 from mlxchat.errors import Interrupted, MlxchatError
 from mlxchat.pipeline import plan_to_run, run_pipeline
@@ -29,9 +26,6 @@ from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.runner.process import heard_signals, leave_terminal
 from mlxchat.store.store import Store
 from mlxchat.sweep.results import Row, SweepFolder, metrics_of, settings_of
-
-if TYPE_CHECKING:
-    pass
 
 # Each look at the folder is a request to a file server.
 _POLL_SECONDS = 1.0
