@@ -71,7 +71,8 @@ class Artifact:
 
     def model(self) -> GPT:
         """Return the checkpoint's model: `model(ids)` maps ids (B, T) to logits (B, T, V)."""
-        return self.engine.model
+        model: GPT = self.engine.model
+        return model
 
     def chat(self, question: str, *, max_new_tokens: int = 256) -> str:
         """Return a chat model's greedy answer."""
