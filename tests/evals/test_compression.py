@@ -21,22 +21,16 @@ def rival(monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
     return made
 
 
-def test_rows_are_nanochats_texts_then_splits(tokenizer):
+def test_rows_compare_nanochats_texts_and_splits_with_what_is_installed(tokenizer, rival):
+    encoding = tiktoken.Encoding("r", pat_str=SPLIT_PATTERN, mergeable_ranks=rival.ranks, special_tokens={})
     rows = compression_rows(tokenizer, SPLITS)
     assert [row["text"] for row in rows] == ["news", "korean", "code", "math", "science", "train", "validation"]
-    assert {row["text"]: row["bytes"] for row in rows[-2:]} == {"train": 16, "validation": len("naïve 你好".encode())}
-    assert rows[-2]["chars"] == 16
-    assert rows[-2]["ours"] == sum(len(tokenizer.encode(text)) for text in SPLITS["train"])
-    assert all(row["ratio"] == row["bytes"] / row["ours"] for row in rows)
-
-
-def test_other_tokenizers_are_compared_if_installed(tokenizer, rival):
-    encoding = tiktoken.Encoding("r", pat_str=SPLIT_PATTERN, mergeable_ranks=rival.ranks, special_tokens={})
-    for row in compression_rows(tokenizer, SPLITS):
-        assert row["gpt4"] is None
+    assert [(row["bytes"], row["chars"]) for row in rows[-2:]] == [(16, 16), (len("naïve 你好".encode()), 8)]
+    for name, tokens in (("ours", tokenizer.encode), ("gpt2", encoding.encode_ordinary)):
+        assert rows[-2][name] == sum(len(tokens(text)) for text in SPLITS["train"])
+    for row in rows:
+        assert (row["gpt4"], row["ratio"]) == (None, row["bytes"] / row["ours"])
         assert row["gpt2_ratio"] == row["bytes"] / row["gpt2"]
         assert row["gpt2_difference"] == (row["gpt2"] - row["ours"]) / row["gpt2"]
-    rows = compression_rows(tokenizer, SPLITS)
-    assert rows[-2]["gpt2"] == sum(len(encoding.encode_ordinary(text)) for text in SPLITS["train"])
     assert compression_rows(train_tokenizer([], 265), {})[0]["gpt2_better"] == "gpt2"
     assert compression_rows(rival, {})[0]["gpt2_better"] == "tie"

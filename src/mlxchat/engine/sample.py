@@ -161,11 +161,7 @@ def score_tokens(logits: mx.array, tokens: mx.array, most: int) -> Scores:
     """Return the log-probabilities of tokens (B,), and the `most` likely ones, by logits (B, V)."""
     scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     of_token = mx.take_along_axis(scores, tokens[:, None], axis=-1)[:, 0]
-    most = min(most, logits.shape[-1])
-    if most == 0:
-        none = mx.zeros((len(tokens), 0))
-        return Scores(of_token, none.astype(mx.uint32), none)
-    best = likeliest(scores, most)
+    best = likeliest(scores, min(most, logits.shape[-1])) if most else mx.zeros((len(tokens), 0), dtype=mx.uint32)
     return Scores(of_token, best, mx.take_along_axis(scores, best, axis=-1))
 
 
