@@ -163,7 +163,7 @@ def _run_of(store: Store, name: str) -> str:
 _PUSH_PLACE = """PLACE: a folder (which rsync can copy further), hf://[datasets/]ORGANISATION/NAME[/PATH], s3://BUCKET/PATH,
 or another URL that fsspec supports"""
 _PULL_PLACE = """PLACE: where `mlxchat push` wrote, a copy of a folder store/, or an artifact's folder
-ARTIFACT: its name there or the start of it; what it was made from comes along. Without any: everything"""
+ARTIFACT: its folder there, or the start of its id; what it was made from comes along. Without any: everything"""
 
 
 def push(parser: Parser) -> None:

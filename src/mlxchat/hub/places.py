@@ -2,8 +2,8 @@
 
 A place has the layout of an exported folder, `store/<artifact>/…`. An artifact is complete if and only if its manifest
 exists; it is written last, and inputs come before what was made from them. So an interrupted transfer leaves no broken
-artifact; the same command resumes it and hashes files that are already there. A repository of the Hub is written in
-one commit.
+artifact, and the same command continues with the artifacts that are missing. A repository of the Hub is written in one
+commit.
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ from mlxchat.store.manifest import (
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import take_in
 
-_PIECE_BYTES = 1 << 22
-_MANIFEST_BYTES = 1 << 26
 # Scheme → its package, and the credentials that it reads from the environment.
 _NEEDS = {
     "s3": ("s3fs", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or AWS_ENDPOINT_URL of another server"),
@@ -85,8 +83,6 @@ class Place:
     def manifest(self, name: str) -> Manifest | None:
         """Return the manifest of an artifact, or None if there is none; StoreError if it is damaged."""
         try:
-            if self.files.info(self.path(name, MANIFEST))["size"] > _MANIFEST_BYTES:
-                raise StoreError(f"{self.url}: the manifest of {name} is larger than {_MANIFEST_BYTES >> 20} MiB")
             data = self.files.cat_file(self.path(name, MANIFEST))
         except FileNotFoundError:
             return None
@@ -207,21 +203,15 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _send(place: Place, folder: Path, progress: TransferProgress) -> None:
-    """Copy one artifact; files that an earlier attempt left are kept if their contents are right."""
-    base = place.path(folder.name)
+    """Copy one artifact, the manifest last, after removing what an interrupted transfer left of it."""
     place.files.invalidate_cache()
-    sizes = {str(path): entry["size"] for path, entry in place.files.find(base, detail=True).items()}
+    if place.files.exists(place.path(folder.name)):
+        place.files.rm(place.path(folder.name), recursive=True)
     for path in _files(folder):
         target = place.path(folder.name, path.relative_to(folder).as_posix())
         size = path.stat().st_size
-        known = sizes.pop(target, sizes.pop(target.lstrip("/"), None))
-        if path.name == MANIFEST and path.parent == folder:
+        if path == folder / MANIFEST:
             crash_point("send.described")
-            for stray in sizes:  # left by an unfinished transfer of another execution
-                place.files.rm_file(stray)
-        elif known == size and _digest(place, target) == checksum_of(path):
-            progress.add(size)
-            continue
         place.files.makedirs(target.rpartition("/")[0], exist_ok=True)
         with _counted(progress, size) as callback:
             place.files.put_file(str(path), target, callback=callback)
@@ -244,14 +234,6 @@ def _counted(progress: TransferProgress, size: int) -> Iterator[Any]:
     before = progress.done
     yield Counted()
     progress.add(size - (progress.done - before))  # some file systems count differently, or not at all
-
-
-def _digest(place: Place, path: str) -> str:
-    digest = hashlib.sha256()
-    with place.files.open(path, "rb") as file:
-        while piece := file.read(_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def import_from(store: Store, place: Place, wanted: Sequence[str]) -> tuple[list[Path], list[Path]]:
@@ -311,7 +293,7 @@ def _choose(store: Store, place: Place, wanted: Sequence[str]) -> dict[str, Mani
         raise ConfigError(f"{place.url} holds no artifacts: expected {place.path('ARTIFACT', MANIFEST)}")
     queue: list[str] = []
     for word in wanted:
-        found = [word] if word in names else [n for n in names if n.startswith(word) or n[-16:].startswith(word[:16])]
+        found = [name for name in names if word == name or name[-16:].startswith(word[:16])]
         if len(found) != 1:
             which = ", ".join(found[:8]) if found else f"it holds {', '.join(names[:8])}{' …' * (len(names) > 8)}"
             raise ConfigError(f'"{word}" matches {len(found) or "no"} artifacts of {place.url}: {which}')
