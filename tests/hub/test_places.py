@@ -1,6 +1,5 @@
 """Transfers over fsspec: artifacts arrive complete, hashed and with their inputs; interrupted transfers resume."""
 
-import json
 import os
 import signal
 import socket
@@ -17,7 +16,6 @@ from kit.toys import PIPELINE
 from mlxchat.cli import dispatch
 from mlxchat.errors import ConfigError, PassingError, StoreError
 from mlxchat.hub.places import Place, export_to, import_from, open_place, push_artifacts, push_folder
-from mlxchat.store.files import seal
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import closure
@@ -144,30 +142,6 @@ def test_damaged_artifact_is_not_sent(place, folders):
     with pytest.raises(StoreError, match=r"is damaged.*Nothing of it was sent"):
         export_to(place, folders)
     assert there(place) == []
-
-
-def test_manifest_with_paths_outside_is_refused(place, folders, tmp_path):
-    export_to(place, folders)
-    target = place.path(folders[0].name, "manifest.json")
-    record = json.loads(place.files.cat_file(target))
-    record["outputs"].append({"path": "../../../evil.txt", "bytes": 1, "sha256": "0"})
-    place.files.pipe_file(target, seal(record))
-    with pytest.raises(StoreError, match="outside its folder"):
-        import_from(Store(tmp_path / "other"), place, [])
-
-
-def test_manifest_with_wrong_types_is_refused(folders, tmp_path):
-    place = open_place(f"file://{tmp_path}/elsewhere")
-    export_to(place, folders)
-    target = Path(place.path(folders[0].name, "manifest.json"))
-    valid = {**json.loads(target.read_bytes()), "schema": 1}
-    valid.pop("digest", None)
-    paths = [{"path": "a", "bytes": "1"}]
-    for key, value in (("rid", 5), ("rid", "0" * 52), ("inputs", ["x"]), ("outputs", 1), ("outputs", paths)):
-        target.write_text(json.dumps({**valid, key: value}))
-        with pytest.raises(StoreError, match=f"the manifest of {folders[0].name} is damaged"):
-            import_from(Store(tmp_path / "other"), place, [])
-    assert list((tmp_path / "other" / "store").iterdir()) == []
 
 
 def test_import_by_name_includes_inputs(place, made, folders, tmp_path):

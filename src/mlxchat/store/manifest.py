@@ -144,7 +144,7 @@ def _inconsistencies(name: str, manifest: Manifest) -> Iterator[str]:
     for what, value in (("folder", name), ("stage", manifest["stage"]), ("step", manifest["step"])):
         if not is_name(value):
             yield f"its {what} is called {str(value)[:80]!r}, expected a plain name"
-    if lacking := [role for role, made in manifest["inputs"].items() if "rid" not in made]:
+    if lacking := [role for role, made in manifest["inputs"].items() if not isinstance(made["rid"], str)]:
         yield f"it does not name its inputs {', '.join(lacking)} by id"
     if not isinstance(manifest["published"], str):
         yield "it does not say when it was published"
