@@ -43,8 +43,8 @@ TRAININGS = (
     "sft.num_iterations=60 rl.num_iterations=20 rl.questions_per_iteration=4 rl.max_new_tokens=32 "
     "rl.schedule.init_lr_frac=1 rl.rewards={brief:{kind:function,function:'rewards:brevity'}}",
     "experiment=smoke name=words stage=tokenizer tokenizer.vocab_size=2048",
-    "-m experiment=smoke stage=pretrain pretrain.num_iterations=60 architecture.value_embeddings=false,true "
-    "seed=1,2,3 hydra.sweep.dir=outputs/multirun/seeds",
+    "-m experiment=smoke name=seeds stage=pretrain pretrain.num_iterations=60 seed=1,2,3 "
+    "architecture.value_embeddings=false,true",
 )
 """Those of chapters 3 to 10, 2 and 12. The reward is in chapter 9."""
 WIDE = 648.0
@@ -109,7 +109,8 @@ class Course:
     @cached_property
     def seeds(self) -> list[dict[str, Any]]:
         """The jobs of the sweep over seeds."""
-        table = json.loads((self.folder / "outputs/multirun/seeds/table.json").read_text(encoding="utf-8"))
+        newest = max((self.folder / "outputs/multirun").glob("*-seeds-sweep"))
+        table = json.loads((newest / "table.json").read_text(encoding="utf-8"))
         return list(table["rows"] if isinstance(table, dict) else table)
 
     def _last(self, name: str) -> RunReport:

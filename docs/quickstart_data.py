@@ -62,14 +62,7 @@ def _shuffled(items: Sequence[_T], name: str, split: str, seed: int) -> list[_T]
 
 # Facts about countries
 
-_TEST_FACTS_FRACTION = 0.15
-# Capitals that the documentation's examples ask for are trained on.
-_SHOWN = (
-    "Brazil|Canada|China|Egypt|France|Germany|India|Italy|Japan|Mexico|Peru|Russia|Spain|United Kingdom|United States"
-)
-_ALWAYS_TRAINED = frozenset(("capital", country) for country in _SHOWN.split("|"))
-
-
+_TEST_NAMES_FRACTION = 0.15
 _WITH_ARTICLE = re.compile(
     r".*Islands$|.*Republic$|.*Ocean$|.*Territory$|.*Strip$|.*Refuges$|.* Lands$"
     r"|(United|Republic|Democratic Republic|Federated|Isle|European) .*"
@@ -88,7 +81,6 @@ class Field:
     """Wordings of one kind of fact, with the placeholders `{place}` and `{value}`."""
 
     label: str
-    questions: list[str]
     statements: list[str]
 
     def state(self, country: str, value: str, wording: int = 0) -> str:
@@ -96,10 +88,6 @@ class Field:
         template = self.statements[wording % len(self.statements)]
         sentence = template.format(place=with_article(country), value=with_article(value))
         return sentence[0].upper() + sentence[1:]
-
-    def ask(self, country: str, wording: int = 0) -> str:
-        """Return the question for a country; `wording` is taken modulo the number of wordings."""
-        return self.questions[wording % len(self.questions)].format(place=with_article(country))
 
     def tag(self, value: str) -> str:
         """Return the label and the value with its article: "capital Lima", "neighbor the Gambia"."""
@@ -111,12 +99,11 @@ FIELDS = {name: Field(**words) for name, words in _read("countries.json").items(
 
 @dataclass(frozen=True)
 class Fact:
-    """A value in ASCII; `others` are values of the same field that are also right."""
+    """A value in ASCII."""
 
     country: str
     field: str
     value: str
-    others: tuple[str, ...] = ()
 
     def state(self, wording: int = 0) -> str:
         """Return the fact as a sentence, as `Field.state` does."""
@@ -128,94 +115,9 @@ def facts() -> list[Fact]:
     """Return all facts by field, then by country name."""
     with (_INPUTS / "countries.csv").open(encoding="ascii", newline="") as file:
         countries = list(csv.DictReader(file))
-    values = ((row["country"], field, row[field].split("|")) for field in FIELDS for row in countries if row[field])
-    return [Fact(country, field, first, tuple(others)) for country, field, (first, *others) in values]
-
-
-def is_test_pair(fact: Fact) -> bool:
-    """Return True if the fact's country and field are held out; about 15% are."""
-    if (fact.field, fact.country) in _ALWAYS_TRAINED:
-        return False
-    return held_out(f"{fact.field}/{fact.country}", _TEST_FACTS_FRACTION)
-
-
-@cache
-def _values(field: str) -> list[str]:
-    return sorted({fact.value for fact in facts() if fact.field == field})
-
-
-@cache
-def _facts_of(country: str) -> list[Fact]:
-    return [fact for fact in facts() if fact.country == country]
-
-
-def _question(fact: Fact, rng: random.Random) -> str:
-    return FIELDS[fact.field].ask(fact.country, rng.randrange(len(FIELDS[fact.field].questions)))
-
-
-def _chosen(name: str, split: str, seed: int, fields: Sequence[str]) -> list[Fact]:
-    """Return the facts of a split that a task asks for, in its order."""
-    return _shuffled(
-        [fact for fact in facts() if fact.field in fields and is_test_pair(fact) == (split == "test")],
-        name,
-        split,
-        seed,
-    )
-
-
-def fact_rows(split: str) -> Rows:
-    """Yield [field, question, answer, value]; the training split asks for each fact four times."""
-    fields = ("capital", "region", "nationality", "currency", "language", "religion", "neighbor", "internet")
-    for seed in range(2):
-        chosen = _chosen("facts", split, seed, fields)
-        for index, rng in _draws("facts", split, seed, len(chosen) * (4 if split == "train" else 1)):
-            fact = chosen[index % len(chosen)]
-            yield [fact.field, _question(fact, rng), fact.state(), fact.value]
-
-
-def choice_rows(split: str) -> Rows:
-    """Yield [field, question, choices, letter]; the model must know the fact."""
-    fields = ("capital", "region", "nationality", "currency", "internet")
-    for seed in range(2):
-        chosen = _chosen("facts_mc", split, seed, fields)
-        for index, rng in _draws("facts_mc", split, seed, len(chosen) * (4 if split == "train" else 1)):
-            yield _choice_row(chosen, index, _question(chosen[index % len(chosen)], rng), rng, ())
-
-
-def _choice_row(chosen: list[Fact], index: int, question: str, rng: random.Random, passage: Sequence[str]) -> list[Any]:
-    """Return the question with three wrong values of the field that are not in the passage.
-
-    Every letter is right equally often; a repeated fact gets another letter each time.
-    """
-    fact = chosen[index % len(chosen)]
-    right = {fact.value, *fact.others}
-    others = [value for value in _values(fact.field) if value not in right]
-    others = [value for value in others if not any(value in line for line in passage)]
-    wrong = rng.sample(others, len(LETTERS) - 1)
-    place = (index + index // len(chosen)) % len(LETTERS)
-    return [fact.field, question, [*wrong[:place], fact.value, *wrong[place:]], LETTERS[place]]
-
-
-def reading_rows(split: str) -> Rows:
-    """Yield [field, question, choices, letter] with a passage that states the fact; the model only needs to read."""
-    for seed in range(2):
-        chosen = _chosen("reading_mc", split, seed, tuple(FIELDS))
-        for index, rng in _draws("reading_mc", split, seed, len(chosen) * (2 if split == "train" else 1)):
-            fact = chosen[index % len(chosen)]
-            # A training passage never contains a held-out pair; a test passage may contain any fact.
-            beside = [
-                other
-                for other in _facts_of(fact.country)
-                if other.field != fact.field and not (split == "train" and is_test_pair(other))
-            ]
-            stated = [fact, *rng.sample(beside, min(len(beside), rng.randrange(3)))]
-            rng.shuffle(stated)
-            if rng.random() < 0.5:
-                tags = ", ".join(FIELDS[other.field].tag(other.value) for other in stated)
-                lines = [f"{fact.country}: {tags}."]
-            else:
-                lines = [other.state(rng.randrange(2)) for other in stated]
-            yield _choice_row(chosen, index, f"{' '.join(lines)} {_question(fact, rng)}", rng, lines)
+    return [
+        Fact(row["country"], field, row[field].split("|")[0]) for field in FIELDS for row in countries if row[field]
+    ]
 
 
 KINDS = {
@@ -237,7 +139,7 @@ def kind_names(*, is_test: bool) -> list[tuple[str, str]]:
     return [
         (name, next(iter(kinds)))
         for name, kinds in sorted(kinds_of.items())
-        if len(kinds) == 1 and held_out(f"kind/{name}", _TEST_FACTS_FRACTION) == is_test
+        if len(kinds) == 1 and held_out(f"kind/{name}", _TEST_NAMES_FRACTION) == is_test
     ]
 
 
@@ -720,12 +622,6 @@ def _files(module: str, pattern: str) -> list[Path]:
 
 
 FILES: dict[str, Callable[[], Rows]] = {
-    "facts-train": lambda: fact_rows("train"),
-    "facts-test": lambda: fact_rows("test"),
-    "facts_mc-train": lambda: choice_rows("train"),
-    "facts_mc-test": lambda: choice_rows("test"),
-    "reading_mc-train": lambda: reading_rows("train"),
-    "reading_mc-test": lambda: reading_rows("test"),
     "kinds_mc-train": lambda: kind_rows("train"),
     "kinds_mc-test": lambda: kind_rows("test"),
     "everyday-train": lambda: everyday_rows("train"),

@@ -22,7 +22,7 @@ def show(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     talks = [{"question": f"q{n}?", "answer": f"sum <<{n}+1={n + 1}>>{n + 1}"} for n in range(8)]
     path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     (folder / "my_mixture.yaml").write_text(
-        f"mine: {{task: identity_conversations, path: '{path}', epochs: 2}}\nspelling: {{task: spelling, size: 4}}\n"
+        f"mine: {{task: identity_conversations, path: '{path}', epochs: 2}}\nsums: {{task: arithmetic, size: 4}}\n"
     )
     monkeypatch.chdir(tmp_path)
 
@@ -38,7 +38,7 @@ def test_tasks_are_counted_and_trained_text_is_between_marks(show):
     lines = show("mixture=my_mixture", "-n", "0").splitlines()
     assert lines[0].startswith("mixture my_mixture: 20 conversations, tokens are bytes")
     assert any(re.match(r" mine +16 +80\.0% +\d+ +\d+% +\d+ *$", line) for line in lines)
-    assert any(re.match(r" spelling +4 +20\.0% ", line) for line in lines)
+    assert any(re.match(r" sums +4 +20\.0% ", line) for line in lines)
     assert any(re.match(r" all +20 ", line) for line in lines)
     n = int(re.search(r"mine conversation (\d)", printed)[1])
     assert (
@@ -63,7 +63,7 @@ def test_other_stages_and_suites_are_shown(show):
     printed = show("stage=midtrain", "midtrain.train_on=all", "--validation", "-n", "0")
     assert "(validation)" in printed
     assert "midtrain trains on every token" in printed
-    assert show("suite=bundled", "-n", "1", "--task", "kinds_mc").startswith("suite bundled: ")
+    assert show("suite=quickstart", "-n", "1", "--task", "kinds_mc").startswith("suite quickstart: ")
 
 
 def test_control_characters_are_escaped(show, tmp_path):
@@ -80,7 +80,7 @@ def test_control_characters_are_escaped(show, tmp_path):
         (["mixture=my_mixtur"], "my_mixtur"),
         (["mixture=my_mixture", "--task", "mines"], 'there is no "mines" in mixture my_mixture: .*Did you mean "mine"'),
         (["stage=corpus"], 'stage is "corpus", expected one of midtrain, sft, preference, rl, eval'),
-        (["suite=bundled", "mixture=my_mixture"], "suite= shows the questions of eval"),
+        (["suite=quickstart", "mixture=my_mixture"], "suite= shows the questions of eval"),
         (["stage=rl", "mixture=my_mixture"], "mixture= is for midtrain and sft"),
         (["-n", "-1"], "at least 0"),
         (["--foo"], "unrecognized arguments: --foo"),

@@ -90,9 +90,9 @@ def test_json_is_alone_on_stdout(made, mlxchat, tmp_path):
 
 def test_base_model_chooses_as_numpy(made, tmp_path, say):
     """Zero-shot: the option with the lowest mean loss after "Question: …" and "Answer: " as plain text, in float64."""
-    said = say("eval", "base", "--task", "facts_mc", "--limit", "10", "--json", "eval.prompts=[]", f"outputs={made}")
-    found = json.JSONDecoder().raw_decode(said)[0]["tasks"]["facts_mc_base"]
-    model, tokenizer, task = make_model("oct2025"), make_tokenizer(), load_task("facts_mc", "test")
+    said = say("eval", "base", "--task", "kinds_mc", "--limit", "10", "--json", "eval.prompts=[]", f"outputs={made}")
+    found = json.JSONDecoder().raw_decode(said)[0]["tasks"]["kinds_mc_base"]
+    model, tokenizer, task = make_model("oct2025"), make_tokenizer(), load_task("kinds_mc", "test")
     right = 0
     for index in range(10):
         talk = task[index]
@@ -113,7 +113,7 @@ def test_mistakes_are_reported_together(made, say):
     for part in ('Did you mean "gsm8k"', 'Did you mean "chatcore"', "--limit is 0"):
         assert part in told
     for arguments, message in (
-        (["talks"], "expected --task TASK (core, bpb, facts"),
+        (["talks"], "expected --task TASK (core, bpb, kinds_mc"),
         (["base", "--task", "gsm8k"], "cannot answer questions: expected --task core"),
         (["talks", "--task", "core"], "CORE needs a base model"),
     ):
@@ -122,12 +122,12 @@ def test_mistakes_are_reported_together(made, say):
 
 def test_third_party_folder_is_evaluated(made, tmp_path, say):
     say("export", "talks", "--to", "mlx", tmp_path / "mlx", f"outputs={made}")
-    settings = ["--limit", "4", "eval.max_new_tokens=4", f"outputs={made}", "--task", "facts_mc"]
+    settings = ["--limit", "4", "eval.max_new_tokens=4", f"outputs={made}", "--task", "kinds_mc"]
     theirs = say("eval", f"hf:{tmp_path / 'mlx'}", *settings).splitlines()
     ours = say("eval", "talks", *settings).splitlines()
-    rows = [next(line for line in text if line.startswith("facts_mc")) for text in (theirs, ours)]
+    rows = [next(line for line in text if line.startswith("kinds_mc")) for text in (theirs, ours)]
     assert rows[0] == rows[1]
-    several = ["eval", f"hf:{made}", "--task", "facts", "--samples", "2", f"outputs={made}"]
+    several = ["eval", f"hf:{made}", "--task", "everyday", "--samples", "2", f"outputs={made}"]
     assert "requires a model of mlxchat" in say(*several, code=2)
 
 

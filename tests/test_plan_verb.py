@@ -67,9 +67,9 @@ def test_settings_have_value_and_meaning(capsys):
 
 
 def test_long_values_are_shortened(capsys):
-    assert run_here("explain", "sft", "mixture@sft.mixture=bundled_sft") == 0
+    assert run_here("explain", "sft", "mixture@sft.mixture=quickstart_sft") == 0
     lines = capsys.readouterr().out.splitlines()
     mixture = next(line for line in lines if line.startswith("  sft.mixture"))
-    assert "facts, kinds_mc" in mixture
+    assert "everyday, kinds_mc" in mixture
     assert "…" in mixture
     assert len(mixture) < 100

@@ -24,9 +24,9 @@ SETTINGS = """
     pretrain.num_iterations=30 pretrain.eval_every=10 architecture.dropout=0.1 pretrain.keep=best pretrain.keep_every=7
     midtrain.num_iterations=30 midtrain.eval_every=12
     midtrain.adapter.kind=dora midtrain.adapter.bits=4 midtrain.adapter.group_size=32 midtrain.adapter.dropout=0.1
-    sft.mixture.facts_mc.size=60 sft.num_iterations=40 sft.schedule.init_lr_frac=1 sft.eval_every=30
+    sft.mixture.kinds_mc.size=60 sft.num_iterations=40 sft.schedule.init_lr_frac=1 sft.eval_every=30
     rl=dapo rl.kl_coefficient=0.05 rl.minibatches_per_rollout=2 rl.passes_per_rollout=2 rl.resample_rounds=3
-    rl.task.task=facts_mc rl.task.size=30 rl.evaluation.task=facts_mc rl.num_iterations=4 rl.train_unfinished=true
+    rl.task.task=kinds_mc rl.task.size=30 rl.evaluation.task=kinds_mc rl.num_iterations=4 rl.train_unfinished=true
     rl.questions_per_iteration=4 rl.samples_per_question=4 rl.max_new_tokens=3 rl.top_k=4
     rl.adapter.kind=lora rl.adapter.rank=2
 """
@@ -66,7 +66,7 @@ class Story:
 @pytest.fixture(scope="module")
 def settings(tiny: tuple[str, ...]) -> list[str]:
     """The tiny settings, in which SFT trains only on answers that are a letter."""
-    other = [item for item in tiny if item.startswith("sft.mixture.") and ".facts_mc." not in item]
+    other = [item for item in tiny if item.startswith("sft.mixture.") and ".kinds_mc." not in item]
     mine = {item.partition("=")[0] for item in SETTINGS.split()}
     kept = [item for item in tiny if item not in other and item.partition("=")[0] not in mine]
     rl = compose_config(["experiment=smoke"]).config.rl

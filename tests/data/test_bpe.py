@@ -1,16 +1,10 @@
 """Training of tokenizers: nanochat's ranks, and the end of the separate process."""
 
 import multiprocessing
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
-from textwrap import dedent
 from types import SimpleNamespace
 from typing import Any
 
-import psutil
 import pytest
 import rustbpe
 
@@ -62,28 +56,6 @@ def test_killed_process_is_reported():
         training._process.kill()
         with pytest.raises(StepFailed, match="ended with exit code -9"):
             training.ranks()
-
-
-PARENT = """
-    import itertools
-    from mlxchat.data.bpe import TrainingProcess
-    if __name__ == "__main__":
-        with TrainingProcess(300) as training:
-            print(training._process.pid, flush=True)
-            list(training.read(itertools.cycle(["the weather " * 50])))
-"""
-
-
-@pytest.mark.slow
-def test_process_ends_with_its_killed_parent():
-    command = [sys.executable, "-c", dedent(PARENT)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as parent:
-        assert parent.stdout is not None
-        child = psutil.Process(int(parent.stdout.readline()))
-        os.kill(parent.pid, signal.SIGKILL)
-        parent.wait()
-        _, alive = psutil.wait_procs([child], timeout=20)
-    assert alive == []
 
 
 def test_too_little_text_is_refused():

@@ -34,17 +34,6 @@ def test_encoding_is_lossless(tokenizer, text):
     assert int(tokenizer.token_bytes[ids].sum()) == len(text.encode())
 
 
-@pytest.mark.parametrize("text", [" " * 1_000_000, "x" + " " * 1_500_000])
-def test_blanks_beyond_the_backtracking_limit_are_encoded(tokenizer, text):
-    """nanochat's tokenizer panics."""
-    with pytest.raises(ValueError, match="backtrack"):
-        tokenizer.encoding.encode_to_numpy(text)
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    (document,) = tokenizer.encode_documents([text])
-    assert document.tolist() == [tokenizer.bos, *ids]
-
-
 class Generation(Extension):
     """transformers' Jinja tag; its contents are rendered unchanged."""
 

@@ -11,7 +11,6 @@ from kit import ranks
 from mlxchat.distributed import group as group_module
 from mlxchat.distributed.group import Group
 from mlxchat.distributed.team import Team
-from mlxchat.errors import PeerLost
 
 NOT_A_NUMBER = [0x80000000, 0x7FC00001, 0xFFC00000, 0x7F800000, 0x00000001]  # bits of −0.0, NaNs, ∞, a denormal
 INTEGERS = [2**53 + 1, -(2**62)]
@@ -89,19 +88,3 @@ def test_all_ranks_call_the_function_with_equal_arguments():
     assert first == [[rank, 1 + rank, {"add": 1}, seen] for rank in range(3)]
     assert second == [[rank, 11 * (1 + rank), {"add": 10}, {}] for rank in range(3)]
     assert Team().call(remember, {"add": 2}) == [[0, 2, {"add": 2}, {}]]
-
-
-def leave(group: Group) -> list[str]:
-    """Rank 1 ends at once; rank 0 calls it twice."""
-    team, found = Team(group), list[str]()
-    while group.leads and len(found) < 2:
-        try:
-            team.call(remember, {"add": 1})
-        except PeerLost as error:
-            found.append(str(error))
-    return found
-
-
-def test_a_lost_rank_raises_peer_lost_at_every_call():
-    found, _ = ranks.run_ranks(leave, 2, fresh=True)
-    assert [text[:22] for text in found] == ["another rank has ended"] * 2

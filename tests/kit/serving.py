@@ -54,7 +54,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, model: GPT, tokenizer: Toke
         Store(outputs).set_ref("latest", stage, folder)
     scores = outputs / "store" / ("eval-d2-" + "e" * 16)
     scores.mkdir()
-    _describe(scores, "eval", "scores", {"facts": 0.25}, {"checkpoint": made})
+    _describe(scores, "eval", "scores", {"kinds_mc": 0.25}, {"checkpoint": made})
     return outputs
 
 

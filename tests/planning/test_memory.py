@@ -1,10 +1,7 @@
 """Predicted against measured and counted peaks, the choice of a micro-batch, and the refusal of what cannot fit."""
 
 import gc
-import json
-import subprocess
-import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +10,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from kit.commands import clean_environment
 from kit.models import composed
 from kit.training import training_of
 from mlxchat.config.schema import Config, MachineConfig
@@ -23,7 +19,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
 from mlxchat.model.sizes import GPTSizes, adapter_sizes_of, count_parameters, sizes_of
 from mlxchat.optim.optimizer import Optimizer, rates_at
-from mlxchat.planning.memory import Decoding, Device, Training, check_memory, choose_micro_batch
+from mlxchat.planning.memory import Device, Training, check_memory, choose_micro_batch
 from mlxchat.runner.plan import PlannedStep, make_plan
 from mlxchat.store.store import Store
 from mlxchat.training.batches import mean_batch
@@ -193,64 +189,6 @@ def test_refusal_names_need_limit_and_keys(tmp_path):
 # Decoding
 
 # (variant, rows, tokens of the prompt, new tokens, plain path, bits of the weights)
-SAMPLING = [("oct2025", 4, 100, 28, False, 4), ("oct2025", 32, 100, 28, True, None)]
-
-
-SAMPLE = """
-import gc, json, sys
-from types import SimpleNamespace
-import numpy as np
-import mlxchat
-import mlx.core as mx
-from mlxchat.cpu import runtime
-from mlxchat.data.vocabulary import SPECIAL_TOKENS
-from mlxchat.engine.generate import Engine
-from mlxchat.model.gpt import GPT
-from mlxchat.model.initial import init_weights
-from mlxchat.model.sizes import GPTSizes
-
-asked = SimpleNamespace(**json.loads(sys.argv[1]))
-mx.set_default_device(mx.cpu)
-runtime.set_blas_threads(2)
-model = GPT(GPTSizes(**asked.sizes))
-init_weights(model, 0)
-mx.eval(model.parameters())
-tokenizer = SimpleNamespace(assistant_end=-1, bos=-2, ends=(-1, -2), special_ids=dict.fromkeys(SPECIAL_TOKENS, -3))
-engine = Engine(model, tokenizer, bits=asked.bits, dtype=mx.float32)
-ids = np.random.default_rng(0).integers(0, 2048, asked.prompt).tolist()
-for time in range(2):  # compiled functions and their constants, kept for the process, are made the first time
-    gc.collect()
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    mx.reset_peak_memory()
-    engine.complete([[row, *ids[1:]] for row in range(asked.rows)], max_new_tokens=asked.new)
-    measured = mx.get_peak_memory() - before
-    gc.collect()
-print(json.dumps({"measured": measured, "left": mx.get_active_memory() - before}))
-"""
-
-
-@pytest.mark.parametrize("case", SAMPLING, ids=str)
-def test_peak_of_sampling_is_predicted(case):
-    """Four layers 512 wide, in a new process. Nothing is left afterwards, when the step needs the memory."""
-    needs_lanes()
-    variant, rows, prompt, new, plain, bits = case
-    config = composed("model.depth=4", f"architecture={variant}", "model.aspect_ratio=128", "model.head_width=128")
-    sizes = sizes_of(replace(config.model, context_tokens=512), config.architecture, 2048)
-    asked = {"sizes": asdict(sizes), "rows": rows, "prompt": prompt, "new": new, "bits": bits}
-    done = subprocess.run(
-        [sys.executable, "-c", SAMPLE, json.dumps(asked)], env=clean_environment(MLXCHAT_CPU="plain" if plain else ""),
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    measured, left = json.loads(done.stdout.splitlines()[-1]).values()
-    where = Device(plain=plain, num_lanes=2)
-    described = Decoding(sizes=sizes, device=where, row_tokens=prompt + new, bits=bits)
-    predicted = described.bytes_beside_weights(rows) + (described.packed_bytes() if bits else 0)
-    print(f"predicted {predicted / 1e6:.0f} MB, measured {measured / 1e6:.0f} MB")
-    assert measured <= predicted <= 1.3 * measured + 10e6
-    assert left < 0.02 * measured
-
-
 D32 = replace(SIZES, vocab_size=65536, num_layers=32, num_heads=16, num_kv_heads=16, width=2048, context_tokens=2048)
 
 

@@ -327,7 +327,7 @@ def test_order_of_the_suite_changes_nothing(monkeypatch):
     monkeypatch.setattr(TaskItem, "kind", "choice", raising=False)
     monkeypatch.setattr(TaskItem, "__len__", lambda item: 3, raising=False)
     monkeypatch.setattr(stage, "evaluate_task", evaluate)
-    config = compose_config(["experiment=smoke", "suite=bundled"]).config
+    config = compose_config(["experiment=smoke", "suite=quickstart"]).config
     found = []
     for suite in (config.suite, dict(reversed(config.suite.items()))):
         ctx = SimpleNamespace(

@@ -267,7 +267,7 @@ def test_exchanged_tasks_of_a_mixture_are_one_reason():
     assert str(Difference(nearest="x", config=size)) == "config changed: sft.mixture.a.size 1 → 2"
 
 
-TASK = {"task": "facts", "size": 3, "options": None}
+TASK = {"task": "kinds_mc", "size": 3, "options": None}
 
 
 def test_learning_rate_that_a_group_takes_over_is_one_reason():

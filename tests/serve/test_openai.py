@@ -84,7 +84,7 @@ def test_models_are_listed_with_provenance(server):
     listed = server.client.get("/v1/models").json()
     assert [entry["id"] for entry in listed["data"]] == [CHAT, BASE]
     own = listed["data"][0]["mlxchat"]
-    assert own["scores"] == {"facts": 0.25}
+    assert own["scores"] == {"kinds_mc": 0.25}
     assert own["metrics"] == {"val_loss": 0.5}, "what is no number is left out"
     assert own["inputs"] == {"checkpoint": BASE}
     assert [entry["mlxchat"]["converses"] for entry in listed["data"]] == [True, False]

@@ -70,7 +70,7 @@ def test_mixtures_and_suites_are_nanochats(choice, expected):
         ({**MMLU, "split": "test", "source": {"subset": "auxiliary_train"}}, "only the split auxiliary_train, not te"),
         ({**GSM8K, "source": {"revison": "x"}}, 'task gsm8k has no source "revison".* Did you mean "revision"'),
         ({**GSM8K, "options": {"sede": 1.0}}, 'task gsm8k has no option "sede".* Did you mean "seed"'),
-        ({"task": "facts", "fields": ["capitol"]}, 'fields of task facts is "capitol".*Did you mean "capital"'),
+        ({"task": "kinds_mc", "fields": ["capital"]}, 'task kinds_mc has no option "fields"'),
         ({"task": "identity_conversations", "source": {"url": "me.jsonl"}}, "expected an address .* path=FILE"),
         ({"task": "spelling_bee", "source": {"words": "w.txt"}}, "expected an address .* or bundled"),
         ({"task": "arithmetic", "options": {"steps": 3.0}}, "steps of task arithmetic is 3.0, expected 1 or 2"),

@@ -123,12 +123,6 @@ def test_equal_first_messages_are_in_one_split(tmp_path):
     assert opening[1]
 
 
-def test_lines_end_at_line_feeds_only(tmp_path):
-    line = json.dumps({"question": "a\u2028b\x0bc", "answer": "d"}, ensure_ascii=False)
-    task = load("jsonl", "train", path=write(tmp_path / "a.jsonl", line, ""))
-    assert task[0]["messages"][0]["content"] == "a\u2028b\x0bc"
-
-
 @pytest.mark.parametrize(
     ("line", "before"),
     [

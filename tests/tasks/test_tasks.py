@@ -13,7 +13,7 @@ from mlxchat.tasks.arithmetic import Arithmetic
 from mlxchat.tasks.base import dialogue
 from mlxchat.tasks.spelling import first_words, is_only_spelled, is_test_word
 
-BUNDLED = ["facts", "facts_mc", "reading_mc", "arithmetic", "spelling", "letter_count", "identity"]
+BUNDLED = ["kinds_mc", "arithmetic", "first_letter_count", "identity"]
 
 
 @cache
@@ -133,13 +133,11 @@ def test_golden_problems_never_change():
         ("arithmetic", dialogue("?", calculator_parts("Tom has 12+7=<<12+7=19>>19 apples.\n#### 19")),
          ["Tom has 12+7=19 apples.\n#### 19", "#### 19.", "#### 1,9", "#### 19 apples"],
          ["#### 119", "#### 19.5", "#### -19", "####19", "19", "#### 18\n#### 19"]),
-        ("facts", dialogue("?", "The capital of Oman is Muscat.", answer="Muscat"),
-         ["The capital of Oman is Muscat.", "muscat"], ["Muscats", "Oman"]),
-        ("facts_mc", dialogue("?", "B", answer="B"), ["B", " B\n"], ["A", "B.", "AB"]),
+        ("kinds_mc", dialogue("?", "B", answer="B"), ["B", " B\n"], ["A", "B.", "AB"]),
         ("everyday", dialogue("3 + 4", calculator_parts("The answer is <<3+4=7>>7.")),
          ["The answer is <|python_start|>3+4<|python_end|><|output_start|>7<|output_end|>7."], ["The answer is 8."]),
     ],
-    ids=["arithmetic", "facts", "facts_mc", "everyday"],
+    ids=["arithmetic", "kinds_mc", "everyday"],
 )  # fmt: skip
 def test_verdicts(name, conversation, right, wrong):
     task = load_task(name, "test")

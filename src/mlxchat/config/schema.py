@@ -213,7 +213,7 @@ class TaskItem:
     )
     """Where the task's data come from: repository, revision and subset of the Hub, or url, words, sha256."""
     fields: list[str] | None = None
-    """Fields of the Factbook, for tasks about countries; null: the task's default."""
+    """Option `fields` of a user's own task that has it; null: the task's default."""
     options: dict[str, float | None] = field(default_factory=dict)
     """Further numeric options of the task; null: the task's default."""
 

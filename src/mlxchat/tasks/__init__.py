@@ -22,16 +22,11 @@ from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task
 
 _TASKS = {
-    "facts": ("quickstart", "Facts"),
-    "facts_mc": ("quickstart", "FactsMC"),
-    "reading_mc": ("quickstart", "ReadingMC"),
     "kinds_mc": ("quickstart", "KindsMC"),
     "everyday": ("quickstart", "Everyday"),
     "arithmetic": ("arithmetic", "Arithmetic"),
     "first_questions": ("quickstart", "FirstQuestions"),
     "practice": ("quickstart", "Practice"),
-    "spelling": ("spelling", "Spelling"),
-    "letter_count": ("spelling", "LetterCount"),
     "first_letter_count": ("spelling", "FirstLetterCount"),
     "identity": ("jsonl", "Identity"),
     "jsonl": ("jsonl", "Jsonl"),

@@ -1,7 +1,7 @@
 """The quick run's text and tasks, which the package ships, so that the first run needs no download.
 
-docs/quickstart_data.py generates the files shipped/*.jsonl.gz. About 10 to 15 % of the wordings, of the pairs of a
-country and a field, and of the names are only in the test splits.
+docs/quickstart_data.py generates the files shipped/*.jsonl.gz. About 10 to 15 % of the wordings and of the names are
+only in the test splits.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -96,66 +96,19 @@ class FirstQuestions(Task):
         return re.search(conversation["accept"], _CALL.sub("", response), re.IGNORECASE) is not None
 
 
-@dataclass(eq=False, kw_only=True)
-class Facts(_ShippedTask):
-    """A question about a country, answered in one sentence; a response is right if it contains the value."""
-
-    name = "facts"
-    fields: Sequence[str] | None = None
-    """Kinds of facts, such as capital; None: all of the task."""
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        super().__post_init__()
-        if self.fields is not None:
-            known = sorted({row[0] for row in read_rows(f"{self.name}-{self.split}")})
-            for name in self.fields or [""]:
-                self._check_choice("fields", name, known)
-
-    @cached_property
-    def _rows(self) -> list[Any]:
-        rows = read_rows(f"{self.name}-{self.split}")
-        return [row for row in rows if self.fields is None or row[0] in self.fields]
-
-    def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        _, question, sentence, value = self._row(index)
-        return dialogue(question, sentence, answer=value)
-
-    def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Return True if the response contains the value as whole words, in any letter case."""
-        value = re.escape(conversation["answer"])
-        return re.search(rf"(?<!\w){value}(?!\w)", response, re.IGNORECASE) is not None
-
-
-class FactsMC(Facts):
-    """A question about a country with four values to choose from; the model must know the fact."""
-
-    name = "facts_mc"
-    kind = "categorical"
-    chance = 1 / len(LETTERS)
-
-    def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        _, question, choices, letter = self._row(index)
-        return choice_dialogue(question, LETTERS, choices, letter)
-
-    def evaluate(self, conversation: Conversation, response: str) -> bool:
-        """Return True if the response is the letter."""
-        return Task.evaluate(self, conversation, response)
-
-
-class ReadingMC(FactsMC):
-    """The same with a passage that states the fact; the model only needs to read."""
-
-    name = "reading_mc"
-
-
-class KindsMC(FactsMC):
+class KindsMC(_ShippedTask):
     """The kind of a name: a capital, a currency, a mountain or a nationality, always in this order.
 
     The easiest categorical task: each letter always means the same kind, and names of a kind look alike.
     """
 
     name = "kinds_mc"
+    kind = "categorical"
+    chance = 1 / len(LETTERS)
+
+    def _conversation(self, index: int, rng: random.Random) -> Conversation:
+        _, question, choices, letter = self._row(index)
+        return choice_dialogue(question, LETTERS, choices, letter)
 
 
 @dataclass(eq=False, kw_only=True)

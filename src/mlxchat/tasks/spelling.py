@@ -1,9 +1,9 @@
 """Spelling words, and counting letters with the calculator.
 
-`spelling` and `letter_count` use common words of the bundled texts, split by the word's hash. `simple_spelling` and
-`spelling_bee` are the counterparts of nanochat's tasks/spellingbee.py, with the same random draws of word, letter,
-question (spelling_questions.json), quotes and answer. nanochat's test conversations are its training conversations
-shifted by one, since Random(-n) equals Random(n); ours have separate seeds.
+`first_letter_count` uses the words that newcomers ask about first. `simple_spelling` and `spelling_bee` are the
+counterparts of nanochat's tasks/spellingbee.py, with the same random draws of word, letter, question
+(spelling_questions.json), quotes and answer. nanochat's test conversations are its training conversations shifted by
+one, since Random(-n) equals Random(n); ours have separate seeds.
 """
 
 from __future__ import annotations
@@ -59,30 +59,20 @@ def is_only_spelled(word: str) -> bool:
     return held_out(f"letters/{word}", _TEST_FRACTION)
 
 
-class Spelling(Task):
-    """Spell the word: apple -> apple:a,p,p,l,e; the response must be exact. By default each word of the split once."""
+class FirstLetterCount(Task):
+    """Count a letter in a word that `everyday` teaches to spell; judged by the number after ####.
 
-    name = "spelling"
+    Training never counts letters of the test words.
+    """
+
+    name = "first_letter_count"
 
     @cached_property
     def _words(self) -> list[str]:
-        return self._shuffled(self._words_of(is_test=self.split == "test"))
-
-    def _words_of(self, *, is_test: bool) -> list[str]:
-        return [word for word in common_words() if is_test_word(word) == is_test]
+        return self._shuffled([word for word in first_words() if is_only_spelled(word) == (self.split == "test")])
 
     def _own_size(self) -> int:
         return len(self._words)
-
-    def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        word = self._words[index % len(self._words)]
-        return _spell(word, answer=f"{word}:{','.join(word)}")
-
-
-class LetterCount(Spelling):
-    """Count a letter in a word; judged by the number after ####."""
-
-    name = "letter_count"
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
         word = self._words[index % len(self._words)]
@@ -93,19 +83,6 @@ class LetterCount(Spelling):
         count = word.count(letter)
         raw = f"{count_letters(word, letter)}.\n#### {count}"
         return dialogue(question, calculator_parts(raw), raw=raw, answer=str(count))
-
-
-class FirstLetterCount(LetterCount):
-    """`letter_count` for words that `everyday` teaches to spell; training never counts letters of the test words."""
-
-    name = "first_letter_count"
-
-    def _words_of(self, *, is_test: bool) -> list[str]:
-        return [word for word in first_words() if is_only_spelled(word) == is_test]
-
-
-def _spell(word: str, **extra: str) -> Conversation:
-    return dialogue(f"Spell the word: {word}", f"{word}:{','.join(word)}", **extra)
 
 
 def count_letters(word: str, letter: str) -> str:
@@ -176,7 +153,8 @@ class SimpleSpelling(_WordListTask):
         return words
 
     def _conversation(self, index: int, rng: random.Random) -> Conversation:
-        return _spell(self._draw(index).choice(self._words))
+        word = self._draw(index).choice(self._words)
+        return dialogue(f"Spell the word: {word}", f"{word}:{','.join(word)}")
 
 
 def _count_aloud(word: str, letter: str) -> list[dict[str, str]]:
