@@ -74,7 +74,7 @@ TOGETHER = {
     "misspelt names": {
         "sft.mixture.kinds_mc.task=everday": r'task is "everday".*"everyday"\?$',
         "rl.task.task=arithmetc": r'task is "arithmetc".*"arithmetic"\?$',
-        "suite.letters.task=speling": r'task is "speling".*"simple_spelling"\?$',
+        "suite.letters.task=smoltak": r'task is "smoltak".*"smoltalk"\?$',
         "+midtrain.mixture.kinds_mc.options.sede=1": r'no option "sede".*"seed"\?$',
         "optimizer.kind=moun": r'is "moun".*"muon"\?$',
         "optimizer.variant=jul2025": r'optimizer\.variant is "jul2025".*jul2026',

@@ -18,7 +18,6 @@ from mlxchat.model.lora import attach_adapters
 from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.sizes import AdapterSizes, resolve_targets
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
-from mlxchat.planning.memory import TeacherSize
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
 from mlxchat.training.teacher import Distillation
@@ -75,8 +74,7 @@ def train_case(team: Team, name: str, folder: str) -> dict[str, Any]:
     optimizer = make_optimizer(model, rule, **case["optimizer"])
     distillation = None
     if case.get("teacher"):
-        size = TeacherSize(weights=1, kept_per_token=1, working_per_token=1)
-        distillation = Distillation(make_model(seed=8), TeacherConfig(weight=0.5, temperature=2.0), size, mx.float32)
+        distillation = Distillation(make_model(seed=8), TeacherConfig(weight=0.5, temperature=2.0), mx.float32)
     settings = {"micro_tokens": case["micro_rows"] * TOKENS, "dtype": mx.float32, "dropout_seed": 5}
     settings |= {"dropout": case.get("dropout", 0.0), "distillation": distillation}
     make = partial(TeamStep, team) if team.size > 1 else TrainStep

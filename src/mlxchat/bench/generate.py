@@ -22,7 +22,7 @@ from mlxchat.config.schema import BenchConfig, Config
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.engine.batch import Generator, Request
 from mlxchat.engine.decode import Decoder
-from mlxchat.engine.third_party import ThirdPartyEngine
+from mlxchat.engine.third_party import ThirdPartyEngine, measure
 from mlxchat.errors import ConfigError
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT
@@ -37,7 +37,6 @@ from mlxchat.planning.inputs import sizes_of_folder
 from mlxchat.planning.memory import Decoding, find_device
 from mlxchat.runner.progress import Progress
 from mlxchat.store.environment import peak_memory_bytes, reset_peak_memory, versions
-from mlxchat.training.forecast import measure_teacher, teacher_context
 
 # Prefill is repeated for at most so many seconds.
 _ENOUGH_SECONDS = 3.0
@@ -173,7 +172,8 @@ def _find_problems(config: Config, given: GivenModel | None, sizes: GPTSizes | N
             yield f"bench generate {device.excess(needed.peak_bytes(rows), what, remedies)}"
         return
     assert given is not None
-    context, size = teacher_context(given.folder), measure_teacher(given.folder)
+    size = measure(given.folder)
+    context = size.context_tokens
     if context is not None and longest > context:
         yield (
             f"{given.name} takes {context:,} tokens; the longest prompt and answer have {longest:,}: "

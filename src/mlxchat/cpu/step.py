@@ -38,7 +38,7 @@ def apply_batch(
             row_tokens=row_tokens,
             device=Device(num_lanes=len(lanes), compute_bytes=step.dtype.size),
             recompute=step.recompute,
-            teacher=None if step.distillation is None else step.distillation.size,
+            teacher=None if step.distillation is None else step.distillation.teacher.sizes,
             adapters=adapters_of(step.model),
             num_ranks=step.num_ranks,
         )

@@ -69,6 +69,8 @@ _FACTORS = {
     "cuda": _Factors(10.1, 0.89, 50.6, 1.89, 6 * bounds.LOGITS, 9.8, 1.07, 18.5, 0.0),
 }
 _TEACHER_LOGITS = 3.5  # further copies with a teacher: its logits and exponentials, softened ones, a product
+# Of a teacher, per token and channel: its states until the loss is known, and one layer while they are computed.
+_TEACHER_NUMBERS = 21
 # Decoding: copies of the rows' logits, and numbers per token and channel while a prompt is read.
 _DRAWN_LOGITS = 3
 _READ = 18
@@ -196,16 +198,6 @@ class Decoding:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherSize:
-    """Memory of a teacher, in bytes."""
-
-    weights: int  # size of its files
-    kept_per_token: int
-    """Of a micro-batch, until its loss is known: final states, or the keys and values of mlx-lm's cache."""
-    working_per_token: int  # of a micro-batch, before there are logits: the numbers of one layer
-
-
-@dataclass(frozen=True, kw_only=True)
 class Training:
     """What the memory of a training depends on."""
 
@@ -216,7 +208,7 @@ class Training:
     device: Device = Device()
     recompute: bool = False  # whether layers keep only their input (`machine.grad_checkpointing`)
     further_weights: int = 0  # further copies of the trained weights: the best so far, RL's frozen reference
-    teacher: TeacherSize | None = None  # a frozen model whose distributions are learnt
+    teacher: GPTSizes | None = None  # a frozen model whose distributions are learnt
     adapters: AdapterSizes | None = None  # the only weights that are trained; None: all weights are
     sampling: Decoding | None = None  # what generates answers between steps, on the same device: RL, samples, tasks
     sampled_rows: int = bounds.DECODED_ROWS  # of these at a time, at most
@@ -252,7 +244,7 @@ class Training:
         """Bytes between steps: weights, moments, further copies of trained weights, a teacher's weights."""
         moments = 2 * self.trained - self.matrices
         held = _MASTER_BYTES * (self.trained * (1 + self.further_weights) + moments)
-        held += 0 if self.teacher is None else self.teacher.weights
+        held += 0 if self.teacher is None else _MASTER_BYTES * count_parameters(self.teacher)["total"]
         adapters, compute_bytes = self.adapters, self.device.compute_bytes
         if adapters is not None:  # and the frozen weights below them
             held += count_parameters(self.sizes)["total"] * compute_bytes
@@ -288,7 +280,7 @@ class Training:
         if self.own_rows > rows:
             needed += gradients
         if teacher is not None:
-            needed += tokens * (teacher.kept_per_token + teacher.working_per_token) + _TEACHER_LOGITS * logits
+            needed += _TEACHER_NUMBERS * _MASTER_BYTES * tokens * teacher.width + _TEACHER_LOGITS * logits
         update = factors.update * _MASTER_BYTES * self.matrices
         # Sums of several lanes' or ranks' gradients, and new weights beside the old ones.
         summing = gradients + whole if lanes > 1 or self.num_ranks > 1 else 0

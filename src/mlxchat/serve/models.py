@@ -23,7 +23,7 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Scheduler
 from mlxchat.engine.sample import JsonGrammars
-from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, load_tokenizer
+from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, load_tokenizer, measure
 from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest
 from mlxchat.interop.source import PREFIX
@@ -38,7 +38,6 @@ from mlxchat.store.manifest import read_manifest
 from mlxchat.store.naming import find
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
-from mlxchat.training.forecast import measure_teacher
 
 # libyaml is nine times as fast.
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -382,7 +381,7 @@ def rows_that_fit(model: Model, limits: Limits, *, bits: int | None = None, held
 
 
 def _third_party_rows(model: Model, limits: Limits, held_bytes: int) -> int:
-    size, device = measure_teacher(model.folder), find_device()
+    size, device = measure(model.folder), find_device()
 
     def bytes_of(rows: int) -> int:
         row_tokens = rows * model.context_tokens + limits.kept_tokens

@@ -51,11 +51,11 @@ def finetune(ctx: Context, config: ConversationConfig) -> None:
         raise DataError(f"{checkpoint} does not record the batch size of pretraining: set {ctx.stage}.batch.tokens")
     row_tokens = config.batch.row_tokens
     rows_per_iteration = whole_rows(int(batch_tokens), row_tokens) // row_tokens
-    distillation, teacher_size = None, None
+    distillation, teacher_sizes = None, None
     if config.teacher.is_there:
         folder = ctx.inputs.get("teacher") or Path(config.teacher.path or "")
         distillation = load_teacher(config.teacher, folder, tokenizer, row_tokens=row_tokens, dtype=dtype)
-        teacher_size = distillation.size
+        teacher_sizes = distillation.teacher.sizes
     order = config.mixture_order
     mixture = Mixture(config.mixture, seed=ctx.seed("mixture"), order=order, load=partial(open_item, ctx))
     encoded = open_mixture(ctx, "mixture", mixture, tokenizer)
@@ -83,7 +83,7 @@ def finetune(ctx: Context, config: ConversationConfig) -> None:
     )
     # By length, since the padding that all rows of a batch end with is not computed.
     validation.sort(key=lambda row: int(np.flatnonzero(row[1] >= 0).max(initial=-1)))
-    described = describe(ctx.stage, config, ctx.config.optimizer, model.sizes, rows_per_iteration, teacher_size)
+    described = describe(ctx.stage, config, ctx.config.optimizer, model.sizes, rows_per_iteration, teacher_sizes)
     micro_batch = choose_micro_batch(ctx, described)
     ctx.derive(
         {

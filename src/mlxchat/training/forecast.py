@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from mlxchat.config.schema import Config, ConversationConfig, OptimizerConfig, TeacherConfig
-from mlxchat.data.vocabulary import RANKS_FILE
 from mlxchat.model.sizes import GPTSizes, adapter_remedies, adapter_sizes_of, sizes_of
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters
-from mlxchat.planning.memory import Decoding, TeacherSize, Training
+from mlxchat.planning.inputs import sizes_of_folder
+from mlxchat.planning.memory import Decoding, Training
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import Metric
 from mlxchat.store.bases import folder_of_weights
@@ -45,10 +42,6 @@ LOOP_METRICS = (
     Metric("data_wait_frac", "minimize"),
 )
 """Metrics of every training."""
-# Numbers per token and channel of a teacher's forward pass, one layer at a time.
-_FORWARD = 20.0
-_BYTES = 4
-_CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
 
 
 def conversation_metrics(stage: str) -> tuple[Metric, ...]:
@@ -83,9 +76,8 @@ def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
         return _pretraining(config, sizes)
     section: ConversationConfig = getattr(config, stage)
     tokens = section.batch.tokens or derive_hyperparameters(config, sizes).batch_tokens
-    teacher = None
-    if section.teacher.is_there:
-        teacher = measure_teacher(teacher_folder(section.teacher, Path(config.outputs)))
+    given = section.teacher
+    teacher = sizes_of_folder(teacher_folder(given, Path(config.outputs))) if given.is_there else None
     return describe(stage, section, config.optimizer, sizes, tokens // section.batch.row_tokens, teacher)
 
 
@@ -111,7 +103,7 @@ def describe(
     optimizer: OptimizerConfig,
     sizes: GPTSizes,
     rows: int,
-    teacher: TeacherSize | None,
+    teacher: GPTSizes | None,
 ) -> Training:
     """Return what the memory of iterations of `rows` rows of conversations depends on."""
     adapters = adapter_sizes_of(f"{stage}.adapter", section.adapter, sizes)
@@ -200,45 +192,6 @@ def find_extension_problems(step: PlannedStep, plan: list[PlannedStep], same: tu
             yield f"{where} its {role} is {here}, but {name} was made with {made.get('artifact')}"
 
 
-# Teachers
-
-
-def measure_teacher(folder: Path) -> TeacherSize:
-    """Return the memory of the model in a folder, from its files."""
-    record = _read_config(folder)
-    width = _number(record, "hidden_size", "n_embd", "d_model") or 0
-    layers = _number(record, "num_hidden_layers", "n_layer", "n_layers") or 0
-    heads = _number(record, "num_attention_heads", "n_head") or 1
-    head_width = _number(record, "head_dim") or width // heads
-    keys_and_values = 2 * layers * head_width * (_number(record, "num_key_value_heads") or heads)
-    whole = folder_of_weights(folder)
-    inner = max(_FORWARD * width, 3 * (_number(record, "intermediate_size") or 0))
-    is_ours = (folder / RANKS_FILE).is_file() and (folder / "checkpoint.json").is_file()
-    return TeacherSize(
-        weights=sum(path.stat().st_size for path in whole.glob("model*.safetensors")) if whole.is_dir() else 0,
-        kept_per_token=_BYTES * (width if is_ours else keys_and_values),
-        working_per_token=round(_BYTES * inner),
-    )
-
-
 def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path:
     """Return the folder of a teacher; a StoreError: no artifact, or several, have its name."""
     return Path(teacher.path or "") if teacher.artifact is None else resolve(Store(outputs), teacher.artifact)
-
-
-def teacher_context(folder: Path) -> int | None:
-    """Return the longest row that a teacher takes; None: not in its config.json."""
-    return _number(_read_config(folder), *_CONTEXT_KEYS)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if isinstance(record, dict):
-            text = record.get("text_config")
-            return {**text, **record} if isinstance(text, dict) else record
-    return {}
-
-
-def _number(record: dict[str, Any], *names: str) -> int | None:
-    return next((value for name in names if isinstance(value := record.get(name), int) and value > 0), None)

@@ -14,16 +14,14 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.ops.device import compiled_method
 from mlxchat.ops.loss import Logits
-from mlxchat.planning.memory import TeacherSize
-from mlxchat.training.forecast import measure_teacher
 
 
 class Distillation:
     """A teacher and the weight of its distributions in the loss."""
 
-    def __init__(self, teacher: GPT, mix: TeacherConfig, size: TeacherSize, dtype: mx.Dtype) -> None:
+    def __init__(self, teacher: GPT, mix: TeacherConfig, dtype: mx.Dtype) -> None:
         """Cast the teacher's weights to the dtype of the computation."""
-        self.teacher, self.mix, self.size = teacher, mix, size
+        self.teacher, self.mix = teacher, mix
         set_parameters(teacher, {name: value.astype(dtype) for name, value in flatten_parameters(teacher).items()})
         mx.eval(flatten_parameters(teacher))
         self._states = compiled_method(teacher.hidden)
@@ -64,4 +62,4 @@ def load_teacher(
         raise DataError(
             f"the teacher {folder} takes {context:,} tokens at a time, rows have {row_tokens:,}: lower batch.row_tokens"
         )
-    return Distillation(teacher, config, measure_teacher(folder), dtype)
+    return Distillation(teacher, config, dtype)

@@ -19,7 +19,6 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.replicas import forget_trained, model_on, sync_model
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import Flat, Optimizer
-from mlxchat.planning.memory import TeacherSize
 from mlxchat.runner.context import Context
 from mlxchat.training.step import Backward, Rows, Sums, TrainStep
 from mlxchat.training.teacher import Distillation
@@ -53,7 +52,7 @@ class TeamStep(TrainStep):
             teacher = None
             if self.distillation is not None:
                 sync_model(self.team, self.distillation.teacher, "teacher")
-                teacher = {"mix": asdict(self.distillation.mix), "size": asdict(self.distillation.size)}
+                teacher = asdict(self.distillation.mix)
             self.team.call(_begin, {"settings": settings, "dtype": name_of(self.dtype), "teacher": teacher})
         return cast(Sums, self.team.call(_sum_gradients, arrays=rows))
 
@@ -64,8 +63,7 @@ def _begin(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> 
         return
     dtype, distillation = getattr(mx, request["dtype"]), None
     if (teacher := request["teacher"]) is not None:
-        mix, size = TeacherConfig(**teacher["mix"]), TeacherSize(**teacher["size"])
-        distillation = Distillation(model_on(team, "teacher"), mix, size, dtype)
+        distillation = Distillation(model_on(team, "teacher"), TeacherConfig(**teacher), dtype)
     team.kept["training"] = Backward(model_on(team), dtype=dtype, distillation=distillation, **request["settings"])
 
 
