@@ -67,7 +67,8 @@ def publish(
         "metrics": {}, "code": {}, "seconds": 1.0, **more,
     }  # fmt: skip
     place = store.publish(out, "d2", manifest)
-    store.set_ref("latest", step, place)
+    store.set_ref("made", step, place)
+    store.link_group("latest", "made")
     return place
 
 
