@@ -88,18 +88,18 @@ def test_observations_and_records_follow_their_cadences(train, straight):
 
 
 @pytest.mark.parametrize(
-    ("where", "limits", "info", "expected"),
+    ("where", "limit", "info", "expected"),
     [
-        ("cpu", (1, 2, 3), {}, {"memory": 1, "cache": 2}),
-        ("cpu", (None, None, None), {}, {}),
-        ("metal", (1, 2, 3), {"max_recommended_working_set_size": 12}, {"memory": 1, "cache": 2, "wired": 3}),
-        ("metal", (None, 2, None), {"max_recommended_working_set_size": 12}, {"memory": 12, "cache": 2, "wired": 12}),
-        ("cuda", (None, 2, 3), {"total_memory": 100}, {"memory": 95, "cache": 2}),
+        ("cpu", 8, {}, {"memory": 8, "cache": 8}),
+        ("cpu", None, {}, {}),
+        ("metal", 8, {"max_recommended_working_set_size": 12}, {"memory": 8, "cache": 4, "wired": 8}),
+        ("metal", 20, {"max_recommended_working_set_size": 12}, {"memory": 20, "cache": 10, "wired": 12}),
+        ("metal", None, {"max_recommended_working_set_size": 12}, {"memory": 12, "cache": 6, "wired": 12}),
+        ("cuda", None, {"total_memory": 100}, {"memory": 95, "cache": 95}),
     ],
 )
-def test_memory_limits_are_the_settings_or_the_devices(where, limits, info, expected, tmp_path):
-    names = ("memory_limit_bytes", "cache_limit_bytes", "wired_limit_bytes")
-    machine = make_context(tmp_path, **dict(zip(names, limits, strict=True))).config.machine
+def test_memory_limits_are_the_setting_or_the_devices(where, limit, info, expected, tmp_path):
+    machine = make_context(tmp_path, memory_limit_bytes=limit).config.machine
     assert memory_limits(machine, where, info) == expected
 
 

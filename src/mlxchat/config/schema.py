@@ -819,11 +819,8 @@ class MachineConfig:
     log_every: int = field(default=1, metadata={"at_least": 1})
     """Iterations between metrics records."""
     memory_limit_bytes: int | None = field(default=None, metadata={"at_least": 0})
-    """MLX's memory limit; null: on a Mac what Metal recommends, on CUDA 95 % of the GPU's memory."""
-    cache_limit_bytes: int | None = field(default=None, metadata={"at_least": 0})
-    """Memory that MLX may keep for reuse; null: on a Mac half of what Metal recommends, on CUDA 95 % of the memory."""
-    wired_limit_bytes: int | None = field(default=None, metadata={"at_least": 0})
-    """Memory that MLX may keep resident on a Mac; null: what Metal recommends. Ignored elsewhere."""
+    """Memory that MLX may use, of which it may keep half for reuse on a Mac; null: on a Mac what Metal recommends, on
+    CUDA 95 % of the GPU's memory."""
     training_flops: float | None = None
     """Expected FLOP/s in training, to predict durations until a training has measured it; null: unknown."""
     blas_threads: int | None = field(default=None, metadata={"at_least": 1})

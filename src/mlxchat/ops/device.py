@@ -84,18 +84,19 @@ def prepare_machine(machine: MachineConfig, threads: int | None = None) -> mx.Dt
 def memory_limits(machine: MachineConfig, where: str, info: Mapping[str, Any]) -> dict[str, int]:
     """Return MLX's limits in bytes, by name (memory, cache, wired), on a backend with this `mx.device_info()`.
 
-    Without a setting, a Mac's memory and wired limits are what Metal recommends (mlx-lm wires as much), and half of
-    that may stay cached for other shapes; on CUDA they are MLX's own: 95 % of the GPU's memory. A CPU has none.
+    The memory is `machine.memory_limit_bytes`, else what Metal recommends or 95 % of a CUDA device's memory; a CPU has
+    no other limit. On a Mac it may all be wired, as in mlx-lm, up to what Metal recommends, and half of it may stay
+    cached for other shapes.
     """
-    limits: dict[str, int] = {}
-    if where == "metal" and (most := int(info.get("max_recommended_working_set_size", 0))):
-        limits = {"memory": most, "cache": most // 2, "wired": most}
-    elif where == "cuda" and "total_memory" in info:
-        limits = dict.fromkeys(("memory", "cache"), int(info["total_memory"] * 0.95))
-    given = {"memory": machine.memory_limit_bytes, "cache": machine.cache_limit_bytes}
+    most = {"metal": info.get("max_recommended_working_set_size"), "cuda": 0.95 * info.get("total_memory", 0)}.get(
+        where
+    )
+    limit = machine.memory_limit_bytes or int(most or 0)
+    if not limit:
+        return {}
     if where == "metal":
-        given["wired"] = machine.wired_limit_bytes
-    return limits | {name: limit for name, limit in given.items() if limit is not None}
+        return {"memory": limit, "cache": limit // 2, "wired": min(limit, most)}
+    return {"memory": limit, "cache": limit}
 
 
 def remedy() -> Remedy | None:
