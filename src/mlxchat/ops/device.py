@@ -88,10 +88,12 @@ def memory_limits(machine: MachineConfig, where: str, info: Mapping[str, Any]) -
     no other limit. On a Mac it may all be wired, as in mlx-lm, up to what Metal recommends, and half of it may stay
     cached for other shapes.
     """
-    most = {"metal": info.get("max_recommended_working_set_size"), "cuda": 0.95 * info.get("total_memory", 0)}.get(
-        where
-    )
-    limit = machine.memory_limit_bytes or int(most or 0)
+    most = 0
+    if where == "metal":
+        most = int(info.get("max_recommended_working_set_size", 0))
+    elif where == "cuda":
+        most = int(0.95 * info.get("total_memory", 0))
+    limit = machine.memory_limit_bytes or most
     if not limit:
         return {}
     if where == "metal":
