@@ -141,7 +141,8 @@ class Engine:
                     assert event.token is not None, "nothing is cancelled"
                     row.ids.append(event.token)
                     row.mask.append(int(event.sampled))
-                    row.log_probabilities += [event.logprob or 0.0] if scored else []
+                    if scored:
+                        row.log_probabilities.append(event.logprob or 0.0)
                     row.finished = event.finish_reason == "stop"
             return list(found.values())
 

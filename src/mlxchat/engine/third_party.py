@@ -39,7 +39,9 @@ class ThirdPartyEngine(Engine):
 
     def __init__(self, model: Any, tokenizer: ThirdPartyTokenizer, model_type: str, context_tokens: int) -> None:
         """`model` is mlx-lm's, `context_tokens` the maximum input length."""
-        self.model, self.tokenizer, self.dtype, self.team = model, tokenizer, None, None
+        # Not `Engine.__init__`, which reads the sizes of our models.
+        self.model, self.tokenizer = model, tokenizer
+        self.dtype, self.team = None, None
         self.model_type, self.context_tokens = model_type, context_tokens
 
     def render(self, messages: Sequence[dict[str, Any]]) -> list[int]:
