@@ -13,7 +13,7 @@ import pytest
 
 from kit import ranks
 from kit.commands import clean_environment, wait_until
-from mlxchat.distributed.ranks import _compare, is_launched
+from mlxchat.distributed.ranks import is_launched
 
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 PRETRAIN = ("stage=pretrain", "pretrain.num_iterations=12", "machine.checkpoint_seconds=0", "machine.blas_threads=1")
@@ -70,9 +70,3 @@ def test_one_process_is_no_rank(monkeypatch, tmp_path):
     assert not is_launched()
     hosts.write_text('[["127.0.0.1:5000"], ["127.0.0.1:5001"]]')
     assert is_launched()
-
-
-def test_ranks_with_other_versions_are_named_with_their_hosts():
-    here = {"host": "mini1", "mlxchat": "0.2", "MLX": "0.32.4", "backend": "metal"}
-    (line,) = _compare([here, here | {"host": "mini2"}, here | {"host": "mini3", "MLX": "0.31.0"}])
-    assert "rank 2 on mini3 has MLX 0.31.0, rank 0 on mini1 has 0.32.4" in line

@@ -187,8 +187,6 @@ def test_refusal_names_need_limit_and_keys(tmp_path):
 
 
 # Decoding
-
-# (variant, rows, tokens of the prompt, new tokens, plain path, bits of the weights)
 D32 = replace(SIZES, vocab_size=65536, num_layers=32, num_heads=16, num_kv_heads=16, width=2048, context_tokens=2048)
 
 
@@ -205,10 +203,3 @@ def test_grpo_on_d32_is_admitted_where_it_fits(overrides, fits):
     assert (training.fitting_rows(config.machine) > 0) is fits
     unbounded = training_of(composed(), "rl")
     assert unbounded.row_tokens == unbounded.sizes.context_tokens, "the task does not bound its prompts"
-
-
-# Answers
-
-
-def device(limit: int | None, *, plain: bool = True) -> Device:
-    return Device(kind="metal", plain=plain, compute_bytes=2, limit_bytes=limit, limit_is="a test")

@@ -70,9 +70,6 @@ def test_sampled_tokens_alone_are_targets_and_have_weights():
     assert ((made.targets >= 0) == (made.weights != 0)).all()
 
 
-# The loss of a batch
-
-
 # Questions
 
 

@@ -155,16 +155,6 @@ def test_intermediate_models_have_the_present_weights_and_can_be_extended(straig
     assert extended.weights == straight.seen[8]
 
 
-@pytest.mark.parametrize("stop", [{"stop_after": 6}, {"stop_in_hook": 6}, {"stop_after": 7}], ids=str)
-def test_stop_at_the_iteration_of_a_model_omits_none(straight, tmp_path, stop):
-    with pytest.raises(Interrupted):
-        train(tmp_path, save_every=3, **stop)
-    done = train(tmp_path, save_every=3)
-    assert done.weights == straight.weights
-    assert set(done.published) <= {3, 6, 9}
-    assert {path.name for path in tmp_path.glob("model@*")} == {"model@3", "model@6", "model@9"}
-
-
 def test_counts_of_a_training_follow_its_iterations():
     whole = {"num_iterations": 40, "total_tokens": 81_920, "total_flops": 4e12, "width": 64}
     assert derived_after(10, 40, whole) == {**whole, "num_iterations": 10, "total_tokens": 20_480, "total_flops": 1e12}

@@ -46,13 +46,9 @@ class Mixture:
         order: Sequence[str] | None = None,
         load: Callable[[TaskItem], Task] = load_item,
     ) -> None:
-        """Load the tasks.
+        """Load the tasks of items (name → item) by `load`; stages use `open_item`.
 
-        Args:
-            items: name → item.
-            seed: of the shuffle.
-            order: all names, for conversations task by task; None: all are shuffled together.
-            load: returns the task of an item; stages use `open_item`.
+        `order` has all names, for conversations task by task; None: all are shuffled together.
         """
         # By name, since the order of tasks in a file is not part of the key.
         ordered = {name: items[name] for name in (sorted(items) if order is None else order)}

@@ -59,12 +59,7 @@ class Tokenizer:
     """Text to token ids and back. Special tokens have the highest ids, in the order of SPECIAL_TOKENS."""
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = SPLIT_PATTERN) -> None:
-        """Create a tokenizer.
-
-        Args:
-            ranks: mergeable tokens: bytes → id, 0 … n − 1, including the 256 single bytes.
-            pattern: regular expression that splits text into pieces.
-        """
+        """Take ranks (bytes → id, 0 … n − 1, with all 256 bytes) and the regular expression that splits text."""
         self.ranks = ranks
         self.pattern = pattern
         self.special_ids = {name: len(ranks) + index for index, name in enumerate(SPECIAL_TOKENS)}

@@ -112,13 +112,7 @@ class Documents:
     """
 
     def __init__(self, shards: Sequence[Shard], obtain: Obtain, *, once: bool = False) -> None:
-        """Start at the first document; nothing is read yet.
-
-        Args:
-            shards: of text, in order.
-            obtain: encodes a shard, unless it is encoded already.
-            once: end after the last document instead of starting over.
-        """
+        """Start at the first document; nothing is read yet. `once`: end after the last one instead of starting over."""
         self.epoch = 0
         self._shards = list(shards)
         self._obtain = obtain

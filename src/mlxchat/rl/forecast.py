@@ -33,10 +33,8 @@ def memory(config: Config, stage: str, sizes: GPTSizes) -> Training:
 
 def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: GPTSizes | None) -> Iterator[str]:
     """Yield why a step cannot train on rows of this length, or extend the finished training that it names."""
-    same: tuple[str, ...]
-    if step.stage.name == "rl":
-        same = _SAME_RL
-    else:
+    same: tuple[str, ...] = _SAME_RL
+    if step.stage.name != "rl":
         is_sampled = not task_class(config.preference.data.task).is_paired
         same = _SAME_PAIRS + (_SAME_SAMPLES if is_sampled else ())
         rows = config.preference.row_tokens

@@ -60,8 +60,7 @@ def policy_loss(
     Args:
         mask: 1 where a token was sampled and is trained, else 0.
         advantages: (B,).
-        config: ratio, clip_low, clip_high, loss_divisor, answers_per_pass, kl_coefficient, max_new_tokens,
-            samples_per_question.
+        config: of RL.
         log_probs: of the sampled tokens under the policy that is trained; None: `old_log_probs`, so every ratio is 1.
         old_log_probs: under the policy when it sampled them; given with `log_probs`.
         ref_log_probs: under the frozen reference; None: no KL term.
@@ -136,13 +135,8 @@ def importance_weights(
 ) -> tuple[Floats, dict[str, float]]:
     """Return min(π / μ, rollout_correction) of each token, and rollout_kl and rollout_capped for the log.
 
+    `old_log_probs` are log π of the sampled tokens, `rollout_log_probs` log μ; `mask` is 1 where a token was sampled.
     With `ratio: sequence` a row has one weight: the geometric mean of its tokens'.
-
-    Args:
-        old_log_probs: log π of the sampled tokens.
-        rollout_log_probs: log μ.
-        mask: 1 where a token was sampled.
-        config: ratio, rollout_correction.
     """
     log_ratio, num_tokens = np.where(mask > 0, old_log_probs - rollout_log_probs, 0.0), max(1.0, mask.sum())
     numbers = {"rollout_kl": -float(log_ratio.sum() / num_tokens)}  # KL(μ, π) in nats per token
@@ -183,11 +177,8 @@ class PairLoss:
 def pair_loss(sums: Floats, lengths: Floats, reference: Floats | None, config: PreferenceConfig) -> PairLoss:
     """Return the loss of each pair with its derivatives.
 
-    Args:
-        sums: (P, 2): Σ log p over an answer's tokens, in nats.
-        lengths: (P, 2): numbers of these tokens.
-        reference: `sums` under the model that training starts from; only DPO needs it.
-        config: loss, beta, label_smoothing, odds_weight.
+    `sums` (P, 2) are Σ log p over an answer's tokens in nats, `lengths` (P, 2) the numbers of these tokens, `reference`
+    the sums under the model that training starts from, which only DPO needs.
     """
     if config.loss == "orpo":
         return _orpo(sums, lengths, config.odds_weight)

@@ -7,7 +7,7 @@ log-probabilities (scores.py), derive one weight per answer from the loss (loss.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,11 @@ from mlxchat.errors import DataError
 from mlxchat.evals.examples import Example, answer_all
 from mlxchat.ops.device import round_tokens
 from mlxchat.rl.loss import Floats, PairLoss, pair_loss
-from mlxchat.rl.rollouts import PolicyScores, draw_seed, sample
+from mlxchat.rl.rollouts import Log, PolicyScores, draw_seed, sample
 from mlxchat.runner.context import Context
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task
 from mlxchat.training.batches import Batch, BatchSource
-
-Log = Callable[[dict[str, Any]], None]
 
 # Pairs that are scored, and answers that are sampled, between two checks for a signal.
 _SCORED_PAIRS = 32
@@ -41,11 +39,8 @@ class PairRows:
     def __init__(self, tokens: Tokens, *, answer_start: int, padding: int, row_tokens: int) -> None:
         """Leave out pairs with a row of more than `row_tokens` inputs.
 
-        Args:
-            tokens: both answers of each pair as conversations, the chosen one first.
-            answer_start: the token after which an answer begins.
-            padding: the id that fills the rest of a row.
-            row_tokens: longest row.
+        `tokens` are both answers of each pair as conversations, the chosen one first. An answer begins after the token
+        `answer_start`; the id `padding` fills the rest of a row.
         """
         self._tokens, self._answer_start, self._padding = tokens, answer_start, padding
         lengths = np.diff(tokens.offsets).reshape(-1, 2).max(axis=1)
@@ -89,15 +84,10 @@ class PairBatches(BatchSource):
         seed: int,
         log: Log,
     ) -> None:
-        """Start at the first pair.
+        """Start at the first pair; each epoch has an order of its own.
 
-        Args:
-            pairs: to train on.
-            scores: log-probabilities under the model that is trained.
-            reference: those of each pair's answers (P, 2) under the model that training starts from; None: not needed.
-            config: the loss, and how many pairs an iteration has.
-            seed: of the pairs' order, a new one in each epoch.
-            log: gets the numbers of each iteration.
+        `scores` are log-probabilities under the trained model, `reference` the sums of each pair's answers (P, 2) under
+        the model that training starts from (None: not needed). `log` gets the numbers of each iteration.
         """
         self._pairs, self._scores, self._reference, self._config = pairs, scores, reference, config
         self._seed, self._log = seed, log

@@ -137,12 +137,9 @@ class PolicyScores:
         self._options: dict[str, Any] = {"batch_tokens": micro_tokens, "dtype": dtype, "team": team}
 
     def __call__(self, ids: Ints, targets: Ints, weights: Flat | None = None) -> tuple[Floats, Floats]:
-        """Return log-probabilities and entropies in nats (B, T), 0 where the target is negative.
+        """Return log-probabilities and entropies in nats (B, T) of targets (B, T), 0 where the target is negative.
 
-        Args:
-            ids: (B, T).
-            targets: (B, T) token ids; negative ones are ignored.
-            weights: parameters that replace the model's by name, such as those of the frozen reference.
+        `weights` replace the model's parameters by name, such as those of the frozen reference.
         """
         own = flatten_parameters(self._model)
         role = "model" if weights is None else "reference"
@@ -174,17 +171,11 @@ class Rollouts(BatchSource):
         keep: Log = lambda record: None,
         reference: Flat | None = None,
     ) -> None:
-        """Shuffle the questions.
+        """Shuffle the questions; `seed` is also that of all samples.
 
-        Args:
-            engine: samples from the model that is trained, or from its quantised weights.
-            task: questions and expected answers.
-            config: of RL.
-            seed: of the questions' order and of all samples.
-            log: gets the numbers of each iteration and update.
-            scores: log-probabilities under the model that is trained.
-            keep: gets the completions of `rollouts_kept` questions per iteration, one record each.
-            reference: weights of the frozen reference; None: no KL term.
+        `engine` samples from the trained model or its quantised weights, `scores` are those of the trained model. `log`
+        gets the numbers of each iteration and update, `keep` the completions of `rollouts_kept` questions, one record
+        each. `reference` are the weights of the frozen reference; None: no KL term.
         """
         self.engine, self._task, self._config, self._seed = engine, task, config, seed
         self._log, self._keep, self._scores, self._reference = log, keep, scores, reference

@@ -68,8 +68,7 @@ class Monitor:
     ) -> None:
         """Count, log and show an iteration (from 1) with its loss and the norm of its gradients.
 
-        Raises:
-            StepFailed: loss or norm is NaN or Inf, and `training.on_nan` ends the training.
+        StepFailed: loss or norm is NaN or Inf, and `training.on_nan` ends the training.
         """
         ctx, counts = self.ctx, self.counts
         seconds, waited, communicated = (now - then for now, then in zip(self._clocks(), self._before, strict=True))

@@ -236,10 +236,7 @@ class Checkpointer:
 def load_moments(folder: Path, optimizer: Optimizer) -> None:
     """Give the optimizer the moments and the iteration count of a finished training; its rates stay.
 
-    Counterpart of `load_optimizer` in nanochat's chat_sft of 2026.
-
-    Raises:
-        DataError: the folder has none, or they are of other parameters or another optimizer.
+    Counterpart of `load_optimizer` in nanochat's chat_sft of 2026. DataError: there are none, or they do not fit.
     """
     (arrays,) = _read(folder, _FINISHED_ARRAYS, advice=", or give warm_start=false")
     moments = {name: value for name, value in arrays.items() if not name.startswith(_LAST)}

@@ -45,11 +45,7 @@ class Distillation:
 def load_teacher(
     config: TeacherConfig, folder: Path, tokenizer: Tokenizer, *, row_tokens: int, dtype: mx.Dtype
 ) -> Distillation:
-    """Return the teacher in a folder, for a student with this tokenizer.
-
-    Raises:
-        DataError: it cannot be opened, has another vocabulary, or its context is shorter than a row.
-    """
+    """Return the teacher in a folder; DataError if its vocabulary is not the student's or its context is too short."""
     teacher, its_tokenizer, _ = load_checkpoint(folder)
     ours, theirs = (each.special_ids | dict(each.ranks) for each in (tokenizer, its_tokenizer))
     if ours != theirs:
