@@ -8,7 +8,7 @@ import inspect
 import itertools
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlxchat.composition.compose import Composed
     from mlxchat.runner.plan import PlannedStep
     from mlxchat.runner.reasons import Estimate
+    from mlxchat.runner.stage import Metric
 
 
 _EXIT_PENDING = 3
@@ -310,10 +311,18 @@ def describe_stage(name: str, overrides: list[str]) -> dict[str, Any]:
         + [f"{role} ({kind}, optional)" for role, kind in stage.optional_inputs.items()],
         "produces": stage.produces, "writes": [names.replace("|", " or ") for names in stage.outputs],
         "needs": ["gpu"] if stage.uses_gpu else [],
-        "metrics": {each.name: str(each) for each in stage.metrics},
+        "metrics": _describe_metrics(stage.metrics),
         "settings": dict(_settings(section, key)) if is_dataclass(section) else {},
         "sections": [other for other in stage.config if other != key],
     }  # fmt: skip
+
+
+def _describe_metrics(metrics: Iterable[Metric]) -> dict[str, str]:
+    """Return metric → better direction and condition; `*` may stand for the tasks of several settings."""
+    found: dict[str, str] = {}
+    for each in metrics:
+        found[each.name] = f"{found[each.name]}; {each}" if each.name in found else str(each)
+    return found
 
 
 def _row_of_setting(name: str, entry: Any) -> list[str]:

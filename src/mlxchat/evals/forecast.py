@@ -47,19 +47,19 @@ def has_chatcore(step: PlannedStep) -> bool:
 
 
 TEXT_METRICS = (
-    Metric("val_bpb", "minimize", when=has_corpus, needs="the role corpus in its pipeline entry"),
-    Metric("perplexity", "minimize", when=has_corpus, needs="the role corpus in its pipeline entry"),
+    Metric("val_bpb", "minimize", when=has_corpus, needs="pipeline.STEP.corpus"),
+    Metric("perplexity", "minimize", when=has_corpus, needs="pipeline.STEP.corpus"),
     Metric("text_bpb", "minimize", when=has_text, needs="eval.text"),
     Metric("text_perplexity", "minimize", when=has_text, needs="eval.text"),
 )
 TASK_METRICS = (
-    Metric("*", "maximize", names=lambda config: config.suite, when=has_suite, needs="a chat model and a suite"),
+    Metric("*", "maximize", names=lambda config: config.suite, when=has_suite, needs="a chat model and the suite"),
     Metric(
         "*",
         "maximize",
         names=lambda config: config.eval.base_tasks,
         when=lambda step: step.format != "chat",
-        needs="a base model",
+        needs="a base model and eval.base_tasks",
     ),
     Metric("mean_centered", "maximize", when=has_suite, needs="a chat model and a suite"),
     Metric("chatcore", "maximize", when=has_chatcore, needs="a chat model and suite=chatcore"),

@@ -61,7 +61,7 @@ class Metric:
 
     def __str__(self) -> str:
         """Return its better direction and condition."""
-        return f"{self.better or 'neither'}{f' with {self.needs}' if self.needs else ''}"
+        return f"{self.better or 'neither'}{f' (needs {self.needs})' if self.needs else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
