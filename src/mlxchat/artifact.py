@@ -88,7 +88,7 @@ class Artifact:
 
 
 def open_artifact(name: str, outputs: str | Path = "outputs") -> Artifact:
-    """Return an artifact by any name that `mlxchat show` accepts: sft, RUN/STEP, STEP@N, an id, a folder.
+    """Return an artifact by any name that `mlxchat show` accepts: sft, RUN/STEP, STEP@N, an id, a folder of the store.
 
     Raises:
         StoreError: there is no such artifact, or several.
