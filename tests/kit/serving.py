@@ -18,7 +18,6 @@ from kit.scripted import ScriptedDecoder
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.batch import Generator
 from mlxchat.engine.generate import Scheduler
-from mlxchat.engine.tools import PythonTool
 from mlxchat.model.checkpoint import save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.serve.api import Service, make_app
@@ -118,17 +117,17 @@ def start(served: Path) -> Callable[..., Server]:
 
     def make(
         *, limits: dict[str, int] | None = None, seconds: float | None = None, says: str | list[int] | None = None,
-        python: PythonTool | None = None, outputs: Path = served, **options: Any,
+        outputs: Path = served, **options: Any,
     ) -> Server:  # fmt: skip
         def load(model: Model, limits: Limits) -> Scheduler:
             if seconds is None:
-                return load_scheduler(model, limits, python=python)
+                return load_scheduler(model, limits)
             tokenizer = model.tokenizer
             said = tokenizer.encode(says) if isinstance(says, str) else says
             script = [*range(ord("a"), ord("z") + 1)] * 1000 if said is None else [*said, *tokenizer.ends[:1]]
             decoder = ScriptedDecoder([script], tokenizer.vocab_size, seconds)
             generator = Generator(decoder, max_rows=limits.max_rows, kept_tokens=limits.kept_tokens)
-            return Scheduler(generator, tokenizer, python=python)
+            return Scheduler(generator, tokenizer)
 
         bounds = Limits(**limits or {})
         models = Models(Store(outputs), outputs / "store" / CHAT)

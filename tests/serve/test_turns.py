@@ -2,12 +2,6 @@
 
 from typing import Any
 
-import pytest
-
-from kit.text import tool_call
-from mlxchat.engine.tools import PythonTool
-from mlxchat.errors import ConfigError
-
 
 def talk(server: Any, turns: int, **body: Any) -> list[str]:
     messages, said = [], []
@@ -42,23 +36,3 @@ def test_seeded_answers_do_not_depend_on_the_cache(start):
         talk(server, 4)
         assert talk(server, 4, seed=5, temperature=1.0) == seeded
         assert talk(server, 4, temperature=0) == greedy
-
-
-def test_programs_run_only_with_the_operators_option(start, tokenizer):
-    call = tool_call(tokenizer, "2**100")
-    tool = PythonTool()
-    try:
-        tool.check()
-    except ConfigError as error:
-        pytest.skip(str(error))
-    with start(says=call, seconds=0.001) as closed:
-        for asking in ({}, {"tools": [], "tool_choice": "auto"}):
-            message = closed.chat(max_tokens=60, **asking).json()["choices"][0]["message"]
-            assert [part["type"] for part in message["parts"]] == ["python"]
-        assert closed.chat(python_tool=True).status_code == 400
-    with start(says=call, seconds=0.001, python=tool) as open_one:
-        told = open_one.chat(max_tokens=60).json()
-    parts = told["choices"][0]["message"]["parts"]
-    assert {"type": "python_output", "text": str(2**100)} in parts
-    forced = 2 + len(tokenizer.encode(str(2**100)))
-    assert told["usage"]["completion_tokens"] <= 60 - forced, "what the tool said was not sampled"

@@ -25,7 +25,6 @@ from mlxchat.store.verify import check_model
 
 if TYPE_CHECKING:
     from mlxchat.composition.compose import Composed
-    from mlxchat.engine.tools import PythonTool
     from mlxchat.interop.exporting import Checkpoint
     from mlxchat.runner.plan import PlannedStep
     from mlxchat.terminal.chat import Chat
@@ -449,8 +448,7 @@ def _chat(options: Namespace) -> int:
 
             from mlxchat.terminal.chat import Chat
 
-            python = _python_tool() if options.python_tool else None
-            return Chat.load(found.place, python=python, newer=load if options.follow else None, **settings)
+            return Chat.load(found.place, newer=load if options.follow else None, **settings)
 
         loaded = load("")
         assert loaded is not None, "there is no present one"
@@ -468,7 +466,7 @@ def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
     Raises:
         ConfigError: an option requires a model of ours.
     """
-    ours = [name for name in ("python_tool", "bits", "follow") if getattr(options, name, None)]
+    ours = [name for name in ("bits", "follow") if getattr(options, name, None)]
     refused = [f"--{name.replace('_', '-')}" for name in ours]
     if refused:
         raise ConfigError(f"{', '.join(refused)} requires a model of mlxchat; mlx-lm runs {reference}")
@@ -478,23 +476,9 @@ def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
     return (folder.resolve().name if folder == Path(what).expanduser() else what), folder
 
 
-def _python_tool() -> PythonTool:
-    """Return the tool that runs Python in answers.
-
-    Raises:
-        ConfigError: this machine cannot confine them.
-    """
-    from mlxchat.engine.tools import PythonTool
-
-    tool = PythonTool()
-    tool.check()
-    return tool
-
-
 def _add_decoding(parser: Parser) -> None:
     """Declare options that chat and serve share."""
     add = parser.add_argument
-    add("--python-tool", action="store_true", help="run the model's Python, sandboxed (default: only sums)")
     add("--bits", type=int, choices=(8, 4), help="quantise the weights to this many bits; prints the loss in quality")
 
 
@@ -563,8 +547,7 @@ def _serve(options: Namespace) -> int:
     chosen = {name.replace("-", "_"): getattr(options, name.replace("-", "_")) for name in _LIMITS}
     limits = Limits(**{name: value for name, value in chosen.items() if value is not None})
     answering = {
-        "bits": options.bits, "python_tool": options.python_tool,
-        "temperature": options.temperature, "top_k": options.top_k,
+        "bits": options.bits, "temperature": options.temperature, "top_k": options.top_k,
     }  # fmt: skip
     store = Store(options.outputs)
     third_party = {}
@@ -588,8 +571,7 @@ def _serve(options: Namespace) -> int:
     model = models.find(None)
     rows_that_fit(model, limits, bits=options.bits)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)
-    python = _python_tool() if options.python_tool else None
-    load = partial(load_scheduler, python=python, bits=options.bits)
+    load = partial(load_scheduler, bits=options.bits)
     service = Service(models, Worker(limits, load), defaults)
     app = make_app(service, api_key=key, loopback_only=loopback and key is None, cors=options.cors)
     return run_server(

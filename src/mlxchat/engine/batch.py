@@ -11,26 +11,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from mlxchat.engine.decode import Decoder, Past, tokens_of
-from mlxchat.engine.sample import Constraint, Sampler, Sampling, Scored, Scores, adjusted, make_draws, score_tokens
+from mlxchat.engine.sample import Constraint, Sampler, Sampling, Scores, adjusted, make_draws, score_tokens
 from mlxchat.engine.tools import Kind
-from mlxchat.model.gpt import GPT
 from mlxchat.ops.machine import BATCH_ROWS, DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from mlxchat.engine.generate import ShownText
 
 # Looking up shorter prefixes costs more than reading them.
 _LEAST_KEPT_TOKENS = 16
-# Tokens whose logits are in memory at a time while a prompt is scored.
-_SCORED_TOKENS = 128
 # Prompts are read together up to this many chunks, padding included.
 _BATCH_PARTS = 4
 
@@ -43,9 +38,8 @@ class Request:
     max_new_tokens: int  # including forced ones
     sampling: Sampling = field(default_factory=Sampling)
     stop: tuple[str, ...] = ()  # stop strings; the text ends before them
-    tools: bool = True  # whether calls are answered by the calculator, and by Python if the scheduler has it
+    tools: bool = True  # whether the calculator answers calls
     logprobs: int | None = None  # alternatives with each token's log-probability; None: no log-probabilities
-    prompt_logprobs: bool = False  # whether the first event has those of the prompt; requires `logprobs`
     reuse: bool = False  # whether to continue the past of an earlier request that begins alike and allowed it, too
     text: bool = True  # whether events have text; False: no text and no stop strings
     skip_blank: bool = False  # whether to drop a blank at the beginning of the text
@@ -80,7 +74,6 @@ class Row:
     shown: ShownText | None = None
     kind: Kind = "text"
     call: list[int] | None = None  # tokens of a call that has begun
-    running: Future[str] | None = None  # the program for whose output the row waits
 
     @property
     def unread(self) -> list[int]:
@@ -104,7 +97,6 @@ class Event:
     kind: Kind = "text"  # of the text and the token; the tokens around a call belong to what stands before them
     logprob: float | None = None  # by the model's distribution, if requested and the token was sampled
     top_logprobs: list[tuple[int, float]] | None = None
-    prompt_logprobs: list[Scored] | None = None  # (log-probability, alternatives) of each prompt token except the first
     finish_reason: str | None = None  # 'stop' (an end token or a stop string), 'length', 'cancelled'; None: goes on
 
 
@@ -151,9 +143,9 @@ class Generator:
         self._sampler = None
 
     def next(self) -> list[Event]:
-        """Queue the next token of every row that waits for no program; return the tokens that were queued before."""
+        """Queue the next token of every row; return the tokens that were queued before."""
         self._admit()
-        rows = [row if row and row.running is None else None for row in self._rows]
+        rows = self._rows
         if not any(rows):
             return []
         reports = [row is not None and row.begun for row in rows]
@@ -276,20 +268,6 @@ class Generator:
 def batch_rows(rows: int) -> int:
     """Return the batch size that is allocated for `rows`."""
     return next((size for size in BATCH_ROWS if size >= rows), -(-rows // BATCH_ROWS[-1]) * BATCH_ROWS[-1])
-
-
-def score_prompt(model: Any, ids: Sequence[int], most: int) -> list[Scored]:
-    """Return the log-probabilities by any model of all tokens except the first, with `most` alternatives."""
-    if len(ids) == 1:
-        return []
-    read, is_ours = mx.array([list(ids[:-1])]), isinstance(model, GPT)
-    states = (model.hidden(read) if is_ours else model(read))[0]
-    found: list[Scored] = []
-    for start in range(0, len(states), _SCORED_TOKENS):
-        part = slice(start, start + _SCORED_TOKENS)
-        logits = model.logits(states[part]) if is_ours else states[part].astype(mx.float32)
-        found += score_tokens(logits, mx.array(list(ids[1:][part])), most).read()
-    return found
 
 
 def common_prefix(sequences: Sequence[list[int]]) -> int:

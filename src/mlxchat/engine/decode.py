@@ -177,16 +177,14 @@ class Decoder:
     def step(self, tokens: mx.array, advances: Sequence[bool]) -> mx.array:
         """Return logits (B, V) in float32, not yet evaluated, after one more token (B,) of each row that `advances`.
 
-        Other rows, which are free or wait, compute something that is not kept.
+        Other rows are free: what they compute is not kept.
         """
-        lengths, before = self.lengths, self.last[0]
+        lengths = self.lengths
         used = lengths[(lengths > 0) | np.array(advances)]
         self.positions = int(used[0]) if (used == used[0]).all() else mx.array(lengths.astype(np.int32))
         self.end = int(lengths.max()) + 1
         cache = [*(_Step(self, layer) for layer in range(self.model.sizes.num_layers)), self.last]
         logits = self.model.logits(self.model.hidden(tokens[:, None], cache)[:, -1])
-        if before is not None and not all(advances):  # the smear's state of rows that wait
-            self.last[0] = mx.where(mx.array(list(advances))[:, None, None], self.last[0], before)
         self.lengths = lengths + np.array(advances, dtype=np.int64)
         return logits
 

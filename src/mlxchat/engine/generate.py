@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
@@ -21,10 +20,10 @@ import numpy as np
 from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.distributed.team import Team, name_of
-from mlxchat.engine.batch import Event, Generator, Request, Row, score_prompt
+from mlxchat.engine.batch import Event, Generator, Request, Row
 from mlxchat.engine.decode import Decoder
 from mlxchat.engine.sample import Sampling
-from mlxchat.engine.tools import CALL_TOKENS, KINDS, Kind, PythonTool, calculate
+from mlxchat.engine.tools import CALL_TOKENS, KINDS, Kind, calculate
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import packed_copy
@@ -34,9 +33,6 @@ from mlxchat.ops.machine import DECODED_ROWS
 
 if TYPE_CHECKING:
     from mlxchat.engine.third_party import AnyTokenizer, ThirdPartyGenerator
-
-# Maximum duration of a step in which every row waits for a program, so that requests and cancellations are noticed.
-_PATIENCE_SECONDS = 0.02
 
 
 @dataclass
@@ -87,11 +83,10 @@ class Engine:
         """Return the prompt of the assistant's next message; raises DataError for an invalid conversation."""
         return render_for_completion(self.tokenizer, {"messages": list(messages)})
 
-    def scheduler(self, *, python: PythonTool | None = None, **options: Any) -> Scheduler:
-        """Return a scheduler without requests; `options` are `Generator`'s, and `python` is `Scheduler`'s."""
+    def scheduler(self, **options: Any) -> Scheduler:
+        """Return a scheduler without requests; `options` are `Generator`'s."""
         model = self.model if self.bits is None else packed_copy(self.model, self.bits)
-        generator = Generator(self.decoder(model), **{"max_rows": self.max_rows, **options})
-        return Scheduler(generator, self.tokenizer, python=python)
+        return Scheduler(Generator(self.decoder(model), **{"max_rows": self.max_rows, **options}), self.tokenizer)
 
     def complete(
         self, prompts: list[list[int]], *, max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
@@ -182,16 +177,11 @@ def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) 
 
 
 class Scheduler:
-    """Runs requests on one thread, with nanochat's protocol of calls: an answer is forced when a call ends.
+    """Runs requests on one thread, with nanochat's protocol of calls: an answer is forced when a call ends."""
 
-    A program of the Python tool delays only its own row.
-    """
-
-    def __init__(
-        self, source: Generator | ThirdPartyGenerator, tokenizer: AnyTokenizer, *, python: PythonTool | None = None
-    ) -> None:
-        """Start without requests; only a `Generator` has tools, of which `python` runs what is no sum."""
-        self.source, self.tokenizer, self.python = source, tokenizer, python
+    def __init__(self, source: Generator | ThirdPartyGenerator, tokenizer: AnyTokenizer) -> None:
+        """Start without requests; only a `Generator` has the calculator."""
+        self.source, self.tokenizer = source, tokenizer
         self._special = [tokenizer.special_ids.get(name, -1) for name in CALL_TOKENS]
         self._kinds = dict(zip(self._special, KINDS, strict=True))
         self._has_tools = isinstance(source, Generator) and -1 not in self._special
@@ -219,21 +209,9 @@ class Scheduler:
             self._cancelled.append(id)
 
     def step(self) -> list[Event]:
-        """Return the events of the next token of every row that has one by now.
-
-        Raises:
-            StepFailed: this machine cannot start an interpreter for a program.
-        """
+        """Return the events of the next token of every row that has one by now."""
         events = [self._cancel(id) for id in self._cancelled if id in self._rows]
         self._cancelled = []
-        for row in self._rows.values():
-            if row.running is not None and row.running.done():
-                row.given.extend(self._output(row.running.result()))
-                row.running = None
-        running = [row.running for row in self._rows.values() if row.running is not None]
-        if running and len(running) == len(self._rows):
-            wait(running, _PATIENCE_SECONDS, FIRST_COMPLETED)
-            return events
         for event in self.source.next():
             if event.id in self._rows:
                 self._complete(event, self._rows[event.id])
@@ -250,8 +228,6 @@ class Scheduler:
         """Add to a token's event what its text means."""
         request, token = row.request, event.token
         assert token is not None
-        if request.prompt_logprobs and row.num_answered == 1:
-            event.prompt_logprobs = score_prompt(self.source.model, request.prompt, request.logprobs or 0)
         event.text = row.shown.add(token) if row.shown else ""
         if token in self.tokenizer.ends or (row.shown and row.shown.stopped):
             event.finish_reason = "stop"
@@ -266,30 +242,20 @@ class Scheduler:
         row.kind = self._kinds.get(token, row.kind)
 
     def _follow(self, row: Row, token: int) -> None:
-        """Answer the call that a token ends, if it is an expression or may be a program."""
-        start, end, *_ = self._special
+        """Answer the call that a token ends, if it is an expression."""
+        start, end, *output = self._special
         if token == start:
             row.call = []
         elif token == end and row.call is not None:
-            code = self.tokenizer.decode(row.call)
+            answer = calculate(self.tokenizer.decode(row.call))
             row.call = None
-            answer = calculate(code)
             if answer is not None:
-                row.given.extend(self._output(answer))
-            elif self.python is not None and code.strip():
-                row.running = self.python.start(code, row.request.sampling.seed)
+                row.given.extend([output[0], *self.tokenizer.encode(answer), output[1]])
         elif row.call is not None:
             row.call.append(token)
 
-    def _output(self, output: str) -> list[int]:
-        """Return the tokens with which a row continues after a call."""
-        *_, start, end = self._special
-        return [start, *self.tokenizer.encode(output), end]
-
     def _end(self, row: Row) -> None:
         del self._rows[row.id]
-        if row.running is not None:
-            row.running.cancel()  # if it is queued; else it ends by its limits
         self.source.remove(row)
 
 

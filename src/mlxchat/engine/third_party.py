@@ -60,8 +60,8 @@ class ThirdPartyEngine(Engine):
         with _opening(folder) as (loading, config):
             return cls(loading.load_model(folder)[0], tokenizer, str(config.get("model_type")), context_tokens)
 
-    def scheduler(self, *, python: Any = None, **options: Any) -> Scheduler:
-        """Return a scheduler without requests; `options` are `ThirdPartyGenerator`'s, and there are no tools."""
+    def scheduler(self, **options: Any) -> Scheduler:
+        """Return a scheduler without requests; `options` are `ThirdPartyGenerator`'s."""
         return Scheduler(ThirdPartyGenerator(self.model, **options), self.tokenizer)
 
 

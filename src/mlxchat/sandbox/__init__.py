@@ -1,1 +1,1 @@
-"""Sandbox for programs written by models, for evaluations and the Python tool."""
+"""Sandbox for programs written by models, for evaluations."""

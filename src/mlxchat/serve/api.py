@@ -27,7 +27,6 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from mlxchat import __version__
-from mlxchat.engine.batch import Event
 from mlxchat.engine.batch import Request as EngineRequest
 from mlxchat.serve.choices import Choice, choices_of, usage_of
 from mlxchat.serve.models import Model, Models
@@ -35,7 +34,6 @@ from mlxchat.serve.requests import (
     ChatPrompt,
     ChatRequest,
     Defaults,
-    Echo,
     Generation,
     TextRequest,
     chat_prompt,
@@ -159,15 +157,15 @@ def openai_routes(service: Service) -> APIRouter:
 
     @routes.post("/completions", response_model=None)
     async def complete(body: TextRequest, request: Request) -> Response:
-        model, echoes, requests = await run_in_threadpool(_prepare_text, service, body)
+        model, requests = await run_in_threadpool(_prepare_text, service, body)
         answer = service.worker.submit(model, requests)
         head = _head("cmpl", "text_completion", service, model)
         if body.stream:
-            return EventStream(answer, _text_chunks(answer, head, body, echoes))
-        choices = await while_connected(request, answer, collect(answer, echoes))
+            return EventStream(answer, _text_chunks(answer, head, body))
+        choices = await while_connected(request, answer, collect(answer))
 
-        def describe(index: int, choice: Choice) -> Json:
-            return {"text": echoes[index][0] + choice.all_text, "logprobs": choice.text_logprobs(choice.events)}
+        def describe(_: int, choice: Choice) -> Json:
+            return {"text": choice.all_text, "logprobs": choice.text_logprobs(choice.events)}
 
         return await run_in_threadpool(_whole_answer, answer, choices, head, body.n, describe, {})
 
@@ -199,8 +197,8 @@ def prepare_chat(service: Service, body: ChatRequest) -> tuple[Model, ChatPrompt
     return model, prompt, requests
 
 
-def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[Echo], list[EngineRequest]]:
-    """Return model, echoes and choices of a text completion. Call it in a thread."""
+def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[EngineRequest]]:
+    """Return model and choices of a text completion. Call it in a thread."""
     body.refuse_unknown()
     model = service.models.find(body.model)
     if body.best_of not in (None, body.n):
@@ -208,20 +206,16 @@ def _prepare_text(service: Service, body: TextRequest) -> tuple[Model, list[Echo
     prompts = text_prompts(model, body, service.limits)
     most = body.max_tokens if body.max_tokens is not None else min(128, service.limits.max_tokens)
     requests = requests_for(
-        model, body, [ids for ids, _ in prompts], service.limits, service.defaults,
-        max_tokens=most, logprobs=body.logprobs, prompt_logprobs=body.echo and body.logprobs is not None,
+        model, body, prompts, service.limits, service.defaults, max_tokens=most, logprobs=body.logprobs,
     )  # fmt: skip
-    return model, [echo if body.echo else ("", []) for _, echo in prompts for _ in range(body.n)], requests
+    return model, requests
 
 
-async def collect(answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
+async def collect(answer: Answer) -> list[Choice]:
     """Return the choices of an answer once all have ended."""
-    choices = choices_of(answer, echoes)
+    choices = choices_of(answer)
     async for index, event in answer:
-        if event.prompt_logprobs:
-            await run_in_threadpool(choices[index].add, event)
-        else:
-            choices[index].add(event)
+        choices[index].add(event)
     return choices
 
 
@@ -254,33 +248,20 @@ async def _chat_chunks(answer: Answer, head: Json, body: ChatRequest, own: Json)
     yield "[DONE]"
 
 
-async def _text_chunks(
-    answer: Answer, head: Json, body: TextRequest, echoes: list[Echo]
-) -> AsyncIterator[Json | str | bytes]:
-    choices = choices_of(answer, echoes)
+async def _text_chunks(answer: Answer, head: Json, body: TextRequest) -> AsyncIterator[Json | str | bytes]:
+    choices = choices_of(answer)
     usage = _usage_field(body)
 
     def chunk(index: int, text: str, reason: str | None = None, logprobs: Json | None = None) -> Json:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
         return {**head, "choices": [choice], **usage}
 
-    waiting = [text for text, _ in echoes]
-    if body.logprobs is None:  # else the prompt and its log-probabilities come with the first token
-        for index, text in enumerate(waiting):
-            if text:
-                yield chunk(index, text)
-        waiting = [""] * len(echoes)
-
-    def take(index: int, event: Event) -> Json | None:
-        choice = choices[index]
-        text = waiting[index] + "".join(text for _, text in choice.add(event))
-        waiting[index] = ""
-        logprobs = choice.text_logprobs(choice.newest)
-        return chunk(index, text, choice.finish_reason, logprobs) if text or logprobs or choice.finish_reason else None
-
     async for index, event in answer:
-        if (item := take(index, event)) is not None:
-            yield item
+        choice = choices[index]
+        text = "".join(text for _, text in choice.add(event))
+        logprobs = choice.text_logprobs(choice.newest)
+        if text or logprobs or choice.finish_reason:
+            yield chunk(index, text, choice.finish_reason, logprobs)
     if usage:
         yield {**head, "choices": [], "usage": usage_of(answer, choices, body.n)}
     yield "[DONE]"

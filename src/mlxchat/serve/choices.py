@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,6 @@ from mlxchat.engine.batch import Event
 from mlxchat.engine.generate import content_of
 from mlxchat.engine.third_party import AnyTokenizer
 from mlxchat.engine.tools import Kind
-from mlxchat.serve.requests import Echo
 from mlxchat.serve.worker import Answer
 
 Json = dict[str, Any]
@@ -24,14 +23,12 @@ class Choice:
     """A choice up to its newest event."""
 
     tokenizer: AnyTokenizer
-    echoed: list[int] = field(default_factory=list)
-    """Tokens of the echoed prompt at the beginning of the text."""
     position: int = 0
-    """Offset of the next token in the choice's text, in characters, including an echoed prompt."""
+    """Offset of the next token in the choice's text, in characters."""
     texts: list[tuple[Kind, str]] = field(default_factory=list)
     events: list[Scored] = field(default_factory=list)
     newest: list[Scored] = field(default_factory=list)
-    """What the last event added to `events`: several tokens for an echoed prompt."""
+    """What the last event added to `events`."""
     num_sampled: int = 0
     finish_reason: str | None = None
 
@@ -80,8 +77,6 @@ class Choice:
     def text_logprobs(self, found: list[Scored]) -> Json | None:
         """Return log-probabilities in the form of text completions, including tool calls and the end token.
 
-        With `echo` clients count tokens from the end: lm-evaluation-harness drops the last one, which was sampled.
-
         `text_offset` is each token's offset in the choice's whole text, in characters, also in a stream's chunks.
         Tokens that share a character share its offset.
         """
@@ -98,7 +93,6 @@ class Choice:
         }
 
     def _with_logprobs(self, event: Event) -> Iterator[Scored]:
-        yield from self._of_prompt(event)
         special = self._is_special(event.token)
         if event.logprob is not None and (event.finish_reason is not None or not special):
             data = b"" if event.token is None or special else self.tokenizer.decode_bytes([event.token])
@@ -106,19 +100,6 @@ class Choice:
 
     def _is_special(self, token: int | None) -> bool:
         return token in self.tokenizer.special_ids.values()
-
-    def _of_prompt(self, event: Event) -> Iterator[Scored]:
-        """Yield the tokens of the echoed prompt; a prompt's first token has no log-probability."""
-        if event.prompt_logprobs is None:
-            return
-        known: list[tuple[float | None, list[tuple[int, float]] | None]] = [(None, None), *event.prompt_logprobs]
-        scored = known[len(known) - len(self.echoed) :]
-        decoder, position = codecs.getincrementaldecoder("utf-8")(errors="replace"), 0
-        for token, (logprob, alternatives) in zip(self.echoed, scored, strict=True):
-            data = self.tokenizer.decode_bytes([token])
-            scored_event = Event(id=event.id, token=token, logprob=logprob, top_logprobs=alternatives)
-            yield scored_event, "text", position + _num_cut_short(decoder, data)
-            position += len(decoder.decode(data))
 
     def _chat_entry(self, event: Event) -> Json:
         top = [self._valued(id_, value) for id_, value in event.top_logprobs or ()]
@@ -143,10 +124,9 @@ def _num_cut_short(decoder: codecs.IncrementalDecoder, data: bytes) -> int:
     return len((waiting + data[:1]).decode(errors="replace")) - 1 if waiting else 0
 
 
-def choices_of(answer: Answer, echoes: Sequence[Echo] = ()) -> list[Choice]:
-    """Return the empty choices of an answer, with the prompts that they echo."""
-    tokenizer = answer.model.tokenizer
-    return [Choice(tokenizer, ids, len(text)) for text, ids in echoes or [("", [])] * len(answer.requests)]
+def choices_of(answer: Answer) -> list[Choice]:
+    """Return the empty choices of an answer."""
+    return [Choice(answer.model.tokenizer) for _ in answer.requests]
 
 
 def usage_of(answer: Answer, choices: list[Choice], each: int) -> Json:

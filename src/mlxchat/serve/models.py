@@ -24,7 +24,6 @@ from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Scheduler
 from mlxchat.engine.sample import JsonGrammars
 from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, load_tokenizer, measure
-from mlxchat.engine.tools import PythonTool
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest
 from mlxchat.interop.source import PREFIX
 from mlxchat.model.sizes import count_parameters
@@ -393,13 +392,10 @@ def _third_party_rows(model: Model, limits: Limits, held_bytes: int) -> int:
     raise ConfigError(f"{model.name} {device.excess(bytes_of(1), row, ('a smaller --kept-tokens',))}")
 
 
-def load_scheduler(
-    model: Model, limits: Limits, *, python: PythonTool | None = None, bits: int | None = None
-) -> Scheduler:
+def load_scheduler(model: Model, limits: Limits, *, bits: int | None = None) -> Scheduler:
     """Load a model's weights and return its scheduler.
 
-    `python` runs tool calls other than sums; `bits` is as for `Engine`, and the log says what the
-    quantisation costs.
+    `bits` is as for `Engine`; the log says what the quantisation costs.
 
     Raises:
         Fault: it does not fit into memory.
@@ -416,7 +412,7 @@ def load_scheduler(
         rows = rows_that_fit(model, limits, bits=bits, held_bytes=held)
     except ConfigError as error:
         raise Fault(str(error), status=503) from None
-    options: dict[str, Any] = {"max_rows": rows, "kept_tokens": limits.kept_tokens, "python": python}
+    options: dict[str, Any] = {"max_rows": rows, "kept_tokens": limits.kept_tokens}
     if model.third_party:
         return ThirdPartyEngine.load(model.folder).scheduler(**options)
     weights, tokenizer, _ = load_for_inference(model.folder)

@@ -27,11 +27,9 @@ _HARMLESS = {
 # Fields of OpenAI's API that this server lacks, with the values that change no answer; other values are refused.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"),
-    "suffix": ("",), "modalities": (["text"],), "include": ([],),
+    "suffix": ("",), "echo": (False,), "modalities": (["text"],), "include": ([],),
 }  # fmt: skip
 _MOST_SHOWN, _SHOWN_CHARS = 8, 80
-Echo = tuple[str, list[int]]
-"""The prompt at the beginning of a choice's text, and its tokens; both empty without `echo`."""
 
 
 class _FirstOnly(FailFast):
@@ -157,7 +155,6 @@ class TextRequest(Generation):
         | Annotated[list[int], FIRST_ONLY]
         | Annotated[list[Annotated[list[int], FIRST_ONLY]], FIRST_ONLY]
     ) = ""
-    echo: bool = False
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None
 
@@ -226,8 +223,8 @@ def chat_prompt(
     return ChatPrompt(ids, len(turns) - len(kept))
 
 
-def text_prompts(model: Model, body: TextRequest, limits: Limits) -> list[tuple[list[int], Echo]]:
-    """Return (ids, echo) of every prompt; text gets a <|bos|>, ids are used unchanged.
+def text_prompts(model: Model, body: TextRequest, limits: Limits) -> list[list[int]]:
+    """Return the ids of every prompt; text gets a <|bos|>, ids are used unchanged.
 
     Raises:
         Fault: there is no prompt, there are too many, or one is too long or has impossible ids.
@@ -239,24 +236,23 @@ def text_prompts(model: Model, body: TextRequest, limits: Limits) -> list[tuple[
     if not given:
         raise Fault("prompt is an empty list", param="prompt")
     check_choices(len(given) * body.n, limits)  # before encoding
-    found: list[tuple[list[int], Echo]] = []
+    found: list[list[int]] = []
     for prompt in given:
         if len(prompt) > limits.max_conversation_chars:
             raise Fault(f"a prompt has {len(prompt)} characters; at most {limits.max_conversation_chars} are accepted",
                         param="prompt")  # fmt: skip
         if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
-            found.append(([tokenizer.bos, *ids], (tokenizer.decode(ids), ids)))  # without lone surrogates
+            found.append([tokenizer.bos, *tokenizer.encode(prompt)])
             continue
         if not prompt or not all(0 <= id_ < tokenizer.vocab_size for id_ in prompt):
             raise Fault(f"a prompt of ids needs at least one id from 0 to {tokenizer.vocab_size - 1}", param="prompt")
-        found.append((prompt, (tokenizer.decode(prompt), prompt)))
+        found.append(prompt)
     return found
 
 
 def requests_for(
     model: Model, body: Generation, prompts: Sequence[list[int]], limits: Limits, defaults: Defaults, *,
-    max_tokens: int | None, logprobs: int | None = None, prompt_logprobs: bool = False,
+    max_tokens: int | None, logprobs: int | None = None,
     constraint: Constraint | None = None, skip_blank: bool = False,
 ) -> list[Request]:  # fmt: skip
     """Return the engine's requests: `n` choices for each prompt, each with a different seed.
@@ -294,9 +290,8 @@ def requests_for(
                 # A seed means the same answer each time: reused keys and values differ by rounding.
                 Request(
                     prompt=prompt, max_new_tokens=most, sampling=sampling, stop=stop, logprobs=logprobs,
-                    prompt_logprobs=prompt_logprobs, reuse=body.seed is None,
-                    tools=constraint is None, constraint=constraint.copy() if constraint else None,
-                    skip_blank=skip_blank,
+                    reuse=body.seed is None, tools=constraint is None,
+                    constraint=constraint.copy() if constraint else None, skip_blank=skip_blank,
                 )
             )  # fmt: skip
     return found

@@ -13,7 +13,7 @@ from mlxchat.engine.batch import Request
 from mlxchat.engine.generate import Engine, Scheduler, content_of
 from mlxchat.engine.sample import Sampling
 from mlxchat.engine.third_party import ThirdPartyEngine
-from mlxchat.engine.tools import Kind, PythonTool
+from mlxchat.engine.tools import Kind
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.ops.machine import KEPT_TOKENS
@@ -53,8 +53,6 @@ class Chat:
     """Whether the model is a base model, which continues text."""
     system: str | None = None
     top_p: float | None = None
-    python: PythonTool | None = None
-    """Runs programs that the model calls; None: only sums."""
     newer: Callable[[str], Chat | None] | None = None
     """Called with the model's name before each answer; returns the model to continue with, None: this one."""
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -176,7 +174,7 @@ class Chat:
     def _stream(self, prompt: list[int]) -> list[dict[str, Any]]:
         """Print the tokens after a prompt as they are generated; Ctrl-C stops. Return the answer's content."""
         if self._scheduler is None:
-            self._scheduler = self.engine.scheduler(max_rows=1, python=self.python)
+            self._scheduler = self.engine.scheduler(max_rows=1)
         scheduler = self._scheduler
         self.seed += 1
         sampling = Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, seed=self.seed)
