@@ -22,7 +22,7 @@ from mlxchat.config.schema import BenchConfig, Config
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.engine.batch import Generator, Request
 from mlxchat.engine.decode import Decoder
-from mlxchat.engine.third_party import ThirdPartyEngine, measure
+from mlxchat.engine.third_party import ThirdPartyEngine
 from mlxchat.errors import ConfigError
 from mlxchat.model.checkpoint import load_for_inference
 from mlxchat.model.gpt import GPT
@@ -171,17 +171,7 @@ def _find_problems(config: Config, given: GivenModel | None, sizes: GPTSizes | N
         if not device.fits(needed.peak_bytes(rows)):
             yield f"bench generate {device.excess(needed.peak_bytes(rows), what, remedies)}"
         return
-    assert given is not None
-    size = measure(given.folder)
-    context = size.context_tokens
-    if context is not None and longest > context:
-        yield (
-            f"{given.name} takes {context:,} tokens; the longest prompt and answer have {longest:,}: "
-            "give a smaller --prompt or --new"
-        )
-    if not device.fits(total := size.weights + rows * longest * size.kept_per_token):
-        yield f"bench generate {device.excess(total, what, remedies)}"
-    if bench.bits is not None:
+    if given is not None and bench.bits is not None:
         yield f"bench.bits requires a model of mlxchat; mlx-lm runs {given.name} as it is"
 
 

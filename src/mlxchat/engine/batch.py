@@ -41,7 +41,6 @@ class Request:
     tools: bool = True  # whether the calculator answers calls
     logprobs: int | None = None  # alternatives with each token's log-probability; None: no log-probabilities
     reuse: bool = False  # whether to continue the past of an earlier request that begins alike and allowed it, too
-    text: bool = True  # whether events have text; False: no text and no stop strings
     skip_blank: bool = False  # whether to drop a blank at the beginning of the text
     constraint: Constraint | None = None  # grammar of the answer, not shared with other requests
 
@@ -88,10 +87,10 @@ class Row:
 
 @dataclass(kw_only=True)
 class Event:
-    """A token of a request, or its end."""
+    """A token of a request; without a token, the end of one that was cancelled."""
 
     id: int
-    token: int | None  # None: the request was cancelled
+    token: int | None
     sampled: bool = False  # False if a tool forced the token
     text: str = ""  # text that can be shown now
     kind: Kind = "text"  # of the text and the token; the tokens around a call belong to what stands before them
@@ -112,8 +111,7 @@ class Generator:
         `prefill_tokens` is the chunk size of prompts, and about the most that is read between two steps; `kept_tokens`
         the size of the LRU cache of rows with `reuse`.
         """
-        self.decoder, self.model = decoder, decoder.model
-        self.max_rows, self.prefill_tokens = max_rows, prefill_tokens
+        self.decoder, self.max_rows, self.prefill_tokens = decoder, max_rows, prefill_tokens
         self.kept = KeptPasts(kept_tokens)
         self.num_reused = 0
         """Prompt tokens whose keys and values were found, so far."""
@@ -145,16 +143,18 @@ class Generator:
     def next(self) -> list[Event]:
         """Queue the next token of every row; return the tokens that were queued before."""
         self._admit()
-        rows = self._rows
+        rows, scores = self._rows, self._scores
         if not any(rows):
             return []
         reports = [row is not None and row.begun for row in rows]
-        tokens, given = self._inputs(rows)
-        scores = self._scores
+        tokens, given = self._inputs()
         values: list[int] | None = None
         left = [row.request.max_new_tokens - row.num_answered if row else 0 for row in rows]
         if any(count > done for count, done in zip(left, reports, strict=True)):
-            logits = self._forward(tokens, rows)
+            longest = int(self.decoder.lengths.max()) + 1
+            if longest > self.decoder.room:
+                self.decoder.resize(range(len(rows)), len(rows), longest)
+            logits = self.decoder.step(tokens, [row is not None for row in rows])
             in_step = [(place, row) for place, row in enumerate(rows) if row and row.request.in_step]
             if in_step:
                 mx.async_eval(logits)
@@ -162,7 +162,7 @@ class Generator:
                 for place, row in in_step:
                     answer = [*row.ids, values[place]] if reports[place] else row.ids
                     logits = row.request.restrict(logits, place, answer[len(row.request.prompt) :])
-            self._sample(logits, rows)
+            self._sample(logits)
         values = np.asarray(tokens).tolist() if values is None else values
         known = scores.read() if scores else []
         events = []
@@ -177,10 +177,10 @@ class Generator:
                 each.begun = True
         return events
 
-    def _inputs(self, rows: list[Row | None]) -> tuple[mx.array, list[bool]]:
+    def _inputs(self) -> tuple[mx.array, list[bool]]:
         """Return the tokens to forward (B,), and which of them are given instead of sampled."""
-        given = [-1] * len(rows)
-        for place, row in enumerate(rows):
+        given = [-1] * len(self._rows)
+        for place, row in enumerate(self._rows):
             if row is not None and not row.begun:
                 given[place] = row.request.prompt[-1]
             elif row is not None and row.given:
@@ -193,20 +193,13 @@ class Generator:
         mx.async_eval(tokens)  # on its own, so that reading it does not wait for the step
         return tokens, is_given
 
-    def _forward(self, tokens: mx.array, rows: list[Row | None]) -> mx.array:
-        """Return the logits (B, V) after one more token of each row, not yet evaluated."""
-        longest = int(self.decoder.lengths.max()) + 1
-        if longest > self.decoder.room:
-            self.decoder.resize(range(len(rows)), len(rows), longest)
-        return self.decoder.step(tokens, [row is not None for row in rows])
-
-    def _sample(self, logits: mx.array, rows: list[Row | None]) -> None:
+    def _sample(self, logits: mx.array) -> None:
         """Start the computation of the next tokens and of what is reported with them."""
         if self._sampler is None:
             self._sampler = Sampler([row.request.sampling if row else Sampling() for row in self._rows])
-        draws = [] if self._sampler.is_greedy else [row.draws.random() if row else 0.0 for row in rows]
+        draws = [] if self._sampler.is_greedy else [row.draws.random() if row else 0.0 for row in self._rows]
         self._tokens = self._sampler(logits, draws)
-        asked = [row.request.logprobs for row in rows if row and row.request.logprobs is not None]
+        asked = [row.request.logprobs for row in self._rows if row and row.request.logprobs is not None]
         self._scores = score_tokens(logits, self._tokens, max(asked)) if asked else None
         mx.async_eval(self._tokens, self._scores or [], self.decoder.state())
 

@@ -105,12 +105,14 @@ class Engine:
         Raises:
             ConfigError: a prompt is empty.
         """
+        if isinstance(seed, int):
+            seed = [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in range(len(prompts))]
         requests = [
             Request(
-                prompt=prompt, max_new_tokens=max_new_tokens, text=False, logprobs=0 if log_probabilities else None,
-                sampling=Sampling(temperature=temperature, top_k=top_k, seed=row_seed),
+                prompt=prompt, max_new_tokens=max_new_tokens, logprobs=0 if log_probabilities else None,
+                sampling=Sampling(temperature=temperature, top_k=top_k, seed=each),
             )
-            for prompt, row_seed in zip(prompts, row_seeds(seed, len(prompts)), strict=True)
+            for prompt, each in zip(prompts, seed, strict=True)
         ]  # fmt: skip
         if max_new_tokens < 1:
             return [Completion() for _ in prompts]
@@ -120,7 +122,12 @@ class Engine:
         settings = None
         if self.team.kept.get("engine") is not self:
             self.team.kept["engine"] = self
-            settings = self._describe()
+            settings = {
+                "ranks": {token.hex(): rank for token, rank in self.tokenizer.ranks.items()},
+                "pattern": self.tokenizer.pattern,
+                "dtype": self.dtype and name_of(self.dtype),
+                "options": {"bits": self.bits, "max_rows": self.max_rows},
+            }
         given = {"engine": settings, "requests": [asdict(each) for each in requests]}
         found: list[Completion] = self.team.call(_complete, given)
         return found
@@ -141,20 +148,6 @@ class Engine:
                     row.finished = event.finish_reason == "stop"
             return list(found.values())
 
-    def _describe(self) -> dict[str, Any]:
-        """Return as JSON what other ranks need to create an equal engine."""
-        ranks, options = self.tokenizer.ranks, {"bits": self.bits, "max_rows": self.max_rows}
-        tokens = [token.hex() for token in sorted(ranks, key=ranks.__getitem__)]
-        dtype = None if self.dtype is None else name_of(self.dtype)
-        return {"tokens": tokens, "pattern": self.tokenizer.pattern, "dtype": dtype, "options": options}
-
-
-def row_seeds(seed: int | Sequence[int], rows: int) -> list[int]:
-    """Return the seed of each row of a batch: as given, or derived from one seed and the row's number."""
-    if not isinstance(seed, int):
-        return list(seed)
-    return [int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) for row in range(rows)]
-
 
 def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> list[Completion]:
     """Return the completions of all requests, each computed by one rank.
@@ -162,7 +155,7 @@ def _complete(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) 
     A row's draws depend only on its seed, its sums on no other row, so the answers equal one process's.
     """
     if (given := request["engine"]) is not None and not team.group.leads:
-        ranks = {bytes.fromhex(token): rank for rank, token in enumerate(given["tokens"])}
+        ranks = {bytes.fromhex(token): rank for token, rank in given["ranks"].items()}
         dtype, tokenizer = given["dtype"] and getattr(mx, given["dtype"]), Tokenizer(ranks, given["pattern"])
         team.kept["engine"] = Engine(model_on(team), tokenizer, dtype=dtype, **given["options"])
     engine = team.kept["engine"]
@@ -186,7 +179,6 @@ class Scheduler:
         self._kinds = dict(zip(self._special, KINDS, strict=True))
         self._has_tools = isinstance(source, Generator) and -1 not in self._special
         self._rows: dict[int, Row] = {}
-        self._cancelled: list[int] = []
 
     @property
     def idle(self) -> bool:
@@ -198,43 +190,34 @@ class Scheduler:
         if not request.prompt:
             raise ConfigError("the prompt is empty; expected at least one token")
         row = self.source.insert(request)
-        if request.text:
-            row.shown = ShownText(self.tokenizer, request.stop, skip_blank=request.skip_blank)
+        row.shown = ShownText(self.tokenizer, request.stop, skip_blank=request.skip_blank)
         self._rows[row.id] = row
         return row.id
 
     def cancel(self, id: int) -> None:
-        """End a request with an event of the next step; no effect if it has ended."""
+        """End a request without a further event; no effect if it has ended."""
         if id in self._rows:
-            self._cancelled.append(id)
+            self._end(self._rows[id])
 
     def step(self) -> list[Event]:
         """Return the events of the next token of every row that has one by now."""
-        events = [self._cancel(id) for id in self._cancelled if id in self._rows]
-        self._cancelled = []
-        for event in self.source.next():
-            if event.id in self._rows:
-                self._complete(event, self._rows[event.id])
-                events.append(event)
+        events = self.source.next()
+        for event in events:
+            self._complete(event, self._rows[event.id])
         return events
-
-    def _cancel(self, id: int) -> Event:
-        row = self._rows[id]
-        self._end(row)
-        text = row.shown.finish() if row.shown else ""
-        return Event(id=id, token=None, text=text, kind=row.kind, finish_reason="cancelled")
 
     def _complete(self, event: Event, row: Row) -> None:
         """Add to a token's event what its text means."""
         request, token = row.request, event.token
         assert token is not None
-        event.text = row.shown.add(token) if row.shown else ""
-        if token in self.tokenizer.ends or (row.shown and row.shown.stopped):
+        assert row.shown is not None
+        event.text = row.shown.add(token)
+        if token in self.tokenizer.ends or row.shown.stopped:
             event.finish_reason = "stop"
         elif row.num_answered >= request.max_new_tokens:
             event.finish_reason = "length"
         if event.finish_reason:
-            event.text += row.shown.finish() if row.shown else ""
+            event.text += row.shown.finish()
             self._end(row)
         elif request.tools and self._has_tools:
             self._follow(row, token)

@@ -31,8 +31,6 @@ _LEAST_TEMPERATURE = 1e-15
 MOST_DRAW = 1 - 1e-6
 # Spaces as in json.dumps. With free white space a small model may fill its answer with line breaks.
 _SPACING: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-Scored = tuple[float, list[tuple[int, float]]]
-"""The log-probability of a token, and (alternative, log-probability) pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +149,8 @@ class Scores(NamedTuple):
     best: mx.array  # (B, N) the most likely tokens, the likeliest first
     of_best: mx.array  # (B, N) theirs
 
-    def read(self) -> list[Scored]:
-        """Return each token's log-probability and alternatives; waits for the device."""
+    def read(self) -> list[tuple[float, list[tuple[int, float]]]]:
+        """Return each token's log-probability and its (alternative, log-probability) pairs; waits for the device."""
         own, best, of_best = (np.asarray(part).tolist() for part in self)
         return [(score, list(zip(*pairs, strict=True))) for score, *pairs in zip(own, best, of_best, strict=True)]
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -91,30 +91,6 @@ def load_tokenizer(folder: Path) -> tuple[ThirdPartyTokenizer, int]:
         sizes = config.get("text_config", config)
         context_tokens = int(sizes.get("max_position_embeddings") or sizes.get("n_positions") or MOST_CONTEXT_TOKENS)
         return tokenizer, min(MOST_CONTEXT_TOKENS, context_tokens)
-
-
-class Footprint(NamedTuple):
-    """What a model needs to decode, and its longest row."""
-
-    weights: int  # bytes of its files
-    kept_per_token: int  # bytes of keys and values in float32
-    context_tokens: int | None  # None: not in its config.json
-
-
-def measure(folder: Path) -> Footprint:
-    """Return the footprint of a model from its files. Errors as `load`'s."""
-    with _opening(folder) as (_, config):
-        sizes = {**config.get("text_config", {}), **config}
-
-        def number(*names: str) -> int:
-            return next((int(sizes[name]) for name in names if sizes.get(name)), 0)
-
-        heads = number("num_attention_heads", "n_head") or 1
-        head_width = number("head_dim") or number("hidden_size", "n_embd", "d_model") // heads
-        width = head_width * (number("num_key_value_heads") or heads)
-        context = number("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
-    weights = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
-    return Footprint(weights, 4 * 2 * width * number("num_hidden_layers", "n_layer", "n_layers"), context or None)
 
 
 class ThirdPartyGenerator:

@@ -23,7 +23,7 @@ from mlxchat.data.conversation import render_for_completion
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Scheduler
 from mlxchat.engine.sample import JsonGrammars
-from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, load_tokenizer, measure
+from mlxchat.engine.third_party import ThirdPartyEngine, ThirdPartyTokenizer, load_tokenizer
 from mlxchat.errors import ConfigError, DataError, StoreError, suggest
 from mlxchat.interop.source import PREFIX
 from mlxchat.model.sizes import count_parameters
@@ -368,7 +368,7 @@ def rows_that_fit(model: Model, limits: Limits, *, bits: int | None = None, held
         ConfigError: not even one row fits.
     """
     if model.third_party:
-        return _third_party_rows(model, limits, held_bytes)
+        return limits.max_rows  # mlx-lm predicts no memory
     remedies = [f"--max-models {limits.max_models - 1}"] if held_bytes and limits.max_models > 1 else []
     remedies += ["--bits 4"] if bits is None else []
     remedies += ["a smaller --kept-tokens"] if limits.kept_tokens else []
@@ -377,19 +377,6 @@ def rows_that_fit(model: Model, limits: Limits, *, bits: int | None = None, held
         bits=bits, kept_tokens=limits.kept_tokens, remedies=tuple(remedies),
     )  # fmt: skip
     return decoding.rows(model.name, most=limits.max_rows, held_bytes=held_bytes)
-
-
-def _third_party_rows(model: Model, limits: Limits, held_bytes: int) -> int:
-    size, device = measure(model.folder), find_device()
-
-    def bytes_of(rows: int) -> int:
-        row_tokens = rows * model.context_tokens + limits.kept_tokens
-        return held_bytes + size.weights + row_tokens * size.kept_per_token
-
-    if rows := device.most_rows(limits.max_rows, bytes_of):
-        return rows
-    row = f"its weights and one row of {model.context_tokens:,} tokens, prompt and answer"
-    raise ConfigError(f"{model.name} {device.excess(bytes_of(1), row, ('a smaller --kept-tokens',))}")
 
 
 def load_scheduler(model: Model, limits: Limits, *, bits: int | None = None) -> Scheduler:

@@ -165,13 +165,13 @@ class Worker:
         self._deliver([(answer, index, gone) for index in self._cancel_rows(answer)])
 
     def _cancel_rows(self, answer: Answer) -> list[int]:
-        """Cancel an answer's rows; return its choices without a row, which end at once."""
-        for (name, row), (asked, _) in self._choices.items():
-            if asked is answer:
-                self._schedulers[name].cancel(row)
-        waiting = [index for asked, index in self._pending if asked is answer]
+        """End an answer's rows; return its choices that have not ended before."""
+        ended = [index for asked, index in self._pending if asked is answer]
         self._pending = deque(each for each in self._pending if each[0] is not answer)
-        return waiting
+        for name, row in [place for place, (asked, _) in self._choices.items() if asked is answer]:
+            self._schedulers[name].cancel(row)
+            ended.append(self._choices.pop((name, row))[1])
+        return ended
 
     def _run(self) -> None:
         while True:
