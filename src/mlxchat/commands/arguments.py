@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -149,7 +151,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise a ConfigError about the command line."""
-        raise ConfigError(f"{message}. See: {self.prog} --help")
+        raise ConfigError(f"{message.removeprefix('argument ').replace(': is ', ' is ', 1)}. See: {self.prog} --help")
 
 
 class _OfComposition(argparse.Action):
@@ -167,6 +169,25 @@ def parser_of(verb: str) -> Parser:
     declare: Callable[[Parser], None] = getattr(import_module(f"mlxchat.commands.{module}"), function)
     declare(parser)
     return parser
+
+
+def number(least: float, most: float = math.inf, *, whole: bool = False) -> Callable[[str], float]:
+    """Return the `type` of an option whose value is a finite number from `least` to `most`."""
+
+    def read(text: str) -> float:
+        with suppress(ValueError):
+            value = int(text) if whole else float(text)
+            if math.isfinite(value) and least <= value <= most:
+                return value
+        kind = "a whole number" if whole else "a number"
+        bounds = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+        raise argparse.ArgumentTypeError(f"is {text}, expected {kind} {bounds}")
+
+    return read
+
+
+positive, count, amount = number(1, whole=True), number(0, whole=True), number(0)
+"""Types of options: a whole number of at least 1, of at least 0, any number of at least 0."""
 
 
 def is_setting(word: str) -> bool:

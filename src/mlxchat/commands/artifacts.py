@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from mlxchat.commands.arguments import Parser
+from mlxchat.commands.arguments import Parser, count
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.config.wording import format_bytes, plural
 from mlxchat.errors import ConfigError, suggest
@@ -57,7 +57,7 @@ def gc(parser: Parser) -> None:
     """Declare `mlxchat gc`."""
     parser.add_argument("--apply", action="store_true", help="remove them; without this nothing changes")
     parser.add_argument(
-        "--keep-last", type=int, metavar="N", help="for finished runs, keep the newest N artifacts of each step"
+        "--keep-last", type=count, metavar="N", help="for finished runs, keep the newest N artifacts of each step"
     )
     parser.add_json()
     parser.set_defaults(main=_gc)
@@ -65,8 +65,6 @@ def gc(parser: Parser) -> None:
 
 def _gc(options: Namespace) -> int:
     """Print what may be removed, with size and reason; with --apply remove it."""
-    if options.keep_last is not None and options.keep_last < 0:
-        raise ConfigError(f"--keep-last is {options.keep_last}, expected 0 or more")
     store = Store(options.outputs)
     there = (store.outputs / "store").is_dir()
     find = collect if options.apply and there else find_garbage

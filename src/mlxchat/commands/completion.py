@@ -10,10 +10,11 @@ import os
 import re
 import sys
 from argparse import Namespace
+from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, get_args, get_type_hints
 
 from argcomplete.completers import FilesCompleter
 from argcomplete.finders import CompletionFinder
@@ -21,7 +22,7 @@ from argcomplete.shell_integration import shellcode
 
 from mlxchat.commands.arguments import Parser, is_setting, parser_of
 from mlxchat.config.verbs import VERBS, split_verb
-from mlxchat.store.naming import IMPORTS, LATEST, PINS, called, latest, links, runs
+from mlxchat.store.naming import IMPORTS, PINS, called, latest, links, runs
 from mlxchat.store.store import Store
 
 _SHELLS = ("bash", "zsh", "fish")
@@ -86,7 +87,7 @@ def _complete_word(verb: str, words: list[str], *, prefix: str, parser: Parser, 
         found += _complete(parser.form, words, prefix=prefix)
     if verb == "run" and not words:
         found += [each for each in VERBS if " " not in each]
-    return [*found, *(_settings(prefix, words) if parser.composes else ())]
+    return [*found, *(_settings(prefix) if parser.composes else ())]
 
 
 def _complete(form: str, words: list[str], *, prefix: str, **_: Any) -> list[str]:
@@ -94,114 +95,70 @@ def _complete(form: str, words: list[str], *, prefix: str, **_: Any) -> list[str
     kinds = set(re.findall(r"[A-Z]+", form))
     outputs = Path(next((word[8:] for word in reversed(words) if word.startswith("outputs=")), "outputs"))
     found: list[str] = []
-    if kinds & {"ID", "RUN", "A"}:
+    if kinds & {"ID", "RUN", "A", "PIN", "IMPORT"}:
         found += _artifacts(Store(outputs), prefix)
-    if "PIN" in kinds:
-        found += links(Store(outputs), PINS)
-    if "IMPORT" in kinds:
-        found += links(Store(outputs), IMPORTS)
     if "STAGE" in kinds:
-        found += {name.split("-")[0] for name in _names(outputs / "store")} | set(_stages(words))
-    if form == "FORMAT":
-        from mlxchat.commands.models import FORMATS
-
-        found += FORMATS
-    if "TASK" in kinds:
-        from mlxchat.tasks import task_names
-
-        found += task_names()
+        found += _stages()
     if kinds & {"FILE", "DIR", "PATH", "PLACE", "FOLDER", "WHAT"}:
         found += FilesCompleter()(prefix)
     return found
 
 
-def _stages(words: list[str]) -> list[str]:
+def _stages() -> list[str]:
     from mlxchat.runner.stage import stage_files
 
-    return [*stage_files(), *_own_sections(words)]
+    return [*stage_files()]
 
 
 def _artifacts(store: Store, current: str) -> list[str]:
     """Return names of artifacts and runs."""
     if "/" in current:
         group = current.rpartition("/")[0]
-        return [f"{group}/{step}" for step in links(store, latest(store) if group == LATEST else group)]
+        return [f"{group}/{step}" for step in links(store, latest(store) if group == "latest" else group)]
     named = [*links(store, latest(store)), *links(store, PINS), *links(store, IMPORTS)]
-    names = _names(store.outputs / "store") if current else []
-    every = [f"{name}{end}" for name in runs(store) for end in ("", "/")] if current else []
-    every += sorted({called(name) for name in runs(store)})
-    ids = [name[-16:] for name in names]
-    return [*named, *names, *every, *ids]
+    names = _names(store.outputs / "store")
+    every = [*runs(store), *{called(name) for name in runs(store)}, *names, *(name[-16:] for name in names)]
+    return [*named, *(every if current else ())]
 
 
-def _settings(current: str, words: list[str]) -> list[str]:
+def _settings(current: str) -> list[str]:
     """Return config groups with their options, and keys of the configuration."""
-    conf = _conf()
-    own = _own_sections(words)
+    spec = find_spec("mlxchat.conf")
+    conf = Path(next(iter((spec and spec.submodule_search_locations) or ["conf"])))
     group, equals, _ = current.lstrip("+").partition("=")
-    if equals:
-        group = group.partition("@")[0]
-        names = [name[:-5] for name in _names(conf / group) if name.endswith(".yaml")]
-        if group == "model":
-            from mlxchat.config.schema import MODELS
+    if not equals:
+        groups = [f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name != "__pycache__"]
+        return ["stage=", "model=", *groups, *_keys(current)]
+    names = [name[:-5] for name in _names(conf / group.partition("@")[0]) if name.endswith(".yaml")]
+    if group == "model":
+        from mlxchat.config.schema import MODELS
 
-            names = MODELS
-        elif group == "stage":
-            names = ["all", *_stages(words)]
-        return [f"{current.partition('=')[0]}={name}" for name in names]
-    groups = [
-        "stage=",
-        "model=",
-        *(f"{name}=" for name in _names(conf) if (conf / name).is_dir() and name != "__pycache__"),
-    ]
-    keys = [f"{name}.{key}" for name, names in own.items() for key in names] if current else []
-    return [*groups, *(key if key.endswith(".") else f"{key}=" for key in [*_keys(current), *keys])]
-
-
-def _own_sections(words: list[str]) -> dict[str, list[str]]:
-    """Return user stage → its settings, for the stages in `stages=`."""
-    if not any(word.startswith("stages=") for word in words):
-        return {}
-    from dataclasses import fields
-
-    from mlxchat.composition.compose import places_of_stages
-    from mlxchat.composition.sections import schema_of
-    from mlxchat.runner.stage import Stages
-
-    places = places_of_stages(words, [])
-    settings = {item.name: item.type for item in fields(schema_of(places))}
-    return {
-        name: [item.name for item in fields(settings[name])] if stage.settings else []  # type: ignore[arg-type]  # of an own stage, the type is its dataclass
-        for name, stage in Stages(places).own.items()
-    }
+        names = [*MODELS]
+    elif group == "stage":
+        names = ["all", *_stages()]
+    return [f"{current.partition('=')[0]}={name}" for name in names]
 
 
 def _keys(current: str) -> list[str]:
     """Return the keys of the configuration one level below the typed sections; `SECTION.` for sections."""
     if not current:
         return []
-    from dataclasses import fields, is_dataclass
-    from typing import get_args, get_type_hints
-
     from mlxchat.config import schema
 
     *sections, _ = current.split(".")
-    kind: type = schema.Config
+    kind: Any = schema.Config
     for section in sections:
-        hint = get_type_hints(kind).get(section)
-        kinds = [each for each in (hint, *get_args(hint)) if is_dataclass(each)]
-        if not kinds:
+        kind = _dataclass_in(get_type_hints(kind).get(section))
+        if kind is None:
             return []
-        kind = kinds[0]  # type: ignore[assignment]  # a dataclass
     hints = get_type_hints(kind)
-    has_keys = {name: any(map(is_dataclass, (hint, *get_args(hint)))) for name, hint in hints.items()}
-    return [".".join([*sections, f"{item.name}." if has_keys[item.name] else item.name]) for item in fields(kind)]
+    return [
+        ".".join([*sections, f"{item.name}{'.' if _dataclass_in(hints[item.name]) else '='}"]) for item in fields(kind)
+    ]
 
 
-def _conf() -> Path:
-    spec = find_spec("mlxchat.conf")
-    places = spec.submodule_search_locations if spec else None
-    return Path(next(iter(places))) if places else Path("conf")
+def _dataclass_in(hint: Any) -> Any:
+    return next((each for each in (hint, *get_args(hint)) if is_dataclass(each)), None)
 
 
 def _names(folder: Path) -> list[str]:

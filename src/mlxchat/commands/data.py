@@ -8,7 +8,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxchat.commands.arguments import Parser
+from mlxchat.commands.arguments import Parser, count, positive
 from mlxchat.commands.columns import aligned
 from mlxchat.config.verbs import VERBS
 from mlxchat.config.wording import format_bytes, format_count
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mlxchat.config.schema import Config, TaskItem
     from mlxchat.data.mixture import Mixture
     from mlxchat.data.tokenizer import Tokenizer
-    from mlxchat.hub.client import HubFile
 
 
 def data(parser: Parser) -> None:
@@ -39,47 +38,33 @@ def _data(options: Namespace) -> int:
 
 _FETCH = (
     "Fetch everything that the steps which are to run read from elsewhere: as much of the corpus as the horizon needs, "
-    "the data of all tasks, CORE's bundle. Or a repository: mlxchat data fetch openai/gsm8k --files 'main/*'. What is "
-    "there is not fetched again."
+    "the data of all tasks, CORE's bundle. What is there is not fetched again. For a single repository: hf download."
 )
 
 
 def fetch(parser: Parser) -> None:
     """Declare `mlxchat data fetch`."""
-    parser.take_names("[REPOSITORY…]", least=0, most=None)
     parser.take_settings()
     parser.description = _FETCH
     add = parser.add_argument
-    add("--files", default="*", metavar="PATTERN", help="for a repository: paths to fetch (default: all)")
-    add("--revision", default="main", help="for a repository: commit, tag or branch (default: main)")
-    add("--model", action="store_true", help="the repository is a model, not a data set")
-    add("--workers", type=int, default=4, metavar="N", help="parallel downloads (default: 4)")
+    add("--workers", type=positive, default=4, metavar="N", help="parallel downloads (default: 4)")
     add("--dry-run", action="store_true", help="list everything without downloading")
     parser.set_defaults(main=_fetch)
 
 
 def _fetch(options: Namespace) -> int:
-    """Download what the settings need, or the named repositories."""
+    """Download what the settings need."""
     from mlxchat.composition.compose import compose_config, split_options
-    from mlxchat.hub.client import fetch_files, fetch_url, list_files
+    from mlxchat.hub.client import fetch_files, fetch_url
+    from mlxchat.pipeline import plan_of
+    from mlxchat.planning.inputs import find_files
 
-    repositories, urls = options.names, dict[str, str | None]()
-    groups: dict[str, list[HubFile]] = {}
-    if repositories:
-        kind = "model" if options.model else "dataset"
-        for name in repositories:
-            groups[name] = list_files(name, revision=options.revision, pattern=options.files, kind=kind)
-            if not groups[name]:
-                raise DataError(f"{name} at {options.revision} has no file like {options.files}")
-    else:
-        from mlxchat.pipeline import plan_of
-        from mlxchat.planning.inputs import find_files
-
-        config = compose_config(*split_options(options.settings)).config
-        store = Store(Path(config.outputs))
-        listed, urls = find_files(config, plan_of(config, store), store, network=True, measure=not options.dry_run)
-        groups = {title: files or [] for title, files in listed.items()}
+    config = compose_config(*split_options(options.settings)).config
+    store = Store(Path(config.outputs))
+    groups, urls = find_files(config, plan_of(config, store), store, network=True, measure=not options.dry_run)
     for title, files in groups.items():
+        if not files:
+            continue
         left = sum(file.bytes for file in files if not file.is_there())
         size = format_bytes(sum(file.bytes for file in files))
         count = f"{len(files):,} {'file' if len(files) == 1 else 'files'}"
@@ -88,7 +73,7 @@ def _fetch(options: Namespace) -> int:
         print(visible(url))
     if options.dry_run:
         return 0
-    every = list({file: None for files in groups.values() for file in files})
+    every = list({file: None for files in groups.values() for file in files or ()})
     fetch_files(every, workers=options.workers)
     faults = []
     for url, sha256 in urls.items():
@@ -98,8 +83,6 @@ def _fetch(options: Namespace) -> int:
             faults.append(error)
     if faults:
         raise type(faults[0])("\n".join(map(str, faults)))
-    for name in repositories:
-        print(f"{name} is in {groups[name][0].folder / 'snapshots' / groups[name][0].revision}")
     size = format_bytes(sum(file.bytes for file in every))
     counts = {f"of the Hub ({size})": len(every), "of other addresses": len(urls)}
     told = [f"{count:,} file{'s' * (count != 1)} {what}" for what, count in counts.items() if count]
@@ -131,8 +114,8 @@ def show(parser: Parser) -> None:
         f"green and underlined, and stands between {' '.join(_MARKS)} where there is no colour."
     )
     add = parser.add_argument
-    add("-n", "--count", type=int, default=3, help="number of conversations (default: 3)")
-    add("--start", type=int, default=0, help="index of the first one, from 0")
+    add("-n", "--count", type=count, default=3, help="number of conversations (default: 3)")
+    add("--start", type=count, default=0, help="index of the first one, from 0")
     add("--task", help="only conversations of this task")
     add("--seed", type=int, help="order of this seed (default: the order of training)")
     add("--validation", action="store_true", help="show the stage's validation data")
@@ -145,8 +128,6 @@ def _show(options: Namespace) -> int:
     from mlxchat.composition.compose import compose_config, split_config_dirs
     from mlxchat.runner.context import stage_seed
 
-    if options.count < 0 or options.start < 0:
-        raise ConfigError("-n and --start must be at least 0")
     settings, dirs = split_config_dirs(options.settings)
     title, stage, overrides = _aim(settings)
     config = compose_config(overrides, dirs).config

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from mlxchat.commands.arguments import Parser
+from mlxchat.commands.arguments import Parser, amount, number, positive
 from mlxchat.errors import ConfigError, visible
 
 if TYPE_CHECKING:
@@ -47,21 +47,21 @@ def distill(parser: Parser) -> None:
     add("--teacher", metavar="URL", required=True, help="the endpoint, such as http://localhost:8000/v1")
     add("--model", help="name of the model (default: the endpoint's only one)")
     add("--out", type=Path, metavar="FILE.jsonl", required=True, help="file for the conversations")
-    add("--limit", type=int, metavar="N", help="use only the first N questions")
+    add("--limit", type=positive, metavar="N", help="use only the first N questions")
     add("--system", metavar="TEXT", help="system prompt of each request; not written to the file")
-    add("--temperature", type=float, metavar="T", help="(default: the endpoint's own)")
-    add("--max-tokens", type=int, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")
-    add("--samples", type=int, default=1, metavar="N", help="answers to each question (default: 1)")
+    add("--temperature", type=number(0, 2), metavar="T", help="(default: the endpoint's own)")
+    add("--max-tokens", type=positive, default=1024, metavar="N", help="longest answer in tokens (default: 1024)")
+    add("--samples", type=positive, default=1, metavar="N", help="answers to each question (default: 1)")
     add("--body", action="append", default=[], metavar="KEY=JSON",
         help="additional field of each request, such as top_p=0.9 or seed=1; null removes one")  # fmt: skip
     add("--conversations", action="store_true",
         help="answers are whole conversations as JSON, which the questions ask for")  # fmt: skip
     add("--only-correct", action="store_true", help="keep only answers that the task accepts or that equal the file's")
     add("--keep-cut", action="store_true", help="also keep answers that --max-tokens cut off")
-    add("--concurrency", type=int, default=8, metavar="N", help="parallel requests (default: 8)")
-    add("--timeout", type=float, default=300.0, metavar="S", help="time limit of an answer in seconds (default: 300)")
+    add("--concurrency", type=positive, default=8, metavar="N", help="parallel requests (default: 8)")
+    add("--timeout", type=number(0.01), default=300.0, metavar="S", help="seconds for an answer (default: 300)")
     add("--price", metavar="IN,OUT", help="prices per million input and output tokens")
-    add("--max-cost", type=float, metavar="C", help="stop before the cost of this command exceeds C")
+    add("--max-cost", type=amount, metavar="C", help="stop before the cost of this command exceeds C")
     add("--dry-run", action="store_true", help="estimate requests, tokens and cost; send nothing")
     parser.set_defaults(main=_distill)
 
@@ -81,7 +81,9 @@ def _distill(options: Namespace) -> int:
     from mlxchat.distill.teacher import find_model
     from mlxchat.hub.cache import cache_folder
 
-    problems = [*_url_problems(options.teacher), *_out_problems(options.out), *_number_problems(options)]
+    problems = [*_url_problems(options.teacher), *_out_problems(options.out)]
+    if options.temperature == 0 and options.samples > 1:
+        problems.append(f"--samples is {options.samples} and --temperature 0: greedy answers are all equal")
     if options.conversations and options.only_correct:
         problems.append("--only-correct: conversations of --conversations have no answer to compare with. Remove one")
     body = _read_body(options, problems)
@@ -145,21 +147,6 @@ def _out_problems(out: Path) -> Iterator[str]:
         known = read_json(provenance_place(out))
         if not isinstance(known, dict) or known.get("sha256") != hash_file(out):
             yield f"--out: {out} exists and was not written by mlxchat distill, or was changed since. Move it away"
-
-
-def _number_problems(options: Namespace) -> Iterator[str]:
-    for name in ("limit", "samples", "max_tokens", "concurrency"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            yield f"--{name.replace('_', '-')} is {value}, expected at least 1"
-    if not 0 < options.timeout < math.inf:
-        yield f"--timeout is {options.timeout:g}, expected more than 0"
-    if options.max_cost is not None and not 0 <= options.max_cost < math.inf:
-        yield f"--max-cost is {options.max_cost:g}, expected at least 0"
-    if options.temperature is not None and not 0 <= options.temperature <= 2:
-        yield f"--temperature is {options.temperature:g}, expected 0 to 2"
-    if options.temperature == 0 and options.samples > 1:
-        yield f"--samples is {options.samples} and --temperature 0: greedy answers are all equal"
 
 
 def _read_body(options: Namespace, problems: list[str]) -> dict[str, Any]:

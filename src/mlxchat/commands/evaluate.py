@@ -12,7 +12,7 @@ from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from mlxchat.commands.arguments import Parser, quoted
+from mlxchat.commands.arguments import Parser, positive, quoted
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.config.wording import plural
 from mlxchat.errors import ConfigError, suggest
@@ -42,8 +42,14 @@ def evaluate(parser: Parser) -> None:
     add("--text", metavar="PATH", help="bits per byte and perplexity of a file, or a folder of files; - reads stdin")
     add("--column", metavar="NAME", help="column of the text in .jsonl and .parquet files (default: text)")
     add("--suite", help="the tasks of conf/suite/SUITE.yaml, such as chatcore")
-    add("--limit", type=int, metavar="N", help="only the first N questions of each task")
-    add("--samples", type=int, default=1, metavar="N", help="answers to each question, at temperature 1 (default: 1)")
+    add("--limit", type=positive, metavar="N", help="only the first N questions of each task")
+    add(
+        "--samples",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="answers to each question, at temperature 1 (default: 1)",
+    )
     parser.add_json()
     parser.set_defaults(main=_evaluate)
 
@@ -108,10 +114,6 @@ def _find_problems(options: Namespace) -> Iterator[str]:
     suites = group_options("suite")
     if options.suite is not None and options.suite not in suites:
         yield f"--suite is {options.suite}, expected one of {', '.join(suites)}.{suggest(options.suite, suites)}"
-    for name in ("limit", "samples"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            yield f"--{name} is {value}, expected at least 1"
 
 
 def _ours(options: Namespace, store: Store, name: str | None) -> list[str]:

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from mlxchat.commands.columns import print_json
-from mlxchat.errors import ConfigError, DataError, StoreError, suggest, visible
+from mlxchat.errors import ConfigError, DataError, suggest, visible
 from mlxchat.report.examples import verdict_of, with_calls
 from mlxchat.store import attempts, locks
 from mlxchat.store.files import Records, list_folder
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
-from mlxchat.tasks.answers import number_and_form
 
 _MOST_CHARS = 1500
 _WIDEST = 110
+_GREEN, _RED, _BOLD = 32, 31, 1
 
 
 def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> int:
@@ -35,36 +35,24 @@ def show_examples(folder: Path, *, which: str, count: int, task: str | None) -> 
     """
     from mlxchat.evals.examples import read_examples
 
-    totals: dict[str, list[int]] = {}
-    forms: dict[str, list[tuple[bool, bool]]] = {}
+    verdicts: dict[str, list[bool]] = {}
     chosen: dict[str, list[dict[str, Any]]] = {}
     for example in read_examples(folder):
-        name, verdict = example["task"], bool(example["verdict"])
-        total = totals.setdefault(name, [0, 0])
-        total[0] += verdict
-        total[1] += 1
-        if pair := number_and_form(example["expected"] or "", example["output"] or ""):
-            forms.setdefault(name, []).append(pair)
-        if which == "all" or verdict == (which == "right"):
-            found = chosen.setdefault(name, [])
-            if len(found) < count:  # bounds memory for any number of examples
-                found.append(example)
-    if task is not None and task not in totals:
+        name, is_right = example["task"], bool(example["verdict"])
+        verdicts.setdefault(name, []).append(is_right)
+        found = chosen.setdefault(name, [])
+        if len(found) < count and (which == "all" or is_right == (which == "right")):
+            found.append(example)
+    if task is not None and task not in verdicts:
         raise ConfigError(
-            f'{folder.name} has no task "{task}", it has {", ".join(totals) or "none"}.{suggest(task, totals)}'
+            f'{folder.name} has no task "{task}", it has {", ".join(verdicts) or "none"}.{suggest(task, verdicts)}'
         )
-    groups = {name: found for name, found in chosen.items() if task is None or name == task}
-    shown = list(islice(_in_turn(groups.values()), count))
-    width, colour = _width(), sys.stdout.isatty()
-    for example in sorted(shown, key=lambda each: (list(totals).index(each["task"]), each["index"])):
-        print("\n".join(_describe(example, width, colour=colour)), end="\n\n")
-    for name in [task] if task is not None else totals:
-        right, asked = totals[name]
-        number, form = (sum(side) for side in zip(*forms.get(name, [(False, False)]), strict=True))
-        shares = f"; right number: {number}, right form: {form}" if len(forms.get(name, ())) == asked else ""
-        print(f"{visible(name)}: {right} of {asked} right{shares}")
-    if not shown:
-        print(f"no {'' if which == 'all' else which + ' '}examples")
+    tasks = [task] if task is not None else [*verdicts]
+    shown = list(islice(_in_turn(chosen[name] for name in tasks), count))
+    for example in sorted(shown, key=lambda each: tasks.index(each["task"])):
+        _print_example(example)
+    for name in tasks:
+        print(f"{visible(name)}: {sum(verdicts[name])} of {len(verdicts[name])} right")
     return 0
 
 
@@ -74,55 +62,26 @@ def _in_turn(groups: Iterable[list[dict[str, Any]]]) -> Iterator[dict[str, Any]]
         yield from (item for item in row if item is not None)
 
 
-def _describe(example: dict[str, Any], width: int, *, colour: bool) -> Iterator[str]:
+def _print_example(example: dict[str, Any]) -> None:
     verdict = verdict_of(example["output"] or "", example["expected"] or "", is_right=example["verdict"])
     seed = "" if example["seed"] is None else f"  seed {example['seed']}"
     tokens = "" if example["tokens"] is None else f"  {example['tokens']} tokens"
-    head = f"{visible(example['task'])} {example['index']}{seed}  {verdict}{tokens}"
-    if colour:
-        head = f"\033[{32 if verdict == 'right' else 31};1m{head}\033[0m"
-    yield head
+    head = f"{example['task']} {example['index']}{seed}  {verdict}{tokens}"
+    print(_coloured(head, _GREEN if example["verdict"] else _RED))
     for title in ("prompt", "output", "expected"):
         if example[title] is not None:
-            yield from wrapped(title, example[title], width)
-    details = _details(example["details"])
-    if details:
-        yield from wrapped("details", details, width)
+            _print_wrapped(title, example[title])
+    if details := "\n".join(_describe_details(example["details"])):
+        _print_wrapped("details", details)
+    print()
 
 
-def wrapped(title: str, text: str, width: int) -> Iterator[str]:
-    """Yield the wrapped lines of a text, the first one next to a title."""
-    text = printable(text)
-    if len(text) > _MOST_CHARS:
-        text = f"{text[: _MOST_CHARS // 2]} […] {text[-_MOST_CHARS // 2 :]}"
-    title = f"  {title:<9}"
-    for line in text.splitlines() or [""]:
-        indent = re.match(r" *", line)
-        assert indent is not None
-        parts = textwrap.wrap(
-            line, max(20, width - len(title)), drop_whitespace=False, subsequent_indent=indent[0][:20]
-        )  # fmt: skip
-        for part in parts or [""]:
-            yield f"{title}{part}".rstrip()
-            title = " " * len(title)
-
-
-def printable(text: str) -> str:
-    """Return generated text with control characters escaped."""
-    return visible(with_calls(text).replace("\t", "    "))
-
-
-def _details(details: dict[str, Any]) -> str:
-    """Return an example's further details, one per line, with short numbers."""
-    lines = []
+def _describe_details(details: dict[str, Any]) -> Iterator[str]:
+    """Yield a line with short numbers for each further detail."""
     for name, value in details.items():
-        if isinstance(value, dict):
-            value = "  ".join(f"{key} {_short(item)}" for key, item in value.items())
-        elif isinstance(value, list):
-            value = "  ".join(map(_short, value))
-        if value is not None and value is not False and value != "" and (name, value) != ("finished", True):
-            lines.append(f"{name}: {_short(value)}".rstrip())
-    return "\n".join(lines)
+        parts = [f"{key} {_short(item)}" for key, item in value.items()] if isinstance(value, dict) else [_short(value)]
+        if value not in (None, False, "") and (name, value) != ("finished", True):
+            yield f"{name}: {'  '.join(parts)}"
 
 
 def _short(value: object) -> str:
@@ -143,52 +102,41 @@ def show_rollouts(folder: Path, *, which: str, count: int, iteration: int | None
 
     answers = read_rollouts(folder)
     kept = sorted({answer["iteration"] for answer in answers})
+    told = f"answers of {len(kept)} iterations are kept, {kept[0]} to {kept[-1]}" if kept else "no answers are kept"
     if iteration is not None and iteration not in kept:
-        told = f"answers of {len(kept)} are kept, {kept[0]} to {kept[-1]}" if kept else "no answers are kept"
         raise ConfigError(f"{folder.name} holds no answers of iteration {iteration}: {told}")
-    questions = [
-        list(group) for _, group in groupby(answers, key=lambda answer: (answer["iteration"], answer["question"]))
-    ]
-    width, colour = _width(), sys.stdout.isatty()
+    asked = [answer for answer in answers if iteration in (None, answer["iteration"])]
     shown = 0
-    for question in questions:
+    for _, group in groupby(asked, key=lambda answer: (answer["iteration"], answer["question"])):
+        question = list(group)
         wanted = [answer for answer in question if which == "all" or answer["right"] == (which == "right")]
-        if shown < count and wanted and iteration in (None, question[0]["iteration"]):
+        if shown < count and wanted:
             shown += 1
-            print("\n".join(_describe_question(question, wanted, width, colour=colour)), end="\n\n")
-    for each in kept if iteration is None else [iteration]:
-        if each in (kept[0], kept[-1], iteration):
-            own = [answer for answer in answers if answer["iteration"] == each]
-            print(f"iteration {each}: {sum(answer['right'] for answer in own)} of {len(own)} kept answers right")
-    if not shown:
-        print(f"no {'' if which == 'all' else which + ' '}answers")
-    elif iteration is None and len(kept) > 1:
-        print(f"answers of {len(kept)} iterations are kept, {kept[0]} to {kept[-1]}: --iteration N shows one")
+            _print_question(question, wanted)
+    print(f"{told}: --iteration N shows one" if iteration is None else f"iteration {iteration} of {len(kept)}")
     return 0
 
 
-def _describe_question(
-    question: list[dict[str, Any]], wanted: list[dict[str, Any]], width: int, *, colour: bool
-) -> Iterator[str]:
+def _print_question(question: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
     first = question[0]
     right = sum(answer["right"] for answer in question)
     mean = sum(answer["reward"] for answer in question) / len(question)
-    head = f"iteration {first['iteration']}, question {first['question']}: {right} of {len(question)} right, "
-    head = visible(f"{head}mean reward {mean:.3g}")
-    yield f"\033[1m{head}\033[0m" if colour else head
-    yield from wrapped("asked", first["prompt"], width)
-    yield from wrapped("expected", first["expected"], width)
+    where = f"iteration {first['iteration']}, question {first['question']}"
+    print(_coloured(f"{where}: {right} of {len(question)} right, mean reward {mean:.3g}", _BOLD))
+    _print_wrapped("asked", first["prompt"])
+    _print_wrapped("expected", first["expected"])
     for answer in sorted(wanted, key=lambda each: (-each["reward"], each["sample"])):
         verdict = verdict_of(answer["output"], first["expected"], is_right=answer["right"])
         parts = "".join(f"  {name} {value:.3g}" for name, value in answer["parts"].items())
         cut = "" if answer["finished"] else "  cut"
-        line = f"  {verdict}  reward {answer['reward']:.3g}{parts}  advantage {answer['advantage']:+.3f}  "
-        line = visible(f"{line}{answer['tokens']} tokens{cut}")
-        yield f"\033[{32 if answer['right'] else 31}m{line}\033[0m" if colour else line
-        yield from wrapped("", answer["output"], width)
+        numbers = f"reward {answer['reward']:.3g}{parts}  advantage {answer['advantage']:+.3f}"
+        line = f"  {verdict}  {numbers}  {answer['tokens']} tokens{cut}"
+        print(_coloured(line, _GREEN if answer["right"] else _RED))
+        _print_wrapped("", answer["output"])
+    print()
 
 
-def show_samples(store: Store, name: str, *, last: bool, as_json: bool) -> int:
+def show_samples(store: Store, name: str, *, as_json: bool) -> int:
     """Print what a model wrote on each prompt over the iterations of its training, or those of an evaluation.
 
     Raises:
@@ -201,52 +149,58 @@ def show_samples(store: Store, name: str, *, last: bool, as_json: bool) -> int:
         for record in Records(path).read()
         if isinstance(record.get("prompt"), str) and isinstance(record.get("text"), str)
     ]
-    if last and found:
-        found = [record for record in found if record["iteration"] == found[-1]["iteration"]]
     if as_json:
         print_json(found)
         return 0
     print(visible(title))
-    width, by_prompt = _width(), dict.fromkeys(record["prompt"] for record in found)
-    for prompt in by_prompt:
+    for prompt in dict.fromkeys(record["prompt"] for record in found):
         print(f"\n{printable(prompt)}")
         for record in found:
             if record["prompt"] == prompt:
-                iteration = "" if record["iteration"] is None else visible(str(record["iteration"]))
-                print("\n".join(wrapped(iteration, record["text"], width)))
+                _print_wrapped("" if record["iteration"] is None else str(record["iteration"]), record["text"])
     if not found:
         print("no samples yet")
     return 0
 
 
 def _find_samples(store: Store, name: str) -> tuple[str, Path]:
-    """Return a title and the samples file of a running step, or of an artifact.
+    """Return a title and the samples file of a step in progress, or of an artifact.
 
     Raises:
         DataError: there are no samples.
         StoreError: nothing has this name.
     """
     work = store.outputs / "work"
-    running = [
-        (str(executions[-1].get("started")), work / key)
-        for key in list_folder(work)
-        if (executions := attempts.read(work / key)) and name in (executions[-1].get("step"), key)
-    ]
-    held = [(when, folder) for when, folder in running if locks.is_held(store.lock(folder.name))]
-    try:
-        place = None if held else resolve(store, name)
-    except StoreError:
-        if not running:
-            raise
-        place = None  # a stopped training
-    if place is None:
-        folder = max(held or running)[1]
-        state = "in progress" if held else "stopped before its end"
-        return f"{name}, {state} ({folder})", folder / "ckpt" / "records" / "samples.jsonl"
+    for key in list_folder(work):
+        executions = attempts.read(work / key)
+        if executions and executions[-1].get("step") == name and locks.is_held(store.lock(key)):
+            return f"{name}, in progress ({work / key})", work / key / "ckpt" / "records" / "samples.jsonl"
+    place = resolve(store, name)
     if not (place / "samples.jsonl").is_file():
         raise DataError(f"{place.name} has no samples, which only pretrainings and evaluations with prompts have")
     return place.name, place / "samples.jsonl"
 
 
-def _width() -> int:
-    return min(_WIDEST, shutil.get_terminal_size((100, 24)).columns)
+def printable(text: str) -> str:
+    """Return generated text with control characters escaped."""
+    return visible(with_calls(text).replace("\t", "    "))
+
+
+def _print_wrapped(title: str, text: str) -> None:
+    """Print the wrapped lines of a text, the first one next to a title."""
+    width = min(_WIDEST, shutil.get_terminal_size((100, 24)).columns)
+    text = printable(text)
+    if len(text) > _MOST_CHARS:
+        text = f"{text[: _MOST_CHARS // 2]} […] {text[-_MOST_CHARS // 2 :]}"
+    title = f"  {visible(title):<9}"
+    for line in text.splitlines() or [""]:
+        indent = str(re.match(r" *", line)[0])[:20]  # type: ignore[index]  # it always matches
+        room = max(20, width - len(title))
+        for part in textwrap.wrap(line, room, drop_whitespace=False, subsequent_indent=indent) or [""]:
+            print(f"{title}{part}".rstrip())
+            title = " " * len(title)
+
+
+def _coloured(line: str, colour: int) -> str:
+    line = visible(line)
+    return f"\033[{colour}{'' if colour == _BOLD else ';1'}m{line}\033[0m" if sys.stdout.isatty() else line

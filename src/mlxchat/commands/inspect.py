@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import Parser
+from mlxchat.commands.arguments import Parser, positive
 from mlxchat.commands.columns import aligned, print_json, show_value, when
 from mlxchat.config.wording import format_bytes, format_count, format_number, format_seconds
 from mlxchat.errors import ConfigError, MlxchatError, StoreError, suggest, visible
@@ -182,9 +182,6 @@ _ENCODED = "tokens"
 def ls(parser: Parser) -> None:
     """Declare `mlxchat ls`."""
     parser.take_names("[STAGE|STEP|RUN…]", least=0, most=None)
-    parser.add_argument(
-        "--stage", metavar="STAGE", action="append", default=[], help="only this stage or step (repeatable)"
-    )
     parser.add_argument("--sort", metavar="METRIC", help="only artifacts with this metric, best first")
     parser.add_json("one JSON array for programs")
     parser.set_defaults(main=_ls)
@@ -194,7 +191,7 @@ def _ls(options: Namespace) -> int:
     """Print a line per artifact, newest last."""
     store = Store(options.outputs)
     found = read_catalog(store)
-    wanted = [*options.stage, *options.names]
+    wanted = options.names
     known = {str(summary.get(key)) for summary in found for key in ("stage", "step") if summary.get(key)}
     of_runs: set[str] = set()
     for name in wanted:
@@ -278,24 +275,21 @@ def show(parser: Parser) -> None:
     parser.add_argument(
         "--examples", nargs="?", choices=EXAMPLES, const="all", help="questions and answers of an evaluation or RL"
     )
-    parser.add_argument("-n", type=int, default=5, metavar="N", help="number of examples or RL questions (default: 5)")
+    parser.add_argument("-n", type=positive, default=5, metavar="N", help="number of examples (default: 5)")
     parser.add_argument("--task", metavar="NAME", help="for an evaluation: only examples of this task")
     parser.add_argument("--iteration", type=int, metavar="N", help="for RL: only answers of this iteration")
     parser.add_argument("--samples", action="store_true", help="what a training wrote on its prompts, also during it")
-    parser.add_argument("--last", action="store_true", help="with --samples: only those of the last iteration")
     parser.add_json("the manifest, unchanged; with --samples a list of them")
     parser.set_defaults(main=_show)
 
 
 def _show(options: Namespace) -> int:
     """Print an artifact's manifest, the examples of an evaluation or RL, or samples."""
-    if options.n < 1:
-        raise ConfigError(f"-n is {options.n}, expected at least 1")
     store = Store(options.outputs)
     if options.samples:
         from mlxchat.commands.examples import show_samples
 
-        return show_samples(store, options.names[0], last=options.last, as_json=options.json)
+        return show_samples(store, options.names[0], as_json=options.json)
     place = resolve(store, options.names[0])
     if options.examples is not None:
         from mlxchat.commands.examples import show_examples, show_rollouts  # slow imports
@@ -378,14 +372,12 @@ def _outside(manifest: Manifest) -> Iterator[list[str]]:
 def lineage(parser: Parser) -> None:
     """Declare `mlxchat lineage`."""
     parser.take_names("ID")
-    parser.add_argument("--up", action="store_true", help="only its inputs")
-    parser.add_argument("--down", action="store_true", help="only artifacts made from it")
     parser.add_json()
     parser.set_defaults(main=_lineage)
 
 
 def _lineage(options: Namespace) -> int:
-    """Print both trees, or with --up or --down one of them."""
+    """Print the tree of its inputs and that of its uses."""
     from mlxchat.store.catalog import ancestors, by_rid, descendants
 
     store = Store(options.outputs)
@@ -393,63 +385,39 @@ def _lineage(options: Namespace) -> int:
     manifest = read_manifest(place)
     shown = (each for each in read_catalog(store) if each.get("kind") != _ENCODED or each["folder"] == place.name)
     known = by_rid(shown)
-    trees: dict[str, Any] = {}
-    if options.up or not options.down:
-        trees["inputs"] = ancestors(manifest["rid"], known)
-        trees["outside"] = [*_outside(manifest)]
-        trees["same_weights"] = [*_with_same_weights(store, manifest)]
-    if options.down or not options.up:
-        trees["uses"] = descendants(manifest["rid"], known)
+    inputs, uses = ancestors(manifest["rid"], known), descendants(manifest["rid"], known)
+    outside = [*_outside(manifest)]
     if options.json:
-        print_json(trees)
+        print_json({"inputs": inputs, "outside": outside, "uses": uses})
         return 0
-    for key, title in (("inputs", "made from"), ("uses", "used by")):
-        if key not in trees:
-            continue
-        tree, outside = trees[key], trees["outside"] if key == "inputs" else []
-        what = "" if tree[key] else " outside data" if outside else f" nothing: {visible(tree['artifact'])}"
-        print(f"{title}{what}")
-        if tree[key]:
-            print("\n".join(f"  {visible(line)}" for line in _draw(tree, key)))
-        elif outside:
-            print(aligned([["", *map(visible, row)] for row in outside]))
-    for name in map(visible, trees.get("same_weights", ())):
-        print(f"same weights: {name}; its inputs: mlxchat lineage {name} --up")
+    what = "" if inputs["inputs"] else " outside data" if outside else f" nothing: {visible(inputs['artifact'])}"
+    print(f"made from{what}")
+    if inputs["inputs"]:
+        _print_tree(inputs, "inputs")
+    elif outside:
+        print(aligned(outside, indent="  "))
+    print("used by" if uses["uses"] else f"used by nothing: {visible(uses['artifact'])}")
+    if uses["uses"]:
+        _print_tree(uses, "uses")
     return 0
 
 
-def _with_same_weights(store: Store, manifest: Manifest) -> Iterator[str]:
-    """Yield the artifacts that are not imported and have the weights of an imported model, as an export of them has."""
-    own = _weights_of(manifest) if manifest["stage"] == "imported" else None
-    for summary in read_catalog(store) if own else ():
-        if summary.get("kind") == manifest["kind"] and summary["stage"] != "imported":
-            other = read_manifest(store.outputs / "store" / summary["folder"])
-            if _weights_of(other) == own:
-                yield other["name"]
-
-
-def _weights_of(manifest: Manifest) -> str | None:
-    return next((str(file["sha256"]) for file in manifest["outputs"] if file["path"] == "model.safetensors"), None)
-
-
-def _draw(tree: Node, below: str) -> list[str]:
-    """Return a tree's lines; a repeated artifact's branch is drawn once."""
+def _print_tree(tree: Node, below: str) -> None:
+    """Print a tree; a repeated artifact's branch is drawn once."""
     seen: set[str] = set()
 
-    def lines(node: Node, before: str, branch: str, further: str) -> Iterator[str]:
+    def draw(node: Node, before: str, branch: str, further: str) -> None:
         again = node["rid"] in seen and node[below]
         seen.add(node["rid"])
         role = f"{node['role']}: " if node["role"] else ""
-        note = "" if node["here"] else "  (no longer in the store)"
         step = f"  [{node['step']}]" if node["step"] else ""
-        yield f"{before}{branch}{role}{node['artifact']}{step}{note}{'  (see above)' if again else ''}"
-        if again:
-            return
-        for position, child in enumerate(node[below]):
-            last = position == len(node[below]) - 1
-            yield from lines(child, before + further, "└─ " if last else "├─ ", "   " if last else "│  ")
+        note = "" if node["here"] else "  (no longer in the store)"
+        print(visible(f"  {before}{branch}{role}{node['artifact']}{step}{note}{'  (see above)' if again else ''}"))
+        for child in [] if again else node[below]:
+            last = child is node[below][-1]
+            draw(child, before + further, "└─ " if last else "├─ ", "   " if last else "│  ")
 
-    return list(lines(tree, "", "", ""))
+    draw(tree, "", "", "")
 
 
 def diff(parser: Parser) -> None:

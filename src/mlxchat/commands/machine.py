@@ -156,15 +156,13 @@ KINDS = {
 
 _BENCH_SETTINGS = """
   bench.KEY=VALUE      vocab_size, batch_rows, row_tokens, steps, warmup_steps
-                       generate: rows, prompt_tokens, new_tokens, bits, as the options do
+                       generate: rows, prompt_tokens (lists), new_tokens, bits
   model=d8             nanochat's own sizes, since experiment=bench is the default here
   architecture=NAME    with the optimizer of the same snapshot, unless optimizer= says otherwise
   experiment=NAME      its model, architecture, optimizer, vocabulary and rows: quickstart is what plain mlxchat trains
 """
 
 
-_OF_GENERATE = ("rows", "prompt_tokens", "new_tokens", "bits")
-_LISTS = ("rows", "prompt_tokens")
 _BESIDE_MODEL = ("bench.", "machine", "outputs=", "seed=")
 
 
@@ -178,11 +176,6 @@ def bench(parser: Parser) -> None:
         "hf:FOLDER, hf:ORGANISATION/NAME (one that mlx-lm opens). What was measured is kept in outputs/bench, if there "
         "is an outputs folder, and shown in its reports. Progress goes to stderr."
     )
-    add = parser.add_argument
-    add("--batch", dest="rows", metavar="N,…", help="generate: batch sizes (default: 1,8)")
-    add("--prompt", dest="prompt_tokens", metavar="N,…", help="generate: tokens per prompt (default: 128,1024)")
-    add("--new", dest="new_tokens", metavar="N", help="generate: tokens per answer (default: 64)")
-    add("--bits", type=int, choices=(8, 4), help="generate: bits of the weights")
     parser.add_json("print one JSON object instead of tables")
     parser.set_defaults(main=_bench)
 
@@ -192,14 +185,9 @@ def _bench(options: Namespace) -> int:
     from mlxchat.composition.compose import compose_config, split_options
 
     kind, *names = options.names
-    given = {key: value for key in _OF_GENERATE if (value := getattr(options, key)) is not None}
-    if kind != "generate" and (names or given):
-        raise ConfigError(
-            f"bench {kind} takes no {'model' if names else 'option of bench generate'}: expected mlxchat bench {kind} "
-            "[SETTINGS], or mlxchat bench generate [ID]"
-        )
-    settings = [f"bench.{key}={f'[{value}]' if key in _LISTS else value}" for key, value in given.items()]
-    overrides, config_dirs, primary = split_options([*options.settings, *settings])
+    if kind != "generate" and names:
+        raise ConfigError(f"bench {kind} takes no model: expected mlxchat bench {kind} [SETTINGS]")
+    overrides, config_dirs, primary = split_options(options.settings)
     if names and (unused := [each for each in overrides if not each.lstrip("+").startswith(_BESIDE_MODEL)]):
         raise ConfigError(f"{', '.join(unused)}: no effect on {names[0]}, whose sizes are given. Leave it out")
     config = compose_config(_with_defaults(overrides), config_dirs, primary).config
@@ -207,7 +195,7 @@ def _bench(options: Namespace) -> int:
     measuring = import_module(f"mlxchat.bench.{module}")
     model = [_model(names[0], Path(config.outputs))] if names else []
     record: dict[str, Any] = getattr(measuring, function)(config, *model)
-    _keep(kind, record, [*names, *options.settings, *settings], Path(config.outputs))
+    _keep(kind, record, [*names, *options.settings], Path(config.outputs))
     if options.json:
         print(json.dumps(record, allow_nan=False))
     else:

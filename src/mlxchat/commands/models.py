@@ -12,35 +12,32 @@ from argparse import BooleanOptionalAction, Namespace
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mlxchat.commands.arguments import Parser, quoted
-from mlxchat.config.wording import format_bytes, plural
+from mlxchat.commands.arguments import Parser, amount, count, number, positive, quoted
+from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, suggest, visible
 from mlxchat.store.locks import is_held
 from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import IMPORTS, describe_model, find_model, find_newest_model, links, run_of, running_run
+from mlxchat.store.naming import IMPORTS, describe_model, find_model, links, run_of
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
 
 if TYPE_CHECKING:
-    from mlxchat.composition.compose import Composed
     from mlxchat.interop.exporting import Checkpoint
-    from mlxchat.runner.plan import PlannedStep
-    from mlxchat.terminal.chat import Chat
 
-
-FORMATS = ("hf", "nanochat", "mlx", "mlx-adapter", "peft")
-_FORMATS = """FORMAT: hf (transformers' NanoChatForCausalLM), nanochat (model_<step>.pt, meta, tokenizer), mlx (mlx-lm),
-mlx-adapter (adapters without base, for mlx-lm), peft (the same, for PEFT)"""
-_LANGUAGE, _LICENSE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?"), re.compile(r"[a-z][a-z0-9.+-]{1,40}")
-_TOOLS = {
+# Format of an export → what reads it.
+_READERS = {
     "hf": "transformers' NanoChatForCausalLM",
     "nanochat": "nanochat's own files",
     "mlx": "mlx-lm",
     "mlx-adapter": "mlx-lm, beside their base",
     "peft": "PEFT, beside their base",
 }
+FORMATS = tuple(_READERS)
+_FORMATS = """FORMAT: hf (transformers' NanoChatForCausalLM), nanochat (model_<step>.pt, meta, tokenizer), mlx (mlx-lm),
+mlx-adapter (adapters without base, for mlx-lm), peft (the same, for PEFT)"""
+_LANGUAGE, _LICENSE = re.compile(r"[a-z]{2,3}(-[A-Za-z]{2,4})?"), re.compile(r"[a-z][a-z0-9.+-]{1,40}")
 
 
 def export(parser: Parser) -> None:
@@ -60,152 +57,69 @@ def export(parser: Parser) -> None:
 
 def _export(options: Namespace) -> int:
     """Write a model in another tool's format to a folder, the Hub or both."""
-    name, *rest = options.names
-    if options.to not in FORMATS:
-        if options.to is not None:
-            known = ", ".join(FORMATS)
-            raise ConfigError(f"--to {options.to} is not supported, expected {known}.{suggest(options.to, FORMATS)}")
-        raise ConfigError(
-            f"export writes a model for another tool: --to {', '.join(FORMATS)}. "
-            f"To copy artifacts: mlxchat push {name} {next(iter(rest), 'PLACE')}"
-        )
-    if not rest and not options.hub:
-        raise ConfigError(f"expected mlxchat export ID --to {options.to} PATH, or --hub ORGANISATION/NAME")
-    if options.public and not options.hub:
-        raise ConfigError("--public requires --hub")
-    languages = options.language.split(",")
-    if wrong := [code for code in languages if not _LANGUAGE.fullmatch(code)]:
-        raise ConfigError(f'--language "{wrong[0]}" is not a language code, such as en, de or zh-CN')
-    if options.license is not None and not _LICENSE.fullmatch(options.license):
-        raise ConfigError(
-            f'--license "{options.license}" is not a licence identifier of the Hub, such as mit, apache-2.0 or '
-            "cc-by-sa-4.0 (https://huggingface.co/docs/hub/repositories-licenses)"
-        )
-    return _write_model(
-        Store(options.outputs), name, options.to, Path(rest[0]) if rest else None, bits=options.bits,
-        dtype=options.dtype, force=options.force, repository=options.hub, public=options.public,
-        card={"license": options.license, "language": languages},
-    )  # fmt: skip
-
-
-def _write_model(
-    store: Store, name: str, target: str, path: Path | None, *, bits: int | None, dtype: str | None, force: bool,
-    repository: str | None, public: bool, card: dict[str, Any],
-) -> int:  # fmt: skip
+    _check_export(options)
     from mlxchat.hub.places import check_repository, push_folder
     from mlxchat.interop import exporting
     from mlxchat.store.files import check_free, whole_folder
     from mlxchat.store.manifest import find_damage
 
-    place = find_model(store, name).place
-    token = check_repository(repository, public=public) if repository else ""
+    store, target, force = Store(options.outputs), options.to, options.force
+    place = find_model(store, options.names[0]).place
+    token = check_repository(options.hub, public=options.public) if options.hub else ""
+    path = Path(options.names[1]) if len(options.names) > 1 else None
     if path is not None:
         _check_outside(store, path)
         check_free(path, force=force)
     checkpoint = exporting.open_checkpoint(place)
-    exporting.check_export(checkpoint, target, bits=bits, dtype=dtype)
+    exporting.check_export(checkpoint, target, bits=options.bits, dtype=options.dtype)
     for each in (place, *checkpoint.bases):
         if damage := list(find_damage(each, read_manifest(each))):
             raise StoreError(f"{each.name} differs from its manifest: {damage[0]}. See: mlxchat verify")
     if target != "mlx":  # whose folders carry the model's own code
         exporting.check_computation(checkpoint)
     with ExitStack() as opened:
-        if kept := path is not None:
-            to = path
-        else:
+        to = path
+        if to is None:
             to = Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="mlxchat-export-"))) / place.name
         with whole_folder(to, force=force) as out:
-            notes = _write(
-                store, place, checkpoint, target, out, bits=bits, dtype=dtype, repository=repository, card=card
-            )
+            notes = _write(store, place, checkpoint, out, options)
         size = format_bytes(sum(file.stat().st_size for file in to.rglob("*") if file.is_file()))
-        print(f"exported {place.name}{f' to {to}' if kept else ''} for {_TOOLS[target]} ({size})")
+        print(f"exported {place.name}{f' to {to}' if path else ''} for {_READERS[target]} ({size})")
         for note in notes:
             print(f"  {visible(note)}")
-        if repository:
-            rid = read_manifest(place)["rid"]
-            message = f"{place.name} from mlxchat ({target}), artifact {rid}"
-            address = push_folder(to, repository, token, message=message, public=public)
-            print(f"pushed to {repository}, {'public' if public else 'private'}: {visible(address)}")
+        if options.hub:
+            message = f"{place.name} from mlxchat ({target}), artifact {read_manifest(place)['rid']}"
+            address = push_folder(to, options.hub, token, message=message, public=options.public)
+            print(f"pushed to {options.hub}, {'public' if options.public else 'private'}: {visible(address)}")
     return 0
 
 
-def _write(
-    store: Store, place: Path, checkpoint: Checkpoint, target: str, out: Path, *, bits: int | None,
-    dtype: str | None, repository: str | None, card: dict[str, Any],
-) -> list[str]:  # fmt: skip
-    """Write an export's files and its model card; return notes for the user."""
-    from mlxchat.interop import exporting
-    from mlxchat.model.checkpoint import needs_model_file
-    from mlxchat.report.card import render_card
-    from mlxchat.store.fingerprint import hash_file
+def _check_export(options: Namespace) -> None:
+    """Check the options of an export.
 
-    notes: list[str] = []
-    how: dict[str, str] = {}
-    if target == "hf":
-        exporting.write_hf(checkpoint, out, dtype=dtype)
-    elif target == "nanochat":
-        snapshot = exporting.write_nanochat(checkpoint, out)
-        notes.append(f"For nanochat's code of {_MONTHS[snapshot]}.")
-        how = _nanochat_words(checkpoint, snapshot)
-    elif target in ("mlx-adapter", "peft"):
-        exporting.write_adapters(checkpoint, out, target)
-        how, notes = _adapter_words(checkpoint, "mlx" if target == "mlx-adapter" else "hf")
-    else:
-        exporting.write_mlx(checkpoint, out, bits=bits, dtype=dtype)
-        own = needs_model_file(checkpoint.sizes)
-        how = {"trust": " --trust-remote-code" if own else ""}
-        if own:
-            notes.append("mlx-lm lacks this architecture: the folder includes its model file (--trust-remote-code).")
-    if checkpoint.bases and target not in ("mlx-adapter", "peft"):
-        notes.append(f"Its adapters were merged into the weights of {checkpoint.bases[0].name}.")
-    if dtype == "bfloat16" and not bits:
-        notes.append("Its weights were rounded to bfloat16.")
-    if bits:
-        notes.append(f"Its weights were rounded to {bits} bits.")
-    weights = "adapters.safetensors" if checkpoint.bases else "model.safetensors"
-    text = render_card(
-        store, place, target=target, how=how, notes=notes, sha256=hash_file(place / weights),
-        chats=checkpoint.chats, repository=repository, **card,
-    )  # fmt: skip
-    (out / "README.md").write_text(text, encoding="utf-8")
-    return notes
-
-
-_MONTHS = {"oct2025": "October 2025", "jul2026": "July 2026"}
-
-
-def _adapter_words(checkpoint: Checkpoint, form: str) -> tuple[dict[str, str], list[str]]:
-    """Return the card's section on using adapters with their base in the format `form`, and notes for the user."""
-    from mlxchat.model.checkpoint import needs_model_file
-
-    base, *below = checkpoint.bases
-    notes = [
-        f"Adapters for {base.name}, whose weights are not among these files: mlxchat export {base.name} --to {form} "
-        "BASE."
-    ]
-    if below:
-        notes.append(f"{base.name} also has adapters; that export merges them into its weights.")
-    bits = (checkpoint.facts.get("adapter") or {}).get("bits")
-    if bits:
-        notes.append(
-            f"They were trained on matrices of {bits} bits. On the base as it is they say something slightly else; "
-            "--to mlx without -adapter is exactly the model that was trained."
+    Raises:
+        ConfigError: one is wrong or missing.
+    """
+    name, *rest = options.names
+    if options.to is None:
+        raise ConfigError(
+            f"export writes a model for another tool: --to {', '.join(FORMATS)}. "
+            f"To copy artifacts: mlxchat push {name} {next(iter(rest), 'PLACE')}"
         )
-    return {"trust": " --trust-remote-code" if needs_model_file(checkpoint.sizes) else "", "adapter": "yes"}, notes
-
-
-def _nanochat_words(checkpoint: Checkpoint, snapshot: str) -> dict[str, str]:
-    """Return the card's section on nanochat: the folder of the model, and the script that runs it."""
-    old = snapshot == "oct2025"
-    if checkpoint.chats:
-        stage = str(checkpoint.facts.get("stage"))
-        source = {"rl": "chatrl", "midtrain": "mid" if old else "chatsft"}.get(stage, "chatsft")
-        script = f"chat_cli -i {source.removeprefix('chat')}"
-    else:
-        source, script = "base", "base_loss" if old else "base_eval --eval sample"
-    tag = f"d{checkpoint.sizes.num_layers}"
-    return {"snapshot": _MONTHS[snapshot], "source": source, "script": script, "tag": tag}
+    if options.to not in FORMATS:
+        known = ", ".join(FORMATS)
+        raise ConfigError(f"--to {options.to} is not supported, expected {known}.{suggest(options.to, FORMATS)}")
+    if not rest and not options.hub:
+        raise ConfigError(f"expected mlxchat export ID --to {options.to} PATH, or --hub ORGANISATION/NAME")
+    if options.public and not options.hub:
+        raise ConfigError("--public requires --hub")
+    for code in options.language.split(","):
+        if not _LANGUAGE.fullmatch(code):
+            raise ConfigError(f'--language "{code}" is not a language code, such as en, de or zh-CN')
+    if options.license is not None and not _LICENSE.fullmatch(options.license):
+        raise ConfigError(
+            f'--license "{options.license}" is not a licence identifier of the Hub, such as mit or apache-2.0'
+        )
 
 
 def _check_outside(store: Store, path: Path) -> None:
@@ -215,14 +129,80 @@ def _check_outside(store: Store, path: Path) -> None:
         raise ConfigError(f"{path} is in the store: export to another place")
 
 
+def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options: Namespace) -> list[str]:
+    """Write an export's files and its model card; return notes for the user."""
+    from mlxchat.interop import exporting
+    from mlxchat.model.checkpoint import needs_model_file
+    from mlxchat.report.card import render_card
+    from mlxchat.store.fingerprint import hash_file
+
+    target, bits, dtype = options.to, options.bits, options.dtype
+    notes: list[str] = []
+    how: dict[str, str] = {}
+    own_code = needs_model_file(checkpoint.sizes)
+    if target == "hf":
+        exporting.write_hf(checkpoint, out, dtype=dtype)
+    elif target == "nanochat":
+        snapshot = exporting.write_nanochat(checkpoint, out)
+        how = _nanochat_words(checkpoint, snapshot)
+        notes.append(f"For nanochat's code of {how['snapshot']}.")
+    elif target == "mlx":
+        exporting.write_mlx(checkpoint, out, bits=bits, dtype=dtype)
+        if own_code:
+            notes.append("mlx-lm lacks this architecture: the folder includes its model file (--trust-remote-code).")
+    else:
+        exporting.write_adapters(checkpoint, out, target)
+        how = {"adapter": "yes"}
+        notes += _adapter_notes(checkpoint, "mlx" if target == "mlx-adapter" else "hf")
+    if own_code and target != "nanochat":
+        how["trust"] = " --trust-remote-code"
+    if checkpoint.bases and target not in ("mlx-adapter", "peft"):
+        notes.append(f"Its adapters were merged into the weights of {checkpoint.bases[0].name}.")
+    if rounded := f"{bits} bits" if bits else dtype if dtype == "bfloat16" else "":
+        notes.append(f"Its weights were rounded to {rounded}.")
+    weights = "adapters.safetensors" if checkpoint.bases else "model.safetensors"
+    text = render_card(
+        store, place, target=target, how=how, notes=notes, sha256=hash_file(place / weights),
+        chats=checkpoint.chats, repository=options.hub, license=options.license, language=options.language.split(","),
+    )  # fmt: skip
+    (out / "README.md").write_text(text, encoding="utf-8")
+    return notes
+
+
+def _adapter_notes(checkpoint: Checkpoint, form: str) -> list[str]:
+    """Return notes on using adapters with their base in the format `form`."""
+    base, *below = checkpoint.bases
+    notes = [
+        f"Adapters for {base.name}, whose weights are not among these files: mlxchat export {base.name} --to {form} "
+        "BASE."
+    ]
+    if below:
+        notes.append(f"{base.name} also has adapters; that export merges them into its weights.")
+    if bits := (checkpoint.facts.get("adapter") or {}).get("bits"):
+        notes.append(
+            f"They were trained on matrices of {bits} bits. On the base as it is they say something slightly else; "
+            "--to mlx without -adapter is exactly the model that was trained."
+        )
+    return notes
+
+
+def _nanochat_words(checkpoint: Checkpoint, snapshot: str) -> dict[str, str]:
+    """Return what the card says of nanochat: its version, the folder of the model, and the script that runs it."""
+    old = snapshot == "oct2025"
+    source, script = "base", "base_loss" if old else "base_eval --eval sample"
+    if checkpoint.chats:
+        stage = str(checkpoint.facts.get("stage"))
+        source = {"rl": "chatrl", "midtrain": "mid" if old else "chatsft"}.get(stage, "chatsft")
+        script = f"chat_cli -i {source.removeprefix('chat')}"
+    month = "October 2025" if old else "July 2026"
+    return {"snapshot": month, "source": source, "script": script, "tag": f"d{checkpoint.sizes.num_layers}"}
+
+
 IMPORT_FORMATS = ("nanochat", "hf", "adapter")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_WHAT = (
-    "FORMAT: nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (NanoChatForCausalLM: config.json, "
-    "safetensors, tokenizer.json), adapter (adapters that mlx-lm or PEFT trained on a model of ours)\n"
-    "WHAT: ORGANISATION/NAME of the Hub, or a folder; of the format nanochat also [base:|mid:|sft:|rl:]TAG[@STEP], a "
-    "model in nanochat's own folder ($NANOCHAT_BASE_DIR or ~/.cache/nanochat). `mlxchat import nanochat` lists these"
-)
+_WHAT = """FORMAT: nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (NanoChatForCausalLM: config.json,
+safetensors, tokenizer.json), adapter (adapters that mlx-lm or PEFT trained on a model of ours)
+WHAT: ORGANISATION/NAME of the Hub, or a folder, such as nanochat's ~/.cache/nanochat/chatsft_checkpoints/d20"""
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(/.+)?")
 
 
@@ -250,11 +230,16 @@ def _import_model(options: Namespace) -> int:
     store = Store(options.outputs)
     if options.forget is not None:
         return _forget(store, options.forget)
-    if options.names == ["nanochat"]:
-        return _list_nanochat()
-    form, what = _form_and_source(options)
-    key, value, default = _place(what, options)
-    name = options.name or default
+    if len(options.names) < 2:
+        form = next(iter(options.names), "FORMAT")
+        raise ConfigError(f"expected mlxchat import {form} WHAT: a repository of the Hub, or a folder")
+    form, what = options.names
+    if options.step is not None and form != "nanochat":
+        raise ConfigError("--step requires the format nanochat")
+    if (options.base is None) == (form == "adapter"):
+        raise ConfigError("--base ID is for the format adapter, which requires it")
+    key, value = _place(what)
+    name = options.name or (Path(value).resolve() if key == "folder" else Path(value)).name
     if not _NAME.fullmatch(name):
         raise ConfigError(f'"{name}" is not an import name, expected letters, digits, . _ - and no /. Give --name NAME')
     overrides = [
@@ -270,24 +255,11 @@ def _import_model(options: Namespace) -> int:
         overrides.append(f"imported.step={options.step}")
     if options.chat is not None:
         overrides.append(f"imported.chat={str(options.chat).lower()}")
-    return _import(store, name, overrides, replace=options.replace)
-
-
-def _form_and_source(options: Namespace) -> tuple[str, str]:
-    """Return the format of an import, and its folder or repository.
-
-    Raises:
-        ConfigError: one of them is missing, or an option belongs to another format.
-    """
-    if len(options.names) < 2:
-        form = next(iter(options.names), "FORMAT")
-        raise ConfigError(f"expected mlxchat import {form} WHAT: a repository of the Hub, or a folder")
-    form, what = options.names
-    if options.step is not None and form != "nanochat":
-        raise ConfigError("--step requires the format nanochat")
-    if (options.base is None) == (form == "adapter"):
-        raise ConfigError("--base ID is for the format adapter, which requires it")
-    return form, what
+    made = _import(store, name, overrides, replace=options.replace)
+    store.prepare()
+    store.set_ref(IMPORTS, name, made)
+    print(f"import:{name} is {made.name}: mlxchat chat import:{name}, mlxchat report import:{name}")
+    return 0
 
 
 def _forget(store: Store, name: str) -> int:
@@ -304,79 +276,36 @@ def _forget(store: Store, name: str) -> int:
     return 0
 
 
-def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> int:
+def _place(what: str) -> tuple[str, str]:
+    """Return the setting of a source, folder or repository, and its value."""
+    path = Path(what).expanduser()
+    if path.exists() or what.startswith((".", "/", "~")):
+        return "folder", str(path)
+    if _REPOSITORY.fullmatch(what):
+        return "repository", what.rstrip("/")
+    near = suggest(what, (each.name for each in Path().iterdir() if each.is_dir()))
+    raise ConfigError(
+        f'"{what}" is neither a folder nor a repository of the Hub: expected ORGANISATION/NAME, such as '
+        f"karpathy/nanochat-d32.{near}"
+    )
+
+
+def _import(store: Store, name: str, overrides: list[str], *, replace: bool) -> Path:
+    """Run the import unless it is done; return its artifact.
+
+    Raises:
+        ConfigError: the name stands for another model.
+    """
     from mlxchat.composition.compose import compose_config
-    from mlxchat.pipeline import plan_of
+    from mlxchat.pipeline import plan_of, run_pipeline
 
     composed = compose_config(overrides)
     (step,) = plan_of(composed.config, store)
     known = links(store, IMPORTS)
-    before = read_manifest(known[name])["rid"] if name in known else None
-    if before is not None and before != step.rid and not replace:
+    if name in known and read_manifest(known[name])["rid"] != step.rid and not replace:
         raise ConfigError(
             f"import:{name} is already another model ({known[name].name}). Give --name NAME, or --replace"
         )
-    made = _make(composed, step, store)
-    store.prepare()
-    store.set_ref(IMPORTS, name, made)
-    print(f"import:{name} is {made.name}: mlxchat chat import:{name}, mlxchat report import:{name}")
-    return 0
-
-
-def _place(what: str, options: Namespace) -> tuple[str, str, str]:
-    """Return the setting of a source, its value, and the default name of the import."""
-    path = Path(what).expanduser()
-    if path.exists() or what.startswith((".", "/", "~")):
-        return "folder", str(path), path.resolve().name
-    if _REPOSITORY.fullmatch(what):
-        return "repository", what.rstrip("/"), Path(what).name
-    if options.names[0] == "nanochat":
-        from mlxchat.hub.cache import nanochat_folder
-        from mlxchat.interop.nanochat import choose_trained
-
-        if chosen := choose_trained(nanochat_folder(), what):
-            trained, step = chosen
-            options.step = step if step is not None else options.step
-            return "folder", str(trained.folder), f"{trained.tag}-{trained.source}"
-    near = suggest(what, (each.name for each in Path().iterdir() if each.is_dir()))
-    raise ConfigError(
-        f'"{what}" is neither a folder nor a repository of the Hub: expected ORGANISATION/NAME, such as '
-        f"karpathy/nanochat-d32.{near} For models in nanochat's folder: mlxchat import nanochat"
-    )
-
-
-def _list_nanochat() -> int:
-    """Print the models in nanochat's own folder, and how to import them."""
-    from mlxchat.hub.cache import nanochat_folder
-    from mlxchat.interop.nanochat import list_trained
-
-    base = nanochat_folder()
-    models, tokenizer = list_trained(base), base / "tokenizer" / "tokenizer.pkl"
-    shards = {folder: sorted(folder.glob("*.parquet")) for folder in sorted(base.glob("base_data*"))}
-    if not models and not tokenizer.is_file() and not any(shards.values()):
-        raise ConfigError(
-            f"{base} has no nanochat models. Set NANOCHAT_BASE_DIR, or import from the Hub: mlxchat import nanochat "
-            "ORGANISATION/NAME"
-        )
-    print(f"{base}")
-    for model in models:
-        steps, size = ", ".join(map(str, model.models)), max(path.stat().st_size for path in model.models.values())
-        print(visible(f"  {model.name:12} steps {steps} ({format_bytes(size)}): mlxchat import nanochat {model.name}"))
-    if tokenizer.is_file():
-        print(visible(f"  tokenizer    mlxchat tokenizer.source={tokenizer}"))
-    for folder, paths in shards.items():
-        size = sum(path.stat().st_size for path in paths)
-        print(
-            f"  {folder.name:12} {plural(len(paths), 'shard')} ({format_bytes(size)}): used instead of "
-            "downloading the same file"
-        )
-    return 0
-
-
-def _make(composed: Composed, step: PlannedStep, store: Store) -> Path:
-    """Run a plan of one step unless it is done; return its artifact."""
-    from mlxchat.pipeline import run_pipeline
-
     if not step.done:
         try:
             run_pipeline(composed, is_verb=True)
@@ -399,13 +328,11 @@ def chat(parser: Parser) -> None:
     add = parser.add_argument
     add("-p", "--prompt", help="answer or continue this text and exit; - reads it from standard input")
     add("--model", metavar="ID", help="the model: ID, or hf:FOLDER, hf:ORGANISATION/NAME for any that mlx-lm opens")
-    add("--follow", action="store_true",
-        help="before each answer, switch to the newest model of the run: ID's, or the one in progress")  # fmt: skip
-    add("--temperature", type=float, default=0.0, help="sampling temperature; 0: greedy (default)")
-    add("--top-k", type=int, default=50, help="sample among the K most likely tokens (default: 50)")
-    add("--top-p", type=float, help="sample among the most likely tokens with this total probability")
+    add("--temperature", type=amount, default=0.0, help="sampling temperature; 0: greedy (default)")
+    add("--top-k", type=count, default=50, help="sample among the K most likely tokens (default: 50)")
+    add("--top-p", type=number(1e-6, 1), help="sample among the most likely tokens with this total probability")
     add("--system", metavar="TEXT", help="system prompt")
-    add("--max-tokens", type=int, default=128, help="longest answer in tokens (default: 128)")
+    add("--max-tokens", type=positive, default=128, help="longest answer in tokens (default: 128)")
     add("--seed", type=int, default=0)
     _add_decoding(parser)
     parser.set_defaults(main=_chat)
@@ -418,41 +345,24 @@ def _chat(options: Namespace) -> int:
         raise ConfigError(f"two models are given, {names[0]} and --model {options.model}; expected one")
     if names and " " in names[0]:
         raise ConfigError(f'"{names[0]}" is not a model. To ask a question: mlxchat chat -p {shlex.quote(names[0])}')
-    options.model = options.model or (names[0] if names else None)
-    if options.temperature < 0 or options.max_tokens < 1 or options.top_k < 0:
-        raise ConfigError("--temperature and --top-k must be at least 0, --max-tokens at least 1")
-    if options.top_p is not None and not 0 < options.top_p <= 1:
-        raise ConfigError("--top-p must be more than 0 and at most 1")
+    model = options.model or (names[0] if names else None)
     settings = {name: getattr(options, name) for name in ("temperature", "max_tokens", "seed", "system", "top_p")}
     settings["top_k"] = options.top_k or None
-    if (options.model or "").startswith(_THIRD_PARTY):
-        name, folder = _third_party(options, options.model)
+    if (model or "").startswith(_THIRD_PARTY):
+        name, folder = _third_party(options, str(model))
 
-        from mlxchat.terminal.chat import Chat
+        from mlxchat.terminal.chat import Chat  # imports MLX
 
         chat = Chat.load_third_party(folder, name, **settings)
     else:
         store = Store(options.outputs)
-        if options.follow:
-            options.model = options.model or running_run(store)
-        find = find_newest_model if options.follow else find_model
-        settings |= {"bits": options.bits}
+        found = find_model(store, model)
+        check_model(found.place)
+        print(f"model: {describe_model(store, found)}", file=sys.stderr)
 
-        def load(present: str) -> Chat | None:
-            """Load the model unless it is the present one."""
-            found = find(store, options.model)
-            if found.place.name == present:
-                return None
-            check_model(found.place)
-            print(f"model: {describe_model(store, found)}", file=sys.stderr)
+        from mlxchat.terminal.chat import Chat
 
-            from mlxchat.terminal.chat import Chat
-
-            return Chat.load(found.place, newer=load if options.follow else None, **settings)
-
-        loaded = load("")
-        assert loaded is not None, "there is no present one"
-        chat = loaded
+        chat = Chat.load(found.place, bits=options.bits, **settings)
     if options.prompt is not None:
         chat.answer_once(options.prompt)
     else:
@@ -466,10 +376,8 @@ def _third_party(options: Namespace, reference: str) -> tuple[str, Path]:
     Raises:
         ConfigError: an option requires a model of ours.
     """
-    ours = [name for name in ("bits", "follow") if getattr(options, name, None)]
-    refused = [f"--{name.replace('_', '-')}" for name in ours]
-    if refused:
-        raise ConfigError(f"{', '.join(refused)} requires a model of mlxchat; mlx-lm runs {reference}")
+    if options.bits:
+        raise ConfigError(f"--bits requires a model of mlxchat; mlx-lm runs {reference}")
     from mlxchat.interop.source import outside_folder
 
     folder, what = outside_folder(reference), reference.removeprefix(_THIRD_PARTY)
@@ -504,25 +412,22 @@ def serve(parser: Parser) -> None:
     add("--model", action="append", default=[], metavar="ID",
         help="ID, or hf:FOLDER, hf:ORGANISATION/NAME for one that mlx-lm opens; may be repeated")  # fmt: skip
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1); other addresses require a key")
-    add("--port", type=int, default=8000, help="port (default: 8000); 0: any free port")
+    add("--port", type=number(0, 65535, whole=True), default=8000, help="port (default: 8000); 0: any free port")
     add("--api-key", metavar="KEY", help=f"key that clients must send; better set in {_KEY}")
     add("--cors", action="append", default=[], metavar="ORIGIN", help="allow requests from pages of this origin")
-    add("--temperature", type=float, default=0.8, help="default of requests (default: 0.8)")
-    add("--top-k", type=int, default=50, help="default of requests (default: 50; 0: off)")
-    add("--grace-seconds", type=int, default=30, metavar="N", help="time for answers when stopping (default: 30)")
+    add("--temperature", type=number(0, 2), default=0.8, help="default of requests (default: 0.8)")
+    add("--top-k", type=count, default=50, help="default of requests (default: 50; 0: off)")
+    add("--grace-seconds", type=count, default=30, metavar="N", help="for answers when stopping (default: 30)")
     add("--log-requests", action="store_true", help="log a line per request, without its text")
     for name, meaning in _LIMITS.items():
-        add(f"--{name}", type=int, metavar="N", help=meaning)
+        kind = count if name in ("max-queue", "kept-tokens") else positive
+        add(f"--{name}", type=kind, metavar="N", help=meaning)
     _add_decoding(parser)
     parser.set_defaults(main=_serve)
 
 
 def _serve(options: Namespace) -> int:
     """Serve until a signal arrives."""
-    if not 0 <= options.port <= 65535:
-        raise ConfigError(f"--port is {options.port}, expected 0 to 65535")
-    if not 0 <= options.temperature <= 2 or options.top_k < 0 or options.grace_seconds < 0:
-        raise ConfigError("--temperature must be from 0 to 2, --top-k and --grace-seconds at least 0")
     named = [*options.names, *options.model]
     own = [name for name in named if not name.startswith(_THIRD_PARTY)]
     if len(own) > 1:

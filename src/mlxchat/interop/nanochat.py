@@ -19,7 +19,7 @@ import numpy as np
 
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.data.vocabulary import HF_FILE, PICKLED_FILE
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.errors import DataError
 from mlxchat.interop.names import (
     COMPILED_PREFIX,
     check_tensors,
@@ -31,9 +31,6 @@ from mlxchat.interop.torch_files import read_tensor
 from mlxchat.model.sizes import GPTSizes
 
 _MODEL = re.compile(r"model_(\d+)\.pt")
-_SOURCES = {"base": "base_checkpoints", "mid": "mid_checkpoints", "sft": "chatsft_checkpoints",
-            "rl": "chatrl_checkpoints"}  # fmt: skip
-_WORD = re.compile(rf"(?:({'|'.join(_SOURCES)}):)?([\w.-]+)(?:@(\d{{1,9}}))?")
 _MOST_SHOWN = 8
 
 
@@ -89,53 +86,6 @@ def find_files(source: ModelSource, step: int | None) -> NanochatFiles:
         )
     token_bytes = str(PurePosixPath(tokenizer).with_name("token_bytes.pt"))
     return NanochatFiles(chosen, str(model), meta, tokenizer, token_bytes if source.has(token_bytes) else None)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The checkpoints of one training in nanochat's folder."""
-
-    source: str
-    """base, mid, sft or rl, as in nanochat's scripts."""
-    tag: str
-    folder: Path
-    models: dict[int, Path]
-    """Step → its model_<step>.pt, in order."""
-
-    @property
-    def name(self) -> str:
-        """SOURCE:TAG."""
-        return f"{self.source}:{self.tag}"
-
-
-def list_trained(base: Path) -> list[Trained]:
-    """Return the models in nanochat's folder (NANOCHAT_BASE_DIR), in pipeline order."""
-    found = []
-    for source, name in _SOURCES.items():
-        for folder in sorted(path for path in (base / name).glob("*") if path.is_dir()):
-            models = {int(match[1]): path for path in folder.iterdir() if (match := _MODEL.fullmatch(path.name))}
-            if models:
-                found.append(Trained(source, folder.name, folder, dict(sorted(models.items()))))
-    return found
-
-
-def choose_trained(base: Path, word: str) -> tuple[Trained, int | None] | None:
-    """Return the model [SOURCE:]TAG[@STEP] in nanochat's folder, and the step; None: not found.
-
-    Raises:
-        ConfigError: several models have the tag, or the model has no such step.
-    """
-    match = _WORD.fullmatch(word)
-    found = [each for each in list_trained(base) if match and match[2] == each.tag and match[1] in (None, each.source)]
-    if not found or match is None:
-        return None
-    if len(found) > 1:
-        names = ", ".join(each.name for each in found)
-        raise ConfigError(f"{base} has several models of tag {match[2]}: expected one of {names}")
-    step = int(match[3]) if match[3] else None
-    if step is not None and step not in found[0].models:
-        raise ConfigError(f"{found[0].folder} has no step {step}; it has {', '.join(map(str, found[0].models))}")
-    return found[0], step
 
 
 def read_meta(data: bytes, where: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import ipaddress
 import math
 import resource
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,7 +21,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlxchat.errors import ConfigError
 from mlxchat.ops.machine import KEPT_TOKENS
 
 # Files other than connections: models, logs, sandboxed programs.
@@ -64,14 +63,6 @@ class Limits:
     """Models in memory. A request for another model waits until one is idle; the least recently used one is freed."""
     kept_tokens: int = KEPT_TOKENS
     """Tokens per model in the KV cache of earlier conversations, for their next turns; 0: no reuse."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible values."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            least = 0 if field.name in ("max_queue", "kept_tokens") else 1
-            if value < least:
-                raise ConfigError(f"--{field.name.replace('_', '-')} is {value}, expected at least {least}")
 
 
 class Fault(Exception):

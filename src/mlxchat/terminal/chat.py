@@ -53,8 +53,6 @@ class Chat:
     """Whether the model is a base model, which continues text."""
     system: str | None = None
     top_p: float | None = None
-    newer: Callable[[str], Chat | None] | None = None
-    """Called with the model's name before each answer; returns the model to continue with, None: this one."""
     messages: list[dict[str, Any]] = field(default_factory=list)
     last: str | None = None
     """The text that a base model continued last."""
@@ -154,8 +152,6 @@ class Chat:
         Raises:
             ConfigError: the system prompt leaves no room for a question.
         """
-        if self.newer is not None and (other := self.newer(self.name)) is not None:
-            self.engine, self.name, self.continues, self._scheduler = other.engine, other.name, other.continues, None
         if self.continues:
             prompt = self._beginning(text)
             self.last = text
