@@ -135,24 +135,24 @@ def test_model_and_its_export_read_equal_bytes(tmp_path, say):
     model, tokenizer = artifacts_model("oct2025"), make_tokenizer()
     publish(outputs, "talks", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat"}))
     say("export", "talks", "--to", "mlx", tmp_path / "mlx", f"outputs={outputs}")
-    asked = ["--batch", "1,2", "--prompt", "20", "--new", "4", "bench.steps=1", f"outputs={outputs}"]
+    asked = ["bench.rows=[1,2]", "bench.prompt_tokens=[20]", "bench.new_tokens=4", "bench.steps=1", f"outputs={outputs}"]
     ours, theirs = (found_by(say, "generate", name, *asked) for name in ("talks", f"hf:{tmp_path / 'mlx'}"))
     assert (ours["num_parameters"], ours["weight_bytes_per_step"]) == (
         theirs["num_parameters"], theirs["weight_bytes_per_step"]
     )  # fmt: skip
     assert [row["past_bytes"] for row in ours["results"]] == [row["past_bytes"] for row in theirs["results"]]
     kept = [json.loads(path.read_text())["command"] for path in sorted((outputs / "bench").iterdir())]
-    assert "mlxchat bench generate talks bench.steps=1" in kept[0]
-    table = say("bench", "generate", "talks", *asked, "--bits", "4")
+    assert "mlxchat bench generate talks 'bench.rows=[1,2]'" in kept[0]
+    table = say("bench", "generate", "talks", *asked, "bench.bits=4")
     assert "MFU" in table
     for arguments, told in (
         (
-            [f"hf:{tmp_path / 'mlx'}", "--prompt", model.sizes.context_tokens, "--bits", "8"],
+            [f"hf:{tmp_path / 'mlx'}", f"bench.prompt_tokens=[{model.sizes.context_tokens}]", "bench.bits=8"],
             "bench.bits requires a model of mlxchat",
         ),
-        (["talks", "--batch", "0", "--new", "1"], "bench.new_tokens is 1, expected at least 2"),
+        (["talks", "bench.rows=[0]", "bench.new_tokens=1"], "bench.new_tokens is 1, expected at least 2"),
         (["talks", "model=d4"], "model=d4: no effect on talks"),
-        (["talks", "--batch", "100000000"], "To lower the need: a smaller --batch"),
+        (["talks", "bench.rows=[100000000]"], "To lower the need: a smaller bench.rows"),
     ):
         assert told in say("bench", "generate", *arguments, f"outputs={outputs}", code=2)
     assert "bench train takes no model" in say("bench", "train", "talks", f"outputs={outputs}", code=2)

@@ -13,7 +13,6 @@ import pytest
 from kit.artifacts import make_model, make_tokenizer, publish
 from kit.numpy_gpt import numpy_logits
 from mlxchat.model.checkpoint import save_checkpoint
-from mlxchat.store.naming import resolve
 from mlxchat.store.store import Store
 from mlxchat.tasks import load_task
 
@@ -109,10 +108,11 @@ def test_base_model_chooses_as_numpy(made, tmp_path, say):
 
 
 def test_mistakes_are_reported_together(made, say):
-    told = say("eval", "talks", "--task", "gsn8k", "--suite", "chatcor", "--limit", "0", f"outputs={made}", code=2)
-    for part in ('Did you mean "gsm8k"', 'Did you mean "chatcore"', "--limit is 0"):
+    told = say("eval", "talks", "--task", "gsn8k", "--suite", "chatcor", f"outputs={made}", code=2)
+    for part in ('Did you mean "gsm8k"', 'Did you mean "chatcore"'):
         assert part in told
     for arguments, message in (
+        (["talks", "--task", "gsm8k", "--limit", "0"], "--limit is 0, expected a whole number of at least 1"),
         (["talks"], "expected --task TASK (core, bpb, kinds_mc"),
         (["base", "--task", "gsm8k"], "cannot answer questions: expected --task core"),
         (["talks", "--task", "core"], "CORE needs a base model"),
@@ -132,13 +132,11 @@ def test_third_party_folder_is_evaluated(made, tmp_path, say):
 
 
 @pytest.mark.parametrize("target", ["hf", "nanochat"])
-def test_lineage_of_an_import_names_its_files_and_the_exported_model(made, tmp_path, say, target):
+def test_lineage_of_an_import_names_its_files(made, tmp_path, say, target):
     """Bug: the import of an own export was "made from nothing"."""
     say("export", "talks", "--to", target, tmp_path / target, f"outputs={made}")
     say("import", target, tmp_path / target, "--name", f"back-{target}", f"outputs={made}")
     told = say("lineage", f"import:back-{target}", f"outputs={made}")
     assert told.startswith("made from outside data\n")
     assert str(tmp_path / target) in told
-    talks = resolve(Store(made), "talks").name
-    assert f"same weights: {talks}; its inputs: mlxchat lineage {talks} --up" in told
     assert say("lineage", "talks", f"outputs={made}").startswith("made from nothing: ")

@@ -151,7 +151,7 @@ def test_right_number_without_its_form_is_shown_so(capsys, tmp_path, answers_fol
     out = capsys.readouterr().out
     verdicts = [line.split("  ")[1] for line in out.splitlines() if line.startswith("sums ")]
     assert verdicts == ["right", "wrong form", "wrong", "wrong"]
-    assert out.endswith("sums: 1 of 4 right; right number: 2, right form: 2\n")
+    assert out.endswith("sums: 1 of 4 right\n")
     lines = [answer(11, 1, 0, 0.0, output="It is 8.", expected="#### 8")]
     (answers_folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "  wrong form  reward 0" in shown_answers(answers_folder, capsys)

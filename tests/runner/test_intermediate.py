@@ -8,10 +8,9 @@ import pytest
 from kit.artifacts import find_faults
 from kit.toys import ONE, ToySection
 from mlxchat.errors import DataError, StoreError
-from mlxchat.store import locks
 from mlxchat.store.gc import find_garbage
 from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import find, find_model, find_newest_model, latest, links, resolve, running_run
+from mlxchat.store.naming import find, find_model, latest, links, resolve
 from mlxchat.store.store import Store
 
 # Publishes after two and four of six iterations; a file called fail-N makes it fail after the Nth.
@@ -117,27 +116,6 @@ def test_gc_treats_intermediate_models_like_others(training):
     going = [item for item in find_garbage(training.store, 2).garbage if item.kind == "artifact"]
     assert {item.path for item in going} == {resolve(training.store, f"{named.name}/one@{n}") for n in (2, 4)}
     assert {item.reason for item in going} == {"an intermediate model of one"}
-
-
-def test_the_newest_model_of_a_run_in_progress_is_followed(training, tmp_path):
-    store = training.store
-    with pytest.raises(StoreError, match=r"no run is in progress in .*leave out --follow"):
-        running_run(store)
-    fail_after(training, 1, tmp_path)
-    (key,) = (path.name for path in (training.outputs / "work").iterdir())
-    (training.outputs / "refs" / "run1").mkdir()
-    with locks.hold(store.lock(key), {"run": "run1", "step": "one"}, lambda owner: None):
-        for ask in (running_run, lambda store: find(store, "run1/one")):
-            with pytest.raises(StoreError, match=r"one is running\. .*STAGE\.save_every=N"):
-                ask(store)
-    fail_after(training, 3, tmp_path)
-    with locks.hold(store.lock(key), {"run": "run2", "step": "one"}, lambda owner: None):
-        assert running_run(store) == "run2"
-        assert find_newest_model(store, "run2").place == resolve(store, "one@2")
-    training.run(training.plan(ONE))
-    for name in ("run3", "run3/one"):
-        assert find_newest_model(training.store, name).place == resolve(training.store, "run3/one")
-    assert find_newest_model(training.store, "run2").place == resolve(store, "one@2")
 
 
 def test_an_extension_that_was_stopped_continues_and_does_not_extend_its_own_models(training, tmp_path):

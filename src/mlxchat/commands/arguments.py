@@ -192,7 +192,7 @@ positive, count, amount = number(1, whole=True), number(0, whole=True), number(0
 
 def is_setting(word: str) -> bool:
     """Return True if a word is a setting (key=value, +key=value or ~key), False if it is a name."""
-    return (word.startswith(("~", "+")) or "=" in word) and not _URL.match(word)
+    return (word.startswith(("~", "+")) or "=" in word) and not _URL.match(word) and not word.startswith("~/")
 
 
 def outputs_folder(settings: Sequence[str]) -> Path:

@@ -154,8 +154,7 @@ def _write(store: Store, place: Path, checkpoint: Checkpoint, out: Path, options
         exporting.write_adapters(checkpoint, out, target)
         how = {"adapter": "yes"}
         notes += _adapter_notes(checkpoint, "mlx" if target == "mlx-adapter" else "hf")
-    if own_code and target != "nanochat":
-        how["trust"] = " --trust-remote-code"
+    how["trust"] = " --trust-remote-code" if own_code else ""
     if checkpoint.bases and target not in ("mlx-adapter", "peft"):
         notes.append(f"Its adapters were merged into the weights of {checkpoint.bases[0].name}.")
     if rounded := f"{bits} bits" if bits else dtype if dtype == "bfloat16" else "":

@@ -111,31 +111,6 @@ def find_model(store: Store, name: str | None) -> Found:
     return found
 
 
-def running_run(store: Store) -> str:
-    """Return the run in progress that has published a model."""
-    running = list(dict.fromkeys(run for run, _ in running_steps(store)))
-    having = [run for run in running if _models(store, run)]
-    if len(having) == 1:
-        return having[0]
-    if having:
-        raise StoreError(f"several runs are in progress: {', '.join(having)}. Name one, or RUN/STEP")
-    if not running:
-        raise StoreError(f"no run is in progress in {store.outputs}. Name a run, or leave out --follow")
-    raise StoreError(f"run {running[0]} has no model.{_hint_of_saving(store, running[0])}")
-
-
-def find_newest_model(store: Store, name: str) -> Found:
-    """Return the model that a name means; of a run, the one that was published last, intermediate ones included."""
-    meant = meaning(store, name)
-    if isinstance(meant, Run) and (models := _models(store, meant.name)):
-        return Found(max(models, key=_published), meant.name)
-    return find_model(store, name)
-
-
-def _models(store: Store, run: str) -> list[Path]:
-    return [place for place in links(store, run).values() if _manifest(place).get("kind") == MODEL]
-
-
 def run_of(store: Store, found: Found) -> str | None:
     """Return the run of an artifact: that of its name, else the latest run if it has it, else the one that made it."""
     if found.run is not None or found.place in links(store, latest(store)).values():
