@@ -165,7 +165,7 @@ def _find_problems(config: Config, given: GivenModel | None, sizes: GPTSizes | N
     bench, device = config.bench, find_device(config.machine)
     rows = max(bench.rows)
     what = f"{rows} rows of {longest:,} tokens, prompts and answers, with the weights"
-    remedies = ("a smaller bench.rows", "a smaller --prompt", "a smaller --new")
+    remedies = ("a smaller bench.rows", "a smaller bench.prompt_tokens", "a smaller bench.new_tokens")
     if sizes is not None:
         needed = Decoding(sizes=sizes, device=device, row_tokens=longest, bits=bench.bits)
         if not device.fits(needed.peak_bytes(rows)):
