@@ -22,18 +22,19 @@ from mlxchat.composition.sections import config_of, executor_of
 from mlxchat.config.schema import Config, ExecutorConfig
 from mlxchat.config.secrets import redact
 from mlxchat.distributed.ranks import current_team
-from mlxchat.errors import ConfigError, StoreError, visible
+from mlxchat.errors import ConfigError, StepFailed, StoreError, visible
 from mlxchat.hub.cache import is_offline
 from mlxchat.hub.downloads import endpoint
 from mlxchat.hub.listings import fetch_command
 from mlxchat.ops.machine import device_kind, dtype_name
-from mlxchat.planning.inputs import check_inputs, find_text_need
+from mlxchat.planning.inputs import TextNeed, check_inputs, find_text_need
 from mlxchat.planning.memory import check_memory
 from mlxchat.runner.executors import check_installed
 from mlxchat.runner.keys import find_unknown
 from mlxchat.runner.plan import PlannedStep, entries_of, make_plan
+from mlxchat.runner.process import stop_on_signals
 from mlxchat.runner.reasons import format_plan
-from mlxchat.runner.run import Run
+from mlxchat.runner.run import Run, complete
 from mlxchat.runner.workers import execute
 from mlxchat.store.crash import crash_point
 from mlxchat.store.environment import Environment
@@ -135,11 +136,12 @@ def run_pipeline(
         tracker.log(step, record)
         on_record(step, record)
 
-    run = Run(
-        folder=folder, seed=config.seed, data_seed=config.data_seed,
-        overrides=composed.overrides, environment=Environment(_describe_device), say=_say, on_metrics=take,
-        executors=executors, fail_fast=config.fail_fast, hints={"train_chars": need.chars} if need is not None else {},
-        uses_gpu=partial(_uses_gpu, config.machine.device), team=team,
+    def order(step: PlannedStep) -> Callable[[], None]:
+        words, dtype = [*composed.options, *composed.overrides], step.config.machine.compute_dtype
+        return partial(complete_elsewhere, words, folder.name, step.name, step.key, forced=step.forced, dtype=dtype)
+
+    run = _run_of(
+        composed, folder, need, on_metrics=take, executors=executors, order=order, team=team,
         becomes_latest=not is_verb and job is None,
     )  # fmt: skip
     is_done = False
@@ -151,6 +153,45 @@ def run_pipeline(
     finally:
         tracker.finish(_results(config, store, folder, is_done=is_done))
     return folder
+
+
+def _run_of(composed: Composed, folder: Path, need: TextNeed | None, **options: Any) -> Run:
+    config = composed.config
+    return Run(
+        folder=folder, seed=config.seed, data_seed=config.data_seed, overrides=composed.overrides,
+        environment=Environment(_describe_device), say=_say, fail_fast=config.fail_fast,
+        hints={"train_chars": need.chars} if need is not None else {},
+        uses_gpu=partial(_uses_gpu, config.machine.device), **options,
+    )  # fmt: skip
+
+
+def complete_elsewhere(words: list[str], run: str, step: str, key: str, *, forced: bool, dtype: str) -> None:
+    """Complete one step of a run, whose inputs exist, inside a job.
+
+    Args:
+        words: the command line of the run.
+        run: name of the run, which another process leads.
+        step: name of the step.
+        key: its key, as the run planned it.
+        forced: run it although its artifact exists.
+        dtype: `machine.compute_dtype` of the run.
+
+    Raises:
+        Interrupted: a signal arrived; the step has saved its state.
+        MlxchatError: the step failed, or has another key by now.
+    """
+    composed = compose_config(*split_options(words))
+    machine = replace(composed.config.machine, compute_dtype=dtype)
+    config = replace(composed.config, machine=machine, force=[step] if forced else [])
+    store = Store(Path(config.outputs))
+    store.prepare()  # this machine must see the locks, too
+    plan = plan_to_run(config, store)
+    planned = {each.name: each for each in plan}
+    if planned[step].key != key:
+        raise StepFailed(f"{step} changed after it was submitted: its settings, data or inputs. Run the command again.")
+    own = _run_of(composed, store.outputs / "runs" / run, find_text_need(config, plan, store))
+    with stop_on_signals(own.request_stop, own.announce_stop):
+        complete(planned[step], store, own, planned)
 
 
 def _show_report(store: Store, folder: Path) -> None:

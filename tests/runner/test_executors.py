@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from kit.commands import saved_trainings, wait_until
 from kit.models import composed
 from mlxchat.composition.sections import executor_of
 from mlxchat.config.schema import Config, ExecutorConfig
-from mlxchat.errors import ConfigError
+from mlxchat.errors import ConfigError, Interrupted
 from mlxchat.pipeline import place_steps, plan_of
 from mlxchat.runner import executors
-from mlxchat.runner.executors import Job, Leave, LostJob, Task, attach, check_installed, submit
+from mlxchat.runner.executors import Job, attach, check_installed, submit
 from mlxchat.runner.process import stop_on_signals
 from mlxchat.store.attempts import iteration
 from mlxchat.store.manifest import read_manifest
@@ -42,43 +43,17 @@ def config_of(*overrides: str) -> Config:
 LOCAL = config_of("executor=submitit_local").executor
 
 
-@dataclass(frozen=True)
-class Count:
-    """Counts to ten thousand, a hundred a second, and saves the number in a file, from which it resumes."""
-
-    file: Path
-    most: int = 10_000
-
-    def __call__(self, leave: Leave | None) -> Any:
-        heard: list[int] = []
-        began = int(self.file.read_text()) if self.file.exists() else 0
-        with stop_on_signals(heard.append, lambda: None):
-            for number in range(began, self.most):
-                if heard:
-                    break
-                self.file.write_text(str(number + 1))
-                time.sleep(0.01)
-        if heard and leave is not None:
-            return leave()
-        return began, int(self.file.read_text()), str(Path.cwd())
-
-
-@dataclass(frozen=True)
-class Marked:
-    """Marks itself, writes whether it was marked before, and is queued again once."""
-
-    file: Path
-    marks: list[int]
-
-    def __call__(self, leave: Leave | None) -> Any:
-        with self.file.open("a") as file:
-            file.write("marked\n" if self.marks else "first start\n")
-        self.marks.append(1)
-        starts = self.file.read_text().splitlines()
-        if len(starts) == 1 and leave is not None:
-            os.kill(os.getpid(), signal.SIGUSR2)
-            return leave()
-        return starts
+def count(file: Path, most: int = 10_000) -> None:
+    """Count to `most`, a hundred a second, and save the number in a file, from which it resumes."""
+    heard: list[int] = []
+    began = int(file.read_text()) if file.exists() else 0
+    with stop_on_signals(heard.append, lambda: None):
+        for number in range(began, most):
+            if heard:
+                raise Interrupted("stopped", heard[0])
+            file.write_text(str(number + 1))
+            time.sleep(0.01)
+    file.with_name("place").write_text(f"{began} {Path.cwd()}")
 
 
 @pytest.fixture
@@ -90,9 +65,9 @@ def submitted(tmp_path: Path) -> Iterator[list[Job]]:
         job.cancel()
 
 
-def start(call: Any, submitted: list[Job], settings: ExecutorConfig = LOCAL) -> Job:
-    folder = call.file.parent
-    (job,) = submit(settings, "test", [Task("count", call, folder / "job.jsonl")], folder / "jobs")
+def start(file: Path, submitted: list[Job], *arguments: Any, settings: ExecutorConfig = LOCAL) -> Job:
+    calls = {file.parent / "job.jsonl": partial(count, file, *arguments)}
+    (job,) = submit(settings, "test", calls, file.parent / "jobs")
     submitted.append(job)
     return job
 
@@ -102,43 +77,38 @@ def process_of(job: Any) -> int:
     return int(subprocess.check_output(["ps", "-o", "pid=", "--ppid", job.facts["id"]]))
 
 
-@pytest.mark.slow
 def test_timed_out_job_is_requeued_in_the_same_directory(tmp_path, submitted, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    count = tmp_path / "count"
-    job = start(Count(count, most=200), submitted)
-    wait_until(lambda: count.exists() and count.read_text())
+    file = tmp_path / "count"
+    job = start(file, submitted, 100)
+    assert attach(job.path) is not None
+    wait_until(lambda: file.exists() and file.read_text())
     os.kill(process_of(job), signal.SIGUSR2)  # as SLURM does
     wait_until(job.done)
-    began, reached, place = job.result()
-    assert 0 < began < reached == 200
-    assert place == str(tmp_path)
+    assert attach(job.path) is None
+    assert (job.take(), len(job.starts), file.read_text()) == ("", 2, "100")
+    began, place = (tmp_path / "place").read_text().split()
+    assert (0 < int(began) < 100, place) == (True, str(tmp_path))
 
 
-def test_requeued_call_is_the_submitted_one(tmp_path, submitted):
-    call = Marked(tmp_path / "starts", [])
-    job = start(call, submitted)
-    wait_until(job.done)
-    assert job.result() == ["first start", "first start"]
-
-
-def test_lost_job_names_its_log(tmp_path, submitted):
-    count = tmp_path / "count"
-    job = start(Count(count), submitted)
-    wait_until(lambda: count.exists() and count.read_text())
-    os.kill(process_of(job), signal.SIGKILL)
-    wait_until(job.done)
-    with pytest.raises(LostJob, match=rf"submitit job \d+ was lost .*Its log: {tmp_path}/jobs/\d+_0_log\.out"):
-        job.result()
-
-
-def test_finished_and_lost_jobs_are_not_attached(tmp_path, submitted):
-    job = start(Count(tmp_path / "count", most=1), submitted)
-    assert attach(job.path) is not None
+@pytest.mark.parametrize(
+    ("end", "error"),
+    [
+        ("kill", r"submitit job \d+ was lost .*Its log: {}/jobs/\d+_0_log\.out"),
+        ("cancel", "stopped\nIts job ended: it was"),
+    ],
+)
+def test_lost_and_cancelled_jobs_say_why(end, error, tmp_path, submitted):
+    file = tmp_path / "count"
+    job = start(file, submitted)
+    wait_until(lambda: file.exists() and file.read_text())
+    if end == "kill":
+        os.kill(process_of(job), signal.SIGKILL)
+    else:
+        job.cancel()
     wait_until(job.done)
     assert attach(job.path) is None
-    assert job.result()[:2] == [0, 1]
-    assert attach(job.path) is None, "the result was taken"
+    assert re.match(error.format(tmp_path), job.take())
 
 
 def test_state_of_a_slurm_job_is_that_of_squeue(tmp_path, monkeypatch):
@@ -168,9 +138,9 @@ def test_unreachable_cluster_is_one_message(programs, tmp_path, monkeypatch):
     for name, script in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
-    monkeypatch.setattr(executors, "AS_STARTED", {"PATH": str(tmp_path)})
+    monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match=r"executor=slurm: .*slurm") as error:
-        start(Count(tmp_path / "count"), [], config_of("executor=slurm").executor)
+        start(tmp_path / "count", [], settings=config_of("executor=slurm").executor)
     assert "\n" not in str(error.value)
 
 

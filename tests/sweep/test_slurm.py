@@ -14,7 +14,6 @@ import pytest
 from kit.commands import saved_trainings, wait_until
 from mlxchat.composition.compose import Composed, compose_config
 from mlxchat.errors import Interrupted
-from mlxchat.runner import executors
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.store import locks
 from mlxchat.store.manifest import read_manifest
@@ -117,43 +116,18 @@ def test_timed_out_job_is_requeued_and_resumes(signals, sweep, stub, outputs, sw
 def test_stopped_sweep_saves_and_cancels_its_jobs(sweep, stub, outputs, swept):
     process = sweep("pretrain.num_iterations=3000,3001", parallel=1)
     pid_of(stub, 0, process, outputs)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
     text, _ = process.communicate(timeout=600)
-    assert process.returncode == 128 + signal.SIGTERM, text
+    assert process.returncode == 128 + signal.SIGINT, text
     statuses = {row["job"]: row["status"] for row in swept.rows()}
     assert statuses[1] == "interrupted"
     assert statuses[2] in ("interrupted", "not run"), "it was taken out of the queue, or saw at once that it is over"
     assert len(list((outputs / "work").glob("*/ckpt"))) == 1
 
 
-def test_queue_signal_stops_the_run_once(monkeypatch):
-    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
-    stopped: list[int] = []
-    queued: list[int] = []
-    former = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
-    signal.signal(signal.SIGTERM, lambda number, frame: stopped.append(number))
-    signal.signal(signal.SIGUSR2, lambda number, frame: queued.append(number))
-    try:
-        with executors.queue_signals() as leave:
-            os.kill(os.getpid(), signal.SIGUSR2)
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGUSR2)
-            assert stopped[0] == signal.SIGTERM
-            assert queued == []
-            assert leave is not None
-            assert "does not queue it again" in leave()
-            assert queued == [signal.SIGUSR2]
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-
-
 def test_queue_interruption_leaves_no_row(tmp_path, monkeypatch, tiny):
     def stopped(*_: object, **__: object) -> None:
         raise Interrupted("stopped", signal.SIGTERM)
-
-    def leave() -> str:
-        raise SystemExit(143)
 
     monkeypatch.setattr(sweep_jobs, "run_pipeline", stopped)
     folder = SweepFolder(tmp_path / "sweep")
@@ -163,13 +137,9 @@ def test_queue_interruption_leaves_no_row(tmp_path, monkeypatch, tiny):
     def prepare() -> tuple[Composed, list[PlannedStep]]:
         return compose_config(overrides), []
 
-    with locks.hold(folder.lock, {}, lambda owner: None):
-        with pytest.raises(SystemExit):
-            sweep_jobs.run_job(folder, 1, overrides, prepare, leave)
-        assert (folder.rows(), folder.stop()) == ({}, None)
-        sweep_jobs.run_job(folder, 1, overrides, prepare, lambda: "timed out too often.")
-        assert folder.rows()[1]["error"] == "the job was stopped and is not queued again: timed out too often."
-        assert folder.stop() is None
+    with locks.hold(folder.lock, {}, lambda owner: None), pytest.raises(Interrupted):
+        sweep_jobs.run_job(folder, 1, overrides, prepare, is_queued=True)
+    assert (folder.rows(), folder.stop()) == ({}, None)
 
 
 @pytest.mark.slow

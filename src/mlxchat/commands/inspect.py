@@ -88,7 +88,7 @@ def _describe_jobs(store: Store, *, cancel: bool) -> list[Row]:
         facts = job.facts
         state = "is cancelled" if cancel else job.describe()
         found.append({
-            "job": job.name, "step": facts["name"], "run": facts.get("run"), "sweep": facts.get("sweep"),
+            "job": job.name, "step": facts.get("step", path.stem), "run": facts.get("run"), "sweep": facts.get("sweep"),
             "state": state, "submitted": facts["submitted"], "log": facts.get("log"), "record": path.stem,
         })  # fmt: skip
     return found

@@ -50,6 +50,10 @@ def _no_gpu() -> bool:
     return False
 
 
+def _no_job(step: PlannedStep) -> Callable[[], None]:
+    raise NotImplementedError("this run has no executors")
+
+
 @dataclass(kw_only=True)
 class Run:
     """One invocation."""
@@ -67,6 +71,8 @@ class Run:
     """Called with step and record, for trackers."""
     executors: Mapping[str, ExecutorConfig] = field(default_factory=dict)
     """Step → executor, for steps that do not run here."""
+    order: Callable[[PlannedStep], Callable[[], None]] = _no_job
+    """Step → the call that completes it in a job, for `executors.submit`."""
     fail_fast: bool = False
     """Whether a failed step also stops steps that do not need it."""
     hints: Mapping[str, float] = field(default_factory=dict)

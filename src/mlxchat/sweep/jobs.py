@@ -13,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,7 +21,6 @@ from mlxchat.composition.compose import Composed, compose_config
 from mlxchat.config.secrets import redact
 from mlxchat.errors import Interrupted, MlxchatError
 from mlxchat.pipeline import plan_to_run, run_pipeline
-from mlxchat.runner.executors import Leave
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.runner.process import heard_signals, leave_terminal
 from mlxchat.store.store import Store
@@ -41,26 +40,17 @@ def _reveal(overrides: list[str]) -> list[str]:
     return [re.sub(r"<(\w+)>", secret, item) for item in overrides]
 
 
-@dataclass(frozen=True)
-class SubmittedJob:
-    """A whole job of a sweep as the call of an executor's job."""
-
-    folder: SweepFolder
-    number: int
-
-    def __call__(self, leave: Leave | None) -> None:
-        """Run the job; its row is the result."""
-        run_elsewhere(self.folder, self.number, leave)
-
-
-def run_elsewhere(folder: SweepFolder, number: int, leave: Leave | None) -> Row:
-    """Run a job of a sweep in the process that the executor started, and return its row.
+def run_elsewhere(place: str, number: int) -> None:
+    """Run a job of a sweep in the process that the executor started; its row is the result.
 
     Args:
-        folder: the sweep's folder.
+        place: the sweep's folder.
         number: number of the job.
-        leave: returns the job to its queue.
+
+    Raises:
+        Interrupted: the queue, not the sweep, stopped the job, which then has no row.
     """
+    folder = SweepFolder(Path(place))
     state = folder.state()
     overrides = _reveal(state["jobs"][str(number)]["overrides"])
 
@@ -75,12 +65,12 @@ def run_elsewhere(folder: SweepFolder, number: int, leave: Leave | None) -> Row:
 
     with _prefixed(f"[{number}] "), _stopping_with(folder):
         os.chdir(state["parent"]["cwd"])
-        return run_job(folder, number, overrides, prepare, leave)
+        run_job(folder, number, overrides, prepare, is_queued=True)
 
 
 def run_job(
     folder: SweepFolder, number: int, overrides: list[str], prepare: Callable[[], tuple[Composed, list[PlannedStep]]],
-    leave: Leave | None = None,
+    *, is_queued: bool = False,
 ) -> Row:  # fmt: skip
     """Run one job, write its row to the folder, and return it. A failure is a row.
 
@@ -89,7 +79,10 @@ def run_job(
         number: number of the job.
         overrides: overrides of the job.
         prepare: returns its configuration and plan.
-        leave: called if the queue, not the sweep, stops the job, which then has no row.
+        is_queued: whether a queue may stop the job, which then has no row.
+
+    Raises:
+        Interrupted: the queue stopped it.
     """
     row: Row = {"job": number, "overrides": settings_of(overrides), "status": "done", "metrics": {}}
     began = time.monotonic()
@@ -109,11 +102,10 @@ def run_job(
             "metrics": metrics_of(plan, Store(Path(config.outputs)), config.sweep.metric),
         }  # fmt: skip
     except Interrupted as stop:
+        if is_queued and not folder.stop():
+            raise
         row |= {"status": "interrupted", "error": str(stop)}
-        if leave is not None and not folder.stop():
-            row["error"] = f"the job was stopped and is not queued again: {leave()}"
-        else:
-            folder.ask_to_stop("signal", stop.exit_code - 128)
+        folder.ask_to_stop("signal", stop.exit_code - 128)
     except Exception as error:  # any failure of a job is a row of the table; the other jobs continue
         if not isinstance(error, MlxchatError):
             log = folder.path / f"job-{number}-error.log"

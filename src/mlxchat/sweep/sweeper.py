@@ -28,12 +28,12 @@ from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, v
 from mlxchat.pipeline import place_steps, plan_of, plan_to_run, run_pipeline
 from mlxchat.planning.scaling import Training
 from mlxchat.runner.executors import Job as QueueJob
-from mlxchat.runner.executors import LostJob, Task, attach, submit
+from mlxchat.runner.executors import attach, submit
 from mlxchat.runner.plan import PlannedStep, entries_of, plan_again
 from mlxchat.store import locks
 from mlxchat.store.files import now
 from mlxchat.store.store import Store
-from mlxchat.sweep.jobs import SubmittedJob, force_only_others, run_job, watched, whereabouts
+from mlxchat.sweep.jobs import force_only_others, run_elsewhere, run_job, watched, whereabouts
 from mlxchat.sweep.results import (
     Row,
     SweepFolder,
@@ -407,10 +407,10 @@ class _Run:
         new = [number for number in records if number not in running]
         for number in new:
             (folder.path / "rows" / f"{number}.json").unlink(missing_ok=True)
-        tasks = [Task(records[number].stem, SubmittedJob(folder, number), records[number]) for number in new]
-        facts = {"sweep": str(folder.path.resolve())}
-        if tasks:
-            jobs = submit(self.config.executor, folder.path.name, tasks, folder.path / "jobs", **facts)
+        place = str(folder.path.resolve())
+        if new:
+            calls = {records[number]: partial(run_elsewhere, place, number) for number in new}
+            jobs = submit(self.config.executor, folder.path.name, calls, folder.path / "jobs", sweep=place)
             running |= dict(zip(new, jobs, strict=True))
         by_number = {job.number: job for job in pending}
         while running:
@@ -418,10 +418,7 @@ class _Run:
             for number, job in list(running.items()):
                 if job.done():
                     del running[number]
-                    try:
-                        job.result()
-                    except LostJob as error:
-                        self._end_without_row(by_number[number], str(error))
+                    self._end_without_row(by_number[number], job.take() or "its process ended without a result")
                 elif folder.stop() and job.waits:  # running jobs see the request themselves, and save
                     del running[number]
                     job.cancel()
