@@ -135,7 +135,13 @@ def test_model_and_its_export_read_equal_bytes(tmp_path, say):
     model, tokenizer = artifacts_model("oct2025"), make_tokenizer()
     publish(outputs, "talks", lambda out: save_checkpoint(out, model, tokenizer, {"stage": "sft", "format": "chat"}))
     say("export", "talks", "--to", "mlx", tmp_path / "mlx", f"outputs={outputs}")
-    asked = ["bench.rows=[1,2]", "bench.prompt_tokens=[20]", "bench.new_tokens=4", "bench.steps=1", f"outputs={outputs}"]
+    asked = [
+        "bench.rows=[1,2]",
+        "bench.prompt_tokens=[20]",
+        "bench.new_tokens=4",
+        "bench.steps=1",
+        f"outputs={outputs}",
+    ]
     ours, theirs = (found_by(say, "generate", name, *asked) for name in ("talks", f"hf:{tmp_path / 'mlx'}"))
     assert (ours["num_parameters"], ours["weight_bytes_per_step"]) == (
         theirs["num_parameters"], theirs["weight_bytes_per_step"]

@@ -107,12 +107,11 @@ def test_base_model_chooses_as_numpy(made, tmp_path, say):
     assert (found["accuracy"], found["num_questions"], found["chance"]) == (right / 10, 10, 0.25)
 
 
-def test_mistakes_are_reported_together(made, say):
-    told = say("eval", "talks", "--task", "gsn8k", "--suite", "chatcor", f"outputs={made}", code=2)
-    for part in ('Did you mean "gsm8k"', 'Did you mean "chatcore"'):
-        assert part in told
+def test_mistakes_are_refused(made, say):
     for arguments, message in (
         (["talks", "--task", "gsm8k", "--limit", "0"], "--limit is 0, expected a whole number of at least 1"),
+        (["talks", "--task", "gsn8k"], 'Did you mean "gsm8k"'),
+        (["talks", "--suite", "chatcor"], 'Did you mean "chatcore"'),
         (["talks"], "expected --task TASK (core, bpb, kinds_mc"),
         (["base", "--task", "gsm8k"], "cannot answer questions: expected --task core"),
         (["talks", "--task", "core"], "CORE needs a base model"),

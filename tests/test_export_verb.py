@@ -230,7 +230,6 @@ def test_base_export_has_no_chat_template(export, tmp_path):
             ["oct", "--to", "gguf", "OUT"],
             "--to gguf is not supported, expected hf, nanochat, mlx, mlx-adapter, peft\\.$",
         ),
-        (["oct", "--to", "mlx", "OUT", "--quantize", "4"], "--quantize is called --bits"),
         (["oct", "OUT"], r"To copy artifacts: mlxchat push oct \S+/out"),
         (["odd", "--to", "nanochat", "OUT"], r"rope_theta 5000\.0 instead of 10000\.0.*--to mlx or --to hf"),
         (["oct", "--to", "hf", "OUT", "--bits", "4"], "--bits requires --to mlx"),

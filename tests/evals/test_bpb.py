@@ -145,7 +145,7 @@ def test_loss_of_text_equals_numpys(outputs, tmp_path, say):
     assert folder["perplexity"] == pytest.approx(math.exp(sum(nats) / tokens), rel=1e-5)
     assert measured(say, outputs, tmp_path / "folder") == folder, "cached by contents"
     for name in ("a.jsonl", "a.parquet"):
-        found = measured(say, outputs, tmp_path / name, "--column", "story")
+        found = measured(say, outputs, tmp_path / name, "eval.text_column=story")
         assert {**found, "artifact": folder["artifact"]} == folder
     (tmp_path / "folder" / "0.md").write_text("The house in the gardens.")
     assert measured(say, outputs, tmp_path / "folder")["artifact"] != folder["artifact"]
@@ -162,7 +162,6 @@ def test_unreadable_text_is_one_message(outputs, tmp_path, say):
         ([tmp_path / "a.jsonl"], 'line 1: no field "text" with text'),
     ):
         assert told in say("eval", "base", "--text", *arguments, f"outputs={outputs}", code=2)
-    assert "--column requires --text" in say("eval", "base", "--task", "bpb", "--column", "x", code=2)
 
 
 def test_ratio_error_of_equal_documents_is_that_of_a_mean():

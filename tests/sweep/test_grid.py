@@ -177,11 +177,11 @@ def test_sweep_plan_counts_shared_steps_once(say, tmp_path):
     command = ["experiment=smoke", "stage=pretrain", "optimizer.matrix_lr=0.01,0.02", "model=d2,d4"]
     command += [f"outputs={tmp_path}/outputs"]
     text = say("plan", "-m", *command)
-    assert re.search(r"shared by 4 jobs\n  corpus +run .*\n  tokenizer +run", text)
-    assert len(re.findall(r"^job \d/4 optimizer.matrix_lr=0.0\d model=d\d\n  pretrain +run .*MB with", text, re.M)) == 4
+    first, *others = re.split(r"^job \d/4 optimizer.matrix_lr=0.0\d model=d\d\n", text, flags=re.M)[1:]
+    assert re.findall(r"^  (\w+) +run ", first, re.M) == ["corpus", "tokenizer", "pretrain"]
+    assert [re.findall(r"^  (\w+) +run .*MB with", other, re.M) for other in others] == [["pretrain"]] * 3
     assert text.splitlines()[-1].startswith("4 jobs, 6 steps: 0 done, 6 to run")
     plan = json.loads(say("plan", "--json", *command, "-m", "--exit-code", code=3))
-    assert [step["step"] for step in plan["shared"]] == ["corpus", "tokenizer"]
-    assert [[step["shared"] for step in job["steps"]] for job in plan["jobs"]] == [[True, True, False]] * 4
+    assert [job["own"] for job in plan["jobs"]] == [["corpus", "tokenizer", "pretrain"], *[["pretrain"]] * 3]
     assert plan["estimate"]["unknown"] == 6
     assert list(tmp_path.iterdir()) == []

@@ -111,10 +111,9 @@ class Parser(argparse.ArgumentParser):
             known = [name for name in self._option_string_actions if name.startswith("--")]
             if unknown[0].partition("=")[0] in _WITHOUT_VERB:
                 raise ConfigError(f"{unknown[0]} cannot follow a verb: mlxchat {unknown[0]} …")
-            if (name := unknown[0].partition("=")[0]) in ("--dry-run", "-n") and self.composes:
+            name = unknown[0].partition("=")[0]
+            if name in ("--dry-run", "-n") and self.composes:
                 raise ConfigError(f"{name}: `mlxchat plan` shows what would run")
-            if name == "--quantize" and "--bits" in known:
-                raise ConfigError("--quantize is called --bits")
             near = suggest(name, known)
             raise ConfigError(f"unrecognized arguments: {' '.join(unknown)}.{near} See: {self.prog} --help")
         options.names = [word for word in options.words if not is_setting(word)]

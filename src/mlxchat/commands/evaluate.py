@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import nullcontext, redirect_stdout
@@ -15,7 +14,7 @@ from typing import Any
 from mlxchat.commands.arguments import Parser, positive, quoted
 from mlxchat.commands.columns import aligned, print_json
 from mlxchat.config.wording import plural
-from mlxchat.errors import ConfigError, suggest
+from mlxchat.errors import ConfigError
 from mlxchat.store.naming import describe_model, find_model
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
@@ -39,8 +38,7 @@ def evaluate(parser: Parser) -> None:
     parser.description = "Measure a model. The evaluation is a step like any other: cached, resumed, with a manifest."
     add = parser.add_argument
     add("--task", action="append", default=[], help="a task, such as gsm8k; core, bpb for base models; may be repeated")
-    add("--text", metavar="PATH", help="bits per byte and perplexity of a file, or a folder of files; - reads stdin")
-    add("--column", metavar="NAME", help="column of the text in .jsonl and .parquet files (default: text)")
+    add("--text", metavar="PATH", help="bits per byte and perplexity of a file, or a folder of files")
     add("--suite", help="the tasks of conf/suite/SUITE.yaml, such as chatcore")
     add("--limit", type=positive, metavar="N", help="only the first N questions of each task")
     add(
@@ -56,21 +54,16 @@ def evaluate(parser: Parser) -> None:
 
 def _evaluate(options: Namespace) -> int:
     """Run the evaluation unless it is done; print its scores."""
-    problems = list(_find_problems(options))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if options.text == "-":
-        with tempfile.TemporaryDirectory() as folder:
-            options.text = str(Path(folder, "stdin.txt"))
-            Path(options.text).write_bytes(sys.stdin.buffer.read())
-            return _run(options)
-    return _run(options)
-
-
-def _run(options: Namespace) -> int:
     from mlxchat.composition.compose import compose_config, split_options
     from mlxchat.pipeline import plan_to_run, run_pipeline
+    from mlxchat.tasks import task_class, task_names
 
+    if not options.task and options.suite is None and options.text is None:
+        known = ", ".join((*_BASE_TASKS, *task_names()))
+        raise ConfigError(f"expected --task TASK ({known}), --suite SUITE or --text PATH")
+    for name in options.task:
+        if name not in _BASE_TASKS:
+            task_class(name)  # raises an error with the nearest name
     given = split_options(options.settings)
     # Settings such as eval.core.tasks need the group.
     core = ["core=nanochat"] if "core" in options.task else []
@@ -95,25 +88,6 @@ def _run(options: Namespace) -> int:
         print(line)
     print(f"\n{place}" + (": mlxchat show ID --examples wrong shows its answers" if scores["tasks"] else ""))
     return 0
-
-
-def _find_problems(options: Namespace) -> Iterator[str]:
-    from mlxchat.composition.compose import group_options
-    from mlxchat.tasks import task_class, task_names
-
-    if not options.task and options.suite is None and options.text is None:
-        yield f"expected --task TASK ({', '.join((*_BASE_TASKS, *task_names()))}), --suite SUITE or --text PATH"
-    if options.column is not None and options.text is None:
-        yield "--column requires --text"
-    for name in options.task:
-        if name not in _BASE_TASKS:
-            try:
-                task_class(name)
-            except ConfigError as error:
-                yield f"--task: {error}"
-    suites = group_options("suite")
-    if options.suite is not None and options.suite not in suites:
-        yield f"--suite is {options.suite}, expected one of {', '.join(suites)}.{suggest(options.suite, suites)}"
 
 
 def _ours(options: Namespace, store: Store, name: str | None) -> list[str]:
@@ -186,7 +160,7 @@ def _suite(options: Namespace, *, chats: bool) -> list[str]:
 
     chosen = ["core=nanochat" if "core" in options.task else "core=none", f"suite={options.suite or 'none'}"]
     if options.text is not None:
-        chosen += [f"eval.text={quoted(options.text)}", f"eval.text_column={quoted(options.column or 'text')}"]
+        chosen.append(f"eval.text={quoted(options.text)}")
     if "core" in options.task and options.limit is not None:
         chosen.append(f"eval.core.max_per_task={options.limit}")
     for name in options.task:

@@ -20,9 +20,14 @@ from mlxchat.errors import ConfigError, suggest, visible
 
 if TYPE_CHECKING:
     from mlxchat.composition.compose import Composed
+    from mlxchat.config.schema import Config
     from mlxchat.runner.plan import PlannedStep
     from mlxchat.runner.reasons import Estimate
     from mlxchat.runner.stage import Metric
+    from mlxchat.store.store import Store
+
+Changes = Mapping[str, tuple[Any, Any]]
+"""Name → its old and new value."""
 
 
 _EXIT_PENDING = 3
@@ -49,19 +54,15 @@ def plan(parser: Parser) -> None:
 
 def _plan(options: Namespace) -> int:
     """Print the plan of the settings; return 3 if --exit-code is given and something is not done."""
-    if options.multirun:
-        return _plan_sweep(options.settings, as_json=options.json, exit_code=options.exit_code)
     from mlxchat.composition.compose import compose_config, split_options
-    from mlxchat.ops.machine import device_kind
-    from mlxchat.pipeline import find_executors, place_steps, plan_of
+    from mlxchat.pipeline import place_steps, plan_of
     from mlxchat.planning.duration import estimate_trainings
-    from mlxchat.planning.inputs import find_downloads, find_text_need, reads_text
     from mlxchat.planning.memory import forecast_memory
-    from mlxchat.runner.keys import find_unknown
     from mlxchat.runner.reasons import estimate_steps, format_plan
-    from mlxchat.store.compare import environment_drift
     from mlxchat.store.store import Store
 
+    if options.multirun:
+        return _plan_sweep(options)
     composed = compose_config(*split_options(options.settings))
     config, store = composed.config, Store(Path(composed.config.outputs))
     plan = plan_of(config, store)
@@ -71,56 +72,71 @@ def _plan(options: Namespace) -> int:
     memory = {name: each.text for name, each in forecast_memory(config, plan).items() if each.text}
     times = estimate_trainings(config, plan, store)
     estimates = estimate_steps(plan, store) | times
-    backend = device_kind(config.machine.device)
-    drift = {
-        step.name: environment_drift(manifest, backend)
-        for step in plan
-        if step.done and step.stage.uses_gpu and (manifest := store.made(step.key)) is not None
-    }
+    drift = _find_drift(config, plan, store)
     if options.json:
         print_json(describe_plan(plan, estimates, memory, drift))
     else:
-        remarks = dict(memory)
-        need = find_text_need(config, plan, store)
-        reader = next((step.name for step in plan if reads_text(step)), None)
-        drifted = {
-            name: f"computed with {', '.join(f'{key} {old}, now {new}' for key, (old, new) in changes.items())}"
-            for name, changes in drift.items()
-            if changes
-        }
-        unknown = {
-            step.name: f"preliminary key: {', '.join(dict.fromkeys(found.values()))} is not known yet"
-            for step in plan
-            if (found := find_unknown(step.externals))
-        }
-        elsewhere = {name: f"by {executor.kind}" for name, executor in find_executors(config, plan).items()}
-        for further in (elsewhere, {reader: str(need)} if reader and need else {}, drifted, unknown):
-            for name, text in further.items():
-                remarks[name] = "; ".join(filter(None, (remarks.get(name), text)))
-        for line in _describe_recipe(composed, plan, find_downloads(config, plan, store), times):
+        for line in _describe_recipe(composed, plan, store, times):
             print(line)
-        print(format_plan(plan, remarks, estimates), flush=True)
+        print(format_plan(plan, _remarks(config, plan, store, memory, drift), estimates), flush=True)
     place_steps(config, plan)
     return _EXIT_PENDING if options.exit_code and not all(step.done for step in plan) else 0
 
 
+def _find_drift(config: Config, plan: list[PlannedStep], store: Store) -> dict[str, Changes]:
+    """Return finished step → what of the environment that computed it has changed."""
+    from mlxchat.ops.machine import device_kind
+    from mlxchat.store.compare import environment_drift
+
+    backend = device_kind(config.machine.device)
+    done = [step for step in plan if step.done and step.stage.uses_gpu]
+    manifests = ((step.name, store.made(step.key)) for step in done)
+    return {name: environment_drift(manifest, backend) for name, manifest in manifests if manifest is not None}
+
+
+def _remarks(
+    config: Config, plan: list[PlannedStep], store: Store, memory: Mapping[str, str], drift: Mapping[str, Changes]
+) -> dict[str, str]:
+    """Return step → what brackets say about it beside its duration."""
+    from mlxchat.pipeline import find_executors
+    from mlxchat.planning.inputs import find_text_need, reads_text
+    from mlxchat.runner.keys import find_unknown
+
+    remarks = {name: [text] for name, text in memory.items()}
+    for name, executor in find_executors(config, plan).items():
+        remarks.setdefault(name, []).append(f"by {executor.kind}")
+    need = find_text_need(config, plan, store)
+    reader = next((step.name for step in plan if reads_text(step)), None)
+    if reader and need:
+        remarks.setdefault(reader, []).append(str(need))
+    for name, changes in drift.items():
+        if changes:
+            told = ", ".join(f"{key} {old}, now {new}" for key, (old, new) in changes.items())
+            remarks.setdefault(name, []).append(f"computed with {told}")
+    for step in plan:
+        if unknown := find_unknown(step.externals):
+            told = ", ".join(dict.fromkeys(unknown.values()))
+            remarks.setdefault(step.name, []).append(f"preliminary key: {told} is not known yet")
+    return {name: "; ".join(texts) for name, texts in remarks.items()}
+
+
 def _describe_recipe(
-    composed: Composed, plan: list[PlannedStep], downloads: Mapping[str, int | None], times: Mapping[str, Estimate]
+    composed: Composed, plan: list[PlannedStep], store: Store, times: Mapping[str, Estimate]
 ) -> Iterator[str]:
     """Yield the lines before a plan: downloads and duration, then the implied recipe.
 
     Yields nothing for a plan without downloads and implied recipe that takes less than a day.
     """
     from mlxchat.config.wording import format_seconds
-    from mlxchat.planning.inputs import describe_downloads
+    from mlxchat.planning.inputs import describe_downloads, find_downloads
 
-    implied = composed.implied
+    config, implied = composed.config, composed.implied
+    downloads = find_downloads(config, plan, store)
     waiting = [step for step in plan if not step.done]
     pretrained = {step.name for step in plan if step.stage.name == "pretrain"}
     seconds = sum(each.seconds for name, each in times.items() if name in pretrained)
     if not waiting or not (implied or downloads or seconds > _DAY_SECONDS):
         return
-    config = composed.config
     time = ""
     if times:
         time = f". Pretraining on this machine: about {format_seconds(seconds)} (predicted)"
@@ -136,77 +152,51 @@ def _describe_recipe(
             yield f"bundled text, tasks and a vocabulary of {config.tokenizer.vocab_size:,} replace nanochat's"
 
 
-def _plan_sweep(arguments: list[str], *, as_json: bool, exit_code: bool) -> int:
-    """Print what a sweep would run and its duration, counting shared steps once."""
-    from mlxchat.config.wording import format_bytes, format_seconds, plural, wrapped
+def _plan_sweep(options: Namespace) -> int:
+    """Print what each job of a sweep would run; a step is listed under the first job that needs it."""
+    from mlxchat.config.wording import plural
     from mlxchat.planning.duration import estimate_trainings
     from mlxchat.planning.memory import forecast_memory
-    from mlxchat.runner.reasons import estimate_steps
+    from mlxchat.runner.reasons import Estimate, estimate_steps, format_plan
     from mlxchat.sweep.sweeper import read_sweep
 
-    sweep = read_sweep(arguments)
-    jobs, shared = sweep.jobs, sweep.shared
-    estimates: dict[str, Estimate | None] = {}
-    memory: dict[str, str] = {}
+    jobs = read_sweep(options.settings).jobs
+    known: dict[str, Estimate | None] = {}
+    described = []
     for job in jobs:
-        config, by_name = job.composed.config, {step.name: step.key for step in job.plan}
-        found = estimate_steps(job.plan, job.store) | estimate_trainings(config, job.plan, job.store)
-        estimates |= {by_name[name]: estimate for name, estimate in found.items()}
-        memory |= {by_name[name]: each.text for name, each in forecast_memory(config, job.plan).items() if each.text}
-    known = [estimate for estimate in estimates.values() if estimate is not None]
-    seconds, size = sum(each.seconds for each in known), sum(each.bytes for each in known)
-    steps = {step.key: step for job in jobs for step in job.plan}
-    pending = [step for step in steps.values() if not step.done]
-    code = _EXIT_PENDING if exit_code and pending else 0
-    of_several = {step.key for _, group in shared for step in group}
-
-    def described(step: PlannedStep) -> dict[str, Any]:
-        estimate = estimates.get(step.key)
-        return {
-            "step": step.name, "state": step.state, "reason": step.reason, "key": step.key,
-            "estimate": asdict(estimate) if estimate else None, "memory": memory.get(step.key),
-        }  # fmt: skip
-
-    if as_json:
-        record = {
-            "schema": 1,
-            "shared": [described(step) for _, group in shared for step in group],
-            "jobs": [
-                {"job": job.number, "overrides": job.overrides, "title": job.title, "done": job.is_finished,
-                 "steps": [{**described(step), "shared": step.key in of_several} for step in job.plan]}
-                for job in jobs
-            ],
-            "estimate": {"seconds": round(seconds, 3), "bytes": size, "unknown": len(pending) - len(known)},
-        }  # fmt: skip
-        print_json(record)
-        return code
-    width = max(len(step.name) for step in steps.values())
-
-    def lines(group: list[PlannedStep]) -> Iterator[str]:
-        for step in group:
-            notes = [memory.get(step.key), str(estimates[step.key] or "no estimate") if step.key in estimates else None]
-            note = "; ".join(filter(None, notes))
-            line = f"  {step.name:<{width}}  {step.state:<5}  {step.reason}".rstrip()
-            yield wrapped(line + (f" ({note})" if note else ""), width + 11)
-
-    for _, group in shared:
-        users = sum(any(step.key == group[0].key for step in job.plan) for job in jobs)
-        print(f"shared by {users} jobs", *lines(group), sep="\n")
-    for job in jobs:
-        own = [step for step in job.plan if not step.done and step.key not in of_several]
-        state = "" if own else " is done" if job.is_finished else " needs only shared steps"
-        print(visible(f"job {job.number}/{len(jobs)} {job.title}{state}"), *lines(own), sep="\n")
-    unknown = len(pending) - len(known)
-    cost = f"; together ~{format_seconds(seconds)}, {format_bytes(size)}" if known else ""
-    cost += f" and {unknown} without an estimate" if known and unknown else ""
-    done = len(steps) - len(pending)
-    print(f"{plural(len(jobs), 'job')}, {plural(len(steps), 'step')}: {done} done, {len(pending)} to run{cost}")
-    return code
+        config = job.composed.config
+        estimates = estimate_steps(job.plan, job.store) | estimate_trainings(config, job.plan, job.store)
+        memory = {name: each.text for name, each in forecast_memory(config, job.plan).items() if each.text}
+        own = [step for step in job.plan if not step.done and step.key not in known]
+        known |= {step.key: estimates.get(step.name) for step in own}
+        about = {"job": job.number, "overrides": job.overrides, "title": job.title, "done": job.is_finished}
+        described.append(
+            {**about, "own": [step.name for step in own], **describe_plan(job.plan, estimates, memory, {})}
+        )
+        if not options.json:
+            state = "" if own else " is done" if job.is_finished else " needs only steps of jobs above"
+            print(visible(f"job {job.number}/{len(jobs)} {job.title}{state}"))
+            if own:
+                estimated = {step.name: estimates[step.name] for step in own if step.name in estimates}
+                print(textwrap.indent(format_plan(own, memory, estimated), "  "))
+    sums = [estimate for estimate in known.values() if estimate is not None]
+    total = Estimate(seconds=sum(each.seconds for each in sums), bytes=sum(each.bytes for each in sums))
+    unknown = len(known) - len(sums)
+    if options.json:
+        estimate = {"seconds": round(total.seconds, 3), "bytes": total.bytes, "unknown": unknown}
+        print_json({"schema": 2, "jobs": described, "estimate": estimate})
+    else:
+        cost = f"; together {total}" if sums else ""
+        cost += f" and {unknown} without an estimate" if sums and unknown else ""
+        steps = {step.key for job in jobs for step in job.plan}
+        done = len(steps) - len(known)
+        print(f"{plural(len(jobs), 'job')}, {plural(len(steps), 'step')}: {done} done, {len(known)} to run{cost}")
+    return _EXIT_PENDING if options.exit_code and known else 0
 
 
 def describe_plan(
     plan: list[PlannedStep], estimates: Mapping[str, Estimate | None], memory: Mapping[str, str],
-    drift: Mapping[str, Mapping[str, tuple[Any, Any]]],
+    drift: Mapping[str, Changes],
 ) -> dict[str, Any]:  # fmt: skip
     """Return the plan as plain data, with every difference from the nearest artifact."""
     planned = {step.name: step for step in plan}
@@ -249,7 +239,7 @@ def _describe_difference(step: PlannedStep) -> dict[str, Any] | None:
     }
 
 
-def _old_and_new(changes: Mapping[str, tuple[Any, Any]]) -> dict[str, Any]:
+def _old_and_new(changes: Changes) -> dict[str, Any]:
     return {key: {"old": old, "new": new} for key, (old, new) in changes.items()}
 
 
