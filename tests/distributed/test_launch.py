@@ -26,11 +26,12 @@ def launch(tiny, tmp_path) -> Callable[..., subprocess.Popen[str]]:
         pytest.skip("mlx.launch is not installed")
 
     def start(size: int, *arguments: str) -> subprocess.Popen[str]:
+        # At the end of its input the launcher polls without pause, and Ctrl-C can leave one of its queues locked.
         port = ranks.first_of_free_ports(size)  # the launcher counts up from it
         return subprocess.Popen(
             [str(LAUNCHER), "-n", str(size), "-p", str(port), "--", sys.executable, "-m", "mlxchat", *tiny, *PRETRAIN,
              f"outputs={tmp_path}", *arguments],
-            env=clean_environment(), stdin=subprocess.DEVNULL, text=True, stdout=subprocess.PIPE,
+            env=clean_environment(), stdin=subprocess.PIPE, text=True, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
 

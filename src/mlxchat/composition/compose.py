@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from functools import cache
 from importlib.util import find_spec
@@ -20,8 +18,6 @@ from mlxchat.errors import ConfigError
 from mlxchat.store.fingerprint import flatten
 
 if TYPE_CHECKING:  # Hydra takes longer to import than everything else together, and is often not needed
-    from collections.abc import Callable
-
     from omegaconf import DictConfig
 
 CONF_MODULE = "mlxchat.conf"
@@ -142,7 +138,7 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
             the built-in files, and no experiment is implied.
 
     Raises:
-        ConfigError: names everything that is wrong, with the nearest valid names.
+        ConfigError: names every unknown name with the nearest valid one, or every impossible value.
     """
     folders = config_dirs or []
     refuse_hydras(overrides)
@@ -152,7 +148,6 @@ def compose_config(overrides: list[str], config_dirs: list[str] | None = None, p
     implied = implied_experiment(overrides) if primary is None else []
     schema = schema_of(places_of_stages(overrides, folders, primary))
     composed = _compose_or_explain(overrides, folders, primary, schema)
-    _check_hydras(composed, schema)
     choices = {str(group): str(option) for group, option in composed.hydra.runtime.choices.items()}
     choices = {group: option for group, option in choices.items() if "hydra" not in group}
     params = {str(key): str(value) for key, value in (composed.hydra.sweeper.get("params") or {}).items()}
@@ -164,66 +159,41 @@ def _compose_or_explain(
 ) -> DictConfig:
     """Return the configuration that Hydra composes.
 
-    Hydra stops at the first mistake. The override with the mistake is left out, until all others compose.
-
     Raises:
-        ConfigError: names every wrong override, or the YAML file that is wrong.
+        ConfigError: names every unknown key and option, or Hydra's first mistake.
     """
-    search = search_path(folders, primary)
-    good, problems, cause = list(overrides), list[str](), None
-    while True:
-        try:
-            composed = _compose([*good, *search], primary, schema)
-        except _refusals() as error:
-            cause = cause or error
-            if primary is not None:
-                with suppress(*_refusals()):
-                    _check_hydras(_compose(search, primary, schema), schema)
-            if (fault := explain(error, overrides, folders, schema, primary)) is not None:
-                raise ConfigError(fault) from error
-            wrong, alone = _culprit(good, error, search, primary, schema)
-            problems.append(_explained(wrong, alone, folders, lambda: _compose(search, primary, schema), schema))
-            if wrong is None:
-                break
-            good.remove(wrong)
-        else:
-            break
-    if problems:
-        raise ConfigError("\n".join(problems)) from cause
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from mlxchat.composition.mistakes import explain, find_mistakes
+
+    groups, search = _groups(folders), search_path(folders, primary)
+    added = [override for override in overrides if override.startswith("+")]
+    if mistakes := list(find_mistakes(added, groups, schema)):
+        raise ConfigError("\n".join(mistakes))
+
+    def present() -> dict[str, Any]:
+        chosen = [each for each in overrides if each.lstrip("+").partition("=")[0] in groups]
+        keys = flatten(cast("dict[str, Any]", OmegaConf.to_container(_compose([*chosen, *search], primary, schema))))
+        return {**keys, **{key.rpartition(".")[0]: None for key in keys}}
+
+    try:
+        composed = _compose([*overrides, *search], primary, schema)
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        places = [*([primary.parent] if primary is not None else []), conf_folder(), *map(Path, folders)]
+        lines = list(find_mistakes(overrides, groups, schema, str(error)))
+        raise ConfigError("\n".join(lines or [explain(error, places, groups, schema, present)])) from error
+    except AssertionError as error:  # OmegaConf's, for a key below null
+        keys = [key for each in overrides if (key := each.lstrip("+").partition("=")[0]).startswith("eval.core.")]
+        raise ConfigError(f"{' and '.join(keys)}: eval.core is null; core=nanochat sets it") from error
+    if OmegaConf.get_type(composed) is not schema:
+        raise ConfigError(
+            f"{composed.hydra.job.config_name}.yaml does not have mlxchat's schema: its defaults list must start with "
+            "`- config` and end with `- _self_`"
+        )
     return composed
-
-
-def _culprit(
-    overrides: list[str], error: Exception, search: list[str], primary: Path | None, schema: type[Config]
-) -> tuple[str | None, Exception]:
-    """Return the override that does not compose, and its error: the one that Hydra names, else found by trying."""
-    keys = {each: re.split("[@=]", each.lstrip("+~"))[0] for each in overrides}
-    named = [each for each in overrides if f"'{keys[each]}'" in str(error) or f"override {each}" in str(error)]
-    if len(named) == 1:
-        return named[0], error
-    of_groups = [each for each in overrides if keys[each] in group_names()]
-    others = sorted(set(overrides) - {*of_groups}, key=lambda each: keys[each] not in str(error))
-    for each in [*of_groups, *others]:  # groups determine which keys exist
-        try:
-            _compose([*(of_groups if each in others else ()), each, *search], primary, schema)
-        except _refusals() as alone:
-            return each, alone
-    return None, error
-
-
-def _explained(
-    override: str | None, error: Exception, folders: list[str], default: Callable[[], DictConfig], schema: type[Config]
-) -> str:
-    """Return one line about a wrong override; None: Hydra's own words."""
-    from mlxchat.composition.misspelling import explain_override, first_line
-
-    if override is None:
-        return first_line(error)
-    if isinstance(error, AssertionError):  # OmegaConf's, for a key below null
-        key = override.lstrip("+").partition("=")[0]
-        section = key.rpartition(".")[0]
-        return f"{key}: {section} is null. Choose an option that sets it; for CORE: core=nanochat"
-    return explain_override(override, error, _groups(folders), default, schema)
 
 
 def search_path(config_dirs: list[str], primary: Path | None = None) -> list[str]:
@@ -246,26 +216,6 @@ def refuse_hydras(overrides: list[str]) -> None:
             reason = reason or "has no effect on a run"
         if reason is not None:
             problems.append(f"{override}: {reason}")
-    if problems:
-        raise ConfigError("\n".join(problems))
-
-
-def _check_hydras(composed: DictConfig, schema: type[Config]) -> None:
-    """Refuse settings of Hydra in YAML files that a run would ignore, and a file without our schema."""
-    from omegaconf import OmegaConf
-
-    found = {
-        "hydra.run.": composed.hydra.run.dir != ".",
-        "hydra.output_subdir": composed.hydra.output_subdir is not None,
-        "hydra.job.chdir": bool(composed.hydra.job.chdir),
-    }
-    problems = [f"{key.rstrip('.')} in a YAML file: {_REFUSED[key]}" for key, is_set in found.items() if is_set]
-    if OmegaConf.get_type(composed) is not schema:
-        name = composed.hydra.job.config_name
-        problems = [
-            f"{name}.yaml does not have mlxchat's schema: its defaults list must start with `- config` and end with "
-            "`- _self_`"
-        ]
     if problems:
         raise ConfigError("\n".join(problems))
 
@@ -306,11 +256,8 @@ def to_typed(composed: DictConfig) -> Config:
     from omegaconf import MISSING, OmegaConf, open_dict
     from omegaconf.errors import OmegaConfBaseException
 
-    from mlxchat.composition.misspelling import first_line, unknown_keys
+    from mlxchat.composition.mistakes import first_line
 
-    strangers = unknown_keys(composed)
-    if strangers:
-        raise ConfigError("\n".join(strangers))
     with open_dict(composed):
         composed.pop("hydra", None)
     plain = cast("dict[str, Any]", OmegaConf.to_container(composed))
@@ -367,15 +314,6 @@ def group_names() -> list[str]:
     return sorted({*folders, "model"})
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    """Return the exceptions of composing; Hydra raises a ValueError if a group gets a number."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    return (HydraException, OmegaConfBaseException, YAMLError, ValueError, AssertionError)
-
-
 def _compose(overrides: list[str], primary: Path | None, schema: type[Config]) -> DictConfig:
     """Return the configuration that Hydra composes from overrides in our syntax."""
     from hydra import compose, initialize_config_dir, initialize_config_module
@@ -387,20 +325,6 @@ def _compose(overrides: list[str], primary: Path | None, schema: type[Config]) -
             return compose(primary.stem, words, return_hydra_config=True)
     with initialize_config_module(CONF_MODULE, version_base="1.3"):
         return compose("config", words, return_hydra_config=True)
-
-
-def explain(
-    error: Exception,
-    overrides: list[str],
-    config_dirs: list[str],
-    schema: type[Config] = Config,
-    primary: Path | None = None,
-) -> str | None:
-    """Return FILE:LINE and what is wrong there, if composing failed because of a YAML file, else None."""
-    from mlxchat.composition.misspelling import explain_file
-
-    folders = [*([primary.parent] if primary is not None else []), conf_folder(), *map(Path, config_dirs)]
-    return explain_file(error, folders, overrides, _groups(config_dirs), schema)
 
 
 def _groups(config_dirs: list[str]) -> dict[str, list[str]]:

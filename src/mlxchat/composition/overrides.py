@@ -88,6 +88,8 @@ def type_of(key: str, schema: Any) -> Any:
     """Return the type that the schema declares at a dotted key; None if there is no such key."""
     for part in key.split("."):
         kinds = [kind for kind in (schema, *get_args(schema)) if is_dataclass(kind)]
+        if schema is Any:
+            return Any
         if get_origin(schema) is dict:
             schema = get_args(schema)[1]
         elif kinds:
