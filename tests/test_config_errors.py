@@ -85,7 +85,6 @@ TOGETHER = {
         "sft.schedule.init_lr_frac=0": r"sft\.schedule\.init_lr_frac is 0",
         "sft.mixture.kinds_mc.split=test": r"sft\.mixture\.kinds_mc\.split is test: .*never trained on",
         "sft.num_epochs=0": r"sft\.num_epochs is 0, expected at least 1",
-        "sft.context_tokens=1": r"sft\.context_tokens is 1, expected at least 2",
         "sft.warm_start=true": r"sft\.warm_start is true, which needs midtrain\.save_training_state=true",
         "sft.mixture_order=[facts,facts]": r"sft\.mixture_order is \[facts, facts\], expected each task of .* once",
         "rl.schedule.warmup_frac=0.5": r"rl\.schedule: warmup_frac and warmdown_frac together are more than 1",
@@ -167,7 +166,6 @@ def test_all_mistakes_are_reported_at_once(mistakes, refuse):
         (["architecture=oct2025", "model.head_width=33"], r"head_width is 33, expected .* divides the width 192 "),
         (["architecture=oct2025", "model.head_width=34"], r"model\.head_width is 34, expected .* 192 "),
         (["model.head_width=33"], r"model\.head_width is 33, expected an even number$"),
-        (["sft.context_tokens=4096", "adapter=lora"], r"sft\.context_tokens is 4096, but adapters keep"),
         (
             [
                 "~pipeline.midtrain",
@@ -337,16 +335,9 @@ def test_mistakes_beside_hydra_options_are_named_alone(refuse):
     assert "sft.num_epoch" in lines[0]
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("model.context_tokens=-1", "model.context_tokens is -1, expected at least 1"),
-        ("model.depth=99999999999", "num_layers is 99999999999"),
-    ],
-)
-def test_impossible_model_sizes_hide_no_other_problem(refuse, override, expected):
-    said = refuse("experiment=smoke", override, "sft.num_epochs=0")
-    assert expected in said
+def test_impossible_model_sizes_hide_no_other_problem(refuse):
+    said = refuse("experiment=smoke", "model.context_tokens=-1", "sft.num_epochs=0")
+    assert "model.context_tokens is -1, expected at least 1" in said
     assert "sft.num_epochs is 0, expected at least 1" in said
 
 

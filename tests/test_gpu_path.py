@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 
 from kit.models import make_model
+from mlxchat.config.schema import AdapterConfig
 from mlxchat.engine.decode import Decoder, Reading
 from mlxchat.engine.sample import Sampler, Sampling, score_tokens
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters, packed_copy
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters, trained_parameters
 from mlxchat.model.recompute import recomputed
-from mlxchat.model.sizes import AdapterSizes, resolve_targets
+from mlxchat.model.sizes import resolve_targets
 from mlxchat.ops.loss import cross_entropy_sum, token_scores
 
 # MLX 0.32: what throws on CUDA or Metal for any type (mlx/backend/cuda/primitives.cpp, mlx/backend/metal/*.cpp).
@@ -83,7 +84,7 @@ def training(model: GPT) -> Trace:
 def adapted(architecture: str, kind: str, bits: int | None) -> GPT:
     model = make_model(architecture, width=128)
     targets = resolve_targets(["all"], model.sizes)
-    attach_adapters(model, AdapterSizes(kind, 4, 2.0, targets, bits), dtype=mx.bfloat16)
+    attach_adapters(model, AdapterConfig(kind=kind, rank=4, targets=targets, bits=bits), dtype=mx.bfloat16)
     return model
 
 

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxchat.config.schema import AdapterConfig
 from mlxchat.model.lora import LAYERS, LoRALinear
-from mlxchat.model.sizes import AdapterSizes
 from mlxchat.ops.dropout import Dropping, draw_keys, dropped, dropping, fold
 
 IN, OUT, RANK, SCALE, GROUP = 64, 48, 4, 1.7, 32
@@ -28,7 +28,7 @@ def make(kind: str, bits: int | None = None, *, seed: int = 0, dropout: float = 
         "w": rng.normal(0, 0.2, (OUT, IN)), "a": rng.normal(0, 0.2, (IN, RANK)), "b": rng.normal(0, 0.3, (RANK, OUT)),
         "m": rng.uniform(1, 3, OUT),
     }  # fmt: skip
-    sizes = AdapterSizes(kind, RANK, SCALE, (), bits, GROUP, dropout)
+    sizes = AdapterConfig(kind=kind, rank=RANK, scale=SCALE, bits=bits, group_size=GROUP, dropout=dropout)
     layer = LAYERS[kind](mx.array(numbers["w"].astype(np.float32)), sizes, mx.float32, key=mx.random.key(0), place=3)
     numbers["w"] = np.asarray(layer.base).astype(np.float64)
     layer.lora_a, layer.lora_b = (mx.array(numbers[name].astype(np.float32)) for name in ("a", "b"))
@@ -99,7 +99,7 @@ def test_dropout_applies_only_to_the_adapters_input(path):
 def test_rows_of_zeros_stay_zero_with_dora(path):
     weight = mx.array(make("dora").numbers["w"].astype(np.float32))
     weight[:8] = 0
-    sizes = AdapterSizes("dora", RANK, SCALE, (), None, GROUP)
+    sizes = AdapterConfig(kind="dora", rank=RANK, scale=SCALE, group_size=GROUP)
     layer = LAYERS["dora"](weight, sizes, mx.float32, key=mx.random.key(0), place=3)
     np.testing.assert_allclose(np.asarray(layer.m), np.linalg.norm(np.asarray(weight), axis=1), atol=1e-6)
     x = mx.array(np.random.default_rng(2).normal(0, 1, (2, 3, IN)).astype(np.float32))

@@ -10,13 +10,13 @@ import pytest
 
 from kit import models, ranks
 from kit.training import optimizer_config
-from mlxchat.config.schema import TeacherConfig
+from mlxchat.config.schema import AdapterConfig, TeacherConfig
 from mlxchat.cpu import runtime
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
-from mlxchat.model.sizes import AdapterSizes, resolve_targets
+from mlxchat.model.sizes import resolve_targets
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.training.batches import Batch, mean_batch
 from mlxchat.training.step import TrainStep
@@ -45,7 +45,9 @@ def make_optimizer(model: GPT, rule: AdamWRule | None, **changes: Any) -> Optimi
 
 def attach(model: GPT, kind: str, bits: int | None) -> AdamWRule:
     """Attach adapters without zeros; return their rule."""
-    sizes = AdapterSizes(kind, 3, 2.0, resolve_targets(["all"], model.sizes), bits, 32, dropout=0.2)
+    sizes = AdapterConfig(
+        kind=kind, rank=3, targets=resolve_targets(["all"], model.sizes), bits=bits, group_size=32, dropout=0.2
+    )
     attach_adapters(model, sizes, seed=1)
     rng = np.random.default_rng(7)
     moved = {

@@ -9,10 +9,11 @@ import mlx.core as mx
 import numpy as np
 
 from kit import models
+from mlxchat.config.schema import AdapterConfig
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
-from mlxchat.model.sizes import AdapterSizes, GPTSizes, matrices_of, shapes_of
+from mlxchat.model.sizes import GPTSizes, matrices_of, shapes_of
 from mlxchat.store.fingerprint import compute_key
 from mlxchat.store.manifest import read_manifest
 from mlxchat.store.store import Store
@@ -30,13 +31,13 @@ def make_tokenizer() -> Tokenizer:
     return train_tokenizer(["The house in the garden had 12 windows. It isn't so. " * 4, "Haus Garten"], 300)
 
 
-def adapter_sizes(model_sizes: GPTSizes, kind: str = "lora", **more: Any) -> AdapterSizes:
+def adapter_sizes(model_sizes: GPTSizes, kind: str = "lora", **more: Any) -> AdapterConfig:
     """Return adapters of rank 4 on all matrices but the last layer's projections."""
-    targets = tuple(list(matrices_of(model_sizes))[:-2])
-    return AdapterSizes(**{"kind": kind, "rank": 4, "scale": 2.5, "targets": targets, "dropout": 0.1, **more})
+    targets = list(matrices_of(model_sizes))[:-2]
+    return AdapterConfig(**{"kind": kind, "rank": 4, "scale": 2.5, "targets": targets, "dropout": 0.1, **more})
 
 
-def random_adapters(sizes: AdapterSizes, model_sizes: GPTSizes, *, seed: int = 5) -> dict[str, mx.array]:
+def random_adapters(sizes: AdapterConfig, model_sizes: GPTSizes, *, seed: int = 5) -> dict[str, mx.array]:
     """Return adapters none of whose numbers is zero; lengths of DoRA are around those that such rows have."""
     rng = np.random.default_rng(seed)
     return {

@@ -20,7 +20,7 @@ from mlxchat.model import initial
 from mlxchat.model.checkpoint import computes_as_published
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
-from mlxchat.model.parameters import cast_parameters, computing_in, flatten_parameters, lengthen_context, set_parameters
+from mlxchat.model.parameters import cast_parameters, computing_in, flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.ops import loss as cross_entropy
 from mlxchat.ops.loss import cross_entropy_sum
@@ -84,18 +84,6 @@ def test_windows_follow_the_pattern_and_are_limited(path, num_layers, pattern, c
     after, reach = np.asarray(model(mx.array(ids))), sum(model.sizes.windows) + 1
     np.testing.assert_array_equal(after[:, reach + 1 :], before[:, reach + 1 :])
     assert np.abs(after - before)[:, : reach + 1][:, -1].max() > 1e-6 or num_layers > 2
-
-
-def test_longer_context_keeps_the_logits_within_the_old_one(path):
-    """Short windows stay at 128, not a quarter of the new context; the last layer's grows from 512 to 2048."""
-    model = make_model("jul2026", window_pattern="SSL", context_tokens=512)
-    longer, ids = lengthen_context(model, 2048), random_ids(1, 600)
-    logits = np.asarray(longer(mx.array(ids)))
-    np.testing.assert_allclose(logits[:, :512], numpy_logits(model, ids[:, :512]), atol=2e-4)
-    np.testing.assert_allclose(logits, numpy_logits(longer, ids), atol=2e-4)
-    assert np.abs(logits - numpy_logits(model, ids))[:, 520:].max() > 1e-3, "beyond it, the whole input is seen"
-    assert longer.sizes.windows == [128, 128, 2048]
-    assert longer.sizes.lengthened(4096).windows == [128, 128, 4096]
 
 
 @pytest.mark.parametrize("num_kv_heads", [pytest.param(4, marks=pytest.mark.slow), 1])

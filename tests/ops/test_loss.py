@@ -23,9 +23,6 @@ MIXES = [
     TeacherConfig(weight=0.5),
     TeacherConfig(weight=0.3, temperature=2.0),
     TeacherConfig(weight=1.0, temperature=0.5),
-    TeacherConfig(weight=0.7, temperature=1.5, top_k=5),
-    TeacherConfig(weight=1.0, top_k=1),
-    TeacherConfig(weight=0.4, temperature=3.0, top_k=VOCAB),
 ]
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -90,16 +87,8 @@ class Case:
         tanh = np.tanh(self.x @ self.head.T / 15)
         z, soft = 15 * tanh, mix.temperature
         p, q = softmax(self.logits / soft), softmax(z / soft)
-        top = np.ones_like(p, dtype=bool)
-        if mix.top_k is not None:
-            top = self.logits >= np.sort(self.logits, -1)[..., -mix.top_k, None]
-        rest_p, rest_q = np.where(top, 0, p).sum(-1), np.where(top, 0, q).sum(-1)
-        kl = np.where(top, p * np.log(p / q), 0).sum(-1)
-        some = rest_p > 0
-        kl[some] += rest_p[some] * np.log(rest_p[some] / rest_q[some])
-        ratio = np.divide(rest_p, rest_q, out=np.zeros_like(rest_p), where=rest_q > 0)
-        aim = np.where(top, p, q * ratio[..., None])
-        slope = (1 - mix.weight) * (softmax(z) - np.eye(VOCAB)[self.targets]) + mix.weight * soft * (q - aim)
+        kl = (p * np.log(p / q)).sum(-1)
+        slope = (1 - mix.weight) * (softmax(z) - np.eye(VOCAB)[self.targets]) + mix.weight * soft * (q - p)
         slope *= self.weights[..., None] * (1 - tanh**2)
         ce = self.losses()
         sums = [(1 - mix.weight) * ce + mix.weight * soft**2 * kl, ce, kl]

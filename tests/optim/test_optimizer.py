@@ -14,7 +14,7 @@ from mlxchat.config.schema import OptimizerConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.parameters import flatten_parameters
-from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates, adamw_update, clip_factor, sum_squares
+from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates, adamw_update, sum_squares
 
 make_model = partial(models.make_model, vocab_size=50, context_tokens=8, seed=0, scale=1.0)
 RATES = Rates(1.0, 0.9, 1.0)
@@ -89,8 +89,6 @@ def test_norm_is_exact_for_millions_of_numbers():
     values = {str(index): rng.normal(size=shape) for index, shape in enumerate([(3,), (4096, 1025), (2, 3, 4), ()])}
     gradients = {name: mx.array(np.float32(value)) for name, value in values.items()}
     assert sum_squares(gradients).item() == pytest.approx(sum((value**2).sum() for value in values.values()), rel=2e-6)
-    for norm in (0.0, 0.5, 2.0, 1e20):
-        assert clip_factor(mx.array(norm), 1.0).item() == pytest.approx(min(1.0, 1.0 / (norm + 1e-6)), rel=1e-6)
 
 
 @pytest.mark.parametrize(("epsilon", "weight_decay"), [(1e-10, 0.0), (1e-3, 0.1)])

@@ -17,7 +17,7 @@ from mlxchat.cpu import runtime
 from mlxchat.errors import ConfigError
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
-from mlxchat.model.sizes import GPTSizes, adapter_sizes_of, count_parameters, sizes_of
+from mlxchat.model.sizes import GPTSizes, count_parameters, resolve_adapter, sizes_of
 from mlxchat.optim.optimizer import Optimizer, rates_at
 from mlxchat.planning.memory import Device, Training, check_memory, choose_micro_batch
 from mlxchat.runner.plan import PlannedStep, make_plan
@@ -100,7 +100,7 @@ def test_peak_on_a_gpu_is_predicted_from_above(case, counted):
         sizes = sizes_of(replace(config.model, context_tokens=row_tokens), config.architecture, vocab_size)
         described = Training(
             sizes=sizes, optimizer=config.optimizer, rows=rows, row_tokens=row_tokens, recompute=recompute,
-            adapters=adapter_sizes_of("adapter", config.adapter, sizes),
+            adapters=resolve_adapter("adapter", config.adapter, sizes),
             device=Device(kind=kind, plain=True, compute_bytes=2),
         )  # fmt: skip
         assert needed <= described.peak_bytes(micro_rows) / 1e9 <= 1.27 * needed, (architecture, kind)

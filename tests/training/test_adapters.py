@@ -1,15 +1,18 @@
 """A training of adapters: they alone move, have moments and are saved."""
 
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from kit.models import make_model
 from kit.training import bits, make_optimizer, make_rows
+from mlxchat.config.schema import AdapterConfig
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
-from mlxchat.model.sizes import AdapterSizes, count_adapter_parameters, resolve_targets
+from mlxchat.model.sizes import resolve_targets, shapes_of
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.rl.rollouts import PolicyScores
 from mlxchat.training.batches import Batch, mean_batch
@@ -20,11 +23,11 @@ RATES = Rates(1.0, 0.9, 1.0)
 KINDS = ["lora", "dora", "qlora"]
 
 
-def sizes_of(kind: str, model: GPT, dropout: float = 0.0) -> AdapterSizes:
+def sizes_of(kind: str, model: GPT, dropout: float = 0.0) -> AdapterConfig:
     names = resolve_targets(("all",), model.sizes)
     if kind == "qlora":
-        return AdapterSizes("lora", 3, 2.0, names, bits=4, group_size=32, dropout=dropout)
-    return AdapterSizes(kind, 3, 2.0, names, dropout=dropout)
+        return AdapterConfig(kind="lora", rank=3, targets=names, bits=4, group_size=32, dropout=dropout)
+    return AdapterConfig(kind=kind, rank=3, targets=names, dropout=dropout)
 
 
 def make(
@@ -64,7 +67,7 @@ def test_only_adapters_move_and_have_moments(kind):
     model, optimizer = make(kind)
     before, adapters = copies(flatten_parameters(model)), set(trained_parameters(model))
     assert {name.rpartition(".")[2] for name in adapters} == {"lora_a", "lora_b", *(["m"] if kind == "dora" else [])}
-    count = count_adapter_parameters(sizes_of(kind, model), model.sizes)
+    count = sum(map(math.prod, shapes_of(sizes_of(kind, model), model.sizes).values()))
     assert sum(value.size for name, value in optimizer.state.items() if name != "count") == 2 * count
     learn(model, optimizer, steps=1)
     for name, value in copies(flatten_parameters(model)).items():

@@ -27,7 +27,7 @@ from mlxchat.training.step import TrainStep
 from mlxchat.training.teacher import Distillation, load_teacher
 
 RATES = Rates(1.0, 0.0, 0.9)
-TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0, top_k=None)
+TEACHER = TeacherConfig(path=None, artifact=None, weight=0.5, temperature=1.0)
 
 
 def make_teacher(vocab_size: int = 280, **sizes: Any) -> GPT:
@@ -87,7 +87,7 @@ def test_step_reports_cross_entropy_and_divergence_at_targets(micro_tokens, fold
 
 
 def test_interrupted_distillation_ends_with_the_same_bits(folder, tokenizer, train):
-    options = {"distillation": load(folder, tokenizer, top_k=7), "rates": schedule(warmdown_frac=0.5)}
+    options = {"distillation": load(folder, tokenizer), "rates": schedule(warmdown_frac=0.5)}
     whole = train("whole", 5, **options)
     with pytest.raises(Interrupted):
         train("cut", 5, stop_after=3, **options)

@@ -11,14 +11,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlxchat.bench.timing import Stopwatch, fill_zero_weights, random_rows
-from mlxchat.config.schema import Config
+from mlxchat.config.schema import AdapterConfig, Config
 from mlxchat.errors import ConfigError
 from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.parameters import trained_parameters
-from mlxchat.model.sizes import AdapterSizes, GPTSizes, adapter_sizes_of, count_parameters, flops_per_token, sizes_of
+from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, resolve_adapter, sizes_of
 from mlxchat.ops.device import describe_device, prepare_machine
 from mlxchat.optim.optimizer import Optimizer, Rates, adapter_rule, rates_at
 from mlxchat.planning.duration import peak_flops
@@ -48,7 +48,7 @@ def measure_training(config: Config) -> dict[str, Any]:
         row_tokens=bench.row_tokens,
         recompute=machine.grad_checkpointing,
         device=find_device(machine),
-        adapters=adapter_sizes_of("adapter", config.adapter, sizes),
+        adapters=resolve_adapter("adapter", config.adapter, sizes),
     )
     micro_rows = training.fitting_rows(machine)
     if micro_rows == 0:
@@ -111,7 +111,7 @@ def measure_training(config: Config) -> dict[str, Any]:
 
 
 def _make_model(
-    config: Config, sizes: GPTSizes, adapters: AdapterSizes | None, dtype: mx.Dtype
+    config: Config, sizes: GPTSizes, adapters: AdapterConfig | None, dtype: mx.Dtype
 ) -> tuple[GPT, Optimizer]:
     model = GPT(sizes)
     init_weights(model, config.seed)

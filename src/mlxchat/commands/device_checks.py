@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.composition.compose import compose_config
-from mlxchat.config.schema import OptimizerConfig
+from mlxchat.config.schema import AdapterConfig, OptimizerConfig
 from mlxchat.data.bpe import train_tokenizer
 from mlxchat.engine.generate import Engine
 from mlxchat.model.checkpoint import load_checkpoint, save_checkpoint
@@ -32,7 +32,7 @@ from mlxchat.model.gpt import GPT
 from mlxchat.model.initial import init_weights
 from mlxchat.model.lora import attach_adapters
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
-from mlxchat.model.sizes import AdapterSizes, GPTSizes, flops_per_token, resolve_targets, sizes_of
+from mlxchat.model.sizes import GPTSizes, flops_per_token, resolve_targets, sizes_of
 from mlxchat.ops.device import backend, prepare_machine
 from mlxchat.optim.optimizer import AdamWRule, Optimizer, Rates
 from mlxchat.planning.duration import peak_flops
@@ -151,7 +151,7 @@ class _Bench:
         model, rule = GPT(sizes), None
         init_weights(model, seed=1)
         if case == "lora":
-            adapters = AdapterSizes("lora", 4, 2.0, resolve_targets(("all",), sizes))
+            adapters = AdapterConfig(kind="lora", rank=4, targets=resolve_targets(("all",), sizes))
             attach_adapters(_drawn(model), adapters, seed=2, dtype=dtype)
             rule = AdamWRule(1e-2, (0.9, 0.999), 0.0)
         moves = Optimizer(model, config, width=sizes.width, adapter=rule)

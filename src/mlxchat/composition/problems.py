@@ -27,7 +27,7 @@ from mlxchat.config.schema import (
 )
 from mlxchat.data.sources import SUFFIXES
 from mlxchat.data.vocabulary import problems_of_vocabulary
-from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.errors import ConfigError, suggest
 from mlxchat.model.sizes import NANOCHATS_HEAD_WIDTH, count_heads, find_adapter_problems, sizes_of
 from mlxchat.runner.plan import Pipeline, roles_of
 from mlxchat.runner.stage import Stages
@@ -154,11 +154,6 @@ def _model(config: Config) -> Iterator[str]:
         yield f"model.head_width is {model.head_width}, expected {'an even number' if whole_heads else expected}"
     elif model.num_kv_heads is not None and (model.num_kv_heads < 1 or heads % model.num_kv_heads):
         yield f"model.num_kv_heads={model.num_kv_heads} must divide the {heads} heads"
-    elif model.context_tokens >= 1 and architecture.window_pattern and not set(architecture.window_pattern) - set("SL"):
-        try:
-            sizes_of(model, architecture, max(1, config.tokenizer.vocab_size))
-        except DataError as error:
-            yield f"model: {error}"
 
 
 def _own_parts(config: Config) -> Iterator[str]:
@@ -224,14 +219,7 @@ def _pretrain(config: Config) -> Iterator[str]:
 
 
 def _finetune(name: str, finetune: ConversationConfig, config: Config, steps: Pipeline) -> Iterator[str]:
-    longer = finetune.context_tokens
-    context = config.model.context_tokens
-    is_lengthened = any((each.context_tokens or 0) > context for each in (config.midtrain, config.sft))
-    yield from _batch(name, finetune.batch, None if is_lengthened else context)
-    if longer is not None and longer < 2:
-        yield f"{name}.context_tokens is {longer}, expected at least 2, or null: as the model's"
-    elif longer is not None and finetune.adapter.is_there:
-        yield f"{name}.context_tokens is {longer}, but adapters keep their base's context: {name}.adapter.kind=none"
+    yield from _batch(name, finetune.batch, config.model.context_tokens)
     yield from _schedule(name, finetune.schedule)
     if finetune.teacher.path is not None and finetune.teacher.artifact is not None:
         yield f"{name}.teacher.path and {name}.teacher.artifact are both set: give one of them"
@@ -263,12 +251,12 @@ def _finetune(name: str, finetune: ConversationConfig, config: Config, steps: Pi
             yield f"{name}.warm_start is true, which needs {source['stage']}.save_training_state=true"
 
 
-def _batch(name: str, batch: BatchConfig, context_tokens: int | None) -> Iterator[str]:
+def _batch(name: str, batch: BatchConfig, context_tokens: int) -> Iterator[str]:
     if batch.row_tokens < 2 or (batch.tokens is not None and batch.tokens < 1):
         yield f"{name}.batch: tokens and row_tokens must be positive (row_tokens at least 2)"
     elif batch.tokens is not None and batch.tokens % batch.row_tokens:
         yield f"{name}.batch.tokens={batch.tokens} must be a multiple of {name}.batch.row_tokens={batch.row_tokens}"
-    if context_tokens is not None and batch.row_tokens > context_tokens:
+    if batch.row_tokens > context_tokens:
         yield f"{name}.batch.row_tokens={batch.row_tokens} is longer than model.context_tokens={context_tokens}"
 
 

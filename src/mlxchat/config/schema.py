@@ -307,8 +307,6 @@ class TeacherConfig:
     temperature: float = field(default=1.0, metadata={"at_least": 0.5})
     """T, which softens both distributions in the divergence. Below 0.5, exp(30 / T) nears the limit of float32, since
     logits are capped at ±15."""
-    top_k: int | None = field(default=None, metadata={"at_least": 1})
-    """Match the teacher's k most likely tokens one by one and all others as one sum; null: match every token."""
 
     @property
     def is_there(self) -> bool:
@@ -773,8 +771,6 @@ class ConversationConfig(FinetuneConfig):
     """Conversations held out for the validation loss."""
     train_on: str = field(default="all", metadata={"one_of": ("assistant", "all")})
     """Tokens with a loss: assistant (only the assistant's), or all (as nanochat's midtraining)."""
-    context_tokens: int | None = field(default=None, metadata={"since_default": None})
-    """Longer context of the model from this stage on, equal to batch.row_tokens; null: unchanged."""
     warm_start: bool = field(default=False, metadata={"since_default": False})
     """Start with the optimizer moments of the training that produced the checkpoint."""
     clip_gradients: bool = field(default=True, metadata={"since_default": True})

@@ -23,7 +23,6 @@ from mlxchat.model.gpt import RMS_NORM_EPSILON, Mask
 from mlxchat.model.lora import FrozenLinear
 from mlxchat.ops.device import differentiable
 from mlxchat.ops.loss import SOFT_CAP, Found, Kind, split_positions, with_gradients
-from mlxchat.ops.machine import CPU_ATTENTION_TOKENS as _BLOCK_TOKENS
 from mlxchat.ops.machine import CPU_LEAST_LOGITS_ROWS as _LEAST_ROWS
 from mlxchat.ops.machine import CPU_LOGITS as _CHUNK_FLOATS
 from mlxchat.optim import muon
@@ -47,6 +46,7 @@ _EXP = (
 )  # fmt: skip
 
 _TABLE_TOKENS = 1024
+_BLOCK_TOKENS = 128  # queries per block of attention
 EXP_UNIT = 16
 """Unit of the argument of `masked_exp_of_units`."""
 

@@ -15,10 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlxchat.errors import PeerLost
-from mlxchat.ops.machine import BUCKET_BYTES
 
 Arrays = dict[str, mx.array]
 
+BUCKET_BYTES = 64 * 2**20
+"""Maximum bytes of a collective, so that no second copy of a whole model is in memory."""
 LOST = "another rank has ended; its own output says why. The same command continues from the last saved state"
 
 

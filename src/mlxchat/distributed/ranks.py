@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.errors import ConfigError, PeerLost, StepFailed
-from mlxchat.ops.machine import limit_cores
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -76,7 +75,11 @@ def join_ranks() -> int | None:
     hosts = [each["host"] for each in facts]
     own = facts[group.rank]
     mates = [rank for rank, each in enumerate(facts) if (each["host"], each["cores"]) == (own["host"], own["cores"])]
-    limit_cores(mates.index(group.rank), len(mates))
+    if len(mates) > 1 and hasattr(os, "sched_setaffinity"):  # equal shares of the cores; a Mac has no affinity
+        cores = sorted(os.sched_getaffinity(0))
+        share = max(1, len(cores) // len(mates))
+        first = mates.index(group.rank) * share % len(cores)
+        os.sched_setaffinity(0, cores[first : first + share])
     team = Team(group, hosts)
     if group.leads:
         _team = team

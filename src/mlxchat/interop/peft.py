@@ -17,6 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxchat.config.schema import AdapterConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.interop.names import hf_from_ours, ours_from_hf, sizes_from_hf
@@ -24,7 +25,7 @@ from mlxchat.interop.source import Check, ModelSource, read_json
 from mlxchat.interop.tensors import read_safetensors, write_safetensors
 from mlxchat.model.checkpoint import save_adapters
 from mlxchat.model.lora import check_shapes, read_adapter_config
-from mlxchat.model.sizes import AdapterSizes, GPTSizes
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.store.bases import ADAPTER_KEY
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -36,7 +37,9 @@ _THEIRS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magn
 _BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
-def sizes_from_peft(config: Mapping[str, Any], given: Iterable[str], where: str) -> tuple[AdapterSizes, dict[str, str]]:
+def sizes_from_peft(
+    config: Mapping[str, Any], given: Iterable[str], where: str
+) -> tuple[AdapterConfig, dict[str, str]]:
     """Return the sizes of PEFT's adapters, and our name of each of their tensors."""
     problems = []
     if config.get("peft_type") != "LORA":
@@ -70,17 +73,17 @@ def sizes_from_peft(config: Mapping[str, Any], given: Iterable[str], where: str)
     assert type(rank) is int
     assert isinstance(alpha, int | float)
     targets = dict.fromkeys(name.rpartition(".")[0] for name in names.values())
-    sizes = AdapterSizes(
+    sizes = AdapterConfig(
         kind="dora" if config.get("use_dora") is True else "lora",
         rank=rank,
         scale=float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank),
-        targets=tuple(targets),
+        targets=list(targets),
         dropout=float(dropout) if isinstance(dropout, int | float) and 0 <= dropout < 1 else 0.0,
     )
     return sizes, names
 
 
-def check_peft(sizes: AdapterSizes, name: str) -> None:
+def check_peft(sizes: AdapterConfig, name: str) -> None:
     """Check that PEFT can represent adapters."""
     if sizes.bits is not None:
         raise ConfigError(
@@ -89,7 +92,7 @@ def check_peft(sizes: AdapterSizes, name: str) -> None:
         )
 
 
-def write_peft(adapters: Mapping[str, np.ndarray[Any, Any]], sizes: AdapterSizes, out: Path, *, base: str) -> None:
+def write_peft(adapters: Mapping[str, np.ndarray[Any, Any]], sizes: AdapterConfig, out: Path, *, base: str) -> None:
     """Write adapters in PEFT's format, for a base exported with `--to hf`.
 
     Args:

@@ -20,12 +20,13 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from mlxchat.config.schema import AdapterConfig
 from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.errors import DataError
 from mlxchat.model.gpt import GPT, RMS_NORM_EPSILON
 from mlxchat.model.lora import merge_adapters, read_adapters, write_adapters
 from mlxchat.model.parameters import cast_parameters, flatten_parameters, set_parameters
-from mlxchat.model.sizes import AdapterSizes, GPTSizes
+from mlxchat.model.sizes import GPTSizes
 from mlxchat.ops.device import default_dtype
 from mlxchat.store.bases import ADAPTER_KEY, describe_base, find_chain
 
@@ -51,7 +52,7 @@ def save_checkpoint(folder: Path, model: GPT, tokenizer: Tokenizer, facts: dict[
 
 
 def save_adapters(
-    folder: Path, adapters: Mapping[str, mx.array], adapter_sizes: AdapterSizes, *, base: Path, sizes: GPTSizes,
+    folder: Path, adapters: Mapping[str, mx.array], adapter_sizes: AdapterConfig, *, base: Path, sizes: GPTSizes,
     tokenizer: Tokenizer, facts: dict[str, Any],
 ) -> None:  # fmt: skip
     """Write a model folder with adapters only, by name, which refers to its base artifact, as `save_checkpoint` does.
@@ -134,13 +135,10 @@ def load_checkpoint(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     *above, whole = find_chain(folder)
     model, tokenizer, facts = _load_whole(whole)
     for each in reversed(above):
-        sizes, _ = _read_description(each)
+        sizes, facts = _read_description(each)
         if sizes != model.sizes:
             raise DataError(f"{each}: config.json differs from that of its base, {whole.name}")
         merge_adapters(model, *read_adapters(each, sizes))
-    if above:
-        _, facts = _read_description(folder)
-        tokenizer = _load_tokenizer(folder, model.sizes)
     return model, tokenizer, facts
 
 
@@ -165,7 +163,10 @@ def _load_whole(folder: Path) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     if wrong:
         raise DataError(f"{folder}: weights do not match config.json: {', '.join(wrong[:5])}")
     set_parameters(model, {name: mx.array(value) for name, value in arrays.items()})
-    return model, _load_tokenizer(folder, sizes), facts
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.vocab_size != sizes.vocab_size:
+        raise DataError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {sizes.vocab_size}")
+    return model, tokenizer, facts
 
 
 def _read_description(folder: Path) -> tuple[GPTSizes, dict[str, Any]]:
@@ -186,13 +187,6 @@ def _read_description(folder: Path) -> tuple[GPTSizes, dict[str, Any]]:
     except Exception as error:  # a foreign file may raise any error
         raise DataError(f"{folder}: not a readable checkpoint ({type(error).__name__}: {error})") from None
     return sizes, {name: value for name, value in facts.items() if name != ADAPTER_KEY}
-
-
-def _load_tokenizer(folder: Path, sizes: GPTSizes) -> Tokenizer:
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.vocab_size != sizes.vocab_size:
-        raise DataError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {sizes.vocab_size}")
-    return tokenizer
 
 
 def _features(sizes: GPTSizes) -> dict[str, Any]:

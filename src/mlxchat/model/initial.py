@@ -13,11 +13,6 @@ from mlxchat.model.parameters import flatten_parameters, set_parameters
 from mlxchat.model.sizes import GPTSizes, count_parameters
 
 
-def normal(shape: tuple[int, ...], deviation: float, key: mx.array) -> mx.array:
-    """Draw from N(0, deviation²)."""
-    return deviation * mx.random.normal(shape, key=key)
-
-
 def falling(count: int, first: float, last: float) -> mx.array:
     """Return numbers (count,) that change linearly from `first` to `last`."""
     return mx.array(first + (last - first) * (np.arange(count, dtype=np.float32) / max(count - 1, 1)))
@@ -29,17 +24,18 @@ def initial_value(name: str, shape: tuple[int, ...], sizes: GPTSizes, key: mx.ar
     bound = (3 / sizes.width) ** 0.5  # uniform numbers of deviation 1 / sqrt(width)
     match name.removesuffix(".weight").split("."):
         case ["transformer", "wte"]:
-            return normal(shape, 0.8 if july else 1.0, key)
+            return (0.8 if july else 1.0) * mx.random.normal(shape, key=key)
         case [*_, "c_q" | "c_k" | "c_v" | "c_fc" as matrix]:
             if july:
                 factor = 0.4 if matrix == "c_fc" else 1.0
                 return mx.random.uniform(-factor * bound, factor * bound, shape, key=key)
             rows, columns = shape  # arXiv 2310.17813
-            return normal(shape, min(1.0, (rows / columns) ** 0.5) / columns**0.5, key)
+            deviation: float = min(1.0, (rows / columns) ** 0.5) / columns**0.5
+            return deviation * mx.random.normal(shape, key=key)
         case [*_, "c_proj"] | ["smear_lambda"]:
             return mx.zeros(shape)
         case ["lm_head"]:
-            return normal(shape, 0.001, key) if july else mx.zeros(shape)
+            return 0.001 * mx.random.normal(shape, key=key) if july else mx.zeros(shape)
         case ["value_embeds", _]:
             return mx.random.uniform(-bound, bound, shape, key=key)
         case [*_, "ve_gate"] | ["smear_gate"]:
@@ -65,10 +61,8 @@ def init_weights(model: GPT, seed: int) -> None:
     drawn = {name: initial_value(name, value.shape, sizes, key_of(seed, name)) for name, value in parameters.items()}
     real, counted = sum(value.size for value in drawn.values()), count_parameters(sizes)["total"]
     if real != counted:
-        raise ConfigError(
-            f"init_weights: the model has {real:,} parameters, but count_parameters (mlxchat/model/sizes.py) counts "
-            f"{counted:,}, and memory, FLOPs and iterations follow from it. Count the new matrices there"
-        )
+        where = "count_parameters (mlxchat/model/sizes.py)"
+        raise ConfigError(f"init_weights: the model has {real:,} parameters, but {where} counts {counted:,}")
     set_parameters(model, drawn)
 
 

@@ -11,7 +11,6 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxchat.model import gpt
-from mlxchat.model.gpt import GPT
 from mlxchat.ops.dropout import dropout
 
 
@@ -23,13 +22,6 @@ def flatten_parameters(model: nn.Module) -> dict[str, mx.array]:
 def trained_parameters(model: nn.Module) -> dict[str, mx.array]:
     """Return the trained parameters by dotted name: all, or only the adapters if the model has some."""
     return cast(dict[str, mx.array], tree_flatten(cast(Any, model.trainable_parameters()), destination={}))
-
-
-def lengthen_context(model: GPT, context_tokens: int) -> GPT:
-    """Return a model with the same weights and a longer context; up to the old one it computes the same logits."""
-    longer = GPT(model.sizes.lengthened(context_tokens))
-    set_parameters(longer, flatten_parameters(model))
-    return longer
 
 
 def cast_parameters(parameters: Mapping[str, mx.array], dtype: mx.Dtype) -> dict[str, mx.array]:

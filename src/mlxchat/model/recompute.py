@@ -27,7 +27,7 @@ def recomputed(layer: nn.Module, *inputs: Any) -> mx.array:
     x, value_embedding, *others = inputs
     streams = [x] if value_embedding is None else [x, value_embedding]
     floats = [*trained.values(), *streams]
-    dropped = present_dropping()
+    dropped = present_dropping.get()
     arrays = [each for each in others if isinstance(each, mx.array)]
     fixed = [*frozen.values(), *arrays, *([] if dropped is None else [dropped.keys])]
 

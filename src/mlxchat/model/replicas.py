@@ -11,11 +11,12 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlxchat.config.schema import AdapterConfig
 from mlxchat.distributed.team import Team
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of, attach_adapters
 from mlxchat.model.parameters import flatten_parameters, set_parameters, trained_parameters
-from mlxchat.model.sizes import AdapterSizes, GPTSizes
+from mlxchat.model.sizes import GPTSizes
 
 
 def sync_model(team: Team | None, model: GPT, role: str = "model") -> None:
@@ -53,6 +54,5 @@ def _take(team: Team, request: dict[str, Any], arrays: dict[str, mx.array]) -> N
         team.kept.pop(place, None)
         model = team.kept[place] = GPT(GPTSizes(**shape["sizes"]))
         if shape["adapters"]:
-            targets = tuple(shape["adapters"]["targets"])
-            attach_adapters(model, AdapterSizes(**shape["adapters"] | {"targets": targets}))
+            attach_adapters(model, AdapterConfig(**shape["adapters"]))
     set_parameters(team.kept[place], arrays)

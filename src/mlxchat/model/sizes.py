@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 from mlxchat.config.schema import AdapterConfig, ArchitectureConfig, ModelConfig
-from mlxchat.errors import ConfigError, DataError, suggest
+from mlxchat.errors import ConfigError, suggest
 
-# October 2025 takes this as a target: depth 5 has 4 heads of 80. Other values of model.head_width must hold exactly.
+# nanochat takes this as a target: depth 5 has 4 heads of 80. Other values of model.head_width must hold exactly.
 NANOCHATS_HEAD_WIDTH = 128
-# Of values from foreign files, which determine memory and time.
-_LIMITS = {"num_layers": 10_000, "context_tokens": 1 << 24}
-_LIMIT = 1 << 31
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTSizes:
-    """The architecture and sizes of a GPT. Features default to the architecture of October 2025."""
+    """The architecture and sizes of a GPT.
+
+    Features are those of `ArchitectureConfig`, and default to October 2025.
+    """
 
     vocab_size: int
     num_layers: int
@@ -36,40 +36,19 @@ class GPTSizes:
     architecture: str = "oct2025"
     """oct2025 or jul2026: determines the initial weights, and whether long windows are limited (jul2026)."""
     vocab_multiple: int = 1
-    """Rows of embedding and head are padded to a multiple of this; logits are cropped to vocab_size."""
     window_pattern: str = "L"
-    """S (short window) or L (whole context) for each layer, repeated; the last layer is always L."""
     short_window: int | None = None
     """Earlier tokens that a short window sees; None: a quarter of the context, in whole 128 tokens."""
     query_key_scale: float = 1.0
-    """Factor of the normalised queries and keys."""
     value_embeddings: bool = False
-    """Whether every second layer, counted from the last, adds a gated embedding to its values."""
     residual_scalars: bool = False
-    """Whether each layer scales the stream and adds the first embedding to it, by learnt scalars."""
     smear: bool = False
-    """Whether a gated share of the previous token's embedding is added to each token's."""
     backout: bool = False
-    """Whether a learnt share of the middle layer's stream is subtracted before the head."""
 
     value_gate_channels: ClassVar[int] = 12
     """Input channels of the gates of value embeddings."""
     smear_gate_channels: ClassVar[int] = 24
     """Input channels of the smear's gate."""
-
-    def __post_init__(self) -> None:
-        """Raise a DataError that names all impossible values; they may come from foreign files."""
-        kinds: dict[Any, Any] = {"bool": bool, "str": str, "int": int, "int | None": int | None, "float": int | float}
-        wrong = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            fits = isinstance(value, kinds.get(field.type, object))
-            if field.type != "bool" and isinstance(value, int | float):
-                fits = fits and not isinstance(value, bool) and 0 < value <= _LIMITS.get(field.name, _LIMIT)
-            if not fits or value == "" or (field.name == "window_pattern" and set(value) - {"S", "L"}):
-                wrong.append(f"{field.name} is {str(value)[:40]}")
-        if wrong:
-            raise DataError(f"impossible sizes of a model: {', '.join(wrong)}")
 
     @property
     def head_width(self) -> int:
@@ -94,15 +73,9 @@ class GPTSizes:
         October 2025 has no windows.
         """
         long = None if self.architecture == "oct2025" else self.context_tokens
-        short = self.short_window or _short_window(self.context_tokens)
+        short = self.short_window or -(-self.context_tokens // 4 // 128) * 128  # nanochat's kernel has tiles of 128
         kinds = [self.window_pattern[layer % len(self.window_pattern)] for layer in range(self.num_layers)]
         return [short if kind == "S" else long for kind in kinds[:-1]] + [long]
-
-    def lengthened(self, context_tokens: int) -> GPTSizes:
-        """Return the sizes with a longer context: long windows grow, short ones stay as the weights learnt them."""
-        short = self.short_window or _short_window(self.context_tokens)
-        kept = short if "S" in self.window_pattern and short != _short_window(context_tokens) else None
-        return replace(self, context_tokens=context_tokens, short_window=kept)
 
     @cached_property
     def value_embedding_layers(self) -> list[int]:
@@ -116,18 +89,13 @@ class GPTSizes:
         return {**asdict(self), **{name: getattr(self, name) for name in f"{derived} {constants}".split()}}
 
 
-def _short_window(context_tokens: int) -> int:
-    """Return a quarter of the context, in whole tiles of nanochat's attention kernel."""
-    return -(-context_tokens // 4 // 128) * 128
-
-
 def count_heads(width: int, head_width: int) -> int:
     """Return the number of heads: ceil(width / head_width), as in nanochat, if the width per head is an even integer.
 
     Otherwise (width 320, heads of 128), where nanochat stops with an error, return the next larger number for which it
     is, provided that a head has at least half of head_width; without one, ceil(width / head_width).
     """
-    least = max(1, math.ceil(width / head_width))
+    least = math.ceil(width / head_width)
     fitting = (heads for heads in range(least, 2 * width // head_width + 1) if width % (2 * heads) == 0)
     return next(fitting, least) if head_width % 2 == 0 else least
 
@@ -195,25 +163,6 @@ PARAMETERS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m")}
 """Kind → names of an adapter's parameters."""
 
 
-@dataclass(frozen=True)
-class AdapterSizes:
-    """Kind, sizes and targets of adapters."""
-
-    kind: str
-    """lora or dora."""
-    rank: int
-    scale: float
-    """Factor of the product of both matrices, as in mlx-lm: alpha / rank in the paper."""
-    targets: tuple[str, ...]
-    """Modules with adapters, such as transformer.h.0.attn.c_q."""
-    bits: int | None = None
-    """Bits of the quantised matrices of the base's layers; None: not quantised."""
-    group_size: int = 64
-    """Numbers of a row that share a scale, if the base is quantised."""
-    dropout: float = 0.0
-    """Dropout of the adapters' inputs during training."""
-
-
 def matrices_of(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
     """Return module name → shape (out, in) of every matrix that may have an adapter."""
     width = sizes.width
@@ -224,7 +173,7 @@ def matrices_of(sizes: GPTSizes) -> dict[str, tuple[int, int]]:
     return {f"transformer.h.{layer}.{name}": shape for layer in layers for name, shape in shapes.items()}
 
 
-def shapes_of(adapters: AdapterSizes, sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
+def shapes_of(adapters: AdapterConfig, sizes: GPTSizes) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter of adapters on a model."""
     rank, matrices = adapters.rank, matrices_of(sizes)
     return {
@@ -235,46 +184,26 @@ def shapes_of(adapters: AdapterSizes, sizes: GPTSizes) -> dict[str, tuple[int, .
     }
 
 
-def count_adapter_parameters(adapters: AdapterSizes, sizes: GPTSizes) -> int:
-    """Return the number of trained parameters of adapters on a model."""
-    return sum(map(math.prod, shapes_of(adapters, sizes).values()))
-
-
-def resolve_targets(targets: Iterable[str], sizes: GPTSizes) -> tuple[str, ...]:
-    """Return the modules of targets, in the model's order; a KeyError names a target that matches none.
+def resolve_targets(targets: Iterable[str], sizes: GPTSizes) -> list[str]:
+    """Return the modules that targets name, such as transformer.h.0.attn.c_q, in the model's order.
 
     A target is a name of TARGET_GROUPS or a suffix of modules' names: c_q, mlp.c_proj, h.0.attn.c_q.
     """
-    known, meant = matrices_of(sizes), set()
-    for target in targets:
-        ends = TARGET_GROUPS.get(target, (target,))
-        found = {name for name in known for end in ends if f".{name}".endswith(f".{end}")}
-        if not found:
-            raise KeyError(target)
-        meant |= found
-    return tuple(name for name in known if name in meant)
+    ends = tuple(f".{end}" for target in targets for end in TARGET_GROUPS.get(target, (target,)))
+    return [name for name in matrices_of(sizes) if f".{name}".endswith(ends)]
 
 
 def find_adapter_problems(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> Iterator[str]:
-    """Yield a message for each value of a section, such as sft.adapter, that is impossible with a model's sizes.
-
-    The bounds of single values are in `config/schema.py`.
-    """
+    """Yield a message for each value of a section, such as sft.adapter, that is impossible with a model's sizes."""
     if not adapter.is_there:
         return
-    shapes = matrices_of(sizes)
     for target in adapter.targets:
-        try:
-            least = min(min(shapes[name]) for name in resolve_targets([target], sizes))
-        except KeyError:
-            known = [*TARGET_GROUPS, *dict.fromkeys(name.rpartition(".")[2] for name in shapes)]
+        if not resolve_targets([target], sizes):
+            known = [*TARGET_GROUPS, *dict.fromkeys(name.rpartition(".")[2] for name in matrices_of(sizes))]
             yield (
                 f'{where}.targets: the model has no matrix "{target}": expected attention, mlp, all, or c_q, c_k, c_v, '
                 f"c_proj, c_fc, optionally with their prefixes (mlp.c_proj, h.0.attn.c_q).{suggest(target, known)}"
             )
-            continue
-        if least < adapter.rank < math.inf:  # other faults are the schema's
-            yield f"{where}.rank is {adapter.rank}, but {target} has matrices with {least} rows or columns"
     if not adapter.targets:
         yield f"{where}.targets is empty, expected attention, mlp, all, or matrices such as c_q"
     if adapter.bits is not None and sizes.width % max(1, adapter.group_size):
@@ -284,18 +213,20 @@ def find_adapter_problems(where: str, adapter: AdapterConfig, sizes: GPTSizes) -
         )
 
 
-def adapter_sizes_of(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> AdapterSizes | None:
-    """Return the sizes of a model's adapters; None: it has none. A ConfigError lists what does not fit the model."""
+def resolve_adapter(where: str, adapter: AdapterConfig, sizes: GPTSizes) -> AdapterConfig | None:
+    """Return a section's adapter with the names of modules as targets; None: it has none.
+
+    A ConfigError lists what does not fit the model.
+    """
     if not adapter.is_there:
         return None
     if problems := list(find_adapter_problems(where, adapter, sizes)):
         raise ConfigError("\n".join(problems))
-    same = {field.name: getattr(adapter, field.name) for field in fields(AdapterSizes)}
-    return AdapterSizes(**same | {"targets": resolve_targets(adapter.targets, sizes)})
+    return replace(adapter, targets=resolve_targets(adapter.targets, sizes))
 
 
-def adapter_remedies(stage: str, sizes: AdapterSizes | None) -> tuple[str, ...]:
+def adapter_remedies(stage: str, adapter: AdapterConfig | None) -> tuple[str, ...]:
     """Return settings of a stage's adapters that lower its memory."""
-    if sizes is None:
+    if adapter is None:
         return (f"{stage}.adapter.kind=lora",)
-    return (f"{stage}.adapter.bits=4",) if sizes.bits is None else ()
+    return (f"{stage}.adapter.bits=4",) if adapter.bits is None else ()

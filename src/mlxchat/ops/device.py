@@ -15,7 +15,7 @@ import mlx.core as mx
 import psutil
 
 from mlxchat.errors import ConfigError
-from mlxchat.ops.machine import available_cores, fast_dtype, round_up
+from mlxchat.ops.machine import available_cores, round_up
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import MachineConfig
@@ -26,7 +26,6 @@ if mx.cuda.is_available():
     _CACHE = Path(os.environ.get("MLXCHAT_CACHE") or Path.home() / ".cache" / "mlxchat")
     os.environ.setdefault("MLX_PTX_CACHE_DIR", str(_CACHE / "cuda-kernels" / importlib.metadata.version("mlx")))
 
-_DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -48,12 +47,12 @@ def select_device(choice: str, dtype: str) -> mx.Dtype:
                 "machine.device is gpu, but MLX finds no GPU. Choose machine=auto or machine=cpu; for NVIDIA, "
                 "install with: make setup DEVICE=cuda13"
             ) from None
-    return default_dtype() if dtype == "auto" else _DTYPES[dtype]
+    return default_dtype() if dtype == "auto" else cast(mx.Dtype, getattr(mx, dtype))
 
 
 def default_dtype() -> mx.Dtype:
-    """Return the default device's `fast_dtype`."""
-    return _DTYPES[fast_dtype(backend())]
+    """Return the default device's fast dtype: float32 on a CPU, bfloat16 on a GPU."""
+    return mx.float32 if backend() == "cpu" else mx.bfloat16
 
 
 def round_tokens(tokens: int) -> int:
@@ -84,9 +83,8 @@ def prepare_machine(machine: MachineConfig, threads: int | None = None) -> mx.Dt
 def memory_limits(machine: MachineConfig, where: str, info: Mapping[str, Any]) -> dict[str, int]:
     """Return MLX's limits in bytes, by name (memory, cache, wired), on a backend with this `mx.device_info()`.
 
-    The memory is `machine.memory_limit_bytes`, else what Metal recommends or 95 % of a CUDA device's memory; a CPU has
-    no other limit. On a Mac it may all be wired, as in mlx-lm, up to what Metal recommends, and half of it may stay
-    cached for other shapes.
+    The memory is `machine.memory_limit_bytes`, else what Metal recommends or 95 % of a CUDA device's memory. On a Mac
+    all that Metal recommends may be wired, as in mlx-lm, and half of it may stay cached for other shapes.
     """
     most = 0
     if where == "metal":
@@ -123,10 +121,8 @@ def describe_device() -> dict[str, Any]:
     }
 
 
-# MLX's function transforms with types. Row factors: `mx.compile` fuses a broadcast with the computation of its operand,
-# so a reciprocal or root of one number per row would be recomputed for every element of the row. Therefore row factors
-# are kept in an array without the row's axis, which is added with [..., None]; nothing is fused across that. Scalars
-# computed inside a compiled function become (1,) by [None] for the same reason.
+# MLX's function transforms. `mx.compile` fuses a broadcast with the computation of its operand and would recompute a
+# root of one number per row for every element. Nothing is fused across [..., None], so row factors and scalars get it.
 
 
 def compiled_method(method: Callable[P, R]) -> Callable[P, R]:

@@ -24,7 +24,7 @@ class Dropping(NamedTuple):
     """(B, 2), from `draw_keys`."""
 
 
-_present: ContextVar[Dropping | None] = ContextVar("dropping", default=None)
+present_dropping: ContextVar[Dropping | None] = ContextVar("dropping", default=None)
 
 
 def draw_keys(seed: int, iteration: int, *, rows: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
@@ -35,21 +35,16 @@ def draw_keys(seed: int, iteration: int, *, rows: int) -> np.ndarray[Any, np.dty
 @contextmanager
 def dropping(present: Dropping | None) -> Iterator[None]:
     """Enable `dropout` while the body runs; None disables it."""
-    token = _present.set(present)
+    token = present_dropping.set(present)
     try:
         yield
     finally:
-        _present.reset(token)
-
-
-def present_dropping() -> Dropping | None:
-    """Return the argument of the enclosing `dropping`, or None."""
-    return _present.get()
+        present_dropping.reset(token)
 
 
 def dropout(x: mx.array, place: int) -> mx.array:
     """Return x (B, …) after dropout at a place; outside of `dropping`, x itself."""
-    present = _present.get()
+    present = present_dropping.get()
     return x if present is None or present.rate == 0 else dropped(x, fold(present.keys, place), present.rate)
 
 

@@ -19,8 +19,6 @@ from mlxchat.ops.device import differentiable
 from mlxchat.ops.machine import LOGITS
 
 SOFT_CAP = 15.0
-TINY = 1e-30
-"""Lower bound of probabilities before a logarithm."""
 
 Kind = Literal["losses", "entropies", "logits", "likeliest"]
 """Scores of a token: cross-entropy and the prediction's entropy in nats, its soft-capped logit, the likeliest id."""
@@ -122,14 +120,14 @@ def distillation_sum(
         targets: (B, T) token ids, not negative.
         row_weights: (B, T) factor of each token's loss; 0 ignores it.
         teacher: returns the teacher's logits.
-        mix: share w of the divergence, temperature T, and how many of the top tokens are matched one by one.
+        mix: share w of the divergence, and temperature T.
         frozen_head: skip the gradient of weight.
     """
 
     def of_chunk(part: slice, logits: mx.array, after: list[mx.array]) -> tuple[list[mx.array], mx.array]:
         factor = row_weights[:, part].reshape(-1, 1)
         ce, slope_of_ce = _cross_entropy(logits, targets[:, part].reshape(-1, 1))
-        kl, slope_of_kl = _divergence(teacher(part, after) / mix.temperature, logits / mix.temperature, mix.top_k)
+        kl, slope_of_kl = _divergence(teacher(part, after) / mix.temperature, logits / mix.temperature)
         share, scale = 1 - mix.weight, mix.weight * mix.temperature
         sums = [(factor * each).sum() for each in (share * ce + scale * mix.temperature * kl, ce, kl)]
         return sums, factor * (share * slope_of_ce + scale * slope_of_kl)
@@ -137,18 +135,11 @@ def distillation_sum(
     return _over_chunks(x, weight, of_chunk, frozen_head=frozen_head)
 
 
-def _divergence(theirs: mx.array, ours: mx.array, top_k: int | None) -> tuple[mx.array, mx.array]:
+def _divergence(theirs: mx.array, ours: mx.array) -> tuple[mx.array, mx.array]:
     """Return KL(p, q) of softmax(theirs) and softmax(ours) (N, 1), and its gradient in `ours` (N, V)."""
     log_p, log_q = (logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (theirs, ours))
-    p, q = mx.exp(log_p), mx.exp(log_q)
-    divergences = p * (log_p - log_q)
-    if top_k is None or top_k >= theirs.shape[-1]:
-        return divergences.sum(-1, keepdims=True), q - p
-    # The other tokens count as one, whose gradient scales all of them by the same ratio.
-    is_top = theirs >= mx.partition(theirs, theirs.shape[-1] - top_k, axis=-1)[:, -top_k, None]
-    rest_p, rest_q = (mx.maximum(mx.where(is_top, 0.0, each).sum(-1, keepdims=True), TINY) for each in (p, q))
-    kl = mx.where(is_top, divergences, 0.0).sum(-1, keepdims=True) + rest_p * mx.log(rest_p / rest_q)
-    return kl, q - mx.where(is_top, p, q * (rest_p / rest_q))
+    p = mx.exp(log_p)
+    return (p * (log_p - log_q)).sum(-1, keepdims=True), mx.exp(log_q) - p
 
 
 def _over_chunks(x: mx.array, weight: mx.array, of_chunk: OfChunk, *, frozen_head: bool) -> tuple[mx.array, ...]:

@@ -100,11 +100,6 @@ def normuon_update(
     return direction, scale * evened * (before / mx.maximum(after, 1e-10)), momenta, variances
 
 
-def variance_shape(rows: int, columns: int) -> tuple[int, int]:
-    """Return the shape of one matrix's variances: one per row, or per column of a wide matrix."""
-    return (rows, 1) if rows >= columns else (1, columns)
-
-
 def aspect_factor(matrices: mx.array) -> float:
     """Return sqrt(max(1, R/C)), the factor of updates of tall matrices."""
     rows, columns = matrices.shape[-2:]

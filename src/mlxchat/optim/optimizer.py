@@ -21,7 +21,7 @@ from mlxchat.config.schema import AdapterConfig, MomentumConfig, OptimizerConfig
 from mlxchat.errors import ConfigError
 from mlxchat.model.parameters import set_parameters, trained_parameters
 from mlxchat.ops.device import compiled_method, default_dtype
-from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update, variance_shape
+from mlxchat.optim.muon import aspect_factor, muon_update, normuon_update
 
 Flat = dict[str, mx.array]
 
@@ -124,7 +124,8 @@ class Optimizer:
             rows, columns = shapes[names[0]]
             self.state[f"momentum.{stack}"] = mx.zeros((len(names), rows, columns))
             if config.variant == "jul2026":
-                self.state[f"variance.{stack}"] = mx.zeros((len(names), *variance_shape(rows, columns)))
+                one = (rows, 1) if rows >= columns else (1, columns)
+                self.state[f"variance.{stack}"] = mx.zeros((len(names), *one))
         self._move = compiled_method(self.move)
 
     def update(self, model: nn.Module, gradients: Flat, rates: Rates, loss: mx.array | float = 0.0) -> mx.array:
@@ -166,7 +167,7 @@ class Optimizer:
         for name, gradient in gradients.items():
             gradient = gradient.astype(mx.float32)
             if self.config.grad_clip is not None:
-                gradient = gradient * clip_factor(norm, self.config.grad_clip)
+                gradient = gradient * mx.minimum(1.0, self.config.grad_clip / (norm + 1e-6))[None]  # as torch does
             if name in self.stacks:
                 moved, changed = self._move_stack(name, parameters, gradient, state, rates)
                 new |= {each: mx.where(ok[None], value, parameters[each]) for each, value in moved.items()}
@@ -268,11 +269,6 @@ def sum_squares(arrays: Flat) -> mx.array:
         # Axis by axis: a single sum of millions of numbers loses digits on a CPU.
         total = total + mx.square(rows.astype(mx.float32)).sum(-1).sum()
     return total
-
-
-def clip_factor(norm: mx.array, max_norm: float) -> mx.array:
-    """Return the factor (1,) that clips gradients of this 2-norm to `max_norm`, as torch does."""
-    return mx.minimum(1.0, max_norm / (norm + 1e-6))[None]
 
 
 # The schedule

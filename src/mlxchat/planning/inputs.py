@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlxchat.config.schema import Config, ConversationConfig, CoreConfig, ImportConfig, TaskItem
+from mlxchat.config.schema import Config, CoreConfig, ImportConfig, TaskItem
 from mlxchat.config.wording import format_bytes, format_count
 from mlxchat.data.sources import ESTIMATED_CHARS_PER_BYTE, Corpus
 from mlxchat.errors import ConfigError, DataError, MlxchatError
@@ -76,7 +76,7 @@ def _find(plan: Iterable[PlannedStep], kind: type[_T]) -> Iterator[tuple[str, _T
 
 
 def find_model_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, GPTSizes]:
-    """Return step → model sizes for steps that import, lengthen, train or evaluate an existing model."""
+    """Return step → model sizes for steps that import, train or evaluate an existing model."""
     store = Store(Path(config.outputs))
     found: dict[str, GPTSizes] = {}
     for step in plan:  # inputs come first
@@ -93,9 +93,6 @@ def find_model_sizes(config: Config, plan: Iterable[PlannedStep]) -> dict[str, G
             from mlxchat.interop.importing import model_sizes  # tiktoken and NumPy would delay every plan
 
             sizes = model_sizes(section)
-        if isinstance(section, ConversationConfig) and section.context_tokens is not None:
-            sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-            sizes = sizes.lengthened(max(section.context_tokens, sizes.context_tokens))
         if sizes is not None:
             found[step.name] = sizes
     return found

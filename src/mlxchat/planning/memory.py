@@ -6,6 +6,7 @@ allocator: measured on CPUs, counted in dry runs on Metal and CUDA (docs/interna
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -16,17 +17,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 
-from mlxchat.config.schema import Config, MachineConfig, OptimizerConfig
+from mlxchat.config.schema import AdapterConfig, Config, MachineConfig, OptimizerConfig
 from mlxchat.config.wording import format_bytes
 from mlxchat.distributed.ranks import current_team
 from mlxchat.errors import ConfigError
 from mlxchat.hub.cache import read_json, write_json
 from mlxchat.model.sizes import (
-    AdapterSizes,
     GPTSizes,
-    count_adapter_parameters,
     count_parameters,
     matrices_of,
+    shapes_of,
     sizes_of,
 )
 from mlxchat.ops import machine as bounds
@@ -209,7 +209,7 @@ class Training:
     recompute: bool = False  # whether layers keep only their input (`machine.grad_checkpointing`)
     further_weights: int = 0  # further copies of the trained weights: the best so far, RL's frozen reference
     teacher: GPTSizes | None = None  # a frozen model whose distributions are learnt
-    adapters: AdapterSizes | None = None  # the only weights that are trained; None: all weights are
+    adapters: AdapterConfig | None = None  # the only weights that are trained; None: all weights are
     sampling: Decoding | None = None  # what generates answers between steps, on the same device: RL, samples, tasks
     sampled_rows: int = bounds.DECODED_ROWS  # of these at a time, at most
     num_ranks: int = 1  # processes that share an iteration's rows
@@ -226,7 +226,7 @@ class Training:
         """Number of trained parameters."""
         if self.adapters is None:
             return count_parameters(self.sizes)["total"]
-        return count_adapter_parameters(self.adapters, self.sizes)
+        return sum(map(math.prod, shapes_of(self.adapters, self.sizes).values()))
 
     @cached_property
     def matrices(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mlxchat.config.schema import Config, OptimizerConfig, PreferenceConfig, RLConfig
-from mlxchat.model.sizes import GPTSizes, adapter_remedies, adapter_sizes_of
+from mlxchat.model.sizes import GPTSizes, adapter_remedies, resolve_adapter
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.memory import Decoding, Training
 from mlxchat.runner.plan import PlannedStep
@@ -54,7 +54,7 @@ def longest_answer(config: RLConfig) -> int:
 
 def describe(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, row_tokens: int) -> Training:
     """Return what the memory of RL depends on, with rows of at most `row_tokens` tokens."""
-    adapters = adapter_sizes_of("rl.adapter", config.adapter, sizes)
+    adapters = resolve_adapter("rl.adapter", config.adapter, sizes)
     rows = config.questions_per_iteration * config.samples_per_question
     return Training(
         sizes=sizes,
@@ -71,7 +71,7 @@ def describe(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, row_
 
 def describe_pairs(config: PreferenceConfig, optimizer: OptimizerConfig, sizes: GPTSizes) -> Training:
     """Return what the memory of preference training depends on, whatever pairs are found."""
-    adapters = adapter_sizes_of("preference.adapter", config.adapter, sizes)
+    adapters = resolve_adapter("preference.adapter", config.adapter, sizes)
     sampled_tokens = sizes.context_tokens + config.max_new_tokens
     is_sampled = not all(task_class(item.task).is_paired for item in (config.data, config.validation))
     return Training(

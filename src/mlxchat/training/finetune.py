@@ -20,8 +20,8 @@ from mlxchat.evals.bpb import mean_loss
 from mlxchat.model.checkpoint import load_checkpoint, save_adapters, save_checkpoint
 from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import adapters_of, attach_adapters
-from mlxchat.model.parameters import lengthen_context, trained_parameters
-from mlxchat.model.sizes import adapter_sizes_of
+from mlxchat.model.parameters import trained_parameters
+from mlxchat.model.sizes import resolve_adapter
 from mlxchat.ops.device import prepare_machine
 from mlxchat.optim.optimizer import Optimizer, adapter_rule
 from mlxchat.planning.horizon import count_later_iterations, whole_rows
@@ -41,8 +41,6 @@ def finetune(ctx: Context, config: ConversationConfig) -> None:
     checkpoint, machine = ctx.inputs["checkpoint"], ctx.config.machine
     dtype = prepare_machine(machine)
     model, tokenizer, facts = load_checkpoint(checkpoint)
-    if config.context_tokens is not None:
-        model = lengthen_context(model, config.context_tokens)
     optimizer = make_optimizer(ctx, config, model, clip_gradients=config.clip_gradients)
     if config.warm_start:
         load_moments(checkpoint, optimizer)
@@ -127,7 +125,7 @@ def make_optimizer(
 
     `table_lr_frac` scales all learning rates except those of the matrices.
     """
-    given, sizes = ctx.config.optimizer, adapter_sizes_of(f"{ctx.stage}.adapter", config.adapter, model.sizes)
+    given, sizes = ctx.config.optimizer, resolve_adapter(f"{ctx.stage}.adapter", config.adapter, model.sizes)
     groups = {
         name: group if name == "matrices" else replace(group, lr_frac=group.lr_frac * table_lr_frac)
         for name, group in given.adamw_groups.items()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxchat.config.schema import Config, ConversationConfig, OptimizerConfig, TeacherConfig
-from mlxchat.model.sizes import GPTSizes, adapter_remedies, adapter_sizes_of, sizes_of
+from mlxchat.model.sizes import GPTSizes, adapter_remedies, resolve_adapter, sizes_of
 from mlxchat.ops.machine import DECODED_ROWS
 from mlxchat.planning.horizon import derive_hyperparameters
 from mlxchat.planning.inputs import sizes_of_folder
@@ -25,7 +25,6 @@ _SAME_PRETRAINING = ("model", "architecture", "optimizer.kind", "optimizer.varia
 _SAME_CONVERSATIONS = (
     "mixture",
     "mixture_order",
-    "context_tokens",
     "packing",
     "packing_buffer_conversations",
     "batch.row_tokens",
@@ -106,7 +105,7 @@ def describe(
     teacher: GPTSizes | None,
 ) -> Training:
     """Return what the memory of iterations of `rows` rows of conversations depends on."""
-    adapters = adapter_sizes_of(f"{stage}.adapter", section.adapter, sizes)
+    adapters = resolve_adapter(f"{stage}.adapter", section.adapter, sizes)
     row_tokens = sizes.context_tokens + section.suite_max_new_tokens
     answers = any(task_class(item.task).kind == "generative" for item in section.suite.values())
     remedies = (f"no {stage}.teacher",) if teacher is not None else adapter_remedies(stage, adapters)
@@ -132,19 +131,10 @@ def problems(config: Config, step: PlannedStep, plan: list[PlannedStep], sizes: 
     same = ("seed", "optimizer.kind", "optimizer.variant", *(f"{stage}.{name}" for name in _SAME_CONVERSATIONS))
     yield from find_extension_problems(step, plan, same)
     sizes = sizes or sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
-    context, rows, wanted = sizes.context_tokens, section.batch.row_tokens, section.context_tokens
-    before = f"the context of the model that {step.name} starts from: {context}"
-    if wanted is not None and wanted < context:
-        yield f"{stage}.context_tokens={wanted} is shorter than {before}. Give at least that, or null"
-    elif wanted is not None and rows != wanted:
+    if (rows := section.batch.row_tokens) > sizes.context_tokens:
         yield (
-            f"{stage}.context_tokens={wanted}, but rows have {rows} tokens, and later positions are not trained: "
-            f"give {stage}.batch.row_tokens={wanted}"
-        )
-    elif wanted is None and rows > context:
-        yield (
-            f"{stage}.batch.row_tokens={rows} is longer than {before}. Set {stage}.batch.row_tokens={context}, or "
-            f"extend it by {stage}.context_tokens={rows}"
+            f"{stage}.batch.row_tokens={rows} is longer than the context of the model that {step.name} starts from. "
+            f"Set {stage}.batch.row_tokens={sizes.context_tokens}"
         )
     if section.teacher.is_there:
         folder = teacher_folder(section.teacher, Path(config.outputs))
