@@ -1,14 +1,99 @@
-"""A sweep over sizes and budgets writes nanochat's table and the fitted laws."""
+"""Scaling laws of a sweep: exponents of the published loss surface, nanochat's table, what is written."""
 
 import csv
+import math
 import re
+from typing import Any
 
+import numpy as np
 import pytest
 
-from mlxchat.planning.scaling import Training, fit_scaling_laws
-from mlxchat.sweep.scaling import describe_laws, laws_of_report, write_scaling
+from mlxchat.sweep.scaling import (
+    Training,
+    describe_laws,
+    fit_power_law,
+    fit_scaling_laws,
+    laws_of_report,
+    write_scaling,
+)
 
-SIZES = (10**5, 2 * 10**5, 4 * 10**5, 8 * 10**5)
+# Hoffmann et al. 2022 (arXiv 2203.15556), equation 10: L = E + A / N^α + B / D^β.
+E, A, B, ALPHA, BETA = 1.69, 406.4, 410.7, 0.34, 0.28
+
+
+def training(size: float, flops: float, bpb: float | None = None) -> Training:
+    tokens = flops / (6 * size)
+    loss = E + A / size**ALPHA + B / tokens**BETA
+    return Training(
+        size=round(size), tokens=round(tokens), flops=flops, bpb=loss if bpb is None else bpb, row={"model_dim": size}
+    )
+
+
+def best_size(flops: float) -> float:
+    return (ALPHA * A / (BETA * B)) ** (1 / (ALPHA + BETA)) * (flops / 6) ** (BETA / (ALPHA + BETA))
+
+
+def test_laws_are_those_of_the_loss_surface():
+    """N* grows as C^(β/(α+β)), D* as C^(α/(α+β)): within 0.005, the parabola's error over a factor of four."""
+    budgets = np.geomspace(1e18, 1e22, 5).tolist()
+    grid = [training(best_size(c) * factor, c) for c in budgets for factor in np.geomspace(0.5, 2, 7)]
+    laws: Any = fit_scaling_laws(grid)
+    assert laws.size.exponent == pytest.approx(BETA / (ALPHA + BETA), abs=0.005)
+    assert laws.tokens.exponent == pytest.approx(ALPHA / (ALPHA + BETA), abs=0.005)
+    assert laws.size.exponent + laws.tokens.exponent == pytest.approx(1, abs=1e-6)
+    assert laws.bpb.exponent < 0
+    for one in laws.budgets:
+        best = best_size(one.flops)
+        assert one.size == pytest.approx(best, rel=0.02)
+        assert one.tokens == pytest.approx(one.flops / 6 / best, rel=0.02)
+        assert one.bpb == pytest.approx(training(best, one.flops).bpb, rel=1e-4)
+
+
+def test_standard_error_is_that_of_least_squares():
+    x = np.geomspace(1, 100, 6)
+    y = 3 * x**0.5 * np.exp(np.array([0.1, -0.2, 0.05, 0.15, -0.1, 0.02]))
+    law: Any = fit_power_law(x.tolist(), y.tolist())
+    rest = np.log(y) - np.log([law(each) for each in x])
+    spread = ((np.log(x) - np.log(x).mean()) ** 2).sum()
+    assert abs(rest.sum()) < 1e-12, "least squares leave residuals of mean 0"
+    assert abs((rest * np.log(x)).sum()) < 1e-12, "and uncorrelated with x"
+    assert law.error == pytest.approx(math.sqrt((rest**2).sum() / 4 / spread), rel=1e-9)
+
+
+@pytest.mark.parametrize("slope", [-0.1, 0.0, 0.1])
+def test_minimum_outside_the_models_gives_no_best_size(slope):
+    sizes = np.geomspace(1e6, 1e8, 5)
+    values = [1 + slope * math.log(size) - 0.001 * (slope == 0) * math.log(size / 1e7) ** 2 for size in sizes]
+    found = [training(size, flops, bpb) for flops in (1e15, 1e16) for size, bpb in zip(sizes, values, strict=True)]
+    laws: Any = fit_scaling_laws(found)
+    assert laws.size is None
+    assert [one.size for one in laws.budgets] == [None, None]
+
+
+def test_budget_without_minimum_suggests_sizes(tmp_path):
+    falling = [training(size, 1e12, bpb) for size, bpb in ((10**5, 3.0), (2 * 10**5, 2.9), (4 * 10**5, 2.8))]
+    bowl = [training(size, 1e13, bpb) for size, bpb in ((10**5, 2.6), (2 * 10**5, 2.5), (4 * 10**5, 2.6))]
+    laws = fit_scaling_laws(falling + bowl)
+    assert laws is not None
+    text = describe_laws(laws)
+    assert "| 1e+12 | 3 | none among these sizes: try larger ones | | | 2.8000 |" in text
+    assert "| 1e+13 | 3 | 200,000 | 8,333,333 | 41.7 | 2.5000 |" in text
+    assert [file.name for file in write_scaling(falling + bowl, tmp_path)] == [
+        "scaling.csv", "scaling.md", "scaling.png",
+    ]  # fmt: skip
+    assert write_scaling(falling + falling, tmp_path) == [tmp_path / "scaling.csv"]
+    assert write_scaling(falling[:2], tmp_path) == []
+
+
+def test_report_has_the_laws_in_words_and_as_a_picture():
+    sizes = (10**5, 2 * 10**5, 4 * 10**5, 8 * 10**5)
+    bowl = [(size, flops, 2.5 + (size / best - 1) ** 2) for flops, best in ((1e12, 2e5), (1e13, 5e5)) for size in sizes]
+    words, pictures = laws_of_report([training(*one) for one in bowl])
+    assert str(words).startswith("## Scaling laws")
+    assert isinstance(pictures, list)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", pictures[0].svg)
+    assert {"1e12 FLOPs", "1e13 FLOPs", "N, parameters", "C, FLOPs of pretraining"} <= set(texts)
+    assert laws_of_report([training(*bowl[0])]) == laws_of_report([]) == []
 
 
 @pytest.mark.slow
@@ -19,6 +104,11 @@ def test_sweep_over_sizes_and_budgets_fits_laws(mlxchat, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     (folder,) = (tmp_path / "outputs" / "multirun").iterdir()
     rows = list(csv.DictReader((folder / "scaling.csv").read_text().splitlines()))
+    assert list(rows[0]) == [  # the header that nanochat's scaling_laws.sh of January 2026 writes
+        "flops_budget", "depth", "model_dim", "params_transformer", "params_wte", "params_value_embeds",
+        "params_lm_head", "params_scalars", "params_total", "num_iterations", "tokens_trained", "param_data_ratio",
+        "val_bpb", "core_score", "train_time_sec",
+    ]  # fmt: skip
     assert [int(row["model_dim"]) for row in rows] == [16, 32, 64] * 2
     for row in rows:  # two layers, a vocabulary of 512, tied to nothing
         width = int(row["model_dim"])
@@ -28,44 +118,3 @@ def test_sweep_over_sizes_and_budgets_fits_laws(mlxchat, tmp_path):
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert (folder / "scaling.md").read_text().startswith("# Scaling laws")
     assert f"scaling: {folder / 'scaling.csv'}" in done.stdout
-
-
-def training(size: int, flops: float, bpb: float) -> Training:
-    kinds = dict.fromkeys(("matrices", "embedding", "value_embeddings", "head", "scalars", "total"), size)
-    return Training(
-        name=f"{size}-{flops}", depth=1, width=1, parameters=kinds, horizon_parameters=size, num_iterations=1,
-        tokens=int(flops / 6 / size), flops=flops, bpb=bpb,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("middle", [2.5, 2.9])
-def test_budgets_with_and_without_a_minimum_are_drawn(middle, tmp_path):
-    found = [training(size, flops, bpb) for flops in (1e12, 1e13) for size, bpb in ((10, 3.0), (20, middle), (40, 2.8))]
-    files = write_scaling(found, tmp_path)
-    assert [file.name for file in files] == ["scaling.csv", "scaling.md", "scaling.png"]
-    assert files[2].read_bytes().startswith(b"\x89PNG")
-
-
-def test_budget_without_minimum_suggests_sizes():
-    falling = [training(size, 1e12, bpb) for size, bpb in ((10**5, 3.0), (2 * 10**5, 2.9), (4 * 10**5, 2.8))]
-    bowl = [training(size, 1e13, bpb) for size, bpb in ((10**5, 2.6), (2 * 10**5, 2.5), (4 * 10**5, 2.6))]
-    laws = fit_scaling_laws(falling + bowl)
-    assert laws is not None
-    text = describe_laws(laws)
-    assert "| 1e+12 | 3 | none among these sizes: try larger ones | | | 2.8000 |" in text
-    assert "| 1e+13 | 3 | 200,000 | 8,333,333 | 41.7 | 2.5000 |" in text
-
-
-def test_two_sizes_write_no_scaling_files(tmp_path):
-    assert write_scaling([training(10, 1e9, 3.0), training(20, 1e9, 2.9)], tmp_path) == []
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_report_has_the_laws_in_words_and_as_a_picture():
-    bowl = [(size, flops, 2.5 + (size / best - 1) ** 2) for flops, best in ((1e12, 2e5), (1e13, 5e5)) for size in SIZES]
-    words, pictures = laws_of_report([training(*one) for one in bowl])
-    assert str(words).startswith("## Scaling laws")
-    assert isinstance(pictures, list)
-    texts = re.findall(r"<text[^>]*>([^<]*)</text>", pictures[0].svg)
-    assert {"1e12 FLOPs", "1e13 FLOPs", "N, parameters", "C, FLOPs of pretraining"} <= set(texts)
-    assert laws_of_report([training(*bowl[0])]) == laws_of_report([]) == []

@@ -1,4 +1,4 @@
-"""`mlxchat sweep=tpe`: resumes after kills, tolerates failed trials, refuses mistakes."""
+"""`mlxchat sweep=tpe` and `sweep=halving`: the space, the journal, kills, failed and pruned trials, mistakes."""
 
 import json
 import re
@@ -12,105 +12,223 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from optuna.distributions import FloatDistribution
+import optuna
+from optuna.distributions import CategoricalDistribution as Choice
+from optuna.distributions import FloatDistribution as Float
+from optuna.distributions import IntDistribution as Int
 from optuna.trial import create_trial
 
 from kit.commands import run_captured
-from mlxchat.sweep.search import Trials, ask
+from mlxchat.config.schema import SweepConfig
+from mlxchat.errors import ConfigError
+from mlxchat.sweep.search import ask, check_definition, open_study, read_space, rows_of, tell
 
-SEARCH = [
+TPE = [
     "sweep=tpe", "sweep.trials=4", "sweep.random_trials=2", "sweep.name=s",
     "optimizer.embedding_lr=tag(log,interval(0.02,2))", "tokenizer.vocab_size=choice(300,310)",
+    "stage=pretrain", "pretrain.num_iterations=1",
+]  # fmt: skip
+HALVING = [
+    "sweep=halving", "sweep.name=s", "sweep.trials=4", "sweep.factor=2", "pretrain.num_iterations=12",
+    "pretrain.eval_every=2", "optimizer.matrix_lr=tag(log,interval(0.001,0.3))",
 ]  # fmt: skip
 
 
-def told(outputs: Path) -> list[tuple[Any, ...]]:
+def journal(outputs: Path) -> list[tuple[Any, ...]]:
     """Return what a journal says of its trials, without times and names of runs."""
-    rows = Trials(outputs / "multirun" / "s" / "journal.log").rows()
-    return [(row["job"], row["overrides"], row["status"], row.get("value")) for row in rows]
+    study = open_study(outputs / "multirun" / "s" / "journal.log", "minimize")
+    return [(trial.params, trial.state.name, trial.value, trial.intermediate_values) for trial in study.trials]
+
+
+def searched(factory: pytest.TempPathFactory, tiny: tuple[str, ...], settings: list[str]) -> tuple[Path, str]:
+    outputs = factory.mktemp("search") / "outputs"
+    done = run_captured(*tiny, *settings, f"outputs={outputs}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return outputs, done.stdout
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, short: tuple[str, ...]) -> tuple[Path, str, list[str]]:
-    """A finished search: its outputs, what it printed, its command."""
-    outputs = tmp_path_factory.mktemp("search") / "outputs"
-    command = [*short, *SEARCH, f"outputs={outputs}"]
-    done = run_captured(*command)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return outputs, done.stdout, command
+def tpe(tmp_path_factory: pytest.TempPathFactory, tiny: tuple[str, ...]) -> tuple[Path, str]:
+    """A finished search: its outputs, and what it printed."""
+    return searched(tmp_path_factory, tiny, TPE)
 
 
-def test_search_prints_its_best_trial_and_command(undisturbed, say):
-    outputs, text, _ = undisturbed
-    trials = told(outputs)
-    assert [(number, status) for number, _, status, _ in trials] == [(n, "done") for n in (1, 2, 3, 4)]
-    best = min(trials, key=lambda trial: trial[3])
-    assert f"best: trial {best[0]}/4 " in text
-    command = re.search(r"^its command: mlxchat (.*)$", text, re.MULTILINE)
-    assert say("plan", *shlex.split(command[1])).splitlines()[-1].startswith("3 steps: 3 done")
+@pytest.fixture(scope="module")
+def halving(tmp_path_factory: pytest.TempPathFactory, tiny: tuple[str, ...]) -> tuple[Path, str]:
+    """Four trials of real pretrainings."""
+    return searched(tmp_path_factory, tiny, HALVING)
 
 
 @pytest.mark.parametrize(
-    "point",
-    ["search.ended:3"]
-    + [
-        pytest.param(point, marks=pytest.mark.slow)
-        for point in (
-            "train.iteration:2", "search.ended", "search.told", "search.told:4", "publish.renamed:4", "step.started:3"
-        )
+    ("expression", "expected"),
+    [
+        ("interval(0.1,1)", Float(0.1, 1.0)),
+        ("tag(log,interval(0.001,1))", Float(0.001, 1.0, log=True)),
+        ("int(interval(1,8))", Int(1, 8)),
+        ("tag(log,int(interval(1,8)))", Int(1, 8, log=True)),
+        ("range(1,9)", Int(1, 8)),
+        ("range(1,10,4)", Int(1, 9, step=4)),
+        ("range(0.1,0.95,0.1)", Float(0.1, 0.9, step=0.1)),
+        ("choice(d2,d4)", Choice(("d2", "d4"))),
+        ("1,2,2", Choice(("1", "2"))),
+    ],
+)
+def test_hydra_expressions_become_distributions(expression, expected):
+    for overrides in ([f"seed={expression}"], [f'sweep.space.seed="{expression}"']):
+        assert read_space(overrides, [])[1] == {"seed": expected}
+
+
+def test_command_line_overrides_the_yaml_space():
+    yaml = 'sweep.space={model: "d2,d3", seed: "interval(5,6)", name: "a,b"}'
+    fixed, space = read_space(["model=d4", "seed=interval(0,1)", yaml], [])
+    assert fixed == ["model=d4", yaml]
+    assert space == {"seed": Float(0.0, 1.0), "name": Choice(("a", "b"))}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["seed=1"], "a search needs settings that vary"),
+        (["sweep.space.seed=3"], "seed=3: it does not vary"),
+        (["seed=interval(2,1)"], "interval.2,1.: "),
+        (["seed=tag(log,interval(0,1))", "name=tag(lag,interval(1,2))"], '(?s)log.*tag "lag" is unknown, expected log'),
+        (["seed=range(3,3)"], "the range is empty"),
+    ],
+)
+def test_invalid_expressions_are_refused(overrides, problem):
+    with pytest.raises(ConfigError, match=problem) as caught:
+        read_space(overrides, [])
+    assert "Expected choice(a,b)" in str(caught.value)
+
+
+def test_optuna_reads_the_journal_and_a_cut_line_is_dropped(tmp_path):
+    path, space = tmp_path / "journal.log", {"a": Float(0.0, 1.0), "m": Choice(("d2", "d4"))}
+    study = open_study(path, "maximize")
+    for job, (status, value) in enumerate((("done", 1.5), ("failed", None), ("pruned", 1.2)), start=1):
+        trial = ask(study, space, SweepConfig())
+        trial.report(1.1, 50)
+        row = {"job": job, "settings": trial.params, "status": status}
+        tell(study, trial, row if value is None else row | {"value": value})
+    text = path.read_bytes()
+    for found in (study, open_study(path, "maximize")):
+        assert [trial.state.name for trial in found.trials] == ["COMPLETE", "FAIL", "PRUNED"]
+        assert found.direction.name == "MAXIMIZE"
+        assert found.trials[2].intermediate_values == {50: 1.1}
+    for cut in range(text.rfind(b"\n", 0, -1) + 1, len(text), 97):
+        path.write_bytes(text[:cut])
+        kept = open_study(path, "maximize")
+        assert [row["job"] for row in rows_of(kept)] == [1, 2]
+        tell(kept, ask(kept, space, SweepConfig()), {"job": 3, "status": "done", "value": 1.0})
+        assert [row["job"] for row in rows_of(open_study(path, "maximize"))] == [1, 2, 3], cut
+
+
+def test_different_search_is_refused_with_differences(tmp_path):
+    study = open_study(tmp_path / "journal.log", "minimize")
+    first = {"metric": "pretrain.val_bpb", "space": {"a": "float 0..1"}, "fixed": {"seed": 1, "b": 2.5}}
+    check_definition(study, first, tmp_path)
+    check_definition(study, first, tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        check_definition(study, {**first, "space": {"a": "float 0..2"}, "fixed": {"seed": 1, "b": 3}}, tmp_path)
+    assert "fixed.b: 2.5 → 3" in str(caught.value)
+    assert "space.a: float 0..1 → float 0..2" in str(caught.value)
+    assert "seed" not in str(caught.value)
+
+
+def test_results_and_direction_guide_the_choice():
+    space: Any = {"x": Float(-4.0, 4.0)}
+
+    def chosen(direction: Any) -> float:
+        study = optuna.create_study(direction=direction)
+        study.add_trials([create_trial(params={"x": x}, distributions=space, value=x) for x in np.linspace(-4, 4, 17)])
+        found = [ask(study, space, SweepConfig(seed=seed, random_trials=4)).params["x"] for seed in range(5)]
+        return float(np.mean(found))
+
+    assert chosen("minimize") < -1
+    assert chosen("maximize") > 1
+
+
+def test_search_prints_its_best_trial_and_command(tpe, tiny, say):
+    outputs, text = tpe
+    trials = journal(outputs)
+    assert [state for _, state, *_ in trials] == ["COMPLETE"] * 4
+    best = min(range(4), key=lambda number: trials[number][2])
+    assert f"best trial: {best + 1} " in text
+    command = re.search(r"^its command: mlxchat (.*)$", text, re.MULTILINE)
+    assert command is not None
+    assert say("plan", *shlex.split(command[1])).splitlines()[-1].startswith("3 steps: 3 done")
+    again = say(*tiny, *TPE, f"outputs={outputs}")
+    assert "──" not in again, "nothing runs again"
+    assert f"best trial: {best + 1} " in again
+    assert journal(outputs) == trials
+    assert "seed: 0 → 1" in say(*tiny, *TPE, "sweep.seed=1", f"outputs={outputs}", code=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "point"),
+    [
+        ("tpe", "search.ended:3"),
+        *(
+            pytest.param(kind, point, marks=pytest.mark.slow)
+            for kind, point in (
+                ("tpe", "train.iteration:2"), ("tpe", "search.told"), ("tpe", "search.told:4"),
+                ("tpe", "publish.renamed:4"), ("tpe", "step.started:3"), ("halving", "search.told:2"),
+                ("halving", "train.iteration:5"),
+            )
+        ),
     ],
 )  # fmt: skip
-def test_killed_search_ends_like_an_uninterrupted_one(point, undisturbed, mlxchat, short, tmp_path, say):
-    command = [*short, *SEARCH, f"outputs={tmp_path}/outputs"]
+def test_killed_search_ends_like_an_uninterrupted_one(kind, point, request, mlxchat, tiny, tmp_path, say):
+    undisturbed, _ = request.getfixturevalue(kind)
+    command = [*tiny, *{"tpe": TPE, "halving": HALVING}[kind], f"outputs={tmp_path}/outputs"]
     killed = mlxchat(*command, environ={"MLXCHAT_CRASH_AT": point})
     assert killed.returncode == -signal.SIGKILL, killed.stdout + killed.stderr
     say(*command)
-    assert told(tmp_path / "outputs") == told(undisturbed[0])
-
-
-def test_finished_search_runs_nothing_again(undisturbed, say):
-    outputs, _, command = undisturbed
-    before = told(outputs)
-    text = say(*command)
-    assert "──" not in text
-    assert "best: trial " in text
-    assert told(outputs) == before
-    assert "seed: 0 → 1" in say(*command, "sweep.seed=1", code=2), "another search needs another name"
-
-
-def test_search_folder_does_not_shadow_the_run_name(outputs, tiny, say):
-    (run,) = (outputs / "runs").iterdir()
-    settings = ["sweep=tpe", "sweep.trials=2", "sweep.metric=tokenizer.bytes_per_token", f"outputs={outputs}"]
-    say(*tiny, *settings, "tokenizer.vocab_size=choice(280,330)", "sweep.seed=1")
-    assert [path.name for path in (outputs / "multirun").iterdir()] == ["smoke-search"]
-    rows = json.loads((outputs / "multirun" / "smoke-search" / "table.json").read_text())
-
-    def compared(name: str) -> list[str]:
-        return [row["name"] for row in json.loads(say("compare", name, "--format", "json", f"outputs={outputs}"))]
-
-    assert run.name in compared("smoke")
-    assert compared("smoke-search") == [f"tokenizer.vocab_size={row['tokenizer.vocab_size']}" for row in rows]
-    report = say("report", run.name, "smoke-search", f"outputs={outputs}")
-    assert Path(report.splitlines()[-1].removeprefix("report: ")).is_file()
+    assert journal(tmp_path / "outputs") == journal(undisturbed)
 
 
 def test_failed_trials_do_not_stop_the_search(outputs, tiny, say):
-    settings = ["sweep=tpe", "sweep.name=s", "sweep.trials=3", "tokenizer.vocab_size=choice(280,330,60000)"]
-    settings += ["sweep.seed=8", "sweep.metric=tokenizer.bytes_per_token"]
-    text = say(*tiny, *settings, f"outputs={outputs}")
-    assert {(values["tokenizer.vocab_size"] == "60000", status) for _, values, status, _ in told(outputs)} == {
-        (False, "done"), (True, "failed"),
+    settings = ["sweep=tpe", "sweep.trials=3", "tokenizer.vocab_size=choice(280,330,60000)", f"outputs={outputs}"]
+    text = say(*tiny, *settings, "sweep.seed=8", "sweep.metric=tokenizer.bytes_per_token")
+    assert [path.name for path in (outputs / "multirun").iterdir()] == ["smoke-search"], "`smoke` means the run"
+    rows = json.loads((outputs / "multirun" / "smoke-search" / "table.json").read_text())
+    assert {(row["tokenizer.vocab_size"], row["status"]) for row in rows} == {
+        ("280", "done"), ("330", "done"), ("60000", "failed"),
     }  # fmt: skip
-    rows = json.loads((outputs / "multirun" / "s" / "table.json").read_text())
-    assert [row["status"] for row in rows] == sorted(row["status"] for row in rows)
     assert "tokenizer.vocab_size is 60000" in rows[-1]["error"]
     # More merges never give fewer bytes a token, so the largest vocabulary is the best one.
-    tried = [int(row["tokenizer.vocab_size"]) for row in rows if row["status"] == "done"]
-    assert tried == sorted(tried, reverse=True)
-    assert len(set(tried)) > 1
-    (best,) = re.findall(r"^best: trial \d+/3 tokenizer.vocab_size=(\d+)", text, re.MULTILINE)
-    assert int(best) == max(tried)
+    assert re.search(r"^best trial: \d+ tokenizer.vocab_size=330: ", text, re.MULTILINE)
     assert "3 trials for the largest tokenizer.bytes_per_token" in text
+    compared = json.loads(say("compare", "smoke-search", "--format", "json", f"outputs={outputs}"))
+    assert [row["name"] for row in compared[:2]] == ["tokenizer.vocab_size=330", "tokenizer.vocab_size=280"]
+
+
+def test_trials_outside_the_best_half_stop_at_a_rung(halving):
+    trials = journal(halving[0])
+    curves = [curve for *_, curve in trials]
+
+    def at_rung(number: int, rung: int) -> float | None:
+        return next((value for at, value in sorted(curves[number].items()) if at >= rung), None)
+
+    def is_worse(number: int, rung: int) -> bool:
+        reached = sorted(value for each in range(number + 1) if (value := at_rung(each, rung)) is not None)
+        return at_rung(number, rung) not in (None, *reached[: max(1, len(reached) // 2)])
+
+    assert {state for _, state, *_ in trials} == {"PRUNED", "COMPLETE"}
+    for number, (_, state, _, curve) in enumerate(trials):
+        worse = [at for at in sorted(curve) for rung in (1, 2, 4, 8) if rung <= at and is_worse(number, rung)]
+        assert (state == "PRUNED", max(curve)) == ((True, worse[0]) if worse else (False, 12))
+
+
+def test_pruned_trial_resumes_when_run_alone(halving, tiny, say):
+    outputs, _ = halving
+    params, _, _, curve = next(trial for trial in journal(outputs) if trial[1] == "PRUNED")
+    rate = params["optimizer.matrix_lr"]
+    settings = [item for item in HALVING if not item.startswith(("sweep", "optimizer.matrix_lr"))]
+    say(*tiny, *settings, f"optimizer.matrix_lr={rate}", "stage=pretrain", f"outputs={outputs}")
+    manifests = [json.loads(path.read_text()) for path in (outputs / "store").glob("pretrain-*/manifest.json")]
+    (made,) = (each for each in manifests if each["config"]["optimizer"]["matrix_lr"] == rate)
+    assert made["attempts"][-1]["resumed_from"] == max(curve)
+    assert [each["outcome"] for each in made["attempts"]] == ["interrupted", "done"]
 
 
 @pytest.mark.parametrize(
@@ -135,17 +253,5 @@ def test_a_mistake_is_refused_before_anything_is_written(arguments, message, tmp
 
 
 def test_missing_optuna_names_the_extra(tmp_path, monkeypatch, say):
-    monkeypatch.setattr("mlxchat.sweep.search.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("mlxchat.sweep.search.find_spec", lambda name: None)
     assert "pip install 'mlxchat[search]'" in say("sweep=tpe", "seed=1,2", f"outputs={tmp_path}/outputs", code=2)
-
-
-def test_results_and_direction_guide_the_choice():
-    space: Any = {"x": FloatDistribution(-4.0, 4.0)}
-    told = [create_trial(params={"x": x}, distributions=space, value=x) for x in np.linspace(-4, 4, 17)]
-
-    def chosen(direction: Any) -> float:
-        found = [ask(space, told, number=18, seed=seed, random_trials=4, direction=direction) for seed in range(5)]
-        return float(np.mean([trial.params["x"] for trial in found]))
-
-    assert chosen("minimize") < -1
-    assert chosen("maximize") > 1

@@ -160,12 +160,13 @@ def _plan_sweep(options: Namespace) -> int:
     from mlxchat.runner.reasons import Estimate, estimate_steps, format_plan
     from mlxchat.sweep.sweeper import read_sweep
 
-    jobs = read_sweep(options.settings).jobs
+    sweep = read_sweep(options.settings)
+    jobs, store = sweep.jobs, sweep.store
     known: dict[str, Estimate | None] = {}
     described = []
     for job in jobs:
         config = job.composed.config
-        estimates = estimate_steps(job.plan, job.store) | estimate_trainings(config, job.plan, job.store)
+        estimates = estimate_steps(job.plan, store) | estimate_trainings(config, job.plan, store)
         memory = {name: each.text for name, each in forecast_memory(config, job.plan).items() if each.text}
         own = [step for step in job.plan if not step.done and step.key not in known]
         known |= {step.key: estimates.get(step.name) for step in own}

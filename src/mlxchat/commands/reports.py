@@ -258,10 +258,11 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
         StoreError: a name is unknown, or there are no runs.
     """
     from mlxchat.report.collect import collect, collect_steps, entries_of_artifacts
+    from mlxchat.report.comparison import reports_of_sweep
 
     sweeps = {name: folder for name in names if (folder := _sweep_folder(outputs, name))}
     if sweeps and len(names) == 1:
-        return _reports_of_sweep(outputs, sweeps[names[0]])
+        return reports_of_sweep(outputs, sweeps[names[0]])
     meant = [_meaning(Store(outputs), name) for name in names or [LATEST] if name not in sweeps]
     folders = [each for each in meant if isinstance(each, Path)]
     places = [place for each in meant if not isinstance(each, Path) for place in each]
@@ -280,7 +281,7 @@ def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], lis
     short = [report.experiment or report.name for report in reports]
     titles = [s if short.count(s) == 1 else report.name for s, report in zip(short, reports, strict=True)]
     for sweep in sweeps.values():
-        _, jobs, names_of_jobs, _ = _reports_of_sweep(outputs, sweep)
+        _, jobs, names_of_jobs, _ = reports_of_sweep(outputs, sweep)
         reports, titles = reports + jobs, titles + names_of_jobs
     if len(reports) > 1:
         there = outputs / "reports" / "+".join(folder.name for folder in [*folders, *sweeps.values()])[:120]
@@ -318,17 +319,3 @@ def _sweep_folder(outputs: Path, name: str) -> Path | None:
         return None
     is_run = any((outputs / "runs" / run.name).is_dir() for run in find_runs(Store(outputs), [name]))
     return None if is_run else folder
-
-
-def _reports_of_sweep(outputs: Path, folder: Path) -> tuple[str, list[RunReport], list[str], str]:
-    from mlxchat.report.collect import collect_steps
-    from mlxchat.report.comparison import title_of_sweep
-
-    state = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
-    jobs = [job for job in state["jobs"].values() if job.get("steps")]
-    if not jobs:
-        raise ConfigError(f"{folder}: no job of it has artifacts")
-    titles = [job["title"] for job in jobs]
-    reports = [collect_steps(outputs, job["title"], job["steps"], folder) for job in jobs]
-    title = title_of_sweep(state.get("name") or folder.name, [job["settings"] for job in jobs])
-    return title, reports, titles, state.get("sorted_by") or ""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mlxchat.config.wording import ABSENT, format_count, format_dollars, format_seconds, plural
+from mlxchat.errors import ConfigError
 from mlxchat.evals.scores import mapping
-from mlxchat.planning.scaling import fit_power_law
-from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, read_json, text
+from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, collect_steps, read_json, text
 from mlxchat.report.document import Block, Group, escape
 from mlxchat.report.plots import COLOURS, LABEL_LETTERS, Chart, Curve, Drawing, slug, smooth
 from mlxchat.report.summary import num_parameters, trained_tokens
@@ -24,6 +26,22 @@ _ORIGIN = ("run", "id")
 """Columns of the run's model, else its last artifact, and of the run that made it: kept also if they are equal."""
 _MOST_NAMED = 8
 """Labelled points; more labels would overlap."""
+
+
+def reports_of_sweep(outputs: Path, folder: Path) -> tuple[str, list[RunReport], list[str], str]:
+    """Return a title, the reports of a sweep's jobs in the order of its table, their names, and the metric it is by.
+
+    Raises:
+        ConfigError: no job has artifacts.
+    """
+    state = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+    jobs = [job for job in state["jobs"].values() if job.get("steps")]
+    if not jobs:
+        raise ConfigError(f"{folder}: no job of it has artifacts")
+    titles = [job["title"] for job in jobs]
+    reports = [collect_steps(outputs, job["title"], job["steps"], folder) for job in jobs]
+    title = title_of_sweep(state.get("name") or folder.name, [job["settings"] for job in jobs])
+    return title, reports, titles, state.get("sorted_by") or ""
 
 
 def title_of_sweep(name: str, settings: Sequence[Mapping[str, object]]) -> str:
@@ -251,13 +269,14 @@ def scaling_chart(points: Sequence[Point]) -> Chart | None:
     names = [p.name for p in points] if len(points) <= _MOST_NAMED else []
     curves = [Curve(points=(xs, ys), has_line=False, names=names)]
     said = ", ".join(f"{p.name} {p.bpb:.4f} at {p.flops:.3g} FLOPs" for p in points)
-    # Two points always fit a line.
-    law = fit_power_law(xs, ys) if len(set(xs)) >= 3 else None
-    if law is not None:
-        ends = [min(xs), max(xs)]
-        interval = "" if law.half_width is None else f" ± {law.half_width:.3f}"
-        label = f"{law.at_centre:.3f} · (FLOPs / {law.centre:.2g})^({law.exponent:.3f}{interval})".replace("-", "−")
-        curves.append(Curve(points=(ends, [law(x) for x in ends]), label=label, colour=1))
+    if len(set(xs)) >= 3:  # two points always fit a line
+        import numpy as np
+
+        centre = np.log(xs).mean()
+        exponent, at_centre = np.polyfit(np.log(xs) - centre, np.log(ys), 1)
+        label = f"{np.exp(at_centre):.3f} · (FLOPs / {np.exp(centre):.2g})^({exponent:.3f})".replace("-", "−")
+        fitted = [float(np.exp(at_centre + exponent * (np.log(x) - centre))) for x in (min(xs), max(xs))]
+        curves.append(Curve(points=([min(xs), max(xs)], fitted), label=label, colour=1))
         said += f"; fitted: {label}"
     return Chart(
         name="scaling",

@@ -1,59 +1,167 @@
-"""Scaling laws of a sweep's pretrainings: a table with nanochat's columns, the fitted laws, and a plot."""
+"""Scaling laws of pretrainings: the best size of a model for a budget of FLOPs, and how it grows with the budget.
+
+The second approach of Hoffmann et al. 2022 (arXiv 2203.15556), as nanochat's scaling_laws.sh is evaluated. At each
+budget C the bits per byte of several models lie on a parabola over log N; its minimum is the best size N*(C). Power
+laws N* = a·C^α and D* = b·C^β go through the minima. N counts the parameters that `pretrain.horizon_parameters` names,
+D the tokens.
+"""
 
 from __future__ import annotations
 
 import csv
-import io
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlxchat.planning.scaling import IsoFlop, PowerLaw, ScalingLaws, Training, fit_scaling_laws, table_of
 from mlxchat.report.document import Block
 from mlxchat.report.plots import COLOURS, Picture, label_log_axis, make_panels, name_axes, render_png, styled
-from mlxchat.store.files import write_whole
 from mlxchat.store.manifest import Manifest
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_KINDS = {
-    "matrices": "num_matrix_parameters", "embedding": "num_embedding_parameters",
-    "value_embeddings": "num_value_embedding_parameters", "head": "num_head_parameters",
-    "scalars": "num_scalar_parameters", "total": "num_parameters",
+_SAME_BUDGET = 0.1
+"""Trainings whose FLOPs differ by less than this share have one budget: iterations are whole numbers."""
+_FEWEST_SIZES = 3
+# Column of nanochat's table → number in a pretraining's manifest.
+_COLUMNS = {
+    "depth": "num_layers", "model_dim": "width", "params_transformer": "num_matrix_parameters",
+    "params_wte": "num_embedding_parameters", "params_value_embeds": "num_value_embedding_parameters",
+    "params_lm_head": "num_head_parameters", "params_scalars": "num_scalar_parameters",
+    "params_total": "num_parameters", "num_iterations": "num_iterations", "tokens_trained": "total_tokens",
 }  # fmt: skip
-"""Names in manifests of each kind of parameters."""
-_RAMP = ("#a5cdea", "#1a68a8")  # from the smallest to the largest budget, to be seen on white and on dark
-_FEWEST = 3
-"""Smallest number of different sizes for which a table is written."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One finished pretraining."""
+
+    size: int  # N
+    tokens: int  # D
+    flops: float
+    bpb: float  # held-out bits per byte at the end
+    row: dict[str, Any]
+    """Its row of nanochat's table, without the budget."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The models of one budget: a parabola of their bits per byte over ln N, and its minimum."""
+
+    flops: float  # C, the geometric mean of the trainings'
+    trainings: list[Training]  # by N
+    parabola: np.polynomial.Polynomial  # of ln N
+    size: float | None  # N*; None if the minimum is not between the smallest and the largest model
+    tokens: float  # D*, on the line of ln D over ln N of these trainings; NaN without a minimum
+    bpb: float  # at the minimum
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerLaw:
+    """y = at_centre · (x / centre)^exponent, by least squares of the logarithms."""
+
+    centre: float
+    at_centre: float
+    exponent: float
+    error: float | None  # standard error of the exponent; None with two points, which leave no residuals
+
+    def __call__(self, x: float) -> float:
+        """Return y."""
+        return self.at_centre * math.exp(self.exponent * math.log(x / self.centre))
+
+    @property
+    def growth(self) -> str:
+        """The exponent with its standard error."""
+        return f"{self.exponent:.3f}" + ("" if self.error is None else f" ± {self.error:.3f}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingLaws:
+    """Laws fitted to trainings at several budgets; a law is None unless two budgets have a minimum."""
+
+    budgets: list[Budget]  # by FLOPs
+    size: PowerLaw | None  # N*(C)
+    tokens: PowerLaw | None  # D*(C)
+    bpb: PowerLaw | None  # the lowest bits per byte of each budget over C
 
 
 def trainings_of(manifests: Iterable[Manifest]) -> list[Training]:
-    """Return the distinct pretrainings among artifacts, except those without a score and those of version 0.1."""
+    """Return the distinct pretrainings with a score among artifacts."""
     found: dict[str, Training] = {}
     for manifest in manifests:
-        numbers = manifest.get("derived") or {}
-        bpb = manifest["metrics"].get("val_bpb")
-        if manifest["stage"] != "pretrain" or bpb is None or "num_head_parameters" not in numbers:
+        if manifest["stage"] != "pretrain" or manifest["metrics"].get("val_bpb") is None:
             continue
+        numbers, metrics = manifest["derived"], manifest["metrics"]
+        size, tokens = numbers["num_horizon_parameters"], numbers["total_tokens"]
+        row = {column: numbers[name] for column, name in _COLUMNS.items()}
+        row |= {"param_data_ratio": round(tokens / size, 2), "val_bpb": metrics["val_bpb"]}
+        row |= {"core_score": metrics.get("core", ""), "train_time_sec": round(manifest["seconds"], 1)}
         found[manifest["rid"]] = Training(
-            name=manifest["name"],
-            depth=numbers["num_layers"],
-            width=numbers["width"],
-            parameters={kind: numbers[name] for kind, name in _KINDS.items()},
-            horizon_parameters=numbers["num_horizon_parameters"],
-            num_iterations=numbers["num_iterations"],
-            tokens=numbers["total_tokens"],
-            flops=numbers["total_flops"],
-            bpb=bpb,
-            core=manifest["metrics"].get("core"),
-            seconds=manifest.get("seconds"),
+            size=size, tokens=tokens, flops=numbers["total_flops"], bpb=metrics["val_bpb"], row=row
         )
     return list(found.values())
+
+
+def fit_power_law(xs: Sequence[float], ys: Sequence[float]) -> PowerLaw | None:
+    """Return the power law through points with positive coordinates; None with fewer than two different x."""
+    if len(set(xs)) < 2:
+        return None
+    x, y = np.log(np.array(xs)), np.log(np.array(ys))
+    exponent, at_centre = np.polyfit(x - x.mean(), y, 1)
+    error = None
+    if len(xs) > 2:
+        _, covariance = np.polyfit(x - x.mean(), y, 1, cov=True)
+        error = math.sqrt(covariance[0, 0])
+    return PowerLaw(centre=math.exp(x.mean()), at_centre=math.exp(at_centre), exponent=float(exponent), error=error)
+
+
+def fit_scaling_laws(trainings: Sequence[Training]) -> ScalingLaws | None:
+    """Return the laws of trainings; None unless at least two budgets have three models of different sizes."""
+    groups = group_by_budget(trainings)
+    budgets = [_fit_budget(group) for group in groups if len({one.size for one in group}) >= _FEWEST_SIZES]
+    if len(budgets) < 2:
+        return None
+    found = [one for one in budgets if one.size]
+    flops = [one.flops for one in found]
+    return ScalingLaws(
+        budgets=budgets,
+        size=fit_power_law(flops, [one.size or 0.0 for one in found]),
+        tokens=fit_power_law(flops, [one.tokens for one in found]),
+        bpb=fit_power_law(flops, [one.bpb for one in found]),
+    )
+
+
+def group_by_budget(trainings: Sequence[Training]) -> list[list[Training]]:
+    """Return the trainings by FLOPs, those of one budget together and by size."""
+    groups: list[list[Training]] = []
+    for one in sorted(trainings, key=lambda one: one.flops):
+        if groups and one.flops <= groups[-1][0].flops * (1 + _SAME_BUDGET):
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    return [sorted(group, key=lambda one: one.size) for group in groups]
+
+
+def _fit_budget(trainings: list[Training]) -> Budget:
+    """Return the parabola of the trainings of one budget, of at least three sizes."""
+    sizes = np.log([one.size for one in trainings])
+    parabola = np.polynomial.Polynomial.fit(sizes, [one.bpb for one in trainings], 2)
+    lowest = float(next(iter(parabola.deriv().roots()), np.inf))  # no root: a line
+    is_inside = parabola.coef[2] > 0 and sizes.min() <= lowest <= sizes.max()
+    tokens = np.polynomial.Polynomial.fit(sizes, np.log([one.tokens for one in trainings]), 1)
+    return Budget(
+        flops=math.exp(float(np.mean(np.log([one.flops for one in trainings])))),
+        trainings=trainings,
+        parabola=parabola,
+        size=math.exp(lowest) if is_inside else None,
+        tokens=math.exp(tokens(lowest)) if is_inside else math.nan,
+        bpb=float(parabola(lowest)) if is_inside else math.nan,
+    )
 
 
 def write_scaling(trainings: list[Training], folder: Path) -> list[Path]:
@@ -62,33 +170,31 @@ def write_scaling(trainings: list[Training], folder: Path) -> list[Path]:
     Returns:
         the paths written, in this order.
     """
-    if len({one.horizon_parameters for one in trainings}) < _FEWEST:
+    if len({one.size for one in trainings}) < _FEWEST_SIZES:
         return []
-    rows = table_of(trainings)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    files: dict[str, str | bytes] = {"scaling.csv": text.getvalue()}
+    table, words, picture = (folder / f"scaling.{kind}" for kind in ("csv", "md", "png"))
+    groups = group_by_budget(trainings)
+    rows = [{"flops_budget": f"{group[0].flops:.4g}", **one.row} for group in groups for one in group]
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
     laws = fit_scaling_laws(trainings)
-    if laws is not None:
-        files |= {"scaling.md": describe_laws(laws), "scaling.png": draw_laws(laws)}
-    for name, content in files.items():
-        write_whole(folder / name, content)
-    return [folder / name for name in files]
+    if laws is None:
+        return [table]
+    words.write_text(describe_laws(laws), encoding="utf-8")
+    with styled():
+        picture.write_bytes(render_png(_draw(laws)))
+    return [table, words, picture]
 
 
 def laws_of_report(trainings: list[Training]) -> list[Block]:
     """Return the sweep report's section on scaling laws; empty if no parabolas fit."""
-    laws = fit_scaling_laws(trainings) if trainings else None
+    laws = fit_scaling_laws(trainings)
     if laws is None:
         return []
-    picture = Picture(
-        name="laws",
-        title="Scaling laws",
-        alt="; ".join(f"{_budget(one)}: best N {one.best_parameters or 'outside'}" for one in laws.budgets),
-        draw=partial(_draw, laws),
-    )
+    alt = "; ".join(f"{one.flops:.3g} FLOPs: best N {one.size or 'outside'}" for one in laws.budgets)
+    picture = Picture(name="laws", title="Scaling laws", alt=alt, draw=partial(_draw, laws))
     return [describe_laws(laws).replace("# ", "## ", 1), [picture]]
 
 
@@ -97,94 +203,58 @@ def describe_laws(laws: ScalingLaws) -> str:
     lines = [
         "# Scaling laws", "",
         "The best model of each budget, at the minimum of a parabola over log N. N counts the parameters that",
-        "`pretrain.horizon_parameters` names, D the tokens.", "",
+        "`pretrain.horizon_parameters` names, D the tokens. ± is a standard error.", "",
         "| FLOPs | models | best N | best D | D / N | bits per byte |", "|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     for one in laws.budgets:
-        sizes = [training.horizon_parameters for training in one.trainings]
-        if one.best_parameters is None:
-            side = "smaller" if one.bpb_at(sizes[0]) < one.bpb_at(sizes[-1]) else "larger"
-            found = f"none among these sizes: try {side} ones | | |"
-            lines.append(f"| {one.flops:.3g} | {len(sizes)} | {found} {min(t.bpb for t in one.trainings):.4f} |")
-            continue
-        ratio = one.best_tokens / one.best_parameters
-        numbers = f"{one.best_parameters:,.0f} | {one.best_tokens:,.0f} | {ratio:.1f} | {one.best_bpb:.4f}"
-        lines.append(f"| {one.flops:.3g} | {len(sizes)} | {numbers} |")
+        start = f"| {one.flops:.3g} | {len(one.trainings)} |"
+        if one.size is None:
+            smallest, largest = (math.log(one.trainings[end].size) for end in (0, -1))
+            side = "smaller" if one.parabola(smallest) < one.parabola(largest) else "larger"
+            best = min(training.bpb for training in one.trainings)
+            lines.append(f"{start} none among these sizes: try {side} ones | | | {best:.4f} |")
+        else:
+            lines.append(f"{start} {one.size:,.0f} | {one.tokens:,.0f} | {one.tokens / one.size:.1f} | {one.bpb:.4f} |")
     lines.append("")
-    for label, law in (("N*", laws.parameters), ("D*", laws.tokens), ("bits per byte", laws.bpb)):
+    for label, law in (("N*", laws.size), ("D*", laws.tokens), ("bits per byte", laws.bpb)):
         if law is not None:
-            lines.append(f"- {label} = {law.at_centre:.4g} · (C / {law.centre:.3g})^{format_exponent(law)}")
-    ratios = laws.tokens_per_parameter
-    if ratios:
-        lines.append(f"- best tokens per parameter: {min(ratios):.1f} to {max(ratios):.1f}")
+            lines.append(f"- {label} = {law.at_centre:.4g} · (C / {law.centre:.3g})^({law.growth})")
     return "\n".join(lines) + "\n"
 
 
-def format_exponent(law: PowerLaw) -> str:
-    """Return an exponent with its 95 % interval, if there is one."""
-    if law.half_width is None:
-        return f"{law.exponent:.3f} (two points: no interval)"
-    return f"{law.exponent:.3f} ± {law.half_width:.3f} (95 %, {law.num_points} points)"
-
-
-def draw_laws(laws: ScalingLaws) -> bytes:
-    """Return a PNG: parabolas with their minima, and N* and D* against the budget."""
-    with styled():
-        return render_png(_draw(laws))
-
-
 def _draw(laws: ScalingLaws) -> Figure:
+    """Return parabolas with their minima, and N* and D* against the budget."""
+    from matplotlib import colormaps
+
     figure, (left, right) = make_panels(2, height=4.0)
     name_axes(left, "The best size for a budget", "N, parameters", "held-out bits per byte")
     name_axes(right, "How it grows", "C, FLOPs of pretraining", "parameters, tokens")
-    colours = _ramp(len(laws.budgets))
-    for one, colour in zip(laws.budgets, colours, strict=True):
-        _draw_parabola(left, one, colour)
+    shades = colormaps["Blues"](np.linspace(0.45, 0.9, len(laws.budgets)))  # seen on white and on dark
+    for one, shade in zip(laws.budgets, shades, strict=True):
+        sizes = [training.size for training in one.trainings]
+        between = np.geomspace(sizes[0], sizes[-1], 60)
+        label = f"{one.flops:.3g} FLOPs".replace("e+", "e")
+        left.plot(sizes, [training.bpb for training in one.trainings], "o", color=shade, ms=4)
+        left.plot(between, one.parabola(np.log(between)), color=shade, lw=1.3, label=label)
+        if one.size:
+            left.plot([one.size], [one.bpb], "*", color=COLOURS[1], ms=11, zorder=3)
+    left.legend(fontsize=9)
     left.set_xscale("log")
     label_log_axis(left.xaxis)
-    found = [one for one in laws.budgets if one.best_parameters]
+    found = [one for one in laws.budgets if one.size]
     flops = [one.flops for one in found]
-    for label, values, law, colour in (
-        ("N*", [one.best_parameters or 0.0 for one in found], laws.parameters, COLOURS[0]),
-        ("D*", [one.best_tokens or 0.0 for one in found], laws.tokens, COLOURS[1]),
+    if not found:  # matplotlib refuses logarithmic axes without data
+        return figure
+    for name, values, law, colour in (
+        ("N*", [one.size or 0.0 for one in found], laws.size, COLOURS[0]),
+        ("D*", [one.tokens for one in found], laws.tokens, COLOURS[1]),
     ):
-        if law is not None:
-            label = f"{label} ∝ C^{format_exponent(law).partition(' (')[0]}"
-            right.plot(flops, [law(x) for x in flops], color=colour, lw=1.5, label=label)
+        label = name if law is None else f"{name} ∝ C^{law.growth}"
+        right.plot(flops, values if law is None else [law(x) for x in flops], color=colour, lw=1.5, label=label)
         right.plot(flops, values, "o", color=colour, ms=5)
-    if found:  # matplotlib refuses logarithmic axes without data
-        right.set_xscale("log")
-        right.set_yscale("log")
-        label_log_axis(right.xaxis)
-        label_log_axis(right.yaxis)
-    for panel in (left, right):
-        if panel.get_legend_handles_labels()[1]:
-            panel.legend(fontsize=9)
+    right.legend(fontsize=9)
+    right.set_xscale("log")
+    right.set_yscale("log")
+    label_log_axis(right.xaxis)
+    label_log_axis(right.yaxis)
     return figure
-
-
-def _draw_parabola(panel: Axes, one: IsoFlop, colour: str) -> None:
-    sizes = [training.horizon_parameters for training in one.trainings]
-    between = np.geomspace(sizes[0], sizes[-1], 60)
-    panel.plot(sizes, [training.bpb for training in one.trainings], "o", color=colour, ms=4)
-    panel.plot(
-        between,
-        [one.bpb_at(float(x)) for x in between],
-        color=colour,
-        lw=1.3,
-        label=f"{one.flops:.3g} FLOPs".replace("e+", "e"),
-    )
-    if one.best_parameters:
-        panel.plot([one.best_parameters], [one.best_bpb], "*", color=COLOURS[1], ms=11, zorder=3)
-
-
-def _budget(one: IsoFlop) -> str:
-    return f"{one.flops:.3g} FLOPs".replace("e+", "e")
-
-
-def _ramp(count: int) -> list[str]:
-    """Return `count` colours, from light to dark."""
-    ends = [np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) for colour in _RAMP]
-    steps = np.linspace(0.15, 1.0, count)
-    mixed = [np.rint(ends[0] + step * (ends[1] - ends[0])).astype(int) for step in steps]
-    return ["#" + "".join(f"{value:02x}" for value in colour) for colour in mixed]

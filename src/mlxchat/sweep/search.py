@@ -1,4 +1,4 @@
-"""`mlxchat sweep=tpe` and `sweep=halving`: trials chosen by earlier results, in a journal of Optuna.
+"""`mlxchat sweep=tpe` and `sweep=halving`: trials chosen by Optuna from earlier results, in its journal.
 
 A choice depends only on the results so far, the seed and the trial's number, and a trial is added to the journal when
 it has ended. So a search that was killed at any moment continues with the same trials.
@@ -6,27 +6,23 @@ it has ended. So a search that was killed at any moment continues with the same 
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shlex
 import signal
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
-from hydra.errors import HydraException
 
 from mlxchat.composition.compose import Composed, compose_config, split_config_dirs
-from mlxchat.composition.overrides import implied_experiment
+from mlxchat.config.schema import SweepConfig
 from mlxchat.config.secrets import redact
 from mlxchat.config.wording import format_number
-from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError
+from mlxchat.errors import ConfigError, Interrupted, MlxchatError
 from mlxchat.pipeline import plan_of, plan_to_run, run_pipeline
 from mlxchat.runner.plan import PlannedStep, entries_of
 from mlxchat.store import locks
@@ -34,17 +30,8 @@ from mlxchat.store.crash import crash_point
 from mlxchat.store.files import Record, Records
 from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.store import Store
-from mlxchat.sweep.results import (
-    Row,
-    SweepFolder,
-    find_metric,
-    metrics_of,
-    name_best,
-    product_of,
-    recorded_numbers,
-    write_results,
-)
-from mlxchat.sweep.sweeper import is_finished, listed, parse
+from mlxchat.sweep.results import Row, conclude, find_metric, metrics_of, recorded_numbers, write_state
+from mlxchat.sweep.sweeper import listed, parse
 
 if TYPE_CHECKING:
     import optuna
@@ -52,7 +39,6 @@ if TYPE_CHECKING:
 
 Space = dict[str, "BaseDistribution"]
 Direction = Literal["minimize", "maximize"]
-_MOST_SHOWN = 4
 _FORMS = (
     "Expected choice(a,b), glob(d*), range(1,9), interval(0.1,1), int(interval(1,8)) or tag(log,interval(0.001,1)), "
     "quoted in the shell"
@@ -61,36 +47,41 @@ _FORMS = (
 
 @dataclass(kw_only=True)
 class Search:
-    """A search: its space, metric and base configuration."""
+    """A search: the configuration of its first point, its space and its metric."""
 
     base: Composed
-    """The configuration without the settings that vary."""
-    plan: list[PlannedStep]
-    """Plan of the base configuration."""
     fixed: list[str]
     """Overrides of every trial."""
     config_dirs: list[str]
     space: Space
+    plan: list[PlannedStep]
+    """Plan of the first point."""
     direction: Direction
+
+    @property
+    def sweep(self) -> SweepConfig:
+        """Settings of the search."""
+        return self.base.config.sweep
 
     @property
     def target(self) -> str:
         """STEP.METRIC."""
-        return str(self.base.config.sweep.metric)
+        return str(self.sweep.metric)
 
     @property
     def folder(self) -> Path:
         """outputs/multirun/<sweep.name>, or <name of the run>-search, so that the run's name refers to runs only."""
         config = self.base.config
-        return Path(config.outputs) / "multirun" / (config.sweep.name or f"{config.name}-search")
+        return Path(config.outputs) / "multirun" / (self.sweep.name or f"{config.name}-search")
+
+    @property
+    def store(self) -> Store:
+        """Store of the artifacts."""
+        return Store(Path(self.base.config.outputs))
 
     def overrides(self, values: Mapping[str, Any]) -> list[str]:
         """Return the command line of a trial."""
         return [*self.fixed, *(f"{key}={value}" for key, value in values.items())]
-
-    def title(self, number: int, values: Mapping[str, Any]) -> str:
-        """Return a trial's number and settings for display."""
-        return redact(f"trial {number}/{self.base.config.sweep.trials} {_shown(values)}")
 
 
 def run_search(arguments: list[str]) -> int:
@@ -104,161 +95,110 @@ def run_search(arguments: list[str]) -> int:
         Interrupted: a signal arrived; the same command continues.
     """
     overrides, config_dirs = split_config_dirs([item for item in arguments if item not in ("-m", "--multirun")])
-    search = _prepare(overrides, config_dirs)
-    if search is None:  # sweep=none
-        run_pipeline(compose_config(overrides, config_dirs))
-        return 0
-    Store(Path(search.base.config.outputs)).prepare()
-    search.folder.mkdir(parents=True, exist_ok=True)
+    search = read_search(overrides, config_dirs)
+    search.store.prepare()
 
     def tell_waiting(owner: dict[str, Any]) -> None:
         print(f"{locks.name_process(owner)} runs this search ({search.folder}); waiting", flush=True)
 
     with locks.hold(search.folder / "search.lock", {"search": search.folder.name}, tell_waiting):
-        trials = Trials(search.folder / "journal.log", search.direction)
-        trials.begin(redact(_definition(search)))
-        sweep = search.base.config.sweep
-        goal = f"the {'smallest' if search.direction == 'minimize' else 'largest'} {search.target}"
-        print(f"{sweep.trials} trials for {goal}; their results: {trials.path}", flush=True)
-        try:
-            _run_trials(search, trials)
-        except Interrupted as stop:
-            raise Interrupted(
-                f"{stop}\n{len(trials.rows())} of {sweep.trials} trials have results.", stop.exit_code - 128
-            ) from None
-        finally:
-            _remember(search, trials)
-        return _conclude(search, trials)
+        study = open_study(search.folder / "journal.log", search.direction)
+        check_definition(study, redact(_definition(search)), search.folder)
+        _run_trials(search, study)
+        return _conclude(search, rows_of(study))
 
 
-def _prepare(overrides: list[str], config_dirs: list[str]) -> Search | None:
-    """Return the search, checked as far as possible before it runs; None if the configuration has no search."""
-    overrides = [*implied_experiment(overrides), *overrides]  # also if only trials choose a model
-    plain = [item for item in overrides if not _varies(item)]
-    base = compose_config(plain, config_dirs)
-    if base.config.sweep.kind == "none":
-        return None
-    space_of_yaml = base.config.sweep.space
-    if implied := implied_experiment([*overrides, *(f"{key}={value}" for key, value in space_of_yaml.items())]):
-        overrides = [*implied, *overrides]
-        base = compose_config([*implied, *plain], config_dirs)
+def read_search(overrides: list[str], config_dirs: list[str]) -> Search:
+    """Return the search, after composing every choice and both ends of every interval; nothing is written.
+
+    Raises:
+        ConfigError: names all mistakes.
+    """
+    if find_spec("optuna") is None:
+        raise ConfigError("a search needs Optuna: pip install 'mlxchat[search]' (or optuna)")
+    fixed, space = read_space(overrides, config_dirs)
+    first = {key: examples_of(distribution)[0] for key, distribution in space.items()}
+    problems: list[str] = []
+    composed: list[Composed] = []
+    for key, distribution in space.items():
+        for value in examples_of(distribution):
+            point = [f"{name}={chosen}" for name, chosen in (first | {key: value}).items()]
+            try:
+                composed.append(compose_config([*fixed, *point], config_dirs))
+            except MlxchatError as error:
+                problems += str(error).splitlines()
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
+    base = composed[0]
     sweep = base.config.sweep
-    if importlib.util.find_spec("optuna") is None:
-        raise ConfigError(f"sweep={sweep.kind} needs Optuna: pip install 'mlxchat[search]' (or optuna)")
-    fixed, space = read_space(overrides, sweep.space, config_dirs)
-    assert sweep.metric is not None
-    step, _, metric = sweep.metric.rpartition(".")
+    step, _, metric = str(sweep.metric).rpartition(".")
     if base.config.targets is None and step in base.config.pipeline:  # steps after the metric's are not needed
         base = replace(base, config=replace(base.config, targets=[step]))
     plan = plan_of(base.config, Store(Path(base.config.outputs)))
-    direction = find_metric(sweep.metric, sweep.direction, [plan])
-    stage = next(planned.stage for planned in plan if planned.name == step)
-    curves = [each.name for each in stage.metrics if each.curve]
+    direction = find_metric(str(sweep.metric), sweep.direction, [plan])
+    curves = [each.name for planned in plan if planned.name == step for each in planned.stage.metrics if each.curve]
     if sweep.kind == "halving" and metric not in curves:
         raise ConfigError(
             f"sweep=halving compares trials during training, and {sweep.metric} is known only at the end: use "
             f"sweep=tpe, or {' or '.join(f'{step}.{name}' for name in curves) or 'a metric of a training'}"
         )
-    problems: list[str] = []
-    for key, distribution in space.items():
-        for value in _examples(distribution):
-            try:
-                compose_config([*fixed, f"{key}={value}"], config_dirs)
-            except MlxchatError as error:
-                problems += str(error).splitlines()
-    if problems:
-        raise ConfigError("\n".join(dict.fromkeys(problems)))
     return Search(
-        base=base, plan=plan, fixed=fixed, config_dirs=config_dirs, space=space,
+        base=base, fixed=fixed, config_dirs=config_dirs, space=space, plan=plan,
         direction="minimize" if direction == "minimize" else "maximize",
     )  # fmt: skip
 
 
-def _varies(item: str) -> bool:
-    try:
-        return OverridesParser.create().parse_override(item).is_sweep_override()
-    except HydraException:
-        return False
-
-
-def read_space(
-    overrides: list[str], written: Mapping[str, str], config_dirs: Sequence[str] = ()
-) -> tuple[list[str], Space]:
-    """Return the fixed overrides of every trial, and the space.
-
-    Args:
-        overrides: overrides of the command line; varying ones belong to the space and take precedence over `written`.
-        written: `sweep.space`: key → expression.
-        config_dirs: folders with further YAML files, which globs search too.
+def read_space(overrides: list[str], config_dirs: list[str]) -> tuple[list[str], Space]:
+    """Return the fixed overrides of every trial, and the space: `sweep.space` and what varies on the command line.
 
     Raises:
         ConfigError: names every expression that cannot be searched.
     """
-    fixed: list[str] = []
-    space = Space()
+    given = {item.partition("=")[0]: parse(item, config_dirs) for item in overrides}
+    fixed = [str(item.input_line) for item in given.values() if not item.is_sweep_override()]
+    written = compose_config(fixed, config_dirs).config.sweep.space
+    of_yaml = {key: parse(f"{key}={text}", config_dirs) for key, text in written.items() if key not in given}
+    varying = of_yaml | {key: item for key, item in given.items() if item.is_sweep_override()}
+    space: Space = {}
     problems = []
-    for key, expression in written.items():
-        item = f"{key}={expression}"
+    for key, item in varying.items():
         try:
-            parsed = OverridesParser.create().parse_override(item)
-            if not parsed.is_sweep_override():
-                raise ConfigError(f"{item} does not vary. {_FORMS}")
-            space[parsed.get_key_element()] = _distribution(parsed, config_dirs)
-        except (HydraException, ConfigError) as error:
-            problems.append(f"sweep.space: {str(error).splitlines()[0]}")
-    for item in overrides:
-        try:
-            parsed = parse(item, list(config_dirs))
-            if parsed.is_sweep_override():
-                space[parsed.get_key_element()] = _distribution(parsed, config_dirs)
-            else:
-                space.pop(parsed.get_key_element(), None)
-                fixed.append(item)
-        except ConfigError as error:
-            problems.append(str(error))
-    if problems:
-        raise ConfigError("\n".join(problems))
-    if not space:
-        raise ConfigError(f"a search needs settings that vary, as key=EXPRESSION. {_FORMS}")
+            space[key] = _distribution(item, config_dirs)
+        except (ConfigError, ValueError) as error:  # ValueError: from Optuna
+            problems.append(f"{item.input_line}: {error}")
+    if problems or not space:
+        problems = problems or ["a search needs settings that vary, as key=EXPRESSION"]
+        raise ConfigError("\n".join([*problems, _FORMS]))
     return fixed, space
 
 
 def _distribution(item: Override, config_dirs: Sequence[str]) -> BaseDistribution:
-    """Return the values of a varying override as an Optuna distribution."""
+    """Return the values of a varying override as an Optuna distribution; ValueError if it cannot be searched."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-    value, text = item.value(), item.input_line
-    step: float | None = None
-    if isinstance(value, IntervalSweep):
-        assert value.start is not None
-        assert value.end is not None
-        low, high = value.start, value.end
-    elif isinstance(value, RangeSweep):
-        numbers = list(value.range())
+    value: Any = item.value()
+    if not item.is_sweep_override():
+        raise ValueError("it does not vary")
+    if not isinstance(value, IntervalSweep | RangeSweep):
+        return CategoricalDistribution(tuple(dict.fromkeys(listed(item, config_dirs))))
+    if value.tags - {"log"}:
+        raise ValueError(f'tag "{", ".join(sorted(value.tags))}" is unknown, expected log')
+    log = "log" in value.tags
+    low: Any = value.start
+    high: Any = value.end if isinstance(value, IntervalSweep) else None
+    step: Any = None
+    if isinstance(value, RangeSweep):
+        numbers = sorted(value.range())
         if not numbers:
-            raise ConfigError(f"{text}: the range is empty")
-        low, high = min(numbers), max(numbers)
-        step = None if "log" in value.tags else abs(value.step)
-        if isinstance(step, float):  # floating-point sums may miss the end slightly
-            high = float(Decimal(str(low)) + Decimal(str(step)) * (len(numbers) - 1))
-    else:
-        values = tuple(dict.fromkeys(listed(item, config_dirs)))
-        if len(values) < 2:
-            raise ConfigError(f"{text}: a choice needs several values")
-        return CategoricalDistribution(values)
-    if strange := value.tags - {"log"}:
-        raise ConfigError(f'{text}: tag "{", ".join(sorted(strange))}" is unknown, expected log')
-    if low >= high:
-        raise ConfigError(f"{text}: the interval is empty; expected the smaller end first")
-    is_whole, log = isinstance(low, int) and isinstance(high, int), "log" in value.tags
-    if log and low < (1 if is_whole else 1e-300):
-        raise ConfigError(f"{text}: a logarithmic interval begins at {'1 or more' if is_whole else 'more than 0'}")
-    if is_whole:
-        return IntDistribution(int(low), int(high), log=log, step=int(step or 1))
+            raise ValueError("the range is empty")
+        low, high = numbers[0], round(numbers[-1], 12)  # sums of floating-point steps may miss the end slightly
+        step = None if log else abs(value.step)
+    if isinstance(low, int) and isinstance(high, int):
+        return IntDistribution(low, high, log=log, step=step or 1)
     return FloatDistribution(low, high, log=log, step=step)
 
 
-def _examples(distribution: Any) -> Sequence[Any]:
+def examples_of(distribution: Any) -> Sequence[Any]:
     """Return values to test the composition with: every choice, or both ends."""
     return getattr(distribution, "choices", None) or (distribution.low, distribution.high)
 
@@ -267,100 +207,29 @@ def _definition(search: Search) -> dict[str, Any]:
     """Return what identifies a search: metric, space and all fixed settings."""
     from optuna.distributions import distribution_to_json
 
-    sweep = search.base.config.sweep
+    sweep = search.sweep
     flat = {f"{step.name}: {key}": value for step in search.plan for key, value in flatten(step.identity).items()}
-    fixed = {name: value for name, value in flat.items() if name.partition(": ")[2] not in search.space}
-    halving = {"first_rung": sweep.first_rung, "factor": sweep.factor}
     return {
         "kind": sweep.kind, "metric": search.target, "direction": search.direction, "seed": sweep.seed,
-        "random_trials": sweep.random_trials, **(halving if sweep.kind == "halving" else {}), "fixed": fixed,
-        "space": {" " + key: distribution_to_json(found) for key, found in search.space.items()},
+        "random_trials": sweep.random_trials, "first_rung": sweep.first_rung, "factor": sweep.factor,
+        "fixed": {name: value for name, value in flat.items() if name.partition(": ")[2] not in search.space},
+        "space": {f" {key}": distribution_to_json(found) for key, found in search.space.items()},
     }  # fmt: skip
 
 
-class Trials:
-    """The finished trials of a search: a study in Optuna's journal storage, used by one process."""
+def check_definition(study: optuna.Study, definition: dict[str, Any], folder: Path) -> None:
+    """Record the definition of a search, or check that it equals the recorded one.
 
-    def __init__(self, path: Path, direction: Direction = "minimize") -> None:
-        """Open or create the journal.
-
-        Raises:
-            StoreError: it is damaged, or cannot be read.
-        """
-        import optuna
-        from optuna.storages.journal import JournalFileBackend, JournalStorage
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.path = path
-        unlocked: Any = _Unlocked()
-        with self._faults():
-            self._cut_torn_line()
-            try:
-                storage = JournalStorage(JournalFileBackend(str(path), lock_obj=unlocked))
-                self.study = optuna.create_study(
-                    storage=storage, study_name="mlxchat", direction=direction, load_if_exists=True
-                )
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-                raise StoreError(
-                    f"{path} is damaged ({type(error).__name__}: {error}). Remove it, or give sweep.name=NAME"
-                ) from None
-
-    def begin(self, definition: dict[str, Any]) -> None:
-        """Record the definition of the search, or check that it equals the recorded one.
-
-        Raises:
-            ConfigError: the journal belongs to another search; lists the differences.
-        """
-        known = self.study.user_attrs.get("definition")
-        if known is None:
-            with self._faults():
-                self.study.set_user_attr("definition", definition)
-            return
-        changed = changes(flatten(known), flatten(json.loads(json.dumps(definition))))
-        if changed:
-            lines = [f"  {key}: {old} → {new}" for key, (old, new) in sorted(changed.items())]
-            if len(lines) > _MOST_SHOWN:
-                lines[_MOST_SHOWN:] = [f"  and {len(lines) - _MOST_SHOWN} more"]
-            head = f"{self.path.parent} holds a search with other settings:"
-            tail = "Choose another name (sweep.name=NAME), or remove that folder."
-            raise ConfigError("\n".join([head, *lines, tail]))
-
-    def add(self, space: Space, row: Row, value: float | None, asked: optuna.Trial | None = None) -> None:
-        """Add a finished trial; value None: it failed. Intermediate values come from `asked`."""
-        import optuna
-
-        reported = asked.study.trials[asked.number] if asked is not None else None
-        states = {"done": optuna.trial.TrialState.COMPLETE, "pruned": optuna.trial.TrialState.PRUNED}
-        trial = optuna.trial.create_trial(
-            state=states.get(row["status"], optuna.trial.TrialState.FAIL), value=value, params=row["overrides"],
-            distributions=space, user_attrs={"row": redact(row)},
-            intermediate_values=reported.intermediate_values if reported is not None else None,
-            system_attrs=reported.system_attrs if reported is not None else None,
-        )  # fmt: skip
-        crash_point("search.ended")
-        with self._faults():
-            self.study.add_trial(trial)
-        crash_point("search.told")
-
-    def rows(self) -> list[Row]:
-        """Return the rows of all finished trials."""
-        return [trial.user_attrs["row"] for trial in self.study.get_trials(deepcopy=False)]
-
-    def _cut_torn_line(self) -> None:
-        """Remove an incomplete last line of a killed process, to which Optuna would append."""
-        if self.path.exists():
-            text = self.path.read_bytes()
-            if not text.endswith(b"\n"):
-                self.path.write_bytes(text[: text.rfind(b"\n") + 1])
-
-    @contextmanager
-    def _faults(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise StoreError(
-                f"{self.path} cannot be used ({error.strerror}). Fix that and run the same command again."
-            ) from error
+    Raises:
+        ConfigError: the journal belongs to another search; lists the differences.
+    """
+    known = study.user_attrs.get("definition")
+    if known is None:
+        study.set_user_attr("definition", definition)
+    elif changed := changes(flatten(known), flatten(json.loads(json.dumps(definition)))):
+        lines = [f"  {key}: {old} → {new}" for key, (old, new) in sorted(changed.items())]
+        tail = "Choose another name (sweep.name=NAME), or remove that folder."
+        raise ConfigError("\n".join([f"{folder} holds a search with other settings:", *lines, tail]))
 
 
 class _Unlocked:
@@ -373,191 +242,157 @@ class _Unlocked:
         pass
 
 
-def ask(
-    space: Space,
-    told: Sequence[optuna.trial.FrozenTrial],
-    *,
-    number: int,
-    seed: int,
-    random_trials: int,
-    direction: Direction,
-    pruner: optuna.pruners.BasePruner | None = None,
-) -> optuna.Trial:
-    """Return a trial with the values to try; it is not added to a journal.
-
-    Args:
-        space: the search space.
-        told: trials with results.
-        number: number of the trial, from 1.
-        seed: seed of the search.
-        random_trials: number of results before they guide the choice.
-        direction: of the metric.
-        pruner: decides whether the trial stops early.
-    """
+def open_study(path: Path, direction: Direction) -> optuna.Study:
+    """Return the finished trials of a search: a study in Optuna's journal, which is created if needed."""
     import optuna
+    from optuna.storages.journal import JournalFileBackend, JournalStorage
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.TPESampler(seed=(seed * 1_000_003 + number) % 2**32, n_startup_trials=random_trials)
-    study = optuna.create_study(direction=direction, sampler=sampler, pruner=pruner or optuna.pruners.NopPruner())
-    study.add_trials(told)
-    return study.ask(space)
+    text = path.read_bytes() if path.exists() else b""
+    if not text.endswith(b"\n"):  # Optuna would append to the incomplete line of a killed process
+        path.write_bytes(text[: text.rfind(b"\n") + 1])
+    unlocked: Any = _Unlocked()
+    storage = JournalStorage(JournalFileBackend(str(path), lock_obj=unlocked))
+    return optuna.create_study(storage=storage, study_name="mlxchat", direction=direction, load_if_exists=True)
 
 
-def _run_trials(search: Search, trials: Trials) -> None:
-    """Run trials one after the other, each chosen by all earlier results."""
+def rows_of(study: optuna.Study) -> list[Row]:
+    """Return the rows of all finished trials."""
+    return [trial.user_attrs["row"] for trial in study.get_trials(deepcopy=False)]
+
+
+def ask(study: optuna.Study, space: Space, sweep: SweepConfig) -> optuna.Trial:
+    """Return the next trial with the values to try; the journal does not have it until `tell`."""
     import optuna
 
-    sweep = search.base.config.sweep
-    pruner = None
+    number = len(study.get_trials(deepcopy=False)) + 1
+    seed = (sweep.seed * 1_000_003 + number) % 2**32
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=sweep.random_trials)
+    pruner: optuna.pruners.BasePruner = optuna.pruners.NopPruner()
     if sweep.kind == "halving":
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=sweep.first_rung, reduction_factor=sweep.factor)
-    for number in range(len(trials.rows()) + 1, sweep.trials + 1):
-        trial = ask(
-            search.space, trials.study.trials, number=number, seed=sweep.seed, random_trials=sweep.random_trials,
-            direction=search.direction, pruner=pruner,
-        )  # fmt: skip
-        title = search.title(number, trial.params)
+    copy = optuna.create_study(direction=study.direction, sampler=sampler, pruner=pruner)
+    copy.add_trials(study.trials)
+    return copy.ask(space)
+
+
+def tell(study: optuna.Study, asked: optuna.Trial, row: Row) -> None:
+    """Add a finished trial to the journal; without a value it failed."""
+    from optuna.trial import TrialState, create_trial
+
+    trial = asked.study.trials[asked.number]
+    crash_point("search.ended")
+    study.add_trial(
+        create_trial(
+            state={"done": TrialState.COMPLETE, "pruned": TrialState.PRUNED}.get(row["status"], TrialState.FAIL),
+            value=row.get("value"), params=trial.params, distributions=trial.distributions,
+            user_attrs={"row": redact(row)}, system_attrs=trial.system_attrs,
+            intermediate_values=trial.intermediate_values,
+        )
+    )  # fmt: skip
+    crash_point("search.told")
+
+
+def _run_trials(search: Search, study: optuna.Study) -> None:
+    """Run trials one after the other, each chosen by all earlier results."""
+    goal = f"the {'smallest' if search.direction == 'minimize' else 'largest'} {search.target}"
+    print(f"{search.sweep.trials} trials for {goal}; their results: {search.folder}", flush=True)
+    write_state(search.folder, rows_of(study))
+    for number in range(len(rows_of(study)) + 1, search.sweep.trials + 1):
+        trial = ask(study, search.space, search.sweep)
+        title = redact(f"trial {number}/{search.sweep.trials} {_shown(trial.params)}")
         print(f"\n── {title}", flush=True)
-        row, value = _run_trial(search, number, trial)
-        trials.add(search.space, row, value, trial)
-        _remember(search, trials)
-        said = f"failed: {row['error']}" if value is None else f"{search.target} {format_number(value)}"
+        row = _run_trial(search, number, trial)
+        tell(study, trial, row)
+        write_state(search.folder, rows_of(study))
+        said = f"{search.target} {format_number(row['value'])}" if "value" in row else f"failed: {row['error']}"
         if row["status"] == "pruned":
             said += f", stopped after {row['iterations']} iterations"
-        best = _best(search, trials)
+        best = _best(search, rows_of(study))
         so_far = f" (best so far: trial {best['job']}, {format_number(best['value'])})" if best else ""
-        print(f"── {title} {said}{so_far}", flush=True)
-        if value is None and search.base.config.fail_fast:
+        print(redact(f"── {title} {said}{so_far}"), flush=True)
+        if "value" not in row and search.base.config.fail_fast:
             return
 
 
-def _composed(search: Search, values: Mapping[str, Any]) -> tuple[Composed, list[PlannedStep], Store]:
-    """Return a trial's configuration, limited to the steps that the metric needs, with its plan and store."""
-    composed = compose_config(search.overrides(values), search.config_dirs)
-    composed = replace(composed, config=replace(composed.config, targets=search.base.config.targets))
-    store = Store(Path(composed.config.outputs))
-    return composed, plan_to_run(composed.config, store), store
-
-
-def _run_trial(search: Search, number: int, trial: optuna.Trial) -> tuple[Row, float | None]:
-    """Run a trial to its end or until it is pruned; return its row and its metric, None if it failed.
+def _run_trial(search: Search, number: int, trial: optuna.Trial) -> Row:
+    """Run a trial to its end or until it is pruned; return its row, without `value` if it failed.
 
     Raises:
-        ConfigError: the step does not record this metric.
         Interrupted: a signal arrived.
     """
-    row: Row = {"job": number, "overrides": dict(trial.params), "status": "failed", "metrics": {}}
+    row: Row = {"job": number, "settings": dict(trial.params), "status": "failed", "metrics": {}, "steps": []}
+    row["title"] = _shown(trial.params)
     step, _, metric = search.target.rpartition(".")
     curve: dict[int, float] = {}
-    prunes = search.base.config.sweep.kind == "halving"
+    store = search.store
 
     def is_worse(name: str, record: Record) -> bool:
         """Report a record of the metric; return True if the trial is to be pruned."""
         iteration, value = record.get("iteration"), record.get(metric)
-        if not prunes or name != step or value is None or iteration is None or iteration in curve:
+        if search.sweep.kind != "halving" or name != step or value is None or iteration in (None, *curve):
             return False
-        curve[iteration] = value
-        trial.report(value, iteration)
-        return trial.should_prune()
+        curve[int(str(iteration))] = value
+        trial.report(value, int(str(iteration)))
+        if trial.should_prune():
+            row.update(status="pruned", iterations=iteration, value=value, metrics={search.target: value})
+        return bool(row["status"] == "pruned")
 
     def look(name: str, record: Record) -> None:
         if is_worse(name, record):
-            row["status"] = "pruned"
             signal.raise_signal(signal.SIGTERM)  # the training saves and stops as on Ctrl-C
 
     try:
-        composed, plan, store = _composed(search, trial.params)
+        composed = compose_config(search.overrides(trial.params), search.config_dirs)
+        composed = replace(composed, config=replace(composed.config, targets=search.base.config.targets))
+        plan = plan_to_run(composed.config, store)
         row["steps"] = entries_of(plan)
-        if any(is_worse(step, record) for record in _records(plan, store, step)):  # records of a killed attempt
-            row["status"] = "pruned"
-        elif not is_finished(plan):
+        so_far = _records(plan, store, step)  # of an earlier run of the same settings, or of a killed attempt
+        if not any(is_worse(step, record) for record in so_far) and not all(planned.done for planned in plan):
             run_pipeline(composed, plan, job=f"trial{number}", on_record=look)
     except Interrupted:
         if row["status"] != "pruned":
             raise
     except MlxchatError as error:
-        return row | {"error": str(error).splitlines()[0]}, None
+        return row | {"error": str(error).splitlines()[0]}
     store.forget()
     row["steps"] = entries_of(plan)
-    if prunes:
-        row["curve"] = curve
     if row["status"] == "pruned":
-        value = curve[max(curve)]
-        return row | {"iterations": max(curve), "metrics": {search.target: value}, "value": value}, value
-    final = _final(search, plan, store)
-    if final is None:
-        return row | {"error": f"the pipeline has no step {step}"}, None
-    if not math.isfinite(final):
-        return row | {"error": f"{search.target} is {final}"}, None
-    return row | {"status": "done", "value": final, "metrics": metrics_of(plan, store, search.target)}, final
-
-
-def _final(search: Search, plan: Sequence[PlannedStep], store: Store) -> float | None:
-    """Return the metric of a finished trial; None: its step is not in the plan."""
-    step, _, metric = search.target.rpartition(".")
-    manifest = next((store.made(each.key) for each in plan if each.name == step), None)
-    if manifest is None:
-        return None
-    recorded = recorded_numbers(manifest)
-    if metric not in recorded:  # it may have been made with other evaluation hooks, which are not part of its key
-        raise ConfigError(
-            f"sweep.metric: the artifact of {step}, made before, has no {metric}. To make it again: force=[{step}]"
-        )
-    return float(recorded[metric])
+        return row
+    manifest = next((store.made(planned.key) for planned in plan if planned.name == step), None)
+    value = recorded_numbers(manifest).get(metric, math.nan) if manifest is not None else math.nan
+    if not math.isfinite(value):
+        return row | {"error": f"{search.target} is {value}; if {step} was made without it: force=[{step}]"}
+    return row | {"status": "done", "value": value, "metrics": metrics_of(plan, store, search.target)}
 
 
 def _records(plan: Sequence[PlannedStep], store: Store, step: str) -> list[Record]:
     """Return the records of a step so far, from its artifact or from an unfinished training."""
     key = next(each.key for each in plan if each.name == step)
-    place = store.find_made(key)
-    folder = place if place is not None else store.work(key) / "ckpt" / "records"
+    folder = store.find_made(key) or store.work(key) / "ckpt" / "records"
     return Records(folder / "metrics.jsonl").read()
 
 
-def _remember(search: Search, trials: Trials) -> None:
-    """Record each trial's artifacts, for `compare` and `report`."""
-    jobs = {
-        row["job"]: {
-            "overrides": search.overrides(row["overrides"]), "settings": row["overrides"],
-            "title": _shown(row["overrides"]), "steps": row.get("steps", []),
-        }
-        for row in sorted(trials.rows(), key=lambda row: row["job"])
-    }  # fmt: skip
-    SweepFolder(search.folder).write_state({"jobs": jobs})
-
-
-def _conclude(search: Search, trials: Trials) -> int:
-    """Write the table; print the best trial and its command."""
-    rows = [{key: value for key, value in row.items() if key not in ("value", "curve")} for row in trials.rows()]
-    folder, store = SweepFolder(search.folder), Store(Path(search.base.config.outputs))
-    for row in rows:
-        if row["status"] == "done":
-            row |= product_of(row["steps"], store)
-    rows = write_results(
-        rows, search.folder, metric=search.target, less_is_better=search.direction == "minimize", unit="trial"
-    )
-    jobs = folder.state()["jobs"]
-    folder.write_state({"sorted_by": search.target, "jobs": {str(row["job"]): jobs[str(row["job"])] for row in rows}})
-    folder.tidy()
-    print(f"side by side: mlxchat compare {search.folder.name}; mlxchat report {search.folder.name}")
-    best = _best(search, trials)
-    if best is None:
+def _conclude(search: Search, rows: list[Row]) -> int:
+    """Write the table and the report; print the best trial and its command."""
+    if not any("value" in row for row in rows):
         print("no trial succeeded")
+    less_is_better = search.direction == "minimize"
+    conclude(search.folder, search.store, rows, metric=search.target, less_is_better=less_is_better, unit="trial")
+    print(f"side by side: mlxchat compare {search.folder.name}; mlxchat report {search.folder.name}")
+    best = _best(search, rows)
+    if best is None:
         return 1
-    command = [item for item in search.overrides(best["overrides"]) if item.partition("=")[0].split(".")[0] != "sweep"]
+    command = [item for item in search.overrides(best["settings"]) if item.partition("=")[0].split(".")[0] != "sweep"]
     dirs = [argument for place in search.config_dirs for argument in ("--config-dir", place)]
-    print(f"best: {search.title(best['job'], best['overrides'])}: {search.target} {best['value']:.6g}")
+    print(redact(f"best trial: {best['job']} {best['title']}: {search.target} {best['value']:.6g}"))
     print(redact(f"its command: mlxchat {shlex.join([*dirs, *command])}"), flush=True)
-    if any(row["status"] == "pruned" for row in rows):
-        print("to continue a pruned trial from its saved state, run its settings")
-    name_best(rows, search.target, search.folder.name, store)
     return 0
 
 
-def _best(search: Search, trials: Trials) -> Row | None:
-    done = [row for row in trials.rows() if row["status"] == "done"]
+def _best(search: Search, rows: Sequence[Row]) -> Row | None:
     sign = 1 if search.direction == "minimize" else -1
-    return min(done, key=lambda row: sign * row["value"], default=None)
+    return min((row for row in rows if row["status"] == "done"), key=lambda row: sign * row["value"], default=None)
 
 
 def _shown(values: Mapping[str, Any]) -> str:
