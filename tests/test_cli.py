@@ -1,13 +1,10 @@
 """The command line: verbs, help, exit codes, and what each imports."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from mlxchat import __version__
 from mlxchat.cli import main
 from mlxchat.commands.arguments import parser_of
 from mlxchat.composition.compose import group_names, group_options
@@ -22,13 +19,6 @@ STEPS = ["corpus", "tokenizer", "pretrain", "midtrain", "sft", "rl", "eval_base"
 def states(text: str) -> dict[str, str]:
     """Return step → done or run of a printed plan."""
     return {line.split()[0]: line.split()[1] for line in text.splitlines() if line.split()[0] in STEPS}
-
-
-def test_version_is_one_line_of_the_console_script_too(say, tmp_path):
-    assert say("--version") == f"mlxchat {__version__}\n"
-    script = Path(sys.executable).with_name("mlxchat")
-    done = subprocess.run([script, "--version"], cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert done.stdout == f"mlxchat {__version__}\n"
 
 
 def test_help_lists_verbs_and_groups_with_options(say):
@@ -161,14 +151,6 @@ def test_graph_has_every_step_and_marks_done_ones(finished, tiny, say):
     assert set(re.findall(r"(\w+)\[\w+\]:::done", text)) == set(STEPS) - {"rl", "eval_rl"}
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Accelerate serves MLX on a Mac")
-def test_doctor_reports_a_missing_blas(mlxchat):
-    done = mlxchat("doctor", environ={"MLXCHAT_BLAS": "off"})
-    if "(cpu)" in done.stdout:
-        assert done.returncode == 1
-        assert re.search(r"^wrong +blas +switched off by MLXCHAT_BLAS=off.*slow", done.stdout, re.MULTILINE)
-
-
 def test_chat_answers_one_question(finished, say):
     words = ["chat", "-p", "Who are you?", "--max-tokens=5", f"outputs={finished.outputs}"]
     text = say(*words)
@@ -225,13 +207,3 @@ def test_exit_code_and_message_depend_on_the_error(error, code, told, monkeypatc
     assert caught.value.code == code
     assert "Traceback" not in said
     assert told in (None, said)
-
-
-@pytest.mark.parametrize(
-    "arguments", [["plan"], *(pytest.param([each], marks=pytest.mark.slow) for each in ("--help", "--cfg=job"))]
-)
-def test_closed_pipe_is_no_error(arguments, start_mlxchat):
-    process = start_mlxchat(*arguments, stderr=subprocess.PIPE)
-    process.stdout.close()  # long before anything is printed
-    _, complaint = process.communicate(timeout=600)
-    assert (complaint, process.returncode) == ("", 0)

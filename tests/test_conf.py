@@ -15,12 +15,11 @@ import pytest
 import yaml
 
 from kit.models import composed
-from mlxchat.composition.compose import compose_config, group_options
+from mlxchat.composition.compose import compose_config
 from mlxchat.composition.overrides import implied_experiment
 from mlxchat.composition.problems import find_problems
 from mlxchat.composition.sections import config_of
 from mlxchat.config.schema import Config
-from mlxchat.errors import ConfigError
 from mlxchat.model.sizes import GPTSizes, count_parameters, flops_per_token, sizes_of
 from mlxchat.planning.horizon import count_iterations, derive_hyperparameters, derive_numbers
 from mlxchat.planning.inputs import find_downloads
@@ -98,11 +97,6 @@ def test_stage_only_selects_targets():
     assert composed("+stage=all") == composed()
 
 
-def test_mixture_group_selects_one_stages_mixture():
-    config = composed("mixture@sft.mixture=quickstart_mid")
-    assert config.sft.mixture == config.midtrain.mixture != composed().sft.mixture
-
-
 def sizes(config: Config) -> GPTSizes:
     """Return the transformer's sizes as in the pretrain stage."""
     return sizes_of(config.model, config.architecture, config.tokenizer.vocab_size)
@@ -166,27 +160,6 @@ def test_depth_gives_nanochats_sizes_and_even_heads(depth):
         assert count_iterations(config.pretrain, found, 524_288) == expected[4]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "name", "depth"),
-    [
-        (["model=d1"], "d1", 1), (["model=d64"], "d64", 64), (["model.depth=14"], "d14", 14),
-        (["model=d4", "model.depth=14"], "d14", 14), (["model.depth=14", "model.name=mine"], "mine", 14),
-    ],
-)  # fmt: skip
-def test_any_depth_is_an_option_and_the_models_name(overrides, name, depth):
-    config = composed(*overrides)
-    assert (config.model.name, config.model.depth) == (name, depth)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("experiment", sorted(set(group_options("experiment")) - {"tinystories_53m"}))
-def test_every_experiment_composes_at_another_depth(experiment):
-    given = [f"imported.folder={ROOT}", "imported.repository=null"] if experiment.startswith("grpo") else []
-    config = composed(f"experiment={experiment}", "model=d14", *given)
-    assert (config.model.name, config.model.depth) == ("d14", 14)
-    assert find_problems(config) == []
-
-
 def test_default_is_the_quickstart():
     config = composed()
     assert compose_config([]).choices["experiment"] == "quickstart"
@@ -237,15 +210,6 @@ def test_experiments_set_no_part_of_other_groups():
     for file in (ROOT / "conf" / "experiment").glob("*.yaml"):
         keys = flatten({key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"})
         assert [key for key in keys if f"{key}.".startswith(tuple(f"{section}." for section in sections))] == [], file
-
-
-def test_own_text_replaces_the_smoke_corpus(tmp_path):
-    text = tmp_path / "a.txt"
-    text.write_text("Some text.")
-    corpus = compose_config(["experiment=smoke", "corpus=files", f"corpus.paths=[{text}]"]).config.corpus
-    assert (corpus.packages, corpus.paths, corpus.hub) == ([], [str(text)], None)
-    with pytest.raises(ConfigError, match=r"give corpus\.packages, corpus\.paths"):
-        compose_config(["experiment=smoke", "corpus=files"])
 
 
 def test_seed_changes_no_validation_data():
@@ -306,12 +270,3 @@ def attributes_read() -> set[str]:
 
 def test_every_configuration_key_is_used():
     assert {(schema, name) for schema, name in leaf_names(Config) if name not in attributes_read()} == set()
-
-
-def test_own_task_is_added_on_the_command_line(tmp_path):
-    """OmegaConf can merge such an item but not set it."""
-    own = tmp_path / "mine.jsonl"
-    own.touch()
-    mixture = compose_config([f"+sft.mixture.mine={{task: jsonl, path: '{own}'}}"]).config.sft.mixture
-    assert (mixture["mine"].task, mixture["mine"].path) == ("jsonl", str(own))
-    assert set(mixture) - {"mine"} == set(composed().sft.mixture)

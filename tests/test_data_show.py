@@ -48,30 +48,12 @@ def test_tasks_are_counted_and_trained_text_is_between_marks(show):
     assert "\x1b" not in printed
 
 
-def test_order_is_that_of_training_or_of_the_seed(show):
-    def names(*arguments: str) -> list[str]:
-        return re.findall(r"── \d+ · (\w+ conversation \d+)", show("mixture=my_mixture", *arguments))
-
-    ordered, seeded = names("-n", "99"), names("-n", "20", "--seed", "1")
-    assert names("-n", "3", "--start", "5") == ordered[5:8]
-    assert ordered != seeded != names("-n", "20", "--seed", "2")
-    assert sorted(seeded) == sorted(ordered)
-
-
 def test_other_stages_and_suites_are_shown(show):
     assert "stage rl: 2,000 conversations" in show("stage=rl", "-n", "0")
     printed = show("stage=midtrain", "midtrain.train_on=all", "--validation", "-n", "0")
     assert "(validation)" in printed
     assert "midtrain trains on every token" in printed
     assert show("suite=quickstart", "-n", "1", "--task", "kinds_mc").startswith("suite quickstart: ")
-
-
-def test_control_characters_are_escaped(show, tmp_path):
-    path = tmp_path / "evil.jsonl"
-    path.write_text(json.dumps({"question": "\x1b[31m", "answer": "[bold]x[/bold]"}) + "\n")
-    printed = show(f"+sft.mixture.evil={{task: identity_conversations, path: '{path}'}}", "--task", "evil")
-    assert "\\x1b[31m" in printed
-    assert "[bold]x[/bold]" in printed
 
 
 @pytest.mark.parametrize(

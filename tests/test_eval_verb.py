@@ -128,14 +128,3 @@ def test_third_party_folder_is_evaluated(made, tmp_path, say):
     assert rows[0] == rows[1]
     several = ["eval", f"hf:{made}", "--task", "everyday", "--samples", "2", f"outputs={made}"]
     assert "requires a model of mlxchat" in say(*several, code=2)
-
-
-@pytest.mark.parametrize("target", ["hf", "nanochat"])
-def test_lineage_of_an_import_names_its_files(made, tmp_path, say, target):
-    """Bug: the import of an own export was "made from nothing"."""
-    say("export", "talks", "--to", target, tmp_path / target, f"outputs={made}")
-    say("import", target, tmp_path / target, "--name", f"back-{target}", f"outputs={made}")
-    told = say("lineage", f"import:back-{target}", f"outputs={made}")
-    assert told.startswith("made from outside data\n")
-    assert str(tmp_path / target) in told
-    assert say("lineage", "talks", f"outputs={made}").startswith("made from nothing: ")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from kit.commands import run_here
 from mlxchat.composition.compose import compose_config, split_options
 from mlxchat.errors import ConfigError
 from mlxchat.sweep.sweeper import read_sweep
@@ -43,15 +42,6 @@ def test_own_experiment_needs_no_plus(sign, own):
     assert composed.command == f"mlxchat --config-dir {own} {sign}experiment=recipe"
 
 
-def test_missing_files_and_folders_are_named(own):
-    with pytest.raises(ConfigError, match=r"there is no nope\.yaml in .*conf"):
-        split_options(["-cn", "nope"])
-    with pytest.raises(ConfigError, match=rf"there is no config\.yaml in {own}.*--config-name NAME"):
-        split_options(["-cp", str(own)])
-    with pytest.raises(ConfigError, match='--config-path: there is no folder "/nowhere"'):
-        split_options(["-cp", "/nowhere", "-cn", "mine"])
-
-
 def test_primary_file_needs_the_schema(own):
     (own / "bare.yaml").write_text("name: x\n")
     with pytest.raises(ConfigError, match=r"bare\.yaml does not have mlxchat's schema: .*start with `- config`"):
@@ -86,22 +76,3 @@ def test_ignored_hydra_settings_are_refused(override, reason):
 )
 def test_cfg_shows_the_primary_file(words, shown, own, say):
     assert re.search(shown, say(*words, "-cn", "mine", "-cd", own))
-
-
-@pytest.mark.parametrize(
-    ("words", "shown"),
-    [
-        (["--info", "searchpath"], r"pkg://mlxchat\.conf"),
-        pytest.param(["-i", "defaults"], r"experiment/smoke", marks=pytest.mark.slow),
-    ],
-)
-def test_info_shows_the_primary_file(words, shown, own, mlxchat):
-    """In a new process, since --info makes Hydra configure logging."""
-    done = mlxchat(*words, "-cn", "mine", "-cd", own)
-    assert done.returncode == 0, done.stderr
-    assert re.search(shown, done.stdout)
-
-
-def test_hydra_options_are_refused_after_a_verb(capsys):
-    assert run_here("plan", "--info") == 2
-    assert capsys.readouterr().err == "error: --info cannot follow a verb: mlxchat --info …\n"

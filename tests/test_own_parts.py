@@ -1,8 +1,6 @@
 """Users' stages, tasks, evaluations, trackers and groups: the example of docs/guides/own_parts.md."""
 
 import json
-import pickle
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,6 @@ from mlxchat.pipeline import plan_of
 from mlxchat.runner.keys import pin_externals
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import read_stage
-from mlxchat.store.naming import refs_of
 from mlxchat.store.store import Store
 from mlxchat.tasks import load_item
 from mlxchat.trackers import Tracker
@@ -71,25 +68,6 @@ def test_own_stages_run_are_cached_and_rerun_by_their_changes(example, say):
     assert plan("code=strict")["clean"].state == "run"
     (example / "poem.txt").write_text("Another one")
     assert plan()["download"].reason == "external data changed"
-
-
-def test_own_stage_takes_step_settings(example, say):
-    more = ("+pipeline.few={stage: count, text: clean, with: {most: 1}}", "pipeline.few.with.most=3")
-    say(*WORDS, *more)
-    made = refs_of(Store(example / "outputs"))
-    assert [len(json.loads((made[step] / "words.json").read_text())) for step in ("count", "few")] == [2, 3]
-    said = say("explain", "few", *WORDS, *more)
-    assert re.search(r"count\.most +3", said)
-    assert "reads   text (text)" in said
-
-
-def test_own_sections_are_pickled(example):
-    first, again = (compose_config(["stages=[./my_stages]", "count.most=7"]).config for _ in range(2))
-    assert pickle.loads(pickle.dumps(first)) == first == again
-    assert again.count.most == 7  # type: ignore[attr-defined]
-    assert compose_config(["stages=[./my_stages]"]).config.count.most == 3  # type: ignore[attr-defined]
-    step = plan()["count"]
-    assert pickle.loads(pickle.dumps(step.sections)) == step.sections
 
 
 @pytest.mark.parametrize(

@@ -64,12 +64,3 @@ def test_settings_have_value_and_meaning(capsys):
         "means": "Passes over the data; num_iterations takes its place.",
     }
     assert found["settings"]["sft.batch.row_tokens"]["value"] == 256, "parts of the section are listed, too"
-
-
-def test_long_values_are_shortened(capsys):
-    assert run_here("explain", "sft", "mixture@sft.mixture=quickstart_sft") == 0
-    lines = capsys.readouterr().out.splitlines()
-    mixture = next(line for line in lines if line.startswith("  sft.mixture"))
-    assert "everyday, kinds_mc" in mixture
-    assert "…" in mixture
-    assert len(mixture) < 100

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mlxchat.cli import dispatch
-from mlxchat.commands.examples import printable, show_examples, show_rollouts
-from mlxchat.errors import ConfigError, DataError
+from mlxchat.commands.examples import show_examples, show_rollouts
+from mlxchat.errors import ConfigError
 from mlxchat.evals.examples import write_examples
 
 
@@ -32,11 +32,6 @@ def shown(capsys: pytest.CaptureFixture[str], folder: Path, which: str, **change
     return [line for line in capsys.readouterr().out.splitlines() if line.endswith("3 tokens")]
 
 
-def test_wrong_answers_only(capsys, folder):
-    lines = shown(capsys, folder, "wrong")
-    assert lines == [f"gsm8k {index}  wrong  3 tokens" for index in (1, 3, 5, 7, 9)]
-
-
 def test_examples_are_spread_over_tasks(capsys, folder):
     lines = shown(capsys, folder, "right", count=4)
     assert [line.split("  ")[0] for line in lines] == ["gsm8k 0", "gsm8k 2", "mmlu 0", "mmlu 1"]
@@ -56,11 +51,6 @@ def test_examples_are_wrapped_to_the_terminal(capsys, tmp_path, monkeypatch):
         assert expected in out
     assert "  details  logits: A 0.500  B 1.250\n           status: timeout\n" in out
     assert out.endswith("t: 0 of 1 right\n")
-
-
-def test_calculator_calls_are_readable():
-    text = "It is <|python_start|>2+3<|python_end|><|output_start|>5<|output_end|>5.<|assistant_end|>"
-    assert printable(text) == "It is <<2+3=5>>5."
 
 
 @pytest.mark.parametrize("words", [["--examples", "bad"], ["--examples", "all", "-n", "0"]])
@@ -118,40 +108,3 @@ def test_last_iteration_comes_first(answers_folder, capsys):
     assert "question 5" in text
     assert "question 7" not in text
     assert "answers of 2 iterations are kept, 1 to 9: --iteration N shows one" in text
-
-
-def test_control_characters_of_answers_are_escaped(answers_folder, capsys):
-    with (answers_folder / "rollouts.jsonl").open("a") as file:
-        hostile = {"output": "\x1b[2Jgone", "parts": {"\x1b]52;c;bHM=\x07": 1.0}}
-        file.write(json.dumps(answer(10, 1, 0, 0.0, finished=False, **hostile)) + "\n")
-    text = shown_answers(answers_folder, capsys, iteration=10)
-    assert not {"\x1b", "\x07"} & set(text)
-    assert "3 tokens  cut" in text
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["{nothing", "[]", "5", '{"iteration": 1}'],
-)
-def test_damaged_answers_are_reported(line, answers_folder):
-    with (answers_folder / "rollouts.jsonl").open("a") as file:
-        file.write(f"{line}\n")
-    with pytest.raises(DataError, match="cannot be read"):
-        show_rollouts(answers_folder, which="all", count=1, iteration=None)
-
-
-def test_right_number_without_its_form_is_shown_so(capsys, tmp_path, answers_folder):
-    outputs = [("#### 8", True), ("It is 8.", False), ("#### 9", False), ("nine", False)]
-    rows = [
-        example("sums", index, verdict=verdict, output=output, expected="#### 8")
-        for index, (output, verdict) in enumerate(outputs)
-    ]
-    write_examples(tmp_path / "examples.parquet", rows)
-    assert show_examples(tmp_path, which="all", count=4, task=None) == 0
-    out = capsys.readouterr().out
-    verdicts = [line.split("  ")[1] for line in out.splitlines() if line.startswith("sums ")]
-    assert verdicts == ["right", "wrong form", "wrong", "wrong"]
-    assert out.endswith("sums: 1 of 4 right\n")
-    lines = [answer(11, 1, 0, 0.0, output="It is 8.", expected="#### 8")]
-    (answers_folder / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert "  wrong form  reward 0" in shown_answers(answers_folder, capsys)

@@ -56,25 +56,6 @@ def test_mistakes_in_step_settings_are_reported_together():
     assert len(lines) == 4
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("{num_epochs: 0}", "sft.num_epochs is 0, expected at least 1"),
-        ("{warm_start: true}", "sft.warm_start is true, which needs midtrain.save_training_state=true"),
-    ],
-)
-def test_step_settings_are_checked_like_the_section(value, expected):
-    lines = refusal(f"pipeline.sft_long.with={value}")
-    assert lines.startswith("pipeline.sft_long.with: ")
-    assert expected in lines
-    assert len(lines.splitlines()) == 1, "the stage's other step has no problem"
-
-
-def test_stage_without_section_refuses_step_settings():
-    lines = refusal("+pipeline.fused={stage: fused, checkpoint: sft_long, with: {number: 3}}")
-    assert lines.startswith("pipeline.fused.with is {'number': 3}, expected nothing")
-
-
 @pytest.mark.slow
 def test_two_steps_of_one_stage_run_and_are_reported(tmp_path, tiny, say):
     outputs = tmp_path / "outputs"

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from kit.commands import Say, run_here
 from kit.toys import PIPELINE
 from mlxchat.commands.arguments import quoted
 from mlxchat.commands.completion import complete_for_shell
-from mlxchat.commands.reports import _heads
 from mlxchat.composition.compose import group_options
 from mlxchat.config.verbs import VERBS
 from mlxchat.store import attempts
@@ -138,34 +136,6 @@ def test_compare_shows_differences_in_four_formats(two, say):
     assert "no run or sweep" in say("compare", "run7", code=2)
 
 
-def test_compare_counts_equal_rows(two, say):
-    sweep = two.outputs / "multirun" / "sweep1"
-    sweep.mkdir(parents=True)
-    steps = [json.loads((two.outputs / "runs" / run / "plan.json").read_text())["steps"] for run in ("run1", "run2")]
-    for other, is_shown in ((steps[0], False), (steps[1], True)):
-        (sweep / "sweep.json").write_text(json.dumps({"jobs": {"1": {"title": "job", "steps": other}}}))
-        told = say("compare", "run1", "sweep1")
-        assert bool(re.search(r"^first\.score ", told, re.M)) is is_shown
-        assert ("not shown: 1 row, equal in all (first)" in told) is not is_shown
-    (sweep / "sweep.json").write_text(json.dumps({"jobs": {"1": {"title": "job", "steps": steps[0]}}}))
-    assert "first.score  0.5  0.5" in re.sub(" +", "  ", say("compare", "run1", "sweep1", "--metrics", "first.score"))
-
-
-@pytest.mark.parametrize(
-    ("names", "heads"),
-    [
-        (["20261124-081950-550712-17660-smoke", "20261124-081951-550712-17660-town"], ["smoke", "town"]),
-        (["20261124-081950-550712-17660-x", "20261124-092001-550712-17660-x"], ["x 08:19", "x 09:20"]),
-        (["20261124-081950-550712-17660-x", "20261125-081950-550712-17660-x"],
-         ["x 11-24 08:19:50", "x 11-25 08:19:50"]),
-        (["pretrain-d2-igknu5l6cvbvjz3b", "pretrain-d2-zjrcfp3jnbcusuqf"], ["igknu5l6", "zjrcfp3j"]),
-        (["model=d2", "model=d3"], ["model=d2", "model=d3"]),
-    ],
-)  # fmt: skip
-def test_columns_are_named_by_what_differs(names, heads):
-    assert _heads(names) == heads
-
-
 def test_compare_accepts_steps_and_sweeps(two, say):
     assert [row["score"] for row in json.loads(say("compare", "--step", "first", "--format", "json"))] == [0.5, 0.75]
     sweep = two.outputs / "multirun" / "sweep1"
@@ -229,16 +199,6 @@ def test_status_shows_process_iteration_and_speed(two, say):
     assert re.search(
         r"^left over\n  sft +killed at iteration 2\n +continue: mlxchat experiment=smoke$", text, re.MULTILINE
     )
-
-
-def test_status_shows_the_end_of_a_failures_log(toys, say):
-    toys.add("make", "raise ValueError('no such luck')")
-    with pytest.raises(Exception, match="no such luck"):
-        toys.run(toys.plan(PIPELINE))
-    text = say("status")
-    assert re.search(r"^failed\n  first +failed: .*no such luck", text, re.MULTILINE)
-    assert re.search(r"^ +\| ValueError: no such luck$", text, re.MULTILINE)
-    assert "first-error.log" in text
 
 
 def test_samples_shows_running_and_finished_trainings(toys, say):
@@ -328,18 +288,3 @@ def test_completion_scripts_are_valid(shell, capsys, tmp_path):
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} here")
     subprocess.run([shell, "-n", str(script)], check=True)
-
-
-def test_bash_completes_after_an_equals_sign(tmp_path, capsys):
-    if shutil.which("bash") is None:
-        pytest.skip("no bash here")
-    assert run_here("completion", "bash") == 0
-    program = tmp_path / "mlxchat"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mlxchat "$@"\n')
-    program.chmod(0o755)
-    script = capsys.readouterr().out + (
-        f"COMP_WORDS=({program} plan model = d1) COMP_CWORD=4 COMP_LINE='mlxchat plan model=d1' COMP_POINT=21\n"
-        f'_python_argcomplete {program}; echo "${{COMPREPLY[@]}}"\n'
-    )
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout.split() == ["d1", *(f"d1{digit}" for digit in range(10))]

@@ -2,20 +2,17 @@
 
 import io
 import json
-import logging
 import sys
 import unicodedata
-import warnings
 from typing import Any, ClassVar
 
 import pytest
 
 from kit.commands import run_here
-from mlxchat.cli import main
 from mlxchat.engine.batch import Event, Request
-from mlxchat.errors import DataError, filter_logs, visible
+from mlxchat.errors import DataError, visible
 from mlxchat.store.files import seal
-from mlxchat.store.naming import Found, describe_model, resolve
+from mlxchat.store.naming import resolve
 
 # OSC 52 writes the clipboard, 0x9b and 0x9d begin a sequence as ESC [ and ESC ] do, U+202E turns a line around.
 HOSTILE = "a\x1b]52;c;aGFsbG8=\x07\x9d52;c;aGFsbG8=\x9c\x9b2J\x7f\u202e\u2066\rb"
@@ -45,11 +42,6 @@ def test_terminal_control_characters_are_escaped():
     steering = commands_in(every)
     kept = "".join(char for char in every if char not in steering and not 0xD800 <= ord(char) < 0xE000)
     assert visible(kept) == kept
-
-
-def test_filtered_json_is_equivalent():
-    record = {"name": HOSTILE}
-    assert json.loads(visible(json.dumps(record, ensure_ascii=False))) == record
 
 
 class Scripted:
@@ -104,25 +96,6 @@ def test_pipe_gets_unchanged_text(third_party, capsys):
     assert capsys.readouterr().out == HOSTILE + "\n"
 
 
-def test_chat_template_error_is_one_escaped_line():
-    pytest.importorskip("mlx_lm", reason="third-party models need mlx-lm")
-    from mlxchat.engine.third_party import ThirdPartyTokenizer
-
-    class Inner:
-        bos_token_id = eos_token_id = 0
-
-        def get_vocab(self) -> dict[str, int]:
-            return {"a": 0}
-
-        def apply_chat_template(self, *_: Any, **__: Any) -> str:
-            raise RuntimeError(HOSTILE)
-
-    with pytest.raises(DataError) as caught:
-        ThirdPartyTokenizer(Inner()).render([{"role": "user", "content": "hello"}])
-    assert commands_in(str(caught.value)) == set()
-    assert "chat template does not render this conversation (RuntimeError: a" in str(caught.value)
-
-
 @pytest.mark.parametrize(
     "words",
     [
@@ -158,75 +131,3 @@ def test_imported_manifest_is_escaped(words, toys, capsys):
     assert code == (words == ["verify"]), told.err
     assert told.out
     assert commands_in(told.out + told.err) == set()
-
-
-def test_traceback_is_escaped(capsys):
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    sys.excepthook(ValueError, ValueError(HOSTILE), None)
-    told = capsys.readouterr().err
-    assert commands_in(told) == set()
-    assert told.startswith("ValueError: a\\x1b]52")
-
-
-def test_serve_log_is_escaped():
-    from mlxchat.serve.run import _Lines
-
-    record = logging.LogRecord("x", logging.INFO, "x", 1, "%s", (HOSTILE,), None)
-    assert commands_in(_Lines("%(message)s").format(record)) == set()
-
-
-def test_library_logs_and_warnings_are_escaped(monkeypatch):
-    """transformers quotes values of a model's config.json in its warnings."""
-    monkeypatch.setattr("sys.stderr", screen := Terminal())
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    monkeypatch.setattr(logging.Formatter, "formatException", logging.Formatter.formatException)
-    before = logging.getLogRecordFactory()
-    try:
-        filter_logs()
-        logger, handler = logging.Logger("a library"), logging.StreamHandler(screen)
-        logger.addHandler(handler)
-        logger.warning("rope_type is %s", HOSTILE)
-        try:
-            raise ValueError(HOSTILE)
-        except ValueError:
-            logger.exception("told")
-        screen.write(warnings.formatwarning(HOSTILE, UserWarning, HOSTILE, 1, HOSTILE))
-    finally:
-        logging.setLogRecordFactory(before)
-    assert screen.getvalue().count("aGFsbG8") == 10
-    assert commands_in(screen.getvalue()) == set()
-
-
-def test_examples_are_escaped(tmp_path, capsys):
-    from mlxchat.commands.examples import show_examples
-    from mlxchat.evals.examples import write_examples
-
-    row = {
-        "task": HOSTILE, "index": 0, "seed": None, "verdict": True, "prompt": HOSTILE, "output": HOSTILE,
-        "expected": HOSTILE, "tokens": 1, "details": {HOSTILE: HOSTILE},
-    }  # fmt: skip
-    write_examples(tmp_path / "examples.parquet", [row])
-    show_examples(tmp_path, which="all", count=1, task=None)
-    assert commands_in(capsys.readouterr().out) == set()
-
-
-def test_base_model_text_is_escaped(third_party, monkeypatch):
-    monkeypatch.setattr("sys.stdout", screen := Terminal())
-    third_party.continues = True
-    third_party.ask(HOSTILE)
-    assert commands_in(screen.getvalue()) == set()
-    assert screen.getvalue().count("aGFsbG8") == 4
-
-
-def test_model_name_is_escaped(toys):
-    toys.add("make", "(ctx.out / 'result.txt').write_text('x')")
-    toys.run(toys.plan({"first": {"stage": "make"}}))
-    place = resolve(toys.store, "first")
-    manifest = place / "manifest.json"
-    manifest.chmod(0o644)
-    manifest.write_bytes(
-        seal({**json.loads(manifest.read_text()), "run": HOSTILE, "step": HOSTILE, "published": HOSTILE})
-    )
-    toys.store.link_group("latest", "nothing")
-    assert commands_in(describe_model(toys.store, Found(place))) == set()

@@ -91,25 +91,3 @@ def visible(text: Any) -> str:
 def _written_out(found: re.Match[str]) -> str:
     code = ord(found[0])
     return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"
-
-
-def filter_logs() -> None:
-    """Make the log records and warnings of this process safe to print: libraries quote third-party files in them."""
-    import logging  # slow to import for verbs that print a line
-    import os
-    import warnings
-
-    os.environ["TOKENIZERS_LOG"] = "off"  # its Rust code writes to the terminal past Python, if told to
-
-    class Visible(logging.LogRecord):
-        def getMessage(self) -> str:  # noqa: N802  (a method of LogRecord)
-            return visible(super().getMessage())
-
-    if logging.getLogRecordFactory() is not logging.LogRecord:
-        return
-    logging.setLogRecordFactory(Visible)
-    # Python has no hook for how the traceback of a log record is written: the method itself is replaced.
-    told = logging.Formatter.formatException
-    logging.Formatter.formatException = lambda *details: visible(told(*details))  # type: ignore[method-assign]
-    plain = warnings.formatwarning
-    warnings.formatwarning = lambda *details, **more: visible(plain(*details, **more))

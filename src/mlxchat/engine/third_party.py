@@ -22,7 +22,7 @@ from mlxchat.data.vocabulary import byte_letters
 from mlxchat.engine.batch import Event, Request, Row
 from mlxchat.engine.generate import Engine, Scheduler
 from mlxchat.engine.sample import Sampler, make_draws, most_likely, score_tokens
-from mlxchat.errors import ConfigError, DataError, filter_logs
+from mlxchat.errors import ConfigError, DataError
 from mlxchat.ops.machine import DECODED_ROWS, KEPT_TOKENS, PREFILL_TOKENS
 from mlxchat.tasks.answers import content_text
 from mlxchat.tasks.base import find_fault
@@ -70,7 +70,6 @@ def _opening(folder: Path) -> Iterator[tuple[Any, dict[str, Any]]]:
     """Yield mlx-lm's `utils` and a folder's config.json; any error becomes a DataError."""
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder}: no model; expected config.json, model*.safetensors and a tokenizer's files")
-    filter_logs()
     try:
         from mlx_lm import utils
     except ImportError:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from mlxchat.config.wording import format_bytes, format_seconds
-from mlxchat.errors import DataError, MlxchatError, PassingError, filter_logs
+from mlxchat.errors import DataError, MlxchatError, PassingError
 from mlxchat.runner.progress import Progress
 
 # Pauses of 0.5, 1, 2, 4, 8 s between them. huggingface_hub retries inside each of them, too.
@@ -33,13 +33,12 @@ def endpoint() -> str:
 
 
 def prepare_client() -> None:
-    """Make log records of huggingface_hub safe to print, and transfer over plain HTTP.
+    """Make huggingface_hub transfer over plain HTTP.
 
     hf_xet retries silently for minutes where a Hub has no Xet storage or it does not answer, and cannot be stopped.
     """
     from huggingface_hub import constants
 
-    filter_logs()
     constants.HF_HUB_DISABLE_XET = True
 
 

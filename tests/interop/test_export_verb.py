@@ -3,10 +3,9 @@
 import json
 import re
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,13 +13,10 @@ import numpy as np
 import pytest
 import yaml
 
-from kit.artifacts import make_model, make_tokenizer, publish, publish_adapters, publish_base, some_ids
+from kit.artifacts import make_model, make_tokenizer, publish, some_ids
 from kit.commands import Command
-from kit.text import tool_call
 from mlxchat.data.conversation import render_conversation, render_for_completion
-from mlxchat.data.tokenizer import Tokenizer
 from mlxchat.engine.generate import Engine
-from mlxchat.engine.tools import calculate
 from mlxchat.interop import exporting
 from mlxchat.model import gpt
 from mlxchat.model.checkpoint import computes_as_published, load_checkpoint, save_checkpoint
@@ -146,57 +142,6 @@ def code_of_card(folder: Path) -> str:
     return text.split("### The calculator")[1].split("```")[1].replace("FOLDER", str(folder))
 
 
-class Scripted:
-    """A model for mlx-lm: calls the calculator, then says the result that it reads and ends."""
-
-    layers: ClassVar[list[Any]] = []
-
-    def __init__(self, tokenizer: Tokenizer, call: str) -> None:
-        self.tokenizer, self.call = tokenizer, tool_call(tokenizer, call)
-        self.seen: list[int] = []
-
-    def make_cache(self) -> list[Any]:
-        self.seen = []
-        return []
-
-    def __call__(self, ids: mx.array, cache: Any) -> mx.array:
-        self.seen += ids.reshape(-1).tolist()
-        special = self.tokenizer.special_ids
-        if special["<|assistant_start|>"] not in self.seen:
-            return mx.zeros((*ids.shape, self.tokenizer.vocab_size))
-        said = self.seen[len(self.seen) - self.seen[::-1].index(special["<|assistant_start|>"]) :]
-        script = [*self.call, special["<|assistant_end|>"]]
-        if special["<|output_end|>"] in said:
-            first, last = (said.index(special[f"<|output_{end}|>"]) for end in ("start", "end"))
-            script = [*said[: last + 1], *said[first + 1 : last], special["<|assistant_end|>"]]
-        following = script[min(len(said), len(script) - 1)]
-        return mx.broadcast_to(
-            mx.eye(self.tokenizer.vocab_size)[following] * 50, (*ids.shape, self.tokenizer.vocab_size)
-        )
-
-
-CALLS = [
-    "12+7", "2*(3+4)", "1.1*3-0.3", "1,200/4", "7//2", "7%4", "'strawberry'.count('r')", '"aa".count("a")', " 3-5 ",
-    "2**9", "2*,*9", "1/0", "import os", "", "(1", "9()", "a+1", "'a'.upper()",
-]  # fmt: skip
-
-
-def test_example_of_the_card_runs_the_calculator(export, made, tmp_path, monkeypatch):
-    # The card gave scores that need a calculator, which mlx-lm does not run, and did not say so.
-    mlx_lm = pytest.importorskip("mlx_lm")
-    assert export("oct", "--to", "mlx", tmp_path / "out")[0] == 0
-    ours, theirs = load_checkpoint(artifact(made, "oct"))[1], mlx_lm.load(str(tmp_path / "out"))[1]
-    for call in CALLS:
-        scripted = Scripted(ours, call)
-        monkeypatch.setattr(mlx_lm, "load", lambda place, scripted=scripted: (scripted, theirs))
-        namespace: dict[str, Any] = {}
-        exec(code_of_card(tmp_path / "out"), namespace)  # as a reader of the card does
-        found = namespace["answer"]([{"role": "user", "content": "How many?"}])
-        result = calculate(call)
-        output = "" if result is None else f"<|output_start|>{result}<|output_end|>{result}"
-        assert found == f"<|python_start|>{call}<|python_end|>{output}<|assistant_end|>"
-
-
 def test_transformers_computes_our_logits_and_answers(export, made, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
@@ -212,14 +157,6 @@ def test_transformers_computes_our_logits_and_answers(export, made, tmp_path):
     prompt = render_for_completion(tokenizer, {"messages": messages})
     [expected] = Engine(model, tokenizer).complete([prompt], max_new_tokens=20, temperature=0.0)
     assert namespace["answer"](messages, 20) == tokenizer.decode(expected.ids)
-
-
-def test_base_export_has_no_chat_template(export, tmp_path):
-    export("base", "--to", "hf", tmp_path / "out")
-    about = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
-    assert "chat_template" not in about
-    assert about["eos_token"] == "<|bos|>"
-    assert "has not learnt to chat" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -271,25 +208,6 @@ def test_damaged_artifact_is_not_exported(command, made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_export_leaves_no_partial_folder(mlxchat, export, made, tmp_path):
-    place = tmp_path / "there" / "out"
-    arguments = ["oct", "--to", "nanochat", place]
-    died = mlxchat("export", *arguments, f"outputs={made}", environ={"MLXCHAT_CRASH_AT": "export.synced"})
-    assert died.returncode == -signal.SIGKILL
-    assert not place.exists()
-    assert len(list(place.parent.iterdir())) == 1
-    assert export(*arguments)[0] == 0
-    assert [path.name for path in place.parent.iterdir()] == ["out"]
-
-
-def test_full_disk_leaves_no_partial_export(export, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLXCHAT_CRASH_AT", "export.synced")
-    monkeypatch.setenv("MLXCHAT_CRASH_ERROR", "ENOSPC")
-    code, said = export("oct", "--to", "hf", tmp_path / "out")
-    assert (code, list(tmp_path.iterdir())) == (2, [])
-    assert "cannot be written (No space left on device)" in said
-
-
 def test_card_has_provenance_and_escapes_text(export, made, tmp_path):
     export("oct", "--to", "hf", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
@@ -324,29 +242,6 @@ def test_push_creates_a_private_repository_with_one_commit(export, upload_hub, m
     assert upload_hub.token not in said
 
 
-def test_push_replaces_weights_and_keeps_other_files(export, upload_hub):
-    assert export("oct", "--to", "nanochat", "--hub", "me/model", "--public")[0] == 0
-    assert not upload_hub.repositories["me/model"].private
-    upload_hub.repositories["me/model"].files["LICENSE"] = b"mine"
-    assert export("oct", "--to", "mlx", "--hub", "me/model", "--public")[0] == 0
-    files = upload_hub.repositories["me/model"].files
-    assert "model_000007.pt" not in files
-    assert {"model.safetensors", "LICENSE"} <= files.keys()
-
-
-def test_adapters_replace_a_whole_model_in_a_repository(upload_hub, tmp_path, say):
-    outputs = tmp_path / "outputs"
-    tuned = publish_adapters(outputs, publish_base(outputs))
-    adapters = {"adapters.safetensors", "adapter_config.json"}
-    for target, expected in (("mlx", {"model.safetensors"}), ("mlx-adapter", adapters)):
-        say("export", tuned.name, "--to", target, "--hub", "me/model", f"outputs={outputs}")
-        files = upload_hub.repositories["me/model"].files
-        assert files.keys() & {"model.safetensors", *adapters} == expected
-        # mlx-lm fetches models, but no adapters.
-        fetched = "hf download me/model --local-dir FOLDER" in files["README.md"].decode()
-        assert fetched == (target == "mlx-adapter")
-
-
 @pytest.mark.parametrize("part", ["/put/", "/commit/"])
 def test_failed_push_changes_nothing(export, upload_hub, part):
     export("oct", "--to", "mlx", "--hub", "me/model")
@@ -355,21 +250,6 @@ def test_failed_push_changes_nothing(export, upload_hub, part):
     assert (code, upload_hub.repositories["me/model"].files) == (1, before)
     assert "Nothing was committed" in said
     assert upload_hub.token not in said
-
-
-def test_public_repository_needs_public_option(export, upload_hub, tmp_path):
-    export("oct", "--to", "mlx", "--hub", "me/model", "--public")
-    code, said = export("oct", "--to", "mlx", tmp_path / "out", "--hub", "me/model")
-    assert (code, (tmp_path / "out").exists()) == (2, False)
-    assert "Add --public" in said
-
-
-def test_wrong_or_missing_token_is_reported(export, upload_hub, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_another_one")
-    assert "the token in HF_TOKEN may write there" in export("oct", "--to", "mlx", "--hub", "me/model")[1]
-    monkeypatch.delenv("HF_TOKEN")
-    code, said = export("oct", "--to", "mlx", "--hub", "me/model")
-    assert (code, "set HF_TOKEN" in said, upload_hub.repositories) == (2, True, {})
 
 
 @pytest.mark.parametrize(("name", "target"), [("oct", "hf"), ("oct", "nanochat"), ("jul", "nanochat")])
