@@ -16,7 +16,6 @@ import yaml
 from kit.artifacts import make_model, make_tokenizer, publish, some_ids
 from kit.commands import Command
 from mlxchat.data.conversation import render_conversation, render_for_completion
-from mlxchat.engine.generate import Engine
 from mlxchat.interop import exporting
 from mlxchat.model import gpt
 from mlxchat.model.checkpoint import computes_as_published, load_checkpoint, save_checkpoint
@@ -137,12 +136,7 @@ def test_chat_template_marks_assistant_tokens(export, made, tmp_path):
     assert (list(found["input_ids"]), list(found["assistant_masks"])) == (list(ids), list(mask))
 
 
-def code_of_card(folder: Path) -> str:
-    text = (folder / "README.md").read_text()
-    return text.split("### The calculator")[1].split("```")[1].replace("FOLDER", str(folder))
-
-
-def test_transformers_computes_our_logits_and_answers(export, made, tmp_path):
+def test_transformers_computes_our_logits_and_prompts(export, made, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     export("oct", "--to", "hf", tmp_path / "out")
@@ -150,13 +144,10 @@ def test_transformers_computes_our_logits_and_answers(export, made, tmp_path):
     with torch.no_grad():
         found = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.tensor(ids)).logits
     np.testing.assert_allclose(found.numpy(), logits_of_ours(made, "oct", ids), atol=1e-4)
-    namespace: dict[str, Any] = {}
-    exec(code_of_card(tmp_path / "out"), namespace)
-    model, tokenizer, _ = load_checkpoint(artifact(made, "oct"))
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "How many windows?"}]
-    prompt = render_for_completion(tokenizer, {"messages": messages})
-    [expected] = Engine(model, tokenizer).complete([prompt], max_new_tokens=20, temperature=0.0)
-    assert namespace["answer"](messages, 20) == tokenizer.decode(expected.ids)
+    prompt = render_for_completion(load_checkpoint(artifact(made, "oct"))[1], {"messages": messages})
+    assert tokens.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) == prompt
 
 
 @pytest.mark.parametrize(
@@ -225,7 +216,8 @@ def test_card_has_provenance_and_escapes_text(export, made, tmp_path):
     assert weights["sha256"] in body
     assert "mine.jsonl" in body
     assert "somebody" not in card
-    assert "<script>" not in body
+    outside_of_code = re.sub(r"```text\n.*?\n```", "", body, flags=re.DOTALL)
+    assert "<script>" not in outside_of_code
     assert "\n---\n" not in body
     assert not {"\x1b", "\u202e"} & set(card)
 

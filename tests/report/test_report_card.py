@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import re
 import sys
 from pathlib import Path
 
@@ -145,17 +144,6 @@ def test_one_right_and_one_wrong_example_per_task(whole_recipe):
 def test_damaged_examples_are_left_out(whole, content):
     (whole.folder("eval_sft") / "examples.parquet").write_bytes(content)
     assert read_examples(whole.folder("eval_sft")) == []
-
-
-def test_bench_measurements_are_shown(whole):
-    folder = whole.root / "bench"
-    folder.mkdir()
-    record = {"kind": "train", "time": "2026-11-21T10:00:00+00:00", "command": "mlxchat bench train model=d4",
-              "result": {"step": {"seconds": 1.25}, "tokens_per_second": 4096.0}}  # fmt: skip
-    (folder / "20261121-train.json").write_text(json.dumps(record))
-    markdown = render_markdown(document(whole.read()))
-    assert "### Measured by mlxchat bench train" in markdown
-    assert re.search(r"\| step.seconds \| 1.25 \|", markdown)
 
 
 def test_incomplete_scores_do_not_stop_the_report(whole):

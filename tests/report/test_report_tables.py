@@ -31,7 +31,7 @@ def words(table, first):
 def test_two_sft_steps_have_their_own_names(make):
     more = {"stage": "sft", "checkpoint": "midtrain"}
     fake = make(sft_long=more, eval_long={"stage": "eval", "checkpoint": "sft_long"})
-    assert [column.label for column in columns(fake.read())] == ["BASE", "MID", "sft", "sft_long", "RL"]
+    assert [column.label for column in columns(fake.read())] == ["BASE", "MID", "sft", "RL", "sft_long"]
 
 
 def set_accuracy(fake, step, task, accuracy, **more):

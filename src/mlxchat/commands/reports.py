@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxchat.commands.arguments import Parser
+from mlxchat.commands.arguments import Parser, amount
 from mlxchat.commands.columns import aligned, print_json, show_value
 from mlxchat.config.wording import format_number, plural
 from mlxchat.errors import ConfigError, StoreError, visible
@@ -203,22 +203,38 @@ def _plot(table: Table, place: Path) -> None:
 
 def report(parser: Parser) -> None:
     """Declare `mlxchat report`."""
-    about = f"{_SWEEPS} Several runs are compared. Default: the latest run"
-    parser.take_names("[RUN…|ID…]", least=0, most=None, about=about)
+    parser.take_names("[RUN|ID]", least=0, about=f"{_SWEEPS} Default: the latest run")
     add = parser.add_argument
     add("--out", metavar="PLACE", help="folder for report.html, report.md and plots, or FILE.html")
-    add("--cost-per-hour", type=float, metavar="DOLLARS", help="cost of this machine")
+    add("--cost-per-hour", type=amount, metavar="DOLLARS", help="cost of this machine")
     add("--open", action="store_true", help="open it in a browser")
     parser.set_defaults(main=_report)
 
 
 def _report(options: Namespace) -> int:
     """Write a report; print its summary and path."""
-    outputs, names = options.outputs, options.names
-    title, reports, titles, metric = _reports(outputs, names)
+    from mlxchat.report.comparison import comparison, reports_of_sweep
+    from mlxchat.report.document import document, title_of, write_document, write_page
+
+    name, out = next(iter(options.names), LATEST), Path(options.out) if options.out else None
+    if sweep := _sweep_folder(options.outputs, name):
+        title, reports, titles, metric = reports_of_sweep(options.outputs, sweep)
+    else:
+        reports, titles, metric = [_report_of(Store(options.outputs), name)], [], ""
+        title = title_of(reports[0])
     if options.cost_per_hour is not None:
-        reports = [replace(report, cost_per_hour=options.cost_per_hour) for report in reports]
-    place = _write_report(title, reports, titles, metric, Path(options.out) if options.out else None)
+        reports = [replace(each, cost_per_hour=options.cost_per_hour) for each in reports]
+    blocks = comparison(title, reports, titles, metric) if sweep else document(reports[0])
+    if out is not None and out.suffix == ".html":
+        place = write_page(out, title, blocks)
+    else:
+        place = write_document(out or reports[0].folder, title, blocks)
+    if not sweep:
+        from rich.console import Console
+
+        from mlxchat.report.summary import print_summary
+
+        print_summary(reports[0], Console())
     print(f"report: {place}")
     if options.open:
         import webbrowser
@@ -228,82 +244,25 @@ def _report(options: Namespace) -> int:
     return 0
 
 
-def _write_report(title: str, reports: list[RunReport], titles: list[str], metric: str, out: Path | None) -> Path:
-    """Write the report of one run, or the comparison of several; print the summary of a single one."""
-    from mlxchat.report.comparison import comparison
-    from mlxchat.report.document import document, title_of, write_document, write_page
-
-    if len(reports) > 1:
-        blocks = comparison(title, reports, titles, metric)
-    else:
-        title, blocks = title_of(reports[0]), document(reports[0])
-    if out is not None and out.suffix == ".html":
-        place = write_page(out, title, blocks)
-    else:
-        place = write_document(out or reports[0].folder, title, blocks)
-    if len(reports) == 1:
-        from rich.console import Console
-
-        from mlxchat.report.summary import print_summary
-
-        print_summary(reports[0], Console())
-    return place
-
-
-def _reports(outputs: Path, names: list[str]) -> tuple[str, list[RunReport], list[str], str]:
-    """Return a title, the reports of the names, a short name for each, and the metric that a sweep is ordered by.
-
-    Raises:
-        ConfigError: runs and artifacts are mixed.
-        StoreError: a name is unknown, or there are no runs.
-    """
-    from mlxchat.report.collect import collect, collect_steps, entries_of_artifacts
-    from mlxchat.report.comparison import reports_of_sweep
-
-    sweeps = {name: folder for name in names if (folder := _sweep_folder(outputs, name))}
-    if sweeps and len(names) == 1:
-        return reports_of_sweep(outputs, sweeps[names[0]])
-    meant = [_meaning(Store(outputs), name) for name in names or [LATEST] if name not in sweeps]
-    folders = [each for each in meant if isinstance(each, Path)]
-    places = [place for each in meant if not isinstance(each, Path) for place in each]
-    if (folders or sweeps) and places:
-        run = [*folders, *sweeps.values()][0].name
-        raise ConfigError(
-            f"a report covers either runs or artifacts: got the run {run} and the artifact {places[0].name}"
-        )
-    if places:
-        entries = entries_of_artifacts(outputs, places)
-        title = ", ".join(place.name for place in places) if names else latest(Store(outputs))
-        folder = outputs / "reports" / "+".join(place.name for place in places)[:120]
-        return title, [collect_steps(outputs, title, entries, folder)], [], ""
-    folders = list(dict.fromkeys(folders))
-    reports = [collect(outputs, folder) for folder in folders]
-    short = [report.experiment or report.name for report in reports]
-    titles = [s if short.count(s) == 1 else report.name for s, report in zip(short, reports, strict=True)]
-    for sweep in sweeps.values():
-        _, jobs, names_of_jobs, _ = reports_of_sweep(outputs, sweep)
-        reports, titles = reports + jobs, titles + names_of_jobs
-    if len(reports) > 1:
-        there = outputs / "reports" / "+".join(folder.name for folder in [*folders, *sweeps.values()])[:120]
-        reports = [replace(report, folder=there) for report in reports]
-    return " and ".join(titles) if len(titles) < 4 else f"{len(titles)} runs", reports, titles, ""
-
-
-def _meaning(store: Store, name: str) -> Path | list[Path]:
-    """Return the folder of the run with this name, or the artifacts.
+def _report_of(store: Store, name: str) -> RunReport:
+    """Return the report of a run, or of an artifact with all that it was made from.
 
     Raises:
         StoreError: nothing, or more than one thing, has this name.
     """
-    from mlxchat.report.collect import latest_run
+    from mlxchat.report.collect import collect, collect_steps, entries_of_artifacts, latest_run
 
     if name == LATEST and not latest(store):
-        return latest_run(store.outputs)  # it has no finished step yet
+        return collect(store.outputs, latest_run(store.outputs))  # it has no finished step yet
     found = meaning(store, _folder_name(name))
     if isinstance(found, Found):
-        return [found.place]
-    folder = store.outputs / "runs" / found.name
-    return folder if (folder / "plan.json").exists() else list(links(store, found.name).values())
+        places, title = [found.place], found.place.name
+    elif ((run := store.outputs / "runs" / found.name) / "plan.json").exists():
+        return collect(store.outputs, run)
+    else:  # pulled from elsewhere, without its record
+        places, title = list(links(store, found.name).values()), found.name
+    entries = entries_of_artifacts(store.outputs, places)
+    return collect_steps(store.outputs, title, entries, store.outputs / "reports" / title)
 
 
 def _folder_name(name: str) -> str:

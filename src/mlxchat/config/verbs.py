@@ -15,7 +15,7 @@ VERBS = {
     "lineage": ("inspect:lineage", "show an artifact's inputs and the artifacts made from it"),
     "diff": ("inspect:diff", "show how two artifacts or runs differ: config, inputs, code, metrics, environment"),
     "compare": ("reports:compare", "compare runs, a sweep or a step's artifacts in a table (--sort, --format, --plot)"),
-    "report": ("reports:report", "write and print the report of a run, of artifacts, or of several runs"),
+    "report": ("reports:report", "write and print the report of a run, a sweep or an artifact"),
     "pin": ("artifacts:pin", "name an artifact and protect it from gc"),
     "verify": ("inspect:verify", "hash artifacts again and list differences from their manifests"),
     "gc": ("artifacts:gc", "list artifacts that may be removed, and why; --apply removes them"),

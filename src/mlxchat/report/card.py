@@ -25,15 +25,15 @@ from mlxchat.report.collect import (
     sequence,
     text,
 )
-from mlxchat.report.document import Block, escape, render_markdown
+from mlxchat.report.document import Block, Group, escape, fenced, render_markdown
 from mlxchat.report.tables import (
     Table,
+    all_settings,
     artifact_table,
     core_table,
     known,
     metric_table,
     pairs_table,
-    settings_of,
     source_table,
 )
 from mlxchat.store.catalog import by_rid, read_catalog
@@ -84,59 +84,6 @@ _HOW: dict[str, str] = {
     print(tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=64)[0]))""",
 }
 
-# Programs without the calculator, which nanochat and mlxchat have. LOAD and CONTINUE are what differs between them.
-_NO_CALCULATOR = {"hf": "transformers", "mlx": "mlx-lm", "mlx-adapter": "mlx-lm"}
-_CALCULATOR = r"""
-    import re
-    LOAD
-
-    def calculate(call):  # 12*(3+4), 'strawberry'.count('r')
-        if text := re.fullmatch(r"(['\"])(.*)\1\.count\((['\"])(.*)\3\)", call.strip()):
-            return str(text[2].count(text[4]))
-        call = call.replace(",", "")  # first: "9*,*9" is a power without it
-        if "**" in call or not re.fullmatch(r"[\d.+*/%() -]{1,200}", call):
-            return None
-        try:
-            value = round(eval(call), 10)
-        except (ArithmeticError, SyntaxError, TypeError):
-            return None
-        return str(int(value) if value == int(value) else value)
-
-    def answer(messages, max_new_tokens=256):
-        names = ("assistant_end", "python_start", "python_end", "output_start", "output_end")
-        end, call, call_end, out, out_end = (tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in names)
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        prompt = len(ids)
-        while (left := prompt + max_new_tokens - len(ids)) > 0:
-            CONTINUE
-            if ids[-1] != call_end:
-                break
-            code = ids[len(ids) - ids[::-1].index(call) : -1] if call in ids[prompt:] else []
-            if result := calculate(tokenizer.decode(code)):
-                ids += [out, *tokenizer.encode(result, add_special_tokens=False), out_end]
-        return tokenizer.decode(ids[prompt:])
-
-    print(answer([{"role": "user", "content": "What is 12 + 7?"}]))"""
-_LOAD = {
-    "transformers": """import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = (auto.from_pretrained("FOLDER") for auto in (AutoModelForCausalLM, AutoTokenizer))""",
-    "mlx-lm": """import mlx.core as mx
-    from mlx_lm import load
-    from mlx_lm.generate import generate_step
-
-    model, tokenizer = load("FOLDER")""",
-}
-_CONTINUE = {
-    "transformers": """stops = dict(eos_token_id=[end, call_end], do_sample=False, max_new_tokens=left)
-            ids = model.generate(torch.tensor([ids]), **stops)[0].tolist()""",
-    "mlx-lm": """for token, _ in generate_step(mx.array(ids), model, max_tokens=left):
-                ids.append(token)
-                if token in (end, call_end):
-                    break""",
-}
-
 # Metric of a measure → the Hub's type and name of the data set and type of the metric; empty: the measure's name.
 _HUB_METRICS = {
     "val_bpb": ("text", "held-out text of the corpus", "bits_per_byte"),
@@ -170,16 +117,14 @@ def render_card(
         _fenced(_instructions(target, chats, how, repository)),
         _TOKENS_OF_CHAT if chats else _TOKENS_OF_TEXT,
     ]  # fmt: skip
-    program = _NO_CALCULATOR.get(target) if chats else None
-    if program:
-        parts += [
-            "### The calculator",
-            "The model writes calls such as `<|python_start|>12+7<|python_end|>` and continues from the result. "
-            f"mlxchat runs the calls. {program} does not, so its answers go wrong after a call. This loop runs them:",
-            _fenced(_calculator(program, how, repository)),
-        ]
+    is_without_calculator = chats and target in ("hf", "mlx", "mlx-adapter")
+    if is_without_calculator:
+        parts.append(
+            "The model writes calls such as `<|python_start|>12+7<|python_end|>` and continues from their result. "
+            "mlxchat and nanochat run the calls (`mlxchat serve`); other programs do not, and the answers go wrong."
+        )
     if metrics := metric_table(report):
-        runs = ", which runs the calculator" if program else ""
+        runs = ", which runs the calculator" if is_without_calculator else ""
         measured = f"Measured by mlxchat{runs}. ± is one standard error; chance is what guessing gets."
         parts += ["## Scores", measured, metrics]
         if core := core_table(report):
@@ -190,9 +135,9 @@ def render_card(
         parts += ["## Data", f"What it was trained and measured on, with each source's licence. {licence}", sources]
     parts += ["## Lineage", artifact_table(report), "## Configuration"]
     for step in report.steps:
-        if step.kind in ("checkpoint", "tokenizer", "corpus") and (found := settings_of(step)):
-            pairs = [(key, _PLACE.sub("…/", value)) for key, value in found]
-            parts.append(pairs_table(f"{step.name}: settings", pairs))
+        if step.kind in ("checkpoint", "tokenizer", "corpus") and (settings := all_settings(step)):
+            text_of_settings = _PLACE.sub("…/", "\n".join(settings))
+            parts.append(Group("fold", [fenced(text_of_settings)], f"{step.name}: settings"))
     parts += ["## Provenance", _provenance(own, sha256)]
     body = render_markdown([part for part in parts if part])
     return visible(f"{_front_matter(report, own, target, chats, license, language)}\n{body}")
@@ -307,15 +252,6 @@ def _instructions(target: str, chats: bool, how: Mapping[str, str], repository: 
     if target in ("nanochat", "mlx-adapter"):
         return f"    hf download {repository} --local-dir FOLDER\n\n{words}"
     return words.replace("FOLDER", repository)
-
-
-def _calculator(program: str, how: Mapping[str, str], repository: str | None) -> str:
-    """Return code that answers with a program's own generation and runs the calls of the calculator."""
-    words = _CALCULATOR.replace("LOAD", _LOAD[program]).replace("CONTINUE", _CONTINUE[program])
-    trust = ", trust_remote_code=True" if how.get("trust") else ""
-    if "adapter" in how:
-        return words.replace('"FOLDER"', f'"BASE", adapter_path="FOLDER"{trust}')
-    return words.replace('"FOLDER"', f'"{repository or "FOLDER"}"{trust}')
 
 
 def _prompt(chats: bool) -> str:

@@ -8,7 +8,6 @@ only, so that importing this module is fast.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections.abc import Iterable
@@ -16,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
-from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +23,6 @@ from mlxchat.evals.scores import Scores, mapping, number, read_scores
 from mlxchat.store.bases import folder_of_weights
 from mlxchat.store.manifest import Manifest
 from mlxchat.store.store import Store
-
-log = logging.getLogger(__name__)
 
 STAGE_LABELS = {"pretrain": "BASE", "midtrain": "MID", "sft": "SFT", "preference": "PREF", "rl": "RL"}
 # How much of an id the name of an artifact's folder carries.
@@ -177,7 +173,7 @@ def collect(outputs: Path, run: Path) -> RunReport:
         seconds=_elapsed_seconds(events),
         cost_per_hour=number(plan.get("cost_per_hour")),
         command=text(plan.get("command")),
-        steps=_inputs_first([_read_step(outputs, entry, events) for entry in entries]),
+        steps=[_read_step(outputs, entry, events) for entry in entries],
     )
 
 
@@ -186,37 +182,35 @@ def collect_steps(outputs: Path, name: str, entries: list[dict[str, Any]], folde
 
     `entries` are as in plan.json: step, stage, kind, artifact, rid, inputs. The report belongs in `folder`.
     """
-    steps = _inputs_first([_read_step(outputs, mapping(entry), []) for entry in entries])
-    return RunReport(name=name, folder=folder, steps=steps)
+    return RunReport(name=name, folder=folder, steps=[_read_step(outputs, mapping(entry), []) for entry in entries])
 
 
 def entries_of_artifacts(outputs: Path, places: list[Path]) -> list[dict[str, Any]]:
-    """Return an entry for each artifact and for all that it was made from.
+    """Return an entry for each artifact and, before it, for all that it was made from.
 
     A step keeps its name; a second artifact of a step of that name gets the start of its id behind it.
     """
     names: dict[str, str] = {}
-    entries: dict[str, dict[str, Any]] = {}
+    entries: list[dict[str, Any]] = []
 
     def visit(place: Path) -> str:
         manifest = read_json(place / "manifest.json")
         rid, step = text(manifest.get("rid")) or place.name, text(manifest.get("step")) or place.name
-        if rid in entries:
-            return text(entries[rid]["step"])
-        name = step if step not in names.values() else f"{step}-{rid[:6]}"
-        names[rid] = name
+        if rid in names:
+            return names[rid]
+        name = names[rid] = step if step not in names.values() else f"{step}-{rid[:6]}"
         sources: dict[str, str] = {}
-        entries[rid] = {"step": name, "stage": text(manifest.get("stage")), "kind": text(manifest.get("kind")),
-                                "artifact": place.name, "rid": rid, "inputs": sources}  # fmt: skip
         for role, source in mapping(manifest.get("inputs")).items():
             made = mapping(source)
             found = _find_artifact(outputs / "store", text(made.get("rid")), [text(made.get("artifact"))])
             sources[role] = visit(found) if found else text(made.get("step"))
+        entries.append({"step": name, "stage": text(manifest.get("stage")), "kind": text(manifest.get("kind")),
+                        "artifact": place.name, "rid": rid, "inputs": sources})  # fmt: skip
         return name
 
     for place in places:
         visit(place)
-    return list(entries.values())
+    return entries
 
 
 # It becomes a part of paths.
@@ -326,22 +320,6 @@ def _by_iteration(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [latest[key] for key in sorted(latest, key=lambda key: key[0])]
 
 
-def _inputs_first(steps: list[StepReport]) -> list[StepReport]:
-    """Return the steps sorted topologically, stable with respect to the plan."""
-    named = {step.name: step for step in steps}
-    sorter = TopologicalSorter({name: step.inputs.values() & named.keys() for name, step in named.items()})
-    order = []
-    try:
-        sorter.prepare()
-    except CycleError:  # not from the runner: keep the order of the plan
-        return steps
-    while sorter.is_active():
-        ready = sorted(sorter.get_ready(), key=list(named).index)
-        order += ready
-        sorter.done(*ready)
-    return [named[name] for name in order]
-
-
 def _last_samples(records: list[dict[str, Any]]) -> list[Sample]:
     """Return the samples of the last iteration that has any."""
     found = [(number(record.get("iteration")), record) for record in records if "text" in record]
@@ -371,36 +349,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file, empty if the file is absent or unreadable."""
     try:
         return mapping(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as fault:
-        log.warning("%s cannot be read and is left out of the report: %s", path, fault)
+    except (OSError, ValueError, RecursionError):
         return {}
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a JSON-lines file; a truncated last line is ignored."""
+    """Return the objects of a JSON-lines file; damaged lines are left out."""
+    records = []
     try:
         # "replace": the file may end within a character.
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    except FileNotFoundError:
+    except OSError:
         return []
-    except OSError as fault:
-        log.warning("%s cannot be read and is left out of the report: %s", path, fault)
-        return []
-    records = []
-    for position, line in enumerate(lines):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            if any(rest.strip() for rest in lines[position + 1 :]):
-                log.warning("%s line %d is not JSON and is ignored", path, position + 1)
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def count_parameters(path: Path) -> int | None:

@@ -12,7 +12,7 @@ from mlxchat.errors import ConfigError
 from mlxchat.evals.scores import mapping
 from mlxchat.report.collect import RunReport, StepReport, checkpoint_name, collect_steps, read_json, text
 from mlxchat.report.document import Block, Group, escape
-from mlxchat.report.plots import COLOURS, LABEL_LETTERS, Chart, Curve, Drawing, slug, smooth
+from mlxchat.report.plots import COLOURS, Curve, Picture, draw_curves, slug, smooth
 from mlxchat.report.summary import num_parameters, trained_tokens
 from mlxchat.report.tables import Cell, Table, computing_seconds, format_metric, format_value, known, shown
 from mlxchat.store.fingerprint import flatten
@@ -110,7 +110,7 @@ def _columns(report: RunReport, metric: str) -> dict[str, Cell]:
             if step.scores and (measure := step.scores.find(kind)):
                 cell = shown(measure)
                 detail = f"{cell.detail} ({checkpoint_name(step)})".lstrip()
-                found[measure.name] = Cell(cell.text, detail, measure=cell.measure)
+                found[measure.name] = Cell(cell.text, detail)
     for step in report.steps:
         if step.stage == "pretrain" and step.manifest:
             flops = step.fact("total_flops")
@@ -134,87 +134,42 @@ def _parts(names: Sequence[str]) -> list[list[tuple[str, str]]]:
     return [[(pair[0], pair[1]) for pair in pairs] for pairs in found] if is_settings and same_keys else []
 
 
-def short_names(names: Sequence[str]) -> tuple[list[list[str]], str]:
-    """Return the parts of a legible, distinct legend label for each name, and the settings of which they are values.
-
-    Settings are named in full, else by the ends of their keys, else by their values alone; other names get their
-    number in front if their beginnings are equal.
-    """
-    pairs = _parts(names)
-    keys = [key for key, _ in pairs[0]] if pairs else []
-    ends = [key.rpartition(".")[2] for key in keys]
-    for shown_keys in (keys, ends) if len({*ends}) == len(ends) else (keys,):
-        parts = [[f"{key}={value}" for key, (_, value) in zip(shown_keys, found, strict=True)] for found in pairs]
-        if parts and _are_distinct([" ".join(found) for found in parts]):
-            return parts, ""
-    values = [[value for _, value in found] for found in pairs]
-    if values and _are_distinct([", ".join(found) for found in values]):
-        return values, ", ".join(keys)
-    if all(len(name) <= LABEL_LETTERS for name in names) and len({*names}) == len(names):
-        return [[name] for name in names], ""
-    return [[f"{number}: {name}"] for number, name in enumerate(names, start=1)], ""
-
-
-def _are_distinct(labels: Sequence[str]) -> bool:
-    return len({*labels}) == len(labels) and max(map(len, labels)) <= LABEL_LETTERS
-
-
-def _labels(reports: Sequence[RunReport], names: Sequence[str]) -> tuple[dict[str, str], str]:
-    """Return id or key of a step → its label, what is common to the runs that share it; and `short_names`' settings."""
-    parts, of = short_names(names)
-    sharing: dict[str, list[list[str]]] = {}
-    for report, own in zip(reports, parts, strict=True):
-        for step in report.steps:
-            sharing.setdefault(step.rid or step.key, []).append(own)
-    labels = {}
-    for key, found in sharing.items():
-        common = [each[0] if len({*each}) == 1 else "any" * bool(of) for each in zip(*found, strict=True)]
-        common = common if {*common} - {"", "any"} else found[0]
-        labels[key] = (", " if of else " ").join(filter(None, common))
-    return labels, of
-
-
-def comparison_charts(reports: Sequence[RunReport], names: Sequence[str]) -> list[Drawing]:
+def comparison_charts(reports: Sequence[RunReport], names: Sequence[str]) -> list[Picture]:
     """Return the scaling chart, and the curves of each training step that several runs have."""
-    charts: list[Drawing] = []
-    labels, _ = _labels(reports, names)
-    if scaling := scaling_chart(points_of(reports, labels)):
+    charts: list[Picture] = []
+    if scaling := scaling_chart(points_of(reports, names)):
         charts.append(scaling)
     for step in dict.fromkeys(step.name for report in reports for step in report.steps):
-        # An artifact shared by several runs is drawn once.
-        found = {one.rid or one.key: one for report in reports if (one := report.step(step))}
+        # An artifact shared by several runs is drawn once, under the first one's name.
+        found: dict[str, tuple[str, StepReport]] = {}
+        for name, report in zip(names, reports, strict=True):
+            if one := report.step(step):
+                found.setdefault(one.rid or one.key, (name, one))
         for key, what, unit in (
             ("val_bpb", "validation", "bits per byte"), ("val_loss", "validation", "nats per token"),
             ("loss", "training loss, smoothed", "nats per token"), ("reward", "mean reward, smoothed", "per answer"),
         ):  # fmt: skip
-            charts += _overlay(step, key, what, unit, [(labels[rid], one) for rid, one in found.items()])
+            charts += _overlay(step, key, what, unit, list(found.values()))
     return charts
 
 
-def _overlay(step: str, key: str, what: str, unit: str, found: list[tuple[str, StepReport]]) -> list[Chart]:
-    curves: list[Curve] = []
+def _overlay(step: str, key: str, what: str, unit: str, found: list[tuple[str, StepReport]]) -> list[Picture]:
     found = [(name, one) for name, one in found if one.series(key)[0]]
     what += f" (the first {MOST_CURVES} of {len(found)})" if len(found) > MOST_CURVES else ""
+    if len(found) < 2 or (key == "loss" and found[0][1].series("reward")[0]):
+        return []
+    curves: list[Curve] = []
     for name, one in found[:MOST_CURVES]:
         xs, ys = one.series(key)
-        if xs:
-            drawn = smooth(ys) if "smoothed" in what else ys
-            end = f"{drawn[-1]:.3f}"
-            curves.append(Curve(points=(xs, drawn), label=name, colour=len(curves), end=end))
-    if len(curves) < 2 or (key == "loss" and found[0][1].series("reward")[0]):
-        return []
-    said = ", ".join(f"{curve.label} {curve.end}" for curve in curves)
-    return [
-        Chart(
-            name=f"{slug(step)}-{slug(key)}", title=f"{step}: {what}", y=unit, curves=curves,
-            alt=f"Curves of {what} of step {step}; they end at {said}.",
-        )
-    ]  # fmt: skip
+        drawn = smooth(ys) if "smoothed" in what else ys
+        curves.append(Curve(points=(xs, drawn), label=f"{name}: {drawn[-1]:.3f}", colour=len(curves)))
+    said = ", ".join(curve.label for curve in curves)
+    alt = f"Curves of {what} of step {step}; they end at {said}."
+    return [draw_curves(f"{slug(step)}-{slug(key)}", f"{step}: {what}", alt, curves, y=unit)]
 
 
 def comparison(title: str, reports: Sequence[RunReport], names: Sequence[str], metric: str = "") -> list[Block]:
     """Return the report of several runs, ordered by a metric if one is given."""
-    _, of = _labels(reports, names)
     blocks: list[Block] = [
         f"# {escape(title)}",
         Group("byline", [escape(f"{plural(len(reports), 'run')} compared{metric and f', best {metric} first'}")]),
@@ -222,13 +177,9 @@ def comparison(title: str, reports: Sequence[RunReport], names: Sequence[str], m
         Group("runs", [comparison_table(reports, names, metric)]),
     ]
     if charts := comparison_charts(reports, names):
-        blocks += [
-            "## Curves",
-            f"Labels: values of {escape(of)}; any: of runs that differ in it." if of else "",
-            charts,
-        ]
+        blocks += ["## Curves", charts]
     return [
-        *(block for block in blocks if block),
+        *blocks,
         f"Written by mlxchat from {escape(reports[0].folder.name)}. Every number comes from the manifests, "
         "metrics.jsonl and scores.json of the runs.",
     ]
@@ -243,13 +194,13 @@ class Point:
     bpb: float
 
 
-def points_of(reports: Sequence[RunReport], labels: Mapping[str, str]) -> list[Point]:
+def points_of(reports: Sequence[RunReport], names: Sequence[str]) -> list[Point]:
     """Return a point for each pretraining that was scored, by FLOPs; the same artifact in several runs counts once.
 
     The score is that of an evaluation on the checkpoint's own corpus, else the training's last validation.
     """
     found: dict[str, Point] = {}
-    for report in reports:
+    for name, report in zip(names, reports, strict=True):
         for step in report.steps:
             if step.stage != "pretrain" or not step.manifest:
                 continue
@@ -257,11 +208,11 @@ def points_of(reports: Sequence[RunReport], labels: Mapping[str, str]) -> list[P
             bpb = next((measure.value for measure in evals if measure), None) or step.fact("val_bpb")
             flops = step.fact("total_flops")
             if bpb and flops:
-                found.setdefault(step.rid, Point(name=labels[step.rid or step.key], flops=flops, bpb=bpb))
+                found.setdefault(step.rid, Point(name=name, flops=flops, bpb=bpb))
     return sorted(found.values(), key=lambda point: point.flops)
 
 
-def scaling_chart(points: Sequence[Point]) -> Chart | None:
+def scaling_chart(points: Sequence[Point]) -> Picture | None:
     """Return bits per byte against FLOPs, both logarithmic, with a power law; None with fewer than two sizes."""
     if len({point.flops for point in points}) < 2:
         return None
@@ -278,12 +229,7 @@ def scaling_chart(points: Sequence[Point]) -> Chart | None:
         fitted = [float(np.exp(at_centre + exponent * (np.log(x) - centre))) for x in (min(xs), max(xs))]
         curves.append(Curve(points=([min(xs), max(xs)], fitted), label=label, colour=1))
         said += f"; fitted: {label}"
-    return Chart(
-        name="scaling",
-        title="Held-out bits per byte against FLOPs",
-        alt=f"Points of {said}.",
-        x="FLOPs of pretraining",
-        y="bits per byte",
-        curves=curves,
-        is_log=True,
-    )
+    return draw_curves(
+        "scaling", "Held-out bits per byte against FLOPs", f"Points of {said}.", curves, x="FLOPs of pretraining",
+        y="bits per byte", is_log=True,
+    )  # fmt: skip

@@ -17,17 +17,16 @@ from typing import Any
 
 from mlxchat.config.wording import format_bytes, format_seconds, format_time
 from mlxchat.errors import StoreError, visible
-from mlxchat.evals.scores import Measure, number
+from mlxchat.evals.scores import number
 from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, collect
 from mlxchat.report.examples import Example, example_groups, sample_groups, telling_examples
-from mlxchat.report.plots import Drawing, main_charts, more_charts, score_charts
+from mlxchat.report.plots import Picture, main_charts, more_charts, score_charts
 from mlxchat.report.summary import answers, facts, print_summary, troubles
 from mlxchat.report.tables import (
     Cell,
     Table,
     all_settings,
     artifact_table,
-    bench_tables,
     compression_tables,
     core_table,
     machine_table,
@@ -61,7 +60,7 @@ class Pipeline:
     report: RunReport
 
 
-Block = str | Table | Group | Pipeline | list[Drawing]
+Block = str | Table | Group | Pipeline | list[Picture]
 
 
 def show_report(outputs: Path, run: Path) -> None:
@@ -105,7 +104,7 @@ def document(report: RunReport) -> list[Block]:
     blocks += _telling(report)
     if curves := [chart for step in report.steps for chart in main_charts(report, step)]:
         blocks += ["## Curves", curves]
-    blocks += ["## Pipeline", Pipeline(report), Group("fold", [timing_table(report)], "Time and memory of each step")]
+    blocks += ["## Pipeline", Pipeline(report), timing_table(report)]
     blocks += ["## Details"]
     if metrics and (charts := score_charts(report)):
         pictures: list[Block] = [charts]
@@ -189,8 +188,6 @@ def _environment(report: RunReport) -> Iterator[Block]:
         yield f"Command: {_code(report.command)}"
     for names, given in overrides(report):
         yield f"Overrides of {escape(names)}: {' '.join(map(_code, given)) or 'none'}"
-    for title, table in bench_tables(report):
-        yield from (f"### {escape(title)}", table)
     if sources := source_table(report):
         yield from ("### Data", sources)
     yield from ("### Artifacts", artifact_table(report))
@@ -320,7 +317,7 @@ def _html(block: Block) -> str:
         case Table():
             return _table_html(block)
         case Pipeline():
-            return _flow(block.report)
+            return ""  # the table of steps says it
         case Group():
             inside = "".join(map(_html, block.blocks))
             if not block.summary:
@@ -332,53 +329,14 @@ def _html(block: Block) -> str:
 
 
 def _table_html(table: Table) -> str:
-    """Return a table with a bar below each cell that has a measure; many notes are folded."""
-    from markdown_it.token import Token
-
-    parser, bars = _parser(), iter([cell.measure for row in table.rows for cell in row])
-    tokens = []
-    for token in parser.parse(visible(_table_markdown(Table(header=table.header, align=table.align, rows=table.rows)))):
-        if token.type == "td_close" and (measure := next(bars)):
-            tokens.append(Token("html_block", "", 0, content=_bar(measure)))
-        tokens.append(token)
-    drawn = parser.renderer.render(tokens, parser.options, {})
+    """Return a table with its notes beneath; many notes are folded."""
+    parser = _parser()
+    drawn = parser.render(visible(_table_markdown(Table(header=table.header, align=table.align, rows=table.rows))))
     notes = "\n".join(f"- {escape(note)}" for note in table.notes)
     listed = f'<div class="notes">\n{parser.render(visible(notes))}</div>\n' if notes else ""
     if len(table.notes) > 3:
         listed = f"<details>\n<summary>How to read this table</summary>\n{listed}</details>\n"
     return f'<div class="scroll" tabindex="0">\n{drawn}</div>\n{listed}'
-
-
-def _bar(measure: Measure) -> str:
-    """Return a bar from 0 to 1, with its standard error and with chance marked."""
-    value, error = measure.value, measure.stderr or 0.0
-    low, high = (min(1.0, max(0.0, value + sign * error)) for sign in (-1, 1))
-    parts = [f'<i class="value" style="width:{100 * min(1.0, max(0.0, value)):.1f}%"></i>']
-    if measure.stderr is not None:
-        parts.append(f'<i class="error" style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></i>')
-    if measure.chance:
-        parts.append(f'<i class="chance" style="left:{100 * measure.chance:.1f}%"></i>')
-    return f'<span class="bar">{"".join(parts)}</span>'
-
-
-def _flow(report: RunReport) -> str:
-    """Return the steps in columns, each to the right of all that feed it."""
-    ranks: dict[str, int] = {}
-    for step in report.steps:
-        ranks[step.name] = 1 + max((ranks.get(source, -1) for source in step.inputs.values()), default=-1)
-    columns: dict[int, list[str]] = {}
-    for step in report.steps:
-        time = f" · {format_seconds(step.seconds)}" if step.seconds is not None else ""
-        sources = ", ".join(dict.fromkeys(source for source in step.inputs.values() if report.step(source)))
-        origin = f"<small>from {escape_html(visible(sources))}</small>" if sources else ""
-        columns.setdefault(ranks[step.name], []).append(
-            f'<li class="{step.outcome}"><b>{escape_html(visible(step.name))}</b>'
-            f"<span>{escape_html(visible(step.outcome))}{time}</span>{origin}</li>"
-        )
-    shown = "".join(f"<ul>{''.join(columns[rank])}</ul>\n" for rank in sorted(columns))
-    return (
-        f'<div class="flow" role="img" aria-label="The steps of the run and which step feeds which">\n{shown}</div>\n'
-    )
 
 
 def write_document(folder: Path, title: str, blocks: Sequence[Block]) -> Path:
@@ -421,7 +379,7 @@ def write_page(path: Path, title: str, blocks: Sequence[Block]) -> Path:
     return path
 
 
-def standalone(chart: Drawing) -> str:
+def standalone(chart: Picture) -> str:
     """Return a picture as a file of its own, which is light or dark as its reader's screen."""
     style = files("mlxchat.report").joinpath("page.css").read_text(encoding="utf-8")
     colours, _, rest = style.partition("/* page */")
@@ -432,7 +390,7 @@ def standalone(chart: Drawing) -> str:
     return f"{head.replace('<svg ', f'<svg {spaces} ')}>\n<style>\n{colours}{fonts}\n{shown}\n</style>\n{body}"
 
 
-def _charts(blocks: Iterable[Block]) -> Iterator[Drawing]:
+def _charts(blocks: Iterable[Block]) -> Iterator[Picture]:
     for block in blocks:
         if isinstance(block, Group):
             yield from _charts(block.blocks)

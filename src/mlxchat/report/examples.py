@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlxchat.config.wording import plural
-from mlxchat.evals.scores import mapping, number
-from mlxchat.report.collect import RunReport, Sample, StepReport, checkpoint_name, log, read_jsonl, text
+from mlxchat.errors import DataError
+from mlxchat.evals.scores import number
+from mlxchat.report.collect import RunReport, Sample, StepReport, checkpoint_name, read_jsonl, text
 from mlxchat.tasks.answers import number_and_form
 
 # Of a suite with more tasks, such as CORE's 22, only so many are shown.
@@ -68,7 +70,7 @@ def telling_examples(report: RunReport) -> tuple[StepReport, dict[str, Example]]
 
 def _telling(rows: list[dict[str, Any]], measured: dict[str, float]) -> dict[str, Example]:
     # A choice shows the letter alone; a written answer shows how the model talks.
-    written = [row for row in rows if len(text(row.get("output", row.get("answer")))) > 2]
+    written = [row for row in rows if len(text(row.get("output"))) > 2]
     tasks: dict[str, list[dict[str, Any]]] = {}
     for row in written or rows:
         tasks.setdefault(text(row.get("task")), []).append(row)
@@ -86,7 +88,7 @@ def _telling(rows: list[dict[str, Any]], measured: dict[str, float]) -> dict[str
             wanted = accuracy[task] >= 0.5 if verdict is None else verdict
             matching = sorted(
                 (row for row in tasks[task] if _is_right(row) is wanted and _question(row) not in shown),
-                key=lambda row: len(text(row.get("output", row.get("answer")))),
+                key=lambda row: len(text(row.get("output"))),
             )
             if matching:
                 middle = matching[len(matching) // 2]
@@ -170,16 +172,16 @@ def _rollout_example(line: dict[str, Any]) -> Example:
 
 
 def _question(row: dict[str, Any]) -> str:
-    return text(row.get("prompt", row.get("question")))
+    return text(row.get("prompt"))
 
 
 def _is_right(row: dict[str, Any]) -> bool:
-    return bool(row.get("verdict", row.get("correct")))
+    return bool(row.get("verdict"))
 
 
 def _example(task: str, is_right: bool, row: dict[str, Any]) -> Example:
     prompt = _question(row).strip("\n")
-    output = with_calls(text(row.get("output", row.get("answer")))).strip("\n")
+    output = with_calls(text(row.get("output"))).strip("\n")
     # Few-shot prompts are long, and the question is at their end.
     shown = prompt if len(prompt) <= _EXAMPLE_CHARACTERS else f"… {prompt[-_EXAMPLE_CHARACTERS:]}"
     expected = cut(text(row.get("expected")).strip("\n"), _EXAMPLE_CHARACTERS)
@@ -187,39 +189,20 @@ def _example(task: str, is_right: bool, row: dict[str, Any]) -> Example:
     return Example(task=task, is_right=is_right, prompt=shown, output=output, expected=expected)
 
 
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the examples of an evaluation: some of each task and verdict, which former versions kept as JSON."""
-    return _parquet_rows(folder / "examples.parquet") or read_jsonl(folder / "examples.jsonl")
-
-
-# Of each task and verdict, so that a large file is not read whole into Python.
+# Of each task and verdict, so that a large file is not kept whole in memory.
 _MOST_ROWS = 64
 
 
-def _parquet_rows(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    try:
-        from pyarrow import parquet
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """Return some examples of each task and verdict of an evaluation; none if there are none or they are damaged."""
+    from mlxchat.evals.examples import read_examples as read_rows
 
-        with parquet.ParquetFile(path) as file:
-            keys = file.read(columns=["task", "verdict"])
-            pairs = zip(keys.column("task").to_pylist(), keys.column("verdict").to_pylist(), strict=True)
-            positions: dict[tuple[Any, Any], list[int]] = {}
-            for position, key in enumerate(pairs):
-                if len(found := positions.setdefault(key, [])) < _MOST_ROWS:
-                    found.append(position)
-            return list(_rows_at(file, sorted(position for found in positions.values() for position in found)))
-    except Exception as fault:  # pyarrow has a dozen kinds of errors for damaged files
-        log.warning("%s cannot be read and is left out of the report: %s", path, fault)
-        return []
-
-
-def _rows_at(file: Any, positions: list[int]) -> Iterator[dict[str, Any]]:
-    """Yield the rows at ascending positions, a group of rows in memory at a time."""
-    begin = 0
-    for group in range(file.num_row_groups):
-        end = begin + file.metadata.row_group(group).num_rows
-        if inside := [position - begin for position in positions if begin <= position < end]:
-            yield from map(mapping, file.read_row_group(group).take(inside).to_pylist())
-        begin = end
+    counts: Counter[tuple[str, bool]] = Counter()
+    found = []
+    with suppress(DataError):
+        for row in read_rows(folder):
+            kind = text(row["task"]), _is_right(row)
+            counts[kind] += 1
+            if counts[kind] <= _MOST_ROWS:
+                found.append(row)
+    return found

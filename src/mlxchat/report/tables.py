@@ -27,12 +27,12 @@ from mlxchat.config.wording import (
     format_number,
     format_seconds,
     format_share,
-    format_time,
     join,
     plural,
 )
+from mlxchat.errors import visible
 from mlxchat.evals.scores import METRICS, Measure, Scores, mapping, number
-from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, read_json, sequence, text
+from mlxchat.report.collect import STAGE_LABELS, RunReport, StepReport, checkpoint_name, sequence, text
 from mlxchat.runner.stage import best_of
 from mlxchat.store.fingerprint import flatten
 from mlxchat.tasks import task_class, task_names
@@ -44,13 +44,11 @@ _DIGITS = {"val_bpb": 4, "perplexity": 2, "text_bpb": 4, "core": 4, "chatcore": 
 
 @dataclass(frozen=True)
 class Cell:
-    """Text, a detail beside it, True if it is the best of its row, and a bar."""
+    """Text, a detail beside it, and True if it is the best of its row."""
 
     text: str
     detail: str = ""
     is_best: bool = False
-    measure: Measure | None = None
-    """A value drawn as a bar from 0 to 1 with its error and chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,11 +186,10 @@ def shown(measure: Measure | None, *, is_best: bool = False) -> Cell:
         words, error = format_number(measure.value), f"± {format_number(measure.stderr)}"
     else:
         words, error = f"{measure.value:.{digits}f}", f"± {measure.stderr or 0:.{digits}f}"
-    is_drawn = measure.is_share or measure.metric in ("core", "chatcore", "mean_centered")
     details = [] if measure.stderr is None else [error]
     if measure.any_right is not None:
         details.append(f"any of {measure.any_right[1]}: {format_share(measure.any_right[0])}")
-    return Cell(words, ", ".join(details), is_best, measure if is_drawn else None)
+    return Cell(words, ", ".join(details), is_best)
 
 
 def format_metric(metric: str, value: float) -> str:
@@ -458,34 +455,19 @@ def machine_table(report: RunReport) -> Table | None:
 
 def compression_tables(report: RunReport) -> list[tuple[StepReport, Table]]:
     """Return each tokenizer's tokens per text, compared with GPT-2 and GPT-4."""
+    rivals = {"gpt2": "GPT-2", "gpt4": "GPT-4"}
     found = []
     for step in report.steps:
-        texts = [mapping(row) for row in sequence(step.compression.get("rows"))]
-        if not texts:
-            continue
-        rivals = [
-            (key, label)
-            for key, label in (("gpt2", "GPT-2"), ("gpt4", "GPT-4"))
-            if any(number(row.get(key)) for row in texts)
-        ]
         rows = []
-        for row in texts:
+        for row in map(mapping, sequence(step.compression.get("rows"))):
             size, ours = number(row.get("bytes")), number(row.get("ours"))
             ratio = f"{size / ours:.2f}" if size and ours else ABSENT
-            counts = [known("{:,.0f}".format, count) for count in (size, ours)]
-            cells = [Cell(words) for words in (text(row.get("text")), *counts, ratio)]
-            for key, _ in rivals:
-                theirs = number(row.get(key))
-                gain = f"({(theirs - ours) / theirs:+.1%})" if theirs and ours is not None else ""
-                cells.append(Cell(known("{:,.0f}".format, theirs), gain.replace("-", "−")))
-            rows.append(cells)
-        notes = []
-        if vocabulary := number(step.compression.get("vocab_size")):
-            notes.append(f"Vocabulary of {step.name}: {vocabulary:,.0f} tokens.")
-        if rivals:
-            notes.append("In brackets: how many tokens fewer ours needs than that tokenizer; negative is more.")
-        header = ["Text", "Bytes", "Tokens", "Bytes/token", *(label for _, label in rivals)]
-        found.append((step, Table(header=header, align="l" + "r" * (len(header) - 1), rows=rows, notes=notes)))
+            counts = [known("{:,.0f}".format, number(row.get(key))) for key in ("bytes", "ours")]
+            others = [known("{:,.0f}".format, number(row.get(key))) for key in rivals]
+            rows.append([Cell(words) for words in (text(row.get("text")), *counts, ratio, *others)])
+        header = ["Text", "Bytes", "Tokens", "Bytes/token", *rivals.values()]
+        if rows:
+            found.append((step, Table(header=header, align="l" + "r" * (len(header) - 1), rows=rows)))
     return found
 
 
@@ -578,73 +560,22 @@ def overrides(report: RunReport) -> list[tuple[str, list[str]]]:
     return [(join(names), list(given)) for given, names in groups.items()]
 
 
-# Sections shared by all trainings, and their keys that describe the recipe.
-_TELLING = {
-    "model": ("depth", "aspect_ratio", "head_width", "num_kv_heads", "context_tokens"),
-    "optimizer": ("kind", "variant", "matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay"),
-    "training": (),
-}
-# Long, or shown elsewhere.
-_LEFT_OUT = ("prompts", "fields", "adamw_groups", "validation", "extend", "save_training_state")
-
-
 def step_tables(step: StepReport) -> list[Table]:
-    """Return the non-empty tables of results, derived numbers and settings of a step."""
-    groups = [
-        ("Results", [(key, format_value(value)) for key, value in mapping(step.manifest.get("metrics")).items()]),
-        ("Derived", [(key, format_value(value)) for key, value in mapping(step.manifest.get("derived")).items()]),
-        ("Settings", settings_of(step)),
+    """Return the non-empty tables of results and derived numbers of a step."""
+    groups = {"Results": mapping(step.manifest.get("metrics")), "Derived": mapping(step.manifest.get("derived"))}
+    return [
+        pairs_table(title, [(key, format_value(value)) for key, value in values.items()])
+        for title, values in groups.items()
+        if values
     ]
-    return [pairs_table(title, pairs) for title, pairs in groups if pairs]
 
 
 def all_settings(step: StepReport) -> list[str]:
     """Return all settings of a step as key=value."""
-    return [f"{key}={_plain(value)}" for key, value in flatten(mapping(step.manifest.get("full_config"))).items()]
-
-
-def settings_of(step: StepReport) -> Pairs:
-    """Return the settings that describe a step: its own, and shared ones that distinguish recipes."""
-    found: Pairs = []
-    for section, values in mapping(step.manifest.get("full_config")).items():
-        inside = mapping(values)
-        if section == "architecture":
-            features = [name for name, value in inside.items() if value is True]
-            name = text(inside.get("name"))
-            found.append((section, f"{name} ({join(features)})" if features else name))
-        elif section == "suite":
-            found.append((section, _mixture(inside)))
-        else:
-            shown = {name: inside.get(name) for name in _TELLING[section]} if section in _TELLING else inside
-            found += _leaves(shown, f"{section}.")
-    return [(name, value) for name, value in found if value]
-
-
-def _leaves(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if value is None or value is False or value in ([], {}) or key in _LEFT_OUT:
-            continue
-        if key in ("mixture", "suite"):
-            yield f"{prefix}{key}", _mixture(mapping(value))
-        elif isinstance(value, Mapping) and "task" in value:
-            yield f"{prefix}{key}", _task(text(value["task"]), value)
-        elif isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", format_value(value) if number(value) is not None else _plain(value)
-
-
-def _mixture(items: Mapping[str, Any]) -> str:
-    return ", ".join(_task(name, mapping(item)) for name, item in items.items())
-
-
-def _task(name: str, item: Mapping[str, Any]) -> str:
-    """Return a task of a mixture, as in "gsm8k train 7,473 ×4"."""
-    epochs, size = number(item.get("epochs")), number(item.get("size"))
-    split = text(item.get("split"))
-    parts = [name, split if split not in ("train", "") else "", format_value(size) if size else ""]
-    parts.append(f"×{epochs:g}" if epochs and epochs != 1 else "")
-    return " ".join(part for part in parts if part)
+    return [
+        visible(f"{key}={_plain(value)}").replace("\n", "\\n")
+        for key, value in flatten(mapping(step.manifest.get("full_config"))).items()
+    ]
 
 
 def _plain(value: object) -> str:
@@ -653,36 +584,3 @@ def _plain(value: object) -> str:
     if isinstance(value, bool) or value is None or not isinstance(value, int | float):
         return "null" if value is None else text(value)
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-# Newest measurements shown of each kind.
-_MOST_BENCHES = 3
-_LETTERS = 120
-# Inputs of a measurement, not results.
-_CIRCUMSTANCES = ("sizes.", "bench.", "device.", "versions.", "optimizer.", "seed")
-
-
-def bench_tables(report: RunReport) -> list[tuple[str, Table]]:
-    """Return (title, table) for each kind that `mlxchat bench` measured, a column for each of the newest."""
-    folder = report.folder.parent.parent / "bench"
-    kinds: dict[str, list[dict[str, object]]] = {}
-    for path in sorted(folder.glob("*.json"), reverse=True):
-        record = read_json(path)
-        if (kind := text(record.get("kind"))) and len(kinds.setdefault(kind, [])) < _MOST_BENCHES:
-            kinds[kind].append(record)
-    return [(f"Measured by mlxchat bench {kind}", _bench_table(records)) for kind, records in sorted(kinds.items())]
-
-
-def _bench_table(records: list[dict[str, object]]) -> Table:
-    columns = [flatten(mapping(record.get("result"))) for record in records]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    rows = []
-    for name in names:
-        if name.startswith(_CIRCUMSTANCES):
-            continue
-        values = [column.get(name) for column in columns]
-        if any(number(value) is not None or (isinstance(value, str) and len(value) < _LETTERS) for value in values):
-            rows.append([Cell(name), *(Cell(format_value(value)) for value in values)])
-    header = ["Quantity", *(format_time(text(record.get("time"))).partition(".")[0] for record in records)]
-    commands = [f"{title}: {text(record.get('command'))}" for title, record in zip(header[1:], records, strict=True)]
-    return Table(header=header, align="l" + "r" * len(records), rows=rows, notes=commands)
