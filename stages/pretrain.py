@@ -5,6 +5,7 @@ Counterpart of nanochat's scripts/base_train.py. Settings: `PretrainConfig` of c
 
 from __future__ import annotations
 
+import math
 from contextlib import closing
 from pathlib import Path
 
@@ -24,10 +25,6 @@ def estimates_core_tasks(step: PlannedStep) -> bool:
     return core is not None and bool(core.tasks)
 
 
-def keeps_best(step: PlannedStep) -> bool:
-    return bool(step.config.pretrain.keep == "best")
-
-
 def has_target(step: PlannedStep) -> bool:
     return step.config.pretrain.target_bpb is not None
 
@@ -45,9 +42,6 @@ stage = Stage(
         Metric("core_estimate", "maximize", curve=True, when=estimates_core, needs="core=nanochat"),
         Metric("core_estimate_stderr", when=estimates_core, needs="core=nanochat"),
         Metric("core_tasks_estimate", "maximize", when=estimates_core_tasks, needs="pretrain.core.tasks"),
-        Metric("best_iteration", when=keeps_best, needs="pretrain.keep=best"),
-        Metric("last_val_bpb", "minimize", when=keeps_best, needs="pretrain.keep=best"),
-        Metric("last_val_perplexity", "minimize", when=keeps_best, needs="pretrain.keep=best"),
         Metric("reached_target", "maximize", when=has_target, needs="pretrain.target_bpb"),
         Metric("iterations", "minimize", when=has_target, needs="pretrain.target_bpb"),
         Metric("seconds_to_target", "minimize", when=has_target, needs="pretrain.target_bpb"),
@@ -83,7 +77,6 @@ def run(ctx: Context) -> None:
     from mlxchat.training.forecast import memory
     from mlxchat.training.loop import Observation, derived_after, fit
     from mlxchat.training.observations import observe_core
-    from mlxchat.training.state import Candidates
     from mlxchat.training.team_step import make_step
 
     config, rates, machine = ctx.config.pretrain, ctx.config.optimizer, ctx.config.machine
@@ -124,14 +117,9 @@ def run(ctx: Context) -> None:
     )
 
     num_iterations = derived.num_iterations
-    candidates = None  # for the best weights, or to reach the target
-    if config.keep == "best" or config.target_bpb is not None:
-        candidates = Candidates(
-            every=config.keep_every or -(-num_iterations // 20),
-            keep=config.keep == "best",
-            target=config.target_bpb,
-        )
-    facts: dict[str, object] = {"stage": "pretrain", "format": "base", "pretrain_batch_tokens": derived.batch_tokens}
+    target = config.target_bpb
+    target_every = None if target is None else config.keep_every or -(-num_iterations // 20)
+    facts = {"stage": "pretrain", "format": "base", "pretrain_batch_tokens": derived.batch_tokens}
 
     def save(folder: Path) -> None:
         save_checkpoint(folder, model, tokenizer, facts)
@@ -139,6 +127,11 @@ def run(ctx: Context) -> None:
     def validate(iteration: int) -> dict[str, float]:
         found = text_loss(model, validation, tokenizer.token_bytes, micro_tokens=micro_batch.tokens, team=ctx.team)
         return {"val_bpb": found.bits_per_byte, "val_perplexity": found.perplexity}
+
+    def is_enough(done: int, numbers: dict[str, float]) -> bool:
+        if target is None or target_every is None or done % target_every:
+            return False
+        return numbers.get("val_bpb", math.inf) <= target
 
     def sample(iteration: int) -> dict[str, float]:
         texts = continue_prompts(
@@ -155,7 +148,6 @@ def run(ctx: Context) -> None:
 
     with closing(read_rows("train")) as rows:
         batches = RowBatches(rows, rows_per_iteration)
-        validate_every = (config.eval_every, config.save_every, None if candidates is None else candidates.every)
         dropout = ctx.config.architecture.dropout
         done = fit(
             ctx,
@@ -164,23 +156,21 @@ def run(ctx: Context) -> None:
             batches,
             num_iterations=num_iterations,
             observations=[
-                Observation(run=validate, every=validate_every),
+                Observation(run=validate, every=(config.eval_every, config.save_every, target_every)),
                 *observe_core(ctx, config, model, tokenizer),
                 Observation(run=sample, every=(config.sample_every,), at_end=False),
             ],
             save=save,
             save_every=config.save_every,
-            candidates=candidates,
+            is_enough=is_enough,
         )
     sample(done)  # with the weights that the artifact has
-    if config.target_bpb is not None:
+    if target is not None:
         ctx.derived = derived_after(done, num_iterations, ctx.derived)
         ctx.metrics |= {
-            "reached_target": float(ctx.metrics["val_bpb"] <= config.target_bpb),
+            "reached_target": float(ctx.metrics["val_bpb"] <= target),
             "iterations": done,
             "seconds_to_target": done * derived.batch_tokens / ctx.metrics["tokens_per_second"],
         }
     ctx.metrics |= batches.counts()
-    if candidates is not None and candidates.keep:
-        facts["best_iteration"] = candidates.iteration
     save(ctx.out)

@@ -13,13 +13,8 @@ from typing import Any
 from mlxchat.config.schema import Config
 from mlxchat.rl.forecast import memory, problems
 from mlxchat.runner.context import Context
-from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import CHECKPOINT_FILES, WEIGHTS_OR_ADAPTERS, Metric, Stage
 from mlxchat.training.forecast import LOOP_METRICS
-
-
-def keeps_best(step: PlannedStep) -> bool:
-    return bool(step.config.rl.keep == "best")
 
 
 def numbers_of_samples(config: Config) -> range:
@@ -36,9 +31,6 @@ stage = Stage(
         Metric("pass_at_*", "maximize", names=numbers_of_samples),
         Metric("held_out_reward", "maximize"),
         Metric("reward", "maximize", curve=True),
-        Metric("best_iteration", when=keeps_best, needs="rl.keep=best"),
-        Metric("last_pass_at_*", "maximize", names=numbers_of_samples, when=keeps_best, needs="rl.keep=best"),
-        Metric("last_held_out_reward", "maximize", when=keeps_best, needs="rl.keep=best"),
         Metric("pass_at_*_stderr", names=numbers_of_samples),
         Metric("held_out_reward_stderr"),
         Metric("loss"),
@@ -63,7 +55,6 @@ def run(ctx: Context) -> None:
     from mlxchat.rl.rollouts import PolicyScores, Rollouts, longest_prompt, pass_at_k, updates_per_rollout
     from mlxchat.training.finetune import make_optimizer, save_trained
     from mlxchat.training.loop import Observation, fit
-    from mlxchat.training.state import Candidates
     from mlxchat.training.team_step import make_step
 
     config, machine = ctx.config.rl, ctx.config.machine
@@ -110,16 +101,7 @@ def run(ctx: Context) -> None:
         reference=reference,
     )
 
-    best = None
-    if config.keep == "best":
-        best = Candidates(
-            every=updates * (config.keep_every or -(-num_iterations // 20)),
-            metric="held_out_reward",
-            choose=max,
-        )
-
     eval_every, save_every = (every and every * updates for every in (config.eval_every, config.save_every))
-    evaluate_every = (eval_every, save_every, None if best is None else best.every)
     save = partial(save_trained, ctx, model=model, tokenizer=tokenizer, facts=facts)
     fit(
         ctx,
@@ -127,12 +109,9 @@ def run(ctx: Context) -> None:
         make_step(ctx, model, optimizer, micro_tokens=micro_batch.tokens),
         rollouts,
         num_iterations=num_iterations * updates,
-        observations=[Observation(run=evaluate, every=evaluate_every, at_start=True)],
+        observations=[Observation(run=evaluate, every=(eval_every, save_every), at_start=True)],
         save=save,
         save_every=save_every,
-        candidates=best,
     )
     ctx.metrics["reward"] = rollouts.mean_reward
-    if best is not None:
-        facts["best_iteration"] = best.iteration
     save(ctx.out)

@@ -59,7 +59,6 @@ TOGETHER = {
         "machine.device=cpuu": r'is "cpuu".*"cpu"\?$',
         "sft.train_on=asistant": r'is "asistant".*"assistant"\?$',
         "sft.schedule.shape=cosin": r'sft\.schedule\.shape is "cosin", expected linear or cosine.*"cosine"\?$',
-        "pretrain.keep=bset": r'pretrain\.keep is "bset", expected last or best.*"best"\?$',
     },
     "impossible values": {
         "model.num_kv_heads=7": r"model\.num_kv_heads=7 must divide the 4 heads",

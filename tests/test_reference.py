@@ -50,7 +50,7 @@ def test_rows_show_default_bounds_and_identity(pages):
         match[1]: line for line in pages["config"].splitlines() if (match := re.search(r'<code id="([^"]+)"', line))
     }
     assert "| `48`<br>d20: `64` | yes |" in rows["model.aspect_ratio"]
-    assert "Accepted: last or best" in rows["pretrain.keep"]
+    assert "Accepted: best_fit or stream" in rows["pretrain.packing"]
     assert "| no |" in rows["pretrain.eval_every"]
     assert "| no |" in rows["machine.device"]
     assert "| contents |" in rows["corpus.hub.revision"]

@@ -21,7 +21,7 @@ from mlxchat.store.store import Store
 # RL needs a model that is now and then right: it picks letters. Each of its rollouts has four updates.
 SETTINGS = """
     stage=rl machine.checkpoint_seconds=0
-    pretrain.num_iterations=30 pretrain.eval_every=10 architecture.dropout=0.1 pretrain.keep=best pretrain.keep_every=7
+    pretrain.num_iterations=30 pretrain.eval_every=10 architecture.dropout=0.1
     midtrain.num_iterations=30 midtrain.eval_every=12
     midtrain.adapter.kind=dora midtrain.adapter.bits=4 midtrain.adapter.group_size=32 midtrain.adapter.dropout=0.1
     sft.mixture.kinds_mc.size=60 sft.num_iterations=40 sft.schedule.init_lr_frac=1 sft.eval_every=30

@@ -95,8 +95,8 @@ def test_compare_and_ls_sort_a_metric_best_first(toys, say):
     ("overrides", "present", "missing"),
     [
         (
-            ["pretrain.keep=best", "training.on_nan=skip", "rl.eval_samples=2"],
-            ["pretrain.best_iteration", "pretrain.last_val_bpb", "sft.skipped_iterations", "rl.pass_at_2"],
+            ["pretrain.target_bpb=1", "training.on_nan=skip", "rl.eval_samples=2"],
+            ["pretrain.seconds_to_target", "sft.skipped_iterations", "rl.pass_at_2"],
             ["rl.pass_at_3", "eval_base.core"],
         ),
         (["core=nanochat", "eval.core.tasks=[copa]"], ["pretrain.core_tasks_estimate"], ["eval_base.core"]),
@@ -120,7 +120,7 @@ def test_unrecorded_metric_is_refused_with_the_reason():
         "eval_sft.core": "it needs core=nanochat and a base model",
         "kinds_mc": r'expected STEP.METRIC, one of: .*Did you mean "eval_\w+.kinds_mc"',
         "pretran.val_bpb": 'Did you mean "pretrain.val_bpb"',
-        "pretrain.best_iteration": "it needs pretrain.keep=best",
+        "pretrain.seconds_to_target": "it needs pretrain.target_bpb",
         "corpus.train_chars": "give sweep.direction=minimize or sweep.direction=maximize",
     }.items():
         with pytest.raises(ConfigError) as caught:

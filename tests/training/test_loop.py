@@ -118,7 +118,7 @@ def test_saves_take_two_percent_of_the_time(tmp_path, monkeypatch):
     for every, expected in ((30.0, [30, 230, 430]), (300.0, [300, 600]), (0.0, list(range(1, 700)))):
         saved.clear()
         context = make_context(tmp_path, checkpoint_seconds=every)
-        checkpointer = Checkpointer(context, step, None, None, None)
+        checkpointer = Checkpointer(context, step, None, None)
         for iteration in range(1, 700):
             clock[0] += 1
             checkpointer.save_if_due(iteration)

@@ -429,11 +429,6 @@ class RLConfig(FinetuneConfig):
     of tokens that are unrelated to the reward, so the policy drifts."""
     eval_samples: int = field(default=8, metadata={"at_least": 1})
     """Samples per held-out question, for pass@1 … pass@eval_samples."""
-    keep: str = field(default="last", metadata={"since_default": "last", "one_of": ("last", "best")})
-    """Weights of the checkpoint: last, or best (by held_out_reward, which is pass@1 over all held-out samples).
-    rl.extend continues from the last weights either way."""
-    keep_every: int | None = field(default=None, metadata={"since_default": None, "at_least": 1})
-    """Rollouts between the evaluations of keep=best; null: a twentieth of all rollouts."""
     eval_max_new_tokens: int | None = field(default=None, metadata={"since_default": None, "at_least": 1})
     """Longest held-out answer; null: max_new_tokens."""
     entropy_every: int | None = field(default=5, metadata={"identity": False, "at_least": 1})
@@ -722,11 +717,8 @@ class PretrainConfig(TrainingStageConfig):
     """Documents that best-fit packing chooses from."""
     eval_tokens: int = field(default=10485760, metadata={"at_least": 1})
     """Tokens of each validation, at most; the held-out text is read once."""
-    keep: str = field(default="last", metadata={"since_default": "last", "one_of": ("last", "best")})
-    """Weights of the checkpoint: last, or best (by validation bits per byte). pretrain.extend continues from the last
-    weights either way."""
     keep_every: int | None = field(default=None, metadata={"since_default": None, "at_least": 1})
-    """Iterations between the validations of keep=best and of a target; null: a twentieth of all iterations."""
+    """Iterations between the validations that compare with target_bpb; null: a twentieth of all iterations."""
     target_bpb: float | None = field(default=None, metadata={"since_default": None})
     """Stop as soon as validation reaches this many bits per byte; null: run to the horizon. The schedule is that of
     the whole horizon."""

@@ -207,7 +207,7 @@ class Training:
     row_tokens: int
     device: Device = Device()
     recompute: bool = False  # whether layers keep only their input (`machine.grad_checkpointing`)
-    further_weights: int = 0  # further copies of the trained weights: the best so far, RL's frozen reference
+    further_weights: int = 0  # further copies of the trained weights: RL's frozen reference
     teacher: GPTSizes | None = None  # a frozen model whose distributions are learnt
     adapters: AdapterConfig | None = None  # the only weights that are trained; None: all weights are
     sampling: Decoding | None = None  # what generates answers between steps, on the same device: RL, samples, tasks

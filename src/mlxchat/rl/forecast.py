@@ -62,7 +62,7 @@ def describe(config: RLConfig, optimizer: OptimizerConfig, sizes: GPTSizes, row_
         rows=rows,
         row_tokens=row_tokens,
         adapters=adapters,
-        further_weights=(config.kl_coefficient > 0) + (config.keep == "best"),
+        further_weights=int(config.kl_coefficient > 0),
         sampling=Decoding(sizes=sizes, row_tokens=row_tokens, bits=config.rollout_bits),
         sampled_rows=min(rows, DECODED_ROWS),
         remedies=(*adapter_remedies("rl", adapters), "a smaller rl.max_new_tokens"),

@@ -57,7 +57,7 @@ class Metric:
     when: Condition = _always
     """Of a planned step: whether it records the metric."""
     needs: str = ""
-    """The condition `when` in words: "pretrain.keep=best"."""
+    """The condition `when` in words: "pretrain.target_bpb"."""
 
     def __str__(self) -> str:
         """Return its better direction and condition."""

@@ -23,13 +23,8 @@ from mlxchat.tasks import task_class
 # What weights, moments and the position in the data depend on.
 _SAME_PRETRAINING = ("model", "architecture", "optimizer.kind", "optimizer.variant", "pretrain.packing")
 _SAME_CONVERSATIONS = (
-    "mixture",
-    "mixture_order",
-    "packing",
-    "packing_buffer_conversations",
-    "batch.row_tokens",
-    "adapter",
-)
+    "mixture", "mixture_order", "packing", "packing_buffer_conversations", "batch.row_tokens", "adapter",
+)  # fmt: skip
 LOOP_METRICS = (
     Metric(
         "skipped_iterations",
@@ -89,7 +84,6 @@ def _pretraining(config: Config, sizes: GPTSizes) -> Training:
         optimizer=config.optimizer,
         row_tokens=row_tokens,
         rows=max(1, derive_hyperparameters(config, sizes).batch_tokens // row_tokens),
-        further_weights=int(section.keep == "best"),
         sampling=Decoding(sizes=sizes, row_tokens=max(prompts) + section.sample_tokens) if prompts else None,
         sampled_rows=min(len(prompts), DECODED_ROWS),
         remedies=("a smaller model.depth", "a smaller pretrain.batch.row_tokens"),
@@ -173,13 +167,11 @@ def find_extension_problems(step: PlannedStep, plan: list[PlannedStep], same: tu
     for key, (old, new) in sorted(changes(before, now, flatten(left_out_of(step.sections))).items()):
         if any(f"{key}.".startswith(f"{each}.") for each in same) and key != "architecture.dropout":
             yield f"{where} {key} is {new}, but {name} was made with {old}"
-    planned = {each.name: each for each in plan}
-    inputs = step.inputs_made(Store(Path(step.config.outputs)), planned)
+    inputs = step.inputs_made(Store(Path(step.config.outputs)), {each.name: each for each in plan})
     for role in step.stage.inputs:
         made = extended["inputs"].get(role, {})
         if role not in inputs or made.get("tree") != inputs[role]["tree"]:
-            here = inputs[role]["name"] if role in inputs else planned[step.inputs[role]].title
-            yield f"{where} its {role} is {here}, but {name} was made with {made.get('artifact')}"
+            yield f"{where} its {role} is another one, {name} was made with {made.get('artifact')}"
 
 
 def teacher_folder(teacher: TeacherConfig, outputs: Path) -> Path:

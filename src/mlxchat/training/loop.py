@@ -16,7 +16,7 @@ from mlxchat.runner.context import Context
 from mlxchat.store.crash import crash_point
 from mlxchat.training.batches import BatchSource
 from mlxchat.training.monitor import Monitor
-from mlxchat.training.state import Candidates, Checkpointer
+from mlxchat.training.state import Checkpointer
 from mlxchat.training.step import TrainStep
 
 # Derived numbers that are proportional to the iterations.
@@ -55,7 +55,7 @@ def fit(
     observations: Sequence[Observation],
     save: Callable[[Path], None],
     save_every: int | None = None,
-    candidates: Candidates | None = None,
+    is_enough: Callable[[int, dict[str, float]], bool] = lambda done, numbers: False,
 ) -> int:
     """Train, continuing where an earlier attempt of this step stopped; return the iterations done.
 
@@ -64,20 +64,19 @@ def fit(
     where both schedules agree on the first iterations (a constant rate).
 
     Observations are called when due, in this order. `save` writes the stage's outputs into a folder; every `save_every`
-    iterations the present ones are published as an intermediate model. `candidates` keeps the best weights, with which
-    the model ends, and ends the training at a target. The step's metrics get the loss and tokens per second.
+    iterations the present ones are published as an intermediate model. The training ends early where `is_enough`, which
+    takes the iterations done and what was observed. The step's metrics get the loss and tokens per second.
     """
     mx.reset_peak_memory()
-    model, best = step.model, candidates if candidates is not None and candidates.keep else None
     monitor = Monitor(ctx, step, batches, num_iterations)
-    checkpointer = Checkpointer(ctx, step, batches, monitor, best)
+    checkpointer = Checkpointer(ctx, step, batches, monitor)
     first, is_observed = checkpointer.restore(ctx.inputs.get("extends"))
     done = first
 
     def write(folder: Path) -> None:
         save(folder)
         if config.save_training_state:
-            checkpointer.save_finished(done, folder, is_last=False)
+            checkpointer.save_finished(done, folder)
 
     with ctx.progress(num_iterations, "iterations", start=done) as progress:
         while True:
@@ -90,11 +89,9 @@ def fit(
                             continue
                         if each.title:
                             progress.update(done, now=each.title)
-                        with computing_in(model, step.dtype):
+                        with computing_in(step.model, step.dtype):
                             numbers |= each.run(done)
-                        ends = ends or (candidates is not None and candidates.reach_target(done, numbers))
-                if best is not None:
-                    best.offer(done, numbers, model, is_last=done == num_iterations)
+                        ends = ends or is_enough(done, numbers)
                 if numbers:
                     ctx.log({"iteration": done, **numbers})
                     ctx.metrics |= numbers
@@ -119,12 +116,7 @@ def fit(
             crash_point("train.iteration")
         crash_point("train.finished")
         if config.save_training_state:
-            checkpointer.save_finished(done, ctx.out, is_last=True)
-        if best is not None and best.iteration is not None:
-            progress.note(
-                f"kept the weights of iteration {best.iteration}: {best.metric} {best.numbers[best.metric]:.5f}"
-            )
-            ctx.metrics |= best.put_back(model, ctx.metrics)
+            checkpointer.save_finished(done, ctx.out)
     monitor.finish()
     return done
 

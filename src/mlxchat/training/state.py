@@ -8,12 +8,10 @@ was cut or altered is never used.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from mlxchat.errors import DataError, Interrupted, StepFailed
-from mlxchat.model.gpt import GPT
 from mlxchat.model.lora import ADAPTERS_FILE, adapters_of
 from mlxchat.model.parameters import set_parameters, trained_parameters
 from mlxchat.optim.optimizer import Flat, Optimizer
@@ -40,7 +37,7 @@ Arrays = dict[str, NDArray[Any]]
 _ARRAYS, _STATE = "arrays.safetensors", "state.json"
 _FINISHED_ARRAYS, _FINISHED_STATE = "training_state.safetensors", "training_state.json"
 _SAVE_EVERY_COSTS = 50  # saves take 2 % of the time at most
-_MODEL, _OPTIMIZER, _BEST, _LAST = "model.", "optimizer.", "best.", "last."
+_MODEL, _OPTIMIZER = "model.", "optimizer."
 
 
 def write_save(work: Path, iteration: int, arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any]) -> None:
@@ -86,61 +83,12 @@ def _saves(work: Path) -> list[Path]:
     return sorted(path for path in work.glob("[0-9]*") if path.is_dir()) if work.is_dir() else []
 
 
-@dataclass(kw_only=True)
-class Candidates:
-    """The weights of a training among which a held-out number decides, and the target that ends it.
-
-    Candidates are the iterations that `every` divides and the last one, however often the number is measured. The best
-    is the first of those with the best finite number.
-    """
-
-    every: int
-    metric: str = "val_bpb"
-    choose: Callable[[float, float], float] = min
-    """min or max, whichever returns the better of two numbers."""
-    keep: bool = True
-    """Whether the training ends with the best weights."""
-    target: float | None = None
-    """The training ends at the first candidate whose number is at most this; None: at its horizon."""
-    iteration: int | None = None
-    """Of the kept weights; None: no candidate yet."""
-    numbers: dict[str, float] = field(default_factory=dict)
-    """Their held-out numbers."""
-    weights: dict[str, mx.array] = field(default_factory=dict)
-
-    def reach_target(self, iteration: int, numbers: Mapping[str, float]) -> bool:
-        """Return whether these numbers end the training before its horizon."""
-        found = numbers.get(self.metric, math.inf)
-        return self.target is not None and iteration % self.every == 0 and found <= self.target
-
-    def offer(self, iteration: int, numbers: Mapping[str, float], model: GPT, *, is_last: bool = False) -> None:
-        """Keep the model's trained weights if this is a candidate and the best so far."""
-        found = numbers.get(self.metric, math.nan)
-        if not (is_last or iteration % self.every == 0) or iteration == 0 or not math.isfinite(found):
-            return
-        before = self.numbers.get(self.metric)
-        if before is None or (found != before and self.choose(found, before) == found):
-            self.iteration = iteration
-            self.numbers = dict(numbers)
-            # The arrays themselves: training replaces them, it does not write into them.
-            self.weights = trained_parameters(model)
-
-    def put_back(self, model: GPT, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Set the model to the best weights; return metrics: their numbers, and those of the last weights."""
-        assert self.iteration is not None, "no candidate had a finite number"
-        set_parameters(model, self.weights)
-        last = {f"last_{name}": value for name, value in metrics.items() if name in self.numbers}
-        return {**self.numbers, "best_iteration": self.iteration, **last}
-
-
 class Checkpointer:
     """Saves and restores a training: weights, moments, position in the data, numbers seen so far."""
 
-    def __init__(
-        self, ctx: Context, step: TrainStep, batches: BatchSource, monitor: Monitor, best: Candidates | None
-    ) -> None:
+    def __init__(self, ctx: Context, step: TrainStep, batches: BatchSource, monitor: Monitor) -> None:
         self.ctx, self.model, self.optimizer = ctx, step.model, step.optimizer
-        self.batches, self.monitor, self.best = batches, monitor, best
+        self.batches, self.monitor = batches, monitor
         self._saved_at, self._cost_seconds = time.monotonic(), 0.0
 
     def restore(self, extends: Path | None) -> tuple[int, bool]:
@@ -150,11 +98,7 @@ class Checkpointer:
         """
         if (found := read_newest(self.ctx.work)) is not None:
             arrays, state = found
-            weights, moments, best = (_arrays(arrays, prefix) for prefix in (_MODEL, _OPTIMIZER, _BEST))
-            if self.best is not None and state["best"]["iteration"] is not None:
-                self.best.iteration, self.best.numbers = state["best"]["iteration"], state["best"]["numbers"]
-                self.best.weights = best or weights
-                mx.eval(self.best.weights)
+            weights, moments = _arrays(arrays, _MODEL), _arrays(arrays, _OPTIMIZER)
             self.ctx.rewind_records(state["iteration"])
             self.ctx.metrics |= state["metrics"]
         elif extends is not None:
@@ -198,39 +142,29 @@ class Checkpointer:
                 f"{self.ctx.work}; the same command continues there."
             ) from error
 
-    def save_finished(self, iteration: int, folder: Path, *, is_last: bool) -> None:
-        """Write what an extension needs: moments, state and, where the model gets earlier weights, the last ones.
-
-        It contains no times, so that trainings of one key leave equal files.
-        """
+    def save_finished(self, iteration: int, folder: Path) -> None:
+        """Write what an extension needs besides the model, without times: trainings of one key leave equal files."""
         state = {"iteration": iteration, "batches": self.batches.state(), **self.monitor.finished_state()}
-        arrays = _numpy(self.optimizer.state)
-        if is_last and self.best is not None and self.best.iteration not in (None, iteration):
-            arrays |= _numpy(trained_parameters(self.model), _LAST)
-        save_file(arrays, folder / _FINISHED_ARRAYS)
+        save_file(_numpy(self.optimizer.state), folder / _FINISHED_ARRAYS)
         (folder / _FINISHED_STATE).write_text(json.dumps(state), encoding="utf-8")
 
     def _state(self) -> dict[str, Any]:
-        best = {} if self.best is None else {"iteration": self.best.iteration, "numbers": self.best.numbers}
-        return {"batches": self.batches.state(), "best": best, **self.monitor.state()}
+        return {"batches": self.batches.state(), **self.monitor.state()}
 
     def _save(self, iteration: int, state: dict[str, Any]) -> None:
         arrays = _numpy(trained_parameters(self.model), _MODEL) | _numpy(self.optimizer.state, _OPTIMIZER)
-        if self.best is not None and self.best.iteration != iteration:
-            arrays |= _numpy(self.best.weights, _BEST)
         self.ctx.check_lock()  # a save among removed outputs would later continue without their intermediate models
         write_save(self.ctx.work, iteration, arrays, state)
 
     def _read_finished(self, folder: Path) -> tuple[Flat, Flat, dict[str, Any]]:
-        """Return last weights, moments and state of a finished training that fits this one."""
+        """Return weights, moments and state of a finished training that fits this one."""
         weights_file = "model.safetensors" if adapters_of(self.model) is None else ADAPTERS_FILE
         moments, weights, state = _read(folder, _FINISHED_ARRAYS, weights_file, _FINISHED_STATE)
         if state["iteration"] >= (total := self.monitor.num_iterations):
             raise DataError(f"{folder} already has {state['iteration']} iterations, expected fewer than {total}")
-        last = {name.removeprefix(_LAST): moments.pop(name) for name in list(moments) if name.startswith(_LAST)}
-        _check_arrays(folder, trained_parameters(self.model), last or weights)
+        _check_arrays(folder, trained_parameters(self.model), weights)
         _check_arrays(folder, self.optimizer.state, moments)
-        return _arrays(last or weights), _arrays(moments), state
+        return _arrays(weights), _arrays(moments), state
 
 
 def load_moments(folder: Path, optimizer: Optimizer) -> None:
@@ -238,8 +172,7 @@ def load_moments(folder: Path, optimizer: Optimizer) -> None:
 
     Counterpart of `load_optimizer` in nanochat's chat_sft of 2026. DataError: there are none, or they do not fit.
     """
-    (arrays,) = _read(folder, _FINISHED_ARRAYS, advice=", or give warm_start=false")
-    moments = {name: value for name, value in arrays.items() if not name.startswith(_LAST)}
+    (moments,) = _read(folder, _FINISHED_ARRAYS, advice=", or give warm_start=false")
     _check_arrays(folder, optimizer.state, moments)
     optimizer.state.update(_arrays(moments))
     mx.eval(optimizer.state)
