@@ -24,6 +24,7 @@ from mlxchat.config.secrets import redact
 from mlxchat.distributed.ranks import current_team
 from mlxchat.errors import ConfigError, StepFailed, StoreError, visible
 from mlxchat.hub.cache import is_offline
+from mlxchat.hub.client import stop_fetching
 from mlxchat.hub.downloads import endpoint
 from mlxchat.hub.listings import fetch_command
 from mlxchat.ops.machine import device_kind, dtype_name
@@ -151,6 +152,7 @@ def run_pipeline(
         if not is_verb:
             _show_report(store, folder)
     finally:
+        stop_fetching()
         tracker.finish(_results(config, store, folder, is_done=is_done))
     return folder
 

@@ -225,7 +225,7 @@ def test_missing_package_is_named_with_its_extra(monkeypatch):
     assert fsspec.__version__
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ConfigError, match=r"s3:// needs a package.*pip install 'mlxchat\[s3\]'"):
+    with pytest.raises(ConfigError, match=r"s3fs.*pip install 'mlxchat\[s3\]'"):
         open_place("s3://bucket/path")
 
 

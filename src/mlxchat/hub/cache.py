@@ -6,13 +6,11 @@ Listings, plain downloads and notes are in `cache_folder()`. Files of the Huggin
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,16 +19,11 @@ from typing import Any
 
 from mlxchat.config.wording import format_bytes
 from mlxchat.errors import DataError
-from mlxchat.store.files import whole_file, write_whole
+from mlxchat.store.files import write_whole
 
 # Left free on a disk that is fetched to.
 SPARE_BYTES = 256 << 20
 _BLOCK_BYTES = 1 << 20
-# A part of the official client that was not written for this time has no process.
-_STALE_SECONDS = 3600.0
-_NO_NAME = re.compile("[\x00-\x1f\x7f-\x9f\\\\\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-_MOST_PATH_BYTES, _MOST_NAME_BYTES = 1000, 200
-_MOST_BYTES = 1 << 60  # of a file: larger numbers are no floats
 _COMMIT, _CHECKSUM = re.compile(r"\w[\w.-]{0,99}"), re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
@@ -40,11 +33,6 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mlxchat"
-
-
-def nanochat_folder() -> Path:
-    """Return nanochat's own cache folder: $NANOCHAT_BASE_DIR or ~/.cache/nanochat."""
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser()
 
 
 def is_offline() -> bool:
@@ -109,7 +97,7 @@ def _stamp_of(path: Path) -> list[int]:
 
 def check_space(folder: Path, needed: int, what: str) -> None:
     """Raise DataError, which begins with `what`, if the disk of a folder has less than `needed` bytes + 256 MiB."""
-    place = _existing(folder)
+    place = next(each for each in (folder, *folder.absolute().parents) if each.exists())
     free = shutil.disk_usage(place).free
     if needed and needed + SPARE_BYTES > free:
         raise DataError(
@@ -120,16 +108,9 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def _existing(folder: Path) -> Path:
-    """Return a folder, or its nearest existing parent."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
-
-
 def missing_bytes(files: Iterable[HubFile]) -> int:
     """Return how many bytes of these files are still to be downloaded; equal contents count once."""
-    return sum({file.blob: file.bytes for file in files if not file.is_there()}.values())
+    return sum({file.etag: file.bytes for file in files if not file.is_there()}.values())
 
 
 # Files of the Hub
@@ -155,18 +136,12 @@ class HubFile:
     def __post_init__(self) -> None:
         """Reject paths outside the cache and malformed values: they come from a server or a third-party artifact."""
         parts = PurePosixPath(self.path).parts
-        if not parts or ".." in parts or self.path.startswith("/") or _NO_NAME.search(self.path):
+        if not parts or ".." in parts or self.path.startswith("/") or not self.path.isprintable() or "\\" in self.path:
+            raise DataError(f"{self.repository} lists {self.path[:200]!r}, which is not a path inside the repository")
+        if not (_COMMIT.fullmatch(str(self.revision)) and _CHECKSUM.fullmatch(self.etag)):
             raise DataError(
-                f"{self.repository} lists a file {self.path[:200]!r}, which is not a path inside the repository"
-            )
-        longest = max(len(part.encode()) for part in parts)
-        if longest > _MOST_NAME_BYTES or len(self.path.encode()) > _MOST_PATH_BYTES:
-            raise DataError(f"{self.repository} lists a file {self.path[:200]!r}…, whose path is too long")
-        check_commit(self.repository, self.revision)
-        if not (isinstance(self.bytes, int) and 0 <= self.bytes < _MOST_BYTES and _CHECKSUM.fullmatch(str(self.etag))):
-            raise DataError(
-                f"{self.repository} lists {self.path} with {self.bytes!r} bytes and the checksum {self.etag!r}, "
-                "expected a size and hexadecimal digits"
+                f"{self.repository} lists {self.path} at commit {self.revision!r} with the checksum {self.etag!r}, "
+                "expected hexadecimal digits"
             )
 
     @property
@@ -178,11 +153,6 @@ class HubFile:
     def folder(self) -> Path:
         """Folder of the repository in the Hub's cache."""
         return hub_cache() / folder_name(self.repository, self.kind)
-
-    @property
-    def blob(self) -> Path:
-        """Path of the content."""
-        return self.folder / "blobs" / self.etag
 
     @property
     def place(self) -> Path:
@@ -208,57 +178,7 @@ def folder_name(repository: str, kind: str) -> str:
     return f"{kind}s--{repository.replace('/', '--')}"
 
 
-def check_commit(repository: str, commit: object) -> None:
-    """Raise DataError for a commit that cannot be a folder name."""
-    if not (isinstance(commit, str) and _COMMIT.fullmatch(commit)):
-        raise DataError(f"{repository} is at commit {commit!r}, expected hexadecimal digits")
-
-
-def settle(file: HubFile) -> bool:
-    """Return whether a file is in the cache with the right content; a missing symlink to its blob is created.
-
-    A shard that nanochat downloaded becomes the blob if it has this content.
-    """
-    if file.is_there():
-        return True
-    if has_content(file.blob, file.etag) or _adopt(file):
-        link(file)
-        return True
-    # On file systems without symlinks the official client stores the content itself there.
-    return has_content(file.place, file.etag)
-
-
 def discard(file: HubFile) -> None:
-    """Remove a file's name and its content from the cache, and parts that killed downloads left."""
-    for path in (file.place.resolve(), file.place, file.blob):
+    """Remove a file's name and its content from the cache."""
+    for path in (file.place.resolve(), file.place):
         path.unlink(missing_ok=True)
-    for part in file.blob.parent.glob(f"{file.etag}.*.incomplete"):
-        with suppress(FileNotFoundError):
-            if time.time() - part.stat().st_mtime > _STALE_SECONDS:
-                part.unlink()
-
-
-def _adopt(file: HubFile) -> bool:
-    """Return whether nanochat's cache has this shard; it is hard-linked, or copied, into ours."""
-    for path in sorted(nanochat_folder().glob(f"base_data*/{glob.escape(PurePosixPath(file.path).name)}")):
-        with suppress(OSError):
-            if path.stat().st_size != file.bytes or checksum_of(path, like=file.etag) != file.etag:
-                continue
-            file.blob.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(file.blob, durable=False) as unfinished:
-                try:
-                    os.link(path, unfinished)
-                except OSError:  # another file system
-                    shutil.copyfile(path, unfinished)
-            note_verified(file.etag, file.blob)
-            return True
-    return False
-
-
-def link(file: HubFile) -> None:
-    """Create the symlink from the file's name to its content."""
-    if file.place.exists():
-        return
-    file.place.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file.place, durable=False) as unfinished:
-        unfinished.symlink_to(os.path.relpath(file.blob, file.place.parent))

@@ -6,21 +6,19 @@ in `cache_folder()`: with HF_HUB_OFFLINE, or without a network, the recorded lis
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import os
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
+from filelock import FileLock
+
 from mlxchat.config.wording import format_bytes, plural
-from mlxchat.errors import DataError, MlxchatError, PassingError, StoreError, visible
+from mlxchat.errors import DataError, MlxchatError, PassingError
 from mlxchat.hub.cache import (
     HubFile,
     cache_folder,
@@ -33,23 +31,18 @@ from mlxchat.hub.cache import (
     missing_bytes,
     note_verified,
     read_json,
-    settle,
     write_json,
 )
 from mlxchat.hub.downloads import Check, TransferProgress, WrongContent, endpoint, nothing, prepare_client, retried
 from mlxchat.hub.listings import fetch_command, list_files
-from mlxchat.store import locks
 
 __all__ = ["HubFile", "fetch_ahead", "fetch_files", "fetch_url", "list_files", "record", "stop_fetching"]
 
 OnBytes = Callable[[int], None]
 """Called with the number of bytes that arrived; negative if they were discarded."""
-OnWait = Callable[[dict[str, Any]], None]
-"""Called with the record of the process that holds the lock of a download."""
 _WORKERS = 4
 _POLL_SECONDS = 0.1
 _SILENCE_SECONDS = 30.0
-_END_SECONDS = 2.0
 
 
 def fetch_files(files: Iterable[HubFile], *, workers: int = _WORKERS, check: Check = nothing) -> list[Path]:
@@ -65,7 +58,7 @@ def fetch_files(files: Iterable[HubFile], *, workers: int = _WORKERS, check: Che
         PassingError: the Hub does not answer.
     """
     files = list(files)
-    missing = list({file.etag: file for file in files if not settle(file)}.values())
+    missing = [file for file in files if not has_content(file.place, file.etag)]
     if missing:
         if is_offline():
             raise DataError(_missing_message(missing))
@@ -76,8 +69,6 @@ def fetch_files(files: Iterable[HubFile], *, workers: int = _WORKERS, check: Che
             fetching = Fetching(workers, progress.add)
             fetching.want(missing)
             fetching.finish(check)
-        for file in files:
-            settle(file)
     return [file.place for file in files]
 
 
@@ -121,7 +112,8 @@ def fetch_url(url: str, *, sha256: str | None = None, check: Check = nothing) ->
         return place
     if is_offline():
         raise DataError(f"{url} is not on this machine, and HF_HUB_OFFLINE is set. {fetch_command()}")
-    with _locked(place.with_name("fetch.lock"), url, check), TransferProgress(place.name, 0) as progress:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_name("fetch.lock")), TransferProgress(place.name, 0) as progress:
         if not is_there():
             part = place.with_name(f"{place.name}.part")
             arrived = retried(lambda: _receive(url, part, sha256, progress.add, check), url, "file")
@@ -189,71 +181,45 @@ def record(source: HubFile | Path) -> dict[str, Any]:
 
 
 class Fetching:
-    """Daemon threads that download files of the Hub from a queue."""
+    """Threads that download files of the Hub, each once, in the order in which they are wanted."""
 
-    def __init__(self, workers: int = _WORKERS, on_bytes: OnBytes | None = None) -> None:
-        """Threads start with the first `want`; without `on_bytes` nothing is displayed."""
-        self._workers = max(1, workers)
-        self._on_bytes = on_bytes or (lambda count: None)
-        self._on_wait = _print_once() if on_bytes else (lambda owner: None)
-        self._wanted: set[HubFile] = set()
-        self._queue: SimpleQueue[HubFile | None] = SimpleQueue()
-        self._threads: list[threading.Thread] = []
-        self._ended = threading.Event()
-        self._faults: list[Exception] = []
+    def __init__(self, workers: int = _WORKERS, on_bytes: OnBytes = lambda count: None) -> None:
+        """`on_bytes` is called with the bytes that arrive."""
+        self._on_bytes = on_bytes
+        self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="fetch")
+        self._wanted: dict[HubFile, Future[None]] = {}
+        self._is_ended = threading.Event()
 
     def want(self, files: Iterable[HubFile]) -> None:
         """Append files to the queue; files that failed before are retried."""
         for file in files:
-            if file not in self._wanted:
-                self._wanted.add(file)
-                self._queue.put(file)
-        while len(self._threads) < min(self._workers, len(self._wanted)):
-            thread = threading.Thread(target=self._work, name=f"fetch {len(self._threads)}", daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            done = self._wanted.get(file)
+            if done is None or (done.done() and done.exception() is not None):
+                self._wanted[file] = self._pool.submit(_fetch_file, file, self._on_bytes, self._look)
 
     def finish(self, check: Check) -> None:
         """Wait until every file has arrived or failed; then raise a failure, permanent ones before transient ones."""
+        waiting = set(self._wanted.values())
         try:
-            self._end_queue()
-            for thread in self._threads:
-                while thread.is_alive():
-                    thread.join(_POLL_SECONDS)
-                    check()
+            while waiting:
+                waiting = wait(waiting, timeout=_POLL_SECONDS).not_done
+                check()
         finally:
             self.close()
-        wrong = [fault for fault in self._faults if not isinstance(fault, PassingError)]
-        for fault in wrong or self._faults:
+        faults = [fault for each in self._wanted.values() if (fault := each.exception()) is not None]
+        for fault in sorted(faults, key=lambda each: isinstance(each, PassingError)):
             if not isinstance(fault, MlxchatError):
                 raise fault
-            more = f"\nAnd {len(self._faults) - 1} more files." if len(self._faults) > 1 else ""
+            more = f"\nAnd {len(faults) - 1} more files." if len(faults) > 1 else ""
             raise type(fault)(f"{fault}{more}")
 
     def close(self) -> None:
-        """Stop the threads within 2 s; complete files are kept."""
-        self._ended.set()
-        self._end_queue()
-        until = time.monotonic() + _END_SECONDS
-        for thread in self._threads:
-            thread.join(max(0.0, until - time.monotonic()))
-
-    def _end_queue(self) -> None:
-        for _ in self._threads:
-            self._queue.put(None)
-
-    def _work(self) -> None:
-        while (file := self._queue.get()) is not None and not self._ended.is_set():
-            try:
-                _fetch_file(file, self._on_bytes, self._look, self._on_wait)
-            except _Ended:
-                return
-            except Exception as fault:  # `finish` raises it in the caller's thread
-                self._faults.append(fault)
-                self._wanted.discard(file)
+        """Stop the downloads; complete files are kept."""
+        self._is_ended.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _look(self) -> None:
-        if self._ended.is_set():
+        if self._is_ended.is_set():
             raise _Ended
 
 
@@ -262,16 +228,13 @@ class _Ended(Exception):
 
 
 _ahead = Fetching()
-atexit.register(stop_fetching)
 
 
-def _fetch_file(file: HubFile, on_bytes: OnBytes, check: Check, on_wait: OnWait) -> None:
-    """Download one file of the Hub into its cache, unless it is there, and compare its checksum."""
-    lock = hub_cache() / ".locks" / file.folder.name / f"{file.etag}.mlxchat.lock"
-    name = f"{file.repository}/{file.path}"
-    with _locked(lock, name, check, on_wait):
-        if not settle(file):
-            retried(lambda: _fetch_once(file, on_bytes, check), name, "file")
+def _fetch_file(file: HubFile, on_bytes: OnBytes, check: Check) -> None:
+    """Download one file of the Hub into its cache and compare its checksum; the library locks it meanwhile."""
+    check()
+    if not has_content(file.place, file.etag):
+        retried(lambda: _fetch_once(file, on_bytes, check), f"{file.repository}/{file.path}", "file")
 
 
 def _fetch_once(file: HubFile, on_bytes: OnBytes, check: Check) -> None:
@@ -296,7 +259,8 @@ def _fetch_once(file: HubFile, on_bytes: OnBytes, check: Check) -> None:
             check()
 
     prepare_client()
-    discard(file)  # wrong content, if any; the library would keep it
+    if file.place.exists() and not has_content(file.place, file.etag):
+        discard(file)  # the library would keep it
     hf_hub_download(
         file.repository,
         file.path,
@@ -313,30 +277,6 @@ def _fetch_once(file: HubFile, on_bytes: OnBytes, check: Check) -> None:
         discard(file)
         kind = "sha256" if file.sha256 else "git id"
         raise WrongContent(f"its {kind} is {found[:12]}… instead of {file.etag[:12]}…")
-
-
-@contextmanager
-def _locked(lock: Path, name: str, check: Check, on_wait: OnWait = lambda owner: None) -> Iterator[None]:
-    """Hold the lock of a download, so that two processes never fetch the same content at the same time."""
-    try:
-        with locks.hold(lock, {"fetches": name}, on_wait, check):
-            yield
-    except StoreError as error:  # its message names the outputs folder
-        raise DataError(f"{name}: {error}".replace("outputs=PATH", "HF_HOME or MLXCHAT_CACHE")) from None
-
-
-def _print_once() -> OnWait:
-    """Return a function whose first call prints which process holds the lock of a download."""
-    first = threading.Lock()
-
-    def announce(owner: dict[str, Any]) -> None:
-        if first.acquire(blocking=False):
-            pid = owner.get("pid", "?")
-            process = "this one" if pid == os.getpid() else f"{pid} on {owner.get('host', '?')}"
-            line = f"  waiting for {owner.get('fetches', 'a file')}, which process {process} is fetching"
-            print(visible(line), file=sys.stderr)
-
-    return announce
 
 
 def _name_of(files: Sequence[HubFile]) -> str:

@@ -14,7 +14,6 @@ from mlxchat.errors import DataError, PassingError
 from mlxchat.hub.cache import (
     HubFile,
     cache_folder,
-    check_commit,
     folder_name,
     is_offline,
     read_json,
@@ -121,7 +120,6 @@ def _resolve(repository: str, revision: str, kind: str, *, is_plan: bool = False
                 raise PassingError(f"{error} {fetch_command()}") from None
             print(f"  {repository}: the Hub does not answer; using recorded commit {commit[:12]}", file=sys.stderr)
         else:
-            check_commit(repository, commit)
             for name in {quote(revision, safe=""), commit}:
                 write_json(known.with_name(name), {"commit": commit, "endpoint": endpoint()})
     _commits[key] = str(commit)

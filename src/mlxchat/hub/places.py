@@ -40,18 +40,6 @@ from mlxchat.store.manifest import (
 from mlxchat.store.store import Store
 from mlxchat.store.transfer import take_in
 
-# Scheme → its package, and the credentials that it reads from the environment.
-_NEEDS = {
-    "s3": ("s3fs", "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or AWS_ENDPOINT_URL of another server"),
-    "s3a": ("s3fs", "as s3://"),
-    "gs": ("gcsfs", "GOOGLE_APPLICATION_CREDENTIALS, or gcloud auth application-default login"),
-    "gcs": ("gcsfs", "as gs://"),
-    "az": ("adlfs", "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY"),
-    "abfs": ("adlfs", "as az://"),
-    "sftp": ("paramiko", "a key that ssh uses without asking"),
-    "ssh": ("paramiko", "as sftp://"),
-    "hf": ("huggingface_hub", "HF_TOKEN"),
-}
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 # The commit deletes older weights of these names, because loaders would read them as part of the model.
@@ -117,10 +105,7 @@ def open_place(url: str) -> Place:
     if not url.partition("://")[2].strip("/"):
         raise ConfigError(f"{url} names no folder: expected, for instance, {scheme}://BUCKET/PATH")
     from fsspec.core import url_to_fs
-    from fsspec.registry import available_protocols
 
-    if scheme not in available_protocols():
-        raise ConfigError(f"{url}: {scheme}:// is not supported. Use one of {', '.join(_NEEDS)}, file")
     with _place_errors(url):
         options = {"endpoint": endpoint()} if scheme == "hf" else {}
         files, root = url_to_fs(url, skip_instance_cache=True, **options)
@@ -130,34 +115,23 @@ def open_place(url: str) -> Place:
 @contextmanager
 def _place_errors(url: str) -> Iterator[None]:
     """Turn exceptions of file systems into one-line errors: package, credentials, missing place or transient fault."""
-    scheme = url.partition("://")[0]
-    package, variables = _NEEDS.get(scheme, (scheme, "its documentation"))
     try:
         yield
     except MlxchatError:
         raise
     except ImportError as error:
-        hint = "'mlxchat[s3]'" if package == "s3fs" else package
-        raise ConfigError(
-            f"{scheme}:// needs a package that is not installed ({error.name or package}): pip install {hint}"
-        ) from None
+        hint = "'mlxchat[s3]'" if "s3fs" in str(error) else error.name or "its package"
+        raise ConfigError(f"{redact(url)}: {_short_of(error)} (pip install {hint})") from None
     except FileNotFoundError as error:
         raise ConfigError(f"{redact(url)} does not exist ({_short_of(error)})") from None
+    except ValueError as error:
+        raise ConfigError(f"{redact(url)} cannot be opened: {_short_of(error)}") from None
+    except PermissionError as error:
+        raise ConfigError(f"{redact(url)} refuses access ({_short_of(error)}). Check the credentials") from None
     except Exception as error:  # each file system has its own types
-        kinds = {kind.__name__ for each in _causes(error) for kind in type(each).__mro__}
-        text = _short_of(error)
-        if isinstance(error, PermissionError) or any("Credential" in kind or "Auth" in kind for kind in kinds):
-            raise ConfigError(f"{redact(url)} refuses access ({text}). Credentials are read from {variables}") from None
-        if isinstance(error, ValueError):
-            raise ConfigError(f"{redact(url)} cannot be opened: {text}") from None
-        raise PassingError(f"{redact(url)}: {text}. The same command resumes the transfer") from None
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    each: BaseException | None = error
-    while each is not None:
-        yield each
-        each = each.__cause__ or each.__context__
+        if "credential" in f"{type(error).__name__} {error}".lower():
+            raise ConfigError(f"{redact(url)} refuses access ({_short_of(error)}). Check the credentials") from None
+        raise PassingError(f"{redact(url)}: {_short_of(error)}. The same command resumes the transfer") from None
 
 
 def _short_of(error: BaseException) -> str:
