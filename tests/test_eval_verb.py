@@ -45,12 +45,12 @@ def test_evaluation_is_a_cached_step(made, say):
     assert row.split()[-2:] == ["3", "2"]
     assert len(evaluations(made)) == 1
     assert sorted((made / "refs" / "latest").iterdir()) == latest
+    right, error = re.search(r"arithmetic +([\d.]+)% +([\d.]+)%", again).groups()
+    told = say("compare", "--last", "1", f"outputs={made}")
+    cell = re.search(r"^eval.arithmetic +(\S+) ± (\S+)", told, re.M)
+    assert [float(each) * 100 for each in cell.groups()] == pytest.approx([float(right), float(error)], abs=0.6)
     say("eval", "talks", "--task", "arithmetic", "--limit", "2", "--samples", "2", *settings)
     assert len(evaluations(made)) == 2, "another limit is another key"
-    right, error = re.search(r"arithmetic +([\d.]+)% +([\d.]+)%", again).groups()
-    told = say("compare", "--step", "eval", "--metrics", "arithmetic", f"outputs={made}")
-    cell = re.search(r"^arithmetic +(\S+) ± (\S+)", told, re.M)
-    assert [float(each) * 100 for each in cell.groups()] == pytest.approx([float(right), float(error)], abs=0.6)
 
 
 def test_gsm8k_has_both_verdicts_and_any_of_n(hub, tmp_path, say, monkeypatch):

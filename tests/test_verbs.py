@@ -136,8 +136,7 @@ def test_compare_shows_differences_in_four_formats(two, say):
     assert "no run or sweep" in say("compare", "run7", code=2)
 
 
-def test_compare_accepts_steps_and_sweeps(two, say):
-    assert [row["score"] for row in json.loads(say("compare", "--step", "first", "--format", "json"))] == [0.5, 0.75]
+def test_compare_accepts_sweeps(two, say):
     sweep = two.outputs / "multirun" / "sweep1"
     sweep.mkdir(parents=True)
     steps = json.loads((two.outputs / "runs" / "run2" / "plan.json").read_text())["steps"]

@@ -93,19 +93,13 @@ def test_impossible_file_names_are_unknown(say):
         assert said.startswith("error: ")
 
 
-def test_server_resolves_names_in_its_first_run(store, tmp_path, monkeypatch):
+def test_server_resolves_names_as_verbs_do(store, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(store.outputs / "store" / CHAT, store.outputs / "store" / OTHER)
-    manifest = read_manifest(store.outputs / "store" / CHAT)
-    manifest |= {"name": OTHER, "rid": "d" * 52, "published": "2026-01-02T00:00:00+00:00", "run": STORY}
-    write_manifest(store.outputs / "store" / OTHER, manifest)
-    store.set_ref(STORY, "sft", store.outputs / "store" / OTHER)
-    models = Models(store, resolve(store, "quickstart/sft"), within=QUICKSTART)
-    assert [models.find(name).name for name in (None, "sft", "story/sft", "pretrain")] == [CHAT, CHAT, OTHER, BASE]
-    elsewhere = Models(store, resolve(store, "sft"), within=STORY)
-    for name in ("pretrain", f"outputs/store/{CHAT}"):
+    models = Models(store, resolve(store, "quickstart/pretrain"))
+    assert [models.find(name).name for name in (None, "sft", "quickstart/sft")] == [BASE, CHAT, CHAT]
+    for name in ("sftt", "../outputs", "~/x"):
         with pytest.raises(Fault, match="does not exist"):
-            elsewhere.find(name)
+            models.find(name)
 
 
 @pytest.mark.parametrize("verb", ["chat", "serve", "a request"])
@@ -142,7 +136,7 @@ def test_equal_models_are_told_apart_by_run_settings_and_score(store):
         described = {"name": scores.name, "rid": "e" + letter * 51, "inputs": judged, "kind": "scores"}
         metrics = {"mean_centered": facts}
         write_manifest(scores, read_manifest(folder) | described | {"stage": "eval", "metrics": metrics})
-    entries = Models(store, resolve(store, "quickstart/sft"), within=QUICKSTART).entries()
+    entries = Models(store, resolve(store, "quickstart/sft")).entries()
     assert {entry["id"][-1]: entry["mlxchat"]["details"] for entry in entries} == {
         "b": "", "c": "run1 · val loss 0.5", "d": "story · model=d2 sft.num_epochs=2 · mean centered 0.5",
         "f": "story · model=d2 · mean centered 0.75",
@@ -154,7 +148,7 @@ def test_prompts_of_a_model_are_those_of_its_evaluation(store):
     evaluation = next((store.outputs / "store").glob("eval-*"))
     for folder in (evaluation, store.outputs / "store" / BASE):
         (folder / "samples.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
-    entries = Models(store, resolve(store, "quickstart/sft"), within=QUICKSTART).entries()
+    entries = Models(store, resolve(store, "quickstart/sft")).entries()
     prompts = {entry["id"]: entry["mlxchat"]["prompts"] for entry in entries}
     assert prompts == {name: ["Where is the mill?", "Where is the pub?"] for name in (CHAT, BASE)}
 
@@ -166,5 +160,5 @@ def test_prompts_of_a_model_that_is_not_evaluated_are_those_of_its_run(store):
     (store.outputs / "runs" / name).mkdir(parents=True, exist_ok=True)
     settings = {"eval": {"prompts": ["Where is the mill?"]}}
     (store.outputs / "runs" / name / "config.yaml").write_text(json.dumps(settings))
-    entries = Models(store, resolve(store, "quickstart/sft"), within=QUICKSTART).entries()
+    entries = Models(store, resolve(store, "quickstart/sft")).entries()
     assert {entry["id"]: entry["mlxchat"]["prompts"] for entry in entries}[CHAT] == ["Where is the mill?"]

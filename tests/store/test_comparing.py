@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mlxchat.store.compare import differences, environment_drift, numeric
+from mlxchat.store.compare import differences, environment_drift
 from mlxchat.store.environment import versions
 
 
@@ -27,8 +27,3 @@ def test_drift_is_another_device_or_mlx_than_here():
     assert environment_drift(made_with("cpu", here), "cpu") == {}
     assert environment_drift(made_with("metal", "0.1"), "cpu") == {"device": ("metal", "cpu"), "mlx": ("0.1", here)}
     assert environment_drift({}, "cpu") == {}, "older artifacts did not record it"
-
-
-def test_column_is_numeric_if_all_its_values_are_numbers():
-    rows = [{"rate": 1, "name": "x", "tied": True}, {"rate": None, "name": 2.5}]
-    assert [numeric(rows, column) for column in ("rate", "name", "tied", "absent")] == [True, False, False, False]

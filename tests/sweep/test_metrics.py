@@ -84,7 +84,6 @@ def test_compare_and_ls_sort_a_metric_best_first(toys, say):
         (["--sort", "toy.number"], [1, 2, 3]),
     ):  # fmt: skip
         assert numbers(*arguments, key="first.score") == best_first
-    assert numbers("--step", "first", "--sort", "score", key="score") == [3, 2, 1]
     listed = json.loads(say("ls", "--sort", "first.score", "--json", outputs))
     assert [one["metrics"]["score"] for one in listed] == [3, 2, 1]
     assert re.findall(r"val_loss (\d)", say("ls", "--sort", "val_loss", outputs)) == ["1", "2", "3"]

@@ -229,7 +229,7 @@ def _folders_of_run(store: Store, name: str, known: set[str]) -> set[str]:
         ConfigError: there is no such run.
     """
     with suppress(StoreError):
-        if isinstance(meant := meaning(store, name, paths=False), Run):
+        if isinstance(meant := meaning(store, name), Run):
             return {place.name for place in links(store, meant.name).values()}
     raise ConfigError(f'"{name}" is not a stage, step or run: {", ".join(sorted(known))}.{suggest(name, known)}')
 

@@ -19,7 +19,7 @@ from mlxchat.config.wording import format_bytes
 from mlxchat.errors import ConfigError, Interrupted, MlxchatError, StoreError, suggest, visible
 from mlxchat.store.locks import is_held
 from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import IMPORTS, describe_model, find_model, links, run_of
+from mlxchat.store.naming import IMPORTS, describe_model, find_model, links
 from mlxchat.store.store import Store
 from mlxchat.store.verify import check_model
 
@@ -463,15 +463,15 @@ def _serve(options: Namespace) -> int:
             read_third_party(name, folder)
             third_party[name] = folder
     if named and named[0] not in own:
-        place, within = next(iter(third_party.values())), None
+        place = next(iter(third_party.values()))
         print(f"model: {next(iter(third_party))} (third-party, by mlx-lm)", file=sys.stderr)
     else:
         found = find_model(store, own[0] if own else None)
-        place, within = found.place, run_of(store, found)
+        place = found.place
         read_model(place)
         check_model(place)
         print(f"model: {describe_model(store, found)}", file=sys.stderr)
-    models = Models(store, place, answering, within=within, third_party=third_party)
+    models = Models(store, place, answering, third_party=third_party)
     model = models.find(None)
     rows_that_fit(model, limits, bits=options.bits)
     defaults = Defaults(temperature=options.temperature, top_k=options.top_k or None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import sys
 from argparse import Namespace
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 _MOST_PLOTTED = 4
 _WIDEST_HEAD = 24
 _WIDEST_CELL = 24
-_ARTIFACT = re.compile(r".+-[a-z2-7]{16}")
 
 
 _SWEEPS = "RUN may also be the folder of a sweep or search in multirun/."
@@ -37,15 +35,18 @@ def compare(parser: Parser) -> None:
     """Declare `mlxchat compare`."""
     parser.take_names("[RUN…]", least=0, most=None, about=f"{_SWEEPS} Without any: all runs")
     parser.description = (
-        "Compare runs, the jobs of a sweep or search, or all artifacts of a step: a row for each setting "
-        "and metric that differs, a column for each run."
+        "Compare runs, or the jobs of a sweep or search: a row for each setting and metric that differs, a column for "
+        "each run."
     )
     add = parser.add_argument
-    add("--step", help="compare all artifacts of this step instead of runs")
     add("--last", type=int, metavar="N", help="only the last N runs")
     add("--sort", metavar="NAME", help="by a setting (smallest first) or metric (best first); --sort=-NAME reverses")
-    add("--metrics", metavar="A,B", help="only metrics with one of these in their name, including steps of single runs")
-    add("--format", choices=("table", "csv", "json", "md"), default="table", help="csv and json: one record per run")
+    add(
+        "--format",
+        choices=("table", "csv", "json", "md"),
+        default="table",
+        help="csv and json: all metrics, one record per run",
+    )
     add(
         "--plot",
         metavar="FILE.png",
@@ -57,10 +58,10 @@ def compare(parser: Parser) -> None:
 def _compare(options: Namespace) -> int:
     """Print the table; plot it with --plot."""
     from mlxchat.runner.stage import best_of
-    from mlxchat.store.compare import find_runs, make_table, rows_of_runs, rows_of_step
+    from mlxchat.store.compare import find_runs, make_table, rows_of_runs
 
     names, store = options.names, Store(options.outputs)
-    rows = rows_of_step(store, options.step) if options.step else rows_of_runs(store, find_runs(store, names))
+    rows = rows_of_runs(store, find_runs(store, names))
     if options.last is not None:
         rows = rows[len(rows) - min(len(rows), max(0, options.last)) :]
     if not rows and not names:
@@ -68,17 +69,13 @@ def _compare(options: Namespace) -> int:
         return 0
     if not rows:
         raise ConfigError(f"no job of {', '.join(names)} has artifacts in {store.outputs}")
-    wanted = options.metrics.split(",") if options.metrics else []
-    table = make_table(rows, options.sort, wanted, best_of)
-    if wanted and not table.metrics:
-        raise ConfigError(f"--metrics {options.metrics}: no metric's name contains it")
-    equal = [] if wanted or options.format != "table" else table.equal
+    table = make_table(rows, options.sort, best_of)
+    equal = table.equal if options.format in ("table", "md") else []
     table = replace(table, metrics=[name for name in table.metrics if name not in equal])
     _print(table, options.format, {row["name"]: _errors_of(store, row["scores"]) for row in rows})
     if equal:
-        steps = dict.fromkeys(name.partition(".")[0] for name in equal)
-        count = plural(len(equal), "row")
-        print(f"\nnot shown: {count}, equal in all ({', '.join(steps)}); to see one: --metrics {equal[0]}")
+        steps = ", ".join(dict.fromkeys(name.partition(".")[0] for name in equal))
+        print(f"\nnot shown: {plural(len(equal), 'metric')} without a difference ({steps}); --format csv has all")
     if options.plot:
         _plot(table, Path(options.plot))
     return 0
@@ -138,13 +135,10 @@ def _print_columns(table: Table, names: list[str], errors: dict[str, dict[str, f
         lines += [[name, *(column[place] for column in cells[start:end])] for place, name in enumerate(names)]
         print(("\n" if start else "") + aligned(lines, right=range(1, end - start + 1)))
         start = end
-    if table.left_out:
-        steps = ", ".join(table.left_out)
-        print(f"\nnot shown: steps of a single run ({steps}); to see one: --metrics {table.left_out[0]}")
 
 
 def _heads(names: list[str]) -> list[str]:
-    """Return short names: of artifacts the start of their ids, of runs their last parts, with the time if need be."""
+    """Return short names: the last parts of runs, with the time if need be."""
     is_stamped = [called(name) != name for name in names]
     forms = (
         lambda name: name,
@@ -157,8 +151,7 @@ def _heads(names: list[str]) -> list[str]:
         heads = [form(name) if stamped else name for name, stamped in zip(names, is_stamped, strict=True)]
         if len({*heads}) == len(heads) and max(map(len, heads)) <= _WIDEST_HEAD:
             return heads
-    starts = [name.rpartition("-")[2][:8] for name in names if _ARTIFACT.fullmatch(name)]
-    return starts if len({*starts}) == len(names) else names
+    return names
 
 
 def _shortened(text: str) -> str:
@@ -166,21 +159,16 @@ def _shortened(text: str) -> str:
 
 
 def _cell(row: Mapping[str, Any], name: str, errors: Mapping[str, Mapping[str, float]] = {}) -> str:
-    from mlxchat.store.compare import is_number
-
     value, error = row.get(name), errors.get(row["name"], {}).get(name)
     if value is None:
         return "-"
-    text = format_number(value) if is_number(value) else show_value(value)
+    text = format_number(value) if isinstance(value, int | float) and not isinstance(value, bool) else show_value(value)
     return text if error is None else f"{text} ± {error:.2g}"
 
 
 def _plot(table: Table, place: Path) -> None:
     """Draw a panel per metric, against the first setting that differs or the runs' names."""
-    from mlxchat.store.compare import numeric
-
-    rows = table.rows
-    shown = [name for name in table.metrics if numeric([*rows], name)][:_MOST_PLOTTED]
+    rows, shown = table.rows, table.metrics[:_MOST_PLOTTED]
     if not shown:
         raise ConfigError("--plot: there is no metric to plot")
     setting = next(iter(table.settings), "name")

@@ -87,15 +87,15 @@ class Models:
     """All models of a server: every checkpoint of the outputs folder, third-party models, and a default model."""
 
     def __init__(
-        self, store: Store, default: Path, settings: Mapping[str, Any] | None = None, *, within: str | None = None,
+        self, store: Store, default: Path, settings: Mapping[str, Any] | None = None, *,
         third_party: Mapping[str, Path] | None = None,
     ) -> None:  # fmt: skip
         """Offer the models of a store.
 
         `default` is in the store or among `third_party` (name → folder of models that mlx-lm runs), `settings` are the
-        server's that change answers, and steps of the run `within` (None: the latest) are named without it.
+        server's that change answers.
         """
-        self.store, self.default, self._settings, self.within = store, default, dict(settings or {}), within
+        self.store, self.default, self._settings = store, default, dict(settings or {})
         self._third_party = dict(third_party or {})
         self._names = {folder: name for name, folder in self._third_party.items()}
         self._listed: tuple[float, list[Summary]] = (-_LISTED_SECONDS, [])
@@ -190,7 +190,7 @@ class Models:
         if len(name) > _MOST_NAME_CHARS or not _NAME.fullmatch(name) or ".." in name.split("/"):
             raise self._unknown(name)
         try:
-            place = find(self.store, name, within=self.within, paths=False).place
+            place = find(self.store, name).place
         except StoreError:  # lists artifacts of every kind
             raise self._unknown(name) from None
         if read_manifest(place)["kind"] != "checkpoint":

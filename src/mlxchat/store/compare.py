@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxchat.errors import ConfigError, StoreError, suggest
-from mlxchat.store.catalog import by_rid, read_catalog
 from mlxchat.store.environment import versions
 from mlxchat.store.fingerprint import changes, flatten
-from mlxchat.store.manifest import Manifest, read_manifest
+from mlxchat.store.manifest import Manifest
 from mlxchat.store.naming import LATEST, called, latest
 from mlxchat.store.store import Store
 
@@ -129,18 +128,17 @@ def _jobs_of(sweep: Path) -> list[Compared]:
 
 
 def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
-    """Return a row per run: `name`, `config` and `metrics` of its finished steps, and `steps`: step → stage.
+    """Return a row per run: `name`, `config` and `metrics` of its finished steps.
 
-    `scores` has the artifact of each evaluation by what its metrics' names begin with.
+    `steps` has the stage of each step, `scores` the artifact of each evaluation by what its metrics' names begin with.
     """
     rows = []
     for run in runs:
         row: Row = {"name": run.name, "config": {}, "metrics": {}, "steps": {}, "scores": {}}
         for step in run.steps:
-            try:
+            manifest = None
+            with suppress(StoreError):  # a damaged one
                 manifest = store.made(step.get("key", ""), step["rid"])
-            except StoreError:
-                continue
             if manifest is None:
                 continue
             row["steps"][step["step"]] = manifest["stage"]
@@ -152,26 +150,6 @@ def rows_of_runs(store: Store, runs: list[Compared]) -> list[Row]:
     return rows
 
 
-def rows_of_step(store: Store, step: str) -> list[Row]:
-    """Return a row per artifact of a step, in order of time."""
-    summaries = by_rid(read_catalog(store)).values()
-    chosen = [summary for summary in summaries if step in (summary["step"], summary["stage"])]
-    if not chosen:
-        known = sorted({str(summary["step"]) for summary in summaries})
-        raise ConfigError(
-            f'there is no artifact of step "{step}": {", ".join(known) or "none at all"}.{suggest(step, known)}'
-        )
-    rows = []
-    for summary in chosen:
-        manifest = read_manifest(store.outputs / "store" / summary["folder"])
-        made = {f"input {role}": one.get("artifact") for role, one in manifest["inputs"].items()}
-        rows.append({
-            "name": summary["folder"], "config": {**flatten(manifest["config"]), **made},
-            "metrics": dict(manifest["metrics"]), "stage": manifest["stage"], "scores": {"": summary["folder"]},
-        })  # fmt: skip
-    return rows
-
-
 @dataclass(frozen=True)
 class Table:
     """Runs side by side."""
@@ -179,96 +157,61 @@ class Table:
     rows: list[Row]
     """One per run, sorted: `name`, settings and metrics."""
     settings: list[str]
-    """Settings that differ."""
+    """Settings that differ among the runs that have their section: settings of RL, for example, among runs with RL."""
     metrics: list[str]
-    left_out: list[str]
-    """Steps of only one run."""
     equal: list[str]
-    """Metrics that are equal in all of several runs that have them."""
+    """Metrics that are equal in all of several runs that have them, or that one of several runs has."""
 
 
 def make_table(
     rows: list[Row],
     sort: str | None,
-    metrics: Sequence[str] = (),
     best_of: Callable[[str, str], Callable[..., float] | None] = lambda stage, metric: None,
 ) -> Table:
     """Return a table of the settings that differ and of the metrics.
 
-    Settings are compared among the runs that have their section: settings of RL, for example, among runs with RL.
-    Metrics are those of steps that more than one run has.
-
     Args:
-        rows: with `name`, `config`, `metrics`, and `steps` (runs) or `stage` (artifacts).
+        rows: from `rows_of_runs`.
         sort: a setting (smallest first) or a metric (best first, as its stage declares); a leading - reverses.
             None: keep the order.
-        metrics: show only metrics whose names contain one of these; empty: all.
         best_of: returns min or max for (stage, metric), or None.
     """
-    sections = [{_first(key) for key in row["config"]} for row in rows]
 
-    def differs(key: str) -> bool:
-        having = [row for row, own in zip(rows, sections, strict=True) if _first(key) in own]
-        return len({json.dumps(row["config"].get(key), sort_keys=True) for row in having}) > 1
+    def values(key: str) -> list[str]:
+        section = key.partition(".")[0]
+        having = [row["config"] for row in rows if any(each.partition(".")[0] == section for each in row["config"])]
+        return [json.dumps(config.get(key), sort_keys=True) for config in having]
 
-    settings = [key for key in dict.fromkeys(key for row in rows for key in row["config"]) if differs(key)]
-    counts = Counter(step for row in rows for step in row.get("steps", ()))
-    left_out = [step for step, count in counts.items() if count == 1 < len(rows)]
-    shown = list(dict.fromkeys(key for row in rows for key in row["metrics"]))
-    if metrics:
-        left_out = []
-        shown = [key for key in shown if any(part in key for part in metrics)]
-    shown = [key for key in shown if _first(key) not in left_out]
-    flat = [
-        {"name": row["name"], **{key: row["config"].get(key) for key in settings}}
-        | {key: row["metrics"][key] for key in shown if key in row["metrics"]}
-        for row in rows
-    ]
+    keys = dict.fromkeys(key for row in rows for key in row["config"])
+    settings = [key for key in keys if len({*values(key)}) > 1]
+    metrics = list(dict.fromkeys(key for row in rows for key in row["metrics"]))
+    equal = [key for key in metrics if len({row["metrics"][key] for row in rows if key in row["metrics"]}) == 1]
     if sort:
-        flat = _sorted(
-            flat, sort, ["name", *settings, *shown], lambda name: name in shown and _is_maximised(rows, name, best_of)
-        )
-    values = {key: {json.dumps(row[key]) for row in flat if key in row} for key in shown}
-    return Table(flat, settings, shown, left_out, [key for key in shown if len(values[key]) == 1 < len(flat)])
+        rows = _sorted(rows, sort, settings, metrics, best_of)
+    flat = [
+        {"name": row["name"], **{key: row["config"].get(key) for key in settings}, **row["metrics"]} for row in rows
+    ]
+    return Table(flat, settings, metrics, equal if len(rows) > 1 else [])
 
 
-def _sorted(rows: list[Row], sort: str, known: list[str], is_maximised: Callable[[str], bool]) -> list[Row]:
+def _sorted(
+    rows: list[Row], sort: str, settings: list[str], metrics: list[str],
+    best_of: Callable[[str, str], Callable[..., float] | None],
+) -> list[Row]:  # fmt: skip
     """Return the rows in the order of a column, those without a value last."""
-    column = sort.removeprefix("-")
+    column, known = sort.removeprefix("-"), [*settings, *metrics]
     matching = [name for name in known if name == column] or [name for name in known if name.endswith(f".{column}")]
     if len(matching) != 1:
         found = f"may be {', '.join(matching)}" if matching else f"is not in this table: {', '.join(known)}"
         raise ConfigError(f'--sort: "{column}" {found}.{suggest(column, known)}')
     (name,) = matching
-    have = [row for row in rows if row.get(name) is not None]
-    lack = [row for row in rows if row.get(name) is None]
-    is_number = all(isinstance(row[name], int | float) for row in have)
+    of = "metrics" if name in metrics else "config"
+    step, _, metric = name.partition(".")
+    is_maximised = of == "metrics" and max in [best_of(row["steps"].get(step, ""), metric) for row in rows]
+    have = [row for row in rows if row[of].get(name) is not None]
+    has_numbers = all(isinstance(row[of][name], int | float) for row in have)
     have.sort(
-        key=lambda row: row[name] if is_number else str(row[name]),
-        reverse=sort.startswith("-") ^ is_maximised(name),
+        key=lambda row: row[of][name] if has_numbers else str(row[of][name]),
+        reverse=sort.startswith("-") ^ is_maximised,
     )
-    return [*have, *lack]
-
-
-def _is_maximised(rows: list[Row], column: str, best_of: Callable[[str, str], Callable[..., float] | None]) -> bool:
-    """Return whether a column is a metric whose best value is the largest."""
-    step, _, metric = column.partition(".")
-    of_step = [
-        best_of(row["stage"], column) if "stage" in row else best_of(row["steps"].get(step, ""), metric) for row in rows
-    ]
-    return max in of_step
-
-
-def _first(key: str) -> str:
-    return key.partition(".")[0]
-
-
-def is_number(value: Any) -> bool:
-    """Return whether a cell is a number (not a bool)."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def numeric(rows: list[Mapping[str, Any]], column: str) -> bool:
-    """Return whether a column has values, all of them numbers."""
-    cells = [row.get(column) for row in rows if row.get(column) is not None]
-    return bool(cells) and all(map(is_number, cells))
+    return [*have, *(row for row in rows if row[of].get(name) is None)]

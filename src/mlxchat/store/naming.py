@@ -57,33 +57,23 @@ class Run(NamedTuple):
 
 
 def resolve(store: Store, name: str) -> Path:
-    """Return the folder of the artifact with this name.
-
-    Raises:
-        StoreError: the name is unknown or ambiguous; the message lists candidates.
-    """
+    """Return the folder of the artifact with this name, as `find`."""
     return find(store, name).place
 
 
-def find(store: Store, name: str, *, within: str | None = None, paths: bool = True) -> Found:
+def find(store: Store, name: str) -> Found:
     """Return the artifact with this name; the name of a run gives the run's model.
-
-    Args:
-        store: the outputs folder.
-        name: any form of the module's docstring.
-        within: look up steps only in this run; None: first in the latest run, then in the others.
-        paths: whether the name may be a path.
 
     Raises:
         StoreError: the name is unknown or ambiguous; the message lists candidates.
     """
-    meant = meaning(store, name, within=within, paths=paths)
+    meant = meaning(store, name)
     if isinstance(meant, Found):
         return meant
     steps = links(store, meant.name)
-    if (place := model_of(steps) or last_saved(steps)) is None:
+    if (place := model_of(steps) or _last_saved(steps)) is None:
         has = f"has no model, only {', '.join(steps)}: use {name}/STEP" if steps else "has no artifacts"
-        raise StoreError(f"run {meant.name} {has}.{_hint_of_saving(store, meant.name)}")
+        raise StoreError(f"run {meant.name} {has}")
     return Found(place, meant.name)
 
 
@@ -99,145 +89,72 @@ def find_all(store: Store, name: str) -> list[Path]:
 
 def find_model(store: Store, name: str | None) -> Found:
     """Return the model with this name; None: the chat model of the latest run, else its base model."""
-    if name is None:
-        group = latest(store)
-        steps = links(store, group)
-        if (place := model_of(steps) or last_saved(steps)) is None:
-            raise StoreError(store.lacking("models"))
-        return Found(place, group)
-    found = find(store, name)
+    if name is None and not latest(store):
+        raise StoreError(store.lacking("models"))
+    found = find(store, LATEST if name is None else name)
     if (kind := read_manifest(found.place)["kind"]) != MODEL:
         raise StoreError(f"{found.place.name} is not a model: its kind is {kind}")
     return found
-
-
-def run_of(store: Store, found: Found) -> str | None:
-    """Return the run of an artifact: that of its name, else the latest run if it has it, else the one that made it."""
-    if found.run is not None or found.place in links(store, latest(store)).values():
-        return found.run or latest(store)
-    made = str(read_manifest(found.place).get("run"))
-    return made if found.place in links(store, made).values() else None
-
-
-# Names typed by users are looked up by `os.path`: `pathlib` raises OSError for names that are too long, and
-# RuntimeError for the home of an unknown user.
-
-
-def meaning(store: Store, name: str, *, within: str | None = None, paths: bool = True) -> Found | Run:
-    """Return the artifact or the run with this name.
-
-    Raises:
-        StoreError: the name is unknown or ambiguous; the message lists candidates.
-    """
-    if name.startswith("import:"):
-        return Found(resolve_import(store, name.removeprefix("import:")))
-    if paths and "/" in name:
-        name = _without_path(store, name)
-    base = store.outputs / "store"
-    if name and "/" not in name and os.path.exists(base / name / MANIFEST):  # noqa: PTH110  (pathlib raises for names that are too long)
-        return Found(base / name)
-    if "/" in name.strip("/"):
-        return _in_group(store, *name.rsplit("/", 1))
-    if name and (direct := _step_or_pin(store, name, within)) is not None:
-        return direct
-    if (run := _run_called(store, name)) is not None:
-        return Run(run)
-    found = [folder for folder in list_folder(base) if name and folder[-_ID_CHARS:].startswith(name[:_ID_CHARS])]
-    found = [folder for folder in found if str(_manifest(base / folder).get("rid")).startswith(name)]
-    if len(found) > 1:
-        raise StoreError(
-            f'"{name}" is ambiguous in {store.outputs}: {first_of(found, _MOST_SHOWN)}. Type more of the id.'
-        )
-    if found:
-        return Found(base / found[0])
-    raise _unknown(store, name)
-
-
-def latest(store: Store) -> str:
-    """Return the name of the latest run, whose refs are `refs/<name>`; "" if there is none.
-
-    That is the last run that finished a model; without one an import, else any run with artifacts.
-    """
-    link = store.outputs / "refs" / LATEST
-    recorded = link.readlink().name if link.is_symlink() else ""
-    if model_of(links(store, recorded)) is not None:
-        return recorded
-    best = max(reversed(runs(store)), key=lambda run: _rank(store, run), default="")
-    return best if links(store, best) else ""
-
-
-def _rank(store: Store, run: str) -> int:
-    """Return a run's rank as a candidate for the latest run: with a model, only with other artifacts, with none."""
-    steps = links(store, run)
-    if model_of(steps) is None:
-        return int(bool(steps))
-    return 2 if run.startswith("imported-") or called(run) == "import" or is_job(run) else 3
-
-
-def called(run: str) -> str:
-    """Return the last part of a run's folder name, such as quickstart."""
-    stamp = _STAMP.match(run)
-    return (stamp["called"] or run) if stamp else run
-
-
-def is_job(run: str) -> bool:
-    """Return True if a run is part of a sweep, by its name; a step's name alone does not mean such a run."""
-    return _JOB.search(run) is not None
 
 
 def describe_model(store: Store, found: Found) -> str:
     """Return a readable description of a model: its step and run or import, folder and date."""
     manifest = read_manifest(found.place)
     when = str(manifest.get("published", ""))[:16].replace("T", " ")
+    run = found.run or str(manifest.get("run"))
     names = [name for name, place in links(store, IMPORTS).items() if place == found.place]
-    run = run_of(store, found)
-    if names and (run is None or called(run) == "import"):
-        what = f"import:{names[0]}"
-    else:
-        what = f"{manifest.get('step')} of run {called(run or str(manifest.get('run')))}"
-    return visible(f"{what} ({', '.join(filter(None, (found.place.name, when)))})")
+    is_import = names and found.place not in links(store, run).values()
+    what = f"import:{names[0]}" if is_import else f"{manifest.get('step')} of run {called(run)}"
+    return visible(f"{what} ({found.place.name}, {when})")
 
 
-def last_saved(steps: Mapping[str, Path], step: str = "") -> Path | None:
-    """Return the last intermediate model of a step's training, or of any training ("")."""
-    made = [place for name, place in steps.items() if SAVED in name and step in ("", name.partition(SAVED)[0])]
-    return max(made, key=_published, default=None)
+# Names typed by users are looked up by `os.path`: `pathlib` raises OSError for names that are too long, and
+# RuntimeError for the home of an unknown user.
 
 
-def link_saved(store: Store, run: str, step: str, attempts: Iterable[Mapping[str, Any]]) -> None:
-    """Add refs to a run for the intermediate models that earlier attempts of its training published."""
-    for made in dict.fromkeys(str(attempt.get("run")) for attempt in attempts):
-        for name, place in links(store, made).items() if made != run else ():
-            if name.startswith(f"{step}{SAVED}"):
-                store.set_ref(run, name, place)
+def meaning(store: Store, name: str) -> Found | Run:
+    """Return the artifact or the run with this name.
 
-
-def running_steps(store: Store) -> list[tuple[str, str]]:
-    """Return (run, step) of every step whose lock is held."""
-    found = []
-    for key in list_folder(store.outputs / "work"):
-        if (lock := store.lock(key)).exists() and locks.is_held(lock):
-            owner = locks.read_owner(lock)
-            found.append((str(owner.get("run") or key[:_ID_CHARS]), str(owner.get("step"))))
-    return found
-
-
-def _hint_of_saving(store: Store, run: str) -> str:
-    """Return a hint on save_every if a training of this run is in progress, else ""."""
-    making = [step for each, step in running_steps(store) if each == run]
-    if not making:
-        return ""
-    return (
-        f" {', '.join(making)} is running. A training publishes intermediate models with STAGE.save_every=N: press "
-        "Ctrl-C and repeat the command with it; the training resumes"
-    )
-
-
-def resolve_import(store: Store, name: str) -> Path:
-    """Return the folder of the model that was last imported under a name, by the verb or by a pipeline."""
+    Raises:
+        StoreError: the name is unknown or ambiguous; the message lists candidates.
+    """
     base = store.outputs / "store"
-    folders = [folder for folder in list_folder(base) if folder.startswith("imported-")]
-    made = sorted((base / folder for folder in folders if (base / folder / MANIFEST).exists()), key=_published)
+    if name.startswith("import:"):
+        return Found(_find_import(store, name.removeprefix("import:")))
+    if "/" in name:
+        name = _without_path(store, name)
+    if name and "/" not in name and os.path.exists(base / name / MANIFEST):  # noqa: PTH110
+        return Found(base / name)
+    if "/" in name.strip("/"):
+        return _in_group(store, *name.rsplit("/", 1))
+    if name and (direct := _step_or_pin(store, name)) is not None:
+        return direct
+    if name and (run := _run_called(store, name)) is not None:
+        return Run(run)
+    found = [folder for folder in list_folder(base) if name and folder[-_ID_CHARS:].startswith(name[:_ID_CHARS])]
+    found = [folder for folder in found if str(_manifest(base / folder).get("rid")).startswith(name)]
+    if len(found) > 1:
+        listed = first_of(found, _MOST_SHOWN)
+        raise StoreError(f'"{name}" is ambiguous in {store.outputs}: {listed}. Type more of the id.')
+    if not found:
+        raise _unknown(store, name)
+    return Found(base / found[0])
+
+
+def _without_path(store: Store, name: str) -> str:
+    """Return the name of the artifact or run at a path; anything else is returned unchanged."""
+    path = os.path.expanduser(name)  # noqa: PTH111
+    if not os.path.isdir(path):  # noqa: PTH112
+        return name
+    real, outputs = Path(path).resolve(), store.outputs.resolve()
+    return real.name if real.parent in (outputs / "store", outputs / "runs", outputs / "refs") else name
+
+
+def _find_import(store: Store, name: str) -> Path:
+    """Return the model that was last imported under a name, by the verb or by a pipeline."""
+    base = store.outputs / "store"
+    folders = [base / folder for folder in list_folder(base) if folder.startswith("imported-")]
+    made = sorted((place for place in folders if (place / MANIFEST).exists()), key=_published)
     named = {place.name.removeprefix("imported-")[: -_ID_CHARS - 1]: place for place in made} | links(store, IMPORTS)
     if (place := named.get(name) or named.get(clean_label(name))) is not None:
         return place
@@ -248,13 +165,98 @@ def resolve_import(store: Store, name: str) -> Path:
     )
 
 
+def _in_group(store: Store, group: str, step: str) -> Found:
+    """Return a step of a run, a pin or an import."""
+    run = group if group in (PINS, IMPORTS) else _run_called(store, group)
+    if run is None:
+        raise _unknown(store, f"{group}/{step}", f'there is no run "{group}" with artifacts')
+    steps = links(store, run)
+    if (place := _step(steps, step)) is None:
+        has = ", ".join(steps) or "removed artifacts"
+        raise StoreError(f'{run} has no "{step}", only {has}.{suggest(step, steps)}')
+    return Found(place, None if run in (PINS, IMPORTS) else run)
+
+
+def _step_or_pin(store: Store, name: str) -> Found | None:
+    """Return the step or pin with exactly this name."""
+    group = latest(store)
+    step, pin = links(store, group).get(name), links(store, PINS).get(name)
+    if step is not None and pin is not None and step != pin:
+        raise StoreError(f'"{name}" is ambiguous: use {LATEST}/{name} ({step.name}), {PINS}/{name} ({pin.name})')
+    if step is not None:
+        return Found(step, group)
+    if pin is not None:
+        return Found(pin)
+    others = [(run, links(store, run)) for run in reversed(runs(store)) if _JOB.search(run) is None]
+    finished = next((Found(steps[name], run) for run, steps in others if name in steps), None)
+    return finished or next((Found(place, run) for run, steps in others if (place := _step(steps, name))), None)
+
+
+def _step(steps: Mapping[str, Path], name: str) -> Path | None:
+    """Return a step's artifact; until there is one, the last intermediate model of its training."""
+    return steps.get(name) or _last_saved(steps, name)
+
+
+def _last_saved(steps: Mapping[str, Path], step: str = "") -> Path | None:
+    """Return the last intermediate model of a step's training, or of any training ("")."""
+    made = [place for name, place in steps.items() if SAVED in name and step in ("", name.partition(SAVED)[0])]
+    return max(made, key=_published, default=None)
+
+
+def _run_called(store: Store, name: str) -> str | None:
+    """Return the run with this folder name, or the last run called so, preferably one that finished a model."""
+    if name == LATEST:
+        return latest(store) or None
+    known = _all_runs(store)
+    same = [name] if name in known else [run for run in reversed(known) if called(run) == name]
+    return max(same, key=lambda run: _worth(store, run), default=None)
+
+
+def _unknown(store: Store, name: str, text: str = "") -> StoreError:
+    """Return the error for an unknown name, with the existing names and the nearest one."""
+    known = {
+        "Steps of the latest run": [*links(store, latest(store))],
+        "Runs": [*dict.fromkeys(called(run) for run in reversed(_all_runs(store)))],
+        "Pins": [*links(store, PINS)],
+        "Imports": [*links(store, IMPORTS)],
+    }
+    lines = [f"{what}: {first_of(names, _MOST_SHOWN)}." for what, names in known.items() if names]
+    near = suggest(name, [each for names in known.values() for each in names])
+    near = near or suggest(name.rpartition("/")[2], list_folder(store.outputs / "store")[:2000])
+    text = text or f'"{name}" is no artifact or run'
+    return StoreError(f"{text} in {store.outputs}. {' '.join(lines) or store.lacking('artifacts')}{near}")
+
+
+def latest(store: Store) -> str:
+    """Return the name of the latest run, whose refs are `refs/<name>`; "" if there is none.
+
+    That is the last run that finished a model; without one an import or a job, else any run with artifacts.
+    """
+    link = store.outputs / "refs" / LATEST
+    recorded = link.readlink().name if link.is_symlink() else ""
+    if model_of(links(store, recorded)) is not None:
+        return recorded
+    best = max(reversed(runs(store)), key=lambda run: _worth(store, run), default="")
+    return best if links(store, best) else ""
+
+
+def _worth(store: Store, run: str) -> int:
+    """Return 2 for a run with a model, 1 with other artifacts, 0 without any."""
+    steps = links(store, run)
+    return (model_of(steps) is not None) + bool(steps)
+
+
+def called(run: str) -> str:
+    """Return the last part of a run's folder name, such as quickstart."""
+    stamp = _STAMP.match(run)
+    return (stamp["called"] or run) if stamp else run
+
+
 def links(store: Store, group: str) -> dict[str, Path]:
     """Return name → artifact folder of the refs in a group that lead to a complete artifact."""
-    if not group:
-        return {}
     folder = store.outputs / "refs" / group
     found = {}
-    for name in list_folder(folder):
+    for name in list_folder(folder) if group else ():
         try:
             target = os.readlink(folder / name)  # noqa: PTH115  (speed)
         except OSError:
@@ -281,53 +283,6 @@ def runs(store: Store) -> list[str]:
     return sorted((name for name in groups(store) if name not in (PINS, IMPORTS)), key=_moment)
 
 
-def model_of(steps: dict[str, Path]) -> Path | None:
-    """Return the chat model among a run's artifacts, else the base model; the newest of a stage."""
-    made = []
-    for name, place in steps.items():
-        manifest = _manifest(place) if SAVED not in name else {}
-        if manifest.get("kind") == MODEL:
-            stage = manifest["stage"]
-            rank = _STAGES.index(stage) if stage in _STAGES else len(_STAGES)
-            made.append((-rank, str(manifest.get("published")), place))
-    return max(made)[2] if made else None
-
-
-def _step_or_pin(store: Store, name: str, within: str | None) -> Found | None:
-    """Return the step or pin with exactly this name."""
-    group = within or latest(store)
-    step, pin = links(store, group).get(name), links(store, PINS).get(name)
-    if step is not None and pin is not None and step != pin:
-        raise StoreError(
-            f'"{name}" is ambiguous: use {within or LATEST}/{name} ({step.name}), {PINS}/{name} ({pin.name})'
-        )
-    if step is not None:
-        return Found(step, group)
-    if pin is not None:
-        return Found(pin)
-    others = [run for run in reversed(runs(store)) if not is_job(run)]
-    elsewhere = next((run for run in others if name in links(store, run)), None)
-    if elsewhere is not None and within is not None:
-        raise StoreError(f'{within} has no "{name}". Another run has: {elsewhere}/{name}')
-    if elsewhere is not None:
-        return Found(links(store, elsewhere)[name], elsewhere)
-    for run in others if within is None else [within]:
-        if (place := last_saved(links(store, run), name)) is not None:
-            return Found(place, run)
-    return None
-
-
-def _run_called(store: Store, name: str) -> str | None:
-    """Return the run with this folder name, or the last run called so, preferably one that finished a model."""
-    if name == LATEST:
-        return latest(store) or None
-    known = _all_runs(store)
-    if name in known:
-        return name
-    same = [run for run in reversed(known) if called(run) == name]
-    return max(same, key=lambda run: _rank(store, run), default=None)
-
-
 def _all_runs(store: Store) -> list[str]:
     """Return all runs in order of time, including those without artifacts."""
     planned = (name for name in list_folder(store.outputs / "runs") if (store.outputs / "runs" / name).is_dir())
@@ -339,43 +294,34 @@ def _moment(run: str) -> tuple[str, str]:
     return (stamp[1] if stamp else "", run)
 
 
-def _in_group(store: Store, group: str, step: str) -> Found:
-    """Return a step of a run, a pin or an import."""
-    run = group if group in (PINS, IMPORTS) else _run_called(store, group)
-    if run is None:
-        raise _unknown(store, f"{group}/{step}", f'there is no run "{group}" with artifacts')
-    steps = links(store, run)
-    place = steps.get(step) or last_saved(steps, step)
-    if place is None:
-        raise StoreError(
-            f'{run} has no "{step}", only {", ".join(steps) or "removed artifacts"}.{suggest(step, steps)}'
-            f"{_hint_of_saving(store, run)}"
-        )
-    return Found(place, None if run in (PINS, IMPORTS) else run)
+def model_of(steps: Mapping[str, Path]) -> Path | None:
+    """Return the chat model among a run's artifacts, else the base model; the newest of a stage."""
+    made = []
+    for name, place in steps.items():
+        manifest = _manifest(place) if SAVED not in name else {}
+        if manifest.get("kind") == MODEL:
+            stage = manifest["stage"]
+            rank = _STAGES.index(stage) if stage in _STAGES else len(_STAGES)
+            made.append((-rank, str(manifest.get("published")), place))
+    return max(made)[2] if made else None
 
 
-def _without_path(store: Store, name: str) -> str:
-    """Return the name of the artifact or run at a path; anything else is returned unchanged."""
-    path = os.path.expanduser(name)  # noqa: PTH111  (pathlib raises for an unknown user)
-    if not os.path.isdir(path):  # noqa: PTH112  (pathlib raises for names that are too long)
-        return name
-    real, outputs = Path(path).resolve(), store.outputs.resolve()
-    return real.name if real.parent in (outputs / "store", outputs / "runs", outputs / "refs") else name
+def link_saved(store: Store, run: str, step: str, attempts: Iterable[Mapping[str, Any]]) -> None:
+    """Add refs to a run for the intermediate models that earlier attempts of its training published."""
+    for made in dict.fromkeys(str(attempt.get("run")) for attempt in attempts):
+        for name, place in links(store, made).items() if made != run else ():
+            if name.startswith(f"{step}{SAVED}"):
+                store.set_ref(run, name, place)
 
 
-def _unknown(store: Store, name: str, text: str = "") -> StoreError:
-    """Return the error for an unknown name, with the existing names and the nearest one."""
-    known = {
-        "Steps of the latest run": [*links(store, latest(store))],
-        "Runs": [*dict.fromkeys(called(run) for run in reversed(_all_runs(store)))],
-        "Pins": [*links(store, PINS)],
-        "Imports": [*links(store, IMPORTS)],
+def running_steps(store: Store) -> list[tuple[str, str]]:
+    """Return (run, step) of every step whose lock is held."""
+    owners = {
+        key: locks.read_owner(lock)
+        for key in list_folder(store.outputs / "work")
+        if (lock := store.lock(key)).exists() and locks.is_held(lock)
     }
-    lines = [f"{what}: {first_of(names, _MOST_SHOWN)}." for what, names in known.items() if names]
-    near = suggest(name, [each for names in known.values() for each in names])
-    near = near or suggest(name.rpartition("/")[2], list_folder(store.outputs / "store")[:2000])
-    text = text or f'"{name}" is no artifact or run'
-    return StoreError(f"{text} in {store.outputs}. {' '.join(lines) or store.lacking('artifacts')}{near}")
+    return [(str(owner.get("run") or key[:_ID_CHARS]), str(owner.get("step"))) for key, owner in owners.items()]
 
 
 def _published(place: Path) -> str:
