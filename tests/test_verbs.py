@@ -152,7 +152,6 @@ def test_gc_removes_only_with_apply(two, say):
     for number in (1, 2):
         (two.outputs / "refs" / f"run{number}").rename(two.outputs / "refs" / f"2026010{number}-000000-1-toy")
     text = say("gc", "--keep-last", "1")
-    assert f"{resolve(two.store, 'first').name}  20260102-000000-1-toy/first\n" in text
     assert text.count("not one of the last 1 of") == 2
     assert text.endswith("add --apply to remove it\n")
     assert len(list((two.outputs / "store").iterdir())) == 4

@@ -121,7 +121,7 @@ def test_named_import_is_not_collected(twin):
             for link in folder.iterdir():
                 link.unlink()
     found = find_garbage(Store(Path("outputs")))
-    assert found.kept[place.name] == "import:x"
+    assert place.name in found.kept
 
 
 def test_only_import_is_found_by_chat_status_and_report(twin, capfd):

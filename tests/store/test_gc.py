@@ -189,7 +189,8 @@ def test_pin_outlives_its_removed_run(toys):
     run = run_with(toys, 1)
     toys.store.set_ref("pins", "best", resolve(toys.store, "second"))
     kept = collect_removal(toys.store, {run}).kept
-    assert sorted(kept.values()) == sorted(["pinned as best", f"{artifact(toys, 'best')} was made from it"])
+    assert len(kept) == 2, "the pinned artifact, and what it was made from"
+    assert artifact(toys, "best") in kept
     assert latest(toys.store) == ""
     assert find_garbage(toys.store, ALL).garbage == []
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mlxchat.commands.arguments import Parser, count
 from mlxchat.commands.columns import aligned, print_json
@@ -69,55 +69,31 @@ def _gc(options: Namespace) -> int:
     there = (store.outputs / "store").is_dir()
     find = collect if options.apply and there else find_garbage
     found = find(store, options.keep_last)
-    if options.json:
-        print_json(_describe_garbage(found, options.apply, store))
-    else:
-        _show_garbage(found, options.apply, store, options.keep_last)
+    _show_garbage(found, options, store)
+    if not found.garbage and options.keep_last is None and found.kept and not options.json:
+        print("Runs keep their artifacts: --keep-last N releases all but the newest N of each step")
     return 0
 
 
-def _show_garbage(found: Collection, applied: bool, store: Store, keep_last: int | None) -> None:
-    _list_garbage(found, applied, store, "and {} dangling names")
-    size = format_bytes(sum(item.bytes for item in found.garbage))
-    stay = "1 artifact stays" if len(found.kept) == 1 else f"{len(found.kept)} artifacts stay"
-    staying = f"{stay} ({format_bytes(found.kept_bytes)})"
-    if not found.garbage:
-        print(f"nothing to remove: {staying}")
-        if keep_last is None and found.kept:
-            print("Runs keep their artifacts: --keep-last N releases all but the newest N of each step")
-    elif applied:
-        print(f"removed {size}; {staying}")
-    else:
-        print(f"{size} can be removed; {staying}. Nothing changed: add --apply to remove it")
-
-
-def _list_garbage(found: Collection, applied: bool, store: Store, further: str) -> None:
-    """Print what is kept and what is removed; `further` is the line about names, with a placeholder."""
+def _show_garbage(found: Collection, options: Namespace, store: Store) -> None:
+    """Print what is removed and what stays, of `gc` and `rm`."""
+    kept = sum(found.kept.values())
+    if options.json:
+        garbage = [asdict(each) | {"path": str(each.path.relative_to(store.outputs))} for each in found.garbage]
+        print_json({"applied": options.apply, "garbage": garbage, "kept": sorted(found.kept), "kept_bytes": kept})
+        return
     listed = [item for item in found.garbage if item.kind != "ref"]
-    if found.kept:
-        kept = sorted((reason, name) for name, reason in found.kept.items())
-        print("stays")
-        print(aligned([[f"store/{name}", reason] for reason, name in kept], indent="  "))
     if listed:
-        print("removed" if applied else "may go")
+        print("removed" if options.apply else "may go")
         rows = [[str(item.path.relative_to(store.outputs)), format_bytes(item.bytes), item.reason] for item in listed]
         print(aligned(rows, right=(1,), indent="  "))
     if links := len(found.garbage) - len(listed):
-        print(further.format(links))
-
-
-def _describe_garbage(found: Collection, applied: bool, store: Store) -> dict[str, Any]:
-    """Return the removed and kept artifacts as plain data."""
-    garbage = [
-        {
-            "path": str(each.path.relative_to(store.outputs)),
-            "kind": each.kind,
-            "bytes": each.bytes,
-            "reason": each.reason,
-        }
-        for each in found.garbage
-    ]
-    return {"applied": applied, "garbage": garbage, "kept": found.kept, "kept_bytes": found.kept_bytes}
+        print(f"and {plural(links, 'name')} in refs/")
+    size = format_bytes(sum(item.bytes for item in found.garbage))
+    what = f"removed {size}" if options.apply else f"{size} can be removed"
+    what = what if found.garbage else "nothing to remove"
+    more = "" if options.apply or not found.garbage else ". Nothing changed: add --apply to remove it"
+    print(f"{what}; {plural(len(found.kept), 'artifact')} kept ({format_bytes(kept)}){more}")
 
 
 def rm(parser: Parser) -> None:
@@ -142,12 +118,7 @@ def _rm(options: Namespace) -> int:
             f"run {', '.join(sorted(busy))} began less than a day ago and has no recorded end. To remove it: --force"
         )
     found = collect_removal(store, runs) if options.apply else find_removal(store, runs)
-    if options.json:
-        print_json(_describe_garbage(found, options.apply, store))
-        return 0
-    _list_garbage(found, options.apply, store, "and {} names of it")
-    size = format_bytes(sum(item.bytes for item in found.garbage))
-    print(f"removed {size}" if options.apply else f"{size} can be removed. Nothing changed: add --apply to remove it")
+    _show_garbage(found, options, store)
     return 0
 
 

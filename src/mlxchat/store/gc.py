@@ -11,7 +11,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from mlxchat.store.catalog import Summary, by_rid, read_catalog, references
 from mlxchat.store.crash import crash_point
 from mlxchat.store.files import Records, list_folder, remove
 from mlxchat.store.manifest import MANIFEST, SHARED_KIND
-from mlxchat.store.naming import IMPORTS, LATEST, PINS, groups, latest, links, running_steps
+from mlxchat.store.naming import LATEST, PINS, groups, latest, links, running_steps
 from mlxchat.store.store import SAVED, Store, rid_of_record, sweep
 
 DAY_SECONDS = 86400.0
@@ -42,12 +42,11 @@ class Garbage:
 
 @dataclass
 class Collection:
-    """What can be removed, and why the rest is kept."""
+    """What can be removed, and what is kept."""
 
-    garbage: list[Garbage] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
-    """Artifact's folder → reason."""
-    kept_bytes: int = 0
+    garbage: list[Garbage]
+    kept: dict[str, int]
+    """Artifact's folder → bytes."""
 
 
 def find_garbage(store: Store, keep_last: int | None = None, *, without: Set[str] = frozenset()) -> Collection:
@@ -60,64 +59,85 @@ def find_garbage(store: Store, keep_last: int | None = None, *, without: Set[str
         without: runs whose refs do not count.
     """
     known = by_rid(read_catalog(store))
-    roots = _roots(store, known, keep_last, without)
-    stays = {rid: reason for rid, reason in roots.items() if rid in known}
-    queue = list(stays)
+    kept = _roots(store, known, keep_last, without) & known.keys()
+    queue = list(kept)
     while queue:
-        summary = known[queue.pop()]
-        for rid in references(summary):
-            if rid in known and rid not in stays:
-                stays[rid] = f"{summary['folder']} was made from it"
-                queue.append(rid)
-    for rid, summary in known.items():  # encoded text is no step's input: it is kept with the text that it is made of
-        if summary["kind"] == SHARED_KIND and all(source in stays for source in references(summary)):
-            stays[rid] = "encoded text of artifacts that are kept"
-    found = Collection(
-        kept={known[rid]["folder"]: reason for rid, reason in stays.items()},
-        kept_bytes=sum(known[rid]["bytes"] for rid in stays),
-    )
+        made_from = {rid for rid in references(known[queue.pop()]) if rid in known} - kept
+        kept |= made_from
+        queue += made_from
+    # Encoded text is no step's input: it is kept with the text that it is made of.
+    texts = {rid for rid, summary in known.items() if summary["kind"] == SHARED_KIND}
+    kept |= {rid for rid in texts if kept.issuperset(references(known[rid]))}
+    why = "nothing needs it" if keep_last is None else f"not one of the last {keep_last} of its step"
     # Encoded text first, and users before what they were made from, so that a kill leaves no artifact without inputs.
-    going = [summary for rid, summary in reversed(known.items()) if rid not in stays]
-    for summary in sorted(going, key=lambda each: each["kind"] != SHARED_KIND):
-        path = store.outputs / "store" / summary["folder"]
-        found.garbage.append(Garbage(path, "artifact", summary["bytes"], _why(summary, keep_last)))
-    found.garbage += [*_unreadable(store, known), *_abandoned(store)]
-    for group in groups(store):
-        for link in _entries(store.outputs / "refs" / group) if group not in without else ():
-            if link.is_symlink() and link.readlink().name not in found.kept:
-                found.garbage.append(Garbage(link, "ref", 0, "its artifact is gone"))
+    newest = list(reversed(known))
+    garbage = [
+        Garbage(store.outputs / "store" / known[rid]["folder"], "artifact", known[rid]["bytes"], why)
+        for rid in sorted(newest, key=lambda rid: rid not in texts)
+        if rid not in kept
+    ]
+    found = Collection(garbage, {known[rid]["folder"]: known[rid]["bytes"] for rid in kept})
+    garbage += [*_unreadable(store, known), *_abandoned(store)]
+    garbage += [
+        Garbage(link, "ref", 0, "its artifact is gone")
+        for group in groups(store)
+        for link in (_entries(store.outputs / "refs" / group) if group not in without else ())
+        if link.is_symlink() and link.readlink().name not in found.kept
+    ]
     return found
 
 
-def collect(store: Store, keep_last: int | None = None) -> Collection:
-    """Remove garbage and return it. No step can start meanwhile."""
-    return _delete(store, "gc", lambda: find_garbage(store, keep_last))
+def _roots(store: Store, known: Mapping[str, Summary], keep_last: int | None, without: Set[str]) -> set[str]:
+    """Return the ids of the artifacts that are kept for themselves, not for runs of `without`."""
+    at = {summary["folder"]: rid for rid, summary in known.items()}
+    busy = runs_in_progress(store)
+    roots = {rid for run in busy.keys() - without for rid in busy[run]}
+    spared = {latest(store), *busy}
+    for group in groups(store):
+        is_released = keep_last is not None and _RUN.match(group) and group not in spared
+        if group not in without and not is_released:
+            roots |= {at[place.name] for place in links(store, group).values() if place.name in at}
+    made: dict[str, list[str]] = {}
+    for rid, summary in known.items():  # oldest first
+        if SAVED not in str(summary["step"]) and summary["kind"] != SHARED_KIND:
+            made.setdefault(str(summary["step"]), []).append(rid)
+    return roots.union(*(rids[-keep_last:] for rids in made.values())) if keep_last else roots
+
+
+def _unreadable(store: Store, known: Mapping[str, Summary]) -> Iterator[Garbage]:
+    """Yield what is in store/ without a readable manifest."""
+    readable = {summary["folder"] for summary in known.values()}
+    for path in _entries(store.outputs / "store"):
+        if path.name not in readable:
+            reason = "its manifest is damaged" if (path / MANIFEST).exists() else "unfinished: it has no manifest"
+            yield Garbage(path, "artifact", _size_of(path), reason)
+
+
+def _abandoned(store: Store) -> Iterator[Garbage]:
+    """Yield saved work of steps and transfers that nobody has continued for a week."""
+    work = store.outputs / "work"
+    for path in [*_entries(work), *work.glob(".import-*")]:
+        lock = store.lock("import" if path.name.startswith(".") else path.name)
+        idle = time.time() - max(each.lstat().st_mtime for each in [path, *path.rglob("*")])
+        if idle >= _LEFT_OVER_DAYS * DAY_SECONDS and not locks.is_held(lock):
+            yield Garbage(path, "work", _size_of(path), f"abandoned, unchanged for {idle / DAY_SECONDS:.0f} days")
 
 
 def find_removal(store: Store, runs: Set[str]) -> Collection:
-    """Return what is removed with these runs; nothing is changed.
-
-    That are their refs, events and those of their artifacts that no other ref leads to.
-    """
+    """Return what is removed with these runs, and which of their artifacts something else keeps; nothing is changed."""
     already = {each.path for each in find_garbage(store).garbage}
     found = find_garbage(store, without=runs)
     found.garbage = [each for each in found.garbage if each.path not in already]
-    own = {folder for group, _, folder in _refs(store) if group in runs}
-    found.kept = {folder: reason for folder, reason in found.kept.items() if folder in own}
+    own = {place.name for run in runs for place in links(store, run).values()}
+    found.kept = {folder: size for folder, size in found.kept.items() if folder in own}
     refs = store.outputs / "refs"
     if (refs / LATEST).is_symlink() and (refs / LATEST).readlink().name in runs:
         found.garbage.append(Garbage(refs / LATEST, "ref", 0, "the latest run is removed"))
     for run in sorted(runs):
-        folders = {refs / run: "names of its artifacts", store.outputs / "runs" / run: "plan, events, report"}
-        for path, what in folders.items():
+        for path, what in ((refs / run, "names"), (store.outputs / "runs" / run, "plan, events, report")):
             if path.is_dir():
-                found.garbage.append(Garbage(path, "run", size_of(path), what))
+                found.garbage.append(Garbage(path, "run", _size_of(path), what))
     return found
-
-
-def collect_removal(store: Store, runs: Set[str]) -> Collection:
-    """Remove what `find_removal` returns, and return it."""
-    return _delete(store, "rm", lambda: find_removal(store, runs))
 
 
 def runs_in_progress(store: Store) -> dict[str, list[str]]:
@@ -128,77 +148,22 @@ def runs_in_progress(store: Store) -> dict[str, list[str]]:
         try:
             record = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
             is_young = time.time() - datetime.fromisoformat(record["started"]).timestamp() < DAY_SECONDS
-            if folder.name in busy or (is_young and not _has_ended(folder)):
+            has_ended = Records(folder / "events.jsonl").last().get("event") in ("run_done", "run_failed")
+            if folder.name in busy or (is_young and not has_ended):
                 found[folder.name] = [step["rid"] for step in record["steps"]]
         except (OSError, ValueError, KeyError):
             continue  # no plan yet, or an unreadable one
     return found
 
 
-def size_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files of a folder."""
-    files = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
-    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
+def collect(store: Store, keep_last: int | None = None) -> Collection:
+    """Remove garbage and return it. No step can start meanwhile."""
+    return _delete(store, "gc", lambda: find_garbage(store, keep_last))
 
 
-def _has_ended(run: Path) -> bool:
-    return Records(run / "events.jsonl").last().get("event") in ("run_done", "run_failed")
-
-
-def _refs(store: Store) -> Iterator[tuple[str, str, str]]:
-    """Yield group, name and artifact's folder of every ref."""
-    for group in groups(store):
-        for name, place in links(store, group).items():
-            yield group, name, place.name
-
-
-def _roots(store: Store, known: Mapping[str, Summary], keep_last: int | None, without: Set[str]) -> dict[str, str]:
-    """Return id → reason of the artifacts that are kept for themselves, not for runs of `without`."""
-    at = {summary["folder"]: rid for rid, summary in known.items()}
-    current = latest(store)
-    busy = runs_in_progress(store)
-    roots = {rid: f"run {run} is in progress" for run in busy.keys() - without for rid in busy[run]}
-    for group, name, folder in _refs(store):
-        is_released = keep_last is not None and _RUN.match(group) and group != current and group not in busy
-        if folder in at and group not in without and not is_released:
-            named = {PINS: f"pinned as {name}", IMPORTS: f"import:{name}"}
-            roots[at[folder]] = named.get(group, f"{group}/{name}")
-    made: dict[str, list[Summary]] = {}
-    for summary in known.values():  # oldest first
-        if SAVED not in str(summary["step"]) and summary["kind"] != SHARED_KIND:
-            made.setdefault(str(summary["step"]), []).append(summary)
-    for step, summaries in made.items():
-        for summary in summaries[-keep_last:] if keep_last else ():
-            roots.setdefault(summary["rid"], f"one of the last {keep_last} of {step}")
-    return roots
-
-
-def _why(summary: Summary, keep_last: int | None) -> str:
-    if summary["kind"] == SHARED_KIND:
-        return "encoded text: made again on demand"
-    if keep_last is None:
-        return "nothing needs it"
-    step, intermediate, _ = str(summary["step"]).partition(SAVED)
-    return f"an intermediate model of {step}" if intermediate else f"not one of the last {keep_last} of {step}"
-
-
-def _unreadable(store: Store, known: Mapping[str, Summary]) -> Iterator[Garbage]:
-    """Yield what is in store/ without a readable manifest."""
-    readable = {summary["folder"] for summary in known.values()}
-    for path in _entries(store.outputs / "store"):
-        if path.name not in readable:
-            reason = "its manifest is damaged" if (path / MANIFEST).exists() else "unfinished: it has no manifest"
-            yield Garbage(path, "artifact", size_of(path), reason)
-
-
-def _abandoned(store: Store) -> Iterator[Garbage]:
-    """Yield saved work of steps and transfers that nobody has continued for a week."""
-    work = store.outputs / "work"
-    for path in [*_entries(work), *work.glob(".import-*")]:
-        lock = store.lock("import" if path.name.startswith(".") else path.name)
-        idle = time.time() - max(each.lstat().st_mtime for each in [path, *path.rglob("*")])
-        if idle >= _LEFT_OVER_DAYS * DAY_SECONDS and not locks.is_held(lock):
-            yield Garbage(path, "work", size_of(path), f"abandoned, unchanged for {idle / DAY_SECONDS:.0f} days")
+def collect_removal(store: Store, runs: Set[str]) -> Collection:
+    """Remove what `find_removal` returns, and return it."""
+    return _delete(store, "rm", lambda: find_removal(store, runs))
 
 
 def _delete(store: Store, verb: str, find: Callable[[], Collection]) -> Collection:
@@ -236,6 +201,12 @@ def _delete(store: Store, verb: str, find: Callable[[], Collection]) -> Collecti
             if group != PINS and not any(refs.iterdir()):
                 refs.rmdir()
     return found
+
+
+def _size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files of a folder."""
+    files = path.rglob("*") if path.is_dir() and not path.is_symlink() else [path]
+    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
 
 
 def _entries(folder: Path) -> list[Path]:

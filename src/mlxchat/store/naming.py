@@ -103,8 +103,8 @@ def describe_model(store: Store, found: Found) -> str:
     when = str(manifest.get("published", ""))[:16].replace("T", " ")
     run = found.run or str(manifest.get("run"))
     names = [name for name, place in links(store, IMPORTS).items() if place == found.place]
-    is_import = names and found.place not in links(store, run).values()
-    what = f"import:{names[0]}" if is_import else f"{manifest.get('step')} of run {called(run)}"
+    is_run = called(run) != "import" and found.place in links(store, run).values()
+    what = f"import:{names[0]}" if names and not is_run else f"{manifest.get('step')} of run {called(run)}"
     return visible(f"{what} ({found.place.name}, {when})")
 
 
