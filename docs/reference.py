@@ -60,7 +60,7 @@ def settings(kind: type = schema.Config, prefix: str = "", *, counts: bool = Tru
         section = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
         is_mapping = get_origin(hint) is dict
         if section is None or section is not hint:
-            identity = "yes" if own else "contents" if counts and item.metadata.get("external") else "no"
+            identity = "yes" if own else "contents" if counts and item.metadata.get("pin") else "no"
             yield Setting(key, _name_of(hint), meanings.get(item.name, ""), identity)
         if isinstance(section, type):
             yield from settings(section, f"{key}.*." if is_mapping else f"{key}.", counts=own)

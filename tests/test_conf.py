@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
-from functools import cache, partial
+from functools import cache
 from importlib.util import find_spec
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -80,10 +80,7 @@ def test_every_file_composes_and_plans(files, tmp_path):
     for group, option in ((file.parent.as_posix(), file.stem) for file in files):
         assert group == "mixture" or found.choices[group] == option
     config = found.config
-    plan = make_plan(
-        config, config.pipeline, Store(tmp_path), targets=config.targets, seed=config.seed, force=[],
-        config_of=partial(config_of, config),
-    )  # fmt: skip
+    plan = make_plan(config, Store(tmp_path), config_of=config_of)
     assert len({step.key for step in plan}) == len(plan) >= 1
 
 
@@ -171,7 +168,7 @@ def test_default_is_the_quickstart():
 
 def test_model_on_bundled_corpus_downloads_nothing():
     config, full = composed("model=d20", "corpus=bundled"), composed("model=d20")
-    plan = make_plan(config, config.pipeline, Store(Path("/none")), targets=None, seed=1, force=[])
+    plan = make_plan(config, Store(Path("/none")))
     assert find_downloads(config, plan, Store(Path("/none"))) == {}
     assert config.corpus == composed().corpus
     assert (config.model, config.pretrain.batch) == (full.model, full.pretrain.batch)
@@ -229,12 +226,11 @@ def test_seed_changes_no_validation_data():
 
 
 def test_data_seed_changes_keys():
-    def ids(seed: int, data_seed: int | None) -> dict[str, str]:
+    def ids(seed: int, data_seed: int) -> dict[str, str]:
         config, store = composed(), Store(Path("/none"))
-        plan = make_plan(config, config.pipeline, store, targets=["sft"], seed=seed, data_seed=data_seed, force=[])
+        plan = make_plan(replace(config, targets=["sft"], seed=seed, data_seed=data_seed), store)
         return {step.name: step.key for step in plan}
 
-    assert ids(42, 42) == ids(42, None), "keys from before data_seed"
     of_data = {"corpus", "tokenizer"}
     assert {step for step, rid in ids(1, 42).items() if rid == ids(2, 42)[step]} == of_data
     assert {step for step, rid in ids(1, 42).items() if rid == ids(1, 43)[step]} == set()

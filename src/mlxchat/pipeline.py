@@ -211,12 +211,8 @@ def plan_of(config: Config, store: Store) -> list[PlannedStep]:
     Raises:
         MlxchatError: it cannot be planned, a training cannot be extended, or a local file is invalid.
     """
-    plan = make_plan(
-        config, config.pipeline, store, targets=config.targets, seed=config.seed, data_seed=config.data_seed,
-        force=config.force, code=config.code,
-        compute_dtype=dtype_name(config.machine.device, config.machine.compute_dtype),
-        config_of=partial(config_of, config),
-    )  # fmt: skip
+    dtype = dtype_name(config.machine.device, config.machine.compute_dtype)
+    plan = make_plan(config, store, compute_dtype=dtype, config_of=config_of)
     check_inputs(config, plan)
     return plan
 

@@ -82,6 +82,13 @@ class Settings:
     train: Train = field(default_factory=Train)
     score: Score = field(default_factory=Score)
     machine: dict[str, Any] = field(default_factory=dict)
+    pipeline: dict[str, dict[str, str]] = field(default_factory=lambda: PIPELINE)
+    targets: list[str] | None = None
+    force: list[str] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+    seed: int = 1
+    data_seed: int = 1
+    code: str = "warn"
 
 
 def describe_device() -> dict[str, Any]:
@@ -107,12 +114,13 @@ def main(outputs: Path, arguments: list[str]) -> None:
     if other["file_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (other["file_bytes"], other["file_bytes"]))
     store = Store(outputs)
-    plan = make_plan(settings, PIPELINE, store, targets=other["targets"], seed=1, force=other["force"])
+    settings.targets, settings.force = other["targets"], other["force"]
+    plan = make_plan(settings, store)
     store.prepare()
     folder = outputs / "runs" / f"{now().replace(':', '')}-{os.getpid()}"
     folder.mkdir(parents=True)
     run = Run(
-        folder=folder, seed=1, overrides=arguments,
+        folder=folder, seed=1, data_seed=1, overrides=arguments,
         environment=Environment(describe_device), fail_fast=other["fail_fast"],
         say=lambda line: print(line, flush=True), **({"uses_gpu": has_gpu} if other["gpu"] else {}),
     )  # fmt: skip

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from textwrap import dedent, indent
+from types import SimpleNamespace
 from typing import Any
 
 from mlxchat.runner import stage as stage_module
@@ -74,8 +75,10 @@ class Toys:
 
     def plan(self, pipeline: dict[str, dict[str, str]], **options: Any) -> list[PlannedStep]:
         """Return the plan as a new process makes it."""
-        options = {"targets": None, "seed": 1, "force": [], **options}
-        return make_plan(self.config, pipeline, self.store, **options)
+        options = {"targets": None, "seed": 1, "force": [], "code": "warn", "stages": [], **options}
+        options = {"data_seed": options["seed"], **options}
+        config = SimpleNamespace(**vars(self.config), pipeline=pipeline, **options)
+        return make_plan(config, self.store)
 
     def run(self, plan: list[PlannedStep], store: Store | None = None, **options: Any) -> Run:
         """Execute a plan as one invocation does; options are those of Run."""
@@ -86,7 +89,7 @@ class Toys:
         folder.mkdir(exist_ok=True)
         options = {"say": self.said.append, **options}
         run = Run(
-            folder=folder, seed=1, overrides=["toy.number=1"],
+            folder=folder, seed=1, data_seed=1, overrides=["toy.number=1"],
             environment=Environment(lambda: {"name": "toy"}), **options,
         )  # fmt: skip
         execute(plan, store, run)

@@ -167,7 +167,7 @@ def test_resumed_training_keeps_its_micro_batch_while_it_fits(tmp_path):
 
 
 def planned(config: Config, tmp_path: Path, target: str = "sft") -> list[PlannedStep]:
-    return make_plan(config, config.pipeline, Store(tmp_path), targets=[target], seed=0, force=[])
+    return make_plan(replace(config, targets=[target]), Store(tmp_path))
 
 
 def test_refusal_names_need_limit_and_keys(tmp_path):

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from kit.toys import CHAIN, started
+from mlxchat.config.pins import code_of_part
 from mlxchat.errors import Interrupted
-from mlxchat.runner.code import changed_code, code_of_part, code_of_stage, package_digest
+from mlxchat.runner.keys import changed_names, code_of_stage, package_digest
+from mlxchat.store.fingerprint import hash_file
 
 FILES = {
     "mlxchat/model/gpt.py": "SCALE = 2\n", "mlxchat/tasks/facts.csv": "1,2\n", "mlxchat/errors.py": "\n",
@@ -44,11 +46,11 @@ def test_own_code_is_everything_that_a_part_imports(tmp_path, monkeypatch):
     for name, text in own.items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(text)
-    before = code_of_part("judge:reward")
+    before = code_of_part("judge:reward", hash_file)
     files = {"code judge.py", "code words/__init__.py", "code words/count.py", "code words/letters.py"}
     assert set(before) == {*files, "package numpy"}
     Path("words/letters.py").write_text("ALL = 27\n")
-    assert changed_code(before, code_of_part("judge:reward")) == ["code words/letters.py"]
+    assert changed_names(before, code_of_part("judge:reward", hash_file)) == ["code words/letters.py"]
     stage = code_of_stage(Path("judge.py"), "judge", tmp_path)
     assert list(stage) == ["mlxchat", "stages/judge.py", "words/__init__.py", "words/count.py", "words/letters.py"]
 

@@ -1,7 +1,6 @@
 """Outside files are part of the key by content, checked before and after a step."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,17 +8,18 @@ from typing import Any
 import pytest
 
 from kit.toys import ONE
+from mlxchat.config.pins import File, Folder
 from mlxchat.config.schema import TaskItem
 from mlxchat.errors import ConfigError, StepFailed
 from mlxchat.runner import keys
-from mlxchat.runner.keys import FileCache
+from mlxchat.runner.keys import FileHashes
 from mlxchat.store import attempts
 from mlxchat.store.fingerprint import hash_file, identity_of
 
 
 @dataclass
 class Source:
-    path: str = field(default="", metadata={"external": "file"})
+    path: str = field(default="", metadata={"pin": File()})
 
 
 def reading(toys: Any, tmp_path: Path, body: str) -> Path:
@@ -66,18 +66,20 @@ def test_hash_cache_is_exact(tmp_path, monkeypatch):
     text, cache = tmp_path / "text.txt", tmp_path / "index" / "files.json"
     text.write_text("old")
 
-    def digest(read: Callable[[Path], Any] = hash_file) -> str:
+    def digest() -> str:
         """Return the digest that a new process finds."""
-        hashes = FileCache(cache, "files", read)
-        found = str(hashes.of(str(text)))
+        hashes = FileHashes(tmp_path)
+        found = hashes.of(text)
         hashes.save()
         return found
 
     old = digest()
     assert not cache.exists(), "a recently changed file may change again within its times' resolution"
     monkeypatch.setattr(keys, "_SETTLED_NANOSECONDS", -1)
-    cache.parent.mkdir()
-    assert digest() == digest(lambda path: pytest.fail("hashed again")) == old
+    assert digest() == old
+    with monkeypatch.context() as patch:
+        patch.setattr(keys, "hash_file", lambda path: pytest.fail("hashed again"))
+        assert digest() == old
     whole, status = cache.read_text(), text.stat()
     for damaged in (whole[:20], "", "[1]", "\0", whole.replace("files", "others"), whole.replace("[", '["x", ')):
         cache.write_text(damaged)
@@ -88,8 +90,8 @@ def test_hash_cache_is_exact(tmp_path, monkeypatch):
 
 
 @dataclass
-class Folder:
-    path: str = field(default="", metadata={"external": "folder", "identity": False})
+class Outside:
+    path: str = field(default="", metadata={"pin": Folder(), "identity": False})
 
 
 def test_folder_is_pinned_by_names_and_contents(tmp_path):
@@ -98,7 +100,7 @@ def test_folder_is_pinned_by_names_and_contents(tmp_path):
         (tmp_path / name / "deep").mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "deep" / "model").write_text(text)
-        pins.append(keys.pin_externals({"outside": Folder(str(tmp_path / name))}))
+        pins.append(keys.pin_externals({"outside": Outside(str(tmp_path / name))}))
     assert pins[0] == pins[1] != pins[2]
     assert pins[0]["file of folder deep/model"] == hash_file(tmp_path / "one" / "deep" / "model")
 
@@ -108,7 +110,7 @@ def test_empty_folder_is_refused(name, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"outside\.path: .*no folder with files"):
-        keys.pin_externals({"outside": Folder(str(tmp_path / name))})
+        keys.pin_externals({"outside": Outside(str(tmp_path / name))})
 
 
 def test_moved_file_keeps_its_key_and_another_setting_changes_it(tmp_path):

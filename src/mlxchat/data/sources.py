@@ -22,11 +22,11 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.pins import UNKNOWN
 from mlxchat.config.schema import CorpusConfig, EvalConfig, HubConfig
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import listings
 from mlxchat.hub.cache import HubFile, check_space, hub_cache, missing_bytes, read_json
-from mlxchat.runner.keys import UNKNOWN
 from mlxchat.store.fingerprint import hash_file
 from mlxchat.store.manifest import MANIFEST
 

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mlxchat.config.schema import TokenizerConfig
 from mlxchat.data.pickled import read_pickle
 from mlxchat.errors import DataError, suggest
 
@@ -116,6 +118,19 @@ def vocab_size_of(source: str) -> int:
 @lru_cache(maxsize=8)
 def _measure(source: str, changed: int) -> int:
     return len(read_vocabulary(source, check_merges=False).ranks) + len(SPECIAL_TOKENS)
+
+
+def pins_of(config: TokenizerConfig, hash_of: Callable[[Path], str]) -> dict[str, str]:
+    """Return what tokenizer.source means, for a key: nothing, the version of a package, or the hashes of files."""
+    place = Path(config.source)
+    if config.source == "train":
+        return {}
+    if config.source in PACKAGED:
+        package = PACKAGED[config.source].package
+        return {f"package {package}": importlib.metadata.version(package)}
+    names = (RANKS_FILE, CONFIG_FILE, HF_FILE, PICKLED_FILE) if place.is_dir() else ()
+    files = [place / name for name in names if (place / name).exists()] or [place]
+    return {f"file tokenizer.source.{n} ({file.suffix})": hash_of(file) for n, file in enumerate(files)}
 
 
 def problems_of_vocabulary(source: str, vocab_size: int) -> list[str]:

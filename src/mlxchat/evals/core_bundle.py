@@ -17,11 +17,11 @@ from typing import Any
 
 import yaml
 
+from mlxchat.config.pins import UNKNOWN
 from mlxchat.config.schema import CoreConfig
 from mlxchat.errors import DataError, suggest
 from mlxchat.hub import client
 from mlxchat.runner.context import Context
-from mlxchat.runner.keys import UNKNOWN
 from mlxchat.store.fingerprint import hash_file
 
 SHUFFLE_SEED = 1337

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.wording import format_number
 from mlxchat.errors import Interrupted
-from mlxchat.runner.progress import Progress, fill
+from mlxchat.runner.progress import Progress
 from mlxchat.store.files import Record, Records, write_whole
 from mlxchat.store.shared import SharedArtifacts
 
@@ -64,14 +64,14 @@ class Context:
     """Folder of resumable state; survives crashes and is removed when the step is done."""
     root_seed: int
     """The run's seed."""
+    root_data_seed: int = 0
+    """The data's seed."""
     stage: str
     """Name of the stage."""
     stop_signal: Callable[[], int | None]
     """Returns the signal that requested the run to stop, or None."""
     on_metrics: Callable[[str, Record], None]
     """Called with the step's name and each record, for trackers."""
-    root_data_seed: int | None = None
-    """The data's seed; None: the run's."""
     shared: SharedArtifacts | None = None
     """Artifacts that stages create on demand and share; None without a store."""
     externals: list[dict[str, Any]] = field(default_factory=list)
@@ -98,8 +98,7 @@ class Context:
 
     def data_seed(self, purpose: str) -> int:
         """Return a data seed for one purpose; equal in runs that differ only in `seed`."""
-        root = self.root_seed if self.root_data_seed is None else self.root_data_seed
-        return stage_seed(root, self.stage, purpose)
+        return stage_seed(self.root_data_seed, self.stage, purpose)
 
     def records(self, name: str) -> Records:
         """Return a .jsonl file that belongs to the resumable work and is copied into the artifact."""
@@ -121,7 +120,7 @@ class Context:
         self.work.mkdir(parents=True, exist_ok=True)
         write_whole(self.work / DERIVED, json.dumps(self.derived, default=str), durable=False)
         pairs = [f"{key} {format_number(value)}" for key, value in numbers.items() if shown is None or key in shown]
-        print(fill(f"{self.step:<10} {'  '.join(pairs)}"), flush=True)
+        print(f"{self.step:<10} {'  '.join(pairs)}", flush=True)
 
     def rewind_records(self, iteration: int) -> None:
         """Remove records after `iteration`, from which this attempt continues."""

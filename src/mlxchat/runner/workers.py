@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 
 from mlxchat.errors import Interrupted, MlxchatError, StepFailed, StoreError
 from mlxchat.runner.executors import attach, submit
-from mlxchat.runner.plan import PlannedStep, Verdict
+from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.process import keep_awake, stop_on_signals
 from mlxchat.runner.run import REFRESH_SECONDS, Run, complete, find_done, summarise
 from mlxchat.store import attempts
 from mlxchat.store.files import Record, Records, write_whole
 from mlxchat.store.manifest import read_manifest
-from mlxchat.store.naming import LATEST, MODEL, link_saved
-from mlxchat.store.store import Store
+from mlxchat.store.naming import LATEST, MODEL, links, runs
+from mlxchat.store.store import SAVED, Store
 
 if TYPE_CHECKING:
     from mlxchat.config.schema import ExecutorConfig
@@ -115,7 +115,7 @@ class _Leader:
         """Return whether no further step may start."""
         run = self.run
         is_over = bool(self.failures) and (run.fail_fast or (run.team is not None and run.team.is_broken))
-        return is_over or run.stop_signal is not None
+        return is_over or run.stop_signal is not None or self.interrupted is not None
 
     def _stop_jobs(self) -> None:
         """Cancel all jobs, which save; after SIGTERM and SIGHUP leave those that outlive this process."""
@@ -144,7 +144,7 @@ class _Leader:
         """Complete a step here, or submit it; its failure is recorded."""
         self.current = step.name
         try:
-            place = find_done(step, self.store, self.run, self.planned)
+            place = find_done(step, self.store, self.run, self.planned, forced=step.forced)
             self._note(step)
             if place is None and executor is not None:
                 self.jobs[step.name] = _Elsewhere(step, self, executor)
@@ -168,7 +168,7 @@ class _Leader:
             place = self.store.outputs / "store" / made["name"]
             ended.pass_on(place)
             run.say(f"{step.name:<10} done by {job.name}: {summarise(read_manifest(place))}")
-            step.verdict = Verdict(state="done")
+            step.state = "done"
             self._finish(step, place)
         elif ended.is_cancelled:
             if run.stop_signal is not None:
@@ -188,10 +188,21 @@ class _Leader:
         self.store.set_ref(self.run.name, step.name, place)
         made = self.store.made(step.key)
         step.take(made)
-        link_saved(self.store, self.run.name, step.name, made["attempts"] if made is not None else ())
+        if made is not None:
+            self._name_saved(step, {role: each["tree"] for role, each in made["inputs"].items()})
         self._note(step)
         if step.stage.produces == MODEL and made is not None and made["run"] == self.run.name:
             self._become_latest()
+
+    def _name_saved(self, step: PlannedStep, contents: dict[str, str]) -> None:
+        """Add refs to this run for the intermediate models of a training that earlier runs published."""
+        for run in runs(self.store):
+            for name, place in links(self.store, run).items() if run != self.run.name else ():
+                of, _, iteration = name.rpartition(SAVED)
+                if of != step.name or not iteration.isdecimal():
+                    continue
+                if read_manifest(place)["key"] == step.key_with(contents, int(iteration)):
+                    self.store.set_ref(self.run.name, name, place)
 
     def _note(self, step: PlannedStep) -> None:
         """Write a step's final key and its artifact into plan.json."""
@@ -255,6 +266,7 @@ class _Elsewhere:
         record = leader.store.jobs / f"{step.key}.jsonl"
         found = attach(record)
         if found is None:
+            assert self.run.order is not None, "a step has an executor"
             calls = {record: self.run.order(step)}
             (found,) = submit(executor, step.name, calls, self.run.folder / "jobs", step=step.name, run=self.run.name)
         elif found.facts["run"] != self.run.name:

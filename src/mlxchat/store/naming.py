@@ -18,9 +18,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mlxchat.config.wording import first_of
 from mlxchat.errors import StoreError, suggest, visible
@@ -304,14 +304,6 @@ def model_of(steps: Mapping[str, Path]) -> Path | None:
             rank = _STAGES.index(stage) if stage in _STAGES else len(_STAGES)
             made.append((-rank, str(manifest.get("published")), place))
     return max(made)[2] if made else None
-
-
-def link_saved(store: Store, run: str, step: str, attempts: Iterable[Mapping[str, Any]]) -> None:
-    """Add refs to a run for the intermediate models that earlier attempts of its training published."""
-    for made in dict.fromkeys(str(attempt.get("run")) for attempt in attempts):
-        for name, place in links(store, made).items() if made != run else ():
-            if name.startswith(f"{step}{SAVED}"):
-                store.set_ref(run, name, place)
 
 
 def running_steps(store: Store) -> list[tuple[str, str]]:

@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from mlxchat.config.pins import UNKNOWN
 from mlxchat.errors import ConfigError, DataError
 from mlxchat.hub import client, listings
 from mlxchat.hub.cache import cache_folder
-from mlxchat.runner.keys import UNKNOWN
 from mlxchat.tasks.answers import Conversation
 from mlxchat.tasks.base import Task, find_fault
 

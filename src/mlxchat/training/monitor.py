@@ -19,7 +19,7 @@ from mlxchat.ops.device import compiles_first
 from mlxchat.optim.optimizer import Rates
 from mlxchat.planning.duration import peak_flops
 from mlxchat.runner.context import Context
-from mlxchat.runner.progress import Progress, fill
+from mlxchat.runner.progress import Progress
 from mlxchat.training.batches import Batch, BatchSource
 from mlxchat.training.step import TrainStep
 
@@ -57,7 +57,7 @@ class Monitor:
         self._before = (0.0, 0.0, 0.0)
         if compiles_first():
             kept = os.environ["MLX_PTX_CACHE_DIR"]
-            print(fill(f"{ctx.step:<10} first compiles CUDA kernels, some minutes once; they are kept in {kept}"))
+            print(f"{ctx.step:<10} first compiles CUDA kernels, some minutes once; they are kept in {kept}")
 
     def begin_iteration(self) -> None:
         """Start the clock."""
