@@ -104,29 +104,6 @@ def test_changed_setting_is_shown_old_and_new(toys):
     }
 
 
-@dataclass
-class LaterPart:
-    """Part of a section."""
-
-    weight: float = field(default=0.5, metadata={"since_default": 0.5})
-
-
-@dataclass
-class LaterSection:
-    """A section that got two fields after artifacts were made."""
-
-    number: int = 1
-    shape: str = field(default="round", metadata={"since_default": "round"})
-    part: LaterPart = field(default_factory=LaterPart)
-
-
-def test_later_field_is_shown_with_its_default(toys):
-    toys.config.toy = LaterSection()
-    toys.run(toys.plan(CHAIN))
-    toys.config.toy = LaterSection(shape="square", part=LaterPart(weight=1.5))
-    assert reasons(toys)["one"][1] == "config changed: toy.part.weight 0.5 → 1.5, toy.shape round → square"
-
-
 def test_reason_compares_with_the_nearest_artifact(toys):
     for number, seed in ((1, 1), (7, 1), (1, 2)):
         toys.config.toy.number = number

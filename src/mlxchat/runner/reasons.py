@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mlxchat.config.wording import first_of, format_bytes, format_seconds, plural, wrapped
-from mlxchat.store.fingerprint import changes, flatten, left_out_of
+from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.manifest import Manifest
 from mlxchat.store.store import Store
 
@@ -71,7 +71,7 @@ def find_difference(step: PlannedStep, store: Store, contents: Mapping[str, str]
     return Difference(
         nearest=nearest["name"],
         version=None if nearest["version"] == step.stage.version else (nearest["version"], step.stage.version),
-        config=dict(sorted(changes(before, now, left_out_of(step.sections)).items())),
+        config=dict(sorted(changes(before, now, "default").items())),
         inputs={
             role: step.inputs.get(role, role)
             for role, tree in contents.items()

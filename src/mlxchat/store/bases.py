@@ -41,7 +41,18 @@ def find_chain(folder: Path) -> list[Path]:
     """
     chain = [folder]
     while (adapter := _adapter_of(chain[-1])) is not None:
-        chain.append(_find_base(chain[-1], adapter))
+        here, store = chain[-1].resolve(), Store(chain[-1].resolve().parent.parent)
+        try:
+            rid = str(adapter["base"]["rid"])
+        except (KeyError, TypeError):
+            raise DataError(f"{here}: checkpoint.json does not name the base of its adapter by rid") from None
+        place = store.find(rid) if here.parent.name == "store" else None
+        if place is None:
+            raise StoreError(
+                f"{here.name} is an adapter whose base {rid[:16]} is not in the same store ({store.outputs}). "
+                "Copy both with mlxchat push ID PLACE and mlxchat pull, or run the command that made the base again"
+            )
+        chain.append(place)
     return chain
 
 
@@ -60,21 +71,6 @@ def bases_of(folders: Mapping[str, Path]) -> list[Path]:
     """Return all bases of the adapters among these inputs (role → folder), without duplicates."""
     found = [each for folder in folders.values() if is_adapter(folder) for each in find_chain(folder)[1:]]
     return list(dict.fromkeys(found))
-
-
-def _find_base(folder: Path, adapter: Mapping[str, Any]) -> Path:
-    try:
-        rid = str(adapter["base"]["rid"])
-    except (KeyError, TypeError):
-        raise DataError(f"{folder}: checkpoint.json does not name the base of its adapter by rid") from None
-    store = Store(folder.resolve().parent.parent)
-    place = store.find(rid) if folder.resolve().parent.name == "store" else None
-    if place is None:
-        raise StoreError(
-            f"{folder.name} is an adapter whose base {rid[:16]} is not in the same store ({store.outputs}). "
-            "Copy both with mlxchat push ID PLACE and mlxchat pull, or run the command that made the base again"
-        )
-    return place
 
 
 def _adapter_of(folder: Path) -> dict[str, Any] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlxchat.errors import StoreError
 from mlxchat.store.files import list_folder
-from mlxchat.store.manifest import MANIFEST, Manifest, read_manifest
+from mlxchat.store.manifest import MANIFEST, read_manifest
 from mlxchat.store.store import Store
 
 Summary = dict[str, Any]
@@ -28,17 +28,14 @@ def read_catalog(store: Store) -> list[Summary]:
         if not (base / name / MANIFEST).exists():
             continue
         try:
-            summaries.append(_summarise(name, read_manifest(base / name)))
+            manifest = read_manifest(base / name)
         except StoreError as error:
             summaries.append({"folder": name, "damaged": str(error)})
+            continue
+        files = manifest.get("outputs", ())
+        counted = {"folder": name, "bytes": sum(file["bytes"] for file in files), "files": len(files)}
+        summaries.append(counted | {key: manifest.get(key) for key in _COPIED})
     return sorted(summaries, key=lambda summary: (str(summary.get("published", "")), summary["folder"]))
-
-
-def _summarise(name: str, manifest: Manifest) -> Summary:
-    files = manifest.get("outputs", ())
-    size = sum(file["bytes"] for file in files)
-    copied = {key: manifest.get(key) for key in _COPIED}
-    return {"folder": name, **copied, "bytes": size, "files": len(files)}
 
 
 def references(summary: Summary) -> list[str]:

@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +20,15 @@ class Environment:
     def __init__(self, describe_device: Callable[[], dict[str, Any]]) -> None:
         """`describe_device` may import MLX, which this module must not."""
         self._describe_device = describe_device
+        self._facts: dict[str, Any] = {}
 
     def record(self) -> dict[str, Any]:
         """Return git, versions, device and argv for a manifest."""
-        return self._facts
-
-    @cached_property
-    def _facts(self) -> dict[str, Any]:
-        return {
-            "git": git_state(Path(__file__).parent),
-            "versions": versions(),
-            "device": self._describe_device(),
+        self._facts = self._facts or {
+            "git": git_state(Path(__file__).parent), "versions": versions(), "device": self._describe_device(),
             "argv": ["mlxchat", *sys.argv[1:]],
-        }
+        }  # fmt: skip
+        return self._facts
 
 
 def versions() -> dict[str, str]:
@@ -51,16 +46,16 @@ def versions() -> dict[str, str]:
 
 def git_state(folder: Path) -> dict[str, Any] | None:
     """Return commit and `dirty` of the git checkout that this code runs from; None if it is not a checkout."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        git = ["git", "-C", str(folder)]
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", "environment.py"], capture_output=True)
-        if tracked.returncode:
-            return None
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    except OSError:
+        git("ls-files", "--error-unmatch", "environment.py")
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(dirty.stdout.strip())}
 
 
 def reset_peak_memory() -> None:
@@ -80,11 +75,8 @@ def peak_array_bytes() -> int | None:
 
 def peak_memory_bytes() -> int:
     """Return this process's peak memory since the reset, or since its start where the system has no reset."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -35,20 +35,6 @@ def is_identity(field: dataclasses.Field[Any]) -> bool:
     return field.metadata.get("identity") is not False
 
 
-def left_out_of(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return dotted key → default of every field that the identity omits at its default."""
-    found: dict[str, Any] = {}
-    if isinstance(config, Mapping):
-        for key, item in config.items():
-            found |= left_out_of(item, f"{prefix}{key}.")
-    elif dataclasses.is_dataclass(config):
-        for field in dataclasses.fields(config):
-            if "since_default" in field.metadata:
-                found[f"{prefix}{field.name}"] = _plain(field.metadata["since_default"], identity_only=True)
-            found |= left_out_of(getattr(config, field.name), f"{prefix}{field.name}.")
-    return found
-
-
 def plain_of(config: Any) -> Any:
     """Return a complete typed configuration as plain data."""
     return _plain(config, identity_only=False)
@@ -105,13 +91,11 @@ def flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def changes(
-    old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
-) -> dict[str, tuple[Any, Any]]:
-    """Return key → (old, new) of all differences; a missing key has its default, or "absent"."""
-    changed = [key for key in {**old, **new} if key not in old or key not in new or old[key] != new[key]]
-    absent = {key: (defaults or {}).get(key, "absent") for key in changed}
-    return {key: (old.get(key, absent[key]), new.get(key, absent[key])) for key in changed}
+def changes(old: Mapping[str, Any], new: Mapping[str, Any], absent: str = "absent") -> dict[str, tuple[Any, Any]]:
+    """Return key → (old, new) of all differences; a missing key has the value `absent`."""
+    missing = object()
+    changed = [key for key in {**old, **new} if old.get(key, missing) != new.get(key, missing)]
+    return {key: (old.get(key, absent), new.get(key, absent)) for key in changed}
 
 
 def _plain(value: Any, *, identity_only: bool) -> Any:

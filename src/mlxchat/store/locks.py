@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 0.1
 # `is_held` takes a lock for an instant; a shorter wait is not reported.
 _GLANCE_SECONDS = 0.05
-# The NVIDIA driver's description of each device on Linux.
-_NVIDIA = Path("/proc/driver/nvidia/gpus")
 # Locks that this process holds: path → device and inode of the file.
 _held: dict[Path, tuple[int, int]] = {}
+# The NVIDIA driver's description of each device on Linux.
+_NVIDIA = Path("/proc/driver/nvidia/gpus")
 
 
 @contextmanager
@@ -61,7 +61,9 @@ def hold(
         time.sleep(_POLL_SECONDS if waited else 0.002)
     try:
         _held[path] = _identity(path)
-        _write_owner(path, {"pid": os.getpid(), "host": host_name(), **owner})
+        with suppress(OSError), path.open("r+") as file:  # full disk: the record is only for messages
+            file.truncate()
+            file.write(json.dumps(redact({"pid": os.getpid(), "host": host_name(), **owner})))
         yield waited
     finally:
         _held.pop(path, None)
@@ -81,10 +83,9 @@ def _try(lock: BaseFileLock, path: Path) -> bool:
     return True
 
 
-def _write_owner(path: Path, owner: Mapping[str, Any]) -> None:
-    with suppress(OSError), path.open("r+") as file:  # full disk: the record is only for messages
-        file.truncate()
-        file.write(json.dumps(redact(owner)))
+def owns(path: Path) -> bool:
+    """Return whether this process holds the lock and the lock file was not removed or replaced."""
+    return path in _held and _held[path] == _identity(path) != (0, 0)
 
 
 def _identity(path: Path) -> tuple[int, int]:
@@ -93,11 +94,6 @@ def _identity(path: Path) -> tuple[int, int]:
     except OSError:
         return (0, 0)
     return status.st_dev, status.st_ino
-
-
-def owns(path: Path) -> bool:
-    """Return whether this process holds the lock and the lock file was not removed or replaced."""
-    return path in _held and _held[path] == _identity(path) != (0, 0)
 
 
 def is_held(path: Path) -> bool:
@@ -131,16 +127,11 @@ def gpu_locks() -> dict[str, Path]:
 
 
 def _gpu_names() -> list[str]:
-    """Return the devices that SLURM and CUDA allow; without a restriction, all."""
-    visible = _split(os.environ.get("CUDA_VISIBLE_DEVICES", ""))
-    job = _split(os.environ.get("SLURM_JOB_GPUS", ""))
+    """Return the devices that SLURM or CUDA allows; without a restriction, all."""
     # In a job CUDA may number the job's devices from 0; SLURM's numbers are the machine's.
-    chosen = visible if visible and set(visible) <= set(job or visible) else job
+    allowed = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    chosen = [name.strip() for name in allowed.split(",") if name.strip()]
     return chosen or [str(number) for number in range(len(list(_NVIDIA.glob("*/information"))) or 1)]
-
-
-def _split(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def name_process(owner: Mapping[str, Any]) -> str:

@@ -111,8 +111,6 @@ def find_damage(folder: Path, manifest: Manifest, *, again: bool = True) -> Iter
                 _read[path] = (hash_file(path), stamp)
             if _read[path][0] != file["sha256"]:
                 yield f"{file['path']} has other contents than its manifest says"
-        except FileNotFoundError:
-            yield f"{file['path']} is missing"
         except OSError as error:
             yield f"{file['path']} cannot be read ({error.strerror})"
 
@@ -127,38 +125,29 @@ def check_metrics(manifest: Manifest) -> Iterator[str]:
 def check_manifest(name: str, manifest: Manifest) -> Iterator[str]:
     """Yield every inconsistency of a manifest, which others may have written, in the folder `name`."""
     try:
-        yield from _inconsistencies(name, manifest)
+        yield from check_metrics(manifest)
+        shared = manifest["kind"] == SHARED_KIND  # keys of encoded text include neither inputs nor pins
+        inputs = {} if shared else {role: made["tree"] for role, made in manifest["inputs"].items()}
+        pins = {} if shared else manifest["pins"]
+        if manifest["key"] != compute_key(manifest["stage"], manifest["version"], manifest["config"], inputs, pins):
+            yield "its key does not follow from its config, inputs and pins"
+        if manifest["rid"] != identify(manifest) or manifest["rid"][:16] != name[-16:]:
+            yield "its id does not follow from its key and files"
+        if tree_of(manifest) != manifest["tree"]:
+            yield "its digest does not follow from its files"
+        if strange := [each["path"] for each in manifest["outputs"] if each["bytes"] < 0 or not is_plain(each["path"])]:
+            yield f"it lists files outside its folder: {', '.join(strange)}"
+        for what, value in (("folder", name), ("stage", manifest["stage"]), ("step", manifest["step"])):
+            if not is_name(value):
+                yield f"its {what} is called {str(value)[:80]!r}, expected a plain name"
+        if not all(isinstance(value, str) for value in (manifest["published"], *_rids(manifest))):
+            yield "it does not name its inputs by id, or say when it was published"
     except (KeyError, TypeError, AttributeError) as error:
         yield f"its manifest lacks a value or has one of a wrong type ({type(error).__name__}: {error})"
 
 
-def _inconsistencies(name: str, manifest: Manifest) -> Iterator[str]:
-    yield from check_metrics(manifest)
-    yield from _check_ids(manifest)
-    if manifest["rid"][:16] != name[-16:]:
-        yield f"its folder's name does not end in its id, {manifest['rid'][:16]}"
-    if tree_of(manifest) != manifest["tree"]:
-        yield "its digest does not follow from its files"
-    if strange := [file["path"] for file in manifest["outputs"] if file["bytes"] < 0 or not is_plain(file["path"])]:
-        yield f"it lists files outside its folder: {', '.join(strange)}"
-    for what, value in (("folder", name), ("stage", manifest["stage"]), ("step", manifest["step"])):
-        if not is_name(value):
-            yield f"its {what} is called {str(value)[:80]!r}, expected a plain name"
-    if lacking := [role for role, made in manifest["inputs"].items() if not isinstance(made["rid"], str)]:
-        yield f"it does not name its inputs {', '.join(lacking)} by id"
-    if not isinstance(manifest["published"], str):
-        yield "it does not say when it was published"
-
-
-def _check_ids(manifest: Manifest) -> Iterator[str]:
-    """Yield a line if the key does not match config, inputs and pins, or the id not key and files."""
-    shared = manifest["kind"] == SHARED_KIND  # keys of encoded text include neither inputs nor pins
-    inputs = {} if shared else {role: made["tree"] for role, made in manifest["inputs"].items()}
-    pins = {} if shared else manifest["pins"]
-    if manifest["key"] != compute_key(manifest["stage"], manifest["version"], manifest["config"], inputs, pins):
-        yield "its key does not follow from its config, inputs and pins"
-    if manifest["rid"] != identify(manifest):
-        yield "its id does not follow from its key and files"
+def _rids(manifest: Manifest) -> list[Any]:
+    return [made["rid"] for made in manifest["inputs"].values()]
 
 
 def is_name(value: object) -> bool:

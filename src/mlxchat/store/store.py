@@ -66,7 +66,6 @@ class Store:
         try:
             for name in ("store", "records", "work", "locks", "refs", "runs"):
                 (self.outputs / name).mkdir(parents=True, exist_ok=True)
-            # The lock also finds out whether files can be created and locked here.
             with locks.hold(self.outputs / "locks" / "sweep.lock", {"step": "sweep"}):
                 sweep(self)
             self.forget()
@@ -111,9 +110,8 @@ class Store:
             StoreError: the record or the artifact's manifest is damaged.
         """
         for name in reversed(self._names_of_records()):
-            if f"-{key}-" not in name or not rid_of_record(name).startswith(rid[:_SHORT]):
-                continue
-            if (place := self.find(rid_of_record(name))) is not None:
+            made = rid_of_record(name)
+            if f"-{key}-" in name and made.startswith(rid[:_SHORT]) and (place := self.find(made)) is not None:
                 self.manifest_of(place)  # raises if it is damaged
                 return {**self._read_once(self.outputs / "records" / name), "name": place.name}
         return None
@@ -215,27 +213,25 @@ class Store:
         here = self.find(rid)
         name = artifact_name(manifest["stage"], label, rid) if here is None else here.name  # maybe with another label
         manifest = {"rid": rid, "name": name, **manifest, "outputs": outputs, "tree": tree}
-        if wrong := list(check_metrics({"metrics": {}, **manifest})):
-            raise StoreError(f"{name} cannot be published: {'; '.join(wrong)}")
         crash_point("publish.described")
         try:
+            if wrong := list(check_metrics({"metrics": {}, **manifest})):
+                raise ValueError("; ".join(wrong))
             write_manifest(out, manifest)
         except (TypeError, ValueError) as error:
-            raise StoreError(f"{name} cannot be published: its manifest is no JSON ({error})") from None
+            raise StoreError(f"{name} cannot be published: {error}") from None
         crash_point("publish.written")
         settle(out)
         crash_point("publish.synced")
         with locks.hold(self.outputs / "locks" / "publish.lock", {"step": "publish"}):
             self.forget()
             here = self.find(rid)
-            if here is not None and _is_whole(here):
-                self.record({**manifest, "name": here.name, "outputs": read_manifest(here)["outputs"]})
-                crash_point("publish.recorded")
-                place = here
-            else:
-                self.record(manifest)  # before the rename: an artifact without a record would be recomputed
-                crash_point("publish.recorded")
-                place = here or self.outputs / "store" / name
+            is_new = here is None or not _is_whole(here)
+            place = here or self.outputs / "store" / name
+            described = outputs if is_new else read_manifest(place)["outputs"]
+            self.record({**manifest, "name": place.name, "outputs": described})  # first, or a kill would recompute it
+            crash_point("publish.recorded")
+            if is_new:
                 self._put(out, place)
         self.forget()
         crash_point("publish.done")
@@ -320,7 +316,7 @@ def sweep(store: Store) -> None:
         if folder.name.startswith(_TRASH):
             shutil.rmtree(folder, ignore_errors=True)
         elif _is_finished(store, folder):
-            with suppress(_Busy, StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _give_up):
+            with suppress(StoreError), locks.hold(store.lock(folder.name), {"step": "sweep"}, _give_up):
                 if _is_finished(store, folder):
                     shutil.rmtree(folder, ignore_errors=True)
     for path in (store.outputs / "index").glob(".*"):
@@ -341,9 +337,5 @@ def _is_finished(store: Store, work: Path) -> bool:
     return all(attempt.get("started") in recorded for attempt in last)
 
 
-class _Busy(Exception):
-    """Another process holds the lock."""
-
-
 def _give_up(owner: dict[str, Any]) -> None:
-    raise _Busy
+    raise StoreError("another process holds the lock")

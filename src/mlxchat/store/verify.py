@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from mlxchat.config.wording import first_of
 from mlxchat.errors import StoreError
 from mlxchat.store.bases import find_chain
 from mlxchat.store.manifest import (
@@ -34,15 +35,14 @@ def check_model(folder: Path) -> None:
 
 
 def remedy(manifests: list[Manifest]) -> str:
-    """Return how to repair damaged artifacts."""
-    return f"Remove the folder{'' if len(manifests) == 1 else 's'} and run again: {makers(manifests)}"
+    """Return how to repair damaged artifacts: the commands that made them, without duplicates."""
+    return f"Remove the folder{'s' * (len(manifests) > 1)} and run again: {makers(manifests)}"
 
 
 def makers(manifests: list[Manifest]) -> str:
     """Return the commands that made artifacts, without duplicates."""
     commands = list(dict.fromkeys(shlex.join(["mlxchat", *manifest.get("overrides", ())]) for manifest in manifests))
-    more = " …" if len(commands) > _MOST_COMMANDS else ""
-    return ", ".join(commands[:_MOST_COMMANDS] or ["the command that made it"]) + more
+    return first_of(commands, _MOST_COMMANDS) or "the command that made it"
 
 
 def check_contents(folder: Path) -> Iterator[str]:

@@ -14,7 +14,7 @@ from mlxchat.planning.memory import Decoding, Training
 from mlxchat.runner.plan import PlannedStep
 from mlxchat.runner.stage import Metric
 from mlxchat.store.bases import folder_of_weights
-from mlxchat.store.fingerprint import changes, flatten, left_out_of
+from mlxchat.store.fingerprint import changes, flatten
 from mlxchat.store.manifest import CONTINUATION
 from mlxchat.store.naming import resolve
 from mlxchat.store.store import SAVED, Store
@@ -164,7 +164,7 @@ def find_extension_problems(step: PlannedStep, plan: list[PlannedStep], same: tu
         flatten(identity) | {pin.partition(" ")[2]: digest for pin, digest in pins.items()}
         for identity, pins in ((extended["config"], extended["pins"]), (step.identity, step.externals))
     )
-    for key, (old, new) in sorted(changes(before, now, flatten(left_out_of(step.sections))).items()):
+    for key, (old, new) in sorted(changes(before, now, "default").items()):
         if any(f"{key}.".startswith(f"{each}.") for each in same) and key != "architecture.dropout":
             yield f"{where} {key} is {new}, but {name} was made with {old}"
     inputs = step.inputs_made(Store(Path(step.config.outputs)), {each.name: each for each in plan})
